@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+STAMP   = $(VENV)/.installed
+OUT    ?= demo-report
+# two processes of one thread each use a small machine better than one process of two threads
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install demo test check-notebooks gpu clean
+help:
+	@echo "make demo   the whole paper at toy scale: one HTML report and one JSON in $(OUT)/"
+	@echo "make test   export up to date, notebooks clean, all notebooks, all tests"
+	@echo "make gpu    the heavy notebook cells, on a machine with a CUDA device"
+
+install: $(STAMP)
+
+$(STAMP): settings.ini setup.py
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "opentrans needs Python 3.10 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/opentrans demo --out $(OUT) $(ARGS)
+
+test: check-notebooks
+	IN_TEST=1 $(BIN)/nbdev_test --n_workers 2 --do_print
+	$(BIN)/python -m pytest -q tests
+
+check-notebooks: $(STAMP)
+	$(BIN)/python tests/check_notebooks.py
+
+gpu: $(STAMP)
+	$(BIN)/nbdev_test --n_workers 1 --flags 'gpu slow' --do_print --timing
+
+clean:
+	rm -rf build *.egg-info _docs _proc $(OUT)
