@@ -8,7 +8,7 @@ __all__ = ['ASSETS', 'TEMPLATES', 'VOCABULARIES', 'COLOURS', 'TEXTURES', 'SHAPES
            'triple_name', 'paint_object', 'paint_stuff', 'scene', 'ShapesWorld', 'object_image', 'stuff_image',
            'caption', 'read_image', 'read_label_map', 'read_segments', 'Files', 'Segmentation', 'label_lut',
            'LabelMaps', 'Panoptic', 'data_root', 'find_layout', 'pair_files', 'register_dataset', 'list_datasets',
-           'open_dataset', 'write_coco_panoptic']
+           'open_dataset', 'write_coco_panoptic', 'resize_short', 'augment', 'View']
 
 # %% ../nbs/05_data.ipynb #07bc26e2
 import colorsys, difflib, functools, inspect, json, os, re, warnings
@@ -168,7 +168,7 @@ def collate(
     return dict(images=torch.stack([_pad(s['image'], size, 0.) for s in samples]), labels=torch.stack([_pad(s['labels'], size, ignore) for s in samples]),
                 regions=[_pad(s['regions'], size, False) for s in samples], ids=[s['id'] for s in samples], ignore=ignore, **many)
 
-# %% ../nbs/05_data.ipynb #3e3b1808
+# %% ../nbs/05_data.ipynb #157855a7
 def class_colours(
     k:int, # Number of classes
 )->np.ndarray: # (k,3) in [0,1]
@@ -188,14 +188,14 @@ def show_sample(
     vocabulary=None, # To name the classes at their largest regions
 ): # The axes
     "Draw a sample: labels in the colours of `class_colours` (grey where ignored), regions as outlines on the image."
-    ax = ax if ax is not None else plt.subplots(figsize=(3, 3))[1]
+    if kind not in ('image', 'labels', 'regions'): raise unknown('kind of picture', kind, ['image', 'labels', 'regions'])
     if kind == 'labels':
         labels = np.asarray(sample['labels']); known = labels < ignore_label(256) if sample.get('ignore') == 65535 else labels < 255
         colours = class_colours(int(labels[known].max())+1 if known.any() else 1)
         picture = np.where(known[...,None], colours[np.where(known, labels, 0)], .5)
-    elif kind in ('image', 'regions'): picture = np.asarray(sample['image']).transpose(1, 2, 0).clip(0, 1).copy()
-    else: raise unknown('kind of picture', kind, ['image', 'labels', 'regions'])
+    else: picture = np.asarray(sample['image']).transpose(1, 2, 0).clip(0, 1).copy()
     if kind == 'regions' and len(sample['regions']): picture[_outlines(sample['regions'])] = (1., 0., 1.)
+    ax = ax if ax is not None else plt.subplots(figsize=(3, 3))[1]
     ax.imshow(picture, interpolation='nearest'); ax.set_axis_off(); ax.set_title(kind if title is None else title, fontsize=8)
     if vocabulary is not None:
         for m,c in zip(np.asarray(sample['regions']), sample['region_classes'].tolist()):
@@ -396,7 +396,7 @@ class ShapesWorld(Dataset):
                     isthing=torch.tensor([c in self.things for c in classes[keep].tolist()], dtype=torch.bool), ignore=self.ignore)
     def __repr__(self): return f"{self.name} ({self.split}): {self.n} scenes of {self.size[1]}x{self.size[0]}, {len(self.vocabulary)} classes"
 
-# %% ../nbs/05_data.ipynb #0b40db6e
+# %% ../nbs/05_data.ipynb #0a29f8cc
 def object_image(
     rng, # A numpy generator
     size:int, # Height and width
@@ -406,9 +406,9 @@ def object_image(
     ground = rng.uniform(.15, .9)+rng.uniform(-.12, .12, 3)+.08*_smooth_noise(rng, (size, size), 4)[...,None]*rng.uniform(0, 1)
     img = np.clip(ground, 0, 1)*np.ones((size, size, 3))
     if rng.uniform() < .3: img = paint_stuff(rng, STUFF[rng.integers(len(STUFF))], (size, size)).astype(float)
-    r = size*rng.uniform(.24, .46); cx,cy = size/2+rng.uniform(-.08, .08, 2)*size
+    r = size*rng.uniform(.2, .46); cx,cy = size/2+rng.uniform(-.1, .1, 2)*size
     paint_object(rng, img, cx, cy, r, rng.uniform(-.6, .6), c, t, s, contrast=rng.uniform(.8, 1.))
-    return (_light(rng, img, gain=(.8, 1.1), cast=.05, noise=.015, blur=.2)*255+.5).astype(np.uint8)
+    return (_light(rng, img, gain=(.65, 1.1), cast=.08, noise=.025, blur=.3)*255+.5).astype(np.uint8)
 
 def stuff_image(rng, size:int, name:str)->np.ndarray: # (size,size,3) uint8
     "A picture of one stuff."
@@ -767,3 +767,119 @@ def write_coco_panoptic(
     path = root/f'annotations/panoptic_{split}2017.json'
     save_text(json.dumps(dict(info=dict(description=data.name, opentrans=ours), images=images, annotations=annotations, categories=categories)), path)
     return path
+
+# %% ../nbs/05_data.ipynb #0c6d4c99
+@register_dataset('shapesworld')
+def _shapesworld(root=None, split='val', domain='home', n=512, size=96, seed=0, templates='photo'):
+    return ShapesWorld(split, domain, n=n, size=size, seed=seed, templates=templates)
+
+# %% ../nbs/05_data.ipynb #2f2ad022
+def _benchmark(name, how, layouts, luts, **pairing):
+    "Register a benchmark of label maps: `layouts(split)` are (images, labels) pairs under the root, `luts` the table of each."
+    @register_dataset(name, how)
+    def _open(root, split='val', **kwargs):
+        _split(split, train='', val=''); root = data_root(root)
+        v,given = VOCABULARIES[name],layouts(split)
+        i,(images,labels,*listing) = find_layout(name, root, given, how)
+        names = read_text(listing[0]).split() if listing else None
+        tails = pairing.get('tails', [('', '')]*len(given))[i]
+        files,problems = pair_files(images, labels, tails=tails, names=names)
+        return LabelMaps(name, v, files, label_lut(len(v), **luts[i]), things=_asset(f'vocab_{name}').get('things', ()), problems=problems, **kwargs)
+    return _open
+
+def _under(top, *pairs): return [tuple(f'{t}{p}' for p in pair) for pair in pairs for t in (f'{top}/', '')]
+def _long(split): return dict(train='training', val='validation')[split]
+
+_benchmark('ade20k_150', "Get ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu and unpack it into ROOT.",
+    lambda s: _under('ADEChallengeData2016', (f'images/{_long(s)}', f'annotations_detectron2/{_long(s)}'), (f'images/{_long(s)}', f'annotations/{_long(s)}')) + _under('sampleData', ('images', 'annotations')),
+    [dict(void=[255])]*2 + [dict(offset=1, void=[0])]*4)
+
+_benchmark('ade20k_847', "Get ADE20K_2021_17_01 from https://groups.csail.mit.edu/vision/datasets/ADE20K and run Mask2Former's datasets/prepare_ade20k_full_sem_seg.py.",
+    lambda s: [(f'{t}images_detectron2/{_long(s)}', f'{t}annotations_detectron2/{_long(s)}') for t in ('ADE20K_2021_17_01/', 'ade/ADE20K_2021_17_01/', '')], [dict(void=[65535])]*3)
+
+_benchmark('context_59', "Get PASCAL VOC 2010 and PASCAL-Context and run FC-CLIP's datasets/prepare_pascal_ctx_sem_seg.py.",
+    lambda s: _under('pascal_ctx_d2', (f'images/{_long(s)}', f'annotations_ctx59/{_long(s)}')), [dict(void=[255])]*2)
+
+_benchmark('context_459', "Get PASCAL VOC 2010 and PASCAL-Context and run FC-CLIP's datasets/prepare_pascal_ctx_full_sem_seg.py.",
+    lambda s: _under('pascal_ctx_d2', (f'images/{_long(s)}', f'annotations_ctx459/{_long(s)}')), [dict(void=[65535])]*2)
+
+_benchmark('voc_20', "Get VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012 and unpack it into ROOT.",
+    lambda s: _under('pascal_voc_d2', (f'images/{_long(s)}', f'annotations_pascal20/{_long(s)}')) + [(f'{t}JPEGImages', f'{t}SegmentationClass', f'{t}ImageSets/Segmentation/{s}.txt') for t in ('VOCdevkit/VOC2012/', 'VOC2012/', '')],
+    [dict(void=[255])]*2 + [dict(offset=1, void=[0, 255])]*3)
+
+# %% ../nbs/05_data.ipynb #f0aab6cc
+@register_dataset('cityscapes_19', "Get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com and unpack them into ROOT/cityscapes.")
+def _cityscapes(root, split='val', **kwargs):
+    _split(split, train='', val=''); root = data_root(root)
+    _,(images,labels) = find_layout('cityscapes_19', root, _under('cityscapes', (f'leftImg8bit/{split}', f'gtFine/{split}')), _cityscapes.how)
+    a = _asset('vocab_cityscapes_19')
+    ready = next(labels.rglob('*_gtFine_labelTrainIds.png'), None) is not None
+    lut = label_lut(19, void=[255]) if ready else label_lut(19, ids=a['ids'], void=[i for i in range(34) if i not in a['ids']])
+    files,problems = pair_files(images, labels, tails=('_leftImg8bit', '_gtFine_labelTrainIds' if ready else '_gtFine_labelIds'))
+    return LabelMaps('cityscapes_19', VOCABULARIES['cityscapes_19'], files, lut, things=a['things'], problems=problems, **kwargs)
+
+# %% ../nbs/05_data.ipynb #a602752b
+def _nearest(n, m, start=0, stop=None):
+    "For output pixels start..stop of m, the nearest of n input pixels."
+    return torch.from_numpy(((np.arange(start, m if stop is None else stop)+.5)*n/m).astype(np.int64).clip(0, n-1))
+
+def _resize(sample, size, window=None):
+    "Resize a sample, and keep the window (top, left, bottom, right) of the result."
+    (h,w),(H,W) = sample['image'].shape[1:],size
+    t,l,b,r = window or (0, 0, H, W)
+    image = sample['image']
+    if (h,w) != (H,W): image = F.interpolate(image[None], size=(H,W), mode='bilinear', align_corners=False, antialias=True)[0].clamp_(0, 1)
+    y,x = _nearest(h, H, t, b)[:,None],_nearest(w, W, l, r)[None]
+    regions = sample['regions'][:,y,x]
+    keep = regions.flatten(1).any(1)
+    return dict(sample, image=image[:,t:b,l:r], labels=sample['labels'][y,x], regions=regions[keep],
+                region_classes=sample['region_classes'][keep], isthing=sample['isthing'][keep])
+
+def resize_short(
+    sample:dict, # A sample
+    size:int, # Length of the short side, in pixels
+    max_size:int=None, # The long side may not be longer; None for no limit
+)->dict: # The sample at its new size
+    "Resize a sample to a short side, keeping its shape."
+    h,w = sample['image'].shape[1:]
+    f = size/min(h, w)
+    if max_size is not None: f = min(f, max_size/max(h, w))
+    return _resize(sample, (max(1, round(h*f)), max(1, round(w*f))))
+
+# %% ../nbs/05_data.ipynb #9ce8d857
+def augment(
+    sample:dict, # A sample
+    size, # Height and width of the crop, or one number
+    seed, # A number, or a sequence of numbers such as `[seed, epoch, i]`: the same seed gives the same crop
+    scale:tuple=(.1, 2.), # The image is scaled to fit between these multiples of the crop
+    flip:float=.5, # Probability of a mirror image
+)->dict: # A sample of exactly `size`
+    "Large-scale jitter, crop, pad and flip."
+    rng = np.random.default_rng(seed)
+    H,W = (size, size) if np.ndim(size) == 0 else size
+    h,w = sample['image'].shape[1:]
+    f = rng.uniform(*scale)*min(H/h, W/w)
+    h,w = max(1, round(h*f)),max(1, round(w*f))
+    t,l = (int(rng.integers(0, max(0, n-N)+1)) for n,N in ((h,H), (w,W)))
+    s = _resize(sample, (h,w), (t, l, min(h, t+H), min(w, l+W)))
+    for k,v in dict(image=0., labels=s.get('ignore', 255), regions=False).items(): s[k] = _pad(s[k], (H,W), v)
+    if rng.uniform() < flip: s.update({k: s[k].flip(-1) for k in ('image', 'labels', 'regions')})
+    return s
+
+# %% ../nbs/05_data.ipynb #370bb73c
+class View(Dataset):
+    "Some of the samples of a data set, transformed; all else is as in the data set."
+    def __init__(self,
+        data, # A data set
+        indices=None, # Which samples; None for all
+        transform=None, # Called with (sample, i); None leaves samples as they are
+    ):
+        self.data,self.indices,self.transform = data,list(range(len(data)) if indices is None else indices),transform
+    def __len__(self): return len(self.indices)
+    def __getitem__(self, i):
+        s = self.data[self.indices[i]]
+        return s if self.transform is None else self.transform(s, i)
+    def __getattr__(self, name):
+        if name.startswith('__') or name == 'data': raise AttributeError(name)
+        return getattr(self.data, name)
+    def __repr__(self): return f"{len(self)} of {self.data}"
