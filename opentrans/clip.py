@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ASSETS', 'TEMPLATES', 'bpe_tokenizer', 'compact_tokens', 'CompactTokenizer', 'small_config', 'small_clips',
            'small_clip', 'read_weights', 'load_weights', 'save_weights', 'open_model', 'ResNetTower', 'SlidingPool',
-           'dilate_resnet', 'TimmTower', 'ViTTower', 'tower_kind', 'TextEncoder', 'Origin', 'ClipBackbone']
+           'dilate_resnet', 'TimmTower', 'ViTTower', 'tower_kind', 'TextEncoder', 'class_prompts', 'Origin',
+           'ClipBackbone']
 
 # %% ../nbs/07_clip.ipynb #f205eadf
 import copy, inspect, math, os, socket, tempfile, urllib.parse, urllib.request, warnings, zipfile
@@ -358,7 +359,7 @@ def tower_kind(
             and all(type(b) is open_clip.transformer.ResidualAttentionBlock for b in blocks) and net.transformer.batch_first): return ViTTower
     raise OpenTransError(f"The image tower of '{name}' ({type(net).__name__}) is not of a kind that gives maps here. Choose an RN, a convnext, or a plain ViT of CLIP.")
 
-# %% ../nbs/07_clip.ipynb #1567dece
+# %% ../nbs/07_clip.ipynb #0899c03f
 TEMPLATES = ('a photo of a {}.',)
 
 class TextEncoder:
@@ -391,22 +392,32 @@ class TextEncoder:
         return torch.stack([self.cache[p] for p in prompts])
 
     def __call__(self,
-        names, # Class names; `'sofa,couch'` are synonyms
-        templates=TEMPLATES, # Prompts with a `{}` for the name
+        said, # For each class, its prompts: one list of texts each
         device='cpu', # Where to encode
     )->torch.Tensor: # (K, D), unit length
-        "Embed class names: the mean over synonyms and templates, of unit length."
-        said = [[t.format(s) for s in _synonyms(n) for t in templates] for n in names]
-        self._warn(names)
+        "Embed classes: the mean over the prompts of each, of unit length."
+        self._warn(said)
         e = self.prompts([p for ps in said for p in ps], device).split([len(ps) for ps in said])
         return torch.stack([F.normalize(x.mean(0), dim=0) for x in e]).to(device)
 
-    def _warn(self, names):
+    def _warn(self, said):
+        "Say once for each class that a small CLIP does not know its words."
         if not hasattr(self.tokenizer, 'unknown_words'): return
-        strange = [n for n in names if ('warned', n) not in self.cache and all(self.tokenizer.unknown_words(s) for s in _synonyms(n))]
+        strange = [ps[0] for ps in said if ('warned', ps[0]) not in self.cache and all(self.tokenizer.unknown_words(p) for p in ps)]
         if strange:
-            self.cache.update({('warned', n): True for n in strange})
-            warnings.warn(f"{len(strange)} of {len(names)} names hold words that '{self.name}' has never seen: {', '.join(strange[:6])}. Its text says little about them.", stacklevel=4)
+            self.cache.update({('warned', p): True for p in strange})
+            warnings.warn(f"{len(strange)} of {len(said)} names hold words that '{self.name}' has never seen, as in: {'; '.join(strange[:4])} Its text says little about them.", stacklevel=4)
+
+def class_prompts(
+    names, # A `Vocabulary`, or a list of names, in which `'sofa,couch'` are synonyms
+    templates=None, # Prompts with a `{}` for the name; None takes the vocabulary's own, or CLIP's simplest
+)->list: # One list of texts for each class: every synonym in every template
+    "The texts that stand for classes. Raises `OpenTransError` for an empty list or name."
+    if hasattr(names, 'prompts') and templates is None: return names.prompts()
+    templates = TEMPLATES if templates is None else (templates,) if isinstance(templates, str) else tuple(templates)
+    words = getattr(names, 'synonyms', None) or [_synonyms(n) for n in ([names] if isinstance(names, str) else names)]
+    if not words: raise OpenTransError("There are no names to embed: the vocabulary is empty.")
+    return [[t.format(w) for w in ws for t in templates] for ws in words]
 
 def _synonyms(name):
     if not isinstance(name, str) or not name.strip(' ,'): raise OpenTransError(f"A class name must be a text that is not empty, not {name!r}.")
@@ -522,18 +533,14 @@ def create(cls:ClipBackbone,
     model,tokenizer,mean,std = open_model(name, pretrained, seed, cache_dir, quick_gelu)
     return cls.from_model(model, tokenizer, name, pretrained and str(pretrained), mean, std, normalize, output_stride, copy_weights=False)
 
-# %% ../nbs/07_clip.ipynb #1448c7b5
+# %% ../nbs/07_clip.ipynb #30b96d38
 @patch
 def encode_text(self:ClipBackbone,
     vocabulary, # A `Vocabulary`, or a list of names
     templates=None, # Prompts with `{}`; None takes the vocabulary's own, or CLIP's simplest
 )->torch.Tensor: # (K, D), unit length
     "Embed class names. Each prompt is encoded once for all copies of this backbone."
-    if isinstance(vocabulary, str): vocabulary = [vocabulary]
-    names = list(getattr(vocabulary, 'names', vocabulary))
-    if not names: raise OpenTransError("There are no names to embed: the vocabulary is empty.")
-    templates = templates or getattr(vocabulary, 'templates', None) or TEMPLATES
-    return self.text(names, (templates,) if isinstance(templates, str) else tuple(templates), device_of(self))
+    return self.text(class_prompts(vocabulary, templates), device_of(self))
 
 @patch
 def encode_image(self:ClipBackbone,
