@@ -359,7 +359,7 @@ def tower_kind(
             and all(type(b) is open_clip.transformer.ResidualAttentionBlock for b in blocks) and net.transformer.batch_first): return ViTTower
     raise OpenTransError(f"The image tower of '{name}' ({type(net).__name__}) is not of a kind that gives maps here. Choose an RN, a convnext, or a plain ViT of CLIP.")
 
-# %% ../nbs/07_clip.ipynb #0899c03f
+# %% ../nbs/07_clip.ipynb #b2074e38
 TEMPLATES = ('a photo of a {}.',)
 
 class TextEncoder:
@@ -406,7 +406,7 @@ class TextEncoder:
         strange = [ps[0] for ps in said if ('warned', ps[0]) not in self.cache and all(self.tokenizer.unknown_words(p) for p in ps)]
         if strange:
             self.cache.update({('warned', p): True for p in strange})
-            warnings.warn(f"{len(strange)} of {len(said)} names hold words that '{self.name}' has never seen, as in: {'; '.join(strange[:4])} Its text says little about them.", stacklevel=4)
+            warnings.warn(f"{len(strange)} of {len(said)} names have words that '{self.name}' has never seen; it can say little about them: {' | '.join(strange[:4])}", stacklevel=4)
 
 def class_prompts(
     names, # A `Vocabulary`, or a list of names, in which `'sofa,couch'` are synonyms

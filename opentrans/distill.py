@@ -181,7 +181,7 @@ def _loss(self:DistillTrainer, backbone, batch, text, device):
     owner = batch['owner'].to(device)
     return sum(loss(v[owner==b], r[owner==b], t[owner==b])*(owner==b).sum() for b in owner.unique())/len(owner)
 
-# %% ../nbs/08_distill.ipynb #04d2e866
+# %% ../nbs/08_distill.ipynb #2fb40726
 @contextlib.contextmanager
 def _training(backbone, batch_norm, freeze):
     "Train mode and gradients for a round; afterwards every module and parameter is as it was."
@@ -206,14 +206,13 @@ def __call__(self:DistillTrainer,
     backbone = find_backbone(model)
     if self.device: model.to(pick_device(self.device))
     device,losses,empty = device_of(backbone),[],0
-    g = torch.Generator().manual_seed(int(torch.randint(2**31, ())) if self.seed is None else self.seed*10007+round)
+    seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed*10007+round
+    order,g = (torch.Generator().manual_seed(seed+i) for i in (0, 1))              # of images; of windows and regions: readers run ahead
     text = self.clip.text(class_prompts(self.data.vocabulary), device)
-    loader = torch.utils.data.DataLoader(_Numbered(self.data), batch_sampler=_endless(len(self.data), self.batch_size, g), collate_fn=list, num_workers=self.workers)
+    loader = torch.utils.data.DataLoader(_Numbered(self.data), batch_sampler=_endless(len(self.data), self.batch_size, order), collate_fn=list, num_workers=self.workers)
     with _training(backbone, self.batch_norm, self.freeze) as params:
-        opt = self._optimizer(params)
-        bar = progress(range(self.iters), f'distill, round {round}')
-        samples = iter(loader)
-        for i in bar:
+        opt,samples = self._optimizer(params),iter(loader)
+        for i in progress(range(self.iters), f'distill, round {round}'):
             while (batch := self._batch(next(samples), g)) is None:
                 empty += 1
                 if empty*self.batch_size > 2*len(self.data): raise OpenTransError(f"None of the {len(self.data)} samples has a region of at least {self.min_pixels} pixels{' of these classes' if self.classes else ''}.")

@@ -1,0 +1,143 @@
+"CLIP backbones at full size, weights from files and downloads, and what is said when they are missing."
+import copy
+import open_clip
+import pytest
+import torch
+from torch.nn import functional as F
+from opentrans.clip import ASSETS, ClipBackbone, compact_tokens, load_weights, open_model, save_weights, small_clip
+from opentrans.core import OpenTransError, layers, save_tensors
+from opentrans.data import Vocabulary
+
+VISION = dict(layers=[1, 1, 1, 1], width=8, head_width=32, image_size=64)
+CONFIG = dict(embed_dim=32, vision_cfg=VISION, text_cfg=dict(context_length=12, width=32, heads=2, layers=1), tokens=compact_tokens(['a photo of a red star.', 'a ring']))
+
+@pytest.fixture(scope='module')
+def rn50():
+    return ClipBackbone.create('RN50', seed=0)
+
+@pytest.fixture
+def tiny():
+    model,tok = small_clip(CONFIG, seed=0)
+    return ClipBackbone.from_model(model, tok, 'tiny')
+
+@torch.no_grad()
+def test_rn50_is_open_clips_at_native_size(rn50):
+    x = torch.rand(1, 3, 224, 224)
+    assert torch.allclose(rn50.encode_image(x), F.normalize(rn50.visual(rn50.prepare(x)), dim=-1), atol=1e-5), 'pooling differs from the tower itself'
+    assert rn50.channels == dict(res2=256, res3=512, res4=1024, res5=2048) and rn50.strides == dict(res2=4, res3=8, res4=16, res5=32)
+    trunk = sum(p.numel() for n,p in rn50.visual.named_parameters() if not n.startswith('attnpool'))
+    assert trunk == 23_527_264 and len([l for l in layers(rn50) if l.kind == 'conv']) == 55
+
+@torch.no_grad()
+def test_rn50_other_sizes_and_regions(rn50):
+    x,m = torch.rand(1, 3, 100, 161),torch.zeros(2, 100, 161, dtype=torch.bool)
+    m[0], m[1,99,160] = True, True                                     # everything; the last pixel, which no stride reaches
+    assert rn50(x)['res5'].shape[1] == 2048
+    e = rn50.region_embeddings(x, [m])
+    assert torch.allclose(e[0], rn50.encode_image(x)[0], atol=1e-5) and e.isfinite().all()
+    assert torch.allclose(e.norm(dim=1), torch.ones(2), atol=1e-5)
+
+@pytest.mark.parametrize('size', [(64, 64), (96, 128), (65, 79), (33, 47)])
+@torch.no_grad()
+def test_any_image_size(tiny, size):
+    x = torch.rand(2, 3, *size)
+    for k,f in tiny(x).items(): assert abs(f.shape[-1] - size[1]/tiny.strides[k]) < 1.01, f'{k} has a width of {f.shape[-1]} for {size[1]}'
+    assert tiny.dense_embeddings(x).shape[:2] == (2, 32) and tiny.encode_image(x).shape == (2, 32)
+
+def test_gradients_reach_the_tower_and_only_it(tiny):
+    x,m = torch.rand(2, 3, 64, 64),torch.zeros(2, 64, 64, dtype=torch.bool)
+    m[0,:40], m[1,30:,30:] = True, True
+    for mode in ('attention', 'crop'):
+        tiny.zero_grad()
+        (tiny.region_embeddings(x, [m, m[:1]], mode) @ tiny.encode_text(['red star', 'red ring']).T).sum().backward()
+        silent = [n for n,p in tiny.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+        assert not [n for n in silent if 'bn3' not in n and 'layer' not in n.split('.')[1]], f'no gradient ({mode}): {silent}'
+    assert all(p.grad is None and not p.requires_grad for p in tiny.text.model.parameters())
+
+def test_regions_do_not_see_each_other(tiny):
+    "An embedding depends on its own region, not on which others are asked for, nor on the batch."
+    x,m = torch.rand(3, 3, 64, 96),torch.rand(5, 64, 96) > .5
+    for mode in ('attention', 'crop'):
+        with torch.no_grad(): all_,one = tiny.region_embeddings(x, [m, m[:2], m[2:]], mode),tiny.region_embeddings(x[:1], [m[3:4]], mode)
+        assert torch.allclose(all_[3], one[0], atol=1e-5), mode
+
+def test_state_dict_is_the_tower(tiny):
+    assert list(tiny.state_dict()) == [f'visual.{k}' for k in tiny.visual.state_dict()]
+    other = tiny.fresh_copy()
+    other.load_state_dict(tiny.state_dict())
+    assert not any('text' in n or 'token' in n for n,_ in tiny.named_parameters())
+
+def test_copies_share_text_and_start_from_the_original(tiny):
+    start = copy.deepcopy(tiny.state_dict())
+    with torch.no_grad(): [p.add_(1.) for p in tiny.parameters()]
+    fresh = tiny.fresh_copy()
+    assert all(torch.equal(v, start[k]) for k,v in fresh.state_dict().items()) and fresh.text is tiny.text
+    with torch.no_grad(): [p.add_(1.) for p in fresh.parameters()]
+    assert all(torch.equal(v, start[k]) for k,v in tiny.fresh_copy().state_dict().items()), 'a copy wrote into the original'
+
+def test_vocabulary_and_lists_agree(tiny):
+    v = Vocabulary(['red star', 'ring,red ring'], templates=('a {}', 'a red {}'))
+    assert torch.equal(tiny.encode_text(v), tiny.encode_text(['red star', 'ring,red ring'], ('a {}', 'a red {}')))
+    assert not torch.allclose(tiny.encode_text(v), tiny.encode_text(v, 'a {}'))
+    assert len(tiny.text.cache) == 5, 'a prompt was encoded twice'
+
+def test_random_weights_only_when_asked_for():
+    a,b,c = (ClipBackbone.create('shapes-rn', pretrained=None, seed=s).visual.layer4[0].conv1.weight for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    torch.manual_seed(0); x = torch.rand(3); torch.manual_seed(0)
+    ClipBackbone.create('shapes-rn', seed=9)
+    assert torch.equal(x, torch.rand(3)), 'making a backbone moved the global generator'
+
+@pytest.mark.parametrize('suffix', ['safetensors', 'pt', 'bin'])
+def test_weights_from_files(tmp_path, suffix):
+    model,tok = small_clip('shapes-rn', seed=5)
+    path = tmp_path/f'w.{suffix}'
+    if suffix == 'safetensors': save_weights(model, path, half=True)
+    else: torch.save(model.half().state_dict(), path)
+    clip = ClipBackbone.create('shapes-rn', pretrained=str(path))
+    assert torch.equal(clip.visual.conv1.weight, model.visual.conv1.weight.half().float()) and clip.visual.conv1.weight.dtype == torch.float32
+    cut = tmp_path/f'cut.{suffix}'
+    cut.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(OpenTransError, match='not a whole safetensors file|cannot be read as tensors'): ClipBackbone.create('shapes-rn', pretrained=cut)
+
+def test_openai_names(tmp_path):
+    "OpenAI's state dicts (with three numbers among the tensors) load, and bring their activation with them."
+    model = open_clip.CLIP(16, dict(VISION), dict(context_length=8, vocab_size=40, width=16, heads=2, layers=1))
+    sd = {k: v.half() for k,v in model.state_dict().items()} | {k: torch.tensor(8) for k in ('input_resolution', 'context_length', 'vocab_size')}
+    other = copy.deepcopy(model)
+    with torch.no_grad(): [p.zero_() for p in other.parameters()]
+    load_weights(other, sd)
+    assert torch.equal(other.visual.conv1.weight, model.visual.conv1.weight.half().float())
+
+def test_openai_file_means_quick_gelu(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr('opentrans.clip._architecture', lambda name, quick: seen.append(quick) or (_ for _ in ()).throw(OpenTransError('stop')))
+    for extra in ({}, {'input_resolution': torch.tensor(224)}):
+        save_tensors({'w': torch.ones(1), **extra}, tmp_path/'w.safetensors')
+        with pytest.raises(OpenTransError, match='stop'): open_model('RN50', str(tmp_path/'w.safetensors'))
+    assert seen == [False, True]
+
+def test_published_weights_are_fetched_and_checked(tmp_path, monkeypatch):
+    "A tag leads to a download; what comes must fill the whole model; a failure says what to do."
+    config = dict(embed_dim=32, vision_cfg=dict(VISION), text_cfg=dict(context_length=8, vocab_size=49408, width=16, heads=2, layers=1))
+    monkeypatch.setattr(open_clip, 'get_model_config', lambda name: copy.deepcopy(config) if name == 'RN50' else None)
+    monkeypatch.setattr(open_clip, 'get_tokenizer', lambda name: open_clip.SimpleTokenizer(context_length=8))
+    monkeypatch.setattr('opentrans.clip._reach', lambda cfg: None)
+    model = open_clip.CLIP(**copy.deepcopy(config), quick_gelu=True)
+    save_weights(model, tmp_path/'good.safetensors')
+    monkeypatch.setattr(open_clip, 'download_pretrained', lambda cfg, cache_dir=None: str(tmp_path/'good.safetensors'))
+    clip = ClipBackbone.create('RN50', pretrained='openai')
+    assert torch.equal(clip.visual.conv1.weight, model.visual.conv1.weight) and clip.origin.pretrained == 'openai'
+    assert type(clip.text.model.transformer.resblocks[0].mlp.gelu).__name__ == 'QuickGELU', "OpenAI's weights need OpenAI's activation"
+    def fails(cfg, cache_dir=None): raise OSError('no route')
+    monkeypatch.setattr(open_clip, 'download_pretrained', fails)
+    with pytest.raises(OpenTransError, match='could not be downloaded .*Check the network, or fetch .* and give the path'): ClipBackbone.create('RN50', pretrained='openai')
+    with pytest.raises(OpenTransError, match='Unknown weights .*openai'): ClipBackbone.create('RN50', pretrained='no-such-tag')
+
+def test_shipped_clip():
+    "The small CLIP that ships: it loads, is small, and knows the names of its world."
+    path = ASSETS/'shapes-rn.safetensors'
+    if not path.exists(): pytest.fail('opentrans/assets/shapes-rn.safetensors is not there: train it with nbs/tutorials/train_shapes_clip.ipynb')
+    assert path.stat().st_size <= 8*2**20
+    clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
+    assert clip.origin.pretrained == 'shapes-rn' and clip.logit_scale > 5

@@ -1,0 +1,95 @@
+"Distillation inside Algorithm 1: `imp` with `DistillTrainer`, from the first round to a continued run."
+import copy
+import pytest
+import torch
+from opentrans.clip import ClipBackbone, small_clip
+from opentrans.core import OpenTransError
+from opentrans.distill import DistillTrainer, distances, tgkd_loss, vgkd_loss
+from opentrans.pruning import SparseMask, imp
+
+CONFIG = dict(embed_dim=32, vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=32, image_size=64),
+              text_cfg=dict(context_length=12, width=32, heads=2, layers=1), tokens=['a</w>', 'photo</w>', 'of</w>', '.</w>', 'left</w>', 'right</w>', 'top</w>'])
+
+class Halves(torch.utils.data.Dataset):
+    "Samples in memory: two regions each, of two of three names."
+    vocabulary,name,ignore,groups = ['left', 'right', 'top'],'halves',255,{}
+    def __init__(self, n=6):
+        g = torch.Generator().manual_seed(0)
+        self.images = torch.rand(n, 3, 64, 96, generator=g)
+    def __len__(self): return len(self.images)
+    def __getitem__(self, i):
+        m = torch.zeros(2, 64, 96, dtype=torch.bool)
+        m[0,:,:40], m[1,:,40:] = True, True
+        c = torch.tensor([0, 1] if i % 2 else [2, 1])
+        return dict(image=self.images[i], labels=c[m.int().argmax(0)], regions=m, region_classes=c, isthing=torch.ones(2).bool(), id=str(i))
+
+@pytest.fixture
+def clip():
+    model,tok = small_clip(CONFIG, seed=0)
+    return ClipBackbone.from_model(model, tok, 'tiny')
+
+def trainer(clip, **kwargs): return DistillTrainer(clip, Halves(), **{**dict(iters=3, lr=1e-3, batch_size=3), **kwargs})
+
+def test_imp_with_distillation(clip):
+    start = copy.deepcopy(clip.state_dict())
+    train = trainer(clip)
+    mask,history = imp(clip, train, density=.3, p=.3)
+    assert abs(mask.density-.3) < 5e-4 and list(history.loss) == pytest.approx([history.loss[i] for i in range(len(history))]) and history.loss.notna().all()
+    assert not any('attnpool' in n or n == 'conv1.weight' for n in mask.names), 'the attention pool and the first convolution stay dense'
+    for n in mask.names: assert (clip.visual.get_parameter(n)[~mask[n]] == 0).all()
+    assert all(torch.equal(v, start[k]) for k,v in train.teacher.state_dict().items()), 'the teacher must stay the dense CLIP'
+    assert mask != SparseMask.magnitude(clip.fresh_copy(), .3), 'training between prunings must matter'
+    assert len(train.log) == len(history)*3 and [r['round'] for r in train.log[::3]] == list(range(len(history)))
+    fresh = clip.fresh_copy()
+    with mask.apply(fresh): assert all(torch.equal(v, start[k]) for k,v in fresh.state_dict().items() if k.removeprefix('visual.') not in mask.names)
+
+def test_a_continued_run_is_the_run(clip, tmp_path):
+    whole,_ = imp(clip.fresh_copy(), trainer(clip), density=.4, p=.3, checkpoint_dir=tmp_path/'whole')
+    calls = []
+    def stops(model, round):
+        if round == 1: raise KeyboardInterrupt
+        return train(model, round)
+    train = trainer(clip); stops.settings = train.settings
+    with pytest.raises(KeyboardInterrupt): imp(clip.fresh_copy(), stops, density=.4, p=.3, checkpoint_dir=tmp_path/'cut')
+    again,_ = imp(clip.fresh_copy(), trainer(clip), density=.4, p=.3, checkpoint_dir=tmp_path/'cut')
+    assert again == whole
+    with pytest.raises(OpenTransError, match='lr was 0.001, is 0.1'): imp(clip.fresh_copy(), trainer(clip, lr=.1), density=.4, p=.3, checkpoint_dir=tmp_path/'cut')
+
+def test_seed_of_imp_decides_the_order(clip):
+    a,b,c = (imp(clip.fresh_copy(), trainer(clip), density=.5, p=.5, seed=s)[1].loss.tolist() for s in (0, 0, 1))
+    assert a == b and a != c
+
+def test_class_labels_are_not_a_target(clip):
+    "Only names that are in the regions enter: permuting the label map changes nothing, permuting names of equal text neither."
+    class Other(Halves):
+        def __getitem__(self, i): return {k: v for k,v in super().__getitem__(i).items() if k in ('image', 'regions', 'region_classes')}
+    runs = []
+    for data in (Halves(), Other()):
+        model = clip.fresh_copy()
+        runs.append(DistillTrainer(clip, data, iters=2, lr=1e-3, batch_size=3, seed=0)(model)['loss'])
+    assert runs[0] == runs[1]
+    assert DistillTrainer(clip, Halves(), loss='vgkd', iters=2, lr=1e-3, batch_size=3, seed=0)(clip.fresh_copy())['loss'] > 0
+
+def test_workers_give_the_same_run(clip):
+    a,b = (trainer(clip, seed=0, workers=w)(clip.fresh_copy())['loss'] for w in (0, 2))
+    assert a == pytest.approx(b, rel=1e-5)
+
+def test_masked_training_keeps_zeros_and_settings(clip):
+    mask = SparseMask.magnitude(clip, .2)
+    clip.visual.conv1.weight.requires_grad_(False); before = clip.visual.conv1.weight.clone()
+    with mask.apply(clip): trainer(clip, weight_decay=.1)(clip)
+    assert all((clip.visual.get_parameter(n)[~mask[n]] == 0).all() for n in mask.names)
+    assert torch.equal(clip.visual.conv1.weight, before) and not clip.visual.conv1.weight.requires_grad and not clip.training
+
+def test_full_size_rn50_distils():
+    clip = ClipBackbone.create('RN50', seed=0)
+    out = DistillTrainer(clip, Halves(2), iters=1, batch_size=1, lr=1e-4)(clip)
+    assert out['loss'] > 0 and not clip.training
+
+@pytest.mark.parametrize('n', [1, 2, 30])
+def test_losses_of_few_and_many(n):
+    v,r,t = (torch.nn.functional.normalize(torch.randn(n, 16), dim=1) for _ in range(3))
+    v.requires_grad_()
+    if n == 1: assert tgkd_loss(v, r, t).item() == pytest.approx((v-r).norm().item(), rel=1e-5) == pytest.approx(vgkd_loss(v, r).item(), rel=1e-5)
+    (tgkd_loss(v, r, t)+vgkd_loss(v, r)).backward()
+    assert v.grad.isfinite().all() and distances(r, r).diag().abs().max() == 0
