@@ -203,10 +203,10 @@ def show_sample(
             ax.text(x, y, vocabulary.names[c], fontsize=5, ha='center', va='center', color='k', bbox=dict(fc='w', ec='none', alpha=.65, pad=.6))
     return ax
 
-# %% ../nbs/05_data.ipynb #40a11594
-COLOURS = dict(red=(.86,.12,.14), yellow=(.95,.84,.12), green=(.13,.68,.22), blue=(.13,.32,.88), purple=(.62,.18,.74), white=(.95,.95,.95))
+# %% ../nbs/05_data.ipynb #f909f709
+COLOURS = dict(red=(.86,.12,.14), yellow=(.95,.84,.12), green=(.13,.68,.22), blue=(.13,.32,.88), purple=(.62,.18,.74))
 TEXTURES = ('plain', 'striped', 'dotted')
-SHAPES = dict(circle='disc', square='box', triangle='wedge', star='pentagram', cross='plus', ring='hoop') # name -> the word of the domain `sketch`
+SHAPES = dict(circle='disc', square='box', triangle='wedge', star='pentagram') # name -> the word of the domain `sketch`
 STUFF = ('grass', 'sand', 'water', 'brick')
 TRIPLES = [(c,t,s) for c in range(len(COLOURS)) for t in range(len(TEXTURES)) for s in range(len(SHAPES))]
 
@@ -222,14 +222,12 @@ def triple_name(c:int, t:int, s:int)->str:
     "The full name of a thing."
     return f'{list(COLOURS)[c]} {TEXTURES[t]} {list(SHAPES)[s]}'
 
-# %% ../nbs/05_data.ipynb #1d1e5f44
+# %% ../nbs/05_data.ipynb #00005b9b
 def _inside(shape, x, y):
     "About the signed distance of points to a shape of radius 1; negative inside."
     if shape == 'circle': return np.hypot(x, y)-.95
     if shape == 'square': return np.maximum(abs(x), abs(y))-.82
     if shape == 'triangle': return np.maximum(abs(x)*.866+y*.5, -y)-.55
-    if shape == 'cross': return np.minimum(np.maximum(abs(x)-1, abs(y)-.33), np.maximum(abs(y)-1, abs(x)-.33))
-    if shape == 'ring': return abs(np.hypot(x, y)-.7)-.28
     if shape != 'star': raise unknown('shape', shape, SHAPES)
     a,r = np.arctan2(x, -y),np.hypot(x, y)
     a = abs((a+np.pi/5) % (2*np.pi/5) - np.pi/5)                        # angle from the nearest point of the star
@@ -313,11 +311,11 @@ def _light(rng, img, gain=(1., 1.), cast=0., noise=0., blur=0., haze=0., tint=No
         k = rng.uniform(0, blur); img = img*(1-k)+k*(np.roll(img, 1, 0)+np.roll(img, -1, 0)+np.roll(img, 1, 1)+np.roll(img, -1, 1))/4
     return np.clip(img+rng.normal(0, noise+1e-6, img.shape), 0, 1).astype(np.float32)
 
-# %% ../nbs/05_data.ipynb #2ba36064
+# %% ../nbs/05_data.ipynb #b936941e
 DOMAINS = { # look of a scene: number and radius (in image heights) of the things, clutter, light
-    'home':   dict(n=(5,9), r=(.075,.17), clutter=10, gain=(.55,1.), cast=.12, noise=.05, blur=.4, haze=.25),
+    'home':   dict(n=(5,9), r=(.085,.18), clutter=10, gain=(.4,.95), cast=.18, noise=.06, blur=.5, haze=.3),
     'night':  dict(n=(4,8), r=(.08,.18), clutter=8, gain=(.25,.5), cast=.10, noise=.06, blur=.5, haze=.1, tint=(.75,.85,1.25)),
-    'crowd':  dict(n=(14,20), r=(.06,.11), clutter=4, gain=(.6,1.), cast=.12, noise=.04, blur=.3, haze=.2),
+    'crowd':  dict(n=(12,18), r=(.07,.12), clutter=4, gain=(.5,1.), cast=.15, noise=.05, blur=.4, haze=.2),
     'sketch': dict(n=(4,8), r=(.09,.18), clutter=6, gain=(.9,1.1), cast=.05, noise=.03, blur=.3, haze=0., paper=True),
 }
 
@@ -344,7 +342,7 @@ def scene(
     for _ in range(rng.integers(0, look['clutter']//3+1)): _clutter(rng, img)
     return _light(rng, img, **look),seg,kinds
 
-# %% ../nbs/05_data.ipynb #c276820c
+# %% ../nbs/05_data.ipynb #85017c17
 class ShapesWorld(Dataset):
     "Generated scenes with regions and a vocabulary of their own (architecture: the embedded world)."
     splits = ('train', 'val', 'test')
@@ -352,7 +350,7 @@ class ShapesWorld(Dataset):
         split:str='train', # `'train'` (base things only), `'val'` or `'test'` (all things)
         domain:str='home', # One of `DOMAINS`
         n:int=512, # Number of scenes
-        size=96, # Height and width, or a pair
+        size=80, # Height and width, or a pair
         seed:int=0, # Another seed is another world of the same kind
         templates='photo', # Prompts of the vocabulary; see `TEMPLATES`
     ):
@@ -396,7 +394,7 @@ class ShapesWorld(Dataset):
                     isthing=torch.tensor([c in self.things for c in classes[keep].tolist()], dtype=torch.bool), ignore=self.ignore)
     def __repr__(self): return f"{self.name} ({self.split}): {self.n} scenes of {self.size[1]}x{self.size[0]}, {len(self.vocabulary)} classes"
 
-# %% ../nbs/05_data.ipynb #0a29f8cc
+# %% ../nbs/05_data.ipynb #bdefbbd1
 def object_image(
     rng, # A numpy generator
     size:int, # Height and width
@@ -408,7 +406,7 @@ def object_image(
     if rng.uniform() < .3: img = paint_stuff(rng, STUFF[rng.integers(len(STUFF))], (size, size)).astype(float)
     r = size*rng.uniform(.2, .46); cx,cy = size/2+rng.uniform(-.1, .1, 2)*size
     paint_object(rng, img, cx, cy, r, rng.uniform(-.6, .6), c, t, s, contrast=rng.uniform(.8, 1.))
-    return (_light(rng, img, gain=(.65, 1.1), cast=.08, noise=.025, blur=.3)*255+.5).astype(np.uint8)
+    return (_light(rng, img, gain=(.8, 1.1), cast=.05, noise=.015, blur=.2)*255+.5).astype(np.uint8)
 
 def stuff_image(rng, size:int, name:str)->np.ndarray: # (size,size,3) uint8
     "A picture of one stuff."
@@ -426,7 +424,7 @@ def caption(
     words = [list(COLOURS)[c]]*say[0]+[TEXTURES[t]]*say[1]+[noun if say[2] else 'thing']
     return say_it(' '.join(words)),tuple(v if b else -1 for v,b in zip((c,t,s), say))+(-1,)
 
-# %% ../nbs/05_data.ipynb #3620334a
+# %% ../nbs/05_data.ipynb #d207872a
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) # what Pillow raises on files that are no whole image
 
 def _open(path, what):
@@ -451,16 +449,17 @@ def read_label_map(path)->np.ndarray: # (H,W) integers as they stand in the file
     except BROKEN as e: raise _unreadable(path, 'label map', e) from e
     if a.ndim != 2 or a.dtype.kind not in 'uib':
         raise OpenTransError(f"The label map '{path}' has mode {mode}: expected one channel that holds a class number for each pixel (8 or 16 bit), not colours.")
-    return a
+    return a.astype(np.uint8) if a.dtype == bool else a
 
-def read_segments(path)->np.ndarray: # (H,W) int64: R + 256 G + 256^2 B
+def read_segments(path)->np.ndarray: # (H,W) int32: R + 256 G + 256^2 B
     "Read the segment numbers of a COCO panoptic PNG. Raises `OpenTransError` if it is missing, broken or not of three channels."
     try:
         with _open(path, 'panoptic map') as im: mode,a = im.mode,np.array(im)
     except OpenTransError: raise
     except BROKEN as e: raise _unreadable(path, 'panoptic map', e) from e
     if a.ndim != 3: raise OpenTransError(f"The panoptic map '{path}' has mode {mode}: expected colours that hold segment numbers, R + 256 G + 256^2 B.")
-    return a[...,:3].astype(np.int64) @ np.array([1, 256, 256**2])
+    r,g,b = (a[...,c].astype(np.int32) for c in range(3))
+    return r | g<<8 | b<<16
 
 # %% ../nbs/05_data.ipynb #778ad9cc
 @dataclass
@@ -541,7 +540,7 @@ def check(self:Segmentation,
         except OpenTransError as e: rows.append(dict(id=self.files[i].id, problem=str(e)))
     return pd.DataFrame(rows, columns=['id', 'height', 'width', 'classes', 'regions', 'problem']).set_index('id')
 
-# %% ../nbs/05_data.ipynb #1ef3c4e9
+# %% ../nbs/05_data.ipynb #73f2244c
 WRONG = -1 # what a number that means nothing becomes
 
 def label_lut(
@@ -564,19 +563,21 @@ class LabelMaps(Segmentation):
 
     def annotation(self, i):
         path = self.files[i].labels
-        raw = self.decode(path).astype(np.int64)
-        labels = self.lut[raw.clip(0, 65535)]
-        bad = np.unique(raw[(labels == WRONG) | (raw < 0) | (raw > 65535)])
+        raw = self.decode(path)
+        if raw.dtype.itemsize > 2: raw = raw.clip(-1, 65536)
+        found = np.unique(raw) if raw.dtype.kind == 'i' else np.flatnonzero(np.bincount(raw.ravel()))
+        bad = found[(found < 0) | (found > 65535) | (self.lut[found.clip(0, 65535)] == WRONG)]
         if len(bad):
             void = np.flatnonzero(self.lut == self.ignore)
             raise OpenTransError(f"The label map '{path}' holds {_listed_values(bad)}, outside the {len(self.vocabulary)} classes of {self.name} "
                                  f"(not judged: {_listed_values(void) if len(void) else 'no value'}). Give the names of all classes, or the values to leave out as ignore=...")
-        classes = np.unique(labels); classes = classes[classes != self.ignore]
+        classes = np.unique(self.lut[found]); classes = classes[classes != self.ignore]
+        labels = self.lut[raw]
         return torch.from_numpy(labels), torch.from_numpy(labels[None] == classes[:,None,None]), torch.from_numpy(classes)
 
 def _listed_values(v): return ', '.join(map(str, v[:6])) + (', ...' if len(v) > 6 else '')
 
-# %% ../nbs/05_data.ipynb #4546d50f
+# %% ../nbs/05_data.ipynb #3a60ca91
 class Panoptic(Segmentation):
     "A data set of COCO panoptic maps; `categories` maps the category ids of its JSON file to classes."
     decode = staticmethod(read_segments)
@@ -588,14 +589,15 @@ class Panoptic(Segmentation):
         f = self.files[i]
         strange = [s['category_id'] for s in f.segments if s['category_id'] not in self.categories]
         if strange: raise OpenTransError(f"The annotation of '{f.id}' names category {_listed_values(strange)}, which is not among the {len(self.categories)} categories of its file.")
-        raw,ids = self.decode(f.labels),np.array([0]+[s['id'] for s in f.segments])
-        order = np.argsort(ids); where = order[np.searchsorted(ids, raw, sorter=order).clip(max=len(ids)-1)]
+        raw,ids = self.decode(f.labels),np.array([0]+[s['id'] for s in f.segments], np.int32)
+        order = np.argsort(ids); where = order[np.searchsorted(ids[order], raw).clip(max=len(ids)-1)]
         if (ids[where] != raw).any():
             raise OpenTransError(f"The panoptic map '{f.labels}' holds segment {_listed_values(np.unique(raw[ids[where] != raw]))}, which its annotation does not list. Do map and JSON file belong together?")
         classes = np.array([self.ignore]+[self.categories[s['category_id']] for s in f.segments])
         seen = np.bincount(where.ravel(), minlength=len(ids)) > 0
         keep = np.array([k for k,s in enumerate(f.segments, 1) if not s.get('iscrowd') and seen[k]], np.int64)
-        return torch.from_numpy(classes[where]), torch.from_numpy(where[None] == keep[:,None,None]), torch.from_numpy(classes[keep])
+        small = np.min_scalar_type(len(ids)) # comparing bytes is faster than comparing int64
+        return torch.from_numpy(classes[where]), torch.from_numpy(where.astype(small) == keep.astype(small)[:,None,None]), torch.from_numpy(classes[keep])
 
 # %% ../nbs/05_data.ipynb #f8f002bd
 def data_root(
@@ -768,9 +770,9 @@ def write_coco_panoptic(
     save_text(json.dumps(dict(info=dict(description=data.name, opentrans=ours), images=images, annotations=annotations, categories=categories)), path)
     return path
 
-# %% ../nbs/05_data.ipynb #0c6d4c99
+# %% ../nbs/05_data.ipynb #fb988667
 @register_dataset('shapesworld')
-def _shapesworld(root=None, split='val', domain='home', n=512, size=96, seed=0, templates='photo'):
+def _shapesworld(root=None, split='val', domain='home', n=512, size=80, seed=0, templates='photo'):
     return ShapesWorld(split, domain, n=n, size=size, seed=seed, templates=templates)
 
 # %% ../nbs/05_data.ipynb #2f2ad022
