@@ -243,7 +243,7 @@ class LayerSelection:
 
     def _repr_markdown_(self): return f"**{len(self.train)} layers trained, {len(self.freeze)} frozen** ({self.rule})"
 
-# %% ../nbs/00_core.ipynb #01aa88a7
+# %% ../nbs/00_core.ipynb #ca9a2a19
 @contextlib.contextmanager
 def atomic_path(
     path, # Where the file shall be; the folder is made if it is missing
@@ -254,10 +254,11 @@ def atomic_path(
     except OSError as e: raise OpenTransError(f"Cannot make the folder '{path.parent}': {e.strerror}. Choose another place.") from e
     try: fd,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.stem}-', suffix=path.suffix)
     except OSError as e: raise OpenTransError(f"Cannot write in '{path.parent}': {e.strerror}. Choose another place.") from e
-    os.close(fd); os.chmod(tmp, 0o644)
+    os.close(fd)
     try:
         yield Path(tmp)
         with open(tmp, 'rb') as f: os.fsync(f.fileno())
+        os.chmod(tmp, 0o644)
         os.replace(tmp, path)
     except OSError as e: raise OpenTransError(f"Cannot write '{path}': {e.strerror or e}. What was there before is untouched.") from e
     finally:
