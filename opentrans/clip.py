@@ -344,7 +344,7 @@ class ViTTower:
             res.append(ViTTower._last(net, x.expand(len(w), -1, -1), mask)[:,0])
         return torch.cat(res)
 
-# %% ../nbs/07_clip.ipynb #fb377a56
+# %% ../nbs/07_clip.ipynb #52ea2941
 def tower_kind(
     net:nn.Module, # An open_clip image tower
     name='', # Its name, for the message
@@ -352,7 +352,7 @@ def tower_kind(
     "How to ask this tower for maps and embeddings. Raises `OpenTransError` for a kind that is not known."
     if isinstance(net, open_clip.modified_resnet.ModifiedResNet): return ResNetTower
     if isinstance(net, open_clip.timm_model.TimmModel):
-        if len(getattr(net.trunk, 'feature_info', ())) >= 4 and getattr(net.trunk.head, 'global_pool', None) is not None and not hasattr(net.trunk, 'blocks'): return TimmTower
+        if len(getattr(net.trunk, 'feature_info', ())) >= 4 and getattr(getattr(net.trunk, 'head', None), 'global_pool', None) is not None and not hasattr(net.trunk, 'blocks') and getattr(net.trunk, 'output_fmt', '') != 'NHWC': return TimmTower
     if isinstance(net, open_clip.transformer.VisionTransformer):
         blocks = net.transformer.resblocks
         if (net.pool_type == 'tok' and net.attn_pool is None and not net.final_ln_after_pool and len(blocks) % 4 == 0
@@ -438,7 +438,7 @@ class Origin:
     output_stride:int = 32 # Stride of `res5`
     def __deepcopy__(self, memo): return self
 
-# %% ../nbs/07_clip.ipynb #3c3e567c
+# %% ../nbs/07_clip.ipynb #dfaa27e3
 class ClipBackbone(nn.Module):
     "A CLIP image tower as a dictionary of maps, with embeddings of pixels, regions and names. Made by `create`."
     def __init__(self,
@@ -494,6 +494,11 @@ class ClipBackbone(nn.Module):
         return ClipBackbone(self.origin).to(device_of(self))
 
     def extra_repr(self): return f"{self.name}, pretrained={self.origin.pretrained}, embed_dim={self.embed_dim}, strides={self.strides}, channels={self.channels}"
+
+    def _repr_markdown_(self):
+        rows = '\n'.join(f'| {k} | {c} | {self.strides[k]} |' for k,c in self.channels.items())
+        return (f"**{self.name}**, weights: {Path(self.origin.pretrained).name if self.origin.pretrained else 'random'}; {sum(p.numel() for p in self.parameters()):,} parameters in the image tower, "
+                f"{self.embed_dim}-dimensional embeddings, native size {self.image_size}\n\n| map | channels | stride |\n| --- | --- | --- |\n{rows}")
 
 # %% ../nbs/07_clip.ipynb #758eceee
 @patch(cls_method=True)
@@ -556,7 +561,7 @@ def dense_embeddings(self:ClipBackbone,
     "Embed each cell of the last map in the space of the text."
     return F.normalize(self.kind.dense(self.visual, self.kind.features(self.visual, self.prepare(images))[1]), dim=1)
 
-# %% ../nbs/07_clip.ipynb #901922cd
+# %% ../nbs/07_clip.ipynb #bdbcc5f4
 def _check_regions(images, regions):
     if len(regions) != len(images): raise OpenTransError(f"There are {len(images)} images and {len(regions)} sets of regions: give one (N, H, W) mask tensor for each image.")
     for i,r in enumerate(regions):
@@ -570,17 +575,17 @@ def crops(self:ClipBackbone,
     images:torch.Tensor, # (B, 3, H, W) in [0,1]
     regions, # List of B masks (N_i, H, W)
     size:int=None, # Side of the crops; None for the native size
+    margin:float=1.3, # Side of the box, as a multiple of the region's longer side; never more than the image's
 )->torch.Tensor: # (sum N_i, 3, size, size), normalised as the tower wants; what is outside a region is 0
-    "Cut out regions: square boxes, the rest painted in the mean colour, resized."
+    "Cut out regions: square boxes around them, the rest painted in the mean colour, resized."
     _check_regions(images, regions)
     size,res = size or self.image_size,[]
     for image,masks in zip(self.prepare(images), regions):
         for m in masks.bool():
             ys,xs = m.any(1).nonzero().flatten(),m.any(0).nonzero().flatten()
-            y,x,h,w = ys[0],xs[0],ys[-1]-ys[0]+1,xs[-1]-xs[0]+1
-            c = (image*m)[:,y:y+h,x:x+w]
-            s = max(h, w)
-            c = F.pad(c, ((s-w)//2, s-w-(s-w)//2, (s-h)//2, s-h-(s-h)//2))
+            top,left,h,w = ys[0].item(),xs[0].item(),(ys[-1]-ys[0]+1).item(),(xs[-1]-xs[0]+1).item()
+            s = max(h, w, min(round(margin*max(h, w)), max(m.shape)))
+            c = F.pad((image*m)[:,top:top+h,left:left+w], ((s-w)//2, s-w-(s-w)//2, (s-h)//2, s-h-(s-h)//2))
             res.append(F.interpolate(c[None], size=(size, size), mode='bilinear', antialias=True, align_corners=False)[0])
     return torch.stack(res) if res else images.new_zeros(0, 3, size, size)
 
@@ -589,6 +594,7 @@ def region_embeddings(self:ClipBackbone,
     images:torch.Tensor, # (B, 3, H, W) in [0,1]
     regions=None, # List of B masks (N_i, H, W); None for one region a image, all of it
     mode:str='attention', # `'attention'`: pool the region's cells of the map; `'crop'`: embed each region as an image of its own
+    margin:float=1.3, # Side of a crop, as a multiple of the region's longer side
     batch:int=64, # Crops at a time
 )->torch.Tensor: # (sum N_i, D), unit length, in the order of the images
     "Embed regions of images in the space of the text. Raises `OpenTransError` for empty or misshapen masks."
@@ -597,6 +603,6 @@ def region_embeddings(self:ClipBackbone,
     if mode == 'crop':
         _check_regions(images, regions)
         if not sum(map(len, regions)): return images.new_zeros(0, self.embed_dim)
-        return F.normalize(torch.cat([self._embed(c) for c in self.crops(images, regions).split(batch)]), dim=-1)
+        return F.normalize(torch.cat([self._embed(c) for c in self.crops(images, regions, margin=margin).split(batch)]), dim=-1)
     _check_regions(images, regions)
     return F.normalize(self._embed(self.prepare(images), regions), dim=-1)
