@@ -275,15 +275,16 @@ def paint_object(
     m = np.zeros((H, W), bool); m[y0:y1,x0:x1] = d < 0
     return m
 
-# %% ../nbs/05_data.ipynb #d0420cdc
+# %% ../nbs/05_data.ipynb #9c4d86c6
 def paint_stuff(
     rng, # A numpy generator
-    name:str, # One of `STUFF`
+    name:str, # One of `STUFF`, or `'paper'`, the ground of the domain `sketch`
     size:tuple, # (H, W)
 )->np.ndarray: # (H,W,3) float32 in [0,1]
     "Paint a whole image of one stuff."
     yy,xx = _grid(size); ph = rng.uniform(0, 6, 4)
     n1,n2 = _smooth_noise(rng, size, 6),rng.uniform(-1, 1, size)
+    if name == 'paper': return np.clip(.93+.03*n1[...,None]+.01*n2[...,None]*np.ones(3)+rng.uniform(-.05, .03), 0, 1).astype(np.float32)
     if name == 'grass': col,tex = (.30,.48,.16),(.5*n1+.5*n2)[...,None]*np.array((.12,.16,.08))
     elif name == 'sand': col,tex = (.78,.66,.44),(.25*n1+.35*n2+.5*np.sin(.35*yy+2*n1+ph[0]))[...,None]*.07
     elif name == 'water': col,tex = (.22,.46,.60),(np.sin(.5*yy+1.5*np.sin(.12*xx+ph[1])+ph[0])+.4*n1)[...,None]*np.array((.08,.09,.1))
@@ -291,7 +292,7 @@ def paint_stuff(
         row = yy//8; along = xx+(row%2)*8
         joint = (yy%8 < 1.2) | ((along+ph[0]*3)%16 < 1.2); shade = .15*np.sin(row*12.9+along//16*78.2)
         col,tex = (.58,.32,.24),np.where(joint[...,None], np.array((.1,.2,.22)), (shade+.08*n2)[...,None]*np.ones(3))
-    else: raise unknown('stuff', name, STUFF)
+    else: raise unknown('stuff', name, (*STUFF, 'paper'))
     return np.clip(np.array(col)+rng.uniform(-.05, .05, 3)+tex, 0, 1).astype(np.float32)
 
 def _clutter(rng, img):
@@ -311,7 +312,7 @@ def _light(rng, img, gain=(1., 1.), cast=0., noise=0., blur=0., haze=0., tint=No
         k = rng.uniform(0, blur); img = img*(1-k)+k*(np.roll(img, 1, 0)+np.roll(img, -1, 0)+np.roll(img, 1, 1)+np.roll(img, -1, 1))/4
     return np.clip(img+rng.normal(0, noise+1e-6, img.shape), 0, 1).astype(np.float32)
 
-# %% ../nbs/05_data.ipynb #b936941e
+# %% ../nbs/05_data.ipynb #c4a01a70
 DOMAINS = { # look of a scene: number and radius (in image heights) of the things, clutter, light
     'home':   dict(n=(5,9), r=(.085,.18), clutter=10, gain=(.4,.95), cast=.18, noise=.06, blur=.5, haze=.3),
     'night':  dict(n=(4,8), r=(.08,.18), clutter=8, gain=(.25,.5), cast=.10, noise=.06, blur=.5, haze=.1, tint=(.75,.85,1.25)),
@@ -327,7 +328,7 @@ def scene(
 )->tuple: # image (H,W,3), segment of each pixel (H,W), for each segment a stuff name or a triple
     "Paint one scene."
     look = DOMAINS[domain]; H,W = size; yy,xx = _grid(size); seg = np.zeros(size, np.int32); paper = look.get('paper', False)
-    if paper: img,kinds = np.clip(np.full((H, W, 3), .93)+.03*_smooth_noise(rng, size, 5)[...,None], 0, 1).astype(np.float32),['paper']
+    if paper: img,kinds = paint_stuff(rng, 'paper', size),['paper']
     else:
         a,b = rng.choice(len(STUFF), 2, replace=False); img,kinds = paint_stuff(rng, STUFF[a], size),[STUFF[a]]
         if rng.uniform() < .75:
@@ -820,22 +821,29 @@ def _cityscapes(root, split='val', **kwargs):
     files,problems = pair_files(images, labels, tails=('_leftImg8bit', '_gtFine_labelTrainIds' if ready else '_gtFine_labelIds'))
     return LabelMaps('cityscapes_19', VOCABULARIES['cityscapes_19'], files, lut, things=a['things'], problems=problems, **kwargs)
 
-# %% ../nbs/05_data.ipynb #a602752b
+# %% ../nbs/05_data.ipynb #2e46bb47
 def _nearest(n, m, start=0, stop=None):
     "For output pixels start..stop of m, the nearest of n input pixels."
-    return torch.from_numpy(((np.arange(start, m if stop is None else stop)+.5)*n/m).astype(np.int64).clip(0, n-1))
+    return ((np.arange(start, m if stop is None else stop)+.5)*n/m).astype(np.int64).clip(0, n-1)
 
-def _resize(sample, size, window=None):
-    "Resize a sample, and keep the window (top, left, bottom, right) of the result."
+def _take(x, rows, cols): return torch.from_numpy(np.asarray(x).take(rows, -2).take(cols, -1)) # much faster than torch's indexing
+
+def _resize(sample, size, window=None, flip=False):
+    "Resize a sample, keep the window (top, left, bottom, right) of the result, and mirror it."
     (h,w),(H,W) = sample['image'].shape[1:],size
     t,l,b,r = window or (0, 0, H, W)
     image = sample['image']
-    if (h,w) != (H,W): image = F.interpolate(image[None], size=(H,W), mode='bilinear', align_corners=False, antialias=True)[0].clamp_(0, 1)
-    y,x = _nearest(h, H, t, b)[:,None],_nearest(w, W, l, r)[None]
-    regions = sample['regions'][:,y,x]
-    keep = regions.flatten(1).any(1)
-    return dict(sample, image=image[:,t:b,l:r], labels=sample['labels'][y,x], regions=regions[keep],
-                region_classes=sample['region_classes'][keep], isthing=sample['isthing'][keep])
+    if (h,w) != (H,W): # on 8 bits, as files are: several times faster than on floats
+        image = F.interpolate((image*255).round_().byte()[None], size=(H,W), mode='bilinear', align_corners=False, antialias=True)[0]
+    image = image[:,t:b,l:r]
+    if image.dtype == torch.uint8: image = image.float().div_(255)
+    rows,cols = _nearest(h, H, t, b),_nearest(w, W, l, r)
+    if flip: image,cols = image.flip(-1),cols[::-1]
+    regions = _take(sample['regions'], rows, cols)
+    s = dict(sample, image=image, labels=_take(sample['labels'], rows, cols), regions=regions)
+    seen = torch.from_numpy(regions.numpy().reshape(len(regions), -1).any(1))
+    if not seen.all(): s.update({k: s[k][seen] for k in ('regions', 'region_classes', 'isthing')})
+    return s
 
 def resize_short(
     sample:dict, # A sample
@@ -848,7 +856,7 @@ def resize_short(
     if max_size is not None: f = min(f, max_size/max(h, w))
     return _resize(sample, (max(1, round(h*f)), max(1, round(w*f))))
 
-# %% ../nbs/05_data.ipynb #9ce8d857
+# %% ../nbs/05_data.ipynb #85db58c3
 def augment(
     sample:dict, # A sample
     size, # Height and width of the crop, or one number
@@ -863,9 +871,8 @@ def augment(
     f = rng.uniform(*scale)*min(H/h, W/w)
     h,w = max(1, round(h*f)),max(1, round(w*f))
     t,l = (int(rng.integers(0, max(0, n-N)+1)) for n,N in ((h,H), (w,W)))
-    s = _resize(sample, (h,w), (t, l, min(h, t+H), min(w, l+W)))
+    s = _resize(sample, (h,w), (t, l, min(h, t+H), min(w, l+W)), rng.uniform() < flip)
     for k,v in dict(image=0., labels=s.get('ignore', 255), regions=False).items(): s[k] = _pad(s[k], (H,W), v)
-    if rng.uniform() < flip: s.update({k: s[k].flip(-1) for k in ('image', 'labels', 'regions')})
     return s
 
 # %% ../nbs/05_data.ipynb #370bb73c
