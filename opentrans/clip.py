@@ -359,7 +359,7 @@ def tower_kind(
             and all(type(b) is open_clip.transformer.ResidualAttentionBlock for b in blocks) and net.transformer.batch_first): return ViTTower
     raise OpenTransError(f"The image tower of '{name}' ({type(net).__name__}) is not of a kind that gives maps here. Choose an RN, a convnext, or a plain ViT of CLIP.")
 
-# %% ../nbs/07_clip.ipynb #b2074e38
+# %% ../nbs/07_clip.ipynb #8235b1bd
 TEMPLATES = ('a photo of a {}.',)
 
 class TextEncoder:
@@ -368,11 +368,12 @@ class TextEncoder:
         model:nn.Module, # An open_clip model; its text side is taken over
         tokenizer, # Texts -> token ids
         name='', # Name of the CLIP, for messages
+        trained:bool=True, # Has it learned some words, so that a word which it has not seen is worth a warning?
     ):
         self.model = copy.copy(model)
         self.model._modules = {k: m for k,m in model._modules.items() if k != 'visual'}
         self.model.eval().requires_grad_(False)
-        self.tokenizer,self.name,self.cache = tokenizer,name,{}
+        self.tokenizer,self.name,self.trained,self.cache = tokenizer,name,trained,{}
 
     def __deepcopy__(self, memo): return self
 
@@ -402,7 +403,7 @@ class TextEncoder:
 
     def _warn(self, said):
         "Say once for each class that a small CLIP does not know its words."
-        if not hasattr(self.tokenizer, 'unknown_words'): return
+        if not self.trained or not hasattr(self.tokenizer, 'unknown_words'): return
         strange = [ps[0] for ps in said if ('warned', ps[0]) not in self.cache and all(self.tokenizer.unknown_words(p) for p in ps)]
         if strange:
             self.cache.update({('warned', p): True for p in strange})
@@ -500,7 +501,7 @@ class ClipBackbone(nn.Module):
         return (f"**{self.name}**, weights: {Path(self.origin.pretrained).name if self.origin.pretrained else 'random'}; {sum(p.numel() for p in self.parameters()):,} parameters in the image tower, "
                 f"{self.embed_dim}-dimensional embeddings, native size {self.image_size}\n\n| map | channels | stride |\n| --- | --- | --- |\n{rows}")
 
-# %% ../nbs/07_clip.ipynb #758eceee
+# %% ../nbs/07_clip.ipynb #3ab66a87
 @patch(cls_method=True)
 def from_model(cls:ClipBackbone,
     model:nn.Module, # An open_clip model; its parts are copied
@@ -522,7 +523,7 @@ def from_model(cls:ClipBackbone,
         if kind is not ResNetTower: raise OpenTransError(f"A finer output_stride is made for ResNet towers, not for '{name}'. Use output_stride=32.")
         dilate_resnet(visual, output_stride)
     scale = model.logit_scale.exp().item()
-    return cls(Origin(name, pretrained, visual, TextEncoder(model, tokenizer, name), tuple(mean), tuple(std), scale, normalize, output_stride))
+    return cls(Origin(name, pretrained, visual, TextEncoder(model, tokenizer, name, pretrained is not None), tuple(mean), tuple(std), scale, normalize, output_stride))
 
 @patch(cls_method=True)
 def create(cls:ClipBackbone,

@@ -1,12 +1,13 @@
 "CLIP backbones at full size, weights from files and downloads, and what is said when they are missing."
-import copy
+import copy, warnings
+import numpy as np
 import open_clip
 import pytest
 import torch
 from torch.nn import functional as F
 from opentrans.clip import ASSETS, ClipBackbone, compact_tokens, load_weights, open_model, save_weights, small_clip
 from opentrans.core import OpenTransError, layers, save_tensors
-from opentrans.data import Vocabulary
+from opentrans.data import COLOURS, DOMAINS, SHAPES, TEXTURES, TRIPLES, ShapesWorld, Vocabulary, is_novel, object_image
 
 VISION = dict(layers=[1, 1, 1, 1], width=8, head_width=32, image_size=64)
 CONFIG = dict(embed_dim=32, vision_cfg=VISION, text_cfg=dict(context_length=12, width=32, heads=2, layers=1), tokens=compact_tokens(['a photo of a red star.', 'a ring']))
@@ -134,10 +135,21 @@ def test_published_weights_are_fetched_and_checked(tmp_path, monkeypatch):
     with pytest.raises(OpenTransError, match='could not be downloaded .*Check the network, or fetch .* and give the path'): ClipBackbone.create('RN50', pretrained='openai')
     with pytest.raises(OpenTransError, match='Unknown weights .*openai'): ClipBackbone.create('RN50', pretrained='no-such-tag')
 
+@torch.no_grad()
 def test_shipped_clip():
-    "The small CLIP that ships: it loads, is small, and knows the names of its world."
+    "The small CLIP that ships: it is small, and knows the names of its world, also those that no caption ever held."
     path = ASSETS/'shapes-rn.safetensors'
     if not path.exists(): pytest.fail('opentrans/assets/shapes-rn.safetensors is not there: train it with nbs/tutorials/train_shapes_clip.ipynb')
     assert path.stat().st_size <= 8*2**20
     clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
-    assert clip.origin.pretrained == 'shapes-rn' and clip.logit_scale > 5
+    name = lambda k: f'{list(COLOURS)[k[0]]} {TEXTURES[k[1]]} {list(SHAPES)[k[2]]}'
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')                                 # each of these words is known
+        text,rng = clip.encode_text([name(k) for k in TRIPLES]),np.random.default_rng(0)
+        for domain in DOMAINS: clip.encode_text(ShapesWorld('val', domain, n=1).vocabulary)
+    right = {False: [], True: []}
+    for i,k in enumerate(TRIPLES*3):
+        x = torch.from_numpy(object_image(rng, 64, *k)).permute(2, 0, 1)[None]/255
+        right[is_novel(*k)].append(int((clip.encode_image(x) @ text.T).argmax()) == i % len(TRIPLES))
+    assert np.mean(right[False]) > .8 and np.mean(right[True]) > .4, f'base {np.mean(right[False])}, novel {np.mean(right[True])}; chance {1/len(TRIPLES)}'
+    with pytest.warns(UserWarning, match='zebra'): clip.encode_text(['zebra'])
