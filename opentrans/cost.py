@@ -6,7 +6,7 @@
 __all__ = ['aten', 'THOP', 'PTFLOPS', 'CONVENTIONS', 'STATES', 'op_macs', 'fvcore_flops', 'Cost', 'cost', 'training_table',
            'training_flops', 'tool_count', 'training_memory', 'peak_memory']
 
-# %% ../nbs/04_cost.ipynb #ef1a0ed2
+# %% ../nbs/04_cost.ipynb #96243717
 import contextlib, math, os, weakref
 from dataclasses import dataclass, field
 import numpy as np
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, UnsupportedFakeTensorException, UnsupportedOperatorException
 from .core import CONVS, OpenTransError, _layers_of, device_of, find_tower, match_names, optional, unknown, unwrap
 
 # %% ../nbs/04_cost.ipynb #2a1834da
@@ -345,7 +345,12 @@ def __mul__(self:Cost, k):
 @patch
 def __rmul__(self:Cost, k): return self*k
 
-# %% ../nbs/04_cost.ipynb #f2745ba0
+# %% ../nbs/04_cost.ipynb #6b99f826
+_NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException, NotImplementedError)
+
+def _needs_values(e): # or is the input simply wrong?
+    return isinstance(e, _NEED_VALUES) or any(w in str(e).lower() for w in ('fake', 'meta', 'subclass', 'data-dependent'))
+
 def cost(
     model:nn.Module, # A tower, a backbone, a framework, or any other model
     input_size, # (C,H,W), or with the batch (B,C,H,W)
@@ -362,7 +367,7 @@ def cost(
     size,model = (1, *size) if len(size) == 3 else size,unwrap(model)
     try: counter,table = _one_pass(model, size, convention, args, forward, dry)
     except Exception as e:
-        if not dry: raise OpenTransError(f"The model cannot be run on an input of size {size}: {e}. Give its other inputs as args=, or forward=.") from e
+        if not dry or not _needs_values(e): raise OpenTransError(f"The model cannot be run on an input of size {size}: {e}. Give its other inputs as args=, or forward=.") from e
         return cost(model, input_size, mask, convention, args, forward, dry=False)
     t = pd.DataFrame([{k: d[k] for k in ('kind', 'tower', 'params', 'weights')} for d in counter.rows.values()] +
                      [dict(kind=k, tower=tower, params=0, weights=0) for k,tower in counter.kinds.values()], index=[*counter.rows, *counter.kinds])
@@ -391,7 +396,7 @@ def _one_pass(model, size, convention, args, forward, dry):
         with _hooked(model, counter, table), composite, counter: (forward or model)(*inputs)
     return counter,table
 
-# %% ../nbs/04_cost.ipynb #77d32d3b
+# %% ../nbs/04_cost.ipynb #ba5f0bf9
 @patch
 def by_kind(self:Cost):
     "Sums by kind of layer."
@@ -404,14 +409,15 @@ def by_stage(self:Cost,
 ):
     "Sums by the first parts of the name, in the model's order."
     stage = ['.'.join(r.split(':')[0].split('.')[:depth]) if '.' in r.split(':')[0] else r.split(':')[0] for r in self.by_layer.index]
-    return self.by_layer.groupby(pd.Index(stage, name='stage'), sort=False)[_NUMBERS].sum().drop(columns='weights')
+    t = self.by_layer.groupby(pd.Index(stage, name='stage'), sort=False)[_NUMBERS].sum().drop(columns='weights')
+    return t[(t != 0).any(axis=1)]
 
 @patch
 def to_markdown(self:Cost, by='kind', **kw):
     "A markdown table by `'kind'` or `'stage'`, with the total below."
     t = getattr(self, f'by_{by}')(**kw)
-    lines = [(k, *(_si(r[c]) for c in ('params', 'active_params', 'macs', 'active_macs'))) for k,r in t.iterrows()]
-    lines.append(('**all**', *(f'**{_si(x)}**' for x in (self.params, self.active_params, self.macs, self.active_macs))))
+    lines = [(k, *(_si(r[c]).strip() for c in ('params', 'active_params', 'macs', 'active_macs'))) for k,r in t.iterrows()]
+    lines.append(('**all**', *(f'**{_si(x).strip()}**' for x in (self.params, self.active_params, self.macs, self.active_macs))))
     head = [f'| {by} | params | active | {"MACs" if self.convention == "macs" else self.convention} | active |', '|---|--:|--:|--:|--:|']
     return '\n'.join(head + [f"| {' | '.join(l)} |" for l in lines])
 
@@ -502,18 +508,18 @@ def tool_count(
         f = lib.FlopCountAnalysis(model, torch.zeros(1, *size)).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         return int(f.total()),sum(p.numel() for p in model.parameters())
 
-# %% ../nbs/04_cost.ipynb #e2804e80
+# %% ../nbs/04_cost.ipynb #5e43db33
 STATES = dict(sgd=0, momentum=1, rmsprop=1, adam=2, adamw=2) # tensors that an optimizer keeps for each weight that learns
 
 class _Memory(TorchDispatchMode):
     "Follows the storages that are born inside the block: bytes alive now, and the most that ever were."
-    def __init__(self): super().__init__(); self.now,self.peak,self.alive = 0,0,{}
+    def __init__(self, old=()): super().__init__(); self.now,self.peak,self.alive,self.old = 0,0,{},{s._cdata for s in map(_storage, old) if s is not None}
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         known = {s._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and (s := _storage(t)) is not None}
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             s = _storage(t) if isinstance(t, torch.Tensor) else None
-            if s is None or s._cdata in self.alive or s._cdata in known: continue
+            if s is None or s._cdata in self.alive or s._cdata in known | self.old: continue
             k,n = s._cdata,s.nbytes()
             def gone(_, k=k, n=n): self.now -= n; self.alive.pop(k, None)
             self.alive[k] = weakref.ref(s, gone); self.now += n; self.peak = max(self.peak, self.now)
@@ -532,7 +538,7 @@ def training_memory(
     "Memory of one training step, estimated without running it."
     if optimizer not in STATES: raise unknown('optimizer', optimizer, STATES)
     size,model = (1, *input_size) if len(input_size) == 3 else tuple(input_size),unwrap(model)
-    training = {m: m.training for m in model.modules()}
+    training,buffers = {m: m.training for m in model.modules()},[(b, b.clone()) for b in model.buffers()] # norms count their batches
     bytes_of = lambda ts: sum(t.numel()*t.element_size() for t in ts)
     try:
         model.train()
@@ -540,13 +546,14 @@ def training_memory(
             learn = [p for p in model.parameters() if p.requires_grad]
             dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
             inputs = model.example_inputs(size) if hasattr(model, 'example_inputs') and not args else (torch.zeros(size, device=device_of(model), dtype=dtype), *args)
-            for t in [*model.parameters(), *model.buffers()]: fake.from_tensor(t)
-            with torch.enable_grad(), _Memory() as mem:
+            old = [fake.from_tensor(t) for t in [*model.parameters(), *model.buffers()]]
+            with torch.enable_grad(), _Memory(old) as mem:
                 out = (loss or _total)(model(*inputs)); kept = mem.now
                 grads = torch.autograd.grad(out, learn, allow_unused=True)
             n = bytes_of(g for g in grads if g is not None)
     finally:
         for m,t in training.items(): m.training = t
+        for b,was in buffers: b.copy_(was)
     fixed = bytes_of([*model.parameters(), *model.buffers()]) + STATES[optimizer]*n
     return pd.Series(dict(weights=bytes_of(model.parameters()), gradients=n, optimizer=STATES[optimizer]*n, activations=kept, peak=fixed + mem.peak), dtype='int64')
 
