@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NORMS', 'Recipe', 'batch_indices', 'augment', 'batches', 'param_groups', 'build_optimizer', 'rest', 'train_mode',
            'run_settings', 'Checkpoint', 'load_weights', 'to_device', 'train_step', 'finetune', 'same_size_batches',
-           'evaluate']
+           'look', 'evaluate']
 
-# %% ../nbs/13_finetune.ipynb #615042be
+# %% ../nbs/13_finetune.ipynb #f56857ad
 import contextlib, dataclasses, functools, hashlib, json, math, random
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,9 @@ from torch import nn
 from .core import (OpenTransError, Undo, unknown, device_of, layers, load_tensors, pick_device, progress, save_tensors, seed_everything, seeded)
 from .data import collate
 from .frameworks.contract import evaluating, resize
-from .metrics import SemanticIoU
+from .metrics import PanopticQuality, SemanticIoU, panoptic_map
 
-# %% ../nbs/13_finetune.ipynb #8bbfebb1
+# %% ../nbs/13_finetune.ipynb #39290a09
 @dataclass(frozen=True)
 class Recipe:
     "How to fine-tune: every number that a run depends on. Presets: `paper(name)`, `warmup()`, `tiny()`."
@@ -44,6 +44,7 @@ class Recipe:
     scale:tuple = (1., 1.) # Range of random scaling, as a share of the size at which the image fits `crop`
     flip:float = .5 # Probability of a mirrored image
     precision:str = 'no' # Mixed precision: 'no', 'bf16' or 'fp16'
+    channels_last:bool = True # Lay images and kernels out in memory as convolutions are fastest
     accumulate:int = 1 # Parts into which a batch is cut to save memory; gradients are summed
     seed:int = 0 # Of data order, augmentation, dropout and sampled points
     workers:int = 0 # Processes that load data; 0 loads in this one
@@ -258,7 +259,7 @@ def run_settings(
                 selection='' if selection is None else f"{selection.rule}: {len(selection.freeze)} frozen {_digest([sorted(selection.train), sorted(selection.freeze)])}",
                 weights_at_zero=zeros)
 
-# %% ../nbs/13_finetune.ipynb #1a720066
+# %% ../nbs/13_finetune.ipynb #e9b23514
 class Checkpoint:
     "The file `last.safetensors` of a run: write it, read it, refuse it."
     def __init__(self,
@@ -290,7 +291,8 @@ class Checkpoint:
         for k,t in tensors.items():
             if not k.startswith('optimizer.'): continue
             n,key = k[len('optimizer.'):].rsplit('.', 1)
-            opt.state[params[n]][key] = t.to(params[n].device)
+            p = params[n]
+            opt.state[p][key] = torch.empty_like(p).copy_(t) if t.shape == p.shape else t.to(p.device) # laid out in memory as the weight is
         if scaler and json.loads(meta.get('scaler', '{}')): scaler.load_state_dict(json.loads(meta['scaler']))
         return iteration,[{c: v for c,v in zip(columns, row) if v == v} for row in tensors['history'].tolist()]
 
@@ -405,11 +407,12 @@ def finetune(
         run.save(); framework.eval()
     return run.history.frame()
 
-# %% ../nbs/13_finetune.ipynb #fd2d6221
+# %% ../nbs/13_finetune.ipynb #413e5501
 class _Run:
     "The state of a fine-tuning run between two iterations."
     def __init__(self, framework, data, recipe, selection=None, folder=None):
         self.framework,self.recipe,self.folder = framework,recipe,folder
+        if recipe.channels_last: framework.to(memory_format=torch.channels_last)
         self.opt = build_optimizer(framework, recipe)
         self.device = device_of(framework)
         self.scaler = torch.amp.GradScaler(self.device.type) if recipe.precision == 'fp16' else None
@@ -431,7 +434,7 @@ class _Run:
             kept = f"The last checkpoint, of iteration {self.saved}, in '{self.folder}' is whole." if self.folder and self.saved else "There is no checkpoint."
             raise OpenTransError(f"The loss is not finite at iteration {i} ({', '.join(f'{k}={v:.4g}' for k,v in terms.items())}; images {batch.get('ids', [])[:4]}). {kept} "
                                  "Lower lr, set clip_grad or lr_warmup, or look at these images.")
-        self.history.rows.append(dict(iteration=i, loss=loss, **(terms if len(terms) > 1 else {}), lr=r.lr*share)); self.iteration += 1
+        self.history.rows.append(dict(iteration=i, loss=loss, **terms, lr=r.lr*share)); self.iteration += 1
         return self.history.rows[-1]
 
     def evaluate(self, val):
@@ -447,7 +450,7 @@ class _Run:
         self.checkpoint.save(self.framework, self.opt, self.iteration, self.history.rows, self.history.columns, self.scaler)
         self.saved = self.iteration; self.history.write()
 
-# %% ../nbs/13_finetune.ipynb #9c4304ad
+# %% ../nbs/13_finetune.ipynb #c257f783
 def same_size_batches(
     data, # Data set
     batch_size:int, # At most so many
@@ -461,6 +464,50 @@ def same_size_batches(
         held.append(s)
     if held: yield collate(held)
 
+# %% ../nbs/13_finetune.ipynb #866dadb4
+def _windows(n, window, overlap):
+    "Starts of windows along a side: evenly spaced, at least `overlap` of a window in common, the last ends at the end."
+    if n <= window: return [0]
+    k = math.ceil((n-window)/max(window*(1-overlap), 1)) + 1
+    return [round(i*(n-window)/(k-1)) for i in range(k)]
+
+def look(
+    framework, # In evaluation mode
+    images:torch.Tensor, # (B,3,H,W)
+    text:torch.Tensor, # (K,D)
+    size:int=None, # Short side at which the framework sees the images; None is their own
+    scales=(1.,), # Factors to that size
+    flip:bool=False, # Mirrored, too?
+    window:int=None, # Side of square windows; None sees the whole image
+    overlap:float=1/3, # Share of a window that the next one sees again
+)->torch.Tensor: # (B,K,H,W), the mean over all looks
+    "Logits from several looks at the images."
+    (h,w),total = images.shape[-2:],0
+    for s in scales:
+        z = s*(size/min(h, w) if size else 1.)
+        x = resize(images, (max(round(h*z), 1), max(round(w*z), 1)))
+        for v in ([x, x.flip(-1)] if flip else [x]):
+            y = framework(v, text) if not window else _through_windows(framework, v, text, window, overlap)
+            total = total + resize(y if v is x else y.flip(-1), (h, w))
+    return total/(len(scales)*(2 if flip else 1))
+
+def _through_windows(framework, x, text, window, overlap):
+    out,seen = x.new_zeros(len(x), len(text), *x.shape[-2:]),x.new_zeros(x.shape[-2:])
+    for i in _windows(x.shape[-2], window, overlap):
+        for j in _windows(x.shape[-1], window, overlap):
+            at = (..., slice(i, i+window), slice(j, j+window))
+            out[at] += framework(x[at], text); seen[at] += 1
+    return out/seen
+
+# %% ../nbs/13_finetune.ipynb #342929d2
+def _truth(batch, ignore): return [panoptic_map(r, c, ignore) for r,c in zip(batch['regions'], batch['region_classes'])]
+
+def _quality(framework, data, batch, text, metric):
+    "Count a batch for panoptic quality."
+    isthing = metric.isthing.tolist()
+    pred = framework.panoptic(batch['images'].to(device_of(framework)), text, isthing=isthing)
+    for p,t in zip(pred, _truth(batch, data.ignore)): metric.update(p.cpu(), t)
+
 def evaluate(
     framework, # A `Framework`; its mode is put back afterwards
     data, # Data set: anything with `vocabulary`, `ignore` and samples
@@ -468,19 +515,28 @@ def evaluate(
     batch_size:int=8, # Images at a time
     device=None, # None is where the framework is
     limit:int=None, # Only the first so many images
-)->dict: # miou, iou by name (NaN where a class is absent), groups, pixel_accuracy, n_images, settings
+    over:str='either', # Classes in the mean, as for `SemanticIoU.compute`; 'truth' is detectron2's custom
+    panoptic:bool=False, # Panoptic quality, too? For frameworks that give it, and data with regions
+    **looks, # Of `look`: size, scales, flip, window, overlap
+)->dict: # miou, iou by name (NaN where a class is absent), groups, pixel_accuracy, n_images, settings; pq, sq, rq where asked for
     "Mean IoU over a data set, with the text embeddings of its class names as the classifier. Raises `OpenTransError`."
-    names = list(getattr(data.vocabulary, 'names', data.vocabulary))
-    vocabulary = data.vocabulary if vocabulary is None else vocabulary
-    if len(vocabulary) != len(names): raise OpenTransError(f"The vocabulary has {len(vocabulary)} names and the data {len(names)} classes. Give one name (with synonyms, 'a,b') for each class, in order.")
-    if device is not None: framework.to(pick_device(str(device)))
-    dev,metric,n = device_of(framework),SemanticIoU(len(names), ignore=data.ignore),0
+    names,words = list(getattr(data.vocabulary, 'names', data.vocabulary)),data.vocabulary if vocabulary is None else vocabulary
     total = len(data) if limit is None else min(limit, len(data))
+    if len(words) != len(names): raise OpenTransError(f"The vocabulary has {len(words)} names and the data {len(names)} classes. Give one name (with synonyms, 'a,b') for each class, in order.")
     if not total: raise OpenTransError(f"The data set {getattr(data, 'name', '')!r} has no images to evaluate. Check its root, split and limit.")
-    text = framework.text(vocabulary)
+    if panoptic and 'panoptic' not in framework.kinds: raise unknown(f'kind of output of {type(framework).__name__}', 'panoptic', framework.kinds)
+    if device is not None: framework.to(pick_device(str(device)))
+    metric,text = SemanticIoU(len(names), ignore=data.ignore),framework.text(words)
+    things = getattr(data, 'things', None) or ()
+    quality = PanopticQuality([i in things for i in range(len(names))], data.ignore) if panoptic else None
     with evaluating(framework):
         for batch in progress(same_size_batches(data, batch_size, limit), 'evaluating', -(-total//batch_size)):
-            metric.update(framework.semantic(batch['images'].to(dev), text).cpu(), batch['labels']); n += len(batch['images'])
-    r = metric.compute(groups=getattr(data, 'groups', {}))
-    settings = dict(framework=type(framework).__name__, data=getattr(data, 'name', type(data).__name__), images=n, classes=len(names), limit=limit)
-    return dict(miou=r['miou'], iou=dict(zip(names, r['iou'].tolist())), groups=r['groups'], pixel_accuracy=r['pixel_accuracy'], n_images=n, settings=settings)
+            x = batch['images'].to(device_of(framework))
+            pred = look(framework, x, text, **looks).argmax(1) if looks else framework.semantic(x, text)
+            metric.update(pred.cpu(), batch['labels'])
+            if panoptic: _quality(framework, data, batch, text, quality)
+    r = metric.compute(groups=getattr(data, 'groups', {}), over=over)
+    settings = dict(looks, framework=getattr(framework, 'name', type(framework).__name__), data=getattr(data, 'name', type(data).__name__), images=total, classes=len(names), over=over)
+    res = dict(miou=r['miou'], iou=dict(zip(names, r['iou'].tolist())), groups=r['groups'], pixel_accuracy=r['pixel_accuracy'], n_images=total, settings=settings)
+    if panoptic: q = quality.compute(); res.update({k: q[k] for k in ('pq', 'sq', 'rq')}, things=q['things'], stuff=q['stuff'])
+    return res

@@ -56,7 +56,7 @@ def evaluating(model:nn.Module):
     finally:
         for m,t in modes: m.training = t
 
-# %% ../../nbs/09_frameworks.ipynb #5ec0207f
+# %% ../../nbs/09_frameworks.ipynb #64b44f0a
 class Framework(nn.Module):
     "A segmentation framework on a CLIP backbone, open to any vocabulary (Sec. 3.1). An adapter writes `forward(images, text_embeddings)`."
     kinds = ('semantic',) # What `predict` can give
@@ -69,7 +69,7 @@ class Framework(nn.Module):
         super().__init__()
         lacking = [a for a in ('channels', 'embed_dim', 'encode_text') if not hasattr(backbone, a)]
         if lacking: raise OpenTransError(f"A {type(backbone).__name__} has no {', '.join(lacking)} and cannot be a backbone here. Make one with ClipBackbone.create(...).")
-        self.backbone,self.vocabulary = backbone,vocabulary
+        self.backbone,self.vocabulary,self._texts = backbone,vocabulary,{}
 
     @property
     def tower(self): return find_tower(self.backbone)
@@ -82,7 +82,10 @@ class Framework(nn.Module):
         "Text embeddings of a vocabulary. Raises `OpenTransError` if there is none."
         v = self.vocabulary if vocabulary is None else vocabulary
         if v is None or not len(v): raise OpenTransError("There are no class names. Pass build(..., vocabulary=...) to train, or predict(images, vocabulary).")
-        return (v if isinstance(v, torch.Tensor) else self.backbone.encode_text(v)).to(device_of(self))
+        if isinstance(v, torch.Tensor): return v.to(device_of(self))
+        key = tuple(v) if isinstance(v, list) else v,str(device_of(self)) # encoded once: an iteration of training must not wait for it
+        if key not in self._texts: self._texts[key] = self.backbone.encode_text(v).to(device_of(self))
+        return self._texts[key]
 
     def forward(self, images, text_embeddings)->torch.Tensor:
         "Images (B,3,H,W) in [0,1] and text embeddings (K,D) to logits (B,K,H,W)."
@@ -144,12 +147,13 @@ def get_framework(name:str)->type:
     if isinstance(_REGISTRY[name], str): importlib.import_module(_REGISTRY[name])
     return _REGISTRY[name]
 
-# %% ../../nbs/09_frameworks.ipynb #b1adc500
+# %% ../../nbs/09_frameworks.ipynb #5feee6c5
 def build(
     name:str, # One of `list_frameworks()`
     backbone, # `ClipBackbone`; it becomes a part of the framework
     vocabulary=None, # Class names to train with: `Vocabulary` or list of names
     preset:str='paper', # One of the class's `presets`
+    seed:int=None, # Of the head's random weights; None draws from the generators as they stand
     **options, # Options of the class, over those of the preset
 )->Framework: # In training mode, on the backbone's device
     "Build a framework on a backbone. Raises `OpenTransError` for an unknown framework, preset or option."
@@ -158,7 +162,7 @@ def build(
     known = [p for p in inspect.signature(cls.__init__).parameters if p not in ('self', 'backbone', 'vocabulary')]
     for o in options:
         if o not in known: raise unknown(f'option of {name}', o, known or ['(there are none)'])
-    return cls(backbone, vocabulary=vocabulary, **{**cls.presets[preset], **options}).to(device_of(backbone)).train()
+    with seeded(seed): return cls(backbone, vocabulary=vocabulary, **{**cls.presets[preset], **options}).to(device_of(backbone)).train()
 
 # %% ../../nbs/09_frameworks.ipynb #9149cc9c
 def tiny_backbone(
@@ -168,7 +172,7 @@ def tiny_backbone(
     from opentrans.clip import ClipBackbone
     with seeded(seed): return ClipBackbone.create('shapes-rn', pretrained=None)
 
-# %% ../../nbs/09_frameworks.ipynb #a5fe3b3a
+# %% ../../nbs/09_frameworks.ipynb #49b15c3b
 @dataclass
 class _Case:
     "What the checks work on: a way to build the framework anew, and batches whose colour is the class."
@@ -179,7 +183,7 @@ class _Case:
 
     def build(self, train=True):
         "A new framework with seeded weights; norm weights that start at zero are set to 0.5, so that every layer matters."
-        with seeded(0): seg = build(self.name, self.backbone.fresh_copy(), vocabulary=self.vocabulary, **self.options)
+        seg = build(self.name, self.backbone.fresh_copy(), vocabulary=self.vocabulary, seed=0, **self.options)
         with torch.no_grad():
             for n,p in seg.tower.named_parameters():
                 if p.dim() == 1 and n.endswith('weight') and not p.any(): p.fill_(.5)
@@ -342,11 +346,11 @@ def _example_inputs_run(case):
         if kind == 'panoptic': assert out.shape == (2, 64, 64, 2) and out.dtype == torch.int64, f'panoptic output is {tuple(out.shape)} {out.dtype}, not (B,H,W,2) int64'
     return ', '.join(seg.kinds)
 
-# %% ../../nbs/09_frameworks.ipynb #be68950a
+# %% ../../nbs/09_frameworks.ipynb #7f796ced
 def check_framework(
     name:str, # A registered framework
     backbone=None, # `ClipBackbone` to check with; None takes `tiny_backbone()`
-    vocabulary=('red star', 'blue ring', 'green cross', 'grass', 'sand'), # At least four names
+    vocabulary=('red star', 'blue disc', 'green square', 'grass', 'sand'), # At least four names
     preset:str=None, # None takes 'small' if the framework has it
     **options, # Options for `build`
 )->pd.DataFrame: # One row a check: what was checked, what was found
