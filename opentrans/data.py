@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'TEMPLATES', 'VOCABULARIES', 'COLOURS', 'TEXTURES', 'SHAPES', 'STUFF', 'TRIPLES', 'DOMAINS', 'BROKEN',
-           'WRONG', 'IMAGES', 'Vocabulary', 'ignore_label', 'collate', 'class_colours', 'show_sample', 'is_novel',
-           'triple_name', 'paint_object', 'paint_stuff', 'scene', 'ShapesWorld', 'object_image', 'stuff_image',
-           'caption', 'read_image', 'read_label_map', 'read_segments', 'Files', 'Segmentation', 'label_lut',
-           'LabelMaps', 'Panoptic', 'data_root', 'find_layout', 'pair_files', 'register_dataset', 'list_datasets',
-           'open_dataset', 'write_coco_panoptic', 'resize_short', 'augment', 'View']
+           'WRONG', 'IMAGES', 'Vocabulary', 'ignore_label', 'unpack', 'sample_packed', 'collate', 'class_colours',
+           'show_sample', 'is_novel', 'triple_name', 'paint_object', 'paint_stuff', 'scene', 'ShapesWorld',
+           'object_image', 'stuff_image', 'caption', 'read_image', 'read_label_map', 'read_segments', 'Files',
+           'Segmentation', 'label_lut', 'LabelMaps', 'Panoptic', 'data_root', 'find_layout', 'pair_files',
+           'register_dataset', 'list_datasets', 'open_dataset', 'write_coco_panoptic', 'resize_short', 'augment',
+           'View', 'Augmented']
 
 # %% ../nbs/05_data.ipynb #07bc26e2
 import colorsys, difflib, functools, inspect, json, os, re, warnings
@@ -145,12 +146,28 @@ def _vocabularies(): return sorted(p.stem[6:] for p in ASSETS.glob('vocab_*.json
 
 VOCABULARIES = _Named('vocabulary', _vocabularies, lambda name: Vocabulary(_asset(f'vocab_{name}')['names']))
 
-# %% ../nbs/05_data.ipynb #7ceeb652
+# %% ../nbs/05_data.ipynb #5ec40a26
 def ignore_label(
     classes:int, # Number of classes
 )->int: # 255, or 65535 if there are more than 255 classes
     "The label of pixels that are not judged, as the benchmarks write it."
     return 255 if classes <= 255 else 65535
+
+def unpack(
+    packed:dict, # image uint8 (3,H,W); segments (H,W): which segment; for each segment: classes (or ignore), isregion, isthing; id; ignore
+)->dict: # A sample
+    "Make a sample from the packed form in which readers hold it: one map of segments instead of a mask for each. Segments without pixels are dropped."
+    segments,classes = packed['segments'],packed['classes']
+    keep = np.flatnonzero((np.bincount(segments.ravel(), minlength=len(classes)) > 0) & packed['isregion'])
+    return dict(image=packed['image'].float().div_(255), labels=torch.from_numpy(classes.take(segments)), regions=torch.from_numpy(segments == keep.astype(segments.dtype)[:,None,None]),
+                region_classes=torch.from_numpy(classes[keep]), isthing=torch.from_numpy(packed['isthing'][keep]), id=packed['id'], ignore=packed['ignore'])
+
+def sample_packed(
+    data, # A data set of samples
+    i:int, # Which one
+)->dict: # The packed form if the data set has one, which is faster to cut and resize; else the sample
+    "Sample i, for `augment` and `resize_short`, which take both forms."
+    return data.packed(i) if hasattr(data, 'packed') else data[i]
 
 def _pad(x, size, value):
     "Pad the last two axes at the right and the bottom."
@@ -343,7 +360,7 @@ def scene(
     for _ in range(rng.integers(0, look['clutter']//3+1)): _clutter(rng, img)
     return _light(rng, img, **look),seg,kinds
 
-# %% ../nbs/05_data.ipynb #85017c17
+# %% ../nbs/05_data.ipynb #16779c14
 class ShapesWorld(Dataset):
     "Generated scenes with regions and a vocabulary of their own (architecture: the embedded world)."
     splits = ('train', 'val', 'test')
@@ -381,18 +398,17 @@ class ShapesWorld(Dataset):
         rng = np.random.default_rng([self.seed, self.splits.index(self.split), list(DOMAINS).index(self.domain), i])
         img,seg,kinds = scene(rng, self.domain, self.size, self.triples)
         classes = np.array([self.vocabulary.names.index(self.class_name(k)) for k in kinds])
-        return (img*255+.5).astype(np.uint8),seg.astype(np.uint8),classes
+        seen = np.bincount(seg.ravel(), minlength=len(classes)) >= 12
+        return dict(image=torch.from_numpy((img*255+.5).astype(np.uint8).transpose(2, 0, 1).copy()), segments=seg.astype(np.uint8), classes=np.where(seen, classes, self.ignore),
+                    isregion=seen, isthing=np.array([c in self.things for c in classes]), id=f'{self.domain}-{self.split}-{i:06d}', ignore=self.ignore)
 
-    def __len__(self): return self.n
-    def __getitem__(self, i):
-        if not -self.n <= i < self.n: raise IndexError(i)
+    def packed(self, i):
+        if not -self.n <= i < self.n: raise IndexError(f'scene {i} of {self.n}')
         i = int(i) % self.n
         if i not in self._made: self._made[i] = self._make(i)
-        img,seg,classes = self._made[i]
-        seen = np.bincount(seg.ravel(), minlength=len(classes)) >= 12; keep = np.flatnonzero(seen)
-        return dict(image=torch.from_numpy(img).permute(2, 0, 1).float()/255, labels=torch.from_numpy(np.where(seen[seg], classes[seg], self.ignore).astype(np.int64)),
-                    regions=torch.from_numpy(seg[None] == keep[:,None,None]), region_classes=torch.from_numpy(classes[keep]), id=f'{self.domain}-{self.split}-{i:06d}',
-                    isthing=torch.tensor([c in self.things for c in classes[keep].tolist()], dtype=torch.bool), ignore=self.ignore)
+        return self._made[i]
+    def __len__(self): return self.n
+    def __getitem__(self, i): return unpack(self.packed(i))
     def __repr__(self): return f"{self.name} ({self.split}): {self.n} scenes of {self.size[1]}x{self.size[0]}, {len(self.vocabulary)} classes"
 
 # %% ../nbs/05_data.ipynb #bdefbbd1
@@ -425,7 +441,7 @@ def caption(
     words = [list(COLOURS)[c]]*say[0]+[TEXTURES[t]]*say[1]+[noun if say[2] else 'thing']
     return say_it(' '.join(words)),tuple(v if b else -1 for v,b in zip((c,t,s), say))+(-1,)
 
-# %% ../nbs/05_data.ipynb #d207872a
+# %% ../nbs/05_data.ipynb #0175ad84
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) # what Pillow raises on files that are no whole image
 
 def _open(path, what):
@@ -434,13 +450,13 @@ def _open(path, what):
 
 def _unreadable(path, what, e): return OpenTransError(f"The {what} '{path}' cannot be read ({e}). Fetch it again, or pass corrupt='skip' to leave it out.")
 
-def read_image(path)->torch.Tensor: # float32 (3,H,W) in [0,1]
+def read_image(path)->torch.Tensor: # uint8 (3,H,W)
     "Read an image. Raises `OpenTransError` if it is missing or broken."
     try:
         with _open(path, 'image') as im: a = np.array(im.convert('RGB'))
     except OpenTransError: raise
     except BROKEN as e: raise _unreadable(path, 'image', e) from e
-    return torch.from_numpy(a).permute(2, 0, 1).contiguous().float().div_(255)
+    return torch.from_numpy(a).permute(2, 0, 1)
 
 def read_label_map(path)->np.ndarray: # (H,W) integers as they stand in the file; a palette's index, not its colour
     "Read a label map of one channel, 8 or 16 bit. Raises `OpenTransError` if it is missing, broken or a colour picture."
@@ -462,7 +478,7 @@ def read_segments(path)->np.ndarray: # (H,W) int32: R + 256 G + 256^2 B
     r,g,b = (a[...,c].astype(np.int32) for c in range(3))
     return r | g<<8 | b<<16
 
-# %% ../nbs/05_data.ipynb #778ad9cc
+# %% ../nbs/05_data.ipynb #c64a442d
 @dataclass
 class Files:
     "One image of a data set on disk."
@@ -472,7 +488,7 @@ class Files:
     segments:list = None # Panoptic only: the segments of the JSON file
 
 class Segmentation(Dataset):
-    "A data set on disk. Subclasses write `annotation`, which reads labels and regions of one image."
+    "A data set on disk. Subclasses write `annotation`, which reads the segments of one image."
     decode = staticmethod(read_label_map)
 
     def __init__(self,
@@ -488,24 +504,26 @@ class Segmentation(Dataset):
         self.name,self.files,self.groups,self.skipped = name,list(files),dict(groups or {}),dict(problems or {})
         self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
         self.ignore,self.things = ignore_label(len(self.vocabulary)),frozenset(things)
+        self._isthing = np.array([c in self.things for c in range(len(self.vocabulary)+1)])
         if self.skipped and corrupt == 'raise':
             raise OpenTransError(f"{name}: {_some(self.skipped)}. Unpack the data set again, or pass corrupt='skip' to leave these out.")
         if corrupt == 'skip': self._skip()
 
     def annotation(self,
         i:int, # Which image
-    )->tuple: # labels (H,W), regions (N,H,W), region_classes (N,)
-        "Read the labels of one image."
+    )->tuple: # segments (H,W) small integers; for each segment its class (or ignore), and whether it is a region
+        "Read what is drawn on one image."
         raise NotImplementedError(f"{type(self).__name__} must say how its labels are read")
 
     def __len__(self): return len(self.files)
-    def __getitem__(self, i):
+    def __getitem__(self, i): return unpack(self.packed(i))
+    def packed(self, i):
+        "Image i in the form that `unpack` takes."
         f = self.files[i]
-        image,(labels,regions,classes) = read_image(f.image),self.annotation(i)
-        if image.shape[1:] != labels.shape:
-            raise OpenTransError(f"The labels '{f.labels}' are {labels.shape[1]}x{labels.shape[0]} pixels, their image '{f.image}' {image.shape[2]}x{image.shape[1]}.")
-        return dict(image=image, labels=labels, regions=regions, region_classes=classes, id=f.id, ignore=self.ignore,
-                    isthing=torch.tensor([c in self.things for c in classes.tolist()], dtype=torch.bool))
+        image,(segments,classes,isregion) = read_image(f.image),self.annotation(i)
+        if image.shape[1:] != segments.shape:
+            raise OpenTransError(f"The labels '{f.labels}' are {segments.shape[1]}x{segments.shape[0]} pixels, their image '{f.image}' {image.shape[2]}x{image.shape[1]}.")
+        return dict(image=image, segments=segments, classes=classes, isregion=isregion, isthing=self._isthing[np.minimum(classes, len(self.vocabulary))], id=f.id, ignore=self.ignore)
     def __repr__(self): return f"{self.name}: {len(self)} images, {len(self.vocabulary)} classes" + (f", {len(self.skipped)} skipped" if self.skipped else '')
 
 def _some(problems, n=3):
@@ -541,7 +559,7 @@ def check(self:Segmentation,
         except OpenTransError as e: rows.append(dict(id=self.files[i].id, problem=str(e)))
     return pd.DataFrame(rows, columns=['id', 'height', 'width', 'classes', 'regions', 'problem']).set_index('id')
 
-# %% ../nbs/05_data.ipynb #73f2244c
+# %% ../nbs/05_data.ipynb #ca0fffc8
 WRONG = -1 # what a number that means nothing becomes
 
 def label_lut(
@@ -559,26 +577,26 @@ def label_lut(
 class LabelMaps(Segmentation):
     "A data set of label maps; `lut` says what their numbers mean."
     def __init__(self, name, vocabulary, files, lut, **kwargs):
-        self.lut = lut
+        self.lut,k = lut,len(vocabulary)
+        self._segment = np.where(lut == WRONG, k+1, np.where(lut == ignore_label(k), k, lut)).astype(np.min_scalar_type(k+1)) # each class is a segment, then void, then wrong
+        self._classes = np.append(np.arange(k), [ignore_label(k)]*2)
         super().__init__(name, vocabulary, files, **kwargs)
 
     def annotation(self, i):
-        path = self.files[i].labels
+        path,k = self.files[i].labels,len(self.vocabulary)
         raw = self.decode(path)
-        if raw.dtype.itemsize > 2: raw = raw.clip(-1, 65536)
-        found = np.unique(raw) if raw.dtype.kind == 'i' else np.flatnonzero(np.bincount(raw.ravel()))
-        bad = found[(found < 0) | (found > 65535) | (self.lut[found.clip(0, 65535)] == WRONG)]
+        strange = (raw < 0) | (raw > 65535) if raw.dtype.itemsize > 2 else None
+        segments = self._segment.take(raw, mode='clip')
+        bad = np.unique(raw[(segments == k+1) | (False if strange is None else strange)]) if (segments == k+1).any() or strange is not None and strange.any() else ()
         if len(bad):
             void = np.flatnonzero(self.lut == self.ignore)
-            raise OpenTransError(f"The label map '{path}' holds {_listed_values(bad)}, outside the {len(self.vocabulary)} classes of {self.name} "
+            raise OpenTransError(f"The label map '{path}' holds {_listed_values(bad)}, outside the {k} classes of {self.name} "
                                  f"(not judged: {_listed_values(void) if len(void) else 'no value'}). Give the names of all classes, or the values to leave out as ignore=...")
-        classes = np.unique(self.lut[found]); classes = classes[classes != self.ignore]
-        labels = self.lut[raw]
-        return torch.from_numpy(labels), torch.from_numpy(labels[None] == classes[:,None,None]), torch.from_numpy(classes)
+        return segments,self._classes,self._classes != self.ignore
 
 def _listed_values(v): return ', '.join(map(str, v[:6])) + (', ...' if len(v) > 6 else '')
 
-# %% ../nbs/05_data.ipynb #3a60ca91
+# %% ../nbs/05_data.ipynb #82284daf
 class Panoptic(Segmentation):
     "A data set of COCO panoptic maps; `categories` maps the category ids of its JSON file to classes."
     decode = staticmethod(read_segments)
@@ -595,10 +613,8 @@ class Panoptic(Segmentation):
         if (ids[where] != raw).any():
             raise OpenTransError(f"The panoptic map '{f.labels}' holds segment {_listed_values(np.unique(raw[ids[where] != raw]))}, which its annotation does not list. Do map and JSON file belong together?")
         classes = np.array([self.ignore]+[self.categories[s['category_id']] for s in f.segments])
-        seen = np.bincount(where.ravel(), minlength=len(ids)) > 0
-        keep = np.array([k for k,s in enumerate(f.segments, 1) if not s.get('iscrowd') and seen[k]], np.int64)
-        small = np.min_scalar_type(len(ids)) # comparing bytes is faster than comparing int64
-        return torch.from_numpy(classes[where]), torch.from_numpy(where.astype(small) == keep.astype(small)[:,None,None]), torch.from_numpy(classes[keep])
+        isregion = np.array([False]+[not s.get('iscrowd') for s in f.segments])
+        return where.astype(np.min_scalar_type(len(ids))),classes,isregion
 
 # %% ../nbs/05_data.ipynb #f8f002bd
 def data_root(
@@ -821,7 +837,7 @@ def _cityscapes(root, split='val', **kwargs):
     files,problems = pair_files(images, labels, tails=('_leftImg8bit', '_gtFine_labelTrainIds' if ready else '_gtFine_labelIds'))
     return LabelMaps('cityscapes_19', VOCABULARIES['cityscapes_19'], files, lut, things=a['things'], problems=problems, **kwargs)
 
-# %% ../nbs/05_data.ipynb #2e46bb47
+# %% ../nbs/05_data.ipynb #ee2c8bc5
 def _nearest(n, m, start=0, stop=None):
     "For output pixels start..stop of m, the nearest of n input pixels."
     return ((np.arange(start, m if stop is None else stop)+.5)*n/m).astype(np.int64).clip(0, n-1)
@@ -829,24 +845,24 @@ def _nearest(n, m, start=0, stop=None):
 def _take(x, rows, cols): return torch.from_numpy(np.asarray(x).take(rows, -2).take(cols, -1)) # much faster than torch's indexing
 
 def _resize(sample, size, window=None, flip=False):
-    "Resize a sample, keep the window (top, left, bottom, right) of the result, and mirror it."
-    (h,w),(H,W) = sample['image'].shape[1:],size
-    t,l,b,r = window or (0, 0, H, W)
-    image = sample['image']
+    "Resize a sample, packed or not, keep the window (top, left, bottom, right) of the result, and mirror it."
+    image,(H,W) = sample['image'],size
+    h,w = image.shape[1:]; t,l,b,r = window or (0, 0, H, W)
     if (h,w) != (H,W): # on 8 bits, as files are: several times faster than on floats
-        image = F.interpolate((image*255).round_().byte()[None], size=(H,W), mode='bilinear', align_corners=False, antialias=True)[0]
-    image = image[:,t:b,l:r]
-    if image.dtype == torch.uint8: image = image.float().div_(255)
+        if image.dtype != torch.uint8: image = (image*255).round_().byte()
+        image = F.interpolate(image[None], size=(H,W), mode='bilinear', align_corners=False, antialias=True)[0]
     rows,cols = _nearest(h, H, t, b),_nearest(w, W, l, r)
+    image = image[:,t:b,l:r]
     if flip: image,cols = image.flip(-1),cols[::-1]
-    regions = _take(sample['regions'], rows, cols)
-    s = dict(sample, image=image, labels=_take(sample['labels'], rows, cols), regions=regions)
-    seen = torch.from_numpy(regions.numpy().reshape(len(regions), -1).any(1))
+    if 'segments' in sample: return unpack(dict(sample, image=image, segments=sample['segments'].take(rows, 0).take(cols, 1)))
+    if image.dtype == torch.uint8: image = image.float().div_(255)
+    s = dict(sample, image=image, **{k: _take(sample[k], rows, cols) for k in ('labels', 'regions')})
+    seen = torch.from_numpy(s['regions'].numpy().reshape(len(s['regions']), -1).any(1))
     if not seen.all(): s.update({k: s[k][seen] for k in ('regions', 'region_classes', 'isthing')})
     return s
 
 def resize_short(
-    sample:dict, # A sample
+    sample:dict, # A sample, or its packed form
     size:int, # Length of the short side, in pixels
     max_size:int=None, # The long side may not be longer; None for no limit
 )->dict: # The sample at its new size
@@ -856,26 +872,28 @@ def resize_short(
     if max_size is not None: f = min(f, max_size/max(h, w))
     return _resize(sample, (max(1, round(h*f)), max(1, round(w*f))))
 
-# %% ../nbs/05_data.ipynb #85db58c3
+# %% ../nbs/05_data.ipynb #6e14a3a2
 def augment(
-    sample:dict, # A sample
-    size, # Height and width of the crop, or one number
+    sample:dict, # A sample, or its packed form
+    size, # Height and width of the crop, or one number; None for no crop
     seed, # A number, or a sequence of numbers such as `[seed, epoch, i]`: the same seed gives the same crop
-    scale:tuple=(.1, 2.), # The image is scaled to fit between these multiples of the crop
+    scale:tuple=(.1, 2.), # The image is scaled to fit between these multiples of the crop (of itself, if there is none); None to keep its size
     flip:float=.5, # Probability of a mirror image
-)->dict: # A sample of exactly `size`
+)->dict: # A sample, of exactly `size` if one is given
     "Large-scale jitter, crop, pad and flip."
     rng = np.random.default_rng(seed)
-    H,W = (size, size) if np.ndim(size) == 0 else size
     h,w = sample['image'].shape[1:]
-    f = rng.uniform(*scale)*min(H/h, W/w)
-    h,w = max(1, round(h*f)),max(1, round(w*f))
+    H,W = (h, w) if size is None else (size, size) if np.ndim(size) == 0 else size
+    if scale is not None:
+        f = rng.uniform(*scale)*min(H/h, W/w)
+        h,w = max(1, round(h*f)),max(1, round(w*f))
+    if size is None: H,W = h,w
     t,l = (int(rng.integers(0, max(0, n-N)+1)) for n,N in ((h,H), (w,W)))
     s = _resize(sample, (h,w), (t, l, min(h, t+H), min(w, l+W)), rng.uniform() < flip)
     for k,v in dict(image=0., labels=s.get('ignore', 255), regions=False).items(): s[k] = _pad(s[k], (H,W), v)
     return s
 
-# %% ../nbs/05_data.ipynb #370bb73c
+# %% ../nbs/05_data.ipynb #72b1d52e
 class View(Dataset):
     "Some of the samples of a data set, transformed; all else is as in the data set."
     def __init__(self,
@@ -889,6 +907,19 @@ class View(Dataset):
         s = self.data[self.indices[i]]
         return s if self.transform is None else self.transform(s, i)
     def __getattr__(self, name):
-        if name.startswith('__') or name == 'data': raise AttributeError(name)
+        if name.startswith('__') or name in ('data', 'packed'): raise AttributeError(name)
         return getattr(self.data, name)
     def __repr__(self): return f"{len(self)} of {self.data}"
+
+class Augmented(View):
+    "A data set as training sees it: crop i comes from `[seed, epoch, i]`."
+    def __init__(self,
+        data, # A data set
+        size, # Of the crops; see `augment`
+        seed=0, # Another seed gives other crops
+        scale=(.1, 2.), # As in `augment`
+        flip=.5, # As in `augment`
+    ):
+        super().__init__(data)
+        self.size,self.seed,self.scale,self.flip,self.epoch = size,seed,scale,flip,0
+    def __getitem__(self, i): return augment(sample_packed(self.data, self.indices[i]), self.size, [self.seed, self.epoch, i], self.scale, self.flip)

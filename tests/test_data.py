@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 from opentrans.core import OpenTransError
-from opentrans.data import (VOCABULARIES, Panoptic, ShapesWorld, View, Vocabulary, augment, collate, list_datasets, open_dataset, read_segments, resize_short,
+from opentrans.data import (VOCABULARIES, Augmented, ShapesWorld, View, Vocabulary, augment, collate, list_datasets, open_dataset, read_segments, resize_short,
                             write_coco_panoptic)
 
 SAMPLES = Path(__file__).parents[1]/'../shared/data/samples'
@@ -153,11 +153,9 @@ def test_root_from_the_environment(tmp_path, monkeypatch):
 
 # loaders
 
-def crop(s, i): return augment(s, 48, [0, i])
-
 @pytest.mark.parametrize('context', ['fork', 'spawn'])
 def test_workers_see_the_same_samples(context):
-    data = View(ShapesWorld(n=6, size=48), transform=crop)
+    data = Augmented(ShapesWorld(n=6, size=48), 48)
     load = lambda **kw: list(DataLoader(data, batch_size=4, collate_fn=collate, **kw))
     for a,b in zip(load(), load(num_workers=2, multiprocessing_context=context)):
         assert torch.equal(a['images'], b['images']) and torch.equal(a['labels'], b['labels']) and a['ids'] == b['ids']
