@@ -140,7 +140,7 @@ def as_examples(
     if x.dim() != 4: raise OpenTransError(f"the output {tuple(x.shape)} is no map (n, C, H, W) that a grid can be laid on")
     return F.adaptive_avg_pool2d(x, maps).flatten(2).mT.flatten(0, 1)
 
-# %% ../nbs/03_cka.ipynb #38ab4f62
+# %% ../nbs/03_cka.ipynb #f288b328
 class _Watch:
     "Hooks on layers of one model; after a forward pass `take` gives the centred Gram matrices of the batch."
     def __init__(self, modules, gram_of, unbiased, maps):
@@ -155,7 +155,7 @@ class _Watch:
 
     def _hook(self, name):
         def hook(module, args, out):
-            if name in self.reasons: return
+            if name in self.reasons or not self.n: return # n is 0 while the other model runs, which may share modules
             try: self.K[name] = self._gram(name, _first_tensor(out))
             except OpenTransError as e: self.reasons[name] = str(e)
         return hook
@@ -165,7 +165,7 @@ class _Watch:
         x = as_examples(x, self.n, self.maps)
         if len(x) < (4 if self.unbiased else 2): return torch.zeros(len(x), len(x), dtype=torch.float64)
         if name not in self.scale: # one unit for the whole run, so that squares neither vanish nor overflow
-            if size := x.abs().max().item(): self.scale[name] = size
+            if (size := x.abs().max().item()) and np.isfinite(size): self.scale[name] = 2.**np.floor(np.log2(size)) # a power of 2: exact
         K = gram(x, self.scale.get(name, 1.))
         if not K.isfinite().all(): raise OpenTransError('features are NaN or infinite')
         if K.trace().sqrt() > 2*torch.finfo(x.dtype).eps*x.numel()**.5: self.varies.add(name)
@@ -227,7 +227,7 @@ class _HSIC:
     def result(self):
         return (self.xy/(self.xx[:, None]*self.yy).sqrt()).cpu().numpy() # 0/0 is NaN: a layer that never varies
 
-# %% ../nbs/03_cka.ipynb #81d33310
+# %% ../nbs/03_cka.ipynb #2c466777
 def cka(
     model_a:nn.Module, # Rows of the result are its layers
     model_b:nn.Module, # Columns are its layers; may be `model_a` itself
@@ -254,7 +254,7 @@ def cka(
         for batch in progress(loader, 'CKA', len(loader) if hasattr(loader, '__len__') else None):
             images = _images(batch)
             for w,model in ((wa, model_a),) if wa is wb else ((wa, model_a), (wb, model_b)):
-                w.n = len(images); forward(model, images.to(device_of(model)))
+                w.n = len(images); forward(model, images.to(device_of(model))); w.n = 0
             if not sums.add(wa, wb, names_a, names_b): count['left_out'] += len(images); continue
             count['examples'] += len(images); count['batches'] += 1
     if not count['batches']: raise OpenTransError(f"No batch had {4 if unbiased else 2} examples or more: CKA compares examples within a batch. Give a loader with larger batches.")
@@ -265,7 +265,7 @@ def cka(
                        reasons={n: r for w,ns in ((wa, names_a), (wb, names_b)) for n,r in w.why(ns).items()})
     return frame
 
-# %% ../nbs/03_cka.ipynb #5b3fb492
+# %% ../nbs/03_cka.ipynb #335721d2
 def plot_cka(
     frame:pd.DataFrame, # What `cka` returned
     ax=None, # Axes to draw on
@@ -285,6 +285,7 @@ def plot_cka(
     if numbers or (numbers is None and max(h, w) <= 12):
         for (i,j),v in np.ndenumerate(frame.to_numpy()):
             if np.isfinite(v): ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=7, color='w' if v < .6 else 'k')
+    ax.set_xlabel('layers of the second model'); ax.set_ylabel('layers of the first')
     if frame.attrs.get('estimator'): ax.set_title(f"{frame.attrs['kernel']} CKA, {frame.attrs['estimator']}", fontsize=9)
     ax.figure.colorbar(im, ax=ax, fraction=.05, pad=.03)
     return ax
