@@ -1,5 +1,5 @@
 "Data across modules and on disk: the real samples, every written format read back, damaged files, loaders with workers."
-import json, random, warnings
+import json, pickle, random, warnings
 from pathlib import Path
 import numpy as np
 import pytest
@@ -132,6 +132,13 @@ def test_labels_outside_the_vocabulary_are_fatal_even_when_skipping(tmp_path):
     Image.fromarray(np.full((36, 48), 70000, np.int32)).save(tmp_path/'labels/000.tif'); labels.unlink()
     with pytest.raises(OpenTransError, match='outside'): open_dataset('folder', tmp_path, names=names)[0]
 
+def test_a_street_folder_as_a_loader_meets_it(tmp_path):
+    names = street(tmp_path, n=3, h=360, w=480)
+    data = pickle.loads(pickle.dumps(open_dataset('folder', tmp_path, names=names, ignore='11,255')))
+    b = next(iter(DataLoader(Augmented(data, 128), batch_size=3, collate_fn=collate)))
+    assert b['images'].shape == (3, 3, 128, 128) and len(data.vocabulary) == 11 and all(set(s['labels'].unique().tolist()) <= {*range(11), 255} for s in data)
+    assert data.check(n=2).index.tolist() == ['000', '002']
+
 def test_nothing_left_to_read(tmp_path):
     street(tmp_path, n=1)
     (tmp_path/'images/000.png').write_bytes(b'no image')
@@ -153,19 +160,20 @@ def test_root_from_the_environment(tmp_path, monkeypatch):
 
 # loaders
 
-@pytest.mark.parametrize('context', ['fork', 'spawn'])
-def test_workers_see_the_same_samples(context):
+def test_workers_see_the_same_samples():
     data = Augmented(ShapesWorld(n=6, size=48), 48)
-    load = lambda **kw: list(DataLoader(data, batch_size=4, collate_fn=collate, **kw))
-    for a,b in zip(load(), load(num_workers=2, multiprocessing_context=context)):
-        assert torch.equal(a['images'], b['images']) and torch.equal(a['labels'], b['labels']) and a['ids'] == b['ids']
-        assert all(torch.equal(x, y) for x,y in zip(a['regions'], b['regions']))
+    load = lambda data, **kw: list(DataLoader(data, batch_size=4, collate_fn=collate, **kw))
+    for other in (load(data, num_workers=2), load(pickle.loads(pickle.dumps(data)))):      # workers that are spawned get the data set by pickle
+        for a,b in zip(load(data), other):
+            assert torch.equal(a['images'], b['images']) and torch.equal(a['labels'], b['labels']) and a['ids'] == b['ids']
+            assert all(torch.equal(x, y) for x,y in zip(a['regions'], b['regions']))
+
+WORLD = ShapesWorld(n=1, size=(40, 56))
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6), size=st.tuples(st.integers(1, 70), st.integers(1, 70)), low=st.floats(.05, 1), high=st.floats(1, 3))
 def test_augment_keeps_regions_and_labels_together(seed, size, low, high):
-    s = ShapesWorld(n=1, size=(40, 56))[0]
-    a = augment(s, size, seed, scale=(low, high))
+    a = augment(WORLD[0], size, seed, scale=(low, high))
     assert a['image'].shape[1:] == a['labels'].shape == a['regions'].shape[1:] == size and 0 <= a['image'].min() and a['image'].max() <= 1
     assert len(a['regions']) == len(a['region_classes']) == len(a['isthing'])
     assert ((a['labels'] == 255) | a['regions'].any(0)).all() and (a['regions'].sum(0) <= 1).all()
