@@ -260,7 +260,7 @@ def _smooth_noise(rng, size, cells):
     g = torch.from_numpy(rng.uniform(-1, 1, (1,1,cells,cells)).astype(np.float32))
     return F.interpolate(g, size=size, mode='bicubic', align_corners=True)[0,0].numpy()
 
-# %% ../nbs/05_data.ipynb #0fe7345c
+# %% ../nbs/05_data.ipynb #dbb405f6
 def paint_object(
     rng, # A numpy generator
     img:np.ndarray, # (H,W,3) in [0,1]; painted on in place
@@ -269,7 +269,6 @@ def paint_object(
     c:int, t:int, s:int, # Colour, texture, shape
     outline:float=0., # Width of a dark edge, in pixels
     jitter:float=.06, # How much its colour may differ
-    hollow:bool=False, # Let the ground shine through?
     contrast:float=1., # Strength of the texture
 ): # (H,W) mask of its pixels, or None if it lies outside
     "Paint one thing."
@@ -287,7 +286,6 @@ def paint_object(
         f = rng.uniform(1.25, 1.6); du,dv = ((w*f+.5) % 1-.5 for w in (u, v)); body[np.hypot(du, dv) < .27] = col*(1-.9*contrast)
     body = np.clip(body*(1+.12*(u*rng.uniform(-1, 1)+v*rng.uniform(-1, 1)))[...,None], 0, 1)
     if outline: a_in = np.clip(.5-(d+outline/r)*r, 0, 1)[...,None]; body = body*a_in+.08*(1-a_in)
-    if hollow: body = np.where(d[...,None] < -2.2/r, img[y0:y1,x0:x1]*.75+body*.25, body)
     img[y0:y1,x0:x1] = img[y0:y1,x0:x1]*(1-a)+body*a
     m = np.zeros((H, W), bool); m[y0:y1,x0:x1] = d < 0
     return m
@@ -329,7 +327,7 @@ def _light(rng, img, gain=(1., 1.), cast=0., noise=0., blur=0., haze=0., tint=No
         k = rng.uniform(0, blur); img = img*(1-k)+k*(np.roll(img, 1, 0)+np.roll(img, -1, 0)+np.roll(img, 1, 1)+np.roll(img, -1, 1))/4
     return np.clip(img+rng.normal(0, noise+1e-6, img.shape), 0, 1).astype(np.float32)
 
-# %% ../nbs/05_data.ipynb #c4a01a70
+# %% ../nbs/05_data.ipynb #97b2f134
 DOMAINS = { # look of a scene: number and radius (in image heights) of the things, clutter, light
     'home':   dict(n=(5,9), r=(.085,.18), clutter=10, gain=(.4,.95), cast=.18, noise=.06, blur=.5, haze=.3),
     'night':  dict(n=(4,8), r=(.08,.18), clutter=8, gain=(.25,.5), cast=.10, noise=.06, blur=.5, haze=.1, tint=(.75,.85,1.25)),
@@ -355,12 +353,12 @@ def scene(
     for _ in range(rng.integers(*look['n'], endpoint=True)):
         r = H*rng.uniform(*look['r']); cx,cy = rng.uniform(.3*r, W-.3*r),rng.uniform(.3*r, H-.3*r)
         k = triples[rng.integers(len(triples))]
-        m = paint_object(rng, img, cx, cy, r, rng.uniform(-.6, .6), *k, outline=1.5*paper, hollow=paper, contrast=rng.uniform(.7, 1.))
+        m = paint_object(rng, img, cx, cy, r, rng.uniform(-.6, .6), *k, outline=1.5*paper, contrast=rng.uniform(.7, 1.))
         if m is not None and m.any(): seg[m] = len(kinds); kinds.append(k)
     for _ in range(rng.integers(0, look['clutter']//3+1)): _clutter(rng, img)
     return _light(rng, img, **look),seg,kinds
 
-# %% ../nbs/05_data.ipynb #16779c14
+# %% ../nbs/05_data.ipynb #26b703bd
 class ShapesWorld(Dataset):
     "Generated scenes with regions and a vocabulary of their own (architecture: the embedded world)."
     splits = ('train', 'val', 'test')
@@ -392,7 +390,7 @@ class ShapesWorld(Dataset):
         "What this domain calls a segment: a stuff name stays, a triple loses the words that the domain does not use."
         if isinstance(k, str): return k
         c,t,s = list(COLOURS)[k[0]],TEXTURES[k[1]],list(SHAPES)[k[2]]
-        return dict(home=f'{c} {t} {s}', night=f'{t} {s}', crowd=f'{c} {s}', sketch=SHAPES[s])[self.domain]
+        return dict(home=f'{c} {t} {s}', night=f'{t} {s}', crowd=f'{c} {s}', sketch=f'{c} {SHAPES[s]}')[self.domain]
 
     def _make(self, i):
         rng = np.random.default_rng([self.seed, self.splits.index(self.split), list(DOMAINS).index(self.domain), i])
