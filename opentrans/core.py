@@ -296,7 +296,7 @@ def load_json(path):
     try: return json.loads(read_text(path))
     except json.JSONDecodeError as e: raise OpenTransError(f"'{path}' is not JSON: {e}.") from e
 
-# %% ../nbs/00_core.ipynb #81acd552
+# %% ../nbs/00_core.ipynb #0c103508
 def save_tensors(
     tensors:dict, # Name -> tensor
     path, # Where to
@@ -304,7 +304,9 @@ def save_tensors(
 ):
     "Write a safetensors file, whole or not at all."
     meta = {k: v if isinstance(v, str) else json.dumps(v, default=_plain) for k,v in (metadata or {}).items()}
-    with atomic_path(path) as p: save_file({k: t.detach().cpu().contiguous() for k,t in tensors.items()}, p, metadata=meta)
+    with atomic_path(path) as p:
+        try: save_file({k: t.detach().cpu().contiguous() for k,t in tensors.items()}, p, metadata=meta)
+        except SafetensorError as e: raise OSError(str(e)) from e # the disk is full, say
 
 def load_tensors(
     path, # A safetensors file
