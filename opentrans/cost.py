@@ -89,7 +89,7 @@ PTFLOPS = {t: _pt_conv for t in _types('Conv')} | {t: lambda m, x, y: _pt_conv(m
     nn.Upsample: lambda m, x, y: y[0].numel(), nn.MultiheadAttention: None,
     nn.Linear: lambda m, x, y: x.shape[:-1].numel()*y.shape[-1]*(x.shape[-1] + (m.bias is not None))}
 
-# %% ../nbs/04_cost.ipynb #161367c7
+# %% ../nbs/04_cost.ipynb #c41df90a
 _NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm) + ((nn.RMSNorm,) if hasattr(nn, 'RMSNorm') else ())
 
 def _module_rows(name, m):
@@ -114,10 +114,11 @@ def _model_rows(model):
     for name,m in model.named_modules():
         for row,kind,parts in _module_rows(name, m):
             if id(parts[0][0]) in seen: continue
-            row,tower = (row[len(dot):], True) if row.startswith(dot) else (row, False)
+            inside = row.startswith(dot)
+            row = row[len(dot):] if inside else row
             if row in res: row = f'(head) {row}' # a name of the head that the tower has too
             sizes = [(p if s is None else p[s]).numel() for p,s in parts]
-            res[row] = dict(kind=kind, tower=tower, params=sum(sizes), weights=sizes[0], param=parts[0][0], rows=parts[0][1])
+            res[row] = dict(kind=kind, tower=inside, params=sum(sizes), weights=sizes[0], param=parts[0][0], rows=parts[0][1])
         seen |= {id(p) for p in m._parameters.values() if p is not None}
     return res,dot
 
