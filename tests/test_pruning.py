@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from opentrans.core import OpenTransError, save_tensors
-from opentrans.pruning import SparseMask, export_onnx, imp, load_baked, prunable, transfer
+from opentrans.pruning import SparseMask, export_onnx, imp, load_baked, prunable, transfer_checkpoint
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -39,8 +39,8 @@ def test_rn50_follows_the_released_convention(rn50, tmp_path):
     assert (tmp_path/'m.safetensors').stat().st_size <= 3.2e6 and SparseMask.load(tmp_path/'m.safetensors') == mask
     matched = SparseMask.random(rn50, .1, seed=0, like=mask)
     assert (matched.table().kept == mask.table().kept).all() and abs(matched.overlap(mask).loc['all', 'lift']-1) < .02
-    report = mask.bake(copy.deepcopy(rn50), tmp_path/'sparse.safetensors')
-    assert (tmp_path/'sparse.safetensors').stat().st_size < .5*report['dense_bytes']                   # the attention pool (14.8 M) stays dense
+    report = mask.bake(rn50)
+    assert report['dense_bytes'] > 4*38_316_896 and report['sparse_bytes'] < .5*report['dense_bytes']     # the attention pool (14.8 M) stays dense
 
 @pytest.mark.parametrize('name,count,total,first', [
     ('RN101', 105, 42_413_056, 'conv2.weight'), ('RN50x4', 84, 65_508_800, 'conv2.weight'), ('RN50x16', 126, 136_007_424, 'conv2.weight'),
@@ -56,22 +56,29 @@ def test_prunable_rule_on_every_tower(name, count, total, first):
 
 # --- spellings of other libraries, checked by what the models compute -------------------------------------------------------
 
-def test_mask_fits_timm_resnet_by_function(rn50):
-    "open_clip's RN50 under a mask and timm's CLIP ResNet with the same weights under the same mask give the same features."
-    timm = pytest.importorskip('timm')
-    from timm.models.byobnet import checkpoint_filter_fn
-    other = timm.create_model('resnet50_clip', pretrained=False, num_classes=1024)
-    ours = copy.deepcopy(rn50)
-    visual = {f'visual.{k}': t for k,t in ours.state_dict().items()}
-    other.load_state_dict(checkpoint_filter_fn(visual, other), strict=False)
+def tiny_resnet():
+    from open_clip.modified_resnet import ModifiedResNet
+    torch.manual_seed(0)
+    return ModifiedResNet(layers=(1, 2, 1, 1), output_dim=16, heads=4, image_size=32, width=8)
+
+def test_mask_fits_timm_resnet_by_function():
+    "open_clip's ResNet under a mask and timm's CLIP ResNet with the same weights under the same mask give the same features."
+    pytest.importorskip('timm')
+    from dataclasses import replace
+    from timm.models import byobnet
+    cfg = byobnet.model_cfgs['resnet50_clip']
+    cfg = replace(cfg, stem_chs=(4, 4, 8), blocks=tuple(replace(b, d=d, c=b.c//8) for b,d in zip(cfg.blocks, (1, 2, 1, 1))))
+    ours,other = tiny_resnet(),byobnet.ByobNet(cfg, num_classes=16, img_size=32)
+    other.load_state_dict(byobnet.checkpoint_filter_fn({f'visual.{k}': t for k,t in ours.state_dict().items()}, other), strict=False)
     mask = SparseMask.magnitude(ours, .3)
-    for m in (ours, other): m.eval(); assert len(mask.apply(m).placed) == 54
-    x = torch.randn(1, 3, 64, 64)
+    for m in (ours, other): m.eval(); assert len(mask.apply(m).placed) == len(mask) == 21
+    x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         y = ours.stem(x)
         for l in (ours.layer1, ours.layer2, ours.layer3, ours.layer4): y = l(y)
         assert torch.allclose(y, other.forward_features(x), atol=1e-4*y.abs().max().item())
-    assert zeros(SparseMask.magnitude(other, .3), ours) == zeros(SparseMask.magnitude(other, .3), other) == True   # and the other way round
+    back = SparseMask.magnitude(other, .1)                                                # and the other way round
+    with back.apply(ours): assert zeros(back, ours) and 'stages.0.0.conv1_1x1.conv.weight' in back
 
 def tiny_vit():
     from open_clip.transformer import VisionTransformer
@@ -128,10 +135,7 @@ def test_mask_fits_convnext_with_and_without_open_clips_trunk():
 
 def test_clip_wrappers_checkpoints_and_text_tower(tmp_path):
     "OpenAI's, FC-CLIP's and this package's prefixes, DDP and compile wrappers: found, and nothing beside the tower touched."
-    from open_clip.modified_resnet import ModifiedResNet
-    torch.manual_seed(0)
-    tower = ModifiedResNet(layers=(1, 1, 1, 1), output_dim=16, heads=4, image_size=32, width=8)
-    mask = SparseMask.magnitude(tower, .2)
+    tower = tiny_resnet(); mask = SparseMask.magnitude(tower, .2)
     for wrap in (lambda t: nn.ModuleDict(dict(visual=t, transformer=nn.Linear(4, 4))), lambda t: nn.ModuleDict(dict(backbone=nn.ModuleDict(dict(clip_model=nn.ModuleDict(dict(visual=t)))), head=nn.Conv2d(8, 8, 1))),
                  lambda t: nn.DataParallel(nn.ModuleDict(dict(backbone=t))), torch.compile, lambda t: nn.ModuleDict(dict(a=torch.compile(t))), lambda t: torch.compile(nn.ModuleDict(dict(visual=t)))):
         model = wrap(copy.deepcopy(tower)); before = copy.deepcopy(model.state_dict())
@@ -139,14 +143,14 @@ def test_clip_wrappers_checkpoints_and_text_tower(tmp_path):
         assert untouched(before, model.state_dict(), {k for k in before if any(k.endswith(n) for n in mask)})
     state = {f'backbone.clip_model.visual._orig_mod.{k}': t for k,t in tower.state_dict().items()}
     torch.save(dict(model=dict(state, other=torch.ones(2)), scheduler=dict(last=3)), tmp_path/'model.pth')
-    whole,left = transfer(mask, tmp_path/'model.pth', tmp_path/'out.pth')
+    whole,left = transfer_checkpoint(mask, tmp_path/'model.pth', tmp_path/'out.pth')
     assert not left and whole['scheduler'] == dict(last=3) and sum(not torch.equal(t, whole['model'][k]) for k,t in state.items()) == len(mask)
 
 def test_torchscript_archives_need_trust(tmp_path):
     net = small().eval(); mask = SparseMask.magnitude(net, .2)
     torch.jit.trace(net, torch.randn(1, 3, 8, 8)).save(str(tmp_path/'RN.pt'))
-    with pytest.raises(OpenTransError, match='trust=True'): transfer(mask, tmp_path/'RN.pt')
-    assert (transfer(mask, tmp_path/'RN.pt', trust=True)[0]['1.0.weight'][~mask['1.0.weight']] == 0).all()
+    with pytest.raises(OpenTransError, match='trust=True'): transfer_checkpoint(mask, tmp_path/'RN.pt')
+    assert (transfer_checkpoint(mask, tmp_path/'RN.pt', trust=True)[0]['1.0.weight'][~mask['1.0.weight']] == 0).all()
 
 # --- round trips ------------------------------------------------------------------------------------------------------------
 
@@ -164,10 +168,10 @@ def test_round_trip_of_any_model_mask_and_prefix(tmp_path_factory, widths, kerne
     model = net
     for part in reversed(prefix.split('.')[:-1]): model = nn.ModuleDict({part: model, 'other': nn.Conv2d(2, 2, 1)})
     before = copy.deepcopy(model.state_dict())
-    state,left = again.zero_state(before)
+    state = dict(before); placed = again.apply_to_state(state)
     again.apply(model).remove()
     hit = {prefix+n.split('[')[0] for n in mask.names}
-    assert not left and untouched(before, model.state_dict(), hit) and untouched(state, model.state_dict()) and zeros(mask, model)
+    assert set(placed) == hit and untouched(before, model.state_dict(), hit) and untouched(state, model.state_dict()) and zeros(mask, model)
     for n in hit: assert torch.equal(model.state_dict()[n] != 0, (before[n] != 0) & (whole_mask(mask, n.removeprefix(prefix), before[n].shape)))
 
 def whole_mask(mask, name, shape): return mask[name] if name in mask or f'{name}[q]' in mask else torch.ones(shape, dtype=torch.bool)
@@ -219,11 +223,11 @@ def test_forged_mask_files(mask_file, tmp_path, change):
     if change == 'negative': layers[name]['shape'] = [-8, -9]
     if change == 'missing': del bits[name]
     if change == 'extra': bits['x'] = torch.zeros(3, dtype=torch.uint8)
-    meta = dict(version='1', layers=json.dumps(layers), info='{}')
+    meta = dict(format=P._FORMAT, version='1', layers=json.dumps(layers), info='{}')
     if change == 'layers': meta['layers'] = '[1, 2]'
     if change == 'deep': meta['layers'] = '['*5000+']'*5000
     if change == 'info': meta['info'] = '{'
-    save_tensors(bits, tmp_path/'m.safetensors', dict(meta, format=P.FORMAT, sha256=P._digest(meta, bits) if change != 'dtype' else 'x'))
+    save_tensors(bits, tmp_path/'m.safetensors', dict(meta, sha256=P._digest(meta, bits) if change != 'dtype' else 'x'))
     with pytest.raises(OpenTransError): SparseMask.load(tmp_path/'m.safetensors')
 
 def test_damaged_checkpoints_and_nothing_half_written(tmp_path):
@@ -231,7 +235,7 @@ def test_damaged_checkpoints_and_nothing_half_written(tmp_path):
     (tmp_path/'no.pth').write_bytes(b'nothing'); torch.save(dict(a=torch.ones(2)), tmp_path/'cut.pth')
     (tmp_path/'cut.pth').write_bytes((tmp_path/'cut.pth').read_bytes()[:300])
     for f in ('no.pth', 'cut.pth', 'none.pth', 'none.safetensors'):
-        with pytest.raises(OpenTransError): transfer(mask, tmp_path/f, tmp_path/'out.pth')
+        with pytest.raises(OpenTransError): transfer_checkpoint(mask, tmp_path/f, tmp_path/'out.pth')
     mask.bake(net, tmp_path/'b.safetensors'); whole = (tmp_path/'b.safetensors').read_bytes()
     (tmp_path/'b.safetensors').write_bytes(whole[:-5])
     with pytest.raises(OpenTransError): load_baked(tmp_path/'b.safetensors')
@@ -241,16 +245,14 @@ def test_damaged_checkpoints_and_nothing_half_written(tmp_path):
 # --- training -----------------------------------------------------------------------------------------------------------------
 
 def test_fifty_adamw_steps_leave_exact_zeros_in_a_clip_resnet():
-    from open_clip.modified_resnet import ModifiedResNet
-    torch.manual_seed(0)
-    net = ModifiedResNet(layers=(1, 1, 1, 1), output_dim=16, heads=4, image_size=32, width=8)
+    net = tiny_resnet()
     mask,names = SparseMask.magnitude(net, .1),list(net.state_dict())
     opt = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=.1)
     dense = {n: w.clone() for n,w in mask.weights(net).items()}
     with mask.apply(nn.ModuleDict(dict(clip=nn.ModuleDict(dict(visual=net))))):
-        for _ in range(50): opt.zero_grad(); net(torch.randn(2, 3, 32, 32)).square().mean().backward(); opt.step()
+        for _ in range(50): opt.zero_grad(); net.layer1(net.stem(torch.randn(2, 3, 16, 16))).square().mean().backward(); opt.step()
     assert zeros(mask, net) and list(net.state_dict()) == names
-    assert sum((w != dense[n])[mask[n]].any().item() for n,w in mask.weights(net).items()) > len(mask)/2      # the others have learned
+    assert all((w != dense[n])[mask[n]].any() for n,w in mask.weights(net).items() if n.startswith(('conv', 'layer1')) and mask[n].any())   # the others have learned
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
 def test_imp_in_other_precisions(dtype):
