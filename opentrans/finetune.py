@@ -21,7 +21,7 @@ from .data import collate
 from .frameworks.contract import evaluating, resize
 from .metrics import PanopticQuality, SemanticIoU, panoptic_map
 
-# %% ../nbs/13_finetune.ipynb #39290a09
+# %% ../nbs/13_finetune.ipynb #9f8c1eef
 @dataclass(frozen=True)
 class Recipe:
     "How to fine-tune: every number that a run depends on. Presets: `paper(name)`, `warmup()`, `tiny()`."
@@ -41,7 +41,7 @@ class Recipe:
     clip_grad:float = 0. # Largest norm of the whole gradient; 0 does not clip
     norm:str = 'train' # Batch norms of the backbone: 'train', 'eval' (statistics rest) or 'frozen' (weights rest, too)
     crop:int = 512 # Side of the square that is cut out; 0 takes images as they are
-    scale:tuple = (1., 1.) # Range of random scaling, as a share of the size at which the image fits `crop`
+    scale:tuple = (1., 1.) # Range of random sizes, as a share of that at which the image fits `crop`; (1, 1) does not scale
     flip:float = .5 # Probability of a mirrored image
     precision:str = 'no' # Mixed precision: 'no', 'bf16' or 'fp16'
     channels_last:bool = True # Lay images and kernels out in memory as convolutions are fastest
@@ -120,11 +120,11 @@ def batch_indices(
     at = range(iteration*batch_size, (iteration+1)*batch_size)
     return [int(_permutation(n, seed, p//n)[p % n]) for p in at]
 
-# %% ../nbs/13_finetune.ipynb #1ef9d229
+# %% ../nbs/13_finetune.ipynb #b3ef2163
 def augment(
     sample:dict, # As a data set gives it: image, labels, regions, region_classes, isthing
     crop:int=0, # Side of the square; 0 keeps the size
-    scale:tuple=(1., 1.), # Range of the size, as a share of that at which the image fits `crop` (or of its own, if `crop` is 0)
+    scale:tuple=(1., 1.), # Range of the size, as a share of that at which the image fits `crop` (or of its own, if `crop` is 0); (1, 1) does not scale
     flip:float=0., # Probability of a mirrored image
     ignore:int=255, # Label of what lies outside
     rng:random.Random=None, # Source of chance
@@ -133,8 +133,8 @@ def augment(
     rng,s = rng or random,dict(sample)
     maps = {k: s[k] for k in ('image', 'labels', 'regions') if k in s}
     h,w = maps['image'].shape[-2:]
-    z = rng.uniform(*scale)*(crop/max(h, w) if crop else 1.)
-    if (round(h*z), round(w*z)) != (h, w) and scale != (1., 1.) or crop and max(h, w) > crop and scale != (1., 1.):
+    if tuple(scale) != (1., 1.):
+        z = rng.uniform(*scale)*(crop/max(h, w) if crop else 1.)
         h,w = max(round(h*z), 1),max(round(w*z), 1)
         maps = {k: resize(v[None], (h, w))[0] if k == 'image' else _nearest(v, (h, w)) for k,v in maps.items()}
     if crop:

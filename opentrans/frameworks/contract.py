@@ -164,13 +164,16 @@ def build(
         if o not in known: raise unknown(f'option of {name}', o, known or ['(there are none)'])
     with seeded(seed): return cls(backbone, vocabulary=vocabulary, **{**cls.presets[preset], **options}).to(device_of(backbone)).train()
 
-# %% ../../nbs/09_frameworks.ipynb #9149cc9c
+# %% ../../nbs/09_frameworks.ipynb #a9fc668c
 def tiny_backbone(
     seed:int=0, # Of the random weights
-): # `ClipBackbone` of the shape of `shapes-rn`
+    width:int=8, # Channels behind the first stage are 4 times this; `shapes-rn` has 16
+): # `ClipBackbone`, of the build of `shapes-rn`
     "A small CLIP backbone with random weights, for checks: nothing about it is trained."
-    from opentrans.clip import ClipBackbone
-    with seeded(seed): return ClipBackbone.create('shapes-rn', pretrained=None)
+    from opentrans.clip import ClipBackbone, small_clip, small_config
+    config = small_config('shapes-rn')
+    config['vision_cfg'].update(width=width)
+    return ClipBackbone.from_model(*small_clip(config, seed=seed), 'tiny', copy_weights=False)
 
 # %% ../../nbs/09_frameworks.ipynb #49b15c3b
 @dataclass
