@@ -726,7 +726,7 @@ def load(cls:LayerTable,
         made.append(Spectrum(**d | dict(shape=tuple(d['shape']), evals=tensors[f"evals.{d['name']}"].numpy() if has else None)))
     return LayerTable(made, json.loads(meta['xmin'])['rule'], int(meta['few']), json.loads(meta['max_aspect'])['limit'], json.loads(meta['options']))
 
-# %% ../nbs/02_heavy_tail.ipynb #70068e50
+# %% ../nbs/02_heavy_tail.ipynb #03d5dbc6
 def _png(draw, size):
     "A figure as PNG, drawn without any global state of matplotlib."
     from matplotlib.figure import Figure
@@ -737,7 +737,7 @@ def _png(draw, size):
 class _Explorer:
     "State and wiring of `explore`."
     def __init__(self, table, w):
-        self.table,self.busy = table,False
+        self.table,self.busy,self.start = table,False,math.nan
         wide = dict(layout=w.Layout(width='340px'), style=dict(description_width='60px'))
         self.layer = w.Select(options=list(table), rows=16, description='layer', **wide)
         self.rule = w.Dropdown(options=[*XMIN, 'given'], value=table.xmin if isinstance(table.xmin, str) else 'given', description='xmin by', **wide)
@@ -745,31 +745,32 @@ class _Explorer:
         self.text,self.plot,self.overview = w.HTML(),w.Image(format='png'),w.Image(format='png')
         self.box = w.HBox([w.VBox([self.layer, self.rule, self.xmin, self.text]), w.VBox([self.plot, self.overview])])
         self.box.explorer = self
-        self.layer.observe(lambda _: self.show(reset=True), 'value')
-        self.rule.observe(lambda _: self.show(reset=True), 'value')
-        self.xmin.observe(lambda _: self.show(), 'value')
-        self.show(reset=True)
+        self.layer.observe(lambda _: self.show('layer'), 'value')
+        self.rule.observe(lambda _: self.show('rule'), 'value')
+        self.xmin.observe(lambda _: self.show('xmin'), 'value')
+        self.show('layer')
 
-    def show(self, reset=False):
-        "Draw what the widgets say. `reset`: another layer or rule, so the slider goes to the fit's own xmin."
-        if self.busy: return
-        self.busy = True
+    def show(self, changed):
+        "Draw what the widgets say, after a change of `'layer'`, `'rule'` or `'xmin'`."
+        if self.busy or changed == 'xmin' and abs(math.log10(self.xmin.value/self.start)) < .55*self.xmin.step: return   # a browser's rounding is no move
+        self.busy,home = True,self.table.xmin
         try:
             s = self.table.spectra[self.layer.value]
-            if not reset: self.rule.value = 'given'
-            given = self.rule.value == 'given'
-            f = s.fit(self.xmin.value if given and not reset else (self.table.xmin if not isinstance(self.table.xmin, str) else 'ks') if given else self.rule.value)
-            if reset and s.evals is not None and s.evals.size > 1: self._range(s, f)
+            if changed == 'xmin': self.rule.value = 'given'
+            elif changed == 'layer' and self.rule.value == 'given' and isinstance(home, str): self.rule.value = home
+            f = s.fit(self.rule.value if self.rule.value != 'given' else home if changed == 'layer' else self.xmin.value)
+            if changed == 'xmin': self.start = math.nan
+            elif s.evals is not None and s.evals.size > 1: self._range(s, f)
             self.text.value = f'<pre style="white-space:pre-wrap">{f!r}</pre>'
             def draw(fig): a,b = fig.subplots(1, 2); _draw_esd(s, f, a); _draw_ks(s, {f.method: f}, b)
             self.plot.value = _png(draw, (9, 3.2))
-            if reset: self.overview.value = _png(self._overview, (9, 2.2))
+            if changed != 'xmin': self.overview.value = _png(self._overview, (9, 2.2))
         finally: self.busy = False
 
     def _range(self, s, f):
         low,high = math.log10(s.evals[0]),math.log10(s.evals[-1])
         self.xmin.min,self.xmin.max = min(self.xmin.min, low),max(self.xmin.max, high)      # widen first: never min > max
-        self.xmin.value = min(max(f.xmin if f.ok else s.evals[s.evals.size//2], s.evals[0]), s.evals[-1])
+        self.start = self.xmin.value = float(min(max(f.xmin if f.ok else s.evals[s.evals.size//2], s.evals[0]), s.evals[-1]))
         self.xmin.min,self.xmin.max = low,high
 
     def _overview(self, fig):
