@@ -1,0 +1,183 @@
+"Fine-tuning under fault: killed, out of disk, poisoned, resumed by mistake."
+import json, os, random, subprocess, sys, textwrap
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from opentrans.core import LayerSelection, OpenTransError, load_tensors
+from opentrans.data import ShapesWorld
+from opentrans.finetune import Recipe, augment, batch_indices, evaluate, finetune, load_weights
+from opentrans.frameworks import build
+from opentrans.frameworks.contract import tiny_backbone
+from opentrans.pruning import SparseMask
+
+KILLS = 5
+
+RUN = textwrap.dedent('''
+    import os, random, resource, signal, sys, time, torch
+    torch.set_num_threads(1)
+    from opentrans.core import LayerSelection
+    from opentrans.data import ShapesWorld
+    from opentrans.finetune import Recipe, finetune
+    from opentrans.frameworks import build
+    from opentrans.frameworks.contract import tiny_backbone
+    from opentrans.pruning import SparseMask
+    root,kills,rng = sys.argv[1],int(sys.argv[2]),random.Random(int(sys.argv[3]))
+    tiny_backbone() # reads the tokenizer's table once for all children
+
+    def train(folder, tell=lambda i: None):
+        world,clip = ShapesWorld(n=8, size=32),tiny_backbone()
+        mask = SparseMask.magnitude(clip.tower, .2)
+        seg = build('deeplabv3', clip, vocabulary=world.vocabulary, preset='small', width=16, dropout=.3, seed=0)
+        recipe = Recipe.tiny().replace(iterations=48, batch_size=3, crop=32, scale=(.7, 1.4))
+        half = LayerSelection(mask.names[::2], mask.names[1::2], 'every second')
+        finetune(seg, world, recipe, selection=half, mask=mask, checkpoint_dir=folder, checkpoint_every=3, callback=lambda f, row: tell(row['iteration']))
+
+    def child(folder, pause=0., largest=None):
+        "Train in a process of its own that tells every iteration, and then waits a little."
+        r,w = os.pipe()
+        pid = os.fork()
+        if pid: os.close(w); return pid,r
+        os.close(r)
+        if largest: signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        try: train(folder, lambda i: (os.write(w, b'.'), time.sleep(pause))); os._exit(0)
+        except BaseException as e: os.write(2, f'{type(e).__name__}: {e}'.encode()); os._exit(2)
+
+    def ends(folder, **kw): return os.waitstatus_to_exitcode(os.waitpid(child(folder, **kw)[0], 0)[1])
+
+    assert ends(root+'/whole') == 0
+    died = 0
+    for k in range(kills):
+        pid,r = child(root+'/killed', pause=.01)
+        for _ in range(rng.randint(1, 5)): os.read(r, 1)
+        time.sleep(rng.uniform(0, .03))
+        os.kill(pid, signal.SIGKILL); died += os.waitpid(pid, 0)[1] == signal.SIGKILL; os.close(r)
+    assert ends(root+'/killed') == 0
+    os.mkdir(root+'/full'); open(root+'/full/notes.txt', 'w').close()
+    print(died, ends(root+'/full', largest=1_000_000))
+''')
+
+@pytest.fixture(scope='module')
+def faults(tmp_path_factory):
+    "A run left alone; one that is killed at five random moments and resumed; one on a disk that takes no file above 1 MB. (folder, killed, exit code, messages)"
+    d = tmp_path_factory.mktemp('faults')
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', RUN, str(d), str(KILLS), str(random.randrange(10**6))], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    assert p.returncode == 0, p.stderr[-2000:]
+    died,code = map(int, p.stdout.split()[-2:])
+    return d,died,code,p.stderr
+
+def test_killed_and_resumed_is_the_same_run(faults):
+    "kill -9 at five random moments: weights, optimizer, history and log end bit for bit as in a run that was left alone."
+    d,died,_,_ = faults
+    assert died == KILLS, f'only {died} of {KILLS} children were killed while they ran'
+    (a,ma),(b,mb) = (load_tensors(d/f/'last.safetensors') for f in ('whole', 'killed'))
+    assert a.keys() == b.keys() and json.loads(ma['iteration']) == 48 and ma == mb
+    for k in a: assert torch.equal(a[k], b[k]), f'{k} differs after {KILLS} kills'
+    assert (d/'whole'/'history.csv').read_text() == (d/'killed'/'history.csv').read_text()
+    assert not [f for f in os.listdir(d/'killed') if f not in ('last.safetensors', 'history.csv') and not f.startswith('.last-')], 'a half-written file has a name of its own'
+
+def test_full_disk_is_one_message_and_nothing_half_written(faults):
+    d,_,code,messages = faults
+    assert code == 2 and 'OpenTransError: Cannot write' in messages and 'last.safetensors' in messages, messages[-500:]
+    assert os.listdir(d/'full') == ['notes.txt'], 'something half-written was left behind'
+
+@pytest.fixture
+def world(): return ShapesWorld(n=6, size=32)
+
+def new(world, **kw): return build('deeplabv3', tiny_backbone(), vocabulary=world.vocabulary, preset='small', **dict(dict(width=16, seed=0), **kw))
+quick = Recipe.tiny().replace(iterations=4, batch_size=2)
+
+def test_cut_checkpoint_is_refused(tmp_path, world):
+    finetune(new(world), world, quick.replace(iterations=1), checkpoint_dir=tmp_path)
+    whole = (tmp_path/'last.safetensors').read_bytes()
+    (tmp_path/'last.safetensors').write_bytes(whole[:len(whole)//2])
+    with pytest.raises(OpenTransError, match='not a whole safetensors file'): finetune(new(world), world, quick.replace(iterations=1), checkpoint_dir=tmp_path)
+    assert len((tmp_path/'last.safetensors').read_bytes()) == len(whole)//2, 'a file that could not be read was overwritten'
+
+@pytest.mark.parametrize('change', ['recipe', 'data', 'selection', 'mask', 'framework'])
+def test_a_run_of_other_settings_is_refused(tmp_path, world, change):
+    mask = SparseMask.random(tiny_backbone().tower, .5, seed=0)
+    half = LayerSelection(mask.names[:5], mask.names[5:], 'by hand')
+    run = dict(framework=lambda: new(world), data=world, recipe=quick.replace(iterations=1), selection=half, mask=mask)
+    go = lambda framework, data, recipe, **kw: finetune(framework(), data, recipe, checkpoint_dir=tmp_path, **kw)
+    go(**run)
+    before = (tmp_path/'last.safetensors').read_bytes()
+    other = dict(recipe=run['recipe'].replace(lr=.5), data=ShapesWorld(n=7, size=32), selection=LayerSelection(mask.names[:4], mask.names[4:], 'by hand'), mask=None,
+                 framework=lambda: new(world, width=24))[change]
+    with pytest.raises(OpenTransError, match='belongs to another run'): go(**dict(run, **{change: other}))
+    assert (tmp_path/'last.safetensors').read_bytes() == before
+
+def test_exploding_run_stops_and_keeps_its_checkpoint(tmp_path, world):
+    "A learning rate that blows the weights up: the run ends with a message, and no checkpoint holds a NaN."
+    wild = quick.replace(iterations=60, optimizer='sgd', lr=1e18, clip_grad=0., schedule='constant', lr_warmup=0)
+    with pytest.raises(OpenTransError, match='not finite'): finetune(new(world), world, wild, checkpoint_dir=tmp_path, checkpoint_every=1)
+    if (tmp_path/'last.safetensors').exists():
+        tensors,_ = load_tensors(tmp_path/'last.safetensors')
+        assert all(t.isfinite().all() for k,t in tensors.items() if k.startswith('model.') and t.is_floating_point())
+
+def test_frozen_layers_rest_and_cost_no_memory(world):
+    "The optimizer is built after freezing: frozen layers have no state in it and keep every bit, weight decay or not."
+    from opentrans.finetune import build_optimizer
+    seg = new(world); mask = SparseMask.magnitude(seg.tower, .3)
+    half = LayerSelection(mask.names[1::2], mask.names[::2], 'every second')
+    with half.apply(seg):
+        held = {id(p) for g in build_optimizer(seg, quick).param_groups for p in g['params']}
+        params = dict(seg.tower.named_parameters())
+        assert not held & {id(params[n]) for n in half.freeze} and {id(params[n]) for n in half.train} <= held
+    for optimizer in ('sgd', 'adamw'):
+        before = {n: params[n].detach().clone() for n in half.freeze}
+        finetune(seg, world, quick.replace(iterations=2, optimizer=optimizer, weight_decay=.5), selection=half)
+        assert all(torch.equal(params[n], before[n]) for n in half.freeze)
+
+def test_parts_of_a_batch_are_the_batch(world):
+    "Gradients summed over parts are those of the whole batch, up to the share of ignored pixels; here none is ignored."
+    class Whole(torch.utils.data.Dataset):
+        vocabulary,ignore,name = world.vocabulary,255,'whole'
+        def __len__(self): return 4
+        def __getitem__(self, i): s = world[i]; return dict(s, labels=s['labels'].where(s['labels'] != 255, 0))
+    r = quick.replace(iterations=1, batch_size=4, norm='frozen', flip=0., optimizer='sgd', lr=.01, clip_grad=0.)
+    one,two = new(world, loss_stride=1),new(world, loss_stride=1)
+    for seg in (one, two): # the head's norms see parts only: hold them still
+        for m in seg.modules():
+            if isinstance(m, torch.nn.BatchNorm2d): m.momentum = 0.; m.train = lambda mode=True, m=m: torch.nn.Module.train(m, False)
+    a,b = finetune(one, Whole(), r),finetune(two, Whole(), r.replace(accumulate=4))
+    assert a.loss[0] == pytest.approx(b.loss[0], rel=1e-5)
+    for (n,p),q in zip(one.state_dict().items(), two.state_dict().values()): assert torch.allclose(p.float(), q.float(), atol=1e-5), n
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(1, 40), b=st.integers(1, 20), seed=st.integers(0, 5))
+def test_every_epoch_has_each_sample_once(n, b, seed):
+    seen = [k for i in range(-(-3*n//b)) for k in batch_indices(n, b, i, seed)]
+    for e in range(len(seen)//n): assert sorted(seen[e*n:(e+1)*n]) == list(range(n))
+
+@settings(max_examples=40, deadline=None)
+@given(h=st.integers(1, 40), w=st.integers(1, 40), crop=st.integers(0, 32), low=st.floats(.1, 1), high=st.floats(1, 2), seed=st.integers(0, 99))
+def test_augmented_samples_are_samples(h, w, crop, low, high, seed):
+    "Any size, any jitter: shapes agree, labels are labels, regions are those of the labels."
+    labels = torch.randint(0, 3, (h, w), generator=torch.Generator().manual_seed(seed))
+    classes = labels.unique()
+    s = dict(image=torch.ones(3, h, w), labels=labels, regions=labels == classes[:, None, None], region_classes=classes, isthing=classes > 0, id='x')
+    a = augment(s, crop, (low, high), .5, 255, random.Random(seed))
+    size = a['image'].shape[-2:]
+    assert size == a['labels'].shape == a['regions'].shape[-2:] and (not crop or size == (crop, crop))
+    assert len(a['regions']) == len(a['region_classes']) == len(a['isthing'])
+    for r,c in zip(a['regions'], a['region_classes']): assert torch.equal(r, a['labels'] == c)
+    assert set(a['labels'].unique().tolist()) <= {0, 1, 2, 255}
+
+def test_evaluation_agrees_with_a_plain_loop(world):
+    "The figures are those of a loop over images, classes and pixels."
+    seg,val = new(world).eval(),ShapesWorld('val', n=3, size=32)
+    r = evaluate(seg, val, batch_size=2)
+    pred = [seg.predict(s['image'][None], val.vocabulary)[0] for s in val]
+    for k,name in enumerate(val.vocabulary.names):
+        both = sum(((p == k) & (s['labels'] == k)).sum().item() for p,s in zip(pred, val))
+        either = sum((((p == k) | (s['labels'] == k)) & (s['labels'] != val.ignore)).sum().item() for p,s in zip(pred, val))
+        assert r['iou'][name] == pytest.approx(both/either, nan_ok=True) if either else np.isnan(r['iou'][name])
+    assert r['groups']['novel'] == pytest.approx(np.nanmean([r['iou'][val.vocabulary.names[k]] for k in val.groups['novel']]))
+
+def test_best_weights_are_kept(tmp_path, world):
+    h = finetune(new(world), world, quick, checkpoint_dir=tmp_path, val=ShapesWorld('train', n=2, size=32, seed=1), eval_every=1)
+    t,meta = load_tensors(tmp_path/'best.safetensors')
+    assert float(meta['miou']) == pytest.approx(h.miou.max()) and int(meta['iteration']) == h.miou.idxmax() + 1
+    best = load_weights(new(world), tmp_path/'best.safetensors')
+    assert evaluate(best, ShapesWorld('train', n=2, size=32, seed=1))['miou'] == pytest.approx(h.miou.max())

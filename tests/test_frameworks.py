@@ -1,0 +1,94 @@
+"Frameworks as the rest of the package meets them: found when asked for, of the paper's size, and carrying a mask from a file through training."
+import subprocess, sys
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
+from opentrans.clip import ClipBackbone
+from opentrans.core import OpenTransError, layers
+from opentrans.data import ShapesWorld
+from opentrans.finetune import Recipe, evaluate, finetune
+from opentrans.frameworks import build, check_framework, get_framework, list_frameworks
+from opentrans.frameworks.contract import tiny_backbone
+from opentrans.pruning import SparseMask
+
+numel = lambda m: sum(p.numel() for p in m.parameters())
+
+def test_adapters_are_imported_when_they_are_built():
+    code = ("import sys; from opentrans.frameworks import list_frameworks, get_framework; assert 'deeplabv3' in list_frameworks();"
+            "assert 'opentrans.frameworks.deeplabv3' not in sys.modules, 'listing imports the adapters'; get_framework('deeplabv3'); assert 'opentrans.frameworks.deeplabv3' in sys.modules")
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+def test_every_name_on_the_list_can_be_got():
+    for name in list_frameworks(): assert get_framework(name).name == name
+    with pytest.raises(OpenTransError, match="Did you mean 'deeplabv3'"): get_framework('deeplabv2')
+
+@pytest.fixture(scope='module')
+def full():
+    "DeepLabV3 on CLIP RN50 with random weights, at the paper's size."
+    return build('deeplabv3', ClipBackbone.create('RN50', pretrained=None, output_stride=16), vocabulary=['thing', 'stuff'])
+
+def test_deeplab_has_the_papers_parameters(full):
+    "40.37 M: trunk without attention pool, pyramid, decoder (supplement and targets); the projection into the text space is counted apart."
+    trunk = numel(full.tower) - numel(full.tower.attnpool)
+    assert (trunk, numel(full.aspp), numel(full.decoder)) == (23_527_264, 15_535_104, 1_303_648)
+    assert numel(full) - numel(full.tower.attnpool) - numel(full.proj) == 40_366_016
+    assert numel(full.proj) == 256*1024 + 1024
+
+def test_deeplab_pyramid_is_torchvisions(full):
+    "The pyramid's weights are those of torchvision's head, name for name, so its published DeepLabV3 weights can be read."
+    theirs = DeepLabHead(2048, 21, (6, 12, 18))[0]
+    theirs.load_state_dict(full.aspp.state_dict())
+    with torch.no_grad():
+        f = full.eval().backbone(torch.rand(1, 3, 96, 128))['res5']
+        assert f.shape[-2:] == (6, 8)
+        assert torch.equal(theirs.eval()(f), full.aspp(f))
+
+def test_rn50_mask_covers_54_convolutions(full):
+    mask = SparseMask.random(full.tower, .1, seed=0)
+    assert len(mask) == 54 and not any('attnpool' in n for n in mask)
+    assert len(mask.weights(full)) == 54
+
+@pytest.mark.parametrize('backbone', ['os8', 'convnext'])
+def test_contract_on_other_backbones(backbone):
+    "The head asks the backbone for channels and strides: another tower needs no other code."
+    import open_clip
+    if backbone == 'os8': clip = ClipBackbone.create('shapes-rn', pretrained=None, output_stride=8)
+    else:
+        small = tiny_backbone()
+        vision = dict(timm_model_name='convnext_atto', timm_model_pretrained=False, timm_pool='', timm_proj='linear', image_size=64)
+        text = dict(context_length=16, vocab_size=len(small.text.tokenizer), width=64, heads=2, layers=1)
+        torch.manual_seed(0)
+        clip = ClipBackbone.from_model(open_clip.model.CLIP(64, vision, open_clip.model.CLIPTextCfg(**text)), small.text.tokenizer, 'convnext_atto')
+    assert len(check_framework('deeplabv3', backbone=clip)) == 8
+
+def test_one_mask_from_file_through_training(tmp_path):
+    "Save, load, carry over, train, evaluate: zero where the mask says, in a framework that was built after the mask was made."
+    world = ShapesWorld(n=8, size=48)
+    clip = tiny_backbone()
+    SparseMask.magnitude(clip.tower, .1).save(tmp_path/'mask.safetensors')
+    mask = SparseMask.load(tmp_path/'mask.safetensors')
+    seg = build('deeplabv3', clip.fresh_copy(), vocabulary=world.vocabulary, preset='small', seed=0)
+    with mask.apply(seg.backbone):
+        finetune(seg, world, Recipe.tiny().replace(iterations=3, batch_size=4))
+        kept = sum(int(w.count_nonzero()) for w in mask.weights(seg).values())
+        assert kept <= mask.kept and kept > .99*mask.kept
+    original = {l.name: l.weight for l in layers(clip)}
+    assert all((original[n] != 0).all() for n in mask), 'carrying the mask over has changed the CLIP it was made on'
+    result = evaluate(seg, ShapesWorld('val', n=4, size=48))
+    assert set(result['groups']) == {'base', 'novel'} and 0 <= result['miou'] <= 1
+    for domain in ('night', 'crowd', 'sketch'):                       # other words, the same weights
+        e = evaluate(seg, ShapesWorld('val', domain, n=2, size=48))
+        assert list(e['iou']) == list(ShapesWorld('val', domain, n=1).vocabulary.names)
+
+def test_names_of_another_length_do_not_fit_silently():
+    seg = build('deeplabv3', tiny_backbone(), vocabulary=['red star', 'grass'], preset='small')
+    with pytest.raises(OpenTransError, match='neither one of the 2 classes'): seg.loss(dict(images=torch.rand(2, 3, 32, 32), labels=torch.full((2, 32, 32), 7)))
+    with pytest.raises(OpenTransError, match='float tensor'): seg.predict(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+def test_logits_of_a_class_do_not_depend_on_the_others():
+    "A class's logit is the same among 3 names and among 300: only the argmax differs."
+    seg = build('deeplabv3', tiny_backbone(), vocabulary=['red star', 'grass'], preset='small', seed=0).eval()
+    text = F.normalize(torch.randn(300, seg.backbone.embed_dim, generator=torch.Generator().manual_seed(0)), dim=1)
+    x = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): assert torch.allclose(seg(x, text)[:, :3], seg(x, text[:3]), atol=1e-4)
