@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_cka.py [--reps 3] [--batches 4] [--out cka.json]
 
 Two RN50 towers with random weights see a batch of random 64x64 pictures; their features are kept and replayed, so that what is timed is CKA alone.
-The three tools take turns in one process; a ratio is the median of the ratios of each turn. Truth is the closed form of the minibatch estimator in float64.
+The three tools take turns in one process; times are processor seconds (run it with one thread), and a ratio is the median of the ratios of each turn. Truth is the closed form of the minibatch estimator in float64.
 Memory is the most that torch's allocator held above the features themselves. The last table is a whole run, forward passes included.
 """
 import argparse, os, platform, time, warnings
@@ -70,7 +70,7 @@ def truth(fa, fb):
 def turns(tools, reps):
     times = {k: [] for k in tools}
     for _ in range(reps):
-        for k,f in tools.items(): t = time.perf_counter(); f(); times[k].append(time.perf_counter()-t)
+        for k,f in tools.items(): t = time.process_time(); f(); times[k].append(time.process_time()-t)
     return {k: np.array(v) for k,v in times.items()}
 
 def case(title, names, n, batches, reps, slow=True):

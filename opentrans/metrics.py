@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Sums', 'SemanticIoU', 'panoptic_map', 'match_segments', 'PanopticQuality']
 
-# %% ../nbs/06_metrics.ipynb #7cd6d0b9
+# %% ../nbs/06_metrics.ipynb #cf98af5f
 import copy
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from .core import OpenTransError
 
 # %% ../nbs/06_metrics.ipynb #16a5e029
@@ -142,7 +143,7 @@ def match_segments(
     t = pd.DataFrame(dict(cls=tc.numpy(), matched=ok.any(0).numpy(), iou=(iou*ok).sum(0).numpy(), crowd=crowd.numpy()))
     return p[p.cls != ignore],t[(t.cls != ignore) & ~t.crowd].drop(columns='crowd')
 
-# %% ../nbs/06_metrics.ipynb #8d127b4d
+# %% ../nbs/06_metrics.ipynb #54d961b8
 class PanopticQuality(Sums):
     "Panoptic quality PQ = SQ x RQ, per class and over things and stuff (Kirillov et al. 2019)."
     _sums = ('iou', 'tp', 'fp', 'fn')
@@ -185,12 +186,14 @@ class PanopticQuality(Sums):
             self.iou += torch.from_numpy(np.bincount(ts.cls, weights=ts.iou, minlength=n))
         return self
 
-    def compute(self)->dict: # pq, sq, rq over all classes, things=(...), stuff=(...), and per_class: a DataFrame (NaN = no such segment)
-        "The figures of everything counted so far, as shares of 1."
-        tp,fp,fn,iou = (getattr(self, n).numpy() for n in ('tp', 'fp', 'fn', 'iou'))
-        with np.errstate(invalid='ignore', divide='ignore'):
-            rq = tp/(tp + fp/2 + fn/2)
-            sq = np.where(np.isnan(rq), np.nan, np.where(tp > 0, iou/tp, 0.))
-        t = pd.DataFrame(dict(pq=sq*rq, sq=sq, rq=rq, tp=tp.astype(int), fp=fp.astype(int), fn=fn.astype(int), isthing=self.isthing.numpy()))
-        mean = lambda t: {k: float(t[k].mean()) for k in ('pq', 'sq', 'rq')}
-        return dict(mean(t), things=mean(t[t.isthing]), stuff=mean(t[~t.isthing]), per_class=t)
+# %% ../nbs/06_metrics.ipynb #8071866d
+@patch
+def compute(self:PanopticQuality)->dict: # pq, sq, rq over all classes, things=(...), stuff=(...), and per_class: a DataFrame (NaN = no such segment)
+    "The figures of everything counted so far, as shares of 1."
+    tp,fp,fn,iou = (getattr(self, n).numpy() for n in ('tp', 'fp', 'fn', 'iou'))
+    with np.errstate(invalid='ignore', divide='ignore'):
+        rq = tp/(tp + fp/2 + fn/2)
+        sq = np.where(np.isnan(rq), np.nan, np.where(tp > 0, iou/tp, 0.))
+    t = pd.DataFrame(dict(pq=sq*rq, sq=sq, rq=rq, tp=tp.astype(int), fp=fp.astype(int), fn=fn.astype(int), isthing=self.isthing.numpy()))
+    mean = lambda t: {k: float(t[k].mean()) for k in ('pq', 'sq', 'rq')}
+    return dict(mean(t), things=mean(t[t.isthing]), stuff=mean(t[~t.isthing]), per_class=t)
