@@ -77,7 +77,7 @@ def find_backbone(
     if not isinstance(model, ClipBackbone): raise OpenTransError(f"{type(model).__name__} holds no ClipBackbone; make one with ClipBackbone.create(...).")
     return model
 
-# %% ../nbs/08_distill.ipynb #80ee5bd8
+# %% ../nbs/08_distill.ipynb #126022e9
 @dataclass(eq=False, repr=False)
 class DistillTrainer:
     "Training by distillation alone, for `imp`: `train(model, round)` (paper Algorithm 1, line 3). Raises `OpenTransError` for settings that make no sense."
@@ -109,19 +109,23 @@ class DistillTrainer:
 
     def __post_init__(self):
         if not len(self.data): raise OpenTransError("The data set is empty: there is nothing to distill on.")
-        for kind,given,allowed in (('distillation loss', self.loss, list(LOSSES)), ('optimizer', self.optimizer, ['adamw', 'sgd']), ('batch_norm', self.batch_norm, ['train', 'frozen']),
-                                   ('pairs', self.pairs, ['batch', 'image']), *(('mode of region embeddings', m, ['attention', 'crop']) for m in (self.student_mode, self.teacher_mode))):
+        modes = ['attention', 'crop']
+        for kind,given,allowed in (('distillation loss', self.loss, list(LOSSES)), ('optimizer', self.optimizer, ['adamw', 'sgd']),
+                                   ('batch_norm', self.batch_norm, ['train', 'frozen']), ('pairs', self.pairs, ['batch', 'image']),
+                                   ('student_mode', self.student_mode, modes), ('teacher_mode', self.teacher_mode, modes)):
             if not callable(given) and given not in allowed: raise unknown(kind, given, allowed)
         for k in ('iters', 'batch_size', 'max_regions', 'lr'):
             if not getattr(self, k) > 0: raise OpenTransError(f"{k}={getattr(self, k)}: it must be above 0.")
-        self.settings = {f.name: v if isinstance(v, (int, float, str, type(None))) else list(v) if isinstance(v, (list, tuple)) else getattr(v, '__name__', type(v).__name__)
-                         for f in fields(self) if f.name not in ('clip', 'data', 'teacher', 'device', 'workers', 'cache_mb', 'seed') for v in [getattr(self, f.name)]}
+        plain = lambda v: v if isinstance(v, (int, float, str, type(None))) else list(v) if isinstance(v, (list, tuple)) else getattr(v, '__name__', type(v).__name__)
+        hidden = ('clip', 'data', 'teacher', 'device', 'workers', 'cache_mb', 'seed')
+        self.settings = {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in hidden}   # what imp saves with a mask
         self.settings.update(data=getattr(self.data, 'name', type(self.data).__name__), images=len(self.data), order=self.seed)
         self.clip = find_backbone(self.clip)
         if self.teacher is None: self.teacher = self.clip.fresh_copy().requires_grad_(False)
         self.teacher = find_backbone(self.teacher).eval()
         if self.teacher.embed_dim != self.clip.embed_dim:
-            raise OpenTransError(f"The teacher embeds in {self.teacher.embed_dim} dimensions, the student in {self.clip.embed_dim}: distances need the same. Choose another teacher.")
+            raise OpenTransError(f"The teacher embeds in {self.teacher.embed_dim} dimensions, the student in {self.clip.embed_dim}: distances need the same. "
+                                 "Choose another teacher.")
         index = getattr(self.data.vocabulary, 'index', None)
         self._keep = None if self.classes is None else torch.tensor([index(c) if isinstance(c, str) else int(c) for c in self.classes])
         self._cache,self._cached,self.log = {},0,[]
@@ -181,7 +185,7 @@ def _loss(self:DistillTrainer, backbone, batch, text, device):
     owner = batch['owner'].to(device)
     return sum(loss(v[owner==b], r[owner==b], t[owner==b])*(owner==b).sum() for b in owner.unique())/len(owner)
 
-# %% ../nbs/08_distill.ipynb #2fb40726
+# %% ../nbs/08_distill.ipynb #1c7daeda
 @contextlib.contextmanager
 def _training(backbone, batch_norm, freeze):
     "Train mode and gradients for a round; afterwards every module and parameter is as it was."
@@ -204,20 +208,25 @@ def __call__(self:DistillTrainer,
 )->dict: # loss: mean over the round; loss_first, loss_last: over its first and last tenth
     "Train for `iters` iterations with the distillation loss. Raises `OpenTransError` if there is no region, or the loss is no number."
     backbone = find_backbone(model)
+    if backbone is self.teacher: raise OpenTransError("The model to train is the teacher itself. Train a fresh_copy() of it, or leave teacher=None.")
     if self.device: model.to(pick_device(self.device))
     device,losses,empty = device_of(backbone),[],0
     seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed*10007+round
     order,g = (torch.Generator().manual_seed(seed+i) for i in (0, 1))              # of images; of windows and regions: readers run ahead
     text = self.clip.text(class_prompts(self.data.vocabulary), device)
-    loader = torch.utils.data.DataLoader(_Numbered(self.data), batch_sampler=_endless(len(self.data), self.batch_size, order), collate_fn=list, num_workers=self.workers)
+    batches = _endless(len(self.data), self.batch_size, order)
+    loader = torch.utils.data.DataLoader(_Numbered(self.data), batch_sampler=batches, collate_fn=list, num_workers=self.workers)
     with _training(backbone, self.batch_norm, self.freeze) as params:
         opt,samples = self._optimizer(params),iter(loader)
         for i in progress(range(self.iters), f'distill, round {round}'):
             while (batch := self._batch(next(samples), g)) is None:
                 empty += 1
-                if empty*self.batch_size > 2*len(self.data): raise OpenTransError(f"None of the {len(self.data)} samples has a region of at least {self.min_pixels} pixels{' of these classes' if self.classes else ''}.")
+                if empty*self.batch_size > 2*len(self.data):
+                    raise OpenTransError(f"None of the {len(self.data)} samples has a region of at least {self.min_pixels} pixels"
+                                         f"{' of these classes' if self.classes else ''}. Lower min_pixels or use other data.")
             loss = self._loss(backbone, batch, text, device)
-            if not loss.isfinite(): raise OpenTransError(f"The distillation loss is {loss.item()} in iteration {i} of round {round}. Try a smaller lr (now {self.lr}) or clip_grad=1.")
+            if not loss.isfinite():
+                raise OpenTransError(f"The distillation loss is {loss.item()} in iteration {i} of round {round}. Try a smaller lr (now {self.lr}) or clip_grad=1.")
             opt.zero_grad(); loss.backward()
             if self.clip_grad: nn.utils.clip_grad_norm_(params, self.clip_grad)
             opt.step()
