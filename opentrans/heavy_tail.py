@@ -6,9 +6,9 @@
 __all__ = ['XMIN', 'ALTERNATIVES', 'mp_edges', 'marchenko_pastur', 'PowerLawFit', 'fit_power_law', 'matrices', 'esd', 'Spectrum',
            'spectra', 'LayerTable', 'analyze', 'ks_curve', 'plot_choices', 'Reselect', 'plot_median', 'explore']
 
-# %% ../nbs/02_heavy_tail.ipynb #88bc54db
-import io, json, math
-from dataclasses import asdict, dataclass, field
+# %% ../nbs/02_heavy_tail.ipynb #4a3a0fd4
+import io, json, math, threading
+from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import torch
@@ -726,7 +726,7 @@ def load(cls:LayerTable,
         made.append(Spectrum(**d | dict(shape=tuple(d['shape']), evals=tensors[f"evals.{d['name']}"].numpy() if has else None)))
     return LayerTable(made, json.loads(meta['xmin'])['rule'], int(meta['few']), json.loads(meta['max_aspect'])['limit'], json.loads(meta['options']))
 
-# %% ../nbs/02_heavy_tail.ipynb #03d5dbc6
+# %% ../nbs/02_heavy_tail.ipynb #f346300a
 def _png(draw, size):
     "A figure as PNG, drawn without any global state of matplotlib."
     from matplotlib.figure import Figure
@@ -737,7 +737,7 @@ def _png(draw, size):
 class _Explorer:
     "State and wiring of `explore`."
     def __init__(self, table, w):
-        self.table,self.busy,self.start = table,False,math.nan
+        self.table,self.busy,self.start,self.lock = table,False,math.nan,threading.RLock()
         wide = dict(layout=w.Layout(width='340px'), style=dict(description_width='60px'))
         self.layer = w.Select(options=list(table), rows=16, description='layer', **wide)
         self.rule = w.Dropdown(options=[*XMIN, 'given'], value=table.xmin if isinstance(table.xmin, str) else 'given', description='xmin by', **wide)
@@ -751,21 +751,24 @@ class _Explorer:
         self.show('layer')
 
     def show(self, changed):
-        "Draw what the widgets say, after a change of `'layer'`, `'rule'` or `'xmin'`."
-        if self.busy or changed == 'xmin' and abs(math.log10(self.xmin.value/self.start)) < .55*self.xmin.step: return   # a browser's rounding is no move
-        self.busy,home = True,self.table.xmin
-        try:
-            s = self.table.spectra[self.layer.value]
-            if changed == 'xmin': self.rule.value = 'given'
-            elif changed == 'layer' and self.rule.value == 'given' and isinstance(home, str): self.rule.value = home
-            f = s.fit(self.rule.value if self.rule.value != 'given' else home if changed == 'layer' else self.xmin.value)
-            if changed == 'xmin': self.start = math.nan
-            elif s.evals is not None and s.evals.size > 1: self._range(s, f)
-            self.text.value = f'<pre style="white-space:pre-wrap">{f!r}</pre>'
-            def draw(fig): a,b = fig.subplots(1, 2); _draw_esd(s, f, a); _draw_ks(s, {f.method: f}, b)
-            self.plot.value = _png(draw, (9, 3.2))
-            if changed != 'xmin': self.overview.value = _png(self._overview, (9, 2.2))
-        finally: self.busy = False
+        "Draw what the widgets say, after a change of `'layer'`, `'rule'` or `'xmin'`. Kernels may call it from several threads: each change waits for its turn."
+        with self.lock:
+            if self.busy or changed == 'xmin' and abs(math.log10(self.xmin.value/self.start)) < .55*self.xmin.step: return # our own, or a browser's rounding
+            self.busy = True
+            try: self._show(changed, self.table.xmin)
+            finally: self.busy = False
+
+    def _show(self, changed, home):
+        s = self.table.spectra[self.layer.value]
+        if changed == 'xmin': self.rule.value = 'given'
+        elif changed == 'layer' and self.rule.value == 'given' and isinstance(home, str): self.rule.value = home
+        f = s.fit(self.rule.value if self.rule.value != 'given' else home if changed == 'layer' else self.xmin.value)
+        if changed == 'xmin': self.start = math.nan
+        elif s.evals is not None and s.evals.size > 1: self._range(s, f)
+        self.text.value = f'<pre style="white-space:pre-wrap">{f!r}</pre>'
+        def draw(fig): a,b = fig.subplots(1, 2); _draw_esd(s, f, a); _draw_ks(s, {f.method: f}, b)
+        self.plot.value = _png(draw, (9, 3.2))
+        if changed != 'xmin': self.overview.value = _png(self._overview, (9, 2.2))
 
     def _range(self, s, f):
         low,high = math.log10(s.evals[0]),math.log10(s.evals[-1])
