@@ -283,7 +283,7 @@ def study(
     res = run_jobs(jobs, workers, f'seed {seed}')
     return [res[a.name, 'arm'] for a in arms]
 
-# %% ../nbs/20_experiments.ipynb #9cbd6167
+# %% ../nbs/20_experiments.ipynb #3c52c4b1
 SETS = dict(base='base', novel='novel', night='night', crowd='crowd', sketch='sketch') # what mIoU is taken over
 
 def results_frame(
@@ -309,23 +309,23 @@ def summarize(
     rows = {}
     for a in arms:
         f = frame[frame.arm == a.name]
-        rows[a.name] = {**{f'mIoU {k}': _cell(f[f'miou_{k}']) for k in SETS}, 'CKA to CLIP': _cell(f.cka, 2), 'density': f'{f.density.mean():.3f}', 'frozen layers': _cell(f.frozen_layers, 0),
-                        'params (active)': f'{f.params.mean()/1e6:.2f} M ({f.active_params.mean()/1e6:.2f})', 'MACs (active)': f'{f.macs.mean()/1e6:.0f} M ({f.active_macs.mean()/1e6:.0f})',
+        rows[a.name] = {**{f'mIoU {k}': _cell(f[f'miou_{k}']) for k in SETS}, 'CKA to CLIP': _cell(f.cka, 2), 'frozen layers': f'{f.frozen_layers.mean():.0f}',
+                        'params': f'{f.active_params.mean()/1e6:.2f} M', 'MACs': f'{f.active_macs.mean()/1e6:.1f} M',
                         'training': f'{f.train_flops.mean()/1e12:.2f} T ({f.train_flops.mean()/full-1:+.0%})'}
     return pd.DataFrame(rows).T
 
-# %% ../nbs/20_experiments.ipynb #2e9dd45f
+# %% ../nbs/20_experiments.ipynb #52c49496
 CLAIMS = ( # (claim, where in the paper, arm, against, what is measured)
     ('A mask found by distillation alone is better than a random mask of equal density', 'Tab. 1', 'distilled mask', 'random', ('base', 'novel', 'domains')),
-    ('... and than a random mask with the same density in every layer', 'beyond', 'distilled mask', 'random, layer-matched', ('base', 'novel', 'domains')),
-    ('... and than one-shot magnitude', 'beyond', 'distilled mask', 'one-shot magnitude', ('base', 'novel', 'domains')),
-    ("DeepLabV3 with the transferred mask is better than dense DeepLabV3", 'Tab. 1', 'distilled mask', 'dense', ('base', 'novel', 'domains')),
+    ('A mask found by distillation alone is better than a random mask with the same density in every layer', 'beyond', 'distilled mask', 'random, layer-matched', ('base', 'novel', 'domains')),
+    ('A mask found by distillation alone is better than one-shot magnitude', 'beyond', 'distilled mask', 'one-shot magnitude', ('base', 'novel', 'domains')),
+    ('DeepLabV3 with the transferred mask is better than dense DeepLabV3', 'Tab. 1', 'distilled mask', 'dense', ('base', 'novel', 'domains')),
     ('The mask needs nothing of the weights that it was found with', 'Sec. 3.2', 'distilled mask', 'distilled mask and its weights', ('base', 'novel')),
     ('Sparse DeepLabV3 is more similar to CLIP than dense DeepLabV3', 'Tab. 9', 'distilled mask', 'dense', ('cka',)),
     ('Fine-tuning has something to learn: all layers are better than a frozen backbone', 'needed', 'dense', 'freeze the whole backbone', ('base', 'domains')),
     ('To freeze the half with small alpha is better than to train all layers', 'Tab. 2', 'freeze small alpha', 'dense', ('base', 'novel', 'domains')),
-    ('... than to freeze the half with large alpha', 'Tab. 2', 'freeze small alpha', 'freeze large alpha (alpha*)', ('base', 'novel', 'domains')),
-    ('... than to freeze half at random', 'Tab. 2', 'freeze small alpha', 'freeze at random', ('base', 'novel', 'domains')),
+    ('To freeze the half with small alpha is better than to freeze the half with large alpha', 'Tab. 2', 'freeze small alpha', 'freeze large alpha (alpha*)', ('base', 'novel', 'domains')),
+    ('To freeze the half with small alpha is better than to freeze half at random', 'Tab. 2', 'freeze small alpha', 'freeze at random', ('base', 'novel', 'domains')),
 )
 
 def difference(
@@ -352,10 +352,15 @@ def claims(
     there = set(frame.arm)
     return pd.DataFrame([dict(claim=c, where=w, measured=m, arm=a, against=b, **difference(frame, a, b, m)) for c,w,a,b,ms in which if {a, b} <= there for m in ms])
 
-# %% ../nbs/20_experiments.ipynb #90bd5b94
+# %% ../nbs/20_experiments.ipynb #baf9ef04
 def _axes(ax, **kw):
     import matplotlib.pyplot as plt
     return plt.subplots(**kw)[1] if ax is None else ax
+
+def _colour(name):
+    "Each arm has one colour in all figures."
+    names = [a.name for a in ARMS]
+    return ('#333333', '#d95f02', '#e6ab02', '#7570b3', '#a6cee3', '#1f78b4', '#1b9e77', '#66a61e', '#b2df8a', '#999999', '#e7298a')[names.index(name) % 11] if name in names else 'k'
 
 def plot_arms(
     frame:pd.DataFrame, # As `results_frame` gives it
@@ -366,9 +371,9 @@ def plot_arms(
     ax,w = _axes(ax, figsize=(10, 3.4)),.8/len(arms)
     for i,a in enumerate(arms):
         f = frame[frame.arm == a.name]; at = np.arange(len(SETS))-.4+w*(i+.5)
-        ax.bar(at, [f[f'miou_{k}'].mean() for k in SETS], w*.92, label=a.name, color=f'C{i}')
+        ax.bar(at, [f[f'miou_{k}'].mean() for k in SETS], w*.92, label=a.name, color=_colour(a.name))
         for x,k in zip(at, SETS): ax.plot([x]*len(f), f[f'miou_{k}'], '.', color='k', ms=3)
-    ax.set_xticks(range(len(SETS)), [f'{k} classes' if k in ('base', 'novel') else f'domain {k}' for k in SETS]); ax.set_ylabel('mIoU (%)'); ax.legend(fontsize=7, ncols=2)
+    ax.set_xticks(range(len(SETS)), [f'{k} classes' if k in ('base', 'novel') else f'domain {k}' for k in SETS]); ax.set_ylabel('mIoU (%)'); ax.legend(fontsize=7.5, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
     return ax
 
 def plot_cost(
@@ -378,9 +383,9 @@ def plot_cost(
 ): # The axes
     "mIoU on base classes (full) and novel ones (hollow) against a cost (the shape of Fig. 1)."
     ax = _axes(ax, figsize=(4.5, 3.4)); unit,name = dict(active_params=(1e6, 'parameters that remain (M)'), active_macs=(1e6, 'MACs that remain (M)'), train_flops=(1e12, 'training FLOPs (T)'))[what]
-    for i,(a,f) in enumerate(frame.groupby('arm', observed=True)):
-        for k,fill in (('base', f'C{i}'), ('novel', 'none')): ax.plot(f[what].mean()/unit, f[f'miou_{k}'].mean(), 'o', mec=f'C{i}', mfc=fill, label=a if k == 'base' else None)
-    ax.set_xlabel(name); ax.set_ylabel('mIoU (%)'); ax.legend(fontsize=5)
+    for a,f in frame.groupby('arm', observed=True):
+        for k in ('base', 'novel'): ax.plot(f[what].mean()/unit, f[f'miou_{k}'].mean(), 'o', mec=_colour(a), mfc=_colour(a) if k == 'base' else 'none', label=a if k == 'base' else None)
+    ax.set_xlabel(name); ax.set_ylabel('mIoU (%)')
     return ax
 
 # %% ../nbs/20_experiments.ipynb #c1e2a7bf
@@ -404,7 +409,7 @@ def plot_scenes(
     fig.tight_layout(pad=.3)
     return fig
 
-# %% ../nbs/20_experiments.ipynb #8c7630b4
+# %% ../nbs/20_experiments.ipynb #62e3a608
 def _png(fig):
     "A figure as text that an HTML page can hold; the figure is closed."
     import matplotlib.pyplot as plt
@@ -426,6 +431,7 @@ def figures(
     fig,axs = plt.subplots(1, 2, figsize=(12, 3.2), width_ratios=(1, 1.6))
     plot_history(pd.DataFrame(load_json(folder/'imp.json')), axs[0])
     for n in ('distilled', 'magnitude', 'random'): open_mask(n, scale, seed, folder).plot(axs[1], n)
+    fig.tight_layout()
     res['imp'] = fig,f'Algorithm 1: density and distillation loss by round (left); what masks keep of each layer (right). Seed {seed}.'
     preds = {a.name: load_tensors(folder/f'arm-{_file(a.name)}.safetensors')[0] for a in masks}
     res['scenes'] = plot_scenes(scale, seed, preds),f'What each arm makes of the same scenes. Colours are classes; white is not labelled. Seed {seed}.'
@@ -439,14 +445,14 @@ def figures(
     res['alpha'] = fig,f'Alpha of each layer after the warm-up; the shaded layers, below the median, rest (the shape of Fig. 6). Seed {seed}.'
     fig,axs = plt.subplots(1, 3, figsize=(14, 3.6))
     for ax,w in zip(axs, ('active_params', 'active_macs', 'train_flops')): plot_cost(frame, w, ax)
-    fig.tight_layout()
+    fig.tight_layout(); fig.legend(*axs[0].get_legend_handles_labels(), fontsize=7.5, ncols=6, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
     res['cost'] = fig,'mIoU on base (full) and novel (hollow) classes against cost (the shape of Fig. 1).'
     return res
 
-# %% ../nbs/20_experiments.ipynb #cf093b7e
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}h1{font-size:1.7rem}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}
+# %% ../nbs/20_experiments.ipynb #12248afd
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2rem auto;padding:0 1rem;color:#222}h1{font-size:1.7rem}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}
 table{border-collapse:collapse;font-size:12.5px;margin:1rem 0;display:block;overflow-x:auto}td,th{padding:.25rem .55rem;border-bottom:1px solid #e4e4e4;text-align:right;white-space:nowrap}
-td:first-child,th:first-child{text-align:left;white-space:normal}img{max-width:100%}figcaption{color:#555;font-size:13px}.holds{color:#117733;font-weight:600}.not{color:#aa2211;font-weight:600}.open{color:#886600}.note{background:#f6f4ec;padding:.6rem 1rem;border-left:4px solid #ccb866}"""
+td:first-child,th:first-child{text-align:left;white-space:normal;min-width:13rem;font-weight:500}img{max-width:100%}figcaption{color:#555;font-size:13px}.holds{color:#117733;font-weight:600}.not{color:#aa2211;font-weight:600}.open{color:#886600}.note{background:#f6f4ec;padding:.6rem 1rem;border-left:4px solid #ccb866}"""
 
 def _claims_html(table):
     "The claims as an HTML table."
@@ -485,7 +491,7 @@ It shows the method at work and tests the order of the alternatives at this scal
 <p>All arms fine-tune {html.escape(s['framework'])} alike. The masks have density {s['density']}; <i>distilled</i> is Algorithm 1 with Eq. 3 as its only loss, put on CLIP's original weights.</p>
 {table(lambda a: a.table != 'layers')}{pic['masks']}{pic['scenes']}{pic['imp']}
 <h2>Layers: which of them learn after the warm-up</h2>{table(lambda a: a.table != 'masks')}{pic['layers']}{pic['alpha']}
-<h2>What it costs</h2><p>Parameters and multiply-accumulates of one {s['size']}x{s['size']} image, and of the whole training (supplement 6.2); "active" counts only the weights that a mask keeps. These are counts: dense hardware does not run faster for unstructured zeros.</p>{pic['cost']}
+<h2>What it costs</h2><p>Parameters and multiply-accumulates of one {s['size']}x{s['size']} image, and of the whole training (supplement 6.2); only the weights that a mask keeps are counted. These are counts: dense hardware does not run faster for unstructured zeros.</p>{pic['cost']}
 <h2>How it was made</h2><table>{''.join(f'<tr><td>{html.escape(str(k))}</td><td style="text-align:left">{html.escape(str(v))}</td></tr>' for k,v in {**data['run'], **s, 'seeds': data['seeds']}.items())}</table></html>"""
 
 # %% ../nbs/20_experiments.ipynb #878135ff
