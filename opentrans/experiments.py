@@ -409,7 +409,7 @@ def plot_scenes(
     fig.tight_layout(pad=.3)
     return fig
 
-# %% ../nbs/20_experiments.ipynb #62e3a608
+# %% ../nbs/20_experiments.ipynb #69c3f7a3
 def _png(fig):
     "A figure as text that an HTML page can hold; the figure is closed."
     import matplotlib.pyplot as plt
@@ -428,9 +428,10 @@ def figures(
     folder,res = Path(folder),{}
     masks,layered = [a for a in arms if a.table != 'layers'],[a for a in arms if a.table != 'masks']
     res['masks'] = plot_arms(frame, masks),'mIoU after fine-tuning, by mask. Bars are means, dots are seeds.'
-    fig,axs = plt.subplots(1, 2, figsize=(12, 3.2), width_ratios=(1, 1.6))
+    fig,axs = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(1, 1.6))
     plot_history(pd.DataFrame(load_json(folder/'imp.json')), axs[0])
     for n in ('distilled', 'magnitude', 'random'): open_mask(n, scale, seed, folder).plot(axs[1], n)
+    axs[1].autoscale(axis='y'); axs[1].set_ylim(bottom=0)
     fig.tight_layout()
     res['imp'] = fig,f'Algorithm 1: density and distillation loss by round (left); what masks keep of each layer (right). Seed {seed}.'
     preds = {a.name: load_tensors(folder/f'arm-{_file(a.name)}.safetensors')[0] for a in masks}

@@ -30,7 +30,8 @@ def readme():
         if cell['cell_type'] == 'markdown': parts.append(re.sub(r'^---\n.*?\n---\n', '', source, flags=re.S))
         elif cell['cell_type'] == 'code' and '#| hide' not in source:
             parts += [''.join(o['data']['text/markdown']) for o in cell['outputs'] if 'text/markdown' in o.get('data', {})]
-    return '\n\n'.join(p.strip() for p in parts if p.strip()) + '\n'
+    text = '\n\n'.join(p.strip() for p in parts if p.strip()) + '\n'
+    return re.sub(r'\]\((?!https?:|\.\./|#)', '](nbs/', text).replace('](../', '](')      # links of nbs/index.ipynb, seen from the root
 
 if __name__ == '__main__':
     if '--write' in sys.argv: (root/'README.md').write_text(readme()); sys.exit()
