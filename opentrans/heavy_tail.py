@@ -244,8 +244,14 @@ def matrices(
     if transposed: w = w.transpose(1, 2)
     return w.permute(0, 3, 1, 2).flatten(0, 1) if conv == 'slices' else w.flatten(2)
 
-# %% ../nbs/02_heavy_tail.ipynb #24164396
-def _gram(m): return m.mT @ m if m.shape[-2] >= m.shape[-1] else m @ m.mT
+# %% ../nbs/02_heavy_tail.ipynb #3d9a2651
+def _gram(m): return m.swapaxes(-1, -2) @ m if m.shape[-2] >= m.shape[-1] else m @ m.swapaxes(-1, -2)
+
+def _gram_eigenvalues(m):
+    "In float64 on a CPU by NumPy, whose symmetric product does half the work; large matrices one by one, so that there is one Gram matrix at a time."
+    if m.device.type != 'cpu' or m.dtype != torch.float64: return torch.linalg.eigvalsh(_gram(m))
+    a = m.numpy()
+    return torch.from_numpy(np.linalg.eigvalsh(_gram(a)) if min(a.shape[1:]) < 64 else np.stack([np.linalg.eigvalsh(_gram(x)) for x in a]))
 
 def _eigenvalues(mats, method='auto', precision='double', floor=1e-5):
     "Eigenvalues of W^T W of each matrix, ascending, and how they were found."
@@ -254,12 +260,14 @@ def _eigenvalues(mats, method='auto', precision='double', floor=1e-5):
     if k == 1: return m.square().sum((-2,-1))[:,None],'norm'
     if method != 'svd':
         try:
-            ev = torch.linalg.eigvalsh(_gram(m)).clamp_(min=0)
+            ev = _gram_eigenvalues(m).clamp_(min=0)
             error = torch.finfo(m.dtype).eps*k*ev.max().item()                 # bound of the absolute error of this way
             if method == 'gram' or precision == 'fast' or error <= 1e-4*floor: return ev,'gram'
-        except torch.linalg.LinAlgError:
-            if method == 'gram': raise
+        except (torch.linalg.LinAlgError, np.linalg.LinAlgError):
+            if method == 'gram': raise OpenTransError("The eigenvalues of the Gram matrix did not converge. Use method='svd'.") from None
     return torch.linalg.svdvals(m).square().flip(-1),'svd'
+
+def _finite(w): return math.isfinite(w.sum(dtype=torch.float64).item()) or bool(torch.isfinite(w).all())   # the sum is cheaper, and shows every NaN
 
 def esd(
     weight:torch.Tensor, # Weight of a layer: (out, in), or (out, in, *kernel) of a convolution; any float type, any device
@@ -275,11 +283,11 @@ def esd(
     if method not in ('auto', 'gram', 'svd'): raise unknown('method', method, ['auto', 'gram', 'svd'])
     if precision not in ('double', 'fast'): raise unknown('precision', precision, ['double', 'fast'])
     mats = matrices(weight, conv, transposed, groups)
-    if not torch.isfinite(mats).all(): raise OpenTransError("The weight holds NaN or infinity, so it has no spectrum. Look for a training run that diverged.")
+    if not _finite(mats): raise OpenTransError("The weight holds NaN or infinity, so it has no spectrum. Look for a training run that diverged.")
     ev = _eigenvalues(mats, method, precision, floor)[0].flatten().sort().values
     return ev*norm if weight.ndim > 2 else ev
 
-# %% ../nbs/02_heavy_tail.ipynb #49eb450b
+# %% ../nbs/02_heavy_tail.ipynb #ea7b97e7
 @dataclass
 class Spectrum:
     "The spectrum of one layer, and what is known of it besides."
@@ -303,17 +311,18 @@ class Spectrum:
         f = fit_power_law(self.evals*self.paper, xmin)
         return PowerLawFit(f.alpha, f.xmin/self.paper, f.D, f.sigma, f.n_tail, f.n, f.method, f.reason, self.evals)
 
-    def keep(self, ev, how, floor, norm, precision):
+    def keep(self, ev, how, shape, floor, norm, precision):
         "Take eigenvalues, without those that count as zero."
         self.solver = how
         if ev is None: self.reason = 'the eigenvalues did not converge'; return
         raw = np.sort(ev.flatten().double().cpu().numpy())*(norm if len(self.shape) > 2 else 1)
+        self.edge = mp_edges(shape[1:], raw.sum()/math.prod(shape))[1]               # the sum of the eigenvalues is that of the squared weights
         noise = raw[-1]*ev.shape[-1]*(2**-52 if precision == 'double' else 2**-23)
         self.evals = raw[raw > max(floor/self.paper, noise if precision == 'fast' else 0)]
         if not self.evals.size: self.evals,self.reason = raw[raw > noise],f'all eigenvalues are below {floor:g}, so the floor is relative to the largest'
         self.n_zero = raw.size - self.evals.size
 
-# %% ../nbs/02_heavy_tail.ipynb #ecf7c5c4
+# %% ../nbs/02_heavy_tail.ipynb #538dbf40
 def _named_weights(model, embeddings, split_groups):
     "(name, kind, weight, transposed, groups) of each layer of a model or a state dict."
     if isinstance(model, dict):
@@ -338,11 +347,11 @@ def _solve(jobs, method, precision, floor, size=2**22):
             n,part = 0,[]
             while g and (not part or n+g[0][1].numel() <= size): part.append(g.pop(0)); n += part[-1][1].numel()
             try: ev,how = _eigenvalues(torch.cat([m for _,m in part]), method, precision, floor)
-            except torch.linalg.LinAlgError: res.update({k: (None, '') for k,_ in part}); continue
+            except (OpenTransError, torch.linalg.LinAlgError): res.update({k: (None, '') for k,_ in part}); continue
             for (k,m),e in zip(part, ev.split([m.shape[0] for _,m in part])): res[k] = e,how
     return res
 
-# %% ../nbs/02_heavy_tail.ipynb #272a7d3e
+# %% ../nbs/02_heavy_tail.ipynb #7b476176
 def spectra(
     model, # Any `nn.Module` (read in its tower, as `layers` does), or a state dict
     conv:str='slices', # `'slices'`: (out, in) matrices, one a kernel position, as the paper; `'flatten'`
@@ -366,12 +375,11 @@ def spectra(
         res.append(s)
         if not w.numel(): s.reason = 'the weight is empty'; continue
         s.density = torch.count_nonzero(w).item()/w.numel()
-        if not torch.isfinite(w).all(): s.reason = 'the weight holds NaN or infinity'; continue
+        if not _finite(w): s.reason = 'the weight holds NaN or infinity'; continue
         if not s.density: s.reason = 'all weights are zero'; continue
-        m = matrices(w, conv, T, groups)
-        s.edge = mp_edges(m.shape[1:], m.double().square().mean().item()*(norm if w.ndim > 2 else 1))[1]
-        jobs.append((k, m))
-    for k,(ev,how) in _solve(jobs, method, precision, floor).items(): res[k].keep(ev, how, floor, norm, precision)
+        jobs.append((k, matrices(w, conv, T, groups)))
+    shapes = {k: m.shape for k,m in jobs}
+    for k,(ev,how) in _solve(jobs, method, precision, floor).items(): res[k].keep(ev, how, shapes[k], floor, norm, precision)
     return res
 
 # %% ../nbs/02_heavy_tail.ipynb #f36f7d73
