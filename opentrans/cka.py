@@ -85,20 +85,24 @@ def rbf_cka(
     "CKA with a Gaussian kernel, in float64 (Kornblith et al. 2019)."
     return _pair(X, Y, unbiased, lambda K: rbf_gram(K, sigma))
 
-# %% ../nbs/03_cka.ipynb #39162781
+# %% ../nbs/03_cka.ipynb #b011ea24
 def _gram_and_size(x, scale=1., block=8192):
     "The Gram matrix of centred features, and the mean square of the features as they came (in units of `scale`)."
     x = x.detach().flatten(1)
     kind,home = x.dtype if x.dtype == torch.float64 else torch.float32,'cpu' if x.device.type == 'mps' else x.device # no float64 there
     n,d = x.shape
     K,size = torch.zeros(n, n, dtype=torch.float64, device=home),0.
-    room,part = torch.empty(n*min(block, d), dtype=kind, device=x.device),torch.empty(n, n, dtype=kind, device=x.device)
+    room,mean = torch.empty(n*min(block, d), dtype=kind, device=x.device),torch.full((1, n), 1/n, dtype=kind, device=x.device)
+    h = 1 if x.is_cuda else 2 if n < 128 else 4
+    cuts = [i*n//h for i in range(h+1)] # half of a symmetric product is enough
     for b in x.split(block, 1):
         b = b.to(kind) if scale == 1 else b.to(kind)/scale
-        m,c = b.mean(0),room[:b.numel()].view(b.shape)
-        torch.sub(b, m, out=c); torch.mm(c, c.T, out=part)
+        m,c = (mean@b)[0],room[:b.numel()].view(b.shape)
+        torch.sub(b, m, out=c)
         m = m.to(home).double() # its squares may be too small for float32
-        K += part.to(home); size += n*(m@m).item()
+        for i,j in zip(cuts, cuts[1:]): K[i:j, :j] += (c[i:j]@c[:j].T).to(home)
+        size += n*(m@m).item()
+    for i,j in zip(cuts, cuts[1:]): K[:i, i:j] = K[i:j, :i].T
     return K,(size + K.trace().item())/max(n*d, 1)
 
 def gram(
