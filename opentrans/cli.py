@@ -32,7 +32,7 @@ Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps. Def
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Quiet = Annotated[bool, typer.Option('--json', help="Print the result as JSON instead of a table.")]
 
-# %% ../nbs/21_cli.ipynb #29e9a528
+# %% ../nbs/21_cli.ipynb #c6317c96
 def _bad(message):
     "An `OpenTransError`; torch is imported only now, so that help and usage errors come at once."
     from opentrans.core import OpenTransError
@@ -91,15 +91,16 @@ def _number(text):
 
 def main():
     "Entry point: bad input is one sentence and exit code 2; an interrupted run can be continued."
-    import click
     try: sys.exit(app(standalone_mode=False) or 0)
-    except click.ClickException as e: e.show(); sys.exit(2)
-    except ValueError as e:
-        if type(e).__name__ != 'OpenTransError': raise
-        print(f'error: {e}', file=sys.stderr); sys.exit(2)
-    except (KeyboardInterrupt, click.Abort): print('interrupted', file=sys.stderr); sys.exit(130)
+    except KeyboardInterrupt: print('interrupted', file=sys.stderr); sys.exit(130)
     except MemoryError: print('error: out of memory. Use a smaller --batch-size or --size.', file=sys.stderr); sys.exit(1)
     except OSError as e: print(f'error: {e.strerror or e}{f": {e.filename}" if e.filename else ""}', file=sys.stderr); sys.exit(1)
+    except Exception as e:
+        kind = type(e).__name__
+        if kind == 'Abort': print('interrupted', file=sys.stderr); sys.exit(130)
+        if hasattr(e, 'show') and hasattr(e, 'exit_code'): e.show(); sys.exit(2) # click's, which some versions of typer bring along
+        if kind != 'OpenTransError': raise
+        print(f'error: {e}', file=sys.stderr); sys.exit(2)
 
 # %% ../nbs/21_cli.ipynb #809f47ac
 @app.command()
