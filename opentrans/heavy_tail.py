@@ -734,7 +734,7 @@ def load(cls:LayerTable,
         made.append(Spectrum(**d | dict(shape=tuple(d['shape']), evals=tensors[f"evals.{d['name']}"].numpy() if has else None)))
     return LayerTable(made, json.loads(meta['xmin'])['rule'], int(meta['few']), json.loads(meta['max_aspect'])['limit'], json.loads(meta['options']))
 
-# %% ../nbs/02_heavy_tail.ipynb #f346300a
+# %% ../nbs/02_heavy_tail.ipynb #ce7580d0
 def _png(draw, size):
     "A figure as PNG, drawn without any global state of matplotlib."
     from matplotlib.figure import Figure
@@ -745,11 +745,11 @@ def _png(draw, size):
 class _Explorer:
     "State and wiring of `explore`."
     def __init__(self, table, w):
-        self.table,self.busy,self.start,self.lock = table,False,math.nan,threading.RLock()
+        self.table,self.busy,self.lock = table,False,threading.RLock()
         wide = dict(layout=w.Layout(width='340px'), style=dict(description_width='60px'))
         self.layer = w.Select(options=list(table), rows=16, description='layer', **wide)
         self.rule = w.Dropdown(options=[*XMIN, 'given'], value=table.xmin if isinstance(table.xmin, str) else 'given', description='xmin by', **wide)
-        self.xmin = w.FloatLogSlider(description='xmin', step=.01, readout_format='.3g', continuous_update=True, **wide)
+        self.xmin = w.IntSlider(description='xmin', min=0, max=1, readout=False, **wide)                  # which eigenvalue: whole numbers, which no browser rounds
         self.text,self.plot,self.overview = w.HTML(),w.Image(format='png'),w.Image(format='png')
         self.box = w.HBox([w.VBox([self.layer, self.rule, self.xmin, self.text]), w.VBox([self.plot, self.overview])])
         self.box.explorer = self
@@ -761,7 +761,7 @@ class _Explorer:
     def show(self, changed):
         "Draw what the widgets say, after a change of `'layer'`, `'rule'` or `'xmin'`. Kernels may call it from several threads: each change waits for its turn."
         with self.lock:
-            if self.busy or changed == 'xmin' and abs(math.log10(self.xmin.value/self.start)) < .55*self.xmin.step: return # our own, or a browser's rounding
+            if self.busy: return                                    # a change of our own
             self.busy = True
             try: self._show(changed, self.table.xmin)
             finally: self.busy = False
@@ -770,19 +770,21 @@ class _Explorer:
         s = self.table.spectra[self.layer.value]
         if changed == 'xmin': self.rule.value = 'given'
         elif changed == 'layer' and self.rule.value == 'given' and isinstance(home, str): self.rule.value = home
-        f = s.fit(self.rule.value if self.rule.value != 'given' else home if changed == 'layer' else self.xmin.value)
-        if changed == 'xmin': self.start = math.nan
-        elif s.evals is not None and s.evals.size > 1: self._range(s, f)
+        f = s.fit(self.rule.value if self.rule.value != 'given' else home if changed == 'layer' or self.xmin.disabled else float(s.evals[self.xmin.value]))
+        if changed != 'xmin': self._range(s, f)
         self.text.value = f'<pre style="white-space:pre-wrap">{f!r}</pre>'
         def draw(fig): a,b = fig.subplots(1, 2); _draw_esd(s, f, a); _draw_ks(s, {f.method: f}, b)
         self.plot.value = _png(draw, (9, 3.2))
         if changed != 'xmin': self.overview.value = _png(self._overview, (9, 2.2))
 
     def _range(self, s, f):
-        low,high = math.log10(s.evals[0]),math.log10(s.evals[-1])
-        self.xmin.min,self.xmin.max = min(self.xmin.min, low),max(self.xmin.max, high)      # widen first: never min > max
-        self.start = self.xmin.value = float(min(max(f.xmin if f.ok else s.evals[s.evals.size//2], s.evals[0]), s.evals[-1]))
-        self.xmin.min,self.xmin.max = low,high
+        "Put the slider over the eigenvalues of a layer and onto the fit's xmin."
+        n = 0 if s.evals is None else s.evals.size
+        self.xmin.disabled,top = n < 4,max(n-2, 1)
+        with self.xmin.hold_sync():
+            self.xmin.max = max(self.xmin.max, top)
+            self.xmin.value = 0 if n < 4 else min(int(np.searchsorted(s.evals, f.xmin)) if f.ok else n//2, top)
+            self.xmin.max = top
 
     def _overview(self, fig):
         t = self.table if self.rule.value in ('given', self.table.xmin) else self.table.refit(self.rule.value)
