@@ -150,7 +150,7 @@ def alpha(
         with atomic_path(Path(out)/'alpha.png') as p: table.plot_alpha(selection=chosen).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'xmin', 'D', 'n_tail', 'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
 
-# %% ../nbs/21_cli.ipynb #26a5584f
+# %% ../nbs/21_cli.ipynb #e87f9bfc
 @app.command()
 def prune(
     out:Annotated[str, typer.Option(help="The mask file to write (.safetensors).")],
@@ -177,7 +177,7 @@ def prune(
     clip = open_clip_backbone(backbone, pretrained, output_stride, device)
     if method == 'imp':
         train = DistillTrainer(clip, open_data(data, root, split, classes, ignore), loss=loss, iters=iters, lr=lr, batch_size=batch_size, crop=crop)
-        mask,history = imp(clip, train, density=density, p=p, seed=seed, checkpoint_dir=checkpoint or f'{out}.run', settings=dict(backbone_name=backbone, data=data))
+        mask,history = imp(clip, train, density=density, p=p, seed=seed, checkpoint_dir=checkpoint or f'{out}.run', settings=dict(clip=backbone))
         if weights: save_tensors(clip.visual.state_dict(), weights)
         show(history, as_json, 'Algorithm 1')
     else: mask = SparseMask.magnitude(clip, density) if method == 'magnitude' else SparseMask.random(clip, density, seed=seed)
