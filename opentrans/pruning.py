@@ -89,7 +89,7 @@ def _keep_best(
         kept[n][ties] = True; need -= len(ties)
     return {n: k.reshape(scores[n].shape).cpu() for n,k in kept.items()},thr
 
-# %% ../nbs/01_pruning.ipynb #f1acb445
+# %% ../nbs/01_pruning.ipynb #e3226c6a
 def _share(x, what='density', one=True):
     "Check a number of (0, 1]."
     ok = isinstance(x, (int, float, np.number)) and not isinstance(x, bool) and 0 < x and (x <= 1 if one else x < 1)
@@ -104,9 +104,11 @@ def weights_digest(
     for l in found: h.update(l.name.encode()); h.update(l.weight.detach().cpu().contiguous().view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
+def _count(m): return int(np.count_nonzero(m.numpy()))
+
 def _info(model, found, **kw): return dict(kw, backbone=type(find_tower(model)).__name__, weights=weights_digest(found))
 
-# %% ../nbs/01_pruning.ipynb #1820ad69
+# %% ../nbs/01_pruning.ipynb #df422c53
 class SparseMask:
     "Which weights of a model stay (`True`) and which are zero."
     def __init__(self,
@@ -123,7 +125,7 @@ class SparseMask:
     @property
     def total(self)->int: return sum(m.numel() for m in self.masks.values())
     @property
-    def kept(self)->int: return sum(int(m.sum()) for m in self.masks.values())
+    def kept(self)->int: return sum(_count(m) for m in self.masks.values())
     @property
     def density(self)->float: return self.kept/self.total
     @property
@@ -141,12 +143,12 @@ class SparseMask:
 
     def table(self)->pd.DataFrame: # One row a layer: shape, weights, kept, density
         "How much of each layer stays."
-        rows = {n: dict(shape=tuple(m.shape), weights=m.numel(), kept=int(m.sum())) for n,m in self.items()}
+        rows = {n: dict(shape=tuple(m.shape), weights=m.numel(), kept=_count(m)) for n,m in self.items()}
         t = pd.DataFrame.from_dict(rows, orient='index').rename_axis('name')
         return t.assign(density=t.kept/t.weights)
     def __repr__(self): return f"SparseMask({len(self)} layers, {self.kept:,} of {self.total:,} weights, density {self.density:.4f})"
 
-# %% ../nbs/01_pruning.ipynb #a81b651b
+# %% ../nbs/01_pruning.ipynb #2526560f
 @patch
 def _same(self:SparseMask, other):
     if not isinstance(other, SparseMask): raise OpenTransError(f"A SparseMask can be compared with another SparseMask, not with {type(other).__name__}.")
@@ -169,7 +171,7 @@ def iou(self:SparseMask,
     other:SparseMask, # A mask over the same layers
 )->float: # Intersection over union of the weights that stay
     "How much two masks agree: 1 if they keep the same weights. Two random ones of density d reach d/(2-d)."
-    both = sum(int((m & self._same(other)[n]).sum()) for n,m in self.items())
+    both = sum(_count(m & self._same(other)[n]) for n,m in self.items())
     return both/max(1, self.kept + other.kept - both)
 
 @patch
@@ -541,14 +543,14 @@ def plot_weights(self:SparseMask,
     ax.set(xlabel='$\\log_{10} |w|$', ylabel='weights', title='what the mask keeps'); ax.legend()
     return ax
 
-# %% ../nbs/01_pruning.ipynb #742ca845
+# %% ../nbs/01_pruning.ipynb #59e17372
 @patch
 def overlap(self:SparseMask,
     other:SparseMask, # A mask over the same layers
 )->pd.DataFrame: # One row a layer and one named 'all': iou, chance (of random masks with these densities in each layer), lift = iou / chance
     "How much two masks agree, layer by layer, beside chance. Raises `OpenTransError` for masks over different layers."
     self._same(other)
-    both = np.array([int((m & other[n]).sum()) for n,m in self.items()])
+    both = np.array([_count(m & other[n]) for n,m in self.items()])
     a,b = (m.table().kept.to_numpy() for m in (self, other))
     size = self.table().weights.to_numpy()
     meet = a*b/size                                                   # expected intersection of independent masks

@@ -11,6 +11,13 @@ from opentrans.pruning import SparseMask, export_onnx, imp, load_baked, prunable
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    "Small models are fastest on one thread, above all on a busy machine."
+    n = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
 def conv(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
 def small(width=4, seed=0):
     torch.manual_seed(seed)
@@ -146,6 +153,7 @@ def test_clip_wrappers_checkpoints_and_text_tower(tmp_path):
     whole,left = transfer_checkpoint(mask, tmp_path/'model.pth', tmp_path/'out.pth')
     assert not left and whole['scheduler'] == dict(last=3) and sum(not torch.equal(t, whole['model'][k]) for k,t in state.items()) == len(mask)
 
+@pytest.mark.filterwarnings('ignore:.*torch.jit')
 def test_torchscript_archives_need_trust(tmp_path):
     net = small().eval(); mask = SparseMask.magnitude(net, .2)
     torch.jit.trace(net, torch.randn(1, 3, 8, 8)).save(str(tmp_path/'RN.pt'))
