@@ -32,7 +32,7 @@ Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps. Def
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Quiet = Annotated[bool, typer.Option('--json', help="Print the result as JSON instead of a table.")]
 
-# %% ../nbs/21_cli.ipynb #c6317c96
+# %% ../nbs/21_cli.ipynb #9e5145c0
 def _bad(message):
     "An `OpenTransError`; torch is imported only now, so that help and usage errors come at once."
     from opentrans.core import OpenTransError
@@ -59,11 +59,10 @@ def open_data(
     split:str='val', # As `--split`
     classes:str=None, # As `--classes`
     ignore:str=None, # As `--ignore`
-    size:int=None, # Side of generated scenes
 ): # Data set
     "The data set that the flags name."
     from opentrans.data import open_dataset
-    options = {k: v for k,v in dict(names=classes, ignore=ignore, size=size).items() if v is not None}
+    options = {k: v for k,v in dict(names=classes, ignore=ignore).items() if v is not None}
     return open_dataset(name, root, split, **options)
 
 def show(
@@ -102,7 +101,7 @@ def main():
         if kind != 'OpenTransError': raise
         print(f'error: {e}', file=sys.stderr); sys.exit(2)
 
-# %% ../nbs/21_cli.ipynb #809f47ac
+# %% ../nbs/21_cli.ipynb #5cbd0c7b
 @app.command()
 def demo(
     out:Annotated[str, typer.Option(help="Folder for the report (one .html, one .json).")]='demo-report',
@@ -112,12 +111,12 @@ def demo(
     workers:Annotated[Optional[int], typer.Option(help="Processes. Default: two.")]=None,
 ):
     "The paper's main job on generated scenes: prune once, transfer, choose layers, fine-tune, and a report beside the alternatives."
+    import pandas as pd
     from opentrans import experiments as ex
     command = 'opentrans demo' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 1), ('seed', seed, 0), ('scale', scale, 'demo')) if v != d)
     data = ex.demo(out, seeds=seeds, seed=seed, scale=scale, workers=workers, command=command)
-    frame = ex.results_frame(data['results'])
-    for name in ('masks', 'layers'):
-        show(ex.summarize(frame, [a for a in ex.ARMS if a.table in (name, 'both')]).iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
+    for name,rows in data['summary'].items():
+        show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
     print(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
 
 # %% ../nbs/21_cli.ipynb #4d565130

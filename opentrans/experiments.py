@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'MASKS', 'ARMS', 'PICTURES', 'SETS', 'CLAIMS', 'Scale', 'open_world', 'open_clip_of', 'zero_shot',
-           'find_mask', 'open_mask', 'Arm', 'open_arm', 'warm_up', 'choose', 'clip_similarity', 'run_arm', 'run_jobs',
-           'study', 'results_frame', 'summarize', 'difference', 'claims', 'plot_arms', 'plot_cost', 'plot_scenes',
-           'figures', 'report_html', 'hardware', 'demo']
+           'find_mask', 'open_mask', 'Arm', 'arms_of', 'open_arm', 'warm_up', 'open_warm', 'choose', 'clip_similarity',
+           'run_arm', 'run_jobs', 'study', 'results_frame', 'summarize', 'difference', 'claims', 'plot_arms',
+           'plot_cost', 'plot_scenes', 'figures', 'report_html', 'hardware', 'demo']
 
-# %% ../nbs/20_experiments.ipynb #4f518078
-import base64, contextlib, dataclasses, functools, hashlib, html, io, json, math, os, platform, shutil, sys, time
+# %% ../nbs/20_experiments.ipynb #10bfe7c9
+import base64, contextlib, dataclasses, functools, html, io, math, os, platform, shutil, time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 import multiprocessing
@@ -23,13 +23,13 @@ from .pruning import SparseMask, imp, plot_history
 from .heavy_tail import analyze
 from .cka import cka
 from .cost import cost, training_flops
-from .data import ShapesWorld, TRIPLES, DOMAINS, class_colours, collate, is_novel, object_image, triple_name
+from .data import ShapesWorld, TRIPLES, DOMAINS, class_colours, is_novel, object_image, triple_name
 from .clip import ClipBackbone
 from .distill import DistillTrainer
 from .frameworks.contract import build
 from .finetune import Recipe, evaluate, finetune
 
-# %% ../nbs/20_experiments.ipynb #7e905020
+# %% ../nbs/20_experiments.ipynb #da38bb8e
 @dataclass(frozen=True)
 class Scale:
     "Every size of a study."
@@ -58,7 +58,7 @@ class Scale:
     xmin:str = 'ks' # Rule for the beginning of a spectrum's tail
     zero_shot:int = 400 # Pictures of single things
 
-    def recipe(self, iterations, schedule, seed): 
+    def recipe(self, iterations, schedule, seed):
         return Recipe.tiny().replace(iterations=iterations, batch_size=self.batch_size, lr=self.lr, backbone_lr=self.backbone_lr, schedule=schedule, seed=seed)
 
 SCALES = dict(demo=Scale(), smoke=Scale(train=24, val=8, domain=4, density=.5, p=.3, imp_iters=1, imp_batch=4, warmup=1, iterations=2, batch_size=4, zero_shot=40))
@@ -129,7 +129,7 @@ def open_mask(
     if name == 'random, layer-matched': return SparseMask.random(tower, scale.density, seed=seed, like=distilled)
     raise unknown('mask', name, MASKS)
 
-# %% ../nbs/20_experiments.ipynb #9134a453
+# %% ../nbs/20_experiments.ipynb #7289bf4b
 @dataclass(frozen=True)
 class Arm:
     "One way to fine-tune."
@@ -154,6 +154,13 @@ ARMS = (Arm('dense', table='both'),
         Arm('freeze the whole backbone', select='none', table='layers'),
         Arm('distilled mask, freeze small alpha', 'distilled', select='alpha', table='both'))
 
+def arms_of(
+    table:str, # `'masks'` or `'layers'`
+    arms=ARMS, # Which there are
+)->list: # In order
+    "The arms that a table shows."
+    return [a for a in arms if a.table in (table, 'both')]
+
 def _file(name): return ''.join(c if c.isalnum() else '-' for c in name)
 
 def open_arm(
@@ -168,6 +175,8 @@ def open_arm(
     with seeded(seed): seg = build(scale.framework, clip, vocabulary=open_world(scale, seed)['train'].vocabulary, preset=scale.preset, width=scale.width, loss_stride=scale.loss_stride)
     return seg,mask
 
+def _start(folder, arm): return Path(folder)/f'start-{_file(arm.start)}.safetensors'
+
 def _kept(mask, seg): return contextlib.nullcontext() if mask is None else mask.apply(seg.backbone)
 
 def warm_up(
@@ -179,9 +188,15 @@ def warm_up(
     "Train all layers for a while (Sec. 3.3.1, Fig. 4), for all arms with this start."
     seg,mask = open_arm(arm, scale, seed, folder)
     with _kept(mask, seg): finetune(seg, open_world(scale, seed)['train'], scale.recipe(scale.warmup, 'constant', seed), device='cpu')
-    save_tensors(seg.state_dict(), Path(folder)/f'start-{_file(arm.start)}.safetensors')
+    save_tensors(seg.state_dict(), _start(folder, arm))
 
-# %% ../nbs/20_experiments.ipynb #962d1ccd
+def open_warm(arm, scale, seed, folder)->tuple: # As `open_arm`
+    "The framework of an arm as `warm_up` left it."
+    seg,mask = open_arm(arm, scale, seed, folder)
+    seg.load_state_dict(load_tensors(_start(folder, arm))[0])
+    return seg,mask
+
+# %% ../nbs/20_experiments.ipynb #78b3f224
 PICTURES = dict(val=4, night=1, crowd=1, sketch=1) # Scenes of each data set that the report shows
 
 def choose(
@@ -215,11 +230,10 @@ def run_arm(
     "Fine-tune and measure one arm."
     done = Path(folder)/f'arm-{_file(arm.name)}.json'
     if done.exists(): return load_json(done)
-    world,(seg,mask) = open_world(scale, seed),open_arm(arm, scale, seed, folder)
-    seg.load_state_dict(load_tensors(Path(folder)/f'start-{_file(arm.start)}.safetensors')[0])
+    world,(seg,mask) = open_world(scale, seed),open_warm(arm, scale, seed, folder)
     recipe,selection = scale.recipe(scale.iterations, 'poly', seed+1),choose(arm, seg, scale, seed)
     if arm.select == 'none': recipe = recipe.replace(backbone_lr=0.)
-    with _kept(mask, seg): history = finetune(seg, world['train'], recipe, selection=selection, device='cpu')
+    with _kept(mask, seg): finetune(seg, world['train'], recipe, selection=selection, device='cpu')
     res = dict(arm=arm.name, seed=seed, mask=arm.mask, weights=arm.weights, select=arm.select, density=1. if mask is None else mask.density,
                rule='' if selection is None else selection.rule, frozen=[] if selection is None else selection.freeze)
     res['miou'] = {}
@@ -236,7 +250,7 @@ def run_arm(
     save_json(res, done)
     return res
 
-# %% ../nbs/20_experiments.ipynb #7fa6e458
+# %% ../nbs/20_experiments.ipynb #81debf25
 def _quiet(): torch.set_num_threads(1); os.environ['OPENTRANS_PROGRESS'] = '0'
 
 def run_jobs(
@@ -278,7 +292,7 @@ def study(
     if not (folder/'distilled.safetensors').exists(): jobs['imp'] = ((), find_mask, (scale, seed, folder))
     for s,a in sorted(first.items(), key=lambda x: x[0].startswith(('distilled', 'random,'))):
         needs = ['imp'] if a.mask in ('distilled', 'random, layer-matched') and 'imp' in jobs else []
-        if not (folder/f'start-{_file(s)}.safetensors').exists(): jobs[s] = (needs, warm_up, (a, scale, seed, folder))
+        if not _start(folder, a).exists(): jobs[s] = (needs, warm_up, (a, scale, seed, folder))
     for a in arms: jobs[a.name, 'arm'] = ([a.start] if a.start in jobs else [], run_arm, (a, scale, seed, folder))
     res = run_jobs(jobs, workers, f'seed {seed}')
     return [res[a.name, 'arm'] for a in arms]
@@ -388,7 +402,7 @@ def plot_cost(
     ax.set_xlabel(name); ax.set_ylabel('mIoU (%)')
     return ax
 
-# %% ../nbs/20_experiments.ipynb #c1e2a7bf
+# %% ../nbs/20_experiments.ipynb #95ce4cc7
 def plot_scenes(
     scale:Scale, # Sizes
     seed:int, # Of the world
@@ -404,12 +418,12 @@ def plot_scenes(
         maps = [s['image'].permute(1, 2, 0).numpy()] + [np.where(void[...,None], 1., colours[np.where(void, 0, m)]) for m in (truth, *(p[d][i].numpy() for p in predictions.values()))]
         for ax,m,t in zip(axs[r], maps, ('image', 'truth', *predictions)):
             ax.imshow(m, interpolation='nearest'); ax.set_xticks([]); ax.set_yticks([])
-            if r == 0: ax.set_title('\n'.join(t.replace(',', ',\n').split('\n')), fontsize=6)
+            if r == 0: ax.set_title(t.replace(', ', ',\n'), fontsize=6)
         axs[r][0].set_ylabel(d if d != 'val' else 'home', fontsize=7)
     fig.tight_layout(pad=.3)
     return fig
 
-# %% ../nbs/20_experiments.ipynb #69c3f7a3
+# %% ../nbs/20_experiments.ipynb #955d6a59
 def _png(fig):
     "A figure as text that an HTML page can hold; the figure is closed."
     import matplotlib.pyplot as plt
@@ -426,7 +440,7 @@ def figures(
     "All figures of a report."
     import matplotlib.pyplot as plt
     folder,res = Path(folder),{}
-    masks,layered = [a for a in arms if a.table != 'layers'],[a for a in arms if a.table != 'masks']
+    masks,layered = arms_of('masks', arms),arms_of('layers', arms)
     res['masks'] = plot_arms(frame, masks),'mIoU after fine-tuning, by mask. Bars are means, dots are seeds.'
     fig,axs = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(1, 1.6))
     plot_history(pd.DataFrame(load_json(folder/'imp.json')), axs[0])
@@ -439,8 +453,7 @@ def figures(
     res['layers'] = plot_arms(frame, layered),'mIoU after fine-tuning, by which layers learn.'
     fig,axs = plt.subplots(2, 1, figsize=(9, 6))
     for ax,a in zip(axs, (arms[0], next(a for a in layered if a.mask and a.select == 'alpha'))):
-        seg,mask = open_arm(a, scale, seed, folder)
-        seg.load_state_dict(load_tensors(folder/f'start-{_file(a.start)}.safetensors')[0])
+        seg,_ = open_warm(a, scale, seed, folder)
         analyze(seg.backbone, xmin=scale.xmin).plot_alpha(ax); ax.set_title(f"{a.start}, after warm-up", fontsize=8)
     fig.tight_layout()
     res['alpha'] = fig,f'Alpha of each layer after the warm-up; the shaded layers, below the median, rest (the shape of Fig. 6). Seed {seed}.'
@@ -450,7 +463,7 @@ def figures(
     res['cost'] = fig,'mIoU on base (full) and novel (hollow) classes against cost (the shape of Fig. 1).'
     return res
 
-# %% ../nbs/20_experiments.ipynb #12248afd
+# %% ../nbs/20_experiments.ipynb #96c5025e
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2rem auto;padding:0 1rem;color:#222}h1{font-size:1.7rem}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}
 table{border-collapse:collapse;font-size:12.5px;margin:1rem 0;display:block;overflow-x:auto}td,th{padding:.25rem .55rem;border-bottom:1px solid #e4e4e4;text-align:right;white-space:nowrap}
 td:first-child,th:first-child{text-align:left;white-space:normal;min-width:13rem;font-weight:500}img{max-width:100%}figcaption{color:#555;font-size:13px}.holds{color:#117733;font-weight:600}.not{color:#aa2211;font-weight:600}.open{color:#886600}.note{background:#f6f4ec;padding:.6rem 1rem;border-left:4px solid #ccb866}"""
@@ -473,14 +486,12 @@ def _said(table):
 
 def report_html(
     data:dict, # As `demo` writes it to JSON
-    frame:pd.DataFrame, # As `results_frame` gives it
     figs:dict, # As `figures` gives them
-    arms=ARMS, # What was compared
 )->str: # A page that needs nothing beside it
     "The report as HTML."
-    s,c,z = data['scale'],claims(frame),data['zero_shot']
+    s,c,z = data['scale'],pd.DataFrame(data['claims']),data['zero_shot']
     pic = {n: f'<figure><img alt="{html.escape(cap)}" src="data:image/png;base64,{_png(f)}"><figcaption>{html.escape(cap)}</figcaption></figure>' for n,(f,cap) in figs.items()}
-    table = lambda keep: summarize(frame, [a for a in arms if keep(a)]).to_html(border=0)
+    table = {t: pd.DataFrame(rows).T.to_html(border=0) for t,rows in data['summary'].items()}
     n = len(data['seeds'])
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>opentrans demo</title><style>{_STYLE}</style>
 <h1>Prune once, transfer, freeze by the spectra: the paper at toy scale</h1>
@@ -490,12 +501,12 @@ It shows the method at work and tests the order of the alternatives at this scal
 <h2>Claims and verdicts</h2>{_said(c)}{_claims_html(c)}
 <h2>Masks: one tower, nine weights in ten removed</h2>
 <p>All arms fine-tune {html.escape(s['framework'])} alike. The masks have density {s['density']}; <i>distilled</i> is Algorithm 1 with Eq. 3 as its only loss, put on CLIP's original weights.</p>
-{table(lambda a: a.table != 'layers')}{pic['masks']}{pic['scenes']}{pic['imp']}
-<h2>Layers: which of them learn after the warm-up</h2>{table(lambda a: a.table != 'masks')}{pic['layers']}{pic['alpha']}
+{table['masks']}{pic['masks']}{pic['scenes']}{pic['imp']}
+<h2>Layers: which of them learn after the warm-up</h2>{table['layers']}{pic['layers']}{pic['alpha']}
 <h2>What it costs</h2><p>Parameters and multiply-accumulates of one {s['size']}x{s['size']} image, and of the whole training (supplement 6.2); only the weights that a mask keeps are counted. These are counts: dense hardware does not run faster for unstructured zeros.</p>{pic['cost']}
 <h2>How it was made</h2><table>{''.join(f'<tr><td>{html.escape(str(k))}</td><td style="text-align:left">{html.escape(str(v))}</td></tr>' for k,v in {**data['run'], **s, 'seeds': data['seeds']}.items())}</table></html>"""
 
-# %% ../nbs/20_experiments.ipynb #878135ff
+# %% ../nbs/20_experiments.ipynb #cb9b25b0
 def hardware()->dict: # Processor, cores, threads, system, versions
     "What a result was made on."
     import open_clip, torchvision
@@ -525,9 +536,9 @@ def demo(
     frame,clip = results_frame(results),open_clip_of(scale)
     data = dict(what='opentrans demo: toy scale', run=dict(command=command, date=str(date.today()), minutes=round((time.time()-began)/60, 1), workers=workers, **hardware()), seeds=list(many), scale=dataclasses.asdict(scale),
                 tower_params=sum(p.numel() for p in clip.visual.parameters()), zero_shot=zero_shot(clip, scale.zero_shot, seed), results=results,
-                summary={t: summarize(frame, [a for a in arms if a.table in (t, 'both')]).to_dict('index') for t in ('masks', 'layers')},
+                summary={t: summarize(frame, arms_of(t, arms)).to_dict('index') for t in ('masks', 'layers')},
                 claims=claims(frame).to_dict('records'), imp=load_json(runs/f'seed{seed}'/'imp.json'))
-    save_text(report_html(data, frame, figures(frame, scale, seed, runs/f'seed{seed}', arms), arms), out/'opentrans-demo.html')
+    save_text(report_html(data, figures(frame, scale, seed, runs/f'seed{seed}', arms)), out/'opentrans-demo.html')
     save_json(data, out/'opentrans-demo.json')
     shutil.rmtree(runs)
     return data
