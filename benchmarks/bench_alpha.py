@@ -4,6 +4,7 @@
 
 Weights are random (the sizes are real, the alphas are not), except `lite0`, which is trained. In each repetition every tool runs once, in turn, so that a busy
 neighbour hurts all of them; a ratio is the median of the per-repetition ratios, with the smallest and largest. `floor` is the eigenvalues alone.
+WeightWatcher leaves packed attention projections out without a word, so for transformers there is also a comparison on the layers that it reads.
 The fit alone is timed on the same eigenvalues for all tools. `powerlaw` takes half a minute a network and is run once; with --fits-every N on every N-th layer.
 powerlaw 1.5, if wanted, is put aside with: pip install --target FOLDER powerlaw==1.5
 """
@@ -59,6 +60,8 @@ def whole(name, reps, log):
     weights = _named_weights(net, False, False)
     tools = {'WeightWatcher': ww, 'opentrans': lambda: analyze(net, skip=()), 'opentrans fast': lambda: analyze(net, skip=(), precision='fast'),
              'floor': lambda: [_eigenvalues(matrices(w), 'gram') for _,_,w,_,_ in weights], 'floor, SVD': lambda: [_eigenvalues(matrices(w), 'svd') for _,_,w,_,_ in weights]}
+    theirs = {f'{n}.weight' for n in timed(lambda: weightwatcher.WeightWatcher(model=net).describe())[0].longname}
+    if len(theirs) < len(weights): same = {n: w for n,_,w,_,_ in weights if n in theirs}; tools['opentrans, their layers'] = lambda: analyze(same, skip=()); tools['opentrans fast, their layers'] = lambda: analyze(same, skip=(), precision='fast')
     if reps > 1: tools.pop('floor, SVD')
     wall,cpu,res = {k: [] for k in tools},{k: [] for k in tools},{}
     analyze(net.get_submodule(next(n for n,m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d)))))           # warm up

@@ -6,7 +6,7 @@
 __all__ = ['XMIN', 'ALTERNATIVES', 'mp_edges', 'marchenko_pastur', 'PowerLawFit', 'fit_power_law', 'matrices', 'esd', 'Spectrum',
            'spectra', 'LayerTable', 'analyze', 'ks_curve', 'plot_choices', 'Reselect', 'plot_median', 'explore']
 
-# %% ../nbs/02_heavy_tail.ipynb #4a3a0fd4
+# %% ../nbs/02_heavy_tail.ipynb #23f07ac8
 import io, json, math, threading
 from dataclasses import dataclass, field
 import numpy as np
@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from scipy import optimize, special
+from scipy.linalg import blas, lapack
 from torch import nn
 from .core import LayerSelection, OpenTransError, Undo, find_tower, layers, load_tensors, optional, save_tensors, unknown
 
@@ -244,14 +245,24 @@ def matrices(
     if transposed: w = w.transpose(1, 2)
     return w.permute(0, 3, 1, 2).flatten(0, 1) if conv == 'slices' else w.flatten(2)
 
-# %% ../nbs/02_heavy_tail.ipynb #3d9a2651
+# %% ../nbs/02_heavy_tail.ipynb #d98b3849
 def _gram(m): return m.swapaxes(-1, -2) @ m if m.shape[-2] >= m.shape[-1] else m @ m.swapaxes(-1, -2)
 
+_LAPACK = {torch.float64: (blas.dsyrk, lapack.dsytrd, lapack.dsterf), torch.float32: (blas.ssyrk, lapack.ssytrd, lapack.ssterf)}
+
+def _by_lapack(a, syrk, sytrd, sterf):
+    "Gram matrix, tridiagonal form, eigenvalues: as `eigvalsh`, but only one triangle of the Gram matrix is ever made, and nothing is copied."
+    k = min(a.shape)
+    low = int(k > 1024 and a.dtype == np.float64)                                  # the triangle that LAPACK reads faster at this size
+    _,d,e,_,bad = sytrd(syrk(1., a.T, trans=int(a.shape[0] < a.shape[1]), lower=low), lower=low, lwork=64*k, overwrite_a=1)
+    ev,stuck = sterf(d, e, overwrite_d=1, overwrite_e=1)
+    if bad or stuck: raise np.linalg.LinAlgError('no convergence')
+    return ev
+
 def _gram_eigenvalues(m):
-    "In float64 on a CPU by NumPy, whose symmetric product does half the work; large matrices one by one, so that there is one Gram matrix at a time."
-    if m.device.type != 'cpu' or m.dtype != torch.float64: return torch.linalg.eigvalsh(_gram(m))
-    a = m.numpy()
-    return torch.from_numpy(np.linalg.eigvalsh(_gram(a)) if min(a.shape[1:]) < 64 else np.stack([np.linalg.eigvalsh(_gram(x)) for x in a]))
+    "On a CPU by SciPy's LAPACK, large matrices one by one, so that there is one Gram matrix at a time; small ones and those on a GPU all at once by torch."
+    if m.device.type != 'cpu' or min(m.shape[1:]) < 32: return torch.linalg.eigvalsh(_gram(m))
+    return torch.from_numpy(np.stack([_by_lapack(a, *_LAPACK[m.dtype]) for a in m.contiguous().numpy()]))
 
 def _eigenvalues(mats, method='auto', precision='double', floor=1e-5):
     "Eigenvalues of W^T W of each matrix, ascending, and how they were found."
@@ -267,7 +278,9 @@ def _eigenvalues(mats, method='auto', precision='double', floor=1e-5):
             if method == 'gram': raise OpenTransError("The eigenvalues of the Gram matrix did not converge. Use method='svd'.") from None
     return torch.linalg.svdvals(m).square().flip(-1),'svd'
 
-def _finite(w): return math.isfinite(w.sum(dtype=torch.float64).item()) or bool(torch.isfinite(w).all())   # the sum is cheaper, and shows every NaN
+def _finite(w):
+    v = w.flatten()
+    return math.isfinite(torch.dot(v, v).item()) or bool(torch.isfinite(w).all())   # one pass by BLAS shows every NaN and infinity; a sum that overflows is looked at again
 
 def esd(
     weight:torch.Tensor, # Weight of a layer: (out, in), or (out, in, *kernel) of a convolution; any float type, any device

@@ -376,7 +376,7 @@ def weights(self:SparseMask,
     "The weights that the mask is about. Raises `OpenTransError` if the model lacks one, or has two places for them."
     return {k: (p if rows is None else p[rows]).detach() for k,(p,rows) in _place(self.shapes, model, strict).items()}
 
-# %% ../nbs/01_pruning.ipynb #290f1579
+# %% ../nbs/01_pruning.ipynb #7382bee7
 _INTS = {1: (torch.int8, np.int8), 2: (torch.int16, np.int16), 4: (torch.int32, np.int32), 8: (torch.int64, np.int64)}
 
 def _zero(t, keep):
@@ -390,7 +390,7 @@ def _zero(t, keep):
 
 class _Keeper:
     "A parameter, the mask of what stays of it, and the two moments at which the rest is zeroed."
-    def __init__(self, param, keep): self.param,self.keep,self.dead,self.grad_seen,self.calm = param,keep,None,None,None
+    def __init__(self, param, keep): self.param,self.keep,self.dead,self.grad_seen,self.calm,self.filled = param,keep,None,None,None,[]
     def zero(self, t):
         "Zero the rest of `t`; the mask is brought to where `t` is, and laid out in memory as it is."
         if self.keep.device != t.device or self.keep.stride() != t.stride():
@@ -398,35 +398,48 @@ class _Keeper:
         if t.device.type == 'cpu': return _zero(t, self.keep)
         if self.dead is None: self.dead = ~self.keep
         t.masked_fill_(self.dead, 0)
-    @torch.no_grad()
     def weight(self): self.zero(self.param.data)
-    @torch.no_grad()
     def grad(self, param):
         g = param.grad
         if g is None: return
         if g.layout != torch.strided: param.grad = g = g.to_dense()
         self.zero(g.data); self.grad_seen = weakref.ref(g)
 
-# %% ../nbs/01_pruning.ipynb #fbe9200a
+# %% ../nbs/01_pruning.ipynb #540dcaa8
 _EXACT = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 @patch
-@torch.no_grad()
 def after(self:_Keeper, opt):
     "After a step: zero the weight, unless it is zero already, by arithmetic and by a sample."
-    state = [t for t in opt.state.get(self.param, {}).values() if isinstance(t, torch.Tensor) and t.shape == self.param.shape]
-    g,seen,self.grad_seen = self.param.grad,self.grad_seen,None
+    g,seen,self.grad_seen,state = self.param.grad,self.grad_seen,None,opt.state.get(self.param, {})
     masked = g is None or (seen is not None and seen() is g)
     if masked and self.calm is not None:
         known,places = self.calm
-        if len(known) == len(state)+1 and all(r() is x for r,x in zip(known, (opt, *state))) and not self.param.data.view(-1)[places].any(): return
+        flat = self.param.data.view(-1)
+        if (len(known) == len(state)+1 and known[0]() is opt and all(r() is x for r,x in zip(known[1:], state.values())) and not flat[places].any()
+            and not any((v().view(-1)[places] < 1e-20).any() for v in self.filled)): return
     self.weight(); self.calm = None
-    if masked and type(opt) in _EXACT and self.param.device.type == 'cpu' and self.param.is_contiguous() and all(q.get('eps', 1) > 0 for q in opt.param_groups):
-        for t in state: self.zero(t)
-        some = torch.linspace(0, self.param.numel()-1, min(1024, self.param.numel())).long()
-        self.calm = [weakref.ref(x) for x in (opt, *state)],some[~self.keep.view(-1)[some]]
+    if masked and type(opt) in _EXACT and self.param.device.type == 'cpu' and self.param.is_contiguous() and all(q.get('eps', 1) > 0 for q in opt.param_groups): self.settle(opt, state)
 
-# %% ../nbs/01_pruning.ipynb #e977fbb4
+@patch
+def settle(self:_Keeper, opt, state):
+    "Clear the optimizer's state at the pruned places, so that steps leave the weight at zero. Second moments become 1 there: a square root of exact zeros is slow."
+    self.filled = []
+    for k,t in state.items():
+        if not isinstance(t, torch.Tensor) or t.shape != self.param.shape: continue
+        self.zero(t)
+        if k == 'exp_avg_sq' and t.is_contiguous(): t += ~self.keep; self.filled.append(weakref.ref(t))
+    some = torch.linspace(0, self.param.numel()-1, min(64, self.param.numel())).long()
+    self.calm = [weakref.ref(x) if isinstance(x, torch.Tensor) or x is opt else (lambda x=x: x) for x in (opt, *state.values())],some[~self.keep.view(-1)[some]]
+
+@patch
+def leave(self:_Keeper):
+    "Second moments back to zero: an optimizer that goes on without the mask has not seen these weights."
+    for v in self.filled:
+        if v() is not None: self.zero(v())
+    self.filled,self.calm = [],None
+
+# %% ../nbs/01_pruning.ipynb #b5709491
 class MaskInForce(Undo):
     "A mask that is kept on a model until `.remove()`, or the end of a `with` block."
     def __init__(self, undo, placed, left): super().__init__(*undo); self.placed,self.left = placed,left
@@ -451,11 +464,12 @@ def apply(self:SparseMask,
     ks = _keepers(self, placed)
     for k in ks: k.weight()
     undo = [k.param.register_post_accumulate_grad_hook(k.grad).remove for k in ks if k.param.requires_grad]
+    @torch.no_grad()
     def after(opt, args, kwargs):
         held = {id(p) for g in opt.param_groups for p in g['params']}
         for k in ks:
             if id(k.param) in held: k.after(opt)
-    undo.append(register_optimizer_step_post_hook(after).remove)
+    undo += [register_optimizer_step_post_hook(after).remove, *(k.leave for k in ks)]
     return MaskInForce(undo, list(placed), [n for n in self.names if n not in placed])
 
 # %% ../nbs/01_pruning.ipynb #a602e802
