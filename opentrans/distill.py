@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'NORMS', 'distances', 'tgkd_loss', 'vgkd_loss', 'find_backbone', 'DistillTrainer']
 
-# %% ../nbs/08_distill.ipynb #a39f4281
+# %% ../nbs/08_distill.ipynb #f5ab3edc
 import contextlib
 from dataclasses import dataclass, fields
 import matplotlib.pyplot as plt
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from .core import OpenTransError, unknown, device_of, pick_device, progress, unwrap
+from .data import collate
 from .clip import ClipBackbone, class_prompts
 
 # %% ../nbs/08_distill.ipynb #60e01512
@@ -77,7 +78,7 @@ def find_backbone(
     if not isinstance(model, ClipBackbone): raise OpenTransError(f"{type(model).__name__} holds no ClipBackbone; make one with ClipBackbone.create(...).")
     return model
 
-# %% ../nbs/08_distill.ipynb #126022e9
+# %% ../nbs/08_distill.ipynb #7ae7601b
 @dataclass(eq=False, repr=False)
 class DistillTrainer:
     "Training by distillation alone, for `imp`: `train(model, round)` (paper Algorithm 1, line 3). Raises `OpenTransError` for settings that make no sense."
@@ -103,6 +104,8 @@ class DistillTrainer:
     freeze:tuple = () # Modules of the tower that rest, e.g. `('attnpool',)`
     device:str = None # Where to train; None: where the model is
     amp:bool = False # bfloat16 autocast?
+    distillation:float = 1. # Weight of the distillation loss
+    segmentation:float = 0. # Weight of the loss of a framework (Tab. 6 and 8); above 0 the model must be one, and its head learns too
     seed:int = None # Seed of the order of images; None draws it from torch's generator, which `imp` seeds
     workers:int = 0 # Processes that read data
     cache_mb:int = 512 # Most memory for teacher embeddings; 0 where `data[i]` is not the same each time
@@ -114,6 +117,8 @@ class DistillTrainer:
                                    ('batch_norm', self.batch_norm, ['train', 'frozen']), ('pairs', self.pairs, ['batch', 'image']),
                                    ('student_mode', self.student_mode, modes), ('teacher_mode', self.teacher_mode, modes)):
             if not callable(given) and given not in allowed: raise unknown(kind, given, allowed)
+        if min(self.distillation, self.segmentation) < 0 or not self.distillation+self.segmentation > 0:
+            raise OpenTransError(f"distillation={self.distillation} and segmentation={self.segmentation} are weights of losses: none below 0, at least one above.")
         for k in ('iters', 'batch_size', 'max_regions', 'lr'):
             if not getattr(self, k) > 0: raise OpenTransError(f"{k}={getattr(self, k)}: it must be above 0.")
         plain = lambda v: v if isinstance(v, (int, float, str, type(None))) else list(v) if isinstance(v, (list, tuple)) else getattr(v, '__name__', type(v).__name__)
@@ -130,15 +135,18 @@ class DistillTrainer:
         self._keep = None if self.classes is None else torch.tensor([index(c) if isinstance(c, str) else int(c) for c in self.classes])
         self._cache,self._cached,self.log = {},0,[]
 
-# %% ../nbs/08_distill.ipynb #f9a693cc
+# %% ../nbs/08_distill.ipynb #18cfdd39
 @patch
-def _view(self:DistillTrainer, i, sample, generator):
+def _window(self:DistillTrainer, sample, generator):
+    "A sample, or a random square window of it."
+    if not self.crop: return sample
+    y,x = (int(torch.randint(max(n-self.crop, 0)+1, (), generator=generator)) for n in sample['image'].shape[-2:])
+    return {k: v[...,y:y+self.crop,x:x+self.crop] if k in ('image', 'labels', 'regions') else v for k,v in sample.items()}
+
+@patch
+def _view(self:DistillTrainer, i, sample):
     "One sample: its number, image, and the regions to use with their numbers and classes."
     image,regions,classes = sample['image'],sample['regions'].bool(),sample['region_classes']
-    h,w = image.shape[-2:]
-    if self.crop:
-        y,x = (int(torch.randint(max(n-self.crop, 0)+1, (), generator=generator)) for n in (h, w))
-        image,regions = (t[...,y:y+self.crop,x:x+self.crop] for t in (image, regions))
     keep = regions.flatten(1).sum(1) >= self.min_pixels
     if self._keep is not None: keep &= torch.isin(classes, self._keep)
     return i,image,regions,classes,keep.nonzero().flatten()
@@ -146,7 +154,8 @@ def _view(self:DistillTrainer, i, sample, generator):
 @patch
 def _batch(self:DistillTrainer, samples, generator):
     "A batch of views with at most `max_regions` regions in all; None if there are none."
-    views = [self._view(i, s, generator) for i,s in samples]
+    samples = [(i, self._window(s, generator)) for i,s in samples]
+    views = [self._view(i, s) for i,s in samples]
     owner = torch.cat([torch.full((len(v[-1]),), b) for b,v in enumerate(views)])
     number = torch.cat([v[-1] for v in views])
     if not len(owner): return None
@@ -156,9 +165,10 @@ def _batch(self:DistillTrainer, samples, generator):
     size = [max(v[1].shape[d] for v in views) for d in (1, 2)]
     pad = lambda t: F.pad(t, (0, size[1]-t.shape[-1], 0, size[0]-t.shape[-2]))
     return dict(images=torch.stack([pad(v[1]) for v in views]), regions=[pad(v[2][n]) for v,n in zip(views, chosen)], owner=owner,
-                classes=torch.cat([v[3][n] for v,n in zip(views, chosen)]), keys=[(v[0], int(k)) for v,n in zip(views, chosen) for k in n])
+                classes=torch.cat([v[3][n] for v,n in zip(views, chosen)]), keys=[(v[0], int(k)) for v,n in zip(views, chosen) for k in n],
+                whole=collate([s for _,s in samples]) if self.segmentation else None)
 
-# %% ../nbs/08_distill.ipynb #a29d478d
+# %% ../nbs/08_distill.ipynb #a85ef61d
 @patch
 def _teach(self:DistillTrainer, batch, device):
     "The teacher's embeddings (N, D) of a batch's regions; those that were asked for before come from memory."
@@ -176,7 +186,7 @@ def _teach(self:DistillTrainer, batch, device):
 
 @patch
 def _loss(self:DistillTrainer, backbone, batch, text, device):
-    "The loss of one batch, over all pairs of regions or over those within an image."
+    "The distillation loss of one batch, over all pairs of regions or over those within an image."
     loss = LOSSES.get(self.loss, self.loss) if isinstance(self.loss, str) else self.loss
     r,t = self._teach(batch, device),text[batch['classes'].to(device)]
     with torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
@@ -185,18 +195,25 @@ def _loss(self:DistillTrainer, backbone, batch, text, device):
     owner = batch['owner'].to(device)
     return sum(loss(v[owner==b], r[owner==b], t[owner==b])*(owner==b).sum() for b in owner.unique())/len(owner)
 
-# %% ../nbs/08_distill.ipynb #1c7daeda
+@patch
+def _own_loss(self:DistillTrainer, model, batch, device):
+    "The loss of the framework itself, on the same images."
+    batch = {k: v.to(device) if isinstance(v, torch.Tensor) else [x.to(device) if isinstance(x, torch.Tensor) else x for x in v] if isinstance(v, list) else v
+             for k,v in batch['whole'].items()}
+    with torch.autocast(device.type, torch.bfloat16, enabled=self.amp): return sum(model.loss(batch).values())
+
+# %% ../nbs/08_distill.ipynb #167d1a9b
 @contextlib.contextmanager
-def _training(backbone, batch_norm, freeze):
-    "Train mode and gradients for a round; afterwards every module and parameter is as it was."
-    modes,grads = [(m, m.training) for m in backbone.modules()],[(p, p.requires_grad) for p in backbone.parameters()]
+def _training(model, backbone, batch_norm, freeze):
+    "Train mode and gradients for a round, of a model that holds the backbone; afterwards every module and parameter is as it was."
+    modes,grads = [(m, m.training) for m in model.modules()],[(p, p.requires_grad) for p in model.parameters()]
     names = dict(backbone.visual.named_modules())
     for n in freeze:
         if n not in names: raise unknown('module to freeze', n, [k for k,_ in backbone.visual.named_children()])
         names[n].requires_grad_(False)
-    backbone.train()
+    model.train()
     for m in [*(names[n] for n in freeze), *(m for m in backbone.modules() if batch_norm == 'frozen' and isinstance(m, NORMS))]: m.eval()
-    try: yield [p for p in backbone.parameters() if p.requires_grad]
+    try: yield [p for p in model.parameters() if p.requires_grad]
     finally:
         for m,b in modes: m.training = b
         for p,b in grads: p.requires_grad_(b); p.grad = None
@@ -210,13 +227,16 @@ def __call__(self:DistillTrainer,
     backbone = find_backbone(model)
     if backbone is self.teacher: raise OpenTransError("The model to train is the teacher itself. Train a fresh_copy() of it, or leave teacher=None.")
     if self.device: model.to(pick_device(self.device))
+    whole = unwrap(model) if self.segmentation else backbone
+    if self.segmentation and not callable(getattr(whole, 'loss', None)):
+        raise OpenTransError(f"segmentation={self.segmentation} needs a framework with a loss of its own, not a {type(whole).__name__}. Give one made by build(...).")
     device,losses,empty = device_of(backbone),[],0
     seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed*10007+round
     order,g = (torch.Generator().manual_seed(seed+i) for i in (0, 1))              # of images; of windows and regions: readers run ahead
     text = self.clip.text(class_prompts(self.data.vocabulary), device)
     batches = _endless(len(self.data), self.batch_size, order)
     loader = torch.utils.data.DataLoader(_Numbered(self.data), batch_sampler=batches, collate_fn=list, num_workers=self.workers)
-    with _training(backbone, self.batch_norm, self.freeze) as params:
+    with _training(whole, backbone, self.batch_norm, self.freeze) as params:
         opt,samples = self._optimizer(params),iter(loader)
         for i in progress(range(self.iters), f'distill, round {round}'):
             while (batch := self._batch(next(samples), g)) is None:
@@ -224,9 +244,10 @@ def __call__(self:DistillTrainer,
                 if empty*self.batch_size > 2*len(self.data):
                     raise OpenTransError(f"None of the {len(self.data)} samples has a region of at least {self.min_pixels} pixels"
                                          f"{' of these classes' if self.classes else ''}. Lower min_pixels or use other data.")
-            loss = self._loss(backbone, batch, text, device)
+            loss = self.distillation*self._loss(backbone, batch, text, device) if self.distillation else 0.
+            if self.segmentation: loss = loss + self.segmentation*self._own_loss(whole, batch, device)
             if not loss.isfinite():
-                raise OpenTransError(f"The distillation loss is {loss.item()} in iteration {i} of round {round}. Try a smaller lr (now {self.lr}) or clip_grad=1.")
+                raise OpenTransError(f"The loss is {loss.item()} in iteration {i} of round {round}. Try a smaller lr (now {self.lr}) or clip_grad=1.")
             opt.zero_grad(); loss.backward()
             if self.clip_grad: nn.utils.clip_grad_norm_(params, self.clip_grad)
             opt.step()
