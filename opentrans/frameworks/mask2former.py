@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['SOURCES', 'mask2former_config', 'Positions', 'OwnConv2d', 'AttentionLinear', 'PixelDecoder', 'MaskDecoder',
            'semantic_from_queries', 'best_class_from_queries', 'panoptic_from_queries', 'SetLoss', 'QueryHead',
-           'Mask2Former', 'batch_regions']
+           'Mask2Former', 'batch_regions', 'head_names', 'read_checkpoint', 'load_mask2former']
 
-# %% ../../nbs/11_mask2former.ipynb #78cc3104
+# %% ../../nbs/11_mask2former.ipynb #fa713da9
 import inspect, math, pickle, re
 from pathlib import Path
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
@@ -413,3 +414,95 @@ def loss(self:Mask2Former, batch):
     losses,matched = self.criterion(predictions, [self.pad(r, False) for r in regions], classes)
     if self.kd: losses['kd'] = self.kd*self.distill([q for q,_ in out], matched, images, regions, [text[k] for k in classes])
     return losses
+
+# %% ../../nbs/11_mask2former.ipynb #4384f617
+_BOTH = ((r'\.norm1\.', '.self_attn_layer_norm.'), (r'\.norm2\.', '.final_layer_norm.'), (r'\.linear([12])\.', r'.fc\1.'))
+_PIXEL = ((r'^input_proj\.', 'input_projections.'), (r'^transformer\.', ''), (r'^mask_features\.', 'mask_projection.'),
+          (r'^(adapter|layer)_(\d+)\.(weight|bias)$', r'\1_\2.0.\3'), (r'^(adapter|layer)_(\d+)\.norm\.', r'\1_\2.1.'), *_BOTH)
+_MASKER = ((r'^(query_feat|static_query)\.', 'queries_features.'), (r'^query_embed\.', 'queries_embedder.'), (r'^input_proj\.', 'input_projections.'),
+           (r'^decoder_norm\.', 'decoder.layernorm.'), (r'^mask_embed\.layers\.(\d+)\.', r'decoder.mask_predictor.mask_embedder.\1.0.'),
+           (r'^transformer_self_attention_layers\.(\d+)\.self_attn\.', r'decoder.layers.\1.self_attn.'), (r'^transformer_self_attention_layers\.(\d+)\.norm\.', r'decoder.layers.\1.self_attn_layer_norm.'),
+           (r'^transformer_cross_attention_layers\.(\d+)\.multihead_attn\.', r'decoder.layers.\1.cross_attn.'), (r'^transformer_cross_attention_layers\.(\d+)\.norm\.', r'decoder.layers.\1.cross_attn_layer_norm.'),
+           (r'^transformer_ffn_layers\.(\d+)\.norm\.', r'decoder.layers.\1.final_layer_norm.'), (r'^transformer_ffn_layers\.(\d+)\.', r'decoder.layers.\1.'), *_BOTH)
+_PARTS = (('sem_seg_head.pixel_decoder.', 'pixel_decoder.', _PIXEL), ('sem_seg_head.predictor.class_embed.', 'class_embed.', ()), ('sem_seg_head.predictor.', 'decoder.', _MASKER),
+          ('sem_seg_head.', 'pixel_decoder.', _PIXEL), # before its second version, the reference had the pixel decoder here
+          ('model.pixel_level_module.decoder.', 'pixel_decoder.', ()), ('model.transformer_module.', 'decoder.', ()), ('class_predictor.', 'class_embed.', ()))
+
+def head_names(
+    weights:dict, # Name -> tensor, in detectron2's or Hugging Face's names
+)->dict: # Name in `QueryHead` -> (name in the file, tensor)
+    "The weights of a head, by the names that they have here. What is no part of a head is left out."
+    res = {}
+    for name,w in weights.items():
+        for old,new,rules in _PARTS:
+            if not name.startswith(old): continue
+            n = name[len(old):]
+            for a,b in rules: n = re.sub(a, b, n)
+            if '.self_attn.in_proj_' in n: # transformers keeps q, k and v apart
+                for p,part in zip('qkv', w.chunk(3)): res[new+n.replace('in_proj_', f'{p}_proj.')] = name,part
+            else: res[new+n] = name,w
+            break
+    return res
+
+# %% ../../nbs/11_mask2former.ipynb #9a005101
+class _Arrays(pickle.Unpickler):
+    "Reads arrays and plain containers; anything else in the file is refused."
+    _known = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('collections', 'OrderedDict'), ('_codecs', 'encode')}
+    def find_class(self, module, name):
+        if (module, name) in self._known or module.startswith('numpy.') and name in ('_reconstruct', 'scalar'): return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no array")
+
+def read_checkpoint(
+    path, # `.safetensors`, `.pth`, `.pt`, `.bin`, or detectron2's `.pkl`
+)->dict: # Name -> tensor
+    "A state dict from a file, without running code from it. Raises `OpenTransError`."
+    path = Path(path)
+    if path.suffix != '.pkl' or not path.is_file(): return read_weights(path)
+    try:
+        with open(path, 'rb') as f: d = _Arrays(f).load()
+        d = d.get('model', d)
+        res = {k: torch.from_numpy(v) for k,v in d.items() if hasattr(v, 'dtype')}
+    except Exception as e: raise OpenTransError(f"'{path}' cannot be read as arrays ({type(e).__name__}: {str(e)[:200]}). A detectron2 .pkl holds {{'model': {{name: array}}}}.") from e
+    if not res: raise OpenTransError(f"'{path}' holds no arrays. A detectron2 .pkl holds {{'model': {{name: array}}}}.")
+    return res
+
+# %% ../../nbs/11_mask2former.ipynb #30829200
+def _own_names(framework, weights):
+    "What Han et al.'s code has beside the head: name here -> (name in the file, tensor); and the backbone, if it is this one."
+    last,res = len(framework.embed)-1,{}
+    for name,w in weights.items():
+        n = re.sub(r'^(embed|kd)_proj\.', rf'\1_proj.{last}.', name)
+        n = re.sub(r'^aux_(embed|kd)_porj_(\d+)\.', r'\1_proj.\2.', n) # (sic)
+        n = re.sub(r'^embed_proj\.', 'embed.', n).replace('non_object_embedding', 'nothing')
+        if n == 'logit_scale': n = 'log_scale'
+        if n.startswith(('embed.', 'kd_proj.')) or n in ('nothing', 'log_scale'): res[n] = name,w
+    tower = {n: t for n,t in framework.tower.state_dict().items() if not n.startswith('attnpool.')}
+    inside = {n.split('.', 1)[1].removeprefix('visual.').removeprefix('clip_model.visual.'): (n, w) for n,w in weights.items() if n.startswith('backbone.')}
+    prefix = next((n for n,m in framework.named_modules() if m is framework.tower), '')
+    if all(n in inside and inside[n][1].shape == t.shape for n,t in tower.items()): res.update({f'{prefix}.{n}': inside[n] for n in tower})
+    return res
+
+def load_mask2former(
+    framework:Mask2Former, # Filled in place
+    source, # A file, or a state dict: detectron2's names, Han et al.'s, or Hugging Face's
+    strict:bool=True, # Raise if a part of the head does not fit? If not, it is left as it is
+)->pd.DataFrame: # One row a tensor (index: its name in the file, or here): what ('loaded', 'left', 'kept'), name, why
+    "Load published weights. Raises `OpenTransError` that lists what does not fit."
+    weights = source if isinstance(source, dict) else read_checkpoint(source)
+    own = framework.state_dict()
+    found = {f'head.{n}': v for n,v in head_names(weights).items()} | _own_names(framework, weights)
+    closed = {n for n in found if n.startswith('head.class_embed.') and (n not in own or own[n].shape != found[n][1].shape)}
+    if closed: closed |= {n for n in found if n.startswith('head.class_embed.')}
+    if not any(n.startswith('head.') for n in found): raise OpenTransError(f"These are no weights of a Mask2Former: {', '.join(list(weights)[:6])}. Expected names as 'sem_seg_head.pixel_decoder...' or 'model.pixel_level_module...'.")
+    fits = {n for n,(_,w) in found.items() if n in own and own[n].shape == w.shape and n not in closed}
+    strange = [f'{o} {tuple(w.shape)}' + (f' (here {tuple(own[n].shape)})' if n in own else '') for n,(o,w) in found.items() if n not in fits and n not in closed and not n.startswith('kd_proj.')]
+    missing = [n for n in own if n.startswith(('head.pixel_decoder.', 'head.decoder.')) and n not in found]
+    if strict and (strange or missing):
+        raise OpenTransError(f"{len(strange)} tensors of the file do not fit ({', '.join(strange[:6]) or '-'}) and {len(missing)} of the head are not in it ({', '.join(missing[:6]) or '-'}). "
+                             "Build the framework with the sizes of the file (hidden, queries, layers, ...) and a backbone of the same channels, or pass strict=False.")
+    framework.load_state_dict({n: found[n][1] for n in fits}, strict=False)
+    used = {found[n][0]: n for n in fits}
+    why = lambda n: 'class head of a closed vocabulary' if any(found[c][0] == n for c in closed) else 'another backbone' if n.startswith(('backbone.', 'model.pixel_level_module.encoder.')) else 'does not fit' if any(o == n for o,_ in found.values()) else 'no part of this framework'
+    rows = [(n, 'loaded', used[n], '') if n in used else (n, 'left', '', why(n)) for n in weights]
+    rows += [(n, 'kept', n, 'not in the file') for n in own if n not in fits and not n.startswith('backbone.')]
+    return pd.DataFrame(rows, columns=['name', 'what', 'here', 'why']).set_index('name')
