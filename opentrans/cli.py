@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['app', 'Backbone', 'Pretrained', 'Data', 'Root', 'Split', 'Classes', 'Ignore', 'Framework', 'Preset', 'Stride',
-           'Device', 'Seed', 'Quiet', 'Iterations', 'BatchSize', 'LR', 'Crop', 'RecipeName', 'data_app',
-           'open_clip_backbone', 'open_data', 'show', 'main', 'demo', 'alpha', 'prune', 'transfer', 'finetune',
-           'evaluate', 'cka_command', 'cost_command', 'data_list', 'data_check', 'data_shapes']
+           'Device', 'Seed', 'Quiet', 'Corrupt', 'Config', 'Iterations', 'BatchSize', 'LR', 'Crop', 'RecipeName',
+           'Precision', 'Accumulate', 'Workers', 'Settings', 'Every', 'Print', 'Board', 'Panoptic', 'data_app',
+           'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show', 'main', 'demo', 'alpha',
+           'prune', 'make_recipe', 'transfer', 'finetune', 'evaluate', 'compare', 'cka_command', 'cost_command',
+           'data_list', 'data_check', 'data_shapes']
 
-# %% ../nbs/21_cli.ipynb #e0aec493
-import json, sys
+# %% ../nbs/21_cli.ipynb #6f097711
+import json, os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 
-# %% ../nbs/21_cli.ipynb #f4ac462e
+# %% ../nbs/21_cli.ipynb #8ba25cf2
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',
                   help="Prune CLIP once, transfer the mask to any open-vocabulary segmentation framework, freeze layers by their spectra.")
 
@@ -28,11 +30,55 @@ Ignore = Annotated[Optional[str], typer.Option(help="For --data folder: label va
 Framework = Annotated[str, typer.Option(help="Segmentation framework.")]
 Preset = Annotated[Optional[str], typer.Option(help="Size of the framework: 'paper' or 'small'. Default: small for shapes-rn.")]
 Stride = Annotated[int, typer.Option(help="Stride of the tower's last features: 32, 16 or 8.")]
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best there is.")]
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best there is; under accelerate launch, that of the process.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Quiet = Annotated[bool, typer.Option('--json', help="Print the result as JSON instead of a table.")]
+Corrupt = Annotated[str, typer.Option(help="Files that cannot be read: 'raise' ends the run, 'skip' leaves them out and says so.")]
 
-# %% ../nbs/21_cli.ipynb #9e5145c0
+# %% ../nbs/21_cli.ipynb #0379ad34
+_NOW = {} # the command that is running: its context
+
+def _plain_value(name, value):
+    "A value of a file as a flag would give it: lists as comma strings, mappings as JSON."
+    if isinstance(value, dict): return json.dumps(value)
+    if not isinstance(value, (list, tuple)): return value
+    if name == 'set_': return [str(v) for v in value]
+    return ','.join(str(v).replace(',', ';') for v in value) # in a class name, ',' parts synonyms
+
+def _configured(ctx:typer.Context, value:Optional[str]):
+    "Take the settings of a file as defaults. Raises `OpenTransError` for one that the command does not have."
+    _NOW['context'] = ctx
+    if value is None: return value
+    from opentrans.core import OpenTransError, unknown
+    from opentrans.finetune import read_settings
+    told = read_settings(value)
+    names = {n: p.name for p in ctx.command.params for n in {p.name, *(o.lstrip('-').replace('-', '_') for o in p.opts)} if p.name not in ('config', 'help')}
+    made = told.pop('command', ctx.info_name)
+    if made != ctx.info_name: raise OpenTransError(f"'{value}' holds the settings of `opentrans {made}`, not of `opentrans {ctx.info_name}`. Its line 'command' says so.")
+    for k in told:
+        if k.replace('-', '_') not in names: raise unknown(f"setting in '{value}'", k, sorted(set(names)))
+    ctx.default_map = {names[k.replace('-', '_')]: _plain_value(names[k.replace('-', '_')], v) for k,v in told.items() if v is not None}
+    return value
+
+Config = Annotated[Optional[str], typer.Option(help="File of settings (.yaml or .json): option names and values. Flags win over it.", is_eager=True, callback=_configured)]
+
+def first_process()->bool:
+    "Is this the one of several processes that writes and prints?"
+    return int(os.environ.get('RANK', 0)) == 0
+
+def keep_settings(
+    out, # Folder that results go to, or None
+    **more, # What is kept besides, in place of the flags of that name
+):
+    "Write what a command runs with to `OUT/settings.json`, and tell it on the standard error."
+    from opentrans.core import save_json
+    ctx = _NOW['context']
+    told = dict(command=ctx.info_name, **{k: v for k,v in {**ctx.params, **more}.items() if k not in ('config', 'as_json', 'set_') and v is not None})
+    if not first_process(): return
+    print('settings: ' + json.dumps(told, default=str), file=sys.stderr)
+    if out: save_json(told, Path(out)/'settings.json')
+
+# %% ../nbs/21_cli.ipynb #4f04e69e
 def _bad(message):
     "An `OpenTransError`; torch is imported only now, so that help and usage errors come at once."
     from opentrans.core import OpenTransError
@@ -46,8 +92,9 @@ def open_clip_backbone(
 ): # `ClipBackbone`
     "The backbone that the flags name. Random weights must be asked for."
     from opentrans.clip import ClipBackbone, small_clips
+    from opentrans.finetune import Processes
     from opentrans.core import pick_device
-    dev = pick_device(device)
+    dev = Processes(device).device or pick_device(device)
     if pretrained is None:
         if name not in small_clips(): raise _bad(f"Which weights for '{name}'? Give --pretrained openai (or another tag or file), or --pretrained none for random ones.")
         pretrained = name
@@ -59,19 +106,22 @@ def open_data(
     split:str='val', # As `--split`
     classes:str=None, # As `--classes`
     ignore:str=None, # As `--ignore`
+    corrupt:str='raise', # As `--corrupt`
+    panoptic:bool=False, # As `--panoptic`
 ): # Data set
     "The data set that the flags name."
     from opentrans.data import open_dataset
-    options = {k: v for k,v in dict(names=classes, ignore=ignore).items() if v is not None}
-    return open_dataset(name, root, split, **options)
+    options = {k: v for k,v in dict(names=classes, ignore=ignore, panoptic=panoptic or None).items() if v is not None}
+    return open_dataset(name, root, split, corrupt=corrupt, **options)
 
 def show(
     result, # dict or DataFrame
     as_json:bool=False, # JSON instead of a table?
     title:str='', # Above the table
 ):
-    "Print a result."
+    "Print a result; of several processes, one does."
     import pandas as pd
+    if not first_process(): return
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -88,9 +138,16 @@ def _number(text):
     try: return float(text)
     except ValueError: return text
 
+def _part_company():
+    "End the group of processes, if there is one."
+    dist = sys.modules.get('torch.distributed')
+    if dist and dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
+
 def main():
-    "Entry point: bad input is one sentence and exit code 2; an interrupted run can be continued."
-    try: sys.exit(app(standalone_mode=False) or 0)
+    "Entry point. Exit codes: 0; 2 bad input, in one sentence; 1 what is wrong with machine, files or another process; 130 and 143 interrupted, to be continued by the same command."
+    try:
+        code = app(standalone_mode=False) or 0
+        _part_company(); sys.exit(code)
     except KeyboardInterrupt: print('interrupted', file=sys.stderr); sys.exit(130)
     except MemoryError: print('error: out of memory. Use a smaller --batch-size or --size.', file=sys.stderr); sys.exit(1)
     except OSError as e: print(f'error: {e.strerror or e}{f": {e.filename}" if e.filename else ""}', file=sys.stderr); sys.exit(1)
@@ -98,17 +155,17 @@ def main():
         kind = type(e).__name__
         if kind == 'Abort': print('interrupted', file=sys.stderr); sys.exit(130)
         if hasattr(e, 'show') and hasattr(e, 'exit_code'): e.show(); sys.exit(2) # click's, which some versions of typer bring along
-        if kind != 'OpenTransError': raise
-        print(f'error: {e}', file=sys.stderr); sys.exit(2)
+        if kind not in ('OpenTransError', 'Interrupted'): raise
+        print(f'error: {e}', file=sys.stderr); sys.exit(getattr(e, 'code', 2))
 
-# %% ../nbs/21_cli.ipynb #5cbd0c7b
+# %% ../nbs/21_cli.ipynb #e8cfe78b
 @app.command()
 def demo(
     out:Annotated[str, typer.Option(help="Folder for the report (one .html, one .json).")]='demo-report',
     seeds:Annotated[int, typer.Option(help="Number of seeds; three or more give intervals and verdicts.")]=1,
     seed:Annotated[int, typer.Option(help="First seed.")]=0,
     scale:Annotated[str, typer.Option(help="'demo', or 'smoke': a few iterations that show nothing but that it runs.")]='demo',
-    workers:Annotated[Optional[int], typer.Option(help="Processes. Default: two.")]=None,
+    workers:Annotated[Optional[int], typer.Option(help="Processes. Default: two.")]=None, config:Config=None,
 ):
     "The paper's main job on generated scenes: prune once, transfer, choose layers, fine-tune, and a report beside the alternatives."
     import pandas as pd
@@ -119,7 +176,7 @@ def demo(
         show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
     print(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
 
-# %% ../nbs/21_cli.ipynb #4d565130
+# %% ../nbs/21_cli.ipynb #1c218870
 @app.command()
 def alpha(
     backbone:Annotated[str, typer.Argument(help="'shapes-rn', or open_clip's name of a tower.")]='shapes-rn',
@@ -130,7 +187,7 @@ def alpha(
     freeze:Annotated[float, typer.Option(help="Share of the layers to freeze.")]=.5,
     by:Annotated[str, typer.Option(help="alpha, alpha*, or random.")]='alpha',
     out:Annotated[Optional[str], typer.Option(help="Folder for alpha.csv, selection.json and alpha.png.")]=None,
-    seed:Seed=0, as_json:Quiet=False,
+    seed:Seed=0, as_json:Quiet=False, config:Config=None,
 ):
     "Alpha of each layer from the spectrum of its weights, and which layers to freeze. No data is needed."
     from opentrans.core import atomic_path
@@ -140,6 +197,7 @@ def alpha(
     if mask: SparseMask.load(mask).apply(clip).remove()
     table = analyze(clip, xmin=_number(xmin), conv=conv)
     chosen = table.select(freeze=freeze, by=by, seed=seed)
+    keep_settings(out)
     frame = table.to_frame()
     frame.insert(0, 'frozen', ['yes' if n in set(chosen.freeze) else '' for n in frame.index])
     if out:
@@ -149,7 +207,7 @@ def alpha(
         with atomic_path(Path(out)/'alpha.png') as p: table.plot_alpha(selection=chosen).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'xmin', 'D', 'n_tail', 'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
 
-# %% ../nbs/21_cli.ipynb #e87f9bfc
+# %% ../nbs/21_cli.ipynb #9c6ca036
 @app.command()
 def prune(
     out:Annotated[str, typer.Option(help="The mask file to write (.safetensors).")],
@@ -164,7 +222,7 @@ def prune(
     crop:Annotated[Optional[int], typer.Option(help="Side of the window cut out of larger images.")]=None,
     checkpoint:Annotated[Optional[str], typer.Option(help="Folder to continue from. Default: beside the mask.")]=None,
     weights:Annotated[Optional[str], typer.Option(help="Also write the trained weights of the tower to this file.")]=None,
-    output_stride:Stride=32, device:Device=None, seed:Seed=0, as_json:Quiet=False,
+    output_stride:Stride=32, device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
 ):
     "Find a sparse mask: Algorithm 1 with distillation as its only loss, or a baseline."
     from opentrans.core import save_tensors, unknown
@@ -174,23 +232,49 @@ def prune(
     if not out.endswith('.safetensors'): raise _bad(f"--out {out}: a mask file ends in .safetensors.")
     geometric_schedule(density, p) # a bad density ends here, before anything is loaded
     clip = open_clip_backbone(backbone, pretrained, output_stride, device)
+    keep_settings(None); run_dir = checkpoint or f'{out}.run'
     if method == 'imp':
         train = DistillTrainer(clip, open_data(data, root, split, classes, ignore), loss=loss, iters=iters, lr=lr, batch_size=batch_size, crop=crop)
-        mask,history = imp(clip, train, density=density, p=p, seed=seed, checkpoint_dir=checkpoint or f'{out}.run', settings=dict(clip=backbone))
+        mask,history = imp(clip, train, density=density, p=p, seed=seed, checkpoint_dir=run_dir, settings=dict(clip=backbone))
         if weights: save_tensors(clip.visual.state_dict(), weights)
         show(history, as_json, 'Algorithm 1')
     else: mask = SparseMask.magnitude(clip, density) if method == 'magnitude' else SparseMask.random(clip, density, seed=seed)
-    mask.save(out)
+    if first_process(): mask.save(out); keep_settings(run_dir if method == 'imp' else None)
     if not as_json: show(mask.table(), title=f'{out}: density {mask.density:.4f}')
 
-# %% ../nbs/21_cli.ipynb #68cabeed
-def _recipe(name, framework, iterations, batch_size, lr, crop, seed):
-    from opentrans.core import unknown
-    from opentrans.finetune import Recipe
-    if name not in ('tiny', 'paper'): raise unknown('recipe', name, ['tiny', 'paper'])
-    r = Recipe.tiny() if name == 'tiny' else Recipe.paper(framework)
+# %% ../nbs/21_cli.ipynb #55228c26
+Iterations = Annotated[Optional[int], typer.Option(help="Iterations; milestones move along.")]
+BatchSize = Annotated[Optional[int], typer.Option(help="Images an iteration, over all processes.")]
+LR = Annotated[Optional[float], typer.Option(help="Learning rate.")]
+Crop = Annotated[Optional[int], typer.Option(help="Side of the square that is cut out of an image; 0 takes whole images.")]
+RecipeName = Annotated[str, typer.Option(help="'tiny', 'paper' (supplement 6.1), 'warmup', or a file (.yaml, .json) with fields of a Recipe and, as 'preset', the recipe it changes.")]
+Precision = Annotated[Optional[str], typer.Option(help="Mixed precision: no, bf16, fp16. Default: that of accelerate launch, else the recipe's.")]
+Accumulate = Annotated[Optional[int], typer.Option(help="Parts into which a batch is cut to save memory.")]
+Workers = Annotated[Optional[int], typer.Option(help="Processes that load data.")]
+Settings = Annotated[Optional[list[str]], typer.Option('--set', help="Another field of the recipe, as NAME=VALUE; may be given several times.")]
+Every = Annotated[int, typer.Option(help="Iterations between checkpoints.")]
+Print = Annotated[int, typer.Option(help="Print a line with loss, speed and remaining time every so many iterations; 0 prints none.")]
+Board = Annotated[bool, typer.Option(help="Write TensorBoard's events, too.")]
+Panoptic = Annotated[bool, typer.Option(help="Read instances, too, where a data set has them in files of their own (ade20k_150, cityscapes_19).")]
+
+def make_recipe(
+    name:str, # As `--recipe`
+    framework:str, # Whose recipe 'paper' is
+    changes=None, # As `--set`: texts 'name=value'
+    iterations:int=None, # As `--iterations`
+    **more, # Other fields; None leaves them
+): # `Recipe`
+    "The recipe that the flags name. Raises `OpenTransError`."
+    from opentrans.finetune import Recipe, read_settings
+    told = json.loads(name) if name.startswith('{') else read_settings(name) if Path(name).suffix in ('.yaml', '.yml', '.json') else dict(preset=name)
+    r = Recipe.of(told, framework)
     if iterations is not None: r = r.shorten(iterations)
-    return r.replace(seed=seed, **{k: v for k,v in dict(batch_size=batch_size, lr=lr, crop=crop).items() if v is not None})
+    for c in changes or ():
+        if '=' not in c: raise _bad(f"--set {c}: write it as NAME=VALUE, e.g. --set optimizer=sgd.")
+    r = Recipe.of(dict(c.split('=', 1) for c in changes or ()), base=r)
+    launched = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
+    if more.get('precision') is None and launched != 'no': more['precision'] = launched
+    return r.replace(**{k: v for k,v in more.items() if v is not None})
 
 def _build(framework, clip, data, preset, seed):
     from opentrans.clip import small_clips
@@ -206,44 +290,41 @@ def _report(seg, data, result, size, mask=None, selection=None, out=None, as_jso
     result = dict(result, params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs, input=size)
     if mask is not None: result['density'] = mask.density
     if selection is not None: result.update(rule=selection.rule, frozen=selection.freeze)
-    if out: save_json(result, Path(out)/'result.json')
+    if out and first_process(): save_json(result, Path(out)/'result.json')
     show(result, as_json, title)
 
-Iterations = Annotated[Optional[int], typer.Option(help="Iterations; milestones move along.")]
-BatchSize = Annotated[Optional[int], typer.Option(help="Images an iteration.")]
-LR = Annotated[Optional[float], typer.Option(help="Learning rate.")]
-Crop = Annotated[Optional[int], typer.Option(help="Side of the square that is cut out of an image; 0 takes whole images.")]
-RecipeName = Annotated[str, typer.Option(help="'tiny', or 'paper' (supplement 6.1).")]
-
-# %% ../nbs/21_cli.ipynb #5c497984
+# %% ../nbs/21_cli.ipynb #91f3f058
 @app.command()
 def transfer(
     mask:Annotated[str, typer.Argument(help="Mask file.")],
     model:Annotated[Optional[str], typer.Argument(help="A checkpoint to put the mask on; then only --out is needed.")]=None,
     out:Annotated[Optional[str], typer.Option(help="With MODEL: the sparse file to write. Else: folder of the run (checkpoints, result.json).")]=None,
     framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None, output_stride:Stride=16,
-    data:Data='shapesworld', root:Root=None, classes:Classes=None, ignore:Ignore=None, split:Split='train', eval_split:Annotated[str, typer.Option(help="Split to evaluate on.")]='val',
+    data:Data='shapesworld', root:Root=None, classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise', panoptic:Panoptic=False,
+    split:Split='train', eval_split:Annotated[str, typer.Option(help="Split to evaluate on.")]='val',
     recipe:RecipeName='tiny', warmup:Annotated[int, typer.Option(help="Iterations with all layers before the spectra are read.")]=60,
-    iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None,
+    iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None, precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None, set_:Settings=None,
     freeze:Annotated[float, typer.Option(help="Share of the layers to freeze after the warm-up; 0 freezes none.")]=.5,
-    by:Annotated[str, typer.Option(help="alpha, alpha*, or random.")]='alpha', xmin:Annotated[str, typer.Option(help="ks, median, peak or paper.")]='ks',
+    by:Annotated[str, typer.Option(help="alpha, alpha*, or random.")]='alpha', xmin:Annotated[str, typer.Option(help="Where the tail begins: ks, median, peak, paper, or a number.")]='ks',
+    checkpoint_every:Every=500, print_every:Print=50, tensorboard:Board=False,
     limit:Annotated[Optional[int], typer.Option(help="Evaluate on so many images only.")]=None, size:Annotated[Optional[int], typer.Option(help="Side of the input that cost is counted for.")]=None,
-    device:Device=None, seed:Seed=0, as_json:Quiet=False,
+    device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
 ):
-    "Put a mask on a checkpoint, or carry it to a framework: warm up, choose layers by alpha, fine-tune, evaluate."
+    "Put a mask on a checkpoint, or carry it to a framework: warm up, choose layers by alpha, fine-tune, evaluate (Fig. 4, in one run)."
     from opentrans.pruning import SparseMask
     m = SparseMask.load(mask)
     if model is not None: return _transfer_file(m, model, out, as_json)
     from opentrans.finetune import evaluate, finetune
     from opentrans.heavy_tail import analyze
-    train,test = (open_data(data, root, s, classes, ignore) for s in (split, eval_split))
+    r = make_recipe(recipe, framework, set_, iterations, batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
+    train,test = (open_data(data, root, s, classes, ignore, corrupt, panoptic) for s in (split, eval_split))
     clip = open_clip_backbone(backbone, pretrained, output_stride, device)
-    main_run,sub = _recipe(recipe, framework, iterations, batch_size, lr, crop, seed),lambda name: str(Path(out)/name) if out else None
-    seg = _build(framework, clip, train, preset, seed)
+    seg = _build(framework, clip, train, preset, seed); keep_settings(out, recipe=r.to_dict())
+    told,sub = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard),lambda name: str(Path(out)/name) if out else None
     with m.apply(seg.backbone):
-        if warmup: finetune(seg, train, main_run.shorten(warmup).replace(schedule='constant'), checkpoint_dir=sub('warmup'))
-        selection = analyze(seg.backbone, xmin=xmin).select(freeze=freeze, by=by, seed=seed) if freeze else None
-        finetune(seg, train, main_run, selection=selection, checkpoint_dir=sub('finetune'))
+        if warmup: finetune(seg, train, r.shorten(warmup).replace(schedule='constant'), checkpoint_dir=sub('warmup'), **told)
+        selection = analyze(seg.backbone, xmin=_number(xmin)).select(freeze=freeze, by=by, seed=seed) if freeze else None
+        finetune(seg, train, r, selection=selection, checkpoint_dir=sub('finetune'), **told)
         result = evaluate(seg, test, limit=limit)
     _report(seg, test, result, size or clip.image_size, m, selection, out, as_json, f'{framework} on {backbone}, mask of density {m.density:.3f}')
 
@@ -254,63 +335,92 @@ def _transfer_file(m, model, out, as_json):
     transfer_checkpoint(m, model, out)
     show(dict(file=out, layers=len(m), density=m.density, zeros=m.total-m.kept), as_json, 'sparse checkpoint')
 
-# %% ../nbs/21_cli.ipynb #447fba1e
+# %% ../nbs/21_cli.ipynb #ad1c0805
 @app.command()
 def finetune(
     out:Annotated[str, typer.Option(help="Folder of the run: checkpoints and weights; the same command continues it.")],
     framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None, output_stride:Stride=16,
-    data:Data='shapesworld', root:Root=None, classes:Classes=None, ignore:Ignore=None, split:Split='train',
+    data:Data='shapesworld', root:Root=None, classes:Classes=None, ignore:Ignore=None, split:Split='train', corrupt:Corrupt='raise', panoptic:Panoptic=False,
     mask:Annotated[Optional[str], typer.Option(help="Mask file to keep in force.")]=None, selection:Annotated[Optional[str], typer.Option(help="Layer selection (JSON) that `opentrans alpha --out` wrote.")]=None,
-    recipe:RecipeName='tiny', iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None, device:Device=None, seed:Seed=0, as_json:Quiet=False,
+    recipe:RecipeName='tiny', iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None, precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None,
+    set_:Settings=None, eval_every:Annotated[int, typer.Option(help="Evaluate every so many iterations, and keep the best weights in OUT/run/best.safetensors; 0 does not.")]=0,
+    eval_split:Annotated[str, typer.Option(help="Split to evaluate on.")]='val', checkpoint_every:Every=500, print_every:Print=50, tensorboard:Board=False,
+    device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
 ):
     "Fine-tune a framework; writes OUT/model.safetensors and OUT/model.json, which `opentrans evaluate` reads."
     from opentrans.core import LayerSelection, save_json, save_tensors
     from opentrans.finetune import finetune as run
     from opentrans.pruning import SparseMask
+    r = make_recipe(recipe, framework, set_, iterations, batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
     m,chosen = SparseMask.load(mask) if mask else None,LayerSelection.from_json(Path(selection)) if selection else None
-    train,clip = open_data(data, root, split, classes, ignore),open_clip_backbone(backbone, pretrained, output_stride, device)
-    seg = _build(framework, clip, train, preset, seed)
-    r = _recipe(recipe, framework, iterations, batch_size, lr, crop, seed)
-    history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=str(Path(out)/'run'))
-    save_tensors(seg.state_dict(), Path(out)/'model.safetensors')
-    save_json(dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=output_stride, classes=list(train.vocabulary.names), data=data, recipe=r.to_dict(), mask=mask, selection=selection), Path(out)/'model.json')
-    show(dict(iterations=len(history), first_loss=float(history.loss.iloc[0]), last_loss=float(history.loss.iloc[-1]), model=str(Path(out)/'model.safetensors')), as_json, 'fine-tuned')
+    train,val = (open_data(data, root, s, classes, ignore, corrupt, panoptic) if s else None for s in (split, eval_split if eval_every else None))
+    clip = open_clip_backbone(backbone, pretrained, output_stride, device)
+    seg = _build(framework, clip, train, preset, seed); keep_settings(out, recipe=r.to_dict())
+    history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=str(Path(out)/'run'), val=val, eval_every=eval_every, checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
+    if first_process():
+        save_tensors(seg.state_dict(), Path(out)/'model.safetensors')
+        save_json(dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=output_stride, classes=list(train.vocabulary.names), data=data, recipe=r.to_dict(), mask=mask, selection=selection), Path(out)/'model.json')
+    show(dict(iterations=len(history), first_loss=float(history.loss.iloc[0]), last_loss=float(history.loss.iloc[-1]), **(dict(best_miou=float(history.miou.max())) if 'miou' in history else {}),
+              model=str(Path(out)/'model.safetensors')), as_json, 'fine-tuned')
 
 @app.command()
 def evaluate(
     framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None, output_stride:Stride=16,
     model:Annotated[Optional[str], typer.Option(help="Folder that `opentrans finetune` wrote; its framework and backbone are taken.")]=None,
     mask:Annotated[Optional[str], typer.Option(help="Mask file to put on.")]=None,
-    data:Data='shapesworld', root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None,
+    data:Data='shapesworld', root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
+    kind:Annotated[str, typer.Option(help="semantic (mIoU), or panoptic (PQ, too).")]='semantic',
+    short_side:Annotated[Optional[int], typer.Option(help="Resize images to this short side before they are seen.")]=None,
+    scales:Annotated[Optional[str], typer.Option(help="Look at several sizes, e.g. 0.5,1,1.5, and average.")]=None, flip:Annotated[bool, typer.Option(help="Look at the mirror image, too.")]=False,
+    window:Annotated[Optional[int], typer.Option(help="See large images through square windows of this side.")]=None,
     limit:Annotated[Optional[int], typer.Option(help="So many images only.")]=None, batch_size:Annotated[int, typer.Option(help="Images at a time.")]=8,
-    out:Annotated[Optional[str], typer.Option(help="Folder for result.json.")]=None, device:Device=None, seed:Seed=0, as_json:Quiet=False,
+    out:Annotated[Optional[str], typer.Option(help="Folder for result.json.")]=None, device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
 ):
-    "Mean IoU of a framework on a data set, with any class names."
-    from opentrans.core import load_json, load_tensors
-    from opentrans.finetune import evaluate as run
+    "Mean IoU, or panoptic quality, of a framework on a data set, with any class names."
+    from opentrans.core import load_json
+    from opentrans.finetune import evaluate as run, load_framework
     from opentrans.pruning import SparseMask
-    m,test = SparseMask.load(mask) if mask else None,open_data(data, root, split, classes, ignore)
+    looks = dict(size=short_side, scales=None if scales is None else tuple(_numbers('scales', scales)), flip=flip or None, window=window)
+    m,test = SparseMask.load(mask) if mask else None,open_data(data, root, split, classes, ignore, corrupt, kind == 'panoptic' and data in ('ade20k_150', 'cityscapes_19'))
     if model:
         told = load_json(Path(model)/'model.json')
         framework,backbone,pretrained,preset,output_stride = (told[k] for k in ('framework', 'backbone', 'pretrained', 'preset', 'output_stride'))
     clip = open_clip_backbone(backbone, pretrained, output_stride, device)
-    seg = _build(framework, clip, test, preset, seed)
-    if model:
-        try: seg.load_state_dict(load_tensors(Path(model)/'model.safetensors')[0])
-        except RuntimeError as e: raise _bad(f"'{model}/model.safetensors' does not fit {framework} on {backbone}: {str(e).splitlines()[-1].strip()}") from e
-    else: print(f"note: without --model the head of {framework} is untrained (seed {seed})", file=sys.stderr)
+    seg = _build(framework, clip, test, preset, seed); keep_settings(out)
+    if model: load_framework(seg, Path(model)/'model.safetensors')
+    elif first_process(): print(f"note: without --model the head of {framework} is untrained (seed {seed})", file=sys.stderr)
     if m is not None: m.apply(seg.backbone).remove()
-    result = run(seg, test, batch_size=batch_size, limit=limit)
+    result = run(seg, test, batch_size=batch_size, limit=limit, kind=kind, **{k: v for k,v in looks.items() if v is not None})
     _report(seg, test, dict(result, head='trained' if model else 'untrained'), clip.image_size, m, None, out, as_json, f'{framework} on {data}')
 
-# %% ../nbs/21_cli.ipynb #f57d141f
+def _numbers(flag, text):
+    "Numbers of a comma list."
+    try: return [float(v) for v in text.split(',')]
+    except ValueError as e: raise _bad(f"--{flag} {text}: write numbers, e.g. 0.5,1,1.5.") from e
+
+@app.command()
+def compare(
+    runs:Annotated[list[str], typer.Argument(help="Folders with a result.json, or such files, as `evaluate` and `transfer` write.")],
+    out:Annotated[Optional[str], typer.Option(help="Folder for runs.csv and runs.png.")]=None, as_json:Quiet=False, config:Config=None,
+):
+    "Several runs in one table, and mIoU against multiply-accumulates and parameters (Fig. 1)."
+    from opentrans.core import atomic_path
+    from opentrans.finetune import compare_runs, plot_runs
+    frame = compare_runs(runs)
+    if out:
+        import matplotlib; matplotlib.use('Agg')
+        with atomic_path(Path(out)/'runs.csv') as p: frame.to_csv(p)
+        with atomic_path(Path(out)/'runs.png') as p: plot_runs(frame).figure.savefig(p, dpi=120, bbox_inches='tight')
+    show(frame, as_json, 'runs')
+
+# %% ../nbs/21_cli.ipynb #dc387a92
 @app.command('cka')
 def cka_command(
     a:Annotated[str, typer.Argument(help="First backbone.")]='shapes-rn', b:Annotated[Optional[str], typer.Argument(help="Second backbone. Default: the first with --mask.")]=None,
     pretrained_a:Pretrained=None, pretrained_b:Pretrained=None, mask:Annotated[Optional[str], typer.Option(help="Mask file to put on the second.")]=None,
     data:Data='shapesworld', root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, images:Annotated[int, typer.Option(help="Images to compare on.")]=64,
     size:Annotated[Optional[int], typer.Option(help="Images are resized to this side. Default: the first backbone's own.")]=None,
-    out:Annotated[Optional[str], typer.Option(help="Folder for cka.csv and cka.png.")]=None, device:Device=None, as_json:Quiet=False,
+    out:Annotated[Optional[str], typer.Option(help="Folder for cka.csv and cka.png.")]=None, device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
 ):
     "Similarity of two towers, stage by stage: unbiased linear CKA."
     import torch
@@ -335,7 +445,7 @@ def cost_command(
     backbone:Annotated[str, typer.Argument(help="Backbone.")]='shapes-rn', pretrained:Annotated[str, typer.Option(help="Weights do not matter for cost.")]='none',
     framework:Annotated[Optional[str], typer.Option(help="Count a whole framework on it.")]=None, preset:Preset=None, output_stride:Stride=32,
     size:Annotated[str, typer.Option(help="Input, height x width.")]='224x224', mask:Annotated[Optional[str], typer.Option(help="Mask file.")]=None,
-    convention:Annotated[str, typer.Option(help="macs, thop, ptflops or fvcore.")]='macs', layers:Annotated[bool, typer.Option(help="Show each layer.")]=False, as_json:Quiet=False,
+    convention:Annotated[str, typer.Option(help="macs, thop, ptflops or fvcore.")]='macs', layers:Annotated[bool, typer.Option(help="Show each layer.")]=False, as_json:Quiet=False, config:Config=None,
 ):
     "Parameters and multiply-accumulates, by layer, under a mask and a counting convention."
     from opentrans.cost import cost
@@ -351,22 +461,31 @@ data_app = typer.Typer(no_args_is_help=True, help="Data sets: list them, check o
 app.add_typer(data_app, name='data')
 
 @data_app.command('list')
-def data_list(as_json:Quiet=False):
+def data_list(as_json:Quiet=False, config:Config=None):
     "Names of the data sets."
     from opentrans.data import list_datasets
     print(json.dumps(list_datasets()) if as_json else '\n'.join(list_datasets()))
 
 @data_app.command('check')
-def data_check(name:Annotated[str, typer.Argument(help="Data set.")], root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, as_json:Quiet=False):
-    "What is there: number of images and classes; a missing part is named with how to get it."
-    d = open_data(name, root, split, classes, ignore)
-    problems = d.check() if hasattr(d, 'check') else {}
-    show(dict(name=d.name, split=split, images=len(d), classes=len(d.vocabulary), first=', '.join(list(d.vocabulary.names)[:5]), problems=len(problems)), as_json, 'data set')
+def data_check(name:Annotated[str, typer.Argument(help="Data set.")], root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, panoptic:Panoptic=False,
+               limit:Annotated[int, typer.Option(help="Read at most so many images, evenly spread; 0 reads all.")]=200, as_json:Quiet=False, config:Config=None):
+    "What is there: number of images, classes, sizes. A missing part is named with how to get it (exit code 2); files that cannot be read are listed (exit code 1)."
+    d = open_data(name, root, split, classes, ignore, panoptic=panoptic)
+    read = d.check(limit or None) if hasattr(d, 'check') else None
+    wrong = {} if read is None else read.problem[read.problem != ''].to_dict()
+    sizes = [] if read is None else (read.width.dropna().astype(int).astype(str) + 'x' + read.height.dropna().astype(int).astype(str)).value_counts().index[:3].tolist()
+    show(dict(name=d.name, split=split, images=len(d), classes=len(d.vocabulary), first=', '.join(list(d.vocabulary.names)[:5]), things=len(d.things), sizes=', '.join(sizes),
+              images_read=len(d) if read is None else len(read), problems=len(wrong), **(dict(list=wrong) if as_json else {})), as_json, 'data set')
+    for k,v in wrong.items() if not as_json else (): print(f'  {k}: {v}')
+    return int(bool(wrong))
 
 @data_app.command('shapes')
 def data_shapes(out:Annotated[str, typer.Option(help="Folder to write.")], split:Split='val', domain:Annotated[str, typer.Option(help="home, night, crowd or sketch.")]='home',
-                n:Annotated[int, typer.Option(help="Scenes.")]=64, size:Annotated[int, typer.Option(help="Side in pixels.")]=80, seed:Seed=0):
+                n:Annotated[int, typer.Option(help="Scenes.")]=64, size:Annotated[int, typer.Option(help="Side in pixels.")]=80, seed:Seed=0, config:Config=None):
     "Write ShapesWorld scenes in COCO-panoptic format."
     from opentrans.data import ShapesWorld, write_coco_panoptic
     d = ShapesWorld(split, domain, n=n, size=size, seed=seed)
     write_coco_panoptic(d, out); print(f'{n} scenes in {out}')
+
+# %% ../nbs/21_cli.ipynb #66833a85
+if __name__ == '__main__' and getattr(globals().get('__spec__'), 'name', '') == 'opentrans.cli': main() # python -m opentrans.cli
