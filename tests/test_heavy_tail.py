@@ -1,5 +1,5 @@
 "Spectra, fits and layer choice against other implementations, plain loops, stored results, broken layers, and a real JupyterLab."
-import copy, math, os, re, shutil, socket, subprocess, sys, time, urllib.request, warnings
+import copy, math, time, warnings
 from pathlib import Path
 import numpy as np
 import pytest
@@ -329,64 +329,10 @@ from opentrans.heavy_tail import explore
 torch.manual_seed(0)
 explore(nn.Sequential(nn.Linear(120, 90), nn.Linear(90, 80), nn.Conv2d(8, 12, 3)))"""
 
-def free_port():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
-
-@pytest.fixture
-def lab(tmp_path):
-    "A JupyterLab server on a notebook of one cell; yields its address."
-    pytest.importorskip('jupyterlab', reason='JupyterLab comes with opentrans[dev]')
-    import nbformat
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)], metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
-    (tmp_path/'work').mkdir(); nbformat.write(nb, tmp_path/'work/explore.ipynb')
-    port,log = free_port(),open(tmp_path/'lab.log', 'w')
-    options = dict(ip='127.0.0.1', port=port, port_retries=0, root_dir=tmp_path/'work', allow_root=True)
-    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--IdentityProvider.token=', *[f'--ServerApp.{k}={v}' for k,v in options.items()],
-                               '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', '--LabApp.news_url=None'], stdout=log, stderr=log,
-                              env={**os.environ, 'JUPYTER_CONFIG_DIR': str(tmp_path/'config'), 'JUPYTERLAB_SETTINGS_DIR': str(tmp_path/'settings'),
-                                   'JUPYTERLAB_WORKSPACES_DIR': str(tmp_path/'workspaces'), 'JUPYTER_DATA_DIR': str(tmp_path/'data')})
-    try:
-        for _ in range(240):
-            if server.poll() is not None: pytest.fail(f"JupyterLab ended: {(tmp_path/'lab.log').read_text()[-2000:]}")
-            try: urllib.request.urlopen(f'http://127.0.0.1:{port}/api', timeout=2); break
-            except OSError: time.sleep(.5)
-        yield f'http://127.0.0.1:{port}/lab/tree/explore.ipynb'
-    finally: server.terminate(); server.wait(20); log.close()
-
-@pytest.fixture
-def browser(tmp_path):
-    chromium,driver = shutil.which('chromium') or shutil.which('google-chrome'),shutil.which('chromedriver')
-    if not chromium or not driver: pytest.skip('no chromium with chromedriver on this machine (Debian: apt-get install chromium chromium-driver)')
-    selenium = pytest.importorskip('selenium', reason='selenium drives the browser: pip install selenium')
-    from selenium import webdriver
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for a in ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update',
-              '--disable-sync', '--disable-dev-shm-usage', '--window-size=1500,1100', f'--user-data-dir={tmp_path}/chromium'): options.add_argument(a)
-    b = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    try: yield b
-    finally: b.quit()
-
-def test_the_explorer_in_jupyterlab(browser, lab, tmp_path):
+def test_the_explorer_in_jupyterlab(page, tmp_path):
     "Open the notebook, run it, drag the slider, choose another layer: the plot and the numbers change each time."
-    from selenium.common.exceptions import ElementNotInteractableException, NoSuchElementException, StaleElementReferenceException, TimeoutException
-    from selenium.webdriver import ActionChains, Keys
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import Select, WebDriverWait
-    find = lambda css: browser.find_elements(By.CSS_SELECTOR, css)
-    def wait(what, why): # until it is so; elements that go away meanwhile are looked for again
-        try: return WebDriverWait(browser, 150, .3, (NoSuchElementException, StaleElementReferenceException, ElementNotInteractableException, IndexError)).until(lambda _: what())
-        except TimeoutException:
-            browser.save_screenshot(str(tmp_path/'failed.png'))
-            pytest.fail(f"{why}. The cell says: {find('.jp-Cell')[0].text[-1500:] if find('.jp-Cell') else 'nothing'}")
-    browser.get(lab)
-    wait(lambda: find('.jp-Notebook .jp-CodeCell .cm-content'), 'the notebook did not open')
-    def run(): # JupyterLab replaces its elements while it starts: click and press again until the cell has a number or a star
-        if re.search(r'\[(\*|\d+)\]', find('.jp-InputPrompt')[0].text): return True
-        find('.jp-Notebook .jp-CodeCell .cm-content')[0].click()
-        ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
-        time.sleep(2)
-    wait(run, 'the cell did not run')
+    from selenium.webdriver.support.ui import Select
+    find,wait = page.find,page.wait
     wait(lambda: find('.jp-OutputArea img.widget-image') and find('.jp-OutputArea .noUi-handle'), 'the widget did not appear')
     pre = lambda: find('.jp-OutputArea .widget-html pre')[0].text
     image = lambda: find('.jp-OutputArea img.widget-image')[0]
@@ -397,7 +343,7 @@ def test_the_explorer_in_jupyterlab(browser, lab, tmp_path):
     assert '(ks)' in numbers and 'alpha' in numbers
 
     handle = find('.jp-OutputArea .noUi-handle')[0]
-    ActionChains(browser).click_and_hold(handle).move_by_offset(-35, 0).release().perform()
+    page.actions().click_and_hold(handle).move_by_offset(-35, 0).release().perform()
     wait(lambda: '(given)' in pre() and pre() != numbers and loaded(), 'the slider moved nothing')
     time.sleep(1)
     second,numbers = pixels(),pre()
@@ -411,5 +357,5 @@ def test_the_explorer_in_jupyterlab(browser, lab, tmp_path):
     wait(lambda: '(median)' in pre() and loaded(), 'the rule changed nothing')
     time.sleep(3)
     assert '(median)' in pre() and pixels() not in (first, second)          # and it stays: nothing the browser says by itself counts as a move
-    browser.save_screenshot(str(tmp_path/'explorer.png'))
+    page.browser.save_screenshot(str(tmp_path/'explorer.png'))
     assert not find('.jp-OutputArea .jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]')
