@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'read_settings', 'batch_indices', 'batches', 'param_groups', 'build_optimizer', 'rest', 'train_mode',
-           'run_settings', 'Checkpoint', 'load_framework', 'Interrupted', 'Processes', 'to_device', 'train_step',
-           'Teller', 'finetune', 'same_size_batches', 'look', 'panoptic_truth', 'evaluate', 'compare_runs', 'plot_runs']
+           'run_settings', 'Checkpoint', 'load_framework', 'Interrupted', 'world_size', 'Processes', 'to_device',
+           'train_step', 'Teller', 'finetune', 'same_size_batches', 'look', 'panoptic_truth', 'evaluate',
+           'compare_runs', 'plot_runs']
 
 # %% ../nbs/13_finetune.ipynb #260d05a0
 import contextlib, dataclasses, functools, hashlib, json, math, os, re, signal, sys, threading, time
@@ -327,10 +328,14 @@ def load_framework(
         for k,t in own.items(): t.copy_(model[k])
     return framework
 
-# %% ../nbs/13_finetune.ipynb #3f48deb1
+# %% ../nbs/13_finetune.ipynb #37491ed3
 class Interrupted(OpenTransError):
     "A run that ended from outside; `code` is what a command exits with. The same call goes on from the last checkpoint."
     def __init__(self, message, code=1): super().__init__(message); self.code = code
+
+def world_size()->int:
+    "How many processes a launcher says there are."
+    return max(int(os.environ.get(k, 1)) for k in ('WORLD_SIZE', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE')) # accelerate launch, torchrun; several kinds of mpirun
 
 _LOST = re.compile('gloo|nccl|connection|peer|process group', re.I) # what collectives say when a partner is gone
 
@@ -339,7 +344,7 @@ class Processes:
     def __init__(self,
         device=None, # Where this process computes; None takes the one that accelerate gives it
     ):
-        self.n,self.rank,self.device,self.accelerator = int(os.environ.get('WORLD_SIZE', 1)),0,None,None
+        self.n,self.rank,self.device,self.accelerator = world_size(),0,None,None
         if self.n == 1: return
         if device is not None and torch.device(device).index is not None:
             raise OpenTransError(f"device='{device}': each of the {self.n} processes has a device of its own. Leave it out, or name only the kind, e.g. 'cuda'.")

@@ -1,0 +1,176 @@
+"Two processes by `accelerate launch` on the CPU: what they compute is what one process computes, and the loss of one ends the run so that it can be continued."
+import json, os, signal, subprocess, sys, textwrap, time
+from pathlib import Path
+import pytest
+import torch
+import opentrans.finetune as room
+from opentrans.core import load_tensors
+from test_cli import opentrans
+
+pytest.importorskip('accelerate')
+root = Path(__file__).resolve().parent.parent
+LAUNCH = [sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
+ENV = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0', PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]))
+
+WORK = textwrap.dedent('''
+    import hashlib, json, os, sys
+    from pathlib import Path
+    import torch
+    from torch import nn
+    from opentrans.core import LayerSelection, OpenTransError
+    from opentrans.data import ShapesWorld
+    from opentrans.finetune import Processes, Recipe, evaluate, finetune
+    from opentrans.frameworks import build
+    from opentrans.frameworks.contract import tiny_backbone
+    from opentrans.metrics import PanopticQuality
+    from opentrans.pruning import SparseMask, imp
+    torch.set_num_threads(1)
+
+    class World(torch.utils.data.Dataset):
+        "Every pixel has a class, so that the mean over processes is the mean over pixels."
+        name,ignore = 'world',255
+        def __init__(self, n, poison=None, **kw): self.world,self.n,self.poison = ShapesWorld(n=n, size=32, **kw),n,poison; self.vocabulary = self.world.vocabulary
+        def __len__(self): return self.n
+        def __getitem__(self, i):
+            s = self.world[i]
+            return dict(s, labels=s['labels'].where(s['labels'] != 255, 0), image=s['image']*(float('nan') if i == self.poison else 1))
+
+    def new(world, **kw):
+        seg = build('deeplabv3', tiny_backbone(), vocabulary=world.vocabulary, preset='small', width=16, loss_stride=1, seed=0, **kw)
+        for m in seg.modules(): # the norms of the head see parts of a batch: hold them still, as norm='eval' does for the backbone
+            if isinstance(m, nn.BatchNorm2d): m.train = lambda mode=True, m=m: nn.Module.train(m, False)
+        return seg
+
+    RECIPE = Recipe.tiny().replace(iterations=4, batch_size=4, norm='eval', lr_warmup=0, lr=1e-2)
+
+    def digest(seg): return hashlib.sha256(b''.join(w.detach().numpy().tobytes() for w in seg.state_dict().values())).hexdigest()
+
+    def rounds(team, world):
+        "Algorithm 1 with a trainer that wraps the model: each process trains on images of its own, gradients are averaged."
+        tower = tiny_backbone().tower
+        model = nn.parallel.DistributedDataParallel(tower, find_unused_parameters=True) if team.n > 1 else tower
+        def train(m, r):
+            opt = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=.05)
+            for i in range(2):
+                x = torch.stack([world[(2*r+i+k) % len(world)]['image'] for k in range(2)])
+                x = nn.functional.interpolate(x, 64)[team.rank::team.n]
+                opt.zero_grad(); (m(x)**2).mean().backward(); opt.step()
+        mask,_ = imp(model, train, density=.3, p=.3, criterion='magnitude')
+        return hashlib.sha256(b''.join(mask[n].numpy().tobytes() for n in mask.names)).hexdigest(), mask.density
+
+    def main(out):
+        team,world = Processes(),World(8)
+        mask = SparseMask.magnitude(tiny_backbone().tower, .3)
+        half = LayerSelection(mask.names[::2], mask.names[1::2], 'every second')
+        seg = new(world); h = finetune(seg, world, RECIPE, selection=half, mask=mask, checkpoint_dir=f'{out}/run')
+        r = dict(rank=team.rank, n=team.n, loss=h.loss.tolist(), weights=digest(seg), zeros=[bool((w[~mask[n]] == 0).all()) for n,w in mask.weights(seg).items()])
+        r['parts'] = finetune(new(world), world, RECIPE.replace(iterations=2, accumulate=2)).loss.tolist()
+        val = ShapesWorld('val', n=5, size=32); e = evaluate(seg, val, batch_size=2) # 3 and 2 images
+        one = evaluate(seg, ShapesWorld('val', n=1, size=32))                         # one process has none
+        r.update(miou=e['miou'], accuracy=e['pixel_accuracy'], images=e['n_images'], single=one['miou'], alone=evaluate(seg, val, alone=True)['miou'])
+        q,g = PanopticQuality([True, True, False]),torch.Generator().manual_seed(0)
+        for i in range(5):
+            p,t = (torch.stack([torch.randint(0, 3, (4, 4), generator=g), torch.randint(0, 2, (4, 4), generator=g)], -1).repeat_interleave(4, 0).repeat_interleave(4, 1) for _ in 'pt')
+            if i % team.n == team.rank: q.update(p if i else t, t)
+        r['pq'] = (q if team.n == 1 else q.reduce(team.sum, team.device)).compute()['pq']
+        r['imp'] = rounds(team, world)
+        for name,run in dict(mask=lambda: finetune(new(world), world, RECIPE, mask=SparseMask.random(tiny_backbone().tower, .5, seed=team.rank)), odd=lambda: finetune(new(world), world, RECIPE.replace(batch_size=3)),
+                             nan=lambda: finetune(new(World(8, poison=5)), World(8, poison=5), RECIPE, checkpoint_dir=f'{out}/nan', checkpoint_every=1), device=lambda: finetune(new(world), world, RECIPE, device='cuda:1')).items():
+            try: run(); r[name] = 'nothing was said'
+            except OpenTransError as e: r[name] = str(e)
+        Path(f'{out}/rank{team.rank}.json').write_text(json.dumps(r))
+
+    if __name__ == '__main__':
+        main(sys.argv[1])
+        if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+''')
+
+@pytest.fixture(scope='module')
+def both(tmp_path_factory):
+    "What two processes say, and what one says that does the same."
+    d = tmp_path_factory.mktemp('two')
+    (d/'work.py').write_text(WORK)
+    (d/'one').mkdir()
+    for command,out in ((LAUNCH, d), ([sys.executable, '-W', 'ignore'], d/'one')):
+        p = subprocess.run([*command, str(d/'work.py'), str(out)], capture_output=True, text=True, env=ENV, cwd=d)
+        assert p.returncode == 0, p.stderr[-3000:]
+    return d,[json.loads((d/f'rank{r}.json').read_text()) for r in (0, 1)],json.loads((d/'one'/'rank0.json').read_text())
+
+def test_two_processes_are_one(both):
+    "Losses, and the weights they lead to, are those of one process with the same batches; every process has the same ones."
+    d,(a,b),one = both
+    assert (a['n'], b['rank'], one['n']) == (2, 1, 1)
+    assert a['loss'] == b['loss'] and a['weights'] == b['weights'], 'the processes have drifted apart'
+    assert a['loss'] == pytest.approx(one['loss'], rel=1e-4) and len(set(a['loss'])) == 4
+    assert a['parts'] == pytest.approx(one['parts'], rel=1e-4), 'gradient accumulation differs'
+    x,y = (load_tensors(p/'run'/'last.safetensors')[0] for p in (d, d/'one'))
+    for k in x: assert torch.allclose(x[k].float(), y[k].float(), atol=2e-3), k          # AdamW divides small differences by small gradients
+    assert (d/'run'/'history.csv').read_text().count('\n') == 5, 'one process writes the log'
+
+def test_same_mask_everywhere(both):
+    _,(a,b),one = both
+    assert all(a['zeros']) and all(b['zeros'])
+    assert a['imp'] == b['imp'], 'Algorithm 1 found different masks'
+    assert a['imp'][1] == one['imp'][1] == pytest.approx(.3, abs=1e-3)
+    for r in (a, b): assert 'different pruned weights' in r['mask'], 'processes with different masks were let go on'
+
+def test_metrics_of_an_uneven_share(both):
+    "5 images on 2 processes, and 1 image on 2: the figures are those of one process, to the last bit."
+    _,(a,b),one = both
+    for k in ('miou', 'accuracy', 'images', 'single', 'alone', 'pq'): assert a[k] == b[k] == one[k], k
+    assert a['images'] == 5 and a['miou'] == a['alone'] and 0 < a['pq'] < 1
+
+def test_errors_are_told_by_all(both):
+    "A picture that is not a number in the part of one process ends all, with one message; so does a batch that cannot be divided."
+    d,(a,b),one = both
+    assert a['nan'].split(';')[0] == b['nan'].split(';')[0] and 'not finite' in a['nan'] and 'not finite' in one['nan']
+    if (d/'nan'/'last.safetensors').exists(): assert all(t.isfinite().all() for t in load_tensors(d/'nan'/'last.safetensors')[0].values() if t.is_floating_point() and t.numel() > 1 and t.dim() != 2)
+    assert 'must be a multiple of 2' in a['odd'] and 'must be a multiple of 2' in b['odd'] and 'has a device of its own' in a['device']
+
+def ranks(folder):
+    "Process ids of the command that works in a folder, by rank."
+    res = {}
+    for p in Path('/proc').iterdir():
+        if not p.name.isdigit(): continue
+        try: args,env = (p/'cmdline').read_bytes().split(b'\0'),dict(e.split(b'=', 1) for e in (p/'environ').read_bytes().split(b'\0') if b'=' in e)
+        except OSError: continue
+        if str(folder).encode() in args and b'RANK' in env: res[int(env[b'RANK'])] = int(p.name)
+    return res
+
+@pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='processes are found in /proc')
+def test_a_killed_process_ends_the_run(tmp_path, monkeypatch):
+    "kill -9 of one of two: the command ends with a message and exit code 1, and the same command goes on from its checkpoint."
+    args = ['finetune', '--out', tmp_path/'out', '--batch-size', 2, '--iterations', 400, '--checkpoint-every', 2, '--print-every', 1, '--device', 'cpu']
+    args = [str(a) for a in args]
+    with open(tmp_path/'log', 'w') as log: p = subprocess.Popen([*LAUNCH, '-m', 'opentrans.cli', *args], stderr=log, stdout=log, env=ENV, cwd=tmp_path)
+    last,began = tmp_path/'out'/'run'/'last.safetensors',time.time()
+    while not last.exists() and p.poll() is None and time.time()-began < 300: time.sleep(.05)
+    assert last.exists(), (tmp_path/'log').read_text()[-3000:]
+    os.kill(ranks(tmp_path/'out')[1], signal.SIGKILL)
+    code,said = p.wait(120),(tmp_path/'log').read_text()
+    assert code == 1, said[-2000:]
+    assert 'error: process 0 of 2 lost another one at iteration' in said and 'the same call goes on from there' in said, said[-3000:]
+    _,meta = load_tensors(last)
+    at = json.loads(meta['iteration'])
+    assert 2 <= at < 400 and at % 2 == 0
+    # the rest is done by one process, which reads what two have written; a change of the recipe is refused
+    r = opentrans(*args, '--lr', .5)
+    assert r.returncode == 2 and 'belongs to another run' in r.stderr and load_tensors(last)[1] == meta
+    told = []
+    def stop(f, row): told.append(row['iteration']); raise KeyboardInterrupt
+    whole = room.finetune
+    monkeypatch.setattr(room, 'finetune', lambda *a, **kw: whole(*a, **kw, callback=stop))
+    r = opentrans(*args)
+    assert told == [at] and r.returncode == 130, (told, r)
+
+def test_a_notice_to_end_is_taken(tmp_path):
+    "SIGTERM, as a scheduler sends it: the iteration is finished, a checkpoint written, exit code 143."
+    args = ['finetune', '--out', tmp_path/'out', '--batch-size', 1, '--iterations', 500, '--print-every', 1, '--checkpoint-every', 1000]
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'opentrans.cli', *map(str, args)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENV, cwd=tmp_path)
+    lines = []
+    for line in p.stderr:
+        lines.append(line)
+        if line.startswith('iteration 3/'): p.terminate()
+    assert p.wait() == 143, ''.join(lines)[-2000:]
+    at = json.loads(load_tensors(tmp_path/'out'/'run'/'last.safetensors')[1]['iteration'])
+    assert at >= 3 and f'stopped after iteration {at-1}' in lines[-1] and f'of iteration {at}' in lines[-1], lines[-2:]
