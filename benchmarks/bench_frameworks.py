@@ -1,18 +1,20 @@
 """Frameworks at the paper's size: time of inference, beside the reference's own code where it is at hand, and memory of one training step.
 
     OMP_NUM_THREADS=2 python benchmarks/bench_frameworks.py [--framework mask2former] [--size 512 512] [--reps 5] [--train] [--out frameworks.json]
+    OMP_NUM_THREADS=2 python benchmarks/bench_frameworks.py --framework deeplabv3 mask2former --learn 200
 
 --framework is any that `opentrans.frameworks` knows, on CLIP's RN50 (random weights); several may be named.
 The reference runs in the same process, on the same maps of the backbone and with the same weights, in turns with ours; the whole framework (backbone, head, pixels) is timed besides.
     OPENTRANS_MASK2FORMER=folder of facebookresearch/Mask2Former (needs detectron2; its compiled operator is replaced by its own PyTorch fallback, as ours has none)
 --train makes one training step with AdamW on --batch images with --regions regions each, and says what the allocator gave out at the worst moment, and the largest size of the process.
+--learn N trains each framework's small preset N steps on generated scenes, from the small CLIP that ships with the package, and says its mIoU on other scenes, on names it was trained with and on new ones.
 Times are medians of wall-clock seconds. Random weights cost what trained ones do, but for panoptic output, which depends on how many queries are sure; so semantic output is timed.
 """
 import argparse, importlib, importlib.util, json, os, platform, resource, statistics, sys, time, types
 import torch
 from opentrans.clip import ClipBackbone
 from opentrans.cost import peak_memory
-from opentrans.frameworks import build, get_framework, list_frameworks
+from opentrans.frameworks import build, list_frameworks
 
 os.environ.update(OPENTRANS_PROGRESS='0')
 
@@ -69,6 +71,17 @@ def train_batch(b, regions, size, classes, device):
     return dict(images=torch.rand(b, 3, h, w, generator=g).to(device), labels=labels.to(device), regions=[torch.stack(masks).to(device)]*b, region_classes=list(kinds.to(device)),
                 isthing=[torch.ones(len(masks), dtype=torch.bool)]*b, ids=[str(i) for i in range(b)], ignore=255)
 
+def learn(name, iterations, size=80, scenes=640, seed=0):
+    "The small preset on ShapesWorld, as `opentrans demo` trains it."
+    from opentrans.data import ShapesWorld
+    from opentrans.finetune import Recipe, evaluate, finetune
+    world,other = ShapesWorld('train', n=scenes, size=size, seed=seed),ShapesWorld('val', n=scenes//4, size=size, seed=seed)
+    seg = build(name, ClipBackbone.create('shapes-rn', pretrained='shapes-rn', output_stride=16), vocabulary=world.vocabulary, preset='small', seed=seed)
+    t = time.process_time()
+    finetune(seg, world, Recipe.tiny().replace(iterations=iterations, lr=3e-3, schedule='poly', seed=seed))
+    t,e = time.process_time()-t,evaluate(seg, other)
+    return dict(framework=name, iterations=iterations, cpu_seconds_a_step=t/iterations, miou=100*e['miou'], **{f'miou_{k}': 100*v for k,v in e['groups'].items()}, pixel_accuracy=100*e['pixel_accuracy'])
+
 def bench(name, args):
     names = [f'class {i}' for i in range(args.classes)]
     seg = build(name, ClipBackbone.create(args.backbone, pretrained=None), vocabulary=names, preset=args.preset, seed=0).to(args.device)
@@ -103,8 +116,14 @@ def main():
     p.add_argument('--framework', nargs='+', default=['mask2former'], choices=list_frameworks())
     p.add_argument('--size', nargs=2, type=int, default=[512, 512]); p.add_argument('--reps', type=int, default=5); p.add_argument('--classes', type=int, default=133)
     p.add_argument('--backbone', default='RN50'); p.add_argument('--preset', default='paper'); p.add_argument('--device', default='cpu')
-    p.add_argument('--train', action='store_true'); p.add_argument('--batch', type=int, default=1); p.add_argument('--regions', type=int, default=12); p.add_argument('--out')
+    p.add_argument('--train', action='store_true'); p.add_argument('--batch', type=int, default=1); p.add_argument('--regions', type=int, default=12); p.add_argument('--out'); p.add_argument('--learn', type=int, default=0)
     args = p.parse_args()
+    if args.learn:
+        rows = [learn(n, args.learn) for n in args.framework]
+        for r in rows: print('  '.join(f'{k} {v:.2f}' if isinstance(v, float) else f'{k} {v}' for k,v in r.items()), flush=True)
+        if args.out:
+            with open(args.out, 'w') as f: json.dump(rows, f, indent=1)
+        return
     rows = [bench(n, args) for n in args.framework]
     report = dict(results=rows, threads=torch.get_num_threads(), torch=torch.__version__, machine=platform.machine(), device=args.device if args.device == 'cpu' else torch.cuda.get_device_name())
     for r in rows:

@@ -23,7 +23,7 @@ from ..core import OpenTransError, device_of, unknown
 from ..distill import tgkd_loss
 from .contract import Framework, register_framework, resize
 
-# %% ../../nbs/11_mask2former.ipynb #c4f1cfe0
+# %% ../../nbs/11_mask2former.ipynb #91e927a2
 def mask2former_config(**options)->Mask2FormerConfig: # Raises `OpenTransError` for sizes that do not fit together
     "The configuration of transformers' parts, without dropout, as all published Mask2Formers are trained."
     h,heads = options.get('hidden_dim', 256),options.get('num_attention_heads', 8)
@@ -32,9 +32,9 @@ def mask2former_config(**options)->Mask2FormerConfig: # Raises `OpenTransError` 
 
 class Positions(Mask2FormerSinePositionEmbedding):
     "transformers' sine position code, computed each time."
-    def forward(self, shape, device, dtype, mask=None):
-        code = inspect.unwrap(type(self).build_sine_position_embedding)
-        return code(shape, device, dtype, self.num_position_features, self.normalize, self.scale, self.temperature, mask)
+    forward = inspect.unwrap(Mask2FormerSinePositionEmbedding.forward) # older versions keep its results, newer ones those of the other
+    if hasattr(Mask2FormerSinePositionEmbedding, 'build_sine_position_embedding'):
+        build_sine_position_embedding = staticmethod(inspect.unwrap(Mask2FormerSinePositionEmbedding.build_sine_position_embedding))
 
 class OwnConv2d(nn.Conv2d):
     "A convolution of a type of its own, as the reference's is: a counter that knows modules by their exact type (thop) passes it by."
@@ -260,14 +260,14 @@ class QueryHead(nn.Module):
         out = self.decoder(*self.pixel_decoder(features))
         return [(self.class_embed(q), m) for q,m in out] if every else (self.class_embed(out[-1][0]), out[-1][1])
 
-# %% ../../nbs/11_mask2former.ipynb #a2c9b079
+# %% ../../nbs/11_mask2former.ipynb #dee7690f
 SOURCES = ('prior', 'posterior', 'direct')
 
 @register_framework('mask2former')
 class Mask2Former(Framework):
     "Mask2Former on CLIP with text embeddings as the classifier of its queries (Sec. 3.1; Han et al.)."
     kinds = ('semantic', 'panoptic')
-    presets = dict(paper={}, small=dict(hidden=64, mask_dim=64, queries=32, pixel_layers=1, layers=3, heads=4, pixel_ffn=128, ffn=128, points=512, region_dropout=0., kd=0.))
+    presets = dict(paper={}, small=dict(hidden=64, mask_dim=64, queries=24, pixel_layers=1, layers=2, heads=4, pixel_ffn=128, ffn=128, scale=30., points=256, class_weight=5., region_dropout=0., kd=0.))
 
     def __init__(self,
         backbone, # `ClipBackbone`
