@@ -8,11 +8,11 @@ __all__ = ['ASSETS', 'TEMPLATES', 'VOCABULARIES', 'COLOURS', 'TEXTURES', 'SHAPES
            'show_sample', 'is_novel', 'triple_name', 'paint_object', 'paint_stuff', 'scene', 'ShapesWorld',
            'object_image', 'stuff_image', 'caption', 'read_image', 'read_label_map', 'read_segments', 'Files',
            'Segmentation', 'label_lut', 'LabelMaps', 'Panoptic', 'data_root', 'find_layout', 'pair_files',
-           'register_dataset', 'list_datasets', 'open_dataset', 'write_coco_panoptic', 'resize_short', 'augment',
-           'View', 'Augmented']
+           'register_dataset', 'list_datasets', 'open_dataset', 'write_coco_panoptic', 'ReleasedInstances',
+           'resize_short', 'augment', 'View', 'Augmented']
 
-# %% ../nbs/05_data.ipynb #07bc26e2
-import colorsys, difflib, functools, inspect, json, os, re, warnings
+# %% ../nbs/05_data.ipynb #cabe778a
+import colorsys, difflib, functools, inspect, json, math, os, re, warnings
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from fastcore.basics import patch
 import opentrans
@@ -146,7 +146,7 @@ def _vocabularies(): return sorted(p.stem[6:] for p in ASSETS.glob('vocab_*.json
 
 VOCABULARIES = _Named('vocabulary', _vocabularies, lambda name: Vocabulary(_asset(f'vocab_{name}')['names']))
 
-# %% ../nbs/05_data.ipynb #5ec40a26
+# %% ../nbs/05_data.ipynb #f26ea6be
 def ignore_label(
     classes:int, # Number of classes
 )->int: # 255, or 65535 if there are more than 255 classes
@@ -155,10 +155,11 @@ def ignore_label(
 
 def unpack(
     packed:dict, # image uint8 (3,H,W); segments (H,W): which segment; for each segment: classes (or ignore), isregion, isthing; id; ignore
+    regions:bool=True, # Make a mask for each region? If not, the sample has none, which is faster where only labels are trained on
 )->dict: # A sample
     "Make a sample from the packed form in which readers hold it: one map of segments instead of a mask for each. Segments without pixels are dropped."
     segments,classes = packed['segments'],packed['classes']
-    keep = np.flatnonzero((np.bincount(segments.ravel(), minlength=len(classes)) > 0) & packed['isregion'])
+    keep = np.flatnonzero((np.bincount(segments.ravel(), minlength=len(classes)) > 0) & packed['isregion']) if regions else np.zeros(0, np.int64)
     return dict(image=packed['image'].float().div_(255), labels=torch.from_numpy(classes.take(segments)), regions=torch.from_numpy(segments == keep.astype(segments.dtype)[:,None,None]),
                 region_classes=torch.from_numpy(classes[keep]), isthing=torch.from_numpy(packed['isthing'][keep]), id=packed['id'], ignore=packed['ignore'])
 
@@ -439,19 +440,23 @@ def caption(
     words = [list(COLOURS)[c]]*say[0]+[TEXTURES[t]]*say[1]+[noun if say[2] else 'thing']
     return say_it(' '.join(words)),tuple(v if b else -1 for v,b in zip((c,t,s), say))+(-1,)
 
-# %% ../nbs/05_data.ipynb #0175ad84
+# %% ../nbs/05_data.ipynb #bbee1a9a
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) # what Pillow raises on files that are no whole image
 
 def _open(path, what):
-    if not Path(path).is_file(): raise OpenTransError(f"The {what} '{path}' is missing. Was the data set unpacked to its end?")
-    return Image.open(path)
+    try: return Image.open(path)
+    except (FileNotFoundError, IsADirectoryError) as e: raise OpenTransError(f"The {what} '{path}' is missing. Was the data set unpacked to its end?") from e
 
 def _unreadable(path, what, e): return OpenTransError(f"The {what} '{path}' cannot be read ({e}). Fetch it again, or pass corrupt='skip' to leave it out.")
 
+def _turned(im): return im.format in ('JPEG', 'TIFF', 'PNG', 'WEBP', 'MPO') and ('exif' in im.info or im.format == 'TIFF') and im.getexif().get(274, 1) != 1
+
 def read_image(path)->torch.Tensor: # uint8 (3,H,W)
-    "Read an image. Raises `OpenTransError` if it is missing or broken."
+    "Read an image, turned as its camera says (EXIF). Raises `OpenTransError` if it is missing or broken."
     try:
-        with _open(path, 'image') as im: a = np.array(im.convert('RGB'))
+        with _open(path, 'image') as im:
+            if _turned(im): im = ImageOps.exif_transpose(im)
+            a = np.array(im if im.mode == 'RGB' else im.convert('RGB'))
     except OpenTransError: raise
     except BROKEN as e: raise _unreadable(path, 'image', e) from e
     return torch.from_numpy(a).permute(2, 0, 1)
@@ -476,7 +481,7 @@ def read_segments(path)->np.ndarray: # (H,W) int32: R + 256 G + 256^2 B
     r,g,b = (a[...,c].astype(np.int32) for c in range(3))
     return r | g<<8 | b<<16
 
-# %% ../nbs/05_data.ipynb #c64a442d
+# %% ../nbs/05_data.ipynb #c68d94f2
 @dataclass
 class Files:
     "One image of a data set on disk."
@@ -488,6 +493,7 @@ class Files:
 class Segmentation(Dataset):
     "A data set on disk. Subclasses write `annotation`, which reads the segments of one image."
     decode = staticmethod(read_label_map)
+    instances = True # is each thing a region of its own?
 
     def __init__(self,
         name:str, # What it is called in reports
@@ -520,7 +526,8 @@ class Segmentation(Dataset):
         f = self.files[i]
         image,(segments,classes,isregion) = read_image(f.image),self.annotation(i)
         if image.shape[1:] != segments.shape:
-            raise OpenTransError(f"The labels '{f.labels}' are {segments.shape[1]}x{segments.shape[0]} pixels, their image '{f.image}' {image.shape[2]}x{image.shape[1]}.")
+            turned = ' The image is turned by its EXIF orientation; draw the labels as the image is seen, or take the orientation out of the file.' if image.shape[2:0:-1] == segments.shape else ''
+            raise OpenTransError(f"The labels '{f.labels}' are {segments.shape[1]}x{segments.shape[0]} pixels, their image '{f.image}' {image.shape[2]}x{image.shape[1]}.{turned}")
         return dict(image=image, segments=segments, classes=classes, isregion=isregion, isthing=self._isthing[np.minimum(classes, len(self.vocabulary))], id=f.id, ignore=self.ignore)
     def __repr__(self): return f"{self.name}: {len(self)} images, {len(self.vocabulary)} classes" + (f", {len(self.skipped)} skipped" if self.skipped else '')
 
@@ -557,7 +564,7 @@ def check(self:Segmentation,
         except OpenTransError as e: rows.append(dict(id=self.files[i].id, problem=str(e)))
     return pd.DataFrame(rows, columns=['id', 'height', 'width', 'classes', 'regions', 'problem']).set_index('id')
 
-# %% ../nbs/05_data.ipynb #ca0fffc8
+# %% ../nbs/05_data.ipynb #8f8315a7
 WRONG = -1 # what a number that means nothing becomes
 
 def label_lut(
@@ -573,7 +580,8 @@ def label_lut(
     return lut
 
 class LabelMaps(Segmentation):
-    "A data set of label maps; `lut` says what their numbers mean."
+    "A data set of label maps; `lut` says what their numbers mean. Each class is one region."
+    instances = False
     def __init__(self, name, vocabulary, files, lut, **kwargs):
         self.lut,k = lut,len(vocabulary)
         self._segment = np.where(lut == WRONG, k+1, np.where(lut == ignore_label(k), k, lut)).astype(np.min_scalar_type(k+1)) # each class is a segment, then void, then wrong
@@ -586,11 +594,13 @@ class LabelMaps(Segmentation):
         strange = (raw < 0) | (raw > 65535) if raw.dtype.itemsize > 2 else None
         segments = self._segment.take(raw, mode='clip')
         bad = np.unique(raw[(segments == k+1) | (False if strange is None else strange)]) if (segments == k+1).any() or strange is not None and strange.any() else ()
-        if len(bad):
-            void = np.flatnonzero(self.lut == self.ignore)
-            raise OpenTransError(f"The label map '{path}' holds {_listed_values(bad)}, outside the {k} classes of {self.name} "
-                                 f"(not judged: {_listed_values(void) if len(void) else 'no value'}). Give the names of all classes, or the values to leave out as ignore=...")
+        if len(bad): raise self._strange(path, bad)
         return segments,self._classes,self._classes != self.ignore
+
+    def _strange(self, path, bad):
+        void = np.flatnonzero(self.lut == self.ignore)
+        return OpenTransError(f"The label map '{path}' holds {_listed_values(bad)}, outside the {len(self.vocabulary)} classes of {self.name} "
+                              f"(not judged: {_listed_values(void) if len(void) else 'no value'}). Give the names of all classes, or the values to leave out as ignore=...")
 
 def _listed_values(v): return ', '.join(map(str, v[:6])) + (', ...' if len(v) > 6 else '')
 
@@ -796,7 +806,7 @@ def write_coco_panoptic(
 def _shapesworld(root=None, split='val', domain='home', n=512, size=80, seed=0, templates='photo'):
     return ShapesWorld(split, domain, n=n, size=size, seed=seed, templates=templates)
 
-# %% ../nbs/05_data.ipynb #2f2ad022
+# %% ../nbs/05_data.ipynb #ab994499
 def _benchmark(name, how, layouts, luts, **pairing):
     "Register a benchmark of label maps: `layouts(split)` are (images, labels) pairs under the root, `luts` the table of each."
     @register_dataset(name, how)
@@ -813,9 +823,15 @@ def _benchmark(name, how, layouts, luts, **pairing):
 def _under(top, *pairs): return [tuple(f'{t}{p}' for p in pair) for pair in pairs for t in (f'{top}/', '')]
 def _long(split): return dict(train='training', val='validation')[split]
 
-_benchmark('ade20k_150', "Get ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu and unpack it into ROOT.",
+_ade_labels = _benchmark('ade20k_150', "Get ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu and unpack it into ROOT.",
     lambda s: _under('ADEChallengeData2016', (f'images/{_long(s)}', f'annotations_detectron2/{_long(s)}'), (f'images/{_long(s)}', f'annotations/{_long(s)}')) + _under('sampleData', ('images', 'annotations')),
     [dict(void=[255])]*2 + [dict(offset=1, void=[0])]*4)
+
+@register_dataset('ade20k_150', _ade_labels.how)
+def _ade20k_150(root, split='val', panoptic=False, **kwargs):
+    if not panoptic: return _ade_labels(root, split, **kwargs)
+    _split(split, train='', val='')
+    return _ade_panoptic(data_root(root), split, "Get annotations_instance.tar from http://sceneparsing.csail.mit.edu, or run Mask2Former's datasets/prepare_ade20k_pan_seg.py.", **kwargs)
 
 _benchmark('ade20k_847', "Get ADE20K_2021_17_01 from https://groups.csail.mit.edu/vision/datasets/ADE20K and run Mask2Former's datasets/prepare_ade20k_full_sem_seg.py.",
     lambda s: [(f'{t}images_detectron2/{_long(s)}', f'{t}annotations_detectron2/{_long(s)}') for t in ('ADE20K_2021_17_01/', 'ade/ADE20K_2021_17_01/', '')], [dict(void=[65535])]*3)
@@ -830,38 +846,113 @@ _benchmark('voc_20', "Get VOCtrainval_11-May-2012.tar from http://host.robots.ox
     lambda s: _under('pascal_voc_d2', (f'images/{_long(s)}', f'annotations_pascal20/{_long(s)}')) + [(f'{t}JPEGImages', f'{t}SegmentationClass', f'{t}ImageSets/Segmentation/{s}.txt') for t in ('VOCdevkit/VOC2012/', 'VOC2012/', '')],
     [dict(void=[255])]*2 + [dict(offset=1, void=[0, 255])]*3)
 
-# %% ../nbs/05_data.ipynb #f0aab6cc
+# %% ../nbs/05_data.ipynb #4b7935d5
+class ReleasedInstances(LabelMaps):
+    "Label maps with instances. Cityscapes: one map of `1000*class + number`; ADE20K: a second file, whose path stands in `Files.segments`."
+    instances = True
+    def annotation(self, i):
+        f,thing = self.files[i],self._isthing
+        if f.segments is not None: return self._ade(i, f.segments)
+        raw = self.decode(f.labels).astype(np.int64)
+        ids,where = np.unique(raw, return_inverse=True)
+        own = ids >= 1000
+        classes = self.lut[np.where(own, ids//1000, ids).clip(0, 65535)]
+        if (classes == WRONG).any(): raise self._strange(f.labels, ids[classes == WRONG])
+        return where.reshape(raw.shape).astype(np.min_scalar_type(len(ids))), classes, (classes != self.ignore) & (own | ~thing[np.minimum(classes, len(self.vocabulary))])
+
+    def _ade(self, i, path):
+        segments,classes,isregion = super().annotation(i)
+        try:
+            with _open(path, 'instance map') as im: a = np.array(im.convert('RGB')).astype(np.int64)
+        except OpenTransError: raise
+        except BROKEN as e: raise _unreadable(path, 'instance map', e) from e
+        if a.shape[:2] != segments.shape: raise OpenTransError(f"The instance map '{path}' is {a.shape[1]}x{a.shape[0]} pixels, its label map {segments.shape[1]}x{segments.shape[0]}.")
+        things,at = np.array(sorted(self.things)),a[..., 1] > 0
+        ids,where = np.unique(a[..., 0][at]*256 + a[..., 1][at], return_inverse=True)
+        if len(ids) and not (0 < ids//256).all() & (ids//256 <= len(things)).all(): raise OpenTransError(f"The instance map '{path}' names class {_listed_values(np.unique(ids//256))}: expected 1 to {len(things)}.")
+        segments = segments.astype(np.int32); segments[at] = len(classes)+where.ravel()
+        crowd = self._isthing[np.minimum(classes, len(self.vocabulary))]
+        return segments,np.append(classes, things[ids//256-1] if len(ids) else []).astype(np.int64),np.append(isregion & ~crowd, np.ones(len(ids), bool))
+
+def _panoptic_json(name, v, paths, picture, categories, things, **kwargs):
+    "A data set from a panoptic JSON file, its folder of maps, and `picture`: annotation -> path of the image."
+    d = load_json(paths[0])
+    if not isinstance(d, dict) or 'annotations' not in d: raise OpenTransError(f"'{paths[0]}' is not a panoptic file: it has no 'annotations'.")
+    files,problems = [],dict(kwargs.pop('problems', {}))
+    for a in d['annotations']:
+        key,image,maps = str(a['image_id']),picture(a),paths[1]/a['file_name']
+        lost = [str(p) for p in (image, maps) if p is None or not p.is_file()]
+        if lost: problems[key] = f"missing: {', '.join(lost)}"
+        else: files.append(Files(key, image, maps, a['segments_info']))
+    return Panoptic(name, v, files, categories({s['category_id'] for a in d['annotations'] for s in a['segments_info']}), things=things, problems=problems, **kwargs)
+
+def _there(root, layouts): return next((tuple(root/p for p in paths) for paths in layouts if all((root/p).exists() for p in paths)), None)
+
+def _ade_panoptic(root, split, how, **kwargs):
+    a,v = _asset('vocab_ade20k_150'),VOCABULARIES['ade20k_150']
+    found = _there(root, _under('ADEChallengeData2016', (f'ade20k_panoptic_{split}.json', f'ade20k_panoptic_{split}', f'images/{_long(split)}')))
+    if found: return _panoptic_json('ade20k_150', v, found, lambda x: found[2]/f"{x['image_id']}.jpg", lambda ids: {c: c for c in range(150)}, a['things'], **kwargs)
+    i,(images,labels,instances) = find_layout('ade20k_150 with instances', root, _under('ADEChallengeData2016', *((f'images/{_long(split)}', f'{maps}/{_long(split)}', f'annotations_instance/{_long(split)}') for maps in ('annotations_detectron2', 'annotations'))), how)
+    files,problems = pair_files(images, labels)
+    for f in files: f.segments = instances/f'{f.id}.png'
+    return ReleasedInstances('ade20k_150', v, files, label_lut(150, **(dict(void=[255]) if i < 2 else dict(offset=1, void=[0]))), things=a['things'], problems=problems, **kwargs)
+
+# %% ../nbs/05_data.ipynb #cfad088c
 @register_dataset('cityscapes_19', "Get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com and unpack them into ROOT/cityscapes.")
-def _cityscapes(root, split='val', **kwargs):
+def _cityscapes(root, split='val', panoptic=False, **kwargs):
     _split(split, train='', val=''); root = data_root(root)
-    _,(images,labels) = find_layout('cityscapes_19', root, _under('cityscapes', (f'leftImg8bit/{split}', f'gtFine/{split}')), _cityscapes.how)
-    a = _asset('vocab_cityscapes_19')
+    a,released = _asset('vocab_cityscapes_19'),_under('cityscapes', (f'leftImg8bit/{split}', f'gtFine/{split}'))
+    if panoptic: return _city_panoptic(root, split, a, released, **kwargs)
+    _,(images,labels) = find_layout('cityscapes_19', root, released, _cityscapes.how)
     ready = next(labels.rglob('*_gtFine_labelTrainIds.png'), None) is not None
     lut = label_lut(19, void=[255]) if ready else label_lut(19, ids=a['ids'], void=[i for i in range(34) if i not in a['ids']])
     files,problems = pair_files(images, labels, tails=('_leftImg8bit', '_gtFine_labelTrainIds' if ready else '_gtFine_labelIds'))
     return LabelMaps('cityscapes_19', VOCABULARIES['cityscapes_19'], files, lut, things=a['things'], problems=problems, **kwargs)
 
-# %% ../nbs/05_data.ipynb #dc587115
+def _city_panoptic(root, split, a, released, **kwargs):
+    v = VOCABULARIES['cityscapes_19']
+    found = _there(root, _under('cityscapes', (f'gtFine/cityscapes_panoptic_{split}.json', f'gtFine/cityscapes_panoptic_{split}', f'leftImg8bit/{split}')))
+    def picture(x): return found[2]/str(x['image_id']).split('_')[0]/f"{x['image_id']}_leftImg8bit.png"
+    def categories(ids): return {k: i for i,k in enumerate(a['ids'])} if ids <= set(a['ids']) else {i: i for i in range(19)}    # label ids, as detectron2 wants them, or train ids
+    if found: return _panoptic_json('cityscapes_19', v, found, picture, categories, a['things'], **kwargs)
+    _,(images,labels) = find_layout('cityscapes_19 with instances', root, released, _cityscapes.how)
+    files,problems = pair_files(images, labels, tails=('_leftImg8bit', '_gtFine_instanceIds'))
+    return ReleasedInstances('cityscapes_19', v, files, label_lut(19, ids=a['ids'], void=[i for i in range(34) if i not in a['ids']]), things=a['things'], problems=problems, **kwargs)
+
+# %% ../nbs/05_data.ipynb #1871eba6
 def _nearest(n, m, start=0, stop=None):
     "For output pixels start..stop of m, the nearest of n input pixels."
     return ((np.arange(start, m if stop is None else stop)+.5)*n/m).astype(np.int64).clip(0, n-1)
 
+def _cut(n, m, start, stop):
+    "Of n input pixels that become m: those that outputs start..stop are made of, with a margin; how many outputs these alone make; and where the window lies in them."
+    margin = 2+math.ceil(n/m)
+    o,e = max(0, start*n//m-margin),min(n, -(-stop*n//m)+margin)
+    if e-o > .9*n: return 0,n,m,start
+    k = max(stop-start, round((e-o)*m/n))
+    return o,e,k,min(max(round(start-o*m/n), 0), k-(stop-start))
+
 def _take(x, rows, cols): return torch.from_numpy(np.asarray(x).take(rows, -2).take(cols, -1)) # much faster than torch's indexing
 
-def _resize(sample, size, window=None, flip=False):
-    "Resize a sample, packed or not, keep the window (top, left, bottom, right) of the result, and mirror it."
+def _resize(sample, size, window=None, flip=False, regions=True, pad=None):
+    "Resize a sample, packed or not, keep the window (top, left, bottom, right) of the result, and mirror it; pad the image, while it has 8 bits."
     image,(H,W) = sample['image'],size
     h,w = image.shape[1:]; t,l,b,r = window or (0, 0, H, W)
-    if (h,w) != (H,W): # on 8 bits, as files are: several times faster than on floats
+    y = x = 0
+    if (h,w) != (H,W): # on 8 bits, as files are: several times faster than on floats; and only what the window shows
         if image.dtype != torch.uint8: image = (image*255).round_().byte()
+        (y,y1,H,up),(x,x1,W,left) = _cut(h, H, t, b),_cut(w, W, l, r)
+        t,l,b,r,h,w,image = up,left,up+b-t,left+r-l,y1-y,x1-x,image[:,y:y1,x:x1]
         image = F.interpolate(image[None].contiguous(memory_format=torch.channels_last), size=(H,W), mode='bilinear', align_corners=False, antialias=True)[0] # faster so, and right at 1x1
-    rows,cols = _nearest(h, H, t, b),_nearest(w, W, l, r)
+    rows,cols = y+_nearest(h, H, t, b),x+_nearest(w, W, l, r)
     image = image[:,t:b,l:r]
     if flip: image,cols = image.flip(-1),cols[::-1]
-    if 'segments' in sample: return unpack(dict(sample, image=image, segments=sample['segments'].take(rows, 0).take(cols, 1)))
+    if pad is not None: image = _pad(image, pad, 0)
+    if 'segments' in sample: return unpack(dict(sample, image=image, segments=sample['segments'].take(rows, 0).take(cols, 1)), regions)
     if image.dtype == torch.uint8: image = image.float().div_(255)
+    if not regions: sample = dict(sample, **{k: sample[k][:0] for k in ('regions', 'region_classes', 'isthing')})
     s = dict(sample, image=image, **{k: _take(sample[k], rows, cols) for k in ('labels', 'regions')})
-    seen = torch.from_numpy(s['regions'].numpy().reshape(len(s['regions']), -1).any(1))
+    seen = torch.from_numpy(s['regions'].numpy().reshape(len(s['regions']), s['labels'].numel()).any(1))
     if not seen.all(): s.update({k: s[k][seen] for k in ('regions', 'region_classes', 'isthing')})
     return s
 
@@ -876,13 +967,14 @@ def resize_short(
     if max_size is not None: f = min(f, max_size/max(h, w))
     return _resize(sample, (max(1, round(h*f)), max(1, round(w*f))))
 
-# %% ../nbs/05_data.ipynb #6e14a3a2
+# %% ../nbs/05_data.ipynb #1eb154cd
 def augment(
     sample:dict, # A sample, or its packed form
     size, # Height and width of the crop, or one number; None for no crop
     seed, # A number, or a sequence of numbers such as `[seed, epoch, i]`: the same seed gives the same crop
     scale:tuple=(.1, 2.), # The image is scaled to fit between these multiples of the crop (of itself, if there is none); None to keep its size
     flip:float=.5, # Probability of a mirror image
+    regions:bool=True, # Make the masks of regions? See `unpack`
 )->dict: # A sample, of exactly `size` if one is given
     "Large-scale jitter, crop, pad and flip."
     rng = np.random.default_rng(seed)
@@ -893,11 +985,11 @@ def augment(
         h,w = max(1, round(h*f)),max(1, round(w*f))
     if size is None: H,W = h,w
     t,l = (int(rng.integers(0, max(0, n-N)+1)) for n,N in ((h,H), (w,W)))
-    s = _resize(sample, (h,w), (t, l, min(h, t+H), min(w, l+W)), rng.uniform() < flip)
-    for k,v in dict(image=0., labels=s.get('ignore', 255), regions=False).items(): s[k] = _pad(s[k], (H,W), v)
+    s = _resize(sample, (h,w), (t, l, min(h, t+H), min(w, l+W)), rng.uniform() < flip, regions, (H,W))
+    for k,v in dict(labels=s.get('ignore', 255), regions=False).items(): s[k] = _pad(s[k], (H,W), v)
     return s
 
-# %% ../nbs/05_data.ipynb #72b1d52e
+# %% ../nbs/05_data.ipynb #2c57ed82
 class View(Dataset):
     "Some of the samples of a data set, transformed; all else is as in the data set."
     def __init__(self,
@@ -923,7 +1015,8 @@ class Augmented(View):
         seed=0, # Another seed gives other crops
         scale=(.1, 2.), # As in `augment`
         flip=.5, # As in `augment`
+        regions=True, # As in `augment`
     ):
         super().__init__(data)
-        self.size,self.seed,self.scale,self.flip,self.epoch = size,seed,scale,flip,0
-    def __getitem__(self, i): return augment(sample_packed(self.data, self.indices[i]), self.size, [self.seed, self.epoch, i], self.scale, self.flip)
+        self.size,self.seed,self.scale,self.flip,self.regions,self.epoch = size,seed,scale,flip,regions,0
+    def __getitem__(self, i): return augment(sample_packed(self.data, self.indices[i]), self.size, [self.seed, self.epoch, i], self.scale, self.flip, self.regions)

@@ -163,15 +163,15 @@ def batch_indices(
     at = range(iteration*batch_size, (iteration+1)*batch_size)
     return [int(_permutation(n, seed, p//n)[p % n]) for p in at]
 
-# %% ../nbs/13_finetune.ipynb #4804a566
+# %% ../nbs/13_finetune.ipynb #69ea0361
 class _Views(torch.utils.data.Dataset):
     "Samples of a data set as an iteration wants them: item `(index, iteration, slot)`."
-    def __init__(self, data, recipe): self.data,self.recipe = data,recipe
+    def __init__(self, data, recipe, regions=True): self.data,self.recipe,self.regions = data,recipe,regions
     def __getitem__(self, at):
         index,iteration,slot = at
         r,still = self.recipe,self.recipe.scale == (1., 1.)
         if not r.crop and not r.flip and still: return self.data[index]
-        return augment(sample_packed(self.data, index), r.crop or None, [r.seed, iteration, slot], None if still else r.scale, r.flip)
+        return augment(sample_packed(self.data, index), r.crop or None, [r.seed, iteration, slot], None if still else r.scale, r.flip, self.regions)
 
 class _Order:
     "Batches of indices, made when they are asked for."
@@ -185,9 +185,10 @@ def batches(
     recipe:Recipe, # Size, order and augmentation of batches
     start:int=0, # First iteration
     processes=None, # `Processes`: each gets its part of every batch
+    regions:bool=True, # With the masks of regions? Loading is faster without
 ): # Iterator over the batches of `start`, `start+1`, ... , the last
     "The batches of a run, in this process or from `recipe.workers` others: the same either way."
-    views = _Views(data, recipe)
+    views = _Views(data, recipe, regions)
     order = _Order(lambda i: [(k, i, j) for j,k in enumerate(batch_indices(len(data), recipe.batch_size, i, recipe.seed))], start, recipe.iterations, recipe.batch_size)
     if processes is not None: order = processes.shard(order)
     if not recipe.workers: return (collate([views[a] for a in at]) for at in order)
@@ -504,7 +505,7 @@ class Teller:
     def close(self):
         if self.board: self.board.close()
 
-# %% ../nbs/13_finetune.ipynb #a64471e9
+# %% ../nbs/13_finetune.ipynb #8ac2a5f2
 @contextlib.contextmanager
 def _notice():
     "Yields a list that is no longer empty once this process has been asked to end."
@@ -541,7 +542,7 @@ def finetune(
         stack.enter_context(rest(framework, recipe))
         run = stack.enter_context(_Run(framework, data, recipe, selection, checkpoint_dir, team))
         run.tell = Teller(recipe.iterations, run.iteration, print_every, Path(checkpoint_dir)/'tensorboard' if tensorboard and team.main else None) if team.main else None
-        bar = batches(data, recipe, run.iteration, team)
+        bar = batches(data, recipe, run.iteration, team, getattr(framework, 'uses_regions', True)) # a framework whose loss reads labels alone may say so
         for batch in progress(bar, 'fine-tuning', recipe.iterations-run.iteration) if team.main else bar:
             row = run.step(batch)
             done = run.iteration == recipe.iterations
