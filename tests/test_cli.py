@@ -137,6 +137,129 @@ def test_cka_and_cost(mask, tmp_path):
     r = json.loads(opentrans('cost', 'RN50', '--size', '224x224', '--json').stdout)
     assert r['params'] > 23e6
 
+def write_settings(path, **values):
+    path.write_text(json.dumps(values)); return path
+
+def test_settings_from_a_file(streets, tmp_path):
+    "A file says what flags say; flags win; what was run with is kept, and is such a file again."
+    (tmp_path/'run.yaml').write_text(f"""
+        data: folder
+        root: {streets}
+        classes: ["{NAMES.replace(',', '", "')}"]
+        ignore: 11
+        batch-size: 2
+        iterations: 9
+        recipe: {{preset: tiny, optimizer: sgd, lr: 1e-3, crop: 48, scale: [0.5, 1.5]}}
+        eval_every: 2
+        eval_split: train
+        seed: 3
+    """.replace('\n        ', '\n'))
+    r = opentrans('finetune', '--config', tmp_path/'run.yaml', '--iterations', 2, '--out', tmp_path/'a', '--set', 'flip=0', '--json')
+    assert r.returncode == 0, r.stderr
+    kept = json.loads((tmp_path/'a'/'settings.json').read_text())
+    told = kept['recipe']
+    assert (told['iterations'], told['optimizer'], told['lr'], told['batch_size'], told['seed'], told['flip'], told['scale']) == (2, 'sgd', .001, 2, 3, 0, [.5, 1.5])
+    assert kept['command'] == 'finetune' and kept['iterations'] == 2 and 'settings: ' in r.stderr and '"optimizer": "sgd"' in r.stderr
+    assert 'best_miou' in json.loads(r.stdout) and (tmp_path/'a'/'run'/'best.safetensors').exists()
+    r = opentrans('finetune', '--config', tmp_path/'a'/'settings.json', '--out', tmp_path/'b')
+    assert r.returncode == 0, r.stderr
+    assert (tmp_path/'a'/'run'/'history.csv').read_text() == (tmp_path/'b'/'run'/'history.csv').read_text(), 'what was kept is another run'
+    assert json.loads((tmp_path/'a'/'model.json').read_text())['recipe'] == told
+
+def test_settings_that_are_none(tmp_path):
+    assert "Unknown setting in" in (m := fails('evaluate', '--config', write_settings(tmp_path/'a.json', batchsize=3))) and "Did you mean 'batch_size'?" in m and 'framework' in m
+    assert 'not of `opentrans cost`' in fails('cost', '--config', write_settings(tmp_path/'b.json', command='evaluate'))
+    assert 'is not JSON' in fails('alpha', '--config', write_text(tmp_path/'c.json', '{'))
+    assert 'Cannot read' in fails('alpha', '--config', tmp_path/'none.yaml')
+    assert "Unknown setting of a recipe 'rate'" in fails('finetune', '--out', tmp_path/'o', '--set', 'rate=1')
+    assert 'expected a whole number' in fails('finetune', '--out', tmp_path/'o', '--config', write_settings(tmp_path/'d.json', recipe=dict(preset='tiny', crop='big')))
+    assert 'NAME=VALUE' in fails('finetune', '--out', tmp_path/'o', '--set', 'lr') and "Unknown recipe 'small'" in fails('finetune', '--out', tmp_path/'o', '--recipe', 'small')
+    r = opentrans('evaluate', '--config', write_settings(tmp_path/'e.json', batch_size='many'))
+    assert r.returncode == 2 and 'batch-size' in r.stderr and not (tmp_path/'o').exists()
+
+def write_text(path, text): path.write_text(text); return path
+
+@pytest.mark.parametrize('args', [(), ('data',)])
+def test_every_command_takes_a_file(args):
+    "Whatever can be typed can be written down."
+    from opentrans.cli import app, data_app
+    for c in (data_app if args else app).registered_commands:
+        name = c.name or c.callback.__name__.replace('_', '-')
+        r = opentrans(*args, name, '--help')
+        assert r.returncode == 0 and '--config' in r.stdout, name
+
+@pytest.fixture(scope='module')
+def odd_streets(tmp_path_factory):
+    "Street scenes of 480x360 as a stranger's disk holds them: jpg and png, blanks, dots, accents and upper case in names, sub-folders, a photo that its camera turned, other files beside."
+    folder,rng = tmp_path_factory.mktemp('odd streets'),np.random.default_rng(1)
+    for i,name in enumerate(('Seq05VD_f00000.png', 'night/a b.c.jpg', 'Straße 7.JPG', 'turned.jpeg', 'x.png')):
+        labels = rng.integers(0, 12, (6, 8)).repeat(60, 0).repeat(60, 1).astype(np.uint8)
+        image = Image.fromarray((np.stack([labels*20, labels*9, 255-labels*20], -1) + rng.integers(0, 9, (360, 480, 3))).astype(np.uint8))
+        for kind in ('images', 'labels'): (folder/kind/name).parent.mkdir(parents=True, exist_ok=True)
+        if 'turned' in name: exif = Image.Exif(); exif[274] = 8; image = image.rotate(-90, expand=True); image.save(folder/'images'/name, exif=exif)
+        else: image.save(folder/'images'/name)
+        Image.fromarray(labels).save((folder/'labels'/name).with_suffix('.png'))
+    (folder/'images'/'.DS_Store').write_text(''); (folder/'images'/'Thumbs.db').write_text(''); (folder/'classes.txt').write_text('\n'.join(NAMES.split(',')))
+    return folder
+
+def test_a_folder_never_seen(odd_streets, tmp_path):
+    "What the checks type: names on the command line, a void value, then training on it, and the figures of both in one table."
+    common = ('--data', 'folder', '--root', odd_streets, '--classes', NAMES, '--ignore', 11, '--device', 'cpu')
+    r = opentrans('data', 'check', 'folder', *common[2:-2], '--json')
+    assert r.returncode == 0, r.stderr
+    assert (d := json.loads(r.stdout))['images'] == 5 and d['sizes'] == '480x360' and d['problems'] == 0
+    r = opentrans('evaluate', *common, '--framework', 'deeplabv3', '--backbone', 'shapes-rn', '--limit', 2, '--out', tmp_path/'zero')
+    assert r.returncode == 0, r.stderr
+    r = opentrans('finetune', *common, '--out', tmp_path/'run', '--iterations', 3, '--batch-size', 2, '--crop', 96, '--print-every', 1)
+    assert r.returncode == 0 and 'iteration 3/3' in r.stderr and 'left' in r.stderr, r.stderr
+    looks = ('--short-side', 120, '--scales', '0.5,1', '--flip', '--window', 80)
+    r = opentrans('evaluate', *common[:4], '--classes', odd_streets/'classes.txt', *common[6:], '--model', tmp_path/'run', '--limit', 2, *looks, '--out', tmp_path/'tuned')
+    assert r.returncode == 0, r.stderr
+    res = json.loads((tmp_path/'tuned'/'result.json').read_text())
+    assert list(res['iou']) == NAMES.split(',') and res['settings']['scales'] == [.5, 1] and res['settings']['window'] == 80 and res['n_images'] == 2
+    r = opentrans('compare', tmp_path/'zero', tmp_path/'tuned', '--out', tmp_path/'c', '--json')
+    assert r.returncode == 0, r.stderr
+    assert json.loads(r.stdout)['tuned']['miou'] == res['miou'] and {p.name for p in (tmp_path/'c').iterdir()} == {'runs.csv', 'runs.png'}
+    assert 'There is no result' in fails('compare', tmp_path)
+
+def test_data_check_tells_what_is_broken(streets, tmp_path):
+    import shutil
+    shutil.copytree(streets, tmp_path/'d'); common = ('--classes', NAMES, '--ignore', 11)
+    (tmp_path/'d'/'images'/'s1.jpg').write_bytes(b'not a picture')
+    r = opentrans('data', 'check', 'folder', '--root', tmp_path/'d', *common)
+    assert r.returncode == 1 and 's1' in r.stdout and 'cannot be read' in r.stdout
+    assert 's1.jpg' in fails('evaluate', '--data', 'folder', '--root', tmp_path/'d', *common)
+    with pytest.warns(UserWarning, match='1 of 4 images are left out'): r = opentrans('evaluate', '--data', 'folder', '--root', tmp_path/'d', *common, '--corrupt', 'skip', '--json')
+    assert r.returncode == 0 and json.loads(r.stdout)['n_images'] == 3
+    (tmp_path/'d'/'labels'/'s2.png').unlink()
+    assert "no label map for 's2" in fails('data', 'check', 'folder', '--root', tmp_path/'d', *common)
+    assert 'missing: images, labels' in fails('evaluate', '--data', 'folder', '--root', tmp_path, *common)      # the wrong root
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs a limit on file sizes')
+def test_full_disk_by_command(tmp_path):
+    "The disk is full when the checkpoint is written: one sentence, and the checkpoint of before is as it was."
+    import resource, signal
+    before = opentrans('finetune', '--out', tmp_path, '--iterations', 2, '--batch-size', 1, '--checkpoint-every', 1)
+    assert before.returncode == 0, before.stderr
+    (tmp_path/'model.safetensors').unlink(); last = (tmp_path/'run'/'last.safetensors').read_bytes()
+    old,handler = resource.getrlimit(resource.RLIMIT_FSIZE),signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, old[1]))
+    try: message = fails('finetune', '--out', tmp_path, '--iterations', 2, '--batch-size', 1, '--checkpoint-every', 1)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, old); signal.signal(signal.SIGXFSZ, handler)
+    assert 'Cannot write' in message and 'model.safetensors' in message
+    assert (tmp_path/'run'/'last.safetensors').read_bytes() == last and not list(tmp_path.glob('.*')), 'something half-written was left'
+    assert opentrans('finetune', '--out', tmp_path, '--iterations', 2, '--batch-size', 1).returncode == 0 and (tmp_path/'model.safetensors').exists()
+
+def test_transfer_takes_a_number_for_the_tail(mask, tmp_path):
+    "`--xmin` is the same for `alpha` and `transfer`."
+    r = opentrans('transfer', mask, '--iterations', 1, '--warmup', 0, '--batch-size', 1, '--limit', 1, '--xmin', '0.05', '--out', tmp_path/'t', '--json')
+    assert r.returncode == 0 and json.loads(r.stdout)['frozen'], r.stderr
+    assert 'xmin' in fails('transfer', mask, '--iterations', 1, '--warmup', 0, '--batch-size', 1, '--xmin', 'low')
+
+def test_module_is_a_program():
+    r = subprocess.run([sys.executable, '-m', 'opentrans.cli', 'data', 'list', '--json'], capture_output=True, text=True, cwd=root)
+    assert r.returncode == 0 and 'folder' in json.loads(r.stdout), r.stderr
+
 def test_demo(tmp_path):
     "`opentrans demo --out DIR` writes one page and one JSON file there."
     r = in_a_process('demo', '--scale', 'smoke', '--out', tmp_path/'d', '--workers', 2)
