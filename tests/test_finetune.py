@@ -167,3 +167,148 @@ def test_best_weights_are_kept(tmp_path, world):
     assert float(meta['miou']) == pytest.approx(h.miou.max()) and int(meta['iteration']) == h.miou.idxmax() + 1
     best = load_framework(new(world), tmp_path/'best.safetensors')
     assert evaluate(best, ShapesWorld('train', n=2, size=32, seed=1))['miou'] == pytest.approx(h.miou.max())
+
+# evaluation beside the programs that the field uses
+
+def test_miou_equals_detectron2(tmp_path, world):
+    "The same predictions and label files through detectron2's SemSegEvaluator."
+    evaluation = pytest.importorskip('detectron2.evaluation')
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from PIL import Image
+    from opentrans.data import open_dataset
+    rng,names = np.random.default_rng(0),'sky,road,car,tree,fence'
+    for i in range(5):
+        labels = rng.integers(0, 4, (4, 5)).repeat(8, 0).repeat(8, 1).astype(np.uint8); labels[:, :3] = 255                 # 'fence' is in no picture
+        for kind,a in (('images', np.stack([labels*40]*3, -1)), ('labels', labels)): (tmp_path/kind).mkdir(exist_ok=True); Image.fromarray(a.astype(np.uint8)).save(tmp_path/kind/f'{i}.png')
+    data = open_dataset('folder', tmp_path, names=names)
+    seg = build('deeplabv3', tiny_backbone(), vocabulary=data.vocabulary, preset='small', width=16, seed=0).eval()
+    for over in ('truth', 'either'):
+        ours = evaluate(seg, data, batch_size=2, over=over)
+        name = f'opentrans_{tmp_path.name}_{over}'
+        DatasetCatalog.register(name, lambda: [dict(file_name=str(f.image), sem_seg_file_name=str(f.labels)) for f in data.files])
+        MetadataCatalog.get(name).set(stuff_classes=names.split(','), ignore_label=255)
+        judge = evaluation.SemSegEvaluator(name, distributed=False); judge.reset()
+        with torch.no_grad():
+            for f,s in zip(data.files, data): judge.process([dict(file_name=str(f.image))], [dict(sem_seg=seg(s['image'][None], seg.text())[0])])
+        theirs = judge.evaluate()['sem_seg']
+        DatasetCatalog.remove(name); MetadataCatalog.remove(name)
+        if over == 'truth': assert 100*ours['miou'] == pytest.approx(theirs['mIoU']) and 0 < ours['miou'] < 1
+        assert 100*ours['pixel_accuracy'] == pytest.approx(theirs['pACC'])
+        for n in names.split(',')[:4]: assert 100*ours['iou'][n] == pytest.approx(theirs[f'IoU-{n}'], nan_ok=True)
+
+class Said(torch.nn.Module):
+    "A framework that has its answers ready."
+    kinds,name = ('semantic', 'panoptic'),'said'
+    def __init__(self, answers): super().__init__(); self.answers,self.at = answers,0; self.weight = torch.nn.Parameter(torch.zeros(1))
+    def text(self, words): return torch.zeros(len(words), 4)
+    def semantic(self, images, text): return torch.stack([a[..., 0].where(a[..., 0] < len(text), 0) for a in self.answers[self.at:self.at+len(images)]])
+    def panoptic(self, images, text, isthing=None): self.at += len(images); return torch.stack(self.answers[self.at-len(images):self.at])
+
+def crowded(s, i):
+    "The last thing of a scene becomes a crowd: labelled, but no region."
+    at = s['isthing'].nonzero().flatten()
+    if not len(at): return s
+    keep = torch.arange(len(s['regions'])) != at[-1]
+    return dict(s, **{k: s[k][keep] for k in ('regions', 'region_classes', 'isthing')})
+
+def panoptic_case(n=6):
+    "Truth with crowds, and answers that are the truth moved aside, with some of it lost and some invented."
+    from opentrans.data import View
+    from opentrans.finetune import panoptic_truth
+    from opentrans.data import collate
+    data = View(ShapesWorld('train', n=n, size=64, seed=4), transform=crowded)
+    g,answers = torch.Generator().manual_seed(0),[]
+    for s in data:
+        m = panoptic_truth(collate([s]), data.ignore)[0].roll((1, 2), (0, 1)); m[..., 1].clamp_(min=0)
+        for k in m[..., 1].unique().tolist():
+            if torch.rand((), generator=g) < .25: m[m[..., 1] == k] = torch.tensor([int(torch.randint(0, len(data.vocabulary), (), generator=g)), 40+k])
+        m[:12, -12:] = torch.tensor([6, 99])
+        answers.append(m)
+    return data,answers
+
+def test_pq_equals_panopticapi(tmp_path):
+    "Truth and answers on disk in COCO's format, crowds among them, through COCO's own program."
+    api = pytest.importorskip('panopticapi.evaluation')
+    from PIL import Image
+    from panopticapi.utils import id2rgb
+    from opentrans.data import write_coco_panoptic
+    data,answers = panoptic_case()
+    path = write_coco_panoptic(data, tmp_path); truth = json.loads(path.read_text())
+    assert any(i['iscrowd'] for a in truth['annotations'] for i in a['segments_info'])
+    ids,pairs = {c: c+1 for c in range(len(data.vocabulary))},[]
+    (tmp_path/'said').mkdir()
+    for a,m in zip(truth['annotations'], answers):
+        seg,info,stuff = torch.zeros(m.shape[:2], dtype=torch.long),[],{}
+        for c,k in m.reshape(-1, 2).unique(dim=0).tolist():
+            if c == data.ignore: continue
+            known = stuff.setdefault(c, len(info)+1) if c not in data.things else len(info)+1
+            seg[(m == torch.tensor([c, k])).all(-1)] = known
+            if known == len(info)+1: info.append(dict(id=known, category_id=ids[c]))
+        Image.fromarray(id2rgb(seg.numpy())).save(tmp_path/'said'/a['file_name'])
+        pairs.append((a, dict(a, segments_info=info)))
+    categories = {c['id']: c for c in truth['categories']}
+    stat = api.pq_compute_single_core(0, pairs, str(tmp_path/'coco/panoptic_val2017'), str(tmp_path/'said'), categories)
+    ours = evaluate(Said(answers), data, kind='panoptic', batch_size=2)
+    for key,isthing in ((None, None), ('things', True), ('stuff', False)):
+        theirs,_ = stat.pq_average(categories, isthing=isthing)
+        mine = ours[key] if key else ours
+        for k in ('pq', 'sq', 'rq'): assert mine[k] == pytest.approx(theirs[k], abs=1e-9), (key, k)
+    assert .1 < ours['pq'] < .95
+
+def test_panoptic_evaluation(tmp_path):
+    "The truth itself has PQ 1; a crowd is neither found nor missed; data without instances is refused."
+    data,answers = panoptic_case(3)
+    from opentrans.data import collate, open_dataset
+    from opentrans.finetune import panoptic_truth
+    perfect = [panoptic_truth(collate([s]), data.ignore)[0] for s in data]
+    assert all((m[..., 1] == -1).any() for m in perfect[:1])
+    r = evaluate(Said([m.clone() for m in perfect]), data, kind='panoptic')
+    assert r['pq'] == 1 == r['miou'] and r['things']['pq'] == 1 and r['settings']['kind'] == 'panoptic'
+    assert evaluate(Said(answers[:3]), data, kind='panoptic', batch_size=1)['pq'] < 1
+    with pytest.raises(OpenTransError, match='one look'): evaluate(Said(answers), data, kind='panoptic', flip=True)
+    flat = View_without_instances(data)
+    with pytest.raises(OpenTransError, match='panoptic=True'): evaluate(Said(answers), flat, kind='panoptic')
+    from opentrans.frameworks import list_frameworks
+    if 'mask2former' in list_frameworks():
+        seg = build('mask2former', tiny_backbone(), vocabulary=data.vocabulary, preset='small', seed=0)
+        assert 0 <= evaluate(seg, data, kind='panoptic', limit=1)['pq'] <= 1
+
+class View_without_instances:
+    instances = False
+    def __init__(self, data): self.data = data
+    def __len__(self): return len(self.data)
+    def __getitem__(self, i): return self.data[i]
+    def __getattr__(self, name): return getattr(self.data, name)
+
+# what is told and kept
+
+def test_a_run_is_told_to_tensorboard_and_log(tmp_path, world, capsys):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    h = finetune(new(world), world, quick.replace(iterations=2), checkpoint_dir=tmp_path, tensorboard=True, print_every=2)
+    finetune(new(world), world, quick.replace(iterations=2), checkpoint_dir=tmp_path, tensorboard=True)           # nothing is left to do, nothing is told twice
+    events = EventAccumulator(str(tmp_path/'tensorboard')); events.Reload()
+    assert [(e.step, round(e.value, 4)) for e in events.Scalars('loss')] == [(i, round(v, 4)) for i,v in enumerate(h.loss)]
+    assert capsys.readouterr().err.count('iteration 2/2') == 1
+    with pytest.raises(OpenTransError, match='checkpoint_dir'): finetune(new(world), world, quick, tensorboard=True)
+
+def test_a_log_gets_new_columns(tmp_path, world):
+    "The column of the first evaluation comes in the middle of a run: the file stays a table."
+    import pandas as pd
+    h = finetune(new(world), world, quick, checkpoint_dir=tmp_path, checkpoint_every=1, val=ShapesWorld('train', n=1, size=32), eval_every=3)
+    t = pd.read_csv(tmp_path/'history.csv')
+    assert list(t) == list(h) and t.miou.notna().tolist() == [False, False, True, True]
+
+def test_unreadable_picture_in_a_run(tmp_path):
+    "A picture that cannot be read ends the run with its name, and the checkpoint of before is whole; skipped, the run goes on."
+    from PIL import Image
+    from opentrans.data import open_dataset
+    for i in range(6):
+        for kind,a in (('images', np.full((32, 32, 3), 40*i, np.uint8)), ('labels', np.full((32, 32), i%2, np.uint8))): (tmp_path/kind).mkdir(exist_ok=True); Image.fromarray(a).save(tmp_path/kind/f'{i}.png')
+    data = open_dataset('folder', tmp_path, names='sky,road')
+    bad = batch_indices(6, 2, 2)[0]; (tmp_path/'images'/f'{bad}.png').write_bytes(b'')
+    make = lambda data: build('deeplabv3', tiny_backbone(), vocabulary=data.vocabulary, preset='small', width=16, seed=0)
+    with pytest.raises(OpenTransError, match=f'{bad}.png'): finetune(make(data), data, quick, checkpoint_dir=tmp_path/'run', checkpoint_every=1)
+    assert json.loads(load_tensors(tmp_path/'run'/'last.safetensors')[1]['iteration']) == 2
+    with pytest.warns(UserWarning, match='1 of 6'): rest = open_dataset('folder', tmp_path, names='sky,road', corrupt='skip')
+    assert len(finetune(make(rest), rest, quick)) == 4
