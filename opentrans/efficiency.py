@@ -18,7 +18,7 @@ from .cost import cost, training_flops
 from .frameworks.contract import build
 from .pruning import prunable
 
-# %% ../nbs/24_efficiency.ipynb #dbe268e0
+# %% ../nbs/24_efficiency.ipynb #27ad364e
 _TOOL = dict(hook='thop', trace='fvcore', ptflops='ptflops', conv_macs='macs')      # a convention's name in the table -> in `cost`
 _UNIT = dict(count=1, layers=1, stitches=1, G=1e9, P=1e15)
 
@@ -46,6 +46,12 @@ class FullSize:
         return cost(head, (3, *size), convention=convention, args=tuple(maps.values()), forward=lambda x, *f: head(dict(zip(maps, f))))
 
     @functools.lru_cache(None)
+    def fcclip(self, size, convention):
+        "The head of FC-CLIP: 250 queries, classified behind every layer."
+        head,maps = self.framework('fcclip').head,self.features(size)
+        return cost(head, (3, *size), convention=convention, args=tuple(maps.values()), forward=lambda x, *f: head(dict(zip(maps, f)), every=True))
+
+    @functools.lru_cache(None)
     def deeplab(self, size, convention):
         "ASPP and decoder of DeepLabV3, fed with maps of stride 16, without a classifier (text embeddings classify)."
         seg,(h,w) = self.framework('deeplabv3'),(math.ceil(n/16) for n in size)
@@ -53,7 +59,7 @@ class FullSize:
         args = torch.zeros(1, 256, 4*h, 4*w),torch.zeros(1, 2048, h, w)
         return cost(head, (3, *size), convention=convention, args=args, forward=lambda x, fine, coarse: head['decoder'](fine, head['aspp'](coarse)))
 
-# %% ../nbs/24_efficiency.ipynb #acfbdd26
+# %% ../nbs/24_efficiency.ipynb #1f5d332c
 def _clip_value(full, e):
     name,clip = e['name'].partition('.')[2],full.clip
     number = lambda m: sum(p.numel() for p in m.parameters())
@@ -72,6 +78,13 @@ def _han_value(full, e):
         return full.han((800, 1216), 'thop').params if e['convention'] == 'hook' else sum(p.numel() for p in full.framework('mask2former').head.parameters())
     t,h = (full.trunk(_size(e)),full.han(_size(e), 'fvcore')) if flops else (full.trunk((800, 1216)),full.han((800, 1216), 'fvcore'))
     whole = t + h - .9*t if what == 'pruned' else t + h
+    return whole.macs if flops else whole.params
+
+def _fcclip_value(full, e):
+    what,flops,size = e['name'].partition('.')[2],e['metric'] == 'flops',_size(e) if 'input' in e else (800, 1216)
+    if not flops and e['convention'].startswith('numel'): return full.trunk(size).params + sum(p.numel() for p in full.framework('fcclip').head.parameters())
+    h = full.fcclip(size, 'thop')
+    whole = h if what == 'head' else full.trunk(size) + h - .9*full.trunk(size) if what == 'pruned' else full.trunk(size) + h
     return whole.macs if flops else whole.params
 
 def released_stride16()->torch.nn.Module:
@@ -112,8 +125,8 @@ def _training_value(full, e):
     return run(**dict(full={}, alpha=dict(selection=freeze(small)), alpha_star=dict(selection=freeze(large)), pruned=dict(mask=.1),
                       alpha_pruned=dict(mask={'*': .1, 'conv1.weight': 1.}, selection=freeze(small)))[what])
 
-# %% ../nbs/24_efficiency.ipynb #8edcc2ec
-VALUES = dict(clip_rn50=_clip_value, han_rn50=_han_value, deeplabv3_rn50=_deeplab_value, train_flops=_training_value) # first part of an entry's name -> function of (`FullSize`, entry)
+# %% ../nbs/24_efficiency.ipynb #3d14557b
+VALUES = dict(clip_rn50=_clip_value, han_rn50=_han_value, fcclip_rn50=_fcclip_value, deeplabv3_rn50=_deeplab_value, train_flops=_training_value) # first part of an entry's name -> function of (`FullSize`, entry)
 
 def paper_costs(
     only=None, # Beginnings of names, such as `'han'`; None takes all
