@@ -207,7 +207,7 @@ def alpha(
         with atomic_path(Path(out)/'alpha.png') as p: table.plot_alpha(selection=chosen).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'xmin', 'D', 'n_tail', 'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
 
-# %% ../nbs/21_cli.ipynb #9c6ca036
+# %% ../nbs/21_cli.ipynb #d7083e8d
 @app.command()
 def prune(
     out:Annotated[str, typer.Option(help="The mask file to write (.safetensors).")],
@@ -219,7 +219,7 @@ def prune(
     batch_size:Annotated[int, typer.Option(help="Images an iteration.")]=8,
     loss:Annotated[str, typer.Option(help="tgkd (Eq. 3) or vgkd (Eq. 4).")]='tgkd',
     method:Annotated[str, typer.Option(help="imp (Algorithm 1), magnitude (one shot) or random.")]='imp',
-    crop:Annotated[Optional[int], typer.Option(help="Side of the window cut out of larger images.")]=None,
+    crop:Annotated[Optional[int], typer.Option(help="Side of the window cut out of larger images; 0 takes whole images. Default: 512 (the paper's), whole scenes of shapesworld.")]=None,
     checkpoint:Annotated[Optional[str], typer.Option(help="Folder to continue from. Default: beside the mask.")]=None,
     weights:Annotated[Optional[str], typer.Option(help="Also write the trained weights of the tower to this file.")]=None,
     output_stride:Stride=32, device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
@@ -232,9 +232,10 @@ def prune(
     if not out.endswith('.safetensors'): raise _bad(f"--out {out}: a mask file ends in .safetensors.")
     geometric_schedule(density, p) # a bad density ends here, before anything is loaded
     clip = open_clip_backbone(backbone, pretrained, output_stride, device)
+    if crop is None and data != 'shapesworld': crop = 512
     keep_settings(None); run_dir = checkpoint or f'{out}.run'
     if method == 'imp':
-        train = DistillTrainer(clip, open_data(data, root, split, classes, ignore), loss=loss, iters=iters, lr=lr, batch_size=batch_size, crop=crop)
+        train = DistillTrainer(clip, open_data(data, root, split, classes, ignore), loss=loss, iters=iters, lr=lr, batch_size=batch_size, crop=crop or None)
         mask,history = imp(clip, train, density=density, p=p, seed=seed, checkpoint_dir=run_dir, settings=dict(clip=backbone))
         if weights: save_tensors(clip.visual.state_dict(), weights)
         show(history, as_json, 'Algorithm 1')
