@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['app', 'Backbone', 'Pretrained', 'Data', 'Root', 'Split', 'Classes', 'Ignore', 'Framework', 'Preset', 'Stride',
            'Device', 'Seed', 'Quiet', 'Corrupt', 'Config', 'Iterations', 'BatchSize', 'LR', 'Crop', 'RecipeName',
-           'Precision', 'Accumulate', 'Workers', 'Settings', 'Every', 'Print', 'Board', 'Panoptic', 'data_app',
+           'Precision', 'Accumulate', 'Workers', 'Settings', 'Every', 'Print', 'Board', 'WithInstances', 'data_app',
            'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show', 'main', 'demo', 'alpha',
            'prune', 'make_recipe', 'transfer', 'finetune', 'evaluate', 'compare', 'cka_command', 'cost_command',
            'data_list', 'data_check', 'data_shapes']
@@ -243,7 +243,7 @@ def prune(
     if first_process(): mask.save(out); keep_settings(run_dir if method == 'imp' else None)
     if not as_json: show(mask.table(), title=f'{out}: density {mask.density:.4f}')
 
-# %% ../nbs/21_cli.ipynb #55228c26
+# %% ../nbs/21_cli.ipynb #9d141f10
 Iterations = Annotated[Optional[int], typer.Option(help="Iterations; milestones move along.")]
 BatchSize = Annotated[Optional[int], typer.Option(help="Images an iteration, over all processes.")]
 LR = Annotated[Optional[float], typer.Option(help="Learning rate.")]
@@ -256,7 +256,7 @@ Settings = Annotated[Optional[list[str]], typer.Option('--set', help="Another fi
 Every = Annotated[int, typer.Option(help="Iterations between checkpoints.")]
 Print = Annotated[int, typer.Option(help="Print a line with loss, speed and remaining time every so many iterations; 0 prints none.")]
 Board = Annotated[bool, typer.Option(help="Write TensorBoard's events, too.")]
-Panoptic = Annotated[bool, typer.Option(help="Read instances, too, where a data set has them in files of their own (ade20k_150, cityscapes_19).")]
+WithInstances = Annotated[bool, typer.Option(help="Read instances, too, where a data set has them in files of their own (ade20k_150, cityscapes_19).")]
 
 def make_recipe(
     name:str, # As `--recipe`
@@ -294,14 +294,14 @@ def _report(seg, data, result, size, mask=None, selection=None, out=None, as_jso
     if out and first_process(): save_json(result, Path(out)/'result.json')
     show(result, as_json, title)
 
-# %% ../nbs/21_cli.ipynb #91f3f058
+# %% ../nbs/21_cli.ipynb #163dd5d8
 @app.command()
 def transfer(
     mask:Annotated[str, typer.Argument(help="Mask file.")],
     model:Annotated[Optional[str], typer.Argument(help="A checkpoint to put the mask on; then only --out is needed.")]=None,
     out:Annotated[Optional[str], typer.Option(help="With MODEL: the sparse file to write. Else: folder of the run (checkpoints, result.json).")]=None,
     framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None, output_stride:Stride=16,
-    data:Data='shapesworld', root:Root=None, classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise', panoptic:Panoptic=False,
+    data:Data='shapesworld', root:Root=None, classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise', panoptic:WithInstances=False,
     split:Split='train', eval_split:Annotated[str, typer.Option(help="Split to evaluate on.")]='val',
     recipe:RecipeName='tiny', warmup:Annotated[int, typer.Option(help="Iterations with all layers before the spectra are read.")]=60,
     iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None, precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None, set_:Settings=None,
@@ -336,12 +336,12 @@ def _transfer_file(m, model, out, as_json):
     transfer_checkpoint(m, model, out)
     show(dict(file=out, layers=len(m), density=m.density, zeros=m.total-m.kept), as_json, 'sparse checkpoint')
 
-# %% ../nbs/21_cli.ipynb #ad1c0805
+# %% ../nbs/21_cli.ipynb #605d2fc1
 @app.command()
 def finetune(
     out:Annotated[str, typer.Option(help="Folder of the run: checkpoints and weights; the same command continues it.")],
     framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None, output_stride:Stride=16,
-    data:Data='shapesworld', root:Root=None, classes:Classes=None, ignore:Ignore=None, split:Split='train', corrupt:Corrupt='raise', panoptic:Panoptic=False,
+    data:Data='shapesworld', root:Root=None, classes:Classes=None, ignore:Ignore=None, split:Split='train', corrupt:Corrupt='raise', panoptic:WithInstances=False,
     mask:Annotated[Optional[str], typer.Option(help="Mask file to keep in force.")]=None, selection:Annotated[Optional[str], typer.Option(help="Layer selection (JSON) that `opentrans alpha --out` wrote.")]=None,
     recipe:RecipeName='tiny', iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None, precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None,
     set_:Settings=None, eval_every:Annotated[int, typer.Option(help="Evaluate every so many iterations, and keep the best weights in OUT/run/best.safetensors; 0 does not.")]=0,
@@ -414,7 +414,7 @@ def compare(
         with atomic_path(Path(out)/'runs.png') as p: plot_runs(frame).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame, as_json, 'runs')
 
-# %% ../nbs/21_cli.ipynb #dc387a92
+# %% ../nbs/21_cli.ipynb #98d8b6dc
 @app.command('cka')
 def cka_command(
     a:Annotated[str, typer.Argument(help="First backbone.")]='shapes-rn', b:Annotated[Optional[str], typer.Argument(help="Second backbone. Default: the first with --mask.")]=None,
@@ -468,7 +468,7 @@ def data_list(as_json:Quiet=False, config:Config=None):
     print(json.dumps(list_datasets()) if as_json else '\n'.join(list_datasets()))
 
 @data_app.command('check')
-def data_check(name:Annotated[str, typer.Argument(help="Data set.")], root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, panoptic:Panoptic=False,
+def data_check(name:Annotated[str, typer.Argument(help="Data set.")], root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, panoptic:WithInstances=False,
                limit:Annotated[int, typer.Option(help="Read at most so many images, evenly spread; 0 reads all.")]=200, as_json:Quiet=False, config:Config=None):
     "What is there: number of images, classes, sizes. A missing part is named with how to get it (exit code 2); files that cannot be read are listed (exit code 1)."
     d = open_data(name, root, split, classes, ignore, panoptic=panoptic)
