@@ -616,7 +616,7 @@ def plot_alpha(self:LayerTable,
     ax.set_ylim(top=ax.get_ylim()[1]*1.08)
     return ax
 
-# %% ../nbs/02_heavy_tail.ipynb #09bae367
+# %% ../nbs/02_heavy_tail.ipynb #01a5bfa4
 def plot_choices(
     tables:dict, # Name -> `LayerTable` of the same layers, or `LayerSelection`
     ax=None, # Axes to draw on
@@ -632,7 +632,8 @@ def plot_choices(
     ax.set_xticks(np.arange(len(names)+1)-.5, minor=True); ax.set_yticks(np.arange(len(frozen)+1)-.5, minor=True)
     ax.grid(which='minor', color='w', lw=1); ax.tick_params(which='minor', length=0)
     ax.set_yticks(range(len(frozen)), [f'{k}  ({int(np.abs(g-grid[0]).sum())} differ)' if i else k for i,(k,g) in enumerate(zip(frozen, grid))])
-    ax.set(xlabel='layer (blue: frozen)')
+    from matplotlib.ticker import MaxNLocator
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.set(xlabel='layer (blue: frozen)')
     return ax
 
 # %% ../nbs/02_heavy_tail.ipynb #d9dcad16

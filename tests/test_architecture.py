@@ -6,9 +6,9 @@ import pytest
 root = Path(__file__).resolve().parent.parent
 
 FLOORS = {0: ['core'], 1: ['pruning', 'heavy_tail', 'cka', 'cost', 'data', 'metrics', 'peft'], 2: ['clip', 'spt', 'stitching', 'spvit'], 3: ['distill', 'frameworks', 'frameworks.contract'],
-          4: ['frameworks.deeplabv3', 'frameworks.mask2former', 'frameworks.fcclip', 'finetune', 'frameworks.detectron2'], 5: ['frameworks.faseg'], 6: ['experiments', 'cli', 'all']}
+          4: ['frameworks.deeplabv3', 'frameworks.mask2former', 'frameworks.fcclip', 'finetune', 'frameworks.detectron2'], 5: ['frameworks.faseg', 'playground'], 6: ['efficiency', 'experiments', 'cli', 'all']}
 FLOOR = {m: f for f,ms in FLOORS.items() for m in ms}
-SIDEWAYS = {('frameworks', 'frameworks.contract'), ('cli', 'experiments'), ('all', 'experiments')}   # rooms of one floor that may know each other
+SIDEWAYS = {('frameworks', 'frameworks.contract'), ('frameworks.fcclip', 'frameworks.mask2former'), ('experiments', 'efficiency'), ('cli', 'experiments'), ('all', 'experiments')}   # rooms of one floor that may know each other
 
 PUBLIC = {
     'core': 'layers Layer LayerSelection',
@@ -22,6 +22,16 @@ PUBLIC = {
     'distill': 'tgkd_loss vgkd_loss DistillTrainer',
     'frameworks': 'build list_frameworks register_framework check_framework Framework',
     'finetune': 'Recipe finetune evaluate',
+    'peft': 'LoRALinear SequentialAdapter SparseDelta trainable_report',
+    'spt': 'param_sensitivity Allocation allocate sweep_allocations apply_spt merge_spt sensitivity_profile',
+    'stitching': 'stitch_configs StitchConfig StitchingLayer StitchableNet apply_pst merge_stitch snip_score ImportanceTracker',
+    'spvit': 'conv_from_msa HybridSpec',
+    'efficiency': 'paper_costs',
+    'experiments': 'demo paper_costs run_study',
+    'playground': 'playground segment overlay',
+    'frameworks.mask2former': 'Mask2Former load_mask2former',
+    'frameworks.fcclip': 'FCCLIP load_fcclip',
+    'frameworks.faseg': 'FASeg',
 }
 
 def modules(): return {'.'.join(p.relative_to(root/'opentrans').with_suffix('').parts).removesuffix('.__init__'): p for p in (root/'opentrans').rglob('*.py') if p.name != '_modidx.py' and p != root/'opentrans'/'__init__.py'}
