@@ -732,7 +732,7 @@ def evaluate(
     if quality: q = quality.compute(); res.update({k: q[k] for k in ('pq', 'sq', 'rq')}, things=q['things'], stuff=q['stuff'])
     return res
 
-# %% ../nbs/13_finetune.ipynb #314e7f03
+# %% ../nbs/13_finetune.ipynb #bcf57f8b
 _COLUMNS = dict(framework='framework', data='data', images='images', density='density') # in the settings, or at the top
 
 def _result(source):
@@ -770,7 +770,8 @@ def plot_runs(
     kinds = frame.get('framework', pd.Series('', frame.index)).fillna('')
     for ax,(x,label) in zip(axs, xs):
         for i,(kind,rows) in enumerate(frame.groupby(kinds, sort=False)): ax.scatter(rows[x], rows[y], s=40, color=f'C{i}', label=kind or None)
-        for name,row in frame.iterrows(): ax.annotate(name, (row[x], row[y]), xytext=(5, 3), textcoords='offset points', fontsize=7)
+        middle = (frame[x].min()*frame[x].max())**.5
+        for i,(name,row) in enumerate(frame.sort_values(x).iterrows()): ax.annotate(name, (row[x], row[y]), xytext=(-5 if row[x] > middle else 5, (4, -11)[i%2]), textcoords='offset points', fontsize=7, ha='right' if row[x] > middle else 'left')
         ax.set(xlabel=label, xscale='log'); ax.margins(.25)
         ax.xaxis.set_major_formatter('{x:g}'); ax.xaxis.set_minor_formatter('{x:g}'); ax.tick_params(axis='x', which='both', labelsize=7, rotation=30)
     axs[0].set_ylabel(y)
