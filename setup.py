@@ -10,9 +10,10 @@ cfg = parser['DEFAULT']
 
 extras = {
     'dev': cfg['dev_requirements'].split(),
-    # detectron2 has no release on the package index: this names its public repository
+    # detectron2 has no release on the package index: this names its public repository. Its build imports torch, so: pip install --no-build-isolation
     'detectron2': ['detectron2 @ git+https://github.com/facebookresearch/detectron2', 'hydra-core', 'omegaconf', 'yacs',
                    'tabulate', 'cloudpickle', 'pycocotools'],
+    'tensorboard': ['tensorboard'],
     'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
     'bench': ['weightwatcher', 'torch-pruning', 'cka-pytorch', 'torch-cka', 'ptflops', 'fvcore', 'thop'],
 }

@@ -6,9 +6,9 @@
 __all__ = ['app', 'Backbone', 'Pretrained', 'Data', 'Root', 'Split', 'Classes', 'Ignore', 'Framework', 'Preset', 'Stride',
            'Device', 'Seed', 'Quiet', 'Corrupt', 'Config', 'Iterations', 'BatchSize', 'LR', 'Crop', 'RecipeName',
            'Precision', 'Accumulate', 'Workers', 'Settings', 'Every', 'Print', 'Board', 'WithInstances', 'data_app',
-           'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show', 'main', 'demo', 'alpha',
-           'prune', 'make_recipe', 'transfer', 'finetune', 'evaluate', 'compare', 'cka_command', 'cost_command',
-           'data_list', 'data_check', 'data_shapes']
+           'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show', 'main', 'demo', 'study',
+           'alpha', 'prune', 'make_recipe', 'transfer', 'finetune', 'evaluate', 'compare', 'cka_command',
+           'cost_command', 'data_list', 'data_check', 'data_shapes']
 
 # %% ../nbs/21_cli.ipynb #6f097711
 import json, os, sys
@@ -175,6 +175,27 @@ def demo(
     for name,rows in data['summary'].items():
         show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
     print(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
+
+# %% ../nbs/21_cli.ipynb #ca8cfb8f
+@app.command()
+def study(
+    name:Annotated[Optional[str], typer.Argument(help="Which study; none lists them.")]=None,
+    out:Annotated[str, typer.Option(help="Folder for NAME-Nseeds.json; interrupted, the study goes on from the runs under it.")]='results',
+    seeds:Annotated[int, typer.Option(help="Number of seeds; three or more give intervals and verdicts.")]=5,
+    seed:Annotated[int, typer.Option(help="First seed.")]=0,
+    scale:Annotated[str, typer.Option(help="'demo', or 'smoke': a few iterations that show nothing but that it runs.")]='demo',
+    workers:Annotated[Optional[int], typer.Option(help="Processes. Default: two.")]=None, config:Config=None,
+):
+    "One table of the paper, or one beyond it, over several seeds at toy scale: every number, paired differences, verdicts."
+    import pandas as pd
+    from opentrans import experiments as ex
+    if name is None:
+        show(pd.DataFrame({k: dict(paper=s.where, question=s.question, arms=len(s.arms)) for k,s in ex.STUDIES.items()}).T, title='studies'); return
+    command = f'opentrans study {name}' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 5), ('seed', seed, 0), ('scale', scale, 'demo')) if v != d or k == 'seeds')
+    data = ex.run_study(name, out, seeds, seed, scale, workers, command)
+    show(pd.DataFrame(data['summary']).T.iloc[:, :6], title=data['what'])
+    if data['claims']: show(pd.DataFrame(data['claims'])[['claim', 'measured', 'mean', 'low', 'high', 'verdict']].round(2).set_index('claim'), title='claims')
+    print(f"data: {Path(out)/f'{name}-{seeds}seeds.json'}")
 
 # %% ../nbs/21_cli.ipynb #1c218870
 @app.command()

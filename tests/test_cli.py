@@ -1,5 +1,5 @@
 "The command as a stranger types it: good input gives files and figures, bad input one sentence and exit code 2."
-import contextlib, io, json, os, subprocess, sys
+import contextlib, io, json, os, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pytest
@@ -75,6 +75,7 @@ def test_bad_input_is_one_sentence(tmp_path, mask):
     assert 'no folder' in fails('data', 'check', 'ade20k_150', '--root', tmp_path/'nowhere')
     assert "Unknown data set" in fails('data', 'check', 'coco')
     assert 'seeds=0' in fails('demo', '--seeds', '0', '--out', tmp_path/'demo')
+    assert "Unknown study 'tab1'" in fails('study', 'tab1', '--out', tmp_path/'study')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['cut.safetensors', 'empty'] and not list((tmp_path/'empty').iterdir())   # nothing half-written
 
 def test_evaluate_folder(streets, tmp_path):
@@ -280,3 +281,17 @@ def test_real_coco_at_full_size(tmp_path):
     assert r.returncode == 0, r.stderr
     res = json.loads(r.stdout)
     assert abs(res['density']-.1) < 5e-4 and len(res['iou']) == 133 and 0 < len(res['frozen']) <= 27      # half of the layers that have a fit; some of a random tower have none
+
+def test_a_study(tmp_path):
+    "`opentrans study` lists what there is; a study of two seeds writes its file, and a second call repeats nothing."
+    r = in_a_process('study')
+    assert r.returncode == 0 and all(n in r.stdout for n in ('frameworks', 'freezing', 'ratio', 'Tab. 10'))
+    for _ in range(2):
+        start = time.time()
+        r = in_a_process('study', 'ratio', '--seeds', 2, '--scale', 'smoke', '--out', tmp_path, '--workers', 1)
+        assert r.returncode == 0, r.stderr
+    data = json.loads((tmp_path/'ratio-2seeds.json').read_text())
+    assert data['run']['command'] == 'opentrans study ratio --seeds 2 --scale smoke'
+    assert [len(x['frozen']) for x in data['results'][:4]] == sorted(len(x['frozen']) for x in data['results'][:4]) and len(data['results']) == 8
+    made = {p: p.stat().st_mtime for p in (tmp_path/'.runs').rglob('arm-*.json')}
+    assert len(made) == 8 and max(made.values()) < start                          # the second call has only read them

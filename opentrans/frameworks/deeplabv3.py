@@ -80,11 +80,12 @@ def set_output_stride(
     backbone.strides.update({k: min(v, stride) for k,v in backbone.strides.items()})
     return backbone
 
-# %% ../../nbs/10_deeplabv3.ipynb #30f2ad0f
+# %% ../../nbs/10_deeplabv3.ipynb #1ac59600
 @register_framework('deeplabv3')
 class DeepLabV3(Framework):
     "DeepLabV3 on CLIP with text embeddings as the classifier (Sec. 3.2, *Traditional CNN-based OVS*)."
     presets = dict(paper={}, small=dict(width=64, low_level=24, dilations=(1, 2, 3), dropout=0., scale=20., loss_stride=2))
+    uses_regions = False # the loss reads labels alone
 
     def __init__(self,
         backbone, # `ClipBackbone`
