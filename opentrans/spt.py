@@ -529,7 +529,7 @@ def merge_spt(
     "Write low-rank and single updates into the weights, for inference without extra cost."
     return merge_peft(model)
 
-# %% ../nbs/17_spt.ipynb #c0d3e5de
+# %% ../nbs/17_spt.ipynb #9cecb4ac
 _OPERATIONS = [(r'\[([qkv])\]$', r'\1'), (r'(?:^|\.)(?:attn|self_attn|attention)\.(?:out_proj|proj)\.', 'o'), (r'(?:^|\.)([qkv])_proj\.', r'\1'), (r'(?:^|\.)(?:fc1|c_fc|linear1)\.', 'fc1'), (r'(?:^|\.)(?:fc2|c_proj|linear2)\.', 'fc2')]
 
 def operation_of(
@@ -577,7 +577,7 @@ def plot_profile(
     if by == 'block':
         for k in frame: ax.plot(range(len(frame)), frame[k], 'o-', ms=4, label=k or None)
     else: frame.plot.bar(ax=ax, width=.8, legend=False)
-    ax.set_xticks(range(len(frame)), frame.index, rotation=90 if max(map(len, frame.index)) > 4 else 0)
+    ax.set_xticks(range(len(frame)), frame.index, rotation=30 if max(map(len, frame.index)) > 4 else 0)
     ax.set(xlabel=by, ylabel='share of sensitive weights' if column == 'share' else 'sensitive part of the weights', ylim=(0, None))
     if len(named) > 1: ax.legend()
     return ax
@@ -618,7 +618,7 @@ def select(
     counts = {n: int(chosen[n].sum()) if n in chosen else 0 for n in sens}
     return Allocation(set(), set(), {n: m for n,m in chosen.items() if counts[n]}, count-left, count-left, 'none', 0, {n: tuple(t.shape) for n,t in sens.items()}, counts)
 
-# %% ../nbs/17_spt.ipynb #2b8e3241
+# %% ../nbs/17_spt.ipynb #3c81fd04
 def two_stage(
     table, # A `LayerTable` of `opentrans.heavy_tail.analyze`
     sens:dict, # Name -> sensitivities of the same model
@@ -636,8 +636,8 @@ def alpha_sensitivity(
     table, # A `LayerTable` of `opentrans.heavy_tail.analyze`
     sens:dict, # Name -> sensitivities of the same model
     masks=None, # Name -> bool tensor: weights that are not pruned
-)->pd.DataFrame: # Indexed by layer: `alpha`, `sensitivity` (mean of s), `entries`; `.attrs`: Spearman's `rho`, `p`, `n`
-    "The data-free and the data-driven view of each layer, and how their ranks agree. Raises `OpenTransError` if no layer has both."
+)->pd.DataFrame: # Indexed by layer: `alpha`, `sensitivity` (mean of s), `entries`; `.attrs`: Spearman's `rho`, `p`, `n`, and `partial`
+    "The data-free and the data-driven view of each layer, how their ranks agree, and (`partial`) how they do among layers of a size. Raises `OpenTransError` if no layer has both."
     from scipy.stats import spearmanr
     frame = table.to_frame()
     def mean(n): t = sens[n]; return float(t.mean(dtype=torch.float64)) if masks is None or n not in masks else float(t[masks[n].to(t.device)].mean(dtype=torch.float64))
@@ -645,7 +645,9 @@ def alpha_sensitivity(
     if len(both) < 3: raise OpenTransError(f"Only {len(both)} layers have an alpha and a sensitivity; ranks need at least 3. Analyze the same model, and name its layers to param_sensitivity.")
     res = pd.DataFrame(dict(alpha=frame.alpha[both].astype(float), sensitivity=[mean(n) for n in both], entries=[sens[n].numel() for n in both]))
     r = spearmanr(res.alpha, res.sensitivity)
-    res.attrs.update(rho=float(r.statistic), p=float(r.pvalue), n=len(both))
+    x,y = (float(spearmanr(res[k], res.entries).statistic) for k in ('alpha', 'sensitivity'))
+    rest = math.sqrt(max(0., (1-x*x)*(1-y*y)))
+    res.attrs.update(rho=float(r.statistic), p=float(r.pvalue), n=len(both), partial=float(np.clip((r.statistic-x*y)/rest, -1, 1)) if rest > 1e-9 else math.nan)
     return res
 
 def plot_alpha_sensitivity(
@@ -658,5 +660,6 @@ def plot_alpha_sensitivity(
     if ax is None: _,ax = plt.subplots(figsize=(6, 4))
     ax.semilogy(frame.alpha, frame.sensitivity, 'o', ms=5)
     for n,row in frame.iterrows() if label else (): ax.annotate(n.removesuffix('.weight'), (row.alpha, row.sensitivity), fontsize=6, xytext=(3, 3), textcoords='offset points')
-    ax.set(xlabel='alpha of the spectrum', ylabel='mean sensitivity', title=f"rank correlation {frame.attrs['rho']:+.2f} (p = {frame.attrs['p']:.2g}, {frame.attrs['n']} layers)")
+    ax.set(xlabel='alpha of the spectrum', ylabel='mean sensitivity', title=f"rank correlation {frame.attrs['rho']:+.2f} (p = {frame.attrs['p']:.1g}); given the size {frame.attrs['partial']:+.2f}")
+    ax.margins(x=.15)
     return ax

@@ -1,0 +1,213 @@
+"Sensitivity on towers of other libraries against the loop over samples; properties of allocations; masks, CLIP, frameworks and Hugging Face's peft together."
+import copy, math
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings, strategies as st
+from torch import nn
+from opentrans.core import OpenTransError
+from opentrans.heavy_tail import analyze
+from opentrans.peft import from_huggingface, load_added, merge_peft, save_added, slots, to_huggingface
+from opentrans.pruning import SparseMask
+from opentrans.spt import (add_spt, allocate, alpha_sensitivity, apply_spt, candidates, merge_spt, param_sensitivity, select, sensitivity_profile, spt_published, structured_cost,
+    sweep_allocations, two_stage)
+
+quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    n = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+def loop(model, batch, loss, names):
+    "Algorithm 1, a backward pass for each sample."
+    model = copy.deepcopy(model).eval(); there = slots(model); sums = {n: torch.zeros_like(there[n].tensor) for n in names}
+    for i in range(len(batch[0])):
+        model.zero_grad(); loss(model(batch[0][i:i+1]), batch[1][i:i+1]).backward()
+        for n in names:
+            g = there[n].param.grad
+            if g is not None: sums[n] += (g if there[n].rows is None else g[slice(*there[n].rows)]).square()
+    return {n: t.detach() for n,t in sums.items()}
+
+def clip_vit():
+    from open_clip.transformer import VisionTransformer
+    return VisionTransformer(image_size=32, patch_size=8, width=16, layers=2, heads=2, mlp_ratio=2., output_dim=5, ls_init_value=.5)
+def clip_rn():
+    from open_clip.modified_resnet import ModifiedResNet
+    m = ModifiedResNet(layers=(1, 1, 1, 1), output_dim=5, heads=2, image_size=32, width=8)
+    for n,p in m.named_parameters():
+        if n.endswith('bn3.weight'): nn.init.ones_(p)
+    return m
+def swin():
+    import timm
+    return timm.models.SwinTransformer(img_size=32, patch_size=2, window_size=4, embed_dim=12, depths=(2, 2), num_heads=(2, 2), num_classes=5)
+def convnext():
+    import timm
+    return timm.models.ConvNeXt(depths=(1, 1, 1, 1), dims=(4, 6, 8, 10), num_classes=5, ls_init_value=.5)
+def resnet():
+    import torchvision
+    return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5, groups=1, width_per_group=64)
+
+@pytest.mark.parametrize('make', [clip_vit, clip_rn, swin, convnext, resnet])
+def test_sensitivity_is_that_of_the_loop(make):
+    "Every parameter of towers of open_clip, timm and torchvision: q, k and v in one, windows, depthwise convolutions, layer scales, attention pools, tables of positions."
+    torch.manual_seed(0)
+    model = make().eval().double(); x,y = torch.randn(3, 3, 32, 32).double(),torch.randint(5, (3,))
+    names = list(slots(model)) if make is not resnet else [n for n in slots(model) if not n.startswith('layer4')]
+    want,got = loop(model, (x, y), F.cross_entropy, names),param_sensitivity(model, [(x, y)], F.cross_entropy, names=names)
+    for n in names: torch.testing.assert_close(got[n], want[n], rtol=1e-8, atol=1e-16, msg=lambda m: f'{n}: {m}')
+    assert set(candidates(model)) < set(slots(model))
+
+def test_memory_does_not_grow_with_the_samples():
+    "All that is kept is a sum: of 4 and of 32 samples, handed over in one batch, the most that is alive is about the same."
+    from opentrans.cost import peak_memory
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, 16, 3, padding=1), nn.GELU(), nn.Conv2d(16, 16, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)).eval()
+    def peak(n): x,y = torch.randn(n, 3, 32, 32),torch.randint(5, (n,)); return peak_memory(lambda: param_sensitivity(model, [(x, y)], F.cross_entropy, chunk=4))
+    assert peak(32) < 1.3*peak(4)
+
+# --- allocations ---------------------------------------------------------------------------------------------------------
+
+@st.composite
+def sensitivities(draw):
+    "Some matrices, kernels and vectors, with many ties."
+    g = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    shapes = draw(st.lists(st.sampled_from([(3, 5), (6, 4), (2, 3, 3, 3), (7,), (4,)]), min_size=1, max_size=6))
+    levels = draw(st.integers(1, 30))
+    return {f'b.{i}.m.{"weight" if len(s) > 1 else "bias"}': torch.randint(levels, s, generator=g).float() for i,s in enumerate(shapes)}
+def size(s): return sum(t.numel() for t in s.values())
+def flat(s, masks): return torch.cat([(masks[n] if n in masks else torch.zeros(t.shape, dtype=torch.bool)).flatten() for n,t in s.items()])
+
+@quick
+@given(sensitivities(), st.data())
+def test_top_tau(s, data):
+    "Exactly tau entries; none outside is larger; ties go to the lowest flat index; nested in tau."
+    tau = data.draw(st.integers(1, size(s)))
+    m,values = flat(s, allocate(s, tau, 'none').masks),torch.cat([t.flatten() for t in s.values()])
+    assert int(m.sum()) == tau
+    order = sorted(range(len(values)), key=lambda i: (-values[i].item(), i))
+    assert set(m.nonzero().flatten().tolist()) == set(order[:tau])
+    if tau > 1: assert not (flat(s, allocate(s, tau-1, 'none').masks) & ~m).any()
+
+@quick
+@given(sensitivities(), st.data(), st.sampled_from(['lora', 'adapter', 'none']), st.integers(1, 3), st.sampled_from([.5, 1., 4.]), st.sampled_from([None, 1., 2., 5.]))
+def test_classes(s, data, kind, r, alpha, beta):
+    "Each tensor is in one class, by its count and its threshold; the total is what the classes cost; at alpha=1 and without whole vectors never above tau; a larger tau turns no matrix back."
+    tau = data.draw(st.integers(1, size(s)))
+    al = allocate(s, tau, kind, r, alpha, beta); t = al.table()
+    assert sum(al.counts.values()) == tau and t.trained.sum() == al.n_trainable
+    for n,row in t.iterrows():
+        c,sh = al.counts[n],al.shapes[n]
+        if kind != 'none' and len(sh) > 1 and c >= structured_cost(sh, kind, r)/alpha: want = 'structured'
+        elif beta and len(sh) == 1 and c >= sh[0]/beta: want = 'vector'
+        else: want = 'unstructured' if c else 'untouched'
+        assert row['class'] == want
+    if alpha <= 1 and beta in (None, 1.): assert al.n_trainable <= tau
+    assert al.structured <= allocate(s, min(size(s), tau+data.draw(st.integers(0, 20))), kind, r, alpha, beta).structured
+
+@quick
+@given(sensitivities(), st.lists(st.integers(1, 100), min_size=1, max_size=4), st.sampled_from(['lora', 'adapter']))
+def test_sweep_is_the_nearest(s, budgets, kind):
+    "No tau that was tried comes nearer to a budget."
+    taus = range(1, size(s)+1)
+    swept = sweep_allocations(s, budgets, kind, 1, 10., 5., taus=taus)
+    totals = [allocate(s, t, kind, 1, 10., 5.).n_trainable for t in taus]
+    for b in budgets: assert abs(swept[b].n_trainable-b) == min(abs(t-b) for t in totals)
+
+@quick
+@given(sensitivities(), st.data(), st.sampled_from(['layer', 'channel', 'element']))
+def test_levels_with_a_mask(s, data, level):
+    "The same number at each level, and never a pruned weight."
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
+    masks = {n: torch.rand(t.shape, generator=g) < .6 for n,t in s.items()}
+    alive = sum(int(m.sum()) for m in masks.values())
+    if not alive: return
+    count = data.draw(st.integers(1, alive))
+    al = select(s, count, level, masks)
+    assert al.n_trainable == sum(int(m.sum()) for m in al.masks.values()) == count
+    assert not any((m & ~masks[n]).any() for n,m in al.masks.items())
+    if level == 'layer': assert sum(0 < int(m.sum()) < int(masks[n].sum()) for n,m in al.masks.items()) <= 1       # one layer at most is cut
+    best = select(s, count, 'element', masks)
+    assert sum(float(s[n][m].sum()) for n,m in best.masks.items()) >= sum(float(s[n][m].sum()) for n,m in al.masks.items()) - 1e-3   # finer is never worse by its own score
+
+# --- with the rest of the package ------------------------------------------------------------------------------------------
+
+class ZeroShot(nn.Module):
+    "CLIP as a classifier of names; its tower is where the names of tensors are read."
+    def __init__(self, clip, names): super().__init__(); self.clip = clip; self.register_buffer('text', clip.encode_text(names))
+    tower = property(lambda self: self.clip.tower)
+    def forward(self, x): return self.clip.logit_scale*self.clip.encode_image(x)@self.text.T
+
+@pytest.fixture(scope='module')
+def zero_shot():
+    from opentrans.clip import ClipBackbone
+    torch.manual_seed(0)
+    return ZeroShot(ClipBackbone.create('shapes-rn', pretrained='shapes-rn'), ['red star', 'blue circle', 'green square']),torch.rand(6, 3, 64, 64),torch.arange(6) % 3
+
+def test_on_the_clip_tower(zero_shot):
+    "Names are the tower's; alpha picks layers, sensitivity the weights inside; the update is saved, loaded, merged; a mask keeps its zeros."
+    model,x,y = zero_shot
+    model = copy.deepcopy(model)
+    s = param_sensitivity(model, [(x, y)], F.cross_entropy)
+    assert set(s) == set(candidates(model.clip.tower)) and 'layer1.0.conv1.weight' in s and not any(n.startswith(('attnpool', 'conv1')) for n in s)
+    table = analyze(model.clip)
+    frame = alpha_sensitivity(table, s)
+    assert len(frame) > 10 and -1 <= frame.attrs['rho'] <= 1 and -1 <= frame.attrs['partial'] <= 1 and (frame.sensitivity > 0).all()
+    al = two_stage(table, s, 5000)
+    assert al.n_trainable == 5000 and set(al.masks) <= set(table.select(.5).train)
+    mask = SparseMask.magnitude(model.clip, .3); tower = model.clip.tower
+    with mask.apply(model):
+        al = allocate(param_sensitivity(model, [(x, y)], F.cross_entropy), 20_000, r=2, alpha=4., masks=mask)
+        assert al.structured and al.masks
+        apply_spt(model, al, seed=0)
+        assert sum(p.numel() for n,p in tower.named_parameters() if p.requires_grad) == al.n_trainable
+        opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=.1)
+        for _ in range(3): opt.zero_grad(); F.cross_entropy(model(x), y).backward(); opt.step()
+    out = model(x); merge_spt(model)
+    torch.testing.assert_close(model(x), out, atol=1e-3, rtol=1e-4)                                        # logits of a scale near 100
+    assert all((w[~mask[n]] == 0).all() for n,w in mask.weights(model).items())
+    for tau,by in ((5000, 'block'), (5000, 'operation')): assert sensitivity_profile(s, tau, by)['share'].sum() == pytest.approx(1)
+
+def test_on_a_framework():
+    "Scenes with labels to ignore: one loss a scene, from a framework's logits."
+    from opentrans.data import ShapesWorld, collate
+    from opentrans.frameworks import build
+    from opentrans.frameworks.contract import tiny_backbone
+    data = ShapesWorld('train', n=4, size=32); seg = build('deeplabv3', tiny_backbone(), vocabulary=data.vocabulary, preset='small').eval()
+    text = seg.text()
+    def losses(m, b): return torch.stack([F.cross_entropy(l[None], t[None], ignore_index=b['ignore']) for l,t in zip(m(b['images'], text), b['labels'])])
+    batch = collate([data[i] for i in range(4)])
+    s = param_sensitivity(seg, [batch], losses, chunk=2)
+    one = [param_sensitivity(seg, [collate([data[i]])], losses) for i in range(4)]
+    for n in s: torch.testing.assert_close(s[n], sum(o[n] for o in one), rtol=1e-3, atol=1e-6*float(s[n].max())+1e-12)
+    alloc = allocate(s, 2000, r=1)
+    with add_spt(seg, alloc): assert sum(p.numel() for p in seg.backbone.tower.parameters() if p.requires_grad) == alloc.n_trainable
+
+def test_the_allocation_travels(tmp_path):
+    "Saved in the package's own format whole; for Hugging Face what can be said, read by that library, too."
+    import timm
+    def vit(): torch.manual_seed(0); return timm.models.VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=3, num_classes=5).eval()
+    x,y = torch.randn(8, 3, 16, 16),torch.randint(5, (8,))
+    s = param_sensitivity(vit(), [(x, y)], F.cross_entropy)
+    model = apply_spt(vit(), allocate(s, 1500, r=1, alpha=2.), seed=0)
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(5): opt.zero_grad(); F.cross_entropy(model(x), y).backward(); opt.step()
+    save_added(model, tmp_path/'spt.safetensors'); other = vit(); load_added(other, tmp_path/'spt.safetensors')
+    assert torch.equal(other(x), model(x))
+    with pytest.raises(OpenTransError, match='no word for'): to_huggingface(model, tmp_path)
+    structured = apply_spt(vit(), allocate(s, 1500, r=1, alpha=2., scattered=False), seed=0, full=('head',))
+    for p in structured.parameters():
+        if p.requires_grad: p.data.add_(torch.randn(p.shape)*.2)
+    assert to_huggingface(structured, tmp_path/'hf') == []
+    back = vit(); from_huggingface(back, tmp_path/'hf'); torch.testing.assert_close(back(x), structured(x), atol=1e-5, rtol=1e-5)
+    hf = pytest.importorskip('peft')
+    theirs = hf.PeftModel.from_pretrained(vit(), str(tmp_path/'hf')).eval()
+    torch.testing.assert_close(theirs(x), structured(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(merge_peft(structured)(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+def test_published_preset():
+    p = spt_published()
+    s = {f'blocks.{i}.fc1.weight': torch.rand(40, 50, generator=torch.Generator().manual_seed(i)) for i in range(3)} | {'blocks.0.norm.bias': torch.rand(50)}
+    al = sweep_allocations(s, [800], **p['allocation'])[800]
+    assert p['allocation']['alpha'] == 10 and len(p['budgets']) == 7 and abs(al.n_trainable-800) <= structured_cost((40, 50)) and math.isclose(al.table().trained.sum(), al.n_trainable)
