@@ -143,7 +143,7 @@ class BottleneckConv(TokenLayer):
     def forward(self, x, *args, **kwargs):
         return self.give(self.on_grid(lambda m: self.out(F.relu(self.norm(self.conv(m.permute(0, 3, 1, 2))))).permute(0, 2, 3, 1), x, x))
 
-# %% ../nbs/19_spvit.ipynb #8ed4702c
+# %% ../nbs/19_spvit.ipynb #87e4b628
 def attention_parts(
     attn:nn.Module, # An attention layer
 )->dict: # weight and bias of q, k, v in one, of the output, number of heads, dropouts, norms of q and k
@@ -158,12 +158,14 @@ def attention_parts(
     norms = [m if m is not None and not isinstance(m, nn.Identity) else None for m in (getattr(attn, 'q_norm', None), getattr(attn, 'k_norm', None))]
     return dict(qkv=(attn.qkv.weight, attn.qkv.bias), out=(attn.proj.weight, attn.proj.bias), heads=attn.num_heads, drop=attn.attn_drop.p, proj_drop=attn.proj_drop.p, norms=norms)
 
+def _param(t): return nn.Parameter(t.detach().clone(memory_format=torch.contiguous_format))
+
 def _linear(weight, bias):
     "A linear map with these weights (copied)."
     l = nn.Linear(1, 1, bias=bias is not None, device='meta')
     l.out_features,l.in_features = weight.shape
-    l.weight = nn.Parameter(weight.detach().clone())
-    if bias is not None: l.bias = nn.Parameter(bias.detach().clone())
+    l.weight = _param(weight)
+    if bias is not None: l.bias = _param(bias)
     return l
 
 def _mask_for(mask, heads, pair):
@@ -172,7 +174,7 @@ def _mask_for(mask, heads, pair):
     if pair and mask.dtype == torch.bool: mask = ~mask
     return mask.unflatten(0, (-1, heads)) if pair and mask.ndim == 3 else mask
 
-# %% ../nbs/19_spvit.ipynb #587e4684
+# %% ../nbs/19_spvit.ipynb #cc641ff2
 class UnifiedAttention(TokenLayer):
     "An attention layer and the convolutions that share its weights, with gates that choose (thesis, Sec. 4.3.2). Made by `from_attention`."
     def __init__(self, parts, grid, ops=SPVIT_OPS, gating='exclusive', temperature=1., theta=1.5, cls='pass', prefix=1, pair=False, heads=False):
@@ -202,7 +204,7 @@ class UnifiedAttention(TokenLayer):
     )->'UnifiedAttention':
         "Make the layer from an attention. Raises `OpenTransError` for kinds that cannot be converted."
         self = cls_(attention_parts(attn), grid, ops, gating, pair=isinstance(attn, nn.MultiheadAttention), **kwargs)
-        if hasattr(attn, 'relative_position_bias_table'): self.relative_position_bias_table = nn.Parameter(attn.relative_position_bias_table.detach().clone())
+        if hasattr(attn, 'relative_position_bias_table'): self.relative_position_bias_table = _param(attn.relative_position_bias_table)
         self.shell = (copy.deepcopy(attn).to('meta'),)               # its class and settings, without weights
         self.window = getattr(attn, 'window_area', None)
         self.register_buffer('position', attn.relative_position_index.clone() if self.window else None, persistent=False)
@@ -277,7 +279,7 @@ def kept_heads(self:UnifiedAttention)->list:
     "Heads whose gate is open; all, where heads have no gates."
     return list(range(self.num_heads)) if self.head_gate is None else (self.head_gate > 0).nonzero().flatten().tolist()
 
-# %% ../nbs/19_spvit.ipynb #593f4588
+# %% ../nbs/19_spvit.ipynb #3c37b62a
 def _fill(shell, u, rows):
     "Give an attention its weights: those of the rows (of q, k and v each) that stay."
     a = u.v.weight.shape[0]
@@ -285,16 +287,16 @@ def _fill(shell, u, rows):
     w,b,n = join('weight'),join('bias'),len(rows)//u.width
     if isinstance(shell, nn.MultiheadAttention):
         if len(rows) < a: return HeadAttention(_linear(w, b), _linear(u.proj.weight[:, rows], u.proj.bias), n, u.q_norm, u.k_norm, u.drop, **u.like)
-        shell.in_proj_weight = nn.Parameter(w.detach().clone())
-        if b is not None: shell.in_proj_bias = nn.Parameter(b.detach().clone())
-        shell.out_proj.weight = nn.Parameter(u.proj.weight.detach().clone())
-        if u.proj.bias is not None: shell.out_proj.bias = nn.Parameter(u.proj.bias.detach().clone())
+        shell.in_proj_weight = _param(w)
+        if b is not None: shell.in_proj_bias = _param(b)
+        shell.out_proj.weight = _param(u.proj.weight)
+        if u.proj.bias is not None: shell.out_proj.bias = _param(u.proj.bias)
         return shell
     if len(rows) < a: return HeadAttention(_linear(w, b), _linear(u.proj.weight[:, rows], u.proj.bias), n, u.q_norm, u.k_norm, u.drop, **u.like)
     shell.qkv,shell.proj = _linear(w, b),_linear(u.proj.weight, u.proj.bias)
     for k in ('q_norm', 'k_norm'):
         if getattr(u, k) is not None: setattr(shell, k, copy.deepcopy(getattr(u, k)))
-    if u.window: shell.relative_position_bias_table,shell.relative_position_index = nn.Parameter(u.relative_position_bias_table.detach().clone()),u.position.clone()
+    if u.window: shell.relative_position_bias_table,shell.relative_position_index = _param(u.relative_position_bias_table),u.position.clone()
     return shell
 
 @patch
@@ -309,7 +311,7 @@ def slim(self:UnifiedAttention)->nn.Module:
     w,b,out = conv_from_msa(self.v.weight, self.v.bias, self.proj.weight, self.z, k, self.temperature)
     res = BottleneckConv(self.dim, self.width, k, **self.like).to(w.dtype)
     bias = self.proj.bias if self.proj.bias is not None else out.new_zeros(len(out))
-    for l,w,b in ((res.conv, w, b), (res.out, out[..., None, None], bias)): l.weight,l.bias = nn.Parameter(w.detach().clone()),nn.Parameter(b.detach().clone())
+    for l,w,b in ((res.conv, w, b), (res.out, out[..., None, None], bias)): l.weight,l.bias = _param(w),_param(b)
     res.norm = copy.deepcopy(self.norms[op])
     return res.train(self.training)
 
@@ -335,7 +337,7 @@ def mlp_names(mlp:nn.Module)->tuple: # (first, second)
         if hasattr(mlp, a) and hasattr(mlp, b) and getattr(mlp, a).weight.shape[0] == getattr(mlp, b).weight.shape[1] and isinstance(getattr(mlp, 'norm', nn.Identity()), nn.Identity) and not hasattr(mlp, 'grn'): return a,b
     raise OpenTransError(f"{type(mlp).__name__} is not an MLP of two linear maps (fc1, fc2 or c_fc, c_proj) without a gate or norm between them.")
 
-# %% ../nbs/19_spvit.ipynb #645114f2
+# %% ../nbs/19_spvit.ipynb #9ccf246e
 class UnifiedMLP(nn.Module):
     "An MLP with a gate for each hidden unit (thesis, Eq. 4.15). Made by `from_mlp`; the names of its weights stay."
     def __init__(self, mlp, theta=1.5):
@@ -380,12 +382,12 @@ class UnifiedMLP(nn.Module):
         if dead: i = i.new_zeros(1)
         for n,m in self.named_children(): setattr(mlp, n, copy.deepcopy(m))
         a,b = (getattr(mlp, n) for n in self.names)
-        a.weight,b.weight = nn.Parameter(a.weight.detach()[i].clone()),nn.Parameter(b.weight.detach()[:, i].clone()*(not dead))
-        if a.bias is not None: a.bias = nn.Parameter(a.bias.detach()[i].clone())
+        a.weight,b.weight = _param(a.weight[i]),_param(b.weight[:, i]*(not dead))
+        if a.bias is not None: a.bias = _param(a.bias[i])
         for l,side in ((a, 'out'), (b, 'in')): setattr(l, f'{side}_features' if isinstance(l, nn.Linear) else f'{side}_channels', len(i))
         return mlp.train(self.training)
 
-# %% ../nbs/19_spvit.ipynb #13eba5f1
+# %% ../nbs/19_spvit.ipynb #a9cedba9
 class UnifiedDepthwise(nn.Module):
     "A depthwise convolution and its centre crops, with gates that choose the side (an extension beyond the thesis). Made by `from_conv`."
     def __init__(self, conv, sides, gating='exclusive', theta=1.5):
@@ -421,7 +423,7 @@ class UnifiedDepthwise(nn.Module):
     def slim(self)->nn.Conv2d:
         "The depthwise convolution of the chosen side."
         s,res = int(self.op()[2:]),copy.deepcopy(self.conv)
-        res.weight,res.kernel_size,res.padding = nn.Parameter(self.crop(s).detach().clone()),(s, s),(s//2, s//2)
+        res.weight,res.kernel_size,res.padding = _param(self.crop(s)),(s, s),(s//2, s//2)
         res._reversed_padding_repeated_twice = [s//2]*4
         return res.train(self.training)
 

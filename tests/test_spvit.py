@@ -1,0 +1,144 @@
+"SPViT across modules: hybrids inside ClipBackbone, frameworks, masks and spectra; random towers; broken files; the experiment's script."
+import importlib.util, itertools, json
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from opentrans.clip import ClipBackbone, small_clip
+from opentrans.core import OpenTransError, layers, load_json
+from opentrans.cost import cost
+from opentrans.frameworks import build
+from opentrans.heavy_tail import analyze
+from opentrans.pruning import SparseMask
+from opentrans.spvit import SPVIT_OPS, BottleneckConv, HybridSpec, SPViTCost, UnifiedAttention, UnifiedMLP, convert_to_spvit, embedding_loss, random_spec, slim_spvit, train_spvit, vit_blocks
+
+root = Path(__file__).resolve().parent.parent
+CONFIG = dict(embed_dim=16, vision_cfg=dict(image_size=48, patch_size=8, width=24, head_width=8, layers=4), text_cfg=dict(context_length=12, width=32, heads=2, layers=1),
+              tokens=['a</w>', 'photo</w>', 'of</w>', '.</w>', 'red</w>', 'blue</w>', 'star</w>'])
+
+def backbone(seed=0):
+    model,tok = small_clip(CONFIG, seed=seed)
+    return ClipBackbone.from_model(model, tok, 'tiny-vit')
+
+def stirred(model, seed):
+    "Scores and norms that are not those of the beginning."
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, UnifiedAttention) and m.z is not None:
+                for t in (m.z, *m.norms.parameters(), *(b for b in m.norms.buffers() if b.is_floating_point())): t.copy_(torch.rand(t.shape, generator=g)+.5)
+    return model
+
+@settings(max_examples=25, deadline=None)
+@given(heads=st.sampled_from([1, 2, 3]), grid=st.tuples(st.integers(2, 5), st.integers(2, 5)), ops=st.sampled_from([o for r in (1, 2, 3, 4) for o in itertools.combinations(SPVIT_OPS, r)]),
+       gating=st.sampled_from(['exclusive', 'nested']), cls=st.sampled_from(['pass', 'zero']), seed=st.integers(0, 1000))
+def test_gates_and_slimmed_model_agree(heads, grid, ops, gating, cls, seed):
+    "Any candidates, any gates, any grid: the layer under search in eval equals what it is slimmed to, and exactly one operation has weight 1."
+    torch.manual_seed(seed)
+    u = UnifiedAttention.from_attention(torch.nn.MultiheadAttention(6*heads, heads, batch_first=True).eval(), grid, ops, gating, cls=cls, temperature=.5)
+    with torch.no_grad(): u.gate.copy_(torch.randn(len(ops)-1))
+    x = torch.randn(2, 1+grid[0]*grid[1], 6*heads)
+    torch.testing.assert_close(u(x, x, x)[0], u.slim()(x, x, x)[0], atol=1e-5, rtol=1e-5)
+    open_gates = [o for o,g in zip(ops[1:], u.gate) if g > 0]
+    if gating == 'exclusive': assert u.op() == (open_gates[-1] if open_gates else ops[0])
+    else: assert u.op() == ops[next((i for i,g in enumerate(u.gate) if g <= 0), len(ops)-1)]
+
+def random_hybrid(clip, seed=0):
+    model,rng = convert_to_spvit(clip, temperature=.5),np.random.default_rng(seed)
+    for m in model.modules():
+        if isinstance(m, UnifiedAttention): m.set_op(rng.choice(m.ops))
+        if isinstance(m, UnifiedMLP): m.keep(np.flatnonzero(rng.random(m.hidden) < .5))
+    return stirred(model, seed)
+
+@pytest.mark.parametrize('seed', range(3))
+def test_hybrid_is_a_clip_backbone(seed):
+    "All that a ClipBackbone is asked for, on pictures of another shape than its own, from the gated and the slimmed tower alike."
+    clip = backbone(); gated = random_hybrid(clip, seed); thin = slim_spvit(gated)
+    x,regions = torch.rand(2, 3, 40, 64),[torch.zeros(2, 40, 64, dtype=torch.bool) for _ in range(2)]
+    for r in regions: r[0, :20], r[1, 20:] = True, True
+    with torch.no_grad():
+        for f in (lambda m: m(x)['res4'], lambda m: m.dense_embeddings(x), lambda m: m.encode_image(x), lambda m: m.region_embeddings(x, regions)):
+            torch.testing.assert_close(f(gated), f(thin), atol=1e-5, rtol=1e-5)
+        e = thin.region_embeddings(x, regions)
+    assert (e[0]-e[1]).norm() > 1e-3, 'two regions of a picture must not have one embedding: the last attention stays'
+    assert thin.text is clip.text and SPViTCost(thin).flops(thin) < SPViTCost(clip).flops(clip)
+
+def test_search_without_labels_transfers_to_a_framework(tmp_path):
+    "Search by distillation, write architecture and weights, build them in a fresh tower, put a framework on top: it trains and its tower is the hybrid."
+    clip = backbone(); images = torch.rand(12, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+    teacher = clip.fresh_copy().requires_grad_(False)
+    model,count = convert_to_spvit(clip),SPViTCost(clip); dense = count.target; count.target,count.weight = .6*dense,10/dense**2
+    history = train_spvit(model, lambda i: images[i % 3*4:][:4], 40, embedding_loss(teacher, lambda m, x: m.dense_embeddings(x)), count, lr=1e-3, gate_lr=.2)
+    assert history.gflops.iloc[-1] < .8*dense <= history.gflops.iloc[0]
+    spec,thin = HybridSpec.of(model, 'found'),slim_spvit(model); spec.to_json(tmp_path/'spec.json')
+    other = HybridSpec.from_json(tmp_path/'spec.json').build(backbone(seed=3)); other.visual.load_state_dict(thin.visual.state_dict())
+    with torch.no_grad(): torch.testing.assert_close(other.dense_embeddings(images[:2]), thin.dense_embeddings(images[:2]))
+    seg = build('deeplabv3', other, vocabulary=['red star', 'blue star'], preset='small')
+    loss = sum(seg.loss(dict(images=images[:4], labels=torch.randint(0, 2, (4, 48, 48)))).values()); loss.backward()
+    assert loss.isfinite() and all(p.grad is not None for b in list(vit_blocks(other).values())[:-1] for p in b.mlp.parameters())
+    assert seg.predict(images[:1], ['red', 'blue', 'star']).shape == (1, 48, 48)
+
+def test_names_of_what_stays():
+    "Layers that a hybrid keeps have the names of the dense tower, so that masks and tables join on them; new ones are the convolutions alone."
+    clip = backbone(); spec = HybridSpec(['conv3', 'skip', 'msa', 'msa'], [50, 60, 70, 96])
+    thin = spec.build(clip); dense,names = {l.name for l in layers(clip)},{l.name for l in layers(thin)}
+    assert names - dense == {f'transformer.resblocks.0.attn.{k}.weight' for k in ('conv', 'out')}
+    assert all(n.startswith(('transformer.resblocks.0.attn', 'transformer.resblocks.1.attn')) for n in dense-names)
+
+def test_masks_spectra_and_cost_of_a_hybrid():
+    clip = backbone(); thin = HybridSpec(['conv3', 'conv1', 'msa', 'msa'], [50, 60, 70, 96]).build(clip)
+    mask = SparseMask.magnitude(thin.visual, .3)
+    assert 'transformer.resblocks.0.attn.conv.weight' in mask.names and abs(mask.density-.3) < 1e-3
+    x = torch.rand(1, 3, 48, 48)
+    with mask.apply(thin): assert (thin.visual.transformer.resblocks[0].attn.conv.weight[~mask['transformer.resblocks.0.attn.conv.weight']] == 0).all()
+    row = analyze(thin.visual).to_frame()
+    assert 'transformer.resblocks.0.attn.conv.weight' in row.index
+    hand,run = SPViTCost(thin).table(thin),cost(thin.visual, (3, 48, 48))                      # the hand count against the counter that runs the model
+    assert hand.values.sum() - hand.norm.sum() + sum(2*24*w for w in (50, 60, 70, 96)) == run.macs
+
+def test_hybrid_refuses_another_tower():
+    spec = HybridSpec(['msa']*4, [[0, 1]]*4, hidden=[96]*4)
+    cfg = {**CONFIG, 'vision_cfg': {**CONFIG['vision_cfg'], 'width': 32}}
+    other = ClipBackbone.from_model(*small_clip(cfg, seed=0), 'wider')
+    with pytest.raises(OpenTransError, match='found on another tower'): spec.build(other)
+    with pytest.raises(OpenTransError, match='no blocks'): spec.build(ClipBackbone.create('shapes-rn'))
+
+def test_broken_files(tmp_path):
+    clip,images = backbone(),torch.rand(4, 3, 48, 48)
+    spec = HybridSpec(['msa']*4, [9]*4); spec.to_json(tmp_path/'s.json')
+    (tmp_path/'cut.json').write_text((tmp_path/'s.json').read_text()[:30])
+    with pytest.raises(OpenTransError, match='not a hybrid'): HybridSpec.from_json(tmp_path/'cut.json')
+    with pytest.raises(OpenTransError, match='Cannot read'): HybridSpec.from_json(tmp_path/'none.json')
+    run = lambda **kw: train_spvit(convert_to_spvit(clip), lambda i: images, 2, embedding_loss(clip, lambda m, x: m.dense_embeddings(x)), SPViTCost(clip), checkpoint=tmp_path/'c.safetensors', every=1, **kw)
+    run(); whole = (tmp_path/'c.safetensors').read_bytes(); (tmp_path/'c.safetensors').write_bytes(whole[:len(whole)//2])
+    with pytest.raises(OpenTransError, match='not a whole safetensors file'): run()
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(name, root/'benchmarks'/f'{name}.py'); m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)
+    return m
+
+def test_experiment_is_resumable(tmp_path):
+    "The committed experiment's script at a tiny size: all arms, costs that meet, and a second call that reads what is there."
+    exp = script('exp_spvit')
+    exp.SET.update(pretrain_scenes=6, pretrain_steps=2, pretrain_batch=2, train=8, val=4, batch=2, search=3, finetune=1, gate_lr=2.)
+    teacher = exp.pretrain(tmp_path); world = exp.open_world(0, teacher); n = {}
+    for arm in ('SPViT', 'random architecture', 'heads by gates'): n[arm] = exp.run_arm(arm, teacher, world, 0, tmp_path)
+    assert abs(n['random architecture']['gflops']/n['SPViT']['gflops'] - 1) < .03
+    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob('0-*.json')}
+    assert exp.run_arm('SPViT', teacher, world, 0, tmp_path) == load_json(tmp_path/'0-SPViT.json') and times == {p: p.stat().st_mtime_ns for p in tmp_path.glob('0-*.json')}
+
+def test_committed_experiment():
+    "Five seeds of every arm, compared at equal cost, with command, date and versions."
+    d = load_json(root/'docs'/'results'/'spvit-5seeds.json'); exp = script('exp_spvit')
+    assert {'command', 'date', 'processor', 'torch', 'cpu_minutes'} <= set(d['run']) and d['seeds'] == list(range(5))
+    rows = {(r['arm'], r['seed']): r for r in d['results']}
+    assert set(rows) == {(a, s) for a in ('dense', *exp.ARMS) for s in d['seeds']} and d['settings']['set'] == json.loads(json.dumps(exp.SET))
+    for (arm,seed),r in rows.items():
+        meets = exp.ARMS.get(arm, (0,)*5)[4]
+        if isinstance(meets, str): assert abs(r['gflops']/rows[meets, seed]['gflops'] - 1) < .04, (arm, seed)
+
+def test_benchmark_runs():
+    b = script('bench_spvit'); nets = b.models('deit_ti', 'cpu')
+    r = b.bench(nets, 1, 224, 1, 'cpu')
+    assert r['dense']['peak_bytes'] > 0 and r['time_ratio'] > 0 and sum(t.numel() for t in nets['spvit'].parameters()) == 4_774_808
