@@ -34,6 +34,8 @@ def reference():
     for name in ('MultiScaleDeformableAttention', 'cv2'): # the second is only imported, for colours
         if importlib.util.find_spec(name) is None: sys.modules[name] = types.ModuleType(name)
     get = lambda n: importlib.import_module(f'mask2former.modeling.{n}')
+    core = get('pixel_decoder.ops.functions.ms_deform_attn_func').ms_deform_attn_core_pytorch
+    get('pixel_decoder.ops.modules.ms_deform_attn').MSDeformAttnFunction = types.SimpleNamespace(apply=lambda value, shapes, start, at, weights, step: core(value, shapes, at, weights))
     yield types.SimpleNamespace(pixel=get('pixel_decoder.msdeformattn').MSDeformAttnPixelDecoder4ScalesFASeg, decoder=get('transformer_decoder.mask2former_transformer_decoder').MultiScaleMaskedTransformerDecoderFASeg)
     for n in set(sys.modules) - before:
         if n.split('.')[0] in ('mask2former', 'MultiScaleDeformableAttention', 'cv2'): del sys.modules[n]
