@@ -5,7 +5,7 @@
 
 --framework is any that `opentrans.frameworks` knows, on CLIP's RN50 (random weights); several may be named.
 The reference runs in the same process, on the same maps of the backbone and with the same weights, in turns with ours; the whole framework (backbone, head, pixels) is timed besides.
-    OPENTRANS_MASK2FORMER=folder of facebookresearch/Mask2Former (needs detectron2; its compiled operator is replaced by its own PyTorch fallback, as ours has none)
+    OPENTRANS_MASK2FORMER=folder of facebookresearch/Mask2Former, OPENTRANS_FCCLIP=folder of bytedance/fc-clip; one framework a call, as both register the same names (needs detectron2; its compiled operator is replaced by its own PyTorch fallback, as ours has none)
 --train makes one training step with AdamW on --batch images with --regions regions each, and says what the allocator gave out at the worst moment, and the largest size of the process.
 --learn N trains each framework's small preset N steps on generated scenes, from the small CLIP that ships with the package, and says its mIoU on other scenes, on names it was trained with and on new ones.
 Times are medians of wall-clock seconds. Random weights cost what trained ones do, but for panoptic output, which depends on how many queries are sure; so semantic output is timed.
@@ -58,7 +58,34 @@ def mask2former_reference(seg, device):
         return theirs.predictor(levels, fine)['pred_masks']
     return run,lambda maps: seg.head(maps)[1]
 
-REFERENCES = dict(mask2former=mask2former_reference) # name -> function (seg, device): (theirs, ours) of the maps, or why there is none
+def fcclip_reference(seg, device):
+    "The same for FC-CLIP: pixel decoder, mask decoder and classification of the queries of all layers."
+    folder = os.environ.get('OPENTRANS_FCCLIP', '')
+    if not os.path.isdir(os.path.join(folder, 'fcclip')): return 'OPENTRANS_FCCLIP names no clone of bytedance/fc-clip'
+    if importlib.util.find_spec('detectron2') is None: return 'detectron2 is not installed'
+    from detectron2.layers import ShapeSpec
+    from opentrans.frameworks.fcclip import load_fcclip
+    pixel,masker = module_of(folder, 'fcclip.modeling.pixel_decoder.msdeformattn', 'fcclip.modeling.transformer_decoder.fcclip_transformer_decoder')
+    shapes = {k: ShapeSpec(channels=c, stride=seg.backbone.strides[k]) for k,c in seg.backbone.channels.items()}
+    theirs = torch.nn.ModuleDict(dict(
+        pixel_decoder=pixel.MSDeformAttnPixelDecoder(shapes, transformer_dropout=0., transformer_nheads=8, transformer_dim_feedforward=1024, transformer_enc_layers=6, conv_dim=256, mask_dim=256, norm='GN',
+                                                     transformer_in_features=['res3', 'res4', 'res5'], common_stride=4),
+        predictor=masker.MultiScaleMaskedTransformerDecoder(256, True, num_classes=255, hidden_dim=256, num_queries=250, nheads=8, dim_feedforward=2048, dec_layers=9, pre_norm=False, mask_dim=256,
+                                                            enforce_input_project=False, clip_embedding_dim=seg.backbone.embed_dim)))
+    load_fcclip(seg, {f'sem_seg_head.{n}': p for n,p in theirs.state_dict().items()}, strict=False)
+    theirs.to(device).eval()
+    k = len(seg.vocabulary)
+    words = torch.nn.functional.normalize(torch.randn(k+1, seg.backbone.embed_dim, generator=torch.Generator().manual_seed(1)), dim=1).to(device)
+    def run(maps):
+        fine,_,levels = theirs.pixel_decoder.forward_features(maps)
+        return theirs.predictor(levels, fine, text_classifier=words, num_templates=[1]*k)['pred_masks']
+    def ours(maps):
+        out = seg.head(maps, every=True)
+        for e,_ in out: torch.nn.functional.normalize(e, dim=-1) @ words.T
+        return out[-1][1]
+    return run,ours
+
+REFERENCES = dict(mask2former=mask2former_reference, fcclip=fcclip_reference) # name -> function (seg, device): (theirs, ours) of the maps, or why there is none
 
 def train_batch(b, regions, size, classes, device):
     g = torch.Generator().manual_seed(0)
