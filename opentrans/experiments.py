@@ -481,7 +481,7 @@ def plot_scenes(
     fig.tight_layout(pad=.3)
     return fig
 
-# %% ../nbs/20_experiments.ipynb #28238988
+# %% ../nbs/20_experiments.ipynb #714bb685
 def _png(fig):
     "A figure as text that an HTML page can hold; the figure is closed."
     import matplotlib.pyplot as plt
@@ -518,7 +518,7 @@ def figures(
     fig,axs = plt.subplots(1, 3, figsize=(14, 3.6))
     for ax,w in zip(axs, ('active_params', 'active_macs', 'train_flops')): plot_cost(frame, w, ax)
     fig.tight_layout(); fig.legend(*axs[0].get_legend_handles_labels(), fontsize=7.5, ncols=6, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
-    if any(a.framework for a in arms): res['frameworks'] = plot_frameworks(frame, arms_of('frameworks', arms)),'The same mask in every framework, beside a random mask of equal density and the dense model (the shape of Tab. 1). Bars are means over seeds, dots are seeds.'
+    if any(a.framework for a in arms): res['frameworks'] = plot_frameworks(frame, arms_of('frameworks', arms))[0],'The same mask in every framework, beside a random mask of equal density and the dense model (the shape of Tab. 1). Bars are means over seeds, dots are seeds.'
     res['cost'] = fig,'mIoU on base (full) and novel (hollow) classes against cost (the shape of Fig. 1).'
     return res
 

@@ -267,9 +267,9 @@ def test_demo(tmp_path):
     assert r.returncode == 0, r.stderr
     assert sorted(p.suffix for p in (tmp_path/'d').iterdir()) == ['.html', '.json']
     data = json.loads((tmp_path/'d'/'opentrans-demo.json').read_text())
-    assert len(data['results']) == 11 and {c['verdict'] for c in data['claims']} == {'one seed'}
+    assert len(data['results']) == 20 and {r['framework'] for r in data['results']} == {'deeplabv3', 'mask2former', 'fcclip', 'faseg'} and {c['verdict'] for c in data['claims']} == {'one seed'}
     page = (tmp_path/'d'/'opentrans-demo.html').read_text()
-    assert 'src="http' not in page and page.count('data:image/png') == 6
+    assert 'src="http' not in page and page.count('data:image/png') == 7
 
 @pytest.mark.skipif(not coco.exists(), reason='the COCO panoptic sample images are not at ../shared/data/samples')
 def test_real_coco_at_full_size(tmp_path):
