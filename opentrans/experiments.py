@@ -34,7 +34,7 @@ from .finetune import Recipe, evaluate, finetune
 # %% ../nbs/20_experiments.ipynb #be90070a
 _all_ = ['paper_costs']
 
-# %% ../nbs/20_experiments.ipynb #46ba8056
+# %% ../nbs/20_experiments.ipynb #3e115790
 @dataclass(frozen=True)
 class Scale:
     "Every size of a study."
@@ -63,7 +63,7 @@ class Scale:
     xmin:str = 'ks' # Rule for the beginning of a spectrum's tail
     zero_shot:int = 400 # Pictures of single things
     queries:tuple = ('mask2former', 'fcclip', 'faseg') # Frameworks of queries, which are dearer by the step: they learn in one run without a warm-up, of
-    query_iterations:int = 100 # as many iterations
+    query_iterations:int = 60 # as many iterations
     query_batch:int = 8 # of as many images,
     query_lr:float = 3e-3 # at this rate
 
@@ -226,7 +226,7 @@ def open_warm(arm, scale, seed, folder)->tuple: # As `open_arm`
     if scale.steps(arm.framework)[0]: seg.load_state_dict(load_tensors(_start(folder, arm))[0])
     return seg,mask
 
-# %% ../nbs/20_experiments.ipynb #b640cadf
+# %% ../nbs/20_experiments.ipynb #40fce058
 PICTURES = dict(val=4, night=1, crowd=1, sketch=1) # Scenes of each data set that the report shows
 
 def choose(
@@ -245,12 +245,13 @@ def clip_similarity(
     data, # Scenes
     clip:ClipBackbone, # The CLIP that it began as
     n:int=64, # Scenes to compare on
+    every:bool=True, # All convolutions, too? If not, `'cka_layers'` is NaN
 )->dict: # `'cka'`: unbiased linear CKA, the mean over the tower's four stages; `'cka_layers'`: over all convolutions; `'cka_channels'`: the released per-channel variant
     "How much of CLIP the backbone has kept (Tab. 9)."
     stages,n = [f'visual.layer{i}' for i in (1, 2, 3, 4)],min(n, len(data))
-    convs = [f"visual.{l.name.removesuffix('.weight')}" for l in layers(clip) if l.kind == 'conv']
+    convs = [f"visual.{l.name.removesuffix('.weight')}" for l in layers(clip) if l.kind == 'conv'] if every else []
     table = cka(clip, seg.backbone, [torch.stack([data[j]['image'] for j in range(i, min(i+16, n))]) for i in range(0, n, 16)], stages+convs, stages+convs)
-    same = lambda names: float(np.mean([table.loc[k, k] for k in names]))
+    same = lambda names: float(np.mean([table.loc[k, k] for k in names])) if names else math.nan
     few = [torch.stack([data[i]['image'] for i in range(min(8, n))])]
     return dict(cka=same(stages), cka_layers=same(convs), cka_channels=float(paper_cka(clip, seg.backbone, few, stages).mean()))
 
@@ -277,7 +278,7 @@ def run_arm(
     c,b = cost(seg, (3, scale.size, scale.size), mask=mask),recipe.batch_size
     res.update(params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs,
                train_flops=training_flops(c, first, b, mask=mask)+training_flops(c, steps, b, mask=mask, selection=selection))
-    res.update(clip_similarity(seg, world['val'], open_clip_of(scale)))
+    res.update(clip_similarity(seg, world['val'], open_clip_of(scale), every=not arm.framework))
     images = {name: torch.stack([world[name][i]['image'] for i in range(min(k, len(world[name])))]) for name,k in PICTURES.items()}
     save_tensors({n: seg.predict(x, world[n].vocabulary).to(torch.uint8) for n,x in images.items()}, done.with_suffix('.safetensors'))
     if 'layers' in arm.table.split(): save_json(analyze(seg.backbone, xmin=scale.xmin).to_frame().alpha.to_dict(), done.with_name(f'alpha-{_file(arm.name)}.json'))
@@ -441,7 +442,7 @@ def plot_cost(
     ax.set_xlabel(name); ax.set_ylabel('mIoU (%)')
     return ax
 
-# %% ../nbs/20_experiments.ipynb #9edafb79
+# %% ../nbs/20_experiments.ipynb #a9922c9e
 def plot_frameworks(
     frame:pd.DataFrame, # As `results_frame` gives it
     arms, # Dense, distilled and random of each framework
@@ -456,7 +457,7 @@ def plot_frameworks(
                 y = frame[(frame.framework == n) & frame.arm.isin([a.name for a in arms if a.name.split(': ')[-1] == kind])][f'miou_{what}']
                 x = i-.4+.8/len(kinds)*(j+.5)
                 ax.bar(x, y.mean(), .75/len(kinds), color=_colour(kind), label=kind if i == 0 else None); ax.plot([x]*len(y), y, '.', color='k', ms=3)
-        ax.set_xticks(range(len(names)), names); ax.set_ylabel('mIoU (%)'); ax.set_title(f'{what} classes', fontsize=9)
+        ax.set_xticks(range(len(names)), names, fontsize=8); ax.set_ylabel('mIoU (%)'); ax.set_title(f'{what} classes', fontsize=9)
     axs[0].legend(fontsize=7.5, frameon=False)
     return axs
 
