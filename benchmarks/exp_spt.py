@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/exp_spt.py [--seeds 5] [--out docs/results/spt-5seeds.json] [--work .spt-runs] [--tune]
 
 The small ViT is trained once, to name the base things of ShapesWorld. Three tasks, as VTAB has natural and structured ones:
-to name the novel things (20 classes, 200 pictures), to name them by night (a fifth of the light, and noise), and to count the things of a scene (256 scenes).
+to name the novel things (20 classes, 200 pictures), to name them by night (a fifth of the light, and noise), and to say which quarter of a scene has most of its things (256 scenes).
 A seed draws the pictures, the head, the modules' first numbers and the order of batches. Every arm trains its head and, but for linear probing, its class token besides its budget. `--tune` tries each arm's learning rates on a seed
 that is not among the others (1000) and writes the best into --work, where a run reads them. What is done lies in --work and is not done again, so that an interrupted run goes on.
 """
@@ -21,7 +21,7 @@ from opentrans.peft import add_adapters, add_lora, trainable_report
 from opentrans.spt import add_spt, alpha_sensitivity, param_sensitivity, sensitivity_profile, sweep_allocations
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
-SET = dict(budget=3072, r=2, pretrain_images=4000, pretrain_steps=1500, pretrain_batch=64, pretrain_lr=2e-3, steps=150, batch=32, weight_decay=1e-4, warmup=15, train=dict(novel=200, night=200, count=256), test=400)
+SET = dict(budget=3072, r=2, pretrain_images=4000, pretrain_steps=1500, pretrain_batch=64, pretrain_lr=2e-3, steps=150, batch=32, weight_decay=1e-4, warmup=15, train=dict(novel=200, night=200, where=256), test=400)
 ARMS = ('linear', 'bias', 'lora', 'adapter', 'sparse', 'random', 'spt-lora', 'spt-adapter', 'full')
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 BASE,NOVEL = ([k for k in TRIPLES if is_novel(*k) == b] for b in (False, True))
@@ -34,10 +34,11 @@ def things(kinds, n, seed):
     return torch.from_numpy(x).permute(0, 3, 1, 2).float()/127.5-1,torch.from_numpy(y)
 
 def scenes(n, split, seed):
-    "Scenes, and how many things are in each; the rarest counts are put together."
+    "Scenes, and which quarter of each has the most of its things."
     data = ShapesWorld(split, n=n, size=VIT['img_size'], seed=seed)
     samples = [data[i] for i in range(n)]
-    return torch.stack([s['image'] for s in samples])*2-1,torch.tensor([int(s['isthing'].sum()) for s in samples]).clamp(1, 5)-1
+    covered = torch.stack([s['regions'][s['isthing']].any(0).float() for s in samples])
+    return torch.stack([s['image'] for s in samples])*2-1,F.adaptive_avg_pool2d(covered[:, None], 2).flatten(1).argmax(1)
 
 def at_night(x, seed):
     "A fifth of the light, and noise."
@@ -50,7 +51,7 @@ def load_task(task, seed):
     n,m = SET['train'][task],SET['test']
     if task == 'novel': return things(NOVEL, n, seed+1),things(NOVEL, m, seed+100_001),len(NOVEL)
     if task == 'night': (x,y),(tx,ty) = things(NOVEL, n, seed+1),things(NOVEL, m, seed+100_001); return (at_night(x, seed+1), y),(at_night(tx, seed+100_001), ty),len(NOVEL)
-    return scenes(n, 'train', seed+1),scenes(m, 'val', seed+1),5
+    return scenes(n, 'train', seed+1),scenes(m, 'val', seed+1),4
 
 def new_vit(classes, seed=0):
     with seeded(seed): return timm.models.VisionTransformer(**VIT, num_classes=classes)
@@ -156,7 +157,7 @@ if __name__ == '__main__':
     p.add_argument('--tune', action='store_true', help='look for learning rates first'); p.add_argument('--quick', action='store_true', help='tiny sizes, for a test of this file')
     args = p.parse_args()
     torch.set_num_threads(1); args.work.mkdir(parents=True, exist_ok=True)
-    if args.quick: SET.update(pretrain_images=80, pretrain_steps=2, pretrain_batch=8, steps=2, batch=8, train=dict(novel=20, night=20, count=12), test=20)
+    if args.quick: SET.update(pretrain_images=80, pretrain_steps=2, pretrain_batch=8, steps=2, batch=8, train=dict(novel=20, night=20, where=12), test=20)
     began = time.process_time()
     _,pre = pretrain(args.work)
     rates = tune(args.work) if args.tune else load_json(args.work/'rates.json') if (args.work/'rates.json').exists() else {t: dict.fromkeys(ARMS, 3e-3) for t in SET['train']}

@@ -34,7 +34,7 @@ from .finetune import Recipe, evaluate, finetune
 # %% ../nbs/20_experiments.ipynb #be90070a
 _all_ = ['paper_costs']
 
-# %% ../nbs/20_experiments.ipynb #3e115790
+# %% ../nbs/20_experiments.ipynb #6e581a24
 @dataclass(frozen=True)
 class Scale:
     "Every size of a study."
@@ -63,7 +63,7 @@ class Scale:
     xmin:str = 'ks' # Rule for the beginning of a spectrum's tail
     zero_shot:int = 400 # Pictures of single things
     queries:tuple = ('mask2former', 'fcclip', 'faseg') # Frameworks of queries, which are dearer by the step: they learn in one run without a warm-up, of
-    query_iterations:int = 60 # as many iterations
+    query_iterations:int = 40 # as many iterations
     query_batch:int = 8 # of as many images,
     query_lr:float = 3e-3 # at this rate
 
@@ -226,7 +226,7 @@ def open_warm(arm, scale, seed, folder)->tuple: # As `open_arm`
     if scale.steps(arm.framework)[0]: seg.load_state_dict(load_tensors(_start(folder, arm))[0])
     return seg,mask
 
-# %% ../nbs/20_experiments.ipynb #40fce058
+# %% ../nbs/20_experiments.ipynb #1107b7e2
 PICTURES = dict(val=4, night=1, crowd=1, sketch=1) # Scenes of each data set that the report shows
 
 def choose(
@@ -278,7 +278,7 @@ def run_arm(
     c,b = cost(seg, (3, scale.size, scale.size), mask=mask),recipe.batch_size
     res.update(params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs,
                train_flops=training_flops(c, first, b, mask=mask)+training_flops(c, steps, b, mask=mask, selection=selection))
-    res.update(clip_similarity(seg, world['val'], open_clip_of(scale), every=not arm.framework))
+    res.update(clip_similarity(seg, world['val'], open_clip_of(scale), every='masks' in arm.table.split()))
     images = {name: torch.stack([world[name][i]['image'] for i in range(min(k, len(world[name])))]) for name,k in PICTURES.items()}
     save_tensors({n: seg.predict(x, world[n].vocabulary).to(torch.uint8) for n,x in images.items()}, done.with_suffix('.safetensors'))
     if 'layers' in arm.table.split(): save_json(analyze(seg.backbone, xmin=scale.xmin).to_frame().alpha.to_dict(), done.with_name(f'alpha-{_file(arm.name)}.json'))
