@@ -334,7 +334,7 @@ def study(
     res = run_jobs(jobs, workers, f'seed {seed}')
     return [res[a.name, 'arm'] for a in arms]
 
-# %% ../nbs/20_experiments.ipynb #8ad59262
+# %% ../nbs/20_experiments.ipynb #c0cc1128
 SETS = dict(base='base', novel='novel', night='night', crowd='crowd', sketch='sketch') # what mIoU is taken over
 
 def results_frame(
@@ -359,7 +359,7 @@ def summarize(
     rows = {}
     for a in arms:
         f = frame[frame.arm == a.name]
-        full = frame[(frame.framework == f.framework.iloc[0]) & frame['mask'].isna() & (frame.select == 'all')].train_flops.mean()
+        full = frame[(frame.framework == f.framework.iloc[0]) & frame['mask'].isna() & (frame['select'] == 'all')].train_flops.mean()
         rows[a.name] = {**{f'mIoU {k}': _cell(f[f'miou_{k}']) for k in SETS}, 'CKA to CLIP': _cell(f.cka, 2), 'frozen layers': f'{f.frozen_layers.mean():.0f}',
                         'params': f'{f.active_params.mean()/1e6:.2f} M', 'MACs': f'{f.active_macs.mean()/1e6:.1f} M',
                         'training': f'{f.train_flops.mean()/1e12:.2f} T' + (f' ({f.train_flops.mean()/full-1:+.0%})' if full == full else '')}
