@@ -689,7 +689,7 @@ def __repr__(self:HybridSpec):
     runs = ', '.join(f'{o} x{len(list(g))}' for o,g in itertools.groupby(self.ops))
     return f"HybridSpec({self.name + ': ' if self.name else ''}{runs}; units {sum(self.widths):,}{f' of {sum(self.hidden):,}' if self.hidden else ''})"
 
-# %% ../nbs/19_spvit.ipynb #5510ef9c
+# %% ../nbs/19_spvit.ipynb #92f5c4d6
 _b = lambda text: [dict(s='skip', c='conv1', C='conv3', m='msa')[x] for x in text.replace(' ', '')]
 _n = lambda text: [int(x) for x in text.split()]
 SPVIT_PUBLISHED = { # name: timm's model, operations, units, then as published: parameters (M) and FLOPs (G); of the search: lambda, target (G), learning rate of gates, temperature
@@ -706,6 +706,9 @@ SPVIT_PUBLISHED = { # name: timm's model, operations, units, then as published: 
     'swin_s': dict(model='swin_small_patch4_window7_224', ops=_b('cs mm mmmmmmmmmmmmscmmss mm'),
                    units=_n('188 209 748 680 1159 1260 1127 1036 919 916 868 918 903 937 961 1037 1063 996 888 866 741 509 3064 3051'),
                    params=38.9, gflops=6.1, weight=.4, target=5.5, gate_lr=5e-4, temperature=100.),
+    'swin_b': dict(model='swin_base_patch4_window7_224', ops=_b('ms mm mmmmmmmsmmmmmmscms mm'),
+                   units=_n('311 303 1011 980 1763 1673 1636 1523 1410 1377 1332 1345 1440 1426 1400 1315 1371 1321 1324 1265 1127 734 3572 2931'),
+                   params=None, gflops=None, weight=.1, target=10., gate_lr=5e-4, temperature=100.),
 }
 
 @patch(cls_method=True)

@@ -1,8 +1,10 @@
 "SPViT across modules: hybrids inside ClipBackbone, frameworks, masks and spectra; random towers; broken files; the experiment's script."
-import importlib.util, itertools, json
+import importlib.util, itertools, json, os, re, types
 from pathlib import Path
 import numpy as np
+import open_clip
 import pytest
+import timm
 import torch
 from hypothesis import given, settings, strategies as st
 from opentrans.clip import ClipBackbone, small_clip
@@ -11,7 +13,7 @@ from opentrans.cost import cost
 from opentrans.frameworks import build
 from opentrans.heavy_tail import analyze
 from opentrans.pruning import SparseMask
-from opentrans.spvit import SPVIT_OPS, BottleneckConv, HybridSpec, SPViTCost, UnifiedAttention, UnifiedMLP, convert_to_spvit, embedding_loss, random_spec, slim_spvit, train_spvit, vit_blocks
+from opentrans.spvit import SPVIT_OPS, SPVIT_PUBLISHED, BottleneckConv, HybridSpec, SPViTCost, UnifiedAttention, UnifiedMLP, convert_to_spvit, embedding_loss, random_spec, slim_spvit, train_spvit, vit_blocks
 
 root = Path(__file__).resolve().parent.parent
 CONFIG = dict(embed_dim=16, vision_cfg=dict(image_size=48, patch_size=8, width=24, head_width=8, layers=4), text_cfg=dict(context_length=12, width=32, heads=2, layers=1),
@@ -79,6 +81,87 @@ def test_search_without_labels_transfers_to_a_framework(tmp_path):
     assert loss.isfinite() and all(p.grad is not None for b in list(vit_blocks(other).values())[:-1] for p in b.mlp.parameters())
     assert seg.predict(images[:1], ['red', 'blue', 'star']).shape == (1, 48, 48)
 
+# --- beside the published code
+
+REFERENCE = os.environ.get('OPENTRANS_SPVIT', '')
+
+@pytest.fixture(scope='module')
+def reference():
+    "The search code of ziplab/SPViT for DeiT, whose folder OPENTRANS_SPVIT names, on the CPU and with today's timm."
+    file = Path(REFERENCE)/'SPViT_DeiT'/'models_pruning.py'
+    if not REFERENCE or not file.exists(): pytest.skip('OPENTRANS_SPVIT does not name a folder with a clone of ziplab/SPViT')
+    source = file.read_text().replace('.cuda()', '')
+    for a,b in (('from timm.models.layers import', 'from timm.layers import'), ('from timm.models.vision_transformer import _cfg', '_cfg = dict'), ('from timm.models.registry import register_model', 'register_model = lambda f: f'), ('from params import args', '')):
+        source = source.replace(a, b)
+    module = types.ModuleType('models_pruning'); exec(compile(source, str(file), 'exec'), module.__dict__)
+    return module
+
+@pytest.mark.parametrize('heads,temperature', [(3, .01), (3, 1.), (6, .5)])
+def test_layers_are_the_references(reference, heads, temperature):
+    "For all patterns of gates, with random weights, biases, scores and norms: layer under search and slimmed layer give what the published layer gives; its scores go column by column, ours row by row."
+    torch.manual_seed(0)
+    c = 8*heads; theirs = reference.UnifiedAttention(c, num_heads=heads, qkv_bias=True, window_size=(4, 4), alpha=temperature, theta=1.5).eval()
+    with torch.no_grad():
+        for p in theirs.parameters(): p.copy_(torch.randn_like(p)*.4)
+        for bn in (theirs.bn_1x1, theirs.bn_3x3): bn.running_mean.normal_(); bn.running_var.uniform_(.5, 2.)
+    plain = timm.layers.Attention(c, heads, qkv_bias=True).eval()
+    plain.load_state_dict({**{f'qkv.{k}': torch.cat([getattr(theirs.qk, k), getattr(theirs.v, k)]) for k in ('weight', 'bias')}, **{f'proj.{k}': getattr(theirs.proj, k) for k in ('weight', 'bias')}})
+    ours = UnifiedAttention.from_attention(plain, (4, 4), gating='nested', temperature=temperature)
+    for o,bn in (('conv1', theirs.bn_1x1), ('conv3', theirs.bn_3x3)): ours.norms[o].load_state_dict(bn.state_dict())
+    x,seen = torch.randn(2, 17, c),set()
+    with torch.no_grad():
+        ours.z.copy_(theirs.head_probs.unflatten(1, (3, 3)).mT.flatten(1))
+        for gates in itertools.product((-1., 1.), repeat=3):
+            theirs.kernel_thresholds.copy_(torch.tensor(gates)); ours.gate.copy_(torch.tensor(gates)); seen.add(ours.op())
+            want = theirs(x)[0]
+            if ours.op() == 'skip': assert not want.any() # also of the class token
+            for layer in (ours, ours.slim()): torch.testing.assert_close(layer(x), want, atol=2e-5, rtol=1e-4)
+    assert seen == set(SPVIT_OPS)
+
+def test_mlp_is_the_references(reference):
+    torch.manual_seed(0)
+    theirs = reference.UnifiedMlp(12, 48, theta=1.5).eval(); plain = timm.layers.Mlp(12, 48); plain.load_state_dict({k: t for k,t in theirs.state_dict().items() if k.startswith('fc')})
+    ours = UnifiedMLP.from_mlp(plain.eval()); x = torch.randn(2, 5, 12)
+    with torch.no_grad():
+        theirs.ffn_thresholds.normal_(); ours.gate.copy_(theirs.ffn_thresholds)
+        torch.testing.assert_close(ours(x), theirs(x)[0]); assert len(ours.kept()) == theirs(x)[1] == ours.slim().fc1.out_features
+
+@pytest.mark.parametrize('name', SPVIT_PUBLISHED)
+def test_published_specs_are_the_files(reference, name):
+    "Operations and numbers of units out of the code's own files."
+    found = dict(deit_ti='SPViT_DeiT/config/spvit_deit_ti_l200_t10_ft.json', deit_s='SPViT_DeiT/config/spvit_deit_sm_l30_t32_ft.json', deit_b='SPViT_DeiT/config/spvit_deit_bs_l008_t60_ft.json', deit_b_light='SPViT_DeiT/config/spvit_deit_bs_l006_t100_ft.json',
+                 swin_ti='SPViT_Swin/configs/spvit_swin_tn_l28_t32_ft.yaml', swin_s='SPViT_Swin/configs/spvit_swin_sm_l04_t55_ft.yaml', swin_b='SPViT_Swin/configs/spvit_swin_bs_l01_t100_ft.yaml')[name]
+    text = (Path(REFERENCE)/found).read_text()
+    gates = np.array(re.findall(r'\[([01.]+), ([01.]+), ([01.]+)\]', text), float)
+    units = torch.load(Path(REFERENCE)/found.split('/')[0]/re.search(r'ffn_indicators/[^"\']+', text)[0], map_location='cpu', weights_only=True)['model']
+    spec = HybridSpec.published(name)
+    assert spec.ops == [SPVIT_OPS[int(g.cumprod().sum())] for g in gates] and spec.units == [int((u != 0).sum()) for u in units.values()]
+
+# --- what a hybrid is to the rest
+
+@pytest.mark.parametrize('kind', ['deit_ti', 'registers', 'no class token', 'clip', 'clip on a trunk'])
+def test_towers_of_the_libraries(kind):
+    "Models that timm and open_clip build: converted they are the source, slimmed they are the gated ones, and the count knows their tokens."
+    torch.manual_seed(0)
+    if kind == 'deit_ti': model = timm.create_model('deit_tiny_patch16_224', num_classes=7)
+    elif kind == 'registers': model = timm.models.VisionTransformer(img_size=64, patch_size=16, embed_dim=24, depth=2, num_heads=3, num_classes=4, reg_tokens=3, init_values=.1, qk_norm=True)
+    elif kind == 'no class token': model = timm.models.VisionTransformer(img_size=64, patch_size=16, embed_dim=24, depth=2, num_heads=3, num_classes=4, class_token=False, global_pool='avg')
+    elif kind == 'clip':
+        config = dict(embed_dim=32, vision_cfg=dict(image_size=64, patch_size=16, width=64, head_width=32, layers=3), text_cfg=dict(context_length=12, vocab_size=64, width=32, heads=2, layers=1))
+        model = open_clip.CLIP(**config, quick_gelu=True)
+    else: model = open_clip.timm_model.TimmModel('test_vit', embed_dim=8, image_size=160, pool='', proj='linear', pretrained=False)
+    model = model.eval(); side = dict(deit_ti=224).get(kind, 160 if 'trunk' in kind else 64)
+    call = (lambda m, x: m.encode_image(x)) if kind == 'clip' else (lambda m, x: m(x))
+    x = torch.rand(1, 3, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(call(convert_to_spvit(model), x), call(model, x), atol=1e-5, rtol=1e-4)
+        rng,gated = np.random.default_rng(0),stirred(convert_to_spvit(model), 0)
+        for m in gated.modules():
+            if isinstance(m, UnifiedAttention): m.set_op(rng.choice(m.ops))
+            if isinstance(m, UnifiedMLP): m.keep(np.flatnonzero(rng.random(m.hidden) < .5))
+        thin = slim_spvit(gated); torch.testing.assert_close(call(gated, x), call(thin, x), atol=1e-5, rtol=1e-4)
+    count = SPViTCost(model, size=(side, side)); assert count.flops(gated).item() == count.flops(thin).item() < count.flops(model).item()
+
 def test_names_of_what_stays():
     "Layers that a hybrid keeps have the names of the dense tower, so that masks and tables join on them; new ones are the convolutions alone."
     clip = backbone(); spec = HybridSpec(['conv3', 'skip', 'msa', 'msa'], [50, 60, 70, 96])
@@ -142,3 +225,9 @@ def test_benchmark_runs():
     b = script('bench_spvit'); nets = b.models('deit_ti', 'cpu')
     r = b.bench(nets, 1, 224, 1, 'cpu')
     assert r['dense']['peak_bytes'] > 0 and r['time_ratio'] > 0 and sum(t.numel() for t in nets['spvit'].parameters()) == 4_774_808
+
+def test_committed_benchmark():
+    "The stored run: DeiT-S slimmed by the published spec is faster than DeiT-S at every batch, by a margin that the quartiles do not bridge at batch 1."
+    d = load_json(root/'benchmarks'/'bench_spvit.json')
+    assert (d['flops']['spvit'], d['params']['spvit']) == (3_346_503_936, 15_870_724) and {'date', 'threads', 'torch', 'machine'} <= set(d)
+    assert all(r['time_ratio'] < .9 and r['memory_ratio'] < 1 for r in d['runs']) and d['runs'][0]['spvit']['quartiles'][1] < d['runs'][0]['dense']['quartiles'][0]
