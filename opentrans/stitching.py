@@ -337,7 +337,7 @@ class StitchableNet(nn.Module):
             if c.is_anchor: return front(x)
             return end.head(end.run(self.stitching[c.key](front.run(front.embed(x), 0, c.j+1)), c.k))
 
-# %% ../nbs/18_stitching.ipynb #e0a3a7ed
+# %% ../nbs/18_stitching.ipynb #2080f4d6
 @patch
 def init_stitches(self:StitchableNet,
     x:torch.Tensor, # Some images, about 100
@@ -353,7 +353,7 @@ def init_stitches(self:StitchableNet,
             for i,c in group:
                 y = _tokens(end[c.k]).double()
                 rows.append(asdict(c) | dict(stitch=i, residual=layer.residual(front[c.j+1], end[c.k])/(y - y.mean(0)).norm().item()))
-    return pd.DataFrame(rows).set_index('stitch').sort_index()
+    return pd.DataFrame(rows, columns=[*StitchConfig.__dataclass_fields__, 'stitch', 'residual']).set_index('stitch').sort_index()
 
 @patch
 def extract(self:StitchableNet,
@@ -401,7 +401,7 @@ def part_costs(
         if n in anchor.tokens: t.loc[p, 'tokens'] += r.params
     return t
 
-# %% ../nbs/18_stitching.ipynb #7298b781
+# %% ../nbs/18_stitching.ipynb #97c5dc0f
 def stitch_table(
     net:StitchableNet, # The family
     input_size=(3, 224, 224), # (C,H,W)
@@ -426,11 +426,9 @@ def stitch_table(
             left = (0 if count_final_norm else end.norm['head']*layernorm_cost)
             params -= 0 if count_tokens else run.tokens.sum()
         flops,params = flops + run.macs.sum() + layernorm_cost*run.norm.sum() - left,params + run.params.sum()
-        rows.append(asdict(c) | dict(name=c.label, flops=_whole(flops), params=_whole(params)))
+        rows.append(asdict(c) | dict(name=c.label, flops=round(flops), params=round(params)))
     t = pd.DataFrame(rows, index=pd.Index(range(len(net.configs)) if stitches is None else stitches, name='stitch'))
     return t.astype(dict(j='Int64', k='Int64', layer='Int64'))
-
-def _whole(x): return int(x) if float(x).is_integer() else float(x)
 
 def stitch_cost(
     net:StitchableNet, # The family
@@ -756,7 +754,7 @@ def plot_pareto(
     ax.set(xlabel=f'{name}FLOPs (multiply-accumulates)', ylabel='accuracy'); ax.spines[['top', 'right']].set_visible(False); ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/18_stitching.ipynb #68b04c22
+# %% ../nbs/18_stitching.ipynb #531d9947
 def gradient_angles(
     net:StitchableNet, # The family
     batch, # (images, labels)
@@ -785,14 +783,15 @@ def gradient_angles(
     return res
 
 def plot_angles(
-    angles:torch.Tensor, # (n, n), of `gradient_angles`
+    angles:torch.Tensor, # (n, n), of `gradient_angles`; or the pairs themselves
     label:str=None, # In the legend
     ax=None, # Axes to draw on
 ): # The axes
     "Distribution of the pairwise angles, with 90 degrees marked (thesis Fig. 3.2)."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(6, 3))[1]
-    v = angles[tuple(torch.triu_indices(*angles.shape, offset=1))]; v = v[torch.isfinite(v)]
+    v = angles[tuple(torch.triu_indices(*angles.shape, offset=1))] if angles.dim() == 2 else angles
+    v = v[torch.isfinite(v)]
     ax.hist(v.numpy(), bins=np.linspace(0, 180, 37), alpha=.55, density=True, label=f"{label or 'pairs'}: mean {v.mean():.0f}°, {100*(v > 90).double().mean():.0f}% above 90°")
     ax.axvline(90, color='#c03030', ls='--', lw=1); ax.set(xlabel='angle between gradients (degrees)', ylabel='density', xlim=(0, 180)); ax.set_yticks([]); ax.spines[['top', 'right', 'left']].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc='upper left')
