@@ -8,9 +8,9 @@ __all__ = ['ROOMS']
 # %% ../nbs/22_all.ipynb #542aa617
 import importlib
 
-# %% ../nbs/22_all.ipynb #7dcdc777
+# %% ../nbs/22_all.ipynb #64122714
 ROOMS = ('core', 'pruning', 'heavy_tail', 'cka', 'cost', 'data', 'metrics', 'peft', 'clip', 'spt', 'stitching', 'spvit', 'distill', 'frameworks',
-         'frameworks.deeplabv3', 'frameworks.mask2former', 'frameworks.fcclip', 'frameworks.faseg', 'finetune', 'efficiency', 'experiments', 'playground')
+         'frameworks.deeplabv3', 'frameworks.mask2former', 'frameworks.fcclip', 'frameworks.faseg', 'frameworks.fpn', 'finetune', 'efficiency', 'experiments', 'playground')
 
 __all__ = []
 for _room in ROOMS:

@@ -202,7 +202,7 @@ def _own_loss(self:DistillTrainer, model, batch, device):
              for k,v in batch['whole'].items()}
     with torch.autocast(device.type, torch.bfloat16, enabled=self.amp): return sum(model.loss(batch).values())
 
-# %% ../nbs/08_distill.ipynb #167d1a9b
+# %% ../nbs/08_distill.ipynb #47d18906
 @contextlib.contextmanager
 def _training(model, backbone, batch_norm, freeze):
     "Train mode and gradients for a round, of a model that holds the backbone; afterwards every module and parameter is as it was."
@@ -219,6 +219,29 @@ def _training(model, backbone, batch_norm, freeze):
         for p,b in grads: p.requires_grad_(b); p.grad = None
 
 @patch
+def _stream(self:DistillTrainer, seed):
+    "Batches without end, in an order that the seed draws. Raises `OpenTransError` if there is no region."
+    order,g = (torch.Generator().manual_seed(seed+i) for i in (0, 1))              # of images; of windows and regions: readers run ahead
+    batches,empty = _endless(len(self.data), self.batch_size, order),0
+    for samples in torch.utils.data.DataLoader(_Numbered(self.data), batch_sampler=batches, collate_fn=list, num_workers=self.workers):
+        if (batch := self._batch(samples, g)) is not None: yield batch; continue
+        empty += 1
+        if empty*self.batch_size > 2*len(self.data):
+            raise OpenTransError(f"None of the {len(self.data)} samples has a region of at least {self.min_pixels} pixels"
+                                 f"{' of these classes' if self.classes else ''}. Lower min_pixels or use other data.")
+
+@patch
+def losses(self:DistillTrainer,
+    model:nn.Module, # A `ClipBackbone`, or what holds one; not changed
+    n:int=16, # Number of batches
+    seed:int=0, # Of their order
+): # Yields the distillation loss of each, with its graph
+    "The loss on some batches without training: what criteria such as SNIP look at (`SparseMask.by`)."
+    backbone = find_backbone(model); device = device_of(backbone)
+    text,stream = self.clip.text(class_prompts(self.data.vocabulary), device),self._stream(seed)
+    for _ in range(n): yield self._loss(backbone, next(stream), text, device)
+
+@patch
 def __call__(self:DistillTrainer,
     model:nn.Module, # A `ClipBackbone`, or a framework that holds one; its tower is trained in place
     round:int=0, # Round of `imp`; goes into the seed and the log
@@ -230,20 +253,13 @@ def __call__(self:DistillTrainer,
     whole = unwrap(model) if self.segmentation else backbone
     if self.segmentation and not callable(getattr(whole, 'loss', None)):
         raise OpenTransError(f"segmentation={self.segmentation} needs a framework with a loss of its own, not a {type(whole).__name__}. Give one made by build(...).")
-    device,losses,empty = device_of(backbone),[],0
+    device,losses = device_of(backbone),[]
     seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed*10007+round
-    order,g = (torch.Generator().manual_seed(seed+i) for i in (0, 1))              # of images; of windows and regions: readers run ahead
-    text = self.clip.text(class_prompts(self.data.vocabulary), device)
-    batches = _endless(len(self.data), self.batch_size, order)
-    loader = torch.utils.data.DataLoader(_Numbered(self.data), batch_sampler=batches, collate_fn=list, num_workers=self.workers)
+    text,stream = self.clip.text(class_prompts(self.data.vocabulary), device),self._stream(seed)
     with _training(whole, backbone, self.batch_norm, self.freeze) as params:
-        opt,samples = self._optimizer(params),iter(loader)
+        opt = self._optimizer(params)
         for i in progress(range(self.iters), f'distill, round {round}'):
-            while (batch := self._batch(next(samples), g)) is None:
-                empty += 1
-                if empty*self.batch_size > 2*len(self.data):
-                    raise OpenTransError(f"None of the {len(self.data)} samples has a region of at least {self.min_pixels} pixels"
-                                         f"{' of these classes' if self.classes else ''}. Lower min_pixels or use other data.")
+            batch = next(stream)
             loss = self.distillation*self._loss(backbone, batch, text, device) if self.distillation else 0.
             if self.segmentation: loss = loss + self.segmentation*self._own_loss(whole, batch, device)
             if not loss.isfinite():

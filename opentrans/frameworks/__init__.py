@@ -3,5 +3,5 @@ from .contract import *
 from .contract import __all__ as __all__
 from .contract import register_framework
 
-for _name in ('deeplabv3', 'mask2former', 'fcclip', 'faseg'): register_framework(_name, module=f'{__name__}.{_name}')
+for _name in ('deeplabv3', 'mask2former', 'fcclip', 'faseg', 'fpn'): register_framework(_name, module=f'{__name__}.{_name}')
 del _name
