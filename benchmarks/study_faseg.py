@@ -1,6 +1,7 @@
 """FASeg beside Mask2Former on ShapesWorld, with seeds: dense and sparse, other positional queries, and what HRCA looks at (thesis, Tab. 5.5 to 5.7 and Fig. 5.4, at toy scale).
 
     OMP_NUM_THREADS=1 python benchmarks/study_faseg.py --seeds 5 --out docs/results/faseg-5seeds.json
+    OMP_NUM_THREADS=1 python benchmarks/study_faseg.py --seeds 3 --iterations 400 --arms Mask2Former FASeg 'DFPQ alone' 'HRCA alone' --folder runs/faseg-long --out docs/results/faseg-long.json
 
 Each run of the study is a small file in --folder; a run that is there with the same settings is not done again, so that the study can be interrupted.
 """
@@ -23,7 +24,7 @@ SCALE = dict(domain='night', size=64, output_stride=16, train=320, val=64, itera
              head=dict(hidden=64, mask_dim=64, queries=16, pixel_layers=1, heads=4, pixel_ffn=128, ffn=128, points=128, kd=0., region_dropout=0., scale=1/.07, class_weight=2.),
              mask2former=dict(layers=3), faseg=dict(rounds=1, ratio=8))
 
-FEW = 3 # seeds of the arms that are beside the main comparison
+FEW = 5 # seeds, at most, of the arms that are beside the main comparison
 ARMS = { # name -> (framework, its options, sparse?, in the main comparison?)
     'Mask2Former': ('mask2former', {}, False, True), 'Mask2Former, sparse': ('mask2former', {}, True, True),
     'FASeg': ('faseg', {}, False, True), 'FASeg, sparse': ('faseg', {}, True, True),
@@ -111,5 +112,5 @@ if __name__ == '__main__':
     results = study(args.seeds, args.folder, scale, args.arms)
     if args.out:
         save_json(dict(what='FASeg beside Mask2Former on ShapesWorld: toy scale',
-                       run=dict(command=f'python benchmarks/study_faseg.py --seeds {args.seeds}', date=date.today().isoformat(), cpu_minutes=round(sum(r['seconds'] for r in results)/60, 1), threads=1, **hardware()),
+                       run=dict(command=' '.join(['python benchmarks/study_faseg.py', f'--seeds {args.seeds}', *([f'--iterations {args.iterations}'] if args.iterations != SCALE['iterations'] else []), *(['--arms', *map(repr, args.arms)] if args.arms else [])]), date=date.today().isoformat(), cpu_minutes=round(sum(r['seconds'] for r in results)/60, 1), threads=1, **hardware()),
                        seeds=list(range(args.seeds)), scale=scale, results=results), args.out)

@@ -1,11 +1,12 @@
 "FASeg beside its published code with the same weights, on backbones that are no CLIP, through training with a mask, and HRCA on maps of many sizes."
-import importlib, importlib.util, os, sys, types
+import importlib, importlib.util, json, os, sys, types
+from pathlib import Path
 import pytest
 import torch
 from torch import nn
 from opentrans.cost import peak_memory
 from opentrans.clip import ClipBackbone
-from opentrans.core import seeded
+from opentrans.core import load_json, seeded
 from opentrans.data import ShapesWorld
 from opentrans.finetune import Recipe, evaluate, finetune
 from opentrans.frameworks import build, check_framework
@@ -13,6 +14,7 @@ from opentrans.frameworks.contract import tiny_backbone
 from opentrans.frameworks.faseg import FASegDecoder, FASegPixelDecoder, HighResCrossAttention, StagedBackbone, cell_pixels, load_faseg, select_cells
 from opentrans.pruning import SparseMask
 
+root = Path(__file__).resolve().parent.parent
 TINY = dict(hidden=32, mask_dim=32, queries=8, pixel_layers=1, heads=2, pixel_ffn=32, ffn=32, points=128)
 
 def maps(channels, size, b=1, seed=0):
@@ -69,6 +71,31 @@ def test_logits_are_the_references(reference, moved):
     assert len(every) == len(ours) == 14
     for i,((c,m),o) in enumerate(zip(ours, every)): assert (c - o['pred_logits']).abs().max() < 1e-4*max(1., o['pred_logits'].abs().max()) and (m - o['pred_masks']).abs().max() < 1e-4*max(1., o['pred_masks'].abs().max()), i
 
+def test_deformable_attention_is_its_definition():
+    "transformers' PyTorch form, which is used here, beside loops: weighted bilinear samples of each level, zero outside, pixel centres at halves; to 1e-10, forward and gradient of the points."
+    from transformers.models.mask2former.modeling_mask2former import multi_scale_deformable_attention
+    torch.manual_seed(0)
+    sizes,(b,q,heads,dim,points) = [(3, 5), (6, 4)],(2, 3, 2, 4, 2)
+    value,at,w = (torch.rand(*s, dtype=torch.float64) for s in ((b, sum(y*x for y,x in sizes), heads, dim), (b, q, heads, len(sizes), points, 2), (b, q, heads, len(sizes), points)))
+    at = (1.4*at - .2).requires_grad_() # also outside
+    want = [[[0]*heads for _ in range(q)] for _ in range(b)]
+    for n in range(b):
+        for i in range(q):
+            for h in range(heads):
+                for l,(H,W) in enumerate(sizes):
+                    v = value[n, sum(y*x for y,x in sizes[:l]):][:H*W, h].unflatten(0, (H, W))
+                    for k in range(points):
+                        x,y = at[n, i, h, l, k, 0]*W - .5, at[n, i, h, l, k, 1]*H - .5
+                        for r in (int(y.floor()), int(y.floor())+1):
+                            for c in (int(x.floor()), int(x.floor())+1):
+                                if 0 <= r < H and 0 <= c < W: want[n][i][h] = want[n][i][h] + w[n, i, h, l, k]*(1-(y-r).abs())*(1-(x-c).abs())*v[r, c]
+    want = torch.stack([torch.stack([torch.cat([o + value.new_zeros(dim) for o in hs]) for hs in qs]) for qs in want])
+    got = multi_scale_deformable_attention(value, sizes, at, w)
+    assert (got - want).abs().max() < 1e-10
+    g = torch.randn_like(want)
+    a,c = (torch.autograd.grad((o*g).sum(), at, retain_graph=True)[0] for o in (got, want))
+    assert (a - c).abs().max() < 1e-9
+
 def test_deformable_attention_is_the_compiled_one():
     "transformers' PyTorch form, which is used here, beside the compiled operator, where that is installed."
     op = pytest.importorskip('MultiScaleDeformableAttention', reason='the compiled deformable attention is not installed')
@@ -119,6 +146,21 @@ def test_hrca_needs_less_memory():
     v = lambda: f.flatten(2).mT
     full = peak_memory(lambda: nn.MultiheadAttention.forward(hrca, q, v() + p.flatten(2).mT, v(), need_weights=False)[0].sum().backward())
     assert few < .5*full, (few, full)
+
+def test_committed_benchmark():
+    "The stored run at 1/4 of 512x512: HRCA takes less time and less memory than full attention, in inference and training, alone and in the decoder."
+    d = load_json(root/'benchmarks'/'bench_hrca.json')
+    assert {'command', 'processor', 'torch', 'threads'} <= set(d['run']) and d['layer']['gap'] < 1e-5
+    for rows in (d['layer']['inference'], d['layer']['training'], d['decoder']):
+        assert all(r['ratio'] > 1.5 and r['mib'] > 1.2*rows['HRCA']['mib'] for k,r in rows.items() if k != 'HRCA'), rows
+
+def test_committed_study():
+    "Five seeds of the main comparison, at least three of each variant, all of one size, with command, date and versions."
+    d = load_json(root/'docs'/'results'/'faseg-5seeds.json')
+    spec = importlib.util.spec_from_file_location('study_faseg', root/'benchmarks'/'study_faseg.py'); study = importlib.util.module_from_spec(spec); spec.loader.exec_module(study)
+    assert {'command', 'date', 'processor', 'torch', 'cpu_minutes'} <= set(d['run']) and d['scale'] == json.loads(json.dumps(study.SCALE))
+    seeds = {a: sorted(r['seed'] for r in d['results'] if r['arm'] == a) for a in study.ARMS}
+    assert all(s == list(range(5 if study.ARMS[a][3] else study.FEW)) for a,s in seeds.items()), seeds
 
 # --- other backbones
 
