@@ -7,10 +7,15 @@ OUT    ?= demo-report
 # two processes of one thread each use a small machine better than one process of two threads
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test check-notebooks gpu clean
+# studies that `make results` runs again, or goes on with; `opentrans study` lists them
+STUDIES ?= masks freezing balance training ratio losses supervision rounds similarity alpha density xmin levels interference methods overlap frameworks
+SEEDS   ?= 5
+
+.PHONY: help install demo test check-notebooks results gpu clean
 help:
 	@echo "make demo   the whole paper at toy scale: one HTML report and one JSON in $(OUT)/"
 	@echo "make test   export up to date, notebooks clean, all notebooks, all tests"
+	@echo "make results  the studies behind docs/results/ (hours; STUDIES='losses ratio' for some; goes on where it was)"
 	@echo "make gpu    the heavy notebook cells, on a machine with a CUDA device"
 
 install: $(STAMP)
@@ -18,6 +23,7 @@ install: $(STAMP)
 $(STAMP): settings.ini setup.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "opentrans needs Python 3.10 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip --upgrade >/dev/null
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[dev]'
 	@touch $(STAMP)
@@ -31,6 +37,9 @@ test: check-notebooks
 
 check-notebooks: $(STAMP)
 	$(BIN)/python tests/check_notebooks.py
+
+results: $(STAMP)
+	for s in $(STUDIES); do $(BIN)/opentrans study $$s --seeds $(SEEDS) --out docs/results || exit 1; done
 
 gpu: $(STAMP)
 	$(BIN)/nbdev_test --n_workers 1 --flags 'gpu slow' --do_print --timing

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VALUES', 'FullSize', 'released_stride16', 'paper_costs']
 
-# %% ../nbs/24_efficiency.ipynb #37c20b04
+# %% ../nbs/24_efficiency.ipynb #70340dff
 import functools, math
 from pathlib import Path
 import numpy as np
@@ -16,7 +16,12 @@ from .clip import ClipBackbone
 from .core import LayerSelection, OpenTransError, load_json, progress
 from .cost import cost, training_flops
 from .frameworks.contract import build
+from .frameworks.faseg import ConditionalPositionEncoding, FASegDecoder, FASegPixelDecoder
+from .frameworks.mask2former import MaskDecoder, PixelDecoder
+from .peft import add_adapters, add_lora, trainable_report
 from .pruning import prunable
+from .spvit import HybridSpec, SPViTCost
+from .stitching import StitchableNet, apply_pst, pst_report, stitch_configs
 
 # %% ../nbs/24_efficiency.ipynb #27ad364e
 _TOOL = dict(hook='thop', trace='fvcore', ptflops='ptflops', conv_macs='macs')      # a convention's name in the table -> in `cost`
@@ -125,13 +130,72 @@ def _training_value(full, e):
     return run(**dict(full={}, alpha=dict(selection=freeze(small)), alpha_star=dict(selection=freeze(large)), pruned=dict(mask=.1),
                       alpha_pruned=dict(mask={'*': .1, 'conv1.weight': 1.}, selection=freeze(small)))[what])
 
-# %% ../nbs/24_efficiency.ipynb #3d14557b
-VALUES = dict(clip_rn50=_clip_value, han_rn50=_han_value, fcclip_rn50=_fcclip_value, deeplabv3_rn50=_deeplab_value, train_flops=_training_value) # first part of an entry's name -> function of (`FullSize`, entry)
+# %% ../nbs/24_efficiency.ipynb #ee59fc64
+class _Closed(torch.nn.Module):
+    "Mask2Former's or FASeg's segmenter of ADE20K's 150 classes on ResNet-50, for counting."
+    def __init__(self, faseg=True, dfpq=True, hrca=True):
+        from torchvision.models import resnet50
+        from torchvision.models._utils import IntermediateLayerGetter
+        super().__init__()
+        self.backbone,channels = IntermediateLayerGetter(resnet50(), {f'layer{i}': f'res{i+1}' for i in (1, 2, 3, 4)}),{f'res{i+2}': 256*2**i for i in range(4)}
+        pixel,decoder = (FASegPixelDecoder(channels, key_pos='conditional', hrca=hrca),FASegDecoder(queries=100, dfpq=dfpq, hrca=hrca)) if faseg else (PixelDecoder(channels),MaskDecoder(queries=100))
+        self.head = torch.nn.ModuleList([pixel, decoder, torch.nn.Linear(256, 151)])
+
+    def forward(self, images):
+        q,m = self.head[1](*self.head[0](self.backbone(images)))[-1]
+        return self.head[2](q),m
+
+_CLOSED = {'mask2former_r50_ade': dict(faseg=False), 'mask2former_r50_ade+dfpq': dict(hrca=False), 'mask2former_r50_ade+hrca': dict(dfpq=False), 'faseg_r50_ade': {}}
+
+def _faseg_value(full, e):
+    options = _CLOSED[e['name']]
+    with torch.device('meta'): net = _Closed(**options)
+    if e['metric'] == 'params': # the batch norms are frozen, and counted by neither; HRCA alone has no encoding of positions from features
+        own = sum(p.numel() for m in net.modules() if isinstance(m, ConditionalPositionEncoding) for p in m.parameters()) if not options.get('dfpq', True) else 0
+        return sum(p.numel() for p in net.backbone.parameters() if p.dim() == 4) + sum(p.numel() for p in net.head.parameters()) - own
+    h,w = _size(e); queries,classes,levels = 100,150,[(h//s)*(w//s) for s in (32, 16, 8)]
+    masked = 3*sum(levels) + (levels[0] if options.get('hrca', options.get('faseg', True)) else 0)
+    return cost(net.to_empty(device='cpu'), (3, h, w), convention='fvcore').macs + queries*classes*h*w + 4*queries*h*w + queries*256*masked
+
+def _vit(width=768):
+    import timm
+    with torch.device('meta'): return timm.models.VisionTransformer(embed_dim=width, depth=12, num_heads=width//64)
+
+def _spt_value(full, e):
+    what,vit,number = e['name'].partition('.')[2],_vit(),lambda m: sum(p.numel() for p in m.parameters())
+    if what == '': return number(vit)-number(vit.head)
+    if what == 'linear_mean_vtab_head': return 769*float(np.mean(list(_entries()['vtab_classes'].values())))
+    if what == 'bias_all': return sum(p.numel() for n,p in vit.named_parameters() if n.endswith('bias') and not n.startswith('head.'))
+    each = lambda *parts: [f'blocks.{i}.{p}' for i in range(12) for p in parts]
+    qv = each('attn.qkv.weight[q]', 'attn.qkv.weight[v]')
+    add = dict(adapter8=lambda: add_adapters(vit, each('mlp.fc2.weight'), r=8), lora16_qv=lambda: add_lora(vit, qv, r=16), lora8_qv=lambda: add_lora(vit, qv, r=8), lora8_one_proj=lambda: add_lora(vit, each('attn.proj.weight'), r=8))[what]
+    vit.head = torch.nn.Identity()
+    with add(): return trainable_report(vit).attrs['trained']
+
+_WIDTH = dict(ti=192, s=384, b=768)
+
+def _stitch_value(full, e):
+    what,configs = e['name'].partition('.')[2],stitch_configs([12]*3, min_tail=0)
+    if what.startswith('anchor'): return cost(_vit(_WIDTH[what.split('_')[-1]]).to_empty(device='cpu').eval(), (3, *_size(e))).macs
+    return len(configs) if what == 'stitches' else len({(c.front, c.end, c.layer) for c in configs if not c.is_anchor})
+
+def _esta_value(full, e):
+    report = pst_report(apply_pst(StitchableNet([_vit(d) for d in _WIDTH.values()], stitch_configs([12]*3)), (32, 16, 8)))
+    return float(report[['attention', 'stitching', 'biases']].sum()) + sum(d+1 for d in _WIDTH.values())*float(np.mean(list(_entries()['fgvc_classes'].values())))
+
+def _spvit_value(full, e):
+    family,dense = e['name'].partition('.')[0],_vit(_WIDTH[e['name'].partition('.')[0].split('_')[-1]])
+    net = HybridSpec.published(family.removeprefix('spvit_')).build(dense) if family.startswith('spvit') else dense
+    return sum(p.numel() for p in net.parameters()) if e['metric'] == 'params' else float(SPViTCost(dense).table(net).values.sum())
+
+# %% ../nbs/24_efficiency.ipynb #175cb81c
+VALUES = dict(clip_rn50=_clip_value, han_rn50=_han_value, fcclip_rn50=_fcclip_value, deeplabv3_rn50=_deeplab_value, train_flops=_training_value, **dict.fromkeys(_CLOSED, _faseg_value), vit_b16=_spt_value, spt=_spt_value, snnet_deit=_stitch_value, esta=_esta_value,
+              **dict.fromkeys([f'{p}deit_{w}' for p in ('spvit_', '') for w in _WIDTH], _spvit_value)) # first part of an entry's name -> function of (`FullSize`, entry)
 
 def paper_costs(
     only=None, # Beginnings of names, such as `'han'`; None takes all
 )->pd.DataFrame: # name, metric, convention, input, value, paper, target, unit, difference (relative, to the target), agrees (within the entry's tolerance), required, note
-    "Every efficiency figure of the paper that is computable, counted from full-size models, beside the printed one. Raises `OpenTransError` for a name that no entry has."
+    "Every efficiency figure of the paper and of the four systems beyond it, counted from full-size models, beside the printed one. Raises `OpenTransError` for a name that no entry has."
     only = [only] if isinstance(only, str) else only
     entries = [e for e in _entries()['entries'] if e['name'].split('.')[0] in VALUES and (only is None or any(e['name'].startswith(o) for o in only))]
     if not entries: raise OpenTransError(f"No figure's name begins with {', '.join(only)}. There are: {', '.join(VALUES)}.")
