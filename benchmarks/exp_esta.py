@@ -20,7 +20,7 @@ from opentrans.stitching import StitchableNet, StitchSampler, StitchTrainer, app
 SIZE = 32
 SCALES = dict(toy=dict(dims=(16, 32, 64), depth=4, pretrain=1000, source=24_000, batch_source=128, lr_source=(4e-3, 3e-3, 2e-3), train=600, test=1000, iterations=500, batch=32, warmup=125, ranks=(8, 4, 4), lr=2e-2, lr_full=3e-3, intervals=8, angles_at=250),
               tiny=dict(dims=(16, 32), depth=2, pretrain=3, source=64, batch_source=16, lr_source=(4e-3, 3e-3), train=40, test=40, iterations=6, batch=8, warmup=3, ranks=(2, 2), lr=4e-3, lr_full=5e-4, intervals=3, angles_at=3))
-RATES = dict(lr=(5e-3, 1e-2, 2e-2), lr_full=(1e-3, 3e-3, 6e-3)) # tried by --tune
+RATES = dict(lr=(5e-3, 1e-2, 2e-2), lr_full=(1e-3, 3e-3)) # tried by --tune
 BASE = [t for t in TRIPLES if not is_novel(*t)]
 
 

@@ -754,7 +754,7 @@ def plot_pareto(
     ax.set(xlabel=f'{name}FLOPs (multiply-accumulates)', ylabel='accuracy'); ax.spines[['top', 'right']].set_visible(False); ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/18_stitching.ipynb #531d9947
+# %% ../nbs/18_stitching.ipynb #2817652d
 def gradient_angles(
     net:StitchableNet, # The family
     batch, # (images, labels)
@@ -794,5 +794,5 @@ def plot_angles(
     v = v[torch.isfinite(v)]
     ax.hist(v.numpy(), bins=np.linspace(0, 180, 37), alpha=.55, density=True, label=f"{label or 'pairs'}: mean {v.mean():.0f}°, {100*(v > 90).double().mean():.0f}% above 90°")
     ax.axvline(90, color='#c03030', ls='--', lw=1); ax.set(xlabel='angle between gradients (degrees)', ylabel='density', xlim=(0, 180)); ax.set_yticks([]); ax.spines[['top', 'right', 'left']].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, loc='upper left')
+    ax.legend(frameon=False, fontsize=8, loc='upper right')
     return ax

@@ -1,0 +1,257 @@
+"Stitching across modules: any space, any family, masks, cost, save and resume, and the experiment of benchmarks/exp_esta.py."
+import importlib.util, json, math
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, timm, torch
+from hypothesis import given, settings, strategies as st
+from open_clip.modified_resnet import ModifiedResNet
+from torch import nn
+from torch.nn import functional as F
+from opentrans.core import OpenTransError, load_json, seeded
+from opentrans.cost import cost
+from opentrans.pruning import SparseMask
+from opentrans.stitching import (ImportanceTracker, StitchableNet, StitchConfig, StitchingLayer, StitchSampler, StitchTrainer, apply_pst, deploy, gradient_angles,
+                                 is_adapted, least_squares, merge_stitch, pareto_front, stitch_configs, stitch_table)
+
+root = Path(__file__).resolve().parent.parent
+
+
+def vit(d=16, depth=2, seed=0, classes=3, **kw):
+    with seeded(seed): return timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=d, depth=depth, num_heads=2, num_classes=classes, **kw).eval()
+
+
+def resnet(width=8, depth=(1, 1, 1, 1), seed=0):
+    with seeded(seed):
+        m = ModifiedResNet(list(depth), 12, 4, image_size=64, width=width).eval()
+        for n, p in m.named_parameters():
+            if n.endswith('bn3.weight'): nn.init.constant_(p, .5)  # open_clip starts them at 0
+        return m
+
+
+def stir(net, seed=0, scale=.1):
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad: p.add_(scale*torch.randn(p.shape, generator=g))
+    return net
+
+
+def images(n, size=16, seed=0): return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+depths = st.lists(st.integers(1, 9), min_size=2, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(depths, st.integers(1, 4), st.integers(1, 3), st.booleans(), st.integers(0, 2))
+def test_the_stitch_space(depths, kernel, stride, nearest, min_tail):
+    "Every pair is legal and there once; anchors come first; layers are numbered without gaps and join the same anchors."
+    configs = stitch_configs(depths, kernel, stride, nearest, min_tail)
+    assert [c.front for c in configs[:len(depths)]] == list(range(len(depths))) and all(c.is_anchor for c in configs[:len(depths)])
+    stitches = configs[len(depths):]
+    assert len(set(configs)) == len(configs)
+    for c in stitches:
+        assert c.front < c.end and (not nearest or c.end == c.front+1)
+        assert 0 <= c.j < depths[c.front] and min_tail <= c.k < depths[c.end]
+        if depths[c.front] == depths[c.end]: assert abs(c.j-c.k) < kernel
+        else: assert c.j < c.k
+    for ab in {(c.front, c.end) for c in stitches}:
+        assert sorted({c.layer for c in stitches if (c.front, c.end) == ab}) == list(range(len({c.layer for c in stitches if (c.front, c.end) == ab})))
+    joins = lambda cs: {(c.front, c.end, c.j, c.k) for c in cs}
+    assert joins(stitch_configs(depths, kernel, stride, nearest, min_tail+1)) == joins(c for c in configs if c.is_anchor or c.k > min_tail)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(1, 4)]*3), min_size=2, max_size=2))
+def test_stitches_of_staged_networks_keep_the_resolution(depths):
+    "What comes out of block j has the resolution of what goes into block k."
+    stage = [np.repeat(range(3), d) for d in depths]
+    for c in stitch_configs(depths)[2:]: assert stage[0][c.j] == stage[1][c.k-1]
+    joins = {(c.j, c.k) for c in stitch_configs(depths)[2:]}
+    for s in (1, 2): assert (sum(depths[0][:s])-1, sum(depths[1][:s])) in joins
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 40), st.integers(0, 9))
+def test_least_squares_is_the_pseudoinverse(d1, d2, tokens, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(1, tokens, d, generator=g).double() for d in (d1, d2))
+    x[..., 0] = 1. if seed % 2 else x[..., 0]  # collinear with the ones: of many solutions the shortest
+    M, c = least_squares(x, y)
+    ones = torch.cat([x[0], torch.ones(tokens, 1)], 1)
+    torch.testing.assert_close(torch.cat([M.T, c[None]]), torch.linalg.pinv(ones) @ y[0], atol=1e-7, rtol=1e-6)
+    s = StitchingLayer(d1, d2).double()
+    assert s.ls_init(x, y) <= torch.linalg.vector_norm(y).item()*(1+1e-12)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 3), st.sampled_from([8, 16]), st.integers(0, 4), st.booleans(), st.integers(0, 99))
+def test_merged_is_unmerged_for_any_family(da, db, width, rank, ssb, seed):
+    "Adapted and stirred at random: bit for bit the plain net before, equal after merging, at the unadapted price."
+    net = StitchableNet([vit(8, da, seed), vit(width, db, seed+1)])
+    x = images(2, seed=seed); net.init_stitches(images(6, seed=seed+1))
+    before, table = [net(x, s) for s in range(len(net.configs))], stitch_table(net, (3, 16, 16), layernorm_cost=0)
+    apply_pst(net, rank, ssb=ssb)
+    assert all(torch.equal(net(x, s), y) for s, y in enumerate(before))
+    stir(net, seed)
+    with torch.no_grad():
+        for s in table.index:
+            m, y = merge_stitch(net, s), net(x, s)
+            assert (m(x)-y).abs().max() <= 1e-5*max(1, y.abs().max()) and not any(map(is_adapted, m.modules()))
+            assert sum(p.numel() for p in m.parameters()) == table.params[s] and cost(m, (3, 16, 16)).macs == table.flops[s]
+
+
+def test_a_merged_stitch_lives_on_its_own():
+    net = apply_pst(StitchableNet([vit(), vit(24, seed=1)]), 2)
+    x, m = images(2), merge_stitch(net, 3)
+    want = m(x); stir(net)
+    assert torch.equal(m(x), want)
+    torch.nn.utils.vector_to_parameters(torch.zeros(sum(p.numel() for p in m.parameters())), m.parameters())
+    assert net(x, 3).abs().max() > 0
+    state = merge_stitch(net, 2).state_dict()
+    assert all(k.startswith(('front.tower.', 'tail.tower.', 'stitch.map.')) for k in state) and not any(k.endswith(('.A', '.B')) for k in state)
+
+
+def test_masks_stay_through_adaptation_training_and_merging():
+    "A palette of sparse towers: pruned weights are zero in every deployed network, and the price is that of what is left."
+    towers = [resnet(), resnet(seed=1)]
+    masks = [SparseMask.random(t, d, seed=i) for i, (t, d) in enumerate(zip(towers, (.2, .5)))]
+    for t, m in zip(towers, masks): m.apply(t).remove()
+    net = StitchableNet(towers); x = images(4, 64); net.init_stitches(x)
+    sparse, dense = stitch_table(net, (3, 64, 64), masks=masks), stitch_table(net, (3, 64, 64))
+    assert (sparse.flops < dense.flops).all() and (sparse.params < dense.params).all()
+    apply_pst(net, 2, masks=masks)
+    opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=.05)
+    run = StitchTrainer(net, StitchSampler(sparse.flops, 3), opt, loss=lambda out, y, teacher: (out-y).square().mean())
+    run.fit([(x, torch.ones(4, 12))]*6)
+    for s, m in deploy(net, run.sampler).items():
+        c = net.configs[s]
+        kept = lambda a, i: [(p, masks[i][n]) for n, p in a.tower.named_parameters() if n in masks[i].names]
+        for p, keep in kept(m, c.front) if c.is_anchor else kept(m.front, c.front)+kept(m.tail, c.end): assert (p[~keep] == 0).all()
+        assert sparse.params[s] == sum((p != 0).sum().item() if p.dim() > 1 else p.numel() for a in ([m] if c.is_anchor else [m.front, m.tail]) for p in a.parameters()) + (0 if c.is_anchor else sum(p.numel() for p in m.stitch.parameters()))
+
+
+def test_clip_backbones_are_anchors():
+    "The key of the house: names of a stitched tower are those of the tower, and a backbone is found inside what holds it."
+    from opentrans.clip import ClipBackbone
+    clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
+    net = StitchableNet([clip.fresh_copy(), clip])
+    assert [n for n, _ in net.anchors[1].tower.named_parameters()] == [n for n, _ in clip.visual.named_parameters()]
+    x = clip.prepare(torch.rand(2, 3, 64, 64))
+    with torch.no_grad(): torch.testing.assert_close(net(x), clip.visual(x))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(1, 1e12), min_size=1, max_size=30), st.integers(1, 12), st.lists(st.floats(-1e6, 1e6), min_size=30, max_size=30), st.booleans(), st.floats(1e-3, 1e3))
+def test_the_sampler_is_a_distribution(costs, n, scores, standardize, temperature):
+    s = StitchSampler(costs, n, temperature=temperature, standardize=standardize)
+    s.tracker.scores = torch.tensor(scores[:len(costs)], dtype=torch.float64)
+    p, members = s.probs(), [i for m in s.intervals for i in m]
+    assert torch.isfinite(p).all() and (p >= 0).all() and abs(p.sum().item()-1) < 1e-9
+    assert sorted(members) == list(range(len(costs))) and len(s.intervals) <= n
+    for m in s.intervals: assert abs(p[torch.as_tensor(m)].sum().item() - 1/len(s.intervals)) < 1e-9
+    best = s.deploy()
+    assert len(best) == len(s.intervals) and [s.interval[b] for b in best] == sorted(set(s.interval)) and (np.diff(s.costs[best]) >= 0).all()
+    assert 0 < s.entropy() <= 1+1e-9 and 0 <= s.sample() < len(costs)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1e3)), max_size=40), st.floats(0, .99))
+def test_the_running_mean_has_its_closed_form(updates, beta):
+    t = ImportanceTracker(4, beta)
+    for i, q in updates: t.update(i, q)
+    for i in range(4):
+        own = [q for k, q in updates if k == i]
+        assert t.counts[i] == len(own)
+        assert math.isclose(t.scores[i], sum((1-beta)*beta**(len(own)-1-n)*q for n, q in enumerate(own)), rel_tol=1e-9, abs_tol=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
+def test_the_front_is_what_no_point_beats(points):
+    c, v = zip(*points)
+    front = pareto_front(c, v)
+    assert front.any()
+    for i, f in enumerate(front): assert f == all(not (c[j] <= c[i] and v[j] >= v[i] and (c[j] < c[i] or v[j] > v[i])) for j in range(len(c)))
+
+
+def task(n, seed):
+    g = torch.Generator().manual_seed(seed); y = torch.randint(3, (n,), generator=g); x = .3*torch.randn(n, 3, 16, 16, generator=g)
+    x[torch.arange(n), y] += .3
+    return x, y
+
+
+def trainer(seed=0, full=False):
+    net = StitchableNet([vit(8), vit(seed=1)]); net.init_stitches(images(8))
+    with seeded(seed): net = net if full else apply_pst(net, 2)
+    opt = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=.05, momentum=.9)
+    return StitchTrainer(net, StitchSampler(stitch_table(net, (3, 16, 16)).flops, 3, warmup=3, seed=seed), opt)
+
+
+@pytest.mark.parametrize('full', [False, True])
+def test_a_step_is_the_gradient_of_both_losses(full):
+    "One step of plain SGD equals a step along the gradient of teacher's and stitch's loss, written out."
+    run = trainer(full=full); run.optimizer.param_groups[0]['momentum'] = 0
+    twin = trainer(full=full); x, y = task(6, 0)
+    said = run.step(x, y)
+    out = twin.net(x)
+    student = twin.net(x, said['stitch'])
+    loss = F.cross_entropy(out, y) + .5*F.cross_entropy(student, y) + .5*F.cross_entropy(student, out.argmax(1))
+    loss.backward()
+    for (n, a), b in zip(run.net.named_parameters(), twin.net.parameters()):
+        if b.grad is None: assert torch.equal(a, b), n
+        else: torch.testing.assert_close(a, b-.05*b.grad, atol=1e-6, rtol=1e-5)
+    assert abs(said['loss']+said['teacher']-loss.item()) < 1e-5 and run.sampler.tracker.counts[said['stitch']] == 1
+
+
+def test_an_interrupted_run_ends_where_the_other_does(tmp_path):
+    "Also when the process dies while it writes: the file before stays."
+    batches = [task(6, i) for i in range(9)]
+    one, two = trainer(), trainer()
+    one.fit(batches); two.fit(batches[:4]); two.save(tmp_path/'run.safetensors')
+    good = (tmp_path/'run.safetensors').read_bytes()
+    with pytest.raises(OpenTransError):
+        two.net.register_parameter('odd', nn.Parameter(torch.zeros(1))); two.load(tmp_path/'run.safetensors')  # another family: nothing is changed
+    assert (tmp_path/'run.safetensors').read_bytes() == good
+    three = trainer(seed=5)
+    three.load(tmp_path/'run.safetensors'); three.fit(batches[4:])
+    for (n, p), q in zip(one.net.named_parameters(), three.net.named_parameters()): assert torch.equal(p, q[1]), n
+    assert one.sampler.deploy() == three.sampler.deploy() and three.steps == 9
+    (tmp_path/'run.safetensors').write_bytes(good[:len(good)//2])
+    with pytest.raises(OpenTransError, match='not a whole safetensors file'): three.load(tmp_path/'run.safetensors')
+
+
+def test_diverged_training_stops():
+    run = trainer()
+    with torch.no_grad(): next(p for p in run.net.parameters() if p.requires_grad).fill_(float('nan'))
+    with pytest.raises(OpenTransError, match='diverged'): run.step(*task(4, 0))
+
+
+def test_angles_leave_the_net_as_it_was():
+    net = apply_pst(StitchableNet([vit(8), vit(seed=1)]), 2)
+    flags = [p.requires_grad for p in net.parameters()]
+    a = gradient_angles(net, task(6, 0), [2, 3])
+    assert [p.requires_grad for p in net.parameters()] == flags and all(p.grad is None for p in net.parameters()) and 0 <= a[0, 1] <= 180
+
+
+def test_the_experiment_runs_and_resumes(tmp_path):
+    "benchmarks/exp_esta.py at its smallest: a second call does nothing again, other sizes are refused, the file says how it was made."
+    spec = importlib.util.spec_from_file_location('exp_esta', root/'benchmarks'/'exp_esta.py'); esta = importlib.util.module_from_spec(spec); spec.loader.exec_module(esta)
+    args = ['--scale', 'tiny', '--seeds', '1', '--jobs', str(tmp_path/'jobs'), '--out', str(tmp_path/'r.json')]
+    esta.main(args); first = {p: p.stat().st_mtime_ns for p in (tmp_path/'jobs').rglob('*-*.json')}
+    (tmp_path/'jobs'/'tiny'/'anchor1-0.json').unlink(); esta.main(args)
+    assert len(first) == 6 and [p.name for p, t in first.items() if p.stat().st_mtime_ns != t] == ['anchor1-0.json']
+    d = load_json(tmp_path/'r.json')
+    assert {'command', 'date', 'processor', 'cores', 'python', 'torch', 'timm'} <= set(d['run']) and d['seeds'] == [0] and set(d['results']['0']) == {'esta', 'uniform', 'snnet', 'source', 'anchor 0', 'anchor 1'}
+    for k, v in d['summary'].items(): assert v['values'] == [v['mean']], k
+    (tmp_path/'jobs'/'tiny'/'scale.json').write_text(json.dumps({'dims': [1]}))
+    with pytest.raises(SystemExit, match='other sizes'): esta.main(args)
+
+
+def test_the_committed_result_is_of_the_present_script():
+    d = load_json(root/'docs'/'results'/'esta-5seeds.json')
+    spec = importlib.util.spec_from_file_location('exp_esta', root/'benchmarks'/'exp_esta.py'); esta = importlib.util.module_from_spec(spec); spec.loader.exec_module(esta)
+    assert d['seeds'] == list(range(5)) and d['scale'] == json.loads(json.dumps(esta.SCALES['toy']))
+    again = pd.DataFrame({s: esta.summary(r) for s, r in d['results'].items()})
+    for k, v in d['summary'].items():
+        assert np.allclose(again.loc[k], v['values'], equal_nan=True), k
+        assert math.isclose(v['mean'], np.mean(v['values'])) and math.isclose(v['std'], np.std(v['values'], ddof=1))
