@@ -1,9 +1,9 @@
 """SPT-LoRA and SPT-Adapter beside LoRA, adapters, bias, linear probing, random places and full fine-tuning at equal trainable share, on a small ViT and ShapesWorld, several seeds (the toy of thesis Tables 2.1 and 2.6, and Figure 2.4).
 
-    OMP_NUM_THREADS=1 python benchmarks/exp_spt.py [--seeds 5] [--out docs/results/spt-5seeds.json] [--work .spt-runs] [--tune]
+    OMP_NUM_THREADS=1 python benchmarks/exp_spt.py --tune [--seeds 5] [--out docs/results/spt-5seeds.json] [--work spt.run]
 
-The small ViT is trained once, to name the base things of ShapesWorld. Three tasks, as VTAB has natural and structured ones:
-to name the novel things (20 classes, 200 pictures), to name them by night (a fifth of the light, and noise), and to say which quarter of a scene has most of its things (256 scenes).
+The small ViT is trained once, to name the base things of ShapesWorld. Three tasks, as VTAB has natural, specialised and structured ones:
+to name the novel things (20 classes, 200 pictures), to name them by night (a fifth of the light, and noise), and to count the things of a picture (one to four, 600 pictures).
 A seed draws the pictures, the head, the modules' first numbers and the order of batches. Every arm trains its head and, but for linear probing, its class token besides its budget. `--tune` tries each arm's learning rates on a seed
 that is not among the others (1000) and writes the best into --work, where a run reads them. What is done lies in --work and is not done again, so that an interrupted run goes on.
 """
@@ -14,16 +14,16 @@ import numpy as np
 import timm, torch
 import torch.nn.functional as F
 from opentrans.core import load_json, load_tensors, save_json, save_tensors, seeded
-from opentrans.data import ShapesWorld, TRIPLES, is_novel, object_image
+from opentrans.data import TRIPLES, is_novel, object_image, paint_object
 from opentrans.experiments import hardware
 from opentrans.heavy_tail import analyze
 from opentrans.peft import add_adapters, add_lora, trainable_report
 from opentrans.spt import add_spt, alpha_sensitivity, param_sensitivity, sensitivity_profile, sweep_allocations
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
-SET = dict(budget=3072, r=2, pretrain_images=4000, pretrain_steps=1500, pretrain_batch=64, pretrain_lr=2e-3, steps=150, batch=32, weight_decay=1e-4, warmup=15, train=dict(novel=200, night=200, where=256), test=400)
+SET = dict(budget=3072, r=2, pretrain_images=4000, pretrain_steps=1500, pretrain_batch=64, pretrain_lr=2e-3, steps=150, batch=32, weight_decay=1e-4, warmup=15, train=dict(novel=200, night=200, count=600), test=400)
 ARMS = ('linear', 'bias', 'lora', 'adapter', 'sparse', 'random', 'spt-lora', 'spt-adapter', 'full')
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 BASE,NOVEL = ([k for k in TRIPLES if is_novel(*k) == b] for b in (False, True))
 
 def things(kinds, n, seed):
@@ -33,12 +33,18 @@ def things(kinds, n, seed):
     x = np.stack([object_image(rng, VIT['img_size'], *kinds[i]) for i in y])
     return torch.from_numpy(x).permute(0, 3, 1, 2).float()/127.5-1,torch.from_numpy(y)
 
-def scenes(n, split, seed):
-    "Scenes, and which quarter of each has the most of its things."
-    data = ShapesWorld(split, n=n, size=VIT['img_size'], seed=seed)
-    samples = [data[i] for i in range(n)]
-    covered = torch.stack([s['regions'][s['isthing']].any(0).float() for s in samples])
-    return torch.stack([s['image'] for s in samples])*2-1,F.adaptive_avg_pool2d(covered[:, None], 2).flatten(1).argmax(1)
+def counted(n, seed):
+    "Pictures of one to four small base things on a calm ground, which do not lie on each other, and how many less one."
+    rng,size = np.random.default_rng([seed, 2027]),VIT['img_size']
+    y,x = np.arange(n) % 4,[]
+    for k in y:
+        img,at = np.clip(rng.uniform(.15, .9)+rng.uniform(-.12, .12, 3), 0, 1)*np.ones((size, size, 3)),[]
+        while len(at) <= k:
+            middle = rng.uniform(.15, .85, 2)*size
+            if all(np.hypot(*(middle-m)) > .31*size for m in at): at.append(middle)
+        for cx,cy in at: paint_object(rng, img, cx, cy, size*rng.uniform(.12, .17), rng.uniform(-.6, .6), *BASE[rng.integers(len(BASE))])
+        x.append(np.clip(img, 0, 1))
+    return torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).float()*2-1,torch.from_numpy(y)
 
 def at_night(x, seed):
     "A fifth of the light, and noise."
@@ -51,7 +57,7 @@ def load_task(task, seed):
     n,m = SET['train'][task],SET['test']
     if task == 'novel': return things(NOVEL, n, seed+1),things(NOVEL, m, seed+100_001),len(NOVEL)
     if task == 'night': (x,y),(tx,ty) = things(NOVEL, n, seed+1),things(NOVEL, m, seed+100_001); return (at_night(x, seed+1), y),(at_night(tx, seed+100_001), ty),len(NOVEL)
-    return scenes(n, 'train', seed+1),scenes(m, 'val', seed+1),4
+    return counted(n, seed+1),counted(m, seed+100_001),4
 
 def new_vit(classes, seed=0):
     with seeded(seed): return timm.models.VisionTransformer(**VIT, num_classes=classes)
@@ -151,14 +157,20 @@ def tune(work):
     save_json(best, work/'rates.json')
     return best
 
+def same_settings(work):
+    "Runs of other settings are not to be mixed with these."
+    now,file = dict(vit=VIT, settings=SET, rates=list(RATES)),work/'settings.json'
+    if file.exists() and load_json(file) != now: raise SystemExit(f"'{work}' holds runs of other settings. Give another --work, or delete it.")
+    save_json(now, file)
+
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--seeds', type=int, default=5); p.add_argument('--out', default='docs/results/spt-5seeds.json'); p.add_argument('--work', default='.spt-runs', type=Path)
+    p.add_argument('--seeds', type=int, default=5); p.add_argument('--out', default='docs/results/spt-5seeds.json'); p.add_argument('--work', default='spt.run', type=Path)
     p.add_argument('--tune', action='store_true', help='look for learning rates first'); p.add_argument('--quick', action='store_true', help='tiny sizes, for a test of this file')
     args = p.parse_args()
     torch.set_num_threads(1); args.work.mkdir(parents=True, exist_ok=True)
-    if args.quick: SET.update(pretrain_images=80, pretrain_steps=2, pretrain_batch=8, steps=2, batch=8, train=dict(novel=20, night=20, where=12), test=20)
-    began = time.process_time()
+    if args.quick: SET.update(pretrain_images=80, pretrain_steps=2, pretrain_batch=8, steps=2, batch=8, train=dict(novel=20, night=20, count=16), test=20)
+    same_settings(args.work)
     _,pre = pretrain(args.work)
     rates = tune(args.work) if args.tune else load_json(args.work/'rates.json') if (args.work/'rates.json').exists() else {t: dict.fromkeys(ARMS, 3e-3) for t in SET['train']}
     results = [job(args.work, task, arm, seed, rates[task][arm]) for seed in range(args.seeds) for task in SET['train'] for arm in ARMS]
@@ -167,5 +179,5 @@ if __name__ == '__main__':
             a = np.array([r['accuracy'] for r in results if (r['task'], r['arm']) == (task, arm)]); one = next(r for r in results if (r['task'], r['arm']) == (task, arm))
             print(f"{task:6} {arm:12} {one['trained']:7,} ({one['trained']/one['body']:.2%})  {100*a.mean():.1f} ± {100*a.std(ddof=1) if len(a) > 1 else 0:.1f}")
     seconds = sum(r['seconds'] for r in results)+pre['seconds']
-    save_json(dict(what='SPT on ShapesWorld: toy scale', run=dict(command='python benchmarks/exp_spt.py ' + ' '.join(f'--{k} {v}' for k,v in (('seeds', args.seeds),)), date=str(date.today()), cpu_minutes=round(seconds/60, 1), threads=1, **hardware(), timm=timm.__version__),
+    save_json(dict(what='SPT on ShapesWorld: toy scale', run=dict(command=f"OMP_NUM_THREADS=1 python benchmarks/exp_spt.py{' --tune' if (args.work/'rates.json').exists() else ''}{' --quick' if args.quick else ''} --seeds {args.seeds}", date=str(date.today()), cpu_minutes=round(seconds/60, 1), threads=1, **hardware(), timm=timm.__version__),
                    seeds=list(range(args.seeds)), vit=VIT, settings=SET, rates=rates, pretrained=pre['accuracy'], results=results, patterns=patterns(args.work)), args.out)
