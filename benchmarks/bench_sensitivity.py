@@ -87,7 +87,12 @@ def main(args):
     faster = {t: each[t]/each['opentrans'] for t in ('loop', 'func')}
     print(f"{rows[1]['tensors']} tensors, {rows[1]['entries']:,} entries. Largest difference relative to a tensor's largest value: to the loop {errors['loop']:.1e}, to torch.func {errors['func']:.1e}")
     print(f"Faster than the loop x {faster['loop']:.2f}, than torch.func x {faster['func']:.2f}; memory of {rows[1]['images']} images / of {rows[0]['images']}: {rows[1]['peak_mib']/rows[0]['peak_mib']:.3f}")
-    if args.out: save_json(dict(settings=vars(args), rows=rows, errors=errors, faster=faster), args.out)
+    if args.out:
+        from datetime import date
+        from opentrans.experiments import hardware
+        facts = dict(command='python benchmarks/bench_sensitivity.py', date=str(date.today()), threads=torch.get_num_threads(), **hardware())
+        settings = {k: v for k,v in vars(args).items() if k not in ('out', 'tool', 'n', 'save')}
+        save_json(dict(run=facts, settings=settings, rows=rows, errors=errors, faster=faster), args.out)
 
 if __name__ == '__main__':
     args = parser().parse_args()
