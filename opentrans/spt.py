@@ -229,7 +229,7 @@ def _samples(loader, n, size, device):
         n -= k
         if n <= 0: return
 
-# %% ../nbs/17_spt.ipynb #1b7b4b0b
+# %% ../nbs/17_spt.ipynb #41d23466
 @contextlib.contextmanager
 def _as_it_was(model, train, seed):
     "In the asked mode, without gradients of parameters; afterwards everything is as before: modes, gradients, statistics, generators."
@@ -255,7 +255,9 @@ def _loop(model, loss_fn, batch, params):
     for p in params: p.requires_grad_(True)
     sums = [torch.zeros_like(p) for p in params]
     for i in range(_length(batch)):
-        for s,g in zip(sums, torch.autograd.grad(_losses(model, loss_fn, _part(batch, i, i+1)).sum(), params, allow_unused=True)):
+        loss = _losses(model, loss_fn, _part(batch, i, i+1)).sum()
+        if not loss.requires_grad: break # it reaches none of them
+        for s,g in zip(sums, torch.autograd.grad(loss, params, allow_unused=True)):
             if g is not None: s.addcmul_(g, g)
     for p in params: p.requires_grad_(False)
     return sums

@@ -1,0 +1,43 @@
+"What is quoted comes from a file: the index's tables are made again from docs/results, and the files say how they were made."
+import json, math, re
+from pathlib import Path
+import pytest
+
+root = Path(__file__).resolve().parent.parent
+FILES = sorted((root/'docs'/'results').glob('*.json'))
+
+def test_the_index_quotes_the_files(monkeypatch):
+    "Each shown cell of the index, run now, says what is stored in it, and so in the README (which check_notebooks compares with it)."
+    monkeypatch.chdir(root/'nbs')
+    space,shown = {},0
+    for cell in json.loads((root/'nbs'/'index.ipynb').read_text())['cells']:
+        source = ''.join(cell['source'])
+        if cell['cell_type'] != 'code' or 'folder' not in source and 'echo: false' not in source: continue
+        *body,last = source.rstrip().split('\nMarkdown(')
+        exec('\nMarkdown('.join(body) if body else last, space)
+        if not body: continue
+        now = eval(compile('Markdown('+last, 'index', 'eval'), space).data
+        assert now == ''.join(cell['outputs'][0]['data']['text/markdown']), f'out of date: {source[:200]}'
+        shown += 1
+    assert shown >= 5
+
+@pytest.mark.parametrize('file', FILES, ids=lambda p: p.stem)
+def test_a_result_says_how_it_was_made(file):
+    data = json.loads(file.read_text())
+    assert 'toy scale' in data['what'].lower()
+    assert re.match(r'(\w+=\w+ )*(opentrans|python) ', data['run']['command']) and {'date', 'processor', 'cores', 'torch', 'python'} <= set(data['run']), data['run']
+    assert len(data['seeds']) >= 3 and len(set(data['seeds'])) == len(data['seeds'])
+    assert '/home/' not in file.read_text() and '/tmp/' not in file.read_text() and '/root/' not in file.read_text()
+
+@pytest.mark.parametrize('file', [p for p in FILES if 'claims' in json.loads(p.read_text())], ids=lambda p: p.stem)
+def test_verdicts_follow_from_the_stored_runs(file):
+    "Each claim's difference, interval and verdict, computed again from the runs in the file."
+    import pandas as pd
+    from opentrans.experiments import difference, results_frame
+    data = json.loads(file.read_text())
+    if not data['results']: pytest.skip('no arms in this study')
+    frame = results_frame(data['results'])
+    for c in data['claims']:
+        d = difference(frame, c['arm'], c['against'], c['measured'])
+        assert d['verdict'] == c['verdict'] and all(math.isclose(d[k], c[k], rel_tol=1e-9, abs_tol=1e-9) for k in ('mean', 'low', 'high')), c['claim']
+    assert len(data['claims']) == len({(c['claim'], c['measured']) for c in data['claims']})
