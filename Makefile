@@ -15,7 +15,7 @@ SEEDS   ?= 5
 help:
 	@echo "make demo   the whole paper at toy scale: one HTML report and one JSON in $(OUT)/"
 	@echo "make test   export up to date, notebooks clean, all notebooks, all tests"
-	@echo "make results  the studies behind docs/results/ (hours; STUDIES='losses ratio' for some; goes on where it was)"
+	@echo "make results  the studies of `opentrans study` in docs/results/ (hours; STUDIES='losses ratio' for some; goes on where it was)"
 	@echo "make gpu    the heavy notebook cells, on a machine with a CUDA device"
 
 install: $(STAMP)

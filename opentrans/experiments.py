@@ -271,7 +271,7 @@ def choose(
     if arm.select == 'sensitivity': return LayerSelection(list(table.to_frame().index), [], f'{arm.level}s by sensitivity')
     return table.select(freeze=arm.freeze or scale.freeze, by=arm.select, seed=seed)
 
-# %% ../nbs/20_experiments.ipynb #9f2abd7c
+# %% ../nbs/20_experiments.ipynb #ea7a39c0
 class _Asks(torch.nn.Module):
     "A framework as a function of images alone, for one vocabulary."
     def __init__(self, seg, vocabulary): super().__init__(); self.seg = seg; self.register_buffer('text', seg.text(vocabulary), persistent=False)
@@ -300,6 +300,10 @@ def finer(
     done = contextlib.ExitStack(); done.callback(merge_spt, seg)
     return done
 
+def _cost_of(arm, cost, steps, batch, mask, selection):
+    "Multiply-accumulates of the training after the warm-up; not known for single weights, whose saving depends on the kernels."
+    return math.nan if arm.level else training_flops(cost, steps, batch, mask=mask, selection=selection)
+
 # %% ../nbs/20_experiments.ipynb #2e8e85ec
 def clip_similarity(
     seg, # A framework
@@ -316,7 +320,14 @@ def clip_similarity(
     few = [torch.stack([data[i]['image'] for i in range(min(8, n))])]
     return dict(cka=same(stages), cka_layers=same(convs), cka_channels=float(paper_cka(clip, seg.backbone, few, stages).mean()))
 
-# %% ../nbs/20_experiments.ipynb #b1958f6c
+# %% ../nbs/20_experiments.ipynb #060045ed
+def _known(arm, scale, folder, keep=False):
+    "The result of an arm, if all that is asked of it was measured and kept."
+    done,tower,alphas = (_result(folder, arm, scale, *w) for w in ((), ('tower', 'safetensors'), ('alpha',)))
+    if not done.exists() or keep and not tower.exists() or 'layers' in arm.table.split() and not alphas.exists(): return None
+    res = load_json(done)
+    return None if 'masks' in arm.table.split() and res['cka_layers'] is None else dict(res, arm=arm.name)       # a NaN is written as null
+
 def run_arm(
     arm:Arm, # Which
     scale:Scale, # Sizes
@@ -325,26 +336,24 @@ def run_arm(
     keep:bool=False, # Keep the tower as well, for arms that begin with it?
 )->dict: # Everything measured
     "Fine-tune and measure one arm."
+    if res := _known(arm, scale, folder, keep): return res
     done,tower,alphas = (_result(folder, arm, scale, *w) for w in ((), ('tower', 'safetensors'), ('alpha',)))
-    every,layered = ('masks' in arm.table.split()),('layers' in arm.table.split())
-    if done.exists() and (not keep or tower.exists()) and (not layered or alphas.exists()):
-        res = load_json(done)
-        if not every or res['cka_layers'] is not None: return dict(res, arm=arm.name)       # a NaN is written as null
+    every,layered = (t in arm.table.split() for t in ('masks', 'layers'))
     world,(seg,mask),began = open_world(scale, seed),open_warm(arm, scale, seed, folder),time.process_time()
     first,steps = scale.steps(arm.framework)
     recipe,selection = scale.recipe(steps, 'poly', seed+1, arm.framework),choose(arm, seg, scale, seed)
     if arm.select == 'none': recipe = recipe.replace(backbone_lr=0.)
     with _kept(mask, seg), finer(arm, seg, selection, scale, world['train'], seed=seed) if arm.level else contextlib.nullcontext():
         finetune(seg, world['train'], recipe, selection=None if arm.level else selection, device='cpu')
-    res = dict(arm=arm.name, seed=seed, framework=arm.framework or scale.framework, mask=arm.mask, found=_found(_own(arm.found, scale)), weights=arm.weights if arm.source is None else arm.source.name, select=arm.select, level=arm.level,
-               density=1. if mask is None else mask.density, rule='' if selection is None else selection.rule, frozen=[] if selection is None else selection.freeze)
+    res = dict(arm=arm.name, seed=seed, framework=arm.framework or scale.framework, mask=arm.mask, found=_found(_own(arm.found, scale)) if arm.mask in ('distilled', 'random, layer-matched') else '', weights=arm.weights if arm.source is None else arm.source.name, select=arm.select, level=arm.level,
+               density=1. if mask is None else mask.density, rule='' if selection is None else selection.rule, frozen=[] if selection is None or arm.level else selection.freeze)
     res['miou'] = {}
     for name in PICTURES:
         e = evaluate(seg, world[name], device='cpu')
         res['miou'].update({g: v for g,v in e['groups'].items()} if name == 'val' else {name: e['miou']})
     c,b = cost(seg, (3, scale.size, scale.size), mask=mask),recipe.batch_size
     res.update(params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs,
-               train_flops=training_flops(c, first, b, mask=mask)+training_flops(c, steps, b, mask=mask, selection=selection))
+               train_flops=training_flops(c, first, b, mask=mask)+_cost_of(arm, c, steps, b, mask, selection))
     res.update(clip_similarity(seg, world['val'], open_clip_of(scale), every=every))
     images = {name: torch.stack([world[name][i]['image'] for i in range(min(k, len(world[name])))]) for name,k in PICTURES.items()}
     save_tensors({n: seg.predict(x, world[n].vocabulary).to(torch.uint8) for n,x in images.items()}, done.with_suffix('.safetensors'))
@@ -354,7 +363,7 @@ def run_arm(
     save_json(res, done)
     return res
 
-# %% ../nbs/20_experiments.ipynb #38ed3c55
+# %% ../nbs/20_experiments.ipynb #da50a93e
 def _quiet(): torch.set_num_threads(1); os.environ['OPENTRANS_PROGRESS'] = '0'
 
 def run_jobs(
@@ -380,6 +389,14 @@ def run_jobs(
     next(tick, None)
     return res
 
+def _claim(folder, scale, seed):
+    "A folder for runs of these sizes and this seed; it says so inside. Raises `OpenTransError` if it is one of others."
+    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    settings,kept = json.loads(json.dumps(dict(dataclasses.asdict(scale), seed=seed))),folder/'study.json'     # as it will be read back
+    if kept.exists() and load_json(kept) != settings: raise OpenTransError(f"'{folder}' holds a study of other sizes or another seed. Choose another folder, or remove it.")
+    save_json(settings, kept)
+    return folder
+
 def study(
     scale:Scale, # Sizes
     seed:int, # Of everything
@@ -388,17 +405,16 @@ def study(
     arms=ARMS, # What to compare
 )->list: # A result for each arm
     "Masks, warm-ups and arms of one seed."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    settings,kept = json.loads(json.dumps(dict(dataclasses.asdict(scale), seed=seed))),folder/'study.json'     # as it will be read back
-    if kept.exists() and load_json(kept) != settings: raise OpenTransError(f"'{folder}' holds a study of other sizes or another seed. Choose another folder, or remove it.")
-    save_json(settings, kept)
+    folder = _claim(folder, scale, seed)
     sources = [a.source for a in arms if a.source]
     runs = {}
     for a in [*sources, *arms]: # arms of the same settings are one run, which measures what any of their tables shows
         k = a.key(scale); runs[k] = a if k not in runs else dataclasses.replace(runs[k], table=f'{runs[k].table} {a.table}')
-    jobs,first,towers = {},{a.start(scale): a for a in reversed(runs.values())},{a.key(scale) for a in sources}
+    towers = {a.key(scale) for a in sources}
+    left = [a for k,a in runs.items() if not _known(a, scale, folder, k in towers)]
+    jobs,first = {},{a.start(scale): a for a in reversed(left)}
     found = lambda a: _own(a.found, scale) if a.mask in ('distilled', 'random, layer-matched') else None
-    for f in sorted({found(a) for a in runs.values()} - {None}, key=str):
+    for f in sorted({found(a) for a in left} - {None}, key=str):
         if not (folder/f'{_found(f)}.safetensors').exists(): jobs['imp', f] = ((), find_mask, (scale, seed, folder, f))
     for s,a in sorted(first.items(), key=lambda x: found(x[1]) is not None):
         needs = [j for j in (('imp', found(a)), ('arm', a.source.key(scale)) if a.source else None) if j in jobs or j and j[0] == 'arm']
@@ -407,7 +423,7 @@ def study(
     res = run_jobs(jobs, workers, f'seed {seed}')
     return [dict(res['arm', a.key(scale)], arm=a.name) for a in arms]
 
-# %% ../nbs/20_experiments.ipynb #c0cc1128
+# %% ../nbs/20_experiments.ipynb #9a33fb75
 SETS = dict(base='base', novel='novel', night='night', crowd='crowd', sketch='sketch') # what mIoU is taken over
 
 def results_frame(
@@ -435,17 +451,17 @@ def summarize(
         full = frame[(frame.framework == f.framework.iloc[0]) & frame['mask'].isna() & (frame['select'] == 'all')].train_flops.mean()
         rows[a.name] = {**{f'mIoU {k}': _cell(f[f'miou_{k}']) for k in SETS}, 'CKA to CLIP': _cell(f.cka, 2), 'frozen layers': f'{f.frozen_layers.mean():.0f}',
                         'params': f'{f.active_params.mean()/1e6:.2f} M', 'MACs': f'{f.active_macs.mean()/1e6:.1f} M',
-                        'training': f'{f.train_flops.mean()/1e12:.2f} T' + (f' ({f.train_flops.mean()/full-1:+.0%})' if full == full else '')}
+                        'training': '-' if f.train_flops.isna().any() else f'{f.train_flops.mean()/1e12:.2f} T' + (f' ({f.train_flops.mean()/full-1:+.0%})' if full == full else '')}
     return pd.DataFrame(rows).T
 
-# %% ../nbs/20_experiments.ipynb #f7fefadc
+# %% ../nbs/20_experiments.ipynb #f375c13f
 NAMES = dict(mask2former='Mask2Former (Han et al.)', fcclip='FC-CLIP', faseg='FASeg', fpn='a feature pyramid') # in print
 CLAIMS = ( # (claim, where in the paper, arm, against, what is measured)
     ('A mask found by distillation alone is better than a random mask of equal density', 'Tab. 1', 'distilled mask', 'random', ('base', 'novel', 'domains')),
     ('A mask found by distillation alone is better than a random mask with the same density in every layer', 'beyond', 'distilled mask', 'random, layer-matched', ('base', 'novel', 'domains')),
     ('A mask found by distillation alone is better than one-shot magnitude', 'beyond', 'distilled mask', 'one-shot magnitude', ('base', 'novel', 'domains')),
     ('DeepLabV3 with the transferred mask is better than dense DeepLabV3', 'Tab. 1', 'distilled mask', 'dense', ('base', 'novel', 'domains')),
-    ('The mask needs nothing of the weights that it was found with', 'Sec. 3.2', 'distilled mask', 'distilled mask and its weights', ('base', 'novel')),
+    ("The mask on CLIP's original weights is better than on those that it was found with", 'Sec. 3.2', 'distilled mask', 'distilled mask and its weights', ('base', 'novel')),
     ('Sparse DeepLabV3 is more similar to CLIP than dense DeepLabV3', 'Tab. 9', 'distilled mask', 'dense', ('cka',)),
     ('Fine-tuning has something to learn: all layers are better than a frozen backbone', 'needed', 'dense', 'freeze the whole backbone', ('base', 'domains')),
     ('To freeze the half with small alpha is better than to train all layers', 'Tab. 2', 'freeze small alpha', 'dense', ('base', 'novel', 'domains')),
@@ -643,7 +659,7 @@ It shows the method at work and tests the order of the alternatives at this scal
 <h2>What it costs</h2><p>Parameters and multiply-accumulates of one {s['size']}x{s['size']} image, and of the whole training (supplement 6.2); only the weights that a mask keeps are counted. These are counts: dense hardware does not run faster for unstructured zeros.</p>{pic['cost']}
 <h2>How it was made</h2><table>{''.join(f'<tr><td>{html.escape(str(k))}</td><td style="text-align:left">{html.escape(str(v))}</td></tr>' for k,v in {**data['run'], **s, 'seeds': data['seeds']}.items())}</table></html>"""
 
-# %% ../nbs/20_experiments.ipynb #446bc00b
+# %% ../nbs/20_experiments.ipynb #dd8a3240
 def hardware()->dict: # Processor, cores, threads, system, versions
     "What a result was made on."
     import open_clip, torchvision
@@ -666,7 +682,7 @@ def demo(
         scale = SCALES[scale]
     if seeds < 1 or seed < 0: raise OpenTransError(f"seeds={seeds}, seed={seed}: give at least one seed, and none below 0.")
     out,began,many = Path(out),time.time(),range(seed, seed+seeds)
-    runs,workers = out/'.runs',workers or min(2, os.cpu_count() or 1)
+    runs,workers = out/'.demo-runs',workers or min(2, os.cpu_count() or 1)
     try: runs.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise OpenTransError(f"Cannot make the folder '{out}': {e.strerror}. Choose another one with --out.") from e
     results = [r for s in many for r in study(scale, s, runs/f'seed{s}', workers, arms)]
@@ -691,11 +707,11 @@ class Study:
     scale:tuple = () # Pairs of a size and a value that differ from the scale's
     more:object = None # Function (scale, seeds, folder of the runs, workers) -> what else the file holds
 
-# %% ../nbs/20_experiments.ipynb #0be62790
+# %% ../nbs/20_experiments.ipynb #c6cbc6a4
 def find_masks(scale, seeds, runs, workers, founds):
     "Masks of all settings and seeds, found where they are not there yet: (setting, seed) -> mask."
     there = lambda f, n: Path(runs)/f'seed{n}'/f'{_found(_own(f, scale))}.safetensors'
-    for n in seeds: (Path(runs)/f'seed{n}').mkdir(parents=True, exist_ok=True)
+    for n in seeds: _claim(Path(runs)/f'seed{n}', scale, n)
     run_jobs({(f, n): ((), find_mask, (scale, n, Path(runs)/f'seed{n}', f)) for n in seeds for f in founds if not there(f, n).exists()}, workers, 'masks')
     return {(f, n): SparseMask.load(there(f, n)) for n in seeds for f in founds}
 
@@ -747,7 +763,7 @@ def unpack_pictures(
     read = lambda p: torch.from_numpy(np.frombuffer(zlib.decompress(base64.b64decode(p['data'])), np.uint8).reshape(p['shape']).copy())
     return {a: {d: read(p) for d,p in sets.items()} for a,sets in more['arms'].items()}
 
-# %% ../nbs/20_experiments.ipynb #494bbf0f
+# %% ../nbs/20_experiments.ipynb #f6794c79
 def _with(found, name, **kw): return Arm(name, 'distilled', found=tuple(found.items()), table='study', **kw)
 _T7 = {(p, t): _with(dict(p=p, iters=t), f'p={p}, t={t}') for p,t in ((.1, 30), (.1, 10), (.1, 3), (.3, 30), (.3, 90))}
 _D = (.02, .05, .1, .2, .5)
@@ -759,13 +775,13 @@ def _density(framework=''):
     t = f'{framework}: ' if framework else ''
     return Study('beyond', f"How sparse can the tower be{f' in {NAMES[framework]}' if framework else ''}?", (Arm(f'{t}dense', table='frameworks', framework=framework), *(dataclasses.replace(_with(dict(density=d), f'{t}distilled, {d:g}'), framework=framework) for d in _D),
                  *(Arm(f'{t}random, {d:g}', 'random', table='study', framework=framework, found=(('density', d),)) for d in _D)),
-                 tuple((f'At density {d:g}, a distilled mask is better than a random one', 'beyond', f'{t}distilled, {d:g}', f'{t}random, {d:g}', _ALL) for d in _D), (('query_iterations', 160),) if framework in OTHERS else ())
+                 tuple((f"At density {d:g}, a distilled mask is better than a random one{f' in {NAMES[framework]}' if framework else ''}", 'beyond', f'{t}distilled, {d:g}', f'{t}random, {d:g}', _ALL) for d in _D), (('query_iterations', 160),) if framework in OTHERS else ())
 def _carried(kind): # to a second framework: with CLIP's weights, and after all or half of the layers were fine-tuned in the first
     every,half,mask = _CARRIED[kind]
     return tuple(Arm(f'{kind}, carried {n}', mask, table='study', framework='fpn', source=s) for n,s in (('before fine-tuning', None), ('after fine-tuning all layers', every), ('after fine-tuning half', half)))
 _ALL = ('base', 'novel', 'domains')
 
-# %% ../nbs/20_experiments.ipynb #fe9be17a
+# %% ../nbs/20_experiments.ipynb #013abb56
 STUDIES = dict(
     frameworks=Study('Tab. 1', 'Does one mask serve every framework?', (*(a for a in ARMS if 'frameworks' in a.table), *FRAMEWORK_ARMS, *_in('fpn')), tuple(c for c in CLAIMS if c[1] == 'Tab. 1'), (('query_iterations', 160),)),
     masks=Study('Tab. 1', 'Is the distilled mask better than the honest alternatives?', tuple(a for a in ARMS if 'masks' in a.table), tuple(c for c in CLAIMS if c[1] in ('Tab. 1', 'Tab. 9', 'Sec. 3.2', 'beyond') and ': ' not in c[2])),
@@ -801,11 +817,11 @@ STUDIES = dict(
     overlap=Study('beyond', 'Do other losses, frameworks and seeds find the same mask?', (), more=overlaps),
     interference=Study('beyond', 'Do pruning and the choice of layers disturb each other, and does fine-tuning spoil a subnetwork for the next framework?',
                        (*(a for a in ARMS if a.name in ('dense', 'distilled mask', 'freeze small alpha', 'distilled mask, freeze small alpha')), *_carried('dense'), *_carried('sparse')),
-                       (('Freezing small alpha harms a sparse tower no more than a dense one', 'beyond', 'distilled mask, freeze small alpha − distilled mask', 'freeze small alpha − dense', _ALL),
+                       (('Freezing small alpha does more for a sparse tower than for a dense one', 'beyond', 'distilled mask, freeze small alpha − distilled mask', 'freeze small alpha − dense', _ALL),
                         *((f'A {k} tower serves the next framework better before fine-tuning than after ({n})', 'beyond', f'{k}, carried before fine-tuning', f'{k}, carried after fine-tuning {n}', _ALL) for k in _CARRIED for n in ('all layers', 'half')),
                         *((f'A {k} tower that was fine-tuned in half of its layers serves the next framework better than one fine-tuned in all', 'beyond', f'{k}, carried after fine-tuning half', f'{k}, carried after fine-tuning all layers', _ALL) for k in _CARRIED))))
 
-# %% ../nbs/20_experiments.ipynb #96984cb8
+# %% ../nbs/20_experiments.ipynb #81b1cb6a
 def run_study(
     name:str, # One of `STUDIES`
     out='results', # Folder for `NAME-Nseeds.json`; the runs lie under `.runs` there, and none of them is done twice
@@ -821,11 +837,11 @@ def run_study(
     if not isinstance(scale, Scale):
         if scale not in SCALES: raise unknown('scale', scale, SCALES)
         scale = SCALES[scale]
-    s,began,out = STUDIES[name],time.time(),Path(out)
+    s,out = STUDIES[name],Path(out)
     scale = dataclasses.replace(scale, **dict(s.scale))
     runs,workers = out/'.runs'/'-'.join(f'{k}-{v}' for k,v in s.scale),workers or min(2, os.cpu_count() or 1)
     results = [r for n in range(seed, seed+seeds) for r in study(scale, n, runs/f'seed{n}', workers, s.arms)] if s.arms else []
-    data = dict(what=f'{name} ({s.where}): {s.question} Toy scale.', run=dict(command=command or f'opentrans study {name} --seeds {seeds}', date=str(date.today()), minutes=round((time.time()-began)/60, 1), **hardware()),
+    data = dict(what=f'{name} ({s.where}): {s.question} Toy scale.', run=dict(command=command or f'opentrans study {name} --seeds {seeds}', date=str(date.today()), cpu_minutes_of_arms=round(sum(r['seconds'] for r in results)/60, 1) if all('seconds' in r for r in results) else None, **hardware()),
                 scale=dataclasses.asdict(scale), seeds=list(range(seed, seed+seeds)), results=results, summary={}, claims=[])
     if results: frame = results_frame(results); data.update(summary=summarize(frame, s.arms).to_dict('index'), claims=claims(frame, s.claims).to_dict('records'))
     if s.more: data['more'] = s.more(scale, data['seeds'], runs, workers)

@@ -229,7 +229,7 @@ def _samples(loader, n, size, device):
         n -= k
         if n <= 0: return
 
-# %% ../nbs/17_spt.ipynb #41d23466
+# %% ../nbs/17_spt.ipynb #7042f217
 @contextlib.contextmanager
 def _as_it_was(model, train, seed):
     "In the asked mode, without gradients of parameters; afterwards everything is as before: modes, gradients, statistics, generators."
@@ -256,7 +256,7 @@ def _loop(model, loss_fn, batch, params):
     sums = [torch.zeros_like(p) for p in params]
     for i in range(_length(batch)):
         loss = _losses(model, loss_fn, _part(batch, i, i+1)).sum()
-        if not loss.requires_grad: break # it reaches none of them
+        if not loss.requires_grad: continue # it reaches none of them
         for s,g in zip(sums, torch.autograd.grad(loss, params, allow_unused=True)):
             if g is not None: s.addcmul_(g, g)
     for p in params: p.requires_grad_(False)

@@ -40,4 +40,8 @@ def test_verdicts_follow_from_the_stored_runs(file):
     for c in data['claims']:
         d = difference(frame, c['arm'], c['against'], c['measured'])
         assert d['verdict'] == c['verdict'] and all(math.isclose(d[k], c[k], rel_tol=1e-9, abs_tol=1e-9) for k in ('mean', 'low', 'high')), c['claim']
+    from opentrans.experiments import STUDIES, summarize
+    if (s := STUDIES.get(file.stem.rsplit('-', 1)[0])): # the file is of the study as it is now, and its table is of its runs
+        assert [x.name for x in s.arms] == list(data['summary']) and {c[0] for c in s.claims} == {c['claim'] for c in data['claims']}
+        assert json.loads(json.dumps(summarize(frame, s.arms).to_dict('index'))) == data['summary']
     assert len(data['claims']) == len({(c['claim'], c['measured']) for c in data['claims']})
