@@ -176,7 +176,7 @@ def demo(
         show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
     print(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
 
-# %% ../nbs/21_cli.ipynb #8931a76d
+# %% ../nbs/21_cli.ipynb #4af26937
 @app.command()
 def study(
     name:Annotated[Optional[str], typer.Argument(help="Which study; none lists them.")]=None,
@@ -191,7 +191,7 @@ def study(
     from opentrans import experiments as ex
     if name is None:
         show(pd.DataFrame({k: dict(paper=s.where, question=s.question, arms=len(s.arms)) for k,s in ex.STUDIES.items()}).T, title='studies'); return
-    command = f'opentrans study {name}' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 5), ('seed', seed, 0), ('scale', scale, 'demo'), ('out', out, 'results')) if v != d or k == 'seeds')
+    command = f'opentrans study {name}' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 5), ('seed', seed, 0), ('scale', scale, 'demo'), ('out', 'results' if Path(out).is_absolute() else out, 'results')) if v != d or k == 'seeds') # no path of this machine
     data = ex.run_study(name, out, seeds, seed, scale, workers, command)
     if data['summary']: show(pd.DataFrame(data['summary']).T.iloc[:, :6], title=data['what'])
     if data['claims']: show(pd.DataFrame(data['claims'])[['claim', 'measured', 'mean', 'low', 'high', 'verdict']].round(2).set_index('claim'), title='claims')

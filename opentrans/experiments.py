@@ -534,14 +534,14 @@ def plot_cost(
     ax.set_xlabel(name); ax.set_ylabel('mIoU (%)')
     return ax
 
-# %% ../nbs/20_experiments.ipynb #a9922c9e
+# %% ../nbs/20_experiments.ipynb #47347264
 def plot_frameworks(
     frame:pd.DataFrame, # As `results_frame` gives it
     arms, # Dense, distilled and random of each framework
     axs=None, # Two axes
 ): # The axes
     "mIoU on base and novel classes of the same masks in each framework: bars are means, dots are seeds."
-    axs = axs if axs is not None else _axes(None, ncols=2, figsize=(10, 3.2))
+    axs = axs if axs is not None else _axes(None, ncols=2, figsize=(12, 3.2))
     names = list(dict.fromkeys(frame.framework[frame.arm.isin([a.name for a in arms])])); kinds = list(dict.fromkeys(a.name.split(': ')[-1] for a in arms))
     for ax,what in zip(axs, ('base', 'novel')):
         for j,kind in enumerate(kinds):
