@@ -1,6 +1,41 @@
-"A real JupyterLab in a headless browser, for the tests of widgets. Skipped, with the reason, where one of them is missing."
-import os, re, shutil, socket, subprocess, sys, time, urllib.request
+"What several modules of tests need: a real JupyterLab in a headless browser, clones of public code, scripts of benchmarks/. Skipped, with the reason, where one of them is missing."
+import importlib, importlib.util, os, re, shutil, socket, subprocess, sys, time, types, urllib.request
+from pathlib import Path
 import pytest
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "Small models are fastest on one thread, above all on a busy machine."
+    import torch
+    n = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+@pytest.fixture(scope='session')
+def script():
+    "Imports a script of benchmarks/ by name."
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent/'benchmarks'/f'{name}.py')
+        module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+        return module
+    return load
+
+@pytest.fixture(scope='module')
+def clone():
+    "Of a clone with the package `mask2former`, whose folder an environment variable names: a function that imports modules under mask2former.modeling, without what they import beside (data sets, Swin). They are gone after the test's module."
+    before = set(sys.modules)
+    def open_clone(variable, repository):
+        folder = os.environ.get(variable, '')
+        if not os.path.isdir(os.path.join(folder, 'mask2former')): pytest.skip(f'{variable} does not name a folder with a clone of {repository}')
+        pytest.importorskip('detectron2', reason='detectron2 is not installed')
+        for name in ('mask2former', 'mask2former.modeling'):
+            sys.modules[name] = types.ModuleType(name); sys.modules[name].__path__ = [os.path.join(folder, *name.split('.'))]
+        for name in ('MultiScaleDeformableAttention', 'cv2'): # the compiled operator, and one that is only imported, for colours
+            if importlib.util.find_spec(name) is None: sys.modules[name] = types.ModuleType(name)
+        return lambda name: importlib.import_module(f'mask2former.modeling.{name}')
+    yield open_clone
+    for n in set(sys.modules) - before:
+        if n.split('.')[0] in ('mask2former', 'MultiScaleDeformableAttention', 'cv2'): del sys.modules[n]
 
 def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]

@@ -1,5 +1,5 @@
 "FASeg beside its published code with the same weights, on backbones that are no CLIP, through training with a mask, and HRCA on maps of many sizes."
-import importlib, importlib.util, json, os, sys, types
+import json, types
 from pathlib import Path
 import pytest
 import torch
@@ -23,24 +23,13 @@ def maps(channels, size, b=1, seed=0):
 
 # --- beside the published code
 
-REFERENCE = os.environ.get('OPENTRANS_FASEG', '')
-
 @pytest.fixture(scope='module')
-def reference():
+def reference(clone):
     "Modules of ziplab/FASeg, whose folder OPENTRANS_FASEG names; its compiled operator is replaced by its own PyTorch fallback."
-    if not os.path.isdir(os.path.join(REFERENCE, 'mask2former')): pytest.skip('OPENTRANS_FASEG does not name a folder with a clone of ziplab/FASeg')
-    pytest.importorskip('detectron2', reason='detectron2 is not installed')
-    before = set(sys.modules)
-    for name in ('mask2former', 'mask2former.modeling'): # without what they import beside: data sets and Swin
-        sys.modules[name] = types.ModuleType(name); sys.modules[name].__path__ = [os.path.join(REFERENCE, *name.split('.'))]
-    for name in ('MultiScaleDeformableAttention', 'cv2'): # the second is only imported, for colours
-        if importlib.util.find_spec(name) is None: sys.modules[name] = types.ModuleType(name)
-    get = lambda n: importlib.import_module(f'mask2former.modeling.{n}')
+    get = clone('OPENTRANS_FASEG', 'ziplab/FASeg')
     core = get('pixel_decoder.ops.functions.ms_deform_attn_func').ms_deform_attn_core_pytorch
     get('pixel_decoder.ops.modules.ms_deform_attn').MSDeformAttnFunction = types.SimpleNamespace(apply=lambda value, shapes, start, at, weights, step: core(value, shapes, at, weights))
-    yield types.SimpleNamespace(pixel=get('pixel_decoder.msdeformattn').MSDeformAttnPixelDecoder4ScalesFASeg, decoder=get('transformer_decoder.mask2former_transformer_decoder').MultiScaleMaskedTransformerDecoderFASeg)
-    for n in set(sys.modules) - before:
-        if n.split('.')[0] in ('mask2former', 'MultiScaleDeformableAttention', 'cv2'): del sys.modules[n]
+    return types.SimpleNamespace(pixel=get('pixel_decoder.msdeformattn').MSDeformAttnPixelDecoder4ScalesFASeg, decoder=get('transformer_decoder.mask2former_transformer_decoder').MultiScaleMaskedTransformerDecoderFASeg)
 
 @pytest.mark.parametrize('moved', [0., .02])
 def test_logits_are_the_references(reference, moved):
@@ -154,10 +143,10 @@ def test_committed_benchmark():
     for rows in (d['layer']['inference'], d['layer']['training'], d['decoder']):
         assert all(r['ratio'] > 1.5 and r['mib'] > 1.2*rows['HRCA']['mib'] for k,r in rows.items() if k != 'HRCA'), rows
 
-def test_committed_study():
+def test_committed_study(script):
     "Five seeds of the main comparison, at least three of each variant, all of one size, with command, date and versions."
     d = load_json(root/'docs'/'results'/'faseg-5seeds.json')
-    spec = importlib.util.spec_from_file_location('study_faseg', root/'benchmarks'/'study_faseg.py'); study = importlib.util.module_from_spec(spec); spec.loader.exec_module(study)
+    study = script('study_faseg')
     assert {'command', 'date', 'processor', 'torch', 'cpu_minutes'} <= set(d['run']) and d['scale'] == json.loads(json.dumps(study.SCALE))
     seeds = {a: sorted(r['seed'] for r in d['results'] if r['arm'] == a) for a in study.ARMS}
     assert all(s == list(range(5 if study.ARMS[a][3] else study.FEW)) for a,s in seeds.items()), seeds

@@ -1,5 +1,5 @@
 "Mask2Former beside its two other implementations with the same weights, through training with a mask, and with files that are not what they should be."
-import copy, importlib, importlib.util, os, pickle, sys, types
+import copy, os, pickle, types
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,23 +75,12 @@ def test_loss_is_transformers(hugging):
 
 # --- beside the reference
 
-REFERENCE = os.environ.get('OPENTRANS_MASK2FORMER', '')
-
 @pytest.fixture(scope='module')
-def reference():
+def reference(clone):
     "Modules of facebookresearch/Mask2Former, whose folder OPENTRANS_MASK2FORMER names; its compiled operator is replaced by its own PyTorch fallback."
-    if not os.path.isdir(os.path.join(REFERENCE, 'mask2former')): pytest.skip('OPENTRANS_MASK2FORMER does not name a folder with a clone of facebookresearch/Mask2Former')
-    pytest.importorskip('detectron2', reason='detectron2 is not installed')
-    before = set(sys.modules)
-    for name in ('mask2former', 'mask2former.modeling'): # without what they import beside: data sets and Swin
-        sys.modules[name] = types.ModuleType(name); sys.modules[name].__path__ = [os.path.join(REFERENCE, *name.split('.'))]
-    for name in ('MultiScaleDeformableAttention', 'cv2'): # the second is only imported, for colours
-        if importlib.util.find_spec(name) is None: sys.modules[name] = types.ModuleType(name)
-    get = lambda n: importlib.import_module(f'mask2former.modeling.{n}')
-    yield types.SimpleNamespace(pixel=get('pixel_decoder.msdeformattn').MSDeformAttnPixelDecoder, decoder=get('transformer_decoder.mask2former_transformer_decoder').MultiScaleMaskedTransformerDecoder,
-                                criterion=get('criterion').SetCriterion, matcher=get('matcher').HungarianMatcher)
-    for n in set(sys.modules) - before:
-        if n.split('.')[0] in ('mask2former', 'MultiScaleDeformableAttention', 'cv2'): del sys.modules[n]
+    get = clone('OPENTRANS_MASK2FORMER', 'facebookresearch/Mask2Former')
+    return types.SimpleNamespace(pixel=get('pixel_decoder.msdeformattn').MSDeformAttnPixelDecoder, decoder=get('transformer_decoder.mask2former_transformer_decoder').MultiScaleMaskedTransformerDecoder,
+                                 criterion=get('criterion').SetCriterion, matcher=get('matcher').HungarianMatcher)
 
 def reference_head(reference, channels, hidden=256, queries=100, pixel_layers=6, layers=9, heads=8, ffn=2048):
     from detectron2.layers import ShapeSpec

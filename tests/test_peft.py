@@ -10,11 +10,7 @@ from opentrans.pruning import SparseMask
 
 quick = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    n = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def stir(model, seed=0, scale=.3):
     g = torch.Generator().manual_seed(seed)

@@ -11,12 +11,7 @@ from opentrans.pruning import SparseMask, export_onnx, imp, load_baked, prunable
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    "Small models are fastest on one thread, above all on a busy machine."
-    n = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def conv(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
 def small(width=4, seed=0):

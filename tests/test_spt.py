@@ -14,11 +14,7 @@ from opentrans.spt import (add_spt, allocate, alpha_sensitivity, apply_spt, cand
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    n = torch.get_num_threads(); torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 def loop(model, batch, loss, names):
     "Algorithm 1, a backward pass for each sample."

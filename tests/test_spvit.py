@@ -1,5 +1,5 @@
 "SPViT across modules: hybrids inside ClipBackbone, frameworks, masks and spectra; random towers; broken files; the experiment's script."
-import importlib.util, itertools, json, os, re, types
+import itertools, json, os, re, types
 from pathlib import Path
 import numpy as np
 import open_clip
@@ -197,11 +197,7 @@ def test_broken_files(tmp_path):
     run(); whole = (tmp_path/'c.safetensors').read_bytes(); (tmp_path/'c.safetensors').write_bytes(whole[:len(whole)//2])
     with pytest.raises(OpenTransError, match='not a whole safetensors file'): run()
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, root/'benchmarks'/f'{name}.py'); m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)
-    return m
-
-def test_experiment_is_resumable(tmp_path):
+def test_experiment_is_resumable(tmp_path, script):
     "The committed experiment's script at a tiny size: all arms, costs that meet, and a second call that reads what is there."
     exp = script('exp_spvit')
     exp.SET.update(pretrain_scenes=6, pretrain_steps=2, pretrain_batch=2, train=8, val=4, batch=2, search=3, finetune=1, gate_lr=2.)
@@ -211,7 +207,7 @@ def test_experiment_is_resumable(tmp_path):
     times = {p: p.stat().st_mtime_ns for p in tmp_path.glob('0-*.json')}
     assert exp.run_arm('SPViT', teacher, world, 0, tmp_path) == load_json(tmp_path/'0-SPViT.json') and times == {p: p.stat().st_mtime_ns for p in tmp_path.glob('0-*.json')}
 
-def test_committed_experiment():
+def test_committed_experiment(script):
     "Five seeds of every arm, compared at equal cost, with command, date and versions."
     d = load_json(root/'docs'/'results'/'spvit-5seeds.json'); exp = script('exp_spvit')
     assert {'command', 'date', 'processor', 'torch', 'cpu_minutes'} <= set(d['run']) and d['seeds'] == list(range(5))
@@ -221,7 +217,7 @@ def test_committed_experiment():
         meets = exp.ARMS.get(arm, (0,)*5)[4]
         if isinstance(meets, str): assert abs(r['gflops']/rows[meets, seed]['gflops'] - 1) < .04, (arm, seed)
 
-def test_benchmark_runs():
+def test_benchmark_runs(script):
     b = script('bench_spvit'); nets = b.models('deit_ti', 'cpu')
     r = b.bench(nets, 1, 224, 1, 'cpu')
     assert r['dense']['peak_bytes'] > 0 and r['time_ratio'] > 0 and sum(t.numel() for t in nets['spvit'].parameters()) == 4_774_808

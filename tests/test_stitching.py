@@ -1,5 +1,5 @@
 "Stitching across modules: any space, any family, masks, cost, save and resume, and the experiment of benchmarks/exp_esta.py."
-import importlib.util, json, math
+import json, math
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, timm, torch
 from hypothesis import given, settings, strategies as st
@@ -233,9 +233,9 @@ def test_angles_leave_the_net_as_it_was():
     assert [p.requires_grad for p in net.parameters()] == flags and all(p.grad is None for p in net.parameters()) and 0 <= a[0, 1] <= 180
 
 
-def test_the_experiment_runs_and_resumes(tmp_path):
+def test_the_experiment_runs_and_resumes(tmp_path, script):
     "benchmarks/exp_esta.py at its smallest: a second call does nothing again, other sizes are refused, the file says how it was made."
-    spec = importlib.util.spec_from_file_location('exp_esta', root/'benchmarks'/'exp_esta.py'); esta = importlib.util.module_from_spec(spec); spec.loader.exec_module(esta)
+    esta = script('exp_esta')
     args = ['--scale', 'tiny', '--seeds', '1', '--jobs', str(tmp_path/'jobs'), '--out', str(tmp_path/'r.json')]
     esta.main(args); first = {p: p.stat().st_mtime_ns for p in (tmp_path/'jobs').rglob('*-*.json')}
     (tmp_path/'jobs'/'tiny'/'anchor1-0.json').unlink(); esta.main(args)
@@ -247,9 +247,9 @@ def test_the_experiment_runs_and_resumes(tmp_path):
     with pytest.raises(SystemExit, match='other sizes'): esta.main(args)
 
 
-def test_the_committed_result_is_of_the_present_script():
+def test_the_committed_result_is_of_the_present_script(script):
     d = load_json(root/'docs'/'results'/'esta-5seeds.json')
-    spec = importlib.util.spec_from_file_location('exp_esta', root/'benchmarks'/'exp_esta.py'); esta = importlib.util.module_from_spec(spec); spec.loader.exec_module(esta)
+    esta = script('exp_esta')
     assert d['seeds'] == list(range(5)) and d['scale'] == json.loads(json.dumps(esta.SCALES['toy']))
     again = pd.DataFrame({s: esta.summary(r) for s, r in d['results'].items()})
     for k, v in d['summary'].items():
