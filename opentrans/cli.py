@@ -35,7 +35,7 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Quiet = Annotated[bool, typer.Option('--json', help="Print the result as JSON instead of a table.")]
 Corrupt = Annotated[str, typer.Option(help="Files that cannot be read: 'raise' ends the run, 'skip' leaves them out and says so.")]
 
-# %% ../nbs/21_cli.ipynb #0379ad34
+# %% ../nbs/21_cli.ipynb #c751fd09
 _NOW = {} # the command that is running: its context
 
 def _plain_value(name, value):
@@ -68,6 +68,7 @@ def first_process()->bool:
 
 def keep_settings(
     out, # Folder that results go to, or None
+    tell:bool=True, # On the standard error, too?
     **more, # What is kept besides, in place of the flags of that name
 ):
     "Write what a command runs with to `OUT/settings.json`, and tell it on the standard error."
@@ -75,7 +76,7 @@ def keep_settings(
     ctx = _NOW['context']
     told = dict(command=ctx.info_name, **{k: v for k,v in {**ctx.params, **more}.items() if k not in ('config', 'as_json', 'set_') and v is not None})
     if not first_process(): return
-    print('settings: ' + json.dumps(told, default=str), file=sys.stderr)
+    if tell: print('settings: ' + json.dumps(told, default=str), file=sys.stderr)
     if out: save_json(told, Path(out)/'settings.json')
 
 # %% ../nbs/21_cli.ipynb #4f04e69e
@@ -228,7 +229,7 @@ def alpha(
         with atomic_path(Path(out)/'alpha.png') as p: table.plot_alpha(selection=chosen).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'xmin', 'D', 'n_tail', 'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
 
-# %% ../nbs/21_cli.ipynb #d7083e8d
+# %% ../nbs/21_cli.ipynb #8d7d61e6
 @app.command()
 def prune(
     out:Annotated[str, typer.Option(help="The mask file to write (.safetensors).")],
@@ -261,7 +262,7 @@ def prune(
         if weights: save_tensors(clip.visual.state_dict(), weights)
         show(history, as_json, 'Algorithm 1')
     else: mask = SparseMask.magnitude(clip, density) if method == 'magnitude' else SparseMask.random(clip, density, seed=seed)
-    if first_process(): mask.save(out); keep_settings(run_dir if method == 'imp' else None)
+    if first_process(): mask.save(out); keep_settings(run_dir if method == 'imp' else None, tell=False)
     if not as_json: show(mask.table(), title=f'{out}: density {mask.density:.4f}')
 
 # %% ../nbs/21_cli.ipynb #9d141f10

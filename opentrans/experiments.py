@@ -11,7 +11,7 @@ __all__ = ['SCALES', 'MASKS', 'ARMS', 'OTHERS', 'FRAMEWORK_ARMS', 'PICTURES', 'S
            'alpha_course', 'courses', 'pictures', 'unpack_pictures', 'run_study', 'all_claims', 'claims_table',
            'plot_density', 'paper_costs']
 
-# %% ../nbs/20_experiments.ipynb #418c5518
+# %% ../nbs/20_experiments.ipynb #5a8a8f93
 import base64, contextlib, dataclasses, functools, html, io, json, math, os, platform, shutil, time, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ import multiprocessing
 import numpy as np
 import pandas as pd
 import torch
-from .core import OpenTransError, LayerSelection, unknown, layers, load_json, load_tensors, progress, save_json, save_tensors, save_text, seeded
+from .core import OpenTransError, LayerSelection, Undo, unknown, layers, load_json, load_tensors, progress, save_json, save_tensors, save_text, seeded
 from .pruning import SparseMask, compare_masks, cubic_schedule, geometric_schedule, imp, plot_history, plot_overlap
 from .heavy_tail import analyze
 from .spt import add_spt, merge_spt, param_sensitivity, select as spt_select
@@ -113,13 +113,13 @@ def zero_shot(
         res[group] = (best == torch.tensor(truth)).float().mean().item()
     return res
 
-# %% ../nbs/20_experiments.ipynb #ee21986f
+# %% ../nbs/20_experiments.ipynb #07928bb9
 MASKS = ('distilled', 'magnitude', 'snip', 'random', 'random, layer-matched')
 
 def _own(found, scale):
     "The settings that differ from the scale's: what is the same is the same run."
     usual = dict(loss='tgkd', p=scale.p, iters=scale.imp_iters, density=scale.density, segmentation=0., distillation=1., rewind=None, schedule='geometric')
-    return tuple((k, v) for k,v in found if usual.get(k, v) != v or k not in usual)
+    return tuple((k, v) for k,v in found if k not in usual or usual[k] != v)
 
 def _found(found): return 'distilled' + ''.join(f'-{k}={v}' for k,v in found)
 
@@ -271,7 +271,7 @@ def choose(
     if arm.select == 'sensitivity': return LayerSelection(list(table.to_frame().index), [], f'{arm.level}s by sensitivity')
     return table.select(freeze=arm.freeze or scale.freeze, by=arm.select, seed=seed)
 
-# %% ../nbs/20_experiments.ipynb #ea7a39c0
+# %% ../nbs/20_experiments.ipynb #47591f46
 class _Asks(torch.nn.Module):
     "A framework as a function of images alone, for one vocabulary."
     def __init__(self, seg, vocabulary): super().__init__(); self.seg = seg; self.register_buffer('text', seg.text(vocabulary), persistent=False)
@@ -287,7 +287,7 @@ def finer(
     data, # Scenes to measure sensitivity on
     n:int=64, # How many of them
     seed:int=0, # As for `choose`
-)->contextlib.ExitStack: # Undo it to be left with plain layers, the updates inside
+)->Undo: # Handle that leaves plain layers, the updates inside
     "Freeze the tower's layers but for the most sensitive weights: as many as freezing by small alpha would train (`opentrans.spt.select`)."
     usual,size = analyze(seg.backbone, xmin=scale.xmin).select(freeze=scale.freeze, seed=seed),{l.name: l.weight.numel() for l in layers(seg.backbone)}
     names,count = usual.train+usual.freeze,sum(size[n] for n in usual.train)
@@ -297,12 +297,7 @@ def finer(
     learn = [(p, p.requires_grad) for k,p in seg.named_parameters() if not any(k.endswith(m) for m in names)]
     add_spt(seg, spt_select(s, count, arm.level, layers=selection), full=(), seed=seed)
     for p,b in learn: p.requires_grad_(b)
-    done = contextlib.ExitStack(); done.callback(merge_spt, seg)
-    return done
-
-def _cost_of(arm, cost, steps, batch, mask, selection):
-    "Multiply-accumulates of the training after the warm-up; not known for single weights, whose saving depends on the kernels."
-    return math.nan if arm.level else training_flops(cost, steps, batch, mask=mask, selection=selection)
+    return Undo(lambda: merge_spt(seg))
 
 # %% ../nbs/20_experiments.ipynb #2e8e85ec
 def clip_similarity(
@@ -320,7 +315,7 @@ def clip_similarity(
     few = [torch.stack([data[i]['image'] for i in range(min(8, n))])]
     return dict(cka=same(stages), cka_layers=same(convs), cka_channels=float(paper_cka(clip, seg.backbone, few, stages).mean()))
 
-# %% ../nbs/20_experiments.ipynb #060045ed
+# %% ../nbs/20_experiments.ipynb #0ae8ae54
 def _known(arm, scale, folder, keep=False):
     "The result of an arm, if all that is asked of it was measured and kept."
     done,tower,alphas = (_result(folder, arm, scale, *w) for w in ((), ('tower', 'safetensors'), ('alpha',)))
@@ -353,7 +348,7 @@ def run_arm(
         res['miou'].update({g: v for g,v in e['groups'].items()} if name == 'val' else {name: e['miou']})
     c,b = cost(seg, (3, scale.size, scale.size), mask=mask),recipe.batch_size
     res.update(params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs,
-               train_flops=training_flops(c, first, b, mask=mask)+_cost_of(arm, c, steps, b, mask, selection))
+               train_flops=math.nan if arm.level else training_flops(c, first, b, mask=mask)+training_flops(c, steps, b, mask=mask, selection=selection)) # what single weights save depends on the kernels
     res.update(clip_similarity(seg, world['val'], open_clip_of(scale), every=every))
     images = {name: torch.stack([world[name][i]['image'] for i in range(min(k, len(world[name])))]) for name,k in PICTURES.items()}
     save_tensors({n: seg.predict(x, world[n].vocabulary).to(torch.uint8) for n,x in images.items()}, done.with_suffix('.safetensors'))
@@ -363,7 +358,7 @@ def run_arm(
     save_json(res, done)
     return res
 
-# %% ../nbs/20_experiments.ipynb #da50a93e
+# %% ../nbs/20_experiments.ipynb #ddc37d35
 def _quiet(): torch.set_num_threads(1); os.environ['OPENTRANS_PROGRESS'] = '0'
 
 def run_jobs(
@@ -417,7 +412,7 @@ def study(
     for f in sorted({found(a) for a in left} - {None}, key=str):
         if not (folder/f'{_found(f)}.safetensors').exists(): jobs['imp', f] = ((), find_mask, (scale, seed, folder, f))
     for s,a in sorted(first.items(), key=lambda x: found(x[1]) is not None):
-        needs = [j for j in (('imp', found(a)), ('arm', a.source.key(scale)) if a.source else None) if j in jobs or j and j[0] == 'arm']
+        needs = [j for j in [('imp', found(a))] if j in jobs] + ([('arm', a.source.key(scale))] if a.source else [])
         if not _start(folder, a, scale).exists(): jobs[s] = (needs, warm_up if scale.steps(a.framework)[0] else _nothing, (a, scale, seed, folder))
     for a in runs.values(): jobs['arm', a.key(scale)] = ([s] if (s := a.start(scale)) in jobs else [], run_arm, (a, scale, seed, folder, a.key(scale) in towers))
     res = run_jobs(jobs, workers, f'seed {seed}')
