@@ -38,19 +38,24 @@ def module_of(folder, *names):
         if importlib.util.find_spec(n) is None: sys.modules[n] = types.ModuleType(n)
     return [importlib.import_module(n) for n in names]
 
-def mask2former_reference(seg, device):
-    "Function of the backbone's maps: the reference's head with the weights that `seg` gets as well."
-    folder = os.environ.get('OPENTRANS_MASK2FORMER', '')
-    if not os.path.isdir(os.path.join(folder, 'mask2former')): return 'OPENTRANS_MASK2FORMER names no clone of facebookresearch/Mask2Former'
+def parts_of(variable, package, repository, decoder, seg, **options):
+    "Pixel decoder and masked-attention decoder of a clone, as its settings for CLIP's RN50 build them; or why there are none."
+    folder = os.environ.get(variable, '')
+    if not os.path.isdir(os.path.join(folder, package)): return f'{variable} names no clone of {repository}'
     if importlib.util.find_spec('detectron2') is None: return 'detectron2 is not installed'
     from detectron2.layers import ShapeSpec
-    from opentrans.frameworks.mask2former import load_mask2former
-    pixel,masker = module_of(folder, 'mask2former.modeling.pixel_decoder.msdeformattn', 'mask2former.modeling.transformer_decoder.mask2former_transformer_decoder')
+    pixel,masker = module_of(folder, f'{package}.modeling.pixel_decoder.msdeformattn', f'{package}.modeling.transformer_decoder.{decoder}')
     shapes = {k: ShapeSpec(channels=c, stride=seg.backbone.strides[k]) for k,c in seg.backbone.channels.items()}
-    theirs = torch.nn.ModuleDict(dict(
+    return torch.nn.ModuleDict(dict(
         pixel_decoder=pixel.MSDeformAttnPixelDecoder(shapes, transformer_dropout=0., transformer_nheads=8, transformer_dim_feedforward=1024, transformer_enc_layers=6, conv_dim=256, mask_dim=256, norm='GN',
                                                      transformer_in_features=['res3', 'res4', 'res5'], common_stride=4),
-        predictor=masker.MultiScaleMaskedTransformerDecoder(256, True, num_classes=255, hidden_dim=256, num_queries=100, nheads=8, dim_feedforward=2048, dec_layers=9, pre_norm=False, mask_dim=256, enforce_input_project=False)))
+        predictor=masker.MultiScaleMaskedTransformerDecoder(256, True, num_classes=255, hidden_dim=256, nheads=8, dim_feedforward=2048, dec_layers=9, pre_norm=False, mask_dim=256, enforce_input_project=False, **options)))
+
+def mask2former_reference(seg, device):
+    "Function of the backbone's maps: the reference's head with the weights that `seg` gets as well."
+    from opentrans.frameworks.mask2former import load_mask2former
+    theirs = parts_of('OPENTRANS_MASK2FORMER', 'mask2former', 'facebookresearch/Mask2Former', 'mask2former_transformer_decoder', seg, num_queries=100)
+    if isinstance(theirs, str): return theirs
     load_mask2former(seg, {f'sem_seg_head.{n}': p for n,p in theirs.state_dict().items()})
     theirs.to(device).eval()
     def run(maps):
@@ -60,18 +65,9 @@ def mask2former_reference(seg, device):
 
 def fcclip_reference(seg, device):
     "The same for FC-CLIP: pixel decoder, mask decoder and classification of the queries of all layers."
-    folder = os.environ.get('OPENTRANS_FCCLIP', '')
-    if not os.path.isdir(os.path.join(folder, 'fcclip')): return 'OPENTRANS_FCCLIP names no clone of bytedance/fc-clip'
-    if importlib.util.find_spec('detectron2') is None: return 'detectron2 is not installed'
-    from detectron2.layers import ShapeSpec
     from opentrans.frameworks.fcclip import load_fcclip
-    pixel,masker = module_of(folder, 'fcclip.modeling.pixel_decoder.msdeformattn', 'fcclip.modeling.transformer_decoder.fcclip_transformer_decoder')
-    shapes = {k: ShapeSpec(channels=c, stride=seg.backbone.strides[k]) for k,c in seg.backbone.channels.items()}
-    theirs = torch.nn.ModuleDict(dict(
-        pixel_decoder=pixel.MSDeformAttnPixelDecoder(shapes, transformer_dropout=0., transformer_nheads=8, transformer_dim_feedforward=1024, transformer_enc_layers=6, conv_dim=256, mask_dim=256, norm='GN',
-                                                     transformer_in_features=['res3', 'res4', 'res5'], common_stride=4),
-        predictor=masker.MultiScaleMaskedTransformerDecoder(256, True, num_classes=255, hidden_dim=256, num_queries=250, nheads=8, dim_feedforward=2048, dec_layers=9, pre_norm=False, mask_dim=256,
-                                                            enforce_input_project=False, clip_embedding_dim=seg.backbone.embed_dim)))
+    theirs = parts_of('OPENTRANS_FCCLIP', 'fcclip', 'bytedance/fc-clip', 'fcclip_transformer_decoder', seg, num_queries=250, clip_embedding_dim=seg.backbone.embed_dim)
+    if isinstance(theirs, str): return theirs
     load_fcclip(seg, {f'sem_seg_head.{n}': p for n,p in theirs.state_dict().items()}, strict=False)
     theirs.to(device).eval()
     k = len(seg.vocabulary)
