@@ -7,35 +7,28 @@ __all__ = ['NAMINGS', 'CRITERIA', 'prunable', 'weights_digest', 'SparseMask', 'c
            'plot_overlap', 'geometric_schedule', 'imp', 'plot_history', 'cubic_schedule', 'criterion', 'magnitude',
            'snip', 'sensitivity', 'transfer_checkpoint', 'load_baked', 'export_onnx']
 
-# %% ../nbs/01_pruning.ipynb #9925007e
+# %% ../nbs/01_pruning.ipynb #5242e81e
 import hashlib, inspect, json, math, re, time, warnings, weakref, zipfile
-from fnmatch import fnmatchcase
 from pathlib import Path
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from matplotlib.ticker import LogLocator, NullFormatter
 from safetensors import SafetensorError, safe_open
-from .core import (OpenTransError, Undo, atomic_path, find_tower, layers, load_tensors, match_names, optional, progress, save_json,
-    save_tensors, seeded, unknown, unwrap)
+from .core import (OpenTransError, Undo, after_step, atomic_path, axes, best_fits, find_tower, in_tower, layers, load_tensors, matches, no_partner, only_fit,
+    optional, progress, save_json, save_tensors, seeded, unknown, unwrap)
 
-# %% ../nbs/01_pruning.ipynb #e5da9bf7
+# %% ../nbs/01_pruning.ipynb #ec47e9a4
 _SKIP = ('attnpool', 'attn_pool', 'head', 'visual_projection') # modules at the end of an image tower: pooling and projection
-
-def _like(name, pattern):
-    "Does a name match a pattern with `*` and `?`? A bracket is a bracket."
-    return fnmatchcase(name, pattern.replace('[', '[[]'))
 
 def _under(name, patterns):
     "Does a name lie under a module called one of `patterns`, or match one of them as a whole (with `*`)?"
     parts = name.split('.')[:-1]
-    return any(p in parts or _like(name, p) for p in patterns)
+    return any(p in parts or matches(name, p) for p in patterns)
 
 def prunable(
     model:nn.Module, # Any model; names are read in its tower
@@ -148,7 +141,7 @@ class SparseMask:
         return t.assign(density=t.kept/t.weights)
     def __repr__(self): return f"SparseMask({len(self)} layers, {self.kept:,} of {self.total:,} weights, density {self.density:.4f})"
 
-# %% ../nbs/01_pruning.ipynb #2526560f
+# %% ../nbs/01_pruning.ipynb #f615c0be
 @patch
 def _same(self:SparseMask, other):
     if not isinstance(other, SparseMask): raise OpenTransError(f"A SparseMask can be compared with another SparseMask, not with {type(other).__name__}.")
@@ -179,7 +172,7 @@ def only(self:SparseMask,
     *patterns, # Patterns of names, such as `'layer*'`
 )->SparseMask: # A mask over these layers alone; the others will be left dense
     "Restrict a mask to some layers. Raises `OpenTransError` if none matches."
-    hit = {n: m for n,m in self.items() if any(_like(n, p) for p in patterns)}
+    hit = {n: m for n,m in self.items() if any(matches(n, p) for p in patterns)}
     if not hit: raise OpenTransError(f"No layer matches {patterns}. The mask has: {', '.join(self.names[:6])} ...")
     return SparseMask(hit, dict(self.info, only=list(patterns)))
 
@@ -304,7 +297,7 @@ def common_name(
             if n: return new+(part or '')
     return name
 
-# %% ../nbs/01_pruning.ipynb #323df527
+# %% ../nbs/01_pruning.ipynb #fcb8d8de
 _WRAPS = re.compile(r'(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)')
 
 def _slots(shapes, rename=lambda n: n):
@@ -320,13 +313,6 @@ def _slots(shapes, rename=lambda n: n):
             for i,p in enumerate('qkv'): put(f'{c}[{p}]', (n, slice(i*s[1], (i+1)*s[1]), (s[1], s[1])))
     return {n: v for n,v in res.items() if n not in twice}        # a name that two parameters claim is nobody's
 
-def _fits(keys, slots):
-    "The prefixes under which most keys fit by name and shape: a list of (key -> slot)."
-    prefixes = {t[:-len(k)] for k in keys for t in slots if t.endswith(k) and (len(t) == len(k) or t[-len(k)-1] == '.')}
-    found = [{k: slots[p+k] for k,s in keys.items() if p+k in slots and slots[p+k][2] == tuple(s)} for p in sorted(prefixes, key=lambda p: (len(p), p))]
-    best = max(map(len, found), default=0)
-    return [f for f in found if len(f) == best > 0]
-
 def _spellings(keys, shapes):
     "Ways to look for the keys: as they are; in open_clip's spelling; and that without a prefix of their own (`trunk.`). Yields (key as written -> key, slots)."
     yield {k: k for k in keys},_slots(shapes)
@@ -336,37 +322,29 @@ def _spellings(keys, shapes):
         names = {k: n.partition('.')[2] for k,n in names.items()}
         yield names,slots
 
-# %% ../nbs/01_pruning.ipynb #e71e3625
+# %% ../nbs/01_pruning.ipynb #3751953f
 def _match(
     keys, # Name -> shape
     shapes, # Parameter -> shape
     strict=True, # Raise if a key has no partner?
     same=lambda name: name, # What makes two parameters one
 ): # Key -> (parameter, rows or None)
-    "The one place where the keys fit. Raises `OpenTransError` if there is none, or more than one."
+    "The one place where the keys fit, by the rule of `match_names` in each spelling. Raises `OpenTransError` if there is none, or more than one."
     best = []
     for names,slots in _spellings(keys, shapes):
-        back = {n: k for k,n in names.items()}
-        fits = [{back[n]: v for n,v in f.items()} for f in _fits({n: keys[k] for n,k in back.items()}, slots)]
+        back,there = {n: k for k,n in names.items()},{n: s for n,(_,_,s) in slots.items()}
+        fits = [{back[n]: slots[t][:2] for n,t in f.items()} for f in best_fits({n: keys[k] for n,k in back.items()}, there)]
         if fits and (not best or len(fits[0]) > len(best[0])): best = fits
         if best and len(best[0]) == len(keys): break
     if not best or (strict and len(best[0]) < len(keys)):
-        match_names(keys, {n: s for n,(_,_,s) in _slots(shapes).items()}, 'layers of the mask')
-    if len({tuple(same(f[k][0]) for k in sorted(f)) for f in best}) > 1:
-        some = [next(iter(f.values()))[0] for f in best]
-        raise OpenTransError(f"The mask fits {len(best)} places of the model equally well, at {', '.join(some[:4])}. Pass the sub-module that is meant.")
-    return {k: best[0][k][:2] for k in keys if k in best[0]}
+        raise no_partner(keys, {n: s for n,(_,_,s) in _slots(shapes).items()}, 'layers of the mask')
+    hit = only_fit(best, 'layers of the mask', lambda slot: same(slot[0]))
+    return {k: hit[k] for k in keys if k in hit}
 
 def _place(keys, model, strict=True):
     "Find the layers of a mask in a model: key -> (`Parameter`, rows or None). Raises `OpenTransError`."
-    model = unwrap(model)
-    tower,err = find_tower(model),None
-    for where in ([tower] if tower is model else [tower, model]):
-        params = dict(where.named_parameters(remove_duplicate=False))
-        try: hit = _match(keys, {n: p.shape for n,p in params.items()}, strict, lambda n: id(params[n]))
-        except OpenTransError as e: err = err or e
-        else: return {k: (params[n], rows) for k,(n,rows) in hit.items()}
-    raise err
+    hit,params = in_tower(model, lambda params: _match(keys, {n: p.shape for n,p in params.items()}, strict, lambda n: id(params[n])))
+    return {k: (params[n], rows) for k,(n,rows) in hit.items()}
 
 @patch
 def weights(self:SparseMask,
@@ -439,7 +417,7 @@ def leave(self:_Keeper):
         if v() is not None: self.zero(v())
     self.filled,self.calm = [],None
 
-# %% ../nbs/01_pruning.ipynb #b5709491
+# %% ../nbs/01_pruning.ipynb #f788b65d
 class MaskInForce(Undo):
     "A mask that is kept on a model until `.remove()`, or the end of a `with` block."
     def __init__(self, undo, placed, left): super().__init__(*undo); self.placed,self.left = placed,left
@@ -464,12 +442,7 @@ def apply(self:SparseMask,
     ks = _keepers(self, placed)
     for k in ks: k.weight()
     undo = [k.param.register_post_accumulate_grad_hook(k.grad).remove for k in ks if k.param.requires_grad]
-    @torch.no_grad()
-    def after(opt, args, kwargs):
-        held = {id(p) for g in opt.param_groups for p in g['params']}
-        for k in ks:
-            if id(k.param) in held: k.after(opt)
-    undo += [register_optimizer_step_post_hook(after).remove, *(k.leave for k in ks)]
+    undo += [after_step({k.param: k.after for k in ks}).remove, *(k.leave for k in ks)]
     return MaskInForce(undo, list(placed), [n for n in self.names if n not in placed])
 
 # %% ../nbs/01_pruning.ipynb #a602e802
@@ -526,7 +499,7 @@ def load(cls:SparseMask,
         return cls({n: _unpack(bits[n], s) for n,s in shapes.items()}, info)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e: raise altered from e
 
-# %% ../nbs/01_pruning.ipynb #6e093d41
+# %% ../nbs/01_pruning.ipynb #3b89c707
 @patch
 def plot(self:SparseMask,
     ax=None, # Axes to draw on; new ones if None
@@ -534,7 +507,7 @@ def plot(self:SparseMask,
 ): # The axes
     "Density of each layer, and of all together."
     t = self.table()
-    if ax is None: _,ax = plt.subplots(figsize=(max(5, min(14, len(t)/5)), 3))
+    ax = axes(ax, figsize=(max(5, min(14, len(t)/5)), 3))
     line, = ax.plot(range(len(t)), t.density, 'o-', ms=3, lw=1, label=label)
     ax.axhline(self.density, ls=':', lw=1, color=line.get_color())
     ax.set_xticks(range(len(t)), [n.removesuffix('.weight') for n in t.index], rotation=90, fontsize=7 if len(t)>20 else 8)
@@ -549,7 +522,7 @@ def plot_weights(self:SparseMask,
     bins:int=60, # Number of bars
 ): # The axes
     "Magnitudes of the weights that the mask keeps and drops; weights that are zero are left out."
-    if ax is None: _,ax = plt.subplots(figsize=(5, 3))
+    ax = axes(ax, figsize=(5, 3))
     w = self.weights(model)
     kept,dropped = (torch.cat([v.abs().cpu().float()[k].flatten() for v,k in parts]) for parts in ([(w[n], m) for n,m in self.items()], [(w[n], ~m) for n,m in self.items()]))
     logs = [x[x > 0].log10().numpy() for x in (dropped, kept)]
@@ -557,7 +530,7 @@ def plot_weights(self:SparseMask,
     ax.set(xlabel='$\\log_{10} |w|$', ylabel='weights', title='what the mask keeps'); ax.legend()
     return ax
 
-# %% ../nbs/01_pruning.ipynb #59e17372
+# %% ../nbs/01_pruning.ipynb #d2222df1
 @patch
 def overlap(self:SparseMask,
     other:SparseMask, # A mask over the same layers
@@ -588,7 +561,7 @@ def plot_overlap(
     import seaborn as sns
     title = 'overlap of masks (IoU)' if isinstance(frame, dict) else 'overlap of masks'
     frame = compare_masks(frame) if isinstance(frame, dict) else frame
-    if ax is None: _,ax = plt.subplots(figsize=(1.5+.8*len(frame), 1+.65*len(frame)))
+    ax = axes(ax, figsize=(1.5+.8*len(frame), 1+.65*len(frame)))
     sns.heatmap(frame, annot=True, fmt='.2f', vmin=0, cmap='viridis', square=True, ax=ax, cbar=False)
     ax.set_title(title); ax.tick_params(axis='x', rotation=45); ax.tick_params(axis='y', rotation=0)
     return ax
@@ -760,13 +733,13 @@ def imp(
     mask.info = {**{k: v for k,v in found.items() if k not in ('layers', 'schedule')}, 'method': 'imp', 'backbone': type(find_tower(model)).__name__, 'weights': digest}
     return mask,pd.DataFrame(history, columns=None if history else ['round', 'density', 'kept', 'threshold'])
 
-# %% ../nbs/01_pruning.ipynb #62b1f576
+# %% ../nbs/01_pruning.ipynb #383334e0
 def plot_history(
     history, # What `imp` returned
     ax=None, # Axes to draw on; new ones if None
 ): # The axes
     "Density after each round, and the loss that its training reported."
-    if ax is None: _,ax = plt.subplots(figsize=(5, 3))
+    ax = axes(ax, figsize=(5, 3))
     ax.plot(history['round'], history.density, 'o-', ms=3); ax.set(xlabel='round', ylabel='density', yscale='log', title='iterative pruning')
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.yaxis.set_major_formatter('{x:g}'); ax.yaxis.set_minor_formatter(NullFormatter())
     if 'loss' in history:
