@@ -8,14 +8,14 @@ OUT    ?= demo-report
 export OMP_NUM_THREADS ?= 1
 
 # studies that `make results` runs again, or goes on with; `opentrans study` lists them
-STUDIES ?= masks freezing balance training ratio losses supervision rounds similarity pictures alpha density xmin levels interference methods overlap frameworks
+STUDIES ?= masks freezing balance training ratio losses supervision rounds similarity pictures alpha density xmin levels interference methods overlap frameworks density-fpn density-faseg density-mask2former density-fcclip tower-rn tower-convnext tower-vit
 SEEDS   ?= 5
 
 .PHONY: help install demo test check-notebooks results gpu clean
 help:
 	@echo "make demo   the whole paper at toy scale: one HTML report and one JSON in $(OUT)/"
 	@echo "make test   export up to date, notebooks clean, all notebooks, all tests"
-	@echo "make results  the studies of `opentrans study` in docs/results/ (hours; STUDIES='losses ratio' for some; goes on where it was)"
+	@echo "make results  the studies of 'opentrans study' in docs/results/ (hours; STUDIES='losses ratio' for some; goes on where it was)"
 	@echo "make gpu    the heavy notebook cells, on a machine with a CUDA device"
 
 install: $(STAMP)

@@ -177,26 +177,29 @@ def demo(
         show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
     print(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
 
-# %% ../nbs/21_cli.ipynb #4af26937
+# %% ../nbs/21_cli.ipynb #c85ebf40
 @app.command()
 def study(
     name:Annotated[Optional[str], typer.Argument(help="Which study; none lists them.")]=None,
     out:Annotated[str, typer.Option(help="Folder for NAME-Nseeds.json; interrupted, the study goes on from the runs under it.")]='results',
     seeds:Annotated[int, typer.Option(help="Number of seeds; three or more give intervals and verdicts.")]=5,
     seed:Annotated[int, typer.Option(help="First seed.")]=0,
-    scale:Annotated[str, typer.Option(help="'demo', or 'smoke': a few iterations that show nothing but that it runs.")]='demo',
+    scale:Annotated[str, typer.Option(help="'shapes' (= 'demo'), minutes to hours on two cores; 'gpu': CLIP's RN50 on larger scenes; 'coco': RN50 on COCO and six more sets, days; 'smoke': shows nothing but that it runs.")]='demo', root:Root=None,
+    pretrained:Annotated[Optional[str], typer.Option(help="Weights file of the scale's CLIP, where they cannot be downloaded.")]=None,
     workers:Annotated[Optional[int], typer.Option(help="Processes. Default: two.")]=None, config:Config=None,
 ):
-    "One table of the paper, or one beyond it, over several seeds at toy scale: every number, paired differences, verdicts."
+    "One table of the paper, or one beyond it, over several seeds: every number, paired differences, verdicts."
     import pandas as pd
     from opentrans import experiments as ex
+    from opentrans.data import data_root
     if name is None:
         show(pd.DataFrame({k: dict(paper=s.where, question=s.question, arms=len(s.arms)) for k,s in ex.STUDIES.items()}).T, title='studies'); return
     command = f'opentrans study {name}' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 5), ('seed', seed, 0), ('scale', scale, 'demo'), ('out', 'results' if Path(out).is_absolute() else out, 'results')) if v != d or k == 'seeds') # no path of this machine
-    data = ex.run_study(name, out, seeds, seed, scale, workers, command)
+    if root is not None: os.environ['DETECTRON2_DATASETS'] = str(data_root(root))
+    data = ex.run_study(name, out, seeds, seed, scale, workers, command, pretrained)
     if data['summary']: show(pd.DataFrame(data['summary']).T.iloc[:, :6], title=data['what'])
     if data['claims']: show(pd.DataFrame(data['claims'])[['claim', 'measured', 'mean', 'low', 'high', 'verdict']].round(2).set_index('claim'), title='claims')
-    print(f"data: {Path(out)/f'{name}-{seeds}seeds.json'}")
+    print(f'data: {ex.result_file(name, out, seeds, scale)}')
 
 # %% ../nbs/21_cli.ipynb #1c218870
 @app.command()
