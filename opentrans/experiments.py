@@ -328,7 +328,7 @@ def finer(
     for p,b in learn: p.requires_grad_(b)
     return Undo(lambda: merge_spt(seg))
 
-# %% ../nbs/20_experiments.ipynb #6d3bb5d5
+# %% ../nbs/20_experiments.ipynb #6c8aa0d6
 def _stages(clip):
     "Names of the four stages of a tower, or of the blocks where a ViT's four quarters end."
     tower = clip.visual
@@ -346,6 +346,7 @@ def clip_similarity(
 )->dict: # `'cka'`: unbiased linear CKA, the mean over the tower's four stages; `'cka_layers'`: over all convolutions; `'cka_channels'`: the released per-channel variant
     "How much of CLIP the backbone has kept (Tab. 9)."
     stages,n = _stages(clip),min(n, len(data))
+    if n < 4: return dict(cka=math.nan, cka_layers=math.nan, cka_channels=math.nan) # the unbiased estimate takes four images
     convs = [f"visual.{l.name.removesuffix('.weight')}" for l in layers(clip) if l.kind == 'conv'] if every else []
     size = data[0]['image'].shape[-2:] if len({data[i]['image'].shape for i in range(n)}) == 1 else (clip.image_size,)*2      # real images differ in size
     batch = lambda at: torch.stack([resize(data[i]['image'][None], size)[0] for i in at]).to(device_of(seg))
