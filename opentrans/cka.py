@@ -6,14 +6,14 @@
 __all__ = ['center_gram', 'rbf_gram', 'linear_cka', 'rbf_cka', 'gram', 'as_examples', 'cka', 'plot_cka', 'same_layers',
            'channel_cka', 'paper_cka']
 
-# %% ../nbs/03_cka.ipynb #3db1d1bd
+# %% ../nbs/03_cka.ipynb #8d58d80c
 import contextlib, difflib, warnings
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .core import OpenTransError, device_of, find_tower, layers, progress, unwrap
+from .core import OpenTransError, axes, device_of, evaluating, find_tower, layers, progress, unwrap
 
 # %% ../nbs/03_cka.ipynb #9ff85828
 def center_gram(
@@ -201,7 +201,7 @@ class _Watch:
         "Reasons of the layers that cannot be compared."
         return {n: self.reasons.get(n, 'features are constant over the examples') for n in names if n in self.reasons or n not in self.varies}
 
-# %% ../nbs/03_cka.ipynb #dac01c28
+# %% ../nbs/03_cka.ipynb #a5bb324b
 def _images(batch):
     if isinstance(batch, dict):
         for k in ('images', 'image', 'pixel_values'):
@@ -211,16 +211,6 @@ def _images(batch):
     if isinstance(batch, torch.Tensor): return batch
     if hasattr(batch, 'images'): return batch.images
     raise OpenTransError(f"A batch must be a tensor, a tuple that begins with one, or a dict with 'images', not {type(batch).__name__}.")
-
-@contextlib.contextmanager
-def _evaluating(*models):
-    "Eval mode and no gradients inside; each module's mode is put back, also after an exception."
-    training = [m for model in models for m in model.modules() if m.training]
-    for model in models: model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for m in training: m.training = True
 
 # %% ../nbs/03_cka.ipynb #a8999544
 class _HSIC:
@@ -242,7 +232,7 @@ class _HSIC:
     def result(self):
         return (self.xy/(self.xx[:, None]*self.yy).sqrt()).cpu().numpy() # 0/0 is NaN: a layer that never varies
 
-# %% ../nbs/03_cka.ipynb #53d493c5
+# %% ../nbs/03_cka.ipynb #d6bb1054
 def cka(
     model_a:nn.Module, # Rows of the result are its layers
     model_b:nn.Module, # Columns are its layers; may be `model_a` itself
@@ -265,7 +255,7 @@ def cka(
     wa = _Watch(mods_a | mods_b if model_a is model_b else mods_a, gram_of, unbiased, maps)
     wb = wa if model_a is model_b else _Watch(mods_b, gram_of, unbiased, maps)
     sums,count = _HSIC(unbiased),dict(examples=0, batches=0, left_out=0)
-    with _evaluating(model_a, model_b), wa, (wb if wb is not wa else contextlib.nullcontext()):
+    with evaluating(model_a, model_b), wa, (wb if wb is not wa else contextlib.nullcontext()):
         for batch in progress(loader, 'CKA', len(loader) if hasattr(loader, '__len__') else None):
             images = _images(batch)
             for w,model in ((wa, model_a),) if wa is wb else ((wa, model_a), (wb, model_b)):
@@ -281,16 +271,15 @@ def cka(
     idle = [[n for n in ns if given is None and w.reasons.get(n) == _IDLE] for w,ns,given in ((wa, names_a, layers_a), (wb, names_b, layers_b or layers_a))]
     return frame.drop(index=idle[0], columns=idle[1])
 
-# %% ../nbs/03_cka.ipynb #335721d2
+# %% ../nbs/03_cka.ipynb #389102d4
 def plot_cka(
     frame:pd.DataFrame, # What `cka` returned
     ax=None, # Axes to draw on
     numbers:bool=None, # Write the values into the cells? None: if there are at most 12 rows and columns
 ): # The axes
     "Heat map of a CKA table: rows upwards, NaN hatched."
-    import matplotlib.pyplot as plt
     h,w = frame.shape
-    if ax is None: ax = plt.subplots(figsize=(min(12, 2.4+.32*w), min(11, 1.6+.32*h)))[1]
+    ax = axes(ax, figsize=(min(12, 2.4+.32*w), min(11, 1.6+.32*h)))
     im = ax.imshow(frame.to_numpy(), origin='lower', vmin=0, vmax=1, cmap='magma', aspect='auto')
     ax.set_facecolor('none'); ax.patch.set(hatch='////', edgecolor='.6')
     short = lambda names: [str(n).removesuffix('.weight') for n in names]
@@ -328,7 +317,7 @@ def channel_cka(
     c = xy**2/(xx*yy)
     return (c.nan_to_num(nan=1.) if constant == 'one' else c[~c.isnan()]).mean().item()
 
-# %% ../nbs/03_cka.ipynb #b5ce6ee5
+# %% ../nbs/03_cka.ipynb #1885f2e4
 def paper_cka(
     model_a:nn.Module, # Usually CLIP's tower
     model_b:nn.Module, # Usually a fine-tuned backbone
@@ -341,7 +330,7 @@ def paper_cka(
     model_a,model_b = unwrap(model_a),unwrap(model_b)
     forward,seen,total,n = forward or (lambda m, x: m(x)),{},{k: 0. for k in layers},0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_evaluating(model_a, model_b))
+        stack.enter_context(evaluating(model_a, model_b))
         for i,model in enumerate((model_a, model_b)):
             for name,m in _find_modules(model, layers).items():
                 stack.callback(m.register_forward_hook(lambda m, args, out, k=(i, name): seen.__setitem__(k, _first_tensor(out).detach().clone())).remove)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['CONVS', 'PACKED', 'BATCH_NORMS', 'NORMS', 'OpenTransError', 'unknown', 'optional', 'unwrap', 'find_tower', 'Layer',
-           'layers', 'norm_params', 'best_fits', 'no_partner', 'only_fit', 'match_names', 'param_shapes', 'matches',
-           'find_names', 'find_layers', 'in_tower', 'locate', 'Undo', 'after_step', 'LayerSelection', 'atomic_path',
-           'save_text', 'read_text', 'save_json', 'load_json', 'save_tensors', 'load_tensors', 'seed_everything',
-           'seeded', 'pick_device', 'device_of', 'progress', 'axes']
+           'layers_of', 'layers', 'norm_params', 'best_fits', 'no_partner', 'only_fit', 'match_names', 'param_shapes',
+           'matches', 'find_names', 'find_layers', 'in_tower', 'locate', 'Undo', 'after_step', 'evaluating',
+           'LayerSelection', 'atomic_path', 'save_text', 'read_text', 'save_json', 'load_json', 'save_tensors',
+           'load_tensors', 'load_metadata', 'under', 'seed_everything', 'seeded', 'pick_device', 'device_of',
+           'to_device', 'progress', 'axes', 'png']
 
-# %% ../nbs/00_core.ipynb #39781199
-import contextlib, copy, difflib, importlib, json, os, random, tempfile
+# %% ../nbs/00_core.ipynb #a6ef6ef9
+import contextlib, difflib, importlib, io, json, os, random, tempfile
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_map
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -84,12 +86,16 @@ class Layer:
     @property
     def weight(self)->torch.Tensor: return self.param if self.rows is None else self.param[self.rows]
 
-# %% ../nbs/00_core.ipynb #f69dedf3
+# %% ../nbs/00_core.ipynb #130ea0a6
 def _packed(name, module, param):
     n = param.shape[0]//3
     return [Layer(f'{name}[{p}]', module, param, 'attention', slice(i*n, (i+1)*n)) for i,p in enumerate('qkv')]
 
-def _layers_of(name, module):
+def layers_of(
+    name:str, # Qualified name of a module
+    module:nn.Module, # The module
+)->list: # `Layer`s of its own, without those of its children
+    "The layers that one module is."
     dot = f'{name}.' if name else ''
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
         return _packed(f'{dot}in_proj_weight', module, module.in_proj_weight)
@@ -107,7 +113,7 @@ def layers(
     "The named layers of a model: convolutions, linear maps, and the parts of packed projections."
     res = {}
     for name,module in find_tower(model).named_modules():
-        for l in _layers_of(name, module): res.setdefault((id(l.param), l.name.partition('[')[2]), l)
+        for l in layers_of(name, module): res.setdefault((id(l.param), l.name.partition('[')[2]), l)
     return list(res.values())
 
 # %% ../nbs/00_core.ipynb #513894c0
@@ -244,6 +250,19 @@ def after_step(
             if id(p) in held: f(opt)
     return register_optimizer_step_post_hook(hook)
 
+# %% ../nbs/00_core.ipynb #f02ae807
+@contextlib.contextmanager
+def evaluating(
+    *models, # Any modules
+):
+    "Evaluation mode and no gradients inside the block; afterwards every module is in the mode it was in."
+    modes = [(m, m.training) for model in models for m in model.modules()]
+    for model in models: model.eval()
+    try:
+        with torch.no_grad(): yield
+    finally:
+        for m,t in modes: m.training = t
+
 # %% ../nbs/00_core.ipynb #ec006447
 @dataclass
 class LayerSelection:
@@ -358,28 +377,50 @@ def load_json(path):
     try: return json.loads(read_text(path))
     except json.JSONDecodeError as e: raise OpenTransError(f"'{path}' is not JSON: {e}.") from e
 
-# %% ../nbs/00_core.ipynb #0c103508
+# %% ../nbs/00_core.ipynb #b881132e
 def save_tensors(
     tensors:dict, # Name -> tensor
     path, # Where to
     metadata:dict=None, # Text by name; other values are stored as JSON
 ):
-    "Write a safetensors file, whole or not at all."
+    "Write a safetensors file, whole or not at all. Tensors that share memory are stored one by one."
     meta = {k: v if isinstance(v, str) else json.dumps(v, default=_plain) for k,v in (metadata or {}).items()}
+    seen,own = set(),{}
+    for k,t in tensors.items():
+        t = t.detach().cpu().contiguous(); at = t.untyped_storage().data_ptr()
+        own[k] = t.clone() if at in seen and t.numel() else t
+        seen.add(at)
     with atomic_path(path) as p:
-        try: save_file({k: t.detach().cpu().contiguous() for k,t in tensors.items()}, p, metadata=meta)
+        try: save_file(own, p, metadata=meta)
         except SafetensorError as e: raise OSError(str(e)) from e # the disk is full, say
+
+@contextlib.contextmanager
+def _opened(path, device='cpu'):
+    if not Path(path).is_file(): raise OpenTransError(f"No file '{path}'. Give the path of a .safetensors file.")
+    try:
+        with safe_open(str(path), 'pt', device=str(device)) as f: yield f
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise OpenTransError(f"'{path}' is not a whole safetensors file ({e}). Was the download or copy cut short? Fetch or make it again.") from e
 
 def load_tensors(
     path, # A safetensors file
     device='cpu', # Where the tensors shall be
 )->tuple: # (dict of name -> tensor, dict of metadata texts)
     "Read a safetensors file. Raises `OpenTransError` if it is missing, cut short or no safetensors file."
-    if not Path(path).is_file(): raise OpenTransError(f"No file '{path}'. Give the path of a .safetensors file.")
-    try:
-        with safe_open(str(path), 'pt', device=str(device)) as f: return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
-    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise OpenTransError(f"'{path}' is not a whole safetensors file ({e}). Was the download or copy cut short? Fetch or make it again.") from e
+    with _opened(path, device) as f: return {k: f.get_tensor(k) for k in f.keys()},dict(f.metadata() or {})
+
+def load_metadata(
+    path, # A safetensors file
+)->dict: # Texts by name
+    "The metadata of a safetensors file, before any tensor is read. Raises `OpenTransError` as `load_tensors` does."
+    with _opened(path) as f: return dict(f.metadata() or {})
+
+def under(
+    prefix:str, # Such as `'model.'`
+    tensors:dict, # By name
+)->dict: # Those whose names begin with it, without it
+    "One part of a file that holds several."
+    return {k[len(prefix):]: t for k,t in tensors.items() if k.startswith(prefix)}
 
 # %% ../nbs/00_core.ipynb #06059c19
 def seed_everything(
@@ -402,7 +443,7 @@ def seeded(
         random.setstate(state[0]); np.random.set_state(state[1]); torch.set_rng_state(state[2])
         if cuda: torch.cuda.set_rng_state_all(cuda)
 
-# %% ../nbs/00_core.ipynb #711e3fd8
+# %% ../nbs/00_core.ipynb #8dafcc26
 def pick_device(
     device:str=None, # `'cpu'`, `'cuda'`, `'cuda:1'`, `'mps'`; None takes the best one there is
 )->torch.device: # The device
@@ -418,6 +459,13 @@ def pick_device(
 def device_of(model:nn.Module)->torch.device:
     "Where a model's parameters are (CPU if it has none)."
     return next((p.device for p in model.parameters()), torch.device('cpu'))
+
+def to_device(
+    x, # A batch: tensors, and lists, tuples and dicts of them; anything else stays as it is
+    device, # Where to
+): # The same, there
+    "Move a batch."
+    return tree_map(lambda t: t.to(device, non_blocking=True) if isinstance(t, torch.Tensor) else t, x)
 
 # %% ../nbs/00_core.ipynb #4ef06d6e
 def progress(
@@ -441,3 +489,12 @@ def axes(
     if ax is not None: return ax
     import matplotlib.pyplot as plt # not needed for anything else here
     return plt.subplots(**kwargs)[1]
+
+# %% ../nbs/00_core.ipynb #92fca1f7
+def png(
+    fig, # A figure
+    **kwargs, # As `Figure.savefig` takes them, e.g. `dpi=80`
+)->bytes:
+    "A figure as a PNG in memory, for widgets and pages."
+    out = io.BytesIO(); fig.savefig(out, format='png', **kwargs)
+    return out.getvalue()

@@ -6,7 +6,7 @@
 __all__ = ['CONVENTIONS', 'op_macs', 'fvcore_flops', 'Cost', 'cost', 'training_table', 'training_flops', 'tool_count',
            'training_memory', 'peak_memory']
 
-# %% ../nbs/04_cost.ipynb #96243717
+# %% ../nbs/04_cost.ipynb #f81c3c80
 import contextlib, math, os, weakref
 from dataclasses import dataclass, field
 import numpy as np
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, UnsupportedFakeTensorException, UnsupportedOperatorException
-from .core import CONVS, OpenTransError, _layers_of, device_of, find_tower, match_names, optional, unknown, unwrap
+from .core import CONVS, NORMS, OpenTransError, axes, device_of, find_names, find_tower, layers_of, optional, unknown, unwrap
 
 # %% ../nbs/04_cost.ipynb #758fa82d
 _aten = torch.ops.aten
@@ -89,15 +89,13 @@ _PTFLOPS = {t: _pt_conv for t in _types('Conv')} | {t: lambda m, x, y: _pt_conv(
     nn.Upsample: lambda m, x, y: y[0].numel(), nn.MultiheadAttention: None,
     nn.Linear: lambda m, x, y: x.shape[:-1].numel()*y.shape[-1]*(x.shape[-1] + (m.bias is not None))}
 
-# %% ../nbs/04_cost.ipynb #1e34f16f
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm) + ((nn.RMSNorm,) if hasattr(nn, 'RMSNorm') else ())
-
+# %% ../nbs/04_cost.ipynb #594015f7
 def _module_rows(name, m):
     "Rows of a module's own parameters: [row, kind, [(parameter, its rows or None), ...]], the weight first."
     own,dot = {k: p for k,p in m._parameters.items() if p is not None},f'{name}.' if name else ''
-    rows = [[l.name, l.kind, [(l.param, l.rows)]] for l in _layers_of(name, m)]
+    rows = [[l.name, l.kind, [(l.param, l.rows)]] for l in layers_of(name, m)]
     taken = {id(r[2][0][0]) for r in rows}
-    kind = 'norm' if isinstance(m, _NORMS) else 'embedding' if isinstance(m, nn.Embedding) else 'parameter'
+    kind = 'norm' if isinstance(m, NORMS) else 'embedding' if isinstance(m, nn.Embedding) else 'parameter'
     for k,p in sorted(own.items(), key=lambda kp: kp[0] != 'weight'):
         if id(p) in taken: continue
         if k in ('bias', 'in_proj_bias') and len(rows) == 3: # packed or parallel q, k, v: each has its third
@@ -260,7 +258,7 @@ def _hooked(model, counter, table):
         for m in training: m.training = True
         torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../nbs/04_cost.ipynb #a7230608
+# %% ../nbs/04_cost.ipynb #6c404851
 def _si(x):
     for f,p in ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
         if abs(x) >= f: return f'{x/f:.3f} {p}'
@@ -277,7 +275,7 @@ def _densities(mask, rows):
     for n in [n for n in d if any(r.endswith(f'{n}[q]') for r in rows)]: # a packed projection masked as a whole
         m = d.pop(n)
         d |= {f'{n}[{p}]': m if isinstance(m, float) else m[i*len(m)//3:(i+1)*len(m)//3] for i,p in enumerate('qkv')}
-    where = match_names(dict.fromkeys(d, ()), dict.fromkeys(rows, ()), 'masked layers')
+    where = find_names(d, rows, 'masked layers')
     res = {} if rest is None else {r: rest for r,t in rows.items() if t}
     return res | {where[n]: m if isinstance(m, float) else m.float().mean().item() for n,m in d.items()}
 
@@ -429,7 +427,7 @@ def _repr_markdown_(self:Cost): return self.to_markdown()
 def __repr__(self:Cost):
     return f"Cost({_si(self.active_params)} of {_si(self.params)} parameters, {_si(self.active_macs)} of {_si(self.macs)}MACs, {self.convention} at {'x'.join(map(str, self.input_size or ()))})"
 
-# %% ../nbs/04_cost.ipynb #348ab609
+# %% ../nbs/04_cost.ipynb #de186c9f
 @patch
 def plot(self:Cost,
     by:str='layer', # `'layer'`, `'stage'` or `'kind'`
@@ -437,10 +435,9 @@ def plot(self:Cost,
     ax=None, # Axes to draw on
 ): # The axes
     "Bars of what each layer costs; the dark part is what a mask leaves."
-    import matplotlib.pyplot as plt
     t = self.by_layer if by == 'layer' else getattr(self, f'by_{by}')()
     t = t[t[what] != 0]
-    if ax is None: ax = plt.subplots(figsize=(min(12, 3+.16*len(t)), 3))[1]
+    ax = axes(ax, figsize=(min(12, 3+.16*len(t)), 3))
     f,p = (1e9, 'G') if t[what].max() > 1e8 else (1e6, 'M') if t[what].max() > 1e5 else (1, '')
     x = np.arange(len(t))
     ax.bar(x, t[what]/f, color='#c6d4e6', label='dense')
@@ -452,10 +449,10 @@ def plot(self:Cost,
     ax.set_title(f"{_si(self.active_macs)} of {_si(self.macs)}MACs" if what == 'macs' else f"{_si(self.active_params)} of {_si(self.params)} parameters")
     return ax
 
-# %% ../nbs/04_cost.ipynb #f2e3c9e0
+# %% ../nbs/04_cost.ipynb #efdbfffc
 def _frozen(selection, rows):
     if selection is None: return set()
-    where = match_names(dict.fromkeys([*selection.train, *selection.freeze], ()), dict.fromkeys(rows, ()), 'layers of the selection')
+    where = find_names([*selection.train, *selection.freeze], rows, 'layers of the selection')
     return {where[n] for n in selection.freeze}
 
 def training_table(

@@ -7,7 +7,7 @@ __all__ = ['NAMINGS', 'CRITERIA', 'prunable', 'weights_digest', 'SparseMask', 'c
            'plot_overlap', 'geometric_schedule', 'imp', 'plot_history', 'cubic_schedule', 'criterion', 'magnitude',
            'snip', 'sensitivity', 'transfer_checkpoint', 'load_baked', 'export_onnx']
 
-# %% ../nbs/01_pruning.ipynb #5242e81e
+# %% ../nbs/01_pruning.ipynb #2ab0c4fa
 import hashlib, inspect, json, math, re, time, warnings, weakref, zipfile
 from pathlib import Path
 import numpy as np
@@ -18,9 +18,8 @@ from torch import nn
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from matplotlib.ticker import LogLocator, NullFormatter
-from safetensors import SafetensorError, safe_open
-from .core import (OpenTransError, Undo, after_step, atomic_path, axes, best_fits, find_tower, in_tower, layers, load_tensors, matches, no_partner, only_fit,
-    optional, progress, save_json, save_tensors, seeded, unknown, unwrap)
+from .core import (OpenTransError, Undo, after_step, atomic_path, axes, best_fits, find_tower, in_tower, layers, load_metadata, load_tensors, matches, no_partner, only_fit,
+    optional, progress, save_json, save_tensors, seeded, under, unknown, unwrap)
 
 # %% ../nbs/01_pruning.ipynb #ec47e9a4
 _SKIP = ('attnpool', 'attn_pool', 'head', 'visual_projection') # modules at the end of an image tower: pooling and projection
@@ -470,14 +469,11 @@ def save(self:SparseMask,
     meta = dict(format=_FORMAT, version=str(_VERSION), density=f'{self.density:.6f}', layers=json.dumps(per_layer), info=json.dumps({**self.info, **info}, default=str))
     save_tensors(bits, path, dict(meta, sha256=_digest(meta, bits)))
 
-# %% ../nbs/01_pruning.ipynb #f777f8ce
+# %% ../nbs/01_pruning.ipynb #59e8f605
 def _metadata(path):
     "The metadata of a safetensors file, before any tensor is read."
     if not Path(path).is_file(): raise OpenTransError(f"No mask file '{path}'. Give the path of a file that SparseMask.save wrote.")
-    try:
-        with safe_open(str(path), 'pt') as f: return dict(f.metadata() or {})
-    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise OpenTransError(f"'{path}' is not a whole safetensors file ({e}). Was the download or copy cut short? Fetch or make it again.") from e
+    return load_metadata(path)
 
 @patch(cls_method=True)
 def load(cls:SparseMask,
@@ -577,7 +573,7 @@ def geometric_schedule(
     rounds = max(0, math.ceil(math.log(density)/math.log(keep) - 1e-9))
     return [max(density, keep**r) if exact else keep**r for r in range(1, rounds+1)]
 
-# %% ../nbs/01_pruning.ipynb #5486c93a
+# %% ../nbs/01_pruning.ipynb #23dd7a21
 def _parallel(): return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 def _rank(): return dist.get_rank() if _parallel() else 0
 
@@ -591,18 +587,13 @@ def _from_first(mask):
     bits = _tell({n: _pack(m) for n,m in mask.items()} if _parallel() else None)
     return SparseMask({n: _unpack(b, mask.shapes[n]) for n,b in bits.items()}) if bits else mask
 
-def _distinct(state):
-    "A state dict in which a tensor that shares memory with another is copied, as safetensors wants it."
-    seen,res = set(),{}
+def _only_tensors(state):
+    "A state dict, if it holds nothing but tensors."
     for k,t in state.items():
         if not isinstance(t, torch.Tensor): raise OpenTransError(f"The state holds {k}, a {type(t).__name__}; a checkpoint can only hold tensors.")
-        key = t.untyped_storage().data_ptr() if t.numel() else None
-        res[k] = t.detach().clone() if key in seen else t.detach()
-        seen.add(key)
-    return res
+    return state
 
-def _tensors(prefix, obj): return {prefix+k: t for k,t in _distinct(obj.state_dict()).items()}
-def _under_prefix(prefix, tensors): return {k[len(prefix):]: t for k,t in tensors.items() if k.startswith(prefix)}
+def _tensors(prefix, obj): return {prefix+k: t for k,t in _only_tensors(obj.state_dict()).items()}
 
 def _load_state(model, state):
     try: model.load_state_dict(state)
@@ -621,7 +612,7 @@ def _binds(f, n):
     except TypeError: return False
     except ValueError: return n == 2
 
-# %% ../nbs/01_pruning.ipynb #0c90bf54
+# %% ../nbs/01_pruning.ipynb #9cca8e6d
 class _Checkpoint:
     "The folder of an `imp` run: `settings.json` to read, `imp.safetensors` with the last whole round, `start.safetensors` to rewind to."
     def __init__(self, folder, settings):
@@ -658,11 +649,11 @@ class _Checkpoint:
         found = _tell(found)
         if not found: return mask,[]
         tensors,history = found
-        _load_state(model, _under_prefix('model/', tensors))
-        if hasattr(train, 'load_state_dict'): train.load_state_dict(_under_prefix('train/', tensors))
-        return SparseMask({n: _unpack(b, mask.shapes[n]) for n,b in _under_prefix('mask/', tensors).items()}),history
+        _load_state(model, under('model/', tensors))
+        if hasattr(train, 'load_state_dict'): train.load_state_dict(under('train/', tensors))
+        return SparseMask({n: _unpack(b, mask.shapes[n]) for n,b in under('mask/', tensors).items()}),history
 
-# %% ../nbs/01_pruning.ipynb #0ec8cfe5
+# %% ../nbs/01_pruning.ipynb #858fe696
 def _start_state(rewind, model, seed, checkpoint, fresh):
     "A function that gives the state to rewind to (None for none): made once, read from the checkpoint folder if there is one."
     if rewind is None: return None
@@ -675,7 +666,7 @@ def _start_state(rewind, model, seed, checkpoint, fresh):
         if callable(rewind):
             with seeded(seed): rewind(model)
         state = rewind if isinstance(rewind, dict) else _tensors('', model)
-        if file and _rank() == 0: save_tensors(_distinct(state), file)
+        if file and _rank() == 0: save_tensors(_only_tensors(state), file)
         if not file: state = {k: t.detach().cpu().clone() for k,t in state.items()}
     if _parallel(): dist.barrier()
     return (lambda: load_tensors(file)[0]) if file else (lambda: state)
@@ -856,7 +847,7 @@ def apply_to_state(self:SparseMask,
     state.update(new)
     return placed
 
-# %% ../nbs/01_pruning.ipynb #29bc93ee
+# %% ../nbs/01_pruning.ipynb #1077767d
 def transfer_checkpoint(
     mask, # A `SparseMask`, or the path of one
     source, # A checkpoint: a path, or the (nested) dict itself
@@ -878,7 +869,7 @@ def transfer_checkpoint(
     at,state,left = found[0]
     whole = _replaced(obj, at, state)
     if out is not None:
-        if Path(out).suffix == '.safetensors': save_tensors(_distinct({k: t for k,t in state.items() if isinstance(t, torch.Tensor)}), out)
+        if Path(out).suffix == '.safetensors': save_tensors({k: t for k,t in state.items() if isinstance(t, torch.Tensor)}, out)
         else:
             with atomic_path(out) as p: torch.save(whole, p)
     return whole,left
