@@ -11,14 +11,13 @@ __all__ = ['ASSETS', 'TEMPLATES', 'VOCABULARIES', 'COLOURS', 'TEXTURES', 'SHAPES
            'register_dataset', 'list_datasets', 'open_dataset', 'write_coco_panoptic', 'ReleasedInstances',
            'resize_short', 'augment', 'View', 'Augmented']
 
-# %% ../nbs/05_data.ipynb #cabe778a
+# %% ../nbs/05_data.ipynb #6424ff1e
 import colorsys, difflib, functools, inspect, json, math, os, re, warnings
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -27,7 +26,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from fastcore.basics import patch
 import opentrans
-from .core import OpenTransError, atomic_path, load_json, read_text, save_text, unknown
+from .core import OpenTransError, atomic_path, axes, load_json, read_text, save_text, unknown
 
 # %% ../nbs/05_data.ipynb #e32aec91
 ASSETS = Path(opentrans.__file__).parent/'assets'
@@ -186,7 +185,7 @@ def collate(
     return dict(images=torch.stack([_pad(s['image'], size, 0.) for s in samples]), labels=torch.stack([_pad(s['labels'], size, ignore) for s in samples]),
                 regions=[_pad(s['regions'], size, False) for s in samples], ids=[s['id'] for s in samples], ignore=ignore, **many)
 
-# %% ../nbs/05_data.ipynb #4d2bea64
+# %% ../nbs/05_data.ipynb #a375be89
 def class_colours(
     k:int, # Number of classes
 )->np.ndarray: # (k,3) in [0,1]
@@ -213,7 +212,7 @@ def show_sample(
         picture = np.where(known[...,None], colours[np.where(known, labels, 0)], .5)
     else: picture = np.asarray(sample['image']).transpose(1, 2, 0).clip(0, 1).copy()
     if kind == 'regions' and len(sample['regions']): picture[_outlines(sample['regions'])] = (1., 0., 1.)
-    ax = ax if ax is not None else plt.subplots(figsize=(3, 3))[1]
+    ax = axes(ax, figsize=(3, 3))
     ax.imshow(picture, interpolation='nearest'); ax.set_axis_off(); ax.set_title(kind if title is None else title, fontsize=8)
     if vocabulary is not None:
         for m,c in zip(np.asarray(sample['regions']), sample['region_classes'].tolist()):
@@ -481,7 +480,7 @@ def read_segments(path)->np.ndarray: # (H,W) int32: R + 256 G + 256^2 B
     r,g,b = (a[...,c].astype(np.int32) for c in range(3))
     return r | g<<8 | b<<16
 
-# %% ../nbs/05_data.ipynb #c68d94f2
+# %% ../nbs/05_data.ipynb #c8b76180
 @dataclass
 class Files:
     "One image of a data set on disk."
@@ -490,6 +489,12 @@ class Files:
     labels:Path # Its label map or panoptic map
     segments:list = None # Panoptic only: the segments of the JSON file
 
+def _some(problems, n=3):
+    "The first few of what is wrong."
+    shown = [f"{k}: {v}" for k,v in list(problems.items())[:n]]
+    return '; '.join(shown) + (f'; and {len(problems)-n} more' if len(problems) > n else '')
+
+# %% ../nbs/05_data.ipynb #360131ad
 class Segmentation(Dataset):
     "A data set on disk. Subclasses write `annotation`, which reads the segments of one image."
     decode = staticmethod(read_label_map)
@@ -530,11 +535,6 @@ class Segmentation(Dataset):
             raise OpenTransError(f"The labels '{f.labels}' are {segments.shape[1]}x{segments.shape[0]} pixels, their image '{f.image}' {image.shape[2]}x{image.shape[1]}.{turned}")
         return dict(image=image, segments=segments, classes=classes, isregion=isregion, isthing=self._isthing[np.minimum(classes, len(self.vocabulary))], id=f.id, ignore=self.ignore)
     def __repr__(self): return f"{self.name}: {len(self)} images, {len(self.vocabulary)} classes" + (f", {len(self.skipped)} skipped" if self.skipped else '')
-
-def _some(problems, n=3):
-    "The first few of what is wrong."
-    shown = [f"{k}: {v}" for k,v in list(problems.items())[:n]]
-    return '; '.join(shown) + (f'; and {len(problems)-n} more' if len(problems) > n else '')
 
 # %% ../nbs/05_data.ipynb #017c1e26
 def _decodes(self, f):
