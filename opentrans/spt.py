@@ -8,7 +8,7 @@ __all__ = ['CLASSIFIERS', 'TOKENS', 'KINDS', 'LEVELS', 'candidates', 'Sensitivit
            'operation_of', 'block_of', 'sensitivity_profile', 'plot_profile', 'select', 'two_stage',
            'alpha_sensitivity', 'plot_alpha_sensitivity']
 
-# %% ../nbs/17_spt.ipynb #acc2f7fd
+# %% ../nbs/17_spt.ipynb #65e6be67
 import contextlib, json, math, re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
-from .core import (LayerSelection, OpenTransError, Undo, device_of, find_tower, load_tensors, match_names, save_tensors, seeded, unknown)
-from .peft import (HEADS, Added, Part, add_adapters, add_lora, add_sparse, attend, is_head, merge_peft, projection, slots)
+from .core import (BATCH_NORMS, LayerSelection, OpenTransError, Undo, axes, device_of, find_names, find_tower, load_tensors, save_tensors, seeded, to_device, unknown)
+from .peft import (HEADS, Added, add_adapters, add_lora, add_sparse, attend, is_head, merge_peft, projection, slots)
 
 # %% ../nbs/17_spt.ipynb #da9f69f9
 CLASSIFIERS = ('head', 'heads', 'head_dist', 'fc', 'classifier') # modules that are always trained in full
@@ -108,13 +108,13 @@ class _ScaleRule(_Rule):
     def normed(self, x): return x
     def out(self, x): return (x.movedim(self.axis, -1)*self.m._parameters[self.keys[0]]).movedim(-1, self.axis)
 
-# %% ../nbs/17_spt.ipynb #5a2da9b4
+# %% ../nbs/17_spt.ipynb #5fc8dfa2
 def _rules(m):
     "The rules that a module may follow; which one is found out by trying."
     if isinstance(m, nn.Linear): return [_LinearRule(m)]
     if isinstance(m, nn.Conv2d): return [_ConvRule(m)]
     if isinstance(m, nn.LayerNorm) and m.weight is not None and len(m.normalized_shape) == 1: return [_NormRule(m, -1), _NormRule(m, 1)]
-    if isinstance(m, (nn.GroupNorm, nn.modules.batchnorm._BatchNorm)) and m.weight is not None: return [_NormRule(m, 1)]
+    if isinstance(m, (nn.GroupNorm, BATCH_NORMS)) and m.weight is not None: return [_NormRule(m, 1)]
     if len(m._parameters) == 1 and not list(m.children()) and next(iter(m._parameters.values())).dim() == 1: return [_ScaleRule(m, -1), _ScaleRule(m, 1)]
     return []
 
@@ -197,7 +197,7 @@ def _install(self):
 
 _Taps.probe,_Taps.install = _probe,_install
 
-# %% ../nbs/17_spt.ipynb #15110840
+# %% ../nbs/17_spt.ipynb #6a69cd60
 def _length(batch): return next((len(t) for t in tree_leaves(batch) if isinstance(t, torch.Tensor) and t.dim()), 0)
 
 def _part(batch, a, b):
@@ -217,19 +217,17 @@ def _losses(model, loss_fn, batch):
     out = model(x)
     return torch.stack([loss_fn(_part(out, i, i+1), _part(y, i, i+1)).reshape(()) for i in range(_length(x))])
 
-def _to(batch, device): return tree_map(lambda t: t.to(device) if isinstance(t, torch.Tensor) else t, batch)
-
 def _samples(loader, n, size, device):
     "Parts of at most `size` samples, n in all."
     for batch in loader:
         if not isinstance(batch, Mapping) and not (isinstance(batch, (list, tuple)) and len(batch) == 2):
             raise OpenTransError(f"A batch must be (inputs, targets) or a dictionary, not {type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (list, tuple)) else ''}.")
         k = min(_length(batch), n)
-        for a in range(0, k, size or k or 1): yield _to(_part(batch, a, min(a+(size or k), k)), device)
+        for a in range(0, k, size or k or 1): yield to_device(_part(batch, a, min(a+(size or k), k)), device)
         n -= k
         if n <= 0: return
 
-# %% ../nbs/17_spt.ipynb #7042f217
+# %% ../nbs/17_spt.ipynb #800b7622
 @contextlib.contextmanager
 def _as_it_was(model, train, seed):
     "In the asked mode, without gradients of parameters; afterwards everything is as before: modes, gradients, statistics, generators."
@@ -247,7 +245,7 @@ def _as_it_was(model, train, seed):
             for b,old in buffers: b.copy_(old)
 
 def _no_coupling(model):
-    bad = [n for n,m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and (m.training or m.running_mean is None)]
+    bad = [n for n,m in model.named_modules() if isinstance(m, BATCH_NORMS) and (m.training or m.running_mean is None)]
     if bad: raise OpenTransError(f"{len(bad)} batch norms, such as '{bad[0]}', take their statistics from the batch: a sample has no gradient of its own. Use train=False and norms with running statistics, or per_sample=False.")
 
 def _loop(model, loss_fn, batch, params):
@@ -295,7 +293,7 @@ def _per_sample(model, loader, loss_fn, n, wanted, chunk):
                 taps.rules = rules
     return {**{(i, k): t for i,s in taps.sums.items() for k,t in s.of.items()}, **(extra if rest else {})},done
 
-# %% ../nbs/17_spt.ipynb #517ae70c
+# %% ../nbs/17_spt.ipynb #c637772e
 class Sensitivity(dict):
     "Name -> sensitivities of a tensor's entries (Eq. 2.3); `.samples` and how they were taken, and `.always`: what is trained in any case, by name."
     samples,always,info = 0,{},{}
@@ -328,7 +326,7 @@ def param_sensitivity(
     "Sum over samples of squared gradients (thesis Algorithm 1, Eq. 2.3). Raises `OpenTransError` where samples influence each other."
     if criterion not in ('gradient', 'taylor'): raise unknown('criterion', criterion, ['gradient', 'taylor'])
     there = slots(model)
-    if names is not None: names = list(match_names(dict.fromkeys(names, ()), dict.fromkeys(there, ()), 'tensors').values())
+    if names is not None: names = list(find_names(names, there, 'tensors').values())
     wanted = [there[n] for n in names] if names is not None else list(candidates(model).values())
     with _as_it_was(model, train, seed):
         if per_sample: sums,done = _per_sample(model, loader, loss_fn, n_samples, wanted, chunk)
@@ -491,7 +489,7 @@ def spt_published()->dict: # `sensitivity`, `allocation` and `modules`: argument
     return dict(sensitivity=dict(per_sample=False, train=True, n_samples=512), batch_size=32, allocation=dict(alpha=10., beta=5., r=8), modules=dict(dropout=.1, drop_path=.1),
                 budgets=(50_000, 100_000, 200_000, 400_000, 600_000, 800_000, 1_000_000), training=dict(optimizer='AdamW', lr=1e-3, weight_decay=1e-4, epochs=100, warmup_epochs=10, batch_size=64, backbone_drop_path=.1))
 
-# %% ../nbs/17_spt.ipynb #b3e4bd3e
+# %% ../nbs/17_spt.ipynb #f8deb089
 def add_spt(
     model:nn.Module, # Changed in place; names are read in its tower
     alloc:Allocation, # What goes where
@@ -508,7 +506,7 @@ def add_spt(
     if alloc.structured and kind == 'none': raise OpenTransError(f"The allocation has {len(alloc.structured)} structured matrices. Allocate with kind='none' for single weights only.")
     tower,handles = find_tower(model),[]
     here = {k: tuple(s.shape) for k,s in slots(model).items()}
-    masks = {**alloc.masks, **{n: torch.ones(alloc.shapes.get(n) or here[match_names({n: ()}, dict.fromkeys(here, ()), 'tensors')[n]], dtype=torch.bool) for n in alloc.vectors}}
+    masks = {**alloc.masks, **{n: torch.ones(alloc.shapes.get(n) or here[find_names([n], here, 'tensors')[n]], dtype=torch.bool) for n in alloc.vectors}}
     flags = [(p, p.requires_grad) for p in tower.parameters()]
     try:
         order = [n for n in here if n in alloc.structured] or sorted(alloc.structured)
@@ -536,7 +534,7 @@ def merge_spt(
     "Write low-rank and single updates into the weights, for inference without extra cost."
     return merge_peft(model)
 
-# %% ../nbs/17_spt.ipynb #9cecb4ac
+# %% ../nbs/17_spt.ipynb #ce4c32f1
 _OPERATIONS = [(r'\[([qkv])\]$', r'\1'), (r'(?:^|\.)(?:attn|self_attn|attention)\.(?:out_proj|proj)\.', 'o'), (r'(?:^|\.)([qkv])_proj\.', r'\1'), (r'(?:^|\.)(?:fc1|c_fc|linear1)\.', 'fc1'), (r'(?:^|\.)(?:fc2|c_proj|linear2)\.', 'fc2')]
 
 def operation_of(
@@ -556,6 +554,7 @@ def block_of(
     if not m: return ''
     return m[2] if re.search(r'(?:^|\.)\w*(?:blocks|layers)$', m[1]) else f'{m[1]}.{m[2]}'.lstrip('.')
 
+# %% ../nbs/17_spt.ipynb #6d9d705e
 def sensitivity_profile(
     sens:dict, # Name -> sensitivities
     tau:int, # Number of sensitive entries
@@ -576,10 +575,9 @@ def plot_profile(
     column:str='share', # `'share'` or `'proportion'`
 ): # The axes
     "Sensitive entries by block or operation, as the thesis's Fig. 2.4."
-    import matplotlib.pyplot as plt
     named = profiles if isinstance(profiles, dict) else {'': profiles}
     frame = pd.DataFrame({k: p[column] for k,p in named.items()})
-    if ax is None: _,ax = plt.subplots(figsize=(5, 3))
+    ax = axes(ax, figsize=(5, 3))
     by = next(iter(named.values())).index.name
     if by == 'block':
         for k in frame: ax.plot(range(len(frame)), frame[k], 'o-', ms=4, label=k or None)
@@ -625,7 +623,7 @@ def select(
     counts = {n: int(chosen[n].sum()) if n in chosen else 0 for n in sens}
     return Allocation(set(), set(), {n: m for n,m in chosen.items() if counts[n]}, count-left, count-left, 'none', 0, {n: tuple(t.shape) for n,t in sens.items()}, counts)
 
-# %% ../nbs/17_spt.ipynb #3c81fd04
+# %% ../nbs/17_spt.ipynb #ae25c205
 def two_stage(
     table, # A `LayerTable` of `opentrans.heavy_tail.analyze`
     sens:dict, # Name -> sensitivities of the same model
@@ -663,8 +661,7 @@ def plot_alpha_sensitivity(
     label:bool=True, # Write the layers' names?
 ): # The axes
     "Alpha against sensitivity, a point a layer, with the rank correlation in the title."
-    import matplotlib.pyplot as plt
-    if ax is None: _,ax = plt.subplots(figsize=(6, 4))
+    ax = axes(ax, figsize=(6, 4))
     ax.semilogy(frame.alpha, frame.sensitivity, 'o', ms=5)
     for n,row in frame.iterrows() if label else (): ax.annotate(n.removesuffix('.weight'), (row.alpha, row.sensitivity), fontsize=6, xytext=(3, 3), textcoords='offset points')
     ax.set(xlabel='alpha of the spectrum', ylabel='mean sensitivity', title=f"rank correlation {frame.attrs['rho']:+.2f} (p = {frame.attrs['p']:.1g}); given the size {frame.attrs['partial']:+.2f}")

@@ -10,18 +10,18 @@ __all__ = ['SPVIT_OPS', 'GATINGS', 'SPVIT_PUBLISHED', 'head_ensemble', 'conv_fro
            'teacher_loss', 'gate_optimizers', 'search_step', 'train_spvit', 'random_spec', 'fit_heads',
            'attention_maps', 'locality', 'plot_heads', 'plot_locality']
 
-# %% ../nbs/19_spvit.ipynb #4b60b69a
+# %% ../nbs/19_spvit.ipynb #e863ab2c
 import copy, functools, itertools, json, math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from matplotlib.patches import Rectangle
 from torch import nn
-from .core import OpenTransError, find_tower, load_tensors, progress, read_text, save_tensors, save_text, seeded, unknown
+from .core import OpenTransError, axes, find_tower, load_tensors, progress, read_text, save_tensors, save_text, seeded, under, unknown
 
 # %% ../nbs/19_spvit.ipynb #f6929922
 def head_ensemble(
@@ -720,14 +720,14 @@ def published(cls:HybridSpec,
     p = SPVIT_PUBLISHED[name]
     return cls(p['ops'], p['units'], name=name, gating='nested', temperature=p['temperature'])
 
-# %% ../nbs/19_spvit.ipynb #45c4cc52
+# %% ../nbs/19_spvit.ipynb #7800e5ba
 @patch
 def plot(self:HybridSpec,
     ax=None, # Axes to draw on; None makes some
     hidden=None, # Hidden units before pruning, where the spec does not know them
 ): # The axes; units on the left, operations on the right
     "The architecture along the depth (thesis, Fig. 4.4): dashed before pruning, solid after."
-    if ax is None: ax = plt.subplots(figsize=(4.5, 2.6))[1]
+    ax = axes(ax, figsize=(4.5, 2.6))
     x,before,names = np.arange(1, len(self.ops)+1),hidden or self.hidden,[o for o in SPVIT_OPS] if self.ops[0] in SPVIT_OPS else ['dw1', 'dw3', 'dw5', 'dw7']
     if before: ax.plot(x, before, '--', c='C0', lw=1, alpha=.6)
     ax.plot(x, self.widths, c='C0', marker='.'); ax.set_ylim(0, 1.6*max(before or self.widths)); ax.set(xlabel='block', ylabel='hidden units'); ax.yaxis.label.set_color('C0')
@@ -804,7 +804,7 @@ def search_step(
         if o is not None: o.step()
     return dict(loss=total.item(), task=task.item(), **({} if cost is None else dict(gflops=cost.flops(model).item()/1e9)))
 
-# %% ../nbs/19_spvit.ipynb #68395802
+# %% ../nbs/19_spvit.ipynb #90100629
 def _opt_tensors(key, opt): return {f'{key}.{i}.{k}': torch.as_tensor(v) for i,s in opt.state_dict()['state'].items() for k,v in s.items()}
 
 def _opt_load(key, opt, tensors):
@@ -826,7 +826,7 @@ def train_spvit(
     clip_grad:float=None, # Largest norm of the weights' gradient
     seed:int=0, # Of the draws
     checkpoint=None, # A `.safetensors` file to go on from and to write
-    every:int=200, # Steps between checkpoints
+    checkpoint_every:int=200, # Steps between checkpoints
 )->pd.DataFrame: # A row for each step: loss, task, and of a search gflops and the number of each operation and of units
     "Search, or fine-tune. Raises `OpenTransError` for a checkpoint of other settings."
     opts,history,start = dict(zip('wg', gate_optimizers(model, lr, gate_lr, weight_decay))),[],0
@@ -834,7 +834,7 @@ def train_spvit(
     if checkpoint is not None and Path(checkpoint).exists():
         tensors,meta = load_tensors(checkpoint)
         if json.loads(meta['settings']) != settings: raise OpenTransError(f"'{checkpoint}' is of a run with other settings ({meta['settings']}). Choose another file, or remove it.")
-        model.load_state_dict({k[6:]: t for k,t in tensors.items() if k.startswith('model.')})
+        model.load_state_dict(under('model.', tensors))
         for k,o in opts.items(): o is not None and _opt_load(k, o, tensors)
         history,start = json.loads(meta['history']),int(meta['step'])
     def save(i):
@@ -847,7 +847,7 @@ def train_spvit(
         with seeded(seed*1_000_003 + i): r = search_step(model, batch(i), opts['w'], opts['g'], loss, cost, clip_grad)
         if cost is not None: spec = HybridSpec.of(model); r.update({o: spec.ops.count(o) for o in SPVIT_OPS}, units=sum(spec.widths))
         history.append(r)
-        if checkpoint is not None and ((i+1) % every == 0 or i+1 == steps): save(i+1)
+        if checkpoint is not None and ((i+1) % checkpoint_every == 0 or i+1 == steps): save(i+1)
     model.eval()
     return pd.DataFrame(history)
 
@@ -944,7 +944,7 @@ def locality(
         res += [dict(block=name, head=h, distance=(p*far).sum(-1).mean().item(), near=(p*near).sum(-1).mean().item()) for h,p in enumerate(a)]
     return pd.DataFrame(res).assign(even_distance=far.mean().item(), even_near=near.float().mean().item())
 
-# %% ../nbs/19_spvit.ipynb #d2338e45
+# %% ../nbs/19_spvit.ipynb #42d9c63d
 def plot_heads(
     a:torch.Tensor, # (heads, N, N) from `attention_maps`
     grid, # (height, width) of the patches
@@ -954,10 +954,10 @@ def plot_heads(
 ): # The axes
     "Where one patch looks, a picture a head (thesis, Fig. 4.5): darker is more."
     q = query or (grid[0]//2, grid[1]//2)
-    if axs is None: axs = plt.subplots(1, len(a), figsize=(1.6*len(a), 1.8), squeeze=False)[1][0]
+    axs = np.ravel(axes(axs, ncols=len(a), figsize=(1.6*len(a), 1.8)))
     for h,ax in enumerate(axs):
         ax.imshow(a[h, prefix+q[0]*grid[1]+q[1], prefix:].reshape(grid), cmap='Greys', vmin=0)
-        ax.add_patch(plt.Rectangle((q[1]-.5, q[0]-.5), 1, 1, fill=False, ec='lime', lw=1.5)); ax.set_xticks([]); ax.set_yticks([])
+        ax.add_patch(Rectangle((q[1]-.5, q[0]-.5), 1, 1, fill=False, ec='lime', lw=1.5)); ax.set_xticks([]); ax.set_yticks([])
     return axs
 
 def plot_locality(
@@ -965,7 +965,7 @@ def plot_locality(
     ax=None, # Axes to draw on; None makes some
 ): # The axes
     "Mean distance of attention by block, a dot a head; the line is attention that is the same everywhere."
-    if ax is None: ax = plt.subplots(figsize=(5, 2.8))[1]
+    ax = axes(ax, figsize=(5, 2.8))
     order = {b: i+1 for i,b in enumerate(dict.fromkeys(table.block))}
     ax.scatter(table.block.map(order), table.distance, s=18, alpha=.8); ax.axhline(table.even_distance.iloc[0], ls='--', c='grey', lw=1)
     ax.set(xlabel='block', ylabel='distance, patches', title='how far heads look', xticks=list(order.values()), ylim=(0, None))

@@ -9,7 +9,7 @@ __all__ = ['ANCHORS', 'StitchConfig', 'stitch_configs', 'least_squares', 'is_ada
            'StitchAttention', 'apply_pst', 'merge_stitch', 'pst_report', 'snip_score', 'ImportanceTracker',
            'StitchSampler', 'StitchTrainer', 'deploy', 'pareto_front', 'plot_pareto', 'gradient_angles', 'plot_angles']
 
-# %% ../nbs/18_stitching.ipynb #7ba92aa8
+# %% ../nbs/18_stitching.ipynb #5cdaa539
 import contextlib, copy, itertools, json, math, re
 from dataclasses import asdict, dataclass
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from torch.nn import functional as F
-from .core import OpenTransError, find_tower, load_tensors, save_tensors, unknown
+from .core import OpenTransError, axes, find_tower, load_tensors, save_tensors, under, unknown
 from .cost import cost
 from .peft import LoRALinear, Slot
 
@@ -77,7 +77,7 @@ def stitch_configs(
         res += [StitchConfig(a, b, j, k, n) for n,g in enumerate(groups) for j,k in g]
     return res
 
-# %% ../nbs/18_stitching.ipynb #d557c5a0
+# %% ../nbs/18_stitching.ipynb #35c06922
 def _tokens(x):
     "Activations as rows: (B,N,d) or (B,d,H,W) -> (tokens, d)."
     return (x.flatten(2).mT if x.dim() == 4 else x).reshape(-1, x.shape[1 if x.dim() == 4 else -1])
@@ -101,6 +101,7 @@ def plain_layer(m:nn.Module)->nn.Module:
     "The layer inside, as it was trained."
     return plain_layer(m.base if isinstance(m, LoRALinear) else m.layer) if is_adapted(m) else m
 
+# %% ../nbs/18_stitching.ipynb #51245066
 class StitchingLayer(nn.Module):
     "A linear map from the activations of one anchor to those of another, token by token."
     def __init__(self,
@@ -275,7 +276,7 @@ def as_anchor(
     if classes is not None: model.new_task(classes)
     return model
 
-# %% ../nbs/18_stitching.ipynb #a5636e46
+# %% ../nbs/18_stitching.ipynb #b9cfd875
 class ActiveStitch:
     "Which stitch runs now; shared by all layers that have something of their own for each."
     def __init__(self, stitch=None): self.stitch = stitch
@@ -291,6 +292,7 @@ class Stitched(nn.Module):
     def __init__(self, front, stitch, tail): super().__init__(); self.front,self.stitch,self.tail = front,stitch,tail
     def forward(self, x): return self.tail.head(self.tail.run(self.stitch(self.front.run(self.front.embed(x)))))
 
+# %% ../nbs/18_stitching.ipynb #485b6a0a
 class StitchableNet(nn.Module):
     "A family of anchors and all their stitches (thesis 3.3.2)."
     def __init__(self,
@@ -682,7 +684,7 @@ class StitchTrainer:
         "Train on batch after batch."
         return pd.DataFrame([self.step(*b) for b in batches])
 
-# %% ../nbs/18_stitching.ipynb #56f09f55
+# %% ../nbs/18_stitching.ipynb #50837ce8
 def _flat(state):
     "Tensors of an optimizer's state by name, and the rest of it."
     tensors = {f'optimizer.{i}.{k}': v for i,d in state['state'].items() for k,v in d.items() if isinstance(v, torch.Tensor)}
@@ -706,7 +708,7 @@ def load(self:StitchTrainer,
     "Go on from where `save` was called. Raises `OpenTransError`, with nothing changed, if the file is of another family."
     tensors,meta = load_tensors(path)
     learns = {n: p for n,p in self.net.named_parameters() if p.requires_grad}
-    own = {n[4:]: t for n,t in tensors.items() if n.startswith('net.')}
+    own = under('net.', tensors)
     if meta.get('format') != 'opentrans-stitching' or json.loads(meta['configs']) != [asdict(c) for c in self.net.configs] or {n: t.shape for n,t in own.items()} != {n: p.shape for n,p in learns.items()}:
         raise OpenTransError(f"'{path}' is not of this family: anchors, stitches and ranks must be those that it was saved with.")
     with torch.no_grad():
@@ -719,7 +721,7 @@ def load(self:StitchTrainer,
     self.steps = json.loads(meta['steps'])
     if self.schedule is not None and json.loads(meta['schedule']): self.schedule.load_state_dict(json.loads(meta['schedule']))
 
-# %% ../nbs/18_stitching.ipynb #ef466664
+# %% ../nbs/18_stitching.ipynb #9ccf1aab
 def deploy(
     net:StitchableNet, # Trained
     sampler:StitchSampler, # With the scores
@@ -744,8 +746,7 @@ def plot_pareto(
     ax=None, # Axes to draw on
 ): # The axes
     "Value over FLOPs: all stitches, those that are deployed joined by a line, single networks as stars."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(6, 3.6))[1]
+    ax = axes(ax, figsize=(6, 3.6))
     unit,name = (1e9, 'G') if table.flops.max() > 1e9 else (1e6, 'M')
     ax.scatter(table.flops/unit, table.value, s=14, color=color, alpha=.35, label=label if not len(deployed) else f'{label}, all')
     if len(deployed):
@@ -754,7 +755,7 @@ def plot_pareto(
     ax.set(xlabel=f'{name}FLOPs (multiply-accumulates)', ylabel='accuracy'); ax.spines[['top', 'right']].set_visible(False); ax.legend(frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/18_stitching.ipynb #2817652d
+# %% ../nbs/18_stitching.ipynb #74f0bb62
 def gradient_angles(
     net:StitchableNet, # The family
     batch, # (images, labels)
@@ -788,8 +789,7 @@ def plot_angles(
     ax=None, # Axes to draw on
 ): # The axes
     "Distribution of the pairwise angles, with 90 degrees marked (thesis Fig. 3.2)."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(6, 3))[1]
+    ax = axes(ax, figsize=(6, 3))
     v = angles[tuple(torch.triu_indices(*angles.shape, offset=1))] if angles.dim() == 2 else angles
     v = v[torch.isfinite(v)]
     ax.hist(v.numpy(), bins=np.linspace(0, 180, 37), alpha=.55, density=True, label=f"{label or 'pairs'}: mean {v.mean():.0f}°, {100*(v > 90).double().mean():.0f}% above 90°")

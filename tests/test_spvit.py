@@ -193,7 +193,7 @@ def test_broken_files(tmp_path):
     (tmp_path/'cut.json').write_text((tmp_path/'s.json').read_text()[:30])
     with pytest.raises(OpenTransError, match='not a hybrid'): HybridSpec.from_json(tmp_path/'cut.json')
     with pytest.raises(OpenTransError, match='Cannot read'): HybridSpec.from_json(tmp_path/'none.json')
-    run = lambda **kw: train_spvit(convert_to_spvit(clip), lambda i: images, 2, embedding_loss(clip, lambda m, x: m.dense_embeddings(x)), SPViTCost(clip), checkpoint=tmp_path/'c.safetensors', every=1, **kw)
+    run = lambda **kw: train_spvit(convert_to_spvit(clip), lambda i: images, 2, embedding_loss(clip, lambda m, x: m.dense_embeddings(x)), SPViTCost(clip), checkpoint=tmp_path/'c.safetensors', checkpoint_every=1, **kw)
     run(); whole = (tmp_path/'c.safetensors').read_bytes(); (tmp_path/'c.safetensors').write_bytes(whole[:len(whole)//2])
     with pytest.raises(OpenTransError, match='not a whole safetensors file'): run()
 
