@@ -4,24 +4,22 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'read_settings', 'batch_indices', 'batches', 'param_groups', 'build_optimizer', 'rest', 'train_mode',
-           'run_settings', 'Checkpoint', 'load_framework', 'Interrupted', 'world_size', 'Processes', 'to_device',
-           'train_step', 'Teller', 'finetune', 'same_size_batches', 'look', 'panoptic_truth', 'evaluate',
-           'compare_runs', 'plot_runs']
+           'run_settings', 'Checkpoint', 'load_framework', 'Interrupted', 'world_size', 'Processes', 'train_step',
+           'Teller', 'finetune', 'same_size_batches', 'look', 'panoptic_truth', 'evaluate', 'compare_runs', 'plot_runs']
 
-# %% ../nbs/13_finetune.ipynb #260d05a0
+# %% ../nbs/13_finetune.ipynb #3b579494
 import contextlib, dataclasses, functools, hashlib, json, math, os, re, signal, sys, threading, time
 from dataclasses import dataclass
 from pathlib import Path
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
-from .core import (OpenTransError, Undo, unknown, device_of, layers, load_json, load_tensors, optional, pick_device, progress, read_text, save_tensors, seed_everything, seeded)
+from .core import (BATCH_NORMS, OpenTransError, Undo, unknown, axes, device_of, evaluating, layers, load_json, load_tensors, norm_params,
+    optional, pick_device, progress, read_text, save_tensors, seed_everything, seeded, to_device, under)
 from .data import augment, collate, sample_packed
-from .frameworks.contract import evaluating, resize
+from .frameworks.contract import resize
 from .metrics import PanopticQuality, SemanticIoU, panoptic_map
 
 # %% ../nbs/13_finetune.ipynb #9f8c1eef
@@ -194,20 +192,17 @@ def batches(
     if not recipe.workers: return (collate([views[a] for a in at]) for at in order)
     return iter(torch.utils.data.DataLoader(views, batch_sampler=order, num_workers=recipe.workers, collate_fn=collate, generator=torch.Generator()))
 
-# %% ../nbs/13_finetune.ipynb #4353da19
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-
-def _norm_params(model):
+# %% ../nbs/13_finetune.ipynb #63e0ae57
+def _undecayed(model):
     "Parameters that are commonly not decayed: those of norms, and all vectors."
-    ids = {id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)}
-    return ids | {id(p) for p in model.parameters() if p.dim() < 2}
+    return {id(p) for p in norm_params(model)} | {id(p) for p in model.parameters() if p.dim() < 2}
 
 def param_groups(
     framework, # A `Framework` in which all freezing has been done
     recipe:Recipe, # Rates
 )->list: # Groups for an optimizer: 'backbone' and 'head', each with and without weight decay
     "The parameters that learn, each once, with their learning rate and weight decay."
-    inside,plain,groups = {id(p) for p in framework.backbone.parameters()},set() if recipe.decay_norms else _norm_params(framework),{}
+    inside,plain,groups = {id(p) for p in framework.backbone.parameters()},set() if recipe.decay_norms else _undecayed(framework),{}
     for n,p in framework.named_parameters():
         if not p.requires_grad: continue
         part,decay = 'backbone' if id(p) in inside else 'head',0. if id(p) in plain else recipe.weight_decay
@@ -226,14 +221,14 @@ def build_optimizer(
     if recipe.optimizer == 'sgd': return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
 
-# %% ../nbs/13_finetune.ipynb #ff4d83af
+# %% ../nbs/13_finetune.ipynb #bdcd9dae
 def rest(
     framework, # A `Framework`
     recipe:Recipe, # `backbone_lr` and `norm`
 )->Undo: # Handle that puts `requires_grad` back
     "Freeze what the recipe freezes: all of the backbone (`backbone_lr=0`), or its norms (`norm='frozen'`)."
     still = list(framework.backbone.parameters()) if recipe.backbone_lr == 0 else []
-    if recipe.norm == 'frozen': still += [p for m in framework.backbone.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)]
+    if recipe.norm == 'frozen': still += norm_params(framework.backbone)
     before = [(p, p.requires_grad) for p in still]
     for p in still: p.requires_grad_(False)
     return Undo(lambda: [p.requires_grad_(b) for p,b in before])
@@ -243,18 +238,9 @@ def train_mode(framework, recipe:Recipe):
     framework.train()
     if recipe.norm != 'train':
         for m in framework.backbone.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
+            if isinstance(m, BATCH_NORMS): m.eval()
 
-# %% ../nbs/13_finetune.ipynb #41af41d4
-def _distinct(tensors):
-    "safetensors stores no tensor twice: copies of those that share memory."
-    seen,res = set(),{}
-    for n,t in tensors.items():
-        at = (t.device, t.untyped_storage().data_ptr())
-        res[n] = t.clone() if at in seen and t.numel() else t
-        seen.add(at)
-    return res
-
+# %% ../nbs/13_finetune.ipynb #6dd326e5
 def _digest(x): return hashlib.sha256(json.dumps(x, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 def run_settings(
@@ -272,7 +258,7 @@ def run_settings(
                 selection='' if selection is None else f"{selection.rule}: {len(selection.freeze)} frozen {_digest([sorted(selection.train), sorted(selection.freeze)])}",
                 weights_at_zero=zeros)
 
-# %% ../nbs/13_finetune.ipynb #07801285
+# %% ../nbs/13_finetune.ipynb #2253b243
 def _settled(param, state):
     "The state of an optimizer for one weight; a mask in force keeps numbers of its own among the second moments of pruned weights, which are zero in truth."
     if 'exp_avg_sq' not in state: return state
@@ -294,7 +280,7 @@ class Checkpoint:
         state = {f'optimizer.{names[id(p)]}.{k}': v for p,s in opt.state.items() for k,v in _settled(p, s).items() if isinstance(v, torch.Tensor)}
         history = torch.tensor([[row.get(c, math.nan) for c in columns] for row in rows], dtype=torch.float64).reshape(len(rows), len(columns))
         tensors = {**{f'model.{n}': t for n,t in model.items()}, **state, 'history': history}
-        save_tensors(_distinct(tensors), self.path, dict(iteration=iteration, columns=columns, settings=self.settings, scaler=scaler.state_dict() if scaler else {}))
+        save_tensors(tensors, self.path, dict(iteration=iteration, columns=columns, settings=self.settings, scaler=scaler.state_dict() if scaler else {}))
 
     def load(self, framework, opt, scaler=None): # (iteration, history rows), or (0, []) if there is none
         "Read the run's state into framework and optimizer. Raises `OpenTransError` for a run of other settings."
@@ -314,14 +300,14 @@ class Checkpoint:
         if scaler and json.loads(meta.get('scaler', '{}')): scaler.load_state_dict(json.loads(meta['scaler']))
         return iteration,[{c: v for c,v in zip(columns, row) if v == v} for row in tensors['history'].tolist()]
 
-# %% ../nbs/13_finetune.ipynb #77bb7d1b
+# %% ../nbs/13_finetune.ipynb #b910593f
 def load_framework(
     framework, # A `Framework` of the same shape
     source, # A checkpoint file of `finetune`, a file with a state dict, or a dict of tensors
 ): # The framework
     "Read the weights of a framework from a checkpoint. Raises `OpenTransError` if they do not fit."
     tensors = load_tensors(source)[0] if not isinstance(source, dict) else source
-    model = {k[len('model.'):]: t for k,t in tensors.items() if k.startswith('model.')} or tensors
+    model = under('model.', tensors) or tensors
     own = framework.state_dict()
     wrong = [k for k in own if k not in model or model[k].shape != own[k].shape] + [k for k in model if k not in own]
     if wrong: raise OpenTransError(f"{len(wrong)} tensors do not fit the {type(framework).__name__}, such as {', '.join(wrong[:4])}. Build it with the backbone and options that the weights were made with.")
@@ -404,16 +390,7 @@ def wrap(self:Processes,
         self.accelerator.free_memory()
     return self.accelerator.prepare_model(_Loss(framework)),Undo(undo)
 
-# %% ../nbs/13_finetune.ipynb #25556b9b
-def to_device(
-    x, # A batch: tensors, lists and dicts of them
-    device, # Where to
-): # The same, there
-    "Move a batch."
-    if isinstance(x, torch.Tensor): return x.to(device, non_blocking=True)
-    if isinstance(x, dict): return {k: to_device(v, device) for k,v in x.items()}
-    return [to_device(v, device) for v in x] if isinstance(x, list) else x
-
+# %% ../nbs/13_finetune.ipynb #202184d0
 def _part(batch, i, n):
     "The i-th of n parts of a batch."
     size = len(batch['images']); cut = slice(i*size//n, (i+1)*size//n)
@@ -554,7 +531,7 @@ def finetune(
         run.save(); framework.eval()
     return run.history.frame()
 
-# %% ../nbs/13_finetune.ipynb #7a0108b2
+# %% ../nbs/13_finetune.ipynb #6e789e66
 def _zeros(framework):
     "A digest of which weights are zero."
     h = hashlib.sha256()
@@ -590,34 +567,37 @@ class _Run:
         "What is left to go on from."
         return f"The last checkpoint, of iteration {self.saved}, in '{self.folder}' is whole: the same call goes on from there." if self.folder and self.saved else "There is no checkpoint."
 
-    def step(self, batch):
-        "One iteration; all chance in it comes from the recipe's seed, its number and the process."
-        i,r = self.iteration,self.recipe
-        seed_everything((r.seed*1_000_003 + i + self.team.rank*2_654_435_761) % 2**32)
-        share = r.lr_at(i)
-        for g in self.opt.param_groups: g['lr'] = g['base']*share
-        terms = train_step(self.losses, to_device(batch, self.device), self.opt, r, self.scaler, self.team.mean)
-        loss = sum(v for k,v in terms.items() if k != 'grad_norm')
-        if not math.isfinite(loss):
-            raise OpenTransError(f"The loss is not finite at iteration {i} ({', '.join(f'{k}={v:.4g}' for k,v in terms.items())}; images {batch.get('ids', [])[:4]}). {self.kept()} "
-                                 "Lower lr, set clip_grad or lr_warmup, or look at these images.")
-        self.history.rows.append(dict(iteration=i, loss=loss, **terms, lr=r.lr*share)); self.iteration += 1
-        return self.history.rows[-1]
-
     def evaluate(self, val):
         "Evaluate; the best weights so far are kept apart."
         self.history.rows[-1]['miou'] = m = evaluate(self.framework, val)['miou']
         if m > self.best:
             self.best = m
-            if self.folder and self.team.main: save_tensors(_distinct({f'model.{n}': t for n,t in self.framework.state_dict().items()}), Path(self.folder)/'best.safetensors', dict(iteration=self.iteration, miou=m))
+            if self.folder and self.team.main: save_tensors({f'model.{n}': t for n,t in self.framework.state_dict().items()}, Path(self.folder)/'best.safetensors', dict(iteration=self.iteration, miou=m))
 
-    def save(self):
-        "Write the checkpoint, if there is a folder and something new; one process does so for all."
-        if self.checkpoint is None or (self.saved == self.iteration and self.checkpoint.path.exists()): return
-        if self.team.main:
-            self.checkpoint.save(self.framework, self.opt, self.iteration, self.history.rows, self.history.columns, self.scaler)
-            self.history.write()
-        self.saved = self.iteration
+# %% ../nbs/13_finetune.ipynb #a7c25ed8
+@patch
+def step(self:_Run, batch):
+    "One iteration; all chance in it comes from the recipe's seed, its number and the process."
+    i,r = self.iteration,self.recipe
+    seed_everything((r.seed*1_000_003 + i + self.team.rank*2_654_435_761) % 2**32)
+    share = r.lr_at(i)
+    for g in self.opt.param_groups: g['lr'] = g['base']*share
+    terms = train_step(self.losses, to_device(batch, self.device), self.opt, r, self.scaler, self.team.mean)
+    loss = sum(v for k,v in terms.items() if k != 'grad_norm')
+    if not math.isfinite(loss):
+        raise OpenTransError(f"The loss is not finite at iteration {i} ({', '.join(f'{k}={v:.4g}' for k,v in terms.items())}; images {batch.get('ids', [])[:4]}). {self.kept()} "
+                             "Lower lr, set clip_grad or lr_warmup, or look at these images.")
+    self.history.rows.append(dict(iteration=i, loss=loss, **terms, lr=r.lr*share)); self.iteration += 1
+    return self.history.rows[-1]
+
+@patch
+def save(self:_Run):
+    "Write the checkpoint, if there is a folder and something new; one process does so for all."
+    if self.checkpoint is None or (self.saved == self.iteration and self.checkpoint.path.exists()): return
+    if self.team.main:
+        self.checkpoint.save(self.framework, self.opt, self.iteration, self.history.rows, self.history.columns, self.scaler)
+        self.history.write()
+    self.saved = self.iteration
 
 # %% ../nbs/13_finetune.ipynb #b50b1d17
 def same_size_batches(
@@ -732,7 +712,7 @@ def evaluate(
     if quality: q = quality.compute(); res.update({k: q[k] for k in ('pq', 'sq', 'rq')}, things=q['things'], stuff=q['stuff'])
     return res
 
-# %% ../nbs/13_finetune.ipynb #bcf57f8b
+# %% ../nbs/13_finetune.ipynb #0d268bc2
 _COLUMNS = dict(framework='framework', data='data', images='images', density='density') # in the settings, or at the top
 
 def _result(source):
@@ -766,7 +746,7 @@ def plot_runs(
     "Quality against active multiply-accumulates and active parameters (Fig. 1). Raises `OpenTransError` where a table has no costs."
     xs = [(c, label) for c,label in (('active_macs_M', 'active multiply-accumulates (millions)'), ('active_params_M', 'active parameters (millions)')) if c in frame]
     if not xs or y not in frame: raise OpenTransError(f"The table needs '{y}' and active_macs_M or active_params_M; it has: {', '.join(frame.columns)}.")
-    axs = plt.subplots(1, len(xs), figsize=(4.2*len(xs), 3.2), sharey=True, squeeze=False)[1][0] if axs is None else np.atleast_1d(axs)
+    axs = np.ravel(axes(axs, ncols=len(xs), figsize=(4.2*len(xs), 3.2), sharey=True))
     kinds = frame.get('framework', pd.Series('', frame.index)).fillna('')
     for ax,(x,label) in zip(axs, xs):
         for i,(kind,rows) in enumerate(frame.groupby(kinds, sort=False)): ax.scatter(rows[x], rows[y], s=40, color=f'C{i}', label=kind or None)

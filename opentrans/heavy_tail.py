@@ -6,8 +6,8 @@
 __all__ = ['XMIN', 'ALTERNATIVES', 'mp_edges', 'marchenko_pastur', 'PowerLawFit', 'fit_power_law', 'matrices', 'esd', 'Spectrum',
            'spectra', 'LayerTable', 'analyze', 'ks_curve', 'plot_choices', 'Reselect', 'plot_median', 'explore']
 
-# %% ../nbs/02_heavy_tail.ipynb #23f07ac8
-import io, json, math, threading
+# %% ../nbs/02_heavy_tail.ipynb #203feac0
+import json, math, threading
 from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from scipy import optimize, special
 from scipy.linalg import blas, lapack
 from torch import nn
-from .core import LayerSelection, OpenTransError, Undo, find_tower, layers, load_tensors, optional, save_tensors, unknown
+from .core import LayerSelection, OpenTransError, Undo, axes, find_tower, layers, load_tensors, optional, png, save_tensors, unknown
 
 # %% ../nbs/02_heavy_tail.ipynb #f76fac1a
 def mp_edges(
@@ -245,7 +245,7 @@ def matrices(
     if transposed: w = w.transpose(1, 2)
     return w.permute(0, 3, 1, 2).flatten(0, 1) if conv == 'slices' else w.flatten(2)
 
-# %% ../nbs/02_heavy_tail.ipynb #d98b3849
+# %% ../nbs/02_heavy_tail.ipynb #8957ec11
 def _gram(m): return m.swapaxes(-1, -2) @ m if m.shape[-2] >= m.shape[-1] else m @ m.swapaxes(-1, -2)
 
 _LAPACK = {torch.float64: (blas.dsyrk, lapack.dsytrd, lapack.dsterf), torch.float32: (blas.ssyrk, lapack.ssytrd, lapack.ssterf)}
@@ -278,6 +278,7 @@ def _eigenvalues(mats, method='auto', precision='double', floor=1e-5):
             if method == 'gram': raise OpenTransError("The eigenvalues of the Gram matrix did not converge. Use method='svd'.") from None
     return torch.linalg.svdvals(m).square().flip(-1),'svd'
 
+# %% ../nbs/02_heavy_tail.ipynb #bb4c8f37
 def _finite(w):
     v = w.flatten()
     return math.isfinite(torch.dot(v, v).item()) or bool(torch.isfinite(w).all())   # one pass by BLAS shows every NaN and infinity; a sum that overflows is looked at again
@@ -479,13 +480,8 @@ def __repr__(self:LayerTable): return f"LayerTable: {self._about()}\n{self._shor
 @patch
 def _repr_html_(self:LayerTable): return f"<p><b>{self._about()}</b></p>{self._short().to_html(float_format='{:.3g}'.format, max_rows=16)}"
 
-# %% ../nbs/02_heavy_tail.ipynb #716016c9
+# %% ../nbs/02_heavy_tail.ipynb #2fd1f0b4
 _BLUE,_RED,_ORANGE = '#3b6fb6','#c8442e','#e8940f' # data, fits and medians, warnings
-
-def _axes(ax, **kw):
-    if ax is not None: return ax
-    import matplotlib.pyplot as plt
-    return plt.subplots(**kw)[1]
 
 def _log_axis(axis, low, high):
     "Few and plain ticks, also where the values span less than a decade."
@@ -518,9 +514,9 @@ def plot_esd(self:LayerTable,
     ax=None, # Axes to draw on
 ): # The axes
     "Eigenvalues of a layer on logarithmic axes, with the fitted tail, where it begins, and the Marchenko-Pastur edge."
-    return _draw_esd(self.spectra[self._name(name)], self.fits[name], _axes(ax, figsize=(4.6, 3.2)))
+    return _draw_esd(self.spectra[self._name(name)], self.fits[name], axes(ax, figsize=(4.6, 3.2)))
 
-# %% ../nbs/02_heavy_tail.ipynb #d55e8a6b
+# %% ../nbs/02_heavy_tail.ipynb #9b94b424
 def ks_curve(
     evals, # Eigenvalues, in any order
 )->pd.DataFrame: # `xmin`, `alpha`, `D`, `n_tail` for every candidate
@@ -549,9 +545,9 @@ def plot_ks(self:LayerTable,
 ): # The axes
     "Kolmogorov-Smirnov distance against the beginning of the tail, with what each rule chooses."
     s = self.spectra[self._name(name)]
-    return _draw_ks(s, {r: s.fit(r) for r in rules}, _axes(ax, figsize=(4.6, 3.2)))
+    return _draw_ks(s, {r: s.fit(r) for r in rules}, axes(ax, figsize=(4.6, 3.2)))
 
-# %% ../nbs/02_heavy_tail.ipynb #01c2f7bf
+# %% ../nbs/02_heavy_tail.ipynb #f2d96c5a
 @patch
 def plot_grid(self:LayerTable,
     names=None, # Layers to draw; None: `n` of them, from the smallest alpha to the largest
@@ -559,13 +555,12 @@ def plot_grid(self:LayerTable,
     ncols:int=4, # Columns of the grid
 ): # Array of axes
     "`plot_esd` for several layers."
-    import matplotlib.pyplot as plt
     if names is None:
         order = list(self.frame.alpha.dropna().sort_values().index) or list(self)
         names = [order[i] for i in np.unique(np.linspace(0, len(order)-1, min(n, len(order))).round().astype(int))]
     names,ncols = list(names),min(ncols, len(names))
     rows = math.ceil(len(names)/ncols)
-    _,axs = plt.subplots(rows, ncols, figsize=(3.1*ncols, 2.6*rows), squeeze=False, layout='constrained')
+    axs = axes(nrows=rows, ncols=ncols, figsize=(3.1*ncols, 2.6*rows), squeeze=False, layout='constrained')
     for ax in axs.flat[len(names):]: ax.remove()
     for name,ax in zip(names, axs.flat):
         self.plot_esd(name, ax)
@@ -593,14 +588,14 @@ def select(self:LayerTable,
     rule = f"{by}, {freeze:.0%} of {len(alpha)} layers frozen, xmin by {self.xmin}" + (f", seed {seed}" if by == 'random' else '')
     return LayerSelection([n for n in frame.index if n not in rest], [n for n in frame.index if n in rest], rule)
 
-# %% ../nbs/02_heavy_tail.ipynb #6c19f7e8
+# %% ../nbs/02_heavy_tail.ipynb #35a9a355
 @patch
 def plot_alpha(self:LayerTable,
     ax=None, # Axes to draw on
     selection:LayerSelection=None, # Whose frozen layers are shaded; None: `select()`
 ): # The axes
     "Alpha of each layer with the median, the frozen layers shaded and the over-trained ones marked (Fig. 6)."
-    ax = _axes(ax, figsize=(10, 3))
+    ax = axes(ax, figsize=(10, 3))
     a,x = self.frame.alpha.to_numpy(),np.arange(len(self))
     some = np.isfinite(a).any()
     rest = set(selection.freeze if selection else self.select().freeze if some else [])
@@ -616,7 +611,7 @@ def plot_alpha(self:LayerTable,
     ax.set_ylim(top=ax.get_ylim()[1]*1.08)
     return ax
 
-# %% ../nbs/02_heavy_tail.ipynb #01a5bfa4
+# %% ../nbs/02_heavy_tail.ipynb #bfc8e29a
 def plot_choices(
     tables:dict, # Name -> `LayerTable` of the same layers, or `LayerSelection`
     ax=None, # Axes to draw on
@@ -625,7 +620,7 @@ def plot_choices(
     frozen = {k: set((t.select() if isinstance(t, LayerTable) else t).freeze) for k,t in tables.items()}
     t = next(iter(tables.values()))
     names = list(t) if isinstance(t, LayerTable) else t.train+t.freeze
-    ax = _axes(ax, figsize=(10, .4+.35*len(tables)))
+    ax = axes(ax, figsize=(10, .4+.35*len(tables)))
     grid = np.array([[n in f for n in names] for f in frozen.values()], dtype=float)
     from matplotlib.colors import ListedColormap
     ax.imshow(grid, aspect='auto', cmap=ListedColormap(['0.93', _BLUE]), vmin=0, vmax=1, interpolation='none')
@@ -636,7 +631,7 @@ def plot_choices(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.set(xlabel='layer (blue: frozen)')
     return ax
 
-# %% ../nbs/02_heavy_tail.ipynb #d9dcad16
+# %% ../nbs/02_heavy_tail.ipynb #f7523a29
 @patch
 def compare(self:LayerTable,
     after, # Another `LayerTable` of the same layers
@@ -657,7 +652,7 @@ def plot_change(self:LayerTable,
     ax=None, # Axes to draw on
 ): # The axes
     "Alpha of each layer before and after (Fig. 9)."
-    ax,c = _axes(ax, figsize=(10, 3)),self.compare(after)
+    ax,c = axes(ax, figsize=(10, 3)),self.compare(after)
     x = np.arange(len(c))
     ax.vlines(x, c.alpha_before, c.alpha_after, color='0.7', lw=2)
     ax.plot(x, c.alpha_before, 'o', color='0.55', ms=5, label='before'); ax.plot(x, c.alpha_after, 'o', color=_RED, ms=5, label='after')
@@ -710,7 +705,7 @@ class Reselect:
     def __enter__(self): return self
     def __exit__(self, *exc): self.remove()
 
-# %% ../nbs/02_heavy_tail.ipynb #57b066c4
+# %% ../nbs/02_heavy_tail.ipynb #19521a90
 def plot_median(
     history, # `Reselect.history`, or a dict of step -> `LayerTable`
     ax=None, # Axes to draw on
@@ -718,7 +713,7 @@ def plot_median(
     "Median of alpha over training, with the quartiles of the layers around it (Fig. 7)."
     if isinstance(history, dict):
         history = pd.DataFrame({n: dict(zip(('low', 'median', 'high'), t.frame.alpha.quantile([.25, .5, .75]))) for n,t in history.items()}).T
-    ax = _axes(ax, figsize=(6, 3))
+    ax = axes(ax, figsize=(6, 3))
     ax.fill_between(history.index, history.low, history.high, color=_BLUE, alpha=.15, lw=0, label='quartiles')
     ax.plot(history.index, history['median'], '.-', color=_RED, label='median')
     ax.set(xlabel='step', ylabel='$\\alpha$', ylim=(1, max(history.high.max()*1.15, 4)))
@@ -748,14 +743,14 @@ def load(cls:LayerTable,
         made.append(Spectrum(**d | dict(shape=tuple(d['shape']), evals=tensors[f"evals.{d['name']}"].numpy() if has else None)))
     return LayerTable(made, json.loads(meta['xmin'])['rule'], int(meta['few']), json.loads(meta['max_aspect'])['limit'], json.loads(meta['options']))
 
-# %% ../nbs/02_heavy_tail.ipynb #ce7580d0
+# %% ../nbs/02_heavy_tail.ipynb #b5854af3
 def _png(draw, size):
     "A figure as PNG, drawn without any global state of matplotlib."
     from matplotlib.figure import Figure
-    fig,out = Figure(figsize=size, layout='constrained'),io.BytesIO()
-    draw(fig); fig.savefig(out, format='png', dpi=80)
-    return out.getvalue()
+    fig = Figure(figsize=size, layout='constrained'); draw(fig)
+    return png(fig, dpi=80)
 
+# %% ../nbs/02_heavy_tail.ipynb #adcc0e4e
 class _Explorer:
     "State and wiring of `explore`."
     def __init__(self, table, w):
@@ -805,6 +800,7 @@ class _Explorer:
         ax = t.plot_alpha(fig.subplots())
         ax.axvline(list(t).index(self.layer.value), color='k', lw=1)
 
+# %% ../nbs/02_heavy_tail.ipynb #ac8f6140
 def explore(
     model_or_table, # A `LayerTable`, or what `analyze` takes
     **options, # Of `analyze`

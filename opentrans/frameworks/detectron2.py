@@ -6,7 +6,7 @@
 __all__ = ['OpenTransCLIP', 'add_opentrans_config', 'MaskHook', 'image_tower', 'drop_resting', 'rewrap', 'SelectionHook',
            'Outlines', 'from_catalog', 'register_catalog', 'deeplab_config', 'convert_checkpoint']
 
-# %% ../../nbs/14_detectron2.ipynb #ab1747d8
+# %% ../../nbs/14_detectron2.ipynb #d816ed5b
 import json, logging
 from pathlib import Path
 import numpy as np
@@ -17,16 +17,15 @@ from torch import nn
 from fastcore.basics import patch
 from torch.nn.parallel import DistributedDataParallel
 from ..clip import ClipBackbone, read_weights
-from ..core import LayerSelection, OpenTransError, Undo, atomic_path, find_tower, layers, load_json, optional, save_tensors, unknown, unwrap
+from ..core import BATCH_NORMS, LayerSelection, OpenTransError, Undo, atomic_path, find_tower, layers, load_json, norm_params, optional, save_tensors, unknown, unwrap
 from ..data import Files, LabelMaps, Panoptic, Segmentation, Vocabulary, label_lut, read_image, write_coco_panoptic
 from ..heavy_tail import LayerTable, analyze
 from ..pruning import SparseMask, load_baked
 
-# %% ../../nbs/14_detectron2.ipynb #10e74cfe
+# %% ../../nbs/14_detectron2.ipynb #0c075740
 try:
     from detectron2.config import configurable
     from detectron2.engine import HookBase
-    from detectron2.layers import ShapeSpec
     from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 except ImportError: BACKBONE_REGISTRY,Backbone,HookBase,configurable = None,nn.Module,object,lambda f: f     # what is used then raises the error of `_d2`
 
@@ -37,9 +36,7 @@ def _d2(module='detectron2', why='This part of opentrans'):
 
 _log = logging.getLogger('detectron2.opentrans') # below detectron2's own logger: written where its lines are written
 
-# %% ../../nbs/14_detectron2.ipynb #6513f398
-_NORMS = ('train', 'eval', 'frozen')
-
+# %% ../../nbs/14_detectron2.ipynb #c17a5cfb
 def _to_clip(clip, mean, std, order):
     "Scale and shift that take an image from a model's normalisation to CLIP's."
     m,s = (torch.tensor(v).view(-1) for v in (clip.origin.mean, clip.origin.std))
@@ -48,6 +45,9 @@ def _to_clip(clip, mean, std, order):
     scale,shift = torch.tensor(list(std))/(255*s),(torch.tensor(list(mean))/255 - m)/s
     if (scale-1).abs().max() < 1e-4 and shift.abs().max() < 1e-4: scale,shift = torch.ones(3),torch.zeros(3)
     return scale.view(1, 3, 1, 1),shift.view(1, 3, 1, 1)
+
+# %% ../../nbs/14_detectron2.ipynb #06041eb5
+_NORMS = ('train', 'eval', 'frozen')
 
 class OpenTransCLIP(Backbone):
     "CLIP's image tower as a backbone of detectron2, by name in its `BACKBONE_REGISTRY`; built of arguments or of a configuration."
@@ -98,7 +98,7 @@ class OpenTransCLIP(Backbone):
         maps = self.kind.features(self.visual, x.flip(1) if self.bgr else x)[0]
         return {k: maps[k] for k in self._out_features}
 
-# %% ../../nbs/14_detectron2.ipynb #317a7f5c
+# %% ../../nbs/14_detectron2.ipynb #d3466790
 @patch
 def _used(self:OpenTransCLIP):
     "Names of the parameters on which a map depends."
@@ -112,8 +112,7 @@ def _used(self:OpenTransCLIP):
 @patch
 def _rest(self:OpenTransCLIP):
     "Let rest what no map needs, and what was asked to."
-    used,norms = self._used(),(nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
-    still = {id(p) for m in self.modules() if isinstance(m, norms) for p in m.parameters(recurse=False)} if self.norm == 'frozen' else set()
+    used,still = self._used(),{id(p) for p in norm_params(self)} if self.norm == 'frozen' else set()
     for n,p in self.named_parameters(): p.requires_grad_(n in used and not self.frozen and id(p) not in still)
     self.train()
 
@@ -123,7 +122,7 @@ def train(self:OpenTransCLIP, mode=True):
     nn.Module.train(self, mode)
     if self.norm != 'train' or self.frozen:
         for m in self.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm): m.eval()
+            if isinstance(m, BATCH_NORMS): m.eval()
     return self
 
 if BACKBONE_REGISTRY is not None and 'OpenTransCLIP' not in BACKBONE_REGISTRY: BACKBONE_REGISTRY.register(OpenTransCLIP)
@@ -232,7 +231,7 @@ def rewrap(
     for hook,state in getattr(model, '_comm_hooks', ()): new.register_comm_hook(state, hook)
     return new.train(model.training)
 
-# %% ../../nbs/14_detectron2.ipynb #bfcb9d0a
+# %% ../../nbs/14_detectron2.ipynb #aa5204cb
 class SelectionHook(HookBase):
     "Choose the layers that rest by their spectra at an iteration, and let them rest to the end; a resumed run rests the same ones."
     def __init__(self,
@@ -260,22 +259,6 @@ class SelectionHook(HookBase):
         if self.handle is None: self.apply()
         if self.stale: self.trainer.model,self.stale = rewrap(self.trainer.model),False
 
-    def choose(self)->LayerSelection:
-        "Look at the layers that learn in this trainer, and choose; in several processes the first one's choice holds."
-        tower,held = self.tower(self.trainer.model),{id(p) for g in self.trainer.optimizer.param_groups for p in g['params']}
-        learn = {l.name for l in layers(tower) if l.param.requires_grad and id(l.param) in held}
-        if not learn: raise OpenTransError("No layer of the image tower learns in this trainer, so there is nothing to choose: its weights are frozen, as in FC-CLIP's own backbone, or the optimizer does not hold them.")
-        sel = self.given
-        if sel is None:
-            t = analyze(tower, **self.options)
-            self.table = LayerTable([s for n,s in t.spectra.items() if n in learn], t.xmin, t.few, t.max_aspect, t.options)
-            sel = self.table.select(**self.how)
-        known = {l.name for l in layers(tower)}
-        for n in sel.train+sel.freeze:
-            if n not in known: raise unknown('layer of the image tower', n, known)
-        sel = LayerSelection([n for n in sel.train if n in learn], [n for n in sel.freeze if n in learn], sel.rule)
-        return LayerSelection.from_json(_d2('detectron2.utils.comm').all_gather(sel.to_json())[0])
-
     def apply(self):
         "Let them rest now."
         self.handle = self.selection.apply(self.tower(self.trainer.model))
@@ -290,6 +273,24 @@ class SelectionHook(HookBase):
     def load_state_dict(self, state):
         self.selection = LayerSelection(state['train'], state['freeze'], state['rule'])
         if self.handle is None: self.apply()
+
+# %% ../../nbs/14_detectron2.ipynb #0086fef0
+@patch
+def choose(self:SelectionHook)->LayerSelection:
+    "Look at the layers that learn in this trainer, and choose; in several processes the first one's choice holds."
+    tower,held = self.tower(self.trainer.model),{id(p) for g in self.trainer.optimizer.param_groups for p in g['params']}
+    learn = {l.name for l in layers(tower) if l.param.requires_grad and id(l.param) in held}
+    if not learn: raise OpenTransError("No layer of the image tower learns in this trainer, so there is nothing to choose: its weights are frozen, as in FC-CLIP's own backbone, or the optimizer does not hold them.")
+    sel = self.given
+    if sel is None:
+        t = analyze(tower, **self.options)
+        self.table = LayerTable([s for n,s in t.spectra.items() if n in learn], t.xmin, t.few, t.max_aspect, t.options)
+        sel = self.table.select(**self.how)
+    known = {l.name for l in layers(tower)}
+    for n in sel.train+sel.freeze:
+        if n not in known: raise unknown('layer of the image tower', n, known)
+    sel = LayerSelection([n for n in sel.train if n in learn], [n for n in sel.freeze if n in learn], sel.rule)
+    return LayerSelection.from_json(_d2('detectron2.utils.comm').all_gather(sel.to_json())[0])
 
 # %% ../../nbs/14_detectron2.ipynb #57d7fdbc
 class Outlines(Segmentation):
