@@ -7,8 +7,8 @@ __all__ = ['app', 'Backbone', 'Pretrained', 'Data', 'Root', 'Split', 'Classes', 
            'Device', 'Seed', 'Quiet', 'Corrupt', 'Config', 'Iterations', 'BatchSize', 'LR', 'Crop', 'RecipeName',
            'Precision', 'Accumulate', 'Workers', 'Settings', 'Every', 'Print', 'Board', 'WithInstances', 'data_app',
            'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show', 'main', 'demo', 'study',
-           'alpha', 'prune', 'make_recipe', 'transfer', 'finetune', 'evaluate', 'compare', 'cka_command',
-           'cost_command', 'data_list', 'data_check', 'data_shapes']
+           'alpha', 'prune', 'make_recipe', 'transfer', 'finetune', 'open_trained', 'evaluate', 'segment', 'compare',
+           'cka_command', 'cost_command', 'data_list', 'data_check', 'data_shapes']
 
 # %% ../nbs/21_cli.ipynb #6f097711
 import json, os, sys
@@ -268,7 +268,7 @@ def prune(
     if first_process(): mask.save(out); keep_settings(run_dir if method == 'imp' else None, tell=False)
     if not as_json: show(mask.table(), title=f'{out}: density {mask.density:.4f}')
 
-# %% ../nbs/21_cli.ipynb #9d141f10
+# %% ../nbs/21_cli.ipynb #f3fe6847
 Iterations = Annotated[Optional[int], typer.Option(help="Iterations; milestones move along.")]
 BatchSize = Annotated[Optional[int], typer.Option(help="Images an iteration, over all processes.")]
 LR = Annotated[Optional[float], typer.Option(help="Learning rate.")]
@@ -302,12 +302,12 @@ def make_recipe(
     if more.get('precision') is None and launched != 'no': more['precision'] = launched
     return r.replace(**{k: v for k,v in more.items() if v is not None})
 
-def _build(framework, clip, data, preset, seed):
+def _build(framework, clip, vocabulary, preset, seed):
     from opentrans.clip import small_clips
     from opentrans.core import seeded
     from opentrans.frameworks import build, get_framework
     preset = preset or ('small' if clip.name in small_clips() and 'small' in get_framework(framework).presets else 'paper')
-    with seeded(seed): return build(framework, clip, vocabulary=data.vocabulary, preset=preset)
+    with seeded(seed): return build(framework, clip, vocabulary=vocabulary, preset=preset)
 
 def _report(seg, data, result, size, mask=None, selection=None, out=None, as_json=False, title=''):
     from opentrans.core import save_json
@@ -319,7 +319,7 @@ def _report(seg, data, result, size, mask=None, selection=None, out=None, as_jso
     if out and first_process(): save_json(result, Path(out)/'result.json')
     show(result, as_json, title)
 
-# %% ../nbs/21_cli.ipynb #163dd5d8
+# %% ../nbs/21_cli.ipynb #a52ae451
 @app.command()
 def transfer(
     mask:Annotated[str, typer.Argument(help="Mask file.")],
@@ -345,7 +345,7 @@ def transfer(
     r = make_recipe(recipe, framework, set_, iterations, batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
     train,test = (open_data(data, root, s, classes, ignore, corrupt, panoptic) for s in (split, eval_split))
     clip = open_clip_backbone(backbone, pretrained, output_stride, device)
-    seg = _build(framework, clip, train, preset, seed); keep_settings(out, recipe=r.to_dict())
+    seg = _build(framework, clip, train.vocabulary, preset, seed); keep_settings(out, recipe=r.to_dict())
     told,sub = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard),lambda name: str(Path(out)/name) if out else None
     with m.apply(seg.backbone):
         if warmup: finetune(seg, train, r.shorten(warmup).replace(schedule='constant'), checkpoint_dir=sub('warmup'), **told)
@@ -361,7 +361,7 @@ def _transfer_file(m, model, out, as_json):
     transfer_checkpoint(m, model, out)
     show(dict(file=out, layers=len(m), density=m.density, zeros=m.total-m.kept), as_json, 'sparse checkpoint')
 
-# %% ../nbs/21_cli.ipynb #605d2fc1
+# %% ../nbs/21_cli.ipynb #4511520b
 @app.command()
 def finetune(
     out:Annotated[str, typer.Option(help="Folder of the run: checkpoints and weights; the same command continues it.")],
@@ -373,7 +373,7 @@ def finetune(
     eval_split:Annotated[str, typer.Option(help="Split to evaluate on.")]='val', checkpoint_every:Every=500, print_every:Print=50, tensorboard:Board=False,
     device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
 ):
-    "Fine-tune a framework; writes OUT/model.safetensors and OUT/model.json, which `opentrans evaluate` reads."
+    "Fine-tune a framework; writes OUT/model.safetensors and OUT/model.json, which `opentrans evaluate` and `opentrans segment` read."
     from opentrans.core import LayerSelection, save_json, save_tensors
     from opentrans.finetune import finetune as run
     from opentrans.pruning import SparseMask
@@ -381,13 +381,28 @@ def finetune(
     m,chosen = SparseMask.load(mask) if mask else None,LayerSelection.from_json(Path(selection)) if selection else None
     train,val = (open_data(data, root, s, classes, ignore, corrupt, panoptic) if s else None for s in (split, eval_split if eval_every else None))
     clip = open_clip_backbone(backbone, pretrained, output_stride, device)
-    seg = _build(framework, clip, train, preset, seed); keep_settings(out, recipe=r.to_dict())
+    seg = _build(framework, clip, train.vocabulary, preset, seed); keep_settings(out, recipe=r.to_dict())
     history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=str(Path(out)/'run'), val=val, eval_every=eval_every, checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
     if first_process():
         save_tensors(seg.state_dict(), Path(out)/'model.safetensors')
         save_json(dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=output_stride, classes=list(train.vocabulary.names), data=data, recipe=r.to_dict(), mask=mask, selection=selection), Path(out)/'model.json')
     show(dict(iterations=len(history), first_loss=float(history.loss.iloc[0]), last_loss=float(history.loss.iloc[-1]), **(dict(best_miou=float(history.miou.max())) if 'miou' in history else {}),
               model=str(Path(out)/'model.safetensors')), as_json, 'fine-tuned')
+
+def open_trained(
+    folder, # That `opentrans finetune` wrote
+    vocabulary, # Class names
+    device:str=None, # As `--device`
+)->tuple: # (framework, `ClipBackbone`, name of the framework)
+    "A framework with the weights that it was trained to."
+    from opentrans.core import load_json
+    from opentrans.finetune import load_framework
+    if not (Path(folder)/'model.json').is_file(): raise _bad(f"There is no trained model in '{folder}': expected a folder with model.json, as `opentrans finetune --out` writes.")
+    told = load_json(Path(folder)/'model.json')
+    clip = open_clip_backbone(told['backbone'], told['pretrained'], told['output_stride'], device)
+    seg = _build(told['framework'], clip, vocabulary, told['preset'], 0)
+    load_framework(seg, Path(folder)/'model.safetensors')
+    return seg,clip,told['framework']
 
 @app.command()
 def evaluate(
@@ -403,18 +418,14 @@ def evaluate(
     out:Annotated[Optional[str], typer.Option(help="Folder for result.json.")]=None, device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
 ):
     "Mean IoU, or panoptic quality, of a framework on a data set, with any class names."
-    from opentrans.core import load_json
-    from opentrans.finetune import evaluate as run, load_framework
+    from opentrans.finetune import evaluate as run
     from opentrans.pruning import SparseMask
     looks = dict(size=short_side, scales=None if scales is None else tuple(_numbers('scales', scales)), flip=flip or None, window=window)
     m,test = SparseMask.load(mask) if mask else None,open_data(data, root, split, classes, ignore, corrupt, kind == 'panoptic' and data in ('ade20k_150', 'cityscapes_19'))
-    if model:
-        told = load_json(Path(model)/'model.json')
-        framework,backbone,pretrained,preset,output_stride = (told[k] for k in ('framework', 'backbone', 'pretrained', 'preset', 'output_stride'))
-    clip = open_clip_backbone(backbone, pretrained, output_stride, device)
-    seg = _build(framework, clip, test, preset, seed); keep_settings(out)
-    if model: load_framework(seg, Path(model)/'model.safetensors')
-    elif first_process(): print(f"note: without --model the head of {framework} is untrained (seed {seed})", file=sys.stderr)
+    if model: seg,clip,framework = open_trained(model, test.vocabulary, device)
+    else: clip = open_clip_backbone(backbone, pretrained, output_stride, device); seg = _build(framework, clip, test.vocabulary, preset, seed)
+    keep_settings(out)
+    if not model and first_process(): print(f"note: without --model the head of {framework} is untrained (seed {seed})", file=sys.stderr)
     if m is not None: m.apply(seg.backbone).remove()
     result = run(seg, test, batch_size=batch_size, limit=limit, kind=kind, **{k: v for k,v in looks.items() if v is not None})
     _report(seg, test, dict(result, head='trained' if model else 'untrained'), clip.image_size, m, None, out, as_json, f'{framework} on {data}')
@@ -423,6 +434,28 @@ def _numbers(flag, text):
     "Numbers of a comma list."
     try: return [float(v) for v in text.split(',')]
     except ValueError as e: raise _bad(f"--{flag} {text}: write numbers, e.g. 0.5,1,1.5.") from e
+
+@app.command()
+def segment(
+    image:Annotated[str, typer.Argument(help="A photograph: JPEG, PNG or WebP.")],
+    names:Annotated[str, typer.Argument(help="What to look for, in your own words: 'sky, road, sofa | couch' (synonyms with a bar).")],
+    backbone:Backbone='shapes-rn', pretrained:Pretrained=None, output_stride:Stride=16,
+    model:Annotated[Optional[str], typer.Option(help="Folder that `opentrans finetune` wrote. Default: CLIP alone, without any training for segmentation, a rough answer.")]=None,
+    out:Annotated[str, typer.Option(help="Picture to write: the image under the colours of its classes.")]='segmented.png',
+    max_side:Annotated[int, typer.Option(help="Larger images are made smaller, to this side.")]=768, device:Device=None, as_json:Quiet=False, config:Config=None,
+):
+    "One image of your own, segmented by your own words."
+    from opentrans.core import atomic_path
+    from opentrans.playground import overlay, parse_names, segment as look, to_image
+    vocabulary,x = parse_names(names),to_image(image, max_side)
+    if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'): raise _bad(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
+    seg = open_trained(model, vocabulary, device)[0] if model else open_clip_backbone(backbone, pretrained, output_stride, device)
+    x,labels,found = look(seg, x, vocabulary)
+    import matplotlib; matplotlib.use('Agg')
+    with atomic_path(Path(out)) as p: overlay(x, labels, found).figure.savefig(p, dpi=120, bbox_inches='tight', format=Path(out).suffix[1:].lower())
+    share = {n: (labels == k).float().mean().item() for k,n in enumerate(found)}
+    show(dict(sorted(share.items(), key=lambda z: -z[1])), as_json, 'share of the image')
+    print(f'picture: {out}', file=sys.stderr if as_json else sys.stdout)
 
 @app.command()
 def compare(
@@ -439,7 +472,7 @@ def compare(
         with atomic_path(Path(out)/'runs.png') as p: plot_runs(frame).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame, as_json, 'runs')
 
-# %% ../nbs/21_cli.ipynb #98d8b6dc
+# %% ../nbs/21_cli.ipynb #a6706a4b
 @app.command('cka')
 def cka_command(
     a:Annotated[str, typer.Argument(help="First backbone.")]='shapes-rn', b:Annotated[Optional[str], typer.Argument(help="Second backbone. Default: the first with --mask.")]=None,
@@ -479,7 +512,7 @@ def cost_command(
     try: h,w = (int(v) for v in size.lower().split('x'))
     except ValueError as e: raise _bad(f"--size {size}: write height x width, e.g. 800x1216.") from e
     m,model = SparseMask.load(mask) if mask else None,open_clip_backbone(backbone, pretrained, output_stride, 'cpu')
-    if framework: model = _build(framework, model, type('NoData', (), dict(vocabulary=['thing'])), preset, 0)
+    if framework: model = _build(framework, model, ['thing'], preset, 0)
     c = cost(model, (3, h, w), mask=m, convention=convention)
     show(c.by_layer if layers else dict(params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs, convention=convention, input=size), as_json, backbone + (f' in {framework}' if framework else ''))
 

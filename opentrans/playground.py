@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['parse_names', 'to_image', 'segment', 'overlay', 'playground']
 
-# %% ../nbs/23_playground.ipynb #74233eb4
+# %% ../nbs/23_playground.ipynb #43a23590
 import io, threading, warnings
 from pathlib import Path
 import numpy as np
 import torch
-from .core import OpenTransError, optional, unknown
+from .core import OpenTransError, axes, device_of, optional
 from .data import ShapesWorld, Vocabulary, class_colours
+from .frameworks.contract import resize
 
 # %% ../nbs/23_playground.ipynb #58a05aa4
 def parse_names(
@@ -44,16 +45,18 @@ def to_image(
     if max(im.size) > max_side: im = ImageOps.contain(im, (max_side, max_side))
     return torch.from_numpy(np.array(im)).permute(2, 0, 1).float()/255
 
-# %% ../nbs/23_playground.ipynb #973aed1a
+# %% ../nbs/23_playground.ipynb #c884f3aa
 def segment(
-    framework, # A `Framework`, as `build` makes it
+    framework, # A `Framework`, as `build` makes it; or a bare `ClipBackbone`, which compares each cell of its last map with the names, without any training
     image, # Whatever `to_image` takes
     names, # Text with commas, list of names, or `Vocabulary`
 )->tuple: # (image (3,H,W), labels (H,W) of indices into the names, list of names)
     "The best of some classes for each pixel of one image. Raises `OpenTransError`."
     v,x = parse_names(names) if isinstance(names, str) else names,to_image(image)
     v = v if hasattr(v, 'names') else Vocabulary(list(v))
-    return x,framework.predict(x[None], v)[0].cpu(),list(v.names)
+    if hasattr(framework, 'predict'): return x,framework.predict(x[None], v)[0].cpu(),list(v.names)
+    with torch.no_grad(): near = torch.einsum('bdhw,kd->bkhw', framework.dense_embeddings(x[None].to(device_of(framework))), framework.encode_text(v))
+    return x,resize(near, x.shape[1:])[0].argmax(0).cpu(),list(v.names)
 
 def overlay(
     image:torch.Tensor, # (3,H,W) in [0,1]
@@ -63,9 +66,8 @@ def overlay(
     opacity:float=.6, # Of the colours: 0 is the image, 1 the map
 ): # The axes
     "An image under the colours of its classes; the legend tells the share of each that is there."
-    import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
-    ax = ax if ax is not None else plt.subplots(figsize=(6, 4))[1]
+    ax = axes(ax, figsize=(6, 4))
     labels,colours = np.asarray(labels),class_colours(len(names))
     ax.imshow((1-opacity)*np.asarray(image).transpose(1, 2, 0) + opacity*colours[labels], interpolation='nearest'); ax.set_axis_off()
     share = np.bincount(labels.ravel(), minlength=len(names))/labels.size
@@ -73,7 +75,7 @@ def overlay(
     ax.legend(handles=[Patch(color=colours[k], label=f"{names[k]}  {share[k]:.0%}" if share[k] >= .005 else f'{names[k]}  < 1%') for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/23_playground.ipynb #3c1377a9
+# %% ../nbs/23_playground.ipynb #5dd1ac12
 def _png(fig):
     b = io.BytesIO(); fig.savefig(b, format='png', dpi=110, bbox_inches='tight')
     return b.getvalue()
@@ -125,7 +127,7 @@ class _Playground:
         self.picture.value = _png(fig)
 
 def playground(
-    framework, # A `Framework`, as `build` makes it
+    framework, # A `Framework`, as `build` makes it, or a `ClipBackbone`
     samples=None, # Name -> whatever `to_image` takes, or a data set; None takes scenes of `ShapesWorld`
     names:str=None, # What the text field says at first; None takes some names of the framework's own vocabulary
 ): # An ipywidgets widget
@@ -135,6 +137,6 @@ def playground(
     if not isinstance(samples, dict): samples = {f'{i}: {samples[i]["id"]}': samples[i] for i in range(min(12, len(samples)))}
     if not samples: raise OpenTransError("There is no sample to look at. Give a dict of images, or a data set.")
     if names is None:
-        v = framework.vocabulary
+        v = getattr(framework, 'vocabulary', None)
         names = ', '.join(n.replace(',', ' | ') for n in list(getattr(v, 'names', v) or ['grass', 'sky'])[:8])
     return _Playground(framework, samples, names, w).box

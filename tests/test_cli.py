@@ -295,3 +295,14 @@ def test_a_study(tmp_path):
     assert [len(x['frozen']) for x in data['results'][:4]] == sorted(len(x['frozen']) for x in data['results'][:4]) and len(data['results']) == 8
     made = {p: p.stat().st_mtime for p in (tmp_path/'.runs').rglob('arm-*.json')}
     assert len(made) == 8 and max(made.values()) < start                          # the second call has only read them
+
+def test_segment_an_own_image(tmp_path):
+    "From a trained model to a picture of one image; bad input leaves nothing behind."
+    for a in (('data', 'shapes', '--out', tmp_path/'scenes', '--n', 1), ('finetune', '--iterations', 2, '--batch-size', 2, '--out', tmp_path/'run')): assert opentrans(*a).returncode == 0
+    photo = next((tmp_path/'scenes'/'coco'/'val2017').iterdir())
+    r = opentrans('segment', photo, 'grass, water | sea', '--model', tmp_path/'run', '--out', tmp_path/'new'/'seen.jpg', '--json')
+    assert r.returncode == 0 and set(json.loads(r.stdout)) == {'grass', 'water'} and Image.open(tmp_path/'new'/'seen.jpg').format == 'JPEG'
+    assert 'no trained model' in fails('segment', photo, 'grass', '--model', tmp_path/'nothing', '--out', tmp_path/'a.png')
+    assert 'picture ends in' in fails('segment', photo, 'grass', '--out', tmp_path/'a.gif')
+    assert 'not an image' in fails('segment', tmp_path/'run'/'model.json', 'grass', '--out', tmp_path/'a.png')
+    assert not list(tmp_path.glob('a.*'))
