@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ClassWords', 'class_words', 'mask_mean', 'FCClipHead', 'embed_masks', 'geometric_ensemble', 'FCCLIP', 'load_fcclip']
 
-# %% ../../nbs/12_fcclip.ipynb #1699fba3
+# %% ../../nbs/12_fcclip.ipynb #8fb810f0
 import math, re
 from dataclasses import dataclass
 import pandas as pd
@@ -17,7 +17,7 @@ from ..clip import ResNetTower, TimmTower
 from ..core import OpenTransError, device_of
 from ..data import Vocabulary
 from .contract import Framework, register_framework, resize
-from .mask2former import Mask2Former, MaskDecoder, PixelDecoder, SetLoss, batch_regions, head_names, read_checkpoint
+from .mask2former import Mask2Former, MaskDecoder, PixelDecoder, SetLoss, batch_regions, head_names, put_weights, read_checkpoint
 
 # %% ../../nbs/12_fcclip.ipynb #ac91d8da
 @dataclass
@@ -266,7 +266,7 @@ def loss(self:FCCLIP, batch):
     out = self.head(self.features(batch['images'])[0], every=True)
     return self.criterion([(self.classify(e, words), m) for e,m in out], [self.pad(r, False) for r in regions], classes)[0]
 
-# %% ../../nbs/12_fcclip.ipynb #f0413867
+# %% ../../nbs/12_fcclip.ipynb #02e36576
 def _fcclip_names(framework, weights):
     "Name here -> (name in the file, tensor)."
     res = {}
@@ -288,18 +288,6 @@ def load_fcclip(
 )->pd.DataFrame: # One row a tensor (index: its name in the file, or here): what ('loaded', 'left', 'kept'), here, why
     "Load published weights of FC-CLIP. Raises `OpenTransError` that lists what does not fit."
     weights = source if isinstance(source, dict) else read_checkpoint(source)
-    own,found = framework.state_dict(),_fcclip_names(framework, weights)
-    fits = {n for n,(_,w) in found.items() if n in own and own[n].shape == w.shape}
-    strange = [f'{o} {tuple(w.shape)}' + (f' (here {tuple(own[n].shape)})' if n in own else '') for n,(o,w) in found.items() if n not in fits]
-    missing = [n for n in own if n.startswith(('head.', 'nothing')) and n not in found]
-    if strict and (strange or missing):
-        raise OpenTransError(f"{len(strange)} tensors of the file do not fit ({', '.join(strange[:6]) or '-'}) and {len(missing)} of the head are not in it ({', '.join(missing[:6]) or '-'}). "
-                             "Is it a checkpoint of FC-CLIP? Build the framework with its sizes (queries, layers, ...) and a backbone of the same CLIP, or pass strict=False.")
-    framework.load_state_dict({n: found[n][1] for n in fits}, strict=False)
-    used = {}
-    for n in fits: used.setdefault(found[n][0], []).append(n)
-    def why(n):
-        if n.startswith('backbone.'): return 'another backbone' if '.visual.' in n else "the backbone has a text encoder of its own"
-        return 'does not fit' if any(o == n for o,_ in found.values()) else 'no part of this framework'
-    rows = [(n, 'loaded', ', '.join(sorted(used[n])), '') if n in used else (n, 'left', '', why(n)) for n in weights]
-    return pd.DataFrame(rows + [(n, 'kept', n, 'not in the file') for n in own if n not in fits], columns=['name', 'what', 'here', 'why']).set_index('name')
+    def why(n): return None if not n.startswith('backbone.') else 'another backbone' if '.visual.' in n else "the backbone has a text encoder of its own"
+    return put_weights(framework, weights, _fcclip_names(framework, weights), lambda n: n.startswith(('head.', 'nothing')), why, "Is it a checkpoint of FC-CLIP? Build the framework with its sizes "
+                       "(queries, layers, ...) and a backbone of the same CLIP, or pass strict=False.", strict)

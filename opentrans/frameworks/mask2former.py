@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SOURCES', 'mask2former_config', 'Positions', 'OwnConv2d', 'AttentionLinear', 'PixelDecoder', 'MaskDecoder',
            'semantic_from_queries', 'best_class_from_queries', 'panoptic_from_queries', 'SetLoss', 'QueryHead',
-           'Mask2Former', 'batch_regions', 'head_names', 'read_checkpoint', 'load_mask2former']
+           'Mask2Former', 'batch_regions', 'head_names', 'read_checkpoint', 'put_weights', 'load_mask2former']
 
-# %% ../../nbs/11_mask2former.ipynb #fa713da9
+# %% ../../nbs/11_mask2former.ipynb #599d11ec
 import inspect, math, pickle, re
 from pathlib import Path
 import pandas as pd
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from transformers.models.mask2former.configuration_mask2former import Mask2FormerConfig
-from transformers.models.mask2former.modeling_mask2former import (Mask2FormerLoss, Mask2FormerMLPPredictionHead, Mask2FormerPixelDecoder,
+from transformers.models.mask2former.modeling_mask2former import (Mask2FormerLoss, Mask2FormerPixelDecoder,
                                                                   Mask2FormerSinePositionEmbedding, Mask2FormerTransformerModule)
 from ..clip import read_weights
 from ..core import OpenTransError, device_of, unknown
@@ -260,7 +260,7 @@ class QueryHead(nn.Module):
         out = self.decoder(*self.pixel_decoder(features))
         return [(self.class_embed(q), m) for q,m in out] if every else (self.class_embed(out[-1][0]), out[-1][1])
 
-# %% ../../nbs/11_mask2former.ipynb #dee7690f
+# %% ../../nbs/11_mask2former.ipynb #33d7fc25
 SOURCES = ('prior', 'posterior', 'direct')
 
 @register_framework('mask2former')
@@ -308,24 +308,28 @@ class Mask2Former(Framework):
         self.kd,self.kd_source,self.kd_target,self.kd_regions = kd,kd_source,kd_target,kd_regions
         self.divisible,self.score,self.overlap,self._teacher = divisible,score,overlap,[]
 
-    def pad(self, x, value=0.):
-        "Fill up images or regions at the right and below, to a multiple of `divisible`."
-        h,w = (-n % self.divisible for n in x.shape[-2:])
-        return F.pad(x, (0, w, 0, h), value=value) if h or w else x
+# %% ../../nbs/11_mask2former.ipynb #f391067c
+@patch
+def pad(self:Mask2Former, x, value=0.):
+    "Fill up images or regions at the right and below, to a multiple of `divisible`."
+    h,w = (-n % self.divisible for n in x.shape[-2:])
+    return F.pad(x, (0, w, 0, h), value=value) if h or w else x
 
-    def features(self, images):
-        "The backbone's maps of images of any size."
-        mean = getattr(self.backbone, 'mean', None) # a padded pixel is CLIP's mean colour: 0 once it is taken off
-        if mean is None or not any(n % self.divisible for n in images.shape[-2:]): return self.backbone(self.pad(images))
-        return self.backbone(self.pad(images-mean) + mean)
+@patch
+def features(self:Mask2Former, images):
+    "The backbone's maps of images of any size."
+    mean = getattr(self.backbone, 'mean', None) # a padded pixel is CLIP's mean colour: 0 once it is taken off
+    if mean is None or not any(n % self.divisible for n in images.shape[-2:]): return self.backbone(self.pad(images))
+    return self.backbone(self.pad(images-mean) + mean)
 
-    def classify(self,
-        embeddings:torch.Tensor, # (B,Q,D) of queries, in CLIP's space
-        text:torch.Tensor, # (K,D) text embeddings
-    )->torch.Tensor: # (B,Q,K+1): cosines to the names and to *nothing*, times the temperature
-        "Class logits of queries (Eq. 1)."
-        names = F.normalize(torch.cat([text.to(embeddings), self.nothing.to(embeddings)]), dim=-1)
-        return F.normalize(embeddings, dim=-1) @ names.T*self.log_scale.exp().clamp(max=100.)
+@patch
+def classify(self:Mask2Former,
+    embeddings:torch.Tensor, # (B,Q,D) of queries, in CLIP's space
+    text:torch.Tensor, # (K,D) text embeddings
+)->torch.Tensor: # (B,Q,K+1): cosines to the names and to *nothing*, times the temperature
+    "Class logits of queries (Eq. 1)."
+    names = F.normalize(torch.cat([text.to(embeddings), self.nothing.to(embeddings)]), dim=-1)
+    return F.normalize(embeddings, dim=-1) @ names.T*self.log_scale.exp().clamp(max=100.)
 
 # %% ../../nbs/11_mask2former.ipynb #fe59f43f
 @patch
@@ -466,7 +470,7 @@ def read_checkpoint(
     if not res: raise OpenTransError(f"'{path}' holds no arrays. A detectron2 .pkl holds {{'model': {{name: array}}}}.")
     return res
 
-# %% ../../nbs/11_mask2former.ipynb #30829200
+# %% ../../nbs/11_mask2former.ipynb #a659173e
 def _own_names(framework, weights):
     "What Han et al.'s code has beside the head: name here -> (name in the file, tensor); and the backbone, if it is this one."
     last,res = len(framework.embed)-1,{}
@@ -482,6 +486,31 @@ def _own_names(framework, weights):
     if all(n in inside and inside[n][1].shape == t.shape for n,t in tower.items()): res.update({f'{prefix}.{n}': inside[n] for n in tower})
     return res
 
+def put_weights(
+    framework, # Filled in place
+    weights:dict, # What the file holds: name -> tensor
+    found:dict, # Name here -> (name in the file, tensor)
+    needed, # Function of a name here: must the file hold it?
+    why, # Function of a name in the file: why it is left, or None
+    advice:str, # What to do if something does not fit
+    strict:bool=True, # Raise then? If not, what does not fit is left as it is
+    spare=(), # Names here that are left out although they are found
+    mine=lambda n: True, # Which names here the table tells of
+)->pd.DataFrame: # One row a tensor (index: its name in the file, or here): what ('loaded', 'left', 'kept'), here, why
+    "Put the tensors of a file where they belong. Raises `OpenTransError` that lists what does not fit."
+    own = framework.state_dict()
+    fits = {n for n,(_,w) in found.items() if n in own and own[n].shape == w.shape and n not in spare}
+    strange = [f'{o} {tuple(w.shape)}' + (f' (here {tuple(own[n].shape)})' if n in own else '') for n,(o,w) in found.items() if n not in fits and n not in spare]
+    missing = [n for n in own if needed(n) and n not in found]
+    if strict and (strange or missing):
+        raise OpenTransError(f"{len(strange)} tensors of the file do not fit ({', '.join(strange[:6]) or '-'}) and {len(missing)} of the head are not in it ({', '.join(missing[:6]) or '-'}). {advice}")
+    framework.load_state_dict({n: found[n][1] for n in fits}, strict=False)
+    used,known = {},{o for o,_ in found.values()}
+    for n in fits: used.setdefault(found[n][0], []).append(n)
+    rows = [(n, 'loaded', ', '.join(sorted(used[n])), '') if n in used else (n, 'left', '', why(n) or ('does not fit' if n in known else 'no part of this framework')) for n in weights]
+    return pd.DataFrame(rows + [(n, 'kept', n, 'not in the file') for n in own if n not in fits and mine(n)], columns=['name', 'what', 'here', 'why']).set_index('name')
+
+# %% ../../nbs/11_mask2former.ipynb #0f84a1c2
 def load_mask2former(
     framework:Mask2Former, # Filled in place
     source, # A file, or a state dict: detectron2's names, Han et al.'s, or Hugging Face's
@@ -494,15 +523,7 @@ def load_mask2former(
     closed = {n for n in found if n.startswith('head.class_embed.') and (n not in own or own[n].shape != found[n][1].shape)}
     if closed: closed |= {n for n in found if n.startswith('head.class_embed.')}
     if not any(n.startswith('head.') for n in found): raise OpenTransError(f"These are no weights of a Mask2Former: {', '.join(list(weights)[:6])}. Expected names as 'sem_seg_head.pixel_decoder...' or 'model.pixel_level_module...'.")
-    fits = {n for n,(_,w) in found.items() if n in own and own[n].shape == w.shape and n not in closed}
-    strange = [f'{o} {tuple(w.shape)}' + (f' (here {tuple(own[n].shape)})' if n in own else '') for n,(o,w) in found.items() if n not in fits and n not in closed and not n.startswith('kd_proj.')]
-    missing = [n for n in own if n.startswith(('head.pixel_decoder.', 'head.decoder.')) and n not in found]
-    if strict and (strange or missing):
-        raise OpenTransError(f"{len(strange)} tensors of the file do not fit ({', '.join(strange[:6]) or '-'}) and {len(missing)} of the head are not in it ({', '.join(missing[:6]) or '-'}). "
-                             "Build the framework with the sizes of the file (hidden, queries, layers, ...) and a backbone of the same channels, or pass strict=False.")
-    framework.load_state_dict({n: found[n][1] for n in fits}, strict=False)
-    used = {found[n][0]: n for n in fits}
-    why = lambda n: 'class head of a closed vocabulary' if any(found[c][0] == n for c in closed) else 'another backbone' if n.startswith(('backbone.', 'model.pixel_level_module.encoder.')) else 'does not fit' if any(o == n for o,_ in found.values()) else 'no part of this framework'
-    rows = [(n, 'loaded', used[n], '') if n in used else (n, 'left', '', why(n)) for n in weights]
-    rows += [(n, 'kept', n, 'not in the file') for n in own if n not in fits and not n.startswith('backbone.')]
-    return pd.DataFrame(rows, columns=['name', 'what', 'here', 'why']).set_index('name')
+    extra = {n for n in found if n.startswith('kd_proj.') and (n not in own or own[n].shape != found[n][1].shape)}
+    def why(n): return 'class head of a closed vocabulary' if any(found[c][0] == n for c in closed) else 'another backbone' if n.startswith(('backbone.', 'model.pixel_level_module.encoder.')) else None
+    return put_weights(framework, weights, found, lambda n: n.startswith(('head.pixel_decoder.', 'head.decoder.')), why, "Build the framework with the sizes of the file (hidden, queries, layers, ...) and a backbone of the same channels, "
+                       "or pass strict=False.", strict, closed | extra, lambda n: not n.startswith('backbone.'))
