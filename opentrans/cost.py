@@ -344,11 +344,17 @@ def __mul__(self:Cost, k):
 @patch
 def __rmul__(self:Cost, k): return self*k
 
-# %% ../nbs/04_cost.ipynb #a596ab8b
+# %% ../nbs/04_cost.ipynb #e1729b23
 _NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException, NotImplementedError)
 
 def _needs_values(e): # or is the input simply wrong?
     return isinstance(e, _NEED_VALUES) or any(w in str(e).lower() for w in ('fake', 'meta', 'subclass', 'data-dependent'))
+
+def _inputs(model, size, args=(), forward=None):
+    "What the model is called with: what it says itself, unless the user says more than the size."
+    if hasattr(model, 'example_inputs') and not args and forward is None: return model.example_inputs(size)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return torch.zeros(size, device=device_of(model), dtype=dtype),*args
 
 def _one_pass(model, size, convention, args, forward, dry):
     "Run the model once on fake (or real) tensors with a counter that watches."
@@ -360,9 +366,7 @@ def _one_pass(model, size, convention, args, forward, dry):
         counter.trace.own(r, d['param'])
         if dry: counter.trace.own(r, fake.from_tensor(d['param']))
     with fake:
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-        if hasattr(model, 'example_inputs') and not args and forward is None: inputs = model.example_inputs(size)
-        else: inputs = (torch.zeros(size, device=device_of(model), dtype=dtype), *args)
+        inputs = _inputs(model, size, args, forward)
         for t in tree_leaves(inputs):
             if isinstance(t, torch.Tensor): counter.trace.mark(t, counter.input)
         composite = _Composite(counter) if convention == 'fvcore' else contextlib.nullcontext()
@@ -507,7 +511,7 @@ def tool_count(
         f = lib.FlopCountAnalysis(model, torch.zeros(1, *size)).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         return int(f.total()),sum(p.numel() for p in model.parameters())
 
-# %% ../nbs/04_cost.ipynb #8d570e78
+# %% ../nbs/04_cost.ipynb #bd726ca6
 _STATES = dict(sgd=0, momentum=1, rmsprop=1, adam=2, adamw=2) # tensors that an optimizer keeps for each weight that learns
 
 class _Memory(TorchDispatchMode):
@@ -543,8 +547,7 @@ def training_memory(
         model.train()
         with selection.apply(model) if selection else contextlib.nullcontext(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
             learn = [p for p in model.parameters() if p.requires_grad]
-            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-            inputs = model.example_inputs(size) if hasattr(model, 'example_inputs') and not args else (torch.zeros(size, device=device_of(model), dtype=dtype), *args)
+            inputs = _inputs(model, size, args)
             old = [fake.from_tensor(t) for t in [*model.parameters(), *model.buffers()]]
             with torch.enable_grad(), _Memory(old) as mem:
                 out = (loss or _total)(model(*inputs)); kept = mem.now

@@ -130,7 +130,7 @@ def _training_value(full, e):
     return run(**dict(full={}, alpha=dict(selection=freeze(small)), alpha_star=dict(selection=freeze(large)), pruned=dict(mask=.1),
                       alpha_pruned=dict(mask={'*': .1, 'conv1.weight': 1.}, selection=freeze(small)))[what])
 
-# %% ../nbs/24_efficiency.ipynb #ee59fc64
+# %% ../nbs/24_efficiency.ipynb #ecf280fc
 class _Closed(torch.nn.Module):
     "Mask2Former's or FASeg's segmenter of ADE20K's 150 classes on ResNet-50, for counting."
     def __init__(self, faseg=True, dfpq=True, hrca=True):
@@ -157,6 +157,7 @@ def _faseg_value(full, e):
     masked = 3*sum(levels) + (levels[0] if options.get('hrca', options.get('faseg', True)) else 0)
     return cost(net.to_empty(device='cpu'), (3, h, w), convention='fvcore').macs + queries*classes*h*w + 4*queries*h*w + queries*256*masked
 
+# %% ../nbs/24_efficiency.ipynb #53305d29
 def _vit(width=768):
     import timm
     with torch.device('meta'): return timm.models.VisionTransformer(embed_dim=width, depth=12, num_heads=width//64)
