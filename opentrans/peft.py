@@ -7,16 +7,15 @@ __all__ = ['HEADS', 'Slot', 'slots', 'Tunable', 'Part', 'LoRALinear', 'Sequentia
            'Added', 'add_lora', 'add_adapters', 'add_sparse', 'merge_peft', 'is_head', 'trainable_report', 'save_added',
            'load_added', 'to_huggingface', 'from_huggingface']
 
-# %% ../nbs/16_peft.ipynb #7eb1cca2
+# %% ../nbs/16_peft.ipynb #6f8bf145
 import copy, functools, json, math, re
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import (OpenTransError, Undo, find_tower, layers, load_json, load_tensors, match_names, save_json, save_tensors, seeded)
+from .core import (OpenTransError, Undo, find_names, find_tower, layers, load_json, load_tensors, matches, save_json, save_tensors, seeded, under)
 
 # %% ../nbs/16_peft.ipynb #99ce3ffb
 @dataclass(frozen=True)
@@ -326,7 +325,7 @@ def _take(tower, module, name, owners=None):
     for m in [m for m in tower.modules() if isinstance(m, _TunableAttention) and m.out_proj is module] if owners is None else owners:
         if isinstance(m, Tunable): _undress(m)
 
-# %% ../nbs/16_peft.ipynb #74262bda
+# %% ../nbs/16_peft.ipynb #d4741203
 def _wanted(model, names, kinds=None):
     "The slots for names, patterns with `*`, or all of some kinds. Raises `OpenTransError` for a name that is not there."
     there = slots(model)
@@ -335,7 +334,7 @@ def _wanted(model, names, kinds=None):
     if names is None: return [s for s in slots(model).values() if s.kind in kinds]
     names,res = [names] if isinstance(names, str) else list(names),{}
     for n in names:
-        hits = [k for k in slots(model) if fnmatchcase(k, n.replace('[', '[[]'))] if '*' in n or '?' in n else match_names({n: ()}, dict.fromkeys(there, ()), 'tensors').values()
+        hits = [k for k in slots(model) if matches(k, n)] if '*' in n or '?' in n else find_names([n], there, 'tensors').values()
         if not hits: raise OpenTransError(f"No tensor matches '{n}'. The model has: {', '.join(list(there)[:6])} ...; slots(model) lists all.")
         res.update((h, there[h]) for h in hits if '*' not in n or not kinds or there[h].kind in kinds)
     twice = [s.name for s in res.values() if sum(p is s.param for m in find_tower(model).modules() for p in m._parameters.values()) > 1]
@@ -443,7 +442,7 @@ def trainable_report(
     t.attrs.update(body=body, trained=int(t['count'].sum()))
     return t
 
-# %% ../nbs/16_peft.ipynb #6beb9475
+# %% ../nbs/16_peft.ipynb #0b19c332
 def _all_parts(tower): return {'.'.join(filter(None, [n, k])): p for n,m in tower.named_modules() if isinstance(m, Tunable) for k,p in m.tuned.items()}
 
 def save_added(
@@ -474,7 +473,7 @@ def load_added(
         if k.startswith('part:'): _,n,key = k.split(':'); state.setdefault(n, {})[key] = t
     chosen = {n: _wanted(model, [n])[0] for n in about}
     own = dict(find_tower(model).named_parameters())
-    full = {k[5:]: t for k,t in tensors.items() if k.startswith('full:')}
+    full = under('full:', tensors)
     bad = [f'{n} {tuple(t.shape)}' for n,t in full.items() if n not in own or own[n].shape != t.shape]
     if bad: raise OpenTransError(f"{len(bad)} trained parameters of '{path}' do not fit the model: {', '.join(bad[:6])}. Was it trained on another base?")
     added = _add(model, list(chosen.values()), lambda s: _from_state(s, *next((about[n], state[n]) for n in about if chosen[n].name == s.name)), freeze)

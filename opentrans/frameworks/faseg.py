@@ -8,14 +8,14 @@ __all__ = ['QUERIES', 'SELECTIONS', 'KEYS', 'ConditionalPositionEncoding', 'fore
            'select_pixels', 'HighResCrossAttention', 'FASegPixelDecoder', 'FASegDecoder', 'FASegHead', 'FASeg',
            'StagedBackbone', 'load_faseg']
 
-# %% ../../nbs/15_faseg.ipynb #1a0227a7
+# %% ../../nbs/15_faseg.ipynb #aa088955
 import copy, math, re
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from torch import nn
-from ..core import OpenTransError, device_of, find_tower, unknown
+from ..core import OpenTransError, device_of, unknown
 from .contract import register_framework, resize
 from .mask2former import Mask2Former, MaskDecoder, PixelDecoder, QueryHead, head_names, load_mask2former, read_checkpoint
 
@@ -98,7 +98,7 @@ def mask_centre(
     at = torch.stack(torch.meshgrid(torch.arange(1., h+1)/h, torch.arange(1., w+1)/w, indexing='ij'), -1).flatten(0, 1)
     return foreground(logits) @ at.to(logits)
 
-# %% ../../nbs/15_faseg.ipynb #8052bd67
+# %% ../../nbs/15_faseg.ipynb #b4fb7a7f
 SELECTIONS = ('cells', 'pixels', 'random')
 
 def cell_size(
@@ -122,6 +122,7 @@ def select_cells(
     if not 1 <= k <= attn_low.shape[-1]: raise OpenTransError(f"{k} of {attn_low.shape[-1]} cells cannot be chosen.")
     return attn_low.detach().sum(1).sort(dim=-1, descending=True, stable=True)[1][:, :k]
 
+# %% ../../nbs/15_faseg.ipynb #422af9ba
 def cell_pixels(
     idx:torch.Tensor, # (B,k) cells
     size, # (H,W) of the fine map
@@ -299,7 +300,7 @@ class FASegDecoder(MaskDecoder):
         blocked = blocked & ~blocked.all(-1, keepdim=True)
         return q,masks,blocked.repeat_interleave(self.decoder.mask_predictor.num_heads, 0)
 
-# %% ../../nbs/15_faseg.ipynb #5d26edac
+# %% ../../nbs/15_faseg.ipynb #17a7a4c8
 @patch
 def position(self:FASegDecoder,
     attn:torch.Tensor, # (B,Q,hw) attention of the block before, None before the first
@@ -332,6 +333,7 @@ def attend(self:FASegDecoder, i, x, position, tokens, codes, blocked, low=None, 
     x = l.self_attn_layer_norm(x + l.self_attn(x, position_embeddings=position)[0])
     return l.final_layer_norm(x + l.fc2(l.activation_fn(l.fc1(x)))),attn,idx
 
+# %% ../../nbs/15_faseg.ipynb #0e975f5c
 @patch
 def forward(self:FASegDecoder,
     mask_features, # (B,mask_dim,H/4,W/4)
@@ -354,7 +356,7 @@ def forward(self:FASegDecoder,
         if look is not None: look.append(dict(level=k, size=tuple(sizes[k]), attn=attn, idx=idx))
     return [o[:2] for o in out]
 
-# %% ../../nbs/15_faseg.ipynb #8eae7c30
+# %% ../../nbs/15_faseg.ipynb #94144dc9
 _SIZES = ('hidden', 'mask_dim', 'queries', 'pixel_layers', 'heads', 'pixel_ffn', 'ffn')
 
 class FASegHead(QueryHead):
@@ -378,6 +380,7 @@ class FASegHead(QueryHead):
         self.decoder = FASegDecoder(hidden, hrca=hrca, mask_dim=mask_dim, queries=queries, heads=heads, ffn=ffn, **kwargs)
         self.class_embed = nn.Linear(hidden, hidden)
 
+# %% ../../nbs/15_faseg.ipynb #2e160d0c
 @register_framework('faseg')
 class FASeg(Mask2Former):
     "FASeg on CLIP (thesis, Sec. 5.3), with text embeddings as the classifier of its queries."
