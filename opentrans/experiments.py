@@ -402,7 +402,7 @@ def run_arm(
     save_json(res, done)
     return res
 
-# %% ../nbs/20_experiments.ipynb #7a85121c
+# %% ../nbs/20_experiments.ipynb #01c1eb00
 def _quiet(): torch.set_num_threads(1); os.environ['OPENTRANS_PROGRESS'] = '0'
 
 def run_jobs(
@@ -436,14 +436,8 @@ def _claim(folder, scale, seed):
     save_json(settings, kept)
     return folder
 
-def study(
-    scale:Scale, # Sizes
-    seed:int, # Of everything
-    folder, # Where results are kept while the study runs
-    workers:int=1, # Processes
-    arms=ARMS, # What to compare
-)->list: # A result for each arm
-    "Masks, warm-ups and arms of one seed."
+def _plan(scale, seed, folder, arms):
+    "Masks, warm-ups and arms of one seed that are not there yet, as jobs."
     folder = _claim(folder, scale, seed)
     sources = [a.source for a in arms if a.source]
     runs = {}
@@ -454,13 +448,25 @@ def study(
     jobs,first = {},{a.start(scale): a for a in reversed(left)}
     found = lambda a: _own(a.found, scale) if a.mask in ('distilled', 'random, layer-matched') else None
     for f in sorted({found(a) for a in left} - {None}, key=str):
-        if not (folder/f'{_found(f)}.safetensors').exists(): jobs['imp', f] = ((), find_mask, (scale, seed, folder, f))
+        if not (folder/f'{_found(f)}.safetensors').exists(): jobs[seed, 'imp', f] = ((), find_mask, (scale, seed, folder, f))
     for s,a in sorted(first.items(), key=lambda x: found(x[1]) is not None):
-        needs = [j for j in [('imp', found(a))] if j in jobs] + ([('arm', a.source.key(scale))] if a.source else [])
-        if not _start(folder, a, scale).exists(): jobs[s] = (needs, warm_up if scale.steps(a.framework)[0] else _nothing, (a, scale, seed, folder))
-    for a in runs.values(): jobs['arm', a.key(scale)] = ([s] if (s := a.start(scale)) in jobs else [], run_arm, (a, scale, seed, folder, a.key(scale) in towers))
-    res = run_jobs(jobs, workers, f'seed {seed}')
-    return [dict(res['arm', a.key(scale)], arm=a.name) for a in arms]
+        needs = [j for j in [(seed, 'imp', found(a))] if j in jobs] + ([(seed, 'arm', a.source.key(scale))] if a.source else [])
+        if not _start(folder, a, scale).exists(): jobs[seed, 'start', s] = (needs, warm_up if scale.steps(a.framework)[0] else _nothing, (a, scale, seed, folder))
+    for a in runs.values(): jobs[seed, 'arm', a.key(scale)] = ([s] if (s := (seed, 'start', a.start(scale))) in jobs else [], run_arm, (a, scale, seed, folder, a.key(scale) in towers))
+    return jobs
+
+def study(
+    scale:Scale, # Sizes
+    seeds, # Of everything: one, or several, whose jobs share the processes
+    folder, # Where results are kept while the study runs; of several seeds in `seed0`, `seed1`, ...
+    workers:int=1, # Processes
+    arms=ARMS, # What to compare
+)->list: # A result for each seed and arm
+    "Masks, warm-ups and arms of one seed, or of several."
+    where = {seeds: Path(folder)} if isinstance(seeds, int) else {n: Path(folder)/f'seed{n}' for n in seeds}
+    jobs = {k: j for n,f in where.items() for k,j in _plan(scale, n, f, arms).items()}
+    res = run_jobs(jobs, workers, f"seed {', '.join(map(str, where))}")
+    return [dict(res[n, 'arm', a.key(scale)], arm=a.name) for n in where for a in arms]
 
 # %% ../nbs/20_experiments.ipynb #2d1af892
 def sets_of(frame)->list: # Names: base and novel classes, and each other data set
@@ -697,7 +703,7 @@ It shows the method at work and tests the order of the alternatives at this scal
 <h2>What it costs</h2><p>Parameters and multiply-accumulates of one {s['size']}x{s['size']} image, and of the whole training (supplement 6.2); only the weights that a mask keeps are counted. These are counts: dense hardware does not run faster for unstructured zeros.</p>{pic['cost']}
 <h2>How it was made</h2><table>{''.join(f'<tr><td>{html.escape(str(k))}</td><td style="text-align:left">{html.escape(str(v))}</td></tr>' for k,v in {**data['run'], **s, 'seeds': data['seeds']}.items())}</table></html>"""
 
-# %% ../nbs/20_experiments.ipynb #8ecb3866
+# %% ../nbs/20_experiments.ipynb #94df5a2b
 def hardware()->dict: # Processor, cores, system, versions, and the GPU if there is one
     "What a result was made on."
     import open_clip, torchvision
@@ -724,7 +730,7 @@ def demo(
     runs,workers = out/'.demo-runs',workers or min(2, os.cpu_count() or 1)
     try: runs.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise OpenTransError(f"Cannot make the folder '{out}': {e.strerror}. Choose another one with --out.") from e
-    results = [r for s in many for r in study(scale, s, runs/f'seed{s}', workers, arms)]
+    results = study(scale, many, runs, workers, arms)
     frame,clip = results_frame(results),open_clip_of(scale)
     data = dict(what='opentrans demo: toy scale', run=dict(command=command, date=str(date.today()), minutes=round((time.time()-began)/60, 1), workers=workers, **hardware()), seeds=list(many), scale=dataclasses.asdict(scale),
                 tower_params=sum(p.numel() for p in clip.visual.parameters()), zero_shot=zero_shot(clip, scale.zero_shot, seed), results=results,
@@ -865,7 +871,7 @@ STUDIES = dict(
                         *((f'A {k} tower that was fine-tuned in half of its layers serves the next framework better than one fine-tuned in all', 'beyond', f'{k}, carried after fine-tuning half', f'{k}, carried after fine-tuning all layers', _ALL) for k in _CARRIED))),
     **{f'tower-{k}': _tower(k, n) for k,n in dict(rn='a ResNet', convnext='a ConvNeXt', vit='a vision transformer').items()})
 
-# %% ../nbs/20_experiments.ipynb #6a2d7a18
+# %% ../nbs/20_experiments.ipynb #b86180aa
 def result_file(
     name:str, # One of `STUDIES`
     out, # Folder
@@ -894,7 +900,7 @@ def run_study(
     own = [(k, v) for k,v in s.scale if scale.queries or not k.startswith('query')]
     scale = dataclasses.replace(scale, **dict(own), **(dict(pretrained=str(pretrained)) if pretrained else {}))
     runs,workers = out/'.runs'/label/'-'.join(f'{k}-{v}' for k,v in own),workers or (min(2, os.cpu_count() or 1) if scale.device == 'cpu' else 1)
-    results = [r for n in range(seed, seed+seeds) for r in study(scale, n, runs/f'seed{n}', workers, s.arms)] if s.arms else []
+    results = study(scale, range(seed, seed+seeds), runs, workers, s.arms) if s.arms else []
     data = dict(what=f"{name} ({s.where}): {s.question} {'Toy scale' if scale.data == 'shapesworld' else 'Real data'}.", run=dict(command=command or f'opentrans study {name} --seeds {seeds}', date=str(date.today()), cpu_minutes_of_arms=round(sum(r['seconds'] for r in results)/60, 1) if all('seconds' in r for r in results) else None, **hardware()),
                 scale=dict(dataclasses.asdict(scale), pretrained=Path(scale.pretrained).name), seeds=list(range(seed, seed+seeds)), results=results, summary={}, claims=[])
     if results: frame = results_frame(results); data.update(summary=summarize(frame, s.arms).to_dict('index'), claims=claims(frame, s.claims).to_dict('records'))
