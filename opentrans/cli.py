@@ -79,7 +79,7 @@ def keep_settings(
     if tell: print('settings: ' + json.dumps(told, default=str), file=sys.stderr)
     if out: save_json(told, Path(out)/'settings.json')
 
-# %% ../nbs/21_cli.ipynb #4f04e69e
+# %% ../nbs/21_cli.ipynb #544efb65
 def _bad(message):
     "An `OpenTransError`; torch is imported only now, so that help and usage errors come at once."
     from opentrans.core import OpenTransError
@@ -115,6 +115,7 @@ def open_data(
     options = {k: v for k,v in dict(names=classes, ignore=ignore, panoptic=panoptic or None).items() if v is not None}
     return open_dataset(name, root, split, corrupt=corrupt, **options)
 
+# %% ../nbs/21_cli.ipynb #7513495c
 def show(
     result, # dict or DataFrame
     as_json:bool=False, # JSON instead of a table?
@@ -361,7 +362,7 @@ def _transfer_file(m, model, out, as_json):
     transfer_checkpoint(m, model, out)
     show(dict(file=out, layers=len(m), density=m.density, zeros=m.total-m.kept), as_json, 'sparse checkpoint')
 
-# %% ../nbs/21_cli.ipynb #4511520b
+# %% ../nbs/21_cli.ipynb #c39829de
 @app.command()
 def finetune(
     out:Annotated[str, typer.Option(help="Folder of the run: checkpoints and weights; the same command continues it.")],
@@ -389,6 +390,7 @@ def finetune(
     show(dict(iterations=len(history), first_loss=float(history.loss.iloc[0]), last_loss=float(history.loss.iloc[-1]), **(dict(best_miou=float(history.miou.max())) if 'miou' in history else {}),
               model=str(Path(out)/'model.safetensors')), as_json, 'fine-tuned')
 
+# %% ../nbs/21_cli.ipynb #eede891c
 def open_trained(
     folder, # That `opentrans finetune` wrote
     vocabulary, # Class names
@@ -404,6 +406,7 @@ def open_trained(
     load_framework(seg, Path(folder)/'model.safetensors')
     return seg,clip,told['framework']
 
+# %% ../nbs/21_cli.ipynb #5aaee3a6
 @app.command()
 def evaluate(
     framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None, output_stride:Stride=16,
@@ -435,6 +438,7 @@ def _numbers(flag, text):
     try: return [float(v) for v in text.split(',')]
     except ValueError as e: raise _bad(f"--{flag} {text}: write numbers, e.g. 0.5,1,1.5.") from e
 
+# %% ../nbs/21_cli.ipynb #d3d5f75e
 @app.command()
 def segment(
     image:Annotated[str, typer.Argument(help="A photograph: JPEG, PNG or WebP.")],
@@ -457,6 +461,7 @@ def segment(
     show(dict(sorted(share.items(), key=lambda z: -z[1])), as_json, 'share of the image')
     print(f'picture: {out}', file=sys.stderr if as_json else sys.stdout)
 
+# %% ../nbs/21_cli.ipynb #68693497
 @app.command()
 def compare(
     runs:Annotated[list[str], typer.Argument(help="Folders with a result.json, or such files, as `evaluate` and `transfer` write.")],
@@ -472,7 +477,7 @@ def compare(
         with atomic_path(Path(out)/'runs.png') as p: plot_runs(frame).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame, as_json, 'runs')
 
-# %% ../nbs/21_cli.ipynb #a6706a4b
+# %% ../nbs/21_cli.ipynb #537d4593
 @app.command('cka')
 def cka_command(
     a:Annotated[str, typer.Argument(help="First backbone.")]='shapes-rn', b:Annotated[Optional[str], typer.Argument(help="Second backbone. Default: the first with --mask.")]=None,
@@ -516,6 +521,7 @@ def cost_command(
     c = cost(model, (3, h, w), mask=m, convention=convention)
     show(c.by_layer if layers else dict(params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs, convention=convention, input=size), as_json, backbone + (f' in {framework}' if framework else ''))
 
+# %% ../nbs/21_cli.ipynb #88a2e66e
 data_app = typer.Typer(no_args_is_help=True, help="Data sets: list them, check one, write generated scenes to disk.")
 app.add_typer(data_app, name='data')
 

@@ -365,7 +365,7 @@ def tower_kind(
     raise OpenTransError(f"The image tower of '{name}' ({type(net).__name__}) is not of a kind that gives maps here. "
                          "Choose an RN, a convnext, or a plain ViT of CLIP.")
 
-# %% ../nbs/07_clip.ipynb #b4cacde8
+# %% ../nbs/07_clip.ipynb #930b1dbb
 _PLAIN = ('a photo of a {}.',)
 
 class TextEncoder:
@@ -416,6 +416,7 @@ class TextEncoder:
             warnings.warn(f"{len(strange)} of {len(said)} names have words that '{self.name}' has never seen; it can say little about them: "
                           f"{' | '.join(strange[:4])}", stacklevel=4)
 
+# %% ../nbs/07_clip.ipynb #41a2b34d
 def class_prompts(
     names, # A `Vocabulary`, or a list of names, in which `'sofa,couch'` are synonyms
     templates=None, # Prompts with a `{}` for the name; None takes the vocabulary's own, or CLIP's simplest

@@ -11,8 +11,8 @@ __all__ = ['SCALES', 'MASKS', 'ARMS', 'OTHERS', 'FRAMEWORK_ARMS', 'PICTURES', 'N
            'alpha_course', 'courses', 'pictures', 'unpack_pictures', 'result_file', 'run_study', 'all_claims',
            'claims_table', 'plot_density', 'paper_costs']
 
-# %% ../nbs/20_experiments.ipynb #60e19e74
-import base64, contextlib, dataclasses, functools, html, io, json, math, os, platform, shutil, time, zlib
+# %% ../nbs/20_experiments.ipynb #549e0acc
+import base64, contextlib, dataclasses, functools, html, json, math, os, platform, shutil, time, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
@@ -21,7 +21,7 @@ import multiprocessing
 import numpy as np
 import pandas as pd
 import torch
-from .core import OpenTransError, LayerSelection, Undo, axes, device_of, pick_device, unknown, layers, load_json, load_tensors, progress, save_json, save_tensors, save_text, seeded
+from .core import OpenTransError, LayerSelection, Undo, axes, device_of, pick_device, unknown, layers, load_json, load_tensors, png, progress, save_json, save_tensors, save_text, seeded
 from .pruning import SparseMask, compare_masks, cubic_schedule, geometric_schedule, imp, plot_history, plot_overlap
 from .heavy_tail import analyze
 from .spt import add_spt, merge_spt, param_sensitivity, select as spt_select
@@ -402,7 +402,7 @@ def run_arm(
     save_json(res, done)
     return res
 
-# %% ../nbs/20_experiments.ipynb #01c1eb00
+# %% ../nbs/20_experiments.ipynb #56648d58
 def _quiet(): torch.set_num_threads(1); os.environ['OPENTRANS_PROGRESS'] = '0'
 
 def run_jobs(
@@ -428,6 +428,7 @@ def run_jobs(
     next(tick, None)
     return res
 
+# %% ../nbs/20_experiments.ipynb #8f1528b9
 def _claim(folder, scale, seed):
     "A folder for runs of these sizes and this seed; it says so inside. Raises `OpenTransError` if it is one of others."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -618,12 +619,12 @@ def plot_scenes(
     fig.tight_layout(pad=.3)
     return fig
 
-# %% ../nbs/20_experiments.ipynb #3e465026
-def _png(fig):
+# %% ../nbs/20_experiments.ipynb #7713b3d6
+def _embedded(fig):
     "A figure as text that an HTML page can hold; the figure is closed."
     import matplotlib.pyplot as plt
-    f = getattr(fig, 'figure', fig); b = io.BytesIO(); f.savefig(b, format='png', dpi=120, bbox_inches='tight'); plt.close(f)
-    return base64.b64encode(b.getvalue()).decode()
+    f = getattr(fig, 'figure', fig); data = png(f, dpi=120, bbox_inches='tight'); plt.close(f)
+    return base64.b64encode(data).decode()
 
 def figures(
     frame:pd.DataFrame, # As `results_frame` gives it
@@ -659,7 +660,7 @@ def figures(
     res['cost'] = fig,'mIoU on base (full) and novel (hollow) classes against cost (the shape of Fig. 1).'
     return res
 
-# %% ../nbs/20_experiments.ipynb #0ea35b0f
+# %% ../nbs/20_experiments.ipynb #0da861b4
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2rem auto;padding:0 1rem;color:#222}h1{font-size:1.7rem}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}
 table{border-collapse:collapse;font-size:12.5px;margin:1rem 0;display:block;overflow-x:auto}td,th{padding:.25rem .55rem;border-bottom:1px solid #e4e4e4;text-align:right;white-space:nowrap}
 td:first-child,th:first-child{text-align:left;white-space:normal;min-width:13rem;font-weight:500}img{max-width:100%}figcaption{color:#555;font-size:13px}.holds{color:#117733;font-weight:600}.not{color:#aa2211;font-weight:600}.open{color:#886600}.note{background:#f6f4ec;padding:.6rem 1rem;border-left:4px solid #ccb866}"""
@@ -686,7 +687,7 @@ def report_html(
 )->str: # A page that needs nothing beside it
     "The report as HTML."
     s,c,z = data['scale'],pd.DataFrame(data['claims']),data['zero_shot']
-    pic = {n: f'<figure><img alt="{html.escape(cap)}" src="data:image/png;base64,{_png(f)}"><figcaption>{html.escape(cap)}</figcaption></figure>' for n,(f,cap) in figs.items()}
+    pic = {n: f'<figure><img alt="{html.escape(cap)}" src="data:image/png;base64,{_embedded(f)}"><figcaption>{html.escape(cap)}</figcaption></figure>' for n,(f,cap) in figs.items()}
     table = {t: pd.DataFrame(rows).T.to_html(border=0) for t,rows in data['summary'].items()}
     n = len(data['seeds'])
     frameworks = '' if 'frameworks' not in pic else f"<h2>Frameworks: the same mask in each</h2><p>Each in a small preset. Those of queries are dearer by the step and see fewer images, so compare within a framework, not between them.</p>{table['frameworks']}{pic['frameworks']}"

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['parse_names', 'to_image', 'segment', 'overlay', 'playground']
 
-# %% ../nbs/23_playground.ipynb #43a23590
+# %% ../nbs/23_playground.ipynb #e19cee0d
 import io, threading, warnings
 from pathlib import Path
 import numpy as np
 import torch
-from .core import OpenTransError, axes, device_of, optional
+from .core import OpenTransError, axes, device_of, optional, png
 from .data import ShapesWorld, Vocabulary, class_colours
 from .frameworks.contract import resize
 
@@ -75,11 +75,7 @@ def overlay(
     ax.legend(handles=[Patch(color=colours[k], label=f"{names[k]}  {share[k]:.0%}" if share[k] >= .005 else f'{names[k]}  < 1%') for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/23_playground.ipynb #5dd1ac12
-def _png(fig):
-    b = io.BytesIO(); fig.savefig(b, format='png', dpi=110, bbox_inches='tight')
-    return b.getvalue()
-
+# %% ../nbs/23_playground.ipynb #75123d5a
 class _Playground:
     "State and wiring of `playground`."
     def __init__(self, framework, samples, text, w):
@@ -124,8 +120,9 @@ class _Playground:
         if self.answer is None: return
         from matplotlib.figure import Figure
         fig = Figure(figsize=(7, 4.2)); overlay(*self.answer, ax=fig.subplots(), opacity=self.opacity.value)
-        self.picture.value = _png(fig)
+        self.picture.value = png(fig, dpi=110, bbox_inches='tight')
 
+# %% ../nbs/23_playground.ipynb #607cbc60
 def playground(
     framework, # A `Framework`, as `build` makes it, or a `ClipBackbone`
     samples=None, # Name -> whatever `to_image` takes, or a data set; None takes scenes of `ShapesWorld`
