@@ -11,7 +11,7 @@ __all__ = ['SCALES', 'MASKS', 'ARMS', 'OTHERS', 'FRAMEWORK_ARMS', 'PICTURES', 'N
            'alpha_course', 'courses', 'pictures', 'unpack_pictures', 'result_file', 'run_study', 'all_claims',
            'claims_table', 'plot_density', 'paper_costs']
 
-# %% ../nbs/20_experiments.ipynb #549e0acc
+# %% ../nbs/20_experiments.ipynb #68b3ac78
 import base64, contextlib, dataclasses, functools, html, json, math, os, platform, shutil, time, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from .spt import add_spt, merge_spt, param_sensitivity, select as spt_select
 from .cka import cka, paper_cka
 from .cost import cost, training_flops
 from .data import open_dataset, ShapesWorld, TRIPLES, DOMAINS, class_colours, is_novel, object_image, triple_name
-from .clip import ClipBackbone
+from .clip import ClipBackbone, small_clips
 from .distill import DistillTrainer
 from .efficiency import paper_costs
 from .frameworks.contract import build, resize
@@ -239,13 +239,13 @@ def arms_of(
 
 def _file(name): return ''.join(c if c.isalnum() else '-' for c in name)
 
-# %% ../nbs/20_experiments.ipynb #5222ccf8
+# %% ../nbs/20_experiments.ipynb #337a8153
 def open_arm(
     arm:Arm, # Which
     scale:Scale, # Sizes
     seed:int, # Of the masks and of the head's first weights
     folder, # Where `find_mask` has written
-)->tuple: # (framework with the mask's weights zeroed, mask)
+)->tuple: # (framework, mask to keep in force)
     "The framework that an arm begins with."
     clip,mask,name = open_clip_of(scale),open_mask(arm.mask, scale, seed, folder, arm.found),arm.framework or scale.framework
     if arm.weights == 'trained': clip.visual.load_state_dict(load_tensors(Path(folder)/f'{_found(_own(arm.found, scale))}-weights.safetensors')[0])
@@ -774,7 +774,7 @@ def overlaps(scale, seeds, runs, workers)->dict:
     across = {k: {w: [float(masks[f, a].overlap(masks[f, b]).loc['all', w]) for a,b in pairs] for w in ('iou', 'chance')} for k,f in LOSSES_OF.items()}
     return dict(names=list(each[0]), within_a_seed=within, between_seeds=across)
 
-# %% ../nbs/20_experiments.ipynb #42247204
+# %% ../nbs/20_experiments.ipynb #9ccc29ad
 def alpha_course(scale, seed, folder, mask=None):
     "Alpha of each layer before, and its median during a fine-tuning of all layers (Fig. 6, 7 and 9)."
     kept = Path(folder)/f"course-{mask or 'dense'}.json"
@@ -783,8 +783,7 @@ def alpha_course(scale, seed, folder, mask=None):
     def look(seg, row=None):
         i = 0 if row is None else int(row['iteration'])+1
         if i % every == 0 or i == total: a = analyze(seg.backbone, xmin=scale.xmin).to_frame().alpha; steps.append(i); rows.append(a)
-    look(seg)
-    with _kept(m, seg): finetune(seg, open_world(scale, seed)['train'], scale.recipe(total, 'poly', seed), callback=look)
+    with _kept(m, seg): look(seg); finetune(seg, open_world(scale, seed)['train'], scale.recipe(total, 'poly', seed), callback=look)
     number = lambda x: [None if v != v else round(float(v), 4) for v in x]
     save_json(dict(iterations=steps, median=number([a.median() for a in rows]), layers=list(rows[0].index), before=number(rows[0]), after=number(rows[-1])), kept)
     return load_json(kept)
@@ -831,7 +830,7 @@ def _tower(kind, name): # a feature pyramid, since the last map of these towers 
                  ((f'On {name}, a mask found by distillation alone is better than a random one', 'beyond', 'distilled mask', 'random', _ALL), (f'On {name}, to freeze the half with small alpha is better than to freeze the half with large alpha', 'beyond', 'freeze small alpha', 'freeze large alpha (alpha*)', _ALL)),
                  (('backbone', f'shapes-{kind}'), ('framework', 'fpn'), ('output_stride', 32)))
 
-# %% ../nbs/20_experiments.ipynb #13a9693f
+# %% ../nbs/20_experiments.ipynb #5cb1dcd6
 STUDIES = dict(
     frameworks=Study('Tab. 1', 'Does one mask serve every framework?', (*(a for a in ARMS if 'frameworks' in a.table), *FRAMEWORK_ARMS, *_in('fpn')), tuple(c for c in CLAIMS if c[1] == 'Tab. 1'), (('query_iterations', 160),)),
     masks=Study('Tab. 1', 'Is the distilled mask better than the honest alternatives?', tuple(a for a in ARMS if 'masks' in a.table), tuple(c for c in CLAIMS if c[1] in ('Tab. 1', 'Tab. 9', 'Sec. 3.2', 'beyond') and ': ' not in c[2])),
@@ -870,7 +869,7 @@ STUDIES = dict(
                        (('Freezing small alpha does more for a sparse tower than for a dense one', 'beyond', 'distilled mask, freeze small alpha − distilled mask', 'freeze small alpha − dense', _ALL),
                         *((f'A {k} tower serves the next framework better before fine-tuning than after ({n})', 'beyond', f'{k}, carried before fine-tuning', f'{k}, carried after fine-tuning {n}', _ALL) for k in _CARRIED for n in ('all layers', 'half')),
                         *((f'A {k} tower that was fine-tuned in half of its layers serves the next framework better than one fine-tuned in all', 'beyond', f'{k}, carried after fine-tuning half', f'{k}, carried after fine-tuning all layers', _ALL) for k in _CARRIED))),
-    **{f'tower-{k}': _tower(k, n) for k,n in dict(rn='a ResNet', convnext='a ConvNeXt', vit='a vision transformer').items()})
+    **{f'tower-{k}': _tower(k, n) for k,n in dict(rn='a ResNet', convnext='a ConvNeXt', vit='a vision transformer').items() if f'shapes-{k}' in small_clips()})
 
 # %% ../nbs/20_experiments.ipynb #b86180aa
 def result_file(
