@@ -160,14 +160,14 @@ def main():
         if kind not in ('OpenTransError', 'Interrupted'): raise
         print(f'error: {e}', file=sys.stderr); sys.exit(getattr(e, 'code', 2))
 
-# %% ../nbs/21_cli.ipynb #e8cfe78b
+# %% ../nbs/21_cli.ipynb #f029e4f9
 @app.command()
 def demo(
     out:Annotated[str, typer.Option(help="Folder for the report (one .html, one .json).")]='demo-report',
     seeds:Annotated[int, typer.Option(help="Number of seeds; three or more give intervals and verdicts.")]=1,
     seed:Annotated[int, typer.Option(help="First seed.")]=0,
     scale:Annotated[str, typer.Option(help="'demo', or 'smoke': a few iterations that show nothing but that it runs.")]='demo',
-    workers:Annotated[Optional[int], typer.Option(help="Processes. Default: two.")]=None, config:Config=None,
+    workers:Annotated[Optional[int], typer.Option(min=1, help="Processes. Default: two; one on a GPU.")]=None, config:Config=None,
 ):
     "The paper's main job on generated scenes: prune once, transfer, choose layers, fine-tune, and a report beside the alternatives."
     import pandas as pd
@@ -178,7 +178,7 @@ def demo(
         show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
     print(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
 
-# %% ../nbs/21_cli.ipynb #c85ebf40
+# %% ../nbs/21_cli.ipynb #1dabd7f3
 @app.command()
 def study(
     name:Annotated[Optional[str], typer.Argument(help="Which study; none lists them.")]=None,
@@ -187,7 +187,7 @@ def study(
     seed:Annotated[int, typer.Option(help="First seed.")]=0,
     scale:Annotated[str, typer.Option(help="'shapes' (= 'demo'), minutes to hours on two cores; 'gpu': CLIP's RN50 on larger scenes; 'coco': RN50 on COCO and six more sets, days; 'smoke': shows nothing but that it runs.")]='demo', root:Root=None,
     pretrained:Annotated[Optional[str], typer.Option(help="Weights file of the scale's CLIP, where they cannot be downloaded.")]=None,
-    workers:Annotated[Optional[int], typer.Option(help="Processes. Default: two.")]=None, config:Config=None,
+    workers:Annotated[Optional[int], typer.Option(min=1, help="Processes. Default: two; one on a GPU.")]=None, config:Config=None,
 ):
     "One table of the paper, or one beyond it, over several seeds: every number, paired differences, verdicts."
     import pandas as pd
@@ -200,7 +200,7 @@ def study(
     data = ex.run_study(name, out, seeds, seed, scale, workers, command, pretrained)
     if data['summary']: show(pd.DataFrame(data['summary']).T.iloc[:, :6], title=data['what'])
     if data['claims']: show(pd.DataFrame(data['claims'])[['claim', 'measured', 'mean', 'low', 'high', 'verdict']].round(2).set_index('claim'), title='claims')
-    print(f'data: {ex.result_file(name, out, seeds, scale)}')
+    print(f'data: {ex.result_file(name, out, seeds, scale, seed)}')
 
 # %% ../nbs/21_cli.ipynb #1c218870
 @app.command()
@@ -390,7 +390,7 @@ def finetune(
     show(dict(iterations=len(history), first_loss=float(history.loss.iloc[0]), last_loss=float(history.loss.iloc[-1]), **(dict(best_miou=float(history.miou.max())) if 'miou' in history else {}),
               model=str(Path(out)/'model.safetensors')), as_json, 'fine-tuned')
 
-# %% ../nbs/21_cli.ipynb #eede891c
+# %% ../nbs/21_cli.ipynb #4164d919
 def open_trained(
     folder, # That `opentrans finetune` wrote
     vocabulary, # Class names
@@ -401,6 +401,8 @@ def open_trained(
     from opentrans.finetune import load_framework
     if not (Path(folder)/'model.json').is_file(): raise _bad(f"There is no trained model in '{folder}': expected a folder with model.json, as `opentrans finetune --out` writes.")
     told = load_json(Path(folder)/'model.json')
+    lost = [k for k in ('framework', 'backbone', 'pretrained', 'preset', 'output_stride') if not isinstance(told, dict) or k not in told]
+    if lost: raise _bad(f"'{Path(folder)/'model.json'}' does not say: {', '.join(lost)}. Write it again with `opentrans finetune --out`.")
     clip = open_clip_backbone(told['backbone'], told['pretrained'], told['output_stride'], device)
     seg = _build(told['framework'], clip, vocabulary, told['preset'], 0)
     load_framework(seg, Path(folder)/'model.safetensors')
@@ -438,7 +440,7 @@ def _numbers(flag, text):
     try: return [float(v) for v in text.split(',')]
     except ValueError as e: raise _bad(f"--{flag} {text}: write numbers, e.g. 0.5,1,1.5.") from e
 
-# %% ../nbs/21_cli.ipynb #d3d5f75e
+# %% ../nbs/21_cli.ipynb #7c57239f
 @app.command()
 def segment(
     image:Annotated[str, typer.Argument(help="A photograph: JPEG, PNG or WebP.")],
@@ -446,7 +448,7 @@ def segment(
     backbone:Backbone='shapes-rn', pretrained:Pretrained=None, output_stride:Stride=16,
     model:Annotated[Optional[str], typer.Option(help="Folder that `opentrans finetune` wrote. Default: CLIP alone, without any training for segmentation, a rough answer.")]=None,
     out:Annotated[str, typer.Option(help="Picture to write: the image under the colours of its classes.")]='segmented.png',
-    max_side:Annotated[int, typer.Option(help="Larger images are made smaller, to this side.")]=768, device:Device=None, as_json:Quiet=False, config:Config=None,
+    max_side:Annotated[int, typer.Option(min=16, help="Larger images are made smaller, to this side.")]=768, device:Device=None, as_json:Quiet=False, config:Config=None,
 ):
     "One image of your own, segmented by your own words."
     from opentrans.core import atomic_path

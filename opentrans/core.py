@@ -10,7 +10,7 @@ __all__ = ['CONVS', 'PACKED', 'BATCH_NORMS', 'NORMS', 'OpenTransError', 'unknown
            'load_tensors', 'load_metadata', 'under', 'seed_everything', 'seeded', 'pick_device', 'device_of',
            'to_device', 'progress', 'axes', 'png']
 
-# %% ../nbs/00_core.ipynb #a6ef6ef9
+# %% ../nbs/00_core.ipynb #5e55868e
 import contextlib, difflib, importlib, io, json, os, random, tempfile
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils._pytree import tree_map
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -126,7 +125,7 @@ def norm_params(
     "The parameters of all norms in a model."
     return [p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)]
 
-# %% ../nbs/00_core.ipynb #49272a42
+# %% ../nbs/00_core.ipynb #f5d452fd
 def _listed(names, n=6): return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
 
 def best_fits(
@@ -155,10 +154,11 @@ def only_fit(
     fits:list, # Equally good ways to place the same keys, as `best_fits` gives them
     what:str='names', # What is being matched, for the message
     same=lambda name: name, # What makes two places one, e.g. the identity of the parameter
+    show=str, # A place in words
 )->dict: # The one way
-    "The one place where keys fit. Raises `OpenTransError` if there are several."
+    "The one place where keys fit. Raises `OpenTransError` if there are several: an exact name does not win over the same name further in."
     if len({tuple(same(f[k]) for k in sorted(f)) for f in fits}) > 1:
-        raise OpenTransError(f"The {what} fit {len(fits)} places of the model equally well, at {_listed([str(next(iter(f.values()))) for f in fits], 4)}. Pass the sub-module that is meant.")
+        raise OpenTransError(f"The {what} fit {len(fits)} places of the model equally well, at {_listed([show(next(iter(f.values()))) for f in fits], 4)}. Pass the sub-module that is meant.")
     return fits[0]
 
 def match_names(
@@ -443,7 +443,7 @@ def seeded(
         random.setstate(state[0]); np.random.set_state(state[1]); torch.set_rng_state(state[2])
         if cuda: torch.cuda.set_rng_state_all(cuda)
 
-# %% ../nbs/00_core.ipynb #8dafcc26
+# %% ../nbs/00_core.ipynb #c9ac67ae
 def pick_device(
     device:str=None, # `'cpu'`, `'cuda'`, `'cuda:1'`, `'mps'`; None takes the best one there is
 )->torch.device: # The device
@@ -465,7 +465,9 @@ def to_device(
     device, # Where to
 ): # The same, there
     "Move a batch."
-    return tree_map(lambda t: t.to(device, non_blocking=True) if isinstance(t, torch.Tensor) else t, x)
+    if isinstance(x, torch.Tensor): return x.to(device, non_blocking=torch.device(device).type == 'cuda')
+    if isinstance(x, dict): return {k: to_device(v, device) for k,v in x.items()}
+    return type(x)(to_device(v, device) for v in x) if type(x) in (list, tuple) else x
 
 # %% ../nbs/00_core.ipynb #4ef06d6e
 def progress(

@@ -11,8 +11,8 @@ __all__ = ['SCALES', 'MASKS', 'ARMS', 'OTHERS', 'FRAMEWORK_ARMS', 'PICTURES', 'N
            'alpha_course', 'courses', 'pictures', 'unpack_pictures', 'result_file', 'run_study', 'all_claims',
            'claims_table', 'plot_density', 'paper_costs']
 
-# %% ../nbs/20_experiments.ipynb #68b3ac78
-import base64, contextlib, dataclasses, functools, html, json, math, os, platform, shutil, time, zlib
+# %% ../nbs/20_experiments.ipynb #ddf21ff6
+import base64, contextlib, dataclasses, functools, hashlib, html, json, math, os, platform, shutil, time, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
@@ -27,7 +27,7 @@ from .heavy_tail import analyze
 from .spt import add_spt, merge_spt, param_sensitivity, select as spt_select
 from .cka import cka, paper_cka
 from .cost import cost, training_flops
-from .data import open_dataset, ShapesWorld, TRIPLES, DOMAINS, class_colours, is_novel, object_image, triple_name
+from .data import data_root, open_dataset, ShapesWorld, TRIPLES, DOMAINS, augment, class_colours, is_novel, object_image, triple_name
 from .clip import ClipBackbone, small_clips
 from .distill import DistillTrainer
 from .efficiency import paper_costs
@@ -37,7 +37,7 @@ from .finetune import Recipe, evaluate, finetune
 # %% ../nbs/20_experiments.ipynb #be90070a
 _all_ = ['paper_costs']
 
-# %% ../nbs/20_experiments.ipynb #8f5745bd
+# %% ../nbs/20_experiments.ipynb #f40dfb17
 def _recipe(framework): return Recipe.paper(framework if framework in ('mask2former', 'fcclip', 'faseg') else 'deeplabv3')
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Scale:
     "Every size of a study."
     backbone:str = 'shapes-rn' # Name of the CLIP
     pretrained:str = '' # Its weights: a tag of open_clip or a file; empty: those that ship under its name
+    quick_gelu:bool = None # OpenAI's activation, which a file of weights does not always tell; None: as `ClipBackbone.create` finds it
     data:str = 'shapesworld' # What it is distilled and fine-tuned on: the generated world, or a name of `open_dataset`; its validation part gives `'base'`
     sets:tuple = () # Data sets to evaluate on besides; the generated world has its own
     device:str = 'cpu' # Where everything runs
@@ -79,10 +80,10 @@ class Scale:
     query_batch:int = 8 # of as many images,
     query_lr:float = 3e-3 # at this rate
 
-    def recipe(self, iterations, schedule, seed, framework=''):
+    def recipe(self, iterations, schedule, seed, framework='', after=None): # `after`: iterations that went before; None: those of the warm-up
         if self.paper:
             r = _recipe(framework or self.framework).shorten(sum(self.steps(framework)))
-            course = dict(schedule='constant', milestones=()) if schedule == 'constant' else dict(milestones=tuple(max(m-self.warmup, 0) for m in r.milestones))
+            course = dict(schedule='constant', milestones=()) if schedule == 'constant' else dict(milestones=tuple(max(m-(self.warmup if after is None else after), 0) for m in r.milestones))
             return r.replace(iterations=iterations, batch_size=min(r.batch_size, self.batch_size), seed=seed, **course)
         q = framework in self.queries
         return Recipe.tiny().replace(iterations=iterations, batch_size=self.query_batch if q else self.batch_size, lr=self.query_lr if q else self.lr, backbone_lr=self.backbone_lr, schedule=schedule, seed=seed)
@@ -95,30 +96,36 @@ class Scale:
         return {} if self.preset != 'small' else dict(deeplabv3=dict(width=self.width, loss_stride=self.loss_stride), mask2former=dict(queries=24, layers=2, points=256), fcclip=dict(queries=24, layers=2, points=256)).get(framework, {})
 
 _REAL = ('ade20k_150', 'ade20k_847', 'cityscapes_19', 'context_59', 'context_459', 'voc_20')
-_RN50 = dict(backbone='RN50', pretrained='openai', device='cuda', preset='paper', imp_lr=1e-4, queries=(), checkpoint=1000)
+_RN50 = dict(backbone='RN50', pretrained='openai', quick_gelu=True, device='cuda', preset='paper', imp_lr=1e-4, queries=(), checkpoint=1000)
 SCALES = dict(demo=Scale(), shapes=Scale(),
               gpu=Scale(**_RN50, size=224, train=8000, val=1000, domain=300, imp_iters=300, imp_batch=16, warmup=1000, iterations=4000, lr=1e-3, backbone_lr=.1),
               coco=Scale(**_RN50, data='coco_panoptic', sets=_REAL, size=512, val=0, domain=0, imp_iters=1000, imp_batch=16, imp_crop=512, paper=True, warmup=10_000, iterations=40_000, batch_size=28, backbone_lr=1.),
               smoke=Scale(train=24, val=8, domain=4, density=.5, p=.3, imp_iters=1, imp_batch=4, warmup=1, iterations=2, batch_size=4, zero_shot=40, query_iterations=2, query_batch=4))
 
-# %% ../nbs/20_experiments.ipynb #338cf3d0
+# %% ../nbs/20_experiments.ipynb #616ba512
+@functools.lru_cache(maxsize=2)
+def _open_real(name, sets, root): return dict(train=open_dataset(name, root, 'train'), val=open_dataset(name, root), **{n: open_dataset(n, root) for n in sets})
+
 @functools.lru_cache(maxsize=4)
+def _open_shapes(train, val, domain, size, seed):
+    world = dict(train=ShapesWorld('train', n=train, size=size, seed=seed), val=ShapesWorld('val', n=val, size=size, seed=seed))
+    return {**world, **{d: ShapesWorld('val', d, n=domain, size=size, seed=seed) for d in DOMAINS if d != 'home'}}
+
 def open_world(
     scale:Scale, # Sizes
     seed:int, # Of the scenes
 )->dict: # Name -> data set: `'train'`, `'val'`, and each shifted domain
     "The scenes of a study. Real data lie where `data_root` says."
-    if scale.data != 'shapesworld': return dict(train=open_dataset(scale.data, split='train'), val=open_dataset(scale.data), **{n: open_dataset(n) for n in scale.sets})
-    world = dict(train=ShapesWorld('train', n=scale.train, size=scale.size, seed=seed), val=ShapesWorld('val', n=scale.val, size=scale.size, seed=seed))
-    return {**world, **{d: ShapesWorld('val', d, n=scale.domain, size=scale.size, seed=seed) for d in DOMAINS if d != 'home'}}
+    if scale.data == 'shapesworld': return _open_shapes(scale.train, scale.val, scale.domain, scale.size, seed)
+    return _open_real(scale.data, scale.sets, str(data_root())) # no seed draws them
 
 def open_clip_of(
     scale:Scale, # Sizes
-)->ClipBackbone: # With the weights that ship with the package
+)->ClipBackbone: # With its weights, on the scale's device
     "The CLIP of a study."
-    return ClipBackbone.create(scale.backbone, pretrained=scale.pretrained or scale.backbone, output_stride=scale.output_stride).to(pick_device(scale.device))
+    return ClipBackbone.create(scale.backbone, pretrained=scale.pretrained or scale.backbone, output_stride=scale.output_stride, quick_gelu=scale.quick_gelu).to(pick_device(scale.device))
 
-# %% ../nbs/20_experiments.ipynb #4292ac93
+# %% ../nbs/20_experiments.ipynb #564ca9a2
 def zero_shot(
     clip:ClipBackbone, # The CLIP
     n:int=400, # Pictures of base things, and as many of novel ones
@@ -131,15 +138,16 @@ def zero_shot(
         pool = [i for i,k in enumerate(TRIPLES) if is_novel(*k) == (group == 'novel')]
         truth = [pool[j % len(pool)] for j in range(n)]
         images = torch.from_numpy(np.stack([object_image(rng, clip.image_size, *TRIPLES[i]) for i in truth])).permute(0, 3, 1, 2)
-        with torch.no_grad(): best = torch.cat([(clip.encode_image(x.float()/255) @ text.T).argmax(1) for x in images.split(100)])
+        with torch.no_grad(): best = torch.cat([(clip.encode_image((x.float()/255).to(text.device)) @ text.T).argmax(1).cpu() for x in images.split(100)])
         res[group] = (best == torch.tensor(truth)).float().mean().item()
     return res
 
-# %% ../nbs/20_experiments.ipynb #11296192
+# %% ../nbs/20_experiments.ipynb #9d6407d2
 MASKS = ('distilled', 'magnitude', 'snip', 'random', 'random, layer-matched')
 
 def _own(found, scale):
-    "The settings that differ from the scale's: what is the same is the same run."
+    "The settings that differ from the scale's: what is the same is the same run. Iterations may be a share of the scale's, as a float."
+    found = tuple((k, max(1, round(v*scale.imp_iters)) if k == 'iters' and isinstance(v, float) else v) for k,v in found)
     usual = dict(loss='tgkd', p=scale.p, iters=scale.imp_iters, density=scale.density, segmentation=0., distillation=1., rewind=None, schedule='geometric')
     return tuple((k, v) for k,v in found if k not in usual or usual[k] != v)
 
@@ -153,7 +161,7 @@ def find_mask(
     folder, # Where masks, weights and the history of a study lie; distillation goes on from there after an interruption
     found=(), # What is other than in `scale`: pairs of `'loss'`, `'p'`, `'iters'`, `'density'`, `'segmentation'`, `'distillation'`, `'framework'` (whose segmentation loss), `'rewind'` (`'start'`), `'schedule'` (`'cubic'`: gradual pruning) and a value
 ): # Nothing; writes `distilled.safetensors` (mask), `distilled-weights.safetensors`, `imp.json`, with the pairs in their names
-    "Algorithm 1 on the small CLIP, by distillation alone; or, if `found` says so, by another loss (Tab. 5 and 8), p or t (Tab. 6 and 7), to another density."
+    "Algorithm 1 on the CLIP of a study, by distillation alone; or, if `found` says so, by another loss (Tab. 5 and 8), p or t (Tab. 6 and 7), to another density."
     found = _own(found, scale); folder,clip,name,f = Path(folder),open_clip_of(scale),_found(found),dict(found)
     data,model = open_world(scale, seed)['train'],clip
     if f.get('segmentation'):
@@ -239,7 +247,7 @@ def arms_of(
 
 def _file(name): return ''.join(c if c.isalnum() else '-' for c in name)
 
-# %% ../nbs/20_experiments.ipynb #337a8153
+# %% ../nbs/20_experiments.ipynb #be790e6a
 def open_arm(
     arm:Arm, # Which
     scale:Scale, # Sizes
@@ -258,7 +266,7 @@ def _result(folder, arm, scale, what='arm', kind='json'): return Path(folder)/f'
 
 @contextlib.contextmanager
 def _run_of(file, scale):
-    "Where a long fine-tuning is kept until it has ended, as options of `finetune`."
+    "Where a long fine-tuning is kept until what follows from it is written, as options of `finetune`."
     run = Path(file).with_suffix('.run')
     yield dict(checkpoint_dir=run, checkpoint_every=scale.checkpoint) if scale.checkpoint else {}
     shutil.rmtree(run, ignore_errors=True)
@@ -273,8 +281,9 @@ def warm_up(
 ): # Nothing; writes `start-*.safetensors`
     "Train all layers for a while (Sec. 3.3.1, Fig. 4), for all arms with this start."
     seg,mask = open_arm(arm, scale, seed, folder)
-    with _kept(mask, seg), _run_of(_start(folder, arm, scale), scale) as run: finetune(seg, open_world(scale, seed)['train'], scale.recipe(scale.steps(arm.framework)[0], 'constant', seed, arm.framework), **run)
-    save_tensors(seg.state_dict(), _start(folder, arm, scale))
+    with _run_of(_start(folder, arm, scale), scale) as run:
+        with _kept(mask, seg): finetune(seg, open_world(scale, seed)['train'], scale.recipe(scale.steps(arm.framework)[0], 'constant', seed, arm.framework), **run)
+        save_tensors(seg.state_dict(), _start(folder, arm, scale))
 
 def _nothing(*args): pass
 
@@ -300,7 +309,7 @@ def choose(
     if arm.select == 'sensitivity': return LayerSelection(list(table.to_frame().index), [], f'{arm.level}s by sensitivity')
     return table.select(freeze=arm.freeze or scale.freeze, by=arm.select, seed=seed)
 
-# %% ../nbs/20_experiments.ipynb #47591f46
+# %% ../nbs/20_experiments.ipynb #09c2ab97
 class _Asks(torch.nn.Module):
     "A framework as a function of images alone, for one vocabulary."
     def __init__(self, seg, vocabulary): super().__init__(); self.seg = seg; self.register_buffer('text', seg.text(vocabulary), persistent=False)
@@ -321,6 +330,7 @@ def finer(
     usual,size = analyze(seg.backbone, xmin=scale.xmin).select(freeze=scale.freeze, seed=seed),{l.name: l.weight.numel() for l in layers(seg.backbone)}
     names,count = usual.train+usual.freeze,sum(size[n] for n in usual.train)
     samples = [data[i] for i in range(min(n, len(data)))]
+    if len({x['image'].shape for x in samples}) > 1: samples = [augment(x, scale.size, [seed, i], None, 0.) for i,x in enumerate(samples)] # real images differ in size
     loss = lambda logits, labels: torch.nn.functional.cross_entropy(logits, labels, ignore_index=data.ignore)
     s = param_sensitivity(_Asks(seg, data.vocabulary), [(torch.stack([x['image'] for x in samples]), torch.stack([x['labels'] for x in samples]))], loss, names=names)
     learn = [(p, p.requires_grad) for k,p in seg.named_parameters() if not any(k.endswith(m) for m in names)]
@@ -328,7 +338,7 @@ def finer(
     for p,b in learn: p.requires_grad_(b)
     return Undo(lambda: merge_spt(seg))
 
-# %% ../nbs/20_experiments.ipynb #6c8aa0d6
+# %% ../nbs/20_experiments.ipynb #19c5a131
 def _stages(clip):
     "Names of the four stages of a tower, or of the blocks where a ViT's four quarters end."
     tower = clip.visual
@@ -352,20 +362,21 @@ def clip_similarity(
     batch = lambda at: torch.stack([resize(data[i]['image'][None], size)[0] for i in at]).to(device_of(seg))
     table = cka(clip, seg.backbone, [batch(range(i, min(i+16, n))) for i in range(0, n, 16)], stages+convs, stages+convs)
     same = lambda names: float(np.mean([table.loc[k, k] for k in names])) if names else math.nan
-    return dict(cka=same(stages), cka_layers=same(convs), cka_channels=float(paper_cka(clip, seg.backbone, [batch(range(min(8, n)))], stages).mean()))
+    return dict(cka=same(stages), cka_layers=same(convs), cka_channels=float(paper_cka(clip, seg.backbone, [batch(range(min(8, n)))], stages).mean()) if 'resblocks' not in stages[0] else math.nan) # a ViT has tokens, no maps
 
-# %% ../nbs/20_experiments.ipynb #70d8a82a
+# %% ../nbs/20_experiments.ipynb #d162365f
 def _predictions(seg, data, n):
-    "What a framework makes of the first images of a data set, as far as they are of one size: (N,H,W) classes, as small as they can be kept."
+    "What a framework makes of the first images of a data set, or of the first alone where they differ in size: (N,H,W) classes, as small as they can be kept."
     images = [data[i]['image'] for i in range(min(n, len(data)))]
-    return seg.predict(torch.stack([x for x in images if x.shape == images[0].shape]).to(device_of(seg)), data.vocabulary).cpu().to(torch.uint8 if len(data.vocabulary) < 256 else torch.int32)
+    if len({x.shape for x in images}) > 1: images = images[:1]
+    return seg.predict(torch.stack(images).to(device_of(seg)), data.vocabulary).cpu().to(torch.uint8 if len(data.vocabulary) < 256 else torch.int32)
 
 def _known(arm, scale, folder, keep=False):
     "The result of an arm, if all that is asked of it was measured and kept."
     done,tower,alphas = (_result(folder, arm, scale, *w) for w in ((), ('tower', 'safetensors'), ('alpha',)))
     if not done.exists() or keep and not tower.exists() or 'layers' in arm.table.split() and not alphas.exists(): return None
     res = load_json(done)
-    return None if 'masks' in arm.table.split() and res['cka_layers'] is None else dict(res, arm=arm.name)       # a NaN is written as null
+    return None if 'masks' in arm.table.split() and not res.get('every', res['cka_layers'] is not None) else dict(res, arm=arm.name) # older results do not say it; a NaN is written as null
 
 def run_arm(
     arm:Arm, # Which
@@ -376,6 +387,10 @@ def run_arm(
 )->dict: # Everything measured
     "Fine-tune and measure one arm."
     if res := _known(arm, scale, folder, keep): return res
+    with _run_of(_result(folder, arm, scale), scale) as run: return _measured(arm, scale, seed, folder, keep, run)
+
+def _measured(arm, scale, seed, folder, keep, run):
+    "Fine-tune an arm, measure all that its tables show, and write it."
     done,tower,alphas = (_result(folder, arm, scale, *w) for w in ((), ('tower', 'safetensors'), ('alpha',)))
     every,layered = (t in arm.table.split() for t in ('masks', 'layers'))
     world,(seg,mask),began = open_world(scale, seed),open_warm(arm, scale, seed, folder),time.process_time()
@@ -383,8 +398,8 @@ def run_arm(
     recipe,selection = scale.recipe(steps, 'poly', seed+1, arm.framework),choose(arm, seg, scale, seed)
     if arm.select == 'none': recipe = recipe.replace(backbone_lr=0.)
     with _kept(mask, seg), finer(arm, seg, selection, scale, world['train'], seed=seed) if arm.level else contextlib.nullcontext():
-        with _run_of(done, scale) as run: finetune(seg, world['train'], recipe, selection=None if arm.level else selection, **run)
-    res = dict(arm=arm.name, seed=seed, framework=arm.framework or scale.framework, mask=arm.mask, found=_found(_own(arm.found, scale)) if arm.mask in ('distilled', 'random, layer-matched') else '', weights=arm.weights if arm.source is None else arm.source.name, select=arm.select, level=arm.level,
+        finetune(seg, world['train'], recipe, selection=None if arm.level else selection, **run)
+    res = dict(arm=arm.name, seed=seed, framework=arm.framework or scale.framework, mask=arm.mask, found=_found(_own(arm.found, scale)) if arm.mask in ('distilled', 'random, layer-matched') else '', weights=arm.weights if arm.source is None else arm.source.name, select=arm.select, level=arm.level, every=every,
                density=1. if mask is None else mask.density, rule='' if selection is None else selection.rule, frozen=[] if selection is None or arm.level else selection.freeze)
     res['miou'] = {}
     for name in world:
@@ -402,8 +417,10 @@ def run_arm(
     save_json(res, done)
     return res
 
-# %% ../nbs/20_experiments.ipynb #56648d58
+# %% ../nbs/20_experiments.ipynb #f0b28bc2
 def _quiet(): torch.set_num_threads(1); os.environ['OPENTRANS_PROGRESS'] = '0'
+
+def _workers(scale): return min(2, os.cpu_count() or 1) if scale.device == 'cpu' else 1
 
 def run_jobs(
     jobs:dict, # Name -> (names that must be done before, function, arguments)
@@ -428,13 +445,24 @@ def run_jobs(
     next(tick, None)
     return res
 
-# %% ../nbs/20_experiments.ipynb #8f1528b9
+# %% ../nbs/20_experiments.ipynb #3d7f4537
+def _weights_of(scale):
+    "The weights of a scale's CLIP: a tag as it is, a file by its name and content."
+    file = Path(scale.pretrained)
+    return f'{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}' if scale.pretrained and file.is_file() else scale.pretrained
+
+def _identity(scale, seed):
+    "What runs depend on besides their own settings, as JSON gives it back."
+    known = dict(dataclasses.asdict(scale), seed=seed, pretrained=_weights_of(scale))
+    if scale.data != 'shapesworld': known['images'] = {n: [len(d), hashlib.sha256('\n'.join([*d.vocabulary.entries, *(f.id for f in d.files)]).encode()).hexdigest()[:16]] for n,d in open_world(scale, seed).items()}
+    return json.loads(json.dumps(known))
+
 def _claim(folder, scale, seed):
-    "A folder for runs of these sizes and this seed; it says so inside. Raises `OpenTransError` if it is one of others."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    settings,kept = json.loads(json.dumps(dict(dataclasses.asdict(scale), seed=seed))),folder/'study.json'     # as it will be read back
-    if kept.exists() and dict(dataclasses.asdict(Scale()), **load_json(kept)) != dict(dataclasses.asdict(Scale()), **settings): raise OpenTransError(f"'{folder}' holds a study of other sizes or another seed. Choose another folder, or remove it.")
-    save_json(settings, kept)
+    "A folder for runs of these sizes, data and weights and this seed; it says so inside. Raises `OpenTransError` if it is one of others."
+    folder,settings = Path(folder),_identity(scale, seed)
+    kept,usual = folder/'study.json',_identity(Scale(), seed) # a size that came later has its default in older folders
+    if kept.exists() and dict(usual, **load_json(kept)) != settings: raise OpenTransError(f"'{folder}' holds a study of other sizes, data or weights, or another seed. Choose another folder, or remove it.")
+    folder.mkdir(parents=True, exist_ok=True); save_json(settings, kept)
     return folder
 
 def _plan(scale, seed, folder, arms):
@@ -469,7 +497,7 @@ def study(
     res = run_jobs(jobs, workers, f"seed {', '.join(map(str, where))}")
     return [dict(res[n, 'arm', a.key(scale)], arm=a.name) for n in where for a in arms]
 
-# %% ../nbs/20_experiments.ipynb #2d1af892
+# %% ../nbs/20_experiments.ipynb #7efc8c3e
 def sets_of(frame)->list: # Names: base and novel classes, and each other data set
     "What mIoU was taken over."
     return [c[5:] for c in frame if c.startswith('miou_') and c != 'miou_domains']
@@ -481,7 +509,7 @@ def results_frame(
     rows = [{**{k: v for k,v in r.items() if k not in ('miou', 'frozen')}, **{f'miou_{k}': 100*v for k,v in r['miou'].items()}, 'frozen_layers': len(r['frozen'])} for r in results]
     f = pd.DataFrame(rows)
     f['arm'] = pd.Categorical(f.arm, list(dict.fromkeys(f.arm)), ordered=True)
-    f['miou_domains'] = f[[f'miou_{d}' for d in sets_of(f) if d not in ('base', 'novel')]].mean(axis=1)
+    if others := [f'miou_{d}' for d in sets_of(f) if d not in ('base', 'novel')]: f['miou_domains'] = f[others].mean(axis=1)
     return f
 
 def _cell(x, digits=1):
@@ -502,7 +530,7 @@ def summarize(
                         'training': '-' if f.train_flops.isna().any() else f'{f.train_flops.mean()/1e12:.2f} T' + (f' ({f.train_flops.mean()/full-1:+.0%})' if full == full else '')}
     return pd.DataFrame(rows).T
 
-# %% ../nbs/20_experiments.ipynb #5f0ccb8e
+# %% ../nbs/20_experiments.ipynb #30c4aa44
 NAMES = dict(mask2former='Mask2Former (Han et al.)', fcclip='FC-CLIP', faseg='FASeg', fpn='a feature pyramid') # in print
 CLAIMS = ( # (claim, where in the paper, arm, against, what is measured)
     ('A mask found by distillation alone is better than a random mask of equal density', 'Tab. 1', 'distilled mask', 'random', ('base', 'novel', 'domains')),
@@ -544,9 +572,10 @@ def claims(
 )->pd.DataFrame: # A row for each claim and measure
     "Each claim with its verdict at this scale."
     there = set(frame.arm)
-    return pd.DataFrame([dict(claim=c, where=w, measured=m, arm=a, against=b, **difference(frame, a, b, m)) for c,w,a,b,ms in which if {*a.split(' − '), *b.split(' − ')} <= there for m in ms if m in frame or f'miou_{m}' in frame])
+    rows = [dict(claim=c, where=w, measured=m, arm=a, against=b, **difference(frame, a, b, m)) for c,w,a,b,ms in which if {*a.split(' − '), *b.split(' − ')} <= there for m in ms if m in frame or f'miou_{m}' in frame]
+    return pd.DataFrame([r for r in rows if r['n']], columns=list(rows[0]) if rows else None)
 
-# %% ../nbs/20_experiments.ipynb #37b67f8b
+# %% ../nbs/20_experiments.ipynb #eb67f78f
 def _colour(name):
     "Each arm has one colour in all figures."
     names,name = [a.name for a in ARMS],name.split(': ')[-1]
@@ -574,11 +603,11 @@ def plot_cost(
     "mIoU on base classes (full) and novel ones (hollow) against a cost (the shape of Fig. 1)."
     ax = axes(ax, figsize=(4.5, 3.4)); unit,name = dict(active_params=(1e6, 'parameters that remain (M)'), active_macs=(1e6, 'MACs that remain (M)'), train_flops=(1e12, 'training FLOPs (T)'))[what]
     for a,f in frame.groupby('arm', observed=True):
-        for k in ('base', 'novel'): ax.plot(f[what].mean()/unit, f[f'miou_{k}'].mean(), 'o', mec=_colour(a), mfc=_colour(a) if k == 'base' else 'none', label=a if k == 'base' else None)
+        for k in [k for k in ('base', 'novel') if f'miou_{k}' in f]: ax.plot(f[what].mean()/unit, f[f'miou_{k}'].mean(), 'o', mec=_colour(a), mfc=_colour(a) if k == 'base' else 'none', label=a if k == 'base' else None)
     ax.set_xlabel(name); ax.set_ylabel('mIoU (%)')
     return ax
 
-# %% ../nbs/20_experiments.ipynb #1891f57b
+# %% ../nbs/20_experiments.ipynb #f26f8e21
 def plot_frameworks(
     frame:pd.DataFrame, # As `results_frame` gives it
     arms, # Dense, distilled and random of each framework
@@ -587,7 +616,7 @@ def plot_frameworks(
     "mIoU on base and novel classes of the same masks in each framework: bars are means, dots are seeds."
     axs = axes(axs, ncols=2, figsize=(12, 3.2))
     names = list(dict.fromkeys(frame.framework[frame.arm.isin([a.name for a in arms])])); kinds = list(dict.fromkeys(a.name.split(': ')[-1] for a in arms))
-    for ax,what in zip(axs, ('base', 'novel')):
+    for ax,what in zip(np.ravel(axs), [k for k in ('base', 'novel') if f'miou_{k}' in frame]):
         for j,kind in enumerate(kinds):
             for i,n in enumerate(names):
                 y = frame[(frame.framework == n) & frame.arm.isin([a.name for a in arms if a.name.split(': ')[-1] == kind])][f'miou_{what}']
@@ -704,7 +733,7 @@ It shows the method at work and tests the order of the alternatives at this scal
 <h2>What it costs</h2><p>Parameters and multiply-accumulates of one {s['size']}x{s['size']} image, and of the whole training (supplement 6.2); only the weights that a mask keeps are counted. These are counts: dense hardware does not run faster for unstructured zeros.</p>{pic['cost']}
 <h2>How it was made</h2><table>{''.join(f'<tr><td>{html.escape(str(k))}</td><td style="text-align:left">{html.escape(str(v))}</td></tr>' for k,v in {**data['run'], **s, 'seeds': data['seeds']}.items())}</table></html>"""
 
-# %% ../nbs/20_experiments.ipynb #94df5a2b
+# %% ../nbs/20_experiments.ipynb #7a06dd8d
 def hardware()->dict: # Processor, cores, system, versions, and the GPU if there is one
     "What a result was made on."
     import open_clip, torchvision
@@ -728,7 +757,7 @@ def demo(
     if scale.data != 'shapesworld': raise OpenTransError(f"The demo is about the generated world, not about {scale.data}. Run `opentrans study NAME --scale coco` for the tables on real data.")
     if seeds < 1 or seed < 0: raise OpenTransError(f"seeds={seeds}, seed={seed}: give at least one seed, and none below 0.")
     out,began,many = Path(out),time.time(),range(seed, seed+seeds)
-    runs,workers = out/'.demo-runs',workers or min(2, os.cpu_count() or 1)
+    runs,workers = out/'.demo-runs',workers or _workers(scale)
     try: runs.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise OpenTransError(f"Cannot make the folder '{out}': {e.strerror}. Choose another one with --out.") from e
     results = study(scale, many, runs, workers, arms)
@@ -774,18 +803,23 @@ def overlaps(scale, seeds, runs, workers)->dict:
     across = {k: {w: [float(masks[f, a].overlap(masks[f, b]).loc['all', w]) for a,b in pairs] for w in ('iou', 'chance')} for k,f in LOSSES_OF.items()}
     return dict(names=list(each[0]), within_a_seed=within, between_seeds=across)
 
-# %% ../nbs/20_experiments.ipynb #9ccc29ad
+# %% ../nbs/20_experiments.ipynb #d2022292
 def alpha_course(scale, seed, folder, mask=None):
     "Alpha of each layer before, and its median during a fine-tuning of all layers (Fig. 6, 7 and 9)."
     kept = Path(folder)/f"course-{mask or 'dense'}.json"
     if kept.exists(): return load_json(kept)
-    seg,m = open_arm(Arm('', mask), scale, seed, folder); total = scale.warmup+scale.iterations; every,steps,rows = max(1, total//15),[],[]
+    seg,m = open_arm(Arm('', mask), scale, seed, folder); total = scale.warmup+scale.iterations; every,part = max(1, total//15),kept.with_suffix('.part.json')
+    seen = load_json(part) if scale.checkpoint and part.exists() else {}
     def look(seg, row=None):
         i = 0 if row is None else int(row['iteration'])+1
-        if i % every == 0 or i == total: a = analyze(seg.backbone, xmin=scale.xmin).to_frame().alpha; steps.append(i); rows.append(a)
-    with _kept(m, seg): look(seg); finetune(seg, open_world(scale, seed)['train'], scale.recipe(total, 'poly', seed), callback=look)
-    number = lambda x: [None if v != v else round(float(v), 4) for v in x]
-    save_json(dict(iterations=steps, median=number([a.median() for a in rows]), layers=list(rows[0].index), before=number(rows[0]), after=number(rows[-1])), kept)
+        if (i % every == 0 or i == total) and str(i) not in seen:
+            seen[str(i)] = analyze(seg.backbone, xmin=scale.xmin).to_frame().alpha.to_dict()
+            if scale.checkpoint: save_json(seen, part)
+    with _run_of(kept, scale) as run:
+        with _kept(m, seg): look(seg); finetune(seg, open_world(scale, seed)['train'], scale.recipe(total, 'poly', seed, after=0), callback=look, **run)
+        number,rows = lambda x: [None if v is None or v != v else round(float(v), 4) for v in x],[pd.Series(r, dtype=float) for r in seen.values()]
+        save_json(dict(iterations=[int(i) for i in seen], median=number([a.median() for a in rows]), layers=list(rows[0].index), before=number(rows[0]), after=number(rows[-1])), kept)
+    part.unlink(missing_ok=True)
     return load_json(kept)
 
 def courses(scale, seeds, runs, workers)->dict:
@@ -795,22 +829,22 @@ def courses(scale, seeds, runs, workers)->dict:
     res = run_jobs({(k, n): ((), alpha_course, (scale, n, Path(runs)/f'seed{n}', m)) for n in seeds for k,m in kinds.items()}, workers, 'alpha')
     return {k: {str(n): res[k, n] for n in seeds} for k in kinds}
 
-# %% ../nbs/20_experiments.ipynb #a14b6d04
+# %% ../nbs/20_experiments.ipynb #25f7ff78
 def pictures(scale, seeds, runs, workers)->dict:
     "What arms of the first seed make of the same scenes (Fig. 5 and 8), packed: `unpack_pictures` reads it."
-    pack = lambda t: dict(shape=list(t.shape), data=base64.b64encode(zlib.compress(t.numpy().tobytes(), 9)).decode())
+    pack = lambda t: dict(shape=list(t.shape), dtype=str(t.numpy().dtype), data=base64.b64encode(zlib.compress(t.numpy().tobytes(), 9)).decode())
     return dict(seed=seeds[0], arms={a.name: {d: pack(t) for d,t in load_tensors(_result(Path(runs)/f'seed{seeds[0]}', a, scale, kind='safetensors'))[0].items()} for a in STUDIES['pictures'].arms})
 
 def unpack_pictures(
     more:dict, # What `pictures` has stored
 )->dict: # Name of an arm -> {data set: (N,H,W) classes}, for `plot_scenes`
     "Predictions out of a file of results."
-    read = lambda p: torch.from_numpy(np.frombuffer(zlib.decompress(base64.b64decode(p['data'])), np.uint8).reshape(p['shape']).copy())
+    read = lambda p: torch.from_numpy(np.frombuffer(zlib.decompress(base64.b64decode(p['data'])), p.get('dtype', 'uint8')).reshape(p['shape']).copy())
     return {a: {d: read(p) for d,p in sets.items()} for a,sets in more['arms'].items()}
 
-# %% ../nbs/20_experiments.ipynb #bb32cbc8
+# %% ../nbs/20_experiments.ipynb #f54f59c6
 def _with(found, name, **kw): return Arm(name, 'distilled', found=tuple(found.items()), table='study', **kw)
-_T7 = {(p, t): _with(dict(p=p, iters=t), f'p={p}, t={t}') for p,t in ((.1, 30), (.1, 10), (.1, 3), (.3, 30), (.3, 90))}
+_T7 = {(p, t): _with(dict(p=p, iters=t), f"p={p}, {n}") for p,t,n in ((.1, 1., 't'), (.1, 1/3, 't/3'), (.1, .1, 't/10'), (.3, 1., 't'), (.3, 3., '3t'))}
 _D,_FEW = (.02, .05, .1, .2, .5),(.02, .1, .5) # densities; other frameworks than the first get a few
 _HALF = Arm('freeze small alpha', select='alpha', table='layers')
 _BOTH = Arm('distilled mask, freeze small alpha', 'distilled', select='alpha', table='masks layers')
@@ -830,7 +864,7 @@ def _tower(kind, name): # a feature pyramid, since the last map of these towers 
                  ((f'On {name}, a mask found by distillation alone is better than a random one', 'beyond', 'distilled mask', 'random', _ALL), (f'On {name}, to freeze the half with small alpha is better than to freeze the half with large alpha', 'beyond', 'freeze small alpha', 'freeze large alpha (alpha*)', _ALL)),
                  (('backbone', f'shapes-{kind}'), ('framework', 'fpn'), ('output_stride', 32)))
 
-# %% ../nbs/20_experiments.ipynb #5cb1dcd6
+# %% ../nbs/20_experiments.ipynb #2622320f
 STUDIES = dict(
     frameworks=Study('Tab. 1', 'Does one mask serve every framework?', (*(a for a in ARMS if 'frameworks' in a.table), *FRAMEWORK_ARMS, *_in('fpn')), tuple(c for c in CLAIMS if c[1] == 'Tab. 1'), (('query_iterations', 160),)),
     masks=Study('Tab. 1', 'Is the distilled mask better than the honest alternatives?', tuple(a for a in ARMS if 'masks' in a.table), tuple(c for c in CLAIMS if c[1] in ('Tab. 1', 'Tab. 9', 'Sec. 3.2', 'beyond') and ': ' not in c[2])),
@@ -838,7 +872,7 @@ STUDIES = dict(
     losses=Study('Tab. 5', 'Text-guided or vision-guided distillation?', (Arm('dense'), _with({}, 'TGKD'), _with(dict(loss='vgkd'), 'VGKD')),
                  (('A mask found with TGKD is better than one found with VGKD', 'Tab. 5', 'TGKD', 'VGKD', _ALL),)),
     rounds=Study('Tab. 6 and 7', 'How many weights a round, and how many iterations between?', tuple(_T7.values()),
-                 (('More iterations a round find a better mask', 'Tab. 7', 'p=0.1, t=30', 'p=0.1, t=3', _ALL), ('Small steps find a better mask than large ones of the same total', 'Tab. 7', 'p=0.1, t=30', 'p=0.3, t=90', _ALL))),
+                 (('More iterations a round find a better mask', 'Tab. 7', 'p=0.1, t', 'p=0.1, t/10', _ALL), ('Small steps find a better mask than large ones of the same total', 'Tab. 7', 'p=0.1, t', 'p=0.3, 3t', _ALL))),
     supervision=Study('Tab. 8', 'Is distillation alone enough to find a mask?', (_with({}, 'distillation alone'), _with(dict(segmentation=1.), 'distillation and segmentation'), _with(dict(segmentation=1., distillation=0.), 'segmentation alone')),
                  (('Distillation alone finds a better mask than distillation and segmentation', 'Tab. 8', 'distillation alone', 'distillation and segmentation', _ALL),
                   ('Distillation alone finds a better mask than segmentation alone', 'Tab. 8', 'distillation alone', 'segmentation alone', _ALL))),
@@ -871,15 +905,19 @@ STUDIES = dict(
                         *((f'A {k} tower that was fine-tuned in half of its layers serves the next framework better than one fine-tuned in all', 'beyond', f'{k}, carried after fine-tuning half', f'{k}, carried after fine-tuning all layers', _ALL) for k in _CARRIED))),
     **{f'tower-{k}': _tower(k, n) for k,n in dict(rn='a ResNet', convnext='a ConvNeXt', vit='a vision transformer').items() if f'shapes-{k}' in small_clips()})
 
-# %% ../nbs/20_experiments.ipynb #b86180aa
+# %% ../nbs/20_experiments.ipynb #c46a93c5
+def _label(scale): return next((n for n,v in SCALES.items() if n != 'shapes' and (scale == n or scale == v)), 'demo' if scale == 'shapes' else 'own')
+
 def result_file(
     name:str, # One of `STUDIES`
     out, # Folder
     seeds:int=5, # Number of seeds
     scale='demo', # As for `run_study`
-)->Path: # `NAME-Nseeds.json`; `NAME-gpu-Nseeds.json` and `NAME-coco-Nseeds.json` for these scales
+    seed:int=0, # The first of them
+)->Path: # `NAME-5seeds.json`; other scales than the usual one, and another first seed, are in the name
     "Where a study is stored."
-    return Path(out)/'-'.join([name, *([scale] if scale in ('gpu', 'coco') else []), f'{seeds}seeds.json'])
+    label = _label(scale)
+    return Path(out)/('-'.join([name, *([label] if label != 'demo' else []), f'{seeds}seeds', *([f'from{seed}'] if seed else [])])+'.json')
 
 def run_study(
     name:str, # One of `STUDIES`
@@ -887,7 +925,7 @@ def run_study(
     seeds:int=5, # Number of seeds
     seed:int=0, # The first of them
     scale='demo', # One of `SCALES`, or a `Scale`
-    workers:int=None, # Processes; None takes two, or one on a single core
+    workers:int=None, # Processes; None takes two, or one on a single core or a GPU
     command:str=None, # Written into the file
     pretrained:str=None, # Other weights of CLIP than the scale's: a file, where nothing can be downloaded
 )->dict: # What the file holds: run, scale, seeds, results, summary, claims
@@ -895,28 +933,31 @@ def run_study(
     if name not in STUDIES: raise unknown('study', name, STUDIES)
     if seeds < 1 or seed < 0: raise OpenTransError(f"seeds={seeds}, seed={seed}: give at least one seed, and none below 0.")
     if not isinstance(scale, Scale) and scale not in SCALES: raise unknown('scale', scale, SCALES)
-    s,out,file,label = STUDIES[name],Path(out),result_file(name, out, seeds, scale),scale if scale in ('gpu', 'coco') else ''
+    s,out,file,label = STUDIES[name],Path(out),result_file(name, out, seeds, scale, seed),_label(scale)
     if not isinstance(scale, Scale): scale = SCALES[scale]
+    if 'backbone' in dict(s.scale) and scale.pretrained: raise OpenTransError(f"The study '{name}' is about the small towers that ship with the package, not about {scale.backbone}. Run it at the scale 'shapes'.")
     own = [(k, v) for k,v in s.scale if scale.queries or not k.startswith('query')]
     scale = dataclasses.replace(scale, **dict(own), **(dict(pretrained=str(pretrained)) if pretrained else {}))
-    runs,workers = out/'.runs'/label/'-'.join(f'{k}-{v}' for k,v in own),workers or (min(2, os.cpu_count() or 1) if scale.device == 'cpu' else 1)
+    runs,workers = out/'.runs'/('' if label == 'demo' else label)/'-'.join(f'{k}-{v}' for k,v in own),workers or _workers(scale)
+    open_clip_of(scale); open_world(scale, seed) # what is missing is said before any folder is claimed
     results = study(scale, range(seed, seed+seeds), runs, workers, s.arms) if s.arms else []
-    data = dict(what=f"{name} ({s.where}): {s.question} {'Toy scale' if scale.data == 'shapesworld' else 'Real data'}.", run=dict(command=command or f'opentrans study {name} --seeds {seeds}', date=str(date.today()), cpu_minutes_of_arms=round(sum(r['seconds'] for r in results)/60, 1) if all('seconds' in r for r in results) else None, **hardware()),
+    data = dict(what=f"{name} ({s.where}): {s.question} {'Toy scale' if scale.data == 'shapesworld' else 'Real data'}.", run=dict(command=command or f'opentrans study {name} --seeds {seeds}', date=str(date.today()), cpu_minutes_of_arms=round(sum(r['seconds'] for r in results)/60, 1) if results and all('seconds' in r for r in results) else None, **hardware()),
                 scale=dict(dataclasses.asdict(scale), pretrained=Path(scale.pretrained).name), seeds=list(range(seed, seed+seeds)), results=results, summary={}, claims=[])
     if results: frame = results_frame(results); data.update(summary=summarize(frame, s.arms).to_dict('index'), claims=claims(frame, s.claims).to_dict('records'))
     if s.more: data['more'] = s.more(scale, data['seeds'], runs, workers)
     save_json(data, file)
     return data
 
-# %% ../nbs/20_experiments.ipynb #e3a6ba8a
+# %% ../nbs/20_experiments.ipynb #e9a59cc5
 def all_claims(
     folder, # Where `run_study` has written
     seeds:int=5, # Of which runs
+    scale='demo', # At which scale
 )->pd.DataFrame: # As `claims`, with the study and its file; a claim that two studies judge is there once
     "The claims of all stored studies with their verdicts."
     rows = []
     for name in STUDIES:
-        file = result_file(name, folder, seeds)
+        file = result_file(name, folder, seeds, scale)
         if file.exists(): rows += [dict(study=name, file=file.name, **c) for c in load_json(file)['claims']]
     table = pd.DataFrame(rows, columns=['study', 'file', 'claim', 'where', 'measured', 'arm', 'against', 'mean', 'sd', 'low', 'high', 'boot_low', 'boot_high', 'n', 'verdict', 'each'])
     return table.drop_duplicates(['claim', 'measured', 'arm', 'against'] if len(table) else None, ignore_index=True)
@@ -935,14 +976,14 @@ def claims_table(
     columns = [c for c in ('paper', 'base', 'novel', 'domains', 'CKA', 'study') if any(c in r for r in rows.values())]
     return pd.DataFrame(rows, index=columns).T.fillna('').rename_axis('claim')
 
-# %% ../nbs/20_experiments.ipynb #33326a80
+# %% ../nbs/20_experiments.ipynb #53af71ac
 def plot_density(
     frame:pd.DataFrame, # As `results_frame` gives it, of a study of densities
     axs=None, # Two axes
 ): # The axes
     "mIoU on base and novel classes against density."
     axs = axes(axs, ncols=2, figsize=(9, 3))
-    for ax,what in zip(axs, ('base', 'novel')):
+    for ax,what in zip(np.ravel(axs), [k for k in ('base', 'novel') if f'miou_{k}' in frame]):
         for kind,colour in (('distilled', _colour('distilled mask')), ('random', _colour('random'))):
             f = frame[(frame['mask'] == kind)]; mean = f.groupby('density')[f'miou_{what}'].mean()
             ax.plot(mean.index, mean, '-', color=colour, label=kind); ax.plot(f.density, f[f'miou_{what}'], '.', color=colour, ms=4)

@@ -321,7 +321,7 @@ def _spellings(keys, shapes):
         names = {k: n.partition('.')[2] for k,n in names.items()}
         yield names,slots
 
-# %% ../nbs/01_pruning.ipynb #3751953f
+# %% ../nbs/01_pruning.ipynb #522c2ddb
 def _match(
     keys, # Name -> shape
     shapes, # Parameter -> shape
@@ -337,7 +337,7 @@ def _match(
         if best and len(best[0]) == len(keys): break
     if not best or (strict and len(best[0]) < len(keys)):
         raise no_partner(keys, {n: s for n,(_,_,s) in _slots(shapes).items()}, 'layers of the mask')
-    hit = only_fit(best, 'layers of the mask', lambda slot: same(slot[0]))
+    hit = only_fit(best, 'layers of the mask', lambda slot: same(slot[0]), lambda slot: slot[0])
     return {k: hit[k] for k in keys if k in hit}
 
 def _place(keys, model, strict=True):

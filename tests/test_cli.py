@@ -290,7 +290,7 @@ def test_a_study(tmp_path):
         start = time.time()
         r = in_a_process('study', 'ratio', '--seeds', 2, '--scale', 'smoke', '--out', tmp_path, '--workers', 1)
         assert r.returncode == 0, r.stderr
-    data = json.loads((tmp_path/'ratio-2seeds.json').read_text())
+    data = json.loads((tmp_path/'ratio-smoke-2seeds.json').read_text())
     assert data['run']['command'] == 'opentrans study ratio --seeds 2 --scale smoke'
     assert [len(x['frozen']) for x in data['results'][:4]] == sorted(len(x['frozen']) for x in data['results'][:4]) and len(data['results']) == 8
     made = {p: p.stat().st_mtime for p in (tmp_path/'.runs').rglob('arm-*.json')}
@@ -305,4 +305,7 @@ def test_segment_an_own_image(tmp_path):
     assert 'no trained model' in fails('segment', photo, 'grass', '--model', tmp_path/'nothing', '--out', tmp_path/'a.png')
     assert 'picture ends in' in fails('segment', photo, 'grass', '--out', tmp_path/'a.gif')
     assert 'not an image' in fails('segment', tmp_path/'run'/'model.json', 'grass', '--out', tmp_path/'a.png')
+    assert opentrans('segment', photo, 'grass', '--max-side', 0, '--out', tmp_path/'a.png').returncode == 2
+    (tmp_path/'half').mkdir(); (tmp_path/'half'/'model.json').write_text('{"framework": "deeplabv3"}')
+    assert 'does not say: backbone' in fails('segment', photo, 'grass', '--model', tmp_path/'half', '--out', tmp_path/'a.png')
     assert not list(tmp_path.glob('a.*'))
