@@ -124,7 +124,7 @@ def test_mask_fits_hugging_face_vit_by_function():
     mask.apply(whole)
     assert zeros(mask, whole) and untouched(text, whole.text_model.state_dict())          # the text tower of the same depth is left alone
     twin = transformers.CLIPModel(transformers.CLIPConfig(vision_config=cfg, text_config=dict(cfg, vocab_size=50), projection_dim=12))
-    with pytest.raises(OpenTransError, match='fit 2 places of the model equally well, at \w'): mask.apply(twin)              # of the same width too: which one is meant?
+    with pytest.raises(OpenTransError, match=r'fit 2 places of the model equally well, at \w'): mask.apply(twin)              # of the same width too: which one is meant?
 
 def test_mask_fits_convnext_with_and_without_open_clips_trunk():
     timm = pytest.importorskip('timm')
