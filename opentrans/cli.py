@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 
-# %% ../nbs/21_cli.ipynb #8ba25cf2
+# %% ../nbs/21_cli.ipynb #a4eaad31
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',
                   help="Prune CLIP once, transfer the mask to any open-vocabulary segmentation framework, freeze layers by their spectra.")
 
@@ -31,11 +31,11 @@ Framework = Annotated[str, typer.Option(help="Segmentation framework.")]
 Preset = Annotated[Optional[str], typer.Option(help="Size of the framework: 'paper' or 'small'. Default: small for shapes-rn.")]
 Stride = Annotated[int, typer.Option(help="Stride of the tower's last features: 32, 16 or 8.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best there is; under accelerate launch, that of the process.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Quiet = Annotated[bool, typer.Option('--json', help="Print the result as JSON instead of a table.")]
 Corrupt = Annotated[str, typer.Option(help="Files that cannot be read: 'raise' ends the run, 'skip' leaves them out and says so.")]
 
-# %% ../nbs/21_cli.ipynb #c751fd09
+# %% ../nbs/21_cli.ipynb #cc5a88fe
 _NOW = {} # the command that is running: its context
 
 def _plain_value(name, value):
@@ -69,6 +69,7 @@ def first_process()->bool:
 def keep_settings(
     out, # Folder that results go to, or None
     tell:bool=True, # On the standard error, too?
+    ended:bool=False, # Over those of an earlier run in that folder? Only once this one has been accepted and has ended
     **more, # What is kept besides, in place of the flags of that name
 ):
     "Write what a command runs with to `OUT/settings.json`, and tell it on the standard error."
@@ -77,7 +78,7 @@ def keep_settings(
     told = dict(command=ctx.info_name, **{k: v for k,v in {**ctx.params, **more}.items() if k not in ('config', 'as_json', 'set_') and v is not None})
     if not first_process(): return
     if tell: print('settings: ' + json.dumps(told, default=str), file=sys.stderr)
-    if out: save_json(told, Path(out)/'settings.json')
+    if out and (ended or not (Path(out)/'settings.json').exists()): save_json(told, Path(out)/'settings.json')
 
 # %% ../nbs/21_cli.ipynb #544efb65
 def _bad(message):
@@ -115,7 +116,7 @@ def open_data(
     options = {k: v for k,v in dict(names=classes, ignore=ignore, panoptic=panoptic or None).items() if v is not None}
     return open_dataset(name, root, split, corrupt=corrupt, **options)
 
-# %% ../nbs/21_cli.ipynb #7513495c
+# %% ../nbs/21_cli.ipynb #8d73bee0
 def show(
     result, # dict or DataFrame
     as_json:bool=False, # JSON instead of a table?
@@ -130,7 +131,7 @@ def show(
     if as_json: return print(json.dumps(result.to_dict('index') if isinstance(result, pd.DataFrame) else result, indent=1, default=str))
     frame = result if isinstance(result, pd.DataFrame) else pd.DataFrame({'value': pd.Series({k: v for k,v in result.items() if not isinstance(v, (dict, list))}, dtype=object)})
     table = Table(title=title or None, title_justify='left', title_style='bold' if sys.stdout.isatty() else '', box=box.SIMPLE)
-    for c in ['', *frame.columns]: table.add_column(str(c), justify='left' if c == '' else 'right', no_wrap=True)
+    for c in ['', *frame.columns]: table.add_column(str(c), justify='left' if c == '' else 'right', no_wrap=c == '' or frame[c].dtype != object, overflow='fold')
     for i,r in zip(frame.index, frame.itertuples(index=False)): table.add_row(str(i), *(f'{v:.4g}' if isinstance(v, float) else str(v) for v in r))
     live = sys.stdout.isatty()
     Console(force_jupyter=False, force_terminal=live, no_color=not live, width=None if live else 150).print(table)
@@ -149,6 +150,7 @@ def main():
     "Entry point. Exit codes: 0; 2 bad input, in one sentence; 1 what is wrong with machine, files or another process; 130 and 143 interrupted, to be continued by the same command."
     try:
         code = app(standalone_mode=False) or 0
+        if code == 130: print('interrupted', file=sys.stderr) # typer has taken the exception
         _part_company(); sys.exit(code)
     except KeyboardInterrupt: print('interrupted', file=sys.stderr); sys.exit(130)
     except MemoryError: print('error: out of memory. Use a smaller --batch-size or --size.', file=sys.stderr); sys.exit(1)
@@ -202,7 +204,7 @@ def study(
     if data['claims']: show(pd.DataFrame(data['claims'])[['claim', 'measured', 'mean', 'low', 'high', 'verdict']].round(2).set_index('claim'), title='claims')
     print(f'data: {ex.result_file(name, out, seeds, scale, seed)}')
 
-# %% ../nbs/21_cli.ipynb #1c218870
+# %% ../nbs/21_cli.ipynb #6134f871
 @app.command()
 def alpha(
     backbone:Annotated[str, typer.Argument(help="'shapes-rn', or open_clip's name of a tower.")]='shapes-rn',
@@ -223,7 +225,7 @@ def alpha(
     if mask: SparseMask.load(mask).apply(clip).remove()
     table = analyze(clip, xmin=_number(xmin), conv=conv)
     chosen = table.select(freeze=freeze, by=by, seed=seed)
-    keep_settings(out)
+    keep_settings(out, ended=True)
     frame = table.to_frame()
     frame.insert(0, 'frozen', ['yes' if n in set(chosen.freeze) else '' for n in frame.index])
     if out:
@@ -233,7 +235,7 @@ def alpha(
         with atomic_path(Path(out)/'alpha.png') as p: table.plot_alpha(selection=chosen).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'xmin', 'D', 'n_tail', 'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
 
-# %% ../nbs/21_cli.ipynb #8d7d61e6
+# %% ../nbs/21_cli.ipynb #29d5b59e
 @app.command()
 def prune(
     out:Annotated[str, typer.Option(help="The mask file to write (.safetensors).")],
@@ -266,10 +268,10 @@ def prune(
         if weights: save_tensors(clip.visual.state_dict(), weights)
         show(history, as_json, 'Algorithm 1')
     else: mask = SparseMask.magnitude(clip, density) if method == 'magnitude' else SparseMask.random(clip, density, seed=seed)
-    if first_process(): mask.save(out); keep_settings(run_dir if method == 'imp' else None, tell=False)
+    if first_process(): mask.save(out); keep_settings(run_dir if method == 'imp' else None, tell=False, ended=True)
     if not as_json: show(mask.table(), title=f'{out}: density {mask.density:.4f}')
 
-# %% ../nbs/21_cli.ipynb #f3fe6847
+# %% ../nbs/21_cli.ipynb #fe83135c
 Iterations = Annotated[Optional[int], typer.Option(help="Iterations; milestones move along.")]
 BatchSize = Annotated[Optional[int], typer.Option(help="Images an iteration, over all processes.")]
 LR = Annotated[Optional[float], typer.Option(help="Learning rate.")]
@@ -314,13 +316,13 @@ def _report(seg, data, result, size, mask=None, selection=None, out=None, as_jso
     from opentrans.core import save_json
     from opentrans.cost import cost
     c = cost(seg, (3, size, size), mask=mask)
-    result = dict(result, params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs, input=size)
+    result = dict(result, params=c.params, active_params=round(c.active_params), macs=c.macs, active_macs=round(c.active_macs), input=size)
     if mask is not None: result['density'] = mask.density
     if selection is not None: result.update(rule=selection.rule, frozen=selection.freeze)
     if out and first_process(): save_json(result, Path(out)/'result.json')
     show(result, as_json, title)
 
-# %% ../nbs/21_cli.ipynb #a52ae451
+# %% ../nbs/21_cli.ipynb #eb447f1a
 @app.command()
 def transfer(
     mask:Annotated[str, typer.Argument(help="Mask file.")],
@@ -334,7 +336,7 @@ def transfer(
     freeze:Annotated[float, typer.Option(help="Share of the layers to freeze after the warm-up; 0 freezes none.")]=.5,
     by:Annotated[str, typer.Option(help="alpha, alpha*, or random.")]='alpha', xmin:Annotated[str, typer.Option(help="Where the tail begins: ks, median, peak, paper, or a number.")]='ks',
     checkpoint_every:Every=500, print_every:Print=50, tensorboard:Board=False,
-    limit:Annotated[Optional[int], typer.Option(help="Evaluate on so many images only.")]=None, size:Annotated[Optional[int], typer.Option(help="Side of the input that cost is counted for.")]=None,
+    limit:Annotated[Optional[int], typer.Option(min=1, help="Evaluate on so many images only.")]=None, size:Annotated[Optional[int], typer.Option(min=16, help="Side of the input that cost is counted for.")]=None,
     device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
 ):
     "Put a mask on a checkpoint, or carry it to a framework: warm up, choose layers by alpha, fine-tune, evaluate (Fig. 4, in one run)."
@@ -353,6 +355,7 @@ def transfer(
         selection = analyze(seg.backbone, xmin=_number(xmin)).select(freeze=freeze, by=by, seed=seed) if freeze else None
         finetune(seg, train, r, selection=selection, checkpoint_dir=sub('finetune'), **told)
         result = evaluate(seg, test, limit=limit)
+    keep_settings(out, tell=False, ended=True, recipe=r.to_dict())
     _report(seg, test, result, size or clip.image_size, m, selection, out, as_json, f'{framework} on {backbone}, mask of density {m.density:.3f}')
 
 def _transfer_file(m, model, out, as_json):
@@ -362,7 +365,7 @@ def _transfer_file(m, model, out, as_json):
     transfer_checkpoint(m, model, out)
     show(dict(file=out, layers=len(m), density=m.density, zeros=m.total-m.kept), as_json, 'sparse checkpoint')
 
-# %% ../nbs/21_cli.ipynb #c39829de
+# %% ../nbs/21_cli.ipynb #128977a5
 @app.command()
 def finetune(
     out:Annotated[str, typer.Option(help="Folder of the run: checkpoints and weights; the same command continues it.")],
@@ -370,7 +373,7 @@ def finetune(
     data:Data='shapesworld', root:Root=None, classes:Classes=None, ignore:Ignore=None, split:Split='train', corrupt:Corrupt='raise', panoptic:WithInstances=False,
     mask:Annotated[Optional[str], typer.Option(help="Mask file to keep in force.")]=None, selection:Annotated[Optional[str], typer.Option(help="Layer selection (JSON) that `opentrans alpha --out` wrote.")]=None,
     recipe:RecipeName='tiny', iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None, precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None,
-    set_:Settings=None, eval_every:Annotated[int, typer.Option(help="Evaluate every so many iterations, and keep the best weights in OUT/run/best.safetensors; 0 does not.")]=0,
+    set_:Settings=None, eval_every:Annotated[int, typer.Option(min=0, help="Evaluate every so many iterations, and keep the best weights in OUT/run/best.safetensors; 0 does not.")]=0,
     eval_split:Annotated[str, typer.Option(help="Split to evaluate on.")]='val', checkpoint_every:Every=500, print_every:Print=50, tensorboard:Board=False,
     device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
 ):
@@ -387,6 +390,7 @@ def finetune(
     if first_process():
         save_tensors(seg.state_dict(), Path(out)/'model.safetensors')
         save_json(dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=output_stride, classes=list(train.vocabulary.names), data=data, recipe=r.to_dict(), mask=mask, selection=selection), Path(out)/'model.json')
+    keep_settings(out, tell=False, ended=True, recipe=r.to_dict())
     show(dict(iterations=len(history), first_loss=float(history.loss.iloc[0]), last_loss=float(history.loss.iloc[-1]), **(dict(best_miou=float(history.miou.max())) if 'miou' in history else {}),
               model=str(Path(out)/'model.safetensors')), as_json, 'fine-tuned')
 
@@ -408,7 +412,7 @@ def open_trained(
     load_framework(seg, Path(folder)/'model.safetensors')
     return seg,clip,told['framework']
 
-# %% ../nbs/21_cli.ipynb #5aaee3a6
+# %% ../nbs/21_cli.ipynb #9c4aabb8
 @app.command()
 def evaluate(
     framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None, output_stride:Stride=16,
@@ -416,10 +420,10 @@ def evaluate(
     mask:Annotated[Optional[str], typer.Option(help="Mask file to put on.")]=None,
     data:Data='shapesworld', root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
     kind:Annotated[str, typer.Option(help="semantic (mIoU), or panoptic (PQ, too).")]='semantic',
-    short_side:Annotated[Optional[int], typer.Option(help="Resize images to this short side before they are seen.")]=None,
+    short_side:Annotated[Optional[int], typer.Option(min=16, help="Resize images to this short side before they are seen.")]=None,
     scales:Annotated[Optional[str], typer.Option(help="Look at several sizes, e.g. 0.5,1,1.5, and average.")]=None, flip:Annotated[bool, typer.Option(help="Look at the mirror image, too.")]=False,
-    window:Annotated[Optional[int], typer.Option(help="See large images through square windows of this side.")]=None,
-    limit:Annotated[Optional[int], typer.Option(help="So many images only.")]=None, batch_size:Annotated[int, typer.Option(help="Images at a time.")]=8,
+    window:Annotated[Optional[int], typer.Option(min=16, help="See large images through square windows of this side.")]=None,
+    limit:Annotated[Optional[int], typer.Option(min=1, help="So many images only.")]=None, batch_size:Annotated[int, typer.Option(min=1, help="Images at a time.")]=8,
     out:Annotated[Optional[str], typer.Option(help="Folder for result.json.")]=None, device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
 ):
     "Mean IoU, or panoptic quality, of a framework on a data set, with any class names."
@@ -429,7 +433,7 @@ def evaluate(
     m,test = SparseMask.load(mask) if mask else None,open_data(data, root, split, classes, ignore, corrupt, kind == 'panoptic' and data in ('ade20k_150', 'cityscapes_19'))
     if model: seg,clip,framework = open_trained(model, test.vocabulary, device)
     else: clip = open_clip_backbone(backbone, pretrained, output_stride, device); seg = _build(framework, clip, test.vocabulary, preset, seed)
-    keep_settings(out)
+    keep_settings(out, ended=True)
     if not model and first_process(): print(f"note: without --model the head of {framework} is untrained (seed {seed})", file=sys.stderr)
     if m is not None: m.apply(seg.backbone).remove()
     result = run(seg, test, batch_size=batch_size, limit=limit, kind=kind, **{k: v for k,v in looks.items() if v is not None})
@@ -479,7 +483,7 @@ def compare(
         with atomic_path(Path(out)/'runs.png') as p: plot_runs(frame).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame, as_json, 'runs')
 
-# %% ../nbs/21_cli.ipynb #537d4593
+# %% ../nbs/21_cli.ipynb #58cf3d40
 @app.command('cka')
 def cka_command(
     a:Annotated[str, typer.Argument(help="First backbone.")]='shapes-rn', b:Annotated[Optional[str], typer.Argument(help="Second backbone. Default: the first with --mask.")]=None,
@@ -520,10 +524,11 @@ def cost_command(
     except ValueError as e: raise _bad(f"--size {size}: write height x width, e.g. 800x1216.") from e
     m,model = SparseMask.load(mask) if mask else None,open_clip_backbone(backbone, pretrained, output_stride, 'cpu')
     if framework: model = _build(framework, model, ['thing'], preset, 0)
+    if m is not None: m.weights(model) # is it of this backbone?
     c = cost(model, (3, h, w), mask=m, convention=convention)
-    show(c.by_layer if layers else dict(params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs, convention=convention, input=size), as_json, backbone + (f' in {framework}' if framework else ''))
+    show(c.by_layer if layers else dict(params=c.params, active_params=round(c.active_params), macs=c.macs, active_macs=round(c.active_macs), convention=convention, input=size), as_json, backbone + (f' in {framework}' if framework else ''))
 
-# %% ../nbs/21_cli.ipynb #88a2e66e
+# %% ../nbs/21_cli.ipynb #12503939
 data_app = typer.Typer(no_args_is_help=True, help="Data sets: list them, check one, write generated scenes to disk.")
 app.add_typer(data_app, name='data')
 
@@ -535,7 +540,7 @@ def data_list(as_json:Quiet=False, config:Config=None):
 
 @data_app.command('check')
 def data_check(name:Annotated[str, typer.Argument(help="Data set.")], root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, panoptic:WithInstances=False,
-               limit:Annotated[int, typer.Option(help="Read at most so many images, evenly spread; 0 reads all.")]=200, as_json:Quiet=False, config:Config=None):
+               limit:Annotated[int, typer.Option(min=0, help="Read at most so many images, evenly spread; 0 reads all.")]=200, as_json:Quiet=False, config:Config=None):
     "What is there: number of images, classes, sizes. A missing part is named with how to get it (exit code 2); files that cannot be read are listed (exit code 1)."
     d = open_data(name, root, split, classes, ignore, panoptic=panoptic)
     read = d.check(limit or None) if hasattr(d, 'check') else None
@@ -548,7 +553,7 @@ def data_check(name:Annotated[str, typer.Argument(help="Data set.")], root:Root=
 
 @data_app.command('shapes')
 def data_shapes(out:Annotated[str, typer.Option(help="Folder to write.")], split:Split='val', domain:Annotated[str, typer.Option(help="home, night, crowd or sketch.")]='home',
-                n:Annotated[int, typer.Option(help="Scenes.")]=64, size:Annotated[int, typer.Option(help="Side in pixels.")]=80, seed:Seed=0, config:Config=None):
+                n:Annotated[int, typer.Option(min=1, help="Scenes.")]=64, size:Annotated[int, typer.Option(min=16, help="Side in pixels.")]=80, seed:Seed=0, config:Config=None):
     "Write ShapesWorld scenes in COCO-panoptic format."
     from opentrans.data import ShapesWorld, write_coco_panoptic
     d = ShapesWorld(split, domain, n=n, size=size, seed=seed)

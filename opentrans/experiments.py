@@ -11,8 +11,8 @@ __all__ = ['SCALES', 'MASKS', 'ARMS', 'OTHERS', 'FRAMEWORK_ARMS', 'PICTURES', 'N
            'alpha_course', 'courses', 'pictures', 'unpack_pictures', 'result_file', 'run_study', 'all_claims',
            'claims_table', 'plot_density', 'paper_costs']
 
-# %% ../nbs/20_experiments.ipynb #ddf21ff6
-import base64, contextlib, dataclasses, functools, hashlib, html, json, math, os, platform, shutil, time, zlib
+# %% ../nbs/20_experiments.ipynb #47631ed2
+import base64, contextlib, dataclasses, functools, hashlib, html, json, math, os, platform, shutil, signal, time, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
@@ -417,8 +417,8 @@ def _measured(arm, scale, seed, folder, keep, run):
     save_json(res, done)
     return res
 
-# %% ../nbs/20_experiments.ipynb #f0b28bc2
-def _quiet(): torch.set_num_threads(1); os.environ['OPENTRANS_PROGRESS'] = '0'
+# %% ../nbs/20_experiments.ipynb #dce14d81
+def _quiet(): torch.set_num_threads(1); os.environ['OPENTRANS_PROGRESS'] = '0'; signal.signal(signal.SIGINT, signal.SIG_IGN) # the parent is asked to stop, and tells its workers
 
 def _workers(scale): return min(2, os.cpu_count() or 1) if scale.device == 'cpu' else 1
 

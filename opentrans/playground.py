@@ -24,7 +24,7 @@ def parse_names(
     if not names: raise OpenTransError("There are no class names. Type some, with commas between them: sky, road, a red car.")
     return Vocabulary(names)
 
-# %% ../nbs/23_playground.ipynb #10e17df9
+# %% ../nbs/23_playground.ipynb #5de6b241
 def to_image(
     source, # Path, bytes, PIL image, (H,W,3) array, (3,H,W) tensor in [0,1], or a sample of a data set
     max_side:int=768, # Longer images are made smaller
@@ -39,10 +39,14 @@ def to_image(
         if isinstance(source, np.ndarray): im = Image.fromarray(source if source.dtype == np.uint8 else (np.clip(source, 0, 1)*255).round().astype(np.uint8))
         elif isinstance(source, (bytes, memoryview, bytearray)): im = Image.open(io.BytesIO(bytes(source)))
         else: im = source if isinstance(source, Image.Image) else Image.open(Path(source))
-        im = ImageOps.exif_transpose(im).convert('RGB')
+        im = ImageOps.exif_transpose(im)
+        if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im)/257).round().astype(np.uint8))              # 16 bits
+        if 'A' in im.mode or 'transparency' in im.info: im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
+        im = im.convert('RGB')
     except FileNotFoundError as e: raise OpenTransError(f"No image '{source}'. Give the path of an image file.") from e
     except (OSError, ValueError, TypeError, SyntaxError) as e: raise OpenTransError(f"This is not an image that can be read ({e}). Give a JPEG, PNG or WebP file.") from e
     if max(im.size) > max_side: im = ImageOps.contain(im, (max_side, max_side))
+    if min(im.size) < 16: raise OpenTransError(f"The image is {im.width} x {im.height} pixels{f' at a longer side of {max_side}' if max(im.size) == max_side else ''}: at least 16 are needed on each side.")
     return torch.from_numpy(np.array(im)).permute(2, 0, 1).float()/255
 
 # %% ../nbs/23_playground.ipynb #89210667
@@ -75,7 +79,7 @@ def overlay(
     ax.legend(handles=[Patch(color=colours[k], label=f"{names[k]}  {share[k]:.0%}" if share[k] >= .005 else f'{names[k]}  < 1%') for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/23_playground.ipynb #75123d5a
+# %% ../nbs/23_playground.ipynb #225e9252
 class _Playground:
     "State and wiring of `playground`."
     def __init__(self, framework, samples, text, w):
@@ -99,7 +103,8 @@ class _Playground:
             name = f.get('name') or f.get('metadata', {}).get('name', 'upload')
             try: self.samples[name] = to_image(f['content'])
             except OpenTransError as e: self.say(str(e), 'c8442e'); continue
-            self.source.options = list(self.samples); self.source.value = name
+            if name in self.source.options and self.source.value == name: self.ask() # another picture under the same name
+            else: self.source.options = list(self.samples); self.source.value = name
 
     def say(self, text, colour='555'):
         import html

@@ -296,9 +296,17 @@ def test_a_study(tmp_path):
     made = {p: p.stat().st_mtime for p in (tmp_path/'.runs').rglob('arm-*.json')}
     assert len(made) == 8 and max(made.values()) < start                          # the second call has only read them
 
+def test_numbers_that_make_no_sense(mask):
+    "Refused before anything is loaded; a mask of another backbone before anything is counted."
+    for bad in (('evaluate', '--limit', -1), ('evaluate', '--batch-size', 0), ('evaluate', '--window', -8), ('data', 'shapes', '--out', 'x', '--seed', -1), ('study', 'ratio', '--workers', -2)):
+        r = opentrans(*bad); assert r.returncode == 2 and 'Traceback' not in r.stderr, (bad, r.stderr[-300:])
+    fails('cost', 'RN50', '--mask', mask)
+
 def test_segment_an_own_image(tmp_path):
     "From a trained model to a picture of one image; bad input leaves nothing behind."
     for a in (('data', 'shapes', '--out', tmp_path/'scenes', '--n', 1), ('finetune', '--iterations', 2, '--batch-size', 2, '--out', tmp_path/'run')): assert opentrans(*a).returncode == 0
+    fails('finetune', '--iterations', 3, '--batch-size', 2, '--out', tmp_path/'run') # another course than the one that lies there
+    assert json.loads((tmp_path/'run'/'settings.json').read_text())['iterations'] == 2
     photo = next((tmp_path/'scenes'/'coco'/'val2017').iterdir())
     r = opentrans('segment', photo, 'grass, water | sea', '--model', tmp_path/'run', '--out', tmp_path/'new'/'seen.jpg', '--json')
     assert r.returncode == 0 and set(json.loads(r.stdout)) == {'grass', 'water'} and Image.open(tmp_path/'new'/'seen.jpg').format == 'JPEG'
