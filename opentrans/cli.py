@@ -412,7 +412,7 @@ def open_trained(
     load_framework(seg, Path(folder)/'model.safetensors')
     return seg,clip,told['framework']
 
-# %% ../nbs/21_cli.ipynb #9c4aabb8
+# %% ../nbs/21_cli.ipynb #b887113d
 @app.command()
 def evaluate(
     framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None, output_stride:Stride=16,
@@ -440,9 +440,11 @@ def evaluate(
     _report(seg, test, dict(result, head='trained' if model else 'untrained'), clip.image_size, m, None, out, as_json, f'{framework} on {data}')
 
 def _numbers(flag, text):
-    "Numbers of a comma list."
-    try: return [float(v) for v in text.split(',')]
+    "Numbers above 0 of a comma list."
+    try: found = [float(v) for v in text.split(',')]
     except ValueError as e: raise _bad(f"--{flag} {text}: write numbers, e.g. 0.5,1,1.5.") from e
+    if not all(0 < v < float('inf') for v in found): raise _bad(f"--{flag} {text}: each must be above 0, e.g. 0.5,1,1.5.")
+    return found
 
 # %% ../nbs/21_cli.ipynb #7c57239f
 @app.command()
@@ -483,13 +485,13 @@ def compare(
         with atomic_path(Path(out)/'runs.png') as p: plot_runs(frame).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame, as_json, 'runs')
 
-# %% ../nbs/21_cli.ipynb #58cf3d40
+# %% ../nbs/21_cli.ipynb #98005db1
 @app.command('cka')
 def cka_command(
     a:Annotated[str, typer.Argument(help="First backbone.")]='shapes-rn', b:Annotated[Optional[str], typer.Argument(help="Second backbone. Default: the first with --mask.")]=None,
     pretrained_a:Pretrained=None, pretrained_b:Pretrained=None, mask:Annotated[Optional[str], typer.Option(help="Mask file to put on the second.")]=None,
     data:Data='shapesworld', root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, images:Annotated[int, typer.Option(help="Images to compare on.")]=64,
-    size:Annotated[Optional[int], typer.Option(help="Images are resized to this side. Default: the first backbone's own.")]=None,
+    size:Annotated[Optional[int], typer.Option(min=16, help="Images are resized to this side. Default: the first backbone's own.")]=None,
     out:Annotated[Optional[str], typer.Option(help="Folder for cka.csv and cka.png.")]=None, device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
 ):
     "Similarity of two towers, stage by stage: unbiased linear CKA."

@@ -300,6 +300,8 @@ def test_numbers_that_make_no_sense(mask):
     "Refused before anything is loaded; a mask of another backbone before anything is counted."
     for bad in (('evaluate', '--limit', -1), ('evaluate', '--batch-size', 0), ('evaluate', '--window', -8), ('data', 'shapes', '--out', 'x', '--seed', -1), ('study', 'ratio', '--workers', -2)):
         r = opentrans(*bad); assert r.returncode == 2 and 'Traceback' not in r.stderr, (bad, r.stderr[-300:])
+    assert 'above 0' in fails('evaluate', '--scales', '0,1')
+    assert opentrans('cka', '--size', 3).returncode == 2
     fails('cost', 'RN50', '--mask', mask)
 
 def test_segment_an_own_image(tmp_path):
