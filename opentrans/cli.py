@@ -446,7 +446,7 @@ def _numbers(flag, text):
     if not all(0 < v < float('inf') for v in found): raise _bad(f"--{flag} {text}: each must be above 0, e.g. 0.5,1,1.5.")
     return found
 
-# %% ../nbs/21_cli.ipynb #7c57239f
+# %% ../nbs/21_cli.ipynb #4f528873
 @app.command()
 def segment(
     image:Annotated[str, typer.Argument(help="A photograph: JPEG, PNG or WebP.")],
@@ -462,7 +462,7 @@ def segment(
     vocabulary,x = parse_names(names),to_image(image, max_side)
     if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'): raise _bad(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
     seg = open_trained(model, vocabulary, device)[0] if model else open_clip_backbone(backbone, pretrained, output_stride, device)
-    x,labels,found = look(seg, x, vocabulary)
+    x,labels,found = look(seg, x, vocabulary, max_side)
     import matplotlib; matplotlib.use('Agg')
     with atomic_path(Path(out)) as p: overlay(x, labels, found).figure.savefig(p, dpi=120, bbox_inches='tight', format=Path(out).suffix[1:].lower())
     share = {n: (labels == k).float().mean().item() for k,n in enumerate(found)}
@@ -485,7 +485,7 @@ def compare(
         with atomic_path(Path(out)/'runs.png') as p: plot_runs(frame).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame, as_json, 'runs')
 
-# %% ../nbs/21_cli.ipynb #98005db1
+# %% ../nbs/21_cli.ipynb #ebc6b833
 @app.command('cka')
 def cka_command(
     a:Annotated[str, typer.Argument(help="First backbone.")]='shapes-rn', b:Annotated[Optional[str], typer.Argument(help="Second backbone. Default: the first with --mask.")]=None,
@@ -526,7 +526,6 @@ def cost_command(
     except ValueError as e: raise _bad(f"--size {size}: write height x width, e.g. 800x1216.") from e
     m,model = SparseMask.load(mask) if mask else None,open_clip_backbone(backbone, pretrained, output_stride, 'cpu')
     if framework: model = _build(framework, model, ['thing'], preset, 0)
-    if m is not None: m.weights(model) # is it of this backbone?
     c = cost(model, (3, h, w), mask=m, convention=convention)
     show(c.by_layer if layers else dict(params=c.params, active_params=round(c.active_params), macs=c.macs, active_macs=round(c.active_macs), convention=convention, input=size), as_json, backbone + (f' in {framework}' if framework else ''))
 

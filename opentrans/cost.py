@@ -373,7 +373,7 @@ def _one_pass(model, size, convention, args, forward, dry):
         with _hooked(model, counter, table), composite, counter: (forward or model)(*inputs)
     return counter,table
 
-# %% ../nbs/04_cost.ipynb #507fa863
+# %% ../nbs/04_cost.ipynb #c9cbfabd
 def cost(
     model:nn.Module, # A tower, a backbone, a framework, or any other model
     input_size, # (C,H,W), or with the batch (B,C,H,W)
@@ -388,6 +388,7 @@ def cost(
     size = tuple(input_size)
     if not size or not all(isinstance(n, (int, np.integer)) and n > 0 for n in size): raise OpenTransError(f"input_size must be (C,H,W) or (B,C,H,W), not {input_size!r}.")
     size,model = (1, *size) if len(size) == 3 else size,unwrap(model)
+    if hasattr(mask, 'weights'): mask.weights(model) # a mask of another backbone may have the same names: it is refused
     try: counter,table = _one_pass(model, size, convention, args, forward, dry)
     except Exception as e:
         if not dry or not _needs_values(e): raise OpenTransError(f"The model cannot be run on an input of size {size}: {e}. Give its other inputs as args=, or forward=.") from e

@@ -11,8 +11,8 @@ __all__ = ['SCALES', 'MASKS', 'ARMS', 'OTHERS', 'FRAMEWORK_ARMS', 'PICTURES', 'N
            'alpha_course', 'courses', 'pictures', 'unpack_pictures', 'result_file', 'run_study', 'all_claims',
            'claims_table', 'plot_density', 'paper_costs']
 
-# %% ../nbs/20_experiments.ipynb #47631ed2
-import base64, contextlib, dataclasses, functools, hashlib, html, json, math, os, platform, shutil, signal, time, zlib
+# %% ../nbs/20_experiments.ipynb #99170a06
+import base64, contextlib, dataclasses, functools, hashlib, html, json, math, os, platform, shutil, signal, threading, time, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
@@ -364,16 +364,18 @@ def clip_similarity(
     same = lambda names: float(np.mean([table.loc[k, k] for k in names])) if names else math.nan
     return dict(cka=same(stages), cka_layers=same(convs), cka_channels=float(paper_cka(clip, seg.backbone, [batch(range(min(8, n)))], stages).mean()) if 'resblocks' not in stages[0] else math.nan) # a ViT has tokens, no maps
 
-# %% ../nbs/20_experiments.ipynb #d162365f
+# %% ../nbs/20_experiments.ipynb #60a1cb7f
 def _predictions(seg, data, n):
     "What a framework makes of the first images of a data set, or of the first alone where they differ in size: (N,H,W) classes, as small as they can be kept."
     images = [data[i]['image'] for i in range(min(n, len(data)))]
     if len({x.shape for x in images}) > 1: images = images[:1]
     return seg.predict(torch.stack(images).to(device_of(seg)), data.vocabulary).cpu().to(torch.uint8 if len(data.vocabulary) < 256 else torch.int32)
 
+def _files(folder, arm, scale): return (_result(folder, arm, scale, *w) for w in ((), ('tower', 'safetensors'), ('alpha',))) # of an arm: its result, its tower and its alphas
+
 def _known(arm, scale, folder, keep=False):
     "The result of an arm, if all that is asked of it was measured and kept."
-    done,tower,alphas = (_result(folder, arm, scale, *w) for w in ((), ('tower', 'safetensors'), ('alpha',)))
+    done,tower,alphas = _files(folder, arm, scale)
     if not done.exists() or keep and not tower.exists() or 'layers' in arm.table.split() and not alphas.exists(): return None
     res = load_json(done)
     return None if 'masks' in arm.table.split() and not res.get('every', res['cka_layers'] is not None) else dict(res, arm=arm.name) # older results do not say it; a NaN is written as null
@@ -391,7 +393,7 @@ def run_arm(
 
 def _measured(arm, scale, seed, folder, keep, run):
     "Fine-tune an arm, measure all that its tables show, and write it."
-    done,tower,alphas = (_result(folder, arm, scale, *w) for w in ((), ('tower', 'safetensors'), ('alpha',)))
+    done,tower,alphas = _files(folder, arm, scale)
     every,layered = (t in arm.table.split() for t in ('masks', 'layers'))
     world,(seg,mask),began = open_world(scale, seed),open_warm(arm, scale, seed, folder),time.process_time()
     first,steps = scale.steps(arm.framework)
@@ -417,8 +419,17 @@ def _measured(arm, scale, seed, folder, keep, run):
     save_json(res, done)
     return res
 
-# %% ../nbs/20_experiments.ipynb #dce14d81
-def _quiet(): torch.set_num_threads(1); os.environ['OPENTRANS_PROGRESS'] = '0'; signal.signal(signal.SIGINT, signal.SIG_IGN) # the parent is asked to stop, and tells its workers
+# %% ../nbs/20_experiments.ipynb #f74b8149
+def _quiet(): torch.set_num_threads(1); os.environ['OPENTRANS_PROGRESS'] = '0'; signal.signal(signal.SIGINT, signal.SIG_IGN) # the parent hears Ctrl-C, and ends its workers
+
+@contextlib.contextmanager
+def _deaf():
+    "Processes that start here do not hear Ctrl-C even before `_quiet`."
+    main = threading.current_thread() is threading.main_thread() # no other may set a handler
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    try: yield
+    finally:
+        if main: signal.signal(signal.SIGINT, old)
 
 def _workers(scale): return min(2, os.cpu_count() or 1) if scale.device == 'cpu' else 1
 
@@ -436,20 +447,27 @@ def run_jobs(
             n = ready()[0]; _,f,args = left.pop(n); res[n] = f(*args); next(tick)
     else:
         with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _quiet) as pool:
-            running = {}
+            running,others = {},{*multiprocessing.active_children()}
             try:
                 while left or running:
-                    for n in ready(): _,f,args = left.pop(n); running[pool.submit(f, *args)] = n
+                    with _deaf():
+                        for n in ready(): _,f,args = left.pop(n); running[pool.submit(f, *args)] = n
                     f = next(as_completed(running)); res[running.pop(f)] = f.result(); next(tick)
-            except BaseException: pool.shutdown(cancel_futures=True); raise
+            except BaseException as e:
+                if isinstance(e, KeyboardInterrupt):
+                    for p in {*multiprocessing.active_children()} - others: p.terminate() # a checkpoint is written where one is asked for
+                pool.shutdown(cancel_futures=True); raise
     next(tick, None)
     return res
 
-# %% ../nbs/20_experiments.ipynb #3d7f4537
+# %% ../nbs/20_experiments.ipynb #64ce24de
+@functools.lru_cache(maxsize=8)
+def _digest(file, size, modified): return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] # a large file is read once, not for each seed
+
 def _weights_of(scale):
     "The weights of a scale's CLIP: a tag as it is, a file by its name and content."
     file = Path(scale.pretrained)
-    return f'{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}' if scale.pretrained and file.is_file() else scale.pretrained
+    return f'{file.name} {_digest(file, (s := file.stat()).st_size, s.st_mtime_ns)}' if scale.pretrained and file.is_file() else scale.pretrained
 
 def _identity(scale, seed):
     "What runs depend on besides their own settings, as JSON gives it back."
@@ -497,7 +515,9 @@ def study(
     res = run_jobs(jobs, workers, f"seed {', '.join(map(str, where))}")
     return [dict(res[n, 'arm', a.key(scale)], arm=a.name) for n in where for a in arms]
 
-# %% ../nbs/20_experiments.ipynb #7efc8c3e
+# %% ../nbs/20_experiments.ipynb #431efa63
+def _groups(frame): return [k for k in ('base', 'novel') if f'miou_{k}' in frame]
+
 def sets_of(frame)->list: # Names: base and novel classes, and each other data set
     "What mIoU was taken over."
     return [c[5:] for c in frame if c.startswith('miou_') and c != 'miou_domains']
@@ -575,7 +595,7 @@ def claims(
     rows = [dict(claim=c, where=w, measured=m, arm=a, against=b, **difference(frame, a, b, m)) for c,w,a,b,ms in which if {*a.split(' − '), *b.split(' − ')} <= there for m in ms if m in frame or f'miou_{m}' in frame]
     return pd.DataFrame([r for r in rows if r['n']], columns=list(rows[0]) if rows else None)
 
-# %% ../nbs/20_experiments.ipynb #eb67f78f
+# %% ../nbs/20_experiments.ipynb #5cc69eb0
 def _colour(name):
     "Each arm has one colour in all figures."
     names,name = [a.name for a in ARMS],name.split(': ')[-1]
@@ -603,11 +623,11 @@ def plot_cost(
     "mIoU on base classes (full) and novel ones (hollow) against a cost (the shape of Fig. 1)."
     ax = axes(ax, figsize=(4.5, 3.4)); unit,name = dict(active_params=(1e6, 'parameters that remain (M)'), active_macs=(1e6, 'MACs that remain (M)'), train_flops=(1e12, 'training FLOPs (T)'))[what]
     for a,f in frame.groupby('arm', observed=True):
-        for k in [k for k in ('base', 'novel') if f'miou_{k}' in f]: ax.plot(f[what].mean()/unit, f[f'miou_{k}'].mean(), 'o', mec=_colour(a), mfc=_colour(a) if k == 'base' else 'none', label=a if k == 'base' else None)
+        for k in _groups(f): ax.plot(f[what].mean()/unit, f[f'miou_{k}'].mean(), 'o', mec=_colour(a), mfc=_colour(a) if k == 'base' else 'none', label=a if k == 'base' else None)
     ax.set_xlabel(name); ax.set_ylabel('mIoU (%)')
     return ax
 
-# %% ../nbs/20_experiments.ipynb #f26f8e21
+# %% ../nbs/20_experiments.ipynb #44289f88
 def plot_frameworks(
     frame:pd.DataFrame, # As `results_frame` gives it
     arms, # Dense, distilled and random of each framework
@@ -616,7 +636,7 @@ def plot_frameworks(
     "mIoU on base and novel classes of the same masks in each framework: bars are means, dots are seeds."
     axs = axes(axs, ncols=2, figsize=(12, 3.2))
     names = list(dict.fromkeys(frame.framework[frame.arm.isin([a.name for a in arms])])); kinds = list(dict.fromkeys(a.name.split(': ')[-1] for a in arms))
-    for ax,what in zip(np.ravel(axs), [k for k in ('base', 'novel') if f'miou_{k}' in frame]):
+    for ax,what in zip(np.ravel(axs), _groups(frame)):
         for j,kind in enumerate(kinds):
             for i,n in enumerate(names):
                 y = frame[(frame.framework == n) & frame.arm.isin([a.name for a in arms if a.name.split(': ')[-1] == kind])][f'miou_{what}']
@@ -842,9 +862,9 @@ def unpack_pictures(
     read = lambda p: torch.from_numpy(np.frombuffer(zlib.decompress(base64.b64decode(p['data'])), p.get('dtype', 'uint8')).reshape(p['shape']).copy())
     return {a: {d: read(p) for d,p in sets.items()} for a,sets in more['arms'].items()}
 
-# %% ../nbs/20_experiments.ipynb #f54f59c6
+# %% ../nbs/20_experiments.ipynb #6d4cc4b8
 def _with(found, name, **kw): return Arm(name, 'distilled', found=tuple(found.items()), table='study', **kw)
-_T7 = {(p, t): _with(dict(p=p, iters=t), f"p={p}, {n}") for p,t,n in ((.1, 1., 't'), (.1, 1/3, 't/3'), (.1, .1, 't/10'), (.3, 1., 't'), (.3, 3., '3t'))}
+_T7 = tuple(_with(dict(p=p, iters=t), f"p={p}, {n}") for p,t,n in ((.1, 1., 't'), (.1, 1/3, 't/3'), (.1, .1, 't/10'), (.3, 1., 't'), (.3, 3., '3t')))
 _D,_FEW = (.02, .05, .1, .2, .5),(.02, .1, .5) # densities; other frameworks than the first get a few
 _HALF = Arm('freeze small alpha', select='alpha', table='layers')
 _BOTH = Arm('distilled mask, freeze small alpha', 'distilled', select='alpha', table='masks layers')
@@ -864,14 +884,14 @@ def _tower(kind, name): # a feature pyramid, since the last map of these towers 
                  ((f'On {name}, a mask found by distillation alone is better than a random one', 'beyond', 'distilled mask', 'random', _ALL), (f'On {name}, to freeze the half with small alpha is better than to freeze the half with large alpha', 'beyond', 'freeze small alpha', 'freeze large alpha (alpha*)', _ALL)),
                  (('backbone', f'shapes-{kind}'), ('framework', 'fpn'), ('output_stride', 32)))
 
-# %% ../nbs/20_experiments.ipynb #2622320f
+# %% ../nbs/20_experiments.ipynb #457860fe
 STUDIES = dict(
     frameworks=Study('Tab. 1', 'Does one mask serve every framework?', (*(a for a in ARMS if 'frameworks' in a.table), *FRAMEWORK_ARMS, *_in('fpn')), tuple(c for c in CLAIMS if c[1] == 'Tab. 1'), (('query_iterations', 160),)),
     masks=Study('Tab. 1', 'Is the distilled mask better than the honest alternatives?', tuple(a for a in ARMS if 'masks' in a.table), tuple(c for c in CLAIMS if c[1] in ('Tab. 1', 'Tab. 9', 'Sec. 3.2', 'beyond') and ': ' not in c[2])),
     freezing=Study('Tab. 2', 'Which half of the layers should rest?', tuple(a for a in ARMS if 'layers' in a.table), tuple(c for c in CLAIMS if c[1] in ('Tab. 2', 'needed'))),
     losses=Study('Tab. 5', 'Text-guided or vision-guided distillation?', (Arm('dense'), _with({}, 'TGKD'), _with(dict(loss='vgkd'), 'VGKD')),
                  (('A mask found with TGKD is better than one found with VGKD', 'Tab. 5', 'TGKD', 'VGKD', _ALL),)),
-    rounds=Study('Tab. 6 and 7', 'How many weights a round, and how many iterations between?', tuple(_T7.values()),
+    rounds=Study('Tab. 6 and 7', 'How many weights a round, and how many iterations between?', _T7,
                  (('More iterations a round find a better mask', 'Tab. 7', 'p=0.1, t', 'p=0.1, t/10', _ALL), ('Small steps find a better mask than large ones of the same total', 'Tab. 7', 'p=0.1, t', 'p=0.3, 3t', _ALL))),
     supervision=Study('Tab. 8', 'Is distillation alone enough to find a mask?', (_with({}, 'distillation alone'), _with(dict(segmentation=1.), 'distillation and segmentation'), _with(dict(segmentation=1., distillation=0.), 'segmentation alone')),
                  (('Distillation alone finds a better mask than distillation and segmentation', 'Tab. 8', 'distillation alone', 'distillation and segmentation', _ALL),
@@ -976,14 +996,14 @@ def claims_table(
     columns = [c for c in ('paper', 'base', 'novel', 'domains', 'CKA', 'study') if any(c in r for r in rows.values())]
     return pd.DataFrame(rows, index=columns).T.fillna('').rename_axis('claim')
 
-# %% ../nbs/20_experiments.ipynb #53af71ac
+# %% ../nbs/20_experiments.ipynb #dacbf4d1
 def plot_density(
     frame:pd.DataFrame, # As `results_frame` gives it, of a study of densities
     axs=None, # Two axes
 ): # The axes
     "mIoU on base and novel classes against density."
     axs = axes(axs, ncols=2, figsize=(9, 3))
-    for ax,what in zip(np.ravel(axs), [k for k in ('base', 'novel') if f'miou_{k}' in frame]):
+    for ax,what in zip(np.ravel(axs), _groups(frame)):
         for kind,colour in (('distilled', _colour('distilled mask')), ('random', _colour('random'))):
             f = frame[(frame['mask'] == kind)]; mean = f.groupby('density')[f'miou_{what}'].mean()
             ax.plot(mean.index, mean, '-', color=colour, label=kind); ax.plot(f.density, f[f'miou_{what}'], '.', color=colour, ms=4)

@@ -49,14 +49,15 @@ def to_image(
     if min(im.size) < 16: raise OpenTransError(f"The image is {im.width} x {im.height} pixels{f' at a longer side of {max_side}' if max(im.size) == max_side else ''}: at least 16 are needed on each side.")
     return torch.from_numpy(np.array(im)).permute(2, 0, 1).float()/255
 
-# %% ../nbs/23_playground.ipynb #89210667
+# %% ../nbs/23_playground.ipynb #1898118f
 def segment(
     framework, # A `Framework`, as `build` makes it; or a bare `ClipBackbone`, which compares each cell of its last map with the names, without any training
-    image, # Whatever `to_image` takes; a tensor (3,H,W) in [0,1] as large as it is
+    image, # Whatever `to_image` takes
     names, # Text with commas, list of names, or `Vocabulary`
+    max_side:int=768, # Longer images are made smaller
 )->tuple: # (image (3,H,W), labels (H,W) of indices into the names, list of names)
     "The best of some classes for each pixel of one image. Raises `OpenTransError`."
-    v,x = parse_names(names) if isinstance(names, str) else names,to_image(image, 10**6 if isinstance(image, torch.Tensor) else 768)
+    v,x = parse_names(names) if isinstance(names, str) else names,to_image(image, max_side)
     v = v if hasattr(v, 'names') else Vocabulary(list(v))
     if hasattr(framework, 'predict'): return x,framework.predict(x[None], v)[0].cpu(),list(v.names)
     with torch.no_grad(): near = torch.einsum('bdhw,kd->bkhw', framework.dense_embeddings(x[None].to(device_of(framework))), framework.encode_text(v))
