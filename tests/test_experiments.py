@@ -58,7 +58,7 @@ def test_nothing_is_trained_again_if_measuring_breaks(tmp_path, monkeypatch):
     monkeypatch.setattr(ex, 'evaluate', measure)
     assert ex.study(DISK, 0, tmp_path/'runs', arms=arms)[0]['miou'] and steps == [0, 0, 1] and not list((tmp_path/'runs').glob('*.run'))
 
-def test_seeds_share_the_processes(tmp_path):
+def test_seeds_share_the_processes(tmp_path, one_thread):
     "Two seeds in two processes give what each gives alone."
     arms,scale = [ex.Arm('dense', table='study')],ex.SCALES['smoke']
     both = ex.study(scale, (0, 1), tmp_path/'both', 2, arms)
