@@ -365,7 +365,7 @@ def tower_kind(
     raise OpenTransError(f"The image tower of '{name}' ({type(net).__name__}) is not of a kind that gives maps here. "
                          "Choose an RN, a convnext, or a plain ViT of CLIP.")
 
-# %% ../nbs/07_clip.ipynb #930b1dbb
+# %% ../nbs/07_clip.ipynb #5f8b7dbe
 _PLAIN = ('a photo of a {}.',)
 
 class TextEncoder:
@@ -407,14 +407,25 @@ class TextEncoder:
         e = self.prompts([p for ps in said for p in ps], device).split([len(ps) for ps in said])
         return torch.stack([F.normalize(x.mean(0), dim=0) for x in e]).to(device)
 
+    def strange(self, said)->list: # The first prompt of each such class
+        "Classes whose words a small CLIP has never seen."
+        if not self.trained or not hasattr(self.tokenizer, 'unknown_words'): return []
+        return [ps[0] for ps in said if all(self.tokenizer.unknown_words(p) for p in ps)]
+
+    def doubts(self, said)->str: # One sentence, or nothing
+        "What a small CLIP does not know of some classes."
+        strange = self.strange(said)
+        if not strange: return ''
+        pieces = [tuple(self.tokenizer.encode(p)) for p in strange]; alike = sum(pieces.count(p) > 1 for p in pieces)
+        return (f"{len(strange)} of {len(said)} names have words that '{self.name}' has never seen; it can say little about them"
+                f"{f', and nothing tells {alike} of them from one another' if alike else ''}: {' | '.join(strange[:4])}")
+
     def _warn(self, said):
         "Say once for each class that a small CLIP does not know its words."
-        if not self.trained or not hasattr(self.tokenizer, 'unknown_words'): return
-        strange = [ps[0] for ps in said if ('warned', ps[0]) not in self.cache and all(self.tokenizer.unknown_words(p) for p in ps)]
-        if strange:
-            self.cache.update({('warned', p): True for p in strange})
-            warnings.warn(f"{len(strange)} of {len(said)} names have words that '{self.name}' has never seen; it can say little about them: "
-                          f"{' | '.join(strange[:4])}", stacklevel=4)
+        new = [p for p in self.strange(said) if ('warned', p) not in self.cache]
+        if new:
+            self.cache.update({('warned', p): True for p in new})
+            warnings.warn(self.doubts(said), stacklevel=4)
 
 # %% ../nbs/07_clip.ipynb #41a2b34d
 def class_prompts(

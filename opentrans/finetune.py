@@ -482,15 +482,20 @@ class Teller:
     def close(self):
         if self.board: self.board.close()
 
-# %% ../nbs/13_finetune.ipynb #8ac2a5f2
+# %% ../nbs/13_finetune.ipynb #0af51bb5
 @contextlib.contextmanager
-def _notice():
-    "Yields a list that is no longer empty once this process has been asked to end."
-    asked = []
+def _notice(keep):
+    "Yields a list that is no longer empty once this process has been asked to end. Without something to keep Ctrl-C ends it at once; with it, the second does."
+    asked,signals = [],(signal.SIGTERM, signal.SIGINT) if keep else (signal.SIGTERM,)
     if threading.current_thread() is not threading.main_thread(): yield asked; return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(signal.SIGTERM))
+    def note(number, frame):
+        if number == signal.SIGINT and asked: raise KeyboardInterrupt
+        asked.append(signal.Signals(number))
+    before = {n: signal.getsignal(n) for n in signals}
+    for n,h in before.items():
+        if h is not signal.SIG_IGN: signal.signal(n, note) # a worker of a study leaves Ctrl-C to its parent
     try: yield asked
-    finally: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+    finally: [signal.signal(n, h or signal.SIG_DFL) for n,h in before.items()]
 
 def finetune(
     framework, # A `Framework`, trained in place
@@ -507,13 +512,13 @@ def finetune(
     print_every:int=0, # Print a line on the standard error every so many iterations, for logs; 0 prints none
     tensorboard:bool=False, # Write TensorBoard's events to `checkpoint_dir`/tensorboard, too?
 )->pd.DataFrame: # One row an iteration: iteration, loss, its terms, lr, grad_norm if clipped, miou where evaluated
-    "Fine-tune all layers, or those of `selection` (Sec. 3.3.1). Raises `OpenTransError` for bad settings and for a loss that is not finite; `Interrupted` if it is asked to end, or another process is gone."
+    "Fine-tune all layers, or those of `selection` (Sec. 3.3.1). Raises `OpenTransError` for bad settings and for a loss that is not finite; `Interrupted` if it is asked to end, or another process is gone; `KeyboardInterrupt` on Ctrl-C, after a checkpoint."
     recipe,team = recipe or Recipe.tiny(),Processes(device)
     _check_data(framework, data, recipe)
     if tensorboard and not checkpoint_dir: raise OpenTransError("tensorboard=True writes into the folder of the run: give checkpoint_dir, too.")
     framework.to(team.device or (pick_device(str(device)) if device is not None else device_of(framework)))
     with contextlib.ExitStack() as stack:
-        stack.enter_context(seeded(recipe.seed)); asked = stack.enter_context(_notice())
+        stack.enter_context(seeded(recipe.seed)); asked = stack.enter_context(_notice(checkpoint_dir))
         if mask is not None: stack.enter_context(mask.apply(framework))
         if selection is not None: stack.enter_context(selection.apply(framework))
         stack.enter_context(rest(framework, recipe))
@@ -527,7 +532,9 @@ def finetune(
             if run.tell: run.tell(row)
             if done or asked or run.iteration % checkpoint_every == 0: run.save()
             if callback is not None: callback(framework, row)
-            if asked and not done: raise Interrupted(f"The run was asked to end (SIGTERM) and stopped after iteration {run.iteration-1}. {run.kept()}", 128+signal.SIGTERM)
+            if asked and not done:
+                why = f"The run was asked to end ({asked[0].name}) and stopped after iteration {run.iteration-1}. {run.kept()}"
+                raise KeyboardInterrupt(why) if asked[0] == signal.SIGINT else Interrupted(why, 128+asked[0])
         run.save(); framework.eval()
     return run.history.frame()
 

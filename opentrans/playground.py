@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['parse_names', 'to_image', 'segment', 'overlay', 'playground']
 
-# %% ../nbs/23_playground.ipynb #e19cee0d
+# %% ../nbs/23_playground.ipynb #195750dd
 import io, threading, warnings
 from pathlib import Path
 import numpy as np
 import torch
 from .core import OpenTransError, axes, device_of, optional, png
+from .clip import class_prompts
 from .data import ShapesWorld, Vocabulary, class_colours
 from .frameworks.contract import resize
 
@@ -80,7 +81,7 @@ def overlay(
     ax.legend(handles=[Patch(color=colours[k], label=f"{names[k]}  {share[k]:.0%}" if share[k] >= .005 else f'{names[k]}  < 1%') for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/23_playground.ipynb #225e9252
+# %% ../nbs/23_playground.ipynb #3788286a
 class _Playground:
     "State and wiring of `playground`."
     def __init__(self, framework, samples, text, w):
@@ -114,12 +115,12 @@ class _Playground:
     def ask(self):
         "Segment what the widgets say. Kernels may call it from several threads: each change waits for its turn."
         with self.lock:
-            with warnings.catch_warnings(record=True) as heard:
-                warnings.simplefilter('always')
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore', UserWarning) # the note below says it each time
                 try: self.answer = segment(self.framework, self.samples[self.source.value], self.names.value)
                 except OpenTransError as e: return self.say(str(e), 'c8442e')
-            h,w = self.answer[1].shape
-            self.say('. '.join([f'{len(self.answer[2])} classes, {w} x {h} pixels', *(str(m.message) for m in heard if m.category is UserWarning)]))
+            (h,w),text = self.answer[1].shape,getattr(self.framework, 'backbone', self.framework).text
+            self.say('. '.join(filter(None, [f'{len(self.answer[2])} classes, {w} x {h} pixels', text.doubts(class_prompts(self.answer[2]))])))
             self.draw()
 
     def draw(self):

@@ -163,14 +163,16 @@ def test_a_killed_process_ends_the_run(tmp_path, monkeypatch):
     r = opentrans(*args)
     assert told == [at] and r.returncode == 130, (told, r)
 
-def test_a_notice_to_end_is_taken(tmp_path):
-    "SIGTERM, as a scheduler sends it: the iteration is finished, a checkpoint written, exit code 143."
+@pytest.mark.parametrize('sent', (signal.SIGTERM, signal.SIGINT))
+def test_a_notice_to_end_is_taken(tmp_path, sent):
+    "SIGTERM, as a scheduler sends it, or Ctrl-C: the iteration is finished, a checkpoint written, exit code 143 or 130."
     args = ['finetune', '--out', tmp_path/'out', '--batch-size', 1, '--iterations', 500, '--print-every', 1, '--checkpoint-every', 1000]
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'opentrans.cli', *map(str, args)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENV, cwd=tmp_path)
     lines = []
     for line in p.stderr:
         lines.append(line)
-        if line.startswith('iteration 3/'): p.terminate()
-    assert p.wait() == 143, ''.join(lines)[-2000:]
+        if line.startswith('iteration 3/'): p.send_signal(sent)
+    assert p.wait() == 128+sent, ''.join(lines)[-2000:]
     at = json.loads(load_tensors(tmp_path/'out'/'run'/'last.safetensors')[1]['iteration'])
-    assert at >= 3 and f'stopped after iteration {at-1}' in lines[-1] and f'of iteration {at}' in lines[-1], lines[-2:]
+    if sent == signal.SIGINT: assert at >= 3 and lines[-1] == 'interrupted\n', lines[-2:]
+    else: assert at >= 3 and f'stopped after iteration {at-1}' in lines[-1] and f'of iteration {at}' in lines[-1], lines[-2:]
