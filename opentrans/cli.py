@@ -4,21 +4,28 @@
 
 # %% auto #0
 __all__ = ['app', 'Backbone', 'Pretrained', 'Data', 'Root', 'Split', 'Classes', 'Ignore', 'Framework', 'Preset', 'Stride',
-           'Device', 'Seed', 'Quiet', 'Corrupt', 'Config', 'Iterations', 'BatchSize', 'LR', 'Crop', 'RecipeName',
-           'Precision', 'Accumulate', 'Workers', 'Settings', 'Every', 'Print', 'Board', 'WithInstances', 'data_app',
-           'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show', 'main', 'demo', 'study',
-           'alpha', 'prune', 'make_recipe', 'transfer', 'finetune', 'open_trained', 'evaluate', 'segment', 'compare',
-           'cka_command', 'cost_command', 'data_list', 'data_check', 'data_shapes']
+           'Device', 'Seed', 'Freeze', 'By', 'Xmin', 'Quiet', 'Corrupt', 'Config', 'Iterations', 'BatchSize', 'LR',
+           'Crop', 'RecipeName', 'Precision', 'Accumulate', 'Workers', 'Settings', 'Every', 'Print', 'Board',
+           'WithInstances', 'data_app', 'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show',
+           'main', 'demo', 'study', 'alpha', 'prune', 'make_recipe', 'transfer', 'finetune', 'open_trained', 'evaluate',
+           'segment', 'compare', 'cka_command', 'cost_command', 'data_list', 'data_check', 'data_shapes']
 
-# %% ../nbs/21_cli.ipynb #6f097711
-import json, os, sys
+# %% ../nbs/21_cli.ipynb #9621fff3
+import json, os, sys, tempfile
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
 
-# %% ../nbs/21_cli.ipynb #a4eaad31
+# %% ../nbs/21_cli.ipynb #a4a7b6a1
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',
                   help="Prune CLIP once, transfer the mask to any open-vocabulary segmentation framework, freeze layers by their spectra.")
+
+def _version(asked:bool):
+    from opentrans import __version__
+    if asked: print(f'opentrans {__version__}'); raise typer.Exit()
+
+@app.callback()
+def _options(version:Annotated[bool, typer.Option('--version', help="Print the version and end.", is_eager=True, callback=_version)]=False): pass
 
 Backbone = Annotated[str, typer.Option(help="'shapes-rn' (shipped), or open_clip's name: RN50, ViT-B-16, convnext_base, ...")]
 Pretrained = Annotated[Optional[str], typer.Option(help="open_clip's tag (e.g. openai), a weights file, or 'none' for random weights. Default: the shipped weights for shapes-rn; for others it must be given.")]
@@ -32,6 +39,9 @@ Preset = Annotated[Optional[str], typer.Option(help="Size of the framework: 'pap
 Stride = Annotated[int, typer.Option(help="Stride of the tower's last features: 32, 16 or 8.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best there is; under accelerate launch, that of the process.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Freeze = Annotated[float, typer.Option(min=0, max=1, help="Share of the layers to freeze; 0 freezes none.")]
+By = Annotated[str, typer.Option(help="Which layers rest: alpha (small ones), alpha* (large ones), or random.")]
+Xmin = Annotated[str, typer.Option(help="Where the tail begins: ks, median, peak, paper, or a number.")]
 Quiet = Annotated[bool, typer.Option('--json', help="Print the result as JSON instead of a table.")]
 Corrupt = Annotated[str, typer.Option(help="Files that cannot be read: 'raise' ends the run, 'skip' leaves them out and says so.")]
 
@@ -116,7 +126,7 @@ def open_data(
     options = {k: v for k,v in dict(names=classes, ignore=ignore, panoptic=panoptic or None).items() if v is not None}
     return open_dataset(name, root, split, corrupt=corrupt, **options)
 
-# %% ../nbs/21_cli.ipynb #8d73bee0
+# %% ../nbs/21_cli.ipynb #5f485b44
 def show(
     result, # dict or DataFrame
     as_json:bool=False, # JSON instead of a table?
@@ -135,6 +145,20 @@ def show(
     for i,r in zip(frame.index, frame.itertuples(index=False)): table.add_row(str(i), *(f'{v:.4g}' if isinstance(v, float) else str(v) for v in r))
     live = sys.stdout.isatty()
     Console(force_jupyter=False, force_terminal=live, no_color=not live, width=None if live else 150).print(table)
+
+def _rules(by, xmin):
+    "A way to choose layers that is not known ends a command before it begins."
+    from opentrans.core import unknown
+    from opentrans.heavy_tail import BY, fit_power_law
+    if by not in BY: raise unknown('way to choose layers', by, BY)
+    fit_power_law([1., 2., 3.], xmin=_number(xmin))
+
+def _writable(*files):
+    "So does a file that cannot be written in the end."
+    for f in filter(None, files):
+        if Path(f).is_dir(): raise _bad(f"Cannot write '{f}': it is a folder. Choose another place.")
+        try: tempfile.TemporaryFile(dir=next(p for p in Path(f).resolve().parents if p.exists())).close()
+        except OSError as e: raise _bad(f"Cannot write '{f}': {e.strerror}. Choose another place.") from e
 
 def _number(text):
     "A number if it is one."
@@ -162,7 +186,7 @@ def main():
         if kind not in ('OpenTransError', 'Interrupted'): raise
         print(f'error: {e}', file=sys.stderr); sys.exit(getattr(e, 'code', 2))
 
-# %% ../nbs/21_cli.ipynb #f029e4f9
+# %% ../nbs/21_cli.ipynb #1a61e864
 @app.command()
 def demo(
     out:Annotated[str, typer.Option(help="Folder for the report (one .html, one .json).")]='demo-report',
@@ -175,12 +199,13 @@ def demo(
     import pandas as pd
     from opentrans import experiments as ex
     command = 'opentrans demo' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 1), ('seed', seed, 0), ('scale', scale, 'demo')) if v != d)
+    _writable(Path(out)/'opentrans-demo.json')
     data = ex.demo(out, seeds=seeds, seed=seed, scale=scale, workers=workers, command=command)
     for name,rows in data['summary'].items():
         show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
     print(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
 
-# %% ../nbs/21_cli.ipynb #1dabd7f3
+# %% ../nbs/21_cli.ipynb #d9378270
 @app.command()
 def study(
     name:Annotated[Optional[str], typer.Argument(help="Which study; none lists them.")]=None,
@@ -199,21 +224,21 @@ def study(
         show(pd.DataFrame({k: dict(paper=s.where, question=s.question, arms=len(s.arms)) for k,s in ex.STUDIES.items()}).T, title='studies'); return
     command = f'opentrans study {name}' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 5), ('seed', seed, 0), ('scale', scale, 'demo'), ('out', 'results' if Path(out).is_absolute() else out, 'results')) if v != d or k == 'seeds') # no path of this machine
     if root is not None: os.environ['DETECTRON2_DATASETS'] = str(data_root(root))
+    _writable(ex.result_file(name, out, seeds, scale, seed))
     data = ex.run_study(name, out, seeds, seed, scale, workers, command, pretrained)
     if data['summary']: show(pd.DataFrame(data['summary']).T.iloc[:, :6], title=data['what'])
     if data['claims']: show(pd.DataFrame(data['claims'])[['claim', 'measured', 'mean', 'low', 'high', 'verdict']].round(2).set_index('claim'), title='claims')
     print(f'data: {ex.result_file(name, out, seeds, scale, seed)}')
 
-# %% ../nbs/21_cli.ipynb #6134f871
+# %% ../nbs/21_cli.ipynb #8186d423
 @app.command()
 def alpha(
     backbone:Annotated[str, typer.Argument(help="'shapes-rn', or open_clip's name of a tower.")]='shapes-rn',
     pretrained:Pretrained=None,
     mask:Annotated[Optional[str], typer.Option(help="Mask file to put on first.")]=None,
-    xmin:Annotated[str, typer.Option(help="Where the tail begins: ks, median, peak, paper, or a number.")]='ks',
+    xmin:Xmin='ks',
     conv:Annotated[str, typer.Option(help="Convolutions as 'slices' (the paper) or 'flatten'.")]='slices',
-    freeze:Annotated[float, typer.Option(help="Share of the layers to freeze.")]=.5,
-    by:Annotated[str, typer.Option(help="alpha, alpha*, or random.")]='alpha',
+    freeze:Freeze=.5, by:By='alpha',
     out:Annotated[Optional[str], typer.Option(help="Folder for alpha.csv, selection.json and alpha.png.")]=None,
     seed:Seed=0, as_json:Quiet=False, config:Config=None,
 ):
@@ -221,7 +246,7 @@ def alpha(
     from opentrans.core import atomic_path
     from opentrans.heavy_tail import analyze
     from opentrans.pruning import SparseMask
-    clip = open_clip_backbone(backbone, pretrained, device='cpu')
+    _rules(by, xmin); clip = open_clip_backbone(backbone, pretrained, device='cpu')
     if mask: SparseMask.load(mask).apply(clip).remove()
     table = analyze(clip, xmin=_number(xmin), conv=conv)
     chosen = table.select(freeze=freeze, by=by, seed=seed)
@@ -235,7 +260,7 @@ def alpha(
         with atomic_path(Path(out)/'alpha.png') as p: table.plot_alpha(selection=chosen).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'xmin', 'D', 'n_tail', 'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
 
-# %% ../nbs/21_cli.ipynb #29d5b59e
+# %% ../nbs/21_cli.ipynb #c37a7da0
 @app.command()
 def prune(
     out:Annotated[str, typer.Option(help="The mask file to write (.safetensors).")],
@@ -247,7 +272,7 @@ def prune(
     batch_size:Annotated[int, typer.Option(help="Images an iteration.")]=8,
     loss:Annotated[str, typer.Option(help="tgkd (Eq. 3) or vgkd (Eq. 4).")]='tgkd',
     method:Annotated[str, typer.Option(help="imp (Algorithm 1), magnitude (one shot) or random.")]='imp',
-    crop:Annotated[Optional[int], typer.Option(help="Side of the window cut out of larger images; 0 takes whole images. Default: 512 (the paper's), whole scenes of shapesworld.")]=None,
+    crop:Annotated[Optional[int], typer.Option(min=0, help="Side of the window cut out of larger images; 0 takes whole images. Default: 512 (the paper's), whole scenes of shapesworld.")]=None,
     checkpoint:Annotated[Optional[str], typer.Option(help="Folder to continue from. Default: beside the mask.")]=None,
     weights:Annotated[Optional[str], typer.Option(help="Also write the trained weights of the tower to this file.")]=None,
     output_stride:Stride=32, device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
@@ -258,6 +283,7 @@ def prune(
     from opentrans.pruning import SparseMask, geometric_schedule, imp
     if method not in ('imp', 'magnitude', 'random'): raise unknown('method', method, ['imp', 'magnitude', 'random'])
     if not out.endswith('.safetensors'): raise _bad(f"--out {out}: a mask file ends in .safetensors.")
+    _writable(out, weights)
     geometric_schedule(density, p) # a bad density ends here, before anything is loaded
     clip = open_clip_backbone(backbone, pretrained, output_stride, device)
     if crop is None and data != 'shapesworld': crop = 512
@@ -269,13 +295,13 @@ def prune(
         show(history, as_json, 'Algorithm 1')
     else: mask = SparseMask.magnitude(clip, density) if method == 'magnitude' else SparseMask.random(clip, density, seed=seed)
     if first_process(): mask.save(out); keep_settings(run_dir if method == 'imp' else None, tell=False, ended=True)
-    if not as_json: show(mask.table(), title=f'{out}: density {mask.density:.4f}')
+    if method != 'imp' or not as_json: show(mask.table(), as_json, f'{out}: density {mask.density:.4f}')
 
-# %% ../nbs/21_cli.ipynb #fe83135c
+# %% ../nbs/21_cli.ipynb #89210ab7
 Iterations = Annotated[Optional[int], typer.Option(help="Iterations; milestones move along.")]
 BatchSize = Annotated[Optional[int], typer.Option(help="Images an iteration, over all processes.")]
 LR = Annotated[Optional[float], typer.Option(help="Learning rate.")]
-Crop = Annotated[Optional[int], typer.Option(help="Side of the square that is cut out of an image; 0 takes whole images.")]
+Crop = Annotated[Optional[int], typer.Option(min=0, help="Side of the square that is cut out of an image; 0 takes whole images.")]
 RecipeName = Annotated[str, typer.Option(help="'tiny', 'paper' (supplement 6.1), 'warmup', or a file (.yaml, .json) with fields of a Recipe and, as 'preset', the recipe it changes.")]
 Precision = Annotated[Optional[str], typer.Option(help="Mixed precision: no, bf16, fp16. Default: that of accelerate launch, else the recipe's.")]
 Accumulate = Annotated[Optional[int], typer.Option(help="Parts into which a batch is cut to save memory.")]
@@ -322,7 +348,7 @@ def _report(seg, data, result, size, mask=None, selection=None, out=None, as_jso
     if out and first_process(): save_json(result, Path(out)/'result.json')
     show(result, as_json, title)
 
-# %% ../nbs/21_cli.ipynb #eb447f1a
+# %% ../nbs/21_cli.ipynb #2c5af5eb
 @app.command()
 def transfer(
     mask:Annotated[str, typer.Argument(help="Mask file.")],
@@ -333,15 +359,14 @@ def transfer(
     split:Split='train', eval_split:Annotated[str, typer.Option(help="Split to evaluate on.")]='val',
     recipe:RecipeName='tiny', warmup:Annotated[int, typer.Option(help="Iterations with all layers before the spectra are read.")]=60,
     iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None, precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None, set_:Settings=None,
-    freeze:Annotated[float, typer.Option(help="Share of the layers to freeze after the warm-up; 0 freezes none.")]=.5,
-    by:Annotated[str, typer.Option(help="alpha, alpha*, or random.")]='alpha', xmin:Annotated[str, typer.Option(help="Where the tail begins: ks, median, peak, paper, or a number.")]='ks',
+    freeze:Freeze=.5, by:By='alpha', xmin:Xmin='ks',
     checkpoint_every:Every=500, print_every:Print=50, tensorboard:Board=False,
     limit:Annotated[Optional[int], typer.Option(min=1, help="Evaluate on so many images only.")]=None, size:Annotated[Optional[int], typer.Option(min=16, help="Side of the input that cost is counted for.")]=None,
     device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
 ):
     "Put a mask on a checkpoint, or carry it to a framework: warm up, choose layers by alpha, fine-tune, evaluate (Fig. 4, in one run)."
     from opentrans.pruning import SparseMask
-    m = SparseMask.load(mask)
+    _rules(by, xmin); _writable(out if model else out and Path(out)/'result.json'); m = SparseMask.load(mask)
     if model is not None: return _transfer_file(m, model, out, as_json)
     from opentrans.finetune import evaluate, finetune
     from opentrans.heavy_tail import analyze
@@ -365,7 +390,7 @@ def _transfer_file(m, model, out, as_json):
     transfer_checkpoint(m, model, out)
     show(dict(file=out, layers=len(m), density=m.density, zeros=m.total-m.kept), as_json, 'sparse checkpoint')
 
-# %% ../nbs/21_cli.ipynb #128977a5
+# %% ../nbs/21_cli.ipynb #36f5be4f
 @app.command()
 def finetune(
     out:Annotated[str, typer.Option(help="Folder of the run: checkpoints and weights; the same command continues it.")],
@@ -380,6 +405,7 @@ def finetune(
     "Fine-tune a framework; writes OUT/model.safetensors and OUT/model.json, which `opentrans evaluate` and `opentrans segment` read."
     from opentrans.core import LayerSelection, save_json, save_tensors
     from opentrans.finetune import finetune as run
+    _writable(Path(out)/'model.json')
     from opentrans.pruning import SparseMask
     r = make_recipe(recipe, framework, set_, iterations, batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
     m,chosen = SparseMask.load(mask) if mask else None,LayerSelection.from_json(Path(selection)) if selection else None

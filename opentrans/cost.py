@@ -6,8 +6,8 @@
 __all__ = ['CONVENTIONS', 'op_macs', 'fvcore_flops', 'Cost', 'cost', 'training_table', 'training_flops', 'tool_count',
            'training_memory', 'peak_memory']
 
-# %% ../nbs/04_cost.ipynb #f81c3c80
-import contextlib, math, os, weakref
+# %% ../nbs/04_cost.ipynb #0b7aa495
+import contextlib, logging, math, os, weakref
 from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
@@ -344,7 +344,7 @@ def __mul__(self:Cost, k):
 @patch
 def __rmul__(self:Cost, k): return self*k
 
-# %% ../nbs/04_cost.ipynb #e1729b23
+# %% ../nbs/04_cost.ipynb #5fe94563
 _NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException, NotImplementedError)
 
 def _needs_values(e): # or is the input simply wrong?
@@ -370,7 +370,10 @@ def _one_pass(model, size, convention, args, forward, dry):
         for t in tree_leaves(inputs):
             if isinstance(t, torch.Tensor): counter.trace.mark(t, counter.input)
         composite = _Composite(counter) if convention == 'fvcore' else contextlib.nullcontext()
-        with _hooked(model, counter, table), composite, counter: (forward or model)(*inputs)
+        log = logging.getLogger('torch._subclasses.fake_tensor'); silent,log.disabled = log.disabled,True # what fails there is raised, too
+        try:
+            with _hooked(model, counter, table), composite, counter: (forward or model)(*inputs)
+        finally: log.disabled = silent
     return counter,table
 
 # %% ../nbs/04_cost.ipynb #c9cbfabd

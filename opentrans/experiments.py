@@ -11,8 +11,8 @@ __all__ = ['SCALES', 'MASKS', 'ARMS', 'OTHERS', 'FRAMEWORK_ARMS', 'PICTURES', 'N
            'alpha_course', 'courses', 'pictures', 'unpack_pictures', 'result_file', 'run_study', 'all_claims',
            'claims_table', 'plot_density', 'paper_costs']
 
-# %% ../nbs/20_experiments.ipynb #99170a06
-import base64, contextlib, dataclasses, functools, hashlib, html, json, math, os, platform, shutil, signal, threading, time, zlib
+# %% ../nbs/20_experiments.ipynb #53b94047
+import base64, contextlib, dataclasses, functools, hashlib, html, json, math, os, platform, shutil, signal, sys, threading, time, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
@@ -419,7 +419,7 @@ def _measured(arm, scale, seed, folder, keep, run):
     save_json(res, done)
     return res
 
-# %% ../nbs/20_experiments.ipynb #f74b8149
+# %% ../nbs/20_experiments.ipynb #a7af3913
 def _quiet(): torch.set_num_threads(1); os.environ['OPENTRANS_PROGRESS'] = '0'; signal.signal(signal.SIGINT, signal.SIG_IGN) # the parent hears Ctrl-C, and ends its workers
 
 @contextlib.contextmanager
@@ -441,10 +441,14 @@ def run_jobs(
     "Do jobs in an order that respects what they wait for. The first error ends it."
     left,res = dict(jobs),{}
     bar = progress(range(len(jobs)), desc); tick = iter(bar)
+    lines = bar.disable and os.environ.get('OPENTRANS_PROGRESS') != '0' and not os.environ.get('IN_TEST') # in a log, a line each
+    def end(n, r):
+        res[n] = r; next(tick)
+        if lines: print(f"{desc}: {len(res)} of {len(jobs)} done, {' '.join(map(str, n)) if isinstance(n, tuple) else n}", file=sys.stderr, flush=True)
     ready = lambda: [n for n,(deps,*_) in left.items() if all(d in res for d in deps)]
     if workers == 1:
         while left:
-            n = ready()[0]; _,f,args = left.pop(n); res[n] = f(*args); next(tick)
+            n = ready()[0]; _,f,args = left.pop(n); end(n, f(*args))
     else:
         with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _quiet) as pool:
             running,others = {},{*multiprocessing.active_children()}
@@ -452,7 +456,7 @@ def run_jobs(
                 while left or running:
                     with _deaf():
                         for n in ready(): _,f,args = left.pop(n); running[pool.submit(f, *args)] = n
-                    f = next(as_completed(running)); res[running.pop(f)] = f.result(); next(tick)
+                    f = next(as_completed(running)); end(running.pop(f), f.result())
             except BaseException as e:
                 if isinstance(e, KeyboardInterrupt):
                     for p in {*multiprocessing.active_children()} - others: p.terminate() # a checkpoint is written where one is asked for

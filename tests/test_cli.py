@@ -319,3 +319,29 @@ def test_segment_an_own_image(tmp_path):
     (tmp_path/'half').mkdir(); (tmp_path/'half'/'model.json').write_text('{"framework": "deeplabv3"}')
     assert 'does not say: backbone' in fails('segment', photo, 'grass', '--model', tmp_path/'half', '--out', tmp_path/'a.png')
     assert not list(tmp_path.glob('a.*'))
+
+def test_what_cannot_end_well_does_not_begin(tmp_path, mask):
+    "Places that cannot be written to, and rules that are not known, are said before anything is trained."
+    taken = tmp_path/'taken'; taken.write_text('mine')
+    for args in (('prune', '--out', tmp_path/'m.safetensors', '--weights', taken/'w.safetensors'), ('prune', '--out', taken/'m.safetensors'), ('finetune', '--out', taken), ('study', 'losses', '--out', taken), ('demo', '--out', taken)):
+        assert 'Not a directory' in fails(*args)
+    assert taken.read_text() == 'mine' and [*tmp_path.iterdir()] == [taken]
+    for command in (('alpha',), ('transfer', mask)):
+        assert 'alpha*' in fails(*command, '--by', 'foo') and 'median' in fails(*command, '--xmin', 'foo') and opentrans(*command, '--freeze', 3).returncode == 2
+    assert opentrans('prune', '--out', tmp_path/'m.safetensors', '--crop', -1).returncode == 2
+
+def test_small_things_of_the_command(tmp_path):
+    "The version, JSON of a baseline, and no log of torch's before an error."
+    import opentrans as package
+    assert package.__version__ in opentrans('--version').stdout
+    table = json.loads(opentrans('prune', '--method', 'magnitude', '--out', tmp_path/'m.safetensors', '--json').stdout)
+    assert len(table) > 5 and all(0 <= r['density'] <= 1 for r in table.values())
+    r = in_a_process('cost', '--size', '8x8'); assert r.returncode == 2 and len(r.stderr.splitlines()) == 1, r.stderr
+
+def test_a_study_tells_its_jobs_in_a_log(capsys, monkeypatch):
+    "Where no bar can be shown, a line is written for each job that is done."
+    from opentrans.experiments import run_jobs
+    monkeypatch.delenv('OPENTRANS_PROGRESS', raising=False); monkeypatch.delenv('IN_TEST', raising=False)
+    jobs = {(0, 'arm', 'b'): ([(0, 'arm', 'a')], abs, (-2,)), (0, 'arm', 'a'): ([], abs, (-1,))}
+    assert run_jobs(jobs, 1, 'seed 0') == {(0, 'arm', 'a'): 1, (0, 'arm', 'b'): 2}
+    if 'ipykernel' not in sys.modules: assert capsys.readouterr().err.splitlines() == ['seed 0: 1 of 2 done, 0 arm a', 'seed 0: 2 of 2 done, 0 arm b']
