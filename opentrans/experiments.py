@@ -9,7 +9,7 @@ __all__ = ['SCALES', 'MASKS', 'ARMS', 'OTHERS', 'FRAMEWORK_ARMS', 'PICTURES', 'N
            'results_frame', 'summarize', 'difference', 'claims', 'plot_arms', 'plot_cost', 'plot_frameworks',
            'plot_scenes', 'figures', 'report_html', 'hardware', 'demo', 'Study', 'find_masks', 'overlaps',
            'alpha_course', 'courses', 'pictures', 'unpack_pictures', 'result_file', 'run_study', 'all_claims',
-           'claims_table', 'plot_density', 'paper_costs']
+           'claims_table', 'plot_density', 'plot_courses', 'plot_similarity', 'plot_study', 'show_study', 'paper_costs']
 
 # %% ../nbs/20_experiments.ipynb #53b94047
 import base64, contextlib, dataclasses, functools, hashlib, html, json, math, os, platform, shutil, signal, sys, threading, time, zlib
@@ -599,11 +599,11 @@ def claims(
     rows = [dict(claim=c, where=w, measured=m, arm=a, against=b, **difference(frame, a, b, m)) for c,w,a,b,ms in which if {*a.split(' − '), *b.split(' − ')} <= there for m in ms if m in frame or f'miou_{m}' in frame]
     return pd.DataFrame([r for r in rows if r['n']], columns=list(rows[0]) if rows else None)
 
-# %% ../nbs/20_experiments.ipynb #5cc69eb0
-def _colour(name):
-    "Each arm has one colour in all figures."
+# %% ../nbs/20_experiments.ipynb #3cf9cd38
+def _colour(name, i=0):
+    "Each arm has one colour in all figures; the i-th of a study alone has any."
     names,name = [a.name for a in ARMS],name.split(': ')[-1]
-    return ('#333333', '#d95f02', '#e6ab02', '#7570b3', '#a6cee3', '#1f78b4', '#1b9e77', '#66a61e', '#b2df8a', '#999999', '#e7298a')[names.index(name) % 11] if name in names else 'k'
+    return ('#333333', '#d95f02', '#e6ab02', '#7570b3', '#a6cee3', '#1f78b4', '#1b9e77', '#66a61e', '#b2df8a', '#999999', '#e7298a')[names.index(name) % 11] if name in names else ('#4e79a7', '#f28e2b', '#59a14f', '#b07aa1', '#edc948', '#76b7b2', '#9c755f', '#ff9da7')[i % 8]
 
 def plot_arms(
     frame:pd.DataFrame, # As `results_frame` gives it
@@ -614,7 +614,7 @@ def plot_arms(
     ax,w,sets = axes(ax, figsize=(10, 3.4)),.8/len(arms),sets_of(frame)
     for i,a in enumerate(arms):
         f = frame[frame.arm == a.name]; at = np.arange(len(sets))-.4+w*(i+.5)
-        ax.bar(at, [f[f'miou_{k}'].mean() for k in sets], w*.92, label=a.name, color=_colour(a.name))
+        ax.bar(at, [f[f'miou_{k}'].mean() for k in sets], w*.92, label=a.name, color=_colour(a.name, i))
         for x,k in zip(at, sets): ax.plot([x]*len(f), f[f'miou_{k}'], '.', color='k', ms=3)
     ax.set_xticks(range(len(sets)), [f'{k} classes' if k in ('base', 'novel') else f'domain {k}' for k in sets]); ax.set_ylabel('mIoU (%)'); ax.legend(fontsize=7.5, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
     return ax
@@ -626,8 +626,8 @@ def plot_cost(
 ): # The axes
     "mIoU on base classes (full) and novel ones (hollow) against a cost (the shape of Fig. 1)."
     ax = axes(ax, figsize=(4.5, 3.4)); unit,name = dict(active_params=(1e6, 'parameters that remain (M)'), active_macs=(1e6, 'MACs that remain (M)'), train_flops=(1e12, 'training FLOPs (T)'))[what]
-    for a,f in frame.groupby('arm', observed=True):
-        for k in _groups(f): ax.plot(f[what].mean()/unit, f[f'miou_{k}'].mean(), 'o', mec=_colour(a), mfc=_colour(a) if k == 'base' else 'none', label=a if k == 'base' else None)
+    for i,(a,f) in enumerate(frame.groupby('arm', observed=True)):
+        for k in _groups(f): ax.plot(f[what].mean()/unit, f[f'miou_{k}'].mean(), 'o', mec=_colour(a, i), mfc=_colour(a, i) if k == 'base' else 'none', label=a if k == 'base' else None)
     ax.set_xlabel(name); ax.set_ylabel('mIoU (%)')
     return ax
 
@@ -672,7 +672,7 @@ def plot_scenes(
     fig.tight_layout(pad=.3)
     return fig
 
-# %% ../nbs/20_experiments.ipynb #7713b3d6
+# %% ../nbs/20_experiments.ipynb #20950015
 def _embedded(fig):
     "A figure as text that an HTML page can hold; the figure is closed."
     import matplotlib.pyplot as plt
@@ -691,11 +691,10 @@ def figures(
     folder,res = Path(folder),{}
     masks,layered = arms_of('masks', arms),arms_of('layers', arms)
     res['masks'] = plot_arms(frame, masks),'mIoU after fine-tuning, by mask. Bars are means, dots are seeds.'
-    fig,axs = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(1, 1.6))
+    fig,axs = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(1, 1.6), layout='constrained')
     plot_history(pd.DataFrame(load_json(folder/'imp.json')), axs[0])
     for n in ('distilled', 'magnitude', 'random'): open_mask(n, scale, seed, folder).plot(axs[1], n)
     axs[1].autoscale(axis='y'); axs[1].set_ylim(bottom=0)
-    fig.tight_layout()
     res['imp'] = fig,f'Algorithm 1: density and distillation loss by round (left); what masks keep of each layer (right). Seed {seed}.'
     preds = {a.name: load_tensors(_result(folder, a, scale, kind='safetensors'))[0] for a in masks}
     res['scenes'] = plot_scenes(scale, seed, preds),f'What each arm makes of the same scenes. Colours are classes; white is not labelled. Seed {seed}.'
@@ -1000,13 +999,13 @@ def claims_table(
     columns = [c for c in ('paper', 'base', 'novel', 'domains', 'CKA', 'study') if any(c in r for r in rows.values())]
     return pd.DataFrame(rows, index=columns).T.fillna('').rename_axis('claim')
 
-# %% ../nbs/20_experiments.ipynb #dacbf4d1
+# %% ../nbs/20_experiments.ipynb #670fa724
 def plot_density(
     frame:pd.DataFrame, # As `results_frame` gives it, of a study of densities
     axs=None, # Two axes
 ): # The axes
     "mIoU on base and novel classes against density."
-    axs = axes(axs, ncols=2, figsize=(9, 3))
+    axs = axes(axs, ncols=2, figsize=(9, 3), layout='constrained')
     for ax,what in zip(np.ravel(axs), _groups(frame)):
         for kind,colour in (('distilled', _colour('distilled mask')), ('random', _colour('random'))):
             f = frame[(frame['mask'] == kind)]; mean = f.groupby('density')[f'miou_{what}'].mean()
@@ -1015,3 +1014,74 @@ def plot_density(
         at = sorted(frame.density[frame['mask'].notna()].round(3).unique()); ax.set_xticks(at, [f'{d:g}' for d in at]); ax.minorticks_off()
     axs[0].legend(fontsize=8, frameon=False)
     return axs
+
+# %% ../nbs/20_experiments.ipynb #b75ae1d8
+def plot_courses(
+    more:dict, # As `courses` gives it
+    axs=None, # Two axes
+): # The axes
+    "Alpha through a fine-tuning (Fig. 6, 7 and 9): the median over layers, a line a seed; and each layer before and after, in the first seed."
+    axs = axes(axs, ncols=2, figsize=(11, 3), width_ratios=(1, 1.6), layout='constrained')
+    for kind,colour in (('dense', _colour('dense')), ('sparse', _colour('distilled mask'))):
+        for i,c in enumerate(more[kind].values()): axs[0].plot(c['iterations'], c['median'], color=colour, lw=1, label=kind if i == 0 else None)
+        c = next(iter(more[kind].values()))
+        for when,style in (('before', '--'), ('after', '-')): axs[1].plot([np.nan if v is None else v for v in c[when]], style, color=colour, label=f'{kind}, {when}')
+    axs[0].set(xlabel='iteration', ylabel='median alpha'); axs[1].set(xlabel='layer', ylabel='alpha', yscale='log', xticks=range(0, len(c['layers']), 2)); axs[1].set_yticks([2, 5, 10, 20], ['2', '5', '10', '20']); axs[1].minorticks_off()
+    for ax in axs: ax.legend(fontsize=8, frameon=False)
+    return axs
+
+def plot_similarity(
+    frame:pd.DataFrame, # As `results_frame` gives it
+    ax=None, # Axes
+): # The axes
+    "CKA of fine-tuned towers to CLIP's own (Tab. 9), by three readings: bars are means, dots are seeds."
+    ax,arms = axes(ax, figsize=(8, 3)),list(dict.fromkeys(frame.arm))
+    for i,a in enumerate(arms):
+        for j,c in enumerate(('cka', 'cka_layers', 'cka_channels')):
+            y,x = frame[frame.arm == a][c],j-.4+.8/len(arms)*(i+.5)
+            ax.bar(x, y.mean(), .74/len(arms), color=_colour(a, i), label=a if j == 0 else None); ax.plot([x]*len(y), y, '.', color='k', ms=3)
+    ax.set_xticks(range(3), ['stages', 'all convolutions', "the released code's reading"]); ax.set_ylabel('CKA to CLIP'); ax.legend(fontsize=8, frameon=False, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.))
+    return ax
+
+# %% ../nbs/20_experiments.ipynb #e45a6fa8
+def _costs(frame):
+    axs = axes(ncols=3, figsize=(13, 3.2), layout='constrained')
+    for ax,w in zip(axs, ('active_params', 'active_macs', 'train_flops')): plot_cost(frame, w, ax)
+    axs[0].figure.legend(*axs[0].get_legend_handles_labels(), fontsize=8, ncols=5, loc='outside upper center', frameon=False)
+    return axs
+
+def _plot_pictures(data):
+    scale = Scale(**{k: tuple(v) if isinstance(v, list) else v for k,v in data['scale'].items()})
+    return plot_scenes(scale, data['more']['seed'], unpack_pictures(data['more']))
+
+def plot_study(
+    name:str, # One of `STUDIES`
+    data:dict, # What `run_study` gives
+): # Axes, or a figure
+    "The plot that fits the question of a study."
+    frame,more = results_frame(data['results']) if data['results'] else None,data.get('more')
+    if name.startswith('density'): return plot_density(frame)
+    if name in ('balance', 'training'): return _costs(frame)
+    if name == 'frameworks': return plot_frameworks(frame, STUDIES[name].arms)
+    if name == 'similarity': return plot_similarity(frame)
+    if name == 'pictures': return _plot_pictures(data)
+    if name == 'alpha': return plot_courses(more)
+    if name == 'overlap': return plot_overlap(pd.DataFrame(more['within_a_seed']['iou'], more['names'], more['names']))
+    return plot_arms(frame, STUDIES[name].arms)
+
+def show_study(
+    name:str, # One of `STUDIES`
+    folder='results', # Where `run_study` has written
+    seeds:int=5, # Of which run
+    scale='demo', # At which scale
+):
+    "Show in a notebook what a stored study says: its question, verdicts, means and plot."
+    from IPython.display import Markdown, display
+    s,file = STUDIES[name],result_file(name, folder, seeds, scale)
+    if not file.exists(): return display(Markdown(f"**{s.question}** ({s.where}.) `opentrans study {name}` has not been run over {seeds} seeds."))
+    data = load_json(file)
+    parts = [f"**{s.question}** ({s.where}; `{data['run']['command']}`, {data['run']['date']}, [every number]({Path(file).as_posix()}).)"]
+    if data['claims']: parts.append(claims_table(pd.DataFrame(data['claims'])).drop(columns='paper').reset_index().to_markdown(index=False))
+    if data['summary']: parts.append(pd.DataFrame(data['summary']).T.drop(columns=['params', 'MACs', 'frozen layers'] if name not in ('balance', 'training', 'ratio') else []).rename_axis('arm').reset_index().to_markdown(index=False))
+    if name == 'overlap': parts.append(pd.DataFrame({k: {'IoU of two seeds': np.mean(v['iou']), 'chance': np.mean(v['chance'])} for k,v in data['more']['between_seeds'].items()}).T.round(3).rename_axis('mask').reset_index().to_markdown(index=False))
+    display(Markdown('\n\n'.join(parts))); plot_study(name, data)

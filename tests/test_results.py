@@ -45,3 +45,16 @@ def test_verdicts_follow_from_the_stored_runs(file):
         assert [x.name for x in s.arms] == list(data['summary']) and {c[0] for c in s.claims} == {c['claim'] for c in data['claims']}
         assert json.loads(json.dumps(summarize(frame, s.arms).to_dict('index'))) == data['summary']
     assert len(data['claims']) == len({(c['claim'], c['measured']) for c in data['claims']})
+
+def test_each_study_has_a_place_in_the_notebook():
+    "The claims link to headings of 20_experiments, which show plot and verdicts of each study."
+    from opentrans.experiments import STUDIES
+    cells = json.loads((root/'nbs'/'20_experiments.ipynb').read_text())['cells']
+    at = {''.join(c['source']).split('\n')[0][4:]: i for i,c in enumerate(cells) if c['cell_type'] == 'markdown' and ''.join(c['source']).startswith('### ')}
+    assert set(STUDIES) <= set(at), set(STUDIES)-set(at)
+    for n in STUDIES:
+        if not (root/'docs'/'results'/f'{n}-5seeds.json').exists(): continue
+        data = [o['data'] for o in cells[at[n]+1]['outputs'] if 'data' in o]
+        assert any(f'{n}-5seeds.json' in ''.join(d.get('text/markdown', '')) for d in data) and any('image/png' in d for d in data), n
+    linked = set(re.findall(r'\(nbs/20_experiments\.ipynb#([\w-]+)\)', (root/'README.md').read_text()))
+    assert linked and linked <= set(STUDIES)
