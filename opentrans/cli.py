@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 
-# %% ../nbs/21_cli.ipynb #a4a7b6a1
+# %% ../nbs/21_cli.ipynb #49524118
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',
                   help="Prune CLIP once, transfer the mask to any open-vocabulary segmentation framework, freeze layers by their spectra.")
 
 def _version(asked:bool):
-    from opentrans import __version__
-    if asked: print(f'opentrans {__version__}'); raise typer.Exit()
+    from importlib.metadata import version
+    if asked: print(f"opentrans {version('opentrans')}"); raise typer.Exit()
 
 @app.callback()
 def _options(version:Annotated[bool, typer.Option('--version', help="Print the version and end.", is_eager=True, callback=_version)]=False): pass
