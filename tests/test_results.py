@@ -58,3 +58,16 @@ def test_each_study_has_a_place_in_the_notebook():
         assert any(f'{n}-5seeds.json' in ''.join(d.get('text/markdown', '')) for d in data) and any('image/png' in d for d in data), n
     linked = set(re.findall(r'\(nbs/20_experiments\.ipynb#([\w-]+)\)', (root/'README.md').read_text()))
     assert linked and linked <= set(STUDIES)
+
+def test_a_stored_figure_is_made_again(tmp_path, one_thread):
+    "Two arms of the first seed, run anew: as far from the stored ones as other machines may be, and their difference lies in the claim's interval."
+    from opentrans.experiments import SCALES, STUDIES, study
+    stored = json.loads((root/'docs'/'results'/'freezing-5seeds.json').read_text())
+    arms = {a.name: a for a in STUDIES['freezing'].arms if a.name in ('dense', 'freeze the whole backbone')}
+    made = {r['arm']: 100*r['miou']['base'] for r in study(SCALES['demo'], 0, tmp_path, workers=1, arms=[*arms.values()])}
+    for name in arms:
+        seeds = [100*r['miou']['base'] for r in stored['results'] if r['arm'] == name]
+        mean = sum(seeds)/len(seeds); sd = math.sqrt(sum((x-mean)**2 for x in seeds)/(len(seeds)-1))
+        assert abs(made[name]-seeds[0]) < sd, (name, made[name], seeds)
+    claim = next(c for c in stored['claims'] if c['measured'] == 'base' and (c['arm'], c['against']) == ('dense', 'freeze the whole backbone'))
+    assert claim['low'] <= made['dense']-made['freeze the whole backbone'] <= claim['high']
