@@ -712,7 +712,7 @@ def figures(
     res['cost'] = fig,'mIoU on base (full) and novel (hollow) classes against cost (the shape of Fig. 1).'
     return res
 
-# %% ../nbs/20_experiments.ipynb #0da861b4
+# %% ../nbs/20_experiments.ipynb #3017d408
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2rem auto;padding:0 1rem;color:#222}h1{font-size:1.7rem}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}
 table{border-collapse:collapse;font-size:12.5px;margin:1rem 0;display:block;overflow-x:auto}td,th{padding:.25rem .55rem;border-bottom:1px solid #e4e4e4;text-align:right;white-space:nowrap}
 td:first-child,th:first-child{text-align:left;white-space:normal;min-width:13rem;font-weight:500}img{max-width:100%}figcaption{color:#555;font-size:13px}.holds{color:#117733;font-weight:600}.not{color:#aa2211;font-weight:600}.open{color:#886600}.note{background:#f6f4ec;padding:.6rem 1rem;border-left:4px solid #ccb866}"""
@@ -721,9 +721,10 @@ def _claims_html(table):
     "The claims as an HTML table."
     unit = lambda m: '' if m == 'cka' else ' points'
     css = {'holds': 'holds', 'does not hold': 'not'}
+    def where(r): return 'frameworks' if ': ' in r['arm'] else 'layers' if r['where'] in ('Tab. 2', 'needed') else 'masks' # the part of the page that shows the arms
     def row(r):
         span = f" (95 %: {r['low']:+.2f} to {r['high']:+.2f})" if math.isfinite(r['low']) else ''
-        cells = html.escape(r['claim']),r['where'],{'domains': 'mIoU, mean of domains', 'cka': 'CKA to CLIP'}.get(r['measured'], f"mIoU {r['measured']}"),f"{r['mean']:+.2f}{unit(r['measured'])}{span}",f"<span class={css.get(r['verdict'], 'open')}>{r['verdict']}</span>"
+        cells = f"<a href=#{where(r)}>{html.escape(r['claim'])}</a>",r['where'],{'domains': 'mIoU, mean of domains', 'cka': 'CKA to CLIP'}.get(r['measured'], f"mIoU {r['measured']}"),f"{r['mean']:+.2f}{unit(r['measured'])}{span}",f"<span class={css.get(r['verdict'], 'open')}>{r['verdict']}</span>"
         return '<tr>' + ''.join(f'<td>{c}</td>' for c in cells) + '</tr>'
     return '<table><tr><th>claim</th><th>paper</th><th>measured</th><th>difference</th><th>at this scale</th></tr>' + ''.join(row(r) for r in table.to_dict('records')) + '</table>'
 
@@ -742,17 +743,17 @@ def report_html(
     pic = {n: f'<figure><img alt="{html.escape(cap)}" src="data:image/png;base64,{_embedded(f)}"><figcaption>{html.escape(cap)}</figcaption></figure>' for n,(f,cap) in figs.items()}
     table = {t: pd.DataFrame(rows).T.to_html(border=0) for t,rows in data['summary'].items()}
     n = len(data['seeds'])
-    frameworks = '' if 'frameworks' not in pic else f"<h2>Frameworks: the same mask in each</h2><p>Each in a small preset. Those of queries are dearer by the step and see fewer images, so compare within a framework, not between them.</p>{table['frameworks']}{pic['frameworks']}"
+    frameworks = '' if 'frameworks' not in pic else f"<h2 id=frameworks>Frameworks: the same mask in each</h2><p>Each in a small preset. Those of queries are dearer by the step and see fewer images, so compare within a framework, not between them.</p>{table['frameworks']}{pic['frameworks']}"
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>opentrans demo</title><style>{_STYLE}</style>
 <h1>Prune once, transfer, freeze by the spectra: the paper at toy scale</h1>
 <p class=note>This is a <b>toy</b>: generated scenes of {s['size']} pixels, a CLIP of {data['tower_params']/1e6:.1f} M parameters, {s['warmup']}+{s['iterations']} iterations of fine-tuning, {n} seed{'s' if n > 1 else ''}.
 It shows the method at work and tests the order of the alternatives at this scale. None of its figures is an accuracy of the paper, and none predicts what RN50 does on COCO.</p>
 <p>The small CLIP, before anything is done to it, names single things at {z['base']:.1%} (base) and {z['novel']:.1%} (novel names, never seen in any training) zero-shot among {round(1/z['chance'])} names; chance is {z['chance']:.1%}.</p>
 <h2>Claims and verdicts</h2>{_said(c)}{_claims_html(c)}
-<h2>Masks: one tower, nine weights in ten removed</h2>
+<h2 id=masks>Masks: one tower, nine weights in ten removed</h2>
 <p>All arms fine-tune {html.escape(s['framework'])} alike. The masks have density {s['density']}; <i>distilled</i> is Algorithm 1 with Eq. 3 as its only loss, put on CLIP's original weights.</p>
 {table['masks']}{pic['masks']}{pic['scenes']}{pic['imp']}
-{frameworks}<h2>Layers: which of them learn after the warm-up</h2>{table['layers']}{pic['layers']}{pic['alpha']}
+{frameworks}<h2 id=layers>Layers: which of them learn after the warm-up</h2>{table['layers']}{pic['layers']}{pic['alpha']}
 <h2>What it costs</h2><p>Parameters and multiply-accumulates of one {s['size']}x{s['size']} image, and of the whole training (supplement 6.2); only the weights that a mask keeps are counted. These are counts: dense hardware does not run faster for unstructured zeros.</p>{pic['cost']}
 <h2>How it was made</h2><table>{''.join(f'<tr><td>{html.escape(str(k))}</td><td style="text-align:left">{html.escape(str(v))}</td></tr>' for k,v in {**data['run'], **s, 'seeds': data['seeds']}.items())}</table></html>"""
 
