@@ -8,7 +8,7 @@ OUT    ?= demo-report
 export OMP_NUM_THREADS ?= 1
 
 # studies that `make results` runs again, or goes on with; `opentrans study` lists them
-STUDIES ?= masks freezing balance training ratio losses supervision rounds similarity pictures alpha density xmin levels interference methods overlap frameworks density-fpn density-faseg density-mask2former density-fcclip tower-rn tower-convnext
+STUDIES ?= masks freezing balance training ratio losses supervision rounds similarity pictures alpha density xmin levels interference methods overlap frameworks density-fpn density-faseg density-mask2former density-fcclip tower-rn tower-convnext tower-vit
 SEEDS   ?= 5
 
 .PHONY: help install demo test check-notebooks results gpu clean

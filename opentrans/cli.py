@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 
-# %% ../nbs/21_cli.ipynb #49524118
+# %% ../nbs/21_cli.ipynb #daabc20b
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',
                   help="Prune CLIP once, transfer the mask to any open-vocabulary segmentation framework, freeze layers by their spectra.")
 
 def _version(asked:bool):
-    from importlib.metadata import version
-    if asked: print(f"opentrans {version('opentrans')}"); raise typer.Exit()
+    import opentrans
+    if asked: print(f'opentrans {opentrans.__version__}'); raise typer.Exit()
 
 @app.callback()
 def _options(version:Annotated[bool, typer.Option('--version', help="Print the version and end.", is_eager=True, callback=_version)]=False): pass
@@ -126,7 +126,7 @@ def open_data(
     options = {k: v for k,v in dict(names=classes, ignore=ignore, panoptic=panoptic or None).items() if v is not None}
     return open_dataset(name, root, split, corrupt=corrupt, **options)
 
-# %% ../nbs/21_cli.ipynb #5f485b44
+# %% ../nbs/21_cli.ipynb #ff059f8f
 def show(
     result, # dict or DataFrame
     as_json:bool=False, # JSON instead of a table?
@@ -141,7 +141,7 @@ def show(
     if as_json: return print(json.dumps(result.to_dict('index') if isinstance(result, pd.DataFrame) else result, indent=1, default=str))
     frame = result if isinstance(result, pd.DataFrame) else pd.DataFrame({'value': pd.Series({k: v for k,v in result.items() if not isinstance(v, (dict, list))}, dtype=object)})
     table = Table(title=title or None, title_justify='left', title_style='bold' if sys.stdout.isatty() else '', box=box.SIMPLE)
-    for c in ['', *frame.columns]: table.add_column(str(c), justify='left' if c == '' else 'right', no_wrap=c == '' or frame[c].dtype != object, overflow='fold')
+    for c in ['', *frame.columns]: table.add_column(str(c), justify='left' if c == '' else 'right', no_wrap=c != '' and frame[c].dtype != object or c == '' and max(map(len, map(str, frame.index)), default=0) < 60, overflow='fold')
     for i,r in zip(frame.index, frame.itertuples(index=False)): table.add_row(str(i), *(f'{v:.4g}' if isinstance(v, float) else str(v) for v in r))
     live = sys.stdout.isatty()
     Console(force_jupyter=False, force_terminal=live, no_color=not live, width=None if live else 150).print(table)
@@ -156,8 +156,9 @@ def _rules(by, xmin):
 def _writable(*files):
     "So does a file that cannot be written in the end."
     for f in filter(None, files):
-        if Path(f).is_dir(): raise _bad(f"Cannot write '{f}': it is a folder. Choose another place.")
-        try: tempfile.TemporaryFile(dir=next(p for p in Path(f).resolve().parents if p.exists())).close()
+        try:
+            if Path(f).is_dir(): raise IsADirectoryError(0, 'it is a folder')
+            tempfile.TemporaryFile(dir=next(p for p in Path(f).resolve().parents if p.exists())).close()
         except OSError as e: raise _bad(f"Cannot write '{f}': {e.strerror}. Choose another place.") from e
 
 def _number(text):
@@ -230,7 +231,7 @@ def study(
     if data['claims']: show(pd.DataFrame(data['claims'])[['claim', 'measured', 'mean', 'low', 'high', 'verdict']].round(2).set_index('claim'), title='claims')
     print(f'data: {ex.result_file(name, out, seeds, scale, seed)}')
 
-# %% ../nbs/21_cli.ipynb #8186d423
+# %% ../nbs/21_cli.ipynb #79abda8e
 @app.command()
 def alpha(
     backbone:Annotated[str, typer.Argument(help="'shapes-rn', or open_clip's name of a tower.")]='shapes-rn',
@@ -246,7 +247,7 @@ def alpha(
     from opentrans.core import atomic_path
     from opentrans.heavy_tail import analyze
     from opentrans.pruning import SparseMask
-    _rules(by, xmin); clip = open_clip_backbone(backbone, pretrained, device='cpu')
+    _rules(by, xmin); _writable(out and Path(out)/'alpha.csv'); clip = open_clip_backbone(backbone, pretrained, device='cpu')
     if mask: SparseMask.load(mask).apply(clip).remove()
     table = analyze(clip, xmin=_number(xmin), conv=conv)
     chosen = table.select(freeze=freeze, by=by, seed=seed)
@@ -390,7 +391,7 @@ def _transfer_file(m, model, out, as_json):
     transfer_checkpoint(m, model, out)
     show(dict(file=out, layers=len(m), density=m.density, zeros=m.total-m.kept), as_json, 'sparse checkpoint')
 
-# %% ../nbs/21_cli.ipynb #36f5be4f
+# %% ../nbs/21_cli.ipynb #e0d9e396
 @app.command()
 def finetune(
     out:Annotated[str, typer.Option(help="Folder of the run: checkpoints and weights; the same command continues it.")],
@@ -405,8 +406,8 @@ def finetune(
     "Fine-tune a framework; writes OUT/model.safetensors and OUT/model.json, which `opentrans evaluate` and `opentrans segment` read."
     from opentrans.core import LayerSelection, save_json, save_tensors
     from opentrans.finetune import finetune as run
-    _writable(Path(out)/'model.json')
     from opentrans.pruning import SparseMask
+    _writable(Path(out)/'model.json')
     r = make_recipe(recipe, framework, set_, iterations, batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
     m,chosen = SparseMask.load(mask) if mask else None,LayerSelection.from_json(Path(selection)) if selection else None
     train,val = (open_data(data, root, s, classes, ignore, corrupt, panoptic) if s else None for s in (split, eval_split if eval_every else None))
@@ -511,7 +512,7 @@ def compare(
         with atomic_path(Path(out)/'runs.png') as p: plot_runs(frame).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame, as_json, 'runs')
 
-# %% ../nbs/21_cli.ipynb #ebc6b833
+# %% ../nbs/21_cli.ipynb #8a7d3fad
 @app.command('cka')
 def cka_command(
     a:Annotated[str, typer.Argument(help="First backbone.")]='shapes-rn', b:Annotated[Optional[str], typer.Argument(help="Second backbone. Default: the first with --mask.")]=None,
@@ -525,6 +526,7 @@ def cka_command(
     from opentrans.cka import cka, plot_cka
     from opentrans.core import atomic_path
     from opentrans.pruning import SparseMask
+    _writable(out and Path(out)/'cka.csv')
     one,two = open_clip_backbone(a, pretrained_a, device=device),open_clip_backbone(b or a, pretrained_b or (pretrained_a if b in (None, a) else None), device=device)
     if mask: SparseMask.load(mask).apply(two).remove()
     d,side = open_data(data, root, split, classes, ignore),size or one.image_size

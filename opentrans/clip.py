@@ -365,7 +365,7 @@ def tower_kind(
     raise OpenTransError(f"The image tower of '{name}' ({type(net).__name__}) is not of a kind that gives maps here. "
                          "Choose an RN, a convnext, or a plain ViT of CLIP.")
 
-# %% ../nbs/07_clip.ipynb #5f8b7dbe
+# %% ../nbs/07_clip.ipynb #7750e617
 _PLAIN = ('a photo of a {}.',)
 
 class TextEncoder:
@@ -412,9 +412,9 @@ class TextEncoder:
         if not self.trained or not hasattr(self.tokenizer, 'unknown_words'): return []
         return [ps[0] for ps in said if all(self.tokenizer.unknown_words(p) for p in ps)]
 
-    def doubts(self, said)->str: # One sentence, or nothing
+    def doubts(self, said, first=())->str: # One sentence, or nothing; those in `first` are named first
         "What a small CLIP does not know of some classes."
-        strange = self.strange(said)
+        strange = sorted(self.strange(said), key=lambda p: p not in first)
         if not strange: return ''
         pieces = [tuple(self.tokenizer.encode(p)) for p in strange]; alike = sum(pieces.count(p) > 1 for p in pieces)
         return (f"{len(strange)} of {len(said)} names have words that '{self.name}' has never seen; it can say little about them"
@@ -425,7 +425,7 @@ class TextEncoder:
         new = [p for p in self.strange(said) if ('warned', p) not in self.cache]
         if new:
             self.cache.update({('warned', p): True for p in new})
-            warnings.warn(self.doubts(said), stacklevel=4)
+            warnings.warn(self.doubts(said, new), stacklevel=4)
 
 # %% ../nbs/07_clip.ipynb #41a2b34d
 def class_prompts(

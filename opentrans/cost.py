@@ -344,7 +344,7 @@ def __mul__(self:Cost, k):
 @patch
 def __rmul__(self:Cost, k): return self*k
 
-# %% ../nbs/04_cost.ipynb #5fe94563
+# %% ../nbs/04_cost.ipynb #b7679576
 _NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException, NotImplementedError)
 
 def _needs_values(e): # or is the input simply wrong?
@@ -355,6 +355,13 @@ def _inputs(model, size, args=(), forward=None):
     if hasattr(model, 'example_inputs') and not args and forward is None: return model.example_inputs(size)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     return torch.zeros(size, device=device_of(model), dtype=dtype),*args
+
+@contextlib.contextmanager
+def _no_log():
+    "torch logs what fails on fake tensors; it is raised, too."
+    log = logging.getLogger('torch._subclasses.fake_tensor'); before,log.disabled = log.disabled,True
+    try: yield
+    finally: log.disabled = before
 
 def _one_pass(model, size, convention, args, forward, dry):
     "Run the model once on fake (or real) tensors with a counter that watches."
@@ -370,10 +377,7 @@ def _one_pass(model, size, convention, args, forward, dry):
         for t in tree_leaves(inputs):
             if isinstance(t, torch.Tensor): counter.trace.mark(t, counter.input)
         composite = _Composite(counter) if convention == 'fvcore' else contextlib.nullcontext()
-        log = logging.getLogger('torch._subclasses.fake_tensor'); silent,log.disabled = log.disabled,True # what fails there is raised, too
-        try:
-            with _hooked(model, counter, table), composite, counter: (forward or model)(*inputs)
-        finally: log.disabled = silent
+        with _hooked(model, counter, table), composite, counter, _no_log(): (forward or model)(*inputs)
     return counter,table
 
 # %% ../nbs/04_cost.ipynb #c9cbfabd

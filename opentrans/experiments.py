@@ -11,8 +11,8 @@ __all__ = ['SCALES', 'MASKS', 'ARMS', 'OTHERS', 'FRAMEWORK_ARMS', 'PICTURES', 'N
            'alpha_course', 'courses', 'pictures', 'unpack_pictures', 'result_file', 'run_study', 'all_claims',
            'claims_table', 'plot_density', 'plot_courses', 'plot_similarity', 'plot_study', 'show_study', 'paper_costs']
 
-# %% ../nbs/20_experiments.ipynb #53b94047
-import base64, contextlib, dataclasses, functools, hashlib, html, json, math, os, platform, shutil, signal, sys, threading, time, zlib
+# %% ../nbs/20_experiments.ipynb #9d6c1600
+import base64, contextlib, dataclasses, functools, hashlib, html, json, math, os, platform, shutil, signal, sys, time, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from .core import OpenTransError, LayerSelection, Undo, axes, device_of, pick_device, unknown, layers, load_json, load_tensors, png, progress, save_json, save_tensors, save_text, seeded
 from .pruning import SparseMask, compare_masks, cubic_schedule, geometric_schedule, imp, plot_history, plot_overlap
-from .heavy_tail import analyze
+from .heavy_tail import BY, analyze
 from .spt import add_spt, merge_spt, param_sensitivity, select as spt_select
 from .cka import cka, paper_cka
 from .cost import cost, training_flops
@@ -194,7 +194,7 @@ def open_mask(
     if name == 'random, layer-matched': return SparseMask.random(tower, density, seed=seed, like=distilled)
     raise unknown('mask', name, MASKS)
 
-# %% ../nbs/20_experiments.ipynb #b312790c
+# %% ../nbs/20_experiments.ipynb #b70c6b1d
 @dataclass(frozen=True)
 class Arm:
     "One way to fine-tune."
@@ -219,7 +219,7 @@ class Arm:
 
     def key(self, scale)->str:
         "What is done, in words: all settings, and not the name."
-        rule = f'{self.select} {self.freeze or scale.freeze:g}' if self.select in ('alpha', 'alpha*', 'random') else self.select
+        rule = f'{self.select} {self.freeze or scale.freeze:g}' if self.select in BY else self.select
         return ', '.join([self.start(scale), rule, *([self.xmin or scale.xmin] if self.select.startswith('alpha') else []), *([self.level] if self.level else [])])
 
 # %% ../nbs/20_experiments.ipynb #8d54c387
@@ -419,17 +419,19 @@ def _measured(arm, scale, seed, folder, keep, run):
     save_json(res, done)
     return res
 
-# %% ../nbs/20_experiments.ipynb #a7af3913
-def _quiet(): torch.set_num_threads(1); os.environ['OPENTRANS_PROGRESS'] = '0'; signal.signal(signal.SIGINT, signal.SIG_IGN) # the parent hears Ctrl-C, and ends its workers
+# %% ../nbs/20_experiments.ipynb #7fa148a4
+def _quiet():
+    "A worker's start. The parent hears Ctrl-C and ends its workers by SIGTERM; one that waits for work leaves its queue in order."
+    torch.set_num_threads(1); os.environ['OPENTRANS_PROGRESS'] = '0'
+    signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 @contextlib.contextmanager
 def _deaf():
-    "Processes that start here do not hear Ctrl-C even before `_quiet`."
-    main = threading.current_thread() is threading.main_thread() # no other may set a handler
-    old = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    "Processes that start here do not hear Ctrl-C even before `_quiet`; one that comes meanwhile is heard afterwards."
+    if not hasattr(signal, 'pthread_sigmask'): yield; return # Windows
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try: yield
-    finally:
-        if main: signal.signal(signal.SIGINT, old)
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 def _workers(scale): return min(2, os.cpu_count() or 1) if scale.device == 'cpu' else 1
 
@@ -519,8 +521,8 @@ def study(
     res = run_jobs(jobs, workers, f"seed {', '.join(map(str, where))}")
     return [dict(res[n, 'arm', a.key(scale)], arm=a.name) for n in where for a in arms]
 
-# %% ../nbs/20_experiments.ipynb #431efa63
-def _groups(frame): return [k for k in ('base', 'novel') if f'miou_{k}' in frame]
+# %% ../nbs/20_experiments.ipynb #5f2b8af3
+def _groups(frame): return [k for k in ('base', 'novel') if f'miou_{k}' in frame] or sets_of(frame) # real data may have no such groups
 
 def sets_of(frame)->list: # Names: base and novel classes, and each other data set
     "What mIoU was taken over."
@@ -599,7 +601,7 @@ def claims(
     rows = [dict(claim=c, where=w, measured=m, arm=a, against=b, **difference(frame, a, b, m)) for c,w,a,b,ms in which if {*a.split(' − '), *b.split(' − ')} <= there for m in ms if m in frame or f'miou_{m}' in frame]
     return pd.DataFrame([r for r in rows if r['n']], columns=list(rows[0]) if rows else None)
 
-# %% ../nbs/20_experiments.ipynb #3cf9cd38
+# %% ../nbs/20_experiments.ipynb #35836c1b
 def _colour(name, i=0):
     "Each arm has one colour in all figures; the i-th of a study alone has any."
     names,name = [a.name for a in ARMS],name.split(': ')[-1]
@@ -627,20 +629,20 @@ def plot_cost(
     "mIoU on base classes (full) and novel ones (hollow) against a cost (the shape of Fig. 1)."
     ax = axes(ax, figsize=(4.5, 3.4)); unit,name = dict(active_params=(1e6, 'parameters that remain (M)'), active_macs=(1e6, 'MACs that remain (M)'), train_flops=(1e12, 'training FLOPs (T)'))[what]
     for i,(a,f) in enumerate(frame.groupby('arm', observed=True)):
-        for k in _groups(f): ax.plot(f[what].mean()/unit, f[f'miou_{k}'].mean(), 'o', mec=_colour(a, i), mfc=_colour(a, i) if k == 'base' else 'none', label=a if k == 'base' else None)
+        for j,k in enumerate(_groups(f)[:2]): ax.plot(f[what].mean()/unit, f[f'miou_{k}'].mean(), 'o', mec=_colour(a, i), mfc='none' if j else _colour(a, i), label=None if j else a)
     ax.set_xlabel(name); ax.set_ylabel('mIoU (%)')
     return ax
 
-# %% ../nbs/20_experiments.ipynb #44289f88
+# %% ../nbs/20_experiments.ipynb #8d62b9ac
 def plot_frameworks(
     frame:pd.DataFrame, # As `results_frame` gives it
     arms, # Dense, distilled and random of each framework
     axs=None, # Two axes
 ): # The axes
     "mIoU on base and novel classes of the same masks in each framework: bars are means, dots are seeds."
-    axs = axes(axs, ncols=2, figsize=(12, 3.2))
+    groups = _groups(frame); axs = np.ravel(axes(axs, ncols=len(groups), figsize=(6*len(groups), 3.2)))
     names = list(dict.fromkeys(frame.framework[frame.arm.isin([a.name for a in arms])])); kinds = list(dict.fromkeys(a.name.split(': ')[-1] for a in arms))
-    for ax,what in zip(np.ravel(axs), _groups(frame)):
+    for ax,what in zip(axs, groups):
         for j,kind in enumerate(kinds):
             for i,n in enumerate(names):
                 y = frame[(frame.framework == n) & frame.arm.isin([a.name for a in arms if a.name.split(': ')[-1] == kind])][f'miou_{what}']
@@ -1000,14 +1002,14 @@ def claims_table(
     columns = [c for c in ('paper', 'base', 'novel', 'domains', 'CKA', 'study') if any(c in r for r in rows.values())]
     return pd.DataFrame(rows, index=columns).T.fillna('').rename_axis('claim')
 
-# %% ../nbs/20_experiments.ipynb #670fa724
+# %% ../nbs/20_experiments.ipynb #25337eb7
 def plot_density(
     frame:pd.DataFrame, # As `results_frame` gives it, of a study of densities
     axs=None, # Two axes
 ): # The axes
     "mIoU on base and novel classes against density."
-    axs = axes(axs, ncols=2, figsize=(9, 3), layout='constrained')
-    for ax,what in zip(np.ravel(axs), _groups(frame)):
+    groups = _groups(frame); axs = np.ravel(axes(axs, ncols=len(groups), figsize=(4.5*len(groups), 3), layout='constrained'))
+    for ax,what in zip(axs, groups):
         for kind,colour in (('distilled', _colour('distilled mask')), ('random', _colour('random'))):
             f = frame[(frame['mask'] == kind)]; mean = f.groupby('density')[f'miou_{what}'].mean()
             ax.plot(mean.index, mean, '-', color=colour, label=kind); ax.plot(f.density, f[f'miou_{what}'], '.', color=colour, ms=4)
@@ -1044,7 +1046,7 @@ def plot_similarity(
     ax.set_xticks(range(3), ['stages', 'all convolutions', "the released code's reading"]); ax.set_ylabel('CKA to CLIP'); ax.legend(fontsize=8, frameon=False, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.))
     return ax
 
-# %% ../nbs/20_experiments.ipynb #e45a6fa8
+# %% ../nbs/20_experiments.ipynb #85f5deaf
 def _costs(frame):
     axs = axes(ncols=3, figsize=(13, 3.2), layout='constrained')
     for ax,w in zip(axs, ('active_params', 'active_macs', 'train_flops')): plot_cost(frame, w, ax)
@@ -1059,7 +1061,8 @@ def plot_study(
     name:str, # One of `STUDIES`
     data:dict, # What `run_study` gives
 ): # Axes, or a figure
-    "The plot that fits the question of a study."
+    "The plot that fits the question of a study. Raises `OpenTransError` for an unknown one."
+    if name not in STUDIES: raise unknown('study', name, STUDIES)
     frame,more = results_frame(data['results']) if data['results'] else None,data.get('more')
     if name.startswith('density'): return plot_density(frame)
     if name in ('balance', 'training'): return _costs(frame)
@@ -1076,12 +1079,13 @@ def show_study(
     seeds:int=5, # Of which run
     scale='demo', # At which scale
 ):
-    "Show in a notebook what a stored study says: its question, verdicts, means and plot."
+    "Show in a notebook what a stored study says: its question, verdicts, means and plot. Raises `OpenTransError` for an unknown one."
     from IPython.display import Markdown, display
+    if name not in STUDIES: raise unknown('study', name, STUDIES)
     s,file = STUDIES[name],result_file(name, folder, seeds, scale)
     if not file.exists(): return display(Markdown(f"**{s.question}** ({s.where}.) `opentrans study {name}` has not been run over {seeds} seeds."))
     data = load_json(file)
-    parts = [f"**{s.question}** ({s.where}; `{data['run']['command']}`, {data['run']['date']}, [every number]({Path(file).as_posix()}).)"]
+    parts = [f"**{s.question}** ({s.where}; `{data['run']['command']}`, {data['run']['date']}, [every number]({file.as_posix()}).)"]
     if data['claims']: parts.append(claims_table(pd.DataFrame(data['claims'])).drop(columns='paper').reset_index().to_markdown(index=False))
     if data['summary']: parts.append(pd.DataFrame(data['summary']).T.drop(columns=['params', 'MACs', 'frozen layers'] if name not in ('balance', 'training', 'ratio') else []).rename_axis('arm').reset_index().to_markdown(index=False))
     if name == 'overlap': parts.append(pd.DataFrame({k: {'IoU of two seeds': np.mean(v['iou']), 'chance': np.mean(v['chance'])} for k,v in data['more']['between_seeds'].items()}).T.round(3).rename_axis('mask').reset_index().to_markdown(index=False))

@@ -482,7 +482,7 @@ class Teller:
     def close(self):
         if self.board: self.board.close()
 
-# %% ../nbs/13_finetune.ipynb #0af51bb5
+# %% ../nbs/13_finetune.ipynb #257044c5
 @contextlib.contextmanager
 def _notice(keep):
     "Yields a list that is no longer empty once this process has been asked to end. Without something to keep Ctrl-C ends it at once; with it, the second does."
@@ -490,12 +490,14 @@ def _notice(keep):
     if threading.current_thread() is not threading.main_thread(): yield asked; return
     def note(number, frame):
         if number == signal.SIGINT and asked: raise KeyboardInterrupt
+        if number == signal.SIGINT: os.write(2, b'finishing this iteration, for its checkpoint; once more ends at once\n') # print may be in the midst of a line
         asked.append(signal.Signals(number))
     before = {n: signal.getsignal(n) for n in signals}
     for n,h in before.items():
         if h is not signal.SIG_IGN: signal.signal(n, note) # a worker of a study leaves Ctrl-C to its parent
     try: yield asked
-    finally: [signal.signal(n, h or signal.SIG_DFL) for n,h in before.items()]
+    finally:
+        for n,h in before.items(): signal.signal(n, h or signal.SIG_DFL)
 
 def finetune(
     framework, # A `Framework`, trained in place
@@ -530,12 +532,14 @@ def finetune(
             done = run.iteration == recipe.iterations
             if val is not None and eval_every and (run.iteration % eval_every == 0 or done): run.evaluate(val)
             if run.tell: run.tell(row)
-            if done or asked or run.iteration % checkpoint_every == 0: run.save()
+            end = bool(asked) # what comes after this line is for the next iteration
+            if done or end or run.iteration % checkpoint_every == 0: run.save()
             if callback is not None: callback(framework, row)
-            if asked and not done:
-                why = f"The run was asked to end ({asked[0].name}) and stopped after iteration {run.iteration-1}. {run.kept()}"
-                raise KeyboardInterrupt(why) if asked[0] == signal.SIGINT else Interrupted(why, 128+asked[0])
+            if end: break
         run.save(); framework.eval()
+        if asked:
+            why = f"The run was asked to end ({asked[0].name}) and stopped after iteration {run.iteration-1}. {run.kept()}"
+            raise KeyboardInterrupt(why) if asked[0] == signal.SIGINT else Interrupted(why, 128+asked[0])
     return run.history.frame()
 
 # %% ../nbs/13_finetune.ipynb #6e789e66

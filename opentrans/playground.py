@@ -81,7 +81,7 @@ def overlay(
     ax.legend(handles=[Patch(color=colours[k], label=f"{names[k]}  {share[k]:.0%}" if share[k] >= .005 else f'{names[k]}  < 1%') for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
     return ax
 
-# %% ../nbs/23_playground.ipynb #3788286a
+# %% ../nbs/23_playground.ipynb #ad4c9fa4
 class _Playground:
     "State and wiring of `playground`."
     def __init__(self, framework, samples, text, w):
@@ -116,11 +116,11 @@ class _Playground:
         "Segment what the widgets say. Kernels may call it from several threads: each change waits for its turn."
         with self.lock:
             with warnings.catch_warnings():
-                warnings.simplefilter('ignore', UserWarning) # the note below says it each time
-                try: self.answer = segment(self.framework, self.samples[self.source.value], self.names.value)
+                warnings.filterwarnings('ignore', '.*has never seen') # the note below says it each time
+                try: v = parse_names(self.names.value); self.answer = segment(self.framework, self.samples[self.source.value], v)
                 except OpenTransError as e: return self.say(str(e), 'c8442e')
-            (h,w),text = self.answer[1].shape,getattr(self.framework, 'backbone', self.framework).text
-            self.say('. '.join(filter(None, [f'{len(self.answer[2])} classes, {w} x {h} pixels', text.doubts(class_prompts(self.answer[2]))])))
+            (h,w),text = self.answer[1].shape,getattr(getattr(self.framework, 'backbone', self.framework), 'text', None)
+            self.say('. '.join(filter(None, [f'{len(v)} classes, {w} x {h} pixels', text.doubts(class_prompts(v)) if hasattr(text, 'doubts') else ''])))
             self.draw()
 
     def draw(self):

@@ -1,12 +1,12 @@
 "CLIP backbones at full size, weights from files and downloads, and what is said when they are missing."
-import copy, warnings
+import copy, json, math, warnings
 import numpy as np
 import open_clip
 import pytest
 import torch
 from torch.nn import functional as F
-from opentrans.clip import ASSETS, ClipBackbone, compact_tokens, load_weights, open_model, save_weights, small_clip
-from opentrans.core import OpenTransError, layers, save_tensors
+from opentrans.clip import ASSETS, ClipBackbone, compact_tokens, load_weights, open_model, save_weights, small_clip, small_clips
+from opentrans.core import OpenTransError, layers, load_metadata, save_tensors
 from opentrans.data import COLOURS, DOMAINS, SHAPES, TEXTURES, TRIPLES, ShapesWorld, Vocabulary, is_novel, object_image
 
 VISION = dict(layers=[1, 1, 1, 1], width=8, head_width=32, image_size=64)
@@ -153,3 +153,11 @@ def test_shipped_clip():
         right[is_novel(*k)].append(int((clip.encode_image(x) @ text.T).argmax()) == i % len(TRIPLES))
     assert np.mean(right[False]) > .8 and np.mean(right[True]) > .4, f'base {np.mean(right[False])}, novel {np.mean(right[True])}; chance {1/len(TRIPLES)}'
     with pytest.warns(UserWarning, match='zebra'): clip.encode_text(['zebra'])
+
+@pytest.mark.parametrize('name', small_clips())
+def test_a_shipped_clip_knows_what_its_file_says(name):
+    "Zero-shot on other pictures than it was measured on, within what 240 pictures can tell."
+    from opentrans.experiments import zero_shot
+    told,n = json.loads(load_metadata(ASSETS/f'{name}.safetensors')['zero_shot']),240
+    found = zero_shot(ClipBackbone.create(name, pretrained=name), n, seed=2)
+    for k in ('base', 'novel'): assert abs(found[k]-told[k]) < 4*math.sqrt(max(told[k]*(1-told[k]), .01)/n) and told[k] > .5, (k, found, told)

@@ -167,7 +167,8 @@ def test_a_killed_process_ends_the_run(tmp_path, monkeypatch):
 def test_a_notice_to_end_is_taken(tmp_path, sent):
     "SIGTERM, as a scheduler sends it, or Ctrl-C: the iteration is finished, a checkpoint written, exit code 143 or 130."
     args = ['finetune', '--out', tmp_path/'out', '--batch-size', 1, '--iterations', 500, '--print-every', 1, '--checkpoint-every', 1000]
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'opentrans.cli', *map(str, args)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENV, cwd=tmp_path)
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'opentrans.cli', *map(str, args)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENV, cwd=tmp_path,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # pytest in the background of a script ignores it
     lines = []
     for line in p.stderr:
         lines.append(line)

@@ -1,5 +1,5 @@
 "Studies on data of real formats, and what becomes of one that is interrupted."
-import dataclasses, functools, json, math
+import dataclasses, functools, json, math, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from opentrans import experiments as ex
@@ -100,3 +100,22 @@ def test_a_folder_of_older_settings_is_known(tmp_path):
     (tmp_path/'study.json').write_text(json.dumps({k: v for k,v in kept.items() if k not in ('width', 'queries', 'sets', 'data', 'pretrained', 'device', 'paper', 'checkpoint')}))
     ex._claim(tmp_path, scale, 3)
     assert load_json(tmp_path/'study.json') == kept
+
+def test_ctrl_c_ends_workers_at_once(tmp_path):
+    "One at work and one that waits for work; none is left behind, and nothing hangs."
+    script = tmp_path/'jobs.py'
+    script.write_text("import time\nfrom opentrans.experiments import run_jobs\nif __name__ == '__main__': run_jobs({'short': ((), time.sleep, (0,)), 'long': ((), time.sleep, (600,))}, 2, 'jobs')\n")
+    env = {k: v for k,v in os.environ.items() if k not in ('OPENTRANS_PROGRESS', 'IN_TEST')}
+    p = subprocess.Popen([sys.executable, script], env=dict(env, PYTHONPATH=str(Path(__file__).resolve().parents[1])), stderr=subprocess.PIPE, text=True, start_new_session=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert p.stderr.readline() == 'jobs: 1 of 2 done, short\n'
+    os.killpg(p.pid, signal.SIGINT)
+    said = p.communicate(timeout=60)[1]
+    assert p.returncode != 0 and said.count('KeyboardInterrupt') == 1, said
+    def left():
+        try: os.killpg(p.pid, 0); return True
+        except ProcessLookupError: return False
+    for _ in range(100): # multiprocessing's own tracker ends a moment after its parent
+        if not left(): break
+        time.sleep(.1)
+    assert not left()
