@@ -11,8 +11,8 @@ __all__ = ['SCALES', 'MASKS', 'ARMS', 'OTHERS', 'FRAMEWORK_ARMS', 'PICTURES', 'N
            'alpha_course', 'courses', 'pictures', 'unpack_pictures', 'result_file', 'run_study', 'all_claims',
            'claims_table', 'plot_density', 'plot_courses', 'plot_similarity', 'plot_study', 'show_study', 'paper_costs']
 
-# %% ../nbs/20_experiments.ipynb #9d6c1600
-import base64, contextlib, dataclasses, functools, hashlib, html, json, math, os, platform, shutil, signal, sys, time, zlib
+# %% ../nbs/20_experiments.ipynb #d248baeb
+import base64, contextlib, dataclasses, functools, hashlib, html, json, math, os, platform, shutil, signal, sys, threading, time, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
@@ -419,7 +419,7 @@ def _measured(arm, scale, seed, folder, keep, run):
     save_json(res, done)
     return res
 
-# %% ../nbs/20_experiments.ipynb #7fa148a4
+# %% ../nbs/20_experiments.ipynb #36a6cd0a
 def _quiet():
     "A worker's start. The parent hears Ctrl-C and ends its workers by SIGTERM; one that waits for work leaves its queue in order."
     torch.set_num_threads(1); os.environ['OPENTRANS_PROGRESS'] = '0'
@@ -432,6 +432,14 @@ def _deaf():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try: yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+@contextlib.contextmanager
+def _ends_by_term():
+    "SIGTERM ends this process as `sys.exit` does, so that its workers are not left behind."
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 def _workers(scale): return min(2, os.cpu_count() or 1) if scale.device == 'cpu' else 1
 
@@ -452,7 +460,7 @@ def run_jobs(
         while left:
             n = ready()[0]; _,f,args = left.pop(n); end(n, f(*args))
     else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _quiet) as pool:
+        with _ends_by_term(), ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _quiet) as pool:
             running,others = {},{*multiprocessing.active_children()}
             try:
                 while left or running:
@@ -460,7 +468,7 @@ def run_jobs(
                         for n in ready(): _,f,args = left.pop(n); running[pool.submit(f, *args)] = n
                     f = next(as_completed(running)); end(running.pop(f), f.result())
             except BaseException as e:
-                if isinstance(e, KeyboardInterrupt):
+                if isinstance(e, (KeyboardInterrupt, SystemExit)):
                     for p in {*multiprocessing.active_children()} - others: p.terminate() # a checkpoint is written where one is asked for
                 pool.shutdown(cancel_futures=True); raise
     next(tick, None)

@@ -526,7 +526,7 @@ def plot_weights(self:SparseMask,
     ax.set(xlabel='$\\log_{10} |w|$', ylabel='weights', title='what the mask keeps'); ax.legend()
     return ax
 
-# %% ../nbs/01_pruning.ipynb #d2222df1
+# %% ../nbs/01_pruning.ipynb #e01b830e
 @patch
 def overlap(self:SparseMask,
     other:SparseMask, # A mask over the same layers
@@ -559,7 +559,7 @@ def plot_overlap(
     frame = compare_masks(frame) if isinstance(frame, dict) else frame
     ax = axes(ax, figsize=(1.5+.8*len(frame), 1+.65*len(frame)))
     sns.heatmap(frame, annot=True, fmt='.2f', vmin=0, cmap='viridis', square=True, ax=ax, cbar=False)
-    ax.set_title(title); ax.tick_params(axis='x', rotation=45); ax.tick_params(axis='y', rotation=0)
+    ax.set_title(title); ax.set_xticks(ax.get_xticks(), frame.columns, rotation=45, ha='right', rotation_mode='anchor'); ax.tick_params(axis='y', rotation=0)
     return ax
 
 # %% ../nbs/01_pruning.ipynb #3b3bd87c
