@@ -8,11 +8,11 @@ __all__ = ['ROOMS', 'PLUMBING']
 # %% ../nbs/22_all.ipynb #542aa617
 import importlib
 
-# %% ../nbs/22_all.ipynb #47852485
+# %% ../nbs/22_all.ipynb #22282e82
 ROOMS = ('core', 'pruning', 'heavy_tail', 'cka', 'cost', 'data', 'metrics', 'peft', 'clip', 'spt', 'stitching', 'spvit', 'distill', 'frameworks',
          'frameworks.deeplabv3', 'frameworks.mask2former', 'frameworks.fcclip', 'frameworks.faseg', 'frameworks.fpn', 'finetune', 'efficiency', 'experiments', 'playground')
 
-PLUMBING = ('axes', 'png', 'under', 'matches', 'best_fits', 'no_partner', 'only_fit', 'in_tower', 'to_device', 'evaluating') # of core: for rooms, not for readers' own names
+PLUMBING = ('axes', 'png', 'under', 'matches', 'best_fits', 'no_partner', 'only_fit', 'in_tower', 'to_device', 'handling', 'evaluating') # of core: for rooms, not for readers' own names
 
 __all__ = []
 for _room in ROOMS:

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['CONVS', 'PACKED', 'BATCH_NORMS', 'NORMS', 'OpenTransError', 'unknown', 'optional', 'unwrap', 'find_tower', 'Layer',
            'layers_of', 'layers', 'norm_params', 'best_fits', 'no_partner', 'only_fit', 'match_names', 'param_shapes',
-           'matches', 'find_names', 'find_layers', 'in_tower', 'locate', 'Undo', 'after_step', 'evaluating',
+           'matches', 'find_names', 'find_layers', 'in_tower', 'locate', 'Undo', 'after_step', 'handling', 'evaluating',
            'LayerSelection', 'atomic_path', 'save_text', 'read_text', 'save_json', 'load_json', 'save_tensors',
            'load_tensors', 'load_metadata', 'under', 'seed_everything', 'seeded', 'pick_device', 'device_of',
            'to_device', 'progress', 'axes', 'png']
 
-# %% ../nbs/00_core.ipynb #5e55868e
-import contextlib, difflib, importlib, io, json, os, random, tempfile
+# %% ../nbs/00_core.ipynb #d69f17be
+import contextlib, difflib, importlib, io, json, os, random, signal, tempfile, threading
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -249,6 +249,20 @@ def after_step(
         for p,f in watch.items():
             if id(p) in held: f(opt)
     return register_optimizer_step_post_hook(hook)
+
+# %% ../nbs/00_core.ipynb #85c0fc80
+@contextlib.contextmanager
+def handling(
+    handler, # Called with the number of the signal and a frame
+    *signals, # Numbers, e.g. `signal.SIGTERM`
+):
+    "Signals go to a handler inside the block. One that is ignored stays so, and a thread other than the main one, which may not set handlers, changes nothing."
+    before = {n: signal.getsignal(n) for n in signals} if threading.current_thread() is threading.main_thread() else {}
+    for n,h in before.items():
+        if h is not signal.SIG_IGN: signal.signal(n, handler)
+    try: yield
+    finally:
+        for n,h in before.items(): signal.signal(n, h or signal.SIG_DFL)
 
 # %% ../nbs/00_core.ipynb #f02ae807
 @contextlib.contextmanager

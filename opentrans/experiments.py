@@ -11,8 +11,8 @@ __all__ = ['SCALES', 'MASKS', 'ARMS', 'OTHERS', 'FRAMEWORK_ARMS', 'PICTURES', 'N
            'alpha_course', 'courses', 'pictures', 'unpack_pictures', 'result_file', 'run_study', 'all_claims',
            'claims_table', 'plot_density', 'plot_courses', 'plot_similarity', 'plot_study', 'show_study', 'paper_costs']
 
-# %% ../nbs/20_experiments.ipynb #d248baeb
-import base64, contextlib, dataclasses, functools, hashlib, html, json, math, os, platform, shutil, signal, sys, threading, time, zlib
+# %% ../nbs/20_experiments.ipynb #73abf595
+import base64, contextlib, dataclasses, functools, hashlib, html, json, math, os, platform, shutil, signal, sys, time, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
@@ -21,7 +21,7 @@ import multiprocessing
 import numpy as np
 import pandas as pd
 import torch
-from .core import OpenTransError, LayerSelection, Undo, axes, device_of, pick_device, unknown, layers, load_json, load_tensors, png, progress, save_json, save_tensors, save_text, seeded
+from .core import OpenTransError, LayerSelection, Undo, axes, device_of, handling, pick_device, unknown, layers, load_json, load_tensors, png, progress, save_json, save_tensors, save_text, seeded
 from .pruning import SparseMask, compare_masks, cubic_schedule, geometric_schedule, imp, plot_history, plot_overlap
 from .heavy_tail import BY, analyze
 from .spt import add_spt, merge_spt, param_sensitivity, select as spt_select
@@ -419,11 +419,13 @@ def _measured(arm, scale, seed, folder, keep, run):
     save_json(res, done)
     return res
 
-# %% ../nbs/20_experiments.ipynb #36a6cd0a
+# %% ../nbs/20_experiments.ipynb #9fce94f5
+def _leave(*_): sys.exit(143) # on SIGTERM: as from within, so that queues are left in order and workers are not left behind
+
 def _quiet():
     "A worker's start. The parent hears Ctrl-C and ends its workers by SIGTERM; one that waits for work leaves its queue in order."
     torch.set_num_threads(1); os.environ['OPENTRANS_PROGRESS'] = '0'
-    signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, _leave)
 
 @contextlib.contextmanager
 def _deaf():
@@ -432,14 +434,6 @@ def _deaf():
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try: yield
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-@contextlib.contextmanager
-def _ends_by_term():
-    "SIGTERM ends this process as `sys.exit` does, so that its workers are not left behind."
-    if threading.current_thread() is not threading.main_thread(): yield; return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try: yield
-    finally: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 def _workers(scale): return min(2, os.cpu_count() or 1) if scale.device == 'cpu' else 1
 
@@ -460,7 +454,7 @@ def run_jobs(
         while left:
             n = ready()[0]; _,f,args = left.pop(n); end(n, f(*args))
     else:
-        with _ends_by_term(), ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _quiet) as pool:
+        with handling(_leave, signal.SIGTERM), ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), _quiet) as pool:
             running,others = {},{*multiprocessing.active_children()}
             try:
                 while left or running:
@@ -609,7 +603,7 @@ def claims(
     rows = [dict(claim=c, where=w, measured=m, arm=a, against=b, **difference(frame, a, b, m)) for c,w,a,b,ms in which if {*a.split(' − '), *b.split(' − ')} <= there for m in ms if m in frame or f'miou_{m}' in frame]
     return pd.DataFrame([r for r in rows if r['n']], columns=list(rows[0]) if rows else None)
 
-# %% ../nbs/20_experiments.ipynb #35836c1b
+# %% ../nbs/20_experiments.ipynb #54f24d00
 def _colour(name, i=0):
     "Each arm has one colour in all figures; the i-th of a study alone has any."
     names,name = [a.name for a in ARMS],name.split(': ')[-1]
@@ -641,7 +635,16 @@ def plot_cost(
     ax.set_xlabel(name); ax.set_ylabel('mIoU (%)')
     return ax
 
-# %% ../nbs/20_experiments.ipynb #8d62b9ac
+def _costs(frame):
+    "A figure of `plot_cost` for each cost."
+    axs = axes(ncols=3, figsize=(14, 3.6)); fig = axs[0].figure
+    for ax,w in zip(axs, ('active_params', 'active_macs', 'train_flops')): plot_cost(frame, w, ax)
+    fig.tight_layout(); fig.legend(*axs[0].get_legend_handles_labels(), fontsize=7.5, ncols=6, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
+    return fig
+
+def _bar(ax, x, y, width, **kwargs): ax.bar(x, y.mean(), width, **kwargs); ax.plot([x]*len(y), y, '.', color='k', ms=3) # a mean and its seeds
+
+# %% ../nbs/20_experiments.ipynb #60e1ffbc
 def plot_frameworks(
     frame:pd.DataFrame, # As `results_frame` gives it
     arms, # Dense, distilled and random of each framework
@@ -655,7 +658,7 @@ def plot_frameworks(
             for i,n in enumerate(names):
                 y = frame[(frame.framework == n) & frame.arm.isin([a.name for a in arms if a.name.split(': ')[-1] == kind])][f'miou_{what}']
                 x = i-.4+.8/len(kinds)*(j+.5)
-                ax.bar(x, y.mean(), .75/len(kinds), color=_colour(kind), label=kind if i == 0 else None); ax.plot([x]*len(y), y, '.', color='k', ms=3)
+                _bar(ax, x, y, .75/len(kinds), color=_colour(kind), label=kind if i == 0 else None)
         ax.set_xticks(range(len(names)), names, fontsize=8); ax.set_ylabel('mIoU (%)'); ax.set_title(f'{what} classes', fontsize=9)
     axs[0].legend(fontsize=7.5, frameon=False)
     return axs
@@ -682,7 +685,7 @@ def plot_scenes(
     fig.tight_layout(pad=.3)
     return fig
 
-# %% ../nbs/20_experiments.ipynb #20950015
+# %% ../nbs/20_experiments.ipynb #c52c326d
 def _embedded(fig):
     "A figure as text that an HTML page can hold; the figure is closed."
     import matplotlib.pyplot as plt
@@ -715,11 +718,8 @@ def figures(
         analyze(seg.backbone, xmin=scale.xmin).plot_alpha(ax); ax.set_title(f"{a.start(scale)}, after warm-up", fontsize=8)
     fig.tight_layout()
     res['alpha'] = fig,f'Alpha of each layer after the warm-up; the shaded layers, below the median, rest (the shape of Fig. 6). Seed {seed}.'
-    fig,axs = plt.subplots(1, 3, figsize=(14, 3.6))
-    for ax,w in zip(axs, ('active_params', 'active_macs', 'train_flops')): plot_cost(frame, w, ax)
-    fig.tight_layout(); fig.legend(*axs[0].get_legend_handles_labels(), fontsize=7.5, ncols=6, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
     if any(a.framework for a in arms): res['frameworks'] = plot_frameworks(frame, arms_of('frameworks', arms))[0],'The same mask in every framework, beside a random mask of equal density and the dense model (the shape of Tab. 1). Bars are means over seeds, dots are seeds.'
-    res['cost'] = fig,'mIoU on base (full) and novel (hollow) classes against cost (the shape of Fig. 1).'
+    res['cost'] = _costs(frame),'mIoU on base (full) and novel (hollow) classes against cost (the shape of Fig. 1).'
     return res
 
 # %% ../nbs/20_experiments.ipynb #3017d408
@@ -1026,7 +1026,7 @@ def plot_density(
     axs[0].legend(fontsize=8, frameon=False)
     return axs
 
-# %% ../nbs/20_experiments.ipynb #b75ae1d8
+# %% ../nbs/20_experiments.ipynb #0a856332
 def plot_courses(
     more:dict, # As `courses` gives it
     axs=None, # Two axes
@@ -1049,18 +1049,11 @@ def plot_similarity(
     ax,arms = axes(ax, figsize=(8, 3)),list(dict.fromkeys(frame.arm))
     for i,a in enumerate(arms):
         for j,c in enumerate(('cka', 'cka_layers', 'cka_channels')):
-            y,x = frame[frame.arm == a][c],j-.4+.8/len(arms)*(i+.5)
-            ax.bar(x, y.mean(), .74/len(arms), color=_colour(a, i), label=a if j == 0 else None); ax.plot([x]*len(y), y, '.', color='k', ms=3)
+            _bar(ax, j-.4+.8/len(arms)*(i+.5), frame[frame.arm == a][c], .74/len(arms), color=_colour(a, i), label=a if j == 0 else None)
     ax.set_xticks(range(3), ['stages', 'all convolutions', "the released code's reading"]); ax.set_ylabel('CKA to CLIP'); ax.legend(fontsize=8, frameon=False, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.))
     return ax
 
-# %% ../nbs/20_experiments.ipynb #85f5deaf
-def _costs(frame):
-    axs = axes(ncols=3, figsize=(13, 3.2), layout='constrained')
-    for ax,w in zip(axs, ('active_params', 'active_macs', 'train_flops')): plot_cost(frame, w, ax)
-    axs[0].figure.legend(*axs[0].get_legend_handles_labels(), fontsize=8, ncols=5, loc='outside upper center', frameon=False)
-    return axs
-
+# %% ../nbs/20_experiments.ipynb #2df69165
 def _plot_pictures(data):
     scale = Scale(**{k: tuple(v) if isinstance(v, list) else v for k,v in data['scale'].items()})
     return plot_scenes(scale, data['more']['seed'], unpack_pictures(data['more']))

@@ -7,8 +7,8 @@ __all__ = ['Recipe', 'read_settings', 'batch_indices', 'batches', 'param_groups'
            'run_settings', 'Checkpoint', 'load_framework', 'Interrupted', 'world_size', 'Processes', 'train_step',
            'Teller', 'finetune', 'same_size_batches', 'look', 'panoptic_truth', 'evaluate', 'compare_runs', 'plot_runs']
 
-# %% ../nbs/13_finetune.ipynb #3b579494
-import contextlib, dataclasses, functools, hashlib, json, math, os, re, signal, sys, threading, time
+# %% ../nbs/13_finetune.ipynb #de7d3d19
+import contextlib, dataclasses, functools, hashlib, json, math, os, re, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import nn
 from fastcore.basics import patch
-from .core import (BATCH_NORMS, OpenTransError, Undo, unknown, axes, device_of, evaluating, layers, load_json, load_tensors, norm_params,
+from .core import (BATCH_NORMS, OpenTransError, Undo, unknown, axes, device_of, evaluating, handling, layers, load_json, load_tensors, norm_params,
     optional, pick_device, progress, read_text, save_tensors, seed_everything, seeded, to_device, under)
 from .data import augment, collate, sample_packed
 from .frameworks.contract import resize
@@ -482,22 +482,16 @@ class Teller:
     def close(self):
         if self.board: self.board.close()
 
-# %% ../nbs/13_finetune.ipynb #257044c5
+# %% ../nbs/13_finetune.ipynb #0e8fafef
 @contextlib.contextmanager
 def _notice(keep):
     "Yields a list that is no longer empty once this process has been asked to end. Without something to keep Ctrl-C ends it at once; with it, the second does."
-    asked,signals = [],(signal.SIGTERM, signal.SIGINT) if keep else (signal.SIGTERM,)
-    if threading.current_thread() is not threading.main_thread(): yield asked; return
+    asked = []
     def note(number, frame):
         if number == signal.SIGINT and asked: raise KeyboardInterrupt
         if number == signal.SIGINT: os.write(2, b'finishing this iteration, for its checkpoint; once more ends at once\n') # print may be in the midst of a line
         asked.append(signal.Signals(number))
-    before = {n: signal.getsignal(n) for n in signals}
-    for n,h in before.items():
-        if h is not signal.SIG_IGN: signal.signal(n, note) # a worker of a study leaves Ctrl-C to its parent
-    try: yield asked
-    finally:
-        for n,h in before.items(): signal.signal(n, h or signal.SIG_DFL)
+    with handling(note, signal.SIGTERM, *([signal.SIGINT] if keep else [])): yield asked # a worker of a study ignores Ctrl-C, and goes on so
 
 def finetune(
     framework, # A `Framework`, trained in place
