@@ -187,13 +187,13 @@ def main():
         if kind not in ('OpenTransError', 'Interrupted'): raise
         print(f'error: {e}', file=sys.stderr); sys.exit(getattr(e, 'code', 2))
 
-# %% ../nbs/21_cli.ipynb #1a61e864
+# %% ../nbs/21_cli.ipynb #6c62d95b
 @app.command()
 def demo(
     out:Annotated[str, typer.Option(help="Folder for the report (one .html, one .json).")]='demo-report',
     seeds:Annotated[int, typer.Option(help="Number of seeds; three or more give intervals and verdicts.")]=1,
     seed:Annotated[int, typer.Option(help="First seed.")]=0,
-    scale:Annotated[str, typer.Option(help="'demo', or 'smoke': a few iterations that show nothing but that it runs.")]='demo',
+    scale:Annotated[str, typer.Option(help="'demo'; 'shapes', a little longer; 'gpu': CLIP's RN50 on larger scenes; 'smoke': shows nothing but that it runs.")]='demo',
     workers:Annotated[Optional[int], typer.Option(min=1, help="Processes. Default: two; one on a GPU.")]=None, config:Config=None,
 ):
     "The paper's main job on generated scenes: prune once, transfer, choose layers, fine-tune, and a report beside the alternatives."
@@ -206,14 +206,14 @@ def demo(
         show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
     print(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
 
-# %% ../nbs/21_cli.ipynb #d9378270
+# %% ../nbs/21_cli.ipynb #53cbd9b4
 @app.command()
 def study(
     name:Annotated[Optional[str], typer.Argument(help="Which study; none lists them.")]=None,
     out:Annotated[str, typer.Option(help="Folder for NAME-Nseeds.json; interrupted, the study goes on from the runs under it.")]='results',
     seeds:Annotated[int, typer.Option(help="Number of seeds; three or more give intervals and verdicts.")]=5,
     seed:Annotated[int, typer.Option(help="First seed.")]=0,
-    scale:Annotated[str, typer.Option(help="'shapes' (= 'demo'), minutes to hours on two cores; 'gpu': CLIP's RN50 on larger scenes; 'coco': RN50 on COCO and six more sets, days; 'smoke': shows nothing but that it runs.")]='demo', root:Root=None,
+    scale:Annotated[str, typer.Option(help="'shapes', minutes to hours on two cores; 'demo', a little shorter; 'gpu': CLIP's RN50 on larger scenes; 'coco': RN50 on COCO and six more sets, days; 'smoke': shows nothing but that it runs.")]='shapes', root:Root=None,
     pretrained:Annotated[Optional[str], typer.Option(help="Weights file of the scale's CLIP, where they cannot be downloaded.")]=None,
     workers:Annotated[Optional[int], typer.Option(min=1, help="Processes. Default: two; one on a GPU.")]=None, config:Config=None,
 ):
@@ -223,7 +223,7 @@ def study(
     from opentrans.data import data_root
     if name is None:
         show(pd.DataFrame({k: dict(paper=s.where, question=s.question, arms=len(s.arms)) for k,s in ex.STUDIES.items()}).T, title='studies'); return
-    command = f'opentrans study {name}' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 5), ('seed', seed, 0), ('scale', scale, 'demo'), ('out', 'results' if Path(out).is_absolute() else out, 'results')) if v != d or k == 'seeds') # no path of this machine
+    command = f'opentrans study {name}' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 5), ('seed', seed, 0), ('scale', scale, 'shapes'), ('out', 'results' if Path(out).is_absolute() else out, 'results')) if v != d or k == 'seeds') # no path of this machine
     if root is not None: os.environ['DETECTRON2_DATASETS'] = str(data_root(root))
     _writable(ex.result_file(name, out, seeds, scale, seed))
     data = ex.run_study(name, out, seeds, seed, scale, workers, command, pretrained)

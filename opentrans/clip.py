@@ -7,8 +7,8 @@ __all__ = ['ASSETS', 'bpe_tokenizer', 'compact_tokens', 'CompactTokenizer', 'sma
            'read_weights', 'load_weights', 'save_weights', 'open_model', 'ResNetTower', 'SlidingPool', 'dilate_resnet',
            'TimmTower', 'ViTTower', 'tower_kind', 'TextEncoder', 'class_prompts', 'Origin', 'ClipBackbone']
 
-# %% ../nbs/07_clip.ipynb #d720519e
-import copy, inspect, math, os, socket, urllib.parse, urllib.request, warnings, zipfile
+# %% ../nbs/07_clip.ipynb #b3817037
+import copy, functools, inspect, math, os, socket, urllib.parse, urllib.request, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -443,7 +443,11 @@ def _synonyms(name):
     if not isinstance(name, str) or not name.strip(' ,'): raise OpenTransError(f"A class name must be a text that is not empty, not {name!r}.")
     return [s.strip() for s in name.split(',') if s.strip()]
 
-# %% ../nbs/07_clip.ipynb #2cd34e2e
+# %% ../nbs/07_clip.ipynb #7d5ccabb
+def _side(net): # in pixels, of the images that a tower was trained on
+    size = getattr(net, 'image_size', 224)
+    return size if isinstance(size, int) else size[0]
+
 @dataclass
 class Origin:
     "What `create` loaded: shared by all copies of a backbone, never changed."
@@ -458,7 +462,14 @@ class Origin:
     output_stride:int = 32 # Stride of `res5`
     def __deepcopy__(self, memo): return self
 
-# %% ../nbs/07_clip.ipynb #40a5e5ed
+    @functools.cached_property
+    def maps(self):
+        "Channels and strides of the maps, and the width of embeddings: asked by a forward pass without numbers."
+        net,kind,size = copy.deepcopy(self.visual).to('meta'),tower_kind(self.visual, self.name),_side(self.visual)
+        with torch.no_grad(): maps,last = kind.features(net, torch.empty(1, 3, size, size, device='meta')); dense = kind.dense(net, last)
+        return {k: m.shape[1] for k,m in maps.items()},{k: round(size/m.shape[-1]) for k,m in maps.items()},dense.shape[1]
+
+# %% ../nbs/07_clip.ipynb #5dc0a6c9
 class ClipBackbone(nn.Module):
     "A CLIP image tower as a dictionary of maps, with embeddings of pixels, regions and names. Made by `create`."
     def __init__(self,
@@ -468,26 +479,16 @@ class ClipBackbone(nn.Module):
         self.origin,self.kind = origin,tower_kind(origin.visual, origin.name)
         self.visual = copy.deepcopy(origin.visual)
         for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(getattr(origin, k)).view(1, 3, 1, 1), persistent=False)
-        size = getattr(self.visual, 'image_size', 224)
-        self.image_size = size if isinstance(size, int) else size[0]
+        self.image_size = _side(self.visual)
         self.eval()
-        self.channels,self.strides,self.embed_dim = self._ask()
+        channels,strides,self.embed_dim = origin.maps
+        self.channels,self.strides = dict(channels),dict(strides)
 
     tower = property(lambda self: self.visual, doc="The image tower, in which parameters have their names.")
     text = property(lambda self: self.origin.text, doc="The frozen text encoder, shared by all copies.")
     name = property(lambda self: self.origin.name)
     logit_scale = property(lambda self: self.origin.logit_scale, doc="Scale of cosine similarities in CLIP's softmax.")
     output_stride = property(lambda self: self.origin.output_stride)
-
-    def _ask(self):
-        "Channels and strides of the maps, and the width of embeddings: asked by a forward pass without numbers."
-        size,kind = self.image_size,self.kind
-        class Ask(nn.Module):
-            def __init__(self, net): super().__init__(); self.net = net
-            def forward(self, x): maps,last = kind.features(self.net, x); return maps,kind.dense(self.net, last)
-        state = {f'net.{k}': v.detach().to('meta') for k,v in [*self.visual.named_parameters(), *self.visual.named_buffers()]}
-        with torch.no_grad(): maps,dense = torch.func.functional_call(Ask(self.visual), state, torch.empty(1, 3, size, size, device='meta'))
-        return {k: m.shape[1] for k,m in maps.items()},{k: round(size/m.shape[-1]) for k,m in maps.items()},dense.shape[1]
 
     def prepare(self, images):
         "Check images and take off CLIP's mean and deviation."

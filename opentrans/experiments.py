@@ -37,7 +37,7 @@ from .finetune import Recipe, evaluate, finetune
 # %% ../nbs/20_experiments.ipynb #be90070a
 _all_ = ['paper_costs']
 
-# %% ../nbs/20_experiments.ipynb #f40dfb17
+# %% ../nbs/20_experiments.ipynb #ca0a9282
 def _recipe(framework): return Recipe.paper(framework if framework in ('mask2former', 'fcclip', 'faseg') else 'deeplabv3')
 
 @dataclass(frozen=True)
@@ -80,6 +80,9 @@ class Scale:
     query_batch:int = 8 # of as many images,
     query_lr:float = 3e-3 # at this rate
 
+    def __post_init__(self):
+        for k in ('sets', 'queries'): object.__setattr__(self, k, tuple(getattr(self, k))) # JSON gives lists, which cannot be looked up
+
     def recipe(self, iterations, schedule, seed, framework='', after=None): # `after`: iterations that went before; None: those of the warm-up
         if self.paper:
             r = _recipe(framework or self.framework).shorten(sum(self.steps(framework)))
@@ -97,12 +100,12 @@ class Scale:
 
 _REAL = ('ade20k_150', 'ade20k_847', 'cityscapes_19', 'context_59', 'context_459', 'voc_20')
 _RN50 = dict(backbone='RN50', pretrained='openai', quick_gelu=True, device='cuda', preset='paper', imp_lr=1e-4, queries=(), checkpoint=1000)
-SCALES = dict(demo=Scale(), shapes=Scale(),
+SCALES = dict(shapes=Scale(), demo=Scale(iterations=180),
               gpu=Scale(**_RN50, size=224, train=8000, val=1000, domain=300, imp_iters=300, imp_batch=16, warmup=1000, iterations=4000, lr=1e-3, backbone_lr=.1),
               coco=Scale(**_RN50, data='coco_panoptic', sets=_REAL, size=512, val=0, domain=0, imp_iters=1000, imp_batch=16, imp_crop=512, paper=True, warmup=10_000, iterations=40_000, batch_size=28, backbone_lr=1.),
               smoke=Scale(train=24, val=8, domain=4, density=.5, p=.3, imp_iters=1, imp_batch=4, warmup=1, iterations=2, batch_size=4, zero_shot=40, query_iterations=2, query_batch=4))
 
-# %% ../nbs/20_experiments.ipynb #616ba512
+# %% ../nbs/20_experiments.ipynb #0722659f
 @functools.lru_cache(maxsize=2)
 def _open_real(name, sets, root): return dict(train=open_dataset(name, root, 'train'), val=open_dataset(name, root), **{n: open_dataset(n, root) for n in sets})
 
@@ -119,11 +122,22 @@ def open_world(
     if scale.data == 'shapesworld': return _open_shapes(scale.train, scale.val, scale.domain, scale.size, seed)
     return _open_real(scale.data, scale.sets, str(data_root())) # no seed draws them
 
+@functools.lru_cache(maxsize=8)
+def _digest(file, size, modified): return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] # a large file is read once, not for each seed
+
+def _weights_of(scale):
+    "The weights of a scale's CLIP: a tag as it is, a file by its name and content."
+    file = Path(scale.pretrained)
+    return f'{file.name} {_digest(file, (s := file.stat()).st_size, s.st_mtime_ns)}' if scale.pretrained and file.is_file() else scale.pretrained
+
+@functools.lru_cache(maxsize=2)
+def _open_clip(name, pretrained, output_stride, quick_gelu, weights): return ClipBackbone.create(name, pretrained=pretrained, output_stride=output_stride, quick_gelu=quick_gelu) # read once, and again if a file of weights has changed
+
 def open_clip_of(
     scale:Scale, # Sizes
 )->ClipBackbone: # With its weights, on the scale's device
     "The CLIP of a study."
-    return ClipBackbone.create(scale.backbone, pretrained=scale.pretrained or scale.backbone, output_stride=scale.output_stride, quick_gelu=scale.quick_gelu).to(pick_device(scale.device))
+    return _open_clip(scale.backbone, scale.pretrained or scale.backbone, scale.output_stride, scale.quick_gelu, _weights_of(scale)).fresh_copy().to(pick_device(scale.device))
 
 # %% ../nbs/20_experiments.ipynb #564ca9a2
 def zero_shot(
@@ -142,7 +156,7 @@ def zero_shot(
         res[group] = (best == torch.tensor(truth)).float().mean().item()
     return res
 
-# %% ../nbs/20_experiments.ipynb #9d6407d2
+# %% ../nbs/20_experiments.ipynb #32aa25a9
 MASKS = ('distilled', 'magnitude', 'snip', 'random', 'random, layer-matched')
 
 def _own(found, scale):
@@ -155,6 +169,10 @@ def _found(found): return 'distilled' + ''.join(f'-{k}={v}' for k,v in found)
 
 def _trainer(clip, data, scale, **kw): return DistillTrainer(clip, data, lr=scale.imp_lr, batch_size=scale.imp_batch, student_mode=scale.imp_student, crop=scale.imp_crop or None, **kw)
 
+def _build(framework, clip, vocabulary, scale, seed):
+    name = framework or scale.framework
+    with seeded(seed): return build(name, clip, vocabulary=vocabulary, preset=scale.preset, **scale.options(name))
+
 def find_mask(
     scale:Scale, # Sizes
     seed:int, # Of the world, of distillation and of chance
@@ -164,8 +182,7 @@ def find_mask(
     "Algorithm 1 on the CLIP of a study, by distillation alone; or, if `found` says so, by another loss (Tab. 5 and 8), p or t (Tab. 6 and 7), to another density."
     found = _own(found, scale); folder,clip,name,f = Path(folder),open_clip_of(scale),_found(found),dict(found)
     data,model = open_world(scale, seed)['train'],clip
-    if f.get('segmentation'):
-        with seeded(seed): model = build(f.get('framework', scale.framework), clip, vocabulary=data.vocabulary, preset=scale.preset, **scale.options(f.get('framework', scale.framework)))
+    if f.get('segmentation'): model = _build(f.get('framework'), clip, data.vocabulary, scale, seed)
     train = _trainer(clip, data, scale, iters=f.get('iters', scale.imp_iters), **{k: f[k] for k in ('loss', 'segmentation', 'distillation') if k in f})
     density,p = f.get('density', scale.density),f.get('p', scale.p)
     schedule = cubic_schedule(density, len(geometric_schedule(density, p))) if f.get('schedule') == 'cubic' else None
@@ -247,7 +264,7 @@ def arms_of(
 
 def _file(name): return ''.join(c if c.isalnum() else '-' for c in name)
 
-# %% ../nbs/20_experiments.ipynb #be790e6a
+# %% ../nbs/20_experiments.ipynb #470fb06d
 def open_arm(
     arm:Arm, # Which
     scale:Scale, # Sizes
@@ -255,11 +272,10 @@ def open_arm(
     folder, # Where `find_mask` has written
 )->tuple: # (framework, mask to keep in force)
     "The framework that an arm begins with."
-    clip,mask,name = open_clip_of(scale),open_mask(arm.mask, scale, seed, folder, arm.found),arm.framework or scale.framework
+    clip,mask = open_clip_of(scale),open_mask(arm.mask, scale, seed, folder, arm.found)
     if arm.weights == 'trained': clip.visual.load_state_dict(load_tensors(Path(folder)/f'{_found(_own(arm.found, scale))}-weights.safetensors')[0])
     if arm.source: clip.visual.load_state_dict(load_tensors(_result(folder, arm.source, scale, 'tower', 'safetensors'))[0])
-    with seeded(seed): seg = build(name, clip, vocabulary=open_world(scale, seed)['train'].vocabulary, preset=scale.preset, **scale.options(name))
-    return seg,mask
+    return _build(arm.framework, clip, open_world(scale, seed)['train'].vocabulary, scale, seed),mask
 
 def _start(folder, arm, scale): return Path(folder)/f'start-{_file(arm.start(scale))}.safetensors'
 def _result(folder, arm, scale, what='arm', kind='json'): return Path(folder)/f'{what}-{_file(arm.key(scale))}.{kind}'
@@ -364,7 +380,7 @@ def clip_similarity(
     same = lambda names: float(np.mean([table.loc[k, k] for k in names])) if names else math.nan
     return dict(cka=same(stages), cka_layers=same(convs), cka_channels=float(paper_cka(clip, seg.backbone, [batch(range(min(8, n)))], stages).mean()) if 'resblocks' not in stages[0] else math.nan) # a ViT has tokens, no maps
 
-# %% ../nbs/20_experiments.ipynb #60a1cb7f
+# %% ../nbs/20_experiments.ipynb #b9b41284
 def _predictions(seg, data, n):
     "What a framework makes of the first images of a data set, or of the first alone where they differ in size: (N,H,W) classes, as small as they can be kept."
     images = [data[i]['image'] for i in range(min(n, len(data)))]
@@ -391,6 +407,11 @@ def run_arm(
     if res := _known(arm, scale, folder, keep): return res
     with _run_of(_result(folder, arm, scale), scale) as run: return _measured(arm, scale, seed, folder, keep, run)
 
+@functools.lru_cache(maxsize=16)
+def _counted(framework, scale, vocabulary):
+    "The cost of a framework without a mask, in which its arms are alike: counted once."
+    return cost(_build(framework, open_clip_of(scale), vocabulary, scale, 0), (3, scale.size, scale.size))
+
 def _measured(arm, scale, seed, folder, keep, run):
     "Fine-tune an arm, measure all that its tables show, and write it."
     done,tower,alphas = _files(folder, arm, scale)
@@ -408,7 +429,7 @@ def _measured(arm, scale, seed, folder, keep, run):
         if name == 'train': continue
         e = evaluate(seg, world[name], limit=(scale.val if name == 'val' else scale.domain) or None)
         res['miou'].update((e['groups'] or dict(base=e['miou'])) if name == 'val' else {name: e['miou']})
-    c,b = cost(seg, (3, scale.size, scale.size), mask=mask),recipe.batch_size
+    c,b = _counted(arm.framework, scale, world['train'].vocabulary).under(mask),recipe.batch_size
     res.update(params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs,
                train_flops=math.nan if arm.level else training_flops(c, first, b, mask=mask)+training_flops(c, steps, b, mask=mask, selection=selection)) # what single weights save depends on the kernels
     res.update(clip_similarity(seg, world['val'], open_clip_of(scale), every=every))
@@ -468,15 +489,7 @@ def run_jobs(
     next(tick, None)
     return res
 
-# %% ../nbs/20_experiments.ipynb #64ce24de
-@functools.lru_cache(maxsize=8)
-def _digest(file, size, modified): return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] # a large file is read once, not for each seed
-
-def _weights_of(scale):
-    "The weights of a scale's CLIP: a tag as it is, a file by its name and content."
-    file = Path(scale.pretrained)
-    return f'{file.name} {_digest(file, (s := file.stat()).st_size, s.st_mtime_ns)}' if scale.pretrained and file.is_file() else scale.pretrained
-
+# %% ../nbs/20_experiments.ipynb #2791efe2
 def _identity(scale, seed):
     "What runs depend on besides their own settings, as JSON gives it back."
     known = dict(dataclasses.asdict(scale), seed=seed, pretrained=_weights_of(scale))
@@ -603,7 +616,7 @@ def claims(
     rows = [dict(claim=c, where=w, measured=m, arm=a, against=b, **difference(frame, a, b, m)) for c,w,a,b,ms in which if {*a.split(' − '), *b.split(' − ')} <= there for m in ms if m in frame or f'miou_{m}' in frame]
     return pd.DataFrame([r for r in rows if r['n']], columns=list(rows[0]) if rows else None)
 
-# %% ../nbs/20_experiments.ipynb #54f24d00
+# %% ../nbs/20_experiments.ipynb #62af84e8
 def _colour(name, i=0):
     "Each arm has one colour in all figures; the i-th of a study alone has any."
     names,name = [a.name for a in ARMS],name.split(': ')[-1]
@@ -636,11 +649,11 @@ def plot_cost(
     return ax
 
 def _costs(frame):
-    "A figure of `plot_cost` for each cost."
-    axs = axes(ncols=3, figsize=(14, 3.6)); fig = axs[0].figure
+    "Axes with `plot_cost` of each cost."
+    axs = axes(ncols=3, figsize=(14, 3.9), layout='constrained')
     for ax,w in zip(axs, ('active_params', 'active_macs', 'train_flops')): plot_cost(frame, w, ax)
-    fig.tight_layout(); fig.legend(*axs[0].get_legend_handles_labels(), fontsize=7.5, ncols=6, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
-    return fig
+    axs[0].figure.legend(*axs[0].get_legend_handles_labels(), fontsize=7.5, ncols=6, loc='outside upper center', frameon=False)
+    return axs
 
 def _bar(ax, x, y, width, **kwargs): ax.bar(x, y.mean(), width, **kwargs); ax.plot([x]*len(y), y, '.', color='k', ms=3) # a mean and its seeds
 
@@ -685,7 +698,7 @@ def plot_scenes(
     fig.tight_layout(pad=.3)
     return fig
 
-# %% ../nbs/20_experiments.ipynb #c52c326d
+# %% ../nbs/20_experiments.ipynb #f458dcdb
 def _embedded(fig):
     "A figure as text that an HTML page can hold; the figure is closed."
     import matplotlib.pyplot as plt
@@ -719,10 +732,10 @@ def figures(
     fig.tight_layout()
     res['alpha'] = fig,f'Alpha of each layer after the warm-up; the shaded layers, below the median, rest (the shape of Fig. 6). Seed {seed}.'
     if any(a.framework for a in arms): res['frameworks'] = plot_frameworks(frame, arms_of('frameworks', arms))[0],'The same mask in every framework, beside a random mask of equal density and the dense model (the shape of Tab. 1). Bars are means over seeds, dots are seeds.'
-    res['cost'] = _costs(frame),'mIoU on base (full) and novel (hollow) classes against cost (the shape of Fig. 1).'
+    res['cost'] = _costs(frame[frame.framework == scale.framework])[0],f'mIoU of {scale.framework} on base (full) and novel (hollow) classes against cost (the shape of Fig. 1); what the others cost is in their table.'
     return res
 
-# %% ../nbs/20_experiments.ipynb #3017d408
+# %% ../nbs/20_experiments.ipynb #bfe28378
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1240px;margin:2rem auto;padding:0 1rem;color:#222}h1{font-size:1.7rem}h2{margin-top:2.2rem;border-bottom:1px solid #ddd}
 table{border-collapse:collapse;font-size:12.5px;margin:1rem 0;display:block;overflow-x:auto}td,th{padding:.25rem .55rem;border-bottom:1px solid #e4e4e4;text-align:right;white-space:nowrap}
 td:first-child,th:first-child{text-align:left;white-space:normal;min-width:13rem;font-weight:500}img{max-width:100%}figcaption{color:#555;font-size:13px}.holds{color:#117733;font-weight:600}.not{color:#aa2211;font-weight:600}.open{color:#886600}.note{background:#f6f4ec;padding:.6rem 1rem;border-left:4px solid #ccb866}"""
@@ -744,6 +757,12 @@ def _said(table):
     names = {v: [f"{html.escape(r.claim)} ({r.measured})" for r in table[table.verdict == v].itertuples()] for v in ('holds', 'does not hold', 'undecided')}
     return ''.join(f"<p><b>{t}</b> {'; '.join(names[v]) or 'nothing'}.</p>" for t,v in (('Holds at this scale:', 'holds'), ('Does <u>not</u> hold at this scale:', 'does not hold'), ('Undecided:', 'undecided')))
 
+def _short(s):
+    "What to say of frameworks of queries that learn for a few iterations only."
+    full = dict(STUDIES['frameworks'].scale)['query_iterations']
+    if not s['queries'] or s['query_iterations'] >= full: return ''
+    return f"Those of queries are dearer by the step: after {s['query_iterations']} iterations they have hardly begun to learn. The page shows that the mask goes into each of them, and not yet what it does there, whatever the verdicts above; <code>opentrans study frameworks</code> gives them {full} iterations. "
+
 def report_html(
     data:dict, # As `demo` writes it to JSON
     figs:dict, # As `figures` gives them
@@ -753,7 +772,7 @@ def report_html(
     pic = {n: f'<figure><img alt="{html.escape(cap)}" src="data:image/png;base64,{_embedded(f)}"><figcaption>{html.escape(cap)}</figcaption></figure>' for n,(f,cap) in figs.items()}
     table = {t: pd.DataFrame(rows).T.to_html(border=0) for t,rows in data['summary'].items()}
     n = len(data['seeds'])
-    frameworks = '' if 'frameworks' not in pic else f"<h2 id=frameworks>Frameworks: the same mask in each</h2><p>Each in a small preset. Those of queries are dearer by the step and see fewer images, so compare within a framework, not between them.</p>{table['frameworks']}{pic['frameworks']}"
+    frameworks = '' if 'frameworks' not in pic else f"<h2 id=frameworks>Frameworks: the same mask in each</h2><p>{_short(s)}Compare within a framework, not between them.</p>{table['frameworks']}{pic['frameworks']}"
     return f"""<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width"><title>opentrans demo</title><style>{_STYLE}</style>
 <h1>Prune once, transfer, freeze by the spectra: the paper at toy scale</h1>
 <p class=note>This is a <b>toy</b>: generated scenes of {s['size']} pixels, a CLIP of {data['tower_params']/1e6:.1f} M parameters, {s['warmup']}+{s['iterations']} iterations of fine-tuning, {n} seed{'s' if n > 1 else ''}.
@@ -939,26 +958,26 @@ STUDIES = dict(
                         *((f'A {k} tower that was fine-tuned in half of its layers serves the next framework better than one fine-tuned in all', 'beyond', f'{k}, carried after fine-tuning half', f'{k}, carried after fine-tuning all layers', _ALL) for k in _CARRIED))),
     **{f'tower-{k}': _tower(k, n) for k,n in dict(rn='a ResNet', convnext='a ConvNeXt', vit='a vision transformer').items() if f'shapes-{k}' in small_clips()})
 
-# %% ../nbs/20_experiments.ipynb #c46a93c5
-def _label(scale): return next((n for n,v in SCALES.items() if n != 'shapes' and (scale == n or scale == v)), 'demo' if scale == 'shapes' else 'own')
+# %% ../nbs/20_experiments.ipynb #1a1c324a
+def _label(scale): return next((n for n,v in SCALES.items() if scale == n or scale == v), 'own')
 
 def result_file(
     name:str, # One of `STUDIES`
     out, # Folder
     seeds:int=5, # Number of seeds
-    scale='demo', # As for `run_study`
+    scale='shapes', # As for `run_study`
     seed:int=0, # The first of them
 )->Path: # `NAME-5seeds.json`; other scales than the usual one, and another first seed, are in the name
     "Where a study is stored."
     label = _label(scale)
-    return Path(out)/('-'.join([name, *([label] if label != 'demo' else []), f'{seeds}seeds', *([f'from{seed}'] if seed else [])])+'.json')
+    return Path(out)/('-'.join([name, *([label] if label != 'shapes' else []), f'{seeds}seeds', *([f'from{seed}'] if seed else [])])+'.json')
 
 def run_study(
     name:str, # One of `STUDIES`
     out='results', # Folder of the `result_file`; the runs lie under `.runs` there, and none of them is done twice
     seeds:int=5, # Number of seeds
     seed:int=0, # The first of them
-    scale='demo', # One of `SCALES`, or a `Scale`
+    scale='shapes', # One of `SCALES`, or a `Scale`
     workers:int=None, # Processes; None takes two, or one on a single core or a GPU
     command:str=None, # Written into the file
     pretrained:str=None, # Other weights of CLIP than the scale's: a file, where nothing can be downloaded
@@ -972,7 +991,7 @@ def run_study(
     if 'backbone' in dict(s.scale) and scale.pretrained: raise OpenTransError(f"The study '{name}' is about the small towers that ship with the package, not about {scale.backbone}. Run it at the scale 'shapes'.")
     own = [(k, v) for k,v in s.scale if scale.queries or not k.startswith('query')]
     scale = dataclasses.replace(scale, **dict(own), **(dict(pretrained=str(pretrained)) if pretrained else {}))
-    runs,workers = out/'.runs'/('' if label == 'demo' else label)/'-'.join(f'{k}-{v}' for k,v in own),workers or _workers(scale)
+    runs,workers = out/'.runs'/('' if label == 'shapes' else label)/'-'.join(f'{k}-{v}' for k,v in own),workers or _workers(scale)
     open_clip_of(scale); open_world(scale, seed) # what is missing is said before any folder is claimed
     results = study(scale, range(seed, seed+seeds), runs, workers, s.arms) if s.arms else []
     data = dict(what=f"{name} ({s.where}): {s.question} {'Toy scale' if scale.data == 'shapesworld' else 'Real data'}.", run=dict(command=command or f'opentrans study {name} --seeds {seeds}', date=str(date.today()), cpu_minutes_of_arms=round(sum(r['seconds'] for r in results)/60, 1) if results and all('seconds' in r for r in results) else None, **hardware()),
@@ -982,11 +1001,11 @@ def run_study(
     save_json(data, file)
     return data
 
-# %% ../nbs/20_experiments.ipynb #e9a59cc5
+# %% ../nbs/20_experiments.ipynb #77113f39
 def all_claims(
     folder, # Where `run_study` has written
     seeds:int=5, # Of which runs
-    scale='demo', # At which scale
+    scale='shapes', # At which scale
 )->pd.DataFrame: # As `claims`, with the study and its file; a claim that two studies judge is there once
     "The claims of all stored studies with their verdicts."
     rows = []
@@ -1053,10 +1072,9 @@ def plot_similarity(
     ax.set_xticks(range(3), ['stages', 'all convolutions', "the released code's reading"]); ax.set_ylabel('CKA to CLIP'); ax.legend(fontsize=8, frameon=False, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.))
     return ax
 
-# %% ../nbs/20_experiments.ipynb #2df69165
+# %% ../nbs/20_experiments.ipynb #615ee653
 def _plot_pictures(data):
-    scale = Scale(**{k: tuple(v) if isinstance(v, list) else v for k,v in data['scale'].items()})
-    return plot_scenes(scale, data['more']['seed'], unpack_pictures(data['more']))
+    return plot_scenes(Scale(**data['scale']), data['more']['seed'], unpack_pictures(data['more']))
 
 def plot_study(
     name:str, # One of `STUDIES`
@@ -1078,7 +1096,7 @@ def show_study(
     name:str, # One of `STUDIES`
     folder='results', # Where `run_study` has written
     seeds:int=5, # Of which run
-    scale='demo', # At which scale
+    scale='shapes', # At which scale
 ):
     "Show in a notebook what a stored study says: its question, verdicts, means and plot. Raises `OpenTransError` for an unknown one."
     from IPython.display import Markdown, display

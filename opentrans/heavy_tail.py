@@ -752,7 +752,7 @@ def _png(draw, size):
     fig = Figure(figsize=size, layout='constrained'); draw(fig)
     return png(fig, dpi=80)
 
-# %% ../nbs/02_heavy_tail.ipynb #adcc0e4e
+# %% ../nbs/02_heavy_tail.ipynb #5a3b83e9
 class _Explorer:
     "State and wiring of `explore`."
     def __init__(self, table, w):
@@ -761,8 +761,8 @@ class _Explorer:
         self.layer = w.Select(options=list(table), rows=16, description='layer', **wide)
         self.rule = w.Dropdown(options=[*XMIN, 'given'], value=table.xmin if isinstance(table.xmin, str) else 'given', description='xmin by', **wide)
         self.xmin = w.IntSlider(description='xmin', min=0, max=1, readout=False, **wide)                  # which eigenvalue: whole numbers, which no browser rounds
-        self.text,self.plot,self.overview = w.HTML(),w.Image(format='png'),w.Image(format='png')
-        self.box = w.HBox([w.VBox([self.layer, self.rule, self.xmin, self.text]), w.VBox([self.plot, self.overview])])
+        self.text,self.plot,self.overview = w.HTML(layout=w.Layout(width='340px')),*(w.Image(format='png', layout=w.Layout(width='100%', max_width='720px')) for _ in range(2))
+        self.box = w.HBox([w.VBox([self.layer, self.rule, self.xmin, self.text]), w.VBox([self.plot, self.overview], layout=w.Layout(flex='1 1 480px'))], layout=w.Layout(flex_flow='row wrap')) # in a narrow page, plots stand below
         self.box.explorer = self
         self.layer.observe(lambda _: self.show('layer'), 'value')
         self.rule.observe(lambda _: self.show('rule'), 'value')

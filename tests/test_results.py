@@ -72,9 +72,18 @@ def test_a_stored_figure_is_made_again(tmp_path, one_thread):
     from opentrans.experiments import SCALES, STUDIES, study
     stored = json.loads((root/'docs'/'results'/'freezing-5seeds.json').read_text())
     arms = {a.name: a for a in STUDIES['freezing'].arms if a.name in ('dense', 'freeze the whole backbone')}
-    made = {r['arm']: 100*r['miou']['base'] for r in study(SCALES['demo'], 0, tmp_path, workers=1, arms=[*arms.values()])}
+    made = {r['arm']: 100*r['miou']['base'] for r in study(SCALES['shapes'], 0, tmp_path, workers=1, arms=[*arms.values()])}
     for name in arms:
         seeds = [100*r['miou']['base'] for r in stored['results'] if r['arm'] == name]
         assert abs(made[name]-seeds[0]) < statistics.stdev(seeds), (name, made[name], seeds)
     claim,first = next(c for c in stored['claims'] if c['measured'] == 'base' and (c['arm'], c['against']) == ('dense', 'freeze the whole backbone')),[100*next(r['miou']['base'] for r in stored['results'] if r['arm'] == n) for n in arms]
     assert abs(made['dense']-made['freeze the whole backbone']-(first[0]-first[1])) < 2*claim['sd'] and made['dense'] > made['freeze the whole backbone']
+
+def test_what_is_stored_is_of_todays_sizes():
+    "The commands in the files make runs of the sizes that the files name."
+    from dataclasses import replace
+    from opentrans.experiments import SCALES, STUDIES, Scale
+    sizes = dict(demo=SCALES['demo'], **{n: replace(SCALES['shapes'], **dict(s.scale)) for n,s in STUDIES.items()})
+    there = {n: root/'docs'/'results'/f'{n}-5seeds.json' for n in sizes}
+    assert [n for n,f in there.items() if f.exists() and Scale(**json.loads(f.read_text())['scale']) != sizes[n]] == []
+    assert there['demo'].exists() and there['masks'].exists()
