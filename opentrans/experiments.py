@@ -37,7 +37,7 @@ from .finetune import Recipe, evaluate, finetune
 # %% ../nbs/20_experiments.ipynb #be90070a
 _all_ = ['paper_costs']
 
-# %% ../nbs/20_experiments.ipynb #ca0a9282
+# %% ../nbs/20_experiments.ipynb #1f1e325a
 def _recipe(framework): return Recipe.paper(framework if framework in ('mask2former', 'fcclip', 'faseg') else 'deeplabv3')
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Scale:
 
 _REAL = ('ade20k_150', 'ade20k_847', 'cityscapes_19', 'context_59', 'context_459', 'voc_20')
 _RN50 = dict(backbone='RN50', pretrained='openai', quick_gelu=True, device='cuda', preset='paper', imp_lr=1e-4, queries=(), checkpoint=1000)
-SCALES = dict(shapes=Scale(), demo=Scale(iterations=180),
+SCALES = dict(shapes=Scale(), demo=Scale(iterations=150, query_iterations=30),
               gpu=Scale(**_RN50, size=224, train=8000, val=1000, domain=300, imp_iters=300, imp_batch=16, warmup=1000, iterations=4000, lr=1e-3, backbone_lr=.1),
               coco=Scale(**_RN50, data='coco_panoptic', sets=_REAL, size=512, val=0, domain=0, imp_iters=1000, imp_batch=16, imp_crop=512, paper=True, warmup=10_000, iterations=40_000, batch_size=28, backbone_lr=1.),
               smoke=Scale(train=24, val=8, domain=4, density=.5, p=.3, imp_iters=1, imp_batch=4, warmup=1, iterations=2, batch_size=4, zero_shot=40, query_iterations=2, query_batch=4))
