@@ -187,13 +187,13 @@ def main():
         if kind not in ('OpenTransError', 'Interrupted'): raise
         print(f'error: {e}', file=sys.stderr); sys.exit(getattr(e, 'code', 2))
 
-# %% ../nbs/21_cli.ipynb #6c62d95b
+# %% ../nbs/21_cli.ipynb #f45a6c2c
 @app.command()
 def demo(
     out:Annotated[str, typer.Option(help="Folder for the report (one .html, one .json).")]='demo-report',
     seeds:Annotated[int, typer.Option(help="Number of seeds; three or more give intervals and verdicts.")]=1,
     seed:Annotated[int, typer.Option(help="First seed.")]=0,
-    scale:Annotated[str, typer.Option(help="'demo'; 'shapes', a little longer; 'gpu': CLIP's RN50 on larger scenes; 'smoke': shows nothing but that it runs.")]='demo',
+    scale:Annotated[str, typer.Option(help="'demo'; 'shapes', longer; 'gpu': CLIP's RN50 on larger scenes; 'smoke': shows nothing but that it runs.")]='demo',
     workers:Annotated[Optional[int], typer.Option(min=1, help="Processes. Default: two; one on a GPU.")]=None, config:Config=None,
 ):
     "The paper's main job on generated scenes: prune once, transfer, choose layers, fine-tune, and a report beside the alternatives."
@@ -206,14 +206,14 @@ def demo(
         show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
     print(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
 
-# %% ../nbs/21_cli.ipynb #53cbd9b4
+# %% ../nbs/21_cli.ipynb #f6d02c4d
 @app.command()
 def study(
     name:Annotated[Optional[str], typer.Argument(help="Which study; none lists them.")]=None,
     out:Annotated[str, typer.Option(help="Folder for NAME-Nseeds.json; interrupted, the study goes on from the runs under it.")]='results',
     seeds:Annotated[int, typer.Option(help="Number of seeds; three or more give intervals and verdicts.")]=5,
     seed:Annotated[int, typer.Option(help="First seed.")]=0,
-    scale:Annotated[str, typer.Option(help="'shapes', minutes to hours on two cores; 'demo', a little shorter; 'gpu': CLIP's RN50 on larger scenes; 'coco': RN50 on COCO and six more sets, days; 'smoke': shows nothing but that it runs.")]='shapes', root:Root=None,
+    scale:Annotated[str, typer.Option(help="'shapes', minutes to hours on two cores; 'demo', shorter; 'gpu': CLIP's RN50 on larger scenes; 'coco': RN50 on COCO and six more sets, days; 'smoke': shows nothing but that it runs.")]='shapes', root:Root=None,
     pretrained:Annotated[Optional[str], typer.Option(help="Weights file of the scale's CLIP, where they cannot be downloaded.")]=None,
     workers:Annotated[Optional[int], typer.Option(min=1, help="Processes. Default: two; one on a GPU.")]=None, config:Config=None,
 ):

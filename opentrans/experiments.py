@@ -616,11 +616,13 @@ def claims(
     rows = [dict(claim=c, where=w, measured=m, arm=a, against=b, **difference(frame, a, b, m)) for c,w,a,b,ms in which if {*a.split(' − '), *b.split(' − ')} <= there for m in ms if m in frame or f'miou_{m}' in frame]
     return pd.DataFrame([r for r in rows if r['n']], columns=list(rows[0]) if rows else None)
 
-# %% ../nbs/20_experiments.ipynb #62af84e8
+# %% ../nbs/20_experiments.ipynb #5fbefa94
 def _colour(name, i=0):
     "Each arm has one colour in all figures; the i-th of a study alone has any."
     names,name = [a.name for a in ARMS],name.split(': ')[-1]
     return ('#333333', '#d95f02', '#e6ab02', '#7570b3', '#a6cee3', '#1f78b4', '#1b9e77', '#66a61e', '#b2df8a', '#999999', '#e7298a')[names.index(name) % 11] if name in names else ('#4e79a7', '#f28e2b', '#59a14f', '#b07aa1', '#edc948', '#76b7b2', '#9c755f', '#ff9da7')[i % 8]
+
+def _bar(ax, x, y, width, **kwargs): ax.bar(x, y.mean(), width, **kwargs); ax.plot([x]*len(y), y, '.', color='k', ms=3) # a mean and its seeds
 
 def plot_arms(
     frame:pd.DataFrame, # As `results_frame` gives it
@@ -630,9 +632,8 @@ def plot_arms(
     "mIoU of arms on base and novel classes and each domain: bars are means, dots are seeds."
     ax,w,sets = axes(ax, figsize=(10, 3.4)),.8/len(arms),sets_of(frame)
     for i,a in enumerate(arms):
-        f = frame[frame.arm == a.name]; at = np.arange(len(sets))-.4+w*(i+.5)
-        ax.bar(at, [f[f'miou_{k}'].mean() for k in sets], w*.92, label=a.name, color=_colour(a.name, i))
-        for x,k in zip(at, sets): ax.plot([x]*len(f), f[f'miou_{k}'], '.', color='k', ms=3)
+        f = frame[frame.arm == a.name]
+        for j,k in enumerate(sets): _bar(ax, j-.4+w*(i+.5), f[f'miou_{k}'], w*.92, label=None if j else a.name, color=_colour(a.name, i))
     ax.set_xticks(range(len(sets)), [f'{k} classes' if k in ('base', 'novel') else f'domain {k}' for k in sets]); ax.set_ylabel('mIoU (%)'); ax.legend(fontsize=7.5, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
     return ax
 
@@ -654,8 +655,6 @@ def _costs(frame):
     for ax,w in zip(axs, ('active_params', 'active_macs', 'train_flops')): plot_cost(frame, w, ax)
     axs[0].figure.legend(*axs[0].get_legend_handles_labels(), fontsize=7.5, ncols=6, loc='outside upper center', frameon=False)
     return axs
-
-def _bar(ax, x, y, width, **kwargs): ax.bar(x, y.mean(), width, **kwargs); ax.plot([x]*len(y), y, '.', color='k', ms=3) # a mean and its seeds
 
 # %% ../nbs/20_experiments.ipynb #60e1ffbc
 def plot_frameworks(
