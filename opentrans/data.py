@@ -28,6 +28,9 @@ from fastcore.basics import patch
 import opentrans
 from .core import OpenTransError, atomic_path, axes, load_json, read_text, save_text, unknown
 
+# %% ../nbs/05_data.ipynb #7033bb8e
+from .escape import for_plot
+
 # %% ../nbs/05_data.ipynb #e32aec91
 ASSETS = Path(opentrans.__file__).parent/'assets'
 
@@ -217,7 +220,7 @@ def show_sample(
     if vocabulary is not None:
         for m,c in zip(np.asarray(sample['regions']), sample['region_classes'].tolist()):
             y,x = (int(np.median(p)) for p in np.nonzero(m))
-            ax.text(x, y, vocabulary.names[c], fontsize=5, clip_on=True, ha='center', va='center', color='k', bbox=dict(fc='w', ec='none', alpha=.65, pad=.6))
+            ax.text(x, y, for_plot(vocabulary.names[c]), fontsize=5, clip_on=True, ha='center', va='center', color='k', bbox=dict(fc='w', ec='none', alpha=.65, pad=.6))
     return ax
 
 # %% ../nbs/05_data.ipynb #f909f709

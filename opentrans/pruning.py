@@ -21,6 +21,9 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from .core import (OpenTransError, Undo, after_step, atomic_path, axes, best_fits, find_tower, in_tower, layers, load_metadata, load_tensors, matches, no_partner, only_fit,
     optional, progress, save_json, save_tensors, seeded, under, unknown, unwrap)
 
+# %% ../nbs/01_pruning.ipynb #6dabecdd
+from .escape import for_plot
+
 # %% ../nbs/01_pruning.ipynb #ec47e9a4
 _SKIP = ('attnpool', 'attn_pool', 'head', 'visual_projection') # modules at the end of an image tower: pooling and projection
 
@@ -504,9 +507,9 @@ def plot(self:SparseMask,
     "Density of each layer, and of all together."
     t = self.table()
     ax = axes(ax, figsize=(max(5, min(14, len(t)/5)), 3))
-    line, = ax.plot(range(len(t)), t.density, 'o-', ms=3, lw=1, label=label)
+    line, = ax.plot(range(len(t)), t.density, 'o-', ms=3, lw=1, label=label and for_plot(label))
     ax.axhline(self.density, ls=':', lw=1, color=line.get_color())
-    ax.set_xticks(range(len(t)), [n.removesuffix('.weight') for n in t.index], rotation=90, fontsize=7 if len(t)>20 else 8)
+    ax.set_xticks(range(len(t)), [for_plot(n.removesuffix('.weight')) for n in t.index], rotation=90, fontsize=7 if len(t)>20 else 8)
     ax.set(ylabel='density', ylim=(0, 1.05 if t.density.max()>.5 else None), title=f'density per layer (dotted: all, {self.density:.3f})' if label is None else 'density per layer (dotted: all)')
     if label: ax.legend()
     return ax
@@ -557,6 +560,7 @@ def plot_overlap(
     import seaborn as sns
     title = 'overlap of masks (IoU)' if isinstance(frame, dict) else 'overlap of masks'
     frame = compare_masks(frame) if isinstance(frame, dict) else frame
+    frame = frame.rename(index=for_plot, columns=for_plot)
     ax = axes(ax, figsize=(1.5+.8*len(frame), 1+.65*len(frame)))
     sns.heatmap(frame, annot=True, fmt='.2f', vmin=0, cmap='viridis', square=True, ax=ax, cbar=False)
     ax.set_title(title); ax.set_xticks(ax.get_xticks(), frame.columns, rotation=45, ha='right', rotation_mode='anchor'); ax.tick_params(axis='y', rotation=0)
