@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'TEMPLATES', 'VOCABULARIES', 'COLOURS', 'TEXTURES', 'SHAPES', 'STUFF', 'TRIPLES', 'DOMAINS', 'WRONG',
-           'IMAGES', 'Vocabulary', 'ignore_label', 'unpack', 'sample_packed', 'collate', 'class_colours', 'show_sample',
-           'is_novel', 'triple_name', 'paint_object', 'paint_stuff', 'scene', 'ShapesWorld', 'object_image',
-           'stuff_image', 'caption', 'read_picture', 'read_image', 'read_label_map', 'read_segments', 'Files',
-           'Segmentation', 'label_lut', 'LabelMaps', 'Panoptic', 'data_root', 'find_layout', 'pair_files',
-           'register_dataset', 'list_datasets', 'open_dataset', 'write_coco_panoptic', 'ReleasedInstances',
-           'resize_short', 'augment', 'View', 'Augmented']
+           'IMAGES', 'check_templates', 'Vocabulary', 'ignore_label', 'unpack', 'sample_packed', 'collate',
+           'class_colours', 'show_sample', 'is_novel', 'triple_name', 'paint_object', 'paint_stuff', 'scene',
+           'ShapesWorld', 'object_image', 'stuff_image', 'caption', 'read_picture', 'read_image', 'read_label_map',
+           'read_segments', 'Files', 'Segmentation', 'label_lut', 'LabelMaps', 'Panoptic', 'data_root', 'find_layout',
+           'pair_files', 'register_dataset', 'list_datasets', 'open_dataset', 'read_panoptic_json',
+           'write_coco_panoptic', 'ReleasedInstances', 'resize_short', 'augment', 'View', 'Augmented']
 
 # %% ../nbs/05_data.ipynb #6424ff1e
-import colorsys, contextlib, difflib, functools, inspect, io, json, math, os, re, warnings
+import colorsys, contextlib, csv, difflib, functools, inspect, io, json, math, os, re, string, warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 import numpy as np
 import pandas as pd
 import torch
@@ -25,10 +26,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from fastcore.basics import patch
+from pydantic import Field
+from typing_extensions import NotRequired, TypedDict
 import opentrans
 from .core import axes
-from .errors import OpenTransError, shorten, unknown
-from .files import atomic_path, load_json, read_text, regular_file, save_text
+from .errors import FormatError, OpenTransError, shorten, unknown
+from .files import atomic_path, check_shape, load_json, parse_json, read_text, regular_file, save_text
 
 # %% ../nbs/05_data.ipynb #e32aec91
 ASSETS = Path(opentrans.__file__).parent/'assets'
@@ -53,25 +56,52 @@ class _Named(Mapping):
 TEMPLATES = _Named('template set', lambda: list(_asset('templates')), lambda name: tuple(_asset('templates')[name]['templates']))
 
 # %% ../nbs/05_data.ipynb #fa9e8434
+_LONGEST = 1000 # characters of a name or a template: a text encoder reads 77 words at most
+
+def _text(value, what):
+    "A text that can be saved and read by a text encoder. Raises `OpenTransError`."
+    if not isinstance(value, str): raise OpenTransError(f"{what} is {shorten(repr(value), 60)}, a {type(value).__name__}: expected a text, such as 'road'.")
+    if len(value) > _LONGEST: raise OpenTransError(f"{what} has {len(value):,} characters ('{value[:40]} ...'): expected at most {_LONGEST:,}.")
+    if re.search('[\ud800-\udfff]', value): raise OpenTransError(f"{what} holds half of a character (a lone surrogate): {value[:60]!r}.")
+    return value
+
+def _words(name, i):
+    "The words of one class, the first its name. Raises `OpenTransError`."
+    if isinstance(name, (list, tuple)): given = [_text(word, f'A word of class {i}') for word in name]
+    else: given = [_text(name, f'Class {i}')]
+    words = [' '.join(word.split()) for part in given for word in part.split(',')]
+    if not all(words) or not words: raise OpenTransError(f"Class {i} has an empty name: {shorten(name)!r}. Write each class as 'name' or 'name,synonym'.")
+    return ','.join(dict.fromkeys(words))
+
 def _entries(names):
     "Names as the tuple of 'a,b' strings; raises for what is no list of names."
     if isinstance(names, str): names = [n.replace(';', ',') for n in names.split(',')]   # a comma list, as on the command line: ';' parts synonyms
-    res = []
-    for n in names:
-        if not isinstance(n, str): n = ','.join(n)
-        words = [' '.join(w.split()) for w in n.split(',')]
-        if not all(words): raise OpenTransError(f"Class {len(res)} has an empty name: {n!r}. Write each class as 'name' or 'name,synonym'.")
-        res.append(','.join(dict.fromkeys(words)))
+    if isinstance(names, (bytes, Mapping, Set)) or not isinstance(names, Iterable):
+        raise OpenTransError(f"Class names are a list, in the order of their numbers, not {shorten(repr(names), 60)} ({type(names).__name__}).")
+    res = [_words(name, i) for i,name in enumerate(names)]
     twice = [n for n,c in Counter(res).items() if c > 1]
     if not res: raise OpenTransError("A vocabulary needs at least one class name; got none.")
-    if twice: raise OpenTransError(f"These class names are there twice: {', '.join(twice)}. A class is its text: give each its own, or add a synonym.")
+    if twice: raise OpenTransError(f"These class names are there twice: {shorten(', '.join(twice))}. A class is its text: give each its own, or add a synonym.")
     return tuple(res)
 
-def _check_templates(templates):
-    if isinstance(templates, str): templates = [templates] if '{}' in templates else TEMPLATES[templates]
-    bad = [t for t in templates if t.count('{}') != 1]
-    if bad or not templates: raise OpenTransError(f"Prompt template {bad[0] if bad else templates!r} must hold '{{}}' once, where the class name goes.")
-    return tuple(templates)
+def _has_place(template):
+    "Is a template a text with one `{}` and nothing else to be filled in?"
+    try: places = [(field, how, turn) for _,field,how,turn in string.Formatter().parse(template) if field is not None]
+    except ValueError: return False
+    return places == [('', '', None)]
+
+def check_templates(
+    templates, # Prompts with `{}` for the name, or the name of a set in `TEMPLATES`
+)->tuple: # The prompts
+    "Prompt templates. Raises `OpenTransError` for one that does not have the place of the name once, or has anything else to be filled in."
+    if isinstance(templates, str): templates = [templates] if '{' in templates else TEMPLATES[templates]
+    if isinstance(templates, (bytes, Mapping, Set)) or not isinstance(templates, Iterable):
+        raise OpenTransError(f"Prompt templates are a list of texts, or one of: {', '.join(TEMPLATES)}; not {shorten(repr(templates), 60)}.")
+    templates = tuple(_text(template, 'A prompt template') for template in templates)
+    bad = [template for template in templates if not _has_place(template)]
+    if bad or not templates:
+        raise OpenTransError(f"Prompt template {shorten(bad[0] if bad else templates)!r} must hold '{{}}' once, where the class name goes, and no other brace.")
+    return templates
 
 # %% ../nbs/05_data.ipynb #e7969e81
 class Vocabulary:
@@ -80,7 +110,7 @@ class Vocabulary:
         names, # Class names: a list of `'name'` or `'name,synonym,...'`, or one comma string in which `;` parts synonyms
         templates=('a photo of a {}.',), # Prompts with `{}` for the name; or the name of a set in `TEMPLATES`
     ):
-        self.entries,self.templates = _entries(names),_check_templates(templates)
+        self.entries,self.templates = _entries(names),check_templates(templates)
         self.synonyms = tuple(tuple(e.split(',')) for e in self.entries)
         first = Counter(s[0] for s in self.synonyms)
         self.names = tuple(s[0] if first[s[0]] == 1 else e for s,e in zip(self.synonyms, self.entries)) # what tables call a class
@@ -93,10 +123,11 @@ class Vocabulary:
         name:str, # A class name, as in `.names` or with its synonyms; or a synonym that only one class has
     )->int: # Its index
         "Index of a class. Raises `OpenTransError` for a name that is not there or that several classes share."
+        _text(name, 'The name of the class')
         for known in (self.names, self.entries):
             if name in known: return known.index(name)
         found = [i for i,s in enumerate(self.synonyms) if name in s]
-        if len(found) > 1: raise OpenTransError(f"'{name}' is a word of {len(found)} classes: {' | '.join(self.entries[i] for i in found)}. Use the whole name.")
+        if len(found) > 1: raise OpenTransError(f"'{name}' is a word of {len(found)} classes: {shorten(' | '.join(self.entries[i] for i in found))}. Use the whole name.")
         if not found:
             near = difflib.get_close_matches(name, self.names, n=6, cutoff=.5) or self.names[:6]
             raise OpenTransError(f"Unknown class '{name}' in a vocabulary of {len(self)}; near it: {', '.join(near)}.")
@@ -115,32 +146,118 @@ class Vocabulary:
 def __add__(self:Vocabulary, other):
     "All classes of both; those of the left side keep their indices, and its templates are used."
     other = other if isinstance(other, Vocabulary) else Vocabulary(other, self.templates)
-    return Vocabulary(dict.fromkeys(self.entries+other.entries), self.templates)
+    return Vocabulary(list(dict.fromkeys(self.entries+other.entries)), self.templates)
 
 @patch
 def subset(self:Vocabulary,
     keep, # Class names or indices
 )->Vocabulary: # Those classes, in the order given
-    "A part of a vocabulary."
-    return Vocabulary([self.entries[k if isinstance(k, (int, np.integer)) else self.index(k)] for k in keep], self.templates)
+    "A part of a vocabulary. Raises `OpenTransError` for a class that is not there."
+    whole = [isinstance(k, (int, np.integer)) and not isinstance(k, bool) for k in keep]
+    for k,is_index in zip(keep, whole):
+        if is_index and not -len(self) <= k < len(self): raise OpenTransError(f"There is no class {k} in a vocabulary of {len(self)}.")
+    return Vocabulary([self.entries[k if is_index else self.index(k)] for k,is_index in zip(keep, whole)], self.templates)
 
 @patch
 def to_file(self:Vocabulary, path):
     "Write as JSON, whole or not at all."
     save_text(json.dumps(dict(templates=self.templates, names=self.entries), indent=1, ensure_ascii=False), path)
 
+# %% ../nbs/05_data.ipynb #3b68cd8d
+_HEADINGS = ('name', 'names', 'class', 'classes', 'label', 'labels', 'category', 'class_name', 'classname', 'class name', 'label_name') # what a column of names is called
+_COUNTERS = ('id', 'idx', 'index', 'number', 'train_id', 'trainid', 'class_id', 'label_id') # what a column of numbers is called
+_BEFORE = re.compile(r'(\d{1,9})\s*([:.)=-]|\s)\s*(.*)') # '7:bed', '7. bed', '7) bed', '7 - bed', '7 bed'
+_BEHIND = re.compile(r'(.*[^\s:=])\s*([:=]|\s)\s*(\d{1,9})') # 'bed: 7', 'bed 7'
+
+def _lines(text):
+    "The lines that are not empty and no comments."
+    lines = [line.strip().strip('\ufeff').strip() for line in re.split('\r\n|\r|\n', text)]
+    return [line for line in lines if line and not line.startswith('#')]
+
+def _check_rising(numbers):
+    "Raises `OpenTransError` for numbers of classes that do not go up."
+    for before,after in zip(numbers, numbers[1:]):
+        if after <= before: raise OpenTransError(f"number {after} comes after number {before}. Sort its lines, so that the first class is first")
+
+def _is_number(cell): return re.fullmatch(r'\d{1,9}', cell.strip()) is not None
+
+def _heading(row): return next((i for i,cell in enumerate(row) if cell.strip().lower() in _HEADINGS), None)
+
+def _rows(lines, sign):
+    "The cells of a table, or None where lines are none: a table has headings, or a column of nothing but numbers."
+    rows = [next(csv.reader([line], delimiter=sign, skipinitialspace=True), []) for line in lines]
+    if min(map(len, rows)) < 2: return None
+    body = rows if _heading(rows[0]) is None else rows[1:]
+    counted = [i for i in range(min(map(len, rows))) if body and all(_is_number(row[i]) for row in body)]
+    return rows if counted or _heading(rows[0]) is not None else None
+
+def _column(rows):
+    "The names in a table, from the column that its headings or its numbers tell."
+    widths = sorted({len(row) for row in rows})
+    if len(widths) > 1: raise OpenTransError(f"its lines have {' or '.join(map(str, widths[:3]))} columns. Write one class a line")
+    names,head = _heading(rows[0]),[cell.strip().lower() for cell in rows[0]]
+    body = rows if names is None else rows[1:]
+    counted = [i for i in range(widths[0]) if all(_is_number(row[i]) for row in body) and i != names]
+    texts = [i for i in range(widths[0]) if i not in counted]
+    if names is None and len(texts) == len(counted) == 1: names = texts[0]
+    if names is None: raise OpenTransError(f"it is not clear which of its {widths[0]} columns holds the names. Call it 'name' in a first line")
+    order = [i for i in counted if len(counted) == 1 or head[i] in _COUNTERS]
+    if order: _check_rising([int(row[order[0]]) for row in body])
+    return [row[names].replace(';', ',') for row in body]
+
+def _without_numbers(lines):
+    "Lines without the numbers of the classes, if all have one; with a colon, also if only some have."
+    before,behind = ([pattern.fullmatch(line) for line in lines] for pattern in (_BEFORE, _BEHIND))
+    colon = [match if match and match[2] == ':' else None for match in before]
+    if any(colon):
+        _check_rising([int(match[1]) for match in colon if match])
+        return [match[3] if match else line for line,match in zip(lines, colon)]
+    for found,number,name in ((before, 1, 3), (behind, 3, 1)):
+        numbers = [int(match[number]) for match in found if match]
+        counts = [list(range(first, first+len(lines))) for first in (0, 1)]
+        if len(lines) > 1 and numbers in counts: return [match[name] for match in found]
+    return lines
+
+def _unquoted(lines):
+    "Lines without a dash before each, and without quotes around each."
+    if all(line.startswith('- ') for line in lines): lines = [line[2:].strip() for line in lines]
+    for sign in '"\'':
+        if all(len(line) > 2 and line[0] == line[-1] == sign and line.count(sign) == 2 for line in lines): lines = [line[1:-1] for line in lines]
+    return lines
+
+def _class_lines(text):
+    "The names in a text of classes. Raises `OpenTransError` whose message goes on after the name of the file."
+    if '\0' in text: raise OpenTransError("it holds zero bytes. Save it as a text in UTF-8")
+    lines = _lines(text)
+    if not lines: raise OpenTransError("it has no lines. Write one class a line")
+    if lines[0][0] in '[{': raise OpenTransError("it begins like JSON. Call it .json, or write one class a line")
+    for sign in '\t,':
+        rows = _rows(lines, sign)
+        if rows is not None: return _column(rows)
+    if any('\t' in line for line in lines): raise OpenTransError("it has tabs, but no numbers and no headings. Write one class a line")
+    if len(lines) > 1 and lines[0].lower().rstrip(':') in _HEADINGS: lines = lines[1:]
+    names = _without_numbers(_unquoted(lines))
+    if len(names) == 1 and ',' in names[0]: raise OpenTransError("its only line has commas, which part the words of one class. Write one class a line")
+    return names
+
+class _VocabularyFile(TypedDict):
+    names:list[str | list[str]]
+    templates:NotRequired[str | list[str]]
+
 @patch(cls_method=True)
 def from_file(cls:Vocabulary,
-    path, # `.json` as `to_file` writes it, or a text file with one class a line, maybe as `3:name,synonym`
+    path, # `.json` as `to_file` writes it, or a text file with one class a line, maybe with numbers in front, or a table with a column of names
     templates=None, # Other templates than those of the file
 ):
-    "Read a vocabulary from a file. Raises `OpenTransError` if it holds something else."
-    if Path(path).suffix == '.json':
-        d = load_json(path)
-        if not isinstance(d, dict) or 'names' not in d: raise OpenTransError(f"'{path}' is not a vocabulary: expected JSON with 'names', as Vocabulary.to_file writes.")
-        return cls(d['names'], templates or d.get('templates', 'photo'))
-    lines = [re.sub(r'^\d+\s*:\s*', '', l.strip()) for l in read_text(path).splitlines() if l.strip() and not l.lstrip().startswith('#')]
-    return cls([l for l in lines if l != 'invalid_class_id'], templates or 'photo')
+    "Read a vocabulary from a file. Raises `FormatError` if it holds something else, or what could be read in two ways."
+    text = read_text(path, limit=2**24)
+    templates = None if templates is None else check_templates(templates)
+    try:
+        if Path(path).suffix.lower() != '.json': return cls([line for line in _class_lines(text) if line != 'invalid_class_id'], templates or 'photo')
+        told = parse_json(text, 'it', _VocabularyFile)
+        return cls(told['names'], templates or told.get('templates', 'photo'))
+    except OpenTransError as error:
+        raise FormatError(f"'{shorten(path)}' is not a vocabulary: {str(error).rstrip('.')}. Vocabulary.to_file writes one as JSON.") from None
 
 # %% ../nbs/05_data.ipynb #c2334bba
 def _vocabularies(): return sorted(p.stem[6:] for p in ASSETS.glob('vocab_*.json'))
@@ -643,9 +760,17 @@ class Segmentation(Dataset):
         self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
         self.ignore,self.things = ignore_label(len(self.vocabulary)),frozenset(things)
         self._isthing = np.array([c in self.things for c in range(len(self.vocabulary)+1)])
+        self._check_groups()
+        if not self.files and not self.skipped: raise OpenTransError(f"{name}: there is not one image. Was the data set unpacked to its end?")
         if self.skipped and corrupt == 'raise':
-            raise OpenTransError(f"{name}: {_some(self.skipped)}. Unpack the data set again, or pass corrupt='skip' to leave these out.")
+            raise OpenTransError(f"{name}: {_some(self.skipped)}. Mend this, or pass corrupt='skip' to leave these out.")
         if corrupt == 'skip': self._skip()
+
+    def _check_groups(self):
+        "Raises `OpenTransError` for groups or things that are no classes."
+        for name,members in dict(self.groups, things=self.things).items():
+            bad = [c for c in members if not 0 <= c < len(self.vocabulary)]
+            if bad: raise OpenTransError(f"{self.name}: '{shorten(name, 40)}' names class {_listed_values(bad)}, and there are classes 0 to {len(self.vocabulary)-1}.")
 
     def annotation(self,
         i:int, # Which image
@@ -680,18 +805,46 @@ def _skip(self:Segmentation):
     if not self.files: raise OpenTransError(f"{self.name}: none of its {len(wrong)} images can be read. {_some(self.skipped)}")
     if self.skipped: warnings.warn(f"{self.name}: {len(self.skipped)} of {len(self.skipped)+len(self.files)} images are left out. {_some(self.skipped)}")
 
+def _summary(sample):
+    "What `check` tells of one sample, and how many of its pixels have each label."
+    labels = sample['labels']
+    row = dict(id=sample['id'], height=labels.shape[0], width=labels.shape[1], classes=len(sample['region_classes'].unique()), regions=len(sample['regions']), problem='')
+    return row, Counter(dict(zip(*(x.tolist() for x in labels.unique(return_counts=True)))))
+
 @patch
 def check(self:Segmentation,
     n:int=None, # At most this many images, evenly spread; None for all
-)->pd.DataFrame: # One row an image: height, width, classes, regions, problem ('' if there is none)
+)->pd.DataFrame: # One row an image: height, width, classes, regions, problem ('' if there is none); and a row 'all images' if names and numbers seem not to belong together
     "Read the data set as training would, and report what is there and what is wrong, instead of raising."
-    rows = [dict(id=k, problem=v) for k,v in self.skipped.items()]
-    for i in np.unique(np.linspace(0, len(self)-1, min(n or len(self), len(self))).astype(int)):
+    if n is not None and n < 0: raise OpenTransError(f"n={n}: give the number of images to read, or None for all.")
+    rows,seen,empty = [dict(id=k, problem=v) for k,v in self.skipped.items()],Counter(),[]
+    chosen = np.unique(np.linspace(0, len(self)-1, min(n or len(self), len(self))).astype(int))
+    for i in chosen:
         try:
-            s = self[int(i)]
-            rows.append(dict(id=s['id'], height=s['image'].shape[1], width=s['image'].shape[2], classes=len(s['region_classes'].unique()), regions=len(s['regions']), problem=''))
+            row,labels = _summary(self[int(i)])
+            rows.append(row)
+            seen += labels
+            if set(labels) <= {self.ignore}: empty.append(row['id'])
         except OpenTransError as e: rows.append(dict(id=self.files[i].id, problem=str(e)))
+    self._tell(rows, [seen[c] for c in range(len(self.vocabulary))], seen[self.ignore], len(chosen), empty)
     return pd.DataFrame(rows, columns=['id', 'height', 'width', 'classes', 'regions', 'problem']).set_index('id')
+
+@patch
+def _tell(self:Segmentation, rows, counts, ignored, images, empty):
+    "What is in doubt is a row, if a class may have been left out by mistake and all images were read; else it is a warning."
+    doubt = self.doubt(counts, ignored, images, empty)
+    if doubt and ignored and not all(counts) and images == len(self): rows.append(dict(id='all images', problem=doubt))
+    elif doubt: warnings.warn(doubt)
+
+@patch
+def doubt(self:Segmentation,
+    counts, # How many pixels each class has in the labels
+    ignored:int, # How many pixels are left out
+    images:int, # In how many images
+    empty=(), # Names of the images in which every pixel is left out
+)->str: # A sentence, or ''
+    "Do the names seem not to fit the numbers in the files? Nothing is in doubt where both are those of a published data set."
+    return ''
 
 # %% ../nbs/05_data.ipynb #8f8315a7
 WRONG = -1 # what a number that means nothing becomes
@@ -703,16 +856,26 @@ def label_lut(
     ids=None, # Number of each class in the file, where they are not in order
 )->np.ndarray: # (65536,) class of each number: `ignore_label(classes)` for void, -1 for what must not occur
     "The table that turns the numbers of a label map into classes. A number that is a class and void is void."
+    numbers,void = np.arange(classes)+offset if ids is None else np.asarray(ids),np.asarray(list(void), np.int64)
+    if len(numbers) != classes or not ((0 <= np.append(numbers, void)) & (np.append(numbers, void) < 65536)).all():
+        raise OpenTransError(f"A label map has one number from 0 to 65535 for each class: {classes} classes, the first numbers are {_listed_values(numbers)}, void {_listed_values(void)}.")
     lut = np.full(65536, WRONG, np.int64)
-    lut[np.arange(classes)+offset if ids is None else ids] = np.arange(classes)
-    lut[list(void)] = ignore_label(classes)
+    lut[numbers] = np.arange(classes)
+    lut[void] = ignore_label(classes)
     return lut
 
 class LabelMaps(Segmentation):
     "A data set of label maps; `lut` says what their numbers mean. Each class is one region."
     instances = False
-    def __init__(self, name, vocabulary, files, lut, **kwargs):
-        self.lut,k = lut,len(vocabulary)
+    def __init__(self,
+        name, # As for `Segmentation`
+        vocabulary, # As for `Segmentation`
+        files, # As for `Segmentation`
+        lut, # Class of each number, as `label_lut` makes it
+        published:bool=False, # Are names and numbers those of a published data set, so that they are sure to belong together?
+        **kwargs, # As for `Segmentation`
+    ):
+        self.lut,self.published,k = lut,published,len(vocabulary)
         self._segment = np.where(lut == WRONG, k+1, np.where(lut == ignore_label(k), k, lut)).astype(np.min_scalar_type(k+1)) # each class is a segment, then void, then wrong
         self._classes = np.append(np.arange(k), [ignore_label(k)]*2)
         super().__init__(name, vocabulary, files, **kwargs)
@@ -720,18 +883,36 @@ class LabelMaps(Segmentation):
     def annotation(self, i):
         path,k = self.files[i].labels,len(self.vocabulary)
         raw = self.decode(path)
-        strange = (raw < 0) | (raw > 65535) if raw.dtype.itemsize > 2 else None
+        strange = (raw < 0) | (raw > 65535) if raw.dtype.itemsize > 2 or raw.dtype.kind == 'i' else None
         segments = self._segment.take(raw, mode='clip')
         bad = np.unique(raw[(segments == k+1) | (False if strange is None else strange)]) if (segments == k+1).any() or strange is not None and strange.any() else ()
         if len(bad): raise self._strange(path, bad)
         return segments,self._classes,self._classes != self.ignore
 
     def _strange(self, path, bad):
-        void = np.flatnonzero(self.lut == self.ignore)
-        return OpenTransError(f"The label map '{path}' holds {_listed_values(bad)}, outside the {len(self.vocabulary)} classes of {self.name} "
-                              f"(not judged: {_listed_values(void) if len(void) else 'no value'}). Give the names of all classes, or the values to leave out as ignore=...")
+        void,k = np.flatnonzero(self.lut == self.ignore),len(self.vocabulary)
+        from_one = f' The {k} names stand for 0 to {k-1}: if the first class is number 1, give number 0 a name, too.' if list(bad) == [k] and self.lut[0] == 0 else ''
+        return OpenTransError(f"The label map '{path}' holds {_listed_values(bad)}, outside the {k} classes of {self.name} "
+                              f"(not judged: {_listed_values(void) if len(void) else 'no value'}). Give the names of all classes, or the values to leave out as ignore=...{from_one}")
 
-def _listed_values(v): return ', '.join(map(str, v[:6])) + (', ...' if len(v) > 6 else '')
+    def doubt(self, counts, ignored, images, empty=()):
+        if self.published or not images: return ''
+        never = [name for name,count in zip(self.vocabulary.names, counts) if not count]
+        void = np.flatnonzero(self.lut == self.ignore)
+        share = ignored/max(1, ignored+sum(int(count) for count in counts))
+        said = []
+        if never and ignored:
+            said.append(f"{_listed_names(never)} never occur{'s' if len(never) == 1 else ''} in the labels of {images} images, while {share:.2g} of their pixels are left out ({_listed_values(void)}). "
+                        f"If such a value is a class, write its number, 0 to {len(self.vocabulary)-1}, into the files, or leave out other values (ignore=...)")
+        elif never: said.append(f"{_listed_names(never)} never occur{'s' if len(never) == 1 else ''} in the labels of {images} images. Do names and numbers belong together? The first name is number 0")
+        if empty: said.append(f"every pixel is left out in {len(empty)} of {images} images, such as '{empty[0]}'")
+        return f"{self.name}: {'; '.join(said)}." if said else ''
+
+def _listed_names(names): return ', '.join(f"'{shorten(name, 40)}'" for name in names[:6]) + (f' and {len(names)-6} more' if len(names) > 6 else '')
+
+def _listed_values(v):
+    v = list(v)
+    return ', '.join(map(str, v[:6])) + (', ...' if len(v) > 6 else '')
 
 # %% ../nbs/05_data.ipynb #82284daf
 class Panoptic(Segmentation):
@@ -743,9 +924,11 @@ class Panoptic(Segmentation):
 
     def annotation(self, i):
         f = self.files[i]
+        twice = [k for k,count in Counter(s['id'] for s in f.segments).items() if count > 1]
+        if twice: raise OpenTransError(f"The annotation of '{f.id}' lists segment {_listed_values(twice)} more than once.")
         strange = [s['category_id'] for s in f.segments if s['category_id'] not in self.categories]
         if strange: raise OpenTransError(f"The annotation of '{f.id}' names category {_listed_values(strange)}, which is not among the {len(self.categories)} categories of its file.")
-        raw,ids = self.decode(f.labels),np.array([0]+[s['id'] for s in f.segments], np.int32)
+        raw,ids = self.decode(f.labels),np.array([0]+[s['id'] for s in f.segments], np.int64)
         order = np.argsort(ids); where = order[np.searchsorted(ids[order], raw).clip(max=len(ids)-1)]
         if (ids[where] != raw).any():
             raise OpenTransError(f"The panoptic map '{f.labels}' holds segment {_listed_values(np.unique(raw[ids[where] != raw]))}, which its annotation does not list. Do map and JSON file belong together?")
@@ -789,16 +972,33 @@ def pair_files(
     names=None, # Only these images (stems); None for all
     suffixes=('.png', '.tif', '.tiff'), # Of the label maps
 )->tuple: # (list of `Files` by name, id -> problem)
-    "Match images and label maps by name. What has no partner is a problem."
-    def by_id(folder, tail, kinds):
-        paths = sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in kinds and p.stem.endswith(tail) and not p.name.startswith('.'))
-        return {str(p.relative_to(folder).with_name(p.stem[:len(p.stem)-len(tail)])).replace(os.sep, '/'): p for p in paths}
-    a,b = by_id(images, tails[0], IMAGES),by_id(labels, tails[1], suffixes)
-    ids = sorted(a.keys() | b.keys()) if names is None else list(names)
+    "Match images and label maps by name. What has no partner, or shares its name with another file, is a problem."
+    a,b = _by_id(images, tails[0], IMAGES),_by_id(labels, tails[1], suffixes)
     if not a: raise OpenTransError(f"There are no images in '{images}' (looked for *{tails[0]} with {', '.join(IMAGES[:3])}, ...).")
     if not b: raise OpenTransError(f"There are no label maps in '{labels}' (looked for *{tails[1]} with {', '.join(suffixes)}).")
-    problems = {k: f"no {'label map' if k in a else 'image'} for '{a[k].name if k in a else b[k].name if k in b else k}'" for k in ids if k not in a or k not in b}
-    return [Files(k, a[k], b[k]) for k in ids if k not in problems], problems
+    lower = [{k.lower(): ps[0].name for k,ps in found.items()} for found in (a, b)]
+    problems = {k: said for k in (sorted(a.keys() | b.keys()) if names is None else names) if (said := _unpaired(k, a, b, lower))}
+    ids = sorted(a.keys() & b.keys()) if names is None else list(dict.fromkeys(names))
+    return [Files(k, a[k][0], b[k][0]) for k in ids if k not in problems], problems
+
+def _by_id(folder, tail, suffixes):
+    "Id -> the files of that name, which differ in their suffix."
+    found = {}
+    for p in sorted(Path(folder).rglob('*')):
+        if p.suffix.lower() not in suffixes or not p.stem.endswith(tail) or p.name.startswith('.'): continue
+        key = str(p.relative_to(folder).with_name(p.stem[:len(p.stem)-len(tail)] or p.name)).replace(os.sep, '/')
+        found.setdefault(key, []).append(p)
+    return found
+
+def _unpaired(key, images, labels, lower):
+    "Why an image and a label map cannot be matched, or ''."
+    for kind,found in (('images', images), ('label maps', labels)):
+        if len(found.get(key, ())) > 1: return f"{len(found[key])} {kind} have this name: {', '.join(p.name for p in found[key])}"
+    for kind,here,there,near_by in (('label map', images, labels, lower[1]), ('image', labels, images, lower[0])):
+        if key in here and key not in there:
+            near = near_by.get(key.lower())
+            return f"no {kind} for '{here[key][0].name}'" + (f", but '{near}': write both in the same case" if near else '')
+    return '' if key in images else f"no image for '{key}'"
 
 # %% ../nbs/05_data.ipynb #fa12f311
 _DATASETS = {}
@@ -836,20 +1036,43 @@ def _split(split, **names):
     return names[split]
 
 # %% ../nbs/05_data.ipynb #40009cf2
+def _is_file_of_names(names):
+    "Is this a path rather than a list of names?"
+    return isinstance(names, Path) or (isinstance(names, str) and Path(names).suffix.lower() in ('.txt', '.json', '.csv', '.tsv', '.names', '.lst'))
+
 def _names(names, templates='photo'):
     "A vocabulary from a list or comma string of names, a name in `VOCABULARIES`, or a file."
     if isinstance(names, Vocabulary): return names
-    if isinstance(names, (str, Path)) and Path(names).suffix in ('.txt', '.json'): return Vocabulary.from_file(names, templates)
+    if _is_file_of_names(names): return Vocabulary.from_file(names, templates)
     return Vocabulary(VOCABULARIES[names].entries if isinstance(names, str) and names in VOCABULARIES else names, templates)
 
+def _void(ignore, classes):
+    "The label values to leave out, as a list. Raises `OpenTransError` for what are no such values."
+    if ignore is None: return []
+    if isinstance(ignore, str) and ignore == 'usual': return [ignore_label(classes)]
+    if isinstance(ignore, str): given = ignore.split(',')
+    else: given = list(ignore) if isinstance(ignore, Iterable) else [ignore]
+    whole = all(re.fullmatch(r'\s*\d{1,5}\s*', str(i)) and not isinstance(i, bool) for i in given)
+    if not whole or any(int(i) > 65535 for i in given):
+        raise OpenTransError(f"ignore={shorten(ignore, 60)}: the values to leave out are whole numbers from 0 to 65535, such as 255 or '0,255'.")
+    return [int(i) for i in given]
+
+def _folder_layouts(root, split):
+    "Where images and labels of a split may lie, the most special first. Raises `OpenTransError` if there are other splits only."
+    if split is not None and not isinstance(split, str): raise OpenTransError(f"split={shorten(split, 40)}: give the name of a folder, such as 'val'.")
+    if split and (root/split).is_dir(): return [(f'{split}/images', f'{split}/labels'), ('images', 'labels')]
+    splits = sorted(name for name in ('train', 'val', 'test', 'training', 'validation') if (root/'images'/name).is_dir() and (root/'labels'/name).is_dir())
+    if split in splits: return [(f'images/{split}', f'labels/{split}')]
+    if splits and split: raise OpenTransError(f"'{root}/images' has no folder '{split}', only {', '.join(splits)}. Choose one of them, or split='' to read all.")
+    return [('images', 'labels')]
+
 @register_dataset('folder', "A folder data set is DIR/images/NAME.jpg|png with DIR/labels/NAME.png, 8 or 16 bit, one channel: the class number of each pixel.")
-def _folder(root, split='val', names=None, ignore=255, templates=('a photo of a {}.',), **kwargs):
+def _folder(root, split='val', names=None, ignore='usual', templates=('a photo of a {}.',), **kwargs):
     if names is None: raise OpenTransError("A folder data set needs the names of its classes: names=['sky', 'road', ...], or on the command line --classes \"sky,road,...\"")
-    v,void = _names(names, templates),[int(i) for i in (ignore.split(',') if isinstance(ignore, str) else np.atleast_1d(ignore) if ignore is not None else ())]
-    if any(not 0 <= i < 65536 for i in void): raise OpenTransError(f"ignore={ignore}: the values to leave out must be from 0 to 65535.")
+    v = _names(names, templates)
+    void = _void(ignore, len(v)) # 'usual' is 255, or 65535 where 255 is a class
     root = data_root(root)
-    layouts = [('images', 'labels')] if not split or not (root/split).is_dir() else [(f'{split}/images', f'{split}/labels'), ('images', 'labels')]
-    _,(images,labels) = find_layout('folder', root, layouts, _folder.how)
+    _,(images,labels) = find_layout('folder', root, _folder_layouts(root, split), _folder.how)
     files,problems = pair_files(images, labels)
     return LabelMaps(f'folder {root.name}', v, files, label_lut(len(v), void=void), problems=problems, **kwargs)
 
@@ -859,32 +1082,96 @@ def _coco_layouts(split):
     sample = [('panoptic_examples.json', 'panoptic_examples', 'input_images')]
     return [tuple(f'{top}{p}' for p in paths) for top in ('coco/', '') for paths in tree] + [tuple(f'{top}{p}' for p in paths) for top in ('sample_data/', '') for paths in sample]
 
+class _Segment(TypedDict):
+    id:Annotated[int, Field(ge=1, lt=2**24)] # the colour in the map, R + 256 G + 256^2 B; 0 is void
+    category_id:int
+    iscrowd:NotRequired[int | bool]
+
+class _Annotation(TypedDict):
+    image_id:int | str
+    file_name:str
+    segments_info:list[_Segment]
+
+class _Picture(TypedDict):
+    id:int | str
+    file_name:str
+
+class _Category(TypedDict):
+    id:int
+    name:str
+    isthing:NotRequired[int | bool]
+
+class _Ours(TypedDict): # what `write_coco_panoptic` adds, for which COCO has no field
+    name:NotRequired[str]
+    templates:NotRequired[list[str]]
+    groups:NotRequired[dict[str, list[int]]]
+
+class _PanopticFile(TypedDict):
+    images:NotRequired[list[_Picture]]
+    annotations:list[_Annotation]
+    categories:NotRequired[list[_Category]]
+    info:NotRequired[Any]
+
+def _once(values, what, path):
+    "Raises `FormatError` if a value occurs twice."
+    twice = [v for v,count in Counter(values).items() if count > 1]
+    if twice: raise FormatError(f"'{path}' lists {what} {shorten(twice[0], 60)} more than once.")
+
+def read_panoptic_json(
+    path, # A JSON file
+    *needed:str, # Fields that it must have besides `annotations`, such as `'images'`
+)->dict: # images, annotations, categories, and under `opentrans` what `write_coco_panoptic` adds; whatever else it holds is left out
+    "Read a JSON file of panoptic annotations and check it. Raises `FormatError` for another shape, for ids that are there twice, and for names of files that lead out of their folder."
+    d = load_json(path, _PanopticFile)
+    info = d.pop('info', None)
+    d['opentrans'] = check_shape(info.get('opentrans') or {}, _Ours, f"'{path}', info.opentrans,") if isinstance(info, dict) else {}
+    lost = [name for name in needed if name not in d]
+    if lost: raise FormatError(f"'{path}' is not a COCO panoptic file: it has no {' and '.join(map(repr, lost))}.")
+    for name,key in (('images', 'id'), ('annotations', 'file_name'), ('annotations', 'image_id'), ('categories', 'id')):
+        _once([entry[key] for entry in d.get(name, ())], f'{key} of {name}', path)
+    for entry in (*d.get('images', ()), *d['annotations']): _within(entry['file_name'], path)
+    return d
+
+def _within(name, path):
+    "A path within a folder. Raises `FormatError` for one that leads out of it."
+    pure = PurePosixPath(name.replace('\\', '/'))
+    if not name or pure.is_absolute() or '..' in pure.parts or '\0' in name or len(name) > 1000:
+        raise FormatError(f"'{path}' names the file {shorten(name, 60)!r}, which is no path within a folder.")
+    return name
+
 def _categories(d):
     "Vocabulary, category id -> class, and thing classes of a panoptic JSON file."
-    known,cats,ours = _asset('vocab_coco_panoptic'),d.get('categories'),d['info'].get('opentrans', {})
+    known,cats,ours = _asset('vocab_coco_panoptic'),d.get('categories'),d['opentrans']
     if not cats or {c['id'] for c in cats} == set(known['ids']) and {c['name'] for c in cats} == set(known['official']):
         return VOCABULARIES['coco_panoptic'], {k: i for i,k in enumerate(known['ids'])}, known['things']
     v = Vocabulary([c['name'] for c in cats], ours.get('templates', 'photo'))
     return v, {c['id']: i for i,c in enumerate(cats)}, [i for i,c in enumerate(cats) if c.get('isthing', 1)]
+
+def _ids(annotations):
+    "A name for each image: that of its map without the suffix, and its folder where that would not tell two apart."
+    paths = [PurePosixPath(a['file_name']).with_suffix('') for a in annotations]
+    stems = [path.name for path in paths]
+    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 @register_dataset('coco_panoptic', "Get train2017.zip, val2017.zip and panoptic_annotations_trainval2017.zip from https://cocodataset.org/#download and unpack them into ROOT/coco "
                   "(the panoptic_*.zip files inside the last one too).")
 def _coco_panoptic(root, split='val', **kwargs):
     _split(split, train='', val=''); root = data_root(root)
     _,(path,maps,images) = find_layout('coco_panoptic', root, _coco_layouts(split), _coco_panoptic.how)
-    d = load_json(path)
-    if not isinstance(d, dict) or not {'images', 'annotations'} <= d.keys(): raise OpenTransError(f"'{path}' is not a COCO panoptic file: it has no 'images' and 'annotations'. {_coco_panoptic.how}")
-    vocabulary,categories,things = _categories(dict(d, info=d.get('info') or {}))
+    d = read_panoptic_json(path, 'images')
+    try: vocabulary,categories,things = _categories(d)
+    except OpenTransError as error: raise FormatError(f"The categories of '{path}' make no vocabulary: {error}") from None
     pictures = {i['id']: i['file_name'] for i in d['images']}
     here,drawn = ({e.name for e in os.scandir(folder)} for folder in (images, maps))
     files,problems = [],{}
-    for a in d['annotations']:
-        key,picture = Path(a['file_name']).stem,pictures.get(a['image_id'])
-        if picture not in here: problems[key] = f"the image '{picture}' is missing from '{images}'"
+    for key,a in zip(_ids(d['annotations']), d['annotations']):
+        picture = pictures.get(a['image_id'])
+        if picture is None: problems[key] = f"its image_id {shorten(a['image_id'], 40)} is not among the images of '{path.name}'"
+        elif picture not in here: problems[key] = f"the image '{picture}' is missing from '{images}'"
         elif a['file_name'] not in drawn: problems[key] = f"the panoptic map '{a['file_name']}' is missing from '{maps}'"
         else: files.append(Files(key, images/picture, maps/a['file_name'], a['segments_info']))
     if not files: raise OpenTransError(f"coco_panoptic: none of the {len(d['annotations'])} images of '{path.name}' is there. {_some(problems)}. {_coco_panoptic.how}")
-    ours = (d.get('info') or {}).get('opentrans', {})
+    ours = d['opentrans']
     return Panoptic(ours.get('name', 'coco_panoptic'), vocabulary, files, categories, things=things, groups=ours.get('groups'), problems=problems, **kwargs)
 
 # %% ../nbs/05_data.ipynb #d16f59ef
@@ -916,9 +1203,11 @@ def write_coco_panoptic(
     root,v,things = Path(root)/'coco',data.vocabulary,data.things if things is None else things
     ids = VOCABULARIES['coco_panoptic'] == v and _asset('vocab_coco_panoptic')['ids'] or list(range(1, len(v)+1))
     names = _asset('vocab_coco_panoptic')['official'] if v == VOCABULARIES['coco_panoptic'] else v.entries
-    images,annotations = [],[]
+    images,annotations,written = [],[],{}
     for i,s in enumerate(data[j] for j in range(len(data))):
         name,(h,w) = f"{s['id'].replace('/', '__')}.png",s['labels'].shape
+        if name in written: raise OpenTransError(f"The images '{written[name]}' and '{s['id']}' would both be written to '{name}'. Give each a name of its own.")
+        written[name] = s['id']
         maps,info = _segments(s, ids)
         picture = (s['image'].permute(1, 2, 0)*255).round().byte().numpy()
         for folder,a in ((f'{split}2017', picture), (f'panoptic_{split}2017', maps)):
@@ -946,7 +1235,7 @@ def _benchmark(name, how, layouts, luts, **pairing):
         names = read_text(listing[0]).split() if listing else None
         tails = pairing.get('tails', [('', '')]*len(given))[i]
         files,problems = pair_files(images, labels, tails=tails, names=names)
-        return LabelMaps(name, v, files, label_lut(len(v), **luts[i]), things=_asset(f'vocab_{name}').get('things', ()), problems=problems, **kwargs)
+        return LabelMaps(name, v, files, label_lut(len(v), **luts[i]), things=_asset(f'vocab_{name}').get('things', ()), problems=problems, published=True, **kwargs)
     return _open
 
 def _under(top, *pairs): return [tuple(f'{t}{p}' for p in pair) for pair in pairs for t in (f'{top}/', '')]
@@ -1002,11 +1291,11 @@ class ReleasedInstances(LabelMaps):
 
 def _panoptic_json(name, v, paths, picture, categories, things, **kwargs):
     "A data set from a panoptic JSON file, its folder of maps, and `picture`: annotation -> path of the image."
-    d = load_json(paths[0])
-    if not isinstance(d, dict) or 'annotations' not in d: raise OpenTransError(f"'{paths[0]}' is not a panoptic file: it has no 'annotations'.")
+    d = read_panoptic_json(paths[0])
     files,problems = [],dict(kwargs.pop('problems', {}))
     for a in d['annotations']:
-        key,image,maps = str(a['image_id']),picture(a),paths[1]/a['file_name']
+        key,maps = _within(str(a['image_id']), paths[0]),paths[1]/a['file_name']
+        image = picture(a)
         lost = [str(p) for p in (image, maps) if p is None or not p.is_file()]
         if lost: problems[key] = f"missing: {', '.join(lost)}"
         else: files.append(Files(key, image, maps, a['segments_info']))
@@ -1021,7 +1310,7 @@ def _ade_panoptic(root, split, how, **kwargs):
     i,(images,labels,instances) = find_layout('ade20k_150 with instances', root, _under('ADEChallengeData2016', *((f'images/{_long(split)}', f'{maps}/{_long(split)}', f'annotations_instance/{_long(split)}') for maps in ('annotations_detectron2', 'annotations'))), how)
     files,problems = pair_files(images, labels)
     for f in files: f.segments = instances/f'{f.id}.png'
-    return ReleasedInstances('ade20k_150', v, files, label_lut(150, **(dict(void=[255]) if i < 2 else dict(offset=1, void=[0]))), things=a['things'], problems=problems, **kwargs)
+    return ReleasedInstances('ade20k_150', v, files, label_lut(150, **(dict(void=[255]) if i < 2 else dict(offset=1, void=[0]))), things=a['things'], problems=problems, published=True, **kwargs)
 
 # %% ../nbs/05_data.ipynb #cfad088c
 @register_dataset('cityscapes_19', "Get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com and unpack them into ROOT/cityscapes.")
@@ -1033,7 +1322,7 @@ def _cityscapes(root, split='val', panoptic=False, **kwargs):
     ready = next(labels.rglob('*_gtFine_labelTrainIds.png'), None) is not None
     lut = label_lut(19, void=[255]) if ready else label_lut(19, ids=a['ids'], void=[i for i in range(34) if i not in a['ids']])
     files,problems = pair_files(images, labels, tails=('_leftImg8bit', '_gtFine_labelTrainIds' if ready else '_gtFine_labelIds'))
-    return LabelMaps('cityscapes_19', VOCABULARIES['cityscapes_19'], files, lut, things=a['things'], problems=problems, **kwargs)
+    return LabelMaps('cityscapes_19', VOCABULARIES['cityscapes_19'], files, lut, things=a['things'], problems=problems, published=True, **kwargs)
 
 def _city_panoptic(root, split, a, released, **kwargs):
     v = VOCABULARIES['cityscapes_19']
@@ -1043,7 +1332,7 @@ def _city_panoptic(root, split, a, released, **kwargs):
     if found: return _panoptic_json('cityscapes_19', v, found, picture, categories, a['things'], **kwargs)
     _,(images,labels) = find_layout('cityscapes_19 with instances', root, released, _cityscapes.how)
     files,problems = pair_files(images, labels, tails=('_leftImg8bit', '_gtFine_instanceIds'))
-    return ReleasedInstances('cityscapes_19', v, files, label_lut(19, ids=a['ids'], void=[i for i in range(34) if i not in a['ids']]), things=a['things'], problems=problems, **kwargs)
+    return ReleasedInstances('cityscapes_19', v, files, label_lut(19, ids=a['ids'], void=[i for i in range(34) if i not in a['ids']]), things=a['things'], problems=problems, published=True, **kwargs)
 
 # %% ../nbs/05_data.ipynb #1871eba6
 def _nearest(n, m, start=0, stop=None):
