@@ -589,8 +589,8 @@ def _arrays_to_tensors(value):
 
 def is_torchscript(path)->bool:
     "Is a file a TorchScript archive, that is, a program?"
-    if not zipfile.is_zipfile(path): return False
     try:
+        if not zipfile.is_zipfile(path): return False
         with zipfile.ZipFile(path) as archive: names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError): return False
     return any('/code/' in name or name.endswith('constants.pkl') for name in names)
