@@ -6,9 +6,9 @@
 __all__ = ['BAKED_FILE', 'sweep', 'atomic_path', 'save_text', 'regular_file', 'read_text', 'check_shape', 'parse_json',
            'FileKind', 'plain_json', 'digest_of', 'json_text', 'save_json', 'parse_document', 'load_json', 'checksum',
            'save_tensors', 'load_metadata', 'load_tensors', 'metadata_value', 'strip_prefix', 'not_finite',
-           'check_finite', 'check_like', 'lock_folder', 'RunFile', 'optimizer_tensors', 'restore_optimizer',
-           'pack_bits', 'unpack_bits', 'unbake', 'is_torchscript', 'read_checkpoint', 'state_dict_of',
-           'save_checkpoint']
+           'check_finite', 'check_like', 'lock_folder', 'lock_file', 'RunFile', 'optimizer_tensors',
+           'restore_optimizer', 'pack_bits', 'unpack_bits', 'unbake', 'is_torchscript', 'read_checkpoint',
+           'state_dict_of', 'save_checkpoint']
 
 # %% ../nbs/00_files.ipynb #699a187d
 import contextlib, errno, functools, hashlib, json, math, os, pickle, re, secrets, stat, struct, zipfile
@@ -180,11 +180,12 @@ def parse_json(
     text:str, # A text
     what:str='the text', # What it is, for the message, for example "'mask.json'"
     schema=None, # A type that pydantic understands; None takes any JSON
+    constants:bool=False, # Read NaN and Infinity, which are not JSON but stand in files of opentrans 0.1?
 ): # What it says
     "Read a text as JSON and check its shape. Raises `FormatError` for anything else, however malformed."
     try:
         if re.search(r'(?<![\d."])\d{20,}', text): raise ValueError('it holds a whole number of 20 digits or more')
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=float if constants else _no_constant)
         if '\\ud' in text.lower(): json.dumps(value, ensure_ascii=False).encode() # half a character cannot be shown or saved
     except RecursionError: raise FormatError(f"{what} is nested too deeply to be read.") from None
     except UnicodeEncodeError: raise FormatError(f"{what} holds half of a character (a lone surrogate).") from None
@@ -330,6 +331,7 @@ def _own_memory(tensors):
     "The tensors on the CPU, contiguous, and each with memory of its own, as safetensors wants them."
     seen, own = set(), {}
     for name, tensor in tensors.items():
+        if tensor.is_meta: raise OpenTransError(f"'{name}' has no values (its device is meta), so it cannot be saved. Load the weights first.")
         tensor = tensor.detach().cpu().contiguous()
         place = tensor.untyped_storage().data_ptr()
         own[name] = tensor.clone() if place in seen and tensor.numel() else tensor
@@ -339,11 +341,11 @@ def _own_memory(tensors):
 def save_tensors(
     tensors:dict, # Name -> tensor
     path, # Where to
-    metadata:dict=None, # Text by name; other values are stored as JSON
+    metadata:dict=None, # Text by name; other values are stored as JSON, in which NaN becomes null
     kind:FileKind=None, # What the file holds; its name and version are stored as `format` and `version`
 ):
     "Write a safetensors file with a checksum, whole or not at all. Raises `OpenTransError` if it cannot be written."
-    meta = {k: v if isinstance(v, str) else json.dumps(v, default=_plain) for k,v in (metadata or {}).items()}
+    meta = {k: v if isinstance(v, str) else json.dumps(plain_json(v)) for k,v in (metadata or {}).items()}
     if kind is not None: meta.update(format=kind.name, version=str(kind.version))
     own = _own_memory(tensors)
     meta['checksum'] = checksum(own, meta)
@@ -394,10 +396,11 @@ def metadata_value(
     name:str, # Which entry
     schema, # Its shape
     path, # The file, for the message
+    constants:bool=False, # As in `parse_json`
 ): # The value
     "One entry of a tensor file's metadata, parsed and checked. Raises `DamagedFile` if it is missing or of another shape."
     if name not in meta: raise DamagedFile(f"'{path}' is damaged: it has no '{name}'. Fetch or make it again.")
-    try: return parse_json(meta[name], f"the entry '{name}' of '{path}'", schema)
+    try: return parse_json(meta[name], f"the entry '{name}' of '{path}'", schema, constants)
     except FormatError as error: raise DamagedFile(f"'{path}' is damaged: {error}") from None
 
 def strip_prefix(
@@ -462,19 +465,33 @@ def lock_folder(
     if folder is None:
         yield
         return
+    with _locked(Path(folder), '.lock', f"in '{folder}'. Wait until it ends, or choose another folder."): yield
+
+@contextlib.contextmanager
+def lock_file(
+    path, # File of a run; it need not exist, and its folder is made if it is missing. None locks nothing
+):
+    "Keep other runs away from a file inside the block, as `lock_folder` does from a folder. Raises `OtherRun` if one is at work."
+    if path is None:
+        yield
+        return
+    path = Path(path)
+    with _locked(path.parent, f'.{path.name}.lock', f"on '{path}'. Wait until it ends, or choose another file."): yield
+
+@contextlib.contextmanager
+def _locked(folder, name, place):
+    "Hold a lock in a folder inside the block, and sweep up before."
     from filelock import FileLock, Timeout
-    path = Path(folder)
-    try: path.mkdir(parents=True, exist_ok=True)
+    try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _place_error(f"Cannot make the folder '{path}': {error.strerror}. Choose another place.", error) from error
-    lock = FileLock(str(path/'.lock'))
+        raise _place_error(f"Cannot make the folder '{folder}': {error.strerror}. Choose another place.", error) from error
+    lock = FileLock(str(folder/name))
     try: lock.acquire(timeout=0)
-    except Timeout:
-        raise OtherRun(f"Another run is at work in '{path}'. Wait until it ends, or choose another folder.") from None
+    except Timeout: raise OtherRun(f"Another run is at work {place}") from None
     except OSError as error:
-        raise _place_error(f"Cannot write in '{path}': {error.strerror}. Choose another place.", error) from error
+        raise _place_error(f"Cannot write in '{folder}': {error.strerror}. Choose another place.", error) from error
     try:
-        sweep(path)
+        sweep(folder)
         yield
     finally: lock.release()
 
@@ -528,17 +545,20 @@ def restore_optimizer(
     path, # The file, for the message
     prefix:str='optimizer.', # Before all names
 ):
-    "Put back what `optimizer_tensors` gave. Raises `DamagedFile`, with nothing changed, if a tensor belongs to no parameter or has another shape."
-    params = {name: param for param, name in names.items()}
-    made = {}
+    "Put back what `optimizer_tensors` gave. Raises `DamagedFile`, with nothing changed, if a tensor fits no parameter, is not finite, or lacks what others have."
+    params, made, kinds = {name: param for param, name in names.items()}, {}, {}
     for full, tensor in strip_prefix(prefix, tensors).items():
         name, _, key = full.rpartition('.')
         param = params.get(name)
-        if param is None or (tensor.ndim and tensor.shape != param.shape):
-            raise DamagedFile(f"The optimizer's state in '{path}' does not fit the model, at {shorten(full)}. Start from another checkpoint.")
+        if param is None or (tensor.ndim and tensor.shape != param.shape) or not_finite({full: tensor}): raise _unfit(path, full)
         like_param = tensor.shape == param.shape and tensor.ndim
         made.setdefault(param, {})[key] = torch.empty_like(param).copy_(tensor) if like_param else tensor.clone()
+    for param, held in made.items():
+        if kinds.setdefault(param.ndim, set(held)) != set(held): raise _unfit(path, names[param])
     for param, held in made.items(): optimizer.state[param].update(held)
+
+def _unfit(path, place):
+    return DamagedFile(f"The optimizer's state in '{path}' does not fit the model, at {shorten(place)}. Start from another checkpoint.")
 
 # %% ../nbs/00_files.ipynb #5d29539e
 def pack_bits(mask:torch.Tensor)->torch.Tensor:
