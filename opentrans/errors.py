@@ -60,6 +60,16 @@ def optional(
                              f"Run: pip install 'opentrans[{extra}]'") from error
 
 # %% ../nbs/00_errors.ipynb #630d1c66
+def _is_finite(value):
+    "Is a number neither NaN nor infinite, and within the range of floating point?"
+    try: return math.isfinite(value)
+    except OverflowError: return False
+
+def _shown(value):
+    "A value in a message. Python refuses to write whole numbers of thousands of digits."
+    try: return shorten(repr(value), 60)
+    except ValueError: return 'a number of thousands of digits'
+
 def check_number(
     name:str, # What the number is called
     value, # What the user gave
@@ -72,9 +82,9 @@ def check_number(
 ): # The same number
     "Check the range of a number. Raises `OpenTransError` for one outside of it, for NaN and infinity, and for what is no number, such as a truth value."
     number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
-    finite = number and (isinstance(value, numbers.Integral) or math.isfinite(value))
+    finite = number and (whole or _is_finite(value))
     if finite and (value > low if above else value >= low) and (value < high if below else value <= high): return value
     least = f' above {low:,}' if above else f' from {low:,} on' if high == math.inf else f' from {low:,}'
     most = f' up to, but not including, {high:,}' if below else f' to {high:,}'
     span = ('' if low == -math.inf else least) + ('' if high == math.inf else most)
-    raise OpenTransError(f"{name}={shorten(repr(value), 60)}: it must be a {'whole ' if whole else ''}number{span}.{' ' + advice if advice else ''}")
+    raise OpenTransError(f"{name}={_shown(value)}: it must be a {'whole ' if whole else ''}number{span}.{' ' + advice if advice else ''}")
