@@ -521,10 +521,12 @@ class RunFile:
 
     def save(self,
         tensors:dict, # Name -> tensor
+        finite=lambda name: True, # Function of a name: must this tensor be finite?
         **values, # More, as plain values
     ):
         "Write the file, whole or not at all. Raises `OpenTransError`, and keeps the last good one, if a tensor is not finite."
-        check_finite(tensors, 'no checkpoint is written', 'The last good one stays. Lower the learning rate, or clip gradients.')
+        numbers = {name: tensor for name, tensor in tensors.items() if finite(name)}
+        check_finite(numbers, 'no checkpoint is written', 'The last good one stays. Lower the learning rate, or clip gradients.')
         save_tensors(tensors, self.path, dict(values, settings=self.settings), self.kind)
 
 # %% ../nbs/00_files.ipynb #6510cb68
