@@ -11,7 +11,7 @@ __all__ = ['BAKED_FILE', 'sweep', 'atomic_path', 'save_text', 'regular_file', 'r
            'save_checkpoint']
 
 # %% ../nbs/00_files.ipynb #699a187d
-import contextlib, functools, hashlib, json, math, os, pickle, re, secrets, stat, struct, zipfile
+import contextlib, errno, functools, hashlib, json, math, os, pickle, re, secrets, stat, struct, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -80,6 +80,12 @@ def _flush(path):
         try: os.fsync(handle)
         finally: os.close(handle)
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+def _place_error(message, error):
+    "The error for a place that cannot be written: the machine's if there is no room left, else the user's."
+    return WriteError(message) if getattr(error, 'errno', None) in _NO_ROOM else OpenTransError(message)
+
 _FULL = ('No space left', 'Disk quota', 'Input/output error', 'os error 28', 'os error 122', 'os error 5)')
 
 def _write_error(path, error):
@@ -95,13 +101,13 @@ def atomic_path(
     shown, path = path, Path(os.path.realpath(path) if os.path.islink(path) else path)
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OpenTransError(f"Cannot make the folder '{path.parent}': {error.strerror}. Choose another place.") from error
+        raise _place_error(f"Cannot make the folder '{path.parent}': {error.strerror}. Choose another place.", error) from error
     if path.is_dir(): raise OpenTransError(f"Cannot write '{shown}': it is a folder. Give the name of a file.")
     _sweep_once(path.parent)
     try: handle, part = _open_part(path)
     except (OSError, ValueError) as error:
         why = getattr(error, 'strerror', None) or error
-        raise OpenTransError(f"Cannot write in '{path.parent}': {why}. Choose another place.") from error
+        raise _place_error(f"Cannot write in '{path.parent}': {why}. Choose another place.", error) from error
     try:
         yield part
         _flush(part)
@@ -225,7 +231,8 @@ def _plain(value):
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 def _finite(value):
-    "NaN and infinity are not JSON: they become null."
+    "NaN and infinity are not JSON: they become null. Whole numbers that `parse_json` does not read back become text."
+    if isinstance(value, int) and abs(value) >= 10**19: return str(value)
     if isinstance(value, dict): return {str(k): _finite(v) for k,v in value.items()}
     if isinstance(value, (list, tuple)): return [_finite(v) for v in value]
     if isinstance(value, (float, np.floating)): return float(value) if np.isfinite(value) else None
@@ -459,13 +466,13 @@ def lock_folder(
     path = Path(folder)
     try: path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OpenTransError(f"Cannot make the folder '{path}': {error.strerror}. Choose another place.") from error
+        raise _place_error(f"Cannot make the folder '{path}': {error.strerror}. Choose another place.", error) from error
     lock = FileLock(str(path/'.lock'))
     try: lock.acquire(timeout=0)
     except Timeout:
         raise OtherRun(f"Another run is at work in '{path}'. Wait until it ends, or choose another folder.") from None
     except OSError as error:
-        raise OpenTransError(f"Cannot write in '{path}': {error.strerror}. Choose another place.") from error
+        raise _place_error(f"Cannot write in '{path}': {error.strerror}. Choose another place.", error) from error
     try:
         sweep(path)
         yield
@@ -563,7 +570,9 @@ def unbake(
         for name, shape in shapes.items():
             keep = unpack_bits(res.pop(f'{name}#kept'), shape)
             if len(res[name]) != int(keep.sum()): raise ValueError('number of weights')
+            if res[name].ndim != 1: raise ValueError('weights of a shape')
             res[name] = torch.zeros(shape, dtype=res[name].dtype).masked_scatter_(keep, res[name])
+        if any(name.endswith('#kept') for name in res): raise ValueError('places of a weight without a shape')
     except (KeyError, ValueError, TypeError, RuntimeError) as error: raise BAKED_FILE.damaged(path, f'{error}') from error
     return res
 
@@ -589,8 +598,8 @@ def _arrays_to_tensors(value):
 
 def is_torchscript(path)->bool:
     "Is a file a TorchScript archive, that is, a program?"
-    if not zipfile.is_zipfile(path): return False
     try:
+        if not zipfile.is_zipfile(path): return False
         with zipfile.ZipFile(path) as archive: names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError): return False
     return any('/code/' in name or name.endswith('constants.pkl') for name in names)
@@ -608,7 +617,9 @@ def read_checkpoint(
     path = regular_file(path, 'checkpoint')
     if path.suffix == '.safetensors':
         tensors, meta = load_tensors(path)
-        return unbake(tensors, meta, path) if meta.get('format') == BAKED_FILE.name else tensors
+        if meta.get('format') != BAKED_FILE.name: return tensors
+        BAKED_FILE.check_version(path, meta.get('version', 1))
+        return unbake(tensors, meta, path)
     if is_torchscript(path):
         if not trust: raise FormatError(_PROGRAM.format(path=path, name=path.name))
         return dict(torch.jit.load(str(path), map_location='cpu').state_dict())
@@ -631,10 +642,21 @@ def state_dict_of(
     if not state: raise FormatError(f"'{path}' holds no state dict. Save model.state_dict().")
     return {name.removeprefix('module.'): t for name, t in state.items()}
 
+def _tensors_to_arrays(value):
+    "Nested dictionaries with their tensors as arrays, as detectron2 writes them. Types that numpy lacks become float32."
+    if isinstance(value, dict): return {k: _tensors_to_arrays(v) for k,v in value.items()}
+    if not isinstance(value, torch.Tensor): return value
+    value = value.detach().cpu()
+    try: return value.numpy()
+    except TypeError: return value.float().numpy()
+
 def save_checkpoint(
     value, # Nested dictionaries of tensors
-    path, # Where to: `.safetensors` takes a flat dictionary, anything else is written by torch
+    path, # Where to: `.safetensors` takes a flat dictionary, `.pkl` is written as detectron2 does, anything else by torch
 ):
     "Write weights for other programs, whole or not at all. Raises `OpenTransError` if they cannot be written."
-    if Path(path).suffix == '.safetensors': return save_tensors(value, path, dict(format='pt'))
-    with atomic_path(path) as part: torch.save(value, part)
+    suffix = Path(path).suffix
+    if suffix == '.safetensors': return save_tensors(value, path, dict(format='pt'))
+    with atomic_path(path) as part:
+        if suffix == '.pkl': part.write_bytes(pickle.dumps(_tensors_to_arrays(value)))
+        else: torch.save(value, part)
