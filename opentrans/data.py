@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'TEMPLATES', 'VOCABULARIES', 'COLOURS', 'TEXTURES', 'SHAPES', 'STUFF', 'TRIPLES', 'DOMAINS', 'WRONG',
-           'IMAGES', 'check_templates', 'Vocabulary', 'ignore_label', 'unpack', 'sample_packed', 'collate',
-           'class_colours', 'show_sample', 'is_novel', 'triple_name', 'paint_object', 'paint_stuff', 'scene',
+           'IMAGES', 'checked_text', 'check_templates', 'Vocabulary', 'ignore_label', 'unpack', 'sample_packed',
+           'collate', 'class_colours', 'show_sample', 'is_novel', 'triple_name', 'paint_object', 'paint_stuff', 'scene',
            'ShapesWorld', 'object_image', 'stuff_image', 'caption', 'read_picture', 'read_image', 'read_label_map',
            'read_segments', 'Files', 'Segmentation', 'label_lut', 'LabelMaps', 'Panoptic', 'data_root', 'find_layout',
            'pair_files', 'register_dataset', 'list_datasets', 'open_dataset', 'read_panoptic_json',
@@ -58,17 +58,20 @@ TEMPLATES = _Named('template set', lambda: list(_asset('templates')), lambda nam
 # %% ../nbs/05_data.ipynb #fa9e8434
 _LONGEST = 1000 # characters of a name or a template: a text encoder reads 77 words at most
 
-def _text(value, what):
-    "A text that can be saved and read by a text encoder. Raises `OpenTransError`."
-    if not isinstance(value, str): raise OpenTransError(f"{what} is {shorten(repr(value), 60)}, a {type(value).__name__}: expected a text, such as 'road'.")
+def checked_text(
+    value, # A class name or a template
+    what:str, # What it is, for the message
+)->str: # The same
+    "A text that can be saved and given to a text encoder. Raises `OpenTransError` for what is no text, too long, or holds half of a character."
+    if not isinstance(value, str): raise OpenTransError(f"{what} is {shorten(repr(value), 60)} ({type(value).__name__}): expected a text, such as 'road'.")
     if len(value) > _LONGEST: raise OpenTransError(f"{what} has {len(value):,} characters ('{value[:40]} ...'): expected at most {_LONGEST:,}.")
     if re.search('[\ud800-\udfff]', value): raise OpenTransError(f"{what} holds half of a character (a lone surrogate): {value[:60]!r}.")
     return value
 
 def _words(name, i):
     "The words of one class, the first its name. Raises `OpenTransError`."
-    if isinstance(name, (list, tuple)): given = [_text(word, f'A word of class {i}') for word in name]
-    else: given = [_text(name, f'Class {i}')]
+    if isinstance(name, (list, tuple)): given = [checked_text(word, f'A word of class {i}') for word in name]
+    else: given = [checked_text(name, f'Class {i}')]
     words = [' '.join(word.split()) for part in given for word in part.split(',')]
     if not all(words) or not words: raise OpenTransError(f"Class {i} has an empty name: {shorten(name)!r}. Write each class as 'name' or 'name,synonym'.")
     return ','.join(dict.fromkeys(words))
@@ -97,7 +100,7 @@ def check_templates(
     if isinstance(templates, str): templates = [templates] if '{' in templates else TEMPLATES[templates]
     if isinstance(templates, (bytes, Mapping, Set)) or not isinstance(templates, Iterable):
         raise OpenTransError(f"Prompt templates are a list of texts, or one of: {', '.join(TEMPLATES)}; not {shorten(repr(templates), 60)}.")
-    templates = tuple(_text(template, 'A prompt template') for template in templates)
+    templates = tuple(checked_text(template, 'A prompt template') for template in templates)
     bad = [template for template in templates if not _has_place(template)]
     if bad or not templates:
         raise OpenTransError(f"Prompt template {shorten(bad[0] if bad else templates)!r} must hold '{{}}' once, where the class name goes, and no other brace.")
@@ -123,7 +126,7 @@ class Vocabulary:
         name:str, # A class name, as in `.names` or with its synonyms; or a synonym that only one class has
     )->int: # Its index
         "Index of a class. Raises `OpenTransError` for a name that is not there or that several classes share."
-        _text(name, 'The name of the class')
+        checked_text(name, 'The name of the class')
         for known in (self.names, self.entries):
             if name in known: return known.index(name)
         found = [i for i,s in enumerate(self.synonyms) if name in s]
@@ -172,6 +175,8 @@ _BEHIND = re.compile(r'(.*[^\s:=])\s*([:=]|\s)\s*(\d{1,9})') # 'bed: 7', 'bed 7'
 def _lines(text):
     "The lines that are not empty and no comments."
     lines = [line.strip().strip('\ufeff').strip() for line in re.split('\r\n|\r|\n', text)]
+    long = [line for line in lines if len(line) > 20*_LONGEST]
+    if long: raise OpenTransError(f"a line has {len(long[0]):,} characters. Write one class a line")
     return [line for line in lines if line and not line.startswith('#')]
 
 def _check_rising(numbers):
@@ -836,7 +841,8 @@ def check(self:Segmentation,
             seen += labels
             if set(labels) <= {self.ignore}: empty.append(row['id'])
         except OpenTransError as e: rows.append(dict(id=self.files[i].id, problem=str(e)))
-    self._tell(rows, [seen[c] for c in range(len(self.vocabulary))], seen[self.ignore], len(chosen), empty)
+    n_read = sum(row['problem'] == '' for row in rows)
+    self._tell(rows, [seen[c] for c in range(len(self.vocabulary))], seen[self.ignore], n_read, empty)
     return pd.DataFrame(rows, columns=['id', 'height', 'width', 'classes', 'regions', 'problem']).set_index('id')
 
 @patch
