@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ASSETS', 'TEMPLATES', 'VOCABULARIES', 'COLOURS', 'TEXTURES', 'SHAPES', 'STUFF', 'TRIPLES', 'DOMAINS', 'WRONG',
-           'IMAGES', 'check_templates', 'Vocabulary', 'ignore_label', 'unpack', 'sample_packed', 'collate',
-           'class_colours', 'show_sample', 'is_novel', 'triple_name', 'paint_object', 'paint_stuff', 'scene',
+           'IMAGES', 'checked_text', 'check_templates', 'Vocabulary', 'ignore_label', 'unpack', 'sample_packed',
+           'collate', 'class_colours', 'show_sample', 'is_novel', 'triple_name', 'paint_object', 'paint_stuff', 'scene',
            'ShapesWorld', 'object_image', 'stuff_image', 'caption', 'read_picture', 'read_image', 'read_label_map',
            'read_segments', 'Files', 'Segmentation', 'label_lut', 'LabelMaps', 'Panoptic', 'data_root', 'find_layout',
            'pair_files', 'register_dataset', 'list_datasets', 'open_dataset', 'read_panoptic_json',
@@ -58,17 +58,20 @@ TEMPLATES = _Named('template set', lambda: list(_asset('templates')), lambda nam
 # %% ../nbs/05_data.ipynb #fa9e8434
 _LONGEST = 1000 # characters of a name or a template: a text encoder reads 77 words at most
 
-def _text(value, what):
-    "A text that can be saved and read by a text encoder. Raises `OpenTransError`."
-    if not isinstance(value, str): raise OpenTransError(f"{what} is {shorten(repr(value), 60)}, a {type(value).__name__}: expected a text, such as 'road'.")
+def checked_text(
+    value, # A class name or a template
+    what:str, # What it is, for the message
+)->str: # The same
+    "A text that can be saved and given to a text encoder. Raises `OpenTransError` for what is no text, too long, or holds half of a character."
+    if not isinstance(value, str): raise OpenTransError(f"{what} is {shorten(repr(value), 60)} ({type(value).__name__}): expected a text, such as 'road'.")
     if len(value) > _LONGEST: raise OpenTransError(f"{what} has {len(value):,} characters ('{value[:40]} ...'): expected at most {_LONGEST:,}.")
     if re.search('[\ud800-\udfff]', value): raise OpenTransError(f"{what} holds half of a character (a lone surrogate): {value[:60]!r}.")
     return value
 
 def _words(name, i):
     "The words of one class, the first its name. Raises `OpenTransError`."
-    if isinstance(name, (list, tuple)): given = [_text(word, f'A word of class {i}') for word in name]
-    else: given = [_text(name, f'Class {i}')]
+    if isinstance(name, (list, tuple)): given = [checked_text(word, f'A word of class {i}') for word in name]
+    else: given = [checked_text(name, f'Class {i}')]
     words = [' '.join(word.split()) for part in given for word in part.split(',')]
     if not all(words) or not words: raise OpenTransError(f"Class {i} has an empty name: {shorten(name)!r}. Write each class as 'name' or 'name,synonym'.")
     return ','.join(dict.fromkeys(words))
@@ -97,7 +100,7 @@ def check_templates(
     if isinstance(templates, str): templates = [templates] if '{' in templates else TEMPLATES[templates]
     if isinstance(templates, (bytes, Mapping, Set)) or not isinstance(templates, Iterable):
         raise OpenTransError(f"Prompt templates are a list of texts, or one of: {', '.join(TEMPLATES)}; not {shorten(repr(templates), 60)}.")
-    templates = tuple(_text(template, 'A prompt template') for template in templates)
+    templates = tuple(checked_text(template, 'A prompt template') for template in templates)
     bad = [template for template in templates if not _has_place(template)]
     if bad or not templates:
         raise OpenTransError(f"Prompt template {shorten(bad[0] if bad else templates)!r} must hold '{{}}' once, where the class name goes, and no other brace.")
@@ -123,7 +126,7 @@ class Vocabulary:
         name:str, # A class name, as in `.names` or with its synonyms; or a synonym that only one class has
     )->int: # Its index
         "Index of a class. Raises `OpenTransError` for a name that is not there or that several classes share."
-        _text(name, 'The name of the class')
+        checked_text(name, 'The name of the class')
         for known in (self.names, self.entries):
             if name in known: return known.index(name)
         found = [i for i,s in enumerate(self.synonyms) if name in s]
@@ -172,6 +175,8 @@ _BEHIND = re.compile(r'(.*[^\s:=])\s*([:=]|\s)\s*(\d{1,9})') # 'bed: 7', 'bed 7'
 def _lines(text):
     "The lines that are not empty and no comments."
     lines = [line.strip().strip('\ufeff').strip() for line in re.split('\r\n|\r|\n', text)]
+    long = [line for line in lines if len(line) > 20*_LONGEST]
+    if long: raise OpenTransError(f"a line has {len(long[0]):,} characters. Write one class a line")
     return [line for line in lines if line and not line.startswith('#')]
 
 def _check_rising(numbers):
@@ -265,6 +270,15 @@ def _vocabularies(): return sorted(p.stem[6:] for p in ASSETS.glob('vocab_*.json
 VOCABULARIES = _Named('vocabulary', _vocabularies, lambda name: Vocabulary(_asset(f'vocab_{name}')['names']))
 
 # %% ../nbs/05_data.ipynb #f26ea6be
+def _is_whole(value): return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+def _sides(size, what='size', low=1):
+    "A number of pixels or a pair of them as (H, W). Raises `OpenTransError` for anything else."
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    if len(sides) != 2 or not all(_is_whole(side) and low <= side <= 2**15 for side in sides):
+        raise OpenTransError(f"{what}={shorten(size, 40)}: expected a whole number of pixels from {low} to {2**15:,}, or a pair of them.")
+    return sides
+
 def ignore_label(
     classes:int, # Number of classes
 )->int: # 255, or 65535 if there are more than 255 classes
@@ -489,11 +503,12 @@ class ShapesWorld(Dataset):
         seed:int=0, # Another seed is another world of the same kind
         templates='photo', # Prompts of the vocabulary; see `TEMPLATES`
     ):
-        if domain not in DOMAINS: raise unknown('domain', domain, DOMAINS)
-        if split not in self.splits: raise unknown('split', split, self.splits)
-        if n < 1: raise OpenTransError(f"n={n}: a data set needs at least one scene.")
+        if not isinstance(domain, str) or domain not in DOMAINS: raise unknown('domain', domain, DOMAINS)
+        if not isinstance(split, str) or split not in self.splits: raise unknown('split', split, self.splits)
+        if not _is_whole(n) or n < 1: raise OpenTransError(f"n={shorten(n, 40)}: a data set needs at least one scene.")
+        if not _is_whole(seed) or seed < 0: raise OpenTransError(f"seed={shorten(seed, 40)}: expected a whole number from 0 on.")
         self.split,self.domain,self.n,self.seed = split,domain,int(n),int(seed)
-        self.size = (int(size),)*2 if np.ndim(size) == 0 else tuple(int(s) for s in size)
+        self.size = tuple(int(side) for side in _sides(size, low=0))
         if min(self.size) < 16: raise OpenTransError(f"size={size}: a scene needs at least 16 pixels a side.")
         base,novel = ([k for k in TRIPLES if is_novel(*k) == b] for b in (False, True))
         self.triples = base if split == 'train' else base+novel
@@ -826,7 +841,8 @@ def check(self:Segmentation,
             seen += labels
             if set(labels) <= {self.ignore}: empty.append(row['id'])
         except OpenTransError as e: rows.append(dict(id=self.files[i].id, problem=str(e)))
-    self._tell(rows, [seen[c] for c in range(len(self.vocabulary))], seen[self.ignore], len(chosen), empty)
+    n_read = sum(row['problem'] == '' for row in rows)
+    self._tell(rows, [seen[c] for c in range(len(self.vocabulary))], seen[self.ignore], n_read, empty)
     return pd.DataFrame(rows, columns=['id', 'height', 'width', 'classes', 'regions', 'problem']).set_index('id')
 
 @patch
@@ -856,12 +872,13 @@ def label_lut(
     ids=None, # Number of each class in the file, where they are not in order
 )->np.ndarray: # (65536,) class of each number: `ignore_label(classes)` for void, -1 for what must not occur
     "The table that turns the numbers of a label map into classes. A number that is a class and void is void."
-    numbers,void = np.arange(classes)+offset if ids is None else np.asarray(ids),np.asarray(list(void), np.int64)
+    numbers,void = np.arange(classes)+offset if ids is None else np.asarray(ids),list(void)
+    if not all(_is_whole(v) for v in void): raise OpenTransError(f"void={shorten(void, 60)}: expected whole numbers from 0 to 65535.")
     if len(numbers) != classes or not ((0 <= np.append(numbers, void)) & (np.append(numbers, void) < 65536)).all():
         raise OpenTransError(f"A label map has one number from 0 to 65535 for each class: {classes} classes, the first numbers are {_listed_values(numbers)}, void {_listed_values(void)}.")
     lut = np.full(65536, WRONG, np.int64)
     lut[numbers] = np.arange(classes)
-    lut[void] = ignore_label(classes)
+    lut[np.array(void, np.int64)] = ignore_label(classes)
     return lut
 
 class LabelMaps(Segmentation):
@@ -942,10 +959,12 @@ def data_root(
 )->Path: # The folder
     "Where data sets are. Raises `OpenTransError` if there is no such folder."
     given = root if root is not None else os.environ.get('DETECTRON2_DATASETS', 'datasets')
-    path = Path(given).expanduser()
-    if path.is_dir(): return path
+    if not isinstance(given, (str, os.PathLike)): raise OpenTransError(f"root={shorten(given, 40)}: give the path of a folder.")
+    try: path = Path(given).expanduser()
+    except RuntimeError: path = Path(given) # there is no such user
+    if os.path.isdir(path): return path
     told = '' if root is not None else ' Give root=..., or set DETECTRON2_DATASETS to the folder that holds the data sets.'
-    raise OpenTransError(f"There is no folder '{given}' to read data from.{told}")
+    raise OpenTransError(f"There is no folder '{shorten(given)}' to read data from.{told}")
 
 def find_layout(
     name:str, # Of the data set, for the message
@@ -1023,7 +1042,7 @@ def open_dataset(
     **options, # What the data set takes besides, such as `names` and `ignore` of `'folder'`
 ): # A data set of samples
     "Open a data set by name. Raises `OpenTransError` for an unknown name, split or option, and for missing files."
-    if name not in _DATASETS: raise unknown('data set', name, list_datasets())
+    if not isinstance(name, str) or name not in _DATASETS: raise unknown('data set', name, list_datasets())
     f = _DATASETS[name]
     known = [p for p in inspect.signature(f).parameters if p not in ('root', 'split', 'kwargs')]
     for o in options:
@@ -1032,7 +1051,7 @@ def open_dataset(
 
 def _split(split, **names):
     "The folder name of a split."
-    if split not in names: raise unknown('split', split, list(names))
+    if not isinstance(split, str) or split not in names: raise unknown('split', split, list(names))
     return names[split]
 
 # %% ../nbs/05_data.ipynb #40009cf2
@@ -1059,7 +1078,8 @@ def _void(ignore, classes):
 
 def _folder_layouts(root, split):
     "Where images and labels of a split may lie, the most special first. Raises `OpenTransError` if there are other splits only."
-    if split is not None and not isinstance(split, str): raise OpenTransError(f"split={shorten(split, 40)}: give the name of a folder, such as 'val'.")
+    if split is not None and (not isinstance(split, str) or '..' in Path(split).parts or '\0' in split):
+        raise OpenTransError(f"split={shorten(split, 40)!r}: give the name of a folder, such as 'val'.")
     if split and (root/split).is_dir(): return [(f'{split}/images', f'{split}/labels'), ('images', 'labels')]
     splits = sorted(name for name in ('train', 'val', 'test', 'training', 'validation') if (root/'images'/name).is_dir() and (root/'labels'/name).is_dir())
     if split in splits: return [(f'images/{split}', f'labels/{split}')]
@@ -1371,12 +1391,26 @@ def _resize(sample, size, window=None, flip=False, regions=True, pad=None):
     if not seen.all(): s.update({k: s[k][seen] for k in ('regions', 'region_classes', 'isthing')})
     return s
 
+def _check_jitter(scale, flip):
+    "Raises `OpenTransError` for a range of scales or a probability that cannot be."
+    def number(value): return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    if scale is not None and not (isinstance(scale, (list, tuple)) and len(scale) == 2 and all(map(number, scale)) and 0 < scale[0] <= scale[1] <= 1000):
+        raise OpenTransError(f"scale={shorten(scale, 40)}: expected the smallest and the largest multiple, above 0 and up to 1000, or None.")
+    if not number(flip) or not 0 <= flip <= 1: raise OpenTransError(f"flip={shorten(flip, 40)}: expected a probability from 0 to 1.")
+
+def _generator(seed):
+    "Numpy's generator. Raises `OpenTransError` for what is no seed."
+    try: return np.random.default_rng(seed)
+    except (TypeError, ValueError): raise OpenTransError(f"seed={shorten(seed, 40)}: expected a whole number from 0 on, or a sequence of such.") from None
+
 def resize_short(
     sample:dict, # A sample, or its packed form
     size:int, # Length of the short side, in pixels
     max_size:int=None, # The long side may not be longer; None for no limit
 )->dict: # The sample at its new size
-    "Resize a sample to a short side, keeping its shape."
+    "Resize a sample to a short side, keeping its shape. Raises `OpenTransError` for a length that cannot be."
+    for what,side in (('size', size), ('max_size', max_size)):
+        if side is not None or what == 'size': _sides(side, what)
     h,w = sample['image'].shape[1:]
     f = size/min(h, w)
     if max_size is not None: f = min(f, max_size/max(h, w))
@@ -1391,10 +1425,11 @@ def augment(
     flip:float=.5, # Probability of a mirror image
     regions:bool=True, # Make the masks of regions? See `unpack`
 )->dict: # A sample, of exactly `size` if one is given
-    "Large-scale jitter, crop, pad and flip."
-    rng = np.random.default_rng(seed)
+    "Large-scale jitter, crop, pad and flip. Raises `OpenTransError` for a size, a scale, a probability or a seed that cannot be."
+    _check_jitter(scale, flip)
+    rng = _generator(seed)
     h,w = sample['image'].shape[1:]
-    H,W = (h, w) if size is None else (size, size) if np.ndim(size) == 0 else size
+    H,W = (h, w) if size is None else _sides(size)
     if scale is not None:
         f = rng.uniform(*scale)*min(H/h, W/w)
         h,w = max(1, round(h*f)),max(1, round(w*f))
@@ -1433,5 +1468,8 @@ class Augmented(View):
         regions=True, # As in `augment`
     ):
         super().__init__(data)
+        _check_jitter(scale, flip)
+        _generator([seed, 0, 0])
+        if size is not None: _sides(size)
         self.size,self.seed,self.scale,self.flip,self.regions,self.epoch = size,seed,scale,flip,regions,0
     def __getitem__(self, i): return augment(sample_packed(self.data, self.indices[i]), self.size, [self.seed, self.epoch, i], self.scale, self.flip, self.regions)

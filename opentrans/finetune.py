@@ -9,7 +9,7 @@ __all__ = ['WARMUP', 'Recipe', 'read_settings', 'batch_indices', 'batches', 'par
            'compare_runs', 'plot_runs']
 
 # %% ../nbs/13_finetune.ipynb #de7d3d19
-import contextlib, dataclasses, functools, hashlib, json, math, os, re, signal, sys, time
+import contextlib, dataclasses, functools, hashlib, json, math, os, re, signal, sys, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -734,7 +734,7 @@ def evaluate(
     alone:bool=False, # Under `accelerate launch`: see all images in this process? If not, each process must call this, and sees its share
     **looks, # Of `look`: size, scales, flip, window, overlap
 )->dict: # miou, iou by name (NaN where a class is absent), groups, pixel_accuracy, n_images, settings; pq, sq, rq, things, stuff for 'panoptic'
-    "Mean IoU over a data set, with the text embeddings of its class names as the classifier; panoptic quality, too, if asked for. Raises `OpenTransError`."
+    "Mean IoU over a data set, with the text embeddings of its class names as the classifier; panoptic quality, too, if asked for. Warns if a class never occurs while pixels are left out. Raises `OpenTransError`."
     names,words = list(getattr(data.vocabulary, 'names', data.vocabulary)),data.vocabulary if vocabulary is None else vocabulary
     total = len(data) if limit is None else min(limit, len(data))
     if len(words) != len(names): raise OpenTransError(f"The vocabulary has {len(words)} names and the data {len(names)} classes. Give one name (with synonyms, 'a,b') for each class, in order.")
@@ -752,6 +752,8 @@ def evaluate(
             if quality: _quality(framework, data, batch, text, quality)
     if n > 1: metric,quality = metric.reduce(team.sum, team.device),quality and quality.reduce(team.sum, team.device)
     r = metric.compute(groups=getattr(data, 'groups', {}), over=over)
+    doubt = data.doubt(r['confusion'].sum(1).tolist(), r['ignored'], total) if r['ignored'] and hasattr(data, 'doubt') else ''
+    if doubt and (team is None or team.rank == 0): warnings.warn(doubt) # a class may have been left out by mistake
     settings = dict(looks, framework=getattr(framework, 'name', type(framework).__name__), data=getattr(data, 'name', type(data).__name__), images=total, classes=len(names), over=over, kind=kind)
     res = dict(miou=r['miou'], iou=dict(zip(names, r['iou'].tolist())), groups=r['groups'], pixel_accuracy=r['pixel_accuracy'], n_images=total, settings=settings)
     if quality: q = quality.compute(); res.update({k: q[k] for k in ('pq', 'sq', 'rq')}, things=q['things'], stuff=q['stuff'])

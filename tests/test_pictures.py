@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from mutations import COUNT, mutated
 from opentrans.data import read_image, read_label_map, read_picture, read_segments
 from opentrans.errors import OpenTransError
 from opentrans.playground import to_image
@@ -243,16 +244,6 @@ def test_no_other_program_is_started(tmp_path):
     with Image.open(path) as image: assert image.format == 'EPS', 'Pillow itself would have taken it'
     with pytest.raises(OpenTransError, match='not an image of a known kind'): read_image(path)
 
-MUTATIONS = 2000 if os.environ.get('OPENTRANS_SLOW') else 200
-
-def mutated(data, rng):
-    "One to four changes of bytes, or a cut, or a piece twice."
-    data, way = bytearray(data), rng.integers(5)
-    if way == 0: return bytes(data[:rng.integers(len(data))])
-    if way == 1: start = rng.integers(len(data)); return bytes(data[:start]+data[start:start+rng.integers(1, 30)]+data[start:])
-    for _ in range(rng.integers(1, 5)): data[rng.integers(len(data))] = rng.integers(256)
-    return bytes(data)
-
 def mended(data):
     "A PNG whose checksums fit again, so that a change gets past them."
     out, at = bytearray(data), 8
@@ -270,7 +261,7 @@ def test_mutated_files_are_read_or_told(name, tmp_path):
                    segments=[saved(RGB, 'PNG'), saved(RGB, 'TIFF')],
                    picture=[*PICTURES.values(), saved(RGB, 'JPEG'), saved(RGB, 'TIFF', compression='jpeg'), saved(RGB, 'JPEG2000')])[name]
     rng, path, told = np.random.default_rng(0), tmp_path/'x.png', 0
-    for i in range(MUTATIONS):
+    for i in range(COUNT):
         data = mutated(sources[i % len(sources)], rng)
         path.write_bytes(mended(data) if rng.random() < .5 and data.startswith(b'\x89PNG') else data)
         try: a = READERS[name](path)
@@ -278,4 +269,4 @@ def test_mutated_files_are_read_or_told(name, tmp_path):
             told += 1
             assert 'x.png' in str(error) and len(str(error)) < 600 and '\n' not in str(error)
         else: assert a.ndim == (3 if name == 'picture' else 2) and (a.dtype == torch.uint8 if name == 'picture' else a.dtype.kind in 'ui')
-    assert told > MUTATIONS/10, 'the mutations damage hardly anything'
+    assert told > COUNT/10, 'the mutations damage hardly anything'
