@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from .errors import DamagedFile, FormatError, OpenTransError, OtherRun, WriteError, shorten
 try: import fcntl
 except ImportError: fcntl = None # Windows
@@ -316,16 +316,15 @@ def checksum(
         total.update(_bytes(tensor))
     return f'sha256:{total.hexdigest()}'
 
-def _sort_header(path):
-    "Bring the metadata of a safetensors file, which the library writes in any order, into alphabetical order."
-    with open(path, 'r+b') as file:
-        size, = struct.unpack('<Q', file.read(8))
-        header = json.loads(file.read(size))
-        header['__metadata__'] = dict(sorted(header.get('__metadata__', {}).items()))
-        text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
-        if len(text) > size: return # spelled otherwise than here: it stays as it is
-        file.seek(8)
-        file.write(text.ljust(size))
+def _parts_of_file(tensors, meta):
+    "A safetensors file as two pieces of bytes, its metadata, which the library writes in any order, in alphabetical order."
+    whole = memoryview(safetensors_bytes(tensors, metadata=meta))
+    size, = struct.unpack('<Q', whole[:8])
+    header = json.loads(bytes(whole[8:8+size]))
+    header['__metadata__'] = dict(sorted(header.get('__metadata__', {}).items()))
+    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+    if len(text) > size: return whole[:8+size], whole[8+size:] # spelled otherwise than here: it stays as it is
+    return bytes(whole[:8]) + text.ljust(size), whole[8+size:]
 
 def _own_memory(tensors):
     "The tensors on the CPU, contiguous, and each with memory of its own, as safetensors wants them."
@@ -349,11 +348,9 @@ def save_tensors(
     if kind is not None: meta.update(format=kind.name, version=str(kind.version))
     own = _own_memory(tensors)
     meta['checksum'] = checksum(own, meta)
-    with atomic_path(path) as part:
-        try:
-            save_file(own, part, metadata=meta)
-            _sort_header(part)
-        except SafetensorError as error: raise OSError(str(error)) from error # the disk is full, for example
+    pieces = _parts_of_file(own, meta)
+    with atomic_path(path) as part, open(part, 'wb') as file: # the library's own writer would put another file in its place
+        for piece in pieces: file.write(piece)
 
 # %% ../nbs/00_files.ipynb #cdbe29fc
 @contextlib.contextmanager
