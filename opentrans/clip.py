@@ -23,6 +23,7 @@ from typing_extensions import NotRequired, TypedDict
 import huggingface_hub
 import open_clip
 from .core import OpenTransError, unknown, load_json, load_metadata, load_tensors, save_tensors, device_of, seeded
+from .data import check_templates, checked_text
 from .escape import for_markdown, printable
 from .files import (
     FileKind, FormatError, check_finite, check_shape, metadata_value, read_checkpoint, regular_file, shorten, state_dict_of)
@@ -753,18 +754,18 @@ class TextEncoder:
 # %% ../nbs/07_clip.ipynb #41a2b34d
 def class_prompts(
     names, # A `Vocabulary`, or a list of names, in which `'sofa,couch'` are synonyms
-    templates=None, # Prompts with a `{}` for the name; None takes the vocabulary's own, or CLIP's simplest
+    templates=None, # Prompts with a `{}` for the name, or the name of a set in `opentrans.data.TEMPLATES`; None takes the vocabulary's own, or CLIP's simplest
 )->list: # One list of texts for each class: every synonym in every template
-    "The texts that stand for classes. Raises `OpenTransError` for an empty list or name."
+    "The texts that stand for classes. Raises `OpenTransError` for an empty list or name, and for a template that does not have the place of the name once."
     if hasattr(names, 'prompts') and templates is None: return names.prompts()
-    templates = _PLAIN if templates is None else (templates,) if isinstance(templates, str) else tuple(templates)
+    templates = _PLAIN if templates is None else check_templates(templates)
     words = getattr(names, 'synonyms', None) or [_synonyms(n) for n in ([names] if isinstance(names, str) else names)]
     if not words: raise OpenTransError("There are no names to embed: the vocabulary is empty.")
     return [[t.format(w) for w in ws for t in templates] for ws in words]
 
 def _synonyms(name):
     if not isinstance(name, str) or not name.strip(' ,'): raise OpenTransError(f"A class name must be a text that is not empty, not {name!r}.")
-    return [s.strip() for s in name.split(',') if s.strip()]
+    return [s.strip() for s in checked_text(name, 'A class name').split(',') if s.strip()]
 
 # %% ../nbs/07_clip.ipynb #7d5ccabb
 def _side(net): # in pixels, of the images that a tower was trained on
