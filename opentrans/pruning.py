@@ -31,6 +31,9 @@ from .errors import DamagedFile, Interrupted, OtherRun, check_number, shorten
 from .files import (BAKED_FILE, FileKind, RunFile, check_finite, check_like, checksum, lock_folder, metadata_value,
     not_finite, pack_bits, plain_json, read_checkpoint, save_checkpoint, unbake, unpack_bits)
 
+# %% ../nbs/01_pruning.ipynb #6dabecdd
+from .escape import for_plot
+
 # %% ../nbs/01_pruning.ipynb #ec47e9a4
 def _cannot_mask(layer):
     "Why no mask can be put on a layer; '' if one can. Values that are not loaded yet are no reason, and complex ones have a magnitude."
@@ -767,9 +770,9 @@ def plot(self:SparseMask,
     "Density of each layer, and of all together."
     t = self.table()
     ax = axes(ax, figsize=(max(5, min(14, len(t)/5)), 3))
-    line, = ax.plot(range(len(t)), t.density, 'o-', ms=3, lw=1, label=label)
+    line, = ax.plot(range(len(t)), t.density, 'o-', ms=3, lw=1, label=label and for_plot(label))
     ax.axhline(self.density, ls=':', lw=1, color=line.get_color())
-    ax.set_xticks(range(len(t)), [n.removesuffix('.weight') for n in t.index], rotation=90, fontsize=7 if len(t)>20 else 8)
+    ax.set_xticks(range(len(t)), [for_plot(n.removesuffix('.weight')) for n in t.index], rotation=90, fontsize=7 if len(t)>20 else 8)
     ax.set(ylabel='density', ylim=(0, 1.05 if t.density.max()>.5 else None), title=f'density per layer (dotted: all, {self.density:.3f})' if label is None else 'density per layer (dotted: all)')
     if label: ax.legend()
     return ax
@@ -820,6 +823,7 @@ def plot_overlap(
     import seaborn as sns
     title = 'overlap of masks (IoU)' if isinstance(frame, dict) else 'overlap of masks'
     frame = compare_masks(frame) if isinstance(frame, dict) else frame
+    frame = frame.rename(index=for_plot, columns=for_plot)
     ax = axes(ax, figsize=(1.5+.8*len(frame), 1+.65*len(frame)))
     sns.heatmap(frame, annot=True, fmt='.2f', vmin=0, cmap='viridis', square=True, ax=ax, cbar=False)
     ax.set_title(title); ax.set_xticks(ax.get_xticks(), frame.columns, rotation=45, ha='right', rotation_mode='anchor'); ax.tick_params(axis='y', rotation=0)
