@@ -536,8 +536,8 @@ def restore_optimizer(
         param = params.get(name)
         if param is None or (tensor.ndim and tensor.shape != param.shape):
             raise DamagedFile(f"The optimizer's state in '{path}' does not fit the model, at {shorten(full)}. Start from another checkpoint.")
-        like_param = tensor.shape == param.shape and tensor.ndim
-        made.setdefault(param, {})[key] = torch.empty_like(param).copy_(tensor) if like_param else tensor.clone()
+        alike = key != 'step' and tensor.shape == param.shape # laid out in memory as the parameter is, and where it is
+        made.setdefault(param, {})[key] = torch.empty_like(param).copy_(tensor) if alike else tensor.to(param.device, copy=True)
     for param, held in made.items(): optimizer.state[param].update(held)
 
 # %% ../nbs/00_files.ipynb #5d29539e
