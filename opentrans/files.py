@@ -550,8 +550,8 @@ def restore_optimizer(
         name, _, key = full.rpartition('.')
         param = params.get(name)
         if param is None or (tensor.ndim and tensor.shape != param.shape) or not_finite({full: tensor}): raise _unfit(path, full)
-        like_param = tensor.shape == param.shape and tensor.ndim
-        made.setdefault(param, {})[key] = torch.empty_like(param).copy_(tensor) if like_param else tensor.clone()
+        alike = key != 'step' and tensor.shape == param.shape # laid out in memory as the parameter is, and where it is
+        made.setdefault(param, {})[key] = torch.empty_like(param).copy_(tensor) if alike else tensor.to(param.device, copy=True)
     for param, held in made.items():
         if kinds.setdefault(param.ndim, set(held)) != set(held): raise _unfit(path, names[param])
     for param, held in made.items(): optimizer.state[param].update(held)
