@@ -34,14 +34,18 @@ RUN = textwrap.dedent('''
         half = LayerSelection(mask.names[::2], mask.names[1::2], 'every second')
         finetune(seg, world, recipe, selection=half, mask=mask, checkpoint_dir=folder, checkpoint_every=3, callback=lambda f, row: tell(row['iteration']))
 
-    def child(folder, pause=0., largest=None):
-        "Train in a process of its own that tells every iteration, and then waits a little."
+    def child(folder, allowed=10**6, largest=None):
+        "Train in a process of its own that tells every iteration, and after so many that are allowed waits to be killed."
         r,w = os.pipe()
         pid = os.fork()
         if pid: os.close(w); return pid,r
         os.close(r)
+        told = []
+        def tell(iteration):
+            told.append(os.write(w, b'.'))
+            if len(told) > allowed: signal.pause()
         if largest: signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-        try: train(folder, lambda i: (os.write(w, b'.'), time.sleep(pause))); os._exit(0)
+        try: train(folder, tell); os._exit(0)
         except BaseException as e: os.write(2, f'{type(e).__name__}: {e}'.encode()); os._exit(2)
 
     def ends(folder, **kw): return os.waitstatus_to_exitcode(os.waitpid(child(folder, **kw)[0], 0)[1])
@@ -49,9 +53,10 @@ RUN = textwrap.dedent('''
     assert ends(root+'/whole') == 0
     died = 0
     for k in range(kills):
-        pid,r = child(root+'/killed', pause=.01)
-        for _ in range(rng.randint(1, 5)): os.read(r, 1)
-        time.sleep(rng.uniform(0, .03))
+        seen = rng.randint(1, 5)
+        pid,r = child(root+'/killed', allowed=seen)
+        for _ in range(seen): os.read(r, 1)
+        time.sleep(rng.uniform(0, .03)) # somewhere in the next iteration, which is the last that the child can finish
         os.kill(pid, signal.SIGKILL); died += os.waitpid(pid, 0)[1] == signal.SIGKILL; os.close(r)
     assert ends(root+'/killed') == 0
     os.mkdir(root+'/full'); open(root+'/full/notes.txt', 'w').close()
