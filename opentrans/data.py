@@ -13,7 +13,7 @@ __all__ = ['ASSETS', 'TEMPLATES', 'VOCABULARIES', 'COLOURS', 'TEXTURES', 'SHAPES
            'Augmented']
 
 # %% ../nbs/05_data.ipynb #6424ff1e
-import colorsys, contextlib, csv, difflib, functools, inspect, io, json, math, os, re, string, warnings
+import colorsys, contextlib, csv, difflib, functools, inspect, io, json, math, os, re, stat, string, warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -582,19 +582,24 @@ _OF_DATA = "Unpack the data set again, or pass corrupt='skip' to leave it out."
 def _formats():
     "The kinds of image files that are read. A file is told by its contents, whatever its name ends in."
     Image.init()
-    return [*_FIRST, *(name for name in Image.ID if name not in _FIRST + _NEVER)]
+    return _allowed(len(Image.ID)) # other packages may add kinds
+
+@functools.lru_cache
+def _allowed(known): return [*_FIRST, *(name for name in Image.ID if name not in _FIRST + _NEVER)]
 
 def _file_of(source, shown, hint):
     "What Pillow shall open: an ordinary file that is there, or bytes."
     if isinstance(source, (bytes, bytearray, memoryview)): return io.BytesIO(source)
     if not isinstance(source, (str, os.PathLike)):
         raise OpenTransError(f"{shown} must be a path, bytes, a PIL image or an array, not {type(source).__name__}. {hint}")
-    if not os.path.exists(source): raise OpenTransError(f"{shown} is missing. {hint}")
-    return regular_file(source, 'image file')
+    try: regular = stat.S_ISREG(os.stat(source).st_mode)
+    except (FileNotFoundError, ValueError): raise OpenTransError(f"{shown} is missing. {hint}") from None
+    except OSError: regular = False
+    return source if regular else regular_file(source, 'image file')
 
 def _why(error, file):
     "In words, why Pillow could not read a file."
-    size = os.stat(file).st_size if isinstance(file, Path) else file.getbuffer().nbytes if isinstance(file, io.BytesIO) else None
+    size = os.stat(file).st_size if isinstance(file, (str, os.PathLike)) else file.getbuffer().nbytes if isinstance(file, io.BytesIO) else None
     if size == 0: return 'it is empty'
     if isinstance(error, UnidentifiedImageError): return 'it is not an image of a known kind'
     if isinstance(error, MemoryError): return 'it needs more memory than there is'
