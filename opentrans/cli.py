@@ -76,9 +76,9 @@ def _plain_value(param, value):
     "A value of a file as a flag would give it: numbers as text, lists as comma strings, mappings as JSON."
     if isinstance(value, dict): return json.dumps(value)
     if isinstance(value, (list, tuple)):
-        if param.multiple or param.nargs == -1: return [str(part) for part in value]
+        if getattr(param, 'multiple', False) or param.nargs == -1: return [str(part) for part in value]
         return ','.join(str(part).replace(',', ';') for part in value) # in a class name, ',' parts synonyms
-    return value if isinstance(value, bool) and param.is_flag else str(value)
+    return value if isinstance(value, bool) and getattr(param, 'is_flag', False) else str(value)
 
 def _settings_of(command):
     "Option names as they may stand in a file of settings -> the parameter."

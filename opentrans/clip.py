@@ -24,7 +24,7 @@ import huggingface_hub
 import open_clip
 from .core import OpenTransError, unknown, load_json, load_metadata, load_tensors, save_tensors, device_of, seeded
 from .data import check_templates, checked_text
-from .escape import for_markdown
+from .escape import for_markdown, printable
 from .files import (
     FileKind, FormatError, check_finite, check_shape, metadata_value, read_checkpoint, regular_file, shorten, state_dict_of)
 
@@ -749,7 +749,7 @@ class TextEncoder:
         new = [p for p in self.strange(said) if ('warned', p) not in self.cache]
         if new:
             self.cache.update({('warned', p): True for p in new})
-            warnings.warn(self.doubts(said, new), stacklevel=4)
+            warnings.warn(printable(self.doubts(said, new)), stacklevel=4)
 
 # %% ../nbs/07_clip.ipynb #41a2b34d
 def class_prompts(

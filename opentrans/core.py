@@ -123,7 +123,7 @@ class Layer:
         "The parameters that hold the weight: those behind a computed one, else the one it is."
         return [self.module._parameters[self.key.rpartition('.')[2]]] if self.sources is None else list(self.sources.values())
 
-# %% ../nbs/00_core.ipynb #235dda2b
+# %% ../nbs/00_core.ipynb #46d22cca
 @patch
 def outputs_first(self:Layer,
     t:torch.Tensor, # A tensor of the weight's shape
@@ -146,7 +146,7 @@ def as_stored(self:Layer,
     if self.groups == 1: return t.transpose(0, 1)
     return t.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
-# %% ../nbs/00_core.ipynb #294cb4ec
+# %% ../nbs/00_core.ipynb #82ad8410
 _ENDS = {'WeightNorm': 'torch.nn.utils.remove_weight_norm(module{})', 'SpectralNorm': 'torch.nn.utils.remove_spectral_norm(module{})'}
 
 def _listed(names, n=6): return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
@@ -362,7 +362,8 @@ def around_step(
     "Do something before and after every optimizer step, whichever optimizer it is. No gradients are recorded."
     while RETIRED: RETIRED.pop().remove()
     def hooked(f):
-        return lambda opt, args, kwargs: torch.no_grad()(f)(opt)
+        quiet = torch.no_grad()(f)
+        return lambda opt, args, kwargs: quiet(opt)
     handles = [register_optimizer_step_pre_hook(hooked(before))] if before else []
     if after: handles.append(register_optimizer_step_post_hook(hooked(after)))
     return Undo(*(handle.remove for handle in handles))
@@ -413,7 +414,7 @@ def evaluating(
     finally:
         for m,t in modes: m.training = t
 
-# %% ../nbs/00_core.ipynb #8930b8ea
+# %% ../nbs/00_core.ipynb #449ac07f
 def _why_unread(module, key, param):
     "Why a parameter is no layer; '' for one that is no weight of a map at all: a bias, or a part of a norm."
     if isinstance(module, NORMS) or key.endswith('bias') or key.startswith('bias'): return ''
@@ -434,7 +435,7 @@ def _hidden_weights(module):
 def unread(
     model:nn.Module, # Any model; names are read in its tower
 )->dict: # Name -> why it is not read
-    "The weights of a model that are no layers. Together with those of `layers`, these are all that have two axes or more."
+    "The weights of a model that are no layers. With those of `layers`, these are all weights of two axes or more; norms and biases are none."
     tower,res = find_tower(model),{}
     read = {id(p) for l in layers(tower) for p in l.params}
     for name,module in bare_modules(tower):
@@ -444,7 +445,7 @@ def unread(
         res.update({_joined(name, key): why for key,why in _hidden_weights(module).items()})
     return res
 
-# %% ../nbs/00_core.ipynb #4e0368df
+# %% ../nbs/00_core.ipynb #8e9084a8
 _PACKED_TYPES = ('float4_e2m1fn_x2', 'float8_e8m0fnu') # two numbers in a byte; powers of two without a zero
 
 def no_values(
@@ -469,7 +470,7 @@ def unreadable(
     if not t.is_floating_point(): return f'holds integer codes ({t.dtype}), whose scales are not known: dequantise it first'
     return ''
 
-# %% ../nbs/00_core.ipynb #27011bee
+# %% ../nbs/00_core.ipynb #1e47f76f
 HEADS = ('attnpool', 'attn_pool', 'head', 'visual_projection') # modules at the end of an image tower, wherever they stand
 _OF_TORCHVISION = ('fc', 'classifier', 'heads', 'aux1', 'aux2', 'AuxLogits', 'aux_classifier')
 _OF_TRANSFORMERS = ('classifier', 'cls_classifier', 'distillation_classifier', 'score')

@@ -25,6 +25,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch._subclasses.fake_tensor import UnsupportedFakeTensorException, UnsupportedOperatorException, unset_fake_temporarily
 from .core import CONVS, NORMS, OpenTransError, axes, device_of, evaluating, find_names, find_tower, layers_of, optional, unknown, unwrap
 
+# %% ../nbs/04_cost.ipynb #5ec1bdaa
+from .escape import for_markdown, for_plot
+
 # %% ../nbs/04_cost.ipynb #758fa82d
 _aten = torch.ops.aten
 _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
@@ -922,7 +925,7 @@ def by_stage(self:Cost,
 def to_markdown(self:Cost, by='kind', **kw):
     "A markdown table by `'kind'` or `'stage'`, with the total below."
     t = getattr(self, f'by_{by}')(**kw)
-    lines = [(k, *(_si(r[c]).strip() for c in ('params', 'active_params', 'macs', 'active_macs'))) for k,r in t.iterrows()]
+    lines = [(for_markdown(k), *(_si(r[c]).strip() for c in ('params', 'active_params', 'macs', 'active_macs'))) for k,r in t.iterrows()]
     lines.append(('**all**', *(f'**{_si(x).strip()}**' for x in (self.params, self.active_params, self.macs, self.active_macs))))
     head = [f'| {by} | params | active | {"MACs" if self.convention == "macs" else self.convention} | active |', '|---|--:|--:|--:|--:|']
     free = self._without_price()
@@ -958,7 +961,7 @@ def plot(self:Cost,
     x = np.arange(len(t))
     ax.bar(x, t[what]/f, color='#c6d4e6', label='dense')
     if (t[f'active_{what}'] != t[what]).any(): ax.bar(x, t[f'active_{what}']/f, color='#2b5c94', label='under the mask'); ax.legend(frameon=False)
-    names = [r.removesuffix('.weight') for r in t.index]
+    names = [for_plot(r.removesuffix('.weight')) for r in t.index]
     ax.set_xticks(x, names, rotation=90 if len(t) > 8 else 0, fontsize=7 if len(t) > 20 else 9)
     if len(t) > 80: ax.set_xticks(x[::len(t)//40], names[::len(t)//40])
     ax.set_ylabel(f"{p} {'MACs' if what == 'macs' else 'parameters'}".strip()); ax.margins(x=.01); ax.spines[['top', 'right']].set_visible(False)

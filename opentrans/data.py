@@ -34,6 +34,9 @@ from .core import axes
 from .errors import FormatError, OpenTransError, shorten, unknown
 from .files import atomic_path, check_shape, load_json, parse_json, read_text, regular_file, save_text
 
+# %% ../nbs/05_data.ipynb #7033bb8e
+from .escape import for_plot
+
 # %% ../nbs/05_data.ipynb #e32aec91
 ASSETS = Path(opentrans.__file__).parent/'assets'
 
@@ -351,7 +354,7 @@ def show_sample(
     if vocabulary is not None:
         for m,c in zip(np.asarray(sample['regions']), sample['region_classes'].tolist()):
             y,x = (int(np.median(p)) for p in np.nonzero(m))
-            ax.text(x, y, vocabulary.names[c], fontsize=5, clip_on=True, ha='center', va='center', color='k', bbox=dict(fc='w', ec='none', alpha=.65, pad=.6))
+            ax.text(x, y, for_plot(vocabulary.names[c]), fontsize=5, clip_on=True, ha='center', va='center', color='k', bbox=dict(fc='w', ec='none', alpha=.65, pad=.6))
     return ax
 
 # %% ../nbs/05_data.ipynb #f909f709

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from .errors import DamagedFile, FormatError, OpenTransError, OtherRun, WriteError, shorten
 try: import fcntl
 except ImportError: fcntl = None # Windows
@@ -87,11 +87,13 @@ def _place_error(message, error):
     return WriteError(message) if getattr(error, 'errno', None) in _NO_ROOM else OpenTransError(message)
 
 _FULL = ('No space left', 'Disk quota', 'Input/output error', 'os error 28', 'os error 122', 'os error 5)')
+_TORCH_CANNOT = ('PytorchStreamWriter', 'inline_container', 'iostream error') # what torch's writer says when it cannot write on
 
 def _write_error(path, error):
     "The error for a file that cannot be written."
     why = getattr(error, 'strerror', None) or error
-    return WriteError(f"Cannot write '{path}': {why}. What was there before is untouched.")
+    if any(word in str(error) for word in _TORCH_CANNOT): why = 'it could not be written to its end. Is there room on the disk?'
+    return WriteError(f"Cannot write '{path}': {why}{'' if str(why).endswith('?') else '.'} What was there before is untouched.")
 
 @contextlib.contextmanager
 def atomic_path(
@@ -116,7 +118,7 @@ def atomic_path(
         _flush(path.parent)
     except OSError as error: raise _write_error(shown, error) from error
     except RuntimeError as error: # torch's writer, and safetensors', say so of a full disk
-        if not any(word in str(error) for word in (*_FULL, 'PytorchStreamWriter')): raise
+        if not any(word in str(error) for word in (*_FULL, *_TORCH_CANNOT)): raise
         raise _write_error(shown, error) from error
     finally:
         os.close(handle)
@@ -316,16 +318,15 @@ def checksum(
         total.update(_bytes(tensor))
     return f'sha256:{total.hexdigest()}'
 
-def _sort_header(path):
-    "Bring the metadata of a safetensors file, which the library writes in any order, into alphabetical order."
-    with open(path, 'r+b') as file:
-        size, = struct.unpack('<Q', file.read(8))
-        header = json.loads(file.read(size))
-        header['__metadata__'] = dict(sorted(header.get('__metadata__', {}).items()))
-        text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
-        if len(text) > size: return # spelled otherwise than here: it stays as it is
-        file.seek(8)
-        file.write(text.ljust(size))
+def _parts_of_file(tensors, meta):
+    "A safetensors file as two pieces of bytes, its metadata, which the library writes in any order, in alphabetical order."
+    whole = memoryview(safetensors_bytes(tensors, metadata=meta))
+    size, = struct.unpack('<Q', whole[:8])
+    header = json.loads(bytes(whole[8:8+size]))
+    header['__metadata__'] = dict(sorted(header.get('__metadata__', {}).items()))
+    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+    if len(text) > size: return whole[:8+size], whole[8+size:] # spelled otherwise than here: it stays as it is
+    return bytes(whole[:8]) + text.ljust(size), whole[8+size:]
 
 def _own_memory(tensors):
     "The tensors on the CPU, contiguous, and each with memory of its own, as safetensors wants them."
@@ -349,11 +350,9 @@ def save_tensors(
     if kind is not None: meta.update(format=kind.name, version=str(kind.version))
     own = _own_memory(tensors)
     meta['checksum'] = checksum(own, meta)
-    with atomic_path(path) as part:
-        try:
-            save_file(own, part, metadata=meta)
-            _sort_header(part)
-        except SafetensorError as error: raise OSError(str(error)) from error # the disk is full, for example
+    pieces = _parts_of_file(own, meta)
+    with atomic_path(path) as part, open(part, 'wb') as file: # the library's own writer would put another file in its place
+        for piece in pieces: file.write(piece)
 
 # %% ../nbs/00_files.ipynb #cdbe29fc
 @contextlib.contextmanager
@@ -553,8 +552,8 @@ def restore_optimizer(
         name, _, key = full.rpartition('.')
         param = params.get(name)
         if param is None or (tensor.ndim and tensor.shape != param.shape) or not_finite({full: tensor}): raise _unfit(path, full)
-        like_param = tensor.shape == param.shape and tensor.ndim
-        made.setdefault(param, {})[key] = torch.empty_like(param).copy_(tensor) if like_param else tensor.clone()
+        alike = key != 'step' and tensor.shape == param.shape # laid out in memory as the parameter is, and where it is
+        made.setdefault(param, {})[key] = torch.empty_like(param).copy_(tensor) if alike else tensor.to(param.device, copy=True)
     for param, held in made.items():
         if kinds.setdefault(param.ndim, set(held)) != set(held): raise _unfit(path, names[param])
     for param, held in made.items(): optimizer.state[param].update(held)

@@ -15,6 +15,9 @@ from .clip import class_prompts
 from .data import ShapesWorld, Vocabulary, class_colours, read_picture
 from .frameworks.contract import resize
 
+# %% ../nbs/23_playground.ipynb #84a2f0de
+from .escape import for_html, for_plot
+
 # %% ../nbs/23_playground.ipynb #58a05aa4
 def parse_names(
     text:str, # E.g. `'sofa | couch, dog, grass'`
@@ -71,7 +74,7 @@ def overlay(
     ax.imshow((1-opacity)*np.asarray(image).transpose(1, 2, 0) + opacity*colours[labels], interpolation='nearest'); ax.set_axis_off()
     share = np.bincount(labels.ravel(), minlength=len(names))/labels.size
     there = [k for k in np.argsort(-share, kind='stable') if share[k]][:14]
-    ax.legend(handles=[Patch(color=colours[k], label=f"{names[k]}  {share[k]:.0%}" if share[k] >= .005 else f'{names[k]}  < 1%') for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
+    ax.legend(handles=[Patch(color=colours[k], label=for_plot(f"{names[k]}  {share[k]:.0%}" if share[k] >= .005 else f'{names[k]}  < 1%')) for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
     return ax
 
 # %% ../nbs/23_playground.ipynb #ad4c9fa4
@@ -102,8 +105,7 @@ class _Playground:
             else: self.source.options = list(self.samples); self.source.value = name
 
     def say(self, text, colour='555'):
-        import html
-        self.said.value = f'<span style="color:#{colour}">{html.escape(text)}</span>'
+        self.said.value = f'<span style="color:#{colour}">{for_html(text)}</span>'
 
     def ask(self):
         "Segment what the widgets say. Kernels may call it from several threads: each change waits for its turn."

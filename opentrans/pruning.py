@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NAMINGS', 'MASK_FILE', 'MOST_ROUNDS', 'IMP_FILE', 'START_FILE', 'CRITERIA', 'prunable', 'weights_digest',
-           'SparseMask', 'common_name', 'MaskInForce', 'compare_masks', 'plot_overlap', 'geometric_schedule', 'imp',
-           'plot_history', 'cubic_schedule', 'criterion', 'magnitude', 'snip', 'sensitivity', 'transfer_checkpoint',
-           'load_baked', 'export_onnx']
+           'SparseMask', 'common_name', 'MaskInForce', 'compare_masks', 'plot_overlap', 'geometric_schedule',
+           'criterion', 'weight_magnitude', 'imp', 'plot_history', 'cubic_schedule', 'snip', 'sensitivity',
+           'transfer_checkpoint', 'load_baked', 'export_onnx']
 
 # %% ../nbs/01_pruning.ipynb #2ab0c4fa
 import contextlib, hashlib, inspect, json, math, os, re, signal, sys, time, warnings, weakref
@@ -31,15 +31,23 @@ from .errors import DamagedFile, Interrupted, OtherRun, check_number, shorten
 from .files import (BAKED_FILE, FileKind, RunFile, check_finite, check_like, checksum, lock_folder, metadata_value,
     not_finite, pack_bits, plain_json, read_checkpoint, save_checkpoint, unbake, unpack_bits)
 
+# %% ../nbs/01_pruning.ipynb #6dabecdd
+from .escape import for_plot
+
 # %% ../nbs/01_pruning.ipynb #ec47e9a4
+_FLAT = 'is flattened to one axis (as FSDP and ZeRO do): work on the model before it is wrapped'
+
 def _cannot_mask(layer):
     "Why no mask can be put on a layer; '' if one can. Values that are not loaded yet are no reason, and complex ones have a magnitude."
     if layer.computed: return layer.computed
+    if layer.param.ndim < 2: return _FLAT
     return '' if layer.param.is_meta or layer.param.is_complex() else unreadable(layer.param)
 
 def _reasons(whys, n=3):
-    "Layers and reasons as one text."
-    told = [f'{name} {why}' for name,why in whys.items()]
+    "Layers and reasons as one text; layers with the same reason are counted."
+    alike = {}
+    for name,why in whys.items(): alike.setdefault(why, []).append(name)
+    told = [f"{names[0]} {why}{f' (and {len(names)-1} more)' if len(names) > 1 else ''}" for why,names in alike.items()]
     return '; '.join(told[:n]) + (f'; and {len(told)-n} more' if len(told) > n else '')
 
 def _candidates(model, kinds=KINDS, skip_first=True, skip=None, only=('*',)):
@@ -378,6 +386,16 @@ def _without_module(name):
     return re.sub(r'(^|\.)module(?=\.)', '', name).lstrip('.')
 
 # %% ../nbs/01_pruning.ipynb #522c2ddb
+def _apart(keys, names):
+    "Name -> reason of layers whose weight is kept in parts there, by `weight_norm`, `spectral_norm`, pruning or a parametrization."
+    res = {}
+    for key in (k.split('[')[0] for k in keys):
+        stem,_,last = key.rpartition('.')
+        ends = tuple('.'.join(filter(None, [stem, f'parametrizations.{last}.original{i}'])) for i in ('', 0, 1)) + tuple(f'{key}_{part}' for part in ('g', 'v', 'orig'))
+        parts = [n for n in names if f'.{clean_name(n)}'.endswith(tuple(f'.{end}' for end in ends))]
+        if parts: res[key] = f"is computed from {', '.join(parts[:2])}: remove the parametrization before the weights are saved"
+    return res
+
 def _match(
     keys, # Name -> shape
     shapes, # Parameter -> shape
@@ -392,6 +410,7 @@ def _match(
         if fits and (not best or len(fits[0]) > len(best[0])): best = fits
         if best and len(best[0]) == len(keys): break
     if not best or (strict and len(best[0]) < len(keys)):
+        if apart := _apart(keys, shapes): raise OpenTransError(f"{len(apart)} of {len(keys)} layers of the mask are no tensors of their own there: {_reasons(apart)}.")
         raise no_partner(keys, {n: s for n,(_,_,s) in _slots(shapes).items()}, 'layers of the mask')
     hit = only_fit(best, 'layers of the mask', lambda slot: same(slot[0]), lambda slot: slot[0])
     return {k: hit[k] for k in keys if k in hit}
@@ -406,6 +425,7 @@ def _place(keys, model, strict=True):
         there = {n: p for n,p in params.items() if n not in absent} | {n: l.param for n,l in computed.items()}
         try: hit = _match(keys, {n: p.shape for n,p in there.items()}, strict, lambda n: id(there[n]))
         except OpenTransError:
+            absent |= {n: _FLAT for n,p in there.items() if p.ndim < 2 and len(keys.get(n, ())) > 1}
             meant = {n: why for n,why in absent.items() if any(n.endswith(base) or base.endswith(n) for base in bases)}
             if meant: raise OpenTransError(f"{len(meant)} layers cannot be masked yet: {_reasons(meant)}.") from None
             raise
@@ -481,8 +501,9 @@ def is_calm(self:_Keeper, opt, state):
 
 @patch
 def before(self:_Keeper):
-    "Before a step: what was written to the weight since the last one, and not by it, ends the calm."
-    if self.version != _version(self.param): self.calm = None
+    "Before a step: what was written to the weight since the last one ends the calm."
+    param = self.param
+    if param is not None and self.version != _version(param): self.calm = None
 
 @patch
 def after(self:_Keeper, opt):
@@ -559,7 +580,7 @@ def _slots_of(model, keepers):
             if id(param) in mine: res.setdefault((id(module), key), _Slot(path, module, key, mine[id(param)]))
     return list(res.values())
 
-# %% ../nbs/01_pruning.ipynb #c5575b31
+# %% ../nbs/01_pruning.ipynb #517ed503
 _HELD = weakref.WeakKeyDictionary() # module -> the `_Force`s on its parameters, which live as long as one of their modules does
 
 def _after_loading(module, keys):
@@ -600,7 +621,7 @@ class _Force:
             if at is not None and (name not in at._modules or at._modules[name] is not child()): return False
         return all(s.module() is None or (s.param is not None and s.param is s.keeper.param) for s in self.slots)
 
-# %% ../nbs/01_pruning.ipynb #07196cf4
+# %% ../nbs/01_pruning.ipynb #c8759b3b
 @patch
 def find(self:_Force, slot):
     "Bring a slot to the module that stands at its path now, if the model that the mask was put on still lives."
@@ -648,9 +669,7 @@ def arrives(self:_Force, module, key, param):
 def before(self:_Force, opt):
     "Before an optimizer step."
     if not self.intact(): self.restore()
-    held = held_by(opt)
-    for k in self.keepers:
-        if id(k.param) in held: k.before()
+    for k in self.keepers: k.before()
 
 @patch
 def after(self:_Force, opt):
@@ -671,7 +690,7 @@ def end(self:_Force):
             if self in forces: forces.remove(self)
         for k in self.keepers: k.leave()
 
-# %% ../nbs/01_pruning.ipynb #cdbcc203
+# %% ../nbs/01_pruning.ipynb #3f181b5f
 class MaskInForce(Undo):
     "A mask that is kept on a model until `.remove()`, or the end of a `with` block."
     def __init__(self, force, placed, left):
@@ -768,9 +787,9 @@ def plot(self:SparseMask,
     "Density of each layer, and of all together."
     t = self.table()
     ax = axes(ax, figsize=(max(5, min(14, len(t)/5)), 3))
-    line, = ax.plot(range(len(t)), t.density, 'o-', ms=3, lw=1, label=label)
+    line, = ax.plot(range(len(t)), t.density, 'o-', ms=3, lw=1, label=label and for_plot(label))
     ax.axhline(self.density, ls=':', lw=1, color=line.get_color())
-    ax.set_xticks(range(len(t)), [n.removesuffix('.weight') for n in t.index], rotation=90, fontsize=7 if len(t)>20 else 8)
+    ax.set_xticks(range(len(t)), [for_plot(n.removesuffix('.weight')) for n in t.index], rotation=90, fontsize=7 if len(t)>20 else 8)
     ax.set(ylabel='density', ylim=(0, 1.05 if t.density.max()>.5 else None), title=f'density per layer (dotted: all, {self.density:.3f})' if label is None else 'density per layer (dotted: all)')
     if label: ax.legend()
     return ax
@@ -821,6 +840,7 @@ def plot_overlap(
     import seaborn as sns
     title = 'overlap of masks (IoU)' if isinstance(frame, dict) else 'overlap of masks'
     frame = compare_masks(frame) if isinstance(frame, dict) else frame
+    frame = frame.rename(index=for_plot, columns=for_plot)
     ax = axes(ax, figsize=(1.5+.8*len(frame), 1+.65*len(frame)))
     sns.heatmap(frame, annot=True, fmt='.2f', vmin=0, cmap='viridis', square=True, ax=ax, cbar=False)
     ax.set_title(title); ax.set_xticks(ax.get_xticks(), frame.columns, rotation=45, ha='right', rotation_mode='anchor'); ax.tick_params(axis='y', rotation=0)
@@ -1165,11 +1185,52 @@ def _check_rewind(rewind, model):
     if lack: raise OpenTransError(f"The state to rewind to lacks {len(lack)} of the model's tensors: {', '.join(lack[:4])}. Give a whole model.state_dict().")
     check_like({k: rewind[k] for k in own}, own, 'rewind', 'state to rewind to', finite=False)
 
-def _scores(criterion, mask, model):
-    "Scores of the masked layers' weights: by magnitude, or by a function of the model."
-    if criterion == 'magnitude': return {n: _size(w) for n,w in mask.weights(model).items()}
-    scores = criterion(model)
+# %% ../nbs/01_pruning.ipynb #46ae4ea9
+CRITERIA = {}
+def criterion(
+    name, # What it is called; or the function itself, which is then called as it is in Python
+):
+    "Register a criterion `f(model, losses=None, **prunable's arguments) -> {name: scores}`."
+    if callable(name): return criterion(name.__name__)(name)
+    def register(f):
+        CRITERIA[name] = f
+        return f
+    return register
+
+def _criterion(said):
+    "A criterion by its name, or a function as it is: (name, function). Raises `OpenTransError` for an unknown name."
+    if callable(said): return _name_of(said),said
+    if said not in CRITERIA: raise unknown('criterion', said, CRITERIA)
+    return said,CRITERIA[said]
+
+def _ask_criterion(f, model, losses=None, **kwargs):
+    "The scores that a criterion gives. It is told what it takes: a function of the model alone gets the model alone."
+    try: takes = list(inspect.signature(f).parameters.values())
+    except ValueError: takes = []
+    anything,names = any(p.kind == p.VAR_KEYWORD for p in takes),[p.name for p in takes]
+    second = next((p for p in takes[1:2] if p.kind == p.POSITIONAL_OR_KEYWORD), None)
+    args,told = [model],{k: v for k,v in kwargs.items() if anything or k in names}
+    if second is not None and (losses is not None or second.default is second.empty): args.append(losses)
+    elif losses is not None and (anything or 'losses' in names): told['losses'] = losses
+    scores = f(*args, **told)
+    if not isinstance(scores, dict): raise OpenTransError(f"The criterion {_name_of(f)} gives a {type(scores).__name__}, not a dict of name -> scores.")
+    return scores
+
+@criterion('magnitude')
+def weight_magnitude(model, losses=None, **kwargs):
+    "|w|."
+    return _magnitudes(prunable(model, **kwargs))
+
+# %% ../nbs/01_pruning.ipynb #5ce0fb99
+def _threads(): return dict(threads=torch.get_num_threads()) # sums are rounded otherwise by another number of them
+
+def _scores(score, mask, model, losses=None, **kwargs):
+    "Scores of the masked layers' weights, by a criterion. Raises `OpenTransError` if it leaves one out, or gives another shape."
+    if score is weight_magnitude: return {n: _size(w) for n,w in mask.weights(model).items()}
+    scores = _ask_criterion(score, model, losses, **kwargs)
     if lack := [n for n in mask.names if n not in scores]: raise OpenTransError(f"The criterion gives no scores for {len(lack)} layers: {', '.join(lack[:6])}.")
+    odd = [n for n in mask.names if tuple(scores[n].shape) != mask.shapes[n]]
+    if odd: raise OpenTransError(f"The criterion gives scores of another shape than the weights of {len(odd)} layers: {', '.join(odd[:6])}.")
     return {n: scores[n] for n in mask.names}
 
 # %% ../nbs/01_pruning.ipynb #f7836fc1
@@ -1192,23 +1253,25 @@ def imp(
     seed:int=0, # Round r runs with all generators seeded with `seed + r`
     exact:bool=True, # End at `density` itself? If not, at the power of 1-p just below, as the paper does (0.0985)
     schedule:list=None, # Densities after each round, instead of those that `density`, `p` and `exact` give
-    criterion='magnitude', # Or a function `f(model) -> {name: scores}`
+    criterion='magnitude', # A name in `CRITERIA`, or a function like those there; also `f(model) -> {name: scores}`
+    losses=None, # Function of the model that yields one scalar loss a batch, for criteria that look at data
     settings:dict=None, # More that belongs to the run (loss, t, data): saved with the mask, and must be equal to continue
     **kwargs,
 )->tuple: # (`SparseMask`, history as a `DataFrame`)
     "Iterative pruning (paper Algorithm 1): train, drop the least of the remaining weights, repeat. Raises `OtherRun` to continue with other settings, and `OpenTransError` for a round that leaves something not finite; the last whole round stays."
     plan = geometric_schedule(density, p, exact) if schedule is None else _check_schedule(schedule)
-    if criterion != 'magnitude' and not callable(criterion): raise unknown('criterion', criterion, ['magnitude', 'a function of the model that gives name -> scores'])
+    scored_by,score = _criterion(criterion)
     check_number('seed', seed, 0, whole=True)
     bare = unwrap(model)
     _check_rewind(rewind, bare)
     mask = SparseMask.ones(model, **kwargs)
     found = dict(density=plan[-1] if plan else 1., p=p, rounds=len(plan), exact=exact, seed=seed, schedule=schedule,
-                 criterion=criterion if isinstance(criterion, str) else _name_of(criterion),
+                 criterion=scored_by,
                  rewind=rewind if isinstance(rewind, str) or rewind is None else 'state' if isinstance(rewind, dict) else _name_of(rewind),
                  layers=mask.names)
     told = {**(s if isinstance(s := getattr(train, 'settings', None), dict) else {}), **(settings or {})}
     found.update({f'train.{k}' if k in found else k: v for k,v in told.items()})
+    if losses is not None: found['losses'] = _name_of(losses)
     def digest(): return weights_digest(prunable(model, **kwargs))
     run = _Run(checkpoint_dir, found, plan, rewind, bare, digest)
     with run.held():
@@ -1218,7 +1281,7 @@ def imp(
             with mask.apply(model), seeded(seed+r): out = _train_round(train, model, r)
             _together(lambda: _check_round(bare, run.still, r, out))
             keep = max(1, round(plan[r]*mask.total))
-            masks,threshold = _together(lambda: _keep_best(_scores(criterion, mask, model), keep, mask.masks))
+            masks,threshold = _together(lambda: _keep_best(_scores(score, mask, model, losses, **kwargs), keep, mask.masks))
             mask = _from_first(SparseMask(masks))
             run.rewind()
             mask.apply(model).remove()
@@ -1226,7 +1289,7 @@ def imp(
             history.append(_row(r, mask, threshold, out, began))
             run.save(mask, history, train)
     mask.info = {**{k: v for k,v in found.items() if k not in ('layers', 'schedule')}, 'method': 'imp', 'backbone': type(find_tower(model)).__name__,
-                 'weights': run.digest, 'threads': torch.get_num_threads(), 'device': device_of(bare).type, 'torch': torch.__version__}
+                 'weights': run.digest, 'threads': torch.get_num_threads(), 'device': device_of(bare).type, 'torch': torch.__version__, **_dense_info(model, **kwargs)}
     return mask,pd.DataFrame(history, columns=None if history else ['round', 'density', 'kept', 'threshold'])
 
 # %% ../nbs/01_pruning.ipynb #383334e0
@@ -1253,12 +1316,6 @@ def cubic_schedule(
     return [density + (1-density)*(1-r/rounds)**3 for r in range(1, rounds+1)]
 
 # %% ../nbs/01_pruning.ipynb #dd9008f1
-CRITERIA = {}
-def criterion(f):
-    "Register a criterion `f(model, losses=None, **prunable's arguments) -> {name: scores}` under its name."
-    CRITERIA[f.__name__] = f
-    return f
-
 def _gradients(found, model, losses):
     "For each loss, the gradients of the layers' weights; the model is in eval mode, and nothing is left changed."
     if losses is None: raise OpenTransError("This criterion looks at data: give losses, a function of the model that yields one scalar loss a batch.")
@@ -1278,25 +1335,20 @@ def _gradients(found, model, losses):
         for m,t in modes.items(): m.training = t
 
 @criterion
-def magnitude(model, losses=None, **kwargs):
-    "|w|."
-    return _magnitudes(prunable(model, **kwargs))
-
-@criterion
 def snip(model, losses=None, **kwargs):
     "SNIP (Lee et al. 2019, Eq. 6): |w x the gradient over all batches|."
     found,total = prunable(model, **kwargs),{}
     for g in _gradients(found, model, losses):
         for n in g: total[n] = total.get(n, 0) + g[n]
-    return {l.name: (l.weight.detach()*total[l.name]).abs() for l in found}
+    return {l.name: _size(l.weight*total[l.name]) for l in found}
 
 @criterion
 def sensitivity(model, losses=None, **kwargs):
     "|w| x the root of the mean squared gradient over batches."
     found,total = prunable(model, **kwargs),{}
     for g in _gradients(found, model, losses):
-        for n in g: total[n] = total.get(n, 0) + g[n].square()
-    return {l.name: l.weight.detach().abs()*total[l.name].sqrt() for l in found}
+        for n in g: total[n] = total.get(n, 0) + g[n].abs().square()
+    return {l.name: _size(l.weight)*total[l.name].sqrt() for l in found}
 
 # %% ../nbs/01_pruning.ipynb #967b269e
 @patch(cls_method=True)
@@ -1310,10 +1362,10 @@ def by(cls:SparseMask,
     **kwargs,
 ):
     "Keep the weights that a criterion finds best, in one shot. Raises `OpenTransError` for an unknown criterion, or losses that are not given."
-    f = criterion if callable(criterion) else CRITERIA.get(criterion)
-    if f is None: raise unknown('criterion', criterion, CRITERIA)
-    density = _share(density)
-    return cls(_choose(f(model, losses, **kwargs), density, scope), _info(model, prunable(model, **kwargs), method=_name_of(f), scope=scope))
+    name,f = _criterion(criterion)
+    density,found = _share(density),prunable(model, **kwargs)
+    info = _info(model, found, method=name, scope=scope) | _dense_info(model, **kwargs) | ({} if losses is None else _threads())
+    return cls(_choose(_ask_criterion(f, model, losses, **kwargs), density, scope, layers(model)), info)
 
 # %% ../nbs/01_pruning.ipynb #96eee31e
 def _state_dicts(obj, at=()):
@@ -1334,6 +1386,8 @@ def apply_to_state(self:SparseMask,
 )->dict: # Name in the state dict -> the layers of the mask that lie in it
     "Zero the pruned weights of a state dict. Raises `OpenTransError`, with nothing changed, if the mask does not fit in one place."
     hit = _match(self.shapes, {k: t.shape for k,t in state.items() if isinstance(t, torch.Tensor)}, strict, lambda n: state[n].data_ptr())
+    odd = {k: why for k,_ in hit.values() if not state[k].is_complex() and (why := unreadable(state[k]))}
+    if odd: raise OpenTransError(f"{len(odd)} tensors of the state dict cannot be masked: {_reasons(odd)}.")
     new,placed = {},{}
     for name,(k,rows) in hit.items():
         if k not in new: new[k],placed[k] = state[k].detach().clone(),[]

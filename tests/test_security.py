@@ -347,3 +347,103 @@ def test_no_architecture_of_open_clip_asks_the_network_by_itself(watched):
            and {'hf_model_name', 'hf_tokenizer_name'} & set(cfg['text_cfg'])]
     assert len(far) > 40
     is_harmless(watched([IMPORTS + f'open_model({name!r})' for name in far]), 'of the Hugging Face hub')
+
+ODD = ('[q]', '[/red]', '[bold]sky', ':smile:', '$x_{$', '$', '_hidden', '\\frac{', '<script>alert(1)</script>', '=HYPERLINK("a")', '+1', '@sum', 'a|b', '\x1b[31mred', '\x9b31m', '\u202eyks', '{0:>20}', '{', 'a\nb', '*', '`', '&amp;', "it's")
+
+def drawn(figure):
+    "Draw a figure, as saving it does, and give the texts on it."
+    import matplotlib.text
+    figure = getattr(figure, 'figure', figure)
+    figure.canvas.draw()
+    return [t.get_text() for t in figure.findobj(matplotlib.text.Text)]
+
+@pytest.mark.parametrize('name', ODD)
+def test_a_name_is_shown_in_a_terminal_as_it_is(name, capsys):
+    "As row, column, cell and title of a table: no markup, no emoji, no command to the terminal."
+    import pandas as pd
+    from opentrans.cli import show
+    from opentrans.escape import printable
+    squeezed = lambda text: ''.join(text.split()) # a title is broken where the table ends
+    wanted = squeezed(printable(name).split('\n')[0])
+    for result,title in (({name: 1.5}, ''), (pd.DataFrame({name: [1.]}, index=['row']), ''), ({'row': name}, ''), ({'row': 1.}, name)):
+        show(result, title=title)
+        said = capsys.readouterr().out
+        assert wanted in squeezed(said) and '\x1b' not in said and '\x9b' not in said and '\u202e' not in said, said
+    show({name: name}, as_json=True)
+    said = capsys.readouterr().out
+    assert json.loads(said) == {name: name} and said.isascii()
+
+@pytest.mark.parametrize('name', ['$x_{$', '$', '_hidden', '\\frac{$', '<script>a</script>', '\x1b[31mred', 'a$b$c_d'])
+def test_a_name_is_drawn_as_it_is(name):
+    "In every plot that shows names of classes, layers, masks, runs or arms."
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    import torch
+    from torch import nn
+    from opentrans.cka import plot_cka
+    from opentrans.cost import cost
+    from opentrans.data import show_sample
+    from opentrans.escape import for_plot
+    from opentrans.finetune import plot_runs
+    from opentrans.heavy_tail import LayerTable, Spectrum, plot_choices
+    from opentrans.playground import overlay
+    from opentrans.pruning import SparseMask, plot_overlap
+    from opentrans.spt import plot_profile
+    from opentrans.stitching import plot_pareto
+    x = torch.rand(3, 16, 16)
+    labels = torch.zeros(16, 16, dtype=torch.long)
+    wanted = for_plot(name)
+    def shown(axes):
+        texts = drawn(axes)
+        assert any(wanted.strip() in text for text in texts), (name, texts)
+        plt.close('all')
+    shown(overlay(x, labels, [name, 'other']))
+    sample = dict(image=x, labels=labels, regions=torch.ones(1, 16, 16, dtype=torch.bool), region_classes=torch.tensor([0]))
+    shown(show_sample(sample, 'regions', vocabulary=type('Names', (), dict(names=[name]))))
+    shown(plot_cka(pd.DataFrame([[.5]], [name], [name])))
+    shown(plot_runs(pd.DataFrame(dict(framework=[name, 'b'], miou=[.1, .2], active_params_M=[1., 2.]), index=[name, 'b'])))
+    net = nn.Sequential()
+    net.add_module(name.replace('.', ''), nn.Linear(8, 8))
+    mask = SparseMask.magnitude(net, .5, skip_first=False)
+    shown(mask.plot())
+    shown(mask.plot(label=name))
+    shown(plot_overlap({name: mask, 'b': mask}))
+    shown(cost(net, (1, 8)).plot())
+    assert '<script>' not in cost(net, (1, 8)).to_markdown('stage')
+    spectra = [Spectrum(name=name, kind='linear', shape=(8, 8), evals=torch.linspace(.1, 3, 60).double().numpy())]
+    table = LayerTable(spectra, 'ks')
+    shown(table.plot_esd(name))
+    shown(table.plot_ks(name))
+    shown(table.plot_change(table))
+    shown(plot_choices({name: table}))
+    assert '<script>' not in table._repr_html_()
+    profile = pd.DataFrame(dict(share=[.5]), index=pd.Index([name], name='operation'))
+    shown(plot_profile({name: profile, 'b': profile}))
+    shown(plot_pareto(pd.DataFrame(dict(flops=[1e6, 2e6], value=[1., 2.])), label=name))
+
+def test_names_on_the_command_line_are_shown(photo, tmp_path):
+    "From the command to its picture and its tables: what was a traceback, or vanished."
+    import contextlib, io, warnings
+    from opentrans.cli import main
+    def command(*args):
+        out,before = io.StringIO(),sys.argv
+        sys.argv = ['opentrans', *args]
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out), warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                main()
+        except SystemExit as ended: assert not ended.code, out.getvalue()
+        finally: sys.argv = before
+        return out.getvalue()
+    said = command('segment', photo, '$x_{$, [/red], [bold]a, _b, =c', '--out', str(tmp_path/'p.png'))
+    assert all(name in said for name in ('$x_{$', '[/red]', '[bold]a', '_b', '=c')) and (tmp_path/'p.png').stat().st_size > 1000
+    said = command('alpha', 'shapes-vit', '--out', str(tmp_path/'alpha'))
+    assert all(f'in_proj_weight[{part}]' in said for part in 'qkv') and 'in_proj_weight[q]' in (tmp_path/'alpha'/'alpha.csv').read_text()
+    for run in ('=HYPERLINK(1)', '[red]', '$x_{$'):
+        write(tmp_path/run/'result.json', dict(miou=.5, framework='=1+1', params=1e6, active_params=1e6, macs=1e6, active_macs=1e6))
+    said = command('compare', *(str(tmp_path/run) for run in ('=HYPERLINK(1)', '[red]', '$x_{$')), '--out', str(tmp_path/'c'))
+    assert all(run in said for run in ('=HYPERLINK(1)', '[red]', '$x_{$'))
+    cells = [cell for line in (tmp_path/'c'/'runs.csv').read_text().splitlines() for cell in line.split(',')]
+    assert "'=HYPERLINK(1)" in cells and "'=1+1" in cells and not any(cell.startswith(('=', '+', '@')) for cell in cells)
