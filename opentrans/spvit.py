@@ -23,7 +23,7 @@ from matplotlib.patches import Rectangle
 from torch import nn
 from typing_extensions import NotRequired, TypedDict
 from .core import axes, check_images, find_tower, label_loss_of, progress, seeded
-from .errors import FormatError, OpenTransError, check_number, shorten, unknown
+from .errors import DamagedFile, FormatError, OpenTransError, check_number, shorten, unknown
 from .escape import for_plot
 from .files import (FileKind, RunFile, check_finite, check_like, json_text, lock_file, metadata_value, optimizer_tensors, parse_document, read_text, restore_optimizer,
     save_text, strip_prefix)
@@ -679,10 +679,12 @@ def from_json(cls:HybridSpec,
     "Read what `to_json` wrote, or the same by hand. Raises `OpenTransError` if it is something else, or was altered."
     text, what = str(source), 'the text'
     if not text.lstrip().startswith('{'): text, what = read_text(source), source
-    told = parse_document(text, HYBRID_FILE, _Hybrid, what)
-    told.pop('kind', None)
-    try: return cls(**told)
-    except OpenTransError as error: raise FormatError(f"'{shorten(what)}' holds no hybrid. {error}") from error
+    try:
+        told = parse_document(text, HYBRID_FILE, _Hybrid, what)
+        told.pop('kind', None)
+        return cls(**told)
+    except DamagedFile: raise
+    except OpenTransError as error: raise FormatError(f"This is not a hybrid. {error}") from error
 
 def _op_of(m):
     if isinstance(m, (UnifiedAttention, UnifiedDepthwise)): return m.op()
