@@ -15,6 +15,8 @@ import json, os, sys, tempfile
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
+from .errors import OpenTransError, unknown
+from .escape import printable
 
 # %% ../nbs/21_cli.ipynb #daabc20b
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',
@@ -59,7 +61,6 @@ def _configured(ctx:typer.Context, value:Optional[str]):
     "Take the settings of a file as defaults. Raises `OpenTransError` for one that the command does not have."
     _NOW['context'] = ctx
     if value is None: return value
-    from opentrans.core import OpenTransError, unknown
     from opentrans.finetune import read_settings
     told = read_settings(value)
     names = {n: p.name for p in ctx.command.params for n in {p.name, *(o.lstrip('-').replace('-', '_') for o in p.opts)} if p.name not in ('config', 'help')}
@@ -92,8 +93,7 @@ def keep_settings(
 
 # %% ../nbs/21_cli.ipynb #544efb65
 def _bad(message):
-    "An `OpenTransError`; torch is imported only now, so that help and usage errors come at once."
-    from opentrans.core import OpenTransError
+    "An `OpenTransError`."
     return OpenTransError(message)
 
 def open_clip_backbone(
@@ -178,14 +178,16 @@ def main():
         if code == 130: print('interrupted', file=sys.stderr) # typer has taken the exception
         _part_company(); sys.exit(code)
     except KeyboardInterrupt: print('interrupted', file=sys.stderr); sys.exit(130)
+    except OpenTransError as error:
+        print(f'error: {printable(error)}', file=sys.stderr)
+        sys.exit(getattr(error, 'code', error.exit_code))
     except MemoryError: print('error: out of memory. Use a smaller --batch-size or --size.', file=sys.stderr); sys.exit(1)
     except OSError as e: print(f'error: {e.strerror or e}{f": {e.filename}" if e.filename else ""}', file=sys.stderr); sys.exit(1)
     except Exception as e:
         kind = type(e).__name__
         if kind == 'Abort': print('interrupted', file=sys.stderr); sys.exit(130)
         if hasattr(e, 'show') and hasattr(e, 'exit_code'): e.show(); sys.exit(2) # click's, which some versions of typer bring along
-        if kind not in ('OpenTransError', 'Interrupted'): raise
-        print(f'error: {e}', file=sys.stderr); sys.exit(getattr(e, 'code', 2))
+        raise
 
 # %% ../nbs/21_cli.ipynb #f45a6c2c
 @app.command()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMINGS', 'CRITERIA', 'prunable', 'weights_digest', 'SparseMask', 'common_name', 'MaskInForce', 'compare_masks',
-           'plot_overlap', 'geometric_schedule', 'imp', 'plot_history', 'cubic_schedule', 'criterion', 'magnitude',
-           'snip', 'sensitivity', 'transfer_checkpoint', 'load_baked', 'export_onnx']
+           'plot_overlap', 'geometric_schedule', 'criterion', 'weight_magnitude', 'imp', 'plot_history',
+           'cubic_schedule', 'snip', 'sensitivity', 'transfer_checkpoint', 'load_baked', 'export_onnx']
 
 # %% ../nbs/01_pruning.ipynb #2ab0c4fa
 import hashlib, inspect, json, math, re, time, warnings, weakref, zipfile
@@ -15,33 +15,51 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from matplotlib.ticker import LogLocator, NullFormatter
-from .core import (OpenTransError, Undo, after_step, atomic_path, axes, best_fits, find_tower, in_tower, layers, load_metadata, load_tensors, matches, no_partner, only_fit,
-    optional, progress, save_json, save_tensors, seeded, under, unknown, unwrap)
+from .core import (KINDS, OpenTransError, RETIRED, Undo, around_step, atomic_path, axes, bare_modules, bare_parameters, best_fits, clean_name, find_tower, held_by, in_tower,
+    inner_name, inside, layers, layers_of, load_metadata, load_tensors, matches, no_partner, no_values, only_fit, optional, progress, save_json, save_tensors, seeded, trunk, under, unknown, unreadable, unwrap)
 
 # %% ../nbs/01_pruning.ipynb #ec47e9a4
-_SKIP = ('attnpool', 'attn_pool', 'head', 'visual_projection') # modules at the end of an image tower: pooling and projection
+_FLAT = 'is flattened to one axis (as FSDP and ZeRO do): work on the model before it is wrapped'
 
-def _under(name, patterns):
-    "Does a name lie under a module called one of `patterns`, or match one of them as a whole (with `*`)?"
-    parts = name.split('.')[:-1]
-    return any(p in parts or matches(name, p) for p in patterns)
+def _cannot_mask(layer):
+    "Why no mask can be put on a layer; '' if one can. Values that are not loaded yet are no reason, and complex ones have a magnitude."
+    if layer.computed: return layer.computed
+    if layer.param.ndim < 2: return _FLAT
+    return '' if layer.param.is_meta or layer.param.is_complex() else unreadable(layer.param)
+
+def _reasons(whys, n=3):
+    "Layers and reasons as one text; layers with the same reason are counted."
+    alike = {}
+    for name,why in whys.items(): alike.setdefault(why, []).append(name)
+    told = [f"{names[0]} {why}{f' (and {len(names)-1} more)' if len(names) > 1 else ''}" for why,names in alike.items()]
+    return '; '.join(told[:n]) + (f'; and {len(told)-n} more' if len(told) > n else '')
+
+def _candidates(model, kinds=KINDS, skip_first=True, skip=None, only=('*',)):
+    "The layers that a mask covers, and name -> reason of those that it would cover and cannot. Raises `OpenTransError` for layers that are not made yet."
+    found = layers(model)
+    first = found[0].key if skip_first and found else None
+    chosen = [l for l in trunk(model, skip) if l.key != first and l.kind in kinds and inside(l.name, only)]
+    absent = {l.name: why for l in chosen if not l.param.is_meta and (why := no_values(l.param))}
+    if absent: raise OpenTransError(f"{len(absent)} layers cannot be masked yet: {_reasons(absent)}.")
+    whys = {l.name: why for l in chosen if (why := _cannot_mask(l))}
+    return [l for l in chosen if l.name not in whys],whys
 
 def prunable(
     model:nn.Module, # Any model; names are read in its tower
-    kinds=('conv', 'linear', 'attention'), # Kinds of layer, as `layers` calls them
+    kinds=KINDS, # Kinds of layer, as `layers` calls them
     skip_first:bool=True, # Leave the first layer dense?
-    skip=_SKIP, # Names of modules to leave dense with everything under them, or patterns of whole names such as `'layer4.*'`
+    skip=None, # Names of modules to leave dense with everything under them, or patterns of whole names such as `'layer4.*'`; None: the model's head
     only=('*',), # Patterns of whole names to choose from
 )->list: # `Layer`s
-    "The layers whose weights a mask covers (paper Sec. 3.2). Raises `OpenTransError` if there are none."
-    found = layers(model)
-    first = found[0].param if skip_first and found else None
-    res = [l for l in found if l.param is not first and l.kind in kinds and not _under(l.name, skip) and _under(l.name, only)]
+    "The layers whose weights a mask covers (paper Sec. 3.2); a warning names those that it cannot. Raises `OpenTransError` if there are none."
+    res,whys = _candidates(model, kinds, skip_first, skip, only)
     if not res: raise OpenTransError(f"{type(find_tower(model)).__name__} has no prunable layers of kind {', '.join(kinds)}"
-                                     f"{' besides the first' if skip_first else ''}. Give a model with convolutions or linear maps, or loosen skip and only.")
+                                     f"{' besides the first' if skip_first else ''}{f': {_reasons(whys)}' if whys else ''}. Give a model with convolutions or linear maps, or loosen skip and only.")
+    if whys: warnings.warn(f"The mask leaves {len(whys)} layers dense: {_reasons(whys)}.", stacklevel=2)
     return res
 
 # %% ../nbs/01_pruning.ipynb #72b822e3
@@ -60,14 +78,17 @@ def _kth_smallest(chunks, k, sample=65536, slack=.01):
     return float(np.partition(c.numpy(), k-1)[k-1]) if c.device.type == 'cpu' else c.kthvalue(k).values.item()
 
 # %% ../nbs/01_pruning.ipynb #c757bac0
+def _check_scores(scores):
+    bad = [n for n,s in scores.items() if s.sum(dtype=torch.float32).isnan()]
+    if bad: raise OpenTransError(f"The scores of {len(bad)} layers are not numbers (NaN): {', '.join(bad[:6])}. Has the training diverged?")
+
 def _keep_best(
     scores:dict, # Name -> tensor of scores, high is good
     keep:int, # How many weights to keep
     alive:dict=None, # Name -> bool tensor of the weights that are still in; None for all
 ): # (name -> bool tensor on the CPU, the largest score that was dropped)
     "Keep the `keep` best of all; of equal scores at the border those that come last. Raises `OpenTransError` for scores that are not numbers."
-    bad = [n for n,s in scores.items() if s.sum(dtype=torch.float32).isnan()]
-    if bad: raise OpenTransError(f"The scores of {len(bad)} layers are not numbers (NaN): {', '.join(bad[:6])}. Has the training diverged?")
+    _check_scores(scores)
     flat = {n: s.detach().float() if alive is None or alive[n].all() else s.detach().float().masked_fill(~alive[n].to(s.device), -math.inf) for n,s in scores.items()}
     flat = {n: s.flatten() for n,s in flat.items()}
     drop = sum(s.numel() for s in flat.values()) - keep
@@ -88,17 +109,29 @@ def _share(x, what='density', one=True):
     if not ok: raise OpenTransError(f"{what} must be a number in (0, 1{']' if one else ')'}, not {x!r}. For one tenth of the weights write 0.1.")
     return float(x)
 
+def _bytes_of(t):
+    "The numbers of a tensor as bytes, in the order of its axes, however it lies in memory."
+    flat = torch.empty(t.numel(), dtype=t.dtype)
+    flat.view(t.shape).copy_(t.detach())
+    return flat.view(torch.uint8).numpy()
+
 def weights_digest(
     found, # `Layer`s, as `prunable` gives them
 )->str: # 16 hexadecimal digits
     "A checksum of weights, which says on which ones a mask was found."
+    if absent := {l.name: why for l in found if (why := no_values(l.weight))}: raise OpenTransError(f"{len(absent)} layers have no values to look at: {_reasons(absent)}.")
     h = hashlib.sha256()
-    for l in found: h.update(l.name.encode()); h.update(l.weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    for l in found: h.update(l.name.encode()); h.update(_bytes_of(l.weight))
     return h.hexdigest()[:16]
 
 def _count(m): return int(np.count_nonzero(m.numpy()))
 
 def _info(model, found, **kw): return dict(kw, backbone=type(find_tower(model)).__name__, weights=weights_digest(found))
+
+def _dense_info(model, **kwargs):
+    "For the info of a mask: name -> reason of the layers that it had to leave dense, if there are any."
+    whys = _candidates(model, **kwargs)[1]
+    return dict(left_dense=whys) if whys else {}
 
 # %% ../nbs/01_pruning.ipynb #df422c53
 class SparseMask:
@@ -108,7 +141,7 @@ class SparseMask:
         info:dict=None, # How it was found, as plain values; saved with it
     ):
         if not masks: raise OpenTransError("A mask needs at least one layer. Make one with SparseMask.ones(model), .magnitude or .random.")
-        self.masks,self.info = {n: torch.as_tensor(m).bool().cpu() for n,m in masks.items()},dict(info or {})
+        self.masks,self.info = {clean_name(n): torch.as_tensor(m).bool().cpu() for n,m in masks.items()},dict(info or {})
 
     @property
     def names(self)->list: return list(self.masks)
@@ -125,8 +158,9 @@ class SparseMask:
 
     def __len__(self): return len(self.masks)
     def __iter__(self): return iter(self.masks)
-    def __contains__(self, name): return name in self.masks
+    def __contains__(self, name): return clean_name(name) in self.masks
     def __getitem__(self, name):
+        name = clean_name(name)
         if name in self.masks: return self.masks[name]
         parts = [self.masks.get(f'{name}[{p}]') for p in 'qkv']
         if all(p is not None for p in parts): return torch.cat(parts)    # a packed projection as a whole
@@ -176,29 +210,43 @@ def only(self:SparseMask,
     return SparseMask(hit, dict(self.info, only=list(patterns)))
 
 # %% ../nbs/01_pruning.ipynb #5f9b7a6e
-def _magnitudes(found): return {l.name: l.weight.detach().abs() for l in found}
+def _size(t):
+    "Magnitudes of weights; types of one byte have none of their own."
+    t = t.detach()
+    return (t.float() if t.is_floating_point() and t.element_size() == 1 else t).abs()
+
+def _magnitudes(found): return {l.name: _size(l.weight) for l in found}
 
 _SCOPES = ('global', 'layer', 'channel', 'N:M such as 2:4')
 
 def _best_of_m(s, n, m):
-    "The best `n` of every `m` consecutive inputs; a layer whose number of inputs is no multiple of `m` stays dense."
+    "Of scores (outputs, inputs, ...), the best `n` of every `m` consecutive inputs; a layer whose number of inputs is no multiple of `m` stays dense."
     if s.shape[1] % m: return torch.ones(s.shape, dtype=torch.bool)
     groups = s.detach().float().movedim(1, -1).unflatten(-1, (-1, m))
     rank = groups.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
     return (rank < n).flatten(-2).movedim(-1, 1).cpu().contiguous()
 
-def _choose(scores, density, scope='global'):
-    "Masks of a density, when the weights of a scope compete: of all layers, of a layer, whole output channels of a layer, or N of M inputs."
+def _best_channels(s, share):
+    "Of scores (outputs, ...), that share of the outputs whose mean score is best, whole."
+    rows = s.detach().float().flatten(1).mean(1)
+    keep = _keep_best(dict(rows=rows), max(1, round(share*len(rows))))[0]['rows']
+    return keep.reshape(-1, *[1]*(s.ndim-1)).expand(s.shape).contiguous()
+
+def _choose(scores, density, scope='global', found=()):
+    "Masks of a density, when the weights of a scope compete: of all layers, of a layer, whole output channels of a layer, or N of M inputs. `found`: the layers."
     count = lambda n: max(1, round(density*n))
     if scope == 'global': return _keep_best(scores, count(sum(s.numel() for s in scores.values())))[0]
     if scope == 'layer': return {n: _keep_best({n: s}, count(s.numel()))[0][n] for n,s in scores.items()}
-    if scope == 'channel':
-        rows = {n: _keep_best({n: s.detach().float().flatten(1).mean(1)}, count(len(s)))[0][n] for n,s in scores.items()}
-        return {n: rows[n].reshape(-1, *[1]*(s.ndim-1)).expand(s.shape).contiguous() for n,s in scores.items()}
+    _check_scores(scores)
+    known = {l.name: l for l in found}
+    def oriented(choose, *args):
+        "Choose with outputs first and inputs second, wherever a layer has them."
+        return {n: known[n].as_stored(choose(known[n].outputs_first(s), *args)).contiguous() if n in known else choose(s, *args) for n,s in scores.items()}
+    if scope == 'channel': return oriented(_best_channels, density)
     if not (nm := re.fullmatch(r'([1-9]\d?):([1-9]\d?)', str(scope))): raise unknown('scope', scope, _SCOPES)
     n,m = int(nm[1]),int(nm[2])
     if n > m or abs(density-n/m) > 1e-9: raise OpenTransError(f"Scope '{scope}' has a density of its own, {n/m:g}, not {density:g}. Ask for that density.")
-    return {k: _best_of_m(s, n, m) for k,s in scores.items()}
+    return oriented(_best_of_m, n, m)
 
 @patch(cls_method=True)
 @delegates(prunable)
@@ -207,7 +255,7 @@ def ones(cls:SparseMask,
     **kwargs,
 ):
     "The dense mask over the prunable layers of a model."
-    return cls({l.name: torch.ones(l.weight.shape, dtype=torch.bool) for l in prunable(model, **kwargs)})
+    return cls({l.name: torch.ones(l.weight.shape, dtype=torch.bool) for l in prunable(model, **kwargs)}, _dense_info(model, **kwargs))
 
 @patch(cls_method=True)
 @delegates(prunable)
@@ -219,7 +267,8 @@ def magnitude(cls:SparseMask,
 ):
     "Keep the weights of largest magnitude, in one shot. Raises `OpenTransError` for a density outside (0, 1]."
     density,found = _share(density),prunable(model, **kwargs)
-    return cls(_choose(_magnitudes(found), density, scope), _info(model, found, method='magnitude', scope=scope))
+    info = _info(model, found, method='magnitude', scope=scope)
+    return cls(_choose(_magnitudes(found), density, scope, found), info | _dense_info(model, **kwargs))
 
 # %% ../nbs/01_pruning.ipynb #782765a5
 def _matched(like, density):
@@ -249,7 +298,7 @@ def random(cls:SparseMask,
     found = prunable(model, **kwargs) if like is None else None
     shapes = {l.name: l.weight.shape for l in found} if like is None else like.shapes
     scores = {n: torch.rand(s, generator=g) for n,s in shapes.items()}
-    if like is None: return cls(_choose(scores, density), dict(method='random', seed=seed))
+    if like is None: return cls(_choose(scores, density), dict(method='random', seed=seed) | _dense_info(model, **kwargs))
     _place(like.shapes, model)
     return cls({n: _keep_best({n: scores[n]}, k)[0][n] if k else torch.zeros(shapes[n], dtype=torch.bool) for n,k in _matched(like, density).items()},
                dict(method='random, layer-matched', seed=seed))
@@ -260,7 +309,7 @@ def prune(self:SparseMask,
     p:float, # Share of the *remaining* weights to drop, in (0, 1)
 )->SparseMask: # Itself
     "Drop the globally smallest of the remaining weights (Algorithm 1, line 4)."
-    scores = {n: w.abs() for n,w in self.weights(model).items()}
+    scores = {n: _size(w) for n,w in self.weights(model).items()}
     self.masks,self.threshold = _keep_best(scores, max(1, round((1-_share(p, 'p', one=False))*self.kept)), self.masks)
     return self
 
@@ -297,8 +346,6 @@ def common_name(
     return name
 
 # %% ../nbs/01_pruning.ipynb #fcb8d8de
-_WRAPS = re.compile(r'(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)')
-
 def _slots(shapes, rename=lambda n: n):
     "Where a layer can be: every parameter, and the thirds of those that may be packed. Name -> (parameter, rows or None, shape)."
     res,twice = {},set()
@@ -306,22 +353,37 @@ def _slots(shapes, rename=lambda n: n):
         if name in res: twice.add(name)
         res[name] = slot
     for n,s in shapes.items():
-        c,s = rename(_WRAPS.sub('', n).lstrip('.')),tuple(s)
+        c,s = rename(clean_name(n)),tuple(s)
         put(c, (n, None, s))
         if len(s) == 2 and s[0] == 3*s[1]:
             for i,p in enumerate('qkv'): put(f'{c}[{p}]', (n, slice(i*s[1], (i+1)*s[1]), (s[1], s[1])))
     return {n: v for n,v in res.items() if n not in twice}        # a name that two parameters claim is nobody's
 
 def _spellings(keys, shapes):
-    "Ways to look for the keys: as they are; in open_clip's spelling; and that without a prefix of their own (`trunk.`). Yields (key as written -> key, slots)."
+    "Ways to look for the keys: as they are; in open_clip's spelling; that without a prefix of their own (`trunk.`); without `module.` anywhere. Yields (key as written -> key, slots)."
     yield {k: k for k in keys},_slots(shapes)
     slots,names = _slots(shapes, common_name),{k: common_name(k) for k in keys}
     yield names,slots
     while len({n.partition('.')[0] for n in names.values()}) == 1 and all('.' in n.split('[')[0] for n in names.values()):
         names = {k: n.partition('.')[2] for k,n in names.items()}
         yield names,slots
+    yield {k: _without_module(k) for k in keys},_slots(shapes, _without_module)
+
+def _without_module(name):
+    "A name without the parts that data parallelism adds; in a file, nobody knows whether they are its own."
+    return re.sub(r'(^|\.)module(?=\.)', '', name).lstrip('.')
 
 # %% ../nbs/01_pruning.ipynb #522c2ddb
+def _apart(keys, names):
+    "Name -> reason of layers whose weight is kept in parts there, by `weight_norm`, `spectral_norm`, pruning or a parametrization."
+    res = {}
+    for key in (k.split('[')[0] for k in keys):
+        stem,_,last = key.rpartition('.')
+        ends = tuple('.'.join(filter(None, [stem, f'parametrizations.{last}.original{i}'])) for i in ('', 0, 1)) + tuple(f'{key}_{part}' for part in ('g', 'v', 'orig'))
+        parts = [n for n in names if f'.{clean_name(n)}'.endswith(tuple(f'.{end}' for end in ends))]
+        if parts: res[key] = f"is computed from {', '.join(parts[:2])}: remove the parametrization before the weights are saved"
+    return res
+
 def _match(
     keys, # Name -> shape
     shapes, # Parameter -> shape
@@ -336,14 +398,30 @@ def _match(
         if fits and (not best or len(fits[0]) > len(best[0])): best = fits
         if best and len(best[0]) == len(keys): break
     if not best or (strict and len(best[0]) < len(keys)):
+        if apart := _apart(keys, shapes): raise OpenTransError(f"{len(apart)} of {len(keys)} layers of the mask are no tensors of their own there: {_reasons(apart)}.")
         raise no_partner(keys, {n: s for n,(_,_,s) in _slots(shapes).items()}, 'layers of the mask')
     hit = only_fit(best, 'layers of the mask', lambda slot: same(slot[0]), lambda slot: slot[0])
     return {k: hit[k] for k in keys if k in hit}
 
 def _place(keys, model, strict=True):
     "Find the layers of a mask in a model: key -> (`Parameter`, rows or None). Raises `OpenTransError`."
-    hit,params = in_tower(model, lambda params: _match(keys, {n: p.shape for n,p in params.items()}, strict, lambda n: id(params[n])))
-    return {k: (params[n], rows) for k,(n,rows) in hit.items()}
+    bases = [k.split('[')[0] for k in keys]
+    def match(where):
+        params = bare_parameters(where)
+        computed = {l.key: l for name,module in bare_modules(where) for l in layers_of(name, module) if l.computed}
+        absent = {n: why for n,p in params.items() if not p.is_meta and (why := no_values(p))}
+        there = {n: p for n,p in params.items() if n not in absent} | {n: l.param for n,l in computed.items()}
+        try: hit = _match(keys, {n: p.shape for n,p in there.items()}, strict, lambda n: id(there[n]))
+        except OpenTransError:
+            absent |= {n: _FLAT for n,p in there.items() if p.ndim < 2 and len(keys.get(n, ())) > 1}
+            meant = {n: why for n,why in absent.items() if any(n.endswith(base) or base.endswith(n) for base in bases)}
+            if meant: raise OpenTransError(f"{len(meant)} layers cannot be masked yet: {_reasons(meant)}.") from None
+            raise
+        whys = {k: computed[n].computed if n in computed else '' if there[n].is_meta or there[n].is_complex() else unreadable(there[n]) for k,(n,_) in hit.items()}
+        return {k: (there[n], rows) for k,(n,rows) in hit.items()},{k: why for k,why in whys.items() if why}
+    placed,whys = in_tower(model, match)
+    if whys and strict: raise OpenTransError(f"{len(whys)} of {len(keys)} layers of the mask cannot be masked in this model: {_reasons(whys)}. Or leave them out, with strict=False.")
+    return {k: at for k,at in placed.items() if k not in whys}
 
 @patch
 def weights(self:SparseMask,
@@ -366,10 +444,15 @@ def _zero(t, keep):
     else: t.masked_fill_(~keep, 0)
 
 class _Keeper:
-    "A parameter, the mask of what stays of it, and the two moments at which the rest is zeroed."
-    def __init__(self, param, keep): self.param,self.keep,self.dead,self.grad_seen,self.calm,self.filled = param,keep,None,None,None,[]
+    "A parameter, the mask of what stays of it, and the two moments at which the rest is zeroed. The parameter is not kept alive by it."
+    def __init__(self, param, keep):
+        self.ref,self.keep,self.dead,self.hook = weakref.ref(param),keep,None,None
+        self.grad_seen,self.calm,self.filled,self.version = None,None,[],None
+    @property
+    def param(self): return self.ref()
     def zero(self, t):
         "Zero the rest of `t`; the mask is brought to where `t` is, and laid out in memory as it is."
+        if t.is_meta: return                                         # no numbers yet; the mask stays where it is
         if self.keep.device != t.device or self.keep.stride() != t.stride():
             self.keep,self.dead = torch.empty_like(t, dtype=torch.bool).copy_(self.keep),None
         if t.device.type == 'cpu': return _zero(t, self.keep)
@@ -381,22 +464,45 @@ class _Keeper:
         if g is None: return
         if g.layout != torch.strided: param.grad = g = g.to_dense()
         self.zero(g.data); self.grad_seen = weakref.ref(g)
+    def enforce(self):
+        "Zero the weight, and from now on its gradients."
+        self.weight()
+        self.hook = self.param.register_post_accumulate_grad_hook(self.grad) if self.param.requires_grad else None
+    def move(self, param):
+        "Keep another parameter, which took the place of the one before."
+        self.leave()
+        self.ref = weakref.ref(param)
+        self.enforce()
 
 # %% ../nbs/01_pruning.ipynb #540dcaa8
 _EXACT = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+def _version(param): return None if param.is_inference() else param._version # how often it was written to; `.data` does not count
+
+@patch
+def is_calm(self:_Keeper, opt, state):
+    "Is the pruned part at zero by arithmetic? If nothing but this optimizer wrote to the weight, with the state that was cleared, and a sample is zero."
+    if self.calm is None: return False
+    known,places = self.calm
+    if len(known) != len(state)+1 or known[0]() is not opt or any(r() is not x for r,x in zip(known[1:], state.values())): return False
+    return not self.param.data.view(-1)[places].any() and not any((v().view(-1)[places] < 1e-20).any() for v in self.filled)
+
+@patch
+def before(self:_Keeper):
+    "Before a step: what was written to the weight since the last one ends the calm."
+    param = self.param
+    if param is not None and self.version != _version(param): self.calm = None
 
 @patch
 def after(self:_Keeper, opt):
     "After a step: zero the weight, unless it is zero already, by arithmetic and by a sample."
     g,seen,self.grad_seen,state = self.param.grad,self.grad_seen,None,opt.state.get(self.param, {})
     masked = g is None or (seen is not None and seen() is g)
-    if masked and self.calm is not None:
-        known,places = self.calm
-        flat = self.param.data.view(-1)
-        if (len(known) == len(state)+1 and known[0]() is opt and all(r() is x for r,x in zip(known[1:], state.values())) and not flat[places].any()
-            and not any((v().view(-1)[places] < 1e-20).any() for v in self.filled)): return
-    self.weight(); self.calm = None
-    if masked and type(opt) in _EXACT and self.param.device.type == 'cpu' and self.param.is_contiguous() and all(q.get('eps', 1) > 0 for q in opt.param_groups): self.settle(opt, state)
+    if not (masked and self.is_calm(opt, state)):
+        self.weight(); self.calm = None
+        exact = type(opt) in _EXACT and all(q.get('eps', 1) > 0 for q in opt.param_groups)
+        if masked and exact and self.param.device.type == 'cpu' and self.param.is_contiguous(): self.settle(opt, state)
+    self.version = _version(self.param)
 
 @patch
 def settle(self:_Keeper, opt, state):
@@ -411,17 +517,13 @@ def settle(self:_Keeper, opt, state):
 
 @patch
 def leave(self:_Keeper):
-    "Second moments back to zero: an optimizer that goes on without the mask has not seen these weights."
+    "Hooks off, and second moments back to zero: an optimizer that goes on without the mask has not seen these weights."
+    if self.hook is not None: self.hook.remove(); self.hook = None
     for v in self.filled:
         if v() is not None: self.zero(v())
     self.filled,self.calm = [],None
 
 # %% ../nbs/01_pruning.ipynb #f788b65d
-class MaskInForce(Undo):
-    "A mask that is kept on a model until `.remove()`, or the end of a `with` block."
-    def __init__(self, undo, placed, left): super().__init__(*undo); self.placed,self.left = placed,left
-    def __repr__(self): return f"MaskInForce({len(self.placed)} layers{f', {len(self.left)} left out' if self.left else ''})"
-
 def _keepers(mask, placed):
     "One keeper for each parameter; the parts of a packed one are joined, and what no part covers is kept."
     res = {}
@@ -431,6 +533,163 @@ def _keepers(mask, placed):
         else: keeper.keep[rows] &= mask[k]
     return list(res.values())
 
+def _way(root, path):
+    "The steps (parent, name, child) from a model to the module of a name without wrappers; None if there is no such module."
+    steps,module,names = [],root,[n for n in path.split('.') if n]
+    while True:
+        name = inner_name(module) or (names.pop(0) if names else None)
+        if name is None: return steps
+        if name not in module._modules: return None
+        steps.append((module, name, module._modules[name]))
+        module = steps[-1][2]
+
+class _Slot:
+    "A place where a model has a masked parameter: the module's path, the module, the parameter's name in it, and who keeps it."
+    def __init__(self, path, module, key, keeper): self.path,self.module,self.key,self.keeper = path,weakref.ref(module),key,keeper
+    @property
+    def name(self): return f'{self.path}.{self.key}' if self.path else self.key
+    @property
+    def param(self):
+        module = self.module()
+        return None if module is None else module._parameters.get(self.key)
+    def why_not(self, param):
+        "Why the mask cannot be kept on what stands there now; '' if it can."
+        if param is None:
+            computed = [] if self.module() is None else [l.computed for l in layers_of(self.path, self.module()) if l.key == self.name]
+            return computed[0] if computed else 'is not there any more'
+        if param.shape != self.keeper.keep.shape: return f'has the shape {tuple(param.shape)} now, not {tuple(self.keeper.keep.shape)}'
+        return '' if param.is_meta or param.is_complex() else unreadable(param)
+
+def _slots_of(model, keepers):
+    "Where the parameters of some keepers stand in a model."
+    mine,res = {id(k.param): k for k in keepers},{}
+    for path,module in bare_modules(model, duplicates=True):
+        for key,param in module._parameters.items():
+            if id(param) in mine: res.setdefault((id(module), key), _Slot(path, module, key, mine[id(param)]))
+    return list(res.values())
+
+# %% ../nbs/01_pruning.ipynb #517ed503
+_HELD = weakref.WeakKeyDictionary() # module -> the `_Force`s on its parameters, which live as long as one of their modules does
+
+def _after_loading(module, keys):
+    "A hook of modules: what `load_state_dict` wrote is masked. A copy of the module has this hook, and no mask."
+    for force in _HELD.get(module, ()): force.restore([s for s in force.slots if s.module() is module])
+
+def _listen(force):
+    "Hook a force to all optimizers, and to all parameters that are set, without keeping it alive."
+    me = weakref.ref(force)
+    def told(method):
+        return lambda *args: getattr(me(), method)(*args) if me() is not None else None
+    ears = Undo(around_step(told('before'), told('after')).remove, register_module_parameter_registration_hook(told('arrives')).remove)
+    weakref.finalize(force, RETIRED.append, ears)
+    return ears
+
+class _Force:
+    "A mask in force on a model: its keepers, the places of their parameters, and the ways to these."
+    def __init__(self, model, keepers):
+        self.root,self.keepers,self.slots = weakref.ref(model),keepers,_slots_of(model, keepers)
+        for k in keepers: k.enforce()
+        self.ears,self.hooks,self.edges = _listen(self),[],{}
+        self.watch()
+
+    def watch(self):
+        "Hook the modules where the parameters are, and remember the ways to them."
+        for module in {s.module() for s in self.slots} - {None}:
+            if self in _HELD.get(module, ()): continue
+            _HELD.setdefault(module, []).append(self)
+            if not isinstance(module, torch.jit.ScriptModule): self.hooks.append(module.register_load_state_dict_post_hook(_after_loading))
+        root = self.root()
+        steps = [] if root is None else [step for s in self.slots for step in _way(root, s.path) or ()]
+        self.edges = {(id(parent), name): (weakref.ref(parent), name, weakref.ref(child)) for parent,name,child in steps}
+
+    def intact(self):
+        "Is every parameter where it was?"
+        for parent,name,child in self.edges.values():
+            at = parent()
+            if at is not None and (name not in at._modules or at._modules[name] is not child()): return False
+        return all(s.module() is None or (s.param is not None and s.param is s.keeper.param) for s in self.slots)
+
+# %% ../nbs/01_pruning.ipynb #c8759b3b
+@patch
+def find(self:_Force, slot):
+    "Bring a slot to the module that stands at its path now, if the model that the mask was put on still lives."
+    root = self.root()
+    if root is None: return
+    steps = _way(root, slot.path)
+    if steps: slot.module = weakref.ref(steps[-1][2])
+
+@patch
+def take(self:_Force, slot, param):
+    "Mask what stands in a slot now; a new parameter gets the keeper of the one before, or one of its own if that still stands elsewhere."
+    known = {id(k.param): k for k in self.keepers}
+    if id(param) in known: slot.keeper = known[id(param)]; return slot.keeper.weight()
+    before = slot.keeper.param
+    if before is not None and any(s is not slot and s.param is before for s in self.slots):
+        slot.keeper = _Keeper(param, slot.keeper.keep.clone())
+        self.keepers.append(slot.keeper)
+        return slot.keeper.enforce()
+    slot.keeper.move(param)
+
+@patch
+@torch.no_grad()
+def restore(self:_Force, slots=None):
+    "Mask whatever stands in the places now. Raises `OpenTransError` if there is something that cannot be masked."
+    if slots is None:
+        for slot in self.slots: self.find(slot)
+    lost = {}
+    for slot in self.slots if slots is None else slots:
+        if slot.module() is None: continue
+        if why := slot.why_not(slot.param): lost[slot.name] = why
+        else: self.take(slot, slot.param)
+    self.watch()
+    if lost: raise OpenTransError(f"The mask is no longer in force on {len(lost)} layers: {_reasons(lost)}. Remove the mask (its handle's .remove()) before the model is changed.")
+
+@patch
+@torch.no_grad()
+def arrives(self:_Force, module, key, param):
+    "A parameter is about to be set in a module."
+    for slot in self.slots:
+        if slot.key != key or slot.module() is not module or param is slot.keeper.param: continue
+        if why := slot.why_not(param): raise OpenTransError(f"A mask is in force on {slot.name}, and what was to take its place {why}. Remove the mask (its handle's .remove()) first.")
+        self.take(slot, param)
+
+@patch
+def before(self:_Force, opt):
+    "Before an optimizer step."
+    if not self.intact(): self.restore()
+    for k in self.keepers: k.before()
+
+@patch
+def after(self:_Force, opt):
+    "After an optimizer step."
+    held = held_by(opt)
+    for k in self.keepers:
+        if id(k.param) in held: k.after(opt)
+
+@patch
+def end(self:_Force):
+    "Take the mask out of force; what it pruned stays zero. Raises `OpenTransError` if it was lost before."
+    try:
+        if not self.intact(): self.restore()
+    finally:
+        self.ears.remove()
+        for hook in self.hooks: hook.remove()
+        for forces in [_HELD.get(s.module(), []) for s in self.slots if s.module() is not None]:
+            if self in forces: forces.remove(self)
+        for k in self.keepers: k.leave()
+
+# %% ../nbs/01_pruning.ipynb #3f181b5f
+class MaskInForce(Undo):
+    "A mask that is kept on a model until `.remove()`, or the end of a `with` block."
+    def __init__(self, force, placed, left):
+        super().__init__(force.end)
+        self.placed,self.left = placed,left
+    def __exit__(self, kind, *exc):
+        try: self.remove()
+        except OpenTransError:
+            if kind is None: raise
+    def __repr__(self): return f"MaskInForce({len(self.placed)} layers{f', {len(self.left)} left out' if self.left else ''})"
+
 @patch
 def apply(self:SparseMask,
     model:nn.Module, # A tower, or anything that holds one, also in data-parallel and compile wrappers
@@ -438,11 +697,7 @@ def apply(self:SparseMask,
 )->MaskInForce: # Handle: `.remove()`, or leave the `with` block, and the mask is no longer kept; the zeros stay
     "Zero the pruned weights of `model` and keep them zero under any optimizer. Raises `OpenTransError`, with nothing changed, if it does not fit."
     placed = _place(self.shapes, model, strict)
-    ks = _keepers(self, placed)
-    for k in ks: k.weight()
-    undo = [k.param.register_post_accumulate_grad_hook(k.grad).remove for k in ks if k.param.requires_grad]
-    undo += [after_step({k.param: k.after for k in ks}).remove, *(k.leave for k in ks)]
-    return MaskInForce(undo, list(placed), [n for n in self.names if n not in placed])
+    return MaskInForce(_Force(model, _keepers(self, placed)), list(placed), [n for n in self.names if n not in placed])
 
 # %% ../nbs/01_pruning.ipynb #a602e802
 _FORMAT,_VERSION = 'opentrans-mask',1
@@ -520,7 +775,7 @@ def plot_weights(self:SparseMask,
     "Magnitudes of the weights that the mask keeps and drops; weights that are zero are left out."
     ax = axes(ax, figsize=(5, 3))
     w = self.weights(model)
-    kept,dropped = (torch.cat([v.abs().cpu().float()[k].flatten() for v,k in parts]) for parts in ([(w[n], m) for n,m in self.items()], [(w[n], ~m) for n,m in self.items()]))
+    kept,dropped = (torch.cat([_size(v).cpu().float()[k].flatten() for v,k in parts]) for parts in ([(w[n], m) for n,m in self.items()], [(w[n], ~m) for n,m in self.items()]))
     logs = [x[x > 0].log10().numpy() for x in (dropped, kept)]
     ax.hist(logs, bins=bins, stacked=True, color=['lightgray', 'C0'], label=[f'dropped ({self.sparsity:.1%})', f'kept ({self.density:.1%})'])
     ax.set(xlabel='$\\log_{10} |w|$', ylabel='weights', title='what the mask keeps'); ax.legend()
@@ -673,11 +928,52 @@ def _start_state(rewind, model, seed, checkpoint, fresh):
 
 def _name_of(f): return getattr(getattr(f, 'func', f), '__name__', type(f).__name__)
 
-def _scores(criterion, mask, model):
-    "Scores of the masked layers' weights: by magnitude, or by a function of the model."
-    if criterion == 'magnitude': return {n: w.abs() for n,w in mask.weights(model).items()}
-    scores = criterion(model)
+# %% ../nbs/01_pruning.ipynb #46ae4ea9
+CRITERIA = {}
+def criterion(
+    name, # What it is called; or the function itself, which is then called as it is in Python
+):
+    "Register a criterion `f(model, losses=None, **prunable's arguments) -> {name: scores}`."
+    if callable(name): return criterion(name.__name__)(name)
+    def register(f):
+        CRITERIA[name] = f
+        return f
+    return register
+
+def _criterion(said):
+    "A criterion by its name, or a function as it is: (name, function). Raises `OpenTransError` for an unknown name."
+    if callable(said): return _name_of(said),said
+    if said not in CRITERIA: raise unknown('criterion', said, CRITERIA)
+    return said,CRITERIA[said]
+
+def _ask(f, model, losses=None, **kwargs):
+    "The scores that a criterion gives. It is told what it takes: a function of the model alone gets the model alone."
+    try: takes = list(inspect.signature(f).parameters.values())
+    except ValueError: takes = []
+    anything,names = any(p.kind == p.VAR_KEYWORD for p in takes),[p.name for p in takes]
+    second = next((p for p in takes[1:2] if p.kind == p.POSITIONAL_OR_KEYWORD), None)
+    args,told = [model],{k: v for k,v in kwargs.items() if anything or k in names}
+    if second is not None and (losses is not None or second.default is second.empty): args.append(losses)
+    elif losses is not None and (anything or 'losses' in names): told['losses'] = losses
+    scores = f(*args, **told)
+    if not isinstance(scores, dict): raise OpenTransError(f"The criterion {_name_of(f)} gives a {type(scores).__name__}, not a dict of name -> scores.")
+    return scores
+
+@criterion('magnitude')
+def weight_magnitude(model, losses=None, **kwargs):
+    "|w|."
+    return _magnitudes(prunable(model, **kwargs))
+
+# %% ../nbs/01_pruning.ipynb #5ce0fb99
+def _threads(): return dict(threads=torch.get_num_threads()) # sums are rounded otherwise by another number of them
+
+def _scores(score, mask, model, losses=None, **kwargs):
+    "Scores of the masked layers' weights, by a criterion. Raises `OpenTransError` if it leaves one out, or gives another shape."
+    if score is weight_magnitude: return {n: _size(w) for n,w in mask.weights(model).items()}
+    scores = _ask(score, model, losses, **kwargs)
     if lack := [n for n in mask.names if n not in scores]: raise OpenTransError(f"The criterion gives no scores for {len(lack)} layers: {', '.join(lack[:6])}.")
+    odd = [n for n in mask.names if tuple(scores[n].shape) != mask.shapes[n]]
+    if odd: raise OpenTransError(f"The criterion gives scores of another shape than the weights of {len(odd)} layers: {', '.join(odd[:6])}.")
     return {n: scores[n] for n in mask.names}
 
 # %% ../nbs/01_pruning.ipynb #f7836fc1
@@ -692,21 +988,23 @@ def imp(
     seed:int=0, # Round r runs with all generators seeded with `seed + r`
     exact:bool=True, # End at `density` itself? If not, at the power of 1-p just below, as the paper does (0.0985)
     schedule:list=None, # Densities after each round, instead of those that `density`, `p` and `exact` give
-    criterion='magnitude', # Or a function `f(model) -> {name: scores}`
+    criterion='magnitude', # A name in `CRITERIA`, or a function like those there; also `f(model) -> {name: scores}`
+    losses=None, # Function of the model that yields one scalar loss a batch, for criteria that look at data
     settings:dict=None, # More that belongs to the run (loss, t, data): saved with the mask, and must be equal to continue
     **kwargs,
 )->tuple: # (`SparseMask`, history as a `DataFrame`)
     "Iterative pruning (paper Algorithm 1): train, drop the least of the remaining weights, repeat. Raises `OpenTransError` to continue with other settings."
     plan = geometric_schedule(density, p, exact) if schedule is None else [_share(d, 'a density of the schedule') for d in schedule]
     if any(b > a for a,b in zip(plan, plan[1:])): raise OpenTransError(f"A schedule of densities must not rise, but this does: {plan}.")
-    if criterion != 'magnitude' and not callable(criterion): raise unknown('criterion', criterion, ['magnitude', 'a function of the model that gives name -> scores'])
+    scored_by,score = _criterion(criterion)
     mask = SparseMask.ones(model, **kwargs)
     found = dict(density=plan[-1] if plan else 1., p=p, rounds=len(plan), exact=exact, seed=seed, schedule=schedule,
-                 criterion=criterion if isinstance(criterion, str) else _name_of(criterion),
+                 criterion=scored_by,
                  rewind=rewind if isinstance(rewind, str) or rewind is None else 'state' if isinstance(rewind, dict) else _name_of(rewind),
                  layers=mask.names)
     told = {**(s if isinstance(s := getattr(train, 'settings', None), dict) else {}), **(settings or {})}
     found.update({f'train.{k}' if k in found else k: v for k,v in told.items()})
+    if losses is not None: found['losses'] = _name_of(losses)
     checkpoint = _Checkpoint(checkpoint_dir, found)
     digest = weights_digest(prunable(model, **kwargs))
     bare = unwrap(model)
@@ -715,13 +1013,14 @@ def imp(
     for r in progress(range(len(history), len(plan)), 'imp'):
         began = time.perf_counter()
         with mask.apply(model), seeded(seed+r): out = _train_round(train, model, r)
-        masks,threshold = _keep_best(_scores(criterion, mask, model), max(1, round(plan[r]*mask.total)), mask.masks)
+        masks,threshold = _keep_best(_scores(score, mask, model, losses, **kwargs), max(1, round(plan[r]*mask.total)), mask.masks)
         mask = _from_first(SparseMask(masks))
         if start: _load_state(bare, start())
         mask.apply(model).remove()
         history.append({**dict(round=r, density=mask.density, kept=mask.kept, threshold=threshold), **{f'train.{k}' if k in ('round', 'density', 'kept', 'threshold') else k: v for k,v in out.items()}, 'seconds': time.perf_counter()-began})
         checkpoint.save(mask, history, bare, train)
-    mask.info = {**{k: v for k,v in found.items() if k not in ('layers', 'schedule')}, 'method': 'imp', 'backbone': type(find_tower(model)).__name__, 'weights': digest}
+    mask.info = {**{k: v for k,v in found.items() if k not in ('layers', 'schedule')}, 'method': 'imp', 'backbone': type(find_tower(model)).__name__, 'weights': digest,
+                 **_threads(), **_dense_info(model, **kwargs)}
     return mask,pd.DataFrame(history, columns=None if history else ['round', 'density', 'kept', 'threshold'])
 
 # %% ../nbs/01_pruning.ipynb #383334e0
@@ -748,12 +1047,6 @@ def cubic_schedule(
     return [density + (1-density)*(1-r/rounds)**3 for r in range(1, rounds+1)]
 
 # %% ../nbs/01_pruning.ipynb #dd9008f1
-CRITERIA = {}
-def criterion(f):
-    "Register a criterion `f(model, losses=None, **prunable's arguments) -> {name: scores}` under its name."
-    CRITERIA[f.__name__] = f
-    return f
-
 def _gradients(found, model, losses):
     "For each loss, the gradients of the layers' weights; the model is in eval mode, and nothing is left changed."
     if losses is None: raise OpenTransError("This criterion looks at data: give losses, a function of the model that yields one scalar loss a batch.")
@@ -773,25 +1066,20 @@ def _gradients(found, model, losses):
         for m,t in modes.items(): m.training = t
 
 @criterion
-def magnitude(model, losses=None, **kwargs):
-    "|w|."
-    return _magnitudes(prunable(model, **kwargs))
-
-@criterion
 def snip(model, losses=None, **kwargs):
     "SNIP (Lee et al. 2019, Eq. 6): |w x the gradient over all batches|."
     found,total = prunable(model, **kwargs),{}
     for g in _gradients(found, model, losses):
         for n in g: total[n] = total.get(n, 0) + g[n]
-    return {l.name: (l.weight.detach()*total[l.name]).abs() for l in found}
+    return {l.name: _size(l.weight*total[l.name]) for l in found}
 
 @criterion
 def sensitivity(model, losses=None, **kwargs):
     "|w| x the root of the mean squared gradient over batches."
     found,total = prunable(model, **kwargs),{}
     for g in _gradients(found, model, losses):
-        for n in g: total[n] = total.get(n, 0) + g[n].square()
-    return {l.name: l.weight.detach().abs()*total[l.name].sqrt() for l in found}
+        for n in g: total[n] = total.get(n, 0) + g[n].abs().square()
+    return {l.name: _size(l.weight)*total[l.name].sqrt() for l in found}
 
 # %% ../nbs/01_pruning.ipynb #967b269e
 @patch(cls_method=True)
@@ -805,10 +1093,10 @@ def by(cls:SparseMask,
     **kwargs,
 ):
     "Keep the weights that a criterion finds best, in one shot. Raises `OpenTransError` for an unknown criterion, or losses that are not given."
-    f = criterion if callable(criterion) else CRITERIA.get(criterion)
-    if f is None: raise unknown('criterion', criterion, CRITERIA)
-    density = _share(density)
-    return cls(_choose(f(model, losses, **kwargs), density, scope), _info(model, prunable(model, **kwargs), method=_name_of(f), scope=scope))
+    name,f = _criterion(criterion)
+    density,found = _share(density),prunable(model, **kwargs)
+    info = _info(model, found, method=name, scope=scope) | _dense_info(model, **kwargs) | ({} if losses is None else _threads())
+    return cls(_choose(_ask(f, model, losses, **kwargs), density, scope, layers(model)), info)
 
 # %% ../nbs/01_pruning.ipynb #96eee31e
 def _read_checkpoint(path, trust):
@@ -840,6 +1128,8 @@ def apply_to_state(self:SparseMask,
 )->dict: # Name in the state dict -> the layers of the mask that lie in it
     "Zero the pruned weights of a state dict. Raises `OpenTransError`, with nothing changed, if the mask does not fit in one place."
     hit = _match(self.shapes, {k: t.shape for k,t in state.items() if isinstance(t, torch.Tensor)}, strict, lambda n: state[n].data_ptr())
+    odd = {k: why for k,_ in hit.values() if not state[k].is_complex() and (why := unreadable(state[k]))}
+    if odd: raise OpenTransError(f"{len(odd)} tensors of the state dict cannot be masked: {_reasons(odd)}.")
     new,placed = {},{}
     for name,(k,rows) in hit.items():
         if k not in new: new[k],placed[k] = state[k].detach().clone(),[]
