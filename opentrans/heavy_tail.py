@@ -8,7 +8,8 @@ __all__ = ['XMIN', 'BY', 'ALTERNATIVES', 'mp_edges', 'marchenko_pastur', 'PowerL
            'explore']
 
 # %% ../nbs/02_heavy_tail.ipynb #203feac0
-import json, math, threading
+import contextlib, json, math, re, threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
@@ -17,7 +18,11 @@ from fastcore.basics import patch
 from scipy import optimize, special
 from scipy.linalg import blas, lapack
 from torch import nn
-from .core import LayerSelection, OpenTransError, Undo, axes, find_tower, layers, load_tensors, optional, png, save_tensors, unknown
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import ParametrizationList
+from .core import (LayerSelection, OpenTransError, Undo, axes, find_tower, layers, load_tensors, optional, png,
+    save_tensors, unknown)
 
 # %% ../nbs/02_heavy_tail.ipynb #ff90d73d
 from .escape import for_html, for_plot
@@ -127,7 +132,9 @@ def _candidates(t, x, rule, bins):
 
 def _fit_given(x, xmin):
     tail = x[x >= xmin]
-    if tail.size < 2 or tail[-1] <= xmin*(1+1e-9): return _no_fit(f'{tail.size} eigenvalues above xmin={xmin:.3g}: a tail needs at least 2', x.size, 'given', x)
+    if tail.size < 2 or tail[-1] <= xmin*(1+1e-9):
+        reason = f'{tail.size} eigenvalues above xmin={xmin:.3g}: a tail needs at least 2'
+        return _no_fit(reason, x.size, 'given', x)
     logs = np.log(tail/xmin)
     slope = tail.size/logs.sum()
     return _fit(slope, xmin, np.abs(1 - np.exp(-slope*logs) - np.searchsorted(tail, tail)/tail.size).max(), tail.size, x, 'given')
@@ -138,28 +145,58 @@ def _rule(xmin):
     if isinstance(xmin, str):
         if xmin not in XMIN: raise unknown('xmin rule', xmin, XMIN)
         return xmin
-    if not (math.isfinite(xmin) and xmin > 0): raise OpenTransError(f"xmin={xmin} cannot begin a tail. Give a positive number or one of: {', '.join(XMIN)}.")
+    number = isinstance(xmin, (int, float, np.number)) and not isinstance(xmin, bool)
+    if not (number and math.isfinite(xmin) and xmin > 0):
+        raise OpenTransError(f"xmin={xmin} cannot begin a tail. Give a positive number or one of: {', '.join(XMIN)}.")
     return 'given'
+
+_FLAT = 1e-5 # values that differ by less than this share of themselves are equal, whatever they come from
+
+def _sample(evals):
+    "A sample as a flat ascending array of float64. Raises `OpenTransError` for what is not real numbers."
+    if isinstance(evals, torch.Tensor): evals = evals.detach().cpu().resolve_conj()
+    if isinstance(evals, torch.Tensor) and not evals.is_complex(): evals = evals.double()
+    try: x = np.asarray(evals)
+    except (TypeError, ValueError) as e:
+        raise OpenTransError(f"Eigenvalues must be real numbers: this {type(evals).__name__} is no array ({e}). Give a tensor, an array or a flat list.") from e
+    if x.dtype.kind in 'biuf': return np.sort(x.astype(float).ravel())
+    raise OpenTransError(f"Eigenvalues must be real numbers, not {x.dtype}. Give squared singular values, as esd does.")
+
+def _no_tail(x):
+    "Why no tail can be fitted to a positive ascending sample; empty if one can."
+    if x.size < 4: return f"{x.size} eigenvalue{'s' if x.size != 1 else ''} above zero: a fit needs at least 4"
+    return 'all eigenvalues are equal' if x[-1] <= x[0]*(1+_FLAT) else ''
+
+def _unless_flat(fit, noise):
+    "A fit, or none if its tail is no wider than rounding alone would make one value: then its slope would be that of the rounding."
+    if not fit.ok: return fit
+    first = float(fit.evals[-fit.n_tail])
+    width = 1/(fit.alpha-1) - math.log(first/fit.xmin)                           # mean of log(x/first) over the tail
+    if width > max(_FLAT, 1.5*noise/math.sqrt(first)): return fit
+    return _no_fit(f'the {fit.n_tail} eigenvalues of the tail are equal but for rounding', fit.n, fit.method, fit.evals)
 
 def fit_power_law(
     evals, # Eigenvalues (or any positive sample), in any order: tensor, array or list
     xmin='ks', # Rule for the beginning of the tail, one of `XMIN`, or its value
     floor:float=0., # Values not above this are left out
     bins:int=100, # Bins of the log histogram of the `'peak'` and `'paper'` rules
+    noise:float=0., # How far rounding may have moved the square root of a value; there is no fit to a tail that is narrower
 )->PowerLawFit: # The fit, or NaN with a reason
-    "Continuous power law by maximum likelihood (Sec. 3.3.2, Eq. 2), with the tail chosen by a rule. Raises `OpenTransError` for an unknown rule."
-    rule = _rule(xmin)
-    x = np.sort(np.asarray(evals.detach().cpu() if isinstance(evals, torch.Tensor) else evals, dtype=float).ravel())
+    """Continuous power law by maximum likelihood (Sec. 3.3.2, Eq. 2), with the tail chosen by a rule.
+    Raises `OpenTransError` for an unknown rule, and for what is not real numbers."""
+    rule,x = _rule(xmin),_sample(evals)
+    if bins < 1: raise OpenTransError(f"bins={bins} is no number of bins. Give at least 1.")
     if not np.isfinite(x).all(): return _no_fit('the spectrum holds NaN or infinity', x.size, rule)
+    if x.size and x[0] < -1e-3*abs(x[-1]): return _no_fit('the sample holds negative numbers, so it is no spectrum', x.size, rule)
     x = x[np.searchsorted(x, max(floor, 0), side='right'):]
-    if x.size < 4: return _no_fit(f"{x.size} eigenvalue{'s' if x.size != 1 else ''} above zero: a fit needs at least 4", x.size, rule, x)
-    if x[-1] <= x[0]*(1+1e-9): return _no_fit('all eigenvalues are equal', x.size, rule, x)
-    if rule == 'given': return _fit_given(x, float(xmin))
+    reason = _no_tail(x)
+    if reason: return _no_fit(reason, x.size, rule, x)
+    if rule == 'given': return _unless_flat(_fit_given(x, float(xmin)), noise)
     t = _Tails(x)
     cand = _candidates(t, x, rule, bins)
     if cand.size < (2 if rule == 'ks' else 1): return _no_fit('too few distinct eigenvalues for a tail', x.size, rule, x)
     i,D = t.search(cand)
-    return _fit(t.slope[i], t.x[i], D, t.n[i], x, rule)
+    return _unless_flat(_fit(t.slope[i], t.x[i], D, t.n[i], x, rule), noise)
 
 # %% ../nbs/02_heavy_tail.ipynb #8d754079
 @patch
@@ -251,7 +288,7 @@ def matrices(
     return w.permute(0, 3, 1, 2).flatten(0, 1) if conv == 'slices' else w.flatten(2)
 
 # %% ../nbs/02_heavy_tail.ipynb #8957ec11
-def _gram(m): return m.swapaxes(-1, -2) @ m if m.shape[-2] >= m.shape[-1] else m @ m.swapaxes(-1, -2)
+def _gram(m): return m.mH @ m if m.shape[-2] >= m.shape[-1] else m @ m.mH
 
 _LAPACK = {torch.float64: (blas.dsyrk, lapack.dsytrd, lapack.dsterf), torch.float32: (blas.ssyrk, lapack.ssytrd, lapack.ssterf)}
 
@@ -266,30 +303,136 @@ def _by_lapack(a, syrk, sytrd, sterf):
 
 def _gram_eigenvalues(m):
     "On a CPU by SciPy's LAPACK, large matrices one by one, so that there is one Gram matrix at a time; small ones and those on a GPU all at once by torch."
-    if m.device.type != 'cpu' or min(m.shape[1:]) < 32: return torch.linalg.eigvalsh(_gram(m))
+    if m.device.type != 'cpu' or min(m.shape[1:]) < 32 or m.is_complex(): return torch.linalg.eigvalsh(_gram(m))
     return torch.from_numpy(np.stack([_by_lapack(a, *_LAPACK[m.dtype]) for a in m.contiguous().numpy()]))
 
-def _eigenvalues(mats, method='auto', precision='double', floor=1e-5):
-    "Eigenvalues of W^T W of each matrix, ascending, and how they were found."
-    m = mats.to(torch.float64 if precision == 'double' else torch.float32)
+_PRECISE = {(False, 'double'): torch.float64, (False, 'fast'): torch.float32, (True, 'double'): torch.complex128, (True, 'fast'): torch.complex64}
+
+def _by_method(mats, method, precision, floor):
+    m = mats.to(_PRECISE[mats.is_complex(), precision])
     k = min(m.shape[-2:])
-    if k == 1: return m.square().sum((-2,-1))[:,None],'norm'
+    if k == 1: return (m.abs() if m.is_complex() else m).square().sum((-2,-1))[:,None],'norm'
     if method != 'svd':
         try:
             ev = _gram_eigenvalues(m).clamp_(min=0)
             error = torch.finfo(m.dtype).eps*k*ev.max().item()                 # bound of the absolute error of this way
             if method == 'gram' or precision == 'fast' or error <= 1e-4*floor: return ev,'gram'
         except (torch.linalg.LinAlgError, np.linalg.LinAlgError):
+            if precision == 'fast': return _by_method(mats, method, 'double', floor)
             if method == 'gram': raise OpenTransError("The eigenvalues of the Gram matrix did not converge. Use method='svd'.") from None
     return torch.linalg.svdvals(m).square().flip(-1),'svd'
 
-# %% ../nbs/02_heavy_tail.ipynb #bb4c8f37
-def _finite(w):
-    v = w.flatten()
-    return math.isfinite(torch.dot(v, v).item()) or bool(torch.isfinite(w).all())   # one pass by BLAS shows every NaN and infinity; a sum that overflows is looked at again
+def _eigenvalues(mats, method='auto', precision='double', floor=1e-5):
+    "Eigenvalues of W^T W of each matrix, ascending, and how they were found."
+    ev,how = _by_method(mats, method, precision, floor)
+    if precision == 'double': return ev,how
+    lost = ~((ev[:,-1] > 1e-30) & (ev[:,-1] < 1e30))                           # squares that float32 cannot hold are taken in float64
+    if lost.any():
+        ev = ev.double()
+        ev[lost] = _by_method(mats[lost], method, 'double', floor)[0]
+    return ev,how
 
+# %% ../nbs/02_heavy_tail.ipynb #9b6aa87b
+class _Unread(OpenTransError):
+    "A weight that is no matrix of numbers. The message is the reason that a table shows."
+
+def _cannot(error):
+    "The `_Unread` for an error of torch, with the beginning of its words."
+    words = str(error).splitlines() or ['']
+    return _Unread(f"the weight cannot be read ({type(error).__name__}: {words[0][:80]})")
+
+def _attempt(make, *args):
+    "What a function makes of its arguments, or the `_Unread` that says why it cannot."
+    try: return make(*args)
+    except _Unread as e: return e
+    except (RuntimeError, TypeError, AttributeError, IndexError) as e: return _cannot(e)
+
+def _dense(w):
+    "Any kind of tensor as a plain dense one. Raises `_Unread` if it holds no values."
+    if is_lazy(w): raise _Unread('the layer is not initialised: run the model once')
+    w = w.detach()
+    if w.is_meta or isinstance(w, FakeTensor): raise _Unread('the weight holds no values (it is offloaded or on the meta device): load it first')
+    if hasattr(w, 'full_tensor'): w = w.full_tensor()                                # a DTensor, gathered from all processes
+    if w.is_quantized or type(w).dequantize is not torch.Tensor.dequantize: w = w.dequantize()
+    if w.layout != torch.strided: w = w.to_dense()
+    return w.as_subclass(torch.Tensor).resolve_conj()
+
+def _check_numbers(w):
+    "Raise `_Unread` for a dense tensor whose entries are not the numbers of a matrix."
+    if w.dtype == torch.bool: raise _Unread('the weight holds truth values, no numbers')
+    if not w.is_floating_point() and not w.is_complex():
+        raise _Unread(f"the weight holds whole numbers ({str(w.dtype)[6:]}): codes without their scales, which have to be multiplied out first")
+    if w.ndim < 2: raise _Unread(f'a weight of shape {tuple(w.shape)} is no matrix')
+
+def _numbers(w):
+    dense = _dense(w)
+    _check_numbers(dense)
+    if dense.dtype == torch.complex32: return dense.to(torch.complex64),torch.float16
+    small = dense.is_floating_point() and dense.dtype.itemsize == 1                  # float8 is stored, but not computed with
+    return (dense.float() if small else dense),dense.dtype
+
+def _read(w):
+    "A weight as (dense tensor to compute with, type in which it was stored). Raises `_Unread` with the reason why there is none."
+    res = w if isinstance(w, _Unread) else _attempt(_numbers, w)
+    if isinstance(res, _Unread): raise res
+    return res
+
+def _finite(w):
+    "Does a dense tensor hold neither NaN nor infinity?"
+    v = (torch.view_as_real(w) if w.is_complex() else w).flatten()
+    return math.isfinite(torch.dot(v, v).item()) or bool(torch.isfinite(v).all())   # one pass by BLAS; a sum that overflows is looked at again
+
+# %% ../nbs/02_heavy_tail.ipynb #146b1b5e
+_FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
+_COARSER = {torch.float64: (*_FLOAT8, torch.bfloat16, torch.float16, torch.float32), torch.float32: (*_FLOAT8, torch.bfloat16, torch.float16),
+            torch.bfloat16: _FLOAT8, torch.float16: _FLOAT8}
+
+def _fits(w, dtype):
+    "Can a type hold all numbers of a weight? For float8 they must also be many: whole numbers such as -1, 0 and 1 are exact there, and not rounded."
+    def same(part): return bool((part.to(dtype).to(part.dtype) == part).all())
+    return same(w[0]) and same(w) and (dtype.itemsize > 1 or len(w.abs().unique()) >= min(16, w.numel()//2))
+
+def _stored_type(w, given):
+    "The type in which a weight was last stored, if its numbers show that it was a coarser one than the type `given`."
+    if w.is_complex() or w.dtype != given: return given
+    return next((d for d in _COARSER[given] if _fits(w, d)), given)
+
+def _noise(mats, ev, stored):
+    "How far rounding may have moved the singular values of each of a stack of matrices with the eigenvalues `ev`."
+    kind = torch.finfo(stored)
+    if kind.eps < 1e-6: return 2*kind.eps*np.sqrt(ev.sum(1))
+    norms = [torch.linalg.vector_norm(mats, dim=d).amax(-1).double().cpu().numpy() for d in (-1, -2)]
+    below = .3*kind.tiny*kind.eps*(math.sqrt(mats.shape[1])+math.sqrt(mats.shape[2]))        # of numbers so small that they have fewer digits
+    return .3*kind.eps*(norms[0]+norms[1]) + below
+
+def _null(ev, noise, shape):
+    """How many of each matrix's eigenvalues are rounding: the largest d for which the d smallest are within what rounding makes of d zeros.
+    One to three of many are left alone: that few are within it by chance, and change nothing."""
+    k = ev.shape[1]
+    d = np.arange(1, k+1)
+    sides = [np.sqrt(n-k+d) for n in shape]                                      # the zeros are a block of this many rows and columns
+    edge = noise[:,None]*(sides[0]+sides[1])/(math.sqrt(shape[0])+math.sqrt(shape[1]))
+    within = (np.sort(ev, 1) <= edge**2)*d
+    return np.where(within.max(1) >= min(4, k//2), within.max(1), 0)
+
+def _settle(ev, noise, shape, eps):
+    """(eigenvalues, norm of the rounding): what is rounding alone becomes zero, and all become equal if they differ by no more than rounding.
+    `ev` is (matrices, eigenvalues each), ascending, of matrices of one `shape`; `noise` is from `_noise`; `eps` is how exact the arithmetic was."""
+    top = ev[:,-1]
+    ev = np.where((ev > eps*top[:,None]) & (np.arange(ev.shape[1]) >= _null(ev, noise, shape)[:,None]), ev, 0.)
+    noise = float((noise + eps*np.sqrt(top)).max())
+    above = ev[ev > 0]
+    if above.size and np.log(above.max()) - np.log(above.min()) <= 3*noise/math.sqrt(above.max()): ev = np.where(ev > 0, above.mean(), 0.)
+    return ev,noise
+
+def _exactness(ev, how, precision):
+    "Size of the smallest eigenvalues that the arithmetic can tell from zero, as a share of the largest."
+    eps = ev.shape[-1]*(2**-52 if precision == 'double' else 2**-23)
+    return eps**2 if how == 'svd' else eps
+
+# %% ../nbs/02_heavy_tail.ipynb #bb4c8f37
 def esd(
-    weight:torch.Tensor, # Weight of a layer: (out, in), or (out, in, *kernel) of a convolution; any float type, any device
+    weight:torch.Tensor, # Weight of a layer: (out, in), or (out, in, *kernel) of a convolution; any type of real or complex numbers, any device
     conv:str='slices', # `'slices'`: one (out, in) matrix a kernel position, pooled, as the paper; `'flatten'`: one matrix (out, in*kernel)
     norm:float=1., # Factor on a convolution's eigenvalues; the paper and WeightWatcher take 0.5. Alpha does not depend on it
     method:str='auto', # `'gram'`, `'svd'`, or `'auto'`: Gram, unless its error could reach 0.01 % of an eigenvalue of size `floor`
@@ -298,13 +441,19 @@ def esd(
     groups:int=1, # Take this many groups apart; 1 keeps the weight whole, as the paper does
     floor:float=1e-5, # The smallest eigenvalue that matters
 )->torch.Tensor: # min(rows, columns) eigenvalues a matrix, of all matrices, ascending; float64 (`'fast'`: float32)
-    "Empirical spectral density of a layer: the eigenvalues of $W^T W$ (Sec. 3.3.2). Raises `OpenTransError`."
+    """Empirical spectral density of a layer: the eigenvalues of $W^T W$ (Sec. 3.3.2). What is rounding alone is zero, and
+    eigenvalues that all differ by rounding alone are equal. Raises `OpenTransError` for a weight that is no matrix of numbers."""
     if method not in ('auto', 'gram', 'svd'): raise unknown('method', method, ['auto', 'gram', 'svd'])
     if precision not in ('double', 'fast'): raise unknown('precision', precision, ['double', 'fast'])
-    mats = matrices(weight, conv, transposed, groups)
+    try: w,stored = _read(weight)
+    except _Unread as e: raise OpenTransError(f"{str(e)[0].upper()}{str(e)[1:]}. Only a matrix of numbers has a spectrum.") from e
+    mats = matrices(w, conv, transposed, groups)
     if not _finite(mats): raise OpenTransError("The weight holds NaN or infinity, so it has no spectrum. Look for a training run that diverged.")
-    ev = _eigenvalues(mats, method, precision, floor)[0].flatten().sort().values
-    return ev*norm if weight.ndim > 2 else ev
+    ev,how = _eigenvalues(mats, method, precision, floor)
+    numbers = ev.double().cpu().numpy()
+    settled,_ = _settle(numbers, _noise(mats, numbers, _stored_type(w, stored)), mats.shape[1:], _exactness(ev, how, precision))
+    ev = torch.from_numpy(settled).to(ev.device, ev.dtype).flatten().sort().values
+    return ev*norm if w.ndim > 2 else ev
 
 # %% ../nbs/02_heavy_tail.ipynb #ea7b97e7
 @dataclass
@@ -320,57 +469,194 @@ class Spectrum:
     paper:float = 1. # Eigenvalues times this are on the paper's scale
     solver:str = '' # `'gram'`, `'svd'` or `'norm'`
     reason:str = '' # Why there is no spectrum, or what is odd about it
+    noise:float = 0. # How far rounding may have moved the square root of an eigenvalue
 
     def fit(self,
         xmin='ks', # Rule, one of `XMIN`, or a value
     )->PowerLawFit:
         "Fit the tail. The rule `'paper'` compares absolute numbers, so it sees the eigenvalues on the paper's scale."
         if self.evals is None: return _no_fit(self.reason, 0, _rule(xmin))
-        if not (isinstance(xmin, str) and xmin == 'paper') or self.paper == 1: return fit_power_law(self.evals, xmin)
-        f = fit_power_law(self.evals*self.paper, xmin)
+        if not (isinstance(xmin, str) and xmin == 'paper') or self.paper == 1: return fit_power_law(self.evals, xmin, noise=self.noise)
+        f = fit_power_law(self.evals*self.paper, xmin, noise=self.noise*math.sqrt(self.paper))
         return PowerLawFit(f.alpha, f.xmin/self.paper, f.D, f.sigma, f.n_tail, f.n, f.method, f.reason, self.evals)
 
-    def keep(self, ev, how, shape, floor, norm, precision):
-        "Take eigenvalues, without those that count as zero."
+    def keep(self, ev, how, mats, floor, norm, precision, stored):
+        "Take the eigenvalues of a stack of matrices, without those that count as zero."
         self.solver = how
-        if ev is None: self.reason = 'the eigenvalues did not converge'; return
-        raw = np.sort(ev.flatten().double().cpu().numpy())*(norm if len(self.shape) > 2 else 1)
-        self.edge = mp_edges(shape[1:], raw.sum()/math.prod(shape))[1]               # the sum of the eigenvalues is that of the squared weights
-        noise = raw[-1]*ev.shape[-1]*(2**-52 if precision == 'double' else 2**-23)
-        self.evals = raw[raw > max(floor/self.paper, noise if precision == 'fast' else 0)]
-        if not self.evals.size: self.evals,self.reason = raw[raw > noise],f'all eigenvalues are below {floor:g}, so the floor is relative to the largest'
+        if ev is None:
+            self.reason = 'the eigenvalues did not converge'
+            return
+        ev = ev.double().cpu().numpy()
+        if not 0 < ev.max() < math.inf:
+            self.reason = 'the eigenvalues are too small or too large for float64: scale the weight'
+            return
+        factor = norm if len(self.shape) > 2 else 1
+        total = (np.sort(ev.flatten())*factor).sum()                                 # the sum of the squared weights
+        self.edge = mp_edges(mats.shape[1:], total/mats.numel())[1]
+        settled,noise = _settle(ev, _noise(mats, ev, stored), mats.shape[1:], _exactness(ev, how, precision))
+        if len(np.unique(settled[settled > 0])) == 1 < len(np.unique(ev[settled > 0])): self.reason = 'the eigenvalues differ by no more than rounding'
+        self.noise = noise*math.sqrt(factor)
+        tiny = _exactness(ev, 'gram', precision)
+        self._cut(np.sort(settled.flatten())*factor, floor, tiny if precision == 'fast' else 0, tiny)
+
+    def _cut(self, raw, floor, least, tiny):
+        "Leave out what is below the floor; if all is, what is below `tiny` times the largest."
+        self.evals = raw[raw > max(floor/self.paper, least*raw[-1])]
+        if not self.evals.size:
+            self.evals = raw[raw > tiny*raw[-1]]
+            self.reason = self.reason or f'all eigenvalues are below {floor:g}, so the floor is relative to the largest'
         self.n_zero = raw.size - self.evals.size
 
+# %% ../nbs/02_heavy_tail.ipynb #59baf569
+_HELPER = re.compile(r'weight_(g|u|mask|scale\w*|zero_point\w*)$')                # what stands beside a weight, and is none
+_HOOKED = re.compile(r'(.*weight)_(?:orig|v)$')                                     # a part of a weight that a hook of torch.nn.utils puts together
+_PARAMETRISED = re.compile(r'(.*)parametrizations\.(\w*weight\w*)\.original0?$')
+
+def _normed(v, g):
+    "A weight from its direction and its length (`weight_norm`): slices of `v` over the axes along which `g` has one number are made as long as `g` says."
+    over = [d for d in range(v.ndim) if g.numel() == 1 or g.shape[d] == 1]
+    return (v.double()*(g.double()/torch.linalg.vector_norm(v.double(), dim=over, keepdim=True))).to(v.dtype)
+
+def _by_sigma(w, u):
+    "A weight over its spectral norm. Scale does not matter to alpha, so the norm is that of one step from `u`."
+    rows = w.detach().double().flatten(1)
+    return w/torch.linalg.vector_norm(u.double()@rows)
+
+def _in_parts(at, tensors):
+    "The weight that a state dict holds in parts under the name `at`, such as `'conv.weight'`; None if it does not."
+    part = {end: tensors.get(f'{at}_{end}') for end in ('g', 'v', 'orig', 'mask', 'u')}
+    if part['g'] is not None and part['v'] is not None: return _normed(part['v'], part['g'])
+    if part['orig'] is None: return None
+    if part['mask'] is not None: return part['orig']*part['mask']
+    return part['orig'] if part['u'] is None else _by_sigma(part['orig'], part['u'])
+
+def _parametrised(at, tensors):
+    "The weight under a parametrisation of `torch.nn.utils.parametrizations`. Raises `_Unread` if the tensors alone do not give it."
+    original,g,v,u = (tensors.get(f'{at}.{end}') for end in ('original', 'original0', 'original1', '0._u'))
+    if g is not None and v is not None and (g.ndim == v.ndim or g.numel() == 1): return _normed(v, g)
+    if original is not None and u is not None: return _by_sigma(original, u)
+    raise _Unread('the weight is parametrised, and a state dict does not say how: give the model')
+
+def _check_scales(w, beside):
+    "The weight again. Raises `_Unread` for float8 numbers that are codes: several scales stand among the tensors `beside` them."
+    if not (w.is_floating_point() and w.dtype.itemsize == 1): return w
+    many = [n for n,t in beside.items() if 'scale' in n and isinstance(t, torch.Tensor) and t.numel() > 1]
+    if not many: return w
+    raise _Unread(f"the weight holds float8 codes with scales of their own ('{many[0]}'), which have to be multiplied out first")
+
+def _state_weight(key, tensors):
+    "(name, weight) of the layer that an entry of a state dict is, or stands for; None if it is none."
+    path,_,leaf = key.rpartition('.')
+    if found := _PARAMETRISED.match(key): return ''.join(found.groups()),_attempt(_parametrised, f'{found[1]}parametrizations.{found[2]}', tensors)
+    if (found := _HOOKED.match(key)) and (whole := _attempt(_in_parts, found[1], tensors)) is not None: return found[1],whole
+    if 'weight' not in leaf or _HELPER.search(leaf): return None
+    beside = {n: t for n,t in tensors.items() if n.rpartition('.')[0] == path} if tensors[key].dtype.itemsize == 1 else {}
+    return key,_attempt(_check_scales, tensors[key], beside)
+
+def _state_weights(tensors):
+    "What `_named_weights` gives, of a state dict."
+    tensors = {n: torch.as_tensor(t) if isinstance(t, np.ndarray) and t.dtype.kind in 'biufc' else t for n,t in tensors.items()}
+    tensors = {n: t for n,t in tensors.items() if isinstance(t, torch.Tensor)}
+    res = {}
+    for key in tensors:
+        name,w = _state_weight(key, tensors) or ('', None)
+        if w is not None and len(_shape(w)) != 1: res.setdefault(name, w)
+    return [(n, 'conv' if len(_shape(w)) > 2 else 'linear', w, False, 1) for n,w in res.items()]
+
 # %% ../nbs/02_heavy_tail.ipynb #538dbf40
-def _named_weights(model, embeddings, split_groups):
-    "(name, kind, weight, transposed, groups) of each layer of a model or a state dict."
-    if isinstance(model, dict):
-        return [(n, 'conv' if w.ndim > 2 else 'linear', w, False, 1) for n,w in model.items()
-                if isinstance(w, torch.Tensor) and w.ndim > 1 and w.is_floating_point() and 'weight' in n.rsplit('.', 1)[-1]]
-    res = []
+def _effective(layer):
+    "A layer's weight as its forward pass sees it: what the hooks of torch.nn.utils (weight_norm, spectral_norm, prune) make of its parts, made anew."
+    leaf,weight = layer.key.rpartition('.')[2],layer.param
+    for hook in layer.module._forward_pre_hooks.values():
+        if leaf not in (getattr(hook, 'name', None), getattr(hook, '_tensor_name', None)): continue
+        if hasattr(hook, 'apply_mask'): weight = hook.apply_mask(layer.module)
+        elif hasattr(hook, 'reshape_weight_to_matrix'): weight = hook.compute_weight(layer.module, do_power_iteration=False)
+        elif hasattr(hook, 'compute_weight'): weight = hook.compute_weight(layer.module)
+    return weight
+
+def _own_weight(layer):
+    "The weight of one `Layer`, of a packed projection its rows. Raises `_Unread`."
+    weight = _check_scales(_effective(layer), layer.module._parameters | layer.module._buffers)
+    return weight if layer.rows is None else _dense(weight)[layer.rows]
+
+@contextlib.contextmanager
+def _unmoved(model):
+    "Inside, reading a parametrised weight leaves it as it is: a spectral norm makes no step of its power iteration."
+    lists = [m for m in model.modules() if isinstance(m, ParametrizationList)]
+    parts = [(part, part.training) for each in lists for part in each.modules()]
+    for part,_ in parts: part.training = False
+    try:
+        with torch.no_grad(): yield
+    finally:
+        for part,mode in parts: part.training = mode
+
+def _quantized(tower):
+    "(name, module) of each layer that torch.ao has quantized: its weight is a method."
+    return [(f'{n}.weight' if n else 'weight', m) for n,m in tower.named_modules() if 'quantized' in type(m).__module__ and callable(getattr(m, 'weight', None))]
+
+def _module_weights(model, embeddings, split_groups):
+    "What `_named_weights` gives, of a module."
+    res,tower = [],find_tower(model)
     for l in layers(model):
         T = isinstance(l.module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-        res.append((l.name, l.kind, l.weight, T, l.module.groups if split_groups and l.kind == 'conv' else 1))
+        res.append((l.name, l.kind, _attempt(_own_weight, l), T, l.module.groups if split_groups and l.kind == 'conv' else 1))
+    for name,m in _quantized(tower):
+        w = m.weight()
+        res.append((name, 'conv' if w.ndim > 2 else 'linear', w, False, m.groups if split_groups and w.ndim > 2 else 1))
     if embeddings:
-        res += [(f'{n}.weight' if n else 'weight', 'embedding', m.weight, False, 1) for n,m in find_tower(model).named_modules() if isinstance(m, nn.Embedding)]
+        res += [(f'{n}.weight' if n else 'weight', 'embedding', m.weight, False, 1) for n,m in tower.named_modules() if isinstance(m, nn.Embedding)]
     return res
+
+def _named_weights(model, embeddings, split_groups):
+    "(name, kind, weight, transposed, groups) of each layer of a model or a state dict. Raises `OpenTransError` for anything else."
+    if isinstance(model, Mapping): return _state_weights(model)
+    if not isinstance(model, nn.Module): raise OpenTransError(f"A {type(model).__name__} has no layers. Give a model, or a dict of its tensors.")
+    with _unmoved(model): return _module_weights(model, embeddings, split_groups)
 
 def _skipped(name, skip): return any(s in name.split('.') or name.startswith(f'{s}.') for s in skip)
 
-def _solve(jobs, method, precision, floor, size=2**22):
-    "Eigenvalues of many stacks of matrices; those of one shape are solved together, at most `size` numbers at a time."
+def _solve_alone(part, options):
+    "Eigenvalues of each of a few stacks of matrices by itself, so that one that fails costs no other."
+    res = {}
+    for k,m in part:
+        try: res[k] = _eigenvalues(m, *options)
+        except (OpenTransError, torch.linalg.LinAlgError): res[k] = None,''
+    return res
+
+def _solve(jobs, *options, size=2**22):
+    "Eigenvalues of many stacks of matrices; those of one shape are solved together, at most `size` numbers at a time. The options are those of `_eigenvalues`."
     res,groups = {},{}
     for k,m in jobs: groups.setdefault((m.shape[1:], m.device, m.dtype), []).append((k, m))
     for g in groups.values():
         while g:
             n,part = 0,[]
-            while g and (not part or n+g[0][1].numel() <= size): part.append(g.pop(0)); n += part[-1][1].numel()
-            try: ev,how = _eigenvalues(torch.cat([m for _,m in part]), method, precision, floor)
-            except (OpenTransError, torch.linalg.LinAlgError): res.update({k: (None, '') for k,_ in part}); continue
-            for (k,m),e in zip(part, ev.split([m.shape[0] for _,m in part])): res[k] = e,how
+            while g and (not part or n+g[0][1].numel() <= size):
+                part.append(g.pop(0))
+                n += part[-1][1].numel()
+            try: ev,how = _eigenvalues(torch.cat([m for _,m in part]), *options)
+            except (OpenTransError, torch.linalg.LinAlgError): res |= _solve_alone(part, options)
+            else: res |= {k: (e,how) for (k,_),e in zip(part, ev.split([len(m) for _,m in part]))}
     return res
 
 # %% ../nbs/02_heavy_tail.ipynb #7b476176
+def _shape(w):
+    "The shape of a weight; () for one that has none, because it is not initialised or could not be put together."
+    if isinstance(w, _Unread) or is_lazy(w): return ()
+    return tuple(w.shape)
+
+def _weight_of(s, w, device):
+    "(weight to compute with, type it was stored in) of a layer; (None, None) if it has no spectrum, and then the reason stands in its `Spectrum`."
+    try: w,stored = _read(w)
+    except _Unread as e:
+        s.reason = str(e)
+        return None,None
+    if device is not None: w = w.to(device)
+    if not w.numel(): s.reason = 'the weight is empty'
+    else: s.density = torch.count_nonzero(w).item()/w.numel()
+    if not _finite(w): s.reason = 'the weight holds NaN or infinity'
+    elif not s.density: s.reason = 'all weights are zero'
+    return (None,None) if s.reason else (w,_stored_type(w, stored))
+
 def spectra(
     model, # Any `nn.Module` (read in its tower, as `layers` does), or a state dict
     conv:str='slices', # `'slices'`: (out, in) matrices, one a kernel position, as the paper; `'flatten'`
@@ -387,18 +673,13 @@ def spectra(
     found = [w for w in _named_weights(model, embeddings, split_groups) if not _skipped(w[0], skip)]
     if not found: raise OpenTransError("The model has no convolution or linear layer to analyse" + (f" outside {', '.join(skip)}." if skip else '.'))
     esd(torch.ones(1, 1), conv=conv, method=method, precision=precision)      # complains about wrong options at once
-    res,jobs = [],[]
+    res,mats,stored = [],{},{}
     for k,(name,kind,w,T,groups) in enumerate(found):
-        w = w.detach() if device is None else w.detach().to(device)
-        s = Spectrum(name, kind, tuple(w.shape), paper=.5/norm if w.ndim > 2 else 1.)
-        res.append(s)
-        if not w.numel(): s.reason = 'the weight is empty'; continue
-        s.density = torch.count_nonzero(w).item()/w.numel()
-        if not _finite(w): s.reason = 'the weight holds NaN or infinity'; continue
-        if not s.density: s.reason = 'all weights are zero'; continue
-        jobs.append((k, matrices(w, conv, T, groups)))
-    shapes = {k: m.shape for k,m in jobs}
-    for k,(ev,how) in _solve(jobs, method, precision, floor).items(): res[k].keep(ev, how, shapes[k], floor, norm, precision)
+        shape = _shape(w)
+        res.append(Spectrum(name, kind, shape, paper=.5/norm if len(shape) > 2 else 1.))
+        w,stored[k] = _weight_of(res[k], w, device)
+        if w is not None: mats[k] = matrices(w, conv, T, groups)
+    for k,(ev,how) in _solve(mats.items(), method, precision, floor).items(): res[k].keep(ev, how, mats[k], floor, norm, precision, stored[k])
     return res
 
 # %% ../nbs/02_heavy_tail.ipynb #f36f7d73
@@ -424,9 +705,16 @@ class LayerTable:
         if not self.max_aspect or aspect < self.max_aspect: return s.fit(self.xmin)
         return _no_fit(f'left out: a linear layer {aspect:.3g} times longer than wide (limit {self.max_aspect:g})', s.evals.size, _rule(self.xmin), s.evals)
 
+    def _few(self, f):
+        "Why a fit rests on little; empty if it does not. Eigenvalues that agree to six digits count once."
+        if not f.ok: return ''
+        if f.n < self.few: return f'fewer than {self.few} eigenvalues'
+        distinct = 1 + int((np.diff(f.evals) > 1e-6*f.evals[1:]).sum())
+        return f'fewer than {self.few} distinct eigenvalues' if distinct < self.few else ''
+
     def _row(self, s, f):
-        few = f'fewer than {self.few} eigenvalues' if f.ok and f.n < self.few else ''
-        r = dict(kind=s.kind, shape=s.shape, params=math.prod(s.shape), density=s.density, n_evals=0, n_zero=s.n_zero, alpha=f.alpha, xmin=f.xmin, D=f.D,
+        few = self._few(f)
+        r = dict(kind=s.kind, shape=s.shape, params=math.prod(s.shape) if s.shape else 0, density=s.density, n_evals=0, n_zero=s.n_zero, alpha=f.alpha, xmin=f.xmin, D=f.D,
                  sigma=f.sigma, n_tail=f.n_tail, edge=s.edge, over_trained=f.alpha < 2, solver=s.solver, status='few' if few else 'ok' if f.ok else 'failed',
                  reason='; '.join(t for t in dict.fromkeys([s.reason, f.reason, few]) if t))
         if s.evals is None or not s.evals.size: return r
@@ -760,6 +1048,7 @@ class _Explorer:
     "State and wiring of `explore`."
     def __init__(self, table, w):
         self.table,self.busy,self.lock = table,False,threading.RLock()
+        self.fit,self.below,self.tables = None,None,{table.xmin: table}             # the fit shown above, what is shown below, tables by rule
         wide = dict(layout=w.Layout(width='340px'), style=dict(description_width='60px'))
         self.layer = w.Select(options=list(table), rows=16, description='layer', **wide)
         self.rule = w.Dropdown(options=[*XMIN, 'given'], value=table.xmin if isinstance(table.xmin, str) else 'given', description='xmin by', **wide)
@@ -775,35 +1064,66 @@ class _Explorer:
     def show(self, changed):
         "Draw what the widgets say, after a change of `'layer'`, `'rule'` or `'xmin'`. Kernels may call it from several threads: each change waits for its turn."
         with self.lock:
-            if self.busy: return                                    # a change of our own
+            if self.busy or self.layer.value is None: return        # a change of our own; or no layer is chosen, which leaves everything as it is
             self.busy = True
-            try: self._show(changed, self.table.xmin)
+            try:
+                self._follow(changed)
+                self._draw()
             finally: self.busy = False
 
-    def _show(self, changed, home):
-        s = self.table.spectra[self.layer.value]
+    def _follow(self, changed):
+        "Bring the other controls in line with the one that was changed, and make the fit that they name together."
+        home = self.table.xmin
         if changed == 'xmin': self.rule.value = 'given'
         elif changed == 'layer' and self.rule.value == 'given' and isinstance(home, str): self.rule.value = home
-        f = s.fit(self.rule.value if self.rule.value != 'given' else home if changed == 'layer' or self.xmin.disabled else float(s.evals[self.xmin.value]))
-        if changed != 'xmin': self._range(s, f)
-        self.text.value = f'<pre style="white-space:pre-wrap">{for_html(repr(f))}</pre>'
-        def draw(fig): a,b = fig.subplots(1, 2); _draw_esd(s, f, a); _draw_ks(s, {f.method: f}, b)
-        self.plot.value = _png(draw, (9, 3.2))
-        if changed != 'xmin': self.overview.value = _png(self._overview, (9, 2.2))
+        s = self.table.spectra[self.layer.value]
+        if changed == 'layer' or self.rule.value != 'given': self._range(s, self._xmin_by_rule())
+        self.fit = s.fit(self._xmin(s))
 
-    def _range(self, s, f):
-        "Put the slider over the eigenvalues of a layer and onto the fit's xmin."
+    def _xmin_by_rule(self):
+        "The chosen rule; that of the table where an xmin is given."
+        return self.table.xmin if self.rule.value == 'given' else self.rule.value
+
+    def _xmin(self, s):
+        "The rule, or the number, that the controls ask for. The slider stands for the table's own number where that has put it."
+        rule = self._xmin_by_rule()
+        if self.rule.value != 'given' or self.xmin.disabled: return rule
+        own = not isinstance(rule, str) and self.xmin.value == self._place(s, rule)
+        return rule if own else float(s.evals[self.xmin.value])
+
+    def _place(self, s, xmin):
+        "Which eigenvalue a rule or a number begins the tail with; the middle one if there is no fit."
+        n,f = s.evals.size,s.fit(xmin)
+        return min(int(np.searchsorted(s.evals, f.xmin)) if f.ok else n//2, n-2)
+
+    def _range(self, s, xmin):
+        "Put the slider over the eigenvalues of a layer and onto the one with which the tail begins."
         n = 0 if s.evals is None else s.evals.size
         self.xmin.disabled,top = n < 4,max(n-2, 1)
         with self.xmin.hold_sync():
             self.xmin.max = max(self.xmin.max, top)
-            self.xmin.value = 0 if n < 4 else min(int(np.searchsorted(s.evals, f.xmin)) if f.ok else n//2, top)
+            self.xmin.value = 0 if n < 4 else self._place(s, xmin)
             self.xmin.max = top
 
+    def _draw(self):
+        "Text and pictures of what the controls say now; nothing in them comes from what they said before."
+        s,f = self.table.spectra[self.layer.value],self.fit
+        self.text.value = f'<pre style="white-space:pre-wrap">{for_html(repr(f))}</pre>'
+        def draw(fig):
+            left,right = fig.subplots(1, 2)
+            _draw_esd(s, f, left)
+            _draw_ks(s, {f.method: f}, right)
+        self.plot.value = _png(draw, (9, 3.2))
+        below = self.layer.value,self._xmin_by_rule()
+        if below != self.below: self.overview.value = _png(self._overview, (9, 2.2))
+        self.below = below
+
     def _overview(self, fig):
-        t = self.table if self.rule.value in ('given', self.table.xmin) else self.table.refit(self.rule.value)
-        ax = t.plot_alpha(fig.subplots())
-        ax.axvline(list(t).index(self.layer.value), color='k', lw=1)
+        rule = self._xmin_by_rule()                                  # a given xmin is that of one layer
+        if rule not in self.tables: self.tables[rule] = self.table.refit(rule)
+        ax = self.tables[rule].plot_alpha(fig.subplots())
+        ax.axvline(list(self.table).index(self.layer.value), color='k', lw=1)
+        ax.set_title(for_plot(f'all layers, xmin by {rule}'), fontsize=8, loc='right')
 
 # %% ../nbs/02_heavy_tail.ipynb #ac8f6140
 def explore(
