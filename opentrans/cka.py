@@ -15,6 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 from .core import OpenTransError, axes, device_of, evaluating, find_tower, layers, progress, unwrap
 
+# %% ../nbs/03_cka.ipynb #697aeee5
+from .escape import for_plot
+
 # %% ../nbs/03_cka.ipynb #9ff85828
 def center_gram(
     K:torch.Tensor, # (..., n, n) Gram matrices; overwritten
@@ -282,7 +285,7 @@ def plot_cka(
     ax = axes(ax, figsize=(min(12, 2.4+.32*w), min(11, 1.6+.32*h)))
     im = ax.imshow(frame.to_numpy(), origin='lower', vmin=0, vmax=1, cmap='magma', aspect='auto')
     ax.set_facecolor('none'); ax.patch.set(hatch='////', edgecolor='.6')
-    short = lambda names: [str(n).removesuffix('.weight') for n in names]
+    short = lambda names: [for_plot(str(n).removesuffix('.weight')) for n in names]
     step_x,step_y = (max(1, n//40) for n in (w, h))
     size = 7 if max(h, w) > 20 else 9
     ax.set_xticks(range(0, w, step_x), short(frame.columns)[::step_x], rotation=90, fontsize=size)

@@ -4,22 +4,42 @@
 
 # %% auto #0
 __all__ = ['app', 'Backbone', 'Pretrained', 'Data', 'Root', 'Split', 'Classes', 'Ignore', 'Framework', 'Preset', 'Stride',
-           'Device', 'Seed', 'Freeze', 'By', 'Xmin', 'Quiet', 'Corrupt', 'Config', 'Iterations', 'BatchSize', 'LR',
-           'Crop', 'RecipeName', 'Precision', 'Accumulate', 'Workers', 'Settings', 'Every', 'Print', 'Board',
-           'WithInstances', 'data_app', 'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show',
-           'main', 'demo', 'study', 'alpha', 'prune', 'make_recipe', 'transfer', 'finetune', 'open_trained', 'evaluate',
-           'segment', 'compare', 'cka_command', 'cost_command', 'data_list', 'data_check', 'data_shapes']
+           'Device', 'Seed', 'AllowHub', 'Freeze', 'By', 'Xmin', 'Quiet', 'Corrupt', 'Config', 'Iterations',
+           'BatchSize', 'LR', 'Crop', 'RecipeName', 'Precision', 'Accumulate', 'Workers', 'Settings', 'Every', 'Print',
+           'Board', 'WithInstances', 'data_app', 'first_process', 'keep_settings', 'open_clip_backbone', 'open_data',
+           'show', 'main', 'demo', 'study', 'alpha', 'prune', 'make_recipe', 'transfer', 'finetune', 'open_trained',
+           'evaluate', 'segment', 'compare', 'cka_command', 'cost_command', 'data_list', 'data_check', 'data_shapes']
 
 # %% ../nbs/21_cli.ipynb #9621fff3
-import json, os, sys, tempfile
+import errno, json, math, os, sys, tempfile, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from .errors import OpenTransError, unknown
-from .escape import printable
+from typer.core import TyperCommand
+from typing_extensions import NotRequired, TypedDict
+from .errors import OpenTransError, WriteError, shorten, unknown
+from .escape import for_terminal, printable
 
 # %% ../nbs/21_cli.ipynb #daabc20b
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',
+class _Checked(TyperCommand):
+    "A command whose numbers are finite and no longer than a machine's, and whose texts hold no zero byte."
+    def invoke(self, ctx):
+        for param in self.params: _check_value(param.opts[-1], ctx.params.get(param.name))
+        return super().invoke(ctx)
+
+def _check_value(name, value):
+    "Raises `OpenTransError` for a value that no command can do anything with."
+    if isinstance(value, (list, tuple)):
+        for part in value: _check_value(name, part)
+    if isinstance(value, float) and not math.isfinite(value): raise OpenTransError(f"{name} {value}: give a finite number.")
+    if isinstance(value, int) and abs(value) >= 2**63: raise OpenTransError(f"{name} {shorten(value, 40)}: that is too large a number.")
+    if isinstance(value, str) and '\0' in value: raise OpenTransError(f"{name} {shorten(repr(value))}: a text cannot hold a zero byte.")
+
+class _App(typer.Typer):
+    "A group of commands that are checked so."
+    def command(self, name=None, **kwargs): return super().command(name, cls=_Checked, **kwargs)
+
+app = _App(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',
                   help="Prune CLIP once, transfer the mask to any open-vocabulary segmentation framework, freeze layers by their spectra.")
 
 def _version(asked:bool):
@@ -40,7 +60,9 @@ Framework = Annotated[str, typer.Option(help="Segmentation framework.")]
 Preset = Annotated[Optional[str], typer.Option(help="Size of the framework: 'paper' or 'small'. Default: small for shapes-rn.")]
 Stride = Annotated[int, typer.Option(help="Stride of the tower's last features: 32, 16 or 8.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best there is; under accelerate launch, that of the process.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, max=10**12, help="Seed of everything random.")]
+AllowHub = Annotated[bool, typer.Option('--allow-hub', help="Fetch from the Hugging Face hub what is missing: weights that a model's folder or a file of settings names, tokenizers, and backbones hf-hub:ORG/REPOSITORY.")]
+_SIDE = 2**16 # Pixels; a longer side is a slip of the hand
 Freeze = Annotated[float, typer.Option(min=0, max=1, help="Share of the layers to freeze; 0 freezes none.")]
 By = Annotated[str, typer.Option(help="Which layers rest: alpha (small ones), alpha* (large ones), or random.")]
 Xmin = Annotated[str, typer.Option(help="Where the tail begins: ks, median, peak, paper, or a number.")]
@@ -50,32 +72,50 @@ Corrupt = Annotated[str, typer.Option(help="Files that cannot be read: 'raise' e
 # %% ../nbs/21_cli.ipynb #cc5a88fe
 _NOW = {} # the command that is running: its context
 
-def _plain_value(name, value):
-    "A value of a file as a flag would give it: lists as comma strings, mappings as JSON."
+def _plain_value(param, value):
+    "A value of a file as a flag would give it: numbers as text, lists as comma strings, mappings as JSON."
     if isinstance(value, dict): return json.dumps(value)
-    if not isinstance(value, (list, tuple)): return value
-    if name == 'set_': return [str(v) for v in value]
-    return ','.join(str(v).replace(',', ';') for v in value) # in a class name, ',' parts synonyms
+    if isinstance(value, (list, tuple)):
+        if getattr(param, 'multiple', False) or param.nargs == -1: return [str(part) for part in value]
+        return ','.join(str(part).replace(',', ';') for part in value) # in a class name, ',' parts synonyms
+    return value if isinstance(value, bool) and getattr(param, 'is_flag', False) else str(value)
+
+def _settings_of(command):
+    "Option names as they may stand in a file of settings -> the parameter."
+    return {name: param for param in command.params if param.name not in ('config', 'help', 'allow_hub')
+            for name in {param.name, *(opt.lstrip('-').replace('-', '_') for opt in param.opts)}}
 
 def _configured(ctx:typer.Context, value:Optional[str]):
     "Take the settings of a file as defaults. Raises `OpenTransError` for one that the command does not have."
     _NOW['context'] = ctx
     if value is None: return value
     from opentrans.finetune import read_settings
-    told = read_settings(value)
-    names = {n: p.name for p in ctx.command.params for n in {p.name, *(o.lstrip('-').replace('-', '_') for o in p.opts)} if p.name not in ('config', 'help')}
+    told,params = read_settings(value),_settings_of(ctx.command)
     made = told.pop('command', ctx.info_name)
     if made != ctx.info_name: raise OpenTransError(f"'{value}' holds the settings of `opentrans {made}`, not of `opentrans {ctx.info_name}`. Its line 'command' says so.")
     for k in told:
-        if k.replace('-', '_') not in names: raise unknown(f"setting in '{value}'", k, sorted(set(names)))
-    ctx.default_map = {names[k.replace('-', '_')]: _plain_value(names[k.replace('-', '_')], v) for k,v in told.items() if v is not None}
+        name = k.replace('-', '_')
+        if name == 'allow_hub': raise OpenTransError(f"'{value}' says {k}, which a file cannot: give --allow-hub on the command line.")
+        if name not in params: raise unknown(f"setting in '{value}'", k, sorted(params))
+    found = {params[k.replace('-', '_')]: v for k,v in told.items() if v is not None}
+    ctx.default_map = {param.name: _plain_value(param, v) for param,v in found.items()}
     return value
+
+def _from_file(*names):
+    "Does a file of settings say one of these?"
+    sources = [_NOW['context'].get_parameter_source(name) for name in names]
+    return any(source is not None and source.name == 'DEFAULT_MAP' for source in sources)
+
+def _hub(allowed, *names):
+    "What may be fetched: True, anything; None, the weights whose tag the user has typed; False, nothing, since a file says which."
+    if allowed: return True
+    return False if _from_file(*(names or ('pretrained',))) else None
 
 Config = Annotated[Optional[str], typer.Option(help="File of settings (.yaml or .json): option names and values. Flags win over it.", is_eager=True, callback=_configured)]
 
 def first_process()->bool:
     "Is this the one of several processes that writes and prints?"
-    return int(os.environ.get('RANK', 0)) == 0
+    return os.environ.get('RANK', '0') in ('', '0')
 
 def keep_settings(
     out, # Folder that results go to, or None
@@ -86,7 +126,7 @@ def keep_settings(
     "Write what a command runs with to `OUT/settings.json`, and tell it on the standard error."
     from opentrans.core import save_json
     ctx = _NOW['context']
-    told = dict(command=ctx.info_name, **{k: v for k,v in {**ctx.params, **more}.items() if k not in ('config', 'as_json', 'set_') and v is not None})
+    told = dict(command=ctx.info_name, **{k: v for k,v in {**ctx.params, **more}.items() if k not in ('config', 'as_json', 'set_', 'allow_hub') and v is not None})
     if not first_process(): return
     if tell: print('settings: ' + json.dumps(told, default=str), file=sys.stderr)
     if out and (ended or not (Path(out)/'settings.json').exists()): save_json(told, Path(out)/'settings.json')
@@ -101,6 +141,8 @@ def open_clip_backbone(
     pretrained:str=None, # As `--pretrained`
     output_stride:int=32, # As `--output-stride`
     device:str=None, # As `--device`
+    hub:bool=None, # As `ClipBackbone.create` takes it
+    **facts, # `quick_gelu`, `mean` and `std`, if they are known
 ): # `ClipBackbone`
     "The backbone that the flags name. Random weights must be asked for."
     from opentrans.clip import ClipBackbone, small_clips
@@ -110,7 +152,8 @@ def open_clip_backbone(
     if pretrained is None:
         if name not in small_clips(): raise _bad(f"Which weights for '{name}'? Give --pretrained openai (or another tag or file), or --pretrained none for random ones.")
         pretrained = name
-    return ClipBackbone.create(name, pretrained=None if pretrained == 'none' else pretrained, output_stride=output_stride).to(dev)
+    weights = None if pretrained == 'none' else pretrained
+    return ClipBackbone.create(name, pretrained=weights, output_stride=output_stride, hub=hub, **facts).to(dev)
 
 def open_data(
     name:str, # As `--data`
@@ -132,19 +175,46 @@ def show(
     as_json:bool=False, # JSON instead of a table?
     title:str='', # Above the table
 ):
-    "Print a result; of several processes, one does."
-    import pandas as pd
+    "Print a result; of several processes, one does. Names are shown as they are called, whatever they hold."
     if not first_process(): return
+    import pandas as pd
+    if as_json: return _show_json(result.to_dict('index') if isinstance(result, pd.DataFrame) else result)
+    if not isinstance(result, pd.DataFrame):
+        plain = {k: v for k,v in result.items() if not isinstance(v, (dict, list))}
+        result = pd.DataFrame({'value': pd.Series(plain, dtype=object)})
+    _show_table(result, title)
+
+def _show_json(result):
+    from opentrans.files import plain_json
+    print(json.dumps(plain_json(result), indent=1))
+
+def _show_table(frame, title):
+    "A table in the width of the terminal, or of 150 characters where there is none."
     from rich import box
     from rich.console import Console
     from rich.table import Table
-    if as_json: return print(json.dumps(result.to_dict('index') if isinstance(result, pd.DataFrame) else result, indent=1, default=str))
-    frame = result if isinstance(result, pd.DataFrame) else pd.DataFrame({'value': pd.Series({k: v for k,v in result.items() if not isinstance(v, (dict, list))}, dtype=object)})
-    table = Table(title=title or None, title_justify='left', title_style='bold' if sys.stdout.isatty() else '', box=box.SIMPLE)
-    for c in ['', *frame.columns]: table.add_column(str(c), justify='left' if c == '' else 'right', no_wrap=c != '' and frame[c].dtype != object or c == '' and max(map(len, map(str, frame.index)), default=0) < 60, overflow='fold')
-    for i,r in zip(frame.index, frame.itertuples(index=False)): table.add_row(str(i), *(f'{v:.4g}' if isinstance(v, float) else str(v) for v in r))
     live = sys.stdout.isatty()
+    style = dict(title_justify='left', title_style='bold' if live else '', box=box.SIMPLE)
+    table = Table(title=for_terminal(title) if title else None, **style)
+    longest = max((len(str(name)) for name in frame.index), default=0)
+    table.add_column('', justify='left', no_wrap=longest < 60, overflow='fold')
+    for place,name in enumerate(frame.columns):
+        text = frame.dtypes.iloc[place] == object
+        table.add_column(for_terminal(name), justify='right', no_wrap=not text, overflow='fold')
+    for name,row in zip(frame.index, frame.itertuples(index=False)):
+        cells = [f'{v:.4g}' if isinstance(v, float) else str(v) for v in row]
+        table.add_row(*map(for_terminal, (name, *cells)))
     Console(force_jupyter=False, force_terminal=live, no_color=not live, width=None if live else 150).print(table)
+
+def _say(text, file=None):
+    "Print a line for people. Characters that command a terminal are written as their codes."
+    print(printable(text), file=file or sys.stdout)
+
+def _save_table(frame, path):
+    "A table as CSV, in which no name is a formula."
+    from opentrans.core import save_text
+    from opentrans.escape import csv_text
+    save_text(csv_text(frame), path)
 
 def _rules(by, xmin):
     "A way to choose layers that is not known ends a command before it begins."
@@ -159,65 +229,96 @@ def _writable(*files):
         try:
             if Path(f).is_dir(): raise IsADirectoryError(0, 'it is a folder')
             tempfile.TemporaryFile(dir=next(p for p in Path(f).resolve().parents if p.exists())).close()
-        except OSError as e: raise _bad(f"Cannot write '{f}': {e.strerror}. Choose another place.") from e
+        except OSError as e:
+            if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO): raise WriteError(f"Cannot write '{f}': {e.strerror}.") from e
+            raise _bad(f"Cannot write '{f}': {e.strerror}. Choose another place.") from e
 
 def _number(text):
     "A number if it is one."
-    try: return float(text)
+    try: number = float(text)
     except ValueError: return text
+    return number if math.isfinite(number) else text
 
 def _part_company():
     "End the group of processes, if there is one."
     dist = sys.modules.get('torch.distributed')
     if dist and dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
 
+def _warning(message, category, *where):
+    "A warning as one line, without the line of code that gave it."
+    return f'warning: {printable(message)}\n'
+
 def main():
     "Entry point. Exit codes: 0; 2 bad input, in one sentence; 1 what is wrong with machine, files or another process; 130 and 143 interrupted, to be continued by the same command."
+    before,warnings.formatwarning = warnings.formatwarning,_warning
+    for stream in (sys.stdout, sys.stderr): # a name may hold what the terminal's encoding lacks
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+    try: sys.exit(_run())
+    finally: warnings.formatwarning = before
+
+def _run():
+    "The command that was typed; gives its exit code."
     try:
         code = app(standalone_mode=False) or 0
         if code == 130: print('interrupted', file=sys.stderr) # typer has taken the exception
-        _part_company(); sys.exit(code)
-    except KeyboardInterrupt: print('interrupted', file=sys.stderr); sys.exit(130)
-    except OpenTransError as error:
-        print(f'error: {printable(error)}', file=sys.stderr)
-        sys.exit(getattr(error, 'code', error.exit_code))
-    except MemoryError: print('error: out of memory. Use a smaller --batch-size or --size.', file=sys.stderr); sys.exit(1)
-    except OSError as e: print(f'error: {e.strerror or e}{f": {e.filename}" if e.filename else ""}', file=sys.stderr); sys.exit(1)
-    except Exception as e:
-        kind = type(e).__name__
-        if kind == 'Abort': print('interrupted', file=sys.stderr); sys.exit(130)
-        if hasattr(e, 'show') and hasattr(e, 'exit_code'): e.show(); sys.exit(2) # click's, which some versions of typer bring along
-        raise
+        _part_company()
+        return code
+    except KeyboardInterrupt: return _ended(130, 'interrupted')
+    except OpenTransError as error: return _ended(getattr(error, 'code', error.exit_code), f'error: {error}')
+    except MemoryError: return _ended(1, 'error: out of memory. Use a smaller --batch-size or --size.')
+    except OSError as error: return _ended(1, f'error: {error.strerror or error}{f": {error.filename}" if error.filename else ""}')
+    except Exception as error:
+        if type(error).__name__ == 'Abort': return _ended(130, 'interrupted')
+        if not (hasattr(error, 'show') and hasattr(error, 'exit_code')): raise
+        error.message = printable(error.message) # click's, which some versions of typer bring along
+        error.show()
+        return 2
+
+def _ended(code, message):
+    "Say why a command ended."
+    _say(message, sys.stderr)
+    return code
 
 # %% ../nbs/21_cli.ipynb #f45a6c2c
 @app.command()
 def demo(
     out:Annotated[str, typer.Option(help="Folder for the report (one .html, one .json).")]='demo-report',
-    seeds:Annotated[int, typer.Option(help="Number of seeds; three or more give intervals and verdicts.")]=1,
-    seed:Annotated[int, typer.Option(help="First seed.")]=0,
+    seeds:Annotated[int, typer.Option(max=1000, help="Number of seeds; three or more give intervals and verdicts.")]=1,
+    seed:Annotated[int, typer.Option(min=0, max=10**12, help="First seed.")]=0,
     scale:Annotated[str, typer.Option(help="'demo'; 'shapes', longer; 'gpu': CLIP's RN50 on larger scenes; 'smoke': shows nothing but that it runs.")]='demo',
-    workers:Annotated[Optional[int], typer.Option(min=1, help="Processes. Default: two; one on a GPU.")]=None, config:Config=None,
+    workers:Annotated[Optional[int], typer.Option(min=1, max=1024, help="Processes. Default: two; one on a GPU.")]=None,
+    allow_hub:AllowHub=False, config:Config=None,
 ):
     "The paper's main job on generated scenes: prune once, transfer, choose layers, fine-tune, and a report beside the alternatives."
     import pandas as pd
     from opentrans import experiments as ex
     command = 'opentrans demo' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 1), ('seed', seed, 0), ('scale', scale, 'demo')) if v != d)
     _writable(Path(out)/'opentrans-demo.json')
+    _weights_of_scale(scale, None, allow_hub)
     data = ex.demo(out, seeds=seeds, seed=seed, scale=scale, workers=workers, command=command)
     for name,rows in data['summary'].items():
         show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
-    print(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
+    _say(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
+
+def _weights_of_scale(scale, pretrained, allow_hub):
+    "A scale that a file names downloads nothing, either: its weights must be here. Raises `OpenTransError`."
+    from opentrans.clip import find_weights
+    from opentrans.experiments import SCALES
+    if allow_hub or pretrained or scale not in SCALES or not _from_file('scale'): return
+    found = SCALES[scale]
+    if found.pretrained: find_weights(found.backbone, found.pretrained, hub=False)
 
 # %% ../nbs/21_cli.ipynb #f6d02c4d
 @app.command()
 def study(
     name:Annotated[Optional[str], typer.Argument(help="Which study; none lists them.")]=None,
     out:Annotated[str, typer.Option(help="Folder for NAME-Nseeds.json; interrupted, the study goes on from the runs under it.")]='results',
-    seeds:Annotated[int, typer.Option(help="Number of seeds; three or more give intervals and verdicts.")]=5,
-    seed:Annotated[int, typer.Option(help="First seed.")]=0,
+    seeds:Annotated[int, typer.Option(max=1000, help="Number of seeds; three or more give intervals and verdicts.")]=5,
+    seed:Annotated[int, typer.Option(min=0, max=10**12, help="First seed.")]=0,
     scale:Annotated[str, typer.Option(help="'shapes', minutes to hours on two cores; 'demo', shorter; 'gpu': CLIP's RN50 on larger scenes; 'coco': RN50 on COCO and six more sets, days; 'smoke': shows nothing but that it runs.")]='shapes', root:Root=None,
     pretrained:Annotated[Optional[str], typer.Option(help="Weights file of the scale's CLIP, where they cannot be downloaded.")]=None,
-    workers:Annotated[Optional[int], typer.Option(min=1, help="Processes. Default: two; one on a GPU.")]=None, config:Config=None,
+    workers:Annotated[Optional[int], typer.Option(min=1, max=1024, help="Processes. Default: two; one on a GPU.")]=None,
+    allow_hub:AllowHub=False, config:Config=None,
 ):
     "One table of the paper, or one beyond it, over several seeds: every number, paired differences, verdicts."
     import pandas as pd
@@ -228,10 +329,11 @@ def study(
     command = f'opentrans study {name}' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 5), ('seed', seed, 0), ('scale', scale, 'shapes'), ('out', 'results' if Path(out).is_absolute() else out, 'results')) if v != d or k == 'seeds') # no path of this machine
     if root is not None: os.environ['DETECTRON2_DATASETS'] = str(data_root(root))
     _writable(ex.result_file(name, out, seeds, scale, seed))
+    _weights_of_scale(scale, pretrained, allow_hub)
     data = ex.run_study(name, out, seeds, seed, scale, workers, command, pretrained)
     if data['summary']: show(pd.DataFrame(data['summary']).T.iloc[:, :6], title=data['what'])
     if data['claims']: show(pd.DataFrame(data['claims'])[['claim', 'measured', 'mean', 'low', 'high', 'verdict']].round(2).set_index('claim'), title='claims')
-    print(f'data: {ex.result_file(name, out, seeds, scale, seed)}')
+    _say(f'data: {ex.result_file(name, out, seeds, scale, seed)}')
 
 # %% ../nbs/21_cli.ipynb #79abda8e
 @app.command()
@@ -243,13 +345,15 @@ def alpha(
     conv:Annotated[str, typer.Option(help="Convolutions as 'slices' (the paper) or 'flatten'.")]='slices',
     freeze:Freeze=.5, by:By='alpha',
     out:Annotated[Optional[str], typer.Option(help="Folder for alpha.csv, selection.json and alpha.png.")]=None,
-    seed:Seed=0, as_json:Quiet=False, config:Config=None,
+    seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "Alpha of each layer from the spectrum of its weights, and which layers to freeze. No data is needed."
     from opentrans.core import atomic_path
     from opentrans.heavy_tail import analyze
     from opentrans.pruning import SparseMask
-    _rules(by, xmin); _writable(out and Path(out)/'alpha.csv'); clip = open_clip_backbone(backbone, pretrained, device='cpu')
+    _rules(by, xmin)
+    _writable(out and Path(out)/'alpha.csv')
+    clip = open_clip_backbone(backbone, pretrained, device='cpu', hub=_hub(allow_hub))
     if mask: SparseMask.load(mask).apply(clip).remove()
     table = analyze(clip, xmin=_number(xmin), conv=conv)
     chosen = table.select(freeze=freeze, by=by, seed=seed)
@@ -258,7 +362,7 @@ def alpha(
     frame.insert(0, 'frozen', ['yes' if n in set(chosen.freeze) else '' for n in frame.index])
     if out:
         import matplotlib; matplotlib.use('Agg')
-        with atomic_path(Path(out)/'alpha.csv') as p: frame.to_csv(p)
+        _save_table(frame, Path(out)/'alpha.csv')
         chosen.to_json(Path(out)/'selection.json')
         with atomic_path(Path(out)/'alpha.png') as p: table.plot_alpha(selection=chosen).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'xmin', 'D', 'n_tail', 'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
@@ -278,7 +382,7 @@ def prune(
     crop:Annotated[Optional[int], typer.Option(min=0, help="Side of the window cut out of larger images; 0 takes whole images. Default: 512 (the paper's), whole scenes of shapesworld.")]=None,
     checkpoint:Annotated[Optional[str], typer.Option(help="Folder to continue from. Default: beside the mask.")]=None,
     weights:Annotated[Optional[str], typer.Option(help="Also write the trained weights of the tower to this file.")]=None,
-    output_stride:Stride=32, device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
+    output_stride:Stride=32, device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "Find a sparse mask: Algorithm 1 with distillation as its only loss, or a baseline."
     from opentrans.core import save_tensors, unknown
@@ -288,7 +392,7 @@ def prune(
     if not out.endswith('.safetensors'): raise _bad(f"--out {out}: a mask file ends in .safetensors.")
     _writable(out, weights)
     geometric_schedule(density, p) # a bad density ends here, before anything is loaded
-    clip = open_clip_backbone(backbone, pretrained, output_stride, device)
+    clip = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
     if crop is None and data != 'shapesworld': crop = 512
     keep_settings(None); run_dir = checkpoint or f'{out}.run'
     if method == 'imp':
@@ -323,8 +427,10 @@ def make_recipe(
     **more, # Other fields; None leaves them
 ): # `Recipe`
     "The recipe that the flags name. Raises `OpenTransError`."
+    from opentrans.files import parse_json
     from opentrans.finetune import Recipe, read_settings
-    told = json.loads(name) if name.startswith('{') else read_settings(name) if Path(name).suffix in ('.yaml', '.yml', '.json') else dict(preset=name)
+    if name.lstrip().startswith('{'): told = parse_json(name, f"--recipe {shorten(name, 60)}", dict)
+    else: told = read_settings(name) if Path(name).suffix in ('.yaml', '.yml', '.json') else dict(preset=name)
     r = Recipe.of(told, framework)
     if iterations is not None: r = r.shorten(iterations)
     for c in changes or ():
@@ -364,8 +470,8 @@ def transfer(
     iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None, precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None, set_:Settings=None,
     freeze:Freeze=.5, by:By='alpha', xmin:Xmin='ks',
     checkpoint_every:Every=500, print_every:Print=50, tensorboard:Board=False,
-    limit:Annotated[Optional[int], typer.Option(min=1, help="Evaluate on so many images only.")]=None, size:Annotated[Optional[int], typer.Option(min=16, help="Side of the input that cost is counted for.")]=None,
-    device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
+    limit:Annotated[Optional[int], typer.Option(min=1, help="Evaluate on so many images only.")]=None, size:Annotated[Optional[int], typer.Option(min=16, max=_SIDE, help="Side of the input that cost is counted for.")]=None,
+    device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "Put a mask on a checkpoint, or carry it to a framework: warm up, choose layers by alpha, fine-tune, evaluate (Fig. 4, in one run)."
     from opentrans.pruning import SparseMask
@@ -375,7 +481,7 @@ def transfer(
     from opentrans.heavy_tail import analyze
     r = make_recipe(recipe, framework, set_, iterations, batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
     train,test = (open_data(data, root, s, classes, ignore, corrupt, panoptic) for s in (split, eval_split))
-    clip = open_clip_backbone(backbone, pretrained, output_stride, device)
+    clip = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
     seg = _build(framework, clip, train.vocabulary, preset, seed); keep_settings(out, recipe=r.to_dict())
     told,sub = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard),lambda name: str(Path(out)/name) if out else None
     with m.apply(seg.backbone):
@@ -403,9 +509,10 @@ def finetune(
     recipe:RecipeName='tiny', iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None, precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None,
     set_:Settings=None, eval_every:Annotated[int, typer.Option(min=0, help="Evaluate every so many iterations, and keep the best weights in OUT/run/best.safetensors; 0 does not.")]=0,
     eval_split:Annotated[str, typer.Option(help="Split to evaluate on.")]='val', checkpoint_every:Every=500, print_every:Print=50, tensorboard:Board=False,
-    device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
+    device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "Fine-tune a framework; writes OUT/model.safetensors and OUT/model.json, which `opentrans evaluate` and `opentrans segment` read."
+    from opentrans.clip import clip_facts
     from opentrans.core import LayerSelection, save_json, save_tensors
     from opentrans.finetune import finetune as run
     from opentrans.pruning import SparseMask
@@ -413,30 +520,60 @@ def finetune(
     r = make_recipe(recipe, framework, set_, iterations, batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
     m,chosen = SparseMask.load(mask) if mask else None,LayerSelection.from_json(Path(selection)) if selection else None
     train,val = (open_data(data, root, s, classes, ignore, corrupt, panoptic) if s else None for s in (split, eval_split if eval_every else None))
-    clip = open_clip_backbone(backbone, pretrained, output_stride, device)
+    clip = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
     seg = _build(framework, clip, train.vocabulary, preset, seed); keep_settings(out, recipe=r.to_dict())
     history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=str(Path(out)/'run'), val=val, eval_every=eval_every, checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
     if first_process():
         save_tensors(seg.state_dict(), Path(out)/'model.safetensors')
-        save_json(dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=output_stride, classes=list(train.vocabulary.names), data=data, recipe=r.to_dict(), mask=mask, selection=selection), Path(out)/'model.json')
+        told = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=output_stride, clip=clip_facts(clip))
+        told.update(classes=list(train.vocabulary.names), data=data, recipe=r.to_dict(), mask=mask, selection=selection)
+        save_json(told, Path(out)/'model.json', _model_file())
     keep_settings(out, tell=False, ended=True, recipe=r.to_dict())
     show(dict(iterations=len(history), first_loss=float(history.loss.iloc[0]), last_loss=float(history.loss.iloc[-1]), **(dict(best_miou=float(history.miou.max())) if 'miou' in history else {}),
               model=str(Path(out)/'model.safetensors')), as_json, 'fine-tuned')
 
 # %% ../nbs/21_cli.ipynb #4164d919
+def _model_file():
+    "The kind of file that `model.json` is."
+    from opentrans.files import FileKind
+    return FileKind('opentrans-model', 'trained model', '`opentrans finetune --out`')
+
+class _Clip(TypedDict):
+    "What `model.json` tells of the CLIP besides its name."
+    quick_gelu: NotRequired[bool]
+    mean: NotRequired[list[float]]
+    std: NotRequired[list[float]]
+
+class _Model(TypedDict):
+    "What `model.json` tells of a model."
+    framework: str
+    backbone: str
+    pretrained: Optional[str]
+    preset: Optional[str]
+    output_stride: int
+    clip: NotRequired[_Clip]
+
+def _read_model(path):
+    "What a `model.json` tells. Raises `OpenTransError` if it is missing, or something else."
+    from opentrans.files import check_shape, load_json
+    if not path.is_file(): raise _bad(f"There is no trained model in '{path.parent}': expected a folder with model.json, as `opentrans finetune --out` writes.")
+    told = load_json(path, kind=_model_file())
+    lost = [k for k in ('framework', 'backbone', 'pretrained', 'preset', 'output_stride') if k not in told]
+    if lost: raise _bad(f"'{path}' does not say: {', '.join(lost)}. Write it again with `opentrans finetune --out`.")
+    return check_shape(told, _Model, f"'{path}'")
+
 def open_trained(
     folder, # That `opentrans finetune` wrote
     vocabulary, # Class names
     device:str=None, # As `--device`
+    pretrained:str=None, # As `--pretrained`, in place of what the folder names
+    hub:bool=False, # As `ClipBackbone.create` takes it: what the folder names is not fetched, unless this is True
 )->tuple: # (framework, `ClipBackbone`, name of the framework)
     "A framework with the weights that it was trained to."
-    from opentrans.core import load_json
     from opentrans.finetune import load_framework
-    if not (Path(folder)/'model.json').is_file(): raise _bad(f"There is no trained model in '{folder}': expected a folder with model.json, as `opentrans finetune --out` writes.")
-    told = load_json(Path(folder)/'model.json')
-    lost = [k for k in ('framework', 'backbone', 'pretrained', 'preset', 'output_stride') if not isinstance(told, dict) or k not in told]
-    if lost: raise _bad(f"'{Path(folder)/'model.json'}' does not say: {', '.join(lost)}. Write it again with `opentrans finetune --out`.")
-    clip = open_clip_backbone(told['backbone'], told['pretrained'], told['output_stride'], device)
+    told = _read_model(Path(folder)/'model.json')
+    facts = told.get('clip', {})
+    clip = open_clip_backbone(told['backbone'], pretrained or told['pretrained'], told['output_stride'], device, hub, **facts)
     seg = _build(told['framework'], clip, vocabulary, told['preset'], 0)
     load_framework(seg, Path(folder)/'model.safetensors')
     return seg,clip,told['framework']
@@ -449,24 +586,30 @@ def evaluate(
     mask:Annotated[Optional[str], typer.Option(help="Mask file to put on.")]=None,
     data:Data='shapesworld', root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
     kind:Annotated[str, typer.Option(help="semantic (mIoU), or panoptic (PQ, too).")]='semantic',
-    short_side:Annotated[Optional[int], typer.Option(min=16, help="Resize images to this short side before they are seen.")]=None,
+    short_side:Annotated[Optional[int], typer.Option(min=16, max=_SIDE, help="Resize images to this short side before they are seen.")]=None,
     scales:Annotated[Optional[str], typer.Option(help="Look at several sizes, e.g. 0.5,1,1.5, and average.")]=None, flip:Annotated[bool, typer.Option(help="Look at the mirror image, too.")]=False,
-    window:Annotated[Optional[int], typer.Option(min=16, help="See large images through square windows of this side.")]=None,
+    window:Annotated[Optional[int], typer.Option(min=16, max=_SIDE, help="See large images through square windows of this side.")]=None,
     limit:Annotated[Optional[int], typer.Option(min=1, help="So many images only.")]=None, batch_size:Annotated[int, typer.Option(min=1, help="Images at a time.")]=8,
-    out:Annotated[Optional[str], typer.Option(help="Folder for result.json.")]=None, device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
+    out:Annotated[Optional[str], typer.Option(help="Folder for result.json.")]=None, device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "Mean IoU, or panoptic quality, of a framework on a data set, with any class names."
     from opentrans.finetune import evaluate as run
     from opentrans.pruning import SparseMask
     looks = dict(size=short_side, scales=None if scales is None else tuple(_numbers('scales', scales)), flip=flip or None, window=window)
     m,test = SparseMask.load(mask) if mask else None,open_data(data, root, split, classes, ignore, corrupt, kind == 'panoptic' and data in ('ade20k_150', 'cityscapes_19'))
-    if model: seg,clip,framework = open_trained(model, test.vocabulary, device)
-    else: clip = open_clip_backbone(backbone, pretrained, output_stride, device); seg = _build(framework, clip, test.vocabulary, preset, seed)
+    if model: seg,clip,framework = open_trained(model, test.vocabulary, device, pretrained, _hub_of_model(pretrained, allow_hub))
+    else:
+        clip = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
+        seg = _build(framework, clip, test.vocabulary, preset, seed)
     keep_settings(out, ended=True)
-    if not model and first_process(): print(f"note: without --model the head of {framework} is untrained (seed {seed})", file=sys.stderr)
+    if not model and first_process(): _say(f"note: without --model the head of {framework} is untrained (seed {seed})", sys.stderr)
     if m is not None: m.apply(seg.backbone).remove()
     result = run(seg, test, batch_size=batch_size, limit=limit, kind=kind, **{k: v for k,v in looks.items() if v is not None})
     _report(seg, test, dict(result, head='trained' if model else 'untrained'), clip.image_size, m, None, out, as_json, f'{framework} on {data}')
+
+def _hub_of_model(pretrained, allowed):
+    "What may be fetched for a trained model: nothing that its folder alone names."
+    return _hub(allowed) if pretrained else bool(allowed)
 
 def _numbers(flag, text):
     "Numbers above 0 of a comma list."
@@ -483,20 +626,22 @@ def segment(
     backbone:Backbone='shapes-rn', pretrained:Pretrained=None, output_stride:Stride=16,
     model:Annotated[Optional[str], typer.Option(help="Folder that `opentrans finetune` wrote. Default: CLIP alone, without any training for segmentation, a rough answer.")]=None,
     out:Annotated[str, typer.Option(help="Picture to write: the image under the colours of its classes.")]='segmented.png',
-    max_side:Annotated[int, typer.Option(min=16, help="Larger images are made smaller, to this side.")]=768, device:Device=None, as_json:Quiet=False, config:Config=None,
+    max_side:Annotated[int, typer.Option(min=16, max=_SIDE, help="Larger images are made smaller, to this side.")]=768, device:Device=None,
+    allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "One image of your own, segmented by your own words."
     from opentrans.core import atomic_path
     from opentrans.playground import overlay, parse_names, segment as look, to_image
     vocabulary,x = parse_names(names),to_image(image, max_side)
     if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'): raise _bad(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
-    seg = open_trained(model, vocabulary, device)[0] if model else open_clip_backbone(backbone, pretrained, output_stride, device)
+    if model: seg = open_trained(model, vocabulary, device, pretrained, _hub_of_model(pretrained, allow_hub))[0]
+    else: seg = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
     x,labels,found = look(seg, x, vocabulary, max_side)
     import matplotlib; matplotlib.use('Agg')
     with atomic_path(Path(out)) as p: overlay(x, labels, found).figure.savefig(p, dpi=120, bbox_inches='tight', format=Path(out).suffix[1:].lower())
     share = {n: (labels == k).float().mean().item() for k,n in enumerate(found)}
     show(dict(sorted(share.items(), key=lambda z: -z[1])), as_json, 'share of the image')
-    print(f'picture: {out}', file=sys.stderr if as_json else sys.stdout)
+    _say(f'picture: {out}', sys.stderr if as_json else sys.stdout)
 
 # %% ../nbs/21_cli.ipynb #68693497
 @app.command()
@@ -510,7 +655,7 @@ def compare(
     frame = compare_runs(runs)
     if out:
         import matplotlib; matplotlib.use('Agg')
-        with atomic_path(Path(out)/'runs.csv') as p: frame.to_csv(p)
+        _save_table(frame, Path(out)/'runs.csv')
         with atomic_path(Path(out)/'runs.png') as p: plot_runs(frame).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame, as_json, 'runs')
 
@@ -519,9 +664,10 @@ def compare(
 def cka_command(
     a:Annotated[str, typer.Argument(help="First backbone.")]='shapes-rn', b:Annotated[Optional[str], typer.Argument(help="Second backbone. Default: the first with --mask.")]=None,
     pretrained_a:Pretrained=None, pretrained_b:Pretrained=None, mask:Annotated[Optional[str], typer.Option(help="Mask file to put on the second.")]=None,
-    data:Data='shapesworld', root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, images:Annotated[int, typer.Option(help="Images to compare on.")]=64,
-    size:Annotated[Optional[int], typer.Option(min=16, help="Images are resized to this side. Default: the first backbone's own.")]=None,
-    out:Annotated[Optional[str], typer.Option(help="Folder for cka.csv and cka.png.")]=None, device:Device=None, seed:Seed=0, as_json:Quiet=False, config:Config=None,
+    data:Data='shapesworld', root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, images:Annotated[int, typer.Option(min=1, help="Images to compare on.")]=64,
+    size:Annotated[Optional[int], typer.Option(min=16, max=_SIDE, help="Images are resized to this side. Default: the first backbone's own.")]=None,
+    out:Annotated[Optional[str], typer.Option(help="Folder for cka.csv and cka.png.")]=None, device:Device=None, seed:Seed=0,
+    allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "Similarity of two towers, stage by stage: unbiased linear CKA."
     import torch
@@ -529,7 +675,9 @@ def cka_command(
     from opentrans.core import atomic_path
     from opentrans.pruning import SparseMask
     _writable(out and Path(out)/'cka.csv')
-    one,two = open_clip_backbone(a, pretrained_a, device=device),open_clip_backbone(b or a, pretrained_b or (pretrained_a if b in (None, a) else None), device=device)
+    hub,same = _hub(allow_hub, 'pretrained_a', 'pretrained_b'),b in (None, a)
+    one = open_clip_backbone(a, pretrained_a, device=device, hub=hub)
+    two = open_clip_backbone(b or a, pretrained_b or (pretrained_a if same else None), device=device, hub=hub)
     if mask: SparseMask.load(mask).apply(two).remove()
     d,side = open_data(data, root, split, classes, ignore),size or one.image_size
     n = min(images, len(d))
@@ -538,29 +686,36 @@ def cka_command(
     frame = cka(one, two, [torch.stack(pictures[i:i+16]).to(one.mean.device) for i in range(0, n, 16)], stages(one), stages(two))
     if out:
         import matplotlib; matplotlib.use('Agg')
-        with atomic_path(Path(out)/'cka.csv') as p: frame.to_csv(p)
+        _save_table(frame, Path(out)/'cka.csv')
         with atomic_path(Path(out)/'cka.png') as p: plot_cka(frame).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame, as_json, f'CKA over {n} images (rows {a}, columns {b or a}{" with mask" if mask else ""})')
+
+def _size(text):
+    "Height and width in pixels of a text such as '800x1216'. Raises `OpenTransError`."
+    try: sides = [int(side) for side in text.lower().split('x')]
+    except ValueError: sides = []
+    if len(sides) == 2 and all(1 <= side <= _SIDE for side in sides): return sides
+    raise _bad(f"--size {shorten(text, 40)}: write height x width in pixels, e.g. 800x1216.")
 
 @app.command('cost')
 def cost_command(
     backbone:Annotated[str, typer.Argument(help="Backbone.")]='shapes-rn', pretrained:Annotated[str, typer.Option(help="Weights do not matter for cost.")]='none',
     framework:Annotated[Optional[str], typer.Option(help="Count a whole framework on it.")]=None, preset:Preset=None, output_stride:Stride=32,
     size:Annotated[str, typer.Option(help="Input, height x width.")]='224x224', mask:Annotated[Optional[str], typer.Option(help="Mask file.")]=None,
-    convention:Annotated[str, typer.Option(help="macs, thop, ptflops or fvcore.")]='macs', layers:Annotated[bool, typer.Option(help="Show each layer.")]=False, as_json:Quiet=False, config:Config=None,
+    convention:Annotated[str, typer.Option(help="macs, thop, ptflops or fvcore.")]='macs', layers:Annotated[bool, typer.Option(help="Show each layer.")]=False,
+    allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "Parameters and multiply-accumulates, by layer, under a mask and a counting convention."
     from opentrans.cost import cost
     from opentrans.pruning import SparseMask
-    try: h,w = (int(v) for v in size.lower().split('x'))
-    except ValueError as e: raise _bad(f"--size {size}: write height x width, e.g. 800x1216.") from e
-    m,model = SparseMask.load(mask) if mask else None,open_clip_backbone(backbone, pretrained, output_stride, 'cpu')
+    h,w = _size(size)
+    m,model = SparseMask.load(mask) if mask else None,open_clip_backbone(backbone, pretrained, output_stride, 'cpu', _hub(allow_hub))
     if framework: model = _build(framework, model, ['thing'], preset, 0)
     c = cost(model, (3, h, w), mask=m, convention=convention)
     show(c.by_layer if layers else dict(params=c.params, active_params=round(c.active_params), macs=c.macs, active_macs=round(c.active_macs), convention=convention, input=size), as_json, backbone + (f' in {framework}' if framework else ''))
 
 # %% ../nbs/21_cli.ipynb #12503939
-data_app = typer.Typer(no_args_is_help=True, help="Data sets: list them, check one, write generated scenes to disk.")
+data_app = _App(no_args_is_help=True, help="Data sets: list them, check one, write generated scenes to disk.")
 app.add_typer(data_app, name='data')
 
 @data_app.command('list')
@@ -579,16 +734,16 @@ def data_check(name:Annotated[str, typer.Argument(help="Data set.")], root:Root=
     sizes = [] if read is None else (read.width.dropna().astype(int).astype(str) + 'x' + read.height.dropna().astype(int).astype(str)).value_counts().index[:3].tolist()
     show(dict(name=d.name, split=split, images=len(d), classes=len(d.vocabulary), first=', '.join(list(d.vocabulary.names)[:5]), things=len(d.things), sizes=', '.join(sizes),
               images_read=len(d) if read is None else len(read), problems=len(wrong), **(dict(list=wrong) if as_json else {})), as_json, 'data set')
-    for k,v in wrong.items() if not as_json else (): print(f'  {k}: {v}')
+    for k,v in wrong.items() if not as_json else (): _say(f'  {k}: {v}')
     return int(bool(wrong))
 
 @data_app.command('shapes')
 def data_shapes(out:Annotated[str, typer.Option(help="Folder to write.")], split:Split='val', domain:Annotated[str, typer.Option(help="home, night, crowd or sketch.")]='home',
-                n:Annotated[int, typer.Option(min=1, help="Scenes.")]=64, size:Annotated[int, typer.Option(min=16, help="Side in pixels.")]=80, seed:Seed=0, config:Config=None):
+                n:Annotated[int, typer.Option(min=1, max=10**7, help="Scenes.")]=64, size:Annotated[int, typer.Option(min=16, max=4096, help="Side in pixels.")]=80, seed:Seed=0, config:Config=None):
     "Write ShapesWorld scenes in COCO-panoptic format."
     from opentrans.data import ShapesWorld, write_coco_panoptic
     d = ShapesWorld(split, domain, n=n, size=size, seed=seed)
-    write_coco_panoptic(d, out); print(f'{n} scenes in {out}')
+    write_coco_panoptic(d, out); _say(f'{n} scenes in {out}')
 
 # %% ../nbs/21_cli.ipynb #66833a85
 if __name__ == '__main__' and getattr(globals().get('__spec__'), 'name', '') == 'opentrans.cli': main() # python -m opentrans.cli

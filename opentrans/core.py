@@ -8,10 +8,10 @@ __all__ = ['under', 'CONVS', 'PACKED', 'KINDS', 'BATCH_NORMS', 'NORMS', 'RETIRED
            'norm_params', 'best_fits', 'no_partner', 'only_fit', 'match_names', 'param_shapes', 'matches', 'find_names',
            'find_layers', 'in_tower', 'locate', 'Undo', 'around_step', 'held_by', 'after_step', 'handling',
            'evaluating', 'unread', 'no_values', 'unreadable', 'head_of', 'inside', 'trunk', 'LayerSelection',
-           'seed_everything', 'seeded', 'pick_device', 'device_of', 'to_device', 'progress', 'axes', 'png',
-           'DamagedFile', 'FormatError', 'OpenTransError', 'OtherRun', 'WriteError', 'optional', 'unknown',
-           'atomic_path', 'load_json', 'load_metadata', 'load_tensors', 'read_text', 'save_json', 'save_tensors',
-           'save_text']
+           'seed_everything', 'seeded', 'pick_device', 'device_of', 'to_device', 'check_images', 'label_loss_of',
+           'progress', 'axes', 'png', 'DamagedFile', 'FormatError', 'OpenTransError', 'OtherRun', 'WriteError',
+           'optional', 'unknown', 'atomic_path', 'load_json', 'load_metadata', 'load_tensors', 'read_text', 'save_json',
+           'save_tensors', 'save_text']
 
 # %% ../nbs/00_core.ipynb #d69f17be
 import contextlib, io, json, os, random, re, signal, threading, weakref
@@ -650,6 +650,29 @@ def to_device(
     if isinstance(x, torch.Tensor): return x.to(device, non_blocking=torch.device(device).type == 'cuda')
     if isinstance(x, dict): return {k: to_device(v, device) for k,v in x.items()}
     return type(x)(to_device(v, device) for v in x) if type(x) in (list, tuple) else x
+
+# %% ../nbs/00_core.ipynb #4e008153
+def check_images(
+    images, # What goes into a model; anything but a tensor passes
+):
+    "Raises `OpenTransError` for pictures whose values are bytes of 0 to 255, which no network here takes."
+    if isinstance(images, torch.Tensor) and images.dtype == torch.uint8:
+        raise OpenTransError("The images hold bytes of 0 to 255 (torch.uint8). Give floats: images.float()/255, and normalise them as the model wants.")
+
+def label_loss_of(
+    output:torch.Tensor, # (B,K) or (B,K,...) scores of K classes
+    labels:torch.Tensor, # (B,) or (B,...) classes, of any type of whole numbers; -100 is left out
+)->torch.Tensor: # A scalar
+    "Cross-entropy with labels. Raises `OpenTransError` for labels of another number or of no class."
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        if isinstance(labels, torch.Tensor) and labels.shape == output.shape: return nn.functional.cross_entropy(output, labels)
+        raise OpenTransError(f"Labels must be a tensor of whole numbers, not {getattr(labels, 'dtype', type(labels).__name__)}.")
+    if output.ndim < 2: raise OpenTransError(f"The outputs are {tuple(output.shape)}: cross-entropy needs (B, K), a score for each of K classes.")
+    labels, wanted = labels.long(), output.shape[:1] + output.shape[2:]
+    if labels.shape != wanted: raise OpenTransError(f"The labels are {tuple(labels.shape)}, the outputs {tuple(output.shape)}: give labels of {tuple(wanted)}.")
+    odd = labels[((labels < 0) | (labels >= output.shape[1])) & (labels != -100)]
+    if len(odd): raise OpenTransError(f"Labels of no class, such as {int(odd[0])}: the model has {output.shape[1]} classes, 0 to {output.shape[1]-1}. Use -100 for what is to be left out.")
+    return nn.functional.cross_entropy(output, labels)
 
 # %% ../nbs/00_core.ipynb #4ef06d6e
 def progress(

@@ -7,8 +7,8 @@ __all__ = ['CONVENTIONS', 'op_macs', 'fvcore_flops', 'Cost', 'cost', 'training_t
            'training_memory', 'peak_memory']
 
 # %% ../nbs/04_cost.ipynb #0b7aa495
-import contextlib, logging, math, os, weakref
-from dataclasses import dataclass, field
+import collections, contextlib, functools, gc, logging, math, os, re, sys, traceback, types, weakref
+from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 import torch
@@ -17,34 +17,118 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, UnsupportedFakeTensorException, UnsupportedOperatorException
-from .core import CONVS, NORMS, OpenTransError, axes, device_of, find_names, find_tower, layers_of, optional, unknown, unwrap
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import UnsupportedFakeTensorException, UnsupportedOperatorException, unset_fake_temporarily
+from .core import CONVS, NORMS, OpenTransError, axes, device_of, evaluating, find_names, find_tower, layers_of, optional, unknown, unwrap
+
+# %% ../nbs/04_cost.ipynb #5ec1bdaa
+from .escape import for_markdown, for_plot
 
 # %% ../nbs/04_cost.ipynb #758fa82d
 _aten = torch.ops.aten
+_SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
-def _mm(a, b, out): return out.numel()*a.shape[-1]
+def _stored(t):
+    "Elements that a sparse tensor holds. Only a tensor with values knows."
+    if isinstance(t, FakeTensor): raise UnsupportedFakeTensorException('a fake tensor does not know how many elements it holds')
+    with unset_fake_temporarily(): return (t._values() if t.layout is torch.sparse_coo else t.values()).numel()
+
+def _mm(a, b, out):
+    "A product of matrices, also of a sparse one with a dense one: what is not stored is not multiplied. None for two sparse ones."
+    if a.layout in _SPARSE and b.layout in _SPARSE: return None
+    if a.layout in _SPARSE: return _stored(a)*(b.shape[-1] if b.dim() > 1 else 1)
+    if b.layout in _SPARSE: return _stored(b)*(a.numel()//a.shape[-1])
+    return out.numel()*a.shape[-1]
+
 def _conv(x, w, out, transposed=False): return (x if transposed else out).numel()//(x if transposed else out).shape[1]*w.numel()
 def _sdpa(q, k, v): return q.shape[:-1].numel()*k.shape[-2]*(q.shape[-1]+v.shape[-1])
+
+def _grouped(a, b):
+    "Products of groups of rows, each group with its own matrix: the experts of a mixture."
+    return b.numel()*a.shape[-2] if a.dim() > b.dim() else a.numel()*b.shape[-1]
+
+def _recurrent(x, weights):
+    "Each matrix of a recurrent layer meets each step of each sequence once."
+    return x.numel()//x.shape[-1]*sum(w.numel() for w in weights if w.dim() > 1)
+
+def _trilinear(factors, expanded):
+    "All combinations of three factors' axes; the new axes of each are listed in `expanded`."
+    shapes = []
+    for t,new in zip(factors, expanded):
+        shape = list(t.shape)
+        for axis in sorted(new): shape.insert(axis, 1)
+        shapes.append(shape)
+    return math.prod(torch.broadcast_shapes(*shapes))
+
+# %% ../nbs/04_cost.ipynb #dc8baafb
+def _table(price, places, kind, names): return {n if '::' in n else f'aten::{n}': (price, places, kind) for n in names.split()}
+
+_PRICES = { # name of an operator -> (price from its arguments and its output, places of the factors, kind)
+    **_table(lambda x, w, *rest, out: _conv(x, w, out), (0, 1), 'conv', """_slow_conv2d_forward slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d
+        _conv_depthwise2d conv_depthwise3d mkldnn_convolution cudnn_convolution cudnn_convolution_relu cudnn_convolution_add_relu miopen_convolution
+        miopen_convolution_relu miopen_convolution_add_relu miopen_depthwise_convolution"""),
+    **_table(lambda x, w, *rest, out: _conv(x, w, out, True), (0, 1), 'conv', """slow_conv_transpose2d slow_conv_transpose3d cudnn_convolution_transpose
+        miopen_convolution_transpose"""),
+    **_table(lambda x, w, *rest, out: out.numel()*w.shape[0]*w.shape[1], (0, 1), 'conv', 'conv_tbc'),
+    **_table(lambda x, w, *rest, out: out.numel()//out.shape[1]*w.numel(), (0, 1), 'conv', 'torchvision::deform_conv2d'),
+    **_table(lambda a, b, *rest, out: _mm(a, b, out), (0, 1), 'matmul', """mm bmm mv dot vdot _int_mm _scaled_mm _scaled_mm_v2 _sparse_semi_structured_mm _cslt_sparse_mm"""),
+    **_table(lambda c, a, b, *rest, out: _mm(a, b, out), (1, 2), 'matmul', 'addmm baddbmm addmv _addmm_activation _sparse_addmm _scaled_addmm hspmm sspaddmm'),
+    **_table(lambda c, a, b, *rest, out: a.numel()*b.shape[-1], (1, 2), 'matmul', 'addbmm'),
+    **_table(lambda c, a, b, *rest, out: a.numel()*b.numel(), (1, 2), 'matmul', 'addr'),
+    **_table(lambda c, a, b, *rest, out: _stored(c)*a.shape[-1], (1, 2), 'matmul', 'sparse_sampled_addmm'),
+    **_table(lambda x, w, *rest, out: out.numel()*x.shape[-1], (0, 1), 'matmul', """linear mkldnn_linear _weight_int8pack_mm _weight_int4pack_mm _mixed_dtypes_linear
+        _weight_int4pack_mm_for_cpu _weight_int4pack_mm_with_scales_and_zeros _dyn_quant_matmul_4bit _sparse_semi_structured_linear
+        quantized::linear quantized::linear_relu quantized::linear_dynamic quantized::linear_relu_dynamic quantized::linear_dynamic_fp16"""),
+    **_table(lambda a, b, *rest, out: _grouped(a, b), (0, 1), 'matmul', '_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2 transformers::grouped_mm_fallback'),
+    **_table(lambda a, w, b, *expanded, out: _trilinear((a, w, b), expanded[:3]), (0, 1, 2), 'matmul', '_trilinear'),
+    **_table(lambda theta, *rest, out: out.numel()*theta.shape[-1], (0,), 'matmul', 'affine_grid_generator'),
+    **_table(lambda x, *rest, out: out.numel()*x.shape[-1], (0, 1), 'distance', '_cdist_forward _euclidean_dist'),
+    **_table(lambda x, *rest, out: out.numel()*x.shape[-1], (0,), 'distance', '_pdist_forward'),
+    **_table(lambda x, *rest, out: _recurrent(x, rest[:2]), (1, 2), 'recurrent', 'mkldnn_rnn_layer'),
+    **_table(lambda x, weights, *rest, out: _recurrent(x, weights), (1,), 'recurrent', '_cudnn_rnn miopen_rnn'),
+}
+
+def _torchs_price(op, args, kwargs, out):
+    "Half of the FLOPs by the formula that torch, or the user through `register_flop_formula`, holds for an operator; None if there is none."
+    if op not in flop_registry: return None
+    tensors = [i for i,a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    return flop_registry[op](*args, **kwargs, out_val=out)//2,tuple(tensors),'attention' if 'attention' in str(op) else 'matmul'
 
 def op_macs(
     op, # An operator of `torch.ops` (an overload packet)
     args, # What it was given
     out, # What came out
-): # (multiply-accumulates, places of the factors in `args`, kind), or None for an operator that has none
+    kwargs=None, # What it was given by name
+): # (multiply-accumulates, places of the factors in `args`, kind), or None for an operator without a price
     "The multiply-accumulates of one operator call, from shapes."
     if op in (_aten.convolution, _aten._convolution): return _conv(args[0], args[1], out, args[6]),(0, 1),'conv'
-    if op in (_aten.mm, _aten.bmm, _aten.mv, _aten.dot, _aten.vdot): return _mm(args[0], args[1], out),(0, 1),'matmul'
-    if op in (_aten.addmm, _aten.baddbmm, _aten.addmv, _aten._addmm_activation): return _mm(args[1], args[2], out),(1, 2),'matmul'
-    if op is _aten.addbmm: return args[1].numel()*args[2].shape[-1],(1, 2),'matmul'
-    if op is _aten.linear: return args[0].numel()*args[1].shape[0],(0, 1),'matmul'
-    name = op._qualified_op_name
+    name = getattr(op, '_qualified_op_name', '')
     if name.startswith('aten::_scaled_dot_product') and not name.endswith('backward'): return _sdpa(*args[:3]),(0, 1, 2),'attention'
-    if name == 'torchvision::deform_conv2d': return out.numel()//out.shape[1]*args[1].numel(),(0, 1),'conv'
+    price,places,kind = _PRICES.get(name, (None, (), ''))
+    if price is None: return _torchs_price(op, args, kwargs or {}, out)
+    n = price(*args, out=out)
+    return None if n is None else (n, places, kind)
+
+# %% ../nbs/04_cost.ipynb #e4f7bff8
+_OWN = {'aten', 'prim', 'prims', 'profiler', 'torchvision', 'quantized', 'quantized_decomposed', 'mkldnn', 'onednn', 'mkl', 'c10d', '_c10d_functional', 'rngprims', 'debugprims', 'inductor'}
+_PRODUCT = re.compile('mm(_|$)|mv(_|$)|dot|^addr|conv|atten|multi_head|encoder_layer|rnn|lstm|gru|linear|linalg|matmul|matrix_exp|fft_[rc]2|dist_|'
+                      'cholesky|solve|ormqr|geqrf|householder|lstsq')
+_NO_PRODUCT = re.compile('upsample|pack|convert|reorder|flatten_weight|search|check_errors|thnn_fused|linalg_(vector_norm|cross|_powsum|.*backward)')
+
+@functools.lru_cache(None)
+def _may_multiply(op):
+    "May an operator without a price be a product?"
+    space,_,name = getattr(op, '_qualified_op_name', f'higher_order::{op}').partition('::')
+    return space not in _OWN or bool(_PRODUCT.search(name) and not _NO_PRODUCT.search(name))
 
 # %% ../nbs/04_cost.ipynb #dc85b01b
-def fvcore_flops(op, args, out):
+_FVCORE = (_aten.convolution, _aten._convolution, _aten.mm, _aten.bmm, _aten.addmm, _aten._addmm_activation, _aten.linear)
+
+def fvcore_flops(op, args, out, kwargs=None):
     "What fvcore 0.1.5 writes for an operator, in the form of `op_macs`."
     if op in (_aten.native_batch_norm, _aten._native_batch_norm_legit_no_training, _aten.cudnn_batch_norm, _aten.miopen_batch_norm):
         return args[0].numel()*(1 if args[1] is None else 2),(1,),'norm'
@@ -53,8 +137,7 @@ def fvcore_flops(op, args, out):
     if op is _aten.upsample_nearest2d: return out.numel(),(),'resize'
     if op in (_aten.upsample_bilinear2d, _aten.grid_sampler_2d, _aten.grid_sampler_3d): return 4*out.numel(),(),'resize'
     if op is _aten._adaptive_avg_pool2d: return args[0].numel(),(),'pool'
-    if op in (_aten.baddbmm, _aten.addbmm, _aten.mv, _aten.dot, _aten.vdot) or op._qualified_op_name.startswith('aten::_scaled'): return None
-    return op_macs(op, args, out)
+    return op_macs(op, args, out) if op in _FVCORE else None
 
 # %% ../nbs/04_cost.ipynb #02193273
 def _types(*names): return [getattr(nn, f'{n}{d}') for n in names for d in ('1d', '2d', '3d')]
@@ -62,13 +145,30 @@ def _affine(m): return bool(getattr(m, 'affine', False) or getattr(m, 'elementwi
 def _adaptive(m, x, y): return int((math.prod(a/b for a,b in zip(x.shape[2:], y.shape[2:])) + 1)*y.numel())
 _UP = dict(nearest=1, linear=5, bilinear=11, bicubic=259)
 
+_GATES = {nn.RNN: 1, nn.RNNCell: 1, nn.GRU: 3, nn.GRUCell: 3, nn.LSTM: 4, nn.LSTMCell: 4}
+_RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
+
+def _steps(x):
+    "Sequences times steps. thop takes the largest batch of packed sequences for all steps."
+    return int(x.batch_sizes.max())*len(x.batch_sizes) if isinstance(x, PackedSequence) else x.shape[0]*x.shape[1]
+
+def _thop_cell(m, wide):
+    "One step of one sequence through one layer of width `wide`, with additions, gates and biases as thop has them."
+    h,gates = m.hidden_size,_GATES[type(m)]
+    return gates*(h*(wide+h) + h + 2*h*bool(m.bias)) + {1: 0, 3: 4*h, 4: 4*h}[gates]
+
+def _thop_recurrent(m, x, y):
+    ways = 2 if m.bidirectional else 1
+    return _steps(x)*ways*(_thop_cell(m, m.input_size) + (m.num_layers-1)*_thop_cell(m, ways*m.hidden_size))
+
 _THOP = {t: lambda m, x, y: y.numel()*(x.shape[1]//m.groups)*math.prod(m.weight.shape[2:]) for t in CONVS} | {
     t: lambda m, x, y: (4 if _affine(m) else 2)*x.numel() for t in [*_types('BatchNorm', 'InstanceNorm'), nn.LayerNorm, nn.SyncBatchNorm]} | {
     t: lambda m, x, y: y.numel() for t in _types('AvgPool')} | {t: _adaptive for t in _types('AdaptiveAvgPool')} | {
     t: lambda m, x, y: _UP.get(m.mode, 0)*y.numel() for t in (nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)} | {
     t: lambda m, x, y: 0 for t in (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Dropout, nn.ZeroPad2d, nn.PixelShuffle, *_types('MaxPool', 'AdaptiveMaxPool'))} | {
     nn.Linear: lambda m, x, y: m.in_features*y.numel(), nn.PReLU: lambda m, x, y: x.numel(),
-    nn.Softmax: lambda m, x, y: x.numel()//x.shape[m.dim]*(3*x.shape[m.dim]-1)}
+    nn.Softmax: lambda m, x, y: x.numel()//x.shape[m.dim]*(3*x.shape[m.dim]-1)} | dict.fromkeys(_RECURRENT, _thop_recurrent) | {
+    t: lambda m, x, y: x.shape[0]*_thop_cell(m, m.input_size) for t in (nn.RNNCell, nn.GRUCell, nn.LSTMCell)}
 
 # %% ../nbs/04_cost.ipynb #e5674dad
 def _pt_conv(m, x, y, transposed=False):
@@ -81,23 +181,55 @@ def _pt_attention(m, q, k, v):
     proj = l*d*d + s*dk*dk + s*dv*dv + (0 if m.in_proj_bias is None else (l+2*s)*d)
     return b*(l*d + proj + h*l*s*(d//h + 1 + dv//h) + l*dv*(dv+1))
 
-_sizes = lambda k: lambda m, x, y: k*x.numel()
+def _pt_cell(m, layer=''):
+    "One step of one sequence through one layer: its matrices, its biases, and what the gates cost by ptflops."
+    own = [getattr(m, f'{k}{layer}') for k in ('weight_ih', 'weight_hh', *(('bias_ih', 'bias_hh') if m.bias else ()))]
+    return sum(p.numel() for p in own) + {1: 1, 3: 7, 4: 10}[_GATES[type(m)]]*m.hidden_size
+
+def _pt_recurrent(m, x, y): return _steps(x)*(2 if m.bidirectional else 1)*sum(_pt_cell(m, f'_l{i}') for i in range(m.num_layers))
+
 _PTFLOPS = {t: _pt_conv for t in _types('Conv')} | {t: lambda m, x, y: _pt_conv(m, x, y, True) for t in _types('ConvTranspose')} | {
     t: lambda m, x, y: x.numel()*(2 if getattr(m, 'affine', False) else 1) for t in [*_types('BatchNorm', 'InstanceNorm'), nn.GroupNorm, nn.LayerNorm]} | {
     t: lambda m, x, y: y.numel() for t in (nn.ReLU, nn.PReLU, nn.ELU, nn.LeakyReLU, nn.ReLU6, nn.GELU)} | {
     t: lambda m, x, y: x.numel() for t in _types('MaxPool', 'AvgPool', 'AdaptiveMaxPool', 'AdaptiveAvgPool')} | {
     nn.Upsample: lambda m, x, y: y[0].numel(), nn.MultiheadAttention: None,
-    nn.Linear: lambda m, x, y: x.shape[:-1].numel()*y.shape[-1]*(x.shape[-1] + (m.bias is not None))}
+    nn.Linear: lambda m, x, y: x.shape[:-1].numel()*y.shape[-1]*(x.shape[-1] + (m.bias is not None))} | dict.fromkeys(_RECURRENT, _pt_recurrent) | {
+    t: lambda m, x, y: x.shape[0]*_pt_cell(m) for t in (nn.RNNCell, nn.GRUCell, nn.LSTMCell)}
 
 # %% ../nbs/04_cost.ipynb #594015f7
+def _sources(m):
+    "Weights of a module that are computed from other parameters (weight_norm, spectral_norm, pruning, any parametrisation): name -> these parameters."
+    res = {k: list(made.parameters()) for k,made in getattr(m, 'parametrizations', {}).items()}
+    for k,p in m._parameters.items(): # the older way: parameters beside a plain attribute that a hook computes
+        name = re.sub('_(orig|g|v)$', '', k)
+        if p is not None and name != k and isinstance(m.__dict__.get(name), torch.Tensor): res.setdefault(name, []).append(p)
+    return res
+
+def _computed_row(name, m, parts):
+    "The row of a weight that is computed, where `layers_of` knows none."
+    kind = 'conv' if isinstance(m, CONVS) else 'linear' if isinstance(m, nn.Linear) else 'parameter'
+    return [[name, kind, [(p, None) for p in parts]]]
+
+def _shares(parts, layers):
+    "Parameters behind a packed weight, for each of its layers: by rows where they have as many, else the first takes them."
+    rows = max(l.rows.stop for l in layers)
+    return [[(p, l.rows) for p in parts if len(p) == rows] + [(p, None) for p in parts if len(p) != rows and l is layers[0]] for l in layers]
+
 def _module_rows(name, m):
-    "Rows of a module's own parameters: [row, kind, [(parameter, its rows or None), ...]], the weight first."
+    "Rows of a module's own weights: [row, kind, [(parameter, its rows or None), ...]], the weight first."
     own,dot = {k: p for k,p in m._parameters.items() if p is not None},f'{name}.' if name else ''
-    rows = [[l.name, l.kind, [(l.param, l.rows)]] for l in layers_of(name, m)]
-    taken = {id(r[2][0][0]) for r in rows}
+    layers,rows = layers_of(name, m),[]
+    for key,parts in _sources(m).items():
+        made = [l for l in layers if l.key == dot+key]
+        packed = [[l.name, l.kind, share] for l,share in zip(made, _shares(parts, made))] if made and made[0].rows else []
+        rows += packed or [[l.name, l.kind, [(p, None) for p in parts]] for l in made] or _computed_row(dot+key, m, parts)
+        layers = [l for l in layers if l not in made]
+    rows += [[l.name, l.kind, [(l.param, l.rows)]] for l in layers]
+    taken = {id(p) for r in rows for p,_ in r[2]}
     kind = 'norm' if isinstance(m, NORMS) else 'embedding' if isinstance(m, nn.Embedding) else 'parameter'
     for k,p in sorted(own.items(), key=lambda kp: kp[0] != 'weight'):
         if id(p) in taken: continue
+        taken.add(id(p))
         if k in ('bias', 'in_proj_bias') and len(rows) == 3: # packed or parallel q, k, v: each has its third
             for i,r in enumerate(rows): r[2].append((p, slice(i*len(p)//3, (i+1)*len(p)//3)))
         elif k == 'bias' and rows: rows[0][2].append((p, None))
@@ -114,21 +246,40 @@ def _paths(model):
         if id(m) in inside: yield n[len(prefix):].removeprefix('.'),True,m
         else: yield f'(head) {n}' if n in names else n,False,m
 
+def _lone(path, m, fresh):
+    "The row of a bias whose weight was counted with another module."
+    key = next((k for k,p in m._parameters.items() if p is fresh[0][0]), 'bias')
+    return f'{path}.{key}' if path else key
+
 def _model_rows(model):
-    "All rows of a model: row -> dict(kind, tower, params, weights, param, rows). A shared parameter counts once."
+    "All rows of a model: row -> dict(kind, tower, params, weights, param, rows, made). A parameter counts once, wherever it appears again."
     seen,res = set(),{}
     for path,inside,m in _paths(model):
+        made,here = {id(p): parts for parts in _sources(m).values() for p in parts},set()
         for row,kind,parts in _module_rows(path, m):
-            if id(parts[0][0]) in seen: continue
-            sizes = [(p if s is None else p[s]).numel() for p,s in parts]
-            res[f'(head) {row}' if row in res else row] = dict(kind=kind, tower=inside, params=sum(sizes), weights=sizes[0], param=parts[0][0], rows=parts[0][1])
-        seen |= {id(p) for p in m._parameters.values() if p is not None}
+            fresh = [(p, s) for p,s in parts if id(p) not in seen]
+            here |= {id(p) for p,_ in fresh}
+            if not fresh: continue
+            param,where = parts[0]
+            lone = id(param) in seen and id(param) not in made
+            if lone: row,kind,(param,where) = _lone(path, m, fresh),'parameter',(fresh[0][0], None)
+            if lone and row in res: continue # the other thirds of a packed bias
+            if lone: fresh = [(param, None)]
+            sizes = [(p if s is None else p[s]).numel() for p,s in fresh]
+            res[f'(head) {row}' if row in res else row] = dict(kind=kind, tower=inside, params=sum(sizes), weights=max(sizes) if id(param) in made else sizes[0],
+                                                               param=param, rows=where, made=made.get(id(param)))
+        seen |= here
     return res
 
 # %% ../nbs/04_cost.ipynb #9013203a
 def _storage(t):
     try: return t.untyped_storage()
     except (NotImplementedError, RuntimeError): return None # e.g. a sparse tensor
+
+def _key(t):
+    "What identifies the memory of a tensor: its storage, or the tensor itself if it has none."
+    s = _storage(t)
+    return ('tensor', id(t)) if s is None else s._cdata
 
 class _Trace:
     "Which rows a tensor is a view of, and which it depends on: both are remembered by storage."
@@ -137,21 +288,30 @@ class _Trace:
 
     def own(self, row, t):
         "Tensor `t` holds the whole parameter of `row`."
-        d,s = self.rows[row],_storage(t)
-        n = d['param'][0].numel() if d['rows'] is not None else 0
-        lo,hi = (0, t.numel()) if d['rows'] is None else (d['rows'].start*n, d['rows'].stop*n)
+        where,s = self.rows[row]['rows'],_storage(t)
+        if s is None: return self.owners.setdefault(_key(t), []).append((row, 0, t.numel(), t))
+        n = t[0].numel() if where is not None else 0
+        lo,hi = (0, t.numel()) if where is None else (where.start*n, where.stop*n)
         self.owners.setdefault(s._cdata, []).append((row, t.storage_offset()+lo, t.storage_offset()+hi, s))
 
+    def copied(self, t, out):
+        "`out` holds the same numbers as `t`, e.g. in another precision: what `t` is a view of, `out` is a view of, too."
+        spans = self.owners.get(_key(t), ())
+        s = _storage(out) if spans and t.is_contiguous() and out.is_contiguous() else None
+        if s is None: return
+        shift = out.storage_offset() - t.storage_offset()
+        self.owners[s._cdata] = [(r, lo+shift, hi+shift, s) for r,lo,hi,_ in spans]
+
     def rows_of(self, t):
-        s = _storage(t)
-        spans = self.owners.get(s._cdata, ()) if s is not None else ()
+        spans = self.owners.get(_key(t), ())
+        if len(spans) < 2: return [r for r,*_ in spans]
         lo,hi = t.storage_offset(),t.storage_offset() + t.numel()
-        return [r for r,a,b,_ in spans if len(spans) == 1 or (a < hi and lo < b)]
+        return [r for r,a,b,_ in spans if a < hi and lo < b]
 
     def bits_of(self, t):
-        s,res = _storage(t),0
+        res = self.bits.get(_key(t), 0)
         for r in self.rows_of(t): res |= self.bit[r]
-        return res | (self.bits.get(s._cdata, 0) if s is not None else 0)
+        return res
 
     def mark(self, t, bits):
         s = _storage(t)
@@ -163,46 +323,79 @@ class _Trace:
     def names(self, bits): return [r for r in self.rows if self.bit[r] & bits]
 
 # %% ../nbs/04_cost.ipynb #a40eebc4
+@functools.lru_cache(None)
+def _falls_apart(func):
+    "Is an operator a composition of others that torch has not taken apart yet? So they come in inference mode."
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace == 'prim': return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), 'CompositeImplicitAutograd')
+
 class _Counter(TorchDispatchMode):
     "Watches operators: adds up their price by row, and what each row's input depends on."
+    supports_higher_order_operators = True
+
     def __init__(self, rows, price):
         super().__init__()
         self.rows,self.price,self.quiet,self.stack,self.trace = rows,price,0,[('', True)],_Trace(rows)
-        self.macs,self.kinds,self.upstream = {},{},{}
+        self.macs,self.kinds,self.upstream,self.unpriced = {},{},{},{}
         self.at = {(id(d['param']), d['rows'] and d['rows'].start): r for r,d in rows.items()}
         self.input = 1 << len(rows) # the bit of what comes from the model's input
 
     def place(self, factors, kind):
         "The rows to charge: of a parameter among the factors, or of one that a factor was computed from here (a masked weight), or of the module."
-        for t in factors:
-            if rows := self.trace.rows_of(t): return rows
+        owned = [rows for t in factors if (rows := self.trace.rows_of(t))]
+        if owned: return list(dict.fromkeys(sum(owned, []))) if kind == 'recurrent' else owned[0]
         here = self.stack[-1][0]
         for t in factors:
             bits = self.trace.bits_of(t)
-            if bits and not bits & self.input and len(rows := self.trace.names(bits)) == 1 and rows[0].startswith(here): return rows
+            if not bits or bits & self.input: continue
+            if 'parametrizations' in here.split('.'): return [f'{here}:parametrization']
+            rows = self.trace.names(bits)
+            if len(rows) != 1 or not rows[0].startswith(f'{here}.' if here else ''): continue
+            return [f'{here}:parametrization'] if self.rows[rows[0]]['made'] else rows
         return [f'{here}:{kind}']
 
     def charge(self, n, rows, kind):
-        for r in rows:
-            self.macs[r] = self.macs.get(r, 0) + n/len(rows)
-            if r not in self.rows: self.kinds[r] = kind,self.stack[-1][1]
+        "Add a price: to one row, or to several in proportion to their weights."
+        sizes = [self.rows[r]['weights'] if r in self.rows else 1 for r in rows]
+        total = sum(sizes)
+        if not total: sizes,total = [1]*len(rows),len(rows) # weights without elements
+        for r,size in zip(rows, sizes):
+            self.macs[r] = self.macs.get(r, 0) + n*size/total
+            if r not in self.rows: self.kinds[r] = 'parametrization' if r.endswith(':parametrization') else kind,self.stack[-1][1]
+
+    def no_price(self, name):
+        "Something that may multiply ran and has no price in this convention."
+        here,inside = self.stack[-1]
+        self.unpriced[f'{here}:{name}'] = self.unpriced.get(f'{here}:{name}', (0, inside))[0] + 1,inside
+
+    def bill(self, op, args, kwargs, out):
+        "Charge what an operator costs; returns the rows whose weights it multiplied with."
+        ours = op_macs(op, args, out, kwargs)
+        theirs = ours if self.price is op_macs else self.price and self.price(op, args, out, kwargs)
+        rows_of = {id(p): self.place([t for i in p[1] for t in tree_leaves(args[i]) if isinstance(t, torch.Tensor)], p[2]) for p in (ours, theirs) if p}
+        hit = {r for rows in rows_of.values() for r in rows}
+        if self.quiet or self.price is None: return hit
+        if theirs: self.charge(theirs[0], rows_of[id(theirs)], theirs[2])
+        elif ours or _may_multiply(op): self.no_price(getattr(op, '_qualified_op_name', str(op)))
+        return hit
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if _falls_apart(func):
+            with self: return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
         outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         if not outs: return out
         ins = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        behind,bits,hit,op = 0,0,set(),func._overloadpacket
+        behind,bits,hit,op = 0,0,set(),getattr(func, '_overloadpacket', func)
         for t in ins:
             own,b = self.trace.rows_of(t),self.trace.bits_of(t)
-            bits |= b; hit |= set(own)
+            bits |= b
+            hit |= set(own)
             if not own: behind |= b
-        for price in {op_macs, self.price}:
-            if found := price(op, args, outs[0]) if price else None:
-                rows = self.place([args[i] for i in found[1] if args[i] is not None], found[2])
-                hit |= set(rows)
-                if price is self.price and not self.quiet: self.charge(found[0], rows, found[2])
+        hit |= self.bill(op, args, kwargs, outs[0])
         for r in hit: self.upstream[r] = self.upstream.get(r, 0) | behind & ~self.trace.bit.get(r, 0)
+        if op in (_aten._to_copy, _aten.clone): self.trace.copied(ins[0], outs[0])
         for t in outs: self.trace.mark(t, bits)
         return out
 
@@ -213,50 +406,295 @@ def _einsum_flops(eq, *xs):
     size = {c: n for part,x in zip(ins.split(','), xs) for c,n in zip(part, x.shape)}
     return math.prod(size.values())//(1 if set(size) - set(out) else 2)
 
+_FVCORE_FREE = dict.fromkeys('lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell bilinear tensordot inner multi_dot matrix_power kron'.split())
+
 class _Composite(TorchFunctionMode):
     "Prices the calls that fvcore sees whole."
     def __init__(self, counter): super().__init__(); self.counter = counter
+
+    def price(self, func, args):
+        "(FLOPs or None, kind) of a call that fvcore sees whole, else None."
+        name = getattr(func, '__name__', '').removeprefix('linalg_')
+        if func is torch.einsum and len(args) == 3 and isinstance(args[0], str) and '.' not in args[0]: return _einsum_flops(*args),'matmul'
+        if func is F.adaptive_avg_pool2d: return args[0].numel(),'pool'
+        if func is F.scaled_dot_product_attention or name in _FVCORE_FREE: return None,name
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        c,n,kind = self.counter,None,None
-        if func is torch.einsum and len(args) == 3 and isinstance(args[0], str) and '.' not in args[0]: n,kind = _einsum_flops(*args),'matmul'
-        elif func is F.adaptive_avg_pool2d: n,kind = args[0].numel(),'pool'
-        elif func is F.scaled_dot_product_attention: n,kind = 0,'attention'
-        if n is None: return func(*args, **(kwargs or {}))
-        c.charge(n, c.place([t for t in args[1:] if isinstance(t, torch.Tensor)], kind), kind)
+        c,found = self.counter,None if self.counter.quiet else self.price(func, args)
+        if found is None: return func(*args, **(kwargs or {}))
+        n,kind = found
+        if n is None: c.no_price(f'aten::{kind}')
+        else: c.charge(n, c.place([t for t in args[1:] if isinstance(t, torch.Tensor)], kind), kind)
         c.quiet += 1
         try: return func(*args, **(kwargs or {}))
         finally: c.quiet -= 1
 
 # %% ../nbs/04_cost.ipynb #cb925e1f
 CONVENTIONS = dict(macs=(op_macs, None), fvcore=(fvcore_flops, None), thop=(None, _THOP), ptflops=(None, _PTFLOPS))
-_KINDS = {'Conv': 'conv', 'Linear': 'linear', 'Norm': 'norm', 'Pool': 'pool', 'Attention': 'attention', 'Upsampl': 'resize'}
+_KINDS = {'Conv': 'conv', 'Linear': 'linear', 'Norm': 'norm', 'Pool': 'pool', 'Attention': 'attention', 'Upsampl': 'resize', 'LSTM': 'recurrent', 'GRU': 'recurrent', 'RNN': 'recurrent'}
+_MANY = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase) # their price is shared by all their rows
+
+def _bill_module(counter, table, path, m, ins, out):
+    "Charge a module that has run by its table. One that has weights of its own, no parts and no price is noted, as the tools warn of it."
+    if type(m) not in table:
+        if next(m.children(), None) is None and next(m.parameters(), None) is not None: counter.no_price(type(m).__name__)
+        return
+    n = _pt_attention(m, *ins[:3]) if table[type(m)] is None else table[type(m)](m, ins[0], out)
+    own = [counter.at.get((id(p), s and s.start), row) for row,_,((p,s),*_) in _module_rows(path, m)]
+    kind = next((k for t,k in _KINDS.items() if t in type(m).__name__), 'activation')
+    counter.charge(n, own[:None if isinstance(m, _MANY) else 1] or [f'{path}:{type(m).__name__.lower()}'], kind)
+
+def _rows_behind(counter, parameters):
+    "The rows whose weight is computed from some of these parameters."
+    ids = {id(p) for p in parameters}
+    return [row for (p,_),row in counter.at.items() if p in ids]
 
 @contextlib.contextmanager
 def _hooked(model, counter, table):
     "Hooks that keep the path of modules and, with a table, price them; in eval mode without gradients and fast paths. All of it is undone."
-    def enter(path, inside):
-        return lambda m, args: counter.stack.append((path, inside))
-    def leave(path):
+    def enter(path, inside, m):
+        computed = {k: _rows_behind(counter, parts) for k,parts in _sources(m).items()}
+        def hook(m, args):
+            for name,rows in computed.items(): # hooks of the older kind have computed it by now
+                for row in rows if name in m.__dict__ else (): counter.trace.own(row, m.__dict__[name])
+            counter.stack.append((path, inside))
+        return hook
+    def leave(path, m):
+        computed = _rows_behind(counter, m.parameters()) if isinstance(m, ParametrizationList) else ()
         def hook(m, args, kwargs, out):
-            if table and type(m) in table:
-                ins = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
-                n = _pt_attention(m, *ins[:3]) if table[type(m)] is None else table[type(m)](m, ins[0], out)
-                own = [counter.at.get((id(p), s and s.start), row) for row,_,((p,s),*_) in _module_rows(path, m)]
-                kind = next((k for t,k in _KINDS.items() if t in type(m).__name__), 'activation')
-                counter.charge(n, own[:None if isinstance(m, nn.MultiheadAttention) else 1] or [f'{path}:{type(m).__name__.lower()}'], kind)
+            ins = [t for t in (*args, *kwargs.values()) if isinstance(t, (torch.Tensor, PackedSequence))]
+            if table: _bill_module(counter, table, path, m, ins, out)
             counter.stack.pop()
+            for row in computed: counter.trace.own(row, out)
         return hook
     training,fast = [m for m in model.modules() if m.training],torch.backends.mha.get_fastpath_enabled()
     undo = []
     try:
         for path,inside,m in _paths(model):
-            undo += [m.register_forward_pre_hook(enter(path, inside)), m.register_forward_hook(leave(path), with_kwargs=True)]
-        model.eval(); torch.backends.mha.set_fastpath_enabled(False)
+            undo += [m.register_forward_pre_hook(enter(path, inside, m)), m.register_forward_hook(leave(path, m), with_kwargs=True)]
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(): yield
     finally:
         for h in undo: h.remove()
         for m in training: m.training = True
         torch.backends.mha.set_fastpath_enabled(fast)
+
+# %% ../nbs/04_cost.ipynb #7ee6b06d
+_LIBRARIES = sys.stdlib_module_names - {'types'} | {'torch', 'numpy', 'pandas'}
+
+def _inner(x):
+    "What a container or an object of a model holds; nothing for all else."
+    if isinstance(x, dict): return x.values()
+    if isinstance(x, (list, tuple, set, frozenset, collections.deque)): return x
+    if isinstance(x, torch.Tensor) or not hasattr(x, '__dict__'): return ()
+    mine = isinstance(x, nn.Module) or type(x).__module__.partition('.')[0] not in _LIBRARIES
+    return (vars(x),) if mine and isinstance(vars(x), dict) else ()
+
+def _same(x, was):
+    if len(x) != len(was): return False
+    if isinstance(x, dict): return all(k in x and x[k] is v for k,v in was.items())
+    return all(a is b for a,b in zip(x, was)) if isinstance(x, (list, collections.deque)) else {id(v) for v in x} == {id(v) for v in was}
+
+def _put_back(x, was):
+    if _same(x, was): return
+    x.clear()
+    (x.extend if isinstance(x, (list, collections.deque)) else x.update)(was)
+
+def _remember(
+    model:nn.Module, # Any module
+): # A function that puts it back
+    "Remember what all dicts, lists and sets of a model's modules hold, also those in each other and in plain objects."
+    seen,todo,held = set(),[model],[]
+    while todo:
+        x = todo.pop()
+        if id(x) in seen: continue
+        seen.add(id(x))
+        if isinstance(x, (dict, list, set, collections.deque)): held.append((x, x.copy() if isinstance(x, (list, set, collections.deque)) else dict(x)))
+        todo += _inner(x)
+    def back():
+        for x,was in held: _put_back(x, was)
+    return back
+
+# %% ../nbs/04_cost.ipynb #dd130651
+_SMALL = 2**22 # elements of what is computed beside a dry pass, at most
+
+def _written(func, args, kwargs):
+    "The tensors that an operator writes to."
+    schema = getattr(func, '_schema', None)
+    if schema is None or not schema.is_mutable: return []
+    given = {a.name: x for a,x in zip(schema.arguments, args)} | kwargs
+    changed = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [t for t in tree_leaves(changed) if isinstance(t, torch.Tensor)]
+
+class _Beside(TorchDispatchMode):
+    "Remembers each fake tensor, and beside a small one that depends on neither input nor parameters keeps its values."
+    supports_higher_order_operators = True
+
+    def __init__(self, model):
+        super().__init__()
+        self.made,self.known,self.copies = {},{},{}
+        self.apart = {_key(p) for p in model.parameters()} # memory whose values are not asked for
+
+    def value(self, t):
+        "The values of a tensor, or None if they are not known."
+        if isinstance(t, FakeTensor): return self.known.get(id(t))
+        if _key(t) in self.apart or t.numel() > _SMALL: return None
+        if id(t) not in self.copies: # the user's own tensor is never written to
+            with unset_fake_temporarily(): self.copies[id(t)] = t,t.detach().clone()
+        return self.copies[id(t)][1]
+
+    def values_of(self, func, args, kwargs):
+        "What an operator gives for known values; None if they are not known, or the operator is random or not one of torch."
+        if not isinstance(func, torch._ops.OpOverload) or func.namespace not in ('aten', 'prims') or torch.Tag.nondeterministic_seeded in func.tags: return None
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if any(isinstance(t, FakeTensor) and id(t) not in self.known for t in tensors) or any(self.value(t) is None for t in tensors): return None
+        args,kwargs = tree_map_only(torch.Tensor, self.value, (args, kwargs))
+        try:
+            with unset_fake_temporarily(): return func(*args, **kwargs)
+        except Exception: return None # whether that is an error, the pass itself says
+
+    def forget(self, tensors):
+        "Something unknown was written to these tensors, and so to all that share their memory."
+        keys = {_key(t) for t in tensors}
+        self.apart |= {_key(t) for t in tensors if not isinstance(t, FakeTensor)}
+        for k in [k for k in self.known if (t := self.made[k]()) is not None and _key(t) in keys]: del self.known[k]
+
+    def keep(self, t, value):
+        k = id(t)
+        self.made[k] = weakref.ref(t, lambda _: (self.made.pop(k, None), self.known.pop(k, None)))
+        if value is not None: self.known[k] = value
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        written = _written(func, args, kwargs)
+        out = func(*args, **kwargs)
+        outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        small = sum(t.numel() for t in outs) <= _SMALL and all(isinstance(t, FakeTensor) for t in written)
+        values = tree_leaves(self.values_of(func, args, kwargs)) if outs and small else [None]
+        if len(values) != len(outs): values = [None]*len(outs)
+        if written and None in values: self.forget([*written, *outs])
+        for t,v in zip(outs, values):
+            if isinstance(t, FakeTensor): self.keep(t, v)
+        return out
+
+    def left(self):
+        "References to the fake tensors that are still there."
+        for generation in (None, 0, 1, 2):
+            if generation is not None: gc.collect(generation)
+            refs = [ref for ref in self.made.values() if ref() is not None]
+            if not refs: break
+        return refs
+
+# %% ../nbs/04_cost.ipynb #af1b6604
+_CACHE = type(functools.lru_cache(None)(lambda: None))
+
+class _LeftBehind(OpenTransError): "A dry pass has left tensors without values where they could only be taken out."
+
+def _name_of(holder):
+    "A container or object in words: its name in a module, if it has one, else its type."
+    for d in gc.get_referrers(holder):
+        if isinstance(d, dict) and '__name__' in d and '__spec__' in d:
+            for k,v in list(d.items()):
+                if v is holder: return f"{d['__name__']}.{k}"
+    return f'a {type(holder).__name__}'
+
+def _owner(d):
+    "The module, class or object whose names a dict holds, or None."
+    return next((o for o in gc.get_referrers(d) if getattr(o, '__dict__', None) is d or isinstance(o, type) and '__module__' in d), None)
+
+def _drop(d, x, owner=None):
+    "Remove something from a dict; a name in a module, class or object becomes None. Returns the place in words."
+    owner = _owner(d) if owner is None else owner
+    keys = [k for k,v in d.items() if v is x or k is x]
+    for k in keys:
+        if owner is None: del d[k]
+        else: setattr(owner, k, None)
+    return _name_of(d) if owner is None else f"{getattr(owner, '__name__', type(owner).__name__)}.{', '.join(map(str, keys))}"
+
+def _remove(holder, x):
+    "Remove an object from one thing that holds it; returns the place in words. A function's cache is emptied, which is no place to speak of."
+    if isinstance(holder, _CACHE): return holder.cache_clear()
+    if isinstance(holder, dict): return _drop(holder, x)
+    if isinstance(holder, types.CellType):
+        holder.cell_contents = None
+        return 'a variable of a function'
+    if isinstance(holder, (list, collections.deque)):
+        rest = [v for v in holder if v is not x]
+        holder.clear()
+        holder.extend(rest)
+        return _name_of(holder)
+    if isinstance(holder, set):
+        holder.discard(x)
+        return _name_of(holder)
+    if not isinstance(holder, types.FrameType) and isinstance(getattr(holder, '__dict__', None), dict): return _drop(vars(holder), x, holder)
+
+def _take_out(x):
+    "Remove an object, and tuples with it, from all that holds them; returns the places in words."
+    places,todo = [],[x]
+    while todo:
+        x = todo.pop()
+        holders = gc.get_referrers(x)
+        todo += [h for h in holders if isinstance(h, tuple)]
+        for h in holders: places.append(None if isinstance(h, tuple) or h is todo else _remove(h, x))
+        del holders
+    return [place for place in places if place]
+
+def _fill(t, values):
+    "Give a fake tensor its values: it becomes an ordinary one, wherever it is kept."
+    try: torch.utils.swap_tensors(t, values)
+    except RuntimeError: return False # a view of it must be filled first
+    return True
+
+def _let_go(error):
+    "Take the tensors of a dry pass out of the frames of an error, and out of the functions that ran in them."
+    traceback.clear_frames(error.__traceback__)
+    for frame,_ in traceback.walk_tb(error.__traceback__):
+        functions = [f for f in gc.get_referents(frame) if isinstance(f, types.FunctionType)]
+        for cell in (c for f in functions for c in f.__closure__ or ()):
+            if cell != types.CellType() and any(isinstance(t, FakeTensor) for t in tree_leaves(cell.cell_contents)): cell.cell_contents = None
+
+def _clean_up(beside, error, advice):
+    "After a dry pass: what it has left gets its values or is taken out. Raises `_LeftBehind` if something was."
+    refs = beside.left()
+    while refs and error is not None:
+        _let_go(error)
+        error,refs = error.__cause__ or error.__context__,beside.left()
+    known = dict(beside.known)
+    beside.made.clear()
+    beside.known.clear()
+    if not refs: return
+    left = [(t, known.get(id(t))) for ref in refs if (t := ref()) is not None]
+    refs.clear()
+    for t,_ in left: vars(t).clear() # lets go of the mode, whose weak references forbid what follows
+    gc.collect()
+    while filled := [k for k,(t,v) in enumerate(left) if v is not None and _fill(t, v)]: left = [x for k,x in enumerate(left) if k not in filled]
+    lost = [weakref.ref(t) for t,_ in left]
+    left = t = None
+    places = [place for ref in lost if ref() is not None for place in _take_out(ref())]
+    gc.collect()
+    if any(ref() is not None for ref in lost): places.append('a place that could not be found')
+    if places: raise _LeftBehind(f"A dry pass would leave tensors without values in {', '.join(dict.fromkeys(places))}; they were taken out. {advice}")
+
+def _run_dry(
+    model:nn.Module, # The model; it is left as it was
+    run, # A function of the fake mode
+    advice:str, # What to do if something cannot be put back
+): # What `run` returns
+    "Run something on fake tensors so that none of them stays anywhere."
+    back,beside = _remember(model),_Beside(model)
+    def on_fakes(): # its frame is gone when the rest is looked for
+        fake = next((p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor)), None) or FakeTensorMode(allow_non_fake_inputs=True)
+        with fake, beside: return run(fake, beside)
+    error = None
+    try: return on_fakes()
+    except Exception as e:
+        error = e
+        raise
+    finally:
+        back()
+        torch.clear_autocast_cache()
+        _clean_up(beside, error, advice)
 
 # %% ../nbs/04_cost.ipynb #6c404851
 def _si(x):
@@ -266,11 +704,17 @@ def _si(x):
 
 def _whole(x): return int(x) if float(x).is_integer() else float(x)
 
+def _number(x): return isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, (bool, np.bool_))
+
+def _density(name, d):
+    if _number(d) and 0 <= d <= 1: return float(d)
+    raise OpenTransError(f"The density of '{name}' must be a number from 0 to 1, the share of weights that remain, not {d!r}.")
+
 def _densities(mask, rows):
     "Density by row, from a mask by name, a dict of densities (`'*'`: all other rows of the tower), or one number for the whole tower."
     if mask is None: return {}
-    if isinstance(mask, (int, float)): mask = {'*': float(mask)}
-    d = {n: float(m) if isinstance(m, (int, float)) else m for n,m in ((n, mask[n]) for n in (mask if isinstance(mask, dict) else mask.names))}
+    if not isinstance(mask, dict) and not hasattr(mask, 'names'): mask = {'*': mask}
+    d = {n: m if isinstance(m, torch.Tensor) else _density(n, m) for n,m in ((n, mask[n]) for n in (mask if isinstance(mask, dict) else mask.names))}
     rest = d.pop('*', None)
     for n in [n for n in d if any(r.endswith(f'{n}[q]') for r in rows)]: # a packed projection masked as a whole
         m = d.pop(n)
@@ -287,6 +731,10 @@ class Cost:
     convention:str='macs' # What was counted
     input_size:tuple=None # Of the pass
     upstream:dict=field(default_factory=dict, repr=False) # Row -> rows that its input depends on
+    unpriced:pd.DataFrame=None # What may multiply and has no price here. Index: `module:operator`. Columns times (how often it ran), tower
+
+    def __post_init__(self):
+        if self.unpriced is None: self.unpriced = pd.DataFrame(dict(times=pd.Series(dtype=int), tower=pd.Series(dtype=bool)))
 
     @property
     def params(self): return _whole(self.by_layer.params.sum())
@@ -297,14 +745,16 @@ class Cost:
     @property
     def active_macs(self): return _whole(self.by_layer.active_macs.sum())
 
+    def _with(self, by_layer, unpriced=None): return replace(self, by_layer=by_layer, unpriced=self.unpriced if unpriced is None else unpriced)
     def part(self, keep): # A function of the row's name, or a boolean array
         "The cost of some rows only."
-        t = self.by_layer
-        return Cost(t[[bool(keep(r)) for r in t.index]] if callable(keep) else t[np.asarray(keep, dtype=bool)], self.convention, self.input_size, self.upstream)
+        t,u = self.by_layer,self.unpriced
+        if not callable(keep): return self._with(t[np.asarray(keep, dtype=bool)])
+        return self._with(t[[bool(keep(r)) for r in t.index]], u[[bool(keep(r)) for r in u.index]])
     @property
-    def tower(self): return self.part(self.by_layer.tower)
+    def tower(self): return self._with(self.by_layer[self.by_layer.tower], self.unpriced[self.unpriced.tower])
     @property
-    def head(self): return self.part(~self.by_layer.tower)
+    def head(self): return self._with(self.by_layer[~self.by_layer.tower], self.unpriced[~self.unpriced.tower])
     @property
     def ran(self): return self.part(self.by_layer.ran)
     def without(self, *names): # Modules, e.g. `'attnpool'`
@@ -319,10 +769,16 @@ class Cost:
         t = self.by_layer.copy()
         d = pd.Series(_densities(mask, t.tower.to_dict()), dtype=float).reindex(t.index).fillna(1.)
         t['density'],t['active_params'],t['active_macs'] = d,t.params - t.weights*(1-d),t.macs*d
-        return Cost(t, self.convention, self.input_size, self.upstream)
+        return self._with(t)
 
 # %% ../nbs/04_cost.ipynb #d7a7f233
 _NUMBERS = ['params', 'weights', 'macs', 'active_params', 'active_macs']
+
+def _join_unpriced(a, b, sign):
+    "What has no price in a sum: of both. A difference keeps what the first has."
+    if sign < 0 or b.empty: return a
+    t = pd.concat([a, b])
+    return t.groupby(level=0, sort=False).agg(dict(times='sum', tower='first'))
 
 def _combine(a, b, sign):
     if not isinstance(b, Cost): return NotImplemented
@@ -331,7 +787,8 @@ def _combine(a, b, sign):
     t = x.where(x.kind.notna(), y)
     t[_NUMBERS] = x[_NUMBERS].fillna(0) + sign*y[_NUMBERS].fillna(0)
     t['tower'],t['ran'] = t.tower.astype(bool),t.ran.astype(bool)
-    return Cost(t, a.convention if a.convention == b.convention else f"{a.convention} {'+' if sign > 0 else '-'} {b.convention}", a.input_size, {**b.upstream, **a.upstream})
+    convention = a.convention if a.convention == b.convention else f"{a.convention} {'+' if sign > 0 else '-'} {b.convention}"
+    return Cost(t, convention, a.input_size, {**b.upstream, **a.upstream}, _join_unpriced(a.unpriced, b.unpriced, sign))
 
 @patch
 def __add__(self:Cost, other): return _combine(self, other, 1)
@@ -339,8 +796,10 @@ def __add__(self:Cost, other): return _combine(self, other, 1)
 def __sub__(self:Cost, other): return _combine(self, other, -1)
 @patch
 def __mul__(self:Cost, k):
-    t = self.by_layer.copy(); t[_NUMBERS] = t[_NUMBERS]*k
-    return Cost(t, self.convention, self.input_size, self.upstream)
+    if not _number(k): return NotImplemented
+    t = self.by_layer.copy()
+    t[_NUMBERS] = t[_NUMBERS]*k
+    return self._with(t)
 @patch
 def __rmul__(self:Cost, k): return self*k
 
@@ -359,54 +818,92 @@ def _inputs(model, size, args=(), forward=None):
 @contextlib.contextmanager
 def _no_log():
     "torch logs what fails on fake tensors; it is raised, too."
-    log = logging.getLogger('torch._subclasses.fake_tensor'); before,log.disabled = log.disabled,True
+    log = logging.getLogger('torch._subclasses.fake_tensor')
+    before,log.disabled = log.disabled,True
     try: yield
     finally: log.disabled = before
 
-def _one_pass(model, size, convention, args, forward, dry):
+@contextlib.contextmanager
+def _as_written(autocast=False):
+    "The model's own code: not in the caller's inference mode, nothing compiled, and in no autocast of the caller's unless it is wanted."
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        loaded = {'torch._dynamo', 'torch.nn.attention.flex_attention'} & set(sys.modules)
+        if loaded and hasattr(torch.compiler, 'set_stance'): stack.enter_context(torch.compiler.set_stance('force_eager'))
+        for device in ('cpu', 'cuda', 'xpu') if not autocast else ():
+            if torch.is_autocast_enabled(device): stack.enter_context(torch.autocast(device, enabled=False))
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False) # else casts of a dry pass would be found by the next real one
+        yield
+
+def _size(input_size):
+    "(B,C,H,W) from what the user wrote; another number of sizes than three is taken as it is. Raises `OpenTransError`."
+    try: size = () if isinstance(input_size, str) else tuple(input_size)
+    except TypeError: size = ()
+    if not size or not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n > 0 for n in size):
+        raise OpenTransError(f"input_size must be (C,H,W) or (B,C,H,W), whole numbers above 0, not {input_size!r}.")
+    return (1,)*(len(size) == 3) + tuple(int(n) for n in size)
+
+def _check_model(model, args):
+    "Raises `OpenTransError` for what cannot be run as it is."
+    lazy = [n for n,p in [*model.named_parameters(), *model.named_buffers()] if nn.parameter.is_lazy(p)]
+    if lazy: raise OpenTransError(f"{len(lazy)} parameters have no shape yet, such as {lazy[0]}. Call the model once on a real input first.")
+    if not isinstance(args, (tuple, list)): raise OpenTransError(f"args must be a tuple of more inputs, not {type(args).__name__}. Write args=(x,).")
+
+def _one_pass(model, rows, size, convention, args, forward, fake=None, beside=None):
     "Run the model once on fake (or real) tensors with a counter that watches."
     price,table = CONVENTIONS[convention]
-    rows = _model_rows(model)
     counter = _Counter(rows, price)
-    fake = FakeTensorMode(allow_non_fake_inputs=True) if dry else contextlib.nullcontext()
+    twins = lambda p: [p] if fake is None or isinstance(p, FakeTensor) else [p, fake.from_tensor(p)]
     for r,d in rows.items():
-        counter.trace.own(r, d['param'])
-        if dry: counter.trace.own(r, fake.from_tensor(d['param']))
-    with fake:
-        inputs = _inputs(model, size, args, forward)
-        for t in tree_leaves(inputs):
-            if isinstance(t, torch.Tensor): counter.trace.mark(t, counter.input)
-        composite = _Composite(counter) if convention == 'fvcore' else contextlib.nullcontext()
-        with _hooked(model, counter, table), composite, counter, _no_log(): (forward or model)(*inputs)
-    return counter,table
+        for t in twins(d['param']) if not d['made'] else (): counter.trace.own(r, t)
+        for t in (t for p in d['made'] or () for t in twins(p)): counter.trace.mark(t, counter.trace.bit[r])
+    inputs = _inputs(model, size, args, forward)
+    for t in tree_leaves(inputs):
+        if isinstance(t, torch.Tensor): counter.trace.mark(t, counter.input)
+    if beside: beside.forget([t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)])
+    composite = _Composite(counter) if convention == 'fvcore' else contextlib.nullcontext()
+    with _hooked(model, counter, table), composite, counter, _no_log(): (forward or model)(*inputs)
+    return counter
+
+_COLUMNS = ['kind', 'tower', 'params', 'weights']
+
+def _as_cost(counter, convention, size):
+    "The counter's sums as a `Cost`."
+    rows = [[d[k] for k in _COLUMNS] for d in counter.rows.values()] + [[kind, tower, 0, 0] for kind,tower in counter.kinds.values()]
+    t = pd.DataFrame(rows, columns=_COLUMNS, index=[*counter.rows, *counter.kinds])
+    t['tower'] = t.tower.astype(bool)
+    t['macs'] = [_whole(counter.macs.get(r, 0)) for r in t.index]
+    t['ran'] = [r in counter.upstream or r in counter.macs for r in t.index]
+    if convention == 'thop': t.loc[[r not in counter.macs for r in t.index], ['params', 'weights']] = 0
+    up = {r: frozenset(counter.trace.names(b)) for r,b in counter.upstream.items()}
+    free = pd.DataFrame([*counter.unpriced.values()], columns=['times', 'tower'], index=[*counter.unpriced])
+    return Cost(t, convention, size, up, free.astype(dict(times=int, tower=bool)))
 
 # %% ../nbs/04_cost.ipynb #c9cbfabd
 def cost(
-    model:nn.Module, # A tower, a backbone, a framework, or any other model
+    model:nn.Module, # A tower, a backbone, a framework, or any other model; it is left as it was
     input_size, # (C,H,W), or with the batch (B,C,H,W)
     mask=None, # A `SparseMask`, a dict name -> density, or one density for the whole tower
     convention:str='macs', # `'macs'`, `'thop'`, `'ptflops'` or `'fvcore'`
     args=(), # More positional inputs, behind the images
     forward=None, # What to run instead of `model(images, *args)`: a function of these
     dry:bool=True, # Shapes only; a model whose flow depends on values is run for real, once
-)->Cost: # By layer; `.params`, `.macs` and, under the mask, `.active_params`, `.active_macs`
+)->Cost: # By layer; `.params`, `.macs` and, under the mask, `.active_params`, `.active_macs`; `.unpriced` lists what has no price
     "Count parameters and multiply-accumulates in one pass. A model's own `example_inputs(size)` says what it is called with. Raises `OpenTransError`."
     if convention not in CONVENTIONS: raise unknown('convention', convention, CONVENTIONS)
-    size = tuple(input_size)
-    if not size or not all(isinstance(n, (int, np.integer)) and n > 0 for n in size): raise OpenTransError(f"input_size must be (C,H,W) or (B,C,H,W), not {input_size!r}.")
-    size,model = (1, *size) if len(size) == 3 else size,unwrap(model)
+    size,model = _size(input_size),unwrap(model)
+    _check_model(model, args)
     if hasattr(mask, 'weights'): mask.weights(model) # a mask of another backbone may have the same names: it is refused
-    try: counter,table = _one_pass(model, size, convention, args, forward, dry)
-    except Exception as e:
-        if not dry or not _needs_values(e): raise OpenTransError(f"The model cannot be run on an input of size {size}: {e}. Give its other inputs as args=, or forward=.") from e
-        return cost(model, input_size, mask, convention, args, forward, dry=False)
-    t = pd.DataFrame([{k: d[k] for k in ('kind', 'tower', 'params', 'weights')} for d in counter.rows.values()] +
-                     [dict(kind=k, tower=tower, params=0, weights=0) for k,tower in counter.kinds.values()], index=[*counter.rows, *counter.kinds])
-    t['macs'] = [_whole(counter.macs.get(r, 0)) for r in t.index]
-    t['ran'] = [r in counter.upstream or r in counter.macs for r in t.index]
-    if convention == 'thop': t.loc[[r not in counter.macs for r in t.index], ['params', 'weights']] = 0
-    up = {r: frozenset(counter.trace.names(b)) for r,b in counter.upstream.items()}
-    return Cost(t, convention, size, up).under(mask)
+    with _as_written():
+        with evaluating(model): rows = _model_rows(model)
+        def run(*mode): return _one_pass(model, rows, size, convention, args, forward, *mode)
+        try: counter = _run_dry(model, run, 'Count with dry=False, which runs the model for real, once.') if dry else run()
+        except _LeftBehind: raise
+        except Exception as e:
+            if not dry or not _needs_values(e): raise OpenTransError(f"The model cannot be run on an input of size {size}: {e}. Give its other inputs as args=, or forward=.") from e
+            return cost(model, input_size, mask, convention, args, forward, dry=False)
+    return _as_cost(counter, convention, size).under(mask)
 
 # %% ../nbs/04_cost.ipynb #ba5f0bf9
 @patch
@@ -428,16 +925,26 @@ def by_stage(self:Cost,
 def to_markdown(self:Cost, by='kind', **kw):
     "A markdown table by `'kind'` or `'stage'`, with the total below."
     t = getattr(self, f'by_{by}')(**kw)
-    lines = [(k, *(_si(r[c]).strip() for c in ('params', 'active_params', 'macs', 'active_macs'))) for k,r in t.iterrows()]
+    lines = [(for_markdown(k), *(_si(r[c]).strip() for c in ('params', 'active_params', 'macs', 'active_macs'))) for k,r in t.iterrows()]
     lines.append(('**all**', *(f'**{_si(x).strip()}**' for x in (self.params, self.active_params, self.macs, self.active_macs))))
     head = [f'| {by} | params | active | {"MACs" if self.convention == "macs" else self.convention} | active |', '|---|--:|--:|--:|--:|']
-    return '\n'.join(head + [f"| {' | '.join(l)} |" for l in lines])
+    free = self._without_price()
+    return '\n'.join(head + [f"| {' | '.join(l)} |" for l in lines] + ([f'\nWithout a price: {free}.'] if free else []))
+
+@patch
+def _without_price(self:Cost):
+    "What ran and has no price, in words: each operator and how often, the most frequent first."
+    times = self.unpriced.times.groupby(self.unpriced.index.str.partition(':').get_level_values(2) if len(self.unpriced) else []).sum()
+    shown = [f'{name} x{n}' for name,n in times.sort_values(ascending=False, kind='stable').items()]
+    return ', '.join(shown[:4]) + (f' and {len(shown)-4} more' if len(shown) > 4 else '')
 
 @patch
 def _repr_markdown_(self:Cost): return self.to_markdown()
 @patch
 def __repr__(self:Cost):
-    return f"Cost({_si(self.active_params)} of {_si(self.params)} parameters, {_si(self.active_macs)} of {_si(self.macs)}MACs, {self.convention} at {'x'.join(map(str, self.input_size or ()))})"
+    sums = f'{_si(self.active_params)} of {_si(self.params)} parameters, {_si(self.active_macs)} of {_si(self.macs)}MACs'
+    free = self._without_price()
+    return f"Cost({sums}, {self.convention} at {'x'.join(map(str, self.input_size or ()))}{f'; without a price: {free}' if free else ''})"
 
 # %% ../nbs/04_cost.ipynb #de186c9f
 @patch
@@ -454,7 +961,7 @@ def plot(self:Cost,
     x = np.arange(len(t))
     ax.bar(x, t[what]/f, color='#c6d4e6', label='dense')
     if (t[f'active_{what}'] != t[what]).any(): ax.bar(x, t[f'active_{what}']/f, color='#2b5c94', label='under the mask'); ax.legend(frameon=False)
-    names = [r.removesuffix('.weight') for r in t.index]
+    names = [for_plot(r.removesuffix('.weight')) for r in t.index]
     ax.set_xticks(x, names, rotation=90 if len(t) > 8 else 0, fontsize=7 if len(t) > 20 else 9)
     if len(t) > 80: ax.set_xticks(x[::len(t)//40], names[::len(t)//40])
     ax.set_ylabel(f"{p} {'MACs' if what == 'macs' else 'parameters'}".strip()); ax.margins(x=.01); ax.spines[['top', 'right']].set_visible(False)
@@ -499,6 +1006,8 @@ def training_flops(
     train_norms:bool=True, # Do norms of the tower learn? Matters for `rule='exact'`
 )->float: # FLOPs of the whole run
     "FLOPs of a training run under a mask and a layer selection (supplement 6.2)."
+    for name,n in dict(iterations=iterations, batch_size=batch_size, **({} if isinstance(head, Cost) else dict(head=head))).items():
+        if not _number(n) or not 0 <= n < math.inf: raise OpenTransError(f"{name} must be a number from 0 up, not {n!r}.")
     h = head.macs/(head.input_size[0] if head.input_size else 1) if isinstance(head, Cost) else head
     return (training_table(cost, mask, selection, rule, train_norms).to_numpy().sum() + 3*h)*iterations*batch_size
 
@@ -506,12 +1015,12 @@ def training_flops(
 def tool_count(
     tool:str, # `'thop'`, `'ptflops'` or `'fvcore'`
     model:nn.Module, # The model; it is copied, since the tools leave traces
-    input_size, # (C,H,W)
+    input_size, # (C,H,W); one image
 )->tuple: # (FLOPs, parameters)
     "Run one of the three counting tools. Raises `OpenTransError` if it is not installed."
     import copy, warnings
-    model,size = copy.deepcopy(model).eval(),tuple(input_size)
-    with warnings.catch_warnings():
+    model,size = copy.deepcopy(model).eval(),_size(input_size)[-3:]
+    with warnings.catch_warnings(), torch.inference_mode(False):
         warnings.simplefilter('ignore')
         lib = optional(tool if tool != 'fvcore' else 'fvcore.nn', 'bench', f"Counting with {tool}")
         if tool == 'thop': return tuple(int(n) for n in lib.profile(model, (torch.zeros(1, *size),), verbose=False))
@@ -536,7 +1045,34 @@ class _Memory(TorchDispatchMode):
             self.alive[k] = weakref.ref(s, gone); self.now += n; self.peak = max(self.peak, self.now)
         return out
 
-def _total(out): return sum(t.float().mean() for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad)
+def _total(out):
+    "The mean of all that learns in an output, added up. Raises `OpenTransError` if nothing does."
+    means = [t.float().mean() for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+    if not means: raise OpenTransError(f"No tensor in the model's output ({type(out).__name__}) depends on a parameter that learns. Give loss=, a function of the output; "
+                                       "a forward pass that forbids gradients (no_grad, inference_mode) cannot be trained.")
+    return sum(means)
+
+def _twins(model):
+    "Fake tensors in place of those that were made in inference mode, which autograd refuses: name -> tensor."
+    own = [*model.named_parameters(), *model.named_buffers()]
+    if not any(t.is_inference() for _,t in own): return {}
+    new = {n: torch.empty_like(t) for n,t in own}
+    return {n: nn.Parameter(new[n], t.requires_grad) if isinstance(t, nn.Parameter) else new[n] for n,t in own}
+
+def _step(model, inputs, loss, fake):
+    "One step forward and backward, followed: bytes of gradients, of what is kept for the backward pass, and at the worst moment."
+    twins = _twins(model)
+    learn = [p for p in twins.values() or model.parameters() if p.requires_grad]
+    if not learn: raise OpenTransError('The model has no parameter that learns, so there is no training step. Set requires_grad, or give a selection=.')
+    old = [*twins.values()] or [fake.from_tensor(t) for t in [*model.parameters(), *model.buffers()]]
+    with torch.enable_grad(), _Memory(old) as mem:
+        out = (loss or _total)(torch.func.functional_call(model, twins, inputs) if twins else model(*inputs))
+        if not isinstance(out, torch.Tensor) or out.numel() != 1 or not out.requires_grad: raise OpenTransError('loss must return one number that depends on a parameter that learns.')
+        kept = mem.now
+        grads = torch.autograd.grad(out, learn, allow_unused=True)
+    return _bytes(g for g in grads if g is not None),kept,mem.peak
+
+def _bytes(tensors): return sum(t.numel()*t.element_size() for t in tensors)
 
 def training_memory(
     model:nn.Module, # The model; it is left as it was
@@ -546,26 +1082,30 @@ def training_memory(
     args=(), # More positional inputs
     loss=None, # Function of the model's output that gives a scalar; None takes the mean
 )->pd.Series: # Bytes: weights, gradients, optimizer, activations (kept for backward), peak (all of it at the worst moment)
-    "Memory of one training step, estimated without running it."
+    "Memory of one training step, estimated without running it. Raises `OpenTransError`, also if the model's flow depends on values."
     if optimizer not in _STATES: raise unknown('optimizer', optimizer, _STATES)
-    size,model = (1, *input_size) if len(input_size) == 3 else tuple(input_size),unwrap(model)
+    size,model = _size(input_size),unwrap(model)
+    _check_model(model, args)
     training,buffers = {m: m.training for m in model.modules()},[(b, b.clone()) for b in model.buffers()] # norms count their batches
-    bytes_of = lambda ts: sum(t.numel()*t.element_size() for t in ts)
-    try:
-        model.train()
-        with selection.apply(model) if selection else contextlib.nullcontext(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            learn = [p for p in model.parameters() if p.requires_grad]
-            inputs = _inputs(model, size, args)
-            old = [fake.from_tensor(t) for t in [*model.parameters(), *model.buffers()]]
-            with torch.enable_grad(), _Memory(old) as mem:
-                out = (loss or _total)(model(*inputs)); kept = mem.now
-                grads = torch.autograd.grad(out, learn, allow_unused=True)
-            n = bytes_of(g for g in grads if g is not None)
-    finally:
-        for m,t in training.items(): m.training = t
-        for b,was in buffers: b.copy_(was)
-    fixed = bytes_of([*model.parameters(), *model.buffers()]) + _STATES[optimizer]*n
-    return pd.Series(dict(weights=bytes_of(model.parameters()), gradients=n, optimizer=_STATES[optimizer]*n, activations=kept, peak=fixed + mem.peak), dtype='int64')
+    def run(fake, beside):
+        inputs = _inputs(model, size, args)
+        beside.forget([t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)])
+        with _no_log(): return _step(model, inputs, loss, fake)
+    with _as_written(autocast=True):
+        try:
+            model.train()
+            with selection.apply(model) if selection else contextlib.nullcontext(): n,kept,peak = _run_dry(model, run, 'Measure a real step with peak_memory instead.')
+        except OpenTransError: raise
+        except Exception as e:
+            why = 'Its flow depends on values: measure a real step with peak_memory.' if _needs_values(e) else 'Give its other inputs as args=, or loss=.'
+            raise OpenTransError(f"No training step of the model on an input of size {size} can be taken: {e}. {why}") from e
+        finally:
+            for m,was in training.items(): m.training = was
+            for b,was in buffers:
+                with torch.inference_mode(b.is_inference()): b.copy_(was)
+    states = _STATES[optimizer]*n
+    fixed = _bytes([*model.parameters(), *model.buffers()]) + states
+    return pd.Series(dict(weights=_bytes(model.parameters()), gradients=n, optimizer=states, activations=kept, peak=fixed + peak), dtype='int64')
 
 # %% ../nbs/04_cost.ipynb #90cc1f50
 def peak_memory(

@@ -6,7 +6,7 @@
 __all__ = ['LOSSES', 'distances', 'tgkd_loss', 'vgkd_loss', 'find_backbone', 'DistillTrainer']
 
 # %% ../nbs/08_distill.ipynb #eba11c5e
-import contextlib
+import contextlib, warnings
 from dataclasses import dataclass, fields
 import numpy as np
 import pandas as pd
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from .core import BATCH_NORMS, OpenTransError, axes, unknown, device_of, pick_device, progress, to_device, unwrap
+from .errors import DamagedFile, check_number, shorten
+from .files import check_finite, checksum, digest_of
 from .data import collate
 from .clip import ClipBackbone, class_prompts
 
@@ -76,6 +78,25 @@ def find_backbone(
     if not isinstance(model, ClipBackbone): raise OpenTransError(f"{type(model).__name__} holds no ClipBackbone; make one with ClipBackbone.create(...).")
     return model
 
+# %% ../nbs/08_distill.ipynb #20546aa5
+_RANGES = dict( # name -> smallest, largest, whole numbers only?
+    iters=(1, 10**9, True), batch_size=(1, 10**5, True), max_regions=(1, 10**6, True), min_pixels=(0, 10**9, True), crop=(16, 10**5, True),
+    lr=(1e-12, 1e3, False), weight_decay=(0, 1e3, False), momentum=(0, 1, False), clip_grad=(0, 1e12, False),
+    distillation=(0, 1e6, False), segmentation=(0, 1e6, False), workers=(0, 1024, True), cache_mb=(0, 10**7, False))
+_MAY_BE_NONE = ('crop', 'clip_grad')
+
+def _plain_setting(value):
+    "A setting as it is stored: numbers, texts and lists of them; a function by its name."
+    if isinstance(value, np.generic): return value.item()
+    if isinstance(value, (list, tuple)): return [_plain_setting(v) for v in value]
+    return value if isinstance(value, (int, float, str, type(None))) else getattr(value, '__name__', type(value).__name__)
+
+def _class_number(given, names):
+    "The number of a class, given by its name or its number. Raises `OpenTransError` for one that is not there."
+    if isinstance(given, str) and given in names: return names.index(given)
+    if isinstance(given, str): raise unknown('class', given, names)
+    return int(check_number('a number in classes', given, 0, len(names)-1, whole=True))
+
 # %% ../nbs/08_distill.ipynb #7ae7601b
 @dataclass(eq=False, repr=False)
 class DistillTrainer:
@@ -93,11 +114,11 @@ class DistillTrainer:
     max_regions:int = 64 # Most regions an iteration; if there are more, some are drawn
     min_pixels:int = 16 # Regions with fewer pixels are left out
     classes:list = None # Names or indices of the classes whose regions are used; None for all
-    crop:int = None # Side of a random square window of larger images; None for whole images
+    crop:int = None # Side of a random square window of larger images; None or 0 for whole images
     optimizer:object = 'adamw' # `'adamw'`, `'sgd'`, or a function of the parameters
     weight_decay:float = 0. # Weight decay
     momentum:float = .9 # Momentum of SGD
-    clip_grad:float = None # Largest norm of the gradient; None for no limit
+    clip_grad:float = None # Largest norm of the gradient; None or 0 for no limit
     batch_norm:str = 'train' # `'train'`: batch statistics; `'frozen'`: CLIP's
     freeze:tuple = () # Modules of the tower that rest, e.g. `('attnpool',)`
     device:str = None # Where to train; None: where the model is
@@ -106,32 +127,55 @@ class DistillTrainer:
     segmentation:float = 0. # Weight of the loss of a framework (Tab. 6 and 8); above 0 the model must be one, and its head learns too
     seed:int = None # Seed of the order of images; None draws it from torch's generator, which `imp` seeds
     workers:int = 0 # Processes that read data
-    cache_mb:int = 512 # Most memory for teacher embeddings; 0 where `data[i]` is not the same each time
+    cache_mb:int = 512 # Most memory for teacher embeddings, also in a checkpoint; 0 where `data[i]` is not the same each time
 
     def __post_init__(self):
-        if not len(self.data): raise OpenTransError("The data set is empty: there is nothing to distill on.")
-        modes = ['attention', 'crop']
-        for kind,given,allowed in (('distillation loss', self.loss, list(LOSSES)), ('optimizer', self.optimizer, ['adamw', 'sgd']),
-                                   ('batch_norm', self.batch_norm, ['train', 'frozen']), ('pairs', self.pairs, ['batch', 'image']),
-                                   ('student_mode', self.student_mode, modes), ('teacher_mode', self.teacher_mode, modes)):
-            if not callable(given) and given not in allowed: raise unknown(kind, given, allowed)
-        if min(self.distillation, self.segmentation) < 0 or not self.distillation+self.segmentation > 0:
-            raise OpenTransError(f"distillation={self.distillation} and segmentation={self.segmentation} are weights of losses: none below 0, at least one above.")
-        for k in ('iters', 'batch_size', 'max_regions', 'lr'):
-            if not getattr(self, k) > 0: raise OpenTransError(f"{k}={getattr(self, k)}: it must be above 0.")
-        plain = lambda v: v if isinstance(v, (int, float, str, type(None))) else list(v) if isinstance(v, (list, tuple)) else getattr(v, '__name__', type(v).__name__)
-        hidden = ('clip', 'data', 'teacher', 'device', 'workers', 'cache_mb', 'seed')
-        self.settings = {f.name: plain(getattr(self, f.name)) for f in fields(self) if f.name not in hidden}   # what imp saves with a mask
-        self.settings.update(data=getattr(self.data, 'name', type(self.data).__name__), images=len(self.data), order=self.seed)
+        self._check()
         self.clip = find_backbone(self.clip)
         if self.teacher is None: self.teacher = self.clip.fresh_copy().requires_grad_(False)
         self.teacher = find_backbone(self.teacher).eval()
         if self.teacher.embed_dim != self.clip.embed_dim:
             raise OpenTransError(f"The teacher embeds in {self.teacher.embed_dim} dimensions, the student in {self.clip.embed_dim}: distances need the same. "
                                  "Choose another teacher.")
-        index = getattr(self.data.vocabulary, 'index', None)
-        self._keep = None if self.classes is None else torch.tensor([index(c) if isinstance(c, str) else int(c) for c in self.classes])
+        check_finite(dict(self.teacher.named_parameters()), 'the teacher', 'Give one whose weights are numbers.')
+        names = self._names()
+        self._keep = None if self.classes is None else torch.tensor([_class_number(c, names) for c in self.classes], dtype=torch.long)
         self._cache,self._cached,self.log = {},0,[]
+        hidden = ('clip', 'data', 'teacher', 'device', 'workers', 'seed')
+        self.settings = {f.name: _plain_setting(getattr(self, f.name)) for f in fields(self) if f.name not in hidden}   # what imp saves with a mask
+        self.settings.update(data=getattr(self.data, 'name', type(self.data).__name__), images=len(self.data), order=self.seed,
+                             names=digest_of(names)[:16], teacher=checksum(self.teacher.state_dict(), {})[7:23])
+
+# %% ../nbs/08_distill.ipynb #77ddd972
+@patch
+def _names(self:DistillTrainer): return [str(n) for n in getattr(self.data.vocabulary, 'names', self.data.vocabulary)]
+
+@patch
+def _check(self:DistillTrainer):
+    "Raises `OpenTransError` for settings that make no sense, before anything is computed."
+    if getattr(self.data, 'vocabulary', None) is None: raise OpenTransError(f"A {type(self.data).__name__} has no vocabulary: give a data set whose `vocabulary` holds the names.")
+    if not len(self.data): raise OpenTransError("The data set is empty: there is nothing to distill on.")
+    modes = ['attention', 'crop']
+    for kind,given,allowed in (('distillation loss', self.loss, list(LOSSES)), ('optimizer', self.optimizer, ['adamw', 'sgd']),
+                               ('batch_norm', self.batch_norm, ['train', 'frozen']), ('pairs', self.pairs, ['batch', 'image']),
+                               ('student_mode', self.student_mode, modes), ('teacher_mode', self.teacher_mode, modes)):
+        named = kind in ('distillation loss', 'optimizer')
+        if not (named and callable(given)) and given not in allowed: raise unknown(kind, given, allowed)
+    self._check_numbers()
+    for name in ('freeze', 'classes'):
+        given = getattr(self, name)
+        if given is not None and not isinstance(given, (list, tuple)): raise OpenTransError(f"{name}={shorten(repr(given))}: give a list of names.")
+    if not isinstance(self.amp, bool): raise OpenTransError(f"amp={shorten(repr(self.amp))}: it must be True or False.")
+
+@patch
+def _check_numbers(self:DistillTrainer):
+    if isinstance(self.crop, int) and self.crop == 0: self.crop = None
+    for name,(least,most,whole) in _RANGES.items():
+        if getattr(self, name) is None and name in _MAY_BE_NONE: continue
+        check_number(name, getattr(self, name), least, most, whole)
+    if self.seed is not None: check_number('seed', self.seed, 0, whole=True)
+    if not self.distillation + self.segmentation > 0:
+        raise OpenTransError(f"distillation={self.distillation} and segmentation={self.segmentation} are weights of losses: at least one must be above 0.")
 
 # %% ../nbs/08_distill.ipynb #18cfdd39
 @patch
@@ -183,6 +227,33 @@ def _teach(self:DistillTrainer, batch, device):
     return torch.stack([(found[k] if k in found else self._cache[k]).to(device) for k in batch['keys']])
 
 @patch
+def state_dict(self:DistillTrainer)->dict: # Name -> tensor
+    "What the trainer remembers between rounds: the teacher's embeddings by image and region, and the losses so far."
+    keys = torch.tensor(list(self._cache), dtype=torch.int64).reshape(-1, 2)
+    rows = torch.stack(list(self._cache.values())) if self._cache else torch.zeros(0, self.teacher.embed_dim)
+    log = torch.tensor([[row['round'], row['iteration'], row['loss']] for row in self.log], dtype=torch.float64)
+    return dict(keys=keys, embeddings=rows, log=log.reshape(-1, 3))
+
+def _is(tensor, dtype, width): return isinstance(tensor, torch.Tensor) and tensor.dtype == dtype and tensor.ndim == 2 and tensor.shape[1] == width
+
+@patch
+def load_state_dict(self:DistillTrainer,
+    state:dict, # What `state_dict` gave
+):
+    "Go on with what another trainer of the same settings remembered. Raises `DamagedFile`, with nothing changed, if it is something else."
+    keys,rows,log = (state.get(name) for name in ('keys', 'embeddings', 'log'))
+    shaped = _is(keys, torch.int64, 2) and _is(rows, torch.float32, self.teacher.embed_dim) and _is(log, torch.float64, 3)
+    if len(state) != 3 or not shaped or len(keys) != len(rows):
+        raise DamagedFile("What the trainer remembered has not the shape of its embeddings. Begin the run again in another folder.")
+    images,places = keys.T.tolist() if len(keys) else ([], []),{tuple(key) for key in keys.tolist()}
+    if len(places) < len(keys) or bool((keys < 0).any()) or max(images[0], default=0) >= len(self.data):
+        raise DamagedFile(f"What the trainer remembered is not of these {len(self.data)} images. Begin the run again in another folder.")
+    check_finite(dict(embeddings=rows, log=log), 'what the trainer remembered', 'Begin the run again in another folder.')
+    self._cache,self._cached = dict(zip(map(tuple, keys.tolist()), rows.clone().unbind())),rows.nbytes
+    self.log = [dict(round=int(r), iteration=int(i), loss=loss) for r,i,loss in log.tolist()]
+
+# %% ../nbs/08_distill.ipynb #3a389bb7
+@patch
 def _loss(self:DistillTrainer, backbone, batch, text, device):
     "The distillation loss of one batch, over all pairs of regions or over those within an image."
     loss = LOSSES.get(self.loss, self.loss) if isinstance(self.loss, str) else self.loss
@@ -218,7 +289,7 @@ def _training(model, backbone, batch_norm, freeze):
 @patch
 def _stream(self:DistillTrainer, seed):
     "Batches without end, in an order that the seed draws. Raises `OpenTransError` if there is no region."
-    order,g = (torch.Generator().manual_seed(seed+i) for i in (0, 1))              # of images; of windows and regions: readers run ahead
+    order,g = (torch.Generator().manual_seed((seed+i) % 2**63) for i in (0, 1))              # of images; of windows and regions: readers run ahead
     batches,empty = _endless(len(self.data), self.batch_size, order),0
     for samples in torch.utils.data.DataLoader(_Numbered(self.data), batch_sampler=batches, collate_fn=list, num_workers=self.workers):
         if (batch := self._batch(samples, g)) is not None: yield batch; continue
@@ -231,10 +302,13 @@ def _stream(self:DistillTrainer, seed):
 def losses(self:DistillTrainer,
     model:nn.Module, # A `ClipBackbone`, or what holds one; not changed
     n:int=16, # Number of batches
-    seed:int=0, # Of their order
+    seed:int=0, # Of their order, of any size
 ): # Yields the distillation loss of each, with its graph
     "The loss on some batches without training: what criteria such as SNIP look at (`SparseMask.by`)."
-    backbone = find_backbone(model); device = device_of(backbone)
+    check_number('n', n, 1, whole=True)
+    check_number('seed', seed, 0, whole=True)
+    backbone = find_backbone(model)
+    device = device_of(backbone)
     text,stream = self.clip.text(class_prompts(self.data.vocabulary), device),self._stream(seed)
     for _ in range(n): yield self._loss(backbone, next(stream), text, device)
 
@@ -245,12 +319,29 @@ def _optimizer(self:DistillTrainer, params):
     if self.optimizer == 'sgd': return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
     return torch.optim.AdamW(params, lr=self.lr, weight_decay=self.weight_decay)
 
+_COLD = ("DistillTrainer begins in round {round} without what it remembered of earlier rounds: the mask may differ in a few places from that of a run "
+         "without a break. Give imp the trainer itself, or a function with its state_dict and load_state_dict.")
+
+def _moved(model):
+    "What training moves: the parameters that learn, and the statistics of batch norms."
+    learned = {n: p for n,p in model.named_parameters() if p.requires_grad}
+    return learned | {f'{n}.{k}': b for n,m in model.named_modules() if isinstance(m, BATCH_NORMS) for k,b in m.named_buffers(recurse=False)}
+
+@patch
+def _whole_loss(self:DistillTrainer, whole, backbone, batch, text, device):
+    "The weighted sum of the losses of one batch. Raises `OpenTransError` if a loss of one's own gives something else than a number."
+    loss = self.distillation*self._loss(backbone, batch, text, device) if self.distillation else 0.
+    if self.segmentation: loss = loss + self.segmentation*self._own_loss(whole, batch, device)
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1: return loss
+    raise OpenTransError(f"The loss gives {shorten(repr(loss))}: a function of (v, r, t) must give one number, as a tensor.")
+
 @patch
 def __call__(self:DistillTrainer,
     model:nn.Module, # A `ClipBackbone`, or a framework that holds one; its tower is trained in place
     round:int=0, # Round of `imp`; goes into the seed and the log
 )->dict: # loss: mean over the round; loss_first, loss_last: over its first and last tenth
-    "Train for `iters` iterations with the distillation loss. Raises `OpenTransError` if there is no region, or the loss is no number."
+    "Train for `iters` iterations with the distillation loss. Raises `OpenTransError` if there is no region, or a loss or weight is not finite."
+    if round and not self.log and self.cache_mb and not self.crop: warnings.warn(_COLD.format(round=round))
     backbone = find_backbone(model)
     if backbone is self.teacher: raise OpenTransError("The model to train is the teacher itself. Train a fresh_copy() of it, or leave teacher=None.")
     if self.device: model.to(pick_device(self.device))
@@ -263,15 +354,14 @@ def __call__(self:DistillTrainer,
     with _training(whole, backbone, self.batch_norm, self.freeze) as params:
         opt = self._optimizer(params)
         for i in progress(range(self.iters), f'distill, round {round}'):
-            batch = next(stream)
-            loss = self.distillation*self._loss(backbone, batch, text, device) if self.distillation else 0.
-            if self.segmentation: loss = loss + self.segmentation*self._own_loss(whole, batch, device)
+            loss = self._whole_loss(whole, backbone, next(stream), text, device)
             if not loss.isfinite():
                 raise OpenTransError(f"The loss is {loss.item()} in iteration {i} of round {round}. Try a smaller lr (now {self.lr}) or clip_grad=1.")
             opt.zero_grad(); loss.backward()
             if self.clip_grad: nn.utils.clip_grad_norm_(params, self.clip_grad)
             opt.step()
             losses.append(loss.item())
+        check_finite(_moved(whole), f'the model after round {round}', f'Try a smaller lr (now {self.lr}) or clip_grad=1.')
     self.log += [dict(round=round, iteration=i, loss=l) for i,l in enumerate(losses)]
     k = max(1, len(losses)//10)
     return dict(loss=float(np.mean(losses)), loss_first=float(np.mean(losses[:k])), loss_last=float(np.mean(losses[-k:])))
@@ -283,6 +373,7 @@ def plot(self:DistillTrainer,
     smooth:int=10, # Iterations to average over
 ): # The axes
     "The loss of all rounds so far; a line where a round begins."
+    if not self.log: raise OpenTransError("There is nothing to plot yet: the trainer has not trained.")
     ax = axes(ax, figsize=(7, 3))
     log = pd.DataFrame(self.log)
     ax.plot(log.loss, lw=.5, alpha=.3); ax.plot(log.loss.rolling(smooth, min_periods=1, center=True).mean())

@@ -34,6 +34,9 @@ from .efficiency import paper_costs
 from .frameworks.contract import build, resize
 from .finetune import Recipe, evaluate, finetune
 
+# %% ../nbs/20_experiments.ipynb #a5316808
+from .escape import for_plot
+
 # %% ../nbs/20_experiments.ipynb #be90070a
 _all_ = ['paper_costs']
 
@@ -633,8 +636,8 @@ def plot_arms(
     ax,w,sets = axes(ax, figsize=(10, 3.4)),.8/len(arms),sets_of(frame)
     for i,a in enumerate(arms):
         f = frame[frame.arm == a.name]
-        for j,k in enumerate(sets): _bar(ax, j-.4+w*(i+.5), f[f'miou_{k}'], w*.92, label=None if j else a.name, color=_colour(a.name, i))
-    ax.set_xticks(range(len(sets)), [f'{k} classes' if k in ('base', 'novel') else f'domain {k}' for k in sets]); ax.set_ylabel('mIoU (%)'); ax.legend(fontsize=7.5, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
+        for j,k in enumerate(sets): _bar(ax, j-.4+w*(i+.5), f[f'miou_{k}'], w*.92, label=None if j else for_plot(a.name), color=_colour(a.name, i))
+    ax.set_xticks(range(len(sets)), [for_plot(f'{k} classes' if k in ('base', 'novel') else f'domain {k}') for k in sets]); ax.set_ylabel('mIoU (%)'); ax.legend(fontsize=7.5, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
     return ax
 
 def plot_cost(
@@ -645,7 +648,7 @@ def plot_cost(
     "mIoU on base classes (full) and novel ones (hollow) against a cost (the shape of Fig. 1)."
     ax = axes(ax, figsize=(4.5, 3.4)); unit,name = dict(active_params=(1e6, 'parameters that remain (M)'), active_macs=(1e6, 'MACs that remain (M)'), train_flops=(1e12, 'training FLOPs (T)'))[what]
     for i,(a,f) in enumerate(frame.groupby('arm', observed=True)):
-        for j,k in enumerate(_groups(f)[:2]): ax.plot(f[what].mean()/unit, f[f'miou_{k}'].mean(), 'o', mec=_colour(a, i), mfc='none' if j else _colour(a, i), label=None if j else a)
+        for j,k in enumerate(_groups(f)[:2]): ax.plot(f[what].mean()/unit, f[f'miou_{k}'].mean(), 'o', mec=_colour(a, i), mfc='none' if j else _colour(a, i), label=None if j else for_plot(a))
     ax.set_xlabel(name); ax.set_ylabel('mIoU (%)')
     return ax
 
@@ -670,8 +673,8 @@ def plot_frameworks(
             for i,n in enumerate(names):
                 y = frame[(frame.framework == n) & frame.arm.isin([a.name for a in arms if a.name.split(': ')[-1] == kind])][f'miou_{what}']
                 x = i-.4+.8/len(kinds)*(j+.5)
-                _bar(ax, x, y, .75/len(kinds), color=_colour(kind), label=kind if i == 0 else None)
-        ax.set_xticks(range(len(names)), names, fontsize=8); ax.set_ylabel('mIoU (%)'); ax.set_title(f'{what} classes', fontsize=9)
+                _bar(ax, x, y, .75/len(kinds), color=_colour(kind), label=for_plot(kind) if i == 0 else None)
+        ax.set_xticks(range(len(names)), [for_plot(n) for n in names], fontsize=8); ax.set_ylabel('mIoU (%)'); ax.set_title(f'{what} classes', fontsize=9)
     axs[0].legend(fontsize=7.5, frameon=False)
     return axs
 
@@ -692,8 +695,8 @@ def plot_scenes(
         maps = [s['image'].permute(1, 2, 0).numpy()] + [np.where(void[...,None], 1., colours[np.where(void, 0, m)]) for m in (truth, *(p[d][i].numpy() for p in predictions.values()))]
         for ax,m,t in zip(axs[r], maps, ('image', 'truth', *predictions)):
             ax.imshow(m, interpolation='nearest'); ax.set_xticks([]); ax.set_yticks([])
-            if r == 0: ax.set_title(t.replace(', ', ',\n'), fontsize=6)
-        axs[r][0].set_ylabel(d if d != 'val' else 'home', fontsize=7)
+            if r == 0: ax.set_title(for_plot(t.replace(', ', ',\n')), fontsize=6)
+        axs[r][0].set_ylabel(for_plot(d if d != 'val' else 'home'), fontsize=7)
     fig.tight_layout(pad=.3)
     return fig
 
@@ -746,14 +749,14 @@ def _claims_html(table):
     def where(r): return 'frameworks' if ': ' in r['arm'] else 'layers' if r['where'] in ('Tab. 2', 'needed') else 'masks' # the part of the page that shows the arms
     def row(r):
         span = f" (95 %: {r['low']:+.2f} to {r['high']:+.2f})" if math.isfinite(r['low']) else ''
-        cells = f"<a href=#{where(r)}>{html.escape(r['claim'])}</a>",r['where'],{'domains': 'mIoU, mean of domains', 'cka': 'CKA to CLIP'}.get(r['measured'], f"mIoU {r['measured']}"),f"{r['mean']:+.2f}{unit(r['measured'])}{span}",f"<span class={css.get(r['verdict'], 'open')}>{r['verdict']}</span>"
+        cells = f"<a href=#{where(r)}>{html.escape(r['claim'])}</a>",html.escape(r['where']),{'domains': 'mIoU, mean of domains', 'cka': 'CKA to CLIP'}.get(r['measured'], f"mIoU {html.escape(r['measured'])}"),f"{r['mean']:+.2f}{unit(r['measured'])}{span}",f"<span class={css.get(r['verdict'], 'open')}>{r['verdict']}</span>"
         return '<tr>' + ''.join(f'<td>{c}</td>' for c in cells) + '</tr>'
     return '<table><tr><th>claim</th><th>paper</th><th>measured</th><th>difference</th><th>at this scale</th></tr>' + ''.join(row(r) for r in table.to_dict('records')) + '</table>'
 
 def _said(table):
     "In words: what holds, what does not, what is open."
     if table.n.max() < 3: return "One or two seeds decide nothing: the differences below are what was seen, not verdicts. Run with <code>--seeds 5</code> for intervals."
-    names = {v: [f"{html.escape(r.claim)} ({r.measured})" for r in table[table.verdict == v].itertuples()] for v in ('holds', 'does not hold', 'undecided')}
+    names = {v: [f"{html.escape(r.claim)} ({html.escape(r.measured)})" for r in table[table.verdict == v].itertuples()] for v in ('holds', 'does not hold', 'undecided')}
     return ''.join(f"<p><b>{t}</b> {'; '.join(names[v]) or 'nothing'}.</p>" for t,v in (('Holds at this scale:', 'holds'), ('Does <u>not</u> hold at this scale:', 'does not hold'), ('Undecided:', 'undecided')))
 
 def _short(s):
@@ -1038,7 +1041,7 @@ def plot_density(
     for ax,what in zip(axs, groups):
         for kind,colour in (('distilled', _colour('distilled mask')), ('random', _colour('random'))):
             f = frame[(frame['mask'] == kind)]; mean = f.groupby('density')[f'miou_{what}'].mean()
-            ax.plot(mean.index, mean, '-', color=colour, label=kind); ax.plot(f.density, f[f'miou_{what}'], '.', color=colour, ms=4)
+            ax.plot(mean.index, mean, '-', color=colour, label=for_plot(kind)); ax.plot(f.density, f[f'miou_{what}'], '.', color=colour, ms=4)
         ax.axhline(frame[frame['mask'].isna()][f'miou_{what}'].mean(), ls=':', color='k'); ax.set_xscale('log'); ax.set_xlabel('density'); ax.set_ylabel('mIoU (%)'); ax.set_title(f'{what} classes', fontsize=9)
         at = sorted(frame.density[frame['mask'].notna()].round(3).unique()); ax.set_xticks(at, [f'{d:g}' for d in at]); ax.minorticks_off()
     axs[0].legend(fontsize=8, frameon=False)
@@ -1052,9 +1055,9 @@ def plot_courses(
     "Alpha through a fine-tuning (Fig. 6, 7 and 9): the median over layers, a line a seed; and each layer before and after, in the first seed."
     axs = axes(axs, ncols=2, figsize=(11, 3), width_ratios=(1, 1.6), layout='constrained')
     for kind,colour in (('dense', _colour('dense')), ('sparse', _colour('distilled mask'))):
-        for i,c in enumerate(more[kind].values()): axs[0].plot(c['iterations'], c['median'], color=colour, lw=1, label=kind if i == 0 else None)
+        for i,c in enumerate(more[kind].values()): axs[0].plot(c['iterations'], c['median'], color=colour, lw=1, label=for_plot(kind) if i == 0 else None)
         c = next(iter(more[kind].values()))
-        for when,style in (('before', '--'), ('after', '-')): axs[1].plot([np.nan if v is None else v for v in c[when]], style, color=colour, label=f'{kind}, {when}')
+        for when,style in (('before', '--'), ('after', '-')): axs[1].plot([np.nan if v is None else v for v in c[when]], style, color=colour, label=for_plot(f'{kind}, {when}'))
     axs[0].set(xlabel='iteration', ylabel='median alpha'); axs[1].set(xlabel='layer', ylabel='alpha', yscale='log', xticks=range(0, len(c['layers']), 2)); axs[1].set_yticks([2, 5, 10, 20], ['2', '5', '10', '20']); axs[1].minorticks_off()
     for ax in axs: ax.legend(fontsize=8, frameon=False)
     return axs
@@ -1067,7 +1070,7 @@ def plot_similarity(
     ax,arms = axes(ax, figsize=(8, 3)),list(dict.fromkeys(frame.arm))
     for i,a in enumerate(arms):
         for j,c in enumerate(('cka', 'cka_layers', 'cka_channels')):
-            _bar(ax, j-.4+.8/len(arms)*(i+.5), frame[frame.arm == a][c], .74/len(arms), color=_colour(a, i), label=a if j == 0 else None)
+            _bar(ax, j-.4+.8/len(arms)*(i+.5), frame[frame.arm == a][c], .74/len(arms), color=_colour(a, i), label=for_plot(a) if j == 0 else None)
     ax.set_xticks(range(3), ['stages', 'all convolutions', "the released code's reading"]); ax.set_ylabel('CKA to CLIP'); ax.legend(fontsize=8, frameon=False, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.))
     return ax
 

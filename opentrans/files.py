@@ -6,18 +6,18 @@
 __all__ = ['BAKED_FILE', 'sweep', 'atomic_path', 'save_text', 'regular_file', 'read_text', 'check_shape', 'parse_json',
            'FileKind', 'plain_json', 'digest_of', 'json_text', 'save_json', 'parse_document', 'load_json', 'checksum',
            'save_tensors', 'load_metadata', 'load_tensors', 'metadata_value', 'strip_prefix', 'not_finite',
-           'check_finite', 'check_like', 'lock_folder', 'RunFile', 'optimizer_tensors', 'restore_optimizer',
-           'pack_bits', 'unpack_bits', 'unbake', 'is_torchscript', 'read_checkpoint', 'state_dict_of',
-           'save_checkpoint']
+           'check_finite', 'check_like', 'lock_folder', 'lock_file', 'RunFile', 'optimizer_tensors',
+           'restore_optimizer', 'pack_bits', 'unpack_bits', 'unbake', 'is_torchscript', 'read_checkpoint',
+           'state_dict_of', 'save_checkpoint']
 
 # %% ../nbs/00_files.ipynb #699a187d
-import contextlib, functools, hashlib, json, math, os, pickle, re, secrets, stat, struct, zipfile
+import contextlib, errno, functools, hashlib, json, math, os, pickle, re, secrets, stat, struct, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from .errors import DamagedFile, FormatError, OpenTransError, OtherRun, WriteError, shorten
 try: import fcntl
 except ImportError: fcntl = None # Windows
@@ -80,12 +80,20 @@ def _flush(path):
         try: os.fsync(handle)
         finally: os.close(handle)
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+def _place_error(message, error):
+    "The error for a place that cannot be written: the machine's if there is no room left, else the user's."
+    return WriteError(message) if getattr(error, 'errno', None) in _NO_ROOM else OpenTransError(message)
+
 _FULL = ('No space left', 'Disk quota', 'Input/output error', 'os error 28', 'os error 122', 'os error 5)')
+_TORCH_CANNOT = ('PytorchStreamWriter', 'inline_container', 'iostream error') # what torch's writer says when it cannot write on
 
 def _write_error(path, error):
     "The error for a file that cannot be written."
     why = getattr(error, 'strerror', None) or error
-    return WriteError(f"Cannot write '{path}': {why}. What was there before is untouched.")
+    if any(word in str(error) for word in _TORCH_CANNOT): why = 'it could not be written to its end. Is there room on the disk?'
+    return WriteError(f"Cannot write '{path}': {why}{'' if str(why).endswith('?') else '.'} What was there before is untouched.")
 
 @contextlib.contextmanager
 def atomic_path(
@@ -95,13 +103,13 @@ def atomic_path(
     shown, path = path, Path(os.path.realpath(path) if os.path.islink(path) else path)
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OpenTransError(f"Cannot make the folder '{path.parent}': {error.strerror}. Choose another place.") from error
+        raise _place_error(f"Cannot make the folder '{path.parent}': {error.strerror}. Choose another place.", error) from error
     if path.is_dir(): raise OpenTransError(f"Cannot write '{shown}': it is a folder. Give the name of a file.")
     _sweep_once(path.parent)
     try: handle, part = _open_part(path)
     except (OSError, ValueError) as error:
         why = getattr(error, 'strerror', None) or error
-        raise OpenTransError(f"Cannot write in '{path.parent}': {why}. Choose another place.") from error
+        raise _place_error(f"Cannot write in '{path.parent}': {why}. Choose another place.", error) from error
     try:
         yield part
         _flush(part)
@@ -110,7 +118,7 @@ def atomic_path(
         _flush(path.parent)
     except OSError as error: raise _write_error(shown, error) from error
     except RuntimeError as error: # torch's writer, and safetensors', say so of a full disk
-        if not any(word in str(error) for word in (*_FULL, 'PytorchStreamWriter')): raise
+        if not any(word in str(error) for word in (*_FULL, *_TORCH_CANNOT)): raise
         raise _write_error(shown, error) from error
     finally:
         os.close(handle)
@@ -174,11 +182,12 @@ def parse_json(
     text:str, # A text
     what:str='the text', # What it is, for the message, for example "'mask.json'"
     schema=None, # A type that pydantic understands; None takes any JSON
+    constants:bool=False, # Read NaN and Infinity, which are not JSON but stand in files of opentrans 0.1?
 ): # What it says
     "Read a text as JSON and check its shape. Raises `FormatError` for anything else, however malformed."
     try:
         if re.search(r'(?<![\d."])\d{20,}', text): raise ValueError('it holds a whole number of 20 digits or more')
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=float if constants else _no_constant)
         if '\\ud' in text.lower(): json.dumps(value, ensure_ascii=False).encode() # half a character cannot be shown or saved
     except RecursionError: raise FormatError(f"{what} is nested too deeply to be read.") from None
     except UnicodeEncodeError: raise FormatError(f"{what} holds half of a character (a lone surrogate).") from None
@@ -225,7 +234,8 @@ def _plain(value):
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 def _finite(value):
-    "NaN and infinity are not JSON: they become null."
+    "NaN and infinity are not JSON: they become null. Whole numbers that `parse_json` does not read back become text."
+    if isinstance(value, int) and abs(value) >= 10**19: return str(value)
     if isinstance(value, dict): return {str(k): _finite(v) for k,v in value.items()}
     if isinstance(value, (list, tuple)): return [_finite(v) for v in value]
     if isinstance(value, (float, np.floating)): return float(value) if np.isfinite(value) else None
@@ -308,21 +318,21 @@ def checksum(
         total.update(_bytes(tensor))
     return f'sha256:{total.hexdigest()}'
 
-def _sort_header(path):
-    "Bring the metadata of a safetensors file, which the library writes in any order, into alphabetical order."
-    with open(path, 'r+b') as file:
-        size, = struct.unpack('<Q', file.read(8))
-        header = json.loads(file.read(size))
-        header['__metadata__'] = dict(sorted(header.get('__metadata__', {}).items()))
-        text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
-        if len(text) > size: return # spelled otherwise than here: it stays as it is
-        file.seek(8)
-        file.write(text.ljust(size))
+def _parts_of_file(tensors, meta):
+    "A safetensors file as two pieces of bytes, its metadata, which the library writes in any order, in alphabetical order."
+    whole = memoryview(safetensors_bytes(tensors, metadata=meta))
+    size, = struct.unpack('<Q', whole[:8])
+    header = json.loads(bytes(whole[8:8+size]))
+    header['__metadata__'] = dict(sorted(header.get('__metadata__', {}).items()))
+    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+    if len(text) > size: return whole[:8+size], whole[8+size:] # spelled otherwise than here: it stays as it is
+    return bytes(whole[:8]) + text.ljust(size), whole[8+size:]
 
 def _own_memory(tensors):
     "The tensors on the CPU, contiguous, and each with memory of its own, as safetensors wants them."
     seen, own = set(), {}
     for name, tensor in tensors.items():
+        if tensor.is_meta: raise OpenTransError(f"'{name}' has no values (its device is meta), so it cannot be saved. Load the weights first.")
         tensor = tensor.detach().cpu().contiguous()
         place = tensor.untyped_storage().data_ptr()
         own[name] = tensor.clone() if place in seen and tensor.numel() else tensor
@@ -332,19 +342,17 @@ def _own_memory(tensors):
 def save_tensors(
     tensors:dict, # Name -> tensor
     path, # Where to
-    metadata:dict=None, # Text by name; other values are stored as JSON
+    metadata:dict=None, # Text by name; other values are stored as JSON, in which NaN becomes null
     kind:FileKind=None, # What the file holds; its name and version are stored as `format` and `version`
 ):
     "Write a safetensors file with a checksum, whole or not at all. Raises `OpenTransError` if it cannot be written."
-    meta = {k: v if isinstance(v, str) else json.dumps(v, default=_plain) for k,v in (metadata or {}).items()}
+    meta = {k: v if isinstance(v, str) else json.dumps(plain_json(v)) for k,v in (metadata or {}).items()}
     if kind is not None: meta.update(format=kind.name, version=str(kind.version))
     own = _own_memory(tensors)
     meta['checksum'] = checksum(own, meta)
-    with atomic_path(path) as part:
-        try:
-            save_file(own, part, metadata=meta)
-            _sort_header(part)
-        except SafetensorError as error: raise OSError(str(error)) from error # the disk is full, for example
+    pieces = _parts_of_file(own, meta)
+    with atomic_path(path) as part, open(part, 'wb') as file: # the library's own writer would put another file in its place
+        for piece in pieces: file.write(piece)
 
 # %% ../nbs/00_files.ipynb #cdbe29fc
 @contextlib.contextmanager
@@ -387,10 +395,11 @@ def metadata_value(
     name:str, # Which entry
     schema, # Its shape
     path, # The file, for the message
+    constants:bool=False, # As in `parse_json`
 ): # The value
     "One entry of a tensor file's metadata, parsed and checked. Raises `DamagedFile` if it is missing or of another shape."
     if name not in meta: raise DamagedFile(f"'{path}' is damaged: it has no '{name}'. Fetch or make it again.")
-    try: return parse_json(meta[name], f"the entry '{name}' of '{path}'", schema)
+    try: return parse_json(meta[name], f"the entry '{name}' of '{path}'", schema, constants)
     except FormatError as error: raise DamagedFile(f"'{path}' is damaged: {error}") from None
 
 def strip_prefix(
@@ -455,19 +464,33 @@ def lock_folder(
     if folder is None:
         yield
         return
+    with _locked(Path(folder), '.lock', f"in '{folder}'. Wait until it ends, or choose another folder."): yield
+
+@contextlib.contextmanager
+def lock_file(
+    path, # File of a run; it need not exist, and its folder is made if it is missing. None locks nothing
+):
+    "Keep other runs away from a file inside the block, as `lock_folder` does from a folder. Raises `OtherRun` if one is at work."
+    if path is None:
+        yield
+        return
+    path = Path(path)
+    with _locked(path.parent, f'.{path.name}.lock', f"on '{path}'. Wait until it ends, or choose another file."): yield
+
+@contextlib.contextmanager
+def _locked(folder, name, place):
+    "Hold a lock in a folder inside the block, and sweep up before."
     from filelock import FileLock, Timeout
-    path = Path(folder)
-    try: path.mkdir(parents=True, exist_ok=True)
+    try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OpenTransError(f"Cannot make the folder '{path}': {error.strerror}. Choose another place.") from error
-    lock = FileLock(str(path/'.lock'))
+        raise _place_error(f"Cannot make the folder '{folder}': {error.strerror}. Choose another place.", error) from error
+    lock = FileLock(str(folder/name))
     try: lock.acquire(timeout=0)
-    except Timeout:
-        raise OtherRun(f"Another run is at work in '{path}'. Wait until it ends, or choose another folder.") from None
+    except Timeout: raise OtherRun(f"Another run is at work {place}") from None
     except OSError as error:
-        raise OpenTransError(f"Cannot write in '{path}': {error.strerror}. Choose another place.") from error
+        raise _place_error(f"Cannot write in '{folder}': {error.strerror}. Choose another place.", error) from error
     try:
-        sweep(path)
+        sweep(folder)
         yield
     finally: lock.release()
 
@@ -497,10 +520,12 @@ class RunFile:
 
     def save(self,
         tensors:dict, # Name -> tensor
+        finite=lambda name: True, # Function of a name: must this tensor be finite?
         **values, # More, as plain values
     ):
         "Write the file, whole or not at all. Raises `OpenTransError`, and keeps the last good one, if a tensor is not finite."
-        check_finite(tensors, 'no checkpoint is written', 'The last good one stays. Lower the learning rate, or clip gradients.')
+        numbers = {name: tensor for name, tensor in tensors.items() if finite(name)}
+        check_finite(numbers, 'no checkpoint is written', 'The last good one stays. Lower the learning rate, or clip gradients.')
         save_tensors(tensors, self.path, dict(values, settings=self.settings), self.kind)
 
 # %% ../nbs/00_files.ipynb #6510cb68
@@ -521,17 +546,20 @@ def restore_optimizer(
     path, # The file, for the message
     prefix:str='optimizer.', # Before all names
 ):
-    "Put back what `optimizer_tensors` gave. Raises `DamagedFile`, with nothing changed, if a tensor belongs to no parameter or has another shape."
-    params = {name: param for param, name in names.items()}
-    made = {}
+    "Put back what `optimizer_tensors` gave. Raises `DamagedFile`, with nothing changed, if a tensor fits no parameter, is not finite, or lacks what others have."
+    params, made, kinds = {name: param for param, name in names.items()}, {}, {}
     for full, tensor in strip_prefix(prefix, tensors).items():
         name, _, key = full.rpartition('.')
         param = params.get(name)
-        if param is None or (tensor.ndim and tensor.shape != param.shape):
-            raise DamagedFile(f"The optimizer's state in '{path}' does not fit the model, at {shorten(full)}. Start from another checkpoint.")
-        like_param = tensor.shape == param.shape and tensor.ndim
-        made.setdefault(param, {})[key] = torch.empty_like(param).copy_(tensor) if like_param else tensor.clone()
+        if param is None or (tensor.ndim and tensor.shape != param.shape) or not_finite({full: tensor}): raise _unfit(path, full)
+        alike = key != 'step' and tensor.shape == param.shape # laid out in memory as the parameter is, and where it is
+        made.setdefault(param, {})[key] = torch.empty_like(param).copy_(tensor) if alike else tensor.to(param.device, copy=True)
+    for param, held in made.items():
+        if kinds.setdefault(param.ndim, set(held)) != set(held): raise _unfit(path, names[param])
     for param, held in made.items(): optimizer.state[param].update(held)
+
+def _unfit(path, place):
+    return DamagedFile(f"The optimizer's state in '{path}' does not fit the model, at {shorten(place)}. Start from another checkpoint.")
 
 # %% ../nbs/00_files.ipynb #5d29539e
 def pack_bits(mask:torch.Tensor)->torch.Tensor:
@@ -563,7 +591,9 @@ def unbake(
         for name, shape in shapes.items():
             keep = unpack_bits(res.pop(f'{name}#kept'), shape)
             if len(res[name]) != int(keep.sum()): raise ValueError('number of weights')
+            if res[name].ndim != 1: raise ValueError('weights of a shape')
             res[name] = torch.zeros(shape, dtype=res[name].dtype).masked_scatter_(keep, res[name])
+        if any(name.endswith('#kept') for name in res): raise ValueError('places of a weight without a shape')
     except (KeyError, ValueError, TypeError, RuntimeError) as error: raise BAKED_FILE.damaged(path, f'{error}') from error
     return res
 
@@ -589,8 +619,8 @@ def _arrays_to_tensors(value):
 
 def is_torchscript(path)->bool:
     "Is a file a TorchScript archive, that is, a program?"
-    if not zipfile.is_zipfile(path): return False
     try:
+        if not zipfile.is_zipfile(path): return False
         with zipfile.ZipFile(path) as archive: names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError): return False
     return any('/code/' in name or name.endswith('constants.pkl') for name in names)
@@ -608,7 +638,9 @@ def read_checkpoint(
     path = regular_file(path, 'checkpoint')
     if path.suffix == '.safetensors':
         tensors, meta = load_tensors(path)
-        return unbake(tensors, meta, path) if meta.get('format') == BAKED_FILE.name else tensors
+        if meta.get('format') != BAKED_FILE.name: return tensors
+        BAKED_FILE.check_version(path, meta.get('version', 1))
+        return unbake(tensors, meta, path)
     if is_torchscript(path):
         if not trust: raise FormatError(_PROGRAM.format(path=path, name=path.name))
         return dict(torch.jit.load(str(path), map_location='cpu').state_dict())
@@ -631,10 +663,21 @@ def state_dict_of(
     if not state: raise FormatError(f"'{path}' holds no state dict. Save model.state_dict().")
     return {name.removeprefix('module.'): t for name, t in state.items()}
 
+def _tensors_to_arrays(value):
+    "Nested dictionaries with their tensors as arrays, as detectron2 writes them. Types that numpy lacks become float32."
+    if isinstance(value, dict): return {k: _tensors_to_arrays(v) for k,v in value.items()}
+    if not isinstance(value, torch.Tensor): return value
+    value = value.detach().cpu()
+    try: return value.numpy()
+    except TypeError: return value.float().numpy()
+
 def save_checkpoint(
     value, # Nested dictionaries of tensors
-    path, # Where to: `.safetensors` takes a flat dictionary, anything else is written by torch
+    path, # Where to: `.safetensors` takes a flat dictionary, `.pkl` is written as detectron2 does, anything else by torch
 ):
     "Write weights for other programs, whole or not at all. Raises `OpenTransError` if they cannot be written."
-    if Path(path).suffix == '.safetensors': return save_tensors(value, path, dict(format='pt'))
-    with atomic_path(path) as part: torch.save(value, part)
+    suffix = Path(path).suffix
+    if suffix == '.safetensors': return save_tensors(value, path, dict(format='pt'))
+    with atomic_path(path) as part:
+        if suffix == '.pkl': part.write_bytes(pickle.dumps(_tensors_to_arrays(value)))
+        else: torch.save(value, part)

@@ -19,6 +19,9 @@ from scipy.linalg import blas, lapack
 from torch import nn
 from .core import LayerSelection, OpenTransError, Undo, axes, find_tower, layers, load_tensors, optional, png, save_tensors, unknown
 
+# %% ../nbs/02_heavy_tail.ipynb #ff90d73d
+from .escape import for_html, for_plot
+
 # %% ../nbs/02_heavy_tail.ipynb #f76fac1a
 def mp_edges(
     shape, # (rows, columns) of the matrix
@@ -480,7 +483,7 @@ def _short(self:LayerTable): return self.frame[['kind', 'shape', 'n_evals', 'alp
 def __repr__(self:LayerTable): return f"LayerTable: {self._about()}\n{self._short().to_string(float_format='{:.3g}'.format)}"
 
 @patch
-def _repr_html_(self:LayerTable): return f"<p><b>{self._about()}</b></p>{self._short().to_html(float_format='{:.3g}'.format, max_rows=16)}"
+def _repr_html_(self:LayerTable): return f"<p><b>{for_html(self._about())}</b></p>{self._short().to_html(float_format='{:.3g}'.format, max_rows=16)}"
 
 # %% ../nbs/02_heavy_tail.ipynb #2fd1f0b4
 _BLUE,_RED,_ORANGE = '#3b6fb6','#c8442e','#e8940f' # data, fits and medians, warnings
@@ -493,21 +496,21 @@ def _log_axis(axis, low, high):
 
 def _draw_esd(s, f, ax):
     "Draw a `Spectrum` and a fit of it."
-    ax.set_title(s.name, fontsize=9)
+    ax.set_title(for_plot(s.name), fontsize=9)
     if s.evals is None or not s.evals.size:
-        ax.text(.5, .5, s.reason or 'no eigenvalues', ha='center', va='center', transform=ax.transAxes); ax.set(xticks=[], yticks=[])
+        ax.text(.5, .5, for_plot(s.reason or 'no eigenvalues'), ha='center', va='center', transform=ax.transAxes); ax.set(xticks=[], yticks=[])
         return ax
     low,high = s.evals[0],max(s.evals[-1], s.evals[0]*1.01)
     density,_,_ = ax.hist(s.evals, np.geomspace(low, high, min(60, 8+s.evals.size//4)), density=True, color='0.78')
     if f.ok:
         x = np.geomspace(f.xmin, high, 100)
         ax.plot(x, f.pdf(x)*f.n_tail/f.n, color=_RED, label=f'$\\alpha$ = {f.alpha:.2f} $\\pm$ {f.sigma:.2f}')
-        ax.axvline(f.xmin, color=_RED, ls=':', lw=1.2, label=f'xmin ({f.method})')
+        ax.axvline(f.xmin, color=_RED, ls=':', lw=1.2, label=for_plot(f'xmin ({f.method})'))
     ax.axvline(s.edge, color='k', ls='--', lw=1, label='random edge')
     seen = density[density > 0]
     ax.set(xscale='log', yscale='log', xlabel='eigenvalue', ylabel='density', ylim=(seen.min()/2, seen.max()*3))
     _log_axis(ax.xaxis, low, max(high, s.edge)); _log_axis(ax.yaxis, seen.min()/2, seen.max()*3)
-    ax.legend(fontsize=7, frameon=False, title=None if f.ok else f.reason, title_fontsize=7)
+    ax.legend(fontsize=7, frameon=False, title=None if f.ok else for_plot(f.reason), title_fontsize=7)
     return ax
 
 @patch
@@ -528,14 +531,14 @@ def ks_curve(
     return pd.DataFrame(dict(xmin=t.x[i], alpha=1+t.slope[i], D=[t.ks(k) for k in i], n_tail=t.n[i].astype(int)))
 
 def _draw_ks(s, fits, ax):
-    if s.evals is None or s.evals.size < 4: ax.text(.5, .5, s.reason or 'too few eigenvalues', ha='center', transform=ax.transAxes); return ax
+    if s.evals is None or s.evals.size < 4: ax.text(.5, .5, for_plot(s.reason or 'too few eigenvalues'), ha='center', transform=ax.transAxes); return ax
     c = ks_curve(s.evals)
     ax.plot(c.xmin, c.D, color=_BLUE, lw=1)
     for (label,f),marker in zip(fits.items(), 'osD^v*'):
-        if f.ok: ax.plot(f.xmin, f.D, marker, color=_RED, ms=6, label=f'{label}: $\\alpha$ = {f.alpha:.2f}')
+        if f.ok: ax.plot(f.xmin, f.D, marker, color=_RED, ms=6, label=f'{for_plot(label)}: $\\alpha$ = {f.alpha:.2f}')
     ax.set(xscale='log', xlabel='xmin', ylabel='KS distance D', ylim=(0, min(1, 1.1*c.D.max())))
     _log_axis(ax.xaxis, c.xmin.min(), c.xmin.max())
-    ax.set_title(s.name, fontsize=9)
+    ax.set_title(for_plot(s.name), fontsize=9)
     if any(f.ok for f in fits.values()): ax.legend(fontsize=7, frameon=False)
     return ax
 
@@ -566,7 +569,7 @@ def plot_grid(self:LayerTable,
     for ax in axs.flat[len(names):]: ax.remove()
     for name,ax in zip(names, axs.flat):
         self.plot_esd(name, ax)
-        ax.set_title(name if len(name) < 34 else '...'+name[-32:], fontsize=7)
+        ax.set_title(for_plot(name if len(name) < 34 else '...'+name[-32:]), fontsize=7)
     return axs
 
 # %% ../nbs/02_heavy_tail.ipynb #83bb765e
@@ -628,7 +631,7 @@ def plot_choices(
     ax.imshow(grid, aspect='auto', cmap=ListedColormap(['0.93', _BLUE]), vmin=0, vmax=1, interpolation='none')
     ax.set_xticks(np.arange(len(names)+1)-.5, minor=True); ax.set_yticks(np.arange(len(frozen)+1)-.5, minor=True)
     ax.grid(which='minor', color='w', lw=1); ax.tick_params(which='minor', length=0)
-    ax.set_yticks(range(len(frozen)), [f'{k}  ({int(np.abs(g-grid[0]).sum())} differ)' if i else k for i,(k,g) in enumerate(zip(frozen, grid))])
+    ax.set_yticks(range(len(frozen)), [for_plot(f'{k}  ({int(np.abs(g-grid[0]).sum())} differ)' if i else k) for i,(k,g) in enumerate(zip(frozen, grid))])
     from matplotlib.ticker import MaxNLocator
     ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.set(xlabel='layer (blue: frozen)')
     return ax
@@ -659,7 +662,7 @@ def plot_change(self:LayerTable,
     ax.vlines(x, c.alpha_before, c.alpha_after, color='0.7', lw=2)
     ax.plot(x, c.alpha_before, 'o', color='0.55', ms=5, label='before'); ax.plot(x, c.alpha_after, 'o', color=_RED, ms=5, label='after')
     ax.set(xlabel='layer', ylabel='$\\alpha$')
-    if len(c) <= 12: ax.set_xticks(x, c.index, rotation=20, ha='right', fontsize=7)
+    if len(c) <= 12: ax.set_xticks(x, [for_plot(n) for n in c.index], rotation=20, ha='right', fontsize=7)
     ax.legend(fontsize=8, frameon=False)
     return ax
 
@@ -783,7 +786,7 @@ class _Explorer:
         elif changed == 'layer' and self.rule.value == 'given' and isinstance(home, str): self.rule.value = home
         f = s.fit(self.rule.value if self.rule.value != 'given' else home if changed == 'layer' or self.xmin.disabled else float(s.evals[self.xmin.value]))
         if changed != 'xmin': self._range(s, f)
-        self.text.value = f'<pre style="white-space:pre-wrap">{f!r}</pre>'
+        self.text.value = f'<pre style="white-space:pre-wrap">{for_html(repr(f))}</pre>'
         def draw(fig): a,b = fig.subplots(1, 2); _draw_esd(s, f, a); _draw_ks(s, {f.method: f}, b)
         self.plot.value = _png(draw, (9, 3.2))
         if changed != 'xmin': self.overview.value = _png(self._overview, (9, 2.2))

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from .core import OpenTransError
+from .errors import OpenTransError, shorten
 
 # %% ../nbs/06_metrics.ipynb #16a5e029
 class Sums:
@@ -22,11 +22,14 @@ class Sums:
         return {n: getattr(self, n).clone() for n in self._sums}
 
     def load_state(self, state:dict):
-        "Put back what `state` gave. Raises `OpenTransError` if it is of another metric."
+        "Put back what `state` gave. Raises `OpenTransError`, with nothing changed, if it is of another metric."
         for n in self._sums:
-            if n not in state or state[n].shape != getattr(self, n).shape:
-                raise OpenTransError(f"This is no state of {self!r}: '{n}' must have the shape {tuple(getattr(self, n).shape)}.")
-            setattr(self, n, state[n].clone().to(getattr(self, n).dtype).cpu())
+            own = getattr(self, n)
+            if not isinstance(state, dict) or not isinstance(state.get(n), torch.Tensor) or state[n].shape != own.shape:
+                raise OpenTransError(f"This is no state of {self!r}: '{n}' must have the shape {tuple(own.shape)}.")
+            if state[n].is_complex() or not bool((state[n] >= 0).all() & torch.isfinite(state[n]).all()):
+                raise OpenTransError(f"This is no state of {self!r}: '{n}' must hold sums, which are finite and not negative.")
+        for n in self._sums: setattr(self, n, state[n].clone().to(getattr(self, n).dtype).cpu())
         return self
 
     def reset(self):
@@ -50,10 +53,20 @@ class Sums:
         return res
 
 # %% ../nbs/06_metrics.ipynb #ec2540b8
+def _whole_numbers(x, what, wanted):
+    "Labels as a tensor, whatever holds them. Raises `OpenTransError` for what are no whole numbers."
+    try:
+        if isinstance(x, np.ndarray) and x.dtype.kind in 'iub': x = x.astype(x.dtype.newbyteorder('='), copy=False)
+        x = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise OpenTransError(f"The {what} must be {wanted}, not {type(x).__name__} ({shorten(error, 80)}).") from None
+    if x.is_floating_point() or x.is_complex(): raise OpenTransError(f"The {what} must be {wanted}, not {x.dtype} {tuple(x.shape)}. Take the argmax over classes first.")
+    return x
+
 def _int_map(x, what):
-    x = torch.as_tensor(x)
-    if x.is_floating_point() or x.is_complex() or x.dim() not in (2, 3):
-        raise OpenTransError(f"The {what} must be integer labels (H,W) or (B,H,W), not {x.dtype} {tuple(x.shape)}. Take the argmax over classes first.")
+    wanted = 'integer labels (H,W) or (B,H,W)'
+    x = _whole_numbers(x, what, wanted)
+    if x.dim() not in (2, 3): raise OpenTransError(f"The {what} must be {wanted}, not {x.dtype} {tuple(x.shape)}. Take the argmax over classes first.")
     return x if x.dim() == 3 else x[None]
 
 def _in_range(x, num_classes, what, ignore):
@@ -62,48 +75,73 @@ def _in_range(x, num_classes, what, ignore):
         raise OpenTransError(f"The {what} has labels outside 0..{num_classes-1}: {', '.join(map(str, bad))}. "
                              f"Pixels that shall not count carry the label {ignore} in the truth.")
 
+def _check_classes(num_classes, ignore):
+    "Raises `OpenTransError` for a number of classes or an ignore label that cannot be."
+    whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in (num_classes, ignore))
+    if not whole or not 1 <= num_classes <= 20_000:
+        raise OpenTransError(f"{shorten(num_classes, 40)} classes and ignore={shorten(ignore, 40)}: expected whole numbers, and 1 to 20,000 classes.")
+    if 0 <= ignore < num_classes: raise OpenTransError(f"ignore={ignore} is one of the {num_classes} classes. Choose a label outside, e.g. 65535.")
+
 # %% ../nbs/06_metrics.ipynb #d9221f56
 class SemanticIoU(Sums):
     "Mean intersection over union from a confusion matrix (rows truth, columns prediction)."
-    _sums = ('confusion',)
+    _sums = ('confusion', 'ignored')
     def __init__(self,
         num_classes:int, # Labels are 0 .. num_classes-1
         ignore:int=255, # Truth label of pixels that do not count; must not be a class
     ):
-        if 0 <= ignore < num_classes: raise OpenTransError(f"ignore={ignore} is one of the {num_classes} classes. Choose a label outside, e.g. 65535.")
+        _check_classes(num_classes, ignore)
         self.num_classes,self.ignore = num_classes,ignore
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.ignored = torch.zeros(1, dtype=torch.int64) # number of pixels that did not count
 
     def _same(self): return self.num_classes,self.ignore
     def __repr__(self): return f'SemanticIoU({self.num_classes} classes, {int(self.confusion.sum()):,} pixels)'
 
     def update(self,
-        pred:torch.Tensor, # Predicted labels (H,W) or (B,H,W)
-        target:torch.Tensor, # True labels of the same shape
+        pred:torch.Tensor, # Predicted labels (H,W) or (B,H,W), of any integer type
+        target:torch.Tensor, # True labels of the same shape, of any integer type
     ):
         "Count a picture or a batch, image by image. Raises `OpenTransError` for labels out of range, and counts none of that batch then."
         pred,target = _int_map(pred, 'prediction'),_int_map(target, 'truth')
         if pred.shape != target.shape: raise OpenTransError(f"Prediction {tuple(pred.shape)} and truth {tuple(target.shape)} differ in shape. Resize the logits first.")
-        counted,new = target != self.ignore,torch.zeros_like(self.confusion)
-        for p,t,c in zip(pred, target, counted):
-            p,t = p[c].long(),t.to(p.device)[c].long()
-            _in_range(p, self.num_classes, 'prediction', self.ignore); _in_range(t, self.num_classes, 'truth', self.ignore)
+        new,ignored = torch.zeros_like(self.confusion),0
+        for p,t in zip(pred, target):
+            p,t = p.long(),t.to(p.device).long() # wide enough for `ignore`, before anything is compared with it
+            counted = t != self.ignore
+            ignored += int((~counted).sum())
+            p,t = p[counted],t[counted]
+            _in_range(p, self.num_classes, 'prediction', self.ignore)
+            _in_range(t, self.num_classes, 'truth', self.ignore)
             new += torch.bincount(t*self.num_classes + p, minlength=self.num_classes**2).view_as(new).cpu()
         self.confusion += new
+        self.ignored += ignored
         return self
 
     def compute(self,
         groups:dict=None, # Name -> class indices; adds the mean IoU of each group
         over:str='either', # Classes in the mean: those in truth or prediction (`'either'`), or those in the truth (`'truth'`)
-    )->dict: # miou, iou (NaN where a class is absent), pixel_accuracy, mean_accuracy, confusion, groups
-        "The figures of everything counted so far, as shares of 1."
+    )->dict: # miou, iou (NaN where a class is absent), pixel_accuracy, mean_accuracy, confusion, groups; never_true: classes that no truth holds; ignored: number of pixels that did not count
+        "The figures of everything counted so far, as shares of 1. Raises `OpenTransError` for a group of classes that are not there."
         if over not in ('either', 'truth'): raise OpenTransError(f"over='{over}' is not known; choose 'either' or 'truth'.")
         c = self.confusion.double()
         hit,truth,guess = c.diagonal(),c.sum(1),c.sum(0)
         iou = hit/(truth + guess - hit) # 0/0 is NaN: the class is absent
         use = iou if over == 'either' else torch.where(truth > 0, iou, torch.nan)
+        members = {name: self._members(name, classes) for name,classes in (groups or {}).items()}
         return dict(miou=use.nanmean().item(), iou=iou, pixel_accuracy=(hit.sum()/c.sum()).item(), mean_accuracy=(hit/truth).nanmean().item(),
-                    confusion=self.confusion.clone(), groups={k: use[torch.as_tensor(v, dtype=torch.long)].nanmean().item() for k,v in (groups or {}).items()})
+                    confusion=self.confusion.clone(), groups={name: use[classes].nanmean().item() for name,classes in members.items()},
+                    never_true=torch.nonzero(truth == 0).ravel().tolist(), ignored=int(self.ignored))
+
+    def _members(self, name, classes):
+        "The indices of a group. Raises `OpenTransError` if they are no classes."
+        try: index = torch.as_tensor(classes)
+        except (TypeError, ValueError, RuntimeError): index = torch.zeros(0, 0)
+        if index.dtype in (torch.float32, torch.float64) and not index.numel(): index = index.long()
+        sound = index.dim() == 1 and index.dtype not in (torch.bool,) and not index.is_floating_point() and not index.is_complex()
+        if not sound or bool(((index < 0) | (index >= self.num_classes)).any()):
+            raise OpenTransError(f"The group '{shorten(name, 40)}' must be a list of class indices from 0 to {self.num_classes-1}, not {shorten(classes, 80)}.")
+        return index.long()
 
 # %% ../nbs/06_metrics.ipynb #5e746e2a
 def panoptic_map(
@@ -112,10 +150,17 @@ def panoptic_map(
     ignore:int=255, # Class of the pixels that no region covers
     crowd=None, # N booleans: this region is a crowd (its instance number is -1)
 )->torch.Tensor: # (H,W,2) int64: class and instance number of each pixel
-    "Lay regions into one map of (class, instance) pairs."
-    res = torch.zeros(*regions.shape[1:], 2, dtype=torch.int64, device=regions.device); res[..., 0] = ignore
-    for i,(r,c) in enumerate(zip(regions, torch.as_tensor(region_classes).tolist())):
-        res[r] = torch.tensor([c, -1 if crowd is not None and bool(crowd[i]) else i+1], device=res.device)
+    "Lay regions into one map of (class, instance) pairs. Raises `OpenTransError` if masks, classes and crowds do not belong together."
+    regions = torch.as_tensor(regions)
+    classes = _whole_numbers(region_classes if len(region_classes) else torch.zeros(0, dtype=torch.int64), 'classes of the regions', 'N class indices').tolist()
+    crowds = [False]*len(classes) if crowd is None else [bool(c) for c in crowd]
+    if regions.dtype not in (torch.bool, torch.uint8) or regions.dim() != 3:
+        raise OpenTransError(f"Regions must be boolean masks (N,H,W), not {regions.dtype} {tuple(regions.shape)}.")
+    if not len(regions) == len(classes) == len(crowds):
+        raise OpenTransError(f"There are {len(regions)} regions, {len(classes)} classes and {len(crowds)} crowd marks: each region needs its own.")
+    res = torch.zeros(*regions.shape[1:], 2, dtype=torch.int64, device=regions.device)
+    res[..., 0] = ignore
+    for i,(r,c) in enumerate(zip(regions.bool(), classes)): res[r] = torch.tensor([c, -1 if crowds[i] else i+1], device=res.device)
     return res
 
 # %% ../nbs/06_metrics.ipynb #c0f74f5c
@@ -131,16 +176,18 @@ def match_segments(
 ): # Two tables, one row a segment: predicted (cls, matched, dropped) and true (cls, matched, iou)
     "Match the segments of one picture: same class and IoU above one half, void left out of the union."
     (pc,_,pi),(tc,ti,tj) = _segments(pred),_segments(target)
-    both = torch.bincount(pi*len(tc) + tj, minlength=len(pc)*len(tc)).cpu().view(len(pc), len(tc)).double()
-    pc,tc,ti = pc.cpu(),tc.cpu(),ti.cpu() # from here on the tables are small
+    met,n = (pi*len(tc) + tj).unique(return_counts=True) # only pairs that share a pixel, however many segments there are
+    pc,tc,ti,met,n = pc.cpu(),tc.cpu(),ti.cpu(),met.cpu(),n.cpu().double() # from here on the tables are small
+    i,j = met//len(tc),met % len(tc)
     void,crowd = tc == ignore,(ti < 0) & (tc != ignore)
-    pa,ta = both.sum(1),both.sum(0)
-    on_void = both[:, void].sum(1)
-    iou = both/(pa[:, None] + ta - both - on_void[:, None])
-    ok = (iou > .5) & (pc[:, None] == tc) & ~void & ~crowd & (pc[:, None] != ignore)
-    same_crowd = (both*(crowd & (pc[:, None] == tc))).sum(1)
-    p = pd.DataFrame(dict(cls=pc.numpy(), matched=ok.any(1).numpy(), dropped=((on_void + same_crowd)/pa > .5).numpy()))
-    t = pd.DataFrame(dict(cls=tc.numpy(), matched=ok.any(0).numpy(), iou=(iou*ok).sum(0).numpy(), crowd=crowd.numpy()))
+    def per(index, values, like): return torch.zeros(len(like), dtype=torch.float64).index_add_(0, index, values)
+    pa,ta = per(i, n, pc),per(j, n, tc)
+    on_void,same_crowd = per(i, n*void[j], pc),per(i, n*(crowd[j] & (pc[i] == tc[j])), pc)
+    iou = n/(pa[i] + ta[j] - n - on_void[i])
+    ok = (iou > .5) & (pc[i] == tc[j]) & ~void[j] & ~crowd[j] & (pc[i] != ignore)
+    hit_p,hit_t,best = (per(index, values.double(), like) for index,values,like in ((i, ok, pc), (j, ok, tc), (j, iou*ok, tc)))
+    p = pd.DataFrame(dict(cls=pc.numpy(), matched=hit_p.numpy() > 0, dropped=((on_void + same_crowd)/pa > .5).numpy()))
+    t = pd.DataFrame(dict(cls=tc.numpy(), matched=hit_t.numpy() > 0, iou=best.numpy(), crowd=crowd.numpy()))
     return p[p.cls != ignore],t[(t.cls != ignore) & ~t.crowd].drop(columns='crowd')
 
 # %% ../nbs/06_metrics.ipynb #54d961b8
@@ -151,18 +198,19 @@ class PanopticQuality(Sums):
         isthing, # One boolean a class: countable or not
         ignore:int=255, # Class of pixels that do not count
     ):
-        self.isthing,self.ignore = torch.as_tensor(isthing, dtype=torch.bool).cpu(),ignore
-        if 0 <= ignore < len(self.isthing): raise OpenTransError(f"ignore={ignore} is one of the {len(self.isthing)} classes. Choose a label outside, e.g. 65535.")
+        try: self.isthing,self.ignore = torch.as_tensor(isthing, dtype=torch.bool).cpu().ravel(),ignore
+        except (TypeError, ValueError, RuntimeError): raise OpenTransError(f"isthing must be one boolean a class, not {shorten(isthing, 80)}.") from None
+        _check_classes(len(self.isthing), ignore)
         for n in self._sums: setattr(self, n, torch.zeros(len(self.isthing), dtype=torch.float64))
 
     def _same(self): return self.isthing.tolist(),self.ignore
     def __repr__(self): return f'PanopticQuality({int(self.isthing.sum())} things, {int((~self.isthing).sum())} stuff classes)'
 
     def _map(self, x, what):
-        x = torch.as_tensor(x)
-        if x.is_floating_point() or x.dim() not in (3, 4) or x.shape[-1] != 2:
-            raise OpenTransError(f"The {what} must be pairs (class, instance), (H,W,2) or (B,H,W,2) integers, not {x.dtype} {tuple(x.shape)}; panoptic_map makes them from regions.")
-        x = (x if x.dim() == 4 else x[None]).long().clone()
+        wanted = 'pairs (class, instance), (H,W,2) or (B,H,W,2) integers'
+        x = _whole_numbers(x, what, wanted)
+        if x.dim() not in (3, 4) or x.shape[-1] != 2: raise OpenTransError(f"The {what} must be {wanted}, not {x.dtype} {tuple(x.shape)}; panoptic_map makes them from regions.")
+        x = (x if x.dim() == 4 else x[None]).long().clone() # wide enough for `ignore`, before anything is compared with it
         c = x[..., 0]
         _in_range(c[c != self.ignore], len(self.isthing), what, self.ignore)
         stuff = torch.cat([~self.isthing, torch.tensor([True])]).to(x.device)[c.where(c != self.ignore, len(self.isthing))]
@@ -173,12 +221,13 @@ class PanopticQuality(Sums):
         pred:torch.Tensor, # (H,W,2) or (B,H,W,2): class and instance of each pixel; class `ignore` = nothing said
         target:torch.Tensor, # The truth; instance -1 marks a crowd
     ):
-        "Count a picture or a batch. Raises `OpenTransError` for labels out of range."
+        "Count a picture or a batch. Raises `OpenTransError` for labels out of range, and counts none of that batch then."
         pred,target = self._map(pred, 'prediction'),self._map(target, 'truth')
         if pred.shape != target.shape: raise OpenTransError(f"Prediction {tuple(pred.shape)} and truth {tuple(target.shape)} differ in shape.")
         pred[..., 1].clamp_(min=0) # a prediction has no crowds
         n = len(self.isthing)
         for p,t in zip(pred, target.to(pred.device)):
+            if not p.numel(): continue
             ps,ts = match_segments(p, t, self.ignore)
             self.tp += torch.from_numpy(np.bincount(ts.cls[ts.matched], minlength=n))
             self.fn += torch.from_numpy(np.bincount(ts.cls[~ts.matched], minlength=n))

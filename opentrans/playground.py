@@ -6,14 +6,17 @@
 __all__ = ['parse_names', 'to_image', 'segment', 'overlay', 'playground']
 
 # %% ../nbs/23_playground.ipynb #195750dd
-import io, threading, warnings
-from pathlib import Path
+import threading, warnings
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from .core import OpenTransError, axes, device_of, optional, png
 from .clip import class_prompts
-from .data import ShapesWorld, Vocabulary, class_colours
+from .data import ShapesWorld, Vocabulary, class_colours, read_picture
 from .frameworks.contract import resize
+
+# %% ../nbs/23_playground.ipynb #84a2f0de
+from .escape import for_html, for_plot
 
 # %% ../nbs/23_playground.ipynb #58a05aa4
 def parse_names(
@@ -27,28 +30,21 @@ def parse_names(
 
 # %% ../nbs/23_playground.ipynb #5de6b241
 def to_image(
-    source, # Path, bytes, PIL image, (H,W,3) array, (3,H,W) tensor in [0,1], or a sample of a data set
+    source, # Whatever `read_picture` takes, such as a path, bytes, or a (3,H,W) tensor in [0,1]; or a sample of a data set
     max_side:int=768, # Longer images are made smaller
 )->torch.Tensor: # (3,H,W) in [0,1]
     "An image from anything that holds one. Raises `OpenTransError` for what is no image."
-    from PIL import Image, ImageOps
     if isinstance(source, dict): source = source['image']
-    if isinstance(source, torch.Tensor):
-        if source.ndim != 3 or source.shape[0] != 3: raise OpenTransError(f"An image tensor is (3,H,W), not {tuple(source.shape)}.")
-        source = (source.clamp(0, 1)*255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    try:
-        if isinstance(source, np.ndarray): im = Image.fromarray(source if source.dtype == np.uint8 else (np.clip(source, 0, 1)*255).round().astype(np.uint8))
-        elif isinstance(source, (bytes, memoryview, bytearray)): im = Image.open(io.BytesIO(bytes(source)))
-        else: im = source if isinstance(source, Image.Image) else Image.open(Path(source))
-        im = ImageOps.exif_transpose(im)
-        if im.mode.startswith('I'): im = Image.fromarray((np.asarray(im)/257).round().astype(np.uint8))              # 16 bits
-        if 'A' in im.mode or 'transparency' in im.info: im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im.convert('RGBA'))
-        im = im.convert('RGB')
-    except FileNotFoundError as e: raise OpenTransError(f"No image '{source}'. Give the path of an image file.") from e
-    except (OSError, ValueError, TypeError, SyntaxError) as e: raise OpenTransError(f"This is not an image that can be read ({e}). Give a JPEG, PNG or WebP file.") from e
-    if max(im.size) > max_side: im = ImageOps.contain(im, (max_side, max_side))
-    if min(im.size) < 16: raise OpenTransError(f"The image is {im.width} x {im.height} pixels{f' at a longer side of {max_side}' if max(im.size) == max_side else ''}: at least 16 are needed on each side.")
-    return torch.from_numpy(np.array(im)).permute(2, 0, 1).float()/255
+    picture = read_picture(source, background='white')
+    height,width = picture.shape[1:]
+    if max(height, width) > max_side:
+        image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+        picture = read_picture(ImageOps.contain(image, (max_side, max_side)))
+        height,width = picture.shape[1:]
+    if min(height, width) < 16:
+        longer = f' at a longer side of {max_side}' if max(height, width) == max_side else ''
+        raise OpenTransError(f"The image is {width} x {height} pixels{longer}: at least 16 are needed on each side.")
+    return picture.float()/255
 
 # %% ../nbs/23_playground.ipynb #1898118f
 def segment(
@@ -78,7 +74,7 @@ def overlay(
     ax.imshow((1-opacity)*np.asarray(image).transpose(1, 2, 0) + opacity*colours[labels], interpolation='nearest'); ax.set_axis_off()
     share = np.bincount(labels.ravel(), minlength=len(names))/labels.size
     there = [k for k in np.argsort(-share, kind='stable') if share[k]][:14]
-    ax.legend(handles=[Patch(color=colours[k], label=f"{names[k]}  {share[k]:.0%}" if share[k] >= .005 else f'{names[k]}  < 1%') for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
+    ax.legend(handles=[Patch(color=colours[k], label=for_plot(f"{names[k]}  {share[k]:.0%}" if share[k] >= .005 else f'{names[k]}  < 1%')) for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
     return ax
 
 # %% ../nbs/23_playground.ipynb #ad4c9fa4
@@ -109,8 +105,7 @@ class _Playground:
             else: self.source.options = list(self.samples); self.source.value = name
 
     def say(self, text, colour='555'):
-        import html
-        self.said.value = f'<span style="color:#{colour}">{html.escape(text)}</span>'
+        self.said.value = f'<span style="color:#{colour}">{for_html(text)}</span>'
 
     def ask(self):
         "Segment what the widgets say. Kernels may call it from several threads: each change waits for its turn."

@@ -25,10 +25,10 @@ def opentrans(*args):
     finally: sys.argv = argv
     return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
-def fails(*args):
+def fails(*args, code=2):
     "The one sentence of a command that must fail with exit code 2."
     r = opentrans(*args)
-    assert r.returncode == 2, (args, r.returncode, r.stdout[-500:], r.stderr[-2000:])
+    assert r.returncode == code, (args, r.returncode, r.stdout[-500:], r.stderr[-2000:])
     assert 'Traceback' not in r.stderr
     lines = [l for l in r.stderr.splitlines() if l.startswith('error: ')]
     assert len(lines) == 1, r.stderr
@@ -238,14 +238,14 @@ def test_data_check_tells_what_is_broken(streets, tmp_path):
 
 @pytest.mark.skipif(os.name != 'posix', reason='needs a limit on file sizes')
 def test_full_disk_by_command(tmp_path):
-    "The disk is full when the checkpoint is written: one sentence, and the checkpoint of before is as it was."
+    "The disk is full when the checkpoint is written: one sentence, exit code 1 (nothing the user typed is wrong), and the checkpoint of before is as it was."
     import resource, signal
     before = opentrans('finetune', '--out', tmp_path, '--iterations', 2, '--batch-size', 1, '--checkpoint-every', 1)
     assert before.returncode == 0, before.stderr
     (tmp_path/'model.safetensors').unlink(); last = (tmp_path/'run'/'last.safetensors').read_bytes()
     old,handler = resource.getrlimit(resource.RLIMIT_FSIZE),signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, old[1]))
-    try: message = fails('finetune', '--out', tmp_path, '--iterations', 2, '--batch-size', 1, '--checkpoint-every', 1)
+    try: message = fails('finetune', '--out', tmp_path, '--iterations', 2, '--batch-size', 1, '--checkpoint-every', 1, code=1)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, old); signal.signal(signal.SIGXFSZ, handler)
     assert 'Cannot write' in message and 'model.safetensors' in message
     assert (tmp_path/'run'/'last.safetensors').read_bytes() == last and not list(tmp_path.glob('.*')), 'something half-written was left'

@@ -99,7 +99,7 @@ def test_weights_from_files(tmp_path, suffix):
     assert torch.equal(clip.visual.conv1.weight, model.visual.conv1.weight.half().float()) and clip.visual.conv1.weight.dtype == torch.float32
     cut = tmp_path/f'cut.{suffix}'
     cut.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(OpenTransError, match='not a whole safetensors file|cannot be read as tensors'): ClipBackbone.create('shapes-rn', pretrained=cut)
+    with pytest.raises(OpenTransError, match='not a whole safetensors file|cannot be read as plain weights'): ClipBackbone.create('shapes-rn', pretrained=cut)
 
 def test_openai_names(tmp_path):
     "OpenAI's state dicts (with three numbers among the tensors) load, and bring their activation with them."
@@ -110,13 +110,109 @@ def test_openai_names(tmp_path):
     load_weights(other, sd)
     assert torch.equal(other.visual.conv1.weight, model.visual.conv1.weight.half().float())
 
-def test_openai_file_means_quick_gelu(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr('opentrans.clip._architecture', lambda name, quick: seen.append(quick) or (_ for _ in ()).throw(OpenTransError('stop')))
-    for extra in ({}, {'input_resolution': torch.tensor(224)}):
-        save_tensors({'w': torch.ones(1), **extra}, tmp_path/'w.safetensors')
-        with pytest.raises(OpenTransError, match='stop'): open_model('RN50', str(tmp_path/'w.safetensors'))
-    assert seen == [False, True]
+TINY = dict(embed_dim=32, vision_cfg=VISION, text_cfg=dict(context_length=8, vocab_size=49408, width=16, heads=2, layers=1))
+
+@pytest.fixture
+def tiny_architectures(monkeypatch):
+    "open_clip's names stand for towers of a few thousand weights; what is published under them stays as it is."
+    def config(name): return copy.deepcopy(dict(TINY, quick_gelu=True) if name.endswith('-quickgelu') else TINY)
+    monkeypatch.setattr(open_clip, 'get_model_config', config)
+
+def activation(model): return type(model.transformer.resblocks[0].mlp.gelu).__name__
+
+def opened(*args, **kwargs):
+    "An open_clip model, and what was warned of."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        model,tokenizer,mean,std = open_model(*args, **kwargs)
+    return model,tokenizer,mean,std,[str(w.message) for w in said]
+
+def test_openai_file_means_quick_gelu(tmp_path, tiny_architectures):
+    "OpenAI's own files hold their resolution among the weights; another file does not tell, and that is said once."
+    state = open_model('RN50')[0].state_dict()
+    for extra,kind,words in (({}, 'GELU', 1), ({'input_resolution': torch.tensor(64)}, 'QuickGELU', 0)):
+        torch.save({**state, **extra}, tmp_path/'w.pt')
+        model,*_,said = opened('RN50', str(tmp_path/'w.pt'))
+        assert activation(model) == kind and len(said) == words, said
+    torch.save(state, tmp_path/'w.pt')
+    (said,) = opened('RN50', tmp_path/'w.pt')[-1]
+    assert 'which activation' in said and "'RN50-quickgelu'" in said and 'normalised' not in said, 'all published weights of RN50 are normalised alike'
+    assert not opened('RN50', tmp_path/'w.pt', quick_gelu=False)[-1], 'what the user says needs no warning'
+
+@pytest.mark.parametrize('name', ['RN50', 'RN50-quickgelu'])
+def test_an_activation_that_is_asked_for_is_taken(name, tiny_architectures):
+    for quick,kind in ((True, 'QuickGELU'), (False, 'GELU'), (None, 'QuickGELU' if 'quick' in name else 'GELU')):
+        assert activation(open_model(name, quick_gelu=quick)[0]) == kind, (name, quick)
+
+MEAN,STD = (.5, .25, .125),(.25, .5, .75)
+
+@pytest.mark.parametrize('half', [False, True])
+def test_a_file_tells_activation_and_normalisation(tmp_path, tiny_architectures, half):
+    "What the weights were trained with comes back with them, over the name, and over both comes the user."
+    model,*_ = open_model('RN50', quick_gelu=True, mean=MEAN, std=STD)
+    save_weights(model, tmp_path/'w.safetensors', half=half, steps=3)
+    assert load_metadata(tmp_path/'w.safetensors')['steps'] == '3'
+    for name in ('RN50', 'RN50-quickgelu', 'RN101'):
+        again,_,mean,std,said = opened(name, tmp_path/'w.safetensors')
+        assert (activation(again), mean, std, said) == ('QuickGELU', MEAN, STD, []), name
+    again,_,mean,std,said = opened('RN50', tmp_path/'w.safetensors', quick_gelu=False, mean=(0, 0, 0), std=(1, 1, 1))
+    assert (activation(again), mean, std, said) == ('GELU', (0, 0, 0), (1, 1, 1), [])
+
+def test_a_backbone_keeps_activation_and_normalisation(tmp_path, tiny_architectures):
+    "Through a copy, a file, and a file of the copy."
+    clip = ClipBackbone.create('RN50', quick_gelu=True, mean=MEAN, std=STD)
+    for number in range(2):
+        save_weights(clip, tmp_path/f'{number}.safetensors')
+        clip = ClipBackbone.create('RN50', tmp_path/f'{number}.safetensors').fresh_copy()
+        assert activation(clip.text.model) == 'QuickGELU' and clip.mean.flatten().tolist() == list(MEAN) and clip.std.flatten().tolist() == list(STD)
+        assert (clip.origin.mean, clip.origin.std) == (MEAN, STD)
+    x = torch.rand(1, 3, 64, 64)
+    assert torch.allclose(clip.prepare(x), (x-clip.mean)/clip.std)
+
+def test_sizes_come_back_with_the_weights(tmp_path, monkeypatch):
+    "A tower of another size, or a longer text, is opened in the size that it was trained in."
+    other = copy.deepcopy(TINY)
+    other['vision_cfg'] = dict(layers=4, width=32, head_width=16, patch_size=8, image_size=96); other['text_cfg']['context_length'] = 12
+    usual = copy.deepcopy(other); usual['vision_cfg']['image_size'] = 64; usual['text_cfg']['context_length'] = 8
+    monkeypatch.setattr(open_clip, 'get_model_config', lambda name: copy.deepcopy(other))
+    model = open_model('ViT-B-32')[0]
+    save_weights(model, tmp_path/'w.safetensors'); torch.save(model.state_dict(), tmp_path/'w.pt')
+    monkeypatch.setattr(open_clip, 'get_model_config', lambda name: copy.deepcopy(usual))
+    again,tokenizer,_,_,said = opened('ViT-B-32', tmp_path/'w.safetensors')
+    assert not said and tokenizer(['a']).shape == (1, 12) and ClipBackbone.from_model(again, tokenizer).image_size == 96
+    assert all(torch.equal(a, b) for a,b in zip(model.state_dict().values(), again.state_dict().values()))
+    with pytest.raises(OpenTransError, match='have other shapes for 1 of .*positional_embedding'): opened('ViT-B-32', tmp_path/'w.pt') # the text's
+    usual['text_cfg']['context_length'] = 12
+    assert any('were resampled' in words for words in opened('ViT-B-32', tmp_path/'w.pt')[-1])
+
+def test_normalisation_that_all_published_weights_share_is_taken(tmp_path, tiny_architectures):
+    "MobileCLIP and SigLIP have colours of their own; of ViT-L-14 there are two kinds, and that is said."
+    torch.save(open_model('RN50')[0].state_dict(), tmp_path/'w.pt')
+    for name,mean in (('MobileCLIP-S1', (0., 0., 0.)), ('PE-Core-B-16', (.5, .5, .5))):
+        assert opened(name, tmp_path/'w.pt')[2] == mean, name
+    _,_,mean,_,(said,) = opened('ViT-L-14', tmp_path/'w.pt', quick_gelu=False)
+    assert mean == tuple(open_clip.OPENAI_DATASET_MEAN) and 'how their images were normalised' in said and 'activation' not in said
+
+@pytest.mark.parametrize('facts', [dict(mean=[0, 0]), dict(std=[1, 0, 1]), dict(mean='grey'), dict(quick_gelu=1), dict(image_size=10**9), dict(run='code'), [], 7])
+def test_facts_that_are_none(tmp_path, facts):
+    "What a file tells is checked like everything that is read."
+    model,_ = small_clip('shapes-rn', seed=5)
+    save_tensors(model.state_dict(), tmp_path/'w.safetensors', dict(clip=facts))
+    with pytest.raises(OpenTransError, match="damaged|three numbers"): ClipBackbone.create('shapes-rn', tmp_path/'w.safetensors')
+
+def test_files_of_older_versions_and_of_others_are_read(tmp_path):
+    "Weights without facts, as 0.1 and other programs write them, are those of a small CLIP without a word."
+    model,_ = small_clip('shapes-rn', seed=5)
+    from safetensors.torch import save_file
+    save_file({k: v.contiguous() for k,v in model.state_dict().items()}, str(tmp_path/'w.safetensors'), metadata=dict(steps='3'))
+    again,*_,said = opened('shapes-rn', tmp_path/'w.safetensors')
+    assert not said and torch.equal(again.visual.conv1.weight, model.visual.conv1.weight)
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path):
+    model,_ = small_clip('shapes-rn', seed=5)
+    with torch.no_grad(): model.visual.conv1.weight[0] = math.nan
+    save_weights(model, tmp_path/'w.safetensors')
+    with pytest.raises(OpenTransError, match='not finite'): ClipBackbone.create('shapes-rn', tmp_path/'w.safetensors')
 
 def test_published_weights_are_fetched_and_checked(tmp_path, monkeypatch):
     "A tag leads to a download; what comes must fill the whole model; a failure says what to do."
@@ -129,7 +225,7 @@ def test_published_weights_are_fetched_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(open_clip, 'download_pretrained', lambda cfg, cache_dir=None: str(tmp_path/'good.safetensors'))
     clip = ClipBackbone.create('RN50', pretrained='openai')
     assert torch.equal(clip.visual.conv1.weight, model.visual.conv1.weight) and clip.origin.pretrained == 'openai'
-    assert type(clip.text.model.transformer.resblocks[0].mlp.gelu).__name__ == 'QuickGELU', "OpenAI's weights need OpenAI's activation"
+    assert activation(clip.text.model) == 'QuickGELU', "OpenAI's weights need OpenAI's activation"
     def fails(cfg, cache_dir=None): raise OSError('no route')
     monkeypatch.setattr(open_clip, 'download_pretrained', fails)
     with pytest.raises(OpenTransError, match='could not be downloaded .*Check the network, or fetch .* and give the path'): ClipBackbone.create('RN50', pretrained='openai')

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
+from mutations import COUNT, check_reader
 from opentrans.core import OpenTransError
-from opentrans.data import (VOCABULARIES, Augmented, ShapesWorld, View, Vocabulary, augment, collate, list_datasets, open_dataset, read_segments, resize_short,
+from opentrans.data import (VOCABULARIES, Augmented, ShapesWorld, View, Vocabulary, augment, collate, label_lut, list_datasets, open_dataset, read_segments, resize_short,
                             write_coco_panoptic)
 
 SAMPLES = Path(__file__).parents[1]/'../shared/data/samples'
@@ -178,6 +179,263 @@ def test_augment_keeps_regions_and_labels_together(seed, size, low, high):
     assert len(a['regions']) == len(a['region_classes']) == len(a['isthing'])
     assert ((a['labels'] == 255) | a['regions'].any(0)).all() and (a['regions'].sum(0) <= 1).all()
     for r,c in zip(a['regions'], a['region_classes']): assert (a['labels'][r] == c).all() and r.any()
+
+# what could be taken for something else
+
+def folder(root, images, labels):
+    "A folder data set; paths relative to `images` and `labels`, with their pixels."
+    for kind, files in (('images', images), ('labels', labels)):
+        for name, a in files.items():
+            (root/kind/name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.asarray(a)).save(root/kind/name)
+    return root
+
+GREY, ZERO = np.full((6, 8, 3), 90, np.uint8), np.zeros((6, 8), np.uint8)
+
+@pytest.mark.parametrize('kind, files', [('images', ['x.jpg', 'x.png']), ('images', ['x.png', 'x.PNG']), ('images', ['x.tif', 'x.tiff']), ('label maps', ['x.png', 'x.tif'])])
+def test_files_of_one_name_are_a_problem(kind, files, tmp_path):
+    "One of them would vanish, and which one depends on the alphabet."
+    two = {name: (GREY if kind == 'images' else ZERO) for name in files}
+    one = {'y.png': GREY, **(two if kind == 'images' else {'x.png': GREY})}, {'y.png': ZERO, **({'x.png': ZERO} if kind == 'images' else two)}
+    folder(tmp_path, *one)
+    with pytest.raises(OpenTransError, match=f"x: 2 {kind} have this name: .*{files[0]}"): open_dataset('folder', tmp_path, names='a')
+    with pytest.warns(UserWarning, match='1 of 2 images are left out'): data = open_dataset('folder', tmp_path, names='a', corrupt='skip')
+    assert [f.id for f in data.files] == ['y'] and files[0] in data.skipped['x'] and files[1] in data.skipped['x']
+    assert data.check().problem['x'] == data.skipped['x']
+
+def test_one_name_in_several_folders_is_no_problem(tmp_path):
+    folder(tmp_path, {'a/x.png': GREY, 'b/x.jpg': GREY}, {'a/x.png': ZERO, 'b/x.png': ZERO})
+    assert [f.id for f in open_dataset('folder', tmp_path, names='a').files] == ['a/x', 'b/x']
+
+def test_names_that_differ_in_their_case_are_named(tmp_path):
+    folder(tmp_path, {'Street.png': GREY, 'y.png': GREY}, {'street.png': ZERO, 'y.png': ZERO})
+    with pytest.raises(OpenTransError, match="no label map for 'Street.png', but 'street.png': write both in the same case"): open_dataset('folder', tmp_path, names='a')
+
+def test_splits_within_images_and_labels(tmp_path):
+    "The layout images/train, images/val: the split that is asked for, and nothing of the other."
+    folder(tmp_path, {'train/x.png': GREY, 'train/z.png': GREY, 'val/x.png': GREY}, {'train/x.png': ZERO, 'train/z.png': ZERO, 'val/x.png': ZERO})
+    assert [[f.id for f in open_dataset('folder', tmp_path, split, names='a').files] for split in ('val', 'train', '')] == [['x'], ['x', 'z'], ['train/x', 'train/z', 'val/x']]
+    with pytest.raises(OpenTransError, match="no folder 'test', only train, val"): open_dataset('folder', tmp_path, 'test', names='a')
+    for bad in ('../..', 'a\0b', 5): # none of them is a folder of the data set
+        with pytest.raises(OpenTransError, match='split'): open_dataset('folder', tmp_path, bad, names='a')
+
+def test_two_images_that_would_be_written_to_one_file(tmp_path):
+    folder(tmp_path, {'a/b.png': GREY, 'a__b.png': GREY}, {'a/b.png': ZERO, 'a__b.png': ZERO})
+    with pytest.raises(OpenTransError, match="'a/b' and 'a__b' would both be written"): write_coco_panoptic(open_dataset('folder', tmp_path, names='a'), tmp_path/'out')
+
+# do names and numbers belong together?
+
+def binary(root, values, n=3, kind=np.uint8):
+    a = np.resize(np.repeat(values, 8), (6, 8)).astype(kind)
+    return folder(root, {f'{i}.png': GREY for i in range(n)}, {f'{i}.png': a for i in range(n)})
+
+class Constant(torch.nn.Module):
+    "Says class 0 everywhere."
+    kinds = ('semantic',)
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+    def text(self, names): return names
+    def semantic(self, x, text): return torch.zeros(len(x), *x.shape[-2:], dtype=torch.long)
+
+def test_a_foreground_written_as_255_is_told(tmp_path):
+    "Labels 0 and 255 with two names: the foreground is left out, and a constant prediction has a mean IoU of 1."
+    from opentrans.finetune import evaluate
+    data = open_dataset('folder', binary(tmp_path, [0, 255]), names='background,coin')
+    report = data.check()
+    assert "'coin' never occurs in the labels of 3 images, while 0.5 of their pixels are left out (255)" in report.problem['all images']
+    assert (report.problem.drop('all images') == '').all()
+    with pytest.warns(UserWarning, match="'coin' never occurs"): assert evaluate(Constant(), data)['miou'] == 1
+    with pytest.warns(UserWarning, match="'coin' never occurs"): data.check(n=2)
+    with pytest.warns(UserWarning, match="'coin' never occurs"): assert evaluate(Constant(), View(data, [0, 1]))['miou'] == 1
+    honest = open_dataset('folder', tmp_path, names='background,coin', ignore=None)
+    with pytest.raises(OpenTransError, match='holds 255, outside the 2 classes'): honest[0]
+
+@pytest.mark.parametrize('values, names, said', [
+    ([0, 1], 'a,b,c', "'c' never occurs in the labels of 3 images. Do names and numbers belong together"), ([1, 2], 'a,b,c', "'a' never occurs"), ([0, 1, 255], 'a,b,c', "'c' never occurs .*left out"),
+    ([255], 'a,b', 'every pixel is left out in 3 of 3 images'), ([0, 255], 'a,b,c,d,e,f,g,h,i', "'g' and 2 more never occur ")])
+def test_names_and_numbers_that_seem_not_to_fit_are_told(values, names, said, tmp_path):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter('always')
+        report = open_dataset('folder', binary(tmp_path, values), names=names).check()
+    import re
+    assert re.search(said, ' '.join([*report.problem, *(str(w.message) for w in told)]))
+
+@pytest.mark.parametrize('values, names', [([0, 1], 'a,b'), ([0, 1, 255], 'a,b'), ([0], 'a')])
+def test_names_and_numbers_that_fit_are_no_problem(values, names, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        report = open_dataset('folder', binary(tmp_path, values), names=names).check()
+    assert len(report) == 3 and (report.problem == '').all()
+
+def test_numbers_from_one_are_told(tmp_path):
+    data = open_dataset('folder', binary(tmp_path, [1, 2]), names='a,b')
+    with pytest.raises(OpenTransError, match='holds 2, outside the 2 classes .* if the first class is number 1, give number 0 a name'): data[0]
+
+def test_255_is_a_class_where_there_are_more(tmp_path):
+    "With 300 names, 255 is one of them, and 65535 is what is left out."
+    data = open_dataset('folder', binary(tmp_path, [255, 65535], kind=np.uint16), names=[f'class {i}' for i in range(300)])
+    assert set(data[0]['labels'].unique().tolist()) == {255, 65535} and data.ignore == 65535 and data[0]['region_classes'].tolist() == [255]
+
+@pytest.mark.parametrize('ignore', ['x', '', -1, 65536, [1, 'a'], 1.5, True, float('nan'), [[1]], '1;2', '1'*5000, None, 'none'])
+def test_values_to_leave_out_are_numbers(ignore, tmp_path):
+    binary(tmp_path, [0])
+    if ignore is None: assert len(open_dataset('folder', tmp_path, names='a', ignore=ignore)) == 3
+    else:
+        with pytest.raises(OpenTransError, match='values to leave out are whole numbers'): open_dataset('folder', tmp_path, names='a', ignore=ignore)
+
+@pytest.mark.parametrize('labels', [np.array([[-1, 0]], np.int32), np.array([[70000, 0]], np.int32), np.array([[300, 0]], np.uint16), np.array([[2**31-1, 0]], np.int32)])
+def test_numbers_outside_the_names_are_told_in_every_type(labels, tmp_path):
+    "A number that is too large for a type must not come back as a class."
+    folder(tmp_path, {'x.png': GREY[:1,:2]}, {'x.tif': labels})
+    with pytest.raises(OpenTransError, match=f'holds {labels[0,0]}, outside the 2 classes'): open_dataset('folder', tmp_path, names='a,b')[0]
+    assert 'outside' in open_dataset('folder', tmp_path, names='a,b').check().problem['x']
+
+def test_tables_of_numbers_that_cannot_be():
+    for bad in (dict(offset=-1), dict(void=[70000]), dict(void=[-1]), dict(void=['a']), dict(ids=[1]), dict(ids=[0, 1, 65536])):
+        with pytest.raises(OpenTransError): label_lut(3, **bad)
+    with pytest.raises(OpenTransError): label_lut(70_000)
+
+# small, empty, odd
+
+@pytest.mark.parametrize('h, w', [(1, 1), (1, 300), (300, 1), (2, 3)])
+def test_images_of_few_pixels(h, w, tmp_path):
+    data = open_dataset('folder', folder(tmp_path, {'x.png': np.full((h, w, 3), 9, np.uint8)}, {'x.png': np.zeros((h, w), np.uint8)}), names='a')
+    for s in (data[0], data.packed(0)):
+        for a in (augment(s, 8, 0), augment(s, (1, 5), 1), augment(s, None, 2), augment(s, 16, 3, scale=None), resize_short(s, 5), resize_short(s, 1), resize_short(s, 3, max_size=4)):
+            assert a['image'].shape[1:] == a['labels'].shape == a['regions'].shape[1:] and min(a['labels'].shape) >= 1
+            assert set(a['labels'].unique().tolist()) <= {0, 255}
+    assert collate([data[0], augment(data[0], 4, 0)])['images'].shape == (2, 3, max(h, 4), max(w, 4))
+    write_coco_panoptic(data, tmp_path/'out')
+    same(open_dataset('coco_panoptic', tmp_path/'out')[0], data[0])
+
+@pytest.mark.parametrize('bad', [dict(size=0), dict(size=-3), dict(size=(4,)), dict(size=(4, 5, 6)), dict(size='a'), dict(size=2.5), dict(size=10**9), dict(size=float('nan')), dict(scale=(0, 0)), dict(scale=(-1, 1)), dict(scale=(2, 1)),
+                                 dict(scale=(1,)), dict(scale=5), dict(scale=(1, float('inf'))), dict(scale=(float('nan'), 1)), dict(scale=(1e9, 1e9)), dict(flip=-1), dict(flip=2), dict(flip=None), dict(flip='a'), dict(seed=-1), dict(seed='a'), dict(seed=1.5)])
+def test_crops_that_cannot_be(bad):
+    with pytest.raises(OpenTransError, match=f'{list(bad)[0]}='): augment(WORLD[0], **{**dict(size=8, seed=0), **bad})
+    with pytest.raises(OpenTransError, match=f'{list(bad)[0]}='): Augmented(WORLD, **{**dict(size=8), **bad})
+    if 'size' in bad and not isinstance(bad['size'], tuple):
+        with pytest.raises(OpenTransError): resize_short(WORLD[0], **bad)
+        with pytest.raises(OpenTransError): ShapesWorld(**bad)
+
+def test_data_sets_without_images_are_told(tmp_path):
+    voc = tmp_path/'VOCdevkit/VOC2012'
+    for name in ('JPEGImages/a.jpg', 'SegmentationClass/a.png'):
+        (voc/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ZERO).save(voc/name)
+    (voc/'ImageSets/Segmentation').mkdir(parents=True)
+    listing = voc/'ImageSets/Segmentation/val.txt'
+    listing.write_text('')
+    for corrupt in ('raise', 'skip'):
+        with pytest.raises(OpenTransError, match='not one image'): open_dataset('voc_20', tmp_path, corrupt=corrupt)
+    listing.write_bytes(b'\xff\xfe')
+    with pytest.raises(OpenTransError, match='val.txt'): open_dataset('voc_20', tmp_path)
+    listing.write_text('a\n../../../etc/passwd\n')
+    with pytest.raises(OpenTransError, match='no image for'): open_dataset('voc_20', tmp_path)
+    with pytest.raises(OpenTransError, match='n=-1'): ShapesWorld(n=-1)
+
+def test_pipes_and_folders_among_the_images(tmp_path):
+    "A data set with a pipe in it is told at once, and skipped at once."
+    import os
+    folder(tmp_path, {'a.png': GREY, 'b.png': GREY, 'c.png': GREY}, {'a.png': ZERO, 'b.png': ZERO, 'c.png': ZERO})
+    for name in ('images/b.png', 'labels/c.png'): (tmp_path/name).unlink()
+    os.mkfifo(tmp_path/'images/b.png')
+    (tmp_path/'labels/c.png').mkdir()
+    data = open_dataset('folder', tmp_path, names='a')
+    problems = data.check().problem
+    assert problems['a'] == '' and 'it is a pipe or a device' in problems['b'] and 'it is a folder' in problems['c']
+    with pytest.warns(UserWarning, match='2 of 3 images are left out'): assert len(open_dataset('folder', tmp_path, names='a', corrupt='skip')) == 1
+
+@pytest.mark.parametrize('root', [5, b'x', ['a'], 'x'*5000, 'a\0b', '~nobody-here/x', ''])
+def test_roots_that_are_no_folders(root, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name in ('folder', 'coco_panoptic', 'ade20k_150'):
+        with pytest.raises(OpenTransError): open_dataset(name, root, **(dict(names='a') if name == 'folder' else {}))
+
+# files of annotations
+
+def coco_json(root):
+    "A data set of three small scenes, and its JSON file."
+    return write_coco_panoptic(ShapesWorld('val', n=3, size=16), root)
+
+def city_json(root):
+    stem = 'ulm_000000_000019'
+    for name, a in ((f'leftImg8bit/val/ulm/{stem}_leftImg8bit.png', GREY), (f'gtFine/cityscapes_panoptic_val/{stem}_gtFine_panoptic.png', np.dstack([ZERO+7, ZERO, ZERO]))):
+        (root/'cityscapes'/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(a).save(root/'cityscapes'/name)
+    path = root/'cityscapes/gtFine/cityscapes_panoptic_val.json'
+    path.write_text(json.dumps(dict(annotations=[dict(image_id=stem, file_name=f'{stem}_gtFine_panoptic.png', segments_info=[dict(id=7, category_id=7, iscrowd=0)])])))
+    return path
+
+def ade_json(root):
+    for name, a in (('images/validation/a.jpg', GREY), ('ade20k_panoptic_val/a.png', np.dstack([ZERO+7, ZERO, ZERO]))):
+        (root/'ADEChallengeData2016'/name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(a).save(root/'ADEChallengeData2016'/name)
+    path = root/'ADEChallengeData2016/ade20k_panoptic_val.json'
+    path.write_text(json.dumps(dict(annotations=[dict(image_id='a', file_name='a.png', segments_info=[dict(id=7, category_id=0, iscrowd=0)])])))
+    return path
+
+JSONS = dict(coco=(coco_json, 'coco_panoptic', {}), cityscapes=(city_json, 'cityscapes_19', dict(panoptic=True)), ade=(ade_json, 'ade20k_150', dict(panoptic=True)))
+
+@pytest.mark.parametrize('kind', JSONS)
+def test_mutated_annotations_are_read_or_told(kind, tmp_path):
+    "Whatever a JSON file of annotations says, a data set comes out whose every sample can be read or told, or one sentence."
+    make, name, options = JSONS[kind]
+    path = make(tmp_path/'data')
+    good = tmp_path/path.name
+    good.write_bytes(path.read_bytes())
+    def read(_, changed):
+        path.write_bytes(changed.read_bytes())
+        data = open_dataset(name, tmp_path/'data', **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            data.check()
+        return data
+    assert check_reader(good, read)['refused'] > COUNT/3
+
+@pytest.mark.parametrize('change, said', [
+    (lambda d: d['annotations'][0].pop('segments_info'), 'annotations.0.segments_info: field required'), (lambda d: d.pop('annotations'), 'annotations: field required'), (lambda d: d.pop('images'), "no 'images'"),
+    (lambda d: d['annotations'][0].update(segments_info=None), 'segments_info'), (lambda d: d['annotations'][0]['segments_info'][0].update(id=-1), 'greater than or equal to 1'), (lambda d: d['annotations'][0]['segments_info'][0].update(id=2**24), 'less than'),
+    (lambda d: d['annotations'][0]['segments_info'][0].update(id=1.5), 'valid integer'), (lambda d: d['annotations'][0]['segments_info'][0].update(category_id='7'), 'valid integer'), (lambda d: d['annotations'].append(d['annotations'][0]), 'more than once'),
+    (lambda d: d['images'].append(d['images'][0]), 'id of images 0 more than once'), (lambda d: d['categories'].append(d['categories'][0]), 'more than once'), (lambda d: d['categories'][0].update(name=7), 'valid string'), (lambda d: d['categories'][0].update(name=''), 'empty name'),
+    (lambda d: d['categories'][1].update(name=d['categories'][0]['name']), 'twice'), (lambda d: d['annotations'][0].update(file_name='../../x.png'), 'no path within'), (lambda d: d['annotations'][0].update(file_name='/etc/passwd'), 'no path within'), (lambda d: d['images'][0].update(file_name='a\0b'), 'no path within'),
+    (lambda d: d['annotations'][0].update(image_id=77), 'image_id 77 is not among the images'), (lambda d: d.update(info=dict(opentrans=dict(templates=['{0.__class__}']))), 'Prompt template'), (lambda d: d.update(info=dict(opentrans=dict(groups=dict(a=[999])))), "'a' names class 999"),
+    (lambda d: d.update(info=dict(opentrans=[1])), 'info.opentrans'), (lambda d: d['annotations'][0]['segments_info'].append(dict(d['annotations'][0]['segments_info'][0])), 'more than once'), (lambda d: d['annotations'][0]['segments_info'][0].update(category_id=10**10), 'names category 10000000000')])
+def test_annotations_that_cannot_be(change, said, tmp_path):
+    path = coco_json(tmp_path)
+    d = json.loads(path.read_text())
+    change(d)
+    path.write_text(json.dumps(d))
+    with pytest.raises(OpenTransError, match=said) as told: open_dataset('coco_panoptic', tmp_path)[0]
+    assert len(str(told.value)) < 700
+
+def test_what_other_programs_add_to_annotations_stays_out_of_the_way(tmp_path):
+    path = coco_json(tmp_path)
+    whole = [open_dataset('coco_panoptic', tmp_path)[i] for i in range(3)]
+    d = json.loads(path.read_text())
+    d.update(licenses=[dict(id=1)], info=dict(d['info'], year=2017, url=None))
+    for entry in (*d['images'], *d['annotations'], *d['categories'], *d['annotations'][0]['segments_info']): entry.update(note=dict(any=['thing', 1.5, None]))
+    for c in d['categories']: c['isthing'] = bool(c['isthing'])
+    path.write_text('\ufeff'+json.dumps(d))
+    for a, b in zip(whole, open_dataset('coco_panoptic', tmp_path)): same(a, b)
+
+def test_maps_of_one_name_in_two_folders_keep_their_own(tmp_path):
+    "In `_panoptic_json`'s trees maps may lie in folders: their names tell them apart."
+    from opentrans.data import _ids
+    assert _ids([dict(file_name='a/x.png'), dict(file_name='b/x.png')]) == ['a/x', 'b/x'] and _ids([dict(file_name='x.png')]) == ['x']
+
+def test_outlines_of_another_size_are_told(tmp_path):
+    coco = pytest.importorskip('pycocotools.mask')
+    from opentrans.data import Files
+    from opentrans.frameworks.detectron2 import Outlines
+    Image.fromarray(GREY).save(tmp_path/'x.png')
+    def data(segmentation, category=0): return Outlines('x', Vocabulary('a,b'), [Files('x', tmp_path/'x.png', tmp_path/'x.png', [dict(category_id=category, segmentation=segmentation)])])
+    good = coco.encode(np.asfortranarray(ZERO+1))
+    assert data(good)[0]['regions'].all() and data([[0, 0, 8, 0, 8, 6, 0, 6]])[0]['regions'].all() and data(dict(size=[6, 8], counts=[0, 48]))[0]['regions'].all()
+    for bad in (dict(good, size=[8, 6]), dict(good, size=[60, 80]), dict(size=[6, 8]), dict(size=[6, 8], counts=[0, 10**6]), dict(size=[6, 8], counts=5), [], [[1]], [['a']*6], 'x', None, 7, dict(size=None, counts=[1])):
+        with pytest.raises(OpenTransError, match="outline of 'x'"): data(bad)[0]
+    for bad in (5, -1, None, 'a'):
+        with pytest.raises(OpenTransError, match='names category'): data(good, bad)[0]
 
 # words
 

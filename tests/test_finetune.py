@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from opentrans.clip import ClipBackbone
 from opentrans.core import LayerSelection, OpenTransError, load_tensors
 from opentrans.data import ShapesWorld
 from opentrans.finetune import Recipe, batch_indices, evaluate, finetune, load_framework
@@ -312,3 +313,15 @@ def test_unreadable_picture_in_a_run(tmp_path):
     assert json.loads(load_tensors(tmp_path/'run'/'last.safetensors')[1]['iteration']) == 2
     with pytest.warns(UserWarning, match='1 of 6'): rest = open_dataset('folder', tmp_path, names='sky,road', corrupt='skip')
     assert len(finetune(make(rest), rest, quick)) == 4
+
+RECIPES = [('deeplabv3', 'paper'), ('mask2former', 'paper'), ('fcclip', 'paper'), ('faseg', 'paper'), ('deeplabv3', 'released'), ('mask2former', 'released')]
+
+@pytest.mark.parametrize('name,source', RECIPES)
+def test_the_loss_falls_by_every_recipe_that_is_offered_by_name(name, source, one_thread):
+    "A recipe that joins one source's optimizer with another's clipping trains nothing, and no setting shows it."
+    world = ShapesWorld('train', n=16, size=80)
+    clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn', output_stride=16)
+    framework = build(name, clip, vocabulary=world.vocabulary, preset='small')
+    recipe = getattr(Recipe, source)(name).shorten(16).replace(crop=0, scale=(1., 1.), batch_size=4)
+    loss = finetune(framework, world, recipe).loss
+    assert loss[-4:].mean() < .9*loss[:4].mean()

@@ -3,7 +3,8 @@ import os, socket
 import numpy as np, pytest, torch
 import torch.multiprocessing as mp
 from hypothesis import given, settings, strategies as st
-from opentrans.metrics import PanopticQuality, SemanticIoU, panoptic_map
+from opentrans.errors import OpenTransError
+from opentrans.metrics import PanopticQuality, SemanticIoU, match_segments, panoptic_map
 
 
 def maps(seed, n, size=24, classes=4, pieces=9):
@@ -90,3 +91,105 @@ def test_two_processes_agree_with_one(tmp_path):
         m.update(maps(r, 1)[0, ..., 0].clamp(max=3), maps(r + 5, 1)[0, ..., 0].clamp(max=3)); q.update(maps(r, 1), maps(r + 5, 1))
     assert torch.equal(got['m']['confusion'], m.confusion)
     for n in q._sums: torch.testing.assert_close(got['q'][n], getattr(q, n), rtol=1e-12, atol=1e-12)
+
+
+# types of labels
+
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64, 'u1', 'i1', '<u2', '>u2', '<i4', '>i4', '>i8', '<u8']
+
+def as_type(x, kind): return x.numpy().astype(kind) if isinstance(kind, str) else x.to(kind)
+
+
+@pytest.mark.parametrize('kind', INTEGERS)
+def test_every_integer_type_is_counted_alike(kind):
+    "A type is how a file or a program stores numbers, and no part of the truth."
+    g = torch.Generator().manual_seed(0)
+    pred, target = torch.randint(0, 5, (2, 12, 12), generator=g), torch.randint(0, 6, (2, 12, 12), generator=g)
+    for ignore in (5, 100, 257, 65535, -1, 2**40):
+        wanted = SemanticIoU(5, ignore).update(pred, torch.where(target == 5, ignore, target))
+        fits = -128 <= ignore <= 127
+        truth = torch.where(target == 5, ignore if fits else 4, target)
+        if ignore == -1 and ('u' in str(kind)): continue # -1 cannot be stored
+        got = SemanticIoU(5, ignore).update(as_type(pred, kind), as_type(truth, kind))
+        if fits: assert torch.equal(got.confusion, wanted.confusion) and got.ignored == wanted.ignored
+        else: assert got.confusion.sum() == truth.numel() and got.ignored == 0, 'a label that the type cannot hold occurs nowhere'
+    pairs = maps(3, 2, classes=4)
+    signed = torch.where(pairs[..., :1] == 255, torch.tensor([100, 0]), pairs)
+    wanted = PanopticQuality([True]*4, ignore=100).update(signed, signed.roll(1, 1))
+    got = PanopticQuality([True]*4, ignore=100).update(as_type(signed, kind), as_type(signed.roll(1, 1), kind))
+    for n in wanted._sums: assert torch.equal(getattr(got, n), getattr(wanted, n))
+
+
+def test_truth_values_are_two_classes():
+    truth = torch.tensor([[True, False, True]])
+    assert SemanticIoU(2).update(truth, truth.long()).update(truth.numpy(), truth).compute()['miou'] == 1
+
+
+@pytest.mark.parametrize('make', [lambda: SemanticIoU(3, ignore=-1), lambda: SemanticIoU(3, ignore=511), lambda: SemanticIoU(3, ignore=65535)])
+def test_a_label_that_is_no_class_is_refused_whatever_it_wraps_to(make):
+    "255 in bytes is -1 in signed ones, and 511 modulo 256: neither was meant."
+    m, bad = make(), torch.full((2, 2), 255, dtype=torch.uint8)
+    with pytest.raises(OpenTransError, match='truth has labels outside 0..2: 255'): m.update(torch.zeros(2, 2, dtype=torch.uint8), bad)
+    assert m.confusion.sum() == m.ignored == 0
+    q = PanopticQuality([True]*3, ignore=m.ignore)
+    with pytest.raises(OpenTransError, match='outside 0..2: 255'): q.update(torch.zeros(2, 2, 2, dtype=torch.uint8), bad[..., None].expand(2, 2, 2))
+
+
+@pytest.mark.parametrize('bad', [torch.rand(2, 2), torch.zeros(2, 2, dtype=torch.float16), torch.zeros(2, 2, dtype=torch.complex64), np.zeros((2, 2)), [[.5, 1.]], [['a']], None, 'abc', np.array([['1']]), np.array([[None]]),
+                                 torch.zeros(2), torch.zeros((), dtype=torch.long), torch.zeros(1, 1, 2, 2, dtype=torch.long)])
+def test_what_are_no_labels_is_one_sentence(bad):
+    good = torch.zeros(2, 2, dtype=torch.long)
+    for pair in ((bad, good), (good, bad)):
+        with pytest.raises(OpenTransError, match='must be|differ'): SemanticIoU(2).update(*pair)
+        with pytest.raises(OpenTransError, match='must be'): PanopticQuality([True, False]).update(*pair)
+
+
+@pytest.mark.parametrize('classes, ignore', [(0, 255), (-3, 255), (2.5, 255), ('3', 255), (None, 255), (3, None), (3, 255.), (3, '255'), (10**9, -1), (10**30, -1), (True, 255)])
+def test_numbers_of_classes_that_cannot_be(classes, ignore):
+    "A table of 10^18 entries is no raw error of memory."
+    with pytest.raises(OpenTransError, match='expected whole numbers'): SemanticIoU(classes, ignore)
+
+
+def test_a_picture_without_pixels_counts_nothing():
+    assert SemanticIoU(2).update(torch.zeros(0, 5, dtype=torch.long), torch.zeros(0, 5, dtype=torch.long)).confusion.sum() == 0
+    assert PanopticQuality([True]).update(torch.zeros(0, 5, 2, dtype=torch.long), torch.zeros(0, 5, 2, dtype=torch.long)).fp.sum() == 0
+
+
+def test_a_constant_prediction_of_the_only_class_is_told_by_its_figures():
+    "Labels 0 and 255 with two names: mean IoU is 1, and the result says why."
+    truth = torch.zeros(4, 4, dtype=torch.uint8); truth[:2] = 255
+    r = SemanticIoU(2).update(torch.zeros(4, 4).byte(), truth).compute()
+    assert (r['miou'], r['never_true'], r['ignored']) == (1, [1], 8)
+    assert SemanticIoU(2, ignore=254).update(torch.zeros(4, 4).byte(), truth % 254).compute()['never_true'] == []
+
+
+def test_groups_are_indices_of_classes():
+    m = SemanticIoU(3).update(torch.tensor([[0, 1]]), torch.tensor([[0, 1]]))
+    assert m.compute(groups=dict(a=[0], b=np.array([1, 2]), none=[]))['groups']['b'] == 1
+    for bad in ([3], [-1], [True, False, True], [.5], 'ab', None, [[0]]):
+        with pytest.raises(OpenTransError, match="group 'a' must be"): m.compute(groups=dict(a=bad))
+
+
+def test_a_state_is_put_back_whole_or_not_at_all():
+    m = PanopticQuality([True]*3).update(*(torch.ones(2, 2, 2).long(),)*2)
+    good = m.state()
+    for bad in (None, {}, dict(good, fn=None), dict(good, fn=torch.zeros(2)), dict(good, fn=torch.full((3,), torch.nan)), dict(good, fn=-torch.ones(3))):
+        if bad: bad['iou'] = bad['iou']+1
+        with pytest.raises(OpenTransError, match='no state of'): m.load_state(bad)
+        assert all(torch.equal(v, good[n]) for n, v in m.state().items())
+    assert torch.equal(PanopticQuality([True]*3).load_state(good).tp, m.tp)
+
+
+def test_regions_and_their_classes_belong_together():
+    masks = torch.ones(2, 3, 3, dtype=torch.bool)
+    assert torch.equal(panoptic_map(masks.byte(), [0, 1]), panoptic_map(masks, torch.tensor([0, 1], dtype=torch.uint8)))
+    assert panoptic_map(masks[:0], []).shape == (3, 3, 2)
+    for regions, classes, crowd in ((masks, [0], None), (masks, [0, 1], [True]), (masks.long(), [0, 1], None), (masks.float(), [0, 1], None), (masks[0], [0, 1, 2], None), (masks, [.5, 1.], None)):
+        with pytest.raises(OpenTransError, match='[Rr]egions'): panoptic_map(regions, classes, crowd=crowd)
+
+
+def test_as_many_segments_as_pixels_fit_into_memory():
+    "A table of all pairs would have 4 * 10^9 entries."
+    x = torch.stack([torch.zeros(256, 256).long(), torch.arange(65536).view(256, 256)], -1)
+    p, t = match_segments(x, x)
+    assert len(p) == len(t) == 65536 and p.matched.all() and (t.iou == 1).all()

@@ -1,10 +1,14 @@
 "Parts on models of other libraries, and Hugging Face's peft as a reader and a writer of the same files."
-import copy
+import copy, json, socket
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from mutations import check_reader, digest
+from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from opentrans.core import LayerSelection, OpenTransError, layers
+from opentrans.files import load_tensors
 from opentrans.peft import Part, Tunable, add_adapters, add_lora, add_sparse, from_huggingface, load_added, merge_peft, save_added, slots, to_huggingface, trainable_report
 from opentrans.pruning import SparseMask
 
@@ -172,3 +176,155 @@ def test_we_read_what_the_library_writes(name, tmp_path):
     ours = MODELS[name]()[0]; plain = ours(x); from_huggingface(ours, tmp_path)
     assert (ours(x)-plain).abs().max() > 1e-3
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
+
+# --- files and models that are not as they should be --------------------------------------------------------------------
+
+def tiny():
+    "A model with everything a file of parts may hold: packed and plain matrices, a kernel, vectors."
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoderLayer(12, 3, 20, dropout=0., batch_first=True)
+    return nn.Sequential(nn.Linear(6, 12), encoder, nn.Linear(12, 4)).eval()
+
+def tuned():
+    "The same with parts of all three kinds, and a layer that is trained in full."
+    model = tiny()
+    add_lora(model, ['0.weight', '1.self_attn.in_proj_weight[v]'], r=2)
+    add_lora(model, '1.linear1.weight', r=2, masks={'1.linear1.weight': torch.rand(20, 12) < .5})
+    add_adapters(model, '1.linear2.weight', r=3)
+    add_sparse(model, {'1.norm1.bias': torch.arange(12) < 5, '1.self_attn.in_proj_weight[k]': torch.rand(12, 12) < .3})
+    model[2].requires_grad_(True)
+    return stir(model)
+
+def test_damaged_and_forged_parts_are_refused_whole(tmp_path):
+    "A file that is refused leaves the model as it was; one that is only damaged is never read as something else."
+    model, path = tuned(), tmp_path/'parts.safetensors'
+    save_added(model, path)
+    def read(target, file):
+        load_added(target, file)
+        return target
+    check_reader(path, read, tiny, digest, digest)
+
+def test_parts_of_opentrans_0_1_still_load(tmp_path):
+    "They have no version and no checksum, and their table of parts is the same."
+    model, path = tuned(), tmp_path/'parts.safetensors'
+    save_added(model, path, task='toy')
+    tensors, meta = load_tensors(path)
+    meta.pop('version')
+    save_file(tensors, path, metadata=meta)
+    other = tiny()
+    load_added(other, path)
+    x = torch.randn(2, 5, 6)
+    assert torch.equal(other(x), model(x))
+
+def test_a_diverged_model_is_not_saved_over_a_good_one(tmp_path):
+    model, path = tuned(), tmp_path/'parts.safetensors'
+    save_added(model, path)
+    before = path.read_bytes()
+    model[0].tuned['weight'].A.data[0, 0] = float('nan')
+    with pytest.raises(OpenTransError, match='1 of .* not finite.*nothing is saved'): save_added(model, path)
+    assert path.read_bytes() == before
+
+def test_damaged_and_forged_adapters_of_peft_are_refused_whole(tmp_path):
+    "Both files of Hugging Face's format; it has no checksum, so damage inside the numbers is not seen, but nothing is applied in part."
+    model, folder = tiny(), tmp_path/'adapter'
+    add_lora(model, ['0.weight', '1.self_attn.in_proj_weight[v]', '1.linear1.weight'], r=2)
+    add_sparse(model, {'1.linear1.bias': torch.ones(20).bool()})
+    to_huggingface(stir(model), folder)
+    for name in ('adapter_config.json', 'adapter_model.safetensors'):
+        good = (folder/name).read_bytes()
+        def read(target, path):
+            (folder/name).write_bytes(path.read_bytes())
+            return from_huggingface(target, folder)
+        copied = tmp_path/name
+        copied.write_bytes(good)
+        check_reader(copied, read, tiny, digest)
+        (folder/name).write_bytes(good)
+
+def test_what_an_adapter_of_peft_says_is_data(tmp_path, monkeypatch):
+    "Its base model is not fetched, and a pattern that would take for ever is refused before it is tried."
+    model = tiny()
+    add_lora(model, '0.weight', r=2)
+    to_huggingface(stir(model), tmp_path, base='somebody/some-model')
+    monkeypatch.setattr(socket.socket, 'connect', lambda *a: pytest.fail('something asked for the network'))
+    from_huggingface(tiny(), tmp_path)
+    config = json.loads((tmp_path/'adapter_config.json').read_text())
+    for pattern in ('(a+)+b', '(.*)*x', 'a?'*20, '(', '[', 'x'*2000):
+        (tmp_path/'adapter_config.json').write_text(json.dumps(config | dict(alpha_pattern={pattern: 1.})))
+        with pytest.raises(OpenTransError, match='which is not read here'): from_huggingface(tiny(), tmp_path)
+    (tmp_path/'adapter_config.json').write_text(json.dumps(config | dict(alpha_pattern={r'.*\.0|0': 4.})))
+    assert len(from_huggingface(tiny(), tmp_path).parts) == 1
+
+def test_updates_stay_in_force_when_the_base_is_loaded_anew():
+    "`load_state_dict(assign=True)` puts other parameters in the same places: updates stay, and after `remove` everything learns again."
+    for assign in (False, True):
+        model, x = tiny(), torch.randn(2, 5, 6)
+        parts = add_lora(model, ['0.weight', '1.linear1.weight'], r=2)
+        stir(model)
+        base = {n: t + 1 for n, t in tiny().state_dict().items()}
+        model.load_state_dict(base, strict=False, assign=assign)
+        hand = tiny()
+        hand.load_state_dict(base)
+        for name, part in parts.parts.items(): slots(hand)[name].tensor.data.add_(part.delta().detach())
+        torch.testing.assert_close(model(x), hand(x), atol=1e-4, rtol=1e-4)
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == {n for n, _ in model.named_parameters() if 'tuned' in n}
+        parts.remove()
+        assert all(p.requires_grad for p in model.parameters())
+
+PARAMETRISED = dict(weight_norm=parametrizations.weight_norm, old_weight_norm=nn.utils.weight_norm, spectral_norm=parametrizations.spectral_norm,
+                    old_spectral_norm=nn.utils.spectral_norm, orthogonal=parametrizations.orthogonal, prune=lambda m: prune.l1_unstructured(m, 'weight', .5))
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@pytest.mark.parametrize('name', PARAMETRISED)
+def test_a_weight_that_is_computed_is_no_target(name):
+    "It is refused by a sentence that names what it is computed from, left out with a warning, and what it is computed from can be tuned."
+    model = nn.Sequential(nn.Linear(8, 12), PARAMETRISED[name](nn.Linear(12, 12)), nn.Linear(12, 4)).eval()
+    for add in (add_lora, add_adapters):
+        with pytest.raises(OpenTransError, match="'1.weight' is no parameter: a parametrisation .* computes it from .*weight"): add(model, '1.weight', r=2)
+    with pytest.warns(UserWarning, match='1 layers are left out.*1.weight'): parts = add_lora(model, r=2)
+    assert list(parts.parts) == ['0.weight', '2.weight']
+    parts.remove()
+    x = torch.randn(3, 8)
+    before = model(x)
+    places = [n for n, s in slots(model).items() if n.startswith('1.') and n != '1.bias']
+    add_sparse(model, {n: torch.ones(slots(model)[n].shape).bool() for n in places})
+    torch.testing.assert_close(model(x), before)
+    stir(model)
+    assert (model(x)-before).abs().max() > 1e-3
+
+def test_a_parametrisation_that_is_put_on_later_is_an_error():
+    "The update would count twice, or not at all."
+    for add in (lambda m: add_lora(m, '0.weight', r=2), lambda m: add_adapters(m, '0.weight', r=2)):
+        model = nn.Sequential(nn.Linear(4, 4))
+        add(model)
+        with pytest.raises(OpenTransError, match='is no parameter: a parametrisation'):
+            parametrizations.weight_norm(model[0])
+            model(torch.ones(1, 4))
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.float8_e4m3fn])
+def test_a_quantized_weight_is_no_target(dtype):
+    "Codes cannot be trained: refused by name, left out with a warning."
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).requires_grad_(False)
+    model[1].weight = nn.Parameter(model[1].weight.to(dtype), requires_grad=False)
+    for add in (add_lora, add_adapters):
+        with pytest.raises(OpenTransError, match="'1.weight' (holds whole numbers|is of torch.float8)"): add(model, '1.weight', r=2)
+    with pytest.raises(OpenTransError, match="'1.weight'"): add_sparse(model, {'1.weight': torch.ones(4, 4).bool()})
+    with pytest.warns(UserWarning, match='1.weight'): assert list(add_lora(model, r=2).parts) == ['0.weight']
+
+def test_a_lazy_model_is_called_first():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4))
+    for names in ('0.weight', '1.weight', None):
+        with pytest.raises(OpenTransError, match='has no shape|have no shape'): add_lora(model, names, r=2)
+    model(torch.ones(1, 4))
+    assert len(add_lora(model, r=2).parts) == 2
+
+@torch.no_grad()
+def test_convolutions_with_a_forward_of_their_own_merge():
+    "timm's convolutions that pad as TensorFlow, or standardise their weights: the update is one with the weight there, not beside it."
+    from timm.layers import Conv2dSame, Linear, StdConv2d
+    for layer, x in ((Conv2dSame(3, 4, 3, stride=2), torch.randn(2, 3, 9, 9)), (StdConv2d(3, 4, 3), torch.randn(2, 3, 9, 9)), (Linear(3, 4), torch.randn(2, 3))):
+        net = nn.Sequential(layer).eval()
+        parts, plain = add_lora(net, r=2), net(x)
+        y = stir(net)(x)
+        assert (y-plain).abs().max() > 1e-2
+        assert parts.parts['0.weight'].light == isinstance(layer, nn.Linear)
+        torch.testing.assert_close(merge_peft(net)(x), y, atol=1e-5, rtol=1e-5)

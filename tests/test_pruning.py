@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import nn
 from opentrans.core import OpenTransError, save_tensors
+from opentrans.files import pack_bits
 from opentrans.pruning import SparseMask, export_onnx, imp, load_baked, prunable, transfer_checkpoint
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -218,7 +219,7 @@ def test_forged_mask_files(mask_file, tmp_path, change):
     "Files with a right checksum and wrong contents: sizes are checked before anything is unpacked."
     import opentrans.pruning as P
     mask = mask_file[2]
-    bits = {n: P._pack(m) for n,m in mask.items()}
+    bits = {n: pack_bits(m) for n,m in mask.items()}
     layers = {n: dict(shape=list(m.shape)) for n,m in mask.items()}; name = mask.names[0]
     if change == 'dtype': bits = {n: b.float() for n,b in bits.items()}
     if change == 'shape': bits[name] = bits[name][:-1]
@@ -226,7 +227,7 @@ def test_forged_mask_files(mask_file, tmp_path, change):
     if change == 'negative': layers[name]['shape'] = [-8, -9]
     if change == 'missing': del bits[name]
     if change == 'extra': bits['x'] = torch.zeros(3, dtype=torch.uint8)
-    meta = dict(format=P._FORMAT, version='1', layers=json.dumps(layers), info='{}')
+    meta = dict(format=P.MASK_FILE.name, version='1', layers=json.dumps(layers), info='{}')
     if change == 'layers': meta['layers'] = '[1, 2]'
     if change == 'deep': meta['layers'] = '['*5000+']'*5000
     if change == 'info': meta['info'] = '{'

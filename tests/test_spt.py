@@ -1,15 +1,19 @@
 "Sensitivity on towers of other libraries against the loop over samples; properties of allocations; masks, CLIP, frameworks and Hugging Face's peft together."
-import copy, math
+import copy, json, math
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
+from mutations import check_reader, digest
+from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 from opentrans.core import OpenTransError
 from opentrans.heavy_tail import analyze
 from opentrans.peft import from_huggingface, load_added, merge_peft, save_added, slots, to_huggingface
 from opentrans.pruning import SparseMask
-from opentrans.spt import (add_spt, allocate, alpha_sensitivity, apply_spt, candidates, merge_spt, param_sensitivity, select, sensitivity_profile, spt_published, structured_cost,
+from opentrans.spt import (Sensitivity, add_spt, allocate, alpha_sensitivity, apply_spt, candidates, merge_spt, param_sensitivity, select, plot_alpha_sensitivity, plot_profile, sensitivity_profile, spt_published, structured_cost, plot_alpha_sensitivity, plot_profile,
     sweep_allocations, two_stage)
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -207,3 +211,202 @@ def test_published_preset():
     s = {f'blocks.{i}.fc1.weight': torch.rand(40, 50, generator=torch.Generator().manual_seed(i)) for i in range(3)} | {'blocks.0.norm.bias': torch.rand(50)}
     al = sweep_allocations(s, [800], **p['allocation'])[800]
     assert p['allocation']['alpha'] == 10 and len(p['budgets']) == 7 and abs(al.n_trainable-800) <= structured_cost((40, 50)) and math.isclose(al.table().trained.sum(), al.n_trainable)
+
+# --- models, batches and files that are not as they should be -----------------------------------------------------------
+
+class Upsampler(nn.Module):
+    "Transposed convolutions, one of them in groups, and the `Conv1D` of GPT-2, whose weight is (in, out)."
+    def __init__(self):
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+        torch.manual_seed(0)
+        self.stem, self.up, self.groups = nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 2), nn.ConvTranspose2d(4, 6, 2, groups=2)
+        self.map, self.last = Conv1D(10, 6), nn.Linear(10, 5)
+    def forward(self, x): return self.last(torch.relu(self.map(self.groups(torch.relu(self.up(self.stem(x)))).mean((2, 3)))))
+
+@torch.no_grad()
+def outputs_that_change(layer, x, mask):
+    "Which output channels change when the chosen weights do."
+    before = layer(x)
+    layer.weight[mask] += 1
+    dim = 1 if x.dim() == 4 else -1
+    return ((layer(x)-before).abs() > 1e-6).movedim(dim, 0).flatten(1).any(1).nonzero().flatten().tolist()
+
+@pytest.mark.parametrize('name', ['up', 'groups', 'map', 'stem'])
+def test_a_channel_is_an_output_whatever_the_layout_of_the_weight(name):
+    "All that goes into one output is chosen together: the only output that moves when the chosen weights move."
+    model = Upsampler().eval()
+    x, y = torch.randn(6, 3, 6, 6), torch.arange(6) % 5
+    sens = param_sensitivity(model, [(x, y)], F.cross_entropy, names=[f'{name}.weight'])
+    layer, t = getattr(model, name), sens[f'{name}.weight']
+    outputs = getattr(layer, 'out_channels', getattr(layer, 'nf', None))
+    per_output = t.numel()//outputs
+    chosen = select(sens, per_output, 'channel').masks[f'{name}.weight']
+    assert int(chosen.sum()) == per_output
+    inputs = torch.rand(2, getattr(layer, 'in_channels', t.shape[0]), 5, 5) if t.ndim == 4 else torch.rand(2, len(t))
+    assert len(outputs_that_change(copy.deepcopy(layer), inputs, chosen)) == 1
+    best = max(range(outputs), key=lambda k: float(t[one_output(layer, t, k)].sum()))
+    assert torch.equal(chosen, one_output(layer, t, best))
+
+def one_output(layer, t, k):
+    "The entries of a weight that go into output k, by what torch's documentation says of its layout."
+    mask = torch.zeros(t.shape, dtype=torch.bool)
+    if isinstance(layer, nn.ConvTranspose2d):
+        ins, outs = layer.in_channels//layer.groups, layer.out_channels//layer.groups
+        mask[(k//outs)*ins:(k//outs+1)*ins, k % outs] = True
+    elif t.ndim == 2: mask[:, k] = True
+    else: mask[k] = True
+    return mask
+
+def test_only_what_can_take_a_module_gets_one():
+    "An embedding is no matrix to update, and no adapter stands behind a transposed convolution: both are tuned weight by weight."
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.body, self.head = nn.Embedding(9, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), nn.Linear(8, 3)
+        def forward(self, x): return self.head(self.body(self.words(x)).mean(1))
+    torch.manual_seed(0)
+    words, data = Words(), [(torch.randint(9, (6, 4)), torch.arange(6) % 3)]
+    for kind in ('lora', 'adapter'):
+        alloc = allocate(param_sensitivity(words, data, F.cross_entropy, names=['words.weight', 'body.0.weight']), 100, kind, r=1)
+        assert alloc.structured == {'body.0.weight'} and 'words.weight' in alloc.masks
+        apply_spt(copy.deepcopy(words), alloc)
+    model, x = Upsampler().eval(), torch.randn(6, 3, 6, 6)
+    alloc = allocate(param_sensitivity(model, [(x, torch.arange(6) % 5)], F.cross_entropy), 200, 'adapter', r=1)
+    assert not {'up.weight', 'groups.weight', 'map.weight'} & alloc.structured
+    apply_spt(model, alloc)
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@pytest.mark.parametrize('wrap', [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm, lambda m: prune.l1_unstructured(m, 'weight', .5)])
+def test_a_parametrised_layer_has_the_sensitivities_of_its_parameters(wrap):
+    "They are those of the loop, and what is allocated to them is trained."
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), wrap(nn.Linear(8, 8)), nn.Tanh(), nn.Linear(8, 3)).eval()
+    data = torch.randn(5, 6), torch.arange(5) % 3
+    sens = param_sensitivity(make(), [data], F.cross_entropy)
+    model, there = make(), slots(make())
+    assert any('weight' in n and n.startswith('2.') for n in sens)
+    want = {n: torch.zeros(there[n].shape) for n in sens}
+    for i in range(5):
+        model.zero_grad()
+        F.cross_entropy(model(data[0][i:i+1]), data[1][i:i+1]).backward()
+        for n in sens: want[n] += slots(model)[n].param.grad.square()
+    for n in sens: torch.testing.assert_close(sens[n], want[n], rtol=1e-4, atol=1e-9)
+    tuned = make()
+    before = tuned(data[0])
+    alloc = allocate(sens, 40, r=1)
+    assert not any(n.startswith('2.') for n in alloc.structured)
+    with torch.no_grad():
+        for part in add_spt(tuned, alloc).parts.values():
+            for p in part.parameters(): p.add_(.3)
+    assert (tuned(data[0])-before).abs().max() > 1e-3
+
+def small(): return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+@pytest.mark.parametrize('per_sample', [True, False])
+def test_a_batch_that_is_none_is_one_sentence(per_sample):
+    "Each is refused before anything is trained or counted, and the model is as it was."
+    x, y, model = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]), small()
+    before = digest(model)
+    nan = small()
+    nan[1].weight.data[0, 0] = float('nan')
+    cases = [([], 'no samples'), (None, 'must give batches'), ([x], 'must be'), ([((x*255).byte(), y)], 'torch.uint8'), ([(x, y+1)], 'Labels must be 0 to'),
+             ([(x, y[:3])], '4 inputs and 3 targets')]
+    for loader, why in cases:
+        with pytest.raises(OpenTransError, match=why): param_sensitivity(model, loader, F.cross_entropy, per_sample=per_sample)
+    with pytest.raises(OpenTransError, match='is NaN or infinite'): param_sensitivity(nan, [(x, y)], F.cross_entropy, per_sample=per_sample)
+    with pytest.raises(OpenTransError, match='must return one number'): param_sensitivity(model, [(x, y)], lambda o, t: o, per_sample=per_sample)
+    for kw, why in ((dict(n_samples=0), 'n_samples=0'), (dict(n_samples=1.5), 'n_samples=1.5'), (dict(chunk=-1), 'chunk=-1')):
+        with pytest.raises(OpenTransError, match=why): param_sensitivity(model, [(x, y)], F.cross_entropy, per_sample=per_sample, **kw)
+    assert digest(model) == before
+
+def test_a_model_without_numbers_to_differentiate_is_one_sentence():
+    "Lazy, on the meta device, or with codes of a quantized layer; by default such a layer is left out with a warning."
+    data = [(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))]
+    lazy = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    with pytest.raises(OpenTransError, match='the layers are lazy'): param_sensitivity(lazy, data, F.cross_entropy)
+    with pytest.raises(OpenTransError, match='have no values'): param_sensitivity(small().to('meta'), data, F.cross_entropy)
+    codes = small()
+    codes[1].weight = nn.Parameter((codes[1].weight*50).to(torch.int8), requires_grad=False)
+    with pytest.raises(OpenTransError, match="'1.weight' holds whole numbers"): param_sensitivity(codes, data, F.cross_entropy, names=['1.weight'])
+    with pytest.warns(UserWarning, match='1.weight'): assert '1.weight' not in candidates(codes)
+
+@pytest.mark.parametrize('per_sample', [True, False])
+def test_inference_mode_changes_nothing(per_sample):
+    x, y, model = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]), small().eval()
+    want = param_sensitivity(model, [(x, y)], F.cross_entropy, per_sample=per_sample)
+    with torch.inference_mode(): got = param_sensitivity(model, [(x.clone(), y)], F.cross_entropy, per_sample=per_sample)
+    assert digest(want) == digest(got)
+
+def sensitivities_of_small():
+    torch.manual_seed(0)
+    return param_sensitivity(Upsampler(), [(torch.rand(4, 3, 6, 6), torch.tensor([0, 1, 2, 0]))], F.cross_entropy)
+
+def test_damaged_and_forged_sensitivities_are_refused(tmp_path):
+    "What is read can be used for an allocation, and what is only damaged is never read as something else."
+    path = tmp_path/'s.safetensors'
+    sensitivities_of_small().save(path)
+    def read(target, file):
+        sens = Sensitivity.load(file)
+        select(sens, 20, 'channel')
+        allocate(sens, 50, r=1)
+        return sens
+    check_reader(path, read, same=lambda s: digest(dict(s), s.samples, s.always, s.info, s.takes, s.outputs))
+
+def test_sensitivities_of_opentrans_0_1_still_load(tmp_path):
+    "They know nothing of layouts, and have neither version nor checksum."
+    sens, path = sensitivities_of_small(), tmp_path/'s.safetensors'
+    info = dict(format='opentrans-sensitivity', samples=json.dumps(sens.samples), always=json.dumps(sens.always), info=json.dumps(sens.info))
+    save_file({n: t.contiguous() for n, t in sens.items()}, path, metadata=info)
+    old = Sensitivity.load(path)
+    assert digest(dict(sorted(old.items())), old.samples, old.info) == digest(dict(sorted(sens.items())), sens.samples, sens.info)
+
+def test_an_allocation_from_a_file_is_that_of_the_run(tmp_path):
+    "Of equal sensitivities the first are taken, so that the order of the tensors is a part of what is saved."
+    sens = Sensitivity({'z.weight': torch.ones(3, 4), 'a.weight': torch.ones(3, 4), 'm.bias': torch.ones(3)})
+    sens.save(tmp_path/'s.safetensors')
+    old = Sensitivity.load(tmp_path/'s.safetensors')
+    assert list(old) == list(sens)
+    assert digest(allocate(old, 14, 'none').masks) == digest(allocate(sens, 14, 'none').masks)
+
+def test_sensitivities_that_are_no_numbers_are_not_saved(tmp_path):
+    path = tmp_path/'s.safetensors'
+    with pytest.raises(OpenTransError, match='not finite.*nothing is saved'): Sensitivity(a=torch.tensor([1., math.inf])).save(path)
+    assert not path.exists()
+
+def test_numbers_of_an_allocation_have_ranges():
+    "One sentence for each, wherever it is given."
+    sens = {'a.weight': torch.rand(4, 5), 'a.bias': torch.rand(4)}
+    for kw, why in ((dict(budget=0), 'budget=0'), (dict(budget=2.5), 'budget=2.5'), (dict(budget=math.nan), 'budget=nan'), (dict(r=0), 'r=0'), (dict(r=True), 'r=True'),
+                    (dict(alpha=0), 'alpha=0'), (dict(alpha=math.nan), 'alpha=nan'), (dict(beta=-1), 'beta=-1'), (dict(masks={'x.weight': torch.ones(4)}), 'another model'),
+                    (dict(masks={'a.weight': torch.ones(3, 5)}), 'has 15 entries, the tensor 20')):
+        with pytest.raises(OpenTransError, match=why): allocate(sens, **{**dict(budget=4, r=1), **kw})
+    for budgets, taus in (([0], None), ([3], [0]), ([3], [1.5])):
+        with pytest.raises(OpenTransError, match='give a whole number from 1 on'): sweep_allocations(sens, budgets, r=1, taus=taus)
+    with pytest.raises(OpenTransError, match='negative'): allocate({'a.weight': -torch.rand(4, 5)}, 4, r=1)
+    for level in ('layer', 'channel', 'element'):
+        with pytest.raises(OpenTransError, match='count=0|budget=0'): select(sens, 0, level)
+    with pytest.raises(OpenTransError, match='from 0 up to, but not including, 1'): add_spt(nn.Sequential(nn.Linear(5, 4)), allocate({'0.weight': torch.rand(4, 5)}, 20, r=1), dropout=1)
+
+def test_what_is_tuned_learns_again_as_before_after_the_base_was_loaded_anew():
+    "`load_state_dict(assign=True)` puts other parameters in the same places."
+    sens, model = sensitivities_of_small(), Upsampler()
+    model.last.bias.requires_grad_(False)
+    learns = {n for n, p in model.named_parameters() if p.requires_grad}
+    handle = add_spt(model, allocate(sens, 60, r=1))
+    model.load_state_dict(Upsampler().state_dict(), strict=False, assign=True)
+    handle.remove()
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == learns
+
+def test_names_in_plots_are_names():
+    "A block or a task may be called like a formula."
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    sens = {f'$x_{{$blocks.{i}.mlp.fc1.weight': torch.rand(3, 4) for i in range(3)}
+    for by in ('block', 'operation'): plot_profile({'$y_{$': sensitivity_profile(sens, 9, by), '_z': sensitivity_profile(sens, 9, by)}, column='share').figure.canvas.draw()
+    frame = pd.DataFrame(dict(alpha=[2., 3., 4.], sensitivity=[1., 2., 3.]), index=list(sens))
+    frame.attrs.update(rho=.5, p=.1, partial=.2)
+    plot_alpha_sensitivity(frame).figure.canvas.draw()
+    plt.close('all')

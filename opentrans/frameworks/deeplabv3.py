@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from ..clip import dilate_resnet
-from ..core import OpenTransError
+from ..core import OpenTransError, unknown
+from ..errors import check_number
 from .contract import Framework, pixel_loss, register_framework, resize, text_logits
 
 # %% ../../nbs/10_deeplabv3.ipynb #7b64a6d3
@@ -23,7 +24,11 @@ class Pyramid(ASPP):
         width:int=256, # Channels of each branch and of the result
         dropout:float=.5, # Behind the projection
     ):
-        if len(dilations) < 2 or dilations[0] != 1: raise OpenTransError(f"dilations={tuple(dilations)} must begin with 1 (the 1x1 convolution) and go on, e.g. (1, 6, 12, 18).")
+        if not isinstance(dilations, (list, tuple)) or len(dilations) < 2 or dilations[0] != 1:
+            raise OpenTransError(f"dilations={dilations} must begin with 1 (the 1x1 convolution) and go on, e.g. (1, 6, 12, 18).")
+        for dilation in dilations: check_number('a dilation', dilation, 1, whole=True)
+        check_number('width', width, 1, whole=True)
+        check_number('dropout', dropout, 0, 1)
         super().__init__(channels, dilations[1:], width)
         self.project[-1].p = dropout
 
@@ -101,6 +106,9 @@ class DeepLabV3(Framework):
         coarse:str='res5', # Features for the meaning
     ):
         super().__init__(backbone, vocabulary)
+        for name in (fine, coarse):
+            if name not in backbone.channels: raise unknown('map of the backbone', name, backbone.channels)
+        for name,number in dict(loss_stride=loss_stride, low_level=low_level).items(): check_number(name, number, 1, whole=True)
         if output_stride is not None: set_output_stride(backbone, output_stride)
         self.aspp = Pyramid(backbone.channels[coarse], dilations, width, dropout)
         self.decoder = Decoder(backbone.channels[fine], width, low_level)

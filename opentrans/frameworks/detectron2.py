@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch.nn.parallel import DistributedDataParallel
 from ..clip import ClipBackbone, read_weights
 from ..core import BATCH_NORMS, LayerSelection, OpenTransError, Undo, atomic_path, find_tower, layers, load_json, norm_params, optional, save_tensors, unknown, unwrap
-from ..data import Files, LabelMaps, Panoptic, Segmentation, Vocabulary, label_lut, read_image, write_coco_panoptic
+from ..data import Files, LabelMaps, Panoptic, Segmentation, Vocabulary, label_lut, read_image, read_panoptic_json, write_coco_panoptic
 from ..heavy_tail import LayerTable, analyze
 from ..pruning import SparseMask, load_baked
 
@@ -300,14 +300,23 @@ class Outlines(Segmentation):
     def annotation(self, i):
         coco,f = optional('pycocotools.mask', 'detectron2', 'Reading instances'),self.files[i]
         h,w = read_image(f.image).shape[1:]
-        def mask(s):
-            if isinstance(s, list): s = coco.merge(coco.frPyObjects(s, h, w))
-            elif isinstance(s, dict) and isinstance(s['counts'], list): s = coco.frPyObjects(s, h, w)
-            return coco.decode(s).astype(bool)
-        masks = [mask(a['segmentation']) for a in f.segments]
+        wrong = [a.get('category_id') for a in f.segments if a.get('category_id') not in range(len(self.vocabulary))]
+        if wrong: raise OpenTransError(f"The annotation of '{f.id}' names category {wrong[0]!r}, and there are classes 0 to {len(self.vocabulary)-1}.")
+        masks = [_outlined(coco, a.get('segmentation'), h, w, f.id) for a in f.segments]
         segments = np.zeros((h, w), np.min_scalar_type(len(masks)))
         for j in sorted(range(len(masks)), key=lambda j: -masks[j].sum()): segments[masks[j]] = j+1
         return segments,np.array([self.ignore]+[a['category_id'] for a in f.segments]),np.array([False]+[not a.get('iscrowd') for a in f.segments])
+
+def _outlined(coco, outline, h, w, name):
+    "The mask of polygons or run lengths. Raises `OpenTransError` for an outline that cannot be drawn on the image."
+    try:
+        if isinstance(outline, list): outline = coco.merge(coco.frPyObjects(outline, h, w))
+        elif tuple(outline['size']) != (h, w): raise OpenTransError(f"An outline of '{name}' is {outline['size'][1]}x{outline['size'][0]} pixels, its image {w}x{h}.")
+        elif isinstance(outline['counts'], list): outline = coco.frPyObjects(outline, h, w)
+        return coco.decode(outline).astype(bool)
+    except OpenTransError: raise
+    except Exception as error: # pycocotools raises whatever its C code meets
+        raise OpenTransError(f"An outline of '{name}' cannot be drawn ({type(error).__name__}: {error}): expected polygons of at least three points, or run lengths.") from error
 
 def _classes(meta):
     "The names of all classes, the indices of things, and for (id, isthing) of a panoptic segment its class."
@@ -353,8 +362,10 @@ def _write_world(data, root, split):
     "Images, panoptic maps, label maps and, last, the JSON file; nothing is written again if it is of this data set."
     path,v = Path(root)/f'coco/annotations/panoptic_{split}2017.json',data.vocabulary
     if path.exists():
-        d = load_json(path)
-        if ((d.get('info') or {}).get('opentrans', {}).get('name'), len(d['images']), tuple(c['name'] for c in d['categories'])) != (data.name, len(data), v.entries):
+        told,d = read_panoptic_json(path, 'images', 'categories'),load_json(path) # checked, and with all its fields
+        whole = all(isinstance(im.get(side), int) for im in d['images'] for side in ('height', 'width')) and len(d['annotations']) == len(d['images'])
+        known = {c['id'] for c in d['categories']} >= {s['category_id'] for a in d['annotations'] for s in a['segments_info']}
+        if not whole or not known or (told['opentrans'].get('name'), len(d['images']), tuple(c['name'] for c in d['categories'])) != (data.name, len(data), v.entries):
             raise OpenTransError(f"'{root}' holds another data set (split {split}): {len(d['images'])} images, {len(d['categories'])} classes. Choose another root.")
         return d
     for i in range(len(data)):
@@ -375,7 +386,7 @@ def register_catalog(
     split = split or ('train' if getattr(data, 'split', '') == 'train' else 'val')
     d,coco = _write_world(data, root, split),Path(root)/'coco'
     at = {c['id']: i for i,c in enumerate(d['categories'])}
-    things = {c['id']: at[c['id']] for c in d['categories'] if c['isthing']}
+    things = {c['id']: at[c['id']] for c in d['categories'] if c.get('isthing', 1)}
     def entries():
         for im,a in zip(d['images'], d['annotations']):
             segments = [dict(s, category_id=at[s['category_id']], isthing=s['category_id'] in things) for s in a['segments_info']]
