@@ -123,7 +123,7 @@ class Layer:
         "The parameters that hold the weight: those behind a computed one, else the one it is."
         return [self.module._parameters[self.key.rpartition('.')[2]]] if self.sources is None else list(self.sources.values())
 
-# %% ../nbs/00_core.ipynb #46d22cca
+# %% ../nbs/00_core.ipynb #fdcf0215
 @patch
 def outputs_first(self:Layer,
     t:torch.Tensor, # A tensor of the weight's shape
@@ -146,7 +146,7 @@ def as_stored(self:Layer,
     if self.groups == 1: return t.transpose(0, 1)
     return t.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
-# %% ../nbs/00_core.ipynb #82ad8410
+# %% ../nbs/00_core.ipynb #103d00e0
 _ENDS = {'WeightNorm': 'torch.nn.utils.remove_weight_norm(module{})', 'SpectralNorm': 'torch.nn.utils.remove_spectral_norm(module{})'}
 
 def _listed(names, n=6): return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
@@ -414,12 +414,12 @@ def evaluating(
     finally:
         for m,t in modes: m.training = t
 
-# %% ../nbs/00_core.ipynb #449ac07f
+# %% ../nbs/00_core.ipynb #9281a17d
 def _why_unread(module, key, param):
     "Why a parameter is no layer; '' for one that is no weight of a map at all: a bias, or a part of a norm."
     if isinstance(module, NORMS) or key.endswith('bias') or key.startswith('bias'): return ''
     if isinstance(param, UninitializedParameter): return 'is not initialised yet: run the model on one batch first'
-    if param.ndim < 2: return ''
+    if sum(n > 1 for n in param.shape) < 2: return ''              # a vector, such as a class token of shape (1, 1, width)
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)): return 'is an embedding: its rows are looked up, they multiply nothing'
     if isinstance(module, nn.Bilinear): return 'joins two inputs, so it is no matrix from one to the other'
     kind = getattr(module, 'original_name', None) or type(module).__name__
@@ -445,7 +445,7 @@ def unread(
         res.update({_joined(name, key): why for key,why in _hidden_weights(module).items()})
     return res
 
-# %% ../nbs/00_core.ipynb #8e9084a8
+# %% ../nbs/00_core.ipynb #d2e47d8c
 _PACKED_TYPES = ('float4_e2m1fn_x2', 'float8_e8m0fnu') # two numbers in a byte; powers of two without a zero
 
 def no_values(
@@ -470,7 +470,7 @@ def unreadable(
     if not t.is_floating_point(): return f'holds integer codes ({t.dtype}), whose scales are not known: dequantise it first'
     return ''
 
-# %% ../nbs/00_core.ipynb #1e47f76f
+# %% ../nbs/00_core.ipynb #5dc31c89
 HEADS = ('attnpool', 'attn_pool', 'head', 'visual_projection') # modules at the end of an image tower, wherever they stand
 _OF_TORCHVISION = ('fc', 'classifier', 'heads', 'aux1', 'aux2', 'AuxLogits', 'aux_classifier')
 _OF_TRANSFORMERS = ('classifier', 'cls_classifier', 'distillation_classifier', 'score')

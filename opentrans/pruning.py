@@ -580,7 +580,7 @@ def _slots_of(model, keepers):
             if id(param) in mine: res.setdefault((id(module), key), _Slot(path, module, key, mine[id(param)]))
     return list(res.values())
 
-# %% ../nbs/01_pruning.ipynb #517ed503
+# %% ../nbs/01_pruning.ipynb #c8cb06fd
 _HELD = weakref.WeakKeyDictionary() # module -> the `_Force`s on its parameters, which live as long as one of their modules does
 
 def _after_loading(module, keys):
@@ -621,7 +621,7 @@ class _Force:
             if at is not None and (name not in at._modules or at._modules[name] is not child()): return False
         return all(s.module() is None or (s.param is not None and s.param is s.keeper.param) for s in self.slots)
 
-# %% ../nbs/01_pruning.ipynb #c8759b3b
+# %% ../nbs/01_pruning.ipynb #bf4b56cc
 @patch
 def find(self:_Force, slot):
     "Bring a slot to the module that stands at its path now, if the model that the mask was put on still lives."
@@ -690,7 +690,7 @@ def end(self:_Force):
             if self in forces: forces.remove(self)
         for k in self.keepers: k.leave()
 
-# %% ../nbs/01_pruning.ipynb #3f181b5f
+# %% ../nbs/01_pruning.ipynb #4ebfd329
 class MaskInForce(Undo):
     "A mask that is kept on a model until `.remove()`, or the end of a `with` block."
     def __init__(self, force, placed, left):
@@ -1185,7 +1185,7 @@ def _check_rewind(rewind, model):
     if lack: raise OpenTransError(f"The state to rewind to lacks {len(lack)} of the model's tensors: {', '.join(lack[:4])}. Give a whole model.state_dict().")
     check_like({k: rewind[k] for k in own}, own, 'rewind', 'state to rewind to', finite=False)
 
-# %% ../nbs/01_pruning.ipynb #46ae4ea9
+# %% ../nbs/01_pruning.ipynb #c7ab01e4
 CRITERIA = {}
 def criterion(
     name, # What it is called; or the function itself, which is then called as it is in Python
@@ -1221,7 +1221,7 @@ def weight_magnitude(model, losses=None, **kwargs):
     "|w|."
     return _magnitudes(prunable(model, **kwargs))
 
-# %% ../nbs/01_pruning.ipynb #5ce0fb99
+# %% ../nbs/01_pruning.ipynb #424d419b
 def _threads(): return dict(threads=torch.get_num_threads()) # sums are rounded otherwise by another number of them
 
 def _scores(score, mask, model, losses=None, **kwargs):
