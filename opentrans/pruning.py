@@ -1286,7 +1286,7 @@ def imp(
             run.rewind()
             mask.apply(model).remove()
             _share_state(bare)
-            history.append(_row(r, mask, threshold, out, began))
+            history.append(_tell(_row(r, mask, threshold, out, began)))
             run.save(mask, history, train)
     mask.info = {**{k: v for k,v in found.items() if k not in ('layers', 'schedule')}, 'method': 'imp', 'backbone': type(find_tower(model)).__name__,
                  'weights': run.digest, 'threads': torch.get_num_threads(), 'device': device_of(bare).type, 'torch': torch.__version__, **_dense_info(model, **kwargs)}
