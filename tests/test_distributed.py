@@ -156,7 +156,7 @@ def test_a_killed_process_ends_the_run(tmp_path, monkeypatch):
     assert 2 <= at < 400 and at % 2 == 0
     # the rest is done by one process, which reads what two have written; a change of the recipe is refused
     r = opentrans(*args, '--lr', .5)
-    assert r.returncode == 2 and 'belongs to another run' in r.stderr and load_tensors(last)[1] == meta
+    assert r.returncode == 2 and 'had other settings' in r.stderr and load_tensors(last)[1] == meta
     told = []
     def stop(f, row): told.append(row['iteration']); raise KeyboardInterrupt
     whole = room.finetune
