@@ -154,7 +154,8 @@ def _check_weights(module, names):
     for name in names:
         layer = module.get_submodule(name) if name else module
         weights = {n: p for n, p in layer._parameters.items() if p is not None}
-        if not weights: raise OpenTransError(f"{type(module).__name__}.{name} has no weight of its own: a parametrisation, such as weight_norm, computes it. Take that off first.")
+        key = 'in_proj_weight' if isinstance(layer, nn.MultiheadAttention) else 'weight'
+        if key not in weights: raise OpenTransError(f"{type(module).__name__}.{name} has no weight of its own: a parametrisation, such as weight_norm, computes it. Take that off first.")
         odd = [f'{n} ({p.dtype})' for n, p in weights.items() if not p.is_floating_point() or p.element_size() < 2]
         if odd: raise OpenTransError(f"{type(module).__name__}.{name} holds codes of a quantized layer: {', '.join(odd)}. Take it in float32 or bfloat16.")
 
