@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .core import OpenTransError, axes, device_of, evaluating, find_tower, layers, progress, unwrap
+from .core import OpenTransError, axes, bare_modules, device_of, evaluating, find_tower, layers, layers_of, progress, unwrap
 
 # %% ../nbs/03_cka.ipynb #697aeee5
 from .escape import for_plot
@@ -120,12 +120,13 @@ def gram(
 def _find_modules(model, names):
     "Name -> module, for module names and parameter keys. Raises `OpenTransError`."
     model = unwrap(model)
-    known = dict(model.named_modules()) | dict(find_tower(model).named_modules())
+    tower = find_tower(model)
+    known = dict(model.named_modules()) | dict(tower.named_modules()) | dict(bare_modules(model)) | dict(bare_modules(tower))
     res = {}
     for n in names:
         m,_,p = n.rpartition('.')
         if n in known: res[n] = known[n]
-        elif p.split('[')[0] in getattr(known.get(m), '_parameters', {}):
+        elif p.split('[')[0] in getattr(known.get(m), '_parameters', {}) or any(l.key == n.split('[')[0] for l in layers_of(m, known.get(m))):
             if '[' in p: raise OpenTransError(f"'{n}' is a part of a packed projection and has no output of its own. Name its module, '{m}'.")
             res[n] = known[m]
         else:
@@ -133,7 +134,9 @@ def _find_modules(model, names):
             raise OpenTransError(f"Unknown layer '{n}'; the model has {len(known)} modules, among them: {', '.join(near)}. Give a module's name, or the name of its weight.")
     return res
 
-def _default_layers(model): return list(dict.fromkeys(l.key for l in layers(model)))
+def _default_layers(model):
+    "The weights whose modules give one map or one list of tokens."
+    return list(dict.fromkeys(l.key for l in layers(model) if l.kind not in ('recurrent', 'experts')))
 
 # %% ../nbs/03_cka.ipynb #2f164391
 def _first_tensor(out):
