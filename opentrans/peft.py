@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
 from typing_extensions import NotRequired, TypedDict
-from .core import Undo, find_names, find_tower, layers, matches, seeded
+from .core import Undo, bare_modules, bare_parameters, find_names, find_tower, layers, matches, seeded
 from .errors import DamagedFile, FormatError, OpenTransError, check_number, shorten
 from .files import FileKind, check_finite, check_like, check_shape, load_json, load_tensors, metadata_value, save_json, save_tensors, strip_prefix
 
@@ -76,8 +76,8 @@ def slots(
 )->dict: # Name -> `Slot`, in the order in which the model registers them; what was added to the model is left out
     "Every tensor of a model that can be tuned, with q, k and v of a packed projection as tensors of their own."
     kinds,res,tower = _kinds(model),{},find_tower(model)
-    inside = [f'{n}.tuned' if n else 'tuned' for n,m in tower.named_modules() if isinstance(m, Tunable)]
-    for name,module in tower.named_modules():
+    inside = [f'{n}.tuned' if n else 'tuned' for n,m in bare_modules(tower) if isinstance(m, Tunable)]
+    for name,module in bare_modules(tower):
         if any(name == t or name.startswith(f'{t}.') for t in inside): continue
         res.update((s.name, s) for s in _module_slots(name, module, kinds))
     return res
@@ -425,7 +425,7 @@ def _all_of(model, kinds):
 def _find_slot(model, name, there):
     "The name of the slot that is meant. Raises `OpenTransError` for one that is not there."
     path, _, key = str(name).split('[')[0].rpartition('.')
-    module = dict(find_tower(model).named_modules()).get(path)
+    module = dict(bare_modules(find_tower(model))).get(path)
     other = isinstance(getattr(module, key, None), torch.Tensor) and key not in module._parameters and key not in module._buffers
     if name not in there and other: raise _no_parameter(name, module, key)
     if module is not None and isinstance(module._parameters.get(key), UninitializedTensorMixin):
@@ -589,7 +589,13 @@ class _About(TypedDict):
     dropout: float
     drop_path: float
 
-def _all_parts(tower): return {'.'.join(filter(None, [n, k])): p for n,m in tower.named_modules() if isinstance(m, Tunable) for k,p in m.tuned.items()}
+def _own_parameters(tower):
+    "Parameters by name, without what wrappers add to the names; one that has several names under its first."
+    seen = {}
+    for n,p in bare_parameters(tower).items(): seen.setdefault(id(p), (n, p))
+    return dict(seen.values())
+
+def _all_parts(tower): return {'.'.join(filter(None, [n, k])): p for n,m in bare_modules(tower) if isinstance(m, Tunable) for k,p in m.tuned.items()}
 
 def save_added(
     model:nn.Module, # With parts
@@ -602,7 +608,7 @@ def save_added(
     about = {n: dict(kind=p.kind, r=getattr(p, 'r', None) or (len(p.V) if p.kind == 'adapter' else 0), dropout=p.dropout, drop_path=p.drop_path) for n,p in made.items()}
     tensors = {f'part:{n}:{k}': t for n,p in made.items() for k,t in p.state_dict().items()}
     inside = {id(q) for p in made.values() for q in p.parameters()}
-    tensors.update((f'full:{n}', p) for n,p in tower.named_parameters() if p.requires_grad and id(p) not in inside)
+    tensors.update((f'full:{n}', p) for n,p in _own_parameters(tower).items() if p.requires_grad and id(p) not in inside)
     check_finite(tensors, 'nothing is saved', 'The training has diverged: use a smaller learning rate.')
     save_tensors(tensors, path, dict(metadata, parts=about), PARTS_FILE)
 
@@ -621,7 +627,7 @@ def load_added(
     names = {place: n for n, place in places.items()}
     chosen = _wanted(model, list(names)) if names else []
     made = {s.name: _from_state(s, about[names[s.name]], states[names[s.name]], path) for s in chosen}
-    own = dict(find_tower(model).named_parameters())
+    own = _own_parameters(find_tower(model))
     check_like(full, {n: own[n] for n in full if n in own}, path, 'trained parameters')
     added = _add(model, chosen, lambda slot: made[slot.name], freeze)
     for n, t in full.items():
@@ -701,7 +707,8 @@ def _as_read(module, key): return module.effective(key) if isinstance(module, Tu
 def _hf_rest(tower, targets, said):
     "What is trained besides: (tensors of biases and whole modules, names of these modules, names of what has no word)."
     tensors,whole,lost = {},set(),[]
-    for at,module in tower.named_modules():
+    modules = dict(bare_modules(tower))
+    for at,module in modules.items():
         if isinstance(module, Part): continue
         for key,p in module._parameters.items():
             parts = [q for q in getattr(module, 'tuned', {}).values() if q.key == key and not any(q is t for t in said)]
@@ -712,7 +719,7 @@ def _hf_rest(tower, targets, said):
             elif alone and (p.requires_grad or p.dim() == 1): whole.add(at)
             else: lost.append(f"{at}.{key}".lstrip('.'))
     for at in whole:
-        m = tower.get_submodule(at)
+        m = modules[at]
         tensors.update({f'{at}.{k}': _as_read(m, k) for k,p in m._parameters.items() if p is not None} | {f'{at}.{k}': b for k,b in m._buffers.items() if b is not None})
     return tensors,sorted(whole),lost
 
@@ -725,8 +732,9 @@ def to_huggingface(
 )->list: # Names of what was left out
     "Write the low-rank updates, biases and whole modules that a model trains for Hugging Face's peft, with names in the tower. Raises `OpenTransError`."
     tower,tensors,rank,said = find_tower(model),{},{},[]
-    for name,module in tower.named_modules():
-        if name.endswith('.out_proj') and isinstance(tower.get_submodule(name.removesuffix('.out_proj')), nn.MultiheadAttention): continue
+    modules = dict(bare_modules(tower))
+    for name,module in modules.items():
+        if name.endswith('.out_proj') and isinstance(modules.get(name.removesuffix('.out_proj')), nn.MultiheadAttention): continue
         r,ts,parts = _hf_lora(name, module)
         if r: rank[name] = r; tensors.update({f'{k}.weight': t for k,t in ts.items()}); said += parts
     if not rank: raise OpenTransError("There is no low-rank update that peft's format can say. Add some with add_lora, without masks.")

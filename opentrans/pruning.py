@@ -960,7 +960,8 @@ _ADVICE = 'The last whole round stays. Lower the learning rate, or clip gradient
 
 def _constants(model):
     "Names of buffers that hold infinity from the start, as attention masks do. Raises `OpenTransError` for weights and statistics that are not finite."
-    params,state = {n for n,_ in model.named_parameters(remove_duplicate=False)},_tensors_of(model)
+    params = {n for n,p in model.state_dict(keep_vars=True).items() if isinstance(p, nn.Parameter)}
+    state = _tensors_of(model)
     still = {n for n in not_finite(state) if n not in params and not state[n].isnan().any()}
     check_finite({n: t for n,t in state.items() if n not in still}, 'the model at the start', 'Give one whose weights are numbers.')
     return still
@@ -1442,7 +1443,7 @@ def bake(self:SparseMask,
         raise OpenTransError(f"dtype={dtype}: weights are stored as torch.float64, float32, bfloat16 or float16.")
     bare = unwrap(model)
     keep = {id(k.param): k.keep for k in _keepers(self, _place(self.shapes, bare))}
-    masks = {n: keep[id(p)] for n,p in bare.named_parameters() if id(p) in keep}
+    masks = {n: keep[id(p)] for n,p in bare.state_dict(keep_vars=True).items() if id(p) in keep} # by the names of the file, which wrappers may change
     state = {n: t.detach().cpu() for n,t in _tensors('', bare).items()}
     left = {n: t[masks[n]] if n in masks else t for n,t in state.items()}
     stored = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n,t in left.items()}
