@@ -8,7 +8,7 @@ __all__ = ['XMIN', 'BY', 'ALTERNATIVES', 'mp_edges', 'marchenko_pastur', 'PowerL
            'explore']
 
 # %% ../nbs/02_heavy_tail.ipynb #203feac0
-import contextlib, json, math, re, threading
+import json, math, re, threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 import numpy as np
@@ -18,11 +18,9 @@ from fastcore.basics import patch
 from scipy import optimize, special
 from scipy.linalg import blas, lapack
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import ParametrizationList
-from .core import (LayerSelection, OpenTransError, Undo, axes, find_tower, layers, load_tensors, optional, png,
-    save_tensors, unknown)
+from .core import (HEADS, LayerSelection, OpenTransError, Undo, axes, bare_modules, find_tower, head_of, inside, layers, load_tensors, no_values,
+    optional, png, save_tensors, trunk, unknown, unread, unreadable)
 
 # %% ../nbs/02_heavy_tail.ipynb #ff90d73d
 from .escape import for_html, for_plot
@@ -349,19 +347,17 @@ def _attempt(make, *args):
 
 def _dense(w):
     "Any kind of tensor as a plain dense one. Raises `_Unread` if it holds no values."
-    if is_lazy(w): raise _Unread('the layer is not initialised: run the model once')
-    w = w.detach()
-    if w.is_meta or isinstance(w, FakeTensor): raise _Unread('the weight holds no values (it is offloaded or on the meta device): load it first')
-    if hasattr(w, 'full_tensor'): w = w.full_tensor()                                # a DTensor, gathered from all processes
+    if not is_lazy(w): w = w.detach()
+    if hasattr(w, 'full_tensor') and not w.is_meta: w = w.full_tensor()               # a DTensor, gathered from all processes
+    if why := no_values(w): raise _Unread(f'the weight {why}')
     if w.is_quantized or type(w).dequantize is not torch.Tensor.dequantize: w = w.dequantize()
     if w.layout != torch.strided: w = w.to_dense()
     return w.as_subclass(torch.Tensor).resolve_conj()
 
 def _check_numbers(w):
-    "Raise `_Unread` for a dense tensor whose entries are not the numbers of a matrix."
+    "Raise `_Unread` for a dense tensor whose entries are not the numbers of a matrix. Complex ones are."
     if w.dtype == torch.bool: raise _Unread('the weight holds truth values, no numbers')
-    if not w.is_floating_point() and not w.is_complex():
-        raise _Unread(f"the weight holds whole numbers ({str(w.dtype)[6:]}): codes without their scales, which have to be multiplied out first")
+    if not w.is_complex() and (why := unreadable(w)): raise _Unread(f'the weight {why}')
     if w.ndim < 2: raise _Unread(f'a weight of shape {tuple(w.shape)} is no matrix')
 
 def _numbers(w):
@@ -460,7 +456,7 @@ def esd(
 class Spectrum:
     "The spectrum of one layer, and what is known of it besides."
     name:str # Name of the layer, as `layers` gives it
-    kind:str # `'conv'`, `'linear'`, `'attention'` (part of a packed projection) or `'embedding'`
+    kind:str # One of `KINDS` of `core` (`'attention'` is part of a packed projection, `'experts'` are pooled), or `'embedding'`
     shape:tuple # Shape of the weight
     evals:np.ndarray = field(repr=False, default=None) # Eigenvalues above the floor, ascending; None if there are none to have
     n_zero:int = 0 # Eigenvalues left out because they are numerically zero
@@ -490,7 +486,7 @@ class Spectrum:
         if not 0 < ev.max() < math.inf:
             self.reason = 'the eigenvalues are too small or too large for float64: scale the weight'
             return
-        factor = norm if len(self.shape) > 2 else 1
+        factor = norm if self.kind == 'conv' else 1
         total = (np.sort(ev.flatten())*factor).sum()                                 # the sum of the squared weights
         self.edge = mp_edges(mats.shape[1:], total/mats.numel())[1]
         settled,noise = _settle(ev, _noise(mats, ev, stored), mats.shape[1:], _exactness(ev, how, precision))
@@ -542,16 +538,23 @@ def _check_scales(w, beside):
     if not (w.is_floating_point() and w.dtype.itemsize == 1): return w
     many = [n for n,t in beside.items() if 'scale' in n and isinstance(t, torch.Tensor) and t.numel() > 1]
     if not many: return w
-    raise _Unread(f"the weight holds float8 codes with scales of their own ('{many[0]}'), which have to be multiplied out first")
+    raise _Unread(f"the weight holds float8 codes with scales of their own ('{many[0].rpartition('.')[2]}'), which have to be multiplied out first")
 
 def _state_weight(key, tensors):
     "(name, weight) of the layer that an entry of a state dict is, or stands for; None if it is none."
     path,_,leaf = key.rpartition('.')
     if found := _PARAMETRISED.match(key): return ''.join(found.groups()),_attempt(_parametrised, f'{found[1]}parametrizations.{found[2]}', tensors)
     if (found := _HOOKED.match(key)) and (whole := _attempt(_in_parts, found[1], tensors)) is not None: return found[1],whole
-    if 'weight' not in leaf or _HELPER.search(leaf): return None
+    stack = 'experts' in path.split('.') and tensors[key].ndim == 3                  # a mixture names its stacks as it likes
+    if not ('weight' in leaf or stack) or _HELPER.search(leaf): return None
     beside = {n: t for n,t in tensors.items() if n.rpartition('.')[0] == path} if tensors[key].dtype.itemsize == 1 else {}
     return key,_attempt(_check_scales, tensors[key], beside)
+
+def _kind(name, axes):
+    "What kind of layer a weight of so many axes is, by its name."
+    path,_,leaf = name.rpartition('.')
+    if axes > 2: return 'experts' if axes == 3 and 'experts' in path.split('.') else 'conv'
+    return 'recurrent' if re.match(r'weight_(ih|hh|hr)', leaf) else 'linear'
 
 def _state_weights(tensors):
     "What `_named_weights` gives, of a state dict."
@@ -561,59 +564,53 @@ def _state_weights(tensors):
     for key in tensors:
         name,w = _state_weight(key, tensors) or ('', None)
         if w is not None and len(_shape(w)) != 1: res.setdefault(name, w)
-    return [(n, 'conv' if len(_shape(w)) > 2 else 'linear', w, False, 1) for n,w in res.items()]
+    return [(n, _kind(n, len(_shape(w))), w, False, 1) for n,w in res.items()]
 
 # %% ../nbs/02_heavy_tail.ipynb #538dbf40
-def _effective(layer):
-    "A layer's weight as its forward pass sees it: what the hooks of torch.nn.utils (weight_norm, spectral_norm, prune) make of its parts, made anew."
-    leaf,weight = layer.key.rpartition('.')[2],layer.param
-    for hook in layer.module._forward_pre_hooks.values():
-        if leaf not in (getattr(hook, 'name', None), getattr(hook, '_tensor_name', None)): continue
-        if hasattr(hook, 'apply_mask'): weight = hook.apply_mask(layer.module)
-        elif hasattr(hook, 'reshape_weight_to_matrix'): weight = hook.compute_weight(layer.module, do_power_iteration=False)
-        elif hasattr(hook, 'compute_weight'): weight = hook.compute_weight(layer.module)
-    return weight
-
 def _own_weight(layer):
-    "The weight of one `Layer`, of a packed projection its rows. Raises `_Unread`."
-    weight = _check_scales(_effective(layer), layer.module._parameters | layer.module._buffers)
+    "The weight of one `Layer`, of a packed projection its rows, of a mixture its experts one by one. Raises `_Unread`."
+    weight = _check_scales(layer.param, layer.module._parameters | layer.module._buffers)
     return weight if layer.rows is None else _dense(weight)[layer.rows]
 
-@contextlib.contextmanager
-def _unmoved(model):
-    "Inside, reading a parametrised weight leaves it as it is: a spectral norm makes no step of its power iteration."
-    lists = [m for m in model.modules() if isinstance(m, ParametrizationList)]
-    parts = [(part, part.training) for each in lists for part in each.modules()]
-    for part,_ in parts: part.training = False
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for part,mode in parts: part.training = mode
-
 def _quantized(tower):
-    "(name, module) of each layer that torch.ao has quantized: its weight is a method."
-    return [(f'{n}.weight' if n else 'weight', m) for n,m in tower.named_modules() if 'quantized' in type(m).__module__ and callable(getattr(m, 'weight', None))]
+    "(name, module) of each layer that torch.ao has quantized: its weight is a method, and its scales are part of it."
+    return [(f'{n}.weight' if n else 'weight', m) for n,m in bare_modules(tower) if 'quantized' in type(m).__module__ and callable(getattr(m, 'weight', None))]
 
-def _module_weights(model, embeddings, split_groups):
+def _head(model, skip):
+    "What to leave out: names of modules as the user gave them, or the head."
+    if skip is None: return head_of(model) if isinstance(model, nn.Module) else HEADS
+    return (skip,) if isinstance(skip, str) else tuple(skip)
+
+def _module_weights(model, embeddings, split_groups, skip):
     "What `_named_weights` gives, of a module."
     res,tower = [],find_tower(model)
-    for l in layers(model):
-        T = isinstance(l.module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-        res.append((l.name, l.kind, _attempt(_own_weight, l), T, l.module.groups if split_groups and l.kind == 'conv' else 1))
+    for l in trunk(model, skip):
+        transposed = l.out_axis == (2 if l.kind == 'experts' else 1)
+        res.append((l.name, l.kind, _attempt(_own_weight, l), transposed, l.groups if split_groups and l.kind == 'conv' else 1))
     for name,m in _quantized(tower):
         w = m.weight()
         res.append((name, 'conv' if w.ndim > 2 else 'linear', w, False, m.groups if split_groups and w.ndim > 2 else 1))
     if embeddings:
-        res += [(f'{n}.weight' if n else 'weight', 'embedding', m.weight, False, 1) for n,m in tower.named_modules() if isinstance(m, nn.Embedding)]
+        res += [(f'{n}.weight' if n else 'weight', 'embedding', m.weight, False, 1) for n,m in bare_modules(tower) if isinstance(m, nn.Embedding)]
     return res
 
-def _named_weights(model, embeddings, split_groups):
+def _named_weights(model, embeddings, split_groups, skip=()):
     "(name, kind, weight, transposed, groups) of each layer of a model or a state dict. Raises `OpenTransError` for anything else."
-    if isinstance(model, Mapping): return _state_weights(model)
-    if not isinstance(model, nn.Module): raise OpenTransError(f"A {type(model).__name__} has no layers. Give a model, or a dict of its tensors.")
-    with _unmoved(model): return _module_weights(model, embeddings, split_groups)
+    if not isinstance(model, (nn.Module, Mapping)): raise OpenTransError(f"A {type(model).__name__} has no layers. Give a model, or a dict of its tensors.")
+    skip = _head(model, skip)
+    found = _module_weights(model, embeddings, split_groups, skip) if isinstance(model, nn.Module) else _state_weights(model)
+    return [w for w in found if not inside(w[0], skip)]
 
-def _skipped(name, skip): return any(s in name.split('.') or name.startswith(f'{s}.') for s in skip)
+def _not_read(model, names, skip):
+    "Name -> reason of each weight of a model or a state dict that is not among the layers with these names."
+    why = 'is part of the head, which skip=() takes in' if skip is None else 'is left out by `skip`'
+    if isinstance(model, nn.Module):
+        left_out = _head(model, skip)
+        res = {l.name: why for l in layers(model)} | {n: why if inside(n, left_out) else other for n,other in unread(model).items()}
+    else:
+        wide = [n for n,t in model.items() if isinstance(t, torch.Tensor) and not is_lazy(t) and t.ndim > 1 and (t.is_floating_point() or t.is_complex())]
+        res = {n: why for n,*_ in _state_weights(model)} | {n: 'is not called a weight' for n in wide if 'weight' not in n}
+    return {n: w for n,w in res.items() if n not in names}
 
 def _solve_alone(part, options):
     "Eigenvalues of each of a few stacks of matrices by itself, so that one that fails costs no other."
@@ -661,7 +658,7 @@ def spectra(
     model, # Any `nn.Module` (read in its tower, as `layers` does), or a state dict
     conv:str='slices', # `'slices'`: (out, in) matrices, one a kernel position, as the paper; `'flatten'`
     norm:float=1., # Factor on a convolution's eigenvalues; the paper takes 0.5
-    skip=('attnpool',), # Modules to leave out, by name; the attention pool is no part of the paper's trunk. `()` takes all
+    skip=None, # Modules to leave out, by name or pattern; None: the head (attention pool, projection, classifier), as `prunable` does; `()` takes all
     floor:float=1e-5, # Eigenvalues not above this, on the paper's scale, count as zero
     method:str='auto', # `'gram'`, `'svd'` or `'auto'`, as in `esd`
     precision:str='double', # `'double'` or `'fast'`, as in `esd`
@@ -670,15 +667,18 @@ def spectra(
     device=None, # Where to compute; None: where each weight is
 )->list: # A `Spectrum` a layer
     "The spectra of all layers of a model. No layer is lost, and none stops the others. Raises `OpenTransError` for a model without layers."
-    found = [w for w in _named_weights(model, embeddings, split_groups) if not _skipped(w[0], skip)]
-    if not found: raise OpenTransError("The model has no convolution or linear layer to analyse" + (f" outside {', '.join(skip)}." if skip else '.'))
+    found = _named_weights(model, embeddings, split_groups, skip)
+    if not found:
+        where = f" outside {', '.join(_head(model, skip))}" if _head(model, skip) else ''
+        raise OpenTransError(f"The model has no convolution or linear layer to analyse{where}.")
     esd(torch.ones(1, 1), conv=conv, method=method, precision=precision)      # complains about wrong options at once
     res,mats,stored = [],{},{}
     for k,(name,kind,w,T,groups) in enumerate(found):
         shape = _shape(w)
-        res.append(Spectrum(name, kind, shape, paper=.5/norm if len(shape) > 2 else 1.))
+        res.append(Spectrum(name, kind, shape, paper=.5/norm if kind == 'conv' else 1.))
         w,stored[k] = _weight_of(res[k], w, device)
-        if w is not None: mats[k] = matrices(w, conv, T, groups)
+        if w is None: continue
+        mats[k] = matrices(w, conv, T, groups) if kind != 'experts' else w.mT if T else w
     for k,(ev,how) in _solve(mats.items(), method, precision, floor).items(): res[k].keep(ev, how, mats[k], floor, norm, precision, stored[k])
     return res
 
@@ -733,6 +733,10 @@ class LayerTable:
         return LayerTable(list(self.spectra.values()), xmin, **(dict(few=self.few, options=self.options) | kw))
 
     @property
+    def unread(self)->dict:
+        "Weights of the model that are not in the table: name -> why, as the end of a sentence that begins with the name."
+        return self.options.get('unread', {})
+    @property
     def median(self)->float: return float(self.frame.alpha.median())
     def __len__(self): return len(self.frame)
     def __iter__(self): return iter(self.spectra)
@@ -748,7 +752,7 @@ def analyze(
     xmin='ks', # Rule for the beginning of the tail: `'ks'`, `'median'`, `'peak'`, `'paper'` or a number; see `fit_power_law`
     conv:str='slices', # `'slices'`: (out, in) matrices, one a kernel position, as the paper; `'flatten'`: (out, in*kernel)
     norm:float=1., # Factor on a convolution's eigenvalues; the paper and WeightWatcher take 0.5. Alpha does not depend on it
-    skip=('attnpool',), # Modules to leave out, by name; the attention pool is no part of the paper's trunk. `()` takes all
+    skip=None, # Modules to leave out, by name or pattern; None: the head (attention pool, projection, classifier), as `prunable` does; `()` takes all
     few:int=50, # Below this number of eigenvalues a fit is marked as `'few'`
     max_aspect:float=None, # Leave out linear layers at least this many times longer than wide; None: 8 under the rule `'paper'`, else none
     **options, # `floor`, `method`, `precision`, `embeddings`, `split_groups`, `device` of `spectra`
@@ -756,12 +760,16 @@ def analyze(
     "Spectrum and power law of every layer (Sec. 3.3.2). A layer without a fit is a row of NaN with a reason. Raises `OpenTransError`."
     _rule(xmin)
     made = spectra(model, conv, norm, skip, **options)
-    return LayerTable(made, xmin, few, max_aspect, dict(options, conv=conv, norm=norm, skip=list(skip)) | ({'device': str(options['device'])} if 'device' in options else {}))
+    said = dict(options, conv=conv, norm=norm, skip=skip if skip is None else list(_head(model, skip)))
+    if 'device' in options: said['device'] = str(options['device'])
+    return LayerTable(made, xmin, few, max_aspect, said | dict(unread=_not_read(model, {s.name for s in made}, skip)))
 
 @patch
 def _about(self:LayerTable):
     c = self.frame.status.value_counts()
     notes = [f"{c[k]} {t}" for k,t in [('few', f'with fewer than {self.few} eigenvalues'), ('failed', 'without a fit')] if k in c]
+    others = [n for n,why in self.unread.items() if 'the head' not in why]
+    if others: notes.append(f"not read: {others[0]}{f' and {len(others)-1} more' if len(others) > 1 else ''}, see `unread`")
     return f"{len(self)} layers, xmin by {self.xmin!r}, median alpha {self.median:.3f}" + (f" ({', '.join(notes)})" if notes else '')
 
 @patch

@@ -331,7 +331,7 @@ def orthogonal(*shape, seed=0):
     return nn.init.orthogonal_(torch.empty(shape, dtype=torch.float64))
 
 @pytest.mark.parametrize('dtype', TYPES)
-@pytest.mark.parametrize('shape', [(4, 4), (64, 64), (24, 300), (300, 24)])
+@pytest.mark.parametrize('shape', [(8, 8), (64, 64), (24, 300), (300, 24)])
 @pytest.mark.parametrize('precision', ['double', 'fast'])
 def test_equal_but_for_rounding_is_no_fit(dtype, shape, precision):
     "Whatever type the weight is stored in, and whatever wider type it was read into: no alpha, and a reason."
@@ -386,8 +386,8 @@ def test_a_real_spectrum_survives_rounding(dtype, shape):
     "Rounding costs a random matrix no eigenvalue worth naming, and moves alpha little."
     torch.manual_seed(0)
     w = torch.randn(shape)*torch.logspace(-.5, 0, shape[0]).reshape(-1, *[1]*(len(shape)-1))
-    exact,rounded = (analyze({'a.weight': x}).frame.iloc[0] for x in (w, w.to(dtype)))
-    assert rounded.status == 'ok' and abs(rounded.alpha/exact.alpha-1) < (.3 if dtype.itemsize == 1 else .05)
+    exact,rounded = (analyze({'a.weight': x}, xmin='median').frame.iloc[0] for x in (w, w.to(dtype)))
+    assert rounded.status == 'ok' and abs(rounded.alpha/exact.alpha-1) < (.05 if dtype.itemsize == 1 else .01)
     assert rounded.n_evals >= .95*exact.n_evals
 
 def test_values_that_rounding_may_not_touch():
@@ -444,7 +444,7 @@ def lazy():
     return net
 
 def w64(): return torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
-UNREAD = dict(int8=(lambda: with_middle(w64().to(torch.int8)), 'whole numbers (int8)'), bool=(lambda: with_middle(w64() > 0), 'truth values'), meta=(lambda: with_middle(w64().to('meta')), 'no values'),
+UNREAD = dict(int8=(lambda: with_middle(w64().to(torch.int8)), 'integer codes (torch.int8)'), bool=(lambda: with_middle(w64() > 0), 'truth values'), meta=(lambda: with_middle(w64().to('meta')), 'no values'),
               lazy=(lazy, 'not initialised'), fp8_with_scales=(fp8_with_scales, "weight_scale_inv"), vector=(lambda: with_middle(torch.ones(4096)), 'is no matrix'),
               nan=(lambda: with_middle(w64()/0), 'NaN or infinity'), empty=(lambda: with_middle(torch.ones(0, 64)), 'empty'))
 
@@ -457,7 +457,7 @@ def test_a_weight_that_cannot_be_read_is_a_row_with_a_reason(name):
     assert list(whole) == ['0.weight', '1.weight', '2.weight'] and reason in whole.frame.reason['1.weight'] and whole.frame.status['1.weight'] == 'failed'
     assert whole.frame.alpha.iloc[[0, 2]].equals(want.alpha.iloc[[0, 2]]) and whole.median == want.alpha.iloc[[0, 2]].median()
     assert '1.weight' in whole.select().train
-    if name != 'vector': pytest.approx(analyze(dict(net.state_dict())).frame.reason['1.weight']) == whole.frame.reason['1.weight']
+    if name not in ('vector', 'meta'): assert analyze(dict(net.state_dict())).frame.reason['1.weight'] == whole.frame.reason['1.weight']
     repr(whole), whole._repr_html_()
 
 READ = dict(fp8=lambda w: w.to(torch.float8_e4m3fn), half=lambda w: w.half(), sparse=lambda w: w.relu().to_sparse(), csr=lambda w: w.relu().to_sparse_csr(),
@@ -563,11 +563,11 @@ def test_the_explorer_shows_its_controls_whatever_the_way_to_them(home, monkeypa
     for path in itertools.product(MOVES, repeat=3):
         e = heavy_tail.explore(table).explorer
         for move in path: setattr(getattr(e, MOVES[move][0]), 'value', MOVES[move][1])
-        controls,shown = (e.layer.value, e.rule.value, e.xmin.value),(e.text.value, e.plot.value, e.overview.value)
+        controls,shown = (e.layer.value, e.rule.value, e.xmin.value),(e.text.value, bytes(e.plot.value), bytes(e.overview.value))
         assert seen.setdefault(controls, shown) == shown, (path, controls)
         rule = home if e.rule.value == 'given' else e.rule.value
         assert f"({rule!r}, {table.refit(rule).median})" in shown[2].decode() and e.layer.value in shown[1].decode()
-    assert len(seen) > 12
+    assert len(seen) >= 11
 
 # --- the explorer in a real JupyterLab -----------------------------------------------------------------------------------
 
