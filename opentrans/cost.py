@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import UnsupportedFakeTensorException, UnsupportedOperatorException, unset_fake_temporarily
-from .core import CONVS, NORMS, OpenTransError, axes, device_of, evaluating, find_names, find_tower, layers_of, optional, unknown, unwrap
+from .core import CONVS, KINDS, NORMS, OpenTransError, axes, bare_modules, clean_name, device_of, evaluating, find_names, find_tower, layers_of, optional, unknown, unwrap
 
 # %% ../nbs/04_cost.ipynb #5ec1bdaa
 from .escape import for_markdown, for_plot
@@ -238,12 +238,10 @@ def _module_rows(name, m):
 
 def _paths(model):
     "Path of each module as rows spell it, and whether it is in the tower: a head's module that is called like one of the tower gets `(head)` before it."
-    tower = find_tower(model)
-    inside = {id(m) for m in tower.modules()}
-    names = {n for n,_ in tower.named_modules()} - {''}
-    prefix = next((n for n,m in model.named_modules() if m is tower), '')
-    for n,m in model.named_modules():
-        if id(m) in inside: yield n[len(prefix):].removeprefix('.'),True,m
+    inside = {id(m): n for n,m in bare_modules(find_tower(model))}
+    names = set(inside.values()) - {''}
+    for n,m in bare_modules(model):
+        if id(m) in inside: yield inside[id(m)],True,m
         else: yield f'(head) {n}' if n in names else n,False,m
 
 def _lone(path, m, fresh):
@@ -716,7 +714,7 @@ def _densities(mask, rows):
     "Density by row, from a mask by name, a dict of densities (`'*'`: all other rows of the tower), or one number for the whole tower."
     if mask is None: return {}
     if not isinstance(mask, dict) and not hasattr(mask, 'names'): mask = {'*': mask}
-    d = {n: m if isinstance(m, torch.Tensor) else _density(n, m) for n,m in ((n, mask[n]) for n in (mask if isinstance(mask, dict) else mask.names))}
+    d = {n: m if isinstance(m, torch.Tensor) else _density(n, m) for n,m in ((clean_name(n), mask[n]) for n in (mask if isinstance(mask, dict) else mask.names))}
     rest = d.pop('*', None)
     for n in [n for n in d if any(r.endswith(f'{n}[q]') for r in rows)]: # a packed projection masked as a whole
         m = d.pop(n)
@@ -931,7 +929,7 @@ def to_markdown(self:Cost, by='kind', **kw):
     lines.append(('**all**', *(f'**{_si(x).strip()}**' for x in (self.params, self.active_params, self.macs, self.active_macs))))
     head = [f'| {by} | params | active | {"MACs" if self.convention == "macs" else self.convention} | active |', '|---|--:|--:|--:|--:|']
     free = self._without_price()
-    return '\n'.join(head + [f"| {' | '.join(l)} |" for l in lines] + ([f'\nWithout a price: {free}.'] if free else []))
+    return '\n'.join(head + [f"| {' | '.join(l)} |" for l in lines] + ([f'\nWithout a price: {for_markdown(free)}.'] if free else []))
 
 @patch
 def _without_price(self:Cost):
@@ -987,7 +985,7 @@ def training_table(
     if rule not in ('paper', 'exact'): raise unknown('rule', rule, ['paper', 'exact'])
     t,one = (cost if mask is None else cost.under(mask)).by_layer,cost.input_size[0] if cost.input_size else 1
     frozen = _frozen(selection, t.index)
-    learns = pd.Series([r not in frozen and (train_norms or not tower or kind in ('conv', 'linear', 'attention')) for r,tower,kind in zip(t.index, t.tower, t.kind)], t.index)
+    learns = pd.Series([r not in frozen and (train_norms or not tower or kind in KINDS) for r,tower,kind in zip(t.index, t.tower, t.kind)], t.index)
     learns &= (t.weights > 0) | (rule == 'paper')
     flows = pd.Series(True, t.index)
     if rule == 'exact':
