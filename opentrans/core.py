@@ -632,10 +632,12 @@ def pick_device(
     "Choose a device. Raises `OpenTransError` for one that is not there."
     if device is None: device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: dev = torch.device(device)
-    except RuntimeError as e: raise unknown('device', device, ['cpu', 'cuda', 'cuda:0', 'mps']) from e
+    except (RuntimeError, TypeError, ValueError) as e: raise unknown('device', device, ['cpu', 'cuda', 'cuda:0', 'mps']) from e
     if dev.type == 'cuda' and (dev.index or 0) >= torch.cuda.device_count():
         raise OpenTransError(f"Device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices. Use --device cpu.")
-    if dev.type == 'mps' and not torch.backends.mps.is_available(): raise OpenTransError("Device 'mps' is not there. Use --device cpu.")
+    try: torch.zeros(1, device=dev).item()
+    except Exception as e: # each kind of device is missing in its own way
+        raise OpenTransError(f"Device '{device}' is not there, or cannot compute ({type(e).__name__}). Use --device cpu.") from e
     return dev
 
 def device_of(model:nn.Module)->torch.device:

@@ -1,0 +1,443 @@
+"The command as a stranger types it: good input gives files and figures, bad input one sentence and exit code 2."
+import contextlib, io, json, os, subprocess, sys, time
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+root = Path(__file__).resolve().parent.parent
+coco = root.parent/'shared'/'data'/'samples'/'coco_panoptic'
+
+def in_a_process(*args):
+    "The command in a process of its own, as a shell starts it."
+    env = dict(os.environ, OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0')
+    return subprocess.run([sys.executable, '-c', 'from opentrans.cli import main; main()', *map(str, args)], capture_output=True, text=True, env=env, cwd=root)
+
+def opentrans(*args):
+    "The command in this process, which spares the start of torch each time."
+    from opentrans.cli import main
+    out,err,argv = io.StringIO(),io.StringIO(),sys.argv
+    sys.argv = ['opentrans', *map(str, args)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): main()
+    except SystemExit as e: code = e.code or 0
+    finally: sys.argv = argv
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+
+def fails(*args, code=2):
+    "The one sentence of a command that must fail with exit code 2."
+    r = opentrans(*args)
+    assert r.returncode == code, (args, r.returncode, r.stdout[-500:], r.stderr[-2000:])
+    assert 'Traceback' not in r.stderr
+    lines = [l for l in r.stderr.splitlines() if l.startswith('error: ')]
+    assert len(lines) == 1, r.stderr
+    return lines[0]
+
+@pytest.fixture(scope='module')
+def mask(tmp_path_factory):
+    path = tmp_path_factory.mktemp('mask')/'m.safetensors'
+    r = opentrans('prune', '--method', 'magnitude', '--out', path)
+    assert r.returncode == 0, r.stderr
+    return path
+
+@pytest.fixture(scope='module')
+def streets(tmp_path_factory):
+    "A folder data set: images as jpg and png, 11 classes and a void value."
+    folder,rng = tmp_path_factory.mktemp('streets'),np.random.default_rng(0)
+    (folder/'images').mkdir(); (folder/'labels').mkdir()
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(folder/'images'/f's{i}.{"jpg" if i%2 else "png"}')
+        Image.fromarray(rng.integers(0, 12, (60, 80), dtype=np.uint8)).save(folder/'labels'/f's{i}.png')
+    return folder
+
+NAMES = 'sky,building,pole,road,pavement,tree,sign,fence,car,person,bicycle'
+
+def test_usage_errors():
+    r = in_a_process('nonsense')
+    assert r.returncode == 2 and 'nonsense' in r.stderr and 'Traceback' not in r.stderr
+    assert opentrans('prune').returncode == 2                                    # --out is missing
+    assert opentrans('demo', '--seeds', 'many').returncode == 2
+
+def test_bad_input_is_one_sentence(tmp_path, mask):
+    out = tmp_path/'x.safetensors'
+    assert 'density must be a number in (0, 1]' in fails('prune', '--density', '1.5', '--out', out)
+    assert 'density must be a number in (0, 1]' in fails('prune', '--density', '0', '--method', 'random', '--out', out)
+    assert "Unknown framework 'nope'" in fails('evaluate', '--framework', 'nope')
+    assert 'No mask file' in fails('transfer', tmp_path/'none.safetensors')
+    (tmp_path/'cut.safetensors').write_bytes(mask.read_bytes()[:500])
+    fails('transfer', tmp_path/'cut.safetensors')
+    assert 'No weights file' in fails('alpha', 'shapes-rn', '--pretrained', tmp_path/'none.pt')
+    assert '--pretrained' in fails('prune', '--backbone', 'RN50', '--out', out)
+    (tmp_path/'empty').mkdir()
+    fails('evaluate', '--data', 'folder', '--root', tmp_path/'empty', '--classes', NAMES)
+    fails('evaluate', '--data', 'coco_panoptic', '--root', tmp_path/'empty')
+    assert 'no folder' in fails('data', 'check', 'ade20k_150', '--root', tmp_path/'nowhere')
+    assert "Unknown data set" in fails('data', 'check', 'coco')
+    assert 'seeds=0' in fails('demo', '--seeds', '0', '--out', tmp_path/'demo')
+    assert "Unknown study 'tab1'" in fails('study', 'tab1', '--out', tmp_path/'study')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['cut.safetensors', 'empty'] and not list((tmp_path/'empty').iterdir())   # nothing half-written
+
+def test_evaluate_folder(streets, tmp_path):
+    "What a user with own data types."
+    r = opentrans('evaluate', '--data', 'folder', '--root', streets, '--classes', NAMES, '--ignore', 11, '--framework', 'deeplabv3', '--backbone', 'shapes-rn', '--out', tmp_path/'out')
+    assert r.returncode == 0, r.stderr
+    res = json.loads((tmp_path/'out'/'result.json').read_text())
+    assert 0 <= res['miou'] <= 1 and list(res['iou']) == NAMES.split(',') and res['n_images'] == 4 and res['head'] == 'untrained'
+
+def test_labels_outside_the_names(streets):
+    assert '11' in fails('evaluate', '--data', 'folder', '--root', streets, '--classes', NAMES)      # the void value is not named
+
+def test_finetune_then_evaluate(streets, mask, tmp_path):
+    assert opentrans('alpha', 'shapes-rn', '--mask', mask, '--out', tmp_path/'alpha').returncode == 0
+    r = opentrans('finetune', '--data', 'folder', '--root', streets, '--classes', NAMES, '--ignore', 11, '--iterations', 3, '--batch-size', 2, '--mask', mask,
+                  '--selection', tmp_path/'alpha'/'selection.json', '--out', tmp_path/'run')
+    assert r.returncode == 0, r.stderr
+    r = opentrans('evaluate', '--model', tmp_path/'run', '--data', 'folder', '--root', streets, '--classes', NAMES, '--ignore', 11, '--json')
+    assert r.returncode == 0, r.stderr
+    assert json.loads(r.stdout)['head'] == 'trained'
+    from opentrans.core import LayerSelection, load_tensors
+    from opentrans.clip import ClipBackbone
+    from opentrans.pruning import SparseMask
+    w,m,before = load_tensors(tmp_path/'run'/'model.safetensors')[0],SparseMask.load(mask),dict(ClipBackbone.create('shapes-rn', pretrained='shapes-rn').visual.named_parameters())
+    frozen = set(LayerSelection.from_json(tmp_path/'alpha'/'selection.json').freeze)
+    for n in m.names:
+        after = w[f'backbone.visual.{n}']
+        assert (after[~m[n]] == 0).all()
+        assert (after[m[n]] == before[n].detach()[m[n]]).all() == (n in frozen), n                # frozen layers rest, the others move
+
+def test_transfer_on_shapes(mask, tmp_path):
+    r = opentrans('transfer', mask, '--iterations', 2, '--warmup', 1, '--batch-size', 2, '--limit', 4, '--out', tmp_path/'t')
+    assert r.returncode == 0, r.stderr
+    res = json.loads((tmp_path/'t'/'result.json').read_text())
+    assert res['frozen'] and abs(res['density']-.1) < 5e-4 and set(res['groups']) == {'base', 'novel'}
+
+def test_transfer_to_a_checkpoint(mask, tmp_path):
+    "A mask on a state dict on disk, in OpenAI's names."
+    from opentrans.clip import ClipBackbone
+    from opentrans.core import load_tensors
+    from opentrans.pruning import SparseMask
+    clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
+    torch.save({f'visual.{k}': v for k,v in clip.visual.state_dict().items()} | {'logit_scale': torch.tensor(3.)}, tmp_path/'model.pth')
+    r = opentrans('transfer', mask, tmp_path/'model.pth', '--out', tmp_path/'sparse.safetensors')
+    assert r.returncode == 0, r.stderr
+    sd,m = load_tensors(tmp_path/'sparse.safetensors')[0],SparseMask.load(mask)
+    for n in m.names: assert torch.equal(sd[f'visual.{n}'] != 0, m[n] & (dict(clip.visual.named_parameters())[n] != 0))
+    assert torch.equal(sd['visual.conv1.weight'], clip.visual.conv1.weight) and sd['logit_scale'] == 3
+
+def test_data_round_trip(tmp_path):
+    assert opentrans('data', 'shapes', '--out', tmp_path/'w', '--n', 3).returncode == 0
+    r = opentrans('data', 'check', 'coco_panoptic', '--root', tmp_path/'w', '--json')
+    assert r.returncode == 0 and json.loads(r.stdout)['images'] == 3, r.stderr
+    assert 'folder' in opentrans('data', 'list').stdout.split()
+
+def test_cka_and_cost(mask, tmp_path):
+    r = opentrans('cka', 'shapes-rn', '--mask', mask, '--images', 16, '--out', tmp_path/'c', '--json')
+    assert r.returncode == 0, r.stderr
+    assert {p.name for p in (tmp_path/'c').iterdir()} == {'cka.csv', 'cka.png'}
+    r = json.loads(opentrans('cost', 'RN50', '--size', '224x224', '--json').stdout)
+    assert r['params'] > 23e6
+
+def write_settings(path, **values):
+    path.write_text(json.dumps(values)); return path
+
+def test_settings_from_a_file(streets, tmp_path):
+    "A file says what flags say; flags win; what was run with is kept, and is such a file again."
+    (tmp_path/'run.yaml').write_text(f"""
+        data: folder
+        root: {streets}
+        classes: ["{NAMES.replace(',', '", "')}"]
+        ignore: 11
+        batch-size: 2
+        iterations: 9
+        recipe: {{preset: tiny, optimizer: sgd, lr: 1e-3, crop: 48, scale: [0.5, 1.5]}}
+        eval_every: 2
+        eval_split: train
+        seed: 3
+    """.replace('\n        ', '\n'))
+    r = opentrans('finetune', '--config', tmp_path/'run.yaml', '--iterations', 2, '--out', tmp_path/'a', '--set', 'flip=0', '--json')
+    assert r.returncode == 0, r.stderr
+    kept = json.loads((tmp_path/'a'/'settings.json').read_text())
+    told = kept['recipe']
+    assert (told['iterations'], told['optimizer'], told['lr'], told['batch_size'], told['seed'], told['flip'], told['scale']) == (2, 'sgd', .001, 2, 3, 0, [.5, 1.5])
+    assert kept['command'] == 'finetune' and kept['iterations'] == 2 and 'settings: ' in r.stderr and '"optimizer": "sgd"' in r.stderr
+    assert 'best_miou' in json.loads(r.stdout) and (tmp_path/'a'/'run'/'best.safetensors').exists()
+    r = opentrans('finetune', '--config', tmp_path/'a'/'settings.json', '--out', tmp_path/'b')
+    assert r.returncode == 0, r.stderr
+    assert (tmp_path/'a'/'run'/'history.csv').read_text() == (tmp_path/'b'/'run'/'history.csv').read_text(), 'what was kept is another run'
+    assert json.loads((tmp_path/'a'/'model.json').read_text())['recipe'] == told
+
+def test_settings_that_are_none(tmp_path):
+    assert "Unknown setting in" in (m := fails('evaluate', '--config', write_settings(tmp_path/'a.json', batchsize=3))) and "Did you mean 'batch_size'?" in m and 'framework' in m
+    assert 'not of `opentrans cost`' in fails('cost', '--config', write_settings(tmp_path/'b.json', command='evaluate'))
+    assert 'is not JSON' in fails('alpha', '--config', write_text(tmp_path/'c.json', '{'))
+    assert 'Cannot read' in fails('alpha', '--config', tmp_path/'none.yaml')
+    assert "Unknown setting of a recipe 'rate'" in fails('finetune', '--out', tmp_path/'o', '--set', 'rate=1')
+    assert 'expected a whole number' in fails('finetune', '--out', tmp_path/'o', '--config', write_settings(tmp_path/'d.json', recipe=dict(preset='tiny', crop='big')))
+    assert 'NAME=VALUE' in fails('finetune', '--out', tmp_path/'o', '--set', 'lr') and "Unknown recipe 'small'" in fails('finetune', '--out', tmp_path/'o', '--recipe', 'small')
+    r = opentrans('evaluate', '--config', write_settings(tmp_path/'e.json', batch_size='many'))
+    assert r.returncode == 2 and 'batch-size' in r.stderr and not (tmp_path/'o').exists()
+
+def write_text(path, text): path.write_text(text); return path
+
+@pytest.mark.parametrize('args', [(), ('data',)])
+def test_every_command_takes_a_file(args):
+    "Whatever can be typed can be written down."
+    from opentrans.cli import app, data_app
+    for c in (data_app if args else app).registered_commands:
+        name = c.name or c.callback.__name__.replace('_', '-')
+        r = opentrans(*args, name, '--help')
+        assert r.returncode == 0 and '--config' in r.stdout, name
+
+@pytest.fixture(scope='module')
+def odd_streets(tmp_path_factory):
+    "Street scenes of 480x360 as a stranger's disk holds them: jpg and png, blanks, dots, accents and upper case in names, sub-folders, a photo that its camera turned, other files beside."
+    folder,rng = tmp_path_factory.mktemp('odd streets'),np.random.default_rng(1)
+    for i,name in enumerate(('Seq05VD_f00000.png', 'night/a b.c.jpg', 'Straße 7.JPG', 'turned.jpeg', 'x.png')):
+        labels = rng.integers(0, 12, (6, 8)).repeat(60, 0).repeat(60, 1).astype(np.uint8)
+        image = Image.fromarray((np.stack([labels*20, labels*9, 255-labels*20], -1) + rng.integers(0, 9, (360, 480, 3))).astype(np.uint8))
+        for kind in ('images', 'labels'): (folder/kind/name).parent.mkdir(parents=True, exist_ok=True)
+        if 'turned' in name: exif = Image.Exif(); exif[274] = 8; image = image.rotate(-90, expand=True); image.save(folder/'images'/name, exif=exif)
+        else: image.save(folder/'images'/name)
+        Image.fromarray(labels).save((folder/'labels'/name).with_suffix('.png'))
+    (folder/'images'/'.DS_Store').write_text(''); (folder/'images'/'Thumbs.db').write_text(''); (folder/'classes.txt').write_text('\n'.join(NAMES.split(',')))
+    return folder
+
+def test_a_folder_never_seen(odd_streets, tmp_path):
+    "What the checks type: names on the command line, a void value, then training on it, and the figures of both in one table."
+    common = ('--data', 'folder', '--root', odd_streets, '--classes', NAMES, '--ignore', 11, '--device', 'cpu')
+    r = opentrans('data', 'check', 'folder', *common[2:-2], '--json')
+    assert r.returncode == 0, r.stderr
+    assert (d := json.loads(r.stdout))['images'] == 5 and d['sizes'] == '480x360' and d['problems'] == 0
+    r = opentrans('evaluate', *common, '--framework', 'deeplabv3', '--backbone', 'shapes-rn', '--limit', 2, '--out', tmp_path/'zero')
+    assert r.returncode == 0, r.stderr
+    r = opentrans('finetune', *common, '--out', tmp_path/'run', '--iterations', 3, '--batch-size', 2, '--crop', 96, '--print-every', 1)
+    assert r.returncode == 0 and 'iteration 3/3' in r.stderr and 'left' in r.stderr, r.stderr
+    looks = ('--short-side', 120, '--scales', '0.5,1', '--flip', '--window', 80)
+    r = opentrans('evaluate', *common[:4], '--classes', odd_streets/'classes.txt', *common[6:], '--model', tmp_path/'run', '--limit', 2, *looks, '--out', tmp_path/'tuned')
+    assert r.returncode == 0, r.stderr
+    res = json.loads((tmp_path/'tuned'/'result.json').read_text())
+    assert list(res['iou']) == NAMES.split(',') and res['settings']['scales'] == [.5, 1] and res['settings']['window'] == 80 and res['n_images'] == 2
+    r = opentrans('compare', tmp_path/'zero', tmp_path/'tuned', '--out', tmp_path/'c', '--json')
+    assert r.returncode == 0, r.stderr
+    assert json.loads(r.stdout)['tuned']['miou'] == res['miou'] and {p.name for p in (tmp_path/'c').iterdir()} == {'runs.csv', 'runs.png'}
+    assert 'There is no result' in fails('compare', tmp_path)
+
+def test_data_check_tells_what_is_broken(streets, tmp_path):
+    import shutil
+    shutil.copytree(streets, tmp_path/'d'); common = ('--classes', NAMES, '--ignore', 11)
+    (tmp_path/'d'/'images'/'s1.jpg').write_bytes(b'not a picture')
+    r = opentrans('data', 'check', 'folder', '--root', tmp_path/'d', *common)
+    assert r.returncode == 1 and 's1' in r.stdout and 'cannot be read' in r.stdout
+    assert 's1.jpg' in fails('evaluate', '--data', 'folder', '--root', tmp_path/'d', *common)
+    with pytest.warns(UserWarning, match='1 of 4 images are left out'): r = opentrans('evaluate', '--data', 'folder', '--root', tmp_path/'d', *common, '--corrupt', 'skip', '--json')
+    assert r.returncode == 0 and json.loads(r.stdout)['n_images'] == 3
+    (tmp_path/'d'/'labels'/'s2.png').unlink()
+    assert "no label map for 's2" in fails('data', 'check', 'folder', '--root', tmp_path/'d', *common)
+    assert 'missing: images, labels' in fails('evaluate', '--data', 'folder', '--root', tmp_path, *common)      # the wrong root
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs a limit on file sizes')
+def test_full_disk_by_command(tmp_path):
+    "The disk is full when the checkpoint is written: one sentence, exit code 1 (nothing the user typed is wrong), and the checkpoint of before is as it was."
+    import resource, signal
+    before = opentrans('finetune', '--out', tmp_path, '--iterations', 2, '--batch-size', 1, '--checkpoint-every', 1)
+    assert before.returncode == 0, before.stderr
+    (tmp_path/'model.safetensors').unlink(); last = (tmp_path/'run'/'last.safetensors').read_bytes()
+    old,handler = resource.getrlimit(resource.RLIMIT_FSIZE),signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, old[1]))
+    try: message = fails('finetune', '--out', tmp_path, '--iterations', 2, '--batch-size', 1, '--checkpoint-every', 1, code=1)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, old); signal.signal(signal.SIGXFSZ, handler)
+    assert 'Cannot write' in message and 'model.safetensors' in message
+    assert (tmp_path/'run'/'last.safetensors').read_bytes() == last and not list(tmp_path.glob('.*')), 'something half-written was left'
+    assert opentrans('finetune', '--out', tmp_path, '--iterations', 2, '--batch-size', 1).returncode == 0 and (tmp_path/'model.safetensors').exists()
+
+def test_transfer_takes_a_number_for_the_tail(mask, tmp_path):
+    "`--xmin` is the same for `alpha` and `transfer`."
+    r = opentrans('transfer', mask, '--iterations', 1, '--warmup', 0, '--batch-size', 1, '--limit', 1, '--xmin', '0.05', '--out', tmp_path/'t', '--json')
+    assert r.returncode == 0 and json.loads(r.stdout)['frozen'], r.stderr
+    assert 'xmin' in fails('transfer', mask, '--iterations', 1, '--warmup', 0, '--batch-size', 1, '--xmin', 'low')
+
+def test_module_is_a_program():
+    r = subprocess.run([sys.executable, '-m', 'opentrans.cli', 'data', 'list', '--json'], capture_output=True, text=True, cwd=root)
+    assert r.returncode == 0 and 'folder' in json.loads(r.stdout), r.stderr
+
+def test_demo(tmp_path):
+    "`opentrans demo --out DIR` writes one page and one JSON file there."
+    r = in_a_process('demo', '--scale', 'smoke', '--out', tmp_path/'d', '--workers', 2)
+    assert r.returncode == 0, r.stderr
+    assert sorted(p.suffix for p in (tmp_path/'d').iterdir()) == ['.html', '.json']
+    data = json.loads((tmp_path/'d'/'opentrans-demo.json').read_text())
+    assert len(data['results']) == 20 and {r['framework'] for r in data['results']} == {'deeplabv3', 'mask2former', 'fcclip', 'faseg'} and {c['verdict'] for c in data['claims']} == {'one seed'}
+    page = (tmp_path/'d'/'opentrans-demo.html').read_text()
+    assert 'src="http' not in page and page.count('data:image/png') == 7
+
+@pytest.mark.skipif(not coco.exists(), reason='the COCO panoptic sample images are not at ../shared/data/samples')
+def test_real_coco_at_full_size(tmp_path):
+    "RN50 at full size with random weights on real images: Algorithm 1, transfer, alpha, fine-tuning, evaluation."
+    common = ('--backbone', 'RN50', '--pretrained', 'none', '--data', 'coco_panoptic', '--root', coco, '--batch-size', 1, '--device', 'cpu')
+    r = opentrans('prune', *common, '--p', .7, '--iters', 1, '--crop', 224, '--out', tmp_path/'m.safetensors')
+    assert r.returncode == 0, r.stderr
+    r = opentrans('transfer', tmp_path/'m.safetensors', *common, '--recipe', 'paper', '--iterations', 1, '--warmup', 1, '--crop', 224, '--limit', 1, '--out', tmp_path/'t', '--json')
+    assert r.returncode == 0, r.stderr
+    res = json.loads(r.stdout)
+    assert abs(res['density']-.1) < 5e-4 and len(res['iou']) == 133 and 0 < len(res['frozen']) <= 27      # half of the layers that have a fit; some of a random tower have none
+
+def test_a_study(tmp_path):
+    "`opentrans study` lists what there is; a study of two seeds writes its file, and a second call repeats nothing."
+    r = in_a_process('study')
+    assert r.returncode == 0 and all(n in r.stdout for n in ('frameworks', 'freezing', 'ratio', 'Tab. 10'))
+    for _ in range(2):
+        start = time.time()
+        r = in_a_process('study', 'ratio', '--seeds', 2, '--scale', 'smoke', '--out', tmp_path, '--workers', 1)
+        assert r.returncode == 0, r.stderr
+    data = json.loads((tmp_path/'ratio-smoke-2seeds.json').read_text())
+    assert data['run']['command'] == 'opentrans study ratio --seeds 2 --scale smoke'
+    assert [len(x['frozen']) for x in data['results'][:4]] == sorted(len(x['frozen']) for x in data['results'][:4]) and len(data['results']) == 8
+    made = {p: p.stat().st_mtime for p in (tmp_path/'.runs').rglob('arm-*.json')}
+    assert len(made) == 8 and max(made.values()) < start                          # the second call has only read them
+
+def test_numbers_that_make_no_sense(mask):
+    "Refused before anything is loaded; a mask of another backbone before anything is counted."
+    for bad in (('evaluate', '--limit', -1), ('evaluate', '--batch-size', 0), ('evaluate', '--window', -8), ('data', 'shapes', '--out', 'x', '--seed', -1), ('study', 'ratio', '--workers', -2)):
+        r = opentrans(*bad); assert r.returncode == 2 and 'Traceback' not in r.stderr, (bad, r.stderr[-300:])
+    assert 'above 0' in fails('evaluate', '--scales', '0,1')
+    assert opentrans('cka', '--size', 3).returncode == 2
+    fails('cost', 'RN50', '--mask', mask)
+
+def test_segment_an_own_image(tmp_path):
+    "From a trained model to a picture of one image; bad input leaves nothing behind."
+    for a in (('data', 'shapes', '--out', tmp_path/'scenes', '--n', 1), ('finetune', '--iterations', 2, '--batch-size', 2, '--out', tmp_path/'run')): assert opentrans(*a).returncode == 0
+    fails('finetune', '--iterations', 3, '--batch-size', 2, '--out', tmp_path/'run') # another course than the one that lies there
+    assert json.loads((tmp_path/'run'/'settings.json').read_text())['iterations'] == 2
+    photo = next((tmp_path/'scenes'/'coco'/'val2017').iterdir())
+    r = opentrans('segment', photo, 'grass, water | sea', '--model', tmp_path/'run', '--out', tmp_path/'new'/'seen.jpg', '--json')
+    assert r.returncode == 0 and set(json.loads(r.stdout)) == {'grass', 'water'} and Image.open(tmp_path/'new'/'seen.jpg').format == 'JPEG'
+    assert 'no trained model' in fails('segment', photo, 'grass', '--model', tmp_path/'nothing', '--out', tmp_path/'a.png')
+    assert 'picture ends in' in fails('segment', photo, 'grass', '--out', tmp_path/'a.gif')
+    assert 'not an image' in fails('segment', tmp_path/'run'/'model.json', 'grass', '--out', tmp_path/'a.png')
+    assert opentrans('segment', photo, 'grass', '--max-side', 0, '--out', tmp_path/'a.png').returncode == 2
+    (tmp_path/'half').mkdir(); (tmp_path/'half'/'model.json').write_text('{"framework": "deeplabv3"}')
+    assert 'does not say: backbone' in fails('segment', photo, 'grass', '--model', tmp_path/'half', '--out', tmp_path/'a.png')
+    assert not list(tmp_path.glob('a.*'))
+
+def test_what_cannot_end_well_does_not_begin(tmp_path, mask):
+    "Places that cannot be written to, and rules that are not known, are said before anything is trained."
+    taken = tmp_path/'taken'; taken.write_text('mine')
+    for args in (('prune', '--out', tmp_path/'m.safetensors', '--weights', taken/'w.safetensors'), ('prune', '--out', taken/'m.safetensors'), ('finetune', '--out', taken), ('study', 'losses', '--out', taken), ('demo', '--out', taken)):
+        assert 'Not a directory' in fails(*args)
+    assert taken.read_text() == 'mine' and [*tmp_path.iterdir()] == [taken]
+    for command in (('alpha',), ('transfer', mask)):
+        assert 'alpha*' in fails(*command, '--by', 'foo') and 'median' in fails(*command, '--xmin', 'foo') and opentrans(*command, '--freeze', 3).returncode == 2
+    assert opentrans('prune', '--out', tmp_path/'m.safetensors', '--crop', -1).returncode == 2
+
+def test_small_things_of_the_command(tmp_path):
+    "The version, JSON of a baseline, and no log of torch's before an error."
+    import opentrans as package
+    assert package.__version__ in opentrans('--version').stdout
+    table = json.loads(opentrans('prune', '--method', 'magnitude', '--out', tmp_path/'m.safetensors', '--json').stdout)
+    assert len(table) > 5 and all(0 <= r['density'] <= 1 for r in table.values())
+    r = in_a_process('cost', '--size', '8x8'); assert r.returncode == 2 and len(r.stderr.splitlines()) == 1, r.stderr
+
+def test_a_study_tells_its_jobs_in_a_log(capsys, monkeypatch):
+    "Where no bar can be shown, a line is written for each job that is done."
+    from opentrans.experiments import run_jobs
+    monkeypatch.delenv('OPENTRANS_PROGRESS', raising=False); monkeypatch.delenv('IN_TEST', raising=False)
+    jobs = {(0, 'arm', 'b'): ([(0, 'arm', 'a')], abs, (-2,)), (0, 'arm', 'a'): ([], abs, (-1,))}
+    assert run_jobs(jobs, 1, 'seed 0') == {(0, 'arm', 'a'): 1, (0, 'arm', 'b'): 2}
+    if 'ipykernel' not in sys.modules: assert capsys.readouterr().err.splitlines() == ['seed 0: 1 of 2 done, 0 arm a', 'seed 0: 2 of 2 done, 0 arm b']
+
+class Begun(BaseException):
+    "The flags were accepted, and the work has begun."
+
+@pytest.fixture
+def no_work(monkeypatch):
+    "The first picture that goes through a tower, the first spectrum, job or scene ends a command."
+    from opentrans import clip, data, experiments, heavy_tail
+    features = clip.ResNetTower.features
+    def look(net, x):
+        if type(x) is torch.Tensor and x.device.type != 'meta': raise Begun
+        return features(net, x)
+    def begin(*args, **kwargs): raise Begun
+    monkeypatch.setattr(clip.ResNetTower, 'features', staticmethod(look))
+    monkeypatch.setattr(heavy_tail, 'analyze', begin)
+    monkeypatch.setattr(experiments, 'run_jobs', begin)
+    monkeypatch.setattr(data, 'write_coco_panoptic', begin)
+
+def numeric_options():
+    "Every option of every command that takes a number: (words of the command, option, is it whole?)."
+    from typing import get_args, get_type_hints
+    from opentrans.cli import app, data_app
+    for path,group in (((), app), (('data',), data_app)):
+        for command in group.registered_commands:
+            words = (*path, command.name or command.callback.__name__)
+            for name,kind in get_type_hints(command.callback).items():
+                kinds = {kind, *get_args(kind)} & {int, float}
+                if kinds: yield words, '--' + name.replace('_', '-'), int in kinds
+
+def arguments(command, mask, folder):
+    "What a command needs besides, so that it would run."
+    few = ('--iterations', 2, '--batch-size', 2)
+    return {'prune': ('--out', folder/'m.safetensors', '--iters', 1), 'transfer': (mask, *few), 'finetune': ('--out', folder/'run', *few), 'study': ('ratio', '--scale', 'smoke', '--out', folder/'s'),
+            'demo': ('--scale', 'smoke', '--out', folder/'d'), 'segment': (folder/'p.png', 'sky'), 'data check': ('shapesworld',), 'data shapes': ('--out', folder/'w'), 'cka': ('--mask', mask)}.get(' '.join(command), ())
+
+NEVER = ('nan', 'inf', '-inf', '1e400', 'text', '', ' ', '-1', '1,2', '1'*5000)
+MAY_BE_ZERO = {'--seed', '--freeze', '--crop', '--warmup', '--print-every', '--eval-every', '--workers', '--lr'}
+
+@pytest.mark.parametrize('command', sorted({c for c,_,_ in numeric_options()}), ids=' '.join)
+def test_no_number_ends_in_a_traceback(command, mask, tmp_path, no_work):
+    "Every option that takes a number, with numbers that make no sense: refused in one sentence before anything begins, and nothing is written."
+    Image.new('RGB', (32, 32)).save(tmp_path/'p.png')
+    for option,whole in [(o, w) for c,o,w in numeric_options() if c == command]:
+        refused = NEVER + (('1.5', '1'+'0'*30, str(2**64)) if whole else ()) + (() if option in MAY_BE_ZERO or command == ('data', 'check') else ('0',))
+        for value in refused:
+            try: r = opentrans(*command, *arguments(command, mask, tmp_path), option, value)
+            except Begun: pytest.fail(f"{' '.join(command)} {option} {value[:40]!r} was accepted")
+            assert r.returncode == 2 and 'Traceback' not in r.stderr, (command, option, value[:40], r.returncode, r.stderr[-600:])
+    assert [p.name for p in tmp_path.iterdir()] == ['p.png']
+
+def text_options():
+    from typing import get_args, get_type_hints
+    from opentrans.cli import app, data_app
+    for path,group in (((), app), (('data',), data_app)):
+        for command in group.registered_commands:
+            words = (*path, command.name or command.callback.__name__)
+            for name,kind in get_type_hints(command.callback).items():
+                if str in {kind, *get_args(kind)} or kind == list[str] or list[str] in get_args(kind): yield words, name
+
+REPLACED = {'set_': '--set', 'image': None, 'names': None, 'mask': '--mask', 'model': '--model', 'name': None, 'runs': None, 'backbone': '--backbone', 'a': None, 'b': None}
+@pytest.mark.parametrize('command', sorted({c for c,_ in text_options()}), ids=' '.join)
+def test_no_text_ends_in_a_traceback(command, mask, tmp_path, no_work, capsys):
+    import inspect
+    from opentrans.cli import app, data_app
+    os.mkfifo(tmp_path/'fifo'); (tmp_path/'dir').mkdir(); (tmp_path/'empty.json').write_text(''); (tmp_path/'e.txt').write_text('')
+    Image.new('RGB', (32, 32)).save(tmp_path/'p.png')
+    values = ['', ' ', '{', '[/red]', 'a'*5000, '/dev/zero', str(tmp_path/'fifo'), str(tmp_path/'dir'), str(tmp_path/'empty.json'), str(tmp_path/'e.txt'), 'nan', '-1', '1', '=', 'none', '\udcff', '..', '10'*40]
+    group = {('data',): data_app}.get(command[:-1], app)
+    callback = next(c.callback for c in group.registered_commands if (c.name or c.callback.__name__) == command[-1])
+    bad = []
+    for c,name in text_options():
+        if c != command: continue
+        par = inspect.signature(callback).parameters[name]
+        arg = 'Argument' in str(type(par.annotation.__metadata__[0]))
+        for value in values:
+            base = list(arguments(command, mask, tmp_path))
+            if arg:
+                order = [n for n,p in inspect.signature(callback).parameters.items() if 'Argument' in str(type(p.annotation.__metadata__[0]))]
+                pos = order.index(name)
+                lead = [a for a in base if not str(a).startswith('--')][:len(order)] if command[0] in ('transfer','segment') else base[:1] if command[0]=='study' or command==('data','check') else []
+                rest = base[len(lead):]
+                full = list(lead) + ['shapes-rn']*(pos+1-len(lead))
+                full[pos] = value
+                args = [*full, *rest] if not value.startswith('-') else None
+                if args is None: continue
+            else: args = [*base, '--' + name.rstrip('_').replace('_', '-'), value]
+            cwd = os.getcwd(); os.chdir(tmp_path)
+            try: r = opentrans(*command, *args); code,err = r.returncode,r.stderr
+            except Begun: code,err = 'begun',''
+            except BaseException as e:
+                import traceback
+                tb = traceback.extract_tb(e.__traceback__); code,err = 'TRACE',f'{type(e).__name__}: {str(e)[:100]} at ' + '; '.join(f'{Path(f.filename).name}:{f.lineno}' for f in tb[-4:])
+            finally: os.chdir(cwd)
+            if code not in (0, 2, 'begun') or 'Traceback' in err: bad.append((name, value[:30], code, err[-300:]))
+    with capsys.disabled():
+        for b in bad: print(command, b)
