@@ -1,13 +1,18 @@
 "Fine-tuning under fault: killed, out of disk, poisoned, resumed by mistake."
-import json, os, random, subprocess, sys, textwrap
+import functools, json, os, random, subprocess, sys, textwrap
+from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mutations import check_reader, digest
 from hypothesis import given, settings, strategies as st
 from opentrans.clip import ClipBackbone
 from opentrans.core import LayerSelection, OpenTransError, load_tensors
 from opentrans.data import ShapesWorld
-from opentrans.finetune import Recipe, batch_indices, evaluate, finetune, load_framework
+from opentrans.errors import FormatError, OtherRun
+from opentrans.files import save_json, save_tensors
+from opentrans.finetune import (WEIGHTS_FILE, Checkpoint, Recipe, batch_indices, build_optimizer, compare_runs, evaluate, finetune, load_framework, plot_runs,
+    read_settings, run_settings)
 from opentrans.frameworks import build
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.pruning import SparseMask
@@ -123,7 +128,6 @@ def test_exploding_run_stops_and_keeps_its_checkpoint(tmp_path, world):
 
 def test_frozen_layers_rest_and_cost_no_memory(world):
     "The optimizer is built after freezing: frozen layers have no state in it and keep every bit, weight decay or not."
-    from opentrans.finetune import build_optimizer
     seg = new(world); mask = SparseMask.magnitude(seg.tower, .3)
     half = LayerSelection(mask.names[1::2], mask.names[::2], 'every second')
     with half.apply(seg):
@@ -333,13 +337,10 @@ def test_the_loss_falls_by_every_recipe_that_is_offered_by_name(name, source, on
 
 # files that were damaged or forged, and two runs in one folder
 
-from pathlib import Path
-from mutations import check_reader, digest
-from opentrans.errors import FormatError, OtherRun
-from opentrans.files import load_metadata, save_json, save_tensors
-from opentrans.finetune import Checkpoint, build_optimizer, compare_runs, read_settings, run_settings
+@functools.cache
+def backbone(): return tiny_backbone(width=4)
 
-def small(seed=0): return build('deeplabv3', tiny_backbone(width=4), vocabulary=['red', 'sand'], preset='small', width=8, low_level=4, seed=seed)
+def small(seed=0): return build('deeplabv3', backbone().fresh_copy(), vocabulary=['red', 'sand'], preset='small', width=8, low_level=4, seed=seed)
 
 def trained(scaler=None):
     "A framework and its optimizer after one step."
@@ -436,7 +437,6 @@ def test_damaged_weights_change_nothing(tmp_path, name):
     seg, good = small(3), tmp_path/name
     if good.suffix == '.pth': torch.save(seg.state_dict(), good)
     else:
-        from opentrans.finetune import WEIGHTS_FILE
         save_tensors({f'model.{k}': t for k,t in seg.state_dict().items()}, good, dict(iteration=3, miou=.5), WEIGHTS_FILE)
     check_reader(good, load_framework, small, digest, same=digest if good.suffix != '.pth' else None)
 
@@ -514,7 +514,6 @@ def test_a_poisoned_picture_gets_no_score(world):
 
 def test_names_are_drawn_as_they_are_called():
     "Neither a formula nor a name that begins with _ is lost in the plot of runs."
-    from opentrans.finetune import plot_runs
     runs = {name: dict(miou=.1*i, active_macs=1e6*(i+1), active_params=2e6*(i+1), settings=dict(framework=name)) for i,name in enumerate(('$x_{$', '_hidden', 'a<b>'))}
     axis = plot_runs(compare_runs(runs))
     axis.figure.canvas.draw()
