@@ -345,3 +345,52 @@ def test_a_study_tells_its_jobs_in_a_log(capsys, monkeypatch):
     jobs = {(0, 'arm', 'b'): ([(0, 'arm', 'a')], abs, (-2,)), (0, 'arm', 'a'): ([], abs, (-1,))}
     assert run_jobs(jobs, 1, 'seed 0') == {(0, 'arm', 'a'): 1, (0, 'arm', 'b'): 2}
     if 'ipykernel' not in sys.modules: assert capsys.readouterr().err.splitlines() == ['seed 0: 1 of 2 done, 0 arm a', 'seed 0: 2 of 2 done, 0 arm b']
+
+class Begun(BaseException):
+    "The flags were accepted, and the work has begun."
+
+@pytest.fixture
+def no_work(monkeypatch):
+    "The first picture that goes through a tower, the first spectrum, job or scene ends a command."
+    from opentrans import clip, data, experiments, heavy_tail
+    features = clip.ResNetTower.features
+    def look(net, x):
+        if type(x) is torch.Tensor and x.device.type != 'meta': raise Begun
+        return features(net, x)
+    def begin(*args, **kwargs): raise Begun
+    monkeypatch.setattr(clip.ResNetTower, 'features', staticmethod(look))
+    monkeypatch.setattr(heavy_tail, 'analyze', begin)
+    monkeypatch.setattr(experiments, 'run_jobs', begin)
+    monkeypatch.setattr(data, 'write_coco_panoptic', begin)
+
+def numeric_options():
+    "Every option of every command that takes a number: (words of the command, option, is it whole?)."
+    from typing import get_args, get_type_hints
+    from opentrans.cli import app, data_app
+    for path,group in (((), app), (('data',), data_app)):
+        for command in group.registered_commands:
+            words = (*path, command.name or command.callback.__name__)
+            for name,kind in get_type_hints(command.callback).items():
+                kinds = {kind, *get_args(kind)} & {int, float}
+                if kinds: yield words, '--' + name.replace('_', '-'), int in kinds
+
+def arguments(command, mask, folder):
+    "What a command needs besides, so that it would run."
+    few = ('--iterations', 2, '--batch-size', 2)
+    return {'prune': ('--out', folder/'m.safetensors', '--iters', 1), 'transfer': (mask, *few), 'finetune': ('--out', folder/'run', *few), 'study': ('ratio', '--scale', 'smoke', '--out', folder/'s'),
+            'demo': ('--scale', 'smoke', '--out', folder/'d'), 'segment': (folder/'p.png', 'sky'), 'data check': ('shapesworld',), 'data shapes': ('--out', folder/'w'), 'cka': ('--mask', mask)}.get(' '.join(command), ())
+
+NEVER = ('nan', 'inf', '-inf', '1e400', 'text', '', ' ', '-1', '1,2', '1'*5000)
+MAY_BE_ZERO = {'--seed', '--freeze', '--crop', '--warmup', '--print-every', '--eval-every', '--workers', '--lr'}
+
+@pytest.mark.parametrize('command', sorted({c for c,_,_ in numeric_options()}), ids=' '.join)
+def test_no_number_ends_in_a_traceback(command, mask, tmp_path, no_work):
+    "Every option that takes a number, with numbers that make no sense: refused in one sentence before anything begins, and nothing is written."
+    Image.new('RGB', (32, 32)).save(tmp_path/'p.png')
+    for option,whole in [(o, w) for c,o,w in numeric_options() if c == command]:
+        refused = NEVER + (('1.5', '1'+'0'*30, str(2**64)) if whole else ()) + (() if option in MAY_BE_ZERO or command == ('data', 'check') else ('0',))
+        for value in refused:
+            try: r = opentrans(*command, *arguments(command, mask, tmp_path), option, value)
+            except Begun: pytest.fail(f"{' '.join(command)} {option} {value[:40]!r} was accepted")
+            assert r.returncode == 2 and 'Traceback' not in r.stderr, (command, option, value[:40], r.returncode, r.stderr[-600:])
+    assert [p.name for p in tmp_path.iterdir()] == ['p.png']
