@@ -96,9 +96,9 @@ def test_a_folder_of_older_settings_is_known(tmp_path):
     "A size that was added later has its default in a folder that does not name it; another value is refused."
     scale = ex.SCALES['smoke']; ex._claim(tmp_path, scale, 3)
     kept = load_json(tmp_path/'study.json')
-    (tmp_path/'study.json').write_text(json.dumps({k: v for k,v in kept.items() if k not in ('domain', 'zero_shot')}))
+    (tmp_path/'study.json').write_text(json.dumps({k: v for k,v in kept.items() if k not in ('sha256', 'domain', 'zero_shot')}))
     with pytest.raises(OpenTransError, match='other sizes'): ex._claim(tmp_path, scale, 3) # these are not the defaults
-    (tmp_path/'study.json').write_text(json.dumps({k: v for k,v in kept.items() if k not in ('width', 'queries', 'sets', 'data', 'pretrained', 'device', 'paper', 'checkpoint')}))
+    (tmp_path/'study.json').write_text(json.dumps({k: v for k,v in kept.items() if k not in ('sha256', 'width', 'queries', 'sets', 'data', 'pretrained', 'device', 'paper', 'checkpoint')}))
     ex._claim(tmp_path, scale, 3)
     assert load_json(tmp_path/'study.json') == kept
 
