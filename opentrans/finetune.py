@@ -969,7 +969,8 @@ def _only_numbers(framework, text):
     "Inside the block: a function that raises `OpenTransError` if a part of the framework has given NaN since the last call."
     name, advice = getattr(framework, 'name', type(framework).__name__), 'No score is given. Take an earlier checkpoint.'
     check_finite({**dict(framework.named_parameters()), **_statistics(framework)}, f'the weights of the {name}', advice)
-    check_finite(dict(text=text), 'the text embeddings', 'No score is given. Are the weights of the text encoder whole?')
+    told = dict(text=text) if isinstance(text, torch.Tensor) else {k: v for k,v in vars(text).items() if isinstance(v, torch.Tensor)}
+    check_finite(told, 'the text embeddings', 'No score is given. Are the weights of the text encoder whole?')
     bad = {}
     def notice(part, module, args, out):
         for tensor in _tensors_in(out): bad[part] = tensor.isnan().any() | bad.get(part, False)

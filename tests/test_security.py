@@ -268,7 +268,7 @@ def test_no_loader_runs_or_fetches(watched, forged, mask):
 def test_the_playground_says_what_it_cannot_open(watched, forged):
     line = f"print(playground(ClipBackbone.create('shapes-rn'), dict(a={str(forged/'weights.pt')!r})).playground.said.value)"
     (result,) = watched([IMPORTS + line])
-    assert not result['ran'] and not result['seen'] and 'This is not an image that can be read' in result['said'], result
+    assert not result['ran'] and not result['seen'] and 'is not an image of a known kind' in result['said'], result
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):

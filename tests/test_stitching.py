@@ -345,7 +345,7 @@ def test_batches_and_numbers_of_a_training_are_checked():
                     (dict(seed=2**64), 'seed=18,?446'), (dict(costs=[1., float('nan')]), 'numbers from 0 on'), (dict(costs=[]), 'numbers from 0 on')):
         with pytest.raises(OpenTransError, match=why): StitchSampler(**{**dict(costs=[1., 2.]), **kw})
     for a in (-.1, 1.1, float('nan')):
-        with pytest.raises(OpenTransError, match='give a number from 0 up to 1'): StitchTrainer(run.net, run.sampler, run.optimizer, a=a)
+        with pytest.raises(OpenTransError, match='it must be a number from 0 to 1'): StitchTrainer(run.net, run.sampler, run.optimizer, a=a)
     with pytest.raises(OpenTransError, match='draws from 2 stitches'): StitchTrainer(run.net, StitchSampler([1., 2.]), run.optimizer)
     with pytest.raises(OpenTransError, match='torch.uint8'): run.net.init_stitches((x*255).byte())
     with pytest.raises(OpenTransError, match='NaN or infinite'): run.net.init_stitches(x*float('nan'))
