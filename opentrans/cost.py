@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import UnsupportedFakeTensorException, UnsupportedOperatorException, unset_fake_temporarily
-from .core import CONVS, KINDS, NORMS, OpenTransError, axes, bare_modules, clean_name, device_of, evaluating, find_names, find_tower, layers_of, optional, unknown, unwrap
+from .core import CONVS, LAYER_KINDS, NORMS, OpenTransError, axes, bare_modules, clean_name, device_of, evaluating, find_names, find_tower, layers_of, optional, unknown, unwrap
 
 # %% ../nbs/04_cost.ipynb #5ec1bdaa
 from .escape import for_markdown, for_plot
@@ -985,7 +985,7 @@ def training_table(
     if rule not in ('paper', 'exact'): raise unknown('rule', rule, ['paper', 'exact'])
     t,one = (cost if mask is None else cost.under(mask)).by_layer,cost.input_size[0] if cost.input_size else 1
     frozen = _frozen(selection, t.index)
-    learns = pd.Series([r not in frozen and (train_norms or not tower or kind in KINDS) for r,tower,kind in zip(t.index, t.tower, t.kind)], t.index)
+    learns = pd.Series([r not in frozen and (train_norms or not tower or kind in LAYER_KINDS) for r,tower,kind in zip(t.index, t.tower, t.kind)], t.index)
     learns &= (t.weights > 0) | (rule == 'paper')
     flows = pd.Series(True, t.index)
     if rule == 'exact':

@@ -456,7 +456,7 @@ def esd(
 class Spectrum:
     "The spectrum of one layer, and what is known of it besides."
     name:str # Name of the layer, as `layers` gives it
-    kind:str # One of `KINDS` of `core` (`'attention'` is part of a packed projection, `'experts'` are pooled), or `'embedding'`
+    kind:str # One of `LAYER_KINDS` of `core` (`'attention'` is part of a packed projection, `'experts'` are pooled), or `'embedding'`
     shape:tuple # Shape of the weight
     evals:np.ndarray = field(repr=False, default=None) # Eigenvalues above the floor, ascending; None if there are none to have
     n_zero:int = 0 # Eigenvalues left out because they are numerically zero
