@@ -9,6 +9,7 @@ __all__ = ['text_logits', 'resize', 'pixel_loss', 'Framework', 'smallest_side', 
 # %% ../../nbs/09_frameworks.ipynb #df7851cf
 import bisect, copy, functools, importlib, importlib.util, inspect
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 import pandas as pd
 import torch
@@ -133,13 +134,23 @@ def _fill_batch(framework, batch):
     return res
 
 # %% ../../nbs/09_frameworks.ipynb #10465279
+@contextmanager
+def _enough_values():
+    "Says in a sentence that a layer of normalisation has one value to normalise by."
+    try: yield
+    except ValueError as error:
+        if 'more than 1 value per channel' not in str(error): raise
+        raise OpenTransError("These images are so few and small that they leave a batch norm or group norm one value, "
+                             "by which it cannot normalise. Give larger images or crops, more of them at a time, "
+                             "or a wider head (more channels than the norm has groups).") from error
+
 def _answers_small(method, cut):
     "A method on images that takes any of them."
     @functools.wraps(method)
     def filled(self, images, *args, **kwargs):
         if not isinstance(images, torch.Tensor) or images.ndim != 4: return method(self, images, *args, **kwargs) # the backbone says what is wrong
         full = self.fill_up(images)
-        out = method(self, full, *args, **kwargs)
+        with _enough_values(): out = method(self, full, *args, **kwargs)
         return out if full is images else out[cut(*images.shape[-2:])]
     return filled
 
@@ -148,11 +159,7 @@ def _learns_small(method):
     @functools.wraps(method)
     def loss(self, batch):
         images = batch['images']
-        try: return method(self, _fill_batch(self, batch))
-        except ValueError as error:
-            if 'more than 1 value per channel' not in str(error): raise
-            raise OpenTransError(f"One image of {images.shape[-2]}x{images.shape[-1]} pixels at a time leaves a batch norm one value a channel, "
-                                 "by which it cannot normalise. Give larger images or crops, or two images at a time and more.") from error
+        with _enough_values(): return method(self, _fill_batch(self, batch))
     return loss
 
 def _rows(height, width): return (..., slice(height), slice(width))
