@@ -60,7 +60,7 @@ def test_contract_on_other_backbones(backbone):
         text = dict(context_length=16, vocab_size=len(small.text.tokenizer), width=64, heads=2, layers=1)
         torch.manual_seed(0)
         clip = ClipBackbone.from_model(open_clip.model.CLIP(64, vision, open_clip.model.CLIPTextCfg(**text)), small.text.tokenizer, 'convnext_atto')
-    assert len(check_framework('deeplabv3', backbone=clip)) == 9
+    assert len(check_framework('deeplabv3', backbone=clip)) == 10
 
 def test_one_mask_from_file_through_training(tmp_path):
     "Save, load, carry over, train, evaluate: zero where the mask says, in a framework that was built after the mask was made."
