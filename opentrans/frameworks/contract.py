@@ -112,6 +112,7 @@ class Framework(nn.Module):
     "A segmentation framework on a CLIP backbone, open to any vocabulary (Sec. 3.1). An adapter writes `forward(images, text_embeddings)`."
     kinds = ('semantic',) # What `predict` can give
     presets = dict(paper={}) # Named options for `build`; 'paper' is the default
+    prompts = '{}' # Of class names in the released code: the bare name (MODEL.TEXT_ENCODER.PROMPT)
 
     def __init__(self,
         backbone, # `ClipBackbone`, or any module with its `channels`, `embed_dim` and `encode_text`

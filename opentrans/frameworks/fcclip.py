@@ -190,6 +190,7 @@ class FCCLIP(Framework):
         return self
 
     masks_first = True # as released, where panoptic segmentation is on
+    prompts = 'vild' # the released code's VILD_PROMPT
     pad,queries,scores = Mask2Former.pad,Mask2Former.queries,Mask2Former.scores # from what `coarse_queries` says
     forward,panoptic = Mask2Former.forward,Mask2Former.panoptic
 
