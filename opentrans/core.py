@@ -14,10 +14,9 @@ __all__ = ['under', 'CONVS', 'PACKED', 'LAYER_KINDS', 'BATCH_NORMS', 'NORMS', 'R
            'save_tensors', 'save_text']
 
 # %% ../nbs/00_core.ipynb #d69f17be
-import contextlib, io, json, os, random, re, signal, threading, weakref
+import contextlib, io, os, random, re, signal, threading, weakref
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 import numpy as np
 import torch
 from torch import nn

@@ -14,7 +14,7 @@ __all__ = ['SCALES', 'RUNS_FILE', 'ARM_FILE', 'ROUNDS_FILE', 'ALPHAS_FILE', 'COU
            'show_study', 'paper_costs']
 
 # %% ../nbs/20_experiments.ipynb #73abf595
-import base64, contextlib, dataclasses, functools, hashlib, json, math, os, platform, shutil, signal, sys, time, zlib
+import base64, contextlib, dataclasses, functools, hashlib, math, os, platform, shutil, signal, sys, time, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date

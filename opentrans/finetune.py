@@ -12,7 +12,7 @@ __all__ = ['LEAST_CROP', 'WARMUP', 'CHECKPOINT_FILE', 'WEIGHTS_FILE', 'RESULT_FI
 import contextlib, dataclasses, functools, hashlib, json, math, os, re, signal, sys, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from annotated_types import Interval
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from .core import (BATCH_NORMS, OpenTransError, Undo, unknown, axes, device_of, 
 from .data import augment, collate, sample_packed
 from .errors import FormatError, Interrupted, WriteError, check_number, shorten
 from .escape import csv_text, for_plot
-from .files import (FileKind, RunFile, check_finite, check_like, check_shape, load_metadata, load_tensors, lock_folder, metadata_value,
+from .files import (FileKind, RunFile, check_finite, check_like, load_metadata, load_tensors, lock_folder, metadata_value,
     optimizer_tensors, parse_json, read_checkpoint, restore_optimizer, state_dict_of)
 from .frameworks.contract import list_frameworks, resize
 from .metrics import PanopticQuality, SemanticIoU, panoptic_map

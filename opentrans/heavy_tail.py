@@ -8,7 +8,7 @@ __all__ = ['XMIN', 'BY', 'ALTERNATIVES', 'TABLE_FILE', 'mp_edges', 'marchenko_pa
            'explore']
 
 # %% ../nbs/02_heavy_tail.ipynb #203feac0
-import json, math, re, threading
+import math, re, threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 import numpy as np

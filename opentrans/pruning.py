@@ -23,11 +23,11 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from matplotlib.ticker import LogLocator, NullFormatter
 from typing_extensions import NotRequired, TypedDict
-from .core import (LAYER_KINDS, OpenTransError, RETIRED, Undo, after_step, around_step, atomic_path, axes, bare_modules, bare_parameters,
+from .core import (LAYER_KINDS, OpenTransError, RETIRED, Undo, around_step, atomic_path, axes, bare_modules, bare_parameters,
     best_fits, clean_name, device_of, evaluating, find_tower, handling, held_by, in_tower, inner_name, inside, layers, layers_of,
-    load_metadata, load_tensors, matches, no_partner, no_values, only_fit, optional, progress, save_json, save_tensors, seeded,
+    load_tensors, matches, no_partner, no_values, only_fit, optional, progress, save_json, save_tensors, seeded,
     trunk, under, unknown, unreadable, unwrap)
-from .errors import DamagedFile, Interrupted, OtherRun, check_number, shorten
+from .errors import Interrupted, OtherRun, check_number, shorten
 from .files import (BAKED_FILE, FileKind, RunFile, check_finite, check_like, checksum, lock_folder, metadata_value,
     not_finite, pack_bits, plain_json, read_checkpoint, save_checkpoint, unbake, unpack_bits)
 

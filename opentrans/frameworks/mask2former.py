@@ -9,7 +9,6 @@ __all__ = ['SOURCES', 'read_checkpoint', 'mask2former_config', 'Positions', 'Own
 
 # %% ../../nbs/11_mask2former.ipynb #599d11ec
 import inspect, math, re
-from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
