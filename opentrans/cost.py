@@ -287,22 +287,32 @@ class _Trace:
     def own(self, row, t):
         "Tensor `t` holds the whole parameter of `row`."
         where,s = self.rows[row]['rows'],_storage(t)
-        if s is None: return self.owners.setdefault(_key(t), []).append((row, 0, t.numel(), t))
+        if s is None: return self.own_whole([row], t)
         n = t[0].numel() if where is not None else 0
         lo,hi = (0, t.numel()) if where is None else (where.start*n, where.stop*n)
         self.owners.setdefault(s._cdata, []).append((row, t.storage_offset()+lo, t.storage_offset()+hi, s))
 
+    def own_whole(self, rows, t):
+        "A tensor without storage is known by itself, as long as it lives."
+        self.owners[_key(t)] = [(r, 0, t.numel(), weakref.ref(t)) for r in rows]
+
+    def spans(self, t):
+        key = _key(t)
+        found = self.owners.get(key, ())
+        return [span for span in found if span[3]() is t] if isinstance(key, tuple) else found
+
     def copied(self, t, out):
         "`out` holds the same numbers as `t`, e.g. in another precision: what `t` is a view of, `out` is a view of, too."
-        spans = self.owners.get(_key(t), ())
+        spans = self.spans(t)
+        if spans and _storage(t) is None and _storage(out) is None: return self.own_whole([r for r,*_ in spans], out)
         s = _storage(out) if spans and t.is_contiguous() and out.is_contiguous() else None
-        if s is None: return
+        if s is None or s._cdata in self.owners: return
         shift = out.storage_offset() - t.storage_offset()
         self.owners[s._cdata] = [(r, lo+shift, hi+shift, s) for r,lo,hi,_ in spans]
 
     def rows_of(self, t):
-        spans = self.owners.get(_key(t), ())
-        if len(spans) < 2: return [r for r,*_ in spans]
+        spans = self.spans(t)
+        if len(spans) < 2 or _storage(t) is None: return [r for r,*_ in spans]
         lo,hi = t.storage_offset(),t.storage_offset() + t.numel()
         return [r for r,a,b,_ in spans if a < hi and lo < b]
 
@@ -326,6 +336,8 @@ def _falls_apart(func):
     "Is an operator a composition of others that torch has not taken apart yet? So they come in inference mode."
     if not isinstance(func, torch._ops.OpOverload) or func.namespace == 'prim': return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), 'CompositeImplicitAutograd')
+
+_SAME = (_aten._to_copy, _aten.clone, _aten.t, _aten.transpose) # what comes out holds the same numbers; views have the same storage anyway, but for sparse tensors
 
 class _Counter(TorchDispatchMode):
     "Watches operators: adds up their price by row, and what each row's input depends on."
@@ -393,7 +405,7 @@ class _Counter(TorchDispatchMode):
             if not own: behind |= b
         hit |= self.bill(op, args, kwargs, outs[0])
         for r in hit: self.upstream[r] = self.upstream.get(r, 0) | behind & ~self.trace.bit.get(r, 0)
-        if op in (_aten._to_copy, _aten.clone): self.trace.copied(ins[0], outs[0])
+        if op in _SAME: self.trace.copied(ins[0], outs[0])
         for t in outs: self.trace.mark(t, bits)
         return out
 
