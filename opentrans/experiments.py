@@ -1269,7 +1269,7 @@ def _all_finite(values): return all(isinstance(v, (int, float)) and not isinstan
 
 def _check_more(name, more, file):
     "Check what a study holds besides arms. Raises `FormatError`."
-    check_shape(more, _MORE[name], f"'{file}'")
+    more = check_shape(more, _MORE[name], f"'{file}'")
     if name == 'overlap':
         pairs = [v for each in more['between_seeds'].values() for v in each.values()]
         whole = all(_matrix(m, len(more['names'])) for m in more['within_a_seed'].values()) and all(map(_all_finite, pairs)) and pairs

@@ -14,12 +14,13 @@ LAUNCH = [sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '-
 ENV = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0', PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]))
 
 WORK = textwrap.dedent('''
-    import hashlib, json, os, sys
+    import contextlib, hashlib, json, os, sys
     from pathlib import Path
     import torch
     from torch import nn
     from opentrans.core import LayerSelection, OpenTransError
     from opentrans.data import ShapesWorld
+    from opentrans.files import lock_folder
     from opentrans.finetune import Processes, Recipe, evaluate, finetune
     from opentrans.frameworks import build
     from opentrans.frameworks.contract import tiny_backbone
@@ -59,6 +60,10 @@ WORK = textwrap.dedent('''
         mask,_ = imp(model, train, density=.3, p=.3, criterion='magnitude')
         return hashlib.sha256(b''.join(mask[n].numpy().tobytes() for n in mask.names)).hexdigest(), mask.density
 
+    def taken(team, world, folder):
+        "A run in a folder of which the first process alone knows that it is another's."
+        with lock_folder(folder) if team.main else contextlib.nullcontext(): finetune(new(world), world, RECIPE, checkpoint_dir=folder)
+
     def main(out):
         team,world = Processes(),World(8)
         mask = SparseMask.magnitude(tiny_backbone().tower, .3)
@@ -76,7 +81,8 @@ WORK = textwrap.dedent('''
         r['pq'] = (q if team.n == 1 else q.reduce(team.sum, team.device)).compute()['pq']
         r['imp'] = rounds(team, world)
         for name,run in dict(mask=lambda: finetune(new(world), world, RECIPE, mask=SparseMask.random(tiny_backbone().tower, .5, seed=team.rank)), odd=lambda: finetune(new(world), world, RECIPE.replace(batch_size=3)),
-                             nan=lambda: finetune(new(World(8, poison=5)), World(8, poison=5), RECIPE, checkpoint_dir=f'{out}/nan', checkpoint_every=1), device=lambda: finetune(new(world), world, RECIPE, device='cuda:1')).items():
+                             nan=lambda: finetune(new(World(8, poison=5)), World(8, poison=5), RECIPE, checkpoint_dir=f'{out}/nan', checkpoint_every=1), device=lambda: finetune(new(world), world, RECIPE, device='cuda:1'),
+                             taken=lambda: taken(team, world, f'{out}/taken'), score=lambda: evaluate(new(World(8, poison=5)), World(8, poison=5), batch_size=1)).items():
             try: run(); r[name] = 'nothing was said'
             except OpenTransError as e: r[name] = str(e)
         Path(f'{out}/rank{team.rank}.json').write_text(json.dumps(r))
@@ -126,6 +132,9 @@ def test_errors_are_told_by_all(both):
     d,(a,b),one = both
     assert a['nan'].split(';')[0] == b['nan'].split(';')[0] and 'not finite' in a['nan'] and 'not finite' in one['nan']
     if (d/'nan'/'last.safetensors').exists(): assert all(t.isfinite().all() for t in load_tensors(d/'nan'/'last.safetensors')[0].values() if t.is_floating_point() and t.numel() > 1 and t.dim() != 2)
+    for told in (a, b, one):
+        assert 'Another run is at work' in told['taken'], 'a locked folder was entered'
+        assert 'NaN on some of the images' in told['score'], 'a picture that one process sees alone got a score'
     assert 'must be a multiple of 2' in a['odd'] and 'must be a multiple of 2' in b['odd'] and 'has a device of its own' in a['device']
 
 def ranks(folder):
