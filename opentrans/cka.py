@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .core import BATCH_NORMS, CONVS, OpenTransError, axes, device_of, evaluating, find_tower, layers, progress, unknown, unwrap
+from .core import (BATCH_NORMS, CONVS, OpenTransError, axes, bare_modules, device_of, evaluating, find_tower, layers, layers_of,
+    progress, unknown, unwrap)
 
 # %% ../nbs/03_cka.ipynb #697aeee5
 from .escape import for_plot
@@ -123,15 +124,21 @@ def gram(
     return _gram_and_size(x, scale, block)[0]
 
 # %% ../nbs/03_cka.ipynb #04f26d1e
+def _holds(module, name, key):
+    "Is a key that of a weight which a module holds, as a parameter or computed from others?"
+    part = key.rpartition('.')[2].split('[')[0]
+    return isinstance(getattr(module, part, None), torch.Tensor) or any(layer.key == key.split('[')[0] for layer in layers_of(name, module))
+
 def _find_modules(model, names):
     "Name -> module, for module names and parameter keys. Raises `OpenTransError`."
     model = unwrap(model)
-    known = dict(model.named_modules()) | dict(find_tower(model).named_modules())
+    tower = find_tower(model)
+    known = dict(model.named_modules()) | dict(tower.named_modules()) | dict(bare_modules(model)) | dict(bare_modules(tower))
     res = {}
     for n in names:
         m,_,p = n.rpartition('.')
         if n in known: res[n] = known[n]
-        elif m in known and isinstance(getattr(known[m], p.split('[')[0], None), torch.Tensor):
+        elif m in known and _holds(known[m], m, n):
             if '[' in p: raise OpenTransError(f"'{n}' is a part of a packed projection and has no output of its own. Name its module, '{m}'.")
             res[n] = known[m]
         else:
@@ -139,7 +146,9 @@ def _find_modules(model, names):
             raise OpenTransError(f"Unknown layer '{n}'; the model has {len(known)} modules, among them: {', '.join(near)}. Give a module's name, or the name of its weight.")
     return res
 
-def _default_layers(model): return list(dict.fromkeys(l.key for l in layers(model)))
+def _default_layers(model):
+    "The weights whose modules give one map or one list of tokens."
+    return list(dict.fromkeys(l.key for l in layers(model) if l.kind not in ('recurrent', 'experts')))
 
 # %% ../nbs/03_cka.ipynb #2f164391
 def _tensors(out):

@@ -87,11 +87,13 @@ def _place_error(message, error):
     return WriteError(message) if getattr(error, 'errno', None) in _NO_ROOM else OpenTransError(message)
 
 _FULL = ('No space left', 'Disk quota', 'Input/output error', 'os error 28', 'os error 122', 'os error 5)')
+_TORCH_CANNOT = ('PytorchStreamWriter', 'inline_container', 'iostream error') # what torch's writer says when it cannot write on
 
 def _write_error(path, error):
     "The error for a file that cannot be written."
     why = getattr(error, 'strerror', None) or error
-    return WriteError(f"Cannot write '{path}': {why}. What was there before is untouched.")
+    if any(word in str(error) for word in _TORCH_CANNOT): why = 'it could not be written to its end. Is there room on the disk?'
+    return WriteError(f"Cannot write '{path}': {why}{'' if str(why).endswith('?') else '.'} What was there before is untouched.")
 
 @contextlib.contextmanager
 def atomic_path(
@@ -116,7 +118,7 @@ def atomic_path(
         _flush(path.parent)
     except OSError as error: raise _write_error(shown, error) from error
     except RuntimeError as error: # torch's writer, and safetensors', say so of a full disk
-        if not any(word in str(error) for word in (*_FULL, 'PytorchStreamWriter')): raise
+        if not any(word in str(error) for word in (*_FULL, *_TORCH_CANNOT)): raise
         raise _write_error(shown, error) from error
     finally:
         os.close(handle)
@@ -549,7 +551,8 @@ def restore_optimizer(
     for full, tensor in strip_prefix(prefix, tensors).items():
         name, _, key = full.rpartition('.')
         param = params.get(name)
-        if param is None or (tensor.ndim and tensor.shape != param.shape) or not_finite({full: tensor}): raise _unfit(path, full)
+        fits = param is not None and (not tensor.ndim or tensor.shape == param.shape) and tensor.is_complex() <= param.is_complex()
+        if not fits or not_finite({full: tensor}): raise _unfit(path, full)
         alike = key != 'step' and tensor.shape == param.shape # laid out in memory as the parameter is, and where it is
         made.setdefault(param, {})[key] = torch.empty_like(param).copy_(tensor) if alike else tensor.to(param.device, copy=True)
     for param, held in made.items():

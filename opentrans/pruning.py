@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from matplotlib.ticker import LogLocator, NullFormatter
 from typing_extensions import NotRequired, TypedDict
-from .core import (KINDS, OpenTransError, RETIRED, Undo, after_step, around_step, atomic_path, axes, bare_modules, bare_parameters,
+from .core import (LAYER_KINDS, OpenTransError, RETIRED, Undo, after_step, around_step, atomic_path, axes, bare_modules, bare_parameters,
     best_fits, clean_name, device_of, evaluating, find_tower, handling, held_by, in_tower, inner_name, inside, layers, layers_of,
     load_metadata, load_tensors, matches, no_partner, no_values, only_fit, optional, progress, save_json, save_tensors, seeded,
     trunk, under, unknown, unreadable, unwrap)
@@ -50,7 +50,7 @@ def _reasons(whys, n=3):
     told = [f"{names[0]} {why}{f' (and {len(names)-1} more)' if len(names) > 1 else ''}" for why,names in alike.items()]
     return '; '.join(told[:n]) + (f'; and {len(told)-n} more' if len(told) > n else '')
 
-def _candidates(model, kinds=KINDS, skip_first=True, skip=None, only=('*',)):
+def _candidates(model, kinds=LAYER_KINDS, skip_first=True, skip=None, only=('*',)):
     "The layers that a mask covers, and name -> reason of those that it would cover and cannot. Raises `OpenTransError` for layers that are not made yet."
     found = layers(model)
     first = found[0].key if skip_first and found else None
@@ -62,7 +62,7 @@ def _candidates(model, kinds=KINDS, skip_first=True, skip=None, only=('*',)):
 
 def prunable(
     model:nn.Module, # Any model; names are read in its tower
-    kinds=KINDS, # Kinds of layer, as `layers` calls them
+    kinds=LAYER_KINDS, # Kinds of layer, as `layers` calls them
     skip_first:bool=True, # Leave the first layer dense?
     skip=None, # Names of modules to leave dense with everything under them, or patterns of whole names such as `'layer4.*'`; None: the model's head
     only=('*',), # Patterns of whole names to choose from
@@ -580,7 +580,7 @@ def _slots_of(model, keepers):
             if id(param) in mine: res.setdefault((id(module), key), _Slot(path, module, key, mine[id(param)]))
     return list(res.values())
 
-# %% ../nbs/01_pruning.ipynb #517ed503
+# %% ../nbs/01_pruning.ipynb #c8cb06fd
 _HELD = weakref.WeakKeyDictionary() # module -> the `_Force`s on its parameters, which live as long as one of their modules does
 
 def _after_loading(module, keys):
@@ -621,7 +621,7 @@ class _Force:
             if at is not None and (name not in at._modules or at._modules[name] is not child()): return False
         return all(s.module() is None or (s.param is not None and s.param is s.keeper.param) for s in self.slots)
 
-# %% ../nbs/01_pruning.ipynb #c8759b3b
+# %% ../nbs/01_pruning.ipynb #bf4b56cc
 @patch
 def find(self:_Force, slot):
     "Bring a slot to the module that stands at its path now, if the model that the mask was put on still lives."
@@ -690,7 +690,7 @@ def end(self:_Force):
             if self in forces: forces.remove(self)
         for k in self.keepers: k.leave()
 
-# %% ../nbs/01_pruning.ipynb #3f181b5f
+# %% ../nbs/01_pruning.ipynb #4ebfd329
 class MaskInForce(Undo):
     "A mask that is kept on a model until `.remove()`, or the end of a `with` block."
     def __init__(self, force, placed, left):
@@ -960,7 +960,8 @@ _ADVICE = 'The last whole round stays. Lower the learning rate, or clip gradient
 
 def _constants(model):
     "Names of buffers that hold infinity from the start, as attention masks do. Raises `OpenTransError` for weights and statistics that are not finite."
-    params,state = {n for n,_ in model.named_parameters(remove_duplicate=False)},_tensors_of(model)
+    params = {n for n,p in model.state_dict(keep_vars=True).items() if isinstance(p, nn.Parameter)}
+    state = _tensors_of(model)
     still = {n for n in not_finite(state) if n not in params and not state[n].isnan().any()}
     check_finite({n: t for n,t in state.items() if n not in still}, 'the model at the start', 'Give one whose weights are numbers.')
     return still
@@ -1185,7 +1186,7 @@ def _check_rewind(rewind, model):
     if lack: raise OpenTransError(f"The state to rewind to lacks {len(lack)} of the model's tensors: {', '.join(lack[:4])}. Give a whole model.state_dict().")
     check_like({k: rewind[k] for k in own}, own, 'rewind', 'state to rewind to', finite=False)
 
-# %% ../nbs/01_pruning.ipynb #46ae4ea9
+# %% ../nbs/01_pruning.ipynb #c7ab01e4
 CRITERIA = {}
 def criterion(
     name, # What it is called; or the function itself, which is then called as it is in Python
@@ -1221,7 +1222,7 @@ def weight_magnitude(model, losses=None, **kwargs):
     "|w|."
     return _magnitudes(prunable(model, **kwargs))
 
-# %% ../nbs/01_pruning.ipynb #5ce0fb99
+# %% ../nbs/01_pruning.ipynb #424d419b
 def _threads(): return dict(threads=torch.get_num_threads()) # sums are rounded otherwise by another number of them
 
 def _scores(score, mask, model, losses=None, **kwargs):
@@ -1286,7 +1287,7 @@ def imp(
             run.rewind()
             mask.apply(model).remove()
             _share_state(bare)
-            history.append(_row(r, mask, threshold, out, began))
+            history.append(_tell(_row(r, mask, threshold, out, began)))
             run.save(mask, history, train)
     mask.info = {**{k: v for k,v in found.items() if k not in ('layers', 'schedule')}, 'method': 'imp', 'backbone': type(find_tower(model)).__name__,
                  'weights': run.digest, 'threads': torch.get_num_threads(), 'device': device_of(bare).type, 'torch': torch.__version__, **_dense_info(model, **kwargs)}
@@ -1442,7 +1443,7 @@ def bake(self:SparseMask,
         raise OpenTransError(f"dtype={dtype}: weights are stored as torch.float64, float32, bfloat16 or float16.")
     bare = unwrap(model)
     keep = {id(k.param): k.keep for k in _keepers(self, _place(self.shapes, bare))}
-    masks = {n: keep[id(p)] for n,p in bare.named_parameters() if id(p) in keep}
+    masks = {n: keep[id(p)] for n,p in bare.state_dict(keep_vars=True).items() if id(p) in keep} # by the names of the file, which wrappers may change
     state = {n: t.detach().cpu() for n,t in _tensors('', bare).items()}
     left = {n: t[masks[n]] if n in masks else t for n,t in state.items()}
     stored = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n,t in left.items()}

@@ -13,9 +13,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune
-from opentrans.core import (HEADS, LayerSelection, OpenTransError, after_step, bare_parameters, clean_name, find_layers, head_of, layers,
-    trunk, unread, unreadable, unwrap)
-from opentrans.pruning import CRITERIA, SparseMask, criterion, imp, prunable, snip, transfer_checkpoint, weights_digest
+from opentrans.core import HEADS, LayerSelection, OpenTransError, after_step, bare_parameters, find_layers, head_of, layers, trunk, unread
+from opentrans.pruning import CRITERIA, SparseMask, criterion, imp, load_baked, prunable, snip, weights_digest
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -102,6 +101,27 @@ def test_distributed_blocks_have_bare_names(tmp_path):
         assert mask == SparseMask.magnitude(net(), .3)
         with mask.apply(model): train(model); assert masked(mask, model)
     finally: dist.destroy_process_group()
+
+@pytest.mark.parametrize('wrap', [compiled, checkpoint_wrapper, nn.DataParallel, lambda module: checkpoint_wrapper(compiled(module))], ids=['compiled', 'checkpointed', 'parallel', 'both'])
+def test_a_baked_file_of_a_wrapped_model_is_as_small_and_loads(wrap, tmp_path):
+    "Wrappers change the names of the state dict, each in its own way."
+    model,plain = net(wrap),net()
+    mask = SparseMask.magnitude(plain, .1)
+    sizes = [mask.bake(m, tmp_path/'b.safetensors')['ratio'] for m in (plain, model)]
+    assert sizes[0] == sizes[1]
+    again = net(wrap, seed=1); again.load_state_dict(load_baked(tmp_path/'b.safetensors'))
+    assert all(torch.equal(a, b) for a,b in zip(again.parameters(), model.parameters()))
+
+def test_parts_and_similarities_know_wrapped_blocks_by_their_bare_names(tmp_path):
+    "Everything that reads names of layers joins on the same ones."
+    from opentrans.cka import cka
+    from opentrans.peft import add_lora, load_added, save_added, slots
+    model,plain = net(checkpoint_wrapper),net()
+    assert list(slots(model)) == list(slots(plain)) and [s.kind for s in slots(model).values()] == [s.kind for s in slots(plain).values()]
+    add_lora(model, ['1.0.weight'], 2); save_added(model, tmp_path/'parts.safetensors')
+    assert list(load_added(plain, tmp_path/'parts.safetensors').parts) == ['1.0.weight']
+    frame = cka(net(), net(checkpoint_wrapper), [torch.rand(16, 8)])
+    assert list(frame.index) == list(frame.columns) == ['0.0.weight', '1.0.weight', '2.0.weight'] and np.allclose(np.diag(frame), 1)
 
 # --- weights that are computed ------------------------------------------------------------------------------------------
 

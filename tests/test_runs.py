@@ -1,0 +1,600 @@
+"Runs of Algorithm 1 that are killed, interrupted, damaged, forged, doubled or out of room: they end as one without a break, or in one sentence with nothing changed."
+import contextlib, copy, functools, json, os, resource, shutil, signal, subprocess, sys, textwrap, warnings
+from pathlib import Path
+import pytest
+import torch
+from torch import nn
+from mutations import check_reader, digest
+from opentrans.core import OpenTransError, load_metadata, load_tensors, save_tensors, seeded
+from opentrans.files import BAKED_FILE, lock_folder, pack_bits, read_checkpoint
+from opentrans.pruning import IMP_FILE, START_FILE, SparseMask, imp, load_baked, transfer_checkpoint
+from test_cli import fails, opentrans
+from test_pruning import small, zeros
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+SLOW = os.environ.get('OPENTRANS_SLOW') == '1'
+tests = Path(__file__).resolve().parent
+ENV = dict(os.environ, OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0', PYTHONPATH=os.pathsep.join([str(tests.parent), str(tests)]))
+COUNT = 2000 if SLOW else 200
+
+def train(model, round, iters=1):
+    "A round of training on noise."
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(iters):
+        loss = model(torch.randn(4, 3, 8, 8)).square().mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    return dict(loss=loss, accuracy=float('nan'), margin=float('inf'))
+
+class Remembers:
+    "A training that keeps something between rounds."
+    def __init__(self): self.sum = torch.zeros(2)
+    def __call__(self, model, round):
+        self.sum += torch.randn(2)
+        return train(model, round)
+    def state_dict(self): return dict(sum=self.sum)
+    def load_state_dict(self, state):
+        if list(state) != ['sum'] or state['sum'].shape != (2,) or state['sum'].dtype != torch.float32: raise KeyError('sum')
+        self.sum = state['sum'].clone()
+
+def rounds(folder):
+    "Number of whole rounds in the folder of a run; -1 if it has not begun."
+    file = Path(folder)/'imp.safetensors'
+    return len(json.loads(load_metadata(file)['history'])) if file.exists() else -1
+
+def stopped(folder, at=1, train=train, model=None, **kw):
+    "A run that is left in its second round."
+    def stops(model, round):
+        if round == at: raise KeyboardInterrupt
+        return train(model, round)
+    if hasattr(train, 'state_dict'): stops.state_dict, stops.load_state_dict = train.state_dict, train.load_state_dict
+    model = model or small()
+    with pytest.raises(KeyboardInterrupt): imp(model, stops, checkpoint_dir=folder, **{**KW, **kw})
+    return model
+
+KW = dict(density=.5, p=.2)
+
+def rewritten(file, change, out=None):
+    "A copy of a tensor file with other contents and the checksum that fits them."
+    tensors, meta = load_tensors(file)
+    change(tensors, meta)
+    save_tensors(tensors, out or file, meta)
+
+# --- a break changes nothing -------------------------------------------------------------------------------------------------
+
+WORLD = textwrap.dedent('''
+    import os, shutil, signal, sys, time, traceback
+    import torch
+    import torch.distributed as dist
+    from opentrans.clip import ClipBackbone, small_clip
+    from opentrans.distill import DistillTrainer
+    from opentrans.pruning import SparseMask, imp
+    from test_distill import CONFIG, Halves
+    from test_runs import rounds
+    torch.set_num_threads(1)
+    d, mode, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+
+    class Sizes(Halves):
+        "Images of several sizes: an embedding depends on the images that it was computed with."
+        def __init__(self, first=0, step=1):
+            super().__init__()
+            self.numbers = list(range(len(self.images)))[first::step]
+        def __len__(self): return len(self.numbers)
+        def __getitem__(self, i):
+            i = self.numbers[i]
+            h, w = 32 + 8*(i%3), 32 + 8*(i%4)
+            return {k: v[..., :h, 32-i:32-i+w] if k in ('image', 'labels', 'regions') else v for k,v in super().__getitem__(i).items()}
+
+    model, tok = small_clip(dict(CONFIG, vision_cfg=dict(layers=[1, 1, 1, 1], width=4, head_width=32, image_size=64)), seed=0)
+    clip = ClipBackbone.from_model(model, tok, 'tiny')
+
+    def run(folder, rank, cold=False):
+        "A run in one of n processes, each of which sees images of its own; writes what it ends with."
+        if n > 1: dist.init_process_group('gloo', init_method=f'file://{folder}.store', rank=rank, world_size=n)
+        train, net = DistillTrainer(clip, Sizes(rank, n), iters=40, lr=3e-3, batch_size=2, max_regions=3, teacher_mode=mode), clip.fresh_copy()
+        if cold: train.load_state_dict = lambda state: None
+        mask, history = imp(net, train, density=.5, p=.3, checkpoint_dir=folder)
+        torch.save(dict(mask=dict(mask.items()), net=net.state_dict(), log=train.log, history=history.drop(columns='seconds').to_dict('list')), f'{folder}.{rank}.pt')
+
+    def start(folder, **kw):
+        "The processes of a run, begun together."
+        if os.path.exists(f'{folder}.store'): os.remove(f'{folder}.store')
+        pids = []
+        for rank in range(n):
+            if pid := os.fork(): pids.append(pid)
+            else:
+                try:
+                    run(folder, rank, **kw)
+                    os._exit(0)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(9)
+        return pids
+
+    def end(pids): return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+    def killed(folder, after):
+        "A run that is killed once so many rounds are whole."
+        pids = start(folder)
+        while rounds(folder) < after and not os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT): time.sleep(.01)
+        for pid in pids: os.kill(pid, signal.SIGKILL)
+        return end(pids)
+
+    def same(a, b):
+        if isinstance(a, torch.Tensor): return torch.equal(a, b)
+        if isinstance(a, dict): return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
+        return a == b
+
+    def ended(folder): return [torch.load(f'{folder}.{rank}.pt', weights_only=True) for rank in range(n)]
+
+    assert end(start(f'{d}/whole')) == [0]*n
+    assert killed(f'{d}/cut', 0) == [-9]*n and rounds(f'{d}/cut') == 0
+    assert killed(f'{d}/cut', 1) == [-9]*n and rounds(f'{d}/cut') == 1
+    shutil.copytree(f'{d}/cut', f'{d}/cold')
+    assert end(start(f'{d}/cut')) == [0]*n and end(start(f'{d}/cold', cold=True)) == [0]*n
+    whole, cut, cold = (ended(f'{d}/{name}') for name in ('whole', 'cut', 'cold'))
+    for rank in range(n): assert [k for k in whole[rank] if not same(whole[rank][k], cut[rank][k])] == [], rank
+    assert same(whole[0]['net'], whole[-1]['net']) and same(whole[0]['mask'], whole[-1]['mask'])
+    print('without its memory:', same(whole[0]['net'], cold[0]['net']))
+''')
+
+@pytest.mark.parametrize('mode,n', [('crop', 1), ('attention', 2)] + [('crop', 2), ('attention', 1)]*SLOW)
+def test_a_killed_run_ends_as_one_without_a_break(tmp_path, mode, n):
+    "Forty iterations a round, kill -9 in the first round and again in the second, in one process or two: mask, weights, history and log are equal to the last bit. Without what the trainer remembers they are not."
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', WORLD, tmp_path, mode, str(n)], capture_output=True, text=True, env=ENV, cwd=tmp_path)
+    assert r.returncode == 0, r.stderr[-3000:]
+    assert 'without its memory: False' in r.stdout, 'this world would not show the failure'
+
+@pytest.mark.skipif(not SLOW, reason='minutes; OPENTRANS_SLOW=1 runs it')
+@pytest.mark.parametrize('launch', [[], ['-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', '0']])
+def test_the_command_killed_and_given_again_is_the_command(tmp_path, launch):
+    "The whole command, in one process and by torchrun in two."
+    def command(name):
+        args = ['prune', '--density', '.81', '--p', '.1', '--iters', '40', '--batch-size', '4', '--lr', '3e-3', '--device', 'cpu']
+        return [sys.executable, '-W', 'ignore', *launch, '-m', 'opentrans.cli', *args, '--out', f'{name}.safetensors', '--weights', f'{name}-weights.safetensors']
+    options = dict(env=dict(ENV, ACCELERATE_USE_CPU='true'), cwd=tmp_path)
+    subprocess.run(command('whole'), check=True, capture_output=True, **options)
+    process = subprocess.Popen(command('cut'), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+    wait_for(lambda: rounds(tmp_path/'cut.safetensors.run') >= 1, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    subprocess.run(command('cut'), check=True, capture_output=True, **options)
+    assert (tmp_path/'cut.safetensors').read_bytes() == (tmp_path/'whole.safetensors').read_bytes()
+    assert (tmp_path/'cut-weights.safetensors').read_bytes() == (tmp_path/'whole-weights.safetensors').read_bytes()
+
+def wait_for(seen, process):
+    "Wait until something is to be seen, or the process has ended."
+    while not seen() and process.poll() is None:
+        with contextlib.suppress(subprocess.TimeoutExpired): process.wait(.05)
+    assert seen(), f'the process ended with {process.returncode} before'
+
+def test_what_a_training_remembers_is_part_of_the_run(tmp_path):
+    "Also where it is inside a `partial`, a decorated function or a method."
+    whole = Remembers()
+    mask, history = imp(small(), whole, checkpoint_dir=tmp_path/'whole', **KW)
+    def decorated(keeper):
+        @functools.wraps(keeper)
+        def inner(model, round): return keeper(model, round)
+        inner.__wrapped__ = keeper
+        return inner
+    for i, wrap in enumerate((lambda keeper: keeper, lambda keeper: functools.partial(keeper), decorated, lambda keeper: keeper.__call__)):
+        stopped(tmp_path/f'{i}', train=Remembers())
+        again = Remembers()
+        found, rows = imp(small(), wrap(again), checkpoint_dir=tmp_path/f'{i}', **KW)
+        assert found == mask and torch.equal(again.sum, whole.sum), i
+        assert rows.drop(columns='seconds').equals(history.drop(columns='seconds')), 'NaN and infinity that a training reports are kept'
+
+def test_a_model_left_in_the_midst_can_be_given_to_the_same_call(tmp_path):
+    "In a notebook the cell is run again after Ctrl-C, with the same, half-trained model."
+    whole, history = imp(small(), train, **KW)
+    for at in (0, 1):
+        def breaks(model, round):
+            train(model, round)
+            if round == at: raise KeyboardInterrupt
+        model = small()
+        with pytest.raises(KeyboardInterrupt): imp(model, breaks, checkpoint_dir=tmp_path/f'{at}', **KW)
+        assert imp(model, train, checkpoint_dir=tmp_path/f'{at}', **KW)[0] == whole, at
+        assert whole.info == imp(small(), train, checkpoint_dir=tmp_path/f'{at}', **KW)[0].info, 'it began with the weights of the start'
+
+def test_seeds_of_any_size(tmp_path):
+    kw = dict(KW, seed=2**64 + 3)
+    whole, _ = imp(small(), train, **kw)
+    stopped(tmp_path/'run', **kw)
+    again, _ = imp(small(), train, checkpoint_dir=tmp_path/'run', **kw)
+    assert again == whole
+    again.save(tmp_path/'m.safetensors')
+    assert SparseMask.load(tmp_path/'m.safetensors').info['seed'] == str(2**64 + 3)
+
+def test_constants_of_infinity_are_no_divergence(tmp_path):
+    "An attention mask among the buffers holds -inf from the start."
+    def net():
+        model = small()
+        model.register_buffer('future', torch.tensor([0., -float('inf')]))
+        return model
+    whole, _ = imp(net(), train, **KW)
+    stopped(tmp_path, model=net(), rewind='start')
+    again = net()
+    assert imp(again, train, checkpoint_dir=tmp_path, rewind='start', **KW)[0].density == whole.density
+    assert again.future[1] == -float('inf')
+
+# --- an end from outside -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('sent,code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_notice_to_end_leaves_the_last_round_and_says_how_to_go_on(tmp_path, sent, code):
+    "SIGTERM as a scheduler sends it, or Ctrl-C, while the second round is trained."
+    command = [sys.executable, '-W', 'ignore', '-m', 'opentrans.cli', 'prune', '--density', '.1', '--iters', '2', '--batch-size', '2', '--device', 'cpu', '--out', 'm.safetensors']
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler) # a background script ignores it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENV, cwd=tmp_path, preexec_fn=heard)
+    folder = tmp_path/'m.safetensors.run'
+    wait_for(lambda: rounds(folder) >= 1, process)
+    process.send_signal(sent)
+    said = process.communicate()[1]
+    assert process.returncode == code, said[-2000:]
+    assert f"of 22 rounds are done and lie in 'm.safetensors.run': the same call goes on from there." in said and 'Traceback' not in said, said[-2000:]
+    assert rounds(folder) >= 1 and not (tmp_path/'m.safetensors').exists()
+    assert sorted(p.name for p in folder.iterdir()) == ['.lock', 'imp.safetensors', 'settings.json'], 'nothing half-written is left'
+
+def test_a_handler_of_the_program_stays(tmp_path):
+    "A program that listens for SIGTERM itself hears it."
+    heard, before = [], signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+    def asks(model, round): os.kill(os.getpid(), signal.SIGTERM)
+    try: imp(small(), asks, checkpoint_dir=tmp_path, density=.5, p=.5)
+    finally: signal.signal(signal.SIGTERM, before)
+    assert heard == [1]
+
+PAIR = textwrap.dedent('''
+    import os, signal, sys, time
+    import torch
+    import torch.distributed as dist
+    from opentrans.core import OpenTransError
+    from opentrans.files import lock_folder
+    from opentrans.pruning import imp
+    from test_runs import rounds, small, train
+    torch.set_num_threads(1)
+    d, what = sys.argv[1:]
+
+    def work(rank):
+        dist.init_process_group('gloo', init_method=f'file://{d}/store', rank=rank, world_size=2)
+        def round(model, r):
+            if what == 'lost' and r == 1 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+            if what == 'nan' and r == 1 and rank == 1:
+                with torch.no_grad(): model[0][1].bias.fill_(float('nan'))
+            return train(model, r)
+        try: imp(small(), round, checkpoint_dir=f'{d}/run', density=.5, p=.2)
+        except OpenTransError as error:
+            print(f'{rank}: {error}', flush=True)
+            os._exit(error.exit_code)
+        os._exit(0)
+
+    def both():
+        pids = []
+        for rank in (0, 1):
+            if pid := os.fork(): pids.append(pid)
+            else: work(rank)
+        return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+    if what == 'locked':
+        with lock_folder(f'{d}/run'): print(both())
+    else: print(both(), rounds(f'{d}/run'))
+''')
+
+@pytest.mark.parametrize('what,told', [('lost', 'lost another one'), ('nan', 'ended with loss=nan'), ('locked', 'Another run is at work')])
+def test_two_processes_end_together(tmp_path, what, told):
+    "One that is killed, diverges or finds the folder taken: the other does not wait for ever, and the last round stays."
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', PAIR, tmp_path, what], capture_output=True, text=True, env=ENV, cwd=tmp_path, timeout=300)
+    assert r.returncode == 0, r.stderr[-3000:]
+    lines = r.stdout.splitlines()
+    said = [line for line in lines if line[:2] in ('0:', '1:')]
+    assert len(said) == (1 if what == 'lost' else 2) and all(told in line for line in said), r.stdout + r.stderr[-2000:]
+    assert lines[-1] == {'lost': '[1, -9] 1', 'nan': '[2, 2] 1', 'locked': '[2, 2]'}[what]
+    if what == 'lost': assert "1 of 4 rounds are done" in said[0] and 'the same call goes on' in said[0]
+
+# --- what is not a number ----------------------------------------------------------------------------------------------------
+
+def spoil(what, value):
+    def work(model, round):
+        out = train(model, round)
+        if round < 1: return out
+        with torch.no_grad():
+            if what == 'norm': model[0][1].bias[0] = value
+            if what == 'statistics': model[1][1].running_var[0] = value
+            if what == 'first layer': model[0][0].weight[0] = value
+        return dict(out, **{what: value}) if 'loss' in what else out
+    return work
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+@pytest.mark.parametrize('what', ['norm', 'statistics', 'first layer', 'loss', 'loss_last'])
+def test_a_round_that_is_not_finite_does_not_replace_the_last_good_one(tmp_path, what, value):
+    "Outside of the masked weights, too; and whether or not there is a folder."
+    for rewind in (None, 'start'):
+        folder = tmp_path/str(rewind)
+        for place in (None, folder):
+            with pytest.raises(OpenTransError, match='not finite|ended with loss'): imp(small(), spoil(what, value), checkpoint_dir=place, rewind=rewind, **KW)
+        assert rounds(folder) == 1
+        again, _ = imp(small(), train, checkpoint_dir=folder, rewind=rewind, **KW)
+        assert again == imp(small(), train, rewind=rewind, **KW)[0]
+
+def test_a_model_that_is_not_finite_is_refused_before_the_first_round(tmp_path):
+    for name in ('0.1.bias', '0.1.running_mean'):
+        model = small()
+        with torch.no_grad(): model.state_dict()[name].fill_(float('nan'))
+        with pytest.raises(OpenTransError, match='the model at the start'): imp(model, train, checkpoint_dir=tmp_path, **KW)
+        assert rounds(tmp_path) == -1
+    bad = dict(small().state_dict(), **{'0.1.bias': torch.full((4,), float('nan'))})
+    with pytest.raises(OpenTransError, match='state to rewind to'): imp(small(), train, rewind=bad, **KW)
+
+@pytest.mark.parametrize('given', ['much', [1, 2], torch.ones(2), object()])
+def test_a_training_that_reports_no_number(given):
+    with pytest.raises(OpenTransError, match='give a number'): imp(small(), lambda model: dict(loss=given), **KW)
+
+# --- whose folder is it ------------------------------------------------------------------------------------------------------
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    model, before = small(), digest(small())
+    with lock_folder(tmp_path/'run'), pytest.raises(OpenTransError, match='Another run is at work'): imp(model, train, checkpoint_dir=tmp_path/'run', **KW)
+    def nested(net, round): imp(model, train, checkpoint_dir=tmp_path/'run', **KW)
+    with pytest.raises(OpenTransError, match='Another run is at work'): imp(small(), nested, checkpoint_dir=tmp_path/'run', **KW)
+    assert digest(model) == before
+    assert len(imp(model, train, checkpoint_dir=tmp_path/'run', **KW)[1]) == 4, 'the folder is free again'
+
+def test_a_run_belongs_to_the_weights_that_it_began_with(tmp_path):
+    stopped(tmp_path, rewind='start')
+    other, before = small(seed=1), digest(small(seed=1))
+    with pytest.raises(OpenTransError, match='began with other weights'): imp(other, train, checkpoint_dir=tmp_path, rewind='start', **KW)
+    assert digest(other) == before and rounds(tmp_path) == 1
+
+def test_a_run_rewinds_to_its_own_start(tmp_path):
+    "The start of another run of the same settings is put in the place of this one's."
+    def early(iters): return lambda model: train(model, 0, iters)
+    stopped(tmp_path/'a', rewind=early(1))
+    stopped(tmp_path/'b', rewind=early(2))
+    stopped(tmp_path/'c', model=small(seed=1), rewind=early(1))
+    model, before = small(), digest(small())
+    for other, told in (('b', 'belongs to another run'), ('c', 'began with other weights')):
+        shutil.copy(tmp_path/other/'start.safetensors', tmp_path/'a'/'start.safetensors')
+        with pytest.raises(OpenTransError, match=told): imp(model, train, checkpoint_dir=tmp_path/'a', rewind=early(1), **KW)
+    (tmp_path/'a'/'start.safetensors').unlink()
+    with pytest.raises(OpenTransError, match='the run cannot rewind'): imp(model, train, checkpoint_dir=tmp_path/'a', rewind=early(1), **KW)
+    assert digest(model) == before
+
+def test_what_a_dead_writer_left_is_swept(tmp_path):
+    orphan = tmp_path/'.imp-0123abcd.part.safetensors'
+    orphan.write_bytes(b'half')
+    imp(small(), train, checkpoint_dir=tmp_path, **KW)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.lock', 'imp.safetensors', 'settings.json']
+
+def test_another_place_of_work_is_told(tmp_path):
+    "Sums of other numbers of threads differ in their last bits."
+    stopped(tmp_path)
+    def threads(tensors, meta): meta['ran'] = json.dumps(dict(json.loads(meta['ran']), threads=99))
+    rewritten(tmp_path/'imp.safetensors', threads)
+    with pytest.warns(UserWarning, match="'threads': 99"): mask, _ = imp(small(), train, checkpoint_dir=tmp_path, **KW)
+    assert mask.info['threads'] == torch.get_num_threads() and mask.info['device'] == 'cpu'
+
+# --- damaged and forged files ------------------------------------------------------------------------------------------------
+
+def history_of(change):
+    def forge(tensors, meta):
+        rows = json.loads(meta['history'])
+        change(rows)
+        meta['history'] = json.dumps(rows)
+    return forge
+
+def first(prefix, tensors): return next(name for name in tensors if name.startswith(prefix) and tensors[name].ndim)
+def put(prefix, change): return lambda tensors, meta: tensors.update({first(prefix, tensors): change(tensors[first(prefix, tensors)])})
+
+FORGED = {
+    'a mask that is too short': put('mask/', lambda t: t[:-1]), 'a mask that is too long': put('mask/', lambda t: torch.cat([t, t])),
+    'a mask of numbers': put('mask/', lambda t: t.float()), 'another mask': put('mask/', lambda t: t ^ 128),
+    'a layer without a mask': lambda tensors, meta: tensors.pop(first('mask/', tensors)),
+    'a mask without a layer': lambda tensors, meta: tensors.update({'mask/x': torch.zeros(1, dtype=torch.uint8)}),
+    'NaN among the weights': put('model/', lambda t: t*float('nan')), 'infinity among the weights': put('model/', lambda t: t*float('inf')),
+    'weights of int8': put('model/', lambda t: t.to(torch.int8)), 'weights of another shape': put('model/', lambda t: t[:1]),
+    'complex weights': put('model/', lambda t: t.to(torch.complex64)),
+    'a tensor that is missing': lambda tensors, meta: tensors.pop(first('model/', tensors)),
+    'a tensor that is unknown': lambda tensors, meta: tensors.update({'model/x': torch.zeros(1)}),
+    'a tensor of no kind': lambda tensors, meta: tensors.update(x=torch.zeros(1)),
+    'too few rounds': history_of(lambda rows: rows.pop()), 'too many rounds': history_of(lambda rows: rows.extend(rows*9)),
+    'another density': history_of(lambda rows: rows[0].update(density=.79)), 'rounds of another order': history_of(lambda rows: rows[0].update(round=1)),
+    'no threshold': history_of(lambda rows: rows[0].pop('threshold')), 'words in the history': history_of(lambda rows: rows[0].update(loss='low')),
+    'a row that is a list': history_of(lambda rows: rows.append([1])), 'no history': lambda tensors, meta: meta.pop('history'),
+    'other settings': lambda tensors, meta: meta.update(settings='{}'), 'settings that are none': lambda tensors, meta: meta.update(settings='[1'),
+    'no start': lambda tensors, meta: meta.pop('ran'), 'another kind of file': lambda tensors, meta: meta.update(format='opentrans-mask'),
+    'a newer version': lambda tensors, meta: meta.update(version='3'), 'an older version': lambda tensors, meta: meta.update(version='1'),
+    'no version': lambda tensors, meta: meta.pop('version'), 'a version in words': lambda tensors, meta: meta.update(version='two'),
+    'a training without its memory': lambda tensors, meta: tensors.update({'train/x': tensors.pop('train/sum')}),
+}
+
+@pytest.fixture(scope='module')
+def half_run(tmp_path_factory):
+    "The folder of a run that was left in its second round."
+    folder = tmp_path_factory.mktemp('half')
+    stopped(folder, train=Remembers(), rewind='start')
+    return folder
+
+@pytest.mark.parametrize('what', FORGED)
+def test_forged_checkpoints_are_refused_as_a_whole(half_run, tmp_path, what):
+    "The checksum fits, the contents do not: one sentence, and neither model nor training is changed."
+    shutil.copytree(half_run, tmp_path/'run')
+    rewritten(half_run/'imp.safetensors', FORGED[what], tmp_path/'run'/'imp.safetensors')
+    model, keeper, before, file = small(), Remembers(), digest(small()), (tmp_path/'run'/'imp.safetensors').read_bytes()
+    with pytest.raises(OpenTransError) as told: imp(model, keeper, checkpoint_dir=tmp_path/'run', rewind='start', **KW)
+    assert len(str(told.value)) < 1500 and 'run' in str(told.value)
+    assert digest(model) == before and torch.equal(keeper.sum, torch.zeros(2))
+    assert (tmp_path/'run'/'imp.safetensors').read_bytes() == file, 'the file is left for a closer look'
+
+def reads_run(folder, name, model, path):
+    "Go on with a run one of whose files is another."
+    if path != folder/name: shutil.copy(path, folder/name)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        mask, history = imp(model, Remembers(), checkpoint_dir=folder, rewind='start', **KW)
+    return mask, history.drop(columns='seconds')
+
+@pytest.mark.parametrize('name', ['imp.safetensors', 'start.safetensors'])
+def test_mutated_files_of_a_run(half_run, tmp_path, name):
+    "Flipped bits, other bytes, cuts, insertions; other tensors and metadata under a right checksum: refused with nothing changed, or the same."
+    folder = tmp_path/'run'
+    shutil.copytree(half_run, folder)
+    good = tmp_path/name
+    shutil.copy(half_run/name, good)
+    def read(model, path):
+        shutil.copy(half_run/'imp.safetensors', folder/'imp.safetensors')
+        return reads_run(folder, name, model, path)
+    told = check_reader(good, read, small, lambda model: digest(model), lambda found: digest(dict(found[0].items()), found[1].to_dict('list')), COUNT)
+    assert told['refused'] > COUNT/3
+
+def old_mask_file(mask, path):
+    "A mask file as version 0.1 wrote it."
+    import opentrans.pruning as P
+    bits = {n: pack_bits(m) for n, m in mask.items()}
+    layers = {n: dict(shape=list(m.shape), kept=int(m.sum()), density=round(float(m.float().mean()), 6)) for n, m in mask.items()}
+    meta = dict(format='opentrans-mask', version='1', density=f'{mask.density:.6f}', layers=json.dumps(layers), info=json.dumps(mask.info))
+    from safetensors.torch import save_file
+    save_file(bits, path, metadata=dict(meta, sha256=P._digest(meta, bits)))
+
+def same_mask(mask): return digest(dict(mask.items()), mask.info)
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_mutated_mask_files(tmp_path, version):
+    mask = SparseMask.magnitude(small(), .3)
+    good = tmp_path/'m.safetensors'
+    mask.save(good) if version == 2 else old_mask_file(mask, good)
+    assert SparseMask.load(good) == mask and SparseMask.load(good).info == mask.info, 'masks of 0.1 are read'
+    check_reader(good, lambda _, path: SparseMask.load(path), same=same_mask, count=COUNT)
+
+def test_mutated_baked_files(tmp_path):
+    mask, good = SparseMask.magnitude(small(), .3), tmp_path/'b.safetensors'
+    mask.bake(small(), good)
+    for read in (load_baked, read_checkpoint): check_reader(good, lambda _, path: read(path), same=lambda state: digest(state), count=COUNT)
+
+def test_baked_files_of_the_first_version_are_read(tmp_path):
+    mask, model = SparseMask.magnitude(small(), .3), small()
+    mask.bake(model, tmp_path/'new.safetensors')
+    tensors, meta = load_tensors(tmp_path/'new.safetensors')
+    from safetensors.torch import save_file
+    save_file(tensors, tmp_path/'old.safetensors', metadata=dict(meta, version='1'))
+    assert all(torch.equal(t, model.state_dict()[k]) for k, t in load_baked(tmp_path/'old.safetensors').items())
+
+def test_baked_files_hold_numbers(tmp_path):
+    mask = SparseMask.magnitude(small(), .3)
+    mask.bake(small(), tmp_path/'b.safetensors')
+    def spoil(tensors, meta): tensors['4.bias'] = tensors['4.bias']*float('nan')
+    rewritten(tmp_path/'b.safetensors', spoil)
+    with pytest.raises(OpenTransError, match='no numbers'): load_baked(tmp_path/'b.safetensors')
+    model = small()
+    with torch.no_grad(): model[4].bias.fill_(float('nan'))
+    before = digest(model)
+    with pytest.raises(OpenTransError, match='not finite'): mask.bake(model, tmp_path/'c.safetensors')
+    assert digest(model) == before and not (tmp_path/'c.safetensors').exists()
+
+def test_checkpoints_of_the_first_version_are_refused_in_one_sentence(tmp_path):
+    save_tensors({'model/0.0.weight': torch.ones(1)}, tmp_path/'imp.safetensors', dict(format='opentrans-imp', settings={}, history=[]))
+    with pytest.raises(OpenTransError, match='format 1; this opentrans reads from 2 on'): imp(small(), train, checkpoint_dir=tmp_path, **KW)
+
+# --- one mask, one file; and files of others ---------------------------------------------------------------------------------
+
+def test_one_mask_gives_one_file(tmp_path):
+    "Saved twice, loaded and saved again, and by processes whose dictionaries and sets hash otherwise."
+    mask = SparseMask.magnitude(small(), .3)
+    info = dict(of={'b', 'a', 'c'}, train=train, when=None, made=object())
+    for name in 'ab': mask.save(tmp_path/name, **info)
+    SparseMask.load(tmp_path/'a').save(tmp_path/'c')
+    work = f"""import torch
+torch.set_num_threads(1)
+from test_runs import *
+SparseMask.magnitude(small(), .3).save('d', of={{'b', 'a', 'c'}}, train=train, when=None, made=object())"""
+    subprocess.run([sys.executable, '-c', work], env=dict(ENV, PYTHONHASHSEED='7'), cwd=tmp_path, check=True)
+    assert len({(tmp_path/name).read_bytes() for name in 'abcd'}) == 1
+
+@pytest.mark.parametrize('suffix', ['.pkl', '.pth', '.safetensors'])
+def test_masks_go_onto_detectron2_pickles(tmp_path, suffix):
+    "Weights as detectron2's zoo has them: a pickle of arrays under its names, read without running code."
+    import pickle
+    from test_pruning import tiny_resnet
+    net = tiny_resnet()
+    mask = SparseMask.magnitude(net, .2)
+    spelled = {}
+    for name, tensor in net.state_dict().items():
+        new = name.replace('downsample.0.', 'shortcut.')
+        for i in range(1, 5): new = new.replace(f'layer{i}.', f'res{i+1}.')
+        spelled[f'backbone.{"stem." if new.startswith("conv") else ""}{new}'] = tensor.numpy()
+    (tmp_path/'r50.pkl').write_bytes(pickle.dumps(dict(model=spelled, __author__='zoo', matching_heuristics=True)))
+    whole, left = transfer_checkpoint(mask, tmp_path/'r50.pkl', tmp_path/f'out{suffix}')
+    back = read_checkpoint(tmp_path/f'out{suffix}')
+    back = back.get('model', back)
+    assert not left and whole['__author__'] == 'zoo' and set(back) == set(spelled)
+    assert zeros(mask, net.__class__ and _filled(net, spelled, back)), 'the pruned weights are zero, under their own names'
+
+def _filled(net, spelled, back):
+    "The net with the weights of a file of other names, in the same order."
+    net.load_state_dict(dict(zip(net.state_dict(), (back[name] for name in spelled))))
+    return net
+
+def test_masks_go_onto_baked_files(tmp_path):
+    mask, other = SparseMask.magnitude(small(), .5), SparseMask.random(small(), .5, seed=1)
+    mask.bake(small(), tmp_path/'b.safetensors')
+    whole, left = transfer_checkpoint(other, tmp_path/'b.safetensors', tmp_path/'out.pth')
+    assert not left and all((whole[n][~(mask[n] & other[n])] == 0).all() and (whole[n][mask[n] & other[n]] != 0).all() for n in mask)
+    assert torch.equal(torch.load(tmp_path/'out.pth', weights_only=True)['4.weight'], whole['4.weight'])
+
+# --- no room on the disk -----------------------------------------------------------------------------------------------------
+
+FULL = textwrap.dedent('''
+    import resource, signal, sys
+    import torch
+    from opentrans.core import OpenTransError
+    from opentrans.pruning import SparseMask, imp, transfer_checkpoint
+    from test_runs import KW, small, train
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    mask, model = SparseMask.magnitude(small(), .3), small()
+    works = dict(mask=lambda: mask.save('m.safetensors', note='x'*5000), baked=lambda: mask.bake(model, 'b.safetensors'),
+                 transfer=lambda: transfer_checkpoint(mask, model.state_dict(), 't.safetensors'), pth=lambda: transfer_checkpoint(mask, model.state_dict(), 't.pth'),
+                 pkl=lambda: transfer_checkpoint(mask, model.state_dict(), 't.pkl'), imp=lambda: imp(model, train, checkpoint_dir='run', **KW))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
+    for name, work in works.items():
+        try: work()
+        except OpenTransError as error: print(name, error.exit_code, str(error)[:90].replace(chr(10), ' '), flush=True)
+''')
+
+def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path):
+    "Files may not grow beyond 1,500 bytes: each writer ends in a sentence with exit code 1, the old files are whole, and nothing half-written is left."
+    mask, model = SparseMask.magnitude(small(), .5), small()
+    mask.save(tmp_path/'m.safetensors')
+    mask.bake(model, tmp_path/'b.safetensors')
+    for suffix in ('safetensors', 'pth', 'pkl'): transfer_checkpoint(mask, model.state_dict(), tmp_path/f't.{suffix}')
+    stopped(tmp_path/'run')
+    old = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-c', FULL], capture_output=True, text=True, env=ENV, cwd=tmp_path)
+    assert r.returncode == 0, r.stderr[-2000:]
+    lines = r.stdout.splitlines()
+    assert [line.split()[:2] for line in lines] == [[name, '1'] for name in ('mask', 'baked', 'transfer', 'pth', 'pkl', 'imp')], r.stdout
+    assert all('Cannot write' in line for line in lines)
+    assert {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == old
+
+def test_the_command_on_a_full_disk_exits_1(tmp_path):
+    (tmp_path/'m.safetensors').write_bytes(b'what was there')
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
+    r = subprocess.run([sys.executable, '-W', 'ignore', '-m', 'opentrans.cli', 'prune', '--method', 'magnitude', '--out', 'm.safetensors'], capture_output=True, text=True, env=ENV, cwd=tmp_path, preexec_fn=limit)
+    assert r.returncode == 1 and 'error: Cannot write' in r.stderr and 'Traceback' not in r.stderr, r.stderr[-2000:]
+    assert (tmp_path/'m.safetensors').read_bytes() == b'what was there'
+
+# --- numbers -----------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kw,told', [(dict(p=1e-12), '10,000 rounds'), (dict(p=1e-300), '10,000 rounds'), (dict(p='0.1'), 'p must be a number'), (dict(density=float('nan')), 'density must be'),
+                                     (dict(seed=-1), 'seed=-1'), (dict(seed=1.5), 'whole number'), (dict(seed=True), 'whole number'), (dict(seed=None), 'whole number'),
+                                     (dict(schedule=.5), 'list of densities'), (dict(schedule=[.5]*10_001), 'at most 10,000'), (dict(schedule=[.5, float('nan')]), 'a density of the schedule'),
+                                     (dict(rewind='end'), 'rewind must be'), (dict(rewind={'0.0.weight': 'x'}), 'lacks')])
+def test_numbers_of_imp_are_checked_before_anything_is_done(tmp_path, kw, told):
+    with pytest.raises(OpenTransError, match=told): imp(small(), train, checkpoint_dir=tmp_path/'run', **kw)
+    assert not (tmp_path/'run').exists()
+
+@pytest.mark.parametrize('args', ['--p 1e-12', '--p 0', '--p nan', '--density nan', '--iters 0', '--iters -3', '--lr nan', '--lr inf', '--lr -1', '--batch-size 0', '--crop 1', '--crop 3'])
+def test_numbers_of_the_command_end_in_one_sentence(tmp_path, args):
+    assert 'must be' in fails('prune', '--out', tmp_path/'m.safetensors', *args.split()) or '--p' in args
+    assert not list(tmp_path.iterdir()), 'nothing is written'
