@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from matplotlib.ticker import LogLocator, NullFormatter
 from typing_extensions import NotRequired, TypedDict
-from .core import (KINDS, OpenTransError, RETIRED, Undo, after_step, around_step, atomic_path, axes, bare_modules, bare_parameters,
+from .core import (LAYER_KINDS, OpenTransError, RETIRED, Undo, after_step, around_step, atomic_path, axes, bare_modules, bare_parameters,
     best_fits, clean_name, device_of, evaluating, find_tower, handling, held_by, in_tower, inner_name, inside, layers, layers_of,
     load_metadata, load_tensors, matches, no_partner, no_values, only_fit, optional, progress, save_json, save_tensors, seeded,
     trunk, under, unknown, unreadable, unwrap)
@@ -52,7 +52,7 @@ def _reasons(whys, n=3):
     told = [f"{names[0]} {why}{f' (and {len(names)-1} more)' if len(names) > 1 else ''}" for why,names in alike.items()]
     return '; '.join(told[:n]) + (f'; and {len(told)-n} more' if len(told) > n else '')
 
-def _candidates(model, kinds=KINDS, skip_first=True, skip=None, only=('*',)):
+def _candidates(model, kinds=LAYER_KINDS, skip_first=True, skip=None, only=('*',)):
     """The layers that a mask covers, and name -> reason of those that it would cover and cannot.
     Raises `OpenTransError` for layers that are not made yet."""
     found = layers(model)
@@ -65,7 +65,7 @@ def _candidates(model, kinds=KINDS, skip_first=True, skip=None, only=('*',)):
 
 def prunable(
     model:nn.Module, # Any model; names are read in its tower
-    kinds=KINDS, # Kinds of layer, as `layers` calls them
+    kinds=LAYER_KINDS, # Kinds of layer, as `layers` calls them
     skip_first:bool=True, # Leave the first layer dense?
     skip=None, # What to leave dense: names of modules, or patterns of whole names such as `'layer4.*'`; None: the model's head
     only=('*',), # Patterns of whole names to choose from
@@ -1327,7 +1327,7 @@ def imp(
             run.rewind()
             mask.apply(model).remove()
             _share_state(bare)
-            history.append(_row(r, mask, threshold, out, began))
+            history.append(_tell(_row(r, mask, threshold, out, began)))
             run.save(mask, history, train)
     mask.info = {**{k: v for k,v in found.items() if k not in ('layers', 'schedule')}, 'method': 'imp', 'backbone': type(find_tower(model)).__name__,
                  'weights': run.digest, 'threads': torch.get_num_threads(), 'device': device_of(bare).type, 'torch': torch.__version__, **_dense_info(model, **kwargs)}

@@ -23,7 +23,7 @@ from matplotlib.patches import Rectangle
 from torch import nn
 from typing_extensions import NotRequired, TypedDict
 from .core import axes, check_images, find_tower, label_loss_of, progress, seeded
-from .errors import FormatError, OpenTransError, check_number, shorten, unknown
+from .errors import DamagedFile, FormatError, OpenTransError, check_number, shorten, unknown
 from .escape import for_plot
 from .files import (FileKind, RunFile, check_finite, check_like, json_text, lock_file, metadata_value, optimizer_tensors, parse_document, read_text, restore_optimizer,
     save_text, strip_prefix)
@@ -154,7 +154,8 @@ def _check_weights(module, names):
     for name in names:
         layer = module.get_submodule(name) if name else module
         weights = {n: p for n, p in layer._parameters.items() if p is not None}
-        if not weights: raise OpenTransError(f"{type(module).__name__}.{name} has no weight of its own: a parametrisation, such as weight_norm, computes it. Take that off first.")
+        key = 'in_proj_weight' if isinstance(layer, nn.MultiheadAttention) else 'weight'
+        if key not in weights: raise OpenTransError(f"{type(module).__name__}.{name} has no weight of its own: a parametrisation, such as weight_norm, computes it. Take that off first.")
         odd = [f'{n} ({p.dtype})' for n, p in weights.items() if not p.is_floating_point() or p.element_size() < 2]
         if odd: raise OpenTransError(f"{type(module).__name__}.{name} holds codes of a quantized layer: {', '.join(odd)}. Take it in float32 or bfloat16.")
 
@@ -679,10 +680,12 @@ def from_json(cls:HybridSpec,
     "Read what `to_json` wrote, or the same by hand. Raises `OpenTransError` if it is something else, or was altered."
     text, what = str(source), 'the text'
     if not text.lstrip().startswith('{'): text, what = read_text(source), source
-    told = parse_document(text, HYBRID_FILE, _Hybrid, what)
-    told.pop('kind', None)
-    try: return cls(**told)
-    except OpenTransError as error: raise FormatError(f"'{shorten(what)}' holds no hybrid. {error}") from error
+    try:
+        told = parse_document(text, HYBRID_FILE, _Hybrid, what)
+        told.pop('kind', None)
+        return cls(**told)
+    except DamagedFile: raise
+    except OpenTransError as error: raise FormatError(f"This is not a hybrid. {error}") from error
 
 def _op_of(m):
     if isinstance(m, (UnifiedAttention, UnifiedDepthwise)): return m.op()

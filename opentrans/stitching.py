@@ -858,7 +858,7 @@ def _as_here(value, here, what):
         return type(here)(_as_here(v, h, what) for v, h in zip(value, here))
     switch, number = (bool, type(None)), isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(value, switch) and isinstance(here, switch): return value
-    if number and isinstance(here, (int, float)) and not isinstance(here, bool) and math.isfinite(value) and (isinstance(value, int) or isinstance(here, float)): return value
+    if number and isinstance(here, (int, float)) and not isinstance(here, bool) and math.isfinite(value) and (isinstance(value, int) or isinstance(here, float)): return type(here)(value)
     raise ValueError(f'{what} is {shorten(repr(value), 60)}, here {shorten(repr(here), 60)}')
 
 # %% ../nbs/18_stitching.ipynb #9ccf1aab

@@ -35,7 +35,9 @@ class Remembers:
         self.sum += torch.randn(2)
         return train(model, round)
     def state_dict(self): return dict(sum=self.sum)
-    def load_state_dict(self, state): self.sum = state['sum'].clone()
+    def load_state_dict(self, state):
+        if list(state) != ['sum'] or state['sum'].shape != (2,) or state['sum'].dtype != torch.float32: raise KeyError('sum')
+        self.sum = state['sum'].clone()
 
 def rounds(folder):
     "Number of whole rounds in the folder of a run; -1 if it has not begun."
@@ -63,7 +65,7 @@ def rewritten(file, change, out=None):
 # --- a break changes nothing -------------------------------------------------------------------------------------------------
 
 WORLD = textwrap.dedent('''
-    import os, signal, sys, time, warnings
+    import os, shutil, signal, sys, time, traceback
     import torch
     import torch.distributed as dist
     from opentrans.clip import ClipBackbone, small_clip
@@ -107,7 +109,6 @@ WORLD = textwrap.dedent('''
                     run(folder, rank, **kw)
                     os._exit(0)
                 except BaseException:
-                    import traceback
                     traceback.print_exc()
                     os._exit(9)
         return pids
@@ -131,8 +132,6 @@ WORLD = textwrap.dedent('''
     assert end(start(f'{d}/whole')) == [0]*n
     assert killed(f'{d}/cut', 0) == [-9]*n and rounds(f'{d}/cut') == 0
     assert killed(f'{d}/cut', 1) == [-9]*n and rounds(f'{d}/cut') == 1
-    for name in ('.safetensors', '/imp.safetensors'): pass
-    import shutil
     shutil.copytree(f'{d}/cut', f'{d}/cold')
     assert end(start(f'{d}/cut')) == [0]*n and end(start(f'{d}/cold', cold=True)) == [0]*n
     whole, cut, cold = (ended(f'{d}/{name}') for name in ('whole', 'cut', 'cold'))
