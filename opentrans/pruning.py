@@ -37,11 +37,13 @@ from .escape import for_plot
 # %% ../nbs/01_pruning.ipynb #ec47e9a4
 _FLAT = 'is flattened to one axis (as FSDP and ZeRO do): work on the model before it is wrapped'
 
+def _unmaskable(t):
+    "Why no number of a tensor can be set to zero; '' if it can. Those that are not loaded yet can be later, and complex ones have a magnitude."
+    return '' if t.is_meta or t.is_complex() else unreadable(t)
+
 def _cannot_mask(layer):
-    "Why no mask can be put on a layer; '' if one can. Values that are not loaded yet are no reason, and complex ones have a magnitude."
-    if layer.computed: return layer.computed
-    if layer.param.ndim < 2: return _FLAT
-    return '' if layer.param.is_meta or layer.param.is_complex() else unreadable(layer.param)
+    "Why no mask can be put on a layer; '' if one can."
+    return layer.computed or (_FLAT if layer.param.ndim < 2 else _unmaskable(layer.param))
 
 def _reasons(whys, n=3):
     "Layers and reasons as one text; layers with the same reason are counted."
@@ -51,7 +53,8 @@ def _reasons(whys, n=3):
     return '; '.join(told[:n]) + (f'; and {len(told)-n} more' if len(told) > n else '')
 
 def _candidates(model, kinds=LAYER_KINDS, skip_first=True, skip=None, only=('*',)):
-    "The layers that a mask covers, and name -> reason of those that it would cover and cannot. Raises `OpenTransError` for layers that are not made yet."
+    """The layers that a mask covers, and name -> reason of those that it would cover and cannot.
+    Raises `OpenTransError` for layers that are not made yet."""
     found = layers(model)
     first = found[0].key if skip_first and found else None
     chosen = [l for l in trunk(model, skip) if l.key != first and l.kind in kinds and inside(l.name, only)]
@@ -64,13 +67,15 @@ def prunable(
     model:nn.Module, # Any model; names are read in its tower
     kinds=LAYER_KINDS, # Kinds of layer, as `layers` calls them
     skip_first:bool=True, # Leave the first layer dense?
-    skip=None, # Names of modules to leave dense with everything under them, or patterns of whole names such as `'layer4.*'`; None: the model's head
+    skip=None, # What to leave dense: names of modules, or patterns of whole names such as `'layer4.*'`; None: the model's head
     only=('*',), # Patterns of whole names to choose from
 )->list: # `Layer`s
-    "The layers whose weights a mask covers (paper Sec. 3.2); a warning names those that it cannot. Raises `OpenTransError` if there are none."
+    "The layers whose weights a mask covers (paper Sec. 3.2); a warning names those that it cannot. Raises `OpenTransError`."
     res,whys = _candidates(model, kinds, skip_first, skip, only)
-    if not res: raise OpenTransError(f"{type(find_tower(model)).__name__} has no prunable layers of kind {', '.join(kinds)}"
-                                     f"{' besides the first' if skip_first else ''}{f': {_reasons(whys)}' if whys else ''}. Give a model with convolutions or linear maps, or loosen skip and only.")
+    if not res:
+        which = f"{', '.join(kinds)}{' besides the first' if skip_first else ''}{f': {_reasons(whys)}' if whys else ''}"
+        raise OpenTransError(f"{type(find_tower(model)).__name__} has no prunable layers of kind {which}. "
+                             "Give a model with convolutions or linear maps, or loosen skip and only.")
     if whys: warnings.warn(f"The mask leaves {len(whys)} layers dense: {_reasons(whys)}.", stacklevel=2)
     return res
 
@@ -92,7 +97,9 @@ def _kth_smallest(chunks, k, sample=65536, slack=.01):
 # %% ../nbs/01_pruning.ipynb #c757bac0
 def _check_scores(scores):
     bad = [n for n,s in scores.items() if s.sum(dtype=torch.float32).isnan()]
-    if bad: raise OpenTransError(f"The scores of {len(bad)} layers are not numbers (NaN): {', '.join(bad[:6])}. Has the training diverged?")
+    if bad:
+        raise OpenTransError(f"The scores of {len(bad)} layers are not numbers (NaN): {', '.join(bad[:6])}. "
+                             "Has the training diverged?")
 
 def _keep_best(
     scores:dict, # Name -> tensor of scores, high is good
@@ -131,7 +138,8 @@ def weights_digest(
     found, # `Layer`s, as `prunable` gives them
 )->str: # 16 hexadecimal digits
     "A checksum of weights, which says on which ones a mask was found."
-    if absent := {l.name: why for l in found if (why := no_values(l.weight))}: raise OpenTransError(f"{len(absent)} layers have no values to look at: {_reasons(absent)}.")
+    absent = {l.name: why for l in found if (why := no_values(l.weight))}
+    if absent: raise OpenTransError(f"{len(absent)} layers have no values to look at: {_reasons(absent)}.")
     h = hashlib.sha256()
     for l in found: h.update(l.name.encode()); h.update(_bytes_of(l.weight))
     return h.hexdigest()[:16]
@@ -153,7 +161,8 @@ class SparseMask:
         info:dict=None, # How it was found, as plain values; saved with it
     ):
         if not masks: raise OpenTransError("A mask needs at least one layer. Make one with SparseMask.ones(model), .magnitude or .random.")
-        self.masks,self.info = {clean_name(n): torch.as_tensor(m).bool().cpu() for n,m in masks.items()},dict(info or {})
+        self.masks = {clean_name(n): torch.as_tensor(m).bool().cpu() for n,m in masks.items()}
+        self.info = dict(info or {})
 
     @property
     def names(self)->list: return list(self.masks)
@@ -232,7 +241,8 @@ def _magnitudes(found): return {l.name: _size(l.weight) for l in found}
 _SCOPES = ('global', 'layer', 'channel', 'N:M such as 2:4')
 
 def _best_of_m(s, n, m):
-    "Of scores (outputs, inputs, ...), the best `n` of every `m` consecutive inputs; a layer whose number of inputs is no multiple of `m` stays dense."
+    """Of scores (outputs, inputs, ...), the best `n` of every `m` consecutive inputs; a layer whose number of inputs is no
+    multiple of `m` stays dense."""
     if s.shape[1] % m: return torch.ones(s.shape, dtype=torch.bool)
     groups = s.detach().float().movedim(1, -1).unflatten(-1, (-1, m))
     rank = groups.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
@@ -245,7 +255,8 @@ def _best_channels(s, share):
     return keep.reshape(-1, *[1]*(s.ndim-1)).expand(s.shape).contiguous()
 
 def _choose(scores, density, scope='global', found=()):
-    "Masks of a density, when the weights of a scope compete: of all layers, of a layer, whole output channels of a layer, or N of M inputs. `found`: the layers."
+    """Masks of a density, when the weights of a scope compete: of all layers, of a layer, whole output channels of a layer,
+    or N of M inputs. `found` are the layers, which know where outputs and inputs are."""
     count = lambda n: max(1, round(density*n))
     if scope == 'global': return _keep_best(scores, count(sum(s.numel() for s in scores.values())))[0]
     if scope == 'layer': return {n: _keep_best({n: s}, count(s.numel()))[0][n] for n,s in scores.items()}
@@ -253,7 +264,8 @@ def _choose(scores, density, scope='global', found=()):
     known = {l.name: l for l in found}
     def oriented(choose, *args):
         "Choose with outputs first and inputs second, wherever a layer has them."
-        return {n: known[n].as_stored(choose(known[n].outputs_first(s), *args)).contiguous() if n in known else choose(s, *args) for n,s in scores.items()}
+        chosen = {n: choose(known[n].outputs_first(s) if n in known else s, *args) for n,s in scores.items()}
+        return {n: (known[n].as_stored(m) if n in known else m).contiguous() for n,m in chosen.items()}
     if scope == 'channel': return oriented(_best_channels, density)
     if not (nm := re.fullmatch(r'([1-9]\d?):([1-9]\d?)', str(scope))): raise unknown('scope', scope, _SCOPES)
     n,m = int(nm[1]),int(nm[2])
@@ -267,7 +279,8 @@ def ones(cls:SparseMask,
     **kwargs,
 ):
     "The dense mask over the prunable layers of a model."
-    return cls({l.name: torch.ones(l.weight.shape, dtype=torch.bool) for l in prunable(model, **kwargs)}, _dense_info(model, **kwargs))
+    masks = {l.name: torch.ones(l.weight.shape, dtype=torch.bool) for l in prunable(model, **kwargs)}
+    return cls(masks, _dense_info(model, **kwargs))
 
 @patch(cls_method=True)
 @delegates(prunable)
@@ -310,7 +323,8 @@ def random(cls:SparseMask,
     found = prunable(model, **kwargs) if like is None else None
     shapes = {l.name: l.weight.shape for l in found} if like is None else like.shapes
     scores = {n: torch.rand(s, generator=g) for n,s in shapes.items()}
-    if like is None: return cls(_choose(scores, density), dict(method='random', seed=seed) | _dense_info(model, **kwargs))
+    if like is None:
+        return cls(_choose(scores, density), dict(method='random', seed=seed) | _dense_info(model, **kwargs))
     _place(like.shapes, model)
     return cls({n: _keep_best({n: scores[n]}, k)[0][n] if k else torch.zeros(shapes[n], dtype=torch.bool) for n,k in _matched(like, density).items()},
                dict(method='random, layer-matched', seed=seed))
@@ -372,7 +386,8 @@ def _slots(shapes, rename=lambda n: n):
     return {n: v for n,v in res.items() if n not in twice}        # a name that two parameters claim is nobody's
 
 def _spellings(keys, shapes):
-    "Ways to look for the keys: as they are; in open_clip's spelling; that without a prefix of their own (`trunk.`); without `module.` anywhere. Yields (key as written -> key, slots)."
+    """Ways to look for the keys: as they are; in open_clip's spelling; that without a prefix of their own (`trunk.`);
+    without `module.` anywhere. Yields (key as written -> key, slots)."""
     yield {k: k for k in keys},_slots(shapes)
     slots,names = _slots(shapes, common_name),{k: common_name(k) for k in keys}
     yield names,slots
@@ -387,13 +402,13 @@ def _without_module(name):
 
 # %% ../nbs/01_pruning.ipynb #522c2ddb
 def _apart(keys, names):
-    "Name -> reason of layers whose weight is kept in parts there, by `weight_norm`, `spectral_norm`, pruning or a parametrization."
-    res = {}
+    "Name -> reason of layers whose weight is kept in parts there: by `weight_norm`, `spectral_norm`, pruning, a parametrization."
+    res,names = {},{n: f'.{clean_name(n)}' for n in names}
     for key in (k.split('[')[0] for k in keys):
-        stem,_,last = key.rpartition('.')
-        ends = tuple('.'.join(filter(None, [stem, f'parametrizations.{last}.original{i}'])) for i in ('', 0, 1)) + tuple(f'{key}_{part}' for part in ('g', 'v', 'orig'))
-        parts = [n for n in names if f'.{clean_name(n)}'.endswith(tuple(f'.{end}' for end in ends))]
-        if parts: res[key] = f"is computed from {', '.join(parts[:2])}: remove the parametrization before the weights are saved"
+        stem,_,last = f'.{key}'.rpartition('.')
+        ends = [f'{stem}.parametrizations.{last}.original{i}' for i in ('', 0, 1)] + [f'.{key}_{i}' for i in ('g', 'v', 'orig')]
+        parts = [n for n,dotted in names.items() if dotted.endswith(tuple(ends))]
+        if parts: res[key] = f"is computed from {', '.join(parts[:2])}: end the parametrization before the weights are saved"
     return res
 
 def _match(
@@ -410,29 +425,41 @@ def _match(
         if fits and (not best or len(fits[0]) > len(best[0])): best = fits
         if best and len(best[0]) == len(keys): break
     if not best or (strict and len(best[0]) < len(keys)):
-        if apart := _apart(keys, shapes): raise OpenTransError(f"{len(apart)} of {len(keys)} layers of the mask are no tensors of their own there: {_reasons(apart)}.")
+        apart = _apart(keys, shapes)
+        if apart: raise OpenTransError(f"{len(apart)} of {len(keys)} layers of the mask are no tensors there: {_reasons(apart)}.")
         raise no_partner(keys, {n: s for n,(_,_,s) in _slots(shapes).items()}, 'layers of the mask')
     hit = only_fit(best, 'layers of the mask', lambda slot: same(slot[0]), lambda slot: slot[0])
     return {k: hit[k] for k in keys if k in hit}
 
+def _absent_for(keys, params):
+    "Name -> reason of parameters that a mask may mean, and which have no values or no shape yet."
+    bases,shaped = [k.split('[')[0] for k in keys],{k.split('[')[0] for k,s in keys.items() if len(s) > 1}
+    res = {}
+    for n,p in params.items():
+        meant = [base for base in bases if n.endswith(base) or base.endswith(n)]
+        why = '' if p.is_meta or not meant else no_values(p) or (_FLAT if p.ndim < 2 and shaped & set(meant) else '')
+        if why: res[n] = why
+    return res
+
+def _match_in(module, keys, strict):
+    "Find the layers of a mask in a module: key -> (tensor, rows or None), and key -> reason of those that cannot be masked."
+    params = bare_parameters(module)
+    computed = {l.key: l for name,part in bare_modules(module) for l in layers_of(name, part) if l.computed}
+    there = {n: p for n,p in params.items() if p.is_meta or not no_values(p)} | {n: l.param for n,l in computed.items()}
+    try: hit = _match(keys, {n: t.shape for n,t in there.items()}, strict, lambda n: id(there[n]))
+    except OpenTransError:
+        absent = _absent_for(keys, params)
+        if absent: raise OpenTransError(f"{len(absent)} layers cannot be masked yet: {_reasons(absent)}.") from None
+        raise
+    whys = {k: computed[n].computed if n in computed else _unmaskable(there[n]) for k,(n,_) in hit.items()}
+    return {k: (there[n], rows) for k,(n,rows) in hit.items()},{k: why for k,why in whys.items() if why}
+
 def _place(keys, model, strict=True):
     "Find the layers of a mask in a model: key -> (`Parameter`, rows or None). Raises `OpenTransError`."
-    bases = [k.split('[')[0] for k in keys]
-    def match(where):
-        params = bare_parameters(where)
-        computed = {l.key: l for name,module in bare_modules(where) for l in layers_of(name, module) if l.computed}
-        absent = {n: why for n,p in params.items() if not p.is_meta and (why := no_values(p))}
-        there = {n: p for n,p in params.items() if n not in absent} | {n: l.param for n,l in computed.items()}
-        try: hit = _match(keys, {n: p.shape for n,p in there.items()}, strict, lambda n: id(there[n]))
-        except OpenTransError:
-            absent |= {n: _FLAT for n,p in there.items() if p.ndim < 2 and len(keys.get(n, ())) > 1}
-            meant = {n: why for n,why in absent.items() if any(n.endswith(base) or base.endswith(n) for base in bases)}
-            if meant: raise OpenTransError(f"{len(meant)} layers cannot be masked yet: {_reasons(meant)}.") from None
-            raise
-        whys = {k: computed[n].computed if n in computed else '' if there[n].is_meta or there[n].is_complex() else unreadable(there[n]) for k,(n,_) in hit.items()}
-        return {k: (there[n], rows) for k,(n,rows) in hit.items()},{k: why for k,why in whys.items() if why}
-    placed,whys = in_tower(model, match)
-    if whys and strict: raise OpenTransError(f"{len(whys)} of {len(keys)} layers of the mask cannot be masked in this model: {_reasons(whys)}. Or leave them out, with strict=False.")
+    placed,whys = in_tower(model, lambda module: _match_in(module, keys, strict))
+    if whys and strict:
+        raise OpenTransError(f"{len(whys)} of {len(keys)} layers of the mask cannot be masked in this model: {_reasons(whys)}. "
+                             "Or leave them out, with strict=False.")
     return {k: at for k,at in placed.items() if k not in whys}
 
 @patch
@@ -456,7 +483,7 @@ def _zero(t, keep):
     else: t.masked_fill_(~keep, 0)
 
 class _Keeper:
-    "A parameter, the mask of what stays of it, and the two moments at which the rest is zeroed. The parameter is not kept alive by it."
+    "A parameter, which is not kept alive by it, the mask of what stays, and the moments at which the rest is zeroed."
     def __init__(self, param, keep):
         self.ref,self.keep,self.dead,self.hook = weakref.ref(param),keep,None,None
         self.grad_seen,self.calm,self.filled,self.version = None,None,[],None
@@ -489,15 +516,17 @@ class _Keeper:
 # %% ../nbs/01_pruning.ipynb #540dcaa8
 _EXACT = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
-def _version(param): return None if param.is_inference() else param._version # how often it was written to; `.data` does not count
+def _version(param): return None if param.is_inference() else param._version # how often it was written to, `.data` aside
 
 @patch
 def is_calm(self:_Keeper, opt, state):
-    "Is the pruned part at zero by arithmetic? If nothing but this optimizer wrote to the weight, with the state that was cleared, and a sample is zero."
+    "Is the pruned part zero by arithmetic? It is if only this optimizer wrote to the weight, with its state cleared, and a sample says so."
     if self.calm is None: return False
     known,places = self.calm
-    if len(known) != len(state)+1 or known[0]() is not opt or any(r() is not x for r,x in zip(known[1:], state.values())): return False
-    return not self.param.data.view(-1)[places].any() and not any((v().view(-1)[places] < 1e-20).any() for v in self.filled)
+    if len(known) != len(state)+1 or known[0]() is not opt: return False
+    if any(ref() is not x for ref,x in zip(known[1:], state.values())): return False
+    if self.param.data.view(-1)[places].any(): return False
+    return not any((v().view(-1)[places] < 1e-20).any() for v in self.filled)
 
 @patch
 def before(self:_Keeper):
@@ -546,7 +575,7 @@ def _keepers(mask, placed):
     return list(res.values())
 
 def _way(root, path):
-    "The steps (parent, name, child) from a model to the module of a name without wrappers; None if there is no such module."
+    "The steps (parent, name, child) from a model to the module of a name without wrappers; None if there is none."
     steps,module,names = [],root,[n for n in path.split('.') if n]
     while True:
         name = inner_name(module) or (names.pop(0) if names else None)
@@ -556,8 +585,10 @@ def _way(root, path):
         module = steps[-1][2]
 
 class _Slot:
-    "A place where a model has a masked parameter: the module's path, the module, the parameter's name in it, and who keeps it."
-    def __init__(self, path, module, key, keeper): self.path,self.module,self.key,self.keeper = path,weakref.ref(module),key,keeper
+    "A place where a model has a masked parameter: path of the module, the module, name of the parameter, and its keeper."
+    def __init__(self, path, module, key, keeper):
+        self.path,self.key,self.keeper = path,key,keeper
+        self.module = weakref.ref(module)
     @property
     def name(self): return f'{self.path}.{self.key}' if self.path else self.key
     @property
@@ -567,10 +598,10 @@ class _Slot:
     def why_not(self, param):
         "Why the mask cannot be kept on what stands there now; '' if it can."
         if param is None:
-            computed = [] if self.module() is None else [l.computed for l in layers_of(self.path, self.module()) if l.key == self.name]
+            computed = [l.computed for l in layers_of(self.path, self.module()) if l.key == self.name]
             return computed[0] if computed else 'is not there any more'
-        if param.shape != self.keeper.keep.shape: return f'has the shape {tuple(param.shape)} now, not {tuple(self.keeper.keep.shape)}'
-        return '' if param.is_meta or param.is_complex() else unreadable(param)
+        was,now = tuple(self.keeper.keep.shape),tuple(param.shape)
+        return f'has the shape {now} now, not {was}' if was != now else _unmaskable(param)
 
 def _slots_of(model, keepers):
     "Where the parameters of some keepers stand in a model."
@@ -581,7 +612,7 @@ def _slots_of(model, keepers):
     return list(res.values())
 
 # %% ../nbs/01_pruning.ipynb #c8cb06fd
-_HELD = weakref.WeakKeyDictionary() # module -> the `_Force`s on its parameters, which live as long as one of their modules does
+_HELD = weakref.WeakKeyDictionary() # module -> the `_Force`s on its parameters, which live as long as one such module
 
 def _after_loading(module, keys):
     "A hook of modules: what `load_state_dict` wrote is masked. A copy of the module has this hook, and no mask."
@@ -592,7 +623,8 @@ def _listen(force):
     me = weakref.ref(force)
     def told(method):
         return lambda *args: getattr(me(), method)(*args) if me() is not None else None
-    ears = Undo(around_step(told('before'), told('after')).remove, register_module_parameter_registration_hook(told('arrives')).remove)
+    steps,arrivals = around_step(told('before'), told('after')),register_module_parameter_registration_hook(told('arrives'))
+    ears = Undo(steps.remove, arrivals.remove)
     weakref.finalize(force, RETIRED.append, ears)
     return ears
 
@@ -609,10 +641,11 @@ class _Force:
         for module in {s.module() for s in self.slots} - {None}:
             if self in _HELD.get(module, ()): continue
             _HELD.setdefault(module, []).append(self)
-            if not isinstance(module, torch.jit.ScriptModule): self.hooks.append(module.register_load_state_dict_post_hook(_after_loading))
+            if isinstance(module, torch.jit.ScriptModule): continue              # has no such hooks
+            self.hooks.append(module.register_load_state_dict_post_hook(_after_loading))
         root = self.root()
         steps = [] if root is None else [step for s in self.slots for step in _way(root, s.path) or ()]
-        self.edges = {(id(parent), name): (weakref.ref(parent), name, weakref.ref(child)) for parent,name,child in steps}
+        self.edges = {(id(at), name): (weakref.ref(at), name, weakref.ref(child)) for at,name,child in steps}
 
     def intact(self):
         "Is every parameter where it was?"
@@ -632,9 +665,11 @@ def find(self:_Force, slot):
 
 @patch
 def take(self:_Force, slot, param):
-    "Mask what stands in a slot now; a new parameter gets the keeper of the one before, or one of its own if that still stands elsewhere."
+    "Mask what stands in a slot now: with the keeper of the parameter before, or another if that still stands elsewhere."
     known = {id(k.param): k for k in self.keepers}
-    if id(param) in known: slot.keeper = known[id(param)]; return slot.keeper.weight()
+    if id(param) in known:
+        slot.keeper = known[id(param)]
+        return slot.keeper.weight()
     before = slot.keeper.param
     if before is not None and any(s is not slot and s.param is before for s in self.slots):
         slot.keeper = _Keeper(param, slot.keeper.keep.clone())
@@ -654,7 +689,9 @@ def restore(self:_Force, slots=None):
         if why := slot.why_not(slot.param): lost[slot.name] = why
         else: self.take(slot, slot.param)
     self.watch()
-    if lost: raise OpenTransError(f"The mask is no longer in force on {len(lost)} layers: {_reasons(lost)}. Remove the mask (its handle's .remove()) before the model is changed.")
+    if lost:
+        raise OpenTransError(f"The mask is no longer in force on {len(lost)} layers: {_reasons(lost)}. "
+                             "Remove the mask (its handle's .remove()) before the model is changed.")
 
 @patch
 @torch.no_grad()
@@ -662,7 +699,9 @@ def arrives(self:_Force, module, key, param):
     "A parameter is about to be set in a module."
     for slot in self.slots:
         if slot.key != key or slot.module() is not module or param is slot.keeper.param: continue
-        if why := slot.why_not(param): raise OpenTransError(f"A mask is in force on {slot.name}, and what was to take its place {why}. Remove the mask (its handle's .remove()) first.")
+        if why := slot.why_not(param):
+            raise OpenTransError(f"A mask is in force on {slot.name}, and what was to take its place {why}. "
+                                 "Remove the mask (its handle's .remove()) first.")
         self.take(slot, param)
 
 @patch
@@ -700,7 +739,8 @@ class MaskInForce(Undo):
         try: self.remove()
         except OpenTransError:
             if kind is None: raise
-    def __repr__(self): return f"MaskInForce({len(self.placed)} layers{f', {len(self.left)} left out' if self.left else ''})"
+    def __repr__(self):
+        return f"MaskInForce({len(self.placed)} layers{f', {len(self.left)} left out' if self.left else ''})"
 
 @patch
 def apply(self:SparseMask,
@@ -1214,8 +1254,8 @@ def _ask_criterion(f, model, losses=None, **kwargs):
     if second is not None and (losses is not None or second.default is second.empty): args.append(losses)
     elif losses is not None and (anything or 'losses' in names): told['losses'] = losses
     scores = f(*args, **told)
-    if not isinstance(scores, dict): raise OpenTransError(f"The criterion {_name_of(f)} gives a {type(scores).__name__}, not a dict of name -> scores.")
-    return scores
+    if isinstance(scores, dict): return scores
+    raise OpenTransError(f"The criterion {_name_of(f)} gives a {type(scores).__name__}, not a dict of name -> scores.")
 
 @criterion('magnitude')
 def weight_magnitude(model, losses=None, **kwargs):
@@ -1226,12 +1266,12 @@ def weight_magnitude(model, losses=None, **kwargs):
 def _threads(): return dict(threads=torch.get_num_threads()) # sums are rounded otherwise by another number of them
 
 def _scores(score, mask, model, losses=None, **kwargs):
-    "Scores of the masked layers' weights, by a criterion. Raises `OpenTransError` if it leaves one out, or gives another shape."
+    "Scores of the masked weights, by a criterion. Raises `OpenTransError` if it leaves a layer out, or gives another shape."
     if score is weight_magnitude: return {n: _size(w) for n,w in mask.weights(model).items()}
     scores = _ask_criterion(score, model, losses, **kwargs)
     if lack := [n for n in mask.names if n not in scores]: raise OpenTransError(f"The criterion gives no scores for {len(lack)} layers: {', '.join(lack[:6])}.")
     odd = [n for n in mask.names if tuple(scores[n].shape) != mask.shapes[n]]
-    if odd: raise OpenTransError(f"The criterion gives scores of another shape than the weights of {len(odd)} layers: {', '.join(odd[:6])}.")
+    if odd: raise OpenTransError(f"The criterion's scores do not have the shape of the weights of {len(odd)} layers: {', '.join(odd[:6])}.")
     return {n: scores[n] for n in mask.names}
 
 # %% ../nbs/01_pruning.ipynb #f7836fc1
@@ -1365,7 +1405,8 @@ def by(cls:SparseMask,
     "Keep the weights that a criterion finds best, in one shot. Raises `OpenTransError` for an unknown criterion, or losses that are not given."
     name,f = _criterion(criterion)
     density,found = _share(density),prunable(model, **kwargs)
-    info = _info(model, found, method=name, scope=scope) | _dense_info(model, **kwargs) | ({} if losses is None else _threads())
+    info = _info(model, found, method=name, scope=scope) | _dense_info(model, **kwargs)
+    if losses is not None: info |= _threads()
     return cls(_choose(_ask_criterion(f, model, losses, **kwargs), density, scope, layers(model)), info)
 
 # %% ../nbs/01_pruning.ipynb #96eee31e
