@@ -8,12 +8,14 @@ __all__ = ['center_gram', 'rbf_gram', 'linear_cka', 'rbf_cka', 'gram', 'as_examp
 
 # %% ../nbs/03_cka.ipynb #8d58d80c
 import contextlib, difflib, warnings
+from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .core import OpenTransError, axes, device_of, evaluating, find_tower, layers, progress, unwrap
+from .core import (BATCH_NORMS, CONVS, OpenTransError, axes, bare_modules, device_of, evaluating, find_tower, layers, layers_of,
+    progress, unknown, unwrap)
 
 # %% ../nbs/03_cka.ipynb #697aeee5
 from .escape import for_plot
@@ -52,12 +54,17 @@ def rbf_gram(
 
 def _flat(x, what):
     x = torch.as_tensor(x)
+    if x.is_complex(): x = torch.view_as_real(x)
     if x.dim() < 2: raise OpenTransError(f"{what} must be (examples, features), not {tuple(x.shape)}.")
     return x.flatten(1)
 
 def _constant(x): # does nothing vary beyond rounding?
     x,eps = x.double(),torch.finfo(x.dtype if x.is_floating_point() else torch.float64).eps
     return bool((x - x.mean(0)).norm() <= 2*eps*x.norm())
+
+def _nan(what, reason):
+    warnings.warn(f'CKA is NaN: {what} {reason}.')
+    return float('nan')
 
 def _pair(X, Y, unbiased, kernel):
     X,Y = _flat(X, 'X'),_flat(Y, 'Y')
@@ -66,7 +73,7 @@ def _pair(X, Y, unbiased, kernel):
     if n < (4 if unbiased else 2): raise OpenTransError(f"{'Unbiased CKA needs at least 4' if unbiased else 'CKA needs at least 2'} examples, not {n}.")
     for x,what in ((X, 'X'), (Y, 'Y')):
         reason = 'has NaN or infinite features' if not x.isfinite().all() else 'is constant over the examples' if _constant(x) else ''
-        if reason: warnings.warn(f'CKA is NaN: {what} {reason}.'); return float('nan')
+        if reason: return _nan(what, reason)
     K,L = (center_gram(kernel(x@x.T), unbiased) for x in ((x - x.mean(0))/(x - x.mean(0)).norm() for x in (X.double(), Y.double())))
     return ((K*L).sum()/(K.norm()*L.norm())).item()
 
@@ -117,15 +124,21 @@ def gram(
     return _gram_and_size(x, scale, block)[0]
 
 # %% ../nbs/03_cka.ipynb #04f26d1e
+def _holds(module, name, key):
+    "Is a key that of a weight which a module holds, as a parameter or computed from others?"
+    part = key.rpartition('.')[2].split('[')[0]
+    return isinstance(getattr(module, part, None), torch.Tensor) or any(layer.key == key.split('[')[0] for layer in layers_of(name, module))
+
 def _find_modules(model, names):
     "Name -> module, for module names and parameter keys. Raises `OpenTransError`."
     model = unwrap(model)
-    known = dict(model.named_modules()) | dict(find_tower(model).named_modules())
+    tower = find_tower(model)
+    known = dict(model.named_modules()) | dict(tower.named_modules()) | dict(bare_modules(model)) | dict(bare_modules(tower))
     res = {}
     for n in names:
         m,_,p = n.rpartition('.')
         if n in known: res[n] = known[n]
-        elif p.split('[')[0] in getattr(known.get(m), '_parameters', {}):
+        elif m in known and _holds(known[m], m, n):
             if '[' in p: raise OpenTransError(f"'{n}' is a part of a packed projection and has no output of its own. Name its module, '{m}'.")
             res[n] = known[m]
         else:
@@ -133,35 +146,101 @@ def _find_modules(model, names):
             raise OpenTransError(f"Unknown layer '{n}'; the model has {len(known)} modules, among them: {', '.join(near)}. Give a module's name, or the name of its weight.")
     return res
 
-def _default_layers(model): return list(dict.fromkeys(l.key for l in layers(model)))
+def _default_layers(model):
+    "The weights whose modules give one map or one list of tokens."
+    return list(dict.fromkeys(l.key for l in layers(model) if l.kind not in ('recurrent', 'experts')))
 
 # %% ../nbs/03_cka.ipynb #2f164391
-def _first_tensor(out):
-    if isinstance(out, torch.Tensor): return out
-    for o in (out.values() if hasattr(out, 'values') else out if isinstance(out, (tuple, list)) else ()):
-        if (t := _first_tensor(o)) is not None: return t
+def _tensors(out):
+    "All tensors in what a layer gave: a tensor, or tuples, lists and dicts of them."
+    if isinstance(out, torch.Tensor): return [out]
+    parts = out.values() if hasattr(out, 'values') else out if isinstance(out, (tuple, list)) else ()
+    return [t for part in parts for t in _tensors(part)]
+
+def _features(out):
+    "The first tensor of real numbers in what a layer gave; complex numbers count as two each. Raises `OpenTransError` if there is none."
+    found = _tensors(out)
+    if not found: raise OpenTransError('the layer gives no tensor')
+    x = next((t for t in found if t.is_floating_point() or t.is_complex() or t.is_quantized), None)
+    if x is None: raise OpenTransError('the layer gives whole numbers only, no features')
+    if x.is_quantized: x = x.dequantize()
+    if x.layout != torch.strided: x = x.to_dense()
+    return torch.view_as_real(x).flatten(-2) if x.is_complex() else x
+
+def _picture_axes(shape, n):
+    "The axes that may hold `n` pictures: those of that size, and the first one if it holds several rows a picture."
+    return [a for a,size in enumerate(shape) if size == n or (a == 0 and size and size % n == 0)]
+
+def _only_axis(shape, n):
+    "The one axis of `n` pictures, the first or the second. Raises `OpenTransError` if there is none, or if the shape does not tell."
+    if len(shape) < 2 or n not in shape[:2]: raise OpenTransError(f"the output {shape} has no axis of {n} examples")
+    if shape[0] == n and (len(shape) != 3 or shape[1] != n): return 0          # a map (n, n, H, W) and features (n, n) have the pictures first
+    if shape[0] % n == 0: raise OpenTransError(f"the output {shape} may hold the {n} examples along axis 0 or along axis 1; say which, with axis=0 or axis=1")
+    return 1
+
+def _pool(x, channels):
+    "Mean over positions, for rows of examples."
+    if x.dim() == 2: return x
+    if channels is None: return x.flatten(2).mean(2) if x.dim() > 3 else x.mean(1)
+    return x.movedim(channels, 1).flatten(2).mean(2)
 
 def as_examples(
     x:torch.Tensor, # What a layer gave for `n` pictures: (n, C, H, W), (n, tokens, C), (tokens, n, C) or (n, C)
     n:int, # Number of pictures
     maps='flatten', # `'flatten'`, `'pool'` (mean over positions), or g: each cell of a g x g grid is an example
+    axis:int=None, # Axis of the pictures; it may hold several rows a picture, one after the other, such as windows. None: the first or second, if one alone fits
+    channels:int=None, # Axis of the features, once the pictures are first; None: 1 of a map (n, C, H, W), the last one of tokens
 )->torch.Tensor: # (examples, features)
     "Turn a layer's output into rows of examples. Raises `OpenTransError` if the pictures cannot be told apart."
-    if x.dim() > 1 and x.shape[0] != n and x.shape[1] == n: x = x.transpose(0, 1)
-    if x.dim() < 2 or x.shape[0] != n: raise OpenTransError(f"the output {tuple(x.shape)} has no axis of {n} examples")
-    if maps == 'flatten': return x.flatten(1)
-    if maps == 'pool': return x if x.dim() == 2 else x.flatten(2).mean(2) if x.dim() > 3 else x.mean(1)
-    if x.dim() != 4: raise OpenTransError(f"the output {tuple(x.shape)} is no map (n, C, H, W) that a grid can be laid on")
+    shape = tuple(x.shape)
+    if axis is None: axis = _only_axis(shape, n)
+    if len(shape) < 2 or not -len(shape) <= axis < len(shape) or not shape[axis] or shape[axis] % n:
+        raise OpenTransError(f"the output {shape} has no {n} examples along axis {axis}")
+    x,several = x.movedim(axis, 0),shape[axis]//n
+    if maps == 'flatten': return x.reshape(n, -1)
+    if channels is None and x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]:
+        raise OpenTransError(f"the output {shape} seems to have its channels last, so positions cannot be told from features; take maps='flatten', or name a layer within")
+    if maps == 'pool':
+        x = _pool(x, channels)
+        return x.reshape(n, several, -1).mean(1) if several > 1 else x
+    if x.dim() != 4 or several > 1: raise OpenTransError(f"the output {shape} is no map (n, C, H, W) that a grid can be laid on")
+    if channels is not None: x = x.movedim(channels, 1)
     return F.adaptive_avg_pool2d(x, maps).flatten(2).mT.flatten(0, 1)
 
 # %% ../nbs/03_cka.ipynb #29115cb1
 _IDLE = 'the layer did not run'
 
+def _channel_axis(module):
+    "The axis of a layer's channels, if the kind of the layer says it."
+    if isinstance(module, nn.Linear) or type(module) is nn.LayerNorm: return -1
+    return 1 if isinstance(module, (*CONVS, BATCH_NORMS)) else None
+
+def _distances(K, k=3):
+    "Squared distances between the first few examples, from a Gram matrix."
+    d,few = K.diagonal(),min(k, len(K))
+    return (d[:few, None] + d[None, :few] - 2*K[:few, :few]).cpu()
+
+class _Seen:
+    "What one layer gave for one batch: its shape, and for each axis that may hold the pictures a centred Gram matrix and a few distances."
+    def __init__(self, shape): self.shape,self.K,self.apart = shape,{},{}
+
+    def axis(self, n, other, m):
+        "The axis of `n` pictures, of which the layer gave this; for `m` of them it gave `other`. Raises `OpenTransError` if that does not settle it."
+        same_form = len(self.shape) == len(other.shape)
+        moved = [a for a,sizes in enumerate(zip(self.shape, other.shape)) if sizes[0] != sizes[1]]
+        if not same_form or len(moved) != 1 or moved[0] not in self.K or self.shape[moved[0]]*m != other.shape[moved[0]]*n:
+            raise OpenTransError(f"the output is {self.shape} for {n} pictures and {other.shape} for {m}, so no axis is that of the pictures")
+        axis, = moved
+        if self.shape[axis] > n and not torch.allclose(self.apart[axis], other.apart[axis], rtol=.05, atol=.01*self.apart[axis].max().item()):
+            raise OpenTransError(f"the output {self.shape} does not hold the {n} pictures one after the other along axis {axis}")
+        return axis
+
 class _Watch:
     "Hooks on layers of one model; after a forward pass `take` gives the centred Gram matrices of the batch."
-    def __init__(self, modules, gram_of, unbiased, maps):
-        self.modules,self.gram_of,self.unbiased,self.maps = modules,gram_of,unbiased,maps
-        self.n,self.K,self.scale,self.reasons,self.varies = 0,{},{},{},set()
+    def __init__(self, model, modules, gram_of, unbiased, maps, axis):
+        self.model,self.modules,self.gram_of,self.unbiased,self.maps,self.axis = model,modules,gram_of,unbiased,maps,dict(axis)
+        self.n,self.seen,self.scale,self.reasons,self.varies = 0,{},{},{},set()
+        self.runs,self.repeated = {},set()
 
     def __enter__(self):
         self.handles = [m.register_forward_hook(self._hook(n)) for n,m in self.modules.items()]
@@ -169,51 +248,142 @@ class _Watch:
     def __exit__(self, *exc):
         for h in self.handles: h.remove()
 
+    def look(self, run, images):
+        "Run the model on a batch, and settle for each layer which axis is that of the pictures."
+        seen = self._pass(run, images)
+        self.repeated |= {n for n,times in self.runs.items() if times > 1}
+        unsure = [n for n in seen if n not in self.axis and n not in self.reasons]
+        if unsure: self._settle(unsure, seen, len(images), run, images)
+        self.seen = seen
+
+    def _pass(self, run, images):
+        self.n,self.seen,self.runs = len(images),{},{}
+        try: run(self.model, images)
+        finally: self.n = 0                                     # while the other model runs, which may share modules, this one does not look
+        return self.seen
+
+    def _settle(self, unsure, seen, n, run, images):
+        "Find the axes of the pictures by a run on another number of them."
+        m,known = 3 if n > 3 else n+1,dict(self.reasons)
+        try: other = self._pass(run, images[torch.arange(m) % n])
+        except Exception as e: other,failure = {},f'the model fails on {m} pictures, {type(e).__name__}, so it cannot be found out which axis holds them; say axis='
+        else: failure = _IDLE + f' on {m} pictures'
+        self.reasons = known
+        for name in unsure:
+            try:
+                if name in other: self.axis[name] = seen[name].axis(n, other[name], m)
+                elif list(seen[name].K) == [0] and seen[name].shape[0] == n: self.axis[name] = 0
+                else: raise OpenTransError(failure)
+            except OpenTransError as e: self.reasons[name] = str(e)
+
     def _hook(self, name):
         def hook(module, args, out):
-            if name in self.reasons or not self.n: return # n is 0 while the other model runs, which may share modules
-            try: self.K[name] = self._gram(name, _first_tensor(out))
+            if name in self.reasons or not self.n: return
+            self.runs[name] = self.runs.get(name, 0)+1
+            try: self.seen[name] = self._look_at(name, module, _features(out))
             except OpenTransError as e: self.reasons[name] = str(e)
+            except (RuntimeError, TypeError, AttributeError) as e: self.reasons[name] = f'the output cannot be read ({type(e).__name__}: {str(e)[:80]})'
         return hook
 
+    def _look_at(self, name, module, x):
+        res = _Seen(tuple(x.shape))
+        error = OpenTransError(f"the output {res.shape} has no axis of {self.n} examples")
+        for a in self._axes(name, module, res.shape):
+            try: res.K[a],res.apart[a] = self._gram((name, a), as_examples(x, self.n, self.maps, a, _channel_axis(module)))
+            except OpenTransError as e: error = e
+        if not res.K: raise error
+        return res
+
+    def _axes(self, name, module, shape):
+        "The axes that may be that of the pictures. A map with one axis of their number, the first, leaves no doubt."
+        if name in self.axis: return [self.axis[name]]
+        convolved = isinstance(module, CONVS) and len(shape) == module.weight.ndim
+        if shape[:1] == (self.n,) and (convolved or (len(shape) > 3 and self.n not in shape[1:])): self.axis[name] = 0
+        if convolved or name in self.axis: return [0]
+        return [] if len(shape) < 2 else _picture_axes(shape[:-1] if isinstance(module, nn.Linear) else shape, self.n)
+
     def _gram(self, name, x):
-        if x is None: raise OpenTransError('the layer gives no tensor')
-        x = as_examples(x, self.n, self.maps)
-        if len(x) < (4 if self.unbiased else 2): return torch.zeros(len(x), len(x), dtype=torch.float64)
+        "(centred Gram matrix, distances of a few) of rows of examples."
+        if len(x) < (4 if self.unbiased else 2): # too few to compare; their distances alone are of use
+            return torch.zeros(len(x), len(x), dtype=torch.float64),_distances(_gram_and_size(x, self.scale.get(name, 1.))[0])
         K,size = _gram_and_size(x, self.scale.get(name, 1.))
         if name not in self.scale and size != 0: # one unit for the whole run, a power of 2, only if squares would vanish or overflow
             big = torch.linalg.vector_norm(x.double() if x.dtype == torch.float64 else x.float(), torch.inf).item() if not 1e-20 < size < 1e20 else 0.
             self.scale[name] = float(2.**np.floor(np.log2(big))) if 0 < big < np.inf else 1.
             if self.scale[name] != 1: K,size = _gram_and_size(x, self.scale[name])
         if not K.isfinite().all(): raise OpenTransError('features are NaN or infinite')
+        apart = _distances(K)
         if K.trace() > (2*torch.finfo(x.dtype).eps)**2*size*x.numel(): self.varies.add(name)
         elif name not in self.varies: K.zero_()
-        return center_gram(self.gram_of(K) if name in self.varies else K, self.unbiased)
+        return center_gram(self.gram_of(K) if name in self.varies else K, self.unbiased),apart
 
     def take(self, names):
         "Centred Gram matrices (layers, n*n), zero for a layer that has none, and forget them."
-        some = next(iter(self.K.values()), None)
-        if some is None: return None,0
-        K = torch.stack([self.K[n].flatten() if n in self.K and n not in self.reasons else torch.zeros_like(some).flatten() for n in names])
+        found = {n: seen.K[self.axis[n]] for n,seen in self.seen.items() if n not in self.reasons}
         for n in names:
-            if n not in self.K: self.reasons.setdefault(n, _IDLE)
-        self.K = {}
-        return K,len(some)
+            if n not in self.seen: self.reasons.setdefault(n, _IDLE)
+        self.seen = {}
+        some = next(iter(found.values()), None)
+        if some is None: return None,0
+        return torch.stack([found[n].flatten() if n in found else torch.zeros_like(some).flatten() for n in names]),len(some)
 
     def why(self, names):
         "Reasons of the layers that cannot be compared."
-        return {n: self.reasons.get(n, 'features are constant over the examples') for n in names if n in self.reasons or n not in self.varies}
+        constant = 'features are constant over the examples'
+        return {n: self.reasons.get(n, constant) for n in names if n in self.reasons or (n, self.axis.get(n)) not in self.varies}
 
 # %% ../nbs/03_cka.ipynb #a5bb324b
+_KEYS = ('images', 'image', 'pixel_values')
+
+def _stacked(pictures):
+    "Pictures (C, H, W) of one size as a batch. Raises `OpenTransError` if they have several sizes."
+    sizes = list(dict.fromkeys(tuple(p.shape) for p in pictures))
+    if len(sizes) > 1: raise OpenTransError(f"A batch holds pictures of different sizes, {sizes[0]} and {sizes[1]}. Resize or crop them to one size.")
+    return torch.stack(list(pictures))
+
+def _is_picture(x): return isinstance(x, torch.Tensor) and x.dim() == 3 and len(x) in (1, 3, 4)
+
 def _images(batch):
-    if isinstance(batch, dict):
-        for k in ('images', 'image', 'pixel_values'):
-            if k in batch: return batch[k]
+    "The images of a batch, whatever form it comes in. Raises `OpenTransError` if there are none."
+    if isinstance(batch, Mapping):
+        for k in _KEYS:
+            if k in batch: return _images(batch[k])
         raise OpenTransError(f"A batch must hold 'images', 'image' or 'pixel_values'; this one holds: {', '.join(map(str, batch))}.")
-    if isinstance(batch, (tuple, list)): return _images(batch[0])
-    if isinstance(batch, torch.Tensor): return batch
-    if hasattr(batch, 'images'): return batch.images
+    if isinstance(batch, (tuple, list)) and batch:
+        if isinstance(batch[0], Mapping): return _stacked([_images(b) for b in batch])
+        return _stacked(batch) if len(batch) > 2 and all(map(_is_picture, batch)) else _images(batch[0])
+    if isinstance(batch, np.ndarray) and batch.dtype.kind in 'biuf': batch = torch.as_tensor(batch)
+    if isinstance(batch, torch.Tensor) and batch.dim(): return batch
+    if hasattr(batch, 'images'): return _images(batch.images)
     raise OpenTransError(f"A batch must be a tensor, a tuple that begins with one, or a dict with 'images', not {type(batch).__name__}.")
+
+def _run(forward, model, images):
+    "Run a model on a batch of images. Raises `OpenTransError` if their type is not that of its weights; other errors are the model's own."
+    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    try: return forward(model, images.to(device_of(model)))
+    except RuntimeError as e:
+        codes = not images.is_floating_point() and images.dim() < 3         # words, say, which a model looks up
+        if images.dtype == kind or codes: raise
+        raise OpenTransError(f"The model cannot take these images: they are {str(images.dtype)[6:]}, its weights {str(kind)[6:]}. Convert them in the loader "
+                             "(whole numbers also to the range that the model was trained on), or with forward=.") from e
+
+class _Batches:
+    "The images of a loader, batch by batch, with a count of what came."
+    def __init__(self, loader, least): self.loader,self.least,self.shapes,self.left_out = loader,least,[],0
+
+    def __iter__(self):
+        for batch in progress(self.loader, 'CKA', len(self.loader) if hasattr(self.loader, '__len__') else None):
+            images = _images(batch)
+            self.shapes.append(tuple(images.shape))
+            if len(images) >= self.least: yield images
+            else: self.left_out += len(images)
+
+    def too_few(self, least):
+        "The error for a loader of which no batch could be used."
+        if not self.shapes: return OpenTransError("The loader gave no batch. Give one that is not empty, and not used up.")
+        largest = max(self.shapes, key=lambda shape: shape[0])
+        return OpenTransError(f"No batch had {least} examples or more: CKA compares examples within a batch. Give a loader with larger batches; "
+                              f"the first axis counts the examples, and the largest batch was {largest}.")
 
 # %% ../nbs/03_cka.ipynb #a8999544
 class _HSIC:
@@ -236,6 +406,41 @@ class _HSIC:
         return (self.xy/(self.xx[:, None]*self.yy).sqrt()).cpu().numpy() # 0/0 is NaN: a layer that never varies
 
 # %% ../nbs/03_cka.ipynb #d6bb1054
+def _check_options(kernel, sigma, maps):
+    if kernel not in ('linear', 'rbf'): raise OpenTransError(f"Unknown kernel '{kernel}'; choose 'linear' or 'rbf'.")
+    if not sigma > 0: raise OpenTransError(f"sigma={sigma} is no width. Give a number above zero.")
+    grid = isinstance(maps, (int, np.integer)) and not isinstance(maps, bool) and maps > 0
+    if not grid and maps not in ('flatten', 'pool'): raise OpenTransError(f"maps={maps!r} is not known; choose 'flatten', 'pool', or the number of cells along a side of a grid.")
+
+def _layer_names(given, model):
+    "Names as the user gave them, or those of all layers. Raises `OpenTransError` if there are none."
+    names = [given] if isinstance(given, str) else _default_layers(model) if given is None else list(given)
+    if not names: raise OpenTransError("There is no layer to compare. Name modules, or give a model with convolutions or linear maps.")
+    return names
+
+def _said_axes(axis, names, known):
+    "What the user said of the axes of pictures in a model, by layer. Raises `OpenTransError` for a layer that is not `known`."
+    if axis is None: return {}
+    if not isinstance(axis, Mapping): return dict.fromkeys(names, axis)
+    for n in axis:
+        if n not in known: raise unknown('layer', n, known)
+    return {n: a for n,a in axis.items() if n in names}
+
+def _not_comparable(watch, which, images):
+    "The error for a model of which no layer can be compared."
+    reasons = [f"'{n}' ({watch.reasons.get(n, _IDLE)})" for n in watch.modules]
+    cause = '' if images.isfinite().all() else ' The images themselves hold NaN or infinity.'
+    return OpenTransError(f"No layer of the {which} model can be compared: {', '.join(reasons[:3])}{f' and {len(reasons)-3} more' if len(reasons) > 3 else ''}.{cause}")
+
+def _watches(models, modules, axis, *options):
+    "The watch of each of two models; one for both if they are one model. The options are those of `_Watch`."
+    every = modules[0] | modules[1]
+    if models[0] is models[1]: models,modules = models[:1],[every]
+    each = isinstance(axis, tuple)
+    said = [_said_axes(axis[i] if each else axis, found, found if each else every) for i,found in enumerate(modules)]
+    watches = [_Watch(model, found, *options, a) for model,found,a in zip(models, modules, said)]
+    return watches[0],watches[-1]
+
 def cka(
     model_a:nn.Module, # Rows of the result are its layers
     model_b:nn.Module, # Columns are its layers; may be `model_a` itself
@@ -247,32 +452,39 @@ def cka(
     sigma:float=1., # Width of the RBF kernel as a share of the median distance in the batch
     maps='flatten', # What an example is: `'flatten'`, `'pool'`, or g for the cells of a g x g grid (`as_examples`)
     forward=None, # How to run a model: a function (model, images); None calls `model(images)`
+    axis=None, # Axis of the pictures in what layers give: one for all, a dict by layer, or a tuple of these for the two models; None finds it out
 )->pd.DataFrame: # CKA of each pair; `.attrs` holds estimator, kernel, maps, examples, batches, left_out, reasons (layer -> why its row is NaN)
-    "CKA between layers of two models in one pass, in memory that does not grow with the data (Nguyen et al. 2021). Raises `OpenTransError` for unknown layers."
-    if kernel not in ('linear', 'rbf'): raise OpenTransError(f"Unknown kernel '{kernel}'; choose 'linear' or 'rbf'.")
+    """CKA between layers of two models in one pass, in memory that does not grow with the data (Nguyen et al. 2021).
+    Raises `OpenTransError` for unknown layers, images that a model cannot take, and if no batch or no layer can be compared."""
+    _check_options(kernel, sigma, maps)
     model_a,model_b = unwrap(model_a),unwrap(model_b)
-    names_a = list(layers_a) if layers_a is not None else _default_layers(model_a)
-    names_b = list(layers_b) if layers_b is not None else names_a if layers_a is not None else _default_layers(model_b)
+    names_a = _layer_names(layers_a, model_a)
+    names_b = names_a if layers_b is None and layers_a is not None else _layer_names(layers_b, model_b)
     mods_a,mods_b = _find_modules(model_a, names_a),_find_modules(model_b, names_b)
-    gram_of,forward = (lambda K: K) if kernel == 'linear' else (lambda K: rbf_gram(K, sigma)),forward or (lambda m, x: m(x))
-    wa = _Watch(mods_a | mods_b if model_a is model_b else mods_a, gram_of, unbiased, maps)
-    wb = wa if model_a is model_b else _Watch(mods_b, gram_of, unbiased, maps)
-    sums,count = _HSIC(unbiased),dict(examples=0, batches=0, left_out=0)
+    def gram_of(K): return K if kernel == 'linear' else rbf_gram(K, sigma)
+    def run(model, images): return _run(forward or (lambda m, x: m(x)), model, images)
+    wa,wb = _watches((model_a, model_b), (mods_a, mods_b), axis, gram_of, unbiased, maps)
+    least = 4 if unbiased else 2
+    sums,count,batches = _HSIC(unbiased),dict(examples=0, batches=0),_Batches(loader, least if maps in ('flatten', 'pool') else 1)
     with evaluating(model_a, model_b), wa, (wb if wb is not wa else contextlib.nullcontext()):
-        for batch in progress(loader, 'CKA', len(loader) if hasattr(loader, '__len__') else None):
-            images = _images(batch)
-            for w,model in ((wa, model_a),) if wa is wb else ((wa, model_a), (wb, model_b)):
-                w.n = len(images); forward(model, images.to(device_of(model))); w.n = 0
-            if not sums.add(wa, wb, names_a, names_b): count['left_out'] += len(images); continue
-            count['examples'] += len(images); count['batches'] += 1
-    if not count['batches']: raise OpenTransError(f"No batch had {4 if unbiased else 2} examples or more: CKA compares examples within a batch. Give a loader with larger batches.")
-    if count['left_out']: warnings.warn(f"{count['left_out']} examples came in a batch too small for an estimate and were left out.")
+        for images in batches:
+            for w,which in [(wa, 'first')] + [(wb, 'second')]*(wb is not wa):
+                w.look(run, images)
+                if not w.seen.keys() - w.reasons.keys(): raise _not_comparable(w, which, images)
+            if sums.add(wa, wb, names_a, names_b): count = dict(examples=count['examples']+len(images), batches=count['batches']+1)
+            else: batches.left_out += len(images)
+    if not count['batches']: raise batches.too_few(least)
+    _warn(batches.left_out, wa.repeated | wb.repeated)
     frame = pd.DataFrame(sums.result(), index=names_a, columns=names_b)
     frame.loc[list(wa.why(names_a))],frame[list(wb.why(names_b))] = np.nan,np.nan
-    frame.attrs = dict(estimator=f"minibatch {'unbiased' if unbiased else 'biased'} HSIC", kernel=kernel if kernel == 'linear' else f'rbf, sigma {sigma}', maps=str(maps), **count,
-                       reasons={n: r for w,ns in ((wa, names_a), (wb, names_b)) for n,r in w.why(ns).items()})
+    frame.attrs = dict(estimator=f"minibatch {'unbiased' if unbiased else 'biased'} HSIC", kernel=kernel if kernel == 'linear' else f'rbf, sigma {sigma}', maps=str(maps),
+                       **count, left_out=batches.left_out, reasons=wa.why(names_a) | wb.why(names_b))
     idle = [[n for n in ns if given is None and w.reasons.get(n) == _IDLE] for w,ns,given in ((wa, names_a, layers_a), (wb, names_b, layers_b or layers_a))]
     return frame.drop(index=idle[0], columns=idle[1])
+
+def _warn(left_out, repeated):
+    if left_out: warnings.warn(f"{left_out} examples came in a batch too small for an estimate and were left out.")
+    if repeated: warnings.warn(f"{len(repeated)} layers ran more than once in a forward pass, and the last run counts: {', '.join(sorted(repeated)[:4])}{' ...' if len(repeated) > 4 else ''}.")
 
 # %% ../nbs/03_cka.ipynb #389102d4
 def plot_cka(
@@ -312,10 +524,13 @@ def channel_cka(
     Y:torch.Tensor, # Another of the same shape
     constant='one', # A channel that is constant in X or Y counts as 1 (the paper's code), or is left out: `'skip'`
 )->float: # Mean over channels and pictures
-    "What the paper's released CKA.py computes: rows of each channel's map as examples, biased linear CKA, averaged over channels."
+    """What the paper's released CKA.py computes: rows of each channel's map as examples, biased linear CKA, averaged over channels.
+    NaN, with a warning, if X or Y holds NaN. Raises `OpenTransError` for maps that do not fit."""
     if X.shape != Y.shape or X.dim() not in (3, 4): raise OpenTransError(f"Two maps of one shape (C,H,W) or (B,C,H,W) are needed, not {tuple(X.shape)} and {tuple(Y.shape)}.")
     if constant not in ('one', 'skip'): raise OpenTransError(f"constant='{constant}' is not known; choose 'one' or 'skip'.")
     X,Y = ((t.double() - t.double().mean(-2, keepdim=True)).flatten(0, -3) for t in (X, Y))
+    for x,what in ((X, 'X'), (Y, 'Y')):
+        if not x.isfinite().all(): return _nan(what, 'has NaN or infinite features')
     xy,xx,yy = (torch.linalg.matrix_norm(a.mT@b) for a,b in ((X, Y), (X, X), (Y, Y)))
     c = xy**2/(xx*yy)
     return (c.nan_to_num(nan=1.) if constant == 'one' else c[~c.isnan()]).mean().item()
@@ -329,19 +544,21 @@ def paper_cka(
     constant='one', # What a constant channel counts: `'one'` as in the paper's code, or `'skip'`
     forward=None, # A function (model, images); None calls `model(images)`
 )->pd.Series: # By layer, mean over pictures
-    "The released per-channel score (`channel_cka`) between layers of the same name."
+    "The released per-channel score (`channel_cka`) between layers of the same name. Raises `OpenTransError` for an empty loader and layers that do not run."
     model_a,model_b = unwrap(model_a),unwrap(model_b)
-    forward,seen,total,n = forward or (lambda m, x: m(x)),{},{k: 0. for k in layers},0
+    names = [layers] if isinstance(layers, str) else list(layers)
+    seen,total,batches = {},dict.fromkeys(names, 0.),_Batches(loader, 1)
+    def keep(key): return lambda module, args, out: seen.__setitem__(key, _features(out).detach().clone())
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model_a, model_b))
         for i,model in enumerate((model_a, model_b)):
-            for name,m in _find_modules(model, layers).items():
-                stack.callback(m.register_forward_hook(lambda m, args, out, k=(i, name): seen.__setitem__(k, _first_tensor(out).detach().clone())).remove)
-        for batch in loader:
-            images = _images(batch)
-            for model in (model_a,) if model_a is model_b else (model_a, model_b): forward(model, images.to(device_of(model)))
-            for k in layers:
+            for name,m in _find_modules(model, names).items(): stack.callback(m.register_forward_hook(keep((i, name))).remove)
+        for images in batches:
+            for model in dict.fromkeys((model_a, model_b)): _run(forward or (lambda m, x: m(x)), model, images)
+            for k in names:
                 if any((i, k) not in seen for i in (0, 1)): raise OpenTransError(f"Layer '{k}' did not run. Name layers that the forward pass reaches.")
                 total[k] += channel_cka(seen[0, k], seen[1, k].to(seen[0, k].device), constant)*len(images)
-            n += len(images); seen.clear()
+            seen.clear()
+    n = sum(shape[0] for shape in batches.shapes)
+    if not n: raise batches.too_few(1)
     return pd.Series({k: v/n for k,v in total.items()}, name='channel cka')

@@ -6,12 +6,13 @@
 __all__ = ['app', 'Backbone', 'Pretrained', 'Data', 'Root', 'Split', 'Classes', 'Ignore', 'Framework', 'Preset', 'Stride',
            'Device', 'Seed', 'AllowHub', 'Freeze', 'By', 'Xmin', 'Quiet', 'Corrupt', 'Config', 'Iterations',
            'BatchSize', 'LR', 'Crop', 'RecipeName', 'Precision', 'Accumulate', 'Workers', 'Settings', 'Every', 'Print',
-           'Board', 'WithInstances', 'data_app', 'first_process', 'keep_settings', 'open_clip_backbone', 'open_data',
-           'show', 'main', 'demo', 'study', 'alpha', 'prune', 'make_recipe', 'transfer', 'finetune', 'open_trained',
-           'evaluate', 'segment', 'compare', 'cka_command', 'cost_command', 'data_list', 'data_check', 'data_shapes']
+           'Board', 'WithInstances', 'data_app', 'settings_kept', 'first_process', 'keep_settings',
+           'open_clip_backbone', 'open_data', 'show', 'main', 'demo', 'study', 'alpha', 'prune', 'make_recipe',
+           'transfer', 'finetune', 'open_trained', 'evaluate', 'segment', 'compare', 'cka_command', 'cost_command',
+           'data_list', 'data_check', 'data_shapes']
 
 # %% ../nbs/21_cli.ipynb #9621fff3
-import errno, json, math, os, sys, tempfile, warnings
+import contextlib, errno, json, math, os, shutil, sys, tempfile, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -112,6 +113,20 @@ def _hub(allowed, *names):
     return False if _from_file(*(names or ('pretrained',))) else None
 
 Config = Annotated[Optional[str], typer.Option(help="File of settings (.yaml or .json): option names and values. Flags win over it.", is_eager=True, callback=_configured)]
+
+@contextlib.contextmanager
+def settings_kept(
+    out, # Folder that results go to, or None
+    **more, # As `keep_settings` takes them
+):
+    "What a run runs with is kept from its beginning; of a run that is refused before it has written anything, nothing is left."
+    new = out is not None and not os.path.exists(out)
+    keep_settings(out, **more)
+    try: yield
+    except OpenTransError:
+        if new and first_process() and os.listdir(out) == ['settings.json']: shutil.rmtree(out)
+        raise
+    keep_settings(out, tell=False, ended=True, **more)
 
 def first_process()->bool:
     "Is this the one of several processes that writes and prints?"
@@ -256,6 +271,8 @@ def main():
     try: sys.exit(_run())
     finally: warnings.formatwarning = before
 
+_NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG) # a path that was typed is none
+
 def _run():
     "The command that was typed; gives its exit code."
     try:
@@ -266,7 +283,9 @@ def _run():
     except KeyboardInterrupt: return _ended(130, 'interrupted')
     except OpenTransError as error: return _ended(getattr(error, 'code', error.exit_code), f'error: {error}')
     except MemoryError: return _ended(1, 'error: out of memory. Use a smaller --batch-size or --size.')
-    except OSError as error: return _ended(1, f'error: {error.strerror or error}{f": {error.filename}" if error.filename else ""}')
+    except OSError as error:
+        place = f': {shorten(error.filename)}' if error.filename else ''
+        return _ended(2 if error.errno in _NO_PLACE else 1, f'error: {error.strerror or error}{place}')
     except Exception as error:
         if type(error).__name__ == 'Abort': return _ended(130, 'interrupted')
         if not (hasattr(error, 'show') and hasattr(error, 'exit_code')): raise
@@ -438,7 +457,9 @@ def make_recipe(
     r = Recipe.of(dict(c.split('=', 1) for c in changes or ()), base=r)
     launched = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     if more.get('precision') is None and launched != 'no': more['precision'] = launched
-    return r.replace(**{k: v for k,v in more.items() if v is not None})
+    r = r.replace(**{k: v for k,v in more.items() if v is not None})
+    if r.iterations < 1: raise _bad(f"iterations={r.iterations}: nothing would be trained. Give at least 1.")
+    return r
 
 def _build(framework, clip, vocabulary, preset, seed):
     from opentrans.clip import small_clips
@@ -482,14 +503,13 @@ def transfer(
     r = make_recipe(recipe, framework, set_, iterations, batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
     train,test = (open_data(data, root, s, classes, ignore, corrupt, panoptic) for s in (split, eval_split))
     clip = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
-    seg = _build(framework, clip, train.vocabulary, preset, seed); keep_settings(out, recipe=r.to_dict())
+    seg = _build(framework, clip, train.vocabulary, preset, seed)
     told,sub = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard),lambda name: str(Path(out)/name) if out else None
-    with m.apply(seg.backbone):
+    with settings_kept(out, recipe=r.to_dict()), m.apply(seg.backbone):
         if warmup: finetune(seg, train, r.shorten(warmup).replace(schedule='constant'), checkpoint_dir=sub('warmup'), **told)
         selection = analyze(seg.backbone, xmin=_number(xmin)).select(freeze=freeze, by=by, seed=seed) if freeze else None
         finetune(seg, train, r, selection=selection, checkpoint_dir=sub('finetune'), **told)
         result = evaluate(seg, test, limit=limit)
-    keep_settings(out, tell=False, ended=True, recipe=r.to_dict())
     _report(seg, test, result, size or clip.image_size, m, selection, out, as_json, f'{framework} on {backbone}, mask of density {m.density:.3f}')
 
 def _transfer_file(m, model, out, as_json):
@@ -521,14 +541,15 @@ def finetune(
     m,chosen = SparseMask.load(mask) if mask else None,LayerSelection.from_json(Path(selection)) if selection else None
     train,val = (open_data(data, root, s, classes, ignore, corrupt, panoptic) if s else None for s in (split, eval_split if eval_every else None))
     clip = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
-    seg = _build(framework, clip, train.vocabulary, preset, seed); keep_settings(out, recipe=r.to_dict())
-    history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=str(Path(out)/'run'), val=val, eval_every=eval_every, checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
-    if first_process():
-        save_tensors(seg.state_dict(), Path(out)/'model.safetensors')
-        told = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=output_stride, clip=clip_facts(clip))
-        told.update(classes=list(train.vocabulary.names), data=data, recipe=r.to_dict(), mask=mask, selection=selection)
-        save_json(told, Path(out)/'model.json', _model_file())
-    keep_settings(out, tell=False, ended=True, recipe=r.to_dict())
+    seg = _build(framework, clip, train.vocabulary, preset, seed)
+    how = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
+    with settings_kept(out, recipe=r.to_dict()):
+        history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=str(Path(out)/'run'), val=val, eval_every=eval_every, **how)
+        if first_process():
+            save_tensors(seg.state_dict(), Path(out)/'model.safetensors')
+            told = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=output_stride, clip=clip_facts(clip))
+            told.update(classes=list(train.vocabulary.names), data=data, recipe=r.to_dict(), mask=mask, selection=selection)
+            save_json(told, Path(out)/'model.json', _model_file())
     show(dict(iterations=len(history), first_loss=float(history.loss.iloc[0]), last_loss=float(history.loss.iloc[-1]), **(dict(best_miou=float(history.miou.max())) if 'miou' in history else {}),
               model=str(Path(out)/'model.safetensors')), as_json, 'fine-tuned')
 
@@ -601,10 +622,9 @@ def evaluate(
     else:
         clip = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
         seg = _build(framework, clip, test.vocabulary, preset, seed)
-    keep_settings(out, ended=True)
     if not model and first_process(): _say(f"note: without --model the head of {framework} is untrained (seed {seed})", sys.stderr)
     if m is not None: m.apply(seg.backbone).remove()
-    result = run(seg, test, batch_size=batch_size, limit=limit, kind=kind, **{k: v for k,v in looks.items() if v is not None})
+    with settings_kept(out): result = run(seg, test, batch_size=batch_size, limit=limit, kind=kind, **{k: v for k,v in looks.items() if v is not None})
     _report(seg, test, dict(result, head='trained' if model else 'untrained'), clip.image_size, m, None, out, as_json, f'{framework} on {data}')
 
 def _hub_of_model(pretrained, allowed):

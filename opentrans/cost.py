@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import UnsupportedFakeTensorException, UnsupportedOperatorException, unset_fake_temporarily
-from .core import CONVS, NORMS, OpenTransError, axes, device_of, evaluating, find_names, find_tower, layers_of, optional, unknown, unwrap
+from .core import CONVS, LAYER_KINDS, NORMS, OpenTransError, axes, bare_modules, clean_name, device_of, evaluating, find_names, find_tower, layers_of, optional, unknown, unwrap
 
 # %% ../nbs/04_cost.ipynb #5ec1bdaa
 from .escape import for_markdown, for_plot
@@ -64,7 +64,7 @@ def _trilinear(factors, expanded):
         shapes.append(shape)
     return math.prod(torch.broadcast_shapes(*shapes))
 
-# %% ../nbs/04_cost.ipynb #dc8baafb
+# %% ../nbs/04_cost.ipynb #81caca08
 def _table(price, places, kind, names): return {n if '::' in n else f'aten::{n}': (price, places, kind) for n in names.split()}
 
 _PRICES = { # name of an operator -> (price from its arguments and its output, places of the factors, kind)
@@ -113,7 +113,7 @@ def op_macs(
     n = price(*args, out=out)
     return None if n is None else (n, places, kind)
 
-# %% ../nbs/04_cost.ipynb #e4f7bff8
+# %% ../nbs/04_cost.ipynb #a161f07b
 _OWN = {'aten', 'prim', 'prims', 'profiler', 'torchvision', 'quantized', 'quantized_decomposed', 'mkldnn', 'onednn', 'mkl', 'c10d', '_c10d_functional', 'rngprims', 'debugprims', 'inductor'}
 _PRODUCT = re.compile('mm(_|$)|mv(_|$)|dot|^addr|conv|atten|multi_head|encoder_layer|rnn|lstm|gru|linear|linalg|matmul|matrix_exp|fft_[rc]2|dist_|'
                       'cholesky|solve|ormqr|geqrf|householder|lstsq')
@@ -238,12 +238,10 @@ def _module_rows(name, m):
 
 def _paths(model):
     "Path of each module as rows spell it, and whether it is in the tower: a head's module that is called like one of the tower gets `(head)` before it."
-    tower = find_tower(model)
-    inside = {id(m) for m in tower.modules()}
-    names = {n for n,_ in tower.named_modules()} - {''}
-    prefix = next((n for n,m in model.named_modules() if m is tower), '')
-    for n,m in model.named_modules():
-        if id(m) in inside: yield n[len(prefix):].removeprefix('.'),True,m
+    inside = {id(m): n for n,m in bare_modules(find_tower(model))}
+    names = set(inside.values()) - {''}
+    for n,m in bare_modules(model):
+        if id(m) in inside: yield inside[id(m)],True,m
         else: yield f'(head) {n}' if n in names else n,False,m
 
 def _lone(path, m, fresh):
@@ -480,7 +478,7 @@ def _hooked(model, counter, table):
         for m in training: m.training = True
         torch.backends.mha.set_fastpath_enabled(fast)
 
-# %% ../nbs/04_cost.ipynb #7ee6b06d
+# %% ../nbs/04_cost.ipynb #889039ce
 _LIBRARIES = sys.stdlib_module_names - {'types'} | {'torch', 'numpy', 'pandas'}
 
 def _inner(x):
@@ -516,7 +514,7 @@ def _remember(
         for x,was in held: _put_back(x, was)
     return back
 
-# %% ../nbs/04_cost.ipynb #dd130651
+# %% ../nbs/04_cost.ipynb #c2757e10
 _SMALL = 2**22 # elements of what is computed beside a dry pass, at most
 
 def _written(func, args, kwargs):
@@ -586,7 +584,7 @@ class _Beside(TorchDispatchMode):
             if not refs: break
         return refs
 
-# %% ../nbs/04_cost.ipynb #af1b6604
+# %% ../nbs/04_cost.ipynb #d94c48d3
 _CACHE = type(functools.lru_cache(None)(lambda: None))
 
 class _LeftBehind(OpenTransError): "A dry pass has left tensors without values where they could only be taken out."
@@ -666,7 +664,9 @@ def _clean_up(beside, error, advice):
     if not refs: return
     left = [(t, known.get(id(t))) for ref in refs if (t := ref()) is not None]
     refs.clear()
-    for t,_ in left: vars(t).clear() # lets go of the mode, whose weak references forbid what follows
+    known.clear()
+    for pair in left: vars(pair[0]).clear() # lets go of the mode, whose weak references forbid what follows
+    pair = None
     gc.collect()
     while filled := [k for k,(t,v) in enumerate(left) if v is not None and _fill(t, v)]: left = [x for k,x in enumerate(left) if k not in filled]
     lost = [weakref.ref(t) for t,_ in left]
@@ -714,7 +714,7 @@ def _densities(mask, rows):
     "Density by row, from a mask by name, a dict of densities (`'*'`: all other rows of the tower), or one number for the whole tower."
     if mask is None: return {}
     if not isinstance(mask, dict) and not hasattr(mask, 'names'): mask = {'*': mask}
-    d = {n: m if isinstance(m, torch.Tensor) else _density(n, m) for n,m in ((n, mask[n]) for n in (mask if isinstance(mask, dict) else mask.names))}
+    d = {n: m if isinstance(m, torch.Tensor) else _density(n, m) for n,m in ((clean_name(n), mask[n]) for n in (mask if isinstance(mask, dict) else mask.names))}
     rest = d.pop('*', None)
     for n in [n for n in d if any(r.endswith(f'{n}[q]') for r in rows)]: # a packed projection masked as a whole
         m = d.pop(n)
@@ -929,7 +929,7 @@ def to_markdown(self:Cost, by='kind', **kw):
     lines.append(('**all**', *(f'**{_si(x).strip()}**' for x in (self.params, self.active_params, self.macs, self.active_macs))))
     head = [f'| {by} | params | active | {"MACs" if self.convention == "macs" else self.convention} | active |', '|---|--:|--:|--:|--:|']
     free = self._without_price()
-    return '\n'.join(head + [f"| {' | '.join(l)} |" for l in lines] + ([f'\nWithout a price: {free}.'] if free else []))
+    return '\n'.join(head + [f"| {' | '.join(l)} |" for l in lines] + ([f'\nWithout a price: {for_markdown(free)}.'] if free else []))
 
 @patch
 def _without_price(self:Cost):
@@ -985,7 +985,7 @@ def training_table(
     if rule not in ('paper', 'exact'): raise unknown('rule', rule, ['paper', 'exact'])
     t,one = (cost if mask is None else cost.under(mask)).by_layer,cost.input_size[0] if cost.input_size else 1
     frozen = _frozen(selection, t.index)
-    learns = pd.Series([r not in frozen and (train_norms or not tower or kind in ('conv', 'linear', 'attention')) for r,tower,kind in zip(t.index, t.tower, t.kind)], t.index)
+    learns = pd.Series([r not in frozen and (train_norms or not tower or kind in LAYER_KINDS) for r,tower,kind in zip(t.index, t.tower, t.kind)], t.index)
     learns &= (t.weights > 0) | (rule == 'paper')
     flows = pd.Series(True, t.index)
     if rule == 'exact':
@@ -1074,6 +1074,12 @@ def _step(model, inputs, loss, fake):
 
 def _bytes(tensors): return sum(t.numel()*t.element_size() for t in tensors)
 
+def _restore(buffer, was):
+    "Put a buffer back, also if a forward pass that records gradients has written to it."
+    with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+        if buffer.grad_fn is not None: buffer.detach_()
+        buffer.copy_(was)
+
 def training_memory(
     model:nn.Module, # The model; it is left as it was
     input_size, # (B,C,H,W) of one step, or (C,H,W) for one picture
@@ -1086,7 +1092,7 @@ def training_memory(
     if optimizer not in _STATES: raise unknown('optimizer', optimizer, _STATES)
     size,model = _size(input_size),unwrap(model)
     _check_model(model, args)
-    training,buffers = {m: m.training for m in model.modules()},[(b, b.clone()) for b in model.buffers()] # norms count their batches
+    training,buffers = {m: m.training for m in model.modules()},[(b, b.detach().clone()) for b in model.buffers()] # norms count their batches
     def run(fake, beside):
         inputs = _inputs(model, size, args)
         beside.forget([t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)])
@@ -1101,8 +1107,7 @@ def training_memory(
             raise OpenTransError(f"No training step of the model on an input of size {size} can be taken: {e}. {why}") from e
         finally:
             for m,was in training.items(): m.training = was
-            for b,was in buffers:
-                with torch.inference_mode(b.is_inference()): b.copy_(was)
+            for b,was in buffers: _restore(b, was)
     states = _STATES[optimizer]*n
     fixed = _bytes([*model.parameters(), *model.buffers()]) + states
     return pd.Series(dict(weights=_bytes(model.parameters()), gradients=n, optimizer=states, activations=kept, peak=fixed + peak), dtype='int64')

@@ -7,12 +7,13 @@ __all__ = ['ASSETS', 'TEMPLATES', 'VOCABULARIES', 'COLOURS', 'TEXTURES', 'SHAPES
            'IMAGES', 'checked_text', 'check_templates', 'Vocabulary', 'ignore_label', 'unpack', 'sample_packed',
            'collate', 'class_colours', 'show_sample', 'is_novel', 'triple_name', 'paint_object', 'paint_stuff', 'scene',
            'ShapesWorld', 'object_image', 'stuff_image', 'caption', 'read_picture', 'read_image', 'read_label_map',
-           'read_segments', 'Files', 'Segmentation', 'label_lut', 'LabelMaps', 'Panoptic', 'data_root', 'find_layout',
-           'pair_files', 'register_dataset', 'list_datasets', 'open_dataset', 'read_panoptic_json',
-           'write_coco_panoptic', 'ReleasedInstances', 'resize_short', 'augment', 'View', 'Augmented']
+           'read_instances', 'read_segments', 'Files', 'Segmentation', 'label_lut', 'LabelMaps', 'Panoptic',
+           'data_root', 'find_layout', 'pair_files', 'register_dataset', 'list_datasets', 'open_dataset',
+           'read_panoptic_json', 'write_coco_panoptic', 'ReleasedInstances', 'resize_short', 'augment', 'View',
+           'Augmented']
 
 # %% ../nbs/05_data.ipynb #6424ff1e
-import colorsys, contextlib, csv, difflib, functools, inspect, io, json, math, os, re, string, warnings
+import colorsys, contextlib, csv, difflib, functools, inspect, io, json, math, os, re, stat, string, warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
@@ -584,19 +585,24 @@ _OF_DATA = "Unpack the data set again, or pass corrupt='skip' to leave it out."
 def _formats():
     "The kinds of image files that are read. A file is told by its contents, whatever its name ends in."
     Image.init()
-    return [*_FIRST, *(name for name in Image.ID if name not in _FIRST + _NEVER)]
+    return _allowed(len(Image.ID)) # other packages may add kinds
+
+@functools.lru_cache
+def _allowed(known): return [*_FIRST, *(name for name in Image.ID if name not in _FIRST + _NEVER)]
 
 def _file_of(source, shown, hint):
     "What Pillow shall open: an ordinary file that is there, or bytes."
     if isinstance(source, (bytes, bytearray, memoryview)): return io.BytesIO(source)
     if not isinstance(source, (str, os.PathLike)):
         raise OpenTransError(f"{shown} must be a path, bytes, a PIL image or an array, not {type(source).__name__}. {hint}")
-    if not os.path.exists(source): raise OpenTransError(f"{shown} is missing. {hint}")
-    return regular_file(source, 'image file')
+    try: regular = stat.S_ISREG(os.stat(source).st_mode)
+    except (FileNotFoundError, ValueError): raise OpenTransError(f"{shown} is missing. {hint}") from None
+    except OSError: regular = False
+    return source if regular else regular_file(source, 'image file')
 
 def _why(error, file):
     "In words, why Pillow could not read a file."
-    size = os.stat(file).st_size if isinstance(file, Path) else file.getbuffer().nbytes if isinstance(file, io.BytesIO) else None
+    size = os.stat(file).st_size if isinstance(file, (str, os.PathLike)) else file.getbuffer().nbytes if isinstance(file, io.BytesIO) else None
     if size == 0: return 'it is empty'
     if isinstance(error, UnidentifiedImageError): return 'it is not an image of a known kind'
     if isinstance(error, MemoryError): return 'it needs more memory than there is'
@@ -674,7 +680,7 @@ def _image_of(values, what):
     if flat.ndim not in (2, 3) or (flat.ndim == 3 and flat.shape[2] not in (2, 3, 4)) or not flat.size:
         raise OpenTransError(f"An image array is (H,W), (H,W,3) or (H,W,4), not {values.shape}.")
     if flat.dtype.kind == 'f': flat = _fractions(flat, what)
-    elif flat.dtype == np.uint16: flat = _eight_bits(flat, 65535)
+    elif flat.dtype.kind == 'u' and flat.dtype.itemsize == 2: flat = _eight_bits(flat, 65535)
     elif flat.dtype == bool: flat = flat.astype(np.uint8)*255
     elif flat.dtype != np.uint8: raise OpenTransError(f"The {what} holds {flat.dtype}: expected uint8, uint16, or fractions from 0 to 1.")
     return Image.fromarray(np.ascontiguousarray(flat))
@@ -737,6 +743,10 @@ def _colours(path, what, hint):
         if im.mode not in ('RGB', 'RGBA'): raise OpenTransError(f"{shown} has mode {im.mode}: expected colours{hint}.")
         if '16' in _raw_mode(im): raise OpenTransError(f"{shown} has 16 bits a channel: expected colours of 8 bits{hint}.")
         return np.array(im)[..., :3]
+
+def read_instances(path)->np.ndarray: # (H,W,3) bytes: the class in red, the number of the thing in green
+    "Read an instance map of ADE20K. Raises `OpenTransError` if it is missing, broken or not of three channels of 8 bits."
+    return _colours(path, 'instance map', ', the class in red and the number in green')
 
 def read_segments(path)->np.ndarray: # (H,W) int32: R + 256 G + 256^2 B
     "Read the segment numbers of a COCO panoptic PNG. Raises `OpenTransError` if it is missing, broken or not of three channels of 8 bits."
@@ -811,7 +821,11 @@ class Segmentation(Dataset):
 # %% ../nbs/05_data.ipynb #017c1e26
 def _decodes(self, f):
     "What is wrong with the files of one image, or ''."
-    try: read_image(f.image); self.decode(f.labels); return ''
+    try:
+        read_image(f.image)
+        self.decode(f.labels)
+        if isinstance(f.segments, Path): read_instances(f.segments)
+        return ''
     except OpenTransError as e: return str(e)
 
 @patch
@@ -1303,7 +1317,7 @@ class ReleasedInstances(LabelMaps):
 
     def _ade(self, i, path):
         segments,classes,isregion = super().annotation(i)
-        a = _colours(path, 'instance map', ', the class in red and the number in green').astype(np.int64)
+        a = read_instances(path).astype(np.int64)
         if a.shape[:2] != segments.shape: raise OpenTransError(f"The instance map '{path}' is {a.shape[1]}x{a.shape[0]} pixels, its label map {segments.shape[1]}x{segments.shape[0]}.")
         things,at = np.array(sorted(self.things)),a[..., 1] > 0
         ids,where = np.unique(a[..., 0][at]*256 + a[..., 1][at], return_inverse=True)
@@ -1451,6 +1465,8 @@ class View(Dataset):
         transform=None, # Called with (sample, i); None leaves samples as they are
     ):
         self.data,self.indices,self.transform = data,list(range(len(data)) if indices is None else indices),transform
+        strange = [i for i in self.indices if not hasattr(i, '__index__') or not -len(data) <= int(i) < len(data)] if indices is not None else []
+        if strange: raise OpenTransError(f"The data set has {len(data)} samples, and no number {_listed_values(strange)}.")
     def __len__(self): return len(self.indices)
     def __getitem__(self, i):
         s = self.data[self.indices[i]]

@@ -551,7 +551,8 @@ def restore_optimizer(
     for full, tensor in strip_prefix(prefix, tensors).items():
         name, _, key = full.rpartition('.')
         param = params.get(name)
-        if param is None or (tensor.ndim and tensor.shape != param.shape) or not_finite({full: tensor}): raise _unfit(path, full)
+        fits = param is not None and (not tensor.ndim or tensor.shape == param.shape) and tensor.is_complex() <= param.is_complex()
+        if not fits or not_finite({full: tensor}): raise _unfit(path, full)
         alike = key != 'step' and tensor.shape == param.shape # laid out in memory as the parameter is, and where it is
         made.setdefault(param, {})[key] = torch.empty_like(param).copy_(tensor) if alike else tensor.to(param.device, copy=True)
     for param, held in made.items():

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from matplotlib.ticker import LogLocator, NullFormatter
 from typing_extensions import NotRequired, TypedDict
-from .core import (KINDS, OpenTransError, RETIRED, Undo, after_step, around_step, atomic_path, axes, bare_modules, bare_parameters,
+from .core import (LAYER_KINDS, OpenTransError, RETIRED, Undo, after_step, around_step, atomic_path, axes, bare_modules, bare_parameters,
     best_fits, clean_name, device_of, evaluating, find_tower, handling, held_by, in_tower, inner_name, inside, layers, layers_of,
     load_metadata, load_tensors, matches, no_partner, no_values, only_fit, optional, progress, save_json, save_tensors, seeded,
     trunk, under, unknown, unreadable, unwrap)
@@ -35,17 +35,22 @@ from .files import (BAKED_FILE, FileKind, RunFile, check_finite, check_like, che
 from .escape import for_plot
 
 # %% ../nbs/01_pruning.ipynb #ec47e9a4
+_FLAT = 'is flattened to one axis (as FSDP and ZeRO do): work on the model before it is wrapped'
+
 def _cannot_mask(layer):
     "Why no mask can be put on a layer; '' if one can. Values that are not loaded yet are no reason, and complex ones have a magnitude."
     if layer.computed: return layer.computed
+    if layer.param.ndim < 2: return _FLAT
     return '' if layer.param.is_meta or layer.param.is_complex() else unreadable(layer.param)
 
 def _reasons(whys, n=3):
-    "Layers and reasons as one text."
-    told = [f'{name} {why}' for name,why in whys.items()]
+    "Layers and reasons as one text; layers with the same reason are counted."
+    alike = {}
+    for name,why in whys.items(): alike.setdefault(why, []).append(name)
+    told = [f"{names[0]} {why}{f' (and {len(names)-1} more)' if len(names) > 1 else ''}" for why,names in alike.items()]
     return '; '.join(told[:n]) + (f'; and {len(told)-n} more' if len(told) > n else '')
 
-def _candidates(model, kinds=KINDS, skip_first=True, skip=None, only=('*',)):
+def _candidates(model, kinds=LAYER_KINDS, skip_first=True, skip=None, only=('*',)):
     "The layers that a mask covers, and name -> reason of those that it would cover and cannot. Raises `OpenTransError` for layers that are not made yet."
     found = layers(model)
     first = found[0].key if skip_first and found else None
@@ -57,7 +62,7 @@ def _candidates(model, kinds=KINDS, skip_first=True, skip=None, only=('*',)):
 
 def prunable(
     model:nn.Module, # Any model; names are read in its tower
-    kinds=KINDS, # Kinds of layer, as `layers` calls them
+    kinds=LAYER_KINDS, # Kinds of layer, as `layers` calls them
     skip_first:bool=True, # Leave the first layer dense?
     skip=None, # Names of modules to leave dense with everything under them, or patterns of whole names such as `'layer4.*'`; None: the model's head
     only=('*',), # Patterns of whole names to choose from
@@ -381,6 +386,16 @@ def _without_module(name):
     return re.sub(r'(^|\.)module(?=\.)', '', name).lstrip('.')
 
 # %% ../nbs/01_pruning.ipynb #522c2ddb
+def _apart(keys, names):
+    "Name -> reason of layers whose weight is kept in parts there, by `weight_norm`, `spectral_norm`, pruning or a parametrization."
+    res = {}
+    for key in (k.split('[')[0] for k in keys):
+        stem,_,last = key.rpartition('.')
+        ends = tuple('.'.join(filter(None, [stem, f'parametrizations.{last}.original{i}'])) for i in ('', 0, 1)) + tuple(f'{key}_{part}' for part in ('g', 'v', 'orig'))
+        parts = [n for n in names if f'.{clean_name(n)}'.endswith(tuple(f'.{end}' for end in ends))]
+        if parts: res[key] = f"is computed from {', '.join(parts[:2])}: remove the parametrization before the weights are saved"
+    return res
+
 def _match(
     keys, # Name -> shape
     shapes, # Parameter -> shape
@@ -395,6 +410,7 @@ def _match(
         if fits and (not best or len(fits[0]) > len(best[0])): best = fits
         if best and len(best[0]) == len(keys): break
     if not best or (strict and len(best[0]) < len(keys)):
+        if apart := _apart(keys, shapes): raise OpenTransError(f"{len(apart)} of {len(keys)} layers of the mask are no tensors of their own there: {_reasons(apart)}.")
         raise no_partner(keys, {n: s for n,(_,_,s) in _slots(shapes).items()}, 'layers of the mask')
     hit = only_fit(best, 'layers of the mask', lambda slot: same(slot[0]), lambda slot: slot[0])
     return {k: hit[k] for k in keys if k in hit}
@@ -409,6 +425,7 @@ def _place(keys, model, strict=True):
         there = {n: p for n,p in params.items() if n not in absent} | {n: l.param for n,l in computed.items()}
         try: hit = _match(keys, {n: p.shape for n,p in there.items()}, strict, lambda n: id(there[n]))
         except OpenTransError:
+            absent |= {n: _FLAT for n,p in there.items() if p.ndim < 2 and len(keys.get(n, ())) > 1}
             meant = {n: why for n,why in absent.items() if any(n.endswith(base) or base.endswith(n) for base in bases)}
             if meant: raise OpenTransError(f"{len(meant)} layers cannot be masked yet: {_reasons(meant)}.") from None
             raise
@@ -563,7 +580,7 @@ def _slots_of(model, keepers):
             if id(param) in mine: res.setdefault((id(module), key), _Slot(path, module, key, mine[id(param)]))
     return list(res.values())
 
-# %% ../nbs/01_pruning.ipynb #53e3057b
+# %% ../nbs/01_pruning.ipynb #c8cb06fd
 _HELD = weakref.WeakKeyDictionary() # module -> the `_Force`s on its parameters, which live as long as one of their modules does
 
 def _after_loading(module, keys):
@@ -604,7 +621,7 @@ class _Force:
             if at is not None and (name not in at._modules or at._modules[name] is not child()): return False
         return all(s.module() is None or (s.param is not None and s.param is s.keeper.param) for s in self.slots)
 
-# %% ../nbs/01_pruning.ipynb #8cc6248c
+# %% ../nbs/01_pruning.ipynb #bf4b56cc
 @patch
 def find(self:_Force, slot):
     "Bring a slot to the module that stands at its path now, if the model that the mask was put on still lives."
@@ -673,7 +690,7 @@ def end(self:_Force):
             if self in forces: forces.remove(self)
         for k in self.keepers: k.leave()
 
-# %% ../nbs/01_pruning.ipynb #3ba7025f
+# %% ../nbs/01_pruning.ipynb #4ebfd329
 class MaskInForce(Undo):
     "A mask that is kept on a model until `.remove()`, or the end of a `with` block."
     def __init__(self, force, placed, left):
@@ -950,7 +967,8 @@ _ADVICE = 'The last whole round stays. Lower the learning rate, or clip gradient
 
 def _constants(model):
     "Names of buffers that hold infinity from the start, as attention masks do. Raises `OpenTransError` for weights that do."
-    params,state = {n for n,_ in model.named_parameters(remove_duplicate=False)},_tensors_of(model)
+    params = {n for n,p in model.state_dict(keep_vars=True).items() if isinstance(p, nn.Parameter)}
+    state = _tensors_of(model)
     still = {n for n in not_finite(state) if n not in params and not state[n].isnan().any()}
     numbers = {n: t for n,t in state.items() if n not in still}
     check_finite(numbers, 'the model at the start', 'Give one whose weights are numbers.')
@@ -1188,7 +1206,7 @@ def _check_rewind(rewind, model):
                              "Give a whole model.state_dict().")
     check_like({k: rewind[k] for k in own}, own, 'rewind', 'state to rewind to', finite=False)
 
-# %% ../nbs/01_pruning.ipynb #c28f850a
+# %% ../nbs/01_pruning.ipynb #c7ab01e4
 CRITERIA = {}
 def criterion(
     name, # What it is called; or the function itself, which is then called as it is in Python
@@ -1224,7 +1242,7 @@ def weight_magnitude(model, losses=None, **kwargs):
     "|w|."
     return _magnitudes(prunable(model, **kwargs))
 
-# %% ../nbs/01_pruning.ipynb #c82a7e97
+# %% ../nbs/01_pruning.ipynb #424d419b
 def _threads(): return dict(threads=torch.get_num_threads()) # sums are rounded otherwise by another number of them
 
 def _scores(score, mask, model, losses=None, **kwargs):
@@ -1395,6 +1413,8 @@ def apply_to_state(self:SparseMask,
 )->dict: # Name in the state dict -> the layers of the mask that lie in it
     "Zero the pruned weights of a state dict. Raises `OpenTransError`, with nothing changed, if the mask does not fit in one place."
     hit = _match(self.shapes, {k: t.shape for k,t in state.items() if isinstance(t, torch.Tensor)}, strict, lambda n: state[n].data_ptr())
+    odd = {k: why for k,_ in hit.values() if not state[k].is_complex() and (why := unreadable(state[k]))}
+    if odd: raise OpenTransError(f"{len(odd)} tensors of the state dict cannot be masked: {_reasons(odd)}.")
     new,placed = {},{}
     for name,(k,rows) in hit.items():
         if k not in new: new[k],placed[k] = state[k].detach().clone(),[]
@@ -1449,7 +1469,7 @@ def bake(self:SparseMask,
         raise OpenTransError(f"dtype={dtype}: weights are stored as torch.float64, float32, bfloat16 or float16.")
     bare = unwrap(model)
     keep = {id(k.param): k.keep for k in _keepers(self, _place(self.shapes, bare))}
-    masks = {n: keep[id(p)] for n,p in bare.named_parameters() if id(p) in keep}
+    masks = {n: keep[id(p)] for n,p in bare.state_dict(keep_vars=True).items() if id(p) in keep} # by the names of the file, which wrappers may change
     state = {n: t.detach().cpu() for n,t in _tensors('', bare).items()}
     left = {n: t[masks[n]] if n in masks else t for n,t in state.items()}
     stored = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n,t in left.items()}

@@ -22,7 +22,7 @@ from .core import BATCH_NORMS, LayerSelection, Undo, axes, check_images, device_
 from .errors import OpenTransError, check_number, shorten, unknown
 from .escape import for_plot
 from .files import FileKind, check_finite, load_tensors, metadata_value, save_tensors
-from .peft import (HEADS, Added, add_adapters, add_lora, add_sparse, attend, check_shaped, is_head, merge_peft, outputs_of, projection, restore_flags, slots,
+from .peft import (MODEL_ENDS, Added, add_adapters, add_lora, add_sparse, attend, check_shaped, is_head, merge_peft, outputs_of, projection, restore_flags, slots,
     takes, trained_flags, why_not_tunable)
 
 # %% ../nbs/17_spt.ipynb #da9f69f9
@@ -31,7 +31,7 @@ TOKENS = ('cls_token', 'class_token', 'class_embedding', 'dist_token') # paramet
 
 def candidates(
     model:nn.Module, # Any model; names are read in its tower
-    heads=HEADS, # Modules that do not compete
+    heads=MODEL_ENDS, # Modules that do not compete
     skip_first:bool=True, # Leave out the first convolution or linear map (the patch embedding)?
 )->dict: # Name -> `Slot`
     "The tensors among which trainable parameters are allocated (thesis Sec. 2.3; the first layer, the head and parameters of the tower itself are left out)."

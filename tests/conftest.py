@@ -2,6 +2,12 @@
 import importlib, importlib.util, os, re, shutil, socket, subprocess, sys, time, types, urllib.request
 from pathlib import Path
 import pytest
+from hypothesis import HealthCheck, settings
+
+PATIENCE = 900 # seconds until something that is waited for counts as missing; nothing is ever judged by how long it took
+
+settings.register_profile('patient', deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile('patient')
 
 @pytest.fixture(scope='module')
 def one_thread():
@@ -40,6 +46,21 @@ def clone():
 def free_port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
+def until(what, why, said=str):
+    "Ask again and again until `what()` is true, and return it; fails, with what `said()` tells, when patience is at its end."
+    began = time.monotonic()
+    while not (found := what()):
+        if time.monotonic()-began > PATIENCE: pytest.fail(f'{why} within {PATIENCE} s. {said()}')
+        time.sleep(.05)
+    return found
+
+def ended(process):
+    "Wait for the end of a process that was asked to end; one that does not is killed."
+    try: process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
 @pytest.fixture
 def lab(tmp_path, request):
     "A JupyterLab server on a notebook of one cell, the NOTEBOOK of the test's module; yields its address."
@@ -53,13 +74,18 @@ def lab(tmp_path, request):
                                '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', '--LabApp.news_url=None'], stdout=log, stderr=log,
                               env={**os.environ, 'JUPYTER_CONFIG_DIR': str(tmp_path/'config'), 'JUPYTERLAB_SETTINGS_DIR': str(tmp_path/'settings'),
                                    'JUPYTERLAB_WORKSPACES_DIR': str(tmp_path/'workspaces'), 'JUPYTER_DATA_DIR': str(tmp_path/'data')})
+    def said(): return (tmp_path/'lab.log').read_text()[-2000:]
+    def answers():
+        if server.poll() is not None: pytest.fail(f'JupyterLab ended: {said()}')
+        try: return urllib.request.urlopen(f'http://127.0.0.1:{port}/api', timeout=PATIENCE)
+        except OSError: return None
     try:
-        for _ in range(240):
-            if server.poll() is not None: pytest.fail(f"JupyterLab ended: {(tmp_path/'lab.log').read_text()[-2000:]}")
-            try: urllib.request.urlopen(f'http://127.0.0.1:{port}/api', timeout=2); break
-            except OSError: time.sleep(.5)
+        until(answers, 'JupyterLab did not answer', said).close()
         yield f'http://127.0.0.1:{port}/lab/tree/explore.ipynb'
-    finally: server.terminate(); server.wait(20); log.close()
+    finally:
+        server.terminate()
+        ended(server)
+        log.close()
 
 @pytest.fixture
 def browser(tmp_path):
@@ -67,11 +93,17 @@ def browser(tmp_path):
     if not chromium or not driver: pytest.skip('no chromium with chromedriver on this machine (Debian: apt-get install chromium chromium-driver)')
     selenium = pytest.importorskip('selenium', reason='selenium drives the browser: pip install selenium')
     from selenium import webdriver
+    from selenium.common.exceptions import WebDriverException
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for a in ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update',
               '--disable-sync', '--disable-dev-shm-usage', '--window-size=1500,1100', f'--user-data-dir={tmp_path}/chromium'): options.add_argument(a)
-    b = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    def started():
+        try: return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+        except WebDriverException: return None # the driver gives a browser one minute, which may be too little on a busy machine
+    b = until(started, 'no browser started')
+    b.set_page_load_timeout(PATIENCE)
+    b.set_script_timeout(PATIENCE)
     try: yield b
     finally: b.quit()
 
@@ -85,16 +117,17 @@ def page(browser, lab, tmp_path):
     from selenium.webdriver.support.ui import WebDriverWait
     find = lambda css: browser.find_elements(By.CSS_SELECTOR, css)
     def wait(what, why): # until it is so; elements that go away meanwhile are looked for again
-        try: return WebDriverWait(browser, 150, .3, (NoSuchElementException, StaleElementReferenceException, ElementNotInteractableException, IndexError)).until(lambda _: what())
+        try: return WebDriverWait(browser, PATIENCE, .3, (NoSuchElementException, StaleElementReferenceException, ElementNotInteractableException, IndexError)).until(lambda _: what())
         except TimeoutException:
             browser.save_screenshot(str(tmp_path/'failed.png'))
             pytest.fail(f"{why}. The cell says: {find('.jp-Cell')[0].text[-1500:] if find('.jp-Cell') else 'nothing'}")
     browser.get(lab)
     wait(lambda: find('.jp-Notebook .jp-CodeCell .cm-content'), 'the notebook did not open')
-    def run(): # JupyterLab replaces its elements while it starts: click and press again until the cell has a number or a star
-        if re.search(r'\[(\*|\d+)\]', find('.jp-InputPrompt')[0].text): return True
+    wait(lambda: find('.jp-NotebookPanel-toolbar [data-status="idle"]'), 'the kernel did not start') # until then JupyterLab replaces its elements
+    def pressed(): # the cell has the cursor: what is typed goes into it
         find('.jp-Notebook .jp-CodeCell .cm-content')[0].click()
-        ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
-        time.sleep(2)
-    wait(run, 'the cell did not run')
+        return find('.jp-Notebook .jp-CodeCell .jp-Editor.jp-mod-focused')
+    wait(pressed, 'the cell took no click')
+    ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
+    wait(lambda: re.search(r'\[(\*|\d+)\]', find('.jp-InputPrompt')[0].text), 'the cell did not run')
     return SimpleNamespace(browser=browser, find=find, wait=wait, actions=lambda: ActionChains(browser))

@@ -145,7 +145,7 @@ def check_reader(
     return told
 
 def digest(*things)->str:
-    "One text for the values of tensors, state dicts, modules and plain values, however nested, for `state`."
+    "One text for the values of tensors, state dicts, modules and plain values, however nested, for `state`. The order in dictionaries does not matter."
     total = hashlib.sha256()
     def add(value):
         if isinstance(value, torch.nn.Module): value = {**value.state_dict(), **{f'{n}?': p.requires_grad for n, p in value.named_parameters()}}
@@ -154,7 +154,7 @@ def digest(*things)->str:
             value = value.detach().cpu().contiguous()
             total.update(f'{value.dtype}{tuple(value.shape)}'.encode() + value.flatten().view(torch.uint8).numpy().tobytes())
         elif isinstance(value, dict):
-            for key, held in value.items():
+            for key, held in sorted(value.items(), key=lambda item: str(item[0])):
                 total.update(f'{key}:'.encode())
                 add(held)
         elif isinstance(value, (list, tuple)):

@@ -214,6 +214,20 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path):
     save_weights(model, tmp_path/'w.safetensors')
     with pytest.raises(OpenTransError, match='not finite'): ClipBackbone.create('shapes-rn', tmp_path/'w.safetensors')
 
+def test_a_tag_that_was_downloaded_needs_no_network(tmp_path, tiny_architectures, monkeypatch):
+    "With hub=False the copy on this machine is taken as it is, and without one it is said; nothing is asked."
+    def asked(*args, **kwargs): raise AssertionError('the network was asked')
+    monkeypatch.setattr(open_clip, 'download_pretrained', asked)
+    monkeypatch.setattr('opentrans.clip._reach', asked)
+    model,*_ = open_model('RN50', quick_gelu=True)
+    place = tmp_path/'models--timm--resnet50_clip.openai'
+    with pytest.raises(OpenTransError, match="not on this machine, and it is a file that asks for them"): open_model('RN50', 'openai', cache_dir=tmp_path, hub=False)
+    (place/'refs').mkdir(parents=True)
+    (place/'refs'/'main').write_text('a'*40)
+    save_weights(model, place/'snapshots'/('a'*40)/'open_clip_model.safetensors')
+    again,_,mean,_,said = opened('RN50', 'openai', cache_dir=tmp_path, hub=False)
+    assert torch.equal(again.visual.conv1.weight, model.visual.conv1.weight) and activation(again) == 'QuickGELU' and not said
+
 def test_published_weights_are_fetched_and_checked(tmp_path, monkeypatch):
     "A tag leads to a download; what comes must fill the whole model; a failure says what to do."
     config = dict(embed_dim=32, vision_cfg=dict(VISION), text_cfg=dict(context_length=8, vocab_size=49408, width=16, heads=2, layers=1))

@@ -1,14 +1,18 @@
 "Cost: the paper's figures of full-size models, the three tools, masks and selections, and what a count must leave behind."
-import time
+import contextlib, copy, functools, gc, types
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import TextTransformer, VisionTransformer
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import segmentation
 from torchvision.models.segmentation.deeplabv3 import ASPP
-from opentrans.core import LayerSelection, layers
+from opentrans.core import LayerSelection, OpenTransError, layers
 from opentrans.cost import CONVENTIONS, cost, peak_memory, tool_count, training_flops, training_memory, training_table
 from opentrans.pruning import SparseMask
 
@@ -79,13 +83,11 @@ def test_deeplabv3_as_the_paper_counts_it(clip):
     assert (t + f).convention == 'thop + fvcore' and (t + f).macs == t.macs + f.macs
 
 
-def test_time_and_memory_of_a_full_size_count():
-    "RN50 at 800x1216 in under 2 s of processor time and 2 GB: in fact next to no memory, since nothing is computed."
+def test_memory_of_a_full_size_count():
+    "RN50 at 800x1216 takes next to no memory, since nothing is computed."
     m = ModifiedResNet([3, 4, 6, 3], 1024, 32)
-    t = time.process_time()
-    count = lambda: cost(m, (3, 800, 1216), forward=trunk(m))
+    def count(): return cost(m, (3, 800, 1216), forward=trunk(m))
     assert count().macs > 1e11
-    assert time.process_time() - t < 2
     assert peak_memory(count) < 2**20
 
 
@@ -204,3 +206,496 @@ def test_memory_estimate_of_a_deeper_freeze_is_smaller_and_of_a_batch_larger():
     for p in net.layer1.parameters(): p.requires_grad_(False)
     for n in ('conv1', 'bn1', 'conv2', 'bn2', 'conv3', 'bn3'): getattr(net, n).requires_grad_(False)
     assert e().activations < .8*half.activations
+
+
+# ---- whatever mode the caller is in -------------------------------------------------------------------------------------------------
+
+class Mixed(nn.Module):
+    "A convolution, a packed attention, a fused one, an LSTM and a functional product."
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.attn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.lstm, self.out = nn.LSTM(8, 6, batch_first=True, bidirectional=True), nn.Linear(12, 4)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x)).relu().flatten(2).mT
+        x = self.attn(x, x, x)[0] + F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+        return self.out(self.lstm(x)[0]) @ self.out.weight
+
+
+def decorated(decorator):
+    class Decorated(Mixed):
+        forward = decorator(Mixed.forward)
+    return Decorated()
+
+
+MODES = dict(inference=torch.inference_mode, no_grad=torch.no_grad, enable_grad=torch.enable_grad, autocast=lambda: torch.autocast('cpu', dtype=torch.bfloat16))
+
+
+def same_cost(a, b):
+    assert a.by_layer.equals(b.by_layer) and a.unpriced.equals(b.unpriced)
+    assert a.upstream == b.upstream
+
+
+@pytest.mark.parametrize('dry', [True, False])
+@pytest.mark.parametrize('convention', CONVENTIONS)
+@pytest.mark.parametrize('mode', MODES)
+def test_the_callers_mode_does_not_matter(mode, convention, dry):
+    "In inference mode torch shows compositions whole, which once had no price."
+    m = Mixed()
+    outside = cost(m, (3, 6, 6), convention=convention, dry=dry)
+    with MODES[mode](): inside = cost(m, (3, 6, 6), convention=convention, dry=dry)
+    same_cost(inside, outside)
+    assert training_flops(inside, 2, 2, rule='exact') == training_flops(outside, 2, 2, rule='exact')
+    same_cost(cost(decorated(MODES[mode]()), (3, 6, 6), convention=convention, dry=dry), outside)
+
+
+def test_a_model_that_was_made_in_inference_mode_counts_as_any_other():
+    with torch.inference_mode(): born = Mixed()
+    same_cost(cost(born, (3, 6, 6)), cost(Mixed(), (3, 6, 6)))
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    want = training_memory(net, (2, 3, 10, 10), optimizer='adam')
+    with torch.inference_mode():
+        assert training_memory(net, (2, 3, 10, 10), optimizer='adam').equals(want)
+        assert training_memory(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)), (2, 3, 10, 10), optimizer='adam').equals(want)
+
+
+def test_a_count_in_autocast_leaves_no_cast_weight_in_its_cache():
+    "Autocast keeps casts of weights until its block ends: those of a dry pass would be found by the next real one."
+    net, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), torch.randn(3, 8)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        want = net(x)
+        cost(net, (1, 8))
+        training_memory(net, (1, 8))
+        cost(decorated(torch.autocast('cpu', dtype=torch.bfloat16)), (3, 6, 6))
+        assert type(net(x)) is torch.Tensor and torch.equal(net(x), want)
+
+
+@pytest.mark.parametrize('wrap', ['compile', 'checkpoint'])
+def test_wrapped_blocks_count_as_bare_ones(wrap):
+    "Names are those without the wrappers, nothing is compiled, and a mask of the bare model fits."
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    around = dict(compile=lambda b: torch.compile(b, backend='eager'), checkpoint=checkpoint_wrapper)[wrap]
+    def net(wrap): return nn.Sequential(*[wrap(nn.Sequential(nn.Linear(16, 16), nn.ReLU())) for _ in range(3)])
+    plain, wrapped = net(lambda b: b), net(around)
+    mask = SparseMask.magnitude(plain, .3)
+    for convention in CONVENTIONS: same_cost(cost(wrapped, (2, 16), convention=convention, mask=mask), cost(plain, (2, 16), convention=convention, mask=mask))
+    odd = {f'1.{"_orig_mod" if wrap == "compile" else "_checkpoint_wrapped_module"}.0.weight': .5}
+    same_cost(cost(wrapped, (2, 16), mask=odd), cost(plain, (2, 16), mask={'1.0.weight': .5}))
+    whole = torch.compile(plain, backend='eager')
+    same_cost(cost(whole, (2, 16)), cost(plain, (2, 16)))
+    assert training_memory(wrapped, (2, 16)).gradients == training_memory(plain, (2, 16)).gradients
+
+
+# ---- weights that are computed ------------------------------------------------------------------------------------------------------
+
+COMPUTED = dict(plain=lambda m: m, weight_norm=weight_norm, old_weight_norm=nn.utils.weight_norm, spectral_norm=spectral_norm,
+                old_spectral_norm=nn.utils.spectral_norm, orthogonal=orthogonal, pruned=lambda m: prune.l1_unstructured(m, 'weight', .5),
+                bias_pruned=lambda m: prune.random_unstructured(m, 'bias', .5))
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', COMPUTED)
+@pytest.mark.parametrize('dry', [True, False])
+def test_computed_weights_count_the_parameters_behind_them_once(name, dry):
+    m = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), COMPUTED[name](nn.Linear(64, 64)), nn.ReLU(), nn.Linear(64, 10))
+    before = copy.deepcopy({k: v.detach().clone() for k, v in m.state_dict().items()})
+    c = cost(m, (3, 32), mask={'2.weight': .25}, dry=dry)
+    assert c.params == sum(p.numel() for p in m.parameters())
+    rows = c.by_layer
+    assert rows.macs['2.weight'] == 3*64*64 and rows.active_macs['2.weight'] == .25*3*64*64 and '2.weight' in c.upstream['4.weight']
+    made = rows[rows.kind == 'parametrization']
+    assert c.macs == 3*(32*64 + 64*64 + 64*10) + made.macs.sum() and not made.params.any()
+    assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items()), 'a count took a step of power iteration'
+
+
+def test_a_computed_packed_projection_has_its_three_rows():
+    attn = nn.MultiheadAttention(8, 2, batch_first=True)
+    net = nn.Sequential()
+    net.attn = weight_norm(attn, 'in_proj_weight')
+    c = cost(net, (1, 5, 8), forward=lambda x: net.attn(x[0], x[0], x[0]))
+    assert c.params == sum(p.numel() for p in net.parameters())
+    assert [c.by_layer.macs[f'attn.in_proj_weight[{k}]'] for k in 'qkv'] == [5*8*8]*3
+
+
+def test_shared_parameters_count_once():
+    "A weight or a bias that several modules hold belongs to the first of them."
+    net = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 10))
+    net[2].bias, net[3].weight = net[1].bias, net[0].weight
+    net[1].again = net[1].weight
+    c = cost(net, (1, 4), forward=lambda x: net(torch.zeros(1, 4, dtype=torch.long)))
+    assert c.params == sum(p.numel() for p in net.parameters()) and c.macs == 4*(64 + 64 + 80)
+    assert c.by_layer.macs['0.weight'] == 4*80 and c.by_layer.params['3.bias'] == 10
+
+
+# ---- every product has a price, or is told ------------------------------------------------------------------------------------------
+
+class Holds(nn.Module):
+    "Some weights and a function of the module and its input."
+    def __init__(self, f, **weights):
+        super().__init__()
+        self.f = f
+        for k, w in weights.items(): setattr(self, k, nn.Parameter(w) if isinstance(w, torch.Tensor) else w)
+    def forward(self, x): return self.f(self, x)
+
+
+def eye(layout): return torch.eye(4).to_sparse() if layout == 'coo' else torch.eye(4).to_sparse_csr()
+
+
+rand = torch.randn
+PRICES = {
+    'RNN': (lambda: Holds(lambda s, x: s.m(x), m=nn.RNN(8, 6, batch_first=True)), (2, 5, 8), 2*5*6*14),
+    'GRU': (lambda: Holds(lambda s, x: s.m(x), m=nn.GRU(8, 6, batch_first=True)), (2, 5, 8), 2*5*3*6*14),
+    'LSTM': (lambda: Holds(lambda s, x: s.m(x), m=nn.LSTM(8, 6, batch_first=True)), (2, 5, 8), 2*5*4*6*14),
+    'LSTM, two ways, two layers': (lambda: Holds(lambda s, x: s.m(x), m=nn.LSTM(8, 6, 2, bidirectional=True)), (2, 5, 8), 2*5*2*4*6*(14 + 18)),
+    'LSTM with a projection': (lambda: Holds(lambda s, x: s.m(x), m=nn.LSTM(8, 6, proj_size=3)), (2, 5, 8), 10*(4*6*(8 + 3) + 3*6)),
+    'LSTMCell': (lambda: Holds(lambda s, x: s.m(x), m=nn.LSTMCell(8, 6)), (2, 8), 2*4*6*14),
+    'GRUCell': (lambda: Holds(lambda s, x: s.m(x), m=nn.GRUCell(8, 6)), (2, 8), 2*3*6*14),
+    'Bilinear': (lambda: Holds(lambda s, x: s.m(x, x[..., :5]), m=nn.Bilinear(16, 5, 7)), (4, 3, 2, 16), 24*16*5*7),
+    'cdist, few': (lambda: Holds(lambda s, x: torch.cdist(x, s.w), w=rand(3, 16)), (4, 16), 4*3*16),
+    'cdist, many': (lambda: Holds(lambda s, x: torch.cdist(x, s.w), w=rand(30, 16)), (4, 16), 4*30*16),
+    'cdist, batch': (lambda: Holds(lambda s, x: torch.cdist(x, s.w, p=1), w=rand(30, 16)), (2, 4, 2, 16), 4*2*30*16*2),
+    'pdist': (lambda: Holds(lambda s, x: F.pdist(x)), (6, 16), 15*16),
+    'conv_tbc': (lambda: Holds(lambda s, x: torch.conv_tbc(x[0], s.w, s.b), w=rand(3, 16, 8), b=rand(8)), (1, 10, 4, 16), 8*4*3*16*8),
+    'sparse.mm': (lambda: Holds(lambda s, x: torch.sparse.mm(s.a, x), a=eye('coo')), (4, 16), 4*16),
+    'sparse @': (lambda: Holds(lambda s, x: s.a @ x, a=eye('csr')), (4, 16), 4*16),
+    'sparse vector': (lambda: Holds(lambda s, x: s.a @ x[:, 0], a=eye('coo')), (4, 16), 4),
+    'sparse linear': (lambda: Holds(lambda s, x: F.linear(x, s.a), a=eye('csr')), (9, 4), 4*9),
+    'sparse addmm': (lambda: Holds(lambda s, x: torch.sparse.addmm(x, s.a, x), a=eye('coo')), (4, 16), 4*16),
+    'baddbmm': (lambda: Holds(lambda s, x: torch.baddbmm(s.w, x, x.mT), w=rand(2, 4, 4)), (2, 4, 16, 1), 2*4*4*16),
+    'addbmm': (lambda: Holds(lambda s, x: torch.addbmm(s.w, x, x.mT), w=rand(4, 4)), (2, 4, 16, 1), 2*4*4*16),
+    'addr': (lambda: Holds(lambda s, x: torch.addr(s.w, x[0], x[1]), w=rand(16, 16)), (4, 16), 256),
+    'einsum of three': (lambda: Holds(lambda s, x: torch.einsum('ab,bc,cd->ad', x, s.v, s.w), v=rand(16, 3), w=rand(3, 5)), (4, 16), 4*16*3 + 4*3*5),
+    'tensordot': (lambda: Holds(lambda s, x: torch.tensordot(x, s.w, 1), w=rand(16, 5)), (4, 16), 4*16*5),
+    'multi_dot': (lambda: Holds(lambda s, x: torch.linalg.multi_dot([x, s.v, s.w]), v=rand(16, 3), w=rand(3, 5)), (4, 16), 4*16*3 + 4*3*5),
+    'fused attention': (lambda: Holds(lambda s, x: F.scaled_dot_product_attention(x, x, x[..., :3])), (2, 2, 4, 8), 2*2*4*4*11),
+    'grouped queries': (lambda: Holds(lambda s, x: F.scaled_dot_product_attention(x, x[:, :1], x[:, :1], enable_gqa=True)), (2, 4, 4, 8), 2*4*4*4*16),
+    'affine grid': (lambda: Holds(lambda s, x: F.affine_grid(x[0], (2, 3, 5, 7), align_corners=False)), (1, 2, 2, 3), 2*5*7*2*3),
+}
+if hasattr(F, 'grouped_mm'):
+    PRICES['experts'] = (lambda: Holds(lambda s, x: F.grouped_mm(x.bfloat16(), s.w.bfloat16(), offs=torch.tensor([3, 8], dtype=torch.int32)), w=rand(2, 16, 8)), (8, 16), 8*16*8)
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', PRICES)
+@pytest.mark.parametrize('how', ['dry', 'real', 'inference'])
+def test_price_of_a_product(name, how):
+    "By hand, in a dry pass, a real one, and from a forward in inference mode."
+    make, size, want = PRICES[name]
+    m = make()
+    size = size if len(size) != 3 else (1, *size)
+    squeeze = 1 if len(PRICES[name][1]) == 3 or size[-1] == 1 else 0
+    def forward(x):
+        x = x[0] if len(PRICES[name][1]) == 3 else x.squeeze(-1) if size[-1] == 1 else x
+        with torch.inference_mode(how == 'inference'): return m(x)
+    c = cost(m, size, forward=forward, dry=how != 'real')
+    assert c.macs == want and c.unpriced.empty, c
+    owners = {r for r in c.by_layer.index[c.by_layer.macs > 0] if ':' not in r}
+    assert bool(owners) == (any(p.dim() > 1 for p in m.parameters()) and name not in ('baddbmm', 'addbmm', 'addr'))  # those only add their weight
+    if 'LSTM' in name: assert all(c.by_layer.macs[r] > 0 for r in c.by_layer.index if 'weight' in r)
+
+
+def test_experts_of_a_mixture():
+    "Two experts of four for each of seven tokens, in both of transformers' ways."
+    T = pytest.importorskip('transformers')
+    m = T.MixtralForCausalLM(T.MixtralConfig(vocab_size=100, num_local_experts=4, num_key_value_heads=2, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)).eval()
+    c = cost(m, (1, 7), forward=lambda x: m(torch.zeros(1, 7, dtype=torch.long)))
+    experts = c.by_layer[['experts' in r for r in c.by_layer.index]]
+    assert experts.macs.sum() == 7*2*2*(256*64 + 64*128) and c.unpriced.empty and c.params == sum(p.numel() for p in m.parameters())
+
+
+def test_what_has_no_price_is_told():
+    "Transforms, solvers and operators of strangers: which, where and how often."
+    class Net(nn.Module):
+        def __init__(self): super().__init__(); self.a, self.b = Holds(lambda s, x: torch.fft.rfft2(x).real @ s.w, w=rand(5, 8)), nn.Linear(8, 8)
+        @property
+        def tower(self): return self.a
+        def forward(self, x): return torch.linalg.inv(self.b(self.a(self.a(x))))
+    c = cost(Net(), (1, 1, 8, 8))
+    assert c.unpriced.to_dict('index') == {':aten::_fft_r2c': dict(times=2, tower=True), ':aten::linalg_inv_ex': dict(times=1, tower=False)}
+    assert 'without a price: aten::_fft_r2c x2, aten::linalg_inv_ex x1' in repr(c) and 'Without a price' in c.to_markdown()
+    assert c.macs == 2*8*5*8 + 8*8*8
+    assert list(c.tower.unpriced.times) == [2] and list(c.head.unpriced.times) == [1] and list((c + c).unpriced.times) == [4, 2]
+    assert list((c - .9*c.tower).unpriced.times) == [2, 1] and list(c.under(.5).unpriced.times) == [2, 1]
+    plain = cost(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Softmax(1), nn.MaxPool2d(2), nn.Upsample(scale_factor=2, mode='bilinear')), (3, 9, 9))
+    assert plain.unpriced.empty and 'price' not in repr(plain) + plain.to_markdown()
+
+
+def test_an_operator_of_a_stranger_has_no_price_until_torch_is_told_one():
+    torch.library.custom_op('opentrans_test::product', lambda a, b: a @ b, mutates_args=(), schema='(Tensor a, Tensor b) -> Tensor').register_fake(lambda a, b: a.new_empty(len(a), b.shape[1]))
+    op = torch.ops.opentrans_test.product
+    m = Holds(lambda s, x: op(x, s.w), w=rand(16, 5))
+    for dry in (True, False):
+        c = cost(m, (4, 16), dry=dry)
+        assert c.macs == 0 and c.unpriced.times.to_dict() == {':opentrans_test::product': 1}
+    from torch.utils.flop_counter import flop_registry, register_flop_formula
+    register_flop_formula(op)(lambda a, b, *args, out_shape=None, **kwargs: 2*a[0]*a[1]*b[1])
+    try: c = cost(m, (4, 16))
+    finally: del flop_registry[op]
+    assert c.by_layer.macs.to_dict() == {'w': 4*16*5} and c.unpriced.empty
+
+
+RECURRENT = {f'{cls.__name__}{kw}': (cls, kw) for cls in (nn.RNN, nn.GRU, nn.LSTM) for kw in (dict(), dict(num_layers=3, bidirectional=True), dict(bias=False, batch_first=True))}
+
+
+@pytest.mark.parametrize('tool', ['thop', 'ptflops', 'fvcore'])
+@pytest.mark.parametrize('name', RECURRENT)
+def test_recurrent_layers_as_the_tools_count_them(name, tool):
+    pytest.importorskip(tool)
+    cls, kw = RECURRENT[name]
+    m = nn.Sequential(cls(8, 6, **kw))
+    ours, theirs = cost(m, (1, 5, 8), convention=tool, forward=lambda x: m(x[0])), tool_count(tool, Holds(lambda s, x: s.m(x[0]), m=m), (1, 5, 8))
+    assert (ours.macs, ours.params) == theirs
+    if tool == 'fvcore': assert ours.unpriced.times.to_dict() == {f'0:aten::{"rnn_tanh" if cls is nn.RNN else cls.__name__.lower()}': 1}
+
+
+FREE = {
+    'Bilinear': (lambda: Holds(lambda s, x: s.m(x, x), m=nn.Bilinear(16, 16, 8)), 'm:aten::bilinear'),
+    'baddbmm': (lambda: Holds(lambda s, x: torch.baddbmm(s.w, x[None], x.mT[None]), w=rand(1, 4, 4)), ':aten::baddbmm'),
+    'attention': (lambda: Holds(lambda s, x: F.scaled_dot_product_attention(x, x, x)), ':aten::scaled_dot_product_attention'),
+    'cdist': (lambda: Holds(lambda s, x: torch.cdist(x, x)), ':aten::_cdist_forward'),
+    'tensordot': (lambda: Holds(lambda s, x: torch.tensordot(x, s.w, 1), w=rand(16, 5)), ':aten::tensordot'),
+    'cell': (lambda: Holds(lambda s, x: s.m(x), m=nn.LSTMCell(16, 6)), 'm:aten::lstm_cell'),
+    'fft': (lambda: Holds(lambda s, x: torch.fft.rfft(x)), ':aten::_fft_r2c'),
+}
+
+
+@pytest.mark.parametrize('name', FREE)
+def test_what_fvcore_has_no_price_for_is_told(name):
+    "fvcore counts nothing and warns; so do we."
+    pytest.importorskip('fvcore')
+    m, row = FREE[name][0](), FREE[name][1]
+    c = cost(m, (4, 16), convention='fvcore', forward=lambda x: m(x))
+    class Outer(nn.Module):
+        def __init__(self): super().__init__(); self.m = m
+        def forward(self, x): return self.m(x[0])
+    assert c.macs == tool_count('fvcore', Outer(), (4, 16, 1)[:2])[0] == 0 if name != 'cell' else c.macs == 0
+    assert c.unpriced.times.to_dict() == {row: 1}
+
+
+def test_modules_that_a_table_lacks_are_told():
+    "thop and ptflops take what they do not know for free."
+    m = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.GroupNorm(2, 5))
+    for convention, want in (('thop', {'0:Embedding': 1, '2:GroupNorm': 1}), ('ptflops', {'0:Embedding': 1}), ('macs', {})):
+        assert cost(m, (1, 5), convention=convention, forward=lambda x: m(torch.zeros(1, 5, dtype=torch.long))).unpriced.times.to_dict() == want
+
+
+# ---- nothing stays behind -----------------------------------------------------------------------------------------------------------
+
+MEMO = {}
+def angles(n): return torch.arange(n*16.).view(-1, 16).cos()
+
+
+@functools.cache
+def remembered(n): return angles(n)
+
+
+@functools.lru_cache(maxsize=2)
+def last_two(n): return angles(n)
+
+
+def by_default(n, memo={}):
+    if n not in memo: memo[n] = angles(n)
+    return memo[n]
+
+
+def by_attribute(n):
+    if not hasattr(by_attribute, 'table'): by_attribute.table = angles(n)
+    return by_attribute.table
+
+
+def in_a_closure():
+    table = None
+    def get(n):
+        nonlocal table
+        if table is None: table = angles(n)
+        return table
+    return get
+
+
+def by_hand(n):
+    if 'sine' not in MEMO:
+        MEMO['sine'] = torch.zeros(n, 16)
+        MEMO['sine'][:, 0::2] = torch.arange(n*8.).view(n, 8).sin()
+        MEMO['sine'][:, 1::2] = torch.arange(n*8.).view(n, 8).cos()
+    return MEMO['sine']
+
+
+def views(n):
+    if 'view' not in MEMO: MEMO['whole'] = angles(n+4); MEMO['view'] = MEMO['whole'][:n]
+    return MEMO['view']
+
+
+class Keeper(nn.Module):
+    "A linear map times a table; where the table is kept, the function says."
+    of_class = {}
+    def __init__(self, table):
+        super().__init__()
+        self.linear, self.table, self.kept = nn.Linear(16, 16), table, None
+        self.inner = dict(list=[], plain=types.SimpleNamespace(table=None, size=0))
+    def forward(self, x): return self.linear(x)*self.table(self, x.shape[-2])
+
+
+def in_attribute(m, n):
+    if m.kept is None or len(m.kept) < n: m.kept = angles(n)
+    return m.kept
+
+
+def in_buffer(m, n):
+    if 'angles' not in m._buffers: m.register_buffer('angles', angles(n), persistent=False)
+    return m.angles
+
+
+def in_list(m, n):
+    if not m.inner['list']: m.inner['list'].append((n, angles(n)))
+    return m.inner['list'][0][1]
+
+
+def in_object(m, n):
+    if m.inner['plain'].size < n: m.inner['plain'].table, m.inner['plain'].size = angles(n), n
+    return m.inner['plain'].table
+
+
+def in_class(m, n):
+    if n not in Keeper.of_class: Keeper.of_class[n] = angles(n)
+    return Keeper.of_class[n]
+
+
+def of_the_weight(m, n):
+    m.kept = m.linear.weight[:n]*2
+    return m.kept[:n]
+
+
+PLACES = dict(attribute=in_attribute, buffer=in_buffer, list=in_list, object=in_object, a_class=in_class, of_the_weight=of_the_weight,
+              cache=lambda m, n: remembered(n), lru=lambda m, n: last_two(n), default=lambda m, n: by_default(n), function=lambda m, n: by_attribute(n),
+              closure=lambda m, n, get=in_a_closure(): get(n), by_hand=lambda m, n: by_hand(n), views=lambda m, n: views(n))
+
+
+def forget():
+    for d in (MEMO, Keeper.of_class, by_default.__defaults__[0], vars(by_attribute)): d.clear()
+    for f in (remembered, last_two): f.cache_clear()
+
+
+def fakes():
+    gc.collect()
+    return sum(type(o) is FakeTensor for o in gc.get_objects())
+
+
+@pytest.mark.parametrize('tool', [cost, training_memory])
+@pytest.mark.parametrize('place', PLACES)
+def test_a_model_that_keeps_a_table_goes_on_as_if_nothing_had_been(place, tool):
+    "Wherever the table of a forward pass is kept: no tensor without values is left, the output is right, and the model learns."
+    forget()
+    torch.manual_seed(0)
+    m, x = Keeper(PLACES[place]), torch.randn(2, 3, 8, 16)
+    before = {k: v.clone() for k, v in m.state_dict().items()}
+    tool(m, (3, 8, 16))
+    assert fakes() == 0
+    out = m(x)
+    assert type(out) is torch.Tensor
+    forget()
+    fresh = Keeper(PLACES[place])
+    fresh.load_state_dict(before)
+    assert torch.equal(out, fresh(x))
+    out.square().mean().backward()
+    assert type(m.linear.weight.grad) is torch.Tensor and m.linear.weight.grad.abs().sum() > 0
+    forget()
+
+
+@pytest.mark.parametrize('tool', [cost, training_memory])
+@pytest.mark.parametrize('place', ['dict', 'list', 'closure', 'class'])
+def test_what_cannot_be_put_back_is_taken_out_and_told(place, tool):
+    "Features in a place that is not the model's: their values cannot be known, so the call is refused and they are gone."
+    forget()
+    cell, seen = None, []
+    class Own: kept = None
+    def keep(m, n):
+        nonlocal cell
+        y = m.linear.weight[:n]*2
+        if place == 'dict': MEMO['last'] = (n, y)
+        if place == 'list': seen.append(y)
+        if place == 'closure': cell = y
+        if place == 'class': Own.kept = y
+        return y
+    m = Keeper(keep)
+    with pytest.raises(OpenTransError, match='taken out') as e: tool(m, (3, 8, 16))
+    assert ('dry=False' if tool is cost else 'peak_memory') in str(e.value)
+    assert fakes() == 0 and not MEMO and not seen and cell is None and Own.kept is None
+    if tool is cost: assert cost(m, (3, 8, 16), dry=False).macs == 3*8*16*16
+    forget()
+
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', COMPUTED)
+@pytest.mark.parametrize('tool', [cost, training_memory])
+def test_computed_weights_have_their_values_afterwards(name, tool):
+    m = nn.Sequential(nn.Linear(8, 8), COMPUTED[name](nn.Linear(8, 8)))
+    was = m[1].weight.detach().clone()
+    tool(m, (1, 8))
+    assert fakes() == 0 and torch.equal(m[1].weight.detach(), was)
+    assert SparseMask.magnitude(m, .5).density == pytest.approx(.5, abs=.01)
+
+
+def test_a_count_that_fails_leaves_nothing_either():
+    "The error's frames hold tensors, the model's own table too."
+    m = Keeper(in_attribute)
+    for bad in (lambda: cost(m, (3, 8, 15)), lambda: training_memory(m, (3, 8, 15)), lambda: cost(m, (3, 8, 16), forward=lambda x: m(x) + m(x[..., :7]))):
+        with pytest.raises(OpenTransError, match='input of size') as e: bad()
+        assert e.value.__cause__ is not None and m.kept is None
+        del e
+        assert fakes() == 0
+    class Values(Keeper):
+        def forward(self, x): return super().forward(x)[0][x[0].sum(-1) > -1]
+    m = Values(in_attribute)                                              # falls back on a real pass
+    assert cost(m, (3, 8, 16)).macs == 3*8*16*16 and fakes() == 0 and type(m(torch.zeros(1, 3, 8, 16))) is torch.Tensor
+    with pytest.raises(OpenTransError, match='depends on values'): training_memory(m, (3, 8, 16))
+
+
+def test_a_pass_that_initialises_itself_is_undone_whole():
+    "A flag that was set beside a buffer that got no values would be worse than none."
+    class ActNorm(nn.Module):
+        def __init__(self): super().__init__(); self.f, self.ready = nn.Linear(8, 8), False; self.register_buffer('scale', torch.ones(8))
+        def forward(self, x):
+            x = self.f(x)
+            if not self.ready: self.scale.copy_(x.abs().mean(0)); self.ready = True
+            return x/self.scale
+    for tool in (cost, training_memory):
+        m = ActNorm()
+        tool(m, (4, 8))
+        assert not m.ready and torch.equal(m.scale, torch.ones(8)) and m.scale.grad_fn is None
+        m(torch.randn(4, 8)).sum().backward()
+
+
+# ---- what makes no sense ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('size', [(), 0, None, 'abc', '3x8x8', (3, 8, -8), (3, 0, 8), (3, 8.0, 8.0), (3, '8', 8), (3, True, 8), (3, float('nan'), 8), torch.ones(3)])
+def test_sizes_that_make_no_sense(size):
+    net = nn.Conv2d(3, 8, 3)
+    for tool in (cost, training_memory, lambda m, s: tool_count('thop', m, s)):
+        with pytest.raises(OpenTransError, match='input_size must be'): tool(net, size)
+
+
+def test_models_and_arguments_that_make_no_sense():
+    "One sentence that says what was given and what to do."
+    net, empty = nn.Conv2d(3, 8, 3), nn.Sequential(nn.ReLU(), nn.Flatten())
+    c = cost(empty, (3, 8, 8))
+    assert c.macs == c.params == 0 and c.by_layer.empty and 'Cost(0' in repr(c) and c.to_markdown() and c.tower.macs == 0
+    frozen = nn.Conv2d(3, 8, 3).requires_grad_(False)
+    class Says(nn.Module):
+        def __init__(self, what): super().__init__(); self.f, self.what = nn.Linear(4, 4), what
+        def forward(self, x): return self.what(self.f(x))
+    unseen = types.SimpleNamespace
+    for match, f in {
+        'no parameter that learns, so': lambda: training_memory(empty, (3, 8, 8)), 'no parameter that learns': lambda: training_memory(frozen, (3, 8, 8)),
+        'SimpleNamespace. depends on a parameter': lambda: training_memory(Says(lambda y: unseen(y=y)), (1, 4)),
+        'forbids gradients': lambda: training_memory(decorated(torch.inference_mode()), (3, 6, 6)), 'or loss=': lambda: training_memory(net, (5, 8, 8)),
+        'loss must return one number': lambda: training_memory(net, (3, 8, 8), loss=lambda y: y), 'Unknown optimizer': lambda: training_memory(net, (3, 8, 8), optimizer='lion'),
+        'args must be a tuple': lambda: cost(net, (3, 8, 8), args=torch.zeros(2)), 'no shape yet': lambda: cost(nn.LazyLinear(4), (1, 8)),
+        'from 0 to 1': lambda: cost(net, (3, 8, 8), mask=1.5), "of 'weight' must be": lambda: cost(net, (3, 8, 8), mask={'weight': 'half'}),
+        'not nan': lambda: cost(net, (3, 8, 8), mask=float('nan')), 'not True': lambda: cost(net, (3, 8, 8), mask=True),
+        'iterations must be': lambda: training_flops(cost(net, (3, 8, 8)), -1, 1), 'batch_size must be': lambda: training_flops(cost(net, (3, 8, 8)), 1, '4'),
+        'head must be': lambda: training_flops(cost(net, (3, 8, 8)), 1, 1, head=float('nan'))}.items():
+        with pytest.raises(OpenTransError, match=match): f()
+    for out in (dict, tuple, list):
+        whole = training_memory(Says(lambda y: out({'y': y}.items()) if out is dict else out([y])), (2, 4))
+        assert whole.equals(training_memory(Says(lambda y: y), (2, 4)))

@@ -346,6 +346,25 @@ def test_pipes_and_folders_among_the_images(tmp_path):
     assert problems['a'] == '' and 'it is a pipe or a device' in problems['b'] and 'it is a folder' in problems['c']
     with pytest.warns(UserWarning, match='2 of 3 images are left out'): assert len(open_dataset('folder', tmp_path, names='a', corrupt='skip')) == 1
 
+def test_instance_maps_are_skipped_with_their_image(tmp_path):
+    "ADE20K's instances are a third file of each image."
+    top = tmp_path/'ADEChallengeData2016'
+    for name in 'ab':
+        for place, a in ((f'images/validation/{name}.jpg', GREY), (f'annotations/validation/{name}.png', ZERO+1), (f'annotations_instance/validation/{name}.png', np.dstack([ZERO]*3))):
+            (top/place).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(a).save(top/place)
+    cut = top/'annotations_instance/validation/b.png'
+    for damage in (lambda: cut.write_bytes(cut.read_bytes()[:45]), lambda: Image.fromarray(ZERO).save(cut), cut.unlink):
+        damage()
+        with pytest.warns(UserWarning, match='1 of 2 images are left out'): data = open_dataset('ade20k_150', tmp_path, panoptic=True, corrupt='skip')
+        assert [s['id'] for s in data] == ['a'] and 'instance map' in data.skipped['b']
+        with pytest.raises(OpenTransError, match='b.png'): open_dataset('ade20k_150', tmp_path, panoptic=True)[1]
+
+def test_views_hold_samples_that_are_there():
+    assert len(View(WORLD, np.array([0])) or ()) == len(View(WORLD, torch.tensor([0]))) == len(View(WORLD, [-1])) == 1 and len(View(WORLD, [])) == 0
+    for bad in ([1], [-2], ['a'], [None], [.5]):
+        with pytest.raises(OpenTransError, match='has 1 samples'): View(WORLD, bad)
+
 @pytest.mark.parametrize('root', [5, b'x', ['a'], 'x'*5000, 'a\0b', '~nobody-here/x', ''])
 def test_roots_that_are_no_folders(root, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -1,13 +1,18 @@
 "Fine-tuning under fault: killed, out of disk, poisoned, resumed by mistake."
-import json, os, random, subprocess, sys, textwrap
+import functools, json, os, random, subprocess, sys, textwrap
+from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mutations import check_reader, digest
 from hypothesis import given, settings, strategies as st
 from opentrans.clip import ClipBackbone
 from opentrans.core import LayerSelection, OpenTransError, load_tensors
 from opentrans.data import ShapesWorld
-from opentrans.finetune import Recipe, batch_indices, evaluate, finetune, load_framework
+from opentrans.errors import FormatError, OtherRun
+from opentrans.files import save_json, save_tensors
+from opentrans.finetune import (WEIGHTS_FILE, Checkpoint, Recipe, batch_indices, build_optimizer, compare_runs, evaluate, finetune, load_framework, plot_runs,
+    read_settings, run_settings)
 from opentrans.frameworks import build
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.pruning import SparseMask
@@ -34,14 +39,18 @@ RUN = textwrap.dedent('''
         half = LayerSelection(mask.names[::2], mask.names[1::2], 'every second')
         finetune(seg, world, recipe, selection=half, mask=mask, checkpoint_dir=folder, checkpoint_every=3, callback=lambda f, row: tell(row['iteration']))
 
-    def child(folder, pause=0., largest=None):
-        "Train in a process of its own that tells every iteration, and then waits a little."
+    def child(folder, allowed=10**6, largest=None):
+        "Train in a process of its own that tells every iteration, and after so many that are allowed waits to be killed."
         r,w = os.pipe()
         pid = os.fork()
         if pid: os.close(w); return pid,r
         os.close(r)
+        told = []
+        def tell(iteration):
+            told.append(os.write(w, b'.'))
+            if len(told) > allowed: signal.pause()
         if largest: signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-        try: train(folder, lambda i: (os.write(w, b'.'), time.sleep(pause))); os._exit(0)
+        try: train(folder, tell); os._exit(0)
         except BaseException as e: os.write(2, f'{type(e).__name__}: {e}'.encode()); os._exit(2)
 
     def ends(folder, **kw): return os.waitstatus_to_exitcode(os.waitpid(child(folder, **kw)[0], 0)[1])
@@ -49,9 +58,10 @@ RUN = textwrap.dedent('''
     assert ends(root+'/whole') == 0
     died = 0
     for k in range(kills):
-        pid,r = child(root+'/killed', pause=.01)
-        for _ in range(rng.randint(1, 5)): os.read(r, 1)
-        time.sleep(rng.uniform(0, .03))
+        seen = rng.randint(1, 5)
+        pid,r = child(root+'/killed', allowed=seen)
+        for _ in range(seen): os.read(r, 1)
+        time.sleep(rng.uniform(0, .03)) # somewhere in the next iteration, which is the last that the child can finish
         os.kill(pid, signal.SIGKILL); died += os.waitpid(pid, 0)[1] == signal.SIGKILL; os.close(r)
     assert ends(root+'/killed') == 0
     os.mkdir(root+'/full'); open(root+'/full/notes.txt', 'w').close()
@@ -75,12 +85,12 @@ def test_killed_and_resumed_is_the_same_run(faults):
     assert a.keys() == b.keys() and json.loads(ma['iteration']) == 48 and ma == mb
     for k in a: assert torch.equal(a[k], b[k]), f'{k} differs after {KILLS} kills'
     assert (d/'whole'/'history.csv').read_text() == (d/'killed'/'history.csv').read_text()
-    assert not [f for f in os.listdir(d/'killed') if f not in ('last.safetensors', 'history.csv') and not f.startswith('.last-')], 'a half-written file has a name of its own'
+    assert not [f for f in os.listdir(d/'killed') if f not in ('last.safetensors', 'history.csv', '.lock')], 'what a killed writer left is still there'
 
 def test_full_disk_is_one_message_and_nothing_half_written(faults):
     d,_,code,messages = faults
-    assert code == 2 and 'OpenTransError: Cannot write' in messages and 'last.safetensors' in messages, messages[-500:]
-    assert os.listdir(d/'full') == ['notes.txt'], 'something half-written was left behind'
+    assert code == 2 and 'WriteError: Cannot write' in messages and 'last.safetensors' in messages, messages[-500:]
+    assert {*os.listdir(d/'full')} <= {'notes.txt', '.lock'}, 'something half-written was left behind'
 
 @pytest.fixture
 def world(): return ShapesWorld(n=6, size=32)
@@ -105,7 +115,7 @@ def test_a_run_of_other_settings_is_refused(tmp_path, world, change):
     before = (tmp_path/'last.safetensors').read_bytes()
     other = dict(recipe=run['recipe'].replace(lr=.5), data=ShapesWorld(n=7, size=32), selection=LayerSelection(mask.names[:4], mask.names[4:], 'by hand'), mask=None,
                  framework=lambda: new(world, width=24))[change]
-    with pytest.raises(OpenTransError, match='belongs to another run'): go(**dict(run, **{change: other}))
+    with pytest.raises(OpenTransError, match='had other settings'): go(**dict(run, **{change: other}))
     assert (tmp_path/'last.safetensors').read_bytes() == before
 
 def test_exploding_run_stops_and_keeps_its_checkpoint(tmp_path, world):
@@ -118,7 +128,6 @@ def test_exploding_run_stops_and_keeps_its_checkpoint(tmp_path, world):
 
 def test_frozen_layers_rest_and_cost_no_memory(world):
     "The optimizer is built after freezing: frozen layers have no state in it and keep every bit, weight decay or not."
-    from opentrans.finetune import build_optimizer
     seg = new(world); mask = SparseMask.magnitude(seg.tower, .3)
     half = LayerSelection(mask.names[1::2], mask.names[::2], 'every second')
     with half.apply(seg):
@@ -325,3 +334,187 @@ def test_the_loss_falls_by_every_recipe_that_is_offered_by_name(name, source, on
     recipe = getattr(Recipe, source)(name).shorten(16).replace(crop=0, scale=(1., 1.), batch_size=4)
     loss = finetune(framework, world, recipe).loss
     assert loss[-4:].mean() < .9*loss[:4].mean()
+
+# files that were damaged or forged, and two runs in one folder
+
+@functools.cache
+def backbone(): return tiny_backbone(width=4)
+
+def small(seed=0): return build('deeplabv3', backbone().fresh_copy(), vocabulary=['red', 'sand'], preset='small', width=8, low_level=4, seed=seed)
+
+def trained(scaler=None):
+    "A framework and its optimizer after one step."
+    seg = small()
+    opt = build_optimizer(seg, quick)
+    batch = dict(images=torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), labels=torch.zeros(2, 32, 32, dtype=torch.long))
+    sum(seg.loss(batch).values()).backward()
+    opt.step()
+    return seg, opt
+
+class Two:
+    "As much of a data set as `run_settings` looks at."
+    name,vocabulary = 'two',['red', 'sand']
+    def __len__(self): return 4
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    "A checkpoint of a run after one step, with a gradient scaler."
+    seg, opt = trained()
+    made = Checkpoint(tmp_path, run_settings(small(), Two(), quick))
+    made.save(seg, opt, 1, [dict(iteration=0, loss=2.5, ce=2.5)], ['iteration', 'loss', 'ce', 'miou'], torch.amp.GradScaler('cpu', init_scale=1024.))
+    return made
+
+def load_into(checkpoint, target, path):
+    "What `load` gives of another file in the checkpoint's place."
+    checkpoint.file.path = Path(path)
+    seg, opt, scaler = target
+    return checkpoint.load(seg, opt, scaler), target
+
+def blank(seed=5):
+    seg = small(seed)
+    return seg, build_optimizer(seg, quick), torch.amp.GradScaler('cpu', init_scale=2.)
+
+def everything(target): return digest(target[0], target[1], target[2].state_dict())
+
+def test_a_damaged_checkpoint_changes_nothing(checkpoint):
+    "Flipped bits, forged contents with a right checksum: refused before a weight, a moment or the scaler has moved."
+    good, path = checkpoint.path, checkpoint.path
+    told = check_reader(good, lambda target, path: load_into(checkpoint, target, path), blank, everything, same=lambda result: (result[0], everything(result[1])))
+    assert told['refused'] > told['accepted']
+    (iteration, rows), target = load_into(checkpoint, blank(), path)
+    assert iteration == 1 and rows == [dict(iteration=0, loss=2.5, ce=2.5)] and target[2].get_scale() == 1024
+
+def forged(checkpoint):
+    "Name -> tensors and texts of a checkpoint that no run writes."
+    tensors, meta = load_tensors(checkpoint.path)
+    moment = next(k for k in tensors if k.endswith('.exp_avg_sq'))
+    step = moment.replace('.exp_avg_sq', '.step')
+    def change(**more): return {**tensors, **{k.replace('__', '.'): v for k,v in more.items()}}
+    nan, bias = float('nan'), tensors['model.proj.bias']
+    return dict(
+        nan_weights=(change(model__proj__bias=bias*nan), meta), int8_weights=(change(model__proj__bias=bias.to(torch.int8)), meta),
+        infinite_moment=({**tensors, moment: tensors[moment]/0}, meta), negative_moment=({**tensors, moment: tensors[moment]-1}, meta),
+        late_step=({**tensors, step: torch.tensor(7.)}, meta), no_state=({k: t for k,t in tensors.items() if not k.startswith('optimizer.')}, meta),
+        no_state_told=({k: t for k,t in tensors.items() if not k.startswith('optimizer.')}, dict(meta, optimizer='[]')),
+        one_moment_gone=({k: t for k,t in tensors.items() if k != moment}, meta), far=(tensors, dict(meta, iteration='1000000000')),
+        beyond=(tensors, dict(meta, iteration='5')), negative=(tensors, dict(meta, iteration='-1')), half=(tensors, dict(meta, iteration='0.5')),
+        true=(tensors, dict(meta, iteration='true')), short_history=(change(history=tensors['history'][:0]), meta), wide_history=(change(history=tensors['history'][:, :2]), meta),
+        flat_history=(change(history=tensors['history'].flatten()), meta), float_history=(change(history=tensors['history'].view(torch.float64)), meta),
+        no_history=({k: t for k,t in tensors.items() if k != 'history'}, meta), no_loss=(tensors, dict(meta, columns='["iteration", "x", "ce", "miou"]')),
+        twice=(tensors, dict(meta, columns='["iteration", "loss", "loss", "miou"]')), scaler_gone=(tensors, dict(meta, scaler='{}')),
+        scaler_nan=(tensors, dict(meta, scaler=meta['scaler'].replace('1024.0', 'NaN'))), scaler_zero=(tensors, dict(meta, scaler=meta['scaler'].replace('1024.0', '0.0'))),
+        scaler_text=(tensors, dict(meta, scaler=meta['scaler'].replace('1024.0', '"x"'))), more=({**tensors, 'more': bias}, meta),
+        a_layer_gone=({k: t for k,t in tensors.items() if k != 'model.proj.bias'}, meta), newer=(tensors, dict(meta, version='9')), other=(tensors, dict(meta, format='opentrans-mask')))
+
+def test_forged_checkpoints_are_refused_in_a_sentence(checkpoint, tmp_path):
+    for name,(tensors, meta) in forged(checkpoint).items():
+        save_tensors(tensors, tmp_path/'forged.safetensors', meta)
+        target = blank()
+        before = everything(target)
+        with pytest.raises(OpenTransError): load_into(checkpoint, target, tmp_path/'forged.safetensors'); pytest.fail(f'{name} was read')
+        assert everything(target) == before, f'{name} was refused, and applied in part'
+
+def test_a_seed_of_any_size_is_resumed(tmp_path):
+    "JSON readers hold no whole number of 20 digits, but the settings of a run do."
+    world = ShapesWorld(n=4, size=32)
+    recipe = quick.replace(iterations=1, seed=2**80+1)
+    first = finetune(new(world), world, recipe, checkpoint_dir=tmp_path)
+    assert finetune(new(world), world, recipe, checkpoint_dir=tmp_path).equals(first)
+    with pytest.raises(OtherRun, match='recipe.seed'): finetune(new(world), world, recipe.replace(seed=2**80+2), checkpoint_dir=tmp_path)
+
+def test_weights_of_the_first_edition_load(tmp_path):
+    "Models and checkpoints of 0.1 have no checksum: their weights are read, and a run is not resumed from them."
+    from safetensors.torch import save_file
+    seg = small(3)
+    save_file(seg.state_dict(), tmp_path/'model.safetensors')
+    save_file({f'model.{k}': t for k,t in seg.state_dict().items()}, tmp_path/'last.safetensors', dict(iteration='1', columns='[]', settings='{}', scaler='{}'))
+    torch.save(dict(state_dict=seg.state_dict()), tmp_path/'model.pth')
+    for name in ('model.safetensors', 'last.safetensors', 'model.pth'): assert digest(load_framework(small(), tmp_path/name)) == digest(seg), name
+    with pytest.raises(FormatError, match='opentrans 0.1'): Checkpoint(tmp_path, {}).load(small(), None)
+
+@pytest.mark.parametrize('name', ['best.safetensors', 'model.pth'])
+def test_damaged_weights_change_nothing(tmp_path, name):
+    seg, good = small(3), tmp_path/name
+    if good.suffix == '.pth': torch.save(seg.state_dict(), good)
+    else:
+        save_tensors({f'model.{k}': t for k,t in seg.state_dict().items()}, good, dict(iteration=3, miou=.5), WEIGHTS_FILE)
+    check_reader(good, load_framework, small, digest, same=digest if good.suffix != '.pth' else None)
+
+def test_a_damaged_selection_is_refused_or_read(tmp_path):
+    LayerSelection(['a', 'b'], ['c'], 'by hand').to_json(tmp_path/'selection.json')
+    check_reader(tmp_path/'selection.json', lambda target, path: LayerSelection.from_json(path))
+
+def test_a_damaged_result_is_refused_or_compared(tmp_path):
+    seg, world = small(), ShapesWorld(n=2, size=32)
+    seg.vocabulary = world.vocabulary
+    result = dict(evaluate(seg, world), params=3, active_params=2.5, macs=9, active_macs=8., frozen=['a'], density=.5)
+    save_json(result, tmp_path/'result.json')
+    def read(target, path): return compare_runs([path]).to_markdown()
+    check_reader(tmp_path/'result.json', read)
+
+@pytest.mark.parametrize('suffix', ['.json', '.yaml'])
+def test_damaged_settings_are_refused_or_a_recipe(tmp_path, suffix):
+    good = tmp_path/f'recipe{suffix}'
+    told = dict(preset='tiny', lr='1e-3', milestones=[3, 4], batch_size=4, schedule='step', channels_last=False, flip=.5)
+    if suffix == '.json': save_json(told, good)
+    else: good.write_text('\n'.join(f'{k}: {json.dumps(v)}' for k,v in told.items()))
+    check_reader(good, lambda target, path: Recipe.of(read_settings(path)))
+
+anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3), max_leaves=5)
+
+@settings(max_examples=300, deadline=None)
+@given(values=st.dictionaries(st.sampled_from([*Recipe().to_dict(), 'preset', 'framework']), anything | st.sampled_from(['tiny', 'paper', 'fpn', '1e3', '0.5', 'true', '3,4']), max_size=3))
+def test_any_values_make_a_recipe_or_a_sentence(values):
+    try: recipe = Recipe.of(values)
+    except OpenTransError as error: assert len(str(error)) < 1000
+    else: assert all(0 <= recipe.lr_at(i) < float('inf') for i in (0, 1, recipe.iterations))
+
+HOLD = textwrap.dedent('''
+    import sys
+    from opentrans.data import ShapesWorld
+    from opentrans.finetune import Recipe, finetune
+    from opentrans.frameworks import build
+    from opentrans.frameworks.contract import tiny_backbone
+    world = ShapesWorld(n=6, size=32)
+    seg = build('deeplabv3', tiny_backbone(), vocabulary=world.vocabulary, preset='small', width=16, seed=0)
+    def wait(framework, row):
+        if row['iteration'] == 1: print('at work', flush=True); sys.stdin.readline()
+    finetune(seg, world, Recipe.tiny().replace(iterations=4, batch_size=2), checkpoint_dir=sys.argv[1], checkpoint_every=1, callback=wait)
+''')
+
+def test_a_folder_is_free_when_its_run_is_dead(tmp_path, world):
+    "While a process trains in a folder another is refused; after kill -9 what it left half-written is swept, and the run goes on."
+    whole = finetune(new(world), world, quick)
+    holder = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == 'at work\n'
+    with pytest.raises(OtherRun, match='Another run is at work'): finetune(new(world), world, quick, checkpoint_dir=tmp_path)
+    holder.kill()
+    holder.communicate()
+    (tmp_path/'.last-0123abcd.part.safetensors').write_bytes(b'half')
+    told = []
+    again = finetune(new(world), world, quick, checkpoint_dir=tmp_path, callback=lambda framework, row: told.append(row['iteration']))
+    assert told == [2, 3] and np.allclose(again.loss, whole.loss) and not list(tmp_path.glob('.last-*'))
+
+@pytest.mark.parametrize('what', ['weight', 'running_mean', 'running_var'])
+@pytest.mark.parametrize('value', ['nan', 'inf'])
+def test_a_model_that_is_not_finite_gets_no_score(world, what, value):
+    "Weights, and what batch norms have seen: a variance of infinity would silence a channel without a NaN."
+    seg = new(world)
+    with torch.no_grad(): getattr(seg.decoder.low[1], what)[0] = float(value)
+    with pytest.raises(OpenTransError, match='not finite'): evaluate(seg, world)
+
+def test_a_poisoned_picture_gets_no_score(world):
+    "Weights are finite, a picture is not: the message names it."
+    class Poisoned(torch.utils.data.Dataset):
+        vocabulary,ignore,name = world.vocabulary,255,'poisoned'
+        def __len__(self): return 3
+        def __getitem__(self, i): return dict(world[i], image=world[i]['image']*(float('nan') if i == 2 else 1), id=f'picture {i}')
+    with pytest.raises(OpenTransError, match='picture 2'): evaluate(new(world), Poisoned(), batch_size=1)
+    assert evaluate(new(world), Poisoned(), limit=2)['n_images'] == 2
+
+def test_names_are_drawn_as_they_are_called():
+    "Neither a formula nor a name that begins with _ is lost in the plot of runs."
+    runs = {name: dict(miou=.1*i, active_macs=1e6*(i+1), active_params=2e6*(i+1), settings=dict(framework=name)) for i,name in enumerate(('$x_{$', '_hidden', 'a<b>'))}
+    axis = plot_runs(compare_runs(runs))
+    axis.figure.canvas.draw()
+    assert len(axis.get_legend_handles_labels()[1]) == 3

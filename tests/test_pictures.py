@@ -120,7 +120,7 @@ def test_first_frames_and_first_pages():
 def test_one_pixel():
     assert read_picture(saved(np.array([[7]], np.uint8), 'PNG')).tolist() == [[[7]]]*3
 
-@pytest.mark.parametrize('values', [GREY, GREY[..., None], RGB, np.dstack([RGB, np.full_like(GREY, 255)]), DEEP, GREY/255, (RGB/255).astype(np.float32), GREY > 100,
+@pytest.mark.parametrize('values', [GREY, GREY[..., None], RGB, np.dstack([RGB, np.full_like(GREY, 255)]), DEEP, DEEP.astype('>u2'), GREY/255, (RGB/255).astype(np.float32), GREY > 100,
                                     torch.from_numpy(RGB).permute(2, 0, 1), torch.from_numpy(RGB).permute(2, 0, 1)/255, (torch.from_numpy(RGB).permute(2, 0, 1)/255).bfloat16()])
 def test_arrays_and_tensors_are_pictures_too(values):
     grey = values.ndim == 2 or values.shape[-1] == 1

@@ -9,6 +9,7 @@ from torch import nn
 from opentrans.core import OpenTransError, save_tensors
 from opentrans.files import pack_bits
 from opentrans.pruning import SparseMask, export_onnx, imp, load_baked, prunable, transfer_checkpoint
+from conftest import PATIENCE
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -297,7 +298,7 @@ COMMON = textwrap.dedent('''
         return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 3))
     def train(model, round, iters=2):
         opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for _ in range(iters): opt.zero_grad(); model(torch.randn(4, 3, 8, 8)).square().mean().backward(); opt.step(); time.sleep(.005)
+        for _ in range(iters): opt.zero_grad(); model(torch.randn(4, 3, 8, 8)).square().mean().backward(); opt.step()
     def fork(f, *args):
         if pid := os.fork(): return pid
         try: f(*args); os._exit(0)
@@ -306,9 +307,9 @@ COMMON = textwrap.dedent('''
     def end(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 ''')
 
-def run(script, *args, timeout=300):
+def run(script, *args):
     env = dict(os.environ, OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0')
-    r = subprocess.run([sys.executable, '-c', COMMON+textwrap.dedent(script), *map(str, args)], capture_output=True, text=True, timeout=timeout, env=env)
+    r = subprocess.run([sys.executable, '-c', COMMON+textwrap.dedent(script), *map(str, args)], capture_output=True, text=True, timeout=PATIENCE, env=env)
     assert r.returncode == 0, r.stderr[-3000:]
     return r.stdout
 
@@ -318,14 +319,20 @@ def test_kill_nine_at_any_moment_and_resume(tmp_path):
         random.seed(0)
         for rewind in (None, 'start'):
             folder,codes = f'{d}/{rewind}',[]
-            def work(pipe, at_write):
+            def work(pipe, at_write, allowed):
+                "Tells each third of a round; after so many that are allowed, and one more, waits to be killed."
                 if at_write: os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
-                def told(model, r): os.write(pipe, b'.'); train(model, r, 1); os.write(pipe, b'.'); train(model, r, 1); os.write(pipe, b'.')
+                thirds = []
+                def tell():
+                    thirds.append(os.write(pipe, b'.'))
+                    if len(thirds) > allowed: signal.pause()
+                def told(model, r): tell(); train(model, r, 1); tell(); train(model, r, 1); tell()
                 imp(net(), told, rewind=rewind, checkpoint_dir=folder, **kw)
             mask,h = imp(whole := net(), lambda model, r: [train(model, r, 1), train(model, r, 1)][0], rewind=rewind, **kw)
             for i in range(40):
-                out,pipe = os.pipe(); pid = fork(work, pipe, i == 2); os.close(pipe)
-                for _ in range(random.randint(1, 7)): os.read(out, 1)                 # so many thirds of a round
+                seen = random.randint(1, 7)                                           # so many thirds of a round
+                out,pipe = os.pipe(); pid = fork(work, pipe, i == 2, seen if i != 2 else 100); os.close(pipe)
+                for _ in range(seen): os.read(out, 1)
                 if i != 2: time.sleep(random.uniform(0, .02)); os.kill(pid, signal.SIGKILL)
                 codes.append(end(pid)); os.close(out)
                 if codes[-1] == 0: break

@@ -1,5 +1,5 @@
 "Files of a stranger run nothing and fetch nothing: a process that records what its interpreter does opens every kind of forged file, with every command and every loader."
-import json, os, pickle, subprocess, sys, textwrap
+import json, os, pickle, subprocess, sys
 from pathlib import Path
 import pytest
 
@@ -268,7 +268,7 @@ def test_no_loader_runs_or_fetches(watched, forged, mask):
 def test_the_playground_says_what_it_cannot_open(watched, forged):
     line = f"print(playground(ClipBackbone.create('shapes-rn'), dict(a={str(forged/'weights.pt')!r})).playground.said.value)"
     (result,) = watched([IMPORTS + line])
-    assert not result['ran'] and not result['seen'] and 'This is not an image that can be read' in result['said'], result
+    assert not result['ran'] and not result['seen'] and 'is not an image of a known kind' in result['said'], result
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
@@ -293,7 +293,7 @@ def test_a_hub_is_asked_where_the_user_says_so(hub):
     "By name, with the weights and the normalisation of the repository; and only so."
     from opentrans.clip import ClipBackbone
     from opentrans.core import OpenTransError
-    publish,asked,_ = hub
+    publish,asked,folder = hub
     clip = ClipBackbone.create('hf-hub:org/clip', pretrained='hf-hub:org/clip', hub=True)
     assert asked == ['org/clip/open_clip_config.json', 'org/clip/open_clip_model.safetensors']
     assert clip.origin.mean == (.5, .5, .5) and clip.origin.std == (.25, .25, .25) and clip.image_size == 64
@@ -304,7 +304,19 @@ def test_a_hub_is_asked_where_the_user_says_so(hub):
     for name in ('hf-hub:', 'hf-hub:a/b/c', 'hf-hub:../x', 'hf-hub:https://a'):
         with pytest.raises(OpenTransError, match='no repository of the Hugging Face hub'): ClipBackbone.create(name, hub=True)
     assert not asked
-    with pytest.raises(OpenTransError, match="could not be downloaded"): ClipBackbone.create('hf-hub:org/clip', pretrained='hf-hub:org/clip', hub=True) if os.remove(hub[2]/'open_clip_model.safetensors') is None else None
+    os.remove(folder/'open_clip_model.safetensors')
+    with pytest.raises(OpenTransError, match='could not be downloaded'): ClipBackbone.create('hf-hub:org/clip', pretrained='hf-hub:org/clip', hub=True)
+
+def test_the_command_asks_the_hub_where_the_user_says_so(hub, monkeypatch, capsys):
+    from opentrans.cli import main
+    _,asked,_ = hub
+    def run(*args):
+        monkeypatch.setattr(sys, 'argv', ['opentrans', *args])
+        with pytest.raises(SystemExit) as ended: main()
+        return ended.value.code or 0
+    assert run('cost', 'hf-hub:org/clip') == 2 and not asked and '--allow-hub' in capsys.readouterr().err
+    assert run('cost', 'hf-hub:org/clip', '--allow-hub', '--size', '64x64', '--json') == 0 and asked == ['org/clip/open_clip_config.json']
+    assert json.loads(capsys.readouterr().out)['params'] > 1000
 
 @pytest.mark.parametrize('changes', [dict(text_cfg=dict(hf_tokenizer_name='org/words', tokenizer_kwargs=dict(trust_remote_code=True))), dict(text_cfg=dict(tokenizer_kwargs=dict(proxies=dict(https='evil')))),
                                      dict(text_cfg=dict(hf_model_name='org/text')), dict(vision_cfg=dict(timm_model_name='hf-hub:org/vision')), dict(vision_cfg=dict(timm_model_name='local-dir:x')),

@@ -383,7 +383,7 @@ def test_numbers_of_an_allocation_have_ranges():
                     (dict(masks={'a.weight': torch.ones(3, 5)}), 'has 15 entries, the tensor 20')):
         with pytest.raises(OpenTransError, match=why): allocate(sens, **{**dict(budget=4, r=1), **kw})
     for budgets, taus in (([0], None), ([3], [0]), ([3], [1.5])):
-        with pytest.raises(OpenTransError, match='give a whole number from 1 on'): sweep_allocations(sens, budgets, r=1, taus=taus)
+        with pytest.raises(OpenTransError, match='it must be a whole number from 1 on'): sweep_allocations(sens, budgets, r=1, taus=taus)
     with pytest.raises(OpenTransError, match='negative'): allocate({'a.weight': -torch.rand(4, 5)}, 4, r=1)
     for level in ('layer', 'channel', 'element'):
         with pytest.raises(OpenTransError, match='count=0|budget=0'): select(sens, 0, level)

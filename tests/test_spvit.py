@@ -1,5 +1,6 @@
 "SPViT across modules: hybrids inside ClipBackbone, frameworks, masks and spectra; random towers; broken files; the experiment's script."
 import itertools, json, os, re, types
+from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 import open_clip
@@ -7,13 +8,17 @@ import pytest
 import timm
 import torch
 from hypothesis import given, settings, strategies as st
+from mutations import check_reader, digest
+from torch import nn
 from opentrans.clip import ClipBackbone, small_clip
 from opentrans.core import OpenTransError, layers, load_json
 from opentrans.cost import cost
+from opentrans.errors import OtherRun
+from opentrans.files import load_tensors, not_finite
 from opentrans.frameworks import build
 from opentrans.heavy_tail import analyze
 from opentrans.pruning import SparseMask
-from opentrans.spvit import SPVIT_OPS, SPVIT_PUBLISHED, BottleneckConv, HybridSpec, SPViTCost, UnifiedAttention, UnifiedMLP, convert_to_spvit, embedding_loss, random_spec, slim_spvit, train_spvit, vit_blocks
+from opentrans.spvit import SPVIT_OPS, SPVIT_PUBLISHED, BottleneckConv, HybridSpec, SPViTCost, UnifiedAttention, UnifiedDepthwise, UnifiedMLP, convert_to_spvit, embedding_loss, random_spec, slim_spvit, train_spvit, vit_blocks
 
 root = Path(__file__).resolve().parent.parent
 CONFIG = dict(embed_dim=16, vision_cfg=dict(image_size=48, patch_size=8, width=24, head_width=8, layers=4), text_cfg=dict(context_length=12, width=32, heads=2, layers=1),
@@ -110,7 +115,7 @@ def test_layers_are_the_references(reference, heads, temperature):
     for o,bn in (('conv1', theirs.bn_1x1), ('conv3', theirs.bn_3x3)): ours.norms[o].load_state_dict(bn.state_dict())
     x,seen = torch.randn(2, 17, c),set()
     with torch.no_grad():
-        ours.z.copy_(theirs.head_probs.unflatten(1, (3, 3)).mT.flatten(1))
+        ours.z.copy_(theirs.head_probs.parametrise(1, (3, 3)).mT.flatten(1))
         for gates in itertools.product((-1., 1.), repeat=3):
             theirs.kernel_thresholds.copy_(torch.tensor(gates)); ours.gate.copy_(torch.tensor(gates)); seen.add(ours.op())
             want = theirs(x)[0]
@@ -227,3 +232,138 @@ def test_committed_benchmark():
     d = load_json(root/'benchmarks'/'bench_spvit.json')
     assert (d['flops']['spvit'], d['params']['spvit']) == (3_346_503_936, 15_870_724) and {'date', 'threads', 'torch', 'machine'} <= set(d)
     assert all(r['time_ratio'] < .9 and r['memory_ratio'] < 1 for r in d['runs']) and d['runs'][0]['spvit']['quartiles'][1] < d['runs'][0]['dense']['quartiles'][0]
+
+# --- files, batches and models that are not as they should be ------------------------------------------------------------
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    return timm.models.VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=3)
+
+HYBRID = HybridSpec(['conv1', 'msa'], [[0, 3, 5], 7], [48, 48], [None, [1]], 'a "name"', 'nested', .5, 'zero')
+
+def test_damaged_and_forged_hybrids_are_refused(tmp_path):
+    "What is read can be built or says by one sentence why not; what is only damaged is never read as something else."
+    path = tmp_path/'hybrid.json'
+    HYBRID.to_json(path)
+    def read(target, file):
+        spec = HybridSpec.from_json(file)
+        try: spec.gates(convert_to_spvit(tiny(), heads=True))
+        except OpenTransError: pass
+        return spec
+    check_reader(path, read, same=repr)
+
+def test_hybrids_of_opentrans_0_1_still_load():
+    text = json.dumps(dict(kind='opentrans.spvit', **asdict(HYBRID)))
+    assert HybridSpec.from_json(text) == HYBRID == HybridSpec.from_json(HYBRID.to_json())
+    by_hand = json.dumps(dict(ops=['conv1', 'msa'], units=[[0, 3, 5], 7]))
+    assert HybridSpec.from_json(by_hand).widths == [3, 7]
+    for change in (dict(heads=[None, [1, 0]]), dict(heads=[None, [-1]]), dict(temperature=0), dict(gating='x'), dict(cls='x'), dict(hidden=[48, -1]), dict(units=[[0, 3, 99], 7]), dict(more=1)):
+        with pytest.raises(OpenTransError, match='not a hybrid'): HybridSpec.from_json(json.dumps({**asdict(HYBRID), **change}))
+
+def test_gates_are_set_whole_or_not_at_all():
+    "Every block is looked at before the first is changed."
+    model = convert_to_spvit(tiny(), heads=True)
+    before = digest(model)
+    for ops, units, heads, why in ((['conv1', 'dw3'], [3, 7], None, "operation in block 'blocks.1'"), (['conv1', 'msa'], [3, 99], None, 'which has 48'), (['conv1', 'msa'], [3, 7], [None, [5]], 'has head 5')):
+        with pytest.raises(OpenTransError, match=why): HybridSpec(ops, units, heads=heads).gates(model)
+    assert digest(model) == before
+    plain = convert_to_spvit(tiny(), units=False)
+    with pytest.raises(OpenTransError, match='Convert the model with units=True'): HybridSpec(['conv1', 'msa'], [3, 48]).gates(plain)
+    with pytest.raises(OpenTransError, match='Convert the model with heads=True'): HybridSpec(['conv1', 'msa'], [48, 48], heads=[None, [0]]).gates(plain)
+
+def search(model, path=None, steps=2, images=torch.linspace(-1, 1, 2*3*16*16).view(2, 3, 16, 16), labels=torch.tensor([0, 2]), **kw):
+    return train_spvit(model, lambda i: (images, labels), steps, checkpoint=path, checkpoint_every=1, **kw)
+
+def test_damaged_and_forged_checkpoints_are_refused_whole(tmp_path):
+    "A checkpoint of a finished run, so that one that is read trains nothing: the model is that of the run, or as it was."
+    path, model = tmp_path/'run.safetensors', convert_to_spvit(tiny())
+    history = search(model, path)
+    def read(target, file):
+        return target, search(target, file)
+    check_reader(path, read, lambda: convert_to_spvit(tiny()), digest, lambda told: digest(told[0]) + told[1].to_json())
+    assert search(convert_to_spvit(tiny()), path).equals(history)
+
+def test_a_search_goes_on_as_if_it_had_not_been_stopped(tmp_path):
+    "Also with clipped gradients, which are a setting like the others; another setting is another run."
+    class Stop(Exception): pass
+    def stopping(i):
+        if i == 3: raise Stop
+        return images, labels
+    images, labels, count = torch.rand(2, 3, 16, 16), torch.tensor([0, 2]), SPViTCost(tiny())
+    kw = dict(cost=SPViTCost(tiny(), .5*count.target), clip_grad=1.)
+    one, two = convert_to_spvit(tiny()), convert_to_spvit(tiny())
+    whole = search(one, None, 5, images, labels, **kw)
+    with pytest.raises(Stop): train_spvit(two, stopping, 5, checkpoint=tmp_path/'run.safetensors', checkpoint_every=1, **kw)
+    three = convert_to_spvit(tiny())
+    again = search(three, tmp_path/'run.safetensors', 5, images, labels, **kw)
+    assert digest(one) == digest(three) and whole.equals(again)
+    for change in (dict(clip_grad=2.), dict(lr=1.), dict(cost=None)):
+        with pytest.raises(OtherRun, match='had other settings'): search(convert_to_spvit(tiny()), tmp_path/'run.safetensors', 5, images, labels, **{**kw, **change})
+    with pytest.raises(OtherRun, match='gates'): search(convert_to_spvit(tiny(), gating='nested'), tmp_path/'run.safetensors', 5, images, labels, **kw)
+
+def test_a_diverged_search_keeps_the_last_good_checkpoint(tmp_path):
+    "The loss of a step is checked, and the weights before they are written; the run can be taken up from where it was good."
+    path, images = tmp_path/'run.safetensors', torch.rand(2, 3, 16, 16)
+    def batch(i): return images*(float('nan') if i == 1 else 1), torch.tensor([0, 2])
+    with pytest.raises(OpenTransError, match='The loss is nan'): train_spvit(convert_to_spvit(tiny()), batch, 3, checkpoint=path, checkpoint_every=1)
+    tensors, meta = load_tensors(path)
+    assert meta['step'] == '1' and not not_finite(tensors)
+    good = path.read_bytes()
+    broken = convert_to_spvit(tiny())
+    broken.blocks[1].norm1.weight.data[0] = float('inf')
+    with pytest.raises(OpenTransError, match='not finite.*no checkpoint is written'): train_spvit(broken, lambda i: None, 1, lambda m, b: m.head.weight.sum(), checkpoint=tmp_path/'new.safetensors')
+    assert not (tmp_path/'new.safetensors').exists() and path.read_bytes() == good
+    with pytest.raises(OpenTransError, match='after the last step'): train_spvit(broken, lambda i: None, 1, lambda m, b: m.head.weight.sum())
+
+def test_a_second_search_on_the_same_file_waits_outside(tmp_path):
+    "It is refused while the first one lives; a file beside it is free."
+    path, images = tmp_path/'run.safetensors', torch.rand(2, 3, 16, 16)
+    def batch(i):
+        with pytest.raises(OtherRun, match='Another run is at work on'): search(convert_to_spvit(tiny()), path)
+        search(convert_to_spvit(tiny()), tmp_path/'other.safetensors')
+        return images, torch.tensor([0, 2])
+    train_spvit(convert_to_spvit(tiny()), batch, 1, checkpoint=path)
+    search(convert_to_spvit(tiny()), tmp_path/'third.safetensors')
+
+def test_batches_and_numbers_of_a_search_are_checked():
+    "One sentence each, with no weight changed."
+    model, images = convert_to_spvit(tiny()), torch.rand(2, 3, 16, 16)
+    before = digest(dict(model.named_parameters()))
+    for x, y, why in (((images*255).byte(), [0, 2], 'torch.uint8'), (images, [0, 3], 'the model has 3 classes'), (images, [0], 'give labels of')):
+        with pytest.raises(OpenTransError, match=why): search(model, images=x, labels=torch.tensor(y))
+    for kw, why in ((dict(steps=0), 'steps=0'), (dict(steps=1.5), 'steps=1.5'), (dict(lr=-1), 'lr=-1'), (dict(lr=float('nan')), 'lr=nan'), (dict(gate_lr=-1), 'gate_lr=-1'),
+                    (dict(weight_decay=-1), 'weight_decay=-1'), (dict(clip_grad=-1), 'clip_grad=-1'), (dict(seed=.5), 'seed=0.5')):
+        with pytest.raises(OpenTransError, match=why): search(model, **kw)
+    with pytest.raises(OpenTransError, match='checkpoint_every=0'): train_spvit(model, lambda i: None, 1, checkpoint_every=0)
+    with pytest.raises(OpenTransError, match='No parameter of the model learns'): search(convert_to_spvit(tiny().requires_grad_(False), units=False, ops=('msa',)))
+    assert digest(dict(model.named_parameters())) == before
+    for kw, why in ((dict(target=0), 'target=0'), (dict(weight=-1), 'weight=-1'), (dict(size=(0, 16)), 'size=0'), (dict(size=(16,)), 'height, width')):
+        with pytest.raises(OpenTransError, match=why): SPViTCost(tiny(), **kw)
+    for kw, why in ((dict(temperature=0), 'temperature=0'), (dict(theta=float('nan')), 'theta=nan'), (dict(keep=(9,)), 'keep=9')):
+        with pytest.raises(OpenTransError, match=why): convert_to_spvit(tiny(), **kw)
+
+def test_only_weights_that_can_be_cut_are_given_gates():
+    "GPT-2's maps lie the other way round, a parametrised weight is computed anew in each call, and codes are no weights."
+    from transformers.pytorch_utils import Conv1D
+    gpt2 = nn.Sequential()
+    gpt2.add_module('c_fc', Conv1D(12, 6))
+    gpt2.add_module('c_proj', Conv1D(6, 12))
+    with pytest.raises(OpenTransError, match='not an MLP of two linear maps'): UnifiedMLP.from_mlp(gpt2)
+    def changed(name, change):
+        model = tiny()
+        change(model.get_submodule(name))
+        return model
+    def quantize(layer): layer.weight = nn.Parameter((layer.weight*50).to(torch.int8), requires_grad=False)
+    def parametrise(layer): nn.utils.parametrizations.weight_norm(layer)
+    for name in ('blocks.0.mlp.fc1', 'blocks.1.attn.proj', 'blocks.1.attn.qkv'):
+        with pytest.raises(OpenTransError, match='holds codes of a quantized layer'): convert_to_spvit(changed(name, quantize))
+        with pytest.raises(OpenTransError, match='has no weight of its own'): convert_to_spvit(changed(name, parametrise))
+    with pytest.raises(OpenTransError, match='pads with other values'): UnifiedDepthwise.from_conv(nn.Conv2d(4, 4, 7, padding=3, groups=4, padding_mode='reflect'))
+
+def test_the_name_of_a_hybrid_is_a_name():
+    "A title may look like a formula."
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    HybridSpec(['msa', 'skip'], [3, 4], name='$x_{$').plot(hidden=[8, 8]).figure.canvas.draw()
+    plt.close('all')

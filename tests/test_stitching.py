@@ -3,14 +3,17 @@ import json, math
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, timm, torch
 from hypothesis import given, settings, strategies as st
+from mutations import check_reader, digest
 from open_clip.modified_resnet import ModifiedResNet
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from opentrans.core import OpenTransError, load_json, seeded
 from opentrans.cost import cost
+from opentrans.files import load_tensors
 from opentrans.pruning import SparseMask
-from opentrans.stitching import (ImportanceTracker, StitchableNet, StitchConfig, StitchingLayer, StitchSampler, StitchTrainer, apply_pst, deploy, gradient_angles,
-                                 is_adapted, least_squares, merge_stitch, pareto_front, stitch_configs, stitch_table)
+from opentrans.stitching import (ActiveStitch, ImportanceTracker, StitchBias, StitchableNet, StitchConfig, StitchingLayer, StitchSampler, StitchTrainer, apply_pst, deploy, gradient_angles,
+                                 is_adapted, least_squares, merge_stitch, pareto_front, plot_angles, plot_pareto, stitch_configs, stitch_table)
 
 root = Path(__file__).resolve().parent.parent
 
@@ -255,3 +258,136 @@ def test_the_committed_result_is_of_the_present_script(script):
     for k, v in d['summary'].items():
         assert np.allclose(again.loc[k], v['values'], equal_nan=True), k
         assert math.isclose(v['mean'], np.mean(v['values'])) and math.isclose(v['std'], np.std(v['values'], ddof=1))
+
+
+# --- files, batches and models that are not as they should be ---
+
+def scheduled():
+    run = trainer()
+    run.optimizer = torch.optim.AdamW([p for p in run.net.parameters() if p.requires_grad], lr=1e-2)
+    run.schedule = torch.optim.lr_scheduler.MultiStepLR(run.optimizer, [3, 6], gamma=.1)
+    return run
+
+
+def state_of(run): return digest(run.net, run.optimizer, run.sampler.state_dict(), run.steps, run.schedule.state_dict(), [g['lr'] for g in run.optimizer.param_groups])
+
+
+def test_damaged_and_forged_trainings_are_refused_whole(tmp_path):
+    "Weights, optimizer, sampler and schedule are those of before, or all of them are the file's."
+    path, run, batches = tmp_path/'run.safetensors', scheduled(), [task(6, i) for i in range(4)]
+    run.fit(batches)
+    run.save(path)
+    def whole():
+        run.load(path)
+        return run
+    def read(target, file):
+        target.load(file)
+        return target
+    check_reader(path, read, whole, state_of, state_of)
+    run.fit(batches[:1])  # and it trains on
+
+
+def test_a_training_of_opentrans_0_1_still_loads(tmp_path):
+    "It had the same entries, without a version and a checksum."
+    path, run = tmp_path/'run.safetensors', scheduled()
+    run.fit([task(6, i) for i in range(4)])
+    run.save(path)
+    tensors, meta = load_tensors(path)
+    meta.pop('version')
+    save_file(tensors, path, metadata=meta)
+    other = scheduled()
+    other.load(path)
+    assert state_of(other) == state_of(run)
+
+
+def test_a_schedule_goes_on_where_it_was(tmp_path):
+    "Its milestones have numbers as keys, which JSON has not: the rate falls at the same steps as in an unbroken run."
+    batches, path = [task(6, i) for i in range(8)], tmp_path/'run.safetensors'
+    one, two, three = scheduled(), scheduled(), scheduled()
+    one.fit(batches)
+    two.fit(batches[:4])
+    two.save(path)
+    three.load(path)
+    three.fit(batches[4:])
+    assert one.optimizer.param_groups[0]['lr'] == three.optimizer.param_groups[0]['lr'] == pytest.approx(1e-4)
+    assert state_of(one) == state_of(three)
+    other = scheduled()
+    other.schedule = torch.optim.lr_scheduler.MultiStepLR(other.optimizer, [2, 5], gamma=.1)
+    before = state_of(other)
+    with pytest.raises(OpenTransError, match='does not fit the trainer.*milestones'): other.load(path)
+    assert state_of(other) == before
+
+
+def test_a_diverged_training_is_not_saved_over_a_good_one(tmp_path):
+    path, run = tmp_path/'run.safetensors', scheduled()
+    run.fit([task(6, 0)])
+    run.save(path)
+    good, weights = path.read_bytes(), digest(run.net)
+    x, y = task(6, 1)
+    with pytest.raises(OpenTransError, match='has diverged'): run.step(x*float('nan'), y)
+    assert digest(run.net) == weights
+    with torch.no_grad(): next(p for p in run.net.parameters() if p.requires_grad).fill_(float('inf'))
+    with pytest.raises(OpenTransError, match='not finite.*nothing is saved'): run.save(path)
+    assert path.read_bytes() == good
+
+
+def test_batches_and_numbers_of_a_training_are_checked():
+    "One sentence each, with no weight changed."
+    run, (x, y) = trainer(), task(6, 0)
+    before = digest(run.net)
+    odd = [(((x*255).byte(), y), 'torch.uint8'), ((x, y+1), 'the model has 3 classes'), ((x, y[:4]), 'give labels of'), (x, 'A batch must be'), ((x, y.float()), 'whole numbers')]
+    for batch, why in odd:
+        with pytest.raises(OpenTransError, match=why): run.fit([batch])
+    with pytest.raises(OpenTransError, match='no batches'): run.fit([])
+    with pytest.raises(OpenTransError, match='the model has 3 classes'): gradient_angles(run.net, (x, y+1), [2, 3])
+    assert digest(run.net) == before
+    for kw, why in ((dict(n_intervals=0), 'n_intervals=0'), (dict(n_intervals=1.5), 'n_intervals=1.5'), (dict(temperature=float('nan')), 'temperature=nan'), (dict(warmup=-1), 'warmup=-1'),
+                    (dict(seed=2**64), 'seed=18,?446'), (dict(costs=[1., float('nan')]), 'numbers from 0 on'), (dict(costs=[]), 'numbers from 0 on')):
+        with pytest.raises(OpenTransError, match=why): StitchSampler(**{**dict(costs=[1., 2.]), **kw})
+    for a in (-.1, 1.1, float('nan')):
+        with pytest.raises(OpenTransError, match='it must be a number from 0 to 1'): StitchTrainer(run.net, run.sampler, run.optimizer, a=a)
+    with pytest.raises(OpenTransError, match='draws from 2 stitches'): StitchTrainer(run.net, StitchSampler([1., 2.]), run.optimizer)
+    with pytest.raises(OpenTransError, match='torch.uint8'): run.net.init_stitches((x*255).byte())
+    with pytest.raises(OpenTransError, match='NaN or infinite'): run.net.init_stitches(x*float('nan'))
+
+
+def test_an_adaptation_that_fails_changes_nothing():
+    "A layer of whole numbers, a rank that is none, masks of another tower: the family is as it was, and can be adapted after all."
+    def family(): return StitchableNet([vit(8), vit(seed=1)])
+    codes = family()
+    layer = codes.anchors[1].tower.blocks[1].attn.proj
+    layer.weight = nn.Parameter((layer.weight*50).to(torch.int8), requires_grad=False)
+    odd = SparseMask.magnitude(resnet(), .5)
+    cases = [(codes, dict(attn_ranks=2), 'holds whole numbers'), (family(), dict(attn_ranks=1.5), 'attn_ranks=1.5'), (family(), dict(attn_ranks=[2, -1]), 'attn_ranks=-1'),
+             (family(), dict(attn_ranks=2, stitch_rank=lambda d: .5), 'stitch_rank=0.5'), (family(), dict(attn_ranks=2, masks=[odd]), '1 masks for 2 anchors'),
+             (family(), dict(attn_ranks=2, masks=[odd, None]), 'that the anchor lacks'), (family(), dict(attn_ranks=[2]), 'one for each of the 2 anchors')]
+    for net, kw, why in cases:
+        before, kinds = digest(net), [type(m) for m in net.modules()]
+        with pytest.raises(OpenTransError, match=why): apply_pst(net, **kw)
+        assert digest(net) == before and [type(m) for m in net.modules()] == kinds
+    apply_pst(net, 2)
+
+
+@pytest.mark.parametrize('layer, x', [(nn.LayerNorm(6), torch.randn(2, 5, 6)), (nn.BatchNorm2d(6), torch.randn(2, 6, 4, 4)), (nn.ConvTranspose2d(4, 6, 2), torch.randn(2, 4, 3, 3)),
+                                      (nn.BatchNorm2d(6, affine=False), torch.randn(2, 6, 4, 4)), (nn.Linear(4, 6), torch.randn(2, 5, 4))])
+def test_a_bias_of_a_stitch_has_a_number_for_each_output(layer, x):
+    "Of norms, and of transposed convolutions, whose weight has the outputs in its second dimension; the merged layer computes the same."
+    if not list(layer.parameters()):
+        with pytest.raises(OpenTransError, match='no weights in floating point'): StitchBias(layer, [3], ActiveStitch(3))
+        return
+    around = StitchBias(layer.eval(), [3], ActiveStitch(3))
+    nn.init.normal_(around.bias['3'])
+    assert around.bias['3'].shape == (6,)
+    torch.testing.assert_close(around.merged(3)(x), around(x), atol=1e-5, rtol=1e-5)
+    assert (around(x)-layer(x)).abs().max() > .01
+
+
+def test_labels_of_plots_are_names():
+    "A legend may be called like a formula."
+    import matplotlib
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+    table = pd.DataFrame(dict(flops=[1e6, 2e6, 3e6], value=[.1, .2, .3]))
+    plot_pareto(table, [0, 2], label='$x_{$').figure.canvas.draw()
+    plot_angles(torch.tensor([80., 90., 100.]), label='$x_{$').figure.canvas.draw()
+    plt.close('all')

@@ -397,7 +397,7 @@ def _small_images(case):
     text, refused = seg.text(), 0
     for size in sizes:
         images = case.batch(1, size)['images']
-        with torch.no_grad(): logits = seg(images, text)
+        with evaluating(seg): logits = seg(images, text)
         assert logits.shape == (1, len(text), *size) and logits.isfinite().all(), f'an image of {size}: logits are {tuple(logits.shape)}'
         for kind in seg.kinds:
             out = seg.predict(images, kind=kind)
