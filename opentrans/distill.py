@@ -80,8 +80,8 @@ def find_backbone(
 
 # %% ../nbs/08_distill.ipynb #20546aa5
 _RANGES = dict( # name -> smallest, largest, whole numbers only?
-    iters=(1, 10**9, True), batch_size=(1, 10**5, True), max_regions=(1, 10**6, True), min_pixels=(0, 10**9, True), crop=(16, 10**5, True),
-    lr=(1e-12, 1e3, False), weight_decay=(0, 1e3, False), momentum=(0, 1, False), clip_grad=(0, 1e12, False),
+    iters=(1, 10**9, True), batch_size=(1, 10**5, True), max_regions=(1, 10**6, True), min_pixels=(0, 10**9, True),
+    crop=(16, 10**5, True), lr=(1e-12, 1e3, False), weight_decay=(0, 1e3, False), momentum=(0, 1, False), clip_grad=(0, 1e12, False),
     distillation=(0, 1e6, False), segmentation=(0, 1e6, False), workers=(0, 1024, True), cache_mb=(0, 10**7, False))
 _MAY_BE_NONE = ('crop', 'clip_grad')
 
@@ -89,7 +89,8 @@ def _plain_setting(value):
     "A setting as it is stored: numbers, texts and lists of them; a function by its name."
     if isinstance(value, np.generic): return value.item()
     if isinstance(value, (list, tuple)): return [_plain_setting(v) for v in value]
-    return value if isinstance(value, (int, float, str, type(None))) else getattr(value, '__name__', type(value).__name__)
+    if isinstance(value, (int, float, str, type(None))): return value
+    return getattr(value, '__name__', type(value).__name__)
 
 def _class_number(given, names):
     "The number of a class, given by its name or its number. Raises `OpenTransError` for one that is not there."
@@ -139,12 +140,14 @@ class DistillTrainer:
                                  "Choose another teacher.")
         check_finite(dict(self.teacher.named_parameters()), 'the teacher', 'Give one whose weights are numbers.')
         names = self._names()
-        self._keep = None if self.classes is None else torch.tensor([_class_number(c, names) for c in self.classes], dtype=torch.long)
+        self._keep = None
+        if self.classes is not None: self._keep = torch.tensor([_class_number(c, names) for c in self.classes], dtype=torch.long)
         self._cache,self._cached,self.log = {},0,[]
         hidden = ('clip', 'data', 'teacher', 'device', 'workers', 'seed')
-        self.settings = {f.name: _plain_setting(getattr(self, f.name)) for f in fields(self) if f.name not in hidden}   # what imp saves with a mask
-        self.settings.update(data=getattr(self.data, 'name', type(self.data).__name__), images=len(self.data), order=self.seed,
-                             names=digest_of(names)[:16], teacher=checksum(self.teacher.state_dict(), {})[7:23])
+        shown = [f.name for f in fields(self) if f.name not in hidden]
+        self.settings = {name: _plain_setting(getattr(self, name)) for name in shown} # what imp saves with a mask
+        self.settings.update(data=getattr(self.data, 'name', type(self.data).__name__), images=len(self.data), order=self.seed)
+        self.settings.update(names=digest_of(names)[:16], teacher=checksum(self.teacher.state_dict(), {})[7:23])
 
 # %% ../nbs/08_distill.ipynb #77ddd972
 @patch
@@ -153,7 +156,8 @@ def _names(self:DistillTrainer): return [str(n) for n in getattr(self.data.vocab
 @patch
 def _check(self:DistillTrainer):
     "Raises `OpenTransError` for settings that make no sense, before anything is computed."
-    if getattr(self.data, 'vocabulary', None) is None: raise OpenTransError(f"A {type(self.data).__name__} has no vocabulary: give a data set whose `vocabulary` holds the names.")
+    if getattr(self.data, 'vocabulary', None) is None:
+        raise OpenTransError(f"A {type(self.data).__name__} has no vocabulary: give a data set whose `vocabulary` holds the names.")
     if not len(self.data): raise OpenTransError("The data set is empty: there is nothing to distill on.")
     modes = ['attention', 'crop']
     for kind,given,allowed in (('distillation loss', self.loss, list(LOSSES)), ('optimizer', self.optimizer, ['adamw', 'sgd']),
@@ -164,7 +168,8 @@ def _check(self:DistillTrainer):
     self._check_numbers()
     for name in ('freeze', 'classes'):
         given = getattr(self, name)
-        if given is not None and not isinstance(given, (list, tuple)): raise OpenTransError(f"{name}={shorten(repr(given))}: give a list of names.")
+        if given is None or isinstance(given, (list, tuple)): continue
+        raise OpenTransError(f"{name}={shorten(repr(given))}: give a list of names.")
     if not isinstance(self.amp, bool): raise OpenTransError(f"amp={shorten(repr(self.amp))}: it must be True or False.")
 
 @patch
@@ -175,7 +180,8 @@ def _check_numbers(self:DistillTrainer):
         check_number(name, getattr(self, name), least, most, whole)
     if self.seed is not None: check_number('seed', self.seed, 0, whole=True)
     if not self.distillation + self.segmentation > 0:
-        raise OpenTransError(f"distillation={self.distillation} and segmentation={self.segmentation} are weights of losses: at least one must be above 0.")
+        raise OpenTransError(f"distillation={self.distillation} and segmentation={self.segmentation} are weights of losses: "
+                             "at least one must be above 0.")
 
 # %% ../nbs/08_distill.ipynb #18cfdd39
 @patch
@@ -234,22 +240,25 @@ def state_dict(self:DistillTrainer)->dict: # Name -> tensor
     log = torch.tensor([[row['round'], row['iteration'], row['loss']] for row in self.log], dtype=torch.float64)
     return dict(keys=keys, embeddings=rows, log=log.reshape(-1, 3))
 
-def _is(tensor, dtype, width): return isinstance(tensor, torch.Tensor) and tensor.dtype == dtype and tensor.ndim == 2 and tensor.shape[1] == width
+def _is(tensor, dtype, width):
+    "Is it a table of a type with so many columns?"
+    return isinstance(tensor, torch.Tensor) and tensor.dtype == dtype and tensor.ndim == 2 and tensor.shape[1] == width
 
 @patch
 def load_state_dict(self:DistillTrainer,
     state:dict, # What `state_dict` gave
 ):
-    "Go on with what another trainer of the same settings remembered. Raises `DamagedFile`, with nothing changed, if it is something else."
+    "Go on with what a trainer of the same settings remembered. Raises `DamagedFile`, with nothing changed, for something else."
     keys,rows,log = (state.get(name) for name in ('keys', 'embeddings', 'log'))
-    shaped = _is(keys, torch.int64, 2) and _is(rows, torch.float32, self.teacher.embed_dim) and _is(log, torch.float64, 3)
-    if len(state) != 3 or not shaped or len(keys) != len(rows):
-        raise DamagedFile("What the trainer remembered has not the shape of its embeddings. Begin the run again in another folder.")
-    images,places = keys.T.tolist() if len(keys) else ([], []),{tuple(key) for key in keys.tolist()}
-    if len(places) < len(keys) or bool((keys < 0).any()) or max(images[0], default=0) >= len(self.data):
-        raise DamagedFile(f"What the trainer remembered is not of these {len(self.data)} images. Begin the run again in another folder.")
-    check_finite(dict(embeddings=rows, log=log), 'what the trainer remembered', 'Begin the run again in another folder.')
-    self._cache,self._cached = dict(zip(map(tuple, keys.tolist()), rows.clone().unbind())),rows.nbytes
+    again = 'Begin the run again in another folder.'
+    tables = ((keys, torch.int64, 2), (rows, torch.float32, self.teacher.embed_dim), (log, torch.float64, 3))
+    if len(state) != 3 or not all(_is(*table) for table in tables) or len(keys) != len(rows):
+        raise DamagedFile(f"What the trainer remembered has not the shape of its embeddings. {again}")
+    places = [tuple(key) for key in keys.tolist()]
+    if len(set(places)) < len(places) or any(image not in range(len(self.data)) or region < 0 for image,region in places):
+        raise DamagedFile(f"What the trainer remembered is not of these {len(self.data)} images. {again}")
+    check_finite(dict(embeddings=rows, log=log), 'what the trainer remembered', again)
+    self._cache,self._cached = dict(zip(places, rows.clone().unbind())),rows.nbytes
     self.log = [dict(round=int(r), iteration=int(i), loss=loss) for r,i,loss in log.tolist()]
 
 # %% ../nbs/08_distill.ipynb #3a389bb7
@@ -325,11 +334,12 @@ _COLD = ("DistillTrainer begins in round {round} without what it remembered of e
 def _moved(model):
     "What training moves: the parameters that learn, and the statistics of batch norms."
     learned = {n: p for n,p in model.named_parameters() if p.requires_grad}
-    return learned | {f'{n}.{k}': b for n,m in model.named_modules() if isinstance(m, BATCH_NORMS) for k,b in m.named_buffers(recurse=False)}
+    norms = {n: m for n,m in model.named_modules() if isinstance(m, BATCH_NORMS)}
+    return learned | {f'{n}.{k}': b for n,m in norms.items() for k,b in m.named_buffers(recurse=False)}
 
 @patch
 def _whole_loss(self:DistillTrainer, whole, backbone, batch, text, device):
-    "The weighted sum of the losses of one batch. Raises `OpenTransError` if a loss of one's own gives something else than a number."
+    "The weighted sum of the losses of one batch. Raises `OpenTransError` if a given loss is something else than a number."
     loss = self.distillation*self._loss(backbone, batch, text, device) if self.distillation else 0.
     if self.segmentation: loss = loss + self.segmentation*self._own_loss(whole, batch, device)
     if isinstance(loss, torch.Tensor) and loss.numel() == 1: return loss

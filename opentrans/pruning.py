@@ -781,9 +781,11 @@ def save(self:SparseMask,
 ):
     "Write the mask, one bit a weight, with its history; whole or not at all. Raises `OpenTransError` if the place cannot be written."
     kept = {n: _count(m) for n,m in self.items()}
-    per_layer = {n: dict(shape=list(m.shape), kept=kept[n], density=round(kept[n]/max(1, m.numel()), 6)) for n,m in self.items()}
+    share = {n: round(kept[n]/max(1, m.numel()), 6) for n,m in self.items()}
+    per_layer = {n: dict(shape=list(m.shape), kept=kept[n], density=share[n]) for n,m in self.items()}
     bits = {n: pack_bits(m) for n,m in self.items()}
-    save_tensors(bits, path, dict(density=f'{self.density:.6f}', layers=per_layer, info=plain_json(_told({**self.info, **info}))), MASK_FILE)
+    told = plain_json(_told({**self.info, **info}))
+    save_tensors(bits, path, dict(density=f'{self.density:.6f}', layers=per_layer, info=told), MASK_FILE)
 
 # %% ../nbs/01_pruning.ipynb #59e8f605
 class _MaskLayer(TypedDict):
@@ -794,7 +796,8 @@ class _MaskLayer(TypedDict):
     density: NotRequired[float]
 
 def _must_exist(path, kind):
-    if not Path(path).exists(): raise OpenTransError(f"No {kind.holds} file '{path}'. Give the path of a file that {kind.maker} wrote.")
+    if Path(path).exists(): return
+    raise OpenTransError(f"No {kind.holds} file '{path}'. Give the path of a file that {kind.maker} wrote.")
 
 def _unpacked(bits, shapes, kind, path):
     "Masks from their bits. Raises `DamagedFile` if a layer is missing, or has too few or too many bits."
@@ -812,10 +815,12 @@ def load(cls:SparseMask,
     if any(b.dtype != torch.uint8 for b in bits.values()): raise MASK_FILE.damaged(path, 'its masks are not bits')
     first = int(meta.get('version', 1)) == 1
     if first and _digest(meta, bits) != meta.get('sha256'): raise MASK_FILE.damaged(path)
-    per_layer,info = (metadata_value(meta, name, shape, path) for name,shape in (('layers', dict[str, _MaskLayer]), ('info', dict)))
-    mask = cls(_unpacked(bits, {n: l['shape'] for n,l in per_layer.items()}, MASK_FILE, path), info)
-    counted = all(l.get('kept', _count(mask[n])) == _count(mask[n]) for n,l in per_layer.items())
-    if not counted or not (first or meta.get('density') == f'{mask.density:.6f}'): raise MASK_FILE.damaged(path, 'it keeps other weights than it says')
+    per_layer,info = metadata_value(meta, 'layers', dict[str, _MaskLayer], path),metadata_value(meta, 'info', dict, path)
+    masks = _unpacked(bits, {n: l['shape'] for n,l in per_layer.items()}, MASK_FILE, path)
+    mask,kept = cls(masks, info),{n: _count(m) for n,m in masks.items()}
+    counted = all(l.get('kept', kept[n]) == kept[n] for n,l in per_layer.items())
+    if not counted or not (first or meta.get('density') == f'{mask.density:.6f}'):
+        raise MASK_FILE.damaged(path, 'it keeps other weights than it says')
     return mask
 
 # %% ../nbs/01_pruning.ipynb #3b89c707
@@ -899,7 +904,8 @@ def geometric_schedule(
     if density == 1: return []
     rounds = math.inf if keep == 1 else math.log(density)/math.log(keep) - 1e-9
     if rounds > MOST_ROUNDS:
-        raise OpenTransError(f"density={density:g} with p={p:g} takes more than {MOST_ROUNDS:,} rounds. Drop a larger share p a round, such as 0.1.")
+        raise OpenTransError(f"density={density:g} with p={p:g} takes more than {MOST_ROUNDS:,} rounds. "
+                             "Drop a larger share p a round, such as 0.1.")
     rounds = max(0, math.ceil(rounds))
     return [max(density, keep**r) if exact else keep**r for r in range(1, rounds+1)]
 
@@ -971,7 +977,7 @@ def _binds(f, n):
     except ValueError: return n == 2
 
 def _remembers(train):
-    "What keeps something between rounds: the training function, or the object inside a `partial`, a decorated function or a method. None if nothing does."
+    "What keeps something between rounds: a training function, or what is inside a `partial`, a decorated function or a method."
     for _ in range(9):
         if hasattr(train, 'state_dict') and hasattr(train, 'load_state_dict'): return train
         inner = [getattr(train, name, None) for name in ('func', '__wrapped__', '__self__')]
@@ -979,7 +985,7 @@ def _remembers(train):
     return None
 
 def _memory(train):
-    "What the training remembers, by name: under `train/`, or `train.1/` and so on where processes remember different things."
+    "What the training remembers: under `train/`, or under `train.0/`, `train.1/` where processes remember different things."
     keeper = _remembers(train)
     own = {} if keeper is None else {k: t.detach().cpu() for k,t in _only_tensors(keeper.state_dict()).items()}
     if len(set(_of_all(checksum(own, {})))) == 1: return {f'train/{k}': t for k,t in own.items()}
@@ -993,30 +999,34 @@ def _remember(train, memory, path):
     try: keeper.load_state_dict(own)
     except OpenTransError: raise
     except Exception as error: # another's function can fail with any of them
-        raise IMP_FILE.damaged(path, f'the training function does not take what it remembered ({type(error).__name__}: {shorten(error)})') from error
+        why = f'the training function does not take what it remembered ({type(error).__name__}: {shorten(error)})'
+        raise IMP_FILE.damaged(path, why) from error
 
 # %% ../nbs/01_pruning.ipynb #f00eb7bd
 _ADVICE = 'The last whole round stays. Lower the learning rate, or clip gradients.'
 
 def _constants(model):
-    "Names of buffers that hold infinity from the start, as attention masks do. Raises `OpenTransError` for weights and statistics that are not finite."
+    "Names of buffers that hold infinity from the start, as attention masks do. Raises `OpenTransError` for weights that do."
     params = {n for n,p in model.state_dict(keep_vars=True).items() if isinstance(p, nn.Parameter)}
     state = _tensors_of(model)
     still = {n for n in not_finite(state) if n not in params and not state[n].isnan().any()}
-    check_finite({n: t for n,t in state.items() if n not in still}, 'the model at the start', 'Give one whose weights are numbers.')
+    numbers = {n: t for n,t in state.items() if n not in still}
+    check_finite(numbers, 'the model at the start', 'Give one whose weights are numbers.')
     return still
 
 def _check_round(model, still, r, out):
     "Raises `OpenTransError` if a round has left something that is not finite."
     for name,value in out.items():
-        if 'loss' in name and not math.isfinite(value): raise OpenTransError(f"Round {r} ended with {name}={value}. {_ADVICE}")
+        if 'loss' not in name or math.isfinite(value): continue
+        raise OpenTransError(f"Round {r} ended with {name}={value}. {_ADVICE}")
     check_finite({n: t for n,t in _tensors_of(model).items() if n not in still}, f'the model after round {r}', _ADVICE)
 
-_OURS = ('round', 'density', 'kept', 'threshold', 'seconds') # columns of a history; what a training reports under these names is renamed
+_OURS = ('round', 'density', 'kept', 'threshold', 'seconds') # columns of a history; a report under these names is renamed
 
 def _row(r, mask, threshold, out, began):
     told = {f'train.{k}' if k in _OURS else k: v for k,v in out.items()}
-    return {**dict(round=r, density=mask.density, kept=mask.kept, threshold=threshold), **told, 'seconds': time.perf_counter()-began}
+    ours = dict(round=r, density=mask.density, kept=mask.kept, threshold=threshold)
+    return {**ours, **told, 'seconds': time.perf_counter()-began}
 
 # %% ../nbs/01_pruning.ipynb #9cca8e6d
 IMP_FILE = FileKind('opentrans-imp', 'checkpoint of imp', 'imp', oldest=2)
@@ -1035,7 +1045,7 @@ def _spell(row): return {k: v if math.isfinite(v) else str(v) for k,v in row.ite
 def _unspell(row): return {k: float(v) if isinstance(v, str) else v for k,v in row.items()}
 
 class _Run:
-    "An `imp` run and its folder: `imp.safetensors` with the last whole round, `start.safetensors` to rewind to, `settings.json` to read."
+    "A run's folder: `imp.safetensors` with the last whole round, `start.safetensors` to rewind to, `settings.json` to read."
     def __init__(self, folder, settings, plan, to, model, digest):
         self.folder,self.settings,self.plan,self.to = Path(folder) if folder else None,_told(settings),plan,to
         self.model,self.digest_now = model,digest
@@ -1044,7 +1054,10 @@ class _Run:
         self.file = RunFile(self.folder/'imp.safetensors', self.settings, IMP_FILE)
         self.start = RunFile(self.folder/'start.safetensors', self.settings, START_FILE)
 
-    def advice(self): return f"{self.done} of {len(self.plan)} rounds are done and lie in '{self.folder}': the same call goes on from there."
+    def advice(self):
+        done = f'{self.done} of {len(self.plan)} rounds are done'
+        return f"{done} and lie in '{self.folder}': the same call goes on from there."
+
     def here(self): return dict(threads=torch.get_num_threads(), device=device_of(self.model).type)
     def ran(self): return dict(weights=self.digest, start=self.start_sum, **self.here())
 
@@ -1092,7 +1105,7 @@ def _check_state(self:_Run, state, path):
 
 @patch
 def _read(self:_Run, mask):
-    "The last whole round, checked in all its parts: state, mask, history, memory of the training. None if the run has not begun."
+    "The last whole round, checked in all its parts: state, mask, history, memory of the training. None if there is none."
     found,path = self.file.load(),self.file.path
     if found is None: return None
     tensors,meta = found
@@ -1112,13 +1125,15 @@ def _read(self:_Run, mask):
 @patch
 def _warn_of_another_place(self:_Run, was):
     if was == self.here(): return
-    warnings.warn(f"The run in '{self.folder}' was on {was} and goes on with {self.here()}: sums may differ in their last bits, and the mask in a few places.")
+    warnings.warn(f"The run in '{self.folder}' was on {was} and goes on with {self.here()}: "
+                  "sums may differ in their last bits, and the mask in a few places.")
 
 @patch
 def _read_start(self:_Run):
     "The state to rewind to. Raises `OpenTransError` if it is not the one that this run has written."
     found,path = self.start.load(),self.start.path
-    if found is None: raise OpenTransError(f"'{path}' is gone: the run cannot rewind. Put it back, or choose another folder.")
+    if found is None:
+        raise OpenTransError(f"'{path}' is gone: the run cannot rewind. Put it back, or choose another folder.")
     tensors,meta = found
     self._same_start(self.start, meta)
     if checksum(tensors, {}) != self.start_sum:
@@ -1129,7 +1144,7 @@ def _read_start(self:_Run):
 # %% ../nbs/01_pruning.ipynb #f487f5db
 @patch
 def begin(self:_Run, mask, train, seed):
-    "Begin the run, or put back its last whole round: gives mask and history. Nothing is changed before all is checked. Raises `OpenTransError`."
+    "Begin the run, or put back its last whole round: mask and history. Nothing is changed before all is checked."
     self.still = _together(lambda: _constants(self.model))
     found = _tell(_together(lambda: None if _rank() or not self.folder else self._read(mask)))
     if found is None: return self._first(mask, train, seed)
@@ -1141,7 +1156,7 @@ def begin(self:_Run, mask, train, seed):
 
 @patch
 def _first(self:_Run, mask, train, seed):
-    "Write what the first round begins with: a full disk shows at once, and a model that is left in that round can begin it again."
+    "Write what the first round begins with: a full disk shows at once, and a model left in that round can begin it again."
     self.digest = self.digest_now()
     if callable(self.to):
         with seeded(seed): self.to(self.model)
@@ -1152,7 +1167,7 @@ def _first(self:_Run, mask, train, seed):
 
 @patch
 def _prepare(self:_Run):
-    "The files beside the checkpoint: the settings to read, and the state to rewind to, which stays in memory if there is no folder."
+    "The files beside the checkpoint: settings to read, and the state to rewind to. Without a folder that stays in memory."
     if self.folder: save_json(self.settings, self.folder/'settings.json')
     if self.to is None: return
     state = _tensors('', self.model)
@@ -1173,7 +1188,7 @@ def rewind(self:_Run):
 
 # %% ../nbs/01_pruning.ipynb #6e13e7c0
 _LOST = re.compile('gloo|nccl|connection|peer|process group', re.I) # what collectives say when another process is gone
-_LEFT = weakref.WeakKeyDictionary() # models that were left in the midst of a run: folder, digests of their weights at its start and when they were left
+_LEFT = weakref.WeakKeyDictionary() # model that was left in the midst of a run -> folder, digests at the start and when it was left
 
 class _Asked(BaseException): "A signal to end, which no `except` on the way takes for an error."
 
@@ -1181,25 +1196,27 @@ def _ask(number, frame): raise _Asked(number)
 
 @patch
 def _known_again(self:_Run):
-    "A model that was left in the midst of the run of this folder, and has not changed since, began with the weights of that run."
+    "A model that was left in the midst of this folder's run, and has not changed since, began with the weights of that run."
     folder,start,left = _LEFT.get(self.model, (None, None, None))
     if self.folder and folder == os.path.realpath(self.folder) and left == self.digest: self.digest = start
 
 @patch
 def _ended(self:_Run, error):
-    "The error to raise in place of one that ended the run: for a signal and for the loss of another process it tells how to go on."
+    "The error to raise for one that ended the run: for a signal, and the loss of another process, it tells how to go on."
     if isinstance(error, _Asked):
-        return Interrupted(f"The run was asked to end ({signal.Signals(error.args[0]).name}). {self.advice()}", 128+error.args[0])
+        number = error.args[0]
+        return Interrupted(f"The run was asked to end ({signal.Signals(number).name}). {self.advice()}", 128+number)
     if isinstance(error, KeyboardInterrupt) and not _rank(): print(self.advice(), file=sys.stderr)
     if _parallel() and isinstance(error, RuntimeError) and _LOST.search(str(error)):
         why = shorten(str(error).splitlines()[0], 120)
-        return Interrupted(f"Process {_rank()} of {dist.get_world_size()} has lost another one ({why}). {self.advice()}")
+        who = f'Process {_rank()} of {dist.get_world_size()}'
+        return Interrupted(f"{who} has lost another one ({why}). {self.advice()}")
     return error
 
 @patch
 @contextlib.contextmanager
 def held(self:_Run):
-    "The folder is this run's inside the block. Raises `OtherRun` if another run is at work there, `Interrupted` if the end comes from outside."
+    "The folder is this run's inside the block. Raises `OtherRun` if another is at work there, `Interrupted` for an end from outside."
     if not self.folder:
         yield
         return
@@ -1220,10 +1237,13 @@ def held(self:_Run):
 def _check_rewind(rewind, model):
     "Raises `OpenTransError` for something to rewind to that is none, or that does not fit the model."
     if rewind is None or callable(rewind) or (isinstance(rewind, str) and rewind == 'start'): return
-    if not isinstance(rewind, dict): raise OpenTransError(f"rewind must be None, 'start', a state dict or a function of the model, not {shorten(repr(rewind))}.")
+    if not isinstance(rewind, dict):
+        raise OpenTransError(f"rewind must be None, 'start', a state dict or a function of the model, not {shorten(repr(rewind))}.")
     own = _tensors_of(model)
     lack = [k for k,t in own.items() if not isinstance(rewind.get(k), torch.Tensor) or rewind[k].shape != t.shape]
-    if lack: raise OpenTransError(f"The state to rewind to lacks {len(lack)} of the model's tensors: {', '.join(lack[:4])}. Give a whole model.state_dict().")
+    if lack:
+        raise OpenTransError(f"The state to rewind to lacks {len(lack)} of the model's tensors: {', '.join(lack[:4])}. "
+                             "Give a whole model.state_dict().")
     check_like({k: rewind[k] for k in own}, own, 'rewind', 'state to rewind to', finite=False)
 
 # %% ../nbs/01_pruning.ipynb #c7ab01e4
@@ -1277,16 +1297,19 @@ def _scores(score, mask, model, losses=None, **kwargs):
 # %% ../nbs/01_pruning.ipynb #f7836fc1
 def _check_schedule(schedule):
     "The densities of a schedule that is given. Raises `OpenTransError` if it rises, or has more than 10,000 rounds."
-    if not isinstance(schedule, (list, tuple, np.ndarray, torch.Tensor)): raise OpenTransError(f"schedule must be a list of densities, not {shorten(repr(schedule))}.")
-    if len(schedule) > MOST_ROUNDS: raise OpenTransError(f"A schedule has at most {MOST_ROUNDS:,} rounds, and this one {len(schedule):,}.")
+    if not isinstance(schedule, (list, tuple, np.ndarray, torch.Tensor)):
+        raise OpenTransError(f"schedule must be a list of densities, not {shorten(repr(schedule))}.")
+    if len(schedule) > MOST_ROUNDS:
+        raise OpenTransError(f"A schedule has at most {MOST_ROUNDS:,} rounds, and this one {len(schedule):,}.")
     plan = [_share(d.item() if isinstance(d, torch.Tensor) else d, 'a density of the schedule') for d in schedule]
-    if any(b > a for a,b in zip(plan, plan[1:])): raise OpenTransError(f"A schedule of densities must not rise, but this does: {shorten(plan)}.")
+    if any(b > a for a,b in zip(plan, plan[1:])):
+        raise OpenTransError(f"A schedule of densities must not rise, but this does: {shorten(plan)}.")
     return plan
 
 @delegates(prunable)
 def imp(
     model:nn.Module, # A tower, or anything that holds one; ends with the weights that the last round left, masked
-    train, # `train(model, round)` or `train(model)`: train the model in place for t iterations with an optimizer of its own; may return numbers for the history. What it keeps between rounds is stored if it has `state_dict` and `load_state_dict`
+    train, # `train(model, round)` or `train(model)`: train the model in place for t iterations; may return numbers for the history. What it keeps between rounds is stored if it has `state_dict` and `load_state_dict`
     density:float=.1, # Share of the weights to end with, in (0, 1]: the paper's sparsity level s
     p:float=.1, # Share of the remaining weights that a round drops
     rewind=None, # None keeps the trained weights; `'start'`, a state dict, or a function that trains the model to an early iteration
@@ -1299,7 +1322,7 @@ def imp(
     settings:dict=None, # More that belongs to the run (loss, t, data): saved with the mask, and must be equal to continue
     **kwargs,
 )->tuple: # (`SparseMask`, history as a `DataFrame`)
-    "Iterative pruning (paper Algorithm 1): train, drop the least of the remaining weights, repeat. Raises `OtherRun` to continue with other settings, and `OpenTransError` for a round that leaves something not finite; the last whole round stays."
+    "Iterative pruning (paper Algorithm 1): train, drop the least of the remaining weights, repeat. Raises `OpenTransError` to continue with other settings, and for a round that is not finite."
     plan = geometric_schedule(density, p, exact) if schedule is None else _check_schedule(schedule)
     scored_by,score = _criterion(criterion)
     check_number('seed', seed, 0, whole=True)
@@ -1319,18 +1342,21 @@ def imp(
         mask,history = run.begin(mask, train, seed)
         for r in progress(range(len(history), len(plan)), 'imp'):
             began = time.perf_counter()
-            with mask.apply(model), seeded(seed+r): out = _train_round(train, model, r)
-            _together(lambda: _check_round(bare, run.still, r, out))
             keep = max(1, round(plan[r]*mask.total))
-            masks,threshold = _together(lambda: _keep_best(_scores(score, mask, model, losses, **kwargs), keep, mask.masks))
+            def choose(): return _keep_best(_scores(score, mask, model, losses, **kwargs), keep, mask.masks)
+            with seeded(seed+r):                                       # a criterion may draw numbers, too
+                with mask.apply(model): out = _train_round(train, model, r)
+                _together(lambda: _check_round(bare, run.still, r, out))
+                masks,threshold = _together(choose)
             mask = _from_first(SparseMask(masks))
             run.rewind()
             mask.apply(model).remove()
             _share_state(bare)
             history.append(_tell(_row(r, mask, threshold, out, began)))
             run.save(mask, history, train)
-    mask.info = {**{k: v for k,v in found.items() if k not in ('layers', 'schedule')}, 'method': 'imp', 'backbone': type(find_tower(model)).__name__,
-                 'weights': run.digest, 'threads': torch.get_num_threads(), 'device': device_of(bare).type, 'torch': torch.__version__, **_dense_info(model, **kwargs)}
+    mask.info = {k: v for k,v in found.items() if k not in ('layers', 'schedule')}
+    mask.info.update(method='imp', backbone=type(find_tower(model)).__name__, weights=run.digest, torch=torch.__version__)
+    mask.info.update(run.here(), **_dense_info(model, **kwargs))
     return mask,pd.DataFrame(history, columns=None if history else ['round', 'density', 'kept', 'threshold'])
 
 # %% ../nbs/01_pruning.ipynb #383334e0
@@ -1489,9 +1515,12 @@ def bake(self:SparseMask,
     left = {n: t[masks[n]] if n in masks else t for n,t in state.items()}
     stored = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n,t in left.items()}
     bad = [n for n,t in stored.items() if _spoilt(t, left[n])]
-    if bad: raise OpenTransError(f"{len(bad)} tensors are not finite, or not within {dtype}, such as {', '.join(bad[:3])}. Train anew, or choose another dtype.")
+    if bad:
+        raise OpenTransError(f"{len(bad)} tensors are not finite, or not within {dtype}, such as {', '.join(bad[:3])}. "
+                             "Train anew, or choose another dtype.")
     tensors = {**stored, **{f'{n}#kept': pack_bits(m) for n,m in masks.items()}}
-    if path is not None: save_tensors(tensors, path, dict(shapes={n: list(m.shape) for n,m in masks.items()}), BAKED_FILE)
+    shapes = {n: list(m.shape) for n,m in masks.items()}
+    if path is not None: save_tensors(tensors, path, dict(shapes=shapes), BAKED_FILE)
     self.apply(model).remove()
     size = lambda ts: sum(t.numel()*t.element_size() for t in ts)
     return dict(dense_bytes=size(state.values()), sparse_bytes=size(tensors.values()), ratio=size(tensors.values())/size(state.values()))
@@ -1521,7 +1550,8 @@ def export_onnx(
             warnings.simplefilter('ignore')
             try: torch.onnx.export(model, args, str(p), dynamo=True, external_data=False, verbose=False)
             except torch.onnx.OnnxExporterError as error:
-                raise OpenTransError(f"{type(unwrap(model)).__name__} cannot be exported to ONNX: {shorten(str(error).splitlines()[0])}.") from error
+                why = shorten(str(error).splitlines()[0])
+                raise OpenTransError(f"{type(unwrap(model)).__name__} cannot be exported to ONNX: {why}.") from error
         return _onnx_difference(model, path, args) if check else math.nan
 
 def _onnx_difference(model, path, args):
@@ -1530,7 +1560,8 @@ def _onnx_difference(model, path, args):
     run = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
     ours = [o.cpu().double().numpy() for o in _leaves(model(*args))]
     theirs = run.run(None, {i.name: a.cpu().numpy() for i,a in zip(run.get_inputs(), args)})
-    if len(ours) != len(theirs): raise OpenTransError(f"The ONNX file gives {len(theirs)} outputs, the model {len(ours)}.")
+    if len(ours) != len(theirs):
+        raise OpenTransError(f"The ONNX file gives {len(theirs)} outputs, the model {len(ours)}. Give another example.")
     return float(np.max([np.abs(o-t.astype(float)).max() for o,t in zip(ours, theirs)]))
 
 def _leaves(out):

@@ -1,5 +1,5 @@
 "Distillation inside Algorithm 1: `imp` with `DistillTrainer`, from the first round to a continued run."
-import copy
+import copy, warnings
 import pytest
 import torch
 from opentrans.clip import ClipBackbone, small_clip
@@ -49,7 +49,8 @@ def test_a_continued_run_is_the_run(clip, tmp_path):
     def stops(model, round):
         if round == 1: raise KeyboardInterrupt
         return train(model, round)
-    train = trainer(clip); stops.settings = train.settings
+    train = trainer(clip)
+    stops.settings, stops.state_dict, stops.load_state_dict = train.settings, train.state_dict, train.load_state_dict
     with pytest.raises(KeyboardInterrupt): imp(clip.fresh_copy(), stops, density=.4, p=.3, checkpoint_dir=tmp_path/'cut')
     again,_ = imp(clip.fresh_copy(), trainer(clip), density=.4, p=.3, checkpoint_dir=tmp_path/'cut')
     assert again == whole
@@ -93,3 +94,63 @@ def test_losses_of_few_and_many(n):
     if n == 1: assert tgkd_loss(v, r, t).item() == pytest.approx((v-r).norm().item(), rel=1e-5) == pytest.approx(vgkd_loss(v, r).item(), rel=1e-5)
     (tgkd_loss(v, r, t)+vgkd_loss(v, r)).backward()
     assert v.grad.isfinite().all() and distances(r, r).diag().abs().max() == 0
+
+def test_a_trainer_that_is_cold_in_a_later_round_says_so(clip):
+    "A function around it, without its state_dict, would hide from imp what has to be stored."
+    train = trainer(clip)
+    with pytest.warns(UserWarning, match='without what it remembered'): train(clip.fresh_copy(), 1)
+    fresh = trainer(clip)
+    fresh.load_state_dict(train.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        fresh(clip.fresh_copy(), 2)
+
+def changed(**parts): return lambda state: dict(state, **{k: change(state[k]) for k, change in parts.items()})
+
+STATES = {
+    'nothing': lambda state: {},
+    'a part that is missing': lambda state: {k: t for k, t in state.items() if k != 'log'},
+    'a part that is unknown': lambda state: dict(state, more=torch.zeros(1)),
+    'fewer embeddings than keys': changed(embeddings=lambda t: t[1:]),
+    'embeddings of another teacher': changed(embeddings=lambda t: t[:, :-1]),
+    'embeddings of another type': changed(embeddings=lambda t: t.half()),
+    'embeddings that are NaN': changed(embeddings=lambda t: t*float('nan')),
+    'images that are not there': changed(keys=lambda t: t + 100),
+    'images below zero': changed(keys=lambda t: t - 100),
+    'one region twice': changed(keys=lambda t: t*0),
+    'keys that are no whole numbers': changed(keys=lambda t: t.float()),
+    'a log of another shape': changed(log=lambda t: t[:, :2]),
+    'a log that is infinite': changed(log=lambda t: t/0)}
+
+@pytest.mark.parametrize('what', STATES)
+def test_what_a_trainer_did_not_remember_is_refused(clip, what):
+    "With nothing changed: it goes on as if it had not been asked."
+    train, asked = trainer(clip, seed=0), trainer(clip, seed=0)
+    first = train(clip.fresh_copy(), 0)
+    with pytest.raises(OpenTransError, match='remembered'): asked.load_state_dict(STATES[what](train.state_dict()))
+    assert not asked._cache and not asked.log and asked(clip.fresh_copy(), 0) == first
+
+def test_a_teacher_of_other_weights_is_another_run(clip, tmp_path):
+    "So are other names of the classes, and another size of the memory, which decides over the last bits."
+    class Others(Halves): vocabulary = ['left', 'right', 'middle']
+    imp(clip.fresh_copy(), trainer(clip), density=.5, p=.5, checkpoint_dir=tmp_path)
+    model, tok = small_clip(CONFIG, seed=1)
+    other = ClipBackbone.from_model(model, tok, 'tiny')
+    for name, train in dict(teacher=trainer(clip, teacher=other), names=DistillTrainer(clip, Others(), iters=3, lr=1e-3, batch_size=3),
+                            cache_mb=trainer(clip, cache_mb=1)).items():
+        with pytest.raises(OpenTransError, match=f'other settings: {name} was'):
+            imp(clip.fresh_copy(), train, density=.5, p=.5, checkpoint_dir=tmp_path)
+
+def test_a_model_that_diverges_in_its_last_iteration_is_told(clip):
+    "The loss of the last iteration is a number, the weights after it are not."
+    class Breaks(torch.optim.SGD):
+        def step(self, closure=None):
+            with torch.no_grad():
+                for p in self.param_groups[0]['params']: p.fill_(float('nan'))
+    train = trainer(clip, iters=1, optimizer=lambda params: Breaks(params, lr=.1))
+    with pytest.raises(OpenTransError, match='not finite .the model after round 0'): train(clip.fresh_copy(), 0)
+
+def test_a_teacher_that_is_not_finite_is_refused(clip):
+    bad = clip.fresh_copy()
+    with torch.no_grad(): bad.visual.conv1.weight.fill_(float('nan'))
+    with pytest.raises(OpenTransError, match='the teacher'): trainer(clip, teacher=bad)
