@@ -543,7 +543,7 @@ class _Beside(TorchDispatchMode):
 
     def __init__(self, model):
         super().__init__()
-        self.made,self.known,self.copies = {},{},{}
+        self.made,self.known,self.copies,self.blind = {},{},{},False
         self.apart = {_key(p) for p in model.parameters()} # memory whose values are not asked for
 
     def value(self, t):
@@ -580,7 +580,7 @@ class _Beside(TorchDispatchMode):
         written = _written(func, args, kwargs)
         out = func(*args, **kwargs)
         outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        small = sum(t.numel() for t in outs) <= _SMALL and all(isinstance(t, FakeTensor) for t in written)
+        small = not self.blind and sum(t.numel() for t in outs) <= _SMALL and all(isinstance(t, FakeTensor) for t in written)
         values = tree_leaves(self.values_of(func, args, kwargs)) if outs and small else [None]
         if len(values) != len(outs): values = [None]*len(outs)
         if written and None in values: self.forget([*written, *outs])
@@ -709,6 +709,13 @@ def _run_dry(
         _clean_up(beside, error, advice)
 
 # %% ../nbs/04_cost.ipynb #6c404851
+def _blindly(beside, make):
+    "What `make` gives, without values beside it: an input is large, and its values say nothing."
+    if beside is None: return make()
+    beside.blind = True
+    try: return make()
+    finally: beside.blind = False
+
 def _si(x):
     for f,p in ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
         if abs(x) >= f: return f'{x/f:.3f} {p}'
@@ -870,7 +877,7 @@ def _one_pass(model, rows, size, convention, args, forward, fake=None, beside=No
     for r,d in rows.items():
         for t in twins(d['param']) if not d['made'] else (): counter.trace.own(r, t)
         for t in (t for p in d['made'] or () for t in twins(p)): counter.trace.mark(t, counter.trace.bit[r])
-    inputs = _inputs(model, size, args, forward)
+    inputs = _blindly(beside, lambda: _inputs(model, size, args, forward))
     for t in tree_leaves(inputs):
         if isinstance(t, torch.Tensor): counter.trace.mark(t, counter.input)
     if beside: beside.forget([t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)])
@@ -1106,7 +1113,7 @@ def training_memory(
     _check_model(model, args)
     training,buffers = {m: m.training for m in model.modules()},[(b, b.detach().clone()) for b in model.buffers()] # norms count their batches
     def run(fake, beside):
-        inputs = _inputs(model, size, args)
+        inputs = _blindly(beside, lambda: _inputs(model, size, args))
         beside.forget([t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)])
         with _no_log(): return _step(model, inputs, loss, fake)
     with _as_written(autocast=True):

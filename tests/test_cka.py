@@ -248,7 +248,7 @@ def test_as_many_classes_as_pictures_are_no_pictures(patches):
         def __init__(self): super().__init__(); self.words, self.f = nn.Parameter(torch.randn(8, 5)), nn.Linear(5, 5)
         def forward(self, x): return x.mean((2, 3))@self.f(self.words)[:3]
     got = cka(Classes(), Layout('pictures_first'), [patches[:8]]*2 + [patches[:5]], ['f', ''], ['patch'])
-    assert np.isnan(got.loc['f', 'patch']) and 'no axis is that of the pictures' in got.attrs['reasons']['f'] and np.isfinite(got.loc['', 'patch'])
+    assert np.isnan(got.loc['f', 'patch']) and 'for 8 pictures the output is (8, 5), and for 3 the output (8, 5)' in got.attrs['reasons']['f'] and np.isfinite(got.loc['', 'patch'])
 
 
 def test_recurrent_layers_with_as_many_steps_as_examples():
@@ -322,8 +322,13 @@ def test_pooling_takes_the_mean_over_positions(patches):
         f = m.f(m.c(x).permute(0, 2, 3, 1))
         return dict(f=f.mean((1, 2)), norm=m.norm(f).mean((1, 2)), line=m.line(x.flatten(2)[..., :30]).mean(2))[name].detach()
     for name in got.index: assert got.loc[name, name] == pytest.approx(linear_cka(pooled(a, name), pooled(b, name), unbiased=True), abs=1e-6)
-    whole = cka(nn.Sequential(a, nn.Identity()), b, [x], ['0', '0.c'], ['c'], maps='pool')
-    assert np.isnan(whole.loc['0', 'c']) and 'channels last' in whole.attrs['reasons']['0']
+    class Turned(nn.Module):
+        def __init__(self): super().__init__(); self.c, self.mlp, self.turn = a.c, nn.Sequential(a.f, a.norm, nn.GELU()), nn.Identity()
+        def forward(self, x): return self.turn(self.mlp(self.c(x).permute(0, 2, 3, 1)))
+    got = cka(Turned(), b, [x], ['mlp', 'turn', 'c'], ['norm'], maps='pool')
+    want = linear_cka(nn.functional.gelu(a.norm(a.f(a.c(x).permute(0, 2, 3, 1)))).mean((1, 2)).detach(), pooled(b, 'norm'), unbiased=True)
+    assert got.loc['mlp', 'norm'] == pytest.approx(want, abs=1e-6)
+    assert np.isnan(got.loc['turn', 'norm']) and 'channels last' in got.attrs['reasons']['turn']    # nothing in it says what its axes are
 
 
 def test_a_layer_that_runs_twice_is_named(patches):
@@ -406,8 +411,8 @@ def test_the_published_score_does_not_call_nan_one(images):
 def test_parametrised_layers_are_found(images):
     "The default layers of a model are layers that can be named, also where a weight is computed from others."
     for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal):
-        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), wrap(nn.Linear(8*62*62, 4)))
-        assert list(cka(net, net, [images[:8]]).index) == ['0.weight', '2.weight']
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), wrap(nn.Linear(8, 4)))
+        assert list(cka(net, net, [images[:8]]).index) == ['0.weight', '3.weight']
 
 
 @pytest.mark.parametrize('options, words', [(dict(kernel='cosine'), 'Unknown kernel'), (dict(kernel='rbf', sigma=0), 'no width'), (dict(maps='mean'), 'not known'), (dict(maps=0), 'not known'), (dict(layers_a=[]), 'no layer')])

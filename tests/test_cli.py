@@ -272,6 +272,7 @@ def test_demo(tmp_path):
     assert 'src="http' not in page and page.count('data:image/png') == 7
 
 @pytest.mark.skipif(not coco.exists(), reason='the COCO panoptic sample images are not at ../shared/data/samples')
+@pytest.mark.slow
 def test_real_coco_at_full_size(tmp_path):
     "RN50 at full size with random weights on real images: Algorithm 1, transfer, alpha, fine-tuning, evaluation."
     common = ('--backbone', 'RN50', '--pretrained', 'none', '--data', 'coco_panoptic', '--root', coco, '--batch-size', 1, '--device', 'cpu')

@@ -13,7 +13,6 @@ from test_pruning import small, tiny_resnet, zeros
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
-SLOW = os.environ.get('OPENTRANS_SLOW') == '1'
 tests = Path(__file__).resolve().parent
 PATH = os.pathsep.join([str(tests.parent), str(tests)])
 ENV = dict(os.environ, OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0', PYTHONPATH=PATH)
@@ -156,14 +155,16 @@ WORLD = textwrap.dedent('''
     print('without its memory:', same(whole[0]['net'], cold[0]['net']))
 ''')
 
-@pytest.mark.parametrize('mode,n', [('crop', 1), ('attention', 2)] + [('crop', 2), ('attention', 1)]*SLOW)
+ALSO = [pytest.param('crop', 2, marks=pytest.mark.slow), pytest.param('attention', 1, marks=pytest.mark.slow)]
+
+@pytest.mark.parametrize('mode,n', [('crop', 1), ('attention', 2), *ALSO])
 def test_a_killed_run_ends_as_one_without_a_break(tmp_path, mode, n):
     "Forty iterations a round, kill -9 in the first and in the second: mask, weights, history and log are equal bits."
     r = python('-c', WORLD, tmp_path, mode, n)
     assert r.returncode == 0, r.stderr[-3000:]
     assert 'without its memory: False' in r.stdout, 'this world would not show the failure'
 
-@pytest.mark.skipif(not SLOW, reason='minutes; OPENTRANS_SLOW=1 runs it')
+@pytest.mark.slow
 @pytest.mark.parametrize('launch', [[], ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']])
 def test_the_command_killed_and_given_again_is_the_command(tmp_path, launch):
     "The whole command, in one process and by torchrun in two."
