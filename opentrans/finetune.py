@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from typing_extensions import NotRequired, TypedDict
 from .core import (BATCH_NORMS, OpenTransError, Undo, unknown, axes, device_of, evaluating, handling, layers, load_json, norm_params,
     optional, pick_device, progress, read_text, save_tensors, save_text, seed_everything, seeded, to_device, under)
-from .data import augment, collate, sample_packed
+from .data import collate, read_augmented, unpack
 from .errors import FormatError, Interrupted, WriteError, check_number, shorten
 from .escape import csv_text, for_plot
 from .files import (FileKind, RunFile, check_finite, check_like, load_metadata, load_tensors, lock_folder, metadata_value,
@@ -299,12 +299,18 @@ def batch_indices(
 # %% ../nbs/13_finetune.ipynb #69ea0361
 class _Views(torch.utils.data.Dataset):
     "Samples of a data set as an iteration wants them: item `(index, iteration, slot)`."
-    def __init__(self, data, recipe, regions=True): self.data,self.recipe,self.regions = data,recipe,regions
+    def __init__(self, data, recipe, regions=True, packed=False):
+        self.data,self.recipe,self.regions,self.packed = data,recipe,regions,packed
+
     def __getitem__(self, at):
-        index,iteration,slot = at
+        sample = self._sample(*at)
+        if self.packed and 'segments' in sample: sample['segments'] = torch.from_numpy(sample['segments']) # tensors go by shared memory
+        return sample
+
+    def _sample(self, index, iteration, slot):
         r,still = self.recipe,self.recipe.scale == (1., 1.)
         if not r.crop and not r.flip and still: return self.data[index]
-        return augment(sample_packed(self.data, index), r.crop or None, [r.seed, iteration, slot], None if still else r.scale, r.flip, self.regions)
+        return read_augmented(self.data, index, r.crop or None, [r.seed, iteration, slot], None if still else r.scale, r.flip, self.regions, self.packed)
 
 class _Order:
     "Batches of indices, made when they are asked for."
@@ -319,13 +325,19 @@ def batches(
     start:int=0, # First iteration
     processes=None, # `Processes`: each gets its part of every batch
     regions:bool=True, # With the masks of regions? Loading is faster without
+    device=None, # Where samples are unpacked that other processes have read; None: on the CPU
 ): # Iterator over the batches of `start`, `start+1`, ... , the last
     "The batches of a run, in this process or from `recipe.workers` others: the same either way."
-    views = _Views(data, recipe, regions)
+    views = _Views(data, recipe, regions, packed=recipe.workers > 0)
     order = _Order(lambda i: [(k, i, j) for j,k in enumerate(batch_indices(len(data), recipe.batch_size, i, recipe.seed))], start, recipe.iterations, recipe.batch_size)
     if processes is not None: order = processes.shard(order)
     if not recipe.workers: return (collate([views[a] for a in at]) for at in order)
-    return iter(torch.utils.data.DataLoader(views, batch_sampler=order, num_workers=recipe.workers, collate_fn=collate, generator=torch.Generator()))
+    loader = torch.utils.data.DataLoader(views, batch_sampler=order, num_workers=recipe.workers, collate_fn=list, generator=torch.Generator())
+    return _unpacked(iter(loader), regions, device)
+
+def _unpacked(loaded, regions, device):
+    "Batches of the samples that other processes have read, most of which come packed."
+    for samples in loaded: yield collate([unpack(s, regions, device) if 'segments' in s else s for s in samples])
 
 # %% ../nbs/13_finetune.ipynb #63e0ae57
 def _undecayed(model):
@@ -761,7 +773,7 @@ def finetune(
         stack.enter_context(rest(framework, recipe))
         run = stack.enter_context(_Run(framework, data, recipe, selection, checkpoint_dir, team))
         run.tell = Teller(recipe.iterations, run.iteration, print_every, Path(checkpoint_dir)/'tensorboard' if tensorboard and team.main else None) if team.main else None
-        bar = batches(data, recipe, run.iteration, team, getattr(framework, 'uses_regions', True)) # a framework whose loss reads labels alone may say so
+        bar = batches(data, recipe, run.iteration, team, getattr(framework, 'uses_regions', True), run.device) # a framework whose loss reads labels alone may say so
         for batch in progress(bar, 'fine-tuning', recipe.iterations-run.iteration) if team.main else bar:
             row = run.step(batch)
             done = run.iteration == recipe.iterations
