@@ -336,6 +336,7 @@ def study(
     seed:Annotated[int, typer.Option(min=0, max=10**12, help="First seed.")]=0,
     scale:Annotated[str, typer.Option(help="'shapes', minutes to hours on two cores; 'demo', shorter; 'gpu': CLIP's RN50 on larger scenes; 'coco': RN50 on COCO and six more sets, days; 'smoke': shows nothing but that it runs.")]='shapes', root:Root=None,
     pretrained:Annotated[Optional[str], typer.Option(help="Weights file of the scale's CLIP, where they cannot be downloaded.")]=None,
+    framework:Annotated[Optional[str], typer.Option(help="Where arms are trained that name no framework. Default: the scale's; at 'gpu' and 'coco' the paper's for the table.")]=None,
     workers:Annotated[Optional[int], typer.Option(min=1, max=1024, help="Processes. Default: two; one on a GPU.")]=None,
     allow_hub:AllowHub=False, config:Config=None,
 ):
@@ -345,14 +346,14 @@ def study(
     from opentrans.data import data_root
     if name is None:
         show(pd.DataFrame({k: dict(paper=s.where, question=s.question, arms=len(s.arms)) for k,s in ex.STUDIES.items()}).T, title='studies'); return
-    command = f'opentrans study {name}' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 5), ('seed', seed, 0), ('scale', scale, 'shapes'), ('out', 'results' if Path(out).is_absolute() else out, 'results')) if v != d or k == 'seeds') # no path of this machine
+    command = f'opentrans study {name}' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 5), ('seed', seed, 0), ('scale', scale, 'shapes'), ('framework', framework, None), ('out', 'results' if Path(out).is_absolute() else out, 'results')) if v != d or k == 'seeds') # no path of this machine
     if root is not None: os.environ['DETECTRON2_DATASETS'] = str(data_root(root))
-    _writable(ex.result_file(name, out, seeds, scale, seed))
+    _writable(ex.result_file(name, out, seeds, scale, seed, framework))
     _weights_of_scale(scale, pretrained, allow_hub)
-    data = ex.run_study(name, out, seeds, seed, scale, workers, command, pretrained)
+    data = ex.run_study(name, out, seeds, seed, scale, workers, command, pretrained, framework)
     if data['summary']: show(pd.DataFrame(data['summary']).T.iloc[:, :6], title=data['what'])
     if data['claims']: show(pd.DataFrame(data['claims'])[['claim', 'measured', 'mean', 'low', 'high', 'verdict']].round(2).set_index('claim'), title='claims')
-    _say(f'data: {ex.result_file(name, out, seeds, scale, seed)}')
+    _say(f'data: {ex.result_file(name, out, seeds, scale, seed, framework)}')
 
 # %% ../nbs/21_cli.ipynb #79abda8e
 @app.command()

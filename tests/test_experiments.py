@@ -274,3 +274,53 @@ def test_a_clip_that_is_not_finite_gets_no_accuracy():
     clip = ex.open_clip_of(ex.SCALES['smoke'])
     with torch.no_grad(): clip.visual.conv1.weight[0] = math.nan
     with pytest.raises(OpenTransError, match='not finite'): ex.zero_shot(clip, 4)
+
+# where alpha is read, and where a table is made
+
+def _smoke(alpha_of): return dataclasses.replace(ex.SCALES['smoke'], alpha_of=alpha_of)
+_TWO = [ex.Arm('dense half', select='alpha', table='layers'), ex.Arm('sparse half', 'distilled', select='alpha', table='layers')]
+
+def test_alpha_is_read_before_or_under_the_mask(tmp_path, one_thread):
+    "Before it, the sparse arm freezes what the dense one does, from the same warm-up; under it, it has a start of its own. Sparse it is in both."
+    runs = {}
+    for alpha_of in ('dense', 'masked'):
+        dense, sparse = ex.study(_smoke(alpha_of), 0, tmp_path/alpha_of, 1, _TWO)
+        runs[alpha_of] = sparse
+        assert sparse['density'] == pytest.approx(.5, abs=.01) and (dense['frozen'] == sparse['frozen']) == (alpha_of == 'dense')
+        assert len(list((tmp_path/alpha_of).glob('start-*.safetensors'))) == (1 if alpha_of == 'dense' else 2)
+    clip = ex.open_clip_of(_smoke('dense'))
+    seg = ex._build('', clip, ex.open_world(_smoke('dense'), 0)['train'].vocabulary, _smoke('dense'), 0)
+    mask = ex.open_mask('distilled', _smoke('dense'), 0, tmp_path/'dense')
+    c = ex.cost(seg, (3, 80, 80)).under(mask)
+    warm, whole = ex.training_flops(c, 1, 4), ex.training_flops(c, 2, 4, mask=mask, selection=ex.LayerSelection([], runs['dense']['frozen']))
+    assert runs['dense']['train_flops'] == pytest.approx(warm+whole), 'the warm-up is dense, what follows is sparse'
+
+def test_a_mask_that_comes_late_is_waited_for(tmp_path):
+    "An arm whose warm-up needs no mask still needs the mask itself."
+    jobs = ex._plan(_smoke('dense'), 0, tmp_path, _TWO)
+    needs = {k: deps for k,(deps,*_) in jobs.items()}
+    sparse = next(k for k in needs if k[1] == 'arm' and 'then distilled' in k[2])
+    assert (0, 'imp', ()) in needs[sparse] and not needs[next(k for k in needs if k[1] == 'start')]
+
+def test_the_scales_of_clip_itself_read_alpha_as_the_paper_does():
+    assert {n for n,s in ex.SCALES.items() if s.alpha_of == 'dense'} == {'gpu', 'coco'}
+
+def test_tables_are_made_in_the_framework_of_the_paper(tmp_path, monkeypatch):
+    "Han et al.'s for Tab. 2, 4 and 10 where CLIP itself is trained; any other by its name, in a file of that name."
+    seen = []
+    monkeypatch.setattr(ex, 'study', lambda scale, *a: seen.append(scale) or [])
+    monkeypatch.setattr(ex, 'open_clip_of', lambda scale: None)
+    monkeypatch.setattr(ex, 'open_world', lambda scale, seed: {})
+    for name in ('freezing', 'training', 'ratio', 'masks'):
+        for scale in ('shapes', 'coco', 'gpu'): ex.run_study(name, tmp_path, 1, scale=scale)
+    assert [s.framework for s in seen] == ['deeplabv3', 'mask2former', 'mask2former']*3 + ['deeplabv3']*3
+    ex.run_study('ratio', tmp_path, 1, framework='fpn')
+    assert seen[-1].framework == 'fpn' and (tmp_path/'ratio-fpn-1seeds.json').exists()
+    with pytest.raises(OpenTransError, match='Unknown framework'): ex.run_study('ratio', tmp_path, 1, framework='fpm')
+
+def test_a_scale_says_how_its_arms_train():
+    scale = dataclasses.replace(ex.SCALES['smoke'], precision='bf16', accumulate=64, loaders=3)
+    recipe = scale.recipe(5, 'poly', 0)
+    assert (recipe.precision, recipe.accumulate, recipe.workers) == ('bf16', recipe.batch_size, 3)
+    for bad in (dict(precision='fp8'), dict(alpha_of='both'), dict(accumulate=0), dict(loaders=-1)):
+        with pytest.raises(OpenTransError): dataclasses.replace(scale, **bad)
