@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'Backbone', 'Pretrained', 'Data', 'Root', 'Split', 'Classes', 'Ignore', 'Framework', 'Preset', 'Stride',
-           'Device', 'Seed', 'AllowHub', 'Freeze', 'By', 'Xmin', 'Quiet', 'Corrupt', 'Config', 'Iterations',
+           'Device', 'DryRun', 'Seed', 'AllowHub', 'Freeze', 'By', 'Xmin', 'Quiet', 'Corrupt', 'Config', 'Iterations',
            'BatchSize', 'LR', 'Crop', 'RecipeName', 'Precision', 'Accumulate', 'Workers', 'Settings', 'Every', 'Print',
            'Board', 'WithInstances', 'data_app', 'settings_kept', 'first_process', 'keep_settings',
            'open_clip_backbone', 'open_data', 'show', 'main', 'demo', 'study', 'alpha', 'prune', 'make_recipe',
@@ -61,6 +61,7 @@ Framework = Annotated[str, typer.Option(help="Segmentation framework.")]
 Preset = Annotated[Optional[str], typer.Option(help="Size of the framework: 'paper' or 'small'. Default: small for shapes-rn.")]
 Stride = Annotated[int, typer.Option(help="Stride of the tower's last features: 32, 16 or 8.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best there is; under accelerate launch, that of the process.")]
+DryRun = Annotated[bool, typer.Option('--dry-run', help="Measure a few iterations, print memory, time and an epoch's length, and end; exit code 2 if the run cannot fit.")]
 Seed = Annotated[int, typer.Option(min=0, max=10**12, help="Seed of everything random.")]
 AllowHub = Annotated[bool, typer.Option('--allow-hub', help="Fetch from the Hugging Face hub what is missing: weights that a model's folder or a file of settings names, tokenizers, and backbones hf-hub:ORG/REPOSITORY.")]
 _SIDE = 2**16 # Pixels; a longer side is a slip of the hand
@@ -319,6 +320,11 @@ def demo(
         show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
     _say(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
 
+def _show_plan(plans):
+    "What a study needs, framework by framework; ends with exit code 2 if one does not fit."
+    show(plans, title='what each framework needs (GB a process, seconds an iteration, minutes an epoch, hours an arm and of all)')
+    if not plans.fits.all(): raise _bad(f"{', '.join(plans.index[~plans.fits.astype(bool)])} cannot fit: cut batches into parts (accumulate), or take another device.")
+
 def _weights_of_scale(scale, pretrained, allow_hub):
     "A scale that a file names downloads nothing, either: its weights must be here. Raises `OpenTransError`."
     from opentrans.clip import find_weights
@@ -337,6 +343,7 @@ def study(
     scale:Annotated[str, typer.Option(help="'shapes', minutes to hours on two cores; 'demo', shorter; 'gpu': CLIP's RN50 on larger scenes; 'coco': RN50 on COCO and six more sets, days; 'smoke': shows nothing but that it runs.")]='shapes', root:Root=None,
     pretrained:Annotated[Optional[str], typer.Option(help="Weights file of the scale's CLIP, where they cannot be downloaded.")]=None,
     framework:Annotated[Optional[str], typer.Option(help="Where arms are trained that name no framework. Default: the scale's; at 'gpu' and 'coco' the paper's for the table.")]=None,
+    dry_run:DryRun=False,
     workers:Annotated[Optional[int], typer.Option(min=1, max=1024, help="Processes. Default: two; one on a GPU.")]=None,
     allow_hub:AllowHub=False, config:Config=None,
 ):
@@ -348,6 +355,7 @@ def study(
         show(pd.DataFrame({k: dict(paper=s.where, question=s.question, arms=len(s.arms)) for k,s in ex.STUDIES.items()}).T, title='studies'); return
     command = f'opentrans study {name}' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 5), ('seed', seed, 0), ('scale', scale, 'shapes'), ('framework', framework, None), ('out', 'results' if Path(out).is_absolute() else out, 'results')) if v != d or k == 'seeds') # no path of this machine
     if root is not None: os.environ['DETECTRON2_DATASETS'] = str(data_root(root))
+    if dry_run: return _show_plan(ex.plan_study(name, seeds, seed, scale, workers, pretrained, framework))
     _writable(ex.result_file(name, out, seeds, scale, seed, framework))
     _weights_of_scale(scale, pretrained, allow_hub)
     data = ex.run_study(name, out, seeds, seed, scale, workers, command, pretrained, framework)

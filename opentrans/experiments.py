@@ -9,9 +9,9 @@ __all__ = ['SCALES', 'RUNS_FILE', 'ARM_FILE', 'ROUNDS_FILE', 'ALPHAS_FILE', 'COU
            'arms_of', 'open_arm', 'warm_up', 'open_warm', 'choose', 'finer', 'clip_similarity', 'run_arm', 'run_jobs',
            'study', 'sets_of', 'results_frame', 'summarize', 'difference', 'claims', 'plot_arms', 'plot_cost',
            'plot_frameworks', 'plot_scenes', 'figures', 'report_html', 'hardware', 'demo', 'Study', 'find_masks',
-           'overlaps', 'alpha_course', 'courses', 'pictures', 'unpack_pictures', 'result_file', 'run_study',
-           'load_study', 'all_claims', 'claims_table', 'plot_density', 'plot_courses', 'plot_similarity', 'plot_study',
-           'show_study', 'paper_costs']
+           'overlaps', 'alpha_course', 'courses', 'pictures', 'unpack_pictures', 'result_file', 'plan_study',
+           'run_study', 'load_study', 'all_claims', 'claims_table', 'plot_density', 'plot_courses', 'plot_similarity',
+           'plot_study', 'show_study', 'paper_costs']
 
 # %% ../nbs/20_experiments.ipynb #73abf595
 import base64, contextlib, dataclasses, functools, hashlib, math, os, platform, shutil, signal, sys, time, zlib
@@ -41,6 +41,7 @@ from .clip import ClipBackbone, small_clips
 from .distill import DistillTrainer
 from .efficiency import paper_costs
 from .frameworks.contract import build, get_framework, resize
+from .plan import plan_run
 from .finetune import WEIGHTS_FILE, Recipe, evaluate, finetune, load_framework
 
 # %% ../nbs/20_experiments.ipynb #be90070a
@@ -1245,6 +1246,47 @@ def result_file(
     label = _label(scale)
     return Path(out)/('-'.join([name, *([framework] if framework else []), *([label] if label != 'shapes' else []), f'{seeds}seeds', *([f'from{seed}'] if seed else [])])+'.json')
 
+def _study_scale(name, scale, pretrained, framework):
+    "The scale of a study, and the pairs in which it differs from the one that is named."
+    study,scale = STUDIES[name],_scale(scale)
+    if framework is not None: get_framework(framework)
+    if 'backbone' in dict(study.scale) and scale.pretrained:
+        raise OpenTransError(f"The study '{name}' is about the small towers that ship with the package, not about {scale.backbone}. Run it at the scale 'shapes'.")
+    own = [(k, v) for k,v in study.scale if scale.queries or not k.startswith('query')]
+    where = framework or (study.framework if scale.preset == 'paper' else '')
+    if where and where != scale.framework: own.append(('framework', where))
+    given = dict(pretrained=str(pretrained)) if pretrained else {}
+    return dataclasses.replace(scale, **dict(own), **given),own
+
+def _plans(scale, arms, seed):
+    "A `RunPlan` for each framework of some arms, by its name. What an arm freezes or prunes saves some of it."
+    data,plans = open_world(scale, seed)['train'],{}
+    for name in dict.fromkeys(arm.framework or scale.framework for arm in arms):
+        seg = _build(name, open_clip_of(scale), data.vocabulary, scale, seed)
+        plans[name] = plan_run(seg, data, scale.recipe(sum(scale.steps(name)), 'constant', seed, name))
+    return plans
+
+def plan_study(
+    name:str, # One of `STUDIES`
+    seeds:int=5, # As for `run_study`, and so the others
+    seed:int=0,
+    scale='shapes',
+    workers:int=None,
+    pretrained:str=None,
+    framework:str=None,
+)->pd.DataFrame: # A row for each framework: arms, GB a process, GB of the device, does it fit, seconds an iteration, minutes an epoch, hours an arm, hours of all
+    "What the fine-tunings of a study need, measured by a few iterations each; masks are found besides. Raises `OpenTransError`."
+    if not isinstance(name, str) or name not in STUDIES: raise unknown('study', name, STUDIES)
+    _check_seeds(seeds, seed, workers)
+    scale,_ = _study_scale(name, scale, pretrained, framework)
+    arms = STUDIES[name].arms or (Arm('dense'),)
+    rows = {}
+    for where,plan in _plans(scale, arms, seed).items():
+        n = sum((arm.framework or scale.framework) == where for arm in arms)
+        rows[where] = dict(arms=n, gigabytes=plan.memory/1e9, room=plan.room/1e9, fits=plan.fits, seconds=plan.seconds, epoch=plan.epoch,
+                           hours=plan.hours, total=plan.hours*n*seeds/(workers or _workers(scale)))
+    return pd.DataFrame(rows).T
+
 def run_study(
     name:str, # One of `STUDIES`
     out='results', # Folder of the `result_file`; the runs lie under `.runs` there, and none of them is done twice
@@ -1259,15 +1301,12 @@ def run_study(
     "One table over several seeds. Interrupted, it goes on where it was. Raises `OpenTransError`."
     if not isinstance(name, str) or name not in STUDIES: raise unknown('study', name, STUDIES)
     _check_seeds(seeds, seed, workers)
-    if framework is not None: get_framework(framework)
-    s,out,file,label,scale = STUDIES[name],Path(out),result_file(name, out, seeds, scale, seed, framework),_label(scale),_scale(scale)
-    if 'backbone' in dict(s.scale) and scale.pretrained: raise OpenTransError(f"The study '{name}' is about the small towers that ship with the package, not about {scale.backbone}. Run it at the scale 'shapes'.")
-    own = [(k, v) for k,v in s.scale if scale.queries or not k.startswith('query')]
-    where = framework or (s.framework if scale.preset == 'paper' else '')
-    if where and where != scale.framework: own.append(('framework', where))
-    scale = dataclasses.replace(scale, **dict(own), **(dict(pretrained=str(pretrained)) if pretrained else {}))
+    s,out,file,label = STUDIES[name],Path(out),result_file(name, out, seeds, scale, seed, framework),_label(scale)
+    scale,own = _study_scale(name, scale, pretrained, framework)
     runs,workers = out/'.runs'/('' if label == 'shapes' else label)/'-'.join(f'{k}-{v}' for k,v in own),workers or _workers(scale)
     open_clip_of(scale); open_world(scale, seed) # what is missing is said before any folder is claimed
+    if pick_device(scale.device).type == 'cuda': # and what cannot fit
+        for plan in _plans(scale, s.arms, seed).values(): plan.check()
     with _held(*_folders(runs, range(seed, seed+seeds)).values()):
         results = study(scale, range(seed, seed+seeds), runs, workers, s.arms) if s.arms else []
         more = s.more(scale, list(range(seed, seed+seeds)), runs, workers) if s.more else None

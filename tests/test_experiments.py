@@ -7,11 +7,13 @@ import pytest
 import torch
 from mutations import COUNT, check_reader
 from opentrans import experiments as ex
+from opentrans.clip import ClipBackbone
 from opentrans.core import OpenTransError, load_json
 from opentrans.data import ShapesWorld, write_coco_panoptic
 from opentrans.errors import FormatError, OtherRun
 from opentrans.files import lock_folder, save_json
 from conftest import PATIENCE, until
+from test_plan import PLAN
 
 SAMPLES = Path(__file__).resolve().parents[1]/'../shared/data/samples'
 DISK = dataclasses.replace(ex.SCALES['smoke'], data='coco_panoptic', paper=True, batch_size=2, imp_crop=64, checkpoint=1)
@@ -324,3 +326,16 @@ def test_a_scale_says_how_its_arms_train():
     assert (recipe.precision, recipe.accumulate, recipe.workers) == ('bf16', recipe.batch_size, 3)
     for bad in (dict(precision='fp8'), dict(alpha_of='both'), dict(accumulate=0), dict(loaders=-1)):
         with pytest.raises(OpenTransError): dataclasses.replace(scale, **bad)
+
+def test_a_study_says_what_it_needs(monkeypatch):
+    "A row for each framework; hours are those of all arms and seeds, shared by the processes. On a GPU nothing begins that cannot fit."
+    table = ex.plan_study('masks', seeds=3, scale='smoke', workers=2)
+    row = table.loc['deeplabv3']
+    assert list(table.index) == ['deeplabv3'] and row.arms == len(ex.STUDIES['masks'].arms) and row.fits
+    assert row.total == pytest.approx(row.hours*row.arms*3/2) and 0 < row.gigabytes < row.room
+    assert list(ex.plan_study('ratio', scale='smoke', framework='fpn').index) == ['fpn']
+    monkeypatch.setattr(ex, 'pick_device', lambda name: torch.device('cuda'))
+    monkeypatch.setattr(ex, 'plan_run', lambda *a: dataclasses.replace(PLAN, room=1))
+    monkeypatch.setattr(ex, 'open_clip_of', lambda scale: ClipBackbone.create('shapes-rn', pretrained='shapes-rn', output_stride=16))
+    with pytest.raises(OpenTransError, match='needs about'): ex.run_study('ratio', 'nowhere', 1, scale='smoke')
+    assert not Path('nowhere').exists()
