@@ -519,14 +519,19 @@ def _generator_states(device):
     states = dict(torch=torch.get_rng_state(), numpy=torch.tensor([*map(int, words), place, has_gauss]), gauss=torch.tensor([gauss, float('nan') if left is None else left], dtype=torch.float64), python=torch.tensor(own))
     return states | (dict(cuda=torch.cuda.get_rng_state(device)) if device.type == 'cuda' else {})
 
+def _own_state(state, like):
+    "The state of a generator in memory of its own: torch reads it with the alignment of a whole tensor. Raises `RuntimeError` if it is none."
+    if state.dtype != like.dtype or state.shape != like.shape: raise RuntimeError('the state of a generator has another shape')
+    return state.clone()
+
 def _set_generators(states, device):
     "Put the generators' states back. Raises `ValueError` if they are none."
     try:
         words,(gauss,left) = states['numpy'].tolist(),states['gauss'].tolist()
         np.random.set_state(('MT19937', np.array(words[:-2], dtype=np.uint32), words[-2], words[-1], gauss))
         random.setstate((3, tuple(states['python'].tolist()), None if left != left else left))
-        torch.set_rng_state(states['torch'])
-        if 'cuda' in states and device.type == 'cuda': torch.cuda.set_rng_state(states['cuda'], device)
+        torch.set_rng_state(_own_state(states['torch'], torch.get_rng_state()))
+        if 'cuda' in states and device.type == 'cuda': torch.cuda.set_rng_state(states['cuda'].clone(), device)
     except (KeyError, IndexError, RuntimeError, TypeError, OverflowError) as error: raise ValueError(shorten(error)) from error
 
 class _Place(TypedDict):
@@ -563,7 +568,7 @@ def _resume(self:DistillTrainer, within, found, whole, opt, stream, device):
     "Put back what a checkpoint within the round holds: gives the losses so far."
     state,tensors,place = found
     names = {p: n for n,p in whole.named_parameters()}
-    try: stream.draws.set_state(tensors['windows'])
+    try: stream.draws.set_state(_own_state(tensors['windows'], stream.draws.get_state()))
     except (KeyError, RuntimeError, TypeError) as error: raise within.damaged(f'its generators have no state ({shorten(error)})') from error
     states = under('generators.', tensors)
     if any(t.ndim != 2 or not len(t) for t in states.values()): raise within.damaged('its generators have no state')

@@ -1092,7 +1092,7 @@ def _read_round(self:_Run, done):
     state,own = under('model/', tensors),under('training/', tensors)
     if len(state)+len(own) < len(tensors): raise ROUND_FILE.damaged(path, 'it holds tensors of no known kind')
     self._check_state(state, path)
-    return state,own,metadata_value(meta, 'training', dict, path),metadata_value(meta, 'began', str, path)
+    return state,own,metadata_value(meta, 'training', dict, path),metadata_value(meta, 'began', dict[str, str], path).get('weights')
 
 @patch
 def _warn_of_another_place(self:_Run, was):
@@ -1178,7 +1178,7 @@ class Within:
         "Write the model, and beside it what the training needs to go on. Raises `OpenTransError`, with the last one untouched, if it cannot be written or is not finite."
         def write():
             whole = {**_tensors('model/', self.run.model), **{f'training/{name}': tensor for name,tensor in tensors.items()}}
-            self.run.round.save(whole, self.run.finite, round=self.round, training=values, began=self.began, ran=self.run.ran())
+            self.run.round.save(whole, self.run.finite, round=self.round, training=values, began=dict(weights=self.began), ran=self.run.ran())
         _together(lambda: None if _rank() else write())
 
     def load(self): # (state of the model, tensors, values), or None if the round begins at its beginning
