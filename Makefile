@@ -33,7 +33,7 @@ demo: $(STAMP)
 
 test: check-notebooks
 	IN_TEST=1 $(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 check-notebooks: $(STAMP)
 	$(BIN)/python tests/check_notebooks.py

@@ -210,10 +210,22 @@ def as_examples(
 # %% ../nbs/03_cka.ipynb #29115cb1
 _IDLE = 'the layer did not run'
 
-def _channel_axis(module):
-    "The axis of a layer's channels, if the kind of the layer says it."
-    if isinstance(module, nn.Linear) or type(module) is nn.LayerNorm: return -1
-    return 1 if isinstance(module, (*CONVS, BATCH_NORMS)) else None
+def _ends_with(module, size):
+    "Does a layer act on the last axis, and give so many channels there?"
+    if isinstance(module, nn.Linear): return module.out_features == size
+    return type(module) is nn.LayerNorm and module.normalized_shape == (size,)
+
+def _gives_maps(module, size):
+    "Does a layer give maps of so many channels, on the axis behind the pictures?"
+    if isinstance(module, CONVS): return module.out_channels == size
+    return isinstance(module, BATCH_NORMS) and module.num_features == size
+
+def _channel_axis(module, shape):
+    "The axis of the channels in what a layer gave, if its kind says it, or for a map the kinds of the layers within it."
+    if _ends_with(module, shape[-1]): return -1
+    if isinstance(module, (*CONVS, BATCH_NORMS)): return 1
+    if len(shape) != 4 or any(_gives_maps(m, shape[1]) for m in module.modules()): return None
+    return -1 if any(_ends_with(m, shape[-1]) for m in module.modules()) else None
 
 def _distances(K, k=3):
     "Squared distances between the first few examples, from a Gram matrix."
@@ -264,16 +276,16 @@ class _Watch:
 
     def _settle(self, unsure, seen, n, run, images):
         "Find the axes of the pictures by a run on another number of them."
-        m,known = 3 if n > 3 else n+1,dict(self.reasons)
+        m,known,failure = 3 if n > 3 else n+1,dict(self.reasons),''
         try: other = self._pass(run, images[torch.arange(m) % n])
         except Exception as e: other,failure = {},f'the model fails on {m} pictures, {type(e).__name__}, so it cannot be found out which axis holds them; say axis='
-        else: failure = _IDLE + f' on {m} pictures'
-        self.reasons = known
+        told,self.reasons = self.reasons,known
         for name in unsure:
+            shape = seen[name].shape
             try:
                 if name in other: self.axis[name] = seen[name].axis(n, other[name], m)
-                elif list(seen[name].K) == [0] and seen[name].shape[0] == n: self.axis[name] = 0
-                else: raise OpenTransError(failure)
+                elif failure and list(seen[name].K) == [0] and shape[0] == n: self.axis[name] = 0
+                else: raise OpenTransError(failure or f'for {n} pictures the output is {shape}, and for {m} {told.get(name, _IDLE)}')
             except OpenTransError as e: self.reasons[name] = str(e)
 
     def _hook(self, name):
@@ -288,8 +300,9 @@ class _Watch:
     def _look_at(self, name, module, x):
         res = _Seen(tuple(x.shape))
         error = OpenTransError(f"the output {res.shape} has no axis of {self.n} examples")
+        channels = None if self.maps == 'flatten' or not res.shape else _channel_axis(module, res.shape)
         for a in self._axes(name, module, res.shape):
-            try: res.K[a],res.apart[a] = self._gram((name, a), as_examples(x, self.n, self.maps, a, _channel_axis(module)))
+            try: res.K[a],res.apart[a] = self._gram((name, a), as_examples(x, self.n, self.maps, a, channels))
             except OpenTransError as e: error = e
         if not res.K: raise error
         return res

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Backbone', 'Pretrained', 'Data', 'Root', 'Split', 'Classes', 'Ignore', 'Framework', 'Preset', 'Stride',
-           'Prompts', 'Device', 'Seed', 'AllowHub', 'Freeze', 'By', 'Xmin', 'Quiet', 'Corrupt', 'Config', 'Iterations',
-           'BatchSize', 'LR', 'Crop', 'RecipeName', 'Precision', 'Accumulate', 'Workers', 'Readers', 'AlphaOf',
-           'Settings', 'Every', 'Print', 'Board', 'WithInstances', 'TABLE1', 'data_app', 'settings_kept',
+           'Prompts', 'Device', 'DryRun', 'Seed', 'AllowHub', 'Freeze', 'By', 'Xmin', 'Quiet', 'Corrupt', 'Config',
+           'Iterations', 'BatchSize', 'LR', 'Crop', 'RecipeName', 'Precision', 'Accumulate', 'Workers', 'Readers',
+           'AlphaOf', 'Settings', 'Every', 'Print', 'Board', 'WithInstances', 'TABLE1', 'data_app', 'settings_kept',
            'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show', 'main', 'demo', 'study',
            'alpha', 'prune', 'make_recipe', 'is_shipped', 'transfer', 'finetune', 'open_trained', 'evaluate', 'segment',
            'compare', 'cka_command', 'cost_command', 'data_list', 'data_check', 'data_shapes']
@@ -62,6 +62,7 @@ Preset = Annotated[Optional[str], typer.Option(help="Size of the framework: 'pap
 Stride = Annotated[Optional[int], typer.Option(help="Stride of the tower's last features: 32, or 16 or 8 for a ResNet. Default: 16 for DeepLabV3 and on the shipped worlds, else 32.")]
 Prompts = Annotated[Optional[str], typer.Option(help="What class names are put into: a text with {}, or a set of prompts (photo, vild, ...). Default: as the framework's released code; on the shipped worlds the data's own.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best there is; under accelerate launch, that of the process.")]
+DryRun = Annotated[bool, typer.Option('--dry-run', help="Measure a few iterations, print memory, time and an epoch's length, and end; exit code 2 if the run cannot fit.")]
 Seed = Annotated[int, typer.Option(min=0, max=10**12, help="Seed of everything random.")]
 AllowHub = Annotated[bool, typer.Option('--allow-hub', help="Fetch from the Hugging Face hub what is missing: weights that a model's folder or a file of settings names, tokenizers, and backbones hf-hub:ORG/REPOSITORY.")]
 _SIDE = 2**16 # Pixels; a longer side is a slip of the hand
@@ -320,6 +321,11 @@ def demo(
         show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
     _say(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
 
+def _show_plan(plans):
+    "What a study needs, framework by framework; ends with exit code 2 if one does not fit."
+    show(plans, title='what each framework needs (GB a process, seconds an iteration, minutes an epoch, hours an arm and of all)')
+    if not plans.fits.all(): raise _bad(f"{', '.join(plans.index[~plans.fits.astype(bool)])} cannot fit: cut batches into parts (accumulate), or take another device.")
+
 def _weights_of_scale(scale, pretrained, allow_hub):
     "A scale that a file names downloads nothing, either: its weights must be here. Raises `OpenTransError`."
     from opentrans.clip import find_weights
@@ -337,6 +343,8 @@ def study(
     seed:Annotated[int, typer.Option(min=0, max=10**12, help="First seed.")]=0,
     scale:Annotated[str, typer.Option(help="'shapes', minutes to hours on two cores; 'demo', shorter; 'gpu': CLIP's RN50 on larger scenes; 'coco': RN50 on COCO and six more sets, days; 'smoke': shows nothing but that it runs.")]='shapes', root:Root=None,
     pretrained:Annotated[Optional[str], typer.Option(help="Weights file of the scale's CLIP, where they cannot be downloaded.")]=None,
+    framework:Annotated[Optional[str], typer.Option(help="Where arms are trained that name no framework. Default: the scale's; at 'gpu' and 'coco' the paper's for the table.")]=None,
+    dry_run:DryRun=False,
     workers:Annotated[Optional[int], typer.Option(min=1, max=1024, help="Processes. Default: two; one on a GPU.")]=None,
     allow_hub:AllowHub=False, config:Config=None,
 ):
@@ -346,14 +354,15 @@ def study(
     from opentrans.data import data_root
     if name is None:
         show(pd.DataFrame({k: dict(paper=s.where, question=s.question, arms=len(s.arms)) for k,s in ex.STUDIES.items()}).T, title='studies'); return
-    command = f'opentrans study {name}' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 5), ('seed', seed, 0), ('scale', scale, 'shapes'), ('out', 'results' if Path(out).is_absolute() else out, 'results')) if v != d or k == 'seeds') # no path of this machine
+    command = f'opentrans study {name}' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 5), ('seed', seed, 0), ('scale', scale, 'shapes'), ('framework', framework, None), ('out', 'results' if Path(out).is_absolute() else out, 'results')) if v != d or k == 'seeds') # no path of this machine
     if root is not None: os.environ['DETECTRON2_DATASETS'] = str(data_root(root))
-    _writable(ex.result_file(name, out, seeds, scale, seed))
+    if dry_run: return _show_plan(ex.plan_study(name, seeds, seed, scale, workers, pretrained, framework))
+    _writable(ex.result_file(name, out, seeds, scale, seed, framework))
     _weights_of_scale(scale, pretrained, allow_hub)
-    data = ex.run_study(name, out, seeds, seed, scale, workers, command, pretrained)
+    data = ex.run_study(name, out, seeds, seed, scale, workers, command, pretrained, framework)
     if data['summary']: show(pd.DataFrame(data['summary']).T.iloc[:, :6], title=data['what'])
     if data['claims']: show(pd.DataFrame(data['claims'])[['claim', 'measured', 'mean', 'low', 'high', 'verdict']].round(2).set_index('claim'), title='claims')
-    _say(f'data: {ex.result_file(name, out, seeds, scale, seed)}')
+    _say(f'data: {ex.result_file(name, out, seeds, scale, seed, framework)}')
 
 # %% ../nbs/21_cli.ipynb #79abda8e
 @app.command()
@@ -387,6 +396,27 @@ def alpha(
         with atomic_path(Path(out)/'alpha.png') as p: table.plot_alpha(selection=chosen).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'xmin', 'D', 'n_tail', 'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
 
+# %% ../nbs/21_cli.ipynb #0427a7b1
+def _typed(*names):
+    "Does the command line, or a file of settings, say one of these?"
+    sources = [_NOW['context'].get_parameter_source(name) for name in names]
+    return any(source is not None and source.name != 'DEFAULT' for source in sources)
+
+def _distillation(clip, data, released, told):
+    "The model that `prune` trains, and its trainer: the tower by distillation alone, or a framework as in the released code."
+    from opentrans.clip import small_clips
+    from opentrans.core import unknown
+    from opentrans.distill import DistillTrainer
+    from opentrans.frameworks import build, get_framework
+    if released is None: return clip,DistillTrainer(clip, data, **told)
+    if released not in ('mask2former', 'deeplabv3'): raise unknown('framework of the released code', released, ['mask2former', 'deeplabv3'])
+    flags = dict(teacher_mode='teacher', amp='precision')
+    if _typed('loss', 'teacher'): raise _bad("--released has the framework's own loss and teacher: leave --loss and --teacher out.")
+    own = {name: value for name,value in told.items() if name in ('workers', 'disk_mb', 'crop') or _typed(flags.get(name, name))}
+    preset = 'small' if clip.name in small_clips() else 'paper'
+    model = build(released, clip, vocabulary=data.vocabulary, preset=preset, seed=0, **get_framework(released).presets['released'])
+    return model,DistillTrainer.released(model, data, **own)
+
 # %% ../nbs/21_cli.ipynb #c37a7da0
 @app.command()
 def prune(
@@ -396,29 +426,46 @@ def prune(
     p:Annotated[float, typer.Option(help="Share of the remaining weights that a round drops.")]=.1,
     iters:Annotated[int, typer.Option(help="Iterations a round (the paper's t).")]=1000,
     lr:Annotated[float, typer.Option(help="Learning rate.")]=1e-4,
-    batch_size:Annotated[int, typer.Option(help="Images an iteration.")]=8,
-    loss:Annotated[str, typer.Option(help="tgkd (Eq. 3) or vgkd (Eq. 4).")]='tgkd',
+    batch_size:Annotated[int, typer.Option(help="Images an iteration, over all processes.")]=8,
+    loss:Annotated[str, typer.Option(help="tgkd (Eq. 3), vgkd (Eq. 4) or released (the released code's).")]='tgkd',
     method:Annotated[str, typer.Option(help="imp (Algorithm 1), magnitude (one shot) or random.")]='imp',
     crop:Annotated[Optional[int], typer.Option(min=0, help="Side of the window cut out of larger images; 0 takes whole images. Default: 512 (the paper's), whole scenes of shapesworld.")]=None,
     checkpoint:Annotated[Optional[str], typer.Option(help="Folder to continue from. Default: beside the mask.")]=None,
-    weights:Annotated[Optional[str], typer.Option(help="Also write the trained weights of the tower to this file.")]=None,
+    weights:Annotated[Optional[str], typer.Option(help="Also write the CLIP with its trained tower to this file, which --pretrained reads.")]=None,
+    optimizer:Annotated[str, typer.Option(help="adamw or sgd.")]='adamw',
+    weight_decay:Annotated[float, typer.Option(help="Weight decay.")]=0.,
+    clip_grad:Annotated[float, typer.Option(help="Largest norm of the gradient; 0 does not clip.")]=0.,
+    batch_norm:Annotated[str, typer.Option(help="train: statistics of the batch, over all processes; frozen: CLIP's.")]='train',
+    precision:Annotated[str, typer.Option(help="Of the student: no, or bf16 (mixed).")]='no',
+    teacher:Annotated[str, typer.Option(help="How the teacher sees a region: crop, tight (the released code's crops) or attention.")]='crop',
+    max_regions:Annotated[int, typer.Option(help="Most regions an iteration, over all processes.")]=64,
+    workers:Annotated[Optional[int], typer.Option(help="Processes that read data. Default: none for shapesworld, else up to 4, as cores allow.")]=None,
+    checkpoint_every:Annotated[int, typer.Option(min=0, help="Iterations between checkpoints within a round; 0 for none.")]=500,
+    disk_mb:Annotated[int, typer.Option(help="Most disk space for the teacher's embeddings, if images are whole (--crop 0).")]=16384,
+    released:Annotated[Optional[str], typer.Option(help="Find the mask as the released code does, on this framework: mask2former or deeplabv3. Flags win over its settings.")]=None,
     output_stride:Stride=32, device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
-    "Find a sparse mask: Algorithm 1 with distillation as its only loss, or a baseline."
-    from opentrans.core import save_tensors, unknown
-    from opentrans.distill import DistillTrainer
+    "Find a sparse mask: Algorithm 1 with distillation as its only loss, or a baseline. Under accelerate launch or torchrun, processes share each batch."
+    from opentrans.clip import save_weights
+    from opentrans.core import unknown
     from opentrans.pruning import SparseMask, geometric_schedule, imp
+    if precision not in ('no', 'bf16'): raise unknown('precision', precision, ['no', 'bf16'])
     if method not in ('imp', 'magnitude', 'random'): raise unknown('method', method, ['imp', 'magnitude', 'random'])
     if not out.endswith('.safetensors'): raise _bad(f"--out {out}: a mask file ends in .safetensors.")
     _writable(out, weights)
     geometric_schedule(density, p) # a bad density ends here, before anything is loaded
     clip = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
-    if crop is None and data != 'shapesworld': crop = 512
-    keep_settings(None); run_dir = checkpoint or f'{out}.run'
+    generated = data.startswith('shapesworld')
+    if crop is None and not generated: crop = 512
+    if workers is None: workers = 0 if generated else min(4, os.cpu_count() or 1)
+    keep_settings(None, workers=workers)
+    run_dir = checkpoint or f'{out}.run'
     if method == 'imp':
-        train = DistillTrainer(clip, open_data(data, root, split, classes, ignore), loss=loss, iters=iters, lr=lr, batch_size=batch_size, crop=crop or None)
-        mask,history = imp(clip, train, density=density, p=p, seed=seed, checkpoint_dir=run_dir, settings=dict(clip=backbone))
-        if weights: save_tensors(clip.visual.state_dict(), weights)
+        told = dict(loss=loss, iters=iters, lr=lr, batch_size=batch_size, crop=crop or None, optimizer=optimizer, weight_decay=weight_decay, clip_grad=clip_grad or None, batch_norm=batch_norm,
+                    amp=precision == 'bf16', teacher_mode=teacher, max_regions=max_regions, workers=workers, disk_mb=disk_mb)
+        model,train = _distillation(clip, open_data(data, root, split, classes, ignore), released, told)
+        mask,history = imp(model, train, density=density, p=p, seed=seed, checkpoint_dir=run_dir, checkpoint_every=checkpoint_every, settings=dict(clip=backbone))
+        if weights and first_process(): save_weights(clip, weights)
         show(history, as_json, 'Algorithm 1')
     else: mask = SparseMask.magnitude(clip, density) if method == 'magnitude' else SparseMask.random(clip, density, seed=seed)
     if first_process(): mask.save(out); keep_settings(run_dir if method == 'imp' else None, tell=False, ended=True)

@@ -976,19 +976,36 @@ def crops(self:ClipBackbone,
     return torch.stack(res) if res else images.new_zeros(0, 3, size, size)
 
 @patch
+def tight_crops(self:ClipBackbone,
+    images:torch.Tensor, # (B, 3, H, W) in [0,1]
+    regions, # List of B masks (N_i, H, W)
+    size:int=None, # Side of the crops; None for the native size
+)->torch.Tensor: # (sum N_i, 3, size, size), normalised as the tower wants
+    "Cut out regions as the code released with the paper does (detr_panoptic_caption_kd_dataset_mapper.py): the rest painted grey (128), the tight box without its last row and column, stretched to a square (bicubic)."
+    _check_regions(images, regions)
+    size,res = size or self.image_size,[]
+    for image,masks in zip(images, regions):
+        for m in masks.bool():
+            ys,xs = m.any(1).nonzero().flatten().tolist(),m.any(0).nonzero().flatten().tolist()
+            painted = image.where(m, 128/255)[:,ys[0]:max(ys[-1], ys[0]+1),xs[0]:max(xs[-1], xs[0]+1)]
+            res.append(F.interpolate(painted[None], size=(size, size), mode='bicubic', antialias=True, align_corners=False)[0].clamp(0, 1))
+    return self.prepare(torch.stack(res)) if res else images.new_zeros(0, 3, size, size)
+
+@patch
 def region_embeddings(self:ClipBackbone,
     images:torch.Tensor, # (B, 3, H, W) in [0,1]
     regions=None, # List of B masks (N_i, H, W); None for one region a image, all of it
-    mode:str='attention', # `'attention'`: pool the region's cells of the map; `'crop'`: embed each region as an image of its own
+    mode:str='attention', # `'attention'`: pool the region's cells of the map; `'crop'`: embed each region as an image of its own; `'tight'`: as the released code crops it
     margin:float=1.3, # Side of a crop, as a multiple of the region's longer side
     batch:int=64, # Crops at a time
 )->torch.Tensor: # (sum N_i, D), unit length, in the order of the images
     "Embed regions of images in the space of the text. Raises `OpenTransError` for empty or misshapen masks."
-    if mode not in ('attention', 'crop'): raise unknown('mode of region embeddings', mode, ['attention', 'crop'])
+    if mode not in ('attention', 'crop', 'tight'): raise unknown('mode of region embeddings', mode, ['attention', 'crop', 'tight'])
     if regions is None: regions = [torch.ones(1, *images.shape[2:], dtype=torch.bool, device=images.device)]*len(images)
-    if mode == 'crop':
+    if mode in ('crop', 'tight'):
         _check_regions(images, regions)
         if not sum(map(len, regions)): return images.new_zeros(0, self.embed_dim)
-        return F.normalize(torch.cat([self._embed(c) for c in self.crops(images, regions, margin=margin).split(batch)]), dim=-1)
+        crops = self.crops(images, regions, margin=margin) if mode == 'crop' else self.tight_crops(images, regions)
+        return F.normalize(torch.cat([self._embed(c) for c in crops.split(batch)]), dim=-1)
     _check_regions(images, regions)
     return F.normalize(self._embed(self.prepare(images), regions), dim=-1)

@@ -14,10 +14,9 @@ __all__ = ['under', 'CONVS', 'PACKED', 'LAYER_KINDS', 'BATCH_NORMS', 'NORMS', 'R
            'save_tensors', 'save_text']
 
 # %% ../nbs/00_core.ipynb #d69f17be
-import contextlib, io, json, os, random, re, signal, threading, weakref
+import contextlib, io, os, random, re, signal, threading, weakref
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
@@ -52,7 +51,7 @@ def inner_name(
     return 'module' if any(_OUTER.search(cls.__name__) for cls in type(module).__mro__) else None
 
 def unwrap(
-    model:nn.Module, # A model, maybe in wrappers: data parallel, FSDP, `torch.compile`, activation checkpointing, averaging
+    model:nn.Module, # A model, maybe in wrappers: data parallel, FSDP, `torch.compile`, activation checkpointing
 )->nn.Module: # The model inside
     "Take a model out of the wrappers around it."
     while (name := inner_name(model)) is not None: model = getattr(model, name)
@@ -109,9 +108,9 @@ class Layer:
     param:nn.Parameter = field(repr=False) # The whole parameter; the value of a weight that is computed
     kind:str = 'linear' # One of `LAYER_KINDS`; `'attention'` is a packed part
     rows:slice = None # Rows of `param` that are this layer; None for all
-    out_axis:int = 0 # Axis of the weight where its outputs are: not the first one in transposed convolutions, `Conv1D` of transformers and experts
+    out_axis:int = 0 # Axis of the weight where its outputs are; not the first one in transposed convolutions and experts
     groups:int = 1 # Blocks that share neither inputs nor outputs: groups of a convolution, experts of a mixture
-    sources:dict = field(default=None, repr=False) # Name in the module -> parameter from which a computed weight is made; None for a weight that is a parameter
+    sources:dict = field(default=None, repr=False) # What a computed weight is made of: name in the module -> parameter
     computed:str = '' # For a computed weight: what makes it, of what, and what ends that
 
     @property
@@ -121,7 +120,8 @@ class Layer:
     @property
     def params(self)->list:
         "The parameters that hold the weight: those behind a computed one, else the one it is."
-        return [self.module._parameters[self.key.rpartition('.')[2]]] if self.sources is None else list(self.sources.values())
+        if self.sources is not None: return list(self.sources.values())
+        return [self.module._parameters[self.key.rpartition('.')[2]]]
 
 # %% ../nbs/00_core.ipynb #fdcf0215
 @patch
@@ -147,7 +147,8 @@ def as_stored(self:Layer,
     return t.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
 # %% ../nbs/00_core.ipynb #103d00e0
-_ENDS = {'WeightNorm': 'torch.nn.utils.remove_weight_norm(module{})', 'SpectralNorm': 'torch.nn.utils.remove_spectral_norm(module{})'}
+_ENDS = {'WeightNorm': 'torch.nn.utils.remove_weight_norm(module{})',
+         'SpectralNorm': 'torch.nn.utils.remove_spectral_norm(module{})'}
 
 def _listed(names, n=6): return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
 
@@ -162,7 +163,7 @@ def _from_chain(module, key):
 
 @torch.no_grad()
 def _from_hook(module, key):
-    "Value, sources, maker and end of a weight that a hook computes before each pass, or that something else has put in the parameter's place."
+    "Value, sources, maker and end of a weight that a hook computes before each pass, or that took a parameter's place."
     value = getattr(module, key, None)
     sources = {n: p for n,p in module._parameters.items() if n.startswith(f'{key}_') and p is not None}
     for hook in module._forward_pre_hooks.values():
@@ -170,7 +171,9 @@ def _from_hook(module, key):
         kind = type(hook).__name__
         if kind == 'WeightNorm': value = hook.compute_weight(module)
         if kind == 'SpectralNorm': value = hook.compute_weight(module, do_power_iteration=False)
-        if hasattr(hook, 'apply_mask'): return hook.apply_mask(module),sources,'torch.nn.utils.prune',f"torch.nn.utils.prune.remove(module, '{key}')"
+        if hasattr(hook, 'apply_mask'):
+            value = hook.apply_mask(module)
+            return value,sources,'torch.nn.utils.prune',f"torch.nn.utils.prune.remove(module, '{key}')"
         return value,sources,kind,_ENDS.get(kind, 'what put it there').format('' if key == 'weight' else f", '{key}'")
     return value,sources,'something that replaced the parameter',"what put it there (FSDP: before the model is sharded)"
 
@@ -181,7 +184,8 @@ def _layer(dot, module, key, kind='linear', **more):
     value,sources,maker,end = _from_chain(module, key) if chained else _from_hook(module, key)
     if not isinstance(value, torch.Tensor): return []
     parts = f' from {_listed(list(sources))}' if sources else ''
-    return [Layer(dot+key, module, value, kind, sources=sources, computed=f'is computed by {maker}{parts}; end that first, with {end}', **more)]
+    computed = f'is computed by {maker}{parts}; end that first, with {end}'
+    return [Layer(dot+key, module, value, kind, sources=sources, computed=computed, **more)]
 
 # %% ../nbs/00_core.ipynb #130ea0a6
 def _packed(found):
@@ -189,15 +193,17 @@ def _packed(found):
     return [replace(whole, name=f'{whole.name}[{p}]', kind='attention', rows=slice(i*n, (i+1)*n))
             for whole in found for n in [whole.param.shape[0]//3] for i,p in enumerate('qkv')]
 
+def _layers(dot, module, keys, kind): return [l for key in keys for l in _layer(dot, module, key, kind)]
+
 def _is_conv1d(module):
     "Is it the `Conv1D` of transformers, a linear map that is stored as (inputs, outputs)?"
     return any(cls.__name__ == 'Conv1D' and cls.__module__.startswith('transformers.') for cls in type(module).__mro__)
 
 def _experts(dot, module):
     "The stacked matrices of a mixture of experts of transformers, which says how they lie."
-    stacks = [k for k,p in module._parameters.items() if p is not None and not isinstance(p, UninitializedParameter) and p.ndim == 3]
+    made = {k: p for k,p in module._parameters.items() if p is not None and not isinstance(p, UninitializedParameter)}
     axis = 2 if module.is_transposed else 1
-    return [l for k in stacks for l in _layer(dot, module, k, 'experts', out_axis=axis, groups=len(module._parameters[k]))]
+    return [l for k,p in made.items() if p.ndim == 3 for l in _layer(dot, module, k, 'experts', out_axis=axis, groups=len(p))]
 
 def layers_of(
     name:str, # Qualified name of a module
@@ -207,21 +213,22 @@ def layers_of(
     dot = f'{name}.' if name else ''
     if isinstance(module, nn.MultiheadAttention):
         if getattr(module, '_qkv_same_embed_dim', True): return _packed(_layer(dot, module, 'in_proj_weight'))
-        return [l for p in 'qkv' for l in _layer(dot, module, f'{p}_proj_weight', 'attention')] # different widths: three parameters of their own
-    if isinstance(module, CONVS): return _layer(dot, module, 'weight', 'conv', out_axis=int(module.transposed), groups=module.groups)
+        return _layers(dot, module, [f'{p}_proj_weight' for p in 'qkv'], 'attention') # different widths: three parameters
+    if isinstance(module, CONVS):
+        return _layer(dot, module, 'weight', 'conv', out_axis=int(module.transposed), groups=module.groups)
     if isinstance(module, nn.Linear):
         packed = name.rsplit('.', 1)[-1] in PACKED and module.out_features == 3*module.in_features
         return _packed(_layer(dot, module, 'weight')) if packed else _layer(dot, module, 'weight')
     if _is_conv1d(module): return _layer(dot, module, 'weight', out_axis=1)
     if isinstance(module, nn.RNNBase):
-        return [l for keys in module._all_weights for k in keys if k.startswith('weight') for l in _layer(dot, module, k, 'recurrent')]
-    if isinstance(module, nn.RNNCellBase): return [l for k in ('weight_ih', 'weight_hh') for l in _layer(dot, module, k, 'recurrent')]
+        return _layers(dot, module, [k for keys in module._all_weights for k in keys if k.startswith('weight')], 'recurrent')
+    if isinstance(module, nn.RNNCellBase): return _layers(dot, module, ('weight_ih', 'weight_hh'), 'recurrent')
     return _experts(dot, module) if isinstance(getattr(module, 'is_transposed', None), bool) else []
 
 def layers(
     model:nn.Module, # Any model; names are read in its tower (`find_tower`), and wrappers are no part of them
 )->list: # `Layer`s in the order in which the model registers them; a weight shared by two modules appears once
-    "The named layers of a model: convolutions, linear maps, parts of packed projections, recurrent weights, experts. `unread` lists what is none."
+    "The named layers of a model: convolutions, linear maps, parts of packed projections, recurrent weights, experts."
     res = {}
     for name,module in bare_modules(find_tower(model)):
         for l in layers_of(name, module): res.setdefault((id(l.param), l.name.partition('[')[2]), l)
@@ -377,7 +384,7 @@ def held_by(
 def after_step(
     watch:dict, # Parameter -> function of the optimizer, called after each step of one that holds the parameter
 ): # A handle with `.remove()`
-    "Do something to parameters after every optimizer step that may have moved them. A parameter is not kept alive by it, if the function does not."
+    "Do something to parameters after every optimizer step that may have moved them. It does not keep them alive."
     seen = [(weakref.ref(p), f) for p,f in watch.items()]
     def after(opt):
         held,alive = held_by(opt),[(ref, f) for ref,f in seen if ref() is not None]
@@ -420,7 +427,8 @@ def _why_unread(module, key, param):
     if isinstance(module, NORMS) or key.endswith('bias') or key.startswith('bias'): return ''
     if isinstance(param, UninitializedParameter): return 'is not initialised yet: run the model on one batch first'
     if sum(n > 1 for n in param.shape) < 2: return ''              # a vector, such as a class token of shape (1, 1, width)
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)): return 'is an embedding: its rows are looked up, they multiply nothing'
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return 'is an embedding: its rows are looked up, they multiply nothing'
     if isinstance(module, nn.Bilinear): return 'joins two inputs, so it is no matrix from one to the other'
     kind = getattr(module, 'original_name', None) or type(module).__name__
     return f'is a parameter of {kind} with {param.ndim} axes, of which it is not known how they are used'
@@ -429,13 +437,14 @@ def _hidden_weights(module):
     "Weights that are no parameters: name in the module -> why they are not read."
     res = {k: f'is a buffer of {t.dtype} and no parameter' for k,t in module._buffers.items()
            if k in ('weight', 'qweight') and t is not None and t.ndim > 1}
-    if 'quantized' in type(module).__module__ and callable(getattr(module, 'weight', None)): res['weight'] = 'is packed in integers'
+    packed = 'quantized' in type(module).__module__ and callable(getattr(module, 'weight', None))
+    if packed: res['weight'] = 'is packed in integers'
     return res
 
 def unread(
     model:nn.Module, # Any model; names are read in its tower
 )->dict: # Name -> why it is not read
-    "The weights of a model that are no layers. With those of `layers`, these are all weights of two axes or more; norms and biases are none."
+    "The weights of two axes or more that are no layers, with reasons; norms and biases are no weights."
     tower,res = find_tower(model),{}
     read = {id(p) for l in layers(tower) for p in l.params}
     for name,module in bare_modules(tower):
@@ -454,21 +463,25 @@ def no_values(
     "What keeps the values of a weight away: not made yet, not loaded yet, spread over processes."
     if isinstance(t, UninitializedParameter): return 'is not initialised yet: run the model on one batch first'
     if 'DTensor' in {cls.__name__ for cls in type(t).__mro__}:
-        return 'is spread over processes (a DTensor, as FSDP2 makes it): work on the model before it is sharded, or on a gathered copy'
-    if t.is_meta or isinstance(t, torch._subclasses.FakeTensor): return 'has no values yet (it is on the meta device): load the weights first'
+        return ('is spread over processes (a DTensor, as FSDP2 makes it): '
+                'work on the model before it is sharded, or on a gathered copy')
+    empty = t.is_meta or isinstance(t, torch._subclasses.FakeTensor)
+    if empty: return 'has no values yet (it is on the meta device): load the weights first'
     return ''
 
 def unreadable(
     t:torch.Tensor, # A weight
-)->str: # Why its numbers are not those of a real matrix, as the end of a sentence that begins with its name; '' if they are
-    "What keeps the numbers of a weight from being used: not there, spread over processes, packed, sparse, integer or complex."
+)->str: # Why its numbers are not those of a real matrix, as the end of a sentence that begins with its name; '' if so
+    "What keeps the numbers of a weight from being used: absent, spread over processes, packed, sparse, integer, complex."
     if why := no_values(t): return why
     if is_traceable_wrapper_subclass(t): return f'is a {type(t).__name__} and no ordinary tensor: dequantise it first'
-    if t.layout != torch.strided or t.is_quantized: return f'is stored as {str(t.layout if t.layout != torch.strided else t.dtype)}: make it an ordinary dense tensor first'
-    if str(t.dtype).removeprefix('torch.') in _PACKED_TYPES: return f'holds packed numbers ({t.dtype}): convert it to an ordinary type first'
+    if t.layout != torch.strided: return f'is stored as {t.layout}: make it a dense tensor first'
+    if t.is_quantized: return f'is stored as {t.dtype}: dequantise it first'
+    packed = str(t.dtype).removeprefix('torch.') in _PACKED_TYPES
+    if packed: return f'holds packed numbers ({t.dtype}): convert it to an ordinary type first'
     if t.is_complex(): return f'is complex ({t.dtype})'
-    if not t.is_floating_point(): return f'holds integer codes ({t.dtype}), whose scales are not known: dequantise it first'
-    return ''
+    codes = not t.is_floating_point()
+    return f'holds integer codes ({t.dtype}), whose scales are not known: dequantise it first' if codes else ''
 
 # %% ../nbs/00_core.ipynb #5dc31c89
 HEADS = ('attnpool', 'attn_pool', 'head', 'visual_projection') # modules at the end of an image tower, wherever they stand
@@ -492,7 +505,8 @@ def head_of(
     "What the head of a model is: `HEADS`, and the classifier of a model of torchvision, timm or transformers."
     found = list(bare_modules(find_tower(model)))
     heads = {id(m) for _,module in found for m in _classifiers(module) if isinstance(m, nn.Module)}
-    return HEADS + tuple(f'{name}.*' for name,module in found if name and id(module) in heads and not inside(f'{name}.', HEADS))
+    paths = [name for name,module in found if name and id(module) in heads and not inside(f'{name}.', HEADS)]
+    return HEADS + tuple(f'{path}.*' for path in paths)
 
 def inside(
     name:str, # Name of a layer
@@ -578,7 +592,8 @@ class _FrozenRows:
 def _cannot_train(layer):
     "Why a layer cannot learn; '' if it can."
     if not layer.params: return layer.computed or 'has no parameter'
-    return next((f'holds numbers that have no gradient ({p.dtype})' for p in layer.params if not (p.is_floating_point() or p.is_complex())), '')
+    whole = [p.dtype for p in layer.params if not (p.is_floating_point() or p.is_complex())]
+    return f'holds numbers that have no gradient ({whole[0]})' if whole else ''
 
 def _cannot_split(layer):
     "Why a part of a parameter cannot be frozen while the rest learns; '' if it can."
@@ -588,13 +603,15 @@ def _cannot_split(layer):
 def apply(self:LayerSelection,
     model:nn.Module, # A tower, or anything that holds one
 )->Undo: # Handle; `.remove()`, or leaving a `with` block, restores `requires_grad`
-    "Freeze and unfreeze the named layers of `model`; a computed weight by the parameters behind it. Build the optimizer afterwards. Raises `OpenTransError` for names the model lacks."
+    """Freeze and unfreeze the named layers of `model`; a computed weight by the parameters behind it. Build the optimizer
+    afterwards. Raises `OpenTransError`, with nothing changed, for names the model lacks and layers that cannot learn."""
     known = find_layers(self.train+self.freeze, model)
     on,off = ([known[n] for n in names] for names in (self.train, self.freeze))
     params = {id(p): p for l in on+off for p in l.params}
     learns = {id(p) for l in on for p in l.params}
     parts = {id(l.params[0]): l for l in off if l.rows is not None and id(l.params[0]) in learns}
-    bad = [f'{l.name} {why}' for l in on if (why := _cannot_train(l))] + [f'{l.name} {why}' for l in parts.values() if (why := _cannot_split(l))]
+    bad = [f'{l.name} {why}' for l in on if (why := _cannot_train(l))]
+    bad += [f'{l.name} {why}' for l in parts.values() if (why := _cannot_split(l))]
     if bad: raise OpenTransError(f"The selection cannot be put on {len(bad)} layers: {_listed(bad, 3)}.")
     before = [(p, p.requires_grad) for p in params.values()]
     undo = [lambda: [p.requires_grad_(b) for p,b in before]]

@@ -287,22 +287,32 @@ class _Trace:
     def own(self, row, t):
         "Tensor `t` holds the whole parameter of `row`."
         where,s = self.rows[row]['rows'],_storage(t)
-        if s is None: return self.owners.setdefault(_key(t), []).append((row, 0, t.numel(), t))
+        if s is None: return self.own_whole([row], t)
         n = t[0].numel() if where is not None else 0
         lo,hi = (0, t.numel()) if where is None else (where.start*n, where.stop*n)
         self.owners.setdefault(s._cdata, []).append((row, t.storage_offset()+lo, t.storage_offset()+hi, s))
 
+    def own_whole(self, rows, t):
+        "A tensor without storage is known by itself, as long as it lives."
+        self.owners[_key(t)] = [(r, 0, t.numel(), weakref.ref(t)) for r in rows]
+
+    def spans(self, t):
+        key = _key(t)
+        found = self.owners.get(key, ())
+        return [span for span in found if span[3]() is t] if isinstance(key, tuple) else found
+
     def copied(self, t, out):
         "`out` holds the same numbers as `t`, e.g. in another precision: what `t` is a view of, `out` is a view of, too."
-        spans = self.owners.get(_key(t), ())
+        spans = self.spans(t)
+        if spans and _storage(t) is None and _storage(out) is None: return self.own_whole([r for r,*_ in spans], out)
         s = _storage(out) if spans and t.is_contiguous() and out.is_contiguous() else None
-        if s is None: return
+        if s is None or s._cdata in self.owners: return
         shift = out.storage_offset() - t.storage_offset()
         self.owners[s._cdata] = [(r, lo+shift, hi+shift, s) for r,lo,hi,_ in spans]
 
     def rows_of(self, t):
-        spans = self.owners.get(_key(t), ())
-        if len(spans) < 2: return [r for r,*_ in spans]
+        spans = self.spans(t)
+        if len(spans) < 2 or _storage(t) is None: return [r for r,*_ in spans]
         lo,hi = t.storage_offset(),t.storage_offset() + t.numel()
         return [r for r,a,b,_ in spans if a < hi and lo < b]
 
@@ -326,6 +336,8 @@ def _falls_apart(func):
     "Is an operator a composition of others that torch has not taken apart yet? So they come in inference mode."
     if not isinstance(func, torch._ops.OpOverload) or func.namespace == 'prim': return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), 'CompositeImplicitAutograd')
+
+_SAME = (_aten._to_copy, _aten.clone, _aten.t, _aten.transpose) # what comes out holds the same numbers; views have the same storage anyway, but for sparse tensors
 
 class _Counter(TorchDispatchMode):
     "Watches operators: adds up their price by row, and what each row's input depends on."
@@ -393,7 +405,7 @@ class _Counter(TorchDispatchMode):
             if not own: behind |= b
         hit |= self.bill(op, args, kwargs, outs[0])
         for r in hit: self.upstream[r] = self.upstream.get(r, 0) | behind & ~self.trace.bit.get(r, 0)
-        if op in (_aten._to_copy, _aten.clone): self.trace.copied(ins[0], outs[0])
+        if op in _SAME: self.trace.copied(ins[0], outs[0])
         for t in outs: self.trace.mark(t, bits)
         return out
 
@@ -531,7 +543,7 @@ class _Beside(TorchDispatchMode):
 
     def __init__(self, model):
         super().__init__()
-        self.made,self.known,self.copies = {},{},{}
+        self.made,self.known,self.copies,self.blind = {},{},{},False
         self.apart = {_key(p) for p in model.parameters()} # memory whose values are not asked for
 
     def value(self, t):
@@ -568,7 +580,7 @@ class _Beside(TorchDispatchMode):
         written = _written(func, args, kwargs)
         out = func(*args, **kwargs)
         outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        small = sum(t.numel() for t in outs) <= _SMALL and all(isinstance(t, FakeTensor) for t in written)
+        small = not self.blind and sum(t.numel() for t in outs) <= _SMALL and all(isinstance(t, FakeTensor) for t in written)
         values = tree_leaves(self.values_of(func, args, kwargs)) if outs and small else [None]
         if len(values) != len(outs): values = [None]*len(outs)
         if written and None in values: self.forget([*written, *outs])
@@ -697,6 +709,13 @@ def _run_dry(
         _clean_up(beside, error, advice)
 
 # %% ../nbs/04_cost.ipynb #6c404851
+def _blindly(beside, make):
+    "What `make` gives, without values beside it: an input is large, and its values say nothing."
+    if beside is None: return make()
+    beside.blind = True
+    try: return make()
+    finally: beside.blind = False
+
 def _si(x):
     for f,p in ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
         if abs(x) >= f: return f'{x/f:.3f} {p}'
@@ -858,7 +877,7 @@ def _one_pass(model, rows, size, convention, args, forward, fake=None, beside=No
     for r,d in rows.items():
         for t in twins(d['param']) if not d['made'] else (): counter.trace.own(r, t)
         for t in (t for p in d['made'] or () for t in twins(p)): counter.trace.mark(t, counter.trace.bit[r])
-    inputs = _inputs(model, size, args, forward)
+    inputs = _blindly(beside, lambda: _inputs(model, size, args, forward))
     for t in tree_leaves(inputs):
         if isinstance(t, torch.Tensor): counter.trace.mark(t, counter.input)
     if beside: beside.forget([t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)])
@@ -1094,7 +1113,7 @@ def training_memory(
     _check_model(model, args)
     training,buffers = {m: m.training for m in model.modules()},[(b, b.detach().clone()) for b in model.buffers()] # norms count their batches
     def run(fake, beside):
-        inputs = _inputs(model, size, args)
+        inputs = _blindly(beside, lambda: _inputs(model, size, args))
         beside.forget([t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)])
         with _no_log(): return _step(model, inputs, loss, fake)
     with _as_written(autocast=True):

@@ -9,8 +9,8 @@ __all__ = ['ASSETS', 'TEMPLATES', 'VOCABULARIES', 'COLOURS', 'TEXTURES', 'SHAPES
            'ShapesWorld', 'object_image', 'stuff_image', 'caption', 'read_picture', 'read_image', 'read_label_map',
            'read_instances', 'read_segments', 'Files', 'Segmentation', 'label_lut', 'LabelMaps', 'Panoptic',
            'data_root', 'find_layout', 'pair_files', 'register_dataset', 'list_datasets', 'open_dataset',
-           'read_panoptic_json', 'write_coco_panoptic', 'ReleasedInstances', 'resize_short', 'augment', 'View',
-           'read_sample', 'Augmented']
+           'read_panoptic_json', 'write_coco_panoptic', 'ReleasedInstances', 'resize_short', 'augment',
+           'read_augmented', 'View', 'read_sample', 'Augmented']
 
 # %% ../nbs/05_data.ipynb #6424ff1e
 import colorsys, contextlib, csv, difflib, functools, inspect, io, json, math, os, re, stat, string, warnings
@@ -292,12 +292,23 @@ def ignore_label(
 def unpack(
     packed:dict, # image uint8 (3,H,W); segments (H,W): which segment; for each segment: classes (or ignore), isregion, isthing; id; ignore
     regions:bool=True, # Make a mask for each region? If not, the sample has none, which is faster where only labels are trained on
+    device=None, # Where image, labels and masks are made; None: on the CPU
 )->dict: # A sample
     "Make a sample from the packed form in which readers hold it: one map of segments instead of a mask for each. Segments without pixels are dropped."
-    segments,classes = packed['segments'],packed['classes']
+    segments,classes = np.asarray(packed['segments']),packed['classes']
     keep = np.flatnonzero((np.bincount(segments.ravel(), minlength=len(classes)) > 0) & packed['isregion']) if regions else np.zeros(0, np.int64)
+    if device is not None: return _unpack_there(packed, segments, keep, device)
     return dict(image=packed['image'].float().div_(255), labels=torch.from_numpy(classes.take(segments)), regions=torch.from_numpy(segments == keep.astype(segments.dtype)[:,None,None]),
                 region_classes=torch.from_numpy(classes[keep]), isthing=torch.from_numpy(packed['isthing'][keep]), id=packed['id'], ignore=packed['ignore'])
+
+def _unpack_there(packed, segments, keep, device):
+    "What `unpack` gives, made on a device from the few bytes of the packed form."
+    segments = torch.from_numpy(segments.astype(np.int32)).to(device)
+    classes = torch.from_numpy(packed['classes'])
+    labels = classes.to(device)[segments.long()]
+    masks = segments == torch.from_numpy(keep.astype(np.int32)).to(device)[:,None,None]
+    return dict(image=packed['image'].to(device).float().div_(255), labels=labels, regions=masks, region_classes=classes[keep],
+                isthing=torch.from_numpy(packed['isthing'][keep]), id=packed['id'], ignore=packed['ignore'])
 
 def sample_packed(
     data, # A data set of samples
@@ -649,6 +660,18 @@ def _eight_bits(values, white):
 
 _TRANSPARENT = ('RGBA', 'LA', 'PA', 'RGBa', 'La')
 
+def _seen_size(im):
+    "Height and width of a picture as it is seen, which may be turned by its EXIF orientation."
+    return im.size if _turned(im) and im.getexif().get(274, 1) > 4 else im.size[::-1]
+
+def _reduce(im, least):
+    "Let a JPEG be decoded at a half, a quarter or an eighth of its size, where that is no smaller than what is needed."
+    if im.format != 'JPEG': return
+    stored, seen = im.size[::-1], _seen_size(im)
+    needed = least(*seen)
+    height, width = needed if stored == seen else needed[::-1]
+    im.draft(im.mode, (width, height))
+
 def _pixels(im, shown, background):
     "The colours of a picture, (H,W,3) bytes."
     white,negative = _white(im, shown),_tag(im, _WHITE_IS_1, 1) == 0
@@ -696,9 +719,20 @@ def read_picture(
     with _opened(source, what, hint) as (im, shown): pixels = _pixels(im, shown, background)
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
-def read_image(path)->torch.Tensor: # uint8 (3,H,W)
+def read_image(
+    path, # Of an image file
+    least=None, # A function of height and width that gives those from which on a JPEG may be decoded smaller, which is faster; None never does
+)->torch.Tensor: # uint8 (3,H,W)
     "Read an image of a data set, as `read_picture` does."
-    return read_picture(path, hint=_OF_DATA)
+    return _read_sized(path, least)[0]
+
+def _read_sized(path, least):
+    "An image of a data set, and its height and width in the file, of which it may be a half, a quarter or an eighth."
+    with _opened(path, 'image', _OF_DATA) as (im, shown):
+        size = _seen_size(im)
+        if least is not None: _reduce(im, least)
+        pixels = _pixels(im, shown, None)
+    return torch.from_numpy(pixels).permute(2, 0, 1), size
 
 # %% ../nbs/05_data.ipynb #9f399d0d
 _SCALED = {'2': 85, '4': 17} # by how much Pillow makes the numbers of 2 and 4 bits larger
@@ -736,23 +770,31 @@ def read_label_map(path)->np.ndarray: # (H,W) integers as they stand in the file
         _refuse_pages(im, size, shown)
     return a
 
-def _colours(path, what, hint):
-    "The three channels of a map of colours, (H,W,3) bytes as they stand in the file."
+def _colours(path, what, hint, read):
+    "What `read` makes of a map of colours, which Pillow has opened."
     with _opened(path, what, _OF_DATA) as (im, shown):
         if im.format in ('JPEG', 'MPO'): raise OpenTransError(f"{shown} is a JPEG, in which numbers are not exact. Save it as PNG.")
         if im.mode not in ('RGB', 'RGBA'): raise OpenTransError(f"{shown} has mode {im.mode}: expected colours{hint}.")
         if '16' in _raw_mode(im): raise OpenTransError(f"{shown} has 16 bits a channel: expected colours of 8 bits{hint}.")
-        return np.array(im)[..., :3]
+        return read(im)
+
+def _channels(im):
+    "The three channels, (H,W,3) bytes."
+    return np.array(im)[..., :3]
+
+def _as_numbers(im):
+    "R + 256 G + 256^2 B of each pixel, (H,W) int32: Pillow keeps a colour in four bytes, of which the last is none of it."
+    colours = im if im.mode == 'RGB' else im.convert('RGB')
+    four_bytes = np.frombuffer(colours.tobytes('raw', 'RGBX'), '<i4')
+    return (four_bytes & 0xFFFFFF).astype(np.int32, copy=False).reshape(im.size[::-1])
 
 def read_instances(path)->np.ndarray: # (H,W,3) bytes: the class in red, the number of the thing in green
     "Read an instance map of ADE20K. Raises `OpenTransError` if it is missing, broken or not of three channels of 8 bits."
-    return _colours(path, 'instance map', ', the class in red and the number in green')
+    return _colours(path, 'instance map', ', the class in red and the number in green', _channels)
 
 def read_segments(path)->np.ndarray: # (H,W) int32: R + 256 G + 256^2 B
     "Read the segment numbers of a COCO panoptic PNG. Raises `OpenTransError` if it is missing, broken or not of three channels of 8 bits."
-    a = _colours(path, 'panoptic map', ' that hold segment numbers, R + 256 G + 256^2 B')
-    r,g,b = (a[..., c].astype(np.int32) for c in range(3))
-    return r | g<<8 | b<<16
+    return _colours(path, 'panoptic map', ' that hold segment numbers, R + 256 G + 256^2 B', _as_numbers)
 
 # %% ../nbs/05_data.ipynb #c8b76180
 @dataclass
@@ -773,6 +815,7 @@ class Segmentation(Dataset):
     "A data set on disk. Subclasses write `annotation`, which reads the segments of one image."
     decode = staticmethod(read_label_map)
     instances = True # is each thing a region of its own?
+    reads_smaller = True # does `packed` take `least`?
 
     def __init__(self,
         name:str, # What it is called in reports
@@ -808,13 +851,16 @@ class Segmentation(Dataset):
 
     def __len__(self): return len(self.files)
     def __getitem__(self, i): return unpack(self.packed(i))
-    def packed(self, i):
-        "Image i in the form that `unpack` takes."
+    def packed(self,
+        i:int, # Which image
+        least=None, # As for `read_image`; the image may then be smaller than its segments
+    )->dict: # What `unpack` takes, or if the image is smaller, `augment`
+        "Image i with one map of its segments."
         f = self.files[i]
-        image,(segments,classes,isregion) = read_image(f.image),self.annotation(i)
-        if image.shape[1:] != segments.shape:
-            turned = ' The image is turned by its EXIF orientation; draw the labels as the image is seen, or take the orientation out of the file.' if image.shape[2:0:-1] == segments.shape else ''
-            raise OpenTransError(f"The labels '{f.labels}' are {segments.shape[1]}x{segments.shape[0]} pixels, their image '{f.image}' {image.shape[2]}x{image.shape[1]}.{turned}")
+        (image,size),(segments,classes,isregion) = _read_sized(f.image, least),self.annotation(i)
+        if size != segments.shape:
+            turned = ' The image is turned by its EXIF orientation; draw the labels as the image is seen, or take the orientation out of the file.' if size[::-1] == segments.shape else ''
+            raise OpenTransError(f"The labels '{f.labels}' are {segments.shape[1]}x{segments.shape[0]} pixels, their image '{f.image}' {size[1]}x{size[0]}.{turned}")
         return dict(image=image, segments=segments, classes=classes, isregion=isregion, isthing=self._isthing[np.minimum(classes, len(self.vocabulary))], id=f.id, ignore=self.ignore)
     def __repr__(self): return f"{self.name}: {len(self)} images, {len(self.vocabulary)} classes" + (f", {len(self.skipped)} skipped" if self.skipped else '')
 
@@ -949,6 +995,16 @@ def _listed_values(v):
     return ', '.join(map(str, v[:6])) + (', ...' if len(v) > 6 else '')
 
 # %% ../nbs/05_data.ipynb #82284daf
+def _numbered(raw, ids):
+    "Which of some numbers each pixel is, and what is none of them. Neighbours are mostly alike, so only where a row of them begins is looked up."
+    flat = raw.ravel()
+    starts = np.flatnonzero(np.append(True, flat[1:] != flat[:-1]))
+    lengths = np.diff(np.append(starts, flat.size))
+    order = np.argsort(ids)
+    where = order[np.searchsorted(ids[order], flat[starts]).clip(max=len(ids)-1)]
+    strange = np.unique(flat[starts][ids[where] != flat[starts]])
+    return np.repeat(where.astype(np.min_scalar_type(len(ids))), lengths).reshape(raw.shape), strange
+
 class Panoptic(Segmentation):
     "A data set of COCO panoptic maps; `categories` maps the category ids of its JSON file to classes."
     decode = staticmethod(read_segments)
@@ -962,13 +1018,12 @@ class Panoptic(Segmentation):
         if twice: raise OpenTransError(f"The annotation of '{f.id}' lists segment {_listed_values(twice)} more than once.")
         strange = [s['category_id'] for s in f.segments if s['category_id'] not in self.categories]
         if strange: raise OpenTransError(f"The annotation of '{f.id}' names category {_listed_values(strange)}, which is not among the {len(self.categories)} categories of its file.")
-        raw,ids = self.decode(f.labels),np.array([0]+[s['id'] for s in f.segments], np.int64)
-        order = np.argsort(ids); where = order[np.searchsorted(ids[order], raw).clip(max=len(ids)-1)]
-        if (ids[where] != raw).any():
-            raise OpenTransError(f"The panoptic map '{f.labels}' holds segment {_listed_values(np.unique(raw[ids[where] != raw]))}, which its annotation does not list. Do map and JSON file belong together?")
+        segments,strange = _numbered(self.decode(f.labels), np.array([0]+[s['id'] for s in f.segments], np.int64))
+        if len(strange):
+            raise OpenTransError(f"The panoptic map '{f.labels}' holds segment {_listed_values(strange)}, which its annotation does not list. Do map and JSON file belong together?")
         classes = np.array([self.ignore]+[self.categories[s['category_id']] for s in f.segments])
         isregion = np.array([False]+[not s.get('iscrowd') for s in f.segments])
-        return where.astype(np.min_scalar_type(len(ids))),classes,isregion
+        return segments,classes,isregion
 
 # %% ../nbs/05_data.ipynb #f8f002bd
 def data_root(
@@ -1384,23 +1439,41 @@ def _cut(n, m, start, stop):
     k = max(stop-start, round((e-o)*m/n))
     return o,e,k,min(max(round(start-o*m/n), 0), k-(stop-start))
 
+def _lines(n, m, start, stop, cut):
+    "Of n rows or columns of labels that become m, which are seen from `start` to `stop`: those that the image shows there."
+    if n == m or not cut: return _nearest(n, m, start, stop)
+    first,last,k,begin = _cut(n, m, start, stop)
+    return first + _nearest(last-first, k, begin, begin+stop-start)
+
+def _full_size(sample):
+    "Height and width of a sample, packed or not. Its image may have been read smaller."
+    return tuple(sample['segments' if 'segments' in sample else 'labels'].shape)
+
+def _resize_image(image, size, window, cut):
+    "The window of an image that is resized: on 8 bits, as files are, which is several times faster than on floats, and if `cut` only what the window shows."
+    (height,width),(top,left,bottom,right) = size,window
+    if tuple(image.shape[1:]) == (height, width): return image[:,top:bottom,left:right]
+    if image.dtype != torch.uint8: image = (image*255).round_().byte()
+    y,y1,height,up = _cut(image.shape[1], height, top, bottom) if cut else (0, None, height, top)
+    x,x1,width,over = _cut(image.shape[2], width, left, right) if cut else (0, None, width, left)
+    part = image[None,:,y:y1,x:x1].contiguous(memory_format=torch.channels_last) # faster so, and right at 1x1
+    part = F.interpolate(part, size=(height, width), mode='bilinear', align_corners=False, antialias=True)[0]
+    return part[:,up:up+bottom-top,over:over+right-left]
+
 def _take(x, rows, cols): return torch.from_numpy(np.asarray(x).take(rows, -2).take(cols, -1)) # much faster than torch's indexing
 
-def _resize(sample, size, window=None, flip=False, regions=True, pad=None):
+def _resize(sample, size, window=None, flip=False, regions=True, pad=None, packed=False):
     "Resize a sample, packed or not, keep the window (top, left, bottom, right) of the result, and mirror it; pad the image, while it has 8 bits."
-    image,(H,W) = sample['image'],size
-    h,w = image.shape[1:]; t,l,b,r = window or (0, 0, H, W)
-    y = x = 0
-    if (h,w) != (H,W): # on 8 bits, as files are: several times faster than on floats; and only what the window shows
-        if image.dtype != torch.uint8: image = (image*255).round_().byte()
-        (y,y1,H,up),(x,x1,W,left) = _cut(h, H, t, b),_cut(w, W, l, r)
-        t,l,b,r,h,w,image = up,left,up+b-t,left+r-l,y1-y,x1-x,image[:,y:y1,x:x1]
-        image = F.interpolate(image[None].contiguous(memory_format=torch.channels_last), size=(H,W), mode='bilinear', align_corners=False, antialias=True)[0] # faster so, and right at 1x1
-    rows,cols = y+_nearest(h, H, t, b),x+_nearest(w, W, l, r)
-    image = image[:,t:b,l:r]
+    top,left,bottom,right = window or (0, 0, *size)
+    height,width = _full_size(sample)
+    cut = tuple(sample['image'].shape[1:]) == (height, width) # a part of a picture that was read smaller would lie beside that of its labels
+    image = _resize_image(sample['image'], size, (top, left, bottom, right), cut)
+    rows,cols = _lines(height, size[0], top, bottom, cut),_lines(width, size[1], left, right, cut)
     if flip: image,cols = image.flip(-1),cols[::-1]
     if pad is not None: image = _pad(image, pad, 0)
-    if 'segments' in sample: return unpack(dict(sample, image=image, segments=sample['segments'].take(rows, 0).take(cols, 1)), regions)
+    if 'segments' in sample:
+        cut = dict(sample, image=image, segments=sample['segments'].take(rows, 0).take(cols, 1))
+        return cut if packed else unpack(cut, regions)
     if image.dtype == torch.uint8: image = image.float().div_(255)
     if not regions: sample = dict(sample, **{k: sample[k][:0] for k in ('regions', 'region_classes', 'isthing')})
     s = dict(sample, image=image, **{k: _take(sample[k], rows, cols) for k in ('labels', 'regions')})
@@ -1428,7 +1501,7 @@ def resize_short(
     "Resize a sample to a short side, keeping its shape. Raises `OpenTransError` for a length that cannot be."
     for what,side in (('size', size), ('max_size', max_size)):
         if side is not None or what == 'size': _sides(side, what)
-    h,w = sample['image'].shape[1:]
+    h,w = _full_size(sample)
     f = size/min(h, w)
     if max_size is not None: f = min(f, max_size/max(h, w))
     return _resize(sample, (max(1, round(h*f)), max(1, round(w*f))))
@@ -1441,20 +1514,52 @@ def augment(
     scale:tuple=(.1, 2.), # The image is scaled to fit between these multiples of the crop (of itself, if there is none); None to keep its size
     flip:float=.5, # Probability of a mirror image
     regions:bool=True, # Make the masks of regions? See `unpack`
+    packed:bool=False, # Leave a packed sample packed: a tenth of the bytes, which processes that load hand on; `unpack` makes the sample of it
 )->dict: # A sample, of exactly `size` if one is given
     "Large-scale jitter, crop, pad and flip. Raises `OpenTransError` for a size, a scale, a probability or a seed that cannot be."
+    resized,window,mirrored,crop = _draw(_full_size(sample), size, seed, scale, flip)
+    s = _resize(sample, resized, window, mirrored, regions, crop, packed)
+    if 'segments' in s: return _pad_segments(s, crop)
+    for k,v in dict(labels=s.get('ignore', 255), regions=False).items(): s[k] = _pad(s[k], crop, v)
+    return s
+
+def _pad_segments(packed, size):
+    "A packed sample whose map of segments is filled up with one that is no region and counts nowhere."
+    segments = packed['segments']
+    if segments.shape == size: return packed
+    extra = len(packed['classes'])
+    filled = np.full(size, extra, np.promote_types(segments.dtype, np.min_scalar_type(extra)))
+    filled[:segments.shape[0], :segments.shape[1]] = segments
+    more = dict(classes=packed['ignore'], isregion=False, isthing=False)
+    return dict(packed, segments=filled, **{k: np.append(packed[k], v) for k,v in more.items()})
+
+def _draw(full, size, seed, scale, flip):
+    "What the seed draws for an image of a full size: the size to which it is resized, the window of that, whether it is mirrored, and the size of the crop."
     _check_jitter(scale, flip)
     rng = _generator(seed)
-    h,w = sample['image'].shape[1:]
+    h,w = full
     H,W = (h, w) if size is None else _sides(size)
     if scale is not None:
         f = rng.uniform(*scale)*min(H/h, W/w)
         h,w = max(1, round(h*f)),max(1, round(w*f))
     if size is None: H,W = h,w
     t,l = (int(rng.integers(0, max(0, n-N)+1)) for n,N in ((h,H), (w,W)))
-    s = _resize(sample, (h,w), (t, l, min(h, t+H), min(w, l+W)), rng.uniform() < flip, regions, (H,W))
-    for k,v in dict(labels=s.get('ignore', 255), regions=False).items(): s[k] = _pad(s[k], (H,W), v)
-    return s
+    return (h, w),(t, l, min(h, t+H), min(w, l+W)),rng.uniform() < flip,(H, W)
+
+def read_augmented(
+    data, # A data set of samples
+    i:int, # Which one
+    size, # As for `augment`, and so the others
+    seed,
+    scale:tuple=(.1, 2.),
+    flip:float=.5,
+    regions:bool=True,
+    packed:bool=False,
+)->dict: # A sample, of exactly `size` if one is given
+    "Sample i after `augment`, read no larger than it is needed: a JPEG that will be half its size or less is decoded so, which takes less time and gives a picture that differs by less than what JPEG itself loses."
+    if not getattr(data, 'reads_smaller', False): return augment(sample_packed(data, i), size, seed, scale, flip, regions, packed)
+    def least(height, width): return _draw((height, width), size, seed, scale, flip)[0]
+    return augment(data.packed(i, least), size, seed, scale, flip, regions, packed)
 
 # %% ../nbs/05_data.ipynb #2c57ed82
 class View(Dataset):
@@ -1511,4 +1616,4 @@ class Augmented(View):
         _generator([seed, 0, 0])
         if size is not None: _sides(size)
         self.size,self.seed,self.scale,self.flip,self.regions,self.epoch = size,seed,scale,flip,regions,0
-    def __getitem__(self, i): return augment(sample_packed(self.data, self.indices[i]), self.size, [self.seed, self.epoch, i], self.scale, self.flip, self.regions)
+    def __getitem__(self, i): return read_augmented(self.data, self.indices[i], self.size, [self.seed, self.epoch, i], self.scale, self.flip, self.regions)

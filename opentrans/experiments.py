@@ -9,12 +9,12 @@ __all__ = ['SCALES', 'RUNS_FILE', 'ARM_FILE', 'ROUNDS_FILE', 'ALPHAS_FILE', 'COU
            'arms_of', 'open_arm', 'warm_up', 'open_warm', 'choose', 'finer', 'clip_similarity', 'run_arm', 'run_jobs',
            'study', 'sets_of', 'results_frame', 'summarize', 'difference', 'claims', 'plot_arms', 'plot_cost',
            'plot_frameworks', 'plot_scenes', 'figures', 'report_html', 'hardware', 'demo', 'Study', 'find_masks',
-           'overlaps', 'alpha_course', 'courses', 'pictures', 'unpack_pictures', 'result_file', 'run_study',
-           'load_study', 'all_claims', 'claims_table', 'plot_density', 'plot_courses', 'plot_similarity', 'plot_study',
-           'show_study', 'paper_costs']
+           'overlaps', 'alpha_course', 'courses', 'pictures', 'unpack_pictures', 'result_file', 'plan_study',
+           'run_study', 'load_study', 'all_claims', 'claims_table', 'plot_density', 'plot_courses', 'plot_similarity',
+           'plot_study', 'show_study', 'paper_costs']
 
 # %% ../nbs/20_experiments.ipynb #73abf595
-import base64, contextlib, dataclasses, functools, hashlib, json, math, os, platform, shutil, signal, sys, time, zlib
+import base64, contextlib, dataclasses, functools, hashlib, math, os, platform, shutil, signal, sys, time, zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
@@ -40,7 +40,8 @@ from .data import data_root, open_dataset, ShapesWorld, TRIPLES, DOMAINS, augmen
 from .clip import ClipBackbone, small_clips
 from .distill import DistillTrainer
 from .efficiency import paper_costs
-from .frameworks.contract import build, resize
+from .frameworks.contract import build, get_framework, resize
+from .plan import plan_run
 from .finetune import WEIGHTS_FILE, Recipe, evaluate, finetune, load_framework
 
 # %% ../nbs/20_experiments.ipynb #be90070a
@@ -51,7 +52,7 @@ _recipe = Recipe.paper # one without a recipe of its own is trained as DeepLabV3
 _SIZES = dict( # smallest and largest value of each number of a scale
     width=(1, 2**14), loss_stride=(1, 64), size=(16, 2**13), train=(1, 10**8), val=(0, 10**8), domain=(0, 10**8), zero_shot=(0, 10**6), imp_crop=(0, 2**14),
     imp_iters=(1, 10**9), warmup=(0, 10**9), iterations=(0, 10**9), query_iterations=(0, 10**9), checkpoint=(0, 10**9),
-    imp_batch=(1, 2**16), batch_size=(1, 2**16), query_batch=(1, 2**16), density=(0, 1), p=(0, 1), freeze=(0, 1),
+    imp_batch=(1, 2**16), batch_size=(1, 2**16), accumulate=(1, 2**16), loaders=(0, 256), query_batch=(1, 2**16), density=(0, 1), p=(0, 1), freeze=(0, 1),
     imp_lr=(0, math.inf), lr=(0, math.inf), query_lr=(0, math.inf), backbone_lr=(0, math.inf))
 
 def _names(what, names):
@@ -92,6 +93,10 @@ class Scale:
     backbone_lr:float = .5 # Times `lr`, for the tower
     freeze:float = .5 # Share of the layers that rest
     xmin:str = 'ks' # Rule for the beginning of a spectrum's tail
+    alpha_of:str = 'masked' # Weights that alpha is read from: `'dense'`, before the mask is adopted, as the paper does (supplement 6.3), or `'masked'`, as the stored studies of the generated world do
+    precision:str = 'no' # Mixed precision of fine-tuning: `'no'`, `'bf16'` or `'fp16'`
+    accumulate:int = 1 # Parts into which a batch of fine-tuning is cut
+    loaders:int = 0 # Processes that load data for each arm
     zero_shot:int = 400 # Pictures of single things
     checkpoint:int = 0 # Iterations between the checkpoints of a fine-tuning, which goes on from the last; 0: none, it is short
     queries:tuple = ('mask2former', 'fcclip', 'faseg') # Frameworks of queries, which are dearer by the step: they learn in one run without a warm-up, of
@@ -108,9 +113,15 @@ class Scale:
             if field.type not in (str, bool) or isinstance(value, field.type) or value == field.default: continue
             raise OpenTransError(f"{field.name}={shorten(repr(value), 80)}: give {'a text' if field.type is str else 'True or False'}.")
         if not self.density or not 0 < self.p < 1: raise OpenTransError(f"density={self.density:g}, p={self.p:g}: both must be above 0, and p below 1.")
+        for name,known in (('alpha_of', ('dense', 'masked')), ('precision', ('no', 'bf16', 'fp16'))):
+            if getattr(self, name) not in known: raise unknown(f'{name} of a scale', getattr(self, name), known)
         if self.output_stride not in (8, 16, 32): raise OpenTransError(f"output_stride={shorten(self.output_stride, 80)}: give 32, or for a ResNet 16 or 8.")
 
     def recipe(self, iterations, schedule, seed, framework='', after=None): # `after`: iterations that went before; None: those of the warm-up
+        r = self._recipe(iterations, schedule, seed, framework, after)
+        return r.replace(precision=self.precision, accumulate=min(self.accumulate, r.batch_size), workers=self.loaders)
+
+    def _recipe(self, iterations, schedule, seed, framework, after):
         if self.paper:
             r = _recipe(framework or self.framework).shorten(sum(self.steps(framework)))
             course = dict(schedule='constant', milestones=()) if schedule == 'constant' else dict(milestones=tuple(max(m-(self.warmup if after is None else after), 0) for m in r.milestones))
@@ -126,7 +137,7 @@ class Scale:
         return {} if self.preset != 'small' else dict(deeplabv3=dict(width=self.width, loss_stride=self.loss_stride), mask2former=dict(queries=24, layers=2, points=256), fcclip=dict(queries=24, layers=2, points=256)).get(framework, {})
 
 _REAL = ('ade20k_150', 'ade20k_847', 'cityscapes_19', 'context_59', 'context_459', 'voc_20')
-_RN50 = dict(backbone='RN50', pretrained='openai', quick_gelu=True, device='cuda', preset='paper', imp_lr=1e-4, queries=(), checkpoint=1000)
+_RN50 = dict(backbone='RN50', pretrained='openai', quick_gelu=True, device='cuda', preset='paper', imp_lr=1e-4, queries=(), checkpoint=1000, alpha_of='dense', loaders=4)
 SCALES = dict(shapes=Scale(), demo=Scale(iterations=150, query_iterations=30),
               gpu=Scale(**_RN50, size=224, train=8000, val=1000, domain=300, imp_iters=300, imp_batch=16, warmup=1000, iterations=4000, lr=1e-3, backbone_lr=.1),
               coco=Scale(**_RN50, data='coco_panoptic', sets=_REAL, size=512, val=0, domain=0, imp_iters=1000, imp_batch=16, imp_crop=512, paper=True, warmup=10_000, iterations=40_000, batch_size=28, backbone_lr=1.),
@@ -380,16 +391,21 @@ class Arm:
     level:str = '' # Below the layer: of what `select` leaves, sensitivity picks `'layer'`, `'channel'` or `'element'`, as many weights as the scale's freezing of small alpha trains
     source:object = None # An arm: this one begins with the tower that it was fine-tuned to, instead of CLIP's
 
+    def late(self, scale)->bool:
+        "Is the mask adopted only when the layers are chosen, so that alpha is read from dense weights (supplement 6.3)?"
+        return scale.alpha_of == 'dense' and self.mask is not None and self.select in ('alpha', 'alpha*')
+
     def start(self, scale)->str:
         "What it begins with, in words; arms that begin alike share their warm-up."
         found = _own(self.found, scale)
-        mask = 'dense' if self.mask is None else _found(found) if self.mask == 'distilled' else ', '.join([self.mask, *(f'{k}={v}' for k,v in found)])
+        mask = 'dense' if self.mask is None or self.late(scale) else _found(found) if self.mask == 'distilled' else ', '.join([self.mask, *(f'{k}={v}' for k,v in found)])
         return ', '.join([*([self.framework] if self.framework not in ('', scale.framework) else []), mask, f'tower of {self.source.key(scale)}' if self.source else self.weights])
 
     def key(self, scale)->str:
         "What is done, in words: all settings, and not the name."
         rule = f'{self.select} {self.freeze or scale.freeze:g}' if self.select in BY else self.select
-        return ', '.join([self.start(scale), rule, *([self.xmin or scale.xmin] if self.select.startswith('alpha') else []), *([self.level] if self.level else [])])
+        late = [f'then {self.mask}', *(f'{k}={v}' for k,v in _own(self.found, scale))] if self.late(scale) else []
+        return ', '.join([self.start(scale), *late, rule, *([self.xmin or scale.xmin] if self.select.startswith('alpha') else []), *([self.level] if self.level else [])])
 
 # %% ../nbs/20_experiments.ipynb #8d54c387
 ARMS = (Arm('dense', table='masks layers frameworks'),
@@ -450,7 +466,7 @@ def warm_up(
     "Train all layers for a while (Sec. 3.3.1, Fig. 4), for all arms with this start."
     seg,mask = open_arm(arm, scale, seed, folder)
     with _run_of(_start(folder, arm, scale), scale) as run:
-        with _kept(mask, seg): finetune(seg, open_world(scale, seed)['train'], scale.recipe(scale.steps(arm.framework)[0], 'constant', seed, arm.framework), **run)
+        with _kept(None if arm.late(scale) else mask, seg): finetune(seg, open_world(scale, seed)['train'], scale.recipe(scale.steps(arm.framework)[0], 'constant', seed, arm.framework), **run)
         save_tensors(seg.state_dict(), _start(folder, arm, scale), kind=WEIGHTS_FILE)
 
 def _nothing(*args): pass
@@ -583,7 +599,7 @@ def _measured(arm, scale, seed, folder, keep, run):
         res['miou'].update((e['groups'] or dict(base=e['miou'])) if name == 'val' else {name: e['miou']})
     c,b = _counted(arm.framework, scale, world['train'].vocabulary).under(mask),recipe.batch_size
     res.update(params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs,
-               train_flops=math.nan if arm.level else training_flops(c, first, b, mask=mask)+training_flops(c, steps, b, mask=mask, selection=selection)) # what single weights save depends on the kernels
+               train_flops=math.nan if arm.level else training_flops(c, first, b, mask=None if arm.late(scale) else mask)+training_flops(c, steps, b, mask=mask, selection=selection)) # what single weights save depends on the kernels
     res.update(clip_similarity(seg, world['val'], open_clip_of(scale), every=every))
     answers = {n: _predictions(seg, d, PICTURES.get(n, 1)) for n,d in world.items() if n != 'train'}
     save_tensors(answers, done.with_suffix('.safetensors'), kind=ANSWERS_FILE)
@@ -685,9 +701,11 @@ def _plan(scale, seed, folder, arms):
     for f in sorted({found(a) for a in left} - {None}, key=str):
         if not (folder/f'{_found(f)}.safetensors').exists(): jobs[seed, 'imp', f] = ((), find_mask, (scale, seed, folder, f))
     for s,a in sorted(first.items(), key=lambda x: found(x[1]) is not None):
-        needs = [j for j in [(seed, 'imp', found(a))] if j in jobs] + ([(seed, 'arm', a.source.key(scale))] if a.source else [])
+        needs = [j for j in [(seed, 'imp', found(a))] if j in jobs and not a.late(scale)] + ([(seed, 'arm', a.source.key(scale))] if a.source else [])
         if not _start(folder, a, scale).exists(): jobs[seed, 'start', s] = (needs, warm_up if scale.steps(a.framework)[0] else _nothing, (a, scale, seed, folder))
-    for a in runs.values(): jobs[seed, 'arm', a.key(scale)] = ([s] if (s := (seed, 'start', a.start(scale))) in jobs else [], run_arm, (a, scale, seed, folder, a.key(scale) in towers))
+    for a in runs.values():
+        needs = [j for j in ((seed, 'start', a.start(scale)), (seed, 'imp', found(a))) if j in jobs]
+        jobs[seed, 'arm', a.key(scale)] = (needs, run_arm, (a, scale, seed, folder, a.key(scale) in towers))
     return jobs
 
 def _folders(runs, seeds): return {n: Path(runs)/f'seed{n}' for n in seeds}
@@ -1049,6 +1067,7 @@ class Study:
     claims:tuple = () # As `CLAIMS`, about these arms
     scale:tuple = () # Pairs of a size and a value that differ from the scale's
     more:object = None # Function (scale, seeds, folder of the runs, workers) -> what else the file holds
+    framework:str = '' # In which the paper makes this table; taken where CLIP itself is trained (scales `'gpu'` and `'coco'`)
 
 # %% ../nbs/20_experiments.ipynb #c6cbc6a4
 def find_masks(scale, seeds, runs, workers, founds):
@@ -1175,7 +1194,7 @@ def _tower(kind, name): # a feature pyramid, since the last map of these towers 
 STUDIES = dict(
     frameworks=Study('Tab. 1', 'Does one mask serve every framework?', (*(a for a in ARMS if 'frameworks' in a.table), *FRAMEWORK_ARMS, *_in('fpn')), tuple(c for c in CLAIMS if c[1] == 'Tab. 1'), (('query_iterations', 160),)),
     masks=Study('Tab. 1', 'Is the distilled mask better than the honest alternatives?', tuple(a for a in ARMS if 'masks' in a.table), tuple(c for c in CLAIMS if c[1] in ('Tab. 1', 'Tab. 9', 'Sec. 3.2', 'beyond') and ': ' not in c[2])),
-    freezing=Study('Tab. 2', 'Which half of the layers should rest?', tuple(a for a in ARMS if 'layers' in a.table), tuple(c for c in CLAIMS if c[1] in ('Tab. 2', 'needed'))),
+    freezing=Study('Tab. 2', 'Which half of the layers should rest?', tuple(a for a in ARMS if 'layers' in a.table), tuple(c for c in CLAIMS if c[1] in ('Tab. 2', 'needed')), framework='mask2former'),
     losses=Study('Tab. 5', 'Text-guided or vision-guided distillation?', (Arm('dense'), _with({}, 'TGKD'), _with(dict(loss='vgkd'), 'VGKD')),
                  (('A mask found with TGKD is better than one found with VGKD', 'Tab. 5', 'TGKD', 'VGKD', _ALL),)),
     rounds=Study('Tab. 6 and 7', 'How many weights a round, and how many iterations between?', _T7,
@@ -1186,10 +1205,10 @@ STUDIES = dict(
     similarity=Study('Tab. 9', 'Does a sparse backbone stay closer to CLIP?', tuple(a for a in ARMS if a.name in ('dense', 'distilled mask', 'random')),
                  tuple((f'Sparse DeepLabV3 is more similar to CLIP than dense DeepLabV3 ({t})', 'Tab. 9', 'distilled mask', 'dense', (c,)) for c,t in (('cka', 'stages'), ('cka_layers', 'all convolutions'), ('cka_channels', 'released per-channel score')))),
     ratio=Study('Tab. 10', 'How many layers should rest?', (Arm('dense'), *(Arm(f'freeze {r:.0%}', select='alpha', freeze=r) for r in (.25, .5, .75))),
-                 (('Half is better than a quarter', 'Tab. 10', 'freeze 50%', 'freeze 25%', _ALL), ('Half is better than three quarters', 'Tab. 10', 'freeze 50%', 'freeze 75%', _ALL))),
+                 (('Half is better than a quarter', 'Tab. 10', 'freeze 50%', 'freeze 25%', _ALL), ('Half is better than three quarters', 'Tab. 10', 'freeze 50%', 'freeze 75%', _ALL)), framework='mask2former'),
     balance=Study('Tab. 3, Fig. 1', 'What do the two principles cost and keep, alone and together?', _named('dense', 'distilled mask', 'freeze small alpha', 'distilled mask, freeze small alpha', 'random'),
                   (('Both principles together are better than dense fine-tuning of all layers', 'Tab. 3', 'distilled mask, freeze small alpha', 'dense', _ALL), ('Freezing small alpha makes the fine-tuning of a sparse tower better', 'Tab. 3', 'distilled mask, freeze small alpha', 'distilled mask', _ALL))),
-    training=Study('Tab. 4', 'How much training do they save?', _named('dense', 'freeze small alpha', 'distilled mask, freeze small alpha')),
+    training=Study('Tab. 4', 'How much training do they save?', _named('dense', 'freeze small alpha', 'distilled mask, freeze small alpha'), framework='mask2former'),
     pictures=Study('Fig. 5 and 8', 'What does it look like?', _named('dense', 'distilled mask', 'distilled mask, freeze small alpha', 'random'), more=pictures),
     alpha=Study('Fig. 6, 7 and 9', 'Does alpha stay what it was?', (), more=courses),
     density=_density(), **{f'density-{f}': _density(f) for f in ('fpn', *OTHERS)},
@@ -1221,10 +1240,52 @@ def result_file(
     seeds:int=5, # Number of seeds
     scale='shapes', # As for `run_study`
     seed:int=0, # The first of them
+    framework:str=None, # As for `run_study`
 )->Path: # `NAME-5seeds.json`; other scales than the usual one, and another first seed, are in the name
     "Where a study is stored."
     label = _label(scale)
-    return Path(out)/('-'.join([name, *([label] if label != 'shapes' else []), f'{seeds}seeds', *([f'from{seed}'] if seed else [])])+'.json')
+    return Path(out)/('-'.join([name, *([framework] if framework else []), *([label] if label != 'shapes' else []), f'{seeds}seeds', *([f'from{seed}'] if seed else [])])+'.json')
+
+def _study_scale(name, scale, pretrained, framework):
+    "The scale of a study, and the pairs in which it differs from the one that is named."
+    study,scale = STUDIES[name],_scale(scale)
+    if framework is not None: get_framework(framework)
+    if 'backbone' in dict(study.scale) and scale.pretrained:
+        raise OpenTransError(f"The study '{name}' is about the small towers that ship with the package, not about {scale.backbone}. Run it at the scale 'shapes'.")
+    own = [(k, v) for k,v in study.scale if scale.queries or not k.startswith('query')]
+    where = framework or (study.framework if scale.preset == 'paper' else '')
+    if where and where != scale.framework: own.append(('framework', where))
+    given = dict(pretrained=str(pretrained)) if pretrained else {}
+    return dataclasses.replace(scale, **dict(own), **given),own
+
+def _plans(scale, arms, seed):
+    "A `RunPlan` for each framework of some arms, by its name. What an arm freezes or prunes saves some of it."
+    data,plans = open_world(scale, seed)['train'],{}
+    for name in dict.fromkeys(arm.framework or scale.framework for arm in arms):
+        seg = _build(name, open_clip_of(scale), data.vocabulary, scale, seed)
+        plans[name] = plan_run(seg, data, scale.recipe(sum(scale.steps(name)), 'constant', seed, name))
+    return plans
+
+def plan_study(
+    name:str, # One of `STUDIES`
+    seeds:int=5, # As for `run_study`, and so the others
+    seed:int=0,
+    scale='shapes',
+    workers:int=None,
+    pretrained:str=None,
+    framework:str=None,
+)->pd.DataFrame: # A row for each framework: arms, GB a process, GB of the device, does it fit, seconds an iteration, minutes an epoch, hours an arm, hours of all
+    "What the fine-tunings of a study need, measured by a few iterations each; masks are found besides. Raises `OpenTransError`."
+    if not isinstance(name, str) or name not in STUDIES: raise unknown('study', name, STUDIES)
+    _check_seeds(seeds, seed, workers)
+    scale,_ = _study_scale(name, scale, pretrained, framework)
+    arms = STUDIES[name].arms or (Arm('dense'),)
+    rows = {}
+    for where,plan in _plans(scale, arms, seed).items():
+        n = sum((arm.framework or scale.framework) == where for arm in arms)
+        rows[where] = dict(arms=n, gigabytes=plan.memory/1e9, room=plan.room/1e9, fits=plan.fits, seconds=plan.seconds, epoch=plan.epoch,
+                           hours=plan.hours, total=plan.hours*n*seeds/(workers or _workers(scale)))
+    return pd.DataFrame(rows).T
 
 def run_study(
     name:str, # One of `STUDIES`
@@ -1235,16 +1296,17 @@ def run_study(
     workers:int=None, # Processes; None takes two, or one on a single core or a GPU
     command:str=None, # Written into the file
     pretrained:str=None, # Other weights of CLIP than the scale's: a file, where nothing can be downloaded
+    framework:str=None, # Where the arms are trained that name none of their own; None: the paper's for this table where CLIP itself is trained, else the scale's
 )->dict: # What the file holds: run, scale, seeds, results, summary, claims
     "One table over several seeds. Interrupted, it goes on where it was. Raises `OpenTransError`."
     if not isinstance(name, str) or name not in STUDIES: raise unknown('study', name, STUDIES)
     _check_seeds(seeds, seed, workers)
-    s,out,file,label,scale = STUDIES[name],Path(out),result_file(name, out, seeds, scale, seed),_label(scale),_scale(scale)
-    if 'backbone' in dict(s.scale) and scale.pretrained: raise OpenTransError(f"The study '{name}' is about the small towers that ship with the package, not about {scale.backbone}. Run it at the scale 'shapes'.")
-    own = [(k, v) for k,v in s.scale if scale.queries or not k.startswith('query')]
-    scale = dataclasses.replace(scale, **dict(own), **(dict(pretrained=str(pretrained)) if pretrained else {}))
+    s,out,file,label = STUDIES[name],Path(out),result_file(name, out, seeds, scale, seed, framework),_label(scale)
+    scale,own = _study_scale(name, scale, pretrained, framework)
     runs,workers = out/'.runs'/('' if label == 'shapes' else label)/'-'.join(f'{k}-{v}' for k,v in own),workers or _workers(scale)
     open_clip_of(scale); open_world(scale, seed) # what is missing is said before any folder is claimed
+    if pick_device(scale.device).type == 'cuda': # and what cannot fit
+        for plan in _plans(scale, s.arms, seed).values(): plan.check()
     with _held(*_folders(runs, range(seed, seed+seeds)).values()):
         results = study(scale, range(seed, seed+seeds), runs, workers, s.arms) if s.arms else []
         more = s.more(scale, list(range(seed, seed+seeds)), runs, workers) if s.more else None
@@ -1269,7 +1331,7 @@ def _all_finite(values): return all(isinstance(v, (int, float)) and not isinstan
 
 def _check_more(name, more, file):
     "Check what a study holds besides arms. Raises `FormatError`."
-    check_shape(more, _MORE[name], f"'{file}'")
+    more = check_shape(more, _MORE[name], f"'{file}'")
     if name == 'overlap':
         pairs = [v for each in more['between_seeds'].values() for v in each.values()]
         whole = all(_matrix(m, len(more['names'])) for m in more['within_a_seed'].values()) and all(map(_all_finite, pairs)) and pairs

@@ -415,7 +415,8 @@ def not_finite(
 )->list: # Names
     "Names of the tensors that hold NaN or infinity."
     floats = {name: t for name, t in tensors.items() if t.is_floating_point() or t.is_complex()}
-    wide = {name: t.float() if t.is_floating_point() and t.element_size() == 1 else t for name, t in floats.items()}
+    dense = {name: t if t.layout == torch.strided else t.to_dense() for name, t in floats.items()}
+    wide = {name: t.float() if t.is_floating_point() and t.element_size() == 1 else t for name, t in dense.items()}
     return [name for name, t in wide.items() if not bool(torch.isfinite(t).all())]
 
 def check_finite(

@@ -5,32 +5,32 @@
 # %% auto #0
 __all__ = ['LEAST_CROP', 'WARMUP', 'CHECKPOINT_FILE', 'WEIGHTS_FILE', 'RESULT_FILE', 'Recipe', 'read_settings', 'batch_indices',
            'batches', 'param_groups', 'build_optimizer', 'rest', 'train_mode', 'run_settings', 'Checkpoint',
-           'load_framework', 'world_size', 'Processes', 'train_step', 'Teller', 'finetune', 'same_size_batches',
-           'check_looks', 'seen_size', 'look_scores', 'look', 'released_size', 'panoptic_truth', 'evaluate',
-           'compare_runs', 'plot_runs', 'Interrupted']
+           'load_framework', 'Teller', 'finetune', 'same_size_batches', 'check_looks', 'seen_size', 'look_scores',
+           'look', 'released_size', 'panoptic_truth', 'evaluate', 'compare_runs', 'plot_runs', 'Interrupted',
+           'world_size', 'Processes', 'train_step']
 
 # %% ../nbs/13_finetune.ipynb #de7d3d19
 import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, signal, sys, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from annotated_types import Interval
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from typing_extensions import NotRequired, TypedDict
 from .core import (BATCH_NORMS, OpenTransError, Undo, unknown, axes, device_of, evaluating, handling, layers, load_json, norm_params,
     optional, pick_device, progress, read_text, save_tensors, save_text, seed_everything, seeded, to_device, under)
-from .data import augment, collate, read_sample, sample_packed
+from .data import collate, read_augmented, read_sample, unpack
 from .errors import FormatError, Interrupted, WriteError, check_number, shorten
 from .escape import csv_text, for_plot
-from .files import (FileKind, RunFile, check_finite, check_like, check_shape, load_metadata, load_tensors, lock_folder, metadata_value,
+from .files import (FileKind, RunFile, check_finite, check_like, load_metadata, load_tensors, metadata_value,
     optimizer_tensors, parse_json, read_checkpoint, restore_optimizer, state_dict_of)
 from .frameworks.contract import Scores, best_class, list_frameworks, resize, scores_of
 from .metrics import PanopticQuality, SemanticIoU, panoptic_map
+from .processes import Processes, train_step, world_size
 
 # %% ../nbs/13_finetune.ipynb #9f8c1eef
 LEAST_CROP = 16 # Pixels of a side; less shows nothing
@@ -301,12 +301,18 @@ def batch_indices(
 # %% ../nbs/13_finetune.ipynb #69ea0361
 class _Views(torch.utils.data.Dataset):
     "Samples of a data set as an iteration wants them: item `(index, iteration, slot)`."
-    def __init__(self, data, recipe, regions=True): self.data,self.recipe,self.regions = data,recipe,regions
+    def __init__(self, data, recipe, regions=True, packed=False):
+        self.data,self.recipe,self.regions,self.packed = data,recipe,regions,packed
+
     def __getitem__(self, at):
-        index,iteration,slot = at
+        sample = self._sample(*at)
+        if self.packed and 'segments' in sample: sample['segments'] = torch.from_numpy(sample['segments']) # tensors go by shared memory
+        return sample
+
+    def _sample(self, index, iteration, slot):
         r,still = self.recipe,self.recipe.scale == (1., 1.)
         if not r.crop and not r.flip and still: return self.data[index]
-        return augment(sample_packed(self.data, index), r.crop or None, [r.seed, iteration, slot], None if still else r.scale, r.flip, self.regions)
+        return read_augmented(self.data, index, r.crop or None, [r.seed, iteration, slot], None if still else r.scale, r.flip, self.regions, self.packed)
 
 class _Order:
     "Batches of indices, made when they are asked for."
@@ -321,13 +327,19 @@ def batches(
     start:int=0, # First iteration
     processes=None, # `Processes`: each gets its part of every batch
     regions:bool=True, # With the masks of regions? Loading is faster without
+    device=None, # Where samples are unpacked that other processes have read; None: on the CPU
 ): # Iterator over the batches of `start`, `start+1`, ... , the last
     "The batches of a run, in this process or from `recipe.workers` others: the same either way."
-    views = _Views(data, recipe, regions)
+    views = _Views(data, recipe, regions, packed=recipe.workers > 0)
     order = _Order(lambda i: [(k, i, j) for j,k in enumerate(batch_indices(len(data), recipe.batch_size, i, recipe.seed))], start, recipe.iterations, recipe.batch_size)
     if processes is not None: order = processes.shard(order)
     if not recipe.workers: return (collate([views[a] for a in at]) for at in order)
-    return iter(torch.utils.data.DataLoader(views, batch_sampler=order, num_workers=recipe.workers, collate_fn=collate, generator=torch.Generator()))
+    loader = torch.utils.data.DataLoader(views, batch_sampler=order, num_workers=recipe.workers, collate_fn=list, generator=torch.Generator())
+    return _unpacked(iter(loader), regions, device)
+
+def _unpacked(loaded, regions, device):
+    "Batches of the samples that other processes have read, most of which come packed."
+    for samples in loaded: yield collate([unpack(s, regions, device) if 'segments' in s else s for s in samples])
 
 # %% ../nbs/13_finetune.ipynb #63e0ae57
 def _undecayed(model):
@@ -528,134 +540,9 @@ def load_framework(
     return framework
 
 # %% ../nbs/13_finetune.ipynb #37491ed3
-_all_ = ['Interrupted'] # a run that ended from outside; `code` is what a command exits with
-
-def world_size()->int:
-    "How many processes a launcher says there are."
-    return max(int(os.environ.get(k, 1)) for k in ('WORLD_SIZE', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE')) # accelerate launch, torchrun; several kinds of mpirun
+_all_ = ['Interrupted', 'world_size', 'Processes', 'train_step'] # a run that ended from outside; `code` is what a command exits with. The others are of `processes`
 
 _LOST = re.compile('gloo|nccl|connection|peer|process group', re.I) # what collectives say when a partner is gone
-
-class Processes:
-    "The processes that `accelerate launch` started, this one among them; just this one if it did not."
-    def __init__(self,
-        device=None, # Where this process computes; None takes the one that accelerate gives it
-    ):
-        self.n,self.rank,self.device,self.accelerator = world_size(),0,None,None
-        if self.n == 1: return
-        if device is not None and torch.device(device).index is not None:
-            raise OpenTransError(f"device='{device}': each of the {self.n} processes has a device of its own. Leave it out, or name only the kind, e.g. 'cuda'.")
-        from accelerate import Accelerator, DistributedDataParallelKwargs
-        from accelerate.state import AcceleratorState
-        told = None if AcceleratorState._shared_state else 'no' # precision is the recipe's
-        self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == 'cpu', mixed_precision=told, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-        self.rank,self.device = self.accelerator.process_index,self.accelerator.device
-
-    @property
-    def main(self)->bool: return self.rank == 0
-    def __repr__(self): return f'process {self.rank} of {self.n}'
-
-    def sum(self, x):
-        "The sum of a tensor over all processes."
-        return x if self.n == 1 else self.accelerator.reduce(x.to(self.device), 'sum')
-
-    def mean(self, values:list)->list:
-        "The mean of each number over all processes."
-        return values if self.n == 1 else (self.sum(torch.tensor(values, dtype=torch.float64))/self.n).tolist()
-
-    def together(self,
-        work, # Function without arguments
-    ): # What it gives in this process
-        "Do something in each process. Raises the `OpenTransError` of one of them in all, so that none waits for another that has stopped."
-        result = error = None
-        try: result = work()
-        except OpenTransError as err: error = err
-        if self.n > 1:
-            from accelerate.utils import gather_object
-            told = [err for err in gather_object([error]) if err is not None]
-            error = error or (told[0] if told else None)
-        if error is not None: raise error
-        return result
-
-    def lock(self,
-        folder, # Of a run
-    )->contextlib.ExitStack: # A block in which the folder is this run's
-        "Keep other runs out of a folder. One process holds it for all; all raise `OtherRun` if it is taken."
-        held = contextlib.ExitStack()
-        self.together(lambda: held.enter_context(lock_folder(folder)) if self.main else None)
-        return held
-
-    def same(self, value, what:str):
-        "Raises `OpenTransError` if not every process has the same `value`."
-        if self.n == 1: return
-        from accelerate.utils import gather_object
-        seen = gather_object([value])
-        if any(v != seen[0] for v in seen): raise OpenTransError(f"The {self.n} processes have different {what}: {', '.join(map(str, seen[:4]))}. Give all of them the same files, on a file system that all machines see.")
-
-# %% ../nbs/13_finetune.ipynb #3c37b252
-class _Loss(nn.Module):
-    "What a data-parallel wrapper calls."
-    def __init__(self, framework): super().__init__(); self.framework = framework
-    def forward(self, batch): return self.framework.loss(batch)
-
-def _parents(model, kind): return [(m, n, c) for m in model.modules() for n,c in m.named_children() if type(c) is kind]
-
-@patch
-def shard(self:Processes, order):
-    "The part of each batch of indices that is this process's. Raises `OpenTransError` if batches cannot be divided."
-    if self.n == 1: return order
-    if order.batch_size % self.n: raise OpenTransError(f"batch_size={order.batch_size} is the number of images in a step of all {self.n} processes together: it must be a multiple of {self.n}.")
-    from accelerate.data_loader import BatchSamplerShard
-    return BatchSamplerShard(order, self.n, self.rank, split_batches=True)
-
-@patch
-def wrap(self:Processes,
-    framework, # A `Framework`, on its device; already frozen where it shall be
-    norms:bool=False, # Let batch norms see all processes, where the device can?
-): # (what gives the losses of a batch, handle that undoes it)
-    "A framework whose gradients are the mean over all processes; in a single process the framework itself."
-    if self.n == 1: return framework,Undo()
-    own = [(m, n, c) for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) for m,n,c in _parents(framework, kind)] if norms and self.device.type == 'cuda' else []
-    for m,n,c in own: setattr(m, n, nn.SyncBatchNorm.convert_sync_batchnorm(c))
-    def undo():
-        for m,n,c in own: c.load_state_dict(getattr(m, n).state_dict()); setattr(m, n, c)
-        self.accelerator.free_memory()
-    return self.accelerator.prepare_model(_Loss(framework)),Undo(undo)
-
-# %% ../nbs/13_finetune.ipynb #202184d0
-def _part(batch, i, n):
-    "The i-th of n parts of a batch."
-    size = len(batch['images']); cut = slice(i*size//n, (i+1)*size//n)
-    return {k: v[cut] if isinstance(v, (torch.Tensor, list)) and len(v) == size else v for k,v in batch.items()}
-
-def train_step(
-    framework, # In training mode; or what `Processes.wrap` made of it
-    batch:dict, # On its device
-    opt, # Optimizer with the learning rate set
-    recipe:Recipe, # Precision, parts, clipping
-    scaler=None, # Gradient scaler for 'fp16'
-    mean=lambda values: values, # Of numbers over all processes
-)->dict: # Loss terms and `grad_norm` as numbers. If a loss is not finite, nothing has been changed but norm statistics
-    "One step: losses, gradients, clipping, optimizer."
-    opt.zero_grad(set_to_none=True)
-    losses,later = getattr(framework, 'loss', framework),getattr(framework, 'no_sync', contextlib.nullcontext)
-    n,sums = min(recipe.accumulate, len(batch['images'])),{}
-    for i in range(n):
-        with later() if i < n-1 else contextlib.nullcontext(): # gradients are averaged over processes once, with the last part
-            with torch.autocast(batch['images'].device.type, dict(bf16=torch.bfloat16, fp16=torch.float16).get(recipe.precision), enabled=recipe.precision != 'no'):
-                terms = losses(batch if n == 1 else _part(batch, i, n))
-            total = sum(terms.values())/n
-            values = mean(torch.stack([v.detach().float() for v in terms.values()]).tolist())
-            for k,v in zip(terms, values): sums[k] = sums.get(k, 0.) + v/n
-            if not all(map(math.isfinite, values)): return sums
-            (scaler.scale(total) if scaler else total).backward()
-    if recipe.clip_grad:
-        if scaler: scaler.unscale_(opt)
-        norm = nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g['params']], recipe.clip_grad)
-        sums = dict(sums, grad_norm=float(norm))
-    if scaler: scaler.step(opt); scaler.update()
-    else: opt.step()
-    return sums
 
 # %% ../nbs/13_finetune.ipynb #2cd0d83d
 def _check_data(framework, data, recipe):
@@ -763,7 +650,7 @@ def finetune(
         stack.enter_context(rest(framework, recipe))
         run = stack.enter_context(_Run(framework, data, recipe, selection, checkpoint_dir, team))
         run.tell = Teller(recipe.iterations, run.iteration, print_every, Path(checkpoint_dir)/'tensorboard' if tensorboard and team.main else None) if team.main else None
-        bar = batches(data, recipe, run.iteration, team, getattr(framework, 'uses_regions', True)) # a framework whose loss reads labels alone may say so
+        bar = batches(data, recipe, run.iteration, team, getattr(framework, 'uses_regions', True), run.device) # a framework whose loss reads labels alone may say so
         for batch in progress(bar, 'fine-tuning', recipe.iterations-run.iteration) if team.main else bar:
             row = run.step(batch)
             done = run.iteration == recipe.iterations

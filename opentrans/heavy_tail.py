@@ -8,7 +8,7 @@ __all__ = ['XMIN', 'BY', 'ALTERNATIVES', 'TABLE_FILE', 'mp_edges', 'marchenko_pa
            'explore']
 
 # %% ../nbs/02_heavy_tail.ipynb #203feac0
-import json, math, re, threading
+import math, re, threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 import numpy as np
@@ -563,7 +563,7 @@ def _state_weights(tensors):
     res = {}
     for key in tensors:
         name,w = _state_weight(key, tensors) or ('', None)
-        if w is not None and len(_shape(w)) != 1: res.setdefault(name, w)
+        if w is not None and (isinstance(w, _Unread) or is_lazy(w) or w.ndim > 1): res.setdefault(name, w)
     return [(n, _kind(n, len(_shape(w))), w, False, 1) for n,w in res.items()]
 
 # %% ../nbs/02_heavy_tail.ipynb #538dbf40
@@ -637,9 +637,8 @@ def _solve(jobs, *options, size=2**22):
 
 # %% ../nbs/02_heavy_tail.ipynb #7b476176
 def _shape(w):
-    "The shape of a weight; () for one that has none, because it is not initialised or could not be put together."
-    if isinstance(w, _Unread) or is_lazy(w): return ()
-    return tuple(w.shape)
+    "The shape of a weight; (0,) for one that has none, because it is not initialised or could not be put together."
+    return (0,) if isinstance(w, _Unread) or is_lazy(w) else tuple(w.shape)
 
 def _weight_of(s, w, device):
     "(weight to compute with, type it was stored in) of a layer; (None, None) if it has no spectrum, and then the reason stands in its `Spectrum`."
@@ -714,7 +713,7 @@ class LayerTable:
 
     def _row(self, s, f):
         few = self._few(f)
-        r = dict(kind=s.kind, shape=s.shape, params=math.prod(s.shape) if s.shape else 0, density=s.density, n_evals=0, n_zero=s.n_zero, alpha=f.alpha, xmin=f.xmin, D=f.D,
+        r = dict(kind=s.kind, shape=s.shape, params=math.prod(s.shape), density=s.density, n_evals=0, n_zero=s.n_zero, alpha=f.alpha, xmin=f.xmin, D=f.D,
                  sigma=f.sigma, n_tail=f.n_tail, edge=s.edge, over_trained=f.alpha < 2, solver=s.solver, status='few' if few else 'ok' if f.ok else 'failed',
                  reason='; '.join(t for t in dict.fromkeys([s.reason, f.reason, few]) if t))
         if s.evals is None or not s.evals.size: return r
@@ -1024,7 +1023,7 @@ def plot_median(
 # %% ../nbs/02_heavy_tail.ipynb #d2cf0ac3
 from dataclasses import fields
 from typing import Any
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 from .errors import shorten
 from .files import FileKind, check_finite, load_metadata, metadata_value, strip_prefix
 
@@ -1043,6 +1042,7 @@ class _Row(TypedDict):
     paper: float | None
     solver: str
     reason: str
+    noise: NotRequired[float] # since opentrans 0.2
     has_evals: bool
 
 class _Rule(TypedDict):

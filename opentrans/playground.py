@@ -115,8 +115,8 @@ class _Playground:
                 try: v = parse_names(self.names.value); self.answer = segment(self.framework, self.samples[self.source.value], v)
                 except OpenTransError as e: return self.say(str(e), 'c8442e')
             (h,w),text = self.answer[1].shape,getattr(getattr(self.framework, 'backbone', self.framework), 'text', None)
+            self.draw() # before it is told, so that what is told is of the picture that is seen
             self.say('. '.join(filter(None, [f'{len(v)} classes, {w} x {h} pixels', text.doubts(class_prompts(v)) if hasattr(text, 'doubts') else ''])))
-            self.draw()
 
     def draw(self):
         if self.answer is None: return

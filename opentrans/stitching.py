@@ -430,7 +430,7 @@ def stitch_table(
         front,end,flops,params = parts[c.front],parts[c.end],0,0
         if c.is_anchor: run,left = front,0
         else:
-            run,layer = pd.concat([front.iloc[:c.j+2], end.iloc[c.k+1:]]),net.stitching[c.key].map
+            run = pd.concat([front.iloc[:c.j+2], end.iloc[c.k+1:]])
             d1,d2 = net.anchors[c.front].dims[c.j+1],net.anchors[c.end].dims[c.k]
             flops,params = front.positions[c.j]*d1*d2,d1*d2 + d2
             left = (0 if count_final_norm else end.norm['head']*layernorm_cost)

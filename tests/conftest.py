@@ -9,6 +9,14 @@ PATIENCE = 900 # seconds until something that is waited for counts as missing; n
 settings.register_profile('patient', deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('patient')
 
+def pytest_configure(config): config.addinivalue_line('markers', 'slow: takes minutes; runs where OPENTRANS_SLOW=1')
+
+def pytest_collection_modifyitems(items):
+    "The slow tier is for those who ask for it."
+    if os.environ.get('OPENTRANS_SLOW') == '1': return
+    for item in items:
+        if item.get_closest_marker('slow'): item.add_marker(pytest.mark.skip(reason='takes minutes; OPENTRANS_SLOW=1 runs it'))
+
 @pytest.fixture(scope='module')
 def one_thread():
     "Small models are fastest on one thread, above all on a busy machine."

@@ -5,8 +5,8 @@ import pytest
 
 root = Path(__file__).resolve().parent.parent
 
-FLOORS = {-2: ['errors', 'escape'], -1: ['files'], 0: ['core'], 1: ['pruning', 'heavy_tail', 'cka', 'cost', 'data', 'metrics', 'peft'], 2: ['clip', 'spt', 'stitching', 'spvit'], 3: ['distill', 'frameworks', 'frameworks.contract'],
-          4: ['frameworks.deeplabv3', 'frameworks.mask2former', 'frameworks.fcclip', 'frameworks.fpn', 'finetune', 'frameworks.detectron2'], 5: ['frameworks.faseg', 'playground'], 6: ['efficiency', 'experiments', 'cli', 'all']}
+FLOORS = {-2: ['errors', 'escape'], -1: ['files'], 0: ['core'], 1: ['processes', 'pruning', 'heavy_tail', 'cka', 'cost', 'data', 'metrics', 'peft'], 2: ['clip', 'spt', 'stitching', 'spvit'], 3: ['distill', 'frameworks', 'frameworks.contract'],
+          4: ['frameworks.deeplabv3', 'frameworks.mask2former', 'frameworks.fcclip', 'frameworks.fpn', 'finetune', 'frameworks.detectron2'], 5: ['frameworks.faseg', 'playground', 'plan'], 6: ['efficiency', 'experiments', 'cli', 'all']}
 FLOOR = {m: f for f,ms in FLOORS.items() for m in ms}
 SIDEWAYS = {('frameworks', 'frameworks.contract'), ('frameworks.fcclip', 'frameworks.mask2former'), ('experiments', 'efficiency'), ('cli', 'experiments'), ('all', 'experiments')}   # rooms of one floor that may know each other
 
@@ -29,6 +29,7 @@ PUBLIC = {
     'efficiency': 'paper_costs',
     'experiments': 'demo paper_costs run_study',
     'playground': 'playground segment overlay',
+    'plan': 'plan_run RunPlan',
     'frameworks.mask2former': 'Mask2Former load_mask2former',
     'frameworks.fcclip': 'FCCLIP load_fcclip',
     'frameworks.faseg': 'FASeg',

@@ -5,7 +5,7 @@ from hypothesis import given, settings, strategies as st
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import nn
-from opentrans.cka import cka, linear_cka, rbf_cka, same_layers
+from opentrans.cka import cka, linear_cka, paper_cka, rbf_cka, same_layers
 from opentrans.core import OpenTransError, layers
 
 
@@ -185,3 +185,236 @@ def test_same_layers_is_table_nine(pair, images):
     frame = cka(*pair, images.split(20), NAMES)
     assert same_layers(frame).mean() == pytest.approx(np.diag(frame).mean())
     assert all(v == 1 for v in same_layers(cka(pair[0], copy.deepcopy(pair[0]), images.split(20), NAMES)).round(9))
+
+
+# --- which axis holds the pictures ---------------------------------------------------------------------------------------
+
+class Layout(nn.Module):
+    "A linear map of 16 patches, whose output lies in memory in one of several ways."
+    def __init__(self, layout):
+        super().__init__()
+        self.layout, self.patch, self.f, self.out = layout, nn.Conv2d(3, 12, 8, 8), nn.Linear(12, 7), nn.Identity()
+    def forward(self, x):
+        t = self.f(self.patch(x).flatten(2).mT)                     # (pictures, 16 tokens, 7 channels)
+        windows = t.unflatten(1, (4, 4))                            # (pictures, 4 windows, 4 tokens, 7)
+        forms = dict(pictures_first=t, tokens_first=t.transpose(0, 1), windows=windows.flatten(0, 1), rows=t.flatten(0, 1), pictures_last=t.permute(1, 2, 0),
+                     windows_outside=windows.transpose(0, 1).flatten(0, 1), mean_turned=t.mean(1).T, mean=t.mean(1))
+        return self.out(forms[self.layout])
+
+
+def layouts(layout):
+    torch.manual_seed(0)
+    a, b, twin = Layout('pictures_first'), Layout('pictures_first'), Layout(layout)
+    twin.load_state_dict(a.state_dict())
+    return a, b, twin
+
+
+@pytest.fixture(scope='module')
+def patches(): return torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize('layout', ['tokens_first', 'windows', 'rows', 'pictures_last'])
+@pytest.mark.parametrize('n', [4, 7, 8, 15, 16, 17, 32])
+def test_the_layout_of_a_layer_does_not_matter(layout, n, patches):
+    "Also where tokens, tokens of a window, windows or channels are as many as the pictures."
+    a, b, twin = layouts(layout)
+    batches = patches[:n*(40//n)].split(n)
+    for maps in ('flatten', 'pool'):
+        if maps == 'pool' and layout == 'pictures_last': continue   # channels in the middle are no layout that has a pooling
+        want, got = (cka(m, b, batches, ['out'], maps=maps) for m in (a, twin))
+        assert got.attrs['reasons'] == {} and got.iloc[0, 0] == pytest.approx(want.iloc[0, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize('n', [4, 7, 16])
+def test_features_that_are_turned(n, patches):
+    "(channels, pictures) in place of (pictures, channels), with as many of both."
+    a, b, twin = layouts('mean_turned')
+    a.layout = 'mean'
+    want, got = (cka(m, b, patches[:28].split(n) if n < 16 else [patches[:16]], ['out']).iloc[0, 0] for m in (a, twin))
+    assert got == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize('n', [4, 8, 16])
+def test_windows_that_cannot_be_sorted_are_not_compared(n, patches):
+    "All first windows, then all second ones: the rows of a picture do not stand together, and no number is better than a wrong one."
+    a, b, twin = layouts('windows_outside')
+    got = cka(twin, b, [patches[:n]], ['patch', 'out'])
+    assert np.isnan(got.loc['out', 'out']) and 'one after the other' in got.attrs['reasons']['out'] and np.isfinite(got.loc['patch', 'patch'])
+
+
+def test_as_many_classes_as_pictures_are_no_pictures(patches):
+    "A table of class embeddings has nothing to do with the batch, however many classes there are."
+    class Classes(nn.Module):
+        def __init__(self): super().__init__(); self.words, self.f = nn.Parameter(torch.randn(8, 5)), nn.Linear(5, 5)
+        def forward(self, x): return x.mean((2, 3))@self.f(self.words)[:3]
+    got = cka(Classes(), Layout('pictures_first'), [patches[:8]]*2 + [patches[:5]], ['f', ''], ['patch'])
+    assert np.isnan(got.loc['f', 'patch']) and 'for 8 pictures the output is (8, 5), and for 3 the output (8, 5)' in got.attrs['reasons']['f'] and np.isfinite(got.loc['', 'patch'])
+
+
+def test_recurrent_layers_with_as_many_steps_as_examples():
+    "torch's default has steps first; a tuple of outputs and states comes out."
+    torch.manual_seed(0)
+    x = torch.randn(12, 12, 6)
+    first, second, other = nn.LSTM(6, 5, batch_first=True), nn.LSTM(6, 5), nn.LSTM(6, 5, batch_first=True)
+    second.load_state_dict(first.state_dict())
+    turned = nn.Sequential(); turned.r = second; turned.forward = lambda x: second(x.transpose(0, 1))
+    want, got = (cka(m, other, [x], [n], ['']).iloc[0, 0] for m, n in ((first, ''), (turned, 'r')))
+    assert got == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize('n', [4, 16])
+def test_the_windows_of_a_swin_are_sorted_by_picture(n, patches):
+    "As many pictures as windows, and as tokens of a window, against features sorted by hand."
+    from timm.models.swin_transformer import SwinTransformer
+    def swin(seed):
+        torch.manual_seed(seed)
+        return SwinTransformer(img_size=32, patch_size=4, window_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 2), num_classes=0).eval()
+    pair, names = (swin(0), swin(1)), ['layers.0.blocks.0.attn.qkv', 'layers.0.blocks.1.attn.proj', 'layers.0.blocks.1.mlp.fc1', 'layers.1.blocks.0.norm1']
+    x = patches[:n]
+    by_hand = [{k: v[0].reshape(n, -1) for k, v in features(m, names, [x]).items()} for m in pair]
+    got = cka(*pair, [x], names)
+    assert got.attrs['reasons'] == {}
+    for name in names: assert got.loc[name, name] == pytest.approx(linear_cka(by_hand[0][name], by_hand[1][name], unbiased=True), abs=1e-5)
+
+
+def test_what_the_user_says_about_axes_counts(patches):
+    "For a model that takes one number of pictures only, which cannot be run again on another."
+    class Fixed(Layout):
+        def forward(self, x):
+            if len(x) != 16: raise ValueError('16 pictures, please')
+            return super().forward(x)
+    a, b, twin = layouts('tokens_first')
+    fixed = Fixed('tokens_first')
+    fixed.load_state_dict(a.state_dict())
+    with pytest.raises(OpenTransError, match='fails on 3 pictures, ValueError.*say axis='): cka(fixed, b, [patches[:16]], ['out'])
+    want = cka(a, b, [patches[:16]], ['out']).iloc[0, 0]
+    for said in (({'out': 1}, 0), (1, {}), (1, None)): assert cka(fixed, b, [patches[:16]], ['out'], axis=said).iloc[0, 0] == pytest.approx(want, abs=1e-6)
+    fixed.layout = 'pictures_first'
+    assert cka(fixed, b, [patches[:16]], ['patch']).iloc[0, 0] == pytest.approx(cka(a, b, [patches[:16]], ['patch']).iloc[0, 0])
+    with pytest.raises(OpenTransError, match="Unknown layer 'head'"): cka(a, b, [patches[:16]], ['out'], axis={'head': 0})
+    with pytest.raises(OpenTransError, match='no 16 examples along axis 2'): cka(a, b, [patches[:16]], ['out'], axis=2)
+
+
+def test_no_run_is_spent_where_nothing_is_in_doubt(pair, images):
+    "Maps of convolutions need none besides the batches; tokens need one, of three pictures."
+    seen = []
+    handle = pair[0].register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    try: cka(*pair, images.split(20), ['conv2', 'layer1', 'layer4'])
+    finally: handle.remove()
+    assert seen == [20, 20]
+    v = VisionTransformer(64, 16, 32, 2, 2, 4., output_dim=16)
+    v.register_forward_hook(lambda m, args, out: seen.append(len(args[0])))
+    cka(v, v, images[:16].split(8), ['transformer.resblocks.0.mlp.c_fc'])
+    assert seen[2:] == [8, 3, 8]
+
+
+# --- what an example is --------------------------------------------------------------------------------------------------
+
+def test_pooling_takes_the_mean_over_positions(patches):
+    "Wherever a layer has its channels: last in a linear map of a map, in the middle of a 1-D convolution."
+    class Last(nn.Module):
+        def __init__(self): super().__init__(); self.c, self.f, self.norm, self.line = nn.Conv2d(3, 6, 8, 8), nn.Linear(6, 5), nn.LayerNorm(5), nn.Conv1d(3, 4, 5)
+        def forward(self, x): self.line(x.flatten(2)[..., :30]); return self.norm(self.f(self.c(x).permute(0, 2, 3, 1)))
+    torch.manual_seed(0)
+    a, b, x = Last().eval(), Last().eval(), patches[:12]
+    got = cka(a, b, [x], ['f', 'norm', 'line'], maps='pool')
+    def pooled(m, name):
+        f = m.f(m.c(x).permute(0, 2, 3, 1))
+        return dict(f=f.mean((1, 2)), norm=m.norm(f).mean((1, 2)), line=m.line(x.flatten(2)[..., :30]).mean(2))[name].detach()
+    for name in got.index: assert got.loc[name, name] == pytest.approx(linear_cka(pooled(a, name), pooled(b, name), unbiased=True), abs=1e-6)
+    class Turned(nn.Module):
+        def __init__(self): super().__init__(); self.c, self.mlp, self.turn = a.c, nn.Sequential(a.f, a.norm, nn.GELU()), nn.Identity()
+        def forward(self, x): return self.turn(self.mlp(self.c(x).permute(0, 2, 3, 1)))
+    got = cka(Turned(), b, [x], ['mlp', 'turn', 'c'], ['norm'], maps='pool')
+    want = linear_cka(nn.functional.gelu(a.norm(a.f(a.c(x).permute(0, 2, 3, 1)))).mean((1, 2)).detach(), pooled(b, 'norm'), unbiased=True)
+    assert got.loc['mlp', 'norm'] == pytest.approx(want, abs=1e-6)
+    assert np.isnan(got.loc['turn', 'norm']) and 'channels last' in got.attrs['reasons']['turn']    # nothing in it says what its axes are
+
+
+def test_a_layer_that_runs_twice_is_named(patches):
+    "The last run counts, and a warning says so."
+    twice = nn.Linear(3, 3)
+    net = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), twice, nn.ReLU(), twice)
+    with pytest.warns(UserWarning, match='ran more than once.*: 2'): got = cka(net, net, [patches[:8]], ['2'], [''])
+    assert got.iloc[0, 0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize('out, reason', [('whole', 'whole numbers'), ('nothing', 'no tensor'), ('scalar', 'no axis'), ('nested', 'cannot be read')])
+@pytest.mark.filterwarnings('ignore')
+def test_an_output_that_is_no_feature_costs_its_own_row(out, reason, patches):
+    "Indices, nothing at all, one number, tensors of several lengths."
+    class Odd(nn.Module):
+        def __init__(self): super().__init__(); self.c, self.o = nn.Conv2d(3, 4, 8, 8), nn.Identity()
+        def forward(self, x):
+            y = self.c(x)
+            self.o(dict(whole=y.argmax(1), nothing='text', scalar=y.mean(), nested=torch.nested.nested_tensor([t[0, :k+1] for k, t in enumerate(y[:3])]))[out])
+            return y
+    m = Odd()
+    got = cka(m, m, [patches[:8]], ['c', 'o'])
+    assert reason in got.attrs['reasons']['o'] and got.loc['c', 'c'] == pytest.approx(1)
+
+
+def test_a_dict_that_begins_with_indices_gives_its_features(patches):
+    "And complex numbers count as two each."
+    class Out(nn.Module):
+        def __init__(self): super().__init__(); self.f, self.o, self.z = nn.Linear(3, 4), nn.Identity(), nn.Identity()
+        def forward(self, x): y = self.f(x.mean((2, 3))); self.o(dict(index=y.argmax(1), features=[y])); return self.z(torch.complex(y, 2*y))
+    m = Out()
+    assert np.allclose(cka(m, m, [patches[:8]], ['f', 'o', 'z']), 1)
+
+
+# --- loaders and models that cannot be compared --------------------------------------------------------------------------
+
+NET = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))
+
+@pytest.mark.parametrize('loader, words', [
+    ([], 'gave no batch'), (iter(()), 'gave no batch'), ([torch.rand(3, 8, 8)], r'largest batch was \(3, 8, 8\)'), (torch.rand(9, 1, 3, 8, 8), r'largest batch was \(1, 3, 8, 8\)'),
+    ([torch.zeros(0, 3, 8, 8)], 'No batch had 4'), ([torch.zeros(8, 3, 8, 8, dtype=torch.uint8)], 'they are uint8, its weights float32'), ([torch.rand(8, 3, 8, 8).double()], 'they are float64'),
+    ([torch.rand(8, 3, 8, 8) > .5], 'they are bool'), ([torch.full((8, 3, 8, 8), torch.nan)], 'images themselves hold NaN'), ([None], 'not NoneType'), ([torch.tensor(1.)], 'not Tensor'), ([[]], 'not list'),
+    ([dict(label=1)], 'this one holds: label'), ([[torch.rand(3, 8, 8), torch.rand(3, 8, 9), torch.rand(3, 8, 8)]], 'different sizes'), ([dict(images=[1, 2])], 'not int'),
+    ([[dict(image=torch.rand(3, 8, 8)), dict(image=torch.rand(3, 9, 8))]], 'different sizes')])
+def test_a_loader_that_does_not_fit_is_one_sentence(loader, words):
+    "No raw error of torch, and nothing is left on the models."
+    with pytest.raises(OpenTransError, match=words): cka(NET, NET, loader)
+    assert not any(m._forward_hooks for m in NET.modules())
+
+
+def test_pictures_in_any_packing(images):
+    "Lists of pictures, of dicts, arrays, mappings of transformers: the same pictures."
+    from collections import UserDict
+    want = cka(resnet(0), resnet(1), [images[:8]], NAMES[:2])
+    some = list(images[:8])
+    for batch in (some, [dict(image=p, label=1) for p in some], images[:8].numpy(), UserDict(pixel_values=images[:8]), dict(images=some), (images[:8], torch.zeros(8)), [images[:8], dict(a=1)]):
+        assert cka(resnet(0), resnet(1), [batch], NAMES[:2]).equals(want)
+
+
+@pytest.mark.parametrize('side', [0, 1])
+def test_a_model_of_nan_is_one_sentence(side, images):
+    "Whichever of the two it is, and from whichever batch on."
+    good, bad = resnet(0), resnet(1)
+    bad.conv1.weight.data.fill_(torch.nan)
+    models = [good, good]
+    models[side] = bad
+    which = ['first', 'second'][side]
+    with pytest.raises(OpenTransError, match=f"No layer of the {which} model can be compared: 'conv1' .features are NaN or infinite."): cka(*models, [images[:8]], ['conv1', 'layer4'])
+
+
+def test_the_published_score_does_not_call_nan_one(images):
+    "Constant channels count as one there; a model of NaN must not."
+    bad = copy.deepcopy(NET)
+    bad[0].weight.data.fill_(torch.nan)
+    with pytest.warns(UserWarning, match='Y has NaN'): assert np.isnan(paper_cka(NET, bad, [images[:4]], ['0']).item())
+    with pytest.raises(OpenTransError, match='gave no batch'): paper_cka(NET, NET, [], ['0'])
+    with pytest.raises(OpenTransError, match='they are uint8'): paper_cka(NET, NET, [torch.zeros(2, 3, 8, 8, dtype=torch.uint8)], ['0'])
+
+
+def test_parametrised_layers_are_found(images):
+    "The default layers of a model are layers that can be named, also where a weight is computed from others."
+    for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal):
+        net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), wrap(nn.Linear(8, 4)))
+        assert list(cka(net, net, [images[:8]]).index) == ['0.weight', '3.weight']
+
+
+@pytest.mark.parametrize('options, words', [(dict(kernel='cosine'), 'Unknown kernel'), (dict(kernel='rbf', sigma=0), 'no width'), (dict(maps='mean'), 'not known'), (dict(maps=0), 'not known'), (dict(layers_a=[]), 'no layer')])
+def test_options_without_sense_are_refused_before_anything_runs(options, words):
+    with pytest.raises(OpenTransError, match=words): cka(NET, NET, iter(()), **options)

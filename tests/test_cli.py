@@ -272,6 +272,7 @@ def test_demo(tmp_path):
     assert 'src="http' not in page and page.count('data:image/png') == 7
 
 @pytest.mark.skipif(not coco.exists(), reason='the COCO panoptic sample images are not at ../shared/data/samples')
+@pytest.mark.slow
 def test_real_coco_at_full_size(tmp_path):
     "RN50 at full size with random weights on real images: Algorithm 1, transfer, alpha, fine-tuning, evaluation."
     common = ('--backbone', 'RN50', '--pretrained', 'none', '--data', 'coco_panoptic', '--root', coco, '--batch-size', 1, '--device', 'cpu')
@@ -394,6 +395,11 @@ def test_no_number_ends_in_a_traceback(command, mask, tmp_path, no_work):
             except Begun: pytest.fail(f"{' '.join(command)} {option} {value[:40]!r} was accepted")
             assert r.returncode == 2 and 'Traceback' not in r.stderr, (command, option, value[:40], r.returncode, r.stderr[-600:])
     assert [p.name for p in tmp_path.iterdir()] == ['p.png']
+
+def test_a_dry_run_of_a_study_writes_nothing(tmp_path):
+    "It says what a run needs, framework by framework."
+    r = opentrans('study', 'ratio', '--scale', 'smoke', '--seeds', 2, '--out', tmp_path/'o', '--dry-run')
+    assert r.returncode == 0 and 'deeplabv3' in r.stdout and not (tmp_path/'o').exists(), r.stderr
 
 @pytest.fixture(scope='module')
 def tree(tmp_path_factory):

@@ -247,7 +247,8 @@ def test_the_callers_mode_does_not_matter(mode, convention, dry):
     with MODES[mode](): inside = cost(m, (3, 6, 6), convention=convention, dry=dry)
     same_cost(inside, outside)
     assert training_flops(inside, 2, 2, rule='exact') == training_flops(outside, 2, 2, rule='exact')
-    same_cost(cost(decorated(MODES[mode]()), (3, 6, 6), convention=convention, dry=dry), outside)
+    own = cost(decorated(MODES[mode]()), (3, 6, 6), convention=convention, dry=dry)
+    assert own.by_layer.equals(outside.by_layer) and own.unpriced.equals(outside.unpriced)
 
 
 def test_a_model_that_was_made_in_inference_mode_counts_as_any_other():
@@ -475,7 +476,7 @@ def test_what_fvcore_has_no_price_for_is_told(name):
 
 def test_modules_that_a_table_lacks_are_told():
     "thop and ptflops take what they do not know for free."
-    m = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.GroupNorm(2, 5))
+    m = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.GroupNorm(1, 5))
     for convention, want in (('thop', {'0:Embedding': 1, '2:GroupNorm': 1}), ('ptflops', {'0:Embedding': 1}), ('macs', {})):
         assert cost(m, (1, 5), convention=convention, forward=lambda x: m(torch.zeros(1, 5, dtype=torch.long))).unpriced.times.to_dict() == want
 
@@ -629,11 +630,11 @@ def test_what_cannot_be_put_back_is_taken_out_and_told(place, tool):
 @pytest.mark.parametrize('name', COMPUTED)
 @pytest.mark.parametrize('tool', [cost, training_memory])
 def test_computed_weights_have_their_values_afterwards(name, tool):
-    m = nn.Sequential(nn.Linear(8, 8), COMPUTED[name](nn.Linear(8, 8)))
+    m = nn.Sequential(nn.Linear(8, 8), COMPUTED[name](nn.Linear(8, 8)), nn.Linear(8, 8)).eval()
     was = m[1].weight.detach().clone()
     tool(m, (1, 8))
     assert fakes() == 0 and torch.equal(m[1].weight.detach(), was)
-    assert SparseMask.magnitude(m, .5).density == pytest.approx(.5, abs=.01)
+    assert '2.weight' in SparseMask.magnitude(m, .5).names
 
 
 def test_a_count_that_fails_leaves_nothing_either():

@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
+from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 from mutations import COUNT, check_reader
 from opentrans.core import OpenTransError
-from opentrans.data import (VOCABULARIES, Augmented, ShapesWorld, View, Vocabulary, augment, collate, label_lut, list_datasets, open_dataset, read_segments, resize_short,
-                            write_coco_panoptic)
+from opentrans.data import (Augmented, ShapesWorld, VOCABULARIES, View, Vocabulary, _draw, _numbered, augment, collate, label_lut, list_datasets,
+    open_dataset, read_augmented, read_image, read_segments, resize_short, unpack, write_coco_panoptic)
+from opentrans.finetune import Recipe, batches
 
 SAMPLES = Path(__file__).parents[1]/'../shared/data/samples'
 needs_coco = pytest.mark.skipif(not (SAMPLES/'coco_panoptic').is_dir(), reason='the COCO sample is not at ../shared/data/samples/coco_panoptic')
@@ -235,7 +237,7 @@ class Constant(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-    def text(self, names): return names
+    def text(self, names): return torch.zeros(len(names), 1)
     def semantic(self, x, text): return torch.zeros(len(x), *x.shape[-2:], dtype=torch.long)
 
 def test_a_foreground_written_as_255_is_told(tmp_path):
@@ -467,3 +469,84 @@ def test_any_vocabulary_travels(tmp_path_factory, words):
     path = tmp_path_factory.mktemp('v')/'v.json'; v.to_file(path)
     assert Vocabulary.from_file(path) == v and hash(Vocabulary.from_file(path)) == hash(v)
     assert v + v == v and v.subset(range(len(v))) == v and [len(p) for p in v.prompts()] == [7*len(s) for s in v.synonyms]
+
+
+# ---- read no larger than needed, handed on packed
+
+def photographs(root, size=(480, 640), turn=None):
+    "Three smooth pictures as COCO holds them, JPEG with panoptic maps; `turn`: their EXIF orientation."
+    height, width = size
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([127+120*np.sin(x/41+k)*np.cos(y/57-k) for k in range(3)], -1).astype(np.uint8)
+    numbers = (y*3//height)*4 + x*4//width
+    maps = [('sand', 'sky', 'grass', 'wood')[k % 4] for k in range(12)]
+    class Pictures(list):
+        vocabulary, ignore, name, things, groups = Vocabulary(['sand', 'sky', 'grass', 'wood']), 255, 'pictures', (), {}
+    regions = torch.from_numpy(numbers == np.arange(12)[:, None, None])
+    classes = torch.tensor([['sand', 'sky', 'grass', 'wood'].index(name) for name in maps])
+    image = torch.from_numpy(waves).permute(2, 0, 1).float()/255
+    sample = dict(image=image, labels=classes[torch.from_numpy(numbers)], regions=regions, region_classes=classes, isthing=torch.zeros(12, dtype=torch.bool), id='0', ignore=255)
+    write_coco_panoptic(Pictures([dict(sample, id=str(i)) for i in range(3)]), root, 'val')
+    data = open_dataset('coco_panoptic', root)
+    for f in data.files:
+        exif = Image.Exif()
+        stored = Image.fromarray(waves)
+        if turn: exif[274], stored = turn, stored.rotate(90 if turn == 6 else -90, expand=True)
+        stored.save(f.image.with_suffix('.jpg'), quality=95, exif=exif)
+        f.image = f.image.with_suffix('.jpg')
+    return data
+
+
+@pytest.mark.parametrize('turn', [None, 6, 8])
+def test_a_photograph_that_is_made_small_is_read_small(tmp_path, turn):
+    "Labels are those of the whole map, resized; the picture is that of the whole file but for what rounding does."
+    data = photographs(tmp_path, turn=turn)
+    seen = []
+    for least, size in ((240, 320), (240, 320)), ((100, 130), (120, 160)), ((241, 320), (480, 640)), ((9, 9), (60, 80)):
+        assert tuple(read_image(data.files[0].image, lambda h, w: seen.append((h, w)) or least).shape[1:]) == size
+    assert set(seen) == {(480, 640)}, 'heights and widths are those of the picture as it is seen'
+    sample = data[1]
+    for size, scale, seed in ((64, (.5, 2.), 1), (128, (1., 1.), 2), (200, (.3, .9), 3), ((50, 90), (.5, 1.5), 4), ((50, 90), None, 5)):
+        got = read_augmented(data, 1, size, seed, scale)
+        (h, w), (top, left, bottom, right), mirrored, crop = _draw((480, 640), size, seed, scale, .5)
+        assert data.packed(1, lambda *_: (h, w))['image'].shape[1] < 480 or scale is None
+        picture = interpolate(sample['image'][None], (h, w), mode='bilinear', antialias=True)[0, :, top:bottom, left:right]
+        rows, cols = (((torch.arange(m)+.5)*n/m).long() for n, m in ((480, h), (640, w)))
+        labels = sample['labels'][rows][:, cols][top:bottom, left:right]
+        if mirrored: picture, labels = picture.flip(-1), labels.flip(-1)
+        height, width = labels.shape
+        assert got['image'].shape == (3, *crop) and not got['image'][:, height:].any() and not got['image'][:, :, width:].any()
+        assert (got['image'][:, :height, :width]-picture).abs().mean() < 2/255 and torch.equal(got['labels'][:height, :width], labels)
+
+
+def test_a_packed_crop_holds_the_sample(tmp_path):
+    "It is filled up where the picture ends, and unpacked the same on the CPU and on a device."
+    data = photographs(tmp_path, (48, 64))
+    for seed in range(8):
+        plain = augment(data.packed(0), 80, seed)
+        packed = augment(data.packed(0), 80, seed, packed=True)
+        assert packed['image'].dtype == torch.uint8 and packed['segments'].shape == (80, 80)
+        for made in (unpack(packed), unpack(packed, device='cpu')):
+            same(made, plain)
+        assert not len(unpack(packed, regions=False)['regions']) and not len(unpack(packed, regions=False, device='cpu')['regions'])
+
+
+@pytest.mark.parametrize('regions', [True, False])
+def test_batches_are_the_same_from_other_processes(tmp_path, regions):
+    data = photographs(tmp_path, (48, 64))
+    recipe = Recipe.tiny().replace(iterations=3, batch_size=2, crop=40, scale=(.5, 2.), flip=.5)
+    here, there = (list(batches(data, recipe.replace(workers=n), regions=regions)) for n in (0, 2))
+    assert len(here) == len(there) == 3
+    for a, b in zip(here, there):
+        assert a.keys() == b.keys() and all(map(torch.equal, [a['images'], a['labels'], *a['regions']], [b['images'], b['labels'], *b['regions']]))
+        assert a['ids'] == b['ids'] and all(map(torch.equal, a['region_classes'], b['region_classes']))
+
+
+@given(st.lists(st.integers(0, 2**24-1), min_size=1, max_size=9, unique=True), st.integers(0, 2**32-1))
+def test_segments_are_numbered_as_pixel_by_pixel(ids, seed):
+    rng = np.random.default_rng(seed)
+    ids = np.array(ids)
+    raw = rng.choice(np.append(ids, 12345), (5, 7)).repeat(rng.integers(1, 4), 1).astype(np.int32)
+    where, strange = _numbered(raw, ids)
+    known = np.isin(raw, ids)
+    assert (ids[where[known]] == raw[known]).all() and set(strange) == set(raw[~known])

@@ -14,12 +14,13 @@ LAUNCH = [sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '-
 ENV = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0', PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]))
 
 WORK = textwrap.dedent('''
-    import hashlib, json, os, sys
+    import contextlib, hashlib, json, os, sys
     from pathlib import Path
     import torch
     from torch import nn
     from opentrans.core import LayerSelection, OpenTransError
     from opentrans.data import ShapesWorld
+    from opentrans.files import lock_folder
     from opentrans.finetune import Processes, Recipe, evaluate, finetune
     from opentrans.frameworks import build
     from opentrans.frameworks.contract import tiny_backbone
@@ -59,6 +60,10 @@ WORK = textwrap.dedent('''
         mask,_ = imp(model, train, density=.3, p=.3, criterion='magnitude')
         return hashlib.sha256(b''.join(mask[n].numpy().tobytes() for n in mask.names)).hexdigest(), mask.density
 
+    def taken(team, world, folder):
+        "A run in a folder of which the first process alone knows that it is another's."
+        with lock_folder(folder) if team.main else contextlib.nullcontext(): finetune(new(world), world, RECIPE, checkpoint_dir=folder)
+
     def main(out):
         team,world = Processes(),World(8)
         mask = SparseMask.magnitude(tiny_backbone().tower, .3)
@@ -76,7 +81,8 @@ WORK = textwrap.dedent('''
         r['pq'] = (q if team.n == 1 else q.reduce(team.sum, team.device)).compute()['pq']
         r['imp'] = rounds(team, world)
         for name,run in dict(mask=lambda: finetune(new(world), world, RECIPE, mask=SparseMask.random(tiny_backbone().tower, .5, seed=team.rank)), odd=lambda: finetune(new(world), world, RECIPE.replace(batch_size=3)),
-                             nan=lambda: finetune(new(World(8, poison=5)), World(8, poison=5), RECIPE, checkpoint_dir=f'{out}/nan', checkpoint_every=1), device=lambda: finetune(new(world), world, RECIPE, device='cuda:1')).items():
+                             nan=lambda: finetune(new(World(8, poison=5)), World(8, poison=5), RECIPE, checkpoint_dir=f'{out}/nan', checkpoint_every=1), device=lambda: finetune(new(world), world, RECIPE, device='cuda:1'),
+                             taken=lambda: taken(team, world, f'{out}/taken'), score=lambda: evaluate(new(World(8, poison=5)), World(8, poison=5), batch_size=1)).items():
             try: run(); r[name] = 'nothing was said'
             except OpenTransError as e: r[name] = str(e)
         Path(f'{out}/rank{team.rank}.json').write_text(json.dumps(r))
@@ -126,6 +132,9 @@ def test_errors_are_told_by_all(both):
     d,(a,b),one = both
     assert a['nan'].split(';')[0] == b['nan'].split(';')[0] and 'not finite' in a['nan'] and 'not finite' in one['nan']
     if (d/'nan'/'last.safetensors').exists(): assert all(t.isfinite().all() for t in load_tensors(d/'nan'/'last.safetensors')[0].values() if t.is_floating_point() and t.numel() > 1 and t.dim() != 2)
+    for told in (a, b, one):
+        assert 'Another run is at work' in told['taken'], 'a locked folder was entered'
+        assert 'NaN on some of the images' in told['score'], 'a picture that one process sees alone got a score'
     assert 'must be a multiple of 2' in a['odd'] and 'must be a multiple of 2' in b['odd'] and 'has a device of its own' in a['device']
 
 def ranks(folder):
@@ -178,3 +187,89 @@ def test_a_notice_to_end_is_taken(tmp_path, sent):
     at = json.loads(load_tensors(tmp_path/'out'/'run'/'last.safetensors')[1]['iteration'])
     if sent == signal.SIGINT: assert at >= 3 and lines[-1] == 'interrupted\n', lines[-2:]
     else: assert at >= 3 and f'stopped after iteration {at-1}' in lines[-1] and f'of iteration {at}' in lines[-1], lines[-2:]
+
+# --- distillation in Algorithm 1 -------------------------------------------------------------------------------------------
+
+PRUNE = textwrap.dedent('''
+    import json, os, sys
+    import torch
+    from torch import nn
+    from opentrans.clip import ClipBackbone, small_clip
+    from opentrans.core import OpenTransError
+    from opentrans.distill import DistillTrainer
+    from opentrans.frameworks import build
+    from opentrans.processes import Processes
+    from opentrans.pruning import imp
+    from test_distill import CONFIG, Halves
+    torch.set_num_threads(1)
+
+    class Sizes(Halves):
+        "Images of several sizes, some of which have one region, and one of which has none that is large enough."
+        def __init__(self): super().__init__(8)
+        def __getitem__(self, i):
+            s, h, w = super().__getitem__(i), 64 - 8*(i%2), 96 - 8*(i%3)
+            s = {k: v[..., :h, :w] if k in ('image', 'labels', 'regions') else v for k,v in s.items()}
+            if i < 3: s.update(regions=s['regions'][:1], region_classes=s['region_classes'][:1])
+            if i == 5: s.update(regions=torch.zeros_like(s['regions']))
+            return s
+
+    def main(out):
+        team, told = Processes(), {}
+        model, tok = small_clip(dict(CONFIG, vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=32, image_size=64)), seed=0)
+        clip = ClipBackbone.from_model(model, tok, 'tiny')
+        cases = dict(frozen=dict(batch_norm='frozen'), norms=dict(batch_norm='train'), image=dict(batch_norm='frozen', pairs='image', loss='vgkd', optimizer='sgd', clip_grad=1.),
+                     windows=dict(batch_norm='frozen', crop=48, max_regions=5, workers=1), own=dict(batch_norm='frozen', teacher_mode='attention', loss=lambda v, r, t: (v-r).square().sum()))
+        for name,kw in cases.items():
+            net = clip.fresh_copy()
+            train = DistillTrainer(clip, Sizes(), **{**dict(iters=5, lr=1e-3, batch_size=4), **kw})
+            mask, history = imp(net, train, density=.5, p=.3, checkpoint_dir=f'{out}/{name}')
+            told[name] = dict(loss=history.loss.tolist(), cached=sorted(map(list, train._cache)) if train._store is None else len(train._store.keys))
+            torch.save(dict(mask=dict(mask.items()), net=net.state_dict()), f'{out}/{name}.{team.rank}.pt')
+        seg = build('deeplabv3', clip.fresh_copy(), vocabulary=['left', 'right', 'top'], preset='small', seed=0)
+        told['own loss'] = dict(loss=imp(seg, DistillTrainer(seg, Sizes(), iters=2, batch_size=4, segmentation=1.), density=.7, p=.3)[1].loss.tolist())
+        for name,kw in dict(odd=dict(batch_size=3), other=dict(lr=1e-3*(1+team.rank)), nan=dict(loss=lambda v, r, t: v.sum()*torch.nan)).items():
+            try: imp(clip.fresh_copy(), DistillTrainer(clip, Sizes(), **{**dict(iters=2, batch_size=4), **kw}), density=.7, p=.3)
+            except OpenTransError as error: told[name] = str(error)
+        with open(f'{out}/rank{team.rank}.json', 'w') as file: json.dump(told, file)
+
+    if __name__ == '__main__':
+        main(sys.argv[1])
+        if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+''')
+
+@pytest.fixture(scope='module')
+def pruned(tmp_path_factory):
+    "Masks that two processes find, and those that one finds."
+    d = tmp_path_factory.mktemp('prune')
+    (d/'work.py').write_text(PRUNE)
+    (d/'one').mkdir()
+    env = dict(ENV, PYTHONPATH=os.pathsep.join([str(root), str(root/'tests')]))
+    for command,out in ((LAUNCH, d), ([sys.executable, '-W', 'ignore'], d/'one')):
+        p = subprocess.run([*command, str(d/'work.py'), str(out)], capture_output=True, text=True, env=env, cwd=d)
+        assert p.returncode == 0, p.stderr[-3000:]
+    return d,[json.loads((d/f'rank{r}.json').read_text()) for r in (0, 1)],json.loads((d/'one'/'rank0.json').read_text())
+
+@pytest.mark.parametrize('case', ['frozen', 'norms', 'image', 'windows', 'own'])
+def test_two_processes_find_the_mask_of_one(pruned, case):
+    "The pairs of regions are those of the whole batch, regions and windows the same ones, norms those of all: one mask, whoever finds it."
+    d,(a,b),one = pruned
+    x,y,z = (torch.load(file, weights_only=True) for file in (d/f'{case}.0.pt', d/f'{case}.1.pt', d/'one'/f'{case}.0.pt'))
+    assert all(torch.equal(x[part][k], y[part][k]) for part in ('mask', 'net') for k in x[part]), 'the processes have drifted apart'
+    assert a[case] == b[case] and a[case]['loss'] == pytest.approx(one[case]['loss'], rel=1e-4)
+    assert a[case]['cached'] == one[case]['cached'], 'each keeps what the teacher has told any of them'
+    both,either = (sum(int(op(x['mask'][k], z['mask'][k]).sum()) for k in x['mask']) for op in (torch.logical_and, torch.logical_or))
+    assert both/either > .999, f'IoU {both/either}'
+    apart = torch.cat([(x['net'][k]-z['net'][k]).float().abs().flatten() for k in x['net']])
+    assert (apart > 2e-3).float().mean() < 1e-3                          # AdamW divides small differences by small gradients
+    if case == 'image': assert apart.max() < 1e-4                        # SGD does not
+
+def test_distillation_beside_a_framework_in_two_processes(pruned):
+    "The loss of a framework is the mean over the processes, whose gradients keep them together."
+    _,(a,b),one = pruned
+    assert a['own loss'] == b['own loss'] and a['own loss']['loss'] == pytest.approx(one['own loss']['loss'], rel=.3)
+
+def test_errors_of_a_distillation_are_told_by_all(pruned):
+    _,told,one = pruned
+    for r in told:
+        assert 'must be a multiple of 2' in r['odd'] and 'different settings of the training' in r['other'] and 'The loss is nan' in r['nan']
+    assert 'other' not in one and 'odd' not in one and one['nan'] == told[0]['nan']

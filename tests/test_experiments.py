@@ -1,11 +1,19 @@
 "Studies on data of real formats, and what becomes of one that is interrupted."
-import dataclasses, functools, json, math, os, signal, subprocess, sys
+import base64, dataclasses, functools, json, math, os, shutil, signal, subprocess, sys, zlib
 from pathlib import Path
+import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
+import torch
+from mutations import COUNT, check_reader
 from opentrans import experiments as ex
+from opentrans.clip import ClipBackbone
 from opentrans.core import OpenTransError, load_json
 from opentrans.data import ShapesWorld, write_coco_panoptic
+from opentrans.errors import FormatError, OtherRun
+from opentrans.files import lock_folder, save_json
 from conftest import PATIENCE, until
+from test_plan import PLAN
 
 SAMPLES = Path(__file__).resolve().parents[1]/'../shared/data/samples'
 DISK = dataclasses.replace(ex.SCALES['smoke'], data='coco_panoptic', paper=True, batch_size=2, imp_crop=64, checkpoint=1)
@@ -118,3 +126,216 @@ def test_workers_end_with_their_parent(tmp_path, sent):
         try: os.killpg(p.pid, 0); return True
         except ProcessLookupError: return False
     until(lambda: not left(), 'a process was left behind')                         # multiprocessing's own tracker ends a moment after its parent
+
+# files of studies: read whole, or refused in a sentence
+
+RESULTS = Path(__file__).resolve().parents[1]/'docs'/'results'
+ARM = dict(arm='dense', seed=0, framework='deeplabv3', mask=None, found='', weights='original', select='alpha', level='', every=True, density=1., rule='alpha', frozen=['a'],
+           miou=dict(base=.3, novel=.1, night=.2), params=9, active_params=9, macs=5, active_macs=5, train_flops=1e9, cka=.5, cka_layers=None, cka_channels=math.nan, seconds=1.)
+
+def test_a_damaged_arm_is_refused_or_shown(tmp_path):
+    "The result of an arm, in the place where a study looks for it, and what is made of it."
+    arm, scale = ex.Arm('dense', select='alpha'), ex.SCALES['smoke']
+    place = ex._result(tmp_path, arm, scale)
+    save_json(ARM, tmp_path/'good.json', ex.ARM_FILE)
+    def read(target, path):
+        shutil.copy(path, place)
+        frame = ex.results_frame([ex._known(arm, scale, tmp_path)])
+        ex.summarize(frame, [arm])
+        ex.difference(frame, 'dense', 'dense', 'cka')
+    check_reader(tmp_path/'good.json', read)
+
+def stored(name, folder):
+    "A stored study, with a checksum, in a folder of its own; of its runs every fifth."
+    data = load_json(RESULTS/f'{name}-5seeds.json')
+    save_json(dict(data, results=data['results'][::5], claims=data['claims'][:3]), folder/f'{name}-5seeds.json', ex.STUDY_FILE)
+    return folder/f'{name}-5seeds.json'
+
+@pytest.mark.parametrize('name', ['freezing', 'overlap', 'alpha', 'pictures', 'density'])
+def test_a_damaged_study_is_refused_or_shown(tmp_path, name):
+    "A stored study, read from its file; its table of claims and its means are made."
+    good = stored(name, tmp_path)
+    world = ex.open_world(ex.Scale(**load_json(good)['scale']), 0)
+    def read(target, path):
+        data = ex.load_study(name, path)
+        ex.claims_table(ex._claims_frame(data['claims']))
+        ex._summary(data['summary'], ['params'])
+        if name == 'overlap': ex._agreement(data['more']['between_seeds'])
+        if name == 'pictures': ex._check_answers(ex.unpack_pictures(data['more']), world)
+    check_reader(good, read)
+
+@pytest.mark.parametrize('name', ['freezing', 'overlap', 'alpha', 'density', 'frameworks', 'similarity', 'balance'])
+def test_a_forged_study_is_refused_or_drawn(tmp_path, name):
+    "What passes the checks can be drawn."
+    good = stored(name, tmp_path)
+    def read(target, path):
+        ex.plot_study(name, ex.load_study(name, path))
+        plt.close('all')
+    check_reader(good, read, count=12 if COUNT < 2000 else 100)
+
+def test_every_stored_study_is_read_as_it_is():
+    "The checks take what is in docs/results, and change nothing in it."
+    for name in ex.STUDIES:
+        file = RESULTS/f'{name}-5seeds.json'
+        if file.exists(): assert json.dumps(ex.load_study(name, file), sort_keys=True) == json.dumps(json.loads(file.read_text()), sort_keys=True)
+
+READERS = {'study': (ex._identity(ex.SCALES['smoke'], 3), ex.RUNS_FILE), 'imp': (dict(round=[0, 1], density=[.9, .8], loss=[1., None]), ex.ROUNDS_FILE),
+           'part': ({'0': dict(a=2., b=None), '16': dict(a=2.1, b=3.)}, ex.PART_FILE),
+           'course-dense': (dict(iterations=[0, 16], median=[2., 3.], layers=['a', 'b'], before=[1., 2.], after=[None, 3.]), ex.COURSE_FILE)}
+
+@pytest.mark.parametrize('kind', READERS)
+def test_a_damaged_file_of_a_run_is_refused_or_read(tmp_path, kind):
+    "Settings of a folder, history of Algorithm 1, courses of alpha, each where a study looks for it."
+    value, file = READERS[kind]
+    save_json(value, tmp_path/'good.json', file)
+    (tmp_path/'run').mkdir()
+    def read(target, path):
+        shutil.copy(path, tmp_path/'run'/f'{kind}.json')
+        if kind == 'study': ex._claim(tmp_path/'run', ex.SCALES['smoke'], 3)
+        elif kind == 'imp': pd.DataFrame(ex._rounds_of(tmp_path/'run'))
+        elif kind == 'part': ex._seen(tmp_path/'run'/'part.json')
+        else: ex.alpha_course(ex.SCALES['smoke'], 3, tmp_path/'run')
+    check_reader(tmp_path/'good.json', read)
+
+def test_a_study_of_one_seed_is_shown(tmp_path):
+    "One seed has no interval: null in the file, nan in the table, and no traceback."
+    data = load_json(RESULTS/'freezing-5seeds.json')
+    results = [r for r in data['results'] if r['seed'] == 0]
+    claims = ex.claims(ex.results_frame(results), ex.STUDIES['freezing'].claims).to_dict('records')
+    save_json(dict(data, results=results, claims=claims, seeds=[0]), ex.result_file('freezing', tmp_path, 1), ex.STUDY_FILE)
+    ex.show_study('freezing', tmp_path, 1)
+    assert 'nan' in ex.claims_table(ex.all_claims(tmp_path, 1)).base.iloc[0]
+
+def picture(packed, shape=(1, 4, 4), **more):
+    "A study's pictures, of which there is one."
+    return dict(seed=0, arms={'dense': {'val': dict(dict(shape=list(shape), data=base64.b64encode(packed).decode()), **more)}})
+
+def test_a_bomb_among_the_pictures_is_not_opened():
+    "100 MB of zeros in 100 kB: no more is opened than the picture says that it has."
+    bomb = zlib.compress(bytes(10**8), 9)
+    with pytest.raises(FormatError, match='another size'): ex.unpack_pictures(picture(bomb))
+    with pytest.raises(FormatError, match='more than'): ex.unpack_pictures(picture(bomb, (2**16, 2**16, 2**16)))
+    good = zlib.compress(bytes(range(16)))
+    assert ex.unpack_pictures(picture(good))['dense']['val'].flatten().tolist() == [*range(16)]
+    for bad in (dict(shape=[1, 4, 5]), dict(shape=[16]), dict(shape=[-1, 4, 4]), dict(dtype='object'), dict(dtype='float32'), dict(dtype='int64'), dict(data='?!'), dict(data=3)):
+        with pytest.raises(FormatError): ex.unpack_pictures(picture(good, **bad))
+    for data in (good[:-1], good+b'x', b'', b'no zlib'):
+        with pytest.raises(FormatError): ex.unpack_pictures(picture(data))
+
+def test_a_study_in_a_folder_of_another_is_refused(tmp_path):
+    "While one study works in the folders of its seeds, another is told so; its own processes go in and out."
+    scale, arms = ex.SCALES['smoke'], [ex.Arm('dense', table='study')]
+    with lock_folder(tmp_path/'seed1'):
+        with pytest.raises(OtherRun, match='seed1'): ex.study(scale, (0, 1), tmp_path, arms=arms)
+        with pytest.raises(OtherRun, match='seed1'): ex.find_masks(scale, (1,), tmp_path, 1, [()])
+    with lock_folder(tmp_path/'demo'/'.demo-runs'):
+        with pytest.raises(OtherRun, match='.demo-runs'): ex.demo(tmp_path/'demo', scale='smoke', arms=arms)
+    with ex._held(tmp_path/'seed1'), ex._held(tmp_path/'seed1', tmp_path/'seed2'): pass # what a study holds is its own
+    with lock_folder(tmp_path/'seed1'), lock_folder(tmp_path/'seed2'): pass             # and free afterwards
+
+def test_weights_of_a_run_are_checked_before_they_are_put(tmp_path):
+    "A warm-up that was altered or cut short is refused."
+    scale, arm = ex.SCALES['smoke'], ex.Arm('dense', table='study')
+    ex.warm_up(arm, scale, 0, tmp_path)
+    file = ex._start(tmp_path, arm, scale)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-4] + b'!!!!')
+    with pytest.raises(FormatError, match='checksum'): ex.open_warm(arm, scale, 0, tmp_path)
+    file.write_bytes(whole[:len(whole)//2])
+    with pytest.raises(FormatError, match='not a whole'): ex.open_warm(arm, scale, 0, tmp_path)
+
+@pytest.mark.parametrize('bad', [dict(size=0), dict(size=10**9), dict(train=2.5), dict(density=0), dict(density=math.nan), dict(p=1), dict(lr=-1), dict(lr=math.inf), dict(queries='fcclip'),
+                                 dict(sets=[1]), dict(paper='yes'), dict(backbone=3), dict(output_stride=7), dict(batch_size=True), dict(zero_shot='400')], ids=str)
+def test_sizes_of_a_study_have_ranges(bad):
+    with pytest.raises(OpenTransError): dataclasses.replace(ex.SCALES['smoke'], **bad)
+
+def test_numbers_of_a_study_have_ranges(tmp_path):
+    "Refused before anything is made."
+    for bad in (dict(seeds=0), dict(seeds=1.5), dict(seed=-1), dict(workers=0), dict(workers=True), dict(scale='huge'), dict(scale=[1])):
+        with pytest.raises(OpenTransError): ex.run_study('masks', tmp_path, **bad)
+        with pytest.raises(OpenTransError): ex.demo(tmp_path, **bad)
+    with pytest.raises(OpenTransError, match='Unknown study'): ex.run_study(['masks'], tmp_path)
+    assert not any(tmp_path.iterdir())
+
+def test_names_are_shown_as_they_are_called():
+    "Arms and data sets with formulas, markup and escape sequences in their names: in plots, on the page, in a table."
+    names = '$x_{$', '_hidden', '<script>alert(1)</script>', 'a|b\x1b[31m'
+    arms = [ex.Arm(n, table='masks') for n in names]
+    results = [dict(ARM, arm=n, seed=s, miou={'base': .1*i+.01*s, 'novel': .1, '$y$': .2}) for i,n in enumerate(names) for s in range(3)]
+    frame = ex.results_frame(results)
+    for axis in (ex.plot_arms(frame, arms), ex.plot_cost(frame), ex.plot_similarity(frame), ex.plot_frameworks(frame, arms)[0]): axis.figure.canvas.draw()
+    assert len(ex.plot_arms(frame, arms).get_legend_handles_labels()[1]) == 4
+    plt.close('all')
+    verdicts = ex.claims(frame, ((names[2], names[3], names[0], names[2], ('base',)),))
+    page = ex._claims_html(verdicts) + ex._said(verdicts) + ex._table_html(ex.summarize(frame, arms).to_dict('index'))
+    assert '<script>' not in page and '\x1b' not in page and '&lt;script&gt;' in page
+    table = ex.claims_table(verdicts)
+    assert '<script>' not in ''.join(table.index) and '\x1b' not in table.paper.iloc[0] and '\\|' in table.paper.iloc[0]
+
+def test_a_clip_that_is_not_finite_gets_no_accuracy():
+    clip = ex.open_clip_of(ex.SCALES['smoke'])
+    with torch.no_grad(): clip.visual.conv1.weight[0] = math.nan
+    with pytest.raises(OpenTransError, match='not finite'): ex.zero_shot(clip, 4)
+
+# where alpha is read, and where a table is made
+
+def _smoke(alpha_of): return dataclasses.replace(ex.SCALES['smoke'], alpha_of=alpha_of)
+_TWO = [ex.Arm('dense half', select='alpha', table='layers'), ex.Arm('sparse half', 'distilled', select='alpha', table='layers')]
+
+def test_alpha_is_read_before_or_under_the_mask(tmp_path, one_thread):
+    "Before it, the sparse arm freezes what the dense one does, from the same warm-up; under it, it has a start of its own. Sparse it is in both."
+    runs = {}
+    for alpha_of in ('dense', 'masked'):
+        dense, sparse = ex.study(_smoke(alpha_of), 0, tmp_path/alpha_of, 1, _TWO)
+        runs[alpha_of] = sparse
+        assert sparse['density'] == pytest.approx(.5, abs=.01) and (dense['frozen'] == sparse['frozen']) == (alpha_of == 'dense')
+        assert len(list((tmp_path/alpha_of).glob('start-*.safetensors'))) == (1 if alpha_of == 'dense' else 2)
+    clip = ex.open_clip_of(_smoke('dense'))
+    seg = ex._build('', clip, ex.open_world(_smoke('dense'), 0)['train'].vocabulary, _smoke('dense'), 0)
+    mask = ex.open_mask('distilled', _smoke('dense'), 0, tmp_path/'dense')
+    c = ex.cost(seg, (3, 80, 80)).under(mask)
+    warm, whole = ex.training_flops(c, 1, 4), ex.training_flops(c, 2, 4, mask=mask, selection=ex.LayerSelection([], runs['dense']['frozen']))
+    assert runs['dense']['train_flops'] == pytest.approx(warm+whole), 'the warm-up is dense, what follows is sparse'
+
+def test_a_mask_that_comes_late_is_waited_for(tmp_path):
+    "An arm whose warm-up needs no mask still needs the mask itself."
+    jobs = ex._plan(_smoke('dense'), 0, tmp_path, _TWO)
+    needs = {k: deps for k,(deps,*_) in jobs.items()}
+    sparse = next(k for k in needs if k[1] == 'arm' and 'then distilled' in k[2])
+    assert (0, 'imp', ()) in needs[sparse] and not needs[next(k for k in needs if k[1] == 'start')]
+
+def test_the_scales_of_clip_itself_read_alpha_as_the_paper_does():
+    assert {n for n,s in ex.SCALES.items() if s.alpha_of == 'dense'} == {'gpu', 'coco'}
+
+def test_tables_are_made_in_the_framework_of_the_paper(tmp_path, monkeypatch):
+    "Han et al.'s for Tab. 2, 4 and 10 where CLIP itself is trained; any other by its name, in a file of that name."
+    seen = []
+    monkeypatch.setattr(ex, 'study', lambda scale, *a: seen.append(scale) or [])
+    monkeypatch.setattr(ex, 'open_clip_of', lambda scale: None)
+    monkeypatch.setattr(ex, 'open_world', lambda scale, seed: {})
+    for name in ('freezing', 'training', 'ratio', 'masks'):
+        for scale in ('shapes', 'coco', 'gpu'): ex.run_study(name, tmp_path, 1, scale=scale)
+    assert [s.framework for s in seen] == ['deeplabv3', 'mask2former', 'mask2former']*3 + ['deeplabv3']*3
+    ex.run_study('ratio', tmp_path, 1, framework='fpn')
+    assert seen[-1].framework == 'fpn' and (tmp_path/'ratio-fpn-1seeds.json').exists()
+    with pytest.raises(OpenTransError, match='Unknown framework'): ex.run_study('ratio', tmp_path, 1, framework='fpm')
+
+def test_a_scale_says_how_its_arms_train():
+    scale = dataclasses.replace(ex.SCALES['smoke'], precision='bf16', accumulate=64, loaders=3)
+    recipe = scale.recipe(5, 'poly', 0)
+    assert (recipe.precision, recipe.accumulate, recipe.workers) == ('bf16', recipe.batch_size, 3)
+    for bad in (dict(precision='fp8'), dict(alpha_of='both'), dict(accumulate=0), dict(loaders=-1)):
+        with pytest.raises(OpenTransError): dataclasses.replace(scale, **bad)
+
+def test_a_study_says_what_it_needs(monkeypatch):
+    "A row for each framework; hours are those of all arms and seeds, shared by the processes. On a GPU nothing begins that cannot fit."
+    table = ex.plan_study('masks', seeds=3, scale='smoke', workers=2)
+    row = table.loc['deeplabv3']
+    assert list(table.index) == ['deeplabv3'] and row.arms == len(ex.STUDIES['masks'].arms) and row.fits
+    assert row.total == pytest.approx(row.hours*row.arms*3/2) and 0 < row.gigabytes < row.room
+    assert list(ex.plan_study('ratio', scale='smoke', framework='fpn').index) == ['fpn']
+    monkeypatch.setattr(ex, 'pick_device', lambda name: torch.device('cuda'))
+    monkeypatch.setattr(ex, 'plan_run', lambda *a: dataclasses.replace(PLAN, room=1))
+    monkeypatch.setattr(ex, 'open_clip_of', lambda scale: ClipBackbone.create('shapes-rn', pretrained='shapes-rn', output_stride=16))
+    with pytest.raises(OpenTransError, match='needs about'): ex.run_study('ratio', 'nowhere', 1, scale='smoke')
+    assert not Path('nowhere').exists()

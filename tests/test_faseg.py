@@ -15,7 +15,7 @@ from opentrans.frameworks.faseg import FASegDecoder, FASegPixelDecoder, HighResC
 from opentrans.pruning import SparseMask
 
 root = Path(__file__).resolve().parent.parent
-TINY = dict(hidden=32, mask_dim=32, queries=8, pixel_layers=1, heads=2, pixel_ffn=32, ffn=32, points=128)
+TINY = dict(hidden=64, mask_dim=32, queries=8, pixel_layers=1, heads=2, pixel_ffn=32, ffn=32, points=128)
 
 def maps(channels, size, b=1, seed=0):
     g = torch.Generator().manual_seed(seed)

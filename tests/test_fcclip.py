@@ -12,7 +12,7 @@ from opentrans.frameworks.contract import tiny_backbone
 from opentrans.frameworks.fcclip import embed_masks, geometric_ensemble, load_fcclip
 from opentrans.pruning import SparseMask
 
-TINY = dict(hidden=32, mask_dim=32, queries=8, pixel_layers=1, layers=3, heads=2, pixel_ffn=32, ffn=32, points=128)
+TINY = dict(hidden=64, mask_dim=32, queries=8, pixel_layers=1, layers=3, heads=2, pixel_ffn=32, ffn=32, points=128)
 SIZES = dict(hidden=64, mask_dim=64, queries=11, pixel_layers=2, layers=4, heads=8, pixel_ffn=96, ffn=80)
 TRAIN,TEST = ['red star,star', 'blue disc', 'grass,lawn', 'sand'],['star', 'blue square,blue disc', 'sky', 'sand,beach,ground', 'water']
 THINGS = [True, True, False, False, False]

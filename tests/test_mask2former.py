@@ -15,7 +15,7 @@ from opentrans.frameworks.contract import tiny_backbone
 from opentrans.frameworks.mask2former import QueryHead, SetLoss, head_names, load_mask2former, panoptic_from_queries, semantic_from_queries
 from opentrans.pruning import SparseMask
 
-TINY = dict(hidden=32, mask_dim=32, queries=8, pixel_layers=1, layers=3, heads=2, pixel_ffn=32, ffn=32, points=128)
+TINY = dict(hidden=64, mask_dim=32, queries=8, pixel_layers=1, layers=3, heads=2, pixel_ffn=32, ffn=32, points=128)
 CHANNELS = dict(res2=24, res3=48, res4=96, res5=192)
 
 def maps(channels, size, b=1, seed=0):

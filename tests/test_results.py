@@ -67,6 +67,7 @@ def test_each_study_has_a_place_in_the_notebook():
     linked = set(re.findall(r'\(nbs/20_experiments\.ipynb#([\w-]+)\)', (root/'README.md').read_text()))
     assert linked and linked <= set(STUDIES)
 
+@pytest.mark.slow
 def test_a_stored_figure_is_made_again(tmp_path, one_thread):
     "Two arms of the first seed, run anew: they and their difference are nearer to the stored ones than seeds are to one another."
     from opentrans.experiments import SCALES, STUDIES, study

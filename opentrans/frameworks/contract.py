@@ -234,7 +234,6 @@ def _learns_small(method):
     "A loss that takes images of any size, or says why not."
     @functools.wraps(method)
     def loss(self, batch):
-        images = batch['images']
         with _enough_values(): return method(self, _fill_batch(self, batch))
     return loss
 

@@ -6,12 +6,14 @@
 __all__ = ['Pyramid', 'conv_bn', 'Decoder', 'set_output_stride', 'DeepLabV3']
 
 # %% ../../nbs/10_deeplabv3.ipynb #282979de
-import copy, dataclasses
+import copy, dataclasses, math
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from ..clip import dilate_resnet
 from ..core import OpenTransError, unknown
+from ..distill import released_terms, teach_regions, tgkd_loss
 from ..errors import check_number
 from .contract import Framework, Scores, pixel_loss, register_framework, resize, text_logits
 
@@ -76,8 +78,9 @@ def set_output_stride(
 @register_framework('deeplabv3')
 class DeepLabV3(Framework):
     "DeepLabV3 on CLIP with text embeddings as the classifier (Sec. 3.2, *Traditional CNN-based OVS*)."
-    presets = dict(paper={}, small=dict(width=64, low_level=24, dilations=(1, 2, 3), dropout=0., scale=20., loss_stride=2))
-    uses_regions = False # the loss reads labels alone
+    presets = dict(paper={}, small=dict(width=64, low_level=24, dilations=(1, 2, 3), dropout=0., scale=20., loss_stride=2),
+                   released=dict(nothing=True, learn_scale=True, kd=2., kd_target='tight', kd_form='released'))
+    uses_regions = False # the loss reads labels alone, unless there is `kd`
 
     def __init__(self,
         backbone, # `ClipBackbone`
@@ -91,6 +94,11 @@ class DeepLabV3(Framework):
         loss_stride:int=1, # Take the loss at every n-th pixel of each row and column, beginning anywhere: n*n times cheaper
         fine:str='res2', # Features for the edges
         coarse:str='res5', # Features for the meaning
+        nothing:bool=False, # Learn an embedding of *nothing*, which pixels without a label are asked to be?
+        learn_scale:bool=False, # Learn the temperature, from `scale` or 1/0.07 on?
+        kd:float=0., # Weight of a distillation loss of regions; 0 leaves it out
+        kd_target:str='crop', # How the teacher embeds a region: `'crop'`, `'attention'` or `'tight'`, the released code's crops
+        kd_form:str='paper', # The distillation loss: `'paper'` (supplement, Eq. 3) or `'released'` (`released_terms`)
     ):
         super().__init__(backbone, vocabulary)
         for name in (fine, coarse):
@@ -101,6 +109,13 @@ class DeepLabV3(Framework):
         self.decoder = Decoder(backbone.channels[fine], width, low_level)
         self.proj = nn.Conv2d(width, backbone.embed_dim, 1)
         self.scale,self.loss_stride,self.fine,self.coarse = float(backbone.logit_scale if scale is None else scale),loss_stride,fine,coarse
+        for kind,given,allowed in (('kd_target', kd_target, ('crop', 'attention', 'tight')), ('kd_form', kd_form, ('paper', 'released'))):
+            if given not in allowed: raise unknown(kind, given, allowed)
+        d = backbone.embed_dim
+        self.nothing = nn.Parameter(torch.randn(1, d)*d**-.5) if nothing else None
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1/.07 if scale is None else scale))) if learn_scale else None
+        self.kd,self.kd_target,self.kd_form,self._teacher = kd,kd_target,kd_form,[]
+        if kd: self.uses_regions = True
 
     def embed(self,
         images:torch.Tensor, # (B,3,H,W) in [0,1]
@@ -109,16 +124,42 @@ class DeepLabV3(Framework):
         f = self.backbone(images)
         return self.proj(self.decoder(f[self.fine], self.aspp(f[self.coarse])))
 
+    @property
+    def temperature(self): return self.scale if self.log_scale is None else self.log_scale.exp()
+
     def forward(self, images, text_embeddings):
         "Images (B,3,H,W) and text embeddings (K,D) to logits (B,K,H,W)."
-        return resize(text_logits(self.embed(images), text_embeddings, self.scale), images.shape[-2:])
+        return resize(text_logits(self.embed(images), text_embeddings, self.temperature), images.shape[-2:])
 
     def loss(self, batch):
-        "Cross-entropy over pixels, all or a grid of them."
+        "Cross-entropy over pixels, all or a grid of them; distillation of regions, if asked for."
         n,labels = self.loss_stride,batch['labels']
         if n > 1: y,x = torch.randint(n, (2,)).tolist(); labels = labels[:, y::n, x::n]
-        return dict(ce=pixel_loss(resize(text_logits(self.embed(batch['images']), self.text(), self.scale), labels.shape[-2:]), labels, batch.get('ignore', self.ignore)))
+        embedded,text,ignore = self.embed(batch['images']),self.text(),batch.get('ignore', self.ignore)
+        names = text if self.nothing is None else torch.cat([text, F.normalize(self.nothing, dim=-1).to(text)])
+        if self.nothing is not None: labels = labels.where(labels != ignore, len(text))
+        losses = dict(ce=pixel_loss(resize(text_logits(embedded, names, self.temperature), labels.shape[-2:]), labels, ignore))
+        if self.kd: losses['kd'] = self.kd*self.distill(embedded, batch, text, ignore)
+        return losses
 
     def scores(self, images, text):
         "Logits at a quarter of the size, which are resized when they are asked for."
-        return Scores(text_logits(self.embed(images), text, self.scale), images.shape[-2:])
+        return Scores(text_logits(self.embed(images), text, self.temperature), images.shape[-2:])
+
+    def distill(self,
+        embedded:torch.Tensor, # (B,D,h,w) pixel embeddings
+        batch:dict, # Images, regions and their classes
+        text:torch.Tensor, # (K,D)
+        ignore:int, # Class of regions that are left out
+    )->torch.Tensor: # A number
+        "The distance of regions' mean embeddings to what the dense CLIP sees in them, beside that of their names (supplement, Eq. 3, within an image; or the released code's form)."
+        keep = [(k != ignore) & r.flatten(1).any(1) for r,k in zip(batch['regions'], batch['region_classes'])]
+        regions,classes = ([x[i] for x,i in zip(batch[name], keep)] for name in ('regions', 'region_classes'))
+        count = sum(map(len, regions))
+        if not count: return embedded.sum()*0
+        taught = teach_regions(self, batch['images'], regions, self.kd_target)
+        weights = [F.adaptive_avg_pool2d(r[:, None].float(), embedded.shape[-2:]).flatten(1) for r in regions]
+        pooled = [F.normalize(w @ e.flatten(1).float().T, dim=-1) for w,e in zip(weights, embedded)]
+        rows = [(v, r.to(v), text[k].to(v)) for v,r,k in zip(pooled, taught, classes) if len(v)]
+        if self.kd_form == 'released': return torch.cat([released_terms(*row) for row in rows]).mean()
+        return sum(tgkd_loss(*row)*len(row[0]) for row in rows)/count

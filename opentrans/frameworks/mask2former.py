@@ -9,7 +9,6 @@ __all__ = ['SOURCES', 'read_checkpoint', 'mask2former_config', 'Positions', 'Own
 
 # %% ../../nbs/11_mask2former.ipynb #599d11ec
 import copy, inspect, math, re
-from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from transformers.models.mask2former.modeling_mask2former import (Mask2FormerLos
                                                                   Mask2FormerSinePositionEmbedding, Mask2FormerTransformerModule)
 from ..clip import read_weights
 from ..core import OpenTransError, device_of, unknown
-from ..distill import tgkd_loss
+from ..distill import grounding_loss, released_terms, teach_regions, tgkd_loss
 from .contract import Framework, Scores, best_class, register_framework, resize
 
 # %% ../../nbs/11_mask2former.ipynb #91e927a2
@@ -318,7 +317,8 @@ class Mask2Former(Framework):
     "Mask2Former on CLIP with text embeddings as the classifier of its queries (Sec. 3.1; Han et al.)."
     kinds = ('semantic', 'panoptic')
     masks_first = False # To another size are resized: masks, before they are scored (FC-CLIP), or scores (SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE: False)?
-    presets = dict(paper={}, small=dict(hidden=64, mask_dim=64, queries=24, pixel_layers=1, layers=2, heads=4, pixel_ffn=128, ffn=128, scale=30., points=256, class_weight=5., region_dropout=0., kd=0.))
+    presets = dict(paper={}, small=dict(hidden=64, mask_dim=64, queries=24, pixel_layers=1, layers=2, heads=4, pixel_ffn=128, ffn=128, scale=30., points=256, class_weight=5., region_dropout=0., kd=0.),
+                   released=dict(kd_target='tight', kd_form='released', grounding=2.))
 
     def __init__(self,
         backbone, # `ClipBackbone`
@@ -340,14 +340,16 @@ class Mask2Former(Framework):
         region_dropout:float=.5, # Share of the regions whose class is not asked for, drawn each time
         kd:float=2., # Weight of the distillation loss; 0 leaves it out
         kd_source:str='prior', # What is distilled: a projection of the query (`'prior'`), of its CLIP embedding (`'posterior'`), or that embedding (`'direct'`)
-        kd_target:str='crop', # How the teacher embeds a region: `'crop'` or `'attention'`
+        kd_target:str='crop', # How the teacher embeds a region: `'crop'` or `'attention'`, or `'tight'`, the released code's crops
         kd_regions:int=200, # Most regions of a batch that are distilled
         divisible:int=32, # Images are padded to a multiple of this, in CLIP's mean colour
         score:float=.8, # Panoptic: how sure of its class a query must be
         overlap:float=.8, # Panoptic: how much of its mask it must keep
+        kd_form:str='paper', # The distillation loss: `'paper'` (supplement, Eq. 3) or `'released'` (`released_terms`, with a learned scale)
+        grounding:float=0., # Weight of the grounding loss, for batches with `nouns` of captions; the released code has 2
     ):
         super().__init__(backbone, vocabulary)
-        for kind,given,allowed in (('kd_source', kd_source, SOURCES), ('kd_target', kd_target, ('crop', 'attention'))):
+        for kind,given,allowed in (('kd_source', kd_source, SOURCES), ('kd_target', kd_target, ('crop', 'attention', 'tight')), ('kd_form', kd_form, ('paper', 'released'))):
             if given not in allowed: raise unknown(kind, given, allowed)
         d,n = backbone.embed_dim,layers+1
         self.head = QueryHead(backbone.channels, hidden, mask_dim, queries, pixel_layers, layers, heads, pixel_ffn, ffn)
@@ -356,7 +358,8 @@ class Mask2Former(Framework):
         self.nothing = nn.Parameter(torch.randn(1, d)*d**-.5)
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.criterion = SetLoss(class_weight, mask_weight, dice_weight, no_object=no_object, points=points, region_dropout=region_dropout)
-        self.kd,self.kd_source,self.kd_target,self.kd_regions = kd,kd_source,kd_target,kd_regions
+        self.kd,self.kd_source,self.kd_target,self.kd_regions,self.kd_form,self.grounding = kd,kd_source,kd_target,kd_regions,kd_form,grounding
+        if kd and kd_form == 'released': self.kd_scale = nn.Parameter(torch.ones(()))
         self.divisible,self.score,self.overlap,self._teacher = divisible,score,overlap,[]
 
 # %% ../../nbs/11_mask2former.ipynb #f391067c
@@ -443,9 +446,7 @@ def teach(self:Mask2Former,
     regions, # For each image (N,H,W)
 )->list: # For each image (N,D), unit length
     "What the dense CLIP that the backbone began as sees in regions."
-    if not self._teacher: self._teacher.append(self.backbone.fresh_copy().requires_grad_(False).eval())
-    with torch.no_grad(): r = self._teacher[0].to(device_of(self)).region_embeddings(images, regions, mode=self.kd_target)
-    return list(r.split([len(m) for m in regions]))
+    return teach_regions(self, images, regions, self.kd_target)
 
 @patch
 def distill(self:Mask2Former,
@@ -454,8 +455,8 @@ def distill(self:Mask2Former,
     images, # (B,3,H,W) in [0,1]
     regions, # For each image (N,H,W)
     text, # For each image (N,D): text embedding of each region's class
-)->torch.Tensor: # Eq. 3, the mean over regions, summed over layers
-    "Distill the matched queries from the dense CLIP's regions (supplement, Eq. 3)."
+)->torch.Tensor: # Eq. 3, the mean over regions, summed over layers; of `kd_form='released'` the mean over terms
+    "Distill the matched queries from the dense CLIP's regions (supplement, Eq. 3; or as in the released code)."
     which = [(b, j) for b,(_,t) in enumerate(matched[-1]) for j in t.tolist()]
     chosen = {which[i] for i in torch.randperm(len(which))[:self.kd_regions].tolist()}
     use = [sorted(j for b,j in chosen if b == i) for i in range(len(regions))]
@@ -463,11 +464,30 @@ def distill(self:Mask2Former,
     taught,total = self.teach(images, [r[u] for r,u in zip(regions, use)]),0.
     for l,(q,pairs) in enumerate(zip(queries, matched)):
         e = q if self.kd_source == 'prior' else self.embed[l](q)
-        v = F.normalize(e if self.kd_source == 'direct' else self.kd_proj[l](e), dim=-1)
+        v,terms = F.normalize(e if self.kd_source == 'direct' else self.kd_proj[l](e), dim=-1),[]
         for b,u in enumerate(use):
             of = dict(zip(pairs[b][1].tolist(), pairs[b][0].tolist())) # region -> query
             at = [i for i,j in enumerate(u) if j in of]
-            if at: total = total + tgkd_loss(v[b, [of[u[i]] for i in at]], taught[b][at].to(v), text[b][[u[i] for i in at]].to(v))*len(at)/len(chosen)
+            if not at: continue
+            rows = v[b, [of[u[i]] for i in at]],taught[b][at].to(v),text[b][[u[i] for i in at]].to(v)
+            if self.kd_form == 'released': terms.append(released_terms(*rows, self.kd_scale))
+            else: total = total + tgkd_loss(*rows)*len(at)/len(chosen)
+        if terms: total = total + torch.cat(terms).mean()
+    return total
+
+@patch
+def ground(self:Mask2Former,
+    queries, # For each layer (B,Q,hidden): query embeddings
+    matched, # For each layer and image: (queries, regions)
+    nouns, # For each image: the nouns of its caption
+    most:int=25, # Regions of an image, at most
+)->torch.Tensor: # The sum over layers
+    "The released code's grounding loss of the matched queries (`loss_ground` in maskformer_model_voca_dense_kd.py)."
+    words = [self.backbone.encode_text(list(n), ['{}']).to(q.device) if n else q.new_zeros(0, self.backbone.embed_dim) for n,q in zip(nouns, queries[0])]
+    total = 0.
+    for embed,q,pairs in zip(self.embed, queries, matched):
+        some = [at if len(at) <= most else at[torch.randperm(len(at))[:most]] for at,_ in pairs]
+        total = total + grounding_loss(words, [embed(e[at.to(e.device)]) for e,at in zip(q, some)], self.log_scale.exp())
     return total
 
 @patch
@@ -479,6 +499,7 @@ def loss(self:Mask2Former, batch):
     predictions = [(self.classify(e(q), text), m) for e,(q,m) in zip(self.embed, out)]
     losses,matched = self.criterion(predictions, [self.pad(r, False) for r in regions], classes)
     if self.kd: losses['kd'] = self.kd*self.distill([q for q,_ in out], matched, images, regions, [text[k] for k in classes])
+    if self.grounding and 'nouns' in batch: losses['grounding'] = self.grounding*self.ground([q for q,_ in out], matched, batch['nouns'])
     return losses
 
 # %% ../../nbs/11_mask2former.ipynb #4384f617
