@@ -493,6 +493,21 @@ def _small_images(case):
 
 # %% ../../nbs/09_frameworks.ipynb #c98d51b6
 @_check
+def _evaluation_is_deterministic(case):
+    "evaluation gives the same twice, and a state dict carries all of it"
+    seg,x = case.build(),case.batch()['images']
+    case.steps(seg, 1); seg.eval()
+    text = seg.text()
+    with torch.no_grad(): a,b = seg(x, text),seg(x, text)
+    assert torch.equal(a, b), 'two evaluations of the same images differ'
+    other = case.build(train=False); other.load_state_dict(seg.state_dict())
+    with torch.no_grad(): assert torch.equal(other(x, text), a), 'a framework with the same state dict gives other logits: something is outside the state dict'
+    seg.train()
+    assert torch.equal(seg.predict(x), seg.predict(x)), 'predict is not in evaluation mode'
+    assert seg.training, 'predict does not put training mode back'
+    return 'same logits twice, and from the saved state'
+
+@_check
 def _pieces_are_the_whole(case):
     "logits of some classes at a time are those of all, and so is the best class, the first of equals"
     seg,size = case.build(train=False),(49, 75)
@@ -510,21 +525,6 @@ def _pieces_are_the_whole(case):
     unsure = whole.topk(2, 1).values.diff(dim=1)[:, 0].abs() <= 1e-5*whole.abs().amax(1)
     assert ((best == whole.argmax(1)) | unsure).all(), 'semantic gives another class than the largest logit of forward'
     return '1, 4 and 11 classes at a time'
-
-@_check
-def _evaluation_is_deterministic(case):
-    "evaluation gives the same twice, and a state dict carries all of it"
-    seg,x = case.build(),case.batch()['images']
-    case.steps(seg, 1); seg.eval()
-    text = seg.text()
-    with torch.no_grad(): a,b = seg(x, text),seg(x, text)
-    assert torch.equal(a, b), 'two evaluations of the same images differ'
-    other = case.build(train=False); other.load_state_dict(seg.state_dict())
-    with torch.no_grad(): assert torch.equal(other(x, text), a), 'a framework with the same state dict gives other logits: something is outside the state dict'
-    seg.train()
-    assert torch.equal(seg.predict(x), seg.predict(x)), 'predict is not in evaluation mode'
-    assert seg.training, 'predict does not put training mode back'
-    return 'same logits twice, and from the saved state'
 
 @_check
 def _pruned_weights_stay_zero(case):
