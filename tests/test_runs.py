@@ -59,7 +59,7 @@ def stopped(folder, at=1, train=noise, model=None, **kw):
     "A run that is left in its second round."
     def stops(model, round):
         if round == at: raise KeyboardInterrupt
-        return noise(model, round)
+        return train(model, round)
     if hasattr(train, 'state_dict'): stops.state_dict, stops.load_state_dict = train.state_dict, train.load_state_dict
     model = model or small()
     with pytest.raises(KeyboardInterrupt): imp(model, stops, checkpoint_dir=folder, **{**KW, **kw})
