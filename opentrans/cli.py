@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'Backbone', 'Pretrained', 'Data', 'Root', 'Split', 'Classes', 'Ignore', 'Framework', 'Preset', 'Stride',
-           'Device', 'DryRun', 'Seed', 'AllowHub', 'Freeze', 'By', 'Xmin', 'Quiet', 'Corrupt', 'Config', 'Iterations',
-           'BatchSize', 'LR', 'Crop', 'RecipeName', 'Precision', 'Accumulate', 'Workers', 'Settings', 'Every', 'Print',
-           'Board', 'WithInstances', 'data_app', 'settings_kept', 'first_process', 'keep_settings',
-           'open_clip_backbone', 'open_data', 'show', 'main', 'demo', 'study', 'alpha', 'prune', 'make_recipe',
-           'transfer', 'finetune', 'open_trained', 'evaluate', 'segment', 'compare', 'cka_command', 'cost_command',
-           'data_list', 'data_check', 'data_shapes']
+           'Prompts', 'Device', 'DryRun', 'Seed', 'AllowHub', 'Freeze', 'By', 'Xmin', 'Quiet', 'Corrupt', 'Config',
+           'Iterations', 'BatchSize', 'LR', 'Crop', 'RecipeName', 'Precision', 'Accumulate', 'Workers', 'Readers',
+           'AlphaOf', 'Settings', 'Every', 'Print', 'Board', 'WithInstances', 'TABLE1', 'data_app', 'settings_kept',
+           'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show', 'main', 'demo', 'study',
+           'alpha', 'prune', 'make_recipe', 'is_shipped', 'transfer', 'finetune', 'open_trained', 'evaluate', 'segment',
+           'compare', 'cka_command', 'cost_command', 'data_list', 'data_check', 'data_shapes']
 
 # %% ../nbs/21_cli.ipynb #9621fff3
 import contextlib, errno, json, math, os, shutil, sys, tempfile, warnings
@@ -51,7 +51,7 @@ def _version(asked:bool):
 def _options(version:Annotated[bool, typer.Option('--version', help="Print the version and end.", is_eager=True, callback=_version)]=False): pass
 
 Backbone = Annotated[str, typer.Option(help="'shapes-rn' (shipped), or open_clip's name: RN50, ViT-B-16, convnext_base, ...")]
-Pretrained = Annotated[Optional[str], typer.Option(help="open_clip's tag (e.g. openai), a weights file, or 'none' for random weights. Default: the shipped weights for shapes-rn; for others it must be given.")]
+Pretrained = Annotated[Optional[str], typer.Option(help="open_clip's tag (e.g. openai), a weights file, a tag with the tower that prune --weights wrote (openai,tower.safetensors), or 'none' for random weights. Default: the shipped weights for shapes-rn; for others it must be given.")]
 Data = Annotated[str, typer.Option(help="Data set; `opentrans data list` names them.")]
 Root = Annotated[Optional[str], typer.Option(help="Folder of the data set. Default: DETECTRON2_DATASETS.")]
 Split = Annotated[str, typer.Option(help="'train' or 'val'.")]
@@ -59,7 +59,8 @@ Classes = Annotated[Optional[str], typer.Option(help="For --data folder: class n
 Ignore = Annotated[Optional[str], typer.Option(help="For --data folder: label values that count nowhere, e.g. 255 or 0,255.")]
 Framework = Annotated[str, typer.Option(help="Segmentation framework.")]
 Preset = Annotated[Optional[str], typer.Option(help="Size of the framework: 'paper' or 'small'. Default: small for shapes-rn.")]
-Stride = Annotated[int, typer.Option(help="Stride of the tower's last features: 32, 16 or 8.")]
+Stride = Annotated[Optional[int], typer.Option(help="Stride of the tower's last features: 32, or 16 or 8 for a ResNet. Default: 16 for DeepLabV3 and on the shipped worlds, else 32.")]
+Prompts = Annotated[Optional[str], typer.Option(help="What class names are put into: a text with {}, or a set of prompts (photo, vild, ...). Default: as the framework's released code; on the shipped worlds the data's own.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best there is; under accelerate launch, that of the process.")]
 DryRun = Annotated[bool, typer.Option('--dry-run', help="Measure a few iterations, print memory, time and an epoch's length, and end; exit code 2 if the run cannot fit.")]
 Seed = Annotated[int, typer.Option(min=0, max=10**12, help="Seed of everything random.")]
@@ -471,19 +472,28 @@ def prune(
     if method != 'imp' or not as_json: show(mask.table(), as_json, f'{out}: density {mask.density:.4f}')
 
 # %% ../nbs/21_cli.ipynb #89210ab7
-Iterations = Annotated[Optional[int], typer.Option(help="Iterations; milestones move along.")]
+Iterations = Annotated[Optional[int], typer.Option(help="Iterations of the whole course; warm-up and milestones move along.")]
 BatchSize = Annotated[Optional[int], typer.Option(help="Images an iteration, over all processes.")]
 LR = Annotated[Optional[float], typer.Option(help="Learning rate.")]
 Crop = Annotated[Optional[int], typer.Option(min=0, help="Side of the square that is cut out of an image; 0 takes whole images.")]
-RecipeName = Annotated[str, typer.Option(help="'tiny', 'paper' (supplement 6.1), 'warmup', or a file (.yaml, .json) with fields of a Recipe and, as 'preset', the recipe it changes.")]
+RecipeName = Annotated[Optional[str], typer.Option(help="'paper' (supplement 6.1), 'released', 'tiny', 'warmup', or a file (.yaml, .json) with fields of a Recipe and, as 'preset', the recipe it changes. Default: paper; tiny on the shipped worlds.")]
 Precision = Annotated[Optional[str], typer.Option(help="Mixed precision: no, bf16, fp16. Default: that of accelerate launch, else the recipe's.")]
 Accumulate = Annotated[Optional[int], typer.Option(help="Parts into which a batch is cut to save memory.")]
 Workers = Annotated[Optional[int], typer.Option(help="Processes that load data.")]
+Readers = Annotated[Optional[int], typer.Option(help="Processes that read images. Default: 4 on a GPU, else this one.")]
+AlphaOf = Annotated[str, typer.Option(help="Weights that alpha is read from: 'dense', after a warm-up without the mask and before it is put on (supplement 6.3), or 'masked', after a warm-up under the mask.")]
 Settings = Annotated[Optional[list[str]], typer.Option('--set', help="Another field of the recipe, as NAME=VALUE; may be given several times.")]
 Every = Annotated[int, typer.Option(help="Iterations between checkpoints.")]
 Print = Annotated[int, typer.Option(help="Print a line with loss, speed and remaining time every so many iterations; 0 prints none.")]
 Board = Annotated[bool, typer.Option(help="Write TensorBoard's events, too.")]
 WithInstances = Annotated[bool, typer.Option(help="Read instances, too, where a data set has them in files of their own (ade20k_150, cityscapes_19).")]
+
+def _recipe_values(name):
+    "The values that `--recipe` stands for, among them, as 'preset', the recipe that they change."
+    from opentrans.files import parse_json
+    from opentrans.finetune import read_settings
+    if name.lstrip().startswith('{'): return parse_json(name, f"--recipe {shorten(name, 60)}", dict)
+    return read_settings(name) if Path(name).suffix in ('.yaml', '.yml', '.json') else dict(preset=name)
 
 def make_recipe(
     name:str, # As `--recipe`
@@ -493,10 +503,8 @@ def make_recipe(
     **more, # Other fields; None leaves them
 ): # `Recipe`
     "The recipe that the flags name. Raises `OpenTransError`."
-    from opentrans.files import parse_json
-    from opentrans.finetune import Recipe, read_settings
-    if name.lstrip().startswith('{'): told = parse_json(name, f"--recipe {shorten(name, 60)}", dict)
-    else: told = read_settings(name) if Path(name).suffix in ('.yaml', '.yml', '.json') else dict(preset=name)
+    from opentrans.finetune import Recipe
+    told = _recipe_values(name)
     r = Recipe.of(told, framework)
     if iterations is not None: r = r.shorten(iterations)
     for c in changes or ():
@@ -508,56 +516,141 @@ def make_recipe(
     if r.iterations < 1: raise _bad(f"iterations={r.iterations}: nothing would be trained. Give at least 1.")
     return r
 
-def _build(framework, clip, vocabulary, preset, seed):
+def is_shipped(
+    backbone:str, # As `--backbone`
+    data:str, # As `--data`
+)->bool: # If not, the settings of the paper are the defaults
+    "Is this the generated world with one of the small CLIPs, for which settings of minutes are made?"
+    from opentrans.clip import small_clips
+    return data == 'shapesworld' and backbone in small_clips()
+
+def _stride(given, framework, backbone, shipped):
+    "The stride of the last features: 16 for DeepLabV3, as the paper's, and on the shipped worlds."
+    if given is not None: return given
+    resnet = backbone == 'shapes-rn' or backbone.startswith('RN')
+    return 16 if resnet and (shipped or framework == 'deeplabv3') else 32
+
+def _prompted(data, framework, prompts, shipped):
+    "Put the class names of a data set into the prompts that were asked for, or into those of the released code."
+    from opentrans.data import Vocabulary
+    from opentrans.frameworks import get_framework
+    if prompts is None and shipped: return data
+    data.vocabulary = Vocabulary(data.vocabulary.entries, prompts or get_framework(framework).prompts)
+    return data
+
+def _build(framework, clip, vocabulary, preset, seed, prompts=None):
+    import inspect
     from opentrans.clip import small_clips
     from opentrans.core import seeded
     from opentrans.frameworks import build, get_framework
-    preset = preset or ('small' if clip.name in small_clips() and 'small' in get_framework(framework).presets else 'paper')
-    with seeded(seed): return build(framework, clip, vocabulary=vocabulary, preset=preset)
+    cls = get_framework(framework)
+    preset = preset or ('small' if clip.name in small_clips() and 'small' in cls.presets else 'paper')
+    asked = dict(templates=None) if prompts is not None and 'templates' in inspect.signature(cls.__init__).parameters else {} # the vocabulary's own
+    with seeded(seed): return build(framework, clip, vocabulary=vocabulary, preset=preset, **asked)
 
 def _report(seg, data, result, size, mask=None, selection=None, out=None, as_json=False, title=''):
     from opentrans.core import save_json
-    from opentrans.cost import cost
-    c = cost(seg, (3, size, size), mask=mask)
-    result = dict(result, params=c.params, active_params=round(c.active_params), macs=c.macs, active_macs=round(c.active_macs), input=size)
-    if mask is not None: result['density'] = mask.density
+    result = dict(result, **_with_cost(seg, size, mask))
     if selection is not None: result.update(rule=selection.rule, frozen=selection.freeze)
     if out and first_process(): save_json(result, Path(out)/'result.json')
     show(result, as_json, title)
 
 # %% ../nbs/21_cli.ipynb #2c5af5eb
+def _course(name, framework, shipped, warmup, freeze, changes=None, iterations=None, **more):
+    "The recipe of a whole course, that of its warm-up, or None, and that of the rest. For 'tiny' the warm-up comes before the course; for others it is its beginning."
+    from opentrans.finetune import WARMUP, Recipe
+    name = name or ('tiny' if shipped else 'paper')
+    whole,preset = make_recipe(name, framework, changes, iterations, **more),_recipe_values(name).get('preset')
+    if preset == 'tiny' or shipped and preset not in ('paper', 'released'):
+        first = 60 if warmup is None else warmup
+        return preset,whole,whole.shorten(first).replace(schedule='constant') if first else None,whole
+    first = warmup
+    if first is None: first = round(WARMUP*whole.iterations/Recipe.paper(framework).iterations) if freeze else 0
+    if first and first >= whole.iterations: raise _bad(f"--warmup {first}: it is the beginning of the whole course of {whole.iterations} iterations, and leaves none. Give more --iterations, or a shorter warm-up.")
+    return (preset,whole,whole.first(first),whole.after(first)) if first else (preset,whole,None,whole)
+
+def _tell_course(preset, framework, whole, warm, rest, freeze, masked, where):
+    "Say in one line what a run is going to do."
+    rate = f"{whole.optimizer} at {whole.lr:g}, {whole.batch_size} images of {f'{whole.crop}x{whole.crop}' if whole.crop else 'their own size'}"
+    begin = f"{warm.iterations:,} with all layers{masked}, then " if warm else ''
+    chosen = f"{rest.iterations:,} with the layers that {freeze:.0%} at rest leave" if freeze else f"{rest.iterations:,} with all layers"
+    if first_process(): _say(f"recipe: {preset or 'of its own'} of {framework} ({rate}; {begin}{chosen}), {where}", sys.stderr)
+
+def _where(stride, data): return f"stride {stride}, prompts {shorten(', '.join(data.vocabulary.templates), 60)}"
+
 @app.command()
 def transfer(
-    mask:Annotated[str, typer.Argument(help="Mask file.")],
+    mask:Annotated[Optional[str], typer.Argument(help="Mask file; none with --dense.")]=None,
     model:Annotated[Optional[str], typer.Argument(help="A checkpoint to put the mask on; then only --out is needed.")]=None,
-    out:Annotated[Optional[str], typer.Option(help="With MODEL: the sparse file to write. Else: folder of the run (checkpoints, result.json).")]=None,
-    framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None, output_stride:Stride=16,
+    out:Annotated[Optional[str], typer.Option(help="With MODEL: the sparse file to write. Else: folder of the run (checkpoints, model.json, model.safetensors, selection.json, result.json).")]=None,
+    dense:Annotated[bool, typer.Option('--dense', help="Without a mask: the dense rows of Table 1 (--freeze 0) and Table 2.")]=False,
+    framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None, output_stride:Stride=None, prompts:Prompts=None,
     data:Data='shapesworld', root:Root=None, classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise', panoptic:WithInstances=False,
     split:Split='train', eval_split:Annotated[str, typer.Option(help="Split to evaluate on.")]='val',
-    recipe:RecipeName='tiny', warmup:Annotated[int, typer.Option(help="Iterations with all layers before the spectra are read.")]=60,
+    recipe:RecipeName=None, warmup:Annotated[Optional[int], typer.Option(help="Iterations with all layers before the spectra are read. Default: the first 10,000 of the paper's course, or that share of it; 60 more with tiny; none with --freeze 0.")]=None,
     iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None, precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None, set_:Settings=None,
-    freeze:Freeze=.5, by:By='alpha', xmin:Xmin='ks',
+    freeze:Freeze=.5, by:By='alpha', xmin:Xmin='ks', alpha_of:AlphaOf='dense',
     checkpoint_every:Every=500, print_every:Print=50, tensorboard:Board=False,
     limit:Annotated[Optional[int], typer.Option(min=1, help="Evaluate on so many images only.")]=None, size:Annotated[Optional[int], typer.Option(min=16, max=_SIDE, help="Side of the input that cost is counted for.")]=None,
     device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "Put a mask on a checkpoint, or carry it to a framework: warm up, choose layers by alpha, fine-tune, evaluate (Fig. 4, in one run)."
     from opentrans.pruning import SparseMask
-    _rules(by, xmin); _writable(out if model else out and Path(out)/'result.json'); m = SparseMask.load(mask)
+    _rules(by, xmin)
+    if alpha_of not in ('dense', 'masked'): raise unknown('weights that alpha is read from', alpha_of, ['dense', 'masked'])
+    if dense != (mask is None): raise _bad("Give a mask file, or --dense to train without one." if mask is None else f"--dense trains without a mask: leave out '{mask}'.")
+    _writable(out if model else out and Path(out)/'result.json')
+    m = None if dense else SparseMask.load(mask)
     if model is not None: return _transfer_file(m, model, out, as_json)
-    from opentrans.finetune import evaluate, finetune
+    from opentrans.finetune import evaluate
+    shipped = is_shipped(backbone, data)
+    stride = _stride(output_stride, framework, backbone, shipped)
+    told = dict(batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
+    named,whole,warm,rest = _course(recipe, framework, shipped, warmup, freeze, set_, iterations, **told)
+    train,test = (_prompted(open_data(data, root, s, classes, ignore, corrupt, panoptic), framework, prompts, shipped) for s in (split, eval_split))
+    clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
+    seg = _build(framework, clip, train.vocabulary, preset, seed, prompts)
+    under = '' if m is None else ' and no mask' if alpha_of == 'dense' and freeze else ' under the mask'
+    _tell_course(named, framework, whole, warm, rest, freeze, under, _where(stride, train))
+    kept = dict(recipe=dict({} if named is None else dict(preset=named), **whole.to_dict()), warmup=warm.iterations if warm else 0, output_stride=stride)
+    choose = dict(freeze=freeze, by=by, xmin=xmin, alpha_of=alpha_of, seed=seed)
+    how = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
+    looks = _looks(framework, data, shipped, workers=workers, device=device)
+    with settings_kept(out, **kept), contextlib.ExitStack() as in_force:
+        selection = _tune(seg, train, m, warm, rest, choose, out, how, in_force)
+        _save_model(seg, clip, out, framework, backbone, pretrained, preset, stride, prompts, train, data, whole, mask, None if selection is None else 'selection.json')
+        result = evaluate(seg, test, limit=limit, **looks)
+    what = 'no mask' if m is None else f'mask of density {m.density:.3f}'
+    _report(seg, test, result, size or clip.image_size, m, selection, out, as_json, f'{framework} on {backbone}, {what}, {_mean_of(looks)}')
+
+def _tune(seg, train, m, warm, rest, choose, out, how, in_force):
+    "Warm up, read alpha, choose layers and fine-tune the rest. The mask is put on before the spectra are read, or after; it stays in force. Gives the layers."
+    from opentrans.finetune import finetune
     from opentrans.heavy_tail import analyze
-    r = make_recipe(recipe, framework, set_, iterations, batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
-    train,test = (open_data(data, root, s, classes, ignore, corrupt, panoptic) for s in (split, eval_split))
-    clip = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
-    seg = _build(framework, clip, train.vocabulary, preset, seed)
-    told,sub = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard),lambda name: str(Path(out)/name) if out else None
-    with settings_kept(out, recipe=r.to_dict()), m.apply(seg.backbone):
-        if warmup: finetune(seg, train, r.shorten(warmup).replace(schedule='constant'), checkpoint_dir=sub('warmup'), **told)
-        selection = analyze(seg.backbone, xmin=_number(xmin)).select(freeze=freeze, by=by, seed=seed) if freeze else None
-        finetune(seg, train, r, selection=selection, checkpoint_dir=sub('finetune'), **told)
-        result = evaluate(seg, test, limit=limit)
-    _report(seg, test, result, size or clip.image_size, m, selection, out, as_json, f'{framework} on {backbone}, mask of density {m.density:.3f}')
+    first = m is not None and (choose['alpha_of'] == 'masked' or not choose['freeze'])
+    if first: in_force.enter_context(m.apply(seg.backbone))
+    def folder(name): return str(Path(out)/name) if out else None
+    if warm: finetune(seg, train, warm, checkpoint_dir=folder('warmup'), **how)
+    selection = None
+    if choose['freeze']:
+        table = analyze(seg.backbone, xmin=_number(choose['xmin']))
+        selection = table.select(freeze=choose['freeze'], by=choose['by'], seed=choose['seed'])
+        if out and first_process(): selection.to_json(Path(out)/'selection.json')
+    if m is not None and not first: in_force.enter_context(m.apply(seg.backbone))
+    finetune(seg, train, rest, selection=selection, checkpoint_dir=folder('finetune'), **how)
+    return selection
+
+def _save_model(seg, clip, out, framework, backbone, pretrained, preset, stride, prompts, train, data, recipe, mask, selection):
+    "Write a trained model: its weights, and what it was built from. `evaluate --model` and `segment --model` read it."
+    from opentrans.clip import clip_facts, weights_apart
+    from opentrans.core import save_json, save_tensors
+    if not out or not first_process(): return
+    save_tensors(seg.state_dict(), Path(out)/'model.safetensors')
+    text = pretrained if pretrained in (None, 'none') else weights_apart(backbone, pretrained)[0] or 'none' # the tower's weights are the model's
+    told = dict(framework=framework, backbone=backbone, pretrained=text, preset=preset, output_stride=stride, clip=clip_facts(clip))
+    told.update(classes=list(train.vocabulary.names), entries=list(train.vocabulary.entries), templates=list(train.vocabulary.templates), prompts=prompts)
+    told.update(data=data, recipe=recipe.to_dict(), mask=mask, selection=selection)
+    save_json(told, Path(out)/'model.json', _model_file())
 
 def _transfer_file(m, model, out, as_json):
     "Put a mask on a checkpoint on disk."
@@ -570,33 +663,33 @@ def _transfer_file(m, model, out, as_json):
 @app.command()
 def finetune(
     out:Annotated[str, typer.Option(help="Folder of the run: checkpoints and weights; the same command continues it.")],
-    framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None, output_stride:Stride=16,
+    framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None, output_stride:Stride=None, prompts:Prompts=None,
     data:Data='shapesworld', root:Root=None, classes:Classes=None, ignore:Ignore=None, split:Split='train', corrupt:Corrupt='raise', panoptic:WithInstances=False,
     mask:Annotated[Optional[str], typer.Option(help="Mask file to keep in force.")]=None, selection:Annotated[Optional[str], typer.Option(help="Layer selection (JSON) that `opentrans alpha --out` wrote.")]=None,
-    recipe:RecipeName='tiny', iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None, precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None,
+    recipe:RecipeName=None, iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None, precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None,
     set_:Settings=None, eval_every:Annotated[int, typer.Option(min=0, help="Evaluate every so many iterations, and keep the best weights in OUT/run/best.safetensors; 0 does not.")]=0,
     eval_split:Annotated[str, typer.Option(help="Split to evaluate on.")]='val', checkpoint_every:Every=500, print_every:Print=50, tensorboard:Board=False,
     device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "Fine-tune a framework; writes OUT/model.safetensors and OUT/model.json, which `opentrans evaluate` and `opentrans segment` read."
-    from opentrans.clip import clip_facts
-    from opentrans.core import LayerSelection, save_json, save_tensors
+    from opentrans.core import LayerSelection
     from opentrans.finetune import finetune as run
     from opentrans.pruning import SparseMask
     _writable(Path(out)/'model.json')
-    r = make_recipe(recipe, framework, set_, iterations, batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
+    shipped = is_shipped(backbone, data)
+    stride = _stride(output_stride, framework, backbone, shipped)
+    told = dict(batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
+    name = recipe or ('tiny' if shipped else 'paper')
+    r = make_recipe(name, framework, set_, iterations, **told)
     m,chosen = SparseMask.load(mask) if mask else None,LayerSelection.from_json(Path(selection)) if selection else None
-    train,val = (open_data(data, root, s, classes, ignore, corrupt, panoptic) if s else None for s in (split, eval_split if eval_every else None))
-    clip = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
-    seg = _build(framework, clip, train.vocabulary, preset, seed)
+    train,val = (_prompted(open_data(data, root, s, classes, ignore, corrupt, panoptic), framework, prompts, shipped) if s else None for s in (split, eval_split if eval_every else None))
+    clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
+    seg = _build(framework, clip, train.vocabulary, preset, seed, prompts)
+    _tell_course(_recipe_values(name).get('preset'), framework, r, None, r, 0, '', _where(stride, train))
     how = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
-    with settings_kept(out, recipe=r.to_dict()):
+    with settings_kept(out, recipe=r.to_dict(), output_stride=stride):
         history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=str(Path(out)/'run'), val=val, eval_every=eval_every, **how)
-        if first_process():
-            save_tensors(seg.state_dict(), Path(out)/'model.safetensors')
-            told = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=output_stride, clip=clip_facts(clip))
-            told.update(classes=list(train.vocabulary.names), data=data, recipe=r.to_dict(), mask=mask, selection=selection)
-            save_json(told, Path(out)/'model.json', _model_file())
+        _save_model(seg, clip, out, framework, backbone, pretrained, preset, stride, prompts, train, data, r, mask, selection)
     show(dict(iterations=len(history), first_loss=float(history.loss.iloc[0]), last_loss=float(history.loss.iloc[-1]), **(dict(best_miou=float(history.miou.max())) if 'miou' in history else {}),
               model=str(Path(out)/'model.safetensors')), as_json, 'fine-tuned')
 
@@ -620,6 +713,11 @@ class _Model(TypedDict):
     preset: Optional[str]
     output_stride: int
     clip: NotRequired[_Clip]
+    classes: NotRequired[list[str]]
+    entries: NotRequired[list[str]]
+    templates: NotRequired[list[str]]
+    prompts: NotRequired[Optional[str]]
+    mask: NotRequired[Optional[str]]
 
 def _read_model(path):
     "What a `model.json` tells. Raises `OpenTransError` if it is missing, or something else."
@@ -631,48 +729,135 @@ def _read_model(path):
     return check_shape(told, _Model, f"'{path}'")
 
 def open_trained(
-    folder, # That `opentrans finetune` wrote
-    vocabulary, # Class names
+    folder, # That `opentrans finetune` or `opentrans transfer` wrote
+    vocabulary, # Class names, for a folder that does not tell those of its training
     device:str=None, # As `--device`
     pretrained:str=None, # As `--pretrained`, in place of what the folder names
     hub:bool=False, # As `ClipBackbone.create` takes it: what the folder names is not fetched, unless this is True
 )->tuple: # (framework, `ClipBackbone`, name of the framework)
-    "A framework with the weights that it was trained to."
+    "A framework with the weights and the vocabulary that it was trained with; FC-CLIP asks which classes it has seen. Other words are for `predict` and `evaluate`."
+    from opentrans.data import Vocabulary
     from opentrans.finetune import load_framework
     told = _read_model(Path(folder)/'model.json')
-    facts = told.get('clip', {})
+    facts,trained = told.get('clip', {}),told.get('entries') or told.get('classes')
     clip = open_clip_backbone(told['backbone'], pretrained or told['pretrained'], told['output_stride'], device, hub, **facts)
-    seg = _build(told['framework'], clip, vocabulary, told['preset'], 0)
+    if trained: vocabulary = Vocabulary(trained, told.get('templates') or getattr(vocabulary, 'templates', 'photo'))
+    seg = _build(told['framework'], clip, vocabulary, told['preset'], 0, told.get('prompts'))
     load_framework(seg, Path(folder)/'model.safetensors')
     return seg,clip,told['framework']
 
+def _trained_prompts(told, vocabulary):
+    "Class names in the prompts that a model was trained with, where its folder tells them."
+    from opentrans.data import Vocabulary
+    return Vocabulary(vocabulary.entries, told['templates']) if told.get('templates') else vocabulary
+
+def _mask_in(seg, told):
+    "The mask that the weights of a trained model show, if it was trained under one."
+    from opentrans.pruning import SparseMask, prunable
+    if not told.get('mask'): return None
+    return SparseMask({layer.name: layer.weight.detach().cpu() != 0 for layer in prunable(seg.tower)})
+
 # %% ../nbs/21_cli.ipynb #b887113d
+TABLE1 = ('coco_panoptic', 'cityscapes_19', 'ade20k_150', 'ade20k_847', 'voc_20', 'context_59', 'context_459') # the columns of Table 1
+
+def _looks(framework, data, shipped, over=None, size=None, longest=None, own_size=False, workers=None, device=None):
+    "How an evaluation looks and counts: off the shipped worlds as the released code does."
+    import torch
+    from opentrans.finetune import released_size
+    if own_size and (size or longest): raise _bad("--own-size sees images at their own size: leave out --short-side and --longest.")
+    sizes = dict(size=size, longest=longest)
+    if not shipped and not own_size and size is None and longest is None: sizes = released_size(framework, data)
+    gpu = device.startswith('cuda') if device else torch.cuda.is_available()
+    return {k: v for k,v in sizes.items() if v} | dict(over=over or ('either' if shipped else 'truth'), workers=(4 if gpu else 0) if workers is None else workers)
+
+def _mean_of(looks):
+    "What a figure is a mean over, and at which size images were seen, in words."
+    size = f"short side {looks['size']}" if 'size' in looks else 'images at their own size'
+    most = f", long side at most {looks['longest']}" if 'longest' in looks else ''
+    return f"mean over the classes in {'the truth' if looks['over'] == 'truth' else 'truth or prediction'}; {size}{most}"
+
 @app.command()
 def evaluate(
-    framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None, output_stride:Stride=16,
-    model:Annotated[Optional[str], typer.Option(help="Folder that `opentrans finetune` wrote; its framework and backbone are taken.")]=None,
+    framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None, output_stride:Stride=None, prompts:Prompts=None,
+    model:Annotated[Optional[str], typer.Option(help="Folder that `opentrans finetune` or `opentrans transfer` wrote; its framework, backbone and prompts are taken.")]=None,
     mask:Annotated[Optional[str], typer.Option(help="Mask file to put on.")]=None,
-    data:Data='shapesworld', root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
+    data:Annotated[str, typer.Option(help="Data set; `opentrans data list` names them. 'all': the seven of Table 1, one row.")]='shapesworld', root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
     kind:Annotated[str, typer.Option(help="semantic (mIoU), or panoptic (PQ, too).")]='semantic',
-    short_side:Annotated[Optional[int], typer.Option(min=16, max=_SIDE, help="Resize images to this short side before they are seen.")]=None,
+    over:Annotated[Optional[str], typer.Option(help="Classes in the mean: 'truth', those that the truth shows, as detectron2 and the paper; or 'either', those that are predicted, too. Default: truth; either on the shipped worlds.")]=None,
+    short_side:Annotated[Optional[int], typer.Option(min=16, max=_SIDE, help="Resize images to this short side before they are seen. Default: 800, and 1333 for the long side, as released; on the shipped worlds their own size.")]=None,
+    longest:Annotated[Optional[int], typer.Option(min=16, max=_SIDE, help="The long side is at most this.")]=None, own_size:Annotated[bool, typer.Option('--own-size', help="See images at their own size.")]=False,
     scales:Annotated[Optional[str], typer.Option(help="Look at several sizes, e.g. 0.5,1,1.5, and average.")]=None, flip:Annotated[bool, typer.Option(help="Look at the mirror image, too.")]=False,
     window:Annotated[Optional[int], typer.Option(min=16, max=_SIDE, help="See large images through square windows of this side.")]=None,
-    limit:Annotated[Optional[int], typer.Option(min=1, help="So many images only.")]=None, batch_size:Annotated[int, typer.Option(min=1, help="Images at a time.")]=8,
+    limit:Annotated[Optional[int], typer.Option(min=1, help="So many images only.")]=None, batch_size:Annotated[int, typer.Option(min=1, help="Images at a time.")]=8, workers:Readers=None,
     out:Annotated[Optional[str], typer.Option(help="Folder for result.json.")]=None, device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
-    "Mean IoU, or panoptic quality, of a framework on a data set, with any class names."
-    from opentrans.finetune import evaluate as run
+    "Mean IoU, or panoptic quality, of a framework on a data set, with any class names; or on the seven of Table 1."
+    from opentrans.frameworks import get_framework
     from opentrans.pruning import SparseMask
-    looks = dict(size=short_side, scales=None if scales is None else tuple(_numbers('scales', scales)), flip=flip or None, window=window)
-    m,test = SparseMask.load(mask) if mask else None,open_data(data, root, split, classes, ignore, corrupt, kind == 'panoptic' and data in ('ade20k_150', 'cityscapes_19'))
-    if model: seg,clip,framework = open_trained(model, test.vocabulary, device, pretrained, _hub_of_model(pretrained, allow_hub))
+    _writable(out and Path(out)/'result.json')
+    m = SparseMask.load(mask) if mask else None
+    told = _read_model(Path(model)/'model.json') if model else {}
+    framework,backbone = told.get('framework', framework),told.get('backbone', backbone)
+    get_framework(framework)
+    more = dict(scales=None if scales is None else tuple(_numbers('scales', scales)), flip=flip or None, window=window)
+    looks = {name: dict(_looks(framework, name, is_shipped(backbone, name), over, short_side, longest, own_size, workers, device), **{k: v for k,v in more.items() if v is not None})
+             for name in (TABLE1 if data == 'all' else (data,))}
+    tests = _open_tests(data, root, split, classes, ignore, corrupt, kind)
+    for name,test in tests.items():
+        if told: test.vocabulary = _trained_prompts(told, test.vocabulary)
+        else: _prompted(test, framework, prompts, is_shipped(backbone, name))
+    first = next(iter(tests.values()))
+    if model: seg,clip,_ = open_trained(model, first.vocabulary, device, pretrained, _hub_of_model(pretrained, allow_hub))
     else:
-        clip = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
-        seg = _build(framework, clip, test.vocabulary, preset, seed)
+        clip = open_clip_backbone(backbone, pretrained, _stride(output_stride, framework, backbone, is_shipped(backbone, data)), device, _hub(allow_hub))
+        seg = _build(framework, clip, first.vocabulary, preset, seed, prompts)
     if not model and first_process(): _say(f"note: without --model the head of {framework} is untrained (seed {seed})", sys.stderr)
     if m is not None: m.apply(seg.backbone).remove()
-    with settings_kept(out): result = run(seg, test, batch_size=batch_size, limit=limit, kind=kind, **{k: v for k,v in looks.items() if v is not None})
-    _report(seg, test, dict(result, head='trained' if model else 'untrained'), clip.image_size, m, None, out, as_json, f'{framework} on {data}')
+    with settings_kept(out): results = _run_tests(seg, tests, looks, dict(batch_size=batch_size, limit=limit, kind=kind))
+    head,m = dict(head='trained' if model else 'untrained'),m or _mask_in(seg, told)
+    if data == 'all': return _report_table(seg, results, head, clip.image_size, m, out, as_json, f'{framework}: mIoU in percent, {_mean_of(looks[data] if data in looks else looks[TABLE1[0]])}')
+    _report(seg, first, dict(results[data], **head), clip.image_size, m, None, out, as_json, f'{framework} on {data}, {_mean_of(looks[data])}')
+
+def _open_tests(data, root, split, classes, ignore, corrupt, kind):
+    "The data sets to evaluate on, by name. Raises `OpenTransError` that names those of Table 1 that are missing."
+    if data != 'all': return {data: open_data(data, root, split, classes, ignore, corrupt, kind == 'panoptic' and data in ('ade20k_150', 'cityscapes_19'))}
+    given = [name for name,value in dict(classes=classes, ignore=ignore).items() if value is not None]
+    if given or kind != 'semantic': raise _bad(f"--data all is mIoU on the seven data sets of Table 1: leave out --{given[0] if given else 'kind'}.")
+    found,lost = {},{}
+    for name in TABLE1:
+        try: found[name] = open_data(name, root, split, corrupt=corrupt)
+        except OpenTransError as error: lost[name] = error
+    if lost: raise _bad(f"--data all needs the seven data sets of Table 1, and {', '.join(lost)} cannot be opened. {next(iter(lost.values()))}")
+    return found
+
+def _run_tests(seg, tests, looks, how):
+    "The result on each data set, by name; of several, each is told when it is there."
+    from opentrans.finetune import evaluate as run
+    results = {}
+    for name,test in tests.items():
+        results[name] = run(seg, test, **how, **looks[name])
+        if len(tests) > 1 and first_process(): _say(f"{name}: mIoU {results[name]['miou']:.4f} on {results[name]['n_images']} images", sys.stderr)
+    return results
+
+def _with_cost(seg, size, mask):
+    "Parameters and multiply-accumulates of a model, as they stand in a result."
+    from opentrans.cost import cost
+    c = cost(seg, (3, size, size), mask=mask)
+    told = dict(params=c.params, active_params=round(c.active_params), macs=c.macs, active_macs=round(c.active_macs), input=size)
+    return told if mask is None else dict(told, density=mask.density)
+
+def _report_table(seg, results, head, size, mask, out, as_json, title):
+    "One row of Table 1, and all results in a file. Its `miou` is the mean of the columns."
+    import pandas as pd
+    from opentrans.core import save_json
+    row = {name: r['miou'] for name,r in results.items()}
+    costs = _with_cost(seg, size, mask)
+    settings = dict(framework=getattr(seg, 'name', type(seg).__name__), data='all', images=sum(r['n_images'] for r in results.values()), over=results[TABLE1[0]]['settings']['over'])
+    told = dict(miou=sum(row.values())/len(row), table=row, settings=settings, results=results, **head, **costs)
+    if out and first_process(): save_json(told, Path(out)/'result.json')
+    if as_json: return show(told, True)
+    shown = {name: f'{100*value:.1f}' for name,value in row.items()} | dict(params_M=f"{costs['active_params']/1e6:.1f}", macs_G=f"{costs['active_macs']/1e9:.1f}")
+    show(pd.DataFrame([shown], index=[settings['framework']]), title=title)
 
 def _hub_of_model(pretrained, allowed):
     "What may be fetched for a trained model: nothing that its folder alone names."
@@ -690,8 +875,8 @@ def _numbers(flag, text):
 def segment(
     image:Annotated[str, typer.Argument(help="A photograph: JPEG, PNG or WebP.")],
     names:Annotated[str, typer.Argument(help="What to look for, in your own words: 'sky, road, sofa | couch' (synonyms with a bar).")],
-    backbone:Backbone='shapes-rn', pretrained:Pretrained=None, output_stride:Stride=16,
-    model:Annotated[Optional[str], typer.Option(help="Folder that `opentrans finetune` wrote. Default: CLIP alone, without any training for segmentation, a rough answer.")]=None,
+    backbone:Backbone='shapes-rn', pretrained:Pretrained=None, output_stride:Stride=None,
+    model:Annotated[Optional[str], typer.Option(help="Folder that `opentrans finetune` or `opentrans transfer` wrote. Default: CLIP alone, without any training for segmentation, a rough answer.")]=None,
     out:Annotated[str, typer.Option(help="Picture to write: the image under the colours of its classes.")]='segmented.png',
     max_side:Annotated[int, typer.Option(min=16, max=_SIDE, help="Larger images are made smaller, to this side.")]=768, device:Device=None,
     allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
@@ -701,8 +886,10 @@ def segment(
     from opentrans.playground import overlay, parse_names, segment as look, to_image
     vocabulary,x = parse_names(names),to_image(image, max_side)
     if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'): raise _bad(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
-    if model: seg = open_trained(model, vocabulary, device, pretrained, _hub_of_model(pretrained, allow_hub))[0]
-    else: seg = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
+    if model:
+        vocabulary = _trained_prompts(_read_model(Path(model)/'model.json'), vocabulary)
+        seg = open_trained(model, vocabulary, device, pretrained, _hub_of_model(pretrained, allow_hub))[0]
+    else: seg = open_clip_backbone(backbone, pretrained, _stride(output_stride, 'clip', backbone, True), device, _hub(allow_hub))
     x,labels,found = look(seg, x, vocabulary, max_side)
     import matplotlib; matplotlib.use('Agg')
     with atomic_path(Path(out)) as p: overlay(x, labels, found).figure.savefig(p, dpi=120, bbox_inches='tight', format=Path(out).suffix[1:].lower())

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ASSETS', 'CLIP_FILE', 'HUB', 'bpe_tokenizer', 'compact_tokens', 'CompactTokenizer', 'small_config', 'small_clips',
            'small_clip', 'read_weights', 'load_weights', 'clip_facts', 'save_weights', 'read_facts', 'model_config',
-           'find_weights', 'open_model', 'ResNetTower', 'SlidingPool', 'dilate_resnet', 'TimmTower', 'ViTTower',
-           'tower_kind', 'TextEncoder', 'class_prompts', 'Origin', 'ClipBackbone']
+           'find_weights', 'weights_apart', 'open_model', 'ResNetTower', 'SlidingPool', 'dilate_resnet', 'TimmTower',
+           'ViTTower', 'tower_kind', 'TextEncoder', 'class_prompts', 'Origin', 'ClipBackbone']
 
 # %% ../nbs/07_clip.ipynb #b3817037
 import contextlib, copy, functools, inspect, math, os, re, socket, urllib.parse, urllib.request, warnings
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from fastcore.basics import patch
 from pydantic import Field
+from safetensors import safe_open
 from typing_extensions import NotRequired, TypedDict
 import huggingface_hub
 import open_clip
@@ -26,7 +27,7 @@ from .core import OpenTransError, unknown, load_json, load_metadata, load_tensor
 from .data import check_templates, checked_text
 from .escape import for_markdown, printable
 from .files import (
-    FileKind, FormatError, check_finite, check_shape, metadata_value, read_checkpoint, regular_file, shorten, state_dict_of)
+    FileKind, FormatError, check_finite, check_like, check_shape, metadata_value, read_checkpoint, regular_file, shorten, state_dict_of)
 
 # %% ../nbs/07_clip.ipynb #65fde109
 ASSETS = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../opentrans/assets')
@@ -504,9 +505,31 @@ def _build(name, cfg, facts, small, seed, allowed, cache_dir=None):
         try: return model, _tokenizer(cfg['text_cfg'], cache_dir)
         except Exception as e: raise OpenTransError(f"The tokenizer of '{name}' could not be made ({type(e).__name__}); it may need a download.") from e
 
+def _holds_tower(path):
+    "Does a file hold the weights of an image tower alone, as `prune --weights` writes them? They have no text encoder and no temperature."
+    if Path(path).suffix != '.safetensors' or not os.path.isfile(path): return False
+    load_metadata(path) # says what is wrong with a file that is none
+    with safe_open(str(path), 'pt') as file: names = list(file.keys())
+    return not any(name == 'logit_scale' or 'token_embedding' in name or name.startswith(('visual.', 'text.')) for name in names)
+
+def weights_apart(
+    name:str, # Of the CLIP
+    pretrained, # As `open_model` takes it
+)->tuple: # (where the whole CLIP comes from, as `open_model` takes it; file of an image tower that is laid over it, or None)
+    "Two sources of weights in one text: `'openai,tower.safetensors'`. A small CLIP's own text encoder goes with a tower alone. Raises `OpenTransError` for another's."
+    if not isinstance(pretrained, (str, Path)): return pretrained,None
+    text = str(pretrained)
+    if ',' not in text or os.path.exists(text):
+        if not _holds_tower(text): return pretrained,None
+        if name in small_clips(): return name,text
+        raise OpenTransError(f"'{text}' holds an image tower alone, without a text encoder. Say whose text encoder goes with it: openai,{text}.")
+    whole,tower = text.split(',', 1)
+    if not _holds_tower(tower): raise OpenTransError(f"'{shorten(tower)}' is no file of an image tower, as `opentrans prune --weights` writes it.")
+    return None if whole == 'none' else whole,tower
+
 def open_model(
     name:str, # `'shapes-rn'`, or open_clip's name, such as `'RN50'`
-    pretrained:str=None, # A tag of open_clip, a path, the small CLIP's own name, or None: random weights from `seed`
+    pretrained:str=None, # A tag of open_clip, a path, the small CLIP's own name, a tag or path with a tower's file behind a comma, or None: random weights from `seed`
     seed:int=0, # Seed of random weights
     cache_dir:str=None, # Where downloads are kept; None for the libraries' own place
     quick_gelu:bool=None, # OpenAI's faster activation? None: as file, tag or name tell
@@ -517,6 +540,7 @@ def open_model(
     "An open_clip model with its weights, its tokenizer and its normalisation. Raises `OpenTransError` where something is missing."
     small = name in small_clips()
     cfg = small_config(name) if small else model_config(name, hub, cache_dir)
+    pretrained, tower = weights_apart(name, pretrained)
     path, facts = find_weights(name, pretrained, cache_dir, hub)
     tag = path is not None and not os.path.isfile(pretrained)
     if str(name).startswith(HUB): facts = dict(_noted(cfg), **facts)
@@ -526,8 +550,15 @@ def open_model(
     facts = _complete(name, cfg, facts, weights, Path(path or '').name, small)
     model,tokenizer = _build(name, cfg, facts, small, seed, hub is True or hub is None and tag, cache_dir)
     if path: load_weights(model, weights, f"'{Path(path).name}'")
+    if tower: _lay_tower(model, tower)
     _note(model, facts)
     return model.eval(),tokenizer,facts['mean'],facts['std']
+
+def _lay_tower(model, path):
+    "Put the weights of a file over those of a CLIP's image tower. Raises `OpenTransError` if they do not fit."
+    weights = load_tensors(path)[0]
+    check_like(weights, model.visual.state_dict(), path, 'weights of the image tower')
+    model.visual.load_state_dict(weights)
 
 def _noted(cfg):
     "What a repository of the hub tells of its weights."

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['LEAST_CROP', 'WARMUP', 'CHECKPOINT_FILE', 'WEIGHTS_FILE', 'RESULT_FILE', 'Recipe', 'read_settings', 'batch_indices',
            'batches', 'param_groups', 'build_optimizer', 'rest', 'train_mode', 'run_settings', 'Checkpoint',
-           'load_framework', 'Teller', 'finetune', 'same_size_batches', 'check_looks', 'look', 'panoptic_truth',
-           'evaluate', 'compare_runs', 'plot_runs', 'Interrupted', 'world_size', 'Processes', 'train_step']
+           'load_framework', 'Teller', 'finetune', 'same_size_batches', 'check_looks', 'seen_size', 'look_scores',
+           'look', 'released_size', 'panoptic_truth', 'evaluate', 'compare_runs', 'plot_runs', 'Interrupted',
+           'world_size', 'Processes', 'train_step']
 
 # %% ../nbs/13_finetune.ipynb #de7d3d19
-import contextlib, dataclasses, functools, hashlib, json, math, os, re, signal, sys, time, warnings
+import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, signal, sys, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -18,15 +19,16 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
+from fastcore.meta import delegates
 from typing_extensions import NotRequired, TypedDict
 from .core import (BATCH_NORMS, OpenTransError, Undo, unknown, axes, device_of, evaluating, handling, layers, load_json, norm_params,
     optional, pick_device, progress, read_text, save_tensors, save_text, seed_everything, seeded, to_device, under)
-from .data import collate, read_augmented, unpack
+from .data import collate, read_augmented, read_sample, unpack
 from .errors import FormatError, Interrupted, WriteError, check_number, shorten
 from .escape import csv_text, for_plot
 from .files import (FileKind, RunFile, check_finite, check_like, load_metadata, load_tensors, metadata_value,
     optimizer_tensors, parse_json, read_checkpoint, restore_optimizer, state_dict_of)
-from .frameworks.contract import list_frameworks, resize
+from .frameworks.contract import Scores, best_class, list_frameworks, resize, scores_of
 from .metrics import PanopticQuality, SemanticIoU, panoptic_map
 from .processes import Processes, train_step, world_size
 
@@ -743,19 +745,57 @@ def _write(self:_Run):
     self.history.write()
 
 # %% ../nbs/13_finetune.ipynb #b50b1d17
+class _Reader(torch.utils.data.Dataset):
+    "Samples as an evaluation reads them. In another process, an `OpenTransError` is handed over in place of the sample."
+    def __init__(self, data, regions, apart): self.data,self.regions,self.apart = data,regions,apart
+    def __getitem__(self, i):
+        try: return read_sample(self.data, i, self.regions)
+        except OpenTransError as error:
+            if not self.apart: raise
+            return error
+
+def _copied(sample):
+    "A sample that another process has read, in memory of this one: a shared tensor holds an open file as long as it lives."
+    if isinstance(sample, OpenTransError): raise sample
+    return {k: v.clone() if isinstance(v, torch.Tensor) else v for k,v in sample.items()}
+
+def _samples(data, indices, workers, regions):
+    "Samples in order, read in this process or in others."
+    reader = _Reader(data, regions, workers > 0)
+    if not workers: return (reader[i] for i in indices)
+    loader = torch.utils.data.DataLoader(reader, batch_size=None, sampler=indices, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator())
+    return map(_copied, loader)
+
+def _as_it_is(sample): return sample
+
+_WAITING = 64 # Samples that wait in an evaluation until there are more of their size
+_HELD = 2**25 # Pixels of all that wait, 20 bytes each
+
 def same_size_batches(
     data, # Data set
     batch_size:int, # At most so many
     limit:int=None, # Only the first so many samples
     every:tuple=(0, 1), # (r, n): of these the r-th, the r+n-th, ..., for the r-th of n processes
-): # Iterator over batches of images of one size, in order
-    "Batches without padding: a batch ends where the size of the images changes."
-    held = []
-    for i in range(every[0], len(data) if limit is None else min(limit, len(data)), every[1]):
-        s = data[i]
-        if held and (len(held) == batch_size or held[0]['image'].shape != s['image'].shape): yield collate(held); held = []
-        held.append(s)
-    if held: yield collate(held)
+    waiting:int=0, # So many samples may wait for others of their size; 0 keeps the order
+    workers:int=0, # Processes that read samples; 0 reads in this one
+    regions:bool=True, # With the masks of regions?
+): # Iterator over batches of images of one size
+    "Batches without padding. A batch ends where the size of the images changes, or, if samples may wait, when it is full or too many wait."
+    held = {}
+    def take(size): return collate(held.pop(size))
+    indices = range(every[0], len(data) if limit is None else min(limit, len(data)), every[1])
+    for sample in _samples(data, indices, workers, regions):
+        size = tuple(sample['image'].shape[-2:])
+        held.setdefault(size, []).append(sample)
+        while held and (ready := _size_to_take(held, size, batch_size, waiting)): yield take(ready)
+    for size in list(held): yield take(size)
+
+def _size_to_take(held, newest, batch_size, waiting):
+    "The size of which a batch is due, or None: other samples than the newest's are too many, or its batch is full."
+    others = {size: len(samples) for size,samples in held.items() if size != newest}
+    pixels = sum(h*w*len(samples) for (h,w),samples in held.items())
+    if others and (sum(others.values()) > waiting or pixels > _HELD): return max(others, key=others.get)
+    return newest if len(held.get(newest, ())) >= batch_size else None
 
 # %% ../nbs/13_finetune.ipynb #866dadb4
 def _windows(n, window, overlap):
@@ -773,9 +813,10 @@ def check_looks(
     flip=False,
     window=None,
     overlap=1/3,
+    longest=None,
 ):
     "Raises `OpenTransError` for looks at images that cannot be taken."
-    for name,side in (('size', size), ('window', window)):
+    for name,side in (('size', size), ('longest', longest), ('window', window)):
         if side is not None: check_number(name, side, 1, 2**16, whole=True)
     for scale in _listed('scales', scales, (.5, 1., 1.5)):
         if not _ranged('a scale', scale, 0, _WIDEST_LOOK, whole=False): raise OpenTransError("scales: an image at 0 times its size has no pixels.")
@@ -783,7 +824,65 @@ def check_looks(
     _truth('flip', flip)
     if check_number('overlap', overlap, 0, 1) == 1: raise OpenTransError("overlap=1: windows that overlap wholly never reach the end. Give a share below 1.")
 
-def look(
+def seen_size(
+    height:int, # Of an image
+    width:int, # Of it
+    size:int=None, # Short side at which it is seen; None is its own
+    longest:int=None, # The long side may not be longer; None for no limit
+)->tuple: # (H,W)
+    "The size at which an image is seen, as detectron2's `ResizeShortestEdge` rounds it."
+    short = size or min(height, width)
+    factor = short/min(height, width)
+    sides = (short, factor*width) if height < width else (factor*height, short)
+    most = max(sides)
+    if longest is not None and most > longest: sides = tuple(side*(longest/most) for side in sides)
+    return tuple(max(int(side+.5), 1) for side in sides)
+
+def _seen(images, size, longest, scale=1.):
+    "Images as a look at them wants them. Where `longest` is given, images that shrink are smoothed, as the released code's reader does."
+    h,w = images.shape[-2:]
+    if longest is None: H,W = (max(round(n*scale*(size/min(h, w) if size else 1.)), 1) for n in (h, w))
+    else: H,W = (max(round(n*scale), 1) for n in seen_size(h, w, size, longest))
+    if H*W > _PIXELS: raise OpenTransError(f"Images of {h}x{w} pixels at {H/h:.4g} times their size are too large. Use smaller scales, or a smaller size.")
+    if longest is None or H >= h: return resize(images, (H, W))
+    return torch.nn.functional.interpolate(images, size=(H, W), mode='bilinear', align_corners=False, antialias=True)
+
+class _Together(Scores):
+    "Scores that are made of those of several looks, of which one at a time holds what it needs."
+    def __init__(self, scores, size):
+        self.scores = scores
+        self._hold(scores[0].batch, scores[0].classes, size)
+        self.pixels = max(self.pixels, *(one.pixels for one in scores))
+
+class _Mean(_Together):
+    "The mean of several looks."
+    def make(self, start, stop):
+        total = 0
+        for one in self.scores: total = total + one.ready().part(start, stop)
+        return total/len(self.scores)
+
+class _Windows(_Together):
+    "Windows laid beside each other; where they overlap, their mean."
+    def __init__(self, scores, places, size):
+        super().__init__(scores, size)
+        self.places = places
+
+    def make(self, start, stop):
+        out,seen = 0,0
+        for one,(i,j) in zip(self.scores, self.places):
+            part = one.ready().part(start, stop)
+            if not torch.is_tensor(out): out,seen = part.new_zeros(*part.shape[:2], *self.made),part.new_zeros(self.made)
+            at = (..., slice(i, i+part.shape[-2]), slice(j, j+part.shape[-1]))
+            out[at] += part
+            seen[at] += 1
+        return out/seen
+
+def _through_windows(framework, x, text, window, overlap):
+    places = [(i, j) for i in _windows(x.shape[-2], window, overlap) for j in _windows(x.shape[-1], window, overlap)]
+    scores = [scores_of(framework, x[..., i:i+window, j:j+window], text) for i,j in places]
+    return _Windows(scores, places, x.shape[-2:])
+
+def look_scores(
     framework, # In evaluation mode
     images:torch.Tensor, # (B,3,H,W)
     text:torch.Tensor, # (K,D)
@@ -792,26 +891,39 @@ def look(
     flip:bool=False, # Mirrored, too?
     window:int=None, # Side of square windows; None sees the whole image
     overlap:float=1/3, # Share of a window that the next one sees again
+    longest:int=None, # The long side may not be longer, before factors; images that shrink are smoothed then
+)->Scores: # Of the images' size
+    "The mean of several looks at the images, class by class. Raises `OpenTransError` for a look that cannot be taken."
+    check_looks(size, scales, flip, window, overlap, longest)
+    looks = []
+    for scale in scales:
+        x = _seen(images, size, longest, scale)
+        for v in ([x, x.flip(-1)] if flip else [x]):
+            scores = _through_windows(framework, v, text, window, overlap) if window else scores_of(framework, v, text)
+            looks.append((scores if v is x else scores.mirrored()).resized(images.shape[-2:]))
+    return looks[0] if len(looks) == 1 else _Mean(looks, images.shape[-2:])
+
+@delegates(look_scores)
+def look(
+    framework, # In evaluation mode
+    images:torch.Tensor, # (B,3,H,W)
+    text:torch.Tensor, # (K,D)
+    size:int=None, # Short side at which the framework sees the images; None is their own
+    **kwargs, # Of `look_scores`
 )->torch.Tensor: # (B,K,H,W), the mean over all looks
     "Logits from several looks at the images. Raises `OpenTransError` for a look that cannot be taken."
-    check_looks(size, scales, flip, window, overlap)
-    (h,w),total = images.shape[-2:],0
-    for s in scales:
-        z = s*(size/min(h, w) if size else 1.)
-        if h*w*z**2 > _PIXELS: raise OpenTransError(f"Images of {h}x{w} pixels at {z:.4g} times their size are too large. Use smaller scales, or a smaller size.")
-        x = resize(images, (max(round(h*z), 1), max(round(w*z), 1)))
-        for v in ([x, x.flip(-1)] if flip else [x]):
-            y = framework(v, text) if not window else _through_windows(framework, v, text, window, overlap)
-            total = total + resize(y if v is x else y.flip(-1), (h, w))
-    return total/(len(scales)*(2 if flip else 1))
+    return look_scores(framework, images, text, size, **kwargs).part(0, len(text))
 
-def _through_windows(framework, x, text, window, overlap):
-    out,seen = x.new_zeros(len(x), len(text), *x.shape[-2:]),x.new_zeros(x.shape[-2:])
-    for i in _windows(x.shape[-2], window, overlap):
-        for j in _windows(x.shape[-1], window, overlap):
-            at = (..., slice(i, i+window), slice(j, j+window))
-            out[at] += framework(x[at], text); seen[at] += 1
-    return out/seen
+_RELEASED_SIZE = 800,1333 # MIN_SIZE_TEST and MAX_SIZE_TEST: detectron2's, which the released configurations of Han et al. and DeepLabV3 leave as they are
+_OTHER_SIZES = { # FC-CLIP's configuration for Cityscapes; Mask2Former's own for ADE20K, from which FASeg's comes
+    ('fcclip', 'cityscapes_19'): (1024, 2560), ('faseg', 'ade20k_150'): (512, 2048)}
+
+def released_size(
+    framework:str, # Its name
+    data:str, # Name of the data set
+)->dict: # size, longest: for `look` and `evaluate`
+    "The size at which the released code sees images in its evaluation."
+    return dict(zip(('size', 'longest'), _OTHER_SIZES.get((framework, data), _RELEASED_SIZE)))
 
 # %% ../nbs/13_finetune.ipynb #12c53b2b
 def panoptic_truth(
@@ -825,9 +937,12 @@ def panoptic_truth(
         m[crowd] = torch.stack([labels[crowd], torch.full_like(labels[crowd], -1)], -1)
     return maps
 
-def _quality(framework, data, batch, text, metric):
+def _quality(framework, data, batch, text, metric, looks):
     "Count a batch for panoptic quality."
-    pred = framework.panoptic(batch['images'].to(device_of(framework)), text, isthing=metric.isthing.tolist())
+    images = batch['images'].to(device_of(framework))
+    size = dict(size=tuple(images.shape[-2:])) if looks else {}
+    if looks: images = _seen(images, looks.get('size'), looks.get('longest'))
+    pred = framework.panoptic(images, text, isthing=metric.isthing.tolist(), **size)
     for p,t in zip(pred, panoptic_truth(batch, data.ignore)): metric.update(p.cpu(), t)
 
 def _metrics(framework, data, names, kind, looks):
@@ -836,7 +951,9 @@ def _metrics(framework, data, names, kind, looks):
     metric,things = SemanticIoU(len(names), ignore=data.ignore),getattr(data, 'things', None) or ()
     if kind == 'semantic': return metric,None
     if 'panoptic' not in framework.kinds: raise unknown(f'kind of output of {type(framework).__name__}', 'panoptic', framework.kinds)
-    if looks: raise OpenTransError(f"Panoptic quality is taken from one look at an image; leave out {', '.join(looks)}, or evaluate kind='semantic'.")
+    more = [name for name in looks if name not in ('size', 'longest')]
+    if looks and 'size' not in inspect.signature(framework.panoptic).parameters: more = list(looks) # it knows one size
+    if more: raise OpenTransError(f"Panoptic quality is taken from one look at an image; leave out {', '.join(more)}, or evaluate kind='semantic'.")
     if things and not getattr(data, 'instances', True): raise OpenTransError(f"{data.name} was opened with one region a class: its {len(things)} thing classes have no instances to count. Open it with panoptic=True, or evaluate kind='semantic'.")
     return metric,PanopticQuality([i in things for i in range(len(names))], data.ignore)
 
@@ -874,22 +991,24 @@ def _only_numbers(framework, text):
     finally:
         for handle in handles: handle.remove()
 
-def _check_evaluation(batch_size, limit, over, looks):
+def _check_evaluation(batch_size, limit, over, looks, workers):
     "Raises `OpenTransError` for settings of `evaluate` that cannot be."
     check_number('batch_size', batch_size, 1, 2**16, whole=True)
+    check_number('workers', workers, *_RANGES['workers'], whole=True)
     if limit is not None: check_number('limit', limit, 1, whole=True)
     if over not in ('either', 'truth'): raise unknown('mean over classes', over, ('either', 'truth'))
-    known = ('size', 'scales', 'flip', 'window', 'overlap')
+    known = ('size', 'longest', 'scales', 'flip', 'window', 'overlap')
     for name in looks:
         if name not in known: raise unknown('way of looking', name, known)
     check_looks(**looks)
+
 def _count(framework, data, text, seen, looks, metric, quality, check):
     "Count batches for the metrics of an evaluation."
     for batch in seen:
         images = batch['images'].to(device_of(framework))
-        best = look(framework, images, text, **looks).argmax(1) if looks else framework.semantic(images, text)
+        best = best_class(look_scores(framework, images, text, **looks)) if looks else framework.semantic(images, text)
         metric.update(best.cpu(), batch['labels'])
-        if quality: _quality(framework, data, batch, text, quality)
+        if quality: _quality(framework, data, batch, text, quality, looks)
         check(batch.get('ids'))
 
 # %% ../nbs/13_finetune.ipynb #d78304c9
@@ -903,11 +1022,12 @@ def evaluate(
     over:str='either', # Classes in the mean, as for `SemanticIoU.compute`; 'truth' is detectron2's custom
     kind:str='semantic', # 'semantic', or 'panoptic': panoptic quality, too, for frameworks that give it
     alone:bool=False, # Under `accelerate launch`: see all images in this process? If not, each process must call this, and sees its share
-    **looks, # Of `look`: size, scales, flip, window, overlap
+    workers:int=0, # Processes that read images; 0 reads in this one
+    **looks, # Of `look`: size, longest, scales, flip, window, overlap
 )->dict: # miou, iou by name (NaN where a class is absent), groups, pixel_accuracy, n_images, settings; pq, sq, rq, things, stuff for 'panoptic'
     "Mean IoU over a data set, with the text embeddings of its class names as the classifier; panoptic quality, too, if asked for. Raises `OpenTransError` for bad settings, and if weights or answers are not finite. Warns if a class never occurs while pixels are left out."
     names,words = list(getattr(data.vocabulary, 'names', data.vocabulary)),data.vocabulary if vocabulary is None else vocabulary
-    _check_evaluation(batch_size, limit, over, looks)
+    _check_evaluation(batch_size, limit, over, looks, workers)
     total = len(data) if limit is None else min(limit, len(data))
     if len(words) != len(names): raise OpenTransError(f"The vocabulary has {len(words)} names and the data {len(names)} classes. Give one name (with synonyms, 'a,b') for each class, in order.")
     if not total: raise OpenTransError(f"The data set {getattr(data, 'name', '')!r} has no images to evaluate. Check its root, split and limit.")
@@ -915,7 +1035,7 @@ def evaluate(
     team = None if alone else Processes(device)
     if device is not None: framework.to(team and team.device or pick_device(str(device)))
     text,(r,n) = framework.text(words),(team.rank, team.n) if team else (0, 1)
-    seen = same_size_batches(data, batch_size, limit, (r, n))
+    seen = same_size_batches(data, batch_size, limit, (r, n), _WAITING, workers, regions=kind == 'panoptic')
     if r == 0: seen = progress(seen, 'evaluating', -(-total//(batch_size*n)))
     with evaluating(framework), _only_numbers(framework, text) as check:
         count = functools.partial(_count, framework, data, text, seen, looks, metric, quality, check)

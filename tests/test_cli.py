@@ -90,7 +90,7 @@ def test_labels_outside_the_names(streets):
 
 def test_finetune_then_evaluate(streets, mask, tmp_path):
     assert opentrans('alpha', 'shapes-rn', '--mask', mask, '--out', tmp_path/'alpha').returncode == 0
-    r = opentrans('finetune', '--data', 'folder', '--root', streets, '--classes', NAMES, '--ignore', 11, '--iterations', 3, '--batch-size', 2, '--mask', mask,
+    r = opentrans('finetune', '--data', 'folder', '--root', streets, '--classes', NAMES, '--ignore', 11, '--recipe', 'tiny', '--iterations', 3, '--batch-size', 2, '--mask', mask,
                   '--selection', tmp_path/'alpha'/'selection.json', '--out', tmp_path/'run')
     assert r.returncode == 0, r.stderr
     r = opentrans('evaluate', '--model', tmp_path/'run', '--data', 'folder', '--root', streets, '--classes', NAMES, '--ignore', 11, '--json')
@@ -278,7 +278,7 @@ def test_real_coco_at_full_size(tmp_path):
     common = ('--backbone', 'RN50', '--pretrained', 'none', '--data', 'coco_panoptic', '--root', coco, '--batch-size', 1, '--device', 'cpu')
     r = opentrans('prune', *common, '--p', .7, '--iters', 1, '--crop', 224, '--out', tmp_path/'m.safetensors')
     assert r.returncode == 0, r.stderr
-    r = opentrans('transfer', tmp_path/'m.safetensors', *common, '--recipe', 'paper', '--iterations', 1, '--warmup', 1, '--crop', 224, '--limit', 1, '--out', tmp_path/'t', '--json')
+    r = opentrans('transfer', tmp_path/'m.safetensors', *common, '--iterations', 2, '--warmup', 1, '--crop', 224, '--limit', 1, '--out', tmp_path/'t', '--json')
     assert r.returncode == 0, r.stderr
     res = json.loads(r.stdout)
     assert abs(res['density']-.1) < 5e-4 and len(res['iou']) == 133 and 0 < len(res['frozen']) <= 27      # half of the layers that have a fit; some of a random tower have none
@@ -400,3 +400,141 @@ def test_a_dry_run_of_a_study_writes_nothing(tmp_path):
     "It says what a run needs, framework by framework."
     r = opentrans('study', 'ratio', '--scale', 'smoke', '--seeds', 2, '--out', tmp_path/'o', '--dry-run')
     assert r.returncode == 0 and 'deeplabv3' in r.stdout and not (tmp_path/'o').exists(), r.stderr
+
+@pytest.fixture(scope='module')
+def tree(tmp_path_factory):
+    "The seven data sets of Table 1 under one folder, with one or two small scenes each."
+    import fake_datasets as fake
+    root = tmp_path_factory.mktemp('datasets')
+    fake.make_coco(root, 'train', 3, width=96, height=64)
+    fake.make_coco(root, 'val', 2, seed=3, width=96, height=64)
+    for name,(images, labels, _, void, suffix) in list(fake.LABEL_MAPS.items()):
+        fake.LABEL_MAPS[name] = (images, labels, (80, 64), void, suffix)
+        fake.make_label_maps(root, name, 1)
+    fake.make_cityscapes(root, 1)
+    for file in root.glob('cityscapes/**/*.png'):
+        with Image.open(file) as picture: small = picture.resize((128, 64), Image.NEAREST)
+        small.save(file)
+    return root
+
+def course(*args, **more):
+    "Preset, whole course, warm-up and rest, as the command divides them."
+    from opentrans.cli import _course
+    return _course(*args, **dict(dict(warmup=None, freeze=.5), **more))
+
+def test_the_papers_course_is_the_default():
+    "Warm-up and rest are the beginning and the end of one course of the paper's length; one flag shortens both; tiny stays as it was."
+    from opentrans.finetune import Recipe
+    for framework,total in dict(deeplabv3=50_000, mask2former=50_000, fcclip=368_750, faseg=160_000).items():
+        for name in (None, 'paper', 'released'):
+            preset,whole,warm,rest = course(name, framework, shipped=False)
+            assert preset == (name or 'paper') and whole == getattr(Recipe, preset)(framework) and whole.iterations == total
+            assert (warm.iterations, rest.offset, rest.iterations) == (10_000, 10_000, total-10_000)
+            assert whole.lr_warmup == 0 and whole.crop == (1024 if framework == 'fcclip' else 512), 'the factor of the warm-up is constant, as released'
+            assert [rest.lr_at(i) for i in (0, rest.iterations-1)] == [whole.lr_at(i) for i in (10_000, total-1)]
+    _,whole,warm,rest = course('paper', 'mask2former', shipped=True, iterations=500)
+    assert (warm.iterations, rest.iterations, rest.milestones) == (100, 400, (400, 450))
+    assert course(None, 'deeplabv3', shipped=False, freeze=0)[2] is None, 'where no layer is chosen the course is in one piece'
+    assert course(None, 'deeplabv3', shipped=False, iterations=500, warmup=30)[2].iterations == 30
+    preset,whole,warm,rest = course(None, 'deeplabv3', shipped=True)
+    assert preset == 'tiny' and rest == whole == Recipe.tiny() and warm == Recipe.tiny().shorten(60).replace(schedule='constant')
+    from opentrans.core import OpenTransError
+    with pytest.raises(OpenTransError, match='leaves none'): course('paper', 'deeplabv3', shipped=False, iterations=9, warmup=9)
+
+def test_stride_and_prompts_are_the_released_ones():
+    "Stride 16 for DeepLabV3 on a ResNet alone; bare names, and FC-CLIP's own prompts."
+    from opentrans.cli import _looks, _stride, is_shipped
+    from opentrans.frameworks import get_framework
+    assert [_stride(None, f, b, False) for f,b in (('deeplabv3', 'RN50'), ('mask2former', 'RN50'), ('fcclip', 'RN50'), ('deeplabv3', 'convnext_base'))] == [16, 32, 32, 32]
+    assert [_stride(None, 'fpn', b, True) for b in ('shapes-rn', 'shapes-vit')] == [16, 32] and _stride(8, 'fpn', 'RN50', False) == 8
+    assert is_shipped('shapes-rn', 'shapesworld') and not is_shipped('RN50', 'shapesworld') and not is_shipped('shapes-rn', 'folder')
+    assert get_framework('mask2former').prompts == get_framework('deeplabv3').prompts == '{}' and get_framework('fcclip').prompts == 'vild'
+    assert _looks('fcclip', 'cityscapes_19', False) == dict(size=1024, longest=2560, over='truth', workers=0 if not torch.cuda.is_available() else 4)
+    assert {k: v for k,v in _looks('deeplabv3', 'shapesworld', True, device='cpu').items()} == dict(over='either', workers=0)
+
+@pytest.fixture(scope='module')
+def transferred(tree, mask, tmp_path_factory):
+    "A run of `transfer` on COCO with every default of the paper, shortened by one flag: (folder, what was said)."
+    out = tmp_path_factory.mktemp('run')/'run'
+    r = opentrans('transfer', mask, '--framework', 'fcclip', '--data', 'coco_panoptic', '--root', tree, '--iterations', 37, '--batch-size', 2, '--crop', 64, '--out', out, '--json')
+    assert r.returncode == 0, r.stderr[-2000:]
+    return out,r
+
+def test_a_transferred_model_is_a_model(transferred, tree, mask, tmp_path):
+    "What `transfer` leaves is opened, measured on the seven data sets in one row, and asked about a picture."
+    out,r = transferred
+    assert 'recipe: paper of fcclip' in r.stderr and '1 with all layers and no mask, then 36' in r.stderr and 'stride 32, prompts' in r.stderr
+    assert {'model.json', 'model.safetensors', 'selection.json', 'result.json', 'settings.json', 'warmup', 'finetune'} <= {p.name for p in out.iterdir()}
+    told,result = (json.loads((out/name).read_text()) for name in ('model.json', 'result.json'))
+    assert told['framework'] == 'fcclip' and told['recipe']['iterations'] == 37 and told['recipe']['optimizer'] == 'adamw' and len(told['classes']) == 133
+    assert result['settings'] | dict(over='truth', size=800, longest=1333) == result['settings'] and abs(result['density']-.1) < 5e-4
+    from opentrans.cli import open_trained
+    from opentrans.data import Vocabulary
+    seg,_,name = open_trained(out, Vocabulary(['sky', 'road']))
+    assert name == 'fcclip' and list(seg.vocabulary.names) == told['classes'] and seg.text(['zebra', 'spaceship']).seen.tolist() == [True, False]
+    r = opentrans('evaluate', '--model', out, '--data', 'all', '--root', tree, '--short-side', 48, '--out', tmp_path/'all')
+    assert r.returncode == 0, r.stderr[-2000:]
+    table = json.loads((tmp_path/'all'/'result.json').read_text())
+    columns = ['coco_panoptic', 'cityscapes_19', 'ade20k_150', 'ade20k_847', 'voc_20', 'context_59', 'context_459']
+    assert list(table['table']) == list(table['results']) == columns and table['settings']['over'] == 'truth' and abs(table['density']-.1) < .01
+    assert table['active_params'] < table['params'] and [len(x['iou']) for x in table['results'].values()] == [133, 19, 150, 847, 20, 59, 459]
+    assert all(c in r.stdout for c in columns) and 'mean over the classes in the truth' in ' '.join(r.stdout.split()) and len(r.stderr.split('mIoU')) == 8
+    assert opentrans('compare', tmp_path/'all', out, '--json').returncode == 0
+    photo = next((tree/'coco'/'val2017').iterdir())
+    r = opentrans('segment', photo, 'sky, road', '--model', out, '--out', tmp_path/'seen.png', '--json')
+    assert r.returncode == 0 and set(json.loads(r.stdout)) <= {'sky', 'road'}, r.stderr
+
+def test_a_missing_data_set_is_said_before_anything_runs(transferred, tree, tmp_path, no_work):
+    "Two of the seven are not there: one sentence names both, and how to get the first."
+    import shutil
+    shutil.copytree(tree, tmp_path/'few')
+    for folder in ('ADE20K_2021_17_01', 'pascal_voc_d2'): shutil.rmtree(tmp_path/'few'/folder)
+    message = fails('evaluate', '--model', transferred[0], '--data', 'all', '--root', tmp_path/'few', '--out', tmp_path/'o')
+    assert 'ade20k_847, voc_20 cannot be opened' in message and 'ADE20K' in message and not (tmp_path/'o').exists()
+    assert 'leave out --classes' in fails('evaluate', '--data', 'all', '--classes', 'a,b')
+    assert 'leave out --kind' in fails('evaluate', '--data', 'all', '--kind', 'panoptic')
+    assert 'leave out --short-side' in fails('evaluate', '--own-size', '--short-side', 64)
+
+def test_rows_without_a_mask(tmp_path, mask):
+    "Table 2: dense, by alpha, by large alpha, at random; and what cannot be a row."
+    few = ('--iterations', 1, '--warmup', 1, '--batch-size', 1, '--limit', 1)
+    frozen = {}
+    for by in ('alpha', 'alpha*', 'random'):
+        r = opentrans('transfer', '--dense', *few, '--by', by, '--out', tmp_path/by, '--json')
+        assert r.returncode == 0, r.stderr
+        told = json.loads(r.stdout)
+        frozen[by] = {*told['frozen']}
+        assert 'density' not in told and json.loads((tmp_path/by/'model.json').read_text())['mask'] is None
+    assert not frozen['alpha'] & frozen['alpha*'] and frozen['random'] not in (frozen['alpha'], frozen['alpha*'])
+    r = opentrans('transfer', '--dense', *few, '--freeze', 0, '--json')
+    assert r.returncode == 0 and 'frozen' not in json.loads(r.stdout)
+    assert 'Give a mask file, or --dense' in fails('transfer', *few)
+    assert 'leave out' in fails('transfer', mask, '--dense', *few)
+
+def test_alpha_is_read_before_the_mask_is_adopted(mask, tmp_path):
+    "Supplement 6.3: from weights without the mask by default, and from those under it if asked; the mask holds afterwards in both."
+    from opentrans.clip import ClipBackbone
+    from opentrans.core import LayerSelection, load_tensors
+    from opentrans.heavy_tail import analyze
+    from opentrans.pruning import SparseMask
+    found,m = {},SparseMask.load(mask)
+    for of in ('dense', 'masked'):
+        r = opentrans('transfer', mask, '--iterations', 1, '--warmup', 0, '--batch-size', 1, '--limit', 1, '--alpha-of', of, '--out', tmp_path/of)
+        assert r.returncode == 0, r.stderr
+        clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
+        if of == 'masked': m.apply(clip).remove()
+        found[of] = LayerSelection.from_json(tmp_path/of/'selection.json')
+        assert found[of].freeze == analyze(clip).select(freeze=.5).freeze
+        weights = load_tensors(tmp_path/of/'model.safetensors')[0]
+        assert all((weights[f'backbone.visual.{n}'][~m[n]] == 0).all() for n in m.names)
+    assert {*found['dense'].freeze} != {*found['masked'].freeze}, 'nothing tells the two apart here'
+    assert 'dense' in fails('transfer', mask, '--alpha-of', 'sparse')
+
+def test_settings_of_a_transfer_are_the_same_run_again(mask, tree, tmp_path):
+    "The settings that a run keeps, read as a file of settings, are that run."
+    common = ('transfer', mask, '--root', tree, '--limit', 1)
+    first = opentrans(*common, '--data', 'coco_panoptic', '--recipe', 'released', '--iterations', 10, '--batch-size', 1, '--crop', 32, '--out', tmp_path/'a')
+    assert first.returncode == 0, first.stderr
+    again = opentrans(*common, '--config', tmp_path/'a'/'settings.json', '--out', tmp_path/'b')
+    assert again.returncode == 0, again.stderr
+    for part in ('warmup', 'finetune'): assert (tmp_path/'a'/part/'history.csv').read_text() == (tmp_path/'b'/part/'history.csv').read_text()

@@ -271,3 +271,19 @@ def test_a_shipped_clip_knows_what_its_file_says(name):
     told,n = json.loads(load_metadata(ASSETS/f'{name}.safetensors')['zero_shot']),240
     found = zero_shot(ClipBackbone.create(name, pretrained=name), n, seed=2)
     for k in ('base', 'novel'): assert abs(found[k]-told[k]) < 4*math.sqrt(max(told[k]*(1-told[k]), .01)/n) and told[k] > .5, (k, found, told)
+
+def test_a_tower_alone_is_laid_over_a_clip(tmp_path):
+    "What `prune --weights` writes is read: with a small CLIP's own text encoder, and with another's that is named."
+    from opentrans.core import save_tensors
+    clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
+    text = clip.encode_text(['red star', 'grass'])
+    with torch.no_grad():
+        for weight in clip.visual.parameters(): weight.mul_(1.5)
+    save_tensors(clip.visual.state_dict(), tmp_path/'tower.safetensors')
+    for pretrained in (tmp_path/'tower.safetensors', f"shapes-rn,{tmp_path/'tower.safetensors'}"):
+        again = ClipBackbone.create('shapes-rn', pretrained=str(pretrained))
+        assert all(torch.equal(weight, again.visual.state_dict()[name]) for name,weight in clip.visual.state_dict().items())
+        assert torch.equal(again.encode_text(['red star', 'grass']), text) and torch.equal(again.mean, clip.mean)
+    with pytest.raises(OpenTransError, match='Say whose text encoder'): ClipBackbone.create('RN50', pretrained=str(tmp_path/'tower.safetensors'))
+    with pytest.raises(OpenTransError, match='weights of the image tower'): ClipBackbone.create('RN50', pretrained=f"none,{tmp_path/'tower.safetensors'}")
+    with pytest.raises(OpenTransError, match='no file of an image tower'): ClipBackbone.create('shapes-rn', pretrained='shapes-rn,none.safetensors')

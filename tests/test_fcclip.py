@@ -169,7 +169,7 @@ def test_masks_on_other_towers(tower):
     sum(losses.values()).backward()
     assert any(p.grad is not None and p.grad.any() for p in clip.parameters())
 
-def test_contract_on_a_convnext(): assert len(check_framework('fcclip', backbone=backbone_of('convnext'), **TINY)) == 9
+def test_contract_on_a_convnext(): assert len(check_framework('fcclip', backbone=backbone_of('convnext'), **TINY)) == 10
 
 # --- through training
 

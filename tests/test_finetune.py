@@ -8,11 +8,11 @@ from mutations import check_reader, digest
 from hypothesis import given, settings, strategies as st
 from opentrans.clip import ClipBackbone
 from opentrans.core import LayerSelection, OpenTransError, load_tensors
-from opentrans.data import ShapesWorld
+from opentrans.data import ShapesWorld, View, read_sample
 from opentrans.errors import FormatError, OtherRun
 from opentrans.files import save_json, save_tensors
 from opentrans.finetune import (WEIGHTS_FILE, Checkpoint, Recipe, batch_indices, build_optimizer, compare_runs, evaluate, finetune, load_framework, plot_runs,
-    read_settings, run_settings)
+    read_settings, run_settings, same_size_batches, seen_size)
 from opentrans.frameworks import build
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.pruning import SparseMask
@@ -518,3 +518,79 @@ def test_names_are_drawn_as_they_are_called():
     axis = plot_runs(compare_runs(runs))
     axis.figure.canvas.draw()
     assert len(axis.get_legend_handles_labels()[1]) == 3
+
+class ManySizes(ShapesWorld):
+    "Scenes of three sizes, as a photographer's folder holds them."
+    def packed(self, i): return ShapesWorld(self.split, n=self.n, size=((48, 64), (64, 48), (56, 56))[i*7 % 3], seed=self.seed).packed(i)
+
+def test_size_of_batches_and_readers_do_not_enter_a_result():
+    "Images that wait for others of their size, read in this process or another, with norms that have seen training: the same sums, class by class."
+    scenes = ManySizes('val', n=14)
+    seg = build('deeplabv3', tiny_backbone(), vocabulary=scenes.vocabulary, preset='small', width=16, seed=0)
+    finetune(seg, ShapesWorld('val', n=14, size=48), quick)
+    alone = evaluate(seg, scenes, batch_size=1)
+    for how in (dict(batch_size=8), dict(batch_size=3), dict(batch_size=8, workers=2)):
+        found = evaluate(seg, scenes, **how)
+        assert {k: v for k,v in found['iou'].items() if v == v} == {k: v for k,v in alone['iou'].items() if v == v}, how
+    full = [len(batch['ids']) for batch in same_size_batches(scenes, 4, waiting=64)]
+    assert len(full) < len([*same_size_batches(scenes, 4)]) and sum(full) == 14
+
+def test_few_wait_where_images_are_large(monkeypatch):
+    "What waits is bounded in pixels, too."
+    from opentrans import finetune as module
+    scenes = ManySizes('val', n=9)
+    monkeypatch.setattr(module, '_HELD', 3*56*56)
+    held = [len(batch['ids']) for batch in same_size_batches(scenes, 8, waiting=64)]
+    assert max(held) <= 3 and sum(held) == 9
+
+def test_mean_iou_reads_no_region_masks(monkeypatch):
+    "Masks of regions are made for panoptic quality alone; a data set or subclass that reads in its own way is asked in that way."
+    from opentrans import data as module
+    made,unpack = [],module.unpack
+    monkeypatch.setattr(module, 'unpack', lambda packed, regions=True: made.append(regions) or unpack(packed, regions))
+    world = ShapesWorld('val', n=3, size=32)
+    seg = build('mask2former', tiny_backbone(), vocabulary=world.vocabulary, preset='small', seed=0)
+    evaluate(seg, View(world, [2, 0]))
+    assert made == [False, False]
+    evaluate(seg, world, limit=1, kind='panoptic')
+    assert made[2:] == [True]
+    class Dark(ShapesWorld):
+        def __getitem__(self, i): return dict(super().__getitem__(i), image=super().__getitem__(i)['image']*0)
+    dark = read_sample(Dark('val', n=1, size=32), 0, regions=False)
+    assert not dark['image'].any() and len(dark['regions']) == 0 and torch.equal(dark['labels'], world[0]['labels'])
+
+class Torn(ShapesWorld):
+    def packed(self, i):
+        if i == 2: raise OpenTransError("The picture 'b.jpg' is torn.")
+        return super().packed(i)
+
+def test_what_a_reader_cannot_read_is_one_sentence():
+    "The sentence of an error in another process is the sentence here."
+    world = Torn('val', n=4, size=32)
+    with pytest.raises(OpenTransError, match="^The picture 'b.jpg' is torn.$"): evaluate(new(world), world, workers=1)
+
+def test_sizes_of_the_evaluation_are_detectron2s():
+    "Short side 800, long side at most 1333, rounded as the released code's reader rounds."
+    transforms = pytest.importorskip('detectron2.data.transforms')
+    rng = random.Random(0)
+    for _ in range(300):
+        height,width,size,longest = rng.randint(20, 3000), rng.randint(20, 3000), rng.choice((512, 640, 800, 1024)), rng.choice((800, 1333, 2560))
+        assert seen_size(height, width, size, longest) == transforms.ResizeShortestEdge.get_output_shape(height, width, size, longest)
+
+def test_the_mean_over_the_truth_is_detectron2s():
+    "A class that is only predicted counts as 0 in one mean, and does not count in the other."
+    world = ShapesWorld('val', n=2, size=32)
+    seg = new(world)
+    either,truth = (evaluate(seg, world, over=over) for over in ('either', 'truth'))
+    seen = {int(c) for i in range(2) for c in world[i]['labels'].unique() if c != world.ignore}
+    of_truth = [v for k,v in enumerate(either['iou'].values()) if k in seen]
+    assert abs(truth['miou']-sum(of_truth)/len(of_truth)) < 1e-9 and truth['miou'] >= either['miou']
+    assert truth['settings']['over'] == 'truth'
+
+def test_panoptic_quality_at_another_size():
+    "Masks are resized to the size of the truth before segments are chosen; at the images' own size nothing changes."
+    world = ShapesWorld('val', n=2, size=64)
+    seg = build('mask2former', tiny_backbone(), vocabulary=world.vocabulary, preset='small', seed=0, score=0.)
+    plain,same,larger = (evaluate(seg, world, kind='panoptic', **how) for how in ({}, dict(size=64, longest=90), dict(size=96, longest=96)))
+    assert plain['pq'] == same['pq'] and larger['settings']['size'] == 96 and larger['sq'] == larger['sq']
+    with pytest.raises(OpenTransError, match='leave out flip'): evaluate(seg, world, kind='panoptic', flip=True)

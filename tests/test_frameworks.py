@@ -3,13 +3,14 @@ import subprocess, sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from opentrans.clip import ClipBackbone
 from opentrans.core import OpenTransError, layers
 from opentrans.data import ShapesWorld
-from opentrans.finetune import Recipe, evaluate, finetune
-from opentrans.frameworks import build, check_framework, get_framework, list_frameworks
-from opentrans.frameworks.contract import tiny_backbone
+from opentrans.finetune import Recipe, evaluate, finetune, look, look_scores
+from opentrans.frameworks import build, check_framework, contract, get_framework, list_frameworks, mask2former
+from opentrans.frameworks.contract import best_class, tiny_backbone
 from opentrans.pruning import SparseMask
 
 numel = lambda m: sum(p.numel() for p in m.parameters())
@@ -60,7 +61,7 @@ def test_contract_on_other_backbones(backbone):
         text = dict(context_length=16, vocab_size=len(small.text.tokenizer), width=64, heads=2, layers=1)
         torch.manual_seed(0)
         clip = ClipBackbone.from_model(open_clip.model.CLIP(64, vision, open_clip.model.CLIPTextCfg(**text)), small.text.tokenizer, 'convnext_atto')
-    assert len(check_framework('deeplabv3', backbone=clip)) == 9
+    assert len(check_framework('deeplabv3', backbone=clip)) == 10
 
 def test_one_mask_from_file_through_training(tmp_path):
     "Save, load, carry over, train, evaluate: zero where the mask says, in a framework that was built after the mask was made."
@@ -92,3 +93,41 @@ def test_logits_of_a_class_do_not_depend_on_the_others():
     text = F.normalize(torch.randn(300, seg.backbone.embed_dim, generator=torch.Generator().manual_seed(0)), dim=1)
     x = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad(): assert torch.allclose(seg(x, text)[:, :3], seg(x, text[:3]), atol=1e-4)
+
+class Largest(TorchDispatchMode):
+    "The number of values in the largest tensor that is made."
+    def __init__(self):
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor): self.values = max(self.values, tensor.untyped_storage().nbytes()//tensor.element_size())
+        return out
+
+@pytest.mark.parametrize('name', ['deeplabv3', 'fpn', 'mask2former', 'fcclip', 'faseg'])
+def test_hundreds_of_classes_never_stand_side_by_side(name, monkeypatch):
+    "The best of 847 classes, looked at as it is or enlarged: no tensor of all logits at full size is made, and the answer is that of all logits."
+    monkeypatch.setattr(contract, '_AT_ONCE', 2**20)
+    monkeypatch.setattr(mask2former, '_MASKS', 2**19)
+    seg = build(name, tiny_backbone(), vocabulary=['red star', 'grass'], preset='small', seed=0).eval()
+    text = F.normalize(torch.randn(847, seg.backbone.embed_dim, generator=torch.Generator().manual_seed(0)), dim=1)
+    images = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        with Largest() as alone: best = seg.semantic(images, text)
+        with Largest() as enlarged: near = best_class(look_scores(seg, images, text, size=160, longest=200, flip=True))
+        whole,all_looks = seg(images, text),look(seg, images, text, size=160, longest=200, flip=True)
+    assert alone.values < .3*whole.numel() and enlarged.values < .3*847*150*200, (alone.values, enlarged.values)
+    for found,logits in ((best, whole), (near, all_looks)):
+        top = logits.topk(2, 1).values
+        sure = (top[:, 0]-top[:, 1] > 1e-5*top[:, 0].abs()) # where two are equal but for rounding, either may be found
+        assert sure.float().mean() > .9 and torch.equal(found[sure], logits.argmax(1)[sure])
+
+def test_a_subclass_with_its_own_forward_is_asked():
+    "A subclass that writes `forward` alone is evaluated by it, though its parent knows a way to make logits in pieces."
+    class Turned(get_framework('fpn')):
+        def forward(self, images, text_embeddings): return -super().forward(images, text_embeddings)
+    seg = Turned(tiny_backbone(), vocabulary=['red star', 'grass'], width=16).eval()
+    text,images = seg.text(['sand', 'brick', 'water']),torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): assert torch.equal(seg.semantic(images, text), seg(images, text).argmax(1))

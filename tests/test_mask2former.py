@@ -127,7 +127,7 @@ def test_loss_is_the_references(reference):
 
 def test_contract_with_distillation_on_another_backbone():
     clip = ClipBackbone.create('shapes-rn', pretrained=None, output_stride=16)
-    assert len(check_framework('mask2former', backbone=clip, preset='paper', **dict(TINY, kd_source='posterior', kd_target='attention'))) == 9
+    assert len(check_framework('mask2former', backbone=clip, preset='paper', **dict(TINY, kd_source='posterior', kd_target='attention'))) == 10
 
 def test_one_mask_from_file_through_training(tmp_path):
     "Save, load, carry over, train in bfloat16, go on from a checkpoint, evaluate both kinds of output."

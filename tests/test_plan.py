@@ -4,12 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 from opentrans import finetune as ft
+from opentrans.cli import _course, _looks, _stride, transfer
 from opentrans.cost import peak_memory
 from opentrans.data import ShapesWorld
 from opentrans.distill import DistillTrainer
 from opentrans.errors import OpenTransError
-from opentrans.finetune import WARMUP, Recipe
-from opentrans.frameworks import build
+from opentrans.finetune import WARMUP, Recipe, released_size
+from opentrans.frameworks import build, get_framework
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.heavy_tail import LayerTable, analyze
 from opentrans.plan import RunPlan, plan_run

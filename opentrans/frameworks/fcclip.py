@@ -189,7 +189,10 @@ class FCCLIP(Framework):
         if self.frozen: self.backbone.eval()
         return self
 
-    pad,forward,semantic,panoptic = Mask2Former.pad,Mask2Former.forward,Mask2Former.semantic,Mask2Former.panoptic # from what `queries` says
+    masks_first = True # as released, where panoptic segmentation is on
+    prompts = 'vild' # the released code's VILD_PROMPT
+    pad,queries,scores = Mask2Former.pad,Mask2Former.queries,Mask2Former.scores # from what `coarse_queries` says
+    forward,panoptic = Mask2Former.forward,Mask2Former.panoptic
 
     def features(self, images):
         "The maps of images of any size, and what the tower ends with."
@@ -249,14 +252,13 @@ def classify_masks(self:FCCLIP,
     return words.best(F.normalize(embeddings, dim=-1) @ words.embeddings.to(embeddings).T)*min(self.backbone.logit_scale, 100.)
 
 @patch
-def queries(self:FCCLIP, images, text):
-    "Log-probabilities of classes (B,Q,K+1) and mask logits at the images' size (B,Q,H,W)."
-    words,(h,w),(maps,last) = self.words(text),images.shape[-2:],self.features(images)
+def coarse_queries(self:FCCLIP, images, text):
+    "Log-probabilities of classes (B,Q,K+1) and mask logits at a quarter of the size."
+    words,(maps,last) = self.words(text),self.features(images)
     e,small = self.head(maps, every=True)[-1] if self.classify_all else self.head(maps)
-    m = resize(small, [n + -n % self.divisible for n in (h, w)])[..., :h, :w]
     o,valid = embed_masks(self.backbone, last, small)
     c = geometric_ensemble(self.classify(e, words).float(), self.classify_masks(o, words).float(), words.seen, self.alpha, self.beta, valid if self.valid_only else None)
-    return c,m
+    return c,small
 
 @patch
 def loss(self:FCCLIP, batch):

@@ -7,7 +7,7 @@ __all__ = ['FPN']
 
 # %% ../../nbs/tutorials/add_a_framework.ipynb #3a21468c
 from torch import nn
-from .contract import Framework, register_framework, resize, text_logits
+from .contract import Framework, Scores, register_framework, resize, text_logits
 
 # %% ../../nbs/tutorials/add_a_framework.ipynb #d4cab549
 @register_framework('fpn')
@@ -27,7 +27,13 @@ class FPN(Framework):
         self.proj = nn.Conv2d(width, backbone.embed_dim, 1)                      # into the space of the text
         self.scale = float(backbone.logit_scale if scale is None else scale)
 
-    def forward(self, images, text_embeddings): # (B,3,H,W), (K,D) -> logits (B,K,H,W)
+    def logits(self, images, text_embeddings): # (B,3,H,W), (K,D) -> logits at a quarter of the size
         x,maps = None,self.backbone(images)
         for k in reversed(maps): x = self.lateral[k](maps[k]) + (0 if x is None else resize(x, maps[k].shape[-2:]))
-        return resize(text_logits(self.proj(self.mix(x)), text_embeddings, self.scale), images.shape[-2:])
+        return text_logits(self.proj(self.mix(x)), text_embeddings, self.scale)
+
+    def forward(self, images, text_embeddings): # -> logits (B,K,H,W)
+        return resize(self.logits(images, text_embeddings), images.shape[-2:])
+
+    def scores(self, images, text): # not needed; with it, hundreds of classes at full size never stand side by side
+        return Scores(self.logits(images, text), images.shape[-2:])

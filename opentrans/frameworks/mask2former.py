@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'read_checkpoint', 'mask2former_config', 'Positions', 'OwnConv2d', 'AttentionLinear', 'PixelDecoder',
-           'MaskDecoder', 'semantic_from_queries', 'best_class_from_queries', 'panoptic_from_queries', 'SetLoss',
-           'QueryHead', 'Mask2Former', 'batch_regions', 'head_names', 'put_weights', 'load_mask2former']
+           'MaskDecoder', 'semantic_from_queries', 'QueryScores', 'best_class_from_queries', 'panoptic_from_queries',
+           'SetLoss', 'QueryHead', 'Mask2Former', 'batch_regions', 'head_names', 'put_weights', 'load_mask2former']
 
 # %% ../../nbs/11_mask2former.ipynb #599d11ec
-import inspect, math, re
+import copy, inspect, math, re
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from transformers.models.mask2former.modeling_mask2former import (Mask2FormerLos
 from ..clip import read_weights
 from ..core import OpenTransError, device_of, unknown
 from ..distill import grounding_loss, released_terms, teach_regions, tgkd_loss
-from .contract import Framework, register_framework, resize
+from .contract import Framework, Scores, best_class, register_framework, resize
 
 # %% ../../nbs/11_mask2former.ipynb #91e927a2
 def mask2former_config(**options)->Mask2FormerConfig: # Raises `OpenTransError` for sizes that do not fit together
@@ -138,17 +138,67 @@ def semantic_from_queries(
     "The score of each class at each pixel, summed over queries."
     return torch.einsum('bqk,bqhw->bkhw', class_logits.softmax(-1)[..., :-1], mask_logits.sigmoid())
 
+class QueryScores(Scores):
+    "The scores of classes from queries: what is held are classes and masks of the queries, the masks at a quarter of the size."
+    def __init__(self,
+        class_logits:torch.Tensor, # (B,Q,K+1), *nothing* last
+        mask_logits:torch.Tensor, # (B,Q,h,w)
+        padded=None, # (H,W) to which masks are resized; None leaves them
+        size=None, # (H,W) of the images, which is cut out of that
+        masks_first:bool=False, # Is it the masks that are resized to another size, and not the scores?
+    ):
+        self.shares,self.coarse,self.held = class_logits.softmax(-1)[..., :-1],mask_logits,None
+        self.padded,self.masks_first,self.mirror,self.target = tuple(padded or mask_logits.shape[-2:]),masks_first,False,None
+        self.inner = tuple(size or self.padded)
+        self._hold(len(mask_logits), self.shares.shape[-1], self.inner)
+
+    def grow(self, mask_logits):
+        "Probabilities of masks at full size."
+        height,width = self.inner
+        grown = resize(mask_logits, self.padded)[..., :height, :width]
+        if self.mirror: grown = grown.flip(-1)
+        return (grown if self.target is None else resize(grown, self.target)).sigmoid()
+
+    def masks(self):
+        "Probabilities of all masks at full size; if they are many pixels, made some queries at a time."
+        queries = self.coarse.shape[1]
+        few = max(1, _MASKS//(self.batch*max(math.prod(self.padded), math.prod(self.made))))
+        if few >= queries: return self.grow(self.coarse)
+        out = self.coarse.new_empty(self.batch, queries, *self.made)
+        for i in range(0, queries, few): out[:, i:i+few] = self.grow(self.coarse[:, i:i+few])
+        return out
+
+    def ready(self):
+        new = copy.copy(self)
+        new.held = self.masks()
+        return new
+
+    def make(self, start, stop):
+        masks = self.masks() if self.held is None else self.held
+        return torch.einsum('bqk,bqhw->bkhw', self.shares[..., start:stop], masks)
+
+    def mirrored(self):
+        if not self.masks_first or self.steps: return super().mirrored()
+        new = copy.copy(self)
+        new.mirror = not self.mirror
+        return new
+
+    def resized(self, size):
+        if not self.masks_first or self.steps or self.size == tuple(size): return super().resized(size)
+        new = copy.copy(self)
+        new.target = tuple(size)
+        new._hold(self.batch, self.classes, size)
+        return new
+
+_MASKS = 2**25 # Values of masks at full size that are made at a time
+
 def best_class_from_queries(
     class_logits:torch.Tensor, # (B,Q,K+1), *nothing* last
     mask_logits:torch.Tensor, # (B,Q,H,W)
-    at_once:int=64, # Classes in one piece
+    at_once:int=None, # Classes in one piece; None takes as many as fit 256 MB
 )->torch.Tensor: # (B,H,W) int64
     "The class of the highest score, without holding the scores of all classes at once."
-    p,m,top,best = class_logits.softmax(-1)[..., :-1],mask_logits.sigmoid(),None,None
-    for i in range(0, p.shape[-1], at_once):
-        t,b = torch.einsum('bqk,bqhw->bkhw', p[..., i:i+at_once], m).max(1)
-        best = b if top is None else torch.where(t > top, b+i, best); top = t if top is None else torch.maximum(top, t)
-    return best
+    return best_class(QueryScores(class_logits, mask_logits), at_once)
 
 # %% ../../nbs/11_mask2former.ipynb #ad202c63
 def panoptic_from_queries(
@@ -266,6 +316,7 @@ SOURCES = ('prior', 'posterior', 'direct')
 class Mask2Former(Framework):
     "Mask2Former on CLIP with text embeddings as the classifier of its queries (Sec. 3.1; Han et al.)."
     kinds = ('semantic', 'panoptic')
+    masks_first = False # To another size are resized: masks, before they are scored (FC-CLIP), or scores (SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE: False)?
     presets = dict(paper={}, small=dict(hidden=64, mask_dim=64, queries=24, pixel_layers=1, layers=2, heads=4, pixel_ffn=128, ffn=128, scale=30., points=256, class_weight=5., region_dropout=0., kd=0.),
                    released=dict(kd_target='tight', kd_form='released', grounding=2.))
 
@@ -336,10 +387,16 @@ def classify(self:Mask2Former,
 
 # %% ../../nbs/11_mask2former.ipynb #fe59f43f
 @patch
+def coarse_queries(self:Mask2Former, images, text):
+    "Class logits (B,Q,K+1) and mask logits at a quarter of the size, of the last layer."
+    q,m = self.head(self.features(images))
+    return self.classify(self.embed[-1](q), text),m
+
+@patch
 def queries(self:Mask2Former, images, text):
     "Class logits (B,Q,K+1) and mask logits at the images' size (B,Q,H,W), of the last layer."
-    (h,w),(q,m) = images.shape[-2:],self.head(self.features(images))
-    return self.classify(self.embed[-1](q), text),resize(m, [n + -n % self.divisible for n in (h, w)])[..., :h, :w]
+    (h,w),(c,m) = images.shape[-2:],self.coarse_queries(images, text)
+    return c,resize(m, [n + -n % self.divisible for n in (h, w)])[..., :h, :w]
 
 @patch
 def forward(self:Mask2Former, images, text_embeddings):
@@ -347,18 +404,23 @@ def forward(self:Mask2Former, images, text_embeddings):
     return semantic_from_queries(*self.queries(images, text_embeddings))
 
 @patch
-def semantic(self:Mask2Former, images, text):
-    "The best class of each pixel; the classes are taken in pieces."
-    return best_class_from_queries(*self.queries(images, text))
+def scores(self:Mask2Former, images, text):
+    "Classes and masks of the queries, from which scores are made when they are asked for."
+    c,m = self.coarse_queries(images, text)
+    size = images.shape[-2:]
+    return QueryScores(c, m, [n + -n % self.divisible for n in size], size, self.masks_first)
 
 @patch
 def panoptic(self:Mask2Former,
     images, # (B,3,H,W) in [0,1]
     text, # (K,D) text embeddings
     isthing=None, # K booleans: which classes are countable; None: all
+    size=None, # (H,W) of the result, to which masks are resized before anything is decided; None is that of the images
 ): # (B,H,W,2) int64: class (255 where nothing is said, 65535 if there are more than 255 classes) and instance
     "One segment for each pixel."
-    return panoptic_from_queries(*self.queries(images, text), isthing, 255 if len(text) <= 255 else 65535, self.score, self.overlap)
+    c,m = self.queries(images, text)
+    m = m if size is None else resize(m, size)
+    return panoptic_from_queries(c, m, isthing, 255 if len(text) <= 255 else 65535, self.score, self.overlap)
 
 # %% ../../nbs/11_mask2former.ipynb #1864b813
 def batch_regions(
