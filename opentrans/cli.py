@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'Backbone', 'Pretrained', 'Data', 'Root', 'Split', 'Classes', 'Ignore', 'Framework', 'Preset', 'Stride',
-           'Prompts', 'Device', 'DryRun', 'Seed', 'AllowHub', 'Freeze', 'By', 'Xmin', 'Quiet', 'Corrupt', 'Config',
-           'Iterations', 'BatchSize', 'LR', 'Crop', 'RecipeName', 'Precision', 'Accumulate', 'Workers', 'Readers',
-           'AlphaOf', 'Settings', 'Every', 'Print', 'Board', 'WithInstances', 'TABLE1', 'data_app', 'settings_kept',
-           'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show', 'main', 'demo', 'study',
-           'alpha', 'prune', 'make_recipe', 'is_shipped', 'transfer', 'finetune', 'open_trained', 'evaluate', 'segment',
-           'compare', 'cka_command', 'cost_command', 'data_list', 'data_check', 'data_shapes']
+           'Prompts', 'Device', 'DryRun', 'Seed', 'Share', 'AllowHub', 'Freeze', 'By', 'Xmin', 'Quiet', 'Corrupt',
+           'Config', 'Iterations', 'BatchSize', 'LR', 'Crop', 'RecipeName', 'Precision', 'Accumulate', 'Workers',
+           'Readers', 'AlphaOf', 'Settings', 'Every', 'Print', 'Board', 'WithInstances', 'TABLE1', 'data_app',
+           'settings_kept', 'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show', 'main', 'demo',
+           'study', 'alpha', 'prune', 'make_recipe', 'is_shipped', 'transfer', 'finetune', 'open_trained', 'evaluate',
+           'segment', 'compare', 'cka_command', 'cost_command', 'data_list', 'data_check', 'data_shapes']
 
 # %% ../nbs/21_cli.ipynb #9621fff3
 import contextlib, errno, json, math, os, shutil, sys, tempfile, warnings
@@ -64,6 +64,7 @@ Prompts = Annotated[Optional[str], typer.Option(help="What class names are put i
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best there is; under accelerate launch, that of the process.")]
 DryRun = Annotated[bool, typer.Option('--dry-run', help="Measure a few iterations, print memory, time and an epoch's length, and end; exit code 2 if the run cannot fit.")]
 Seed = Annotated[int, typer.Option(min=0, max=10**12, help="Seed of everything random.")]
+Share = Annotated[int, typer.Option('--processes', min=1, max=2**12, help="With --dry-run: how many processes (GPUs) shall share a batch.")]
 AllowHub = Annotated[bool, typer.Option('--allow-hub', help="Fetch from the Hugging Face hub what is missing: weights that a model's folder or a file of settings names, tokenizers, and backbones hf-hub:ORG/REPOSITORY.")]
 _SIDE = 2**16 # Pixels; a longer side is a slip of the hand
 Freeze = Annotated[float, typer.Option(min=0, max=1, help="Share of the layers to freeze; 0 freezes none.")]
@@ -479,7 +480,7 @@ Crop = Annotated[Optional[int], typer.Option(min=0, help="Side of the square tha
 RecipeName = Annotated[Optional[str], typer.Option(help="'paper' (supplement 6.1), 'released', 'tiny', 'warmup', or a file (.yaml, .json) with fields of a Recipe and, as 'preset', the recipe it changes. Default: paper; tiny on the shipped worlds.")]
 Precision = Annotated[Optional[str], typer.Option(help="Mixed precision: no, bf16, fp16. Default: that of accelerate launch, else the recipe's.")]
 Accumulate = Annotated[Optional[int], typer.Option(help="Parts into which a batch is cut to save memory.")]
-Workers = Annotated[Optional[int], typer.Option(help="Processes that load data.")]
+Workers = Annotated[Optional[int], typer.Option(help="Processes that load data. Default: none for the shipped worlds, else up to 4, as cores allow.")]
 Readers = Annotated[Optional[int], typer.Option(help="Processes that read images. Default: 4 on a GPU, else this one.")]
 AlphaOf = Annotated[str, typer.Option(help="Weights that alpha is read from: 'dense', after a warm-up without the mask and before it is put on (supplement 6.3), or 'masked', after a warm-up under the mask.")]
 Settings = Annotated[Optional[list[str]], typer.Option('--set', help="Another field of the recipe, as NAME=VALUE; may be given several times.")]
@@ -556,6 +557,11 @@ def _report(seg, data, result, size, mask=None, selection=None, out=None, as_jso
     show(result, as_json, title)
 
 # %% ../nbs/21_cli.ipynb #2c5af5eb
+def _readers(workers, changes, shipped):
+    "Processes that load data: as many as are asked for; else none for the shipped worlds, whose scenes are painted in no time, and up to four for files."
+    if workers is not None or shipped or any(change.startswith('workers=') for change in changes or ()): return workers
+    return min(4, os.cpu_count() or 1)
+
 def _course(name, framework, shipped, warmup, freeze, changes=None, iterations=None, **more):
     "The recipe of a whole course, that of its warm-up, or None, and that of the rest. For 'tiny' the warm-up comes before the course; for others it is its beginning."
     from opentrans.finetune import WARMUP, Recipe
@@ -592,6 +598,7 @@ def transfer(
     freeze:Freeze=.5, by:By='alpha', xmin:Xmin='ks', alpha_of:AlphaOf='dense',
     checkpoint_every:Every=500, print_every:Print=50, tensorboard:Board=False,
     limit:Annotated[Optional[int], typer.Option(min=1, help="Evaluate on so many images only.")]=None, size:Annotated[Optional[int], typer.Option(min=16, max=_SIDE, help="Side of the input that cost is counted for.")]=None,
+    dry_run:DryRun=False, processes:Share=1,
     device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "Put a mask on a checkpoint, or carry it to a framework: warm up, choose layers by alpha, fine-tune, evaluate (Fig. 4, in one run)."
@@ -605,13 +612,14 @@ def transfer(
     from opentrans.finetune import evaluate
     shipped = is_shipped(backbone, data)
     stride = _stride(output_stride, framework, backbone, shipped)
-    told = dict(batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
+    told = dict(batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=_readers(workers, set_, shipped), seed=seed)
     named,whole,warm,rest = _course(recipe, framework, shipped, warmup, freeze, set_, iterations, **told)
     train,test = (_prompted(open_data(data, root, s, classes, ignore, corrupt, panoptic), framework, prompts, shipped) for s in (split, eval_split))
     clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
     seg = _build(framework, clip, train.vocabulary, preset, seed, prompts)
     under = '' if m is None else ' and no mask' if alpha_of == 'dense' and freeze else ' under the mask'
     _tell_course(named, framework, whole, warm, rest, freeze, under, _where(stride, train))
+    if dry_run: return _dry_run(seg, train, whole, m, None, processes, as_json)
     kept = dict(recipe=dict({} if named is None else dict(preset=named), **whole.to_dict()), warmup=warm.iterations if warm else 0, output_stride=stride)
     choose = dict(freeze=freeze, by=by, xmin=xmin, alpha_of=alpha_of, seed=seed)
     how = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
@@ -622,6 +630,14 @@ def transfer(
         result = evaluate(seg, test, limit=limit, **looks)
     what = 'no mask' if m is None else f'mask of density {m.density:.3f}'
     _report(seg, test, result, size or clip.image_size, m, selection, out, as_json, f'{framework} on {backbone}, {what}, {_mean_of(looks)}')
+
+def _dry_run(seg, train, recipe, mask, selection, processes, as_json):
+    "Measure a few iterations and say what the run needs. Raises `OpenTransError` if it cannot fit."
+    from opentrans.plan import plan_run
+    plan = plan_run(seg, train, recipe, selection, mask, processes)
+    if as_json: show(dict(vars(plan), part=plan.part, memory=plan.memory, fits=plan.fits, seconds=plan.seconds, hours=plan.hours, epoch_minutes=plan.epoch), True, '')
+    else: show(plan.table().to_frame('a run like this'), False, 'dry run')
+    plan.check()
 
 def _tune(seg, train, m, warm, rest, choose, out, how, in_force):
     "Warm up, read alpha, choose layers and fine-tune the rest. The mask is put on before the spectra are read, or after; it stays in force. Gives the layers."
@@ -669,6 +685,7 @@ def finetune(
     recipe:RecipeName=None, iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None, precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None,
     set_:Settings=None, eval_every:Annotated[int, typer.Option(min=0, help="Evaluate every so many iterations, and keep the best weights in OUT/run/best.safetensors; 0 does not.")]=0,
     eval_split:Annotated[str, typer.Option(help="Split to evaluate on.")]='val', checkpoint_every:Every=500, print_every:Print=50, tensorboard:Board=False,
+    dry_run:DryRun=False, processes:Share=1,
     device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "Fine-tune a framework; writes OUT/model.safetensors and OUT/model.json, which `opentrans evaluate` and `opentrans segment` read."
@@ -678,7 +695,7 @@ def finetune(
     _writable(Path(out)/'model.json')
     shipped = is_shipped(backbone, data)
     stride = _stride(output_stride, framework, backbone, shipped)
-    told = dict(batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
+    told = dict(batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=_readers(workers, set_, shipped), seed=seed)
     name = recipe or ('tiny' if shipped else 'paper')
     r = make_recipe(name, framework, set_, iterations, **told)
     m,chosen = SparseMask.load(mask) if mask else None,LayerSelection.from_json(Path(selection)) if selection else None
@@ -686,6 +703,7 @@ def finetune(
     clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
     seg = _build(framework, clip, train.vocabulary, preset, seed, prompts)
     _tell_course(_recipe_values(name).get('preset'), framework, r, None, r, 0, '', _where(stride, train))
+    if dry_run: return _dry_run(seg, train, r, m, chosen, processes, as_json)
     how = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
     with settings_kept(out, recipe=r.to_dict(), output_stride=stride):
         history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=str(Path(out)/'run'), val=val, eval_every=eval_every, **how)

@@ -538,3 +538,15 @@ def test_settings_of_a_transfer_are_the_same_run_again(mask, tree, tmp_path):
     again = opentrans(*common, '--config', tmp_path/'a'/'settings.json', '--out', tmp_path/'b')
     assert again.returncode == 0, again.stderr
     for part in ('warmup', 'finetune'): assert (tmp_path/'a'/part/'history.csv').read_text() == (tmp_path/'b'/part/'history.csv').read_text()
+
+@pytest.mark.parametrize('command', ['finetune', 'transfer'])
+def test_a_dry_run_says_what_a_run_needs(command, mask, tmp_path):
+    "Memory, an iteration, an epoch and the whole, for as many processes as are meant; nothing is written."
+    args = ('finetune',) if command == 'finetune' else ('transfer', mask)
+    r = opentrans(*args, '--out', tmp_path/'o', '--iterations', 100, '--dry-run', '--processes', 4, '--batch-size', 8, '--accumulate', 2, '--json')
+    assert r.returncode == 0, r.stderr
+    told = json.loads(r.stdout)
+    assert told['part'] == 1 and told['processes'] == 4 and told['fits'] and told['iterations'] == 100 and 0 < told['memory'] < told['room']
+    assert told['hours'] == pytest.approx(told['seconds']*100/3600) and not list(tmp_path.glob('o/*'))
+    r = opentrans(*args, '--out', tmp_path/'o', '--dry-run')
+    assert r.returncode == 0 and 'an epoch' in r.stdout and 'GB' in r.stdout, r.stderr
