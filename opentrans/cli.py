@@ -397,23 +397,29 @@ def alpha(
         with atomic_path(Path(out)/'alpha.png') as p: table.plot_alpha(selection=chosen).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'xmin', 'D', 'n_tail', 'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
 
-# %% ../nbs/21_cli.ipynb #0427a7b1
+# %% ../nbs/21_cli.ipynb #68d65ae1
 def _typed(*names):
     "Does the command line, or a file of settings, say one of these?"
     sources = [_NOW['context'].get_parameter_source(name) for name in names]
     return any(source is not None and source.name != 'DEFAULT' for source in sources)
 
+_FLAGS = dict(iters='iters', lr='lr', batch_size='batch_size', crop='crop', optimizer='optimizer', weight_decay='weight_decay', clip_grad='clip_grad', batch_norm='batch_norm') # flags of prune -> fields of its trainer
+
+def _check_released(framework, method):
+    "Raises `OpenTransError` for what cannot be found as the released code does."
+    from opentrans.core import unknown
+    if framework not in ('mask2former', 'deeplabv3'): raise unknown('framework of the released code', framework, ['mask2former', 'deeplabv3'])
+    if method != 'imp': raise _bad(f"--released {framework} is a way to train, which --method {method} does not. Leave one of them out.")
+    if _typed('loss', 'teacher'): raise _bad("--released has the framework's own loss and teacher: leave --loss and --teacher out.")
+
 def _distillation(clip, data, released, told):
     "The model that `prune` trains, and its trainer: the tower by distillation alone, or a framework as in the released code."
     from opentrans.clip import small_clips
-    from opentrans.core import unknown
     from opentrans.distill import DistillTrainer
     from opentrans.frameworks import build, get_framework
     if released is None: return clip,DistillTrainer(clip, data, **told)
-    if released not in ('mask2former', 'deeplabv3'): raise unknown('framework of the released code', released, ['mask2former', 'deeplabv3'])
-    flags = dict(teacher_mode='teacher', amp='precision')
-    if _typed('loss', 'teacher'): raise _bad("--released has the framework's own loss and teacher: leave --loss and --teacher out.")
-    own = {name: value for name,value in told.items() if name in ('workers', 'disk_mb', 'crop') or _typed(flags.get(name, name))}
+    own = {name: value for name,value in told.items() if name in ('workers', 'disk_mb', 'crop') or _typed('precision' if name == 'amp' else name)}
+    own.pop('loss', None)
     preset = 'small' if clip.name in small_clips() else 'paper'
     model = build(released, clip, vocabulary=data.vocabulary, preset=preset, seed=0, **get_framework(released).presets['released'])
     return model,DistillTrainer.released(model, data, **own)
@@ -424,7 +430,7 @@ def prune(
     out:Annotated[str, typer.Option(help="The mask file to write (.safetensors).")],
     backbone:Backbone='shapes-rn', pretrained:Pretrained=None, data:Data='shapesworld', root:Root=None, split:Split='train', classes:Classes=None, ignore:Ignore=None,
     density:Annotated[float, typer.Option(help="Share of the weights that remain, in (0, 1].")]=.1,
-    p:Annotated[float, typer.Option(help="Share of the remaining weights that a round drops.")]=.1,
+    p:Annotated[float, typer.Option('--p', '--drop', help="Share of the remaining weights that a round drops. Under torchrun and accelerate launch, which take --p for their own, write --drop.")]=.1,
     iters:Annotated[int, typer.Option(help="Iterations a round (the paper's t).")]=1000,
     lr:Annotated[float, typer.Option(help="Learning rate.")]=1e-4,
     batch_size:Annotated[int, typer.Option(help="Images an iteration, over all processes.")]=8,
@@ -451,6 +457,7 @@ def prune(
     from opentrans.core import unknown
     from opentrans.pruning import SparseMask, geometric_schedule, imp
     if precision not in ('no', 'bf16'): raise unknown('precision', precision, ['no', 'bf16'])
+    if released: _check_released(released, method)
     if method not in ('imp', 'magnitude', 'random'): raise unknown('method', method, ['imp', 'magnitude', 'random'])
     if not out.endswith('.safetensors'): raise _bad(f"--out {out}: a mask file ends in .safetensors.")
     _writable(out, weights)
@@ -459,17 +466,20 @@ def prune(
     generated = data.startswith('shapesworld')
     if crop is None and not generated: crop = 512
     if workers is None: workers = 0 if generated else min(4, os.cpu_count() or 1)
-    keep_settings(None, workers=workers)
-    run_dir = checkpoint or f'{out}.run'
+    run_dir,used = checkpoint or f'{out}.run',dict(workers=workers)
     if method == 'imp':
         told = dict(loss=loss, iters=iters, lr=lr, batch_size=batch_size, crop=crop or None, optimizer=optimizer, weight_decay=weight_decay, clip_grad=clip_grad or None, batch_norm=batch_norm,
                     amp=precision == 'bf16', teacher_mode=teacher, max_regions=max_regions, workers=workers, disk_mb=disk_mb)
         model,train = _distillation(clip, open_data(data, root, split, classes, ignore), released, told)
+        used.update({flag: getattr(train, field) for flag,field in _FLAGS.items()})
+        if released: used.update(loss='released', teacher=model.kd_target)
+    keep_settings(None, **used)
+    if method == 'imp':
         mask,history = imp(model, train, density=density, p=p, seed=seed, checkpoint_dir=run_dir, checkpoint_every=checkpoint_every, settings=dict(clip=backbone))
         if weights and first_process(): save_weights(clip, weights)
         show(history, as_json, 'Algorithm 1')
     else: mask = SparseMask.magnitude(clip, density) if method == 'magnitude' else SparseMask.random(clip, density, seed=seed)
-    if first_process(): mask.save(out); keep_settings(run_dir if method == 'imp' else None, tell=False, ended=True)
+    if first_process(): mask.save(out); keep_settings(run_dir if method == 'imp' else None, tell=False, ended=True, **used)
     if method != 'imp' or not as_json: show(mask.table(), as_json, f'{out}: density {mask.density:.4f}')
 
 # %% ../nbs/21_cli.ipynb #89210ab7

@@ -382,14 +382,15 @@ def arguments(command, mask, folder):
             'demo': ('--scale', 'smoke', '--out', folder/'d'), 'segment': (folder/'p.png', 'sky'), 'data check': ('shapesworld',), 'data shapes': ('--out', folder/'w'), 'cka': ('--mask', mask)}.get(' '.join(command), ())
 
 NEVER = ('nan', 'inf', '-inf', '1e400', 'text', '', ' ', '-1', '1,2', '1'*5000)
-MAY_BE_ZERO = {'--seed', '--freeze', '--crop', '--warmup', '--print-every', '--eval-every', '--workers', '--lr'}
+MAY_BE_ZERO = {'--seed', '--freeze', '--crop', '--warmup', '--print-every', '--eval-every', '--workers', '--lr', '--weight-decay', '--clip-grad'}
+OFF = {'--checkpoint-every', '--disk-mb'} # of prune, where 0 leaves something out
 
 @pytest.mark.parametrize('command', sorted({c for c,_,_ in numeric_options()}), ids=' '.join)
 def test_no_number_ends_in_a_traceback(command, mask, tmp_path, no_work):
     "Every option that takes a number, with numbers that make no sense: refused in one sentence before anything begins, and nothing is written."
     Image.new('RGB', (32, 32)).save(tmp_path/'p.png')
     for option,whole in [(o, w) for c,o,w in numeric_options() if c == command]:
-        refused = NEVER + (('1.5', '1'+'0'*30, str(2**64)) if whole else ()) + (() if option in MAY_BE_ZERO or command == ('data', 'check') else ('0',))
+        refused = NEVER + (('1.5', '1'+'0'*30, str(2**64)) if whole else ()) + (() if option in MAY_BE_ZERO or command == ('data', 'check') or (command == ('prune',) and option in OFF) else ('0',))
         for value in refused:
             try: r = opentrans(*command, *arguments(command, mask, tmp_path), option, value)
             except Begun: pytest.fail(f"{' '.join(command)} {option} {value[:40]!r} was accepted")
