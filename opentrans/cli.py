@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'Backbone', 'Pretrained', 'Data', 'Root', 'Split', 'Classes', 'Ignore', 'Framework', 'Preset', 'Stride',
-           'Prompts', 'Device', 'DryRun', 'Seed', 'AllowHub', 'Freeze', 'By', 'Xmin', 'Quiet', 'Corrupt', 'Config',
-           'Iterations', 'BatchSize', 'LR', 'Crop', 'RecipeName', 'Precision', 'Accumulate', 'Workers', 'Readers',
-           'AlphaOf', 'Settings', 'Every', 'Print', 'Board', 'WithInstances', 'TABLE1', 'data_app', 'settings_kept',
-           'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show', 'main', 'demo', 'study',
-           'alpha', 'prune', 'make_recipe', 'is_shipped', 'transfer', 'finetune', 'open_trained', 'evaluate', 'segment',
-           'compare', 'cka_command', 'cost_command', 'data_list', 'data_check', 'data_shapes']
+           'Prompts', 'Device', 'DryRun', 'Seed', 'Share', 'AllowHub', 'Freeze', 'By', 'Xmin', 'Quiet', 'Corrupt',
+           'Config', 'Iterations', 'BatchSize', 'LR', 'Crop', 'RecipeName', 'Precision', 'Accumulate', 'Workers',
+           'Readers', 'AlphaOf', 'Settings', 'Every', 'Print', 'Board', 'WithInstances', 'TABLE1', 'data_app',
+           'settings_kept', 'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show', 'main', 'demo',
+           'study', 'alpha', 'prune', 'make_recipe', 'is_shipped', 'transfer', 'finetune', 'open_trained', 'evaluate',
+           'segment', 'compare', 'cka_command', 'cost_command', 'data_list', 'data_check', 'data_shapes']
 
 # %% ../nbs/21_cli.ipynb #9621fff3
 import contextlib, errno, json, math, os, shutil, sys, tempfile, warnings
@@ -64,6 +64,7 @@ Prompts = Annotated[Optional[str], typer.Option(help="What class names are put i
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps. Default: the best there is; under accelerate launch, that of the process.")]
 DryRun = Annotated[bool, typer.Option('--dry-run', help="Measure a few iterations, print memory, time and an epoch's length, and end; exit code 2 if the run cannot fit.")]
 Seed = Annotated[int, typer.Option(min=0, max=10**12, help="Seed of everything random.")]
+Share = Annotated[int, typer.Option('--processes', min=1, max=2**12, help="With --dry-run: how many processes (GPUs) shall share a batch.")]
 AllowHub = Annotated[bool, typer.Option('--allow-hub', help="Fetch from the Hugging Face hub what is missing: weights that a model's folder or a file of settings names, tokenizers, and backbones hf-hub:ORG/REPOSITORY.")]
 _SIDE = 2**16 # Pixels; a longer side is a slip of the hand
 Freeze = Annotated[float, typer.Option(min=0, max=1, help="Share of the layers to freeze; 0 freezes none.")]
@@ -396,23 +397,29 @@ def alpha(
         with atomic_path(Path(out)/'alpha.png') as p: table.plot_alpha(selection=chosen).figure.savefig(p, dpi=120, bbox_inches='tight')
     show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'xmin', 'D', 'n_tail', 'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
 
-# %% ../nbs/21_cli.ipynb #0427a7b1
+# %% ../nbs/21_cli.ipynb #68d65ae1
 def _typed(*names):
     "Does the command line, or a file of settings, say one of these?"
     sources = [_NOW['context'].get_parameter_source(name) for name in names]
     return any(source is not None and source.name != 'DEFAULT' for source in sources)
 
+_FLAGS = dict(iters='iters', lr='lr', batch_size='batch_size', crop='crop', optimizer='optimizer', weight_decay='weight_decay', clip_grad='clip_grad', batch_norm='batch_norm') # flags of prune -> fields of its trainer
+
+def _check_released(framework, method):
+    "Raises `OpenTransError` for what cannot be found as the released code does."
+    from opentrans.core import unknown
+    if framework not in ('mask2former', 'deeplabv3'): raise unknown('framework of the released code', framework, ['mask2former', 'deeplabv3'])
+    if method != 'imp': raise _bad(f"--released {framework} is a way to train, which --method {method} does not. Leave one of them out.")
+    if _typed('loss', 'teacher'): raise _bad("--released has the framework's own loss and teacher: leave --loss and --teacher out.")
+
 def _distillation(clip, data, released, told):
     "The model that `prune` trains, and its trainer: the tower by distillation alone, or a framework as in the released code."
     from opentrans.clip import small_clips
-    from opentrans.core import unknown
     from opentrans.distill import DistillTrainer
     from opentrans.frameworks import build, get_framework
     if released is None: return clip,DistillTrainer(clip, data, **told)
-    if released not in ('mask2former', 'deeplabv3'): raise unknown('framework of the released code', released, ['mask2former', 'deeplabv3'])
-    flags = dict(teacher_mode='teacher', amp='precision')
-    if _typed('loss', 'teacher'): raise _bad("--released has the framework's own loss and teacher: leave --loss and --teacher out.")
-    own = {name: value for name,value in told.items() if name in ('workers', 'disk_mb', 'crop') or _typed(flags.get(name, name))}
+    own = {name: value for name,value in told.items() if name in ('workers', 'disk_mb', 'crop') or _typed('precision' if name == 'amp' else name)}
+    own.pop('loss', None)
     preset = 'small' if clip.name in small_clips() else 'paper'
     model = build(released, clip, vocabulary=data.vocabulary, preset=preset, seed=0, **get_framework(released).presets['released'])
     return model,DistillTrainer.released(model, data, **own)
@@ -423,7 +430,7 @@ def prune(
     out:Annotated[str, typer.Option(help="The mask file to write (.safetensors).")],
     backbone:Backbone='shapes-rn', pretrained:Pretrained=None, data:Data='shapesworld', root:Root=None, split:Split='train', classes:Classes=None, ignore:Ignore=None,
     density:Annotated[float, typer.Option(help="Share of the weights that remain, in (0, 1].")]=.1,
-    p:Annotated[float, typer.Option(help="Share of the remaining weights that a round drops.")]=.1,
+    p:Annotated[float, typer.Option('--p', '--drop', help="Share of the remaining weights that a round drops. Under torchrun and accelerate launch, which take --p for their own, write --drop.")]=.1,
     iters:Annotated[int, typer.Option(help="Iterations a round (the paper's t).")]=1000,
     lr:Annotated[float, typer.Option(help="Learning rate.")]=1e-4,
     batch_size:Annotated[int, typer.Option(help="Images an iteration, over all processes.")]=8,
@@ -450,6 +457,7 @@ def prune(
     from opentrans.core import unknown
     from opentrans.pruning import SparseMask, geometric_schedule, imp
     if precision not in ('no', 'bf16'): raise unknown('precision', precision, ['no', 'bf16'])
+    if released: _check_released(released, method)
     if method not in ('imp', 'magnitude', 'random'): raise unknown('method', method, ['imp', 'magnitude', 'random'])
     if not out.endswith('.safetensors'): raise _bad(f"--out {out}: a mask file ends in .safetensors.")
     _writable(out, weights)
@@ -458,17 +466,20 @@ def prune(
     generated = data.startswith('shapesworld')
     if crop is None and not generated: crop = 512
     if workers is None: workers = 0 if generated else min(4, os.cpu_count() or 1)
-    keep_settings(None, workers=workers)
-    run_dir = checkpoint or f'{out}.run'
+    run_dir,used = checkpoint or f'{out}.run',dict(workers=workers)
     if method == 'imp':
         told = dict(loss=loss, iters=iters, lr=lr, batch_size=batch_size, crop=crop or None, optimizer=optimizer, weight_decay=weight_decay, clip_grad=clip_grad or None, batch_norm=batch_norm,
                     amp=precision == 'bf16', teacher_mode=teacher, max_regions=max_regions, workers=workers, disk_mb=disk_mb)
         model,train = _distillation(clip, open_data(data, root, split, classes, ignore), released, told)
+        used.update({flag: getattr(train, field) for flag,field in _FLAGS.items()})
+        if released: used.update(loss='released', teacher=model.kd_target)
+    keep_settings(None, **used)
+    if method == 'imp':
         mask,history = imp(model, train, density=density, p=p, seed=seed, checkpoint_dir=run_dir, checkpoint_every=checkpoint_every, settings=dict(clip=backbone))
         if weights and first_process(): save_weights(clip, weights)
         show(history, as_json, 'Algorithm 1')
     else: mask = SparseMask.magnitude(clip, density) if method == 'magnitude' else SparseMask.random(clip, density, seed=seed)
-    if first_process(): mask.save(out); keep_settings(run_dir if method == 'imp' else None, tell=False, ended=True)
+    if first_process(): mask.save(out); keep_settings(run_dir if method == 'imp' else None, tell=False, ended=True, **used)
     if method != 'imp' or not as_json: show(mask.table(), as_json, f'{out}: density {mask.density:.4f}')
 
 # %% ../nbs/21_cli.ipynb #89210ab7
@@ -479,7 +490,7 @@ Crop = Annotated[Optional[int], typer.Option(min=0, help="Side of the square tha
 RecipeName = Annotated[Optional[str], typer.Option(help="'paper' (supplement 6.1), 'released', 'tiny', 'warmup', or a file (.yaml, .json) with fields of a Recipe and, as 'preset', the recipe it changes. Default: paper; tiny on the shipped worlds.")]
 Precision = Annotated[Optional[str], typer.Option(help="Mixed precision: no, bf16, fp16. Default: that of accelerate launch, else the recipe's.")]
 Accumulate = Annotated[Optional[int], typer.Option(help="Parts into which a batch is cut to save memory.")]
-Workers = Annotated[Optional[int], typer.Option(help="Processes that load data.")]
+Workers = Annotated[Optional[int], typer.Option(help="Processes that load data. Default: none for the shipped worlds, else up to 4, as cores allow.")]
 Readers = Annotated[Optional[int], typer.Option(help="Processes that read images. Default: 4 on a GPU, else this one.")]
 AlphaOf = Annotated[str, typer.Option(help="Weights that alpha is read from: 'dense', after a warm-up without the mask and before it is put on (supplement 6.3), or 'masked', after a warm-up under the mask.")]
 Settings = Annotated[Optional[list[str]], typer.Option('--set', help="Another field of the recipe, as NAME=VALUE; may be given several times.")]
@@ -556,6 +567,11 @@ def _report(seg, data, result, size, mask=None, selection=None, out=None, as_jso
     show(result, as_json, title)
 
 # %% ../nbs/21_cli.ipynb #2c5af5eb
+def _readers(workers, changes, shipped):
+    "Processes that load data: as many as are asked for; else none for the shipped worlds, whose scenes are painted in no time, and up to four for files."
+    if workers is not None or shipped or any(change.startswith('workers=') for change in changes or ()): return workers
+    return min(4, os.cpu_count() or 1)
+
 def _course(name, framework, shipped, warmup, freeze, changes=None, iterations=None, **more):
     "The recipe of a whole course, that of its warm-up, or None, and that of the rest. For 'tiny' the warm-up comes before the course; for others it is its beginning."
     from opentrans.finetune import WARMUP, Recipe
@@ -592,6 +608,7 @@ def transfer(
     freeze:Freeze=.5, by:By='alpha', xmin:Xmin='ks', alpha_of:AlphaOf='dense',
     checkpoint_every:Every=500, print_every:Print=50, tensorboard:Board=False,
     limit:Annotated[Optional[int], typer.Option(min=1, help="Evaluate on so many images only.")]=None, size:Annotated[Optional[int], typer.Option(min=16, max=_SIDE, help="Side of the input that cost is counted for.")]=None,
+    dry_run:DryRun=False, processes:Share=1,
     device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "Put a mask on a checkpoint, or carry it to a framework: warm up, choose layers by alpha, fine-tune, evaluate (Fig. 4, in one run)."
@@ -605,13 +622,14 @@ def transfer(
     from opentrans.finetune import evaluate
     shipped = is_shipped(backbone, data)
     stride = _stride(output_stride, framework, backbone, shipped)
-    told = dict(batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
+    told = dict(batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=_readers(workers, set_, shipped), seed=seed)
     named,whole,warm,rest = _course(recipe, framework, shipped, warmup, freeze, set_, iterations, **told)
     train,test = (_prompted(open_data(data, root, s, classes, ignore, corrupt, panoptic), framework, prompts, shipped) for s in (split, eval_split))
     clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
     seg = _build(framework, clip, train.vocabulary, preset, seed, prompts)
     under = '' if m is None else ' and no mask' if alpha_of == 'dense' and freeze else ' under the mask'
     _tell_course(named, framework, whole, warm, rest, freeze, under, _where(stride, train))
+    if dry_run: return _dry_run(seg, train, whole, m, None, processes, as_json)
     kept = dict(recipe=dict({} if named is None else dict(preset=named), **whole.to_dict()), warmup=warm.iterations if warm else 0, output_stride=stride)
     choose = dict(freeze=freeze, by=by, xmin=xmin, alpha_of=alpha_of, seed=seed)
     how = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
@@ -622,6 +640,14 @@ def transfer(
         result = evaluate(seg, test, limit=limit, **looks)
     what = 'no mask' if m is None else f'mask of density {m.density:.3f}'
     _report(seg, test, result, size or clip.image_size, m, selection, out, as_json, f'{framework} on {backbone}, {what}, {_mean_of(looks)}')
+
+def _dry_run(seg, train, recipe, mask, selection, processes, as_json):
+    "Measure a few iterations and say what the run needs. Raises `OpenTransError` if it cannot fit."
+    from opentrans.plan import plan_run
+    plan = plan_run(seg, train, recipe, selection, mask, processes)
+    if as_json: show(dict(vars(plan), part=plan.part, memory=plan.memory, fits=plan.fits, seconds=plan.seconds, hours=plan.hours, epoch_minutes=plan.epoch), True, '')
+    else: show(plan.table().to_frame('a run like this'), False, 'dry run')
+    plan.check()
 
 def _tune(seg, train, m, warm, rest, choose, out, how, in_force):
     "Warm up, read alpha, choose layers and fine-tune the rest. The mask is put on before the spectra are read, or after; it stays in force. Gives the layers."
@@ -669,6 +695,7 @@ def finetune(
     recipe:RecipeName=None, iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None, precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None,
     set_:Settings=None, eval_every:Annotated[int, typer.Option(min=0, help="Evaluate every so many iterations, and keep the best weights in OUT/run/best.safetensors; 0 does not.")]=0,
     eval_split:Annotated[str, typer.Option(help="Split to evaluate on.")]='val', checkpoint_every:Every=500, print_every:Print=50, tensorboard:Board=False,
+    dry_run:DryRun=False, processes:Share=1,
     device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "Fine-tune a framework; writes OUT/model.safetensors and OUT/model.json, which `opentrans evaluate` and `opentrans segment` read."
@@ -678,7 +705,7 @@ def finetune(
     _writable(Path(out)/'model.json')
     shipped = is_shipped(backbone, data)
     stride = _stride(output_stride, framework, backbone, shipped)
-    told = dict(batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=workers, seed=seed)
+    told = dict(batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=_readers(workers, set_, shipped), seed=seed)
     name = recipe or ('tiny' if shipped else 'paper')
     r = make_recipe(name, framework, set_, iterations, **told)
     m,chosen = SparseMask.load(mask) if mask else None,LayerSelection.from_json(Path(selection)) if selection else None
@@ -686,6 +713,7 @@ def finetune(
     clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
     seg = _build(framework, clip, train.vocabulary, preset, seed, prompts)
     _tell_course(_recipe_values(name).get('preset'), framework, r, None, r, 0, '', _where(stride, train))
+    if dry_run: return _dry_run(seg, train, r, m, chosen, processes, as_json)
     how = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
     with settings_kept(out, recipe=r.to_dict(), output_stride=stride):
         history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=str(Path(out)/'run'), val=val, eval_every=eval_every, **how)

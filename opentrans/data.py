@@ -1439,7 +1439,7 @@ def _cut(n, m, start, stop):
     k = max(stop-start, round((e-o)*m/n))
     return o,e,k,min(max(round(start-o*m/n), 0), k-(stop-start))
 
-def _lines(n, m, start, stop, cut):
+def _label_lines(n, m, start, stop, cut):
     "Of n rows or columns of labels that become m, which are seen from `start` to `stop`: those that the image shows there."
     if n == m or not cut: return _nearest(n, m, start, stop)
     first,last,k,begin = _cut(n, m, start, stop)
@@ -1468,7 +1468,7 @@ def _resize(sample, size, window=None, flip=False, regions=True, pad=None, packe
     height,width = _full_size(sample)
     cut = tuple(sample['image'].shape[1:]) == (height, width) # a part of a picture that was read smaller would lie beside that of its labels
     image = _resize_image(sample['image'], size, (top, left, bottom, right), cut)
-    rows,cols = _lines(height, size[0], top, bottom, cut),_lines(width, size[1], left, right, cut)
+    rows,cols = _label_lines(height, size[0], top, bottom, cut),_label_lines(width, size[1], left, right, cut)
     if flip: image,cols = image.flip(-1),cols[::-1]
     if pad is not None: image = _pad(image, pad, 0)
     if 'segments' in sample:

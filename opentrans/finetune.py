@@ -741,6 +741,7 @@ def save(self:_Run):
 def _write(self:_Run):
     if not self.team.main: return
     self.checkpoint.save(self.framework, self.opt, self.iteration, self.history.rows, self.history.columns, self.scaler)
+    self.saved = self.iteration # also if another process is lost before all know of it
     self.history.write()
 
 # %% ../nbs/13_finetune.ipynb #b50b1d17

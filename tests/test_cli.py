@@ -382,14 +382,15 @@ def arguments(command, mask, folder):
             'demo': ('--scale', 'smoke', '--out', folder/'d'), 'segment': (folder/'p.png', 'sky'), 'data check': ('shapesworld',), 'data shapes': ('--out', folder/'w'), 'cka': ('--mask', mask)}.get(' '.join(command), ())
 
 NEVER = ('nan', 'inf', '-inf', '1e400', 'text', '', ' ', '-1', '1,2', '1'*5000)
-MAY_BE_ZERO = {'--seed', '--freeze', '--crop', '--warmup', '--print-every', '--eval-every', '--workers', '--lr'}
+MAY_BE_ZERO = {'--seed', '--freeze', '--crop', '--warmup', '--print-every', '--eval-every', '--workers', '--lr', '--weight-decay', '--clip-grad'}
+OFF = {'--checkpoint-every', '--disk-mb'} # of prune, where 0 leaves something out
 
 @pytest.mark.parametrize('command', sorted({c for c,_,_ in numeric_options()}), ids=' '.join)
 def test_no_number_ends_in_a_traceback(command, mask, tmp_path, no_work):
     "Every option that takes a number, with numbers that make no sense: refused in one sentence before anything begins, and nothing is written."
     Image.new('RGB', (32, 32)).save(tmp_path/'p.png')
     for option,whole in [(o, w) for c,o,w in numeric_options() if c == command]:
-        refused = NEVER + (('1.5', '1'+'0'*30, str(2**64)) if whole else ()) + (() if option in MAY_BE_ZERO or command == ('data', 'check') else ('0',))
+        refused = NEVER + (('1.5', '1'+'0'*30, str(2**64)) if whole else ()) + (() if option in MAY_BE_ZERO or command == ('data', 'check') or (command == ('prune',) and option in OFF) else ('0',))
         for value in refused:
             try: r = opentrans(*command, *arguments(command, mask, tmp_path), option, value)
             except Begun: pytest.fail(f"{' '.join(command)} {option} {value[:40]!r} was accepted")
@@ -538,3 +539,15 @@ def test_settings_of_a_transfer_are_the_same_run_again(mask, tree, tmp_path):
     again = opentrans(*common, '--config', tmp_path/'a'/'settings.json', '--out', tmp_path/'b')
     assert again.returncode == 0, again.stderr
     for part in ('warmup', 'finetune'): assert (tmp_path/'a'/part/'history.csv').read_text() == (tmp_path/'b'/part/'history.csv').read_text()
+
+@pytest.mark.parametrize('command', ['finetune', 'transfer'])
+def test_a_dry_run_says_what_a_run_needs(command, mask, tmp_path):
+    "Memory, an iteration, an epoch and the whole, for as many processes as are meant; nothing is written."
+    args = ('finetune',) if command == 'finetune' else ('transfer', mask)
+    r = opentrans(*args, '--out', tmp_path/'o', '--iterations', 100, '--dry-run', '--processes', 4, '--batch-size', 8, '--accumulate', 2, '--json')
+    assert r.returncode == 0, r.stderr
+    told = json.loads(r.stdout)
+    assert told['part'] == 1 and told['processes'] == 4 and told['fits'] and told['iterations'] == 100 and 0 < told['memory'] < told['room']
+    assert told['hours'] == pytest.approx(told['seconds']*100/3600) and not list(tmp_path.glob('o/*'))
+    r = opentrans(*args, '--out', tmp_path/'o', '--dry-run')
+    assert r.returncode == 0 and 'an epoch' in r.stdout and 'GB' in r.stdout, r.stderr

@@ -1,5 +1,5 @@
 "Two processes by `accelerate launch` on the CPU: what they compute is what one process computes, and the loss of one ends the run so that it can be continued."
-import json, os, signal, subprocess, sys, textwrap
+import functools, json, os, signal, subprocess, sys, textwrap
 from pathlib import Path
 import pytest
 import torch
@@ -273,3 +273,26 @@ def test_errors_of_a_distillation_are_told_by_all(pruned):
     for r in told:
         assert 'must be a multiple of 2' in r['odd'] and 'different settings of the training' in r['other'] and 'The loss is nan' in r['nan']
     assert 'other' not in one and 'odd' not in one and one['nan'] == told[0]['nan']
+
+@pytest.fixture(scope='module')
+def courses(tmp_path_factory):
+    "Losses of a run in one process, in two, begun in one and ended in two, and the other way round: by kind of training."
+    d, script = tmp_path_factory.mktemp('elsewhere'), Path(__file__).with_name('resume_elsewhere.py')
+    one, two = [sys.executable, '-W', 'ignore'], LAUNCH
+    plans = dict(one=[(one, 0)], two=[(two, 0)], up=[(one, 3), (two, 0)], down=[(two, 3), (one, 0)])
+    @functools.cache
+    def run(name):
+        (d/name).mkdir()
+        for command, halt in plans[name]:
+            p = subprocess.run([*command, str(script), str(d/name), str(halt)], capture_output=True, text=True, env=ENV, cwd=d)
+            assert p.returncode == 0, p.stderr[-3000:]
+        return d/name
+    return lambda name, kind: json.loads((run(name)/f'{kind}.json').read_text())
+
+@pytest.mark.parametrize('kind,near', [('norms', 1e-3), ('parts', 1e-4), ('half', 3e-2)])
+@pytest.mark.parametrize('name', ['down', *(pytest.param(name, marks=pytest.mark.slow) for name in ('two', 'up'))])
+def test_a_run_goes_on_in_another_number_of_processes(courses, name, kind, near):
+    "Norms that learn see the whole batch, wherever its images are; gradients of parts add up; half precision is as near as it is."
+    losses = courses(name, kind)
+    assert len(losses) == 6 and losses == pytest.approx(courses('one', kind), rel=near)
+    assert losses[-1] < losses[0]

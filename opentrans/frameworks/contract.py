@@ -184,7 +184,8 @@ def least_side(self:Framework)->int:
     "The smallest side of an image that is not filled up."
     if '_least' not in self.__dict__:
         least = _apart(smallest_side, self.backbone)
-        self._least = 1 if getattr(self, 'divisible', 1) >= least else least # such a framework fills up images itself
+        fills = getattr(self, 'divisible', 1) >= least and not getattr(self, 'kd', 0) # itself; but a teacher of its own would see images as they are
+        self._least = 1 if fills else least
     return self._least
 
 @patch

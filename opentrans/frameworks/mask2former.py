@@ -318,7 +318,7 @@ class Mask2Former(Framework):
     kinds = ('semantic', 'panoptic')
     masks_first = False # To another size are resized: masks, before they are scored (FC-CLIP), or scores (SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE: False)?
     presets = dict(paper={}, small=dict(hidden=64, mask_dim=64, queries=24, pixel_layers=1, layers=2, heads=4, pixel_ffn=128, ffn=128, scale=30., points=256, class_weight=5., region_dropout=0., kd=0.),
-                   released=dict(kd_target='tight', kd_form='released', grounding=2.))
+                   released=dict(kd=2., kd_target='tight', kd_form='released', grounding=2., region_dropout=.5))
 
     def __init__(self,
         backbone, # `ClipBackbone`
