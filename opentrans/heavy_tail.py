@@ -700,8 +700,9 @@ class LayerTable:
         self.frame = pd.DataFrame([self._row(s, self.fits[s.name]) for s in spectra], index=pd.Index(list(self.spectra), name='layer'), columns=_COLUMNS)
 
     def _fit(self, s):
-        aspect = max(s.shape)/min(s.shape) if s.kind == 'linear' and s.evals is not None else 0
-        if not self.max_aspect or aspect < self.max_aspect: return s.fit(self.xmin)
+        if s.evals is None or s.kind != 'linear' or not self.max_aspect: return s.fit(self.xmin)
+        aspect = max(s.shape)/min(s.shape)
+        if aspect < self.max_aspect: return s.fit(self.xmin)
         return _no_fit(f'left out: a linear layer {aspect:.3g} times longer than wide (limit {self.max_aspect:g})', s.evals.size, _rule(self.xmin), s.evals)
 
     def _few(self, f):

@@ -313,6 +313,7 @@ def test_tables_are_made_in_the_framework_of_the_paper(tmp_path, monkeypatch):
     monkeypatch.setattr(ex, 'study', lambda scale, *a: seen.append(scale) or [])
     monkeypatch.setattr(ex, 'open_clip_of', lambda scale: None)
     monkeypatch.setattr(ex, 'open_world', lambda scale, seed: {})
+    monkeypatch.setattr(ex, 'pick_device', lambda name: torch.device('cpu'))
     for name in ('freezing', 'training', 'ratio', 'masks'):
         for scale in ('shapes', 'coco', 'gpu'): ex.run_study(name, tmp_path, 1, scale=scale)
     assert [s.framework for s in seen] == ['deeplabv3', 'mask2former', 'mask2former']*3 + ['deeplabv3']*3
