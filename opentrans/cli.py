@@ -51,7 +51,7 @@ def _version(asked:bool):
 def _options(version:Annotated[bool, typer.Option('--version', help="Print the version and end.", is_eager=True, callback=_version)]=False): pass
 
 Backbone = Annotated[str, typer.Option(help="'shapes-rn' (shipped), or open_clip's name: RN50, ViT-B-16, convnext_base, ...")]
-Pretrained = Annotated[Optional[str], typer.Option(help="open_clip's tag (e.g. openai), a weights file, a tag with the tower that prune --weights wrote (openai,tower.safetensors), or 'none' for random weights. Default: the shipped weights for shapes-rn; for others it must be given.")]
+Pretrained = Annotated[Optional[str], typer.Option(help="open_clip's tag (e.g. openai), a weights file, a tag with the file of a tower over it (openai,tower.safetensors), or 'none' for random weights. Default: the shipped weights for shapes-rn; for others it must be given.")]
 Data = Annotated[str, typer.Option(help="Data set; `opentrans data list` names them.")]
 Root = Annotated[Optional[str], typer.Option(help="Folder of the data set. Default: DETECTRON2_DATASETS.")]
 Split = Annotated[str, typer.Option(help="'train' or 'val'.")]
@@ -573,7 +573,7 @@ def _readers(workers, changes, shipped):
     return min(4, os.cpu_count() or 1)
 
 def _course(name, framework, shipped, warmup, freeze, changes=None, iterations=None, **more):
-    "The recipe of a whole course, that of its warm-up, or None, and that of the rest. For 'tiny' the warm-up comes before the course; for others it is its beginning."
+    "Preset, whole course, warm-up (or None) and rest. For 'tiny' the warm-up comes before the course, for others it is its beginning."
     from opentrans.finetune import WARMUP, Recipe
     name = name or ('tiny' if shipped else 'paper')
     whole,preset = make_recipe(name, framework, changes, iterations, **more),_recipe_values(name).get('preset')
@@ -582,15 +582,19 @@ def _course(name, framework, shipped, warmup, freeze, changes=None, iterations=N
         return preset,whole,whole.shorten(first).replace(schedule='constant') if first else None,whole
     first = warmup
     if first is None: first = round(WARMUP*whole.iterations/Recipe.paper(framework).iterations) if freeze else 0
-    if first and first >= whole.iterations: raise _bad(f"--warmup {first}: it is the beginning of the whole course of {whole.iterations} iterations, and leaves none. Give more --iterations, or a shorter warm-up.")
+    if first and first >= whole.iterations:
+        raise _bad(f"--warmup {first}: it is the beginning of the whole course of {whole.iterations} iterations, and leaves none. "
+                   "Give more --iterations, or a shorter warm-up.")
     return (preset,whole,whole.first(first),whole.after(first)) if first else (preset,whole,None,whole)
 
 def _tell_course(preset, framework, whole, warm, rest, freeze, masked, where):
     "Say in one line what a run is going to do."
-    rate = f"{whole.optimizer} at {whole.lr:g}, {whole.batch_size} images of {f'{whole.crop}x{whole.crop}' if whole.crop else 'their own size'}"
+    size = f'{whole.crop}x{whole.crop}' if whole.crop else 'their own size'
+    rate = f"{whole.optimizer} at {whole.lr:g}, {whole.batch_size} images of {size}"
     begin = f"{warm.iterations:,} with all layers{masked}, then " if warm else ''
-    chosen = f"{rest.iterations:,} with the layers that {freeze:.0%} at rest leave" if freeze else f"{rest.iterations:,} with all layers"
-    if first_process(): _say(f"recipe: {preset or 'of its own'} of {framework} ({rate}; {begin}{chosen}), {where}", sys.stderr)
+    chosen = f'all layers but {freeze:.0%}, which are frozen' if freeze else 'all layers'
+    said = f"recipe: {preset or 'of its own'} of {framework} ({rate}; {begin}{rest.iterations:,} with {chosen}), {where}"
+    if first_process(): _say(said, sys.stderr)
 
 def _where(stride, data): return f"stride {stride}, prompts {shorten(', '.join(data.vocabulary.templates), 60)}"
 
@@ -614,29 +618,35 @@ def transfer(
     "Put a mask on a checkpoint, or carry it to a framework: warm up, choose layers by alpha, fine-tune, evaluate (Fig. 4, in one run)."
     from opentrans.pruning import SparseMask
     _rules(by, xmin)
-    if alpha_of not in ('dense', 'masked'): raise unknown('weights that alpha is read from', alpha_of, ['dense', 'masked'])
-    if dense != (mask is None): raise _bad("Give a mask file, or --dense to train without one." if mask is None else f"--dense trains without a mask: leave out '{mask}'.")
+    if alpha_of not in ('dense', 'masked'): raise unknown('kind of weights for alpha', alpha_of, ['dense', 'masked'])
+    if mask is None and not dense: raise _bad("Give a mask file, or --dense to train without one.")
+    if mask is not None and dense: raise _bad(f"--dense trains without a mask: leave out '{mask}'.")
     _writable(out if model else out and Path(out)/'result.json')
     m = None if dense else SparseMask.load(mask)
     if model is not None: return _transfer_file(m, model, out, as_json)
     from opentrans.finetune import evaluate
     shipped = is_shipped(backbone, data)
     stride = _stride(output_stride, framework, backbone, shipped)
-    told = dict(batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=_readers(workers, set_, shipped), seed=seed)
+    told = dict(batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, seed=seed)
+    told['workers'] = _readers(workers, set_, shipped)
     named,whole,warm,rest = _course(recipe, framework, shipped, warmup, freeze, set_, iterations, **told)
-    train,test = (_prompted(open_data(data, root, s, classes, ignore, corrupt, panoptic), framework, prompts, shipped) for s in (split, eval_split))
+    sets = [open_data(data, root, s, classes, ignore, corrupt, panoptic) for s in (split, eval_split)]
+    train,test = (_prompted(one, framework, prompts, shipped) for one in sets)
     clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
     seg = _build(framework, clip, train.vocabulary, preset, seed, prompts)
     under = '' if m is None else ' and no mask' if alpha_of == 'dense' and freeze else ' under the mask'
     _tell_course(named, framework, whole, warm, rest, freeze, under, _where(stride, train))
     if dry_run: return _dry_run(seg, train, whole, m, None, processes, as_json)
-    kept = dict(recipe=dict({} if named is None else dict(preset=named), **whole.to_dict()), warmup=warm.iterations if warm else 0, output_stride=stride)
+    named_recipe = whole.to_dict() if named is None else dict(preset=named, **whole.to_dict())
+    kept = dict(recipe=named_recipe, warmup=warm.iterations if warm else 0, output_stride=stride)
     choose = dict(freeze=freeze, by=by, xmin=xmin, alpha_of=alpha_of, seed=seed)
     how = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
     looks = _looks(framework, data, shipped, workers=workers, device=device)
     with settings_kept(out, **kept), contextlib.ExitStack() as in_force:
         selection = _tune(seg, train, m, warm, rest, choose, out, how, in_force)
-        _save_model(seg, clip, out, framework, backbone, pretrained, preset, stride, prompts, train, data, whole, mask, None if selection is None else 'selection.json')
+        chosen = None if selection is None else 'selection.json'
+        built = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=stride, prompts=prompts)
+        _save_model(seg, clip, out, built, train, data=data, recipe=whole.to_dict(), mask=mask, selection=chosen)
         result = evaluate(seg, test, limit=limit, **looks)
     what = 'no mask' if m is None else f'mask of density {m.density:.3f}'
     _report(seg, test, result, size or clip.image_size, m, selection, out, as_json, f'{framework} on {backbone}, {what}, {_mean_of(looks)}')
@@ -666,16 +676,16 @@ def _tune(seg, train, m, warm, rest, choose, out, how, in_force):
     finetune(seg, train, rest, selection=selection, checkpoint_dir=folder('finetune'), **how)
     return selection
 
-def _save_model(seg, clip, out, framework, backbone, pretrained, preset, stride, prompts, train, data, recipe, mask, selection):
+def _save_model(seg, clip, out, built, train, **more):
     "Write a trained model: its weights, and what it was built from. `evaluate --model` and `segment --model` read it."
     from opentrans.clip import clip_facts, weights_apart
     from opentrans.core import save_json, save_tensors
     if not out or not first_process(): return
     save_tensors(seg.state_dict(), Path(out)/'model.safetensors')
-    text = pretrained if pretrained in (None, 'none') else weights_apart(backbone, pretrained)[0] or 'none' # the tower's weights are the model's
-    told = dict(framework=framework, backbone=backbone, pretrained=text, preset=preset, output_stride=stride, clip=clip_facts(clip))
-    told.update(classes=list(train.vocabulary.names), entries=list(train.vocabulary.entries), templates=list(train.vocabulary.templates), prompts=prompts)
-    told.update(data=data, recipe=recipe.to_dict(), mask=mask, selection=selection)
+    source = built['pretrained']
+    if source not in (None, 'none'): source = weights_apart(built['backbone'], source)[0] or 'none' # the tower's weights are the model's
+    words = {name: list(getattr(train.vocabulary, name)) for name in ('entries', 'templates')}
+    told = dict(built, pretrained=source, clip=clip_facts(clip), classes=list(train.vocabulary.names), **words, **more)
     save_json(told, Path(out)/'model.json', _model_file())
 
 def _transfer_file(m, model, out, as_json):
@@ -705,11 +715,13 @@ def finetune(
     _writable(Path(out)/'model.json')
     shipped = is_shipped(backbone, data)
     stride = _stride(output_stride, framework, backbone, shipped)
-    told = dict(batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, workers=_readers(workers, set_, shipped), seed=seed)
+    told = dict(batch_size=batch_size, lr=lr, crop=crop, precision=precision, accumulate=accumulate, seed=seed)
+    told['workers'] = _readers(workers, set_, shipped)
     name = recipe or ('tiny' if shipped else 'paper')
     r = make_recipe(name, framework, set_, iterations, **told)
     m,chosen = SparseMask.load(mask) if mask else None,LayerSelection.from_json(Path(selection)) if selection else None
-    train,val = (_prompted(open_data(data, root, s, classes, ignore, corrupt, panoptic), framework, prompts, shipped) if s else None for s in (split, eval_split if eval_every else None))
+    sets = [open_data(data, root, s, classes, ignore, corrupt, panoptic) if s else None for s in (split, eval_split if eval_every else None)]
+    train,val = (one and _prompted(one, framework, prompts, shipped) for one in sets)
     clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
     seg = _build(framework, clip, train.vocabulary, preset, seed, prompts)
     _tell_course(_recipe_values(name).get('preset'), framework, r, None, r, 0, '', _where(stride, train))
@@ -717,7 +729,8 @@ def finetune(
     how = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
     with settings_kept(out, recipe=r.to_dict(), output_stride=stride):
         history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=str(Path(out)/'run'), val=val, eval_every=eval_every, **how)
-        _save_model(seg, clip, out, framework, backbone, pretrained, preset, stride, prompts, train, data, r, mask, selection)
+        built = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=stride, prompts=prompts)
+        _save_model(seg, clip, out, built, train, data=data, recipe=r.to_dict(), mask=mask, selection=selection)
     show(dict(iterations=len(history), first_loss=float(history.loss.iloc[0]), last_loss=float(history.loss.iloc[-1]), **(dict(best_miou=float(history.miou.max())) if 'miou' in history else {}),
               model=str(Path(out)/'model.safetensors')), as_json, 'fine-tuned')
 
@@ -792,11 +805,12 @@ def _looks(framework, data, shipped, over=None, size=None, longest=None, own_siz
     "How an evaluation looks and counts: off the shipped worlds as the released code does."
     import torch
     from opentrans.finetune import released_size
-    if own_size and (size or longest): raise _bad("--own-size sees images at their own size: leave out --short-side and --longest.")
+    if own_size and (size or longest): raise _bad("--own-size is another size: leave out --short-side and --longest.")
     sizes = dict(size=size, longest=longest)
     if not shipped and not own_size and size is None and longest is None: sizes = released_size(framework, data)
     gpu = device.startswith('cuda') if device else torch.cuda.is_available()
-    return {k: v for k,v in sizes.items() if v} | dict(over=over or ('either' if shipped else 'truth'), workers=(4 if gpu else 0) if workers is None else workers)
+    if workers is None: workers = 4 if gpu else 0
+    return {k: v for k,v in sizes.items() if v} | dict(over=over or ('either' if shipped else 'truth'), workers=workers)
 
 def _mean_of(looks):
     "What a figure is a mean over, and at which size images were seen, in words."
@@ -828,8 +842,9 @@ def evaluate(
     framework,backbone = told.get('framework', framework),told.get('backbone', backbone)
     get_framework(framework)
     more = dict(scales=None if scales is None else tuple(_numbers('scales', scales)), flip=flip or None, window=window)
-    looks = {name: dict(_looks(framework, name, is_shipped(backbone, name), over, short_side, longest, own_size, workers, device), **{k: v for k,v in more.items() if v is not None})
-             for name in (TABLE1 if data == 'all' else (data,))}
+    more = {k: v for k,v in more.items() if v is not None}
+    def see(name): return _looks(framework, name, is_shipped(backbone, name), over, short_side, longest, own_size, workers, device)
+    looks = {name: dict(see(name), **more) for name in (TABLE1 if data == 'all' else (data,))}
     tests = _open_tests(data, root, split, classes, ignore, corrupt, kind)
     for name,test in tests.items():
         if told: test.vocabulary = _trained_prompts(told, test.vocabulary)
@@ -837,26 +852,33 @@ def evaluate(
     first = next(iter(tests.values()))
     if model: seg,clip,_ = open_trained(model, first.vocabulary, device, pretrained, _hub_of_model(pretrained, allow_hub))
     else:
-        clip = open_clip_backbone(backbone, pretrained, _stride(output_stride, framework, backbone, is_shipped(backbone, data)), device, _hub(allow_hub))
+        stride = _stride(output_stride, framework, backbone, is_shipped(backbone, data))
+        clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
         seg = _build(framework, clip, first.vocabulary, preset, seed, prompts)
     if not model and first_process(): _say(f"note: without --model the head of {framework} is untrained (seed {seed})", sys.stderr)
     if m is not None: m.apply(seg.backbone).remove()
     with settings_kept(out): results = _run_tests(seg, tests, looks, dict(batch_size=batch_size, limit=limit, kind=kind))
     head,m = dict(head='trained' if model else 'untrained'),m or _mask_in(seg, told)
-    if data == 'all': return _report_table(seg, results, head, clip.image_size, m, out, as_json, f'{framework}: mIoU in percent, {_mean_of(looks[data] if data in looks else looks[TABLE1[0]])}')
+    if data == 'all':
+        title = f'{framework}: mIoU in percent, {_mean_of(looks[TABLE1[0]])}'
+        return _report_table(seg, results, head, clip.image_size, m, out, as_json, title)
     _report(seg, first, dict(results[data], **head), clip.image_size, m, None, out, as_json, f'{framework} on {data}, {_mean_of(looks[data])}')
 
 def _open_tests(data, root, split, classes, ignore, corrupt, kind):
     "The data sets to evaluate on, by name. Raises `OpenTransError` that names those of Table 1 that are missing."
-    if data != 'all': return {data: open_data(data, root, split, classes, ignore, corrupt, kind == 'panoptic' and data in ('ade20k_150', 'cityscapes_19'))}
+    if data != 'all':
+        instances = kind == 'panoptic' and data in ('ade20k_150', 'cityscapes_19')
+        return {data: open_data(data, root, split, classes, ignore, corrupt, instances)}
     given = [name for name,value in dict(classes=classes, ignore=ignore).items() if value is not None]
-    if given or kind != 'semantic': raise _bad(f"--data all is mIoU on the seven data sets of Table 1: leave out --{given[0] if given else 'kind'}.")
+    if kind != 'semantic': given.append('kind')
+    if given: raise _bad(f"--data all is mIoU on the seven data sets of Table 1: leave out --{given[0]}.")
     found,lost = {},{}
     for name in TABLE1:
         try: found[name] = open_data(name, root, split, corrupt=corrupt)
         except OpenTransError as error: lost[name] = error
-    if lost: raise _bad(f"--data all needs the seven data sets of Table 1, and {', '.join(lost)} cannot be opened. {next(iter(lost.values()))}")
-    return found
+    if not lost: return found
+    why = next(iter(lost.values()))
+    raise _bad(f"--data all needs the seven data sets of Table 1, and {', '.join(lost)} cannot be opened. {why}")
 
 def _run_tests(seg, tests, looks, how):
     "The result on each data set, by name; of several, each is told when it is there."
@@ -871,7 +893,8 @@ def _with_cost(seg, size, mask):
     "Parameters and multiply-accumulates of a model, as they stand in a result."
     from opentrans.cost import cost
     c = cost(seg, (3, size, size), mask=mask)
-    told = dict(params=c.params, active_params=round(c.active_params), macs=c.macs, active_macs=round(c.active_macs), input=size)
+    told = dict(params=c.params, active_params=round(c.active_params), macs=c.macs, active_macs=round(c.active_macs))
+    told['input'] = size
     return told if mask is None else dict(told, density=mask.density)
 
 def _report_table(seg, results, head, size, mask, out, as_json, title):
@@ -880,11 +903,13 @@ def _report_table(seg, results, head, size, mask, out, as_json, title):
     from opentrans.core import save_json
     row = {name: r['miou'] for name,r in results.items()}
     costs = _with_cost(seg, size, mask)
-    settings = dict(framework=getattr(seg, 'name', type(seg).__name__), data='all', images=sum(r['n_images'] for r in results.values()), over=results[TABLE1[0]]['settings']['over'])
+    images,over = sum(r['n_images'] for r in results.values()),results[TABLE1[0]]['settings']['over']
+    settings = dict(framework=getattr(seg, 'name', type(seg).__name__), data='all', images=images, over=over)
     told = dict(miou=sum(row.values())/len(row), table=row, settings=settings, results=results, **head, **costs)
     if out and first_process(): save_json(told, Path(out)/'result.json')
     if as_json: return show(told, True)
-    shown = {name: f'{100*value:.1f}' for name,value in row.items()} | dict(params_M=f"{costs['active_params']/1e6:.1f}", macs_G=f"{costs['active_macs']/1e9:.1f}")
+    shown = {name: f'{100*value:.1f}' for name,value in row.items()}
+    shown.update(params_M=f"{costs['active_params']/1e6:.1f}", macs_G=f"{costs['active_macs']/1e9:.1f}")
     show(pd.DataFrame([shown], index=[settings['framework']]), title=title)
 
 def _hub_of_model(pretrained, allowed):

@@ -506,7 +506,7 @@ def _build(name, cfg, facts, small, seed, allowed, cache_dir=None):
         except Exception as e: raise OpenTransError(f"The tokenizer of '{name}' could not be made ({type(e).__name__}); it may need a download.") from e
 
 def _holds_tower(path):
-    "Does a file hold the weights of an image tower alone, as `prune --weights` writes them? They have no text encoder and no temperature."
+    "Does a file hold the weights of an image tower alone, as `prune --weights` of 0.1 wrote them? They have no text encoder and no temperature."
     if Path(path).suffix != '.safetensors' or not os.path.isfile(path): return False
     load_metadata(path) # says what is wrong with a file that is none
     with safe_open(str(path), 'pt') as file: names = list(file.keys())
@@ -522,9 +522,11 @@ def weights_apart(
     if ',' not in text or os.path.exists(text):
         if not _holds_tower(text): return pretrained,None
         if name in small_clips(): return name,text
-        raise OpenTransError(f"'{text}' holds an image tower alone, without a text encoder. Say whose text encoder goes with it: openai,{text}.")
+        raise OpenTransError(f"'{text}' holds an image tower alone, without a text encoder. "
+                             f"Say whose text encoder goes with it: openai,{text}.")
     whole,tower = text.split(',', 1)
-    if not _holds_tower(tower): raise OpenTransError(f"'{shorten(tower)}' is no file of an image tower, as `opentrans prune --weights` writes it.")
+    if not _holds_tower(tower):
+        raise OpenTransError(f"'{shorten(tower)}' is no file of an image tower alone. Give one, or the whole CLIP's file without a comma.")
     return None if whole == 'none' else whole,tower
 
 def open_model(

@@ -843,7 +843,8 @@ def _seen(images, size, longest, scale=1.):
     h,w = images.shape[-2:]
     if longest is None: H,W = (max(round(n*scale*(size/min(h, w) if size else 1.)), 1) for n in (h, w))
     else: H,W = (max(round(n*scale), 1) for n in seen_size(h, w, size, longest))
-    if H*W > _PIXELS: raise OpenTransError(f"Images of {h}x{w} pixels at {H/h:.4g} times their size are too large. Use smaller scales, or a smaller size.")
+    if H*W > _PIXELS:
+        raise OpenTransError(f"Images of {h}x{w} pixels at {H/h:.4g} times their size are too large. Use smaller scales, or a smaller size.")
     if longest is None or H >= h: return resize(images, (H, W))
     return torch.nn.functional.interpolate(images, size=(H, W), mode='bilinear', align_corners=False, antialias=True)
 
@@ -953,7 +954,9 @@ def _metrics(framework, data, names, kind, looks):
     if 'panoptic' not in framework.kinds: raise unknown(f'kind of output of {type(framework).__name__}', 'panoptic', framework.kinds)
     more = [name for name in looks if name not in ('size', 'longest')]
     if looks and 'size' not in inspect.signature(framework.panoptic).parameters: more = list(looks) # it knows one size
-    if more: raise OpenTransError(f"Panoptic quality is taken from one look at an image; leave out {', '.join(more)}, or evaluate kind='semantic'.")
+    if more:
+        raise OpenTransError(f"Panoptic quality is taken from one look at an image; leave out {', '.join(more)}, "
+                             "or evaluate kind='semantic'.")
     if things and not getattr(data, 'instances', True): raise OpenTransError(f"{data.name} was opened with one region a class: its {len(things)} thing classes have no instances to count. Open it with panoptic=True, or evaluate kind='semantic'.")
     return metric,PanopticQuality([i in things for i in range(len(names))], data.ignore)
 

@@ -520,9 +520,10 @@ def _pieces_are_the_whole(case):
         ready = scores.ready()
         for n in (1, 4, len(text)):
             parts = torch.cat([ready.part(i, min(i+n, len(text))) for i in range(0, len(text), n)], 1)
-            assert parts.shape == whole.shape, f'scores of {n} classes at a time are {tuple(parts.shape)}, and logits {tuple(whole.shape)}'
-            assert torch.allclose(parts, whole, rtol=1e-4, atol=1e-5*whole.abs().max()), f'scores of {n} classes at a time are not what forward gives'
-            assert torch.equal(best_class(scores, n), parts.argmax(1)), f'the best class from {n} at a time is another than that of all of these logits'
+            what,near = f'scores of {n} classes at a time',dict(rtol=1e-4, atol=1e-5*whole.abs().max())
+            assert parts.shape == whole.shape, f'{what} are {tuple(parts.shape)}, and logits {tuple(whole.shape)}'
+            assert torch.allclose(parts, whole, **near), f'{what} are not what forward gives'
+            assert torch.equal(best_class(scores, n), parts.argmax(1)), f'{what} have another best class than all of them'
     unsure = whole.topk(2, 1).values.diff(dim=1)[:, 0].abs() <= 1e-5*whole.abs().amax(1)
     assert ((best == whole.argmax(1)) | unsure).all(), 'semantic gives another class than the largest logit of forward'
     return '1, 4 and 11 classes at a time'
