@@ -465,7 +465,7 @@ def prune(
     clip = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
     generated = data.startswith('shapesworld')
     if crop is None and not generated: crop = 512
-    if workers is None: workers = 0 if generated else min(4, os.cpu_count() or 1)
+    workers = _readers(workers, (), generated) or 0
     run_dir,used = checkpoint or f'{out}.run',dict(workers=workers)
     if method == 'imp':
         told = dict(loss=loss, iters=iters, lr=lr, batch_size=batch_size, crop=crop or None, optimizer=optimizer, weight_decay=weight_decay, clip_grad=clip_grad or None, batch_norm=batch_norm,

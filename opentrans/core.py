@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['under', 'CONVS', 'PACKED', 'LAYER_KINDS', 'BATCH_NORMS', 'NORMS', 'RETIRED', 'HEADS', 'SELECTION_FILE', 'inner_name',
            'unwrap', 'clean_name', 'bare_modules', 'bare_parameters', 'find_tower', 'Layer', 'layers_of', 'layers',
-           'norm_params', 'best_fits', 'no_partner', 'only_fit', 'match_names', 'param_shapes', 'matches', 'find_names',
-           'find_layers', 'in_tower', 'locate', 'Undo', 'around_step', 'held_by', 'after_step', 'handling',
-           'evaluating', 'unread', 'no_values', 'unreadable', 'head_of', 'inside', 'trunk', 'LayerSelection',
-           'seed_everything', 'seeded', 'pick_device', 'device_of', 'to_device', 'check_images', 'label_loss_of',
-           'progress', 'axes', 'png', 'DamagedFile', 'FormatError', 'OpenTransError', 'OtherRun', 'WriteError',
-           'optional', 'unknown', 'atomic_path', 'load_json', 'load_metadata', 'load_tensors', 'read_text', 'save_json',
-           'save_tensors', 'save_text']
+           'norm_params', 'undecayed_params', 'best_fits', 'no_partner', 'only_fit', 'match_names', 'param_shapes',
+           'matches', 'find_names', 'find_layers', 'in_tower', 'locate', 'Undo', 'around_step', 'held_by', 'after_step',
+           'handling', 'evaluating', 'unread', 'no_values', 'unreadable', 'head_of', 'inside', 'trunk',
+           'LayerSelection', 'seed_everything', 'seeded', 'pick_device', 'device_of', 'to_device', 'check_images',
+           'label_loss_of', 'progress', 'axes', 'png', 'DamagedFile', 'FormatError', 'OpenTransError', 'OtherRun',
+           'WriteError', 'optional', 'unknown', 'atomic_path', 'load_json', 'load_metadata', 'load_tensors',
+           'read_text', 'save_json', 'save_tensors', 'save_text']
 
 # %% ../nbs/00_core.ipynb #d69f17be
 import contextlib, io, os, random, re, signal, threading, weakref
@@ -243,6 +243,11 @@ def norm_params(
 )->list: # Their weights and biases
     "The parameters of all norms in a model."
     return [p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)]
+
+def undecayed_params(model:nn.Module)->set: # The ids of parameters
+    "Parameters that are commonly not decayed: those of norms, and all vectors."
+    return {id(p) for p in norm_params(model)} | {id(p) for p in model.parameters() if p.dim() < 2}
+
 
 # %% ../nbs/00_core.ipynb #f5d452fd
 def best_fits(

@@ -716,22 +716,21 @@ def read_picture(
 )->torch.Tensor: # uint8 (3,H,W)
     "Read a picture, whatever holds it. Raises `OpenTransError` for what is missing, broken, no ordinary file, no picture, or of numbers whose white is unknown."
     if isinstance(source, (np.ndarray, torch.Tensor)): source = _image_of(source, what)
-    with _opened(source, what, hint) as (im, shown): pixels = _pixels(im, shown, background)
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return _read_sized(source, what, hint, background)[0]
 
 def read_image(
     path, # Of an image file
     least=None, # A function of height and width that gives those from which on a JPEG may be decoded smaller, which is faster; None never does
 )->torch.Tensor: # uint8 (3,H,W)
     "Read an image of a data set, as `read_picture` does."
-    return _read_sized(path, least)[0]
+    return _read_sized(path, least=least)[0]
 
-def _read_sized(path, least):
-    "An image of a data set, and its height and width in the file, of which it may be a half, a quarter or an eighth."
-    with _opened(path, 'image', _OF_DATA) as (im, shown):
+def _read_sized(source, what='image', hint=_OF_DATA, background=None, least=None):
+    "A picture, and its height and width in the file, of which it may be a half, a quarter or an eighth."
+    with _opened(source, what, hint) as (im, shown):
         size = _seen_size(im)
         if least is not None: _reduce(im, least)
-        pixels = _pixels(im, shown, None)
+        pixels = _pixels(im, shown, background)
     return torch.from_numpy(pixels).permute(2, 0, 1), size
 
 # %% ../nbs/05_data.ipynb #9f399d0d
@@ -857,7 +856,7 @@ class Segmentation(Dataset):
     )->dict: # What `unpack` takes, or if the image is smaller, `augment`
         "Image i with one map of its segments."
         f = self.files[i]
-        (image,size),(segments,classes,isregion) = _read_sized(f.image, least),self.annotation(i)
+        (image,size),(segments,classes,isregion) = _read_sized(f.image, least=least),self.annotation(i)
         if size != segments.shape:
             turned = ' The image is turned by its EXIF orientation; draw the labels as the image is seen, or take the orientation out of the file.' if size[::-1] == segments.shape else ''
             raise OpenTransError(f"The labels '{f.labels}' are {segments.shape[1]}x{segments.shape[0]} pixels, their image '{f.image}' {size[1]}x{size[0]}.{turned}")

@@ -18,7 +18,7 @@ from torch import nn
 from fastcore.basics import patch
 from safetensors import safe_open
 from typing_extensions import TypedDict
-from .core import BATCH_NORMS, OpenTransError, axes, unknown, device_of, norm_params, pick_device, progress, to_device, under, unwrap
+from .core import BATCH_NORMS, OpenTransError, axes, unknown, device_of, pick_device, progress, to_device, undecayed_params, under, unwrap
 from .errors import DamagedFile, check_number, shorten
 from .files import FileKind, RunFile, check_finite, check_shape, checksum, digest_of, optimizer_tensors, restore_optimizer
 from .processes import Processes, group_size, train_step
@@ -532,7 +532,7 @@ def _groups(self:DistillTrainer, params, whole, backbone):
     "The parameters that learn, with rates and weight decay of their own where that is asked for."
     if self.backbone_lr == 1 and self.decay_norms: return params
     tower = {id(p) for p in backbone.parameters()}
-    plain = set() if self.decay_norms else {id(p) for p in norm_params(whole)} | {id(p) for p in params if p.dim() < 2}
+    plain = set() if self.decay_norms else undecayed_params(whole)
     groups = {}
     for p in params: groups.setdefault((id(p) in tower, id(p) in plain), []).append(p)
     return [dict(params=ps, lr=self.lr*(self.backbone_lr if inside else 1), weight_decay=0. if undecayed else self.weight_decay) for (inside,undecayed),ps in groups.items()]

@@ -1306,7 +1306,8 @@ def run_study(
     runs,workers = out/'.runs'/('' if label == 'shapes' else label)/'-'.join(f'{k}-{v}' for k,v in own),workers or _workers(scale)
     open_clip_of(scale); open_world(scale, seed) # what is missing is said before any folder is claimed
     if pick_device(scale.device).type == 'cuda': # and what cannot fit
-        for plan in _plans(scale, s.arms, seed).values(): plan.check()
+        left = [arm for arm in s.arms if not all(_known(arm, scale, folder) for folder in _folders(runs, range(seed, seed+seeds)).values())]
+        for plan in _plans(scale, left, seed).values(): plan.check()
     with _held(*_folders(runs, range(seed, seed+seeds)).values()):
         results = study(scale, range(seed, seed+seeds), runs, workers, s.arms) if s.arms else []
         more = s.more(scale, list(range(seed, seed+seeds)), runs, workers) if s.more else None

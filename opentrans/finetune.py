@@ -21,7 +21,7 @@ import torch
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from typing_extensions import NotRequired, TypedDict
-from .core import (BATCH_NORMS, OpenTransError, Undo, unknown, axes, device_of, evaluating, handling, layers, load_json, norm_params,
+from .core import (BATCH_NORMS, OpenTransError, Undo, unknown, axes, device_of, evaluating, handling, layers, load_json, norm_params, undecayed_params,
     optional, pick_device, progress, read_text, save_tensors, save_text, seed_everything, seeded, to_device, under)
 from .data import collate, read_augmented, read_sample, unpack
 from .errors import FormatError, Interrupted, WriteError, check_number, shorten
@@ -342,16 +342,12 @@ def _unpacked(loaded, regions, device):
     for samples in loaded: yield collate([unpack(s, regions, device) if 'segments' in s else s for s in samples])
 
 # %% ../nbs/13_finetune.ipynb #63e0ae57
-def _undecayed(model):
-    "Parameters that are commonly not decayed: those of norms, and all vectors."
-    return {id(p) for p in norm_params(model)} | {id(p) for p in model.parameters() if p.dim() < 2}
-
 def param_groups(
     framework, # A `Framework` in which all freezing has been done
     recipe:Recipe, # Rates
 )->list: # Groups for an optimizer: 'backbone' and 'head', each with and without weight decay
     "The parameters that learn, each once, with their learning rate and weight decay."
-    inside,plain,groups = {id(p) for p in framework.backbone.parameters()},set() if recipe.decay_norms else _undecayed(framework),{}
+    inside,plain,groups = {id(p) for p in framework.backbone.parameters()},set() if recipe.decay_norms else undecayed_params(framework),{}
     for n,p in framework.named_parameters():
         if not p.requires_grad: continue
         part,decay = 'backbone' if id(p) in inside else 'head',0. if id(p) in plain else recipe.weight_decay

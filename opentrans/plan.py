@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 from .core import device_of, pick_device
 from .cost import peak_memory
-from .data import View, read_augmented
+from .data import View
 from .errors import OpenTransError, check_number
-from .finetune import Recipe, finetune
+from .finetune import Recipe, batches, finetune
 
 # %% ../nbs/25_plan.ipynb #7e6872fa
 @dataclass
@@ -120,10 +120,10 @@ def _measure(framework, data, recipe, selection, mask, images):
     needed = peak_memory(train, device)
     return needed, ends[1]-ends[0]
 
-def _loading(data, recipe, samples):
-    "CPU seconds to read and cut one image."
+def _loading(framework, data, recipe, samples):
+    "CPU seconds to read and cut one image, as `finetune` does."
     began = time.process_time()
-    for i in range(samples): read_augmented(data, i % len(data), recipe.crop or None, [recipe.seed, i], recipe.scale, recipe.flip)
+    next(batches(data, recipe.replace(batch_size=samples, accumulate=1, workers=0), regions=getattr(framework, 'uses_regions', True)))
     return (time.process_time()-began)/samples
 
 def _two_sizes(framework, data, recipe, selection, mask):
@@ -153,4 +153,4 @@ def plan_run(
     device = device_of(framework)
     return RunPlan(iterations=recipe.iterations, images=len(data), batch_size=recipe.batch_size, processes=processes, accumulate=recipe.accumulate,
                    fixed=max(few-per_image*n, 0.)+weights+shared, per_image=per_image, room=device_room(device), device=str(device),
-                   step_fixed=max(short-step*n, 0.), step_per_image=step, load_per_image=_loading(data, recipe, samples), workers=recipe.workers)
+                   step_fixed=max(short-step*n, 0.), step_per_image=step, load_per_image=_loading(framework, data, recipe, samples), workers=recipe.workers)

@@ -92,16 +92,17 @@ WORK = textwrap.dedent('''
         if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 ''')
 
-@pytest.fixture(scope='module')
-def both(tmp_path_factory):
-    "What two processes say, and what one says that does the same."
-    d = tmp_path_factory.mktemp('two')
-    (d/'work.py').write_text(WORK)
+def in_two_and_one(d, work, env=ENV):
+    "The folder, what each of two processes says, and what one says that does the same."
+    (d/'work.py').write_text(work)
     (d/'one').mkdir()
     for command,out in ((LAUNCH, d), ([sys.executable, '-W', 'ignore'], d/'one')):
-        p = subprocess.run([*command, str(d/'work.py'), str(out)], capture_output=True, text=True, env=ENV, cwd=d)
+        p = subprocess.run([*command, str(d/'work.py'), str(out)], capture_output=True, text=True, env=env, cwd=d)
         assert p.returncode == 0, p.stderr[-3000:]
     return d,[json.loads((d/f'rank{r}.json').read_text()) for r in (0, 1)],json.loads((d/'one'/'rank0.json').read_text())
+
+@pytest.fixture(scope='module')
+def both(tmp_path_factory): return in_two_and_one(tmp_path_factory.mktemp('two'), WORK)
 
 def test_two_processes_are_one(both):
     "Losses, and the weights they lead to, are those of one process with the same batches; every process has the same ones."
@@ -240,14 +241,8 @@ PRUNE = textwrap.dedent('''
 @pytest.fixture(scope='module')
 def pruned(tmp_path_factory):
     "Masks that two processes find, and those that one finds."
-    d = tmp_path_factory.mktemp('prune')
-    (d/'work.py').write_text(PRUNE)
-    (d/'one').mkdir()
     env = dict(ENV, PYTHONPATH=os.pathsep.join([str(root), str(root/'tests')]))
-    for command,out in ((LAUNCH, d), ([sys.executable, '-W', 'ignore'], d/'one')):
-        p = subprocess.run([*command, str(d/'work.py'), str(out)], capture_output=True, text=True, env=env, cwd=d)
-        assert p.returncode == 0, p.stderr[-3000:]
-    return d,[json.loads((d/f'rank{r}.json').read_text()) for r in (0, 1)],json.loads((d/'one'/'rank0.json').read_text())
+    return in_two_and_one(tmp_path_factory.mktemp('prune'), PRUNE, env)
 
 @pytest.mark.parametrize('case', ['frozen', 'norms', 'image', 'windows', 'own'])
 def test_two_processes_find_the_mask_of_one(pruned, case):
