@@ -34,7 +34,7 @@ setup(
                  'Programming Language :: Python :: 3'],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['opentrans', 'opentrans.*']),
-    package_data={'opentrans': ['assets/*']},
+    package_data={'opentrans': ['assets/*', 'py.typed', '*.pyi']},
     install_requires=cfg['requirements'].split(),
     extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},

@@ -13,7 +13,9 @@ for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.envi
 import numpy as np
 import torch
 from torch import nn
-from opentrans.heavy_tail import LayerTable, _eigenvalues, _named_weights, analyze, fit_power_law, matrices, spectra
+from opentrans.heavy_tail import analyze, fit_power_law, LayerTable, matrices, spectra
+from opentrans.heavy_tail.power_law import _eigenvalues
+from opentrans.heavy_tail.table import _named_weights
 
 def build(name):
     "A network by name: an image tower of open_clip with random weights, or the trained EfficientNet-lite0 as plain modules."

@@ -110,4 +110,4 @@ if __name__ == '__main__':
     else:
         res = dict(blocks=case('16 block outputs of RN50', blocks, 64, args.batches, args.reps), convs=case('55 convolutions of RN50', convs, 256, 1, args.reps, slow=False),
                    whole=whole_run(blocks, 64, 2, args.reps))
-    if args.out: from opentrans.core import save_json; save_json(res, args.out)
+    if args.out: from opentrans.files import save_json; save_json(res, args.out)

@@ -97,7 +97,7 @@ def train_batch(b, regions, size, classes, device):
 def learn(name, iterations, size=80, scenes=640, seed=0):
     "The small preset on ShapesWorld, as `opentrans demo` trains it."
     from opentrans.data import ShapesWorld
-    from opentrans.finetune import Recipe, evaluate, finetune
+    from opentrans.training import evaluate, finetune, Recipe
     world,other = ShapesWorld('train', n=scenes, size=size, seed=seed),ShapesWorld('val', n=scenes//4, size=size, seed=seed)
     seg = build(name, ClipBackbone.create('shapes-rn', pretrained='shapes-rn', output_stride=16), vocabulary=world.vocabulary, preset='small', seed=seed)
     t = time.process_time()

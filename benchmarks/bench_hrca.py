@@ -10,7 +10,7 @@ import argparse, os, platform, time
 import numpy as np
 import torch
 from torch import nn
-from opentrans.core import save_json
+from opentrans.files import save_json
 from opentrans.cost import peak_memory
 from opentrans.experiments import hardware
 from opentrans.frameworks.faseg import FASegDecoder, HighResCrossAttention

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from detectron2.data import detection_utils, transforms as T
-from opentrans.core import save_text
+from opentrans.files import save_text
 from opentrans.data import open_dataset, read_augmented
 
 torch.set_num_threads(1)

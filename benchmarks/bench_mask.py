@@ -14,7 +14,7 @@ import argparse, copy, json, platform, statistics, time, warnings
 import torch
 import torch.nn.utils.prune as tp
 from torch import nn
-import opentrans.pruning as P
+from opentrans.pruning import force as P
 from opentrans.pruning import SparseMask, prunable
 
 warnings.simplefilter('ignore')
@@ -119,5 +119,5 @@ if __name__ == '__main__':
                    *((f'step, {o}', lambda o=o: bench_step(mask, o, args.steps, args.batch, args.size, args.device)) for o in OPTIMIZERS), ('channel', lambda: bench_channel(args.reps, args.device))):
         result[name] = f(); print(name, json.dumps(result[name], indent=1, default=str), flush=True)
     if args.out:
-        from opentrans.core import save_json
+        from opentrans.files import save_json
         save_json(result, args.out)

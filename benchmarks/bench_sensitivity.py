@@ -27,12 +27,12 @@ class Images:
             yield torch.stack([torch.randn(3, self.size, self.size, generator=torch.Generator().manual_seed(i)) for i in at]),torch.tensor([i % 100 for i in at])
 
 def opentrans(model, args, names):
-    from opentrans.spt import param_sensitivity
+    from opentrans.vit.sensitivity import param_sensitivity
     return dict(param_sensitivity(model, Images(args.n, args.size, args.chunk), F.cross_entropy, n_samples=args.n, chunk=args.chunk))
 
 def loop(model, args, names):
     "What one would write: a backward pass for each sample, gradients only where they are wanted."
-    from opentrans.peft import slots
+    from opentrans.vit.peft import slots
     there = slots(model); params = list({id(there[n].param): there[n].param for n in names}.values())
     model.requires_grad_(False)
     for p in params: p.requires_grad_(True)
@@ -43,7 +43,7 @@ def loop(model, args, names):
 
 def func(model, args, names):
     "torch.func: vmap of grad over samples."
-    from opentrans.peft import slots
+    from opentrans.vit.peft import slots
     from torch.func import functional_call, grad, vmap
     there = slots(model); key = {n: n.split('[')[0] for n in names}
     own = {k: p.detach() for k,p in model.named_parameters() if k in set(key.values())}
@@ -56,8 +56,8 @@ def func(model, args, names):
 
 def one(args):
     import timm
-    from opentrans.core import save_tensors
-    from opentrans.spt import candidates
+    from opentrans.files import save_tensors
+    from opentrans.vit.sensitivity import candidates
     torch.manual_seed(0)
     model = timm.create_model(args.model, num_classes=100, img_size=args.size).eval()
     names = list(candidates(model)); before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -75,7 +75,7 @@ def run(args, tool, n, save=None):
 
 def main(args):
     print(f"{args.model} at {args.size}, torch {torch.__version__}, {os.environ.get('OMP_NUM_THREADS', torch.get_num_threads())} thread(s), {platform.machine()}, Python {platform.python_version()}", flush=True)
-    from opentrans.core import load_tensors, save_json
+    from opentrans.files import load_tensors, save_json
     with tempfile.TemporaryDirectory() as tmp:
         tmp = Path(tmp); few = min(args.func_images, args.images)
         rows = [run(args, 'opentrans', max(1, args.images//4)), run(args, 'opentrans', args.images, tmp/'ours'), run(args, 'loop', args.images, tmp/'loop'), run(args, 'func', few, tmp/'func'), run(args, 'opentrans', few, tmp/'few')]

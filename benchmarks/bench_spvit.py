@@ -9,9 +9,9 @@ flops     the hand count of thesis chapter 4 (exact), so that the measured ratio
 import argparse, json, platform, statistics, time
 from datetime import date
 import timm, torch
-from opentrans.core import save_json
+from opentrans.files import save_json
 from opentrans.cost import peak_memory
-from opentrans.spvit import SPVIT_PUBLISHED, HybridSpec, SPViTCost
+from opentrans.vit.hybrids import HybridSpec, SPVIT_PUBLISHED, SPViTCost
 
 def models(spec, device):
     "The dense model, and the hybrid made of it."

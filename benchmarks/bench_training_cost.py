@@ -73,7 +73,7 @@ def main(args):
     for k in ('frozen', 'masked', 'both'):
         gap = rows[k]['share'] - rows[k]['paper']
         print(f"{k}: FLOPs promise {1-rows[k]['paper']:.0%} less, the clock gives {1-rows[k]['share']:.0%}" + ('. The promise is not kept by dense kernels.' if gap > .1 else '.'))
-    if args.out: from opentrans.core import save_json; save_json(dict(rows=rows, args=vars(args)), args.out)
+    if args.out: from opentrans.files import save_json; save_json(dict(rows=rows, args=vars(args)), args.out)
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -12,10 +12,12 @@ import numpy as np, pandas as pd, timm, torch
 from scipy.stats import spearmanr
 from torch import nn
 from torch.nn import functional as F
-from opentrans.core import load_json, load_tensors, save_json, save_tensors, seeded
+from opentrans.files import load_json, load_tensors, save_json, save_tensors
+from opentrans.runtime import seeded
 from opentrans.data import COLOURS, SHAPES, TEXTURES, TRIPLES, ShapesWorld, is_novel, object_image
 from opentrans.experiments import hardware
-from opentrans.stitching import StitchableNet, StitchSampler, StitchTrainer, apply_pst, gradient_angles, pareto_front, pst_report, stitch_configs, stitch_table
+from opentrans.vit.stitching import apply_pst, pst_report, stitch_configs, stitch_table, StitchableNet
+from opentrans.vit.stitch_training import gradient_angles, pareto_front, StitchSampler, StitchTrainer
 
 SIZE = 32
 SCALES = dict(toy=dict(dims=(16, 32, 64), depth=4, pretrain=1000, source=24_000, batch_source=128, lr_source=(4e-3, 3e-3, 2e-3), train=600, test=1000, iterations=500, batch=32, warmup=125, ranks=(8, 4, 4), lr=2e-2, lr_full=3e-3, intervals=8, angles_at=250),

@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import timm, torch
 import torch.nn.functional as F
-from opentrans.core import load_json, load_tensors, save_json, save_tensors, seeded
+from opentrans.files import load_json, load_tensors, save_json, save_tensors
+from opentrans.runtime import seeded
 from opentrans.data import TRIPLES, is_novel, object_image, paint_object
 from opentrans.experiments import hardware
 from opentrans.heavy_tail import analyze
-from opentrans.peft import add_adapters, add_lora, trainable_report
-from opentrans.spt import add_spt, alpha_sensitivity, param_sensitivity, sensitivity_profile, sweep_allocations
+from opentrans.vit.peft import add_adapters, add_lora, trainable_report
+from opentrans.vit.spt import add_spt, alpha_sensitivity, sensitivity_profile, sweep_allocations
+from opentrans.vit.sensitivity import param_sensitivity
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
 SET = dict(budget=3072, r=2, pretrain_images=4000, pretrain_steps=1500, pretrain_batch=64, pretrain_lr=2e-3, steps=150, batch=32, weight_decay=1e-4, warmup=15, train=dict(novel=200, night=200, count=600), test=400)

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from opentrans.clip import ASSETS, ClipBackbone, small_clip, small_config
-from opentrans.core import load_json, load_tensors, save_json, save_tensors
+from opentrans.files import load_json, load_tensors, save_json, save_tensors
 from opentrans.data import ShapesWorld
 from opentrans.experiments import hardware
-from opentrans.spvit import HybridSpec, SPViTCost, attention_maps, convert_to_spvit, embedding_loss, fit_heads, locality, random_spec, slim_spvit, train_spvit
+from opentrans.vit.hybrids import convert_to_spvit, HybridSpec, slim_spvit, SPViTCost
+from opentrans.vit.search import attention_maps, embedding_loss, fit_heads, locality, random_spec, train_spvit
 
 VIT = dict(image_size=80, patch_size=10, width=64, head_width=16, layers=8)
 SET = dict(size=80, pretrain_scenes=1000, pretrain_steps=1000, pretrain_batch=16, pretrain_lr=2e-3, train=256, val=120, batch=8, search=60, finetune=60, lr=1e-3, gate_lr=.15, temperature=1., pull=1000., attention=.75, joint=.4)

@@ -10,12 +10,14 @@ from datetime import date
 from pathlib import Path
 import torch
 from opentrans.clip import ClipBackbone
-from opentrans.core import OpenTransError, load_json, save_json, seeded
+from opentrans.errors import OpenTransError
+from opentrans.files import load_json, save_json
+from opentrans.runtime import seeded
 from opentrans.data import ShapesWorld, collate
 from opentrans.experiments import hardware
-from opentrans.finetune import Recipe, evaluate, finetune
+from opentrans.training import evaluate, finetune, Recipe
 from opentrans.frameworks import build
-from opentrans.frameworks.contract import evaluating
+from opentrans.runtime import evaluating
 from opentrans.frameworks.mask2former import batch_regions
 from opentrans.heavy_tail import analyze
 from opentrans.pruning import SparseMask

@@ -14,11 +14,10 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn import functional as F
-from .core import (BATCH_NORMS, CONVS, OpenTransError, axes, bare_modules, device_of, evaluating, find_tower, layers, layers_of,
-    progress, unknown, unwrap)
-
-# %% ../nbs/03_cka.ipynb #697aeee5
+from .core import bare_modules, BATCH_NORMS, CONVS, find_tower, layers, layers_of, unwrap
+from .errors import OpenTransError, unknown
 from .escape import for_plot
+from .runtime import axes, device_of, evaluating, progress
 
 # %% ../nbs/03_cka.ipynb #9ff85828
 def center_gram(

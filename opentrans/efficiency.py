@@ -13,15 +13,18 @@ import pandas as pd
 import torch
 import opentrans
 from .clip import ClipBackbone
-from .core import LayerSelection, OpenTransError, load_json, progress
+from .core import LayerSelection
 from .cost import cost, training_flops
+from .errors import OpenTransError
+from .files import load_json
 from .frameworks.contract import build
 from .frameworks.faseg import ConditionalPositionEncoding, FASegDecoder, FASegPixelDecoder
-from .frameworks.mask2former import MaskDecoder, PixelDecoder
-from .peft import add_adapters, add_lora, trainable_report
+from .frameworks.queries import MaskDecoder, PixelDecoder
 from .pruning import prunable
-from .spvit import HybridSpec, SPViTCost
-from .stitching import StitchableNet, apply_pst, pst_report, stitch_configs
+from .runtime import progress
+from .vit.hybrids import HybridSpec, SPViTCost
+from .vit.peft import add_adapters, add_lora, trainable_report
+from .vit.stitching import apply_pst, pst_report, stitch_configs, StitchableNet
 
 # %% ../nbs/24_efficiency.ipynb #27ad364e
 _TOOL = dict(hook='thop', trace='fvcore', ptflops='ptflops', conv_macs='macs')      # a convention's name in the table -> in `cost`

@@ -14,35 +14,40 @@ __all__ = ['SCALES', 'RUNS_FILE', 'ARM_FILE', 'ROUNDS_FILE', 'ALPHAS_FILE', 'COU
            'plot_study', 'show_study', 'paper_costs']
 
 # %% ../nbs/20_experiments.ipynb #73abf595
-import base64, contextlib, dataclasses, functools, hashlib, math, os, platform, shutil, signal, sys, time, zlib
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import base64, contextlib, dataclasses, functools, hashlib, math, multiprocessing, os, platform, shutil, signal, sys, time, zlib
+from concurrent.futures import as_completed, ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
-import multiprocessing
 from annotated_types import Interval
 import numpy as np
 import pandas as pd
 import torch
 from typing_extensions import NotRequired, TypedDict
-from .core import OpenTransError, LayerSelection, Undo, axes, device_of, handling, pick_device, unknown, layers, png, progress, save_text, seeded
-from .errors import FormatError, OtherRun, check_number, shorten
-from .escape import for_html, for_markdown, for_plot, printable
-from .files import FileKind, check_finite, check_shape, load_json, load_metadata, load_tensors, lock_folder, plain_json, save_json, save_tensors
-from .pruning import SparseMask, compare_masks, cubic_schedule, geometric_schedule, imp, plot_history, plot_overlap
-from .heavy_tail import BY, analyze
-from .spt import add_spt, merge_spt, param_sensitivity, select as spt_select
 from .cka import cka, paper_cka
-from .cost import cost, training_flops
-from .data import data_root, open_dataset, ShapesWorld, TRIPLES, DOMAINS, augment, class_colours, is_novel, object_image, triple_name
 from .clip import ClipBackbone, small_clips
+from .core import layers, LayerSelection
+from .cost import cost, training_flops
+from opentrans.data import (
+    augment, class_colours, data_root, DOMAINS, is_novel, object_image, open_dataset, ShapesWorld, triple_name,
+    TRIPLES)
 from .distill import DistillTrainer
 from .efficiency import paper_costs
+from .errors import check_number, FormatError, OpenTransError, OtherRun, shorten, unknown
+from .escape import for_html, for_markdown, for_plot, printable
+from .files import (
+    check_finite, check_shape, FileKind, load_json, load_metadata, load_tensors, lock_folder, plain_json,
+    save_json, save_tensors, save_text)
 from .frameworks.contract import build, get_framework, resize
-from .plan import plan_run
-from .finetune import WEIGHTS_FILE, Recipe, evaluate, finetune, load_framework
+from .heavy_tail import analyze, BY
+from .pruning import (
+    compare_masks, cubic_schedule, geometric_schedule, imp, plot_history, plot_overlap, SparseMask)
+from .runtime import axes, device_of, handling, pick_device, png, progress, seeded, Undo
+from .training import evaluate, finetune, load_framework, plan_run, Recipe, WEIGHTS_FILE
+from .vit.sensitivity import param_sensitivity
+from .vit.spt import add_spt, merge_spt, select as spt_select
 
 # %% ../nbs/20_experiments.ipynb #be90070a
 _all_ = ['paper_costs']

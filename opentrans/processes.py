@@ -8,11 +8,12 @@ __all__ = ['world_size', 'group_size', 'Processes', 'train_step']
 # %% ../nbs/00_processes.ipynb #a59f4cde
 import contextlib, math, os
 import torch
-import torch.distributed as dist
 from torch import nn
+import torch.distributed as dist
 from fastcore.basics import patch
-from .core import OpenTransError, Undo
+from .errors import OpenTransError
 from .files import lock_folder
+from .runtime import Undo
 
 # %% ../nbs/00_processes.ipynb #0fd2dcff
 def world_size()->int:

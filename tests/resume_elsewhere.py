@@ -4,7 +4,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from opentrans.data import ShapesWorld
-from opentrans.finetune import Processes, Recipe, finetune
+from opentrans.processes import Processes
+from opentrans.training import finetune, Recipe
 from opentrans.frameworks import build
 from opentrans.frameworks.contract import tiny_backbone
 

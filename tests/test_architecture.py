@@ -1,14 +1,15 @@
 "The house plan: imports point to lower floors, public names are where they are promised, and the package is whole when installed."
-import ast, importlib, subprocess, sys
+import ast, graphlib, importlib, importlib.util, pkgutil, re, subprocess, sys
 from pathlib import Path
 import pytest
+import opentrans
 
 root = Path(__file__).resolve().parent.parent
 
-FLOORS = {-2: ['errors', 'escape'], -1: ['files'], 0: ['core'], 1: ['processes', 'pruning', 'heavy_tail', 'cka', 'cost', 'data', 'metrics', 'peft'], 2: ['clip', 'spt', 'stitching', 'spvit'], 3: ['distill', 'frameworks', 'frameworks.contract'],
-          4: ['frameworks.deeplabv3', 'frameworks.mask2former', 'frameworks.fcclip', 'frameworks.fpn', 'finetune', 'frameworks.detectron2'], 5: ['frameworks.faseg', 'playground', 'plan'], 6: ['efficiency', 'experiments', 'cli', 'all']}
-FLOOR = {m: f for f,ms in FLOORS.items() for m in ms}
-SIDEWAYS = {('frameworks', 'frameworks.contract'), ('frameworks.fcclip', 'frameworks.mask2former'), ('experiments', 'efficiency'), ('cli', 'experiments'), ('all', 'experiments')}   # rooms of one floor that may know each other
+LEVELS = ('errors', 'escape', 'naming', 'files', 'runtime', 'core', 'towers', 'processes', ('pruning', 'heavy_tail', 'cka', 'cost'), 'data', 'clip', 'distill', 'frameworks', 'training',
+          'efficiency', 'experiments', 'playground', 'cli', 'all')
+LEVEL = {chapter: level for level,chapters in enumerate(LEVELS) for chapter in ([chapters] if isinstance(chapters, str) else chapters)}
+LEVEL |= dict(vit=LEVEL['data'], metrics=LEVEL['data'], finetune=LEVEL['training'])     # a leaf, and two modules that only pass names on
 
 PUBLIC = {
     'core': 'layers Layer LayerSelection',
@@ -18,40 +19,90 @@ PUBLIC = {
     'cost': 'cost Cost training_flops',
     'data': 'Vocabulary VOCABULARIES list_datasets open_dataset ShapesWorld',
     'metrics': 'SemanticIoU PanopticQuality',
+    'data.metrics': 'SemanticIoU PanopticQuality',
     'clip': 'ClipBackbone',
     'distill': 'tgkd_loss vgkd_loss DistillTrainer',
     'frameworks': 'build list_frameworks register_framework check_framework Framework',
     'finetune': 'Recipe finetune evaluate',
-    'peft': 'LoRALinear SequentialAdapter SparseDelta trainable_report',
-    'spt': 'param_sensitivity Allocation allocate sweep_allocations apply_spt merge_spt sensitivity_profile',
-    'stitching': 'stitch_configs StitchConfig StitchingLayer StitchableNet apply_pst merge_stitch snip_score ImportanceTracker',
-    'spvit': 'conv_from_msa HybridSpec',
+    'vit.peft': 'LoRALinear SequentialAdapter SparseDelta trainable_report',
+    'vit.sensitivity': 'param_sensitivity',
+    'vit.spt': 'Allocation allocate sweep_allocations apply_spt merge_spt sensitivity_profile',
+    'vit.stitching': 'stitch_configs StitchConfig StitchingLayer StitchableNet apply_pst merge_stitch',
+    'vit.stitch_training': 'snip_score ImportanceTracker',
+    'vit.spvit': 'conv_from_msa',
+    'vit.hybrids': 'HybridSpec',
     'efficiency': 'paper_costs',
     'experiments': 'demo paper_costs run_study',
     'playground': 'playground segment overlay',
-    'plan': 'plan_run RunPlan',
+    'training': 'plan_run RunPlan',
     'frameworks.mask2former': 'Mask2Former load_mask2former',
     'frameworks.fcclip': 'FCCLIP load_fcclip',
     'frameworks.faseg': 'FASeg',
 }
 
-def modules(): return {'.'.join(p.relative_to(root/'opentrans').with_suffix('').parts).removesuffix('.__init__'): p for p in (root/'opentrans').rglob('*.py') if p.name != '_modidx.py' and p != root/'opentrans'/'__init__.py'}
+def modules():
+    "Every module of the package, by name without `opentrans.`, found as Python finds it: name -> file."
+    found = {m.name: importlib.util.find_spec(m.name) for m in pkgutil.walk_packages(opentrans.__path__, 'opentrans.')}
+    return {name.removeprefix('opentrans.'): Path(spec.origin) for name,spec in found.items() if not name.endswith('._modidx')}
 
-def imported(name, path):
-    "Rooms that a module imports, anywhere in its code."
+def imports(name, path):
+    "What a module imports of the package, anywhere in its code: (module, names)."
     package = ['opentrans', *name.split('.')] if path.name == '__init__.py' else ['opentrans', *name.split('.')][:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            target = '.'.join([*package[:len(package)-node.level+1], *([node.module] if node.module else [])]) if node.level else node.module or ''
-            if target == 'opentrans': yield from (a.name for a in node.names)
-            elif target.startswith('opentrans.'): yield target.removeprefix('opentrans.')
-        elif isinstance(node, ast.Import): yield from (a.name.removeprefix('opentrans.') for a in node.names if a.name.startswith('opentrans.'))
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith('opentrans.'): yield alias.name.removeprefix('opentrans.'), []
+        elif isinstance(node, ast.ImportFrom):
+            above = package[:len(package)-node.level+1] if node.level else []
+            target = '.'.join([*above, *([node.module] if node.module else [])])
+            names = [alias.name for alias in node.names]
+            if target.startswith('opentrans.'): yield target.removeprefix('opentrans.'), names
+            elif target == 'opentrans': yield from ((n, []) for n in names if n in LEVEL)
 
-@pytest.mark.parametrize('name', sorted(modules()))
+MODULES = modules()
+
+def chapter(name): return name.split('.')[0]
+
+@pytest.mark.parametrize('name', sorted(MODULES))
 def test_imports_point_down(name):
-    assert name in FLOOR, f'{name} has no floor: add it to the plan'
-    for other in imported(name, modules()[name]):
-        assert FLOOR[other] < FLOOR[name] or (name, other) in SIDEWAYS, f'{name} (floor {FLOOR[name]}) imports {other} (floor {FLOOR[other]})'
+    "A chapter knows the chapters before it, and no other."
+    assert chapter(name) in LEVEL, f'{name} belongs to no chapter of the plan'
+    for other,_ in imports(name, MODULES[name]):
+        inside, passes_on = chapter(other) == chapter(name), name in ('finetune', 'metrics')
+        assert inside or passes_on or LEVEL[chapter(other)] < LEVEL[chapter(name)], f'{name} imports {other}, which is not below it'
+
+def test_no_circle():
+    "Modules of one chapter know each other in one direction, too. (graphlib raises for a circle.)"
+    graph = {name: {other for other,_ in imports(name, path) if other in MODULES and other != name} for name,path in MODULES.items() if path.name != '__init__.py'}
+    order = [*graphlib.TopologicalSorter(graph).static_order()]
+    assert order.index('errors') < order.index('core') < order.index('frameworks.contract')
+
+def test_private_names_stay_in_their_chapter():
+    "A name that begins with an underscore may be used by a neighbour in the same folder, and by nobody else."
+    for name,path in MODULES.items():
+        for other,names in imports(name, path):
+            private = [n for n in names if n.startswith('_') and not n.startswith('__')]
+            assert not private or (chapter(other) == chapter(name) and other != name), f'{name} takes {private} from {other}'
+
+WHO_ASKS_THE_LEAF = ('efficiency', 'experiments')
+
+def test_the_systems_of_the_thesis_are_a_leaf():
+    "Nothing of the open-vocabulary core imports chapter `vit`."
+    asks = {chapter(name) for name,path in MODULES.items() for other,_ in imports(name, path) if chapter(other) == 'vit' != chapter(name)}
+    assert asks <= {*WHO_ASKS_THE_LEAF}
+
+LONGEST = 690 # lines of a file: it holds one thing
+
+def test_a_file_holds_one_thing():
+    long = {name: len(path.read_text(encoding='utf-8').splitlines()) for name,path in MODULES.items() if name not in ('cli', 'experiments')}
+    assert max(long.values()) <= LONGEST, {name: lines for name,lines in long.items() if lines > LONGEST}
+
+def test_folders_of_notebooks_are_folders_of_the_package():
+    "A page in `nbs/NAME/` makes a module of `opentrans/NAME/`, but for the pages at the top, for what is used by hand, and for tutorials."
+    for page in (root/'nbs').rglob('*.ipynb'):
+        text, folder = page.read_text(encoding='utf-8'), page.parent.name
+        found = re.search(r'#\| *default_exp ([\w.]+)', text)
+        if found and folder not in ('nbs', 'app', 'tutorials', '.ipynb_checkpoints'): assert found[1].split('.')[0] in (folder, 'distill', 'efficiency'), page
 
 @pytest.mark.parametrize('room', sorted(PUBLIC))
 def test_public_names(room):
@@ -69,6 +120,16 @@ def test_import_is_light():
     for line in ('import opentrans', 'import opentrans.cli'):
         code = f"{line}; import sys; print([m for m in ('torch', 'open_clip', 'transformers', 'matplotlib', 'pandas') if m in sys.modules])"
         assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root).stdout.strip() == '[]', line
+
+def test_tools_see_the_lazy_names():
+    "The file for type checkers and editors names what `import opentrans` brings, and from where."
+    seen = {alias.asname: node.module for node in ast.parse((root/'opentrans'/'__init__.pyi').read_text()).body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == opentrans._HOME
+
+def test_names_come_lazily():
+    "Each public name is found in a process that has imported nothing but the package, and nothing else is."
+    code = "import opentrans; print([n for n in opentrans.__all__ if not hasattr(opentrans, n)], callable(opentrans.cost.cost), hasattr(opentrans, 'nothing'))"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root).stdout.strip() == '[] True False'
 
 def test_star_import_brings_the_fifteen_lines():
     space = {}

@@ -6,7 +6,8 @@ from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import nn
 from opentrans.cka import cka, linear_cka, paper_cka, rbf_cka, same_layers
-from opentrans.core import OpenTransError, layers
+from opentrans.errors import OpenTransError
+from opentrans.core import layers
 
 
 def resnet(seed):

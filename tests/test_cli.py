@@ -96,7 +96,8 @@ def test_finetune_then_evaluate(streets, mask, tmp_path):
     r = opentrans('evaluate', '--model', tmp_path/'run', '--data', 'folder', '--root', streets, '--classes', NAMES, '--ignore', 11, '--json')
     assert r.returncode == 0, r.stderr
     assert json.loads(r.stdout)['head'] == 'trained'
-    from opentrans.core import LayerSelection, load_tensors
+    from opentrans.core import LayerSelection
+    from opentrans.files import load_tensors
     from opentrans.clip import ClipBackbone
     from opentrans.pruning import SparseMask
     w,m,before = load_tensors(tmp_path/'run'/'model.safetensors')[0],SparseMask.load(mask),dict(ClipBackbone.create('shapes-rn', pretrained='shapes-rn').visual.named_parameters())
@@ -115,7 +116,7 @@ def test_transfer_on_shapes(mask, tmp_path):
 def test_transfer_to_a_checkpoint(mask, tmp_path):
     "A mask on a state dict on disk, in OpenAI's names."
     from opentrans.clip import ClipBackbone
-    from opentrans.core import load_tensors
+    from opentrans.files import load_tensors
     from opentrans.pruning import SparseMask
     clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
     torch.save({f'visual.{k}': v for k,v in clip.visual.state_dict().items()} | {'logit_scale': torch.tensor(3.)}, tmp_path/'model.pth')
@@ -425,7 +426,7 @@ def course(*args, **more):
 
 def test_the_papers_course_is_the_default():
     "Warm-up and rest are the beginning and the end of one course of the paper's length; one flag shortens both; tiny stays as it was."
-    from opentrans.finetune import Recipe
+    from opentrans.training import Recipe
     for framework,total in dict(deeplabv3=50_000, mask2former=50_000, fcclip=368_750, faseg=160_000).items():
         for name in (None, 'paper', 'released'):
             preset,whole,warm,rest = course(name, framework, shipped=False)
@@ -440,7 +441,7 @@ def test_the_papers_course_is_the_default():
     assert course(None, 'deeplabv3', shipped=False, iterations=500, warmup=30)[2].iterations == 30
     preset,whole,warm,rest = course(None, 'deeplabv3', shipped=True)
     assert preset == 'tiny' and rest == whole == Recipe.tiny() and warm == Recipe.tiny().shorten(60).replace(schedule='constant')
-    from opentrans.core import OpenTransError
+    from opentrans.errors import OpenTransError
     with pytest.raises(OpenTransError, match='leaves none'): course('paper', 'deeplabv3', shipped=False, iterations=9, warmup=9)
 
 def test_stride_and_prompts_are_the_released_ones():
@@ -524,7 +525,8 @@ def test_rows_without_a_mask(tmp_path, mask):
 def test_alpha_is_read_before_the_mask_is_adopted(mask, tmp_path):
     "Supplement 6.3: from weights without the mask by default, and from those under it if asked; the mask holds afterwards in both."
     from opentrans.clip import ClipBackbone
-    from opentrans.core import LayerSelection, load_tensors
+    from opentrans.core import LayerSelection
+    from opentrans.files import load_tensors
     from opentrans.heavy_tail import analyze
     from opentrans.pruning import SparseMask
     found,m = {},SparseMask.load(mask)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 from opentrans.clip import ASSETS, ClipBackbone, compact_tokens, load_weights, open_model, save_weights, small_clip, small_clips
-from opentrans.core import OpenTransError, layers, load_metadata, save_tensors
+from opentrans.errors import OpenTransError
+from opentrans.core import layers
+from opentrans.files import load_metadata, save_tensors
 from opentrans.data import COLOURS, DOMAINS, SHAPES, TEXTURES, TRIPLES, ShapesWorld, Vocabulary, is_novel, object_image
 
 VISION = dict(layers=[1, 1, 1, 1], width=8, head_width=32, image_size=64)
@@ -218,7 +220,7 @@ def test_a_tag_that_was_downloaded_needs_no_network(tmp_path, tiny_architectures
     "With hub=False the copy on this machine is taken as it is, and without one it is said; nothing is asked."
     def asked(*args, **kwargs): raise AssertionError('the network was asked')
     monkeypatch.setattr(open_clip, 'download_pretrained', asked)
-    monkeypatch.setattr('opentrans.clip._reach', asked)
+    monkeypatch.setattr('opentrans.clip.weights._reach', asked)
     model,*_ = open_model('RN50', quick_gelu=True)
     place = tmp_path/'models--timm--resnet50_clip.openai'
     with pytest.raises(OpenTransError, match="not on this machine, and it is a file that asks for them"): open_model('RN50', 'openai', cache_dir=tmp_path, hub=False)
@@ -233,7 +235,7 @@ def test_published_weights_are_fetched_and_checked(tmp_path, monkeypatch):
     config = dict(embed_dim=32, vision_cfg=dict(VISION), text_cfg=dict(context_length=8, vocab_size=49408, width=16, heads=2, layers=1))
     monkeypatch.setattr(open_clip, 'get_model_config', lambda name: copy.deepcopy(config) if name == 'RN50' else None)
     monkeypatch.setattr(open_clip, 'get_tokenizer', lambda name: open_clip.SimpleTokenizer(context_length=8))
-    monkeypatch.setattr('opentrans.clip._reach', lambda cfg: None)
+    monkeypatch.setattr('opentrans.clip.weights._reach', lambda cfg: None)
     model = open_clip.CLIP(**copy.deepcopy(config), quick_gelu=True)
     save_weights(model, tmp_path/'good.safetensors')
     monkeypatch.setattr(open_clip, 'download_pretrained', lambda cfg, cache_dir=None: str(tmp_path/'good.safetensors'))
@@ -274,7 +276,7 @@ def test_a_shipped_clip_knows_what_its_file_says(name):
 
 def test_a_tower_alone_is_laid_over_a_clip(tmp_path):
     "What `prune --weights` writes is read: with a small CLIP's own text encoder, and with another's that is named."
-    from opentrans.core import save_tensors
+    from opentrans.files import save_tensors
     clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
     text = clip.encode_text(['red star', 'grass'])
     with torch.no_grad():

@@ -12,7 +12,8 @@ from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_no
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import segmentation
 from torchvision.models.segmentation.deeplabv3 import ASPP
-from opentrans.core import LayerSelection, OpenTransError, layers
+from opentrans.core import layers, LayerSelection
+from opentrans.errors import OpenTransError
 from opentrans.cost import CONVENTIONS, cost, peak_memory, tool_count, training_flops, training_memory, training_table
 from opentrans.pruning import SparseMask
 

@@ -9,10 +9,13 @@ from PIL import Image
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 from mutations import COUNT, check_reader
-from opentrans.core import OpenTransError
-from opentrans.data import (Augmented, ShapesWorld, VOCABULARIES, View, Vocabulary, _draw, _numbered, augment, collate, label_lut, list_datasets,
-    open_dataset, read_augmented, read_image, read_segments, resize_short, unpack, write_coco_panoptic)
-from opentrans.finetune import Recipe, batches
+from opentrans.errors import OpenTransError
+from opentrans.data import (
+    augment, Augmented, collate, label_lut, list_datasets, open_dataset, read_augmented, read_image, read_segments,
+    resize_short, ShapesWorld, unpack, View, VOCABULARIES, Vocabulary, write_coco_panoptic)
+from opentrans.data.samples import _draw
+from opentrans.data.readers import _numbered
+from opentrans.training import batches, Recipe
 
 SAMPLES = Path(__file__).parents[1]/'../shared/data/samples'
 needs_coco = pytest.mark.skipif(not (SAMPLES/'coco_panoptic').is_dir(), reason='the COCO sample is not at ../shared/data/samples/coco_panoptic')
@@ -242,7 +245,7 @@ class Constant(torch.nn.Module):
 
 def test_a_foreground_written_as_255_is_told(tmp_path):
     "Labels 0 and 255 with two names: the foreground is left out, and a constant prediction has a mean IoU of 1."
-    from opentrans.finetune import evaluate
+    from opentrans.training import evaluate
     data = open_dataset('folder', binary(tmp_path, [0, 255]), names='background,coin')
     report = data.check()
     assert "'coin' never occurs in the labels of 3 images, while 0.5 of their pixels are left out (255)" in report.problem['all images']
@@ -442,7 +445,7 @@ def test_what_other_programs_add_to_annotations_stays_out_of_the_way(tmp_path):
 
 def test_maps_of_one_name_in_two_folders_keep_their_own(tmp_path):
     "In `_panoptic_json`'s trees maps may lie in folders: their names tell them apart."
-    from opentrans.data import _ids
+    from opentrans.data.datasets import _ids
     assert _ids([dict(file_name='a/x.png'), dict(file_name='b/x.png')]) == ['a/x', 'b/x'] and _ids([dict(file_name='x.png')]) == ['x']
 
 def test_outlines_of_another_size_are_told(tmp_path):

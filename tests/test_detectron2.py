@@ -10,7 +10,8 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from opentrans.clip import ClipBackbone
-from opentrans.core import LayerSelection, OpenTransError, layers
+from opentrans.core import layers, LayerSelection
+from opentrans.errors import OpenTransError
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.frameworks.detectron2 import MaskHook, OpenTransCLIP, SelectionHook, drop_resting
 from opentrans.pruning import SparseMask

@@ -3,7 +3,8 @@ import contextlib, copy, json, shutil, warnings
 import pytest
 import torch
 from opentrans.clip import ClipBackbone, small_clip
-from opentrans.core import OpenTransError, load_metadata, load_tensors, save_tensors
+from opentrans.errors import OpenTransError
+from opentrans.files import load_metadata, load_tensors, save_tensors
 from opentrans.distill import DistillTrainer, distances, tgkd_loss, vgkd_loss
 from opentrans.pruning import SparseMask, imp
 

@@ -3,8 +3,8 @@ import functools, json, os, signal, subprocess, sys, textwrap
 from pathlib import Path
 import pytest
 import torch
-import opentrans.finetune as room
-from opentrans.core import load_tensors
+from opentrans import training
+from opentrans.files import load_tensors
 from conftest import PATIENCE, until
 from test_cli import opentrans
 
@@ -169,8 +169,8 @@ def test_a_killed_process_ends_the_run(tmp_path, monkeypatch):
     assert r.returncode == 2 and 'had other settings' in r.stderr and load_tensors(last)[1] == meta
     told = []
     def stop(f, row): told.append(row['iteration']); raise KeyboardInterrupt
-    whole = room.finetune
-    monkeypatch.setattr(room, 'finetune', lambda *a, **kw: whole(*a, **kw, callback=stop))
+    whole = training.finetune
+    monkeypatch.setattr(training, 'finetune', lambda *a, **kw: whole(*a, **kw, callback=stop))
     r = opentrans(*args)
     assert told == [at] and r.returncode == 130, (told, r)
 

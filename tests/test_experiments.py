@@ -8,7 +8,8 @@ import torch
 from mutations import COUNT, check_reader
 from opentrans import experiments as ex
 from opentrans.clip import ClipBackbone
-from opentrans.core import OpenTransError, load_json
+from opentrans.errors import OpenTransError
+from opentrans.files import load_json
 from opentrans.data import ShapesWorld, write_coco_panoptic
 from opentrans.errors import FormatError, OtherRun
 from opentrans.files import lock_folder, save_json

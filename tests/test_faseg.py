@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from opentrans.cost import peak_memory
 from opentrans.clip import ClipBackbone
-from opentrans.core import load_json, seeded
+from opentrans.files import load_json
+from opentrans.runtime import seeded
 from opentrans.data import ShapesWorld
-from opentrans.finetune import Recipe, evaluate, finetune
+from opentrans.training import evaluate, finetune, Recipe
 from opentrans.frameworks import build, check_framework
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.frameworks.faseg import FASegDecoder, FASegPixelDecoder, HighResCrossAttention, StagedBackbone, cell_pixels, load_faseg, select_cells

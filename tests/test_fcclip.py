@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from opentrans.clip import ClipBackbone, small_clip, small_config
-from opentrans.core import OpenTransError, load_tensors, save_tensors
+from opentrans.errors import OpenTransError
+from opentrans.files import load_tensors, save_tensors
 from opentrans.data import ShapesWorld, Vocabulary, collate
-from opentrans.finetune import Recipe, evaluate, finetune
+from opentrans.training import evaluate, finetune, Recipe
 from opentrans.frameworks import build, check_framework
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.frameworks.fcclip import embed_masks, geometric_ensemble, load_fcclip

@@ -1,5 +1,5 @@
 "Fine-tuning under fault: killed, out of disk, poisoned, resumed by mistake."
-import functools, json, os, random, subprocess, sys, textwrap
+import functools, importlib, json, os, random, subprocess, sys, textwrap
 from pathlib import Path
 import numpy as np
 import pytest
@@ -7,12 +7,15 @@ import torch
 from mutations import check_reader, digest
 from hypothesis import given, settings, strategies as st
 from opentrans.clip import ClipBackbone
-from opentrans.core import LayerSelection, OpenTransError, load_tensors
+from opentrans.core import LayerSelection
+from opentrans.errors import OpenTransError
+from opentrans.files import load_tensors
 from opentrans.data import ShapesWorld, View, read_sample
 from opentrans.errors import FormatError, OtherRun
 from opentrans.files import save_json, save_tensors
-from opentrans.finetune import (WEIGHTS_FILE, Checkpoint, Recipe, batch_indices, build_optimizer, compare_runs, evaluate, finetune, load_framework, plot_runs,
-    read_settings, run_settings, same_size_batches, seen_size)
+from opentrans.training import (
+    batch_indices, build_optimizer, Checkpoint, compare_runs, evaluate, finetune, load_framework, plot_runs,
+    read_settings, Recipe, run_settings, same_size_batches, seen_size, WEIGHTS_FILE)
 from opentrans.frameworks import build
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.pruning import SparseMask
@@ -224,7 +227,7 @@ def crowded(s, i):
 def panoptic_case(n=6):
     "Truth with crowds, and answers that are the truth moved aside, with some of it lost and some invented."
     from opentrans.data import View
-    from opentrans.finetune import panoptic_truth
+    from opentrans.training import panoptic_truth
     from opentrans.data import collate
     data = View(ShapesWorld('train', n=n, size=64, seed=4), transform=crowded)
     g,answers = torch.Generator().manual_seed(0),[]
@@ -269,7 +272,7 @@ def test_panoptic_evaluation(tmp_path):
     "The truth itself has PQ 1; a crowd is neither found nor missed; data without instances is refused."
     data,answers = panoptic_case(3)
     from opentrans.data import collate, open_dataset
-    from opentrans.finetune import panoptic_truth
+    from opentrans.training import panoptic_truth
     perfect = [panoptic_truth(collate([s]), data.ignore)[0] for s in data]
     assert all((m[..., 1] == -1).any() for m in perfect[:1])
     r = evaluate(Said([m.clone() for m in perfect]), data, kind='panoptic')
@@ -282,6 +285,23 @@ def test_panoptic_evaluation(tmp_path):
     if 'mask2former' in list_frameworks():
         seg = build('mask2former', tiny_backbone(), vocabulary=data.vocabulary, preset='small', seed=0)
         assert 0 <= evaluate(seg, data, kind='panoptic', limit=1)['pq'] <= 1
+
+def test_panoptic_truth_is_the_readers_map():
+    "The map that the reader has and the one that is laid from masks of regions are the same, and so is the score."
+    from opentrans.data import collate, panoptic_of, read_sample
+    from opentrans.training import panoptic_truth
+    world = ShapesWorld('val', n=4, size=48)
+    for i in range(4):
+        laid = panoptic_truth(collate([world[i]]), world.ignore)[0]
+        assert torch.equal(read_sample(world, i, 'map')['panoptic'], laid) and not len(read_sample(world, i, 'map')['regions'])
+    packed = dict(world.packed(0))
+    packed['isregion'] = packed['isregion'].copy()
+    packed['isregion'][1] = False                                                                  # a crowd
+    from opentrans.data import unpack
+    assert torch.equal(panoptic_of(packed), panoptic_truth(collate([unpack(packed)]), world.ignore)[0])
+    seg = build('mask2former', tiny_backbone(), vocabulary=world.vocabulary, preset='small', seed=0)
+    masks = View(world, transform=lambda sample, i: sample)                                        # has no packed form: masks of regions are made
+    assert evaluate(seg, world, kind='panoptic')['pq'] == evaluate(seg, masks, kind='panoptic')['pq']
 
 class View_without_instances:
     instances = False
@@ -537,7 +557,7 @@ def test_size_of_batches_and_readers_do_not_enter_a_result():
 
 def test_few_wait_where_images_are_large(monkeypatch):
     "What waits is bounded in pixels, too."
-    from opentrans import finetune as module
+    module = importlib.import_module('opentrans.training.evaluate')
     scenes = ManySizes('val', n=9)
     monkeypatch.setattr(module, '_HELD', 3*56*56)
     held = [len(batch['ids']) for batch in same_size_batches(scenes, 8, waiting=64)]
@@ -545,15 +565,17 @@ def test_few_wait_where_images_are_large(monkeypatch):
 
 def test_mean_iou_reads_no_region_masks(monkeypatch):
     "Masks of regions are made for panoptic quality alone; a data set or subclass that reads in its own way is asked in that way."
-    from opentrans import data as module
-    made,unpack = [],module.unpack
-    monkeypatch.setattr(module, 'unpack', lambda packed, regions=True: made.append(regions) or unpack(packed, regions))
+    made = []
+    for name in ('samples', 'shapes'):
+        module = importlib.import_module(f'opentrans.data.{name}')
+        whole = module.unpack
+        monkeypatch.setattr(module, 'unpack', lambda packed, regions=True, whole=whole: made.append(regions) or whole(packed, regions))
     world = ShapesWorld('val', n=3, size=32)
     seg = build('mask2former', tiny_backbone(), vocabulary=world.vocabulary, preset='small', seed=0)
     evaluate(seg, View(world, [2, 0]))
     assert made == [False, False]
     evaluate(seg, world, limit=1, kind='panoptic')
-    assert made[2:] == [True]
+    assert made[2:] == [False]                 # its truth is one map of segments, straight from the reader
     class Dark(ShapesWorld):
         def __getitem__(self, i): return dict(super().__getitem__(i), image=super().__getitem__(i)['image']*0)
     dark = read_sample(Dark('val', n=1, size=32), 0, regions=False)

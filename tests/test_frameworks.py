@@ -6,10 +6,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 from opentrans.clip import ClipBackbone
-from opentrans.core import OpenTransError, layers
+from opentrans.errors import OpenTransError
+from opentrans.core import layers
 from opentrans.data import ShapesWorld
-from opentrans.finetune import Recipe, evaluate, finetune, look, look_scores
-from opentrans.frameworks import build, check_framework, contract, get_framework, list_frameworks, mask2former
+from opentrans.training import evaluate, finetune, look, look_scores, Recipe
+from opentrans.frameworks import build, check_framework, contract, get_framework, list_frameworks, queries
 from opentrans.frameworks.contract import best_class, tiny_backbone
 from opentrans.pruning import SparseMask
 
@@ -110,7 +111,7 @@ class Largest(TorchDispatchMode):
 def test_hundreds_of_classes_never_stand_side_by_side(name, monkeypatch):
     "The best of 847 classes, looked at as it is or enlarged: no tensor of all logits at full size is made, and the answer is that of all logits."
     monkeypatch.setattr(contract, '_AT_ONCE', 2**20)
-    monkeypatch.setattr(mask2former, '_MASKS', 2**19)
+    monkeypatch.setattr(queries, '_MASKS', 2**19)
     seg = build(name, tiny_backbone(), vocabulary=['red star', 'grass'], preset='small', seed=0).eval()
     text = F.normalize(torch.randn(847, seg.backbone.embed_dim, generator=torch.Generator().manual_seed(0)), dim=1)
     images = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(1))

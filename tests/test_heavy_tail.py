@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.nn.utils import prune
-from opentrans.core import LayerSelection, OpenTransError, layers
+from opentrans.core import layers, LayerSelection
+from opentrans.errors import OpenTransError
 from opentrans.heavy_tail import XMIN, LayerTable, Reselect, analyze, esd, fit_power_law, ks_curve, matrices, spectra
 
 @pytest.fixture(scope='module')
@@ -551,17 +552,17 @@ MOVES = dict(first=('layer', '0.weight'), equal=('layer', '1.weight'), median=('
 @pytest.mark.parametrize('home', ['ks', .6])
 def test_the_explorer_shows_its_controls_whatever_the_way_to_them(home, monkeypatch):
     "After any three moves, text and both pictures are drawn from what the controls say then, and from nothing else."
-    from opentrans import heavy_tail
-    monkeypatch.setattr(heavy_tail, '_png', _draw_to_bytes)
-    monkeypatch.setattr(heavy_tail, '_draw_esd', lambda s, f, fig: fig.drawn.append((s.name, repr(f))))
-    monkeypatch.setattr(heavy_tail, '_draw_ks', lambda s, fits, fig: fig.drawn.append((s.name, repr(fits))))
+    from opentrans.heavy_tail import over_time
+    monkeypatch.setattr(over_time, '_png', _draw_to_bytes)
+    monkeypatch.setattr(over_time, '_draw_esd', lambda s, f, fig: fig.drawn.append((s.name, repr(f))))
+    monkeypatch.setattr(over_time, '_draw_ks', lambda s, fits, fig: fig.drawn.append((s.name, repr(fits))))
     monkeypatch.setattr(LayerTable, 'plot_alpha', lambda self, fig: fig.drawn.append((self.xmin, self.median)) or fig)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 30), nn.Linear(30, 20))
     nn.init.orthogonal_(net[1].weight)
     table,seen = analyze(net, xmin=home),{}
     for path in itertools.product(MOVES, repeat=3):
-        e = heavy_tail.explore(table).explorer
+        e = over_time.explore(table).explorer
         for move in path: setattr(getattr(e, MOVES[move][0]), 'value', MOVES[move][1])
         controls,shown = (e.layer.value, e.rule.value, e.xmin.value),(e.text.value, bytes(e.plot.value), bytes(e.overview.value))
         assert seen.setdefault(controls, shown) == shown, (path, controls)

@@ -14,8 +14,10 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune
 from torch.optim.optimizer import _global_optimizer_post_hooks as step_hooks
-from opentrans.core import (HEADS, LayerSelection, OpenTransError, after_step, bare_parameters, find_layers, head_of,
-    layers, trunk, unread)
+from opentrans.core import bare_parameters, find_layers, layers, LayerSelection, unread
+from opentrans.towers import head_of, HEADS, trunk
+from opentrans.errors import OpenTransError
+from opentrans.runtime import after_step
 from opentrans.pruning import CRITERIA, SparseMask, criterion, imp, load_baked, prunable, snip, weights_digest
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -140,7 +142,8 @@ def test_a_baked_file_of_a_wrapped_model_is_as_small_and_loads(wrap, tmp_path):
 def test_parts_and_similarities_know_wrapped_blocks_by_their_bare_names(tmp_path):
     "Everything that reads names of layers joins on the same ones."
     from opentrans.cka import cka
-    from opentrans.peft import add_lora, load_added, save_added, slots
+    from opentrans.vit.peft import add_lora, slots
+    from opentrans.vit.peft_files import load_added, save_added
     model,plain = net(checkpoint_wrapper),net()
     ours,theirs = slots(model),slots(plain)
     assert list(ours) == list(theirs) and [s.kind for s in ours.values()] == [s.kind for s in theirs.values()]

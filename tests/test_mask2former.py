@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 from transformers.modeling_outputs import BackboneOutput
 from opentrans.clip import ClipBackbone
-from opentrans.core import OpenTransError
+from opentrans.errors import OpenTransError
 from opentrans.cost import cost, training_memory
 from opentrans.data import ShapesWorld, collate
-from opentrans.finetune import Recipe, evaluate, finetune
+from opentrans.training import evaluate, finetune, Recipe
 from opentrans.frameworks import build, check_framework
 from opentrans.frameworks.contract import tiny_backbone
-from opentrans.frameworks.mask2former import QueryHead, SetLoss, head_names, load_mask2former, panoptic_from_queries, semantic_from_queries
+from opentrans.frameworks.queries import panoptic_from_queries, QueryHead, semantic_from_queries, SetLoss
+from opentrans.frameworks.mask2former import head_names, load_mask2former
 from opentrans.pruning import SparseMask
 
 TINY = dict(hidden=64, mask_dim=32, queries=8, pixel_layers=1, layers=3, heads=2, pixel_ffn=32, ffn=32, points=128)

@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 import torch.multiprocessing as mp
 from hypothesis import given, settings, strategies as st
 from opentrans.errors import OpenTransError
-from opentrans.metrics import PanopticQuality, SemanticIoU, match_segments, panoptic_map
+from opentrans.data import match_segments, panoptic_map, PanopticQuality, SemanticIoU
 
 
 def maps(seed, n, size=24, classes=4, pieces=9):

@@ -7,9 +7,11 @@ from mutations import check_reader, digest
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from opentrans.core import LayerSelection, OpenTransError, layers
+from opentrans.core import layers, LayerSelection
+from opentrans.errors import OpenTransError
 from opentrans.files import load_tensors
-from opentrans.peft import Part, Tunable, add_adapters, add_lora, add_sparse, from_huggingface, load_added, merge_peft, save_added, slots, to_huggingface, trainable_report
+from opentrans.vit.peft import add_adapters, add_lora, add_sparse, merge_peft, Part, slots, trainable_report, Tunable
+from opentrans.vit.peft_files import from_huggingface, load_added, save_added, to_huggingface
 from opentrans.pruning import SparseMask
 
 quick = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

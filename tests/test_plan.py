@@ -3,20 +3,18 @@ import dataclasses, inspect, json, re
 from pathlib import Path
 import pytest
 import torch
-from opentrans import finetune as ft
 from opentrans.cli import _course, _looks, _stride, transfer
 from opentrans.cost import peak_memory
 from opentrans.data import ShapesWorld
 from opentrans.distill import DistillTrainer
 from opentrans.errors import OpenTransError
-from opentrans.finetune import WARMUP, Recipe, released_size
+from opentrans.training import Recipe, RunPlan, WARMUP, finetune, plan_run, released_size
 from opentrans.frameworks import build, get_framework
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.heavy_tail import LayerTable, analyze
-from opentrans.plan import RunPlan, plan_run
 from opentrans.pruning import geometric_schedule, imp
 
-PAGE = Path(__file__).resolve().parents[1]/'nbs'/'25_plan.ipynb'
+PAGE = Path(__file__).resolve().parents[1]/'nbs'/'training'/'43_plan.ipynb'
 
 def default(function, name):
     "The default of a parameter."
@@ -66,7 +64,7 @@ def test_a_plan_is_near_to_what_the_run_takes(name, batch, one_thread):
     plan = plan_run(seg, world, recipe, samples=4)
     assert all(torch.equal(v, before[k]) for k,v in seg.state_dict().items()) and plan.images == 8 and plan.iterations == 2
     weights = sum(v.numel()*v.element_size() for v in seg.state_dict().values())
-    took = weights + peak_memory(lambda: ft.finetune(seg, world, recipe))
+    took = weights + peak_memory(lambda: finetune(seg, world, recipe))
     assert .75*took < plan.memory < 1.35*took and plan.seconds > 0 and plan.load_per_image > 0
 
 def test_a_plan_is_of_two_images_where_one_leaves_a_norm_a_single_value():

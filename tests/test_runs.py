@@ -5,9 +5,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from mutations import COUNT, check_reader, digest
-from opentrans.core import OpenTransError, load_metadata, load_tensors, save_tensors, seeded
+from opentrans.errors import OpenTransError
+from opentrans.files import load_metadata, load_tensors, save_tensors
+from opentrans.runtime import seeded
 from opentrans.files import lock_folder, pack_bits, read_checkpoint
-from opentrans.pruning import SparseMask, _digest, imp, load_baked, transfer_checkpoint
+from opentrans.pruning import imp, load_baked, SparseMask, transfer_checkpoint
+from opentrans.pruning.mask import _digest
 from test_cli import fails
 from test_pruning import small, tiny_resnet, zeros
 

@@ -292,7 +292,7 @@ def hub(tmp_path, monkeypatch):
 def test_a_hub_is_asked_where_the_user_says_so(hub):
     "By name, with the weights and the normalisation of the repository; and only so."
     from opentrans.clip import ClipBackbone
-    from opentrans.core import OpenTransError
+    from opentrans.errors import OpenTransError
     publish,asked,folder = hub
     clip = ClipBackbone.create('hf-hub:org/clip', pretrained='hf-hub:org/clip', hub=True)
     assert asked == ['org/clip/open_clip_config.json', 'org/clip/open_clip_model.safetensors']
@@ -324,7 +324,7 @@ def test_the_command_asks_the_hub_where_the_user_says_so(hub, monkeypatch, capsy
 def test_a_repository_of_the_hub_runs_nothing(hub, changes):
     "Not even where the user allowed the hub."
     from opentrans.clip import ClipBackbone
-    from opentrans.core import OpenTransError
+    from opentrans.errors import OpenTransError
     publish,asked,_ = hub
     publish(**changes)
     with pytest.raises(OpenTransError): ClipBackbone.create('hf-hub:org/clip', hub=True)
@@ -398,12 +398,12 @@ def test_a_name_is_drawn_as_it_is(name):
     from opentrans.cost import cost
     from opentrans.data import show_sample
     from opentrans.escape import for_plot
-    from opentrans.finetune import plot_runs
+    from opentrans.training import plot_runs
     from opentrans.heavy_tail import LayerTable, Spectrum, plot_choices
     from opentrans.playground import overlay
     from opentrans.pruning import SparseMask, plot_overlap
-    from opentrans.spt import plot_profile
-    from opentrans.stitching import plot_pareto
+    from opentrans.vit.spt import plot_profile
+    from opentrans.vit.stitch_training import plot_pareto
     x = torch.rand(3, 16, 16)
     labels = torch.zeros(16, 16, dtype=torch.long)
     wanted = for_plot(name)

@@ -9,12 +9,15 @@ from mutations import check_reader, digest
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
-from opentrans.core import OpenTransError
+from opentrans.errors import OpenTransError
 from opentrans.heavy_tail import analyze
-from opentrans.peft import from_huggingface, load_added, merge_peft, save_added, slots, to_huggingface
+from opentrans.vit.peft_files import from_huggingface, load_added, save_added, to_huggingface
+from opentrans.vit.peft import merge_peft, slots
 from opentrans.pruning import SparseMask
-from opentrans.spt import (Sensitivity, add_spt, allocate, alpha_sensitivity, apply_spt, candidates, merge_spt, param_sensitivity, select, plot_alpha_sensitivity, plot_profile, sensitivity_profile, spt_published, structured_cost, plot_alpha_sensitivity, plot_profile,
-    sweep_allocations, two_stage)
+from opentrans.vit.sensitivity import candidates, param_sensitivity, Sensitivity
+from opentrans.vit.spt import (
+    add_spt, allocate, alpha_sensitivity, apply_spt, merge_spt, plot_alpha_sensitivity, plot_profile, select,
+    sensitivity_profile, spt_published, structured_cost, sweep_allocations, two_stage)
 
 quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 

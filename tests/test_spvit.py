@@ -11,14 +11,18 @@ from hypothesis import given, settings, strategies as st
 from mutations import check_reader, digest
 from torch import nn
 from opentrans.clip import ClipBackbone, small_clip
-from opentrans.core import OpenTransError, layers, load_json
+from opentrans.errors import OpenTransError
+from opentrans.core import layers
+from opentrans.files import load_json
 from opentrans.cost import cost
 from opentrans.errors import OtherRun
 from opentrans.files import load_tensors, not_finite
 from opentrans.frameworks import build
 from opentrans.heavy_tail import analyze
 from opentrans.pruning import SparseMask
-from opentrans.spvit import SPVIT_OPS, SPVIT_PUBLISHED, BottleneckConv, HybridSpec, SPViTCost, UnifiedAttention, UnifiedDepthwise, UnifiedMLP, convert_to_spvit, embedding_loss, random_spec, slim_spvit, train_spvit, vit_blocks
+from opentrans.vit.spvit import BottleneckConv, SPVIT_OPS, UnifiedAttention, UnifiedDepthwise, UnifiedMLP
+from opentrans.vit.hybrids import convert_to_spvit, HybridSpec, slim_spvit, SPVIT_PUBLISHED, SPViTCost, vit_blocks
+from opentrans.vit.search import embedding_loss, random_spec, train_spvit
 
 root = Path(__file__).resolve().parent.parent
 CONFIG = dict(embed_dim=16, vision_cfg=dict(image_size=48, patch_size=8, width=24, head_width=8, layers=4), text_cfg=dict(context_length=12, width=32, heads=2, layers=1),

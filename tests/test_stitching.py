@@ -8,12 +8,19 @@ from open_clip.modified_resnet import ModifiedResNet
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
-from opentrans.core import OpenTransError, load_json, seeded
+from opentrans.errors import OpenTransError
+from opentrans.files import load_json
+from opentrans.runtime import seeded
 from opentrans.cost import cost
 from opentrans.files import load_tensors
 from opentrans.pruning import SparseMask
-from opentrans.stitching import (ActiveStitch, ImportanceTracker, StitchBias, StitchableNet, StitchConfig, StitchingLayer, StitchSampler, StitchTrainer, apply_pst, deploy, gradient_angles,
-                                 is_adapted, least_squares, merge_stitch, pareto_front, plot_angles, plot_pareto, stitch_configs, stitch_table)
+from opentrans.vit.stitching import (
+    ActiveStitch, apply_pst, least_squares, merge_stitch, stitch_configs, stitch_table, StitchableNet, StitchBias,
+    StitchConfig, StitchingLayer)
+from opentrans.vit.stitch_training import (
+    deploy, gradient_angles, ImportanceTracker, pareto_front, plot_angles, plot_pareto, StitchSampler,
+    StitchTrainer)
+from opentrans.vit.anchors import is_adapted
 
 root = Path(__file__).resolve().parent.parent
 

@@ -7,12 +7,13 @@ __all__ = ['FPN']
 
 # %% ../../nbs/tutorials/add_a_framework.ipynb #3a21468c
 from torch import nn
-from .contract import Framework, Scores, register_framework, resize, text_logits
+from .contract import Framework, register_framework, resize, Scores, text_logits
 
 # %% ../../nbs/tutorials/add_a_framework.ipynb #d4cab549
 @register_framework('fpn')
 class FPN(Framework):
     "A feature pyramid with text embeddings as its classifier."
+    title = 'a feature pyramid'
     presets = dict(paper={}, small=dict(width=64, scale=20.))
 
     def __init__(self,

@@ -1,0 +1,15 @@
+"Class names, samples, worlds made on the spot, data sets on disk, and metrics."
+from .vocabulary import *
+from .vocabulary import __all__ as _vocabulary
+from .samples import *
+from .samples import __all__ as _samples
+from .shapes import *
+from .shapes import __all__ as _shapes
+from .readers import *
+from .readers import __all__ as _readers
+from .datasets import *
+from .datasets import __all__ as _datasets
+from .metrics import *
+from .metrics import __all__ as _metrics
+
+__all__ = [*_vocabulary, *_samples, *_shapes, *_readers, *_datasets, *_metrics]
