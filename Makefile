@@ -7,8 +7,8 @@ OUT    ?= demo-report
 # two processes of one thread each use a small machine better than one process of two threads
 export OMP_NUM_THREADS ?= 1
 
-# studies that `make results` runs again, or goes on with; `opentrans study` lists them
-STUDIES ?= masks freezing balance training ratio losses supervision rounds similarity pictures alpha density xmin levels interference methods overlap frameworks density-fpn density-faseg density-mask2former density-fcclip tower-rn tower-convnext tower-vit
+# studies that `make results` runs again, or goes on with; empty: all of them; `opentrans study` lists them
+STUDIES ?=
 SEEDS   ?= 5
 
 .PHONY: help install demo test check-notebooks results gpu clean
@@ -29,7 +29,7 @@ $(STAMP): settings.ini setup.py
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/opentrans demo --out $(OUT) $(ARGS)
+	$(BIN)/opentrans demo --scheduler processes --out $(OUT) $(ARGS)
 
 test: check-notebooks
 	IN_TEST=1 $(BIN)/nbdev_test --n_workers 2 --do_print
@@ -39,7 +39,7 @@ check-notebooks: $(STAMP)
 	$(BIN)/python tests/check_notebooks.py
 
 results: $(STAMP)
-	for s in $(STUDIES); do $(BIN)/opentrans study $$s --seeds $(SEEDS) --out docs/results || exit 1; done
+	for s in $(or $(STUDIES),--all); do $(BIN)/opentrans study $$s --seeds $(SEEDS) --scheduler processes --out docs/results || exit 1; done
 
 gpu: $(STAMP)
 	$(BIN)/nbdev_test --n_workers 1 --flags 'gpu slow' --do_print --timing

@@ -13,6 +13,7 @@ extras = {
     # detectron2 has no release on the package index: this names its public repository. Its build imports torch, so: pip install --no-build-isolation
     'detectron2': ['detectron2 @ git+https://github.com/facebookresearch/detectron2', 'hydra-core', 'omegaconf', 'yacs',
                    'tabulate', 'cloudpickle', 'pycocotools'],
+    'cluster': cfg['cluster_requirements'].split(),
     'tensorboard': ['tensorboard'],
     'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
     'bench': ['weightwatcher', 'torch-pruning', 'cka-pytorch', 'torch-cka', 'ptflops', 'fvcore', 'thop'],

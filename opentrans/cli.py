@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['app', 'Backbone', 'Pretrained', 'Data', 'Root', 'Split', 'Classes', 'Ignore', 'Framework', 'Preset', 'Stride',
            'Prompts', 'Device', 'DryRun', 'Seed', 'Share', 'AllowHub', 'Freeze', 'By', 'Xmin', 'Quiet', 'Corrupt',
-           'Config', 'Iterations', 'BatchSize', 'LR', 'Crop', 'RecipeName', 'Precision', 'Accumulate', 'Workers',
-           'Readers', 'AlphaOf', 'Settings', 'Every', 'Print', 'Board', 'WithInstances', 'TABLE1', 'data_app',
-           'settings_kept', 'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show', 'main', 'demo',
-           'study', 'alpha', 'prune', 'make_recipe', 'is_shipped', 'transfer', 'finetune', 'open_trained', 'evaluate',
-           'segment', 'compare', 'cka_command', 'cost_command', 'data_list', 'data_check', 'data_shapes']
+           'Config', 'Scheduler', 'Workers', 'Iterations', 'BatchSize', 'LR', 'Crop', 'RecipeName', 'Precision',
+           'Accumulate', 'Readers', 'AlphaOf', 'Settings', 'Every', 'Print', 'Board', 'WithInstances', 'TABLE1',
+           'data_app', 'settings_kept', 'first_process', 'keep_settings', 'open_clip_backbone', 'open_data', 'show',
+           'main', 'demo', 'study', 'alpha', 'prune', 'make_recipe', 'is_shipped', 'transfer', 'finetune',
+           'open_trained', 'evaluate', 'segment', 'compare', 'cka_command', 'cost_command', 'data_list', 'data_check',
+           'data_shapes']
 
 # %% ../nbs/app/70_cli.ipynb #9621fff3
 import contextlib, errno, json, math, os, shutil, sys, tempfile, warnings
@@ -302,22 +303,35 @@ def _ended(code, message):
     return code
 
 # %% ../nbs/app/70_cli.ipynb #f45a6c2c
+Scheduler = Annotated[str, typer.Option(help="Where jobs run: 'local' (this process), 'processes' or 'processes:N' (this machine), or the address of a dask scheduler, such as tcp://10.0.0.1:8786.")]
+Workers = Annotated[Optional[int], typer.Option(min=1, max=1024, help="The same as --scheduler processes:N.")]
+
+def _where_jobs_run(scheduler, workers):
+    "Of --scheduler and --workers, as `run_jobs` takes it. Raises `OpenTransError`."
+    from opentrans.experiments import parse_scheduler
+    _, address = parse_scheduler(scheduler)
+    if address and _from_file('scheduler'): raise _bad("A file of settings connects to no scheduler: give --scheduler on the command line.")
+    if workers is None: return scheduler
+    if scheduler != 'local': raise _bad("--workers N is --scheduler processes:N. Give one of them.")
+    return workers
+
 @app.command()
 def demo(
     out:Annotated[str, typer.Option(help="Folder for the report (one .html, one .json).")]='demo-report',
     seeds:Annotated[int, typer.Option(max=1000, help="Number of seeds; three or more give intervals and verdicts.")]=1,
     seed:Annotated[int, typer.Option(min=0, max=10**12, help="First seed.")]=0,
     scale:Annotated[str, typer.Option(help="'demo'; 'shapes', longer; 'gpu': CLIP's RN50 on larger scenes; 'smoke': shows nothing but that it runs.")]='demo',
-    workers:Annotated[Optional[int], typer.Option(min=1, max=1024, help="Processes. Default: two; one on a GPU.")]=None,
+    scheduler:Scheduler='local', workers:Workers=None,
     allow_hub:AllowHub=False, config:Config=None,
 ):
     "The paper's main job on generated scenes: prune once, transfer, choose layers, fine-tune, and a report beside the alternatives."
     import pandas as pd
     from opentrans import experiments as ex
     command = 'opentrans demo' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 1), ('seed', seed, 0), ('scale', scale, 'demo')) if v != d)
+    where = _where_jobs_run(scheduler, workers)
     _writable(Path(out)/'opentrans-demo.json')
     _weights_of_scale(scale, None, allow_hub)
-    data = ex.demo(out, seeds=seeds, seed=seed, scale=scale, workers=workers, command=command)
+    data = ex.demo(out, seeds=seeds, seed=seed, scale=scale, scheduler=where, command=command)
     for name,rows in data['summary'].items():
         show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
     _say(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
@@ -345,25 +359,42 @@ def study(
     scale:Annotated[str, typer.Option(help="'shapes', minutes to hours on two cores; 'demo', shorter; 'gpu': CLIP's RN50 on larger scenes; 'coco': RN50 on COCO and six more sets, days; 'smoke': shows nothing but that it runs.")]='shapes', root:Root=None,
     pretrained:Annotated[Optional[str], typer.Option(help="Weights file of the scale's CLIP, where they cannot be downloaded.")]=None,
     framework:Annotated[Optional[str], typer.Option(help="Where arms are trained that name no framework. Default: the scale's; at 'gpu' and 'coco' the paper's for the table.")]=None,
+    every:Annotated[bool, typer.Option('--all', help="All studies, one after another.")]=False,
     dry_run:DryRun=False,
-    workers:Annotated[Optional[int], typer.Option(min=1, max=1024, help="Processes. Default: two; one on a GPU.")]=None,
+    scheduler:Scheduler='local', workers:Workers=None,
     allow_hub:AllowHub=False, config:Config=None,
 ):
     "One table of the paper, or one beyond it, over several seeds: every number, paired differences, verdicts."
     import pandas as pd
     from opentrans import experiments as ex
     from opentrans.data import data_root
-    if name is None:
-        show(pd.DataFrame({k: dict(paper=s.where, question=s.question, arms=len(s.arms)) for k,s in ex.STUDIES.items()}).T, title='studies'); return
-    command = f'opentrans study {name}' + ''.join(f' --{k} {v}' for k,v,d in (('seeds', seeds, 5), ('seed', seed, 0), ('scale', scale, 'shapes'), ('framework', framework, None), ('out', 'results' if Path(out).is_absolute() else out, 'results')) if v != d or k == 'seeds') # no path of this machine
+    if every and name is not None: raise _bad("--all is every study: leave the name out.")
+    if name is None and not every:
+        studies = [ex.get_study(known) for known in ex.list_studies()]
+        return show(pd.DataFrame({s.name: dict(paper=s.paper, question=s.question, arms=len(s.arms)) for s in studies}).T, title='studies')
+    where = _where_jobs_run(scheduler, workers)
     if root is not None: os.environ['DETECTRON2_DATASETS'] = str(data_root(root))
-    if dry_run: return _show_plan(ex.plan_study(name, seeds, seed, scale, workers, pretrained, framework))
-    _writable(ex.result_file(name, out, seeds, scale, seed, framework))
+    for one in ex.list_studies() if every else [name]:
+        if dry_run: _show_plan(ex.plan_study(one, seeds, seed, scale, where, pretrained, framework))
+        else: _run_study(one, out, seeds, seed, scale, where, pretrained, framework, allow_hub)
+
+def _run_study(name, out, seeds, seed, scale, scheduler, pretrained, framework, allow_hub):
+    "Run a study, write it and show it."
+    import pandas as pd
+    from opentrans import experiments as ex
+    ex.get_study(name)
+    place = 'results' if Path(out).is_absolute() else out # no path of this machine
+    told = dict(seeds=(seeds, None), seed=(seed, 0), scale=(scale, 'shapes'), framework=(framework, None), out=(place, 'results'))
+    command = f'opentrans study {name}' + ''.join(f' --{option} {value}' for option,(value,usual) in told.items() if value != usual)
+    file = ex.result_file(name, out, seeds, scale, seed, framework)
+    _writable(file)
     _weights_of_scale(scale, pretrained, allow_hub)
-    data = ex.run_study(name, out, seeds, seed, scale, workers, command, pretrained, framework)
-    if data['summary']: show(pd.DataFrame(data['summary']).T.iloc[:, :6], title=data['what'])
-    if data['claims']: show(pd.DataFrame(data['claims'])[['claim', 'measured', 'mean', 'low', 'high', 'verdict']].round(2).set_index('claim'), title='claims')
-    _say(f'data: {ex.result_file(name, out, seeds, scale, seed, framework)}')
+    data = ex.run_study(name, out, seeds, seed, scale, scheduler, command, pretrained, framework)
+    if data.get('summary') and data.get('claims') is not None: show(pd.DataFrame(data['summary']).T.iloc[:, :6], title=data['what'])
+    if data.get('claims'):
+        columns = ['claim', 'measured', 'mean', 'low', 'high', 'verdict']
+        show(pd.DataFrame(data['claims'])[columns].round(2).set_index('claim'), title='claims')
+    _say(f'data: {file}')
 
 # %% ../nbs/app/70_cli.ipynb #79abda8e
 @app.command()

@@ -354,15 +354,16 @@ class Begun(BaseException):
 @pytest.fixture
 def no_work(monkeypatch):
     "The first picture that goes through a tower, the first spectrum, job or scene ends a command."
-    from opentrans import clip, data, experiments, heavy_tail
-    features = clip.ResNetTower.features
+    from opentrans import data, experiments, heavy_tail
+    from opentrans.towers import ResNetTower
+    features = ResNetTower.features
     def look(net, x):
         if type(x) is torch.Tensor and x.device.type != 'meta': raise Begun
         return features(net, x)
     def begin(*args, **kwargs): raise Begun
-    monkeypatch.setattr(clip.ResNetTower, 'features', staticmethod(look))
+    monkeypatch.setattr(ResNetTower, 'features', staticmethod(look))
     monkeypatch.setattr(heavy_tail, 'analyze', begin)
-    monkeypatch.setattr(experiments, 'run_jobs', begin)
+    for module in (experiments.jobs, experiments.registry, experiments.studies): monkeypatch.setattr(module, 'run_jobs', begin)
     monkeypatch.setattr(data, 'write_coco_panoptic', begin)
 
 def numeric_options():

@@ -144,10 +144,10 @@ def test_committed_benchmark():
     for rows in (d['layer']['inference'], d['layer']['training'], d['decoder']):
         assert all(r['ratio'] > 1.5 and r['mib'] > 1.2*rows['HRCA']['mib'] for k,r in rows.items() if k != 'HRCA'), rows
 
-def test_committed_study(script):
+def test_committed_study():
     "Five seeds of the main comparison, at least three of each variant, all of one size, with command, date and versions."
     d = load_json(root/'docs'/'results'/'faseg-5seeds.json')
-    study = script('study_faseg')
+    from opentrans.vit import faseg_study as study
     assert {'command', 'date', 'processor', 'torch', 'cpu_minutes'} <= set(d['run']) and d['scale'] == json.loads(json.dumps(study.SCALE))
     seeds = {a: sorted(r['seed'] for r in d['results'] if r['arm'] == a) for a in study.ARMS}
     assert all(s == list(range(5 if study.ARMS[a][3] else study.FEW)) for a,s in seeds.items()), seeds

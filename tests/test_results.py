@@ -48,32 +48,39 @@ def test_verdicts_follow_from_the_stored_runs(file):
     for c in data['claims']:
         d = difference(frame, c['arm'], c['against'], c['measured'])
         assert d['verdict'] == c['verdict'] and all(math.isclose(d[k], c[k], rel_tol=1e-9, abs_tol=1e-9) for k in ('mean', 'low', 'high')), c['claim']
-    from opentrans.experiments import STUDIES, summarize
+    from opentrans.experiments import STUDIES, list_studies, summarize
+    list_studies()
     if (s := STUDIES.get(file.stem.rsplit('-', 1)[0])): # the file is of the study as it is now, and its table is of its runs
-        assert [x.name for x in s.arms] == list(data['summary']) and {c[0] for c in s.claims} == {c['claim'] for c in data['claims']}
+        assert [x.name for x in s.arms] == list(data['summary']) and {c.text for c in s.claims} == {c['claim'] for c in data['claims']}
         assert json.loads(json.dumps(summarize(frame, s.arms).to_dict('index'))) == data['summary']
     assert len(data['claims']) == len({(c['claim'], c['measured']) for c in data['claims']})
 
-def test_each_study_has_a_place_in_the_notebook():
-    "The claims link to headings of 20_experiments, which show plot and verdicts of each study."
-    from opentrans.experiments import STUDIES
-    cells = json.loads((root/'nbs'/'20_experiments.ipynb').read_text())['cells']
-    at = {''.join(c['source']).split('\n')[0][4:]: i for i,c in enumerate(cells) if c['cell_type'] == 'markdown' and ''.join(c['source']).startswith('### ')}
-    assert set(STUDIES) <= set(at), set(STUDIES)-set(at)
-    for n in STUDIES:
-        if not (root/'docs'/'results'/f'{n}-5seeds.json').exists(): continue
-        data = [o['data'] for o in cells[at[n]+1]['outputs'] if 'data' in o]
-        assert any(f'{n}-5seeds.json' in ''.join(d.get('text/markdown', '')) for d in data) and any('image/png' in d for d in data), n
-    linked = set(re.findall(r'\(nbs/20_experiments\.ipynb#([\w-]+)\)', (root/'README.md').read_text()))
-    assert linked and linked <= set(STUDIES)
+def shown(cells, name):
+    "What the cells under the heading of a study have shown."
+    headings = [i for i,c in enumerate(cells) if c['cell_type'] == 'markdown' and ''.join(c['source']).startswith('### ')]
+    at = next((i for i in headings if ''.join(cells[i]['source']).split('\n')[0] == f'### {name}'), None)
+    assert at is not None, f'no heading {name}'
+    end = next((i for i in headings if i > at), len(cells))
+    return [o['data'] for c in cells[at:end] for o in c.get('outputs', []) if 'data' in o]
+
+def test_each_stored_study_has_a_place_on_its_page():
+    "A page shows plot and verdicts under a heading of the study's name, to which the claims of the index link."
+    from opentrans.experiments import list_studies
+    pages = [cell for page in ('experiments/56_results', 'vit/69_studies') for cell in json.loads((root/'nbs'/f'{page}.ipynb').read_text())['cells']]
+    for name in list_studies():
+        if not (root/'docs'/'results'/f'{name}-5seeds.json').exists(): continue
+        data = shown(pages, name)
+        assert any(f'{name}-5seeds.json' in ''.join(d.get('text/markdown', '')) for d in data) and any('image/png' in d for d in data), name
+    linked = set(re.findall(r'\(nbs/experiments/56_results\.ipynb#([\w-]+)\)', (root/'README.md').read_text()))
+    assert linked and linked <= set(list_studies())
 
 @pytest.mark.slow
 def test_a_stored_figure_is_made_again(tmp_path, one_thread):
     "Two arms of the first seed, run anew: they and their difference are nearer to the stored ones than seeds are to one another."
-    from opentrans.experiments import SCALES, STUDIES, study
+    from opentrans.experiments import SCALES, get_study, run_arms
     stored = json.loads((root/'docs'/'results'/'freezing-5seeds.json').read_text())
-    arms = {a.name: a for a in STUDIES['freezing'].arms if a.name in ('dense', 'freeze the whole backbone')}
-    made = {r['arm']: 100*r['miou']['base'] for r in study(SCALES['shapes'], 0, tmp_path, workers=1, arms=[*arms.values()])}
+    arms = {a.name: a for a in get_study('freezing').arms if a.name in ('dense', 'freeze the whole backbone')}
+    made = {r['arm']: 100*r['miou']['base'] for r in run_arms(SCALES['shapes'], 0, tmp_path, arms=[*arms.values()])}
     for name in arms:
         seeds = [100*r['miou']['base'] for r in stored['results'] if r['arm'] == name]
         assert abs(made[name]-seeds[0]) < statistics.stdev(seeds), (name, made[name], seeds)
@@ -84,7 +91,7 @@ def test_what_is_stored_is_of_todays_sizes():
     "The commands in the files make runs of the sizes that the files name."
     from dataclasses import replace
     from opentrans.experiments import SCALES, STUDIES, Scale
-    sizes = dict(demo=SCALES['demo'], **{n: replace(SCALES['shapes'], **dict(s.scale)) for n,s in STUDIES.items()})
+    sizes = dict(demo=SCALES['demo'], **{n: replace(SCALES['shapes'], **s.scale) for n,s in STUDIES.items() if not s.run})
     there = {n: root/'docs'/'results'/f'{n}-5seeds.json' for n in sizes}
     assert [n for n,f in there.items() if f.exists() and Scale(**json.loads(f.read_text())['scale']) != sizes[n]] == []
     assert there['demo'].exists() and there['masks'].exists()

@@ -206,19 +206,20 @@ def test_broken_files(tmp_path):
     run(); whole = (tmp_path/'c.safetensors').read_bytes(); (tmp_path/'c.safetensors').write_bytes(whole[:len(whole)//2])
     with pytest.raises(OpenTransError, match='not a whole safetensors file'): run()
 
-def test_experiment_is_resumable(tmp_path, script):
-    "The committed experiment's script at a tiny size: all arms, costs that meet, and a second call that reads what is there."
-    exp = script('exp_spvit')
-    exp.SET.update(pretrain_scenes=6, pretrain_steps=2, pretrain_batch=2, train=8, val=4, batch=2, search=3, finetune=1, gate_lr=2.)
-    teacher = exp.pretrain(tmp_path); world = exp.open_world(0, teacher); n = {}
-    for arm in ('SPViT', 'random architecture', 'heads by gates'): n[arm] = exp.run_arm(arm, teacher, world, 0, tmp_path)
-    assert abs(n['random architecture']['gflops']/n['SPViT']['gflops'] - 1) < .03
-    times = {p: p.stat().st_mtime_ns for p in tmp_path.glob('0-*.json')}
-    assert exp.run_arm('SPViT', teacher, world, 0, tmp_path) == load_json(tmp_path/'0-SPViT.json') and times == {p: p.stat().st_mtime_ns for p in tmp_path.glob('0-*.json')}
+def test_experiment_is_resumable(tmp_path):
+    "The study 'spvit' at its smallest: all arms, costs that meet, and a second call that reads what is there."
+    from opentrans.experiments import run_study
+    made = run_study('spvit', tmp_path, seeds=1, scale='smoke')
+    flops = {row['arm']: row['gflops'] for row in made['results'] if row['arm'] != 'dense'}
+    assert abs(flops['random architecture']/flops['SPViT'] - 1) < .03
+    def times(): return {p: p.stat().st_mtime_ns for p in (tmp_path/'.runs'/'smoke'/'spvit').glob('0-*.json')}
+    before = times()
+    assert run_study('spvit', tmp_path, seeds=1, scale='smoke')['results'] == made['results'] and len(before) == 6 and times() == before
 
-def test_committed_experiment(script):
+def test_committed_experiment():
     "Five seeds of every arm, compared at equal cost, with command, date and versions."
-    d = load_json(root/'docs'/'results'/'spvit-5seeds.json'); exp = script('exp_spvit')
+    from opentrans.vit import spvit_study as exp
+    d = load_json(root/'docs'/'results'/'spvit-5seeds.json')
     assert {'command', 'date', 'processor', 'torch', 'cpu_minutes'} <= set(d['run']) and d['seeds'] == list(range(5))
     rows = {(r['arm'], r['seed']): r for r in d['results']}
     assert set(rows) == {(a, s) for a in ('dense', *exp.ARMS) for s in d['seeds']} and d['settings']['set'] == json.loads(json.dumps(exp.SET))

@@ -1,4 +1,4 @@
-"Stitching across modules: any space, any family, masks, cost, save and resume, and the experiment of benchmarks/exp_esta.py."
+"Stitching across modules: any space, any family, masks, cost, save and resume, and the study of opentrans.vit.esta_study."
 import json, math
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, timm, torch
@@ -12,6 +12,7 @@ from opentrans.errors import OpenTransError
 from opentrans.files import load_json
 from opentrans.runtime import seeded
 from opentrans.cost import cost
+from opentrans.errors import OtherRun
 from opentrans.files import load_tensors
 from opentrans.pruning import SparseMask
 from opentrans.vit.stitching import (
@@ -243,23 +244,25 @@ def test_angles_leave_the_net_as_it_was():
     assert [p.requires_grad for p in net.parameters()] == flags and all(p.grad is None for p in net.parameters()) and 0 <= a[0, 1] <= 180
 
 
-def test_the_experiment_runs_and_resumes(tmp_path, script):
-    "benchmarks/exp_esta.py at its smallest: a second call does nothing again, other sizes are refused, the file says how it was made."
-    esta = script('exp_esta')
-    args = ['--scale', 'tiny', '--seeds', '1', '--jobs', str(tmp_path/'jobs'), '--out', str(tmp_path/'r.json')]
-    esta.main(args); first = {p: p.stat().st_mtime_ns for p in (tmp_path/'jobs').rglob('*-*.json')}
-    (tmp_path/'jobs'/'tiny'/'anchor1-0.json').unlink(); esta.main(args)
+def test_the_experiment_runs_and_resumes(tmp_path):
+    "The study 'esta' at its smallest: a second call does nothing again, other sizes are refused, the file says how it was made."
+    from opentrans.experiments import run_study
+    jobs = tmp_path/'.runs'/'smoke'/'esta'
+    run_study('esta', tmp_path, seeds=1, scale='smoke')
+    first = {p: p.stat().st_mtime_ns for p in jobs.glob('*-*.json')}
+    (jobs/'anchor1-0.json').unlink()
+    run_study('esta', tmp_path, seeds=1, scale='smoke')
     assert len(first) == 6 and [p.name for p, t in first.items() if p.stat().st_mtime_ns != t] == ['anchor1-0.json']
-    d = load_json(tmp_path/'r.json')
+    d = load_json(tmp_path/'esta-smoke-1seeds.json')
     assert {'command', 'date', 'processor', 'cores', 'python', 'torch', 'timm'} <= set(d['run']) and d['seeds'] == [0] and set(d['results']['0']) == {'esta', 'uniform', 'snnet', 'source', 'anchor 0', 'anchor 1'}
     for k, v in d['summary'].items(): assert v['values'] == [v['mean']], k
-    (tmp_path/'jobs'/'tiny'/'scale.json').write_text(json.dumps({'dims': [1]}))
-    with pytest.raises(SystemExit, match='other sizes'): esta.main(args)
+    (jobs/'scale.json').write_text(json.dumps({'dims': [1]}))
+    with pytest.raises(OtherRun, match='other sizes'): run_study('esta', tmp_path, seeds=1, scale='smoke')
 
 
-def test_the_committed_result_is_of_the_present_script(script):
+def test_the_committed_result_is_of_the_present_study():
     d = load_json(root/'docs'/'results'/'esta-5seeds.json')
-    esta = script('exp_esta')
+    from opentrans.vit import esta_study as esta
     assert d['seeds'] == list(range(5)) and d['scale'] == json.loads(json.dumps(esta.SCALES['toy']))
     again = pd.DataFrame({s: esta.summary(r) for s, r in d['results'].items()})
     for k, v in d['summary'].items():

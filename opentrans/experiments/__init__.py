@@ -1,0 +1,20 @@
+"Studies of the paper's questions: arms, jobs, claims, figures, stored results and their report."
+from opentrans.efficiency import paper_costs
+from .scale import *
+from .scale import __all__ as _scale
+from .arms import *
+from .arms import __all__ as _arms
+from .jobs import *
+from .jobs import __all__ as _jobs
+from .claims import *
+from .claims import __all__ as _claims
+from .figures import *
+from .figures import __all__ as _figures
+from .registry import *
+from .registry import __all__ as _registry
+from .studies import LOSSES_OF, alpha_course, alpha_curves, overlaps, pictures, unpack_pictures
+from .report import *
+from .report import __all__ as _report
+
+_OF_STUDIES = ['LOSSES_OF', 'alpha_course', 'alpha_curves', 'overlaps', 'pictures', 'unpack_pictures'] # the others are named as their studies
+__all__ = ['paper_costs', *_scale, *_arms, *_jobs, *_claims, *_figures, *_registry, *_OF_STUDIES, *_report]

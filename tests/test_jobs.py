@@ -1,0 +1,125 @@
+"Jobs in this process, in processes of this machine, and on a scheduler with workers of their own."
+import json, os, signal, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import pytest
+from opentrans import experiments as ex
+from opentrans.errors import OpenTransError
+from conftest import PATIENCE, ended, until
+
+distributed = pytest.importorskip('distributed', reason="distributed comes with opentrans[cluster]")
+ROOT = Path(__file__).resolve().parents[1]
+
+def begin_and_wait(folder):
+    "A job that says who does it, and ends when it may."
+    (folder/f'begun-{os.getpid()}').touch()
+    until((folder/'go').exists, 'the job may not end')
+    return os.getpid()
+
+def refuse(): raise OpenTransError('no such thing')
+
+def end_worker(): os.kill(os.getpid(), signal.SIGKILL)
+
+def environment():
+    "That of a process which can import the package and this module."
+    silent = {k: v for k,v in os.environ.items() if k not in ('OPENTRANS_PROGRESS', 'IN_TEST')}
+    return dict(silent, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/'tests')]), OMP_NUM_THREADS='1')
+
+@pytest.fixture
+def cluster(tmp_path):
+    "A scheduler and two workers, each a process of its own: yields a client and the processes of the workers by name."
+    file = tmp_path/'scheduler.json'
+    def start(*words):
+        with open(tmp_path/f'{words[0]}.log', 'a') as log:
+            return subprocess.Popen([sys.executable, '-m', 'dask', *words, '--no-dashboard'], cwd=tmp_path, env=environment(), stdout=log, stderr=log)
+    def start_worker(name):
+        return start('worker', '--scheduler-file', file, '--name', name, '--nthreads', '1', '--no-nanny', '--memory-limit', '0')
+    processes = dict(scheduler=start('scheduler', '--host', '127.0.0.1', '--port', '0', '--scheduler-file', file))
+    try:
+        until(file.exists, 'the scheduler did not begin', lambda: (tmp_path/'scheduler.log').read_text()[-2000:])
+        processes |= {name: start_worker(name) for name in ('one', 'two')}
+        with distributed.Client(scheduler_file=str(file), set_as_default=False) as client:
+            client.wait_for_workers(2, timeout=PATIENCE)
+            yield client, processes
+    finally:
+        for process in processes.values():
+            process.terminate()
+            ended(process)
+
+def address_of(client): return client.scheduler.address
+
+def busy_worker(client):
+    "The name of a worker that is at a job, if there is one."
+    workers = client.scheduler_info(n_workers=-1)['workers']
+    return next((workers[address]['name'] for address,keys in client.processing().items() if keys), None)
+
+def test_a_killed_workers_job_is_run_again(tmp_path, cluster):
+    "A worker is lost in the midst of a job: another does it from the beginning, and what waits for it comes after."
+    client, processes = cluster
+    jobs = {'after': (('first',), str, ('done',)), 'first': ((), begin_and_wait, (tmp_path,))}
+    def begun(): return {int(file.name.split('-')[1]) for file in tmp_path.glob('begun-*')}
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(ex.run_jobs, jobs, address_of(client))
+        until(lambda: begun() or run.done(), 'no job was begun')
+        killed, = begun() or run.result()
+        assert killed in {processes[name].pid for name in ('one', 'two')}
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: len(begun()) == 2 or run.done(), 'the job was not run again')
+        (tmp_path/'go').touch()
+        assert run.result(PATIENCE) == {'after': 'done', 'first': (begun() - {killed}).pop()}
+
+def test_a_study_survives_the_loss_of_a_worker(tmp_path, cluster, one_thread):
+    "One of two workers is killed while it works: the study ends with the numbers of a run in this process."
+    client, processes = cluster
+    arms, scale = [ex.Arm('dense', tables=()), ex.Arm('distilled', 'distilled', tables=())], ex.SCALES['smoke']
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(ex.run_arms, scale, (0, 1), tmp_path/'cluster', address_of(client), arms)
+        name = until(lambda: busy_worker(client) or run.done() and run.result(), 'no job was begun')
+        processes[name].kill()
+        there = run.result(PATIENCE)
+    here = ex.run_arms(scale, (0, 1), tmp_path/'here', 'local', arms)
+    for a,b in zip(there, here): assert json.dumps({**a, 'seconds': 0}) == json.dumps({**b, 'seconds': 0})
+    assert processes[name].poll() is not None and len(there) == 4
+
+def test_seeds_share_the_processes(tmp_path, one_thread):
+    "Two seeds in two processes of this machine give what each gives alone."
+    arms, scale = [ex.Arm('dense', tables=())], ex.SCALES['smoke']
+    both = ex.run_arms(scale, (0, 1), tmp_path/'both', 'processes:2', arms)
+    alone = [ex.run_arms(scale, n, tmp_path/f'alone{n}', 'local', arms)[0] for n in (0, 1)]
+    assert [r['miou'] for r in both] == [r['miou'] for r in alone] and both[0]['miou'] != both[1]['miou']
+
+def test_an_error_of_a_job_is_raised_where_it_was_asked_for():
+    "What a job raises in a worker is raised here, of the same class; a job that costs its worker each time is given up in a sentence."
+    import dask
+    with pytest.raises(OpenTransError, match='no such thing'): ex.run_jobs({'a': ((), refuse, ()), 'b': ((), refuse, ())}, 2)
+    with dask.config.set({'distributed.scheduler.allowed-failures': 0}):
+        with pytest.raises(OpenTransError, match='each time its worker was killed'): ex.run_jobs({'a': ((), end_worker, ())}, 2)
+
+def test_a_scheduler_that_is_not_there_is_named():
+    "In one sentence, before any folder is made."
+    import dask
+    with dask.config.set({'distributed.comm.timeouts.connect': '1s'}):
+        with pytest.raises(OpenTransError, match='No scheduler answers at tcp://127.0.0.1:9'): ex.run_jobs({'a': ((), str, ())}, 'tcp://127.0.0.1:9')
+
+SCRIPT = """
+import time
+from opentrans.experiments import run_jobs
+if __name__ == '__main__': run_jobs({'short': ((), str, ()), 'long': ((), time.sleep, (10**6,))}, 2, 'jobs')
+"""
+
+@pytest.mark.parametrize('sent', (signal.SIGINT, signal.SIGTERM))
+def test_workers_end_with_their_parent(tmp_path, sent):
+    "One at work and one that waits for work; none is left behind, by Ctrl-C, which all of them hear, or by SIGTERM to the parent alone."
+    (tmp_path/'jobs.py').write_text(SCRIPT)
+    def hear(): signal.signal(signal.SIGINT, signal.default_int_handler)
+    parent = subprocess.Popen([sys.executable, tmp_path/'jobs.py'], env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear)
+    assert parent.stderr.readline() == 'jobs: 1 of 2 done, short\n'
+    if sent == signal.SIGINT: os.killpg(parent.pid, sent)
+    else: parent.terminate()
+    said = parent.communicate(timeout=PATIENCE)[1]
+    assert parent.returncode and said.count('KeyboardInterrupt') <= 1, (parent.returncode, said)
+    def left():
+        try: os.killpg(parent.pid, 0)
+        except ProcessLookupError: return False
+        return True
+    until(lambda: not left(), 'a process was left behind')
