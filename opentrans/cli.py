@@ -277,6 +277,14 @@ def main():
 
 _NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG) # a path that was typed is none
 
+_NO_MEMORY = 'error: out of memory. Use a smaller --batch-size or --size; in training cut the batch into parts (--accumulate), and see --dry-run.'
+
+def _is_memory(error):
+    "Is this how torch says that the memory of a GPU, or of the machine, is full?"
+    torch = sys.modules.get('torch')
+    if torch is None or not isinstance(error, RuntimeError): return False
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
 def _run():
     "The command that was typed; gives its exit code."
     try:
@@ -286,12 +294,13 @@ def _run():
         return code
     except KeyboardInterrupt: return _ended(130, 'interrupted')
     except OpenTransError as error: return _ended(getattr(error, 'code', error.exit_code), f'error: {error}')
-    except MemoryError: return _ended(1, 'error: out of memory. Use a smaller --batch-size or --size.')
+    except MemoryError: return _ended(1, _NO_MEMORY)
     except OSError as error:
         place = f': {shorten(error.filename)}' if error.filename else ''
         return _ended(2 if error.errno in _NO_PLACE else 1, f'error: {error.strerror or error}{place}')
     except Exception as error:
         if type(error).__name__ == 'Abort': return _ended(130, 'interrupted')
+        if _is_memory(error): return _ended(1, _NO_MEMORY)
         if not (hasattr(error, 'show') and hasattr(error, 'exit_code')): raise
         error.message = printable(error.message) # click's, which some versions of typer bring along
         error.show()
@@ -601,9 +610,10 @@ def _report(seg, data, result, size, mask=None, selection=None, out=None, as_jso
 
 # %% ../nbs/app/70_cli.ipynb #2c5af5eb
 def _readers(workers, changes, shipped):
-    "Processes that load data: as many as are asked for; else none for the shipped worlds, whose scenes are painted in no time, and up to four for files."
+    "Processes that load data: as many as are asked for; else none for the shipped worlds, whose scenes are painted in no time, and up to four for files, as this process's share of the cores allows."
     if workers is not None or shipped or any(change.startswith('workers=') for change in changes or ()): return workers
-    return min(4, os.cpu_count() or 1)
+    beside = os.environ.get('LOCAL_WORLD_SIZE', '1') # processes that a launcher started on this machine
+    return max(1, min(4, (os.cpu_count() or 1)//max(int(beside), 1)))
 
 def _course(name, framework, shipped, warmup, freeze, changes=None, iterations=None, **more):
     "Preset, whole course, warm-up (or None) and rest. For 'tiny' the warm-up comes before the course, for others it is its beginning."

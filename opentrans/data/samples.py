@@ -259,6 +259,7 @@ def read_augmented(
     packed:bool=False,
 )->dict: # A sample, of exactly `size` if one is given
     "Sample i after `augment`, read no larger than it is needed: a JPEG that will be half its size or less is decoded so, which takes less time and gives a picture that differs by less than what JPEG itself loses."
+    if _is_plain_view(data): return read_augmented(data.data, data.indices[i], size, seed, scale, flip, regions, packed)
     if not getattr(data, 'reads_smaller', False): return augment(sample_packed(data, i), size, seed, scale, flip, regions, packed)
     def least(height, width): return _draw((height, width), size, seed, scale, flip)[0]
     return augment(data.packed(i, least), size, seed, scale, flip, regions, packed)
@@ -279,9 +280,13 @@ class View(Dataset):
         s = self.data[self.indices[i]]
         return s if self.transform is None else self.transform(s, i)
     def __getattr__(self, name):
-        if name.startswith('__') or name in ('data', 'packed'): raise AttributeError(name)
+        if name.startswith('__') or name in ('data', 'packed', 'reads_smaller'): raise AttributeError(name)
         return getattr(self.data, name)
     def __repr__(self): return f"{len(self)} of {self.data}"
+
+def _is_plain_view(data):
+    "Are these some of the samples of a data set as they are?"
+    return isinstance(data, View) and data.transform is None and type(data).__getitem__ is View.__getitem__
 
 def _defined_in(kind, name): return next((c for c in kind.__mro__ if name in vars(c)), None)
 
@@ -297,8 +302,7 @@ def read_sample(
 )->dict: # A sample; without regions, its list of them is empty
     "Sample i as the data set gives it, or without the masks, where only labels or segments are compared."
     if regions is True: return data[i]
-    plain = isinstance(data, View) and data.transform is None and type(data).__getitem__ is View.__getitem__
-    if plain: return read_sample(data.data, data.indices[i], regions)
+    if _is_plain_view(data): return read_sample(data.data, data.indices[i], regions)
     if _packs(type(data)):
         packed = data.packed(i)
         more = dict(panoptic=panoptic_of(packed)) if regions == 'map' else {}

@@ -284,13 +284,14 @@ def predict(self:Framework,
 
 @patch
 def example_inputs(self:Framework,
-    input_size, # (3,H,W) or (H,W)
-)->tuple: # Arguments of `forward` for one image, to count its cost
-    "An image and as many text embeddings as the training vocabulary has; the text encoder is not needed."
+    input_size, # (3,H,W) or (H,W) of one image, or (B,3,H,W)
+)->tuple: # Arguments of `forward`, to count its cost
+    "An image, or several, and as many text embeddings as the training vocabulary has; the text encoder is not needed."
     g,dev = torch.Generator().manual_seed(0),device_of(self)
     k = len(self.vocabulary) if self.vocabulary is not None else 1
     text = F.normalize(torch.randn(k, self.backbone.embed_dim, generator=g), dim=1)
-    return torch.rand(1, 3, *input_size[-2:], generator=g).to(dev),text.to(dev)
+    images = input_size[0] if len(input_size) == 4 else 1
+    return torch.rand(images, 3, *input_size[-2:], generator=g).to(dev),text.to(dev)
 
 # %% ../../nbs/frameworks/30_contract.ipynb #9bfcb2a3
 _REGISTRY = {} # name -> class, or the name of the module that registers it

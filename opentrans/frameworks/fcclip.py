@@ -217,9 +217,9 @@ def words(self:FCCLIP,
 
 @patch
 def example_inputs(self:FCCLIP,
-    input_size, # (3,H,W) or (H,W)
-)->tuple: # An image and as many words as the training vocabulary has classes
-    "Arguments of `forward` for one image, to count its cost."
+    input_size, # (3,H,W) or (H,W) of one image, or (B,3,H,W)
+)->tuple: # Images, and as many words as the training vocabulary has classes
+    "Arguments of `forward`, to count its cost."
     images,e = super(FCCLIP, self).example_inputs(input_size)
     return images,ClassWords(e, torch.arange(len(e), device=e.device)[:, None], torch.ones(len(e), dtype=torch.bool, device=e.device))
 

@@ -380,7 +380,7 @@ def finetune(
         run = stack.enter_context(_Run(framework, data, recipe, selection, checkpoint_dir, team))
         run.tell = Teller(recipe.iterations, run.iteration, print_every, Path(checkpoint_dir)/'tensorboard' if tensorboard and team.main else None) if team.main else None
         bar = batches(data, recipe, run.iteration, team, getattr(framework, 'uses_regions', True), run.device) # a framework whose loss reads labels alone may say so
-        for batch in progress(bar, 'fine-tuning', recipe.iterations-run.iteration) if team.main else bar:
+        for batch in progress(bar, 'fine-tuning', recipe.iterations-run.iteration, not print_every) if team.main else bar:
             row = run.step(batch)
             done = run.iteration == recipe.iterations
             if val is not None and eval_every and (run.iteration % eval_every == 0 or done): run.evaluate(val)

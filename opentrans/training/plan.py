@@ -146,6 +146,8 @@ def plan_run(
     "What a run of `finetune` needs, measured by four iterations on the framework's device. Raises `OpenTransError` as `finetune` does."
     check_number('processes', processes, 1, 2**16, whole=True)
     check_number('samples', samples, 1, 10**6, whole=True)
+    if recipe.batch_size % processes:
+        raise OpenTransError(f"A batch of {recipe.batch_size} images cannot be shared by {processes} processes: give a batch size that is a multiple of {processes}.")
     one = View(data, [_fullest(data, samples)]*4)
     (n, few, short), (m, many, long) = _two_sizes(framework, one, recipe, selection, mask)
     per_image, step = max((many-few)/(m-n), 0.), max((long-short)/(m-n), 0.)
