@@ -79,7 +79,7 @@ def step_prune(root):
     clip = open_clip()
     data = open_dataset('coco_panoptic', root, 'train')
     def take(n):
-        train = DistillTrainer(clip, fullest(data, n), crop=512, iters=2, batch_size=n)
+        train = DistillTrainer(clip, fullest(data, n), crop=512, iterations=2, batch_size=n)
         began = time.process_time()
         peak = peak_memory(lambda: train(clip, 0))
         return (time.process_time()-began)/2, peak

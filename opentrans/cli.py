@@ -443,7 +443,7 @@ def _typed(*names):
     sources = [_NOW['context'].get_parameter_source(name) for name in names]
     return any(source is not None and source.name != 'DEFAULT' for source in sources)
 
-_FLAGS = dict(iters='iters', lr='lr', batch_size='batch_size', crop='crop', optimizer='optimizer', weight_decay='weight_decay', clip_grad='clip_grad', batch_norm='batch_norm') # flags of prune -> fields of its trainer
+_FLAGS = dict(iterations='iterations', lr='lr', batch_size='batch_size', crop='crop', optimizer='optimizer', weight_decay='weight_decay', clip_grad='clip_grad', batch_norm='batch_norm') # flags of prune -> fields of its trainer
 
 def _check_released(framework, method):
     "Raises `OpenTransError` for what cannot be found as the released code does."
@@ -471,7 +471,7 @@ def prune(
     backbone:Backbone='shapes-rn', pretrained:Pretrained=None, data:Data='shapesworld', root:Root=None, split:Split='train', classes:Classes=None, ignore:Ignore=None,
     density:Annotated[float, typer.Option(help="Share of the weights that remain, in (0, 1].")]=.1,
     p:Annotated[float, typer.Option('--p', '--drop', help="Share of the remaining weights that a round drops. Under torchrun and accelerate launch, which take --p for their own, write --drop.")]=.1,
-    iters:Annotated[int, typer.Option(help="Iterations a round (the paper's t).")]=1000,
+    iterations:Annotated[int, typer.Option('--iterations', '--iters', help="Iterations a round (the paper's t).")]=1000,
     lr:Annotated[float, typer.Option(help="Learning rate.")]=1e-4,
     batch_size:Annotated[int, typer.Option(help="Images an iteration, over all processes.")]=8,
     loss:Annotated[str, typer.Option(help="tgkd (Eq. 3), vgkd (Eq. 4) or released (the released code's).")]='tgkd',
@@ -512,7 +512,7 @@ def prune(
     workers = _readers(workers, (), generated) or 0
     run_dir,used = checkpoint or f'{out}.run',dict(workers=workers)
     if method not in ('random', 'magnitude'):
-        told = dict(loss=loss, iters=iters, lr=lr, batch_size=batch_size, crop=crop or None, optimizer=optimizer, weight_decay=weight_decay, clip_grad=clip_grad or None, batch_norm=batch_norm,
+        told = dict(loss=loss, iterations=iterations, lr=lr, batch_size=batch_size, crop=crop or None, optimizer=optimizer, weight_decay=weight_decay, clip_grad=clip_grad or None, batch_norm=batch_norm,
                     amp=precision == 'bf16', teacher_mode=teacher, max_regions=max_regions, workers=workers, disk_mb=disk_mb)
         model,train = _distillation(clip, open_data(data, root, split, classes, ignore), released, told)
         used.update({flag: getattr(train, field) for flag,field in _FLAGS.items()})

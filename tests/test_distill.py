@@ -29,7 +29,7 @@ def clip():
     model,tok = small_clip(CONFIG, seed=0)
     return ClipBackbone.from_model(model, tok, 'tiny')
 
-def trainer(clip, **kwargs): return DistillTrainer(clip, Halves(), **{**dict(iters=3, lr=1e-3, batch_size=3), **kwargs})
+def trainer(clip, **kwargs): return DistillTrainer(clip, Halves(), **{**dict(iterations=3, lr=1e-3, batch_size=3), **kwargs})
 
 def test_imp_with_distillation(clip):
     start = copy.deepcopy(clip.state_dict())
@@ -68,9 +68,9 @@ def test_class_labels_are_not_a_target(clip):
     runs = []
     for data in (Halves(), Other()):
         model = clip.fresh_copy()
-        runs.append(DistillTrainer(clip, data, iters=2, lr=1e-3, batch_size=3, seed=0)(model)['loss'])
+        runs.append(DistillTrainer(clip, data, iterations=2, lr=1e-3, batch_size=3, seed=0)(model)['loss'])
     assert runs[0] == runs[1]
-    assert DistillTrainer(clip, Halves(), loss='vgkd', iters=2, lr=1e-3, batch_size=3, seed=0)(clip.fresh_copy())['loss'] > 0
+    assert DistillTrainer(clip, Halves(), loss='vgkd', iterations=2, lr=1e-3, batch_size=3, seed=0)(clip.fresh_copy())['loss'] > 0
 
 def test_workers_give_the_same_run(clip):
     a,b = (trainer(clip, seed=0, workers=w)(clip.fresh_copy())['loss'] for w in (0, 2))
@@ -85,7 +85,7 @@ def test_masked_training_keeps_zeros_and_settings(clip):
 
 def test_full_size_rn50_distils():
     clip = ClipBackbone.create('RN50', seed=0)
-    out = DistillTrainer(clip, Halves(2), iters=1, batch_size=1, lr=1e-4)(clip)
+    out = DistillTrainer(clip, Halves(2), iterations=1, batch_size=1, lr=1e-4)(clip)
     assert out['loss'] > 0 and not clip.training
 
 @pytest.mark.parametrize('n', [1, 2, 30])
@@ -137,7 +137,7 @@ def test_a_teacher_of_other_weights_is_another_run(clip, tmp_path):
     imp(clip.fresh_copy(), trainer(clip), density=.5, p=.5, checkpoint_dir=tmp_path)
     model, tok = small_clip(CONFIG, seed=1)
     other = ClipBackbone.from_model(model, tok, 'tiny')
-    for name, train in dict(teacher=trainer(clip, teacher=other), names=DistillTrainer(clip, Others(), iters=3, lr=1e-3, batch_size=3),
+    for name, train in dict(teacher=trainer(clip, teacher=other), names=DistillTrainer(clip, Others(), iterations=3, lr=1e-3, batch_size=3),
                             cache_mb=trainer(clip, cache_mb=1)).items():
         with pytest.raises(OpenTransError, match=f'other settings: {name} was'):
             imp(clip.fresh_copy(), train, density=.5, p=.5, checkpoint_dir=tmp_path)
@@ -148,7 +148,7 @@ def test_a_model_that_diverges_in_its_last_iteration_is_told(clip):
         def step(self, closure=None):
             with torch.no_grad():
                 for p in self.param_groups[0]['params']: p.fill_(float('nan'))
-    train = trainer(clip, iters=1, optimizer=lambda params: Breaks(params, lr=.1))
+    train = trainer(clip, iterations=1, optimizer=lambda params: Breaks(params, lr=.1))
     with pytest.raises(OpenTransError, match='not finite .the model after round 0'): train(clip.fresh_copy(), 0)
 
 def test_a_teacher_that_is_not_finite_is_refused(clip):
@@ -161,7 +161,7 @@ def test_algorithm_1_as_released(clip, name, options, tmp_path):
     "The framework's kd term alone finds a mask of the tower; the head that other terms would train moves only where kd needs it, and the run goes on after a break."
     from opentrans.frameworks import build
     def made(): return build(name, clip.fresh_copy(), vocabulary=['left', 'right', 'top'], preset='released', seed=0, **options)
-    def released(seg): return DistillTrainer.released(seg, Halves(), iters=3, batch_size=2, lr=1e-3, crop=None)
+    def released(seg): return DistillTrainer.released(seg, Halves(), iterations=3, batch_size=2, lr=1e-3, crop=None)
     with pytest.warns(UserWarning, match='grounding loss is left out') if name == 'mask2former' else contextlib.nullcontext(): train = released(seg := made())
     start = copy.deepcopy(seg.state_dict())
     mask,history = imp(seg, train, density=.6, p=.3, checkpoint_dir=tmp_path, checkpoint_every=1)
@@ -175,7 +175,7 @@ def test_a_framework_goes_on_within_a_round(clip, tmp_path):
     from opentrans.frameworks import build
     def run(folder, stop=None):
         seg = build('mask2former', clip.fresh_copy(), vocabulary=['left', 'right', 'top'], preset='small', seed=0)
-        train = DistillTrainer(seg, Halves(), iters=4, batch_size=2, lr=1e-3, segmentation=1.)
+        train = DistillTrainer(seg, Halves(), iterations=4, batch_size=2, lr=1e-3, segmentation=1.)
         save, saved = train._save_within, []
         def stops(*args):
             save(*args)

@@ -222,14 +222,14 @@ PRUNE = textwrap.dedent('''
                      windows=dict(batch_norm='frozen', crop=48, max_regions=5, workers=1), own=dict(batch_norm='frozen', teacher_mode='attention', loss=lambda v, r, t: (v-r).square().sum()))
         for name,kw in cases.items():
             net = clip.fresh_copy()
-            train = DistillTrainer(clip, Sizes(), **{**dict(iters=5, lr=1e-3, batch_size=4), **kw})
+            train = DistillTrainer(clip, Sizes(), **{**dict(iterations=5, lr=1e-3, batch_size=4), **kw})
             mask, history = imp(net, train, density=.5, p=.3, checkpoint_dir=f'{out}/{name}')
             told[name] = dict(loss=history.loss.tolist(), cached=sorted(map(list, train._cache)) if train._store is None else len(train._store.keys))
             torch.save(dict(mask=dict(mask.items()), net=net.state_dict()), f'{out}/{name}.{team.rank}.pt')
         seg = build('deeplabv3', clip.fresh_copy(), vocabulary=['left', 'right', 'top'], preset='small', seed=0)
-        told['own loss'] = dict(loss=imp(seg, DistillTrainer(seg, Sizes(), iters=2, batch_size=4, segmentation=1.), density=.7, p=.3)[1].loss.tolist())
+        told['own loss'] = dict(loss=imp(seg, DistillTrainer(seg, Sizes(), iterations=2, batch_size=4, segmentation=1.), density=.7, p=.3)[1].loss.tolist())
         for name,kw in dict(odd=dict(batch_size=3), other=dict(lr=1e-3*(1+team.rank)), nan=dict(loss=lambda v, r, t: v.sum()*torch.nan)).items():
-            try: imp(clip.fresh_copy(), DistillTrainer(clip, Sizes(), **{**dict(iters=2, batch_size=4), **kw}), density=.7, p=.3)
+            try: imp(clip.fresh_copy(), DistillTrainer(clip, Sizes(), **{**dict(iterations=2, batch_size=4), **kw}), density=.7, p=.3)
             except OpenTransError as error: told[name] = str(error)
         with open(f'{out}/rank{team.rank}.json', 'w') as file: json.dump(told, file)
 

@@ -104,7 +104,7 @@ WORLD = textwrap.dedent('''
         if n > 1:
             os.environ.update(WORLD_SIZE=str(n), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='localhost', MASTER_PORT='0', ACCELERATE_USE_CPU='true') # as a launcher tells
             dist.init_process_group('gloo', init_method=f'file://{folder}.store', rank=rank, world_size=n)
-        train, net = DistillTrainer(clip, Sizes(), iters=40, lr=3e-3, batch_size=2, max_regions=3, teacher_mode=mode), clip.fresh_copy()
+        train, net = DistillTrainer(clip, Sizes(), iterations=40, lr=3e-3, batch_size=2, max_regions=3, teacher_mode=mode), clip.fresh_copy()
         if cold: train.load_state_dict = lambda state: None
         mask, history = imp(net, train, density=.5, p=.3, checkpoint_dir=folder, checkpoint_every=15)
         torch.save(dict(mask=dict(mask.items()), net=net.state_dict(), log=train.log, history=history.drop(columns='seconds').to_dict('list')), f'{folder}.{rank}.pt')

@@ -65,7 +65,7 @@ def find_backbone(
 
 # %% ../../nbs/clip/23_distill.ipynb #20546aa5
 _RANGES = dict( # name -> smallest, largest, whole numbers only?
-    iters=(1, 10**9, True), batch_size=(1, 10**5, True), max_regions=(1, 10**6, True), min_pixels=(0, 10**9, True), crop=(16, 10**5, True),
+    iterations=(1, 10**9, True), batch_size=(1, 10**5, True), max_regions=(1, 10**6, True), min_pixels=(0, 10**9, True), crop=(16, 10**5, True),
     lr=(1e-12, 1e3, False), weight_decay=(0, 1e3, False), momentum=(0, 1, False), clip_grad=(0, 1e12, False),
     distillation=(0, 1e6, False), segmentation=(0, 1e6, False), workers=(0, 1024, True), cache_mb=(0, 10**7, False), disk_mb=(0, 10**9, False),
     backbone_lr=(0, 1e6, False))
@@ -92,7 +92,7 @@ class DistillTrainer:
     clip:ClipBackbone # The CLIP: gives the text embeddings and, if none is given, the teacher
     data:object # Data set of samples with `image`, `regions` and `region_classes`; its `vocabulary` holds the names
     loss:object = 'tgkd' # `'tgkd'` (Eq. 3), `'vgkd'` (Eq. 4), `'released'` (`released_loss`), or a function of (v, r, t)
-    iters:int = 1000 # Iterations a round: the paper's t
+    iterations:int = 1000 # Iterations a round: the paper's t
     lr:float = 1e-4 # Learning rate
     batch_size:int = 8 # Images an iteration, over all processes
     teacher:ClipBackbone = None # Who gives R(I, M_j); None: a frozen fresh copy of `clip`
@@ -543,7 +543,7 @@ def _begin_within(self:DistillTrainer, within):
     place = check_shape(values, _Place, f"the place in '{within.path}'")
     losses,done = tensors.get('losses'),place['iteration']
     shaped = losses is not None and losses.dtype == torch.float64 and losses.shape == (done,) and bool(losses.isfinite().all())
-    if not (0 < done < self.iters and shaped): raise within.damaged('its losses are not those of its iterations')
+    if not (0 < done < self.iterations and shaped): raise within.damaged('its losses are not those of its iterations')
     if not 0 <= place['empty'] <= 2*len(self.data): raise within.damaged('its place in the data is none')
     return state,tensors,place
 
@@ -591,7 +591,7 @@ def __call__(self:DistillTrainer,
     *,
     within=None, # Where `imp` lets it leave a checkpoint within the round, and the teacher's embeddings
 )->dict: # loss: mean over the round; loss_first, loss_last: over its first and last tenth
-    "Train for `iters` iterations with the distillation loss. Raises `OpenTransError` if there is no region, or a loss or weight is not finite."
+    "Train for `iterations` iterations with the distillation loss. Raises `OpenTransError` if there is no region, or a loss or weight is not finite."
     whole,backbone = self._check_model(model, round)
     if group_size() > self.team.n:
         warnings.warn(_EACH.format(n=group_size()))
@@ -609,13 +609,13 @@ def __call__(self:DistillTrainer,
         if found: losses = self._resume(within, found, whole, opt, stream, device)
         step,wrapped = team.wrap(_Task(whole, ask), self.batch_norm == 'train')
         with wrapped:
-            todo = range(len(losses), self.iters)
+            todo = range(len(losses), self.iterations)
             for i in progress(todo, f'distill, round {round}') if team.main else todo:
                 loss = train_step(step, next(stream), opt, how, mean=team.mean)['loss']
                 if not np.isfinite(loss):
                     raise OpenTransError(f"The loss is {loss} in iteration {i} of round {round}. Try a smaller lr (now {self.lr}) or clip_grad=1.")
                 losses.append(loss)
-                if within is not None and within.every and i+1 < self.iters and (i+1) % within.every == 0:
+                if within is not None and within.every and i+1 < self.iterations and (i+1) % within.every == 0:
                     self._save_within(within, whole, opt, stream, losses, seed, device)
         check_finite(_moved(whole), f'the model after round {round}', f'Try a smaller lr (now {self.lr}) or clip_grad=1.')
     self._flush()
@@ -652,5 +652,5 @@ def released(cls:DistillTrainer,
     if getattr(framework, 'grounding', 0) and not told:
         warnings.warn(f"{getattr(data, 'name', type(data).__name__)} has no captions (samples without 'nouns'): the released code's grounding loss is left out.")
     terms = ('kd', 'grounding') if told and getattr(framework, 'grounding', 0) else ('kd',)
-    known = dict(distillation=0., segmentation=1., terms=terms, iters=5000, lr=1.5e-4, batch_size=28, crop=512, optimizer='adamw', weight_decay=.05, decay_norms=False, backbone_lr=.1, clip_grad=.01)
+    known = dict(distillation=0., segmentation=1., terms=terms, iterations=5000, lr=1.5e-4, batch_size=28, crop=512, optimizer='adamw', weight_decay=.05, decay_norms=False, backbone_lr=.1, clip_grad=.01)
     return cls(framework, data, **{**known, **options})

@@ -139,7 +139,7 @@ def find_mask(
     folder, clip, name, f = Path(folder), open_clip_of(scale), recipe.id(scale), recipe.overrides(scale)
     data, model = open_world(scale, seed)['train'], clip
     if f.get('segmentation'): model = build_framework(f.get('framework'), clip, data.vocabulary, scale, seed)
-    train = _trainer(clip, data, scale, iters=f.get('iters', scale.imp_iters), **{k: f[k] for k in ('loss', 'segmentation', 'distillation') if k in f})
+    train = _trainer(clip, data, scale, iterations=f.get('iters', scale.imp_iters), **{k: f[k] for k in ('loss', 'segmentation', 'distillation') if k in f})
     density,p = f.get('density', scale.density),f.get('p', scale.p)
     schedule = cubic_schedule(density, len(geometric_schedule(density, p))) if f.get('schedule') == 'cubic' else None
     mask,history = imp(model, train, density=density, p=p, seed=seed, rewind=f.get('rewind'), schedule=schedule, checkpoint_dir=folder/f'imp-{name}')
