@@ -34,7 +34,7 @@ def cluster(tmp_path):
             return subprocess.Popen([sys.executable, '-m', 'dask', *words, '--no-dashboard'], cwd=tmp_path, env=environment(), stdout=log, stderr=log)
     def start_worker(name):
         return start('worker', '--scheduler-file', file, '--name', name, '--nthreads', '1', '--no-nanny', '--memory-limit', '0')
-    processes = dict(scheduler=start('scheduler', '--host', '127.0.0.1', '--port', '0', '--scheduler-file', file))
+    processes = dict(scheduler=start('scheduler', '--host', '127.0.0.1', '--port', '0', '--dashboard-address', '127.0.0.1:0', '--scheduler-file', file))
     try:
         until(file.exists, 'the scheduler did not begin', lambda: (tmp_path/'scheduler.log').read_text()[-2000:])
         processes |= {name: start_worker(name) for name in ('one', 'two')}

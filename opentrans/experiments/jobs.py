@@ -146,7 +146,8 @@ def _start_workers(count, device):
         quiet = dict(silence_logs=logging.CRITICAL, preload=[_IGNORE_INTERRUPT])
         options = dict(nthreads=1, memory_limit=None, env=_worker_environment(index, device), **quiet)
         return dict(cls=distributed.Nanny, options=options)
-    scheduler = dict(cls=distributed.Scheduler, options=dict(host='127.0.0.1', port=0, dashboard=False))
+    ports = dict(host='127.0.0.1', port=0, dashboard=False, dashboard_address='127.0.0.1:0') # any that are free
+    scheduler = dict(cls=distributed.Scheduler, options=ports)
     workers = {i: worker(i) for i in range(count)}
     with distributed.SpecCluster(workers, scheduler, silence_logs=logging.CRITICAL) as cluster:
         with distributed.Client(cluster, set_as_default=False) as client: yield client
