@@ -505,7 +505,9 @@ def prune(
     lr:Annotated[float, typer.Option(help="Learning rate.")]=1e-4,
     batch_size:Annotated[int, typer.Option(help="Images an iteration, over all processes.")]=8,
     loss:Annotated[str, typer.Option(help="tgkd (Eq. 3), vgkd (Eq. 4) or released (the released code's).")]='tgkd',
-    method:Annotated[str, typer.Option(help="imp (Algorithm 1), magnitude (one shot) or random.")]='imp',
+    method:Annotated[str, typer.Option(help="imp (Algorithm 1), random, or in one shot a criterion: magnitude, snip, sensitivity.")]='imp',
+    criterion:Annotated[str, typer.Option(help="What the rounds of imp score weights by: magnitude, snip or sensitivity, the latter two by the distillation loss.")]='magnitude',
+    score_batches:Annotated[int, typer.Option(min=1, help="Batches that snip and sensitivity look at.")]=16,
     crop:Annotated[Optional[int], typer.Option(min=0, help="Side of the window cut out of larger images; 0 takes whole images. Default: 512 (the paper's), whole scenes of shapesworld.")]=None,
     checkpoint:Annotated[Optional[str], typer.Option(help="Folder to continue from. Default: beside the mask.")]=None,
     weights:Annotated[Optional[str], typer.Option(help="Also write the CLIP with its trained tower to this file, which --pretrained reads.")]=None,
@@ -525,10 +527,12 @@ def prune(
     "Find a sparse mask: Algorithm 1 with distillation as its only loss, or a baseline. Under accelerate launch or torchrun, processes share each batch."
     from opentrans.clip import save_weights
     from opentrans.errors import unknown
-    from opentrans.pruning import SparseMask, geometric_schedule, imp
+    from opentrans.pruning import CRITERIA, SparseMask, geometric_schedule, imp
     if precision not in ('no', 'bf16'): raise unknown('precision', precision, ['no', 'bf16'])
     if released: _check_released(released, method)
-    if method not in ('imp', 'magnitude', 'random'): raise unknown('method', method, ['imp', 'magnitude', 'random'])
+    if method not in ('imp', 'random', *CRITERIA): raise unknown('method', method, ['imp', 'random', *CRITERIA])
+    if criterion not in CRITERIA: raise unknown('criterion', criterion, CRITERIA)
+    if method != 'imp' and _typed('criterion'): raise _bad(f"--criterion is for the rounds of imp; --method {method} is one shot. Leave one of them out.")
     if not out.endswith('.safetensors'): raise _bad(f"--out {out}: a mask file ends in .safetensors.")
     _writable(out, weights)
     geometric_schedule(density, p) # a bad density ends here, before anything is loaded
@@ -537,18 +541,23 @@ def prune(
     if crop is None and not generated: crop = 512
     workers = _readers(workers, (), generated) or 0
     run_dir,used = checkpoint or f'{out}.run',dict(workers=workers)
-    if method == 'imp':
+    if method not in ('random', 'magnitude'):
         told = dict(loss=loss, iters=iters, lr=lr, batch_size=batch_size, crop=crop or None, optimizer=optimizer, weight_decay=weight_decay, clip_grad=clip_grad or None, batch_norm=batch_norm,
                     amp=precision == 'bf16', teacher_mode=teacher, max_regions=max_regions, workers=workers, disk_mb=disk_mb)
         model,train = _distillation(clip, open_data(data, root, split, classes, ignore), released, told)
         used.update({flag: getattr(train, field) for flag,field in _FLAGS.items()})
         if released: used.update(loss='released', teacher=model.kd_target)
     keep_settings(None, **used)
+    def distillation_loss(model): return train.losses(model, score_batches, seed)
     if method == 'imp':
-        mask,history = imp(model, train, density=density, p=p, seed=seed, checkpoint_dir=run_dir, checkpoint_every=checkpoint_every, settings=dict(clip=backbone))
+        scoring = {} if criterion == 'magnitude' else dict(criterion=criterion, losses=distillation_loss)
+        mask,history = imp(model, train, density=density, p=p, seed=seed, checkpoint_dir=run_dir, checkpoint_every=checkpoint_every,
+                           settings=dict(clip=backbone), **scoring)
         if weights and first_process(): save_weights(clip, weights)
         show(history, as_json, 'Algorithm 1')
-    else: mask = SparseMask.magnitude(clip, density) if method == 'magnitude' else SparseMask.random(clip, density, seed=seed)
+    elif method == 'random': mask = SparseMask.random(clip, density, seed=seed)
+    elif method == 'magnitude': mask = SparseMask.magnitude(clip, density)
+    else: mask = SparseMask.by(method, clip, density, losses=distillation_loss)
     if first_process(): mask.save(out); keep_settings(run_dir if method == 'imp' else None, tell=False, ended=True, **used)
     if method != 'imp' or not as_json: show(mask.table(), as_json, f'{out}: density {mask.density:.4f}')
 

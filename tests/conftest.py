@@ -132,10 +132,12 @@ def page(browser, lab, tmp_path):
     browser.get(lab)
     wait(lambda: find('.jp-Notebook .jp-CodeCell .cm-content'), 'the notebook did not open')
     wait(lambda: find('.jp-NotebookPanel-toolbar [data-status="idle"]'), 'the kernel did not start') # until then JupyterLab replaces its elements
-    def pressed(): # the cell has the cursor: what is typed goes into it
+    def runs(): return re.search(r'\[(\*|\d+)\]', find('.jp-InputPrompt')[0].text)
+    def pressed(): # on a busy machine a click or a key may come while JupyterLab replaces its elements, and be lost: it is given again until the cell runs
+        if runs(): return True
         find('.jp-Notebook .jp-CodeCell .cm-content')[0].click()
-        return find('.jp-Notebook .jp-CodeCell .jp-Editor.jp-mod-focused')
-    wait(pressed, 'the cell took no click')
-    ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
-    wait(lambda: re.search(r'\[(\*|\d+)\]', find('.jp-InputPrompt')[0].text), 'the cell did not run')
+        if find('.jp-Notebook .jp-CodeCell .jp-Editor.jp-mod-focused'):
+            ActionChains(browser).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
+        return runs()
+    wait(pressed, 'the cell did not run')
     return SimpleNamespace(browser=browser, find=find, wait=wait, actions=lambda: ActionChains(browser))

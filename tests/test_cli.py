@@ -340,6 +340,19 @@ def test_small_things_of_the_command(tmp_path):
     assert len(table) > 5 and all(0 <= r['density'] <= 1 for r in table.values())
     r = in_a_process('cost', '--size', '8x8'); assert r.returncode == 2 and len(r.stderr.splitlines()) == 1, r.stderr
 
+def test_a_criterion_of_the_library_is_one_of_the_command(tmp_path):
+    "One contract of criteria: the name that `SparseMask.by` and `imp` take is taken by `prune`, in one shot and in rounds."
+    from opentrans.pruning import SparseMask
+    small = ('--batch-size', 2, '--score-batches', 2)
+    assert opentrans('prune', '--method', 'snip', '--out', tmp_path/'shot.safetensors', *small).returncode == 0
+    rounds = ('--criterion', 'sensitivity', '--iters', 1, '--density', .5, '--drop', .5)
+    assert opentrans('prune', *rounds, '--out', tmp_path/'rounds.safetensors', *small).returncode == 0
+    shot, found = SparseMask.load(tmp_path/'shot.safetensors'), SparseMask.load(tmp_path/'rounds.safetensors')
+    assert shot.info['method'] == 'snip' and abs(shot.density-.1) < 1e-3
+    assert found.info['criterion'] == 'sensitivity' and abs(found.density-.5) < 1e-3
+    assert 'magnitude, snip' in fails('prune', '--criterion', 'luck', '--out', tmp_path/'m.safetensors')
+    assert 'one shot' in fails('prune', '--method', 'snip', '--criterion', 'snip', '--out', tmp_path/'m.safetensors')
+
 def test_a_study_tells_its_jobs_in_a_log(capsys, monkeypatch):
     "Where no bar can be shown, a line is written for each job that is done."
     from opentrans.experiments import run_jobs

@@ -67,7 +67,7 @@ class _View:
     "All jobs in one view: a bar that names those at work, or in a log a line for each that is done."
     def __init__(self, total, desc):
         self.total, self.desc, self.done, self.at_work = total, desc, 0, []
-        self.bar = progress(None, desc, total)
+        self.bar = progress(None, desc, total, lines=False)
         silent = os.environ.get('OPENTRANS_PROGRESS') == '0' or os.environ.get('IN_TEST')
         self.lines = self.bar.disable and not silent
 
@@ -135,12 +135,16 @@ def _connect(address):
                              "Start one by `dask scheduler`, or see whether the address is right.") from None
     with client: yield client
 
+# Ctrl-C goes to all processes of a terminal: the one that asked hears it, and ends its workers
+_IGNORE_INTERRUPT = 'import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n'
+
 @contextlib.contextmanager
 def _start_workers(count, device):
     "A client of workers on this machine, which end with the block. What they use of memory is not limited."
     distributed = _distributed()
     def worker(index):
-        options = dict(nthreads=1, memory_limit=None, silence_logs=logging.CRITICAL, env=_worker_environment(index, device))
+        quiet = dict(silence_logs=logging.CRITICAL, preload=[_IGNORE_INTERRUPT])
+        options = dict(nthreads=1, memory_limit=None, env=_worker_environment(index, device), **quiet)
         return dict(cls=distributed.Nanny, options=options)
     scheduler = dict(cls=distributed.Scheduler, options=dict(host='127.0.0.1', port=0, dashboard=False))
     workers = {i: worker(i) for i in range(count)}
