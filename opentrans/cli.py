@@ -13,7 +13,7 @@ __all__ = ['app', 'Backbone', 'Pretrained', 'Data', 'Root', 'Split', 'Classes', 
            'data_shapes']
 
 # %% ../nbs/app/70_cli.ipynb #9621fff3
-import contextlib, errno, json, math, os, shutil, sys, tempfile, warnings
+import contextlib, errno, json, math, os, shlex, shutil, sys, tempfile, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -359,6 +359,32 @@ def _weights_of_scale(scale, pretrained, allow_hub):
     if found.pretrained: find_weights(found.backbone, found.pretrained, hub=False)
 
 # %% ../nbs/app/70_cli.ipynb #f6d02c4d
+def _changes_typed(arm, iterations, changes, device):
+    "The flags that change a study, as they are typed."
+    told = [('--arm', name) for name in arm or ()] + [('--set', change) for change in changes or ()]
+    numbers = (('--iterations', iterations), ('--device', device))
+    told += [(flag, str(value)) for flag,value in numbers if value is not None]
+    return ''.join(f' {flag} {shlex.quote(value)}' for flag,value in told)
+
+def _study_typed(out, seeds, seed, scale, framework):
+    "The other flags of a study, as they are typed; no path of this machine."
+    place = 'results' if Path(out).is_absolute() else out
+    told = dict(seeds=(seeds, None), seed=(seed, 0), scale=(scale, 'shapes'), framework=(framework, None), out=(place, 'results'))
+    return ''.join(f' --{option} {value}' for option,(value,usual) in told.items() if value != usual)
+
+def _changed_scale(scale, iterations, changes, device, allow_hub):
+    "The name of a scale, or the scale as the flags change it. Raises `OpenTransError`."
+    from opentrans.experiments import get_scale
+    found = get_scale(scale)
+    if iterations is None and device is None and not changes: return scale
+    for change in changes or ():
+        if '=' not in change: raise _bad(f"--set {change}: write it as NAME=VALUE, e.g. --set batch_size=8.")
+    told = dict(change.split('=', 1) for change in changes or ())
+    if {'backbone', 'pretrained'} & {*told} and not allow_hub and _from_file('set_'):
+        raise _bad("A file of settings changes no weights of a study: give --set backbone=... or pretrained=... on the command line.")
+    if iterations is not None: found = found.shorten(iterations)
+    return found.changed(told if device is None else dict(told, device=device))
+
 @app.command()
 def study(
     name:Annotated[Optional[str], typer.Argument(help="Which study; none lists them.")]=None,
@@ -366,7 +392,11 @@ def study(
     seeds:Annotated[int, typer.Option(max=1000, help="Number of seeds; three or more give intervals and verdicts.")]=5,
     seed:Annotated[int, typer.Option(min=0, max=10**12, help="First seed.")]=0,
     scale:Annotated[str, typer.Option(help="'shapes', minutes to hours on two cores; 'demo', shorter; 'gpu': CLIP's RN50 on larger scenes; 'coco': RN50 on COCO and six more sets, days; 'smoke': shows nothing but that it runs.")]='shapes', root:Root=None,
-    pretrained:Annotated[Optional[str], typer.Option(help="Weights file of the scale's CLIP, where they cannot be downloaded.")]=None,
+    pretrained:Annotated[Optional[str], typer.Option(help="Weights file of the scale's CLIP, where they cannot be downloaded, or 'none' for random weights.")]=None,
+    arm:Annotated[Optional[list[str]], typer.Option(help="Run this arm of the study; may be given several times. Default: all.")]=None,
+    iterations:Annotated[Optional[int], typer.Option(help="Iterations of DeepLabV3's whole course; warm-up, rounds of Algorithm 1 and the other frameworks' courses move along.")]=None,
+    set_:Annotated[Optional[list[str]], typer.Option('--set', help="Another field of the scale, as NAME=VALUE (batch_size, accumulate, precision, loaders, ...); may be given several times.")]=None,
+    device:Annotated[Optional[str], typer.Option(help="cpu, cuda, mps. Default: the scale's.")]=None,
     framework:Annotated[Optional[str], typer.Option(help="Where arms are trained that name no framework. Default: the scale's; at 'gpu' and 'coco' the paper's for the table.")]=None,
     every:Annotated[bool, typer.Option('--all', help="All studies, one after another.")]=False,
     dry_run:DryRun=False,
@@ -378,27 +408,27 @@ def study(
     from opentrans import experiments as ex
     from opentrans.data import data_root
     if every and name is not None: raise _bad("--all is every study: leave the name out.")
+    if every and arm: raise _bad("--arm names arms of one study: leave --all out.")
     if name is None and not every:
         studies = [ex.get_study(known) for known in ex.list_studies()]
         return show(pd.DataFrame({s.name: dict(paper=s.paper, question=s.question, arms=len(s.arms)) for s in studies}).T, title='studies')
     where = _where_jobs_run(scheduler, workers)
     if root is not None: os.environ['DETECTRON2_DATASETS'] = str(data_root(root))
+    _weights_of_scale(scale, pretrained, allow_hub)
+    flags = _study_typed(out, seeds, seed, scale, framework) + _changes_typed(arm, iterations, set_, device)
+    scale, arm = _changed_scale(scale, iterations, set_, device, allow_hub), arm or None
     for one in ex.list_studies() if every else [name]:
-        if dry_run: _show_plan(ex.plan_study(one, seeds, seed, scale, where, pretrained, framework))
-        else: _run_study(one, out, seeds, seed, scale, where, pretrained, framework, allow_hub)
+        if dry_run: _show_plan(ex.plan_study(one, seeds, seed, scale, where, pretrained, framework, arm))
+        else: _run_study(one, flags, out, seeds, seed, scale, where, pretrained, framework, arm)
 
-def _run_study(name, out, seeds, seed, scale, scheduler, pretrained, framework, allow_hub):
-    "Run a study, write it and show it."
+def _run_study(name, flags, out, seeds, seed, scale, scheduler, pretrained, framework, arms):
+    "Run a study, write it and show it; `flags` are those that its file says it was made by."
     import pandas as pd
     from opentrans import experiments as ex
     ex.get_study(name)
-    place = 'results' if Path(out).is_absolute() else out # no path of this machine
-    told = dict(seeds=(seeds, None), seed=(seed, 0), scale=(scale, 'shapes'), framework=(framework, None), out=(place, 'results'))
-    command = f'opentrans study {name}' + ''.join(f' --{option} {value}' for option,(value,usual) in told.items() if value != usual)
-    file = ex.result_file(name, out, seeds, scale, seed, framework)
+    file = ex.result_file(name, out, seeds, scale, seed, framework, arms)
     _writable(file)
-    _weights_of_scale(scale, pretrained, allow_hub)
-    data = ex.run_study(name, out, seeds, seed, scale, scheduler, command, pretrained, framework)
+    data = ex.run_study(name, out, seeds, seed, scale, scheduler, f'opentrans study {name}{flags}', pretrained, framework, arms)
     if data.get('summary') and data.get('claims') is not None: show(pd.DataFrame(data['summary']).T.iloc[:, :6], title=data['what'])
     if data.get('claims'):
         columns = ['claim', 'measured', 'mean', 'low', 'high', 'verdict']

@@ -23,13 +23,13 @@ from ..cost import cost, training_flops
 from ..distill import DistillTrainer
 from ..errors import unknown
 from .scale import (
-    Amount, between, find_modules, Measured, open_clip_of, open_world, OpenDict, Scale)
+    Amount, between, find_modules, Measured, open_clip_of, open_world, OpenDict, Scale, world_of)
 from ..files import FileKind, load_json, load_metadata, load_tensors, save_json, save_tensors
 from ..frameworks.contract import build, resize
 from ..heavy_tail import analyze, BY
 from ..pruning import cubic_schedule, geometric_schedule, imp, SparseMask
 from ..runtime import device_of, seeded, Undo
-from ..training import evaluate, finetune, load_framework, WEIGHTS_FILE
+from ..training import evaluate, finetune, load_framework, released_size, WEIGHTS_FILE
 
 # %% ../../nbs/experiments/51_arms.ipynb #f98fab0c
 ARM_FILE = FileKind('opentrans-arm', 'result of an arm', 'run_arm')
@@ -123,7 +123,7 @@ def as_recipe(
     "A mask by its name. Raises `OpenTransError`."
     return MaskRecipe(mask) if isinstance(mask, str) else mask
 
-def _trainer(clip, data, scale, **kw): return DistillTrainer(clip, data, lr=scale.imp_lr, batch_size=scale.imp_batch, student_mode=scale.imp_student, crop=scale.imp_crop or None, **kw)
+def _trainer(clip, data, scale, **kw): return DistillTrainer(clip, data, lr=scale.imp_lr, batch_size=scale.imp_batch, student_mode=scale.imp_student, crop=scale.imp_crop or None, workers=scale.loaders, **kw)
 
 def build_framework(framework, clip, vocabulary, scale, seed):
     name = framework or scale.framework
@@ -136,7 +136,8 @@ def find_mask(
     recipe:MaskRecipe=MaskRecipe(), # What is other than in `scale`
 ): # Nothing; writes `distilled.safetensors` (mask), `distilled-weights.safetensors`, `imp.json`, with what is other in their names
     "Algorithm 1 on the CLIP of a study, by distillation alone; or by another loss (Tab. 5 and 8), p or t (Tab. 6 and 7), to another density."
-    folder, clip, name, f = Path(folder), open_clip_of(scale), recipe.id(scale), recipe.overrides(scale)
+    folder, name, f = Path(folder), recipe.id(scale), recipe.overrides(scale)
+    clip = open_clip_of(scale.of(f.get('framework')) if f.get('segmentation') else scale)
     data, model = open_world(scale, seed)['train'], clip
     if f.get('segmentation'): model = build_framework(f.get('framework'), clip, data.vocabulary, scale, seed)
     train = _trainer(clip, data, scale, iterations=f.get('iters', scale.imp_iters), **{k: f[k] for k in ('loss', 'segmentation', 'distillation') if k in f})
@@ -248,10 +249,11 @@ def open_arm(
     folder, # Where `find_mask` has written
 )->tuple: # (framework, mask to keep in force)
     "The framework that an arm begins with."
-    clip,mask = open_clip_of(scale),open_mask(arm.mask, scale, seed, folder)
+    clip,mask = open_clip_of(scale.of(arm.framework)),open_mask(arm.mask, scale, seed, folder)
     if arm.weights == 'trained': load_framework(clip.visual, Path(folder)/f'{arm.mask.id(scale)}-weights.safetensors')
     if arm.source: load_framework(clip.visual, arm_file(folder, arm.source, scale, 'tower', 'safetensors'))
-    return build_framework(arm.framework, clip, open_world(scale, seed)['train'].vocabulary, scale, seed),mask
+    vocabulary = world_of(scale, seed, arm.framework)['train'].vocabulary
+    return build_framework(arm.framework, clip, vocabulary, scale, seed),mask
 
 def start_file(folder, arm, scale): return Path(folder)/f'start-{_file(arm.start(scale))}.safetensors'
 def arm_file(folder, arm, scale, what='arm', kind='json'): return Path(folder)/f'{what}-{_file(arm.key(scale))}.{kind}'
@@ -274,7 +276,9 @@ def warm_up(
     "Train all layers for a while (Sec. 3.3.1, Fig. 4), for all arms with this start."
     seg,mask = open_arm(arm, scale, seed, folder)
     with checkpoints(start_file(folder, arm, scale), scale) as run:
-        with maybe_mask(None if arm.late(scale) else mask, seg): finetune(seg, open_world(scale, seed)['train'], scale.recipe(scale.steps(arm.framework)[0], 'constant', seed, arm.framework), **run)
+        data = world_of(scale, seed, arm.framework)['train']
+        recipe = scale.recipe(scale.steps(arm.framework)[0], 'constant', seed, arm.framework)
+        with maybe_mask(None if arm.late(scale) else mask, seg): finetune(seg, data, recipe, **run)
         save_tensors(seg.state_dict(), start_file(folder, arm, scale), kind=WEIGHTS_FILE)
 
 def no_warm_up(*args): pass
@@ -373,13 +377,19 @@ def run_arm(
 @functools.lru_cache(maxsize=16)
 def _counted(framework, scale, vocabulary):
     "The cost of a framework without a mask, in which its arms are alike: counted once."
-    return cost(build_framework(framework, open_clip_of(scale), vocabulary, scale, 0), (3, scale.size, scale.size))
+    return cost(build_framework(framework, open_clip_of(scale.of(framework)), vocabulary, scale, 0), (3, scale.size, scale.size))
+
+def _looks(scale, name, framework):
+    "How a data set is looked at and counted: by the paper's recipes as the released code does it."
+    if not scale.paper: return {}
+    size = released_size(framework or scale.framework, scale.data if name == 'val' else name)
+    return dict(size, over='truth', workers=scale.loaders)
 
 def _measure_arm(arm, scale, seed, folder, keep, run):
     "Fine-tune an arm, measure all that its tables show, and write it."
     done,tower,alphas = _files(folder, arm, scale)
     every,layered = (table in arm.tables for table in ('masks', 'layers'))
-    world,(seg,mask),began = open_world(scale, seed),open_warm(arm, scale, seed, folder),time.process_time()
+    world,(seg,mask),began = world_of(scale, seed, arm.framework),open_warm(arm, scale, seed, folder),time.process_time()
     first,steps = scale.steps(arm.framework)
     recipe,selection = scale.recipe(steps, 'poly', seed+1, arm.framework),select_layers(arm, seg, scale, seed)
     if arm.select == 'none': recipe = recipe.replace(backbone_lr=0.)
@@ -390,12 +400,13 @@ def _measure_arm(arm, scale, seed, folder, keep, run):
     res['miou'] = {}
     for name in world:
         if name == 'train': continue
-        e = evaluate(seg, world[name], limit=(scale.val if name == 'val' else scale.domain) or None)
+        limit = (scale.val if name == 'val' else scale.domain) or None
+        e = evaluate(seg, world[name], limit=limit, **_looks(scale, name, arm.framework))
         res['miou'].update((e['groups'] or dict(base=e['miou'])) if name == 'val' else {name: e['miou']})
     c,b = _counted(arm.framework, scale, world['train'].vocabulary).under(mask),recipe.batch_size
     res.update(params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs,
                train_flops=math.nan if arm.level else training_flops(c, first, b, mask=None if arm.late(scale) else mask)+training_flops(c, steps, b, mask=mask, selection=selection)) # what single weights save depends on the kernels
-    res.update(clip_similarity(seg, world['val'], open_clip_of(scale), every=every))
+    res.update(clip_similarity(seg, world['val'], open_clip_of(scale.of(arm.framework)), every=every))
     answers = {n: _predictions(seg, d, PICTURES.get(n, 1)) for n,d in world.items() if n != 'train'}
     save_tensors(answers, done.with_suffix('.safetensors'), kind=ANSWERS_FILE)
     if layered: save_json(analyze(seg.backbone, xmin=scale.xmin).to_frame().alpha.to_dict(), alphas, ALPHAS_FILE)

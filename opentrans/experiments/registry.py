@@ -7,7 +7,7 @@ __all__ = ['STUDIES', 'STUDY_FILE', 'Study', 'study', 'list_studies', 'get_study
            'run_study', 'load_study', 'all_claims', 'plot_study', 'show_study']
 
 # %% ../../nbs/experiments/55_studies.ipynb #095ec40c
-import dataclasses
+import dataclasses, hashlib
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -22,8 +22,9 @@ from .claims import (
 from .figures import plot_arms
 from .jobs import (
     count_workers, hold_folders, open_run_folder, parse_scheduler, run_arms, run_jobs, seed_folders)
-from .scale import (
-    check_seeds, find_modules, get_scale, hardware, open_clip_of, open_world, OpenDict, scale_label)
+from opentrans.experiments.scale import (
+    check_seeds, find_modules, get_scale, hardware, open_clip_of, open_world, OpenDict, Scale, scale_label,
+    world_of)
 from ..files import FileKind, load_json, save_json
 from ..frameworks.contract import get_framework
 from ..pruning import SparseMask
@@ -153,6 +154,22 @@ class _OtherFile(OpenDict):
     seeds: list[int]
 
 # %% ../../nbs/experiments/55_studies.ipynb #1a1c324a
+def _arms_in_words(names):
+    "What the name of a file says of chosen arms."
+    text = '-'.join(''.join(c if c.isalnum() else '-' for c in name) for name in names)
+    return text if len(text) <= 60 else f"{len(names)}arms-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+def _chosen_arms(name, arms):
+    "The arms of a study that have these names, in its order; None: all. Raises `OpenTransError` for a name that is none."
+    study = get_study(name)
+    if arms is None: return study.arms
+    if study.more or not study.arms:
+        raise OpenTransError(f"The study '{name}' needs all that it makes: its arms cannot be chosen.")
+    for arm in arms:
+        if arm not in study.arm_names: raise unknown(f"arm of the study '{name}'", arm, study.arm_names)
+    if not arms: raise OpenTransError("No arm is left: name one at least.")
+    return [arm for arm in study.arms if arm.name in arms]
+
 def result_file(
     name:str, # One of `list_studies`
     out, # Folder
@@ -160,18 +177,22 @@ def result_file(
     scale='shapes', # As for `run_study`
     seed:int=0, # The first of them
     framework:str=None, # As for `run_study`
-)->Path: # `NAME-5seeds.json`; other scales than the usual one, and another first seed, are in the name
+    arms=None, # As for `run_study`
+)->Path: # `NAME-5seeds.json`; other scales than the usual one, another first seed and chosen arms are in the name
     "Where a study is stored."
-    label = scale_label(scale)
-    return Path(out)/('-'.join([name, *([framework] if framework else []), *([label] if label != 'shapes' else []), f'{seeds}seeds', *([f'from{seed}'] if seed else [])])+'.json')
+    label, chosen = scale_label(scale), [_arms_in_words(arms)] if arms else []
+    told = [*([framework] if framework else []), *([label] if label != 'shapes' else []), *chosen]
+    return Path(out)/('-'.join([name, *told, f'{seeds}seeds', *([f'from{seed}'] if seed else [])])+'.json')
 
 def _study_scale(name, scale, pretrained, framework):
     "The scale of a study, and the pairs in which it differs from the one that is named."
     study, scale = get_study(name), get_scale(scale)
     if framework is not None: get_framework(framework)
-    if 'backbone' in study.scale and scale.pretrained:
+    if 'backbone' in study.scale and (scale.pretrained or scale.backbone != Scale().backbone):
         raise OpenTransError(f"The study '{name}' is about the small towers that ship with the package, not about {scale.backbone}. Run it at the scale 'shapes'.")
-    own = [(k, v) for k,v in study.scale.items() if scale.queries or not k.startswith('query')]
+    def asked(size): return scale_label(scale) == 'own' and getattr(scale, size) != getattr(Scale(), size)
+    sizes = {k: v for k,v in study.scale.items() if scale.queries or not k.startswith('query')}
+    own = [(k, v) for k,v in sizes.items() if not asked(k)]
     where = framework or (study.framework if scale.preset == 'paper' else '')
     if where and where != scale.framework: own.append(('framework', where))
     given = dict(pretrained=str(pretrained)) if pretrained else {}
@@ -179,9 +200,10 @@ def _study_scale(name, scale, pretrained, framework):
 
 def _plans(scale, arms, seed):
     "A `RunPlan` for each framework of some arms, by its name. What an arm freezes or prunes saves some of it."
-    data,plans = open_world(scale, seed)['train'],{}
+    plans = {}
     for name in dict.fromkeys(arm.framework or scale.framework for arm in arms):
-        seg = build_framework(name, open_clip_of(scale), data.vocabulary, scale, seed)
+        data = world_of(scale, seed, name)['train']
+        seg = build_framework(name, open_clip_of(scale.of(name)), data.vocabulary, scale, seed)
         plans[name] = plan_run(seg, data, scale.recipe(sum(scale.steps(name)), 'constant', seed, name))
     return plans
 
@@ -193,12 +215,13 @@ def plan_study(
     scheduler='local',
     pretrained:str=None,
     framework:str=None,
+    arms=None,
 )->pd.DataFrame: # A row for each framework: arms, GB a process, GB of the device, does it fit, seconds an iteration, minutes an epoch, hours an arm, hours of all
     "What the fine-tunings of a study need, measured by a few iterations each; masks are found besides. Raises `OpenTransError`."
     s = get_study(name)
     if s.run:
         raise OpenTransError(f"The study '{name}' has sizes of its own, which fit anywhere: there is nothing to plan.")
-    arms = s.arms or (Arm('dense'),)
+    arms = _chosen_arms(name, arms) or (Arm('dense'),)
     check_seeds(seeds, seed)
     scale,_ = _study_scale(name, scale, pretrained, framework)
     workers = count_workers(scheduler, scale.device)
@@ -219,12 +242,13 @@ def run_study(
     command:str=None, # Written into the file
     pretrained:str=None, # Other weights of CLIP than the scale's: a file, where nothing can be downloaded
     framework:str=None, # Where the arms are trained that name none of their own; None: the paper's for this table where CLIP itself is trained, else the scale's
+    arms=None, # Names of the arms to run; None: all of the study
 )->dict: # What the file holds: run, scale, seeds, results, summary, claims
     "One table over several seeds. Interrupted, it goes on where it was. Raises `OpenTransError`."
-    s = get_study(name)
+    s = dataclasses.replace(get_study(name), arms=_chosen_arms(name, arms))
     check_seeds(seeds, seed)
     parse_scheduler(scheduler)
-    file = result_file(name, out, seeds, scale, seed, framework)
+    file = result_file(name, out, seeds, scale, seed, framework, arms)
     told = command or f'opentrans study {name} --seeds {seeds}'
     if s.run:
         if pretrained or framework:

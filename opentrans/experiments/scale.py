@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'Number', 'Measured', 'Amount', 'Scale', 'get_scale', 'check_seeds', 'stored_scale', 'scale_label',
-           'open_world', 'weights_identity', 'open_clip_of', 'between', 'OpenDict', 'zero_shot', 'hardware',
+           'open_world', 'world_of', 'weights_identity', 'open_clip_of', 'between', 'OpenDict', 'zero_shot', 'hardware',
            'find_modules']
 
 # %% ../../nbs/experiments/50_scale.ipynb #7c1eaa86
-import contextlib, dataclasses, functools, hashlib, math, os, pkgutil, platform
+import contextlib, copy, dataclasses, functools, hashlib, math, os, pkgutil, platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,9 +19,10 @@ from typing_extensions import TypedDict
 import importlib.util
 import opentrans
 from ..clip import ClipBackbone
-from ..data import data_root, DOMAINS, is_novel, object_image, open_dataset, ShapesWorld, triple_name, TRIPLES
+from ..data import data_root, DOMAINS, is_novel, object_image, open_dataset, ShapesWorld, triple_name, TRIPLES, Vocabulary
 from ..errors import check_number, OpenTransError, shorten, unknown
 from ..files import check_finite
+from ..frameworks.contract import get_framework
 from ..runtime import pick_device
 from ..training import Recipe
 
@@ -38,11 +39,21 @@ def _names(what, names):
     if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names): return tuple(names)
     raise OpenTransError(f"{what}={shorten(repr(names), 80)}: give a list of names.")
 
+def _size_from(name, kind, text):
+    "A size of a study from its text. Raises `OpenTransError`."
+    if kind is str: return text
+    if kind is tuple: return tuple(part.strip() for part in text.split(',') if part.strip())
+    if kind is bool:
+        if text.lower() in ('true', 'false'): return text.lower() == 'true'
+        raise OpenTransError(f"{name}={shorten(text, 80)}: give true or false.")
+    try: return kind(text)
+    except ValueError: raise OpenTransError(f"{name}={shorten(text, 80)}: give a {'whole number' if kind is int else 'number'}.") from None
+
 @dataclass(frozen=True)
 class Scale:
     "Every size of a study."
     backbone:str = 'shapes-rn' # Name of the CLIP
-    pretrained:str = '' # Its weights: a tag of open_clip or a file; empty: those that ship under its name
+    pretrained:str = '' # Its weights: a tag of open_clip or a file; empty: those that ship under its name; 'none': random ones
     quick_gelu:bool = None # OpenAI's activation, which a file of weights does not always tell; None: as `ClipBackbone.create` finds it
     data:str = 'shapesworld' # What it is distilled and fine-tuned on: the generated world, or a name of `open_dataset`; its validation part gives `'base'`
     sets:tuple = () # Data sets to evaluate on besides; the generated world has its own
@@ -95,6 +106,27 @@ class Scale:
             if getattr(self, name) not in known: raise unknown(f'{name} of a scale', getattr(self, name), known)
         if self.output_stride not in (8, 16, 32): raise OpenTransError(f"output_stride={shorten(self.output_stride, 80)}: give 32, or for a ResNet 16 or 8.")
 
+    def of(self, framework=''):
+        "The same with the tower's last stride in a framework: by the paper's recipes DeepLabV3 alone has 16."
+        resnet = self.backbone.startswith(('RN', 'shapes-rn'))
+        if not self.paper or not resnet or (framework or self.framework) != 'deeplabv3': return self
+        return dataclasses.replace(self, output_stride=min(16, self.output_stride))
+
+    def shorten(self, iterations):
+        "The same in fewer iterations: `iterations` in all of DeepLabV3; warm-up, rounds of Algorithm 1 and the other frameworks' courses move along."
+        check_number('iterations', iterations, 2, 10**9, whole=True)
+        part = iterations/max(self.warmup+self.iterations, 1)
+        warmup = min(max(1, round(self.warmup*part)), iterations-1) if self.warmup else 0
+        least = dict(imp_iters=max(1, round(self.imp_iters*part)), query_iterations=max(1, round(self.query_iterations*part)))
+        return dataclasses.replace(self, warmup=warmup, iterations=iterations-warmup, **least)
+
+    def changed(self, values):
+        "The same with other sizes, given as texts by name. Raises `OpenTransError` for a name that is none, or a value of the wrong kind."
+        kinds = {f.name: f.type for f in dataclasses.fields(self)}
+        for name in values:
+            if name not in kinds: raise unknown('size of a study', name, kinds)
+        return dataclasses.replace(self, **{name: _size_from(name, kinds[name], text) for name,text in values.items()})
+
     def recipe(self, iterations, schedule, seed, framework='', after=None): # `after`: iterations that went before; None: those of the warm-up
         r = self._recipe(iterations, schedule, seed, framework, after)
         return r.replace(precision=self.precision, accumulate=min(self.accumulate, r.batch_size), workers=self.loaders)
@@ -118,7 +150,7 @@ _REAL = ('ade20k_150', 'ade20k_847', 'cityscapes_19', 'context_59', 'context_459
 _RN50 = dict(backbone='RN50', pretrained='openai', quick_gelu=True, device='cuda', preset='paper', imp_lr=1e-4, queries=(), checkpoint=1000, alpha_of='dense', loaders=4)
 SCALES = dict(shapes=Scale(), demo=Scale(iterations=150, query_iterations=30),
               gpu=Scale(**_RN50, size=224, train=8000, val=1000, domain=300, imp_iters=300, imp_batch=16, warmup=1000, iterations=4000, lr=1e-3, backbone_lr=.1),
-              coco=Scale(**_RN50, data='coco_panoptic', sets=_REAL, size=512, val=0, domain=0, imp_iters=1000, imp_batch=16, imp_crop=512, paper=True, warmup=10_000, iterations=40_000, batch_size=28, backbone_lr=1.),
+              coco=Scale(**_RN50, data='coco_panoptic', sets=_REAL, output_stride=32, size=512, val=0, domain=0, imp_iters=1000, imp_batch=16, imp_crop=512, paper=True, warmup=10_000, iterations=40_000, batch_size=28, backbone_lr=1.),
               smoke=Scale(train=24, val=8, domain=4, density=.5, p=.3, imp_iters=1, imp_batch=4, warmup=1, iterations=2, batch_size=4, zero_shot=40, query_iterations=2, query_batch=4))
 
 # %% ../../nbs/experiments/50_scale.ipynb #9f7c427b
@@ -161,6 +193,22 @@ def open_world(
     if scale.data == 'shapesworld': return _open_shapes(scale.train, scale.val, scale.domain, scale.size, seed)
     return _open_real(scale.data, scale.sets, str(data_root())) # no seed draws them
 
+def world_of(
+    scale:Scale, # Sizes
+    seed:int, # Of the scenes
+    framework:str='', # Empty: that of the scale
+)->dict: # As `open_world`
+    "The scenes of a study as a framework sees them: by the paper's recipes class names stand in the prompts of its released code."
+    world = open_world(scale, seed)
+    if not scale.paper: return world
+    return {name: _prompted(data, get_framework(framework or scale.framework).prompts) for name,data in world.items()}
+
+def _prompted(data, prompts):
+    "The same data set with its names in other prompts."
+    same = copy.copy(data)
+    same.vocabulary = Vocabulary(data.vocabulary.entries, prompts)
+    return same
+
 @functools.lru_cache(maxsize=8)
 def _digest(file, size, modified): return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] # a large file is read once, not for each seed
 
@@ -170,7 +218,7 @@ def weights_identity(scale):
     return f'{file.name} {_digest(file, (s := file.stat()).st_size, s.st_mtime_ns)}' if scale.pretrained and file.is_file() else scale.pretrained
 
 @functools.lru_cache(maxsize=2)
-def _open_clip(name, pretrained, output_stride, quick_gelu, weights): return ClipBackbone.create(name, pretrained=pretrained, output_stride=output_stride, quick_gelu=quick_gelu) # read once, and again if a file of weights has changed
+def _open_clip(name, pretrained, output_stride, quick_gelu, weights): return ClipBackbone.create(name, pretrained=None if pretrained == 'none' else pretrained, output_stride=output_stride, quick_gelu=quick_gelu) # read once, and again if a file of weights has changed
 
 def open_clip_of(
     scale:Scale, # Sizes

@@ -28,7 +28,7 @@ from .figures import (
     plot_costs, plot_courses, plot_density, plot_frameworks, plot_scenes, plot_similarity)
 from .jobs import hold_folders, run_jobs, seed_folders
 from .registry import find_masks, study, STUDY_FILE
-from .scale import Measured, open_world, stored_scale
+from .scale import Measured, stored_scale, world_of
 from ..files import check_shape, FileKind, load_json, save_json
 from ..heavy_tail import analyze
 from ..pruning import compare_masks, plot_overlap
@@ -246,7 +246,7 @@ def alpha_course(scale, seed, folder, mask=None):
     with checkpoints(kept, scale) as run:
         with maybe_mask(m, seg):
             look(seg)
-            finetune(seg, open_world(scale, seed)['train'], scale.recipe(total, 'poly', seed, after=0), callback=look, **run)
+            finetune(seg, world_of(scale, seed)['train'], scale.recipe(total, 'poly', seed, after=0), callback=look, **run)
         rows = [pd.Series(alphas, dtype=float) for alphas in seen.values()]
         ends = dict(layers=list(rows[0].index), before=_rounded(rows[0]), after=_rounded(rows[-1]))
         save_json(dict(iterations=[int(i) for i in seen], median=_rounded([alphas.median() for alphas in rows]), **ends), kept, COURSE_FILE)
