@@ -19,7 +19,8 @@ from typing_extensions import TypedDict
 import importlib.util
 import opentrans
 from ..clip import ClipBackbone
-from ..data import data_root, DOMAINS, is_novel, object_image, open_dataset, ShapesWorld, triple_name, TRIPLES, Vocabulary
+from ..data import (
+    data_root, DOMAINS, is_novel, object_image, open_dataset, ShapesWorld, triple_name, TRIPLES, Vocabulary)
 from ..errors import check_number, OpenTransError, shorten, unknown
 from ..files import check_finite
 from ..frameworks.contract import get_framework
