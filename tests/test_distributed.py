@@ -21,7 +21,8 @@ WORK = textwrap.dedent('''
     from opentrans.core import LayerSelection, OpenTransError
     from opentrans.data import ShapesWorld
     from opentrans.files import lock_folder
-    from opentrans.finetune import Processes, Recipe, evaluate, finetune
+    from opentrans.processes import Processes
+    from opentrans.training import Recipe, evaluate, finetune
     from opentrans.frameworks import build
     from opentrans.frameworks.contract import tiny_backbone
     from opentrans.metrics import PanopticQuality

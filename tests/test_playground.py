@@ -1,7 +1,7 @@
 "The playground in a real JupyterLab."
 
 NOTEBOOK = """from opentrans.clip import ClipBackbone
-from opentrans.core import seeded
+from opentrans.runtime import seeded
 from opentrans.frameworks import build
 from opentrans.playground import playground
 clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
