@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RETIRED', 'LINE_EVERY', 'Undo', 'around_step', 'held_by', 'after_step', 'handling', 'evaluating', 'seed_everything',
-           'seeded', 'pick_device', 'device_of', 'to_device', 'check_images', 'label_loss_of', 'progress', 'axes',
-           'png']
+           'seeded', 'pick_device', 'device_of', 'to_device', 'check_images', 'label_loss_of', 'is_quiet', 'progress',
+           'axes', 'png', 'stored_result']
 
 # %% ../nbs/00_runtime.ipynb #77d8f6f4
 import contextlib, io, os, random, signal, threading, weakref
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from pathlib import Path
 from .errors import OpenTransError, unknown
+from .files import load_json
 
 # %% ../nbs/00_runtime.ipynb #dd235ad1
 class Undo:
@@ -190,6 +192,10 @@ class _Lines:
             told = now
             print(self.line(done, now-began), file=sys.stderr, flush=True)
 
+def is_quiet()->bool:
+    "Shall nothing tell how far it is? So the user says, and so do tests."
+    return os.environ.get('OPENTRANS_PROGRESS') == '0' or bool(os.environ.get('IN_TEST'))
+
 def progress(
     it, # Iterable
     desc:str='', # What is going on
@@ -199,10 +205,10 @@ def progress(
     "A progress bar that leaves nothing behind."
     from tqdm.auto import tqdm
     import sys
-    quiet = os.environ.get('OPENTRANS_PROGRESS', '') == '0' or os.environ.get('IN_TEST')
+    quiet = is_quiet()
     live = 'ipykernel' in sys.modules or sys.stderr.isatty()
     if lines and not quiet and not live: return _Lines(it, desc, total)
-    return tqdm(it, desc=desc, total=total, leave=False, disable=bool(quiet) or not live)
+    return tqdm(it, desc=desc, total=total, leave=False, disable=quiet or not live)
 
 # %% ../nbs/00_runtime.ipynb #cee7431a
 def axes(
@@ -222,3 +228,13 @@ def png(
     "A figure as a PNG in memory, for widgets and pages."
     out = io.BytesIO(); fig.savefig(out, format='png', **kwargs)
     return out.getvalue()
+
+# %% ../nbs/00_runtime.ipynb #506f2f32
+def stored_result(
+    name:str, # Path in the repository, such as `'benchmarks/bench_spvit.json'`
+): # What the JSON file holds, or None
+    "A result that lies in the repository around the working directory; where it does not, a line says so."
+    here = Path.cwd()
+    file = next((folder/name for folder in (here, *here.parents) if (folder/name).exists()), None)
+    if file is None: print(f'{name} is not here (it belongs to the repository, not to the package): nothing to show.')
+    return file and load_json(file)

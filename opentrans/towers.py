@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOWERS', 'HEADS', 'CLASSIFIERS', 'MODEL_ENDS', 'Tower', 'register_tower', 'is_tower', 'tower_family', 'tower_prefix',
-           'head_modules', 'head_of', 'trunk', 'cell_weights', 'SlidingPool', 'dilate_resnet', 'ResNetTower',
-           'TimmTower', 'ViTTower']
+           'head_modules', 'head_of', 'trunk', 'cell_weights', 'cell_means', 'SlidingPool', 'dilate_resnet',
+           'ResNetTower', 'TimmTower', 'ViTTower']
 
 # %% ../nbs/06_towers.ipynb #f9b5b937
 import math
@@ -161,6 +161,13 @@ def cell_weights(
     w = F.adaptive_avg_pool2d(regions[:,None].float(), grid).flatten(1)
     return w/w.amax(1, keepdim=True)
 
+def cell_means(
+    x:torch.Tensor, # (B,C,h,w)
+    inside:torch.Tensor, # (B,N,h*w) bool
+)->torch.Tensor: # (B,N,C)
+    "The mean of the cells of a map inside each mask; 0 where there is none."
+    return torch.bmm(inside.to(x), x.flatten(2).mT)/(inside.sum(-1, keepdim=True) + 1e-8)
+
 def _interpolate_positions(pos, grid):
     "Positional embeddings (1+s*s, D) -> those of the first token (D) and of a grid (h*w, D)."
     first,rest = pos[0],pos[1:]
@@ -305,8 +312,7 @@ class TimmTower(Tower):
     @staticmethod
     def pool_masks(net, x, inside):
         "The mean of the cells of each mask, embedded as any mean is."
-        inside = inside.to(x)
-        mean = torch.bmm(inside, x.flatten(2).mT)/(inside.sum(-1, keepdim=True) + 1e-8)
+        mean = cell_means(x, inside)
         return TimmTower._embed(net, mean.flatten(0, 1)).unflatten(0, mean.shape[:2])
 
 # %% ../nbs/06_towers.ipynb #840c202f

@@ -14,7 +14,7 @@ from ..errors import check_number, OpenTransError, optional, OtherRun, shorten
 from .arms import ARMS, cached_result, find_mask, no_warm_up, run_arm, start_file, warm_up
 from .scale import open_world, Scale, weights_identity
 from ..files import FileKind, load_json, lock_folder, plain_json, save_json
-from ..runtime import progress
+from ..runtime import is_quiet, progress
 
 # %% ../../nbs/experiments/52_jobs.ipynb #de8b31ad
 def _core_count():
@@ -68,8 +68,7 @@ class _View:
     def __init__(self, total, desc):
         self.total, self.desc, self.done, self.at_work = total, desc, 0, []
         self.bar = progress(None, desc, total, lines=False)
-        silent = os.environ.get('OPENTRANS_PROGRESS') == '0' or os.environ.get('IN_TEST')
-        self.lines = self.bar.disable and not silent
+        self.lines = self.bar.disable and not is_quiet()
 
     def begin(self, name):
         self.at_work.append(name)

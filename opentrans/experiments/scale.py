@@ -108,10 +108,10 @@ class Scale:
         if self.output_stride not in (8, 16, 32): raise OpenTransError(f"output_stride={shorten(self.output_stride, 80)}: give 32, or for a ResNet 16 or 8.")
 
     def of(self, framework=''):
-        "The same with the tower's last stride in a framework: by the paper's recipes DeepLabV3 alone has 16."
-        resnet = self.backbone.startswith(('RN', 'shapes-rn'))
-        if not self.paper or not resnet or (framework or self.framework) != 'deeplabv3': return self
-        return dataclasses.replace(self, output_stride=min(16, self.output_stride))
+        "The same with the tower's last stride in a framework, as the paper has it."
+        if not self.paper or not self.backbone.startswith(('RN', 'shapes-rn')): return self
+        stride = get_framework(framework or self.framework).output_stride
+        return dataclasses.replace(self, output_stride=min(stride, self.output_stride))
 
     def shorten(self, iterations):
         "The same in fewer iterations: `iterations` in all of DeepLabV3; warm-up, rounds of Algorithm 1 and the other frameworks' courses move along."

@@ -30,12 +30,13 @@ from .jobs import hold_folders, run_jobs, seed_folders
 from .registry import find_masks, study, STUDY_FILE
 from .scale import Measured, stored_scale, world_of
 from ..files import check_shape, FileKind, load_json, save_json
+from ..frameworks.contract import get_framework
 from ..heavy_tail import analyze
 from ..pruning import compare_masks, plot_overlap
 from ..training import finetune
 
 # %% ../../nbs/experiments/56_results.ipynb #b0d0eefd
-NAMES = dict(mask2former='Mask2Former (Han et al.)', fcclip='FC-CLIP', faseg='FASeg', fpn='a feature pyramid') # in print
+NAMES = {name: get_framework(name).title for name in (*OTHERS, 'fpn')} # in print
 
 def _plot_costs(study, data): return plot_costs(results_frame(data['results']))
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from ..distill.losses import released_terms, teach_regions, tgkd_loss
 from ..errors import check_number, OpenTransError, unknown
-from .contract import Framework, pixel_loss, register_framework, resize, Scores, text_logits
+from .contract import (
+    ADAMW, Framework, JITTER, pixel_loss, register_framework, resize, Scores, text_logits)
 
 # %% ../../nbs/frameworks/31_deeplabv3.ipynb #7b64a6d3
 class Pyramid(ASPP):
@@ -82,8 +83,8 @@ class DeepLabV3(Framework):
     uses_regions = False # the loss reads labels alone, unless there is `kd`
     title = 'DeepLabV3'
     output_stride = 16
-    recipe = dict(crop=512, scale=(.1, 2.), flip=.5) # supplement 6.1: "identical" settings for Han et al. and DeepLabV3
-    released_recipe = dict(lr=1e-3, backbone_lr=.1, optimizer='adamw', weight_decay=.05, clip_grad=.01, **recipe)
+    recipe = dict(crop=512, **JITTER) # supplement 6.1: "identical" settings for Han et al. and DeepLabV3
+    released_recipe = dict(lr=1e-3, backbone_lr=.1, **ADAMW, **recipe)
 
     def __init__(self,
         backbone, # `ClipBackbone`

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from fastcore.meta import delegates
 from ..errors import OpenTransError, unknown
-from .contract import register_framework, resize
+from .contract import ADAMW, register_framework, resize
 from .mask2former import head_names, load_mask2former, Mask2Former, read_checkpoint
 from .queries import MaskDecoder, PixelDecoder, QueryHead
 from ..runtime import device_of
@@ -386,9 +386,9 @@ class FASegHead(QueryHead):
 @register_framework('faseg')
 class FASeg(Mask2Former):
     "FASeg on CLIP (thesis, Sec. 5.3), with text embeddings as the classifier of its queries."
-    title, also = 'FASeg', ()
+    title = 'FASeg'
     recipe = dict(iterations=160_000, batch_size=16, lr=1e-4, schedule='poly', milestones=(), backbone_lr=.1, crop=512,
-                  scale=(.5, 2.), optimizer='adamw', weight_decay=.05, clip_grad=.01) # Mask2Former's own for ADE20K
+                  scale=(.5, 2.), **ADAMW) # Mask2Former's own for ADE20K
     released_recipe = None
     test_sizes = dict(ade20k_150=(512, 2048)) # Mask2Former's own for ADE20K, from which FASeg's comes
     presets = dict(paper={}, published=dict(kd=0., region_dropout=0., legacy_first_mask=True),

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from ..data.vocabulary import Vocabulary
 from ..errors import OpenTransError
-from .contract import Framework, register_framework, resize
+from .contract import ADAMW, Framework, JITTER, register_framework, resize
 from .mask2former import batch_regions, head_names, Mask2Former, put_weights, read_checkpoint
 from .queries import MaskDecoder, PixelDecoder, SetLoss
 from ..runtime import device_of
+from ..towers import cell_means
 
 # %% ../../nbs/frameworks/34_fcclip.ipynb #ac91d8da
 @dataclass
@@ -57,8 +58,7 @@ def mask_mean(
     mask_logits:torch.Tensor, # (B,Q,h,w); a mask is where they are positive
 )->torch.Tensor: # (B,Q,C)
     "The mean of a map under each mask; 0 under an empty one. Masks get no gradient."
-    m = (mask_logits.detach() > 0).flatten(2)
-    return torch.bmm(m.to(x), x.flatten(2).mT)/(m.sum(-1, keepdim=True) + 1e-8)
+    return cell_means(x, (mask_logits.detach() > 0).flatten(2))
 
 class FCClipHead(nn.Module):
     "Pixel decoder and mask decoder, with the class embedding of queries and of what lies under their masks."
@@ -131,7 +131,7 @@ class FCCLIP(Framework):
     kinds = ('semantic', 'panoptic')
     title = 'FC-CLIP'
     recipe = dict(iterations=368_750, batch_size=16, lr=1e-4, milestones=(327_778, 355_092), crop=1024,
-                  optimizer='adamw', weight_decay=.05, clip_grad=.01, scale=(.1, 2.), flip=.5)
+                  **ADAMW, **JITTER)
     released_recipe = dict(recipe, backbone_lr=.1)
     test_sizes = dict(cityscapes_19=(1024, 2560)) # of its configuration
     presets = dict(paper=dict(classify_all=True), released=dict(classify_all=True, frozen=True),

@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from ..clip.weights import read_weights
 from ..distill.losses import grounding_loss, released_terms, teach_regions, tgkd_loss
 from ..errors import OpenTransError, unknown
-from .contract import Framework, register_framework, resize
+from .contract import ADAMW, Framework, JITTER, register_framework, resize
 from .queries import panoptic_from_queries, QueryHead, QueryScores, semantic_from_queries, SetLoss
 from ..towers import Tower
 
@@ -28,8 +28,8 @@ class Mask2Former(Framework):
     kinds = ('semantic', 'panoptic')
     title = 'Mask2Former (Han et al.)'
     also = ('han',)
-    recipe = dict(crop=512, scale=(.1, 2.), flip=.5) # supplement 6.1, with the crops and jitter of the released code
-    released_recipe = dict(lr=1.5e-4, backbone_lr=.1, milestones=(20_000, 25_000), optimizer='adamw', weight_decay=.05, clip_grad=.01, **recipe)
+    recipe = dict(crop=512, **JITTER) # supplement 6.1, with the crops and jitter of the released code
+    released_recipe = dict(lr=1.5e-4, backbone_lr=.1, milestones=(20_000, 25_000), **ADAMW, **recipe)
     masks_first = False # To another size are resized: masks, before they are scored (FC-CLIP), or scores (SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE: False)?
     presets = dict(paper={}, small=dict(hidden=64, mask_dim=64, queries=24, pixel_layers=1, layers=2, heads=4, pixel_ffn=128, ffn=128, scale=30., points=256, class_weight=5., region_dropout=0., kd=0.),
                    released=dict(kd=2., kd_target='tight', kd_form='released', grounding=2., region_dropout=.5))

@@ -21,7 +21,7 @@ from ..runtime import seeded
 from .peft import add_adapters, add_lora, trainable_report
 from .sensitivity import param_sensitivity
 from .spt import add_spt, alpha_sensitivity, sensitivity_profile, sweep_allocations
-from .toys import one_thread, open_folder
+from .toys import one_thread, open_folder, use_sizes
 
 # %% ../../nbs/vit/66_spt_study.ipynb #d0f4bbd7
 VIT = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
@@ -162,11 +162,7 @@ def patterns(work, seed=0):
 SMALL = dict(SET, pretrain_images=80, pretrain_steps=2, pretrain_batch=8, steps=2, batch=8,
              train=dict(novel=20, night=20, count=16), test=20)
 
-def _use(sizes):
-    "From now on these sizes, in this process; what was made with others is forgotten."
-    if SET == sizes: return
-    SET.update(sizes)
-    for made in (load_task, pretrain): made.cache_clear()
+def _use(sizes): use_sizes(SET, sizes, load_task, pretrain)
 
 def pretrained(sizes, work):
     "Train the small ViT, if it is not there; its accuracy and the seconds it took."

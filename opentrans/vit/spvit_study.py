@@ -17,7 +17,7 @@ from ..experiments.jobs import run_jobs
 from ..files import load_json, load_tensors, save_json, save_tensors
 from .hybrids import convert_to_spvit, HybridSpec, slim_spvit, SPViTCost
 from .search import attention_maps, embedding_loss, fit_heads, locality, random_spec, train_spvit
-from .toys import one_thread, open_folder
+from .toys import one_thread, open_folder, use_sizes
 
 # %% ../../nbs/vit/67_spvit_study.ipynb #d22d3912
 VIT = dict(image_size=80, patch_size=10, width=64, head_width=16, layers=8)
@@ -129,11 +129,7 @@ def look(teacher, images):
 SMALL = dict(SET, pretrain_scenes=6, pretrain_steps=2, pretrain_batch=2, train=8, val=4, batch=2,
              search=3, finetune=1, gate_lr=2.)
 
-def _use(sizes):
-    "From now on these sizes, in this process; what was made with others is forgotten."
-    if SET == sizes: return
-    SET.update(sizes)
-    _opened.cache_clear()
+def _use(sizes): use_sizes(SET, sizes, _opened)
 
 @functools.lru_cache(maxsize=1)
 def _opened(work, seed):
