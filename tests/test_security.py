@@ -346,7 +346,7 @@ def cached(cache, repository, **files):
 def test_a_tokenizer_that_was_downloaded_brings_no_code(watched, forged, tmp_path):
     "From the cache a tokenizer is taken without the network, but code that lies beside it is not run, nor asked for."
     cached(tmp_path, 'org/words', tokenizer_config__json=(forged/'clip'/'tokenizer_config.json').read_text(), config__json=(forged/'clip'/'config.json').read_text(), evil__py=(forged/'clip'/'evil.py').read_text())
-    line = f"import opentrans.clip as c\nwith c._text_from_hub('mine', dict(hf_tokenizer_name='org/words'), {{}}, {str(tmp_path)!r}): c._tokenizer(dict(hf_tokenizer_name='org/words'), {str(tmp_path)!r})"
+    line = f"import opentrans.clip.weights as c\nwith c._text_from_hub('mine', dict(hf_tokenizer_name='org/words'), {{}}, {str(tmp_path)!r}): c._tokenizer(dict(hf_tokenizer_name='org/words'), {str(tmp_path)!r})"
     for allowed in (False, True):
         (result,) = watched([line.format(allowed)])
         assert not result['ran'] and 'trust_remote_code=True' in result['said'], result
