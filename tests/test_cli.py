@@ -435,7 +435,7 @@ def tree(tmp_path_factory):
 
 def course(*args, **more):
     "Preset, whole course, warm-up and rest, as the command divides them."
-    from opentrans.cli import _course
+    from opentrans.cli.defaults import _course
     return _course(*args, **dict(dict(warmup=None, freeze=.5), **more))
 
 def test_the_papers_course_is_the_default():
@@ -460,7 +460,7 @@ def test_the_papers_course_is_the_default():
 
 def test_stride_and_prompts_are_the_released_ones():
     "Stride 16 for DeepLabV3 on a ResNet alone; bare names, and FC-CLIP's own prompts."
-    from opentrans.cli import _looks, _stride, is_shipped
+    from opentrans.cli.defaults import _looks, _stride, is_shipped
     from opentrans.frameworks import get_framework
     built = ('deeplabv3', 'RN50'), ('mask2former', 'RN50'), ('fcclip', 'RN50'), ('deeplabv3', 'convnext_base')
     assert [_stride(None, *names, False) for names in built] == [16, 32, 32, 32]

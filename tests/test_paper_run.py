@@ -28,7 +28,7 @@ def test_studies_of_the_paper_have_the_stride_of_each_framework():
 
 def test_studies_of_the_paper_look_as_the_command_does():
     "The released size of each set, classes of the truth, and readers; the generated world as it is."
-    from opentrans.cli import _looks
+    from opentrans.cli.defaults import _looks
     for framework in ('deeplabv3', 'fcclip'):
         for name, data in (('val', 'coco_panoptic'), ('cityscapes_19', 'cityscapes_19')):
             looks = arms._looks(COCO, name, framework)
@@ -261,7 +261,7 @@ def test_a_framework_costs_as_much_as_its_images(name, one_thread):
 
 def test_readers_are_shared_by_the_processes_of_a_machine(monkeypatch):
     "Up to four each, as the cores allow, and one at least."
-    from opentrans.cli import _readers
+    from opentrans.cli.defaults import _readers
     monkeypatch.setattr(os, 'cpu_count', lambda: 16)
     def each(processes):
         monkeypatch.setenv('LOCAL_WORLD_SIZE', str(processes))

@@ -3,7 +3,8 @@ import dataclasses, inspect, json, re
 from pathlib import Path
 import pytest
 import torch
-from opentrans.cli import _course, _looks, _stride, transfer
+from opentrans.cli import transfer
+from opentrans.cli.defaults import _course, _looks, _stride
 from opentrans.cost import peak_memory
 from opentrans.data import ShapesWorld
 from opentrans.distill import DistillTrainer
