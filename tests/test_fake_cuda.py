@@ -2,7 +2,7 @@
 
 Frameworks, towers, losses and criteria come from their registries. What cannot be pretended stands in CANNOT, with the reason.
 """
-import contextlib
+import functools
 import pytest
 import torch
 from opentrans import cka as similarity
@@ -74,6 +74,7 @@ def test_autocast_is_that_of_cuda(cuda):
 
 # ---------------------------------------------------------------- towers and frameworks
 
+@functools.cache
 def families():
     "Each family of towers with a small CLIP that has one."
     found = {}
@@ -123,10 +124,10 @@ def test_frameworks(cuda, name, precision):
 
 @pytest.mark.parametrize('name', list_frameworks())
 def test_evaluation(cuda, name):
-    "Whole: images of the reader, looks from several sides, metrics."
+    "Whole: images of the reader, two looks, metrics."
     seg,_ = on_cuda(name)
     world = ShapesWorld('val', n=2, size=64)
-    found = evaluate(seg, world, batch_size=2, scales=(1., 1.5), flip=True)
+    found = evaluate(seg, world, batch_size=2, flip=True)
     assert 0 <= found['miou'] <= 1 and found['n_images'] == 2
     if 'panoptic' in seg.kinds: assert 0 <= evaluate(seg, world, kind='panoptic')['pq'] <= 1
 
@@ -201,7 +202,7 @@ def test_spectra(cuda, family):
     here,there = analyze(clip),analyze(clip.fresh_copy().to('cuda'))
     assert (here.to_frame().alpha - there.to_frame().alpha).abs().max() < 1e-6
     weight = torch.randn(16, 8, 3, 3)
-    agree(esd(weight.to('cuda')), esd(weight))
+    for kind in (torch.float32, torch.bfloat16, torch.float8_e5m2): agree(esd(weight.to(kind).to('cuda')), esd(weight.to(kind))) # rounding is judged otherwise
 
 @pytest.mark.parametrize('maps', ['flatten', 'pool', 2])
 def test_similarity(cuda, maps):
