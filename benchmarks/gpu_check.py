@@ -9,7 +9,7 @@ in `gpu-bundle/` (`make gpu-bundle`), as far as the machine lacks it; nothing is
 Each check runs in a process that is started anew after a crash, a full memory or the end of its time, so that none costs another its turn.
 Towers have random weights: what is shown is that the path works, how long it takes and how much memory it needs, not an accuracy.
 """
-import argparse, contextlib, datetime, importlib.metadata, importlib.util, json, multiprocessing, os, statistics, sys, tempfile, time, zipfile
+import argparse, contextlib, datetime, importlib.metadata, importlib.util, json, math, multiprocessing, os, statistics, sys, tempfile, time, zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,6 +147,12 @@ def _memory(at):
     import torch
     return dict(gib=torch.cuda.max_memory_allocated()/2**30) if at.cuda else {}
 
+def _free():
+    "Give back what the device holds and nothing needs."
+    import torch
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
 def _batch(names, count, side, device):
     "Images of four quarters, each of a class, with their regions."
     import torch
@@ -174,17 +180,14 @@ def _fine_tune(at, framework):
     opt,batch = build_optimizer(seg, recipe),_batch(names, recipe.batch_size, recipe.crop, at.device)
     for parts in (1, 2, 4, 8, 16):
         if parts > recipe.batch_size: break
-        try:
-            now = recipe.replace(accumulate=parts)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            now,losses = recipe.replace(accumulate=parts),[]
             first = at.took(lambda: train_step(seg, batch, opt, now))
-            losses = []
             seconds = at.took(lambda: losses.append(train_step(seg, batch, opt, now)))
-            assert losses[0] and all(value == value for value in losses[0].values()), f'losses {losses[0]}'
+            assert losses[0] and all(math.isfinite(value) for value in losses[0].values()), f'losses {losses[0]}'
             return dict(side=recipe.crop, batch=recipe.batch_size, parts=parts, first_seconds=first, seconds=seconds) | _memory(at)
-        except torch.OutOfMemoryError:
-            opt.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        opt.zero_grad(set_to_none=True) # it did not fit
+        if at.cuda: _free()
     raise MemoryError(f'{framework} does not fit in 16 parts')
 
 def add_frameworks():
@@ -296,9 +299,7 @@ def work(pipe, device, tiny, site):
     if device == 'cpu': torch.set_num_threads(max(1, int(os.environ.get('OMP_NUM_THREADS', torch.get_num_threads()))))
     pipe.send('ready')
     while (name := pipe.recv()) is not None:
-        if device != 'cpu':
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
+        if device != 'cpu': _free()
         try: pipe.send(('ok', CHECKS[name][0](Setting(device, tiny))))
         except Skipped as why: pipe.send(('skipped', str(why)))
         except Exception as error: pipe.send(('failed', f'{type(error).__name__}: {error}'[:2000]))
@@ -360,7 +361,7 @@ def main(arguments=None):
     parser.add_argument('--tiny', action='store_true', help='everything in miniature')
     parser.add_argument('--only', default='', help='names of checks with commas; empty for all')
     parser.add_argument('--bundle', default=ROOT/'gpu-bundle', help='folder of wheels that make gpu-bundle has filled')
-    parser.add_argument('--minutes', type=float, default=8, help='what is not begun by then is left out')
+    parser.add_argument('--minutes', type=float, default=8, help='what is not done by then is left')
     parser.add_argument('--out', help='JSON file; none: benchmarks/gpu_check.json on a GPU, nothing on a CPU')
     given = parser.parse_args(arguments)
     site = add_bundle(given.bundle)
@@ -380,8 +381,8 @@ def main(arguments=None):
     try:
         for name in wanted:
             start = time.monotonic()
-            late = start-began > given.minutes*60
-            state,told = ('failed', 'the time was up') if late else worker.run(name, CHECKS[name][1])
+            left = given.minutes*60 - (start-began)
+            state,told = worker.run(name, min(CHECKS[name][1], left)) if left > 0 else ('failed', 'the time was up')
             seconds = time.monotonic()-start
             say(name, state, told, seconds)
             result['checks'][name] = dict(state=state, wall_seconds=round(seconds, 2), **(told if isinstance(told, dict) else dict(why=told)))

@@ -56,7 +56,7 @@ print(*sorted({name.split('.')[0] for name in sys.modules}))
 
 def closure(names):
     "All that some distributions need, themselves among it."
-    packaging = pytest.importorskip('packaging')
+    pytest.importorskip('packaging')
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
     seen,todo = set(),list(names)
