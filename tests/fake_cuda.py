@@ -91,9 +91,11 @@ def pretended_cuda():
     nothing = torch.zeros(16, dtype=torch.uint8)
     answers = dict(is_available=lambda: True, device_count=lambda: 1, is_bf16_supported=lambda *a, **k: True, get_rng_state=lambda *a: nothing,
                    set_rng_state=lambda *a: None, get_rng_state_all=lambda: [nothing], set_rng_state_all=lambda states: None,
-                   manual_seed_all=lambda seed: None, synchronize=lambda *a: None, is_initialized=lambda: False)
+                   manual_seed_all=lambda seed: None, synchronize=lambda *a: None, is_initialized=lambda: False,
+                   is_current_stream_capturing=lambda: False)
     with contextlib.ExitStack() as stack:
         for name,answer in answers.items(): stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        stack.enter_context(mock.patch('torch._subclasses.fake_tensor.init_gpu_context', lambda *device: None)) # which asks the driver
         stack.enter_context(mock.patch('torch.cuda.amp.common.amp_definitely_not_available', lambda: False))
         stack.enter_context(mock.patch.object(torch._subclasses, 'FakeTensor', type('Other', (), {}))) # opentrans asks: it holds no numbers
         stack.enter_context(torch.autograd.set_multithreading_enabled(False)) # else backward asks a queue of the device
