@@ -11,12 +11,14 @@ export OMP_NUM_THREADS ?= 1
 STUDIES ?=
 SEEDS   ?= 5
 
-.PHONY: help install demo test check-notebooks results gpu clean
+.PHONY: help install demo test check-notebooks results gpu gpu-bundle gpu-check clean
 help:
 	@echo "make demo   the whole paper at toy scale: one HTML report and one JSON in $(OUT)/"
 	@echo "make test   export up to date, notebooks clean, all notebooks, all tests"
 	@echo "make results  the studies of 'opentrans study' in docs/results/ (hours; STUDIES='losses ratio' for some; goes on where it was)"
 	@echo "make gpu    the heavy notebook cells, on a machine with a CUDA device"
+	@echo "make gpu-bundle  wheels for a GPU machine that has torch, torchvision, timm and transformers, and no network"
+	@echo "make gpu-check   what a GPU must show, in eight minutes (ARGS='--device cpu --tiny' without one)"
 
 install: $(STAMP)
 
@@ -43,6 +45,13 @@ results: $(STAMP)
 
 gpu: $(STAMP)
 	$(BIN)/nbdev_test --n_workers 1 --flags 'gpu slow' --do_print --timing
+
+gpu-bundle: $(STAMP)
+	$(BIN)/python benchmarks/gpu_bundle.py gpu-bundle
+
+# without the virtual environment, where the machine has none: what it lacks comes from gpu-bundle/
+gpu-check:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_check.py $(ARGS)
 
 clean:
 	rm -rf build *.egg-info _docs _proc $(OUT)

@@ -1,5 +1,5 @@
 "The README's commands on a small tree of the seven data sets, studies at the paper's settings, and what a log hears."
-import dataclasses, json, os, subprocess, sys
+import dataclasses, json, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
 import torch
@@ -126,6 +126,37 @@ def test_a_study_of_two_arms(tree, tmp_path, monkeypatch): # noqa: F811
     flags = ("--arm 'fpn: dense'", '--iterations 2', '--device cpu', '--set batch_size=2')
     assert all(flag in data['run']['command'] for flag in flags)
     assert (data['scale']['warmup'], data['scale']['iterations'], data['scale']['device']) == (1, 1, 'cpu')
+
+SAMPLE = Path(__file__).parents[1]/'../shared/data/samples/coco_panoptic/sample_data'
+MINIATURE = dict(backbone='shapes-rn', preset='small', batch_size=2, imp_batch=2, imp_crop=64, loaders=0, density=.3, p=.5, checkpoint=1)
+SCALES_OF_A_GPU = dict(gpu=dict(size=64, train=4, val=2, domain=1, imp_crop=0), coco=dict(sets=''))
+
+def lay_out_sample(root):
+    "The two photographs of COCO's own sample where the whole set would lie, to train and to evaluate on."
+    for split in ('train', 'val'):
+        places = dict(input_images=f'{split}2017', panoptic_examples=f'panoptic_{split}2017')
+        for folder,place in places.items(): shutil.copytree(SAMPLE/folder, root/'coco'/place)
+        (root/'coco'/'annotations').mkdir(exist_ok=True)
+        shutil.copy(SAMPLE/'panoptic_examples.json', root/'coco'/'annotations'/f'panoptic_{split}2017.json')
+    return root
+
+@pytest.mark.parametrize('scale', list(SCALES_OF_A_GPU))
+def test_a_scale_of_a_gpu_in_miniature(scale, tmp_path, monkeypatch):
+    "Algorithm 1, warm-up, two arms, measures: the course of the scale, on a small tower, the CPU and real photographs for COCO."
+    if scale == 'coco' and not SAMPLE.is_dir(): pytest.skip('the COCO sample is not at ../shared/data/samples/coco_panoptic')
+    root = lay_out_sample(tmp_path/'data') if scale == 'coco' else tmp_path
+    evaluate = arms.evaluate
+    def small(seg, data, **looks): return evaluate(seg, data, **{**looks, 'size': 48, 'longest': None})
+    monkeypatch.setattr(arms, 'evaluate', small)
+    monkeypatch.setenv('DETECTRON2_DATASETS', '')
+    sizes_told = [part for name,value in {**MINIATURE, **SCALES_OF_A_GPU[scale]}.items() for part in ('--set', f'{name}={value}')]
+    given = ('study', 'frameworks', '--scale', scale, '--device', 'cpu', '--pretrained', 'shapes-rn', '--root', root, '--iterations', 2)
+    r = opentrans(*given, '--arm', 'dense', '--arm', 'distilled mask', *sizes_told, '--workers', 1, '--seeds', 1, '--out', tmp_path/'o')
+    assert r.returncode == 0, r.stderr[-2000:]
+    data = json.loads((tmp_path/'o'/'frameworks-own-dense-distilled-mask-1seeds.json').read_text())
+    assert [(x['arm'], round(x['density'], 2)) for x in data['results']] == [('dense', 1.), ('distilled mask', .3)]
+    assert all(0 <= x['miou']['base'] <= 1 for x in data['results'])
+    assert (data['scale']['warmup'], data['scale']['iterations'], data['scale']['alpha_of']) == (1, 1, 'dense')
 
 @pytest.fixture
 def log(monkeypatch, capsys):
