@@ -23,6 +23,9 @@ BACKWARD = 'gradients: the engine of autograd asks the driver for a context of t
 CANNOT = {('criterion', 'snip'): BACKWARD, ('criterion', 'sensitivity'): BACKWARD} # (what, name) -> why
 NAMES = ['red star', 'grass', 'sky', 'sand']
 PRECISIONS = ['no', 'bf16']
+SLOW = pytest.mark.slow
+FIRST_PRECISION = ['no', pytest.param('bf16', marks=SLOW)] # bf16 in the slow tier, where frameworks try it, too
+FIRST_FRAMEWORK = [pytest.param(name, marks=() if name == 'deeplabv3' else SLOW) for name in list_frameworks()]
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -85,7 +88,7 @@ def families():
 
 def test_each_family_of_towers_has_a_small_clip(): assert set(families()) == set(TOWERS)
 
-@pytest.mark.parametrize('precision', PRECISIONS)
+@pytest.mark.parametrize('precision', FIRST_PRECISION)
 @pytest.mark.parametrize('family', list(TOWERS))
 def test_towers(cuda, family, precision):
     "Maps, cells, regions in each way, whole images and names."
@@ -122,7 +125,7 @@ def test_frameworks(cuda, name, precision):
         assert answer.device.type == 'cuda'
         if precision == 'no': assert (values_of(answer) == here.predict(images, NAMES[::-1], kind=kind)).float().mean() > .99
 
-@pytest.mark.parametrize('name', list_frameworks())
+@pytest.mark.parametrize('name', FIRST_FRAMEWORK)
 def test_evaluation(cuda, name):
     "Whole: images of the reader, two looks, metrics."
     seg,_ = on_cuda(name)
