@@ -9,7 +9,8 @@ in `gpu-bundle/` (`make gpu-bundle`), as far as the machine lacks it; nothing is
 Each check runs in a process that is started anew after a crash, a full memory or the end of its time, so that none costs another its turn.
 Towers have random weights: what is shown is that the path works, how long it takes and how much memory it needs, not an accuracy.
 """
-import argparse, contextlib, datetime, importlib.metadata, importlib.util, json, math, multiprocessing, os, statistics, sys, tempfile, time, zipfile
+import argparse, atexit, contextlib, datetime, importlib.metadata, json, math, multiprocessing, os, shutil, statistics, sys, tempfile
+import time, zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,6 +97,12 @@ def _steps(at, backbone, mask, more, compiled=False):
         opt.step()
     return step,held
 
+def _check_zeros(mask, model):
+    "Pruned weights are exactly zero, and others are not."
+    weights = mask.weights(model)
+    assert all(not w[~mask[n].to(w.device)].any() for n,w in weights.items()), 'a pruned weight is not zero'
+    assert any(w.any() for w in weights.values()), 'all weights are zero'
+
 def _in_force(at, more, compiled=False):
     "What a mask costs in a step, and that its zeros are exact."
     import torch
@@ -107,9 +114,7 @@ def _in_force(at, more, compiled=False):
     without,_ = _steps(at, dense.train(), None, more, compiled)
     for step in (with_mask, without): step()
     one,other = at.in_turns([with_mask, without], at.size(15, 1))
-    weights = mask.weights(masked)
-    assert all(not w[~mask[n].to(w.device)].any() for n,w in weights.items()), 'a pruned weight is not zero'
-    assert any(w.any() for w in weights.values()), 'all weights are zero'
+    _check_zeros(mask, masked)
     held.remove()
     return dict(step_ms=one*1e3, without_mask_ms=other*1e3, overhead=one/other-1)
 
@@ -139,7 +144,7 @@ def imp(at):
     seconds = at.took(lambda: found.append(algorithm_1(clip, train, schedule=[.7, .4, .1])))
     mask,history = found[0]
     assert abs(mask.density-.1) < 1e-3 and len(history) == 3
-    assert all(not w[~mask[n].to(w.device)].any() for n,w in mask.weights(clip).items())
+    _check_zeros(mask, clip)
     return dict(rounds=3, images_per_second=3*iterations*batch/seconds, seconds=seconds, loss=list(map(float, history.loss))) | _memory(at)
 
 def _memory(at):
@@ -153,31 +158,23 @@ def _free():
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
-def _batch(names, count, side, device):
-    "Images of four quarters, each of a class, with their regions."
-    import torch
-    generator = torch.Generator().manual_seed(0)
-    rows,columns = torch.arange(side)[:, None] >= side//2, torch.arange(side) >= side//2
-    labels = torch.stack([(rows*2 + columns + i) % len(names) for i in range(count)])
-    classes = [part.unique() for part in labels]
-    regions = [part == kind[:, None, None] for part,kind in zip(labels, classes)]
-    from opentrans.runtime import to_device
-    return to_device(dict(images=torch.rand(count, 3, side, side, generator=generator), labels=labels, regions=regions, region_classes=classes,
-                          isthing=[torch.ones(len(kind), dtype=torch.bool) for kind in classes], ids=[str(i) for i in range(count)]), device)
-
 def _fine_tune(at, framework):
     "Training steps of a framework at the paper's size; the batch is cut into more parts until it fits."
     import torch
     from opentrans.processes import train_step
     from opentrans.training import build_optimizer, Recipe
     from opentrans.frameworks import build, get_framework
+    from opentrans.frameworks.checks import _Case
+    from opentrans.runtime import to_device
     recipe = Recipe.paper(framework)
     if at.tiny: recipe = recipe.replace(batch_size=2, crop=64)
     names = [f'thing {i}' for i in range(at.size(133, 5))]
     stride = get_framework(framework).output_stride
     options = dict(preset='small') if at.tiny else {}
     seg = build(framework, at.backbone(output_stride=stride), vocabulary=names, seed=0, **options)
-    opt,batch = build_optimizer(seg, recipe),_batch(names, recipe.batch_size, recipe.crop, at.device)
+    opt = build_optimizer(seg, recipe)
+    made = _Case(framework, None, names).batch(recipe.batch_size, (recipe.crop, recipe.crop))
+    batch = to_device(made, at.device)
     for parts in (1, 2, 4, 8, 16):
         if parts > recipe.batch_size: break
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -276,6 +273,7 @@ def add_bundle(folder):
     lacking = [w for w in wheels if not _installed(w.name.split('-')[0])]
     if not lacking: return None
     site = tempfile.mkdtemp(prefix='gpu-check-')
+    atexit.register(shutil.rmtree, site, ignore_errors=True)
     for wheel in lacking: zipfile.ZipFile(wheel).extractall(site)
     return site
 
@@ -322,9 +320,9 @@ class Worker:
         return self.pipe.recv()
 
     def end(self):
-        if self.process is not None and self.process.is_alive():
-            self.process.kill()
-        if self.process is not None: self.process.join()
+        if self.process is None: return
+        self.process.kill()
+        self.process.join()
         self.process = None
 
     def run(self, name, seconds):

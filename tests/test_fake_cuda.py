@@ -10,12 +10,12 @@ from opentrans.clip import ClipBackbone
 from opentrans.clip.small import small_clips
 from opentrans.data import SemanticIoU, PanopticQuality, ShapesWorld
 from opentrans.distill import DistillTrainer, LOSSES
-from opentrans.frameworks import build, contract, get_framework, list_frameworks
+from opentrans.frameworks import contract, get_framework, list_frameworks
 from opentrans.frameworks.checks import _Case
 from opentrans.heavy_tail import analyze, esd
 from opentrans.pruning import CRITERIA, imp, SparseMask
 from opentrans.runtime import seeded, to_device
-from opentrans.towers import tower_family, TOWERS
+from opentrans.towers import TOWERS
 from opentrans.training import evaluate
 from fake_cuda import pretended_cuda, values_of
 
@@ -49,10 +49,7 @@ def options_of(name):
 
 def case_of(name): return _Case(name, contract.tiny_backbone(), NAMES, dict(preset='small', **options_of(name)))
 
-def on_cuda(name):
-    "A framework on the pretended device, and a batch there."
-    case = case_of(name)
-    return case.build().to('cuda'), to_device(dict(case.batch(), nouns=[['star'], ['grass', 'sky']]), 'cuda')
+def batch_of(case): return dict(case.batch(), nouns=[['star'], ['grass', 'sky']])
 
 # ---------------------------------------------------------------- the pretended device itself
 
@@ -111,10 +108,10 @@ def test_towers(cuda, family, precision):
 def test_frameworks(cuda, name, precision):
     "Every loss of a training batch, and every kind of answer."
     case = case_of(name)
-    seg,batch = on_cuda(name)
+    seg,batch = case.build().to('cuda'),to_device(batch_of(case), 'cuda')
     with seeded(0), cast(precision): terms = seg.loss(batch)
     here = case.build()
-    with seeded(0): wanted = here.loss(dict(case.batch(), nouns=[['star'], ['grass', 'sky']])) # and its norms see the batch, too
+    with seeded(0): wanted = here.loss(batch_of(case)) # and its norms see the batch, too
     assert set(terms) == set(wanted)
     for k,v in terms.items():
         assert v.device.type == 'cuda' and v.isfinite(), k
@@ -128,7 +125,7 @@ def test_frameworks(cuda, name, precision):
 @pytest.mark.parametrize('name', FIRST_FRAMEWORK)
 def test_evaluation(cuda, name):
     "Whole: images of the reader, two looks, metrics."
-    seg,_ = on_cuda(name)
+    seg = case_of(name).build().to('cuda')
     world = ShapesWorld('val', n=2, size=64)
     found = evaluate(seg, world, batch_size=2, flip=True)
     assert 0 <= found['miou'] <= 1 and found['n_images'] == 2
@@ -176,7 +173,7 @@ def test_what_cannot_be_pretended_cannot(cuda):
 
 @pytest.mark.parametrize('kind', ['plain', 'foreach', 'fused'])
 def test_a_mask_in_force(cuda, kind):
-    "Zeros stay zeros under each kind of AdamW, and Algorithm 1 drops weights on the device."
+    "Zeros stay zeros under each kind of AdamW."
     clip = contract.tiny_backbone().to('cuda')
     mask = SparseMask.random(clip, .3, seed=0)
     opt = torch.optim.AdamW(clip.parameters(), lr=.1, **({} if kind == 'plain' else {kind: True}))

@@ -11,9 +11,9 @@ import os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..errors import shorten
-from .options import _bad, first_process
-from .terminal import _say, show
+from ..errors import OpenTransError, shorten
+from .options import first_process
+from .terminal import _changes, _say, show
 
 # %% ../../nbs/app/70c_defaults.ipynb #54fde8ba
 Iterations = Annotated[Optional[int], typer.Option(
@@ -66,13 +66,12 @@ def make_recipe(
     told = _recipe_values(name)
     r = Recipe.of(told, framework)
     if iterations is not None: r = r.shorten(iterations)
-    for c in changes or ():
-        if '=' not in c: raise _bad(f"--set {c}: write it as NAME=VALUE, e.g. --set optimizer=sgd.")
-    r = Recipe.of(dict(c.split('=', 1) for c in changes or ()), base=r)
+    r = Recipe.of(_changes(changes, 'optimizer=sgd'), base=r)
     launched = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     if more.get('precision') is None and launched != 'no': more['precision'] = launched
     r = r.replace(**{k: v for k,v in more.items() if v is not None})
-    if r.iterations < 1: raise _bad(f"iterations={r.iterations}: nothing would be trained. Give at least 1.")
+    if r.iterations < 1:
+        raise OpenTransError(f"iterations={r.iterations}: nothing would be trained. Give at least 1.")
     return r
 
 # %% ../../nbs/app/70c_defaults.ipynb #3d71abc3
@@ -107,9 +106,8 @@ def _build(framework, clip, vocabulary, preset, seed, prompts=None):
     from opentrans.frameworks import build, get_framework
     cls = get_framework(framework)
     preset = preset or ('small' if clip.name in small_clips() and 'small' in cls.presets else 'paper')
-    # the vocabulary's own
-    asked = dict(templates=None) if prompts is not None and 'templates' in inspect.signature(
-        cls.__init__).parameters else {}
+    words_alone = prompts is not None and 'templates' in inspect.signature(cls.__init__).parameters
+    asked = dict(templates=None) if words_alone else {} # None takes the prompts of the vocabulary
     with seeded(seed): return build(framework, clip, vocabulary=vocabulary, preset=preset, **asked)
 
 # %% ../../nbs/app/70c_defaults.ipynb #650bc5b6
@@ -133,10 +131,8 @@ def _course(name, framework, shipped, warmup, freeze, changes=None, iterations=N
     first = warmup
     if first is None: first = round(WARMUP*whole.iterations/Recipe.paper(framework).iterations) if freeze else 0
     if first and first >= whole.iterations:
-        raise _bad(
-            f"--warmup {first}: it is the beginning of the whole course of {whole.iterations} iterations, and "
-            "leaves none. "
-                   "Give more --iterations, or a shorter warm-up.")
+        raise OpenTransError(f"--warmup {first}: it is the beginning of the whole course of {whole.iterations} "
+                             "iterations, and leaves none. Give more --iterations, or a shorter warm-up.")
     return (preset,whole,whole.first(first),whole.after(first)) if first else (preset,whole,None,whole)
 
 def _tell_course(preset, framework, whole, warm, rest, freeze, masked, where):
@@ -157,13 +153,13 @@ def _looks(framework, data, shipped, over=None, size=None, longest=None, own_siz
     import torch
     from opentrans.training import released_size
     if own_size and (size or longest):
-        raise _bad("--own-size is another size: leave out --short-side and --longest.")
+        raise OpenTransError("--own-size is another size: leave out --short-side and --longest.")
     sizes = dict(size=size, longest=longest)
     if not shipped and not own_size and size is None and longest is None: sizes = released_size(framework, data)
     gpu = device.startswith('cuda') if device else torch.cuda.is_available()
     if workers is None: workers = 4 if gpu else 0
-    return {k: v for k,v in sizes.items() if v} | dict(over=over or ('either' if shipped else 'truth'),
-                                                       workers=workers)
+    counted = dict(over=over or ('either' if shipped else 'truth'), workers=workers)
+    return {k: v for k,v in sizes.items() if v} | counted
 
 def _mean_of(looks):
     "What a figure is a mean over, and at which size images were seen, in words."
@@ -172,13 +168,16 @@ def _mean_of(looks):
     return (f"mean over the classes in {'the truth' if looks['over'] == 'truth' else 'truth or prediction'}; "
             f"{size}{most}")
 
+def _counts(c):
+    "The four figures of a `Cost`, whole numbers."
+    return dict(params=c.params, active_params=round(c.active_params), macs=c.macs,
+                active_macs=round(c.active_macs))
+
 def _with_cost(seg, size, mask):
     "Parameters and multiply-accumulates of a model, as they stand in a result."
     from opentrans.cost import cost
     c = cost(seg, (3, size, size), mask=mask)
-    told = dict(params=c.params, active_params=round(c.active_params), macs=c.macs,
-                active_macs=round(c.active_macs))
-    told['input'] = size
+    told = dict(_counts(c), input=size)
     return told if mask is None else dict(told, density=mask.density)
 
 def _report(seg, data, result, size, mask=None, selection=None, out=None, as_json=False, title=''):

@@ -9,8 +9,6 @@ __all__ = ['main']
 import errno, sys, warnings
 from ..errors import OpenTransError, shorten
 from ..escape import printable
-import opentrans.cli.weights, opentrans.cli.training, opentrans.cli.evaluation
-import opentrans.cli.studies, opentrans.cli.datasets # they add themselves to the command
 from .options import app
 from .terminal import _say
 
@@ -34,7 +32,7 @@ def main():
     try: sys.exit(_run())
     finally: warnings.formatwarning = before
 
-# a path that was typed is none
+# what the system says of a typed path that leads nowhere
 _NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 _NO_MEMORY = ('error: out of memory. Use a smaller --batch-size or --size; in training cut the batch into parts '

@@ -15,9 +15,9 @@ from .defaults import (
     Readers, _build, _looks, _mean_of, _prompted, _report, _stride, _with_cost, is_shipped)
 from opentrans.cli.options import (
     AllowHub, Backbone, Classes, Config, Corrupt, Device, Framework, Ignore, Preset, Pretrained, Prompts,
-    Quiet, Root, Seed, Split, Stride, _SIDE, _bad, _hub, app, first_process, open_clip_backbone, open_data,
+    Quiet, Root, Seed, Split, Stride, _SIDE, _hub, app, first_process, open_clip_backbone, open_data,
     settings_kept)
-from .terminal import _numbers, _save_table, _say, _writable, show
+from .terminal import _numbers, _save_picture, _save_table, _say, _writable, show
 from .trained import _hub_of_model, _mask_in, _read_model, _trained_prompts, open_trained
 
 # %% ../../nbs/app/70g_evaluation.ipynb #33417549
@@ -34,7 +34,7 @@ def evaluate(
     mask:Annotated[Optional[str], typer.Option(help="Mask file to put on.")]=None,
     data:Annotated[str, typer.Option(
         help="Data set; `opentrans data list` names them. 'all': the seven of Table 1, one row.")]='shapesworld',
-        root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
+    root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
     kind:Annotated[str, typer.Option(help="semantic (mIoU), or panoptic (PQ, too).")]='semantic',
     over:Annotated[Optional[str], typer.Option(
         help="Classes in the mean: 'truth', those that the truth shows, as detectron2 and the paper; or 'either', "
@@ -100,14 +100,15 @@ def _open_tests(data, root, split, classes, ignore, corrupt, kind):
         return {data: open_data(data, root, split, classes, ignore, corrupt, instances)}
     given = [name for name,value in dict(classes=classes, ignore=ignore).items() if value is not None]
     if kind != 'semantic': given.append('kind')
-    if given: raise _bad(f"--data all is mIoU on the seven data sets of Table 1: leave out --{given[0]}.")
+    if given: raise OpenTransError(f"--data all is mIoU on the seven data sets of Table 1: leave out --{given[0]}.")
     found,lost = {},{}
     for name in TABLE1:
         try: found[name] = open_data(name, root, split, corrupt=corrupt)
         except OpenTransError as error: lost[name] = error
     if not lost: return found
     why = next(iter(lost.values()))
-    raise _bad(f"--data all needs the seven data sets of Table 1, and {', '.join(lost)} cannot be opened. {why}")
+    raise OpenTransError(
+        f"--data all needs the seven data sets of Table 1, and {', '.join(lost)} cannot be opened. {why}")
 
 def _run_tests(seg, tests, looks, how):
     "The result on each data set, by name; of several, each is told when it is there."
@@ -148,15 +149,14 @@ def segment(
         help="Picture to write: the image under the colours of its classes.")]='segmented.png',
     max_side:Annotated[int, typer.Option(min=16, max=_SIDE,
                                          help="Larger images are made smaller, to this side.")]=768,
-                                         device:Device=None,
+    device:Device=None,
     allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "One image of your own, segmented by your own words."
-    from opentrans.files import atomic_path
     from opentrans.playground import overlay, parse_names, segment as look, to_image
     vocabulary,x = parse_names(names),to_image(image, max_side)
     if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
-        raise _bad(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
+        raise OpenTransError(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
     if model:
         vocabulary = _trained_prompts(_read_model(Path(model)/'model.json'), vocabulary)
         seg = open_trained(model, vocabulary, device, pretrained, _hub_of_model(pretrained, allow_hub))[0]
@@ -164,11 +164,7 @@ def segment(
         seg = open_clip_backbone(backbone, pretrained, _stride(output_stride, 'clip', backbone, True), device,
                                  _hub(allow_hub))
     x,labels,found = look(seg, x, vocabulary, max_side)
-    import matplotlib
-    matplotlib.use('Agg')
-    with atomic_path(Path(out)) as p:
-        overlay(x, labels, found).figure.savefig(p, dpi=120, bbox_inches='tight',
-                                                 format=Path(out).suffix[1:].lower())
+    _save_picture(lambda: overlay(x, labels, found), Path(out))
     share = {n: (labels == k).float().mean().item() for k,n in enumerate(found)}
     show(dict(sorted(share.items(), key=lambda z: -z[1])), as_json, 'share of the image')
     _say(f'picture: {out}', sys.stderr if as_json else sys.stdout)
@@ -182,13 +178,9 @@ def compare(
     config:Config=None,
 ):
     "Several runs in one table, and mIoU against multiply-accumulates and parameters (Fig. 1)."
-    from opentrans.files import atomic_path
     from opentrans.training import compare_runs, plot_runs
     frame = compare_runs(runs)
     if out:
-        import matplotlib
-        matplotlib.use('Agg')
         _save_table(frame, Path(out)/'runs.csv')
-        with atomic_path(Path(out)/'runs.png') as p:
-            plot_runs(frame).figure.savefig(p, dpi=120, bbox_inches='tight')
+        _save_picture(lambda: plot_runs(frame), Path(out)/'runs.png')
     show(frame, as_json, 'runs')

@@ -16,10 +16,6 @@ from typer.core import TyperCommand
 from ..errors import OpenTransError, shorten, unknown
 
 # %% ../../nbs/app/70_cli.ipynb #e317cc0f
-def _bad(message):
-    "An `OpenTransError`."
-    return OpenTransError(message)
-
 class _Checked(TyperCommand):
     "A command whose numbers are finite and no longer than a machine's, and whose texts hold no zero byte."
     def invoke(self, ctx):
@@ -42,8 +38,8 @@ class _App(typer.Typer):
     def command(self, name=None, **kwargs): return super().command(name, cls=_Checked, **kwargs)
 
 app = _App(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',
-                  help="Prune CLIP once, transfer the mask to any open-vocabulary segmentation framework, freeze "
-                       "layers by their spectra.")
+           help="Prune CLIP once, transfer the mask to any open-vocabulary segmentation framework, freeze layers "
+                "by their spectra.")
 
 def _version(asked:bool):
     import opentrans
@@ -124,9 +120,8 @@ def _configured(ctx:typer.Context, value:Optional[str]):
     told,params = read_settings(value),_settings_of(ctx.command)
     made = told.pop('command', ctx.info_name)
     if made != ctx.info_name:
-        raise OpenTransError(
-            f"'{value}' holds the settings of `opentrans {made}`, not of `opentrans {ctx.info_name}`. Its line "
-            "'command' says so.")
+        raise OpenTransError(f"'{value}' holds the settings of `opentrans {made}`, not of "
+                             f"`opentrans {ctx.info_name}`. Its line 'command' says so.")
     for k in told:
         name = k.replace('-', '_')
         if name == 'allow_hub':
@@ -137,15 +132,18 @@ def _configured(ctx:typer.Context, value:Optional[str]):
     return value
 
 # %% ../../nbs/app/70_cli.ipynb #79ef54bd
+def _sources(names):
+    "Where the values of these parameters come from: names of click's `ParameterSource`."
+    found = [_NOW['context'].get_parameter_source(name) for name in names]
+    return {source.name for source in found if source is not None}
+
 def _from_file(*names):
     "Does a file of settings say one of these?"
-    sources = [_NOW['context'].get_parameter_source(name) for name in names]
-    return any(source is not None and source.name == 'DEFAULT_MAP' for source in sources)
+    return 'DEFAULT_MAP' in _sources(names)
 
 def _typed(*names):
     "Does the command line, or a file of settings, say one of these?"
-    sources = [_NOW['context'].get_parameter_source(name) for name in names]
-    return any(source is not None and source.name != 'DEFAULT' for source in sources)
+    return bool(_sources(names) - {'DEFAULT'})
 
 def _hub(allowed, *names):
     """What may be fetched: True, anything; None, the weights whose tag the user has typed; False, nothing, since a
@@ -180,8 +178,7 @@ def first_process()->bool:
 def keep_settings(
     out, # Folder that results go to, or None
     tell:bool=True, # On the standard error, too?
-    # Over those of an earlier run in that folder? Only once this one has been accepted and has ended
-    ended:bool=False,
+    ended:bool=False, # Over those of an earlier run? Only once this one has been accepted and has ended
     **more, # What is kept besides, in place of the flags of that name
 ):
     "Write what a command runs with to `OUT/settings.json`, and tell it on the standard error."
@@ -210,9 +207,8 @@ def open_clip_backbone(
     dev = Processes(device).device or pick_device(device)
     if pretrained is None:
         if name not in small_clips():
-            raise _bad(
-                f"Which weights for '{name}'? Give --pretrained openai (or another tag or file), or --pretrained "
-                "none for random ones.")
+            raise OpenTransError(f"Which weights for '{name}'? Give --pretrained openai (or another tag or file), "
+                                 "or --pretrained none for random ones.")
         pretrained = name
     weights = None if pretrained == 'none' else pretrained
     return ClipBackbone.create(name, pretrained=weights, output_stride=output_stride, hub=hub, **facts).to(dev)

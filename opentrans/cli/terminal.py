@@ -8,9 +8,9 @@ __all__ = ['show']
 # %% ../../nbs/app/70b_terminal.ipynb #8d117914
 import errno, json, math, sys, tempfile
 from pathlib import Path
-from ..errors import WriteError, shorten, unknown
+from ..errors import OpenTransError, WriteError, shorten, unknown
 from ..escape import for_terminal, printable
-from .options import _SIDE, _bad, first_process
+from .options import _SIDE, first_process
 
 # %% ../../nbs/app/70b_terminal.ipynb #a1066b55
 def show(
@@ -60,8 +60,17 @@ def _save_table(frame, path):
     from opentrans.escape import csv_text
     save_text(csv_text(frame), path)
 
+def _save_picture(plot, path):
+    """Draw a plot and write it, in the format that the ending of its name says. It is drawn where no window is.
+    `plot` is a function without arguments that gives something with a `figure`."""
+    import matplotlib
+    from opentrans.files import atomic_path
+    matplotlib.use('Agg')
+    with atomic_path(path) as part:
+        plot().figure.savefig(part, dpi=120, bbox_inches='tight', format=path.suffix[1:].lower())
+
 def _writable(*files):
-    "So does a file that cannot be written in the end."
+    "A file that cannot be written in the end ends a command before it begins. Raises `OpenTransError`."
     for f in filter(None, files):
         try:
             if Path(f).is_dir(): raise IsADirectoryError(0, 'it is a folder')
@@ -69,7 +78,7 @@ def _writable(*files):
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise WriteError(f"Cannot write '{f}': {e.strerror}.") from e
-            raise _bad(f"Cannot write '{f}': {e.strerror}. Choose another place.") from e
+            raise OpenTransError(f"Cannot write '{f}': {e.strerror}. Choose another place.") from e
 
 # %% ../../nbs/app/70b_terminal.ipynb #a011f03f
 def _number(text):
@@ -81,17 +90,23 @@ def _number(text):
 def _numbers(flag, text):
     "Numbers above 0 of a comma list."
     try: found = [float(v) for v in text.split(',')]
-    except ValueError as e: raise _bad(f"--{flag} {text}: write numbers, e.g. 0.5,1,1.5.") from e
+    except ValueError as e: raise OpenTransError(f"--{flag} {text}: write numbers, e.g. 0.5,1,1.5.") from e
     if not all(0 < v < float('inf') for v in found):
-        raise _bad(f"--{flag} {text}: each must be above 0, e.g. 0.5,1,1.5.")
+        raise OpenTransError(f"--{flag} {text}: each must be above 0, e.g. 0.5,1,1.5.")
     return found
+
+def _changes(texts, example):
+    "The texts of --set as a dict: name -> value, both as they are typed. Raises `OpenTransError`."
+    for text in texts or ():
+        if '=' not in text: raise OpenTransError(f"--set {text}: write it as NAME=VALUE, e.g. --set {example}.")
+    return dict(text.split('=', 1) for text in texts or ())
 
 def _size(text):
     "Height and width in pixels of a text such as '800x1216'. Raises `OpenTransError`."
     try: sides = [int(side) for side in text.lower().split('x')]
     except ValueError: sides = []
     if len(sides) == 2 and all(1 <= side <= _SIDE for side in sides): return sides
-    raise _bad(f"--size {shorten(text, 40)}: write height x width in pixels, e.g. 800x1216.")
+    raise OpenTransError(f"--size {shorten(text, 40)}: write height x width in pixels, e.g. 800x1216.")
 
 def _rules(by, xmin):
     "A way to choose layers that is not known ends a command before it begins."

@@ -9,8 +9,9 @@ __all__ = ['open_trained']
 from pathlib import Path
 from typing import Optional
 from typing_extensions import NotRequired, TypedDict
+from ..errors import OpenTransError
 from .defaults import _build
-from .options import _bad, _hub, first_process, open_clip_backbone
+from .options import _hub, first_process, open_clip_backbone
 
 # %% ../../nbs/app/70e_trained.ipynb #c19d72f8
 def _model_file():
@@ -42,13 +43,13 @@ def _read_model(path):
     "What a `model.json` tells. Raises `OpenTransError` if it is missing, or something else."
     from opentrans.files import check_shape, load_json
     if not path.is_file():
-        raise _bad(
-            f"There is no trained model in '{path.parent}': expected a folder with model.json, as `opentrans "
-            "finetune --out` writes.")
+        raise OpenTransError(f"There is no trained model in '{path.parent}': expected a folder with model.json, "
+                             "as `opentrans finetune --out` writes.")
     told = load_json(path, kind=_model_file())
     lost = [k for k in ('framework', 'backbone', 'pretrained', 'preset', 'output_stride') if k not in told]
     if lost:
-        raise _bad(f"'{path}' does not say: {', '.join(lost)}. Write it again with `opentrans finetune --out`.")
+        raise OpenTransError(
+            f"'{path}' does not say: {', '.join(lost)}. Write it again with `opentrans finetune --out`.")
     return check_shape(told, _Model, f"'{path}'")
 
 # %% ../../nbs/app/70e_trained.ipynb #cfad2def

@@ -10,14 +10,14 @@ import contextlib
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..errors import unknown
+from ..errors import OpenTransError, unknown
 from .defaults import (
     Accumulate, AlphaOf, BatchSize, Board, Crop, Every, Iterations, LR, Precision, Print, RecipeName,
     Settings, WithInstances, Workers, _build, _course, _looks, _mean_of, _prompted, _readers,
     _recipe_values, _report, _stride, _tell_course, _where, is_shipped, make_recipe)
 from .options import (
     AllowHub, Backbone, By, Classes, Config, Corrupt, Data, Device, DryRun, Framework, Freeze, Ignore,
-    Preset, Pretrained, Prompts, Quiet, Root, Seed, Share, Split, Stride, Xmin, _SIDE, _bad, _hub, app,
+    Preset, Pretrained, Prompts, Quiet, Root, Seed, Share, Split, Stride, Xmin, _SIDE, _hub, app,
     first_process, open_clip_backbone, open_data, settings_kept)
 from .terminal import _number, _rules, _writable, show
 from .trained import _save_model
@@ -31,8 +31,8 @@ def transfer(
     out:Annotated[Optional[str], typer.Option(
         help="With MODEL: the sparse file to write. Else: folder of the run (checkpoints, model.json, "
              "model.safetensors, selection.json, result.json).")]=None,
-    dense:Annotated[bool, typer.Option('--dense',
-                                       help="Without a mask: the dense rows of Table 1 (--freeze 0) and Table 2.")]=False,
+    dense:Annotated[bool, typer.Option(
+        '--dense', help="Without a mask: the dense rows of Table 1 (--freeze 0) and Table 2.")]=False,
     framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None,
     output_stride:Stride=None, prompts:Prompts=None,
     data:Data='shapesworld', root:Root=None, classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
@@ -57,8 +57,8 @@ def transfer(
     _rules(by, xmin)
     if alpha_of not in ('dense', 'masked'):
         raise unknown('kind of weights for alpha', alpha_of, ['dense', 'masked'])
-    if mask is None and not dense: raise _bad("Give a mask file, or --dense to train without one.")
-    if mask is not None and dense: raise _bad(f"--dense trains without a mask: leave out '{mask}'.")
+    if mask is None and not dense: raise OpenTransError("Give a mask file, or --dense to train without one.")
+    if mask is not None and dense: raise OpenTransError(f"--dense trains without a mask: leave out '{mask}'.")
     _writable(out if model else out and Path(out)/'result.json')
     m = None if dense else SparseMask.load(mask)
     if model is not None: return _transfer_file(m, model, out, as_json)
@@ -123,7 +123,7 @@ def _tune(seg, train, m, warm, rest, choose, out, how, in_force):
 def _transfer_file(m, model, out, as_json):
     "Put a mask on a checkpoint on disk."
     from opentrans.pruning import transfer_checkpoint
-    if not out: raise _bad("Give --out: where the sparse checkpoint goes, e.g. sparse.safetensors.")
+    if not out: raise OpenTransError("Give --out: where the sparse checkpoint goes, e.g. sparse.safetensors.")
     transfer_checkpoint(m, model, out)
     show(dict(file=out, layers=len(m), density=m.density, zeros=m.total-m.kept), as_json, 'sparse checkpoint')
 
@@ -161,8 +161,8 @@ def finetune(
     told['workers'] = _readers(workers, set_, shipped)
     name = recipe or ('tiny' if shipped else 'paper')
     r = make_recipe(name, framework, set_, iterations, **told)
-    m,chosen = SparseMask.load(mask) if mask else None,LayerSelection.from_json(
-        Path(selection)) if selection else None
+    m = SparseMask.load(mask) if mask else None
+    chosen = LayerSelection.from_json(Path(selection)) if selection else None
     sets = [open_data(data, root, s, classes, ignore, corrupt, panoptic) if s else None
             for s in (split, eval_split if eval_every else None)]
     train,val = (one and _prompted(one, framework, prompts, shipped) for one in sets)

@@ -9,13 +9,13 @@ __all__ = ['alpha', 'prune', 'cka_command', 'cost_command']
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..errors import unknown
-from .defaults import _build, _readers
+from ..errors import OpenTransError, unknown
+from .defaults import _build, _counts, _readers
 from .options import (
     AllowHub, Backbone, By, Classes, Config, Data, Device, Freeze, Ignore, Preset, Pretrained, Quiet, Root,
-    Seed, Split, Stride, Xmin, _SIDE, _bad, _hub, _typed, app, first_process, keep_settings,
+    Seed, Split, Stride, Xmin, _SIDE, _hub, _typed, app, first_process, keep_settings,
     open_clip_backbone, open_data)
-from .terminal import _number, _rules, _save_table, _size, _writable, show
+from .terminal import _number, _rules, _save_picture, _save_table, _size, _writable, show
 
 # %% ../../nbs/app/70d_weights.ipynb #83c5572c
 @app.command()
@@ -30,7 +30,6 @@ def alpha(
     seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "Alpha of each layer from the spectrum of its weights, and which layers to freeze. No data is needed."
-    from opentrans.files import atomic_path
     from opentrans.heavy_tail import analyze
     from opentrans.pruning import SparseMask
     _rules(by, xmin)
@@ -43,29 +42,25 @@ def alpha(
     frame = table.to_frame()
     frame.insert(0, 'frozen', ['yes' if n in set(chosen.freeze) else '' for n in frame.index])
     if out:
-        import matplotlib
-        matplotlib.use('Agg')
         _save_table(frame, Path(out)/'alpha.csv')
         chosen.to_json(Path(out)/'selection.json')
-        with atomic_path(Path(out)/'alpha.png') as p:
-            table.plot_alpha(selection=chosen).figure.savefig(p, dpi=120, bbox_inches='tight')
+        _save_picture(lambda: table.plot_alpha(selection=chosen), Path(out)/'alpha.png')
     show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'xmin', 'D', 'n_tail', 'status')
                 if c in frame]], as_json, f'{backbone}: {chosen.rule}')
 
 # %% ../../nbs/app/70d_weights.ipynb #2a68ce37
-# flags of prune -> fields of its trainer
-_FLAGS = dict(iterations='iterations', lr='lr', batch_size='batch_size', crop='crop', optimizer='optimizer',
-              weight_decay='weight_decay', clip_grad='clip_grad', batch_norm='batch_norm')
+# flags of prune that are fields of its trainer
+_FLAGS = ('iterations', 'lr', 'batch_size', 'crop', 'optimizer', 'weight_decay', 'clip_grad', 'batch_norm')
 
 def _check_released(framework, method):
     "Raises `OpenTransError` for what cannot be found as the released code does."
     if framework not in ('mask2former', 'deeplabv3'):
         raise unknown('framework of the released code', framework, ['mask2former', 'deeplabv3'])
     if method != 'imp':
-        raise _bad(
-            f"--released {framework} is a way to train, which --method {method} does not. Leave one of them out.")
+        raise OpenTransError(f"--released {framework} is a way to train, which --method {method} does not. "
+                             "Leave one of them out.")
     if _typed('loss', 'teacher'):
-        raise _bad("--released has the framework's own loss and teacher: leave --loss and --teacher out.")
+        raise OpenTransError("--released has the framework's own loss and teacher: leave --loss and --teacher out.")
 
 def _distillation(clip, data, released, told):
     """The model that `prune` trains, and its trainer: the tower by distillation alone, or a framework as in the
@@ -122,8 +117,8 @@ def prune(
     max_regions:Annotated[int, typer.Option(help="Most regions an iteration, over all processes.")]=64,
     workers:Annotated[Optional[int], typer.Option(
         help="Processes that read data. Default: none for shapesworld, else up to 4, as cores allow.")]=None,
-    checkpoint_every:Annotated[int, typer.Option(min=0,
-                                                 help="Iterations between checkpoints within a round; 0 for none.")]=500,
+    checkpoint_every:Annotated[int, typer.Option(
+        min=0, help="Iterations between checkpoints within a round; 0 for none.")]=500,
     disk_mb:Annotated[int, typer.Option(
         help="Most disk space for the teacher's embeddings, if images are whole (--crop 0).")]=16384,
     released:Annotated[Optional[str], typer.Option(
@@ -141,8 +136,9 @@ def prune(
     if method not in ('imp', 'random', *CRITERIA): raise unknown('method', method, ['imp', 'random', *CRITERIA])
     if criterion not in CRITERIA: raise unknown('criterion', criterion, CRITERIA)
     if method != 'imp' and _typed('criterion'):
-        raise _bad(f"--criterion is for the rounds of imp; --method {method} is one shot. Leave one of them out.")
-    if not out.endswith('.safetensors'): raise _bad(f"--out {out}: a mask file ends in .safetensors.")
+        raise OpenTransError(
+            f"--criterion is for the rounds of imp; --method {method} is one shot. Leave one of them out.")
+    if not out.endswith('.safetensors'): raise OpenTransError(f"--out {out}: a mask file ends in .safetensors.")
     _writable(out, weights)
     geometric_schedule(density, p) # a bad density ends here, before anything is loaded
     clip = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
@@ -153,11 +149,11 @@ def prune(
     if method not in ('random', 'magnitude'):
         told = dict(loss=loss, iterations=iterations, lr=lr, batch_size=batch_size, crop=crop or None,
                     optimizer=optimizer, weight_decay=weight_decay, clip_grad=clip_grad or None,
-                    batch_norm=batch_norm,
-                    amp=precision == 'bf16', teacher_mode=teacher, max_regions=max_regions, workers=workers,
+                    batch_norm=batch_norm, amp=precision == 'bf16', teacher_mode=teacher, max_regions=max_regions,
+                    workers=workers,
                     disk_mb=disk_mb)
         model,train = _distillation(clip, open_data(data, root, split, classes, ignore), released, told)
-        used.update({flag: getattr(train, field) for flag,field in _FLAGS.items()})
+        used.update({flag: getattr(train, flag) for flag in _FLAGS})
         if released: used.update(loss='released', teacher=model.kd_target)
     keep_settings(None, **used)
     def distillation_loss(model): return train.losses(model, score_batches, seed)
@@ -195,7 +191,6 @@ def cka_command(
     "Similarity of two towers, stage by stage: unbiased linear CKA."
     import torch
     from opentrans.cka import cka, plot_cka
-    from opentrans.files import atomic_path
     from opentrans.pruning import SparseMask
     _writable(out and Path(out)/'cka.csv')
     hub,same = _hub(allow_hub, 'pretrained_a', 'pretrained_b'),b in (None, a)
@@ -210,10 +205,8 @@ def cka_command(
     batches = [torch.stack(pictures[i:i+16]).to(one.mean.device) for i in range(0, n, 16)]
     frame = cka(one, two, batches, stages(one), stages(two))
     if out:
-        import matplotlib
-        matplotlib.use('Agg')
         _save_table(frame, Path(out)/'cka.csv')
-        with atomic_path(Path(out)/'cka.png') as p: plot_cka(frame).figure.savefig(p, dpi=120, bbox_inches='tight')
+        _save_picture(lambda: plot_cka(frame), Path(out)/'cka.png')
     show(frame, as_json, f'CKA over {n} images (rows {a}, columns {b or a}{" with mask" if mask else ""})')
 
 # %% ../../nbs/app/70d_weights.ipynb #d9f7e7ab
@@ -233,12 +226,9 @@ def cost_command(
     from opentrans.cost import cost
     from opentrans.pruning import SparseMask
     h,w = _size(size)
-    m,model = SparseMask.load(mask) if mask else None,open_clip_backbone(backbone, pretrained, output_stride,
-            'cpu', _hub(allow_hub))
+    m = SparseMask.load(mask) if mask else None
+    model = open_clip_backbone(backbone, pretrained, output_stride, 'cpu', _hub(allow_hub))
     if framework: model = _build(framework, model, ['thing'], preset, 0)
     c = cost(model, (3, h, w), mask=m, convention=convention)
-    show(c.by_layer
-         if layers
-         else dict(params=c.params, active_params=round(c.active_params), macs=c.macs,
-                   active_macs=round(c.active_macs), convention=convention, input=size), as_json,
-                   backbone + (f' in {framework}' if framework else ''))
+    shown = c.by_layer if layers else dict(_counts(c), convention=convention, input=size)
+    show(shown, as_json, backbone + (f' in {framework}' if framework else ''))
