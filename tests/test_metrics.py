@@ -193,3 +193,16 @@ def test_as_many_segments_as_pixels_fit_into_memory():
     x = torch.stack([torch.zeros(256, 256).long(), torch.arange(65536).view(256, 256)], -1)
     p, t = match_segments(x, x)
     assert len(p) == len(t) == 65536 and p.matched.all() and (t.iou == 1).all()
+
+@pytest.mark.parametrize('numbers', [lambda n: n, lambda n: n*2**40 + 7, lambda n: n + 2**50])
+def test_numbers_of_instances_of_any_size_are_matched_alike(numbers):
+    "Small numbers are counted in a table, large ones are sorted: the same segments either way."
+    generator = torch.Generator().manual_seed(0)
+    pred, truth = (torch.randint(0, 4, (2, 24, 32), generator=generator).repeat_interleave(4, -1) for _ in range(2))
+    pairs = [torch.stack([classes, numbers(torch.where(instance > 1, instance, 0))], -1)
+             for classes, instance in (pred, truth)]
+    plain = [torch.stack([classes, torch.where(instance > 1, instance, 0)], -1) for classes, instance in (pred, truth)]
+    for new, old in zip(match_segments(*pairs), match_segments(*plain)):
+        assert new.equals(old)
+    isthing = [True, True, False, True]
+    assert PanopticQuality(isthing).update(*pairs).compute()['pq'] == PanopticQuality(isthing).update(*plain).compute()['pq']

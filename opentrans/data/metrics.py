@@ -107,16 +107,23 @@ class SemanticIoU(Sums):
         if pred.shape != target.shape: raise OpenTransError(f"Prediction {tuple(pred.shape)} and truth {tuple(target.shape)} differ in shape. Resize the logits first.")
         new,ignored = torch.zeros_like(self.confusion),0
         for p,t in zip(pred, target):
-            p,t = p.long(),t.to(p.device).long() # wide enough for `ignore`, before anything is compared with it
-            counted = t != self.ignore
-            ignored += int((~counted).sum())
-            p,t = p[counted],t[counted]
-            _in_range(p, self.num_classes, 'prediction', self.ignore)
-            _in_range(t, self.num_classes, 'truth', self.ignore)
-            new += torch.bincount(t*self.num_classes + p, minlength=self.num_classes**2).view_as(new).cpu()
+            table = self._confusion_of(p.long(), t.to(p.device).long()) # wide enough for `ignore`
+            new += table[:-1]
+            ignored += int(table[-1, 0])
         self.confusion += new
         self.ignored += ignored
         return self
+
+    def _confusion_of(self, pred, target):
+        "Counts (K+1,K) of one picture, truth by prediction; what does not count is in the last row, in its first column."
+        counted = target != self.ignore
+        pred = pred.where(counted, 0)
+        _in_range(pred, self.num_classes, 'prediction', self.ignore)
+        _in_range(target.where(counted, 0), self.num_classes, 'truth', self.ignore)
+        row = target.where(counted, self.num_classes)
+        cells = (self.num_classes+1)*self.num_classes
+        counts = torch.bincount((row*self.num_classes + pred).ravel(), minlength=cells)
+        return counts.view(self.num_classes+1, self.num_classes).cpu()
 
     def compute(self,
         groups:dict=None, # Name -> class indices; adds the mean IoU of each group
@@ -164,10 +171,28 @@ def panoptic_map(
     return res
 
 # %% ../../nbs/data/16_metrics.ipynb #c0f74f5c
+_TABLE = 2**22 # Entries of a table of counts; numbers of a larger range are sorted
+
+def _count_values(keys, span):
+    "Whole numbers from 0 to below `span`: (the distinct ones, in order; how often each stands there)."
+    if span > _TABLE: return keys.unique(return_counts=True)
+    counts = torch.bincount(keys, minlength=span)
+    values = counts.nonzero().ravel()
+    return values,counts[values]
+
 def _segments(x):
-    "Distinct (class, instance) pairs of a map and the number of the pair at each pixel."
-    pairs,where = x.reshape(-1, 2).unique(dim=0, return_inverse=True)
-    return pairs[:, 0],pairs[:, 1],where
+    "Distinct (class, instance) pairs of a map, in order, and the number of the pair at each pixel."
+    classes, instances = x.reshape(-1, 2).T
+    (low_class, high_class), (low, high) = ([int(n) for n in values.aminmax()] for values in (classes, instances))
+    width, height = high-low+1, high_class-low_class+1
+    if width*height > _TABLE: # numbers of a large range
+        pairs,where = x.reshape(-1, 2).unique(dim=0, return_inverse=True)
+        return pairs[:, 0],pairs[:, 1],where
+    keys = (classes-low_class)*width + (instances-low)
+    values,_ = _count_values(keys, width*height)
+    place = torch.empty(width*height, dtype=torch.int64, device=x.device)
+    place[values] = torch.arange(len(values), device=x.device)
+    return values//width + low_class,values % width + low,place[keys]
 
 def match_segments(
     pred:torch.Tensor, # (H,W,2) class and instance of each pixel, as `panoptic_map` makes it
@@ -176,7 +201,7 @@ def match_segments(
 ): # Two tables, one row a segment: predicted (cls, matched, dropped) and true (cls, matched, iou)
     "Match the segments of one picture: same class and IoU above one half, void left out of the union."
     (pc,_,pi),(tc,ti,tj) = _segments(pred),_segments(target)
-    met,n = (pi*len(tc) + tj).unique(return_counts=True) # only pairs that share a pixel, however many segments there are
+    met,n = _count_values(pi*len(tc) + tj, len(pc)*len(tc)) # only pairs that share a pixel
     pc,tc,ti,met,n = pc.cpu(),tc.cpu(),ti.cpu(),met.cpu(),n.cpu().double() # from here on the tables are small
     i,j = met//len(tc),met % len(tc)
     void,crowd = tc == ignore,(ti < 0) & (tc != ignore)
@@ -210,12 +235,14 @@ class PanopticQuality(Sums):
         wanted = 'pairs (class, instance), (H,W,2) or (B,H,W,2) integers'
         x = _whole_numbers(x, what, wanted)
         if x.dim() not in (3, 4) or x.shape[-1] != 2: raise OpenTransError(f"The {what} must be {wanted}, not {x.dtype} {tuple(x.shape)}; panoptic_map makes them from regions.")
-        x = (x if x.dim() == 4 else x[None]).long().clone() # wide enough for `ignore`, before anything is compared with it
-        c = x[..., 0]
-        _in_range(c[c != self.ignore], len(self.isthing), what, self.ignore)
-        stuff = torch.cat([~self.isthing, torch.tensor([True])]).to(x.device)[c.where(c != self.ignore, len(self.isthing))]
-        x[..., 1][stuff & (x[..., 1] >= 0)] = 0 # a stuff class is one segment, whatever its pieces are called
-        return x
+        x = (x if x.dim() == 4 else x[None]).long() # wide enough for `ignore`, before anything is compared with it
+        classes, instances = (part.contiguous() for part in x.unbind(-1))
+        said = classes != self.ignore
+        _in_range(classes.where(said, 0), len(self.isthing), what, self.ignore)
+        stuff = torch.cat([~self.isthing, torch.tensor([True])]).to(x.device) # the last stands for `ignore`
+        stuff = stuff.index_select(0, classes.where(said, len(self.isthing)).ravel()).view_as(said)
+        whole = instances.clamp(max=0).where(stuff, instances) # a stuff class is one segment, or a crowd
+        return torch.stack([classes, whole], -1)
 
     def update(self,
         pred:torch.Tensor, # (H,W,2) or (B,H,W,2): class and instance of each pixel; class `ignore` = nothing said
