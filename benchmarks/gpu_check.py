@@ -97,6 +97,8 @@ def _steps(at, backbone, mask, more, compiled=False):
         opt.step()
     return step,held
 
+MOST_OVERHEAD = .01 # Share of a training step that a mask in force may add on a GPU
+
 def _check_zeros(mask, model):
     "Pruned weights are exactly zero, and others are not."
     weights = mask.weights(model)
@@ -116,7 +118,9 @@ def _in_force(at, more, compiled=False):
     one,other = at.in_turns([with_mask, without], at.size(15, 1))
     _check_zeros(mask, masked)
     held.remove()
-    return dict(step_ms=one*1e3, without_mask_ms=other*1e3, overhead=one/other-1)
+    figures = dict(step_ms=one*1e3, without_mask_ms=other*1e3, overhead=one/other-1)
+    if at.cuda and not at.tiny: assert figures['overhead'] < MOST_OVERHEAD, f'a mask in force costs too much: {figures}'
+    return figures
 
 @check(60)
 def mask(at):
