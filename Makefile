@@ -11,11 +11,12 @@ export OMP_NUM_THREADS ?= 1
 STUDIES ?=
 SEEDS   ?= 5
 
-.PHONY: help install demo test check-notebooks results gpu gpu-bundle gpu-check clean
+.PHONY: help install demo test docs check-notebooks results gpu gpu-bundle gpu-check clean
 help:
 	@echo "make demo   the whole paper at toy scale: one HTML report and one JSON in $(OUT)/"
 	@echo "make test   export up to date, notebooks clean, all notebooks, all tests"
 	@echo "make results  the studies of 'opentrans study' in docs/results/ (hours; STUDIES='losses ratio' for some; goes on where it was)"
+	@echo "make docs   the pages as a site with search, in _docs/"
 	@echo "make gpu    the heavy notebook cells, on a machine with a CUDA device"
 	@echo "make gpu-bundle  wheels for a GPU machine that has torch, torchvision, timm and transformers, and no network"
 	@echo "make gpu-check   what a GPU must show, in eight minutes (ARGS='--device cpu --tiny' without one)"
@@ -39,6 +40,9 @@ test: check-notebooks
 
 check-notebooks: $(STAMP)
 	$(BIN)/python tests/check_notebooks.py
+
+docs: $(STAMP)
+	$(BIN)/python docs/site.py
 
 results: $(STAMP)
 	for s in $(or $(STUDIES),--all); do $(BIN)/opentrans study $$s --seeds $(SEEDS) --scheduler processes --out docs/results || exit 1; done
