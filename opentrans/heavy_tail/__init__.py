@@ -7,5 +7,7 @@ from .table import *
 from .table import __all__ as _table
 from .over_time import *
 from .over_time import __all__ as _over_time
+from .steering import *
+from .steering import __all__ as _steering
 
-__all__ = [*_power_law, *_null, *_table, *_over_time]
+__all__ = [*_power_law, *_null, *_table, *_over_time, *_steering]

@@ -28,7 +28,7 @@ from ..naming import inside, name_some
 from ..runtime import axes
 from ..towers import head_modules, head_of, trunk
 
-# %% ../../nbs/02b_layers.ipynb #5cf576f0
+# %% ../../nbs/02b_layers.ipynb #80bd6c9e
 @dataclass
 class Spectrum:
     "The spectrum of one layer, and what is known of it besides."
@@ -75,7 +75,7 @@ class Spectrum:
         if len(np.unique(settled[settled > 0])) == 1 < len(np.unique(ev[settled > 0])): self.reason = 'the eigenvalues differ by no more than rounding'
         self.noise = noise*math.sqrt(factor)
         tiny = _exactness(ev, 'gram', precision)
-        self._cut(np.sort(settled.flatten())*factor, floor, tiny if precision == 'fast' else 0, tiny)
+        self._cut(np.sort(settled.flatten())*factor, floor, tiny if precision == 'fast' or not floor else 0, tiny)
 
     def shuffle(self, mats, null, blocks, norm, *options):
         "Take the eigenvalues of its matrices with their numbers in random order, as often as a `Null` says."
@@ -248,7 +248,7 @@ def _solve(jobs, *options, size=2**22):
             else: res |= {k: (e,how) for (k,_),e in zip(part, ev.split([len(m) for _,m in part]))}
     return res
 
-# %% ../../nbs/02b_layers.ipynb #11967840
+# %% ../../nbs/02b_layers.ipynb #dd8e07a0
 def _shape(w):
     "The shape of a weight; (0,) for one that has none, because it is not initialised or could not be put together."
     return (0,) if isinstance(w, _Unread) or is_lazy(w) else tuple(w.shape)
@@ -284,7 +284,7 @@ def spectra(
     conv:str='slices', # `'slices'`: (out, in) matrices, one a kernel position, as the paper; `'flatten'`
     norm:float=1., # Factor on a convolution's eigenvalues; the paper takes 0.5
     skip=None, # Modules to leave out, by name or pattern; None: the head (attention pool, projection, classifier), as `prunable` does; `()` takes all
-    floor:float=1e-5, # Eigenvalues not above this, on the paper's scale, count as zero
+    floor:float=None, # Eigenvalues not above this, on the paper's scale, count as zero; None: 1e-5, and in blocks nothing but what arithmetic cannot tell from zero
     method:str='auto', # `'gram'`, `'svd'` or `'auto'`, as in `esd`
     precision:str='double', # `'double'` or `'fast'`, as in `esd`
     aspect=None, # Cut every layer into blocks with sides of this ratio, such as 1., or as `Blocks` says; None leaves them whole
@@ -300,17 +300,18 @@ def spectra(
         raise OpenTransError(f"The model has no convolution or linear layer to analyse{where}.")
     esd(torch.ones(1, 1), conv=conv, method=method, precision=precision)      # complains about wrong options at once
     res,mats,stored,blocks,null = [],{},{},as_blocks(aspect),as_null(null)
+    exact,floor = floor or 1e-5, floor if floor is not None else 1e-5 if blocks is None else 0.
     for k,(name,kind,w,T,groups) in enumerate(found):
         shape = _shape(w)
         res.append(Spectrum(name, kind, shape, paper=.5/norm if kind == 'conv' else 1.))
         w,stored[k] = _weight_of(res[k], w, device)
         if w is None: continue
         mats[k] = _stack(w, kind, conv, T, groups, blocks)
-    for k,(ev,how) in _solve(_cut(mats, blocks), method, precision, floor).items():
+    for k,(ev,how) in _solve(_cut(mats, blocks), method, precision, exact).items():
         res[k].keep(ev, how, _blocks_of(mats[k], blocks), floor, norm, precision, stored[k])
         if null is not None: res[k].kurtosis = round(kurtosis_of(mats[k]), 1)        # coarse, so that layers of one shape share their null
     if null is not None and null.kind == 'shuffle':
-        for k,m in mats.items(): res[k].shuffle(m, null, blocks, norm, method, precision, floor)
+        for k,m in mats.items(): res[k].shuffle(m, null, blocks, norm, method, precision, exact)
     return res
 
 # %% ../../nbs/02b_layers.ipynb #a7f2bbf2
