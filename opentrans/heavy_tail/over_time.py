@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TABLE_FILE', 'Reselect', 'plot_median', 'explore']
 
-# %% ../../nbs/02c_over_time.ipynb #6e0cf536
+# %% ../../nbs/02c_over_time.ipynb #0064ee66
 import math, threading
-from dataclasses import fields
+from dataclasses import asdict, fields
 import numpy as np
 import pandas as pd
 import torch
@@ -19,6 +19,7 @@ from ..errors import OpenTransError, optional, shorten
 from ..escape import for_html, for_plot
 from ..files import (
     check_finite, FileKind, load_metadata, load_tensors, metadata_value, save_tensors, strip_prefix)
+from .null import Null
 from .power_law import XMIN
 from .table import _BLUE, _draw_esd, _draw_ks, _RED, analyze, LayerTable, Spectrum
 from ..runtime import axes, png, Undo
@@ -112,7 +113,7 @@ def plot_median(
     ax.legend(fontsize=8, frameon=False)
     return ax
 
-# %% ../../nbs/02c_over_time.ipynb #f5c0bd17
+# %% ../../nbs/02c_over_time.ipynb #6ad55417
 TABLE_FILE = FileKind('opentrans-table', 'layer table', 'LayerTable.save')
 
 class _Row(TypedDict):
@@ -127,7 +128,10 @@ class _Row(TypedDict):
     paper: float | None
     solver: str
     reason: str
-    noise: NotRequired[float] # since opentrans 0.2
+    noise: NotRequired[float] # this and the next three since opentrans 0.2
+    stack: NotRequired[list[int]]
+    cutoff: NotRequired[float]
+    kurtosis: NotRequired[float]
     has_evals: bool
 
 class _Rule(TypedDict):
@@ -136,6 +140,11 @@ class _Rule(TypedDict):
 class _Limit(TypedDict):
     limit: int | float | None
 
+class _Compared(TypedDict):
+    kind: str
+    draws: int
+    seed: int
+
 _TABLE = dict(spectra=list[_Row], xmin=_Rule, few=int, max_aspect=_Limit, options=dict[str, Any])
 
 @patch
@@ -143,9 +152,11 @@ def save(self:LayerTable,
     path, # A .safetensors file
 ):
     "Write the spectra and how they were fitted."
-    about = [{k: v for k,v in vars(s).items() if k != 'evals'} | dict(has_evals=s.evals is not None) for s in self.spectra.values()]
+    about = [{k: v for k,v in vars(s).items() if k not in ('evals', 'shuffled')} | dict(has_evals=s.evals is not None) for s in self.spectra.values()]
     evals = {f'evals.{n}': torch.from_numpy(s.evals.copy()) for n,s in self.spectra.items() if s.evals is not None}
-    fitted = dict(xmin=dict(rule=self.xmin), few=self.few, max_aspect=dict(limit=self.max_aspect), options=self.options)
+    evals |= {f'shuffled.{n}': torch.from_numpy(s.shuffled.copy()) for n,s in self.spectra.items() if s.shuffled is not None}
+    null = {} if self.null is None else dict(null=asdict(self.null))
+    fitted = null | dict(xmin=dict(rule=self.xmin), few=self.few, max_aspect=dict(limit=self.max_aspect), options=self.options)
     save_tensors(evals, path, dict(fitted, spectra=about), TABLE_FILE)
 
 @patch(cls_method=True)
@@ -156,18 +167,23 @@ def load(cls:LayerTable,
     old = load_metadata(path).get('kind') == 'opentrans.LayerTable' # how opentrans 0.1 said what a file is
     tensors, meta = load_tensors(path, kind=None if old else TABLE_FILE)
     held = {name: metadata_value(meta, name, schema, path, constants=True) for name, schema in _TABLE.items()}
-    evals = strip_prefix('evals.', tensors)
+    null = metadata_value(meta, 'null', _Compared, path, constants=True) if 'null' in meta else None
+    evals,drawn = strip_prefix('evals.', tensors),strip_prefix('shuffled.', tensors)
     names = [row['name'] for row in held['spectra']]
     with_evals = [row['name'] for row in held['spectra'] if row['has_evals']]
-    if len(set(names)) < len(names) or sorted(with_evals) != sorted(evals) or len(evals) < len(tensors):
+    if len(set(names)) < len(names) or sorted(with_evals) != sorted(evals) or len(evals)+len(drawn) < len(tensors) or not set(drawn) <= set(evals):
         raise TABLE_FILE.damaged(path, 'its layers are not those of its eigenvalues')
-    check_finite(evals, f"the eigenvalues in '{path}'", 'Analyze the model again.')
-    made = [_spectrum(row, evals.get(row['name']), path) for row in held['spectra']]
-    return LayerTable(made, held['xmin']['rule'], held['few'], held['max_aspect']['limit'], held['options'])
+    check_finite(tensors, f"the eigenvalues in '{path}'", 'Analyze the model again.')
+    made = [_spectrum(row, evals.get(row['name']), drawn.get(row['name']), path) for row in held['spectra']]
+    return LayerTable(made, held['xmin']['rule'], held['few'], held['max_aspect']['limit'], held['options'], null and Null(**null))
 
 _NUMBERS = ('density', 'edge', 'paper') # of a spectrum; NaN where there are none
 
-def _spectrum(row, evals, path):
+def _rising(evals, axes):
+    "Is it what eigenvalues are: not negative, and ascending along the last of so many axes?"
+    return evals.dtype == torch.float64 and evals.ndim == axes and bool((evals.diff() >= 0).all()) and bool((evals >= 0).all())
+
+def _spectrum(row, evals, drawn, path):
     "One spectrum from what was saved of it. Raises `DamagedFile`."
     row, name = dict(row), shorten(row['name'])
     row.pop('has_evals')
@@ -176,10 +192,15 @@ def _spectrum(row, evals, path):
     shape = row['shape'] = tuple(row['shape'])
     smallest = 0 if evals is None else 1
     if not shape or min(shape) < smallest or math.prod(shape) > 2**62: raise TABLE_FILE.damaged(path, f"'{name}' has a shape that no weight has")
+    stack = row['stack'] = tuple(row.get('stack', ()))
+    if stack and (len(stack) != 3 or min(stack) < 1 or math.prod(stack) > 2**62): raise TABLE_FILE.damaged(path, f"'{name}' is said to be of matrices that it cannot have")
     if evals is None: return Spectrum(**row)
-    rising = evals.dtype == torch.float64 and evals.ndim == 1 and len(evals) <= math.prod(shape) and bool((evals.diff() >= 0).all())
-    if not rising or bool((evals < 0).any()): raise TABLE_FILE.damaged(path, f"the eigenvalues of '{name}' are none")
-    return Spectrum(**row | dict(evals=evals.numpy()))
+    most = stack[0]*min(stack[1:]) if stack else math.prod(shape)
+    if not _rising(evals, 1) or len(evals) > most: raise TABLE_FILE.damaged(path, f"the eigenvalues of '{name}' are none")
+    row['evals'] = evals.numpy()
+    if drawn is None: return Spectrum(**row)
+    if not stack or not _rising(drawn, 2) or drawn.shape[1] != most or not len(drawn): raise TABLE_FILE.damaged(path, f"the shuffled eigenvalues of '{name}' are none")
+    return Spectrum(**row | dict(shuffled=drawn.numpy()))
 
 # %% ../../nbs/02c_over_time.ipynb #b5854af3
 def _png(draw, size):

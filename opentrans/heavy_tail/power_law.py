@@ -75,9 +75,9 @@ class _Tails:
             best = min(best, (self.ks(cand[k]), cand[k]))
         return best[1],best[0]
 
-# %% ../../nbs/02_heavy_tail.ipynb #3fffa9ef
+# %% ../../nbs/02_heavy_tail.ipynb #b07a2cd9
 XMIN = ('ks', 'median', 'peak', 'paper') # the rules for the beginning of the tail; a number is one too
-BY = ('alpha', 'alpha*', 'random')        # the ways to choose the layers that rest (Tab. 2)
+BY = ('alpha', 'alpha*', 'random', 'z')   # the ways to choose the layers that rest: three of Tab. 2, and alpha against chance
 
 @dataclass(frozen=True, repr=False)
 class PowerLawFit:

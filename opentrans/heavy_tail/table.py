@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Spectrum', 'spectra', 'LayerTable', 'analyze', 'ks_curve', 'plot_choices']
 
-# %% ../../nbs/02b_layers.ipynb #f0bc3ea2
-import math, re
+# %% ../../nbs/02b_layers.ipynb #6e793e88
+import math, re, zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import pandas as pd
 import torch
@@ -18,6 +18,9 @@ from torch.nn.parameter import is_lazy
 from ..core import bare_modules, find_tower, layers, LayerSelection, unread
 from ..errors import OpenTransError, unknown
 from ..escape import for_html, for_plot
+from opentrans.heavy_tail.null import (
+    as_blocks, as_null, Blocks, compare_with_null, kurtosis_of, mp_quantiles, NULL_COLUMNS, random_edge, random_spectra,
+    shuffled, with_kurtosis)
 from .power_law import (
     _attempt, _dense, _eigenvalues, _exactness, _finite, _no_fit, _noise, _read, _rule, _settle, _stored_type,
     _Tails, _Unread, BY, esd, fit_power_law, matrices, mp_edges, PowerLawFit, XMIN)
@@ -25,7 +28,7 @@ from ..naming import inside, name_some
 from ..runtime import axes
 from ..towers import head_modules, head_of, trunk
 
-# %% ../../nbs/02b_layers.ipynb #ea7b97e7
+# %% ../../nbs/02b_layers.ipynb #80bd6c9e
 @dataclass
 class Spectrum:
     "The spectrum of one layer, and what is known of it besides."
@@ -40,6 +43,10 @@ class Spectrum:
     solver:str = '' # `'gram'`, `'svd'` or `'norm'`
     reason:str = '' # Why there is no spectrum, or what is odd about it
     noise:float = 0. # How far rounding may have moved the square root of an eigenvalue
+    stack:tuple = () # (matrices, rows, columns) whose eigenvalues are pooled
+    cutoff:float = 0. # Eigenvalues not above this were left out
+    kurtosis:float = 0. # Excess kurtosis of its entries, if they were compared with random ones
+    shuffled:np.ndarray = field(repr=False, default=None) # (draws, eigenvalues) of the same numbers in random order, if asked for
 
     def fit(self,
         xmin='ks', # Rule, one of `XMIN`, or a value
@@ -62,20 +69,52 @@ class Spectrum:
             return
         factor = norm if self.kind == 'conv' else 1
         total = (np.sort(ev.flatten())*factor).sum()                                 # the sum of the squared weights
+        self.stack = tuple(mats.shape)
         self.edge = mp_edges(mats.shape[1:], total/mats.numel())[1]
         settled,noise = _settle(ev, _noise(mats, ev, stored), mats.shape[1:], _exactness(ev, how, precision))
         if len(np.unique(settled[settled > 0])) == 1 < len(np.unique(ev[settled > 0])): self.reason = 'the eigenvalues differ by no more than rounding'
         self.noise = noise*math.sqrt(factor)
         tiny = _exactness(ev, 'gram', precision)
-        self._cut(np.sort(settled.flatten())*factor, floor, tiny if precision == 'fast' else 0, tiny)
+        self._cut(np.sort(settled.flatten())*factor, floor, tiny if precision == 'fast' or not floor else 0, tiny)
+
+    def shuffle(self, mats, null, blocks, norm, *options):
+        "Take the eigenvalues of its matrices with their numbers in random order, as often as a `Null` says."
+        if self.evals is None: return
+        rng = torch.Generator().manual_seed(null.seed*1_000_003 + zlib.crc32(self.name.encode()))
+        drawn = [_solve([(0, _blocks_of(shuffled(mats, rng), blocks))], *options)[0][0] for _ in range(null.draws)]
+        if any(ev is None for ev in drawn): return
+        flat = np.stack([ev.double().cpu().numpy().ravel() for ev in drawn])
+        self.shuffled = np.sort(flat, 1).clip(0)*(norm if self.kind == 'conv' else 1)
 
     def _cut(self, raw, floor, least, tiny):
         "Leave out what is below the floor; if all is, what is below `tiny` times the largest."
-        self.evals = raw[raw > max(floor/self.paper, least*raw[-1])]
-        if not self.evals.size:
-            self.evals = raw[raw > tiny*raw[-1]]
+        self.cutoff = float(max(floor/self.paper, least*raw[-1]))
+        if raw[-1] <= self.cutoff:
+            self.cutoff = float(tiny*raw[-1])
             self.reason = self.reason or f'all eigenvalues are below {floor:g}, so the floor is relative to the largest'
+        self.evals = raw[raw > self.cutoff]
         self.n_zero = raw.size - self.evals.size
+
+    @property
+    def variance(self)->float:
+        "Mean square of the entries of its matrices, on the scale of the eigenvalues."
+        return self.edge/mp_edges(self.stack[1:])[1]
+
+    def random(self,
+        null, # A `Null`
+    )->np.ndarray: # (draws, eigenvalues), ascending; none if there is nothing to compare with
+        "Spectra of random matrices of its shape, variance and kurtosis, or of its own numbers in random order."
+        if null.kind == 'shuffle': return np.zeros((0, 0)) if self.shuffled is None else self.shuffled
+        if self.evals is None or not self.stack: return np.zeros((0, 0))
+        normal = mp_quantiles(self.stack)[None] if null.kind == 'mp' else random_spectra(self.stack, null.draws, null.seed)
+        return with_kurtosis(normal, self.stack, self.kurtosis)*self.variance
+
+    def random_edge(self,
+        null, # A `Null`
+    )->float:
+        "What the largest eigenvalue stays below by chance: in 99 of 100 random layers, or in all shuffled ones."
+        if null.kind == 'shuffle': return float(self.shuffled[:,-1].max())
+        return random_edge(self.stack)*self.variance
 
 # %% ../../nbs/02b_layers.ipynb #59baf569
 _HELPER = re.compile(r'weight_(g|u|mask|scale\w*|zero_point\w*)$')                # what stands beside a weight, and is none
@@ -209,7 +248,7 @@ def _solve(jobs, *options, size=2**22):
             else: res |= {k: (e,how) for (k,_),e in zip(part, ev.split([len(m) for _,m in part]))}
     return res
 
-# %% ../../nbs/02b_layers.ipynb #7b476176
+# %% ../../nbs/02b_layers.ipynb #dd8e07a0
 def _shape(w):
     "The shape of a weight; (0,) for one that has none, because it is not initialised or could not be put together."
     return (0,) if isinstance(w, _Unread) or is_lazy(w) else tuple(w.shape)
@@ -227,14 +266,29 @@ def _weight_of(s, w, device):
     elif not s.density: s.reason = 'all weights are zero'
     return (None,None) if s.reason else (w,_stored_type(w, stored))
 
+_NARROW = 16 # slices of a kernel with fewer rows or columns are no matrices to cut into blocks
+
+def _stack(w, kind, conv, transposed, groups, blocks):
+    "The matrices of a layer. To be cut into blocks, a kernel with narrow slices, such as a depthwise one, is read flat: a row a filter."
+    if kind == 'experts': return w.mT if transposed else w
+    mats = matrices(w, conv, transposed, groups)
+    if blocks is None or w.ndim < 3 or min(mats.shape[1:]) >= _NARROW: return mats
+    return matrices(w, 'flatten', transposed, groups)
+
+def _blocks_of(mats, blocks): return mats if blocks is None else blocks.cut(mats)
+
+def _cut(mats, blocks): return [(k, _blocks_of(m, blocks)) for k,m in mats.items()]
+
 def spectra(
     model, # Any `nn.Module` (read in its tower, as `layers` does), or a state dict
     conv:str='slices', # `'slices'`: (out, in) matrices, one a kernel position, as the paper; `'flatten'`
     norm:float=1., # Factor on a convolution's eigenvalues; the paper takes 0.5
     skip=None, # Modules to leave out, by name or pattern; None: the head (attention pool, projection, classifier), as `prunable` does; `()` takes all
-    floor:float=1e-5, # Eigenvalues not above this, on the paper's scale, count as zero
+    floor:float=None, # Eigenvalues not above this, on the paper's scale, count as zero; None: 1e-5, and in blocks nothing but what arithmetic cannot tell from zero
     method:str='auto', # `'gram'`, `'svd'` or `'auto'`, as in `esd`
     precision:str='double', # `'double'` or `'fast'`, as in `esd`
+    aspect=None, # Cut every layer into blocks with sides of this ratio, such as 1., or as `Blocks` says; None leaves them whole
+    null=None, # With `'shuffle'`, also the spectra of each layer's numbers in random order; a `Null`
     embeddings:bool=False, # Embedding tables too?
     split_groups:bool=False, # Take grouped convolutions apart, group by group? The paper does not
     device=None, # Where to compute; None: where each weight is
@@ -245,17 +299,22 @@ def spectra(
         where = f" outside {', '.join(_head(model, skip))}" if _head(model, skip) else ''
         raise OpenTransError(f"The model has no convolution or linear layer to analyse{where}.")
     esd(torch.ones(1, 1), conv=conv, method=method, precision=precision)      # complains about wrong options at once
-    res,mats,stored = [],{},{}
+    res,mats,stored,blocks,null = [],{},{},as_blocks(aspect),as_null(null)
+    exact,floor = floor or 1e-5, floor if floor is not None else 1e-5 if blocks is None else 0.
     for k,(name,kind,w,T,groups) in enumerate(found):
         shape = _shape(w)
         res.append(Spectrum(name, kind, shape, paper=.5/norm if kind == 'conv' else 1.))
         w,stored[k] = _weight_of(res[k], w, device)
         if w is None: continue
-        mats[k] = matrices(w, conv, T, groups) if kind != 'experts' else w.mT if T else w
-    for k,(ev,how) in _solve(mats.items(), method, precision, floor).items(): res[k].keep(ev, how, mats[k], floor, norm, precision, stored[k])
+        mats[k] = _stack(w, kind, conv, T, groups, blocks)
+    for k,(ev,how) in _solve(_cut(mats, blocks), method, precision, exact).items():
+        res[k].keep(ev, how, _blocks_of(mats[k], blocks), floor, norm, precision, stored[k])
+        if null is not None: res[k].kurtosis = round(kurtosis_of(mats[k]), 1)        # coarse, so that layers of one shape share their null
+    if null is not None and null.kind == 'shuffle':
+        for k,m in mats.items(): res[k].shuffle(m, null, blocks, norm, method, precision, exact)
     return res
 
-# %% ../../nbs/02b_layers.ipynb #f36f7d73
+# %% ../../nbs/02b_layers.ipynb #a7f2bbf2
 _COLUMNS = ['kind', 'shape', 'params', 'density', 'n_evals', 'n_zero', 'alpha', 'xmin', 'D', 'sigma', 'n_tail', 'spectral_norm', 'stable_rank',
             'log_norm', 'alpha_weighted', 'edge', 'over_trained', 'solver', 'status', 'reason']
 
@@ -267,11 +326,16 @@ class LayerTable:
         few:int=50, # Below this number of eigenvalues a fit is marked as `'few'`
         max_aspect:float=None, # Leave out linear layers at least this many times longer than wide; None: 8 under the rule `'paper'`, else none
         options:dict=None, # How the spectra were made, for the record
+        null=None, # A `Null` to compare each alpha with
     ):
         self.spectra,self.xmin,self.few,self.options = {s.name: s for s in spectra},xmin,few,dict(options or {})
+        self.null,shared = as_null(null),{}
         self.max_aspect = 8 if max_aspect is None and _rule(xmin) == 'paper' else max_aspect
         self.fits = {s.name: self._fit(s) for s in spectra}
         self.frame = pd.DataFrame([self._row(s, self.fits[s.name]) for s in spectra], index=pd.Index(list(self.spectra), name='layer'), columns=_COLUMNS)
+        if self.null is not None:
+            rows = [self._against_null(s, self.fits[s.name], shared) for s in spectra]
+            self.frame[list(NULL_COLUMNS)] = pd.DataFrame(rows, index=self.frame.index, columns=NULL_COLUMNS)
 
     def _fit(self, s):
         if s.evals is None or s.kind != 'linear' or not self.max_aspect: return s.fit(self.xmin)
@@ -295,16 +359,32 @@ class LayerTable:
         top,total = float(s.evals[-1]),float(s.evals.sum())
         return r | dict(n_evals=s.evals.size, spectral_norm=top, stable_rank=total/top, log_norm=math.log10(total), alpha_weighted=f.alpha*math.log10(top))
 
+    def _random_alphas(self, s, shared):
+        "(alphas, standard error) of random spectra by the table's own rule. Layers of one shape share them where scale does not matter."
+        drawn,cutoff = s.random(self.null),s.cutoff
+        whole = drawn.size and drawn.min() > cutoff
+        key = (s.stack, s.kurtosis) if whole and self.null.kind != 'shuffle' and _rule(self.xmin) in ('ks', 'median', 'peak') else s.name
+        if key not in shared:
+            fits = [replace(s, evals=x[x > cutoff], noise=0.).fit(self.xmin) for x in drawn]
+            shared[key] = np.array([f.alpha for f in fits]),fits[0].sigma if fits else math.nan
+        return shared[key]
+
+    def _against_null(self, s, f, shared):
+        "The columns of `null` for one layer."
+        alphas,sigma = self._random_alphas(s, shared)
+        if not len(alphas) or not f.ok: return {}
+        return compare_with_null(f.alpha, s.evals, alphas, sigma, s.random_edge(self.null))
+
     def to_frame(self)->pd.DataFrame:
         "The table, indexed by layer name. `spectral_norm` is the largest eigenvalue, as in the paper's code and WeightWatcher."
         return self.frame.copy()
 
     def refit(self,
         xmin='ks', # Rule, one of `XMIN`, or a number
-        **kw, # `few`, `max_aspect`
+        **kw, # `few`, `max_aspect`, `null` (any but `'shuffle'`, which has to be asked for when eigenvalues are computed)
     ): # A new `LayerTable` of the same spectra
         "Fit again by another rule, without computing eigenvalues again."
-        return LayerTable(list(self.spectra.values()), xmin, **(dict(few=self.few, options=self.options) | kw))
+        return LayerTable(list(self.spectra.values()), xmin, **(dict(few=self.few, options=self.options, null=self.null) | kw))
 
     def only(self,
         names, # Names of layers, such as those that are trained; names that the table does not hold are passed over
@@ -313,7 +393,7 @@ class LayerTable:
         names = {*names}
         kept = [s for name,s in self.spectra.items() if name in names]
         if not kept: raise OpenTransError(f"None of the {len(self.spectra)} layers of the table is among the names given, such as {name_some(sorted(names), 3) or 'none'}.")
-        return LayerTable(kept, self.xmin, self.few, self.max_aspect, self.options)
+        return LayerTable(kept, self.xmin, self.few, self.max_aspect, self.options, self.null)
 
     @property
     def unread(self)->dict:
@@ -329,7 +409,7 @@ class LayerTable:
         if name not in self.spectra: raise unknown('layer', name, self.spectra)
         return name
 
-# %% ../../nbs/02b_layers.ipynb #966b1a58
+# %% ../../nbs/02b_layers.ipynb #fdb6fe11
 def analyze(
     model, # Any `nn.Module`, a framework or a `ClipBackbone` (read in its image tower), or a state dict
     xmin='ks', # Rule for the beginning of the tail: `'ks'`, `'median'`, `'peak'`, `'paper'` or a number; see `fit_power_law`
@@ -338,14 +418,18 @@ def analyze(
     skip=None, # Modules to leave out, by name or pattern; None: the head (attention pool, projection, classifier), as `prunable` does; `()` takes all
     few:int=50, # Below this number of eigenvalues a fit is marked as `'few'`
     max_aspect:float=None, # Leave out linear layers at least this many times longer than wide; None: 8 under the rule `'paper'`, else none
+    aspect=None, # Read every layer in blocks with sides of this ratio, such as 1., so that its shape does not move alpha; or `Blocks`
+    null=None, # Compare alpha with that of random matrices: `'gaussian'`, `'shuffle'`, `'mp'` or a `Null`; adds `alpha_null`, `sd`, `z`, `excess`, `spikes`
     **options, # `floor`, `method`, `precision`, `embeddings`, `split_groups`, `device` of `spectra`
 )->LayerTable: # A row a layer
     "Spectrum and power law of every layer (Sec. 3.3.2). A layer without a fit is a row of NaN with a reason. Raises `OpenTransError`."
     _rule(xmin)
-    made = spectra(model, conv, norm, skip, **options)
+    blocks,null = as_blocks(aspect),as_null(null)
+    made = spectra(model, conv, norm, skip, aspect=blocks, null=null, **options)
     said = dict(options, conv=conv, norm=norm, skip=skip if skip is None else list(_head(model, skip)))
     if 'device' in options: said['device'] = str(options['device'])
-    return LayerTable(made, xmin, few, max_aspect, said | dict(unread=_not_read(model, {s.name for s in made}, skip)))
+    if blocks is not None: said['aspect'] = asdict(blocks)
+    return LayerTable(made, xmin, few, max_aspect, said | dict(unread=_not_read(model, {s.name for s in made}, skip)), null)
 
 @patch
 def _about(self:LayerTable):
@@ -356,7 +440,9 @@ def _about(self:LayerTable):
     return f"{len(self)} layers, xmin by {self.xmin!r}, median alpha {self.median:.3f}" + (f" ({', '.join(notes)})" if notes else '')
 
 @patch
-def _short(self:LayerTable): return self.frame[['kind', 'shape', 'n_evals', 'alpha', 'sigma', 'xmin', 'D', 'n_tail', 'stable_rank', 'status']]
+def _short(self:LayerTable):
+    null = list(NULL_COLUMNS) if self.null is not None else []
+    return self.frame[['kind', 'shape', 'n_evals', 'alpha', 'sigma', *null, 'xmin', 'D', 'n_tail', 'stable_rank', 'status']]
 
 @patch
 def __repr__(self:LayerTable): return f"LayerTable: {self._about()}\n{self._short().to_string(float_format='{:.3g}'.format)}"
@@ -451,25 +537,35 @@ def plot_grid(self:LayerTable,
         ax.set_title(for_plot(name if len(name) < 34 else '...'+name[-32:]), fontsize=7)
     return axs
 
-# %% ../../nbs/02b_layers.ipynb #83bb765e
+# %% ../../nbs/02b_layers.ipynb #1714eabf
+@patch
+def _check_order(self:LayerTable, by):
+    "Raises `OpenTransError` for a column that layers cannot be chosen by."
+    name = by.removesuffix('*') if isinstance(by, str) else by
+    if name in NULL_COLUMNS and self.null is None:
+        raise OpenTransError(f"The table has no column '{name}'. Make it with null='gaussian', or another of `Null`, to compare alpha with chance.")
+    numbers = [c for c in self.frame if self.frame[c].dtype.kind in 'if']
+    if name not in numbers: raise unknown('way to choose layers', by, dict.fromkeys([*BY, *numbers]))
+
 @patch
 def select(self:LayerTable,
     freeze:float=.5, # Share of the layers with a fit that rest (Tab. 10 tries 0.25, 0.5 and 0.75)
-    by:str='alpha', # `'alpha'`: those with small alpha rest (the paper's choice); `'alpha*'`: those with large alpha; `'random'` (Tab. 2)
+    by:str='alpha', # `'alpha'`: those with small alpha rest (the paper's choice); `'alpha*'`: those with large alpha; `'random'` (Tab. 2); `'z'`: those with small alpha for their shape, in a table with a `null`; any other column of numbers, with a star for large ones
     seed:int=0, # Of the random choice
 )->LayerSelection: # Layers without a fit are trained
     "Choose the layers to train (Sec. 3.3.2): at 0.5, those with alpha strictly below the median rest. Raises `OpenTransError`."
-    if by not in BY: raise unknown('way to choose layers', by, BY)
+    if by != 'random': self._check_order(by)
     if not 0 <= freeze <= 1: raise OpenTransError(f"freeze={freeze} is no share of layers. Give a number from 0 to 1.")
     frame = self.frame[self.frame.kind != 'embedding']
-    alpha = frame.alpha.dropna()
+    alpha = frame['alpha' if by == 'random' else by.removesuffix('*')].astype(float)[frame.alpha.notna()].dropna()
     if not len(alpha): raise OpenTransError("No layer has a fit, so there is nothing to choose by. The column 'reason' of the table says why.")
     k = math.floor(freeze*len(alpha) + 1e-9)
     if by == 'random': rest = set(np.random.default_rng(seed).permutation(alpha.index.to_numpy(dtype=object))[:k])
     else:
-        key = alpha if by == 'alpha' else -alpha
+        key = -alpha if by.endswith('*') else alpha
         rest = set(key.index if k == len(key) else key.index[key < key.sort_values().iloc[k]])
-    rule = f"{by}, {freeze:.0%} of {len(alpha)} layers frozen, xmin by {self.xmin}" + (f", seed {seed}" if by == 'random' else '')
+    null = f", against {self.null.kind}" if self.null is not None and by.removesuffix('*') in NULL_COLUMNS else ''
+    rule = f"{by}, {freeze:.0%} of {len(alpha)} layers frozen, xmin by {self.xmin}{null}" + (f", seed {seed}" if by == 'random' else '')
     return LayerSelection([n for n in frame.index if n not in rest], [n for n in frame.index if n in rest], rule)
 
 # %% ../../nbs/02b_layers.ipynb #35a9a355

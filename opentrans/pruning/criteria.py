@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CRITERIA', 'criterion', 'weight_magnitude', 'snip', 'sensitivity']
 
-# %% ../../nbs/01d_criteria.ipynb #afcf21aa
+# %% ../../nbs/01d_criteria.ipynb #c05d171c
 import inspect
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from ..core import layers
 from ..errors import OpenTransError, unknown
-from .mask import _choose, _dense_info, _info, _magnitudes, _name_of, _share, _size, SparseMask
+from .mask import _choose, _dense_info, _density, _info, _magnitudes, _name_of, _size, SparseMask
 from .places import prunable
 
 # %% ../../nbs/01d_criteria.ipynb #c7ab01e4
@@ -99,20 +99,20 @@ def sensitivity(model, losses=None, **kwargs):
         for n in g: total[n] = total.get(n, 0) + g[n].abs().square()
     return {l.name: _size(l.weight)*total[l.name].sqrt() for l in found}
 
-# %% ../../nbs/01d_criteria.ipynb #967b269e
+# %% ../../nbs/01d_criteria.ipynb #d1cf8f40
 @patch(cls_method=True)
 @delegates(prunable)
 def by(cls:SparseMask,
     criterion, # A name in `CRITERIA`, or a function like those there
     model:nn.Module, # Any model
-    density:float, # Share of the weights that stay, in (0, 1]
+    density, # Share of the weights that stay, in (0, 1]; or one for each layer, by name, as `LayerTable.densities` gives
     losses=None, # Function of the model that yields one scalar loss a batch, for criteria that look at data
     scope:str='global', # Who competes, as in `magnitude`
     **kwargs,
 ):
     "Keep the weights that a criterion finds best, in one shot. Raises `OpenTransError` for an unknown criterion, or losses that are not given."
     name,f = _criterion(criterion)
-    density,found = _share(density),prunable(model, **kwargs)
+    density,found = _density(density),prunable(model, **kwargs)
     info = _info(model, found, method=name, scope=scope) | _dense_info(model, **kwargs)
     if losses is not None: info |= _threads()
     return cls(_choose(_ask_criterion(f, model, losses, **kwargs), density, scope, layers(model)), info)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['MASK_FILE', 'weights_digest', 'SparseMask', 'compare_masks', 'plot_overlap']
 
-# %% ../../nbs/01_pruning.ipynb #28368b61
+# %% ../../nbs/01_pruning.ipynb #f65202cb
 import hashlib, json, math, re
+from collections.abc import Mapping
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -65,12 +66,39 @@ def _keep_best(
         kept[n][ties] = True; need -= len(ties)
     return {n: k.reshape(scores[n].shape).cpu() for n,k in kept.items()},thr
 
-# %% ../../nbs/01_pruning.ipynb #e3226c6a
+# %% ../../nbs/01_pruning.ipynb #881ebc58
 def _share(x, what='density', one=True):
     "Check a number of (0, 1]."
     ok = isinstance(x, (int, float, np.number)) and not isinstance(x, bool) and 0 < x and (x <= 1 if one else x < 1)
     if not ok: raise OpenTransError(f"{what} must be a number in (0, 1{']' if one else ')'}, not {x!r}. For one tenth of the weights write 0.1.")
     return float(x)
+
+def _density(density):
+    "Check a density: a share, or a dict of name -> share."
+    if not isinstance(density, Mapping): return _share(density)
+    if not density: raise OpenTransError("The densities are empty. Give a share for each layer, as LayerTable.densities does.")
+    return {clean_name(n): _share(d, f'the density of {n}') for n,d in density.items()}
+
+def _shares_of(density, names):
+    "The share of each of the named layers, of a dict that may have more. Raises `OpenTransError` if it lacks some."
+    lack = [n for n in names if n not in density]
+    if lack: raise OpenTransError(f"The densities name no share for {len(lack)} layers: {', '.join(lack[:4])}. Give one for each layer that is pruned.")
+    return {n: density[n] for n in names}
+
+def _counts(sizes, shares, keep=None, most=None):
+    "How many weights each layer keeps, at least one and at most `most`: its share, rounded so that the sum is `keep`."
+    exact,most = {n: sizes[n]*shares[n] for n in sizes},most or sizes
+    counts = {n: max(1, min(most[n], math.floor(v + 1e-9))) for n,v in exact.items()}
+    more = (round(sum(exact.values())) if keep is None else keep) - sum(counts.values())
+    step = 1 if more > 0 else -1
+    for n in sorted(exact, key=lambda n: step*(counts[n]-exact[n])):
+        if more and 1 <= counts[n]+step <= most[n]: counts[n],more = counts[n]+step,more-step
+    return counts
+
+def _keep_each(scores, counts, alive=None):
+    "As `_keep_best`, so many of each layer."
+    each = {n: _keep_best({n: s}, counts[n], alive and {n: alive[n]}) for n,s in scores.items()}
+    return {n: found[n] for n,(found,_) in each.items()}, max(threshold for _,threshold in each.values())
 
 def _bytes_of(t):
     "The numbers of a tensor as bytes, in the order of its axes, however it lies in memory."
@@ -174,7 +202,7 @@ def only(self:SparseMask,
     if not hit: raise OpenTransError(f"No layer matches {patterns}. The mask has: {', '.join(self.names[:6])} ...")
     return SparseMask(hit, dict(self.info, only=list(patterns)))
 
-# %% ../../nbs/01_pruning.ipynb #5f9b7a6e
+# %% ../../nbs/01_pruning.ipynb #b4e460da
 def _size(t):
     "Magnitudes of weights; types of one byte have none of their own."
     t = t.detach()
@@ -198,9 +226,17 @@ def _best_channels(s, share):
     keep = _keep_best(dict(rows=rows), max(1, round(share*len(rows))))[0]['rows']
     return keep.reshape(-1, *[1]*(s.ndim-1)).expand(s.shape).contiguous()
 
+def _choose_each(scores, density, scope, found):
+    "As `_choose`, with a density for each layer."
+    shares = _shares_of(density, list(scores))
+    if scope == 'global': return _keep_each(scores, _counts({n: s.numel() for n,s in scores.items()}, shares))[0]
+    if scope not in ('layer', 'channel'): raise OpenTransError(f"Scope '{scope}' has a density of its own. Give one density, or take the scope 'layer'.")
+    return {n: _choose({n: s}, shares[n], scope, found)[n] for n,s in scores.items()}
+
 def _choose(scores, density, scope='global', found=()):
     """Masks of a density, when the weights of a scope compete: of all layers, of a layer, whole output channels of a layer,
     or N of M inputs. `found` are the layers, which know where outputs and inputs are."""
+    if isinstance(density, Mapping): return _choose_each(scores, density, scope, found)
     count = lambda n: max(1, round(density*n))
     if scope == 'global': return _keep_best(scores, count(sum(s.numel() for s in scores.values())))[0]
     if scope == 'layer': return {n: _keep_best({n: s}, count(s.numel()))[0][n] for n,s in scores.items()}
@@ -230,16 +266,16 @@ def ones(cls:SparseMask,
 @delegates(prunable)
 def magnitude(cls:SparseMask,
     model:nn.Module, # Any model
-    density:float, # Share of the weights that stay, in (0, 1]
+    density, # Share of the weights that stay, in (0, 1]; or one for each layer, by name, as `LayerTable.densities` gives
     scope:str='global', # Who competes: `'global'` all weights, `'layer'` those of a layer, `'channel'` whole output channels of a layer, `'2:4'` every four inputs
     **kwargs,
 ):
     "Keep the weights of largest magnitude, in one shot. Raises `OpenTransError` for a density outside (0, 1]."
-    density,found = _share(density),prunable(model, **kwargs)
+    density,found = _density(density),prunable(model, **kwargs)
     info = _info(model, found, method='magnitude', scope=scope)
     return cls(_choose(_magnitudes(found), density, scope, found), info | _dense_info(model, **kwargs))
 
-# %% ../../nbs/01_pruning.ipynb #782765a5
+# %% ../../nbs/01_pruning.ipynb #26204ef5
 def _matched(like, density):
     "How many weights to keep in each layer of `like`, so that the sum has the density: its own counts, scaled if need be."
     size,kept = {n: m.numel() for n,m in like.items()},{n: int(m.sum()) for n,m in like.items()}
@@ -256,13 +292,14 @@ def _matched(like, density):
 @delegates(prunable)
 def random(cls:SparseMask,
     model:nn.Module, # Any model
-    density:float=None, # Share of the weights that stay; None takes that of `like`
+    density=None, # Share of the weights that stay, or one for each layer by name; None takes that of `like`
     seed:int=0, # The same seed gives the same mask, on every machine
     like:SparseMask=None, # A mask whose number of weights in each layer is copied ("layer-matched")
     **kwargs,
 ):
     "Keep weights at random: over all layers together, or as many in each layer as another mask. Raises `OpenTransError` for a density outside (0, 1]."
-    if density is not None or like is None: density = _share(density)
+    if isinstance(density, Mapping) and like is not None: raise OpenTransError("Densities of layers and a mask to copy them from: give one of the two.")
+    if density is not None or like is None: density = _density(density)
     g = torch.Generator().manual_seed(seed if like is None else seed ^ 0x5bd1e995)      # the two kinds of random mask are independent
     found = prunable(model, **kwargs) if like is None else None
     shapes = {l.name: l.weight.shape for l in found} if like is None else like.shapes

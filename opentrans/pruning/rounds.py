@@ -6,8 +6,9 @@
 __all__ = ['MOST_ROUNDS', 'IMP_FILE', 'START_FILE', 'ROUND_FILE', 'geometric_schedule', 'Within', 'imp', 'plot_history',
            'cubic_schedule']
 
-# %% ../../nbs/01e_imp.ipynb #6b262525
+# %% ../../nbs/01e_imp.ipynb #76e5d715
 import contextlib, inspect, math, os, re, signal, sys, time, warnings, weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 import numpy as np
@@ -25,8 +26,9 @@ from ..files import (
     check_finite, check_like, checksum, FileKind, lock_folder, metadata_value, not_finite, pack_bits, RunFile,
     save_json, strip_prefix as under, unpack_bits)
 from .criteria import _criterion, _scores
-from .mask import (
-    _dense_info, _keep_best, _name_of, _share, _told, _unpacked, SparseMask, weights_digest)
+from opentrans.pruning.mask import (
+    _counts, _dense_info, _density, _keep_best, _keep_each, _name_of, _share, _shares_of, _told, _unpacked, SparseMask,
+    weights_digest)
 from .places import prunable
 from ..runtime import axes, device_of, handling, progress, seeded
 
@@ -455,7 +457,7 @@ def _check_rewind(rewind, model):
                              "Give a whole model.state_dict().")
     check_like({k: rewind[k] for k in own}, own, 'rewind', 'state to rewind to', finite=False)
 
-# %% ../../nbs/01e_imp.ipynb #f7836fc1
+# %% ../../nbs/01e_imp.ipynb #d9263032
 def _check_schedule(schedule):
     "The densities of a schedule that is given. Raises `OpenTransError` if it rises, or has more than 10,000 rounds."
     if not isinstance(schedule, (list, tuple, np.ndarray, torch.Tensor)):
@@ -467,11 +469,23 @@ def _check_schedule(schedule):
         raise OpenTransError(f"A schedule of densities must not rise, but this does: {shorten(plan)}.")
     return plan
 
+def _whole_density(each, model, **kwargs):
+    "The density of all prunable weights that densities of layers add up to, and those of the layers that are pruned."
+    sizes = {l.name: l.weight.numel() for l in prunable(model, **kwargs)}
+    shares = _shares_of(each, list(sizes))
+    return sum(_counts(sizes, shares).values())/sum(sizes.values()), shares
+
+def _on_the_way(each, now, end, mask, keep):
+    "How many weights each layer keeps after a round: what it is to lose grows in proportion to what all lose."
+    sizes,alive = {n: m.numel() for n,m in mask.items()},{n: int(m.sum()) for n,m in mask.items()}
+    grown = (1-now)/(1-end)
+    return _counts(sizes, {n: 1-(1-d)*grown for n,d in each.items()}, keep, alive)
+
 @delegates(prunable)
 def imp(
     model:nn.Module, # A tower, or anything that holds one; ends with the weights that the last round left, masked
     train, # `train(model, round)` or `train(model)`: train the model in place for t iterations with an optimizer of its own; may return numbers for the history. What it keeps between rounds is stored if it has `state_dict` and `load_state_dict`; an argument `within`, by name alone, is given a `Within`
-    density:float=.1, # Share of the weights to end with, in (0, 1]: the paper's sparsity level s
+    density=.1, # Share of the weights to end with, in (0, 1]: the paper's sparsity level s; or one for each layer, by name, as `LayerTable.densities` gives
     p:float=.1, # Share of the remaining weights that a round drops
     rewind=None, # None keeps the trained weights; `'start'`, a state dict, or a function that trains the model to an early iteration
     checkpoint_dir=None, # Folder that a run is continued from after any interruption; None for none
@@ -485,7 +499,10 @@ def imp(
     **kwargs,
 )->tuple: # (`SparseMask`, history as a `DataFrame`)
     "Iterative pruning (paper Algorithm 1): train, drop the least of the remaining weights, repeat. Raises `OpenTransError` to continue with other settings, and for a round that is not finite."
-    plan = geometric_schedule(density, p, exact) if schedule is None else _check_schedule(schedule)
+    each = _density(density) if isinstance(density, Mapping) else None
+    if each and schedule is not None: raise OpenTransError("Densities of layers say where a run ends, and so does a schedule: give one of the two.")
+    if each: density,each = _whole_density(each, model, **kwargs)
+    plan = geometric_schedule(density, p, exact or bool(each)) if schedule is None else _check_schedule(schedule)
     scored_by,score = _criterion(criterion)
     check_number('seed', seed, 0, whole=True)
     check_number('checkpoint_every', checkpoint_every, 0, whole=True)
@@ -499,6 +516,7 @@ def imp(
     told = {**(s if isinstance(s := getattr(train, 'settings', None), dict) else {}), **(settings or {})}
     found.update({f'train.{k}' if k in found else k: v for k,v in told.items()})
     if losses is not None: found['losses'] = _name_of(losses)
+    if each: found['densities'] = each
     def digest(): return weights_digest(prunable(model, **kwargs))
     run = _Run(checkpoint_dir, found, plan, rewind, bare, digest)
     with run.held():
@@ -507,7 +525,10 @@ def imp(
             began = time.perf_counter()
             within = Within(run, r, checkpoint_every) if run.folder and _takes_within(train) else None
             keep = max(1, round(plan[r]*mask.total))
-            def choose(): return _keep_best(_scores(score, mask, model, losses, **kwargs), keep, mask.masks)
+            def choose():
+                scores = _scores(score, mask, model, losses, **kwargs)
+                if each is None: return _keep_best(scores, keep, mask.masks)
+                return _keep_each(scores, _on_the_way(each, plan[r], density, mask, keep), mask.masks)
             with seeded(seed+r):                                       # a criterion may draw numbers, too
                 with mask.apply(model): out = _train_round(train, model, r, within)
                 _together(lambda: _check_round(bare, run.still, r, out))
@@ -518,7 +539,7 @@ def imp(
             _share_state(bare)
             history.append(_tell(_row(r, mask, threshold, out, began)))
             run.save(mask, history, train)
-    mask.info = {k: v for k,v in found.items() if k not in ('layers', 'schedule')}
+    mask.info = {k: v for k,v in found.items() if k not in ('layers', 'schedule', 'densities')}
     mask.info.update(method='imp', backbone=type(find_tower(model)).__name__, weights=run.digest, torch=torch.__version__)
     mask.info.update(run.here(), **_dense_info(model, **kwargs))
     return mask,pd.DataFrame(history, columns=None if history else ['round', 'density', 'kept', 'threshold'])

@@ -83,28 +83,40 @@ def _unpacked(loaded, regions, device):
     "Batches of the samples that other processes have read, most of which come packed."
     for samples in loaded: yield collate([unpack(s, regions, device) if 'segments' in s else s for s in samples])
 
-# %% ../../nbs/training/41_finetune.ipynb #63e0ae57
+# %% ../../nbs/training/41_finetune.ipynb #1a0e5e8b
+def _layer_values(per_layer):
+    "The `LayerValues` of an argument, none, one or several, one of each kind. Raises `OpenTransError`."
+    values = [] if per_layer is None else [per_layer] if hasattr(per_layer, 'factors') else list(per_layer)
+    kinds = [getattr(v, 'what', type(v).__name__) for v in values]
+    if set(kinds) <= {'lr', 'weight_decay'} and len(set(kinds)) == len(kinds): return values
+    raise OpenTransError(f"per_layer holds {', '.join(map(str, kinds))}: give what lr_groups and decay_groups of a LayerTable made, one of each at most.")
+
 def param_groups(
     framework, # A `Framework` in which all freezing has been done
     recipe:Recipe, # Rates
+    per_layer=(), # `LayerValues` of learning rates and of weight decay, which say how much more or less of the recipe's some layers get
 )->list: # Groups for an optimizer: 'backbone' and 'head', each with and without weight decay
     "The parameters that learn, each once, with their learning rate and weight decay."
     inside,plain,groups = {id(p) for p in framework.backbone.parameters()},set() if recipe.decay_norms else undecayed_params(framework),{}
+    more = {values.what: values.factors(framework) for values in _layer_values(per_layer)}
+    faster,decaying = more.get('lr', {}),more.get('weight_decay', {})
     for n,p in framework.named_parameters():
         if not p.requires_grad: continue
         part,decay = 'backbone' if id(p) in inside else 'head',0. if id(p) in plain else recipe.weight_decay
-        base = recipe.lr*(recipe.backbone_lr if part == 'backbone' else 1.)
-        groups.setdefault((part, decay), dict(params=[], name=part, lr=base, base=base, weight_decay=decay))['params'].append(p)
+        base = recipe.lr*(recipe.backbone_lr if part == 'backbone' else 1.)*faster.get(id(p), 1.)
+        decay *= decaying.get(id(p), 1.)
+        groups.setdefault((part, decay, base), dict(params=[], name=part, lr=base, base=base, weight_decay=decay))['params'].append(p)
     if not groups: raise OpenTransError("Nothing learns: every parameter is frozen. Check the layer selection, backbone_lr and norm of the recipe.")
     return list(groups.values())
 
 def build_optimizer(
     framework, # A `Framework` in which all freezing has been done
     recipe:Recipe, # Which optimizer, and its rates
+    per_layer=(), # As in `param_groups`
 )->torch.optim.Optimizer:
     "SGD or AdamW over `param_groups`."
     fused = device_of(framework).type in ('cpu', 'cuda')
-    groups = param_groups(framework, recipe)
+    groups = param_groups(framework, recipe, per_layer)
     if recipe.optimizer == 'sgd': return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
 
@@ -127,7 +139,7 @@ def train_mode(framework, recipe:Recipe):
         for m in framework.backbone.modules():
             if isinstance(m, BATCH_NORMS): m.eval()
 
-# %% ../../nbs/training/41_finetune.ipynb #6dd326e5
+# %% ../../nbs/training/41_finetune.ipynb #3bbdba21
 def _digest(x): return hashlib.sha256(json.dumps(x, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 def run_settings(
@@ -135,6 +147,7 @@ def run_settings(
     data, # Data set
     recipe:Recipe, # How
     selection=None, # `LayerSelection`, if one is in force
+    per_layer=(), # `LayerValues`, if some are given
 )->dict: # What must be the same for a run to be resumed
     "The settings of a run, as plain values."
     names = list(getattr(data.vocabulary, 'names', data.vocabulary))
@@ -143,7 +156,7 @@ def run_settings(
     return dict(r, framework=type(framework).__name__, parameters=_digest([(n, list(p.shape)) for n,p in framework.named_parameters()]),
                 data=f"{getattr(data, 'name', type(data).__name__)}, {len(data)} samples, {len(names)} classes {_digest(names)}",
                 selection='' if selection is None else f"{selection.rule}: {len(selection.freeze)} frozen {_digest([sorted(selection.train), sorted(selection.freeze)])}",
-                weights_at_zero=zeros)
+                weights_at_zero=zeros, **{f'{v.what}_of_layers': f"{v.rule} {_digest([sorted(v.items()), v.base])}" for v in _layer_values(per_layer)})
 
 # %% ../../nbs/training/41_finetune.ipynb #2253b243
 CHECKPOINT_FILE = FileKind('opentrans-finetune', 'checkpoint of a fine-tuning run', 'finetune', oldest=2)
@@ -337,7 +350,7 @@ class Teller:
     def close(self):
         if self.board: self.board.close()
 
-# %% ../../nbs/training/41_finetune.ipynb #0e8fafef
+# %% ../../nbs/training/41_finetune.ipynb #4325117b
 @contextlib.contextmanager
 def _notice(keep):
     "Yields a list that is no longer empty once this process has been asked to end. Without something to keep Ctrl-C ends it at once; with it, the second does."
@@ -354,6 +367,7 @@ def finetune(
     recipe:Recipe=None, # How; None takes `Recipe.tiny()`
     selection=None, # `LayerSelection`: which layers learn (Sec. 3.3); None leaves `requires_grad` as it is
     mask=None, # `SparseMask` to keep in force; not needed inside `with mask.apply(...)`
+    per_layer=None, # What `LayerTable.lr_groups(1.)` or `decay_groups(1.)` gave, or a list of both: shares of the recipe's rates for layers
     checkpoint_dir=None, # Folder of the run: resumed from there if it was begun before
     checkpoint_every:int=500, # Iterations between checkpoints; there is always one at the end
     device=None, # Where to train; None is where the framework is, or under `accelerate launch` the device of this process
@@ -377,7 +391,7 @@ def finetune(
         if mask is not None: stack.enter_context(mask.apply(framework))
         if selection is not None: stack.enter_context(selection.apply(framework))
         stack.enter_context(rest(framework, recipe))
-        run = stack.enter_context(_Run(framework, data, recipe, selection, checkpoint_dir, team))
+        run = stack.enter_context(_Run(framework, data, recipe, selection, checkpoint_dir, team, per_layer))
         run.tell = Teller(recipe.iterations, run.iteration, print_every, Path(checkpoint_dir)/'tensorboard' if tensorboard and team.main else None) if team.main else None
         bar = batches(data, recipe, run.iteration, team, getattr(framework, 'uses_regions', True), run.device) # a framework whose loss reads labels alone may say so
         for batch in progress(bar, 'fine-tuning', recipe.iterations-run.iteration, not print_every) if team.main else bar:
@@ -395,7 +409,7 @@ def finetune(
             raise KeyboardInterrupt(why) if asked[0] == signal.SIGINT else Interrupted(why, 128+asked[0])
     return run.history.frame()
 
-# %% ../../nbs/training/41_finetune.ipynb #6e789e66
+# %% ../../nbs/training/41_finetune.ipynb #e95bbffe
 def _zeros(framework):
     "A digest of which weights are zero."
     h = hashlib.sha256()
@@ -404,13 +418,13 @@ def _zeros(framework):
 
 class _Run:
     "The state of a fine-tuning run between two iterations."
-    def __init__(self, framework, data, recipe, selection=None, folder=None, team=None):
+    def __init__(self, framework, data, recipe, selection=None, folder=None, team=None, per_layer=None):
         self.framework,self.recipe,self.folder,self.team,self.tell = framework,recipe,folder,team or Processes(),None
         if recipe.channels_last: framework.to(memory_format=torch.channels_last)
-        self.opt = build_optimizer(framework, recipe)
+        self.opt = build_optimizer(framework, recipe, per_layer)
         self.device = device_of(framework)
         self.scaler = torch.amp.GradScaler(self.device.type) if recipe.precision == 'fp16' else None
-        settings = run_settings(framework, data, recipe, selection) if folder or self.team.n > 1 else {}
+        settings = run_settings(framework, data, recipe, selection, per_layer) if folder or self.team.n > 1 else {}
         self.checkpoint = Checkpoint(folder, settings) if folder else None
         self.iteration,rows = self.team.together(lambda: self.checkpoint.load(framework, self.opt, self.scaler)) if folder else (0, [])
         if self.team.n > 1:
