@@ -368,7 +368,7 @@ def _per_sample(model, loader, loss_fn, n, wanted, chunk):
                 taps.rules = rules
     return {**{(i, k): t for i,s in taps.sums.items() for k,t in s.of.items()}, **(extra if rest else {})},done
 
-# %% ../../nbs/vit/61b_sensitivity.ipynb #8ac12788
+# %% ../../nbs/vit/61b_sensitivity.ipynb #76f28390
 SENSITIVITY_FILE = FileKind('opentrans-sensitivity', 'sensitivities', 'Sensitivity.save')
 
 class Sensitivity(dict):
@@ -447,12 +447,12 @@ def param_sensitivity(
     if empty: raise OpenTransError(f"{len(empty)} parameters have no values, such as '{empty[0]}' (their device is meta). Load the weights first.")
     there = slots(model)
     if names is not None: names = list(find_names(names, there, 'tensors').values())
+    for slot in [there[n] for n in names or ()]:
+        if why := _no_gradient(slot.param): raise OpenTransError(f"'{slot.name}' {why}, so it has no sensitivities. Leave it out.")
     with _as_it_was(model, train, seed):
         first,batches = _peek(_drawn(loader, n_samples, seed) if draw else loader)
         heads = find_heads(model, heads, None if isinstance(first, Mapping) else to_device(first[0], device_of(model)), warn=names is None)
         wanted = [there[n] for n in names] if names is not None else list(candidates(model, heads).values())
-        for slot in wanted:
-            if why := _no_gradient(slot.param): raise OpenTransError(f"'{slot.name}' {why}, so it has no sensitivities. Leave it out.")
         if per_sample: sums,done = _per_sample(model, batches, loss_fn, n_samples, wanted, chunk)
         else: sums,done = _per_batch(model, batches, loss_fn, n_samples, wanted)
     if not done: raise OpenTransError("The loader gave no samples.")
