@@ -87,18 +87,18 @@ def flat(s, masks): return torch.cat([(masks[n] if n in masks else torch.zeros(t
 def test_top_tau(s, data):
     "Exactly tau entries; none outside is larger; ties go to the lowest flat index; nested in tau."
     tau = data.draw(st.integers(1, size(s)))
-    m,values = flat(s, allocate(s, tau, 'none').masks),torch.cat([t.flatten() for t in s.values()])
+    m,values = flat(s, allocate(s, tau=tau, kind='none').masks),torch.cat([t.flatten() for t in s.values()])
     assert int(m.sum()) == tau
     order = sorted(range(len(values)), key=lambda i: (-values[i].item(), i))
     assert set(m.nonzero().flatten().tolist()) == set(order[:tau])
-    if tau > 1: assert not (flat(s, allocate(s, tau-1, 'none').masks) & ~m).any()
+    if tau > 1: assert not (flat(s, allocate(s, tau=tau-1, kind='none').masks) & ~m).any()
 
 @quick
 @given(sensitivities(), st.data(), st.sampled_from(['lora', 'adapter', 'none']), st.integers(1, 3), st.sampled_from([.5, 1., 4.]), st.sampled_from([None, 1., 2., 5.]))
 def test_classes(s, data, kind, r, alpha, beta):
     "Each tensor is in one class, by its count and its threshold; the total is what the classes cost; at alpha=1 and without whole vectors never above tau; a larger tau turns no matrix back."
     tau = data.draw(st.integers(1, size(s)))
-    al = allocate(s, tau, kind, r, alpha, beta); t = al.table()
+    al = allocate(s, None, kind, r, alpha, beta, tau=tau); t = al.table()
     assert sum(al.counts.values()) == tau and t.trained.sum() == al.n_trainable
     for n,row in t.iterrows():
         c,sh = al.counts[n],al.shapes[n]
@@ -107,7 +107,7 @@ def test_classes(s, data, kind, r, alpha, beta):
         else: want = 'unstructured' if c else 'untouched'
         assert row['class'] == want
     if alpha <= 1 and beta in (None, 1.): assert al.n_trainable <= tau
-    assert al.structured <= allocate(s, min(size(s), tau+data.draw(st.integers(0, 20))), kind, r, alpha, beta).structured
+    assert al.structured <= allocate(s, None, kind, r, alpha, beta, tau=min(size(s), tau+data.draw(st.integers(0, 20)))).structured
 
 @quick
 @given(sensitivities(), st.lists(st.integers(1, 100), min_size=1, max_size=4), st.sampled_from(['lora', 'adapter']))
@@ -115,7 +115,7 @@ def test_sweep_is_the_nearest(s, budgets, kind):
     "No tau that was tried comes nearer to a budget."
     taus = range(1, size(s)+1)
     swept = sweep_allocations(s, budgets, kind, 1, 10., 5., taus=taus)
-    totals = [allocate(s, t, kind, 1, 10., 5.).n_trainable for t in taus]
+    totals = [allocate(s, None, kind, 1, 10., 5., tau=t).n_trainable for t in taus]
     for b in budgets: assert abs(swept[b].n_trainable-b) == min(abs(t-b) for t in totals)
 
 @quick

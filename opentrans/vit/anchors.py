@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['ANCHORS', 'is_adapted', 'plain_layer', 'Anchor', 'ViTAnchor', 'ClipViTAnchor', 'ResNetAnchor', 'TimmResNetAnchor',
-           'ClipResNetAnchor', 'as_anchor']
+           'ClipResNetAnchor', 'register_anchor', 'DistilledViTAnchor', 'ConvNeXtAnchor', 'SwinAnchor', 'as_anchor']
 
-# %% ../../nbs/vit/62b_anchors.ipynb #4b1cef24
+# %% ../../nbs/vit/62b_anchors.ipynb #28cdd2a1
+import math
 import torch
 from torch import nn
-from ..core import find_tower
+from ..core import bare_modules, find_tower
 from ..errors import OpenTransError
-from .peft import LoRALinear
+from .peft import LoRALinear, Tunable
 
 # %% ../../nbs/vit/62b_anchors.ipynb #b0d41f7c
 def is_adapted(m:nn.Module)->bool:
@@ -22,7 +23,7 @@ def plain_layer(m:nn.Module)->nn.Module:
     "The layer inside, as it was trained."
     return plain_layer(m.base if isinstance(m, LoRALinear) else m.layer) if is_adapted(m) else m
 
-# %% ../../nbs/vit/62b_anchors.ipynb #9cff4e85
+# %% ../../nbs/vit/62b_anchors.ipynb #9f6da0e3
 def _shallow(module):
     "A copy of a module that shares its children and parameters, so that some can be left out."
     new = module.__class__.__new__(module.__class__)
@@ -53,15 +54,21 @@ class Anchor(nn.Module):
 
     def run(self, x, start=0, stop=None):
         "Some of the blocks."
-        for b in self.blocks[start:stop]: x = b(x)
+        for i in range(len(self.blocks))[start:stop]: x = self.step(i, x)
         return x
+    def step(self, i, x):
+        "One block, and what stands in front of it at the border of two stages."
+        return self.blocks[i](x)
+    @property
+    def block_parts(self)->list: return [(n,) for n in self.block_names] # for each block the names of its modules in the tower
+    def positions(self, y): return math.prod(y.shape[2:]) if y.dim() == 4 else y.shape[1] # tokens or pixels of what a block gives
     def forward(self, x): return self.head(self.run(self.embed(x)))
 
     @torch.no_grad()
     def features(self, x)->list:
         "Activations of the embedding and of each block: what block `k` expects is at place `k`."
         res = [self.embed(x)]
-        for b in self.blocks: res.append(b(res[-1]))
+        for i in range(len(self.blocks)): res.append(self.step(i, res[-1]))
         return res
 
     def part(self, start=0, stop=None, embed=True, head=True):
@@ -147,19 +154,90 @@ class ClipResNetAnchor(ResNetAnchor):
     def head(self, x): return self.task(self.tower.attnpool(x))
     def new_task(self, classes): self.task = nn.Linear(self.tower.output_dim, classes)
 
-# %% ../../nbs/vit/62b_anchors.ipynb #313a07f5
-ANCHORS = {'timm.models.vision_transformer.VisionTransformer': ViTAnchor, 'open_clip.transformer.VisionTransformer': ClipViTAnchor, 'torchvision.models.resnet.ResNet': ResNetAnchor,
-           'timm.models.resnet.ResNet': TimmResNetAnchor, 'open_clip.modified_resnet.ModifiedResNet': ClipResNetAnchor}
+# %% ../../nbs/vit/62b_anchors.ipynb #0784d708
+ANCHORS = {} # path of a class of models -> the anchor that cuts it
+
+def register_anchor(
+    *paths, # Of classes of models, such as `'timm.models.convnext.ConvNeXt'`; classes that inherit from one are cut the same way
+): # The class decorator
+    "Let `as_anchor` know how a family is cut. A later registration of a path takes the place of the earlier one."
+    def add(kind):
+        ANCHORS.update(dict.fromkeys(paths, kind))
+        return kind
+    return add
+
+for path, kind in (('timm.models.vision_transformer.VisionTransformer', ViTAnchor), ('open_clip.transformer.VisionTransformer', ClipViTAnchor), ('torchvision.models.resnet.ResNet', ResNetAnchor),
+                   ('timm.models.resnet.ResNet', TimmResNetAnchor), ('open_clip.modified_resnet.ModifiedResNet', ClipResNetAnchor)): register_anchor(path)(kind)
+
+@register_anchor('timm.models.deit.VisionTransformerDistilled')
+class DistilledViTAnchor(ViTAnchor):
+    "A distilled DeiT of timm: a second token, and a second head."
+    embed_parts,head_parts = ViTAnchor.embed_parts + ('dist_token',), ViTAnchor.head_parts + ('head_dist',)
+    tokens = ViTAnchor.tokens + ('dist_token',)
+    @property
+    def classifier(self): return nn.ModuleList([self.tower.head, self.tower.head_dist])
+
+class _StagedAnchor(Anchor):
+    "A network of timm in stages, each a `downsample` and `blocks`. The step down belongs to the first block of its stage."
+    spatial, at = True, 'stages'
+    def _stages(self): return list(self.tower._modules[self.at])
+    @property
+    def stages(self): return [len(stage.blocks) for stage in self._stages()]
+    @property
+    def block_names(self): return [f'{self.at}.{s}.blocks.{i}' for s,n in enumerate(self.stages) for i in range(n)]
+    @property
+    def block_parts(self): return [(f'{self.at}.{s}.blocks.{i}', f'{self.at}.{s}.downsample')[:2 if i == 0 else 1] for s,n in enumerate(self.stages) for i in range(n)]
+    @property
+    def classifier(self): return self.tower.get_classifier()
+    def new_task(self, classes): self.tower.reset_classifier(classes)
+    def step(self, i, x):
+        _, s, _, j = self.block_names[i].split('.')
+        stage = self._stages()[int(s)]
+        return stage.blocks[int(j)](stage.downsample(x) if j == '0' else x)
+    def _keep(self, tower, start, stop):
+        "Leave out blocks, and the step down of a stage whose first block is left out."
+        first, kept = 0, []
+        for stage in self._stages():
+            new, n = _shallow(stage), len(stage.blocks)
+            new.blocks = nn.Sequential(*list(stage.blocks)[max(0, start-first):max(0, stop-first)])
+            if not start <= first < stop: new.downsample = nn.Identity()
+            kept.append(new)
+            first += n
+        setattr(tower, self.at, nn.Sequential(*kept))
+
+@register_anchor('timm.models.convnext.ConvNeXt')
+class ConvNeXtAnchor(_StagedAnchor):
+    "A ConvNeXt of timm."
+    embed_parts,head_parts = ('stem',),('norm_pre', 'head')
+    lora_on = bias_on = ('mlp.fc1', 'mlp.fc2')
+    @property
+    def dims(self): return [self.tower.stem[0].out_channels] + [b.conv_dw.out_channels for b in self.blocks]
+    def embed(self, x): return self.tower.stem(x)
+    def head(self, x): return self.tower.forward_head(self.tower.norm_pre(x))
+
+@register_anchor('timm.models.swin_transformer.SwinTransformer')
+class SwinAnchor(_StagedAnchor):
+    "A Swin of timm. Its blocks see (B,H,W,C); between them the activations are (B,C,H,W), as of other networks in stages."
+    embed_parts,head_parts,at = ('patch_embed',),('norm', 'head'),'layers'
+    lora_on = bias_on = ('attn.qkv', 'attn.proj')
+    @property
+    def dims(self): return [self.tower.patch_embed.proj.out_channels] + [b.dim for b in self.blocks]
+    def embed(self, x): return self.tower.patch_embed(x).permute(0, 3, 1, 2)
+    def step(self, i, x): return super().step(i, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def head(self, x): return self.tower.forward_head(self.tower.norm(x.permute(0, 2, 3, 1)))
+    def positions(self, y): return math.prod(y.shape[1:3])
 
 def as_anchor(
     model:nn.Module, # An `Anchor`, a model of one of the `ANCHORS`, or something that holds such a tower, as `ClipBackbone` does
     classes:int=None, # Give it a new linear head for so many classes; None leaves the head as it is
 )->Anchor: # Around the model itself, not a copy
-    "Cut a model into embedding, blocks and head. Raises `OpenTransError` for a model of another kind."
+    "Cut a model into embedding, blocks and head. Raises `OpenTransError` for a model of another kind, or one with updates that are not merged."
     if not isinstance(model, Anchor):
         tower = find_tower(model)
         kind = next((ANCHORS[n] for t in type(tower).__mro__ if (n := f'{t.__module__}.{t.__qualname__}') in ANCHORS), None)
-        if kind is None: raise OpenTransError(f"{type(tower).__name__} is not cut into blocks here. Give one of: {', '.join(ANCHORS)}; or subclass Anchor.")
+        if kind is None: raise OpenTransError(f"{type(tower).__name__} is not cut into blocks here. Give one of: {', '.join(ANCHORS)}; or subclass Anchor, with @register_anchor.")
         model = kind(tower)
+    parts = [n for n,m in bare_modules(model.tower) if isinstance(m, Tunable)]
+    if parts: raise OpenTransError(f"{len(parts)} layers have updates that are not merged, such as '{parts[0]}'. Call merge_spt(model) (or merge_peft) first; adapters cannot be merged, take them off.")
     if classes is not None: model.new_task(classes)
     return model

@@ -7,7 +7,7 @@ __all__ = ['SIZE', 'SCALES', 'BASE', 'tower', 'normal', 'objects', 'crops', 'bat
            'family', 'trainer', 'pairwise', 'palette', 'source_angles', 'single', 'arms', 'summary', 'family_weights',
            'arm_of', 'esta_rows']
 
-# %% ../../nbs/vit/65_esta_study.ipynb #0732afce
+# %% ../../nbs/vit/65_esta_study.ipynb #4ac02a57
 import itertools, json
 import numpy as np
 from scipy.stats import spearmanr
@@ -20,7 +20,8 @@ from ..data.shapes import COLOURS, is_novel, object_image, SHAPES, ShapesWorld, 
 from ..experiments.jobs import run_jobs
 from ..files import load_tensors, save_tensors
 from ..runtime import seeded
-from .stitch_training import gradient_angles, pareto_front, StitchSampler, StitchTrainer
+from .stitch_training import (
+    gradient_angles, ImportanceTracker, pareto_front, StitchSampler, StitchTrainer)
 from .stitching import apply_pst, stitch_configs, stitch_table, StitchableNet
 from .toys import kept_result, one_thread, open_folder
 
@@ -71,7 +72,7 @@ def batches(x, y, n, size, seed):
 @torch.no_grad()
 def accuracy(f, x, y): return sum((f(a).argmax(1) == b).float().sum().item() for a,b in zip(x.split(500), y.split(500)))/len(x)
 
-# %% ../../nbs/vit/65_esta_study.ipynb #c341ee4f
+# %% ../../nbs/vit/65_esta_study.ipynb #9a232608
 def cosine(opt, n): return torch.optim.lr_scheduler.OneCycleLR(opt, opt.param_groups[0]['lr'], total_steps=n, pct_start=.1)
 
 def train(net, params, data, lr, n, size, seed):
@@ -98,7 +99,9 @@ def family(c, path):
 def trainer(c, net, seed, sampling, full=False):
     "What trains a family, and the costs of its networks."
     table = stitch_table(net, (3, SIZE, SIZE))
-    sampler = StitchSampler(table.flops, c['intervals'], warmup=c['warmup'] if sampling == 'importance' else float('inf'), seed=seed)
+    plain = ImportanceTracker(len(table), corrected=False)                                       # Eq. 3.3 and its softmax as they are written
+    warmup = c['warmup'] if sampling == 'importance' else float('inf')
+    sampler = StitchSampler(table.flops, c['intervals'], plain, warmup, seed, relative=False)
     opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=c['lr_full' if full else 'lr'], weight_decay=.01)
     return StitchTrainer(net, sampler, opt, schedule=cosine(opt, c['iterations'])),table
 

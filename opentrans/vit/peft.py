@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Slot', 'outputs_of', 'slots', 'Tunable', 'why_not_tunable', 'Part', 'LoRALinear', 'SequentialAdapter', 'SparseDelta',
            'attend', 'projection', 'Added', 'check_shaped', 'trained_flags', 'restore_flags', 'takes', 'add_lora',
-           'add_adapters', 'add_sparse', 'merge_peft', 'is_head', 'trainable_report']
+           'add_adapters', 'add_sparse', 'merge_peft', 'trainable_report']
 
-# %% ../../nbs/vit/60_peft.ipynb #46a18567
+# %% ../../nbs/vit/60_peft.ipynb #989eef24
 import copy, functools, math, warnings
 from dataclasses import dataclass, field
 import pandas as pd
@@ -19,7 +19,7 @@ from ..core import bare_modules, find_tower, layers
 from ..errors import check_number, OpenTransError
 from ..naming import find_names, matches
 from ..runtime import seeded, Undo
-from ..towers import MODEL_ENDS
+from .heads import ends_of, find_heads, is_of_head
 
 # %% ../../nbs/vit/60_peft.ipynb #99ce3ffb
 @dataclass(frozen=True)
@@ -548,26 +548,25 @@ def merge_peft(
             _take(tower, module, name)
     return model
 
-# %% ../../nbs/vit/60_peft.ipynb #6bec797a
-def is_head(
-    name:str, # Of a parameter
-    heads=MODEL_ENDS, # Names of modules
-)->bool:
-    "Is a parameter under a module that is called one of `heads`?"
-    return any(p in heads for p in name.split('.')[:-1])
+# %% ../../nbs/vit/60_peft.ipynb #af1a6c2f
+def _of_head(model, heads):
+    "The parameters of the head, by identity."
+    tower = find_tower(model)
+    ends = [*find_heads(model, heads, warn=False), *ends_of(model)]
+    return {id(p) for n,p in tower.named_parameters() if is_of_head(n, ends)}
 
 def trainable_report(
     model:nn.Module, # With or without added parts
-    heads=MODEL_ENDS, # Modules that are not counted as body
+    heads=None, # Modules that are not counted as body; None asks the model (`find_heads`)
 )->pd.DataFrame: # Columns `tensor`, `class`, `count`, `share`: of the body's parameters
     "What a model trains: one row a tensor, of class lora, adapter, sparse, full or head."
-    rows,body = {},0
+    rows,body,ends = {},0,_of_head(model, heads)
     for name,p in model.named_parameters():
         path,inside,rest = name.partition('.tuned.') if '.tuned.' in name else ('', 'tuned.', name[6:]) if name.startswith('tuned.') else (name, '', '')
         if inside:
             key = '.'.join(filter(None, [path, rest.rpartition('.')[0]]))
             kind = model.get_submodule(name.rpartition('.')[0]).kind
-        else: key,kind = name,'head' if is_head(name, heads) else 'full'; body += 0 if is_head(name, heads) else p.numel()
+        else: key,kind = name,'head' if id(p) in ends else 'full'; body += 0 if id(p) in ends else p.numel()
         if p.requires_grad: rows[key, kind] = rows.get((key, kind), 0) + p.numel()
     t = pd.DataFrame([(*k, n) for k,n in rows.items()], columns=['tensor', 'class', 'count'])
     t['share'] = t['count']/max(1, body)

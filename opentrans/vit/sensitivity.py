@@ -5,34 +5,36 @@
 # %% auto #0
 __all__ = ['TOKENS', 'SENSITIVITY_FILE', 'candidates', 'Sensitivity', 'param_sensitivity']
 
-# %% ../../nbs/vit/61b_sensitivity.ipynb #cc436101
-import contextlib, warnings
+# %% ../../nbs/vit/61b_sensitivity.ipynb #1f3043e9
+import contextlib, itertools, warnings
 from collections.abc import Mapping
 import pandas as pd
 import torch
 from torch import nn
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset
 from ..core import BATCH_NORMS, find_tower
 from ..errors import check_number, OpenTransError, shorten, unknown
 from ..files import check_finite, FileKind, load_tensors, metadata_value, save_tensors
 from ..naming import find_names
 from ..runtime import check_images, device_of, seeded, to_device, Undo
-from ..towers import MODEL_ENDS
-from .peft import attend, check_shaped, is_head, outputs_of, projection, slots, takes, why_not_tunable
+from .heads import ends_of, find_heads, head_sizes, is_of_head
+from .peft import attend, check_shaped, outputs_of, projection, slots, takes, why_not_tunable
 
-# %% ../../nbs/vit/61b_sensitivity.ipynb #da9f69f9
+# %% ../../nbs/vit/61b_sensitivity.ipynb #e7c4877e
 TOKENS = ('cls_token', 'class_token', 'class_embedding', 'dist_token') # parameters that are always trained in full
 
 def candidates(
     model:nn.Module, # Any model; names are read in its tower
-    heads=MODEL_ENDS, # Modules that do not compete
+    heads=None, # Modules that do not compete, since they are trained in full; None asks the model (`find_heads`)
     skip_first:bool=True, # Leave out the first convolution or linear map (the patch embedding)?
 )->dict: # Name -> `Slot`
     "The tensors among which trainable parameters are allocated (thesis Sec. 2.3; the first layer, the head and parameters of the tower itself are left out)."
     there = slots(model)
     first = next((s.module for s in there.values() if s.ismatrix), None) if skip_first else None
-    res = {n: s for n,s in there.items() if '.' in n and s.module is not first and not is_head(n, heads)}
+    ends = [*find_heads(model, heads), *ends_of(model)]
+    res = {n: s for n,s in there.items() if '.' in n and s.module is not first and not is_of_head(n, ends)}
     left = [n for n, slot in res.items() if _no_gradient(slot.param)]
     if left: warnings.warn(f"{len(left)} tensors are left out, because nothing can be trained in them: {', '.join(left[:4])}.")
     res = {n: slot for n, slot in res.items() if n not in left}
@@ -204,7 +206,7 @@ def _install(self):
 
 _Taps.probe,_Taps.install = _probe,_install
 
-# %% ../../nbs/vit/61b_sensitivity.ipynb #6a69cd60
+# %% ../../nbs/vit/61b_sensitivity.ipynb #33118ce3
 def _length(batch): return next((len(t) for t in tree_leaves(batch) if isinstance(t, torch.Tensor) and t.dim()), 0)
 
 def _part(batch, a, b):
@@ -242,8 +244,6 @@ def _check_loss(loss):
 
 def _samples(loader, n, size, device):
     "Parts of at most `size` samples, n in all. Raises `OpenTransError` for batches that are none."
-    if not hasattr(loader, '__iter__') and not hasattr(loader, '__getitem__'):
-        raise OpenTransError(f"The loader must give batches when it is iterated over, not be a {type(loader).__name__}.")
     for batch in loader:
         _check_samples(batch)
         k = min(_length(batch), n)
@@ -252,6 +252,42 @@ def _samples(loader, n, size, device):
             yield tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) and t.is_inference() else t, part)
         n -= k
         if n <= 0: return
+
+def _chosen(batch, at):
+    "Some samples of a batch."
+    n = _length(batch)
+    pick = lambda v: v[torch.as_tensor(at, device=v.device)] if isinstance(v, torch.Tensor) and v.dim() and len(v) == n else v
+    if isinstance(batch, Mapping): return {k: [v[i] for i in at] if isinstance(v, (list, tuple)) and len(v) == n else tree_map(pick, v) for k,v in batch.items()}
+    return tree_map(pick, batch)
+
+def _drawn(loader, n, seed):
+    "Batches of `n` samples, drawn from all there are; of a loader that does not say how many there are, those that come first."
+    g = torch.Generator().manual_seed(seed)
+    if isinstance(loader, DataLoader): return _drawn_loader(loader, n, g)
+    if not isinstance(loader, (list, tuple)): return loader
+    for batch in loader: _check_samples(batch)
+    ends = list(itertools.accumulate(map(_length, loader)))
+    if not ends or n >= ends[-1]: return loader
+    places = torch.randperm(ends[-1], generator=g)[:n].sort().values
+    parts = [places[(places >= a) & (places < b)]-a for a,b in zip([0, *ends], ends)]
+    return [_chosen(batch, at.tolist()) for batch,at in zip(loader, parts) if len(at)]
+
+def _drawn_loader(loader, n, g):
+    "A loader of `n` samples of a data set that has a length. One with a sampler of its own draws already."
+    data, own = loader.dataset, not isinstance(loader.sampler, (SequentialSampler, RandomSampler))
+    if isinstance(data, IterableDataset) or own or loader.batch_size is None or n >= len(data): return loader
+    places = torch.randperm(len(data), generator=g)[:n].tolist()
+    return DataLoader(Subset(data, places), loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn)
+
+def _peek(batches):
+    "The first batch, and all of them. Raises `OpenTransError` for what gives none."
+    if not hasattr(batches, '__iter__') and not hasattr(batches, '__getitem__'):
+        raise OpenTransError(f"The loader must give batches when it is iterated over, not be a {type(batches).__name__}.")
+    rest = iter(batches)
+    first = next(rest, None)
+    if first is None: raise OpenTransError("The loader gave no samples.")
+    _check_samples(first)
+    return first, itertools.chain([first], rest)
 
 def _check_samples(batch):
     "Raises `OpenTransError` for what is no batch, images of bytes, or inputs and targets of different lengths."
@@ -332,12 +368,13 @@ def _per_sample(model, loader, loss_fn, n, wanted, chunk):
                 taps.rules = rules
     return {**{(i, k): t for i,s in taps.sums.items() for k,t in s.of.items()}, **(extra if rest else {})},done
 
-# %% ../../nbs/vit/61b_sensitivity.ipynb #c637772e
+# %% ../../nbs/vit/61b_sensitivity.ipynb #76f28390
 SENSITIVITY_FILE = FileKind('opentrans-sensitivity', 'sensitivities', 'Sensitivity.save')
 
 class Sensitivity(dict):
     "Name -> sensitivities of a tensor's entries (Eq. 2.3); `.samples` and how they were taken, and `.always`: what is trained in any case, by name."
     samples, always, info = 0, {}, {}
+    heads = None # Module -> parameters: the head, which is trained in full beside them; None if nobody has said
     takes = {} # Name -> structured modules that the tensor can take, `'lora'` and `'adapter'`; of a name that is missing, its shape decides
     outputs = {} # Name -> (dimension of the outputs, groups) where they are not the first dimension, as in a transposed convolution
 
@@ -345,12 +382,21 @@ class Sensitivity(dict):
         "A row a tensor."
         return pd.DataFrame({n: dict(shape=tuple(t.shape), entries=t.numel(), sum=t.sum(dtype=torch.float64).item(), mean=t.mean(dtype=torch.float64).item()) for n,t in self.items()}).T.rename_axis('name').infer_objects()
 
+    def only(self,
+        names, # Of tensors; those that have no sensitivities are left out
+    )->'Sensitivity':
+        "The sensitivities of some tensors, and all that is known besides."
+        wanted = set(names)
+        res = Sensitivity({n: t for n,t in self.items() if n in wanted})
+        res.__dict__.update(self.__dict__)
+        return res
+
     def save(self,
         path, # A `.safetensors` file
     ):
         "Write them with how they were taken. Raises `OpenTransError`, with nothing written, if some are not finite."
         check_finite(self, 'nothing is saved', 'Has the loss overflowed?')
-        about = {name: getattr(self, name) for name in ('samples', 'always', 'info', 'takes', 'outputs')}
+        about = {name: getattr(self, name) for name in ('samples', 'always', 'info', 'takes', 'outputs', 'heads')}
         save_tensors(self, path, dict(about, order=list(self)), SENSITIVITY_FILE)
 
     @classmethod
@@ -366,12 +412,12 @@ class Sensitivity(dict):
             if name in meta or name in _SENSITIVITY_0_1: setattr(res, name, metadata_value(meta, name, schema, path))
         odd = [n for n, t in res.items() if not t.is_floating_point() or bool((t < 0).any())]
         odd += [n for n, place in res.outputs.items() if n in res and not (len(place) == 2 and _has_outputs(res[n].shape, *place))]
-        if odd or min([res.samples, *res.always.values()]) < 0:
+        if odd or min([res.samples, *res.always.values(), *(res.heads or {}).values()]) < 0:
             raise SENSITIVITY_FILE.damaged(path, f"not all sensitivities and counts are from 0 on, as of {shorten(', '.join(odd)) or 'the samples'}")
         check_finite(res, f"the sensitivities in '{path}'", 'Compute them again.')
         return res
 
-_SENSITIVITY = dict(samples=int, always=dict[str, int], info=dict, takes=dict[str, list[str]], outputs=dict[str, list[int]])
+_SENSITIVITY = dict(samples=int, always=dict[str, int], info=dict, takes=dict[str, list[str]], outputs=dict[str, list[int]], heads=dict[str, int] | None)
 _SENSITIVITY_0_1 = ('samples', 'always', 'info') # what the files of opentrans 0.1 held
 
 def _has_outputs(shape, dim=0, groups=1):
@@ -388,7 +434,9 @@ def param_sensitivity(
     criterion:str='gradient', # `'gradient'`: g^2; `'taylor'`: (g w)^2, the pruning criterion that the thesis sets itself apart from
     train:bool=False, # In training mode, with its dropout and drop-path, as the published code?
     chunk:int=8, # Samples at a time; what memory depends on
-    seed:int=0, # For what is random in the loader and the model
+    seed:int=0, # Of the draw, and for what is random in the loader and the model
+    heads=None, # Names of the modules that are trained in full; None asks the model (`find_heads`)
+    draw:bool=True, # Draw the samples at random (Algorithm 1)? If not, those that come first (published code); so in any case of a loader that does not say how many there are
 )->Sensitivity: # Name -> tensor of the parameter's shape
     "Sum over samples of squared gradients (thesis Algorithm 1, Eq. 2.3). Raises `OpenTransError` where samples influence each other, or a loss is no number."
     if criterion not in ('gradient', 'taylor'): raise unknown('criterion', criterion, ['gradient', 'taylor'])
@@ -399,17 +447,20 @@ def param_sensitivity(
     if empty: raise OpenTransError(f"{len(empty)} parameters have no values, such as '{empty[0]}' (their device is meta). Load the weights first.")
     there = slots(model)
     if names is not None: names = list(find_names(names, there, 'tensors').values())
-    wanted = [there[n] for n in names] if names is not None else list(candidates(model).values())
-    for slot in wanted:
+    for slot in [there[n] for n in names or ()]:
         if why := _no_gradient(slot.param): raise OpenTransError(f"'{slot.name}' {why}, so it has no sensitivities. Leave it out.")
     with _as_it_was(model, train, seed):
-        if per_sample: sums,done = _per_sample(model, loader, loss_fn, n_samples, wanted, chunk)
-        else: sums,done = _per_batch(model, loader, loss_fn, n_samples, wanted)
+        first,batches = _peek(_drawn(loader, n_samples, seed) if draw else loader)
+        heads = find_heads(model, heads, None if isinstance(first, Mapping) else to_device(first[0], device_of(model)), warn=names is None)
+        wanted = [there[n] for n in names] if names is not None else list(candidates(model, heads).values())
+        if per_sample: sums,done = _per_sample(model, batches, loss_fn, n_samples, wanted, chunk)
+        else: sums,done = _per_batch(model, batches, loss_fn, n_samples, wanted)
     if not done: raise OpenTransError("The loader gave no samples.")
     of = lambda s: sums[id(s.module), s.key] if (id(s.module), s.key) in sums else torch.zeros_like(s.param)
     res = Sensitivity({s.name: (of(s) if s.rows is None else of(s)[slice(*s.rows)]).detach() for s in wanted})
     if criterion == 'taylor': res.update({s.name: res[s.name]*s.tensor.detach().square() for s in wanted})
     res.samples,res.always,res.info = done,{n: p.numel() for n,p in _tokens(model).items()},dict(per_sample=per_sample, criterion=criterion, train=train)
+    res.heads = head_sizes(model, [h for h in heads if not any(is_of_head(slot.name, [h]) for slot in wanted)])
     res.takes, res.outputs = {slot.name: takes(slot) for slot in wanted}, {slot.name: place for slot in wanted if (place := outputs_of(slot)) != [0, 1]}
     check_finite(res, 'the sensitivities', 'Has the loss overflowed? Take the model in float32.')
     return res

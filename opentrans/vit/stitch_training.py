@@ -6,7 +6,7 @@
 __all__ = ['STITCHING_FILE', 'snip_score', 'ImportanceTracker', 'StitchSampler', 'StitchTrainer', 'deploy', 'pareto_front',
            'plot_pareto', 'gradient_angles', 'plot_angles']
 
-# %% ../../nbs/vit/62c_stitch_training.ipynb #a79208f4
+# %% ../../nbs/vit/62c_stitch_training.ipynb #ef250637
 import itertools, math
 from dataclasses import asdict
 import numpy as np
@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from torch.nn import functional as F
+from torch.optim.swa_utils import update_bn
 from typing import Any
 from typing_extensions import TypedDict
 from ..errors import check_number, OpenTransError, OtherRun, shorten, unknown
@@ -23,9 +24,10 @@ from opentrans.files import (
     strip_prefix)
 from ..runtime import axes, check_images, label_loss_of
 from .anchors import _inside, plain_layer
+from .peft_files import _state
 from .stitching import merge_stitch, StitchableNet
 
-# %% ../../nbs/vit/62c_stitch_training.ipynb #fc3f8538
+# %% ../../nbs/vit/62c_stitch_training.ipynb #9bed5041
 def snip_score(
     loss, # A scalar; None if its gradient stands in `.grad` already
     params, # Over these; what needs no gradient is left out
@@ -41,10 +43,11 @@ class ImportanceTracker:
     def __init__(self,
         n:int, # Number of stitches
         beta:float=.9, # Share of the old
+        corrected:bool=True, # Divide by 1 - beta^k after k draws? If not, the importance is q as Eq. 3.3 has it
     ):
         check_number('n', n, 1, whole=True)
         check_number('beta', beta, 0, 1, below=True)
-        self.beta,self.scores,self.counts = beta,torch.zeros(n, dtype=torch.float64),torch.zeros(n, dtype=torch.int64)
+        self.corrected,self.beta,self.scores,self.counts = corrected,beta,torch.zeros(n, dtype=torch.float64),torch.zeros(n, dtype=torch.int64)
 
     def update(self,
         i:int, # The stitch that was drawn
@@ -53,6 +56,13 @@ class ImportanceTracker:
         "Move one score. Raises `OpenTransError` for a number that is none."
         if not math.isfinite(q): raise OpenTransError(f"The importance of stitch {i} is {q}: the training has diverged. Use a smaller learning rate.")
         self.scores[i] = self.beta*self.scores[i] + (1-self.beta)*q; self.counts[i] += 1
+
+    def importance(self)->torch.Tensor: # (n,)
+        "What each stitch is worth: the running mean without the bias of its start."
+        drawn = self.counts > 0
+        if not self.corrected or not drawn.any(): return self.scores
+        values = self.scores/(1-self.beta**self.counts.double()).clamp_min(1e-12)
+        return torch.where(drawn, values, values[drawn].mean())
 
     def state_dict(self): return dict(beta=self.beta, scores=self.scores.clone(), counts=self.counts.clone())
     def load_state_dict(self, state): self.beta,self.scores,self.counts = state['beta'],state['scores'].clone(),state['counts'].clone()
@@ -65,17 +75,18 @@ class ImportanceTracker:
             if given.shape != own.shape or given.dtype != own.dtype or not_finite({name: given}): raise ValueError(f'the {name} are not those of {len(own)} stitches')
         if bool((state['counts'] < 0).any()): raise ValueError('a stitch was drawn less than 0 times')
 
-# %% ../../nbs/vit/62c_stitch_training.ipynb #17e293fc
+# %% ../../nbs/vit/62c_stitch_training.ipynb #f440ac0f
 class StitchSampler:
-    "Draws stitches: uniformly in warm-up, then an interval uniformly and a stitch in it by its importance (thesis 3.4.2)."
+    "Draws stitches: each in turn in warm-up, then an interval uniformly and a stitch in it by its importance (thesis 3.4.2)."
     def __init__(self,
         costs, # FLOPs of each stitch
         n_intervals:int=15, # Of equal width
         tracker:ImportanceTracker=None, # Of the stitches' importance; None makes one
-        warmup:int=0, # Draws that are uniform; `math.inf` for a sampler that stays uniform
+        warmup:int=None, # Draws that are uniform; `math.inf` for a sampler that stays uniform; None for three rounds in which each stitch has its turn
         seed:int=0, # Of the draws
         temperature:float=1., # Scores are divided by it
         standardize:bool=False, # Scores of an interval to mean 0 and deviation 1 before the softmax?
+        relative:bool=True, # Scores of an interval divided by their mean before the softmax? If not, as they are (thesis)
     ):
         self.costs = np.asarray(costs, dtype=float)
         if self.costs.ndim != 1 or not len(self.costs) or not np.isfinite(self.costs).all() or self.costs.min() < 0:
@@ -83,6 +94,8 @@ class StitchSampler:
         check_number('n_intervals', n_intervals, 1, 10**6, whole=True)
         check_number('temperature', temperature, 0, above=True)
         check_number('seed', seed, -2**63, 2**64-1, whole=True)
+        self.in_turn,self.seed,self.relative = warmup is None,seed,relative
+        if warmup is None: warmup = 3*len(self.costs)
         if warmup != math.inf: check_number('warmup', warmup, 0)
         self.tracker,self.warmup,self.temperature,self.standardize = tracker or ImportanceTracker(len(self.costs)),warmup,temperature,standardize
         if len(self.tracker.scores) != len(self.costs): raise OpenTransError(f"The tracker has {len(self.tracker.scores)} stitches, the costs are of {len(self.costs)}.")
@@ -94,7 +107,8 @@ class StitchSampler:
 
     def inside(self, members)->torch.Tensor:
         "Probabilities inside one interval."
-        q = self.tracker.scores[torch.as_tensor(members)]
+        q = self.tracker.importance()[torch.as_tensor(members)]
+        if self.relative: q = q/q.abs().mean().clamp_min(1e-300)
         if self.standardize: q = (q-q.mean())/(q.std(correction=0)+1e-12)
         return torch.softmax(q/self.temperature, 0)
 
@@ -107,11 +121,21 @@ class StitchSampler:
 
     def sample(self)->int:
         "Draw a stitch."
-        s = torch.multinomial(self.probs(), 1, generator=self.generator).item(); self.drawn += 1
+        s = self._turn() if self.in_turn and self.drawn < self.warmup else torch.multinomial(self.probs(), 1, generator=self.generator).item()
+        self.drawn += 1
         return s
+    def _turn(self):
+        "Whose turn it is in warm-up: each round has an order of its own, which depends on nothing but the seed."
+        n, (again, place) = len(self.costs), divmod(self.drawn, len(self.costs))
+        order = torch.randperm(n, generator=torch.Generator().manual_seed((self.seed*1_000_003 + again) % 2**63))
+        return int(order[place])
+
     def deploy(self)->list: # Of increasing cost
-        "The stitch of the largest score in each interval that holds one."
-        return [int(m[self.tracker.scores[torch.as_tensor(m)].argmax()]) for m in self.intervals]
+        "The most important stitch in each interval that holds one; of those that were drawn, if any was."
+        q, drawn = self.tracker.importance().clone(), self.tracker.counts > 0
+        for m in map(torch.as_tensor, self.intervals):
+            if drawn[m].any(): q[m[~drawn[m]]] = -math.inf
+        return [int(m[q[torch.as_tensor(m)].argmax()]) for m in self.intervals]
     def entropy(self)->float:
         "How spread the next draw is: $e^H$ over the number of stitches, 1 if uniform."
         p = self.probs(); return float(torch.exp(-(p*p.clamp_min(1e-300).log()).sum())/len(p))
@@ -184,7 +208,7 @@ class StitchTrainer:
         if bool(torch.isfinite(loss).all()): return loss
         raise OpenTransError(f"The loss of {what} is {loss.item()} in step {self.steps}: the training has diverged. Use a smaller learning rate.")
 
-# %% ../../nbs/vit/62c_stitch_training.ipynb #50837ce8
+# %% ../../nbs/vit/62c_stitch_training.ipynb #76a687ab
 def _flat(state):
     "Tensors of an optimizer's state by name, and the rest of it."
     tensors = {f'optimizer.{i}.{k}': v for i,d in state['state'].items() for k,v in d.items() if isinstance(v, torch.Tensor)}
@@ -210,6 +234,7 @@ def save(self:StitchTrainer,
     opt,s = self.optimizer.state_dict(),self.sampler.state_dict()
     tensors,rest = _flat(opt)
     tensors |= {f'net.{n}': p for n,p in self.net.named_parameters() if p.requires_grad}
+    tensors |= {f'state.{n}': b for n,b in _state(self.net).items()}
     tensors |= {'sampler.generator': s['generator'], 'sampler.scores': s['tracker']['scores'], 'sampler.counts': s['tracker']['counts']}
     schedule = self.schedule.state_dict() if self.schedule is not None else None
     about = dict(configs=[asdict(c) for c in self.net.configs], rest=rest, groups=opt['param_groups'], steps=self.steps, drawn=s['drawn'], beta=s['tracker']['beta'], schedule=schedule)
@@ -230,10 +255,13 @@ def load(self:StitchTrainer,
     if about['configs'] != [asdict(c) for c in self.net.configs] or {n: t.shape for n,t in own.items()} != {n: p.shape for n,p in learns.items()}:
         raise OtherRun(f"'{path}' is not of this family: anchors, stitches and ranks must be those that it was saved with.")
     check_like(own, learns, path, 'trained numbers')
+    kept, here = strip_prefix('state.', tensors), _state(self.net)
+    check_like(kept, {n: here[n] for n in kept if n in here}, path, 'running statistics')
     try: optimizer, sampler, schedule = self._state_of(tensors, about)
     except (KeyError, ValueError, TypeError, RuntimeError) as error: raise STITCHING_FILE.damaged(path, f'its state does not fit the trainer ({shorten(error)})') from error
     with torch.no_grad():
         for n,p in learns.items(): p.copy_(own[n])
+        for n,b in kept.items(): here[n].copy_(b)
     self.optimizer.load_state_dict(optimizer)
     self.sampler.load_state_dict(sampler)
     self.steps = about['steps']
@@ -282,13 +310,18 @@ def _as_here(value, here, what):
     if number and isinstance(here, (int, float)) and not isinstance(here, bool) and math.isfinite(value) and (isinstance(value, int) or isinstance(here, float)): return type(here)(value)
     raise ValueError(f'{what} is {shorten(repr(value), 60)}, here {shorten(repr(here), 60)}')
 
-# %% ../../nbs/vit/62c_stitch_training.ipynb #9ccf1aab
+# %% ../../nbs/vit/62c_stitch_training.ipynb #4b3f41cf
 def deploy(
     net:StitchableNet, # Trained
     sampler:StitchSampler, # With the scores
+    batches=None, # Batches (images, ...) on which the running statistics of each network are taken anew; None leaves them
 )->dict: # Stitch -> network of plain layers, of increasing cost
-    "The palette: the best stitch of each interval of FLOPs, merged, without evaluating any (thesis 3.4.2)."
-    return {s: merge_stitch(net, s) for s in sampler.deploy()}
+    "The palette: the most important stitch of each interval of FLOPs, merged, without evaluating any (thesis 3.4.2). Batch norms of a ResNet family have seen all stitches: give batches."
+    palette = {s: merge_stitch(net, s) for s in sampler.deploy()}
+    for network in palette.values() if batches is not None else ():
+        update_bn(batches, network)
+        network.eval()
+    return palette
 
 def pareto_front(
     costs, # Less is better

@@ -222,7 +222,7 @@ def extract(self:StitchableNet,
         if hasattr(m, 'active'): m.active = ActiveStitch(self.configs.index(c))
     return new
 
-# %% ../../nbs/vit/62_stitching.ipynb #0653d812
+# %% ../../nbs/vit/62_stitching.ipynb #b2428e7f
 def _bare(net):
     "Layers as they were trained stand in place of the adapted ones until the block ends."
     stack,found = contextlib.ExitStack(),[(n, m) for n,m in net.named_modules() if is_adapted(m)]
@@ -237,14 +237,14 @@ def part_costs(
     mask=None, # A `SparseMask` or densities, as `cost` takes them
 )->pd.DataFrame: # Index `embed`, 0.., `head`; columns macs, norm (input elements of LayerNorms), params, tokens (parameters that are no layer), positions (of the result)
     "What the parts of an anchor cost, by one counting pass."
-    names = anchor.block_names
+    names = anchor.block_parts
     def place(n):
-        for i,b in enumerate(names):
-            if n == b or n.startswith((f'{b}.', f'{b}:')): return i
+        for i,parts in enumerate(names):
+            if any(n == b or n.startswith((f'{b}.', f'{b}:')) for b in parts): return i
         return 'embed' if re.split(r'[.:\[]', n)[0] in anchor.embed_parts else 'head'
     t = pd.DataFrame(0., index=['embed', *range(len(names)), 'head'], columns=['macs', 'norm', 'params', 'tokens', 'positions'])
     def norm(part): return lambda m, x: t.__setitem__('norm', t.norm + (t.index == part)*x[0][0].numel())
-    def out(part): return lambda m, x, y: t.at.__setitem__((part, 'positions'), math.prod(y.shape[2:]) if y.dim() == 4 else y.shape[1])
+    def out(part): return lambda m, x, y: t.at.__setitem__((part, 'positions'), anchor.positions(y))
     with contextlib.ExitStack() as stack:
         for n,m in anchor.tower.named_modules():
             if isinstance(m, nn.LayerNorm): stack.callback(m.register_forward_pre_hook(norm(place(n))).remove)
@@ -353,7 +353,7 @@ class StitchAttention(nn.Module):
         for n,w in self.weights(s).items(): new.get_parameter(n).copy_(w)
         return new
 
-# %% ../../nbs/vit/62_stitching.ipynb #690d3409
+# %% ../../nbs/vit/62_stitching.ipynb #e14ba3e0
 def _mask_of(mask, name):
     "The mask of a weight, of its three parts if it is packed; None if it is not masked."
     if mask is None: return None
@@ -377,7 +377,7 @@ def _adapt_layer(net, a, mask, path, r, stitches):
 def apply_pst(
     net:StitchableNet, # Changed in place
     attn_ranks, # Rank of the attention's updates, one number or one for each anchor; 0 for none. Thesis: 32, 16, 8 for ViT-Ti, S, B
-    stitch_rank=lambda d1: d1//4, # Rank of a stitching layer's update, from the width of its front
+    stitch_rank=lambda d1: d1//4, # Rank of a stitching layer's update, from the width of its front; 0 or None: the layer itself is trained in full
     ssb:bool=True, # Biases of each stitch?
     masks=None, # A `SparseMask` for each anchor, or None: what is pruned stays pruned
 )->StitchableNet: # The family; only the updates, the biases and the heads learn
@@ -422,11 +422,12 @@ def _adapt(net, ranks, stitch_rank, ssb, masks, places):
                 if r or own: _adapt_layer(net, a, None if masks is None else masks[i], f'{block}.{n}', r, own)
         a.classifier.requires_grad_(True)
     for m in net.stitching.values():
-        r = check_number('stitch_rank', stitch_rank(m.map.weight.shape[1]), 0, 65_536, whole=True)
+        r = 0 if stitch_rank is None else check_number('stitch_rank', stitch_rank(m.map.weight.shape[1]), 0, 65_536, whole=True)
         places.append((m, 'map', m.map))
         if r: m.map = LoRALinear(m.map, r)
+        else: m.map.requires_grad_(True)
 
-# %% ../../nbs/vit/62_stitching.ipynb #4c244a7f
+# %% ../../nbs/vit/62_stitching.ipynb #6b2d22c1
 def merge_stitch(
     net:StitchableNet, # An adapted family; it stays as it is
     s:int, # Which stitch
@@ -446,5 +447,5 @@ def pst_report(
     count = lambda ps: sum(p.numel() for p in ps if p.requires_grad)
     own = [p for m in net.modules() if isinstance(m, (StitchBias, StitchAttention)) for p in m.bias.values()]
     lora = lambda root: [p for m in root.modules() if isinstance(m, LoRALinear) for p in (m.A, m.B)]
-    res = dict(attention=count(lora(net.anchors)), stitching=count(lora(net.stitching)), biases=count(own), heads=sum(count(a.classifier.parameters()) for a in net.anchors))
+    res = dict(attention=count(lora(net.anchors)), stitching=count(net.stitching.parameters()), biases=count(own), heads=sum(count(a.classifier.parameters()) for a in net.anchors))
     return pd.Series(res | dict(total=count(net.parameters())), name='trained')
