@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['JITTER', 'ADAMW', 'text_logits', 'resize', 'pixel_loss', 'Scores', 'best_class', 'Framework', 'scores_of',
            'smallest_side', 'register_framework', 'list_frameworks', 'get_framework', 'promise_frameworks', 'build',
-           'tiny_backbone']
+           'check_choice', 'tiny_backbone']
 
 # %% ../../nbs/frameworks/30_contract.ipynb #6730d616
 import bisect, copy, functools, inspect, math, pkgutil, re
@@ -357,7 +357,15 @@ def build(
         _check_option(name, o, options[o], inspect.signature(cls.__init__).parameters[o])
     with seeded(seed): return cls(backbone, vocabulary=vocabulary, **{**cls.presets[preset], **options}).to(device_of(backbone)).train()
 
-# %% ../../nbs/frameworks/30_contract.ipynb #437b7c0a
+# %% ../../nbs/frameworks/30_contract.ipynb #6515497e
+def check_choice(
+    name:str, # Name of the option, for the error
+    given, # What was given
+    allowed, # What is allowed
+):
+    "Raise `OpenTransError` for an option that is none of what is allowed."
+    if given not in allowed: raise unknown(name, given, allowed)
+
 def _check_option(framework, name, value, param):
     "A number among the options of a framework must be one: finite, and not below 0. Raises `OpenTransError`."
     kind = param.annotation if param.annotation in (int, float) else type(param.default)

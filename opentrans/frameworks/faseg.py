@@ -8,8 +8,9 @@ __all__ = ['QUERIES', 'SELECTIONS', 'KEYS', 'ConditionalPositionEncoding', 'fore
            'select_pixels', 'HighResCrossAttention', 'FASegPixelDecoder', 'FASegDecoder', 'FASegHead', 'FASeg',
            'StagedBackbone', 'load_faseg']
 
-# %% ../../nbs/frameworks/35_faseg.ipynb #aa088955
+# %% ../../nbs/frameworks/35_faseg.ipynb #5ee1b6bd
 import copy, math, re
+from dataclasses import replace
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -17,8 +18,9 @@ from fastcore.basics import patch
 from fastcore.meta import delegates
 from ..errors import OpenTransError, unknown
 from .contract import ADAMW, register_framework, resize
-from .mask2former import head_names, load_mask2former, Mask2Former, read_checkpoint
-from .queries import MaskDecoder, PixelDecoder, QueryHead
+from .mask2former import load_mask2former, Mask2Former
+from .published import head_names, rename, weights_of
+from .queries import DecoderPair, HeadSizes, MaskDecoder, PixelDecoder, QueryHead
 from ..runtime import device_of
 
 # %% ../../nbs/frameworks/35_faseg.ipynb #aa9cfd19
@@ -358,31 +360,25 @@ def forward(self:FASegDecoder,
         if look is not None: look.append(dict(level=k, size=tuple(sizes[k]), attn=attn, idx=idx))
     return [o[:2] for o in out]
 
-# %% ../../nbs/frameworks/35_faseg.ipynb #94144dc9
-_SIZES = ('hidden', 'mask_dim', 'queries', 'pixel_layers', 'heads', 'pixel_ffn', 'ffn')
-
-class FASegHead(QueryHead):
+# %% ../../nbs/frameworks/35_faseg.ipynb #9028ba7d
+class FASegHead(DecoderPair):
     "Pixel decoder and decoder of FASeg, with the class embedding of queries."
-    @delegates(FASegDecoder.__init__, but=['mask_dim', 'queries', 'heads', 'ffn'])
+    @delegates(FASegDecoder.__init__, but=['hidden', 'mask_dim', 'queries', 'heads', 'ffn'])
     def __init__(self,
-        channels:dict, # Of the backbone's maps, fine to coarse
-        hidden:int=256, # Width
-        mask_dim:int=256, # Channels of the mask features
-        queries:int=100, # Number of masks
-        pixel_layers:int=6, # Layers of the pixel decoder
-        heads:int=8, # Of each layer
-        pixel_ffn:int=1024, # Inner width of the pixel decoder's layers
-        ffn:int=2048, # Inner width of the mask decoder's layers
+        channels:dict[str, int], # Channels of the backbone's maps, fine to coarse
+        sizes:HeadSizes=HeadSizes(), # Sizes of both decoders, but for the number of blocks, which `rounds` gives
         key_pos:str='conditional', # Positional encodings of pixels: one of `KEYS`
         hrca:bool=True, # A fourth level, read by HRCA?
         **kwargs, # Of `FASegDecoder`
     ):
-        nn.Module.__init__(self)
-        self.pixel_decoder = FASegPixelDecoder(channels, hidden, key_pos, hrca, mask_dim=mask_dim, layers=pixel_layers, heads=heads, ffn=pixel_ffn)
-        self.decoder = FASegDecoder(hidden, hrca=hrca, mask_dim=mask_dim, queries=queries, heads=heads, ffn=ffn, **kwargs)
-        self.class_embed = nn.Linear(hidden, hidden)
+        super().__init__()
+        of_decoder = sizes.for_masks()
+        del of_decoder['layers']
+        self.pixel_decoder = FASegPixelDecoder(channels, key_pos=key_pos, hrca=hrca, **sizes.for_pixels())
+        self.decoder = FASegDecoder(hrca=hrca, **of_decoder, **kwargs)
+        self.class_embed = nn.Linear(sizes.hidden, sizes.hidden)
 
-# %% ../../nbs/frameworks/35_faseg.ipynb #2e160d0c
+# %% ../../nbs/frameworks/35_faseg.ipynb #9ec2eee3
 @register_framework('faseg')
 class FASeg(Mask2Former):
     "FASeg on CLIP (thesis, Sec. 5.3), with text embeddings as the classifier of its queries."
@@ -410,12 +406,24 @@ class FASeg(Mask2Former):
         legacy_first_mask:bool=False, # Pool the background for the first block, as the published code does
         **kwargs, # Of `Mask2Former`
     ):
-        own = dict(rounds=rounds, extra_low_block=extra_low_block, dfpq=dfpq, hrca=hrca, key_pos=key_pos, mask_threshold=mask_threshold, ratio=ratio,
-                   selection=selection, hrca_query=hrca_query, legacy_first_mask=legacy_first_mask)
-        tiny = dict(queries=1, pixel_layers=0, pixel_ffn=1, ffn=1) # the head of Mask2Former only holds the place of this one
-        super().__init__(backbone, vocabulary, layers=rounds*(3+hrca) + (hrca and extra_low_block), **{**kwargs, **tiny})
-        if self.kd and not hasattr(backbone, 'region_embeddings'): raise OpenTransError(f"A {type(backbone).__name__} has no region_embeddings to distill from. Pass kd=0.")
-        self.head = FASegHead(backbone.channels, **{k: kwargs[k] for k in _SIZES if k in kwargs}, **own)
+        self.decoder_options = dict( # set first: `Mask2Former` makes the head
+            rounds=rounds, extra_low_block=extra_low_block, dfpq=dfpq, hrca=hrca, key_pos=key_pos,
+            mask_threshold=mask_threshold, ratio=ratio, selection=selection, hrca_query=hrca_query,
+            legacy_first_mask=legacy_first_mask)
+        blocks = rounds*(3+hrca) + (hrca and extra_low_block)
+        super().__init__(backbone, vocabulary, layers=blocks, **kwargs)
+        if self.kd and not hasattr(backbone, 'region_embeddings'):
+            raise OpenTransError(f"A {type(backbone).__name__} has no region_embeddings to distill from. Pass kd=0.")
+
+    def make_head(self, sizes:HeadSizes)->FASegHead:
+        return FASegHead(self.backbone.channels, sizes, **self.decoder_options)
+
+    def make_parts(self, sizes:HeadSizes):
+        # A seed gives the weights of the stored studies: these drew the numbers of a small head of Mask2Former first,
+        # and the projections before FASeg's head.
+        QueryHead(self.backbone.channels, replace(sizes, queries=1, pixel_layers=0, pixel_ffn=1, ffn=1))
+        self.make_projections(sizes)
+        self.head = self.make_head(sizes)
 
     @torch.no_grad()
     def look(self,
@@ -462,7 +470,7 @@ class StagedBackbone(nn.Module):
         return StagedBackbone(copy.deepcopy(self._first[0]), self._clip[0], mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist()).to(device_of(self))
     def forward(self, images): return dict(zip(self.channels, self._maps(self.encoder, (images-self.mean)/self.std))) # (B,3,H,W) in [0,1] -> maps by name
 
-# %% ../../nbs/frameworks/35_faseg.ipynb #db4f6198
+# %% ../../nbs/frameworks/35_faseg.ipynb #4ade5638
 _NAMES = ((r'^pixel_decoder\.pos_linear\.(\d+)\.', r'pixel_decoder.positions.\1.conv.'), (r'^decoder\.adapt_pos2d\.', 'decoder.focus.h.'), (r'^decoder\.queries_embedder\.', 'decoder.focus.base.'))
 _WHOLE = ((r'^pixel_decoder\.', 'model.pixel_level_module.decoder.'), (r'^decoder\.', 'model.transformer_module.'), (r'^class_embed\.', 'class_predictor.'))
 
@@ -472,10 +480,12 @@ def load_faseg(
     strict:bool=True, # Raise if a part of the head does not fit? If not, it is left as it is
 ): # DataFrame, as of `load_mask2former`; q, k and v of a self-attention have a row each
     "Load published FASeg weights. Raises `OpenTransError` that lists what does not fit."
-    weights = source if isinstance(source, dict) else read_checkpoint(source)
+    weights = weights_of(source)
+    learned = framework.head.decoder.kind == 'learned'
+    rules = (*(_NAMES[:2] if learned else _NAMES), *_WHOLE)
     head,names = {},{}
-    for n,(old,w) in head_names(weights).items():
-        for a,b in (*(_NAMES if framework.head.decoder.kind != 'learned' else _NAMES[:2]), *_WHOLE): n = re.sub(a, b, n)
-        head[n],names[n] = w,old
-    rest = {n: w for n,w in weights.items() if n not in names.values()}
+    for name,(old,tensor) in head_names(weights).items():
+        new = rename(name, rules)
+        head[new],names[new] = tensor,old
+    rest = {name: tensor for name,tensor in weights.items() if name not in names.values()}
     return load_mask2former(framework, head | rest, strict).rename(index=names)

@@ -5,28 +5,29 @@
 # %% auto #0
 __all__ = ['ClassWords', 'class_words', 'mask_mean', 'FCClipHead', 'embed_masks', 'geometric_ensemble', 'FCCLIP', 'load_fcclip']
 
-# %% ../../nbs/frameworks/34_fcclip.ipynb #8fb810f0
-import math, re
+# %% ../../nbs/frameworks/34_fcclip.ipynb #64fef0e9
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 import pandas as pd
 import torch
 from torch import nn
 import torch.nn.functional as F
-from fastcore.basics import patch
 from ..data.vocabulary import Vocabulary
 from ..errors import OpenTransError
-from .contract import ADAMW, Framework, JITTER, register_framework, resize
-from .mask2former import batch_regions, head_names, Mask2Former, put_weights, read_checkpoint
-from .queries import MaskDecoder, PixelDecoder, SetLoss
+from .contract import ADAMW, JITTER, register_framework, resize
+from .published import head_names, put_weights, rename, weights_of
+from .queries import (
+    batch_regions, DecoderPair, HeadSizes, MaskDecoder, PixelDecoder, QueryFramework, SetLoss)
 from ..runtime import device_of
 from ..towers import cell_means
 
-# %% ../../nbs/frameworks/34_fcclip.ipynb #ac91d8da
+# %% ../../nbs/frameworks/34_fcclip.ipynb #b0d940bd
 @dataclass
 class ClassWords:
-    "The text side of a vocabulary: an embedding of each word, the words of each class, and which classes training had."
+    "The text side of a vocabulary: embeddings of words, the words of each class, and which classes training had."
     embeddings:torch.Tensor # (W,D), unit length
-    of:torch.Tensor # (K,S): the words of each class; a class with fewer than S repeats its last
+    of:torch.Tensor # (K,S) indices of the words of each class; a class with fewer than S repeats its last
     seen:torch.Tensor # (K) bool
 
     def __len__(self): return len(self.of)
@@ -35,24 +36,42 @@ class ClassWords:
         scores:torch.Tensor, # (...,W) of the words
     )->torch.Tensor: # (...,K)
         "The score of a class is the best of its words."
-        return scores if self.of.shape[1] == 1 and len(self.of) == scores.shape[-1] else scores[..., self.of].amax(-1)
+        if self.of.shape[1] == 1 and len(self.of) == scores.shape[-1]: return scores
+        return scores[..., self.of].amax(-1)
+
+    @classmethod
+    def of_classes(cls,
+        embeddings:torch.Tensor, # (K,D), unit length
+        seen:torch.Tensor, # (K) bool
+    ):
+        "Classes that have one word each."
+        return cls(embeddings, torch.arange(len(embeddings), device=embeddings.device)[:, None], seen)
 
 def class_words(
-    vocabulary, # `Vocabulary`, or list of names (`'sofa,couch'` has two words)
-    encode, # Function: (list of words, templates) -> (W,D) unit embeddings
-    known=None, # The vocabulary of training; None: no class was seen
+    vocabulary:Vocabulary|Sequence[str], # Names of the classes (`'sofa,couch'` has two words)
+    encode:Callable, # Function: (list of words, templates) -> (W,D) unit embeddings
+    known:Vocabulary|Sequence[str]=None, # The vocabulary of training; None: no class was seen
     templates=None, # Prompts: a tuple, or the name of a set in `TEMPLATES`; None takes the vocabulary's own
 )->ClassWords: # On the device of the embeddings
     "Embed the words of a vocabulary, each once, and compare them with those of training."
-    v,had = ((x if isinstance(x, Vocabulary) else Vocabulary(x)) if x is not None else None for x in (vocabulary, known))
-    words = list(dict.fromkeys(w for ws in v.synonyms for w in ws))
-    at,s = {w: i for i,w in enumerate(words)},max(map(len, v.synonyms))
-    old = {w for ws in had.synonyms for w in ws} if had is not None else set()
-    e = encode(words, Vocabulary(words, templates or v.templates).templates)
-    of = torch.tensor([[at[w] for w in ws + ws[-1:]*(s-len(ws))] for ws in v.synonyms], device=e.device)
-    return ClassWords(e, of, torch.tensor([not old.isdisjoint(ws) for ws in v.synonyms], device=e.device))
+    vocabulary = _vocabulary(vocabulary)
+    synonyms,words = vocabulary.synonyms,_words(vocabulary)
+    embeddings = encode(words, Vocabulary(words, templates or vocabulary.templates).templates)
+    index = {word: i for i,word in enumerate(words)}
+    longest = max(map(len, synonyms))
+    rows = [[index[word] for word in group + group[-1:]*(longest-len(group))] for group in synonyms]
+    trained = set() if known is None else set(_words(_vocabulary(known)))
+    seen = [not trained.isdisjoint(group) for group in synonyms]
+    device = embeddings.device
+    return ClassWords(embeddings, torch.tensor(rows, device=device), torch.tensor(seen, device=device))
 
-# %% ../../nbs/frameworks/34_fcclip.ipynb #10b6cfee
+def _vocabulary(names): return names if isinstance(names, Vocabulary) else Vocabulary(names)
+
+def _words(vocabulary):
+    "All words of a vocabulary, each once."
+    return list(dict.fromkeys(word for group in vocabulary.synonyms for word in group))
+
+# %% ../../nbs/frameworks/34_fcclip.ipynb #ec698665
 def mask_mean(
     x:torch.Tensor, # (B,C,h,w)
     mask_logits:torch.Tensor, # (B,Q,h,w); a mask is where they are positive
@@ -60,47 +79,32 @@ def mask_mean(
     "The mean of a map under each mask; 0 under an empty one. Masks get no gradient."
     return cell_means(x, (mask_logits.detach() > 0).flatten(2))
 
-class FCClipHead(nn.Module):
-    "Pixel decoder and mask decoder, with the class embedding of queries and of what lies under their masks."
+class FCClipHead(DecoderPair):
+    "Mask2Former's two decoders, with the class embedding of queries and of what lies under their masks."
     def __init__(self,
-        channels:dict, # Of the backbone's maps, fine to coarse
-        embed_dim:int, # Of CLIP's space
-        hidden:int=256, # Width
-        mask_dim:int=256, # Channels of the mask features
-        queries:int=250, # Number of masks
-        pixel_layers:int=6, # Layers of the pixel decoder
-        layers:int=9, # Layers of the mask decoder
-        heads:int=8, # Of each layer
-        pixel_ffn:int=1024, # Inner width of the pixel decoder's layers
-        ffn:int=2048, # Inner width of the mask decoder's layers
+        channels:dict[str, int], # Channels of the backbone's maps, fine to coarse
+        embed_dim:int, # Dimension of CLIP's space
+        sizes:HeadSizes=HeadSizes(queries=250), # Sizes of both decoders
         scale:float=1/.07, # Temperature at first; it is learned
     ):
         super().__init__()
-        self.pixel_decoder = PixelDecoder(channels, hidden, mask_dim, pixel_layers, heads, pixel_ffn)
-        self.decoder = MaskDecoder(hidden, mask_dim, queries, layers, heads, ffn)
-        self.pool_proj = nn.Sequential(nn.LayerNorm(mask_dim), nn.Linear(mask_dim, hidden))
-        self.class_embed = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, embed_dim))
+        hidden = sizes.hidden
+        self.pixel_decoder = PixelDecoder(channels, **sizes.for_pixels())
+        self.decoder = MaskDecoder(**sizes.for_masks())
+        self.pool_proj = nn.Sequential(nn.LayerNorm(sizes.mask_dim), nn.Linear(sizes.mask_dim, hidden))
+        self.class_embed = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+                                         nn.Linear(hidden, embed_dim))
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
 
-    def embed(self, fine, q, m): # mask features, queries (B,Q,hidden), mask logits -> (B,Q,D)
-        "The class embedding of queries with their masks."
-        return self.class_embed(self.pool_proj(mask_mean(fine, m)) + q)
+    def embed(self, mask_features, queries, mask_logits):
+        return self.class_embed(self.pool_proj(mask_mean(mask_features, mask_logits)) + queries)
 
-    def forward(self,
-        features:dict, # Maps of the backbone
-        every:bool=False, # All layers, as the loss wants them? If not, the last
-    ): # (class embeddings (B,Q,D), mask logits (B,Q,H/4,W/4)), or a list of these
-        "Queries, in CLIP's space, and their masks."
-        fine,maps = self.pixel_decoder(features)
-        out = self.decoder(fine, maps)
-        return [(self.embed(fine, q, m), m) for q,m in out] if every else (self.embed(fine, *out[-1]), out[-1][1])
-
-# %% ../../nbs/frameworks/34_fcclip.ipynb #f74bc3cd
+# %% ../../nbs/frameworks/34_fcclip.ipynb #c4f2bd8c
 def embed_masks(
     backbone, # `ClipBackbone`
     last, # What its tower ends with, as `backbone.kind.features` gives it
     mask_logits:torch.Tensor, # (B,N,h,w), any size
-)->tuple: # (embeddings (B,N,D), does the mask hold a cell of the map (B,N))
+)->tuple[torch.Tensor, torch.Tensor]: # Embeddings (B,N,D); does the mask hold a cell of the map (B,N)
     "What CLIP sees under masks. Where a mask holds no cell, all are taken."
     grid = last[1] if isinstance(last, tuple) else last.shape[-2:]
     inside = (resize(mask_logits.detach(), grid) > 0).flatten(2)
@@ -108,35 +112,110 @@ def embed_masks(
     if not backbone.kind.embeds_nothing: inside = inside | ~valid[..., None]
     return backbone.kind.pool_masks(backbone.visual, last, inside),valid
 
-# %% ../../nbs/frameworks/34_fcclip.ipynb #c4a451b7
+# %% ../../nbs/frameworks/34_fcclip.ipynb #d3b34317
 def geometric_ensemble(
     inside:torch.Tensor, # (B,Q,K+1) logits of the first classifier, *nothing* last
     outside:torch.Tensor, # (B,Q,K) logits of CLIP
     seen:torch.Tensor, # (K) bool: did training have the class?
     alpha:float=.4, # Weight of CLIP for a seen class
-    beta:float=.8, # and for another
-    valid=None, # (B,Q) bool: where CLIP has a say; None: everywhere
+    beta:float=.8, # Weight of CLIP for another class
+    valid:torch.Tensor=None, # (B,Q) bool: where CLIP has a say; None: everywhere
 )->torch.Tensor: # (B,Q,K+1) log-probabilities, *nothing* last
     "Join the two classifiers (FC-CLIP, Sec. 3.3)."
     w = torch.where(seen, alpha, beta).to(inside)
     if valid is not None: w = w*valid[..., None]
-    both = (1-w)*inside[..., :-1].log_softmax(-1) + w*outside.log_softmax(-1)
+    joined = (1-w)*inside[..., :-1].log_softmax(-1) + w*outside.log_softmax(-1)
     void = inside.softmax(-1)[..., -1:]
-    return (torch.cat([both.softmax(-1)*(1-void), void], -1) + 1e-8).log()
+    return (torch.cat([joined.softmax(-1)*(1-void), void], -1) + 1e-8).log()
 
-# %% ../../nbs/frameworks/34_fcclip.ipynb #2ca487f1
+# %% ../../nbs/frameworks/34_fcclip.ipynb #7313fd73
+class _Words(QueryFramework):
+    "The text side of FC-CLIP: words instead of classes."
+    templates:str|tuple|None # Prompts of each word
+
+    def text(self,
+        vocabulary=None, # `Vocabulary`, list of names, `ClassWords` or (K,D) embeddings; None: that of training
+    ): # `ClassWords`; embeddings as they are
+        "The words of a vocabulary. Raises `OpenTransError` if there is none."
+        names = self.vocabulary if vocabulary is None else vocabulary
+        if names is None or isinstance(names, torch.Tensor) or not len(names): return super().text(names)
+        if isinstance(names, ClassWords): return names
+        key = 'words',_vocabulary(names),str(device_of(self))
+        if key not in self._texts:
+            self._texts[key] = class_words(key[1], self.backbone.encode_text, self.vocabulary, self.templates)
+        return self._texts[key]
+
+    def words(self,
+        text, # `ClassWords`, or (K,D) embeddings
+    )->ClassWords:
+        "The words of a text side of either kind."
+        if isinstance(text, ClassWords): return text
+        classes = F.normalize(text.float(), dim=-1)
+        seen = torch.zeros(len(classes), dtype=torch.bool, device=classes.device)
+        if self.vocabulary is not None:
+            for trained in (self.text().embeddings, super().text()): # a word, or a class as the backbone embeds it
+                seen |= (classes @ trained.to(classes).T).amax(1) > 1-1e-5
+        return ClassWords.of_classes(classes, seen)
+
+    def example_inputs(self,
+        input_size:Sequence[int], # (3,H,W) or (H,W) of one image, or (B,3,H,W)
+    )->tuple: # Images, and as many words as the training vocabulary has classes
+        "Arguments of `forward`, to count its cost."
+        images,classes = super().example_inputs(input_size)
+        seen = torch.ones(len(classes), dtype=torch.bool, device=classes.device)
+        return images,ClassWords.of_classes(classes, seen)
+
+# %% ../../nbs/frameworks/34_fcclip.ipynb #7a92693c
+class _TwoClassifiers(_Words):
+    "The learned classifier, CLIP's own, and both together."
+    alpha:float # Weight of CLIP for a class that training had
+    beta:float # Weight of CLIP for another class
+    valid_only:bool # Has CLIP a say only where a mask holds a cell of its map?
+    classify_all:bool # Classify the queries of all layers in evaluation, too?
+
+    def classify(self,
+        embeddings:torch.Tensor, # (B,Q,D) of queries, in CLIP's space
+        words:ClassWords, # Of the vocabulary
+    )->torch.Tensor: # (B,Q,K+1): the nearest word of each class, and *nothing*
+        "Logits of the learned classifier."
+        scaled = F.normalize(embeddings, dim=-1)*self.head.log_scale.exp().clamp(max=100.)
+        named = words.best(scaled @ words.embeddings.to(scaled).T)
+        return torch.cat([named, scaled @ F.normalize(self.nothing, dim=-1).to(scaled).T], -1)
+
+    def classify_masks(self,
+        embeddings:torch.Tensor, # (B,Q,D) of masks, from CLIP itself
+        words:ClassWords, # Of the vocabulary
+    )->torch.Tensor: # (B,Q,K)
+        "Logits of CLIP itself, at its own temperature."
+        cosines = F.normalize(embeddings, dim=-1) @ words.embeddings.to(embeddings).T
+        return words.best(cosines)*min(self.backbone.logit_scale, 100.)
+
+    def coarse_queries(self, images:torch.Tensor, text)->tuple[torch.Tensor, torch.Tensor]:
+        "Log-probabilities of classes (B,Q,K+1) and mask logits at a quarter of the size."
+        words,(maps,last) = self.words(text),self.features(images)
+        queries,masks = self.head(maps, every=True)[-1] if self.classify_all else self.head(maps)
+        seen_by_clip,valid = embed_masks(self.backbone, last, masks)
+        joined = geometric_ensemble(
+            self.classify(queries, words).float(), self.classify_masks(seen_by_clip, words).float(), words.seen,
+            self.alpha, self.beta, valid if self.valid_only else None)
+        return joined,masks
+
+# %% ../../nbs/frameworks/34_fcclip.ipynb #bdac82c2
 @register_framework('fcclip')
-class FCCLIP(Framework):
-    "FC-CLIP: masks from queries, classified by a learned head and by CLIP itself (Sec. 3.2, *OVS with extra classifiers*)."
-    kinds = ('semantic', 'panoptic')
+class FCCLIP(_TwoClassifiers):
+    "FC-CLIP: masks from queries, classified by a learned head and by CLIP (Sec. 3.2, OVS with extra classifiers)."
     title = 'FC-CLIP'
     recipe = dict(iterations=368_750, batch_size=16, lr=1e-4, milestones=(327_778, 355_092), crop=1024,
                   **ADAMW, **JITTER)
     released_recipe = dict(recipe, backbone_lr=.1)
     test_sizes = dict(cityscapes_19=(1024, 2560)) # of its configuration
-    presets = dict(paper=dict(classify_all=True), released=dict(classify_all=True, frozen=True),
-                   small=dict(hidden=64, mask_dim=64, queries=24, pixel_layers=1, layers=3, heads=4, pixel_ffn=128, ffn=128, scale=30., points=256, class_weight=5., alpha=.1, beta=.4,
-                              templates=None))
+    presets = dict(
+        paper=dict(classify_all=True),
+        released=dict(classify_all=True, frozen=True),
+        small=dict(hidden=64, mask_dim=64, queries=24, pixel_layers=1, layers=3, heads=4, pixel_ffn=128, ffn=128,
+                   scale=30., points=256, class_weight=5., alpha=.1, beta=.4, templates=None))
+    masks_first = True # as released, where panoptic segmentation is on
+    prompts = 'vild' # the released code's VILD_PROMPT
 
     def __init__(self,
         backbone, # `ClipBackbone`
@@ -147,140 +226,95 @@ class FCCLIP(Framework):
         queries:int=250, # Number of masks
         pixel_layers:int=6, # Layers of the pixel decoder
         layers:int=9, # Layers of the mask decoder
-        heads:int=8, # Of each layer
+        heads:int=8, # Attention heads of each layer
         pixel_ffn:int=1024, # Inner width of the pixel decoder's layers
         ffn:int=2048, # Inner width of the mask decoder's layers
         scale:float=1/.07, # Temperature of the first classifier at first; it is learned
         alpha:float=.4, # Weight of CLIP for a class that training had
-        beta:float=.8, # and for another
-        valid_only:bool=None, # Has CLIP a say only where a mask holds a cell of its map? None, as released: for a ResNet yes, for a ConvNeXt no
+        beta:float=.8, # Weight of CLIP for another class
+        valid_only:bool=None, # Has CLIP a say only under masks that hold a cell of its map? None: so for a ResNet
         templates='vild', # Prompts of each word; None takes the vocabulary's own
-        classify_all:bool=False, # Classify the queries of all layers in evaluation, too, as the released code does? The result is the same
-        points:int=12544, # Where the loss compares masks
-        class_weight:float=2., # Of the class loss
-        mask_weight:float=5., # Of the masks' cross-entropy
-        dice_weight:float=5., # Of the masks' dice loss
+        classify_all:bool=False, # Classify the queries of all layers in evaluation? The result is the same
+        points:int=12544, # Number of points at which the loss compares masks
+        class_weight:float=2., # Weight of the class loss
+        mask_weight:float=5., # Weight of the masks' cross-entropy
+        dice_weight:float=5., # Weight of the masks' dice loss
         no_object:float=.1, # Weight of *nothing* in the class loss
         divisible:int=32, # Images are padded to a multiple of this, in CLIP's mean colour
         score:float=0., # Panoptic: how sure of its class a query must be
         overlap:float=.8, # Panoptic: how much of its mask it must keep
     ):
-        super().__init__(backbone, vocabulary)
-        if not hasattr(backbone, 'kind'): raise OpenTransError(f"FC-CLIP asks CLIP itself for a class, and a {type(backbone).__name__} has no CLIP to ask. Make the backbone with ClipBackbone.create(...).")
-        self.head = FCClipHead(backbone.channels, backbone.embed_dim, hidden, mask_dim, queries, pixel_layers, layers, heads, pixel_ffn, ffn, scale)
+        criterion = SetLoss(class_weight, mask_weight, dice_weight, no_object=no_object, points=points)
+        super().__init__(backbone, vocabulary, criterion, divisible, score, overlap)
+        if not hasattr(backbone, 'kind'):
+            raise OpenTransError(f"FC-CLIP asks CLIP itself for a class, and a {type(backbone).__name__} has no "
+                                 "CLIP to ask. Make the backbone with ClipBackbone.create(...).")
+        self.frozen,self.templates,self.classify_all = frozen,templates,classify_all
+        self.alpha,self.beta,self.first_scale = alpha,beta,scale
+        self.valid_only = not backbone.kind.embeds_nothing if valid_only is None else valid_only
+        self.make_parts(HeadSizes(hidden=hidden, mask_dim=mask_dim, queries=queries, pixel_layers=pixel_layers,
+                                  layers=layers, heads=heads, pixel_ffn=pixel_ffn, ffn=ffn))
         self.nothing = nn.Parameter(torch.randn(1, backbone.embed_dim))
-        self.criterion = SetLoss(class_weight, mask_weight, dice_weight, no_object=no_object, points=points)
-        self.alpha,self.beta,self.valid_only = alpha,beta,not backbone.kind.embeds_nothing if valid_only is None else valid_only
-        self.frozen,self.templates,self.classify_all,self.divisible,self.score,self.overlap = frozen,templates,classify_all,divisible,score,overlap
         if frozen: backbone.requires_grad_(False)
+
+    def make_head(self, sizes:HeadSizes)->FCClipHead:
+        return FCClipHead(self.backbone.channels, self.backbone.embed_dim, sizes, self.first_scale)
 
     def train(self, mode:bool=True):
         super().train(mode)
         if self.frozen: self.backbone.eval()
         return self
 
-    masks_first = True # as released, where panoptic segmentation is on
-    prompts = 'vild' # the released code's VILD_PROMPT
-    pad,queries,scores = Mask2Former.pad,Mask2Former.queries,Mask2Former.scores # from what `coarse_queries` says
-    forward,panoptic = Mask2Former.forward,Mask2Former.panoptic
-
-    def features(self, images):
+    def features(self, images:torch.Tensor)->tuple: # Maps by name, and the last features
         "The maps of images of any size, and what the tower ends with."
-        b,mean = self.backbone,self.backbone.mean # a padded pixel is CLIP's mean colour
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            return b.kind.features(b.visual, b.prepare(self.pad(images-mean) + mean if any(n % self.divisible for n in images.shape[-2:]) else images))
+        kind,learns = self.backbone.kind,torch.is_grad_enabled() and not self.frozen
+        with torch.set_grad_enabled(learns):
+            return kind.features(self.backbone.visual, self.backbone.prepare(self.pad_images(images)))
 
-# %% ../../nbs/frameworks/34_fcclip.ipynb #1c28cdda
-@patch
-def text(self:FCCLIP,
-    vocabulary=None, # `Vocabulary`, list of names, `ClassWords` or (K,D) embeddings; None takes the training vocabulary
-): # `ClassWords`; embeddings as they are
-    "The words of a vocabulary. Raises `OpenTransError` if there is none."
-    v = self.vocabulary if vocabulary is None else vocabulary
-    if v is None or isinstance(v, torch.Tensor) or not len(v): return super(FCCLIP, self).text(v)
-    if isinstance(v, ClassWords): return v
-    key = ('words', v if isinstance(v, Vocabulary) else Vocabulary(v), str(device_of(self)))
-    if key not in self._texts: self._texts[key] = class_words(key[1], self.backbone.encode_text, self.vocabulary, self.templates)
-    return self._texts[key]
+    def loss(self, batch:dict)->dict[str, torch.Tensor]:
+        "Class, mask and dice losses of the learned classifier, each summed over the layers."
+        words = self.text()
+        regions,classes = batch_regions(batch, len(words), batch.get('ignore', self.ignore))
+        out = self.head(self.features(batch['images'])[0], every=True)
+        predictions = [(self.classify(queries, words), masks) for queries,masks in out]
+        return self.criterion(predictions, [self.pad(masks, False) for masks in regions], classes)[0]
 
-@patch
-def words(self:FCCLIP,
-    text, # `ClassWords`, or (K,D) embeddings
-)->ClassWords:
-    "The words of a text side of either kind."
-    if isinstance(text, ClassWords): return text
-    e = F.normalize(text.float(), dim=-1)
-    seen = torch.zeros(len(e), dtype=torch.bool, device=e.device)
-    if self.vocabulary is not None: # of a word, or of a class as the backbone embeds it
-        for had in (self.text().embeddings, super(FCCLIP, self).text()): seen |= (e @ had.to(e).T).amax(1) > 1-1e-5
-    return ClassWords(e, torch.arange(len(e), device=e.device)[:, None], seen)
+# %% ../../nbs/frameworks/34_fcclip.ipynb #92f5b011
+def _head_names(weights):
+    "The weights of a head and of *nothing*: name here -> (name in the file, tensor)."
+    rules = ((r'^decoder\._mask_pooling_proj\.', 'pool_proj.'), (r'^decoder\.logit_scale', 'log_scale'))
+    void,found = 'void_embedding.weight',{}
+    for name,place in head_names(weights).items():
+        layer = name.split('.')
+        if name.startswith('class_embed.layers.'): # of an MLP; here activations stand between its layers
+            name = '.'.join(['class_embed', str(2*int(layer[2])), *layer[3:]])
+        found['head.' + rename(name, rules)] = place
+    if void in weights: found['nothing'] = void,weights[void]
+    return found
 
-@patch
-def example_inputs(self:FCCLIP,
-    input_size, # (3,H,W) or (H,W) of one image, or (B,3,H,W)
-)->tuple: # Images, and as many words as the training vocabulary has classes
-    "Arguments of `forward`, to count its cost."
-    images,e = super(FCCLIP, self).example_inputs(input_size)
-    return images,ClassWords(e, torch.arange(len(e), device=e.device)[:, None], torch.ones(len(e), dtype=torch.bool, device=e.device))
-
-# %% ../../nbs/frameworks/34_fcclip.ipynb #ef9eacff
-@patch
-def classify(self:FCCLIP,
-    embeddings:torch.Tensor, # (B,Q,D) of queries, in CLIP's space
-    words:ClassWords, # Of the vocabulary
-)->torch.Tensor: # (B,Q,K+1): the nearest word of each class, and *nothing*
-    "Logits of the learned classifier."
-    e = F.normalize(embeddings, dim=-1)*self.head.log_scale.exp().clamp(max=100.)
-    return torch.cat([words.best(e @ words.embeddings.to(e).T), e @ F.normalize(self.nothing, dim=-1).to(e).T], -1)
-
-@patch
-def classify_masks(self:FCCLIP,
-    embeddings:torch.Tensor, # (B,Q,D) of masks, from CLIP itself
-    words:ClassWords, # Of the vocabulary
-)->torch.Tensor: # (B,Q,K)
-    "Logits of CLIP itself, at its own temperature."
-    return words.best(F.normalize(embeddings, dim=-1) @ words.embeddings.to(embeddings).T)*min(self.backbone.logit_scale, 100.)
-
-@patch
-def coarse_queries(self:FCCLIP, images, text):
-    "Log-probabilities of classes (B,Q,K+1) and mask logits at a quarter of the size."
-    words,(maps,last) = self.words(text),self.features(images)
-    e,small = self.head(maps, every=True)[-1] if self.classify_all else self.head(maps)
-    o,valid = embed_masks(self.backbone, last, small)
-    c = geometric_ensemble(self.classify(e, words).float(), self.classify_masks(o, words).float(), words.seen, self.alpha, self.beta, valid if self.valid_only else None)
-    return c,small
-
-@patch
-def loss(self:FCCLIP, batch):
-    "Class, mask and dice losses of the learned classifier, each summed over the layers."
-    words = self.text()
-    regions,classes = batch_regions(batch, len(words), batch.get('ignore', self.ignore))
-    out = self.head(self.features(batch['images'])[0], every=True)
-    return self.criterion([(self.classify(e, words), m) for e,m in out], [self.pad(r, False) for r in regions], classes)[0]
-
-# %% ../../nbs/frameworks/34_fcclip.ipynb #02e36576
-def _fcclip_names(framework, weights):
-    "Name here -> (name in the file, tensor)."
-    res = {}
-    for n,v in head_names(weights).items():
-        n = re.sub(r'^class_embed\.layers\.(\d)\.', lambda m: f'class_embed.{2*int(m[1])}.', n)
-        res['head.' + n.replace('decoder._mask_pooling_proj.', 'pool_proj.').replace('decoder.logit_scale', 'log_scale')] = v
-    if 'void_embedding.weight' in weights: res['nothing'] = 'void_embedding.weight',weights['void_embedding.weight']
+def _tower_names(framework, weights):
+    "The weights of CLIP's tower, if it is the framework's own: name here -> (name in the file, tensor)."
     old,own = 'backbone.clip_model.visual.',framework.tower.state_dict()
-    inside = {n[len(old):]: (n, w) for n,w in weights.items() if n.startswith(old)}
-    fits = {n for n,t in own.items() if n in inside and inside[n][1].shape == t.shape}
-    prefix = next(n for n,m in framework.named_modules() if m is framework.tower)
+    inside = {name[len(old):]: (name, tensor) for name,tensor in weights.items() if name.startswith(old)}
+    fits = [name for name,tensor in own.items() if name in inside and inside[name][1].shape == tensor.shape]
     ends = tuple(f'{head}.' for head in framework.backbone.kind.head)
-    if all(n in fits or n.startswith(ends) or n.endswith('num_batches_tracked') for n in own): res.update({f'{prefix}.{n}': inside[n] for n in fits})
-    return res
+    def spare(name): return name.startswith(ends) or name.endswith('num_batches_tracked')
+    if not all(name in fits or spare(name) for name in own): return {}
+    prefix = next(name for name,module in framework.named_modules() if module is framework.tower)
+    return {f'{prefix}.{name}': inside[name] for name in fits}
 
 def load_fcclip(
     framework:FCCLIP, # Filled in place
     source, # A file, or a state dict, in the names of the released code
     strict:bool=True, # Raise if a part of the head does not fit? If not, it is left as it is
-)->pd.DataFrame: # One row a tensor (index: its name in the file, or here): what ('loaded', 'left', 'kept'), here, why
+)->pd.DataFrame: # One row a tensor, as `put_weights` gives it: what ('loaded', 'left', 'kept'), here, why
     "Load published weights of FC-CLIP. Raises `OpenTransError` that lists what does not fit."
-    weights = source if isinstance(source, dict) else read_checkpoint(source)
-    def why(n): return None if not n.startswith('backbone.') else 'another backbone' if '.visual.' in n else "the backbone has a text encoder of its own"
-    return put_weights(framework, weights, _fcclip_names(framework, weights), lambda n: n.startswith(('head.', 'nothing')), why, "Is it a checkpoint of FC-CLIP? Build the framework with its sizes "
-                       "(queries, layers, ...) and a backbone of the same CLIP, or pass strict=False.", strict)
+    weights = weights_of(source)
+    def why(name):
+        if not name.startswith('backbone.'): return None
+        return 'another backbone' if '.visual.' in name else 'the backbone has a text encoder of its own'
+    def needed(name): return name.startswith(('head.', 'nothing'))
+    advice = ("Is it a checkpoint of FC-CLIP? Build the framework with its sizes (queries, layers, ...) and a "
+              "backbone of the same CLIP, or pass strict=False.")
+    found = _head_names(weights) | _tower_names(framework, weights)
+    return put_weights(framework, weights, found, needed, why, advice, strict)
