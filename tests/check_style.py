@@ -18,13 +18,13 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 DEBT = ROOT/'tests'/'style_debt.json'
 SHOWN_WIDTH = 100   # columns of a cell that readers see; ruff judges the rest by 120
-CELL_LINES = 30     # lines of code in an exported cell: a cell holds one idea
+CELL_STATEMENTS = 30    # statements in an exported cell, about 25 lines: a cell holds one idea
 RUFF = [str(Path(sys.executable).with_name('ruff')), 'check', '--output-format', 'json', '--exit-zero']
 
 ADVICE = {
     'nested-ternary': 'write `if` and `else` as statements, or a function with a name',
     'wide-cell': f'a cell that is shown has at most {SHOWN_WIDTH} columns',
-    'long-cell': f'an exported cell has at most {CELL_LINES} lines of code: divide it',
+    'long-cell': f'an exported cell has at most {CELL_STATEMENTS} statements: divide it',
 }
 
 
@@ -86,6 +86,11 @@ def nested_ternaries(lines):
             yield node.lineno
 
 
+def statements(lines):
+    "How many statements a piece has, those inside others too."
+    return sum(isinstance(node, ast.stmt) for node in ast.walk(ast.parse('\n'.join(lines))))
+
+
 def own_findings(path):
     "What ruff has no rule for."
     file = path.relative_to(ROOT).as_posix()
@@ -95,8 +100,7 @@ def own_findings(path):
         if path.suffix != '.ipynb':
             continue
         marks = directives(lines)
-        code = [line for line in lines if line.strip() and not line.lstrip().startswith('#')]
-        if 'export' in marks and len(code) > CELL_LINES:
+        if 'export' in marks and statements(lines) > CELL_STATEMENTS:
             yield Finding(file, 'long-cell', place, ADVICE['long-cell'])
         if not marks & {'export', 'exporti', 'hide'}:
             wide = [row for row, line in enumerate(lines, 1) if SHOWN_WIDTH < len(line) <= 120]

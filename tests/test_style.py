@@ -50,7 +50,7 @@ def test_each_fault_is_found_in_a_script_and_in_a_notebook(tree, rule):
 @needs_ruff
 def test_cells_that_are_shown_are_narrower_and_exported_ones_short(tree):
     wide = f'text = "{"x"*100}"'
-    long = '#| export\n' + '\n'.join(f'name_{i} = {i}' for i in range(check_style.CELL_LINES + 1))
+    long = '#| export\n' + '\n'.join(f'name_{i} = {i}' for i in range(check_style.CELL_STATEMENTS + 1))
     notebook(tree/'nbs'/'some.ipynb', wide, f'#| hide\n{wide}', f'#| export\n{wide}', long)
     found = {(one.rule, one.place) for one in check_style.findings()}
     assert found == {('wide-cell', 'cell 1:1'), ('long-cell', 'cell 4:')}
