@@ -109,9 +109,9 @@ def case(title, names, n, batches, reps, slow=True):
         f'|\n|---|--:|--:|--:|--:|')
     for k,r in rows.items():
         print(f"| {k} | "
-              + ' | '.join(f.format(r[c]) if c in r else '' for c,
-                           f in (('seconds', '{:.2f}'), ('ratio', '{:.2f}'), ('error', '{:.1e}'),
-                                 ('mib', '{:.0f}'))) + ' |')
+              + ' | '.join(f.format(r[c]) if c in r else ''
+                           for c,f in (('seconds', '{:.2f}'), ('ratio', '{:.2f}'), ('error', '{:.1e}'),
+                                       ('mib', '{:.0f}'))) + ' |')
     return rows
 
 def whole_run(names, n, batches, reps):

@@ -57,8 +57,8 @@ def bench_prune(model, reps, device):
     other = copy.deepcopy(model)
     tp.global_unstructured(pairs(other), tp.L1Unstructured, amount=.1)
     mask = SparseMask.ones(model).prune(model, .1)
-    differ = sum(int((mask[layer.name] != mod.weight_mask.bool().cpu()).sum()) for layer,
-                 (mod,_) in zip(prunable(model), pairs(other), strict=True))
+    differ = sum(int((mask[layer.name] != mod.weight_mask.bool().cpu()).sum())
+                 for layer,(mod,_) in zip(prunable(model), pairs(other), strict=True))
     return dict(ours_ms=ours*1e3, ours_at_density_0_2_ms=late*1e3, torch_ms=theirs*1e3, speedup=theirs/ours,
                 weights_that_differ=differ)
 
@@ -95,9 +95,9 @@ OPTIMIZERS = dict(sgd=lambda ps: torch.optim.SGD(ps, lr=1e-4, momentum=.9, weigh
 
 def bench_step(mask, optimizer, steps, batch, size, device):
     """What a mask adds to a training step. It does not depend on the input, so it is taken on a small one, where it
-    stands out, in turns with a dense model; then it is set against a dense step of full size.
-    Denormal numbers are flushed. With AdamW, most of the difference is no work of the mask: torch's square root
-    (MKL) is about twice as slow on exact zeros, and any mask makes the second moments zero."""
+    stands out, in turns with a dense model; then it is set against a dense step of full size. Denormal numbers
+    are flushed. With AdamW, most of the difference is no work of the mask: torch's square root (MKL) is about
+    twice as slow on exact zeros, and any mask makes the second moments zero."""
     torch.set_flush_denormal(True)
     from open_clip.modified_resnet import ModifiedResNet
     def net(s):

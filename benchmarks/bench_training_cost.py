@@ -77,8 +77,8 @@ def main(args):
             t = time.perf_counter()
             step(x)
             seconds[k].append(time.perf_counter()-t)
-    fixed = {k: int(s.weights + s.optimizer + sum(b.numel()*b.element_size() for b in net.buffers())) for k,
-             s in states.items()}
+    fixed = {k: int(s.weights + s.optimizer + sum(b.numel()*b.element_size() for b in net.buffers()))
+             for k,s in states.items()}
     peak = {k: peak_memory(lambda: step(x), args.device) + fixed[k] for k,(_,step,_) in made.items()}
     where = (torch.cuda.get_device_name() if torch.device(args.device).type == 'cuda'
              else f'{platform.machine()}, {torch.get_num_threads()} thread(s)')

@@ -66,9 +66,9 @@ if __name__ == '__main__':
     with tempfile.TemporaryDirectory() as d:
         write(Path(d), a.n)
         folder = open_dataset('folder', d, names=[f'class {i}' for i in range(12)])
-        runs = {(who, what): pair for what,masks in (('masks', True), ('labels', False)) for who,
-                pair in (('opentrans', (Augmented(folder, a.size, regions=masks), collate)),
-                         ('torchvision', (Plain(Path(d), a.size, masks), pad_collate)))}
+        runs = {(who, what): pair for what,masks in (('masks', True), ('labels', False))
+                for who,pair in (('opentrans', (Augmented(folder, a.size, regions=masks), collate)),
+                                 ('torchvision', (Plain(Path(d), a.size, masks), pad_collate)))}
         best,cpu = {k: 0. for k in runs},{k: float('inf') for k in runs}
         for _ in range(a.rounds):
             for k,(data,f) in runs.items():

@@ -537,8 +537,8 @@ def _watches(models, modules, axis, *options):
     every = modules[0] | modules[1]
     if models[0] is models[1]: models,modules = models[:1],[every]
     each = isinstance(axis, tuple)
-    said = [_said_axes(axis[i] if each else axis, found, found if each else every) for i,
-            found in enumerate(modules)]
+    said = [_said_axes(axis[i] if each else axis, found, found if each else every)
+            for i,found in enumerate(modules)]
     watches = [_Watch(model, found, *options, a) for model,found,a in zip(models, modules, said)]
     return watches[0],watches[-1]
 
@@ -561,9 +561,8 @@ def cka(
     # its row is NaN)
 )->pd.DataFrame:
     """CKA between layers of two models in one pass, in memory that does not grow with the data (Nguyen et al.
-    2021).
-    Raises `OpenTransError` for unknown layers, images that a model cannot take, and if no batch or no layer can
-    be compared."""
+    2021). Raises `OpenTransError` for unknown layers, images that a model cannot take, and if no batch or no
+    layer can be compared."""
     _check_options(kernel, sigma, maps)
     model_a,model_b = unwrap(model_a),unwrap(model_b)
     names_a = _layer_names(layers_a, model_a)
@@ -591,8 +590,8 @@ def cka(
     frame.attrs = dict(estimator=f"minibatch {'unbiased' if unbiased else 'biased'} HSIC",
                        kernel=kernel if kernel == 'linear' else f'rbf, sigma {sigma}', maps=str(maps), **count,
                        left_out=batches.left_out, reasons=wa.why(names_a) | wb.why(names_b))
-    idle = [[n for n in ns if given is None and w.reasons.get(n) == _IDLE] for w,ns,
-            given in ((wa, names_a, layers_a), (wb, names_b, layers_b or layers_a))]
+    idle = [[n for n in ns if given is None and w.reasons.get(n) == _IDLE]
+            for w,ns,given in ((wa, names_a, layers_a), (wb, names_b, layers_b or layers_a))]
     return frame.drop(index=idle[0], columns=idle[1])
 
 def _warn(left_out, repeated):
@@ -649,8 +648,8 @@ def channel_cka(
     constant='one', # A channel that is constant in X or Y counts as 1 (the paper's code), or is left out: `'skip'`
 )->float: # Mean over channels and pictures
     """What the paper's released CKA.py computes: rows of each channel's map as examples, biased linear CKA,
-    averaged over channels.
-    NaN, with a warning, if X or Y holds NaN. Raises `OpenTransError` for maps that do not fit."""
+    averaged over channels. NaN, with a warning, if X or Y holds NaN. Raises `OpenTransError` for maps that do
+    not fit."""
     if X.shape != Y.shape or X.dim() not in (3, 4):
         raise OpenTransError(
             f"Two maps of one shape (C,H,W) or (B,C,H,W) are needed, not {tuple(X.shape)} and {tuple(Y.shape)}.")

@@ -185,11 +185,10 @@ def _is_conv1d(module):
 
 def _experts(dot, module):
     "The stacked matrices of a mixture of experts of transformers, which says how they lie."
-    made = {k: p for k,
-            p in module._parameters.items() if p is not None and not isinstance(p, UninitializedParameter)}
+    made = {k: p
+            for k,p in module._parameters.items() if p is not None and not isinstance(p, UninitializedParameter)}
     axis = 2 if module.is_transposed else 1
-    return [layer for k,
-            p in made.items() if p.ndim == 3
+    return [layer for k,p in made.items() if p.ndim == 3
             for layer in _layer(dot, module, k, 'experts', out_axis=axis, groups=len(p))]
 
 def layers_of(
@@ -435,9 +434,8 @@ def apply(self:LayerSelection,
     model:nn.Module, # A tower, or anything that holds one
 )->Undo: # Handle; `.remove()`, or leaving a `with` block, restores `requires_grad`
     """Freeze and unfreeze the named layers of `model`; a computed weight by the parameters behind it. Build the
-    optimizer
-    afterwards. Raises `OpenTransError`, with nothing changed, for names the model lacks and layers that cannot
-    learn."""
+    optimizer afterwards. Raises `OpenTransError`, with nothing changed, for names the model lacks and layers
+    that cannot learn."""
     known = find_layers(self.train+self.freeze, model)
     on,off = ([known[n] for n in names] for names in (self.train, self.freeze))
     params = {id(p): p for layer in on+off for p in layer.params}

@@ -49,8 +49,8 @@ class FullSize:
         return cost(self.clip, (3, *size), convention=convention).without('attnpool')
 
     def features(self, size):
-        return {k: torch.zeros(1, c, math.ceil(size[0]/s), math.ceil(size[1]/s)) for (k,c),
-                s in zip(self.clip.channels.items(), self.strides.values())}
+        return {k: torch.zeros(1, c, math.ceil(size[0]/s), math.ceil(size[1]/s))
+                for (k,c),s in zip(self.clip.channels.items(), self.strides.values())}
 
     @functools.lru_cache(None)
     def han(self, size, convention):
@@ -117,8 +117,7 @@ def released_stride16()->torch.nn.Module:
     on the 3x3 convolutions, the last stage dilated."""
     from torchvision.models import resnet50
     net,nn = resnet50(weights=None, replace_stride_with_dilation=[False, False, True]),torch.nn
-    net.conv1 = nn.Sequential(*(m for a,b,
-                                s in ((3, 32, 2), (32, 32, 1), (32, 64, 1))
+    net.conv1 = nn.Sequential(*(m for a,b,s in ((3, 32, 2), (32, 32, 1), (32, 64, 1))
                                 for m in (nn.Conv2d(a, b, 3, s, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())))
     net.maxpool,net.bn1,net.relu,net.avgpool,net.fc = nn.AvgPool2d(2),*(nn.Identity() for _ in range(4))
     return net.eval()

@@ -52,8 +52,8 @@ def no_partner(
     model has."""
     placed = (best_fits(keys, target) or [{}])[0]
     there = (best_fits(dict.fromkeys(keys, ()), dict.fromkeys(target, ())) or [{}])[0] # by name alone
-    lost = [k + (f" {tuple(s)}" if s else '') + (f" (there {tuple(target[there[k]])})" if k in there else '') for k,
-            s in keys.items() if k not in placed]
+    lost = [k + (f" {tuple(s)}" if s else '') + (f" (there {tuple(target[there[k]])})" if k in there else '')
+            for k,s in keys.items() if k not in placed]
     return OpenTransError(
         f"{len(lost)} of {len(keys)} {what} have no partner of that name and shape in the model: "
         f"{name_some(lost)}. The model has: {name_some(list(target))}. Was this made for another backbone?")
@@ -146,8 +146,7 @@ def weight_slots(shapes, rename=lambda n: n):
 
 def _spellings(keys, shapes):
     """Ways to look for the keys: as they are; in open_clip's spelling; that without a prefix of their own
-    (`trunk.`);
-    without `module.` anywhere. Yields (key as written -> key, slots)."""
+    (`trunk.`); without `module.` anywhere. Yields (key as written -> key, slots)."""
     yield {k: k for k in keys},weight_slots(shapes)
     slots,names = weight_slots(shapes, common_name),{k: common_name(k) for k in keys}
     yield names,slots
@@ -166,8 +165,8 @@ def tell_reasons(whys, n=3):
     "Layers and reasons as one text; layers with the same reason are counted."
     alike = {}
     for name,why in whys.items(): alike.setdefault(why, []).append(name)
-    told = [f"{names[0]} {why}{f' (and {len(names)-1} more)' if len(names) > 1 else ''}" for why,
-            names in alike.items()]
+    told = [f"{names[0]} {why}{f' (and {len(names)-1} more)' if len(names) > 1 else ''}"
+            for why,names in alike.items()]
     return '; '.join(told[:n]) + (f'; and {len(told)-n} more' if len(told) > n else '')
 
 def _apart(keys, names):

@@ -338,8 +338,8 @@ def test_computed_weights_count_the_parameters_behind_them_once(name, dry):
             and '2.weight' in c.upstream['4.weight'])
     made = rows[rows.kind == 'parametrization']
     assert c.macs == 3*(32*64 + 64*64 + 64*10) + made.macs.sum() and not made.params.any()
-    assert all(torch.equal(v, before[k]) for k,
-               v in m.state_dict().items()), 'a count took a step of power iteration'
+    assert all(torch.equal(v, before[k])
+               for k, v in m.state_dict().items()), 'a count took a step of power iteration'
 
 
 def test_a_computed_packed_projection_has_its_three_rows():

@@ -47,14 +47,14 @@ def test_imp_with_distillation(clip):
     assert not any('attnpool' in n or n == 'conv1.weight'
                    for n in mask.names), 'the attention pool and the first convolution stay dense'
     for n in mask.names: assert (clip.visual.get_parameter(n)[~mask[n]] == 0).all()
-    assert all(torch.equal(v, start[k]) for k,
-               v in train.teacher.state_dict().items()), 'the teacher must stay the dense CLIP'
+    assert all(torch.equal(v, start[k])
+               for k,v in train.teacher.state_dict().items()), 'the teacher must stay the dense CLIP'
     assert mask != SparseMask.magnitude(clip.fresh_copy(), .3), 'training between prunings must matter'
     assert len(train.log) == len(history)*3 and [r['round'] for r in train.log[::3]] == list(range(len(history)))
     fresh = clip.fresh_copy()
     with mask.apply(fresh):
-        assert all(torch.equal(v, start[k]) for k,
-                   v in fresh.state_dict().items() if k.removeprefix('visual.') not in mask.names)
+        assert all(torch.equal(v, start[k])
+                   for k,v in fresh.state_dict().items() if k.removeprefix('visual.') not in mask.names)
 
 def test_a_continued_run_is_the_run(clip, tmp_path):
     whole,_ = imp(clip.fresh_copy(), trainer(clip), density=.4, p=.3, checkpoint_dir=tmp_path/'whole')

@@ -134,8 +134,8 @@ def test_a_folder_of_older_settings_is_known(tmp_path):
     # these are not the defaults
     with pytest.raises(OpenTransError, match='other sizes'): ex.open_run_folder(tmp_path, scale, 3)
     (tmp_path/'study.json').write_text(
-        json.dumps({k: v for k,
-                    v in kept.items()
+        json.dumps({k: v
+                    for k,v in kept.items()
                     if k not in ('sha256', 'width', 'queries', 'sets', 'data', 'pretrained', 'device', 'paper',
                                  'checkpoint')}))
     ex.open_run_folder(tmp_path, scale, 3)
@@ -293,8 +293,8 @@ def test_names_are_shown_as_they_are_called():
     table."""
     names = '$x_{$', '_hidden', '<script>alert(1)</script>', 'a|b\x1b[31m'
     arms = [ex.Arm(n, tables=('masks',)) for n in names]
-    results = [dict(ARM, arm=n, seed=s, miou={'base': .1*i+.01*s, 'novel': .1, '$y$': .2}) for i,
-               n in enumerate(names) for s in range(3)]
+    results = [dict(ARM, arm=n, seed=s, miou={'base': .1*i+.01*s, 'novel': .1, '$y$': .2})
+               for i,n in enumerate(names) for s in range(3)]
     frame = ex.results_frame(results)
     for axis in (ex.plot_arms(frame, arms), ex.plot_cost(frame), ex.plot_similarity(frame),
                  ex.plot_frameworks(frame, arms)[0]):

@@ -157,8 +157,8 @@ def test_a_scale_of_a_gpu_in_miniature(scale, tmp_path, monkeypatch):
     def small(seg, data, **looks): return evaluate(seg, data, **{**looks, 'size': 48, 'longest': None})
     monkeypatch.setattr(arms, 'evaluate', small)
     monkeypatch.setenv('DETECTRON2_DATASETS', '')
-    sizes_told = [part for name,
-                  value in {**MINIATURE, **SCALES_OF_A_GPU[scale]}.items() for part in ('--set', f'{name}={value}')]
+    sizes_told = [part for name,value in {**MINIATURE, **SCALES_OF_A_GPU[scale]}.items()
+                  for part in ('--set', f'{name}={value}')]
     given = ('study', 'frameworks', '--scale', scale, '--device', 'cpu', '--pretrained', 'shapes-rn', '--root',
              root, '--iterations', 2)
     r = opentrans(*given, '--arm', 'dense', '--arm', 'distilled mask', *sizes_told, '--workers', 1, '--seeds', 1,

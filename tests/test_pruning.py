@@ -337,8 +337,8 @@ def test_fifty_adamw_steps_leave_exact_zeros_in_a_clip_resnet():
             opt.step()
     assert zeros(mask, net) and list(net.state_dict()) == names
     # the others have learned
-    assert all((w != dense[n])[mask[n]].any() for n,
-               w in mask.weights(net).items() if n.startswith(('conv', 'layer1')) and mask[n].any())
+    assert all((w != dense[n])[mask[n]].any()
+               for n,w in mask.weights(net).items() if n.startswith(('conv', 'layer1')) and mask[n].any())
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
 def test_imp_in_other_precisions(dtype):

@@ -67,8 +67,9 @@ def test_verdicts_follow_from_the_stored_runs(file):
 
 def shown(cells, name):
     "What the cells under the heading of a study have shown."
-    headings = [i for i,
-                c in enumerate(cells) if c['cell_type'] == 'markdown' and ''.join(c['source']).startswith('### ')]
+    headings = [i
+                for i,c in enumerate(cells)
+                if c['cell_type'] == 'markdown' and ''.join(c['source']).startswith('### ')]
     at = next((i for i in headings if ''.join(cells[i]['source']).split('\n')[0] == f'### {name}'), None)
     assert at is not None, f'no heading {name}'
     end = next((i for i in headings if i > at), len(cells))
@@ -112,6 +113,7 @@ def test_what_is_stored_is_of_todays_sizes():
     sizes = dict(demo=SCALES['demo'],
                  **{n: replace(SCALES['shapes'], **s.scale) for n,s in STUDIES.items() if not s.run})
     there = {n: root/'docs'/'results'/f'{n}-5seeds.json' for n in sizes}
-    assert [n for n,
-            f in there.items() if f.exists() and Scale(**json.loads(f.read_text())['scale']) != sizes[n]] == []
+    assert [n
+            for n,f in there.items()
+            if f.exists() and Scale(**json.loads(f.read_text())['scale']) != sizes[n]] == []
     assert there['demo'].exists() and there['masks'].exists()

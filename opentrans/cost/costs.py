@@ -51,13 +51,13 @@ def _densities(mask, rows):
     for the whole tower."""
     if mask is None: return {}
     if not isinstance(mask, dict) and not hasattr(mask, 'names'): mask = {'*': mask}
-    d = {n: m if isinstance(m, torch.Tensor) else _density(n, m) for n,
-         m in ((clean_name(n), mask[n]) for n in (mask if isinstance(mask, dict) else mask.names))}
+    d = {n: m if isinstance(m, torch.Tensor) else _density(n, m)
+         for n,m in ((clean_name(n), mask[n]) for n in (mask if isinstance(mask, dict) else mask.names))}
     rest = d.pop('*', None)
     for n in [n for n in d if any(r.endswith(f'{n}[q]') for r in rows)]: # a packed projection masked as a whole
         m = d.pop(n)
-        d |= {f'{n}[{p}]': m if isinstance(m, float) else m[i*len(m)//3:(i+1)*len(m)//3] for i,
-              p in enumerate('qkv')}
+        d |= {f'{n}[{p}]': m if isinstance(m, float) else m[i*len(m)//3:(i+1)*len(m)//3]
+              for i,p in enumerate('qkv')}
     where = find_names(d, rows, 'masked layers')
     res = {} if rest is None else {r: rest for r,t in rows.items() if t}
     return res | {where[n]: m if isinstance(m, float) else m.float().mean().item() for n,m in d.items()}
@@ -368,8 +368,8 @@ def training_table(
     if rule not in ('paper', 'exact'): raise unknown('rule', rule, ['paper', 'exact'])
     t,one = (cost if mask is None else cost.under(mask)).by_layer,cost.input_size[0] if cost.input_size else 1
     frozen = _frozen(selection, t.index)
-    learns = pd.Series([r not in frozen and (train_norms or not tower or kind in LAYER_KINDS) for r,tower,
-                        kind in zip(t.index, t.tower, t.kind)], t.index)
+    learns = pd.Series([r not in frozen and (train_norms or not tower or kind in LAYER_KINDS)
+                        for r,tower,kind in zip(t.index, t.tower, t.kind)], t.index)
     learns &= (t.weights > 0) | (rule == 'paper')
     flows = pd.Series(True, t.index)
     if rule == 'exact':

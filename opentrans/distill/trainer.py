@@ -213,8 +213,8 @@ def _window(self:DistillTrainer, sample, generator):
     "A sample, or a random square window of it."
     if not self.crop: return sample
     y,x = (int(torch.randint(max(n-self.crop, 0)+1, (), generator=generator)) for n in sample['image'].shape[-2:])
-    return {k: v[...,y:y+self.crop,x:x+self.crop] if k in ('image', 'labels', 'regions') else v for k,
-            v in sample.items()}
+    return {k: v[...,y:y+self.crop,x:x+self.crop] if k in ('image', 'labels', 'regions') else v
+            for k,v in sample.items()}
 
 @patch
 def _view(self:DistillTrainer, i, sample):
@@ -632,8 +632,8 @@ def _save_within(self:DistillTrainer, within, whole, opt, stream, losses, seed, 
     "Leave a checkpoint within a round."
     self._flush()
     names = {p: n for n,p in whole.named_parameters()}
-    states = {f'generators.{k}': self.team.all_rows(t[None].to(self.team.device or 'cpu'), [1]*self.team.n) for k,
-              t in _generator_states(device).items()}
+    states = {f'generators.{k}': self.team.all_rows(t[None].to(self.team.device or 'cpu'), [1]*self.team.n)
+              for k,t in _generator_states(device).items()}
     memory = {f'memory.{k}': t for k,t in self.state_dict().items()}
     tensors = dict(optimizer_tensors(opt, names), losses=torch.tensor(losses, dtype=torch.float64),
                    windows=stream.draws.get_state(), **states, **memory)

@@ -249,8 +249,8 @@ def framework_arms(
 )->tuple: # Arms
     "The same mask in another framework, beside the dense model and a random mask."
     masks = {'dense': None, 'distilled mask': 'distilled', 'random': 'random'}
-    return tuple(Arm(f'{framework}: {name}', mask, tables=('frameworks',), framework=framework) for name,
-                 mask in masks.items())
+    return tuple(Arm(f'{framework}: {name}', mask, tables=('frameworks',), framework=framework)
+                 for name,mask in masks.items())
 
 FRAMEWORK_ARMS = tuple(arm for framework in OTHERS for arm in framework_arms(framework))
 

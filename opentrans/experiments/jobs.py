@@ -229,8 +229,8 @@ def _identity(scale, seed):
         known['images'] = {n: [len(d),
                                hashlib.sha256(
                                    '\n'.join([*d.vocabulary.entries,
-                                              *(f.id for f in d.files)]).encode()).hexdigest()[:16]] for n,
-                           d in open_world(scale, seed).items()}
+                                              *(f.id for f in d.files)]).encode()).hexdigest()[:16]]
+                           for n,d in open_world(scale, seed).items()}
     return plain_json(known)
 
 def open_run_folder(folder, scale, seed):

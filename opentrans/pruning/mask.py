@@ -206,8 +206,7 @@ _SCOPES = ('global', 'layer', 'channel', 'N:M such as 2:4')
 
 def _best_of_m(s, n, m):
     """Of scores (outputs, inputs, ...), the best `n` of every `m` consecutive inputs; a layer whose number of
-    inputs is no
-    multiple of `m` stays dense."""
+    inputs is no multiple of `m` stays dense."""
     if s.shape[1] % m: return torch.ones(s.shape, dtype=torch.bool)
     groups = s.detach().float().movedim(1, -1).unflatten(-1, (-1, m))
     rank = groups.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
@@ -221,8 +220,7 @@ def _best_channels(s, share):
 
 def _choose(scores, density, scope='global', found=()):
     """Masks of a density, when the weights of a scope compete: of all layers, of a layer, whole output channels of
-    a layer,
-    or N of M inputs. `found` are the layers, which know where outputs and inputs are."""
+    a layer, or N of M inputs. `found` are the layers, which know where outputs and inputs are."""
     def count(n): return max(1, round(density*n))
     if scope == 'global': return _keep_best(scores, count(sum(s.numel() for s in scores.values())))[0]
     if scope == 'layer': return {n: _keep_best({n: s}, count(s.numel()))[0][n] for n,s in scores.items()}
@@ -303,8 +301,8 @@ def random(cls:SparseMask,
     if like is None:
         return cls(_choose(scores, density), dict(method='random', seed=seed) | _dense_info(model, **kwargs))
     _place(like.shapes, model)
-    return cls({n: _keep_best({n: scores[n]}, k)[0][n] if k else torch.zeros(shapes[n], dtype=torch.bool) for n,
-                k in _matched(like, density).items()}, dict(method='random, layer-matched', seed=seed))
+    return cls({n: _keep_best({n: scores[n]}, k)[0][n] if k else torch.zeros(shapes[n], dtype=torch.bool)
+                for n,k in _matched(like, density).items()}, dict(method='random, layer-matched', seed=seed))
 
 @patch
 def prune(self:SparseMask,
@@ -325,8 +323,8 @@ def weights(self:SparseMask,
 )->dict: # Name -> the weight (a view)
     """The weights that the mask is about. Raises `OpenTransError` if the model lacks one, or has two places for
     them."""
-    return {k: (p if rows is None else p[rows]).detach() for k,
-            (p,rows) in _place(self.shapes, model, strict).items()}
+    return {k: (p if rows is None else p[rows]).detach()
+            for k,(p,rows) in _place(self.shapes, model, strict).items()}
 
 # %% ../../nbs/01_pruning.ipynb #a602e802
 MASK_FILE = FileKind('opentrans-mask', 'mask', 'SparseMask.save')

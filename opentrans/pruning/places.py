@@ -74,8 +74,8 @@ def _match_in(module, keys, strict):
     """Find the layers of a mask in a module: key -> (tensor, rows or None), and key -> reason of those that cannot
     be masked."""
     params = bare_parameters(module)
-    computed = {layer.key: layer for name,
-                part in bare_modules(module) for layer in layers_of(name, part) if layer.computed}
+    computed = {layer.key: layer for name,part in bare_modules(module)
+                for layer in layers_of(name, part) if layer.computed}
     there = ({n: p for n,p in params.items() if p.is_meta or not no_values(p)}
              | {n: layer.param for n,layer in computed.items()})
     try: hit = match_weights(keys, {n: t.shape for n,t in there.items()}, strict, lambda n: id(there[n]))
