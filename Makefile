@@ -11,17 +11,26 @@ export OMP_NUM_THREADS ?= 1
 STUDIES ?=
 SEEDS   ?= 5
 
-.PHONY: help install demo test docs check-notebooks results gpu gpu-bundle gpu-check clean
+# tests of `make check`: those that take seconds
+FAST ?= tests/test_style.py tests/test_architecture.py tests/test_pruning.py
+
+.PHONY: help install hooks demo check style types test docs check-notebooks results gpu gpu-bundle gpu-check clean
 help:
 	@echo "make demo   the whole paper at toy scale: one HTML report and one JSON in $(OUT)/"
-	@echo "make test   export up to date, notebooks clean, all notebooks, all tests"
+	@echo "make check  two minutes: lines, types, export up to date, fast tests"
+	@echo "make test   lines, export up to date, notebooks clean, all notebooks, all tests"
 	@echo "make results  the studies of 'opentrans study' in docs/results/ (hours; STUDIES='losses ratio' for some; goes on where it was)"
 	@echo "make docs   the pages as a site with search, in _docs/"
 	@echo "make gpu    the heavy notebook cells, on a machine with a CUDA device"
 	@echo "make gpu-bundle  wheels for a GPU machine that has torch, torchvision, timm and transformers, and no network"
 	@echo "make gpu-check   what a GPU must show, in eight minutes (ARGS='--device cpu --tiny' without one)"
 
-install: $(STAMP)
+install: $(STAMP) hooks
+
+# the hooks of .pre-commit-config.yaml, in a clone of git alone; they are programs of the environment, and need no network
+hooks: $(STAMP)
+	@! git -C '$(CURDIR)' rev-parse --git-dir >/dev/null 2>&1 || $(BIN)/pre-commit install >/dev/null \
+	|| echo "the hooks of .pre-commit-config.yaml are not installed; run '$(BIN)/pre-commit install' to see why"
 
 $(STAMP): settings.ini setup.py
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,7 +43,16 @@ $(STAMP): settings.ini setup.py
 demo: $(STAMP)
 	$(BIN)/opentrans demo --scheduler processes --out $(OUT) $(ARGS)
 
-test: check-notebooks
+check: style types check-notebooks
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(FAST)
+
+style: $(STAMP)
+	$(BIN)/python tests/check_style.py
+
+types: $(STAMP)
+	$(BIN)/python tests/check_types.py
+
+test: style check-notebooks
 	IN_TEST=1 $(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 

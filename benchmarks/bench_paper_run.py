@@ -1,12 +1,15 @@
 """What the paper's run takes: CPU seconds and memory an image of each step, and multiply-accumulates.
 
     python tests/fake_datasets.py ROOT --train 16 --val 2
-    OMP_NUM_THREADS=1 python benchmarks/bench_paper_run.py ROOT [--steps prune,text,train-fpn,...] [--out result.json]
+    OMP_NUM_THREADS=1 python benchmarks/bench_paper_run.py ROOT [--steps prune,text,train-fpn,...] [--out
+    result.json]
 
 The results are shown on the page "The paper's run". CLIP's RN50 has random weights: they change nothing of time and
 memory. Images have the sizes that the paper's recipes and evaluation give them. Each step is taken with two numbers
-of images, and its seconds and bytes are a line through the two: what it needs whatever the batch, and for each image.
-Seconds are CPU seconds of one thread, so that other work on the machine counts little. A file of results is added to,
+of images, and its seconds and bytes are a line through the two: what it needs whatever the batch, and for each
+image.
+Seconds are CPU seconds of one thread, so that other work on the machine counts little. A file of results is
+added to,
 step by step: what a step had before is replaced. Embeddings of names are random but in the step `text`, which
 measures what one prompt takes. A step of training needs up to 5 GB; that of FC-CLIP, whose images are four times as
 large, more than 20.
@@ -60,7 +63,8 @@ def line(few, many):
     "From (images, seconds, bytes) twice: seconds and bytes for each image, and whatever the batch."
     (n, short, small), (m, long, large) = few, many
     seconds, size = (long-short)/(m-n), (large-small)/(m-n)
-    return dict(seconds=seconds, seconds_fixed=max(short-seconds*n, 0.), bytes=size, bytes_fixed=max(small-size*n, 0.))
+    return dict(seconds=seconds, seconds_fixed=max(short-seconds*n, 0.), bytes=size,
+                bytes_fixed=max(small-size*n, 0.))
 
 def both(take):
     "A line through one image and two, or through two and three where a batch norm of one image has a single value."
@@ -95,7 +99,8 @@ def step_train(name, root):
     "An iteration of fine-tuning by the paper's recipe, with reading: the second of two."
     seg, data = open_framework(name, root)
     def take(n):
-        recipe = Recipe.paper(name).replace(iterations=2, batch_size=n, workers=0, schedule='constant', milestones=())
+        recipe = Recipe.paper(name).replace(iterations=2, batch_size=n, workers=0, schedule='constant',
+                                            milestones=())
         ends = []
         def note(*_): ends.append(time.process_time())
         peak = peak_memory(lambda: finetune(seg, fullest(data, n), recipe, callback=note))
@@ -136,7 +141,8 @@ def step_text(root):
     clip.text.prompts(words)
     seconds = (time.process_time()-began)/len(words)
     def count(framework):
-        asked = [Vocabulary(VOCABULARIES[name].entries, get_framework(framework).prompts).prompts() for name in SETS]
+        asked = [Vocabulary(VOCABULARIES[name].entries, get_framework(framework).prompts).prompts()
+                 for name in SETS]
         return sum(len(texts) for classes in asked for texts in classes)
     return dict(seconds=seconds, prompts=count('mask2former'), prompts_fcclip=count('fcclip'))
 
@@ -160,7 +166,8 @@ def main():
         if name not in known: parser.error(f"unknown step {name}: one of {', '.join(known)}")
         made = {k: round(v, 4) if isinstance(v, float) else v for k, v in known[name](told.root).items()}
         kept = load_json(told.out) if told.out.exists() else dict(steps={})
-        kept.update(machine=platform.machine(), torch=torch.__version__, threads=1, steps={**kept['steps'], name: made})
+        kept.update(machine=platform.machine(), torch=torch.__version__, threads=1,
+                    steps={**kept['steps'], name: made})
         save_json(kept, told.out)
         print(name, made, flush=True)
 

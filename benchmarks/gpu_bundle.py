@@ -1,15 +1,18 @@
-"""What opentrans needs besides torch, torchvision, timm and transformers, as wheels in a folder, for a machine that fetches nothing.
+"""What opentrans needs besides torch, torchvision, timm and transformers, as wheels in a folder, for a machine that
+fetches nothing.
 
     python benchmarks/gpu_bundle.py [FOLDER]     (`make gpu-bundle`: gpu-bundle/)
 
-The wheels are those of Python 3.12 on Linux, in the versions that are installed here, without their own tests, so that all are below 64 MB.
+The wheels are those of Python 3.12 on Linux, in the versions that are installed here, without their own tests,
+so that all are below 64 MB.
 `gpu_check.py` takes from them what a machine lacks.
 """
 import importlib.metadata, subprocess, sys, zipfile
 from pathlib import Path
 
-WHEELS = ('open_clip_torch', 'ftfy', 'wcwidth', 'fastcore', 'pandas', 'python-dateutil', 'six', 'scipy', 'matplotlib', 'contourpy', 'cycler',
-          'kiwisolver', 'pyparsing', 'fonttools', 'pydantic', 'pydantic_core', 'annotated-types', 'typing-inspection')
+WHEELS = ('open_clip_torch', 'ftfy', 'wcwidth', 'fastcore', 'pandas', 'python-dateutil', 'six', 'scipy',
+          'matplotlib', 'contourpy', 'cycler', 'kiwisolver', 'pyparsing', 'fonttools', 'pydantic', 'pydantic_core',
+          'annotated-types', 'typing-inspection')
 PLATFORMS = ('manylinux_2_28_x86_64', 'manylinux_2_27_x86_64', 'manylinux_2_17_x86_64', 'manylinux2014_x86_64')
 MOST = 64_000_000 # bytes of all wheels
 
@@ -21,7 +24,8 @@ def version_here(name):
 def download(folder):
     "Fetch the wheels from the package index."
     platforms = [part for name in PLATFORMS for part in ('--platform', name)]
-    command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary=:all:', '--python-version', '3.12', *platforms]
+    command = [sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary=:all:',
+               '--python-version', '3.12', *platforms]
     subprocess.run([*command, '--dest', str(folder), *map(version_here, WHEELS)], check=True)
 
 def slim(wheel):

@@ -4,10 +4,13 @@
     python benchmarks/gpu_check.py --device cpu --tiny    the same checks in miniature, without one
     python benchmarks/gpu_check.py --only alpha,mask      some of them
 
-The machine needs Python 3.12 and torch 2.11 with torchvision, timm and transformers. What else opentrans imports is taken from the wheels
+The machine needs Python 3.12 and torch 2.11 with torchvision, timm and transformers. What else opentrans imports
+is taken from the wheels
 in `gpu-bundle/` (`make gpu-bundle`), as far as the machine lacks it; nothing is installed and nothing is fetched.
-Each check runs in a process that is started anew after a crash, a full memory or the end of its time, so that none costs another its turn.
-Towers have random weights: what is shown is that the path works, how long it takes and how much memory it needs, not an accuracy.
+Each check runs in a process that is started anew after a crash, a full memory or the end of its time, so that
+none costs another its turn.
+Towers have random weights: what is shown is that the path works, how long it takes and how much memory it needs,
+not an accuracy.
 """
 import argparse, atexit, contextlib, datetime, importlib.metadata, json, math, multiprocessing, os, shutil, statistics, sys, tempfile
 import time, zipfile
@@ -149,7 +152,8 @@ def imp(at):
     mask,history = found[0]
     assert abs(mask.density-.1) < 1e-3 and len(history) == 3
     _check_zeros(mask, clip)
-    return dict(rounds=3, images_per_second=3*iterations*batch/seconds, seconds=seconds, loss=list(map(float, history.loss))) | _memory(at)
+    return (dict(rounds=3, images_per_second=3*iterations*batch/seconds, seconds=seconds,
+                 loss=list(map(float, history.loss))) | _memory(at))
 
 def _memory(at):
     "The most that the device has held, in GiB."
@@ -186,7 +190,8 @@ def _fine_tune(at, framework):
             first = at.took(lambda: train_step(seg, batch, opt, now))
             seconds = at.took(lambda: losses.append(train_step(seg, batch, opt, now)))
             assert losses[0] and all(math.isfinite(value) for value in losses[0].values()), f'losses {losses[0]}'
-            return dict(side=recipe.crop, batch=recipe.batch_size, parts=parts, first_seconds=first, seconds=seconds) | _memory(at)
+            return (dict(side=recipe.crop, batch=recipe.batch_size, parts=parts, first_seconds=first,
+                         seconds=seconds) | _memory(at))
         opt.zero_grad(set_to_none=True) # it did not fit
         if at.cuda: _free()
     raise MemoryError(f'{framework} does not fit in 16 parts')
@@ -209,7 +214,8 @@ def semi_structured(at):
     SparseMask.magnitude(layer, .5, scope='2:4', skip_first=False).apply(layer).remove()
     x = torch.randn(4096, 4096, device=at.device, dtype=torch.float16)
     sparse = torch.nn.Linear(4096, 4096, bias=False, device=at.device, dtype=torch.float16)
-    sparse.weight = torch.nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight.detach()), requires_grad=False)
+    sparse.weight = torch.nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight.detach()),
+                                       requires_grad=False)
     with torch.inference_mode():
         far = float((layer(x)-sparse(x)).abs().max())
         one,other = at.in_turns([lambda: sparse(x), lambda: layer(x)], 30)
@@ -267,7 +273,8 @@ def sparse(at):
         masked,csr = at.in_turns([lambda: layer(x), lambda: rows @ x.T], at.size(20, 3))
         far = float((layer(x)-(rows @ x.T).T).abs().max())
     assert far < 1e-2, f'the sparse product differs by {far}'
-    return dict(dense_ms=dense*1e3, masked_ms=masked*1e3, csr_ms=csr*1e3, density=float((layer.weight != 0).float().mean()))
+    return dict(dense_ms=dense*1e3, masked_ms=masked*1e3, csr_ms=csr*1e3,
+                density=float((layer.weight != 0).float().mean()))
 
 # ---------------------------------------------------------------- running them
 
@@ -282,7 +289,8 @@ def add_bundle(folder):
     return site
 
 def _installed(distribution):
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError): return bool(importlib.metadata.version(distribution))
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return bool(importlib.metadata.version(distribution))
     return False
 
 def _path(site):
@@ -298,7 +306,8 @@ def work(pipe, device, tiny, site):
     warnings.simplefilter('ignore')
     import torch
     add_frameworks()
-    if device == 'cpu': torch.set_num_threads(max(1, int(os.environ.get('OMP_NUM_THREADS', torch.get_num_threads()))))
+    if device == 'cpu':
+        torch.set_num_threads(max(1, int(os.environ.get('OMP_NUM_THREADS', torch.get_num_threads()))))
     pipe.send('ready')
     while (name := pipe.recv()) is not None:
         if device != 'cpu': _free()
@@ -348,7 +357,8 @@ def versions(device):
     "What the figures were made on."
     import platform
     import torch
-    found = {name: importlib.metadata.version(name) for name in ('torch', 'torchvision', 'timm', 'transformers', 'open_clip_torch') if _installed(name)}
+    found = {name: importlib.metadata.version(name)
+             for name in ('torch', 'torchvision', 'timm', 'transformers', 'open_clip_torch') if _installed(name)}
     card = torch.cuda.get_device_name() if device != 'cpu' else None
     return dict(card=card, python=platform.python_version(), cuda=torch.version.cuda, cores=os.cpu_count(), **found)
 
@@ -362,7 +372,8 @@ def main(arguments=None):
     parser.add_argument('--device', default='cuda', help='cuda or cpu')
     parser.add_argument('--tiny', action='store_true', help='everything in miniature')
     parser.add_argument('--only', default='', help='names of checks with commas; empty for all')
-    parser.add_argument('--bundle', default=ROOT/'gpu-bundle', help='folder of wheels that make gpu-bundle has filled')
+    parser.add_argument('--bundle', default=ROOT/'gpu-bundle',
+                        help='folder of wheels that make gpu-bundle has filled')
     parser.add_argument('--minutes', type=float, default=8, help='what is not done by then is left')
     parser.add_argument('--out', help='JSON file; none: benchmarks/gpu_check.json on a GPU, nothing on a CPU')
     given = parser.parse_args(arguments)
@@ -378,7 +389,8 @@ def main(arguments=None):
         print(f"There is no check {strange[0]!r}. Choose among: {', '.join(CHECKS)}.")
         return 2
     out = given.out or (ROOT/'benchmarks'/'gpu_check.json' if given.device != 'cpu' else None)
-    result = dict(date=datetime.date.today().isoformat(), device=given.device, tiny=given.tiny, **versions(given.device), checks={})
+    result = dict(date=datetime.date.today().isoformat(), device=given.device, tiny=given.tiny,
+                  **versions(given.device), checks={})
     worker,began = Worker(given.device, given.tiny, site),time.monotonic()
     try:
         for name in wanted:
@@ -387,11 +399,14 @@ def main(arguments=None):
             state,told = worker.run(name, min(CHECKS[name][1], left)) if left > 0 else ('failed', 'the time was up')
             seconds = time.monotonic()-start
             say(name, state, told, seconds)
-            result['checks'][name] = dict(state=state, wall_seconds=round(seconds, 2), **(told if isinstance(told, dict) else dict(why=told)))
+            result['checks'][name] = dict(state=state, wall_seconds=round(seconds, 2),
+                                          **(told if isinstance(told, dict) else dict(why=told)))
             if out: save(result, out)
     finally: worker.close()
     states = [c['state'] for c in result['checks'].values()]
-    print(f"{states.count('ok')} ok, {states.count('skipped')} skipped, {states.count('failed')} failed, {time.monotonic()-began:.0f} s")
+    print(
+        f"{states.count('ok')} ok, {states.count('skipped')} skipped, {states.count('failed')} failed, "
+        f"{time.monotonic()-began:.0f} s")
     return int('failed' in states)
 
 def save(result, out):

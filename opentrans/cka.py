@@ -68,12 +68,17 @@ def _nan(what, reason):
 def _pair(X, Y, unbiased, kernel):
     X,Y = _flat(X, 'X'),_flat(Y, 'Y')
     n = len(X)
-    if len(Y) != n: raise OpenTransError(f"X has {n} examples and Y has {len(Y)}: row i of both must be the same example.")
-    if n < (4 if unbiased else 2): raise OpenTransError(f"{'Unbiased CKA needs at least 4' if unbiased else 'CKA needs at least 2'} examples, not {n}.")
+    if len(Y) != n:
+        raise OpenTransError(f"X has {n} examples and Y has {len(Y)}: row i of both must be the same example.")
+    if n < (4 if unbiased else 2):
+        raise OpenTransError(
+            f"{'Unbiased CKA needs at least 4' if unbiased else 'CKA needs at least 2'} examples, not {n}.")
     for x,what in ((X, 'X'), (Y, 'Y')):
-        reason = 'has NaN or infinite features' if not x.isfinite().all() else 'is constant over the examples' if _constant(x) else ''
+        reason = ('has NaN or infinite features' if not x.isfinite().all() else 'is constant over the examples'
+                  if _constant(x) else '')
         if reason: return _nan(what, reason)
-    K,L = (center_gram(kernel(x@x.T), unbiased) for x in ((x - x.mean(0))/(x - x.mean(0)).norm() for x in (X.double(), Y.double())))
+    K,L = (center_gram(kernel(x@x.T), unbiased)
+           for x in ((x - x.mean(0))/(x - x.mean(0)).norm() for x in (X.double(), Y.double())))
     return ((K*L).sum()/(K.norm()*L.norm())).item()
 
 # %% ../nbs/03_cka.ipynb #c33184f5
@@ -81,7 +86,8 @@ def linear_cka(
     X, # (n, ...) features of n examples; further axes are flattened
     Y, # (n, ...) features of the same examples
     unbiased:bool=False, # Debiased HSIC (Song et al. 2012); the usual biased one if False
-)->float: # 0: unrelated, 1: equal up to rotation and scale; NaN, with a warning that says why, if a feature never varies
+    # 0: unrelated, 1: equal up to rotation and scale; NaN, with a warning that says why, if a feature never varies
+)->float:
     "Linear CKA in float64 (Kornblith et al. 2019). Raises `OpenTransError` for shapes that do not fit."
     return _pair(X, Y, unbiased, lambda K: K)
 
@@ -98,10 +104,12 @@ def rbf_cka(
 def _gram_and_size(x, scale=1., block=8192):
     "The Gram matrix of centred features, and the mean square of the features as they came (in units of `scale`)."
     x = x.detach().flatten(1)
-    kind,home = x.dtype if x.dtype == torch.float64 else torch.float32,'cpu' if x.device.type == 'mps' else x.device # no float64 there
+    kind = x.dtype if x.dtype == torch.float64 else torch.float32
+    home = 'cpu' if x.device.type == 'mps' else x.device # no float64 there
     n,d = x.shape
     K,size = torch.zeros(n, n, dtype=torch.float64, device=home),0.
-    room,mean = torch.empty(n*min(block, d), dtype=kind, device=x.device),torch.full((1, n), 1/n, dtype=kind, device=x.device)
+    room = torch.empty(n*min(block, d), dtype=kind, device=x.device)
+    mean = torch.full((1, n), 1/n, dtype=kind, device=x.device)
     h = 1 if x.is_cuda else 2 if n < 128 else 4
     cuts = [i*n//h for i in range(h+1)] # half of a symmetric product is enough
     for b in x.split(block, 1):
@@ -126,28 +134,34 @@ def gram(
 def _holds(module, name, key):
     "Is a key that of a weight which a module holds, as a parameter or computed from others?"
     part = key.rpartition('.')[2].split('[')[0]
-    return isinstance(getattr(module, part, None), torch.Tensor) or any(layer.key == key.split('[')[0] for layer in layers_of(name, module))
+    return (isinstance(getattr(module, part, None), torch.Tensor)
+            or any(layer.key == key.split('[')[0] for layer in layers_of(name, module)))
 
 def _find_modules(model, names):
     "Name -> module, for module names and parameter keys. Raises `OpenTransError`."
     model = unwrap(model)
     tower = find_tower(model)
-    known = dict(model.named_modules()) | dict(tower.named_modules()) | dict(bare_modules(model)) | dict(bare_modules(tower))
+    known = (dict(model.named_modules()) | dict(tower.named_modules()) | dict(bare_modules(model))
+             | dict(bare_modules(tower)))
     res = {}
     for n in names:
         m,_,p = n.rpartition('.')
         if n in known: res[n] = known[n]
         elif m in known and _holds(known[m], m, n):
-            if '[' in p: raise OpenTransError(f"'{n}' is a part of a packed projection and has no output of its own. Name its module, '{m}'.")
+            if '[' in p:
+                raise OpenTransError(
+                    f"'{n}' is a part of a packed projection and has no output of its own. Name its module, '{m}'.")
             res[n] = known[m]
         else:
             near = difflib.get_close_matches(n, known, n=4, cutoff=.4) or [k for k in list(known)[1:9]]
-            raise OpenTransError(f"Unknown layer '{n}'; the model has {len(known)} modules, among them: {', '.join(near)}. Give a module's name, or the name of its weight.")
+            raise OpenTransError(
+                f"Unknown layer '{n}'; the model has {len(known)} modules, among them: {', '.join(near)}. Give a "
+                f"module's name, or the name of its weight.")
     return res
 
 def _default_layers(model):
     "The weights whose modules give one map or one list of tokens."
-    return list(dict.fromkeys(l.key for l in layers(model) if l.kind not in ('recurrent', 'experts')))
+    return list(dict.fromkeys(layer.key for layer in layers(model) if layer.kind not in ('recurrent', 'experts')))
 
 # %% ../nbs/03_cka.ipynb #2f164391
 def _tensors(out):
@@ -157,7 +171,8 @@ def _tensors(out):
     return [t for part in parts for t in _tensors(part)]
 
 def _features(out):
-    "The first tensor of real numbers in what a layer gave; complex numbers count as two each. Raises `OpenTransError` if there is none."
+    """The first tensor of real numbers in what a layer gave; complex numbers count as two each. Raises
+    `OpenTransError` if there is none."""
     found = _tensors(out)
     if not found: raise OpenTransError('the layer gives no tensor')
     x = next((t for t in found if t.is_floating_point() or t.is_complex() or t.is_quantized), None)
@@ -171,10 +186,15 @@ def _picture_axes(shape, n):
     return [a for a,size in enumerate(shape) if size == n or (a == 0 and size and size % n == 0)]
 
 def _only_axis(shape, n):
-    "The one axis of `n` pictures, the first or the second. Raises `OpenTransError` if there is none, or if the shape does not tell."
+    """The one axis of `n` pictures, the first or the second. Raises `OpenTransError` if there is none, or if the
+    shape does not tell."""
     if len(shape) < 2 or n not in shape[:2]: raise OpenTransError(f"the output {shape} has no axis of {n} examples")
-    if shape[0] == n and (len(shape) != 3 or shape[1] != n): return 0          # a map (n, n, H, W) and features (n, n) have the pictures first
-    if shape[0] % n == 0: raise OpenTransError(f"the output {shape} may hold the {n} examples along axis 0 or along axis 1; say which, with axis=0 or axis=1")
+    # a map (n, n, H, W) and features (n, n) have the pictures first
+    if shape[0] == n and (len(shape) != 3 or shape[1] != n): return 0
+    if shape[0] % n == 0:
+        raise OpenTransError(
+            f"the output {shape} may hold the {n} examples along axis 0 or along axis 1; say which, with axis=0 or "
+            f"axis=1")
     return 1
 
 def _pool(x, channels):
@@ -187,8 +207,11 @@ def as_examples(
     x:torch.Tensor, # What a layer gave for `n` pictures: (n, C, H, W), (n, tokens, C), (tokens, n, C) or (n, C)
     n:int, # Number of pictures
     maps='flatten', # `'flatten'`, `'pool'` (mean over positions), or g: each cell of a g x g grid is an example
-    axis:int=None, # Axis of the pictures; it may hold several rows a picture, one after the other, such as windows. None: the first or second, if one alone fits
-    channels:int=None, # Axis of the features, once the pictures are first; None: 1 of a map (n, C, H, W), the last one of tokens
+    # Axis of the pictures; it may hold several rows a picture, one after the other, such as windows. None: the
+    # first or second, if one alone fits
+    axis:int=None,
+    # Axis of the features, once the pictures are first; None: 1 of a map (n, C, H, W), the last one of tokens
+    channels:int=None,
 )->torch.Tensor: # (examples, features)
     "Turn a layer's output into rows of examples. Raises `OpenTransError` if the pictures cannot be told apart."
     shape = tuple(x.shape)
@@ -198,11 +221,14 @@ def as_examples(
     x,several = x.movedim(axis, 0),shape[axis]//n
     if maps == 'flatten': return x.reshape(n, -1)
     if channels is None and x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]:
-        raise OpenTransError(f"the output {shape} seems to have its channels last, so positions cannot be told from features; take maps='flatten', or name a layer within")
+        raise OpenTransError(
+            f"the output {shape} seems to have its channels last, so positions cannot be told from features; take "
+            f"maps='flatten', or name a layer within")
     if maps == 'pool':
         x = _pool(x, channels)
         return x.reshape(n, several, -1).mean(1) if several > 1 else x
-    if x.dim() != 4 or several > 1: raise OpenTransError(f"the output {shape} is no map (n, C, H, W) that a grid can be laid on")
+    if x.dim() != 4 or several > 1:
+        raise OpenTransError(f"the output {shape} is no map (n, C, H, W) that a grid can be laid on")
     if channels is not None: x = x.movedim(channels, 1)
     return F.adaptive_avg_pool2d(x, maps).flatten(2).mT.flatten(0, 1)
 
@@ -220,7 +246,8 @@ def _gives_maps(module, size):
     return isinstance(module, BATCH_NORMS) and module.num_features == size
 
 def _channel_axis(module, shape):
-    "The axis of the channels in what a layer gave, if its kind says it, or for a map the kinds of the layers within it."
+    """The axis of the channels in what a layer gave, if its kind says it, or for a map the kinds of the layers
+    within it."""
     if _ends_with(module, shape[-1]): return -1
     if isinstance(module, (*CONVS, BATCH_NORMS)): return 1
     if len(shape) != 4 or any(_gives_maps(m, shape[1]) for m in module.modules()): return None
@@ -232,25 +259,42 @@ def _distances(K, k=3):
     return (d[:few, None] + d[None, :few] - 2*K[:few, :few]).cpu()
 
 class _Seen:
-    "What one layer gave for one batch: its shape, and for each axis that may hold the pictures a centred Gram matrix and a few distances."
+    """What one layer gave for one batch: its shape, and for each axis that may hold the pictures a centred Gram
+    matrix and a few distances."""
     def __init__(self, shape): self.shape,self.K,self.apart = shape,{},{}
 
     def axis(self, n, other, m):
-        "The axis of `n` pictures, of which the layer gave this; for `m` of them it gave `other`. Raises `OpenTransError` if that does not settle it."
+        """The axis of `n` pictures, of which the layer gave this; for `m` of them it gave `other`. Raises
+        `OpenTransError` if that does not settle it."""
         same_form = len(self.shape) == len(other.shape)
         moved = [a for a,sizes in enumerate(zip(self.shape, other.shape)) if sizes[0] != sizes[1]]
-        if not same_form or len(moved) != 1 or moved[0] not in self.K or self.shape[moved[0]]*m != other.shape[moved[0]]*n:
-            raise OpenTransError(f"the output is {self.shape} for {n} pictures and {other.shape} for {m}, so no axis is that of the pictures")
+        if (not same_form or len(moved) != 1 or moved[0] not in self.K
+            or self.shape[moved[0]]*m != other.shape[moved[0]]*n):
+            raise OpenTransError(
+                f"the output is {self.shape} for {n} pictures and {other.shape} for {m}, so no axis is that of the "
+                f"pictures")
         axis, = moved
-        if self.shape[axis] > n and not torch.allclose(self.apart[axis], other.apart[axis], rtol=.05, atol=.01*self.apart[axis].max().item()):
-            raise OpenTransError(f"the output {self.shape} does not hold the {n} pictures one after the other along axis {axis}")
+        if (self.shape[axis] > n
+            and not torch.allclose(self.apart[axis], other.apart[axis], rtol=.05,
+                                   atol=.01*self.apart[axis].max().item())):
+            raise OpenTransError(
+                f"the output {self.shape} does not hold the {n} pictures one after the other along axis {axis}")
         return axis
 
 class _Watch:
     "Hooks on layers of one model; after a forward pass `take` gives the centred Gram matrices of the batch."
     def __init__(self, model, modules, gram_of, unbiased, maps, axis):
-        self.model,self.modules,self.gram_of,self.unbiased,self.maps,self.axis = model,modules,gram_of,unbiased,maps,dict(axis)
-        self.n,self.seen,self.scale,self.reasons,self.varies = 0,{},{},{},set()
+        self.model = model
+        self.modules = modules
+        self.gram_of = gram_of
+        self.unbiased = unbiased
+        self.maps = maps
+        self.axis = dict(axis)
+        self.n = 0
+        self.seen = {}
+        self.scale = {}
+        self.reasons = {}
+        self.varies = set()
         self.runs,self.repeated = {},set()
 
     def __enter__(self):
@@ -268,23 +312,35 @@ class _Watch:
         self.seen = seen
 
     def _pass(self, run, images):
-        self.n,self.seen,self.runs = len(images),{},{}
+        self.n = len(images)
+        self.seen = {}
+        self.runs = {}
         try: run(self.model, images)
-        finally: self.n = 0                                     # while the other model runs, which may share modules, this one does not look
+        # while the other model runs, which may share modules, this one does not look
+        finally: self.n = 0
         return self.seen
 
     def _settle(self, unsure, seen, n, run, images):
         "Find the axes of the pictures by a run on another number of them."
-        m,known,failure = 3 if n > 3 else n+1,dict(self.reasons),''
+        m = 3 if n > 3 else n+1
+        known = dict(self.reasons)
+        failure = ''
         try: other = self._pass(run, images[torch.arange(m) % n])
-        except Exception as e: other,failure = {},f'the model fails on {m} pictures, {type(e).__name__}, so it cannot be found out which axis holds them; say axis='
+        except Exception as e:
+            other = {}
+            failure = (
+                f'the model fails on {m} pictures, {type(e).__name__}, so it cannot be found out which axis holds '
+                f'them; say axis=')
         told,self.reasons = self.reasons,known
         for name in unsure:
             shape = seen[name].shape
             try:
                 if name in other: self.axis[name] = seen[name].axis(n, other[name], m)
                 elif failure and list(seen[name].K) == [0] and shape[0] == n: self.axis[name] = 0
-                else: raise OpenTransError(failure or f'for {n} pictures the output is {shape}, and for {m} {told.get(name, _IDLE)}')
+                else:
+                    raise OpenTransError(failure
+                                         or f'for {n} pictures the output is {shape}, and for {m} '
+                                            f'{told.get(name, _IDLE)}')
             except OpenTransError as e: self.reasons[name] = str(e)
 
     def _hook(self, name):
@@ -293,7 +349,8 @@ class _Watch:
             self.runs[name] = self.runs.get(name, 0)+1
             try: self.seen[name] = self._look_at(name, module, _features(out))
             except OpenTransError as e: self.reasons[name] = str(e)
-            except (RuntimeError, TypeError, AttributeError) as e: self.reasons[name] = f'the output cannot be read ({type(e).__name__}: {str(e)[:80]})'
+            except (RuntimeError, TypeError, AttributeError) as e:
+                self.reasons[name] = f'the output cannot be read ({type(e).__name__}: {str(e)[:80]})'
         return hook
 
     def _look_at(self, name, module, x):
@@ -307,20 +364,26 @@ class _Watch:
         return res
 
     def _axes(self, name, module, shape):
-        "The axes that may be that of the pictures. A map with one axis of their number, the first, leaves no doubt."
+        """The axes that may be that of the pictures. A map with one axis of their number, the first, leaves no
+        doubt."""
         if name in self.axis: return [self.axis[name]]
         convolved = isinstance(module, CONVS) and len(shape) == module.weight.ndim
-        if shape[:1] == (self.n,) and (convolved or (len(shape) > 3 and self.n not in shape[1:])): self.axis[name] = 0
+        if shape[:1] == (self.n,) and (convolved or (len(shape) > 3 and self.n not in shape[1:])):
+            self.axis[name] = 0
         if convolved or name in self.axis: return [0]
-        return [] if len(shape) < 2 else _picture_axes(shape[:-1] if isinstance(module, nn.Linear) else shape, self.n)
+        return ([] if len(shape) < 2
+                else _picture_axes(shape[:-1] if isinstance(module, nn.Linear) else shape, self.n))
 
     def _gram(self, name, x):
         "(centred Gram matrix, distances of a few) of rows of examples."
         if len(x) < (4 if self.unbiased else 2): # too few to compare; their distances alone are of use
-            return torch.zeros(len(x), len(x), dtype=torch.float64),_distances(_gram_and_size(x, self.scale.get(name, 1.))[0])
+            return torch.zeros(len(x), len(x),
+                               dtype=torch.float64),_distances(_gram_and_size(x, self.scale.get(name, 1.))[0])
         K,size = _gram_and_size(x, self.scale.get(name, 1.))
-        if name not in self.scale and size != 0: # one unit for the whole run, a power of 2, only if squares would vanish or overflow
-            big = torch.linalg.vector_norm(x.double() if x.dtype == torch.float64 else x.float(), torch.inf).item() if not 1e-20 < size < 1e20 else 0.
+        # one unit for the whole run, a power of 2, only if squares would vanish or overflow
+        if name not in self.scale and size != 0:
+            big = (torch.linalg.vector_norm(x.double() if x.dtype == torch.float64 else x.float(),
+                                            torch.inf).item() if not 1e-20 < size < 1e20 else 0.)
             self.scale[name] = float(2.**np.floor(np.log2(big))) if 0 < big < np.inf else 1.
             if self.scale[name] != 1: K,size = _gram_and_size(x, self.scale[name])
         if not K.isfinite().all(): raise OpenTransError('features are NaN or infinite')
@@ -337,12 +400,14 @@ class _Watch:
         self.seen = {}
         some = next(iter(found.values()), None)
         if some is None: return None,0
-        return torch.stack([found[n].flatten() if n in found else torch.zeros_like(some).flatten() for n in names]),len(some)
+        return torch.stack([found[n].flatten() if n in found else torch.zeros_like(some).flatten()
+                            for n in names]),len(some)
 
     def why(self, names):
         "Reasons of the layers that cannot be compared."
         constant = 'features are constant over the examples'
-        return {n: self.reasons.get(n, constant) for n in names if n in self.reasons or (n, self.axis.get(n)) not in self.varies}
+        return {n: self.reasons.get(n, constant)
+                for n in names if n in self.reasons or (n, self.axis.get(n)) not in self.varies}
 
 # %% ../nbs/03_cka.ipynb #a5bb324b
 _KEYS = ('images', 'image', 'pixel_values')
@@ -350,7 +415,10 @@ _KEYS = ('images', 'image', 'pixel_values')
 def _stacked(pictures):
     "Pictures (C, H, W) of one size as a batch. Raises `OpenTransError` if they have several sizes."
     sizes = list(dict.fromkeys(tuple(p.shape) for p in pictures))
-    if len(sizes) > 1: raise OpenTransError(f"A batch holds pictures of different sizes, {sizes[0]} and {sizes[1]}. Resize or crop them to one size.")
+    if len(sizes) > 1:
+        raise OpenTransError(
+            f"A batch holds pictures of different sizes, {sizes[0]} and {sizes[1]}. Resize or crop them to one "
+            f"size.")
     return torch.stack(list(pictures))
 
 def _is_picture(x): return isinstance(x, torch.Tensor) and x.dim() == 3 and len(x) in (1, 3, 4)
@@ -360,24 +428,30 @@ def _images(batch):
     if isinstance(batch, Mapping):
         for k in _KEYS:
             if k in batch: return _images(batch[k])
-        raise OpenTransError(f"A batch must hold 'images', 'image' or 'pixel_values'; this one holds: {', '.join(map(str, batch))}.")
+        raise OpenTransError(
+            f"A batch must hold 'images', 'image' or 'pixel_values'; this one holds: {', '.join(map(str, batch))}.")
     if isinstance(batch, (tuple, list)) and batch:
         if isinstance(batch[0], Mapping): return _stacked([_images(b) for b in batch])
         return _stacked(batch) if len(batch) > 2 and all(map(_is_picture, batch)) else _images(batch[0])
     if isinstance(batch, np.ndarray) and batch.dtype.kind in 'biuf': batch = torch.as_tensor(batch)
     if isinstance(batch, torch.Tensor) and batch.dim(): return batch
     if hasattr(batch, 'images'): return _images(batch.images)
-    raise OpenTransError(f"A batch must be a tensor, a tuple that begins with one, or a dict with 'images', not {type(batch).__name__}.")
+    raise OpenTransError(
+        f"A batch must be a tensor, a tuple that begins with one, or a dict with 'images', not "
+        f"{type(batch).__name__}.")
 
 def _run(forward, model, images):
-    "Run a model on a batch of images. Raises `OpenTransError` if their type is not that of its weights; other errors are the model's own."
+    """Run a model on a batch of images. Raises `OpenTransError` if their type is not that of its weights; other
+    errors are the model's own."""
     kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     try: return forward(model, images.to(device_of(model)))
     except RuntimeError as e:
         codes = not images.is_floating_point() and images.dim() < 3         # words, say, which a model looks up
         if images.dtype == kind or codes: raise
-        raise OpenTransError(f"The model cannot take these images: they are {str(images.dtype)[6:]}, its weights {str(kind)[6:]}. Convert them in the loader "
-                             "(whole numbers also to the range that the model was trained on), or with forward=.") from e
+        raise OpenTransError(
+            f"The model cannot take these images: they are {str(images.dtype)[6:]}, its weights {str(kind)[6:]}. "
+            f"Convert them in the loader " "(whole numbers also to the range that the model was trained on), or "
+                                           "with forward=.") from e
 
 class _Batches:
     "The images of a loader, batch by batch, with a count of what came."
@@ -392,10 +466,12 @@ class _Batches:
 
     def too_few(self, least):
         "The error for a loader of which no batch could be used."
-        if not self.shapes: return OpenTransError("The loader gave no batch. Give one that is not empty, and not used up.")
+        if not self.shapes:
+            return OpenTransError("The loader gave no batch. Give one that is not empty, and not used up.")
         largest = max(self.shapes, key=lambda shape: shape[0])
-        return OpenTransError(f"No batch had {least} examples or more: CKA compares examples within a batch. Give a loader with larger batches; "
-                              f"the first axis counts the examples, and the largest batch was {largest}.")
+        return OpenTransError(
+            f"No batch had {least} examples or more: CKA compares examples within a batch. Give a loader with "
+            f"larger batches; the first axis counts the examples, and the largest batch was {largest}.")
 
 # %% ../nbs/03_cka.ipynb #a8999544
 class _HSIC:
@@ -407,11 +483,15 @@ class _HSIC:
             K,n = wa.take(list(dict.fromkeys([*names_a, *names_b])))
             at = {m: i for i,m in enumerate(dict.fromkeys([*names_a, *names_b]))}
             if K is not None: A,B = K[[at[m] for m in names_a]],K[[at[m] for m in names_b]]
-        else: (K,n),(B,_) = wa.take(names_a),wb.take(names_b); A = K
+        else:
+            (K,n),(B,_) = wa.take(names_a),wb.take(names_b)
+            A = K
         if K is None or B is None or n < (4 if self.unbiased else 2): return False
         w = n/(n*(n-3)) if self.unbiased else n/(n-1)**2
         B = B.to(A.device)
-        self.xy,self.xx,self.yy = self.xy + w*(A@B.T),self.xx + w*(A*A).sum(1),self.yy + w*(B*B).sum(1)
+        self.xy = self.xy + w*(A@B.T)
+        self.xx = self.xx + w*(A*A).sum(1)
+        self.yy = self.yy + w*(B*B).sum(1)
         return True
 
     def result(self):
@@ -419,19 +499,25 @@ class _HSIC:
 
 # %% ../nbs/03_cka.ipynb #d6bb1054
 def _check_options(kernel, sigma, maps):
-    if kernel not in ('linear', 'rbf'): raise OpenTransError(f"Unknown kernel '{kernel}'; choose 'linear' or 'rbf'.")
+    if kernel not in ('linear', 'rbf'):
+        raise OpenTransError(f"Unknown kernel '{kernel}'; choose 'linear' or 'rbf'.")
     if not sigma > 0: raise OpenTransError(f"sigma={sigma} is no width. Give a number above zero.")
     grid = isinstance(maps, (int, np.integer)) and not isinstance(maps, bool) and maps > 0
-    if not grid and maps not in ('flatten', 'pool'): raise OpenTransError(f"maps={maps!r} is not known; choose 'flatten', 'pool', or the number of cells along a side of a grid.")
+    if not grid and maps not in ('flatten', 'pool'):
+        raise OpenTransError(
+            f"maps={maps!r} is not known; choose 'flatten', 'pool', or the number of cells along a side of a grid.")
 
 def _layer_names(given, model):
     "Names as the user gave them, or those of all layers. Raises `OpenTransError` if there are none."
     names = [given] if isinstance(given, str) else _default_layers(model) if given is None else list(given)
-    if not names: raise OpenTransError("There is no layer to compare. Name modules, or give a model with convolutions or linear maps.")
+    if not names:
+        raise OpenTransError(
+            "There is no layer to compare. Name modules, or give a model with convolutions or linear maps.")
     return names
 
 def _said_axes(axis, names, known):
-    "What the user said of the axes of pictures in a model, by layer. Raises `OpenTransError` for a layer that is not `known`."
+    """What the user said of the axes of pictures in a model, by layer. Raises `OpenTransError` for a layer that is
+    not `known`."""
     if axis is None: return {}
     if not isinstance(axis, Mapping): return dict.fromkeys(names, axis)
     for n in axis:
@@ -442,14 +528,17 @@ def _not_comparable(watch, which, images):
     "The error for a model of which no layer can be compared."
     reasons = [f"'{n}' ({watch.reasons.get(n, _IDLE)})" for n in watch.modules]
     cause = '' if images.isfinite().all() else ' The images themselves hold NaN or infinity.'
-    return OpenTransError(f"No layer of the {which} model can be compared: {', '.join(reasons[:3])}{f' and {len(reasons)-3} more' if len(reasons) > 3 else ''}.{cause}")
+    return OpenTransError(
+        f"No layer of the {which} model can be compared: "
+        f"{', '.join(reasons[:3])}{f' and {len(reasons)-3} more' if len(reasons) > 3 else ''}.{cause}")
 
 def _watches(models, modules, axis, *options):
     "The watch of each of two models; one for both if they are one model. The options are those of `_Watch`."
     every = modules[0] | modules[1]
     if models[0] is models[1]: models,modules = models[:1],[every]
     each = isinstance(axis, tuple)
-    said = [_said_axes(axis[i] if each else axis, found, found if each else every) for i,found in enumerate(modules)]
+    said = [_said_axes(axis[i] if each else axis, found, found if each else every)
+            for i,found in enumerate(modules)]
     watches = [_Watch(model, found, *options, a) for model,found,a in zip(models, modules, said)]
     return watches[0],watches[-1]
 
@@ -457,17 +546,23 @@ def cka(
     model_a:nn.Module, # Rows of the result are its layers
     model_b:nn.Module, # Columns are its layers; may be `model_a` itself
     loader, # Batches: a tensor, a tuple that begins with one, or a dict with `images`
-    layers_a:list=None, # Names of modules or keys of weights; None: every convolution, linear and attention layer that runs
+    # Names of modules or keys of weights; None: every convolution, linear and attention layer that runs
+    layers_a:list=None,
     layers_b:list=None, # As `layers_a`, which is taken if None and the model has those names
     unbiased:bool=True, # Debiased HSIC in each batch; the biased one if False
     kernel:str='linear', # `'linear'` or `'rbf'`
     sigma:float=1., # Width of the RBF kernel as a share of the median distance in the batch
     maps='flatten', # What an example is: `'flatten'`, `'pool'`, or g for the cells of a g x g grid (`as_examples`)
     forward=None, # How to run a model: a function (model, images); None calls `model(images)`
-    axis=None, # Axis of the pictures in what layers give: one for all, a dict by layer, or a tuple of these for the two models; None finds it out
-)->pd.DataFrame: # CKA of each pair; `.attrs` holds estimator, kernel, maps, examples, batches, left_out, reasons (layer -> why its row is NaN)
-    """CKA between layers of two models in one pass, in memory that does not grow with the data (Nguyen et al. 2021).
-    Raises `OpenTransError` for unknown layers, images that a model cannot take, and if no batch or no layer can be compared."""
+    # Axis of the pictures in what layers give: one for all, a dict by layer, or a tuple of these for the two
+    # models; None finds it out
+    axis=None,
+    # CKA of each pair; `.attrs` holds estimator, kernel, maps, examples, batches, left_out, reasons (layer -> why
+    # its row is NaN)
+)->pd.DataFrame:
+    """CKA between layers of two models in one pass, in memory that does not grow with the data (Nguyen et al.
+    2021). Raises `OpenTransError` for unknown layers, images that a model cannot take, and if no batch or no
+    layer can be compared."""
     _check_options(kernel, sigma, maps)
     model_a,model_b = unwrap(model_a),unwrap(model_b)
     names_a = _layer_names(layers_a, model_a)
@@ -477,26 +572,34 @@ def cka(
     def run(model, images): return _run(forward or (lambda m, x: m(x)), model, images)
     wa,wb = _watches((model_a, model_b), (mods_a, mods_b), axis, gram_of, unbiased, maps)
     least = 4 if unbiased else 2
-    sums,count,batches = _HSIC(unbiased),dict(examples=0, batches=0),_Batches(loader, least if maps in ('flatten', 'pool') else 1)
+    sums = _HSIC(unbiased)
+    count = dict(examples=0, batches=0)
+    batches = _Batches(loader, least if maps in ('flatten', 'pool') else 1)
     with evaluating(model_a, model_b), wa, (wb if wb is not wa else contextlib.nullcontext()):
         for images in batches:
             for w,which in [(wa, 'first')] + [(wb, 'second')]*(wb is not wa):
                 w.look(run, images)
                 if not w.seen.keys() - w.reasons.keys(): raise _not_comparable(w, which, images)
-            if sums.add(wa, wb, names_a, names_b): count = dict(examples=count['examples']+len(images), batches=count['batches']+1)
+            if sums.add(wa, wb, names_a, names_b):
+                count = dict(examples=count['examples']+len(images), batches=count['batches']+1)
             else: batches.left_out += len(images)
     if not count['batches']: raise batches.too_few(least)
     _warn(batches.left_out, wa.repeated | wb.repeated)
     frame = pd.DataFrame(sums.result(), index=names_a, columns=names_b)
     frame.loc[list(wa.why(names_a))],frame[list(wb.why(names_b))] = np.nan,np.nan
-    frame.attrs = dict(estimator=f"minibatch {'unbiased' if unbiased else 'biased'} HSIC", kernel=kernel if kernel == 'linear' else f'rbf, sigma {sigma}', maps=str(maps),
-                       **count, left_out=batches.left_out, reasons=wa.why(names_a) | wb.why(names_b))
-    idle = [[n for n in ns if given is None and w.reasons.get(n) == _IDLE] for w,ns,given in ((wa, names_a, layers_a), (wb, names_b, layers_b or layers_a))]
+    frame.attrs = dict(estimator=f"minibatch {'unbiased' if unbiased else 'biased'} HSIC",
+                       kernel=kernel if kernel == 'linear' else f'rbf, sigma {sigma}', maps=str(maps), **count,
+                       left_out=batches.left_out, reasons=wa.why(names_a) | wb.why(names_b))
+    idle = [[n for n in ns if given is None and w.reasons.get(n) == _IDLE]
+            for w,ns,given in ((wa, names_a, layers_a), (wb, names_b, layers_b or layers_a))]
     return frame.drop(index=idle[0], columns=idle[1])
 
 def _warn(left_out, repeated):
     if left_out: warnings.warn(f"{left_out} examples came in a batch too small for an estimate and were left out.")
-    if repeated: warnings.warn(f"{len(repeated)} layers ran more than once in a forward pass, and the last run counts: {', '.join(sorted(repeated)[:4])}{' ...' if len(repeated) > 4 else ''}.")
+    if repeated:
+        warnings.warn(
+            f"{len(repeated)} layers ran more than once in a forward pass, and the last run counts: "
+            f"{', '.join(sorted(repeated)[:4])}{' ...' if len(repeated) > 4 else ''}.")
 
 # %% ../nbs/03_cka.ipynb #389102d4
 def plot_cka(
@@ -508,17 +611,21 @@ def plot_cka(
     h,w = frame.shape
     ax = axes(ax, figsize=(min(12, 2.4+.32*w), min(11, 1.6+.32*h)))
     im = ax.imshow(frame.to_numpy(), origin='lower', vmin=0, vmax=1, cmap='magma', aspect='auto')
-    ax.set_facecolor('none'); ax.patch.set(hatch='////', edgecolor='.6')
-    short = lambda names: [for_plot(str(n).removesuffix('.weight')) for n in names]
+    ax.set_facecolor('none')
+    ax.patch.set(hatch='////', edgecolor='.6')
+    def short(names): return [for_plot(str(n).removesuffix('.weight')) for n in names]
     step_x,step_y = (max(1, n//40) for n in (w, h))
     size = 7 if max(h, w) > 20 else 9
     ax.set_xticks(range(0, w, step_x), short(frame.columns)[::step_x], rotation=90, fontsize=size)
     ax.set_yticks(range(0, h, step_y), short(frame.index)[::step_y], fontsize=size)
     if numbers or (numbers is None and max(h, w) <= 12):
         for (i,j),v in np.ndenumerate(frame.to_numpy()):
-            if np.isfinite(v): ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=7, color='w' if v < .6 else 'k')
-    ax.set_xlabel('layers of the second model'); ax.set_ylabel('layers of the first')
-    if frame.attrs.get('estimator'): ax.set_title(f"{frame.attrs['kernel']} CKA, {frame.attrs['estimator']}", fontsize=9)
+            if np.isfinite(v):
+                ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=7, color='w' if v < .6 else 'k')
+    ax.set_xlabel('layers of the second model')
+    ax.set_ylabel('layers of the first')
+    if frame.attrs.get('estimator'):
+        ax.set_title(f"{frame.attrs['kernel']} CKA, {frame.attrs['estimator']}", fontsize=9)
     ax.figure.colorbar(im, ax=ax, fraction=.05, pad=.03)
     return ax
 
@@ -526,9 +633,13 @@ def plot_cka(
 def same_layers(
     frame:pd.DataFrame, # What `cka` returned
 )->pd.Series: # CKA of each layer with the layer of the same name
-    "The diagonal of a CKA table by name; its mean is the number of the paper's Table 9. Raises `OpenTransError` if no name is shared."
+    """The diagonal of a CKA table by name; its mean is the number of the paper's Table 9. Raises `OpenTransError`
+    if no name is shared."""
     both = [n for n in frame.index if n in frame.columns]
-    if not both: raise OpenTransError(f"Rows and columns share no layer: {', '.join(map(str, frame.index[:3]))} and {', '.join(map(str, frame.columns[:3]))}.")
+    if not both:
+        raise OpenTransError(
+            f"Rows and columns share no layer: {', '.join(map(str, frame.index[:3]))} and "
+            f"{', '.join(map(str, frame.columns[:3]))}.")
     return pd.Series({n: frame.loc[n, n] for n in both}, name='cka')
 
 def channel_cka(
@@ -536,10 +647,14 @@ def channel_cka(
     Y:torch.Tensor, # Another of the same shape
     constant='one', # A channel that is constant in X or Y counts as 1 (the paper's code), or is left out: `'skip'`
 )->float: # Mean over channels and pictures
-    """What the paper's released CKA.py computes: rows of each channel's map as examples, biased linear CKA, averaged over channels.
-    NaN, with a warning, if X or Y holds NaN. Raises `OpenTransError` for maps that do not fit."""
-    if X.shape != Y.shape or X.dim() not in (3, 4): raise OpenTransError(f"Two maps of one shape (C,H,W) or (B,C,H,W) are needed, not {tuple(X.shape)} and {tuple(Y.shape)}.")
-    if constant not in ('one', 'skip'): raise OpenTransError(f"constant='{constant}' is not known; choose 'one' or 'skip'.")
+    """What the paper's released CKA.py computes: rows of each channel's map as examples, biased linear CKA,
+    averaged over channels. NaN, with a warning, if X or Y holds NaN. Raises `OpenTransError` for maps that do
+    not fit."""
+    if X.shape != Y.shape or X.dim() not in (3, 4):
+        raise OpenTransError(
+            f"Two maps of one shape (C,H,W) or (B,C,H,W) are needed, not {tuple(X.shape)} and {tuple(Y.shape)}.")
+    if constant not in ('one', 'skip'):
+        raise OpenTransError(f"constant='{constant}' is not known; choose 'one' or 'skip'.")
     X,Y = ((t.double() - t.double().mean(-2, keepdim=True)).flatten(0, -3) for t in (X, Y))
     for x,what in ((X, 'X'), (Y, 'Y')):
         if not x.isfinite().all(): return _nan(what, 'has NaN or infinite features')
@@ -556,19 +671,24 @@ def paper_cka(
     constant='one', # What a constant channel counts: `'one'` as in the paper's code, or `'skip'`
     forward=None, # A function (model, images); None calls `model(images)`
 )->pd.Series: # By layer, mean over pictures
-    "The released per-channel score (`channel_cka`) between layers of the same name. Raises `OpenTransError` for an empty loader and layers that do not run."
+    """The released per-channel score (`channel_cka`) between layers of the same name. Raises `OpenTransError` for
+    an empty loader and layers that do not run."""
     model_a,model_b = unwrap(model_a),unwrap(model_b)
     names = [layers] if isinstance(layers, str) else list(layers)
-    seen,total,batches = {},dict.fromkeys(names, 0.),_Batches(loader, 1)
+    seen = {}
+    total = dict.fromkeys(names, 0.)
+    batches = _Batches(loader, 1)
     def keep(key): return lambda module, args, out: seen.__setitem__(key, _features(out).detach().clone())
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model_a, model_b))
         for i,model in enumerate((model_a, model_b)):
-            for name,m in _find_modules(model, names).items(): stack.callback(m.register_forward_hook(keep((i, name))).remove)
+            for name,m in _find_modules(model, names).items():
+                stack.callback(m.register_forward_hook(keep((i, name))).remove)
         for images in batches:
             for model in dict.fromkeys((model_a, model_b)): _run(forward or (lambda m, x: m(x)), model, images)
             for k in names:
-                if any((i, k) not in seen for i in (0, 1)): raise OpenTransError(f"Layer '{k}' did not run. Name layers that the forward pass reaches.")
+                if any((i, k) not in seen for i in (0, 1)):
+                    raise OpenTransError(f"Layer '{k}' did not run. Name layers that the forward pass reaches.")
                 total[k] += channel_cka(seen[0, k], seen[1, k].to(seen[0, k].device), constant)*len(images)
             seen.clear()
     n = sum(shape[0] for shape in batches.shapes)

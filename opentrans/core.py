@@ -23,7 +23,8 @@ from .naming import clean_name, find_names, match_names, name_some, WRAPPERS
 from .runtime import around_step, evaluating, held_by, RETIRED, Undo
 
 # %% ../nbs/00_core.ipynb #64659a72
-_OUTER = re.compile('DataParallel|^(AveragedModel|DeepSpeedEngine|QuantWrapper)$') # classes that hold what they wrap as `module`
+# classes that hold what they wrap as `module`
+_OUTER = re.compile('DataParallel|^(AveragedModel|DeepSpeedEngine|QuantWrapper)$')
 
 def inner_name(
     module:nn.Module, # Any module
@@ -69,7 +70,8 @@ def find_tower(
 )->nn.Module: # The module in which names are read
     "The part of `model` that names are read in: follow `.tower` to its end."
     model = unwrap(model)
-    while isinstance(getattr(model, 'tower', None), nn.Module) and model.tower is not model: model = unwrap(model.tower)
+    while isinstance(getattr(model, 'tower', None), nn.Module) and model.tower is not model:
+        model = unwrap(model.tower)
     return model
 
 # %% ../nbs/00_core.ipynb #d730a319
@@ -86,9 +88,11 @@ class Layer:
     param:nn.Parameter = field(repr=False) # The whole parameter; the value of a weight that is computed
     kind:str = 'linear' # One of `LAYER_KINDS`; `'attention'` is a packed part
     rows:slice = None # Rows of `param` that are this layer; None for all
-    out_axis:int = 0 # Axis of the weight where its outputs are; not the first one in transposed convolutions and experts
+    # Axis of the weight where its outputs are; not the first one in transposed convolutions and experts
+    out_axis:int = 0
     groups:int = 1 # Blocks that share neither inputs nor outputs: groups of a convolution, experts of a mixture
-    sources:dict = field(default=None, repr=False) # What a computed weight is made of: name in the module -> parameter
+    # What a computed weight is made of: name in the module -> parameter
+    sources:dict = field(default=None, repr=False)
     computed:str = '' # For a computed weight: what makes it, of what, and what ends that
 
     @property
@@ -139,7 +143,8 @@ def _from_chain(module, key):
 
 @torch.no_grad()
 def _from_hook(module, key):
-    "Value, sources, maker and end of a weight that a hook computes before each pass, or that took a parameter's place."
+    """Value, sources, maker and end of a weight that a hook computes before each pass, or that took a parameter's
+    place."""
     value = getattr(module, key, None)
     sources = {n: p for n,p in module._parameters.items() if n.startswith(f'{key}_') and p is not None}
     for hook in module._forward_pre_hooks.values():
@@ -150,8 +155,10 @@ def _from_hook(module, key):
         if hasattr(hook, 'apply_mask'):
             value = hook.apply_mask(module)
             return value,sources,'torch.nn.utils.prune',f"torch.nn.utils.prune.remove(module, '{key}')"
-        return value,sources,kind,_ENDS.get(kind, 'what put it there').format('' if key == 'weight' else f", '{key}'")
-    return value,sources,'something that replaced the parameter',"what put it there (FSDP: before the model is sharded)"
+        return value,sources,kind,_ENDS.get(kind,
+                                            'what put it there').format('' if key == 'weight' else f", '{key}'")
+    return (value,sources,'something that replaced the parameter',
+            "what put it there (FSDP: before the model is sharded)")
 
 def _layer(dot, module, key, kind='linear', **more):
     "The layer that a module's tensor is, as a list; an empty one if there is none."
@@ -169,17 +176,20 @@ def _packed(found):
     return [replace(whole, name=f'{whole.name}[{p}]', kind='attention', rows=slice(i*n, (i+1)*n))
             for whole in found for n in [whole.param.shape[0]//3] for i,p in enumerate('qkv')]
 
-def _layers(dot, module, keys, kind): return [l for key in keys for l in _layer(dot, module, key, kind)]
+def _layers(dot, module, keys, kind): return [layer for key in keys for layer in _layer(dot, module, key, kind)]
 
 def _is_conv1d(module):
     "Is it the `Conv1D` of transformers, a linear map that is stored as (inputs, outputs)?"
-    return any(cls.__name__ == 'Conv1D' and cls.__module__.startswith('transformers.') for cls in type(module).__mro__)
+    return any(cls.__name__ == 'Conv1D' and cls.__module__.startswith('transformers.')
+               for cls in type(module).__mro__)
 
 def _experts(dot, module):
     "The stacked matrices of a mixture of experts of transformers, which says how they lie."
-    made = {k: p for k,p in module._parameters.items() if p is not None and not isinstance(p, UninitializedParameter)}
+    made = {k: p
+            for k,p in module._parameters.items() if p is not None and not isinstance(p, UninitializedParameter)}
     axis = 2 if module.is_transposed else 1
-    return [l for k,p in made.items() if p.ndim == 3 for l in _layer(dot, module, k, 'experts', out_axis=axis, groups=len(p))]
+    return [layer for k,p in made.items() if p.ndim == 3
+            for layer in _layer(dot, module, k, 'experts', out_axis=axis, groups=len(p))]
 
 def layers_of(
     name:str, # Qualified name of a module
@@ -189,7 +199,8 @@ def layers_of(
     dot = f'{name}.' if name else ''
     if isinstance(module, nn.MultiheadAttention):
         if getattr(module, '_qkv_same_embed_dim', True): return _packed(_layer(dot, module, 'in_proj_weight'))
-        return _layers(dot, module, [f'{p}_proj_weight' for p in 'qkv'], 'attention') # different widths: three parameters
+        # different widths: three parameters
+        return _layers(dot, module, [f'{p}_proj_weight' for p in 'qkv'], 'attention')
     if isinstance(module, CONVS):
         return _layer(dot, module, 'weight', 'conv', out_axis=int(module.transposed), groups=module.groups)
     if isinstance(module, nn.Linear):
@@ -197,22 +208,26 @@ def layers_of(
         return _packed(_layer(dot, module, 'weight')) if packed else _layer(dot, module, 'weight')
     if _is_conv1d(module): return _layer(dot, module, 'weight', out_axis=1)
     if isinstance(module, nn.RNNBase):
-        return _layers(dot, module, [k for keys in module._all_weights for k in keys if k.startswith('weight')], 'recurrent')
+        return _layers(dot, module, [k for keys in module._all_weights for k in keys if k.startswith('weight')],
+                       'recurrent')
     if isinstance(module, nn.RNNCellBase): return _layers(dot, module, ('weight_ih', 'weight_hh'), 'recurrent')
     return _experts(dot, module) if isinstance(getattr(module, 'is_transposed', None), bool) else []
 
 def layers(
     model:nn.Module, # Any model; names are read in its tower (`find_tower`), and wrappers are no part of them
 )->list: # `Layer`s in the order in which the model registers them; a weight shared by two modules appears once
-    "The named layers of a model: convolutions, linear maps, parts of packed projections, recurrent weights, experts."
+    """The named layers of a model: convolutions, linear maps, parts of packed projections, recurrent weights,
+    experts."""
     res = {}
     for name,module in bare_modules(find_tower(model)):
-        for l in layers_of(name, module): res.setdefault((id(l.param), l.name.partition('[')[2]), l)
+        for layer in layers_of(name, module): res.setdefault((id(layer.param), layer.name.partition('[')[2]), layer)
     return list(res.values())
 
 # %% ../nbs/00_core.ipynb #513894c0
-BATCH_NORMS = nn.modules.batchnorm._BatchNorm # those that keep statistics of what they have seen, also across processes
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm) + ((nn.RMSNorm,) if hasattr(nn, 'RMSNorm') else ())
+# those that keep statistics of what they have seen, also across processes
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+NORMS = ((nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+         + ((nn.RMSNorm,) if hasattr(nn, 'RMSNorm') else ()))
 
 def norm_params(
     model:nn.Module, # Any module
@@ -237,8 +252,9 @@ def find_layers(
     names, # Names of layers, as `layers` gives them
     model:nn.Module, # A tower, or anything that holds one
 )->dict: # Name -> `Layer`
-    "Find layers by name in the model's tower, or under the one prefix where all of them are. Raises `OpenTransError`."
-    known = {l.name: l for l in layers(model)}
+    """Find layers by name in the model's tower, or under the one prefix where all of them are. Raises
+    `OpenTransError`."""
+    known = {layer.name: layer for layer in layers(model)}
     return {k: known[n] for k,n in find_names(names, known, 'layers').items()}
 
 # %% ../nbs/00_core.ipynb #f7608b91
@@ -246,7 +262,8 @@ def in_tower(
     model:nn.Module, # A tower, or anything that holds one
     match, # A function of a module; raises `OpenTransError` if what it looks for is not there
 ): # What it returned
-    "Look for something in the tower of a model, or else in all of the model; if it is in neither, the error is the tower's."
+    """Look for something in the tower of a model, or else in all of the model; if it is in neither, the error is
+    the tower's."""
     model,err = unwrap(model),None
     tower = find_tower(model)
     for where in ([tower] if tower is model else [tower, model]):
@@ -271,7 +288,8 @@ def _why_unread(module, key, param):
     "Why a parameter is no layer; '' for one that is no weight of a map at all: a bias, or a part of a norm."
     if isinstance(module, NORMS) or key.endswith('bias') or key.startswith('bias'): return ''
     if isinstance(param, UninitializedParameter): return 'is not initialised yet: run the model on one batch first'
-    if sum(n > 1 for n in param.shape) < 2: return ''              # a vector, such as a class token of shape (1, 1, width)
+    # a vector, such as a class token of shape (1, 1, width)
+    if sum(n > 1 for n in param.shape) < 2: return ''
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return 'is an embedding: its rows are looked up, they multiply nothing'
     if isinstance(module, nn.Bilinear): return 'joins two inputs, so it is no matrix from one to the other'
@@ -291,7 +309,7 @@ def unread(
 )->dict: # Name -> why it is not read
     "The weights of two axes or more that are no layers, with reasons; norms and biases are no weights."
     tower,res = find_tower(model),{}
-    read = {id(p) for l in layers(tower) for p in l.params}
+    read = {id(p) for layer in layers(tower) for p in layer.params}
     for name,module in bare_modules(tower):
         for key,param in module._parameters.items():
             why = '' if param is None or id(param) in read else _why_unread(module, key, param)
@@ -316,10 +334,13 @@ def no_values(
 
 def unreadable(
     t:torch.Tensor, # A weight
-)->str: # Why its numbers are not those of a real matrix, as the end of a sentence that begins with its name; '' if so
-    "What keeps the numbers of a weight from being used: absent, spread over processes, packed, sparse, integer, complex."
+    # Why its numbers are not those of a real matrix, as the end of a sentence that begins with its name; '' if so
+)->str:
+    """What keeps the numbers of a weight from being used: absent, spread over processes, packed, sparse, integer,
+    complex."""
     if why := no_values(t): return why
-    if is_traceable_wrapper_subclass(t): return f'is a {type(t).__name__} and no ordinary tensor: dequantise it first'
+    if is_traceable_wrapper_subclass(t):
+        return f'is a {type(t).__name__} and no ordinary tensor: dequantise it first'
     if t.layout != torch.strided: return f'is stored as {t.layout}: make it a dense tensor first'
     if t.is_quantized: return f'is stored as {t.dtype}: dequantise it first'
     packed = str(t.dtype).removeprefix('torch.') in _PACKED_TYPES
@@ -348,7 +369,9 @@ class LayerSelection:
     def __post_init__(self):
         self.train,self.freeze = [clean_name(n) for n in self.train],[clean_name(n) for n in self.freeze]
         both = set(self.train) & set(self.freeze)
-        if both: raise OpenTransError(f"{len(both)} layers are both trained and frozen: {name_some(sorted(both))}. Name each layer once.")
+        if both:
+            raise OpenTransError(
+                f"{len(both)} layers are both trained and frozen: {name_some(sorted(both))}. Name each layer once.")
 
     def to_json(self, path=None)->str:
         "The selection as a JSON text, which is written to `path` as well if one is given."
@@ -360,7 +383,8 @@ class LayerSelection:
     def from_json(cls,
         source, # A path, or the JSON text itself
     ):
-        "Read what `to_json` wrote, or the same by hand. Raises `OpenTransError` if it is something else, or was altered."
+        """Read what `to_json` wrote, or the same by hand. Raises `OpenTransError` if it is something else, or was
+        altered."""
         text, what = str(source), 'the text'
         if not text.lstrip().startswith('{'): text, what = read_text(source), source
         told = parse_document(text, SELECTION_FILE, _Selection, what)
@@ -373,7 +397,9 @@ class LayerSelection:
 class _FrozenRows:
     "Rows of a parameter that no optimizer moves: they get no gradient, and are put back after each step."
     def __init__(self, param, rows):
-        self.param,self.rows,self.kept = weakref.ref(param),rows,None
+        self.param = weakref.ref(param)
+        self.rows = rows
+        self.kept = None
         self.hooks = Undo(param.register_hook(self.no_grad).remove, around_step(self.before, self.after).remove)
     def no_grad(self, g):
         g = g.clone()
@@ -407,18 +433,21 @@ def _cannot_split(layer):
 def apply(self:LayerSelection,
     model:nn.Module, # A tower, or anything that holds one
 )->Undo: # Handle; `.remove()`, or leaving a `with` block, restores `requires_grad`
-    """Freeze and unfreeze the named layers of `model`; a computed weight by the parameters behind it. Build the optimizer
-    afterwards. Raises `OpenTransError`, with nothing changed, for names the model lacks and layers that cannot learn."""
+    """Freeze and unfreeze the named layers of `model`; a computed weight by the parameters behind it. Build the
+    optimizer afterwards. Raises `OpenTransError`, with nothing changed, for names the model lacks and layers
+    that cannot learn."""
     known = find_layers(self.train+self.freeze, model)
     on,off = ([known[n] for n in names] for names in (self.train, self.freeze))
-    params = {id(p): p for l in on+off for p in l.params}
-    learns = {id(p) for l in on for p in l.params}
-    parts = {id(l.params[0]): l for l in off if l.rows is not None and id(l.params[0]) in learns}
-    bad = [f'{l.name} {why}' for l in on if (why := _cannot_train(l))]
-    bad += [f'{l.name} {why}' for l in parts.values() if (why := _cannot_split(l))]
+    params = {id(p): p for layer in on+off for p in layer.params}
+    learns = {id(p) for layer in on for p in layer.params}
+    parts = {id(layer.params[0]): layer
+             for layer in off if layer.rows is not None and id(layer.params[0]) in learns}
+    bad = [f'{layer.name} {why}' for layer in on if (why := _cannot_train(layer))]
+    bad += [f'{layer.name} {why}' for layer in parts.values() if (why := _cannot_split(layer))]
     if bad: raise OpenTransError(f"The selection cannot be put on {len(bad)} layers: {name_some(bad, 3)}.")
     before = [(p, p.requires_grad) for p in params.values()]
     undo = [lambda: [p.requires_grad_(b) for p,b in before]]
     for i,p in params.items(): p.requires_grad_(i in learns)
-    for i in parts: undo.append(_FrozenRows(params[i], [l.rows for l in off if id(l.params[0]) == i]).hooks.remove)
+    for i in parts:
+        undo.append(_FrozenRows(params[i], [layer.rows for layer in off if id(layer.params[0]) == i]).hooks.remove)
     return Undo(*undo)

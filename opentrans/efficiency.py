@@ -27,13 +27,15 @@ from .vit.peft import add_adapters, add_lora, trainable_report
 from .vit.stitching import apply_pst, pst_report, stitch_configs, StitchableNet
 
 # %% ../nbs/experiments/57_efficiency.ipynb #27ad364e
-_TOOL = dict(hook='thop', trace='fvcore', ptflops='ptflops', conv_macs='macs')      # a convention's name in the table -> in `cost`
+# a convention's name in the table -> in `cost`
+_TOOL = dict(hook='thop', trace='fvcore', ptflops='ptflops', conv_macs='macs')
 _UNIT = dict(count=1, layers=1, stitches=1, G=1e9, P=1e15)
 
 def _size(entry): return tuple(int(n) for n in entry['input'].split('x')[-2:])
 
 class FullSize:
-    "RN50 and the heads of the three frameworks at full size with random weights, each counted once for every input and convention."
+    """RN50 and the heads of the three frameworks at full size with random weights, each counted once for every
+    input and convention."""
     strides = dict(res2=4, res3=8, res4=16, res5=32)
 
     @functools.cached_property
@@ -43,69 +45,89 @@ class FullSize:
     def framework(self, name): return build(name, self.clip, vocabulary=[f'class {i}' for i in range(133)], seed=0)
 
     @functools.lru_cache(None)
-    def trunk(self, size, convention='thop'): return cost(self.clip, (3, *size), convention=convention).without('attnpool')
+    def trunk(self, size, convention='thop'):
+        return cost(self.clip, (3, *size), convention=convention).without('attnpool')
 
-    def features(self, size): return {k: torch.zeros(1, c, math.ceil(size[0]/s), math.ceil(size[1]/s)) for (k,c),s in zip(self.clip.channels.items(), self.strides.values())}
+    def features(self, size):
+        return {k: torch.zeros(1, c, math.ceil(size[0]/s), math.ceil(size[1]/s))
+                for (k,c),s in zip(self.clip.channels.items(), self.strides.values())}
 
     @functools.lru_cache(None)
     def han(self, size, convention):
         "The head of Han et al.: pixel decoder, mask decoder, class embedding; fed with the trunk's maps."
         head,maps = self.framework('mask2former').head,self.features(size)
-        return cost(head, (3, *size), convention=convention, args=tuple(maps.values()), forward=lambda x, *f: head(dict(zip(maps, f))))
+        return cost(head, (3, *size), convention=convention, args=tuple(maps.values()),
+                    forward=lambda x, *f: head(dict(zip(maps, f))))
 
     @functools.lru_cache(None)
     def fcclip(self, size, convention):
         "The head of FC-CLIP: 250 queries, classified behind every layer."
         head,maps = self.framework('fcclip').head,self.features(size)
-        return cost(head, (3, *size), convention=convention, args=tuple(maps.values()), forward=lambda x, *f: head(dict(zip(maps, f)), every=True))
+        return cost(head, (3, *size), convention=convention, args=tuple(maps.values()),
+                    forward=lambda x, *f: head(dict(zip(maps, f)), every=True))
 
     @functools.lru_cache(None)
     def deeplab(self, size, convention):
-        "ASPP and decoder of DeepLabV3, fed with maps of stride 16, without a classifier (text embeddings classify)."
+        """ASPP and decoder of DeepLabV3, fed with maps of stride 16, without a classifier (text embeddings
+        classify)."""
         seg,(h,w) = self.framework('deeplabv3'),(math.ceil(n/16) for n in size)
         head = torch.nn.ModuleDict(dict(aspp=seg.aspp, decoder=seg.decoder)).eval()
         args = torch.zeros(1, 256, 4*h, 4*w),torch.zeros(1, 2048, h, w)
-        return cost(head, (3, *size), convention=convention, args=args, forward=lambda x, fine, coarse: head['decoder'](fine, head['aspp'](coarse)))
+        return cost(head, (3, *size), convention=convention, args=args,
+                    forward=lambda x, fine, coarse: head['decoder'](fine, head['aspp'](coarse)))
 
 # %% ../nbs/experiments/57_efficiency.ipynb #1f5d332c
 def _clip_value(full, e):
     name,clip = e['name'].partition('.')[2],full.clip
-    number = lambda m: sum(p.numel() for p in m.parameters())
+    def number(m): return sum(p.numel() for p in m.parameters())
     pool = number(clip.visual.attnpool)
     if e['metric'] == 'flops':
         t = full.trunk(_size(e), _TOOL.get(e['convention'], 'thop'))
-        return .9*t.macs if name == 'prune_saving' else t.by_layer.macs[t.by_layer.kind == 'conv'].sum() if e['convention'] == 'conv_macs' else t.macs
+        return (.9*t.macs if name == 'prune_saving' else t.by_layer.macs[t.by_layer.kind == 'conv'].sum()
+                if e['convention'] == 'conv_macs' else t.macs)
     convs = [m.weight for n,m in clip.visual.named_modules() if isinstance(m, torch.nn.Conv2d)]
     return dict(trunk=number(clip.visual)-pool, attnpool_224=pool, visual_224=number(clip.visual), conv_weights=sum(w.numel() for w in convs),
-                text_encoder=number(clip.text.model)-1, prune_saving=.9*(number(clip.visual)-pool), prunable_conv_layers=len(prunable(clip.visual)))[name]  # the temperature is no part of it
+                # the temperature is no part of it
+                text_encoder=number(clip.text.model)-1, prune_saving=.9*(number(clip.visual)-pool), prunable_conv_layers=len(prunable(clip.visual)))[name]
 
 def _han_value(full, e):
     what,flops = e['name'].partition('.')[2],e['metric'] == 'flops'
     if what == 'head':
         if flops: return full.han(_size(e), _TOOL[e['convention']]).macs
-        return full.han((800, 1216), 'thop').params if e['convention'] == 'hook' else sum(p.numel() for p in full.framework('mask2former').head.parameters())
-    t,h = (full.trunk(_size(e)),full.han(_size(e), 'fvcore')) if flops else (full.trunk((800, 1216)),full.han((800, 1216), 'fvcore'))
+        return (full.han((800, 1216), 'thop').params if e['convention'] == 'hook'
+                else sum(p.numel() for p in full.framework('mask2former').head.parameters()))
+    t,h = ((full.trunk(_size(e)),full.han(_size(e), 'fvcore')) if flops
+           else (full.trunk((800, 1216)),full.han((800, 1216), 'fvcore')))
     whole = t + h - .9*t if what == 'pruned' else t + h
     return whole.macs if flops else whole.params
 
 def _fcclip_value(full, e):
-    what,flops,size = e['name'].partition('.')[2],e['metric'] == 'flops',_size(e) if 'input' in e else (800, 1216)
-    if not flops and e['convention'].startswith('numel'): return full.trunk(size).params + sum(p.numel() for p in full.framework('fcclip').head.parameters())
+    what = e['name'].partition('.')[2]
+    flops = e['metric'] == 'flops'
+    size = _size(e) if 'input' in e else (800, 1216)
+    if not flops and e['convention'].startswith('numel'):
+        return full.trunk(size).params + sum(p.numel() for p in full.framework('fcclip').head.parameters())
     h = full.fcclip(size, 'thop')
-    whole = h if what == 'head' else full.trunk(size) + h - .9*full.trunk(size) if what == 'pruned' else full.trunk(size) + h
+    whole = (h if what == 'head' else full.trunk(size) + h - .9*full.trunk(size) if what == 'pruned'
+             else full.trunk(size) + h)
     return whole.macs if flops else whole.params
 
 def released_stride16()->torch.nn.Module:
-    "The backbone of DeepLabV3 in the released code: CLIP's stem before torchvision's ResNet-50, whose stride is on the 3x3 convolutions, the last stage dilated."
+    """The backbone of DeepLabV3 in the released code: CLIP's stem before torchvision's ResNet-50, whose stride is
+    on the 3x3 convolutions, the last stage dilated."""
     from torchvision.models import resnet50
     net,nn = resnet50(weights=None, replace_stride_with_dilation=[False, False, True]),torch.nn
-    net.conv1 = nn.Sequential(*(m for a,b,s in ((3, 32, 2), (32, 32, 1), (32, 64, 1)) for m in (nn.Conv2d(a, b, 3, s, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())))
+    net.conv1 = nn.Sequential(*(m for a,b,s in ((3, 32, 2), (32, 32, 1), (32, 64, 1))
+                                for m in (nn.Conv2d(a, b, 3, s, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())))
     net.maxpool,net.bn1,net.relu,net.avgpool,net.fc = nn.AvgPool2d(2),*(nn.Identity() for _ in range(4))
     return net.eval()
 
 def _deeplab_value(full, e):
-    what,flops,size = e['name'].partition('.')[2],e['metric'] == 'flops',_size(e) if 'input' in e else (800, 1216)
-    if what == 'released_aspp': # 3072 channels into the projection: the raw input is joined instead of the pooled branch
+    what = e['name'].partition('.')[2]
+    flops = e['metric'] == 'flops'
+    size = _size(e) if 'input' in e else (800, 1216)
+    # 3072 channels into the projection: the raw input is joined instead of the pooled branch
+    if what == 'released_aspp':
         h,w = (math.ceil(n/16) for n in size)
         return (full.trunk(size) + full.deeplab(size, 'thop')).macs + (3072-1280)*256*h*w
     if what == 'os16_backbone': return cost(released_stride16(), (3, *size), convention='thop').macs
@@ -123,14 +145,17 @@ def _training_value(full, e):
     rows = t.by_layer[t.by_layer.kind == 'conv']
     small = _entries()['frozen_alpha_layers']
     large = [n for n in rows.index if n not in small]
-    freeze = lambda names: LayerSelection([n for n in rows.index if n not in names], list(names), what)
-    run = lambda **kw: training_flops(t, 40000, 28, head=h, **kw)
+    def freeze(names): return LayerSelection([n for n in rows.index if n not in names], list(names), what)
+    def run(**kw): return training_flops(t, 40000, 28, head=h, **kw)
     if what == 'alpha_frozen_share': return rows.macs[small].sum()/rows.macs.sum()
-    if what == 'alpha_star': large.remove(min(large, key=lambda n: (abs(rows.macs[n]-.537e9), n)))          # the layer at the median rests in neither half; its alpha is not printed, its cost follows
+    # the layer at the median rests in neither half; its alpha is not printed, its cost follows
+    if what == 'alpha_star': large.remove(min(large, key=lambda n: (abs(rows.macs[n]-.537e9), n)))
     if what == 'random':
-        g = np.random.default_rng(0)                                                                       # the paper's draw is not known: the mean of 200
+        # the paper's draw is not known: the mean of 200
+        g = np.random.default_rng(0)
         return float(np.mean([run(selection=freeze(list(g.permutation(rows.index)[:27]))) for _ in range(200)]))
-    return run(**dict(full={}, alpha=dict(selection=freeze(small)), alpha_star=dict(selection=freeze(large)), pruned=dict(mask=.1),
+    return run(**dict(full={}, alpha=dict(selection=freeze(small)), alpha_star=dict(selection=freeze(large)),
+                      pruned=dict(mask=.1),
                       alpha_pruned=dict(mask={'*': .1, 'conv1.weight': 1.}, selection=freeze(small)))[what])
 
 # %% ../nbs/experiments/57_efficiency.ipynb #ecf280fc
@@ -140,25 +165,36 @@ class _Closed(torch.nn.Module):
         from torchvision.models import resnet50
         from torchvision.models._utils import IntermediateLayerGetter
         super().__init__()
-        self.backbone,channels = IntermediateLayerGetter(resnet50(), {f'layer{i}': f'res{i+1}' for i in (1, 2, 3, 4)}),{f'res{i+2}': 256*2**i for i in range(4)}
-        pixel,decoder = (FASegPixelDecoder(channels, key_pos='conditional', hrca=hrca),FASegDecoder(queries=100, dfpq=dfpq, hrca=hrca)) if faseg else (PixelDecoder(channels),MaskDecoder(queries=100))
+        self.backbone = IntermediateLayerGetter(resnet50(), {f'layer{i}': f'res{i+1}' for i in (1, 2, 3, 4)})
+        channels = {f'res{i+2}': 256*2**i for i in range(4)}
+        pixel,decoder = ((FASegPixelDecoder(channels, key_pos='conditional', hrca=hrca),
+                          FASegDecoder(queries=100, dfpq=dfpq, hrca=hrca)) if faseg
+                         else (PixelDecoder(channels),MaskDecoder(queries=100)))
         self.head = torch.nn.ModuleList([pixel, decoder, torch.nn.Linear(256, 151)])
 
     def forward(self, images):
         q,m = self.head[1](*self.head[0](self.backbone(images)))[-1]
         return self.head[2](q),m
 
-_CLOSED = {'mask2former_r50_ade': dict(faseg=False), 'mask2former_r50_ade+dfpq': dict(hrca=False), 'mask2former_r50_ade+hrca': dict(dfpq=False), 'faseg_r50_ade': {}}
+_CLOSED = {'mask2former_r50_ade': dict(faseg=False), 'mask2former_r50_ade+dfpq': dict(hrca=False),
+           'mask2former_r50_ade+hrca': dict(dfpq=False), 'faseg_r50_ade': {}}
 
 def _faseg_value(full, e):
     options = _CLOSED[e['name']]
     with torch.device('meta'): net = _Closed(**options)
-    if e['metric'] == 'params': # the batch norms are frozen, and counted by neither; HRCA alone has no encoding of positions from features
-        own = sum(p.numel() for m in net.modules() if isinstance(m, ConditionalPositionEncoding) for p in m.parameters()) if not options.get('dfpq', True) else 0
-        return sum(p.numel() for p in net.backbone.parameters() if p.dim() == 4) + sum(p.numel() for p in net.head.parameters()) - own
-    h,w = _size(e); queries,classes,levels = 100,150,[(h//s)*(w//s) for s in (32, 16, 8)]
+    # the batch norms are frozen, and counted by neither; HRCA alone has no encoding of positions from features
+    if e['metric'] == 'params':
+        own = (sum(p.numel() for m in net.modules() if isinstance(m, ConditionalPositionEncoding)
+                   for p in m.parameters()) if not options.get('dfpq', True) else 0)
+        return (sum(p.numel() for p in net.backbone.parameters() if p.dim() == 4)
+                + sum(p.numel() for p in net.head.parameters()) - own)
+    h,w = _size(e)
+    queries = 100
+    classes = 150
+    levels = [(h//s)*(w//s) for s in (32, 16, 8)]
     masked = 3*sum(levels) + (levels[0] if options.get('hrca', options.get('faseg', True)) else 0)
-    return cost(net.to_empty(device='cpu'), (3, h, w), convention='fvcore').macs + queries*classes*h*w + 4*queries*h*w + queries*256*masked
+    return (cost(net.to_empty(device='cpu'), (3, h, w), convention='fvcore').macs + queries*classes*h*w
+            + 4*queries*h*w + queries*256*masked)
 
 # %% ../nbs/experiments/57_efficiency.ipynb #53305d29
 def _vit(width=768):
@@ -166,13 +202,18 @@ def _vit(width=768):
     with torch.device('meta'): return timm.models.VisionTransformer(embed_dim=width, depth=12, num_heads=width//64)
 
 def _spt_value(full, e):
-    what,vit,number = e['name'].partition('.')[2],_vit(),lambda m: sum(p.numel() for p in m.parameters())
+    what = e['name'].partition('.')[2]
+    vit = _vit()
+    def number(m): return sum(p.numel() for p in m.parameters())
     if what == '': return number(vit)-number(vit.head)
     if what == 'linear_mean_vtab_head': return 769*float(np.mean(list(_entries()['vtab_classes'].values())))
-    if what == 'bias_all': return sum(p.numel() for n,p in vit.named_parameters() if n.endswith('bias') and not n.startswith('head.'))
-    each = lambda *parts: [f'blocks.{i}.{p}' for i in range(12) for p in parts]
+    if what == 'bias_all':
+        return sum(p.numel() for n,p in vit.named_parameters() if n.endswith('bias') and not n.startswith('head.'))
+    def each(*parts): return [f'blocks.{i}.{p}' for i in range(12) for p in parts]
     qv = each('attn.qkv.weight[q]', 'attn.qkv.weight[v]')
-    add = dict(adapter8=lambda: add_adapters(vit, each('mlp.fc2.weight'), r=8), lora16_qv=lambda: add_lora(vit, qv, r=16), lora8_qv=lambda: add_lora(vit, qv, r=8), lora8_one_proj=lambda: add_lora(vit, each('attn.proj.weight'), r=8))[what]
+    add = dict(adapter8=lambda: add_adapters(vit, each('mlp.fc2.weight'), r=8),
+               lora16_qv=lambda: add_lora(vit, qv, r=16), lora8_qv=lambda: add_lora(vit, qv, r=8),
+               lora8_one_proj=lambda: add_lora(vit, each('attn.proj.weight'), r=8))[what]
     vit.head = torch.nn.Identity()
     with add(): return trainable_report(vit).attrs['trained']
 
@@ -180,34 +221,49 @@ _WIDTH = dict(ti=192, s=384, b=768)
 
 def _stitch_value(full, e):
     what,configs = e['name'].partition('.')[2],stitch_configs([12]*3, min_tail=0)
-    if what.startswith('anchor'): return cost(_vit(_WIDTH[what.split('_')[-1]]).to_empty(device='cpu').eval(), (3, *_size(e))).macs
-    return len(configs) if what == 'stitches' else len({(c.front, c.end, c.layer) for c in configs if not c.is_anchor})
+    if what.startswith('anchor'):
+        return cost(_vit(_WIDTH[what.split('_')[-1]]).to_empty(device='cpu').eval(), (3, *_size(e))).macs
+    return (len(configs) if what == 'stitches'
+            else len({(c.front, c.end, c.layer) for c in configs if not c.is_anchor}))
 
 def _esta_value(full, e):
-    report = pst_report(apply_pst(StitchableNet([_vit(d) for d in _WIDTH.values()], stitch_configs([12]*3)), (32, 16, 8)))
-    return float(report[['attention', 'stitching', 'biases']].sum()) + sum(d+1 for d in _WIDTH.values())*float(np.mean(list(_entries()['fgvc_classes'].values())))
+    report = pst_report(apply_pst(StitchableNet([_vit(d) for d in _WIDTH.values()], stitch_configs([12]*3)),
+                                  (32, 16, 8)))
+    return (float(report[['attention', 'stitching', 'biases']].sum())
+            + sum(d+1 for d in _WIDTH.values())*float(np.mean(list(_entries()['fgvc_classes'].values()))))
 
 def _spvit_value(full, e):
     family,dense = e['name'].partition('.')[0],_vit(_WIDTH[e['name'].partition('.')[0].split('_')[-1]])
     net = HybridSpec.published(family.removeprefix('spvit_')).build(dense) if family.startswith('spvit') else dense
-    return sum(p.numel() for p in net.parameters()) if e['metric'] == 'params' else float(SPViTCost(dense).table(net).values.sum())
+    return (sum(p.numel() for p in net.parameters()) if e['metric'] == 'params'
+            else float(SPViTCost(dense).table(net).values.sum()))
 
 # %% ../nbs/experiments/57_efficiency.ipynb #175cb81c
 VALUES = dict(clip_rn50=_clip_value, han_rn50=_han_value, fcclip_rn50=_fcclip_value, deeplabv3_rn50=_deeplab_value, train_flops=_training_value, **dict.fromkeys(_CLOSED, _faseg_value), vit_b16=_spt_value, spt=_spt_value, snnet_deit=_stitch_value, esta=_esta_value,
-              **dict.fromkeys([f'{p}deit_{w}' for p in ('spvit_', '') for w in _WIDTH], _spvit_value)) # first part of an entry's name -> function of (`FullSize`, entry)
+              # first part of an entry's name -> function of (`FullSize`, entry)
+              **dict.fromkeys([f'{p}deit_{w}' for p in ('spvit_', '') for w in _WIDTH], _spvit_value))
 
 def paper_costs(
     only=None, # Beginnings of names, such as `'han'`; None takes all
-)->pd.DataFrame: # name, metric, convention, input, value, paper, target, unit, difference (relative, to the target), agrees (within the entry's tolerance), required, note
-    "Every efficiency figure of the paper and of the four systems beyond it, counted from full-size models, beside the printed one. Raises `OpenTransError` for a name that no entry has."
+    # name, metric, convention, input, value, paper, target, unit, difference (relative, to the target), agrees
+    # (within the entry's tolerance), required, note
+)->pd.DataFrame:
+    """Every efficiency figure of the paper and of the four systems beyond it, counted from full-size models, beside
+    the printed one. Raises `OpenTransError` for a name that no entry has."""
     only = [only] if isinstance(only, str) else only
-    entries = [e for e in _entries()['entries'] if e['name'].split('.')[0] in VALUES and (only is None or any(e['name'].startswith(o) for o in only))]
-    if not entries: raise OpenTransError(f"No figure's name begins with {', '.join(only)}. There are: {', '.join(VALUES)}.")
+    entries = [e
+               for e in _entries()['entries']
+               if e['name'].split('.')[0] in VALUES
+               and (only is None or any(e['name'].startswith(o) for o in only))]
+    if not entries:
+        raise OpenTransError(f"No figure's name begins with {', '.join(only)}. There are: {', '.join(VALUES)}.")
     full,rows = FullSize(),[]
     for e in progress(entries, 'counting'):
         unit = _UNIT.get(e['unit'], 1)
         value = VALUES[e['name'].split('.')[0]](full, e)/unit
         off = (value-e['target'])/e['target']
-        rows.append(dict(name=e['name'], metric=e['metric'], convention=e['convention'], input=e.get('input', ''), value=value, paper=e.get('paper', math.nan), target=e['target'], unit=e['unit'],
-                         difference=off, agrees=abs(off) <= e['tolerance_rel'] + 1e-12, required=e['require'], note=e.get('note', '')))
+        rows.append(dict(name=e['name'], metric=e['metric'], convention=e['convention'], input=e.get('input', ''),
+                         value=value, paper=e.get('paper', math.nan), target=e['target'], unit=e['unit'],
+                         difference=off, agrees=abs(off) <= e['tolerance_rel'] + 1e-12, required=e['require'],
+                         note=e.get('note', '')))
     return pd.DataFrame(rows)

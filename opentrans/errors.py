@@ -28,7 +28,8 @@ class WriteError(OpenTransError):
     exit_code = 1
 
 class Interrupted(OpenTransError):
-    "A run that ended from outside: a signal, or another process that is gone. The same call goes on from the last checkpoint."
+    """A run that ended from outside: a signal, or another process that is gone. The same call goes on from the last
+    checkpoint."""
     def __init__(self,
         message:str, # What happened, and how to go on
         code:int=1, # What a command exits with, for example 143 after SIGTERM
@@ -89,11 +90,15 @@ def check_number(
     below:bool=False, # Is `high` itself too large?
     advice:str='', # What follows, or what to do
 ): # The same number
-    "Check the range of a number. Raises `OpenTransError` for one outside of it, for NaN and infinity, and for what is no number, such as a truth value."
+    """Check the range of a number. Raises `OpenTransError` for one outside of it, for NaN and infinity, and for
+    what is no number, such as a truth value."""
     number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
     finite = number and (whole or _is_finite(value))
-    if finite and (value > low if above else value >= low) and (value < high if below else value <= high): return value
+    if finite and (value > low if above else value >= low) and (value < high if below else value <= high):
+        return value
     least = f' above {low:,}' if above else f' from {low:,} on' if high == math.inf else f' from {low:,}'
     most = f' up to, but not including, {high:,}' if below else f' to {high:,}'
     span = ('' if low == -math.inf else least) + ('' if high == math.inf else most)
-    raise OpenTransError(f"{name}={_shown(value)}: it must be a {'whole ' if whole else ''}number{span}.{' ' + advice if advice else ''}")
+    raise OpenTransError(
+        f"{name}={_shown(value)}: it must be a "
+        f"{'whole ' if whole else ''}number{span}.{' ' + advice if advice else ''}")

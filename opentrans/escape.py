@@ -15,7 +15,8 @@ _CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u20
 def printable(
     text, # Anything that has a text
 )->str:
-    "A text in which characters that command a terminal are written as their codes, such as `\\x1b`. Tabs and line ends stay."
+    """A text in which characters that command a terminal are written as their codes, such as `\\x1b`. Tabs and line
+    ends stay."""
     return _CONTROL.sub(lambda found: found[0].encode('unicode_escape').decode('ascii'), str(text))
 
 # %% ../nbs/00_escape.ipynb #b1bae59d
@@ -30,7 +31,8 @@ def for_terminal(
 def for_plot(
     text, # Anything that has a text
 )->str:
-    "A text that matplotlib draws as it stands: no formula, and never left out of a legend because of a leading `_`."
+    """A text that matplotlib draws as it stands: no formula, and never left out of a legend because of a leading
+    `_`."""
     text = printable(text).replace('$', '\\$')
     return f' {text}' if text.startswith('_') else text
 

@@ -64,7 +64,8 @@ def _sweep_once(folder):
 
 # %% ../nbs/00_files.ipynb #7848d998
 def _open_part(path):
-    "A new file beside `path`, held by this process: its handle and its path. Its mode is what the user's umask asks for."
+    """A new file beside `path`, held by this process: its handle and its path. Its mode is what the user's umask
+    asks for."""
     for _ in range(100):
         part = path.parent/f'.{path.stem[:80]}-{secrets.token_hex(4)}.part{path.suffix[:20]}'
         try: handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
@@ -87,23 +88,30 @@ def _place_error(message, error):
     return WriteError(message) if getattr(error, 'errno', None) in _NO_ROOM else OpenTransError(message)
 
 _FULL = ('No space left', 'Disk quota', 'Input/output error', 'os error 28', 'os error 122', 'os error 5)')
-_TORCH_CANNOT = ('PytorchStreamWriter', 'inline_container', 'iostream error') # what torch's writer says when it cannot write on
+# what torch's writer says when it cannot write on
+_TORCH_CANNOT = ('PytorchStreamWriter', 'inline_container', 'iostream error')
 
 def _write_error(path, error):
     "The error for a file that cannot be written."
     why = getattr(error, 'strerror', None) or error
-    if any(word in str(error) for word in _TORCH_CANNOT): why = 'it could not be written to its end. Is there room on the disk?'
-    return WriteError(f"Cannot write '{path}': {why}{'' if str(why).endswith('?') else '.'} What was there before is untouched.")
+    if any(word in str(error) for word in _TORCH_CANNOT):
+        why = 'it could not be written to its end. Is there room on the disk?'
+    return WriteError(
+        f"Cannot write '{path}': {why}{'' if str(why).endswith('?') else '.'} What was there before is untouched.")
 
 @contextlib.contextmanager
 def atomic_path(
-    path, # Where the file shall be. Its folder is made if it is missing. A link stays a link, and the file that it names is replaced
+    # Where the file shall be. Its folder is made if it is missing. A link stays a link, and the file that it names
+    # is replaced
+    path,
 ): # Yields a temporary path to write to, in the same folder and with the same suffix
-    "Write to a temporary file, which takes the place of `path` only when the block ends well. Raises `OpenTransError`, with the old file untouched."
+    """Write to a temporary file, which takes the place of `path` only when the block ends well. Raises
+    `OpenTransError`, with the old file untouched."""
     shown, path = path, Path(os.path.realpath(path) if os.path.islink(path) else path)
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _place_error(f"Cannot make the folder '{path.parent}': {error.strerror}. Choose another place.", error) from error
+        raise _place_error(f"Cannot make the folder '{path.parent}': {error.strerror}. Choose another place.",
+                           error) from error
     if path.is_dir(): raise OpenTransError(f"Cannot write '{shown}': it is a folder. Give the name of a file.")
     _sweep_once(path.parent)
     try: handle, part = _open_part(path)
@@ -133,13 +141,15 @@ def regular_file(
     path, # What the user gave
     what:str='file', # What it should be, for the message
 )->Path:
-    "A path that is an ordinary file. Raises `OpenTransError` for one that is missing, a folder, a pipe or a device, before anything is read from it."
+    """A path that is an ordinary file. Raises `OpenTransError` for one that is missing, a folder, a pipe or a
+    device, before anything is read from it."""
     try: mode = os.stat(path).st_mode
     except (OSError, ValueError, TypeError) as error:
         why = getattr(error, 'strerror', None) or error
         raise OpenTransError(f"Cannot read the {what} '{shorten(path)}': {why}.") from error
     if stat.S_ISDIR(mode): raise OpenTransError(f"Cannot read '{path}': it is a folder. Give the path of a {what}.")
-    if not stat.S_ISREG(mode): raise OpenTransError(f"Cannot read '{path}': it is a pipe or a device. Give the path of a {what}.")
+    if not stat.S_ISREG(mode):
+        raise OpenTransError(f"Cannot read '{path}': it is a pipe or a device. Give the path of a {what}.")
     return Path(path)
 
 def read_text(
@@ -149,7 +159,9 @@ def read_text(
     "Read a text file. Raises `OpenTransError` if it cannot be read, is larger than `limit`, or is not UTF-8."
     path = regular_file(path)
     size = path.stat().st_size
-    if size > limit: raise OpenTransError(f"'{path}' has {size:,} bytes; a file of this kind has at most {limit:,}. Is it the right one?")
+    if size > limit:
+        raise OpenTransError(
+            f"'{path}' has {size:,} bytes; a file of this kind has at most {limit:,}. Is it the right one?")
     try: return path.read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, 'strerror', None) or 'it is not a text in UTF-8'
@@ -188,7 +200,8 @@ def parse_json(
     try:
         if re.search(r'(?<![\d."])\d{20,}', text): raise ValueError('it holds a whole number of 20 digits or more')
         value = json.loads(text, parse_constant=float if constants else _no_constant)
-        if '\\ud' in text.lower(): json.dumps(value, ensure_ascii=False).encode() # half a character cannot be shown or saved
+        # half a character cannot be shown or saved
+        if '\\ud' in text.lower(): json.dumps(value, ensure_ascii=False).encode()
     except RecursionError: raise FormatError(f"{what} is nested too deeply to be read.") from None
     except UnicodeEncodeError: raise FormatError(f"{what} holds half of a character (a lone surrogate).") from None
     except (ValueError, TypeError) as error: raise FormatError(f"{what} is not JSON: {shorten(error)}.") from None
@@ -215,12 +228,17 @@ class FileKind:
 
     def check_version(self, path, version):
         "Raises `FormatError` for a version that is not read here, and gives it as a number."
-        if not re.fullmatch('[0-9]{1,6}', str(version)): raise self.damaged(path, f'its version is {shorten(version, 40)!r}')
+        if not re.fullmatch('[0-9]{1,6}', str(version)):
+            raise self.damaged(path, f'its version is {shorten(version, 40)!r}')
         version = int(version)
         if version > self.version:
-            raise FormatError(f"'{path}' has {self.holds} format {version}; this opentrans reads up to {self.version}. Update opentrans.")
+            raise FormatError(
+                f"'{path}' has {self.holds} format {version}; this opentrans reads up to {self.version}. Update "
+                f"opentrans.")
         if version < self.oldest:
-            raise FormatError(f"'{path}' has {self.holds} format {version}; this opentrans reads from {self.oldest} on. Make it again.")
+            raise FormatError(
+                f"'{path}' has {self.holds} format {version}; this opentrans reads from {self.oldest} on. Make it "
+                f"again.")
         return version
 
 # %% ../nbs/00_files.ipynb #dd985430
@@ -234,7 +252,8 @@ def _plain(value):
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 def _finite(value):
-    "NaN and infinity are not JSON: they become null. Whole numbers that `parse_json` does not read back become text."
+    """NaN and infinity are not JSON: they become null. Whole numbers that `parse_json` does not read back become
+    text."""
     if isinstance(value, int) and abs(value) >= 10**19: return str(value)
     if isinstance(value, dict): return {str(k): _finite(v) for k,v in value.items()}
     if isinstance(value, (list, tuple)): return [_finite(v) for v in value]
@@ -277,18 +296,22 @@ def parse_document(
     schema=None, # Shape of what is left without the header
     what='the text', # Where it comes from, for the message
 )->dict:
-    "Read a JSON document of a kind, check its version, checksum and shape, and give it without its header. Raises `FormatError`."
+    """Read a JSON document of a kind, check its version, checksum and shape, and give it without its header. Raises
+    `FormatError`."""
     value = parse_json(text, f"'{what}'", dict)
     if value.get('format', kind.name) != kind.name: raise kind.wrong(what, value['format'])
     kind.check_version(what, value.get('version', kind.version))
     stored = value.pop('sha256', None)
     if stored is not None and stored != digest_of(value):
-        raise kind.damaged(what, 'its contents do not fit its checksum. If you changed it by hand, delete its line "sha256"')
+        raise kind.damaged(what,
+                           'its contents do not fit its checksum. If you changed it by hand, delete its line '
+                           '"sha256"')
     value = {k: v for k,v in value.items() if k not in _HEADER}
     if schema is None: return value
     try: return check_shape(value, schema, 'It')
     except FormatError as error:
-        raise FormatError(f"'{shorten(what)}' holds no {kind.holds}. {error} Expected what {kind.maker} writes.") from None
+        raise FormatError(
+            f"'{shorten(what)}' holds no {kind.holds}. {error} Expected what {kind.maker} writes.") from None
 
 def load_json(
     path, # A JSON file
@@ -319,7 +342,8 @@ def checksum(
     return f'sha256:{total.hexdigest()}'
 
 def _parts_of_file(tensors, meta):
-    "A safetensors file as two pieces of bytes, its metadata, which the library writes in any order, in alphabetical order."
+    """A safetensors file as two pieces of bytes, its metadata, which the library writes in any order, in
+    alphabetical order."""
     whole = memoryview(safetensors_bytes(tensors, metadata=meta))
     size, = struct.unpack('<Q', whole[:8])
     header = json.loads(bytes(whole[8:8+size]))
@@ -332,7 +356,9 @@ def _own_memory(tensors):
     "The tensors on the CPU, contiguous, and each with memory of its own, as safetensors wants them."
     seen, own = set(), {}
     for name, tensor in tensors.items():
-        if tensor.is_meta: raise OpenTransError(f"'{name}' has no values (its device is meta), so it cannot be saved. Load the weights first.")
+        if tensor.is_meta:
+            raise OpenTransError(
+                f"'{name}' has no values (its device is meta), so it cannot be saved. Load the weights first.")
         tensor = tensor.detach().cpu().contiguous()
         place = tensor.untyped_storage().data_ptr()
         own[name] = tensor.clone() if place in seen and tensor.numel() else tensor
@@ -345,19 +371,22 @@ def save_tensors(
     metadata:dict=None, # Text by name; other values are stored as JSON, in which NaN becomes null
     kind:FileKind=None, # What the file holds; its name and version are stored as `format` and `version`
 ):
-    "Write a safetensors file with a checksum, whole or not at all. Raises `OpenTransError` if it cannot be written."
+    """Write a safetensors file with a checksum, whole or not at all. Raises `OpenTransError` if it cannot be
+    written."""
     meta = {k: v if isinstance(v, str) else json.dumps(plain_json(v)) for k,v in (metadata or {}).items()}
     if kind is not None: meta.update(format=kind.name, version=str(kind.version))
     own = _own_memory(tensors)
     meta['checksum'] = checksum(own, meta)
     pieces = _parts_of_file(own, meta)
-    with atomic_path(path) as part, open(part, 'wb') as file: # the library's own writer would put another file in its place
+    # the library's own writer would put another file in its place
+    with atomic_path(path) as part, open(part, 'wb') as file:
         for piece in pieces: file.write(piece)
 
 # %% ../nbs/00_files.ipynb #cdbe29fc
 @contextlib.contextmanager
 def _opened(path, device='cpu'):
-    "A safetensors file, open. Raises `OpenTransError` if it is missing, and `FormatError` if it is cut short or something else."
+    """A safetensors file, open. Raises `OpenTransError` if it is missing, and `FormatError` if it is cut short or
+    something else."""
     if not os.path.exists(path): raise OpenTransError(f"No file '{path}'. Give the path of a .safetensors file.")
     regular_file(path)
     try:
@@ -378,7 +407,8 @@ def load_tensors(
     device='cpu', # Where the tensors shall be
     kind:FileKind=None, # What it should hold; None takes any
 )->tuple: # (dict of name -> tensor, dict of metadata texts)
-    "Read a safetensors file and check it. Raises `FormatError` if it is cut short, of another kind or version, `DamagedFile` if it was altered."
+    """Read a safetensors file and check it. Raises `FormatError` if it is cut short, of another kind or version,
+    `DamagedFile` if it was altered."""
     with _opened(path) as file:
         meta = dict(file.metadata() or {})
         if kind is not None and meta.get('format') != kind.name: raise kind.wrong(path, meta.get('format'))
@@ -397,7 +427,8 @@ def metadata_value(
     path, # The file, for the message
     constants:bool=False, # As in `parse_json`
 ): # The value
-    "One entry of a tensor file's metadata, parsed and checked. Raises `DamagedFile` if it is missing or of another shape."
+    """One entry of a tensor file's metadata, parsed and checked. Raises `DamagedFile` if it is missing or of
+    another shape."""
     if name not in meta: raise DamagedFile(f"'{path}' is damaged: it has no '{name}'. Fetch or make it again.")
     try: return parse_json(meta[name], f"the entry '{name}' of '{path}'", schema, constants)
     except FormatError as error: raise DamagedFile(f"'{path}' is damaged: {error}") from None
@@ -427,8 +458,9 @@ def check_finite(
     "Raises `OpenTransError` if any of the tensors holds NaN or infinity."
     bad = not_finite(tensors)
     if not bad: return
-    raise OpenTransError(f"{len(bad)} of {len(tensors)} tensors are not finite ({what}), such as {', '.join(bad[:3])}."
-                         f"{' ' + advice if advice else ''}")
+    raise OpenTransError(
+        f"{len(bad)} of {len(tensors)} tensors are not finite ({what}), such as {', '.join(bad[:3])}."
+        f"{' ' + advice if advice else ''}")
 
 def check_like(
     tensors:dict, # Name -> tensor, as read
@@ -437,21 +469,25 @@ def check_like(
     what:str='weights', # What they are, for the message
     finite:bool=True, # Refuse NaN and infinity?
 ):
-    "Check names, shapes, types and finiteness of what was read against what it shall fill. Raises `OpenTransError`; nothing is changed."
+    """Check names, shapes, types and finiteness of what was read against what it shall fill. Raises
+    `OpenTransError`; nothing is changed."""
     missing = [name for name in like if name not in tensors]
     extra = [name for name in tensors if name not in like]
     shapes = [f'{name} {tuple(tensors[name].shape)} (here {tuple(t.shape)})' for name, t in like.items()
               if name in tensors and tensors[name].shape != t.shape]
     types = [f'{name} {tensors[name].dtype} (here {t.dtype})' for name, t in like.items()
              if name in tensors and _sort_of(tensors[name]) != _sort_of(t)]
-    for words, names in (('lack', missing), ('have unknown', extra), ('have other shapes:', shapes), ('have other types:', types)):
+    for words, names in (('lack', missing), ('have unknown', extra), ('have other shapes:', shapes),
+                         ('have other types:', types)):
         if names:
-            raise OtherRun(f"The {what} in '{path}' {words} {len(names)} of {len(like)} tensors, such as {', '.join(names[:4])}. "
-                           "Give the file of the same model, or choose another place.")
+            raise OtherRun(
+                f"The {what} in '{path}' {words} {len(names)} of {len(like)} tensors, such as "
+                f"{', '.join(names[:4])}. " "Give the file of the same model, or choose another place.")
     if finite: check_finite(tensors, f"the {what} in '{path}'", 'The file is of no use: start from an earlier one.')
 
 def _sort_of(tensor):
-    "Floating point, complex, whole numbers or truth values: within one sort, types convert without loss of meaning."
+    """Floating point, complex, whole numbers or truth values: within one sort, types convert without loss of
+    meaning."""
     if tensor.is_floating_point(): return 'float'
     if tensor.is_complex(): return 'complex'
     return 'bool' if tensor.dtype == torch.bool else 'int'
@@ -461,7 +497,8 @@ def _sort_of(tensor):
 def lock_folder(
     folder, # Folder of a run; made if it is missing. None locks nothing
 ):
-    "Keep other runs out of a folder inside the block. The system lets go when the process ends, however it ends. Raises `OtherRun` if one is at work."
+    """Keep other runs out of a folder inside the block. The system lets go when the process ends, however it ends.
+    Raises `OtherRun` if one is at work."""
     if folder is None:
         yield
         return
@@ -471,12 +508,14 @@ def lock_folder(
 def lock_file(
     path, # File of a run; it need not exist, and its folder is made if it is missing. None locks nothing
 ):
-    "Keep other runs away from a file inside the block, as `lock_folder` does from a folder. Raises `OtherRun` if one is at work."
+    """Keep other runs away from a file inside the block, as `lock_folder` does from a folder. Raises `OtherRun` if
+    one is at work."""
     if path is None:
         yield
         return
     path = Path(path)
-    with _locked(path.parent, f'.{path.name}.lock', f"on '{path}'. Wait until it ends, or choose another file."): yield
+    with _locked(path.parent, f'.{path.name}.lock', f"on '{path}'. Wait until it ends, or choose another file."):
+        yield
 
 @contextlib.contextmanager
 def _locked(folder, name, place):
@@ -484,7 +523,8 @@ def _locked(folder, name, place):
     from filelock import FileLock, Timeout
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _place_error(f"Cannot make the folder '{folder}': {error.strerror}. Choose another place.", error) from error
+        raise _place_error(f"Cannot make the folder '{folder}': {error.strerror}. Choose another place.",
+                           error) from error
     lock = FileLock(str(folder/name))
     try: lock.acquire(timeout=0)
     except Timeout: raise OtherRun(f"Another run is at work {place}") from None
@@ -501,12 +541,16 @@ class RunFile:
         path, # A `.safetensors` file; it need not exist
         settings:dict, # What must be equal for the run to go on, as plain values
         kind:FileKind, # What the file holds
-    ): self.path, self.settings, self.kind = Path(path), plain_json(json.loads(json.dumps(settings, default=str))), kind
+    ):
+        self.path = Path(path)
+        self.settings = plain_json(json.loads(json.dumps(settings, default=str)))
+        self.kind = kind
 
     def exists(self)->bool: return self.path.exists()
 
     def load(self): # (dict of name -> tensor, dict of metadata texts); None if there is no file yet
-        "Read the file. Raises `OtherRun` if it is of other settings, `FormatError` if it is damaged or something else."
+        """Read the file. Raises `OtherRun` if it is of other settings, `FormatError` if it is damaged or something
+        else."""
         if not self.exists(): return None
         tensors, meta = load_tensors(self.path, kind=self.kind)
         self._check_settings(metadata_value(meta, 'settings', dict, self.path))
@@ -514,7 +558,8 @@ class RunFile:
 
     def _check_settings(self, was):
         names = sorted({*was, *self.settings})
-        diff = [f'{n} was {was.get(n)!r}, is {self.settings.get(n)!r}' for n in names if was.get(n) != self.settings.get(n)]
+        diff = [f'{n} was {was.get(n)!r}, is {self.settings.get(n)!r}'
+                for n in names if was.get(n) != self.settings.get(n)]
         if diff:
             raise OtherRun(f"The run in '{self.path.parent}' had other settings: {shorten('; '.join(diff), 600)}. "
                            "Use the same, or choose another folder.")
@@ -524,9 +569,11 @@ class RunFile:
         finite=lambda name: True, # Function of a name: must this tensor be finite?
         **values, # More, as plain values
     ):
-        "Write the file, whole or not at all. Raises `OpenTransError`, and keeps the last good one, if a tensor is not finite."
+        """Write the file, whole or not at all. Raises `OpenTransError`, and keeps the last good one, if a tensor is
+        not finite."""
         numbers = {name: tensor for name, tensor in tensors.items() if finite(name)}
-        check_finite(numbers, 'no checkpoint is written', 'The last good one stays. Lower the learning rate, or clip gradients.')
+        check_finite(numbers, 'no checkpoint is written',
+                     'The last good one stays. Lower the learning rate, or clip gradients.')
         save_tensors(tensors, self.path, dict(values, settings=self.settings), self.kind)
 
 # %% ../nbs/00_files.ipynb #6510cb68
@@ -547,21 +594,30 @@ def restore_optimizer(
     path, # The file, for the message
     prefix:str='optimizer.', # Before all names
 ):
-    "Put back what `optimizer_tensors` gave. Raises `DamagedFile`, with nothing changed, if a tensor fits no parameter, is not finite, or lacks what others have."
-    params, made, kinds = {name: param for param, name in names.items()}, {}, {}
+    """Put back what `optimizer_tensors` gave. Raises `DamagedFile`, with nothing changed, if a tensor fits no
+    parameter, is not finite, or lacks what others have."""
+    params = {name: param for param, name in names.items()}
+    made = {}
+    kinds = {}
     for full, tensor in strip_prefix(prefix, tensors).items():
         name, _, key = full.rpartition('.')
         param = params.get(name)
-        fits = param is not None and (not tensor.ndim or tensor.shape == param.shape) and tensor.is_complex() <= param.is_complex()
+        fits = (param is not None and (not tensor.ndim or tensor.shape == param.shape)
+                and tensor.is_complex() <= param.is_complex())
         if not fits or not_finite({full: tensor}): raise _unfit(path, full)
-        alike = key != 'step' and tensor.shape == param.shape # laid out in memory as the parameter is, and where it is
-        made.setdefault(param, {})[key] = torch.empty_like(param).copy_(tensor) if alike else tensor.to(param.device, copy=True)
+        # laid out in memory as the parameter is, and where it is
+        alike = key != 'step' and tensor.shape == param.shape
+        made.setdefault(param,
+                        {})[key] = (torch.empty_like(param).copy_(tensor) if alike
+                                    else tensor.to(param.device, copy=True))
     for param, held in made.items():
         if kinds.setdefault(param.ndim, set(held)) != set(held): raise _unfit(path, names[param])
     for param, held in made.items(): optimizer.state[param].update(held)
 
 def _unfit(path, place):
-    return DamagedFile(f"The optimizer's state in '{path}' does not fit the model, at {shorten(place)}. Start from another checkpoint.")
+    return DamagedFile(
+        f"The optimizer's state in '{path}' does not fit the model, at {shorten(place)}. Start from another "
+        f"checkpoint.")
 
 # %% ../nbs/00_files.ipynb #5d29539e
 def pack_bits(mask:torch.Tensor)->torch.Tensor:
@@ -596,7 +652,8 @@ def unbake(
             if res[name].ndim != 1: raise ValueError('weights of a shape')
             res[name] = torch.zeros(shape, dtype=res[name].dtype).masked_scatter_(keep, res[name])
         if any(name.endswith('#kept') for name in res): raise ValueError('places of a weight without a shape')
-    except (KeyError, ValueError, TypeError, RuntimeError) as error: raise BAKED_FILE.damaged(path, f'{error}') from error
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise BAKED_FILE.damaged(path, f'{error}') from error
     return res
 
 # %% ../nbs/00_files.ipynb #8cec9704
@@ -627,16 +684,22 @@ def is_torchscript(path)->bool:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError): return False
     return any('/code/' in name or name.endswith('constants.pkl') for name in names)
 
-_PROGRAM = ("'{path}' is a TorchScript archive, that is, a program (OpenAI publishes CLIP so), and is not run here. If you trust it, pass trust=True, "
-            "or convert it once: torch.save(torch.jit.load('{name}', 'cpu').state_dict(), 'weights.pt').")
+_PROGRAM = (
+    "'{path}' is a TorchScript archive, that is, a program (OpenAI publishes CLIP so), and is not run here. If you "
+    "trust it, pass trust=True, or convert it once: torch.save(torch.jit.load('{name}', 'cpu').state_dict(), "
+                                  "'weights.pt').")
 
 def read_checkpoint(
-    path, # `.safetensors`, `.pt`, `.pth`, `.bin`, detectron2's `.pkl`, a file that `SparseMask.bake` wrote, or a TorchScript archive
+    # `.safetensors`, `.pt`, `.pth`, `.bin`, detectron2's `.pkl`, a file that `SparseMask.bake` wrote, or a
+    # TorchScript archive
+    path,
     trust:bool=False, # Open TorchScript archives, which are programs?
 )->dict: # Nested dictionaries of tensors, as the file holds them
-    "Read the weights that a file holds, without running code from it. Raises `OpenTransError` if it cannot be read so."
+    """Read the weights that a file holds, without running code from it. Raises `OpenTransError` if it cannot be
+    read so."""
     if not os.path.exists(path):
-        raise OpenTransError(f"No checkpoint '{shorten(path)}'. Give a .safetensors, .pth, .pt, .bin or .pkl file that exists.")
+        raise OpenTransError(
+            f"No checkpoint '{shorten(path)}'. Give a .safetensors, .pth, .pt, .bin or .pkl file that exists.")
     path = regular_file(path, 'checkpoint')
     if path.suffix == '.safetensors':
         tensors, meta = load_tensors(path)
@@ -646,19 +709,24 @@ def read_checkpoint(
     if is_torchscript(path):
         if not trust: raise FormatError(_PROGRAM.format(path=path, name=path.name))
         return dict(torch.jit.load(str(path), map_location='cpu').state_dict())
-    try: value = _read_pickled_arrays(path) if path.suffix == '.pkl' else torch.load(path, map_location='cpu', weights_only=True)
+    try:
+        value = (_read_pickled_arrays(path) if path.suffix == '.pkl'
+                 else torch.load(path, map_location='cpu', weights_only=True))
     except Exception as error: # a pickle can fail with any of them
         why = shorten((str(error).splitlines() or [''])[0])
-        raise FormatError(f"'{path}' cannot be read as plain weights ({type(error).__name__}: {why}). Is it a whole file of a state dict? "
-                          "Save one with torch.save, or as .safetensors.") from error
-    if not isinstance(value, dict): raise FormatError(f"'{path}' holds no state dict but a {type(value).__name__}. Save model.state_dict().")
+        raise FormatError(
+            f"'{path}' cannot be read as plain weights ({type(error).__name__}: {why}). Is it a whole file of a "
+            f"state dict? " "Save one with torch.save, or as .safetensors.") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"'{path}' holds no state dict but a {type(value).__name__}. Save model.state_dict().")
     return value
 
 def state_dict_of(
     checkpoint:dict, # What `read_checkpoint` gave
     path, # For the message
 )->dict: # Name -> tensor
-    "The state dict in a checkpoint: at its top, or under `state_dict` or `model`. Raises `FormatError` if there is none."
+    """The state dict in a checkpoint: at its top, or under `state_dict` or `model`. Raises `FormatError` if there
+    is none."""
     for key in ('state_dict', 'model'):
         if isinstance(checkpoint.get(key), dict): checkpoint = checkpoint[key]
     state = {str(name): t for name, t in checkpoint.items() if isinstance(t, torch.Tensor)}
@@ -666,7 +734,8 @@ def state_dict_of(
     return {name.removeprefix('module.'): t for name, t in state.items()}
 
 def _tensors_to_arrays(value):
-    "Nested dictionaries with their tensors as arrays, as detectron2 writes them. Types that numpy lacks become float32."
+    """Nested dictionaries with their tensors as arrays, as detectron2 writes them. Types that numpy lacks become
+    float32."""
     if isinstance(value, dict): return {k: _tensors_to_arrays(v) for k,v in value.items()}
     if not isinstance(value, torch.Tensor): return value
     value = value.detach().cpu()
@@ -675,7 +744,8 @@ def _tensors_to_arrays(value):
 
 def save_checkpoint(
     value, # Nested dictionaries of tensors
-    path, # Where to: `.safetensors` takes a flat dictionary, `.pkl` is written as detectron2 does, anything else by torch
+    # Where to: `.safetensors` takes a flat dictionary, `.pkl` is written as detectron2 does, anything else by torch
+    path,
 ):
     "Write weights for other programs, whole or not at all. Raises `OpenTransError` if they cannot be written."
     suffix = Path(path).suffix

@@ -12,7 +12,8 @@ from fnmatch import fnmatchcase
 from .errors import OpenTransError
 
 # %% ../nbs/05_naming.ipynb #8479930d
-WRAPPERS = ('_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_fpw_module') # under these names wrappers hold what they wrap; no other module has a part of such a name
+# under these names wrappers hold what they wrap; no other module has a part of such a name
+WRAPPERS = ('_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_fpw_module')
 _WRAPS = re.compile(rf'(^|\.)(?:{"|".join(WRAPPERS)})(?=\.)')
 
 def clean_name(
@@ -35,8 +36,10 @@ def best_fits(
     target:dict, # Name -> shape of where it goes
 )->list: # For each of these prefixes, the shortest first: a dict of key -> name in the target
     "The prefixes under which most keys fit by name and shape."
-    prefixes = {t[:-len(k)] for k in keys for t in target if t.endswith(k) and (len(t) == len(k) or t[-len(k)-1] == '.')}
-    found = [{k: p+k for k,s in keys.items() if p+k in target and tuple(target[p+k]) == tuple(s)} for p in sorted(prefixes, key=lambda p: (len(p), p))]
+    prefixes = {t[:-len(k)] for k in keys
+                for t in target if t.endswith(k) and (len(t) == len(k) or t[-len(k)-1] == '.')}
+    found = [{k: p+k for k,s in keys.items() if p+k in target and tuple(target[p+k]) == tuple(s)}
+             for p in sorted(prefixes, key=lambda p: (len(p), p))]
     best = max(map(len, found), default=0)
     return [f for f in found if len(f) == best > 0]
 
@@ -45,12 +48,15 @@ def no_partner(
     target:dict, # Name -> shape of where it should have gone
     what:str='names', # What was being matched
 )->OpenTransError: # An error to raise
-    "The error for keys that a model lacks: lists them, with the shapes where only those differ, and what the model has."
+    """The error for keys that a model lacks: lists them, with the shapes where only those differ, and what the
+    model has."""
     placed = (best_fits(keys, target) or [{}])[0]
     there = (best_fits(dict.fromkeys(keys, ()), dict.fromkeys(target, ())) or [{}])[0] # by name alone
-    lost = [k + (f" {tuple(s)}" if s else '') + (f" (there {tuple(target[there[k]])})" if k in there else '') for k,s in keys.items() if k not in placed]
-    return OpenTransError(f"{len(lost)} of {len(keys)} {what} have no partner of that name and shape in the model: {name_some(lost)}. "
-                          f"The model has: {name_some(list(target))}. Was this made for another backbone?")
+    lost = [k + (f" {tuple(s)}" if s else '') + (f" (there {tuple(target[there[k]])})" if k in there else '')
+            for k,s in keys.items() if k not in placed]
+    return OpenTransError(
+        f"{len(lost)} of {len(keys)} {what} have no partner of that name and shape in the model: "
+        f"{name_some(lost)}. The model has: {name_some(list(target))}. Was this made for another backbone?")
 
 def only_fit(
     fits:list, # Equally good ways to place the same keys, as `best_fits` gives them
@@ -58,9 +64,12 @@ def only_fit(
     same=lambda name: name, # What makes two places one, e.g. the identity of the parameter
     show=str, # A place in words
 )->dict: # The one way
-    "The one place where keys fit. Raises `OpenTransError` if there are several: an exact name does not win over the same name further in."
+    """The one place where keys fit. Raises `OpenTransError` if there are several: an exact name does not win over
+    the same name further in."""
     if len({tuple(same(f[k]) for k in sorted(f)) for f in fits}) > 1:
-        raise OpenTransError(f"The {what} fit {len(fits)} places of the model equally well, at {name_some([show(next(iter(f.values()))) for f in fits], 4)}. Pass the sub-module that is meant.")
+        raise OpenTransError(
+            f"The {what} fit {len(fits)} places of the model equally well, at "
+            f"{name_some([show(next(iter(f.values()))) for f in fits], 4)}. Pass the sub-module that is meant.")
     return fits[0]
 
 def match_names(
@@ -70,7 +79,8 @@ def match_names(
     strict:bool=True, # Raise if some keys have no partner? If not, they are left out
     same=lambda name: name, # What makes two places one, e.g. the identity of the parameter
 )->dict: # Key -> name in the target
-    "Match names by suffix and shape: one common prefix for all. Raises `OpenTransError` if there is none, or more than one."
+    """Match names by suffix and shape: one common prefix for all. Raises `OpenTransError` if there is none, or more
+    than one."""
     if not keys: return {}
     fits = best_fits(keys, target)
     if not fits or (strict and len(fits[0]) < len(keys)): raise no_partner(keys, target, what)
@@ -89,7 +99,8 @@ def find_names(
     there, # Names that are there
     what:str='names', # What is being looked up, for the message
 )->dict: # Name -> name that is there
-    "Names as they are written if all of them are there, else under the one prefix where all of them are. Raises `OpenTransError`."
+    """Names as they are written if all of them are there, else under the one prefix where all of them are. Raises
+    `OpenTransError`."""
     bare,there = {n: clean_name(n) for n in names},dict.fromkeys(there, ())
     if all(n in there for n in bare.values()): return bare
     fits = match_names(dict.fromkeys(bare.values(), ()), there, what)
@@ -104,7 +115,8 @@ def inside(
     return any(m in parts or name.startswith(f'{m}.') or matches(name, m) for m in modules)
 
 # %% ../nbs/05_naming.ipynb #a71449e4
-SPELLINGS = {} # library -> rules (its spelling, open_clip's), each for the end of a name; families of towers put theirs here
+# library -> rules (its spelling, open_clip's), each for the end of a name; families of towers put theirs here
+SPELLINGS = {}
 
 def common_name(
     name:str, # A parameter's name in any of the `SPELLINGS`, under any prefix
@@ -119,7 +131,8 @@ def common_name(
 
 # %% ../nbs/05_naming.ipynb #49e9c058
 def weight_slots(shapes, rename=lambda n: n):
-    "Where a layer can be: every parameter, and the thirds of those that may be packed. Name -> (parameter, rows or None, shape)."
+    """Where a layer can be: every parameter, and the thirds of those that may be packed. Name -> (parameter, rows
+    or None, shape)."""
     res,twice = {},set()
     def put(name, slot):
         if name in res: twice.add(name)
@@ -132,12 +145,13 @@ def weight_slots(shapes, rename=lambda n: n):
     return {n: v for n,v in res.items() if n not in twice}        # a name that two parameters claim is nobody's
 
 def _spellings(keys, shapes):
-    """Ways to look for the keys: as they are; in open_clip's spelling; that without a prefix of their own (`trunk.`);
-    without `module.` anywhere. Yields (key as written -> key, slots)."""
+    """Ways to look for the keys: as they are; in open_clip's spelling; that without a prefix of their own
+    (`trunk.`); without `module.` anywhere. Yields (key as written -> key, slots)."""
     yield {k: k for k in keys},weight_slots(shapes)
     slots,names = weight_slots(shapes, common_name),{k: common_name(k) for k in keys}
     yield names,slots
-    while len({n.partition('.')[0] for n in names.values()}) == 1 and all('.' in n.split('[')[0] for n in names.values()):
+    while (len({n.partition('.')[0] for n in names.values()}) == 1
+           and all('.' in n.split('[')[0] for n in names.values())):
         names = {k: n.partition('.')[2] for k,n in names.items()}
         yield names,slots
     yield {k: _without_module(k) for k in keys},weight_slots(shapes, _without_module)
@@ -151,17 +165,22 @@ def tell_reasons(whys, n=3):
     "Layers and reasons as one text; layers with the same reason are counted."
     alike = {}
     for name,why in whys.items(): alike.setdefault(why, []).append(name)
-    told = [f"{names[0]} {why}{f' (and {len(names)-1} more)' if len(names) > 1 else ''}" for why,names in alike.items()]
+    told = [f"{names[0]} {why}{f' (and {len(names)-1} more)' if len(names) > 1 else ''}"
+            for why,names in alike.items()]
     return '; '.join(told[:n]) + (f'; and {len(told)-n} more' if len(told) > n else '')
 
 def _apart(keys, names):
-    "Name -> reason of layers whose weight is kept in parts there: by `weight_norm`, `spectral_norm`, pruning, a parametrization."
+    """Name -> reason of layers whose weight is kept in parts there: by `weight_norm`, `spectral_norm`, pruning, a
+    parametrization."""
     res,names = {},{n: f'.{clean_name(n)}' for n in names}
     for key in (k.split('[')[0] for k in keys):
         stem,_,last = f'.{key}'.rpartition('.')
-        ends = [f'{stem}.parametrizations.{last}.original{i}' for i in ('', 0, 1)] + [f'.{key}_{i}' for i in ('g', 'v', 'orig')]
+        ends = ([f'{stem}.parametrizations.{last}.original{i}' for i in ('', 0, 1)]
+                + [f'.{key}_{i}' for i in ('g', 'v', 'orig')])
         parts = [n for n,dotted in names.items() if dotted.endswith(tuple(ends))]
-        if parts: res[key] = f"is computed from {', '.join(parts[:2])}: end the parametrization before the weights are saved"
+        if parts:
+            res[
+                key] = f"is computed from {', '.join(parts[:2])}: end the parametrization before the weights are saved"
     return res
 
 def match_weights(
@@ -170,16 +189,20 @@ def match_weights(
     strict=True, # Raise if a key has no partner?
     same=lambda name: name, # What makes two parameters one
 ): # Key -> (parameter, rows or None)
-    "The one place where the keys fit, by the rule of `match_names` in each spelling. Raises `OpenTransError` if there is none, or more than one."
+    """The one place where the keys fit, by the rule of `match_names` in each spelling. Raises `OpenTransError` if
+    there is none, or more than one."""
     best = []
     for names,slots in _spellings(keys, shapes):
         back,there = {n: k for k,n in names.items()},{n: s for n,(_,_,s) in slots.items()}
-        fits = [{back[n]: slots[t][:2] for n,t in f.items()} for f in best_fits({n: keys[k] for n,k in back.items()}, there)]
+        fits = [{back[n]: slots[t][:2] for n,t in f.items()}
+                for f in best_fits({n: keys[k] for n,k in back.items()}, there)]
         if fits and (not best or len(fits[0]) > len(best[0])): best = fits
         if best and len(best[0]) == len(keys): break
     if not best or (strict and len(best[0]) < len(keys)):
         apart = _apart(keys, shapes)
-        if apart: raise OpenTransError(f"{len(apart)} of {len(keys)} layers of the mask are no tensors there: {tell_reasons(apart)}.")
+        if apart:
+            raise OpenTransError(
+                f"{len(apart)} of {len(keys)} layers of the mask are no tensors there: {tell_reasons(apart)}.")
         raise no_partner(keys, {n: s for n,(_,_,s) in weight_slots(shapes).items()}, 'layers of the mask')
     hit = only_fit(best, 'layers of the mask', lambda slot: same(slot[0]), lambda slot: slot[0])
     return {k: hit[k] for k in keys if k in hit}

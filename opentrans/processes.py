@@ -18,7 +18,9 @@ from .runtime import Undo
 # %% ../nbs/00_processes.ipynb #0fd2dcff
 def world_size()->int:
     "How many processes a launcher says there are."
-    return max(int(os.environ.get(k, 1)) for k in ('WORLD_SIZE', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE')) # accelerate launch, torchrun; several kinds of mpirun
+    # accelerate launch, torchrun; several kinds of mpirun
+    return max(int(os.environ.get(k, 1))
+               for k in ('WORLD_SIZE', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE'))
 
 def group_size()->int:
     "How many processes are in torch's group; 1 if there is none."
@@ -29,14 +31,21 @@ class Processes:
     def __init__(self,
         device=None, # Where this process computes; None takes the one that accelerate gives it
     ):
-        self.n,self.rank,self.device,self.accelerator = world_size(),0,None,None
+        self.n = world_size()
+        self.rank = 0
+        self.device = None
+        self.accelerator = None
         if self.n == 1: return
         if device is not None and torch.device(device).index is not None:
-            raise OpenTransError(f"device='{device}': each of the {self.n} processes has a device of its own. Leave it out, or name only the kind, e.g. 'cuda'.")
+            raise OpenTransError(
+                f"device='{device}': each of the {self.n} processes has a device of its own. Leave it out, or name "
+                f"only the kind, e.g. 'cuda'.")
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState
         told = None if AcceleratorState._shared_state else 'no' # precision is the recipe's
-        self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == 'cpu', mixed_precision=told, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
+        self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == 'cpu',
+                                       mixed_precision=told,
+                                       kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         self.rank,self.device = self.accelerator.process_index,self.accelerator.device
 
     @property
@@ -58,7 +67,8 @@ class Processes:
     def together(self,
         work, # Function without arguments
     ): # What it gives in this process
-        "Do something in each process. Raises the `OpenTransError` of one of them in all, so that none waits for another that has stopped."
+        """Do something in each process. Raises the `OpenTransError` of one of them in all, so that none waits for
+        another that has stopped."""
         result = error = None
         try: result = work()
         except OpenTransError as err: error = err
@@ -82,7 +92,10 @@ class Processes:
         if self.n == 1: return
         from accelerate.utils import gather_object
         seen = gather_object([value])
-        if any(v != seen[0] for v in seen): raise OpenTransError(f"The {self.n} processes have different {what}: {', '.join(map(str, seen[:4]))}. Give all of them the same files, on a file system that all machines see.")
+        if any(v != seen[0] for v in seen):
+            raise OpenTransError(
+                f"The {self.n} processes have different {what}: {', '.join(map(str, seen[:4]))}. Give all of them "
+                f"the same files, on a file system that all machines see.")
 
 # %% ../nbs/00_processes.ipynb #ef966437
 class _Times(torch.autograd.Function):
@@ -112,20 +125,25 @@ def all_rows(self:Processes,
 def _channel(x): return [1, -1, *[1]*(x.ndim-2)] # the shape of a number for each channel
 
 def _moments(x):
-    "Mean and variance of each channel over all processes, and the number of values a channel. Raises `OpenTransError` if that is 1."
+    """Mean and variance of each channel over all processes, and the number of values a channel. Raises
+    `OpenTransError` if that is 1."""
     variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
     own = torch.stack([mean, variance, torch.full_like(mean, x.numel()//x.shape[1])])
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, own)
     means, variances, counts = torch.stack(parts, 1)
     total = counts[:, 0].sum()
-    if total <= 1: raise OpenTransError("A batch norm has one value a channel, by which it cannot normalise. Give larger images, or more of them.")
+    if total <= 1:
+        raise OpenTransError(
+            "A batch norm has one value a channel, by which it cannot normalise. Give larger images, or more of "
+            "them.")
     share = counts/total
     mean = (share*means).sum(0)
     return mean, (share*(variances + (means-mean)**2)).sum(0), total
 
 class _NormOfAll(torch.autograd.Function):
-    "Normalise each channel by its mean and variance over all processes; their gradient is that of the whole batch, too."
+    """Normalise each channel by its mean and variance over all processes; their gradient is that of the whole
+    batch, too."""
     @staticmethod
     def forward(ctx, x, weight, bias, mean, variance, total, eps):
         inverse = (variance+eps).rsqrt()
@@ -164,22 +182,30 @@ def _norm_of_all(norm, x):
 # %% ../nbs/00_processes.ipynb #8ab6ef00
 class _Loss(nn.Module):
     "What a data-parallel wrapper calls."
-    def __init__(self, framework): super().__init__(); self.framework = framework
+    def __init__(self, framework):
+        super().__init__()
+        self.framework = framework
     def forward(self, batch): return self.framework.loss(batch)
 
-def _parents(model, kind): return [(m, n, c) for m in model.modules() for n,c in m.named_children() if type(c) is kind]
+def _parents(model, kind):
+    return [(m, n, c) for m in model.modules() for n,c in m.named_children() if type(c) is kind]
 
 @patch
 def shard(self:Processes, order):
-    "The part of each batch of indices that is this process's. Raises `OpenTransError` if batches cannot be divided."
+    """The part of each batch of indices that is this process's. Raises `OpenTransError` if batches cannot be
+    divided."""
     if self.n == 1: return order
-    if order.batch_size % self.n: raise OpenTransError(f"batch_size={order.batch_size} is the number of images in a step of all {self.n} processes together: it must be a multiple of {self.n}.")
+    if order.batch_size % self.n:
+        raise OpenTransError(
+            f"batch_size={order.batch_size} is the number of images in a step of all {self.n} processes together: "
+            f"it must be a multiple of {self.n}.")
     from accelerate.data_loader import BatchSamplerShard
     return BatchSamplerShard(order, self.n, self.rank, split_batches=True)
 
 @patch
 def wrap(self:Processes,
-    framework, # A `Framework`, or another module with a `loss` of a batch, on its device; already frozen where it shall be
+    # A `Framework`, or another module with a `loss` of a batch, on its device; already frozen where it shall be
+    framework,
     norms:bool=False, # Let batch norms see all processes?
 ): # (what gives the losses of a batch, handle that undoes it)
     "A framework whose gradients are the mean over all processes; in a single process the framework itself."
@@ -192,7 +218,9 @@ def wrap(self:Processes,
         else: c.forward = _norm_of_all.__get__(c)
     def undo():
         for m,n,c in own:
-            if cuda: c.load_state_dict(getattr(m, n).state_dict()); setattr(m, n, c)
+            if cuda:
+                c.load_state_dict(getattr(m, n).state_dict())
+                setattr(m, n, c)
             else: del c.forward
         self.accelerator.free_memory()
     return self.accelerator.prepare_model(_Loss(framework)),Undo(undo)
@@ -200,7 +228,8 @@ def wrap(self:Processes,
 # %% ../nbs/00_processes.ipynb #6d137433
 def _part(batch, i, n):
     "The i-th of n parts of a batch."
-    size = len(batch['images']); cut = slice(i*size//n, (i+1)*size//n)
+    size = len(batch['images'])
+    cut = slice(i*size//n, (i+1)*size//n)
     return {k: v[cut] if isinstance(v, (torch.Tensor, list)) and len(v) == size else v for k,v in batch.items()}
 
 def train_step(
@@ -210,14 +239,18 @@ def train_step(
     recipe, # What has `precision`, `accumulate` (parts) and `clip_grad`, e.g. a `Recipe`
     scaler=None, # Gradient scaler for 'fp16'
     mean=lambda values: values, # Of numbers over all processes
-)->dict: # Loss terms and `grad_norm` as numbers. If a loss is not finite, nothing has been changed but norm statistics
+    # Loss terms and `grad_norm` as numbers. If a loss is not finite, nothing has been changed but norm statistics
+)->dict:
     "One step: losses, gradients, clipping, optimizer."
     opt.zero_grad(set_to_none=True)
     losses,later = getattr(framework, 'loss', framework),getattr(framework, 'no_sync', contextlib.nullcontext)
     n,sums = min(recipe.accumulate, len(batch['images'])),{}
     for i in range(n):
-        with later() if i < n-1 else contextlib.nullcontext(): # gradients are averaged over processes once, with the last part
-            with torch.autocast(batch['images'].device.type, dict(bf16=torch.bfloat16, fp16=torch.float16).get(recipe.precision), enabled=recipe.precision != 'no'):
+        # gradients are averaged over processes once, with the last part
+        with later() if i < n-1 else contextlib.nullcontext():
+            with torch.autocast(batch['images'].device.type,
+                                dict(bf16=torch.bfloat16, fp16=torch.float16).get(recipe.precision),
+                                enabled=recipe.precision != 'no'):
                 terms = losses(batch if n == 1 else _part(batch, i, n))
             total = sum(terms.values())/n
             values = mean(torch.stack([v.detach().float() for v in terms.values()]).tolist())
@@ -228,6 +261,8 @@ def train_step(
         if scaler: scaler.unscale_(opt)
         norm = nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g['params']], recipe.clip_grad)
         sums = dict(sums, grad_norm=float(norm))
-    if scaler: scaler.step(opt); scaler.update()
+    if scaler:
+        scaler.step(opt)
+        scaler.update()
     else: opt.step()
     return sums

@@ -67,8 +67,10 @@ def handling(
     handler, # Called with the number of the signal and a frame
     *signals, # Numbers, e.g. `signal.SIGTERM`
 ):
-    "Signals go to a handler inside the block. One that is ignored stays so, and a thread other than the main one, which may not set handlers, changes nothing."
-    before = {n: signal.getsignal(n) for n in signals} if threading.current_thread() is threading.main_thread() else {}
+    """Signals go to a handler inside the block. One that is ignored stays so, and a thread other than the main one,
+    which may not set handlers, changes nothing."""
+    before = ({n: signal.getsignal(n) for n in signals} if threading.current_thread() is threading.main_thread()
+              else {})
     for n,h in before.items():
         if h is not signal.SIG_IGN: signal.signal(n, handler)
     try: yield
@@ -102,13 +104,17 @@ def seeded(
     seed:int, # Any non-negative integer; None leaves the generators as they are
 ):
     "Seed everything inside the block and put the generators' states back afterwards."
-    if seed is None: yield; return
+    if seed is None:
+        yield
+        return
     state = random.getstate(),np.random.get_state(),torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     seed_everything(seed)
     try: yield
     finally:
-        random.setstate(state[0]); np.random.set_state(state[1]); torch.set_rng_state(state[2])
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
         if cuda: torch.cuda.set_rng_state_all(cuda)
 
 # %% ../nbs/00_runtime.ipynb #c9ac67ae
@@ -116,14 +122,19 @@ def pick_device(
     device:str=None, # `'cpu'`, `'cuda'`, `'cuda:1'`, `'mps'`; None takes the best one there is
 )->torch.device: # The device
     "Choose a device. Raises `OpenTransError` for one that is not there."
-    if device is None: device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if device is None:
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: dev = torch.device(device)
-    except (RuntimeError, TypeError, ValueError) as e: raise unknown('device', device, ['cpu', 'cuda', 'cuda:0', 'mps']) from e
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise unknown('device', device, ['cpu', 'cuda', 'cuda:0', 'mps']) from e
     if dev.type == 'cuda' and (dev.index or 0) >= torch.cuda.device_count():
-        raise OpenTransError(f"Device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices. Use --device cpu.")
+        raise OpenTransError(
+            f"Device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices. Use --device "
+            f"cpu.")
     try: torch.zeros(1, device=dev).item()
     except Exception as e: # each kind of device is missing in its own way
-        raise OpenTransError(f"Device '{device}' is not there, or cannot compute ({type(e).__name__}). Use --device cpu.") from e
+        raise OpenTransError(
+            f"Device '{device}' is not there, or cannot compute ({type(e).__name__}). Use --device cpu.") from e
     return dev
 
 def device_of(model:nn.Module)->torch.device:
@@ -145,7 +156,9 @@ def check_images(
 ):
     "Raises `OpenTransError` for pictures whose values are bytes of 0 to 255, which no network here takes."
     if isinstance(images, torch.Tensor) and images.dtype == torch.uint8:
-        raise OpenTransError("The images hold bytes of 0 to 255 (torch.uint8). Give floats: images.float()/255, and normalise them as the model wants.")
+        raise OpenTransError(
+            "The images hold bytes of 0 to 255 (torch.uint8). Give floats: images.float()/255, and normalise them "
+            "as the model wants.")
 
 def label_loss_of(
     output:torch.Tensor, # (B,K) or (B,K,...) scores of K classes
@@ -153,13 +166,23 @@ def label_loss_of(
 )->torch.Tensor: # A scalar
     "Cross-entropy with labels. Raises `OpenTransError` for labels of another number or of no class."
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
-        if isinstance(labels, torch.Tensor) and labels.shape == output.shape: return nn.functional.cross_entropy(output, labels)
-        raise OpenTransError(f"Labels must be a tensor of whole numbers, not {getattr(labels, 'dtype', type(labels).__name__)}.")
-    if output.ndim < 2: raise OpenTransError(f"The outputs are {tuple(output.shape)}: cross-entropy needs (B, K), a score for each of K classes.")
+        if isinstance(labels, torch.Tensor) and labels.shape == output.shape:
+            return nn.functional.cross_entropy(output, labels)
+        raise OpenTransError(
+            f"Labels must be a tensor of whole numbers, not {getattr(labels, 'dtype', type(labels).__name__)}.")
+    if output.ndim < 2:
+        raise OpenTransError(
+            f"The outputs are {tuple(output.shape)}: cross-entropy needs (B, K), a score for each of K classes.")
     labels, wanted = labels.long(), output.shape[:1] + output.shape[2:]
-    if labels.shape != wanted: raise OpenTransError(f"The labels are {tuple(labels.shape)}, the outputs {tuple(output.shape)}: give labels of {tuple(wanted)}.")
+    if labels.shape != wanted:
+        raise OpenTransError(
+            f"The labels are {tuple(labels.shape)}, the outputs {tuple(output.shape)}: give labels of "
+            f"{tuple(wanted)}.")
     odd = labels[((labels < 0) | (labels >= output.shape[1])) & (labels != -100)]
-    if len(odd): raise OpenTransError(f"Labels of no class, such as {int(odd[0])}: the model has {output.shape[1]} classes, 0 to {output.shape[1]-1}. Use -100 for what is to be left out.")
+    if len(odd):
+        raise OpenTransError(
+            f"Labels of no class, such as {int(odd[0])}: the model has {output.shape[1]} classes, 0 to "
+            f"{output.shape[1]-1}. Use -100 for what is to be left out.")
     return nn.functional.cross_entropy(output, labels)
 
 # %% ../nbs/00_runtime.ipynb #4ef06d6e
@@ -167,7 +190,8 @@ LINE_EVERY = 60 # Seconds between two lines of progress in a log
 
 def _duration(seconds):
     "A time in the unit that suits it."
-    return f'{seconds:.0f} s' if seconds < 90 else f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
+    return (f'{seconds:.0f} s' if seconds < 90 else f'{seconds/60:.0f} min' if seconds < 5400
+            else f'{seconds/3600:.1f} h')
 
 class _Lines:
     "An iterable that tells a log how far it is, by a line a minute."
@@ -201,7 +225,9 @@ def progress(
     desc:str='', # What is going on
     total:int=None, # Length, if `it` does not know it
     lines:bool=True, # Tell a log, too? Not where the caller does
-): # The iterable, showing a bar with the remaining time in a terminal or notebook, and a line a minute in a log; nothing if OPENTRANS_PROGRESS=0
+    # The iterable, showing a bar with the remaining time in a terminal or notebook, and a line a minute in a log;
+    # nothing if OPENTRANS_PROGRESS=0
+):
     "A progress bar that leaves nothing behind."
     from tqdm.auto import tqdm
     import sys
@@ -226,7 +252,8 @@ def png(
     **kwargs, # As `Figure.savefig` takes them, e.g. `dpi=80`
 )->bytes:
     "A figure as a PNG in memory, for widgets and pages."
-    out = io.BytesIO(); fig.savefig(out, format='png', **kwargs)
+    out = io.BytesIO()
+    fig.savefig(out, format='png', **kwargs)
     return out.getvalue()
 
 # %% ../nbs/00_runtime.ipynb #506f2f32
@@ -236,5 +263,6 @@ def stored_result(
     "A result that lies in the repository around the working directory; where it does not, a line says so."
     here = Path.cwd()
     file = next((folder/name for folder in (here, *here.parents) if (folder/name).exists()), None)
-    if file is None: print(f'{name} is not here (it belongs to the repository, not to the package): nothing to show.')
+    if file is None:
+        print(f'{name} is not here (it belongs to the repository, not to the package): nothing to show.')
     return file and load_json(file)

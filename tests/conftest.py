@@ -1,10 +1,12 @@
-"What several modules of tests need: a real JupyterLab in a headless browser, clones of public code, scripts of benchmarks/. Skipped, with the reason, where one of them is missing."
+"""What several modules of tests need: a real JupyterLab in a headless browser, clones of public code, scripts of
+benchmarks/. Skipped, with the reason, where one of them is missing."""
 import importlib, importlib.util, os, re, shutil, socket, subprocess, sys, time, types, urllib.request
 from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-PATIENCE = 900 # seconds until something that is waited for counts as missing; nothing is ever judged by how long it took
+# seconds until something that is waited for counts as missing; nothing is ever judged by how long it took
+PATIENCE = 900
 
 settings.register_profile('patient', deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('patient')
@@ -15,13 +17,15 @@ def pytest_collection_modifyitems(items):
     "The slow tier is for those who ask for it."
     if os.environ.get('OPENTRANS_SLOW') == '1': return
     for item in items:
-        if item.get_closest_marker('slow'): item.add_marker(pytest.mark.skip(reason='takes minutes; OPENTRANS_SLOW=1 runs it'))
+        if item.get_closest_marker('slow'):
+            item.add_marker(pytest.mark.skip(reason='takes minutes; OPENTRANS_SLOW=1 runs it'))
 
 @pytest.fixture(scope='module')
 def one_thread():
     "Small models are fastest on one thread, above all on a busy machine."
     import torch
-    n = torch.get_num_threads(); torch.set_num_threads(1)
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
 
@@ -30,21 +34,27 @@ def script():
     "Imports a script of benchmarks/ by name."
     def load(name):
         spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent/'benchmarks'/f'{name}.py')
-        module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
         return module
     return load
 
 @pytest.fixture(scope='module')
 def clone():
-    "Of a clone with the package `mask2former`, whose folder an environment variable names: a function that imports modules under mask2former.modeling, without what they import beside (data sets, Swin). They are gone after the test's module."
+    """Of a clone with the package `mask2former`, whose folder an environment variable names: a function that
+    imports modules under mask2former.modeling, without what they import beside (data sets, Swin). They are gone
+    after the test's module."""
     before = set(sys.modules)
     def open_clone(variable, repository):
         folder = os.environ.get(variable, '')
-        if not os.path.isdir(os.path.join(folder, 'mask2former')): pytest.skip(f'{variable} does not name a folder with a clone of {repository}')
+        if not os.path.isdir(os.path.join(folder, 'mask2former')):
+            pytest.skip(f'{variable} does not name a folder with a clone of {repository}')
         pytest.importorskip('detectron2', reason='detectron2 is not installed')
         for name in ('mask2former', 'mask2former.modeling'):
-            sys.modules[name] = types.ModuleType(name); sys.modules[name].__path__ = [os.path.join(folder, *name.split('.'))]
-        for name in ('MultiScaleDeformableAttention', 'cv2'): # the compiled operator, and one that is only imported, for colours
+            sys.modules[name] = types.ModuleType(name)
+            sys.modules[name].__path__ = [os.path.join(folder, *name.split('.'))]
+        # the compiled operator, and one that is only imported, for colours
+        for name in ('MultiScaleDeformableAttention', 'cv2'):
             if importlib.util.find_spec(name) is None: sys.modules[name] = types.ModuleType(name)
         return lambda name: importlib.import_module(f'mask2former.modeling.{name}')
     yield open_clone
@@ -52,10 +62,13 @@ def clone():
         if n.split('.')[0] in ('mask2former', 'MultiScaleDeformableAttention', 'cv2'): del sys.modules[n]
 
 def free_port():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 def until(what, why, said=str):
-    "Ask again and again until `what()` is true, and return it; fails, with what `said()` tells, when patience is at its end."
+    """Ask again and again until `what()` is true, and return it; fails, with what `said()` tells, when patience is
+    at its end."""
     began = time.monotonic()
     while not (found := what()):
         if time.monotonic()-began > PATIENCE: pytest.fail(f'{why} within {PATIENCE} s. {said()}')
@@ -74,14 +87,21 @@ def lab(tmp_path, request):
     "A JupyterLab server on a notebook of one cell, the NOTEBOOK of the test's module; yields its address."
     pytest.importorskip('jupyterlab', reason='JupyterLab comes with opentrans[dev]')
     import nbformat
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(request.module.NOTEBOOK)], metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
-    (tmp_path/'work').mkdir(); nbformat.write(nb, tmp_path/'work/explore.ipynb')
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(request.module.NOTEBOOK)],
+                                  metadata=dict(kernelspec=dict(name='python3', display_name='python3',
+                                                                language='python')))
+    (tmp_path/'work').mkdir()
+    nbformat.write(nb, tmp_path/'work/explore.ipynb')
     port,log = free_port(),open(tmp_path/'lab.log', 'w')
     options = dict(ip='127.0.0.1', port=port, port_retries=0, root_dir=tmp_path/'work', allow_root=True)
-    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--IdentityProvider.token=', *[f'--ServerApp.{k}={v}' for k,v in options.items()],
-                               '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate', '--LabApp.news_url=None'], stdout=log, stderr=log,
-                              env={**os.environ, 'JUPYTER_CONFIG_DIR': str(tmp_path/'config'), 'JUPYTERLAB_SETTINGS_DIR': str(tmp_path/'settings'),
-                                   'JUPYTERLAB_WORKSPACES_DIR': str(tmp_path/'workspaces'), 'JUPYTER_DATA_DIR': str(tmp_path/'data')})
+    server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', '--no-browser', '--IdentityProvider.token=',
+                               *[f'--ServerApp.{k}={v}' for k,v in options.items()],
+                               '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate',
+                               '--LabApp.news_url=None'], stdout=log, stderr=log,
+                              env={**os.environ, 'JUPYTER_CONFIG_DIR': str(tmp_path/'config'),
+                                   'JUPYTERLAB_SETTINGS_DIR': str(tmp_path/'settings'),
+                                   'JUPYTERLAB_WORKSPACES_DIR': str(tmp_path/'workspaces'),
+                                   'JUPYTER_DATA_DIR': str(tmp_path/'data')})
     def said(): return (tmp_path/'lab.log').read_text()[-2000:]
     def answers():
         if server.poll() is not None: pytest.fail(f'JupyterLab ended: {said()}')
@@ -98,17 +118,22 @@ def lab(tmp_path, request):
 @pytest.fixture
 def browser(tmp_path):
     chromium,driver = shutil.which('chromium') or shutil.which('google-chrome'),shutil.which('chromedriver')
-    if not chromium or not driver: pytest.skip('no chromium with chromedriver on this machine (Debian: apt-get install chromium chromium-driver)')
+    if not chromium or not driver:
+        pytest.skip(
+            'no chromium with chromedriver on this machine (Debian: apt-get install chromium chromium-driver)')
     selenium = pytest.importorskip('selenium', reason='selenium drives the browser: pip install selenium')
     from selenium import webdriver
     from selenium.common.exceptions import WebDriverException
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for a in ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update',
-              '--disable-sync', '--disable-dev-shm-usage', '--window-size=1500,1100', f'--user-data-dir={tmp_path}/chromium'): options.add_argument(a)
+    for a in ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+              '--disable-background-networking', '--disable-component-update', '--disable-sync',
+              '--disable-dev-shm-usage', '--window-size=1500,1100', f'--user-data-dir={tmp_path}/chromium'):
+        options.add_argument(a)
     def started():
         try: return webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-        except WebDriverException: return None # the driver gives a browser one minute, which may be too little on a busy machine
+        # the driver gives a browser one minute, which may be too little on a busy machine
+        except WebDriverException: return None
     b = until(started, 'no browser started')
     b.set_page_load_timeout(PATIENCE)
     b.set_script_timeout(PATIENCE)
@@ -117,21 +142,28 @@ def browser(tmp_path):
 
 @pytest.fixture
 def page(browser, lab, tmp_path):
-    "The notebook, opened, its cell running: `find(css)` gives elements, `wait(what, why)` waits until `what()` is true."
+    """The notebook, opened, its cell running: `find(css)` gives elements, `wait(what, why)` waits until `what()` is
+    true."""
     from types import SimpleNamespace
-    from selenium.common.exceptions import ElementNotInteractableException, NoSuchElementException, StaleElementReferenceException, TimeoutException
+    from selenium.common.exceptions import (ElementNotInteractableException, NoSuchElementException,
+                                            StaleElementReferenceException, TimeoutException)
     from selenium.webdriver import ActionChains, Keys
     from selenium.webdriver.common.by import By
     from selenium.webdriver.support.ui import WebDriverWait
-    find = lambda css: browser.find_elements(By.CSS_SELECTOR, css)
+    def find(css): return browser.find_elements(By.CSS_SELECTOR, css)
     def wait(what, why): # until it is so; elements that go away meanwhile are looked for again
-        try: return WebDriverWait(browser, PATIENCE, .3, (NoSuchElementException, StaleElementReferenceException, ElementNotInteractableException, IndexError)).until(lambda _: what())
+        try:
+            return WebDriverWait(browser, PATIENCE, .3,
+                                 (NoSuchElementException, StaleElementReferenceException,
+                                  ElementNotInteractableException, IndexError)).until(lambda _: what())
         except TimeoutException:
             browser.save_screenshot(str(tmp_path/'failed.png'))
-            pytest.fail(f"{why}. The cell says: {find('.jp-Cell')[0].text[-1500:] if find('.jp-Cell') else 'nothing'}")
+            pytest.fail(
+                f"{why}. The cell says: {find('.jp-Cell')[0].text[-1500:] if find('.jp-Cell') else 'nothing'}")
     browser.get(lab)
     wait(lambda: find('.jp-Notebook .jp-CodeCell .cm-content'), 'the notebook did not open')
-    wait(lambda: find('.jp-NotebookPanel-toolbar [data-status="idle"]'), 'the kernel did not start') # until then JupyterLab replaces its elements
+    # until then JupyterLab replaces its elements
+    wait(lambda: find('.jp-NotebookPanel-toolbar [data-status="idle"]'), 'the kernel did not start')
     def runs(): return re.search(r'\[(\*|\d+)\]', find('.jp-InputPrompt')[0].text)
     def pressed(): # on a busy machine a click or a key may come while JupyterLab replaces its elements, and be lost: it is given again until the cell runs
         if runs(): return True

@@ -1,7 +1,10 @@
-"""A CUDA device that is not there: torch's FakeTensorMode says what a GPU would refuse, and the CPU computes the numbers.
+"""A CUDA device that is not there: torch's FakeTensorMode says what a GPU would refuse, and the CPU computes the
+numbers.
 
-FakeTensorMode knows the rules of devices, shapes and types, autocast on CUDA among them, but no numbers: whatever looks at one ends there.
-Here each pretended tensor also holds its numbers on the CPU, so that matching, sampling, metrics run as well; backward passes need a driver.
+FakeTensorMode knows the rules of devices, shapes and types, autocast on CUDA among them, but no numbers:
+whatever looks at one ends there.
+Here each pretended tensor also holds its numbers on the CPU, so that matching, sampling, metrics run as well;
+backward passes need a driver.
 """
 import contextlib
 import warnings
@@ -27,7 +30,8 @@ class PretendedCuda(FakeTensorMode):
     "Inside the block tensors may be on the device 'cuda'; a mix of devices is an error, as it is on a GPU."
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True)
-        self.seen,self.asking = 0,False # operations on the pretended device; is a rule being asked, which asks others?
+        self.seen = 0
+        self.asking = False # operations on the pretended device; is a rule being asked, which asks others?
 
     avoid_device_init = True # whatever `torch.cuda.is_available` says
 
@@ -65,12 +69,14 @@ class PretendedCuda(FakeTensorMode):
         mine = {id(x.value): x for x in flat if isinstance(x, FakeTensor)}
         devices = [x.device for x in tree_flatten(found)[0] if isinstance(x, torch.Tensor)] or [found]
         outs,_ = tree_flatten(real)
-        told = iter(devices if len(devices) == sum(isinstance(x, torch.Tensor) for x in outs) else devices[:1]*len(outs))
+        told = iter(devices if len(devices) == sum(isinstance(x, torch.Tensor) for x in outs)
+                    else devices[:1]*len(outs))
         fakes = iter([x for x in tree_flatten(found)[0] if isinstance(x, torch.Tensor)])
         def join(x):
             if not isinstance(x, torch.Tensor): return x
             device,fake = next(told),next(fakes, None)
-            if fake is not None and x.numel(): _check_alike(fake, x) # statistics that only a backward pass reads are empty on the CPU
+            # statistics that only a backward pass reads are empty on the CPU
+            if fake is not None and x.numel(): _check_alike(fake, x)
             if id(x) in mine: return mine[id(x)]
             return self.pretend(x, device) if device.type == 'cuda' else x
         return tree_map(join, real)
@@ -83,23 +89,29 @@ def _check_generator(func, flat, named):
 def _check_alike(fake, real):
     "The rules and the numbers must agree."
     if fake.shape == real.shape and fake.dtype == real.dtype: return
-    raise AssertionError(f'{tuple(fake.shape)} {fake.dtype} by the rules of CUDA, {tuple(real.shape)} {real.dtype} on the CPU')
+    raise AssertionError(
+        f'{tuple(fake.shape)} {fake.dtype} by the rules of CUDA, {tuple(real.shape)} {real.dtype} on the CPU')
 
 @contextlib.contextmanager
 def pretended_cuda():
     "A block in which torch has a CUDA device, as far as opentrans asks."
     nothing = torch.zeros(16, dtype=torch.uint8)
-    answers = dict(is_available=lambda: True, device_count=lambda: 1, is_bf16_supported=lambda *a, **k: True, get_rng_state=lambda *a: nothing,
-                   set_rng_state=lambda *a: None, get_rng_state_all=lambda: [nothing], set_rng_state_all=lambda states: None,
+    answers = dict(is_available=lambda: True, device_count=lambda: 1, is_bf16_supported=lambda *a, **k: True,
+                   get_rng_state=lambda *a: nothing, set_rng_state=lambda *a: None,
+                   get_rng_state_all=lambda: [nothing], set_rng_state_all=lambda states: None,
                    manual_seed_all=lambda seed: None, synchronize=lambda *a: None, is_initialized=lambda: False,
                    is_current_stream_capturing=lambda: False)
     with contextlib.ExitStack() as stack:
         for name,answer in answers.items(): stack.enter_context(mock.patch.object(torch.cuda, name, answer))
-        stack.enter_context(mock.patch('torch._subclasses.fake_tensor.init_gpu_context', lambda *device: None)) # which asks the driver
+        # which asks the driver
+        stack.enter_context(mock.patch('torch._subclasses.fake_tensor.init_gpu_context', lambda *device: None))
         stack.enter_context(mock.patch('torch.cuda.amp.common.amp_definitely_not_available', lambda: False))
-        stack.enter_context(mock.patch.object(torch._subclasses, 'FakeTensor', type('Other', (), {}))) # opentrans asks: it holds no numbers
-        stack.enter_context(torch.autograd.set_multithreading_enabled(False)) # else backward asks a queue of the device
+        # opentrans asks: it holds no numbers
+        stack.enter_context(mock.patch.object(torch._subclasses, 'FakeTensor', type('Other', (), {})))
+        # else backward asks a queue of the device
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(torch.backends.cudnn.flags(enabled=False)) # the CPU has no kernels of cuDNN,
-        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)) # nor of fused attention
+        # nor of fused attention
+        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         stack.enter_context(warnings.catch_warnings())
         yield stack.enter_context(PretendedCuda())

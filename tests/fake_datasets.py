@@ -1,9 +1,12 @@
-"""Trees of files that look like COCO-panoptic and the six other data sets of the paper, made of generated scenes of real sizes.
+"""Trees of files that look like COCO-panoptic and the six other data sets of the paper, made of generated scenes of
+real sizes.
 
-python tests/fake_datasets.py ROOT                       2,000 scenes for COCO, 40 for each other set (about two minutes, 400 MB)
+python tests/fake_datasets.py ROOT                       2,000 scenes for COCO, 40 for each other set (about two
+minutes, 400 MB)
 python tests/fake_datasets.py ROOT --train 200 --val 20  a smaller tree
 
-What is learned from these scenes means nothing. They are for running the commands of the README end to end, and for measuring time and memory.
+What is learned from these scenes means nothing. They are for running the commands of the README end to end, and
+for measuring time and memory.
 """
 import argparse, json, os
 from pathlib import Path
@@ -57,25 +60,27 @@ def make_coco(root, split, count, seed=0, width=640, height=480):
         save_jpeg(picture, root/f'coco/{split}2017/{name}.jpg')
         maps = np.stack([numbers % 256, numbers//256, np.zeros_like(numbers)], -1).astype(np.uint8)
         save_png(maps, root/f'coco/panoptic_{split}2017/{name}.png')
-        images.append(dict(id=i+1, file_name=f'{name}.jpg', width=size[0], height=size[1], license=1, date_captured='2013-11-14 11:18:45',
-                           coco_url='', flickr_url=''))
+        images.append(dict(id=i+1, file_name=f'{name}.jpg', width=size[0], height=size[1], license=1,
+                           date_captured='2013-11-14 11:18:45', coco_url='', flickr_url=''))
         rows = [segment_row(numbers, k+1, words['ids'][c], c in things) for k, c in enumerate(kinds)]
         annotations.append(dict(image_id=i+1, file_name=f'{name}.png', segments_info=rows))
     categories = [dict(id=k, name=n, isthing=int(c in things), supercategory='any')
                   for c, (k, n) in enumerate(zip(words['ids'], words['official']))]
     path = root/f'coco/annotations/panoptic_{split}2017.json'
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(info=dict(description='generated scenes'), licenses=[dict(id=1, name='none', url='')], images=images,
-                                    annotations=annotations, categories=categories)))
+    path.write_text(
+        json.dumps(dict(info=dict(description='generated scenes'), licenses=[dict(id=1, name='none', url='')],
+                        images=images, annotations=annotations, categories=categories)))
 
 # name -> (folder of images, folder of labels, size, classes, value of pixels that are not judged, suffix of labels)
-LABEL_MAPS = {
-    'ade20k_150': ('ADEChallengeData2016/images', 'ADEChallengeData2016/annotations_detectron2', (683, 512), 255, '.png'),
-    'ade20k_847': ('ADE20K_2021_17_01/images_detectron2', 'ADE20K_2021_17_01/annotations_detectron2', (1024, 768), 65535, '.tif'),
-    'context_59': ('pascal_ctx_d2/images', 'pascal_ctx_d2/annotations_ctx59', (500, 375), 255, '.png'),
-    'context_459': ('pascal_ctx_d2/images', 'pascal_ctx_d2/annotations_ctx459', (500, 375), 65535, '.tif'),
-    'voc_20': ('pascal_voc_d2/images', 'pascal_voc_d2/annotations_pascal20', (500, 375), 255, '.png'),
-}
+LABEL_MAPS = {'ade20k_150': ('ADEChallengeData2016/images', 'ADEChallengeData2016/annotations_detectron2',
+                             (683, 512), 255, '.png'),
+              'ade20k_847': ('ADE20K_2021_17_01/images_detectron2', 'ADE20K_2021_17_01/annotations_detectron2',
+                             (1024, 768), 65535, '.tif'),
+              'context_59': ('pascal_ctx_d2/images', 'pascal_ctx_d2/annotations_ctx59', (500, 375), 255, '.png'),
+              'context_459': ('pascal_ctx_d2/images', 'pascal_ctx_d2/annotations_ctx459', (500, 375), 65535,
+                              '.tif'),
+              'voc_20': ('pascal_voc_d2/images', 'pascal_voc_d2/annotations_pascal20', (500, 375), 255, '.png'),}
 
 def make_label_maps(root, name, count, seed=1, folder='validation'):
     "One of the sets of label maps; one segment a scene is not judged."

@@ -1,4 +1,5 @@
-"Damaged and forged files, for tests of readers: seeded mutations of bytes, of JSON, and of tensor files whose checksum is right."
+"""Damaged and forged files, for tests of readers: seeded mutations of bytes, of JSON, and of tensor files whose
+checksum is right."""
 import hashlib, json, os, struct
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ from opentrans.files import digest_of, load_tensors, save_tensors
 COUNT = 2000 if os.environ.get('OPENTRANS_SLOW') == '1' else 200 # mutations of each kind of file
 
 # what a JSON text may hold that the json module does not write
-_TEXTS = {'@deep': '['*100_000 + ']'*100_000, '@long': '9'*5_000, '@nan': 'NaN', '@inf': '-Infinity', '@1e999': '1e999', '@half': '"\\ud800"'}
-_ODD = [None, True, False, -1, 0, 1, 3, 1.5, -0.5, 1e300, 2**31, 2**63, 10**18, '', 'x', '3', '../x', 'name'*2000, [], {}, [[]],
-        [None], [-1], [10**12, 10**12], {'a': 1}, {'': None}, *_TEXTS]
+_TEXTS = {'@deep': '['*100_000 + ']'*100_000, '@long': '9'*5_000, '@nan': 'NaN', '@inf': '-Infinity',
+          '@1e999': '1e999', '@half': '"\\ud800"'}
+_ODD = [None, True, False, -1, 0, 1, 3, 1.5, -0.5, 1e300, 2**31, 2**63, 10**18, '', 'x', '3', '../x', 'name'*2000,
+        [], {}, [[]], [None], [-1], [10**12, 10**12], {'a': 1}, {'': None}, *_TEXTS]
 
 def mutated(
     data:bytes, # What a file holds
@@ -34,7 +36,8 @@ def mutated(
 def _nodes(value, found):
     "Every container in a JSON value."
     if isinstance(value, (dict, list)) and len(value): found.append(value)
-    for child in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()): _nodes(child, found)
+    for child in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()):
+        _nodes(child, found)
     return found
 
 def odd_json(value, rng):
@@ -63,7 +66,8 @@ def mutated_json(
     value, # What a JSON file holds
     rng, # A numpy generator
 )->str:
-    "A JSON text with one place changed. A checksum in `sha256` is that of the changed value, so that only the reader's own checks are left."
+    """A JSON text with one place changed. A checksum in `sha256` is that of the changed value, so that only the
+    reader's own checks are left."""
     whole = isinstance(value, dict) and 'sha256' in value
     if not whole: return json_of(odd_json(value, rng))
     value = odd_json({k: v for k, v in value.items() if k != 'sha256'}, rng)
@@ -72,10 +76,13 @@ def mutated_json(
 
 def _odd_tensor(tensor, rng):
     "Another tensor in place of one."
-    changes = [lambda t: t.reshape(-1)[:-1], lambda t: t[None], lambda t: t.flatten(), lambda t: t.to(torch.float64), lambda t: t.to(torch.int8),
-               lambda t: torch.full_like(t, float('nan')) if t.is_floating_point() else torch.full_like(t, -1 if t.is_signed() else 200),
-               lambda t: torch.zeros(0), lambda t: torch.cat([t.flatten(), t.flatten()]), lambda t: t.to(torch.complex64),
-               lambda t: torch.full_like(t, 100) if t.dtype != torch.bool else ~t, lambda t: torch.tensor(float('inf'))]
+    changes = [lambda t: t.reshape(-1)[:-1], lambda t: t[None], lambda t: t.flatten(),
+               lambda t: t.to(torch.float64), lambda t: t.to(torch.int8),
+               lambda t: torch.full_like(t, float('nan')) if t.is_floating_point()
+               else torch.full_like(t, -1 if t.is_signed() else 200), lambda t: torch.zeros(0),
+               lambda t: torch.cat([t.flatten(), t.flatten()]), lambda t: t.to(torch.complex64),
+               lambda t: torch.full_like(t, 100) if t.dtype != torch.bool else ~t,
+               lambda t: torch.tensor(float('inf'))]
     return changes[int(rng.integers(len(changes)))](tensor)
 
 def odd_tensors(tensors, meta, rng):
@@ -97,20 +104,23 @@ def odd_tensors(tensors, meta, rng):
     return tensors, meta
 
 def _odd_header(data, rng):
-    "A safetensors file whose header, a JSON text, was changed in one place: sizes, types and places of the tensors."
+    """A safetensors file whose header, a JSON text, was changed in one place: sizes, types and places of the
+    tensors."""
     size, = struct.unpack('<Q', data[:8])
     text = json_of(odd_json(json.loads(data[8:8+size]), rng)).encode(errors='surrogatepass')
     return struct.pack('<Q', len(text)) + text + data[8+size:]
 
 def _write(good, path, data, rng):
-    "One damaged or forged copy of a file. Says whether it is forged, that is, whether another content may rightly be read."
+    """One damaged or forged copy of a file. Says whether it is forged, that is, whether another content may rightly
+    be read."""
     tensors, text = path.suffix == '.safetensors', path.suffix == '.json'
     way = rng.random()
     if tensors and way < .5:
         held, meta = odd_tensors(*load_tensors(good), rng)
         save_tensors(held, path, meta)
         return True
-    if text and way < .6: path.write_text(mutated_json(json.loads(data), rng), encoding='utf-8', errors='surrogatepass')
+    if text and way < .6:
+        path.write_text(mutated_json(json.loads(data), rng), encoding='utf-8', errors='surrogatepass')
     elif tensors and way < .65: path.write_bytes(_odd_header(data, rng))
     else: path.write_bytes(mutated(data, rng))
     return text
@@ -120,12 +130,18 @@ def check_reader(
     read, # Function (target, path): reads the file; what it gives is compared by `same`
     make=lambda: None, # Function that makes what is read into, anew after each file that is accepted
     state=lambda target: None, # Function (target) -> what must not change when a file is refused; compared by `==`
-    same=None, # Function (result) -> what must be equal to that of the good file, where a file that is only damaged is accepted
+    # Function (result) -> what must be equal to that of the good file, where a file that is only damaged is
+    # accepted
+    same=None,
     count=COUNT, # How many mutations
     seed=0, # Of the mutations
 )->dict: # How many were `refused`, and `accepted`
-    "Read damaged and forged copies of a file: each is refused by an `OpenTransError` with nothing changed, or read."
-    data, rng, told, target = good.read_bytes(), np.random.default_rng(seed), dict(refused=0, accepted=0), make()
+    """Read damaged and forged copies of a file: each is refused by an `OpenTransError` with nothing changed, or
+    read."""
+    data = good.read_bytes()
+    rng = np.random.default_rng(seed)
+    told = dict(refused=0, accepted=0)
+    target = make()
     before, whole = state(target), same(read(make(), good)) if same else None
     for i in range(count):
         path = good.parent/f'mutated{good.suffix}'
@@ -134,25 +150,31 @@ def check_reader(
         except OpenTransError as error:
             told['refused'] += 1
             assert len(str(error)) < 2000, f'mutation {i} (seed {seed}): an error of {len(str(error))} characters'
-            assert state(target) == before, f'mutation {i} (seed {seed}) was refused, but changed something: {error}'
+            assert state(
+                target) == before, f'mutation {i} (seed {seed}) was refused, but changed something: {error}'
             continue
-        except Exception as error: pytest.fail(f'mutation {i} (seed {seed}) ends in {type(error).__name__}: {str(error)[:500]}')
+        except Exception as error:
+            pytest.fail(f'mutation {i} (seed {seed}) ends in {type(error).__name__}: {str(error)[:500]}')
         told['accepted'] += 1
-        if same and not forged: assert same(result) == whole, f'mutation {i} (seed {seed}) is damaged, but was read as something else'
+        if same and not forged:
+            assert same(result) == whole, f'mutation {i} (seed {seed}) is damaged, but was read as something else'
         target = make()
     path.unlink()
     assert told['refused'] > count/4, f'only {told} of {count} mutations'
     return told
 
 def digest(*things)->str:
-    "One text for the values of tensors, state dicts, modules and plain values, however nested, for `state`. The order in dictionaries does not matter."
+    """One text for the values of tensors, state dicts, modules and plain values, however nested, for `state`. The
+    order in dictionaries does not matter."""
     total = hashlib.sha256()
     def add(value):
-        if isinstance(value, torch.nn.Module): value = {**value.state_dict(), **{f'{n}?': p.requires_grad for n, p in value.named_parameters()}}
+        if isinstance(value, torch.nn.Module):
+            value = {**value.state_dict(), **{f'{n}?': p.requires_grad for n, p in value.named_parameters()}}
         if isinstance(value, torch.optim.Optimizer): value = value.state_dict()
         if isinstance(value, torch.Tensor):
             value = value.detach().cpu().contiguous()
-            total.update(f'{value.dtype}{tuple(value.shape)}'.encode() + value.flatten().view(torch.uint8).numpy().tobytes())
+            total.update(f'{value.dtype}{tuple(value.shape)}'.encode()
+                         + value.flatten().view(torch.uint8).numpy().tobytes())
         elif isinstance(value, dict):
             for key, held in sorted(value.items(), key=lambda item: str(item[0])):
                 total.update(f'{key}:'.encode())

@@ -1,4 +1,5 @@
-"""What `test_distributed` runs in one process or two: python resume_elsewhere.py OUT HALT goes on with the run in OUT, and leaves it after iteration HALT if that is not 0."""
+"""What `test_distributed` runs in one process or two: python resume_elsewhere.py OUT HALT goes on with the run in
+OUT, and leaves it after iteration HALT if that is not 0."""
 import json, sys
 from pathlib import Path
 import torch
@@ -26,8 +27,10 @@ class World(torch.utils.data.Dataset):
 class Halted(Exception): "The run was left on purpose."
 
 def framework(world, norms):
-    "DeepLabV3 whose norms learn from all images of a batch, wherever they are; else its head's norms are held still."
-    seg = build('deeplabv3', tiny_backbone(), vocabulary=world.vocabulary, preset='small', width=16, loss_stride=1, seed=0)
+    """DeepLabV3 whose norms learn from all images of a batch, wherever they are; else its head's norms are held
+    still."""
+    seg = build('deeplabv3', tiny_backbone(), vocabulary=world.vocabulary, preset='small', width=16, loss_stride=1,
+                seed=0)
     for m in seg.modules():
         if isinstance(m, nn.BatchNorm2d) and not norms: m.train = lambda mode=True, m=m: nn.Module.train(m, False)
     return seg
@@ -35,10 +38,13 @@ def framework(world, norms):
 def main(out, halt):
     team, world = Processes(), World()
     for kind, changes in KINDS.items():
-        recipe = Recipe.tiny().replace(iterations=6, batch_size=8, lr_warmup=0, lr=1e-2, norm='train').replace(**changes)
+        recipe = Recipe.tiny().replace(iterations=6, batch_size=8, lr_warmup=0, lr=1e-2,
+                                       norm='train').replace(**changes)
         def leave(seg, row):
             if halt and row['iteration'] == halt: raise Halted
-        try: losses = finetune(framework(world, kind == 'norms'), world, recipe, checkpoint_dir=out/kind, checkpoint_every=halt or 100, callback=leave).loss.tolist()
+        try:
+            losses = finetune(framework(world, kind == 'norms'), world, recipe, checkpoint_dir=out/kind,
+                              checkpoint_every=halt or 100, callback=leave).loss.tolist()
         except Halted: continue
         if team.main: (out/f'{kind}.json').write_text(json.dumps(losses))
 

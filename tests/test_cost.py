@@ -1,4 +1,5 @@
-"Cost: the paper's figures of full-size models, the three tools, masks and selections, and what a count must leave behind."
+"""Cost: the paper's figures of full-size models, the three tools, masks and selections, and what a count must leave
+behind."""
 import contextlib, copy, functools, gc, types
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -14,7 +15,8 @@ from torchvision.models import segmentation
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from opentrans.core import layers, LayerSelection
 from opentrans.errors import OpenTransError
-from opentrans.cost import CONVENTIONS, cost, peak_memory, tool_count, training_flops, training_memory, training_table
+from opentrans.cost import (CONVENTIONS, cost, peak_memory, tool_count, training_flops, training_memory,
+                            training_table)
 from opentrans.pruning import SparseMask
 
 
@@ -29,7 +31,7 @@ def clip(): return on_meta(ModifiedResNet, [3, 4, 6, 3], 1024, 32)
 def trunk(m): return lambda x: m.layer4(m.layer3(m.layer2(m.layer1(m.stem(x)))))
 
 
-# ---- the paper's models at full size ------------------------------------------------------------------------------------------------
+# ---- the paper's models at full size
 
 TRUNK = {(800, 1216): dict(macs=104.0584704, thop=105.0414848, ptflops=104.8133632, fvcore=104.5409792),
          (512, 512): dict(macs=28.041019392, thop=28.305915904, ptflops=28.244443136, fvcore=28.171042816)}
@@ -49,14 +51,16 @@ def test_parameters_of_clip(clip):
     assert whole.by_layer.query("kind == 'conv'").params.sum() == 23_474_016
     big = on_meta(ModifiedResNet, [3, 4, 6, 3], 1024, 32, image_size=512)
     assert cost(big, (3, 512, 512)).of('attnpool').params == 15_213_568
-    text = on_meta(TextTransformer, context_length=77, vocab_size=49408, width=512, heads=8, layers=12, output_dim=1024)
+    text = on_meta(TextTransformer, context_length=77, vocab_size=49408, width=512, heads=8, layers=12,
+                   output_dim=1024)
     tokens = torch.zeros(2, 77, dtype=torch.long, device='meta')
     assert cost(text, (2, 77), forward=lambda _: text(tokens)).params == 63_690_240
 
 
 def deeplab_head():
     "ASPP and decoder as the paper's DeepLabV3 has them: low-level features of layer1, no classifier convolution."
-    conv = lambda i, o, k: nn.Sequential(nn.Conv2d(i, o, k, padding=k//2, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+    def conv(i, o, k):
+        return nn.Sequential(nn.Conv2d(i, o, k, padding=k//2, bias=False), nn.BatchNorm2d(o), nn.ReLU())
 
     class Head(nn.Module):
         def __init__(self):
@@ -73,14 +77,17 @@ def deeplab_head():
 def test_deeplabv3_as_the_paper_counts_it(clip):
     "Trunk at stride 32, head on stride-16 features, thop; pruned = minus 0.9 times the trunk."
     t = cost(clip, (3, 800, 1216), convention='thop', forward=trunk(clip)).without('attnpool')
-    h = cost(deeplab_head(), (1, 256, 200, 304), convention='thop', args=(torch.zeros(1, 2048, 50, 76, device='meta'),))
-    assert h.of('aspp').macs/1e9 == pytest.approx(57.05719296, rel=1e-6) and h.without('aspp').macs/1e9 == pytest.approx(79.3298944, rel=1e-9)
+    h = cost(deeplab_head(), (1, 256, 200, 304), convention='thop',
+             args=(torch.zeros(1, 2048, 50, 76, device='meta'),))
+    assert (h.of('aspp').macs/1e9 == pytest.approx(57.05719296, rel=1e-6)
+            and h.without('aspp').macs/1e9 == pytest.approx(79.3298944, rel=1e-9))
     whole = t + h
     assert whole.params == 40_366_016 and whole.macs/1e9 == pytest.approx(241.42857216, rel=1e-6)
     pruned = whole - .9*t
     assert pruned.params == pytest.approx(19_191_478.4) and pruned.macs/1e9 == pytest.approx(146.89123584, rel=1e-6)
     # counters may be mixed, as the paper's Han et al. row does; the label says so
-    f = cost(deeplab_head(), (1, 256, 200, 304), convention='fvcore', args=(torch.zeros(1, 2048, 50, 76, device='meta'),))
+    f = cost(deeplab_head(), (1, 256, 200, 304), convention='fvcore',
+             args=(torch.zeros(1, 2048, 50, 76, device='meta'),))
     assert (t + f).convention == 'thop + fvcore' and (t + f).macs == t.macs + f.macs
 
 
@@ -92,9 +99,10 @@ def test_memory_of_a_full_size_count():
     assert peak_memory(count) < 2**20
 
 
-# ---- against the tools, and against torch -------------------------------------------------------------------------------------------
+# ---- against the tools, and against torch
 
-ZOO = dict(vit=lambda: VisionTransformer(32, 8, 64, 2, 2, 4., output_dim=32), deeplab=lambda: segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None).eval(),
+ZOO = dict(vit=lambda: VisionTransformer(32, 8, 64, 2, 2, 4., output_dim=32),
+           deeplab=lambda: segmentation.deeplabv3_resnet50(weights=None, weights_backbone=None).eval(),
            clip=lambda: ModifiedResNet([1, 1, 1, 1], 32, 4, image_size=64, width=16))
 
 
@@ -105,7 +113,8 @@ def test_the_tools_agree_to_the_digit(name, size, tool):
     m = ZOO[name]()
     ours, theirs = cost(m, size, convention=tool), tool_count(tool, m, size)
     assert ours.macs == theirs[0]
-    if (name, tool) != ('clip', 'thop'): assert ours.params == theirs[1]  # attnpool's projections are called as functions: thop sees no module run
+    # attnpool's projections are called as functions: thop sees no module run
+    if (name, tool) != ('clip', 'thop'): assert ours.params == theirs[1]
 
 
 @pytest.mark.parametrize('name,size', [('vit', (3, 32, 32)), ('deeplab', (3, 64, 96)), ('clip', (3, 64, 64))])
@@ -113,16 +122,20 @@ def test_our_convention_is_half_of_torchs_flops(name, size):
     m = ZOO[name]().eval()
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # torch's counter does not know the fused layer
-    with torch.no_grad(), FlopCounterMode(display=False) as f, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): m(torch.randn(1, *size))
+    with torch.no_grad(), FlopCounterMode(display=False) as f, torch.nn.attention.sdpa_kernel(
+        torch.nn.attention.SDPBackend.MATH):
+        m(torch.randn(1, *size))
     torch.backends.mha.set_fastpath_enabled(fast)
     assert cost(m, size).macs == f.get_total_flops()/2 and torch.backends.mha.get_fastpath_enabled() == fast
     assert cost(m, size, dry=False).macs == cost(m, size).macs
 
 
-# ---- masks and selections -----------------------------------------------------------------------------------------------------------
+# ---- masks and selections
 
 class Framework(nn.Module):
-    def __init__(self, net): super().__init__(); self.backbone, self.head = nn.ModuleDict(dict(visual=net)), nn.Conv2d(512, 8, 1)
+    def __init__(self, net):
+        super().__init__()
+        self.backbone, self.head = nn.ModuleDict(dict(visual=net)), nn.Conv2d(512, 8, 1)
     @property
     def tower(self): return self.backbone['visual']
     def forward(self, x, text): return torch.einsum('bchw,kc->bkhw', self.head(trunk(self.tower)(x)), text)
@@ -137,12 +150,14 @@ def test_a_mask_of_the_bare_tower_counts_in_a_framework(tmp_path):
     rows = bare.by_layer
     for n in mask.names:
         d = mask[n].float().mean().item()
-        assert rows.active_macs[n] == pytest.approx(d*rows.macs[n]) and rows.active_params[n] == pytest.approx(mask[n].sum().item(), rel=1e-6)
+        assert (rows.active_macs[n] == pytest.approx(d*rows.macs[n])
+                and rows.active_params[n] == pytest.approx(mask[n].sum().item(), rel=1e-6))
     dense = [n for n in rows.index if n not in mask.names]
     assert (rows.active_macs[dense] == rows.macs[dense]).all() and (seg.head.by_layer.density == 1).all()
-    assert set(rows.index[rows.kind == 'conv']) == {l.name for l in layers(net) if l.kind == 'conv'}
+    assert set(rows.index[rows.kind == 'conv']) == {layer.name for layer in layers(net) if layer.kind == 'conv'}
     mask.save(tmp_path/'m.safetensors')
-    assert cost(Framework(net), (3, 64, 64), mask=SparseMask.load(tmp_path/'m.safetensors')).active_macs == seg.active_macs
+    assert cost(Framework(net), (3, 64, 64),
+                mask=SparseMask.load(tmp_path/'m.safetensors')).active_macs == seg.active_macs
 
 
 def test_packed_projections_have_rows_of_their_own():
@@ -151,15 +166,19 @@ def test_packed_projections_have_rows_of_their_own():
     n, L = 64, 17
     for p in 'qkv': assert t.macs[f'transformer.resblocks.0.attn.in_proj_weight[{p}]'] == L*n*n
     assert t.macs['transformer.resblocks.0.attn:attention'] == 2*L*L*n
-    half = cost(v, (3, 32, 32), mask={'transformer.resblocks.0.attn.in_proj_weight': .5, 'transformer.resblocks.0.attn.out_proj.weight': .25})
+    half = cost(v, (3, 32, 32),
+                mask={'transformer.resblocks.0.attn.in_proj_weight': .5,
+                      'transformer.resblocks.0.attn.out_proj.weight': .25})
     assert half.macs - half.active_macs == .5*3*L*n*n + .75*L*n*n
-    s = LayerSelection(['transformer.resblocks.0.attn.in_proj_weight[v]'], ['transformer.resblocks.0.attn.in_proj_weight[q]'])
+    s = LayerSelection(['transformer.resblocks.0.attn.in_proj_weight[v]'],
+                       ['transformer.resblocks.0.attn.in_proj_weight[q]'])
     full = training_table(cost(v, (3, 32, 32))).to_numpy().sum()
     assert full - training_table(cost(v, (3, 32, 32)), selection=s).to_numpy().sum() == L*n*n
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 3]), st.integers(8, 17), st.integers(8, 17), st.integers(1, 2), st.floats(0, 1))
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 6), st.sampled_from([1, 3]), st.integers(8, 17),
+       st.integers(8, 17), st.integers(1, 2), st.floats(0, 1))
 def test_properties(batch, cin, cout, k, h, w, stride, density):
     "Closed form of a convolution, linear in the batch, linear in the density, and costs add."
     m = nn.Sequential(nn.Conv2d(cin, cout, k, stride, padding=k//2), nn.ReLU(), nn.Conv2d(cout, 3, 1))
@@ -167,20 +186,23 @@ def test_properties(batch, cin, cout, k, h, w, stride, density):
     oh, ow = (h + stride - 1)//stride, (w + stride - 1)//stride
     assert one.macs == oh*ow*(cin*cout*k*k + cout*3) and many.macs == batch*one.macs and many.params == one.params
     assert many.under(density).active_macs == pytest.approx(density*many.macs)
-    assert (many - one).macs == (batch-1)*one.macs and (one + one).macs == (2*one).macs and (many - many).params == 0
+    assert ((many - one).macs == (batch-1)*one.macs and (one + one).macs == (2*one).macs
+            and (many - many).params == 0)
     k3 = dict(iterations=7, batch_size=5)
     assert training_flops(one, **k3) == training_flops(many, **k3) == 7*5*3*one.macs
     frozen = LayerSelection(['2.weight'], ['0.weight'])
     assert training_flops(one, selection=frozen, **k3) == 35*(3*one.macs - one.by_layer.macs['0.weight'])
     assert training_flops(one, mask=density, head=10, **k3) == pytest.approx(35*((1 + 2*density)*one.macs + 30))
-    assert training_flops(one, mask=density, selection=frozen, **k3) <= training_flops(one, mask=density, **k3) + 1e-6
+    assert training_flops(one, mask=density, selection=frozen, **k3) <= training_flops(
+        one, mask=density, **k3) + 1e-6
     assert training_flops(one, rule='exact', **k3) == 35*(3*one.macs - one.by_layer.macs['0.weight'])
 
 
-# ---- what a count leaves behind -----------------------------------------------------------------------------------------------------
+# ---- what a count leaves behind
 
 def test_nothing_is_left_behind():
-    net = ZOO['clip']().train(); net.layer2.eval()
+    net = ZOO['clip']().train()
+    net.layer2.eval()
     before = {k: v.clone() for k, v in net.state_dict().items()}
     modes, rng = [m.training for m in net.modules()], torch.get_rng_state()
     grads = [p.requires_grad for p in net.parameters()]
@@ -196,11 +218,11 @@ def test_nothing_is_left_behind():
 
 def test_memory_estimate_of_a_deeper_freeze_is_smaller_and_of_a_batch_larger():
     net = ZOO['clip']()
-    e = lambda b=2, **kw: training_memory(net, (b, 3, 64, 64), **kw)
+    def e(b=2, **kw): return training_memory(net, (b, 3, 64, 64), **kw)
     full = e(optimizer='adamw')
     assert e(b=4).activations == pytest.approx(2*full.activations, rel=.02)
     assert full.optimizer == 2*full.gradients and full.gradients == full.weights
-    convs = [l.name for l in layers(net) if l.kind == 'conv']
+    convs = [layer.name for layer in layers(net) if layer.kind == 'conv']
     half = e(selection=LayerSelection(convs[8:], convs[:8]))
     frozen = sum(dict(net.named_parameters())[n].numel()*4 for n in convs[:8])
     assert full.gradients - half.gradients == frozen and half.peak <= full.peak - full.optimizer
@@ -209,13 +231,15 @@ def test_memory_estimate_of_a_deeper_freeze_is_smaller_and_of_a_batch_larger():
     assert e().activations < .8*half.activations
 
 
-# ---- whatever mode the caller is in -------------------------------------------------------------------------------------------------
+# ---- whatever mode the caller is in
 
 class Mixed(nn.Module):
     "A convolution, a packed attention, a fused one, an LSTM and a functional product."
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.attn = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
         self.lstm, self.out = nn.LSTM(8, 6, batch_first=True, bidirectional=True), nn.Linear(12, 4)
 
     def forward(self, x):
@@ -230,7 +254,8 @@ def decorated(decorator):
     return Decorated()
 
 
-MODES = dict(inference=torch.inference_mode, no_grad=torch.no_grad, enable_grad=torch.enable_grad, autocast=lambda: torch.autocast('cpu', dtype=torch.bfloat16))
+MODES = dict(inference=torch.inference_mode, no_grad=torch.no_grad, enable_grad=torch.enable_grad,
+             autocast=lambda: torch.autocast('cpu', dtype=torch.bfloat16))
 
 
 def same_cost(a, b):
@@ -259,7 +284,8 @@ def test_a_model_that_was_made_in_inference_mode_counts_as_any_other():
     want = training_memory(net, (2, 3, 10, 10), optimizer='adam')
     with torch.inference_mode():
         assert training_memory(net, (2, 3, 10, 10), optimizer='adam').equals(want)
-        assert training_memory(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)), (2, 3, 10, 10), optimizer='adam').equals(want)
+        assert training_memory(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)),
+                               (2, 3, 10, 10), optimizer='adam').equals(want)
 
 
 def test_a_count_in_autocast_leaves_no_cast_weight_in_its_cache():
@@ -281,7 +307,9 @@ def test_wrapped_blocks_count_as_bare_ones(wrap):
     def net(wrap): return nn.Sequential(*[wrap(nn.Sequential(nn.Linear(16, 16), nn.ReLU())) for _ in range(3)])
     plain, wrapped = net(lambda b: b), net(around)
     mask = SparseMask.magnitude(plain, .3)
-    for convention in CONVENTIONS: same_cost(cost(wrapped, (2, 16), convention=convention, mask=mask), cost(plain, (2, 16), convention=convention, mask=mask))
+    for convention in CONVENTIONS:
+        same_cost(cost(wrapped, (2, 16), convention=convention, mask=mask),
+                  cost(plain, (2, 16), convention=convention, mask=mask))
     odd = {f'1.{"_orig_mod" if wrap == "compile" else "_checkpoint_wrapped_module"}.0.weight': .5}
     same_cost(cost(wrapped, (2, 16), mask=odd), cost(plain, (2, 16), mask={'1.0.weight': .5}))
     whole = torch.compile(plain, backend='eager')
@@ -289,10 +317,11 @@ def test_wrapped_blocks_count_as_bare_ones(wrap):
     assert training_memory(wrapped, (2, 16)).gradients == training_memory(plain, (2, 16)).gradients
 
 
-# ---- weights that are computed ------------------------------------------------------------------------------------------------------
+# ---- weights that are computed
 
-COMPUTED = dict(plain=lambda m: m, weight_norm=weight_norm, old_weight_norm=nn.utils.weight_norm, spectral_norm=spectral_norm,
-                old_spectral_norm=nn.utils.spectral_norm, orthogonal=orthogonal, pruned=lambda m: prune.l1_unstructured(m, 'weight', .5),
+COMPUTED = dict(plain=lambda m: m, weight_norm=weight_norm, old_weight_norm=nn.utils.weight_norm,
+                spectral_norm=spectral_norm, old_spectral_norm=nn.utils.spectral_norm, orthogonal=orthogonal,
+                pruned=lambda m: prune.l1_unstructured(m, 'weight', .5),
                 bias_pruned=lambda m: prune.random_unstructured(m, 'bias', .5))
 
 
@@ -305,10 +334,12 @@ def test_computed_weights_count_the_parameters_behind_them_once(name, dry):
     c = cost(m, (3, 32), mask={'2.weight': .25}, dry=dry)
     assert c.params == sum(p.numel() for p in m.parameters())
     rows = c.by_layer
-    assert rows.macs['2.weight'] == 3*64*64 and rows.active_macs['2.weight'] == .25*3*64*64 and '2.weight' in c.upstream['4.weight']
+    assert (rows.macs['2.weight'] == 3*64*64 and rows.active_macs['2.weight'] == .25*3*64*64
+            and '2.weight' in c.upstream['4.weight'])
     made = rows[rows.kind == 'parametrization']
     assert c.macs == 3*(32*64 + 64*64 + 64*10) + made.macs.sum() and not made.params.any()
-    assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items()), 'a count took a step of power iteration'
+    assert all(torch.equal(v, before[k])
+               for k, v in m.state_dict().items()), 'a count took a step of power iteration'
 
 
 def test_a_computed_packed_projection_has_its_three_rows():
@@ -330,7 +361,7 @@ def test_shared_parameters_count_once():
     assert c.by_layer.macs['0.weight'] == 4*80 and c.by_layer.params['3.bias'] == 10
 
 
-# ---- every product has a price, or is told ------------------------------------------------------------------------------------------
+# ---- every product has a price, or is told
 
 class Holds(nn.Module):
     "Some weights and a function of the module and its input."
@@ -345,37 +376,51 @@ def eye(layout): return torch.eye(4).to_sparse() if layout == 'coo' else torch.e
 
 
 rand = torch.randn
-PRICES = {
-    'RNN': (lambda: Holds(lambda s, x: s.m(x), m=nn.RNN(8, 6, batch_first=True)), (2, 5, 8), 2*5*6*14),
-    'GRU': (lambda: Holds(lambda s, x: s.m(x), m=nn.GRU(8, 6, batch_first=True)), (2, 5, 8), 2*5*3*6*14),
-    'LSTM': (lambda: Holds(lambda s, x: s.m(x), m=nn.LSTM(8, 6, batch_first=True)), (2, 5, 8), 2*5*4*6*14),
-    'LSTM, two ways, two layers': (lambda: Holds(lambda s, x: s.m(x), m=nn.LSTM(8, 6, 2, bidirectional=True)), (2, 5, 8), 2*5*2*4*6*(14 + 18)),
-    'LSTM with a projection': (lambda: Holds(lambda s, x: s.m(x), m=nn.LSTM(8, 6, proj_size=3)), (2, 5, 8), 10*(4*6*(8 + 3) + 3*6)),
-    'LSTMCell': (lambda: Holds(lambda s, x: s.m(x), m=nn.LSTMCell(8, 6)), (2, 8), 2*4*6*14),
-    'GRUCell': (lambda: Holds(lambda s, x: s.m(x), m=nn.GRUCell(8, 6)), (2, 8), 2*3*6*14),
-    'Bilinear': (lambda: Holds(lambda s, x: s.m(x, x[..., :5]), m=nn.Bilinear(16, 5, 7)), (4, 3, 2, 16), 24*16*5*7),
-    'cdist, few': (lambda: Holds(lambda s, x: torch.cdist(x, s.w), w=rand(3, 16)), (4, 16), 4*3*16),
-    'cdist, many': (lambda: Holds(lambda s, x: torch.cdist(x, s.w), w=rand(30, 16)), (4, 16), 4*30*16),
-    'cdist, batch': (lambda: Holds(lambda s, x: torch.cdist(x, s.w, p=1), w=rand(30, 16)), (2, 4, 2, 16), 4*2*30*16*2),
-    'pdist': (lambda: Holds(lambda s, x: F.pdist(x)), (6, 16), 15*16),
-    'conv_tbc': (lambda: Holds(lambda s, x: torch.conv_tbc(x[0], s.w, s.b), w=rand(3, 16, 8), b=rand(8)), (1, 10, 4, 16), 8*4*3*16*8),
-    'sparse.mm': (lambda: Holds(lambda s, x: torch.sparse.mm(s.a, x), a=eye('coo')), (4, 16), 4*16),
-    'sparse @': (lambda: Holds(lambda s, x: s.a @ x, a=eye('csr')), (4, 16), 4*16),
-    'sparse vector': (lambda: Holds(lambda s, x: s.a @ x[:, 0], a=eye('coo')), (4, 16), 4),
-    'sparse linear': (lambda: Holds(lambda s, x: F.linear(x, s.a), a=eye('csr')), (9, 4), 4*9),
-    'sparse addmm': (lambda: Holds(lambda s, x: torch.sparse.addmm(x, s.a, x), a=eye('coo')), (4, 16), 4*16),
-    'baddbmm': (lambda: Holds(lambda s, x: torch.baddbmm(s.w, x, x.mT), w=rand(2, 4, 4)), (2, 4, 16, 1), 2*4*4*16),
-    'addbmm': (lambda: Holds(lambda s, x: torch.addbmm(s.w, x, x.mT), w=rand(4, 4)), (2, 4, 16, 1), 2*4*4*16),
-    'addr': (lambda: Holds(lambda s, x: torch.addr(s.w, x[0], x[1]), w=rand(16, 16)), (4, 16), 256),
-    'einsum of three': (lambda: Holds(lambda s, x: torch.einsum('ab,bc,cd->ad', x, s.v, s.w), v=rand(16, 3), w=rand(3, 5)), (4, 16), 4*16*3 + 4*3*5),
-    'tensordot': (lambda: Holds(lambda s, x: torch.tensordot(x, s.w, 1), w=rand(16, 5)), (4, 16), 4*16*5),
-    'multi_dot': (lambda: Holds(lambda s, x: torch.linalg.multi_dot([x, s.v, s.w]), v=rand(16, 3), w=rand(3, 5)), (4, 16), 4*16*3 + 4*3*5),
-    'fused attention': (lambda: Holds(lambda s, x: F.scaled_dot_product_attention(x, x, x[..., :3])), (2, 2, 4, 8), 2*2*4*4*11),
-    'grouped queries': (lambda: Holds(lambda s, x: F.scaled_dot_product_attention(x, x[:, :1], x[:, :1], enable_gqa=True)), (2, 4, 4, 8), 2*4*4*4*16),
-    'affine grid': (lambda: Holds(lambda s, x: F.affine_grid(x[0], (2, 3, 5, 7), align_corners=False)), (1, 2, 2, 3), 2*5*7*2*3),
-}
+PRICES = {'RNN': (lambda: Holds(lambda s, x: s.m(x), m=nn.RNN(8, 6, batch_first=True)), (2, 5, 8), 2*5*6*14),
+          'GRU': (lambda: Holds(lambda s, x: s.m(x), m=nn.GRU(8, 6, batch_first=True)), (2, 5, 8), 2*5*3*6*14),
+          'LSTM': (lambda: Holds(lambda s, x: s.m(x), m=nn.LSTM(8, 6, batch_first=True)), (2, 5, 8), 2*5*4*6*14),
+          'LSTM, two ways, two layers': (lambda: Holds(lambda s, x: s.m(x),
+                                                       m=nn.LSTM(8, 6, 2, bidirectional=True)), (2, 5, 8),
+                                         2*5*2*4*6*(14 + 18)),
+          'LSTM with a projection': (lambda: Holds(lambda s, x: s.m(x), m=nn.LSTM(8, 6, proj_size=3)), (2, 5, 8),
+                                     10*(4*6*(8 + 3) + 3*6)),
+          'LSTMCell': (lambda: Holds(lambda s, x: s.m(x), m=nn.LSTMCell(8, 6)), (2, 8), 2*4*6*14),
+          'GRUCell': (lambda: Holds(lambda s, x: s.m(x), m=nn.GRUCell(8, 6)), (2, 8), 2*3*6*14),
+          'Bilinear': (lambda: Holds(lambda s, x: s.m(x, x[..., :5]), m=nn.Bilinear(16, 5, 7)), (4, 3, 2, 16),
+                       24*16*5*7),
+          'cdist, few': (lambda: Holds(lambda s, x: torch.cdist(x, s.w), w=rand(3, 16)), (4, 16), 4*3*16),
+          'cdist, many': (lambda: Holds(lambda s, x: torch.cdist(x, s.w), w=rand(30, 16)), (4, 16), 4*30*16),
+          'cdist, batch': (lambda: Holds(lambda s, x: torch.cdist(x, s.w, p=1), w=rand(30, 16)), (2, 4, 2, 16),
+                           4*2*30*16*2), 'pdist': (lambda: Holds(lambda s, x: F.pdist(x)), (6, 16), 15*16),
+          'conv_tbc': (lambda: Holds(lambda s, x: torch.conv_tbc(x[0], s.w, s.b), w=rand(3, 16, 8), b=rand(8)),
+                       (1, 10, 4, 16), 8*4*3*16*8),
+          'sparse.mm': (lambda: Holds(lambda s, x: torch.sparse.mm(s.a, x), a=eye('coo')), (4, 16), 4*16),
+          'sparse @': (lambda: Holds(lambda s, x: s.a @ x, a=eye('csr')), (4, 16), 4*16),
+          'sparse vector': (lambda: Holds(lambda s, x: s.a @ x[:, 0], a=eye('coo')), (4, 16), 4),
+          'sparse linear': (lambda: Holds(lambda s, x: F.linear(x, s.a), a=eye('csr')), (9, 4), 4*9),
+          'sparse addmm': (lambda: Holds(lambda s, x: torch.sparse.addmm(x, s.a, x), a=eye('coo')), (4, 16), 4*16),
+          'baddbmm': (lambda: Holds(lambda s, x: torch.baddbmm(s.w, x, x.mT), w=rand(2, 4, 4)), (2, 4, 16, 1),
+                      2*4*4*16),
+          'addbmm': (lambda: Holds(lambda s, x: torch.addbmm(s.w, x, x.mT), w=rand(4, 4)), (2, 4, 16, 1),
+                     2*4*4*16),
+          'addr': (lambda: Holds(lambda s, x: torch.addr(s.w, x[0], x[1]), w=rand(16, 16)), (4, 16), 256),
+          'einsum of three': (lambda: Holds(lambda s, x: torch.einsum('ab,bc,cd->ad', x, s.v, s.w), v=rand(16, 3),
+                                            w=rand(3, 5)), (4, 16), 4*16*3 + 4*3*5),
+          'tensordot': (lambda: Holds(lambda s, x: torch.tensordot(x, s.w, 1), w=rand(16, 5)), (4, 16), 4*16*5),
+          'multi_dot': (lambda: Holds(lambda s, x: torch.linalg.multi_dot([x, s.v, s.w]), v=rand(16, 3),
+                                      w=rand(3, 5)), (4, 16), 4*16*3 + 4*3*5),
+          'fused attention': (lambda: Holds(lambda s, x: F.scaled_dot_product_attention(x, x, x[..., :3])),
+                              (2, 2, 4, 8), 2*2*4*4*11),
+          'grouped queries': (
+              lambda: Holds(lambda s, x: F.scaled_dot_product_attention(x, x[:, :1], x[:, :1], enable_gqa=True)),
+              (2, 4, 4, 8), 2*4*4*4*16),
+          'affine grid': (lambda: Holds(lambda s, x: F.affine_grid(x[0], (2, 3, 5, 7), align_corners=False)),
+                          (1, 2, 2, 3), 2*5*7*2*3),}
 if hasattr(F, 'grouped_mm'):
-    PRICES['experts'] = (lambda: Holds(lambda s, x: F.grouped_mm(x.bfloat16(), s.w.bfloat16(), offs=torch.tensor([3, 8], dtype=torch.int32)), w=rand(2, 16, 8)), (8, 16), 8*16*8)
+    PRICES['experts'] = (
+        lambda: Holds(lambda s, x: F.grouped_mm(x.bfloat16(), s.w.bfloat16(),
+                                                offs=torch.tensor([3, 8], dtype=torch.int32)), w=rand(2, 16, 8)),
+        (8, 16), 8*16*8)
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -393,38 +438,50 @@ def test_price_of_a_product(name, how):
     c = cost(m, size, forward=forward, dry=how != 'real')
     assert c.macs == want and c.unpriced.empty, c
     owners = {r for r in c.by_layer.index[c.by_layer.macs > 0] if ':' not in r}
-    assert bool(owners) == (any(p.dim() > 1 for p in m.parameters()) and name not in ('baddbmm', 'addbmm', 'addr'))  # those only add their weight
+    # those only add their weight
+    assert bool(owners) == (any(p.dim() > 1 for p in m.parameters()) and name not in ('baddbmm', 'addbmm', 'addr'))
     if 'LSTM' in name: assert all(c.by_layer.macs[r] > 0 for r in c.by_layer.index if 'weight' in r)
 
 
 def test_experts_of_a_mixture():
     "Two experts of four for each of seven tokens, in both of transformers' ways."
     T = pytest.importorskip('transformers')
-    m = T.MixtralForCausalLM(T.MixtralConfig(vocab_size=100, num_local_experts=4, num_key_value_heads=2, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)).eval()
+    m = T.MixtralForCausalLM(T.MixtralConfig(vocab_size=100, num_local_experts=4, num_key_value_heads=2,
+                                             hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                                             num_attention_heads=4)).eval()
     c = cost(m, (1, 7), forward=lambda x: m(torch.zeros(1, 7, dtype=torch.long)))
     experts = c.by_layer[['experts' in r for r in c.by_layer.index]]
-    assert experts.macs.sum() == 7*2*2*(256*64 + 64*128) and c.unpriced.empty and c.params == sum(p.numel() for p in m.parameters())
+    assert (experts.macs.sum() == 7*2*2*(256*64 + 64*128) and c.unpriced.empty
+            and c.params == sum(p.numel() for p in m.parameters()))
 
 
 def test_what_has_no_price_is_told():
     "Transforms, solvers and operators of strangers: which, where and how often."
     class Net(nn.Module):
-        def __init__(self): super().__init__(); self.a, self.b = Holds(lambda s, x: torch.fft.rfft2(x).real @ s.w, w=rand(5, 8)), nn.Linear(8, 8)
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = Holds(lambda s, x: torch.fft.rfft2(x).real @ s.w, w=rand(5, 8)), nn.Linear(8, 8)
         @property
         def tower(self): return self.a
         def forward(self, x): return torch.linalg.inv(self.b(self.a(self.a(x))))
     c = cost(Net(), (1, 1, 8, 8))
-    assert c.unpriced.to_dict('index') == {':aten::_fft_r2c': dict(times=2, tower=True), ':aten::linalg_inv_ex': dict(times=1, tower=False)}
-    assert 'without a price: aten::_fft_r2c x2, aten::linalg_inv_ex x1' in repr(c) and 'Without a price' in c.to_markdown()
+    assert c.unpriced.to_dict('index') == {':aten::_fft_r2c': dict(times=2, tower=True),
+                                           ':aten::linalg_inv_ex': dict(times=1, tower=False)}
+    assert ('without a price: aten::_fft_r2c x2, aten::linalg_inv_ex x1' in repr(c)
+            and 'Without a price' in c.to_markdown())
     assert c.macs == 2*8*5*8 + 8*8*8
-    assert list(c.tower.unpriced.times) == [2] and list(c.head.unpriced.times) == [1] and list((c + c).unpriced.times) == [4, 2]
+    assert (list(c.tower.unpriced.times) == [2] and list(c.head.unpriced.times) == [1]
+            and list((c + c).unpriced.times) == [4, 2])
     assert list((c - .9*c.tower).unpriced.times) == [2, 1] and list(c.under(.5).unpriced.times) == [2, 1]
-    plain = cost(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Softmax(1), nn.MaxPool2d(2), nn.Upsample(scale_factor=2, mode='bilinear')), (3, 9, 9))
+    plain = cost(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Softmax(1), nn.MaxPool2d(2),
+                               nn.Upsample(scale_factor=2, mode='bilinear')), (3, 9, 9))
     assert plain.unpriced.empty and 'price' not in repr(plain) + plain.to_markdown()
 
 
 def test_an_operator_of_a_stranger_has_no_price_until_torch_is_told_one():
-    torch.library.custom_op('opentrans_test::product', lambda a, b: a @ b, mutates_args=(), schema='(Tensor a, Tensor b) -> Tensor').register_fake(lambda a, b: a.new_empty(len(a), b.shape[1]))
+    torch.library.custom_op('opentrans_test::product', lambda a, b: a @ b, mutates_args=(),
+                            schema='(Tensor a, Tensor b) -> Tensor').register_fake(
+        lambda a, b: a.new_empty(len(a), b.shape[1]))
     op = torch.ops.opentrans_test.product
     m = Holds(lambda s, x: op(x, s.w), w=rand(16, 5))
     for dry in (True, False):
@@ -437,7 +494,8 @@ def test_an_operator_of_a_stranger_has_no_price_until_torch_is_told_one():
     assert c.by_layer.macs.to_dict() == {'w': 4*16*5} and c.unpriced.empty
 
 
-RECURRENT = {f'{cls.__name__}{kw}': (cls, kw) for cls in (nn.RNN, nn.GRU, nn.LSTM) for kw in (dict(), dict(num_layers=3, bidirectional=True), dict(bias=False, batch_first=True))}
+RECURRENT = {f'{cls.__name__}{kw}': (cls, kw) for cls in (nn.RNN, nn.GRU, nn.LSTM)
+             for kw in (dict(), dict(num_layers=3, bidirectional=True), dict(bias=False, batch_first=True))}
 
 
 @pytest.mark.parametrize('tool', ['thop', 'ptflops', 'fvcore'])
@@ -446,20 +504,23 @@ def test_recurrent_layers_as_the_tools_count_them(name, tool):
     pytest.importorskip(tool)
     cls, kw = RECURRENT[name]
     m = nn.Sequential(cls(8, 6, **kw))
-    ours, theirs = cost(m, (1, 5, 8), convention=tool, forward=lambda x: m(x[0])), tool_count(tool, Holds(lambda s, x: s.m(x[0]), m=m), (1, 5, 8))
+    ours = cost(m, (1, 5, 8), convention=tool, forward=lambda x: m(x[0]))
+    theirs = tool_count(tool, Holds(lambda s, x: s.m(x[0]), m=m), (1, 5, 8))
     assert (ours.macs, ours.params) == theirs
-    if tool == 'fvcore': assert ours.unpriced.times.to_dict() == {f'0:aten::{"rnn_tanh" if cls is nn.RNN else cls.__name__.lower()}': 1}
+    if tool == 'fvcore':
+        assert ours.unpriced.times.to_dict() == {
+            f'0:aten::{"rnn_tanh" if cls is nn.RNN else cls.__name__.lower()}': 1}
 
 
-FREE = {
-    'Bilinear': (lambda: Holds(lambda s, x: s.m(x, x), m=nn.Bilinear(16, 16, 8)), 'm:aten::bilinear'),
-    'baddbmm': (lambda: Holds(lambda s, x: torch.baddbmm(s.w, x[None], x.mT[None]), w=rand(1, 4, 4)), ':aten::baddbmm'),
-    'attention': (lambda: Holds(lambda s, x: F.scaled_dot_product_attention(x, x, x)), ':aten::scaled_dot_product_attention'),
-    'cdist': (lambda: Holds(lambda s, x: torch.cdist(x, x)), ':aten::_cdist_forward'),
-    'tensordot': (lambda: Holds(lambda s, x: torch.tensordot(x, s.w, 1), w=rand(16, 5)), ':aten::tensordot'),
-    'cell': (lambda: Holds(lambda s, x: s.m(x), m=nn.LSTMCell(16, 6)), 'm:aten::lstm_cell'),
-    'fft': (lambda: Holds(lambda s, x: torch.fft.rfft(x)), ':aten::_fft_r2c'),
-}
+FREE = {'Bilinear': (lambda: Holds(lambda s, x: s.m(x, x), m=nn.Bilinear(16, 16, 8)), 'm:aten::bilinear'),
+        'baddbmm': (lambda: Holds(lambda s, x: torch.baddbmm(s.w, x[None], x.mT[None]), w=rand(1, 4, 4)),
+                    ':aten::baddbmm'),
+        'attention': (lambda: Holds(lambda s, x: F.scaled_dot_product_attention(x, x, x)),
+                      ':aten::scaled_dot_product_attention'),
+        'cdist': (lambda: Holds(lambda s, x: torch.cdist(x, x)), ':aten::_cdist_forward'),
+        'tensordot': (lambda: Holds(lambda s, x: torch.tensordot(x, s.w, 1), w=rand(16, 5)), ':aten::tensordot'),
+        'cell': (lambda: Holds(lambda s, x: s.m(x), m=nn.LSTMCell(16, 6)), 'm:aten::lstm_cell'),
+        'fft': (lambda: Holds(lambda s, x: torch.fft.rfft(x)), ':aten::_fft_r2c'),}
 
 
 @pytest.mark.parametrize('name', FREE)
@@ -469,7 +530,9 @@ def test_what_fvcore_has_no_price_for_is_told(name):
     m, row = FREE[name][0](), FREE[name][1]
     c = cost(m, (4, 16), convention='fvcore', forward=lambda x: m(x))
     class Outer(nn.Module):
-        def __init__(self): super().__init__(); self.m = m
+        def __init__(self):
+            super().__init__()
+            self.m = m
         def forward(self, x): return self.m(x[0])
     assert c.macs == tool_count('fvcore', Outer(), (4, 16, 1)[:2])[0] == 0 if name != 'cell' else c.macs == 0
     assert c.unpriced.times.to_dict() == {row: 1}
@@ -478,11 +541,13 @@ def test_what_fvcore_has_no_price_for_is_told(name):
 def test_modules_that_a_table_lacks_are_told():
     "thop and ptflops take what they do not know for free."
     m = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8), nn.GroupNorm(1, 5))
-    for convention, want in (('thop', {'0:Embedding': 1, '2:GroupNorm': 1}), ('ptflops', {'0:Embedding': 1}), ('macs', {})):
-        assert cost(m, (1, 5), convention=convention, forward=lambda x: m(torch.zeros(1, 5, dtype=torch.long))).unpriced.times.to_dict() == want
+    for convention, want in (('thop', {'0:Embedding': 1, '2:GroupNorm': 1}), ('ptflops', {'0:Embedding': 1}),
+                             ('macs', {})):
+        assert cost(m, (1, 5), convention=convention,
+                    forward=lambda x: m(torch.zeros(1, 5, dtype=torch.long))).unpriced.times.to_dict() == want
 
 
-# ---- nothing stays behind -----------------------------------------------------------------------------------------------------------
+# ---- nothing stays behind
 
 MEMO = {}
 def angles(n): return torch.arange(n*16.).view(-1, 16).cos()
@@ -524,7 +589,9 @@ def by_hand(n):
 
 
 def views(n):
-    if 'view' not in MEMO: MEMO['whole'] = angles(n+4); MEMO['view'] = MEMO['whole'][:n]
+    if 'view' not in MEMO:
+        MEMO['whole'] = angles(n+4)
+        MEMO['view'] = MEMO['whole'][:n]
     return MEMO['view']
 
 
@@ -533,7 +600,9 @@ class Keeper(nn.Module):
     of_class = {}
     def __init__(self, table):
         super().__init__()
-        self.linear, self.table, self.kept = nn.Linear(16, 16), table, None
+        self.linear = nn.Linear(16, 16)
+        self.table = table
+        self.kept = None
         self.inner = dict(list=[], plain=types.SimpleNamespace(table=None, size=0))
     def forward(self, x): return self.linear(x)*self.table(self, x.shape[-2])
 
@@ -568,9 +637,11 @@ def of_the_weight(m, n):
     return m.kept[:n]
 
 
-PLACES = dict(attribute=in_attribute, buffer=in_buffer, list=in_list, object=in_object, a_class=in_class, of_the_weight=of_the_weight,
-              cache=lambda m, n: remembered(n), lru=lambda m, n: last_two(n), default=lambda m, n: by_default(n), function=lambda m, n: by_attribute(n),
-              closure=lambda m, n, get=in_a_closure(): get(n), by_hand=lambda m, n: by_hand(n), views=lambda m, n: views(n))
+PLACES = dict(attribute=in_attribute, buffer=in_buffer, list=in_list, object=in_object, a_class=in_class,
+              of_the_weight=of_the_weight, cache=lambda m, n: remembered(n), lru=lambda m, n: last_two(n),
+              default=lambda m, n: by_default(n), function=lambda m, n: by_attribute(n),
+              closure=lambda m, n, get=in_a_closure(): get(n), by_hand=lambda m, n: by_hand(n),
+              views=lambda m, n: views(n))
 
 
 def forget():
@@ -586,7 +657,8 @@ def fakes():
 @pytest.mark.parametrize('tool', [cost, training_memory])
 @pytest.mark.parametrize('place', PLACES)
 def test_a_model_that_keeps_a_table_goes_on_as_if_nothing_had_been(place, tool):
-    "Wherever the table of a forward pass is kept: no tensor without values is left, the output is right, and the model learns."
+    """Wherever the table of a forward pass is kept: no tensor without values is left, the output is right, and the
+    model learns."""
     forget()
     torch.manual_seed(0)
     m, x = Keeper(PLACES[place]), torch.randn(2, 3, 8, 16)
@@ -607,7 +679,8 @@ def test_a_model_that_keeps_a_table_goes_on_as_if_nothing_had_been(place, tool):
 @pytest.mark.parametrize('tool', [cost, training_memory])
 @pytest.mark.parametrize('place', ['dict', 'list', 'closure', 'class'])
 def test_what_cannot_be_put_back_is_taken_out_and_told(place, tool):
-    "Features in a place that is not the model's: their values cannot be known, so the call is refused and they are gone."
+    """Features in a place that is not the model's: their values cannot be known, so the call is refused and they
+    are gone."""
     forget()
     cell, seen = None, []
     class Own: kept = None
@@ -641,7 +714,8 @@ def test_computed_weights_have_their_values_afterwards(name, tool):
 def test_a_count_that_fails_leaves_nothing_either():
     "The error's frames hold tensors, the model's own table too."
     m = Keeper(in_attribute)
-    for bad in (lambda: cost(m, (3, 8, 15)), lambda: training_memory(m, (3, 8, 15)), lambda: cost(m, (3, 8, 16), forward=lambda x: m(x) + m(x[..., :7]))):
+    for bad in (lambda: cost(m, (3, 8, 15)), lambda: training_memory(m, (3, 8, 15)),
+                lambda: cost(m, (3, 8, 16), forward=lambda x: m(x) + m(x[..., :7]))):
         with pytest.raises(OpenTransError, match='input of size') as e: bad()
         assert e.value.__cause__ is not None and m.kept is None
         del e
@@ -649,17 +723,23 @@ def test_a_count_that_fails_leaves_nothing_either():
     class Values(Keeper):
         def forward(self, x): return super().forward(x)[0][x[0].sum(-1) > -1]
     m = Values(in_attribute)                                              # falls back on a real pass
-    assert cost(m, (3, 8, 16)).macs == 3*8*16*16 and fakes() == 0 and type(m(torch.zeros(1, 3, 8, 16))) is torch.Tensor
+    assert (cost(m, (3, 8, 16)).macs == 3*8*16*16 and fakes() == 0
+            and type(m(torch.zeros(1, 3, 8, 16))) is torch.Tensor)
     with pytest.raises(OpenTransError, match='depends on values'): training_memory(m, (3, 8, 16))
 
 
 def test_a_pass_that_initialises_itself_is_undone_whole():
     "A flag that was set beside a buffer that got no values would be worse than none."
     class ActNorm(nn.Module):
-        def __init__(self): super().__init__(); self.f, self.ready = nn.Linear(8, 8), False; self.register_buffer('scale', torch.ones(8))
+        def __init__(self):
+            super().__init__()
+            self.f, self.ready = nn.Linear(8, 8), False
+            self.register_buffer('scale', torch.ones(8))
         def forward(self, x):
             x = self.f(x)
-            if not self.ready: self.scale.copy_(x.abs().mean(0)); self.ready = True
+            if not self.ready:
+                self.scale.copy_(x.abs().mean(0))
+                self.ready = True
             return x/self.scale
     for tool in (cost, training_memory):
         m = ActNorm()
@@ -668,9 +748,11 @@ def test_a_pass_that_initialises_itself_is_undone_whole():
         m(torch.randn(4, 8)).sum().backward()
 
 
-# ---- what makes no sense ------------------------------------------------------------------------------------------------------------
+# ---- what makes no sense
 
-@pytest.mark.parametrize('size', [(), 0, None, 'abc', '3x8x8', (3, 8, -8), (3, 0, 8), (3, 8.0, 8.0), (3, '8', 8), (3, True, 8), (3, float('nan'), 8), torch.ones(3)])
+@pytest.mark.parametrize('size',
+                         [(), 0, None, 'abc', '3x8x8', (3, 8, -8), (3, 0, 8), (3, 8.0, 8.0), (3, '8', 8),
+                          (3, True, 8), (3, float('nan'), 8), torch.ones(3)])
 def test_sizes_that_make_no_sense(size):
     net = nn.Conv2d(3, 8, 3)
     for tool in (cost, training_memory, lambda m, s: tool_count('thop', m, s)):
@@ -681,22 +763,32 @@ def test_models_and_arguments_that_make_no_sense():
     "One sentence that says what was given and what to do."
     net, empty = nn.Conv2d(3, 8, 3), nn.Sequential(nn.ReLU(), nn.Flatten())
     c = cost(empty, (3, 8, 8))
-    assert c.macs == c.params == 0 and c.by_layer.empty and 'Cost(0' in repr(c) and c.to_markdown() and c.tower.macs == 0
+    assert (c.macs == c.params == 0 and c.by_layer.empty and 'Cost(0' in repr(c) and c.to_markdown()
+            and c.tower.macs == 0)
     frozen = nn.Conv2d(3, 8, 3).requires_grad_(False)
     class Says(nn.Module):
-        def __init__(self, what): super().__init__(); self.f, self.what = nn.Linear(4, 4), what
+        def __init__(self, what):
+            super().__init__()
+            self.f, self.what = nn.Linear(4, 4), what
         def forward(self, x): return self.what(self.f(x))
     unseen = types.SimpleNamespace
-    for match, f in {
-        'no parameter that learns, so': lambda: training_memory(empty, (3, 8, 8)), 'no parameter that learns': lambda: training_memory(frozen, (3, 8, 8)),
-        'SimpleNamespace. depends on a parameter': lambda: training_memory(Says(lambda y: unseen(y=y)), (1, 4)),
-        'forbids gradients': lambda: training_memory(decorated(torch.inference_mode()), (3, 6, 6)), 'or loss=': lambda: training_memory(net, (5, 8, 8)),
-        'loss must return one number': lambda: training_memory(net, (3, 8, 8), loss=lambda y: y), 'Unknown optimizer': lambda: training_memory(net, (3, 8, 8), optimizer='lion'),
-        'args must be a tuple': lambda: cost(net, (3, 8, 8), args=torch.zeros(2)), 'no shape yet': lambda: cost(nn.LazyLinear(4), (1, 8)),
-        'from 0 to 1': lambda: cost(net, (3, 8, 8), mask=1.5), "of 'weight' must be": lambda: cost(net, (3, 8, 8), mask={'weight': 'half'}),
-        'not nan': lambda: cost(net, (3, 8, 8), mask=float('nan')), 'not True': lambda: cost(net, (3, 8, 8), mask=True),
-        'iterations must be': lambda: training_flops(cost(net, (3, 8, 8)), -1, 1), 'batch_size must be': lambda: training_flops(cost(net, (3, 8, 8)), 1, '4'),
-        'head must be': lambda: training_flops(cost(net, (3, 8, 8)), 1, 1, head=float('nan'))}.items():
+    for match, f in {'no parameter that learns, so': lambda: training_memory(empty, (3, 8, 8)),
+                     'no parameter that learns': lambda: training_memory(frozen, (3, 8, 8)),
+                     'SimpleNamespace. depends on a parameter': lambda: training_memory(
+                         Says(lambda y: unseen(y=y)), (1, 4)),
+                     'forbids gradients': lambda: training_memory(decorated(torch.inference_mode()), (3, 6, 6)),
+                     'or loss=': lambda: training_memory(net, (5, 8, 8)),
+                     'loss must return one number': lambda: training_memory(net, (3, 8, 8), loss=lambda y: y),
+                     'Unknown optimizer': lambda: training_memory(net, (3, 8, 8), optimizer='lion'),
+                     'args must be a tuple': lambda: cost(net, (3, 8, 8), args=torch.zeros(2)),
+                     'no shape yet': lambda: cost(nn.LazyLinear(4), (1, 8)),
+                     'from 0 to 1': lambda: cost(net, (3, 8, 8), mask=1.5),
+                     "of 'weight' must be": lambda: cost(net, (3, 8, 8), mask={'weight': 'half'}),
+                     'not nan': lambda: cost(net, (3, 8, 8), mask=float('nan')),
+                     'not True': lambda: cost(net, (3, 8, 8), mask=True),
+                     'iterations must be': lambda: training_flops(cost(net, (3, 8, 8)), -1, 1),
+                     'batch_size must be': lambda: training_flops(cost(net, (3, 8, 8)), 1, '4'),
+                     'head must be': lambda: training_flops(cost(net, (3, 8, 8)), 1, 1, head=float('nan'))}.items():
         with pytest.raises(OpenTransError, match=match): f()
     for out in (dict, tuple, list):
         whole = training_memory(Says(lambda y: out({'y': y}.items()) if out is dict else out([y])), (2, 4))

@@ -1,4 +1,5 @@
-"Two processes by `accelerate launch` on the CPU: what they compute is what one process computes, and the loss of one ends the run so that it can be continued."
+"""Two processes by `accelerate launch` on the CPU: what they compute is what one process computes, and the loss of
+one ends the run so that it can be continued."""
 import functools, json, os, signal, subprocess, sys, textwrap
 from pathlib import Path
 import pytest
@@ -10,8 +11,11 @@ from test_cli import opentrans
 
 pytest.importorskip('accelerate')
 root = Path(__file__).resolve().parent.parent
-LAUNCH = [sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
-ENV = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0', PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]))
+LAUNCH = [sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes',
+          '2', '--num_machines', '1', '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port',
+          '0']
+ENV = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0',
+           PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]))
 
 WORK = textwrap.dedent('''
     import contextlib, hashlib, json, os, sys
@@ -100,20 +104,23 @@ def in_two_and_one(d, work, env=ENV):
     for command,out in ((LAUNCH, d), ([sys.executable, '-W', 'ignore'], d/'one')):
         p = subprocess.run([*command, str(d/'work.py'), str(out)], capture_output=True, text=True, env=env, cwd=d)
         assert p.returncode == 0, p.stderr[-3000:]
-    return d,[json.loads((d/f'rank{r}.json').read_text()) for r in (0, 1)],json.loads((d/'one'/'rank0.json').read_text())
+    return d,[json.loads((d/f'rank{r}.json').read_text())
+              for r in (0, 1)],json.loads((d/'one'/'rank0.json').read_text())
 
 @pytest.fixture(scope='module')
 def both(tmp_path_factory): return in_two_and_one(tmp_path_factory.mktemp('two'), WORK)
 
 def test_two_processes_are_one(both):
-    "Losses, and the weights they lead to, are those of one process with the same batches; every process has the same ones."
+    """Losses, and the weights they lead to, are those of one process with the same batches; every process has the
+    same ones."""
     d,(a,b),one = both
     assert (a['n'], b['rank'], one['n']) == (2, 1, 1)
     assert a['loss'] == b['loss'] and a['weights'] == b['weights'], 'the processes have drifted apart'
     assert a['loss'] == pytest.approx(one['loss'], rel=1e-4) and len(set(a['loss'])) == 4
     assert a['parts'] == pytest.approx(one['parts'], rel=1e-4), 'gradient accumulation differs'
     x,y = (load_tensors(p/'run'/'last.safetensors')[0] for p in (d, d/'one'))
-    for k in x: assert torch.allclose(x[k].float(), y[k].float(), atol=2e-3), k          # AdamW divides small differences by small gradients
+    # AdamW divides small differences by small gradients
+    for k in x: assert torch.allclose(x[k].float(), y[k].float(), atol=2e-3), k
     assert (d/'run'/'history.csv').read_text().count('\n') == 5, 'one process writes the log'
 
 def test_same_mask_everywhere(both):
@@ -130,38 +137,50 @@ def test_metrics_of_an_uneven_share(both):
     assert a['images'] == 5 and a['miou'] == a['alone'] and 0 < a['pq'] < 1
 
 def test_errors_are_told_by_all(both):
-    "A picture that is not a number in the part of one process ends all, with one message; so does a batch that cannot be divided."
+    """A picture that is not a number in the part of one process ends all, with one message; so does a batch that
+    cannot be divided."""
     d,(a,b),one = both
-    assert a['nan'].split(';')[0] == b['nan'].split(';')[0] and 'not finite' in a['nan'] and 'not finite' in one['nan']
-    if (d/'nan'/'last.safetensors').exists(): assert all(t.isfinite().all() for t in load_tensors(d/'nan'/'last.safetensors')[0].values() if t.is_floating_point() and t.numel() > 1 and t.dim() != 2)
+    assert (a['nan'].split(';')[0] == b['nan'].split(';')[0] and 'not finite' in a['nan']
+            and 'not finite' in one['nan'])
+    if (d/'nan'/'last.safetensors').exists():
+        assert all(t.isfinite().all()
+                   for t in load_tensors(d/'nan'/'last.safetensors')[0].values()
+                   if t.is_floating_point() and t.numel() > 1 and t.dim() != 2)
     for told in (a, b, one):
         assert 'Another run is at work' in told['taken'], 'a locked folder was entered'
         assert 'NaN on some of the images' in told['score'], 'a picture that one process sees alone got a score'
-    assert 'must be a multiple of 2' in a['odd'] and 'must be a multiple of 2' in b['odd'] and 'has a device of its own' in a['device']
+    assert ('must be a multiple of 2' in a['odd'] and 'must be a multiple of 2' in b['odd']
+            and 'has a device of its own' in a['device'])
 
 def ranks(folder):
     "Process ids of the command that works in a folder, by rank."
     res = {}
     for p in Path('/proc').iterdir():
         if not p.name.isdigit(): continue
-        try: args,env = (p/'cmdline').read_bytes().split(b'\0'),dict(e.split(b'=', 1) for e in (p/'environ').read_bytes().split(b'\0') if b'=' in e)
+        try:
+            args = (p/'cmdline').read_bytes().split(b'\0')
+            env = dict(e.split(b'=', 1) for e in (p/'environ').read_bytes().split(b'\0') if b'=' in e)
         except OSError: continue
         if str(folder).encode() in args and b'RANK' in env: res[int(env[b'RANK'])] = int(p.name)
     return res
 
 @pytest.mark.skipif(not Path('/proc/self/environ').exists(), reason='processes are found in /proc')
 def test_a_killed_process_ends_the_run(tmp_path, monkeypatch):
-    "kill -9 of one of two: the command ends with a message and exit code 1, and the same command goes on from its checkpoint."
-    args = ['finetune', '--out', tmp_path/'out', '--batch-size', 2, '--iterations', 400, '--checkpoint-every', 2, '--print-every', 1, '--device', 'cpu']
+    """kill -9 of one of two: the command ends with a message and exit code 1, and the same command goes on from its
+    checkpoint."""
+    args = ['finetune', '--out', tmp_path/'out', '--batch-size', 2, '--iterations', 400, '--checkpoint-every', 2,
+            '--print-every', 1, '--device', 'cpu']
     args = [str(a) for a in args]
-    with open(tmp_path/'log', 'w') as log: p = subprocess.Popen([*LAUNCH, '-m', 'opentrans.cli', *args], stderr=log, stdout=log, env=ENV, cwd=tmp_path)
+    with open(tmp_path/'log', 'w') as log:
+        p = subprocess.Popen([*LAUNCH, '-m', 'opentrans.cli', *args], stderr=log, stdout=log, env=ENV, cwd=tmp_path)
     last = tmp_path/'out'/'run'/'last.safetensors'
     until(lambda: last.exists() or p.poll() is not None, 'no checkpoint was written')
     assert last.exists(), (tmp_path/'log').read_text()[-3000:]
     os.kill(ranks(tmp_path/'out')[1], signal.SIGKILL)
     code,said = p.wait(PATIENCE),(tmp_path/'log').read_text()
     assert code == 1, said[-2000:]
-    assert 'error: process 0 of 2 lost another one at iteration' in said and 'the same call goes on from there' in said, said[-3000:]
+    assert ('error: process 0 of 2 lost another one at iteration' in said
+            and 'the same call goes on from there' in said), said[-3000:]
     _,meta = load_tensors(last)
     at = json.loads(meta['iteration'])
     assert 2 <= at < 400 and at % 2 == 0
@@ -169,7 +188,9 @@ def test_a_killed_process_ends_the_run(tmp_path, monkeypatch):
     r = opentrans(*args, '--lr', .5)
     assert r.returncode == 2 and 'had other settings' in r.stderr and load_tensors(last)[1] == meta
     told = []
-    def stop(f, row): told.append(row['iteration']); raise KeyboardInterrupt
+    def stop(f, row):
+        told.append(row['iteration'])
+        raise KeyboardInterrupt
     whole = training.finetune
     monkeypatch.setattr(training, 'finetune', lambda *a, **kw: whole(*a, **kw, callback=stop))
     r = opentrans(*args)
@@ -177,10 +198,13 @@ def test_a_killed_process_ends_the_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('sent', (signal.SIGTERM, signal.SIGINT))
 def test_a_notice_to_end_is_taken(tmp_path, sent):
-    "SIGTERM, as a scheduler sends it, or Ctrl-C: the iteration is finished, a checkpoint written, exit code 143 or 130."
-    args = ['finetune', '--out', tmp_path/'out', '--batch-size', 1, '--iterations', 500, '--print-every', 1, '--checkpoint-every', 1000]
+    """SIGTERM, as a scheduler sends it, or Ctrl-C: the iteration is finished, a checkpoint written, exit code 143
+    or 130."""
+    args = ['finetune', '--out', tmp_path/'out', '--batch-size', 1, '--iterations', 500, '--print-every', 1,
+            '--checkpoint-every', 1000]
     p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'opentrans.cli', *map(str, args)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENV, cwd=tmp_path,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)) # pytest in the background of a script ignores it
+                         # pytest in the background of a script ignores it
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     lines = []
     for line in p.stderr:
         lines.append(line)
@@ -188,9 +212,11 @@ def test_a_notice_to_end_is_taken(tmp_path, sent):
     assert p.wait() == 128+sent, ''.join(lines)[-2000:]
     at = json.loads(load_tensors(tmp_path/'out'/'run'/'last.safetensors')[1]['iteration'])
     if sent == signal.SIGINT: assert at >= 3 and lines[-1] == 'interrupted\n', lines[-2:]
-    else: assert at >= 3 and f'stopped after iteration {at-1}' in lines[-1] and f'of iteration {at}' in lines[-1], lines[-2:]
+    else:
+        assert (at >= 3 and f'stopped after iteration {at-1}' in lines[-1]
+                and f'of iteration {at}' in lines[-1]), lines[-2:]
 
-# --- distillation in Algorithm 1 -------------------------------------------------------------------------------------------
+# --- distillation in Algorithm 1
 
 PRUNE = textwrap.dedent('''
     import json, os, sys
@@ -247,32 +273,40 @@ def pruned(tmp_path_factory):
 
 @pytest.mark.parametrize('case', ['frozen', 'norms', 'image', 'windows', 'own'])
 def test_two_processes_find_the_mask_of_one(pruned, case):
-    "The pairs of regions are those of the whole batch, regions and windows the same ones, norms those of all: one mask, whoever finds it."
+    """The pairs of regions are those of the whole batch, regions and windows the same ones, norms those of all: one
+    mask, whoever finds it."""
     d,(a,b),one = pruned
-    x,y,z = (torch.load(file, weights_only=True) for file in (d/f'{case}.0.pt', d/f'{case}.1.pt', d/'one'/f'{case}.0.pt'))
-    assert all(torch.equal(x[part][k], y[part][k]) for part in ('mask', 'net') for k in x[part]), 'the processes have drifted apart'
+    x,y,z = (torch.load(file, weights_only=True)
+             for file in (d/f'{case}.0.pt', d/f'{case}.1.pt', d/'one'/f'{case}.0.pt'))
+    assert all(torch.equal(x[part][k], y[part][k]) for part in ('mask', 'net')
+               for k in x[part]), 'the processes have drifted apart'
     assert a[case] == b[case] and a[case]['loss'] == pytest.approx(one[case]['loss'], rel=1e-4)
     assert a[case]['cached'] == one[case]['cached'], 'each keeps what the teacher has told any of them'
-    both,either = (sum(int(op(x['mask'][k], z['mask'][k]).sum()) for k in x['mask']) for op in (torch.logical_and, torch.logical_or))
+    both,either = (sum(int(op(x['mask'][k], z['mask'][k]).sum()) for k in x['mask'])
+                   for op in (torch.logical_and, torch.logical_or))
     assert both/either > .999, f'IoU {both/either}'
     apart = torch.cat([(x['net'][k]-z['net'][k]).float().abs().flatten() for k in x['net']])
-    assert (apart > 2e-3).float().mean() < 1e-3                          # AdamW divides small differences by small gradients
+    # AdamW divides small differences by small gradients
+    assert (apart > 2e-3).float().mean() < 1e-3
     if case == 'image': assert apart.max() < 1e-4                        # SGD does not
 
 def test_distillation_beside_a_framework_in_two_processes(pruned):
     "The loss of a framework is the mean over the processes, whose gradients keep them together."
     _,(a,b),one = pruned
-    assert a['own loss'] == b['own loss'] and a['own loss']['loss'] == pytest.approx(one['own loss']['loss'], rel=.3)
+    assert (a['own loss'] == b['own loss']
+            and a['own loss']['loss'] == pytest.approx(one['own loss']['loss'], rel=.3))
 
 def test_errors_of_a_distillation_are_told_by_all(pruned):
     _,told,one = pruned
     for r in told:
-        assert 'must be a multiple of 2' in r['odd'] and 'different settings of the training' in r['other'] and 'The loss is nan' in r['nan']
+        assert ('must be a multiple of 2' in r['odd'] and 'different settings of the training' in r['other']
+                and 'The loss is nan' in r['nan'])
     assert 'other' not in one and 'odd' not in one and one['nan'] == told[0]['nan']
 
 @pytest.fixture(scope='module')
 def courses(tmp_path_factory):
-    "Losses of a run in one process, in two, begun in one and ended in two, and the other way round: by kind of training."
+    """Losses of a run in one process, in two, begun in one and ended in two, and the other way round: by kind of
+    training."""
     d, script = tmp_path_factory.mktemp('elsewhere'), Path(__file__).with_name('resume_elsewhere.py')
     one, two = [sys.executable, '-W', 'ignore'], LAUNCH
     plans = dict(one=[(one, 0)], two=[(two, 0)], up=[(one, 3), (two, 0)], down=[(two, 3), (one, 0)])
@@ -280,7 +314,8 @@ def courses(tmp_path_factory):
     def run(name):
         (d/name).mkdir()
         for command, halt in plans[name]:
-            p = subprocess.run([*command, str(script), str(d/name), str(halt)], capture_output=True, text=True, env=ENV, cwd=d)
+            p = subprocess.run([*command, str(script), str(d/name), str(halt)], capture_output=True, text=True,
+                               env=ENV, cwd=d)
             assert p.returncode == 0, p.stderr[-3000:]
         return d/name
     return lambda name, kind: json.loads((run(name)/f'{kind}.json').read_text())
@@ -288,7 +323,8 @@ def courses(tmp_path_factory):
 @pytest.mark.parametrize('kind,near', [('norms', 1e-3), ('parts', 1e-4), ('half', 3e-2)])
 @pytest.mark.parametrize('name', ['down', *(pytest.param(name, marks=pytest.mark.slow) for name in ('two', 'up'))])
 def test_a_run_goes_on_in_another_number_of_processes(courses, name, kind, near):
-    "Norms that learn see the whole batch, wherever its images are; gradients of parts add up; half precision is as near as it is."
+    """Norms that learn see the whole batch, wherever its images are; gradients of parts add up; half precision is
+    as near as it is."""
     losses = courses(name, kind)
     assert len(losses) == 6 and losses == pytest.approx(courses('one', kind), rel=near)
     assert losses[-1] < losses[0]

@@ -19,7 +19,8 @@ from opentrans.frameworks import build
 from test_plan import PLAN
 
 SAMPLES = Path(__file__).resolve().parents[1]/'../shared/data/samples'
-DISK = dataclasses.replace(ex.SCALES['smoke'], data='coco_panoptic', paper=True, batch_size=2, imp_crop=64, checkpoint=1)
+DISK = dataclasses.replace(ex.SCALES['smoke'], data='coco_panoptic', paper=True, batch_size=2, imp_crop=64,
+                           checkpoint=1)
 
 @pytest.fixture(autouse=True)
 def small_looks(monkeypatch):
@@ -30,20 +31,28 @@ def small_looks(monkeypatch):
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason='the sample images are not at ../shared/data/samples')
 def test_a_study_on_real_images(tmp_path, monkeypatch):
     "COCO's own files to train on, ADE20K's to evaluate on, with their 133 and 150 names."
-    root = tmp_path/'datasets'; root.mkdir()
-    for p in [*(SAMPLES/'coco_panoptic').iterdir(), *(SAMPLES/'ade20k').iterdir()]: (root/p.name).symlink_to(p.resolve())
+    root = tmp_path/'datasets'
+    root.mkdir()
+    for p in [*(SAMPLES/'coco_panoptic').iterdir(), *(SAMPLES/'ade20k').iterdir()]:
+        (root/p.name).symlink_to(p.resolve())
     monkeypatch.setenv('DETECTRON2_DATASETS', str(root))
-    data = ex.run_study('similarity', tmp_path/'out', seeds=1, scale=dataclasses.replace(DISK, sets=('ade20k_150',)))
+    data = ex.run_study('similarity', tmp_path/'out', seeds=1,
+                        scale=dataclasses.replace(DISK, sets=('ade20k_150',)))
     assert [r['arm'] for r in data['results']] == ['dense', 'distilled mask', 'random']
-    for r in data['results']: assert set(r['miou']) == {'base', 'ade20k_150'} and all(0 <= v <= 1 for v in r['miou'].values()) and math.isnan(r['cka'])   # two images are too few for CKA
+    for r in data['results']:
+        # two images are too few for CKA
+        assert (set(r['miou']) == {'base', 'ade20k_150'} and all(0 <= v <= 1 for v in r['miou'].values())
+                and math.isnan(r['cka']))
     assert 'Real data' in data['what'] and 'mIoU ade20k_150' in data['summary']['random']
     assert load_json(tmp_path/'out'/'similarity-own-1seeds.json')['scale']['pretrained'] == ''
 
 def test_a_long_arm_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     "Interrupted within a fine-tuning, the study does the rest of it; the result is that of an unbroken run."
-    for split,n in (('train', 6), ('val', 4)): write_coco_panoptic(ShapesWorld(split, n=n, size=64), tmp_path/'datasets', split)
+    for split,n in (('train', 6), ('val', 4)):
+        write_coco_panoptic(ShapesWorld(split, n=n, size=64), tmp_path/'datasets', split)
     monkeypatch.setenv('DETECTRON2_DATASETS', str(tmp_path/'datasets'))
-    few,scale = [ex.Arm('dense', tables=()), ex.Arm('half', select='alpha', tables=())],dataclasses.replace(DISK, iterations=3)
+    few = [ex.Arm('dense', tables=()), ex.Arm('half', select='alpha', tables=())]
+    scale = dataclasses.replace(DISK, iterations=3)
     steps,real = [],ex.arms.finetune
     def counted(*args, callback=None, stop=None, **kw):
         def look(seg, row):
@@ -53,49 +62,63 @@ def test_a_long_arm_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(ex.arms, 'finetune', counted)
     whole = ex.run_arms(scale, 0, tmp_path/'whole', arms=few)
     assert steps == [0, 0, 1, 2, 0, 1, 2] # a warm-up, and two arms
-    steps.clear(); monkeypatch.setattr(ex.arms, 'finetune', functools.partial(counted, stop=3))
+    steps.clear()
+    monkeypatch.setattr(ex.arms, 'finetune', functools.partial(counted, stop=3))
     with pytest.raises(KeyboardInterrupt): ex.run_arms(scale, 0, tmp_path/'broken', arms=few)
     assert steps == [0, 0, 1] and len(list((tmp_path/'broken').glob('*.run'))) == 1
-    steps.clear(); monkeypatch.setattr(ex.arms, 'finetune', counted)
+    steps.clear()
+    monkeypatch.setattr(ex.arms, 'finetune', counted)
     again = ex.run_arms(scale, 0, tmp_path/'broken', arms=few)
     assert steps == [2, 0, 1, 2] and not list((tmp_path/'broken').glob('*.run'))
     for a,b in zip(whole, again): assert json.dumps({**a, 'seconds': 0}) == json.dumps({**b, 'seconds': 0})
 
 def test_nothing_is_trained_again_if_measuring_breaks(tmp_path, monkeypatch):
     "An error in the evaluation leaves the finished checkpoint, and the next call only measures."
-    for split,n in (('train', 6), ('val', 4)): write_coco_panoptic(ShapesWorld(split, n=n, size=64), tmp_path/'datasets', split)
+    for split,n in (('train', 6), ('val', 4)):
+        write_coco_panoptic(ShapesWorld(split, n=n, size=64), tmp_path/'datasets', split)
     monkeypatch.setenv('DETECTRON2_DATASETS', str(tmp_path/'datasets'))
-    steps,real,measure = [],ex.arms.finetune,ex.arms.evaluate
-    monkeypatch.setattr(ex.arms, 'finetune', lambda *a, **kw: real(*a, callback=lambda seg, row: steps.append(int(row['iteration'])), **kw))
+    steps = []
+    real = ex.arms.finetune
+    measure = ex.arms.evaluate
+    monkeypatch.setattr(ex.arms, 'finetune',
+                        lambda *a, **kw: real(*a, callback=lambda seg, row: steps.append(int(row['iteration'])),
+                                              **kw))
     def no_memory(*a, **kw): raise MemoryError
     monkeypatch.setattr(ex.arms, 'evaluate', no_memory)
     arms = [ex.Arm('dense', tables=())]
     with pytest.raises(MemoryError): ex.run_arms(DISK, 0, tmp_path/'runs', arms=arms)
     assert steps == [0, 0, 1]
     monkeypatch.setattr(ex.arms, 'evaluate', measure)
-    assert ex.run_arms(DISK, 0, tmp_path/'runs', arms=arms)[0]['miou'] and steps == [0, 0, 1] and not list((tmp_path/'runs').glob('*.run'))
+    assert (ex.run_arms(DISK, 0, tmp_path/'runs', arms=arms)[0]['miou'] and steps == [0, 0, 1]
+            and not list((tmp_path/'runs').glob('*.run')))
 
 def test_images_of_several_sizes(tmp_path):
     "Similarity is measured on them, and pictures are of the images that they stand beside."
     clip = ex.open_clip_of(DISK)
     class Sizes(list):
-        vocabulary,ignore,name = ShapesWorld(n=1).vocabulary,65535,'sizes'
+        vocabulary = ShapesWorld(n=1).vocabulary
+        ignore = 65535
+        name = 'sizes'
     data = Sizes(ShapesWorld('val', n=1, size=s, seed=i)[0] for i,s in enumerate((64, 80, 64, 96)))
     seg = build('deeplabv3', clip, vocabulary=data.vocabulary, preset='small', width=8)
     s = ex.clip_similarity(seg, data, ex.open_clip_of(DISK))
     assert all(.9 < v <= 1+1e-6 for v in s.values()) # nothing was trained
-    assert ex.arms._predictions(seg, data, 4).shape == (1, 64, 64) and ex.arms._predictions(seg, Sizes([data[0], data[2]]), 4).shape == (2, 64, 64)
+    assert (ex.arms._predictions(seg, data, 4).shape == (1, 64, 64)
+            and ex.arms._predictions(seg, Sizes([data[0], data[2]]), 4).shape == (2, 64, 64))
 
 def test_a_folder_is_of_its_data_and_weights(tmp_path, monkeypatch):
     "Other images, other weights and what cannot be opened do not take over a folder's runs."
     for name,n in (('a', 4), ('b', 5)):
         for split in ('train', 'val'): write_coco_panoptic(ShapesWorld(split, n=n, size=64), tmp_path/name, split)
-    monkeypatch.setenv('DETECTRON2_DATASETS', str(tmp_path/'a')); ex.open_run_folder(tmp_path/'runs', DISK, 0)
+    monkeypatch.setenv('DETECTRON2_DATASETS', str(tmp_path/'a'))
+    ex.open_run_folder(tmp_path/'runs', DISK, 0)
     assert len(ex.open_world(DISK, 0)['val']) == 4
     monkeypatch.setenv('DETECTRON2_DATASETS', str(tmp_path/'b'))
     assert len(ex.open_world(DISK, 0)['val']) == 5
-    with pytest.raises(OpenTransError, match='other sizes, data or weights'): ex.open_run_folder(tmp_path/'runs', DISK, 0)
-    with pytest.raises(OpenTransError): ex.run_study('ratio', tmp_path/'out', seeds=1, scale='smoke', pretrained=str(tmp_path/'typo.safetensors'))
+    with pytest.raises(OpenTransError, match='other sizes, data or weights'):
+        ex.open_run_folder(tmp_path/'runs', DISK, 0)
+    with pytest.raises(OpenTransError):
+        ex.run_study('ratio', tmp_path/'out', seeds=1, scale='smoke', pretrained=str(tmp_path/'typo.safetensors'))
     assert not (tmp_path/'out').exists()
     for name in ('one', 'two'): (tmp_path/name).write_bytes(name.encode())
     a,b = (dataclasses.replace(DISK, pretrained=str(tmp_path/n)) for n in ('one', 'two'))
@@ -103,19 +126,28 @@ def test_a_folder_is_of_its_data_and_weights(tmp_path, monkeypatch):
 
 def test_a_folder_of_older_settings_is_known(tmp_path):
     "A size that was added later has its default in a folder that does not name it; another value is refused."
-    scale = ex.SCALES['smoke']; ex.open_run_folder(tmp_path, scale, 3)
+    scale = ex.SCALES['smoke']
+    ex.open_run_folder(tmp_path, scale, 3)
     kept = load_json(tmp_path/'study.json')
-    (tmp_path/'study.json').write_text(json.dumps({k: v for k,v in kept.items() if k not in ('sha256', 'domain', 'zero_shot')}))
-    with pytest.raises(OpenTransError, match='other sizes'): ex.open_run_folder(tmp_path, scale, 3) # these are not the defaults
-    (tmp_path/'study.json').write_text(json.dumps({k: v for k,v in kept.items() if k not in ('sha256', 'width', 'queries', 'sets', 'data', 'pretrained', 'device', 'paper', 'checkpoint')}))
+    (tmp_path/'study.json').write_text(
+        json.dumps({k: v for k,v in kept.items() if k not in ('sha256', 'domain', 'zero_shot')}))
+    # these are not the defaults
+    with pytest.raises(OpenTransError, match='other sizes'): ex.open_run_folder(tmp_path, scale, 3)
+    (tmp_path/'study.json').write_text(
+        json.dumps({k: v
+                    for k,v in kept.items()
+                    if k not in ('sha256', 'width', 'queries', 'sets', 'data', 'pretrained', 'device', 'paper',
+                                 'checkpoint')}))
     ex.open_run_folder(tmp_path, scale, 3)
     assert load_json(tmp_path/'study.json') == kept
 
 # files of studies: read whole, or refused in a sentence
 
 RESULTS = Path(__file__).resolve().parents[1]/'docs'/'results'
-ARM = dict(arm='dense', seed=0, framework='deeplabv3', mask=None, found='', weights='original', select='alpha', level='', every=True, density=1., rule='alpha', frozen=['a'],
-           miou=dict(base=.3, novel=.1, night=.2), params=9, active_params=9, macs=5, active_macs=5, train_flops=1e9, cka=.5, cka_layers=None, cka_channels=math.nan, seconds=1.)
+ARM = dict(arm='dense', seed=0, framework='deeplabv3', mask=None, found='', weights='original', select='alpha',
+           level='', every=True, density=1., rule='alpha', frozen=['a'], miou=dict(base=.3, novel=.1, night=.2),
+           params=9, active_params=9, macs=5, active_macs=5, train_flops=1e9, cka=.5, cka_layers=None,
+           cka_channels=math.nan, seconds=1.)
 
 def test_a_damaged_arm_is_refused_or_shown(tmp_path):
     "The result of an arm, in the place where a study looks for it, and what is made of it."
@@ -132,7 +164,8 @@ def test_a_damaged_arm_is_refused_or_shown(tmp_path):
 def stored(name, folder):
     "A stored study, with a checksum, in a folder of its own; of its runs every fifth."
     data = load_json(RESULTS/f'{name}-5seeds.json')
-    save_json(dict(data, results=data['results'][::5], claims=data['claims'][:3]), folder/f'{name}-5seeds.json', ex.STUDY_FILE)
+    save_json(dict(data, results=data['results'][::5], claims=data['claims'][:3]), folder/f'{name}-5seeds.json',
+              ex.STUDY_FILE)
     return folder/f'{name}-5seeds.json'
 
 @pytest.mark.parametrize('name', ['freezing', 'overlap', 'alpha', 'pictures', 'density'])
@@ -160,11 +193,15 @@ def test_every_stored_study_is_read_as_it_is():
     "The checks take what is in docs/results, and change nothing in it."
     for name in ex.list_studies():
         file = RESULTS/f'{name}-5seeds.json'
-        if file.exists(): assert json.dumps(ex.load_study(name, file), sort_keys=True) == json.dumps(json.loads(file.read_text()), sort_keys=True)
+        if file.exists():
+            assert json.dumps(ex.load_study(name, file),
+                              sort_keys=True) == json.dumps(json.loads(file.read_text()), sort_keys=True)
 
-READERS = {'study': (ex.jobs._identity(ex.SCALES['smoke'], 3), ex.RUNS_FILE), 'imp': (dict(round=[0, 1], density=[.9, .8], loss=[1., None]), ex.ROUNDS_FILE),
+READERS = {'study': (ex.jobs._identity(ex.SCALES['smoke'], 3), ex.RUNS_FILE),
+           'imp': (dict(round=[0, 1], density=[.9, .8], loss=[1., None]), ex.ROUNDS_FILE),
            'part': ({'0': dict(a=2., b=None), '16': dict(a=2.1, b=3.)}, ex.studies.PART_FILE),
-           'course-dense': (dict(iterations=[0, 16], median=[2., 3.], layers=['a', 'b'], before=[1., 2.], after=[None, 3.]), ex.studies.COURSE_FILE)}
+           'course-dense': (dict(iterations=[0, 16], median=[2., 3.], layers=['a', 'b'], before=[1., 2.],
+                                 after=[None, 3.]), ex.studies.COURSE_FILE)}
 
 @pytest.mark.parametrize('kind', READERS)
 def test_a_damaged_file_of_a_run_is_refused_or_read(tmp_path, kind):
@@ -185,13 +222,17 @@ def test_a_study_of_one_seed_is_shown(tmp_path):
     data = load_json(RESULTS/'freezing-5seeds.json')
     results = [r for r in data['results'] if r['seed'] == 0]
     claims = ex.judge_claims(ex.results_frame(results), ex.get_study('freezing').claims).to_dict('records')
-    save_json(dict(data, results=results, claims=claims, seeds=[0]), ex.result_file('freezing', tmp_path, 1), ex.STUDY_FILE)
+    save_json(dict(data, results=results, claims=claims, seeds=[0]), ex.result_file('freezing', tmp_path, 1),
+              ex.STUDY_FILE)
     ex.show_study('freezing', tmp_path, 1)
     assert 'nan' in ex.claims_table(ex.all_claims(tmp_path, 1)).base.iloc[0]
 
 def picture(packed, shape=(1, 4, 4), **more):
     "A study's pictures, of which there is one."
-    return dict(seed=0, arms={'dense': {'val': dict(dict(shape=list(shape), data=base64.b64encode(packed).decode()), **more)}})
+    return dict(seed=0,
+                arms={
+                    'dense': {'val': dict(dict(shape=list(shape), data=base64.b64encode(packed).decode()),
+                                          **more)}})
 
 def test_a_bomb_among_the_pictures_is_not_opened():
     "100 MB of zeros in 100 kB: no more is opened than the picture says that it has."
@@ -200,7 +241,8 @@ def test_a_bomb_among_the_pictures_is_not_opened():
     with pytest.raises(FormatError, match='more than'): ex.unpack_pictures(picture(bomb, (2**16, 2**16, 2**16)))
     good = zlib.compress(bytes(range(16)))
     assert ex.unpack_pictures(picture(good))['dense']['val'].flatten().tolist() == [*range(16)]
-    for bad in (dict(shape=[1, 4, 5]), dict(shape=[16]), dict(shape=[-1, 4, 4]), dict(dtype='object'), dict(dtype='float32'), dict(dtype='int64'), dict(data='?!'), dict(data=3)):
+    for bad in (dict(shape=[1, 4, 5]), dict(shape=[16]), dict(shape=[-1, 4, 4]), dict(dtype='object'),
+                dict(dtype='float32'), dict(dtype='int64'), dict(data='?!'), dict(data=3)):
         with pytest.raises(FormatError): ex.unpack_pictures(picture(good, **bad))
     for data in (good[:-1], good+b'x', b'', b'no zlib'):
         with pytest.raises(FormatError): ex.unpack_pictures(picture(data))
@@ -210,10 +252,12 @@ def test_a_study_in_a_folder_of_another_is_refused(tmp_path):
     scale, arms = ex.SCALES['smoke'], [ex.Arm('dense', tables=())]
     with lock_folder(tmp_path/'seed1'):
         with pytest.raises(OtherRun, match='seed1'): ex.run_arms(scale, (0, 1), tmp_path, arms=arms)
-        with pytest.raises(OtherRun, match='seed1'): ex.find_masks(scale, (1,), tmp_path, 'local', [ex.MaskRecipe()])
+        with pytest.raises(OtherRun, match='seed1'):
+            ex.find_masks(scale, (1,), tmp_path, 'local', [ex.MaskRecipe()])
     with lock_folder(tmp_path/'demo'/'.demo-runs'):
         with pytest.raises(OtherRun, match='.demo-runs'): ex.demo(tmp_path/'demo', scale='smoke', arms=arms)
-    with ex.hold_folders(tmp_path/'seed1'), ex.hold_folders(tmp_path/'seed1', tmp_path/'seed2'): pass # what a study holds is its own
+    # what a study holds is its own
+    with ex.hold_folders(tmp_path/'seed1'), ex.hold_folders(tmp_path/'seed1', tmp_path/'seed2'): pass
     with lock_folder(tmp_path/'seed1'), lock_folder(tmp_path/'seed2'): pass             # and free afterwards
 
 def test_weights_of_a_run_are_checked_before_they_are_put(tmp_path):
@@ -227,35 +271,45 @@ def test_weights_of_a_run_are_checked_before_they_are_put(tmp_path):
     file.write_bytes(whole[:len(whole)//2])
     with pytest.raises(FormatError, match='not a whole'): ex.open_warm(arm, scale, 0, tmp_path)
 
-@pytest.mark.parametrize('bad', [dict(size=0), dict(size=10**9), dict(train=2.5), dict(density=0), dict(density=math.nan), dict(p=1), dict(lr=-1), dict(lr=math.inf), dict(queries='fcclip'),
-                                 dict(sets=[1]), dict(paper='yes'), dict(backbone=3), dict(output_stride=7), dict(batch_size=True), dict(zero_shot='400')], ids=str)
+@pytest.mark.parametrize('bad',
+                         [dict(size=0), dict(size=10**9), dict(train=2.5), dict(density=0), dict(density=math.nan),
+                          dict(p=1), dict(lr=-1), dict(lr=math.inf), dict(queries='fcclip'), dict(sets=[1]),
+                          dict(paper='yes'), dict(backbone=3), dict(output_stride=7), dict(batch_size=True),
+                          dict(zero_shot='400')], ids=str)
 def test_sizes_of_a_study_have_ranges(bad):
     with pytest.raises(OpenTransError): dataclasses.replace(ex.SCALES['smoke'], **bad)
 
 def test_numbers_of_a_study_have_ranges(tmp_path):
     "Refused before anything is made."
-    for bad in (dict(seeds=0), dict(seeds=1.5), dict(seed=-1), dict(scheduler=0), dict(scheduler=True), dict(scheduler='threads'), dict(scale='huge'), dict(scale=[1])):
+    for bad in (dict(seeds=0), dict(seeds=1.5), dict(seed=-1), dict(scheduler=0), dict(scheduler=True),
+                dict(scheduler='threads'), dict(scale='huge'), dict(scale=[1])):
         with pytest.raises(OpenTransError): ex.run_study('masks', tmp_path, **bad)
         with pytest.raises(OpenTransError): ex.demo(tmp_path, **bad)
     with pytest.raises(OpenTransError, match='Unknown study'): ex.run_study(['masks'], tmp_path)
     assert not any(tmp_path.iterdir())
 
 def test_names_are_shown_as_they_are_called():
-    "Arms and data sets with formulas, markup and escape sequences in their names: in plots, on the page, in a table."
+    """Arms and data sets with formulas, markup and escape sequences in their names: in plots, on the page, in a
+    table."""
     names = '$x_{$', '_hidden', '<script>alert(1)</script>', 'a|b\x1b[31m'
     arms = [ex.Arm(n, tables=('masks',)) for n in names]
-    results = [dict(ARM, arm=n, seed=s, miou={'base': .1*i+.01*s, 'novel': .1, '$y$': .2}) for i,n in enumerate(names) for s in range(3)]
+    results = [dict(ARM, arm=n, seed=s, miou={'base': .1*i+.01*s, 'novel': .1, '$y$': .2})
+               for i,n in enumerate(names) for s in range(3)]
     frame = ex.results_frame(results)
-    for axis in (ex.plot_arms(frame, arms), ex.plot_cost(frame), ex.plot_similarity(frame), ex.plot_frameworks(frame, arms)[0]): axis.figure.canvas.draw()
+    for axis in (ex.plot_arms(frame, arms), ex.plot_cost(frame), ex.plot_similarity(frame),
+                 ex.plot_frameworks(frame, arms)[0]):
+        axis.figure.canvas.draw()
     assert len(ex.plot_arms(frame, arms).get_legend_handles_labels()[1]) == 4
     plt.close('all')
     verdicts = ex.judge_claims(frame, [ex.Claim(names[2], names[0], names[2], names[3], ('base',))])
     summary = ex.summarize(frame, arms).to_dict('index')
     sizes = dataclasses.asdict(dataclasses.replace(ex.SCALES['smoke'], framework='deeplabv3'))
-    page = ex.report_html(dict(claims=verdicts.to_dict('records'), summary=dict(masks=summary, layers=summary), scale=sizes, seeds=[0, 1, 2], tower_params=1e6,
+    page = ex.report_html(dict(claims=verdicts.to_dict('records'), summary=dict(masks=summary, layers=summary),
+                               scale=sizes, seeds=[0, 1, 2], tower_params=1e6,
                                zero_shot=dict(base=.5, novel=.4, chance=.1), run=dict(command=names[2])), {})
     table = ex.claims_table(verdicts)
-    assert '<script>' not in ''.join(table.index) and '\x1b' not in table.paper.iloc[0] and '\\|' in table.paper.iloc[0]
+    assert ('<script>' not in ''.join(table.index) and '\x1b' not in table.paper.iloc[0]
+            and '\\|' in table.paper.iloc[0])
 
 def test_a_clip_that_is_not_finite_gets_no_accuracy():
     clip = ex.open_clip_of(ex.SCALES['smoke'])
@@ -265,21 +319,25 @@ def test_a_clip_that_is_not_finite_gets_no_accuracy():
 # where alpha is read, and where a table is made
 
 def _smoke(alpha_of): return dataclasses.replace(ex.SCALES['smoke'], alpha_of=alpha_of)
-_TWO = [ex.Arm('dense half', select='alpha', tables=('layers',)), ex.Arm('sparse half', 'distilled', select='alpha', tables=('layers',))]
+_TWO = [ex.Arm('dense half', select='alpha', tables=('layers',)),
+        ex.Arm('sparse half', 'distilled', select='alpha', tables=('layers',))]
 
 def test_alpha_is_read_before_or_under_the_mask(tmp_path, one_thread):
-    "Before it, the sparse arm freezes what the dense one does, from the same warm-up; under it, it has a start of its own. Sparse it is in both."
+    """Before it, the sparse arm freezes what the dense one does, from the same warm-up; under it, it has a start of
+    its own. Sparse it is in both."""
     runs = {}
     for alpha_of in ('dense', 'masked'):
         dense, sparse = ex.run_arms(_smoke(alpha_of), 0, tmp_path/alpha_of, 1, _TWO)
         runs[alpha_of] = sparse
-        assert sparse['density'] == pytest.approx(.5, abs=.01) and (dense['frozen'] == sparse['frozen']) == (alpha_of == 'dense')
+        assert (sparse['density'] == pytest.approx(.5, abs=.01)
+                and (dense['frozen'] == sparse['frozen']) == (alpha_of == 'dense'))
         assert len(list((tmp_path/alpha_of).glob('start-*.safetensors'))) == (1 if alpha_of == 'dense' else 2)
     clip = ex.open_clip_of(_smoke('dense'))
     seg = ex.build_framework('', clip, ex.open_world(_smoke('dense'), 0)['train'].vocabulary, _smoke('dense'), 0)
     mask = ex.open_mask('distilled', _smoke('dense'), 0, tmp_path/'dense')
     c = cost(seg, (3, 80, 80)).under(mask)
-    warm, whole = training_flops(c, 1, 4), training_flops(c, 2, 4, mask=mask, selection=LayerSelection([], runs['dense']['frozen']))
+    warm = training_flops(c, 1, 4)
+    whole = training_flops(c, 2, 4, mask=mask, selection=LayerSelection([], runs['dense']['frozen']))
     assert runs['dense']['train_flops'] == pytest.approx(warm+whole), 'the warm-up is dense, what follows is sparse'
 
 def test_a_mask_that_comes_late_is_waited_for(tmp_path):
@@ -304,7 +362,8 @@ def test_tables_are_made_in_the_framework_of_the_paper(tmp_path, monkeypatch):
     assert [s.framework for s in seen] == ['deeplabv3', 'mask2former', 'mask2former']*3 + ['deeplabv3']*3
     ex.run_study('ratio', tmp_path, 1, framework='fpn')
     assert seen[-1].framework == 'fpn' and (tmp_path/'ratio-fpn-1seeds.json').exists()
-    with pytest.raises(OpenTransError, match='Unknown framework'): ex.run_study('ratio', tmp_path, 1, framework='fpm')
+    with pytest.raises(OpenTransError, match='Unknown framework'):
+        ex.run_study('ratio', tmp_path, 1, framework='fpm')
 
 def test_a_scale_says_how_its_arms_train():
     scale = dataclasses.replace(ex.SCALES['smoke'], precision='bf16', accumulate=64, loaders=3)
@@ -314,7 +373,8 @@ def test_a_scale_says_how_its_arms_train():
         with pytest.raises(OpenTransError): dataclasses.replace(scale, **bad)
 
 def test_a_study_says_what_it_needs(monkeypatch):
-    "A row for each framework; hours are those of all arms and seeds, shared by the processes. On a GPU nothing begins that cannot fit."
+    """A row for each framework; hours are those of all arms and seeds, shared by the processes. On a GPU nothing
+    begins that cannot fit."""
     table = ex.plan_study('masks', seeds=3, scale='smoke', scheduler=2)
     row = table.loc['deeplabv3']
     assert list(table.index) == ['deeplabv3'] and row.arms == len(ex.get_study('masks').arms) and row.fits
@@ -322,6 +382,7 @@ def test_a_study_says_what_it_needs(monkeypatch):
     assert list(ex.plan_study('ratio', scale='smoke', framework='fpn').index) == ['fpn']
     monkeypatch.setattr(ex.registry, 'pick_device', lambda name: torch.device('cuda'))
     monkeypatch.setattr(ex.registry, 'plan_run', lambda *a: dataclasses.replace(PLAN, room=1))
-    monkeypatch.setattr(ex.registry, 'open_clip_of', lambda scale: ClipBackbone.create('shapes-rn', pretrained='shapes-rn', output_stride=16))
+    monkeypatch.setattr(ex.registry, 'open_clip_of',
+                        lambda scale: ClipBackbone.create('shapes-rn', pretrained='shapes-rn', output_stride=16))
     with pytest.raises(OpenTransError, match='needs about'): ex.run_study('ratio', 'nowhere', 1, scale='smoke')
     assert not Path('nowhere').exists()

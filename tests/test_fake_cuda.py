@@ -1,6 +1,8 @@
-"""Everything that computes, on a CUDA device that is not there (`fake_cuda.py`): devices that mix, and types under autocast, show here.
+"""Everything that computes, on a CUDA device that is not there (`fake_cuda.py`): devices that mix, and types under
+autocast, show here.
 
-Frameworks, towers, losses and criteria come from their registries. What cannot be pretended stands in CANNOT, with the reason.
+Frameworks, towers, losses and criteria come from their registries. What cannot be pretended stands in CANNOT,
+with the reason.
 """
 import functools
 import pytest
@@ -93,8 +95,10 @@ def test_towers(cuda, family, precision):
     images = torch.rand(2, 3, 64, 64)
     regions = [torch.zeros(2, 64, 64, dtype=torch.bool) for _ in images]
     for r in regions: r[0, :40, :40],r[1, 20:] = True,True
-    ways = [lambda c, x, r: torch.cat([m.flatten() for m in c(x).values()]), lambda c, x, r: c.dense_embeddings(x), lambda c, x, r: c.encode_image(x)]
-    ways += [lambda c, x, r, mode=mode: c.region_embeddings(x, r, mode=mode) for mode in ('attention', 'crop', 'tight')]
+    ways = [lambda c, x, r: torch.cat([m.flatten() for m in c(x).values()]), lambda c, x, r: c.dense_embeddings(x),
+            lambda c, x, r: c.encode_image(x)]
+    ways += [lambda c, x, r, mode=mode: c.region_embeddings(x, r, mode=mode)
+             for mode in ('attention', 'crop', 'tight')]
     ways += [lambda c, x, r: c.encode_text(NAMES)]
     with torch.no_grad():
         here = [way(clip, images, regions) for way in ways]
@@ -118,9 +122,11 @@ def test_frameworks(cuda, name, precision):
         if precision == 'no': agree(v, wanted[k].detach(), 1e-4)
     images = case.batch()['images']
     for kind in seg.kinds:
-        with cast(precision): answer = seg.predict(images, NAMES[::-1], kind=kind) # images come from the CPU, as a reader gives them
+        # images come from the CPU, as a reader gives them
+        with cast(precision): answer = seg.predict(images, NAMES[::-1], kind=kind)
         assert answer.device.type == 'cuda'
-        if precision == 'no': assert (values_of(answer) == here.predict(images, NAMES[::-1], kind=kind)).float().mean() > .99
+        if precision == 'no':
+            assert (values_of(answer) == here.predict(images, NAMES[::-1], kind=kind)).float().mean() > .99
 
 @pytest.mark.parametrize('name', FIRST_FRAMEWORK)
 def test_evaluation(cuda, name):
@@ -133,7 +139,8 @@ def test_evaluation(cuda, name):
 
 # ---------------------------------------------------------------- distillation
 
-def rows(n=5, seed=0): return torch.nn.functional.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(seed)), dim=1)
+def rows(n=5, seed=0):
+    return torch.nn.functional.normalize(torch.randn(n, 8, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 @pytest.mark.parametrize('precision', PRECISIONS)
 @pytest.mark.parametrize('name', list(LOSSES))
@@ -143,13 +150,16 @@ def test_losses(cuda, name, precision):
     with cast(precision): got = LOSSES[name](*(x.to('cuda') for x in here))
     agree(got, LOSSES[name](*here), 1e-5 if precision == 'no' else .1)
 
-@pytest.mark.parametrize('mode, pairs, amp', [('attention', 'batch', False), ('attention', 'image', True), ('crop', 'batch', True), ('tight', 'image', False)])
+@pytest.mark.parametrize('mode, pairs, amp',
+                         [('attention', 'batch', False), ('attention', 'image', True), ('crop', 'batch', True),
+                          ('tight', 'image', False)])
 def test_a_step_of_distillation(cuda, mode, pairs, amp):
     "Forward: teacher, student, names and loss, with embeddings that are remembered."
     world = ShapesWorld('train', n=2, size=64)
     def losses(device):
         clip = contract.tiny_backbone().to(device)
-        train = DistillTrainer(clip, world, batch_size=2, student_mode=mode, teacher_mode=mode, pairs=pairs, amp=amp)
+        train = DistillTrainer(clip, world, batch_size=2, student_mode=mode, teacher_mode=mode, pairs=pairs,
+                               amp=amp)
         return list(train.losses(clip, n=2))
     for got,wanted in zip(losses('cuda'), losses('cpu')): agree(got, wanted.detach(), .2 if amp else 1e-4)
 
@@ -202,7 +212,8 @@ def test_spectra(cuda, family):
     here,there = analyze(clip),analyze(clip.fresh_copy().to('cuda'))
     assert (here.to_frame().alpha - there.to_frame().alpha).abs().max() < 1e-6
     weight = torch.randn(16, 8, 3, 3)
-    for kind in (torch.float32, torch.bfloat16, torch.float8_e5m2): agree(esd(weight.to(kind).to('cuda')), esd(weight.to(kind))) # rounding is judged otherwise
+    for kind in (torch.float32, torch.bfloat16, torch.float8_e5m2):
+        agree(esd(weight.to(kind).to('cuda')), esd(weight.to(kind))) # rounding is judged otherwise
 
 @pytest.mark.parametrize('maps', ['flatten', 'pool', 2])
 def test_similarity(cuda, maps):
@@ -211,7 +222,8 @@ def test_similarity(cuda, maps):
     names = ['layer1', 'layer4']
     def tables(device):
         a,b = (contract.tiny_backbone(seed).visual.to(device).eval() for seed in (0, 1))
-        return [similarity.cka(a, b, images, names, maps=maps, kernel=kernel) for kernel in ('linear', 'rbf')], similarity.paper_cka(a, b, images, names)
+        return [similarity.cka(a, b, images, names, maps=maps, kernel=kernel)
+                for kernel in ('linear', 'rbf')], similarity.paper_cka(a, b, images, names)
     (one,two),paper = tables('cuda')
     (first,second),released = tables('cpu')
     assert max((one-first).abs().max().max(), (two-second).abs().max().max(), (paper-released).abs().max()) < 1e-4

@@ -10,7 +10,8 @@ def test_a_check_in_miniature(tmp_path):
     "Checks run, what needs a GPU says so, and all is in one file."
     out = tmp_path/'r.json'
     env = dict(os.environ, OMP_NUM_THREADS='1')
-    command = [sys.executable, BENCHMARKS/'gpu_check.py', '--device', 'cpu', '--tiny', '--only', QUICK, '--bundle', '', '--out', out]
+    command = [sys.executable, BENCHMARKS/'gpu_check.py', '--device', 'cpu', '--tiny', '--only', QUICK, '--bundle',
+               '', '--out', out]
     r = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
     assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-2000:]
     told = json.loads(out.read_text())
@@ -27,7 +28,9 @@ def test_a_check_survives_another(script, capsys, monkeypatch):
     class Pipe:
         def send(self, name): pass
     class Worker(check.Worker):
-        def start(self): self.process,self.pipe = object(),Pipe(); began.append(1)
+        def start(self):
+            self.process,self.pipe = object(),Pipe()
+            began.append(1)
         def end(self): self.process = None
         def _hear(self, seconds):
             answer = next(answers)
@@ -35,14 +38,16 @@ def test_a_check_survives_another(script, capsys, monkeypatch):
             return answer
     worker = Worker()
     found = [worker.run(name, 1) for name in 'abcd']
-    assert found == [('ok', {}), ('failed', 'no answer within 1 s'), ('failed', 'the process ended'), ('ok', {})] and len(began) == 3
+    assert (found == [('ok', {}), ('failed', 'no answer within 1 s'), ('failed', 'the process ended'), ('ok', {})]
+            and len(began) == 3)
 
 def test_each_framework_has_a_check(script):
     "They come from the registry."
     from opentrans.frameworks import list_frameworks
     check = script('gpu_check')
     check.add_frameworks()
-    assert {f'finetune {name}' for name in list_frameworks()} <= set(check.CHECKS) and list(check.CHECKS)[-1] == 'compiled'
+    assert ({f'finetune {name}' for name in list_frameworks()} <= set(check.CHECKS)
+            and list(check.CHECKS)[-1] == 'compiled')
     assert check.main(['--device', 'cpu', '--only', 'no_such_check']) == 2
 
 ASKS = """
@@ -88,4 +93,5 @@ def test_a_wheel_without_its_tests(script, tmp_path):
         file.writestr('a/__init__.py', 'x = 1')
         file.writestr('a/tests/test_a.py', 'assert True')
     script('gpu_bundle').slim(wheel)
-    with zipfile.ZipFile(wheel) as file: assert file.namelist() == ['a/__init__.py'] and file.read('a/__init__.py') == b'x = 1'
+    with zipfile.ZipFile(wheel) as file:
+        assert file.namelist() == ['a/__init__.py'] and file.read('a/__init__.py') == b'x = 1'

@@ -27,14 +27,18 @@ def environment():
 
 @pytest.fixture
 def cluster(tmp_path):
-    "A scheduler and two workers, each a process of its own: yields a client and the processes of the workers by name."
+    """A scheduler and two workers, each a process of its own: yields a client and the processes of the workers by
+    name."""
     file = tmp_path/'scheduler.json'
     def start(*words):
         with open(tmp_path/f'{words[0]}.log', 'a') as log:
-            return subprocess.Popen([sys.executable, '-m', 'dask', *words, '--no-dashboard'], cwd=tmp_path, env=environment(), stdout=log, stderr=log)
+            return subprocess.Popen([sys.executable, '-m', 'dask', *words, '--no-dashboard'], cwd=tmp_path,
+                                    env=environment(), stdout=log, stderr=log)
     def start_worker(name):
-        return start('worker', '--scheduler-file', file, '--name', name, '--nthreads', '1', '--no-nanny', '--memory-limit', '0')
-    processes = dict(scheduler=start('scheduler', '--host', '127.0.0.1', '--port', '0', '--dashboard-address', '127.0.0.1:0', '--scheduler-file', file))
+        return start('worker', '--scheduler-file', file, '--name', name, '--nthreads', '1', '--no-nanny',
+                     '--memory-limit', '0')
+    processes = dict(scheduler=start('scheduler', '--host', '127.0.0.1', '--port', '0', '--dashboard-address',
+                                     '127.0.0.1:0', '--scheduler-file', file))
     try:
         until(file.exists, 'the scheduler did not begin', lambda: (tmp_path/'scheduler.log').read_text()[-2000:])
         processes |= {name: start_worker(name) for name in ('one', 'two')}
@@ -89,17 +93,21 @@ def test_seeds_share_the_processes(tmp_path, one_thread):
     assert [r['miou'] for r in both] == [r['miou'] for r in alone] and both[0]['miou'] != both[1]['miou']
 
 def test_an_error_of_a_job_is_raised_where_it_was_asked_for():
-    "What a job raises in a worker is raised here, of the same class; a job that costs its worker each time is given up in a sentence."
+    """What a job raises in a worker is raised here, of the same class; a job that costs its worker each time is
+    given up in a sentence."""
     import dask
-    with pytest.raises(OpenTransError, match='no such thing'): ex.run_jobs({'a': ((), refuse, ()), 'b': ((), refuse, ())}, 2)
+    with pytest.raises(OpenTransError, match='no such thing'):
+        ex.run_jobs({'a': ((), refuse, ()), 'b': ((), refuse, ())}, 2)
     with dask.config.set({'distributed.scheduler.allowed-failures': 0}):
-        with pytest.raises(OpenTransError, match='each time its worker was killed'): ex.run_jobs({'a': ((), end_worker, ())}, 2)
+        with pytest.raises(OpenTransError, match='each time its worker was killed'):
+            ex.run_jobs({'a': ((), end_worker, ())}, 2)
 
 def test_a_scheduler_that_is_not_there_is_named():
     "In one sentence, before any folder is made."
     import dask
     with dask.config.set({'distributed.comm.timeouts.connect': '1s'}):
-        with pytest.raises(OpenTransError, match='No scheduler answers at tcp://127.0.0.1:9'): ex.run_jobs({'a': ((), str, ())}, 'tcp://127.0.0.1:9')
+        with pytest.raises(OpenTransError, match='No scheduler answers at tcp://127.0.0.1:9'):
+            ex.run_jobs({'a': ((), str, ())}, 'tcp://127.0.0.1:9')
 
 SCRIPT = """
 import time
@@ -109,10 +117,12 @@ if __name__ == '__main__': run_jobs({'short': ((), str, ()), 'long': ((), time.s
 
 @pytest.mark.parametrize('sent', (signal.SIGINT, signal.SIGTERM))
 def test_workers_end_with_their_parent(tmp_path, sent):
-    "One at work and one that waits for work; none is left behind, by Ctrl-C, which all of them hear, or by SIGTERM to the parent alone."
+    """One at work and one that waits for work; none is left behind, by Ctrl-C, which all of them hear, or by
+    SIGTERM to the parent alone."""
     (tmp_path/'jobs.py').write_text(SCRIPT)
     def hear(): signal.signal(signal.SIGINT, signal.default_int_handler)
-    parent = subprocess.Popen([sys.executable, tmp_path/'jobs.py'], env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hear)
+    parent = subprocess.Popen([sys.executable, tmp_path/'jobs.py'], env=environment(), stderr=subprocess.PIPE,
+                              text=True, start_new_session=True, preexec_fn=hear)
     assert parent.stderr.readline() == 'jobs: 1 of 2 done, short\n'
     if sent == signal.SIGINT: os.killpg(parent.pid, sent)
     else: parent.terminate()

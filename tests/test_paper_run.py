@@ -1,4 +1,5 @@
-"The README's commands on a small tree of the seven data sets, studies at the paper's settings, and what a log hears."
+"""The README's commands on a small tree of the seven data sets, studies at the paper's settings, and what a log
+hears."""
 import dataclasses, json, os, shutil, subprocess, sys
 from pathlib import Path
 import pytest
@@ -47,7 +48,8 @@ def test_studies_of_the_paper_put_names_into_the_prompts_of_the_framework(monkey
     assert world['val'].vocabulary is usual and ex.world_of(ex.SCALES['shapes'], 0) is world
 
 def test_a_shorter_scale_is_the_same_course():
-    "Warm-up, rest, each framework's course and each round are shorter by the same share, and nothing is of no length."
+    """Warm-up, rest, each framework's course and each round are shorter by the same share, and nothing is of no
+    length."""
     short = COCO.shorten(500)
     assert (short.warmup, short.iterations, short.imp_iters) == (100, 400, 10)
     courses = [sum(short.steps(name)) for name in ('deeplabv3', 'fcclip', 'faseg')]
@@ -63,7 +65,8 @@ def test_a_shorter_scale_is_the_same_course():
 
 def test_sizes_of_a_study_are_read_from_texts():
     "Numbers, names, switches and lists; what is none is said in a sentence."
-    told = COCO.changed(dict(batch_size='8', precision='bf16', freeze='.25', paper='false', sets='voc_20, context_59'))
+    told = COCO.changed(dict(batch_size='8', precision='bf16', freeze='.25', paper='false',
+                             sets='voc_20, context_59'))
     assert (told.batch_size, told.precision, told.freeze, told.paper) == (8, 'bf16', .25, False)
     assert told.sets == ('voc_20', 'context_59')
     wrong = dict(batch='8', batch_size='many', paper='perhaps', precision='fp8', accumulate='0', iterations='1.5')
@@ -76,7 +79,8 @@ def test_arms_of_a_study_are_chosen_by_their_names(tmp_path):
     file = ex.result_file('frameworks', 'r', 1, 'coco', arms=['dense', 'random'])
     assert file.name == 'frameworks-coco-dense-random-1seeds.json'
     every = ex.get_study('frameworks').arm_names
-    names = {ex.result_file('frameworks', 'r', 1, arms=chosen).name for chosen in (None, every, every[1:], every[:-1])}
+    names = {ex.result_file('frameworks', 'r', 1, arms=chosen).name
+             for chosen in (None, every, every[1:], every[:-1])}
     assert len(names) == 4 and all(len(name) < 100 for name in names)
     message = fails('study', 'frameworks', '--arm', 'thick', '--out', tmp_path/'o')
     assert "Unknown arm of the study 'frameworks'" in message
@@ -108,7 +112,8 @@ def test_random_weights_of_a_study_are_the_same_in_each_process():
     assert same(*towers) and not same(towers[0], shipped)
 
 def test_a_study_of_two_arms(tree, tmp_path, monkeypatch): # noqa: F811
-    "At the paper's scale, shortened by one flag: a column for each set, seen at the released sizes, and its command."
+    """At the paper's scale, shortened by one flag: a column for each set, seen at the released sizes, and its
+    command."""
     monkeypatch.setenv('DETECTRON2_DATASETS', '')
     seen, evaluate = [], arms.evaluate
     def small(seg, data, **looks):
@@ -128,7 +133,8 @@ def test_a_study_of_two_arms(tree, tmp_path, monkeypatch): # noqa: F811
     assert (data['scale']['warmup'], data['scale']['iterations'], data['scale']['device']) == (1, 1, 'cpu')
 
 SAMPLE = Path(__file__).parents[1]/'../shared/data/samples/coco_panoptic/sample_data'
-MINIATURE = dict(backbone='shapes-rn', preset='small', batch_size=2, imp_batch=2, imp_crop=64, loaders=0, density=.3, p=.5, checkpoint=1)
+MINIATURE = dict(backbone='shapes-rn', preset='small', batch_size=2, imp_batch=2, imp_crop=64, loaders=0,
+                 density=.3, p=.5, checkpoint=1)
 SCALES_OF_A_GPU = dict(gpu=dict(size=64, train=4, val=2, domain=1, imp_crop=0), coco=dict(sets=''))
 
 def lay_out_sample(root):
@@ -142,16 +148,21 @@ def lay_out_sample(root):
 
 @pytest.mark.parametrize('scale', list(SCALES_OF_A_GPU))
 def test_a_scale_of_a_gpu_in_miniature(scale, tmp_path, monkeypatch):
-    "Algorithm 1, warm-up, two arms, measures: the course of the scale, on a small tower, the CPU and real photographs for COCO."
-    if scale == 'coco' and not SAMPLE.is_dir(): pytest.skip('the COCO sample is not at ../shared/data/samples/coco_panoptic')
+    """Algorithm 1, warm-up, two arms, measures: the course of the scale, on a small tower, the CPU and real
+    photographs for COCO."""
+    if scale == 'coco' and not SAMPLE.is_dir():
+        pytest.skip('the COCO sample is not at ../shared/data/samples/coco_panoptic')
     root = lay_out_sample(tmp_path/'data') if scale == 'coco' else tmp_path
     evaluate = arms.evaluate
     def small(seg, data, **looks): return evaluate(seg, data, **{**looks, 'size': 48, 'longest': None})
     monkeypatch.setattr(arms, 'evaluate', small)
     monkeypatch.setenv('DETECTRON2_DATASETS', '')
-    sizes_told = [part for name,value in {**MINIATURE, **SCALES_OF_A_GPU[scale]}.items() for part in ('--set', f'{name}={value}')]
-    given = ('study', 'frameworks', '--scale', scale, '--device', 'cpu', '--pretrained', 'shapes-rn', '--root', root, '--iterations', 2)
-    r = opentrans(*given, '--arm', 'dense', '--arm', 'distilled mask', *sizes_told, '--workers', 1, '--seeds', 1, '--out', tmp_path/'o')
+    sizes_told = [part for name,value in {**MINIATURE, **SCALES_OF_A_GPU[scale]}.items()
+                  for part in ('--set', f'{name}={value}')]
+    given = ('study', 'frameworks', '--scale', scale, '--device', 'cpu', '--pretrained', 'shapes-rn', '--root',
+             root, '--iterations', 2)
+    r = opentrans(*given, '--arm', 'dense', '--arm', 'distilled mask', *sizes_told, '--workers', 1, '--seeds', 1,
+                  '--out', tmp_path/'o')
     assert r.returncode == 0, r.stderr[-2000:]
     data = json.loads((tmp_path/'o'/'frameworks-own-dense-distilled-mask-1seeds.json').read_text())
     assert [(x['arm'], round(x['density'], 2)) for x in data['results']] == [('dense', 1.), ('distilled mask', .3)]
@@ -170,7 +181,8 @@ def log(monkeypatch, capsys):
     return of
 
 def test_a_log_hears_how_far_a_long_loop_is(log, monkeypatch):
-    "A line a minute (here at once): what is done, and what is left; nothing where a caller tells it, or nobody asks."
+    """A line a minute (here at once): what is done, and what is left; nothing where a caller tells it, or nobody
+    asks."""
     items, lines = log(range(2000), 'counting')
     assert items == [*range(2000)] and len(lines) == 2000
     assert lines[0].startswith('counting: 1 of 2,000, ') and lines[-1] == 'counting: 2,000 of 2,000, 0 s left'
@@ -194,7 +206,8 @@ def run_quietly(args, **more):
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_one_after_the_other(tree, tmp_path): # noqa: F811
-    "Prune in two processes; to each framework by the paper's recipe: transfer, evaluate, segment; a study of two arms."
+    """Prune in two processes; to each framework by the paper's recipe: transfer, evaluate, segment; a study of two
+    arms."""
     clip = ('--backbone', 'shapes-rn', '--pretrained', 'shapes-rn', '--data', 'coco_panoptic', '--root', tree)
     two = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2')
     mask = tmp_path/'m.safetensors'
@@ -224,7 +237,8 @@ def test_the_commands_of_the_readme_one_after_the_other(tree, tmp_path): # noqa:
     assert claims == {'DeepLabV3 with the transferred mask is better than dense DeepLabV3'}
 
 def test_some_samples_of_files_are_read_as_the_files_are(tree): # noqa: F811
-    "A view of files is cut and read small as the files themselves; one that transforms its samples is not read past."
+    """A view of files is cut and read small as the files themselves; one that transforms its samples is not read
+    past."""
     from opentrans.data import View, open_dataset, read_augmented
     data = open_dataset('coco_panoptic', tree, 'train')
     for view, at in ((View(data, [2, 1]), 0), (View(View(data), [2, 1]), 0)):
@@ -263,7 +277,8 @@ def test_a_plan_for_cards_that_cannot_share_a_batch_is_refused(tree, tmp_path): 
     assert 'multiple of 8' in fails('finetune', *flags, '--dry-run', '--processes', 8)
 
 def test_the_stored_measurements_are_of_the_papers_recipes(script):
-    "What is counted of a framework, and how many texts the names of the seven sets are; all are steps of the script."
+    """What is counted of a framework, and how many texts the names of the seven sets are; all are steps of the
+    script."""
     bench = script('bench_paper_run')
     file = Path(bench.__file__).with_suffix('.json')
     kept = json.loads(file.read_text())['steps']
@@ -271,7 +286,8 @@ def test_the_stored_measurements_are_of_the_papers_recipes(script):
     assert {'text', 'tower'} <= {*kept} <= {*bench.steps()} and counted
     for name in counted:
         step, recipe = kept[f'count-{name}'], Recipe.paper(name)
-        assert (step['side'], step['batch'], step['iterations']) == (recipe.crop, recipe.batch_size, recipe.iterations)
+        assert (step['side'], step['batch'], step['iterations']) == (
+            recipe.crop, recipe.batch_size, recipe.iterations)
         assert 0 < step['macs'] and 0 < step['counted'] and step['seen'] == [800, 1067]
     assert all(v['seconds'] > 0 and v.get('bytes', 1) > 0 for v in kept.values() if 'seconds' in v)
     words = {name: Vocabulary(bench.VOCABULARIES[name].entries, '{}') for name in bench.SETS}

@@ -23,7 +23,8 @@ def default(function, name):
 
 def rows():
     "Setting, what is here, and where, of each row of the page's table."
-    text = '\n'.join(''.join(c['source']) for c in json.loads(PAGE.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown')
+    text = '\n'.join(''.join(c['source'])
+                     for c in json.loads(PAGE.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'markdown')
     cells = [[x.strip() for x in line.strip('|').split('|')] for line in text.split('\n') if line.startswith('| ')]
     return [(c[0], c[3], c[4].strip('`')) for c in cells if len(c) == 5 and c[4].startswith('`')]
 
@@ -32,22 +33,27 @@ def test_the_page_says_what_the_code_does(setting, here, where):
     assert str(eval(where, {**globals()})) == here, setting
 
 def test_the_page_has_every_setting_of_a_recipe_of_the_paper():
-    "What the paper's recipes set otherwise than a recipe of one's own stands on the page, or belongs to another page."
+    """What the paper's recipes set otherwise than a recipe of one's own stands on the page, or belongs to another
+    page."""
     there = ' '.join(where for *_,where in rows())
     for name in ('han', 'fcclip'):
         recipe, plain = Recipe.paper(name), Recipe()
         changed = {f.name for f in dataclasses.fields(recipe) if getattr(recipe, f.name) != getattr(plain, f.name)}
         assert all(f"Recipe.paper('{name}').{f}" in there for f in changed-{'flip', 'scale', 'workers'}), changed
 
-PLAN = RunPlan(iterations=100, images=1000, batch_size=16, processes=2, accumulate=2, fixed=1e9, per_image=1e8, room=2*10**9, device='cpu',
-               step_fixed=.5, step_per_image=.25, load_per_image=.125, workers=0)
+PLAN = RunPlan(iterations=100, images=1000, batch_size=16, processes=2, accumulate=2, fixed=1e9, per_image=1e8,
+               room=2*10**9, device='cpu', step_fixed=.5, step_per_image=.25, load_per_image=.125, workers=0)
 
 def test_a_plan_adds_up():
     assert PLAN.part == 4 and PLAN.memory == pytest.approx(1.4e9) and PLAN.fits and PLAN.least_parts() == 1
-    assert PLAN.seconds == .5*2 + .25*8 + .125*8 and dataclasses.replace(PLAN, workers=1).seconds == 3. and dataclasses.replace(PLAN, workers=1, load_per_image=1.).seconds == 8.
-    assert PLAN.hours == pytest.approx(PLAN.seconds*100/3600) and PLAN.epoch == pytest.approx(PLAN.seconds*1000/16/60)
+    assert (PLAN.seconds == .5*2 + .25*8 + .125*8 and dataclasses.replace(PLAN, workers=1).seconds == 3.
+            and dataclasses.replace(PLAN, workers=1, load_per_image=1.).seconds == 8.)
+    assert (PLAN.hours == pytest.approx(PLAN.seconds*100/3600)
+            and PLAN.epoch == pytest.approx(PLAN.seconds*1000/16/60))
 
-@pytest.mark.parametrize('room,parts', [(1_810_000_000, 1), (1_800_000_000-1, 2), (1_400_000_000, 2), (1_399_000_000, 3), (1_100_000_000, 8), (1_099_999_999, None)])
+@pytest.mark.parametrize('room,parts',
+                         [(1_810_000_000, 1), (1_800_000_000-1, 2), (1_400_000_000, 2), (1_399_000_000, 3),
+                          (1_100_000_000, 8), (1_099_999_999, None)])
 def test_what_cannot_fit_is_refused_with_what_can(room, parts):
     plan = dataclasses.replace(PLAN, accumulate=1, room=room)
     assert plan.least_parts() == parts
@@ -57,13 +63,15 @@ def test_what_cannot_fit_is_refused_with_what_can(room, parts):
 
 @pytest.mark.parametrize('name,batch', [('deeplabv3', 6), ('mask2former', 5)])
 def test_a_plan_is_near_to_what_the_run_takes(name, batch, one_thread):
-    "The memory of a larger batch, which was not tried, is that of the allocator to a quarter; and nothing has changed by looking."
+    """The memory of a larger batch, which was not tried, is that of the allocator to a quarter; and nothing has
+    changed by looking."""
     world = ShapesWorld('train', n=8, size=64)
     seg = build(name, tiny_backbone(), vocabulary=world.vocabulary, preset='small', seed=0)
     before = {k: v.clone() for k,v in seg.state_dict().items()}
     recipe = Recipe.tiny().replace(batch_size=batch, iterations=2)
     plan = plan_run(seg, world, recipe, samples=4)
-    assert all(torch.equal(v, before[k]) for k,v in seg.state_dict().items()) and plan.images == 8 and plan.iterations == 2
+    assert (all(torch.equal(v, before[k]) for k,v in seg.state_dict().items()) and plan.images == 8
+            and plan.iterations == 2)
     weights = sum(v.numel()*v.element_size() for v in seg.state_dict().values())
     took = weights + peak_memory(lambda: finetune(seg, world, recipe))
     assert .75*took < plan.memory < 1.35*took and plan.seconds > 0 and plan.load_per_image > 0
@@ -77,4 +85,6 @@ def test_a_plan_is_of_two_images_where_one_leaves_a_norm_a_single_value():
 @pytest.mark.parametrize('kw', [dict(processes=0), dict(samples=0), dict(processes=1.5)])
 def test_a_plan_of_nothing_is_refused(kw):
     world = ShapesWorld('train', n=1, size=64)
-    with pytest.raises(OpenTransError): plan_run(build('deeplabv3', tiny_backbone(), vocabulary=world.vocabulary, preset='small'), world, Recipe.tiny(), **kw)
+    with pytest.raises(OpenTransError):
+        plan_run(build('deeplabv3', tiny_backbone(), vocabulary=world.vocabulary, preset='small'), world,
+                 Recipe.tiny(), **kw)

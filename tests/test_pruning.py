@@ -19,47 +19,59 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 def conv(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
 def small(width=4, seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(conv(3, width), conv(width, 2*width), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2*width, 3))
+    return nn.Sequential(conv(3, width), conv(width, 2*width), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(2*width, 3))
 def zeros(mask, model): return all((w[~mask[n]] == 0).all() for n,w in mask.weights(model).items())
 def untouched(a, b, names=()): return all(torch.equal(t, b[k]) for k,t in a.items() if k not in names)
 
-# --- the towers of open_clip ---------------------------------------------------------------------------------------------
+# --- the towers of open_clip
 
 @pytest.fixture(scope='module')
 def rn50():
     from open_clip.modified_resnet import ModifiedResNet
     torch.manual_seed(0)
-    return ModifiedResNet(layers=(3, 4, 6, 3), output_dim=1024, heads=32, image_size=224, width=64)          # as open_clip's RN50.json says
+    # as open_clip's RN50.json says
+    return ModifiedResNet(layers=(3, 4, 6, 3), output_dim=1024, heads=32, image_size=224, width=64)
 
 def test_rn50_follows_the_released_convention(rn50, tmp_path):
-    "54 of the trunk's 55 convolutions (targets.md A: 23,474,016 weights, conv1 864 of them); 52 in the loading variant; a file of at most 3.2 MB."
+    """54 of the trunk's 55 convolutions (targets.md A: 23,474,016 weights, conv1 864 of them); 52 in the loading
+    variant; a file of at most 3.2 MB."""
     mask = SparseMask.magnitude(rn50, .1)
-    assert len(mask) == 54 and mask.total == 23_474_016-864 and 'conv1.weight' not in mask and not any('attnpool' in n for n in mask)
+    assert (len(mask) == 54 and mask.total == 23_474_016-864 and 'conv1.weight' not in mask
+            and not any('attnpool' in n for n in mask))
     assert abs(mask.density-.1) < 1e-6 and mask['layer1.0.conv1.weight'].shape == rn50.layer1[0].conv1.weight.shape
-    w = np.concatenate([l.weight.detach().abs().numpy().ravel() for l in prunable(rn50)])
+    w = np.concatenate([layer.weight.detach().abs().numpy().ravel() for layer in prunable(rn50)])
     kept = np.concatenate([m.numpy().ravel() for _,m in mask.items()])
-    assert (kept == (w > np.partition(w, len(w)-mask.kept-1)[len(w)-mask.kept-1])).all()                # an independent global threshold
+    # an independent global threshold
+    assert (kept == (w > np.partition(w, len(w)-mask.kept-1)[len(w)-mask.kept-1])).all()
     assert len(mask.only('layer*')) == 52
     mask.save(tmp_path/'m.safetensors', backbone='RN50')
     assert (tmp_path/'m.safetensors').stat().st_size <= 3.2e6 and SparseMask.load(tmp_path/'m.safetensors') == mask
     matched = SparseMask.random(rn50, .1, seed=0, like=mask)
-    assert (matched.table().kept == mask.table().kept).all() and abs(matched.overlap(mask).loc['all', 'lift']-1) < .02
+    assert ((matched.table().kept == mask.table().kept).all()
+            and abs(matched.overlap(mask).loc['all', 'lift']-1) < .02)
     report = mask.bake(rn50)
-    assert report['dense_bytes'] > 4*38_316_896 and report['sparse_bytes'] < .5*report['dense_bytes']     # the attention pool (14.8 M) stays dense
+    # the attention pool (14.8 M) stays dense
+    assert report['dense_bytes'] > 4*38_316_896 and report['sparse_bytes'] < .5*report['dense_bytes']
 
-@pytest.mark.parametrize('name,count,total,first', [
-    ('RN101', 105, 42_413_056, 'conv2.weight'), ('RN50x4', 84, 65_508_800, 'conv2.weight'), ('RN50x16', 126, 136_007_424, 'conv2.weight'),
-    ('convnext_base', 111, 87_391_872, 'trunk.stages.0.blocks.0.conv_dw.weight'), ('convnext_large_d', 111, 195_968_448, 'trunk.stages.0.blocks.0.conv_dw.weight'),
-    ('ViT-B-16', 72, 84_934_656, 'transformer.resblocks.0.attn.in_proj_weight[q]'), ('ViT-L-14', 144, 301_989_888, 'transformer.resblocks.0.attn.in_proj_weight[q]')])
+@pytest.mark.parametrize('name,count,total,first',
+                         [('RN101', 105, 42_413_056, 'conv2.weight'), ('RN50x4', 84, 65_508_800, 'conv2.weight'),
+                          ('RN50x16', 126, 136_007_424, 'conv2.weight'),
+                          ('convnext_base', 111, 87_391_872, 'trunk.stages.0.blocks.0.conv_dw.weight'),
+                          ('convnext_large_d', 111, 195_968_448, 'trunk.stages.0.blocks.0.conv_dw.weight'),
+                          ('ViT-B-16', 72, 84_934_656, 'transformer.resblocks.0.attn.in_proj_weight[q]'),
+                          ('ViT-L-14', 144, 301_989_888, 'transformer.resblocks.0.attn.in_proj_weight[q]')])
 def test_prunable_rule_on_every_tower(name, count, total, first):
-    "Convolutions and linear maps with q, k, v; first layer, norms, biases, embeddings, pooling and head left alone. Built without memory."
+    """Convolutions and linear maps with q, k, v; first layer, norms, biases, embeddings, pooling and head left
+    alone. Built without memory."""
     open_clip = pytest.importorskip('open_clip')
     tower = open_clip.create_model(name, pretrained=None, device='meta').visual
     found = prunable(tower)
-    assert (len(found), sum(l.weight.numel() for l in found), found[0].name) == (count, total, first)
-    assert all(l.weight.ndim >= 2 and 'embed' not in l.name and 'norm' not in l.name and '.bias' not in l.name for l in found)
+    assert (len(found), sum(layer.weight.numel() for layer in found), found[0].name) == (count, total, first)
+    assert all(layer.weight.ndim >= 2 and 'embed' not in layer.name and 'norm' not in layer.name
+               and '.bias' not in layer.name for layer in found)
 
-# --- spellings of other libraries, checked by what the models compute -------------------------------------------------------
+# --- spellings of other libraries, checked by what the models compute
 
 def tiny_resnet():
     from open_clip.modified_resnet import ModifiedResNet
@@ -67,20 +79,25 @@ def tiny_resnet():
     return ModifiedResNet(layers=(1, 2, 1, 1), output_dim=16, heads=4, image_size=32, width=8)
 
 def test_mask_fits_timm_resnet_by_function():
-    "open_clip's ResNet under a mask and timm's CLIP ResNet with the same weights under the same mask give the same features."
+    """open_clip's ResNet under a mask and timm's CLIP ResNet with the same weights under the same mask give the
+    same features."""
     pytest.importorskip('timm')
     from dataclasses import replace
     from timm.models import byobnet
     cfg = byobnet.model_cfgs['resnet50_clip']
-    cfg = replace(cfg, stem_chs=(4, 4, 8), blocks=tuple(replace(b, d=d, c=b.c//8) for b,d in zip(cfg.blocks, (1, 2, 1, 1))))
+    cfg = replace(cfg, stem_chs=(4, 4, 8),
+                  blocks=tuple(replace(b, d=d, c=b.c//8) for b,d in zip(cfg.blocks, (1, 2, 1, 1))))
     ours,other = tiny_resnet(),byobnet.ByobNet(cfg, num_classes=16, img_size=32)
-    other.load_state_dict(byobnet.checkpoint_filter_fn({f'visual.{k}': t for k,t in ours.state_dict().items()}, other), strict=False)
+    other.load_state_dict(byobnet.checkpoint_filter_fn({f'visual.{k}': t for k,t in ours.state_dict().items()},
+                                                       other), strict=False)
     mask = SparseMask.magnitude(ours, .3)
-    for m in (ours, other): m.eval(); assert len(mask.apply(m).placed) == len(mask) == 21
+    for m in (ours, other):
+        m.eval()
+        assert len(mask.apply(m).placed) == len(mask) == 21
     x = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         y = ours.stem(x)
-        for l in (ours.layer1, ours.layer2, ours.layer3, ours.layer4): y = l(y)
+        for layer in (ours.layer1, ours.layer2, ours.layer3, ours.layer4): y = layer(y)
         assert torch.allclose(y, other.forward_features(x), atol=1e-4*y.abs().max().item())
     back = SparseMask.magnitude(other, .1)                                                # and the other way round
     with back.apply(ours): assert zeros(back, ours) and 'stages.0.0.conv1_1x1.conv.weight' in back
@@ -88,46 +105,69 @@ def test_mask_fits_timm_resnet_by_function():
 def tiny_vit():
     from open_clip.transformer import VisionTransformer
     torch.manual_seed(0)
-    return VisionTransformer(image_size=16, patch_size=8, width=24, layers=2, heads=2, mlp_ratio=2, output_dim=12).eval()
+    return VisionTransformer(image_size=16, patch_size=8, width=24, layers=2, heads=2, mlp_ratio=2,
+                             output_dim=12).eval()
 
 def test_mask_fits_timm_vit_by_function():
     timm = pytest.importorskip('timm')
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
     ours = tiny_vit()
-    other = VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, mlp_ratio=2, num_classes=12, pre_norm=True, norm_layer=nn.LayerNorm).eval()
-    other.load_state_dict(checkpoint_filter_fn({f'visual.{k}': t for k,t in ours.state_dict().items()}, other), strict=False)
-    mask = SparseMask.magnitude(ours, .4); x = torch.randn(2, 3, 16, 16)
+    other = VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, mlp_ratio=2,
+                              num_classes=12, pre_norm=True, norm_layer=nn.LayerNorm).eval()
+    other.load_state_dict(checkpoint_filter_fn({f'visual.{k}': t for k,t in ours.state_dict().items()}, other),
+                          strict=False)
+    mask = SparseMask.magnitude(ours, .4)
+    x = torch.randn(2, 3, 16, 16)
     assert torch.allclose(ours(x), other(x), atol=1e-4)
     for m in (ours, other): mask.apply(m)
     assert torch.allclose(ours(x), other(x), atol=1e-4)
-    assert len(SparseMask.ones(other).apply(ours).placed) == len(mask) == 12             # and a mask found there fits here
+    # and a mask found there fits here
+    assert len(SparseMask.ones(other).apply(ours).placed) == len(mask) == 12
 
 def test_mask_fits_hugging_face_vit_by_function():
     transformers = pytest.importorskip('transformers')
-    ours,cfg = tiny_vit(),dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8, hidden_act='gelu', layer_norm_eps=1e-5)
+    ours = tiny_vit()
+    cfg = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+               patch_size=8, hidden_act='gelu', layer_norm_eps=1e-5)
     other = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**cfg)).eval()
     sd,new = ours.state_dict(),{}
     for k in other.state_dict():
         b = k.removeprefix('vision_model.')
-        head = {'embeddings.class_embedding': 'class_embedding', 'embeddings.patch_embedding.weight': 'conv1.weight', 'embeddings.position_embedding.weight': 'positional_embedding',
-                'pre_layrnorm.weight': 'ln_pre.weight', 'pre_layrnorm.bias': 'ln_pre.bias', 'post_layernorm.weight': 'ln_post.weight', 'post_layernorm.bias': 'ln_post.bias'}
-        if b in head: new[k] = sd[head[b]]; continue
-        i,rest = b.split('.')[2],'.'.join(b.split('.')[3:]); at = f'transformer.resblocks.{i}.'
+        head = {'embeddings.class_embedding': 'class_embedding',
+                'embeddings.patch_embedding.weight': 'conv1.weight',
+                'embeddings.position_embedding.weight': 'positional_embedding',
+                'pre_layrnorm.weight': 'ln_pre.weight', 'pre_layrnorm.bias': 'ln_pre.bias',
+                'post_layernorm.weight': 'ln_post.weight', 'post_layernorm.bias': 'ln_post.bias'}
+        if b in head:
+            new[k] = sd[head[b]]
+            continue
+        i,rest = b.split('.')[2],'.'.join(b.split('.')[3:])
+        at = f'transformer.resblocks.{i}.'
         if rest[10] in 'qkv' and rest.startswith('self_attn.') and 'out' not in rest:
-            n = 'qkv'.index(rest[10]); new[k] = sd[at+('attn.in_proj_weight' if 'weight' in rest else 'attn.in_proj_bias')][24*n:24*(n+1)]
-        else: new[k] = sd[at+rest.replace('self_attn.out_proj', 'attn.out_proj').replace('mlp.fc1', 'mlp.c_fc').replace('mlp.fc2', 'mlp.c_proj').replace('layer_norm', 'ln_')]
+            n = 'qkv'.index(rest[10])
+            new[k] = sd[at+('attn.in_proj_weight' if 'weight' in rest else 'attn.in_proj_bias')][24*n:24*(n+1)]
+        else:
+            new[k] = sd[
+                at+rest.replace('self_attn.out_proj', 'attn.out_proj').replace('mlp.fc1', 'mlp.c_fc').replace(
+                    'mlp.fc2', 'mlp.c_proj').replace('layer_norm', 'ln_')]
     other.load_state_dict(new)
-    mask = SparseMask.magnitude(ours, .4); x = torch.randn(2, 3, 16, 16)
-    same = lambda: torch.allclose(ours(x), other(x).pooler_output @ ours.proj, atol=1e-4)
+    mask = SparseMask.magnitude(ours, .4)
+    x = torch.randn(2, 3, 16, 16)
+    def same(): return torch.allclose(ours(x), other(x).pooler_output @ ours.proj, atol=1e-4)
     assert same()
     for m in (ours, other): mask.apply(m)
     assert same() and zeros(mask, other)
-    whole = transformers.CLIPModel(transformers.CLIPConfig(vision_config=cfg, text_config=dict(cfg, vocab_size=50, hidden_size=20), projection_dim=12))
+    whole = transformers.CLIPModel(transformers.CLIPConfig(vision_config=cfg,
+                                                           text_config=dict(cfg, vocab_size=50, hidden_size=20),
+                                                           projection_dim=12))
     text = copy.deepcopy(whole.text_model.state_dict())
     mask.apply(whole)
-    assert zeros(mask, whole) and untouched(text, whole.text_model.state_dict())          # the text tower of the same depth is left alone
-    twin = transformers.CLIPModel(transformers.CLIPConfig(vision_config=cfg, text_config=dict(cfg, vocab_size=50), projection_dim=12))
-    with pytest.raises(OpenTransError, match=r'fit 2 places of the model equally well, at \w'): mask.apply(twin)              # of the same width too: which one is meant?
+    # the text tower of the same depth is left alone
+    assert zeros(mask, whole) and untouched(text, whole.text_model.state_dict())
+    twin = transformers.CLIPModel(transformers.CLIPConfig(vision_config=cfg, text_config=dict(cfg, vocab_size=50),
+                                                          projection_dim=12))
+    # of the same width too: which one is meant?
+    with pytest.raises(OpenTransError, match=r'fit 2 places of the model equally well, at \w'): mask.apply(twin)
 
 def test_mask_fits_convnext_with_and_without_open_clips_trunk():
     timm = pytest.importorskip('timm')
@@ -139,58 +179,82 @@ def test_mask_fits_convnext_with_and_without_open_clips_trunk():
     assert len(SparseMask.ones(inner).apply(tower).placed) == len(mask)
 
 def test_clip_wrappers_checkpoints_and_text_tower(tmp_path):
-    "OpenAI's, FC-CLIP's and this package's prefixes, DDP and compile wrappers: found, and nothing beside the tower touched."
-    tower = tiny_resnet(); mask = SparseMask.magnitude(tower, .2)
-    for wrap in (lambda t: nn.ModuleDict(dict(visual=t, transformer=nn.Linear(4, 4))), lambda t: nn.ModuleDict(dict(backbone=nn.ModuleDict(dict(clip_model=nn.ModuleDict(dict(visual=t)))), head=nn.Conv2d(8, 8, 1))),
-                 lambda t: nn.DataParallel(nn.ModuleDict(dict(backbone=t))), torch.compile, lambda t: nn.ModuleDict(dict(a=torch.compile(t))), lambda t: torch.compile(nn.ModuleDict(dict(visual=t)))):
-        model = wrap(copy.deepcopy(tower)); before = copy.deepcopy(model.state_dict())
-        with mask.apply(model) as handle: assert zeros(mask, model) and len(handle.placed) == len(mask) and not handle.left
+    """OpenAI's, FC-CLIP's and this package's prefixes, DDP and compile wrappers: found, and nothing beside the
+    tower touched."""
+    tower = tiny_resnet()
+    mask = SparseMask.magnitude(tower, .2)
+    for wrap in (lambda t: nn.ModuleDict(dict(visual=t, transformer=nn.Linear(4, 4))),
+                 lambda t: nn.ModuleDict(
+                     dict(backbone=nn.ModuleDict(dict(clip_model=nn.ModuleDict(dict(visual=t)))),
+                          head=nn.Conv2d(8, 8, 1))), lambda t: nn.DataParallel(nn.ModuleDict(dict(backbone=t))),
+                 torch.compile, lambda t: nn.ModuleDict(dict(a=torch.compile(t))),
+                 lambda t: torch.compile(nn.ModuleDict(dict(visual=t)))):
+        model = wrap(copy.deepcopy(tower))
+        before = copy.deepcopy(model.state_dict())
+        with mask.apply(model) as handle:
+            assert zeros(mask, model) and len(handle.placed) == len(mask) and not handle.left
         assert untouched(before, model.state_dict(), {k for k in before if any(k.endswith(n) for n in mask)})
     state = {f'backbone.clip_model.visual._orig_mod.{k}': t for k,t in tower.state_dict().items()}
     torch.save(dict(model=dict(state, other=torch.ones(2)), scheduler=dict(last=3)), tmp_path/'model.pth')
     whole,left = transfer_checkpoint(mask, tmp_path/'model.pth', tmp_path/'out.pth')
-    assert not left and whole['scheduler'] == dict(last=3) and sum(not torch.equal(t, whole['model'][k]) for k,t in state.items()) == len(mask)
+    assert (not left and whole['scheduler'] == dict(last=3)
+            and sum(not torch.equal(t, whole['model'][k]) for k,t in state.items()) == len(mask))
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit')
 def test_torchscript_archives_need_trust(tmp_path):
-    net = small().eval(); mask = SparseMask.magnitude(net, .2)
+    net = small().eval()
+    mask = SparseMask.magnitude(net, .2)
     torch.jit.trace(net, torch.randn(1, 3, 8, 8)).save(str(tmp_path/'RN.pt'))
     with pytest.raises(OpenTransError, match='trust=True'): transfer_checkpoint(mask, tmp_path/'RN.pt')
-    assert (transfer_checkpoint(mask, tmp_path/'RN.pt', trust=True)[0]['1.0.weight'][~mask['1.0.weight']] == 0).all()
+    assert (transfer_checkpoint(mask, tmp_path/'RN.pt',
+                                trust=True)[0]['1.0.weight'][~mask['1.0.weight']] == 0).all()
 
-# --- round trips ------------------------------------------------------------------------------------------------------------
+# --- round trips
 
 @quick
-@given(widths=st.lists(st.integers(1, 6), min_size=2, max_size=4), kernel=st.sampled_from([1, 3]), attention=st.booleans(), density=st.floats(.01, 1), seed=st.integers(0, 99),
-       prefix=st.sampled_from(['', 'visual.', 'module.visual.', 'backbone.clip_model.visual.', 'a.b.c.']), kind=st.sampled_from(['global', 'layer', 'random', 'channel']))
-def test_round_trip_of_any_model_mask_and_prefix(tmp_path_factory, widths, kernel, attention, density, seed, prefix, kind):
+@given(widths=st.lists(st.integers(1, 6), min_size=2, max_size=4), kernel=st.sampled_from([1, 3]),
+       attention=st.booleans(), density=st.floats(.01, 1), seed=st.integers(0, 99),
+       prefix=st.sampled_from(['', 'visual.', 'module.visual.', 'backbone.clip_model.visual.', 'a.b.c.']),
+       kind=st.sampled_from(['global', 'layer', 'random', 'channel']))
+def test_round_trip_of_any_model_mask_and_prefix(tmp_path_factory, widths, kernel, attention, density, seed,
+                                                 prefix, kind):
     torch.manual_seed(seed)
-    net = nn.Sequential(*[nn.Conv2d(i, o, kernel) for i,o in zip([3, *widths], widths)], *([nn.MultiheadAttention(6, 2)] if attention else []), nn.BatchNorm2d(3))
-    mask = SparseMask.random(net, density, seed=seed) if kind == 'random' else SparseMask.magnitude(net, density, scope=kind)
+    net = nn.Sequential(*[nn.Conv2d(i, o, kernel) for i,o in zip([3, *widths], widths)],
+                        *([nn.MultiheadAttention(6, 2)] if attention else []), nn.BatchNorm2d(3))
+    mask = (SparseMask.random(net, density, seed=seed) if kind == 'random'
+            else SparseMask.magnitude(net, density, scope=kind))
     if kind in ('global', 'random'): assert mask.kept == max(1, round(density*mask.total))
     path = tmp_path_factory.mktemp('m')/'m.safetensors'
-    mask.save(path); again = SparseMask.load(path)
-    assert again == mask and again.names == mask.names and (again & ~again).kept == 0 and (again | ~again).density == 1
+    mask.save(path)
+    again = SparseMask.load(path)
+    assert (again == mask and again.names == mask.names and (again & ~again).kept == 0
+            and (again | ~again).density == 1)
     model = net
     for part in reversed(prefix.split('.')[:-1]): model = nn.ModuleDict({part: model, 'other': nn.Conv2d(2, 2, 1)})
     before = copy.deepcopy(model.state_dict())
-    state = dict(before); placed = again.apply_to_state(state)
+    state = dict(before)
+    placed = again.apply_to_state(state)
     again.apply(model).remove()
     hit = {prefix+n.split('[')[0] for n in mask.names}
-    assert set(placed) == hit and untouched(before, model.state_dict(), hit) and untouched(state, model.state_dict()) and zeros(mask, model)
-    for n in hit: assert torch.equal(model.state_dict()[n] != 0, (before[n] != 0) & (whole_mask(mask, n.removeprefix(prefix), before[n].shape)))
+    assert (set(placed) == hit and untouched(before, model.state_dict(), hit)
+            and untouched(state, model.state_dict()) and zeros(mask, model))
+    for n in hit:
+        assert torch.equal(model.state_dict()[n] != 0,
+                           (before[n] != 0) & (whole_mask(mask, n.removeprefix(prefix), before[n].shape)))
 
-def whole_mask(mask, name, shape): return mask[name] if name in mask or f'{name}[q]' in mask else torch.ones(shape, dtype=torch.bool)
+def whole_mask(mask, name, shape):
+    return mask[name] if name in mask or f'{name}[q]' in mask else torch.ones(shape, dtype=torch.bool)
 
 @quick
 @given(a=st.integers(0, 9), b=st.integers(0, 9), d=st.floats(.05, 1), e=st.floats(.05, 1))
 def test_mask_algebra(a, b, d, e):
     net = small()
     x,y = SparseMask.random(net, d, seed=a),SparseMask.random(net, e, seed=b)
-    assert ~(x & y) == (~x | ~y) and (x & y).kept + (x | y).kept == x.kept + y.kept and x.iou(y) == y.iou(x) == pytest.approx((x & y).kept/(x | y).kept)
+    assert (~(x & y) == (~x | ~y) and (x & y).kept + (x | y).kept == x.kept + y.kept
+            and x.iou(y) == y.iou(x) == pytest.approx((x & y).kept/(x | y).kept))
     assert 0 <= x.overlap(y).iou.min() and (x & x) == x
 
-# --- damaged files ------------------------------------------------------------------------------------------------------------
+# --- damaged files
 
 @pytest.fixture(scope='module')
 def mask_file(tmp_path_factory):
@@ -201,7 +265,8 @@ def mask_file(tmp_path_factory):
 @settings(quick, max_examples=150)
 @given(st.data())
 def test_fuzzed_mask_files_give_one_clear_error(mask_file, data):
-    "Bit flips, cuts, insertions and foreign bytes: the same mask, or an OpenTransError; never another mask, a crash or a hang."
+    """Bit flips, cuts, insertions and foreign bytes: the same mask, or an OpenTransError; never another mask, a
+    crash or a hang."""
     path,whole,mask = mask_file
     how = data.draw(st.sampled_from(['flip', 'cut', 'insert', 'append', 'zero', 'noise', 'header']))
     b,at = bytearray(whole),data.draw(st.integers(0, len(whole)-1))
@@ -211,18 +276,22 @@ def test_fuzzed_mask_files_give_one_clear_error(mask_file, data):
     if how == 'append': b += data.draw(st.binary(min_size=1, max_size=9))
     if how == 'zero': b[at:at+data.draw(st.integers(1, 99))] = bytes(9)
     if how == 'noise': b = bytearray(data.draw(st.binary(max_size=200)))
-    if how == 'header': b[:8] = struct.pack('<Q', data.draw(st.sampled_from([0, 1, 2**31, 2**40, 2**62, 2**64-1, len(whole)])))
-    bad = path.with_name('bad.safetensors'); bad.write_bytes(bytes(b))
+    if how == 'header':
+        b[:8] = struct.pack('<Q', data.draw(st.sampled_from([0, 1, 2**31, 2**40, 2**62, 2**64-1, len(whole)])))
+    bad = path.with_name('bad.safetensors')
+    bad.write_bytes(bytes(b))
     try: assert SparseMask.load(bad) == mask and bytes(b)[:8] == whole[:8]
     except OpenTransError as e: assert 'bad.safetensors' in str(e)
 
-@pytest.mark.parametrize('change', ['dtype', 'shape', 'huge', 'negative', 'missing', 'extra', 'layers', 'deep', 'info'])
+@pytest.mark.parametrize('change',
+                         ['dtype', 'shape', 'huge', 'negative', 'missing', 'extra', 'layers', 'deep', 'info'])
 def test_forged_mask_files(mask_file, tmp_path, change):
     "Files with a right checksum and wrong contents: sizes are checked before anything is unpacked."
     from opentrans.pruning import mask as P
     mask = mask_file[2]
     bits = {n: pack_bits(m) for n,m in mask.items()}
-    layers = {n: dict(shape=list(m.shape)) for n,m in mask.items()}; name = mask.names[0]
+    layers = {n: dict(shape=list(m.shape)) for n,m in mask.items()}
+    name = mask.names[0]
     if change == 'dtype': bits = {n: b.float() for n,b in bits.items()}
     if change == 'shape': bits[name] = bits[name][:-1]
     if change == 'huge': layers[name]['shape'] = [10**9, 10**9]
@@ -233,22 +302,28 @@ def test_forged_mask_files(mask_file, tmp_path, change):
     if change == 'layers': meta['layers'] = '[1, 2]'
     if change == 'deep': meta['layers'] = '['*5000+']'*5000
     if change == 'info': meta['info'] = '{'
-    save_tensors(bits, tmp_path/'m.safetensors', dict(meta, sha256=P._digest(meta, bits) if change != 'dtype' else 'x'))
+    save_tensors(bits, tmp_path/'m.safetensors',
+                 dict(meta, sha256=P._digest(meta, bits) if change != 'dtype' else 'x'))
     with pytest.raises(OpenTransError): SparseMask.load(tmp_path/'m.safetensors')
 
 def test_damaged_checkpoints_and_nothing_half_written(tmp_path):
-    net = small(); mask = SparseMask.magnitude(net, .2)
-    (tmp_path/'no.pth').write_bytes(b'nothing'); torch.save(dict(a=torch.ones(2)), tmp_path/'cut.pth')
+    net = small()
+    mask = SparseMask.magnitude(net, .2)
+    (tmp_path/'no.pth').write_bytes(b'nothing')
+    torch.save(dict(a=torch.ones(2)), tmp_path/'cut.pth')
     (tmp_path/'cut.pth').write_bytes((tmp_path/'cut.pth').read_bytes()[:300])
     for f in ('no.pth', 'cut.pth', 'none.pth', 'none.safetensors'):
         with pytest.raises(OpenTransError): transfer_checkpoint(mask, tmp_path/f, tmp_path/'out.pth')
-    mask.bake(net, tmp_path/'b.safetensors'); whole = (tmp_path/'b.safetensors').read_bytes()
+    mask.bake(net, tmp_path/'b.safetensors')
+    whole = (tmp_path/'b.safetensors').read_bytes()
     (tmp_path/'b.safetensors').write_bytes(whole[:-5])
     with pytest.raises(OpenTransError): load_baked(tmp_path/'b.safetensors')
-    with pytest.raises(OpenTransError): imp(small(), lambda m: None, density=.5, p=.5, checkpoint_dir=tmp_path/'no.pth')   # a file where a folder should be
+    with pytest.raises(OpenTransError):
+        # a file where a folder should be
+        imp(small(), lambda m: None, density=.5, p=.5, checkpoint_dir=tmp_path/'no.pth')
     assert sorted(os.listdir(tmp_path)) == ['b.safetensors', 'cut.pth', 'no.pth']
 
-# --- training -----------------------------------------------------------------------------------------------------------------
+# --- training
 
 def test_fifty_adamw_steps_leave_exact_zeros_in_a_clip_resnet():
     net = tiny_resnet()
@@ -256,36 +331,57 @@ def test_fifty_adamw_steps_leave_exact_zeros_in_a_clip_resnet():
     opt = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=.1)
     dense = {n: w.clone() for n,w in mask.weights(net).items()}
     with mask.apply(nn.ModuleDict(dict(clip=nn.ModuleDict(dict(visual=net))))):
-        for _ in range(50): opt.zero_grad(); net.layer1(net.stem(torch.randn(2, 3, 16, 16))).square().mean().backward(); opt.step()
+        for _ in range(50):
+            opt.zero_grad()
+            net.layer1(net.stem(torch.randn(2, 3, 16, 16))).square().mean().backward()
+            opt.step()
     assert zeros(mask, net) and list(net.state_dict()) == names
-    assert all((w != dense[n])[mask[n]].any() for n,w in mask.weights(net).items() if n.startswith(('conv', 'layer1')) and mask[n].any())   # the others have learned
+    # the others have learned
+    assert all((w != dense[n])[mask[n]].any()
+               for n,w in mask.weights(net).items() if n.startswith(('conv', 'layer1')) and mask[n].any())
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
 def test_imp_in_other_precisions(dtype):
     def train(model, r):
         opt = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9)
         for _ in range(2):
-            x = torch.randn(4, 3, 8, 8, dtype=dtype); opt.zero_grad(); loss = model(x).square().mean(); loss.backward(); opt.step()
+            x = torch.randn(4, 3, 8, 8, dtype=dtype)
+            opt.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            opt.step()
         return loss
-    net = small().to(dtype); mask,h = imp(net, train, density=.3, p=.3)
+    net = small().to(dtype)
+    mask,h = imp(net, train, density=.3, p=.3)
     assert zeros(mask, net) and mask.density == pytest.approx(.3, abs=2e-3) and h.loss.notna().all()
 
 def test_imp_under_autocast_equals_the_zero_pattern():
     def train(model, r):
         opt = torch.optim.AdamW(model.parameters(), lr=.01)
         for _ in range(2):
-            with torch.autocast('cpu', torch.bfloat16): loss = model(torch.randn(4, 3, 8, 8)).float().square().mean()
-            opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step()
-    net = small(); mask,_ = imp(net, train, density=.3, p=.3)
+            with torch.autocast('cpu', torch.bfloat16):
+                loss = model(torch.randn(4, 3, 8, 8)).float().square().mean()
+            opt.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.)
+            opt.step()
+    net = small()
+    mask,_ = imp(net, train, density=.3, p=.3)
     assert zeros(mask, net) and net[1][0].weight.dtype == torch.float32
 
 def test_two_four_masks_stay_two_four_in_training():
-    net = small(8); mask = SparseMask.magnitude(net, .5, scope='2:4'); opt = torch.optim.AdamW(net.parameters(), lr=.1, weight_decay=.1)
+    net = small(8)
+    mask = SparseMask.magnitude(net, .5, scope='2:4')
+    opt = torch.optim.AdamW(net.parameters(), lr=.1, weight_decay=.1)
     with mask.apply(net):
-        for _ in range(3): opt.zero_grad(); net(torch.randn(4, 3, 8, 8)).square().mean().backward(); opt.step()
-    assert ((net[1][0].weight != 0).unflatten(1, (-1, 4)).sum(2) <= 2).all() and ((net[4].weight != 0).unflatten(1, (-1, 4)).sum(2) <= 2).all()
+        for _ in range(3):
+            opt.zero_grad()
+            net(torch.randn(4, 3, 8, 8)).square().mean().backward()
+            opt.step()
+    assert (((net[1][0].weight != 0).unflatten(1, (-1, 4)).sum(2) <= 2).all()
+            and ((net[4].weight != 0).unflatten(1, (-1, 4)).sum(2) <= 2).all())
 
-# --- processes ------------------------------------------------------------------------------------------------------------------
+# --- processes
 
 COMMON = textwrap.dedent('''
     import os, random, signal, sys, time
@@ -310,12 +406,14 @@ COMMON = textwrap.dedent('''
 
 def run(script, *args):
     env = dict(os.environ, OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0')
-    r = subprocess.run([sys.executable, '-c', COMMON+textwrap.dedent(script), *map(str, args)], capture_output=True, text=True, timeout=PATIENCE, env=env)
+    r = subprocess.run([sys.executable, '-c', COMMON+textwrap.dedent(script), *map(str, args)],
+                       capture_output=True, text=True, timeout=PATIENCE, env=env)
     assert r.returncode == 0, r.stderr[-3000:]
     return r.stdout
 
 def test_kill_nine_at_any_moment_and_resume(tmp_path):
-    "Processes are killed at random times, and once in the middle of writing; mask, weights, norms' statistics and history end as without a kill."
+    """Processes are killed at random times, and once in the middle of writing; mask, weights, norms' statistics and
+    history end as without a kill."""
     out = run('''
         random.seed(0)
         for rewind in (None, 'start'):
@@ -348,7 +446,8 @@ def test_kill_nine_at_any_moment_and_resume(tmp_path):
     assert out.count('killed') == 2
 
 def test_two_processes_find_the_same_mask(tmp_path):
-    "accelerate with two ranks: the same mask and weights on both, also when a rank's weights drift, also after a resume."
+    """accelerate with two ranks: the same mask and weights on both, also when a rank's weights drift, also after a
+    resume."""
     pytest.importorskip('accelerate')
     run('''
         from accelerate import Accelerator
@@ -372,11 +471,13 @@ def test_two_processes_find_the_same_mask(tmp_path):
         assert all(torch.equal(a[n], b[n]) and (a[n][~m[n]] == 0).all() for n in m.names)
     ''', tmp_path, 20000+os.getpid()%20000)
 
-# --- other runtimes ---------------------------------------------------------------------------------------------------------------
+# --- other runtimes
 
 def test_onnx_gives_equal_output(tmp_path):
     for p in ('onnx', 'onnxscript', 'onnxruntime'): pytest.importorskip(p)
-    net = small(8); mask = SparseMask.magnitude(net, .1); mask.bake(net)
+    net = small(8)
+    mask = SparseMask.magnitude(net, .1)
+    mask.bake(net)
     assert export_onnx(net, tmp_path/'net.onnx', torch.randn(2, 3, 16, 16)) < 1e-5
     import onnx
     from onnx import numpy_helper

@@ -1,4 +1,5 @@
-"What is quoted comes from a file: the index's tables are made again from docs/results, and the files say how they were made."
+"""What is quoted comes from a file: the index's tables are made again from docs/results, and the files say how they
+were made."""
 import json, math, re, statistics
 from pathlib import Path
 import pytest
@@ -8,7 +9,8 @@ PATH = re.compile('/(home|root|tmp|work|Users)/')
 FILES = sorted((root/'docs'/'results').glob('*.json'))
 
 def test_the_index_quotes_the_files(monkeypatch):
-    "Each shown cell of the index, run now, says what is stored in it, and so in the README (which check_notebooks compares with it)."
+    """Each shown cell of the index, run now, says what is stored in it, and so in the README (which check_notebooks
+    compares with it)."""
     monkeypatch.chdir(root/'nbs')
     space,shown = {},0
     for cell in json.loads((root/'nbs'/'index.ipynb').read_text())['cells']:
@@ -26,16 +28,20 @@ def test_the_index_quotes_the_files(monkeypatch):
 def test_a_result_says_how_it_was_made(file):
     data = json.loads(file.read_text())
     assert 'toy scale' in data['what'].lower()
-    assert re.match(r'(\w+=\w+ )*(opentrans|python) ', data['run']['command']) and {'date', 'processor', 'cores', 'torch', 'python'} <= set(data['run']), data['run']
+    assert (re.match(r'(\w+=\w+ )*(opentrans|python) ', data['run']['command'])
+            and {'date', 'processor', 'cores', 'torch', 'python'} <= set(data['run'])), data['run']
     assert len(data['seeds']) >= 3 and len(set(data['seeds'])) == len(data['seeds'])
     assert not PATH.search(file.read_text()), 'a path of the machine that made it'
 
-@pytest.mark.parametrize('file', sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts), ids=lambda p: p.stem)
+@pytest.mark.parametrize('file',
+                         sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts),
+                         ids=lambda p: p.stem)
 def test_no_output_has_a_path_of_a_machine(file):
     for cell in json.loads(file.read_text())['cells']:
         for o in cell.get('outputs', []):
             for kind,text in {**o.get('data', {}), 'text': o.get('text', '')}.items():
-                if not kind.startswith('image/'): assert not (m := PATH.search(json.dumps(text))), (m, ''.join(cell['source'])[:200])
+                if not kind.startswith('image/'):
+                    assert not (m := PATH.search(json.dumps(text))), (m, ''.join(cell['source'])[:200])
 
 @pytest.mark.parametrize('file', [p for p in FILES if 'claims' in json.loads(p.read_text())], ids=lambda p: p.stem)
 def test_verdicts_follow_from_the_stored_runs(file):
@@ -47,17 +53,23 @@ def test_verdicts_follow_from_the_stored_runs(file):
     frame = results_frame(data['results'])
     for c in data['claims']:
         d = difference(frame, c['arm'], c['against'], c['measured'])
-        assert d['verdict'] == c['verdict'] and all(math.isclose(d[k], c[k], rel_tol=1e-9, abs_tol=1e-9) for k in ('mean', 'low', 'high')), c['claim']
+        assert (d['verdict'] == c['verdict']
+                and all(math.isclose(d[k], c[k], rel_tol=1e-9, abs_tol=1e-9)
+                        for k in ('mean', 'low', 'high'))), c['claim']
     from opentrans.experiments import STUDIES, list_studies, summarize
     list_studies()
-    if (s := STUDIES.get(file.stem.rsplit('-', 1)[0])): # the file is of the study as it is now, and its table is of its runs
-        assert [x.name for x in s.arms] == list(data['summary']) and {c.text for c in s.claims} == {c['claim'] for c in data['claims']}
+    # the file is of the study as it is now, and its table is of its runs
+    if (s := STUDIES.get(file.stem.rsplit('-', 1)[0])):
+        assert ([x.name for x in s.arms] == list(data['summary'])
+                and {c.text for c in s.claims} == {c['claim'] for c in data['claims']})
         assert json.loads(json.dumps(summarize(frame, s.arms).to_dict('index'))) == data['summary']
     assert len(data['claims']) == len({(c['claim'], c['measured']) for c in data['claims']})
 
 def shown(cells, name):
     "What the cells under the heading of a study have shown."
-    headings = [i for i,c in enumerate(cells) if c['cell_type'] == 'markdown' and ''.join(c['source']).startswith('### ')]
+    headings = [i
+                for i,c in enumerate(cells)
+                if c['cell_type'] == 'markdown' and ''.join(c['source']).startswith('### ')]
     at = next((i for i in headings if ''.join(cells[i]['source']).split('\n')[0] == f'### {name}'), None)
     assert at is not None, f'no heading {name}'
     end = next((i for i in headings if i > at), len(cells))
@@ -66,17 +78,20 @@ def shown(cells, name):
 def test_each_stored_study_has_a_place_on_its_page():
     "A page shows plot and verdicts under a heading of the study's name, to which the claims of the index link."
     from opentrans.experiments import list_studies
-    pages = [cell for page in ('experiments/56_results', 'vit/69_studies') for cell in json.loads((root/'nbs'/f'{page}.ipynb').read_text())['cells']]
+    pages = [cell for page in ('experiments/56_results', 'vit/69_studies')
+             for cell in json.loads((root/'nbs'/f'{page}.ipynb').read_text())['cells']]
     for name in list_studies():
         if not (root/'docs'/'results'/f'{name}-5seeds.json').exists(): continue
         data = shown(pages, name)
-        assert any(f'{name}-5seeds.json' in ''.join(d.get('text/markdown', '')) for d in data) and any('image/png' in d for d in data), name
+        assert (any(f'{name}-5seeds.json' in ''.join(d.get('text/markdown', '')) for d in data)
+                and any('image/png' in d for d in data)), name
     linked = set(re.findall(r'\(nbs/experiments/56_results\.ipynb#([\w-]+)\)', (root/'README.md').read_text()))
     assert linked and linked <= set(list_studies())
 
 @pytest.mark.slow
 def test_a_stored_figure_is_made_again(tmp_path, one_thread):
-    "Two arms of the first seed, run anew: they and their difference are nearer to the stored ones than seeds are to one another."
+    """Two arms of the first seed, run anew: they and their difference are nearer to the stored ones than seeds are
+    to one another."""
     from opentrans.experiments import SCALES, get_study, run_arms
     stored = json.loads((root/'docs'/'results'/'freezing-5seeds.json').read_text())
     arms = {a.name: a for a in get_study('freezing').arms if a.name in ('dense', 'freeze the whole backbone')}
@@ -84,14 +99,21 @@ def test_a_stored_figure_is_made_again(tmp_path, one_thread):
     for name in arms:
         seeds = [100*r['miou']['base'] for r in stored['results'] if r['arm'] == name]
         assert abs(made[name]-seeds[0]) < statistics.stdev(seeds), (name, made[name], seeds)
-    claim,first = next(c for c in stored['claims'] if c['measured'] == 'base' and (c['arm'], c['against']) == ('dense', 'freeze the whole backbone')),[100*next(r['miou']['base'] for r in stored['results'] if r['arm'] == n) for n in arms]
-    assert abs(made['dense']-made['freeze the whole backbone']-(first[0]-first[1])) < 2*claim['sd'] and made['dense'] > made['freeze the whole backbone']
+    claim = next(c
+                 for c in stored['claims']
+                 if c['measured'] == 'base' and (c['arm'], c['against']) == ('dense', 'freeze the whole backbone'))
+    first = [100*next(r['miou']['base'] for r in stored['results'] if r['arm'] == n) for n in arms]
+    assert (abs(made['dense']-made['freeze the whole backbone']-(first[0]-first[1])) < 2*claim['sd']
+            and made['dense'] > made['freeze the whole backbone'])
 
 def test_what_is_stored_is_of_todays_sizes():
     "The commands in the files make runs of the sizes that the files name."
     from dataclasses import replace
     from opentrans.experiments import SCALES, STUDIES, Scale
-    sizes = dict(demo=SCALES['demo'], **{n: replace(SCALES['shapes'], **s.scale) for n,s in STUDIES.items() if not s.run})
+    sizes = dict(demo=SCALES['demo'],
+                 **{n: replace(SCALES['shapes'], **s.scale) for n,s in STUDIES.items() if not s.run})
     there = {n: root/'docs'/'results'/f'{n}-5seeds.json' for n in sizes}
-    assert [n for n,f in there.items() if f.exists() and Scale(**json.loads(f.read_text())['scale']) != sizes[n]] == []
+    assert [n
+            for n,f in there.items()
+            if f.exists() and Scale(**json.loads(f.read_text())['scale']) != sizes[n]] == []
     assert there['demo'].exists() and there['masks'].exists()

@@ -1,4 +1,5 @@
-"Runs that are killed, damaged, forged, doubled or out of room: the same result, or one sentence and nothing changed."
+"""Runs that are killed, damaged, forged, doubled or out of room: the same result, or one sentence and nothing
+changed."""
 import contextlib, functools, json, os, pickle, resource, shutil, signal, subprocess, sys, textwrap, warnings
 from pathlib import Path
 import pytest
@@ -63,7 +64,8 @@ def stopped(folder, at=1, train=noise, model=None, **kw):
     def stops(model, round):
         if round == at: raise KeyboardInterrupt
         return train(model, round)
-    if hasattr(train, 'state_dict'): stops.state_dict, stops.load_state_dict = train.state_dict, train.load_state_dict
+    if hasattr(train, 'state_dict'):
+        stops.state_dict, stops.load_state_dict = train.state_dict, train.load_state_dict
     model = model or small()
     with pytest.raises(KeyboardInterrupt): imp(model, stops, checkpoint_dir=folder, **{**KW, **kw})
     return model
@@ -163,7 +165,9 @@ ALSO = [pytest.param('crop', 2, marks=pytest.mark.slow), pytest.param('attention
 
 @pytest.mark.parametrize('mode,n', [('crop', 1), ('attention', 2), *ALSO])
 def test_a_killed_run_ends_as_one_without_a_break(tmp_path, mode, n):
-    "Forty iterations a round, kill -9 at the start, behind a checkpoint within the first round and behind one within the second, in one process or two: mask, weights, history and log are equal to the last bit. Without what the trainer remembers they are not."
+    """Forty iterations a round, kill -9 at the start, behind a checkpoint within the first round and behind one
+    within the second, in one process or two: mask, weights, history and log are equal to the last bit. Without
+    what the trainer remembers they are not."""
     r = python('-c', WORLD, tmp_path, mode, n)
     assert r.returncode == 0, r.stderr[-3000:]
     assert 'without its memory: False' in r.stdout, 'this world would not show the failure'
@@ -405,7 +409,8 @@ def test_another_place_of_work_is_told(tmp_path):
     stopped(tmp_path)
     def threads(tensors, meta): meta['ran'] = json.dumps(dict(json.loads(meta['ran']), threads=99))
     rewritten(tmp_path/'imp.safetensors', threads)
-    with pytest.warns(UserWarning, match="'threads': 99"): mask, _ = imp(small(), noise, checkpoint_dir=tmp_path, **KW)
+    with pytest.warns(UserWarning, match="'threads': 99"):
+        mask, _ = imp(small(), noise, checkpoint_dir=tmp_path, **KW)
     assert mask.info['threads'] == torch.get_num_threads() and mask.info['device'] == 'cpu'
 
 # --- damaged and forged files -------------------------------------------------------------------------------
@@ -472,7 +477,9 @@ def test_forged_checkpoints_are_refused_as_a_whole(half_run, tmp_path, what):
     "The checksum fits, the contents do not: one sentence, and neither model nor training is changed."
     shutil.copytree(half_run, tmp_path/'run')
     rewritten(half_run/'imp.safetensors', FORGED[what], tmp_path/'run'/'imp.safetensors')
-    model, keeper, before = small(), Remembers(), digest(small())
+    model = small()
+    keeper = Remembers()
+    before = digest(small())
     file = (tmp_path/'run'/'imp.safetensors').read_bytes()
     said = refused('run', model, keeper, checkpoint_dir=tmp_path/'run', rewind='start')
     assert len(said) < 1500
@@ -489,7 +496,8 @@ def reads_run(folder, name, model, path):
 
 @pytest.mark.parametrize('name', ['imp.safetensors', 'start.safetensors'])
 def test_mutated_files_of_a_run(half_run, tmp_path, name):
-    "Flipped bits, cuts, insertions, other contents under a right checksum: refused with nothing changed, or the same."
+    """Flipped bits, cuts, insertions, other contents under a right checksum: refused with nothing changed, or the
+    same."""
     folder = tmp_path/'run'
     shutil.copytree(half_run, folder)
     good = tmp_path/name
@@ -523,7 +531,8 @@ def test_mutated_mask_files(tmp_path, version):
 def test_mutated_baked_files(tmp_path):
     mask, good = SparseMask.magnitude(small(), .3), tmp_path/'b.safetensors'
     mask.bake(small(), good)
-    for read in (load_baked, read_checkpoint): check_reader(good, lambda _, path: read(path), same=digest, count=COUNT)
+    for read in (load_baked, read_checkpoint):
+        check_reader(good, lambda _, path: read(path), same=digest, count=COUNT)
 
 def test_baked_files_of_the_first_version_are_read(tmp_path):
     mask, model = SparseMask.magnitude(small(), .3), small()
@@ -617,7 +626,8 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path):
     mask, model = SparseMask.magnitude(small(), .5), small()
     mask.save(tmp_path/'m.safetensors')
     mask.bake(model, tmp_path/'b.safetensors')
-    for suffix in ('safetensors', 'pth', 'pkl'): transfer_checkpoint(mask, model.state_dict(), tmp_path/f't.{suffix}')
+    for suffix in ('safetensors', 'pth', 'pkl'):
+        transfer_checkpoint(mask, model.state_dict(), tmp_path/f't.{suffix}')
     stopped(tmp_path/'run')
     old = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
     r = python('-c', FULL, cwd=tmp_path)
@@ -641,20 +651,20 @@ def test_the_command_on_a_full_disk_exits_1(tmp_path):
 
 # --- numbers ------------------------------------------------------------------------------------------------
 
-BAD = [
-    (dict(p=1e-12), '10,000 rounds'), (dict(p=1e-300), '10,000 rounds'), (dict(p='0.1'), 'p must be a number'),
-    (dict(density=float('nan')), 'density must be'), (dict(seed=-1), 'seed=-1'), (dict(seed=1.5), 'whole number'),
-    (dict(seed=True), 'whole number'), (dict(seed=None), 'whole number'), (dict(schedule=.5), 'list of densities'),
-    (dict(schedule=[.5]*10_001), 'at most 10,000'), (dict(schedule=[.5, float('nan')]), 'a density of the schedule'),
-    (dict(rewind='end'), 'rewind must be'), (dict(rewind={'0.0.weight': 'x'}), 'lacks')]
+BAD = [(dict(p=1e-12), '10,000 rounds'), (dict(p=1e-300), '10,000 rounds'), (dict(p='0.1'), 'p must be a number'),
+       (dict(density=float('nan')), 'density must be'), (dict(seed=-1), 'seed=-1'),
+       (dict(seed=1.5), 'whole number'), (dict(seed=True), 'whole number'), (dict(seed=None), 'whole number'),
+       (dict(schedule=.5), 'list of densities'), (dict(schedule=[.5]*10_001), 'at most 10,000'),
+       (dict(schedule=[.5, float('nan')]), 'a density of the schedule'), (dict(rewind='end'), 'rewind must be'),
+       (dict(rewind={'0.0.weight': 'x'}), 'lacks')]
 
 @pytest.mark.parametrize('kw,told', BAD)
 def test_numbers_of_imp_are_checked_before_anything_is_done(tmp_path, kw, told):
     refused(told, checkpoint_dir=tmp_path/'run', **kw)
     assert not (tmp_path/'run').exists()
 
-FLAGS = ['--p 1e-12', '--p 0', '--p nan', '--density nan', '--iters 0', '--iters -3', '--lr nan', '--lr inf', '--lr -1',
-         '--batch-size 0', '--crop 1', '--crop 3']
+FLAGS = ['--p 1e-12', '--p 0', '--p nan', '--density nan', '--iters 0', '--iters -3', '--lr nan', '--lr inf',
+         '--lr -1', '--batch-size 0', '--crop 1', '--crop 3']
 
 @pytest.mark.parametrize('flag', FLAGS)
 def test_numbers_of_the_command_end_in_one_sentence(tmp_path, flag):

@@ -43,17 +43,21 @@ def _number(x): return isinstance(x, (int, float, np.integer, np.floating)) and 
 
 def _density(name, d):
     if _number(d) and 0 <= d <= 1: return float(d)
-    raise OpenTransError(f"The density of '{name}' must be a number from 0 to 1, the share of weights that remain, not {d!r}.")
+    raise OpenTransError(
+        f"The density of '{name}' must be a number from 0 to 1, the share of weights that remain, not {d!r}.")
 
 def _densities(mask, rows):
-    "Density by row, from a mask by name, a dict of densities (`'*'`: all other rows of the tower), or one number for the whole tower."
+    """Density by row, from a mask by name, a dict of densities (`'*'`: all other rows of the tower), or one number
+    for the whole tower."""
     if mask is None: return {}
     if not isinstance(mask, dict) and not hasattr(mask, 'names'): mask = {'*': mask}
-    d = {n: m if isinstance(m, torch.Tensor) else _density(n, m) for n,m in ((clean_name(n), mask[n]) for n in (mask if isinstance(mask, dict) else mask.names))}
+    d = {n: m if isinstance(m, torch.Tensor) else _density(n, m)
+         for n,m in ((clean_name(n), mask[n]) for n in (mask if isinstance(mask, dict) else mask.names))}
     rest = d.pop('*', None)
     for n in [n for n in d if any(r.endswith(f'{n}[q]') for r in rows)]: # a packed projection masked as a whole
         m = d.pop(n)
-        d |= {f'{n}[{p}]': m if isinstance(m, float) else m[i*len(m)//3:(i+1)*len(m)//3] for i,p in enumerate('qkv')}
+        d |= {f'{n}[{p}]': m if isinstance(m, float) else m[i*len(m)//3:(i+1)*len(m)//3]
+              for i,p in enumerate('qkv')}
     where = find_names(d, rows, 'masked layers')
     res = {} if rest is None else {r: rest for r,t in rows.items() if t}
     return res | {where[n]: m if isinstance(m, float) else m.float().mean().item() for n,m in d.items()}
@@ -62,14 +66,18 @@ def _densities(mask, rows):
 @dataclass
 class Cost:
     "What a model costs, row by row. One multiply-accumulate is one FLOP."
-    by_layer:pd.DataFrame # Index: the parameter's name in the tower, or `module:kind`. Columns kind, tower, params, weights, macs, ran, density, active_params, active_macs
+    # Index: the parameter's name in the tower, or `module:kind`. Columns kind, tower, params, weights, macs, ran,
+    # density, active_params, active_macs
+    by_layer:pd.DataFrame
     convention:str='macs' # What was counted
     input_size:tuple=None # Of the pass
     upstream:dict=field(default_factory=dict, repr=False) # Row -> rows that its input depends on
-    unpriced:pd.DataFrame=None # What may multiply and has no price here. Index: `module:operator`. Columns times (how often it ran), tower
+    # What may multiply and has no price here. Index: `module:operator`. Columns times (how often it ran), tower
+    unpriced:pd.DataFrame=None
 
     def __post_init__(self):
-        if self.unpriced is None: self.unpriced = pd.DataFrame(dict(times=pd.Series(dtype=int), tower=pd.Series(dtype=bool)))
+        if self.unpriced is None:
+            self.unpriced = pd.DataFrame(dict(times=pd.Series(dtype=int), tower=pd.Series(dtype=bool)))
 
     @property
     def params(self): return _whole(self.by_layer.params.sum())
@@ -80,7 +88,8 @@ class Cost:
     @property
     def active_macs(self): return _whole(self.by_layer.active_macs.sum())
 
-    def _with(self, by_layer, unpriced=None): return replace(self, by_layer=by_layer, unpriced=self.unpriced if unpriced is None else unpriced)
+    def _with(self, by_layer, unpriced=None):
+        return replace(self, by_layer=by_layer, unpriced=self.unpriced if unpriced is None else unpriced)
     def part(self, keep): # A function of the row's name, or a boolean array
         "The cost of some rows only."
         t,u = self.by_layer,self.unpriced
@@ -122,8 +131,10 @@ def _combine(a, b, sign):
     t = x.where(x.kind.notna(), y)
     t[_NUMBERS] = x[_NUMBERS].fillna(0) + sign*y[_NUMBERS].fillna(0)
     t['tower'],t['ran'] = t.tower.astype(bool),t.ran.astype(bool)
-    convention = a.convention if a.convention == b.convention else f"{a.convention} {'+' if sign > 0 else '-'} {b.convention}"
-    return Cost(t, convention, a.input_size, {**b.upstream, **a.upstream}, _join_unpriced(a.unpriced, b.unpriced, sign))
+    convention = (a.convention if a.convention == b.convention
+                  else f"{a.convention} {'+' if sign > 0 else '-'} {b.convention}")
+    return Cost(t, convention, a.input_size, {**b.upstream, **a.upstream},
+                _join_unpriced(a.unpriced, b.unpriced, sign))
 
 @patch
 def __add__(self:Cost, other): return _combine(self, other, 1)
@@ -139,10 +150,12 @@ def __mul__(self:Cost, k):
 def __rmul__(self:Cost, k): return self*k
 
 # %% ../../nbs/04_cost.ipynb #b7679576
-_NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException, UnsupportedOperatorException, NotImplementedError)
+_NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
+                UnsupportedOperatorException, NotImplementedError)
 
 def _needs_values(e): # or is the input simply wrong?
-    return isinstance(e, _NEED_VALUES) or any(w in str(e).lower() for w in ('fake', 'meta', 'subclass', 'data-dependent'))
+    return (isinstance(e, _NEED_VALUES)
+            or any(w in str(e).lower() for w in ('fake', 'meta', 'subclass', 'data-dependent')))
 
 def _inputs(model, size, args=(), forward=None):
     "What the model is called with: what it says itself, unless the user says more than the size."
@@ -160,11 +173,13 @@ def _no_log():
 
 @contextlib.contextmanager
 def _as_written(autocast=False):
-    "The model's own code: not in the caller's inference mode, nothing compiled, and in no autocast of the caller's unless it is wanted."
+    """The model's own code: not in the caller's inference mode, nothing compiled, and in no autocast of the
+    caller's unless it is wanted."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         loaded = {'torch._dynamo', 'torch.nn.attention.flex_attention'} & set(sys.modules)
-        if loaded and hasattr(torch.compiler, 'set_stance'): stack.enter_context(torch.compiler.set_stance('force_eager'))
+        if loaded and hasattr(torch.compiler, 'set_stance'):
+            stack.enter_context(torch.compiler.set_stance('force_eager'))
         for device in ('cpu', 'cuda', 'xpu') if not autocast else ():
             if torch.is_autocast_enabled(device): stack.enter_context(torch.autocast(device, enabled=False))
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
@@ -172,7 +187,8 @@ def _as_written(autocast=False):
         yield
 
 def _size(input_size):
-    "(B,C,H,W) from what the user wrote; another number of sizes than three is taken as it is. Raises `OpenTransError`."
+    """(B,C,H,W) from what the user wrote; another number of sizes than three is taken as it is. Raises
+    `OpenTransError`."""
     try: size = () if isinstance(input_size, str) else tuple(input_size)
     except TypeError: size = ()
     if not size or not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n > 0 for n in size):
@@ -182,14 +198,18 @@ def _size(input_size):
 def _check_model(model, args):
     "Raises `OpenTransError` for what cannot be run as it is."
     lazy = [n for n,p in [*model.named_parameters(), *model.named_buffers()] if nn.parameter.is_lazy(p)]
-    if lazy: raise OpenTransError(f"{len(lazy)} parameters have no shape yet, such as {lazy[0]}. Call the model once on a real input first.")
-    if not isinstance(args, (tuple, list)): raise OpenTransError(f"args must be a tuple of more inputs, not {type(args).__name__}. Write args=(x,).")
+    if lazy:
+        raise OpenTransError(
+            f"{len(lazy)} parameters have no shape yet, such as {lazy[0]}. Call the model once on a real input "
+            f"first.")
+    if not isinstance(args, (tuple, list)):
+        raise OpenTransError(f"args must be a tuple of more inputs, not {type(args).__name__}. Write args=(x,).")
 
 def _one_pass(model, rows, size, convention, args, forward, fake=None, beside=None):
     "Run the model once on fake (or real) tensors with a counter that watches."
     price,table = CONVENTIONS[convention]
     counter = _Counter(rows, price)
-    twins = lambda p: [p] if fake is None or isinstance(p, FakeTensor) else [p, fake.from_tensor(p)]
+    def twins(p): return [p] if fake is None or isinstance(p, FakeTensor) else [p, fake.from_tensor(p)]
     for r,d in rows.items():
         for t in twins(d['param']) if not d['made'] else (): counter.trace.own(r, t)
         for t in (t for p in d['made'] or () for t in twins(p)): counter.trace.mark(t, counter.trace.bit[r])
@@ -205,7 +225,8 @@ _COLUMNS = ['kind', 'tower', 'params', 'weights']
 
 def _as_cost(counter, convention, size):
     "The counter's sums as a `Cost`."
-    rows = [[d[k] for k in _COLUMNS] for d in counter.rows.values()] + [[kind, tower, 0, 0] for kind,tower in counter.kinds.values()]
+    rows = ([[d[k] for k in _COLUMNS] for d in counter.rows.values()]
+            + [[kind, tower, 0, 0] for kind,tower in counter.kinds.values()])
     t = pd.DataFrame(rows, columns=_COLUMNS, index=[*counter.rows, *counter.kinds])
     t['tower'] = t.tower.astype(bool)
     t['macs'] = [_whole(counter.macs.get(r, 0)) for r in t.index]
@@ -224,19 +245,28 @@ def cost(
     args=(), # More positional inputs, behind the images
     forward=None, # What to run instead of `model(images, *args)`: a function of these
     dry:bool=True, # Shapes only; a model whose flow depends on values is run for real, once
-)->Cost: # By layer; `.params`, `.macs` and, under the mask, `.active_params`, `.active_macs`; `.unpriced` lists what has no price
-    "Count parameters and multiply-accumulates in one pass. A model's own `example_inputs(size)` says what it is called with. Raises `OpenTransError`."
+    # By layer; `.params`, `.macs` and, under the mask, `.active_params`, `.active_macs`; `.unpriced` lists what has
+    # no price
+)->Cost:
+    """Count parameters and multiply-accumulates in one pass. A model's own `example_inputs(size)` says what it is
+    called with. Raises `OpenTransError`."""
     if convention not in CONVENTIONS: raise unknown('convention', convention, CONVENTIONS)
     size,model = _size(input_size),unwrap(model)
     _check_model(model, args)
-    if hasattr(mask, 'weights'): mask.weights(model) # a mask of another backbone may have the same names: it is refused
+    # a mask of another backbone may have the same names: it is refused
+    if hasattr(mask, 'weights'): mask.weights(model)
     with _as_written():
         with evaluating(model): rows = _model_rows(model)
         def run(*mode): return _one_pass(model, rows, size, convention, args, forward, *mode)
-        try: counter = _run_dry(model, run, 'Count with dry=False, which runs the model for real, once.') if dry else run()
+        try:
+            counter = (_run_dry(model, run, 'Count with dry=False, which runs the model for real, once.') if dry
+                       else run())
         except _LeftBehind: raise
         except Exception as e:
-            if not dry or not _needs_values(e): raise OpenTransError(f"The model cannot be run on an input of size {size}: {e}. Give its other inputs as args=, or forward=.") from e
+            if not dry or not _needs_values(e):
+                raise OpenTransError(
+                    f"The model cannot be run on an input of size {size}: {e}. Give its other inputs as args=, or "
+                    f"forward=.") from e
             return cost(model, input_size, mask, convention, args, forward, dry=False)
     return _as_cost(counter, convention, size).under(mask)
 
@@ -252,7 +282,8 @@ def by_stage(self:Cost,
     depth:int=1, # How many parts of the name make a stage
 ):
     "Sums by the first parts of the name, in the model's order."
-    stage = ['.'.join(r.split(':')[0].split('.')[:depth]) if '.' in r.split(':')[0] else r.split(':')[0] for r in self.by_layer.index]
+    stage = ['.'.join(r.split(':')[0].split('.')[:depth]) if '.' in r.split(':')[0] else r.split(':')[0]
+             for r in self.by_layer.index]
     t = self.by_layer.groupby(pd.Index(stage, name='stage'), sort=False)[_NUMBERS].sum().drop(columns='weights')
     return t[(t != 0).any(axis=1)]
 
@@ -260,16 +291,22 @@ def by_stage(self:Cost,
 def to_markdown(self:Cost, by='kind', **kw):
     "A markdown table by `'kind'` or `'stage'`, with the total below."
     t = getattr(self, f'by_{by}')(**kw)
-    lines = [(for_markdown(k), *(_si(r[c]).strip() for c in ('params', 'active_params', 'macs', 'active_macs'))) for k,r in t.iterrows()]
-    lines.append(('**all**', *(f'**{_si(x).strip()}**' for x in (self.params, self.active_params, self.macs, self.active_macs))))
-    head = [f'| {by} | params | active | {"MACs" if self.convention == "macs" else self.convention} | active |', '|---|--:|--:|--:|--:|']
+    lines = [(for_markdown(k), *(_si(r[c]).strip() for c in ('params', 'active_params', 'macs', 'active_macs')))
+             for k,r in t.iterrows()]
+    lines.append(('**all**',
+                  *(f'**{_si(x).strip()}**'
+                    for x in (self.params, self.active_params, self.macs, self.active_macs))))
+    head = [f'| {by} | params | active | {"MACs" if self.convention == "macs" else self.convention} | active |',
+            '|---|--:|--:|--:|--:|']
     free = self._without_price()
-    return '\n'.join(head + [f"| {' | '.join(l)} |" for l in lines] + ([f'\nWithout a price: {for_markdown(free)}.'] if free else []))
+    return '\n'.join(head + [f"| {' | '.join(layer)} |" for layer in lines]
+                     + ([f'\nWithout a price: {for_markdown(free)}.'] if free else []))
 
 @patch
 def _without_price(self:Cost):
     "What ran and has no price, in words: each operator and how often, the most frequent first."
-    times = self.unpriced.times.groupby(self.unpriced.index.str.partition(':').get_level_values(2) if len(self.unpriced) else []).sum()
+    times = self.unpriced.times.groupby(self.unpriced.index.str.partition(':').get_level_values(2)
+                                        if len(self.unpriced) else []).sum()
     shown = [f'{name} x{n}' for name,n in times.sort_values(ascending=False, kind='stable').items()]
     return ', '.join(shown[:4]) + (f' and {len(shown)-4} more' if len(shown) > 4 else '')
 
@@ -277,9 +314,13 @@ def _without_price(self:Cost):
 def _repr_markdown_(self:Cost): return self.to_markdown()
 @patch
 def __repr__(self:Cost):
-    sums = f'{_si(self.active_params)} of {_si(self.params)} parameters, {_si(self.active_macs)} of {_si(self.macs)}MACs'
+    sums = (
+        f'{_si(self.active_params)} of {_si(self.params)} parameters, {_si(self.active_macs)} of '
+        f'{_si(self.macs)}MACs')
     free = self._without_price()
-    return f"Cost({sums}, {self.convention} at {'x'.join(map(str, self.input_size or ()))}{f'; without a price: {free}' if free else ''})"
+    return (
+        f"Cost({sums}, {self.convention} at "
+        f"{'x'.join(map(str, self.input_size or ()))}{f'; without a price: {free}' if free else ''})")
 
 # %% ../../nbs/04_cost.ipynb #de186c9f
 @patch
@@ -295,12 +336,17 @@ def plot(self:Cost,
     f,p = (1e9, 'G') if t[what].max() > 1e8 else (1e6, 'M') if t[what].max() > 1e5 else (1, '')
     x = np.arange(len(t))
     ax.bar(x, t[what]/f, color='#c6d4e6', label='dense')
-    if (t[f'active_{what}'] != t[what]).any(): ax.bar(x, t[f'active_{what}']/f, color='#2b5c94', label='under the mask'); ax.legend(frameon=False)
+    if (t[f'active_{what}'] != t[what]).any():
+        ax.bar(x, t[f'active_{what}']/f, color='#2b5c94', label='under the mask')
+        ax.legend(frameon=False)
     names = [for_plot(r.removesuffix('.weight')) for r in t.index]
     ax.set_xticks(x, names, rotation=90 if len(t) > 8 else 0, fontsize=7 if len(t) > 20 else 9)
     if len(t) > 80: ax.set_xticks(x[::len(t)//40], names[::len(t)//40])
-    ax.set_ylabel(f"{p} {'MACs' if what == 'macs' else 'parameters'}".strip()); ax.margins(x=.01); ax.spines[['top', 'right']].set_visible(False)
-    ax.set_title(f"{_si(self.active_macs)} of {_si(self.macs)}MACs" if what == 'macs' else f"{_si(self.active_params)} of {_si(self.params)} parameters")
+    ax.set_ylabel(f"{p} {'MACs' if what == 'macs' else 'parameters'}".strip())
+    ax.margins(x=.01)
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.set_title(f"{_si(self.active_macs)} of {_si(self.macs)}MACs" if what == 'macs'
+                 else f"{_si(self.active_params)} of {_si(self.params)} parameters")
     return ax
 
 # %% ../../nbs/04_cost.ipynb #efdbfffc
@@ -311,7 +357,9 @@ def _frozen(selection, rows):
 
 def training_table(
     cost:Cost, # Of one forward pass of one image
-    mask=None, # A `SparseMask`, dict of densities, or one density for the whole tower; None: the mask that `cost` was made with
+    # A `SparseMask`, dict of densities, or one density for the whole tower; None: the mask that `cost` was made
+    # with
+    mask=None,
     selection=None, # A `LayerSelection`; None: everything learns
     rule:str='paper', # `'paper'`: supplement 6.2; `'exact'`: gradients only where they are needed
     train_norms:bool=True, # Do norms (and other weights that are no layers) of the tower learn?
@@ -320,7 +368,8 @@ def training_table(
     if rule not in ('paper', 'exact'): raise unknown('rule', rule, ['paper', 'exact'])
     t,one = (cost if mask is None else cost.under(mask)).by_layer,cost.input_size[0] if cost.input_size else 1
     frozen = _frozen(selection, t.index)
-    learns = pd.Series([r not in frozen and (train_norms or not tower or kind in LAYER_KINDS) for r,tower,kind in zip(t.index, t.tower, t.kind)], t.index)
+    learns = pd.Series([r not in frozen and (train_norms or not tower or kind in LAYER_KINDS)
+                        for r,tower,kind in zip(t.index, t.tower, t.kind)], t.index)
     learns &= (t.weights > 0) | (rule == 'paper')
     flows = pd.Series(True, t.index)
     if rule == 'exact':
@@ -334,15 +383,19 @@ def training_flops(
     cost:Cost, # Of one forward pass
     iterations:int, # Steps of the run
     batch_size:int, # Images a step, over all devices
-    mask=None, # A `SparseMask`, dict of densities, or one density for the whole tower (the paper's way); None: the mask that `cost` was made with
+    # A `SparseMask`, dict of densities, or one density for the whole tower (the paper's way); None: the mask that
+    # `cost` was made with
+    mask=None,
     selection=None, # A `LayerSelection`; None: everything learns
     head=0., # MACs of one image in a head that `cost` does not hold: a number or a `Cost`; counts three times
     rule:str='paper', # `'paper'`: supplement 6.2; `'exact'`: gradients only where they are needed
     train_norms:bool=True, # Do norms of the tower learn? Matters for `rule='exact'`
 )->float: # FLOPs of the whole run
     "FLOPs of a training run under a mask and a layer selection (supplement 6.2)."
-    for name,n in dict(iterations=iterations, batch_size=batch_size, **({} if isinstance(head, Cost) else dict(head=head))).items():
-        if not _number(n) or not 0 <= n < math.inf: raise OpenTransError(f"{name} must be a number from 0 up, not {n!r}.")
+    for name,n in dict(iterations=iterations, batch_size=batch_size,
+                       **({} if isinstance(head, Cost) else dict(head=head))).items():
+        if not _number(n) or not 0 <= n < math.inf:
+            raise OpenTransError(f"{name} must be a number from 0 up, not {n!r}.")
     h = head.macs/(head.input_size[0] if head.input_size else 1) if isinstance(head, Cost) else head
     return (training_table(cost, mask, selection, rule, train_norms).to_numpy().sum() + 3*h)*iterations*batch_size
 
@@ -359,6 +412,11 @@ def tool_count(
         warnings.simplefilter('ignore')
         lib = optional(tool if tool != 'fvcore' else 'fvcore.nn', 'bench', f"Counting with {tool}")
         if tool == 'thop': return tuple(int(n) for n in lib.profile(model, (torch.zeros(1, *size),), verbose=False))
-        if tool == 'ptflops': return lib.get_model_complexity_info(model, size, as_strings=False, print_per_layer_stat=False, backend_specific_config=dict(count_functional=False))
-        f = lib.FlopCountAnalysis(model, torch.zeros(1, *size)).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        if tool == 'ptflops':
+            return lib.get_model_complexity_info(model, size, as_strings=False, print_per_layer_stat=False,
+                                                 backend_specific_config=dict(count_functional=False))
+        f = lib.FlopCountAnalysis(model,
+                                  torch.zeros(1,
+                                              *size)).unsupported_ops_warnings(False).uncalled_modules_warnings(
+            False)
         return int(f.total()),sum(p.numel() for p in model.parameters())

@@ -22,11 +22,13 @@ from ..errors import OpenTransError
 
 # %% ../../nbs/04c_counting.ipynb #594015f7
 def _sources(m):
-    "Weights of a module that are computed from other parameters (weight_norm, spectral_norm, pruning, any parametrisation): name -> these parameters."
+    """Weights of a module that are computed from other parameters (weight_norm, spectral_norm, pruning, any
+    parametrisation): name -> these parameters."""
     res = {k: list(made.parameters()) for k,made in getattr(m, 'parametrizations', {}).items()}
     for k,p in m._parameters.items(): # the older way: parameters beside a plain attribute that a hook computes
         name = re.sub('_(orig|g|v)$', '', k)
-        if p is not None and name != k and isinstance(m.__dict__.get(name), torch.Tensor): res.setdefault(name, []).append(p)
+        if p is not None and name != k and isinstance(m.__dict__.get(name), torch.Tensor):
+            res.setdefault(name, []).append(p)
     return res
 
 def _computed_row(name, m, parts):
@@ -35,20 +37,24 @@ def _computed_row(name, m, parts):
     return [[name, kind, [(p, None) for p in parts]]]
 
 def _shares(parts, layers):
-    "Parameters behind a packed weight, for each of its layers: by rows where they have as many, else the first takes them."
-    rows = max(l.rows.stop for l in layers)
-    return [[(p, l.rows) for p in parts if len(p) == rows] + [(p, None) for p in parts if len(p) != rows and l is layers[0]] for l in layers]
+    """Parameters behind a packed weight, for each of its layers: by rows where they have as many, else the first
+    takes them."""
+    rows = max(layer.rows.stop for layer in layers)
+    return [[(p, layer.rows) for p in parts if len(p) == rows]
+            + [(p, None) for p in parts if len(p) != rows and layer is layers[0]] for layer in layers]
 
 def _module_rows(name, m):
     "Rows of a module's own weights: [row, kind, [(parameter, its rows or None), ...]], the weight first."
     own,dot = {k: p for k,p in m._parameters.items() if p is not None},f'{name}.' if name else ''
     layers,rows = layers_of(name, m),[]
     for key,parts in _sources(m).items():
-        made = [l for l in layers if l.key == dot+key]
-        packed = [[l.name, l.kind, share] for l,share in zip(made, _shares(parts, made))] if made and made[0].rows else []
-        rows += packed or [[l.name, l.kind, [(p, None) for p in parts]] for l in made] or _computed_row(dot+key, m, parts)
-        layers = [l for l in layers if l not in made]
-    rows += [[l.name, l.kind, [(l.param, l.rows)]] for l in layers]
+        made = [layer for layer in layers if layer.key == dot+key]
+        packed = ([[layer.name, layer.kind, share] for layer,share in zip(made, _shares(parts, made))]
+                  if made and made[0].rows else [])
+        rows += (packed or [[layer.name, layer.kind, [(p, None) for p in parts]] for layer in made]
+                 or _computed_row(dot+key, m, parts))
+        layers = [layer for layer in layers if layer not in made]
+    rows += [[layer.name, layer.kind, [(layer.param, layer.rows)]] for layer in layers]
     taken = {id(p) for r in rows for p,_ in r[2]}
     kind = 'norm' if isinstance(m, NORMS) else 'embedding' if isinstance(m, nn.Embedding) else 'parameter'
     for k,p in sorted(own.items(), key=lambda kp: kp[0] != 'weight'):
@@ -61,7 +67,8 @@ def _module_rows(name, m):
     return rows
 
 def _paths(model):
-    "Path of each module as rows spell it, and whether it is in the tower: a head's module that is called like one of the tower gets `(head)` before it."
+    """Path of each module as rows spell it, and whether it is in the tower: a head's module that is called like one
+    of the tower gets `(head)` before it."""
     inside = {id(m): n for n,m in bare_modules(find_tower(model))}
     names = set(inside.values()) - {''}
     for n,m in bare_modules(model):
@@ -74,7 +81,8 @@ def _lone(path, m, fresh):
     return f'{path}.{key}' if path else key
 
 def _model_rows(model):
-    "All rows of a model: row -> dict(kind, tower, params, weights, param, rows, made). A parameter counts once, wherever it appears again."
+    """All rows of a model: row -> dict(kind, tower, params, weights, param, rows, made). A parameter counts once,
+    wherever it appears again."""
     seen,res = set(),{}
     for path,inside,m in _paths(model):
         made,here = {id(p): parts for parts in _sources(m).values() for p in parts},set()
@@ -88,8 +96,10 @@ def _model_rows(model):
             if lone and row in res: continue # the other thirds of a packed bias
             if lone: fresh = [(param, None)]
             sizes = [(p if s is None else p[s]).numel() for p,s in fresh]
-            res[f'(head) {row}' if row in res else row] = dict(kind=kind, tower=inside, params=sum(sizes), weights=max(sizes) if id(param) in made else sizes[0],
-                                                               param=param, rows=where, made=made.get(id(param)))
+            res[f'(head) {row}' if row in res else row] = dict(kind=kind, tower=inside, params=sum(sizes),
+                                                               weights=max(sizes) if id(param) in made
+                                                               else sizes[0], param=param, rows=where,
+                                                               made=made.get(id(param)))
         seen |= here
     return res
 
@@ -106,7 +116,11 @@ def _key(t):
 class _Trace:
     "Which rows a tensor is a view of, and which it depends on: both are remembered by storage."
     def __init__(self, rows):
-        self.rows,self.bit,self.owners,self.bits,self.watch = rows,{r: 1 << i for i,r in enumerate(rows)},{},{},{}
+        self.rows = rows
+        self.bit = {r: 1 << i for i,r in enumerate(rows)}
+        self.owners = {}
+        self.bits = {}
+        self.watch = {}
 
     def own(self, row, t):
         "Tensor `t` holds the whole parameter of `row`."
@@ -126,9 +140,11 @@ class _Trace:
         return [span for span in found if span[3]() is t] if isinstance(key, tuple) else found
 
     def copied(self, t, out):
-        "`out` holds the same numbers as `t`, e.g. in another precision: what `t` is a view of, `out` is a view of, too."
+        """`out` holds the same numbers as `t`, e.g. in another precision: what `t` is a view of, `out` is a view
+        of, too."""
         spans = self.spans(t)
-        if spans and _storage(t) is None and _storage(out) is None: return self.own_whole([r for r,*_ in spans], out)
+        if spans and _storage(t) is None and _storage(out) is None:
+            return self.own_whole([r for r,*_ in spans], out)
         s = _storage(out) if spans and t.is_contiguous() and out.is_contiguous() else None
         if s is None or s._cdata in self.owners: return
         shift = out.storage_offset() - t.storage_offset()
@@ -149,7 +165,8 @@ class _Trace:
         s = _storage(t)
         if s is None: return
         k = s._cdata
-        if k not in self.watch: self.watch[k] = weakref.ref(s, lambda _: (self.bits.pop(k, None), self.watch.pop(k, None)))
+        if k not in self.watch:
+            self.watch[k] = weakref.ref(s, lambda _: (self.bits.pop(k, None), self.watch.pop(k, None)))
         self.bits[k] = self.bits.get(k, 0) | bits
 
     def names(self, bits): return [r for r in self.rows if self.bit[r] & bits]
@@ -161,7 +178,8 @@ def _falls_apart(func):
     if not isinstance(func, torch._ops.OpOverload) or func.namespace == 'prim': return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), 'CompositeImplicitAutograd')
 
-_SAME = (_aten._to_copy, _aten.clone, _aten.t, _aten.transpose) # what comes out holds the same numbers; views have the same storage anyway, but for sparse tensors
+# what comes out holds the same numbers; views have the same storage anyway, but for sparse tensors
+_SAME = (_aten._to_copy, _aten.clone, _aten.t, _aten.transpose)
 
 class _Counter(TorchDispatchMode):
     "Watches operators: adds up their price by row, and what each row's input depends on."
@@ -169,13 +187,21 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self, rows, price):
         super().__init__()
-        self.rows,self.price,self.quiet,self.stack,self.trace = rows,price,0,[('', True)],_Trace(rows)
-        self.macs,self.kinds,self.upstream,self.unpriced = {},{},{},{}
+        self.rows = rows
+        self.price = price
+        self.quiet = 0
+        self.stack = [('', True)]
+        self.trace = _Trace(rows)
+        self.macs = {}
+        self.kinds = {}
+        self.upstream = {}
+        self.unpriced = {}
         self.at = {(id(d['param']), d['rows'] and d['rows'].start): r for r,d in rows.items()}
         self.input = 1 << len(rows) # the bit of what comes from the model's input
 
     def place(self, factors, kind):
-        "The rows to charge: of a parameter among the factors, or of one that a factor was computed from here (a masked weight), or of the module."
+        """The rows to charge: of a parameter among the factors, or of one that a factor was computed from here (a
+        masked weight), or of the module."""
         owned = [rows for t in factors if (rows := self.trace.rows_of(t))]
         if owned: return list(dict.fromkeys(sum(owned, []))) if kind == 'recurrent' else owned[0]
         here = self.stack[-1][0]
@@ -195,7 +221,8 @@ class _Counter(TorchDispatchMode):
         if not total: sizes,total = [1]*len(rows),len(rows) # weights without elements
         for r,size in zip(rows, sizes):
             self.macs[r] = self.macs.get(r, 0) + n*size/total
-            if r not in self.rows: self.kinds[r] = 'parametrization' if r.endswith(':parametrization') else kind,self.stack[-1][1]
+            if r not in self.rows:
+                self.kinds[r] = 'parametrization' if r.endswith(':parametrization') else kind,self.stack[-1][1]
 
     def no_price(self, name):
         "Something that may multiply ran and has no price in this convention."
@@ -206,7 +233,9 @@ class _Counter(TorchDispatchMode):
         "Charge what an operator costs; returns the rows whose weights it multiplied with."
         ours = op_macs(op, args, out, kwargs)
         theirs = ours if self.price is op_macs else self.price and self.price(op, args, out, kwargs)
-        rows_of = {id(p): self.place([t for i in p[1] for t in tree_leaves(args[i]) if isinstance(t, torch.Tensor)], p[2]) for p in (ours, theirs) if p}
+        rows_of = {
+            id(p): self.place([t for i in p[1] for t in tree_leaves(args[i]) if isinstance(t, torch.Tensor)], p[2])
+            for p in (ours, theirs) if p}
         hit = {r for rows in rows_of.values() for r in rows}
         if self.quiet or self.price is None: return hit
         if theirs: self.charge(theirs[0], rows_of[id(theirs)], theirs[2])
@@ -221,7 +250,10 @@ class _Counter(TorchDispatchMode):
         outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         if not outs: return out
         ins = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        behind,bits,hit,op = 0,0,set(),getattr(func, '_overloadpacket', func)
+        behind = 0
+        bits = 0
+        hit = set()
+        op = getattr(func, '_overloadpacket', func)
         for t in ins:
             own,b = self.trace.rows_of(t),self.trace.bits_of(t)
             bits |= b
@@ -240,16 +272,21 @@ def _einsum_flops(eq, *xs):
     size = {c: n for part,x in zip(ins.split(','), xs) for c,n in zip(part, x.shape)}
     return math.prod(size.values())//(1 if set(size) - set(out) else 2)
 
-_FVCORE_FREE = dict.fromkeys('lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell bilinear tensordot inner multi_dot matrix_power kron'.split())
+_FVCORE_FREE = dict.fromkeys(
+    'lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell bilinear tensordot inner multi_dot '
+    'matrix_power kron'.split())
 
 class _Composite(TorchFunctionMode):
     "Prices the calls that fvcore sees whole."
-    def __init__(self, counter): super().__init__(); self.counter = counter
+    def __init__(self, counter):
+        super().__init__()
+        self.counter = counter
 
     def price(self, func, args):
         "(FLOPs or None, kind) of a call that fvcore sees whole, else None."
         name = getattr(func, '__name__', '').removeprefix('linalg_')
-        if func is torch.einsum and len(args) == 3 and isinstance(args[0], str) and '.' not in args[0]: return _einsum_flops(*args),'matmul'
+        if func is torch.einsum and len(args) == 3 and isinstance(args[0], str) and '.' not in args[0]:
+            return _einsum_flops(*args),'matmul'
         if func is F.adaptive_avg_pool2d: return args[0].numel(),'pool'
         if func is F.scaled_dot_product_attention or name in _FVCORE_FREE: return None,name
 
@@ -265,13 +302,16 @@ class _Composite(TorchFunctionMode):
 
 # %% ../../nbs/04c_counting.ipynb #cb925e1f
 CONVENTIONS = dict(macs=(op_macs, None), fvcore=(fvcore_flops, None), thop=(None, _THOP), ptflops=(None, _PTFLOPS))
-_KINDS = {'Conv': 'conv', 'Linear': 'linear', 'Norm': 'norm', 'Pool': 'pool', 'Attention': 'attention', 'Upsampl': 'resize', 'LSTM': 'recurrent', 'GRU': 'recurrent', 'RNN': 'recurrent'}
+_KINDS = {'Conv': 'conv', 'Linear': 'linear', 'Norm': 'norm', 'Pool': 'pool', 'Attention': 'attention',
+          'Upsampl': 'resize', 'LSTM': 'recurrent', 'GRU': 'recurrent', 'RNN': 'recurrent'}
 _MANY = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase) # their price is shared by all their rows
 
 def _bill_module(counter, table, path, m, ins, out):
-    "Charge a module that has run by its table. One that has weights of its own, no parts and no price is noted, as the tools warn of it."
+    """Charge a module that has run by its table. One that has weights of its own, no parts and no price is noted,
+    as the tools warn of it."""
     if type(m) not in table:
-        if next(m.children(), None) is None and next(m.parameters(), None) is not None: counter.no_price(type(m).__name__)
+        if next(m.children(), None) is None and next(m.parameters(), None) is not None:
+            counter.no_price(type(m).__name__)
         return
     n = _pt_attention(m, *ins[:3]) if table[type(m)] is None else table[type(m)](m, ins[0], out)
     own = [counter.at.get((id(p), s and s.start), row) for row,_,((p,s),*_) in _module_rows(path, m)]
@@ -285,7 +325,8 @@ def _rows_behind(counter, parameters):
 
 @contextlib.contextmanager
 def _hooked(model, counter, table):
-    "Hooks that keep the path of modules and, with a table, price them; in eval mode without gradients and fast paths. All of it is undone."
+    """Hooks that keep the path of modules and, with a table, price them; in eval mode without gradients and fast
+    paths. All of it is undone."""
     def enter(path, inside, m):
         computed = {k: _rows_behind(counter, parts) for k,parts in _sources(m).items()}
         def hook(m, args):
@@ -305,7 +346,8 @@ def _hooked(model, counter, table):
     undo = []
     try:
         for path,inside,m in _paths(model):
-            undo += [m.register_forward_pre_hook(enter(path, inside, m)), m.register_forward_hook(leave(path, m), with_kwargs=True)]
+            undo += [m.register_forward_pre_hook(enter(path, inside, m)),
+                     m.register_forward_hook(leave(path, m), with_kwargs=True)]
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(): yield
@@ -328,7 +370,8 @@ def _inner(x):
 def _same(x, was):
     if len(x) != len(was): return False
     if isinstance(x, dict): return all(k in x and x[k] is v for k,v in was.items())
-    return all(a is b for a,b in zip(x, was)) if isinstance(x, (list, collections.deque)) else {id(v) for v in x} == {id(v) for v in was}
+    return (all(a is b for a,b in zip(x, was)) if isinstance(x, (list, collections.deque))
+            else {id(v) for v in x} == {id(v) for v in was})
 
 def _put_back(x, was):
     if _same(x, was): return
@@ -338,13 +381,17 @@ def _put_back(x, was):
 def _remember(
     model:nn.Module, # Any module
 ): # A function that puts it back
-    "Remember what all dicts, lists and sets of a model's modules hold, also those in each other and in plain objects."
-    seen,todo,held = set(),[model],[]
+    """Remember what all dicts, lists and sets of a model's modules hold, also those in each other and in plain
+    objects."""
+    seen = set()
+    todo = [model]
+    held = []
     while todo:
         x = todo.pop()
         if id(x) in seen: continue
         seen.add(id(x))
-        if isinstance(x, (dict, list, set, collections.deque)): held.append((x, x.copy() if isinstance(x, (list, set, collections.deque)) else dict(x)))
+        if isinstance(x, (dict, list, set, collections.deque)):
+            held.append((x, x.copy() if isinstance(x, (list, set, collections.deque)) else dict(x)))
         todo += _inner(x)
     def back():
         for x,was in held: _put_back(x, was)
@@ -362,12 +409,16 @@ def _written(func, args, kwargs):
     return [t for t in tree_leaves(changed) if isinstance(t, torch.Tensor)]
 
 class _Beside(TorchDispatchMode):
-    "Remembers each fake tensor, and beside a small one that depends on neither input nor parameters keeps its values."
+    """Remembers each fake tensor, and beside a small one that depends on neither input nor parameters keeps its
+    values."""
     supports_higher_order_operators = True
 
     def __init__(self, model):
         super().__init__()
-        self.made,self.known,self.copies,self.blind = {},{},{},False
+        self.made = {}
+        self.known = {}
+        self.copies = {}
+        self.blind = False
         self.apart = {_key(p) for p in model.parameters()} # memory whose values are not asked for
 
     def value(self, t):
@@ -379,10 +430,15 @@ class _Beside(TorchDispatchMode):
         return self.copies[id(t)][1]
 
     def values_of(self, func, args, kwargs):
-        "What an operator gives for known values; None if they are not known, or the operator is random or not one of torch."
-        if not isinstance(func, torch._ops.OpOverload) or func.namespace not in ('aten', 'prims') or torch.Tag.nondeterministic_seeded in func.tags: return None
+        """What an operator gives for known values; None if they are not known, or the operator is random or not one
+        of torch."""
+        if (not isinstance(func, torch._ops.OpOverload) or func.namespace not in ('aten', 'prims')
+            or torch.Tag.nondeterministic_seeded in func.tags):
+            return None
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if any(isinstance(t, FakeTensor) and id(t) not in self.known for t in tensors) or any(self.value(t) is None for t in tensors): return None
+        if (any(isinstance(t, FakeTensor) and id(t) not in self.known for t in tensors)
+            or any(self.value(t) is None for t in tensors)):
+            return None
         args,kwargs = tree_map_only(torch.Tensor, self.value, (args, kwargs))
         try:
             with unset_fake_temporarily(): return func(*args, **kwargs)
@@ -404,7 +460,8 @@ class _Beside(TorchDispatchMode):
         written = _written(func, args, kwargs)
         out = func(*args, **kwargs)
         outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        small = not self.blind and sum(t.numel() for t in outs) <= _SMALL and all(isinstance(t, FakeTensor) for t in written)
+        small = (not self.blind and sum(t.numel() for t in outs) <= _SMALL
+                 and all(isinstance(t, FakeTensor) for t in written))
         values = tree_leaves(self.values_of(func, args, kwargs)) if outs and small else [None]
         if len(values) != len(outs): values = [None]*len(outs)
         if written and None in values: self.forget([*written, *outs])
@@ -435,7 +492,9 @@ def _name_of(holder):
 
 def _owner(d):
     "The module, class or object whose names a dict holds, or None."
-    return next((o for o in gc.get_referrers(d) if getattr(o, '__dict__', None) is d or isinstance(o, type) and '__module__' in d), None)
+    return next((o
+                 for o in gc.get_referrers(d) if getattr(o, '__dict__', None) is d
+                 or isinstance(o, type) and '__module__' in d), None)
 
 def _drop(d, x, owner=None):
     "Remove something from a dict; a name in a module, class or object becomes None. Returns the place in words."
@@ -444,10 +503,12 @@ def _drop(d, x, owner=None):
     for k in keys:
         if owner is None: del d[k]
         else: setattr(owner, k, None)
-    return _name_of(d) if owner is None else f"{getattr(owner, '__name__', type(owner).__name__)}.{', '.join(map(str, keys))}"
+    return (_name_of(d) if owner is None
+            else f"{getattr(owner, '__name__', type(owner).__name__)}.{', '.join(map(str, keys))}")
 
 def _remove(holder, x):
-    "Remove an object from one thing that holds it; returns the place in words. A function's cache is emptied, which is no place to speak of."
+    """Remove an object from one thing that holds it; returns the place in words. A function's cache is emptied,
+    which is no place to speak of."""
     if isinstance(holder, _CACHE): return holder.cache_clear()
     if isinstance(holder, dict): return _drop(holder, x)
     if isinstance(holder, types.CellType):
@@ -461,7 +522,8 @@ def _remove(holder, x):
     if isinstance(holder, set):
         holder.discard(x)
         return _name_of(holder)
-    if not isinstance(holder, types.FrameType) and isinstance(getattr(holder, '__dict__', None), dict): return _drop(vars(holder), x, holder)
+    if not isinstance(holder, types.FrameType) and isinstance(getattr(holder, '__dict__', None), dict):
+        return _drop(vars(holder), x, holder)
 
 def _take_out(x):
     "Remove an object, and tuples with it, from all that holds them; returns the places in words."
@@ -486,7 +548,8 @@ def _let_go(error):
     for frame,_ in traceback.walk_tb(error.__traceback__):
         functions = [f for f in gc.get_referents(frame) if isinstance(f, types.FunctionType)]
         for cell in (c for f in functions for c in f.__closure__ or ()):
-            if cell != types.CellType() and any(isinstance(t, FakeTensor) for t in tree_leaves(cell.cell_contents)): cell.cell_contents = None
+            if cell != types.CellType() and any(isinstance(t, FakeTensor) for t in tree_leaves(cell.cell_contents)):
+                cell.cell_contents = None
 
 def _clean_up(beside, error, advice):
     "After a dry pass: what it has left gets its values or is taken out. Raises `_LeftBehind` if something was."
@@ -504,13 +567,17 @@ def _clean_up(beside, error, advice):
     for pair in left: vars(pair[0]).clear() # lets go of the mode, whose weak references forbid what follows
     pair = None
     gc.collect()
-    while filled := [k for k,(t,v) in enumerate(left) if v is not None and _fill(t, v)]: left = [x for k,x in enumerate(left) if k not in filled]
+    while filled := [k for k,(t,v) in enumerate(left) if v is not None and _fill(t, v)]:
+        left = [x for k,x in enumerate(left) if k not in filled]
     lost = [weakref.ref(t) for t,_ in left]
     left = t = None
     places = [place for ref in lost if ref() is not None for place in _take_out(ref())]
     gc.collect()
     if any(ref() is not None for ref in lost): places.append('a place that could not be found')
-    if places: raise _LeftBehind(f"A dry pass would leave tensors without values in {', '.join(dict.fromkeys(places))}; they were taken out. {advice}")
+    if places:
+        raise _LeftBehind(
+            f"A dry pass would leave tensors without values in {', '.join(dict.fromkeys(places))}; they were taken "
+            f"out. {advice}")
 
 def _run_dry(
     model:nn.Module, # The model; it is left as it was
@@ -520,7 +587,8 @@ def _run_dry(
     "Run something on fake tensors so that none of them stays anywhere."
     back,beside = _remember(model),_Beside(model)
     def on_fakes(): # its frame is gone when the rest is looked for
-        fake = next((p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor)), None) or FakeTensorMode(allow_non_fake_inputs=True)
+        fake = (next((p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor)), None)
+                or FakeTensorMode(allow_non_fake_inputs=True))
         with fake, beside: return run(fake, beside)
     error = None
     try: return on_fakes()

@@ -19,27 +19,42 @@ from .counting import _run_dry, _storage
 from ..errors import OpenTransError, unknown
 
 # %% ../../nbs/04d_memory.ipynb #bd726ca6
-_STATES = dict(sgd=0, momentum=1, rmsprop=1, adam=2, adamw=2) # tensors that an optimizer keeps for each weight that learns
+# tensors that an optimizer keeps for each weight that learns
+_STATES = dict(sgd=0, momentum=1, rmsprop=1, adam=2, adamw=2)
 
 class _Memory(TorchDispatchMode):
     "Follows the storages that are born inside the block: bytes alive now, and the most that ever were."
-    def __init__(self, old=()): super().__init__(); self.now,self.peak,self.alive,self.old = 0,0,{},{s._cdata for s in map(_storage, old) if s is not None}
+    def __init__(self, old=()):
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.alive = {}
+        self.old = {s._cdata for s in map(_storage, old) if s is not None}
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {s._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and (s := _storage(t)) is not None}
+        known = {s._cdata
+                 for t in tree_leaves((args, kwargs))
+                 if isinstance(t, torch.Tensor) and (s := _storage(t)) is not None}
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             s = _storage(t) if isinstance(t, torch.Tensor) else None
             if s is None or s._cdata in self.alive or s._cdata in known | self.old: continue
             k,n = s._cdata,s.nbytes()
-            def gone(_, k=k, n=n): self.now -= n; self.alive.pop(k, None)
-            self.alive[k] = weakref.ref(s, gone); self.now += n; self.peak = max(self.peak, self.now)
+            def gone(_, k=k, n=n):
+                self.now -= n
+                self.alive.pop(k, None)
+            self.alive[k] = weakref.ref(s, gone)
+            self.now += n
+            self.peak = max(self.peak, self.now)
         return out
 
 def _total(out):
     "The mean of all that learns in an output, added up. Raises `OpenTransError` if nothing does."
     means = [t.float().mean() for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
-    if not means: raise OpenTransError(f"No tensor in the model's output ({type(out).__name__}) depends on a parameter that learns. Give loss=, a function of the output; "
-                                       "a forward pass that forbids gradients (no_grad, inference_mode) cannot be trained.")
+    if not means:
+        raise OpenTransError(
+            f"No tensor in the model's output ({type(out).__name__}) depends on a parameter that learns. Give "
+            f"loss=, a function of the output; " "a forward pass that forbids gradients (no_grad, inference_mode) "
+                                                 "cannot be trained.")
     return sum(means)
 
 def _twins(model):
@@ -50,14 +65,19 @@ def _twins(model):
     return {n: nn.Parameter(new[n], t.requires_grad) if isinstance(t, nn.Parameter) else new[n] for n,t in own}
 
 def _step(model, inputs, loss, fake):
-    "One step forward and backward, followed: bytes of gradients, of what is kept for the backward pass, and at the worst moment."
+    """One step forward and backward, followed: bytes of gradients, of what is kept for the backward pass, and at
+    the worst moment."""
     twins = _twins(model)
     learn = [p for p in twins.values() or model.parameters() if p.requires_grad]
-    if not learn: raise OpenTransError('The model has no parameter that learns, so there is no training step. Set requires_grad, or give a selection=.')
+    if not learn:
+        raise OpenTransError(
+            'The model has no parameter that learns, so there is no training step. Set requires_grad, or give a '
+            'selection=.')
     old = [*twins.values()] or [fake.from_tensor(t) for t in [*model.parameters(), *model.buffers()]]
     with torch.enable_grad(), _Memory(old) as mem:
         out = (loss or _total)(torch.func.functional_call(model, twins, inputs) if twins else model(*inputs))
-        if not isinstance(out, torch.Tensor) or out.numel() != 1 or not out.requires_grad: raise OpenTransError('loss must return one number that depends on a parameter that learns.')
+        if not isinstance(out, torch.Tensor) or out.numel() != 1 or not out.requires_grad:
+            raise OpenTransError('loss must return one number that depends on a parameter that learns.')
         kept = mem.now
         grads = torch.autograd.grad(out, learn, allow_unused=True)
     return _bytes(g for g in grads if g is not None),kept,mem.peak
@@ -77,12 +97,15 @@ def training_memory(
     optimizer:str='sgd', # `'sgd'`, `'momentum'`, `'rmsprop'`, `'adam'` or `'adamw'`
     args=(), # More positional inputs
     loss=None, # Function of the model's output that gives a scalar; None takes the mean
-)->pd.Series: # Bytes: weights, gradients, optimizer, activations (kept for backward), peak (all of it at the worst moment)
-    "Memory of one training step, estimated without running it. Raises `OpenTransError`, also if the model's flow depends on values."
+    # Bytes: weights, gradients, optimizer, activations (kept for backward), peak (all of it at the worst moment)
+)->pd.Series:
+    """Memory of one training step, estimated without running it. Raises `OpenTransError`, also if the model's flow
+    depends on values."""
     if optimizer not in _STATES: raise unknown('optimizer', optimizer, _STATES)
     size,model = _size(input_size),unwrap(model)
     _check_model(model, args)
-    training,buffers = {m: m.training for m in model.modules()},[(b, b.detach().clone()) for b in model.buffers()] # norms count their batches
+    training = {m: m.training for m in model.modules()}
+    buffers = [(b, b.detach().clone()) for b in model.buffers()] # norms count their batches
     def run(fake, beside):
         inputs = _blindly(beside, lambda: _inputs(model, size, args))
         beside.forget([t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)])
@@ -90,17 +113,21 @@ def training_memory(
     with _as_written(autocast=True):
         try:
             model.train()
-            with selection.apply(model) if selection else contextlib.nullcontext(): n,kept,peak = _run_dry(model, run, 'Measure a real step with peak_memory instead.')
+            with selection.apply(model) if selection else contextlib.nullcontext():
+                n,kept,peak = _run_dry(model, run, 'Measure a real step with peak_memory instead.')
         except OpenTransError: raise
         except Exception as e:
-            why = 'Its flow depends on values: measure a real step with peak_memory.' if _needs_values(e) else 'Give its other inputs as args=, or loss=.'
-            raise OpenTransError(f"No training step of the model on an input of size {size} can be taken: {e}. {why}") from e
+            why = ('Its flow depends on values: measure a real step with peak_memory.' if _needs_values(e)
+                   else 'Give its other inputs as args=, or loss=.')
+            raise OpenTransError(
+                f"No training step of the model on an input of size {size} can be taken: {e}. {why}") from e
         finally:
             for m,was in training.items(): m.training = was
             for b,was in buffers: _restore(b, was)
     states = _STATES[optimizer]*n
     fixed = _bytes([*model.parameters(), *model.buffers()]) + states
-    return pd.Series(dict(weights=_bytes(model.parameters()), gradients=n, optimizer=states, activations=kept, peak=fixed + peak), dtype='int64')
+    return pd.Series(dict(weights=_bytes(model.parameters()), gradients=n, optimizer=states, activations=kept,
+                          peak=fixed + peak), dtype='int64')
 
 # %% ../../nbs/04d_memory.ipynb #90cc1f50
 def peak_memory(
@@ -109,8 +136,11 @@ def peak_memory(
 )->int: # Bytes at the worst moment, above what was allocated before
     "Measure the peak memory of `step` from the allocator itself: CUDA's counter, or each allocation on the CPU."
     if torch.device(device).type == 'cuda':
-        torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(device); before = torch.cuda.memory_allocated(device)
-        step(); torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault('KINETO_LOG_LEVEL', '99') # else the profiler talks on stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p: step()

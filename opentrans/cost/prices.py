@@ -20,17 +20,20 @@ _SPARSE = (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bs
 
 def _stored(t):
     "Elements that a sparse tensor holds. Only a tensor with values knows."
-    if isinstance(t, FakeTensor): raise UnsupportedFakeTensorException('a fake tensor does not know how many elements it holds')
+    if isinstance(t, FakeTensor):
+        raise UnsupportedFakeTensorException('a fake tensor does not know how many elements it holds')
     with unset_fake_temporarily(): return (t._values() if t.layout is torch.sparse_coo else t.values()).numel()
 
 def _mm(a, b, out):
-    "A product of matrices, also of a sparse one with a dense one: what is not stored is not multiplied. None for two sparse ones."
+    """A product of matrices, also of a sparse one with a dense one: what is not stored is not multiplied. None for
+    two sparse ones."""
     if a.layout in _SPARSE and b.layout in _SPARSE: return None
     if a.layout in _SPARSE: return _stored(a)*(b.shape[-1] if b.dim() > 1 else 1)
     if b.layout in _SPARSE: return _stored(b)*(a.numel()//a.shape[-1])
     return out.numel()*a.shape[-1]
 
-def _conv(x, w, out, transposed=False): return (x if transposed else out).numel()//(x if transposed else out).shape[1]*w.numel()
+def _conv(x, w, out, transposed=False):
+    return (x if transposed else out).numel()//(x if transposed else out).shape[1]*w.numel()
 def _sdpa(q, k, v): return q.shape[:-1].numel()*k.shape[-2]*(q.shape[-1]+v.shape[-1])
 
 def _grouped(a, b):
@@ -51,7 +54,8 @@ def _trilinear(factors, expanded):
     return math.prod(torch.broadcast_shapes(*shapes))
 
 # %% ../../nbs/04b_prices.ipynb #81caca08
-def _table(price, places, kind, names): return {n if '::' in n else f'aten::{n}': (price, places, kind) for n in names.split()}
+def _table(price, places, kind, names):
+    return {n if '::' in n else f'aten::{n}': (price, places, kind) for n in names.split()}
 
 _PRICES = { # name of an operator -> (price from its arguments and its output, places of the factors, kind)
     **_table(lambda x, w, *rest, out: _conv(x, w, out), (0, 1), 'conv', """_slow_conv2d_forward slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d
@@ -79,10 +83,12 @@ _PRICES = { # name of an operator -> (price from its arguments and its output, p
 }
 
 def _torchs_price(op, args, kwargs, out):
-    "Half of the FLOPs by the formula that torch, or the user through `register_flop_formula`, holds for an operator; None if there is none."
+    """Half of the FLOPs by the formula that torch, or the user through `register_flop_formula`, holds for an
+    operator; None if there is none."""
     if op not in flop_registry: return None
     tensors = [i for i,a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
-    return flop_registry[op](*args, **kwargs, out_val=out)//2,tuple(tensors),'attention' if 'attention' in str(op) else 'matmul'
+    return flop_registry[op](*args, **kwargs,
+                             out_val=out)//2,tuple(tensors),'attention' if 'attention' in str(op) else 'matmul'
 
 def op_macs(
     op, # An operator of `torch.ops` (an overload packet)
@@ -93,17 +99,20 @@ def op_macs(
     "The multiply-accumulates of one operator call, from shapes."
     if op in (_aten.convolution, _aten._convolution): return _conv(args[0], args[1], out, args[6]),(0, 1),'conv'
     name = getattr(op, '_qualified_op_name', '')
-    if name.startswith('aten::_scaled_dot_product') and not name.endswith('backward'): return _sdpa(*args[:3]),(0, 1, 2),'attention'
+    if name.startswith('aten::_scaled_dot_product') and not name.endswith('backward'):
+        return _sdpa(*args[:3]),(0, 1, 2),'attention'
     price,places,kind = _PRICES.get(name, (None, (), ''))
     if price is None: return _torchs_price(op, args, kwargs or {}, out)
     n = price(*args, out=out)
     return None if n is None else (n, places, kind)
 
 # %% ../../nbs/04b_prices.ipynb #a161f07b
-_OWN = {'aten', 'prim', 'prims', 'profiler', 'torchvision', 'quantized', 'quantized_decomposed', 'mkldnn', 'onednn', 'mkl', 'c10d', '_c10d_functional', 'rngprims', 'debugprims', 'inductor'}
-_PRODUCT = re.compile('mm(_|$)|mv(_|$)|dot|^addr|conv|atten|multi_head|encoder_layer|rnn|lstm|gru|linear|linalg|matmul|matrix_exp|fft_[rc]2|dist_|'
-                      'cholesky|solve|ormqr|geqrf|householder|lstsq')
-_NO_PRODUCT = re.compile('upsample|pack|convert|reorder|flatten_weight|search|check_errors|thnn_fused|linalg_(vector_norm|cross|_powsum|.*backward)')
+_OWN = {'aten', 'prim', 'prims', 'profiler', 'torchvision', 'quantized', 'quantized_decomposed', 'mkldnn',
+        'onednn', 'mkl', 'c10d', '_c10d_functional', 'rngprims', 'debugprims', 'inductor'}
+_PRODUCT = re.compile(
+    'mm(_|$)|mv(_|$)|dot|^addr|conv|atten|multi_head|encoder_layer|rnn|lstm|gru|linear|linalg|matmul|matrix_exp|fft_[rc]2|dist_|' 'cholesky|solve|ormqr|geqrf|householder|lstsq')
+_NO_PRODUCT = re.compile(
+    'upsample|pack|convert|reorder|flatten_weight|search|check_errors|thnn_fused|linalg_(vector_norm|cross|_powsum|.*backward)')
 
 @functools.lru_cache(None)
 def _may_multiply(op):
@@ -112,16 +121,19 @@ def _may_multiply(op):
     return space not in _OWN or bool(_PRODUCT.search(name) and not _NO_PRODUCT.search(name))
 
 # %% ../../nbs/04b_prices.ipynb #dc85b01b
-_FVCORE = (_aten.convolution, _aten._convolution, _aten.mm, _aten.bmm, _aten.addmm, _aten._addmm_activation, _aten.linear)
+_FVCORE = (_aten.convolution, _aten._convolution, _aten.mm, _aten.bmm, _aten.addmm, _aten._addmm_activation,
+           _aten.linear)
 
 def fvcore_flops(op, args, out, kwargs=None):
     "What fvcore 0.1.5 writes for an operator, in the form of `op_macs`."
-    if op in (_aten.native_batch_norm, _aten._native_batch_norm_legit_no_training, _aten.cudnn_batch_norm, _aten.miopen_batch_norm):
+    if op in (_aten.native_batch_norm, _aten._native_batch_norm_legit_no_training, _aten.cudnn_batch_norm,
+              _aten.miopen_batch_norm):
         return args[0].numel()*(1 if args[1] is None else 2),(1,),'norm'
     if op is _aten.native_layer_norm: return args[0].numel()*(4 if args[2] is None else 5),(2,),'norm'
     if op is _aten.native_group_norm: return args[0].numel()*(4 if args[1] is None else 5),(1,),'norm'
     if op is _aten.upsample_nearest2d: return out.numel(),(),'resize'
-    if op in (_aten.upsample_bilinear2d, _aten.grid_sampler_2d, _aten.grid_sampler_3d): return 4*out.numel(),(),'resize'
+    if op in (_aten.upsample_bilinear2d, _aten.grid_sampler_2d, _aten.grid_sampler_3d):
+        return 4*out.numel(),(),'resize'
     if op is _aten._adaptive_avg_pool2d: return args[0].numel(),(),'pool'
     return op_macs(op, args, out) if op in _FVCORE else None
 
@@ -147,37 +159,54 @@ def _thop_recurrent(m, x, y):
     ways = 2 if m.bidirectional else 1
     return _steps(x)*ways*(_thop_cell(m, m.input_size) + (m.num_layers-1)*_thop_cell(m, ways*m.hidden_size))
 
-_THOP = {t: lambda m, x, y: y.numel()*(x.shape[1]//m.groups)*math.prod(m.weight.shape[2:]) for t in CONVS} | {
-    t: lambda m, x, y: (4 if _affine(m) else 2)*x.numel() for t in [*_types('BatchNorm', 'InstanceNorm'), nn.LayerNorm, nn.SyncBatchNorm]} | {
-    t: lambda m, x, y: y.numel() for t in _types('AvgPool')} | {t: _adaptive for t in _types('AdaptiveAvgPool')} | {
-    t: lambda m, x, y: _UP.get(m.mode, 0)*y.numel() for t in (nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)} | {
-    t: lambda m, x, y: 0 for t in (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Dropout, nn.ZeroPad2d, nn.PixelShuffle, *_types('MaxPool', 'AdaptiveMaxPool'))} | {
-    nn.Linear: lambda m, x, y: m.in_features*y.numel(), nn.PReLU: lambda m, x, y: x.numel(),
-    nn.Softmax: lambda m, x, y: x.numel()//x.shape[m.dim]*(3*x.shape[m.dim]-1)} | dict.fromkeys(_RECURRENT, _thop_recurrent) | {
-    t: lambda m, x, y: x.shape[0]*_thop_cell(m, m.input_size) for t in (nn.RNNCell, nn.GRUCell, nn.LSTMCell)}
+_THOP = ({t: lambda m, x, y: y.numel()*(x.shape[1]//m.groups)*math.prod(m.weight.shape[2:]) for t in CONVS}
+         | {t: lambda m, x, y: (4 if _affine(m) else 2)*x.numel()
+            for t in [*_types('BatchNorm', 'InstanceNorm'), nn.LayerNorm, nn.SyncBatchNorm]}
+         | {t: lambda m, x, y: y.numel() for t in _types('AvgPool')}
+         | {t: _adaptive for t in _types('AdaptiveAvgPool')}
+         | {t: lambda m, x, y: _UP.get(m.mode, 0)*y.numel()
+            for t in (nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)}
+         | {t: lambda m, x, y: 0
+            for t in (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Dropout, nn.ZeroPad2d, nn.PixelShuffle,
+                      *_types('MaxPool', 'AdaptiveMaxPool'))}
+         | {nn.Linear: lambda m, x, y: m.in_features*y.numel(), nn.PReLU: lambda m, x, y: x.numel(),
+            nn.Softmax: lambda m, x, y: x.numel()//x.shape[m.dim]*(3*x.shape[m.dim]-1)}
+         | dict.fromkeys(_RECURRENT, _thop_recurrent)
+         | {t: lambda m, x, y: x.shape[0]*_thop_cell(m, m.input_size)
+            for t in (nn.RNNCell, nn.GRUCell, nn.LSTMCell)})
 
 # %% ../../nbs/04b_prices.ipynb #e5674dad
 def _pt_conv(m, x, y, transposed=False):
     places = (x if transposed else y).shape
-    return places[0]*math.prod(places[2:])*math.prod(m.kernel_size)*m.in_channels*(m.out_channels//m.groups) + (0 if m.bias is None else y.numel())
+    return (places[0]*math.prod(places[2:])*math.prod(m.kernel_size)*m.in_channels*(m.out_channels//m.groups)
+            + (0 if m.bias is None else y.numel()))
 
 def _pt_attention(m, q, k, v):
-    (b,l),s,h = (q.shape[:2] if m.batch_first else q.shape[1::-1]),k.shape[1 if m.batch_first else 0],m.num_heads
-    d,dk,dv = q.shape[2],k.shape[2],v.shape[2]
-    proj = l*d*d + s*dk*dk + s*dv*dv + (0 if m.in_proj_bias is None else (l+2*s)*d)
-    return b*(l*d + proj + h*l*s*(d//h + 1 + dv//h) + l*dv*(dv+1))
+    (b,
+     layer),s,h = (q.shape[:2] if m.batch_first else q.shape[1::-1]),k.shape[1 if m.batch_first else 0],m.num_heads
+    d = q.shape[2]
+    dk = k.shape[2]
+    dv = v.shape[2]
+    proj = layer*d*d + s*dk*dk + s*dv*dv + (0 if m.in_proj_bias is None else (layer+2*s)*d)
+    return b*(layer*d + proj + h*layer*s*(d//h + 1 + dv//h) + layer*dv*(dv+1))
 
 def _pt_cell(m, layer=''):
     "One step of one sequence through one layer: its matrices, its biases, and what the gates cost by ptflops."
-    own = [getattr(m, f'{k}{layer}') for k in ('weight_ih', 'weight_hh', *(('bias_ih', 'bias_hh') if m.bias else ()))]
+    own = [getattr(m, f'{k}{layer}')
+           for k in ('weight_ih', 'weight_hh', *(('bias_ih', 'bias_hh') if m.bias else ()))]
     return sum(p.numel() for p in own) + {1: 1, 3: 7, 4: 10}[_GATES[type(m)]]*m.hidden_size
 
-def _pt_recurrent(m, x, y): return _steps(x)*(2 if m.bidirectional else 1)*sum(_pt_cell(m, f'_l{i}') for i in range(m.num_layers))
+def _pt_recurrent(m, x, y):
+    return _steps(x)*(2 if m.bidirectional else 1)*sum(_pt_cell(m, f'_l{i}') for i in range(m.num_layers))
 
-_PTFLOPS = {t: _pt_conv for t in _types('Conv')} | {t: lambda m, x, y: _pt_conv(m, x, y, True) for t in _types('ConvTranspose')} | {
-    t: lambda m, x, y: x.numel()*(2 if getattr(m, 'affine', False) else 1) for t in [*_types('BatchNorm', 'InstanceNorm'), nn.GroupNorm, nn.LayerNorm]} | {
-    t: lambda m, x, y: y.numel() for t in (nn.ReLU, nn.PReLU, nn.ELU, nn.LeakyReLU, nn.ReLU6, nn.GELU)} | {
-    t: lambda m, x, y: x.numel() for t in _types('MaxPool', 'AvgPool', 'AdaptiveMaxPool', 'AdaptiveAvgPool')} | {
-    nn.Upsample: lambda m, x, y: y[0].numel(), nn.MultiheadAttention: None,
-    nn.Linear: lambda m, x, y: x.shape[:-1].numel()*y.shape[-1]*(x.shape[-1] + (m.bias is not None))} | dict.fromkeys(_RECURRENT, _pt_recurrent) | {
-    t: lambda m, x, y: x.shape[0]*_pt_cell(m) for t in (nn.RNNCell, nn.GRUCell, nn.LSTMCell)}
+_PTFLOPS = ({t: _pt_conv for t in _types('Conv')}
+            | {t: lambda m, x, y: _pt_conv(m, x, y, True) for t in _types('ConvTranspose')}
+            | {t: lambda m, x, y: x.numel()*(2 if getattr(m, 'affine', False) else 1)
+               for t in [*_types('BatchNorm', 'InstanceNorm'), nn.GroupNorm, nn.LayerNorm]}
+            | {t: lambda m, x, y: y.numel() for t in (nn.ReLU, nn.PReLU, nn.ELU, nn.LeakyReLU, nn.ReLU6, nn.GELU)}
+            | {t: lambda m, x, y: x.numel()
+               for t in _types('MaxPool', 'AvgPool', 'AdaptiveMaxPool', 'AdaptiveAvgPool')}
+            | {nn.Upsample: lambda m, x, y: y[0].numel(), nn.MultiheadAttention: None,
+               nn.Linear: lambda m, x, y: x.shape[:-1].numel()*y.shape[-1]*(x.shape[-1] + (m.bias is not None))}
+            | dict.fromkeys(_RECURRENT, _pt_recurrent)
+            | {t: lambda m, x, y: x.shape[0]*_pt_cell(m) for t in (nn.RNNCell, nn.GRUCell, nn.LSTMCell)})

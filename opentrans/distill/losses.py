@@ -23,7 +23,9 @@ def distances(
 def _check_rows(**rows):
     shapes = {k: tuple(v.shape) for k,v in rows.items()}
     if len({s for s in shapes.values()}) > 1 or any(len(s) != 2 for s in shapes.values()):
-        raise OpenTransError(f"The embeddings must all be (N, D), a row for each region, not {', '.join(f'{k} {s}' for k,s in shapes.items())}.")
+        raise OpenTransError(
+            f"The embeddings must all be (N, D), a row for each region, not "
+            f"{', '.join(f'{k} {s}' for k,s in shapes.items())}.")
     if not len(next(iter(rows.values()))): raise OpenTransError("There are no regions to distill from: N is 0.")
 
 def tgkd_loss(
@@ -49,13 +51,16 @@ def released_terms(
     t:torch.Tensor, # (N, D) unit length: of their names
     scale=1., # Factor on the text embeddings, which the released code learns; it counts twice
 )->torch.Tensor: # (N + N*N), all not negative; their mean is the loss
-    "The terms of the distillation loss in the code released with the paper (`loss_text_kd` in maskformer_model_voca_dense_kd.py): squared distances of student and teacher, and squared differences of cosines for all pairs."
+    """The terms of the distillation loss in the code released with the paper (`loss_text_kd` in
+    maskformer_model_voca_dense_kd.py): squared distances of student and teacher, and squared differences of
+    cosines for all pairs."""
     _check_rows(v=v, r=r, t=t)
     t = t*scale
     return torch.cat([((t @ t.T) - (v @ r.T)).square().flatten(), (v-r).square().sum(1)])
 
 def released_loss(v, r, t):
-    "The released code's distillation loss of one image; the paper's are `tgkd_loss` and `vgkd_loss`. `Mask2Former` with `kd_form='released'` takes the mean over the terms of all images."
+    """The released code's distillation loss of one image; the paper's are `tgkd_loss` and `vgkd_loss`.
+    `Mask2Former` with `kd_form='released'` takes the mean over the terms of all images."""
     return released_terms(v, r, t).mean()
 
 def grounding_loss(
@@ -63,7 +68,8 @@ def grounding_loss(
     regions:list, # For each image (R, D): student's embeddings of its regions
     scale=1., # Temperature, a number or a tensor
 )->torch.Tensor: # A number; 0 if fewer than two images have words and regions
-    "Which caption belongs to which image? The grounding loss of the released code (`GroundingHead` in utils/loss.py, with its settings `clip_cosine`, `softmax`, `aligned_local` and `cross_entropy`)."
+    """Which caption belongs to which image? The grounding loss of the released code (`GroundingHead` in
+    utils/loss.py, with its settings `clip_cosine`, `softmax`, `aligned_local` and `cross_entropy`)."""
     pairs = [(F.normalize(w, dim=-1), F.normalize(v, dim=-1)) for w,v in zip(words, regions) if len(w) and len(v)]
     if len(pairs) < 2: return sum(v.sum() for v in regions)*0
     by_words,by_regions = [],[]
@@ -83,6 +89,8 @@ def teach_regions(
     mode:str, # As in `region_embeddings`
 )->list: # For each image (N,D), unit length
     "What the dense CLIP that a framework's backbone began as sees in regions."
-    if not framework._teacher: framework._teacher.append(framework.backbone.fresh_copy().requires_grad_(False).eval())
-    with torch.no_grad(): r = framework._teacher[0].to(device_of(framework)).region_embeddings(images, regions, mode=mode)
+    if not framework._teacher:
+        framework._teacher.append(framework.backbone.fresh_copy().requires_grad_(False).eval())
+    with torch.no_grad():
+        r = framework._teacher[0].to(device_of(framework)).region_embeddings(images, regions, mode=mode)
     return list(r.split([len(m) for m in regions]))

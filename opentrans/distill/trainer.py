@@ -34,7 +34,11 @@ LOSSES = {'tgkd': tgkd_loss, 'vgkd': lambda v, r, t: vgkd_loss(v, r), 'released'
 class _Endless:
     "Batches of numbers of samples, for ever: every sample once before any comes again."
     drop_last = True # no batch is smaller
-    def __init__(self, n, batch_size, generator, skip=0): self.n,self.batch_size,self.generator,self.skip = n,batch_size,generator,skip
+    def __init__(self, n, batch_size, generator, skip=0):
+        self.n = n
+        self.batch_size = batch_size
+        self.generator = generator
+        self.skip = skip
     def __iter__(self):
         batches = _endless(self.n, self.batch_size, self.generator)
         for _ in range(self.skip): next(batches)
@@ -59,15 +63,20 @@ def find_backbone(
 )->ClipBackbone:
     "The CLIP backbone in a model. Raises `OpenTransError` if there is none."
     model = unwrap(model)
-    while not isinstance(model, ClipBackbone) and isinstance(getattr(model, 'backbone', None), nn.Module): model = unwrap(model.backbone)
-    if not isinstance(model, ClipBackbone): raise OpenTransError(f"{type(model).__name__} holds no ClipBackbone; make one with ClipBackbone.create(...).")
+    while not isinstance(model, ClipBackbone) and isinstance(getattr(model, 'backbone', None), nn.Module):
+        model = unwrap(model.backbone)
+    if not isinstance(model, ClipBackbone):
+        raise OpenTransError(
+            f"{type(model).__name__} holds no ClipBackbone; make one with ClipBackbone.create(...).")
     return model
 
 # %% ../../nbs/clip/23_distill.ipynb #20546aa5
 _RANGES = dict( # name -> smallest, largest, whole numbers only?
-    iterations=(1, 10**9, True), batch_size=(1, 10**5, True), max_regions=(1, 10**6, True), min_pixels=(0, 10**9, True), crop=(16, 10**5, True),
+    iterations=(1, 10**9, True), batch_size=(1, 10**5, True), max_regions=(1, 10**6, True), min_pixels=(
+        0, 10**9, True), crop=(16, 10**5, True),
     lr=(1e-12, 1e3, False), weight_decay=(0, 1e3, False), momentum=(0, 1, False), clip_grad=(0, 1e12, False),
-    distillation=(0, 1e6, False), segmentation=(0, 1e6, False), workers=(0, 1024, True), cache_mb=(0, 10**7, False), disk_mb=(0, 10**9, False),
+    distillation=(0, 1e6, False), segmentation=(0, 1e6, False), workers=(0, 1024, True), cache_mb=(
+        0, 10**7, False), disk_mb=(0, 10**9, False),
     backbone_lr=(0, 1e6, False))
 _MAY_BE_NONE = ('crop', 'clip_grad')
 _LATER = ('backbone_lr', 'decay_norms', 'terms') # settings that are only told where they are not the default
@@ -88,10 +97,12 @@ def _class_number(given, names):
 # %% ../../nbs/clip/23_distill.ipynb #7ae7601b
 @dataclass(eq=False, repr=False)
 class DistillTrainer:
-    "Training by distillation alone, for `imp`: `train(model, round)` (paper Algorithm 1, line 3). Raises `OpenTransError` for settings that make no sense."
+    """Training by distillation alone, for `imp`: `train(model, round)` (paper Algorithm 1, line 3). Raises
+    `OpenTransError` for settings that make no sense."""
     clip:ClipBackbone # The CLIP: gives the text embeddings and, if none is given, the teacher
     data:object # Data set of samples with `image`, `regions` and `region_classes`; its `vocabulary` holds the names
-    loss:object = 'tgkd' # `'tgkd'` (Eq. 3), `'vgkd'` (Eq. 4), `'released'` (`released_loss`), or a function of (v, r, t)
+    # `'tgkd'` (Eq. 3), `'vgkd'` (Eq. 4), `'released'` (`released_loss`), or a function of (v, r, t)
+    loss:object = 'tgkd'
     iterations:int = 1000 # Iterations a round: the paper's t
     lr:float = 1e-4 # Learning rate
     batch_size:int = 8 # Images an iteration, over all processes
@@ -112,11 +123,16 @@ class DistillTrainer:
     device:str = None # Where to train; None: where the model is
     amp:bool = False # bfloat16 autocast?
     distillation:float = 1. # Weight of the distillation loss
-    segmentation:float = 0. # Weight of the loss of a framework (Tab. 6 and 8); above 0 the model must be one, and its head learns too
+    # Weight of the loss of a framework (Tab. 6 and 8); above 0 the model must be one, and its head learns too
+    segmentation:float = 0.
     seed:int = None # Seed of the order of images; None draws it from torch's generator, which `imp` seeds
     workers:int = 0 # Processes that read data
-    cache_mb:int = 512 # Most memory for teacher embeddings where no folder takes them; 0 keeps none, where `data[i]` is not the same each time
-    disk_mb:int = 16384 # Most disk space for teacher embeddings in the folder of `imp`, if images are whole (`crop=None`); 0 keeps them in memory and in the checkpoint
+    # Most memory for teacher embeddings where no folder takes them; 0 keeps none, where `data[i]` is not the same
+    # each time
+    cache_mb:int = 512
+    # Most disk space for teacher embeddings in the folder of `imp`, if images are whole (`crop=None`); 0 keeps them
+    # in memory and in the checkpoint
+    disk_mb:int = 16384
     backbone_lr:float = 1. # Times `lr`, for the tower, where a framework's head learns, too
     decay_norms:bool = True # Weight decay for norms and vectors, too?
     terms:tuple = None # Names of the terms of the framework's loss that are trained, e.g. `('kd',)`; None for all
@@ -127,41 +143,57 @@ class DistillTrainer:
         if self.teacher is None: self.teacher = self.clip.fresh_copy().requires_grad_(False)
         self.teacher = find_backbone(self.teacher).eval()
         if self.teacher.embed_dim != self.clip.embed_dim:
-            raise OpenTransError(f"The teacher embeds in {self.teacher.embed_dim} dimensions, the student in {self.clip.embed_dim}: distances need the same. "
-                                 "Choose another teacher.")
+            raise OpenTransError(
+                f"The teacher embeds in {self.teacher.embed_dim} dimensions, the student in {self.clip.embed_dim}: "
+                f"distances need the same. " "Choose another teacher.")
         check_finite(dict(self.teacher.named_parameters()), 'the teacher', 'Give one whose weights are numbers.')
         names = self._names()
-        self._keep = None if self.classes is None else torch.tensor([_class_number(c, names) for c in self.classes], dtype=torch.long)
-        self._cache,self._cached,self._store,self._stored,self.log = {},0,None,0,[]
+        self._keep = (None if self.classes is None
+                      else torch.tensor([_class_number(c, names) for c in self.classes], dtype=torch.long))
+        self._cache = {}
+        self._cached = 0
+        self._store = None
+        self._stored = 0
+        self.log = []
         self.team = Processes(self.device)
         hidden = ('clip', 'data', 'teacher', 'device', 'workers', 'seed', 'disk_mb')
-        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden and not (f.name in _LATER and getattr(self, f.name) == f.default)}
+        told = {f.name: getattr(self, f.name)
+                for f in fields(self)
+                if f.name not in hidden and not (f.name in _LATER and getattr(self, f.name) == f.default)}
         self.settings = {name: _plain_setting(value) for name,value in told.items()}   # what imp saves with a mask
-        self.settings.update(data=getattr(self.data, 'name', type(self.data).__name__), images=len(self.data), order=self.seed,
-                             names=digest_of(names)[:16], teacher=checksum(self.teacher.state_dict(), {})[7:23])
+        self.settings.update(data=getattr(self.data, 'name', type(self.data).__name__), images=len(self.data),
+                             order=self.seed, names=digest_of(names)[:16],
+                             teacher=checksum(self.teacher.state_dict(), {})[7:23])
 
 # %% ../../nbs/clip/23_distill.ipynb #77ddd972
 @patch
-def _names(self:DistillTrainer): return [str(n) for n in getattr(self.data.vocabulary, 'names', self.data.vocabulary)]
+def _names(self:DistillTrainer):
+    return [str(n) for n in getattr(self.data.vocabulary, 'names', self.data.vocabulary)]
 
 @patch
 def _check(self:DistillTrainer):
     "Raises `OpenTransError` for settings that make no sense, before anything is computed."
     if getattr(self.data, 'vocabulary', None) is None:
-        raise OpenTransError(f"A {type(self.data).__name__} has no vocabulary: give a data set whose `vocabulary` holds the names.")
+        raise OpenTransError(
+            f"A {type(self.data).__name__} has no vocabulary: give a data set whose `vocabulary` holds the names.")
     if not len(self.data): raise OpenTransError("The data set is empty: there is nothing to distill on.")
     modes = ['attention', 'crop', 'tight']
-    for kind,given,allowed in (('distillation loss', self.loss, list(LOSSES)), ('optimizer', self.optimizer, ['adamw', 'sgd']),
-                               ('batch_norm', self.batch_norm, ['train', 'frozen']), ('pairs', self.pairs, ['batch', 'image']),
-                               ('student_mode', self.student_mode, modes), ('teacher_mode', self.teacher_mode, modes)):
+    for kind,given,allowed in (('distillation loss', self.loss, list(LOSSES)),
+                               ('optimizer', self.optimizer, ['adamw', 'sgd']),
+                               ('batch_norm', self.batch_norm, ['train', 'frozen']),
+                               ('pairs', self.pairs, ['batch', 'image']),
+                               ('student_mode', self.student_mode, modes),
+                               ('teacher_mode', self.teacher_mode, modes)):
         named = kind in ('distillation loss', 'optimizer')
         if not (named and callable(given)) and given not in allowed: raise unknown(kind, given, allowed)
     self._check_numbers()
     for name in ('freeze', 'classes', 'terms'):
         given = getattr(self, name)
-        if given is not None and not isinstance(given, (list, tuple)): raise OpenTransError(f"{name}={shorten(repr(given))}: give a list of names.")
+        if given is not None and not isinstance(given, (list, tuple)):
+            raise OpenTransError(f"{name}={shorten(repr(given))}: give a list of names.")
     for name in ('amp', 'decay_norms'):
-        if not isinstance(getattr(self, name), bool): raise OpenTransError(f"{name}={shorten(repr(getattr(self, name)))}: it must be True or False.")
+        if not isinstance(getattr(self, name), bool):
+            raise OpenTransError(f"{name}={shorten(repr(getattr(self, name)))}: it must be True or False.")
 
 @patch
 def _check_numbers(self:DistillTrainer):
@@ -171,8 +203,9 @@ def _check_numbers(self:DistillTrainer):
         check_number(name, getattr(self, name), least, most, whole)
     if self.seed is not None: check_number('seed', self.seed, 0, whole=True)
     if not self.distillation + self.segmentation > 0:
-        raise OpenTransError(f"distillation={self.distillation} and segmentation={self.segmentation} are weights of losses: "
-                             "at least one must be above 0.")
+        raise OpenTransError(
+            f"distillation={self.distillation} and segmentation={self.segmentation} are weights of losses: "
+            "at least one must be above 0.")
 
 # %% ../../nbs/clip/23_distill.ipynb #18cfdd39
 @patch
@@ -180,12 +213,15 @@ def _window(self:DistillTrainer, sample, generator):
     "A sample, or a random square window of it."
     if not self.crop: return sample
     y,x = (int(torch.randint(max(n-self.crop, 0)+1, (), generator=generator)) for n in sample['image'].shape[-2:])
-    return {k: v[...,y:y+self.crop,x:x+self.crop] if k in ('image', 'labels', 'regions') else v for k,v in sample.items()}
+    return {k: v[...,y:y+self.crop,x:x+self.crop] if k in ('image', 'labels', 'regions') else v
+            for k,v in sample.items()}
 
 @patch
 def _view(self:DistillTrainer, i, sample):
     "One sample: its number, image, and the regions to use with their numbers and classes."
-    image,regions,classes = sample['image'],sample['regions'].bool(),sample['region_classes']
+    image = sample['image']
+    regions = sample['regions'].bool()
+    classes = sample['region_classes']
     keep = regions.flatten(1).sum(1) >= self.min_pixels
     if self._keep is not None: keep &= torch.isin(classes, self._keep)
     return i,image,regions,classes,keep.nonzero().flatten()
@@ -202,7 +238,8 @@ def _windows(self:DistillTrainer, samples, generator, rank, n):
 
 @patch
 def _batch(self:DistillTrainer, samples, generator, team=None):
-    "The part of a batch that is this process's, with at most `max_regions` regions in all parts; None if there are none."
+    """The part of a batch that is this process's, with at most `max_regions` regions in all parts; None if there
+    are none."""
     rank,n = (team.rank, team.n) if team else (0, 1)
     samples = self._windows(samples, generator, rank, n)
     views = [self._view(i, s) for i,s in samples]
@@ -214,24 +251,30 @@ def _batch(self:DistillTrainer, samples, generator, team=None):
     pick = torch.randperm(len(owner), generator=generator)[:self.max_regions].sort().values
     owner,first = owner[pick],rank*len(views)
     place = owner // len(views)
-    local,number = owner[place == rank]-first,torch.cat([v[-1] for v in views])[pick[place == rank]-counts[:first].sum()]
+    local = owner[place == rank]-first
+    number = torch.cat([v[-1] for v in views])[pick[place == rank]-counts[:first].sum()]
     chosen = [number[local==b] for b in range(len(views))]
-    pad = lambda t: F.pad(t, (0, size[1]-t.shape[-1], 0, size[0]-t.shape[-2]))
-    rows = torch.tensor([[v[0], int(k), int(v[3][k])] for v,m in zip(views, chosen) for k in m], dtype=torch.int64).reshape(-1, 3)
+    def pad(t): return F.pad(t, (0, size[1]-t.shape[-1], 0, size[0]-t.shape[-2]))
+    rows = torch.tensor([[v[0], int(k), int(v[3][k])] for v,m in zip(views, chosen) for k in m],
+                        dtype=torch.int64).reshape(-1, 3)
     parts = torch.bincount(place, minlength=n).tolist()
     every = rows if n == 1 else team.all_rows(rows.to(team.device), parts).cpu()
-    return dict(images=torch.stack([pad(v[1]) for v in views]), regions=[pad(v[2][m]) for v,m in zip(views, chosen)], owner=owner, classes=every[:,2], parts=parts,
-                keys=[tuple(row) for row in rows[:,:2].tolist()], every=[tuple(row) for row in every[:,:2].tolist()],
+    return dict(images=torch.stack([pad(v[1]) for v in views]),
+                regions=[pad(v[2][m]) for v,m in zip(views, chosen)], owner=owner, classes=every[:,2], parts=parts,
+                keys=[tuple(row) for row in rows[:,:2].tolist()],
+                every=[tuple(row) for row in every[:,:2].tolist()],
                 whole=self._whole(samples, generator) if self.segmentation else None)
 
 @patch
 def _whole(self:DistillTrainer, samples, generator):
     "The samples as a framework's loss reads them, with nouns of captions if they have any."
     batch = collate([s for _,s in samples])
-    return dict(batch, nouns=[_drop_nouns(s['nouns']) for _,s in samples]) if all('nouns' in s for _,s in samples) else batch
+    return (dict(batch, nouns=[_drop_nouns(s['nouns']) for _,s in samples]) if all('nouns' in s for _,s in samples)
+            else batch)
 
 def _drop_nouns(nouns, most=5, share=.25):
-    "The nouns of a caption without a quarter, drawn each time, and at most five, as in the released code's data mappers."
+    """The nouns of a caption without a quarter, drawn each time, and at most five, as in the released code's data
+    mappers."""
     kept = [noun for noun,draw in zip(nouns, torch.rand(len(nouns)).tolist()) if draw > share] or list(nouns)
     return [kept[i] for i in torch.randperm(len(kept))[:most].tolist()] if len(kept) > most else kept
 
@@ -249,9 +292,12 @@ def _teach(self:DistillTrainer, batch, device):
     found = {}
     if new:
         mine,at = [],0
-        for r in batch['regions']: mine.append(r[[k-at for k in new if at <= k < at+len(r)]]); at += len(r)
+        for r in batch['regions']:
+            mine.append(r[[k-at for k in new if at <= k < at+len(r)]])
+            at += len(r)
         with torch.no_grad():
-            e = self.teacher.to(device).region_embeddings(batch['images'].to(device), [m.to(device) for m in mine], mode=self.teacher_mode).float()
+            e = self.teacher.to(device).region_embeddings(batch['images'].to(device), [m.to(device) for m in mine],
+                                                          mode=self.teacher_mode).float()
         found = {batch['keys'][k]: row for k,row in zip(new, e)}
     rows = [(found[k] if k in found else self._recall(k)).to(device) for k in batch['keys']]
     return torch.stack(rows) if rows else torch.zeros(0, self.teacher.embed_dim, device=device)
@@ -260,7 +306,9 @@ def _teach(self:DistillTrainer, batch, device):
 def _keep_rows(self:DistillTrainer, keys, rows):
     "Keep the teacher's embeddings of a batch, of all processes, while there is room."
     new = [k for k,key in enumerate(keys) if not self._knows(key)]
-    size,kept,room = len(new)*rows.shape[1]*4,self._cached,self.cache_mb
+    size = len(new)*rows.shape[1]*4
+    kept = self._cached
+    room = self.cache_mb
     if self._store is not None: kept,room = kept+self._store.bytes,self.disk_mb
     if not new or self.crop or kept+size > room*2**20: return
     self._cache.update({keys[k]: row for k,row in zip(new, rows[new].cpu())})
@@ -269,7 +317,8 @@ def _keep_rows(self:DistillTrainer, keys, rows):
 
 @patch
 def state_dict(self:DistillTrainer)->dict: # Name -> tensor
-    "What the trainer remembers between rounds: the teacher's embeddings by image and region, as far as they are not in files of their own, how many such files there are, and the losses so far."
+    """What the trainer remembers between rounds: the teacher's embeddings by image and region, as far as they are
+    not in files of their own, how many such files there are, and the losses so far."""
     keys = torch.tensor(list(self._cache), dtype=torch.int64).reshape(-1, 2)
     rows = torch.stack(list(self._cache.values())) if self._cache else torch.zeros(0, self.teacher.embed_dim)
     log = torch.tensor([[row['round'], row['iteration'], row['loss']] for row in self.log], dtype=torch.float64)
@@ -278,22 +327,32 @@ def state_dict(self:DistillTrainer)->dict: # Name -> tensor
 
 def _is(tensor, dtype, width):
     "Is it a table of a type with so many columns?"
-    return isinstance(tensor, torch.Tensor) and tensor.dtype == dtype and tensor.ndim == 2 and tensor.shape[1] == width
+    return (isinstance(tensor, torch.Tensor) and tensor.dtype == dtype and tensor.ndim == 2
+            and tensor.shape[1] == width)
 
 @patch
 def load_state_dict(self:DistillTrainer,
     state:dict, # What `state_dict` gave
 ):
-    "Go on with what another trainer of the same settings remembered. Raises `DamagedFile`, with nothing changed, if it is something else."
+    """Go on with what another trainer of the same settings remembered. Raises `DamagedFile`, with nothing changed,
+    if it is something else."""
     keys,rows,log,files = (state.get(name) for name in ('keys', 'embeddings', 'log', 'files'))
-    shaped = _is(keys, torch.int64, 2) and _is(rows, torch.float32, self.teacher.embed_dim) and _is(log, torch.float64, 3) and _is(files, torch.int64, 1)
+    shaped = (_is(keys, torch.int64, 2) and _is(rows, torch.float32, self.teacher.embed_dim)
+              and _is(log, torch.float64, 3) and _is(files, torch.int64, 1))
     if len(state) != 4 or not shaped or len(keys) != len(rows) or len(files) != 1 or int(files) < 0:
-        raise DamagedFile("What the trainer remembered has not the shape of its embeddings. Begin the run again in another folder.")
+        raise DamagedFile(
+            "What the trainer remembered has not the shape of its embeddings. Begin the run again in another "
+            "folder.")
     images,places = keys.T.tolist() if len(keys) else ([], []),{tuple(key) for key in keys.tolist()}
     if len(places) < len(keys) or bool((keys < 0).any()) or max(images[0], default=0) >= len(self.data):
-        raise DamagedFile(f"What the trainer remembered is not of these {len(self.data)} images. Begin the run again in another folder.")
-    check_finite(dict(embeddings=rows, log=log), 'what the trainer remembered', 'Begin the run again in another folder.')
-    self._cache,self._cached,self._stored = dict(zip(map(tuple, keys.tolist()), rows.clone().unbind())),rows.nbytes,int(files)
+        raise DamagedFile(
+            f"What the trainer remembered is not of these {len(self.data)} images. Begin the run again in another "
+            f"folder.")
+    check_finite(dict(embeddings=rows, log=log), 'what the trainer remembered',
+                 'Begin the run again in another folder.')
+    self._cache = dict(zip(map(tuple, keys.tolist()), rows.clone().unbind()))
+    self._cached = rows.nbytes
+    self._stored = int(files)
     self.log = [dict(round=int(r), iteration=int(i), loss=loss) for r,i,loss in log.tolist()]
 
 # %% ../../nbs/clip/23_distill.ipynb #aac024a3
@@ -304,8 +363,14 @@ _WIDEST = 2**20 # Regions of an image, at most
 class _Store:
     "Teacher embeddings in files of a folder: rows by image and region, to which files are only added."
     def __init__(self, folder, settings, team):
-        self.folder,self.settings,self.team = folder,settings,team
-        self.keys,self.rows,self.starts,self.parts,self.bytes = np.zeros(0, np.int64),np.zeros(0, np.int64),[],[],0
+        self.folder = folder
+        self.settings = settings
+        self.team = team
+        self.keys = np.zeros(0, np.int64)
+        self.rows = np.zeros(0, np.int64)
+        self.starts = []
+        self.parts = []
+        self.bytes = 0
 
     def file(self, i): return RunFile(self.folder/f'teacher-{i:05d}.safetensors', self.settings, TEACHER_FILE)
 
@@ -319,25 +384,33 @@ class _Store:
         i = 0
         while (found := self.file(i).load()) is not None:
             keys,rows = found[0].get('keys'),found[0].get('embeddings')
-            fits = len(found[0]) == 2 and _is(keys, torch.int64, 2) and _is(rows, torch.float32, width) and len(keys) == len(rows)
-            if not fits or bool((keys < 0).any()) or bool((keys[:,0] >= images).any()) or bool((keys[:,1] >= _WIDEST).any()):
+            fits = (len(found[0]) == 2 and _is(keys, torch.int64, 2) and _is(rows, torch.float32, width)
+                    and len(keys) == len(rows))
+            if (not fits or bool((keys < 0).any()) or bool((keys[:,0] >= images).any())
+                or bool((keys[:,1] >= _WIDEST).any())):
                 raise TEACHER_FILE.damaged(self.file(i).path, 'its rows are not of these images')
             check_finite(dict(embeddings=rows), f"'{self.file(i).path}'", 'Begin the run again in another folder.')
             i += 1
-        if i < least: raise DamagedFile(f"'{self.file(i).path}' is gone: the run has written {least} files of teacher embeddings. Put it back, or begin the run again in another folder.")
+        if i < least:
+            raise DamagedFile(
+                f"'{self.file(i).path}' is gone: the run has written {least} files of teacher embeddings. Put it "
+                f"back, or begin the run again in another folder.")
         return i
 
     def take(self, i):
         "Read the numbers of a file's rows, and where they lie."
         path = self.file(i).path
-        if not path.exists(): raise OpenTransError(f"{self.team} does not see '{path}'. Choose a folder on a file system that all machines see.")
+        if not path.exists():
+            raise OpenTransError(
+                f"{self.team} does not see '{path}'. Choose a folder on a file system that all machines see.")
         part = safe_open(str(path), 'pt')
         keys = part.get_tensor('keys').numpy()
         first = len(self.keys)
         self.starts.append(first)
         self.parts.append(part.get_slice('embeddings'))
         self.bytes += len(keys)*part.get_slice('embeddings').get_shape()[1]*4
-        joined,rows = np.concatenate([self.keys, keys[:,0]*_WIDEST+keys[:,1]]),np.concatenate([self.rows, first+np.arange(len(keys))])
+        joined = np.concatenate([self.keys, keys[:,0]*_WIDEST+keys[:,1]])
+        rows = np.concatenate([self.rows, first+np.arange(len(keys))])
         order = np.argsort(joined, kind='stable')
         self.keys,self.rows = joined[order],rows[order]
 
@@ -359,7 +432,8 @@ class _Store:
 
 @patch
 def _open_store(self:DistillTrainer, within):
-    "Teacher embeddings go to the folder of a run, or stay in memory. Raises `OpenTransError` if its files are not those of the run."
+    """Teacher embeddings go to the folder of a run, or stay in memory. Raises `OpenTransError` if its files are not
+    those of the run."""
     folder = None if within is None or self.crop or not self.cache_mb else within.folder
     if self._store is not None and self._store.folder == folder: return
     self._store = None
@@ -382,11 +456,13 @@ def _flush(self:DistillTrainer):
 # %% ../../nbs/clip/23_distill.ipynb #3a389bb7
 @patch
 def _loss(self:DistillTrainer, backbone, batch, text, device, team=None):
-    "The distillation loss of one batch, over all pairs of regions or over those within an image. In several processes it is that of the whole batch in each."
+    """The distillation loss of one batch, over all pairs of regions or over those within an image. In several
+    processes it is that of the whole batch in each."""
     loss = LOSSES.get(self.loss, self.loss) if isinstance(self.loss, str) else self.loss
     r,t = self._teach(batch, device),text[batch['classes'].to(device)]
     with torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
-        v = backbone.region_embeddings(batch['images'].to(device), [m.to(device) for m in batch['regions']], mode=self.student_mode)
+        v = backbone.region_embeddings(batch['images'].to(device), [m.to(device) for m in batch['regions']],
+                                       mode=self.student_mode)
     if team and team.n > 1: v,r = team.all_rows(v.float(), batch['parts']),team.all_rows(r, batch['parts'])
     self._keep_rows(batch['every'], r)
     if self.pairs == 'batch': return loss(v, r, t)
@@ -395,8 +471,10 @@ def _loss(self:DistillTrainer, backbone, batch, text, device, team=None):
 
 @patch
 def _own_loss(self:DistillTrainer, model, batch, device):
-    "The loss of the framework itself, or some of its terms, on the same images. Raises `OpenTransError` for a term that it does not have."
-    with torch.autocast(device.type, torch.bfloat16, enabled=self.amp): terms = model.loss(to_device(batch['whole'], device))
+    """The loss of the framework itself, or some of its terms, on the same images. Raises `OpenTransError` for a
+    term that it does not have."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
+        terms = model.loss(to_device(batch['whole'], device))
     for name in self.terms or ():
         if name not in terms: raise unknown(f'term of the loss of a {type(model).__name__}', name, terms)
     return sum(term for name,term in terms.items() if self.terms is None or name in self.terms)
@@ -404,28 +482,37 @@ def _own_loss(self:DistillTrainer, model, batch, device):
 # %% ../../nbs/clip/23_distill.ipynb #af3d9ef6
 @contextlib.contextmanager
 def _training(model, backbone, batch_norm, freeze):
-    "Train mode and gradients for a round, of a model that holds the backbone; afterwards every module and parameter is as it was."
+    """Train mode and gradients for a round, of a model that holds the backbone; afterwards every module and
+    parameter is as it was."""
     modes,grads = [(m, m.training) for m in model.modules()],[(p, p.requires_grad) for p in model.parameters()]
     names = dict(backbone.visual.named_modules())
     for n in freeze:
         if n not in names: raise unknown('module to freeze', n, [k for k,_ in backbone.visual.named_children()])
         names[n].requires_grad_(False)
     model.train()
-    for m in [*(names[n] for n in freeze), *(m for m in backbone.modules() if batch_norm == 'frozen' and isinstance(m, BATCH_NORMS))]: m.eval()
+    for m in [*(names[n] for n in freeze),
+              *(m for m in backbone.modules() if batch_norm == 'frozen' and isinstance(m, BATCH_NORMS))]:
+        m.eval()
     try: yield [p for p in model.parameters() if p.requires_grad]
     finally:
         for m,b in modes: m.training = b
-        for p,b in grads: p.requires_grad_(b); p.grad = None
+        for p,b in grads:
+            p.requires_grad_(b)
+            p.grad = None
 
 # %% ../../nbs/clip/23_distill.ipynb #5c4d5b9c
 class _Stream:
     "Batches without end, in an order that the seed draws; of several processes each gets its part."
     def __init__(self, trainer, seed, team=None, done=0, empty=0):
-        order,self.draws = (torch.Generator().manual_seed((seed+i) % 2**63) for i in (0, 1))   # of images; of windows and regions: readers run ahead
-        self.trainer,self.team,self.empty = trainer,team,empty
+        # of images; of windows and regions: readers run ahead
+        order,self.draws = (torch.Generator().manual_seed((seed+i) % 2**63) for i in (0, 1))
+        self.trainer = trainer
+        self.team = team
+        self.empty = empty
         batches = _Endless(len(trainer.data), trainer.batch_size, order, done+empty)
         if team: batches = team.shard(batches)
-        self.samples = iter(torch.utils.data.DataLoader(_Numbered(trainer.data), batch_sampler=batches, collate_fn=list, num_workers=trainer.workers))
+        self.samples = iter(torch.utils.data.DataLoader(_Numbered(trainer.data), batch_sampler=batches,
+                                                        collate_fn=list, num_workers=trainer.workers))
 
     def __next__(self): # Raises `OpenTransError` if there is no region
         while True:
@@ -437,7 +524,9 @@ class _Stream:
 @patch
 def _no_region(self:DistillTrainer):
     of_classes = ' of these classes' if self.classes else ''
-    return OpenTransError(f"None of the {len(self.data)} samples has a region of at least {self.min_pixels} pixels{of_classes}. Lower min_pixels or use other data.")
+    return OpenTransError(
+        f"None of the {len(self.data)} samples has a region of at least {self.min_pixels} pixels{of_classes}. "
+        f"Lower min_pixels or use other data.")
 
 @patch
 def losses(self:DistillTrainer,
@@ -462,19 +551,24 @@ def _groups(self:DistillTrainer, params, whole, backbone):
     plain = set() if self.decay_norms else undecayed_params(whole)
     groups = {}
     for p in params: groups.setdefault((id(p) in tower, id(p) in plain), []).append(p)
-    return [dict(params=ps, lr=self.lr*(self.backbone_lr if inside else 1), weight_decay=0. if undecayed else self.weight_decay) for (inside,undecayed),ps in groups.items()]
+    return [dict(params=ps, lr=self.lr*(self.backbone_lr if inside else 1),
+                 weight_decay=0. if undecayed else self.weight_decay) for (inside,undecayed),ps in groups.items()]
 
 @patch
 def _optimizer(self:DistillTrainer, params):
     if callable(self.optimizer): return self.optimizer(params)
-    if self.optimizer == 'sgd': return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+    if self.optimizer == 'sgd':
+        return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
     return torch.optim.AdamW(params, lr=self.lr, weight_decay=self.weight_decay)
 
-_COLD = ("DistillTrainer begins in round {round} without what it remembered of earlier rounds: the mask may differ in a few places from that of a run "
-         "without a break. Give imp the trainer itself, or a function with its state_dict and load_state_dict.")
+_COLD = (
+    "DistillTrainer begins in round {round} without what it remembered of earlier rounds: the mask may differ in a "
+    "few places from that of a run without a break. Give imp the trainer itself, or a function with its "
+                                     "state_dict and load_state_dict.")
 
-_EACH = ("No launcher tells of the {n} processes of this group, so that each trains on whole batches of its own, and nothing is kept within a round. "
-         "Start them by accelerate launch or torchrun to let them share a batch.")
+_EACH = (
+    "No launcher tells of the {n} processes of this group, so that each trains on whole batches of its own, and "
+    "nothing is kept within a round. Start them by accelerate launch or torchrun to let them share a batch.")
 
 def _moved(model):
     "What training moves: the parameters that learn, and the statistics of batch norms."
@@ -484,15 +578,19 @@ def _moved(model):
 
 @patch
 def _whole_loss(self:DistillTrainer, whole, backbone, text, device, team, batch):
-    "The weighted sum of the losses of one batch. Raises `OpenTransError` if a loss of one's own gives something else than a number."
+    """The weighted sum of the losses of one batch. Raises `OpenTransError` if a loss of one's own gives something
+    else than a number."""
     loss = self.distillation*self._loss(backbone, batch, text, device, team) if self.distillation else 0.
     if self.segmentation: loss = loss + self.segmentation*self._own_loss(whole, batch, device)
     if isinstance(loss, torch.Tensor) and loss.numel() == 1: return loss.reshape(())
-    raise OpenTransError(f"The loss gives {shorten(repr(loss))}: a function of (v, r, t) must give one number, as a tensor.")
+    raise OpenTransError(
+        f"The loss gives {shorten(repr(loss))}: a function of (v, r, t) must give one number, as a tensor.")
 
 class _Task(nn.Module):
     "A model and the loss that is asked of it, as `Processes.wrap` and `train_step` take them."
-    def __init__(self, model, ask): super().__init__(); self.model,self.ask = model,ask
+    def __init__(self, model, ask):
+        super().__init__()
+        self.model,self.ask = model,ask
     def loss(self, batch): return dict(loss=self.ask(batch))
 
 # %% ../../nbs/clip/23_distill.ipynb #e2debd1c
@@ -500,12 +598,16 @@ def _generator_states(device):
     "The states of all random generators, as tensors."
     name,words,place,has_gauss,gauss = np.random.get_state()
     _,own,left = random.getstate()
-    states = dict(torch=torch.get_rng_state(), numpy=torch.tensor([*map(int, words), place, has_gauss]), gauss=torch.tensor([gauss, float('nan') if left is None else left], dtype=torch.float64), python=torch.tensor(own))
+    states = dict(torch=torch.get_rng_state(), numpy=torch.tensor([*map(int, words), place, has_gauss]),
+                  gauss=torch.tensor([gauss, float('nan') if left is None else left], dtype=torch.float64),
+                  python=torch.tensor(own))
     return states | (dict(cuda=torch.cuda.get_rng_state(device)) if device.type == 'cuda' else {})
 
 def _own_state(state, like):
-    "The state of a generator in memory of its own: torch reads it with the alignment of a whole tensor. Raises `RuntimeError` if it is none."
-    if state.dtype != like.dtype or state.shape != like.shape: raise RuntimeError('the state of a generator has another shape')
+    """The state of a generator in memory of its own: torch reads it with the alignment of a whole tensor. Raises
+    `RuntimeError` if it is none."""
+    if state.dtype != like.dtype or state.shape != like.shape:
+        raise RuntimeError('the state of a generator has another shape')
     return state.clone()
 
 def _set_generators(states, device):
@@ -516,7 +618,8 @@ def _set_generators(states, device):
         random.setstate((3, tuple(states['python'].tolist()), None if left != left else left))
         torch.set_rng_state(_own_state(states['torch'], torch.get_rng_state()))
         if 'cuda' in states and device.type == 'cuda': torch.cuda.set_rng_state(states['cuda'].clone(), device)
-    except (KeyError, IndexError, RuntimeError, TypeError, OverflowError) as error: raise ValueError(shorten(error)) from error
+    except (KeyError, IndexError, RuntimeError, TypeError, OverflowError) as error:
+        raise ValueError(shorten(error)) from error
 
 class _Place(TypedDict):
     "Where in a round a checkpoint is."
@@ -529,21 +632,26 @@ def _save_within(self:DistillTrainer, within, whole, opt, stream, losses, seed, 
     "Leave a checkpoint within a round."
     self._flush()
     names = {p: n for n,p in whole.named_parameters()}
-    states = {f'generators.{k}': self.team.all_rows(t[None].to(self.team.device or 'cpu'), [1]*self.team.n) for k,t in _generator_states(device).items()}
+    states = {f'generators.{k}': self.team.all_rows(t[None].to(self.team.device or 'cpu'), [1]*self.team.n)
+              for k,t in _generator_states(device).items()}
     memory = {f'memory.{k}': t for k,t in self.state_dict().items()}
-    tensors = dict(optimizer_tensors(opt, names), losses=torch.tensor(losses, dtype=torch.float64), windows=stream.draws.get_state(), **states, **memory)
+    tensors = dict(optimizer_tensors(opt, names), losses=torch.tensor(losses, dtype=torch.float64),
+                   windows=stream.draws.get_state(), **states, **memory)
     within.save(tensors, iteration=len(losses), empty=stream.empty, seed=str(seed))
 
 @patch
 def _begin_within(self:DistillTrainer, within):
-    "What a checkpoint within the round says: its state, tensors and place; None if the round begins. Raises `DamagedFile`, with nothing changed."
+    """What a checkpoint within the round says: its state, tensors and place; None if the round begins. Raises
+    `DamagedFile`, with nothing changed."""
     found = within.load() if within is not None else None
     if found is None: return None
     state,tensors,values = found
     place = check_shape(values, _Place, f"the place in '{within.path}'")
     losses,done = tensors.get('losses'),place['iteration']
-    shaped = losses is not None and losses.dtype == torch.float64 and losses.shape == (done,) and bool(losses.isfinite().all())
-    if not (0 < done < self.iterations and shaped): raise within.damaged('its losses are not those of its iterations')
+    shaped = (losses is not None and losses.dtype == torch.float64 and losses.shape == (done,)
+              and bool(losses.isfinite().all()))
+    if not (0 < done < self.iterations and shaped):
+        raise within.damaged('its losses are not those of its iterations')
     if not 0 <= place['empty'] <= 2*len(self.data): raise within.damaged('its place in the data is none')
     return state,tensors,place
 
@@ -553,10 +661,12 @@ def _resume(self:DistillTrainer, within, found, whole, opt, stream, device):
     state,tensors,place = found
     names = {p: n for n,p in whole.named_parameters()}
     try: stream.draws.set_state(_own_state(tensors['windows'], stream.draws.get_state()))
-    except (KeyError, RuntimeError, TypeError) as error: raise within.damaged(f'its generators have no state ({shorten(error)})') from error
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise within.damaged(f'its generators have no state ({shorten(error)})') from error
     states = under('generators.', tensors)
     if any(t.ndim != 2 or not len(t) for t in states.values()): raise within.damaged('its generators have no state')
-    try: _set_generators({k: t[self.team.rank if len(t) == self.team.n else 0] for k,t in states.items()}, device) # nothing below draws
+    # nothing below draws
+    try: _set_generators({k: t[self.team.rank if len(t) == self.team.n else 0] for k,t in states.items()}, device)
     except ValueError as error: raise within.damaged(f'its generators have no state ({error})') from error
     self.load_state_dict(under('memory.', tensors))
     restore_optimizer(opt, {n: t for n,t in tensors.items() if n.startswith('optimizer.')}, names, within.path)
@@ -575,12 +685,16 @@ def _check_model(self:DistillTrainer, model, round):
     "The model that trains, and its backbone. Raises `OpenTransError` if it cannot be trained."
     if round and not self.log and self.cache_mb and not self.crop: warnings.warn(_COLD.format(round=round))
     backbone = find_backbone(model)
-    if backbone is self.teacher: raise OpenTransError("The model to train is the teacher itself. Train a fresh_copy() of it, or leave teacher=None.")
+    if backbone is self.teacher:
+        raise OpenTransError(
+            "The model to train is the teacher itself. Train a fresh_copy() of it, or leave teacher=None.")
     device = self.team.device or (pick_device(self.device) if self.device else None)
     if device: model.to(device)
     whole = unwrap(model) if self.segmentation else backbone
     if self.segmentation and not callable(getattr(whole, 'loss', None)):
-        raise OpenTransError(f"segmentation={self.segmentation} needs a framework with a loss of its own, not a {type(whole).__name__}. Give one made by build(...).")
+        raise OpenTransError(
+            f"segmentation={self.segmentation} needs a framework with a loss of its own, not a "
+            f"{type(whole).__name__}. Give one made by build(...).")
     self.team.same(digest_of(self.settings)[:12], 'settings of the training')
     return whole,backbone
 
@@ -591,19 +705,23 @@ def __call__(self:DistillTrainer,
     *,
     within=None, # Where `imp` lets it leave a checkpoint within the round, and the teacher's embeddings
 )->dict: # loss: mean over the round; loss_first, loss_last: over its first and last tenth
-    "Train for `iterations` iterations with the distillation loss. Raises `OpenTransError` if there is no region, or a loss or weight is not finite."
+    """Train for `iterations` iterations with the distillation loss. Raises `OpenTransError` if there is no region,
+    or a loss or weight is not finite."""
     whole,backbone = self._check_model(model, round)
     if group_size() > self.team.n:
         warnings.warn(_EACH.format(n=group_size()))
         within = None
-    device,team,losses = device_of(backbone),self.team,[]
+    device = device_of(backbone)
+    team = self.team
+    losses = []
     found,seed = self._begin_within(within),self._seed(round)
     if found and found[2]['seed'] != str(seed): raise within.damaged('its data come in another order')
     self._open_store(within)
     text = self.clip.text(class_prompts(self.data.vocabulary), device)
     stream = _Stream(self, seed, team, *(found[2]['iteration'], found[2]['empty']) if found else ())
     ask = functools.partial(self._whole_loss, whole, backbone, text, device, team)
-    how = SimpleNamespace(precision='no', accumulate=1, clip_grad=self.clip_grad) # autocast is around the student alone
+    # autocast is around the student alone
+    how = SimpleNamespace(precision='no', accumulate=1, clip_grad=self.clip_grad)
     with _training(whole, backbone, self.batch_norm, self.freeze) as params:
         opt = self._optimizer(self._groups(params, whole, backbone))
         if found: losses = self._resume(within, found, whole, opt, stream, device)
@@ -613,15 +731,19 @@ def __call__(self:DistillTrainer,
             for i in progress(todo, f'distill, round {round}') if team.main else todo:
                 loss = train_step(step, next(stream), opt, how, mean=team.mean)['loss']
                 if not np.isfinite(loss):
-                    raise OpenTransError(f"The loss is {loss} in iteration {i} of round {round}. Try a smaller lr (now {self.lr}) or clip_grad=1.")
+                    raise OpenTransError(
+                        f"The loss is {loss} in iteration {i} of round {round}. Try a smaller lr (now {self.lr}) "
+                        f"or clip_grad=1.")
                 losses.append(loss)
                 if within is not None and within.every and i+1 < self.iterations and (i+1) % within.every == 0:
                     self._save_within(within, whole, opt, stream, losses, seed, device)
-        check_finite(_moved(whole), f'the model after round {round}', f'Try a smaller lr (now {self.lr}) or clip_grad=1.')
+        check_finite(_moved(whole), f'the model after round {round}',
+                     f'Try a smaller lr (now {self.lr}) or clip_grad=1.')
     self._flush()
-    self.log += [dict(round=round, iteration=i, loss=l) for i,l in enumerate(losses)]
+    self.log += [dict(round=round, iteration=i, loss=layer) for i,layer in enumerate(losses)]
     k = max(1, len(losses)//10)
-    return dict(loss=float(np.mean(losses)), loss_first=float(np.mean(losses[:k])), loss_last=float(np.mean(losses[-k:])))
+    return dict(loss=float(np.mean(losses)), loss_first=float(np.mean(losses[:k])),
+                loss_last=float(np.mean(losses[-k:])))
 
 # %% ../../nbs/clip/23_distill.ipynb #fa265878
 @patch
@@ -633,7 +755,8 @@ def plot(self:DistillTrainer,
     if not self.log: raise OpenTransError("There is nothing to plot yet: the trainer has not trained.")
     ax = axes(ax, figsize=(7, 3))
     log = pd.DataFrame(self.log)
-    ax.plot(log.loss, lw=.5, alpha=.3); ax.plot(log.loss.rolling(smooth, min_periods=1, center=True).mean())
+    ax.plot(log.loss, lw=.5, alpha=.3)
+    ax.plot(log.loss.rolling(smooth, min_periods=1, center=True).mean())
     for x in log.index[(log.iteration==0) & (log.index > 0)]: ax.axvline(x, c='grey', lw=.5)
     ax.set(title='distillation', xlabel='iteration', ylabel=self.loss if isinstance(self.loss, str) else 'loss')
     return ax
@@ -645,12 +768,18 @@ def released(cls:DistillTrainer,
     data, # Data set; where its samples have `nouns`, those of a caption, the grounding loss is trained, too
     **options, # Fields of the trainer, over the released ones
 )->DistillTrainer:
-    "The trainer with the released code's settings (plain_train_net_imp.py, train.sh, and the configuration beside them). Raises `OpenTransError` for a framework without a distillation loss."
+    """The trainer with the released code's settings (plain_train_net_imp.py, train.sh, and the configuration beside
+    them). Raises `OpenTransError` for a framework without a distillation loss."""
     if not getattr(framework, 'kd', 0):
-        raise OpenTransError(f"A {type(framework).__name__} without kd has no distillation loss of its own. Build mask2former or deeplabv3 with preset='released', or with kd=2.")
+        raise OpenTransError(
+            f"A {type(framework).__name__} without kd has no distillation loss of its own. Build mask2former or "
+            f"deeplabv3 with preset='released', or with kd=2.")
     told = len(data) > 0 and 'nouns' in data[0]
     if getattr(framework, 'grounding', 0) and not told:
-        warnings.warn(f"{getattr(data, 'name', type(data).__name__)} has no captions (samples without 'nouns'): the released code's grounding loss is left out.")
+        warnings.warn(
+            f"{getattr(data, 'name', type(data).__name__)} has no captions (samples without 'nouns'): the released "
+            f"code's grounding loss is left out.")
     terms = ('kd', 'grounding') if told and getattr(framework, 'grounding', 0) else ('kd',)
-    known = dict(distillation=0., segmentation=1., terms=terms, iterations=5000, lr=1.5e-4, batch_size=28, crop=512, optimizer='adamw', weight_decay=.05, decay_norms=False, backbone_lr=.1, clip_grad=.01)
+    known = dict(distillation=0., segmentation=1., terms=terms, iterations=5000, lr=1.5e-4, batch_size=28,
+                 crop=512, optimizer='adamw', weight_decay=.05, decay_norms=False, backbone_lr=.1, clip_grad=.01)
     return cls(framework, data, **{**known, **options})

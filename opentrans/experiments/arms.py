@@ -70,7 +70,8 @@ def read_rounds(folder):
     "The history of Algorithm 1 that lies in a folder, as columns of equal length."
     path = Path(folder)/'imp.json'
     found = load_json(path, dict[str, list[Measured]], ROUNDS_FILE)
-    if not {'round', 'density'} <= {*found} or len({len(column) for column in found.values()}) != 1: raise ROUNDS_FILE.damaged(path, 'its columns are none of a history')
+    if not {'round', 'density'} <= {*found} or len({len(column) for column in found.values()}) != 1:
+        raise ROUNDS_FILE.damaged(path, 'its columns are none of a history')
     return found
 
 # %% ../../nbs/experiments/51_arms.ipynb #32aa25a9
@@ -123,7 +124,9 @@ def as_recipe(
     "A mask by its name. Raises `OpenTransError`."
     return MaskRecipe(mask) if isinstance(mask, str) else mask
 
-def _trainer(clip, data, scale, **kw): return DistillTrainer(clip, data, lr=scale.imp_lr, batch_size=scale.imp_batch, student_mode=scale.imp_student, crop=scale.imp_crop or None, workers=scale.loaders, **kw)
+def _trainer(clip, data, scale, **kw):
+    return DistillTrainer(clip, data, lr=scale.imp_lr, batch_size=scale.imp_batch, student_mode=scale.imp_student,
+                          crop=scale.imp_crop or None, workers=scale.loaders, **kw)
 
 def build_framework(framework, clip, vocabulary, scale, seed):
     name = framework or scale.framework
@@ -132,20 +135,30 @@ def build_framework(framework, clip, vocabulary, scale, seed):
 def find_mask(
     scale:Scale, # Sizes
     seed:int, # Of the world, of distillation and of chance
-    folder, # Where masks, weights and the history of a study lie; distillation goes on from there after an interruption
+    # Where masks, weights and the history of a study lie; distillation goes on from there after an interruption
+    folder,
     recipe:MaskRecipe=MaskRecipe(), # What is other than in `scale`
-): # Nothing; writes `distilled.safetensors` (mask), `distilled-weights.safetensors`, `imp.json`, with what is other in their names
-    "Algorithm 1 on the CLIP of a study, by distillation alone; or by another loss (Tab. 5 and 8), p or t (Tab. 6 and 7), to another density."
-    folder, name, f = Path(folder), recipe.id(scale), recipe.overrides(scale)
+    # Nothing; writes `distilled.safetensors` (mask), `distilled-weights.safetensors`, `imp.json`, with what is
+    # other in their names
+):
+    """Algorithm 1 on the CLIP of a study, by distillation alone; or by another loss (Tab. 5 and 8), p or t (Tab. 6
+    and 7), to another density."""
+    folder = Path(folder)
+    name = recipe.id(scale)
+    f = recipe.overrides(scale)
     clip = open_clip_of(scale.of(f.get('framework')) if f.get('segmentation') else scale)
     data, model = open_world(scale, seed)['train'], clip
     if f.get('segmentation'): model = build_framework(f.get('framework'), clip, data.vocabulary, scale, seed)
-    train = _trainer(clip, data, scale, iterations=f.get('iters', scale.imp_iters), **{k: f[k] for k in ('loss', 'segmentation', 'distillation') if k in f})
+    train = _trainer(clip, data, scale, iterations=f.get('iters', scale.imp_iters),
+                     **{k: f[k] for k in ('loss', 'segmentation', 'distillation') if k in f})
     density,p = f.get('density', scale.density),f.get('p', scale.p)
-    schedule = cubic_schedule(density, len(geometric_schedule(density, p))) if f.get('schedule') == 'cubic' else None
-    mask,history = imp(model, train, density=density, p=p, seed=seed, rewind=f.get('rewind'), schedule=schedule, checkpoint_dir=folder/f'imp-{name}')
+    schedule = (cubic_schedule(density, len(geometric_schedule(density, p))) if f.get('schedule') == 'cubic'
+                else None)
+    mask,history = imp(model, train, density=density, p=p, seed=seed, rewind=f.get('rewind'), schedule=schedule,
+                       checkpoint_dir=folder/f'imp-{name}')
     save_tensors(clip.visual.state_dict(), folder/f'{name}-weights.safetensors', kind=WEIGHTS_FILE)
-    save_json(history.drop(columns='seconds', errors='ignore').to_dict('list'), folder/('imp.json' if not f else f'imp-{name}.json'), ROUNDS_FILE)
+    save_json(history.drop(columns='seconds', errors='ignore').to_dict('list'),
+              folder/('imp.json' if not f else f'imp-{name}.json'), ROUNDS_FILE)
     mask.save(folder/f'{name}.safetensors')
 
 def open_mask(
@@ -176,19 +189,25 @@ class Arm:
     name:str # In tables
     mask:MaskRecipe = None # How its mask is found, or one of `MASKS`; None is dense
     weights:str = 'original' # CLIP's own, or those that Algorithm 1 ended with: `'trained'`
-    select:str = 'all' # Which layers learn after the warm-up: `'all'`, `'alpha'`, `'alpha*'`, `'random'`, or `'none'`
-    tables:tuple = ('masks',) # Tables of the report that show it: `'masks'` measures the likeness of all convolutions to CLIP's, `'layers'` keeps their alphas, `'frameworks'` nothing besides
+    # Which layers learn after the warm-up: `'all'`, `'alpha'`, `'alpha*'`, `'random'`, or `'none'`
+    select:str = 'all'
+    # Tables of the report that show it: `'masks'` measures the likeness of all convolutions to CLIP's, `'layers'`
+    # keeps their alphas, `'frameworks'` nothing besides
+    tables:tuple = ('masks',)
     framework:str = '' # Where the mask is carried to; empty: that of the scale
     freeze:float = None # Share of the layers that rest; None: that of the scale
     xmin:str = None # Rule for the tail; None: that of the scale
-    level:str = '' # Below the layer: of what `select` leaves, sensitivity picks `'layer'`, `'channel'` or `'element'`, as many weights as the scale's freezing of small alpha trains
+    # Below the layer: of what `select` leaves, sensitivity picks `'layer'`, `'channel'` or `'element'`, as many
+    # weights as the scale's freezing of small alpha trains
+    level:str = ''
     source:object = None # An arm: this one begins with the tower that it was fine-tuned to, instead of CLIP's
 
     def __post_init__(self):
         object.__setattr__(self, 'mask', as_recipe(self.mask))
 
     def late(self, scale)->bool:
-        "Is the mask adopted only when the layers are chosen, so that alpha is read from dense weights (supplement 6.3)?"
+        """Is the mask adopted only when the layers are chosen, so that alpha is read from dense weights (supplement
+        6.3)?"""
         return scale.alpha_of == 'dense' and self.mask is not None and self.select in ('alpha', 'alpha*')
 
     def start(self, scale)->str:
@@ -207,7 +226,9 @@ class Arm:
     def _late_mask(self, scale):
         "The mask that is adopted after the warm-up, in words, or nothing."
         if not self.late(scale): return []
-        return [', '.join([self.mask.method, *(f'{name}={value}' for name,value in self.mask.overrides(scale).items())])]
+        return [
+            ', '.join([self.mask.method,
+                       *(f'{name}={value}' for name,value in self.mask.overrides(scale).items())])]
 
 # %% ../../nbs/experiments/51_arms.ipynb #8d54c387
 ARMS = (Arm('dense', tables=('masks', 'layers', 'frameworks')),
@@ -228,7 +249,8 @@ def framework_arms(
 )->tuple: # Arms
     "The same mask in another framework, beside the dense model and a random mask."
     masks = {'dense': None, 'distilled mask': 'distilled', 'random': 'random'}
-    return tuple(Arm(f'{framework}: {name}', mask, tables=('frameworks',), framework=framework) for name,mask in masks.items())
+    return tuple(Arm(f'{framework}: {name}', mask, tables=('frameworks',), framework=framework)
+                 for name,mask in masks.items())
 
 FRAMEWORK_ARMS = tuple(arm for framework in OTHERS for arm in framework_arms(framework))
 
@@ -250,13 +272,15 @@ def open_arm(
 )->tuple: # (framework, mask to keep in force)
     "The framework that an arm begins with."
     clip,mask = open_clip_of(scale.of(arm.framework)),open_mask(arm.mask, scale, seed, folder)
-    if arm.weights == 'trained': load_framework(clip.visual, Path(folder)/f'{arm.mask.id(scale)}-weights.safetensors')
+    if arm.weights == 'trained':
+        load_framework(clip.visual, Path(folder)/f'{arm.mask.id(scale)}-weights.safetensors')
     if arm.source: load_framework(clip.visual, arm_file(folder, arm.source, scale, 'tower', 'safetensors'))
     vocabulary = world_of(scale, seed, arm.framework)['train'].vocabulary
     return build_framework(arm.framework, clip, vocabulary, scale, seed),mask
 
 def start_file(folder, arm, scale): return Path(folder)/f'start-{_file(arm.start(scale))}.safetensors'
-def arm_file(folder, arm, scale, what='arm', kind='json'): return Path(folder)/f'{what}-{_file(arm.key(scale))}.{kind}'
+def arm_file(folder, arm, scale, what='arm', kind='json'):
+    return Path(folder)/f'{what}-{_file(arm.key(scale))}.{kind}'
 
 @contextlib.contextmanager
 def checkpoints(file, scale):
@@ -300,9 +324,10 @@ def select_layers(
 ): # `LayerSelection`, or None if all layers learn
     "The layers that an arm trains."
     if arm.select == 'all': return None
-    if arm.select == 'none': return LayerSelection([], [l.name for l in layers(seg.backbone)], 'all frozen')
+    if arm.select == 'none': return LayerSelection([], [layer.name for layer in layers(seg.backbone)], 'all frozen')
     table = analyze(seg.backbone, xmin=arm.xmin or scale.xmin)
-    if arm.select == 'sensitivity': return LayerSelection(list(table.to_frame().index), [], f'{arm.level}s by sensitivity')
+    if arm.select == 'sensitivity':
+        return LayerSelection(list(table.to_frame().index), [], f'{arm.level}s by sensitivity')
     return table.select(freeze=arm.freeze or scale.freeze, by=arm.select, seed=seed)
 
 # %% ../../nbs/experiments/51_arms.ipynb #5e1f0a2c
@@ -316,7 +341,8 @@ def tune_below(
     data, # Scenes to measure on
     seed:int=0, # As for `select_layers`
 )->Undo: # Handle that leaves plain layers, the updates inside
-    "Train single weights, channels or layers of those that a selection leaves. Raises `OpenTransError` if no chapter knows how."
+    """Train single weights, channels or layers of those that a selection leaves. Raises `OpenTransError` if no
+    chapter knows how."""
     if 'sensitivity' not in TUNERS: find_modules('studies')
     if 'sensitivity' not in TUNERS: raise unknown('choice below the layer', 'sensitivity', TUNERS)
     return TUNERS['sensitivity'](arm, seg, selection, scale, data, seed=seed)
@@ -336,48 +362,69 @@ def clip_similarity(
     clip:ClipBackbone, # The CLIP that it began as
     n:int=64, # Scenes to compare on
     every:bool=True, # All convolutions, too? If not, `'cka_layers'` is NaN
-)->dict: # `'cka'`: unbiased linear CKA, the mean over the tower's four stages; `'cka_layers'`: over all convolutions; `'cka_channels'`: the released per-channel variant
+    # `'cka'`: unbiased linear CKA, the mean over the tower's four stages; `'cka_layers'`: over all convolutions;
+    # `'cka_channels'`: the released per-channel variant
+)->dict:
     "How much of CLIP the backbone has kept (Tab. 9)."
     stages,n = _stages(clip),min(n, len(data))
-    if n < 4: return dict(cka=math.nan, cka_layers=math.nan, cka_channels=math.nan) # the unbiased estimate takes four images
-    convs = [f"visual.{l.name.removesuffix('.weight')}" for l in layers(clip) if l.kind == 'conv'] if every else []
-    size = data[0]['image'].shape[-2:] if len({data[i]['image'].shape for i in range(n)}) == 1 else (clip.image_size,)*2      # real images differ in size
-    batch = lambda at: torch.stack([resize(data[i]['image'][None], size)[0] for i in at]).to(device_of(seg))
-    table = cka(clip, seg.backbone, [batch(range(i, min(i+16, n))) for i in range(0, n, 16)], stages+convs, stages+convs)
-    same = lambda names: float(np.mean([table.loc[k, k] for k in names])) if names else math.nan
-    return dict(cka=same(stages), cka_layers=same(convs), cka_channels=float(paper_cka(clip, seg.backbone, [batch(range(min(8, n)))], stages).mean()) if 'resblocks' not in stages[0] else math.nan) # a ViT has tokens, no maps
+    # the unbiased estimate takes four images
+    if n < 4: return dict(cka=math.nan, cka_layers=math.nan, cka_channels=math.nan)
+    convs = ([f"visual.{layer.name.removesuffix('.weight')}" for layer in layers(clip) if layer.kind == 'conv']
+             if every else [])
+    # real images differ in size
+    size = (data[0]['image'].shape[-2:] if len({data[i]['image'].shape for i in range(n)}) == 1
+            else (clip.image_size,)*2)
+    def batch(at): return torch.stack([resize(data[i]['image'][None], size)[0] for i in at]).to(device_of(seg))
+    table = cka(clip, seg.backbone, [batch(range(i, min(i+16, n))) for i in range(0, n, 16)], stages+convs,
+                stages+convs)
+    def same(names): return float(np.mean([table.loc[k, k] for k in names])) if names else math.nan
+    # a ViT has tokens, no maps
+    return dict(cka=same(stages), cka_layers=same(convs),
+                cka_channels=float(paper_cka(clip, seg.backbone, [batch(range(min(8, n)))], stages).mean())
+                if 'resblocks' not in stages[0] else math.nan)
 
 # %% ../../nbs/experiments/51_arms.ipynb #b9b41284
 def _predictions(seg, data, n):
-    "What a framework makes of the first images of a data set, or of the first alone where they differ in size: (N,H,W) classes, as small as they can be kept."
+    """What a framework makes of the first images of a data set, or of the first alone where they differ in size:
+    (N,H,W) classes, as small as they can be kept."""
     images = [data[i]['image'] for i in range(min(n, len(data)))]
     if len({x.shape for x in images}) > 1: images = images[:1]
-    return seg.predict(torch.stack(images).to(device_of(seg)), data.vocabulary).cpu().to(torch.uint8 if len(data.vocabulary) < 256 else torch.int32)
+    return seg.predict(torch.stack(images).to(device_of(seg)),
+                       data.vocabulary).cpu().to(torch.uint8 if len(data.vocabulary) < 256 else torch.int32)
 
-def _files(folder, arm, scale): return (arm_file(folder, arm, scale, *w) for w in ((), ('tower', 'safetensors'), ('alpha',))) # of an arm: its result, its tower and its alphas
+def _files(folder, arm, scale):
+    # of an arm: its result, its tower and its alphas
+    return (arm_file(folder, arm, scale, *w) for w in ((), ('tower', 'safetensors'), ('alpha',)))
 
 def cached_result(arm, scale, folder, keep=False):
     "The result of an arm, if all that is asked of it was measured and kept."
     done,tower,alphas = _files(folder, arm, scale)
-    if not done.exists() or keep and not tower.exists() or 'layers' in arm.tables and not alphas.exists(): return None
+    if not done.exists() or keep and not tower.exists() or 'layers' in arm.tables and not alphas.exists():
+        return None
     res = load_json(done, ArmResult, ARM_FILE)
-    return None if 'masks' in arm.tables and not res.get('every', res['cka_layers'] is not None) else dict(res, arm=arm.name) # older results do not say it; a NaN is written as null
+    # older results do not say it; a NaN is written as null
+    return (None if 'masks' in arm.tables and not res.get('every', res['cka_layers'] is not None)
+            else dict(res, arm=arm.name))
 
 def run_arm(
     arm:Arm, # Which
     scale:Scale, # Sizes
     seed:int, # Of everything
-    folder, # Where `find_mask` and `warm_up` have written; the result is kept there under its settings, so that none is made twice
+    # Where `find_mask` and `warm_up` have written; the result is kept there under its settings, so that none is
+    # made twice
+    folder,
     keep:bool=False, # Keep the tower as well, for arms that begin with it?
 )->dict: # Everything measured
     "Fine-tune and measure one arm."
     if res := cached_result(arm, scale, folder, keep): return res
-    with checkpoints(arm_file(folder, arm, scale), scale) as run: return _measure_arm(arm, scale, seed, folder, keep, run)
+    with checkpoints(arm_file(folder, arm, scale), scale) as run:
+        return _measure_arm(arm, scale, seed, folder, keep, run)
 
 @functools.lru_cache(maxsize=16)
 def _counted(framework, scale, vocabulary):
     "The cost of a framework without a mask, in which its arms are alike: counted once."
-    return cost(build_framework(framework, open_clip_of(scale.of(framework)), vocabulary, scale, 0), (3, scale.size, scale.size))
+    return cost(build_framework(framework, open_clip_of(scale.of(framework)), vocabulary, scale, 0),
+                (3, scale.size, scale.size))
 
 def _looks(scale, name, framework):
     "How a data set is looked at and counted: by the paper's recipes as the released code does it."
@@ -389,14 +436,21 @@ def _measure_arm(arm, scale, seed, folder, keep, run):
     "Fine-tune an arm, measure all that its tables show, and write it."
     done,tower,alphas = _files(folder, arm, scale)
     every,layered = (table in arm.tables for table in ('masks', 'layers'))
-    world,(seg,mask),began = world_of(scale, seed, arm.framework),open_warm(arm, scale, seed, folder),time.process_time()
+    world,(seg,mask),began = world_of(scale, seed, arm.framework),open_warm(
+        arm, scale, seed, folder),time.process_time()
     first,steps = scale.steps(arm.framework)
     recipe,selection = scale.recipe(steps, 'poly', seed+1, arm.framework),select_layers(arm, seg, scale, seed)
     if arm.select == 'none': recipe = recipe.replace(backbone_lr=0.)
-    with maybe_mask(mask, seg), tune_below(arm, seg, selection, scale, world['train'], seed=seed) if arm.level else contextlib.nullcontext():
+    with maybe_mask(mask, seg), tune_below(arm, seg, selection, scale, world['train'],
+                                           seed=seed) if arm.level else contextlib.nullcontext():
         finetune(seg, world['train'], recipe, selection=None if arm.level else selection, **run)
-    res = dict(arm=arm.name, seed=seed, framework=arm.framework or scale.framework, mask=arm.mask and arm.mask.method, found=arm.mask.id(scale) if arm.mask and arm.mask.distilled else '', weights=arm.weights if arm.source is None else arm.source.name, select=arm.select, level=arm.level, every=every,
-               density=1. if mask is None else mask.density, rule='' if selection is None else selection.rule, frozen=[] if selection is None or arm.level else selection.freeze)
+    res = dict(arm=arm.name, seed=seed, framework=arm.framework or scale.framework,
+               mask=arm.mask and arm.mask.method,
+               found=arm.mask.id(scale) if arm.mask and arm.mask.distilled else '',
+               weights=arm.weights if arm.source is None else arm.source.name, select=arm.select, level=arm.level,
+               every=every, density=1. if mask is None else mask.density,
+               rule='' if selection is None else selection.rule,
+               frozen=[] if selection is None or arm.level else selection.freeze)
     res['miou'] = {}
     for name in world:
         if name == 'train': continue
@@ -405,7 +459,8 @@ def _measure_arm(arm, scale, seed, folder, keep, run):
         res['miou'].update((e['groups'] or dict(base=e['miou'])) if name == 'val' else {name: e['miou']})
     c,b = _counted(arm.framework, scale, world['train'].vocabulary).under(mask),recipe.batch_size
     res.update(params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs,
-               train_flops=math.nan if arm.level else training_flops(c, first, b, mask=None if arm.late(scale) else mask)+training_flops(c, steps, b, mask=mask, selection=selection)) # what single weights save depends on the kernels
+               # what single weights save depends on the kernels
+               train_flops=math.nan if arm.level else training_flops(c, first, b, mask=None if arm.late(scale) else mask)+training_flops(c, steps, b, mask=mask, selection=selection))
     res.update(clip_similarity(seg, world['val'], open_clip_of(scale.of(arm.framework)), every=every))
     answers = {n: _predictions(seg, d, PICTURES.get(n, 1)) for n,d in world.items() if n != 'train'}
     save_tensors(answers, done.with_suffix('.safetensors'), kind=ANSWERS_FILE)

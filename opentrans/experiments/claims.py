@@ -28,16 +28,23 @@ def sets_of(frame)->list: # Names: base and novel classes, and each other data s
 def results_frame(
     results, # Results of arms, of one seed or several
 )->pd.DataFrame: # A row for each arm and seed
-    "Everything measured, as one table. Raises `OpenTransError` if there is nothing, or an arm was measured twice with one seed."
+    """Everything measured, as one table. Raises `OpenTransError` if there is nothing, or an arm was measured twice
+    with one seed."""
     results = list(results)
     check_shape([plain_json(r) for r in results], list[ArmResult], 'The list of results')
-    if not any(r['miou'] for r in results): raise OpenTransError("There are no results with an mIoU. Run the study first.")
+    if not any(r['miou'] for r in results):
+        raise OpenTransError("There are no results with an mIoU. Run the study first.")
     twice = pd.Series([(r['arm'], r['seed']) for r in results])
-    if twice.duplicated().any(): raise OpenTransError("There are two results of {} with seed {}; give one.".format(*twice[twice.duplicated()].iloc[0]))
-    rows = [{**{k: v for k,v in r.items() if k not in ('miou', 'frozen')}, **{f'miou_{k}': math.nan if v is None else 100*v for k,v in r['miou'].items()}, 'frozen_layers': len(r['frozen'])} for r in results]
+    if twice.duplicated().any():
+        raise OpenTransError(
+            "There are two results of {} with seed {}; give one.".format(*twice[twice.duplicated()].iloc[0]))
+    rows = [{**{k: v for k,v in r.items() if k not in ('miou', 'frozen')},
+             **{f'miou_{k}': math.nan if v is None else 100*v for k,v in r['miou'].items()},
+             'frozen_layers': len(r['frozen'])} for r in results]
     f = pd.DataFrame(rows)
     f['arm'] = pd.Categorical(f.arm, list(dict.fromkeys(f.arm)), ordered=True)
-    if others := [f'miou_{d}' for d in sets_of(f) if d not in ('base', 'novel')]: f['miou_domains'] = f[others].mean(axis=1)
+    if others := [f'miou_{d}' for d in sets_of(f) if d not in ('base', 'novel')]:
+        f['miou_domains'] = f[others].mean(axis=1)
     return f
 
 def _cell(x, digits=1):
@@ -52,11 +59,18 @@ def summarize(
     rows = {}
     for a in arms:
         f = frame[frame.arm == a.name]
-        if not len(f): raise OpenTransError(f"There is no result of '{a.name}' in the table. Run the study that has it.")
-        full = frame[(frame.framework == f.framework.iloc[0]) & frame['mask'].isna() & (frame['select'] == 'all')].train_flops.mean()
-        rows[a.name] = {**{f'mIoU {k}': _cell(f[f'miou_{k}']) for k in sets_of(frame)}, 'CKA to CLIP': _cell(f.cka, 2), 'frozen layers': f'{f.frozen_layers.mean():.0f}',
-                        'params': f'{f.active_params.mean()/1e6:.2f} M', 'MACs': f'{f.active_macs.mean()/1e6:.1f} M',
-                        'training': '-' if f.train_flops.isna().any() else f'{f.train_flops.mean()/1e12:.2f} T' + (f' ({f.train_flops.mean()/full-1:+.0%})' if full == full else '')}
+        if not len(f):
+            raise OpenTransError(f"There is no result of '{a.name}' in the table. Run the study that has it.")
+        full = frame[
+            (frame.framework == f.framework.iloc[0]) & frame['mask'].isna() & (
+                frame['select'] == 'all')].train_flops.mean()
+        rows[a.name] = {**{f'mIoU {k}': _cell(f[f'miou_{k}']) for k in sets_of(frame)},
+                        'CKA to CLIP': _cell(f.cka, 2), 'frozen layers': f'{f.frozen_layers.mean():.0f}',
+                        'params': f'{f.active_params.mean()/1e6:.2f} M',
+                        'MACs': f'{f.active_macs.mean()/1e6:.1f} M',
+                        'training': '-' if f.train_flops.isna().any()
+                        else f'{f.train_flops.mean()/1e12:.2f} T'
+                        + (f' ({f.train_flops.mean()/full-1:+.0%})' if full == full else '')}
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/experiments/53_claims.ipynb #8c0111be
@@ -78,7 +92,8 @@ class ClaimResult(TypedDict):
     each: list[Number]
 
 # %% ../../nbs/experiments/53_claims.ipynb #30c4aa44
-MEASURES = ('base', 'novel', 'domains') # mIoU over base classes, over novel ones, and the mean over the shifted domains
+# mIoU over base classes, over novel ones, and the mean over the shifted domains
+MEASURES = ('base', 'novel', 'domains')
 
 @dataclass(frozen=True)
 class Gain:
@@ -95,7 +110,8 @@ class Claim:
     better:object # Name of an arm, or a `Gain`
     than:object # Name of another, or a `Gain`
     paper:str = '' # Where in the paper; `'beyond'`: nowhere
-    measures:tuple = MEASURES # By which measures: `'base'`, `'novel'`, `'domains'` (mIoU) or columns of results, e.g. `'cka'`
+    # By which measures: `'base'`, `'novel'`, `'domains'` (mIoU) or columns of results, e.g. `'cka'`
+    measures:tuple = MEASURES
 
     @property
     def arms(self)->set: # Names
@@ -125,7 +141,9 @@ def difference(
     arm, # Name of an arm, or a `Gain`
     against, # Another
     what:str, # `'base'`, `'novel'`, `'domains'` (mIoU, in points) or a column of the frame, e.g. `'cka'`
-)->dict: # Mean, standard deviation and 95 % interval of the paired difference (`low`, `high`: Student's t; `boot_low`, `boot_high`: bootstrap over seeds); number of seeds; verdict
+    # Mean, standard deviation and 95 % interval of the paired difference (`low`, `high`: Student's t; `boot_low`,
+    # `boot_high`: bootstrap over seeds); number of seeds; verdict
+)->dict:
     "A paired difference of two arms over seeds. Raises `OpenTransError` for what was not measured."
     from scipy import stats
     column = what if what in frame else f'miou_{what}'
@@ -138,7 +156,8 @@ def difference(
     if count > 1:
         sd, error = float(each.std(ddof=1)), float(stats.sem(each))
         low, high = map(float, stats.t.interval(.95, count-1, mean, error)) if error else (mean, mean)
-        again = stats.bootstrap((each,), np.mean, n_resamples=10_000, method='percentile', rng=np.random.default_rng(0))
+        again = stats.bootstrap((each,), np.mean, n_resamples=10_000, method='percentile',
+                                rng=np.random.default_rng(0))
         boot_low, boot_high = map(float, again.confidence_interval)
     return dict(mean=mean, sd=sd, low=low, high=high, boot_low=boot_low, boot_high=boot_high, n=count,
                 verdict=_verdict(count, low, high), each=each.tolist())
@@ -155,7 +174,8 @@ def judge_claims(
         for measure in claim.measures:
             if measure not in frame and f'miou_{measure}' not in frame: continue
             judged = difference(frame, claim.better, claim.than, measure)
-            said = dict(claim=claim.text, where=claim.paper, measured=measure, arm=str(claim.better), against=str(claim.than))
+            said = dict(claim=claim.text, where=claim.paper, measured=measure, arm=str(claim.better),
+                        against=str(claim.than))
             rows.append({**said, **judged})
     return pd.DataFrame([row for row in rows if row['n']], columns=list(rows[0]) if rows else None)
 
@@ -168,13 +188,17 @@ def claims_frame(claims):
 def claims_table(
     table:pd.DataFrame, # Of `judge_claims` or `all_claims`
     link:str=None, # Format of a link to the study, e.g. `'[{study}](docs/results/{file})'`
-)->pd.DataFrame: # Indexed by claim: paper, mIoU on base and novel names and on the shifted domains, similarity to CLIP; each a difference, its interval and a verdict
+    # Indexed by claim: paper, mIoU on base and novel names and on the shifted domains, similarity to CLIP; each a
+    # difference, its interval and a verdict
+)->pd.DataFrame:
     "Claims as a reader sees them, a line each."
     rows,word = {},{'holds': 'holds', 'does not hold': '**does not hold**'}
     for r in table.itertuples():
         row = rows.setdefault(for_markdown(r.claim), dict(paper=for_markdown(r.where)))
         column = r.measured if r.measured in ('base', 'novel', 'domains') else 'CKA'
-        row[column] = f'{r.mean:+.2f} [{r.low:+.2f}, {r.high:+.2f}] {word.get(r.verdict) or for_markdown(r.verdict)}'
+        row[
+            column] = f'{r.mean:+.2f} [{r.low:+.2f}, {r.high:+.2f}] {word.get(r.verdict) or for_markdown(r.verdict)}'
         if link: row['study'] = link.format(study=r.study, file=r.file)
-    columns = [c for c in ('paper', 'base', 'novel', 'domains', 'CKA', 'study') if any(c in r for r in rows.values())]
+    columns = [c
+               for c in ('paper', 'base', 'novel', 'domains', 'CKA', 'study') if any(c in r for r in rows.values())]
     return pd.DataFrame(rows, index=columns).T.fillna('').rename_axis('claim')

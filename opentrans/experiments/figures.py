@@ -21,9 +21,13 @@ from ..runtime import axes
 def _colour(name, i=0):
     "Each arm has one colour in all figures; the i-th of a study alone has any."
     names,name = [a.name for a in ARMS],name.split(': ')[-1]
-    return ('#333333', '#d95f02', '#e6ab02', '#7570b3', '#a6cee3', '#1f78b4', '#1b9e77', '#66a61e', '#b2df8a', '#999999', '#e7298a')[names.index(name) % 11] if name in names else ('#4e79a7', '#f28e2b', '#59a14f', '#b07aa1', '#edc948', '#76b7b2', '#9c755f', '#ff9da7')[i % 8]
+    return (('#333333', '#d95f02', '#e6ab02', '#7570b3', '#a6cee3', '#1f78b4', '#1b9e77', '#66a61e', '#b2df8a',
+             '#999999', '#e7298a')[names.index(name) % 11] if name in names
+            else ('#4e79a7', '#f28e2b', '#59a14f', '#b07aa1', '#edc948', '#76b7b2', '#9c755f', '#ff9da7')[i % 8])
 
-def _bar(ax, x, y, width, **kwargs): ax.bar(x, y.mean(), width, **kwargs); ax.plot([x]*len(y), y, '.', color='k', ms=3) # a mean and its seeds
+def _bar(ax, x, y, width, **kwargs):
+    ax.bar(x, y.mean(), width, **kwargs)
+    ax.plot([x]*len(y), y, '.', color='k', ms=3) # a mean and its seeds
 
 def plot_arms(
     frame:pd.DataFrame, # As `results_frame` gives it
@@ -31,11 +35,18 @@ def plot_arms(
     ax=None, # Axes
 ): # The axes
     "mIoU of arms on base and novel classes and each domain: bars are means, dots are seeds."
-    ax,w,sets = axes(ax, figsize=(10, 3.4)),.8/len(arms),sets_of(frame)
+    ax = axes(ax, figsize=(10, 3.4))
+    w = .8/len(arms)
+    sets = sets_of(frame)
     for i,a in enumerate(arms):
         f = frame[frame.arm == a.name]
-        for j,k in enumerate(sets): _bar(ax, j-.4+w*(i+.5), f[f'miou_{k}'], w*.92, label=None if j else for_plot(a.name), color=_colour(a.name, i))
-    ax.set_xticks(range(len(sets)), [for_plot(f'{k} classes' if k in ('base', 'novel') else f'domain {k}') for k in sets]); ax.set_ylabel('mIoU (%)'); ax.legend(fontsize=7.5, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
+        for j,k in enumerate(sets):
+            _bar(ax, j-.4+w*(i+.5), f[f'miou_{k}'], w*.92, label=None if j else for_plot(a.name),
+                 color=_colour(a.name, i))
+    ax.set_xticks(range(len(sets)),
+                  [for_plot(f'{k} classes' if k in ('base', 'novel') else f'domain {k}') for k in sets])
+    ax.set_ylabel('mIoU (%)')
+    ax.legend(fontsize=7.5, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
     return ax
 
 def plot_cost(
@@ -44,17 +55,23 @@ def plot_cost(
     ax=None, # Axes
 ): # The axes
     "mIoU on base classes (full) and novel ones (hollow) against a cost (the shape of Fig. 1)."
-    ax = axes(ax, figsize=(4.5, 3.4)); unit,name = dict(active_params=(1e6, 'parameters that remain (M)'), active_macs=(1e6, 'MACs that remain (M)'), train_flops=(1e12, 'training FLOPs (T)'))[what]
+    ax = axes(ax, figsize=(4.5, 3.4))
+    unit,name = dict(active_params=(1e6, 'parameters that remain (M)'), active_macs=(1e6, 'MACs that remain (M)'),
+                     train_flops=(1e12, 'training FLOPs (T)'))[what]
     for i,(a,f) in enumerate(frame.groupby('arm', observed=True)):
-        for j,k in enumerate(class_groups(f)[:2]): ax.plot(f[what].mean()/unit, f[f'miou_{k}'].mean(), 'o', mec=_colour(a, i), mfc='none' if j else _colour(a, i), label=None if j else for_plot(a))
-    ax.set_xlabel(name); ax.set_ylabel('mIoU (%)')
+        for j,k in enumerate(class_groups(f)[:2]):
+            ax.plot(f[what].mean()/unit, f[f'miou_{k}'].mean(), 'o', mec=_colour(a, i),
+                    mfc='none' if j else _colour(a, i), label=None if j else for_plot(a))
+    ax.set_xlabel(name)
+    ax.set_ylabel('mIoU (%)')
     return ax
 
 def plot_costs(frame):
     "Axes with `plot_cost` of each cost."
     axs = axes(ncols=3, figsize=(14, 3.9), layout='constrained')
     for ax,w in zip(axs, ('active_params', 'active_macs', 'train_flops')): plot_cost(frame, w, ax)
-    axs[0].figure.legend(*axs[0].get_legend_handles_labels(), fontsize=7.5, ncols=6, loc='outside upper center', frameon=False)
+    axs[0].figure.legend(*axs[0].get_legend_handles_labels(), fontsize=7.5, ncols=6, loc='outside upper center',
+                         frameon=False)
     return axs
 
 # %% ../../nbs/experiments/54_figures.ipynb #60e1ffbc
@@ -64,15 +81,22 @@ def plot_frameworks(
     axs=None, # Two axes
 ): # The axes
     "mIoU on base and novel classes of the same masks in each framework: bars are means, dots are seeds."
-    groups = class_groups(frame); axs = np.ravel(axes(axs, ncols=len(groups), figsize=(6*len(groups), 3.2)))
-    names = list(dict.fromkeys(frame.framework[frame.arm.isin([a.name for a in arms])])); kinds = list(dict.fromkeys(a.name.split(': ')[-1] for a in arms))
+    groups = class_groups(frame)
+    axs = np.ravel(axes(axs, ncols=len(groups), figsize=(6*len(groups), 3.2)))
+    names = list(dict.fromkeys(frame.framework[frame.arm.isin([a.name for a in arms])]))
+    kinds = list(dict.fromkeys(a.name.split(': ')[-1] for a in arms))
     for ax,what in zip(axs, groups):
         for j,kind in enumerate(kinds):
             for i,n in enumerate(names):
-                y = frame[(frame.framework == n) & frame.arm.isin([a.name for a in arms if a.name.split(': ')[-1] == kind])][f'miou_{what}']
+                y = frame[
+                    (frame.framework == n) & frame.arm.isin([a.name
+                                                             for a in arms if a.name.split(': ')[-1] == kind])][
+                    f'miou_{what}']
                 x = i-.4+.8/len(kinds)*(j+.5)
                 _bar(ax, x, y, .75/len(kinds), color=_colour(kind), label=for_plot(kind) if i == 0 else None)
-        ax.set_xticks(range(len(names)), [for_plot(n) for n in names], fontsize=8); ax.set_ylabel('mIoU (%)'); ax.set_title(for_plot(f'{what} classes'), fontsize=9)
+        ax.set_xticks(range(len(names)), [for_plot(n) for n in names], fontsize=8)
+        ax.set_ylabel('mIoU (%)')
+        ax.set_title(for_plot(f'{what} classes'), fontsize=9)
     axs[0].legend(fontsize=7.5, frameon=False)
     return axs
 
@@ -84,10 +108,16 @@ def _check_answers(predictions, world):
     for arm,sets in predictions.items():
         for name,answers in sets.items():
             if name not in world: raise unknown('data set of the pictures', name, world)
-            fits = name in first and len(answers) == len(first[name]) and 0 < len(answers) <= len(world[name]) and answers.numel()
+            fits = (name in first and len(answers) == len(first[name]) and 0 < len(answers) <= len(world[name])
+                    and answers.numel())
             if not fits or answers.min() < 0 or answers.max() >= len(world[name].vocabulary):
-                raise OpenTransError(f"The pictures of '{shorten(arm, 80)}' are not of the scenes of {name}, or not of its classes. Run the study 'pictures' again.")
-        if {*sets} != {*first}: raise OpenTransError(f"The pictures of '{shorten(arm, 80)}' are not of the same data sets as those of the others. Run the study 'pictures' again.")
+                raise OpenTransError(
+                    f"The pictures of '{shorten(arm, 80)}' are not of the scenes of {name}, or not of its classes. "
+                    f"Run the study 'pictures' again.")
+        if {*sets} != {*first}:
+            raise OpenTransError(
+                f"The pictures of '{shorten(arm, 80)}' are not of the same data sets as those of the others. Run "
+                f"the study 'pictures' again.")
 
 def plot_scenes(
     scale:Scale, # Sizes
@@ -100,13 +130,19 @@ def plot_scenes(
     _check_answers(predictions, world)
     rows = [(d, i) for d,p in next(iter(predictions.values())).items() for i in range(len(p))]
     rows.sort(key=lambda r: list(world).index(r[0]))
-    fig,axs = plt.subplots(len(rows), 2+len(predictions), figsize=(1.35*(2+len(predictions)), 1.42*len(rows)), squeeze=False)
+    fig,axs = plt.subplots(len(rows), 2+len(predictions), figsize=(1.35*(2+len(predictions)), 1.42*len(rows)),
+                           squeeze=False)
     for r,(d,i) in enumerate(rows):
         s,colours = world[d][i],class_colours(len(world[d].vocabulary))
-        truth = s['labels'].numpy(); void = truth == world[d].ignore
-        maps = [s['image'].permute(1, 2, 0).numpy()] + [np.where(void[...,None], 1., colours[np.where(void, 0, m)]) for m in (truth, *(p[d][i].numpy() for p in predictions.values()))]
+        truth = s['labels'].numpy()
+        void = truth == world[d].ignore
+        maps = ([s['image'].permute(1, 2, 0).numpy()]
+                + [np.where(void[...,None], 1., colours[np.where(void, 0, m)])
+                   for m in (truth, *(p[d][i].numpy() for p in predictions.values()))])
         for ax,m,t in zip(axs[r], maps, ('image', 'truth', *predictions)):
-            ax.imshow(m, interpolation='nearest'); ax.set_xticks([]); ax.set_yticks([])
+            ax.imshow(m, interpolation='nearest')
+            ax.set_xticks([])
+            ax.set_yticks([])
             if r == 0: ax.set_title(for_plot(t).replace(', ', ',\n'), fontsize=6)
         axs[r][0].set_ylabel(for_plot(d if d != 'val' else 'home'), fontsize=7)
     fig.tight_layout(pad=.3)
@@ -118,13 +154,22 @@ def plot_density(
     axs=None, # Two axes
 ): # The axes
     "mIoU on base and novel classes against density."
-    groups = class_groups(frame); axs = np.ravel(axes(axs, ncols=len(groups), figsize=(4.5*len(groups), 3), layout='constrained'))
+    groups = class_groups(frame)
+    axs = np.ravel(axes(axs, ncols=len(groups), figsize=(4.5*len(groups), 3), layout='constrained'))
     for ax,what in zip(axs, groups):
         for kind,colour in (('distilled', _colour('distilled mask')), ('random', _colour('random'))):
-            f = frame[(frame['mask'] == kind)]; mean = f.groupby('density')[f'miou_{what}'].mean()
-            ax.plot(mean.index, mean, '-', color=colour, label=for_plot(kind)); ax.plot(f.density, f[f'miou_{what}'], '.', color=colour, ms=4)
-        ax.axhline(frame[frame['mask'].isna()][f'miou_{what}'].mean(), ls=':', color='k'); ax.set_xscale('log'); ax.set_xlabel('density'); ax.set_ylabel('mIoU (%)'); ax.set_title(for_plot(f'{what} classes'), fontsize=9)
-        at = sorted(frame.density[frame['mask'].notna()].round(3).unique()); ax.set_xticks(at, [f'{d:g}' for d in at]); ax.minorticks_off()
+            f = frame[(frame['mask'] == kind)]
+            mean = f.groupby('density')[f'miou_{what}'].mean()
+            ax.plot(mean.index, mean, '-', color=colour, label=for_plot(kind))
+            ax.plot(f.density, f[f'miou_{what}'], '.', color=colour, ms=4)
+        ax.axhline(frame[frame['mask'].isna()][f'miou_{what}'].mean(), ls=':', color='k')
+        ax.set_xscale('log')
+        ax.set_xlabel('density')
+        ax.set_ylabel('mIoU (%)')
+        ax.set_title(for_plot(f'{what} classes'), fontsize=9)
+        at = sorted(frame.density[frame['mask'].notna()].round(3).unique())
+        ax.set_xticks(at, [f'{d:g}' for d in at])
+        ax.minorticks_off()
     axs[0].legend(fontsize=8, frameon=False)
     return axs
 
@@ -133,13 +178,20 @@ def plot_courses(
     more:dict, # As `alpha_curves` gives it
     axs=None, # Two axes
 ): # The axes
-    "Alpha through a fine-tuning (Fig. 6, 7 and 9): the median over layers, a line a seed; and each layer before and after, in the first seed."
+    """Alpha through a fine-tuning (Fig. 6, 7 and 9): the median over layers, a line a seed; and each layer before
+    and after, in the first seed."""
     axs = axes(axs, ncols=2, figsize=(11, 3), width_ratios=(1, 1.6), layout='constrained')
     for kind,colour in (('dense', _colour('dense')), ('sparse', _colour('distilled mask'))):
-        for i,c in enumerate(more[kind].values()): axs[0].plot(c['iterations'], c['median'], color=colour, lw=1, label=for_plot(kind) if i == 0 else None)
+        for i,c in enumerate(more[kind].values()):
+            axs[0].plot(c['iterations'], c['median'], color=colour, lw=1, label=for_plot(kind) if i == 0 else None)
         c = next(iter(more[kind].values()))
-        for when,style in (('before', '--'), ('after', '-')): axs[1].plot([np.nan if v is None else v for v in c[when]], style, color=colour, label=for_plot(f'{kind}, {when}'))
-    axs[0].set(xlabel='iteration', ylabel='median alpha'); axs[1].set(xlabel='layer', ylabel='alpha', yscale='log', xticks=range(0, len(c['layers']), 2)); axs[1].set_yticks([2, 5, 10, 20], ['2', '5', '10', '20']); axs[1].minorticks_off()
+        for when,style in (('before', '--'), ('after', '-')):
+            axs[1].plot([np.nan if v is None else v for v in c[when]], style, color=colour,
+                        label=for_plot(f'{kind}, {when}'))
+    axs[0].set(xlabel='iteration', ylabel='median alpha')
+    axs[1].set(xlabel='layer', ylabel='alpha', yscale='log', xticks=range(0, len(c['layers']), 2))
+    axs[1].set_yticks([2, 5, 10, 20], ['2', '5', '10', '20'])
+    axs[1].minorticks_off()
     for ax in axs: ax.legend(fontsize=8, frameon=False)
     return axs
 
@@ -151,6 +203,9 @@ def plot_similarity(
     ax,arms = axes(ax, figsize=(8, 3)),list(dict.fromkeys(frame.arm))
     for i,a in enumerate(arms):
         for j,c in enumerate(('cka', 'cka_layers', 'cka_channels')):
-            _bar(ax, j-.4+.8/len(arms)*(i+.5), frame[frame.arm == a][c], .74/len(arms), color=_colour(a, i), label=for_plot(a) if j == 0 else None)
-    ax.set_xticks(range(3), ['stages', 'all convolutions', "the released code's reading"]); ax.set_ylabel('CKA to CLIP'); ax.legend(fontsize=8, frameon=False, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.))
+            _bar(ax, j-.4+.8/len(arms)*(i+.5), frame[frame.arm == a][c], .74/len(arms), color=_colour(a, i),
+                 label=for_plot(a) if j == 0 else None)
+    ax.set_xticks(range(3), ['stages', 'all convolutions', "the released code's reading"])
+    ax.set_ylabel('CKA to CLIP')
+    ax.legend(fontsize=8, frameon=False, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.))
     return ax

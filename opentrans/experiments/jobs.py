@@ -56,7 +56,8 @@ def _sorter(jobs):
     needs = {name: needed for name,(needed,*_) in jobs.items()}
     for name,needed in needs.items():
         for other in needed:
-            if other not in jobs: raise OpenTransError(f"The job {name} waits for {other}, which is none of the jobs.")
+            if other not in jobs:
+                raise OpenTransError(f"The job {name} waits for {other}, which is none of the jobs.")
     order = graphlib.TopologicalSorter(needs)
     try: order.prepare()
     except graphlib.CycleError as error:
@@ -66,7 +67,10 @@ def _sorter(jobs):
 class _View:
     "All jobs in one view: a bar that names those at work, or in a log a line for each that is done."
     def __init__(self, total, desc):
-        self.total, self.desc, self.done, self.at_work = total, desc, 0, []
+        self.total = total
+        self.desc = desc
+        self.done = 0
+        self.at_work = []
         self.bar = progress(None, desc, total, lines=False)
         self.lines = self.bar.disable and not is_quiet()
 
@@ -91,7 +95,10 @@ def _job_name(name):
 
 def _run_here(jobs, view):
     "Do jobs in this process."
-    order, place, results, ready = _sorter(jobs), {name: i for i,name in enumerate(jobs)}, {}, []
+    order = _sorter(jobs)
+    place = {name: i for i,name in enumerate(jobs)}
+    results = {}
+    ready = []
     while order.is_active():
         ready = sorted([*ready, *order.get_ready()], key=place.get)
         name = ready.pop(0)
@@ -154,7 +161,10 @@ def _start_workers(count, device):
 def _run_there(jobs, client, view):
     "Do jobs on the workers of a client."
     distributed = _distributed()
-    order, running, results, names = _sorter(jobs), distributed.as_completed(loop=client.loop), {}, {}
+    order = _sorter(jobs)
+    running = distributed.as_completed(loop=client.loop)
+    results = {}
+    names = {}
     run, place = uuid.uuid4().hex, {name: i for i,name in enumerate(jobs)}
     def begin():
         for name in order.get_ready():
@@ -181,8 +191,9 @@ def _result_of(future, name):
     "What a job gave. Raises what it raised, and `OpenTransError` if each worker that tried it was lost."
     try: return future.result()
     except _distributed().KilledWorker:
-        raise OpenTransError(f"The job {_job_name(name)} was begun several times, and each time its worker was killed. "
-                             "Is there memory enough?") from None
+        raise OpenTransError(
+            f"The job {_job_name(name)} was begun several times, and each time its worker was killed. "
+            "Is there memory enough?") from None
 
 def _stop(client, names):
     "End the jobs of this call that are at work: their workers begin anew."
@@ -194,7 +205,8 @@ def _stop(client, names):
 # %% ../../nbs/experiments/52_jobs.ipynb #255779f5
 def run_jobs(
     jobs:dict, # Name -> (names that must be done before, function, arguments)
-    scheduler='local', # Where: `'local'`, `'processes'`, `'processes:N'`, a number of processes, or the address of a scheduler
+    # Where: `'local'`, `'processes'`, `'processes:N'`, a number of processes, or the address of a scheduler
+    scheduler='local',
     desc:str='', # What is done, for the progress bar
     device:str='cpu', # Where the jobs compute; on GPUs each process of this machine has one for itself
 )->dict: # Name -> result
@@ -213,15 +225,24 @@ RUNS_FILE = FileKind('opentrans-runs', 'settings of a folder of runs', 'run_stud
 def _identity(scale, seed):
     "What runs depend on besides their own settings, as JSON gives it back."
     known = dict(dataclasses.asdict(scale), seed=seed, pretrained=weights_identity(scale))
-    if scale.data != 'shapesworld': known['images'] = {n: [len(d), hashlib.sha256('\n'.join([*d.vocabulary.entries, *(f.id for f in d.files)]).encode()).hexdigest()[:16]] for n,d in open_world(scale, seed).items()}
+    if scale.data != 'shapesworld':
+        known['images'] = {n: [len(d),
+                               hashlib.sha256(
+                                   '\n'.join([*d.vocabulary.entries,
+                                              *(f.id for f in d.files)]).encode()).hexdigest()[:16]]
+                           for n,d in open_world(scale, seed).items()}
     return plain_json(known)
 
 def open_run_folder(folder, scale, seed):
-    "A folder for runs of these sizes, data and weights and this seed; it says so inside. Raises `OtherRun` if it is one of others."
+    """A folder for runs of these sizes, data and weights and this seed; it says so inside. Raises `OtherRun` if it
+    is one of others."""
     folder,settings = Path(folder),_identity(scale, seed)
-    kept,usual = folder/'study.json',_identity(Scale(), seed) # a size that came later has its default in older folders
+    kept = folder/'study.json'
+    usual = _identity(Scale(), seed) # a size that came later has its default in older folders
     if kept.exists() and {**usual, **load_json(kept, dict, RUNS_FILE)} != settings:
-        raise OtherRun(f"'{folder}' holds a study of other sizes, data or weights, or another seed. Choose another folder, or remove it.")
+        raise OtherRun(
+            f"'{folder}' holds a study of other sizes, data or weights, or another seed. Choose another folder, or "
+            f"remove it.")
     folder.mkdir(parents=True, exist_ok=True)
     save_json(settings, kept, RUNS_FILE)
     return folder
@@ -230,7 +251,8 @@ _MINE = set() # folders of runs that this process holds
 
 @contextlib.contextmanager
 def hold_folders(*folders):
-    "Keep other studies out of folders of runs inside the block. The processes of this one, which do the jobs, go in and out. Raises `OtherRun`."
+    """Keep other studies out of folders of runs inside the block. The processes of this one, which do the jobs, go
+    in and out. Raises `OtherRun`."""
     new = {os.path.realpath(folder) for folder in folders} - _MINE
     with contextlib.ExitStack() as stack:
         for folder in sorted(new): stack.enter_context(lock_folder(folder))

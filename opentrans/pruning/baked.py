@@ -41,14 +41,17 @@ def apply_to_state(self:SparseMask,
     state:dict, # A state dict, under any of the namings; the masked tensors in it are replaced by new ones
     strict:bool=True, # Raise if a layer is missing?
 )->dict: # Name in the state dict -> the layers of the mask that lie in it
-    "Zero the pruned weights of a state dict. Raises `OpenTransError`, with nothing changed, if the mask does not fit in one place."
-    hit = match_weights(self.shapes, {k: t.shape for k,t in state.items() if isinstance(t, torch.Tensor)}, strict, lambda n: state[n].data_ptr())
+    """Zero the pruned weights of a state dict. Raises `OpenTransError`, with nothing changed, if the mask does not
+    fit in one place."""
+    hit = match_weights(self.shapes, {k: t.shape for k,t in state.items() if isinstance(t, torch.Tensor)}, strict,
+                        lambda n: state[n].data_ptr())
     odd = {k: why for k,_ in hit.values() if not state[k].is_complex() and (why := unreadable(state[k]))}
     if odd: raise OpenTransError(f"{len(odd)} tensors of the state dict cannot be masked: {tell_reasons(odd)}.")
     new,placed = {},{}
     for name,(k,rows) in hit.items():
         if k not in new: new[k],placed[k] = state[k].detach().clone(),[]
-        _zero(new[k] if rows is None else new[k][rows], self[name]); placed[k].append(name)
+        _zero(new[k] if rows is None else new[k][rows], self[name])
+        placed[k].append(name)
     state.update(new)
     return placed
 
@@ -56,11 +59,14 @@ def apply_to_state(self:SparseMask,
 def transfer_checkpoint(
     mask, # A `SparseMask`, or the path of one
     source, # A checkpoint: a path, or the (nested) dict itself
-    out=None, # Where to write the sparse checkpoint; `.safetensors` gets the flat state dict, anything else the whole structure
+    # Where to write the sparse checkpoint; `.safetensors` gets the flat state dict, anything else the whole
+    # structure
+    out=None,
     strict:bool=True, # Raise if a layer is missing? If not, it is left as it is
     trust:bool=False, # Open TorchScript archives, which are programs?
 )->tuple: # (the sparse checkpoint, names of the layers that were left out)
-    "Put a mask on a checkpoint without building its model. Raises `OpenTransError`, with nothing written, if it fits no place or several."
+    """Put a mask on a checkpoint without building its model. Raises `OpenTransError`, with nothing written, if it
+    fits no place or several."""
     mask = mask if isinstance(mask, SparseMask) else SparseMask.load(mask)
     obj = source if isinstance(source, dict) else read_checkpoint(source, trust)
     what = 'the dictionary' if isinstance(source, dict) else f"'{source}'"
@@ -71,7 +77,10 @@ def transfer_checkpoint(
         except OpenTransError as e: err = e
         else: found.append((at, new, [n for n in mask.names if n not in sum(placed.values(), [])]))
     if not found: raise err
-    if len(found) > 1: raise OpenTransError(f"The mask fits {len(found)} parts of the checkpoint: {', '.join('/'.join(map(str, f[0])) or 'the top' for f in found)}. Pass the part that is meant.")
+    if len(found) > 1:
+        raise OpenTransError(
+            f"The mask fits {len(found)} parts of the checkpoint: "
+            f"{', '.join('/'.join(map(str, f[0])) or 'the top' for f in found)}. Pass the part that is meant.")
     at,state,left = found[0]
     whole = _replaced(obj, at, state)
     if out is not None:
@@ -94,33 +103,39 @@ def bake(self:SparseMask,
     path=None, # Where to write the sparse weights; None writes nothing
     dtype:torch.dtype=None, # Type to store floating-point weights in, e.g. `torch.float16`; None as they are
 )->dict: # Bytes of the dense and of the sparse file, and their ratio
-    "Make a mask final, and store the model by what is left of it. Raises `OpenTransError`, with nothing changed, if the mask does not fit or a weight is no number in the file."
+    """Make a mask final, and store the model by what is left of it. Raises `OpenTransError`, with nothing changed,
+    if the mask does not fit or a weight is no number in the file."""
     if dtype is not None and dtype not in _FLOATS:
         raise OpenTransError(f"dtype={dtype}: weights are stored as torch.float64, float32, bfloat16 or float16.")
     bare = unwrap(model)
     keep = {id(k.param): k.keep for k in _keepers(self, _place(self.shapes, bare))}
-    masks = {n: keep[id(p)] for n,p in bare.state_dict(keep_vars=True).items() if id(p) in keep} # by the names of the file, which wrappers may change
+    # by the names of the file, which wrappers may change
+    masks = {n: keep[id(p)] for n,p in bare.state_dict(keep_vars=True).items() if id(p) in keep}
     state = {n: t.detach().cpu() for n,t in _tensors('', bare).items()}
     left = {n: t[masks[n]] if n in masks else t for n,t in state.items()}
     stored = {n: t.to(dtype) if dtype is not None and t.is_floating_point() else t for n,t in left.items()}
     bad = [n for n,t in stored.items() if _spoilt(t, left[n])]
     if bad:
-        raise OpenTransError(f"{len(bad)} tensors are not finite, or not within {dtype}, such as {', '.join(bad[:3])}. "
-                             "Train anew, or choose another dtype.")
+        raise OpenTransError(
+            f"{len(bad)} tensors are not finite, or not within {dtype}, such as {', '.join(bad[:3])}. "
+            "Train anew, or choose another dtype.")
     tensors = {**stored, **{f'{n}#kept': pack_bits(m) for n,m in masks.items()}}
     shapes = {n: list(m.shape) for n,m in masks.items()}
     if path is not None: save_tensors(tensors, path, dict(shapes=shapes), BAKED_FILE)
     self.apply(model).remove()
-    size = lambda ts: sum(t.numel()*t.element_size() for t in ts)
-    return dict(dense_bytes=size(state.values()), sparse_bytes=size(tensors.values()), ratio=size(tensors.values())/size(state.values()))
+    def size(ts): return sum(t.numel()*t.element_size() for t in ts)
+    return dict(dense_bytes=size(state.values()), sparse_bytes=size(tensors.values()),
+                ratio=size(tensors.values())/size(state.values()))
 
 def load_baked(
     path, # A file that `bake` wrote
 )->dict: # The dense state dict
-    "Read a baked model back as an ordinary state dict. Raises `OpenTransError` for any other file, and for one that was altered."
+    """Read a baked model back as an ordinary state dict. Raises `OpenTransError` for any other file, and for one
+    that was altered."""
     _must_exist(path, BAKED_FILE)
     state = unbake(*load_tensors(path, kind=BAKED_FILE), path)
-    if any(_spoilt(t, t) for t in state.values()): raise BAKED_FILE.damaged(path, 'it holds weights that are no numbers')
+    if any(_spoilt(t, t) for t in state.values()):
+        raise BAKED_FILE.damaged(path, 'it holds weights that are no numbers')
     return state
 
 # %% ../../nbs/01f_baked.ipynb #8b4fc048
@@ -130,7 +145,8 @@ def export_onnx(
     example, # An input, or a tuple of inputs, to trace it with
     check:bool=True, # Run the file in onnxruntime and compare?
 )->float: # Largest absolute difference of the outputs; NaN without a check, or if one of them is
-    "Export a model to ONNX and measure that it computes the same. Raises `OpenTransError` if a package is missing, or the model cannot be exported."
+    """Export a model to ONNX and measure that it computes the same. Raises `OpenTransError` if a package is
+    missing, or the model cannot be exported."""
     for name in ('onnx', 'onnxscript'): optional(name, 'onnx', 'ONNX export')
     if check: optional('onnxruntime', 'onnx', 'checking an ONNX file')
     args = example if isinstance(example, tuple) else (example,)
@@ -140,7 +156,8 @@ def export_onnx(
             try: torch.onnx.export(model, args, str(p), dynamo=True, external_data=False, verbose=False)
             except torch.onnx.OnnxExporterError as error:
                 why = shorten(str(error).splitlines()[0])
-                raise OpenTransError(f"{type(unwrap(model)).__name__} cannot be exported to ONNX: {why}.") from error
+                raise OpenTransError(
+                    f"{type(unwrap(model)).__name__} cannot be exported to ONNX: {why}.") from error
         return _onnx_difference(model, path, args) if check else math.nan
 
 def _onnx_difference(model, path, args):
@@ -150,7 +167,8 @@ def _onnx_difference(model, path, args):
     ours = [o.cpu().double().numpy() for o in _leaves(model(*args))]
     theirs = run.run(None, {i.name: a.cpu().numpy() for i,a in zip(run.get_inputs(), args)})
     if len(ours) != len(theirs):
-        raise OpenTransError(f"The ONNX file gives {len(theirs)} outputs, the model {len(ours)}. Give another example.")
+        raise OpenTransError(
+            f"The ONNX file gives {len(theirs)} outputs, the model {len(ours)}. Give another example.")
     return float(np.max([np.abs(o-t.astype(float)).max() for o,t in zip(ours, theirs)]))
 
 def _leaves(out):

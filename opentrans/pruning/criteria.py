@@ -29,13 +29,15 @@ def criterion(
     return register
 
 def _criterion(said):
-    "A criterion by its name, or a function as it is: (name, function). Raises `OpenTransError` for an unknown name."
+    """A criterion by its name, or a function as it is: (name, function). Raises `OpenTransError` for an unknown
+    name."""
     if callable(said): return _name_of(said),said
     if said not in CRITERIA: raise unknown('criterion', said, CRITERIA)
     return said,CRITERIA[said]
 
 def _ask_criterion(f, model, losses=None, **kwargs):
-    "The scores that a criterion gives. It is told what it takes: a function of the model alone gets the model alone."
+    """The scores that a criterion gives. It is told what it takes: a function of the model alone gets the model
+    alone."""
     try: takes = list(inspect.signature(f).parameters.values())
     except ValueError: takes = []
     anything,names = any(p.kind == p.VAR_KEYWORD for p in takes),[p.name for p in takes]
@@ -45,7 +47,8 @@ def _ask_criterion(f, model, losses=None, **kwargs):
     elif losses is not None and (anything or 'losses' in names): told['losses'] = losses
     scores = f(*args, **told)
     if isinstance(scores, dict): return scores
-    raise OpenTransError(f"The criterion {_name_of(f)} gives a {type(scores).__name__}, not a dict of name -> scores.")
+    raise OpenTransError(
+        f"The criterion {_name_of(f)} gives a {type(scores).__name__}, not a dict of name -> scores.")
 
 @criterion('magnitude')
 def weight_magnitude(model, losses=None, **kwargs):
@@ -56,19 +59,27 @@ def weight_magnitude(model, losses=None, **kwargs):
 def _threads(): return dict(threads=torch.get_num_threads()) # sums are rounded otherwise by another number of them
 
 def _scores(score, mask, model, losses=None, **kwargs):
-    "Scores of the masked weights, by a criterion. Raises `OpenTransError` if it leaves a layer out, or gives another shape."
+    """Scores of the masked weights, by a criterion. Raises `OpenTransError` if it leaves a layer out, or gives
+    another shape."""
     if score is weight_magnitude: return {n: _size(w) for n,w in mask.weights(model).items()}
     scores = _ask_criterion(score, model, losses, **kwargs)
-    if lack := [n for n in mask.names if n not in scores]: raise OpenTransError(f"The criterion gives no scores for {len(lack)} layers: {', '.join(lack[:6])}.")
+    if lack := [n for n in mask.names if n not in scores]:
+        raise OpenTransError(f"The criterion gives no scores for {len(lack)} layers: {', '.join(lack[:6])}.")
     odd = [n for n in mask.names if tuple(scores[n].shape) != mask.shapes[n]]
-    if odd: raise OpenTransError(f"The criterion's scores do not have the shape of the weights of {len(odd)} layers: {', '.join(odd[:6])}.")
+    if odd:
+        raise OpenTransError(
+            f"The criterion's scores do not have the shape of the weights of {len(odd)} layers: "
+            f"{', '.join(odd[:6])}.")
     return {n: scores[n] for n in mask.names}
 
 # %% ../../nbs/01d_criteria.ipynb #dd9008f1
 def _gradients(found, model, losses):
     "For each loss, the gradients of the layers' weights; the model is in eval mode, and nothing is left changed."
-    if losses is None: raise OpenTransError("This criterion looks at data: give losses, a function of the model that yields one scalar loss a batch.")
-    params = list({id(l.param): l.param for l in found}.values())
+    if losses is None:
+        raise OpenTransError(
+            "This criterion looks at data: give losses, a function of the model that yields one scalar loss a "
+            "batch.")
+    params = list({id(layer.param): layer.param for layer in found}.values())
     before,modes = [p.requires_grad for p in params],{m: m.training for m in model.modules()}
     try:
         model.eval()
@@ -78,7 +89,8 @@ def _gradients(found, model, losses):
             for loss in [batches] if isinstance(batches, torch.Tensor) else batches:
                 gs = dict(zip(map(id, params), torch.autograd.grad(loss, params, allow_unused=True)))
                 full = {i: torch.zeros_like(p) if gs[i] is None else gs[i] for i,p in zip(gs, params)}
-                yield {l.name: full[id(l.param)] if l.rows is None else full[id(l.param)][l.rows] for l in found}
+                yield {layer.name: full[id(layer.param)] if layer.rows is None
+                       else full[id(layer.param)][layer.rows] for layer in found}
     finally:
         for p,b in zip(params, before): p.requires_grad_(b)
         for m,t in modes.items(): m.training = t
@@ -89,7 +101,7 @@ def snip(model, losses=None, **kwargs):
     found,total = prunable(model, **kwargs),{}
     for g in _gradients(found, model, losses):
         for n in g: total[n] = total.get(n, 0) + g[n]
-    return {l.name: _size(l.weight*total[l.name]) for l in found}
+    return {layer.name: _size(layer.weight*total[layer.name]) for layer in found}
 
 @criterion
 def sensitivity(model, losses=None, **kwargs):
@@ -97,7 +109,7 @@ def sensitivity(model, losses=None, **kwargs):
     found,total = prunable(model, **kwargs),{}
     for g in _gradients(found, model, losses):
         for n in g: total[n] = total.get(n, 0) + g[n].abs().square()
-    return {l.name: _size(l.weight)*total[l.name].sqrt() for l in found}
+    return {layer.name: _size(layer.weight)*total[layer.name].sqrt() for layer in found}
 
 # %% ../../nbs/01d_criteria.ipynb #d1cf8f40
 @patch(cls_method=True)
@@ -110,7 +122,8 @@ def by(cls:SparseMask,
     scope:str='global', # Who competes, as in `magnitude`
     **kwargs,
 ):
-    "Keep the weights that a criterion finds best, in one shot. Raises `OpenTransError` for an unknown criterion, or losses that are not given."
+    """Keep the weights that a criterion finds best, in one shot. Raises `OpenTransError` for an unknown criterion,
+    or losses that are not given."""
     name,f = _criterion(criterion)
     density,found = _density(density),prunable(model, **kwargs)
     info = _info(model, found, method=name, scope=scope) | _dense_info(model, **kwargs)

@@ -20,22 +20,32 @@ from .places import _place, _unmaskable
 from ..runtime import around_step, held_by, RETIRED, Undo
 
 # %% ../../nbs/01c_force.ipynb #7382bee7
-_INTS = {1: (torch.int8, np.int8), 2: (torch.int16, np.int16), 4: (torch.int32, np.int32), 8: (torch.int64, np.int64)}
+_INTS = {1: (torch.int8, np.int8), 2: (torch.int16, np.int16), 4: (torch.int32, np.int32),
+         8: (torch.int64, np.int64)}
 
 def _zero(t, keep):
-    "Set `t` to +0 where `keep` is False, in place. On the CPU as a product of integers, several times faster than `masked_fill_`."
+    """Set `t` to +0 where `keep` is False, in place. On the CPU as a product of integers, several times faster than
+    `masked_fill_`."""
     if t.device.type == 'cpu' and t.layout == torch.strided and t.dtype.is_floating_point:
         bits = t.view(_INTS[t.element_size()][0]).numpy()
-        before = np.setbufsize(2048)                                # the casting buffers stay in the first-level cache: twice as fast
+        # the casting buffers stay in the first-level cache: twice as fast
+        before = np.setbufsize(2048)
         try: np.multiply(bits, keep.view(torch.int8).numpy(), out=bits)
         finally: np.setbufsize(before)
     else: t.masked_fill_(~keep, 0)
 
 class _Keeper:
-    "A parameter, which is not kept alive by it, the mask of what stays, and the moments at which the rest is zeroed."
+    """A parameter, which is not kept alive by it, the mask of what stays, and the moments at which the rest is
+    zeroed."""
     def __init__(self, param, keep):
-        self.ref,self.keep,self.dead,self.hook = weakref.ref(param),keep,None,None
-        self.grad_seen,self.calm,self.filled,self.version = None,None,[],None
+        self.ref = weakref.ref(param)
+        self.keep = keep
+        self.dead = None
+        self.hook = None
+        self.grad_seen = None
+        self.calm = None
+        self.filled = []
+        self.version = None
     @property
     def param(self): return self.ref()
     def zero(self, t):
@@ -51,7 +61,8 @@ class _Keeper:
         g = param.grad
         if g is None: return
         if g.layout != torch.strided: param.grad = g = g.to_dense()
-        self.zero(g.data); self.grad_seen = weakref.ref(g)
+        self.zero(g.data)
+        self.grad_seen = weakref.ref(g)
     def enforce(self):
         "Zero the weight, and from now on its gradients."
         self.weight()
@@ -69,7 +80,8 @@ def _version(param): return None if param.is_inference() else param._version # h
 
 @patch
 def is_calm(self:_Keeper, opt, state):
-    "Is the pruned part zero by arithmetic? It is if only this optimizer wrote to the weight, with its state cleared, and a sample says so."
+    """Is the pruned part zero by arithmetic? It is if only this optimizer wrote to the weight, with its state
+    cleared, and a sample says so."""
     if self.calm is None: return False
     known,places = self.calm
     if len(known) != len(state)+1 or known[0]() is not opt: return False
@@ -89,26 +101,35 @@ def after(self:_Keeper, opt):
     g,seen,self.grad_seen,state = self.param.grad,self.grad_seen,None,opt.state.get(self.param, {})
     masked = g is None or (seen is not None and seen() is g)
     if not (masked and self.is_calm(opt, state)):
-        self.weight(); self.calm = None
+        self.weight()
+        self.calm = None
         exact = type(opt) in _EXACT and all(q.get('eps', 1) > 0 for q in opt.param_groups)
-        if masked and exact and self.param.device.type == 'cpu' and self.param.is_contiguous(): self.settle(opt, state)
+        if masked and exact and self.param.device.type == 'cpu' and self.param.is_contiguous():
+            self.settle(opt, state)
     self.version = _version(self.param)
 
 @patch
 def settle(self:_Keeper, opt, state):
-    "Clear the optimizer's state at the pruned places, so that steps leave the weight at zero. Second moments become 1 there: a square root of exact zeros is slow."
+    """Clear the optimizer's state at the pruned places, so that steps leave the weight at zero. Second moments
+    become 1 there: a square root of exact zeros is slow."""
     self.filled = []
     for k,t in state.items():
         if not isinstance(t, torch.Tensor) or t.shape != self.param.shape: continue
         self.zero(t)
-        if k == 'exp_avg_sq' and t.is_contiguous(): t += ~self.keep; self.filled.append(weakref.ref(t))
+        if k == 'exp_avg_sq' and t.is_contiguous():
+            t += ~self.keep
+            self.filled.append(weakref.ref(t))
     some = torch.linspace(0, self.param.numel()-1, min(64, self.param.numel())).long()
-    self.calm = [weakref.ref(x) if isinstance(x, torch.Tensor) or x is opt else (lambda x=x: x) for x in (opt, *state.values())],some[~self.keep.view(-1)[some]]
+    self.calm = [weakref.ref(x) if isinstance(x, torch.Tensor) or x is opt else (lambda x=x: x)
+                 for x in (opt, *state.values())],some[~self.keep.view(-1)[some]]
 
 @patch
 def leave(self:_Keeper):
-    "Hooks off, and second moments back to zero: an optimizer that goes on without the mask has not seen these weights."
-    if self.hook is not None: self.hook.remove(); self.hook = None
+    """Hooks off, and second moments back to zero: an optimizer that goes on without the mask has not seen these
+    weights."""
+    if self.hook is not None:
+        self.hook.remove()
+        self.hook = None
     for v in self.filled:
         if v() is not None: self.zero(v())
     self.filled,self.calm = [],None
@@ -125,7 +146,9 @@ def _keepers(mask, placed):
 
 def _way(root, path):
     "The steps (parent, name, child) from a model to the module of a name without wrappers; None if there is none."
-    steps,module,names = [],root,[n for n in path.split('.') if n]
+    steps = []
+    module = root
+    names = [n for n in path.split('.') if n]
     while True:
         name = inner_name(module) or (names.pop(0) if names else None)
         if name is None: return steps
@@ -134,9 +157,12 @@ def _way(root, path):
         module = steps[-1][2]
 
 class _Slot:
-    "A place where a model has a masked parameter: path of the module, the module, name of the parameter, and its keeper."
+    """A place where a model has a masked parameter: path of the module, the module, name of the parameter, and its
+    keeper."""
     def __init__(self, path, module, key, keeper):
-        self.path,self.key,self.keeper = path,key,keeper
+        self.path = path
+        self.key = key
+        self.keeper = keeper
         self.module = weakref.ref(module)
     @property
     def name(self): return f'{self.path}.{self.key}' if self.path else self.key
@@ -147,7 +173,7 @@ class _Slot:
     def why_not(self, param):
         "Why the mask cannot be kept on what stands there now; '' if it can."
         if param is None:
-            computed = [l.computed for l in layers_of(self.path, self.module()) if l.key == self.name]
+            computed = [layer.computed for layer in layers_of(self.path, self.module()) if layer.key == self.name]
             return computed[0] if computed else 'is not there any more'
         was,now = tuple(self.keeper.keep.shape),tuple(param.shape)
         return f'has the shape {now} now, not {was}' if was != now else _unmaskable(param)
@@ -161,7 +187,8 @@ def _slots_of(model, keepers):
     return list(res.values())
 
 # %% ../../nbs/01c_force.ipynb #c8cb06fd
-_HELD = weakref.WeakKeyDictionary() # module -> the `_Force`s on its parameters, which live as long as one such module
+# module -> the `_Force`s on its parameters, which live as long as one such module
+_HELD = weakref.WeakKeyDictionary()
 
 def _after_loading(module, keys):
     "A hook of modules: what `load_state_dict` wrote is masked. A copy of the module has this hook, and no mask."
@@ -172,7 +199,8 @@ def _listen(force):
     me = weakref.ref(force)
     def told(method):
         return lambda *args: getattr(me(), method)(*args) if me() is not None else None
-    steps,arrivals = around_step(told('before'), told('after')),register_module_parameter_registration_hook(told('arrives'))
+    steps = around_step(told('before'), told('after'))
+    arrivals = register_module_parameter_registration_hook(told('arrives'))
     ears = Undo(steps.remove, arrivals.remove)
     weakref.finalize(force, RETIRED.append, ears)
     return ears
@@ -180,9 +208,13 @@ def _listen(force):
 class _Force:
     "A mask in force on a model: its keepers, the places of their parameters, and the ways to these."
     def __init__(self, model, keepers):
-        self.root,self.keepers,self.slots = weakref.ref(model),keepers,_slots_of(model, keepers)
+        self.root = weakref.ref(model)
+        self.keepers = keepers
+        self.slots = _slots_of(model, keepers)
         for k in keepers: k.enforce()
-        self.ears,self.hooks,self.edges = _listen(self),[],{}
+        self.ears = _listen(self)
+        self.hooks = []
+        self.edges = {}
         self.watch()
 
     def watch(self):
@@ -214,7 +246,8 @@ def find(self:_Force, slot):
 
 @patch
 def take(self:_Force, slot, param):
-    "Mask what stands in a slot now: with the keeper of the parameter before, or another if that still stands elsewhere."
+    """Mask what stands in a slot now: with the keeper of the parameter before, or another if that still stands
+    elsewhere."""
     known = {id(k.param): k for k in self.keepers}
     if id(param) in known:
         slot.keeper = known[id(param)]
@@ -282,10 +315,12 @@ def end(self:_Force):
 def _filled():
     "Second moments that masks in force have filled at pruned places: id of the tensor -> the mask of what stays."
     forces = {id(force): force for held in _HELD.values() for force in held}
-    return {id(ref()): keeper.keep for force in forces.values() for keeper in force.keepers for ref in keeper.filled if ref() is not None}
+    return {id(ref()): keeper.keep for force in forces.values() for keeper in force.keepers
+            for ref in keeper.filled if ref() is not None}
 
 def unmasked_states():
-    "A function (parameter, its state in an optimizer) -> the state as it would be without masks in force, for `optimizer_tensors`."
+    """A function (parameter, its state in an optimizer) -> the state as it would be without masks in force, for
+    `optimizer_tensors`."""
     filled = _filled()
     def clean(param, state):
         return {name: t.masked_fill(~filled[id(t)], 0) if id(t) in filled else t for name,t in state.items()}
@@ -303,7 +338,8 @@ class MaskInForce(Undo):
     def state_dict(self,
         optimizer, # Of torch, over parameters of the masked model
     )->dict: # As `optimizer.state_dict()`; the optimizer itself is not changed
-        "What to save of an optimizer: its state without the numbers that the mask keeps in it (second moments of 1 at pruned places)."
+        """What to save of an optimizer: its state without the numbers that the mask keeps in it (second moments of
+        1 at pruned places)."""
         clean,saved = unmasked_states(),optimizer.state_dict()
         return dict(saved, state={i: clean(None, state) for i,state in saved['state'].items()})
     def __repr__(self):
@@ -314,6 +350,8 @@ def apply(self:SparseMask,
     model:nn.Module, # A tower, or anything that holds one, also in data-parallel and compile wrappers
     strict:bool=True, # Raise if the model lacks a layer? If not, the handle's `.left` lists what was left out
 )->MaskInForce: # Handle: `.remove()`, or leave the `with` block, and the mask is no longer kept; the zeros stay
-    "Zero the pruned weights of `model` and keep them zero under any optimizer. Raises `OpenTransError`, with nothing changed, if it does not fit."
+    """Zero the pruned weights of `model` and keep them zero under any optimizer. Raises `OpenTransError`, with
+    nothing changed, if it does not fit."""
     placed = _place(self.shapes, model, strict)
-    return MaskInForce(_Force(model, _keepers(self, placed)), list(placed), [n for n in self.names if n not in placed])
+    return MaskInForce(_Force(model, _keepers(self, placed)), list(placed),
+                       [n for n in self.names if n not in placed])

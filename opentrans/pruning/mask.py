@@ -31,7 +31,7 @@ def _kth_smallest(chunks, k, sample=65536, slack=.01):
     step = max(1, n//sample)
     if step > 1:
         s = torch.cat([c[::step].to(chunks[0].device) for c in chunks]).sort().values
-        at = lambda q: s[min(max(int(q*len(s)), 0), len(s)-1)].item()
+        def at(q): return s[min(max(int(q*len(s)), 0), len(s)-1)].item()
         lo,hi = at(k/n-slack) if k/n>slack else -math.inf, at(k/n+slack) if k/n<1-slack else math.inf
         below = sum(int((c < lo).sum()) for c in chunks)
         mid = torch.cat([c[(c >= lo) & (c <= hi)].to(chunks[0].device) for c in chunks])
@@ -51,9 +51,11 @@ def _keep_best(
     keep:int, # How many weights to keep
     alive:dict=None, # Name -> bool tensor of the weights that are still in; None for all
 ): # (name -> bool tensor on the CPU, the largest score that was dropped)
-    "Keep the `keep` best of all; of equal scores at the border those that come last. Raises `OpenTransError` for scores that are not numbers."
+    """Keep the `keep` best of all; of equal scores at the border those that come last. Raises `OpenTransError` for
+    scores that are not numbers."""
     _check_scores(scores)
-    flat = {n: s.detach().float() if alive is None or alive[n].all() else s.detach().float().masked_fill(~alive[n].to(s.device), -math.inf) for n,s in scores.items()}
+    flat = {n: s.detach().float() if alive is None or alive[n].all()
+            else s.detach().float().masked_fill(~alive[n].to(s.device), -math.inf) for n,s in scores.items()}
     flat = {n: s.flatten() for n,s in flat.items()}
     drop = sum(s.numel() for s in flat.values()) - keep
     if drop <= 0: return {n: torch.ones(s.shape, dtype=torch.bool) for n,s in scores.items()},-math.inf
@@ -63,7 +65,8 @@ def _keep_best(
     for n in reversed(flat):                                   # ties at the threshold: the last ones stay
         if need <= 0: break
         ties = (flat[n] == thr).nonzero().flatten()[-need:]
-        kept[n][ties] = True; need -= len(ties)
+        kept[n][ties] = True
+        need -= len(ties)
     return {n: k.reshape(scores[n].shape).cpu() for n,k in kept.items()},thr
 
 # %% ../../nbs/01_pruning.ipynb #881ebc58
@@ -132,7 +135,9 @@ class SparseMask:
         masks:dict, # Name of the layer -> bool tensor of the weight's shape
         info:dict=None, # How it was found, as plain values; saved with it
     ):
-        if not masks: raise OpenTransError("A mask needs at least one layer. Make one with SparseMask.ones(model), .magnitude or .random.")
+        if not masks:
+            raise OpenTransError(
+                "A mask needs at least one layer. Make one with SparseMask.ones(model), .magnitude or .random.")
         self.masks = {clean_name(n): torch.as_tensor(m).bool().cpu() for n,m in masks.items()}
         self.info = dict(info or {})
 
@@ -165,15 +170,22 @@ class SparseMask:
         rows = {n: dict(shape=tuple(m.shape), weights=m.numel(), kept=_count(m)) for n,m in self.items()}
         t = pd.DataFrame.from_dict(rows, orient='index').rename_axis('name')
         return t.assign(density=t.kept/t.weights)
-    def __repr__(self): return f"SparseMask({len(self)} layers, {self.kept:,} of {self.total:,} weights, density {self.density:.4f})"
+    def __repr__(self):
+        return (
+            f"SparseMask({len(self)} layers, {self.kept:,} of {self.total:,} weights, density {self.density:.4f})")
 
 # %% ../../nbs/01_pruning.ipynb #f615c0be
 @patch
 def _same(self:SparseMask, other):
-    if not isinstance(other, SparseMask): raise OpenTransError(f"A SparseMask can be compared with another SparseMask, not with {type(other).__name__}.")
+    if not isinstance(other, SparseMask):
+        raise OpenTransError(
+            f"A SparseMask can be compared with another SparseMask, not with {type(other).__name__}.")
     if self.shapes != other.shapes:
-        diff = sorted({n for n,s in self.shapes.items() if other.shapes.get(n) != s} | {n for n in other.names if n not in self})
-        raise OpenTransError(f"The masks are over different layers: {len(diff)} differ, such as {', '.join(diff[:4])}. Use .only(pattern) to bring them to the same ones.")
+        diff = sorted({n for n,s in self.shapes.items() if other.shapes.get(n) != s}
+                      | {n for n in other.names if n not in self})
+        raise OpenTransError(
+            f"The masks are over different layers: {len(diff)} differ, such as {', '.join(diff[:4])}. Use "
+            f".only(pattern) to bring them to the same ones.")
     return other
 @patch
 def __and__(self:SparseMask, other): return SparseMask({n: m & self._same(other)[n] for n,m in self.items()})
@@ -182,7 +194,9 @@ def __or__(self:SparseMask, other): return SparseMask({n: m | self._same(other)[
 @patch
 def __invert__(self:SparseMask): return SparseMask({n: ~m for n,m in self.items()})
 @patch
-def __eq__(self:SparseMask, other): return isinstance(other, SparseMask) and self.shapes == other.shapes and all(m.equal(other[n]) for n,m in self.items())
+def __eq__(self:SparseMask, other):
+    return (isinstance(other, SparseMask) and self.shapes == other.shapes
+            and all(m.equal(other[n]) for n,m in self.items()))
 SparseMask.__hash__ = None
 
 @patch
@@ -326,8 +340,10 @@ def weights(self:SparseMask,
     model:nn.Module, # A model that holds the masked layers anywhere
     strict:bool=True, # Raise if a layer is missing? If not, it is left out
 )->dict: # Name -> the weight (a view)
-    "The weights that the mask is about. Raises `OpenTransError` if the model lacks one, or has two places for them."
-    return {k: (p if rows is None else p[rows]).detach() for k,(p,rows) in _place(self.shapes, model, strict).items()}
+    """The weights that the mask is about. Raises `OpenTransError` if the model lacks one, or has two places for
+    them."""
+    return {k: (p if rows is None else p[rows]).detach()
+            for k,(p,rows) in _place(self.shapes, model, strict).items()}
 
 # %% ../../nbs/01_pruning.ipynb #a602e802
 MASK_FILE = FileKind('opentrans-mask', 'mask', 'SparseMask.save')
@@ -335,13 +351,15 @@ MASK_FILE = FileKind('opentrans-mask', 'mask', 'SparseMask.save')
 def _name_of(f): return getattr(getattr(f, 'func', f), '__name__', type(f).__name__)
 
 def _told(value):
-    "A value as a file can hold it and give it back: numbers, texts, lists and dictionaries; anything else by its name."
+    """A value as a file can hold it and give it back: numbers, texts, lists and dictionaries; anything else by its
+    name."""
     if isinstance(value, (np.generic, np.ndarray, torch.Tensor)): value = value.tolist()
     if isinstance(value, dict): return {_told(str(k)): _told(v) for k,v in value.items()}
     if isinstance(value, (set, frozenset)): value = sorted(value, key=str)
     if isinstance(value, (list, tuple)): return [_told(v) for v in value]
     if isinstance(value, (int, float, type(None))): return value
-    named = callable(value) or type(value).__repr__ is object.__repr__          # the text of these holds an address in memory
+    # the text of these holds an address in memory
+    named = callable(value) or type(value).__repr__ is object.__repr__
     return (_name_of(value) if named else str(value)).encode(errors='replace').decode()
 
 def _digest(meta, bits):
@@ -357,7 +375,8 @@ def save(self:SparseMask,
     path, # Where to; `.safetensors` by custom
     **info, # More about how it was found, such as `backbone='RN50'`, `loss='tgkd'`, `data='coco_panoptic'`
 ):
-    "Write the mask, one bit a weight, with its history; whole or not at all. Raises `OpenTransError` if the place cannot be written."
+    """Write the mask, one bit a weight, with its history; whole or not at all. Raises `OpenTransError` if the place
+    cannot be written."""
     kept = {n: _count(m) for n,m in self.items()}
     share = {n: round(kept[n]/max(1, m.numel()), 6) for n,m in self.items()}
     per_layer = {n: dict(shape=list(m.shape), kept=kept[n], density=share[n]) for n,m in self.items()}
@@ -387,16 +406,18 @@ def _unpacked(bits, shapes, kind, path):
 def load(cls:SparseMask,
     path, # A file that `save` wrote
 ):
-    "Read a mask. Raises `OpenTransError` for a file that is missing, cut short, altered, newer than this version, or something else."
+    """Read a mask. Raises `OpenTransError` for a file that is missing, cut short, altered, newer than this version,
+    or something else."""
     _must_exist(path, MASK_FILE)
     bits,meta = load_tensors(path, kind=MASK_FILE)
     if any(b.dtype != torch.uint8 for b in bits.values()): raise MASK_FILE.damaged(path, 'its masks are not bits')
     first = int(meta.get('version', 1)) == 1
     if first and _digest(meta, bits) != meta.get('sha256'): raise MASK_FILE.damaged(path)
-    per_layer,info = metadata_value(meta, 'layers', dict[str, _MaskLayer], path),metadata_value(meta, 'info', dict, path)
-    masks = _unpacked(bits, {n: l['shape'] for n,l in per_layer.items()}, MASK_FILE, path)
+    per_layer = metadata_value(meta, 'layers', dict[str, _MaskLayer], path)
+    info = metadata_value(meta, 'info', dict, path)
+    masks = _unpacked(bits, {n: layer['shape'] for n,layer in per_layer.items()}, MASK_FILE, path)
     mask,kept = cls(masks, info),{n: _count(m) for n,m in masks.items()}
-    counted = all(l.get('kept', kept[n]) == kept[n] for n,l in per_layer.items())
+    counted = all(layer.get('kept', kept[n]) == kept[n] for n,layer in per_layer.items())
     if not counted or not (first or meta.get('density') == f'{mask.density:.6f}'):
         raise MASK_FILE.damaged(path, 'it keeps other weights than it says')
     return mask
@@ -412,8 +433,11 @@ def plot(self:SparseMask,
     ax = axes(ax, figsize=(max(5, min(14, len(t)/5)), 3))
     line, = ax.plot(range(len(t)), t.density, 'o-', ms=3, lw=1, label=label and for_plot(label))
     ax.axhline(self.density, ls=':', lw=1, color=line.get_color())
-    ax.set_xticks(range(len(t)), [for_plot(n.removesuffix('.weight')) for n in t.index], rotation=90, fontsize=7 if len(t)>20 else 8)
-    ax.set(ylabel='density', ylim=(0, 1.05 if t.density.max()>.5 else None), title=f'density per layer (dotted: all, {self.density:.3f})' if label is None else 'density per layer (dotted: all)')
+    ax.set_xticks(range(len(t)), [for_plot(n.removesuffix('.weight')) for n in t.index], rotation=90,
+                  fontsize=7 if len(t)>20 else 8)
+    ax.set(ylabel='density', ylim=(0, 1.05 if t.density.max()>.5 else None),
+           title=f'density per layer (dotted: all, {self.density:.3f})' if label is None
+           else 'density per layer (dotted: all)')
     if label: ax.legend()
     return ax
 
@@ -426,26 +450,33 @@ def plot_weights(self:SparseMask,
     "Magnitudes of the weights that the mask keeps and drops; weights that are zero are left out."
     ax = axes(ax, figsize=(5, 3))
     w = self.weights(model)
-    kept,dropped = (torch.cat([_size(v).cpu().float()[k].flatten() for v,k in parts]) for parts in ([(w[n], m) for n,m in self.items()], [(w[n], ~m) for n,m in self.items()]))
+    kept,dropped = (torch.cat([_size(v).cpu().float()[k].flatten() for v,k in parts])
+                    for parts in ([(w[n], m) for n,m in self.items()], [(w[n], ~m) for n,m in self.items()]))
     logs = [x[x > 0].log10().numpy() for x in (dropped, kept)]
-    ax.hist(logs, bins=bins, stacked=True, color=['lightgray', 'C0'], label=[f'dropped ({self.sparsity:.1%})', f'kept ({self.density:.1%})'])
-    ax.set(xlabel='$\\log_{10} |w|$', ylabel='weights', title='what the mask keeps'); ax.legend()
+    ax.hist(logs, bins=bins, stacked=True, color=['lightgray', 'C0'],
+            label=[f'dropped ({self.sparsity:.1%})', f'kept ({self.density:.1%})'])
+    ax.set(xlabel='$\\log_{10} |w|$', ylabel='weights', title='what the mask keeps')
+    ax.legend()
     return ax
 
 # %% ../../nbs/01_pruning.ipynb #e01b830e
 @patch
 def overlap(self:SparseMask,
     other:SparseMask, # A mask over the same layers
-)->pd.DataFrame: # One row a layer and one named 'all': iou, chance (of random masks with these densities in each layer), lift = iou / chance
-    "How much two masks agree, layer by layer, beside chance. Raises `OpenTransError` for masks over different layers."
+    # One row a layer and one named 'all': iou, chance (of random masks with these densities in each layer), lift =
+    # iou / chance
+)->pd.DataFrame:
+    """How much two masks agree, layer by layer, beside chance. Raises `OpenTransError` for masks over different
+    layers."""
     self._same(other)
     both = np.array([_count(m & other[n]) for n,m in self.items()])
     a,b = (m.table().kept.to_numpy() for m in (self, other))
     size = self.table().weights.to_numpy()
     meet = a*b/size                                                   # expected intersection of independent masks
-    add = lambda x: np.append(x, x.sum())
+    def add(x): return np.append(x, x.sum())
     iou,chance = add(both)/np.maximum(add(a+b)-add(both), 1), add(meet)/np.maximum(add(a+b)-add(meet), 1e-9)
-    return pd.DataFrame(dict(iou=iou, chance=chance, lift=iou/np.maximum(chance, 1e-12)), index=pd.Index([*self.names, 'all'], name='name'))
+    return pd.DataFrame(dict(iou=iou, chance=chance, lift=iou/np.maximum(chance, 1e-12)),
+                        index=pd.Index([*self.names, 'all'], name='name'))
 
 def compare_masks(
     masks:dict, # Name -> `SparseMask`, over the same layers
@@ -466,5 +497,7 @@ def plot_overlap(
     frame = frame.rename(index=for_plot, columns=for_plot)
     ax = axes(ax, figsize=(1.5+.8*len(frame), 1+.65*len(frame)))
     sns.heatmap(frame, annot=True, fmt='.2f', vmin=0, cmap='viridis', square=True, ax=ax, cbar=False)
-    ax.set_title(title); ax.set_xticks(ax.get_xticks(), frame.columns, rotation=45, ha='right', rotation_mode='anchor'); ax.tick_params(axis='y', rotation=0)
+    ax.set_title(title)
+    ax.set_xticks(ax.get_xticks(), frame.columns, rotation=45, ha='right', rotation_mode='anchor')
+    ax.tick_params(axis='y', rotation=0)
     return ax

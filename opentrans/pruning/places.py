@@ -18,7 +18,8 @@ from ..towers import trunk
 _FLAT = 'is flattened to one axis (as FSDP and ZeRO do): work on the model before it is wrapped'
 
 def _unmaskable(t):
-    "Why no number of a tensor can be set to zero; '' if it can. Those that are not loaded yet can be later, and complex ones have a magnitude."
+    """Why no number of a tensor can be set to zero; '' if it can. Those that are not loaded yet can be later, and
+    complex ones have a magnitude."""
     return '' if t.is_meta or t.is_complex() else unreadable(t)
 
 def _cannot_mask(layer):
@@ -30,23 +31,28 @@ def _candidates(model, kinds=LAYER_KINDS, skip_first=True, skip=None, only=('*',
     Raises `OpenTransError` for layers that are not made yet."""
     found = layers(model)
     first = found[0].key if skip_first and found else None
-    chosen = [l for l in trunk(model, skip) if l.key != first and l.kind in kinds and inside(l.name, only)]
-    absent = {l.name: why for l in chosen if not l.param.is_meta and (why := no_values(l.param))}
+    chosen = [layer
+              for layer in trunk(model, skip)
+              if layer.key != first and layer.kind in kinds and inside(layer.name, only)]
+    absent = {layer.name: why for layer in chosen if not layer.param.is_meta and (why := no_values(layer.param))}
     if absent: raise OpenTransError(f"{len(absent)} layers cannot be masked yet: {tell_reasons(absent)}.")
-    whys = {l.name: why for l in chosen if (why := _cannot_mask(l))}
-    return [l for l in chosen if l.name not in whys],whys
+    whys = {layer.name: why for layer in chosen if (why := _cannot_mask(layer))}
+    return [layer for layer in chosen if layer.name not in whys],whys
 
 def prunable(
     model:nn.Module, # Any model; names are read in its tower
     kinds=LAYER_KINDS, # Kinds of layer, as `layers` calls them
     skip_first:bool=True, # Leave the first layer dense?
-    skip=None, # What to leave dense: names of modules, or patterns of whole names such as `'layer4.*'`; None: the model's head
+    # What to leave dense: names of modules, or patterns of whole names such as `'layer4.*'`; None: the model's head
+    skip=None,
     only=('*',), # Patterns of whole names to choose from
 )->list: # `Layer`s
-    "The layers whose weights a mask covers (paper Sec. 3.2); a warning names those that it cannot. Raises `OpenTransError`."
+    """The layers whose weights a mask covers (paper Sec. 3.2); a warning names those that it cannot. Raises
+    `OpenTransError`."""
     res,whys = _candidates(model, kinds, skip_first, skip, only)
     if not res:
-        which = f"{', '.join(kinds)}{' besides the first' if skip_first else ''}{f': {tell_reasons(whys)}' if whys else ''}"
+        which = (
+            f"{', '.join(kinds)}{' besides the first' if skip_first else ''}{f': {tell_reasons(whys)}' if whys else ''}")
         raise OpenTransError(f"{type(find_tower(model)).__name__} has no prunable layers of kind {which}. "
                              "Give a model with convolutions or linear maps, or loosen skip and only.")
     if whys: warnings.warn(f"The mask leaves {len(whys)} layers dense: {tell_reasons(whys)}.", stacklevel=2)
@@ -59,19 +65,24 @@ def _absent_for(keys, params):
     res = {}
     for n,p in params.items():
         meant = [base for base in bases if n.endswith(base) or base.endswith(n)]
-        why = '' if p.is_meta or not meant else no_values(p) or (_FLAT if p.ndim < 2 and shaped & set(meant) else '')
+        why = ('' if p.is_meta or not meant else no_values(p)
+               or (_FLAT if p.ndim < 2 and shaped & set(meant) else ''))
         if why: res[n] = why
     return res
 
 def _match_in(module, keys, strict):
-    "Find the layers of a mask in a module: key -> (tensor, rows or None), and key -> reason of those that cannot be masked."
+    """Find the layers of a mask in a module: key -> (tensor, rows or None), and key -> reason of those that cannot
+    be masked."""
     params = bare_parameters(module)
-    computed = {l.key: l for name,part in bare_modules(module) for l in layers_of(name, part) if l.computed}
-    there = {n: p for n,p in params.items() if p.is_meta or not no_values(p)} | {n: l.param for n,l in computed.items()}
+    computed = {layer.key: layer for name,part in bare_modules(module)
+                for layer in layers_of(name, part) if layer.computed}
+    there = ({n: p for n,p in params.items() if p.is_meta or not no_values(p)}
+             | {n: layer.param for n,layer in computed.items()})
     try: hit = match_weights(keys, {n: t.shape for n,t in there.items()}, strict, lambda n: id(there[n]))
     except OpenTransError:
         absent = _absent_for(keys, params)
-        if absent: raise OpenTransError(f"{len(absent)} layers cannot be masked yet: {tell_reasons(absent)}.") from None
+        if absent:
+            raise OpenTransError(f"{len(absent)} layers cannot be masked yet: {tell_reasons(absent)}.") from None
         raise
     whys = {k: computed[n].computed if n in computed else _unmaskable(there[n]) for k,(n,_) in hit.items()}
     return {k: (there[n], rows) for k,(n,rows) in hit.items()},{k: why for k,why in whys.items() if why}
@@ -80,6 +91,7 @@ def _place(keys, model, strict=True):
     "Find the layers of a mask in a model: key -> (`Parameter`, rows or None). Raises `OpenTransError`."
     placed,whys = in_tower(model, lambda module: _match_in(module, keys, strict))
     if whys and strict:
-        raise OpenTransError(f"{len(whys)} of {len(keys)} layers of the mask cannot be masked in this model: {tell_reasons(whys)}. "
-                             "Or leave them out, with strict=False.")
+        raise OpenTransError(
+            f"{len(whys)} of {len(keys)} layers of the mask cannot be masked in this model: {tell_reasons(whys)}. "
+            "Or leave them out, with strict=False.")
     return {k: at for k,at in placed.items() if k not in whys}

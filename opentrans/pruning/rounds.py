@@ -40,7 +40,8 @@ def geometric_schedule(
     p:float=.1, # Share of the remaining weights that a round drops, in (0, 1)
     exact:bool=True, # End at the density itself? If not, at the power of 1-p just below it, as the paper does
 )->list: # The density after each round
-    "The densities of Algorithm 1: each round keeps 1-p of what was left. Raises `OpenTransError` if that takes more than 10,000 rounds."
+    """The densities of Algorithm 1: each round keeps 1-p of what was left. Raises `OpenTransError` if that takes
+    more than 10,000 rounds."""
     density,keep = _share(density),1-_share(p, 'p', one=False)
     if density == 1: return []
     rounds = math.inf if keep == 1 else math.log(density)/math.log(keep) - 1e-9
@@ -57,7 +58,8 @@ def _rank(): return dist.get_rank() if _parallel() else 0
 def _tell(x):
     "In several processes: what the first one has, everywhere."
     if not _parallel(): return x
-    box = [x]; dist.broadcast_object_list(box, 0)
+    box = [x]
+    dist.broadcast_object_list(box, 0)
     return box[0]
 
 def _of_all(x):
@@ -83,7 +85,8 @@ def _from_first(mask):
 def _only_tensors(state):
     "A state dict, if it holds nothing but tensors."
     for k,t in state.items():
-        if not isinstance(t, torch.Tensor): raise OpenTransError(f"The state holds {k}, a {type(t).__name__}; a checkpoint can only hold tensors.")
+        if not isinstance(t, torch.Tensor):
+            raise OpenTransError(f"The state holds {k}, a {type(t).__name__}; a checkpoint can only hold tensors.")
     return state
 
 def _tensors(prefix, obj): return {prefix+k: t for k,t in _only_tensors(obj.state_dict()).items()}
@@ -111,10 +114,13 @@ def _train_round(train, model, r, within=None):
 def _as_number(name, value):
     try: return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise OpenTransError(f"train reports {name}={shorten(repr(value), 80)}: give a number, or nothing.") from error
+        raise OpenTransError(
+            f"train reports {name}={shorten(repr(value), 80)}: give a number, or nothing.") from error
 
 def _binds(f, n):
-    try: inspect.signature(f).bind(*range(n)); return True
+    try:
+        inspect.signature(f).bind(*range(n))
+        return True
     except TypeError: return False
     except ValueError: return n == 2
 
@@ -125,7 +131,8 @@ def _takes_within(train):
     return 'within' in params and params['within'].kind == inspect.Parameter.KEYWORD_ONLY
 
 def _remembers(train):
-    "What keeps something between rounds: a training function, or what is inside a `partial`, a decorated function or a method."
+    """What keeps something between rounds: a training function, or what is inside a `partial`, a decorated function
+    or a method."""
     for _ in range(9):
         if hasattr(train, 'state_dict') and hasattr(train, 'load_state_dict'): return train
         inner = [getattr(train, name, None) for name in ('func', '__wrapped__', '__self__')]
@@ -133,7 +140,8 @@ def _remembers(train):
     return None
 
 def _memory(train):
-    "What the training remembers: under `train/`, or under `train.0/`, `train.1/` where processes remember different things."
+    """What the training remembers: under `train/`, or under `train.0/`, `train.1/` where processes remember
+    different things."""
     keeper = _remembers(train)
     own = {} if keeper is None else {k: t.detach().cpu() for k,t in _only_tensors(keeper.state_dict()).items()}
     if len(set(_of_all(checksum(own, {})))) == 1: return {f'train/{k}': t for k,t in own.items()}
@@ -154,7 +162,8 @@ def _remember(train, memory, path):
 _ADVICE = 'The last whole round stays. Lower the learning rate, or clip gradients.'
 
 def _constants(model):
-    "Names of buffers that hold infinity from the start, as attention masks do. Raises `OpenTransError` for weights that do."
+    """Names of buffers that hold infinity from the start, as attention masks do. Raises `OpenTransError` for
+    weights that do."""
     params = {n for n,p in model.state_dict(keep_vars=True).items() if isinstance(p, nn.Parameter)}
     state = _tensors_of(model)
     still = {n for n in not_finite(state) if n not in params and not state[n].isnan().any()}
@@ -167,9 +176,11 @@ def _check_round(model, still, r, out):
     for name,value in out.items():
         if 'loss' not in name or math.isfinite(value): continue
         raise OpenTransError(f"Round {r} ended with {name}={value}. {_ADVICE}")
-    check_finite({n: t for n,t in _tensors_of(model).items() if n not in still}, f'the model after round {r}', _ADVICE)
+    check_finite({n: t for n,t in _tensors_of(model).items() if n not in still}, f'the model after round {r}',
+                 _ADVICE)
 
-_OURS = ('round', 'density', 'kept', 'threshold', 'seconds') # columns of a history; a report under these names is renamed
+# columns of a history; a report under these names is renamed
+_OURS = ('round', 'density', 'kept', 'threshold', 'seconds')
 
 def _row(r, mask, threshold, out, began):
     told = {f'train.{k}' if k in _OURS else k: v for k,v in out.items()}
@@ -182,7 +193,8 @@ START_FILE = FileKind('opentrans-imp-start', 'start of imp', 'imp', oldest=2)
 ROUND_FILE = FileKind('opentrans-imp-round', 'checkpoint within a round of imp', 'imp', oldest=2)
 
 class _Ran(TypedDict):
-    "What a file says of its run: digests of the weights at the start and of the state to rewind to, and where it ran."
+    """What a file says of its run: digests of the weights at the start and of the state to rewind to, and where it
+    ran."""
     weights: str
     start: str | None
     threads: int
@@ -194,11 +206,19 @@ def _spell(row): return {k: v if math.isfinite(v) else str(v) for k,v in row.ite
 def _unspell(row): return {k: float(v) if isinstance(v, str) else v for k,v in row.items()}
 
 class _Run:
-    "An `imp` run and its folder: `imp.safetensors` with the last whole round, `round.safetensors` within the next one, `start.safetensors` to rewind to, `settings.json` to read."
+    """An `imp` run and its folder: `imp.safetensors` with the last whole round, `round.safetensors` within the next
+    one, `start.safetensors` to rewind to, `settings.json` to read."""
     def __init__(self, folder, settings, plan, to, model, digest):
-        self.folder,self.settings,self.plan,self.to = Path(folder) if folder else None,_told(settings),plan,to
+        self.folder = Path(folder) if folder else None
+        self.settings = _told(settings)
+        self.plan = plan
+        self.to = to
         self.model,self.digest_now = model,digest
-        self.digest,self.done,self.still,self.start_sum,self.kept_start = digest(),0,set(),None,None
+        self.digest = digest()
+        self.done = 0
+        self.still = set()
+        self.start_sum = None
+        self.kept_start = None
         self.part,self.fresh = None,False # what was read of a round that had begun; does the run begin only now?
         if not self.folder: return
         self.file = RunFile(self.folder/'imp.safetensors', self.settings, IMP_FILE)
@@ -213,11 +233,14 @@ class _Run:
     def ran(self): return dict(weights=self.digest, start=self.start_sum, **self.here())
 
     def finite(self, name):
-        "Must a tensor of the file be finite? Those of the model must, and what a training remembers is its own affair."
-        return name.removeprefix('model/') not in self.still and not name.startswith(('train/', 'train.', 'training/'))
+        """Must a tensor of the file be finite? Those of the model must, and what a training remembers is its own
+        affair."""
+        return (name.removeprefix('model/') not in self.still
+                and not name.startswith(('train/', 'train.', 'training/')))
 
     def save(self, mask, history, train):
-        "Write a whole round. Raises `OpenTransError`, with the last one untouched, if it cannot be written or is not finite."
+        """Write a whole round. Raises `OpenTransError`, with the last one untouched, if it cannot be written or is
+        not finite."""
         if self.folder:
             memory = _memory(train)
             _together(lambda: None if _rank() else self._write(mask, history, memory))
@@ -226,7 +249,8 @@ class _Run:
     def _write(self, mask, history, memory):
         bits = {f'mask/{n}': pack_bits(m) for n,m in mask.items()}
         rows = [_spell(row) for row in history]
-        self.file.save({**_tensors('model/', self.model), **bits, **memory}, self.finite, history=rows, ran=self.ran())
+        self.file.save({**_tensors('model/', self.model), **bits, **memory}, self.finite, history=rows,
+                       ran=self.ran())
         self.round.path.unlink(missing_ok=True) # the round is whole
 
 # %% ../../nbs/01e_imp.ipynb #5cff4a99
@@ -235,8 +259,9 @@ def _same_start(self:_Run, file, meta):
     "What a file says of its run. Raises `OtherRun` if that began with other weights."
     ran = metadata_value(meta, 'ran', _Ran, file.path)
     if ran['weights'] == self.digest: return ran
-    raise OtherRun(f"The run in '{self.folder}' began with other weights (digest {shorten(ran['weights'], 16)}, here {self.digest}). "
-                   "Give the same model again, as it was at the start, or choose another folder.")
+    raise OtherRun(
+        f"The run in '{self.folder}' began with other weights (digest {shorten(ran['weights'], 16)}, here "
+        f"{self.digest}). " "Give the same model again, as it was at the start, or choose another folder.")
 
 @patch
 def _history(self:_Run, meta, total):
@@ -257,14 +282,16 @@ def _check_state(self:_Run, state, path):
 
 @patch
 def _read(self:_Run, mask):
-    "The last whole round, checked in all its parts: state, mask, history, memory of the training. None if there is none."
+    """The last whole round, checked in all its parts: state, mask, history, memory of the training. None if there
+    is none."""
     found,path = self.file.load(),self.file.path
     if found is None: return None
     tensors,meta = found
     ran,history = self._same_start(self.file, meta),self._history(meta, mask.total)
     state,bits = under('model/', tensors),under('mask/', tensors)
     memory = {n: t for n,t in tensors.items() if re.match(r'train(\.\d+)?/', n)}
-    if len(state)+len(bits)+len(memory) < len(tensors): raise IMP_FILE.damaged(path, 'it holds tensors of no known kind')
+    if len(state)+len(bits)+len(memory) < len(tensors):
+        raise IMP_FILE.damaged(path, 'it holds tensors of no known kind')
     self._check_state(state, path)
     mask = SparseMask(_unpacked(bits, mask.shapes, IMP_FILE, path))
     if mask.kept != (history[-1]['kept'] if history else mask.total):
@@ -277,7 +304,8 @@ def _read(self:_Run, mask):
 
 @patch
 def _read_round(self:_Run, done):
-    "The checkpoint within the next round: model, tensors and values of the training, digest of the weights that the round began with. None if there is none, or one of another round."
+    """The checkpoint within the next round: model, tensors and values of the training, digest of the weights that
+    the round began with. None if there is none, or one of another round."""
     found,path = self.round.load(),self.round.path
     if found is None: return None
     tensors,meta = found
@@ -286,7 +314,8 @@ def _read_round(self:_Run, done):
     state,own = under('model/', tensors),under('training/', tensors)
     if len(state)+len(own) < len(tensors): raise ROUND_FILE.damaged(path, 'it holds tensors of no known kind')
     self._check_state(state, path)
-    return state,own,metadata_value(meta, 'training', dict, path),metadata_value(meta, 'began', dict[str, str], path).get('weights')
+    return state,own,metadata_value(meta, 'training', dict, path),metadata_value(
+        meta, 'began', dict[str, str], path).get('weights')
 
 @patch
 def _warn_of_another_place(self:_Run, was):
@@ -303,7 +332,8 @@ def _read_start(self:_Run):
     tensors,meta = found
     self._same_start(self.start, meta)
     if checksum(tensors, {}) != self.start_sum:
-        raise OtherRun(f"'{path}' belongs to another run than '{self.file.path.name}' beside it. Choose another folder.")
+        raise OtherRun(
+            f"'{path}' belongs to another run than '{self.file.path.name}' beside it. Choose another folder.")
     self._check_state(tensors, path)
     return tensors
 
@@ -322,7 +352,8 @@ def begin(self:_Run, mask, train, seed):
 
 @patch
 def _first(self:_Run, mask, train, seed):
-    "Write what the first round begins with: a full disk shows at once, and a model that is left in that round can begin it again."
+    """Write what the first round begins with: a full disk shows at once, and a model that is left in that round can
+    begin it again."""
     self.digest,self.fresh = self.digest_now(),True
     if callable(self.to):
         with seeded(seed): self.to(self.model)
@@ -333,7 +364,8 @@ def _first(self:_Run, mask, train, seed):
 
 @patch
 def _prepare(self:_Run):
-    "The files beside the checkpoint: settings to read, and the state to rewind to. Without a folder that stays in memory."
+    """The files beside the checkpoint: settings to read, and the state to rewind to. Without a folder that stays in
+    memory."""
     if self.folder: save_json(self.settings, self.folder/'settings.json')
     if self.to is None: return
     state = _tensors('', self.model)
@@ -354,9 +386,12 @@ def rewind(self:_Run):
 
 # %% ../../nbs/01e_imp.ipynb #c33b984f
 class Within:
-    "Checkpoints within a round of `imp`, for a training that takes `within`. Of several processes, the first one reads and writes."
+    """Checkpoints within a round of `imp`, for a training that takes `within`. Of several processes, the first one
+    reads and writes."""
     def __init__(self, run, round, every):
-        self.run,self.round,self.every = run,round,every # every so many iterations there shall be a checkpoint; 0: none
+        self.run = run
+        self.round = round
+        self.every = every # every so many iterations there shall be a checkpoint; 0: none
         self.fresh = run.fresh and round == 0 # nothing in the folder is of this run
         self.began = run.digest_now() if not _rank() else None
 
@@ -371,10 +406,13 @@ class Within:
         tensors:dict, # Name -> tensor
         **values, # Plain values
     ):
-        "Write the model, and beside it what the training needs to go on. Raises `OpenTransError`, with the last one untouched, if it cannot be written or is not finite."
+        """Write the model, and beside it what the training needs to go on. Raises `OpenTransError`, with the last
+        one untouched, if it cannot be written or is not finite."""
         def write():
-            whole = {**_tensors('model/', self.run.model), **{f'training/{name}': tensor for name,tensor in tensors.items()}}
-            self.run.round.save(whole, self.run.finite, round=self.round, training=values, began=dict(weights=self.began), ran=self.run.ran())
+            whole = {**_tensors('model/', self.run.model),
+                     **{f'training/{name}': tensor for name,tensor in tensors.items()}}
+            self.run.round.save(whole, self.run.finite, round=self.round, training=values,
+                                began=dict(weights=self.began), ran=self.run.ran())
         _together(lambda: None if _rank() else write())
 
     def load(self): # (state of the model, tensors, values), or None if the round begins at its beginning
@@ -391,15 +429,19 @@ class Within:
 
     def _check(self, began):
         if began == self.began: return
-        raise OtherRun(f"'{self.path}' is within a round that began with other weights than '{self.run.file.path.name}' beside it leaves. Delete it to begin the round again.")
+        raise OtherRun(
+            f"'{self.path}' is within a round that began with other weights than '{self.run.file.path.name}' "
+            f"beside it leaves. Delete it to begin the round again.")
 
     def damaged(self, why)->OpenTransError:
         "The error for contents that are not what was written."
         return ROUND_FILE.damaged(self.path, why)
 
 # %% ../../nbs/01e_imp.ipynb #6e13e7c0
-_LOST = re.compile('gloo|nccl|connection|peer|process group', re.I) # what collectives say when another process is gone
-_LEFT = weakref.WeakKeyDictionary() # model that was left in the midst of a run -> folder, digests at the start and when it was left
+# what collectives say when another process is gone
+_LOST = re.compile('gloo|nccl|connection|peer|process group', re.I)
+# model that was left in the midst of a run -> folder, digests at the start and when it was left
+_LEFT = weakref.WeakKeyDictionary()
 
 class _Asked(BaseException): "A signal to end, which no `except` on the way takes for an error."
 
@@ -407,13 +449,15 @@ def _ask(number, frame): raise _Asked(number)
 
 @patch
 def _known_again(self:_Run):
-    "A model that was left in the midst of this folder's run, and has not changed since, began with the weights of that run."
+    """A model that was left in the midst of this folder's run, and has not changed since, began with the weights of
+    that run."""
     folder,start,left = _LEFT.get(self.model, (None, None, None))
     if self.folder and folder == os.path.realpath(self.folder) and left == self.digest: self.digest = start
 
 @patch
 def _ended(self:_Run, error):
-    "The error to raise for one that ended the run: for a signal, and the loss of another process, it tells how to go on."
+    """The error to raise for one that ended the run: for a signal, and the loss of another process, it tells how to
+    go on."""
     if isinstance(error, _Asked):
         number = error.args[0]
         return Interrupted(f"The run was asked to end ({signal.Signals(number).name}). {self.advice()}", 128+number)
@@ -427,11 +471,13 @@ def _ended(self:_Run, error):
 @patch
 @contextlib.contextmanager
 def held(self:_Run):
-    "The folder is this run's inside the block. Raises `OtherRun` if another is at work there, `Interrupted` for an end from outside."
+    """The folder is this run's inside the block. Raises `OtherRun` if another is at work there, `Interrupted` for
+    an end from outside."""
     if not self.folder:
         yield
         return
-    ends = [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else [] # a program's own handler stays
+    # a program's own handler stays
+    ends = [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else []
     self._known_again()
     with contextlib.ExitStack() as stack:
         _together(lambda: stack.enter_context(lock_folder(None if _rank() else self.folder)))
@@ -449,12 +495,14 @@ def _check_rewind(rewind, model):
     "Raises `OpenTransError` for something to rewind to that is none, or that does not fit the model."
     if rewind is None or callable(rewind) or (isinstance(rewind, str) and rewind == 'start'): return
     if not isinstance(rewind, dict):
-        raise OpenTransError(f"rewind must be None, 'start', a state dict or a function of the model, not {shorten(repr(rewind))}.")
+        raise OpenTransError(
+            f"rewind must be None, 'start', a state dict or a function of the model, not {shorten(repr(rewind))}.")
     own = _tensors_of(model)
     lack = [k for k,t in own.items() if not isinstance(rewind.get(k), torch.Tensor) or rewind[k].shape != t.shape]
     if lack:
-        raise OpenTransError(f"The state to rewind to lacks {len(lack)} of the model's tensors: {', '.join(lack[:4])}. "
-                             "Give a whole model.state_dict().")
+        raise OpenTransError(
+            f"The state to rewind to lacks {len(lack)} of the model's tensors: {', '.join(lack[:4])}. "
+            "Give a whole model.state_dict().")
     check_like({k: rewind[k] for k in own}, own, 'rewind', 'state to rewind to', finite=False)
 
 # %% ../../nbs/01e_imp.ipynb #d9263032
@@ -551,10 +599,15 @@ def plot_history(
 ): # The axes
     "Density after each round, and the loss that its training reported."
     ax = axes(ax, figsize=(5, 3))
-    ax.plot(history['round'], history.density, 'o-', ms=3); ax.set(xlabel='round', ylabel='density', yscale='log', title='iterative pruning')
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); ax.yaxis.set_major_formatter('{x:g}'); ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.plot(history['round'], history.density, 'o-', ms=3)
+    ax.set(xlabel='round', ylabel='density', yscale='log', title='iterative pruning')
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter('{x:g}')
+    ax.yaxis.set_minor_formatter(NullFormatter())
     if 'loss' in history:
-        other = ax.twinx(); other.plot(history['round'], history.loss, 'C1.-', lw=1); other.set_ylabel('loss', color='C1')
+        other = ax.twinx()
+        other.plot(history['round'], history.loss, 'C1.-', lw=1)
+        other.set_ylabel('loss', color='C1')
     return ax
 
 # %% ../../nbs/01e_imp.ipynb #633b625d

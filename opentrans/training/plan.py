@@ -66,14 +66,18 @@ class RunPlan:
     def least_parts(self):
         "The fewest parts of a batch that fit, or None if not even one image does."
         share = math.ceil(self.batch_size/self.processes)
-        return next((n for n in range(1, share+1) if self.fixed + self.per_image*math.ceil(share/n) <= self.room), None)
+        return next((n for n in range(1, share+1) if self.fixed + self.per_image*math.ceil(share/n) <= self.room),
+                    None)
 
     def check(self):
         "Raises `OpenTransError` if the run cannot fit, with what would."
         if self.fits: return
         parts = self.least_parts()
-        advice = f"Cut the batch into {parts} parts (accumulate={parts}), or share it among more processes." if parts else "Give smaller crops, or a device with more memory."
-        raise OpenTransError(f"The run needs about {self.memory/1e9:.1f} GB in each process, {self.part} images at a time, and {self.device} has {self.room/1e9:.1f} GB. {advice}")
+        advice = (f"Cut the batch into {parts} parts (accumulate={parts}), or share it among more processes."
+                  if parts else "Give smaller crops, or a device with more memory.")
+        raise OpenTransError(
+            f"The run needs about {self.memory/1e9:.1f} GB in each process, {self.part} images at a time, and "
+            f"{self.device} has {self.room/1e9:.1f} GB. {advice}")
 
     def table(self)->pd.Series: # Text by what it is
         "What a reader wants to know."
@@ -114,21 +118,28 @@ def _quiet():
 
 def _measure(framework, data, recipe, selection, mask, images):
     "Bytes at the worst moment, and seconds of the second of two iterations, with so many images each."
-    device, ends, trained = device_of(framework), [], copy.deepcopy(framework)
-    course = recipe.replace(iterations=2, batch_size=images, accumulate=1, workers=0, schedule='constant', milestones=())
+    device = device_of(framework)
+    ends = []
+    trained = copy.deepcopy(framework)
+    course = recipe.replace(iterations=2, batch_size=images, accumulate=1, workers=0, schedule='constant',
+                            milestones=())
     def train():
-        with _quiet(): finetune(trained, data, course, selection=selection, mask=mask, callback=lambda *_: ends.append(time.perf_counter()))
+        with _quiet():
+            finetune(trained, data, course, selection=selection, mask=mask,
+                     callback=lambda *_: ends.append(time.perf_counter()))
     needed = peak_memory(train, device)
     return needed, ends[1]-ends[0]
 
 def _loading(framework, data, recipe, samples):
     "CPU seconds to read and cut one image, as `finetune` does."
     began = time.process_time()
-    next(batches(data, recipe.replace(batch_size=samples, accumulate=1, workers=0), regions=getattr(framework, 'uses_regions', True)))
+    next(batches(data, recipe.replace(batch_size=samples, accumulate=1, workers=0),
+                 regions=getattr(framework, 'uses_regions', True)))
     return (time.process_time()-began)/samples
 
 def _two_sizes(framework, data, recipe, selection, mask):
-    "Numbers of images, with what one iteration of so many needs. One image alone may leave a batch norm a single value."
+    """Numbers of images, with what one iteration of so many needs. One image alone may leave a batch norm a single
+    value."""
     try: return [(n, *_measure(framework, data, recipe, selection, mask, n)) for n in (1, 2)]
     except OpenTransError as error:
         if 'norm' not in str(error): raise
@@ -143,17 +154,23 @@ def plan_run(
     processes:int=1, # That will share each batch
     samples:int=8, # Images that are read by the clock
 )->RunPlan:
-    "What a run of `finetune` needs, measured by four iterations on the framework's device. Raises `OpenTransError` as `finetune` does."
+    """What a run of `finetune` needs, measured by four iterations on the framework's device. Raises
+    `OpenTransError` as `finetune` does."""
     check_number('processes', processes, 1, 2**16, whole=True)
     check_number('samples', samples, 1, 10**6, whole=True)
     if recipe.batch_size % processes:
-        raise OpenTransError(f"A batch of {recipe.batch_size} images cannot be shared by {processes} processes: give a batch size that is a multiple of {processes}.")
+        raise OpenTransError(
+            f"A batch of {recipe.batch_size} images cannot be shared by {processes} processes: give a batch size "
+            f"that is a multiple of {processes}.")
     one = View(data, [_fullest(data, samples)]*4)
     (n, few, short), (m, many, long) = _two_sizes(framework, one, recipe, selection, mask)
     per_image, step = max((many-few)/(m-n), 0.), max((long-short)/(m-n), 0.)
     weights = sum(t.numel()*t.element_size() for t in framework.state_dict().values())
-    shared = sum(p.numel()*p.element_size() for p in framework.parameters()) if processes > 1 else 0 # buckets in which gradients travel
+    # buckets in which gradients travel
+    shared = sum(p.numel()*p.element_size() for p in framework.parameters()) if processes > 1 else 0
     device = device_of(framework)
-    return RunPlan(iterations=recipe.iterations, images=len(data), batch_size=recipe.batch_size, processes=processes, accumulate=recipe.accumulate,
-                   fixed=max(few-per_image*n, 0.)+weights+shared, per_image=per_image, room=device_room(device), device=str(device),
-                   step_fixed=max(short-step*n, 0.), step_per_image=step, load_per_image=_loading(framework, data, recipe, samples), workers=recipe.workers)
+    return RunPlan(iterations=recipe.iterations, images=len(data), batch_size=recipe.batch_size,
+                   processes=processes, accumulate=recipe.accumulate,
+                   fixed=max(few-per_image*n, 0.)+weights+shared, per_image=per_image, room=device_room(device),
+                   device=str(device), step_fixed=max(short-step*n, 0.), step_per_image=step,
+                   load_per_image=_loading(framework, data, recipe, samples), workers=recipe.workers)

@@ -27,8 +27,10 @@ _MOST = 10**9 # Iterations; a run of more does not end
 _CHOICES = dict(optimizer=('sgd', 'adamw'), schedule=('step', 'poly', 'cosine', 'constant'),
                 norm=('train', 'eval', 'frozen'), precision=('no', 'bf16', 'fp16'))
 _RANGES = dict( # smallest and largest value of each number of a recipe
-    iterations=(0, _MOST), lr_warmup=(0, _MOST), offset=(0, _MOST), batch_size=(1, 2**16), accumulate=(1, 2**16), workers=(0, 256), seed=(0, math.inf),
-    crop=(0, 2**14), flip=(0, 1), lr=(0, math.inf), backbone_lr=(0, math.inf), clip_grad=(0, math.inf), weight_decay=(0, math.inf),
+    iterations=(0, _MOST), lr_warmup=(0, _MOST), offset=(0, _MOST), batch_size=(1, 2**16), accumulate=(
+        1, 2**16), workers=(0, 256), seed=(0, math.inf),
+    crop=(0, 2**14), flip=(0, 1), lr=(0, math.inf), backbone_lr=(0, math.inf), clip_grad=(
+        0, math.inf), weight_decay=(0, math.inf),
     momentum=(0, 1), gamma=(0, math.inf), power=(0, math.inf))
 _WIDEST = 16 # Times the size of the crop; larger images fill the memory
 
@@ -40,7 +42,8 @@ def _ranged(name, value, least, most, whole=True):
 
 def _truth(name, value):
     "True or False. Raises `OpenTransError`."
-    if not isinstance(value, (bool, np.bool_)): raise OpenTransError(f"{name}={shorten(repr(value), 80)}: give True or False.")
+    if not isinstance(value, (bool, np.bool_)):
+        raise OpenTransError(f"{name}={shorten(repr(value), 80)}: give True or False.")
     return bool(value)
 
 def _listed(name, values, example):
@@ -58,12 +61,14 @@ def _falls(milestones):
 def _sizes(scale):
     "The smallest and the largest size. Raises `OpenTransError`."
     told = tuple(_ranged('scale', v, 0, _WIDEST, whole=False) for v in _listed('scale', scale, (.5, 2.)))
-    if len(told) != 2 or not 0 < told[0] <= told[1]: raise OpenTransError(f"scale={told} must be (smallest, largest), e.g. (0.5, 2.0).")
+    if len(told) != 2 or not 0 < told[0] <= told[1]:
+        raise OpenTransError(f"scale={told} must be (smallest, largest), e.g. (0.5, 2.0).")
     return told
 
 @dataclass(frozen=True)
 class Recipe:
-    "How to fine-tune: every number that a run depends on. Presets: `paper(name)`, `released(name)`, `warmup(name)`, `tiny()`."
+    """How to fine-tune: every number that a run depends on. Presets: `paper(name)`, `released(name)`,
+    `warmup(name)`, `tiny()`."""
     iterations:int = 50_000 # Optimizer steps
     batch_size:int = 28 # Images in a step
     optimizer:str = 'sgd' # 'sgd' or 'adamw'
@@ -79,9 +84,11 @@ class Recipe:
     lr_warmup:int = 0 # Iterations over which the learning rate rises linearly from near 0
     offset:int = 0 # Iterations of the same course that went before: `milestones` and the schedule count from there
     clip_grad:float = 0. # Largest norm of the whole gradient; 0 does not clip
-    norm:str = 'train' # Batch norms of the backbone: 'train', 'eval' (statistics rest) or 'frozen' (weights rest, too)
+    # Batch norms of the backbone: 'train', 'eval' (statistics rest) or 'frozen' (weights rest, too)
+    norm:str = 'train'
     crop:int = 512 # Side of the square that is cut out; 0 takes images as they are
-    scale:tuple = (1., 1.) # Range of random sizes, as a share of that at which the image fits `crop`; (1, 1) does not scale
+    # Range of random sizes, as a share of that at which the image fits `crop`; (1, 1) does not scale
+    scale:tuple = (1., 1.)
     flip:float = .5 # Probability of a mirrored image
     precision:str = 'no' # Mixed precision: 'no', 'bf16' or 'fp16'
     channels_last:bool = True # Lay images and kernels out in memory as convolutions are fastest
@@ -91,15 +98,21 @@ class Recipe:
 
     def __post_init__(self):
         for name,choices in _CHOICES.items():
-            if getattr(self, name) not in choices: raise unknown(f'{name} of a recipe', getattr(self, name), choices)
+            if getattr(self, name) not in choices:
+                raise unknown(f'{name} of a recipe', getattr(self, name), choices)
         kinds = {f.name: f.type for f in dataclasses.fields(self)}
-        for name,(least,most) in _RANGES.items(): self._set(name, _ranged(name, getattr(self, name), least, most, kinds[name] is int))
+        for name,(least,most) in _RANGES.items():
+            self._set(name, _ranged(name, getattr(self, name), least, most, kinds[name] is int))
         for name,edge in dict(momentum=1, gamma=0, power=0).items():
-            if getattr(self, name) == edge: raise OpenTransError(f"{name}={edge}: it must be {'below' if edge else 'above'} {edge}.")
+            if getattr(self, name) == edge:
+                raise OpenTransError(f"{name}={edge}: it must be {'below' if edge else 'above'} {edge}.")
         for name in ('decay_norms', 'channels_last'): self._set(name, _truth(name, getattr(self, name)))
-        if 0 < self.crop < LEAST_CROP: raise OpenTransError(f"crop={self.crop}: give 0, for whole images, or a side of at least {LEAST_CROP} pixels.")
+        if 0 < self.crop < LEAST_CROP:
+            raise OpenTransError(
+                f"crop={self.crop}: give 0, for whole images, or a side of at least {LEAST_CROP} pixels.")
         if self.accumulate > self.batch_size:
-            raise OpenTransError(f"accumulate={self.accumulate} parts of a batch of {self.batch_size} leaves some without an image.")
+            raise OpenTransError(
+                f"accumulate={self.accumulate} parts of a batch of {self.batch_size} leaves some without an image.")
         self._set('milestones', _falls(self.milestones))
         self._set('scale', _sizes(self.scale))
 
@@ -115,18 +128,23 @@ class Recipe:
     def shorten(self, iterations:int):
         "The same course in fewer (or more) iterations: milestones and warm-up of the learning rate move along."
         s = check_number('iterations', iterations, 0, _MOST, whole=True)/max(self.iterations, 1)
-        moved = dict(milestones=tuple(round(m*s) for m in self.milestones), lr_warmup=round(self.lr_warmup*s), offset=round(self.offset*s))
+        moved = dict(milestones=tuple(round(m*s) for m in self.milestones), lr_warmup=round(self.lr_warmup*s),
+                     offset=round(self.offset*s))
         return self.replace(iterations=iterations, **moved)
 
     def first(self, iterations:int):
-        "The beginning of the same course: so many iterations, at the rates that the whole course has there. Raises `OpenTransError` if it is not as long."
-        if not 0 <= iterations <= self.iterations: raise OpenTransError(f"A course of {self.iterations} iterations has no first {iterations}.")
-        if self.schedule not in ('step', 'constant'): return self.replace(iterations=iterations, schedule='constant', milestones=())
+        """The beginning of the same course: so many iterations, at the rates that the whole course has there.
+        Raises `OpenTransError` if it is not as long."""
+        if not 0 <= iterations <= self.iterations:
+            raise OpenTransError(f"A course of {self.iterations} iterations has no first {iterations}.")
+        if self.schedule not in ('step', 'constant'):
+            return self.replace(iterations=iterations, schedule='constant', milestones=())
         return self.replace(iterations=iterations)
 
     def after(self, iterations:int):
         "What is left of the same course after so many iterations. Raises `OpenTransError` if nothing is."
-        if not 0 <= iterations < self.iterations: raise OpenTransError(f"Nothing is left of a course of {self.iterations} iterations after {iterations}.")
+        if not 0 <= iterations < self.iterations:
+            raise OpenTransError(f"Nothing is left of a course of {self.iterations} iterations after {iterations}.")
         return self.replace(iterations=self.iterations-iterations, offset=self.offset+iterations)
 
     def to_dict(self)->dict: return dataclasses.asdict(self)
@@ -136,18 +154,22 @@ class Recipe:
         at = iteration+self.offset
         warm = min(1., (at+1)/(self.lr_warmup+1))
         part = min(at/max(self.iterations+self.offset, 1), 1.)
-        course = dict(step=self.gamma**sum(at >= m for m in self.milestones), poly=(1-part)**self.power, cosine=(1+math.cos(math.pi*part))/2, constant=1.)
+        course = dict(step=self.gamma**sum(at >= m for m in self.milestones), poly=(1-part)**self.power,
+                      cosine=(1+math.cos(math.pi*part))/2, constant=1.)
         return warm*course[self.schedule]
 
 # %% ../../nbs/training/40_recipe.ipynb #77fa637b
 def _preset(cls, name, source):
-    "A recipe by the name of its framework. One without a recipe of its own is trained as DeepLabV3 is: the settings are \"identical\"."
+    """A recipe by the name of its framework. One without a recipe of its own is trained as DeepLabV3 is: the
+    settings are "identical"."""
     framework = get_framework(name)
     if framework.recipe is None: framework = get_framework('deeplabv3')
     return cls(**(getattr(framework, source) or framework.recipe))
 
 def _paper(cls,
-    name:str='mask2former', # 'deeplabv3', 'mask2former' (= 'han'), 'fcclip', 'faseg' (Mask2Former's own ADE20K settings), or another framework
+    # 'deeplabv3', 'mask2former' (= 'han'), 'fcclip', 'faseg' (Mask2Former's own ADE20K settings), or another
+    # framework
+    name:str='mask2former',
 )->Recipe:
     "The settings of a framework that the paper prints (supplement 6.1). Raises `OpenTransError` for another name."
     return _preset(cls, name, 'recipe')
@@ -155,7 +177,8 @@ def _paper(cls,
 def _released(cls,
     name:str='mask2former', # As for `paper`
 )->Recipe:
-    "The settings of a framework in the code that the authors released, which differ from the paper's. Raises `OpenTransError` for another name."
+    """The settings of a framework in the code that the authors released, which differ from the paper's. Raises
+    `OpenTransError` for another name."""
     return _preset(cls, name, 'released_recipe')
 
 WARMUP = 10_000 # iterations with all layers, before the spectra are read (Sec. 3.3.1, Fig. 4)
@@ -168,15 +191,18 @@ def _warmup(cls,
 
 def _tiny(cls)->Recipe:
     "For the small CLIP on `ShapesWorld`: minutes on a laptop."
-    return cls(iterations=400, batch_size=16, optimizer='adamw', lr=2e-3, weight_decay=.05, schedule='cosine', milestones=(), lr_warmup=20, clip_grad=1., backbone_lr=.5, crop=0)
+    return cls(iterations=400, batch_size=16, optimizer='adamw', lr=2e-3, weight_decay=.05, schedule='cosine',
+               milestones=(), lr_warmup=20, clip_grad=1., backbone_lr=.5, crop=0)
 
-Recipe.paper,Recipe.released,Recipe.warmup,Recipe.tiny = (classmethod(f) for f in (_paper, _released, _warmup, _tiny))
+Recipe.paper,Recipe.released,Recipe.warmup,Recipe.tiny = (classmethod(f)
+                                                          for f in (_paper, _released, _warmup, _tiny))
 
 # %% ../../nbs/training/40_recipe.ipynb #8e21df67
 _SETTINGS = 2**20 # Bytes; a longer file is none of settings
 
 def _read_yaml(text, path):
-    "A text as YAML: plain values, without aliases, which can make a page of text into more than a memory holds. Raises `FormatError`."
+    """A text as YAML: plain values, without aliases, which can make a page of text into more than a memory holds.
+    Raises `FormatError`."""
     yaml = optional('yaml', 'dev', 'Reading YAML')
     class Plain(yaml.SafeLoader):
         def compose_node(self, parent, index):
@@ -187,8 +213,10 @@ def _read_yaml(text, path):
         json.dumps(value, allow_nan=False) # no dates, bytes, sets, and no NaN
     except FormatError: raise
     except RecursionError: raise FormatError(f"'{path}' is nested too deeply to be read.") from None
-    except Exception as error: # the reader of YAML fails with any of them: for a date that is none, a key that is a list
-        raise FormatError(f"'{path}' is not YAML of plain values: {shorten(' '.join(str(error).split()))}.") from None
+    # the reader of YAML fails with any of them: for a date that is none, a key that is a list
+    except Exception as error:
+        raise FormatError(
+            f"'{path}' is not YAML of plain values: {shorten(' '.join(str(error).split()))}.") from None
     return value
 
 def read_settings(
@@ -196,15 +224,18 @@ def read_settings(
 )->dict: # Name -> value
     "Read a file of settings. Raises `OpenTransError` if it is something else."
     kind = Path(path).suffix
-    if kind not in ('.json', '.yaml', '.yml'): raise OpenTransError(f"'{path}': a file of settings ends in .yaml, .yml or .json.")
+    if kind not in ('.json', '.yaml', '.yml'):
+        raise OpenTransError(f"'{path}': a file of settings ends in .yaml, .yml or .json.")
     text = read_text(path, _SETTINGS)
     value = parse_json(text, f"'{path}'") if kind == '.json' else _read_yaml(text, path)
     if value is None: return {}
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise OpenTransError(f"'{path}' holds a {type(value).__name__}: expected names with values, such as 'batch_size: 16'.")
+        raise OpenTransError(
+            f"'{path}' holds a {type(value).__name__}: expected names with values, such as 'batch_size: 16'.")
     return value
 
-_EXPECTED = {tuple: 'numbers, e.g. 40000,45000', bool: 'true or false', int: 'a whole number', float: 'a number', str: 'text'}
+_EXPECTED = {tuple: 'numbers, e.g. 40000,45000', bool: 'true or false', int: 'a whole number', float: 'a number',
+             str: 'text'}
 
 def _number(value, whole):
     "A number, or the text of one, to the last digit. Raises `ValueError` or `OverflowError`."
@@ -232,21 +263,28 @@ def _as(name, kind, value):
         if isinstance(value, str): return value
         raise ValueError(value)
     except (ValueError, TypeError, KeyError, OverflowError, AttributeError):
-        raise OpenTransError(f"{name}={shorten(repr(value), 80)} in a recipe: expected {_EXPECTED[kind]}.") from None
+        raise OpenTransError(
+            f"{name}={shorten(repr(value), 80)} in a recipe: expected {_EXPECTED[kind]}.") from None
 
 @patch(cls_method=True)
 def of(cls:Recipe,
-    values, # Some fields, as a dict or a text in JSON; 'preset' is the recipe that they change: 'tiny', 'warmup', 'paper' or 'released'
+    # Some fields, as a dict or a text in JSON; 'preset' is the recipe that they change: 'tiny', 'warmup', 'paper'
+    # or 'released'
+    values,
     framework:str='deeplabv3', # Whose recipe 'paper' is; 'framework' among the values comes first
     base:Recipe=None, # What is changed if no preset is named; None takes the defaults
 ):
     "A recipe from plain values. Raises `OpenTransError` for an unknown field, or a value of the wrong kind."
     if isinstance(values, str): values = parse_json(values, f'the recipe {shorten(values, 60)}')
-    if not isinstance(values, dict): raise OpenTransError(f"A recipe is made of names with values, such as {{'lr': 0.001}}, not of a {type(values).__name__}.")
+    if not isinstance(values, dict):
+        raise OpenTransError(
+            f"A recipe is made of names with values, such as {{'lr': 0.001}}, not of a {type(values).__name__}.")
     values = dict(values)
     preset, framework = values.pop('preset', None), values.pop('framework', framework)
-    presets = dict(tiny=cls.tiny, warmup=cls.warmup, paper=functools.partial(cls.paper, framework), released=functools.partial(cls.released, framework))
-    if preset is not None and (not isinstance(preset, str) or preset not in presets): raise unknown('recipe', preset, presets)
+    presets = dict(tiny=cls.tiny, warmup=cls.warmup, paper=functools.partial(cls.paper, framework),
+                   released=functools.partial(cls.released, framework))
+    if preset is not None and (not isinstance(preset, str) or preset not in presets):
+        raise unknown('recipe', preset, presets)
     kinds = {f.name: f.type for f in dataclasses.fields(cls)}
     for name in values:
         if name not in kinds: raise unknown('setting of a recipe', name, [*kinds, 'preset'])
