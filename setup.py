@@ -14,6 +14,7 @@ extras = {
     'detectron2': ['detectron2 @ git+https://github.com/facebookresearch/detectron2', 'hydra-core', 'omegaconf', 'yacs',
                    'tabulate', 'cloudpickle', 'pycocotools'],
     'cluster': cfg['cluster_requirements'].split(),
+    'photo': cfg['photo_requirements'].split(), # weights of photo-lite0
     'tensorboard': ['tensorboard'],
     'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
     'bench': ['weightwatcher', 'torch-pruning', 'cka-pytorch', 'torch-cka', 'ptflops', 'fvcore', 'thop'],
