@@ -15,6 +15,7 @@ extras = {
                    'tabulate', 'cloudpickle', 'pycocotools'],
     'cluster': cfg['cluster_requirements'].split(),
     'docs': cfg['docs_requirements'].split(),
+    'photo': cfg['photo_requirements'].split(), # weights of photo-lite0
     'tensorboard': ['tensorboard'],
     'onnx': ['onnx', 'onnxscript', 'onnxruntime'],
     'bench': ['weightwatcher', 'torch-pruning', 'cka-pytorch', 'torch-cka', 'ptflops', 'fvcore', 'thop'],

@@ -45,18 +45,20 @@ def to_image(
         raise OpenTransError(f"The image is {width} x {height} pixels{longer}: at least 16 are needed on each side.")
     return picture.float()/255
 
-# %% ../nbs/app/71_playground.ipynb #1898118f
+# %% ../nbs/app/71_playground.ipynb #08e9af27
 def segment(
     framework, # A `Framework`, as `build` makes it; or a bare `ClipBackbone`, which compares each cell of its last map with the names, without any training
     image, # Whatever `to_image` takes
     names, # Text with commas, list of names, or `Vocabulary`
     max_side:int=768, # Longer images are made smaller
+    seen_side:int=None, # A bare CLIP looks at the image no larger than this, near the size that it was trained with; None: as it is
 )->tuple: # (image (3,H,W), labels (H,W) of indices into the names, list of names)
     "The best of some classes for each pixel of one image. Raises `OpenTransError`."
     v,x = parse_names(names) if isinstance(names, str) else names,to_image(image, max_side)
     v = v if hasattr(v, 'names') else Vocabulary(list(v))
     if hasattr(framework, 'predict'): return x,framework.predict(x[None], v)[0].cpu(),list(v.names)
-    with torch.no_grad(): near = torch.einsum('bdhw,kd->bkhw', framework.dense_embeddings(x[None].to(device_of(framework))), framework.encode_text(v))
+    seen = x if seen_side is None else to_image(x, seen_side)
+    with torch.no_grad(): near = torch.einsum('bdhw,kd->bkhw', framework.dense_embeddings(seen[None].to(device_of(framework))), framework.encode_text(v))
     return x,resize(near, x.shape[1:])[0].argmax(0).cpu(),list(v.names)
 
 def overlay(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOWERS', 'HEADS', 'CLASSIFIERS', 'MODEL_ENDS', 'Tower', 'register_tower', 'is_tower', 'tower_family', 'tower_prefix',
            'head_modules', 'head_of', 'trunk', 'cell_weights', 'cell_means', 'SlidingPool', 'dilate_resnet',
-           'ResNetTower', 'TimmTower', 'ViTTower']
+           'ResNetTower', 'TimmTower', 'dilate_efficientnet', 'EfficientNetTower', 'ViTTower']
 
 # %% ../nbs/06_towers.ipynb #f9b5b937
 import math
@@ -314,6 +314,41 @@ class TimmTower(Tower):
         "The mean of the cells of each mask, embedded as any mean is."
         mean = cell_means(x, inside)
         return TimmTower._embed(net, mean.flatten(0, 1)).unflatten(0, mean.shape[:2])
+
+# %% ../nbs/06_towers.ipynb #6e8ad026
+def dilate_efficientnet(
+    trunk, # A timm `EfficientNet`, changed in place
+    output_stride:int=32, # Stride of the last map: 32, 16 or 8
+):
+    "Give an EfficientNet a finer last map by dilation; names and weights stay."
+    stride,dilation = 2,1 # behind the stem
+    for conv in trunk.blocks.modules():
+        if not isinstance(conv, nn.Conv2d) or conv.groups == 1: continue
+        looks,steps = dilation,conv.stride[0]
+        if steps > 1 and stride*steps > output_stride:
+            conv.stride = (1, 1)
+            dilation *= steps
+        else: stride *= steps
+        if looks == 1: continue
+        conv.dilation = (looks, looks)
+        conv.padding = tuple(looks*(side-1)//2 for side in conv.kernel_size)
+    return trunk
+
+@register_tower('EfficientNet')
+class EfficientNetTower(TimmTower):
+    "A timm EfficientNet inside open_clip: depthwise and pointwise convolutions."
+    signs = (('trunk.conv_stem.weight', 'trunk.conv_head.weight'),)
+
+    @classmethod
+    def fits(cls, net):
+        kinds = [f'{kind.__module__}.{kind.__qualname__}' for kind in type(getattr(net, 'trunk', None)).__mro__]
+        return super().fits(net) and 'timm.models.efficientnet.EfficientNet' in kinds
+
+    @staticmethod
+    def gives_maps(net): return len(net.trunk.feature_info) >= 4 and bool(net.trunk.global_pool.pool_type)
+
+    @classmethod
+    def dilate(cls, net, output_stride): dilate_efficientnet(net.trunk, output_stride)
 
 # %% ../nbs/06_towers.ipynb #840c202f
 @register_tower('ViT')

@@ -9,7 +9,7 @@ import pytest
 import torch
 from opentrans import cka as similarity
 from opentrans.clip import ClipBackbone
-from opentrans.clip.small import small_clips
+from opentrans.clip import shipped_clips
 from opentrans.data import SemanticIoU, PanopticQuality, ShapesWorld
 from opentrans.distill import DistillTrainer, LOSSES
 from opentrans.frameworks import contract, get_framework, list_frameworks
@@ -80,7 +80,7 @@ def test_autocast_is_that_of_cuda(cuda):
 def families():
     "Each family of towers with a small CLIP that has one."
     found = {}
-    for name in small_clips():
+    for name in shipped_clips():
         clip = ClipBackbone.create(name)
         found.setdefault(next(k for k,v in TOWERS.items() if v is clip.kind), name)
     return found

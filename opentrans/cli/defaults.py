@@ -74,7 +74,7 @@ def make_recipe(
         raise OpenTransError(f"iterations={r.iterations}: nothing would be trained. Give at least 1.")
     return r
 
-# %% ../../nbs/app/70c_defaults.ipynb #3d71abc3
+# %% ../../nbs/app/70c_defaults.ipynb #b978375e
 def is_shipped(
     backbone:str, # As `--backbone`
     data:str, # As `--data`
@@ -101,11 +101,11 @@ def _prompted(data, framework, prompts, shipped):
 
 def _build(framework, clip, vocabulary, preset, seed, prompts=None):
     import inspect
-    from opentrans.clip import small_clips
+    from opentrans.clip import shipped_clips
     from opentrans.runtime import seeded
     from opentrans.frameworks import build, get_framework
     cls = get_framework(framework)
-    preset = preset or ('small' if clip.name in small_clips() and 'small' in cls.presets else 'paper')
+    preset = preset or ('small' if clip.name in shipped_clips() and 'small' in cls.presets else 'paper')
     words_alone = prompts is not None and 'templates' in inspect.signature(cls.__init__).parameters
     asked = dict(templates=None) if words_alone else {} # None takes the prompts of the vocabulary
     with seeded(seed): return build(framework, clip, vocabulary=vocabulary, preset=preset, **asked)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLE1', 'evaluate', 'segment', 'compare']
 
-# %% ../../nbs/app/70g_evaluation.ipynb #58a5d06d
-import sys
+# %% ../../nbs/app/70g_evaluation.ipynb #f1360965
+import sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -135,13 +135,13 @@ def _report_table(seg, results, head, size, mask, out, as_json, title):
     shown.update(params_M=f"{costs['active_params']/1e6:.1f}", macs_G=f"{costs['active_macs']/1e9:.1f}")
     show(pd.DataFrame([shown], index=[settings['framework']]), title=title)
 
-# %% ../../nbs/app/70g_evaluation.ipynb #4dd7d2d7
+# %% ../../nbs/app/70g_evaluation.ipynb #502550ea
 @app.command()
 def segment(
     image:Annotated[str, typer.Argument(help="A photograph: JPEG, PNG or WebP.")],
     names:Annotated[str, typer.Argument(
         help="What to look for, in your own words: 'sky, road, sofa | couch' (synonyms with a bar).")],
-    backbone:Backbone='shapes-rn', pretrained:Pretrained=None, output_stride:Stride=None,
+    backbone:Backbone='photo-lite0', pretrained:Pretrained=None, output_stride:Stride=None,
     model:Annotated[Optional[str], typer.Option(
         help="Folder that `opentrans finetune` or `opentrans transfer` wrote. Default: CLIP alone, without any "
              "training for segmentation, a rough answer.")]=None,
@@ -152,7 +152,8 @@ def segment(
     device:Device=None,
     allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
-    "One image of your own, segmented by your own words."
+    "A photograph of your own, segmented by your own words."
+    from opentrans.clip import photo_clips, small_clips
     from opentrans.playground import overlay, parse_names, segment as look, to_image
     vocabulary,x = parse_names(names),to_image(image, max_side)
     if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
@@ -163,11 +164,34 @@ def segment(
     else:
         seg = open_clip_backbone(backbone, pretrained, _stride(output_stride, 'clip', backbone, True), device,
                                  _hub(allow_hub))
-    x,labels,found = look(seg, x, vocabulary, max_side)
-    _save_picture(lambda: overlay(x, labels, found), Path(out))
-    share = {n: (labels == k).float().mean().item() for k,n in enumerate(found)}
+    if not model and backbone in small_clips():
+        _say(f"note: {backbone} knows generated scenes only; for photographs take --backbone photo-lite0", sys.stderr)
+    doubt = _unseen(seg, vocabulary)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*(has never seen|was shown)') # the marks below say it
+        seen = round(1.5*seg.image_size) if not model and backbone in photo_clips() else None
+        x,labels,found = look(seg, x, vocabulary, max_side, seen)
+    marked = [f'{name} *' if name in doubt else name for name in found]
+    _save_picture(lambda: overlay(x, labels, marked), Path(out))
+    share = {name: (labels == k).float().mean().item() for k,name in enumerate(found if as_json else marked)}
     show(dict(sorted(share.items(), key=lambda z: -z[1])), as_json, 'share of the image')
-    _say(f'picture: {out}', sys.stderr if as_json else sys.stdout)
+    beside = sys.stderr if as_json else sys.stdout
+    if doubt: _say('* unlike anything it was shown, so a guess: ' + ', '.join(map(_doubted, doubt.items())), beside)
+    _say(f'picture: {out}', beside)
+
+def _unseen(seg, vocabulary):
+    "The names that the model was shown nothing like: name -> the nearest that it was shown, or ''."
+    from opentrans.clip import class_prompts
+    text,said = getattr(getattr(seg, 'backbone', seg), 'text', None),class_prompts(vocabulary)
+    if not hasattr(text, 'strange'): return {}
+    strange = set(text.strange(said))
+    near = text.nearest(said)[1] if text.known is not None else ['']*len(said)
+    return {name: known for name,prompts,known in zip(vocabulary.names, said, near) if prompts[0] in strange}
+
+def _doubted(item):
+    "A name and what is nearest to it, in words."
+    name,known = item
+    return f"{name} (the nearest is {known})" if known else name
 
 # %% ../../nbs/app/70g_evaluation.ipynb #51ab7e20
 @app.command()

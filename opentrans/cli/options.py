@@ -191,7 +191,7 @@ def keep_settings(
     if tell: print('settings: ' + json.dumps(told, default=str), file=sys.stderr)
     if out and (ended or not (Path(out)/'settings.json').exists()): save_json(told, Path(out)/'settings.json')
 
-# %% ../../nbs/app/70_cli.ipynb #bc99099d
+# %% ../../nbs/app/70_cli.ipynb #811bc4d1
 def open_clip_backbone(
     name:str, # As `--backbone`
     pretrained:str=None, # As `--pretrained`
@@ -201,12 +201,12 @@ def open_clip_backbone(
     **facts, # `quick_gelu`, `mean` and `std`, if they are known
 ): # `ClipBackbone`
     "The backbone that the flags name. Random weights must be asked for."
-    from opentrans.clip import ClipBackbone, small_clips
+    from opentrans.clip import ClipBackbone, shipped_clips
     from opentrans.processes import Processes
     from opentrans.runtime import pick_device
     dev = Processes(device).device or pick_device(device)
     if pretrained is None:
-        if name not in small_clips():
+        if name not in shipped_clips():
             raise OpenTransError(f"Which weights for '{name}'? Give --pretrained openai (or another tag or file), "
                                  "or --pretrained none for random ones.")
         pretrained = name

@@ -48,7 +48,7 @@ def alpha(
     show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'xmin', 'D', 'n_tail', 'status')
                 if c in frame]], as_json, f'{backbone}: {chosen.rule}')
 
-# %% ../../nbs/app/70d_weights.ipynb #2a68ce37
+# %% ../../nbs/app/70d_weights.ipynb #0f4dd829
 # flags of prune that are fields of its trainer
 _FLAGS = ('iterations', 'lr', 'batch_size', 'crop', 'optimizer', 'weight_decay', 'clip_grad', 'batch_norm')
 
@@ -65,14 +65,14 @@ def _check_released(framework, method):
 def _distillation(clip, data, released, told):
     """The model that `prune` trains, and its trainer: the tower by distillation alone, or a framework as in the
     released code."""
-    from opentrans.clip import small_clips
+    from opentrans.clip import shipped_clips
     from opentrans.distill import DistillTrainer
     from opentrans.frameworks import build, get_framework
     if released is None: return clip,DistillTrainer(clip, data, **told)
     own = {name: value for name,value in told.items() if name in ('workers', 'disk_mb', 'crop')
            or _typed('precision' if name == 'amp' else name)}
     own.pop('loss', None)
-    preset = 'small' if clip.name in small_clips() else 'paper'
+    preset = 'small' if clip.name in shipped_clips() else 'paper'
     model = build(released, clip, vocabulary=data.vocabulary, preset=preset, seed=0,
                   **get_framework(released).presets['released'])
     return model,DistillTrainer.released(model, data, **own)

@@ -21,7 +21,7 @@ from ..escape import for_markdown, printable
 from ..runtime import device_of
 from ..towers import cell_weights, tower_family
 
-# %% ../../nbs/clip/20_clip.ipynb #7750e617
+# %% ../../nbs/clip/20_clip.ipynb #ad7c500d
 _PLAIN = ('a photo of a {}.',)
 
 class TextEncoder:
@@ -36,6 +36,7 @@ class TextEncoder:
         self.model._modules = {k: m for k,m in model._modules.items() if k != 'visual'}
         self.model.eval().requires_grad_(False)
         self.tokenizer,self.name,self.trained,self.cache = tokenizer,name,trained,{}
+        self.known = getattr(model, 'known', None) # of a CLIP for photographs
 
     def __deepcopy__(self, memo): return self
 
@@ -64,14 +65,24 @@ class TextEncoder:
         return torch.stack([F.normalize(x.mean(0), dim=0) for x in e]).to(device)
 
     def strange(self, said)->list: # The first prompt of each such class
-        "Classes whose words a small CLIP has never seen."
-        if not self.trained or not hasattr(self.tokenizer, 'unknown_words'): return []
+        "Classes whose words a small CLIP has never seen, or that are unlike all names that a CLIP for photographs was shown."
+        if not self.trained: return []
+        if self.known is not None: return [ps[0] for ps,likeness in zip(said, self.nearest(said)[0].tolist()) if likeness < self.known.least]
+        if not hasattr(self.tokenizer, 'unknown_words'): return []
         return [ps[0] for ps in said if all(self.tokenizer.unknown_words(p) for p in ps)]
+
+    def nearest(self, said)->tuple: # (likeness (K,), list of K names)
+        "Of a CLIP for photographs: the name it was shown that each class is most like."
+        parts = self.prompts([p for ps in said for p in ps]).split([len(ps) for ps in said])
+        return self.known.nearest(torch.stack([F.normalize(part.mean(0), dim=0) for part in parts]))
 
     def doubts(self, said, first=())->str: # One sentence, or nothing; those in `first` are named first
         "What a small CLIP does not know of some classes."
         strange = sorted(self.strange(said), key=lambda p: p not in first)
         if not strange: return ''
+        if self.known is not None:
+            return (f"{len(strange)} of {len(said)} names are unlike all {len(self.known.names):,} whose pictures '{self.name}' was shown; "
+                    f"it can only guess at them: {' | '.join(strange[:4])}")
         pieces = [tuple(self.tokenizer.encode(p)) for p in strange]; alike = sum(pieces.count(p) > 1 for p in pieces)
         return (f"{len(strange)} of {len(said)} names have words that '{self.name}' has never seen; it can say little about them"
                 f"{f', and nothing tells {alike} of them from one another' if alike else ''}: {' | '.join(strange[:4])}")
@@ -178,7 +189,7 @@ class ClipBackbone(nn.Module):
         return (f"**{for_markdown(self.name)}**, weights: {for_markdown(weights)}; {n:,} parameters in the image tower, {self.embed_dim}-dimensional embeddings, "
                 f"native size {self.image_size}\n\n| map | channels | stride |\n| --- | --- | --- |\n{rows}")
 
-# %% ../../nbs/clip/20_clip.ipynb #7d220164
+# %% ../../nbs/clip/20_clip.ipynb #a1c72e34
 @patch(cls_method=True)
 def from_model(cls:ClipBackbone,
     model:nn.Module, # An open_clip model; its parts are copied
@@ -207,8 +218,8 @@ def from_model(cls:ClipBackbone,
 
 @patch(cls_method=True)
 def create(cls:ClipBackbone,
-    name:str, # `'shapes-rn'`, or open_clip's name of an RN, ViT or convnext model
-    pretrained:str=None, # A tag of open_clip (`'openai'`), a path, `'shapes-rn'`, or None: random weights
+    name:str, # `'shapes-rn'`, `'photo-lite0'` (photographs), or open_clip's name of an RN, ViT or convnext model
+    pretrained:str=None, # A tag of open_clip (`'openai'`), a path, the own name of a CLIP that ships, or None: random weights
     seed:int=0, # Seed of random weights
     normalize:bool=True, # Do images come in [0,1]? If not, they come normalised
     output_stride:int=32, # Stride of `res5`: 32, or for a ResNet 16 or 8

@@ -6,7 +6,7 @@
 __all__ = ['CLIP_FILE', 'HUB', 'read_weights', 'load_weights', 'clip_facts', 'save_weights', 'read_facts', 'model_config',
            'find_weights', 'weights_apart', 'open_model']
 
-# %% ../../nbs/clip/24_weights.ipynb #ca456b69
+# %% ../../nbs/clip/24_weights.ipynb #c53a4964
 import contextlib, copy, inspect, math, os, re, socket, warnings
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +17,7 @@ from typing_extensions import NotRequired, TypedDict
 import huggingface_hub
 import open_clip
 import urllib.request
+from .photo import known_names, photo_clip, photo_clips, photo_settings, photo_weights, shipped_clips
 from .small import _check_timm, _Size, ASSETS, small_clip, small_clips, small_config
 from ..errors import FormatError, OpenTransError, shorten, unknown
 from ..files import (
@@ -234,7 +235,7 @@ def _hub_weights(name, cache_dir=None):
     try: return _hub_file(name, _HUB_FILES[0], cache_dir)
     except OpenTransError: return _hub_file(name, _HUB_FILES[1], cache_dir)
 
-# %% ../../nbs/clip/24_weights.ipynb #99b82679
+# %% ../../nbs/clip/24_weights.ipynb #a733a6ed
 def model_config(
     name:str, # open_clip's name, such as `'RN50'`; with `hub=True` also `'hf-hub:ORG/REPOSITORY'`
     hub:bool=None, # True: the Hugging Face hub may be asked
@@ -247,7 +248,7 @@ def model_config(
         raise OpenTransError(f"'{shorten(name)}' would take an architecture, and code, from a folder. Give open_clip's name of the "
                              "architecture, and the folder's file of weights as pretrained.")
     cfg = open_clip.get_model_config(name) if name in open_clip.list_models() else None
-    if cfg is None: raise unknown('CLIP model', name, small_clips() + [n for n in open_clip.list_models() if n.startswith(('RN', 'ViT', 'convnext'))])
+    if cfg is None: raise unknown('CLIP model', name, shipped_clips() + [n for n in open_clip.list_models() if n.startswith(('RN', 'ViT', 'convnext'))])
     if 'multimodal_cfg' in cfg:
         raise OpenTransError(f"'{name}' is a captioner, not a CLIP with an image tower and a text tower; choose an RN, ViT or convnext model.")
     return cfg
@@ -338,7 +339,7 @@ def _complete(
     if unsaid: warnings.warn(f"The weights in '{where}' do not tell {unsaid}.", stacklevel=4)
     return dict(facts, quick_gelu=quick, mean=_triple('mean', mean), std=_triple('std', std))
 
-# %% ../../nbs/clip/24_weights.ipynb #7dffd0bf
+# %% ../../nbs/clip/24_weights.ipynb #3dbede57
 def find_weights(
     name:str, # Of the CLIP
     pretrained, # As `open_model` takes it
@@ -357,7 +358,7 @@ def find_weights(
         path = _hub_weights(name, cache_dir)
         return path, read_facts(path)
     if path.suffix in ('.safetensors', '.pt', '.pth', '.bin') or path.parent != Path('.'): read_weights(path) # says that there is no such file
-    if small: raise unknown(f'weights (no such file, and no such tag of {name}):', tag, [name])
+    if name in shipped_clips(): raise unknown(f'weights (no such file, and no such tag of {name}):', tag, [name])
     path, published = _fetch(name, tag, cache_dir, hub)
     return path, {fact: published[fact] for fact in _NOTED if published.get(fact)} | dict(quick_gelu=published.get('quick_gelu', False))
 
@@ -383,12 +384,12 @@ def weights_apart(
     name:str, # Of the CLIP
     pretrained, # As `open_model` takes it
 )->tuple: # (where the whole CLIP comes from, as `open_model` takes it; file of an image tower that is laid over it, or None)
-    "Two sources of weights in one text: `'openai,tower.safetensors'`. A small CLIP's own text encoder goes with a tower alone. Raises `OpenTransError` for another's."
+    "Two sources of weights in one text: `'openai,tower.safetensors'`. The own text encoder of a CLIP that ships goes with a tower alone. Raises `OpenTransError` for another's."
     if not isinstance(pretrained, (str, Path)): return pretrained,None
     text = str(pretrained)
     if ',' not in text or os.path.exists(text):
         if not _holds_tower(text): return pretrained,None
-        if name in small_clips(): return name,text
+        if name in shipped_clips(): return name,text
         raise OpenTransError(f"'{text}' holds an image tower alone, without a text encoder. "
                              f"Say whose text encoder goes with it: openai,{text}.")
     whole,tower = text.split(',', 1)
@@ -397,8 +398,8 @@ def weights_apart(
     return None if whole == 'none' else whole,tower
 
 def open_model(
-    name:str, # `'shapes-rn'`, or open_clip's name, such as `'RN50'`
-    pretrained:str=None, # A tag of open_clip, a path, the small CLIP's own name, a tag or path with a tower's file behind a comma, or None: random weights from `seed`
+    name:str, # `'shapes-rn'`, `'photo-lite0'`, or open_clip's name, such as `'RN50'`
+    pretrained:str=None, # A tag of open_clip, a path, the own name of a CLIP that ships, a tag or path with a tower's file behind a comma, or None: random weights from `seed`
     seed:int=0, # Seed of random weights
     cache_dir:str=None, # Where downloads are kept; None for the libraries' own place
     quick_gelu:bool=None, # OpenAI's faster activation? None: as file, tag or name tell
@@ -407,6 +408,7 @@ def open_model(
     hub:bool=None, # True: whatever is missing may be fetched from the Hugging Face hub; None: what a tag needs; False: nothing
 )->tuple: # (model, tokenizer, mean, std)
     "An open_clip model with its weights, its tokenizer and its normalisation. Raises `OpenTransError` where something is missing."
+    if name in photo_clips(): return _open_photo(name, pretrained, seed, mean, std)
     small = name in small_clips()
     cfg = small_config(name) if small else model_config(name, hub, cache_dir)
     pretrained, tower = weights_apart(name, pretrained)
@@ -422,6 +424,22 @@ def open_model(
     if tower: _lay_tower(model, tower)
     _note(model, facts)
     return model.eval(),tokenizer,facts['mean'],facts['std']
+
+def _open_photo(name, pretrained, seed, mean, std):
+    "A CLIP for photographs, as `open_model` gives it."
+    pretrained, tower = weights_apart(name, pretrained)
+    path, facts = (None, {}) if pretrained == name else find_weights(name, pretrained)
+    usual = photo_settings(name)['image']
+    facts = dict(mean=usual['mean'], std=usual['std'], quick_gelu=False) | facts
+    facts.update({fact: value for fact, value in dict(mean=mean, std=std).items() if value is not None})
+    facts.update(mean=_triple('mean', facts['mean']), std=_triple('std', facts['std']))
+    model, tokenizer = photo_clip(name, seed)
+    if pretrained == name: load_weights(model, photo_weights(name), f"The packages of '{name}'")
+    elif path: load_weights(model, read_weights(path), f"'{Path(path).name}'")
+    if path or pretrained == name: model.known = known_names(name)
+    if tower: _lay_tower(model, tower)
+    _note(model, facts)
+    return model.eval(), tokenizer, facts['mean'], facts['std']
 
 def _lay_tower(model, path):
     "Put the weights of a file over those of a CLIP's image tower. Raises `OpenTransError` if they do not fit."
