@@ -315,7 +315,7 @@ class TimmTower(Tower):
         mean = cell_means(x, inside)
         return TimmTower._embed(net, mean.flatten(0, 1)).unflatten(0, mean.shape[:2])
 
-# %% ../nbs/06_towers.ipynb #840c202f
+# %% ../nbs/06_towers.ipynb #138c3460
 @register_tower('ViT')
 class ViTTower(Tower):
     "CLIP's ViT: open_clip's `VisionTransformer`, with a class token and plain blocks."
@@ -375,8 +375,9 @@ class ViTTower(Tower):
 
     @staticmethod
     def pool(net, state, weights):
-        res = []
+        res = [net.proj.new_zeros(0, net.proj.shape[1])]
         for x,w in zip(state[0], weights):
+            if not len(w): continue # torch's attention takes no empty batch under a mask
             mask = torch.zeros(len(w), len(x), len(x), device=x.device)
             mask[:,0,1:] = w.log()
             res.append(ViTTower._last(net, x.expand(len(w), -1, -1), mask)[:,0])
