@@ -350,7 +350,7 @@ class EfficientNetTower(TimmTower):
     @classmethod
     def dilate(cls, net, output_stride): dilate_efficientnet(net.trunk, output_stride)
 
-# %% ../nbs/06_towers.ipynb #840c202f
+# %% ../nbs/06_towers.ipynb #138c3460
 @register_tower('ViT')
 class ViTTower(Tower):
     "CLIP's ViT: open_clip's `VisionTransformer`, with a class token and plain blocks."
@@ -410,8 +410,9 @@ class ViTTower(Tower):
 
     @staticmethod
     def pool(net, state, weights):
-        res = []
+        res = [net.proj.new_zeros(0, net.proj.shape[1])]
         for x,w in zip(state[0], weights):
+            if not len(w): continue # torch's attention takes no empty batch under a mask
             mask = torch.zeros(len(w), len(x), len(x), device=x.device)
             mask[:,0,1:] = w.log()
             res.append(ViTTower._last(net, x.expand(len(w), -1, -1), mask)[:,0])

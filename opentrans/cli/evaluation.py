@@ -5,6 +5,21 @@
 # %% auto #0
 __all__ = ['TABLE1', 'evaluate', 'segment', 'compare']
 
+# %% ../../nbs/app/70g_evaluation.ipynb #d37c7a2e
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+import typer
+from ..errors import OpenTransError
+from .defaults import (
+    Readers, _build, _looks, _mean_of, _prompted, _report, _stride, _with_cost, is_shipped)
+from opentrans.cli.options import (
+    AllowHub, Backbone, Classes, Config, Corrupt, Device, Framework, Ignore, Preset, Pretrained, Prompts,
+    Quiet, Root, Seed, Split, Stride, _SIDE, _hub, _typed, app, first_process, open_clip_backbone, open_data,
+    settings_kept)
+from .terminal import _numbers, _save_picture, _save_table, _say, _writable, show
+from .trained import _hub_of_model, _mask_in, _read_model, _trained_prompts, open_trained
+
 # %% ../../nbs/app/70g_evaluation.ipynb #f1360965
 import sys, warnings
 from pathlib import Path
@@ -134,6 +149,50 @@ def _report_table(seg, results, head, size, mask, out, as_json, title):
     shown = {name: f'{100*value:.1f}' for name,value in row.items()}
     shown.update(params_M=f"{costs['active_params']/1e6:.1f}", macs_G=f"{costs['active_macs']/1e9:.1f}")
     show(pd.DataFrame([shown], index=[settings['framework']]), title=title)
+
+# %% ../../nbs/app/70g_evaluation.ipynb #634c50d2
+@app.command()
+def segment(
+    image:Annotated[str, typer.Argument(help="A photograph: JPEG, PNG or WebP.")],
+    names:Annotated[str, typer.Argument(
+        help="What to look for, in your own words: 'sky, road, sofa | couch' (synonyms with a bar).")],
+    backbone:Backbone='shapes-rn', pretrained:Pretrained=None, output_stride:Stride=None,
+    model:Annotated[Optional[str], typer.Option(
+        help="Folder that `opentrans finetune` or `opentrans transfer` wrote. Default: CLIP alone, without any "
+             "training for segmentation, a rough answer.")]=None,
+    method:Annotated[Optional[str], typer.Option(
+        help="A training-free method on a ViT: maskclip, sclip, clearclip, naclip, or one of their presets with a "
+             "background, e.g. naclip_voc21. Default backbone then: shapes-vit.")]=None,
+    out:Annotated[str, typer.Option(
+        help="Picture to write: the image under the colours of its classes.")]='segmented.png',
+    max_side:Annotated[int, typer.Option(min=16, max=_SIDE,
+                                         help="Larger images are made smaller, to this side.")]=768,
+    device:Device=None,
+    allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
+):
+    "One image of your own, segmented by your own words."
+    from opentrans.clip import small_clips
+    from opentrans.data import Vocabulary
+    from opentrans.playground import overlay, parse_names, segment as look, to_image
+    vocabulary,x = parse_names(names),to_image(image, max_side)
+    if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
+        raise OpenTransError(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
+    if model and method: raise OpenTransError("--model has been trained, --method needs no training: leave one out.")
+    if method and not _typed('backbone'): backbone = 'shapes-vit'
+    if model:
+        vocabulary = _trained_prompts(_read_model(Path(model)/'model.json'), vocabulary)
+        seg = open_trained(model, vocabulary, device, pretrained, _hub_of_model(pretrained, allow_hub))[0]
+    else:
+        seg = open_clip_backbone(backbone, pretrained, _stride(output_stride, 'clip', backbone, True), device,
+                                 _hub(allow_hub))
+        if method:
+            if seg.name not in small_clips(): vocabulary = Vocabulary(vocabulary.entries, 'clip_80')
+            seg = _build('training_free', seg, None, method, 0)
+    x,labels,found = look(seg, x, vocabulary, max_side)
+    _save_picture(lambda: overlay(x, labels, found), Path(out))
+    share = {n: (labels == k).float().mean().item() for k,n in enumerate(found)}
+    show(dict(sorted(share.items(), key=lambda z: -z[1])), as_json, 'share of the image')
+    _say(f'picture: {out}', sys.stderr if as_json else sys.stdout)
 
 # %% ../../nbs/app/70g_evaluation.ipynb #502550ea
 @app.command()

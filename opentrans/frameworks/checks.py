@@ -59,7 +59,7 @@ class _Case:
 _CHECKS = []
 def _check(f): _CHECKS.append(f); return f
 
-# %% ../../nbs/frameworks/30b_checks.ipynb #fd7b4249
+# %% ../../nbs/frameworks/30b_checks.ipynb #3db3d4f1
 @_check
 def _names_carry_a_mask(case):
     "a mask made on the bare tower fits, with no leftovers"
@@ -72,8 +72,8 @@ def _names_carry_a_mask(case):
     for k,n in inside.items(): assert everything[n] is mine[k], f'{k} is found at {n}, which is not the weight of framework.tower'
     before = list(seg.state_dict())
     with mask.apply(seg):
-        for n in mask.names:
-            assert not mine[n][~mask[n]].any(), f'{n}: pruned weights are not zero after mask.apply(framework)'
+        for n,weight in mask.weights(seg).items():
+            assert not weight[~mask[n]].any(), f'{n}: pruned weights are not zero after mask.apply(framework)'
         assert list(seg.state_dict()) == before, 'a mask in force changes the names of the state dict, so checkpoints would not fit'
     assert not any('token_embedding' in n for n in before), 'the text encoder is a part of the state dict; it is shared and must stay outside'
     return f'{len(mask.names)} layers, prefix {next(iter(inside.values()))[:-len(next(iter(inside)))]!r}'
@@ -96,29 +96,32 @@ def _logits_follow_the_vocabulary(case):
     assert 0 <= named.min() and named.max() < len(case.vocabulary), 'predict gives a class that is not in the vocabulary'
     return 'shape, change, permutation'
 
-# %% ../../nbs/frameworks/30b_checks.ipynb #42e34728
+# %% ../../nbs/frameworks/30b_checks.ipynb #9a62b7ef
 @_check
 def _gradients_follow_the_selection(case):
     "gradients exist exactly where a LayerSelection allows"
     from opentrans.pruning.mask import SparseMask
     seg = case.build(); batch = case.batch()
-    def have():
+    def slice_of(layer, grad): return grad if layer.rows is None else grad[layer.rows]
+    def have(): # names of layers, and of other parameters, that get a gradient
         seg.zero_grad(set_to_none=True)
         with seeded(0): sum(seg.loss(batch).values()).backward()
-        return {n for n,p in seg.named_parameters() if p.grad is not None and p.grad.any()}
-    used,where = have(),{l.name: l.key for l in layers(seg)}
-    inner = {id(p): n for n,p in seg.named_parameters()}
-    full = {k: inner[id(l.param)] for k,l in ((l.name, l) for l in layers(seg))}
-    prunable = SparseMask.random(case.backbone.tower, .5, seed=0).names
-    idle = [n for n in prunable if full[n] not in used]
+        mine = layers(seg)
+        weights = {id(layer.param) for layer in mine}
+        found = {layer.name for layer in mine if layer.param.grad is not None and slice_of(layer, layer.param.grad).any()}
+        return found,{n for n,p in seg.named_parameters() if id(p) not in weights and p.grad is not None and p.grad.any()}
+    used,others = have()
+    prunable,cut_off = SparseMask.random(case.backbone.tower, .5, seed=0).names,seg.idle_layers()
+    idle = [n for n in prunable if n not in used and n not in cut_off]
     assert not idle, f'{len(idle)} prunable layers get no gradient from the loss, e.g. {idle[:4]}: the framework does not use them'
-    train,freeze = [n for n in where if full[n] in used][::2],[n for n in where if full[n] in used][1::2]
-    with LayerSelection(train, freeze, 'every second').apply(seg): got = have()
-    assert not {full[n] for n in freeze} & got, 'frozen layers have gradients: they would be trained, and their cost is not saved'
-    assert {full[n] for n in train} <= got, 'layers selected for training have no gradient'
-    others = used - {full[n] for n in train+freeze}
-    assert others <= got, f'a layer selection took the gradient of what it does not name: {sorted(others-got)[:4]}'
-    assert have() == used, 'after the selection is removed, gradients are not what they were'
+    assert not used & {*cut_off}, 'layers that idle_layers() names get a gradient'
+    able = [layer.name for layer in layers(seg) if layer.name in used]
+    train,freeze = able[::2],able[1::2]
+    with LayerSelection(train, freeze, 'every second').apply(seg): got,rest = have()
+    assert not {*freeze} & got, 'frozen layers have gradients: they would be trained, and their cost is not saved'
+    assert {*train} <= got, 'layers selected for training have no gradient'
+    assert others <= rest, f'a layer selection took the gradient of what it does not name: {sorted(others-rest)[:4]}'
+    assert have() == (used, others), 'after the selection is removed, gradients are not what they were'
     return f'{len(train)} trained, {len(freeze)} frozen, {len(others)} others untouched'
 
 @_check
@@ -160,7 +163,7 @@ def _small_images(case):
         else: assert loss.isfinite(), f'{b} images of {size} have no finite loss'
     return f'1x1, 7x5, 15x100, 16x400, 33x65; {refused} of 5 small batches refused'
 
-# %% ../../nbs/frameworks/30b_checks.ipynb #c98d51b6
+# %% ../../nbs/frameworks/30b_checks.ipynb #a092d4b0
 @_check
 def _evaluation_is_deterministic(case):
     "evaluation gives the same twice, and a state dict carries all of it"
@@ -201,13 +204,13 @@ def _pruned_weights_stay_zero(case):
     "no pruned weight is revived by training"
     from opentrans.pruning.mask import SparseMask
     seg,mask = case.build(),SparseMask.random(case.backbone.tower, .1, seed=0)
-    mine = dict(seg.tower.named_parameters())
-    before = {n: mine[n].detach().clone() for n in mask.names}
+    before = {n: weight.detach().clone() for n,weight in mask.weights(seg).items()}
     with mask.apply(seg.backbone):
         case.steps(seg, 2)
-        for n in mask.names:
-            assert not mine[n][~mask[n]].any(), f'{n}: {int(mine[n][~mask[n]].count_nonzero())} pruned weights are not zero after two steps of AdamW with weight decay'
-            assert not torch.equal(mine[n][mask[n]], before[n][mask[n]]), f'{n}: the kept weights have not moved'
+        for n,weight in mask.weights(seg).items():
+            assert not weight[~mask[n]].any(), f'{n}: {int(weight[~mask[n]].count_nonzero())} pruned weights are not zero after two steps of AdamW with weight decay'
+            if n in seg.idle_layers(): continue # no gradient moves them
+            assert not torch.equal(weight[mask[n]], before[n][mask[n]]), f'{n}: the kept weights have not moved'
     return f'{len(mask.names)} layers at density {mask.density:.2f}'
 
 @_check

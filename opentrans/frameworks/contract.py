@@ -108,7 +108,7 @@ def best_class(
             best,top = torch.where(larger, index+start, best),torch.where(larger, value, top)
     return best
 
-# %% ../../nbs/frameworks/30_contract.ipynb #2af95ac4
+# %% ../../nbs/frameworks/30_contract.ipynb #0a82d155
 JITTER = dict(scale=(.1, 2.), flip=.5) # settings of a `Recipe`: large-scale jitter, as Mask2Former and FC-CLIP train on COCO-panoptic
 ADAMW = dict(optimizer='adamw', weight_decay=.05, clip_grad=.01) # and what Mask2Former's code and its descendants share
 
@@ -138,6 +138,10 @@ class Framework(nn.Module):
     def tower(self): return find_tower(self.backbone)
     @property
     def ignore(self)->int: return 65535 if self.vocabulary is not None and len(self.vocabulary) > 255 else 255
+
+    def idle_layers(self)->list:
+        "Names in the tower of layers that this framework never uses, if it has cut some off: they get no gradient."
+        return []
 
     def forward(self, images, text_embeddings)->torch.Tensor:
         "Images (B,3,H,W) in [0,1] and text embeddings (K,D) to logits (B,K,H,W)."

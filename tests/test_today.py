@@ -1,0 +1,283 @@
+"Training-free methods, cost maps and detection: against the public code on copied random weights, and one mask in all frameworks."
+import importlib.util, math, os, sys, types
+from pathlib import Path
+import pytest
+import torch
+import torch.nn.functional as F
+from opentrans.clip import ClipBackbone
+from opentrans.data import Vocabulary
+from opentrans.errors import OpenTransError
+from opentrans.frameworks import build
+from opentrans.frameworks.fcclip import ClassWords
+
+PUBLIC = os.environ.get('OPENTRANS_PUBLIC', '')                         # a folder with clones, each under its own name
+
+def public(name, *parts):
+    "A file of a clone; the test is skipped where there is none."
+    path = Path(PUBLIC)/name/Path(*parts)
+    if not PUBLIC or not path.exists(): pytest.skip(f'OPENTRANS_PUBLIC names no folder with a clone {name} that holds {"/".join(parts)}')
+    return path
+
+class Anything(types.ModuleType):
+    "A stand-in for a library that a module of the public code imports and the test does not need."
+    def __getattr__(self, name):
+        if name.startswith('__'): raise AttributeError(name)
+        if name in ('MODELS', 'HEADS', 'BACKBONES'): return types.SimpleNamespace(register_module=lambda *a, **k: lambda cls: cls)
+        return type(name, (torch.nn.Module,), {}) if name[0].isupper() else (lambda *a, **k: None)
+
+@pytest.fixture
+def load():
+    "Imports one file of the public code, with stand-ins for what it imports beside torch. They are gone after the test."
+    before = set(sys.modules)
+    def module(path, name, *stand_ins, package=None):
+        for stand_in in stand_ins: sys.modules.setdefault(stand_in, Anything(stand_in))
+        if package:
+            sys.modules[package] = types.ModuleType(package)
+            sys.modules[package].__path__ = [str(path.parent)]
+            name = f'{package}.{name}'
+        spec = importlib.util.spec_from_file_location(name, path)
+        made = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(made)
+        return made
+    yield module
+    for name in set(sys.modules) - before: del sys.modules[name]
+
+MMSEG = ('mmengine', 'mmengine.structures', 'mmseg', 'mmseg.models', 'mmseg.models.data_preprocessor', 'mmseg.models.segmentors', 'mmseg.registry')
+
+def random_vit(seed=0, quick=True):
+    "A small ViT with random weights and an attention that is far from even."
+    import open_clip
+    from opentrans.frameworks.contract import tiny_backbone
+    small = tiny_backbone()
+    vision = dict(layers=4, width=48, head_width=12, patch_size=16, image_size=224)
+    text = dict(context_length=16, vocab_size=len(small.text.tokenizer), width=32, heads=2, layers=1)
+    torch.manual_seed(seed)
+    model = open_clip.model.CLIP(32, vision, open_clip.model.CLIPTextCfg(**text), quick_gelu=quick)
+    with torch.no_grad():
+        for p in model.visual.parameters(): p.copy_(torch.randn_like(p)*(.15 if p.dim() > 1 else .1) + (1. if p.dim() == 1 and p.mean() > .5 else 0))
+    return ClipBackbone.from_model(model, small.text.tokenizer, 'random ViT', copy_weights=False)
+
+def words_of(*counts, dim=32, seed=0):
+    "Random words: so many for each class."
+    embeddings = F.normalize(torch.randn(sum(counts), dim, generator=torch.Generator().manual_seed(seed)), dim=-1)
+    ends = torch.tensor(counts).cumsum(0)
+    rows = [[*range(end-n, end), *[end-1]*(max(counts)-n)] for n,end in zip(counts, ends.tolist())]
+    return ClassWords(embeddings, torch.tensor(rows), None)
+
+def their_vit(load, name, clip, seen='clip.model'):
+    "SCLIP's or NACLIP's ViT with the weights of ours."
+    module = load(public(name, 'clip', 'model.py'), f'{name.lower()}_model')
+    vit = module.VisionTransformer(224, 16, 48, 4, 4, 32).eval()
+    vit.load_state_dict(clip.visual.state_dict())
+    return vit
+
+def segmentor(module, cls, vit, words, **settings):
+    "The public code's segmentor around a ViT, without what its constructor loads."
+    net = types.SimpleNamespace(visual=vit, encode_image=lambda x, *a, return_all=False, csa=None, **k: vit(x, return_all=True))
+    query = torch.tensor([k for k,row in enumerate(words.of.tolist()) for _ in dict.fromkeys(row)])
+    made = getattr(module, cls).__new__(getattr(module, cls))
+    torch.nn.Module.__init__(made)
+    vars(made).update(net=net, query_features=words.embeddings, query_idx=query, num_queries=len(query), num_classes=len(words.of),
+                      align_corners=False, dtype=torch.float32, pamr=None, area_thd=None, **settings)
+    return made
+
+def answers(model, images, meta):
+    "Probabilities and labels of the public segmentor for one image."
+    kept = {}
+    sample = types.SimpleNamespace(metainfo=dict(ori_shape=images.shape[-2:]), set_data=kept.update)
+    sys.modules['mmengine.structures'].PixelData = lambda data: data
+    sys.modules[type(model).__module__].PixelData = lambda data: data
+    with torch.no_grad(): model.predict(meta, [sample])
+    return kept['seg_logits'], kept['pred_sem_seg'][0]
+
+def close(a, b, atol=1e-5): torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+@pytest.mark.parametrize('size', [(224, 224), (336, 448), (250, 301)])
+@pytest.mark.parametrize('preset', ['naclip', 'naclip_voc21'])
+def test_naclip_is_the_public_one(load, preset, size):
+    "Probabilities within 1e-5 and the same labels: windows, cut edges, positions off the native grid, background, PAMR."
+    clip,words = random_vit(),words_of(3, 1, 2, 1)
+    seg = build('training_free', clip, preset=preset, pamr=10 if size == (336, 448) else 0).eval()
+    sys.modules['clip'],sys.modules['prompts.imagenet_template'] = Anything('clip'),Anything('prompts.imagenet_template')
+    load(public('NACLIP', 'pamr.py'), 'pamr')
+    module = load(public('NACLIP', 'naclip.py'), 'naclip', 'prompts', *MMSEG)
+    vit = their_vit(load, 'NACLIP', clip)
+    vit.set_params('reduced', 'naclip', 5.)
+    theirs = segmentor(module, 'NACLIP', vit, words, prob_thd=seg.threshold, logit_scale=40, slide_stride=112, slide_crop=seg.crop)
+    if seg.pamr: theirs.pamr = sys.modules['pamr'].PAMR(10, dilations=(8, 16))
+    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(1))
+    compare(seg, theirs, images, words)
+
+def compare(seg, theirs, images, words):
+    "Ours and theirs: probabilities of the classes, up to a factor that pixels share, and labels."
+    probability,labels = answers(theirs, images, seg.backbone.prepare(images))
+    with torch.no_grad():
+        scores = seg.scores(images, words)
+        every = scores.of_words(words.embeddings).softmax(1)[0]
+        best = every[words.of].amax(1)
+        close(best/best.sum(0) if 'NACLIP' in type(theirs).__name__ else best, probability)
+        mine = seg.semantic(images, words)[0]
+    top = best.topk(2, 0).values
+    sure = (top[0]-top[1] > 1e-5) & ((top[0]-seg.threshold).abs() > 1e-5)
+    assert sure.float().mean() > .98 and torch.equal(mine[sure], labels[sure])
+    if seg.threshold: assert 0 < (mine == 0).float().mean() <= 1
+
+@pytest.mark.parametrize('preset', ['sclip', 'sclip_context60'])
+def test_sclip_is_the_public_one(load, preset):
+    clip,words = random_vit(),words_of(3, 1, 2, 1)
+    seg = build('training_free', clip, preset=preset).eval()
+    sys.modules['clip'],sys.modules['prompts.imagenet_template'] = Anything('clip'),Anything('prompts.imagenet_template')
+    load(public('SCLIP', 'pamr.py'), 'pamr')
+    module = load(public('SCLIP', 'clip_segmentor.py'), 'clip_segmentor', 'prompts', *MMSEG)
+    theirs = segmentor(module, 'CLIPForSegmentation', their_vit(load, 'SCLIP', clip), words, prob_thd=seg.threshold, logit_scale=seg.scale, slide_stride=112, slide_crop=224)
+    compare(seg, theirs, torch.rand(1, 3, 250, 301, generator=torch.Generator().manual_seed(1)), words)
+
+def test_sclips_rule_of_areas_is_the_public_one(load):
+    "VOC-21: classes of too small an area are struck out. Embeddings are drawn so that classes differ in area."
+    clip,words = random_vit(),words_of(3, 1, 2, 1, 1)
+    seg = build('training_free', clip, preset='sclip_voc21', threshold=.2).eval()
+    sys.modules['clip'],sys.modules['prompts.imagenet_template'] = Anything('clip'),Anything('prompts.imagenet_template')
+    load(public('SCLIP', 'pamr.py'), 'pamr')
+    module = load(public('SCLIP', 'clip_segmentor.py'), 'clip_segmentor', 'prompts', *MMSEG)
+    theirs = segmentor(module, 'CLIPForSegmentation', their_vit(load, 'SCLIP', clip), words, prob_thd=.2, logit_scale=65, slide_stride=112, slide_crop=224)
+    theirs.area_thd = .1
+    images = torch.rand(1, 3, 224, 288, generator=torch.Generator().manual_seed(1))
+    _,labels = answers(theirs, images, seg.backbone.prepare(images))
+    with torch.no_grad(): mine = seg.semantic(images, words)[0]
+    assert (mine == labels).float().mean() > .999
+
+@pytest.mark.parametrize('preset', ['clearclip', 'clearclip_voc21', 'clearclip_cityscapes'])
+def test_clearclip_is_the_public_one(load, preset):
+    "The change of the last block, in windows that are padded on all sides."
+    clip,words = random_vit(quick=False),words_of(3, 1, 2, 1)
+    seg = build('training_free', clip, preset=preset).eval()
+    sys.modules['prompts'],sys.modules['prompts.imagenet_template'] = Anything('prompts'),types.ModuleType('prompts.imagenet_template')
+    names = types.ModuleType('open_clip')
+    transformer = load(public('ClearCLIP', 'open_clip', 'transformer.py'), 'transformer', package='clearclip_open_clip')
+    vit = transformer.VisionTransformer(224, 16, 48, 4, 4, 4., output_dim=32).eval()
+    vit.load_state_dict(clip.visual.state_dict())
+    names.tokenizer = names.create_model = None
+    kept,sys.modules['open_clip'] = sys.modules['open_clip'],names
+    try: module = load(public('ClearCLIP', 'clearclip_segmentor.py'), 'clearclip_segmentor', 'BLIP', 'BLIP.models', 'BLIP.models.blip_retrieval', 'gem', *MMSEG)
+    finally: sys.modules['open_clip'] = kept
+    theirs = segmentor(module, 'ClearCLIPSegmentation', vit, words, prob_thd=seg.threshold, logit_scale=50, slide_stride=224, slide_crop=seg.crop, clip_type='CLIP', model_type='ClearCLIP', patch_size=(16, 16), ignore_residual=True)
+    theirs.net.encode_image = lambda x, model_type, ignore: vit(x, model_type, ignore)
+    images = torch.rand(1, 3, 250, 301, generator=torch.Generator().manual_seed(1))
+    images = images.half().float()                                      # the public code halves what it sees
+    theirs.predict = types.MethodType(whole_numbers(module.ClearCLIPSegmentation.predict), theirs)
+    compare(seg, theirs, images, words)
+
+def whole_numbers(predict):
+    "The public method on images that stay in single precision."
+    class Image(torch.Tensor):
+        def half(self): return self.as_subclass(torch.Tensor)
+    def full(self, inputs, samples): return predict(self, inputs.as_subclass(Image), samples)
+    return full
+
+def test_clearclips_other_methods_are_the_public_ones(load):
+    "Its code has four methods, with and without the rest of the block: on one map each."
+    clip = random_vit(quick=False)
+    transformer = load(public('ClearCLIP', 'open_clip', 'transformer.py'), 'transformer', package='clearclip_open_clip')
+    vit = transformer.VisionTransformer(224, 16, 48, 4, 4, 4., output_dim=32).eval()
+    vit.load_state_dict(clip.visual.state_dict())
+    images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    for theirs,mine in dict(vanilla='clip', MaskCLIP='maskclip', SCLIP='sclip', ClearCLIP='clearclip').items():
+        for residual in (True, False):
+            seg = build('training_free', clip, attention=mine, residual=residual).eval()
+            with torch.no_grad():
+                wanted = F.normalize(vit(seg.backbone.prepare(images), theirs, not residual), dim=-1)
+                (cells,_), = seg.cells(images)
+            close(cells.flatten(2).mT, wanted)
+
+@pytest.mark.parametrize('tower', ['vit', 'resnet'])
+def test_maskclip_is_the_public_one(load, tower):
+    "The head of MaskCLIP: its projection of a ViT's values, and of a ResNet's last map without positions."
+    from opentrans.frameworks.contract import tiny_backbone
+    clip = random_vit() if tower == 'vit' else tiny_backbone()
+    path = public('MaskCLIP', 'mmseg', 'models', 'decode_heads', 'maskclip_head.py')
+    for name in ('maskclip_public', 'maskclip_public.decode_heads'): sys.modules[name] = Anything(name); sys.modules[name].__path__ = []
+    sys.modules['maskclip_public.decode_heads.decode_head'] = Anything('decode_head')
+    sys.modules['maskclip_public.builder'] = Anything('builder')
+    module = load(path, 'maskclip_public.decode_heads.maskclip_head', 'mmcv', 'mmcv.utils', 'mmseg', 'mmseg.utils')
+    text = F.normalize(torch.randn(7, clip.embed_dim, generator=torch.Generator().manual_seed(0)), dim=-1)
+    head = module.MaskClipHead.__new__(module.MaskClipHead)
+    torch.nn.Module.__init__(head)
+    vars(head).update(text_embeddings=text, vit=tower == 'vit', attn_pooling=False, pd_thresh=0., ks_thresh=0., _transform_inputs=lambda x: x)
+    seg = build('training_free', clip, preset='maskclip', scale=1.).eval()
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+    net = clip.visual
+    def conv(linear): return torch.nn.Conv2d(1, 1, 1) if linear is None else as_conv(linear)
+    with torch.no_grad():
+        x = clip.prepare(images)
+        if tower == 'vit':
+            from opentrans.frameworks.training_free import tokens_before_last
+            tokens,grid = tokens_before_last(net, x)
+            block = net.transformer.resblocks[-1]                       # as its backbone makes the values, with `return_qkv`
+            y = F.linear(block.ln_1(tokens), block.attn.in_proj_weight, block.attn.in_proj_bias).chunk(3, -1)[2]
+            y = F.linear(y, block.attn.out_proj.weight, block.attn.out_proj.bias) + tokens
+            y = net.ln_post(y + block.mlp(block.ln_2(y)))[:, 1:].mT.unflatten(2, grid)
+            head.proj = torch.nn.Conv2d(48, 32, 1, bias=False)
+            head.proj.weight.copy_(net.proj.T[:, :, None, None])
+            wanted = head.train(False)([y, None, None, y])
+        else:
+            for name in ('q_proj', 'k_proj', 'v_proj', 'c_proj'): setattr(head, name, as_conv(getattr(net.attnpool, name)))
+            wanted = head.train(False)(clip(images)['res5'])
+        close(seg(images, text), F.interpolate(wanted, size=(224, 224), mode='bilinear', align_corners=False))
+
+def as_conv(linear):
+    conv = torch.nn.Conv2d(linear.in_features, linear.out_features, 1)
+    conv.weight.data.copy_(linear.weight.data[:, :, None, None])
+    conv.bias.data.copy_(linear.bias.data)
+    return conv
+
+def test_pamr_is_the_public_one(load):
+    from opentrans.frameworks.training_free import colour_affinity, refine
+    pamr = load(public('NACLIP', 'pamr.py'), 'pamr')
+    images,logits = torch.rand(2, 3, 60, 84),torch.randn(2, 5, 60, 84)
+    for steps,dilations in ((10, (8, 16)), (3, (1, 2, 4))):
+        close(refine(logits, colour_affinity(images, dilations), dilations, steps), pamr.PAMR(steps, dilations)(images, logits))
+
+def test_fusion_of_experts_is_the_public_one(load):
+    "FLOSS's `expert_fusion`, pixel by pixel, on probabilities of experts that agree, differ and abstain."
+    from opentrans.frameworks.training_free import Experts
+    path = public('FLOSS', 'mmseg', 'models', 'segmentors', 'naclip', 'naclip.py')
+    for name in ('clip', 'model', 'pamr', 'prompts', 'prompts.imagenet_template'):
+        sys.modules[f'floss_public.{name}'] = Anything(f'floss_public.{name}')
+        sys.modules[f'floss_public.{name}'].__all__ = []
+    module = load(path, 'naclip', *MMSEG, package='floss_public')
+    clip = random_vit()
+    some = F.normalize(torch.randn(6, 5, clip.embed_dim, generator=torch.Generator().manual_seed(0)), dim=-1)
+    seg = build('training_free', clip, preset='naclip').eval()
+    images = torch.rand(1, 3, 224, 240, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        scores = seg.scores(images, words_of(1, 1, 1, 1, 1))
+        each = torch.stack([scores.of_words(e).softmax(1) for e in some])
+        wanted = module.NACLIP.expert_fusion(None, each[:5], each[5])
+        close(seg(images, Experts(some[:5], some[5])).exp(), wanted)
+
+def test_a_threshold_is_named_with_its_data():
+    "A preset holds the numbers of the published configuration, and says what it lacks."
+    presets = type(build('training_free', random_vit())).presets
+    assert presets['sclip_voc21'] == dict(presets['sclip'], scale=65., threshold=.1, area=.1)
+    assert presets['clearclip_voc21']['threshold'] == .5 and presets['clearclip_context60']['threshold'] == .15
+    seg = build('training_free', random_vit(), preset='naclip_context60', background=5)
+    with pytest.raises(OpenTransError, match='background=5, but there are 2 classes'): seg.predict(torch.rand(1, 3, 64, 64), Vocabulary(['grass', 'sand']))
+
+def test_expert_templates_have_the_least_entropy():
+    "Found by hand on one image: mean entropy of the pixels that a template gives to each class."
+    from opentrans.frameworks.training_free import encode_experts, expert_templates
+    clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
+    seg = build('training_free', clip, scale=20.).eval()
+    templates,names,images = ('a photo of a {}.', 'here is a {}.', '{}'),['grass', 'sand', 'water'],torch.rand(2, 3, 64, 64)
+    found,table = expert_templates(seg, [images[:1], images[1:]], names, templates, top=1)
+    for template in templates:
+        with torch.no_grad(): likely = seg(images, clip.encode_text(names, [template])).softmax(1)
+        entropy = -(likely*likely.log()).sum(1)
+        for k,name in enumerate(names):
+            here = entropy[likely.argmax(1) == k]
+            assert (math.isnan(table[name][template]) and not len(here)) or abs(table[name][template]-here.mean().item()) < 1e-4
+    for name in names: assert found[name] == ([table[name].idxmin()] if table[name].notna().any() else list(templates))
+    experts = encode_experts(clip, names, found, templates)
+    assert experts.experts.shape == (3, 3, clip.embed_dim) and len(experts) == 3
+    with pytest.raises(OpenTransError, match='no expert templates for water'): encode_experts(clip, names, {k: v for k,v in found.items() if k != 'water'})
+    with pytest.raises(OpenTransError, match='no image'): expert_templates(seg, [], names, templates)
