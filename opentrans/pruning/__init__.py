@@ -19,5 +19,8 @@ from .densities import *
 from .densities import __all__ as _densities
 from .reconstruction import *
 from .reconstruction import __all__ as _reconstruction
+from .regrowth import *
+from .regrowth import __all__ as _regrowth
 
-__all__ = [*_mask, *_places, *_force, *_criteria, *_rounds, *_baked, *_calibration, *_solvers, *_densities, *_reconstruction]
+__all__ = [*_mask, *_places, *_force, *_criteria, *_rounds, *_baked, *_calibration, *_solvers, *_densities, *_reconstruction,
+           *_regrowth]

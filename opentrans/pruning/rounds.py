@@ -455,7 +455,7 @@ def _check_rewind(rewind, model):
                              "Give a whole model.state_dict().")
     check_like({k: rewind[k] for k in own}, own, 'rewind', 'state to rewind to', finite=False)
 
-# %% ../../nbs/01e_imp.ipynb #948061b3
+# %% ../../nbs/01e_imp.ipynb #cba051f9
 def _check_schedule(schedule):
     "The densities of a schedule that is given. Raises `OpenTransError` if it rises, or has more than 10,000 rounds."
     if not isinstance(schedule, (list, tuple, np.ndarray, torch.Tensor)):
@@ -507,8 +507,9 @@ def imp(
             began = time.perf_counter()
             within = Within(run, r, checkpoint_every) if run.folder and _takes_within(train) else None
             keep = max(1, round(plan[r]*mask.total))
-            def choose():
-                return _keep_best(_scores(score, mask, model, losses, dict(density=plan[r]), **kwargs), keep, mask.masks)
+            wanted = dict(density=plan[r], left=len(plan)-1-r, rounds=len(plan))
+            alive = None if getattr(score, 'regrows', False) else mask.masks
+            def choose(): return _keep_best(_scores(score, mask, model, losses, wanted, **kwargs), keep, alive)
             with seeded(seed+r):                                       # a criterion may draw numbers, too
                 with mask.apply(model): out = _train_round(train, model, r, within)
                 _together(lambda: _check_round(bare, run.still, r, out))
