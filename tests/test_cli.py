@@ -353,6 +353,20 @@ def test_a_criterion_of_the_library_is_one_of_the_command(tmp_path):
     assert 'magnitude, snip' in fails('prune', '--criterion', 'luck', '--out', tmp_path/'m.safetensors')
     assert 'one shot' in fails('prune', '--method', 'snip', '--criterion', 'snip', '--out', tmp_path/'m.safetensors')
 
+def test_a_mask_layer_by_layer(tmp_path):
+    "The methods of `reconstruct`, with their flags; other methods do not read these."
+    from opentrans.pruning import SparseMask
+    few = ('--images', 4, '--batch-size', 2, '--density', .3)
+    for method,more in (('wanda', ()), ('sparsegpt', ('--densities', 'owl'))):
+        made = opentrans('prune', '--method', method, '--out', tmp_path/f'{method}.safetensors', *few, *more, '--weights', tmp_path/'clip.safetensors')
+        assert made.returncode == 0, made.stderr
+        mask = SparseMask.load(tmp_path/f'{method}.safetensors')
+        assert mask.info['method'] == method and mask.info['images'] == 4 and abs(mask.density-.3) < 5e-3
+    assert (tmp_path/'clip.safetensors').exists()
+    opentrans('prune', '--method', 'wanda', '--scope', '2:4', '--density', .5, '--out', tmp_path/'n.safetensors', '--images', 2)
+    assert SparseMask.load(tmp_path/'n.safetensors').info['scope'] == '2:4'
+    assert '--images' in fails('prune', '--method', 'snip', '--images', 4, '--out', tmp_path/'m.safetensors')
+
 def test_a_study_tells_its_jobs_in_a_log(capsys, monkeypatch):
     "Where no bar can be shown, a line is written for each job that is done."
     from opentrans.experiments import run_jobs

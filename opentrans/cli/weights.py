@@ -48,7 +48,7 @@ def alpha(
     show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'xmin', 'D', 'n_tail', 'status')
                 if c in frame]], as_json, f'{backbone}: {chosen.rule}')
 
-# %% ../../nbs/app/70d_weights.ipynb #0f4dd829
+# %% ../../nbs/app/70d_weights.ipynb #2a68ce37
 # flags of prune that are fields of its trainer
 _FLAGS = ('iterations', 'lr', 'batch_size', 'crop', 'optimizer', 'weight_decay', 'clip_grad', 'batch_norm')
 
@@ -61,6 +61,15 @@ def _check_released(framework, method):
                              "Leave one of them out.")
     if _typed('loss', 'teacher'):
         raise OpenTransError("--released has the framework's own loss and teacher: leave --loss and --teacher out.")
+
+_LAYER_BY_LAYER = ('wanda', 'sparsegpt', 'alps') # methods of `reconstruct`
+
+def _check_layer_flags(method):
+    "Raises `OpenTransError` for flags that only a method of `reconstruct` reads."
+    given = [f'--{flag}' for flag in ('images', 'scope', 'densities') if _typed(flag)]
+    if given:
+        raise OpenTransError(f"{' and '.join(given)}: only --method {', '.join(_LAYER_BY_LAYER)} looks at that, "
+                             f"not {method}. Leave it out.")
 
 def _distillation(clip, data, released, told):
     """The model that `prune` trains, and its trainer: the tower by distillation alone, or a framework as in the
@@ -93,11 +102,19 @@ def prune(
     batch_size:Annotated[int, typer.Option(help="Images an iteration, over all processes.")]=8,
     loss:Annotated[str, typer.Option(help="tgkd (Eq. 3), vgkd (Eq. 4) or released (the released code's).")]='tgkd',
     method:Annotated[str, typer.Option(
-        help="imp (Algorithm 1), random, or in one shot a criterion: magnitude, snip, sensitivity.")]='imp',
+        help="imp (Algorithm 1), random, or in one shot a criterion: magnitude, snip, sensitivity; or layer by layer, on "
+             "images without labels: wanda, sparsegpt, alps.")]='imp',
     criterion:Annotated[str, typer.Option(
         help="What the rounds of imp score weights by: magnitude, snip or sensitivity, the latter two by the "
              "distillation loss.")]='magnitude',
     score_batches:Annotated[int, typer.Option(min=1, help="Batches that snip and sensitivity look at.")]=16,
+    images:Annotated[int, typer.Option(min=1, help="Images that wanda, sparsegpt and alps look at.")]=128,
+    scope:Annotated[Optional[str], typer.Option(
+        help="Which weights compete under wanda, sparsegpt and alps: layer, output, channel, global, or N:M such as 2:4. "
+             "Default: as the method was published.")]=None,
+    densities:Annotated[Optional[str], typer.Option(
+        help="How layers share the density under wanda, sparsegpt and alps: uniform, erdos-renyi-kernel, global or owl. "
+             "Default: uniform.")]=None,
     crop:Annotated[Optional[int], typer.Option(min=0,
                                                help="Side of the window cut out of larger images; 0 takes whole "
                                                     "images. Default: 512 (the paper's), whole scenes of "
@@ -130,7 +147,10 @@ def prune(
     """Find a sparse mask: Algorithm 1 with distillation as its only loss, or a baseline.
     Under accelerate launch or torchrun, processes share each batch."""
     from opentrans.clip import save_weights
-    from opentrans.pruning import CRITERIA, SparseMask, geometric_schedule, imp
+    from opentrans.data import ImageBatches
+    from opentrans.pruning import CRITERIA, SparseMask, geometric_schedule, imp, reconstruct
+    one_by_one = method in _LAYER_BY_LAYER
+    if not one_by_one: _check_layer_flags(method)
     if precision not in ('no', 'bf16'): raise unknown('precision', precision, ['no', 'bf16'])
     if released: _check_released(released, method)
     if method not in ('imp', 'random', *CRITERIA): raise unknown('method', method, ['imp', 'random', *CRITERIA])
@@ -146,7 +166,7 @@ def prune(
     if crop is None and not generated: crop = 512
     workers = _readers(workers, (), generated) or 0
     run_dir,used = checkpoint or f'{out}.run',dict(workers=workers)
-    if method not in ('random', 'magnitude'):
+    if method not in ('random', 'magnitude', *_LAYER_BY_LAYER):
         told = dict(loss=loss, iterations=iterations, lr=lr, batch_size=batch_size, crop=crop or None,
                     optimizer=optimizer, weight_decay=weight_decay, clip_grad=clip_grad or None,
                     batch_norm=batch_norm, amp=precision == 'bf16', teacher_mode=teacher, max_regions=max_regions,
@@ -164,6 +184,12 @@ def prune(
                            settings=dict(clip=backbone), **scoring)
         if weights and first_process(): save_weights(clip, weights)
         show(history, as_json, 'Algorithm 1')
+    elif one_by_one:
+        opened = open_data(data, root, split, classes, ignore)
+        pictures = ImageBatches(opened, images, batch_size, crop, seed)
+        mask,_ = reconstruct(clip, pictures, density, method, scope, densities)
+        mask.info.update(data=getattr(opened, 'name', data), images=len(pictures))
+        if weights and first_process(): save_weights(clip, weights)
     elif method == 'random': mask = SparseMask.random(clip, density, seed=seed)
     elif method == 'magnitude': mask = SparseMask.magnitude(clip, density)
     else: mask = SparseMask.by(method, clip, density, losses=distillation_loss)

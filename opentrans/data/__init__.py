@@ -11,5 +11,7 @@ from .datasets import *
 from .datasets import __all__ as _datasets
 from .metrics import *
 from .metrics import __all__ as _metrics
+from .batches import *
+from .batches import __all__ as _batches
 
-__all__ = [*_vocabulary, *_samples, *_shapes, *_readers, *_datasets, *_metrics]
+__all__ = [*_vocabulary, *_samples, *_shapes, *_readers, *_datasets, *_metrics, *_batches]

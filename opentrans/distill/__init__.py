@@ -3,5 +3,7 @@ from .losses import *
 from .losses import __all__ as _losses
 from .trainer import *
 from .trainer import __all__ as _trainer
+from .features import *
+from .features import __all__ as _features
 
-__all__ = [*_losses, *_trainer]
+__all__ = [*_features, *_losses, *_trainer]

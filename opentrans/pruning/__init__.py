@@ -11,5 +11,16 @@ from .rounds import *
 from .rounds import __all__ as _rounds
 from .baked import *
 from .baked import __all__ as _baked
+from .calibration import *
+from .calibration import __all__ as _calibration
+from .solvers import *
+from .solvers import __all__ as _solvers
+from .densities import *
+from .densities import __all__ as _densities
+from .reconstruction import *
+from .reconstruction import __all__ as _reconstruction
+from .regrowth import *
+from .regrowth import __all__ as _regrowth
 
-__all__ = [*_mask, *_places, *_force, *_criteria, *_rounds, *_baked]
+__all__ = [*_mask, *_places, *_force, *_criteria, *_rounds, *_baked, *_calibration, *_solvers, *_densities, *_reconstruction,
+           *_regrowth]

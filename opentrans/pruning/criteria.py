@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CRITERIA', 'criterion', 'weight_magnitude', 'snip', 'sensitivity']
 
-# %% ../../nbs/01d_criteria.ipynb #c05d171c
+# %% ../../nbs/01d_criteria.ipynb #afcf21aa
 import inspect
 import torch
 from torch import nn
@@ -35,14 +35,15 @@ def _criterion(said):
     if said not in CRITERIA: raise unknown('criterion', said, CRITERIA)
     return said,CRITERIA[said]
 
-def _ask_criterion(f, model, losses=None, **kwargs):
-    """The scores that a criterion gives. It is told what it takes: a function of the model alone gets the model
-    alone."""
+def _ask_criterion(f, model, losses=None, wanted=None, **kwargs):
+    """The scores that a criterion gives. It is told what it takes: a function of the model alone gets the model alone,
+    and one with arguments `density` and `scope` is told which mask is `wanted`."""
     try: takes = list(inspect.signature(f).parameters.values())
     except ValueError: takes = []
     anything,names = any(p.kind == p.VAR_KEYWORD for p in takes),[p.name for p in takes]
     second = next((p for p in takes[1:2] if p.kind == p.POSITIONAL_OR_KEYWORD), None)
     args,told = [model],{k: v for k,v in kwargs.items() if anything or k in names}
+    told |= {k: v for k,v in (wanted or {}).items() if k in names}
     if second is not None and (losses is not None or second.default is second.empty): args.append(losses)
     elif losses is not None and (anything or 'losses' in names): told['losses'] = losses
     scores = f(*args, **told)
@@ -58,11 +59,11 @@ def weight_magnitude(model, losses=None, **kwargs):
 # %% ../../nbs/01d_criteria.ipynb #424d419b
 def _threads(): return dict(threads=torch.get_num_threads()) # sums are rounded otherwise by another number of them
 
-def _scores(score, mask, model, losses=None, **kwargs):
+def _scores(score, mask, model, losses=None, wanted=None, **kwargs):
     """Scores of the masked weights, by a criterion. Raises `OpenTransError` if it leaves a layer out, or gives
     another shape."""
     if score is weight_magnitude: return {n: _size(w) for n,w in mask.weights(model).items()}
-    scores = _ask_criterion(score, model, losses, **kwargs)
+    scores = _ask_criterion(score, model, losses, wanted, **kwargs)
     if lack := [n for n in mask.names if n not in scores]:
         raise OpenTransError(f"The criterion gives no scores for {len(lack)} layers: {', '.join(lack[:6])}.")
     odd = [n for n in mask.names if tuple(scores[n].shape) != mask.shapes[n]]
@@ -111,7 +112,7 @@ def sensitivity(model, losses=None, **kwargs):
         for n in g: total[n] = total.get(n, 0) + g[n].abs().square()
     return {layer.name: _size(layer.weight)*total[layer.name].sqrt() for layer in found}
 
-# %% ../../nbs/01d_criteria.ipynb #d1cf8f40
+# %% ../../nbs/01d_criteria.ipynb #967b269e
 @patch(cls_method=True)
 @delegates(prunable)
 def by(cls:SparseMask,
@@ -128,4 +129,5 @@ def by(cls:SparseMask,
     density,found = _density(density),prunable(model, **kwargs)
     info = _info(model, found, method=name, scope=scope) | _dense_info(model, **kwargs)
     if losses is not None: info |= _threads()
-    return cls(_choose(_ask_criterion(f, model, losses, **kwargs), density, scope, layers(model)), info)
+    wanted = dict(density=density, scope=scope)
+    return cls(_choose(_ask_criterion(f, model, losses, wanted, **kwargs), density, scope, layers(model)), info)

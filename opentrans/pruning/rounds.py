@@ -6,7 +6,7 @@
 __all__ = ['MOST_ROUNDS', 'IMP_FILE', 'START_FILE', 'ROUND_FILE', 'geometric_schedule', 'Within', 'imp', 'plot_history',
            'cubic_schedule']
 
-# %% ../../nbs/01e_imp.ipynb #76e5d715
+# %% ../../nbs/01e_imp.ipynb #6b262525
 import contextlib, inspect, math, os, re, signal, sys, time, warnings, weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -505,7 +505,7 @@ def _check_rewind(rewind, model):
             "Give a whole model.state_dict().")
     check_like({k: rewind[k] for k in own}, own, 'rewind', 'state to rewind to', finite=False)
 
-# %% ../../nbs/01e_imp.ipynb #d9263032
+# %% ../../nbs/01e_imp.ipynb #f7836fc1
 def _check_schedule(schedule):
     "The densities of a schedule that is given. Raises `OpenTransError` if it rises, or has more than 10,000 rounds."
     if not isinstance(schedule, (list, tuple, np.ndarray, torch.Tensor)):
@@ -573,10 +573,12 @@ def imp(
             began = time.perf_counter()
             within = Within(run, r, checkpoint_every) if run.folder and _takes_within(train) else None
             keep = max(1, round(plan[r]*mask.total))
+            wanted = dict(density=plan[r], left=len(plan)-1-r, rounds=len(plan))
+            alive = None if getattr(score, 'regrows', False) else mask.masks
             def choose():
-                scores = _scores(score, mask, model, losses, **kwargs)
-                if each is None: return _keep_best(scores, keep, mask.masks)
-                return _keep_each(scores, _on_the_way(each, plan[r], density, mask, keep), mask.masks)
+                scores = _scores(score, mask, model, losses, wanted, **kwargs)
+                if each is None: return _keep_best(scores, keep, alive)
+                return _keep_each(scores, _on_the_way(each, plan[r], density, mask, keep), alive)
             with seeded(seed+r):                                       # a criterion may draw numbers, too
                 with mask.apply(model): out = _train_round(train, model, r, within)
                 _together(lambda: _check_round(bare, run.still, r, out))
