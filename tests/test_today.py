@@ -44,12 +44,12 @@ def load():
 
 MMSEG = ('mmengine', 'mmengine.structures', 'mmseg', 'mmseg.models', 'mmseg.models.data_preprocessor', 'mmseg.models.segmentors', 'mmseg.registry')
 
-def random_vit(seed=0, quick=True):
+def random_vit(seed=0, quick=True, layers=4):
     "A small ViT with random weights and an attention that is far from even."
     import open_clip
     from opentrans.frameworks.contract import tiny_backbone
     small = tiny_backbone()
-    vision = dict(layers=4, width=48, head_width=12, patch_size=16, image_size=224)
+    vision = dict(layers=layers, width=48, head_width=12, patch_size=16, image_size=224)
     text = dict(context_length=16, vocab_size=len(small.text.tokenizer), width=32, heads=2, layers=1)
     torch.manual_seed(seed)
     model = open_clip.model.CLIP(32, vision, open_clip.model.CLIPTextCfg(**text), quick_gelu=quick)
@@ -281,3 +281,135 @@ def test_expert_templates_have_the_least_entropy():
     assert experts.experts.shape == (3, 3, clip.embed_dim) and len(experts) == 3
     with pytest.raises(OpenTransError, match='no expert templates for water'): encode_experts(clip, names, {k: v for k,v in found.items() if k != 'water'})
     with pytest.raises(OpenTransError, match='no image'): expert_templates(seg, [], names, templates)
+
+DETECTRON2 = ('detectron2', 'detectron2.config', 'detectron2.data', 'detectron2.layers', 'detectron2.modeling', 'detectron2.modeling.backbone',
+              'detectron2.modeling.postprocessing', 'detectron2.structures', 'detectron2.utils', 'detectron2.utils.memory', 'fvcore', 'fvcore.nn', 'fvcore.nn.weight_init')
+
+def stand_in_detectron2():
+    "What the public code takes of detectron2: decorators that do nothing, a batch of images, and its resizing of the result."
+    for name in DETECTRON2: sys.modules[name] = Anything(name)
+    sys.modules['detectron2.config'].configurable = lambda function=None, **k: function or (lambda f: f)
+    for name in ('META_ARCH_REGISTRY', 'SEM_SEG_HEADS_REGISTRY', 'BACKBONE_REGISTRY'):
+        setattr(sys.modules['detectron2.modeling'], name, types.SimpleNamespace(register=lambda: lambda cls: cls))
+    def images(tensors, divisible=0): return types.SimpleNamespace(tensor=torch.stack(tensors), image_sizes=[t.shape[-2:] for t in tensors])
+    sys.modules['detectron2.structures'].ImageList = types.SimpleNamespace(from_tensors=images)
+    def size(result, seen, height, width): return F.interpolate(result[None, :, :seen[0], :seen[1]], size=(height, width), mode='bilinear', align_corners=False)[0]
+    sys.modules['detectron2.modeling.postprocessing'].sem_seg_postprocess = size
+
+def their_catseg(load, seg, text):
+    "The public CAT-Seg with the weights of ours, but for what its constructor loads and reads."
+    pytest.importorskip('einops', reason='the public code needs einops')
+    stand_in_detectron2()
+    model = load(public('CAT-Seg', 'cat_seg', 'modeling', 'transformer', 'model.py'), 'catseg_transformer')
+    towers = load(public('CAT-Seg', 'cat_seg', 'third_party', 'model_vpt.py'), 'catseg_towers')
+    module = load(public('CAT-Seg', 'cat_seg', 'cat_seg_model.py'), 'cat_seg_model')
+    net = seg.backbone.visual
+    vit = towers.VisualTransformer(224, 16, 48, 12, 4, 32, 0, 0).eval()
+    weights = {}
+    for name,tensor in net.state_dict().items():
+        if name.endswith('attn.in_proj_weight'):
+            weights.update({name.replace('in_proj', f'{part}_proj'): piece for part,piece in zip('qkv', tensor.chunk(3))})
+        else: weights[name] = tensor
+    vit.load_state_dict(weights)
+    sizes = dict(text_guidance_dim=32, text_guidance_proj_dim=16, appearance_guidance_dim=32, appearance_guidance_proj_dim=16, decoder_dims=(32, 16), decoder_guidance_dims=(24, 12),
+                 decoder_guidance_proj_dims=(8, 4), num_layers=2, nheads=4, hidden_dim=32, pooling_size=(2, 2), feature_resolution=(24, 24), window_size=12, prompt_channel=1, pad_len=seg.head.most)
+    aggregator = model.Aggregator(**sizes).eval()
+    missing = aggregator.load_state_dict(seg.head.state_dict(), strict=False)
+    assert not missing.unexpected_keys and all(name.endswith('attn_mask') for name in missing.missing_keys)
+    def head(features, guides):
+        cells = features[:, 1:].mT.unflatten(2, (24, 24))
+        return aggregator(cells, text[None, :, None].repeat(len(cells), 1, 1, 1), [guides[name] for name in ('res3', 'res4', 'res5')])
+    head.predictor = types.SimpleNamespace(clip_model=types.SimpleNamespace(encode_image=lambda x, dense: vit(x, dense)))
+    made = module.CATSeg.__new__(module.CATSeg)
+    torch.nn.Module.__init__(made)
+    mean,std = (255*getattr(seg.backbone, name).view(3, 1, 1) for name in ('mean', 'std'))
+    vars(made).update(sem_seg_head=head, size_divisibility=384, sliding_window=False, clip_resolution=(384, 384), layers=[], clip_pixel_mean=mean, clip_pixel_std=std, pixel_mean=mean, pixel_std=std)
+    made.upsample1,made.upsample2 = seg.upsample1,seg.upsample2
+    for number in (3, 7): vit.transformer.resblocks[number].register_forward_hook(lambda m, _, out: made.layers.append(out))
+    return made.eval()
+
+@pytest.mark.parametrize('names, most', [(7, 0), (7, 9), (12, 9)])
+def test_catseg_is_the_public_one(load, names, most):
+    "Probabilities within 1e-4: fewer classes than meet, as many, and more; and the evaluation through windows."
+    clip = random_vit(layers=12)
+    options = dict(hidden=32, guide=16, decoder=(32, 16), decoder_guides=(8, 4), tap_guides=(24, 12), most=most)
+    seg = build('catseg', clip, seed=0, **options).eval()
+    with torch.no_grad():
+        for name,p in seg.named_parameters():
+            if 'padding' in name: p.normal_()
+    text = F.normalize(torch.randn(names, 32, generator=torch.Generator().manual_seed(2)), dim=-1)
+    theirs = their_catseg(load, seg, text)
+    image = torch.rand(3, 384, 384, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = theirs([dict(image=image*255)])[0]['sem_seg']
+        close(seg(image[None], text)[0], wanted, 1e-4)
+        if most == 9 and names == 7:
+            theirs.sliding_window,seg.sliding = True,True
+            other = torch.rand(3, 500, 700, generator=torch.Generator().manual_seed(3))
+            wanted = theirs([dict(image=other*255, height=500, width=700)])[0]['sem_seg']
+            close(seg(other[None], text)[0], wanted, 1e-4)
+
+def small_convnext():
+    "A small ConvNeXt CLIP with random weights, of maps with 4, 8, 16 and 32 channels or whatever timm gives it."
+    clip = ClipBackbone.create('shapes-convnext', pretrained=None, seed=3)
+    with torch.no_grad():
+        for p in clip.parameters(): p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))*.1)
+    return clip
+
+@pytest.mark.parametrize('reject', [0, 1, 3])
+def test_sed_is_the_public_one(load, monkeypatch, reject):
+    "Probabilities within 1e-4, of the whole and with early rejection, from the weights of the whole model; and the losses."
+    pytest.importorskip('einops', reason='the public code needs einops')
+    stand_in_detectron2()
+    monkeypatch.setattr(torch.Tensor, 'cuda', lambda self, *a, **k: self)
+    for name in ('convnext', 'model'): model = load(public('SED', 'sed', 'modeling', 'transformer', f'{name}.py'), name, package='sed_public')
+    module = load(public('SED', 'sed', 'sed_model.py'), 'sed_model')
+    clip = small_convnext()
+    seg = build('sed', clip, seed=0, resolution=192, hidden=32, decoder=(32, 16, 16), decoder_guides=(8, 8, 4), kernels=(9, 9, 9), templates=('a {}.', 'the {}.', '{}'), reject=reject).eval()
+    channels = [clip.channels[name] for name in ('res4', 'res3', 'res2')]
+    aggregator = model.Aggregator(text_guidance_dim=0, text_guidance_proj_dim=0, appearance_guidance_dim=8, appearance_guidance_proj_dim=8, decoder_dims=(32, 16, 16), decoder_guidance_dims=channels,
+                                  decoder_corr_guidance_dims=(3, 8, 8), decoder_guidance_proj_dims=(8, 8, 4), num_layers=2, nheads=4, hidden_dim=32, pooling_size=(2, 2), feature_resolution=(6, 6),
+                                  window_size=6, prompt_channel=3, cnext_type='V1', kernel_size=[9, 9, 9], fast_inference=reject > 0, topK=reject).eval()
+    aggregator.load_state_dict(seg.head.state_dict())
+    names = 12
+    text = F.normalize(torch.randn(names, 3, clip.embed_dim, generator=torch.Generator().manual_seed(2)), dim=-1)
+    def tower(images, dense):
+        "Their `encode_image`: features of the stages and an embedding of each cell by the head of the tower."
+        trunk,out = clip.visual.trunk,{}
+        x = trunk.stem(images)
+        for i in range(4): x = out[f'res{i+2}'] = trunk.stages[i](x)
+        x = trunk.norm_pre(x)
+        cells = x.flatten(2).mT.flatten(0, 1)[..., None, None]
+        out['clip_vis_dense'] = clip.visual.head(trunk.head(cells)).unflatten(0, (len(x), -1)).mT.unflatten(2, x.shape[-2:])
+        return out
+    def head(cells, guides):
+        return aggregator(cells, text[None].repeat(len(cells), 1, 1, 1), [guides[name] for name in guides][::-1], torch.tensor(0.))
+    head.predictor,head.ignore_value = types.SimpleNamespace(clip_model=types.SimpleNamespace(encode_image=tower)),255
+    theirs = module.SED.__new__(module.SED)
+    torch.nn.Module.__init__(theirs)
+    mean,std = (255*getattr(clip, name).view(3, 1, 1) for name in ('mean', 'std'))
+    vars(theirs).update(sem_seg_head=head, size_divisibility=-1, sliding_window=False, clip_resolution=(192, 192), clip_pixel_mean=mean, clip_pixel_std=std, pixel_mean=mean, pixel_std=std,
+                        in_features=['res2', 'res3', 'res4', 'res5'], fast_inference=reject > 0, clip_finetune='full')
+    theirs.eval()
+    image = torch.rand(3, 160, 224, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = theirs([dict(image=image*255, height=160, width=224)])[0]['sem_seg']
+        found = seg(image[None], text)[0]
+        close(found, F.interpolate(head_maps(theirs, image)[None], size=(160, 224), mode='bilinear', align_corners=False)[0], 1e-4)
+        assert wanted.shape == found.shape
+    if reject: assert seg.left[0][-1] < names
+    else:
+        labels = torch.randint(names, (1, 160, 224), generator=torch.Generator().manual_seed(4))
+        labels[:, :9] = 255
+        theirs.train(); aggregator.train(); seg.train()
+        seg.text = lambda: text
+        losses = theirs([dict(image=image*255, sem_seg=labels[0])])
+        mine = seg.loss(dict(images=image[None], labels=labels))
+        for number in range(4): torch.testing.assert_close(mine[f'bce_{number}'], losses[f'loss_sem_seg_{number}'], rtol=1e-4, atol=0)
+
+def head_maps(theirs, image):
+    "The public model's map, before it is cut at the size of the image, which is smaller than the map here."
+    x = (image*255-theirs.clip_pixel_mean)/theirs.clip_pixel_std
+    out = theirs.sem_seg_head.predictor.clip_model.encode_image(F.interpolate(x[None], size=theirs.clip_resolution, mode='bilinear', align_corners=False), True)
+    maps = theirs.sem_seg_head(out['clip_vis_dense'], {name: out[name] for name in theirs.in_features})[0][0]
+    return maps if theirs.fast_inference else maps.sigmoid()

@@ -286,7 +286,7 @@ class Aggregator(nn.Module):
         x = self.head(self.decoder2(self.decoder1(x, guides[0]), guides[1]))
         return x.unflatten(0, (len(volume), -1))[:, :, 0]
 
-# %% ../../nbs/frameworks/36_catseg.ipynb #2d6683d2
+# %% ../../nbs/frameworks/36_catseg.ipynb #21bd0c93
 _BENCHMARKS = ('coco_panoptic', 'cityscapes_19', 'ade20k_150', 'ade20k_847', 'voc_20', 'context_59', 'context_459')
 _STILL_AT_ONCE = 32 # classes that are enlarged at a time in evaluation
 
@@ -411,9 +411,9 @@ class CATSeg(Framework):
         return self.head(cells, text.to(cells), guides, 0 if self.training else _STILL_AT_ONCE)
 
     def scores(self, images, text):
-        "Logits of the grid, which are resized when they are asked for."
+        "Probabilities of the grid, which are resized when they are asked for."
         if self.sliding and not self.training: return self.window_scores(images, text)
-        return Scores(self.maps(images, text), images.shape[-2:])
+        return Scores(self.maps(images, text).sigmoid(), images.shape[-2:])
 
     def window_scores(self, images, text, side=640, window=384):
         "The released evaluation: a square of 640 pixels through windows, beside the whole."
@@ -424,7 +424,7 @@ class CATSeg(Framework):
         return WindowMeans(maps, places, side, images.shape[-2:])
 
     def forward(self, images, text_embeddings):
-        "Images (B,3,H,W) and text embeddings (K,D) to logits (B,K,H,W); probabilities if `sliding`."
+        "Images (B,3,H,W) and text embeddings (K,D) to probabilities (B,K,H,W), as the released code resizes them."
         return self.scores(images, text_embeddings).part(0, len(text_embeddings))
 
     def loss(self, batch):
