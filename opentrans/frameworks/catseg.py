@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from ..core import layers as named_layers, LayerSelection
 from ..errors import OpenTransError
 from .contract import Framework, register_framework, resize, Scores
-from .mask2former import put_weights, read_checkpoint
+from .published import put_weights, weights_of
 from .training_free import first_tokens, window_places
 
 # %% ../../nbs/frameworks/36_catseg.ipynb #85788aa2
@@ -500,7 +500,7 @@ def load_catseg(
     strict:bool=True, # Raise if a part of the head does not fit? If not, it is left as it is
 )->pd.DataFrame: # As of `load_mask2former`
     "Load released weights of CAT-Seg. Raises `OpenTransError` that lists what does not fit."
-    weights = source if isinstance(source, dict) else read_checkpoint(source)
+    weights = weights_of(source)
     def needed(name): return name.startswith(('head.', 'upsample'))
     advice = ("Is it a checkpoint of CAT-Seg? Build the framework with its sizes and a backbone of the same CLIP, "
               "or pass strict=False.")

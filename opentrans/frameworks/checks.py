@@ -6,6 +6,7 @@
 __all__ = ['check_framework']
 
 # %% ../../nbs/frameworks/30b_checks.ipynb #67826336
+from collections.abc import Collection
 from dataclasses import dataclass, field
 import pandas as pd
 import torch
@@ -27,76 +28,265 @@ class _Case:
     options:dict = field(default_factory=dict)
 
     def build(self, train=True):
-        "A new framework with seeded weights; norm weights that start at zero are set to 0.5, so that every layer matters."
+        "A new framework with seeded weights; norm weights that start at zero are 0.5, so that every layer matters."
         seg = build(self.name, self.backbone.fresh_copy(), vocabulary=self.vocabulary, seed=0, **self.options)
         with torch.no_grad():
-            for n,p in seg.tower.named_parameters():
-                if p.dim() == 1 and n.endswith('weight') and not p.any(): p.fill_(.5)
+            for name,parameter in seg.tower.named_parameters():
+                if parameter.dim() == 1 and name.endswith('weight') and not parameter.any(): parameter.fill_(.5)
         return seg.train(train)
 
-    def batch(self, b=2, size=(64, 64), ignore=255):
-        "Images cut into four quarters of four classes, a strip of which is not labelled."
-        k,(h,w) = len(self.vocabulary),size
-        g = torch.Generator().manual_seed(1)
-        colours = torch.rand(k, 3, generator=g)
-        quarter = (torch.arange(h)[:, None] >= h//2)*2 + (torch.arange(w) >= w//2)
-        labels = torch.stack([(quarter + i) % k for i in range(b)])
-        images = (colours[labels].permute(0, 3, 1, 2) + .05*torch.randn(b, 3, h, w, generator=g)).clamp(0, 1)
-        labels[..., :h//8, :] = ignore
-        classes = [l[l != ignore].unique() for l in labels]
-        return dict(images=images, labels=labels, regions=[l == c[:, None, None] for l,c in zip(labels, classes)], region_classes=classes,
-                    isthing=[torch.ones(len(c), dtype=torch.bool) for c in classes], ids=[str(i) for i in range(b)])
+    def text(self, classes, seed=0):
+        "Random text embeddings of some classes."
+        generator = torch.Generator().manual_seed(seed)
+        return F.normalize(torch.randn(classes, self.backbone.embed_dim, generator=generator), dim=1)
 
-    def steps(self, seg, n, lr=1e-2):
-        "Train `n` steps on one batch with AdamW and weight decay; returns the losses."
+    def batch(self, count=2, size=(64, 64), ignore=255):
+        "Images cut into four quarters of four classes, a strip of which is not labelled."
+        height,width = size
+        generator,classes = torch.Generator().manual_seed(1),len(self.vocabulary)
+        colours = torch.rand(classes, 3, generator=generator)
+        quarter = (torch.arange(height)[:, None] >= height//2)*2 + (torch.arange(width) >= width//2)
+        labels = torch.stack([(quarter + i) % classes for i in range(count)])
+        noise = .05*torch.randn(count, 3, height, width, generator=generator)
+        images = (colours[labels].permute(0, 3, 1, 2) + noise).clamp(0, 1)
+        labels[..., :height//8, :] = ignore
+        kinds = [image[image != ignore].unique() for image in labels]
+        return dict(images=images, labels=labels, ids=[str(i) for i in range(count)], region_classes=kinds,
+                    regions=[image == there[:, None, None] for image,there in zip(labels, kinds)],
+                    isthing=[torch.ones(len(there), dtype=torch.bool) for there in kinds])
+
+    def steps(self, seg, count, lr=1e-2):
+        "Train some steps on one batch with AdamW and weight decay; returns the losses."
         batch,losses = self.batch(),[]
-        opt = torch.optim.AdamW([p for p in seg.parameters() if p.requires_grad], lr=lr, weight_decay=.1)
+        optimizer = torch.optim.AdamW([p for p in seg.parameters() if p.requires_grad], lr=lr, weight_decay=.1)
         with seeded(0):
-            for _ in range(n):
-                opt.zero_grad(); loss = sum(seg.loss(batch).values()); loss.backward(); opt.step(); losses.append(loss.item())
+            for _ in range(count):
+                optimizer.zero_grad()
+                loss = sum(seg.loss(batch).values())
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
         return losses
 
 _CHECKS = []
-def _check(f): _CHECKS.append(f); return f
+def _check(function):
+    "Add a check to the suite: a function of a `_Case` that says what it found, or fails with a reason."
+    _CHECKS.append(function)
+    return function
 
-# %% ../../nbs/frameworks/30b_checks.ipynb #3db3d4f1
+# %% ../../nbs/frameworks/30b_checks.ipynb #fd7b4249
 @_check
 def _names_carry_a_mask(case):
     "a mask made on the bare tower fits, with no leftovers"
     from opentrans.pruning.mask import SparseMask
     seg,mask = case.build(),SparseMask.random(case.backbone.tower, .5, seed=0)
     keys = param_shapes(case.backbone.tower)
-    inside,mine = match_names(keys, param_shapes(seg), 'weights of the tower'),dict(seg.tower.named_parameters())
-    everything = dict(seg.named_parameters())
-    assert len(inside) == len(mine), f'the tower in the framework has other parameters than CLIP: {sorted(set(mine) ^ set(inside))[:6]}'
-    for k,n in inside.items(): assert everything[n] is mine[k], f'{k} is found at {n}, which is not the weight of framework.tower'
+    places = match_names(keys, param_shapes(seg), 'weights of the tower')
+    tower,everything = dict(seg.tower.named_parameters()),dict(seg.named_parameters())
+    others = sorted({*tower} ^ {*places})[:6]
+    assert len(places) == len(tower), f'the tower in the framework has other parameters than CLIP: {others}'
+    for key,name in places.items():
+        same = everything[name] is tower[key]
+        assert same, f'{key} is found at {name}, which is not the weight of framework.tower'
     before = list(seg.state_dict())
     with mask.apply(seg):
-        for n,weight in mask.weights(seg).items():
-            assert not weight[~mask[n]].any(), f'{n}: pruned weights are not zero after mask.apply(framework)'
-        assert list(seg.state_dict()) == before, 'a mask in force changes the names of the state dict, so checkpoints would not fit'
-    assert not any('token_embedding' in n for n in before), 'the text encoder is a part of the state dict; it is shared and must stay outside'
-    return f'{len(mask.names)} layers, prefix {next(iter(inside.values()))[:-len(next(iter(inside)))]!r}'
+        for name,weight in mask.weights(seg).items():
+            assert not weight[~mask[name]].any(), f'{name}: pruned weights are not zero after mask.apply(framework)'
+        during = list(seg.state_dict())
+    assert during == before, 'a mask in force changes the names of the state dict, so checkpoints would not fit'
+    text = [name for name in before if 'token_embedding' in name]
+    assert not text, 'the text encoder is a part of the state dict; it is shared and must stay outside'
+    key,name = next(iter(places.items()))
+    return f'{len(mask.names)} layers, prefix {name[:-len(key)]!r}'
 
 @_check
 def _logits_follow_the_vocabulary(case):
     "logits are (B,K,H,W) at input size, change with the vocabulary and permute with it"
     seg = case.build(train=False)
-    x,(a,b) = case.batch()['images'],[F.normalize(torch.randn(5, seg.backbone.embed_dim, generator=torch.Generator().manual_seed(s)), dim=1) for s in (0, 1)]
-    perm = torch.tensor([3, 0, 4, 1, 2])
+    images,first,second = case.batch()['images'],case.text(5),case.text(5, seed=1)
+    order = torch.tensor([3, 0, 4, 1, 2])
     def logits(text):
-        with seeded(0), torch.no_grad(): return seg(x, text)
-    la,lb,lp = logits(a),logits(b),logits(a[perm])
-    assert la.shape == (2, 5, 64, 64), f'logits are {tuple(la.shape)}, not (B,K,H,W) = (2, 5, 64, 64)'
-    assert la.isfinite().all(), 'logits have NaN or infinity'
-    assert (la - lb).abs().max() > 1e-4, 'other text embeddings give the same logits: the vocabulary is not used'
-    assert (la[:, perm] - lp).abs().max() < 1e-3*la.abs().max().clamp(min=1), 'permuting the classes does not permute the logits: classes are not treated alike'
-    named = seg.predict(x, case.vocabulary)
-    assert named.shape == (2, 64, 64) and named.dtype == torch.int64, f'predict gives {tuple(named.shape)} {named.dtype}, not (B,H,W) int64'
-    assert 0 <= named.min() and named.max() < len(case.vocabulary), 'predict gives a class that is not in the vocabulary'
+        with seeded(0), torch.no_grad(): return seg(images, text)
+    out,other,permuted = logits(first),logits(second),logits(first[order])
+    assert out.shape == (2, 5, 64, 64), f'logits are {tuple(out.shape)}, not (B,K,H,W) = (2, 5, 64, 64)'
+    assert out.isfinite().all(), 'logits have NaN or infinity'
+    changed = (out - other).abs().max() > 1e-4
+    assert changed, 'other text embeddings give the same logits: the vocabulary is not used'
+    alike = (out[:, order] - permuted).abs().max() < 1e-3*out.abs().max().clamp(min=1)
+    assert alike, 'permuting the classes does not permute the logits: classes are not treated alike'
+    named = seg.predict(images, case.vocabulary)
+    given = f'{tuple(named.shape)} {named.dtype}'
+    assert named.shape == (2, 64, 64) and named.dtype == torch.int64, f'predict gives {given}, not (B,H,W) int64'
+    known = 0 <= named.min() and named.max() < len(case.vocabulary)
+    assert known, 'predict gives a class that is not in the vocabulary'
     return 'shape, change, permutation'
 
-# %% ../../nbs/frameworks/30b_checks.ipynb #9a62b7ef
+# %% ../../nbs/frameworks/30b_checks.ipynb #28b7e2f7
+@_check
+def _gradients_follow_the_selection(case):
+    "gradients exist exactly where a LayerSelection allows"
+    from opentrans.pruning.mask import SparseMask
+    seg,batch = case.build(),case.batch()
+    def learning():
+        "Names of the parameters that get a gradient."
+        seg.zero_grad(set_to_none=True)
+        with seeded(0): sum(seg.loss(batch).values()).backward()
+        return {name for name,p in seg.named_parameters() if p.grad is not None and p.grad.any()}
+    used = learning()
+    names = {id(p): name for name,p in seg.named_parameters()}
+    full = {layer.name: names[id(layer.param)] for layer in layers(seg)} # name of a layer -> that of its parameter
+    prunable = SparseMask.random(case.backbone.tower, .5, seed=0).names
+    idle = [layer for layer in prunable if full[layer] not in used]
+    assert not idle, (f'{len(idle)} prunable layers get no gradient from the loss, e.g. {idle[:4]}: '
+                      'the framework does not use them')
+    active = [layer for layer in full if full[layer] in used]
+    train,freeze = active[::2],active[1::2]
+    trained,frozen = ({full[layer] for layer in some} for some in (train, freeze))
+    with LayerSelection(train, freeze, 'every second').apply(seg): selected = learning()
+    assert not frozen & selected, 'frozen layers have gradients: they would be trained, and their cost is not saved'
+    assert trained <= selected, 'layers selected for training have no gradient'
+    others = used - trained - frozen
+    lost = sorted(others-selected)[:4]
+    assert others <= selected, f'a layer selection took the gradient of what it does not name: {lost}'
+    assert learning() == used, 'after the selection is removed, gradients are not what they were'
+    return f'{len(train)} trained, {len(freeze)} frozen, {len(others)} others untouched'
+
+# %% ../../nbs/frameworks/30b_checks.ipynb #ba62fcce
+@_check
+def _any_size_and_number(case):
+    "odd sizes, a batch of one, one class and 847 classes"
+    seg,text = case.build(train=False),case.text(847)
+    for count,size,classes in ((1, (64, 64), 1), (1, (49, 75), 847), (3, (65, 33), 3)):
+        with torch.no_grad(): logits = seg(case.batch(count, size)['images'], text[:classes])
+        what = f'{count} images of {size}, {classes} classes: logits'
+        assert logits.shape == (count, classes, *size), f'{what} are {tuple(logits.shape)}'
+        assert logits.isfinite().all(), f'{what} have NaN or infinity'
+    seg.train()
+    for batch in (case.batch(1), case.batch(1, (49, 75))):
+        loss = sum(seg.loss(batch).values())
+        loss.backward()
+        assert loss.isfinite(), ('a training batch of one image has no finite loss: '
+                                 'the last batch of an epoch would stop the run')
+    terms = seg.loss(_without_labels(case.batch()))
+    numbers = {name: term.item() for name,term in terms.items()}
+    finite = all(term.isfinite() for term in terms.values())
+    assert finite, f'a batch without any label has the losses {numbers}: it must not end in NaN'
+    return '64x64, 49x75, 65x33; batches of 1 and 3; 1, 3 and 847 classes; no labels'
+
+def _without_labels(batch):
+    "A batch of which nothing is known."
+    size,none = batch['labels'].shape[1:],torch.zeros(0, dtype=torch.bool)
+    count = len(batch['labels'])
+    return dict(batch, labels=torch.full_like(batch['labels'], 255), regions=[none.new_zeros(0, *size)]*count,
+                region_classes=[none.long()]*count, isthing=[none]*count)
+
+@_check
+def _small_images(case):
+    "images of a few pixels are answered, and trained on or refused in a sentence"
+    seg,refused = case.build(train=False),0
+    text = seg.text()
+    for size in ((1, 1), (7, 5), (15, 100), (16, 400), (33, 65)):
+        images = case.batch(1, size)['images']
+        with evaluating(seg): logits = seg(images, text)
+        whole = logits.shape == (1, len(text), *size) and logits.isfinite().all()
+        assert whole, f'an image of {size}: logits are {tuple(logits.shape)}'
+        for kind in seg.kinds:
+            out = seg.predict(images, kind=kind)
+            assert out.shape[1:3] == size, f'an image of {size}: predict(kind={kind!r}) gives {tuple(out.shape)}'
+    seg.train()
+    for count,size in ((2, (1, 1)), (1, (7, 5)), (2, (15, 100)), (1, (32, 32)), (1, (16, 400))):
+        try: loss = sum(seg.loss(case.batch(count, size)).values())
+        except OpenTransError: refused += 1
+        else: assert loss.isfinite(), f'{count} images of {size} have no finite loss'
+    return f'1x1, 7x5, 15x100, 16x400, 33x65; {refused} of 5 small batches refused'
+
+# %% ../../nbs/frameworks/30b_checks.ipynb #d4f7c26f
+@_check
+def _evaluation_is_deterministic(case):
+    "evaluation gives the same twice, and a state dict carries all of it"
+    seg,images = case.build(),case.batch()['images']
+    case.steps(seg, 1)
+    seg.eval()
+    other = case.build(train=False)
+    other.load_state_dict(seg.state_dict())
+    text = seg.text()
+    with torch.no_grad(): once,twice,from_state = seg(images, text),seg(images, text),other(images, text)
+    assert torch.equal(once, twice), 'two evaluations of the same images differ'
+    assert torch.equal(from_state, once), ('a framework with the same state dict gives other logits: '
+                                           'something is outside the state dict')
+    seg.train()
+    assert torch.equal(seg.predict(images), seg.predict(images)), 'predict is not in evaluation mode'
+    assert seg.training, 'predict does not put training mode back'
+    return 'same logits twice, and from the saved state'
+
+@_check
+def _pieces_are_the_whole(case):
+    "logits of some classes at a time are those of all, and so is the best class, the first of equals"
+    seg = case.build(train=False)
+    images,text = case.batch(2, (49, 75))['images'],case.text(9, seed=2)
+    text = torch.cat([text, text[:2]]) # the last two are never the first of equals
+    with torch.no_grad():
+        whole,scores,best = seg(images, text),scores_of(seg, images, text),seg.semantic(images, text)
+        ready,largest = scores.ready(),whole.abs().max()
+        for step in (1, 4, len(text)):
+            starts = range(0, len(text), step)
+            parts = torch.cat([ready.part(start, min(start+step, len(text))) for start in starts], 1)
+            what = f'scores of {step} classes at a time'
+            assert parts.shape == whole.shape, f'{what} are {tuple(parts.shape)}, and logits {tuple(whole.shape)}'
+            near = torch.allclose(parts, whole, rtol=1e-4, atol=1e-5*largest)
+            assert near, f'{what} are not what forward gives'
+            same = torch.equal(best_class(scores, step), parts.argmax(1))
+            assert same, f'{what} have another best class than all of them'
+    unsure = whole.topk(2, 1).values.diff(dim=1)[:, 0].abs() <= 1e-5*whole.abs().amax(1)
+    right = ((best == whole.argmax(1)) | unsure).all()
+    assert right, 'semantic gives another class than the largest logit of forward'
+    return '1, 4 and 11 classes at a time'
+
+# %% ../../nbs/frameworks/30b_checks.ipynb #1f5ac750
+@_check
+def _pruned_weights_stay_zero(case):
+    "no pruned weight is revived by training"
+    from opentrans.pruning.mask import SparseMask
+    seg,mask = case.build(),SparseMask.random(case.backbone.tower, .1, seed=0)
+    tower = dict(seg.tower.named_parameters())
+    before = {name: tower[name].detach().clone() for name in mask.names}
+    with mask.apply(seg.backbone):
+        case.steps(seg, 2)
+        for name in mask.names:
+            kept,weight = mask[name],tower[name]
+            revived = int(weight[~kept].count_nonzero())
+            assert not revived, (f'{name}: {revived} pruned weights are not zero after two steps of AdamW '
+                                 'with weight decay')
+            assert not torch.equal(weight[kept], before[name][kept]), f'{name}: the kept weights have not moved'
+    return f'{len(mask.names)} layers at density {mask.density:.2f}'
+
+@_check
+def _it_learns(case):
+    "a few steps on one batch lower the loss"
+    losses = case.steps(case.build(), 12, lr=3e-3)
+    finite = all(loss == loss and abs(loss) < float('inf') for loss in losses)
+    assert finite, f'the losses are not finite: {losses}'
+    lower = min(losses[-3:]) < losses[0]
+    assert lower, f'12 steps of AdamW on one batch do not lower the loss: {losses[0]:.3f} -> {losses[-1]:.3f}'
+    return f'loss {losses[0]:.2f} -> {losses[-1]:.2f}'
+
+@_check
+def _example_inputs_run(case):
+    "`example_inputs` are arguments of `forward`, and every kind of output comes out"
+    seg = case.build(train=False)
+    with torch.no_grad(): logits = seg(*seg.example_inputs((3, 64, 64)))
+    given = tuple(logits.shape)
+    assert given == (1, len(case.vocabulary), 64, 64), (f'forward(*example_inputs) gives {given}: '
+                                                        'costs would be counted of something else')
+    for kind in seg.kinds:
+        out = seg.predict(case.batch()['images'], kind=kind)
+        assert len(out) == 2, f'predict(kind={kind!r}) gives {len(out)} results for 2 images'
+        if kind != 'panoptic': continue
+        pairs,given = out.shape == (2, 64, 64, 2) and out.dtype == torch.int64,f'{tuple(out.shape)} {out.dtype}'
+        assert pairs, f'panoptic output is {given}, not (B,H,W,2) int64'
+    return ', '.join(seg.kinds)
+
+# %% ../../nbs/frameworks/30b_checks.ipynb #42e34728
 @_check
 def _gradients_follow_the_selection(case):
     "gradients exist exactly where a LayerSelection allows"
@@ -163,7 +353,7 @@ def _small_images(case):
         else: assert loss.isfinite(), f'{b} images of {size} have no finite loss'
     return f'1x1, 7x5, 15x100, 16x400, 33x65; {refused} of 5 small batches refused'
 
-# %% ../../nbs/frameworks/30b_checks.ipynb #a092d4b0
+# %% ../../nbs/frameworks/30b_checks.ipynb #c98d51b6
 @_check
 def _evaluation_is_deterministic(case):
     "evaluation gives the same twice, and a state dict carries all of it"
@@ -237,16 +427,19 @@ def _example_inputs_run(case):
 def check_framework(
     name:str, # A registered framework
     backbone=None, # `ClipBackbone` to check with; None takes `tiny_backbone()`
-    vocabulary=('red star', 'blue disc', 'green square', 'grass', 'sand'), # At least four names
+    vocabulary:Collection[str]=('red star', 'blue disc', 'green square', 'grass', 'sand'), # At least four names
     preset:str=None, # None takes 'small' if the framework has it
     **options, # Options for `build`
 )->pd.DataFrame: # One row a check: what was checked, what was found
     "The contract suite: raises `AssertionError` with a reason where the framework breaks the contract."
-    cls = get_framework(name)
-    preset = preset or ('small' if 'small' in cls.presets else 'paper')
-    case = _Case(name, tiny_backbone() if backbone is None else backbone, list(vocabulary), dict(options, preset=preset))
+    presets = get_framework(name).presets
+    if preset is None: preset = 'small' if 'small' in presets else 'paper'
+    if backbone is None: backbone = tiny_backbone()
+    case = _Case(name, backbone, list(vocabulary), dict(options, preset=preset))
     rows = []
-    for f in _CHECKS:
-        try: rows.append((f.__doc__, f(case)))
-        except (AssertionError, OpenTransError) as e: raise AssertionError(f"{name} ({preset}): {f.__doc__}: {e}") from e
+    for check in _CHECKS:
+        what = check.__doc__
+        try: rows.append((what, check(case)))
+        except (AssertionError, OpenTransError) as error:
+            raise AssertionError(f'{name} ({preset}): {what}: {error}') from error
     return pd.DataFrame(rows, columns=['check', 'found'])

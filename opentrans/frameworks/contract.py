@@ -4,18 +4,17 @@
 
 # %% auto #0
 __all__ = ['JITTER', 'ADAMW', 'text_logits', 'resize', 'pixel_loss', 'Scores', 'best_class', 'Framework', 'scores_of',
-           'smallest_side', 'register_framework', 'list_frameworks', 'get_framework', 'promise_frameworks', 'build',
-           'check_choice', 'tiny_backbone']
+           'smallest_side', 'check_choice', 'register_framework', 'list_frameworks', 'get_framework',
+           'promise_frameworks', 'build', 'tiny_backbone']
 
 # %% ../../nbs/frameworks/30_contract.ipynb #6730d616
-import bisect, copy, functools, inspect, math, pkgutil, re
+import bisect, copy, functools, importlib.util, inspect, math, pkgutil, re
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 import torch
 from torch import nn
 import torch.nn.functional as F
-from fastcore.basics import patch
-import importlib.util
 from ..core import find_tower
 from ..errors import check_number, OpenTransError, unknown
 from ..runtime import device_of, evaluating, seeded
@@ -32,10 +31,11 @@ def text_logits(
 # %% ../../nbs/frameworks/30_contract.ipynb #07142e7e
 def resize(
     x:torch.Tensor, # (B,C,h,w)
-    size, # (H,W)
+    size:Sequence[int], # (H,W)
 )->torch.Tensor: # (B,C,H,W)
     "Bilinear interpolation to a size, as heads and their losses use it; nothing is done where the size is right."
-    return x if tuple(x.shape[-2:]) == tuple(size) else F.interpolate(x, size=tuple(size), mode='bilinear', align_corners=False)
+    if tuple(x.shape[-2:]) == tuple(size): return x
+    return F.interpolate(x, size=tuple(size), mode='bilinear', align_corners=False)
 
 # %% ../../nbs/frameworks/30_contract.ipynb #901b2cd1
 def pixel_loss(
@@ -44,26 +44,28 @@ def pixel_loss(
     ignore:int=255, # Label that counts nowhere
 )->torch.Tensor: # Mean over the pixels that count; 0 if there are none
     "Cross-entropy over pixels. Raises `OpenTransError` for a label that is neither a class nor `ignore`."
+    counts,classes = labels != ignore,logits.shape[1]
     try: total = F.cross_entropy(logits.float(), labels, ignore_index=ignore, reduction='sum')
-    except IndexError as e:
-        bad = labels[(labels != ignore) & ((labels < 0) | (labels >= logits.shape[1]))].unique().tolist()
-        raise OpenTransError(f"Labels {bad[:6]} are neither one of the {logits.shape[1]} classes nor ignore={ignore}. Do data and framework have the same vocabulary?") from e
-    return total/(labels != ignore).sum().clamp(min=1)
+    except IndexError as error:
+        wrong = labels[counts & ((labels < 0) | (labels >= classes))].unique().tolist()
+        raise OpenTransError(f"Labels {wrong[:6]} are neither one of the {classes} classes nor ignore={ignore}. "
+                             "Do data and framework have the same vocabulary?") from error
+    return total/counts.sum().clamp(min=1)
 
 # %% ../../nbs/frameworks/30_contract.ipynb #29d36223
-_AT_ONCE = 2**26 # Logits at full size that are held at a time: 256 MB
-
 class Scores:
     "The logits of a batch, made of some classes at a time. What is needed for all classes is held, and is small."
     def __init__(self,
         maps:torch.Tensor, # (B,K,h,w) logits of all classes, of any height and width
-        size=None, # (H,W) to which logits are resized; None leaves them
+        size:Sequence[int]=None, # (H,W) to which logits are resized; None leaves them
     ):
         self.maps = maps
         self._hold(*maps.shape[:2], maps.shape[-2:] if size is None else size)
 
     def _hold(self, batch, classes, size):
-        self.batch,self.classes,self.made,self.size,self.steps = batch,classes,tuple(size),tuple(size),()
+        self.batch,self.classes = batch,classes
+        self.made = self.size = tuple(size)
+        self.steps = ()
         self.pixels = batch*math.prod(size) # of a class, where it is largest
 
     def make(self, start, stop): return resize(self.maps[:, start:stop], self.made)
@@ -80,18 +82,28 @@ class Scores:
         for step in self.steps: out = step(out)
         return out
 
-    def then(self, step, size):
+    def then(self,
+        step:Callable, # Function of logits (B,k,H,W)
+        size:Sequence[int], # (H,W) of what it gives
+    ):
         "The same logits with one more step behind them."
         new = copy.copy(self)
         new.steps,new.size = (*self.steps, step),tuple(size)
         new.pixels = max(self.pixels, self.batch*math.prod(size))
         return new
 
-    def cut(self, height, width): return self.then(functools.partial(_corner, height=height, width=width), (height, width))
+    def cut(self, height:int, width:int): # The corner of that size at the top and left
+        return self.then(functools.partial(_corner, height=height, width=width), (height, width))
+
     def mirrored(self): return self.then(functools.partial(torch.flip, dims=(-1,)), self.size)
-    def resized(self, size): return self if self.size == tuple(size) else self.then(functools.partial(resize, size=size), size)
+
+    def resized(self, size:Sequence[int]): # Interpolated to (H,W)
+        return self if self.size == tuple(size) else self.then(functools.partial(resize, size=size), size)
 
 def _corner(logits, height, width): return logits[..., :height, :width]
+
+# %% ../../nbs/frameworks/30_contract.ipynb #63d84a92
+_AT_ONCE = 2**26 # Logits at full size that are held at a time: 256 MB
 
 def best_class(
     scores:Scores, # Of a batch
@@ -108,12 +120,12 @@ def best_class(
             best,top = torch.where(larger, index+start, best),torch.where(larger, value, top)
     return best
 
-# %% ../../nbs/frameworks/30_contract.ipynb #0a82d155
-JITTER = dict(scale=(.1, 2.), flip=.5) # settings of a `Recipe`: large-scale jitter, as Mask2Former and FC-CLIP train on COCO-panoptic
-ADAMW = dict(optimizer='adamw', weight_decay=.05, clip_grad=.01) # and what Mask2Former's code and its descendants share
+# %% ../../nbs/frameworks/30_contract.ipynb #2af95ac4
+JITTER = dict(scale=(.1, 2.), flip=.5) # large-scale jitter of a `Recipe`, as Mask2Former and FC-CLIP train on COCO
+ADAMW = dict(optimizer='adamw', weight_decay=.05, clip_grad=.01) # what Mask2Former's code and its descendants share
 
-class Framework(nn.Module):
-    "A segmentation framework on a CLIP backbone, open to any vocabulary (Sec. 3.1). An adapter writes `forward(images, text_embeddings)`."
+class Framework(_AnySize, _AnyVocabulary):
+    "A segmentation framework on a CLIP backbone, open to any vocabulary (Sec. 3.1). An adapter writes `forward`."
     kinds = ('semantic',) # What `predict` can give
     presets = dict(paper={}) # Named options for `build`; 'paper' is the default
     prompts = '{}' # Of class names in the released code: the bare name (MODEL.TEXT_ENCODER.PROMPT)
@@ -122,55 +134,64 @@ class Framework(nn.Module):
     recipe = None # Settings of a `Recipe` that the paper prints for it; None: DeepLabV3's, which are "identical"
     released_recipe = None # Those of the released code; None is as `recipe`
     output_stride = 32 # Stride of the last features of a ResNet tower at the paper's sizes
-    test_sizes = {} # Data set -> (short, longest side) at which the released code sees its images, where that is not (800, 1333)
+    test_sizes = {} # Data set -> (short, longest side) of its images in the released code, if not (800, 1333)
 
     def __init__(self,
         backbone, # `ClipBackbone`, or any module with its `channels`, `embed_dim` and `encode_text`
         vocabulary=None, # Class names to train with: `Vocabulary` or a list of names
     ):
         super().__init__()
-        lacking = [a for a in ('channels', 'embed_dim', 'encode_text') if not hasattr(backbone, a)]
-        if lacking: raise OpenTransError(f"A {type(backbone).__name__} has no {', '.join(lacking)} and cannot be a backbone here. Make one with ClipBackbone.create(...).")
+        lacking = [name for name in ('channels', 'embed_dim', 'encode_text') if not hasattr(backbone, name)]
+        if lacking:
+            raise OpenTransError(f"A {type(backbone).__name__} has no {', '.join(lacking)} and cannot be a "
+                                 "backbone here. Make one with ClipBackbone.create(...).")
         self.backbone,self.vocabulary,self._texts = backbone,vocabulary,{}
         _take_any_size(type(self))
 
     @property
-    def tower(self): return find_tower(self.backbone)
-    @property
-    def ignore(self)->int: return 65535 if self.vocabulary is not None and len(self.vocabulary) > 255 else 255
+    def tower(self)->nn.Module: # The image tower, in which parameters have their names
+        return find_tower(self.backbone)
 
-    def idle_layers(self)->list:
+    @property
+    def ignore(self)->int: # The label that counts nowhere
+        return 65535 if self.vocabulary is not None and len(self.vocabulary) > 255 else 255
+
+    def idle_layers(self)->list[str]:
         "Names in the tower of layers that this framework never uses, if it has cut some off: they get no gradient."
         return []
 
-    def forward(self, images, text_embeddings)->torch.Tensor:
+    def forward(self, images:torch.Tensor, text_embeddings:torch.Tensor)->torch.Tensor:
         "Images (B,3,H,W) in [0,1] and text embeddings (K,D) to logits (B,K,H,W)."
-        raise NotImplementedError(f"{type(self).__name__} must write forward(images, text_embeddings) -> logits (B,K,H,W).")
+        raise NotImplementedError(f"{type(self).__name__} must write forward(images, text_embeddings) -> "
+                                  "logits (B,K,H,W).")
 
     def loss(self,
         batch:dict, # As `opentrans.data.collate` gives it: images, labels, regions, ...
-    )->dict: # Name -> scalar; their sum is trained
+    )->dict[str, torch.Tensor]: # Name -> scalar; their sum is trained
         "Cross-entropy over pixels; adapters with losses of their own override this."
-        return dict(ce=pixel_loss(self(batch['images'], self.text()), batch['labels'], batch.get('ignore', self.ignore)))
+        logits = self(batch['images'], self.text())
+        return dict(ce=pixel_loss(logits, batch['labels'], batch.get('ignore', self.ignore)))
 
-    def scores(self, images, text)->Scores: # Of the images' size
-        "What `forward` gives, class by class. An adapter that can do so without holding all logits at full size overrides this."
+    def scores(self, images:torch.Tensor, text)->Scores: # Of the images' size
+        "What `forward` gives, class by class. An adapter that can do so without holding all logits overrides this."
         return Scores(self(images, text))
 
-    def semantic(self, images, text)->torch.Tensor: # (B,H,W) int64
+    def semantic(self, images:torch.Tensor, text)->torch.Tensor: # (B,H,W) int64
         "The best class of each pixel; the classes are taken in pieces."
         return best_class(scores_of(self, images, text))
 
-def _defined_in(kind, name): return next(c for c in kind.__mro__ if name in vars(c))
+# %% ../../nbs/frameworks/30_contract.ipynb #6158c9f0
+def _defined_in(kind, name): return next(cls for cls in kind.__mro__ if name in vars(cls))
 
 def scores_of(
-    framework, # A `Framework`, or a function of images and text embeddings
+    framework:Callable, # A `Framework`, or a function of images and text embeddings
     images:torch.Tensor, # (B,3,H,W)
     text, # Text embeddings
 )->Scores:
-    "The logits of a framework, class by class. Where a subclass has a `forward` of its own and inherits `scores`, its `forward` counts."
+    "The logits of a framework, class by class. Where a subclass writes `forward` alone, that is what counts."
+    if not isinstance(framework, Framework): return Scores(framework(images, text))
     kind = type(framework)
-    own = isinstance(framework, Framework) and issubclass(_defined_in(kind, 'scores'), _defined_in(kind, 'forward'))
+    own = issubclass(_defined_in(kind, 'scores'), _defined_in(kind, 'forward'))
     return framework.scores(images, text) if own else Scores(framework(images, text))
 
 # %% ../../nbs/frameworks/30_contract.ipynb #99da9744
@@ -190,37 +211,40 @@ def smallest_side(
     return 1 + bisect.bisect_left(range(1, _SIDE), True, key=fits)
 
 def _apart(function, *args):
-    "What a function gives in a thread of its own, where nothing counts its operations, as `opentrans.cost` does in this one."
+    "What a function gives in a thread of its own, where its operations are not counted (by `opentrans.cost`)."
     with ThreadPoolExecutor(1) as pool: return pool.submit(function, *args).result()
 
-@patch(as_prop=True)
-def least_side(self:Framework)->int:
-    "The smallest side of an image that is not filled up."
-    if '_least' not in self.__dict__:
-        least = _apart(smallest_side, self.backbone)
-        fills = getattr(self, 'divisible', 1) >= least and not getattr(self, 'kd', 0) # itself; but a teacher of its own would see images as they are
-        self._least = 1 if fills else least
-    return self._least
+class _AnySize(nn.Module):
+    "What a framework does with small images."
+    @property
+    def least_side(self)->int:
+        "The smallest side of an image that is not filled up."
+        if '_least' not in self.__dict__:
+            least = _apart(smallest_side, self.backbone)
+            # a framework that pads by itself needs no more; but a teacher of its own would see images as they are
+            pads = getattr(self, 'divisible', 1) >= least and not getattr(self, 'kd', 0)
+            self._least = 1 if pads else least
+        return self._least
 
-@patch
-def fill_up(self:Framework,
-    images:torch.Tensor, # (B,C,H,W)
-)->torch.Tensor: # The same, or with more rows below and more columns at the right
-    "Images as large as the backbone needs them: the last row and column go on. Raises `OpenTransError` for images without a pixel."
-    height, width = images.shape[-2:]
-    if not (height and width): raise OpenTransError(f"Images of {height}x{width} pixels have none. Leave them out.")
-    if min(height, width) >= _SIDE: return images
-    below, right = (max(self.least_side-n, 0) for n in (height, width))
-    return F.pad(images, (0, right, 0, below), mode='replicate') if below or right else images
+    def fill_up(self,
+        images:torch.Tensor, # (B,C,H,W)
+    )->torch.Tensor: # The same, or with more rows below and more columns at the right
+        "Images of the least size: the last row and column go on. Raises `OpenTransError` if there is no pixel."
+        height,width = images.shape[-2:]
+        if not (height and width):
+            raise OpenTransError(f"Images of {height}x{width} pixels have none. Leave them out.")
+        if min(height, width) >= _SIDE: return images
+        below,right = (max(self.least_side-side, 0) for side in (height, width))
+        return F.pad(images, (0, right, 0, below), mode='replicate') if below or right else images
 
 def _fill_batch(framework, batch):
     "A batch to train on with images of the least size; what is added carries no label and belongs to no region."
-    images, filled = batch['images'], framework.fill_up(batch['images'])
+    images,filled = batch['images'],framework.fill_up(batch['images'])
     if filled is images: return batch
-    more = [new-old for new,old in zip(filled.shape[-2:], images.shape[-2:])]
-    add = (0, more[1], 0, more[0])
-    res = dict(batch, images=filled, labels=F.pad(batch['labels'], add, value=batch.get('ignore', framework.ignore)))
-    if 'regions' in batch: res['regions'] = [F.pad(r, add, value=False) for r in batch['regions']]
+    below,right = (new-old for new,old in zip(filled.shape[-2:], images.shape[-2:]))
+    add,ignore = (0, right, 0, below),batch.get('ignore', framework.ignore)
+    res = dict(batch, images=filled, labels=F.pad(batch['labels'], add, value=ignore))
+    if 'regions' in batch: res['regions'] = [F.pad(masks, add, value=False) for masks in batch['regions']]
     return res
 
 # %% ../../nbs/frameworks/30_contract.ipynb #10465279
@@ -230,15 +254,16 @@ def _enough_values():
     try: yield
     except ValueError as error:
         if 'more than 1 value per channel' not in str(error): raise
-        raise OpenTransError("These images are so few and small that they leave a batch norm or group norm one value, "
-                             "by which it cannot normalise. Give larger images or crops, more of them at a time, "
-                             "or a wider head (more channels than the norm has groups).") from error
+        raise OpenTransError("These images are so few and small that they leave a batch norm or group norm one "
+                             "value, by which it cannot normalise. Give larger images or crops, more of them at a "
+                             "time, or a wider head (more channels than the norm has groups).") from error
 
 def _answers_small(method, cut):
     "A method on images that takes any of them."
     @functools.wraps(method)
     def filled(self, images, *args, **kwargs):
-        if not isinstance(images, torch.Tensor) or images.ndim != 4: return method(self, images, *args, **kwargs) # the backbone says what is wrong
+        if not isinstance(images, torch.Tensor) or images.ndim != 4: # the backbone says what is wrong
+            return method(self, images, *args, **kwargs)
         full = self.fill_up(images)
         with _enough_values(): out = method(self, full, *args, **kwargs)
         if full is images or kwargs.get('size') is not None: return out
@@ -254,52 +279,64 @@ def _learns_small(method):
 
 def _rows(height, width): return (..., slice(height), slice(width))
 def _rows_of_pairs(height, width): return (slice(None), slice(height), slice(width))
-_CUTS = dict(forward=_rows, semantic=_rows, panoptic=_rows_of_pairs, scores=None) # where height and width are in what a method gives
+_CUTS = dict(forward=_rows, semantic=_rows, panoptic=_rows_of_pairs, scores=None) # where height and width are
 
 def _take_any_size(cls):
-    "Let the methods of a framework's class take images of any size, whether they stand in its body or were patched in."
+    "Let the methods of a framework's class take images of any size, those of its body and those patched in."
     for kind in cls.__mro__[:cls.__mro__.index(Framework)+1]:
         for name in ('loss', *_CUTS):
-            method = kind.__dict__.get(name)
+            method = vars(kind).get(name)
             if method is None or hasattr(method, '_any_size'): continue
             made = _learns_small(method) if name == 'loss' else _answers_small(method, _CUTS[name])
             made._any_size = True
             setattr(kind, name, made)
 
 # %% ../../nbs/frameworks/30_contract.ipynb #1b76279b
-@patch
-def text(self:Framework,
-    vocabulary=None, # `Vocabulary`, list of names, or (K,D) embeddings; None takes the training vocabulary
-)->torch.Tensor: # (K,D) on the framework's device
-    "Text embeddings of a vocabulary. Raises `OpenTransError` if there is none."
-    v = self.vocabulary if vocabulary is None else vocabulary
-    if v is None or not len(v): raise OpenTransError("There are no class names. Pass build(..., vocabulary=...) to train, or predict(images, vocabulary).")
-    if isinstance(v, torch.Tensor): return v.to(device_of(self))
-    key = tuple(v) if isinstance(v, list) else v,str(device_of(self)) # encoded once: an iteration of training must not wait for it
-    if key not in self._texts: self._texts[key] = self.backbone.encode_text(v).to(device_of(self))
-    return self._texts[key]
+class _AnyVocabulary(nn.Module):
+    "What a framework does with names."
+    def text(self,
+        vocabulary=None, # `Vocabulary`, list of names, or (K,D) embeddings; None takes the training vocabulary
+    )->torch.Tensor: # (K,D) on the framework's device
+        "Text embeddings of a vocabulary. Raises `OpenTransError` if there is none."
+        names,device = self.vocabulary if vocabulary is None else vocabulary,device_of(self)
+        if names is None or not len(names):
+            raise OpenTransError("There are no class names. Pass build(..., vocabulary=...) to train, or "
+                                 "predict(images, vocabulary).")
+        if isinstance(names, torch.Tensor): return names.to(device)
+        key = tuple(names) if isinstance(names, list) else names,str(device)
+        if key not in self._texts: # encoded once: an iteration of training must not wait for it
+            self._texts[key] = self.backbone.encode_text(names).to(device)
+        return self._texts[key]
 
-@patch
-def predict(self:Framework,
-    images:torch.Tensor, # (B,3,H,W) in [0,1]
-    vocabulary=None, # Names to choose from, as for `text`
-    kind:str='semantic', # One of `kinds`
-    **kwargs, # For that kind, e.g. `isthing` for 'panoptic'
-): # 'semantic': (B,H,W) int64. 'panoptic': (B,H,W,2) int64 class and instance, as `opentrans.metrics.PanopticQuality` reads it
-    "Segment images with any vocabulary, in evaluation mode. Raises `OpenTransError` for a kind that this framework cannot give."
-    if kind not in self.kinds: raise unknown(f'kind of output of {type(self).__name__}', kind, self.kinds)
-    with evaluating(self): return getattr(self, kind)(images.to(device_of(self)), self.text(vocabulary), **kwargs)
+    def predict(self,
+        images:torch.Tensor, # (B,3,H,W) in [0,1]
+        vocabulary=None, # Names to choose from, as for `text`
+        kind:str='semantic', # One of `kinds`
+        **kwargs, # For that kind, e.g. `isthing` for 'panoptic'
+    )->torch.Tensor: # 'semantic': (B,H,W) int64 classes. 'panoptic': (B,H,W,2) int64 classes and instances
+        "Segment images with any vocabulary, in evaluation mode. Raises `OpenTransError` for an unknown `kind`."
+        check_choice(f'kind of output of {type(self).__name__}', kind, self.kinds)
+        segment,images = getattr(self, kind),images.to(device_of(self))
+        with evaluating(self): return segment(images, self.text(vocabulary), **kwargs)
 
-@patch
-def example_inputs(self:Framework,
-    input_size, # (3,H,W) or (H,W) of one image, or (B,3,H,W)
-)->tuple: # Arguments of `forward`, to count its cost
-    "An image, or several, and as many text embeddings as the training vocabulary has; the text encoder is not needed."
-    g,dev = torch.Generator().manual_seed(0),device_of(self)
-    k = len(self.vocabulary) if self.vocabulary is not None else 1
-    text = F.normalize(torch.randn(k, self.backbone.embed_dim, generator=g), dim=1)
-    images = input_size[0] if len(input_size) == 4 else 1
-    return torch.rand(images, 3, *input_size[-2:], generator=g).to(dev),text.to(dev)
+    def example_inputs(self,
+        input_size:Sequence[int], # (3,H,W) or (H,W) of one image, or (B,3,H,W)
+    )->tuple: # Arguments of `forward`, to count its cost
+        "An image, or several, and as many text embeddings as training has classes; no text encoder is needed."
+        generator,device = torch.Generator().manual_seed(0),device_of(self)
+        classes = 1 if self.vocabulary is None else len(self.vocabulary)
+        text = F.normalize(torch.randn(classes, self.backbone.embed_dim, generator=generator), dim=1)
+        count = input_size[0] if len(input_size) == 4 else 1
+        images = torch.rand(count, 3, *input_size[-2:], generator=generator)
+        return images.to(device),text.to(device)
+
+def check_choice(
+    name:str, # Name of the option, for the error
+    given, # What was given
+    allowed:Collection, # What is allowed
+):
+    "Raise `OpenTransError` for an option that is none of what is allowed."
+    if given not in allowed: raise unknown(name, given, allowed)
 
 # %% ../../nbs/frameworks/30_contract.ipynb #9bfcb2a3
 _REGISTRY = {} # name -> class, or the name of the module that registers it
@@ -308,30 +345,37 @@ def register_framework(
     name:str, # Name for `build`
     module:str=None, # Module that registers the class when it is imported; then this is not a decorator
 ): # The class decorator
-    "Put a framework on the list, as a class decorator or, given `module`, as a promise. Raises `OpenTransError` if another class has the name."
-    if module is not None: _REGISTRY.setdefault(name, module); return None
+    "Put a framework on the list, or, given `module`, promise it. Raises `OpenTransError` if the name is taken."
+    if module is not None:
+        _REGISTRY.setdefault(name, module)
+        return None
     def add(cls):
         old = _REGISTRY.get(name)
         if isinstance(old, type) and old.__qualname__ != cls.__qualname__:
-            raise OpenTransError(f"'{name}' is already {old.__module__}.{old.__qualname__}. Choose another name for {cls.__qualname__}.")
-        _REGISTRY[name] = cls; cls.name = name
+            raise OpenTransError(f"'{name}' is already {old.__module__}.{old.__qualname__}. "
+                                 f"Choose another name for {cls.__qualname__}.")
+        _REGISTRY[name] = cls
+        cls.name = name
         return cls
     return add
 
-def list_frameworks()->list:
+def list_frameworks()->list[str]:
     "Names of the frameworks that `build` knows."
-    return sorted(n for n,c in _REGISTRY.items() if not isinstance(c, str) or importlib.util.find_spec(c))
+    def there(cls): return not isinstance(cls, str) or importlib.util.find_spec(cls)
+    return sorted(name for name,cls in _REGISTRY.items() if there(cls))
 
 def _loaded(name):
     "The class of a registered name; its module is imported if it has only been promised."
     if isinstance(_REGISTRY[name], str): importlib.import_module(_REGISTRY[name])
     return _REGISTRY[name]
 
-def get_framework(name:str)->type:
+def get_framework(name:str)->type[Framework]:
     "The class of a name, or of another name that the class goes by. Raises `OpenTransError` if there is none."
     names = list_frameworks()
     if name in names: return _loaded(name)
-    others = {other: n for n in names for other in vars(_loaded(n)).get('also', ())} # its own, not those of a class that it extends
+    others = {}
+    for known in names: # its own other names, not those of a class that it extends
+        others |= {other: known for other in vars(_loaded(known)).get('also', ())}
     if not isinstance(name, str) or name not in others: raise unknown('framework', name, [*names, *others])
     return _loaded(others[name])
 
@@ -341,7 +385,8 @@ def promise_frameworks(
     "Put the frameworks of a package on the list without importing them: those that its modules register by name."
     for found in pkgutil.iter_modules(package.__path__, f'{package.__name__}.'):
         source = found.module_finder.find_spec(found.name).loader.get_source(found.name) or ''
-        for name in re.findall(r"^@register_framework\('([\w-]+)'\)", source, re.M): register_framework(name, module=found.name)
+        for name in re.findall(r"^@register_framework\('([\w-]+)'\)", source, re.M):
+            register_framework(name, module=found.name)
 
 # %% ../../nbs/frameworks/30_contract.ipynb #5feee6c5
 def build(
@@ -349,26 +394,20 @@ def build(
     backbone, # `ClipBackbone`; it becomes a part of the framework
     vocabulary=None, # Class names to train with: `Vocabulary` or list of names
     preset:str='paper', # One of the class's `presets`
-    seed:int=None, # Of the head's random weights; None draws from the generators as they stand
+    seed:int=None, # Seed of the head's random weights; None draws from the generators as they stand
     **options, # Options of the class, over those of the preset
 )->Framework: # In training mode, on the backbone's device
     "Build a framework on a backbone. Raises `OpenTransError` for an unknown framework, preset or option."
     cls = get_framework(name)
-    if preset not in cls.presets: raise unknown(f'preset of {name}', preset, cls.presets)
-    known = [p for p in inspect.signature(cls.__init__).parameters if p not in ('self', 'backbone', 'vocabulary')]
-    for o in options:
-        if o not in known: raise unknown(f'option of {name}', o, known or ['(there are none)'])
-        _check_option(name, o, options[o], inspect.signature(cls.__init__).parameters[o])
-    with seeded(seed): return cls(backbone, vocabulary=vocabulary, **{**cls.presets[preset], **options}).to(device_of(backbone)).train()
-
-# %% ../../nbs/frameworks/30_contract.ipynb #6515497e
-def check_choice(
-    name:str, # Name of the option, for the error
-    given, # What was given
-    allowed, # What is allowed
-):
-    "Raise `OpenTransError` for an option that is none of what is allowed."
-    if given not in allowed: raise unknown(name, given, allowed)
+    check_choice(f'preset of {name}', preset, cls.presets)
+    parameters = inspect.signature(cls.__init__).parameters
+    known = [option for option in parameters if option not in ('self', 'backbone', 'vocabulary')]
+    for option,value in options.items():
+        if option not in known: raise unknown(f'option of {name}', option, known or ['(there are none)'])
+        _check_option(name, option, value, parameters[option])
+    options = {**cls.presets[preset], **options}
+    with seeded(seed): framework = cls(backbone, vocabulary=vocabulary, **options)
+    return framework.to(device_of(backbone)).train()
 
 def _check_option(framework, name, value, param):
     "A number among the options of a framework must be one: finite, and not below 0. Raises `OpenTransError`."
@@ -378,7 +417,7 @@ def _check_option(framework, name, value, param):
 
 # %% ../../nbs/frameworks/30_contract.ipynb #a9fc668c
 def tiny_backbone(
-    seed:int=0, # Of the random weights
+    seed:int=0, # Seed of the random weights
     width:int=8, # Channels behind the first stage are 4 times this; `shapes-rn` has 16
 ): # `ClipBackbone`, of the build of `shapes-rn`
     "A small CLIP backbone with random weights, for checks: nothing about it is trained."

@@ -5,81 +5,121 @@
 # %% auto #0
 __all__ = ['Pyramid', 'conv_bn', 'Decoder', 'set_output_stride', 'DeepLabV3']
 
-# %% ../../nbs/frameworks/31_deeplabv3.ipynb #282979de
+# %% ../../nbs/frameworks/31_deeplabv3.ipynb #f825d913
 import copy, dataclasses, math
+from collections.abc import Sequence
 import torch
 from torch import nn
 import torch.nn.functional as F
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from ..distill.losses import released_terms, teach_regions, tgkd_loss
-from ..errors import check_number, OpenTransError, unknown
+from ..errors import check_number, OpenTransError
 from .contract import (
-    ADAMW, Framework, JITTER, pixel_loss, register_framework, resize, Scores, text_logits)
+    ADAMW, check_choice, Framework, JITTER, pixel_loss, register_framework, resize, Scores, text_logits)
 
-# %% ../../nbs/frameworks/31_deeplabv3.ipynb #7b64a6d3
+# %% ../../nbs/frameworks/31_deeplabv3.ipynb #7853d6da
 class Pyramid(ASPP):
     "torchvision's ASPP with its dropout as an option, and trainable on a batch of one."
     def __init__(self,
-        channels:int, # Of the features that come in
-        dilations=(1, 6, 12, 18), # The 1 is the 1x1 convolution
+        channels:int, # Channels of the features that come in
+        dilations:Sequence[int]=(1, 6, 12, 18), # The 1 is the 1x1 convolution
         width:int=256, # Channels of each branch and of the result
-        dropout:float=.5, # Behind the projection
+        dropout:float=.5, # Dropout behind the projection
     ):
         if not isinstance(dilations, (list, tuple)) or len(dilations) < 2 or dilations[0] != 1:
-            raise OpenTransError(f"dilations={dilations} must begin with 1 (the 1x1 convolution) and go on, e.g. (1, 6, 12, 18).")
+            raise OpenTransError(f"dilations={dilations} must begin with 1 (the 1x1 convolution) and go on, "
+                                 "e.g. (1, 6, 12, 18).")
         for dilation in dilations: check_number('a dilation', dilation, 1, whole=True)
         check_number('width', width, 1, whole=True)
         check_number('dropout', dropout, 0, 1)
         super().__init__(channels, dilations[1:], width)
         self.project[-1].p = dropout
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor)->torch.Tensor: # (B,channels,h,w) -> (B,width,h,w)
         self.convs[-1].train(self.training and len(x) > 1) # one image has one mean: no variance to normalise by
         return super().forward(x)
 
-# %% ../../nbs/frameworks/31_deeplabv3.ipynb #e3ce6241
+# %% ../../nbs/frameworks/31_deeplabv3.ipynb #f07a36dc
 def conv_bn(
-    channels:int, # In
-    width:int, # Out
-    size:int=3, # Of the kernel
+    channels:int, # Channels that come in
+    width:int, # Channels that go out
+    size:int=3, # Side of the kernel
 )->nn.Sequential: # Convolution without bias, batch norm, ReLU
     "A convolution with its norm."
-    return nn.Sequential(nn.Conv2d(channels, width, size, padding=size//2, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+    convolution = nn.Conv2d(channels, width, size, padding=size//2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
 
 class Decoder(nn.Module):
-    "DeepLabV3+'s decoder: fine features squeezed to `low_level` channels, beside the coarse ones, mixed by two 3x3 convolutions."
+    "DeepLabV3+'s decoder: squeezed fine features beside the coarse ones, mixed by two 3x3 convolutions."
     def __init__(self,
-        channels:int, # Of the fine features
-        width:int=256, # Of the coarse features, and of the result
-        low_level:int=48, # Of the squeezed fine features
+        channels:int, # Channels of the fine features
+        width:int=256, # Channels of the coarse features, and of the result
+        low_level:int=48, # Channels of the squeezed fine features
     ):
         super().__init__()
         self.low = conv_bn(channels, low_level, 1)
         self.mix = nn.Sequential(conv_bn(width+low_level, width), conv_bn(width, width))
 
-    def forward(self, fine, coarse): return self.mix(torch.cat([resize(coarse, fine.shape[-2:]), self.low(fine)], 1))
+    def forward(self, fine:torch.Tensor, coarse:torch.Tensor)->torch.Tensor: # (B,width,H/4,W/4)
+        return self.mix(torch.cat([resize(coarse, fine.shape[-2:]), self.low(fine)], 1))
 
-# %% ../../nbs/frameworks/31_deeplabv3.ipynb #a26611d2
+# %% ../../nbs/frameworks/31_deeplabv3.ipynb #fef98970
 def set_output_stride(
     backbone, # `ClipBackbone` with a ResNet tower, changed in place, as are its later `fresh_copy`s
     stride:int, # 32, 16 or 8
-):
+): # The same backbone
     "Dilate a backbone's last stages to an output stride. Raises `OpenTransError` where that cannot be done."
-    if backbone.output_stride == stride: return backbone
-    if stride not in (16, 8) or backbone.output_stride != 32 or not hasattr(backbone.tower, 'layer4'):
-        raise OpenTransError(f"{backbone.name} of output stride {backbone.output_stride} cannot be given {stride}. Make it with ClipBackbone.create(..., output_stride=...): 32, or for a ResNet 16 or 8.")
+    had = backbone.output_stride
+    if had == stride: return backbone
+    if stride not in (16, 8) or had != 32 or not hasattr(backbone.tower, 'layer4'):
+        raise OpenTransError(f"{backbone.name} of output stride {had} cannot be given {stride}. Make it with "
+                             "ClipBackbone.create(..., output_stride=...): 32, or for a ResNet 16 or 8.")
     backbone.kind.dilate(backbone.visual, stride)
     finer = backbone.kind.dilate(copy.deepcopy(backbone.origin.visual), stride)
     backbone.origin = dataclasses.replace(backbone.origin, visual=finer, output_stride=stride)
-    backbone.strides.update({k: min(v, stride) for k,v in backbone.strides.items()})
+    for name,old in backbone.strides.items(): backbone.strides[name] = min(old, stride)
     return backbone
 
-# %% ../../nbs/frameworks/31_deeplabv3.ipynb #1ac59600
+# %% ../../nbs/frameworks/31_deeplabv3.ipynb #6606a995
+class _DistilledPixels(Framework):
+    "The distillation loss of pixel embeddings."
+    kd_target:str # How the teacher embeds a region
+    kd_form:str # `'paper'` (supplement, Eq. 3, within an image) or `'released'`
+
+    def distill(self,
+        embedded:torch.Tensor, # (B,D,h,w) pixel embeddings
+        batch:dict, # Images, regions and their classes
+        text:torch.Tensor, # (K,D)
+        ignore:int, # Class of regions that are left out
+    )->torch.Tensor: # A number
+        "The distance of regions' mean embeddings to what the dense CLIP sees in them, beside that of their names."
+        regions,classes = [],[]
+        for masks,kinds in zip(batch['regions'], batch['region_classes']):
+            keep = (kinds != ignore) & masks.flatten(1).any(1)
+            regions.append(masks[keep])
+            classes.append(kinds[keep])
+        count = sum(map(len, regions))
+        if not count: return embedded.sum()*0
+        taught = teach_regions(self, batch['images'], regions, self.kd_target)
+        students = [_pooled(masks, image) for masks,image in zip(regions, embedded)]
+        rows = [(seen, teacher.to(seen), text[kinds].to(seen))
+                for seen,teacher,kinds in zip(students, taught, classes) if len(seen)]
+        if self.kd_form == 'released': return torch.cat([released_terms(*row) for row in rows]).mean()
+        return sum(tgkd_loss(*row)*len(row[0]) for row in rows)/count
+
+def _pooled(masks, embedded):
+    "The mean embedding of each region (N,H,W) of an image (D,h,w): (N,D), unit length."
+    weights = F.adaptive_avg_pool2d(masks[:, None].float(), embedded.shape[-2:]).flatten(1)
+    return F.normalize(weights @ embedded.flatten(1).float().T, dim=-1)
+
+# %% ../../nbs/frameworks/31_deeplabv3.ipynb #0e1f977b
 @register_framework('deeplabv3')
-class DeepLabV3(Framework):
+class DeepLabV3(_DistilledPixels):
     "DeepLabV3 on CLIP with text embeddings as the classifier (Sec. 3.2, *Traditional CNN-based OVS*)."
-    presets = dict(paper={}, small=dict(width=64, low_level=24, dilations=(1, 2, 3), dropout=0., scale=20., loss_stride=2),
-                   released=dict(nothing=True, learn_scale=True, kd=2., kd_target='tight', kd_form='released'))
+    presets = dict(
+        paper={},
+        small=dict(width=64, low_level=24, dilations=(1, 2, 3), dropout=0., scale=20., loss_stride=2),
+        released=dict(nothing=True, learn_scale=True, kd=2., kd_target='tight', kd_form='released'))
     uses_regions = False # the loss reads labels alone, unless there is `kd`
     title = 'DeepLabV3'
     output_stride = 16
@@ -91,33 +131,35 @@ class DeepLabV3(Framework):
         vocabulary=None, # Class names to train with
         width:int=256, # Channels of the head
         low_level:int=48, # Channels of the squeezed fine features
-        dilations=(1, 6, 12, 18), # Of the pyramid, for features of stride 16
-        dropout:float=.5, # Behind the pyramid
-        output_stride:int=None, # 32, 16 or 8: the backbone's last features are dilated to this stride; None leaves the backbone as it is
+        dilations:Sequence[int]=(1, 6, 12, 18), # Dilations of the pyramid, for features of stride 16
+        dropout:float=.5, # Dropout behind the pyramid
+        output_stride:int=None, # 32, 16 or 8, to which the backbone's last features are dilated; None leaves them
         scale:float=None, # Temperature of the text classifier; None takes CLIP's own
-        loss_stride:int=1, # Take the loss at every n-th pixel of each row and column, beginning anywhere: n*n times cheaper
+        loss_stride:int=1, # The loss is of every n-th pixel of rows and columns, from anywhere on
         fine:str='res2', # Features for the edges
         coarse:str='res5', # Features for the meaning
         nothing:bool=False, # Learn an embedding of *nothing*, which pixels without a label are asked to be?
         learn_scale:bool=False, # Learn the temperature, from `scale` or 1/0.07 on?
         kd:float=0., # Weight of a distillation loss of regions; 0 leaves it out
-        kd_target:str='crop', # How the teacher embeds a region: `'crop'`, `'attention'` or `'tight'`, the released code's crops
-        kd_form:str='paper', # The distillation loss: `'paper'` (supplement, Eq. 3) or `'released'` (`released_terms`)
+        kd_target:str='crop', # How the teacher embeds a region: `'crop'`, `'attention'` or `'tight'`, as released
+        kd_form:str='paper', # The distillation loss: Eq. 3 of the supplement, or `'released'` (`released_terms`)
     ):
         super().__init__(backbone, vocabulary)
-        for name in (fine, coarse):
-            if name not in backbone.channels: raise unknown('map of the backbone', name, backbone.channels)
-        for name,number in dict(loss_stride=loss_stride, low_level=low_level).items(): check_number(name, number, 1, whole=True)
+        for name in (fine, coarse): check_choice('map of the backbone', name, backbone.channels)
+        check_number('loss_stride', loss_stride, 1, whole=True)
+        check_number('low_level', low_level, 1, whole=True)
         if output_stride is not None: set_output_stride(backbone, output_stride)
+        dim = backbone.embed_dim
         self.aspp = Pyramid(backbone.channels[coarse], dilations, width, dropout)
         self.decoder = Decoder(backbone.channels[fine], width, low_level)
-        self.proj = nn.Conv2d(width, backbone.embed_dim, 1)
-        self.scale,self.loss_stride,self.fine,self.coarse = float(backbone.logit_scale if scale is None else scale),loss_stride,fine,coarse
-        for kind,given,allowed in (('kd_target', kd_target, ('crop', 'attention', 'tight')), ('kd_form', kd_form, ('paper', 'released'))):
-            if given not in allowed: raise unknown(kind, given, allowed)
-        d = backbone.embed_dim
-        self.nothing = nn.Parameter(torch.randn(1, d)*d**-.5) if nothing else None
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1/.07 if scale is None else scale))) if learn_scale else None
+        self.proj = nn.Conv2d(width, dim, 1)
+        self.scale = float(backbone.logit_scale if scale is None else scale)
+        self.loss_stride,self.fine,self.coarse = loss_stride,fine,coarse
+        check_choice('kd_target', kd_target, ('crop', 'attention', 'tight'))
+        check_choice('kd_form', kd_form, ('paper', 'released'))
+        self.nothing = nn.Parameter(torch.randn(1, dim)*dim**-.5) if nothing else None
+        first = math.log(1/.07 if scale is None else scale)
+        self.log_scale = nn.Parameter(torch.tensor(first)) if learn_scale else None
         self.kd,self.kd_target,self.kd_form,self._teacher = kd,kd_target,kd_form,[]
         if kd: self.uses_regions = True
 
@@ -125,45 +167,33 @@ class DeepLabV3(Framework):
         images:torch.Tensor, # (B,3,H,W) in [0,1]
     )->torch.Tensor: # (B,D,H/4,W/4) in CLIP's text space
         "Pixel embeddings, before any class name is known."
-        f = self.backbone(images)
-        return self.proj(self.decoder(f[self.fine], self.aspp(f[self.coarse])))
+        maps = self.backbone(images)
+        return self.proj(self.decoder(maps[self.fine], self.aspp(maps[self.coarse])))
 
     @property
-    def temperature(self): return self.scale if self.log_scale is None else self.log_scale.exp()
+    def temperature(self)->float|torch.Tensor: # What cosines are multiplied by
+        return self.scale if self.log_scale is None else self.log_scale.exp()
 
-    def forward(self, images, text_embeddings):
+    def forward(self, images:torch.Tensor, text_embeddings:torch.Tensor)->torch.Tensor:
         "Images (B,3,H,W) and text embeddings (K,D) to logits (B,K,H,W)."
         return resize(text_logits(self.embed(images), text_embeddings, self.temperature), images.shape[-2:])
 
-    def loss(self, batch):
-        "Cross-entropy over pixels, all or a grid of them; distillation of regions, if asked for."
-        n,labels = self.loss_stride,batch['labels']
-        if n > 1: y,x = torch.randint(n, (2,)).tolist(); labels = labels[:, y::n, x::n]
-        embedded,text,ignore = self.embed(batch['images']),self.text(),batch.get('ignore', self.ignore)
-        names = text if self.nothing is None else torch.cat([text, F.normalize(self.nothing, dim=-1).to(text)])
-        if self.nothing is not None: labels = labels.where(labels != ignore, len(text))
-        losses = dict(ce=pixel_loss(resize(text_logits(embedded, names, self.temperature), labels.shape[-2:]), labels, ignore))
-        if self.kd: losses['kd'] = self.kd*self.distill(embedded, batch, text, ignore)
-        return losses
-
-    def scores(self, images, text):
+    def scores(self, images:torch.Tensor, text:torch.Tensor)->Scores:
         "Logits at a quarter of the size, which are resized when they are asked for."
         return Scores(text_logits(self.embed(images), text, self.temperature), images.shape[-2:])
 
-    def distill(self,
-        embedded:torch.Tensor, # (B,D,h,w) pixel embeddings
-        batch:dict, # Images, regions and their classes
-        text:torch.Tensor, # (K,D)
-        ignore:int, # Class of regions that are left out
-    )->torch.Tensor: # A number
-        "The distance of regions' mean embeddings to what the dense CLIP sees in them, beside that of their names (supplement, Eq. 3, within an image; or the released code's form)."
-        keep = [(k != ignore) & r.flatten(1).any(1) for r,k in zip(batch['regions'], batch['region_classes'])]
-        regions,classes = ([x[i] for x,i in zip(batch[name], keep)] for name in ('regions', 'region_classes'))
-        count = sum(map(len, regions))
-        if not count: return embedded.sum()*0
-        taught = teach_regions(self, batch['images'], regions, self.kd_target)
-        weights = [F.adaptive_avg_pool2d(r[:, None].float(), embedded.shape[-2:]).flatten(1) for r in regions]
-        pooled = [F.normalize(w @ e.flatten(1).float().T, dim=-1) for w,e in zip(weights, embedded)]
-        rows = [(v, r.to(v), text[k].to(v)) for v,r,k in zip(pooled, taught, classes) if len(v)]
-        if self.kd_form == 'released': return torch.cat([released_terms(*row) for row in rows]).mean()
-        return sum(tgkd_loss(*row)*len(row[0]) for row in rows)/count
+    def loss(self, batch:dict)->dict[str, torch.Tensor]:
+        "Cross-entropy over pixels, all or a grid of them; distillation of regions, if asked for."
+        labels,step = batch['labels'],self.loss_stride
+        if step > 1:
+            top,left = torch.randint(step, (2,)).tolist()
+            labels = labels[:, top::step, left::step]
+        embedded,text,ignore = self.embed(batch['images']),self.text(),batch.get('ignore', self.ignore)
+        names = text
+        if self.nothing is not None:
+            names = torch.cat([text, F.normalize(self.nothing, dim=-1).to(text)])
+            labels = labels.where(labels != ignore, len(text))
+        logits = resize(text_logits(embedded, names, self.temperature), labels.shape[-2:])
+        losses = dict(ce=pixel_loss(logits, labels, ignore))
+        if self.kd: losses['kd'] = self.kd*self.distill(embedded, batch, text, ignore)
+        return losses

@@ -14,7 +14,7 @@ from ..clip.backbone import class_prompts
 from ..errors import check_number, OpenTransError
 from .catseg import class_loss, ClassAttention, cost_volume, released_parts, TwoConvs, why_left
 from .contract import Framework, register_framework, resize, Scores
-from .mask2former import put_weights, read_checkpoint
+from .published import put_weights, weights_of
 from ..runtime import device_of
 
 # %% ../../nbs/frameworks/37_sed.ipynb #1b435bea
@@ -252,7 +252,7 @@ def load_sed(
     strict:bool=True, # Raise if a part of the head does not fit? If not, it is left as it is
 )->pd.DataFrame: # As of `load_mask2former`
     "Load released weights of SED. Raises `OpenTransError` that lists what does not fit."
-    weights = source if isinstance(source, dict) else read_checkpoint(source)
+    weights = weights_of(source)
     def needed(name): return name.startswith('head.')
     advice = ("Is it a checkpoint of SED? Build the framework with its sizes and a backbone of the same CLIP, "
               "or pass strict=False.")

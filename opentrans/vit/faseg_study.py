@@ -14,7 +14,7 @@ from ..data.shapes import ShapesWorld
 from ..experiments.jobs import run_jobs
 from ..files import load_json, save_json
 from ..frameworks.contract import build
-from ..frameworks.mask2former import batch_regions
+from ..frameworks.queries import batch_regions
 from ..heavy_tail.table import analyze
 from ..pruning.mask import SparseMask
 from ..runtime import evaluating, seeded
