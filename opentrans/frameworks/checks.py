@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_framework']
 
-# %% ../../nbs/frameworks/30b_checks.ipynb #67826336
+# %% ../../nbs/frameworks/30b_checks.ipynb #57a0db25
 from collections.abc import Collection
 from dataclasses import dataclass, field
 import pandas as pd
@@ -18,7 +18,7 @@ from .contract import best_class, build, get_framework, scores_of, tiny_backbone
 from ..naming import match_names
 from ..runtime import evaluating, seeded
 
-# %% ../../nbs/frameworks/30b_checks.ipynb #49b15c3b
+# %% ../../nbs/frameworks/30b_checks.ipynb #e15741df
 @dataclass
 class _Case:
     "What the checks work on: a way to build the framework anew, and batches whose colour is the class."
@@ -74,7 +74,7 @@ def _check(function):
     _CHECKS.append(function)
     return function
 
-# %% ../../nbs/frameworks/30b_checks.ipynb #fd7b4249
+# %% ../../nbs/frameworks/30b_checks.ipynb #fa763a0e
 @_check
 def _names_carry_a_mask(case):
     "a mask made on the bare tower fits, with no leftovers"
@@ -91,7 +91,8 @@ def _names_carry_a_mask(case):
     before = list(seg.state_dict())
     with mask.apply(seg):
         for name,weight in mask.weights(seg).items():
-            assert not weight[~mask[name]].any(), f'{name}: pruned weights are not zero after mask.apply(framework)'
+            pruned = weight[~mask[name]]
+            assert not pruned.any(), f'{name}: pruned weights are not zero after mask.apply(framework)'
         during = list(seg.state_dict())
     assert during == before, 'a mask in force changes the names of the state dict, so checkpoints would not fit'
     text = [name for name in before if 'token_embedding' in name]
@@ -122,33 +123,40 @@ def _logits_follow_the_vocabulary(case):
     return 'shape, change, permutation'
 
 # %% ../../nbs/frameworks/30b_checks.ipynb #28b7e2f7
+def _has_gradient(param, rows=None):
+    "Has a parameter, or these rows of it, a gradient that is not zero?"
+    if param.grad is None: return False
+    return bool((param.grad if rows is None else param.grad[rows]).any())
+
 @_check
 def _gradients_follow_the_selection(case):
     "gradients exist exactly where a LayerSelection allows"
     from opentrans.pruning.mask import SparseMask
     seg,batch = case.build(),case.batch()
     def learning():
-        "Names of the parameters that get a gradient."
+        "Names of the layers, and of the other parameters, that get a gradient."
         seg.zero_grad(set_to_none=True)
         with seeded(0): sum(seg.loss(batch).values()).backward()
-        return {name for name,p in seg.named_parameters() if p.grad is not None and p.grad.any()}
-    used = learning()
-    names = {id(p): name for name,p in seg.named_parameters()}
-    full = {layer.name: names[id(layer.param)] for layer in layers(seg)} # name of a layer -> that of its parameter
+        mine = layers(seg)
+        weights = {id(layer.param) for layer in mine}
+        moved = {layer.name for layer in mine if _has_gradient(layer.param, layer.rows)}
+        rest = {name for name,p in seg.named_parameters() if id(p) not in weights and _has_gradient(p)}
+        return moved,rest
+    used,others = learning()
+    cut_off = seg.idle_layers()
+    assert not used & {*cut_off}, 'layers that idle_layers() names get a gradient'
     prunable = SparseMask.random(case.backbone.tower, .5, seed=0).names
-    idle = [layer for layer in prunable if full[layer] not in used]
+    idle = [layer for layer in prunable if layer not in used and layer not in cut_off]
     assert not idle, (f'{len(idle)} prunable layers get no gradient from the loss, e.g. {idle[:4]}: '
                       'the framework does not use them')
-    active = [layer for layer in full if full[layer] in used]
+    active = [layer.name for layer in layers(seg) if layer.name in used]
     train,freeze = active[::2],active[1::2]
-    trained,frozen = ({full[layer] for layer in some} for some in (train, freeze))
-    with LayerSelection(train, freeze, 'every second').apply(seg): selected = learning()
-    assert not frozen & selected, 'frozen layers have gradients: they would be trained, and their cost is not saved'
-    assert trained <= selected, 'layers selected for training have no gradient'
-    others = used - trained - frozen
-    lost = sorted(others-selected)[:4]
-    assert others <= selected, f'a layer selection took the gradient of what it does not name: {lost}'
-    assert learning() == used, 'after the selection is removed, gradients are not what they were'
+    with LayerSelection(train, freeze, 'every second').apply(seg): selected,rest = learning()
+    assert not {*freeze} & selected, 'frozen layers have gradients: they would be trained, and their cost is not saved'
+    assert {*train} <= selected, 'layers selected for training have no gradient'
+    lost = sorted(others-rest)[:4]
+    assert others <= rest, f'a layer selection took the gradient of what it does not name: {lost}'
+    assert learning() == (used, others), 'after the selection is removed, gradients are not what they were'
     return f'{len(train)} trained, {len(freeze)} frozen, {len(others)} others untouched'
 
 # %% ../../nbs/frameworks/30b_checks.ipynb #ba62fcce
@@ -248,15 +256,15 @@ def _pruned_weights_stay_zero(case):
     "no pruned weight is revived by training"
     from opentrans.pruning.mask import SparseMask
     seg,mask = case.build(),SparseMask.random(case.backbone.tower, .1, seed=0)
-    tower = dict(seg.tower.named_parameters())
-    before = {name: tower[name].detach().clone() for name in mask.names}
+    before = {name: weight.detach().clone() for name,weight in mask.weights(seg).items()}
     with mask.apply(seg.backbone):
         case.steps(seg, 2)
-        for name in mask.names:
-            kept,weight = mask[name],tower[name]
+        for name,weight in mask.weights(seg).items():
+            kept = mask[name]
             revived = int(weight[~kept].count_nonzero())
             assert not revived, (f'{name}: {revived} pruned weights are not zero after two steps of AdamW '
                                  'with weight decay')
+            if name in seg.idle_layers(): continue # no gradient moves them
             assert not torch.equal(weight[kept], before[name][kept]), f'{name}: the kept weights have not moved'
     return f'{len(mask.names)} layers at density {mask.density:.2f}'
 
@@ -286,144 +294,7 @@ def _example_inputs_run(case):
         assert pairs, f'panoptic output is {given}, not (B,H,W,2) int64'
     return ', '.join(seg.kinds)
 
-# %% ../../nbs/frameworks/30b_checks.ipynb #42e34728
-@_check
-def _gradients_follow_the_selection(case):
-    "gradients exist exactly where a LayerSelection allows"
-    from opentrans.pruning.mask import SparseMask
-    seg = case.build(); batch = case.batch()
-    def slice_of(layer, grad): return grad if layer.rows is None else grad[layer.rows]
-    def have(): # names of layers, and of other parameters, that get a gradient
-        seg.zero_grad(set_to_none=True)
-        with seeded(0): sum(seg.loss(batch).values()).backward()
-        mine = layers(seg)
-        weights = {id(layer.param) for layer in mine}
-        found = {layer.name for layer in mine if layer.param.grad is not None and slice_of(layer, layer.param.grad).any()}
-        return found,{n for n,p in seg.named_parameters() if id(p) not in weights and p.grad is not None and p.grad.any()}
-    used,others = have()
-    prunable,cut_off = SparseMask.random(case.backbone.tower, .5, seed=0).names,seg.idle_layers()
-    idle = [n for n in prunable if n not in used and n not in cut_off]
-    assert not idle, f'{len(idle)} prunable layers get no gradient from the loss, e.g. {idle[:4]}: the framework does not use them'
-    assert not used & {*cut_off}, 'layers that idle_layers() names get a gradient'
-    able = [layer.name for layer in layers(seg) if layer.name in used]
-    train,freeze = able[::2],able[1::2]
-    with LayerSelection(train, freeze, 'every second').apply(seg): got,rest = have()
-    assert not {*freeze} & got, 'frozen layers have gradients: they would be trained, and their cost is not saved'
-    assert {*train} <= got, 'layers selected for training have no gradient'
-    assert others <= rest, f'a layer selection took the gradient of what it does not name: {sorted(others-rest)[:4]}'
-    assert have() == (used, others), 'after the selection is removed, gradients are not what they were'
-    return f'{len(train)} trained, {len(freeze)} frozen, {len(others)} others untouched'
-
-@_check
-def _any_size_and_number(case):
-    "odd sizes, a batch of one, one class and 847 classes"
-    seg = case.build(train=False)
-    text = F.normalize(torch.randn(847, seg.backbone.embed_dim, generator=torch.Generator().manual_seed(0)), dim=1)
-    with torch.no_grad():
-        for b,size,k in ((1, (64, 64), 1), (1, (49, 75), 847), (3, (65, 33), 3)):
-            y = seg(case.batch(b, size)['images'], text[:k])
-            assert y.shape == (b, k, *size), f'{b} images of {size}, {k} classes: logits are {tuple(y.shape)}'
-            assert y.isfinite().all(), f'{b} images of {size}, {k} classes: logits have NaN or infinity'
-    seg.train()
-    for batch in (case.batch(1), case.batch(1, (49, 75))):
-        loss = sum(seg.loss(batch).values()); loss.backward()
-        assert loss.isfinite(), 'a training batch of one image has no finite loss: the last batch of an epoch would stop the run'
-    empty = dict(case.batch(), labels=torch.full((2, 64, 64), 255), regions=[torch.zeros(0, 64, 64, dtype=torch.bool)]*2,
-                 region_classes=[torch.zeros(0, dtype=torch.long)]*2, isthing=[torch.zeros(0, dtype=torch.bool)]*2)
-    terms = seg.loss(empty)
-    assert all(v.isfinite() for v in terms.values()), f'a batch without any label has the losses { {k: v.item() for k,v in terms.items()} }: it must not end in NaN'
-    return '64x64, 49x75, 65x33; batches of 1 and 3; 1, 3 and 847 classes; no labels'
-
-@_check
-def _small_images(case):
-    "images of a few pixels are answered, and trained on or refused in a sentence"
-    seg, sizes = case.build(train=False), ((1, 1), (7, 5), (15, 100), (16, 400), (33, 65))
-    text, refused = seg.text(), 0
-    for size in sizes:
-        images = case.batch(1, size)['images']
-        with evaluating(seg): logits = seg(images, text)
-        assert logits.shape == (1, len(text), *size) and logits.isfinite().all(), f'an image of {size}: logits are {tuple(logits.shape)}'
-        for kind in seg.kinds:
-            out = seg.predict(images, kind=kind)
-            assert out.shape[1:3] == size, f'an image of {size}: predict(kind={kind!r}) gives {tuple(out.shape)}'
-    seg.train()
-    for b,size in ((2, (1, 1)), (1, (7, 5)), (2, (15, 100)), (1, (32, 32)), (1, (16, 400))):
-        try: loss = sum(seg.loss(case.batch(b, size)).values())
-        except OpenTransError: refused += 1
-        else: assert loss.isfinite(), f'{b} images of {size} have no finite loss'
-    return f'1x1, 7x5, 15x100, 16x400, 33x65; {refused} of 5 small batches refused'
-
-# %% ../../nbs/frameworks/30b_checks.ipynb #c98d51b6
-@_check
-def _evaluation_is_deterministic(case):
-    "evaluation gives the same twice, and a state dict carries all of it"
-    seg,x = case.build(),case.batch()['images']
-    case.steps(seg, 1); seg.eval()
-    text = seg.text()
-    with torch.no_grad(): a,b = seg(x, text),seg(x, text)
-    assert torch.equal(a, b), 'two evaluations of the same images differ'
-    other = case.build(train=False); other.load_state_dict(seg.state_dict())
-    with torch.no_grad(): assert torch.equal(other(x, text), a), 'a framework with the same state dict gives other logits: something is outside the state dict'
-    seg.train()
-    assert torch.equal(seg.predict(x), seg.predict(x)), 'predict is not in evaluation mode'
-    assert seg.training, 'predict does not put training mode back'
-    return 'same logits twice, and from the saved state'
-
-@_check
-def _pieces_are_the_whole(case):
-    "logits of some classes at a time are those of all, and so is the best class, the first of equals"
-    seg,size = case.build(train=False),(49, 75)
-    images = case.batch(2, size)['images']
-    text = F.normalize(torch.randn(9, seg.backbone.embed_dim, generator=torch.Generator().manual_seed(2)), dim=1)
-    text = torch.cat([text, text[:2]]) # the last two are never the first of equals
-    with torch.no_grad():
-        whole,scores,best = seg(images, text),scores_of(seg, images, text),seg.semantic(images, text)
-        ready = scores.ready()
-        for n in (1, 4, len(text)):
-            parts = torch.cat([ready.part(i, min(i+n, len(text))) for i in range(0, len(text), n)], 1)
-            what,near = f'scores of {n} classes at a time',dict(rtol=1e-4, atol=1e-5*whole.abs().max())
-            assert parts.shape == whole.shape, f'{what} are {tuple(parts.shape)}, and logits {tuple(whole.shape)}'
-            assert torch.allclose(parts, whole, **near), f'{what} are not what forward gives'
-            assert torch.equal(best_class(scores, n), parts.argmax(1)), f'{what} have another best class than all of them'
-    unsure = whole.topk(2, 1).values.diff(dim=1)[:, 0].abs() <= 1e-5*whole.abs().amax(1)
-    assert ((best == whole.argmax(1)) | unsure).all(), 'semantic gives another class than the largest logit of forward'
-    return '1, 4 and 11 classes at a time'
-
-@_check
-def _pruned_weights_stay_zero(case):
-    "no pruned weight is revived by training"
-    from opentrans.pruning.mask import SparseMask
-    seg,mask = case.build(),SparseMask.random(case.backbone.tower, .1, seed=0)
-    before = {n: weight.detach().clone() for n,weight in mask.weights(seg).items()}
-    with mask.apply(seg.backbone):
-        case.steps(seg, 2)
-        for n,weight in mask.weights(seg).items():
-            assert not weight[~mask[n]].any(), f'{n}: {int(weight[~mask[n]].count_nonzero())} pruned weights are not zero after two steps of AdamW with weight decay'
-            if n in seg.idle_layers(): continue # no gradient moves them
-            assert not torch.equal(weight[mask[n]], before[n][mask[n]]), f'{n}: the kept weights have not moved'
-    return f'{len(mask.names)} layers at density {mask.density:.2f}'
-
-@_check
-def _it_learns(case):
-    "a few steps on one batch lower the loss"
-    losses = case.steps(case.build(), 12, lr=3e-3)
-    assert all(l == l and abs(l) < float('inf') for l in losses), f'the losses are not finite: {losses}'
-    assert min(losses[-3:]) < losses[0], f'12 steps of AdamW on one batch do not lower the loss: {losses[0]:.3f} -> {losses[-1]:.3f}'
-    return f'loss {losses[0]:.2f} -> {losses[-1]:.2f}'
-
-@_check
-def _example_inputs_run(case):
-    "`example_inputs` are arguments of `forward`, and every kind of output comes out"
-    seg = case.build(train=False)
-    with torch.no_grad(): y = seg(*seg.example_inputs((3, 64, 64)))
-    assert y.shape == (1, len(case.vocabulary), 64, 64), f'forward(*example_inputs) gives {tuple(y.shape)}: costs would be counted of something else'
-    for kind in seg.kinds:
-        out = seg.predict(case.batch()['images'], kind=kind)
-        assert len(out) == 2, f'predict(kind={kind!r}) gives {len(out)} results for 2 images'
-        if kind == 'panoptic': assert out.shape == (2, 64, 64, 2) and out.dtype == torch.int64, f'panoptic output is {tuple(out.shape)} {out.dtype}, not (B,H,W,2) int64'
-    return ', '.join(seg.kinds)
-
-# %% ../../nbs/frameworks/30b_checks.ipynb #7f796ced
+# %% ../../nbs/frameworks/30b_checks.ipynb #b1f6c9f5
 def check_framework(
     name:str, # A registered framework
     backbone=None, # `ClipBackbone` to check with; None takes `tiny_backbone()`
