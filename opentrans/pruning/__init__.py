@@ -11,5 +11,7 @@ from .rounds import *
 from .rounds import __all__ as _rounds
 from .baked import *
 from .baked import __all__ as _baked
+from .compiled import *
+from .compiled import __all__ as _compiled
 
-__all__ = [*_mask, *_places, *_force, *_criteria, *_rounds, *_baked]
+__all__ = [*_mask, *_places, *_force, *_criteria, *_rounds, *_baked, *_compiled]
