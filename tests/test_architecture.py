@@ -6,7 +6,7 @@ import opentrans
 
 root = Path(__file__).resolve().parent.parent
 
-LEVELS = ('errors', 'escape', 'naming', 'files', 'runtime', 'core', 'towers', 'processes', ('pruning', 'heavy_tail', 'cka', 'cost'), 'data', 'clip', 'distill', 'frameworks', 'training',
+LEVELS = ('errors', 'escape', 'naming', 'files', 'runtime', 'core', 'towers', 'processes', 'sparse', ('pruning', 'heavy_tail', 'cka', 'cost'), 'data', 'clip', 'distill', 'frameworks', 'training',
           'efficiency', 'experiments', 'playground', 'cli', 'all')
 LEVEL = {chapter: level for level,chapters in enumerate(LEVELS) for chapter in ([chapters] if isinstance(chapters, str) else chapters)}
 LEVEL |= dict(vit=LEVEL['data'], metrics=LEVEL['data'], finetune=LEVEL['training'])     # a leaf, and two modules that only pass names on
@@ -18,6 +18,7 @@ def level(name):
 
 PUBLIC = {
     'core': 'layers Layer LayerSelection',
+    'sparse': 'compile supported',
     'pruning': 'SparseMask imp',
     'heavy_tail': 'esd fit_power_law PowerLawFit analyze LayerTable explore',
     'cka': 'linear_cka rbf_cka cka plot_cka',
@@ -116,7 +117,7 @@ def test_public_names(room):
 
 def test_methods_of_the_plan():
     from opentrans.all import ClipBackbone, LayerSelection, LayerTable, Recipe, SparseMask
-    for cls,names in ((SparseMask, 'ones magnitude random density sparsity names table prune apply iou save load'), (LayerTable, 'to_frame plot_alpha plot_esd select'), (LayerSelection, 'apply to_json from_json'),
+    for cls,names in ((SparseMask, 'ones magnitude random density sparsity names table prune apply iou save load compile'), (LayerTable, 'to_frame plot_alpha plot_esd select'), (LayerSelection, 'apply to_json from_json'),
                       (ClipBackbone, 'create encode_text dense_embeddings region_embeddings fresh_copy'), (Recipe, 'paper warmup tiny')):
         for n in names.split(): assert hasattr(cls, n), f'{cls.__name__}.{n} is missing'
 

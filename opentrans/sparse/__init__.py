@@ -1,0 +1,11 @@
+"A sparse engine for the CPU: weights that a mask has removed cost no time."
+from .machine import *
+from .machine import __all__ as _machine
+from .regions import *
+from .regions import __all__ as _regions
+from .plan import *
+from .plan import __all__ as _plan
+from .engine import *
+from .engine import __all__ as _engine
+
+__all__ = [*_machine, *_regions, *_plan, *_engine]

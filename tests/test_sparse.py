@@ -1,0 +1,304 @@
+"The sparse engine: the same numbers as torch, for every size, stride, group and density, on vectors of every width."
+import copy, math, os
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from opentrans import sparse
+from opentrans.errors import OpenTransError
+from opentrans.pruning import SparseMask
+from opentrans.sparse.kernels import kernel_name, kernel_text
+from opentrans.sparse.machine import kernel_key, KernelCache, Machine, native_functions
+from opentrans.sparse.plan import CannotPlan, Plan
+from opentrans.sparse.regions import capture, fold
+
+pytestmark = pytest.mark.skipif(not sparse.has_llvm(), reason='llvmlite is not installed')
+
+@pytest.fixture(scope='module', autouse=True)
+def own_cache(tmp_path_factory):
+    "Kernels of these tests are kept in a folder of their own."
+    before, folder = os.environ.get('OPENTRANS_CACHE'), tmp_path_factory.mktemp('kernels')
+    os.environ['OPENTRANS_CACHE'] = str(folder)
+    yield folder
+    if before is None: del os.environ['OPENTRANS_CACHE']
+    else: os.environ['OPENTRANS_CACHE'] = before
+
+def far(a, b):
+    "The largest difference, as a share of the largest value."
+    return float((a - b).abs().max()/b.abs().max().clamp(min=1e-20)) if b.numel() else 0.
+
+def thinned(model, density, seed=0):
+    "Weights at random places become zero."
+    g = torch.Generator().manual_seed(seed)
+    for part in model.modules():
+        if isinstance(part, nn.Conv2d): part.weight.data *= torch.rand(part.weight.shape, generator=g) < density
+    return model
+
+def lively(model, seed=0):
+    "Batch norms with statistics as after training."
+    g = torch.Generator().manual_seed(seed)
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.copy_(torch.randn(part.running_mean.shape, generator=g)*.2)
+            part.running_var.copy_(torch.rand(part.running_var.shape, generator=g) + .5)
+            part.weight.data.copy_(torch.rand(part.weight.shape, generator=g) + .5)
+            part.bias.data.copy_(torch.randn(part.bias.shape, generator=g)*.2)
+    return model.eval()
+
+def planned(model, x, **kwargs):
+    "Outputs of a sequence of layers by a plan."
+    captured = capture(model.eval())
+    region, = captured.regions.values()
+    return Plan(region, [tuple(x.shape[1:])], **kwargs).run([x])[0]
+
+@st.composite
+def convolutions(draw):
+    "A convolution with zeros in it, and images that it can read."
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    inputs, outputs = groups*draw(st.integers(1, 6)), groups*draw(st.integers(1, 9))
+    if draw(st.integers(0, 5)) == 0: groups = outputs = inputs
+    kernel, dilation = (draw(st.integers(1, 5)), draw(st.integers(1, 5))), draw(st.integers(1, 3))
+    stride, padding = draw(st.sampled_from([1, 1, 2, 3, 4])), (draw(st.integers(0, 4)), draw(st.integers(0, 4)))
+    least = [max(1, dilation*(k - 1) + 1 - 2*p) for k, p in zip(kernel, padding)]
+    height, width = (n + draw(st.integers(0, 24)) for n in least)
+    bias, density = draw(st.booleans()), draw(st.sampled_from([0., .1, .5, 1.]))
+    seed, batch = draw(st.integers(0, 99)), draw(st.integers(1, 3))
+    torch.manual_seed(seed)
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias)
+    layers = [thinned(conv, density, seed)]
+    if draw(st.booleans()): layers.append(lively(nn.BatchNorm2d(outputs), seed))
+    if draw(st.booleans()): layers.append(draw(st.sampled_from([nn.ReLU(), nn.ReLU6()])))
+    return nn.Sequential(*layers).eval(), torch.randn(batch, inputs, height, width)
+
+@given(convolutions(), st.sampled_from(['measured', True, False]), st.sampled_from([4, 8, 16]), st.sampled_from([1, 1, 2]))
+@settings(max_examples=150, deadline=None)
+@torch.no_grad()
+def test_convolutions_are_those_of_torch(case, dense, width, threads):
+    model, x = case
+    got = planned(model, x, dense=dense, machine=Machine.of_width(width), threads=threads)
+    want = copy.deepcopy(model).double()(x.double())
+    assert got.shape == want.shape and far(got.double(), want) < 1e-5
+
+@given(st.sampled_from(['max', 'mean']), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2), st.integers(5, 40), st.integers(5, 40), st.sampled_from([4, 16]))
+@settings(max_examples=60, deadline=None)
+@torch.no_grad()
+def test_pools_are_those_of_torch(kind, side, stride, padding, height, width, lanes):
+    padding = min(padding, side//2)
+    pool = nn.MaxPool2d(side, stride, padding) if kind == 'max' else nn.AvgPool2d(side, stride, padding)
+    torch.manual_seed(height*width)
+    model, x = nn.Sequential(nn.Conv2d(2, 5, 1), nn.ReLU(), pool, nn.Conv2d(5, 3, 3, padding=1)).eval(), torch.randn(2, 2, height, width)
+    assert far(planned(model, x, machine=Machine.of_width(lanes)), model(x)) < 1e-5
+
+class Block(nn.Module):
+    "A residual block with a stride, as torchvision and CLIP have them."
+    def __init__(self, inputs, inside, outputs, stride=1, pool=False, inplace=True):
+        super().__init__()
+        first = stride if not pool else 1
+        self.conv1, self.norm1 = nn.Conv2d(inputs, inside, 1, bias=False), nn.BatchNorm2d(inside)
+        self.conv2, self.norm2 = nn.Conv2d(inside, inside, 3, first, 1, bias=False), nn.BatchNorm2d(inside)
+        self.pool = nn.AvgPool2d(stride) if pool and stride > 1 else nn.Identity()
+        self.conv3, self.norm3 = nn.Conv2d(inside, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.act = nn.ReLU(inplace)
+        short = [self.pool] if pool else []
+        self.short = nn.Sequential(*short, nn.Conv2d(inputs, outputs, 1, first, bias=False), nn.BatchNorm2d(outputs)) if stride > 1 or inputs != outputs else None
+    def forward(self, x):
+        out = self.act(self.norm1(self.conv1(x)))
+        out = self.pool(self.act(self.norm2(self.conv2(out))))
+        out = self.norm3(self.conv3(out))
+        out += x if self.short is None else self.short(x)
+        return self.act(out)
+
+def small_net(pool, seed=0):
+    torch.manual_seed(seed)
+    blocks = [Block(8, 6, 16, 1, pool), Block(16, 6, 16, 1, pool), Block(16, 8, 24, 2, pool), Block(24, 8, 24, 1, pool)]
+    return lively(nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *blocks), seed)
+
+@pytest.mark.parametrize('pool', [False, True])
+@pytest.mark.parametrize('size', [(32, 32), (64, 64), (97, 61), (8, 8)])
+@torch.no_grad()
+def test_residual_networks(pool, size):
+    "Everything is one region; calls of other sizes and batches do not disturb one another."
+    net = thinned(small_net(pool), .4)
+    fast = sparse.compile(net)
+    assert len(fast.sparse_regions) == 1
+    for batch in (1, 3):
+        x = torch.randn(batch, 3, *size)
+        want = net(x.clone())
+        for _ in range(2): assert far(fast(x), want) < 1e-5
+    other = torch.randn(1, 3, 40, 48)
+    assert far(fast(other), net(other)) < 1e-5 and far(fast(x), want) < 1e-5
+    assert fast.sparse_regions[0].error < 1e-5 and not fast.sparse_regions[0].reasons
+
+@pytest.mark.parametrize('threads', [2, 3, 5])
+@torch.no_grad()
+def test_threads_give_the_same(threads):
+    net = thinned(small_net(True), .2)
+    x = torch.randn(2, 3, 64, 80)
+    assert far(sparse.compile(net, threads=threads)(x), net(x)) < 1e-5
+
+@torch.no_grad()
+def test_density_zero_and_what_is_no_number():
+    "Without weights the bias is left; NaN goes through sums, activations and pools as in torch."
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU()).eval()
+    net[0].weight.data.zero_()
+    fast, x = sparse.compile(net), torch.randn(1, 3, 5, 6)
+    assert fast(x).equal(net(x))
+    net = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU(), nn.MaxPool2d(2)).eval()
+    x = torch.ones(1, 1, 6, 6)
+    for place in ((0, 0), (1, 0), (0, 1), (3, 3)): x[0, 0][place] = math.nan
+    assert sparse.compile(net)(x).isnan().equal(net(x).isnan())
+
+class Overwriting(nn.Module):
+    "What an activation overwrites is read afterwards."
+    def __init__(self):
+        super().__init__()
+        self.first, self.act, self.second = nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1)
+    def forward(self, x):
+        before = self.first(x)
+        after = self.act(before)
+        return self.second(after) + before
+
+@torch.no_grad()
+def test_what_is_overwritten_is_as_in_torch():
+    net, x = Overwriting().eval(), torch.randn(2, 2, 9, 9)
+    assert far(sparse.compile(net)(x), net(x)) < 1e-6
+
+class Odd(nn.Module):
+    "Parts that the engine does not know, between parts that it does."
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, padding_mode='reflect'), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.linear = nn.GroupNorm(2, 8), nn.Linear(8, 4)
+    def forward(self, x):
+        x = torch.sigmoid(self.a(x))
+        return self.linear((self.c(self.norm(self.b(x)) + 1) + x).mean((2, 3)))
+
+@torch.no_grad()
+def test_what_is_not_known_runs_on_torch():
+    net, x = Odd().eval(), torch.randn(2, 3, 12, 10)
+    assert far(sparse.compile(net)(x), net(x)) < 1e-5
+    table = sparse.supported(net)
+    assert table.engine.to_dict() == dict(a=True, b=False, c=True, linear=False)
+    assert 'reflect' in table.why['b']
+
+@torch.no_grad()
+def test_what_does_not_fit_runs_on_torch():
+    "Other types, gradients, other maps than planned, and errors of torch's own."
+    net = thinned(small_net(False), .5)
+    fast = sparse.compile(net)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.enable_grad():
+        asked = x.clone().requires_grad_()
+        assert fast(asked).grad_fn is not None
+    assert far(copy.deepcopy(fast).double()(x.double()), net.double()(x.double())) < 1e-6
+    net.float()
+    assert fast(torch.randn(0, 3, 32, 32)).shape[0] == 0
+    for wrong in (torch.randn(1, 4, 32, 32), torch.randn(3, 32)):
+        with pytest.raises(RuntimeError): fast(wrong)
+    tight = sparse.compile(nn.Sequential(nn.Conv2d(3, 3, 5)).eval())
+    with pytest.raises(RuntimeError): tight(torch.randn(1, 3, 4, 9))
+
+@torch.no_grad()
+def test_new_weights_are_seen():
+    net = thinned(small_net(True), .5)
+    fast, x = sparse.compile(net), torch.randn(1, 3, 32, 32)
+    fast(x)
+    changed = lively(small_net(True, seed=3), seed=4)
+    fast.load_state_dict(changed.state_dict())
+    assert far(fast(x), changed(x)) < 1e-5
+
+def test_errors_say_what_to_do():
+    with pytest.raises(OpenTransError, match='eval'): sparse.compile(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    with pytest.raises(OpenTransError, match='threads'): sparse.compile(nn.Conv2d(3, 3, 1).eval(), threads=0)
+    with pytest.raises(OpenTransError, match='model'): sparse.compile('RN50')
+    with pytest.raises(OpenTransError, match='8 or 16'): Machine.of_width(3)
+    with pytest.raises(OpenTransError, match='sparse-4'): kernel_text('winograd-4')
+
+# masks, backbones
+
+@pytest.fixture(scope='module')
+def backbone():
+    from opentrans.clip import ClipBackbone
+    return ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
+
+@torch.no_grad()
+def test_a_mask_compiles_a_backbone(backbone):
+    "Maps and embeddings are those of the masked backbone; the model that was given stays as it was."
+    mask = SparseMask.magnitude(backbone, .2)
+    before = {n: t.clone() for n, t in backbone.state_dict().items()}
+    fast = mask.compile(backbone)
+    assert all(t.equal(before[n]) for n, t in backbone.state_dict().items()) and [*fast.state_dict()] == [*before]
+    slow = copy.deepcopy(backbone)
+    mask.apply(slow).remove()
+    images = torch.rand(2, 3, 64, 96)
+    want, got = slow(images), fast(images)
+    assert [*want] == [*got] and all(far(got[k], want[k]) < 1e-5 for k in want)
+    assert far(fast.dense_embeddings(images), slow.dense_embeddings(images)) < 1e-5
+    assert far(fast.encode_image(images), slow.encode_image(images)) < 1e-5
+    regions = [torch.zeros(1, 64, 96).index_fill_(2, torch.arange(30), 1)]*2
+    assert far(fast.region_embeddings(images, regions), slow.region_embeddings(images, regions)) < 1e-5
+    assert len(fast.sparse_regions) == 1 and not fast.sparse_regions[0].reasons
+    assert far(copy.deepcopy(fast)(images)['res5'], want['res5']) < 1e-5
+
+def test_supported_names_the_layers(backbone):
+    table = sparse.supported(backbone)
+    inside = table.engine[table.index.str.startswith('visual.layer') | table.index.str.fullmatch(r'visual.conv\d')]
+    assert inside.all() and len(inside) > 10
+    assert not table.engine[table.index.str.contains('attnpool')].any()
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnet26d', 'seresnet18', 'regnetx_002', 'mobilenetv2_050'])
+@torch.no_grad()
+def test_models_of_timm(name):
+    "Whatever the engine takes of them, and whatever it leaves, the outputs agree."
+    timm = pytest.importorskip('timm')
+    torch.manual_seed(0)
+    net = thinned(lively(timm.create_model(name, num_classes=7)), .3)
+    x = torch.randn(1, 3, 64, 64)
+    fast = sparse.compile(net)
+    assert sparse.supported(net).engine.any() and far(fast(x), net(x)) < 1e-4
+    assert all(not region.reasons for region in fast.sparse_regions)
+
+# programs and their cache
+
+def test_object_code_is_kept_and_checked(tmp_path):
+    machine, cache = Machine.host(), KernelCache(tmp_path/'kernels')
+    text = kernel_text('planes-2', 2).replace(kernel_name('planes-2', 2), 'opentrans_of_this_test')
+    key = kernel_key(text, machine)
+    assert cache.read(key) is None
+    assert native_functions(dict(opentrans_of_this_test=text), machine, cache)['opentrans_of_this_test']
+    code = cache.read(key)
+    assert code and kernel_key(text + ' ', machine) != key
+    path = cache.path(key)
+    if hasattr(os, 'getuid'):
+        assert path.stat().st_mode & 0o77 == 0
+        path.chmod(0o666)
+        assert cache.read(key) is None          # others may have written it
+        path.chmod(0o600)
+        cache.folder.chmod(0o777)
+        assert cache.read(key) is None
+        cache.folder.chmod(0o700)
+    assert cache.read(key) == code
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    assert cache.read(key) is None              # damaged
+    path.write_bytes(b'')
+    assert cache.read(key) is None
+    cache.write(key, code)
+    other = cache.path('0'*64)
+    other.write_bytes(path.read_bytes())
+    assert cache.read('0'*64) is None           # of another program
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path):
+    (tmp_path/'file').write_text('')
+    cache = KernelCache(tmp_path/'file'/'kernels')
+    cache.write('a', b'code')
+    assert cache.read('a') is None
+
+@torch.no_grad()
+def test_without_llvm_everything_runs_on_torch(monkeypatch):
+    monkeypatch.setattr('opentrans.sparse.engine.has_llvm', lambda: False)
+    net, x = small_net(True), torch.randn(1, 3, 32, 32)
+    fast = sparse.compile(net)
+    assert fast(x).equal(net(x)) and 'llvmlite' in fast.sparse_regions[0].why_not([x])
