@@ -13,7 +13,7 @@ from opentrans.clip import ClipBackbone
 from opentrans.core import layers, LayerSelection
 from opentrans.errors import OpenTransError
 from opentrans.frameworks.contract import tiny_backbone
-from opentrans.frameworks.detectron2 import MaskHook, OpenTransCLIP, SelectionHook, drop_resting
+from opentrans.frameworks.detectron2 import MaskHook, OpenTransCLIP, SelectionHook, drop_frozen
 from opentrans.pruning import SparseMask
 
 with warnings.catch_warnings():
@@ -61,11 +61,11 @@ def test_the_optimizer_holds_what_learns(learns, kind):
     groups,opt = build()
     sum(p.square().sum() for g in groups for p in g).backward(); opt.step()
     rest(groups)
-    assert drop_resting(opt) == sum(not b for g in learns for b in g)
+    assert drop_frozen(opt) == sum(not b for g in learns for b in g)
     assert [[id(p) for p in q['params']] for q in opt.param_groups] == [[id(p) for p,b in zip(g, l) if b] for g,l in zip(groups, learns)]
     assert [q['lr'] for q in opt.param_groups] == [.01*(i+1) for i in range(len(learns))]
     assert {id(p) for p in opt.state} <= {id(p) for q in opt.param_groups for p in q['params']}
-    groups,again = build(); rest(groups); drop_resting(again); again.load_state_dict(opt.state_dict())
+    groups,again = build(); rest(groups); drop_frozen(again); again.load_state_dict(opt.state_dict())
 
 # A trainer, in one process and in two
 

@@ -1,5 +1,6 @@
-"Frameworks as the rest of the package meets them: found when asked for, of the paper's size, and carrying a mask from a file through training."
+"Frameworks as the rest of the package meets them: found when asked for, of the paper's size, and carrying a mask."
 import subprocess, sys
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,19 @@ from opentrans.frameworks import build, check_framework, contract, get_framework
 from opentrans.frameworks.contract import best_class, tiny_backbone
 from opentrans.pruning import SparseMask
 
-numel = lambda m: sum(p.numel() for p in m.parameters())
+def count_parameters(module): return sum(p.numel() for p in module.parameters())
 
-def test_adapters_are_imported_when_they_are_built():
-    code = ("import sys; from opentrans.frameworks import list_frameworks, get_framework; assert 'deeplabv3' in list_frameworks();"
-            "assert 'opentrans.frameworks.deeplabv3' not in sys.modules, 'listing imports the adapters'; get_framework('deeplabv3'); assert 'opentrans.frameworks.deeplabv3' in sys.modules")
-    subprocess.run([sys.executable, '-c', code], check=True)
+LAZY = """
+import sys
+from opentrans.frameworks import list_frameworks, get_framework
+name = 'opentrans.frameworks.deeplabv3'
+assert 'deeplabv3' in list_frameworks()
+assert name not in sys.modules, 'listing imports the adapters'
+get_framework('deeplabv3')
+assert name in sys.modules
+"""
+
+def test_adapters_are_imported_when_they_are_built(): subprocess.run([sys.executable, '-c', LAZY], check=True)
 
 def test_every_name_on_the_list_can_be_got():
     for name in list_frameworks(): assert get_framework(name).name == name
@@ -28,40 +36,43 @@ def test_every_name_on_the_list_can_be_got():
 @pytest.fixture(scope='module')
 def full():
     "DeepLabV3 on CLIP RN50 with random weights, at the paper's size."
-    return build('deeplabv3', ClipBackbone.create('RN50', pretrained=None, output_stride=16), vocabulary=['thing', 'stuff'])
+    clip = ClipBackbone.create('RN50', pretrained=None, output_stride=16)
+    return build('deeplabv3', clip, vocabulary=['thing', 'stuff'])
 
 def test_deeplab_has_the_papers_parameters(full):
-    "40.37 M: trunk without attention pool, pyramid, decoder (supplement and targets); the projection into the text space is counted apart."
-    trunk = numel(full.tower) - numel(full.tower.attnpool)
-    assert (trunk, numel(full.aspp), numel(full.decoder)) == (23_527_264, 15_535_104, 1_303_648)
-    assert numel(full) - numel(full.tower.attnpool) - numel(full.proj) == 40_366_016
-    assert numel(full.proj) == 256*1024 + 1024
+    "40.37 M: trunk without attention pool, pyramid, decoder; the projection into the text space is counted apart."
+    pool,pyramid,decoder,projection = map(count_parameters, (full.tower.attnpool, full.aspp, full.decoder, full.proj))
+    assert (count_parameters(full.tower) - pool, pyramid, decoder) == (23_527_264, 15_535_104, 1_303_648)
+    assert count_parameters(full) - pool - projection == 40_366_016
+    assert projection == 256*1024 + 1024
 
 def test_deeplab_pyramid_is_torchvisions(full):
     "The pyramid's weights are those of torchvision's head, name for name, so its published DeepLabV3 weights can be read."
     theirs = DeepLabHead(2048, 21, (6, 12, 18))[0]
     theirs.load_state_dict(full.aspp.state_dict())
     with torch.no_grad():
-        f = full.eval().backbone(torch.rand(1, 3, 96, 128))['res5']
-        assert f.shape[-2:] == (6, 8)
-        assert torch.equal(theirs.eval()(f), full.aspp(f))
+        features = full.eval().backbone(torch.rand(1, 3, 96, 128))['res5']
+        assert features.shape[-2:] == (6, 8)
+        assert torch.equal(theirs.eval()(features), full.aspp(features))
 
 def test_rn50_mask_covers_54_convolutions(full):
     mask = SparseMask.random(full.tower, .1, seed=0)
     assert len(mask) == 54 and not any('attnpool' in n for n in mask)
     assert len(mask.weights(full)) == 54
 
+def a_convnext():
+    "A small CLIP on a ConvNeXt, with random weights."
+    tokenizer = tiny_backbone().text.tokenizer
+    vision = dict(timm_model_name='convnext_atto', timm_model_pretrained=False, timm_pool='', timm_proj='linear',
+                  image_size=64)
+    text = open_clip.model.CLIPTextCfg(context_length=16, vocab_size=len(tokenizer), width=64, heads=2, layers=1)
+    torch.manual_seed(0)
+    return ClipBackbone.from_model(open_clip.model.CLIP(64, vision, text), tokenizer, 'convnext_atto')
+
 @pytest.mark.parametrize('backbone', ['os8', 'convnext'])
 def test_contract_on_other_backbones(backbone):
     "The head asks the backbone for channels and strides: another tower needs no other code."
-    import open_clip
-    if backbone == 'os8': clip = ClipBackbone.create('shapes-rn', pretrained=None, output_stride=8)
-    else:
-        small = tiny_backbone()
-        vision = dict(timm_model_name='convnext_atto', timm_model_pretrained=False, timm_pool='', timm_proj='linear', image_size=64)
-        text = dict(context_length=16, vocab_size=len(small.text.tokenizer), width=64, heads=2, layers=1)
-        torch.manual_seed(0)
-        clip = ClipBackbone.from_model(open_clip.model.CLIP(64, vision, open_clip.model.CLIPTextCfg(**text)), small.text.tokenizer, 'convnext_atto')
+    clip = a_convnext() if backbone == 'convnext' else ClipBackbone.create('shapes-rn', output_stride=8)
     assert len(check_framework('deeplabv3', backbone=clip)) == 10
 
 def test_one_mask_from_file_through_training(tmp_path):
@@ -75,25 +86,30 @@ def test_one_mask_from_file_through_training(tmp_path):
         finetune(seg, world, Recipe.tiny().replace(iterations=3, batch_size=4))
         kept = sum(int(w.count_nonzero()) for w in mask.weights(seg).values())
         assert kept <= mask.kept and kept > .99*mask.kept
-    original = {l.name: l.weight for l in layers(clip)}
-    assert all((original[n] != 0).all() for n in mask), 'carrying the mask over has changed the CLIP it was made on'
+    original = {layer.name: layer.weight for layer in layers(clip)}
+    assert all((original[name] != 0).all() for name in mask), 'carrying the mask over has changed the CLIP it was made on'
     result = evaluate(seg, ShapesWorld('val', n=4, size=48))
     assert set(result['groups']) == {'base', 'novel'} and 0 <= result['miou'] <= 1
     for domain in ('night', 'crowd', 'sketch'):                       # other words, the same weights
-        e = evaluate(seg, ShapesWorld('val', domain, n=2, size=48))
-        assert list(e['iou']) == list(ShapesWorld('val', domain, n=1).vocabulary.names)
+        other = ShapesWorld('val', domain, n=2, size=48)
+        assert list(evaluate(seg, other)['iou']) == list(other.vocabulary.names)
 
 def test_names_of_another_length_do_not_fit_silently():
     seg = build('deeplabv3', tiny_backbone(), vocabulary=['red star', 'grass'], preset='small')
-    with pytest.raises(OpenTransError, match='neither one of the 2 classes'): seg.loss(dict(images=torch.rand(2, 3, 32, 32), labels=torch.full((2, 32, 32), 7)))
+    batch = dict(images=torch.rand(2, 3, 32, 32), labels=torch.full((2, 32, 32), 7))
+    with pytest.raises(OpenTransError, match='neither one of the 2 classes'): seg.loss(batch)
     with pytest.raises(OpenTransError, match='float tensor'): seg.predict(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 def test_logits_of_a_class_do_not_depend_on_the_others():
     "A class's logit is the same among 3 names and among 300: only the argmax differs."
     seg = build('deeplabv3', tiny_backbone(), vocabulary=['red star', 'grass'], preset='small', seed=0).eval()
-    text = F.normalize(torch.randn(300, seg.backbone.embed_dim, generator=torch.Generator().manual_seed(0)), dim=1)
-    x = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(): assert torch.allclose(seg(x, text)[:, :3], seg(x, text[:3]), atol=1e-4)
+    text,images = text_of(seg, 300),torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): assert torch.allclose(seg(images, text)[:, :3], seg(images, text[:3]), atol=1e-4)
+
+def text_of(seg, classes):
+    "Random text embeddings of some classes."
+    generator = torch.Generator().manual_seed(0)
+    return F.normalize(torch.randn(classes, seg.backbone.embed_dim, generator=generator), dim=1)
 
 class Largest(TorchDispatchMode):
     "The number of values in the largest tensor that is made."
@@ -104,7 +120,8 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor): self.values = max(self.values, tensor.untyped_storage().nbytes()//tensor.element_size())
+            if not isinstance(tensor, torch.Tensor): continue
+            self.values = max(self.values, tensor.untyped_storage().nbytes()//tensor.element_size())
         return out
 
 @pytest.mark.parametrize('name', ['deeplabv3', 'fpn', 'mask2former', 'fcclip', 'faseg'])
@@ -113,12 +130,12 @@ def test_hundreds_of_classes_never_stand_side_by_side(name, monkeypatch):
     monkeypatch.setattr(contract, '_AT_ONCE', 2**20)
     monkeypatch.setattr(queries, '_MASKS', 2**19)
     seg = build(name, tiny_backbone(), vocabulary=['red star', 'grass'], preset='small', seed=0).eval()
-    text = F.normalize(torch.randn(847, seg.backbone.embed_dim, generator=torch.Generator().manual_seed(0)), dim=1)
-    images = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(1))
+    text,images = text_of(seg, 847),torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(1))
+    larger = dict(size=160, longest=200, flip=True)
     with torch.no_grad():
         with Largest() as alone: best = seg.semantic(images, text)
-        with Largest() as enlarged: near = best_class(look_scores(seg, images, text, size=160, longest=200, flip=True))
-        whole,all_looks = seg(images, text),look(seg, images, text, size=160, longest=200, flip=True)
+        with Largest() as enlarged: near = best_class(look_scores(seg, images, text, **larger))
+        whole,all_looks = seg(images, text),look(seg, images, text, **larger)
     assert alone.values < .3*whole.numel() and enlarged.values < .3*847*150*200, (alone.values, enlarged.values)
     for found,logits in ((best, whole), (near, all_looks)):
         top = logits.topk(2, 1).values
