@@ -9,7 +9,11 @@ from .readers import *
 from .readers import __all__ as _readers
 from .datasets import *
 from .datasets import __all__ as _datasets
+from .photographs import *
+from .photographs import __all__ as _photographs
+from .mosaic import *
+from .mosaic import __all__ as _mosaic
 from .metrics import *
 from .metrics import __all__ as _metrics
 
-__all__ = [*_vocabulary, *_samples, *_shapes, *_readers, *_datasets, *_metrics]
+__all__ = [*_vocabulary, *_samples, *_shapes, *_readers, *_datasets, *_photographs, *_mosaic, *_metrics]

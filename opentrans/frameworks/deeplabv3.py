@@ -100,6 +100,7 @@ class DeepLabV3(Framework):
         coarse:str='res5', # Features for the meaning
         nothing:bool=False, # Learn an embedding of *nothing*, which pixels without a label are asked to be?
         learn_scale:bool=False, # Learn the temperature, from `scale` or 1/0.07 on?
+        lean:bool=False, # Begin with what CLIP itself says of each cell, to which the head adds? So names that are not trained keep a meaning
         kd:float=0., # Weight of a distillation loss of regions; 0 leaves it out
         kd_target:str='crop', # How the teacher embeds a region: `'crop'`, `'attention'` or `'tight'`, the released code's crops
         kd_form:str='paper', # The distillation loss: `'paper'` (supplement, Eq. 3) or `'released'` (`released_terms`)
@@ -111,7 +112,8 @@ class DeepLabV3(Framework):
         if output_stride is not None: set_output_stride(backbone, output_stride)
         self.aspp = Pyramid(backbone.channels[coarse], dilations, width, dropout)
         self.decoder = Decoder(backbone.channels[fine], width, low_level)
-        self.proj = nn.Conv2d(width, backbone.embed_dim, 1)
+        self.proj,self.lean = nn.Conv2d(width, backbone.embed_dim, 1),lean
+        if lean: nn.init.zeros_(self.proj.weight), nn.init.zeros_(self.proj.bias)
         self.scale,self.loss_stride,self.fine,self.coarse = float(backbone.logit_scale if scale is None else scale),loss_stride,fine,coarse
         for kind,given,allowed in (('kd_target', kd_target, ('crop', 'attention', 'tight')), ('kd_form', kd_form, ('paper', 'released'))):
             if given not in allowed: raise unknown(kind, given, allowed)
@@ -125,8 +127,12 @@ class DeepLabV3(Framework):
         images:torch.Tensor, # (B,3,H,W) in [0,1]
     )->torch.Tensor: # (B,D,H/4,W/4) in CLIP's text space
         "Pixel embeddings, before any class name is known."
-        f = self.backbone(images)
-        return self.proj(self.decoder(f[self.fine], self.aspp(f[self.coarse])))
+        b = self.backbone
+        if not self.lean: f = b(images)
+        else: f,last = b.kind.features(b.visual, b.prepare(images))
+        added = self.proj(self.decoder(f[self.fine], self.aspp(f[self.coarse])))
+        if not self.lean: return added
+        return resize(F.normalize(b.kind.dense(b.visual, last), dim=1), added.shape[-2:]) + added
 
     @property
     def temperature(self): return self.scale if self.log_scale is None else self.log_scale.exp()
