@@ -93,14 +93,15 @@ class NameHead(nn.Module):
         temperature:float, # Divides the classifier's logits
     ):
         super().__init__()
-        self.classifier,self.names = nn.Linear(features, classes),nn.Linear(classes, embed_dim, bias=False)
+        self.classifier = nn.Linear(features, classes)
+        self.register_buffer('names', torch.zeros(classes, embed_dim)) # what the names mean does not change when a tower learns
         self.temperature = temperature
 
     def forward(self,
         x:torch.Tensor, # (..., features)
     )->torch.Tensor: # (..., embed_dim), not of unit length
         "Embed features."
-        return self.names((self.classifier(x)/self.temperature).softmax(-1))
+        return (self.classifier(x)/self.temperature).softmax(-1) @ self.names
 
 class Centred(nn.Module):
     "Sentence embeddings of unit length, less what all of them share."
@@ -199,6 +200,6 @@ def photo_weights(
     parts = {f'visual.trunk.{key}': value for key,value in tower.items() if not key.startswith('classifier.')}
     parts.update({f'visual.head.{key}': value for key,value in tower.items() if key.startswith('classifier.')})
     parts.update({f'text.transformer.{key}': value for key,value in words.items()})
-    parts['visual.head.names.weight'],parts['text.proj.mean'] = join['names'],join['mean']
+    parts['visual.head.names'],parts['text.proj.mean'] = join['names'].T,join['mean']
     parts['logit_scale'] = torch.tensor(told['logit_scale']).log()
     return parts

@@ -367,11 +367,7 @@ def tune_below(
 # %% ../../nbs/experiments/51_arms.ipynb #19c5a131
 def _stages(clip):
     "Names of the four stages of a tower, or of the blocks where a ViT's four quarters end."
-    tower = clip.visual
-    if hasattr(tower, 'layer1'): return [f'visual.layer{i}' for i in (1, 2, 3, 4)]
-    if hasattr(tower, 'trunk'): return [f'visual.trunk.stages.{i}' for i in range(4)]
-    n = len(tower.transformer.resblocks)
-    return [f'visual.transformer.resblocks.{n*i//4-1}' for i in (1, 2, 3, 4)]
+    return [f'visual.{stage}' for stage in clip.kind.stages(clip.visual)]
 
 def clip_similarity(
     seg, # A framework

@@ -222,15 +222,20 @@ def run_jobs(
 RUNS_FILE = FileKind('opentrans-runs', 'settings of a folder of runs', 'run_study')
 
 # %% ../../nbs/experiments/52_jobs.ipynb #2791efe2
+def _image_names(data):
+    "What tells the images of a data set from those of another: their names, or how they are made."
+    return [file.id for file in data.files] if hasattr(data, 'files') else [repr(data)]
+
+def _identity_of(data):
+    "How many images a data set has, and a checksum of its class names and of the names of its images."
+    text = '\n'.join([*data.vocabulary.entries, *_image_names(data)])
+    return [len(data), hashlib.sha256(text.encode()).hexdigest()[:16]]
+
 def _identity(scale, seed):
     "What runs depend on besides their own settings, as JSON gives it back."
     known = dict(dataclasses.asdict(scale), seed=seed, pretrained=weights_identity(scale))
     if scale.data != 'shapesworld':
-        known['images'] = {n: [len(d),
-                               hashlib.sha256(
-                                   '\n'.join([*d.vocabulary.entries,
-                                              *(f.id for f in d.files)]).encode()).hexdigest()[:16]]
-                           for n,d in open_world(scale, seed).items()}
+        known['images'] = {name: _identity_of(data) for name,data in open_world(scale, seed).items()}
     return plain_json(known)
 
 def open_run_folder(folder, scale, seed):

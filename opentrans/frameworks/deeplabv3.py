@@ -140,6 +140,7 @@ class DeepLabV3(_DistilledPixels):
         coarse:str='res5', # Features for the meaning
         nothing:bool=False, # Learn an embedding of *nothing*, which pixels without a label are asked to be?
         learn_scale:bool=False, # Learn the temperature, from `scale` or 1/0.07 on?
+        lean:bool=False, # Begin with what CLIP itself says of each cell, to which the head adds its part?
         kd:float=0., # Weight of a distillation loss of regions; 0 leaves it out
         kd_target:str='crop', # How the teacher embeds a region: `'crop'`, `'attention'` or `'tight'`, as released
         kd_form:str='paper', # The distillation loss: Eq. 3 of the supplement, or `'released'` (`released_terms`)
@@ -153,6 +154,9 @@ class DeepLabV3(_DistilledPixels):
         self.aspp = Pyramid(backbone.channels[coarse], dilations, width, dropout)
         self.decoder = Decoder(backbone.channels[fine], width, low_level)
         self.proj = nn.Conv2d(width, dim, 1)
+        self.lean = lean
+        if lean: # at first the head adds nothing, so that names which are not trained keep their meaning
+            for param in self.proj.parameters(): nn.init.zeros_(param)
         self.scale = float(backbone.logit_scale if scale is None else scale)
         self.loss_stride,self.fine,self.coarse = loss_stride,fine,coarse
         check_choice('kd_target', kd_target, ('crop', 'attention', 'tight'))
@@ -167,7 +171,14 @@ class DeepLabV3(_DistilledPixels):
         images:torch.Tensor, # (B,3,H,W) in [0,1]
     )->torch.Tensor: # (B,D,H/4,W/4) in CLIP's text space
         "Pixel embeddings, before any class name is known."
-        maps = self.backbone(images)
+        if not self.lean: return self._of_head(self.backbone(images))
+        clip = self.backbone
+        maps,last = clip.kind.features(clip.visual, clip.prepare(images))
+        added = self._of_head(maps)
+        return resize(F.normalize(clip.kind.dense(clip.visual, last), dim=1), added.shape[-2:]) + added
+
+    def _of_head(self, maps):
+        "What the head makes of the backbone's maps."
         return self.proj(self.decoder(maps[self.fine], self.aspp(maps[self.coarse])))
 
     @property
