@@ -413,3 +413,41 @@ def head_maps(theirs, image):
     out = theirs.sem_seg_head.predictor.clip_model.encode_image(F.interpolate(x[None], size=theirs.clip_resolution, mode='bilinear', align_corners=False), True)
     maps = theirs.sem_seg_head(out['clip_vis_dense'], {name: out[name] for name in theirs.in_features})[0][0]
     return maps if theirs.fast_inference else maps.sigmoid()
+
+def test_average_precision_is_cocos():
+    "Random boxes with crowds, ties, classes that are never there and images without any: `pycocotools` to 1e-6, class by class."
+    coco_module = pytest.importorskip('pycocotools.coco', reason='pycocotools is a requirement of development')
+    import contextlib, io
+    import numpy as np
+    from pycocotools.cocoeval import COCOeval
+    from opentrans.data.metrics import DetectionAP
+    draw = np.random.default_rng(0)
+    ap,truth,found,count = DetectionAP(5),[],[],0
+    for image in range(60):
+        many = draw.integers(0, 7) if image else 0
+        corner,size = draw.uniform(0, 60, (many, 2)),draw.uniform(4, 40, (many, 2))
+        boxes,labels,crowd = np.concatenate([corner, corner+size], 1),draw.integers(0, 4, many),draw.random(many) < .15
+        again = np.repeat(boxes, 2, 0) + draw.normal(0, 4, (2*many, 4))
+        again[:, 2:] = np.maximum(again[:, 2:], again[:, :2]+1)
+        stray = draw.uniform(0, 60, (2, 2))
+        again = np.concatenate([again, np.concatenate([stray, stray+20], 1)])
+        kinds = np.concatenate([np.where(draw.random(2*many) < .8, np.repeat(labels, 2), draw.integers(0, 5, 2*many)), draw.integers(0, 5, 2)])
+        scores = draw.random(len(again)).round(1)                       # many ties
+        ap.update(dict(boxes=torch.tensor(again), scores=torch.tensor(scores), labels=torch.tensor(kinds)), dict(boxes=boxes, labels=labels, crowd=crowd))
+        for b,k,c in zip(boxes, labels, crowd):
+            count += 1
+            truth.append(dict(id=count, image_id=image+1, category_id=int(k)+1, bbox=[b[0], b[1], b[2]-b[0], b[3]-b[1]], area=float((b[2]-b[0])*(b[3]-b[1])), iscrowd=int(c)))
+        found += [dict(image_id=image+1, category_id=int(k)+1, bbox=[b[0], b[1], b[2]-b[0], b[3]-b[1]], score=float(s)) for b,k,s in zip(again, kinds, scores)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = coco_module.COCO()
+        coco.dataset = dict(images=[dict(id=i+1) for i in range(60)], annotations=truth, categories=[dict(id=k+1) for k in range(5)], info={})
+        coco.createIndex()
+        run = COCOeval(coco, coco.loadRes(found), 'bbox')
+        run.evaluate(); run.accumulate(); run.summarize()
+    mine = ap.compute(groups=dict(base=[0, 1], novel=[2, 3]))
+    for name,number in dict(ap=0, ap50=1, ap75=2).items(): assert abs(mine[name]-run.stats[number]) < 1e-6
+    theirs = run.eval['precision'][:, :, :, 0, 2].mean((0, 1))
+    for k in range(5):
+        if ap.objects[k]: assert abs(mine['by_class'][k]-theirs[k]) < 1e-6
+        else: assert math.isnan(mine['by_class'][k]) and theirs[k] == -1
+    assert abs(mine['groups']['novel']-theirs[2:4].mean()) < 1e-6 and .05 < mine['ap'] < .95
