@@ -277,6 +277,7 @@ class FASegDecoder(MaskDecoder):
             self.focus = DynamicFocusQuery(len(self.queries_embedder.weight), hidden)
             self.focus.base = self.queries_embedder # B is the old positional query
             del self.queries_embedder
+        if self.kind == 'grid': self.focus.base.requires_grad_(False) # it is not asked
 
     @property
     def base(self)->torch.Tensor: return (self.queries_embedder if self.kind == 'learned' else self.focus.base).weight # B (Q,hidden)
@@ -314,9 +315,9 @@ def position(self:FASegDecoder,
     if self.kind == 'learned': p = self.base.expand(len(code), -1, -1)
     elif self.kind == 'focus' and attn is not None: p = self.focus(attn, keys())
     elif self.kind in ('focus', 'foreground'): p = self.focus.from_mask(resize(masks.detach(), code.shape[-2:]), keys(), self.legacy_first_mask)
+    elif self.kind == 'grid': p = self.focus.h(point_code(grid_points(len(self.base)).to(code), code.shape[1])).expand(len(code), -1, -1)
     else:
-        if self.kind == 'grid': at = grid_points(len(self.base)).to(code).expand(len(code), -1, -1)
-        else: at = mask_centre(resize(masks.detach(), code.shape[-2:]))
+        at = mask_centre(resize(masks.detach(), code.shape[-2:]))
         p = self.focus.project(point_code(at, code.shape[1])*at.any(-1, keepdim=True)) # an empty mask has no centre
     return p.transpose(0, 1)
 
@@ -325,7 +326,7 @@ def attend(self:FASegDecoder, i, x, position, tokens, codes, blocked, low=None, 
     "Block `i`: queries `x` (Q,B,hidden) look at a level, then at each other. Returns them, their attention, and the pixels it is over (HRCA's)."
     l,k,idx = self.decoder.layers[i],i % self.n_levels,None
     if k == 3:
-        p = position if self.hrca_query == 'dynamic' else self.base[:, None].expand_as(x)
+        p = position if self.hrca_query == 'dynamic' or self.kind == 'grid' else self.base[:, None].expand_as(x)
         y,attn,idx = l.cross_attn(x.transpose(0, 1), tokens[k], codes[k], low, p.transpose(0, 1), self.ratio, self.selection, weights)
         y = y.transpose(0, 1)
     else:
