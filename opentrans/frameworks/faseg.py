@@ -345,8 +345,10 @@ class _FASegBlock(_FASegLevels):
         if kind == 'focus' and attn is not None: return self.focus(attn, code.flatten(2).mT)
         if kind in ('focus', 'foreground'):
             return self.focus.from_mask(resize(masks.detach(), size), code.flatten(2).mT, self.legacy_first_mask)
-        if kind == 'anchor': points = mask_centre(resize(masks.detach(), size))
-        else: points = grid_points(len(self.base)).to(code).expand(len(code), -1, -1)
+        if kind == 'grid': # points that nothing moves: no learned B beside them (Tab. 5.5)
+            fixed = point_code(grid_points(len(self.base)).to(code), code.shape[1])
+            return self.focus.h(fixed).expand(len(code), -1, -1)
+        points = mask_centre(resize(masks.detach(), size))
         known = points.any(-1, keepdim=True) # an empty mask has no centre
         return self.focus.project(point_code(points, code.shape[1])*known)
 
@@ -363,7 +365,8 @@ class _FASegBlock(_FASegLevels):
         "Block `i`: queries look at a level, then at each other."
         layer,level,idx = self.decoder.layers[i],i % self.n_levels,None
         if level == 3:
-            query_pos = position if self.hrca_query == 'dynamic' else self.base[:, None].expand_as(x)
+            moving = self.hrca_query == 'dynamic' or self.position_kind == 'grid'
+            query_pos = position if moving else self.base[:, None].expand_as(x)
             seen,attn,idx = layer.cross_attn(x.transpose(0, 1), tokens[3], codes[3], low, query_pos.transpose(0, 1),
                                              self.ratio, self.selection, weights)
             seen = seen.transpose(0, 1)
@@ -408,6 +411,7 @@ class FASegDecoder(_FASegBlock):
             self.focus = DynamicFocusQuery(len(self.queries_embedder.weight), hidden)
             self.focus.base = self.queries_embedder # B is the old positional query
             del self.queries_embedder
+        if self.position_kind == 'grid': self.focus.base.requires_grad_(False) # it is not asked
 
     def forward(self,
         mask_features:torch.Tensor, # (B,mask_dim,H/4,W/4)

@@ -19,7 +19,7 @@ from ..errors import check_number, OpenTransError, shorten, unknown
 from opentrans.files import (
     check_finite, check_like, FileKind, lock_file, metadata_value, optimizer_tensors, restore_optimizer, RunFile,
     strip_prefix)
-from ..runtime import axes, check_images, label_loss_of, progress, seeded
+from ..runtime import axes, check_images, device_of, label_loss_of, progress, seeded, to_device
 from .hybrids import _op_of, _parts, convert_to_spvit, HybridSpec, SPViTCost, vit_blocks
 from .spvit import (
     attention_parts, HeadAttention, SPVIT_OPS, UnifiedAttention, UnifiedDepthwise, UnifiedMLP)
@@ -48,18 +48,25 @@ def teacher_loss(
     teacher:nn.Module, # A classifier, in eval mode; the thesis's is a CNN
     weight:float=1., # Of the teacher's part
     balance:str='thesis', # `'thesis'`: L_CE + weight L_dist; `'code'`: half of each
+    soft:float=None, # Temperature of soft answers, which are compared by their divergence times its square (Tab. 4.4); None for hard labels
 ): # A loss: function of (model, (images, labels))
-    "Labels and the teacher's hard labels (thesis, Eq. 4.17). Raises `OpenTransError`."
+    "Labels and the teacher's answers (thesis, Eq. 4.17). Raises `OpenTransError`."
     if balance not in ('thesis', 'code'): raise unknown('balance', balance, ['thesis', 'code'])
     check_number('weight', weight, 0)
+    if soft is not None: check_number('soft', soft, 0, above=True)
     a,b = (1., weight) if balance == 'thesis' else (.5, .5)
     def loss(model, batch):
         images,labels = batch
         check_images(images)
-        with torch.no_grad(): hard = teacher(images).argmax(1)
+        with torch.no_grad(): said = teacher(images)
         y = model(images)
-        return a*label_loss_of(y, labels) + b*F.cross_entropy(y, hard)
+        return a*label_loss_of(y, labels) + b*_divergence(y, said, soft)
     return loss
+
+def _divergence(y, said, soft):
+    "From hard labels of a teacher, or from its answers at a temperature."
+    if soft is None: return F.cross_entropy(y, said.argmax(1))
+    return soft**2*F.kl_div((y/soft).log_softmax(1), (said/soft).log_softmax(1), reduction='batchmean', log_target=True)
 
 # %% ../../nbs/vit/63c_search.ipynb #00966787
 def gate_optimizers(
@@ -127,9 +134,28 @@ def _resume(run, model, opts, steps):
     model.load_state_dict(weights)
     return history
 
+class _Stream:
+    "The i-th batch of a loader that is gone through again and again. Each round is shuffled by the seed and its number, so that a run can be taken up anywhere."
+    def __init__(self, loader, seed, device):
+        if not hasattr(loader, '__iter__'): raise OpenTransError(f"Batches come from a function of the step, a list, or a loader, not from a {type(loader).__name__}.")
+        self.loader,self.seed,self.device,self.round,self.at,self.rest = loader,seed,device,-1,-1,iter(())
+    def __call__(self, i):
+        while self.at < i: batch = self._next()
+        return to_device(batch, self.device)
+    def _next(self):
+        batch = next(self.rest, None)
+        if batch is None:
+            self.round += 1
+            with seeded(self.seed*7919 + self.round):
+                self.rest = iter(self.loader)
+                batch = next(self.rest, None)
+        if batch is None: raise OpenTransError("There are no batches to train on: the list or loader is empty.")
+        self.at += 1
+        return batch
+
 def train_spvit(
     model:nn.Module, # With gates (a search) or slimmed (fine-tuning); trained in place, left in eval mode
-    batch, # Function of the step -> a batch
+    batch, # Function of the step -> a batch; or a loader or list of batches, gone through again and again
     steps:int, # How many
     loss=None, # Function of (model, batch), e.g. `embedding_loss`; None is cross-entropy with labels
     cost:SPViTCost=None, # The pressure of a search
@@ -145,6 +171,7 @@ def train_spvit(
     "Search, or fine-tune. Raises `OpenTransError` for a checkpoint of other settings, and where the training diverges; no checkpoint is written then."
     for name, number, low in (('steps', steps, 1), ('checkpoint_every', checkpoint_every, 1), ('seed', seed, -2**63)): check_number(name, number, low, whole=True)
     if clip_grad is not None: check_number('clip_grad', clip_grad, 0)
+    if not callable(batch): batch = _Stream(batch, seed, device_of(model))
     opts = dict(zip('wg', gate_optimizers(model, lr, gate_lr, weight_decay)))
     settings = dict(steps=steps, lr=lr, gate_lr=gate_lr, weight_decay=weight_decay, cosine=cosine, seed=seed, clip_grad=clip_grad, gates=_gated(model),
                     target=cost and cost.target, weight=cost and cost.weight)

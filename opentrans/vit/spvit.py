@@ -66,9 +66,9 @@ def bernoulli_st(
 def hard_gate(
     a:torch.Tensor, # Gate parameters: a gate is open with probability sigmoid(a)
 )->torch.Tensor: # 0 or 1, with a surrogate gradient
-    "Gates without chance, 1[sigmoid(a) > 0.5], with the gradient of sigmoid(sigmoid(a) - 0.5): what cost is counted with."
+    "Gates without chance, 1[sigmoid(a) >= 0.5] (thesis, Eq. 4.15), with the gradient of sigmoid(sigmoid(a) - 0.5): what cost is counted with."
     p = torch.sigmoid(a); s = torch.sigmoid(p-.5)
-    return (a > 0).to(p) + (s - s.detach())
+    return (a >= 0).to(p) + (s - s.detach())
 
 # %% ../../nbs/vit/63_spvit.ipynb #c62ca81a
 SPVIT_OPS = ('skip', 'conv1', 'conv3', 'msa') # by rising cost
@@ -246,13 +246,13 @@ def conv(self:UnifiedAttention, op, x, v=None):
 # %% ../../nbs/vit/63_spvit.ipynb #0bd01128
 @patch
 def draw(self:UnifiedAttention, gate):
-    "Gates as they are now: drawn in training, 1[a > 0] in eval."
-    return bernoulli_st(torch.sigmoid(gate), generator=self.generator) if self.training else (gate > 0).to(gate)
+    "Gates as they are now: drawn in training, 1[a >= 0] in eval."
+    return bernoulli_st(torch.sigmoid(gate), generator=self.generator) if self.training else (gate >= 0).to(gate)
 
 @patch
 def op(self:UnifiedAttention)->str:
     "The operation that the gates choose without chance."
-    return self.ops[select_ops((self.gate.detach() > 0).float(), self.gating).argmax()]
+    return self.ops[select_ops((self.gate.detach() >= 0).float(), self.gating).argmax()]
 
 @patch
 def mix(self:UnifiedAttention, x, msa):
@@ -282,7 +282,7 @@ def set_op(self:UnifiedAttention,
 @patch
 def kept_heads(self:UnifiedAttention)->list:
     "Heads whose gate is open; all, where heads have no gates."
-    return list(range(self.num_heads)) if self.head_gate is None else (self.head_gate > 0).nonzero().flatten().tolist()
+    return list(range(self.num_heads)) if self.head_gate is None else (self.head_gate >= 0).nonzero().flatten().tolist()
 
 # %% ../../nbs/vit/63_spvit.ipynb #3c37b62a
 def _fill(shell, u, rows):
@@ -379,7 +379,7 @@ class UnifiedMLP(nn.Module):
 
     def kept(self)->torch.Tensor: # Indices, ascending
         "The hidden units whose gate is open."
-        return (self.gate > 0).nonzero().flatten()
+        return (self.gate >= 0).nonzero().flatten()
 
     def keep(self, units, strength=10.):
         "Set the gates so that exactly these units stay."

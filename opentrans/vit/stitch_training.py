@@ -105,9 +105,9 @@ class StitchSampler:
         self.intervals = [np.flatnonzero(self.interval == i) for i in range(n_intervals) if (self.interval == i).any()] # the non-empty ones
         self.drawn,self.generator = 0,torch.Generator().manual_seed(seed)
 
-    def inside(self, members)->torch.Tensor:
+    def inside(self, members, importance=None)->torch.Tensor:
         "Probabilities inside one interval."
-        q = self.tracker.importance()[torch.as_tensor(members)]
+        q = (self.tracker.importance() if importance is None else importance)[torch.as_tensor(members)]
         if self.relative: q = q/q.abs().mean().clamp_min(1e-300)
         if self.standardize: q = (q-q.mean())/(q.std(correction=0)+1e-12)
         return torch.softmax(q/self.temperature, 0)
@@ -116,7 +116,8 @@ class StitchSampler:
         "The probability of each stitch at the next draw."
         p = torch.full((len(self.costs),), 1/len(self.costs), dtype=torch.float64)
         if self.drawn < self.warmup: return p
-        for m in self.intervals: p[torch.as_tensor(m)] = self.inside(m)/len(self.intervals)
+        q = self.tracker.importance()
+        for m in self.intervals: p[torch.as_tensor(m)] = self.inside(m, q)/len(self.intervals)
         return p
 
     def sample(self)->int:
