@@ -13,5 +13,9 @@ from .metrics import *
 from .metrics import __all__ as _metrics
 from .batches import *
 from .batches import __all__ as _batches
+from .photographs import *
+from .photographs import __all__ as _photographs
+from .mosaic import *
+from .mosaic import __all__ as _mosaic
 
-__all__ = [*_vocabulary, *_samples, *_shapes, *_readers, *_datasets, *_metrics, *_batches]
+__all__ = [*_vocabulary, *_samples, *_shapes, *_readers, *_datasets, *_metrics, *_batches, *_photographs, *_mosaic]

@@ -21,6 +21,10 @@ from .reconstruction import *
 from .reconstruction import __all__ as _reconstruction
 from .regrowth import *
 from .regrowth import __all__ as _regrowth
+from .compiled import *
+from .compiled import __all__ as _compiled
+from .transfer import *
+from .transfer import __all__ as _transfer
 
 __all__ = [*_mask, *_places, *_force, *_criteria, *_rounds, *_baked, *_calibration, *_solvers, *_densities, *_reconstruction,
-           *_regrowth]
+           *_regrowth, *_compiled, *_transfer]
