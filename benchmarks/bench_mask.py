@@ -106,7 +106,7 @@ def bench_step(mask, optimizer, steps, batch, size, device):
     for layer in prunable(nets['torch']): tp.custom_from_mask(layer.module, 'weight', mask[layer.name].to(device))
     opts = {k: OPTIMIZERS[optimizer](n.parameters()) for k,n in nets.items()}
     x,times = torch.randn(2, 3, 64, 64, device=device),{k: [] for k in nets}
-    watches = [Stopwatch(P._Keeper, n, device) for n in ('grad', 'after')]
+    watches = [Stopwatch(P._Keeper, n, device) for n in ('zero_grad', 'after_step')]
     with mask.apply(nets['ours']):
         for i in range(steps+2):
             if i == 2:

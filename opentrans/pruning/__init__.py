@@ -1,16 +1,18 @@
 "Masks: found once by Algorithm 1, kept in force while a model is trained, carried to every framework."
-from .mask import *
-from .mask import __all__ as _mask
 from .places import *
 from .places import __all__ as _places
-from .force import *
-from .force import __all__ as _force
 from .criteria import *
 from .criteria import __all__ as _criteria
-from .rounds import *
-from .rounds import __all__ as _rounds
+from .force import *
+from .force import __all__ as _force
 from .baked import *
 from .baked import __all__ as _baked
+from .mask import *
+from .mask import __all__ as _mask
+from .transfer import *
+from .transfer import __all__ as _transfer
+from .rounds import *
+from .rounds import __all__ as _rounds
 from .calibration import *
 from .calibration import __all__ as _calibration
 from .solvers import *
@@ -23,8 +25,6 @@ from .regrowth import *
 from .regrowth import __all__ as _regrowth
 from .compiled import *
 from .compiled import __all__ as _compiled
-from .transfer import *
-from .transfer import __all__ as _transfer
 
-__all__ = [*_mask, *_places, *_force, *_criteria, *_rounds, *_baked, *_calibration, *_solvers, *_densities, *_reconstruction,
-           *_regrowth, *_compiled, *_transfer]
+__all__ = [*_places, *_criteria, *_force, *_baked, *_mask, *_transfer, *_rounds, *_calibration, *_solvers, *_densities,
+           *_reconstruction, *_regrowth, *_compiled]

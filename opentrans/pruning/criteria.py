@@ -5,28 +5,29 @@
 # %% auto #0
 __all__ = ['CRITERIA', 'criterion', 'weight_magnitude', 'snip', 'sensitivity']
 
-# %% ../../nbs/01d_criteria.ipynb #afcf21aa
-import inspect
+# %% ../../nbs/01d_criteria.ipynb #ea1f1c1b
+import contextlib, inspect
+from typing import Any, Callable
 import torch
 from torch import nn
-from fastcore.basics import patch
-from fastcore.meta import delegates
-from ..core import layers
 from ..errors import OpenTransError, unknown
-from .mask import _choose, _dense_info, _density, _info, _magnitudes, _name_of, _size, SparseMask
 from .places import prunable
+from .ranking import _magnitudes, _size
 
 # %% ../../nbs/01d_criteria.ipynb #c7ab01e4
-CRITERIA = {}
+CRITERIA: dict[str, Callable] = {}
+
 def criterion(
-    name, # What it is called; or the function itself, which is then called as it is in Python
-):
+    name:str|Callable, # What it is called; or the function itself, which is then called as it is in Python
+)->Callable: # The function as it was, or a decorator for one
     "Register a criterion `f(model, losses=None, **prunable's arguments) -> {name: scores}`."
     if callable(name): return criterion(name.__name__)(name)
-    def register(f):
-        CRITERIA[name] = f
-        return f
+    def register(score):
+        CRITERIA[name] = score
+        return score
     return register
+
+def _name_of(function): return getattr(getattr(function, 'func', function), '__name__', type(function).__name__)
 
 def _criterion(said):
     """A criterion by its name, or a function as it is: (name, function). Raises `OpenTransError` for an unknown
@@ -35,99 +36,109 @@ def _criterion(said):
     if said not in CRITERIA: raise unknown('criterion', said, CRITERIA)
     return said,CRITERIA[said]
 
-def _ask_criterion(f, model, losses=None, wanted=None, **kwargs):
-    """The scores that a criterion gives. It is told what it takes: a function of the model alone gets the model alone,
-    and one with arguments `density` and `scope` is told which mask is `wanted`."""
-    try: takes = list(inspect.signature(f).parameters.values())
-    except ValueError: takes = []
-    anything,names = any(p.kind == p.VAR_KEYWORD for p in takes),[p.name for p in takes]
-    second = next((p for p in takes[1:2] if p.kind == p.POSITIONAL_OR_KEYWORD), None)
-    args,told = [model],{k: v for k,v in kwargs.items() if anything or k in names}
-    told |= {k: v for k,v in (wanted or {}).items() if k in names}
+def _parameters(function):
+    try: return list(inspect.signature(function).parameters.values())
+    except ValueError: return [] # a function of C may have no signature
+
+# %% ../../nbs/01d_criteria.ipynb #f82668fe
+def _ask_criterion(score, model, losses=None, wanted=None, **kwargs):
+    """The scores that a criterion gives. It is told what it takes: a function of the model alone gets the model
+    alone, and one with arguments `density` and `scope` is told which mask is `wanted`."""
+    takes = _parameters(score)
+    names = [param.name for param in takes]
+    takes_anything = any(param.kind == param.VAR_KEYWORD for param in takes)
+    args = [model]
+    told = {name: value for name,value in kwargs.items() if takes_anything or name in names}
+    told |= {name: value for name,value in (wanted or {}).items() if name in names}
+    second = takes[1] if len(takes) > 1 and takes[1].kind == takes[1].POSITIONAL_OR_KEYWORD else None
     if second is not None and (losses is not None or second.default is second.empty): args.append(losses)
-    elif losses is not None and (anything or 'losses' in names): told['losses'] = losses
-    scores = f(*args, **told)
+    elif losses is not None and (takes_anything or 'losses' in names): told['losses'] = losses
+    scores = score(*args, **told)
     if isinstance(scores, dict): return scores
-    raise OpenTransError(
-        f"The criterion {_name_of(f)} gives a {type(scores).__name__}, not a dict of name -> scores.")
+    raise OpenTransError(f"The criterion {_name_of(score)} gives a {type(scores).__name__}, "
+                         "not a dict of name -> scores.")
 
 @criterion('magnitude')
-def weight_magnitude(model, losses=None, **kwargs):
+def weight_magnitude(
+    model:nn.Module, # Any model
+    losses:Any=None, # Not looked at
+    **kwargs, # As for `prunable`
+)->dict[str, torch.Tensor]: # Name of the layer -> scores of its weights
     "|w|."
     return _magnitudes(prunable(model, **kwargs))
 
 # %% ../../nbs/01d_criteria.ipynb #424d419b
-def _threads(): return dict(threads=torch.get_num_threads()) # sums are rounded otherwise by another number of them
+def _threads():
+    "The number of threads, for the info of a mask: sums are rounded otherwise by another number of them."
+    return dict(threads=torch.get_num_threads())
 
 def _scores(score, mask, model, losses=None, wanted=None, **kwargs):
     """Scores of the masked weights, by a criterion. Raises `OpenTransError` if it leaves a layer out, or gives
     another shape."""
-    if score is weight_magnitude: return {n: _size(w) for n,w in mask.weights(model).items()}
+    if score is weight_magnitude: return {name: _size(weight) for name,weight in mask.weights(model).items()}
     scores = _ask_criterion(score, model, losses, wanted, **kwargs)
-    if lack := [n for n in mask.names if n not in scores]:
-        raise OpenTransError(f"The criterion gives no scores for {len(lack)} layers: {', '.join(lack[:6])}.")
-    odd = [n for n in mask.names if tuple(scores[n].shape) != mask.shapes[n]]
+    lacking = [name for name in mask.names if name not in scores]
+    if lacking:
+        raise OpenTransError(f"The criterion gives no scores for {len(lacking)} layers: {', '.join(lacking[:6])}.")
+    odd = [name for name in mask.names if tuple(scores[name].shape) != mask.shapes[name]]
     if odd:
-        raise OpenTransError(
-            f"The criterion's scores do not have the shape of the weights of {len(odd)} layers: "
-            f"{', '.join(odd[:6])}.")
-    return {n: scores[n] for n in mask.names}
+        raise OpenTransError("The criterion's scores do not have the shape of the weights of "
+                             f"{len(odd)} layers: {', '.join(odd[:6])}.")
+    return {name: scores[name] for name in mask.names}
 
 # %% ../../nbs/01d_criteria.ipynb #dd9008f1
+@contextlib.contextmanager
+def _all_learn(model, params):
+    "In the block the model is in eval mode and all `params` take gradients; then everything is as it was."
+    learnt = [param.requires_grad for param in params]
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        for param in params: param.requires_grad_(True)
+        yield
+    finally:
+        for param,learns in zip(params, learnt): param.requires_grad_(learns)
+        for module,training in modes.items(): module.training = training
+
 def _gradients(found, model, losses):
     "For each loss, the gradients of the layers' weights; the model is in eval mode, and nothing is left changed."
     if losses is None:
-        raise OpenTransError(
-            "This criterion looks at data: give losses, a function of the model that yields one scalar loss a "
-            "batch.")
+        raise OpenTransError("This criterion looks at data: give losses, a function of the model that yields one "
+                             "scalar loss a batch.")
     params = list({id(layer.param): layer.param for layer in found}.values())
-    before,modes = [p.requires_grad for p in params],{m: m.training for m in model.modules()}
-    try:
-        model.eval()
-        for p in params: p.requires_grad_(True)
-        with torch.enable_grad():
-            batches = losses(model)
-            for loss in [batches] if isinstance(batches, torch.Tensor) else batches:
-                gs = dict(zip(map(id, params), torch.autograd.grad(loss, params, allow_unused=True)))
-                full = {i: torch.zeros_like(p) if gs[i] is None else gs[i] for i,p in zip(gs, params)}
-                yield {layer.name: full[id(layer.param)] if layer.rows is None
-                       else full[id(layer.param)][layer.rows] for layer in found}
-    finally:
-        for p,b in zip(params, before): p.requires_grad_(b)
-        for m,t in modes.items(): m.training = t
+    with _all_learn(model, params), torch.enable_grad():
+        batches = losses(model)
+        for loss in [batches] if isinstance(batches, torch.Tensor) else batches:
+            grads = torch.autograd.grad(loss, params, allow_unused=True)
+            whole = {id(param): torch.zeros_like(param) if grad is None else grad
+                     for param,grad in zip(params, grads)}
+            yield {layer.name: _part(whole[id(layer.param)], layer) for layer in found}
 
+def _part(grad, layer): return grad if layer.rows is None else grad[layer.rows]
+
+# %% ../../nbs/01d_criteria.ipynb #3f1d4c4b
 @criterion
-def snip(model, losses=None, **kwargs):
-    "SNIP (Lee et al. 2019, Eq. 6): |w x the gradient over all batches|."
-    found,total = prunable(model, **kwargs),{}
-    for g in _gradients(found, model, losses):
-        for n in g: total[n] = total.get(n, 0) + g[n]
+def snip(
+    model:nn.Module, # Any model
+    losses:Callable|None=None, # Function of the model that yields one scalar loss a batch
+    **kwargs, # As for `prunable`
+)->dict[str, torch.Tensor]: # Name of the layer -> scores of its weights
+    "SNIP (Lee et al. 2019, Eq. 6): |w x the gradient over all batches|. Raises `OpenTransError` without losses."
+    found = prunable(model, **kwargs)
+    total = {}
+    for grads in _gradients(found, model, losses):
+        for name,grad in grads.items(): total[name] = total.get(name, 0) + grad
     return {layer.name: _size(layer.weight*total[layer.name]) for layer in found}
 
 @criterion
-def sensitivity(model, losses=None, **kwargs):
-    "|w| x the root of the mean squared gradient over batches."
-    found,total = prunable(model, **kwargs),{}
-    for g in _gradients(found, model, losses):
-        for n in g: total[n] = total.get(n, 0) + g[n].abs().square()
-    return {layer.name: _size(layer.weight)*total[layer.name].sqrt() for layer in found}
-
-# %% ../../nbs/01d_criteria.ipynb #967b269e
-@patch(cls_method=True)
-@delegates(prunable)
-def by(cls:SparseMask,
-    criterion, # A name in `CRITERIA`, or a function like those there
+def sensitivity(
     model:nn.Module, # Any model
-    density, # Share of the weights that stay, in (0, 1]; or one for each layer, by name, as `LayerTable.densities` gives
-    losses=None, # Function of the model that yields one scalar loss a batch, for criteria that look at data
-    scope:str='global', # Who competes, as in `magnitude`
-    **kwargs,
-):
-    """Keep the weights that a criterion finds best, in one shot. Raises `OpenTransError` for an unknown criterion,
-    or losses that are not given."""
-    name,f = _criterion(criterion)
-    density,found = _density(density),prunable(model, **kwargs)
-    info = _info(model, found, method=name, scope=scope) | _dense_info(model, **kwargs)
-    if losses is not None: info |= _threads()
-    wanted = dict(density=density, scope=scope)
-    return cls(_choose(_ask_criterion(f, model, losses, wanted, **kwargs), density, scope, layers(model)), info)
+    losses:Callable|None=None, # Function of the model that yields one scalar loss a batch
+    **kwargs, # As for `prunable`
+)->dict[str, torch.Tensor]: # Name of the layer -> scores of its weights
+    "|w| x the root of the mean squared gradient over batches. Raises `OpenTransError` without losses."
+    found = prunable(model, **kwargs)
+    total = {}
+    for grads in _gradients(found, model, losses):
+        for name,grad in grads.items(): total[name] = total.get(name, 0) + grad.abs().square()
+    return {layer.name: _size(layer.weight)*total[layer.name].sqrt() for layer in found}

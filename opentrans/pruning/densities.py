@@ -15,8 +15,9 @@ from ..errors import OpenTransError, unknown
 from ..naming import clean_name
 from .calibration import rows_to_weight, sums_of_inputs, weight_rows
 from .criteria import _ask_criterion, _criterion
-from .mask import _check_scores, _dense_info, _info, _keep_best, _share, SparseMask
+from .mask import _dense_info, _info, SparseMask
 from .places import prunable
+from .ranking import _check_scores, _keep_best, _share
 
 # %% ../../nbs/01h_densities.ipynb #f206fc8b
 def fit_densities(

@@ -7,148 +7,169 @@ __all__ = ['unmasked_states', 'MaskInForce']
 
 # %% ../../nbs/01c_force.ipynb #2ed9f3c2
 import weakref
+from typing import Callable
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from fastcore.basics import patch
 from ..core import bare_modules, inner_name, layers_of
 from ..errors import OpenTransError
 from ..naming import tell_reasons
-from .mask import SparseMask
 from .places import _place, _unmaskable
 from ..runtime import around_step, held_by, RETIRED, Undo
 
 # %% ../../nbs/01c_force.ipynb #7382bee7
-_INTS = {1: (torch.int8, np.int8), 2: (torch.int16, np.int16), 4: (torch.int32, np.int32),
-         8: (torch.int64, np.int64)}
+_INTEGERS = {1: (torch.int8, np.int8), 2: (torch.int16, np.int16), 4: (torch.int32, np.int32),
+             8: (torch.int64, np.int64)}
 
 def _zero(t, keep):
     """Set `t` to +0 where `keep` is False, in place. On the CPU as a product of integers, several times faster than
     `masked_fill_`."""
-    if t.device.type == 'cpu' and t.layout == torch.strided and t.dtype.is_floating_point:
-        bits = t.view(_INTS[t.element_size()][0]).numpy()
-        # the casting buffers stay in the first-level cache: twice as fast
-        before = np.setbufsize(2048)
-        try: np.multiply(bits, keep.view(torch.int8).numpy(), out=bits)
-        finally: np.setbufsize(before)
-    else: t.masked_fill_(~keep, 0)
+    plain_floats = t.layout == torch.strided and t.dtype.is_floating_point
+    if t.device.type != 'cpu' or not plain_floats: return t.masked_fill_(~keep, 0)
+    bits = t.view(_INTEGERS[t.element_size()][0]).numpy()
+    before = np.setbufsize(2048) # the casting buffers stay in the first-level cache: twice as fast
+    try: np.multiply(bits, keep.view(torch.int8).numpy(), out=bits)
+    finally: np.setbufsize(before)
 
-class _Keeper:
-    """A parameter, which is not kept alive by it, the mask of what stays, and the moments at which the rest is
-    zeroed."""
+# %% ../../nbs/01c_force.ipynb #d8b8faf6
+class _Zeroing:
+    "A parameter, which is not kept alive by it, the mask of what stays, and a hook that zeroes the rest of gradients."
     def __init__(self, param, keep):
         self.ref = weakref.ref(param)
-        self.keep = keep
-        self.dead = None
-        self.hook = None
-        self.grad_seen = None
-        self.calm = None
-        self.filled = []
-        self.version = None
+        self.keep = keep            # True where a weight stays
+        self.dead = None            # the opposite, on devices that need it
+        self.hook = None            # on the gradient
+        self.masked_grad = None     # a reference to the last gradient that was zeroed
     @property
     def param(self): return self.ref()
+
     def zero(self, t):
         "Zero the rest of `t`; the mask is brought to where `t` is, and laid out in memory as it is."
-        if t.is_meta: return                                         # no numbers yet; the mask stays where it is
+        if t.is_meta: return        # no numbers yet; the mask stays where it is
         if self.keep.device != t.device or self.keep.stride() != t.stride():
-            self.keep,self.dead = torch.empty_like(t, dtype=torch.bool).copy_(self.keep),None
+            self.keep = torch.empty_like(t, dtype=torch.bool).copy_(self.keep)
+            self.dead = None
         if t.device.type == 'cpu': return _zero(t, self.keep)
         if self.dead is None: self.dead = ~self.keep
         t.masked_fill_(self.dead, 0)
-    def weight(self): self.zero(self.param.data)
-    def grad(self, param):
-        g = param.grad
-        if g is None: return
-        if g.layout != torch.strided: param.grad = g = g.to_dense()
-        self.zero(g.data)
-        self.grad_seen = weakref.ref(g)
+    def zero_weight(self): self.zero(self.param.data)
+    def zero_grad(self, param):
+        if param.grad is None: return
+        if param.grad.layout != torch.strided: param.grad = param.grad.to_dense()
+        self.zero(param.grad.data)
+        self.masked_grad = weakref.ref(param.grad)
+
     def enforce(self):
         "Zero the weight, and from now on its gradients."
-        self.weight()
-        self.hook = self.param.register_post_accumulate_grad_hook(self.grad) if self.param.requires_grad else None
+        self.zero_weight()
+        param = self.param
+        self.hook = param.register_post_accumulate_grad_hook(self.zero_grad) if param.requires_grad else None
+
+# %% ../../nbs/01c_force.ipynb #540dcaa8
+_EXACT = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+
+def _version(param):
+    "How often a tensor was written to, writes through `.data` aside."
+    return None if param.is_inference() else param._version
+
+def _same_object(x):
+    "A function that gives `x`, and does not keep a tensor or an optimizer alive."
+    if isinstance(x, (torch.Tensor, torch.optim.Optimizer)): return weakref.ref(x)
+    return lambda: x
+
+# %% ../../nbs/01c_force.ipynb #4287c473
+class _Keeper(_Zeroing):
+    """Zeroes a weight after each step, unless arithmetic and a sample say that it is zero still. It is *settled* when
+    the optimizer's state was cleared at the pruned places."""
+    def __init__(self, param, keep):
+        super().__init__(param, keep)
+        self.settled = None     # (the optimizer and its values then, places of the sample)
+        self.filled = []        # second moments that hold 1 at pruned places
+        self.version = None     # of the weight, after the last step
+
+    def stays_zero(self, opt, state):
+        """Is the pruned part zero by arithmetic? It is if only this optimizer wrote to the weight, with its state
+        cleared, and a sample says so."""
+        if self.settled is None: return False
+        (owner,*values),places = self.settled
+        if len(values) != len(state) or owner() is not opt: return False
+        if any(value() is not now for value,now in zip(values, state.values())): return False
+        if self.param.data.view(-1)[places].any(): return False
+        return not any((moments().view(-1)[places] < 1e-20).any() for moments in self.filled)
+
+    def before_step(self):
+        "What was written to the weight since the last step may not be zero."
+        param = self.param
+        if param is not None and self.version != _version(param): self.settled = None
+
+    def after_step(self, opt):
+        "Zero the weight, unless it is zero already."
+        state = opt.state.get(self.param, {})
+        grad_is_zero = self.grad_was_masked()
+        if not (grad_is_zero and self.stays_zero(opt, state)):
+            self.zero_weight()
+            self.settled = None
+            if grad_is_zero and self.can_settle(opt): self.settle(opt, state)
+        self.version = _version(self.param)
+
+    def grad_was_masked(self):
+        "Is the gradient of this step the one that the hook has zeroed, or none?"
+        seen,self.masked_grad = self.masked_grad,None
+        grad = self.param.grad
+        return grad is None or (seen is not None and seen() is grad)
+
+    def can_settle(self, opt):
+        "Is the step of this optimizer one whose arithmetic keeps zeros?"
+        if type(opt) not in _EXACT or any(group.get('eps', 1) <= 0 for group in opt.param_groups): return False
+        return self.param.device.type == 'cpu' and self.param.is_contiguous()
+
+    def settle(self, opt, state):
+        """Clear the optimizer's state at the pruned places, so that steps leave the weight at zero. Second moments
+        become 1 there: a square root of exact zeros is slow."""
+        self.filled = []
+        for name,t in state.items():
+            if not isinstance(t, torch.Tensor) or t.shape != self.param.shape: continue
+            self.zero(t)
+            if name == 'exp_avg_sq' and t.is_contiguous():
+                t += ~self.keep
+                self.filled.append(weakref.ref(t))
+        size = self.param.numel()
+        sample = torch.linspace(0, size-1, min(64, size)).long()
+        self.settled = [_same_object(x) for x in (opt, *state.values())],sample[~self.keep.view(-1)[sample]]
+
     def move(self, param):
         "Keep another parameter, which took the place of the one before."
         self.leave()
         self.ref = weakref.ref(param)
         self.enforce()
 
-# %% ../../nbs/01c_force.ipynb #540dcaa8
-_EXACT = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-
-def _version(param): return None if param.is_inference() else param._version # how often it was written to, `.data` aside
-
-@patch
-def is_calm(self:_Keeper, opt, state):
-    """Is the pruned part zero by arithmetic? It is if only this optimizer wrote to the weight, with its state
-    cleared, and a sample says so."""
-    if self.calm is None: return False
-    known,places = self.calm
-    if len(known) != len(state)+1 or known[0]() is not opt: return False
-    if any(ref() is not x for ref,x in zip(known[1:], state.values())): return False
-    if self.param.data.view(-1)[places].any(): return False
-    return not any((v().view(-1)[places] < 1e-20).any() for v in self.filled)
-
-@patch
-def before(self:_Keeper):
-    "Before a step: what was written to the weight since the last one ends the calm."
-    param = self.param
-    if param is not None and self.version != _version(param): self.calm = None
-
-@patch
-def after(self:_Keeper, opt):
-    "After a step: zero the weight, unless it is zero already, by arithmetic and by a sample."
-    g,seen,self.grad_seen,state = self.param.grad,self.grad_seen,None,opt.state.get(self.param, {})
-    masked = g is None or (seen is not None and seen() is g)
-    if not (masked and self.is_calm(opt, state)):
-        self.weight()
-        self.calm = None
-        exact = type(opt) in _EXACT and all(q.get('eps', 1) > 0 for q in opt.param_groups)
-        if masked and exact and self.param.device.type == 'cpu' and self.param.is_contiguous():
-            self.settle(opt, state)
-    self.version = _version(self.param)
-
-@patch
-def settle(self:_Keeper, opt, state):
-    """Clear the optimizer's state at the pruned places, so that steps leave the weight at zero. Second moments
-    become 1 there: a square root of exact zeros is slow."""
-    self.filled = []
-    for k,t in state.items():
-        if not isinstance(t, torch.Tensor) or t.shape != self.param.shape: continue
-        self.zero(t)
-        if k == 'exp_avg_sq' and t.is_contiguous():
-            t += ~self.keep
-            self.filled.append(weakref.ref(t))
-    some = torch.linspace(0, self.param.numel()-1, min(64, self.param.numel())).long()
-    self.calm = [weakref.ref(x) if isinstance(x, torch.Tensor) or x is opt else (lambda x=x: x)
-                 for x in (opt, *state.values())],some[~self.keep.view(-1)[some]]
-
-@patch
-def leave(self:_Keeper):
-    """Hooks off, and second moments back to zero: an optimizer that goes on without the mask has not seen these
-    weights."""
-    if self.hook is not None:
-        self.hook.remove()
+    def leave(self):
+        """Hooks off, and second moments back to zero: an optimizer that goes on without the mask has not seen these
+        weights."""
+        if self.hook is not None: self.hook.remove()
+        for moments in self.filled:
+            if moments() is not None: self.zero(moments())
         self.hook = None
-    for v in self.filled:
-        if v() is not None: self.zero(v())
-    self.filled,self.calm = [],None
+        self.filled = []
+        self.settled = None
 
 # %% ../../nbs/01c_force.ipynb #f788b65d
 def _keepers(mask, placed):
     "One keeper for each parameter; the parts of a packed one are joined, and what no part covers is kept."
-    res = {}
-    for k,(p,rows) in placed.items():
-        keeper = res.setdefault(id(p), _Keeper(p, torch.ones(p.shape, dtype=torch.bool)))
-        if rows is None: keeper.keep &= mask[k]
-        else: keeper.keep[rows] &= mask[k]
-    return list(res.values())
+    keepers = {}
+    for name,(param,rows) in placed.items():
+        everything = torch.ones(param.shape, dtype=torch.bool)
+        keeper = keepers.setdefault(id(param), _Keeper(param, everything))
+        if rows is None: keeper.keep &= mask[name]
+        else: keeper.keep[rows] &= mask[name]
+    return list(keepers.values())
 
 def _way(root, path):
     "The steps (parent, name, child) from a model to the module of a name without wrappers; None if there is none."
     steps = []
     module = root
-    names = [n for n in path.split('.') if n]
+    names = [name for name in path.split('.') if name]
     while True:
         name = inner_name(module) or (names.pop(0) if names else None)
         if name is None: return steps
@@ -156,6 +177,7 @@ def _way(root, path):
         steps.append((module, name, module._modules[name]))
         module = steps[-1][2]
 
+# %% ../../nbs/01c_force.ipynb #879f5d23
 class _Slot:
     """A place where a model has a masked parameter: path of the module, the module, name of the parameter, and its
     keeper."""
@@ -180,11 +202,13 @@ class _Slot:
 
 def _slots_of(model, keepers):
     "Where the parameters of some keepers stand in a model."
-    mine,res = {id(k.param): k for k in keepers},{}
+    keeper_of = {id(keeper.param): keeper for keeper in keepers}
+    slots = {}
     for path,module in bare_modules(model, duplicates=True):
         for key,param in module._parameters.items():
-            if id(param) in mine: res.setdefault((id(module), key), _Slot(path, module, key, mine[id(param)]))
-    return list(res.values())
+            keeper = keeper_of.get(id(param))
+            if keeper is not None: slots.setdefault((id(module), key), _Slot(path, module, key, keeper))
+    return list(slots.values())
 
 # %% ../../nbs/01c_force.ipynb #c8cb06fd
 # module -> the `_Force`s on its parameters, which live as long as one such module
@@ -192,133 +216,130 @@ _HELD = weakref.WeakKeyDictionary()
 
 def _after_loading(module, keys):
     "A hook of modules: what `load_state_dict` wrote is masked. A copy of the module has this hook, and no mask."
-    for force in _HELD.get(module, ()): force.restore([s for s in force.slots if s.module() is module])
+    for force in _HELD.get(module, ()): force.restore([slot for slot in force.slots if slot.module() is module])
 
 def _listen(force):
     "Hook a force to all optimizers, and to all parameters that are set, without keeping it alive."
     me = weakref.ref(force)
     def told(method):
         return lambda *args: getattr(me(), method)(*args) if me() is not None else None
-    steps = around_step(told('before'), told('after'))
+    steps = around_step(told('before_step'), told('after_step'))
     arrivals = register_module_parameter_registration_hook(told('arrives'))
-    ears = Undo(steps.remove, arrivals.remove)
-    weakref.finalize(force, RETIRED.append, ears)
-    return ears
+    listeners = Undo(steps.remove, arrivals.remove)
+    weakref.finalize(force, RETIRED.append, listeners)
+    return listeners
 
-class _Force:
-    "A mask in force on a model: its keepers, the places of their parameters, and the ways to these."
+# %% ../../nbs/01c_force.ipynb #4af99c4c
+class _Places:
+    "A mask on a model: its keepers, the places of their parameters, and the ways to these."
     def __init__(self, model, keepers):
         self.root = weakref.ref(model)
         self.keepers = keepers
         self.slots = _slots_of(model, keepers)
-        for k in keepers: k.enforce()
-        self.ears = _listen(self)
+        for keeper in keepers: keeper.enforce()
+        self.listeners = _listen(self)
         self.hooks = []
         self.edges = {}
         self.watch()
 
     def watch(self):
         "Hook the modules where the parameters are, and remember the ways to them."
-        for module in {s.module() for s in self.slots} - {None}:
+        for module in {slot.module() for slot in self.slots} - {None}:
             if self in _HELD.get(module, ()): continue
             _HELD.setdefault(module, []).append(self)
             if isinstance(module, torch.jit.ScriptModule): continue              # has no such hooks
             self.hooks.append(module.register_load_state_dict_post_hook(_after_loading))
         root = self.root()
-        steps = [] if root is None else [step for s in self.slots for step in _way(root, s.path) or ()]
-        self.edges = {(id(at), name): (weakref.ref(at), name, weakref.ref(child)) for at,name,child in steps}
+        ways = [] if root is None else [_way(root, slot.path) or () for slot in self.slots]
+        self.edges = {(id(parent), name): (weakref.ref(parent), name, weakref.ref(child))
+                      for way in ways for parent,name,child in way}
 
     def intact(self):
         "Is every parameter where it was?"
         for parent,name,child in self.edges.values():
-            at = parent()
-            if at is not None and (name not in at._modules or at._modules[name] is not child()): return False
-        return all(s.module() is None or (s.param is not None and s.param is s.keeper.param) for s in self.slots)
+            module = parent()
+            if module is None: continue
+            if name not in module._modules or module._modules[name] is not child(): return False
+        alive = [slot for slot in self.slots if slot.module() is not None]
+        return all(slot.param is not None and slot.param is slot.keeper.param for slot in alive)
 
 # %% ../../nbs/01c_force.ipynb #bf4b56cc
-@patch
-def find(self:_Force, slot):
-    "Bring a slot to the module that stands at its path now, if the model that the mask was put on still lives."
-    root = self.root()
-    if root is None: return
-    steps = _way(root, slot.path)
-    if steps: slot.module = weakref.ref(steps[-1][2])
+class _Force(_Places):
+    "A mask in force: it follows its places, and acts around each step of an optimizer."
+    def find(self, slot):
+        "Bring a slot to the module that stands at its path now, if the model that the mask was put on still lives."
+        root = self.root()
+        steps = None if root is None else _way(root, slot.path)
+        if steps: slot.module = weakref.ref(steps[-1][2])
 
-@patch
-def take(self:_Force, slot, param):
-    """Mask what stands in a slot now: with the keeper of the parameter before, or another if that still stands
-    elsewhere."""
-    known = {id(k.param): k for k in self.keepers}
-    if id(param) in known:
-        slot.keeper = known[id(param)]
-        return slot.keeper.weight()
-    before = slot.keeper.param
-    if before is not None and any(s is not slot and s.param is before for s in self.slots):
+    def take(self, slot, param):
+        """Mask what stands in a slot now: with the keeper of the parameter before, or another if that still stands
+        elsewhere."""
+        known = {id(keeper.param): keeper for keeper in self.keepers}
+        if id(param) in known:
+            slot.keeper = known[id(param)]
+            return slot.keeper.zero_weight()
+        before = slot.keeper.param
+        if before is None or not any(other is not slot and other.param is before for other in self.slots):
+            return slot.keeper.move(param)
         slot.keeper = _Keeper(param, slot.keeper.keep.clone())
         self.keepers.append(slot.keeper)
-        return slot.keeper.enforce()
-    slot.keeper.move(param)
+        slot.keeper.enforce()
 
-@patch
-@torch.no_grad()
-def restore(self:_Force, slots=None):
-    "Mask whatever stands in the places now. Raises `OpenTransError` if there is something that cannot be masked."
-    if slots is None:
-        for slot in self.slots: self.find(slot)
-    lost = {}
-    for slot in self.slots if slots is None else slots:
-        if slot.module() is None: continue
-        if why := slot.why_not(slot.param): lost[slot.name] = why
-        else: self.take(slot, slot.param)
-    self.watch()
-    if lost:
-        raise OpenTransError(f"The mask is no longer in force on {len(lost)} layers: {tell_reasons(lost)}. "
-                             "Remove the mask (its handle's .remove()) before the model is changed.")
+    @torch.no_grad()
+    def restore(self, slots=None):
+        "Mask whatever stands in the places now. Raises `OpenTransError` if there is something that cannot be masked."
+        if slots is None:
+            for slot in self.slots: self.find(slot)
+        lost = {}
+        for slot in self.slots if slots is None else slots:
+            if slot.module() is None: continue
+            if why := slot.why_not(slot.param): lost[slot.name] = why
+            else: self.take(slot, slot.param)
+        self.watch()
+        if lost:
+            raise OpenTransError(f"The mask is no longer in force on {len(lost)} layers: {tell_reasons(lost)}. "
+                                 "Remove the mask (its handle's .remove()) before the model is changed.")
 
-@patch
-@torch.no_grad()
-def arrives(self:_Force, module, key, param):
-    "A parameter is about to be set in a module."
-    for slot in self.slots:
-        if slot.key != key or slot.module() is not module or param is slot.keeper.param: continue
-        if why := slot.why_not(param):
-            raise OpenTransError(f"A mask is in force on {slot.name}, and what was to take its place {why}. "
-                                 "Remove the mask (its handle's .remove()) first.")
-        self.take(slot, param)
+    @torch.no_grad()
+    def arrives(self, module, key, param):
+        "A parameter is about to be set in a module."
+        for slot in self.slots:
+            if slot.key != key or slot.module() is not module or param is slot.keeper.param: continue
+            if why := slot.why_not(param):
+                raise OpenTransError(f"A mask is in force on {slot.name}, and what was to take its place {why}. "
+                                     "Remove the mask (its handle's .remove()) first.")
+            self.take(slot, param)
 
-@patch
-def before(self:_Force, opt):
-    "Before an optimizer step."
-    if not self.intact(): self.restore()
-    for k in self.keepers: k.before()
-
-@patch
-def after(self:_Force, opt):
-    "After an optimizer step."
-    held = held_by(opt)
-    for k in self.keepers:
-        if id(k.param) in held: k.after(opt)
-
-@patch
-def end(self:_Force):
-    "Take the mask out of force; what it pruned stays zero. Raises `OpenTransError` if it was lost before."
-    try:
+    def before_step(self, opt):
         if not self.intact(): self.restore()
-    finally:
-        self.ears.remove()
-        for hook in self.hooks: hook.remove()
-        for forces in [_HELD.get(s.module(), []) for s in self.slots if s.module() is not None]:
-            if self in forces: forces.remove(self)
-        for k in self.keepers: k.leave()
+        for keeper in self.keepers: keeper.before_step()
+
+    def after_step(self, opt):
+        held = held_by(opt)
+        for keeper in self.keepers:
+            if id(keeper.param) in held: keeper.after_step(opt)
+
+    def end(self):
+        "Take the mask out of force; what it pruned stays zero. Raises `OpenTransError` if it was lost before."
+        try:
+            if not self.intact(): self.restore()
+        finally:
+            self.listeners.remove()
+            for hook in self.hooks: hook.remove()
+            for module in [slot.module() for slot in self.slots if slot.module() is not None]:
+                forces = _HELD.get(module, [])
+                if self in forces: forces.remove(self)
+            for keeper in self.keepers: keeper.leave()
 
 # %% ../../nbs/01c_force.ipynb #4ebfd329
 def _filled():
     "Second moments that masks in force have filled at pruned places: id of the tensor -> the mask of what stays."
     forces = {id(force): force for held in _HELD.values() for force in held}
-    return {id(ref()): keeper.keep for force in forces.values() for keeper in force.keepers
-            for ref in keeper.filled if ref() is not None}
+    keepers = [keeper for force in forces.values() for keeper in force.keepers]
+    return {id(ref()): keeper.keep for keeper in keepers for ref in keeper.filled if ref() is not None}
 
-def unmasked_states():
+def unmasked_states()->Callable:
     """A function (parameter, its state in an optimizer) -> the state as it would be without masks in force, for
     `optimizer_tensors`."""
     filled = _filled()
@@ -328,30 +349,33 @@ def unmasked_states():
 
 class MaskInForce(Undo):
     "A mask that is kept on a model until `.remove()`, or the end of a `with` block."
-    def __init__(self, force, placed, left):
+    def __init__(self,
+        force:_Force, # What keeps it
+        placed:list[str], # Layers that are masked
+        left:list[str], # Layers of the mask that the model lacks
+    ):
         super().__init__(force.end)
-        self.placed,self.left = placed,left
+        self.placed: list[str] = placed
+        self.left: list[str] = left
     def __exit__(self, kind, *exc):
         try: self.remove()
         except OpenTransError:
             if kind is None: raise
     def state_dict(self,
-        optimizer, # Of torch, over parameters of the masked model
+        optimizer:torch.optim.Optimizer, # Over parameters of the masked model
     )->dict: # As `optimizer.state_dict()`; the optimizer itself is not changed
         """What to save of an optimizer: its state without the numbers that the mask keeps in it (second moments of
         1 at pruned places)."""
-        clean,saved = unmasked_states(),optimizer.state_dict()
+        clean = unmasked_states()
+        saved = optimizer.state_dict()
         return dict(saved, state={i: clean(None, state) for i,state in saved['state'].items()})
     def __repr__(self):
-        return f"MaskInForce({len(self.placed)} layers{f', {len(self.left)} left out' if self.left else ''})"
+        left = f', {len(self.left)} left out' if self.left else ''
+        return f"MaskInForce({len(self.placed)} layers{left})"
 
-@patch
-def apply(self:SparseMask,
-    model:nn.Module, # A tower, or anything that holds one, also in data-parallel and compile wrappers
-    strict:bool=True, # Raise if the model lacks a layer? If not, the handle's `.left` lists what was left out
-)->MaskInForce: # Handle: `.remove()`, or leave the `with` block, and the mask is no longer kept; the zeros stay
-    """Zero the pruned weights of `model` and keep them zero under any optimizer. Raises `OpenTransError`, with
-    nothing changed, if it does not fit."""
-    placed = _place(self.shapes, model, strict)
-    return MaskInForce(_Force(model, _keepers(self, placed)), list(placed),
-                       [n for n in self.names if n not in placed])
+# %% ../../nbs/01c_force.ipynb #90f1c5d5
+def _keep_in_force(mask, model, strict=True):
+    "Put a mask on a model and keep it there: what `SparseMask.apply` does."
+    placed = _place(mask.shapes, model, strict)
+    left = [name for name in mask.names if name not in placed]
+    return MaskInForce(_Force(model, _keepers(mask, placed)), list(placed), left)

@@ -5,104 +5,119 @@
 # %% auto #0
 __all__ = ['MASK_FILE', 'weights_digest', 'SparseMask', 'compare_masks', 'plot_overlap']
 
-# %% ../../nbs/01_pruning.ipynb #f65202cb
-import hashlib, json, math, re
-from collections.abc import Mapping
+# %% ../../nbs/01_pruning.ipynb #28368b61
+import hashlib, json
+from collections.abc import ItemsView, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Callable
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from torch import nn
-from fastcore.basics import patch
 from fastcore.meta import delegates
-from typing_extensions import NotRequired, TypedDict
-from ..core import find_tower, no_values
+from typing_extensions import NotRequired, Self, TypedDict
+from ..core import find_tower, layers, no_values
 from ..errors import OpenTransError, shorten, unknown
 from ..escape import for_plot
 from ..files import FileKind, load_tensors, metadata_value, pack_bits, plain_json, save_tensors, unpack_bits
 from ..naming import clean_name, matches, tell_reasons
+from .baked import _bake, _mask_state, _must_exist
+from .criteria import _ask_criterion, _criterion, _name_of, _threads
+from .force import _keep_in_force, MaskInForce
 from .places import _candidates, _place, prunable
+from .ranking import _choose, _density, _keep_best, _magnitudes, _share, _size
 from ..runtime import axes
 
-# %% ../../nbs/01_pruning.ipynb #72b822e3
-def _kth_smallest(chunks, k, sample=65536, slack=.01):
-    "The exact k-th smallest (k >= 1) value of a list of flat tensors, as a float."
-    n = sum(len(c) for c in chunks)
-    step = max(1, n//sample)
-    if step > 1:
-        s = torch.cat([c[::step].to(chunks[0].device) for c in chunks]).sort().values
-        def at(q): return s[min(max(int(q*len(s)), 0), len(s)-1)].item()
-        lo,hi = at(k/n-slack) if k/n>slack else -math.inf, at(k/n+slack) if k/n<1-slack else math.inf
-        below = sum(int((c < lo).sum()) for c in chunks)
-        mid = torch.cat([c[(c >= lo) & (c <= hi)].to(chunks[0].device) for c in chunks])
-        if below < k <= below+len(mid): return _kth_smallest([mid], k-below, sample=len(mid))
-    c = torch.cat([c.to(chunks[0].device) for c in chunks]) if len(chunks) > 1 else chunks[0]
-    return float(np.partition(c.numpy(), k-1)[k-1]) if c.device.type == 'cpu' else c.kthvalue(k).values.item()
+# %% ../../nbs/01_pruning.ipynb #df422c53
+def _count(m): return int(np.count_nonzero(m.numpy()))
 
-# %% ../../nbs/01_pruning.ipynb #c757bac0
-def _check_scores(scores):
-    bad = [n for n,s in scores.items() if s.sum(dtype=torch.float32).isnan()]
-    if bad:
-        raise OpenTransError(f"The scores of {len(bad)} layers are not numbers (NaN): {', '.join(bad[:6])}. "
-                             "Has the training diverged?")
+# %% ../../nbs/01_pruning.ipynb #dbec3cd6
+class _MaskValues:
+    "A mask as a dictionary, and its numbers."
+    def __init__(self,
+        masks:dict[str, torch.Tensor], # Name of the layer -> bool tensor of the weight's shape
+        info:dict[str, Any]|None=None, # How it was found, as plain values; saved with it
+    ):
+        if not masks:
+            raise OpenTransError("A mask needs at least one layer. "
+                                 "Make one with SparseMask.ones(model), .magnitude or .random.")
+        self.masks: dict[str, torch.Tensor] = {
+            clean_name(name): torch.as_tensor(mask).bool().cpu() for name,mask in masks.items()}
+        self.info: dict[str, Any] = dict(info or {})
 
-def _keep_best(
-    scores:dict, # Name -> tensor of scores, high is good
-    keep:int, # How many weights to keep
-    alive:dict=None, # Name -> bool tensor of the weights that are still in; None for all
-): # (name -> bool tensor on the CPU, the largest score that was dropped)
-    """Keep the `keep` best of all; of equal scores at the border those that come last. Raises `OpenTransError` for
-    scores that are not numbers."""
-    _check_scores(scores)
-    flat = {n: s.detach().float() if alive is None or alive[n].all()
-            else s.detach().float().masked_fill(~alive[n].to(s.device), -math.inf) for n,s in scores.items()}
-    flat = {n: s.flatten() for n,s in flat.items()}
-    drop = sum(s.numel() for s in flat.values()) - keep
-    if drop <= 0: return {n: torch.ones(s.shape, dtype=torch.bool) for n,s in scores.items()},-math.inf
-    thr = _kth_smallest(list(flat.values()), drop)
-    kept = {n: s > thr for n,s in flat.items()}
-    need = keep - sum(int(k.sum()) for k in kept.values())
-    for n in reversed(flat):                                   # ties at the threshold: the last ones stay
-        if need <= 0: break
-        ties = (flat[n] == thr).nonzero().flatten()[-need:]
-        kept[n][ties] = True
-        need -= len(ties)
-    return {n: k.reshape(scores[n].shape).cpu() for n,k in kept.items()},thr
+    @property
+    def names(self)->list[str]: return list(self.masks)
+    @property
+    def shapes(self)->dict[str, tuple[int, ...]]: return {name: tuple(mask.shape) for name,mask in self.items()}
+    @property
+    def total(self)->int: return sum(mask.numel() for mask in self.masks.values())
+    @property
+    def kept(self)->int: return sum(_count(mask) for mask in self.masks.values())
+    @property
+    def density(self)->float: return self.kept/self.total
+    @property
+    def sparsity(self)->float: return 1-self.density
 
-# %% ../../nbs/01_pruning.ipynb #881ebc58
-def _share(x, what='density', one=True):
-    "Check a number of (0, 1]."
-    ok = isinstance(x, (int, float, np.number)) and not isinstance(x, bool) and 0 < x and (x <= 1 if one else x < 1)
-    if not ok: raise OpenTransError(f"{what} must be a number in (0, 1{']' if one else ')'}, not {x!r}. For one tenth of the weights write 0.1.")
-    return float(x)
+    def __len__(self)->int: return len(self.masks)
+    def __iter__(self)->Iterator[str]: return iter(self.masks)
+    def __contains__(self, name:str)->bool: return clean_name(name) in self.masks
+    def __getitem__(self, name:str)->torch.Tensor:
+        name = clean_name(name)
+        if name in self.masks: return self.masks[name]
+        parts = [self.masks.get(f'{name}[{part}]') for part in 'qkv']
+        if all(part is not None for part in parts): return torch.cat(parts)    # a packed projection as a whole
+        raise unknown('layer', name, self.masks)
+    def items(self)->ItemsView[str, torch.Tensor]: return self.masks.items()
 
-def _density(density):
-    "Check a density: a share, or a dict of name -> share."
-    if not isinstance(density, Mapping): return _share(density)
-    if not density: raise OpenTransError("The densities are empty. Give a share for each layer, as LayerTable.densities does.")
-    return {clean_name(n): _share(d, f'the density of {n}') for n,d in density.items()}
+    def table(self)->pd.DataFrame: # One row a layer: shape, weights, kept, density
+        "How much of each layer stays."
+        rows = {name: dict(shape=tuple(mask.shape), weights=mask.numel(), kept=_count(mask))
+                for name,mask in self.items()}
+        table = pd.DataFrame.from_dict(rows, orient='index').rename_axis('name')
+        return table.assign(density=table.kept/table.weights)
+    def __repr__(self)->str:
+        counts = f"{self.kept:,} of {self.total:,} weights, density {self.density:.4f}"
+        return f"SparseMask({len(self)} layers, {counts})"
 
-def _shares_of(density, names):
-    "The share of each of the named layers, of a dict that may have more. Raises `OpenTransError` if it lacks some."
-    lack = [n for n in names if n not in density]
-    if lack: raise OpenTransError(f"The densities name no share for {len(lack)} layers: {', '.join(lack[:4])}. Give one for each layer that is pruned.")
-    return {n: density[n] for n in names}
+# %% ../../nbs/01_pruning.ipynb #f615c0be
+class _MaskSets(_MaskValues):
+    "Masks over the same layers, compared and joined."
+    def _same(self, other):
+        "The other mask, if it is over the same layers. Raises `OpenTransError` if not."
+        if not isinstance(other, _MaskValues):
+            given = type(other).__name__
+            raise OpenTransError(f"A SparseMask can be compared with another SparseMask, not with {given}.")
+        if self.shapes == other.shapes: return other
+        differ = sorted({name for name,_ in set(self.shapes.items()) ^ set(other.shapes.items())})
+        raise OpenTransError(f"The masks are over different layers: {len(differ)} differ, such as "
+                             f"{', '.join(differ[:4])}. Use .only(pattern) to bring them to the same ones.")
+    def __and__(self, other:Self)->Self:
+        return type(self)({name: mask & self._same(other)[name] for name,mask in self.items()})
+    def __or__(self, other:Self)->Self:
+        return type(self)({name: mask | self._same(other)[name] for name,mask in self.items()})
+    def __invert__(self)->Self: return type(self)({name: ~mask for name,mask in self.items()})
+    def __eq__(self, other:object)->bool:
+        if not isinstance(other, _MaskValues) or self.shapes != other.shapes: return False
+        return all(mask.equal(other[name]) for name,mask in self.items())
+    __hash__ = None # a mask can be changed in place
 
-def _counts(sizes, shares, keep=None, most=None):
-    "How many weights each layer keeps, at least one and at most `most`: its share, rounded so that the sum is `keep`."
-    exact,most = {n: sizes[n]*shares[n] for n in sizes},most or sizes
-    counts = {n: max(1, min(most[n], math.floor(v + 1e-9))) for n,v in exact.items()}
-    more = (round(sum(exact.values())) if keep is None else keep) - sum(counts.values())
-    step = 1 if more > 0 else -1
-    for n in sorted(exact, key=lambda n: step*(counts[n]-exact[n])):
-        if more and 1 <= counts[n]+step <= most[n]: counts[n],more = counts[n]+step,more-step
-    return counts
+    def iou(self,
+        other:Self, # A mask over the same layers
+    )->float: # Intersection over union of the weights that stay
+        "How much two masks agree: 1 if they keep the same weights. Two random ones of density d reach d/(2-d)."
+        both = sum(_count(mask & self._same(other)[name]) for name,mask in self.items())
+        return both/max(1, self.kept + other.kept - both)
 
-def _keep_each(scores, counts, alive=None):
-    "As `_keep_best`, so many of each layer."
-    each = {n: _keep_best({n: s}, counts[n], alive and {n: alive[n]}) for n,s in scores.items()}
-    return {n: found[n] for n,(found,_) in each.items()}, max(threshold for _,threshold in each.values())
+    def only(self,
+        *patterns:str, # Patterns of names, such as `'layer*'`
+    )->Self: # A mask over these layers alone; the others will be left dense
+        "Restrict a mask to some layers. Raises `OpenTransError` if none matches."
+        chosen = {name: mask for name,mask in self.items() if any(matches(name, p) for p in patterns)}
+        if chosen: return type(self)(chosen, dict(self.info, only=list(patterns)))
+        raise OpenTransError(f"No layer matches {patterns}. The mask has: {', '.join(self.names[:6])} ...")
 
+# %% ../../nbs/01_pruning.ipynb #8738c909
 def _bytes_of(t):
     "The numbers of a tensor as bytes, in the order of its axes, however it lies in memory."
     flat = torch.empty(t.numel(), dtype=t.dtype)
@@ -110,281 +125,215 @@ def _bytes_of(t):
     return flat.view(torch.uint8).numpy()
 
 def weights_digest(
-    found, # `Layer`s, as `prunable` gives them
+    found:list, # `Layer`s, as `prunable` gives them
 )->str: # 16 hexadecimal digits
-    "A checksum of weights, which says on which ones a mask was found."
-    absent = {l.name: why for l in found if (why := no_values(l.weight))}
+    "A checksum of weights, which says on which ones a mask was found. Raises `OpenTransError` for absent ones."
+    absent = {layer.name: why for layer in found if (why := no_values(layer.weight))}
     if absent: raise OpenTransError(f"{len(absent)} layers have no values to look at: {tell_reasons(absent)}.")
-    h = hashlib.sha256()
-    for l in found: h.update(l.name.encode()); h.update(_bytes_of(l.weight))
-    return h.hexdigest()[:16]
+    digest = hashlib.sha256()
+    for layer in found:
+        digest.update(layer.name.encode())
+        digest.update(_bytes_of(layer.weight))
+    return digest.hexdigest()[:16]
 
-def _count(m): return int(np.count_nonzero(m.numpy()))
-
-def _info(model, found, **kw): return dict(kw, backbone=type(find_tower(model)).__name__, weights=weights_digest(found))
+def _info(model, found, **kw):
+    "How a mask was found: on which backbone, with which weights."
+    return dict(kw, backbone=type(find_tower(model)).__name__, weights=weights_digest(found))
 
 def _dense_info(model, **kwargs):
     "For the info of a mask: name -> reason of the layers that it had to leave dense, if there are any."
     whys = _candidates(model, **kwargs)[1]
     return dict(left_dense=whys) if whys else {}
 
-# %% ../../nbs/01_pruning.ipynb #df422c53
-class SparseMask:
-    "Which weights of a model stay (`True`) and which are zero."
-    def __init__(self,
-        masks:dict, # Name of the layer -> bool tensor of the weight's shape
-        info:dict=None, # How it was found, as plain values; saved with it
-    ):
-        if not masks:
-            raise OpenTransError(
-                "A mask needs at least one layer. Make one with SparseMask.ones(model), .magnitude or .random.")
-        self.masks = {clean_name(n): torch.as_tensor(m).bool().cpu() for n,m in masks.items()}
-        self.info = dict(info or {})
+# %% ../../nbs/01_pruning.ipynb #e193101d
+class _MaskMaking(_MaskSets):
+    "Masks made in one shot."
+    @classmethod
+    @delegates(prunable)
+    def ones(cls,
+        model:nn.Module, # Any model
+        **kwargs,
+    )->Self:
+        "The dense mask over the prunable layers of a model."
+        masks = {layer.name: torch.ones(layer.weight.shape, dtype=torch.bool) for layer in prunable(model, **kwargs)}
+        return cls(masks, _dense_info(model, **kwargs))
 
-    @property
-    def names(self)->list: return list(self.masks)
-    @property
-    def shapes(self)->dict: return {n: tuple(m.shape) for n,m in self.masks.items()}
-    @property
-    def total(self)->int: return sum(m.numel() for m in self.masks.values())
-    @property
-    def kept(self)->int: return sum(_count(m) for m in self.masks.values())
-    @property
-    def density(self)->float: return self.kept/self.total
-    @property
-    def sparsity(self)->float: return 1-self.density
+    @classmethod
+    @delegates(prunable)
+    def magnitude(cls,
+        model:nn.Module, # Any model
+        # Share of the weights that stay, in (0, 1]; or one for each layer, by name, as `LayerTable.densities` gives
+        density:float|Mapping[str, float],
+        # Who competes: `'global'` all weights, `'layer'` those of a layer, `'channel'` whole output channels of a
+        # layer, `'2:4'` every four inputs
+        scope:str='global',
+        **kwargs,
+    )->Self:
+        "Keep the weights of largest magnitude, in one shot. Raises `OpenTransError` for a density outside (0, 1]."
+        density = _density(density)
+        found = prunable(model, **kwargs)
+        info = _info(model, found, method='magnitude', scope=scope) | _dense_info(model, **kwargs)
+        return cls(_choose(_magnitudes(found), density, scope, found), info)
 
-    def __len__(self): return len(self.masks)
-    def __iter__(self): return iter(self.masks)
-    def __contains__(self, name): return clean_name(name) in self.masks
-    def __getitem__(self, name):
-        name = clean_name(name)
-        if name in self.masks: return self.masks[name]
-        parts = [self.masks.get(f'{name}[{p}]') for p in 'qkv']
-        if all(p is not None for p in parts): return torch.cat(parts)    # a packed projection as a whole
-        raise unknown('layer', name, self.masks)
-    def items(self): return self.masks.items()
+    @classmethod
+    @delegates(prunable)
+    def by(cls,
+        criterion:str|Callable, # A name in `CRITERIA`, or a function like those there
+        model:nn.Module, # Any model
+        # Share of the weights that stay, in (0, 1]; or one for each layer, by name, as `LayerTable.densities` gives
+        density:float|Mapping[str, float],
+        # Function of the model that yields one scalar loss a batch, for criteria that look at data
+        losses:Callable|None=None,
+        scope:str='global', # Who competes, as in `magnitude`
+        **kwargs,
+    )->Self:
+        """Keep the weights that a criterion finds best, in one shot. Raises `OpenTransError` for an unknown
+        criterion, or losses that are not given."""
+        name,score = _criterion(criterion)
+        density = _density(density)
+        info = _info(model, prunable(model, **kwargs), method=name, scope=scope) | _dense_info(model, **kwargs)
+        if losses is not None: info |= _threads()
+        wanted = dict(density=density, scope=scope)
+        scores = _ask_criterion(score, model, losses, wanted, **kwargs)
+        return cls(_choose(scores, density, scope, layers(model)), info)
 
-    def table(self)->pd.DataFrame: # One row a layer: shape, weights, kept, density
-        "How much of each layer stays."
-        rows = {n: dict(shape=tuple(m.shape), weights=m.numel(), kept=_count(m)) for n,m in self.items()}
-        t = pd.DataFrame.from_dict(rows, orient='index').rename_axis('name')
-        return t.assign(density=t.kept/t.weights)
-    def __repr__(self):
-        return (
-            f"SparseMask({len(self)} layers, {self.kept:,} of {self.total:,} weights, density {self.density:.4f})")
+# %% ../../nbs/01_pruning.ipynb #50f479a0
+def _common_factor(sizes, kept, want):
+    "The factor that scales all counts, each capped at the size of its layer, to a sum of `want`."
+    low = 0.
+    high = sum(sizes.values())/max(1, min(count for count in kept.values() if count))
+    for _ in range(100):
+        factor = (low+high)/2
+        reached = sum(min(sizes[name], kept[name]*factor) for name in kept)
+        low,high = (factor,high) if reached < want else (low,factor)
+    return high
 
-# %% ../../nbs/01_pruning.ipynb #f615c0be
-@patch
-def _same(self:SparseMask, other):
-    if not isinstance(other, SparseMask):
-        raise OpenTransError(
-            f"A SparseMask can be compared with another SparseMask, not with {type(other).__name__}.")
-    if self.shapes != other.shapes:
-        diff = sorted({n for n,s in self.shapes.items() if other.shapes.get(n) != s}
-                      | {n for n in other.names if n not in self})
-        raise OpenTransError(
-            f"The masks are over different layers: {len(diff)} differ, such as {', '.join(diff[:4])}. Use "
-            f".only(pattern) to bring them to the same ones.")
-    return other
-@patch
-def __and__(self:SparseMask, other): return SparseMask({n: m & self._same(other)[n] for n,m in self.items()})
-@patch
-def __or__(self:SparseMask, other): return SparseMask({n: m | self._same(other)[n] for n,m in self.items()})
-@patch
-def __invert__(self:SparseMask): return SparseMask({n: ~m for n,m in self.items()})
-@patch
-def __eq__(self:SparseMask, other):
-    return (isinstance(other, SparseMask) and self.shapes == other.shapes
-            and all(m.equal(other[n]) for n,m in self.items()))
-SparseMask.__hash__ = None
-
-@patch
-def iou(self:SparseMask,
-    other:SparseMask, # A mask over the same layers
-)->float: # Intersection over union of the weights that stay
-    "How much two masks agree: 1 if they keep the same weights. Two random ones of density d reach d/(2-d)."
-    both = sum(_count(m & self._same(other)[n]) for n,m in self.items())
-    return both/max(1, self.kept + other.kept - both)
-
-@patch
-def only(self:SparseMask,
-    *patterns, # Patterns of names, such as `'layer*'`
-)->SparseMask: # A mask over these layers alone; the others will be left dense
-    "Restrict a mask to some layers. Raises `OpenTransError` if none matches."
-    hit = {n: m for n,m in self.items() if any(matches(n, p) for p in patterns)}
-    if not hit: raise OpenTransError(f"No layer matches {patterns}. The mask has: {', '.join(self.names[:6])} ...")
-    return SparseMask(hit, dict(self.info, only=list(patterns)))
-
-# %% ../../nbs/01_pruning.ipynb #b4e460da
-def _size(t):
-    "Magnitudes of weights; types of one byte have none of their own."
-    t = t.detach()
-    return (t.float() if t.is_floating_point() and t.element_size() == 1 else t).abs()
-
-def _magnitudes(found): return {l.name: _size(l.weight) for l in found}
-
-_SCOPES = ('global', 'layer', 'channel', 'N:M such as 2:4')
-
-def _best_of_m(s, n, m):
-    """Of scores (outputs, inputs, ...), the best `n` of every `m` consecutive inputs; a layer whose number of inputs is no
-    multiple of `m` stays dense."""
-    if s.shape[1] % m: return torch.ones(s.shape, dtype=torch.bool)
-    groups = s.detach().float().movedim(1, -1).unflatten(-1, (-1, m))
-    rank = groups.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return (rank < n).flatten(-2).movedim(-1, 1).cpu().contiguous()
-
-def _best_channels(s, share):
-    "Of scores (outputs, ...), that share of the outputs whose mean score is best, whole."
-    rows = s.detach().float().flatten(1).mean(1)
-    keep = _keep_best(dict(rows=rows), max(1, round(share*len(rows))))[0]['rows']
-    return keep.reshape(-1, *[1]*(s.ndim-1)).expand(s.shape).contiguous()
-
-def _choose_each(scores, density, scope, found):
-    "As `_choose`, with a density for each layer."
-    shares = _shares_of(density, list(scores))
-    if scope == 'global': return _keep_each(scores, _counts({n: s.numel() for n,s in scores.items()}, shares))[0]
-    if scope not in ('layer', 'channel'): raise OpenTransError(f"Scope '{scope}' has a density of its own. Give one density, or take the scope 'layer'.")
-    return {n: _choose({n: s}, shares[n], scope, found)[n] for n,s in scores.items()}
-
-def _choose(scores, density, scope='global', found=()):
-    """Masks of a density, when the weights of a scope compete: of all layers, of a layer, whole output channels of a layer,
-    or N of M inputs. `found` are the layers, which know where outputs and inputs are."""
-    if isinstance(density, Mapping): return _choose_each(scores, density, scope, found)
-    count = lambda n: max(1, round(density*n))
-    if scope == 'global': return _keep_best(scores, count(sum(s.numel() for s in scores.values())))[0]
-    if scope == 'layer': return {n: _keep_best({n: s}, count(s.numel()))[0][n] for n,s in scores.items()}
-    _check_scores(scores)
-    known = {l.name: l for l in found}
-    def oriented(choose, *args):
-        "Choose with outputs first and inputs second, wherever a layer has them."
-        chosen = {n: choose(known[n].outputs_first(s) if n in known else s, *args) for n,s in scores.items()}
-        return {n: (known[n].as_stored(m) if n in known else m).contiguous() for n,m in chosen.items()}
-    if scope == 'channel': return oriented(_best_channels, density)
-    if not (nm := re.fullmatch(r'([1-9]\d?):([1-9]\d?)', str(scope))): raise unknown('scope', scope, _SCOPES)
-    n,m = int(nm[1]),int(nm[2])
-    if n > m or abs(density-n/m) > 1e-9: raise OpenTransError(f"Scope '{scope}' has a density of its own, {n/m:g}, not {density:g}. Ask for that density.")
-    return oriented(_best_of_m, n, m)
-
-@patch(cls_method=True)
-@delegates(prunable)
-def ones(cls:SparseMask,
-    model:nn.Module, # Any model
-    **kwargs,
-):
-    "The dense mask over the prunable layers of a model."
-    masks = {l.name: torch.ones(l.weight.shape, dtype=torch.bool) for l in prunable(model, **kwargs)}
-    return cls(masks, _dense_info(model, **kwargs))
-
-@patch(cls_method=True)
-@delegates(prunable)
-def magnitude(cls:SparseMask,
-    model:nn.Module, # Any model
-    density, # Share of the weights that stay, in (0, 1]; or one for each layer, by name, as `LayerTable.densities` gives
-    scope:str='global', # Who competes: `'global'` all weights, `'layer'` those of a layer, `'channel'` whole output channels of a layer, `'2:4'` every four inputs
-    **kwargs,
-):
-    "Keep the weights of largest magnitude, in one shot. Raises `OpenTransError` for a density outside (0, 1]."
-    density,found = _density(density),prunable(model, **kwargs)
-    info = _info(model, found, method='magnitude', scope=scope)
-    return cls(_choose(_magnitudes(found), density, scope, found), info | _dense_info(model, **kwargs))
-
-# %% ../../nbs/01_pruning.ipynb #26204ef5
 def _matched(like, density):
-    "How many weights to keep in each layer of `like`, so that the sum has the density: its own counts, scaled if need be."
-    size,kept = {n: m.numel() for n,m in like.items()},{n: int(m.sum()) for n,m in like.items()}
+    """How many weights to keep in each layer of `like`, so that the sum has the density: its own counts, scaled if
+    need be."""
+    sizes = {name: mask.numel() for name,mask in like.items()}
+    kept = {name: int(mask.sum()) for name,mask in like.items()}
     want = like.kept if density is None else max(1, round(density*like.total))
     if abs(want-like.kept) <= 1: return kept
-    lo,hi = 0.,like.total/max(1, min(v for v in kept.values() if v)) # scale all counts by one factor, capped at the layer's size
-    for _ in range(100):
-        f = (lo+hi)/2; lo,hi = (f,hi) if sum(min(size[n], kept[n]*f) for n in kept) < want else (lo,f)
-    exact = {n: min(size[n], kept[n]*hi) for n in kept}; res = {n: int(v) for n,v in exact.items()}
-    for n in sorted(exact, key=lambda n: res[n]-exact[n])[:want-sum(res.values())]: res[n] += 1
-    return res
+    factor = _common_factor(sizes, kept, want)
+    exact = {name: min(sizes[name], kept[name]*factor) for name in kept}
+    counts = {name: int(count) for name,count in exact.items()}
+    most_cut = sorted(exact, key=lambda name: counts[name]-exact[name])
+    for name in most_cut[:want-sum(counts.values())]: counts[name] += 1
+    return counts
 
-@patch(cls_method=True)
-@delegates(prunable)
-def random(cls:SparseMask,
-    model:nn.Module, # Any model
-    density=None, # Share of the weights that stay, or one for each layer by name; None takes that of `like`
-    seed:int=0, # The same seed gives the same mask, on every machine
-    like:SparseMask=None, # A mask whose number of weights in each layer is copied ("layer-matched")
-    **kwargs,
-):
-    "Keep weights at random: over all layers together, or as many in each layer as another mask. Raises `OpenTransError` for a density outside (0, 1]."
-    if isinstance(density, Mapping) and like is not None: raise OpenTransError("Densities of layers and a mask to copy them from: give one of the two.")
-    if density is not None or like is None: density = _density(density)
-    g = torch.Generator().manual_seed(seed if like is None else seed ^ 0x5bd1e995)      # the two kinds of random mask are independent
-    found = prunable(model, **kwargs) if like is None else None
-    shapes = {l.name: l.weight.shape for l in found} if like is None else like.shapes
-    scores = {n: torch.rand(s, generator=g) for n,s in shapes.items()}
-    if like is None:
+# %% ../../nbs/01_pruning.ipynb #1eeaf530
+class _RandomMasks(_MaskMaking):
+    "Masks that look at no weight."
+    @classmethod
+    @delegates(prunable)
+    def random(cls,
+        model:nn.Module, # Any model
+        # Share of the weights that stay, or one for each layer by name; None takes that of `like`
+        density:float|Mapping[str, float]|None=None,
+        seed:int=0, # The same seed gives the same mask, on every machine
+        like:_MaskValues|None=None, # A mask whose number of weights in each layer is copied ("layer-matched")
+        **kwargs,
+    )->Self:
+        """Keep weights at random: over all layers together, or as many in each layer as another mask. Raises
+        `OpenTransError` for a density outside (0, 1]."""
+        if isinstance(density, Mapping) and like is not None:
+            raise OpenTransError("Densities of layers and a mask to copy them from: give one of the two.")
+        if density is not None or like is None: density = _density(density)
+        if like is not None: return cls._random_like(model, density, seed, like)
+        shapes = {layer.name: layer.weight.shape for layer in prunable(model, **kwargs)}
+        generator = torch.Generator().manual_seed(seed)
+        scores = {name: torch.rand(shape, generator=generator) for name,shape in shapes.items()}
         return cls(_choose(scores, density), dict(method='random', seed=seed) | _dense_info(model, **kwargs))
-    _place(like.shapes, model)
-    return cls({n: _keep_best({n: scores[n]}, k)[0][n] if k else torch.zeros(shapes[n], dtype=torch.bool) for n,k in _matched(like, density).items()},
-               dict(method='random, layer-matched', seed=seed))
 
-@patch
-def prune(self:SparseMask,
-    model:nn.Module, # The model whose weights are compared
-    p:float, # Share of the *remaining* weights to drop, in (0, 1)
-)->SparseMask: # Itself
-    "Drop the globally smallest of the remaining weights (Algorithm 1, line 4)."
-    scores = {n: _size(w) for n,w in self.weights(model).items()}
-    self.masks,self.threshold = _keep_best(scores, max(1, round((1-_share(p, 'p', one=False))*self.kept)), self.masks)
-    return self
+    @classmethod
+    def _random_like(cls, model, density, seed, like):
+        "A random mask with as many weights in each layer as another one has, or with its proportions."
+        generator = torch.Generator().manual_seed(seed ^ 0x5bd1e995) # independent of the other random masks
+        scores = {name: torch.rand(shape, generator=generator) for name,shape in like.shapes.items()}
+        _place(like.shapes, model) # raises if the model is another one
+        masks = {name: torch.zeros(shape, dtype=torch.bool) for name,shape in like.shapes.items()}
+        for name,count in _matched(like, density).items():
+            if count: masks[name] = _keep_best({name: scores[name]}, count)[0][name]
+        return cls(masks, dict(method='random, layer-matched', seed=seed))
 
-# %% ../../nbs/01_pruning.ipynb #7c3a95e2
-@patch
-def weights(self:SparseMask,
-    model:nn.Module, # A model that holds the masked layers anywhere
-    strict:bool=True, # Raise if a layer is missing? If not, it is left out
-)->dict: # Name -> the weight (a view)
-    """The weights that the mask is about. Raises `OpenTransError` if the model lacks one, or has two places for
-    them."""
-    return {k: (p if rows is None else p[rows]).detach()
-            for k,(p,rows) in _place(self.shapes, model, strict).items()}
+# %% ../../nbs/01_pruning.ipynb #2edaf0ee
+class _MaskOnModels(_RandomMasks):
+    "What a mask does to a model that holds its layers anywhere, under any of the namings."
+    threshold: float # the largest score that `prune` has dropped
+
+    def weights(self,
+        model:nn.Module, # A model that holds the masked layers anywhere
+        strict:bool=True, # Raise if a layer is missing? If not, it is left out
+    )->dict[str, torch.Tensor]: # Name -> the weight (a view)
+        """The weights that the mask is about. Raises `OpenTransError` if the model lacks one, or has two places for
+        them."""
+        placed = _place(self.shapes, model, strict)
+        return {name: (param if rows is None else param[rows]).detach() for name,(param,rows) in placed.items()}
+
+    def prune(self,
+        model:nn.Module, # The model whose weights are compared
+        p:float, # Share of the *remaining* weights to drop, in (0, 1)
+    )->Self: # Itself
+        "Drop the globally smallest of the remaining weights (paper, Algorithm 1, line 4)."
+        scores = {name: _size(weight) for name,weight in self.weights(model).items()}
+        keep = max(1, round((1-_share(p, 'p', one=False))*self.kept))
+        self.masks,self.threshold = _keep_best(scores, keep, self.masks)
+        return self
+
+    def apply(self,
+        model:nn.Module, # A tower, or anything that holds one, also in data-parallel and compile wrappers
+        strict:bool=True, # Raise if the model lacks a layer? If not, the handle's `.left` lists what was left out
+    )->MaskInForce: # Handle: `.remove()`, or leave the `with` block, and the mask is no longer kept; the zeros stay
+        """Zero the pruned weights of `model` and keep them zero under any optimizer. Raises `OpenTransError`, with
+        nothing changed, if it does not fit."""
+        return _keep_in_force(self, model, strict)
+
+    def apply_to_state(self,
+        state:dict[str, Any], # A state dict, under any of the namings; its masked tensors are replaced by new ones
+        strict:bool=True, # Raise if a layer is missing?
+    )->dict[str, list[str]]: # Name in the state dict -> the layers of the mask that lie in it
+        """Zero the pruned weights of a state dict. Raises `OpenTransError`, with nothing changed, if the mask does
+        not fit in one place."""
+        return _mask_state(self, state, strict)
+
+    def bake(self,
+        model:nn.Module, # The model whose pruned weights become zero for good
+        path:str|Path|None=None, # Where to write the sparse weights; None writes nothing
+        # Type to store floating-point weights in, e.g. `torch.float16`; None as they are
+        dtype:torch.dtype|None=None,
+    )->dict[str, float]: # Bytes of the dense and of the sparse file, and their ratio
+        """Make a mask final, and store the model by what is left of it. Raises `OpenTransError`, with nothing
+        changed, if the mask does not fit or a weight is no number in the file."""
+        sizes = _bake(self, model, path, dtype)
+        self.apply(model).remove()
+        return sizes
 
 # %% ../../nbs/01_pruning.ipynb #a602e802
 MASK_FILE = FileKind('opentrans-mask', 'mask', 'SparseMask.save')
-
-def _name_of(f): return getattr(getattr(f, 'func', f), '__name__', type(f).__name__)
 
 def _told(value):
     """A value as a file can hold it and give it back: numbers, texts, lists and dictionaries; anything else by its
     name."""
     if isinstance(value, (np.generic, np.ndarray, torch.Tensor)): value = value.tolist()
-    if isinstance(value, dict): return {_told(str(k)): _told(v) for k,v in value.items()}
+    if isinstance(value, dict): return {_told(str(key)): _told(inner) for key,inner in value.items()}
     if isinstance(value, (set, frozenset)): value = sorted(value, key=str)
-    if isinstance(value, (list, tuple)): return [_told(v) for v in value]
+    if isinstance(value, (list, tuple)): return [_told(inner) for inner in value]
     if isinstance(value, (int, float, type(None))): return value
     # the text of these holds an address in memory
     named = callable(value) or type(value).__repr__ is object.__repr__
-    return (_name_of(value) if named else str(value)).encode(errors='replace').decode()
+    text = _name_of(value) if named else str(value)
+    return text.encode(errors='replace').decode()
 
 def _digest(meta, bits):
     "The checksum of a mask file of version 1."
-    h = hashlib.sha256(json.dumps(sorted((k, v) for k,v in meta.items() if k != 'sha256')).encode())
-    for n in sorted(bits):
-        h.update(n.encode())
-        h.update(bits[n].numpy())
-    return h.hexdigest()
+    said = sorted((key, value) for key,value in meta.items() if key != 'sha256')
+    digest = hashlib.sha256(json.dumps(said).encode())
+    for name in sorted(bits):
+        digest.update(name.encode())
+        digest.update(bits[name].numpy())
+    return digest.hexdigest()
 
-@patch
-def save(self:SparseMask,
-    path, # Where to; `.safetensors` by custom
-    **info, # More about how it was found, such as `backbone='RN50'`, `loss='tgkd'`, `data='coco_panoptic'`
-):
-    """Write the mask, one bit a weight, with its history; whole or not at all. Raises `OpenTransError` if the place
-    cannot be written."""
-    kept = {n: _count(m) for n,m in self.items()}
-    share = {n: round(kept[n]/max(1, m.numel()), 6) for n,m in self.items()}
-    per_layer = {n: dict(shape=list(m.shape), kept=kept[n], density=share[n]) for n,m in self.items()}
-    bits = {n: pack_bits(m) for n,m in self.items()}
-    told = plain_json(_told({**self.info, **info}))
-    save_tensors(bits, path, dict(density=f'{self.density:.6f}', layers=per_layer, info=told), MASK_FILE)
-
-# %% ../../nbs/01_pruning.ipynb #59e8f605
 class _MaskLayer(TypedDict):
     "What a mask file says of a layer."
     __pydantic_config__ = dict(extra='forbid')
@@ -392,108 +341,135 @@ class _MaskLayer(TypedDict):
     kept: NotRequired[int]
     density: NotRequired[float]
 
-def _must_exist(path, kind):
-    if Path(path).exists(): return
-    raise OpenTransError(f"No {kind.holds} file '{path}'. Give the path of a file that {kind.maker} wrote.")
-
+# %% ../../nbs/01_pruning.ipynb #98004c7c
 def _unpacked(bits, shapes, kind, path):
     "Masks from their bits. Raises `DamagedFile` if a layer is missing, or has too few or too many bits."
     if set(bits) != set(shapes) or not bits: raise kind.damaged(path, 'its masks are not those of its layers')
-    try: return {n: unpack_bits(bits[n], tuple(s)) for n,s in shapes.items()}
+    try: return {name: unpack_bits(bits[name], tuple(shape)) for name,shape in shapes.items()}
     except (ValueError, RuntimeError, OverflowError) as error: raise kind.damaged(path, shorten(error)) from error
 
-@patch(cls_method=True)
-def load(cls:SparseMask,
-    path, # A file that `save` wrote
-):
-    """Read a mask. Raises `OpenTransError` for a file that is missing, cut short, altered, newer than this version,
-    or something else."""
-    _must_exist(path, MASK_FILE)
-    bits,meta = load_tensors(path, kind=MASK_FILE)
-    if any(b.dtype != torch.uint8 for b in bits.values()): raise MASK_FILE.damaged(path, 'its masks are not bits')
-    first = int(meta.get('version', 1)) == 1
-    if first and _digest(meta, bits) != meta.get('sha256'): raise MASK_FILE.damaged(path)
-    per_layer = metadata_value(meta, 'layers', dict[str, _MaskLayer], path)
-    info = metadata_value(meta, 'info', dict, path)
-    masks = _unpacked(bits, {n: layer['shape'] for n,layer in per_layer.items()}, MASK_FILE, path)
-    mask,kept = cls(masks, info),{n: _count(m) for n,m in masks.items()}
-    counted = all(layer.get('kept', kept[n]) == kept[n] for n,layer in per_layer.items())
-    if not counted or not (first or meta.get('density') == f'{mask.density:.6f}'):
-        raise MASK_FILE.damaged(path, 'it keeps other weights than it says')
-    return mask
+# %% ../../nbs/01_pruning.ipynb #2be5841d
+class _MaskFiles(_MaskOnModels):
+    "Masks written and read."
+    def save(self,
+        path:str|Path, # Where to; `.safetensors` by custom
+        **info, # More about how it was found, such as `backbone='RN50'`, `loss='tgkd'`, `data='coco_panoptic'`
+    )->None:
+        """Write the mask, one bit a weight, with its history; whole or not at all. Raises `OpenTransError` if the
+        place cannot be written."""
+        per_layer = {}
+        for name,mask in self.items():
+            kept = _count(mask)
+            share = round(kept/max(1, mask.numel()), 6)
+            per_layer[name] = dict(shape=list(mask.shape), kept=kept, density=share)
+        bits = {name: pack_bits(mask) for name,mask in self.items()}
+        told = plain_json(_told({**self.info, **info}))
+        save_tensors(bits, path, dict(density=f'{self.density:.6f}', layers=per_layer, info=told), MASK_FILE)
 
-# %% ../../nbs/01_pruning.ipynb #3b89c707
-@patch
-def plot(self:SparseMask,
-    ax=None, # Axes to draw on; new ones if None
-    label:str=None, # Name in the legend
-): # The axes
-    "Density of each layer, and of all together."
-    t = self.table()
-    ax = axes(ax, figsize=(max(5, min(14, len(t)/5)), 3))
-    line, = ax.plot(range(len(t)), t.density, 'o-', ms=3, lw=1, label=label and for_plot(label))
-    ax.axhline(self.density, ls=':', lw=1, color=line.get_color())
-    ax.set_xticks(range(len(t)), [for_plot(n.removesuffix('.weight')) for n in t.index], rotation=90,
-                  fontsize=7 if len(t)>20 else 8)
-    ax.set(ylabel='density', ylim=(0, 1.05 if t.density.max()>.5 else None),
-           title=f'density per layer (dotted: all, {self.density:.3f})' if label is None
-           else 'density per layer (dotted: all)')
-    if label: ax.legend()
-    return ax
+    @classmethod
+    def load(cls,
+        path:str|Path, # A file that `save` wrote
+    )->Self:
+        """Read a mask. Raises `OpenTransError` for a file that is missing, cut short, altered, newer than this
+        version, or something else."""
+        _must_exist(path, MASK_FILE)
+        bits,meta = load_tensors(path, kind=MASK_FILE)
+        if any(packed.dtype != torch.uint8 for packed in bits.values()):
+            raise MASK_FILE.damaged(path, 'its masks are not bits')
+        first_version = int(meta.get('version', 1)) == 1
+        if first_version and _digest(meta, bits) != meta.get('sha256'): raise MASK_FILE.damaged(path)
+        per_layer = metadata_value(meta, 'layers', dict[str, _MaskLayer], path)
+        masks = _unpacked(bits, {name: said['shape'] for name,said in per_layer.items()}, MASK_FILE, path)
+        mask = cls(masks, metadata_value(meta, 'info', dict, path))
+        if not (first_version or meta.get('density') == f'{mask.density:.6f}') or not mask._keeps_as_told(per_layer):
+            raise MASK_FILE.damaged(path, 'it keeps other weights than it says')
+        return mask
 
-@patch
-def plot_weights(self:SparseMask,
-    model:nn.Module, # The model whose weights are shown
-    ax=None, # Axes to draw on; new ones if None
-    bins:int=60, # Number of bars
-): # The axes
-    "Magnitudes of the weights that the mask keeps and drops; weights that are zero are left out."
-    ax = axes(ax, figsize=(5, 3))
-    w = self.weights(model)
-    kept,dropped = (torch.cat([_size(v).cpu().float()[k].flatten() for v,k in parts])
-                    for parts in ([(w[n], m) for n,m in self.items()], [(w[n], ~m) for n,m in self.items()]))
-    logs = [x[x > 0].log10().numpy() for x in (dropped, kept)]
-    ax.hist(logs, bins=bins, stacked=True, color=['lightgray', 'C0'],
-            label=[f'dropped ({self.sparsity:.1%})', f'kept ({self.density:.1%})'])
-    ax.set(xlabel='$\\log_{10} |w|$', ylabel='weights', title='what the mask keeps')
-    ax.legend()
-    return ax
+    def _keeps_as_told(self, per_layer):
+        "Does each layer keep as many weights as its file says, if it says so?"
+        counts = {name: _count(mask) for name,mask in self.items()}
+        return all(said.get('kept', counts[name]) == counts[name] for name,said in per_layer.items())
+
+# %% ../../nbs/01_pruning.ipynb #14b7e06d
+class _MaskPictures(_MaskFiles):
+    "What a mask looks like."
+    def plot(self,
+        ax:Axes|None=None, # Axes to draw on; new ones if None
+        label:str|None=None, # Name in the legend
+    )->Axes: # The axes
+        "Density of each layer, and of all together."
+        table = self.table()
+        ax = axes(ax, figsize=(max(5, min(14, len(table)/5)), 3))
+        places = range(len(table))
+        line, = ax.plot(places, table.density, 'o-', ms=3, lw=1, label=label and for_plot(label))
+        ax.axhline(self.density, ls=':', lw=1, color=line.get_color())
+        names = [for_plot(name.removesuffix('.weight')) for name in table.index]
+        ax.set_xticks(places, names, rotation=90, fontsize=7 if len(table) > 20 else 8)
+        whole = f'all, {self.density:.3f}' if label is None else 'all'
+        top = 1.05 if table.density.max() > .5 else None
+        ax.set(ylabel='density', ylim=(0, top), title=f'density per layer (dotted: {whole})')
+        if label: ax.legend()
+        return ax
+
+    def plot_weights(self,
+        model:nn.Module, # The model whose weights are shown
+        ax:Axes|None=None, # Axes to draw on; new ones if None
+        bins:int=60, # Number of bars
+    )->Axes: # The axes
+        "Magnitudes of the weights that the mask keeps and drops; weights that are zero are left out."
+        ax = axes(ax, figsize=(5, 3))
+        sizes = {name: _size(weight).cpu().float() for name,weight in self.weights(model).items()}
+        kept = torch.cat([sizes[name][mask] for name,mask in self.items()])
+        dropped = torch.cat([sizes[name][~mask] for name,mask in self.items()])
+        logs = [values[values > 0].log10().numpy() for values in (dropped, kept)]
+        ax.hist(logs, bins=bins, stacked=True, color=['lightgray', 'C0'],
+                label=[f'dropped ({self.sparsity:.1%})', f'kept ({self.density:.1%})'])
+        ax.set(xlabel='$\\log_{10} |w|$', ylabel='weights', title='what the mask keeps')
+        ax.legend()
+        return ax
+
+    def overlap(self,
+        other:Self, # A mask over the same layers
+        # One row a layer and one named 'all': iou, chance (of random masks with these densities in each layer),
+        # lift = iou / chance
+    )->pd.DataFrame:
+        """How much two masks agree, layer by layer, beside chance. Raises `OpenTransError` for masks over different
+        layers."""
+        self._same(other)
+        def with_sum(counts): return np.append(counts, counts.sum())
+        both = np.array([_count(mask & other[name]) for name,mask in self.items()])
+        a,b = self.table().kept.to_numpy(),other.table().kept.to_numpy()
+        by_chance = a*b/self.table().weights.to_numpy() # expected intersection of independent masks
+        iou = with_sum(both)/np.maximum(with_sum(a+b)-with_sum(both), 1)
+        chance = with_sum(by_chance)/np.maximum(with_sum(a+b)-with_sum(by_chance), 1e-9)
+        index = pd.Index([*self.names, 'all'], name='name')
+        return pd.DataFrame(dict(iou=iou, chance=chance, lift=iou/np.maximum(chance, 1e-12)), index=index)
+
+# %% ../../nbs/01_pruning.ipynb #86940021
+class SparseMask(_MaskPictures):
+    """Which weights of a model stay (`True`) and which are zero: found once, saved, and put on any model that holds
+    the layers (paper, Sec. 3.2)."""
 
 # %% ../../nbs/01_pruning.ipynb #e01b830e
-@patch
-def overlap(self:SparseMask,
-    other:SparseMask, # A mask over the same layers
-    # One row a layer and one named 'all': iou, chance (of random masks with these densities in each layer), lift =
-    # iou / chance
-)->pd.DataFrame:
-    """How much two masks agree, layer by layer, beside chance. Raises `OpenTransError` for masks over different
-    layers."""
-    self._same(other)
-    both = np.array([_count(m & other[n]) for n,m in self.items()])
-    a,b = (m.table().kept.to_numpy() for m in (self, other))
-    size = self.table().weights.to_numpy()
-    meet = a*b/size                                                   # expected intersection of independent masks
-    def add(x): return np.append(x, x.sum())
-    iou,chance = add(both)/np.maximum(add(a+b)-add(both), 1), add(meet)/np.maximum(add(a+b)-add(meet), 1e-9)
-    return pd.DataFrame(dict(iou=iou, chance=chance, lift=iou/np.maximum(chance, 1e-12)),
-                        index=pd.Index([*self.names, 'all'], name='name'))
-
 def compare_masks(
-    masks:dict, # Name -> `SparseMask`, over the same layers
+    masks:dict[str, SparseMask], # Name -> `SparseMask`, over the same layers
     what:str='iou', # `'iou'`, `'chance'` or `'lift'`
 )->pd.DataFrame: # Masks by masks
-    "Every mask against every other."
+    "Every mask against every other. Raises `OpenTransError` for an unknown measure."
     if what not in ('iou', 'chance', 'lift'): raise unknown('measure', what, ['iou', 'chance', 'lift'])
-    return pd.DataFrame({a: {b: masks[a].overlap(masks[b]).loc['all', what] for b in masks} for a in masks})
+    def measured(a, b): return masks[a].overlap(masks[b]).loc['all', what]
+    return pd.DataFrame({a: {b: measured(a, b) for b in masks} for a in masks})
 
 def plot_overlap(
-    frame, # What `compare_masks` gives, or a dict of masks
-    ax=None, # Axes to draw on; new ones if None
-): # The axes
+    frame:pd.DataFrame|dict[str, SparseMask], # What `compare_masks` gives, or a dict of masks
+    ax:Axes|None=None, # Axes to draw on; new ones if None
+)->Axes: # The axes
     "Heat map of masks against masks."
     import seaborn as sns
-    title = 'overlap of masks (IoU)' if isinstance(frame, dict) else 'overlap of masks'
-    frame = compare_masks(frame) if isinstance(frame, dict) else frame
+    title = 'overlap of masks'
+    if isinstance(frame, dict):
+        title = 'overlap of masks (IoU)'
+        frame = compare_masks(frame)
     frame = frame.rename(index=for_plot, columns=for_plot)
     ax = axes(ax, figsize=(1.5+.8*len(frame), 1+.65*len(frame)))
     sns.heatmap(frame, annot=True, fmt='.2f', vmin=0, cmap='viridis', square=True, ax=ax, cbar=False)

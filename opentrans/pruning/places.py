@@ -51,8 +51,8 @@ def prunable(
     `OpenTransError`."""
     res,whys = _candidates(model, kinds, skip_first, skip, only)
     if not res:
-        which = (
-            f"{', '.join(kinds)}{' besides the first' if skip_first else ''}{f': {tell_reasons(whys)}' if whys else ''}")
+        which = ', '.join(kinds) + (' besides the first' if skip_first else '')
+        if whys: which += f': {tell_reasons(whys)}'
         raise OpenTransError(f"{type(find_tower(model)).__name__} has no prunable layers of kind {which}. "
                              "Give a model with convolutions or linear maps, or loosen skip and only.")
     if whys: warnings.warn(f"The mask leaves {len(whys)} layers dense: {tell_reasons(whys)}.", stacklevel=2)
@@ -61,14 +61,16 @@ def prunable(
 # %% ../../nbs/01b_places.ipynb #522c2ddb
 def _absent_for(keys, params):
     "Name -> reason of parameters that a mask may mean, and which have no values or no shape yet."
-    bases,shaped = [k.split('[')[0] for k in keys],{k.split('[')[0] for k,s in keys.items() if len(s) > 1}
-    res = {}
-    for n,p in params.items():
-        meant = [base for base in bases if n.endswith(base) or base.endswith(n)]
-        why = ('' if p.is_meta or not meant else no_values(p)
-               or (_FLAT if p.ndim < 2 and shaped & set(meant) else ''))
-        if why: res[n] = why
-    return res
+    bases = [key.split('[')[0] for key in keys]
+    shaped = {key.split('[')[0] for key,shape in keys.items() if len(shape) > 1}
+    whys = {}
+    for name,param in params.items():
+        meant = [base for base in bases if name.endswith(base) or base.endswith(name)]
+        if param.is_meta or not meant: continue
+        why = no_values(param)
+        if not why and param.ndim < 2 and shaped & set(meant): why = _FLAT
+        if why: whys[name] = why
+    return whys
 
 def _match_in(module, keys, strict):
     """Find the layers of a mask in a module: key -> (tensor, rows or None), and key -> reason of those that cannot
@@ -87,6 +89,7 @@ def _match_in(module, keys, strict):
     whys = {k: computed[n].computed if n in computed else _unmaskable(there[n]) for k,(n,_) in hit.items()}
     return {k: (there[n], rows) for k,(n,rows) in hit.items()},{k: why for k,why in whys.items() if why}
 
+# %% ../../nbs/01b_places.ipynb #661f3f70
 def _place(keys, model, strict=True):
     "Find the layers of a mask in a model: key -> (`Parameter`, rows or None). Raises `OpenTransError`."
     placed,whys = in_tower(model, lambda module: _match_in(module, keys, strict))

@@ -17,8 +17,9 @@ from .calibration import (
     _Enough, check_batches, check_layers, check_seen, go_over, InputSums, rows_to_weight, watching, weight_rows)
 from .criteria import criterion
 from .densities import layer_densities, wanda_scores
-from .mask import _dense_info, _info, _share, SparseMask
+from .mask import _dense_info, _info, SparseMask
 from .places import prunable
+from .ranking import _share
 from .solvers import Budget, Inputs, output_error, OWN_SCOPE, SOLVERS
 from ..runtime import progress
 

@@ -8,8 +8,8 @@ __all__ = ['regrow']
 # %% ../../nbs/01k_regrowth.ipynb #72fd2216
 import torch
 from .criteria import _gradients, criterion
-from .mask import _share, _size
 from .places import prunable
+from .ranking import _share, _size
 from .solvers import keep_largest
 
 # %% ../../nbs/01k_regrowth.ipynb #bcef6263

@@ -8,28 +8,28 @@ __all__ = ['MOST_ROUNDS', 'IMP_FILE', 'START_FILE', 'ROUND_FILE', 'geometric_sch
 
 # %% ../../nbs/01e_imp.ipynb #6b262525
 import contextlib, inspect, math, os, re, signal, sys, time, warnings, weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 import torch.distributed as dist
-from fastcore.basics import patch
 from fastcore.meta import delegates
+from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 from typing_extensions import TypedDict
 from ..core import find_tower, unwrap
 from ..errors import check_number, Interrupted, OpenTransError, OtherRun, shorten
 from ..files import (
     check_finite, check_like, checksum, FileKind, lock_folder, metadata_value, not_finite, pack_bits, RunFile,
-    save_json, strip_prefix as under, unpack_bits)
-from .criteria import _criterion, _scores
-from opentrans.pruning.mask import (
-    _counts, _dense_info, _density, _keep_best, _keep_each, _name_of, _share, _shares_of, _told, _unpacked, SparseMask,
-    weights_digest)
+    save_json, strip_prefix, unpack_bits)
+from .baked import _tensors
+from .criteria import _criterion, _name_of, _scores
+from .mask import _dense_info, _told, _unpacked, SparseMask, weights_digest
 from .places import prunable
+from .ranking import _counts, _density, _keep_best, _keep_each, _share, _shares_of
 from ..runtime import axes, device_of, handling, progress, seeded
 
 # %% ../../nbs/01e_imp.ipynb #3b3bd87c
@@ -39,17 +39,18 @@ def geometric_schedule(
     density:float=.1, # Where to end, in (0, 1]
     p:float=.1, # Share of the remaining weights that a round drops, in (0, 1)
     exact:bool=True, # End at the density itself? If not, at the power of 1-p just below it, as the paper does
-)->list: # The density after each round
+)->list[float]: # The density after each round
     """The densities of Algorithm 1: each round keeps 1-p of what was left. Raises `OpenTransError` if that takes
     more than 10,000 rounds."""
-    density,keep = _share(density),1-_share(p, 'p', one=False)
+    density = _share(density)
+    keep = 1-_share(p, 'p', one=False)
     if density == 1: return []
     rounds = math.inf if keep == 1 else math.log(density)/math.log(keep) - 1e-9
     if rounds > MOST_ROUNDS:
         raise OpenTransError(f"density={density:g} with p={p:g} takes more than {MOST_ROUNDS:,} rounds. "
                              "Drop a larger share p a round, such as 0.1.")
-    rounds = max(0, math.ceil(rounds))
-    return [max(density, keep**r) if exact else keep**r for r in range(1, rounds+1)]
+    powers = [keep**r for r in range(1, max(0, math.ceil(rounds))+1)]
+    return [max(density, power) for power in powers] if exact else powers
 
 # %% ../../nbs/01e_imp.ipynb #23dd7a21
 def _parallel(): return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -78,51 +79,37 @@ def _together(work):
     if failed: raise error or failed[0]
     return result
 
+# %% ../../nbs/01e_imp.ipynb #2370342f
 def _from_first(mask):
-    bits = _tell({n: pack_bits(m) for n,m in mask.items()} if _parallel() else None)
-    return SparseMask({n: unpack_bits(b, mask.shapes[n]) for n,b in bits.items()}) if bits else mask
+    "In several processes: the mask of the first one, everywhere."
+    if not _parallel(): return mask
+    bits = _tell({name: pack_bits(stays) for name,stays in mask.items()})
+    return SparseMask({name: unpack_bits(packed, mask.shapes[name]) for name,packed in bits.items()})
 
-def _only_tensors(state):
-    "A state dict, if it holds nothing but tensors."
-    for k,t in state.items():
-        if not isinstance(t, torch.Tensor):
-            raise OpenTransError(f"The state holds {k}, a {type(t).__name__}; a checkpoint can only hold tensors.")
-    return state
-
-def _tensors(prefix, obj): return {prefix+k: t for k,t in _only_tensors(obj.state_dict()).items()}
-
-def _tensors_of(model): return {k: t for k,t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+# %% ../../nbs/01e_imp.ipynb #5e986d4a
+def _tensors_of(model): return {name: t for name,t in model.state_dict().items() if isinstance(t, torch.Tensor)}
 
 def _put(model, state): model.load_state_dict({**model.state_dict(), **state})
 
 def _share_state(model):
     "In several processes: the weights and statistics of the first one, everywhere."
     if not _parallel(): return
-    state = _tell({k: t.cpu() for k,t in _tensors_of(model).items()} if not _rank() else None)
+    state = _tell({name: t.cpu() for name,t in _tensors_of(model).items()} if not _rank() else None)
     if _rank(): _put(model, state)
 
-# %% ../../nbs/01e_imp.ipynb #c0e94b75
-def _train_round(train, model, r, within=None):
-    "One round; `train` may leave out arguments that it does not want. What it reports, as plain numbers."
-    try: n = next(n for n in (2, 1, 0) if _binds(train, n))
-    except StopIteration: raise OpenTransError("train must be a function train(model, round) or train(model).")
-    more = {} if within is None else dict(within=within)
-    out = train(*(model, r)[:n], **more)
-    out = {} if out is None else out if isinstance(out, dict) else dict(loss=out)
-    return {str(k): _as_number(k, v) for k,v in out.items()}
-
+# %% ../../nbs/01e_imp.ipynb #318e4728
 def _as_number(name, value):
     try: return float(value.detach() if isinstance(value, torch.Tensor) else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise OpenTransError(
             f"train reports {name}={shorten(repr(value), 80)}: give a number, or nothing.") from error
 
-def _binds(f, n):
-    try:
-        inspect.signature(f).bind(*range(n))
-        return True
+def _can_take(function, n):
+    "Can a function be called with n arguments?"
+    try: inspect.signature(function).bind(*range(n))
     except TypeError: return False
-    except ValueError: return n == 2
+    except ValueError: return n == 2 # a function of C may have no signature
+    return True
 
 def _takes_within(train):
     "Does a training function have an argument `within`, to be given by name alone?"
@@ -130,27 +117,40 @@ def _takes_within(train):
     except (TypeError, ValueError): return False
     return 'within' in params and params['within'].kind == inspect.Parameter.KEYWORD_ONLY
 
+def _train_round(train, model, r, within=None):
+    "One round; `train` may leave out arguments that it does not want. What it reports, as plain numbers."
+    n = next((n for n in (2, 1, 0) if _can_take(train, n)), None)
+    if n is None: raise OpenTransError("train must be a function train(model, round) or train(model).")
+    by_name = {} if within is None else dict(within=within)
+    report = train(*(model, r)[:n], **by_name)
+    if report is None: return {}
+    if not isinstance(report, dict): report = dict(loss=report)
+    return {str(name): _as_number(name, value) for name,value in report.items()}
+
+# %% ../../nbs/01e_imp.ipynb #c0e94b75
 def _remembers(train):
     """What keeps something between rounds: a training function, or what is inside a `partial`, a decorated function
     or a method."""
     for _ in range(9):
         if hasattr(train, 'state_dict') and hasattr(train, 'load_state_dict'): return train
         inner = [getattr(train, name, None) for name in ('func', '__wrapped__', '__self__')]
-        train = next((t for t in inner if t is not None and not isinstance(t, nn.Module)), None)
+        train = next((part for part in inner if part is not None and not isinstance(part, nn.Module)), None)
     return None
 
 def _memory(train):
     """What the training remembers: under `train/`, or under `train.0/`, `train.1/` where processes remember
     different things."""
     keeper = _remembers(train)
-    own = {} if keeper is None else {k: t.detach().cpu() for k,t in _only_tensors(keeper.state_dict()).items()}
-    if len(set(_of_all(checksum(own, {})))) == 1: return {f'train/{k}': t for k,t in own.items()}
-    return {f'train.{i}/{k}': t for i,part in enumerate(_of_all(own)) for k,t in part.items()}
+    own = {} if keeper is None else {name: t.detach().cpu() for name,t in _tensors('', keeper).items()}
+    alike = len(set(_of_all(checksum(own, {})))) == 1
+    if alike: return {f'train/{name}': t for name,t in own.items()}
+    return {f'train.{i}/{name}': t for i,part in enumerate(_of_all(own)) for name,t in part.items()}
 
 def _remember(train, memory, path):
     "Give the training back what it remembered. Raises `OpenTransError` if it does not take it."
     keeper = _remembers(train)
-    own = under(f'train.{_rank()}/', memory) or under('train/', memory) or under('train.0/', memory)
+    prefixes = (f'train.{_rank()}/', 'train/', 'train.0/')
+    own = next((found for prefix in prefixes if (found := strip_prefix(prefix, memory))), None)
     if keeper is None or not own: return
     try: keeper.load_state_dict(own)
     except OpenTransError: raise
@@ -164,28 +164,29 @@ _ADVICE = 'The last whole round stays. Lower the learning rate, or clip gradient
 def _constants(model):
     """Names of buffers that hold infinity from the start, as attention masks do. Raises `OpenTransError` for
     weights that do."""
-    params = {n for n,p in model.state_dict(keep_vars=True).items() if isinstance(p, nn.Parameter)}
+    params = {name for name,t in model.state_dict(keep_vars=True).items() if isinstance(t, nn.Parameter)}
     state = _tensors_of(model)
-    still = {n for n in not_finite(state) if n not in params and not state[n].isnan().any()}
-    numbers = {n: t for n,t in state.items() if n not in still}
+    infinite = {name for name in not_finite(state) if name not in params and not state[name].isnan().any()}
+    numbers = {name: t for name,t in state.items() if name not in infinite}
     check_finite(numbers, 'the model at the start', 'Give one whose weights are numbers.')
-    return still
+    return infinite
 
-def _check_round(model, still, r, out):
+def _check_round(model, infinite, r, report):
     "Raises `OpenTransError` if a round has left something that is not finite."
-    for name,value in out.items():
+    for name,value in report.items():
         if 'loss' not in name or math.isfinite(value): continue
         raise OpenTransError(f"Round {r} ended with {name}={value}. {_ADVICE}")
-    check_finite({n: t for n,t in _tensors_of(model).items() if n not in still}, f'the model after round {r}',
-                 _ADVICE)
+    numbers = {name: t for name,t in _tensors_of(model).items() if name not in infinite}
+    check_finite(numbers, f'the model after round {r}', _ADVICE)
 
 # columns of a history; a report under these names is renamed
 _OURS = ('round', 'density', 'kept', 'threshold', 'seconds')
 
-def _row(r, mask, threshold, out, began):
-    told = {f'train.{k}' if k in _OURS else k: v for k,v in out.items()}
+def _row(r, mask, threshold, report, began):
+    "A row of the history: what the round left, what its training reported, and how long it took."
+    reported = {f'train.{name}' if name in _OURS else name: value for name,value in report.items()}
     ours = dict(round=r, density=mask.density, kept=mask.kept, threshold=threshold)
-    return {**ours, **told, 'seconds': time.perf_counter()-began}
+    return {**ours, **reported, 'seconds': time.perf_counter()-began}
 
 # %% ../../nbs/01e_imp.ipynb #9cca8e6d
 IMP_FILE = FileKind('opentrans-imp', 'checkpoint of imp', 'imp', oldest=2)
@@ -202,41 +203,43 @@ class _Ran(TypedDict):
 
 _Number = int | float | Literal['nan', 'inf', '-inf'] # JSON has no infinity
 
-def _spell(row): return {k: v if math.isfinite(v) else str(v) for k,v in row.items()}
-def _unspell(row): return {k: float(v) if isinstance(v, str) else v for k,v in row.items()}
+def _spell(row): return {name: value if math.isfinite(value) else str(value) for name,value in row.items()}
+def _unspell(row): return {name: float(value) if isinstance(value, str) else value for name,value in row.items()}
 
-class _Run:
+# %% ../../nbs/01e_imp.ipynb #b7bde421
+class _Folder:
     """An `imp` run and its folder: `imp.safetensors` with the last whole round, `round.safetensors` within the next
     one, `start.safetensors` to rewind to, `settings.json` to read."""
-    def __init__(self, folder, settings, plan, to, model, digest):
+    def __init__(self, folder, settings, plan, rewind_to, model, digest):
         self.folder = Path(folder) if folder else None
         self.settings = _told(settings)
-        self.plan = plan
-        self.to = to
-        self.model,self.digest_now = model,digest
-        self.digest = digest()
-        self.done = 0
-        self.still = set()
-        self.start_sum = None
-        self.kept_start = None
-        self.part,self.fresh = None,False # what was read of a round that had begun; does the run begin only now?
+        self.plan = plan                # densities after each round
+        self.rewind_to = rewind_to      # what `imp` was given as `rewind`
+        self.model = model
+        self.digest_now = digest        # a function: the digest of the weights as they are
+        self.digest = digest()          # of the weights that the run began with
+        self.done = 0                   # whole rounds
+        self.infinite = set()           # buffers that hold infinity from the start
+        self.start_sum = None           # checksum of the state to rewind to
+        self.kept_start = None          # that state itself, of a run without a folder
+        self.part = None                # what was read of a round that had begun
+        self.fresh = False              # does the run begin only now?
         if not self.folder: return
         self.file = RunFile(self.folder/'imp.safetensors', self.settings, IMP_FILE)
         self.start = RunFile(self.folder/'start.safetensors', self.settings, START_FILE)
         self.round = RunFile(self.folder/'round.safetensors', self.settings, ROUND_FILE)
 
-    def advice(self):
-        done = f'{self.done} of {len(self.plan)} rounds are done'
-        return f"{done} and lie in '{self.folder}': the same call goes on from there."
-
+# %% ../../nbs/01e_imp.ipynb #d2f7ae8c
+class _Writing(_Folder):
+    "What a run writes after each round."
     def here(self): return dict(threads=torch.get_num_threads(), device=device_of(self.model).type)
     def ran(self): return dict(weights=self.digest, start=self.start_sum, **self.here())
 
     def finite(self, name):
         """Must a tensor of the file be finite? Those of the model must, and what a training remembers is its own
         affair."""
-        return (name.removeprefix('model/') not in self.still
-                and not name.startswith(('train/', 'train.', 'training/')))
+        if name.startswith(('train/', 'train.', 'training/')): return False
+        return name.removeprefix('model/') not in self.infinite
 
     def save(self, mask, history, train):
         """Write a whole round. Raises `OpenTransError`, with the last one untouched, if it cannot be written or is
@@ -247,183 +250,190 @@ class _Run:
         self.done = len(history)
 
     def _write(self, mask, history, memory):
-        bits = {f'mask/{n}': pack_bits(m) for n,m in mask.items()}
+        bits = {f'mask/{name}': pack_bits(stays) for name,stays in mask.items()}
+        tensors = {**_tensors('model/', self.model), **bits, **memory}
         rows = [_spell(row) for row in history]
-        self.file.save({**_tensors('model/', self.model), **bits, **memory}, self.finite, history=rows,
-                       ran=self.ran())
+        self.file.save(tensors, self.finite, history=rows, ran=self.ran())
         self.round.path.unlink(missing_ok=True) # the round is whole
 
 # %% ../../nbs/01e_imp.ipynb #5cff4a99
-@patch
-def _same_start(self:_Run, file, meta):
-    "What a file says of its run. Raises `OtherRun` if that began with other weights."
-    ran = metadata_value(meta, 'ran', _Ran, file.path)
-    if ran['weights'] == self.digest: return ran
-    raise OtherRun(
-        f"The run in '{self.folder}' began with other weights (digest {shorten(ran['weights'], 16)}, here "
-        f"{self.digest}). " "Give the same model again, as it was at the start, or choose another folder.")
-
-@patch
-def _history(self:_Run, meta, total):
-    "The rows of the rounds that are done. Raises `DamagedFile` if they are not those of the schedule."
-    rows = [_unspell(row) for row in metadata_value(meta, 'history', list[dict[str, _Number]], self.file.path)]
-    kept = [max(1, round(d*total)) for d in self.plan[:len(rows)]]
-    told = [(row.get('round'), row.get('kept'), row.get('density')) for row in rows]
-    if told != [(r, n, n/total) for r,n in enumerate(kept)] or any('threshold' not in row for row in rows):
-        raise IMP_FILE.damaged(self.file.path, 'its history is not that of its schedule')
-    return rows
-
-@patch
-def _check_state(self:_Run, state, path):
-    "Raises `OpenTransError` if a state from a file does not fit the model, or is not finite."
-    check_like(state, _tensors_of(self.model), path, finite=False)
-    numbers = {n: t for n,t in state.items() if n not in self.still}
-    check_finite(numbers, f"the weights in '{path}'", 'Delete it to begin again, or choose another folder.')
-
-@patch
-def _read(self:_Run, mask):
-    """The last whole round, checked in all its parts: state, mask, history, memory of the training. None if there
-    is none."""
-    found,path = self.file.load(),self.file.path
-    if found is None: return None
-    tensors,meta = found
-    ran,history = self._same_start(self.file, meta),self._history(meta, mask.total)
-    state,bits = under('model/', tensors),under('mask/', tensors)
-    memory = {n: t for n,t in tensors.items() if re.match(r'train(\.\d+)?/', n)}
-    if len(state)+len(bits)+len(memory) < len(tensors):
-        raise IMP_FILE.damaged(path, 'it holds tensors of no known kind')
-    self._check_state(state, path)
-    mask = SparseMask(_unpacked(bits, mask.shapes, IMP_FILE, path))
-    if mask.kept != (history[-1]['kept'] if history else mask.total):
-        raise IMP_FILE.damaged(path, 'its mask does not fit its history')
-    self.start_sum = ran['start']
-    if self.to is not None: self._read_start()
-    part = self._read_round(len(history))
-    self._warn_of_another_place({k: ran[k] for k in self.here()})
-    return state,mask,history,memory,part
-
-@patch
-def _read_round(self:_Run, done):
-    """The checkpoint within the next round: model, tensors and values of the training, digest of the weights that
-    the round began with. None if there is none, or one of another round."""
-    found,path = self.round.load(),self.round.path
-    if found is None: return None
-    tensors,meta = found
-    self._same_start(self.round, meta)
-    if metadata_value(meta, 'round', int, path) != done: return None
-    state,own = under('model/', tensors),under('training/', tensors)
-    if len(state)+len(own) < len(tensors): raise ROUND_FILE.damaged(path, 'it holds tensors of no known kind')
-    self._check_state(state, path)
-    return state,own,metadata_value(meta, 'training', dict, path),metadata_value(
-        meta, 'began', dict[str, str], path).get('weights')
-
-@patch
-def _warn_of_another_place(self:_Run, was):
-    if was == self.here(): return
-    warnings.warn(f"The run in '{self.folder}' was on {was} and goes on with {self.here()}: "
-                  "sums may differ in their last bits, and the mask in a few places.")
-
-@patch
-def _read_start(self:_Run):
-    "The state to rewind to. Raises `OpenTransError` if it is not the one that this run has written."
-    found,path = self.start.load(),self.start.path
-    if found is None:
-        raise OpenTransError(f"'{path}' is gone: the run cannot rewind. Put it back, or choose another folder.")
-    tensors,meta = found
-    self._same_start(self.start, meta)
-    if checksum(tensors, {}) != self.start_sum:
+class _Reading(_Writing):
+    "What a run reads when it goes on; every file is checked in all its parts before anything is changed."
+    def _same_start(self, file, meta):
+        "What a file says of its run. Raises `OtherRun` if that began with other weights."
+        ran = metadata_value(meta, 'ran', _Ran, file.path)
+        if ran['weights'] == self.digest: return ran
         raise OtherRun(
-            f"'{path}' belongs to another run than '{self.file.path.name}' beside it. Choose another folder.")
-    self._check_state(tensors, path)
-    return tensors
+            f"The run in '{self.folder}' began with other weights (digest {shorten(ran['weights'], 16)}, here "
+            f"{self.digest}). Give the same model again, as it was at the start, or choose another folder.")
+
+    def _history(self, meta, total):
+        "The rows of the rounds that are done. Raises `DamagedFile` if they are not those of the schedule."
+        rows = [_unspell(row) for row in metadata_value(meta, 'history', list[dict[str, _Number]], self.file.path)]
+        kept = [max(1, round(density*total)) for density in self.plan[:len(rows)]]
+        expected = [(r, count, count/total) for r,count in enumerate(kept)]
+        told = [(row.get('round'), row.get('kept'), row.get('density')) for row in rows]
+        if told == expected and all('threshold' in row for row in rows): return rows
+        raise IMP_FILE.damaged(self.file.path, 'its history is not that of its schedule')
+
+    def _check_state(self, state, path):
+        "Raises `OpenTransError` if a state from a file does not fit the model, or is not finite."
+        check_like(state, _tensors_of(self.model), path, finite=False)
+        numbers = {name: t for name,t in state.items() if name not in self.infinite}
+        check_finite(numbers, f"the weights in '{path}'", 'Delete it to begin again, or choose another folder.')
+
+    def _read(self, mask):
+        """The last whole round, checked in all its parts: state, mask, history, memory of the training. None if
+        there is none."""
+        found = self.file.load()
+        if found is None: return None
+        tensors,meta = found
+        path = self.file.path
+        ran = self._same_start(self.file, meta)
+        history = self._history(meta, mask.total)
+        state,bits = strip_prefix('model/', tensors),strip_prefix('mask/', tensors)
+        memory = {name: t for name,t in tensors.items() if re.match(r'train(\.\d+)?/', name)}
+        if len(state)+len(bits)+len(memory) < len(tensors):
+            raise IMP_FILE.damaged(path, 'it holds tensors of no known kind')
+        self._check_state(state, path)
+        mask = SparseMask(_unpacked(bits, mask.shapes, IMP_FILE, path))
+        if mask.kept != (history[-1]['kept'] if history else mask.total):
+            raise IMP_FILE.damaged(path, 'its mask does not fit its history')
+        self.start_sum = ran['start']
+        if self.rewind_to is not None: self._read_start()
+        part = self._read_round(len(history))
+        self._warn_of_another_place({key: ran[key] for key in self.here()})
+        return state,mask,history,memory,part
+
+# %% ../../nbs/01e_imp.ipynb #c104da9d
+class _ReadingParts(_Reading):
+    "The two files beside the whole round."
+    def _read_round(self, done):
+        """The checkpoint within the next round: model, tensors and values of the training, digest of the weights
+        that the round began with. None if there is none, or one of another round."""
+        found = self.round.load()
+        if found is None: return None
+        tensors,meta = found
+        path = self.round.path
+        self._same_start(self.round, meta)
+        if metadata_value(meta, 'round', int, path) != done: return None
+        state,own = strip_prefix('model/', tensors),strip_prefix('training/', tensors)
+        if len(state)+len(own) < len(tensors): raise ROUND_FILE.damaged(path, 'it holds tensors of no known kind')
+        self._check_state(state, path)
+        values = metadata_value(meta, 'training', dict, path)
+        began = metadata_value(meta, 'began', dict[str, str], path)
+        return state,own,values,began.get('weights')
+
+    def _read_start(self):
+        "The state to rewind to. Raises `OpenTransError` if it is not the one that this run has written."
+        found = self.start.load()
+        path = self.start.path
+        if found is None:
+            raise OpenTransError(f"'{path}' is gone: the run cannot rewind. Put it back, or choose another folder.")
+        tensors,meta = found
+        self._same_start(self.start, meta)
+        if checksum(tensors, {}) != self.start_sum:
+            raise OtherRun(f"'{path}' belongs to another run than '{self.file.path.name}' beside it. "
+                           "Choose another folder.")
+        self._check_state(tensors, path)
+        return tensors
+
+    def _warn_of_another_place(self, was):
+        if was == self.here(): return
+        warnings.warn(f"The run in '{self.folder}' was on {was} and goes on with {self.here()}: "
+                      "sums may differ in their last bits, and the mask in a few places.")
 
 # %% ../../nbs/01e_imp.ipynb #f487f5db
-@patch
-def begin(self:_Run, mask, train, seed):
-    "Begin the run, or put back its last whole round: mask and history. Nothing is changed before all is checked."
-    self.still = _together(lambda: _constants(self.model))
-    found = _tell(_together(lambda: None if _rank() or not self.folder else self._read(mask)))
-    if found is None: return self._first(mask, train, seed)
-    state,mask,history,memory,self.part = found
-    _together(lambda: _remember(train, memory, self.file.path))
-    _put(self.model, state)
-    self.done = len(history)
-    return mask,history
+class _Rewinding(_ReadingParts):
+    "Where a run begins, goes on and goes back to."
+    def begin(self, mask, train, seed):
+        """Begin the run, or put back its last whole round: mask and history. Nothing is changed before all is
+        checked."""
+        self.infinite = _together(lambda: _constants(self.model))
+        found = _tell(_together(lambda: None if _rank() or not self.folder else self._read(mask)))
+        if found is None: return self._first(mask, train, seed)
+        state,mask,history,memory,self.part = found
+        _together(lambda: _remember(train, memory, self.file.path))
+        _put(self.model, state)
+        self.done = len(history)
+        return mask,history
 
-@patch
-def _first(self:_Run, mask, train, seed):
-    """Write what the first round begins with: a full disk shows at once, and a model that is left in that round can
-    begin it again."""
-    self.digest,self.fresh = self.digest_now(),True
-    if callable(self.to):
-        with seeded(seed): self.to(self.model)
-        _share_state(self.model)
-    _together(lambda: None if _rank() else self._prepare())
-    self.save(mask, [], train)
-    return mask,[]
+    def _first(self, mask, train, seed):
+        """Write what the first round begins with: a full disk shows at once, and a model that is left in that round
+        can begin it again."""
+        self.digest = self.digest_now()
+        self.fresh = True
+        if callable(self.rewind_to):
+            with seeded(seed): self.rewind_to(self.model)
+            _share_state(self.model)
+        _together(lambda: None if _rank() else self._prepare())
+        self.save(mask, [], train)
+        return mask,[]
 
-@patch
-def _prepare(self:_Run):
-    """The files beside the checkpoint: settings to read, and the state to rewind to. Without a folder that stays in
-    memory."""
-    if self.folder: save_json(self.settings, self.folder/'settings.json')
-    if self.to is None: return
-    state = _tensors('', self.model)
-    if isinstance(self.to, dict): state = {k: self.to[k] for k in state}
-    check_finite({n: t for n,t in state.items() if n not in self.still}, 'the state to rewind to')
-    if not self.folder:
-        self.kept_start = {k: t.detach().cpu().clone() for k,t in state.items()}
-        return
-    self.start_sum = checksum(state, {})
-    self.start.save(state, self.finite, ran=self.ran())
+    def _prepare(self):
+        """The files beside the checkpoint: settings to read, and the state to rewind to. Without a folder that
+        stays in memory."""
+        if self.folder: save_json(self.settings, self.folder/'settings.json')
+        if self.rewind_to is None: return
+        state = _tensors('', self.model)
+        if isinstance(self.rewind_to, dict): state = {name: self.rewind_to[name] for name in state}
+        numbers = {name: t for name,t in state.items() if name not in self.infinite}
+        check_finite(numbers, 'the state to rewind to')
+        if self.folder:
+            self.start_sum = checksum(state, {})
+            self.start.save(state, self.finite, ran=self.ran())
+        else: self.kept_start = {name: t.detach().cpu().clone() for name,t in state.items()}
 
-@patch
-def rewind(self:_Run):
-    "Put the weights back to the start, if that is asked for."
-    if self.to is None: return
-    state = _together(lambda: None if _rank() else self.kept_start or self._read_start())
-    if not _rank(): _put(self.model, state)
+    def rewind(self):
+        "Put the weights back to the start, if that is asked for."
+        if self.rewind_to is None: return
+        state = _together(lambda: None if _rank() else self.kept_start or self._read_start())
+        if not _rank(): _put(self.model, state)
 
 # %% ../../nbs/01e_imp.ipynb #c33b984f
 class Within:
     """Checkpoints within a round of `imp`, for a training that takes `within`. Of several processes, the first one
     reads and writes."""
-    def __init__(self, run, round, every):
+    def __init__(self,
+        run:_Rewinding, # The run of `imp`
+        round:int, # Number of the round, from 0
+        every:int, # Iterations between checkpoints; 0: none
+    ):
         self.run = run
-        self.round = round
-        self.every = every # every so many iterations there shall be a checkpoint; 0: none
+        self.round: int = round
+        self.every: int = every
         self.fresh = run.fresh and round == 0 # nothing in the folder is of this run
         self.began = run.digest_now() if not _rank() else None
 
     @property
-    def folder(self): return self.run.folder
+    def folder(self)->Path: return self.run.folder
     @property
-    def path(self): return self.run.round.path
+    def path(self)->Path: return self.run.round.path
     @property
-    def settings(self): return self.run.settings
+    def settings(self)->dict: return self.run.settings
 
     def save(self,
         tensors:dict, # Name -> tensor
         **values, # Plain values
-    ):
+    )->None:
         """Write the model, and beside it what the training needs to go on. Raises `OpenTransError`, with the last
         one untouched, if it cannot be written or is not finite."""
+        own = {f'training/{name}': tensor for name,tensor in tensors.items()}
         def write():
-            whole = {**_tensors('model/', self.run.model),
-                     **{f'training/{name}': tensor for name,tensor in tensors.items()}}
-            self.run.round.save(whole, self.run.finite, round=self.round, training=values,
-                                began=dict(weights=self.began), ran=self.run.ran())
+            meta = dict(round=self.round, training=values, began=dict(weights=self.began), ran=self.run.ran())
+            self.run.round.save({**_tensors('model/', self.run.model), **own}, self.run.finite, **meta)
         _together(lambda: None if _rank() else write())
 
-    def load(self): # (state of the model, tensors, values), or None if the round begins at its beginning
+    def load(self)->tuple[dict, dict, dict]|None: # (state of the model, tensors, values), or None if the round begins at its beginning
         "What `save` has last written in this round. Raises `OtherRun` if the round began with other weights."
-        found,self.run.part = self.run.part,None
+        found = self.run.part
+        self.run.part = None
         _together(lambda: None if _rank() or found is None else self._check(found[3]))
         return None if found is None else found[:3]
 
     def put(self,
         state:dict, # The first of what `load` gave
-    ):
+    )->None:
         "Put the state of the model back."
         _put(self.run.model, state)
 
@@ -433,11 +443,13 @@ class Within:
             f"'{self.path}' is within a round that began with other weights than '{self.run.file.path.name}' "
             f"beside it leaves. Delete it to begin the round again.")
 
-    def damaged(self, why)->OpenTransError:
+    def damaged(self,
+        why:str, # What is wrong with it
+    )->OpenTransError:
         "The error for contents that are not what was written."
         return ROUND_FILE.damaged(self.path, why)
 
-# %% ../../nbs/01e_imp.ipynb #6e13e7c0
+# %% ../../nbs/01e_imp.ipynb #e52673bf
 # what collectives say when another process is gone
 _LOST = re.compile('gloo|nccl|connection|peer|process group', re.I)
 # model that was left in the midst of a run -> folder, digests at the start and when it was left
@@ -447,158 +459,203 @@ class _Asked(BaseException): "A signal to end, which no `except` on the way take
 
 def _ask(number, frame): raise _Asked(number)
 
-@patch
-def _known_again(self:_Run):
-    """A model that was left in the midst of this folder's run, and has not changed since, began with the weights of
-    that run."""
-    folder,start,left = _LEFT.get(self.model, (None, None, None))
-    if self.folder and folder == os.path.realpath(self.folder) and left == self.digest: self.digest = start
+# %% ../../nbs/01e_imp.ipynb #68e42aa3
+class _Run(_Rewinding):
+    "A run that holds its folder while it is at work, and tells how to go on when it is ended from outside."
+    def advice(self):
+        done = f'{self.done} of {len(self.plan)} rounds are done'
+        return f"{done} and lie in '{self.folder}': the same call goes on from there."
 
-@patch
-def _ended(self:_Run, error):
-    """The error to raise for one that ended the run: for a signal, and the loss of another process, it tells how to
-    go on."""
-    if isinstance(error, _Asked):
-        number = error.args[0]
-        return Interrupted(f"The run was asked to end ({signal.Signals(number).name}). {self.advice()}", 128+number)
-    if isinstance(error, KeyboardInterrupt) and not _rank(): print(self.advice(), file=sys.stderr)
-    if _parallel() and isinstance(error, RuntimeError) and _LOST.search(str(error)):
+    @contextlib.contextmanager
+    def held(self):
+        """The folder is this run's inside the block. Raises `OtherRun` if another is at work there, `Interrupted`
+        for an end from outside."""
+        if not self.folder:
+            yield
+            return
+        # a program's own handler stays
+        ends = [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else []
+        self._known_again()
+        with contextlib.ExitStack() as stack:
+            _together(lambda: stack.enter_context(lock_folder(None if _rank() else self.folder)))
+            stack.enter_context(handling(_ask, *ends))
+            try: yield
+            except BaseException as error:
+                _LEFT[self.model] = os.path.realpath(self.folder),self.digest,self.digest_now()
+                told = self._ended(error)
+                if told is error: raise
+                raise told from error
+        _LEFT.pop(self.model, None)
+
+    def _known_again(self):
+        """A model that was left in the midst of this folder's run, and has not changed since, began with the
+        weights of that run."""
+        folder,start,left = _LEFT.get(self.model, (None, None, None))
+        if self.folder and folder == os.path.realpath(self.folder) and left == self.digest: self.digest = start
+
+    def _ended(self, error):
+        """The error to raise for one that ended the run: for a signal, and the loss of another process, it tells
+        how to go on."""
+        if isinstance(error, _Asked):
+            number = error.args[0]
+            name = signal.Signals(number).name
+            return Interrupted(f"The run was asked to end ({name}). {self.advice()}", 128+number)
+        if isinstance(error, KeyboardInterrupt) and not _rank(): print(self.advice(), file=sys.stderr)
+        if not (_parallel() and isinstance(error, RuntimeError) and _LOST.search(str(error))): return error
         why = shorten(str(error).splitlines()[0], 120)
         who = f'Process {_rank()} of {dist.get_world_size()}'
         return Interrupted(f"{who} has lost another one ({why}). {self.advice()}")
-    return error
 
-@patch
-@contextlib.contextmanager
-def held(self:_Run):
-    """The folder is this run's inside the block. Raises `OtherRun` if another is at work there, `Interrupted` for
-    an end from outside."""
-    if not self.folder:
-        yield
-        return
-    # a program's own handler stays
-    ends = [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else []
-    self._known_again()
-    with contextlib.ExitStack() as stack:
-        _together(lambda: stack.enter_context(lock_folder(None if _rank() else self.folder)))
-        stack.enter_context(handling(_ask, *ends))
-        try: yield
-        except BaseException as error:
-            _LEFT[self.model] = os.path.realpath(self.folder),self.digest,self.digest_now()
-            told = self._ended(error)
-            if told is error: raise
-            raise told from error
-    _LEFT.pop(self.model, None)
-
-# %% ../../nbs/01e_imp.ipynb #858fe696
+# %% ../../nbs/01e_imp.ipynb #7ac95243
 def _check_rewind(rewind, model):
     "Raises `OpenTransError` for something to rewind to that is none, or that does not fit the model."
     if rewind is None or callable(rewind) or (isinstance(rewind, str) and rewind == 'start'): return
     if not isinstance(rewind, dict):
-        raise OpenTransError(
-            f"rewind must be None, 'start', a state dict or a function of the model, not {shorten(repr(rewind))}.")
+        raise OpenTransError("rewind must be None, 'start', a state dict or a function of the model, "
+                             f"not {shorten(repr(rewind))}.")
     own = _tensors_of(model)
-    lack = [k for k,t in own.items() if not isinstance(rewind.get(k), torch.Tensor) or rewind[k].shape != t.shape]
-    if lack:
-        raise OpenTransError(
-            f"The state to rewind to lacks {len(lack)} of the model's tensors: {', '.join(lack[:4])}. "
-            "Give a whole model.state_dict().")
-    check_like({k: rewind[k] for k in own}, own, 'rewind', 'state to rewind to', finite=False)
+    def fits(name, t): return isinstance(rewind.get(name), torch.Tensor) and rewind[name].shape == t.shape
+    lacking = [name for name,t in own.items() if not fits(name, t)]
+    if lacking:
+        raise OpenTransError(f"The state to rewind to lacks {len(lacking)} of the model's tensors: "
+                             f"{', '.join(lacking[:4])}. Give a whole model.state_dict().")
+    check_like({name: rewind[name] for name in own}, own, 'rewind', 'state to rewind to', finite=False)
 
-# %% ../../nbs/01e_imp.ipynb #f7836fc1
+def _name_of_rewind(rewind):
+    "What the settings of a run say of `rewind`."
+    if rewind is None or isinstance(rewind, str): return rewind
+    return 'state' if isinstance(rewind, dict) else _name_of(rewind)
+
 def _check_schedule(schedule):
-    "The densities of a schedule that is given. Raises `OpenTransError` if it rises, or has more than 10,000 rounds."
+    """The densities of a schedule that is given. Raises `OpenTransError` if it rises, or has more than 10,000
+    rounds."""
     if not isinstance(schedule, (list, tuple, np.ndarray, torch.Tensor)):
         raise OpenTransError(f"schedule must be a list of densities, not {shorten(repr(schedule))}.")
     if len(schedule) > MOST_ROUNDS:
         raise OpenTransError(f"A schedule has at most {MOST_ROUNDS:,} rounds, and this one {len(schedule):,}.")
-    plan = [_share(d.item() if isinstance(d, torch.Tensor) else d, 'a density of the schedule') for d in schedule]
-    if any(b > a for a,b in zip(plan, plan[1:])):
+    plain = [density.item() if isinstance(density, torch.Tensor) else density for density in schedule]
+    plan = [_share(density, 'a density of the schedule') for density in plain]
+    if any(after > before for before,after in zip(plan, plan[1:])):
         raise OpenTransError(f"A schedule of densities must not rise, but this does: {shorten(plan)}.")
     return plan
 
-def _whole_density(each, model, **kwargs):
+# %% ../../nbs/01e_imp.ipynb #f7836fc1
+def _settings_of(train, given, **ours):
+    "What belongs to a run: our settings, those of the training, and more that was given."
+    own = getattr(train, 'settings', None)
+    told = {**(own if isinstance(own, dict) else {}), **(given or {})}
+    return {**ours, **{f'train.{name}' if name in ours else name: value for name,value in told.items()}}
+
+def _whole_density(shares, model, **kwargs):
     "The density of all prunable weights that densities of layers add up to, and those of the layers that are pruned."
-    sizes = {l.name: l.weight.numel() for l in prunable(model, **kwargs)}
-    shares = _shares_of(each, list(sizes))
-    return sum(_counts(sizes, shares).values())/sum(sizes.values()), shares
+    sizes = {layer.name: layer.weight.numel() for layer in prunable(model, **kwargs)}
+    shares = _shares_of(shares, list(sizes))
+    return sum(_counts(sizes, shares).values())/sum(sizes.values()),shares
 
-def _on_the_way(each, now, end, mask, keep):
+def _on_the_way(shares, now, end, mask, keep):
     "How many weights each layer keeps after a round: what it is to lose grows in proportion to what all lose."
-    sizes,alive = {n: m.numel() for n,m in mask.items()},{n: int(m.sum()) for n,m in mask.items()}
+    sizes = {name: bits.numel() for name,bits in mask.items()}
+    alive = {name: int(bits.sum()) for name,bits in mask.items()}
     grown = (1-now)/(1-end)
-    return _counts(sizes, {n: 1-(1-d)*grown for n,d in each.items()}, keep, alive)
+    return _counts(sizes, {name: 1-(1-share)*grown for name,share in shares.items()}, keep, alive)
 
+def _choice(score, model, plan, losses=None, shares=None, **kwargs):
+    """The function of a mask and a round that gives the masks behind it, and the largest score that was dropped
+    (Algorithm 1, line 4). `shares`: the densities of the layers at the end, or None."""
+    regrows = getattr(score, 'regrows', False) # may weights that are out come back?
+    def choose(mask, r):
+        wanted = dict(density=plan[r], left=len(plan)-1-r, rounds=len(plan))
+        scores = _scores(score, mask, model, losses, wanted, **kwargs)
+        keep = max(1, round(plan[r]*mask.total))
+        alive = None if regrows else mask.masks
+        if shares is None: return _keep_best(scores, keep, alive)
+        return _keep_each(scores, _on_the_way(shares, plan[r], plan[-1], mask, keep), alive)
+    return choose
+
+def _one_round(run, model, mask, r, train, choose, seed, checkpoint_every):
+    """Lines 3 and 4 of Algorithm 1: train under the mask, then drop the lowest scores of the remaining weights. The
+    next mask, and a row of the history."""
+    began = time.perf_counter()
+    within = Within(run, r, checkpoint_every) if run.folder and _takes_within(train) else None
+    with seeded(seed): # a criterion may draw numbers, too
+        with mask.apply(model): report = _train_round(train, model, r, within)
+        _together(lambda: _check_round(run.model, run.infinite, r, report))
+        masks,threshold = _together(lambda: choose(mask, r))
+    mask = _from_first(SparseMask(masks))
+    run.rewind()
+    mask.apply(model).remove() # the zeros stay
+    _share_state(run.model)
+    return mask,_tell(_row(r, mask, threshold, report, began))
+
+# %% ../../nbs/01e_imp.ipynb #1a974a60
 @delegates(prunable)
 def imp(
     model:nn.Module, # A tower, or anything that holds one; ends with the weights that the last round left, masked
-    train, # `train(model, round)` or `train(model)`: train the model in place for t iterations with an optimizer of its own; may return numbers for the history. What it keeps between rounds is stored if it has `state_dict` and `load_state_dict`; an argument `within`, by name alone, is given a `Within`
-    density=.1, # Share of the weights to end with, in (0, 1]: the paper's sparsity level s; or one for each layer, by name, as `LayerTable.densities` gives
+    # `train(model, round)` or `train(model)`: train the model in place for t iterations with an optimizer of its
+    # own; may return numbers for the history. What it keeps between rounds is stored if it has `state_dict` and
+    # `load_state_dict`; an argument `within`, by name alone, is given a `Within`
+    train:Callable[..., Any],
+    # Share of the weights to end with, in (0, 1]: the paper's sparsity level s; or one for each layer, by name, as
+    # `LayerTable.densities` gives
+    density:float|Mapping[str, float]=.1,
     p:float=.1, # Share of the remaining weights that a round drops
-    rewind=None, # None keeps the trained weights; `'start'`, a state dict, or a function that trains the model to an early iteration
-    checkpoint_dir=None, # Folder that a run is continued from after any interruption; None for none
-    checkpoint_every:int=500, # Iterations between checkpoints within a round, if `train` has an argument `within`, as `DistillTrainer` has; 0 for none
+    # None keeps the trained weights; `'start'`, a state dict, or a function that trains the model to an early
+    # iteration
+    rewind:str|dict|Callable|None=None,
+    checkpoint_dir:str|Path|None=None, # Folder that a run is continued from after any interruption; None for none
+    # Iterations between checkpoints within a round, if `train` has an argument `within`, as `DistillTrainer` has; 0
+    # for none
+    checkpoint_every:int=500,
     seed:int=0, # Round r runs with all generators seeded with `seed + r`
     exact:bool=True, # End at `density` itself? If not, at the power of 1-p just below, as the paper does (0.0985)
-    schedule:list=None, # Densities after each round, instead of those that `density`, `p` and `exact` give
-    criterion='magnitude', # A name in `CRITERIA`, or a function like those there; also `f(model) -> {name: scores}`
-    losses=None, # Function of the model that yields one scalar loss a batch, for criteria that look at data
-    settings:dict=None, # More that belongs to the run (loss, t, data): saved with the mask, and must be equal to continue
+    # Densities after each round, instead of those that `density`, `p` and `exact` give
+    schedule:Sequence[float]|None=None,
+    # A name in `CRITERIA`, or a function like those there; also `f(model) -> {name: scores}`
+    criterion:str|Callable='magnitude',
+    # Function of the model that yields one scalar loss a batch, for criteria that look at data
+    losses:Callable|None=None,
+    # More that belongs to the run (loss, t, data): saved with the mask, and must be equal to continue
+    settings:dict[str, Any]|None=None,
     **kwargs,
-)->tuple: # (`SparseMask`, history as a `DataFrame`)
-    "Iterative pruning (paper Algorithm 1): train, drop the least of the remaining weights, repeat. Raises `OpenTransError` to continue with other settings, and for a round that is not finite."
-    each = _density(density) if isinstance(density, Mapping) else None
-    if each and schedule is not None: raise OpenTransError("Densities of layers say where a run ends, and so does a schedule: give one of the two.")
-    if each: density,each = _whole_density(each, model, **kwargs)
-    plan = geometric_schedule(density, p, exact or bool(each)) if schedule is None else _check_schedule(schedule)
-    scored_by,score = _criterion(criterion)
+)->tuple[SparseMask, pd.DataFrame]: # (`SparseMask`, history as a `DataFrame`)
+    """Iterative pruning (paper Algorithm 1): train, drop the least of the remaining weights, repeat. Raises
+    `OpenTransError` to continue with other settings, and for a round that is not finite."""
+    shares = _density(density) if isinstance(density, Mapping) else None
+    if shares:
+        if schedule is not None:
+            raise OpenTransError("Densities of layers say where a run ends, and so does a schedule: "
+                                 "give one of the two.")
+        density,shares = _whole_density(shares, model, **kwargs)
+    plan = _check_schedule(schedule) if schedule is not None else geometric_schedule(density, p, exact or bool(shares))
+    criterion,score = _criterion(criterion)
     check_number('seed', seed, 0, whole=True)
     check_number('checkpoint_every', checkpoint_every, 0, whole=True)
-    bare = unwrap(model)
-    _check_rewind(rewind, bare)
+    _check_rewind(rewind, unwrap(model))
     mask = SparseMask.ones(model, **kwargs)
-    found = dict(density=plan[-1] if plan else 1., p=p, rounds=len(plan), exact=exact, seed=seed, schedule=schedule,
-                 criterion=scored_by,
-                 rewind=rewind if isinstance(rewind, str) or rewind is None else 'state' if isinstance(rewind, dict) else _name_of(rewind),
-                 layers=mask.names)
-    told = {**(s if isinstance(s := getattr(train, 'settings', None), dict) else {}), **(settings or {})}
-    found.update({f'train.{k}' if k in found else k: v for k,v in told.items()})
-    if losses is not None: found['losses'] = _name_of(losses)
-    if each: found['densities'] = each
+    settings = _settings_of(
+        train, settings, density=plan[-1] if plan else 1., p=p, rounds=len(plan), exact=exact, seed=seed,
+        schedule=schedule, criterion=criterion, rewind=_name_of_rewind(rewind), layers=mask.names)
+    if losses is not None: settings['losses'] = _name_of(losses)
+    if shares: settings['densities'] = shares
     def digest(): return weights_digest(prunable(model, **kwargs))
-    run = _Run(checkpoint_dir, found, plan, rewind, bare, digest)
+    choose = _choice(score, model, plan, losses, shares, **kwargs)
+    run = _Run(checkpoint_dir, settings, plan, rewind, unwrap(model), digest)
     with run.held():
         mask,history = run.begin(mask, train, seed)
         for r in progress(range(len(history), len(plan)), 'imp'):
-            began = time.perf_counter()
-            within = Within(run, r, checkpoint_every) if run.folder and _takes_within(train) else None
-            keep = max(1, round(plan[r]*mask.total))
-            wanted = dict(density=plan[r], left=len(plan)-1-r, rounds=len(plan))
-            alive = None if getattr(score, 'regrows', False) else mask.masks
-            def choose():
-                scores = _scores(score, mask, model, losses, wanted, **kwargs)
-                if each is None: return _keep_best(scores, keep, alive)
-                return _keep_each(scores, _on_the_way(each, plan[r], density, mask, keep), alive)
-            with seeded(seed+r):                                       # a criterion may draw numbers, too
-                with mask.apply(model): out = _train_round(train, model, r, within)
-                _together(lambda: _check_round(bare, run.still, r, out))
-                masks,threshold = _together(choose)
-            mask = _from_first(SparseMask(masks))
-            run.rewind()
-            mask.apply(model).remove()
-            _share_state(bare)
-            history.append(_tell(_row(r, mask, threshold, out, began)))
+            mask,row = _one_round(run, model, mask, r, train, choose, seed+r, checkpoint_every)
+            history.append(row)
             run.save(mask, history, train)
-    mask.info = {k: v for k,v in found.items() if k not in ('layers', 'schedule', 'densities')}
-    mask.info.update(method='imp', backbone=type(find_tower(model)).__name__, weights=run.digest, torch=torch.__version__)
-    mask.info.update(run.here(), **_dense_info(model, **kwargs))
+    mask.info = {name: value for name,value in settings.items() if name not in ('layers', 'schedule', 'densities')}
+    mask.info.update(method='imp', backbone=type(find_tower(model)).__name__, weights=run.digest,
+                     torch=torch.__version__, **run.here(), **_dense_info(model, **kwargs))
     return mask,pd.DataFrame(history, columns=None if history else ['round', 'density', 'kept', 'threshold'])
 
 # %% ../../nbs/01e_imp.ipynb #383334e0
 def plot_history(
-    history, # What `imp` returned
-    ax=None, # Axes to draw on; new ones if None
-): # The axes
+    history:pd.DataFrame, # What `imp` returned
+    ax:Axes|None=None, # Axes to draw on; new ones if None
+)->Axes: # The axes
     "Density after each round, and the loss that its training reported."
     ax = axes(ax, figsize=(5, 3))
     ax.plot(history['round'], history.density, 'o-', ms=3)
@@ -616,8 +673,8 @@ def plot_history(
 def cubic_schedule(
     density:float=.1, # Where to end, in (0, 1]
     rounds:int=22, # Number of rounds R
-)->list: # The density after each round
-    "The densities of gradual pruning (Zhu and Gupta 2017, Eq. 1)."
+)->list[float]: # The density after each round
+    "The densities of gradual pruning (Zhu and Gupta 2017, Eq. 1). Raises `OpenTransError` without rounds."
     density = _share(density)
     if rounds < 1: raise OpenTransError(f"rounds must be at least 1, not {rounds!r}.")
     return [density + (1-density)*(1-r/rounds)**3 for r in range(1, rounds+1)]

@@ -11,7 +11,7 @@ import functools, itertools, re
 from dataclasses import dataclass
 import torch
 from ..errors import OpenTransError, unknown
-from .mask import _kth_smallest, _share
+from .ranking import _kth_smallest, _share
 
 # %% ../../nbs/01i_solvers.ipynb #7abdeafd
 SCOPES = ('layer', 'output', 'channel', 'N:M such as 2:4')
