@@ -307,3 +307,57 @@ def test_rules_and_undecided_layers():
     assert set(t.select_agreed(rules=rules).freeze) == every and set(t.select_agreed(rules=rules, undecided='freeze').freeze) == some
     assert set(t.select_agreed(rules=rules, undecided='majority').freeze) == {n for n in t if sum(n in f for f in frozen) > 1}
     with pytest.raises(OpenTransError): t.select_agreed(undecided='maybe')
+
+# The command
+
+def command(*args):
+    "`opentrans` in this process: exit code, and what it wrote."
+    import contextlib, io
+    from opentrans.cli import main
+    out,err,argv = io.StringIO(),io.StringIO(),sys.argv
+    sys.argv = ['opentrans', *map(str, args)]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): main()
+    except SystemExit as e: code = e.code or 0
+    finally: sys.argv = argv
+    return code,out.getvalue(),err.getvalue()
+
+def test_the_command_reads_anything(tmp_path):
+    tensors = {n: t.detach() for n,t in net().named_parameters()}
+    save_file(tensors, tmp_path/'w.safetensors')
+    true = analyze(tensors, xmin='median', null='gaussian')
+    for source in (tmp_path/'w.safetensors', tmp_path, f'hf:{tmp_path}'):
+        code,out,err = command('alpha', source, '--xmin', 'median', '--by', 'z', '--json')
+        assert code == 0, err
+        rows = json.loads(out)
+        assert {n: r['frozen'] == 'yes' for n,r in rows.items()} == {n: n in true.select(by='z').freeze for n in true}
+        assert all(math.isclose(r['z'], true.frame.z[n], rel_tol=1e-6) for n,r in rows.items())
+    code,out,err = command('alpha', tmp_path/'w.safetensors', '--null', 'mp', '--aspect', '1')
+    assert code == 0 and 'look untrained' in out
+    other = {n: t + .1 for n,t in tensors.items()}
+    save_file(other, tmp_path/'base.safetensors')
+    code,out,_ = command('alpha', tmp_path/'w.safetensors', '--base', tmp_path/'base.safetensors', '--json', '--by', 'random')
+    assert code != 0 or all(r['n_evals'] <= 1 for r in json.loads(out).values())
+
+def test_the_command_and_models_of_other_libraries():
+    code,out,err = command('alpha', 'torchvision:resnet18', '--pretrained', 'none')
+    assert code == 0 and 'look untrained' in out and 'layer4.1.conv2.weight' in out, err
+    for bad in (('torchvision:resnet18',), ('torchvision:resnet18', '--pretrained', 'DEFAULT'), ('torchvision:resnet17', '--pretrained', 'none'), ('hf:nowhere',), ('none.safetensors',),
+                ('timm:no_such_net', '--pretrained', 'none'), ('shapes-rn', '--null', 'normal'), ('shapes-rn', '--aspect', '.5')):
+        code,out,err = command('alpha', *bad)
+        assert code == 2 and err.startswith('error: ') and 'Traceback' not in err, (bad, err)
+
+def test_words():
+    said = analyze(net(), null='gaussian', xmin='median', skip=()).words()
+    assert 'look untrained' in said and '3 layers' in said
+    trained = net(widths=(200, 300, 400))
+    with torch.no_grad():
+        for layer in trained: layer.weight += torch.randn(len(layer.weight), 30)@torch.diag(torch.arange(30.)/60)@torch.randn(30, layer.in_features)
+    assert 'look trained' in analyze(trained, null='gaussian', xmin='median', skip=()).words()
+    empty = net()
+    for layer in empty: nn.init.zeros_(layer.weight)
+    assert 'No fit' in analyze(empty, skip=()).words()
+    plain = analyze(net(), skip=()).words()
+    assert 'Median alpha' in plain and 'times as long as wide' in plain
+    assert 'times as long as wide' not in analyze(net(), skip=(), aspect=1.).words()

@@ -25,7 +25,7 @@ def _of_parts(name, module):
     "(name, B A, W0) of each update beside a weight of opentrans' own kind: parts that say `delta()`, by the name of what they change."
     for key,part in module.tuned.items():
         if not (hasattr(part, 'A') and hasattr(part, 'B')): continue
-        whole = getattr(module, key.partition('[')[0])
+        whole = module._parameters[key.partition('[')[0]]                           # the weight itself, without the update
         base = whole if getattr(part, 'rows', None) is None else whole[slice(*part.rows)]
         yield f'{name}.{key}' if name else key, part.delta().reshape(base.shape), base
 

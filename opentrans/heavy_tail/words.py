@@ -81,5 +81,5 @@ def words(self:LayerTable)->str: # A few sentences
     if few: told.append(f"{few} {'fit rests' if few == 1 else 'fits rest'} on fewer than {self.few} eigenvalues and {'says' if few == 1 else 'say'} little.")
     failed = int((self.frame.status == 'failed').sum())
     if failed: told.append(f"{failed} {'layer has' if failed == 1 else 'layers have'} no fit, see the column 'reason'.")
-    if self.unread: told.append(f"{len(self.unread)} more weights are not read, see `unread`.")
+    if self.unread: told.append(f"{len(self.unread)} more {'weight is' if len(self.unread) == 1 else 'weights are'} not read, see `unread`.")
     return ' '.join(t for t in told if t)
