@@ -15,28 +15,49 @@ from .options import (
     AllowHub, Backbone, By, Classes, Config, Data, Device, Freeze, Ignore, Preset, Pretrained, Quiet, Root,
     Seed, Split, Stride, Xmin, _SIDE, _hub, _typed, app, first_process, keep_settings,
     open_clip_backbone, open_data)
-from .terminal import _number, _rules, _save_picture, _save_table, _size, _writable, show
+from .terminal import _number, _rules, _save_picture, _save_table, _say, _size, _writable, show
 
 # %% ../../nbs/app/70d_weights.ipynb #83c5572c
+def _anything(name, pretrained, allow_hub):
+    "Whatever has weights: a tower of open_clip, a model of another library, or files."
+    from opentrans.heavy_tail import is_weights, open_weights
+    if not is_weights(name): return open_clip_backbone(name, pretrained, device='cpu', hub=_hub(allow_hub))
+    fetched = name.startswith(('torchvision:', 'timm:'))
+    if not fetched and pretrained: raise OpenTransError(f"'{name}' has its own weights: leave --pretrained out.")
+    if not fetched or pretrained == 'none': return open_weights(name)
+    if not pretrained: raise OpenTransError(f"Which weights for '{name}'? Give --pretrained DEFAULT with --allow-hub, or --pretrained none for random ones.")
+    if not allow_hub: raise OpenTransError(f"The weights '{pretrained}' of '{name}' may have to be fetched. Add --allow-hub, or give a file of them.")
+    return open_weights(name, pretrained)
+
 @app.command()
 def alpha(
-    backbone:Annotated[str, typer.Argument(help="'shapes-rn', or open_clip's name of a tower.")]='shapes-rn',
+    backbone:Annotated[str, typer.Argument(
+        help="'shapes-rn', or open_clip's name of a tower; or anything with weights: torchvision:resnet50, "
+             "timm:NAME, hf:FOLDER, a .safetensors or .pth file, a folder of shards.")]='shapes-rn',
     pretrained:Pretrained=None,
     mask:Annotated[Optional[str], typer.Option(help="Mask file to put on first.")]=None,
     xmin:Xmin='ks',
+    null:Annotated[Optional[str], typer.Option(
+        help="Compare alpha with that of random matrices of the same shape: gaussian, shuffle or mp.")]=None,
+    aspect:Annotated[Optional[float], typer.Option(
+        help="Read every layer in blocks with sides of this ratio, e.g. 1.")]=None,
+    base:Annotated[Optional[str], typer.Option(
+        help="File or folder of the weights before fine-tuning: what is read are the differences.")]=None,
     conv:Annotated[str, typer.Option(help="Convolutions as 'slices' (the paper) or 'flatten'.")]='slices',
     freeze:Freeze=.5, by:By='alpha',
     out:Annotated[Optional[str], typer.Option(help="Folder for alpha.csv, selection.json and alpha.png.")]=None,
     seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
     "Alpha of each layer from the spectrum of its weights, and which layers to freeze. No data is needed."
-    from opentrans.heavy_tail import analyze
+    from opentrans.heavy_tail import analyze, open_weights
     from opentrans.pruning import SparseMask
     _rules(by, xmin)
     _writable(out and Path(out)/'alpha.csv')
-    clip = open_clip_backbone(backbone, pretrained, device='cpu', hub=_hub(allow_hub))
-    if mask: SparseMask.load(mask).apply(clip).remove()
-    table = analyze(clip, xmin=_number(xmin), conv=conv)
+    model = _anything(backbone, pretrained, allow_hub)
+    if mask: SparseMask.load(mask).apply(model).remove()
+    before = open_weights(base) if base else None
+    if by.startswith('z') and null is None: null = 'gaussian'
+    table = analyze(model, xmin=_number(xmin), conv=conv, null=null, aspect=aspect, base=before)
     chosen = table.select(freeze=freeze, by=by, seed=seed)
     keep_settings(out, ended=True)
     frame = table.to_frame()
@@ -45,8 +66,9 @@ def alpha(
         _save_table(frame, Path(out)/'alpha.csv')
         chosen.to_json(Path(out)/'selection.json')
         _save_picture(lambda: table.plot_alpha(selection=chosen), Path(out)/'alpha.png')
-    show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'xmin', 'D', 'n_tail', 'status')
-                if c in frame]], as_json, f'{backbone}: {chosen.rule}')
+    show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'alpha_null', 'z', 'spikes', 'xmin', 'D', 'n_tail',
+                            'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
+    if not as_json: _say(table.words())
 
 # %% ../../nbs/app/70d_weights.ipynb #2a68ce37
 # flags of prune that are fields of its trainer

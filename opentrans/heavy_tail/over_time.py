@@ -13,9 +13,10 @@ import pandas as pd
 import torch
 from torch import nn
 from fastcore.basics import patch
+from scipy import special
 from typing import Any
 from typing_extensions import NotRequired, TypedDict
-from ..errors import OpenTransError, optional, shorten
+from ..errors import check_number, OpenTransError, optional, shorten
 from ..escape import for_html, for_plot
 from ..files import (
     check_finite, FileKind, load_metadata, load_tensors, metadata_value, save_tensors, strip_prefix)
@@ -28,14 +29,18 @@ from ..runtime import axes, png, Undo
 @patch
 def compare(self:LayerTable,
     after, # Another `LayerTable` of the same layers
-)->pd.DataFrame: # `alpha_before`, `alpha_after`, `change`, `z` (change in standard errors), `frozen_before`, `frozen_after` (by `select()`), `moved`
+    level:float=.95, # Of the intervals of the change, by the standard errors of the fits
+)->pd.DataFrame: # `alpha_before`, `alpha_after`, `change`, `z` (change in standard errors), its interval from `low` to `high`, `frozen_before`, `frozen_after` (by `select()`), `moved`
     "Two tables side by side, for instance before and after fine-tuning. Raises `OpenTransError` if they have other layers."
+    check_number('level', level, 0, 1, above=True, below=True)
     lost = set(self) ^ set(after)
     if lost: raise OpenTransError(f"The tables do not have the same layers: {', '.join(sorted(lost)[:5])}{'...' if len(lost) > 5 else ''} {'is' if len(lost)==1 else 'are'} in one only. "
                                   "Compare tables of one architecture, made with the same `skip`.")
     a,b = self.frame,after.frame.loc[list(self)]
     rest = [set(t.select().freeze) if t.frame.alpha.notna().any() else set() for t in (self, after)]
-    res = pd.DataFrame(dict(alpha_before=a.alpha, alpha_after=b.alpha, change=b.alpha-a.alpha, z=(b.alpha-a.alpha)/np.hypot(a.sigma, b.sigma)))
+    change,error = b.alpha-a.alpha,np.hypot(a.sigma, b.sigma)
+    wide = float(-special.ndtri((1-level)/2))*error
+    res = pd.DataFrame(dict(alpha_before=a.alpha, alpha_after=b.alpha, change=change, z=change/error, low=change-wide, high=change+wide))
     for when,r in zip(('before', 'after'), rest): res[f'frozen_{when}'] = [n in r for n in self]
     return res.assign(moved=res.frozen_before != res.frozen_after)
 
@@ -217,7 +222,7 @@ class _Explorer:
         self.fit,self.below,self.tables = None,None,{table.xmin: table}             # the fit shown above, what is shown below, tables by rule
         wide = dict(layout=w.Layout(width='340px'), style=dict(description_width='60px'))
         self.layer = w.Select(options=list(table), rows=16, description='layer', **wide)
-        self.rule = w.Dropdown(options=[*XMIN, 'given'], value=table.xmin if isinstance(table.xmin, str) else 'given', description='xmin by', **wide)
+        self.rule = w.Dropdown(options=[*dict.fromkeys([*XMIN, *([table.xmin] if isinstance(table.xmin, str) else [])]), 'given'], value=table.xmin if isinstance(table.xmin, str) else 'given', description='xmin by', **wide)
         self.xmin = w.IntSlider(description='xmin', min=0, max=1, readout=False, **wide)                  # which eigenvalue: whole numbers, which no browser rounds
         self.text,self.plot,self.overview = w.HTML(layout=w.Layout(width='340px')),*(w.Image(format='png', layout=w.Layout(width='100%', max_width='720px')) for _ in range(2))
         self.box = w.HBox([w.VBox([self.layer, self.rule, self.xmin, self.text]), w.VBox([self.plot, self.overview], layout=w.Layout(flex='1 1 480px'))], layout=w.Layout(flex_flow='row wrap')) # in a narrow page, plots stand below

@@ -7,7 +7,7 @@ __all__ = ['XMIN', 'BY', 'ALTERNATIVES', 'mp_edges', 'marchenko_pastur', 'PowerL
 
 # %% ../../nbs/02_heavy_tail.ipynb #9467fb56
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 import torch
@@ -116,6 +116,7 @@ def _candidates(t, x, rule, bins):
     every = np.arange(t.x.size-1)
     if rule == 'ks': return every[:-1]                                   # as `powerlaw`: at least three distinct values in the tail
     if rule == 'median': return every[(t.x == x[x.size//2])[:-1]]
+    if rule.endswith('%'): return every[(t.x == x[x.size - max(2, math.ceil(_percent(rule)*x.size - 1e-9))])[:-1]]
     counts,edges = np.histogram(np.log10(x), bins)
     peak = 10**edges[counts.argmax()]
     low = .95*peak if rule == 'peak' else math.log10(.95*peak)           # as published: a logarithm
@@ -131,10 +132,16 @@ def _fit_given(x, xmin):
     return _fit(slope, xmin, np.abs(1 - np.exp(-slope*logs) - np.searchsorted(tail, tail)/tail.size).max(), tail.size, x, 'given')
 
 # %% ../../nbs/02_heavy_tail.ipynb #bdb16abd
+def _percent(xmin):
+    "The share that a rule such as `'25%'` says; None for any other."
+    try: share = float(xmin[:-1])/100 if xmin.endswith('%') else math.nan
+    except ValueError: return None
+    return share if 0 < share <= 1 else None
+
 def _rule(xmin):
     "Check an xmin rule; its name. Raises `OpenTransError`."
     if isinstance(xmin, str):
-        if xmin not in XMIN: raise unknown('xmin rule', xmin, XMIN)
+        if xmin not in XMIN and xmin != 'clip' and _percent(xmin) is None: raise unknown('xmin rule', xmin, [*XMIN, 'clip', "a share such as '25%'"])
         return xmin
     number = isinstance(xmin, (int, float, np.number)) and not isinstance(xmin, bool)
     if not (number and math.isfinite(xmin) and xmin > 0):
@@ -166,9 +173,18 @@ def _unless_flat(fit, noise):
     if width > max(_FLAT, 1.5*noise/math.sqrt(first)): return fit
     return _no_fit(f'the {fit.n_tail} eigenvalues of the tail are equal but for rounding', fit.n, fit.method, fit.evals)
 
+def _clipped(x, noise):
+    "The fit without the largest values, of the fewest, two to nine, without which alpha falls by more than one; else that to all (WeightWatcher's `clip_xmax`)."
+    whole = fit_power_law(x, 'ks', noise=noise)
+    for fingers in range(2, min(10, x.size-4)):
+        f = fit_power_law(x[:-fingers], 'ks', noise=noise)
+        if f.ok and f.alpha + 1 < whole.alpha: return replace(f, method='clip')
+        if f.ok and f.alpha <= 2: break
+    return replace(whole, method='clip')
+
 def fit_power_law(
     evals, # Eigenvalues (or any positive sample), in any order: tensor, array or list
-    xmin='ks', # Rule for the beginning of the tail, one of `XMIN`, or its value
+    xmin='ks', # Rule for the beginning of the tail: one of `XMIN`, a share of the values such as `'25%'`, `'clip'`, or its value
     floor:float=0., # Values not above this are left out
     bins:int=100, # Bins of the log histogram of the `'peak'` and `'paper'` rules
     noise:float=0., # How far rounding may have moved the square root of a value; there is no fit to a tail that is narrower
@@ -183,6 +199,7 @@ def fit_power_law(
     reason = _no_tail(x)
     if reason: return _no_fit(reason, x.size, rule, x)
     if rule == 'given': return _unless_flat(_fit_given(x, float(xmin)), noise)
+    if rule == 'clip': return _clipped(x, noise)
     t = _Tails(x)
     cand = _candidates(t, x, rule, bins)
     if cand.size < (2 if rule == 'ks' else 1): return _no_fit('too few distinct eigenvalues for a tail', x.size, rule, x)

@@ -6,27 +6,27 @@
 __all__ = ['Spectrum', 'spectra', 'LayerTable', 'analyze', 'ks_curve', 'plot_choices']
 
 # %% ../../nbs/02b_layers.ipynb #6e793e88
-import math, re, zlib
-from collections.abc import Mapping
+import math, os, zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from fastcore.basics import patch
-from torch.nn.parameter import is_lazy
-from ..core import bare_modules, find_tower, layers, LayerSelection, unread
-from ..errors import OpenTransError, unknown
+from threadpoolctl import threadpool_limits
+from ..core import layers, LayerSelection
+from ..errors import check_number, OpenTransError, unknown
 from ..escape import for_html, for_plot
 from opentrans.heavy_tail.null import (
     as_blocks, as_null, Blocks, compare_with_null, kurtosis_of, mp_quantiles, NULL_COLUMNS, random_edge, random_spectra,
     shuffled, with_kurtosis)
-from .power_law import (
-    _attempt, _dense, _eigenvalues, _exactness, _finite, _no_fit, _noise, _read, _rule, _settle, _stored_type,
-    _Tails, _Unread, BY, esd, fit_power_law, matrices, mp_edges, PowerLawFit, XMIN)
-from ..naming import inside, name_some
+from opentrans.heavy_tail.power_law import (
+    _eigenvalues, _exactness, _finite, _no_fit, _noise, _read, _rule, _settle, _stored_type, _Tails, _Unread, BY, esd, fit_power_law, matrices, mp_edges,
+    PowerLawFit, XMIN)
+from .reading import _head, _named_weights, _not_read, _shape
+from ..naming import name_some
 from ..runtime import axes
-from ..towers import head_modules, head_of, trunk
 
 # %% ../../nbs/02b_layers.ipynb #80bd6c9e
 @dataclass
@@ -57,7 +57,7 @@ class Spectrum:
         f = fit_power_law(self.evals*self.paper, xmin, noise=self.noise*math.sqrt(self.paper))
         return PowerLawFit(f.alpha, f.xmin/self.paper, f.D, f.sigma, f.n_tail, f.n, f.method, f.reason, self.evals)
 
-    def keep(self, ev, how, mats, floor, norm, precision, stored):
+    def keep(self, ev, how, mats, floor, norm, precision, stored, whole=None):
         "Take the eigenvalues of a stack of matrices, without those that count as zero."
         self.solver = how
         if ev is None:
@@ -71,11 +71,17 @@ class Spectrum:
         total = (np.sort(ev.flatten())*factor).sum()                                 # the sum of the squared weights
         self.stack = tuple(mats.shape)
         self.edge = mp_edges(mats.shape[1:], total/mats.numel())[1]
-        settled,noise = _settle(ev, _noise(mats, ev, stored), mats.shape[1:], _exactness(ev, how, precision))
+        noise = _noise(mats, ev, stored) if whole is None else self._noise_of_change(mats, whole, stored)
+        settled,noise = _settle(ev, noise, mats.shape[1:], _exactness(ev, how, precision))
         if len(np.unique(settled[settled > 0])) == 1 < len(np.unique(ev[settled > 0])): self.reason = 'the eigenvalues differ by no more than rounding'
         self.noise = noise*math.sqrt(factor)
         tiny = _exactness(ev, 'gram', precision)
         self._cut(np.sort(settled.flatten())*factor, floor, tiny if precision == 'fast' or not floor else 0, tiny)
+
+    def _noise_of_change(self, mats, whole, stored):
+        "Norm of the rounding in a difference of two weights, of which one has the squared norm `whole`: that of a random matrix."
+        size = .5*torch.finfo(stored).eps*math.sqrt(whole/mats.numel())
+        return np.full(len(mats), size*(math.sqrt(mats.shape[1])+math.sqrt(mats.shape[2])))
 
     def shuffle(self, mats, null, blocks, norm, *options):
         "Take the eigenvalues of its matrices with their numbers in random order, as often as a `Null` says."
@@ -116,115 +122,7 @@ class Spectrum:
         if null.kind == 'shuffle': return float(self.shuffled[:,-1].max())
         return random_edge(self.stack)*self.variance
 
-# %% ../../nbs/02b_layers.ipynb #59baf569
-_HELPER = re.compile(r'weight_(g|u|mask|scale\w*|zero_point\w*)$')                # what stands beside a weight, and is none
-_HOOKED = re.compile(r'(.*weight)_(?:orig|v)$')                                     # a part of a weight that a hook of torch.nn.utils puts together
-_PARAMETRISED = re.compile(r'(.*)parametrizations\.(\w*weight\w*)\.original0?$')
-
-def _normed(v, g):
-    "A weight from its direction and its length (`weight_norm`): slices of `v` over the axes along which `g` has one number are made as long as `g` says."
-    over = [d for d in range(v.ndim) if g.numel() == 1 or g.shape[d] == 1]
-    return (v.double()*(g.double()/torch.linalg.vector_norm(v.double(), dim=over, keepdim=True))).to(v.dtype)
-
-def _by_sigma(w, u):
-    "A weight over its spectral norm. Scale does not matter to alpha, so the norm is that of one step from `u`."
-    rows = w.detach().double().flatten(1)
-    return w/torch.linalg.vector_norm(u.double()@rows)
-
-def _in_parts(at, tensors):
-    "The weight that a state dict holds in parts under the name `at`, such as `'conv.weight'`; None if it does not."
-    part = {end: tensors.get(f'{at}_{end}') for end in ('g', 'v', 'orig', 'mask', 'u')}
-    if part['g'] is not None and part['v'] is not None: return _normed(part['v'], part['g'])
-    if part['orig'] is None: return None
-    if part['mask'] is not None: return part['orig']*part['mask']
-    return part['orig'] if part['u'] is None else _by_sigma(part['orig'], part['u'])
-
-def _parametrised(at, tensors):
-    "The weight under a parametrisation of `torch.nn.utils.parametrizations`. Raises `_Unread` if the tensors alone do not give it."
-    original,g,v,u = (tensors.get(f'{at}.{end}') for end in ('original', 'original0', 'original1', '0._u'))
-    if g is not None and v is not None and (g.ndim == v.ndim or g.numel() == 1): return _normed(v, g)
-    if original is not None and u is not None: return _by_sigma(original, u)
-    raise _Unread('the weight is parametrised, and a state dict does not say how: give the model')
-
-def _check_scales(w, beside):
-    "The weight again. Raises `_Unread` for float8 numbers that are codes: several scales stand among the tensors `beside` them."
-    if not (w.is_floating_point() and w.dtype.itemsize == 1): return w
-    many = [n for n,t in beside.items() if 'scale' in n and isinstance(t, torch.Tensor) and t.numel() > 1]
-    if not many: return w
-    raise _Unread(f"the weight holds float8 codes with scales of their own ('{many[0].rpartition('.')[2]}'), which have to be multiplied out first")
-
-def _state_weight(key, tensors):
-    "(name, weight) of the layer that an entry of a state dict is, or stands for; None if it is none."
-    path,_,leaf = key.rpartition('.')
-    if found := _PARAMETRISED.match(key): return ''.join(found.groups()),_attempt(_parametrised, f'{found[1]}parametrizations.{found[2]}', tensors)
-    if (found := _HOOKED.match(key)) and (whole := _attempt(_in_parts, found[1], tensors)) is not None: return found[1],whole
-    stack = 'experts' in path.split('.') and tensors[key].ndim == 3                  # a mixture names its stacks as it likes
-    if not ('weight' in leaf or stack) or _HELPER.search(leaf): return None
-    beside = {n: t for n,t in tensors.items() if n.rpartition('.')[0] == path} if tensors[key].dtype.itemsize == 1 else {}
-    return key,_attempt(_check_scales, tensors[key], beside)
-
-def _kind(name, axes):
-    "What kind of layer a weight of so many axes is, by its name."
-    path,_,leaf = name.rpartition('.')
-    if axes > 2: return 'experts' if axes == 3 and 'experts' in path.split('.') else 'conv'
-    return 'recurrent' if re.match(r'weight_(ih|hh|hr)', leaf) else 'linear'
-
-def _state_weights(tensors):
-    "What `_named_weights` gives, of a state dict."
-    tensors = {n: torch.as_tensor(t) if isinstance(t, np.ndarray) and t.dtype.kind in 'biufc' else t for n,t in tensors.items()}
-    tensors = {n: t for n,t in tensors.items() if isinstance(t, torch.Tensor)}
-    res = {}
-    for key in tensors:
-        name,w = _state_weight(key, tensors) or ('', None)
-        if w is not None and (isinstance(w, _Unread) or is_lazy(w) or w.ndim > 1): res.setdefault(name, w)
-    return [(n, _kind(n, len(_shape(w))), w, False, 1) for n,w in res.items()]
-
-# %% ../../nbs/02b_layers.ipynb #538dbf40
-def _own_weight(layer):
-    "The weight of one `Layer`, of a packed projection its rows, of a mixture its experts one by one. Raises `_Unread`."
-    weight = _check_scales(layer.param, layer.module._parameters | layer.module._buffers)
-    return weight if layer.rows is None else _dense(weight)[layer.rows]
-
-def _quantized(tower):
-    "(name, module) of each layer that torch.ao has quantized: its weight is a method, and its scales are part of it."
-    return [(f'{n}.weight' if n else 'weight', m) for n,m in bare_modules(tower) if 'quantized' in type(m).__module__ and callable(getattr(m, 'weight', None))]
-
-def _head(model, skip):
-    "What to leave out: names of modules as the user gave them, or the head."
-    if skip is None: return head_of(model) if isinstance(model, nn.Module) else head_modules()
-    return (skip,) if isinstance(skip, str) else tuple(skip)
-
-def _module_weights(model, embeddings, split_groups, skip):
-    "What `_named_weights` gives, of a module."
-    res,tower = [],find_tower(model)
-    for l in trunk(model, skip):
-        transposed = l.out_axis == (2 if l.kind == 'experts' else 1)
-        res.append((l.name, l.kind, _attempt(_own_weight, l), transposed, l.groups if split_groups and l.kind == 'conv' else 1))
-    for name,m in _quantized(tower):
-        w = m.weight()
-        res.append((name, 'conv' if w.ndim > 2 else 'linear', w, False, m.groups if split_groups and w.ndim > 2 else 1))
-    if embeddings:
-        res += [(f'{n}.weight' if n else 'weight', 'embedding', m.weight, False, 1) for n,m in bare_modules(tower) if isinstance(m, nn.Embedding)]
-    return res
-
-def _named_weights(model, embeddings, split_groups, skip=()):
-    "(name, kind, weight, transposed, groups) of each layer of a model or a state dict. Raises `OpenTransError` for anything else."
-    if not isinstance(model, (nn.Module, Mapping)): raise OpenTransError(f"A {type(model).__name__} has no layers. Give a model, or a dict of its tensors.")
-    skip = _head(model, skip)
-    found = _module_weights(model, embeddings, split_groups, skip) if isinstance(model, nn.Module) else _state_weights(model)
-    return [w for w in found if not inside(w[0], skip)]
-
-def _not_read(model, names, skip):
-    "Name -> reason of each weight of a model or a state dict that is not among the layers with these names."
-    why = 'is part of the head, which skip=() takes in' if skip is None else 'is left out by `skip`'
-    if isinstance(model, nn.Module):
-        left_out = _head(model, skip)
-        res = {l.name: why for l in layers(model)} | {n: why if inside(n, left_out) else other for n,other in unread(model).items()}
-    else:
-        wide = [n for n,t in model.items() if isinstance(t, torch.Tensor) and not is_lazy(t) and t.ndim > 1 and (t.is_floating_point() or t.is_complex())]
-        res = {n: why for n,*_ in _state_weights(model)} | {n: 'is not called a weight' for n in wide if 'weight' not in n}
-    return {n: w for n,w in res.items() if n not in names}
-
+# %% ../../nbs/02b_layers.ipynb #5f0a11c2
 def _solve_alone(part, options):
     "Eigenvalues of each of a few stacks of matrices by itself, so that one that fails costs no other."
     res = {}
@@ -233,38 +131,73 @@ def _solve_alone(part, options):
         except (OpenTransError, torch.linalg.LinAlgError): res[k] = None,''
     return res
 
-def _solve(jobs, *options, size=2**22):
-    "Eigenvalues of many stacks of matrices; those of one shape are solved together, at most `size` numbers at a time. The options are those of `_eigenvalues`."
-    res,groups = {},{}
+def _parts(jobs, size):
+    "Stacks of matrices in parts of one shape, of at most `size` numbers; the longest work first."
+    groups,parts = {},[]
     for k,m in jobs: groups.setdefault((m.shape[1:], m.device, m.dtype), []).append((k, m))
-    for g in groups.values():
-        while g:
-            n,part = 0,[]
-            while g and (not part or n+g[0][1].numel() <= size):
-                part.append(g.pop(0))
-                n += part[-1][1].numel()
-            try: ev,how = _eigenvalues(torch.cat([m for _,m in part]), *options)
-            except (OpenTransError, torch.linalg.LinAlgError): res |= _solve_alone(part, options)
-            else: res |= {k: (e,how) for (k,_),e in zip(part, ev.split([len(m) for _,m in part]))}
-    return res
+    for group in groups.values():
+        n = size
+        for k,m in group:
+            if n+m.numel() > size: parts,n = [*parts, []],0
+            parts[-1].append((k, m))
+            n += m.numel()
+    return sorted(parts, key=lambda part: -sum(m.shape[0] for _,m in part)*min(part[0][1].shape[1:])**3)
 
-# %% ../../nbs/02b_layers.ipynb #dd8e07a0
-def _shape(w):
-    "The shape of a weight; (0,) for one that has none, because it is not initialised or could not be put together."
-    return (0,) if isinstance(w, _Unread) or is_lazy(w) else tuple(w.shape)
+def _solve_part(part, options):
+    "Eigenvalues of stacks of one shape: name -> (eigenvalues, how)."
+    try: ev,how = _eigenvalues(torch.cat([m for _,m in part]) if len(part) > 1 else part[0][1], *options)
+    except (OpenTransError, torch.linalg.LinAlgError): return _solve_alone(part, options)
+    return {k: (e,how) for (k,_),e in zip(part, ev.split([len(m) for _,m in part]))}
 
-def _weight_of(s, w, device):
-    "(weight to compute with, type it was stored in) of a layer; (None, None) if it has no spectrum, and then the reason stands in its `Spectrum`."
-    try: w,stored = _read(w)
+def _threads(asked):
+    "How many layers are solved at once."
+    if asked is not None: return check_number('threads', asked, 1, 4096, whole=True)
+    allowed = os.environ.get('OMP_NUM_THREADS', '').split(',')[0]
+    return int(allowed) if allowed.isdigit() and int(allowed) else len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+def _solve(jobs, *options, size=None, threads=1):
+    """Eigenvalues of many stacks of matrices; those of one shape are solved together, at most `size` numbers at a time, and on CPUs
+    several parts at once, each by one thread. The options are those of `_eigenvalues`."""
+    jobs = list(jobs)
+    on_cpu = all(m.device.type == 'cpu' for _,m in jobs)
+    parts = _parts(jobs, size or (2**20 if on_cpu else 2**26))
+    threads = min(_threads(threads), len(parts)) if on_cpu else 1
+    if threads < 2: return {k: found for part in parts for k,found in _solve_part(part, options).items()}
+    with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
+        done = pool.map(_solve_part, parts, [options]*len(parts))
+        return {k: found for res in done for k,found in res.items()}
+
+# %% ../../nbs/02b_layers.ipynb #28f243a3
+def _weight_of(s, w, device, before=None):
+    """(weight to compute with, type it was stored in, squared norm of what it is a change of) of a layer; Nones if it has no
+    spectrum, and then the reason stands in its `Spectrum`."""
+    nothing = None,None,None
+    try:
+        w,stored = _read(w)
+        if before is not None: old,coarse = _read_base(s, w, before)
     except _Unread as e:
         s.reason = str(e)
-        return None,None
+        return nothing
     if device is not None: w = w.to(device)
+    whole = None
+    if before is not None:
+        stored = max(_stored_type(w, stored), _stored_type(old, coarse), key=_coarseness) if w.numel() else stored
+        whole = torch.linalg.vector_norm(w.double()).item()**2
+        w = w.double() - old.to(w.device, torch.float64)
     if not w.numel(): s.reason = 'the weight is empty'
     else: s.density = torch.count_nonzero(w).item()/w.numel()
     if not _finite(w): s.reason = 'the weight holds NaN or infinity'
-    elif not s.density: s.reason = 'all weights are zero'
-    return (None,None) if s.reason else (w,_stored_type(w, stored))
+    elif not s.density: s.reason = 'all weights are zero' if before is None else 'nothing has changed'
+    return nothing if s.reason else (w, stored if before is not None else _stored_type(w, stored), whole)
+
+def _coarseness(dtype): return torch.finfo(dtype).eps if dtype.is_floating_point else 0.
+
+def _read_base(s, w, before):
+    "The weight of the same name before a change, and its type. Raises `_Unread`."
+    if s.name not in before: raise _Unread('the base has no layer of this name')
+    old,stored = _read(before[s.name])
+    if old.shape != w.shape: raise _Unread(f'the base has another shape here, {tuple(old.shape)}')
+    return old,stored
 
 _NARROW = 16 # slices of a kernel with fewer rows or columns are no matrices to cut into blocks
 
@@ -277,7 +210,31 @@ def _stack(w, kind, conv, transposed, groups, blocks):
 
 def _blocks_of(mats, blocks): return mats if blocks is None else blocks.cut(mats)
 
-def _cut(mats, blocks): return [(k, _blocks_of(m, blocks)) for k,m in mats.items()]
+class _Work:
+    "Layers on their way to spectra: they are solved many at a time, those of one shape together, and then forgotten."
+    def __init__(self, norm, floor, blocks, null, options, threads, most=2**25):
+        self.norm,self.floor,self.blocks,self.null,self.options,self.threads,self.most = norm,floor,blocks,null,options,threads,most
+        self.made,self.waiting,self.numbers = [],[],0
+
+    def take(self, s, mats, stored, whole):
+        "Another layer: its `Spectrum`, its matrices, the type it was stored in, and the squared norm of what it is a change of."
+        self.made.append(s)
+        if mats is None: return
+        self.waiting.append((s, mats, stored, whole))
+        self.numbers += mats.numel()
+        if self.numbers >= self.most: self.flush()
+
+    def flush(self):
+        "Solve what waits."
+        cut = [_blocks_of(mats, self.blocks) for _,mats,*_ in self.waiting]
+        method,precision,exact = self.options
+        found = _solve(enumerate(cut), method, precision, exact, threads=self.threads)
+        for k,(s,mats,stored,whole) in enumerate(self.waiting):
+            s.keep(*found[k], cut[k], self.floor, self.norm, precision, stored, whole)
+            if self.null is None: continue
+            s.kurtosis = round(kurtosis_of(mats), 1)                                 # coarse, so that layers of one shape share their null
+            if self.null.kind == 'shuffle': s.shuffle(mats, self.null, self.blocks, self.norm, *self.options)
+        self.waiting,self.numbers = [],0
 
 def spectra(
     model, # Any `nn.Module` (read in its tower, as `layers` does), or a state dict
@@ -292,27 +249,23 @@ def spectra(
     embeddings:bool=False, # Embedding tables too?
     split_groups:bool=False, # Take grouped convolutions apart, group by group? The paper does not
     device=None, # Where to compute; None: where each weight is
+    base=None, # Of what the model is a change: its layers are the differences to those of the same names
+    threads:int=None, # Layers that are solved at once on CPUs; None: as many as cores, or as `OMP_NUM_THREADS` allows
 )->list: # A `Spectrum` a layer
     "The spectra of all layers of a model. No layer is lost, and none stops the others. Raises `OpenTransError` for a model without layers."
-    found = _named_weights(model, embeddings, split_groups, skip)
-    if not found:
-        where = f" outside {', '.join(_head(model, skip))}" if _head(model, skip) else ''
-        raise OpenTransError(f"The model has no convolution or linear layer to analyse{where}.")
-    esd(torch.ones(1, 1), conv=conv, method=method, precision=precision)      # complains about wrong options at once
-    res,mats,stored,blocks,null = [],{},{},as_blocks(aspect),as_null(null)
+    blocks,null = as_blocks(aspect),as_null(null)
     exact,floor = floor or 1e-5, floor if floor is not None else 1e-5 if blocks is None else 0.
-    for k,(name,kind,w,T,groups) in enumerate(found):
-        shape = _shape(w)
-        res.append(Spectrum(name, kind, shape, paper=.5/norm if kind == 'conv' else 1.))
-        w,stored[k] = _weight_of(res[k], w, device)
-        if w is None: continue
-        mats[k] = _stack(w, kind, conv, T, groups, blocks)
-    for k,(ev,how) in _solve(_cut(mats, blocks), method, precision, exact).items():
-        res[k].keep(ev, how, _blocks_of(mats[k], blocks), floor, norm, precision, stored[k])
-        if null is not None: res[k].kurtosis = round(kurtosis_of(mats[k]), 1)        # coarse, so that layers of one shape share their null
-    if null is not None and null.kind == 'shuffle':
-        for k,m in mats.items(): res[k].shuffle(m, null, blocks, norm, method, precision, exact)
-    return res
+    esd(torch.ones(1, 1), conv=conv, method=method, precision=precision)      # complains about wrong options at once
+    work = _Work(norm, floor, blocks, null, (method, precision, exact), threads)
+    before = None if base is None else {n: w for n,_,w,_,_ in _named_weights(base, embeddings, split_groups, skip)}
+    for name,kind,w,T,groups in _named_weights(model, embeddings, split_groups, skip):
+        s = Spectrum(name, kind, _shape(w), paper=.5/norm if kind == 'conv' else 1.)
+        w,stored,whole = _weight_of(s, w, device, before)
+        work.take(s, None if w is None else _stack(w, kind, conv, T, groups, blocks), stored, whole)
+    work.flush()
+    if work.made: return work.made
+    where = f" outside {', '.join(_head(model, skip))}" if _head(model, skip) else ''
+    raise OpenTransError(f"The model has no convolution or linear layer to analyse{where}.")
 
 # %% ../../nbs/02b_layers.ipynb #a7f2bbf2
 _COLUMNS = ['kind', 'shape', 'params', 'density', 'n_evals', 'n_zero', 'alpha', 'xmin', 'D', 'sigma', 'n_tail', 'spectral_norm', 'stable_rank',
@@ -412,7 +365,7 @@ class LayerTable:
 # %% ../../nbs/02b_layers.ipynb #fdb6fe11
 def analyze(
     model, # Any `nn.Module`, a framework or a `ClipBackbone` (read in its image tower), or a state dict
-    xmin='ks', # Rule for the beginning of the tail: `'ks'`, `'median'`, `'peak'`, `'paper'` or a number; see `fit_power_law`
+    xmin='ks', # Rule for the beginning of the tail: `'ks'`, `'median'`, `'peak'`, `'paper'`, a share such as `'25%'`, `'clip'`, or a number; see `fit_power_law`
     conv:str='slices', # `'slices'`: (out, in) matrices, one a kernel position, as the paper; `'flatten'`: (out, in*kernel)
     norm:float=1., # Factor on a convolution's eigenvalues; the paper and WeightWatcher take 0.5. Alpha does not depend on it
     skip=None, # Modules to leave out, by name or pattern; None: the head (attention pool, projection, classifier), as `prunable` does; `()` takes all
@@ -420,15 +373,17 @@ def analyze(
     max_aspect:float=None, # Leave out linear layers at least this many times longer than wide; None: 8 under the rule `'paper'`, else none
     aspect=None, # Read every layer in blocks with sides of this ratio, such as 1., so that its shape does not move alpha; or `Blocks`
     null=None, # Compare alpha with that of random matrices: `'gaussian'`, `'shuffle'`, `'mp'` or a `Null`; adds `alpha_null`, `sd`, `z`, `excess`, `spikes`
-    **options, # `floor`, `method`, `precision`, `embeddings`, `split_groups`, `device` of `spectra`
+    base=None, # A model, or tensors, that this one is a change of: what is read are the differences, as fine-tuning made them
+    **options, # `floor`, `method`, `precision`, `embeddings`, `split_groups`, `device`, `threads` of `spectra`
 )->LayerTable: # A row a layer
     "Spectrum and power law of every layer (Sec. 3.3.2). A layer without a fit is a row of NaN with a reason. Raises `OpenTransError`."
     _rule(xmin)
     blocks,null = as_blocks(aspect),as_null(null)
-    made = spectra(model, conv, norm, skip, aspect=blocks, null=null, **options)
+    made = spectra(model, conv, norm, skip, aspect=blocks, null=null, base=base, **options)
     said = dict(options, conv=conv, norm=norm, skip=skip if skip is None else list(_head(model, skip)))
     if 'device' in options: said['device'] = str(options['device'])
     if blocks is not None: said['aspect'] = asdict(blocks)
+    if base is not None: said['base'] = type(base).__name__
     return LayerTable(made, xmin, few, max_aspect, said | dict(unread=_not_read(model, {s.name for s in made}, skip)), null)
 
 @patch
