@@ -300,6 +300,34 @@ def test_the_model_is_as_it_was_without_update_or_after_an_error(images):
     assert all(torch.equal(t, start[n]) for n,t in net.state_dict().items())
     assert not any('forward' in m.__dict__ or m._forward_pre_hooks for m in net.modules())
 
+def test_the_dense_target_is_least_squares_between_two_networks():
+    "numpy fits the dense network's outputs from what the pruned one gives, on the support."
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 4))
+    dense,x = copy.deepcopy(net),correlated(300, 6)
+    mask,_ = reconstruct(net, [*x.split(100)], .4, 'magnitude', target='dense')
+    fitted = copy.deepcopy(dense)
+    reconstruct(fitted, [*x.split(100)], mask=mask, method=lambda w, i, b, kept: (solve_on_support(w, i, kept), kept), target='dense', damping=0)
+    with torch.no_grad():
+        seen,there = fitted[:4](x).double(),dense[:4](x).double()
+    for w,own,stays in zip(fitted[4].weight.data, dense[4].weight.data.double(), mask['4.weight']):
+        best = np.linalg.lstsq(seen[:, stays].numpy(), (there @ own).numpy(), rcond=None)[0]
+        np.testing.assert_allclose(w[stays].numpy(), best, rtol=2e-2, atol=2e-3)
+
+def test_the_dense_target_is_nearer_and_its_memory_changes_nothing(images):
+    net = network()
+    other = F.interpolate(torch.randn(16, 3, 5, 5, generator=torch.Generator().manual_seed(1)), 12, mode='bilinear')
+    with torch.no_grad(): dense = net(other)
+    far,states = {},[]
+    for target,cache in (('own', 64), ('dense', 64), ('dense', 0)):
+        pruned = copy.deepcopy(net)
+        reconstruct(pruned, images, .3, 'sparsegpt', target=target, cache_mb=cache)
+        states.append(pruned.state_dict())
+        with torch.no_grad(): far[target] = float((pruned(other)-dense).square().mean())
+    assert far['dense'] < far['own']
+    assert all(torch.equal(a, b) for a,b in zip(states[1].values(), states[2].values()))
+    with pytest.raises(OpenTransError, match='not a function'): reconstruct(net, lambda model: iter(()), .3, target='dense')
+
 def test_better_than_magnitude_where_it_counts(images):
     "The outputs of the whole network on other images, by method: reconstruction is nearer to the dense one than magnitude."
     net = network()
@@ -416,7 +444,7 @@ def test_fitted_densities_sum_up(parts, density):
 @pytest.mark.parametrize('call,says', (
     (dict(batches=[]), 'no images'), (dict(batches=['a']), 'A batch is a str'), (dict(batches=3), 'give a list or a loader'),
     (dict(density=0), 'density must be'), (dict(method='magic'), 'Unknown method'), (dict(scope='2:4'), 'density of its own'),
-    (dict(densities='beta'), 'rule of densities'), (dict(damping=-1), 'damping')))
+    (dict(densities='beta'), 'rule of densities'), (dict(target='best'), 'target'), (dict(damping=-1), 'damping')))
 def test_bad_input_is_told(images, call, says):
     with pytest.raises(OpenTransError, match=says): reconstruct(network(), **{**dict(batches=images, density=.3), **call})
 

@@ -79,7 +79,7 @@ def read_rounds(folder):
 def _file(name): return ''.join(c if c.isalnum() else '-' for c in name)
 
 MASKS = ('distilled', 'magnitude', 'snip', 'random', 'random, layer-matched')
-FINDERS = {} # other methods: name -> function (clip, data, scale, density, seed) that gives a mask; a page adds its own
+FINDERS = {} # other methods: name -> function (clip, data, scale, density, seed, folder) that gives a mask; a page adds its own
 
 _FROM_DISTILLED = ('distilled', 'random, layer-matched') # methods that begin with the mask of Algorithm 1
 _USUAL = dict(segmentation=0., distillation=1., framework=None, rewind=None, schedule='geometric')
@@ -174,9 +174,11 @@ def _keep_found(folder, name, mask, seconds, images):
 def _find_otherwise(scale, seed, folder, recipe):
     "One of `FINDERS`, with the weights that it leaves and what it took."
     clip,data = open_clip_of(scale),open_world(scale, seed)['train']
-    density,began = recipe.overrides(scale).get('density', scale.density),time.process_time()
-    with seeded(seed): mask = FINDERS[recipe.method](clip, data, scale, density, seed)
-    seconds,name = time.process_time()-began,recipe.id(scale)
+    density,name = recipe.overrides(scale).get('density', scale.density),recipe.id(scale)
+    run,began = folder/f'run-{name}',time.process_time()
+    afresh = not run.exists()
+    with seeded(seed): mask = FINDERS[recipe.method](clip, data, scale, density, seed, run)
+    seconds = time.process_time()-began if afresh else None
     save_tensors(clip.visual.state_dict(), folder/f'{name}-weights.safetensors', kind=WEIGHTS_FILE)
     _keep_found(folder, name, mask, seconds, mask.info.get('images'))
 

@@ -5,30 +5,29 @@
 # %% auto #0
 __all__ = ['IMAGES', 'DENSITIES_OF_LEAGUE', 'FRAMEWORKS_OF_LEAGUE', 'METHODS', 'LABELS', 'BEFORE_FILE', 'finder',
            'layer_by_layer', 'snip_regions', 'snip_labels', 'RandomBoxes', 'snip_boxes', 'imp_features', 'imp_regrowth',
-           'league_name', 'DenseClip', 'before_tuning', 'all_before', 'league_frame', 'league_table',
+           'league_name', 'naming_accuracy', 'before_tuning', 'all_before', 'league_frame', 'league_table',
            'for_markdown_bold', 'plot_league', 'masks_league']
 
 # %% ../../nbs/experiments/59_league.ipynb #d75fe37d
-import math
+import contextlib, math
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from ..data import ImageBatches
+from ..data import collate, ImageBatches
 from ..distill import FeatureTrainer
 from ..errors import FormatError
 from ..escape import for_markdown, for_plot
 from .arms import (
-    _trainer, Arm, build_framework, FINDERS, FOUND_FILE, MaskRecipe, maybe_mask, open_mask)
+    _trainer, Arm, build_framework, FINDERS, FOUND_FILE, MaskRecipe, open_mask)
 from .claims import class_groups, difference, results_frame
 from .jobs import hold_folders, run_jobs, seed_folders
 from .registry import study
 from .scale import between, Measured, open_clip_of, open_world, OpenDict, world_of
 from ..files import check_shape, FileKind, load_json, save_json
-from ..frameworks.contract import Framework, resize
 from ..pruning import imp, reconstruct, SparseMask
-from ..runtime import axes
-from ..training import evaluate, load_framework
+from ..runtime import axes, device_of, evaluating, to_device
+from ..training import load_framework
 
 # %% ../../nbs/experiments/59_league.ipynb #1e9ac4c5
 IMAGES = 128 # that a method of `reconstruct` looks at
@@ -36,7 +35,7 @@ IMAGES = 128 # that a method of `reconstruct` looks at
 def finder(
     name:str, # Of the method
 ):
-    "Register a way to find a mask: a function (clip, data, scale, density, seed) -> `SparseMask`, which may leave new weights in `clip`."
+    "Register a way to find a mask: a function (clip, data, scale, density, seed, folder) -> `SparseMask`, which may leave new weights in `clip` and checkpoints in the folder."
     def register(find):
         FINDERS[name] = find
         return find
@@ -47,7 +46,7 @@ def layer_by_layer(
     **options, # More of it
 ):
     "A finder that prunes layer by layer."
-    def find(clip, data, scale, density, seed):
+    def find(clip, data, scale, density, seed, folder):
         pictures = ImageBatches(data, IMAGES, scale.imp_batch, scale.imp_crop or None, seed)
         mask,_ = reconstruct(clip, pictures, density, method, **options)
         mask.info['images'] = len(pictures)
@@ -55,27 +54,34 @@ def layer_by_layer(
     return find
 
 for _method in ('wanda', 'sparsegpt', 'alps'): FINDERS[_method] = layer_by_layer(_method)
+FINDERS['alps, global, dense target'] = layer_by_layer('alps', densities='global', target='dense')
 for _rule in ('owl', 'erdos-renyi-kernel', 'global'): FINDERS[f'alps, {_rule}'] = layer_by_layer('alps', densities=_rule)
 
 _BATCHES = 16 # that SNIP looks at
 
-def _by_loss(clip, train, model, density, seed, images):
-    def losses(model): return train.losses(model, _BATCHES, seed)
+def _snip(model, density, losses, images):
     mask = SparseMask.by('snip', model, density, losses=losses)
     mask.info['images'] = images
     return mask
 
 @finder('snip, regions and names')
-def snip_regions(clip, data, scale, density, seed):
+def snip_regions(clip, data, scale, density, seed, folder):
     "SNIP by text-guided distillation on annotated regions."
-    return _by_loss(clip, _trainer(clip, data, scale), clip, density, seed, _BATCHES*scale.imp_batch)
+    train = _trainer(clip, data, scale)
+    def losses(model): return train.losses(model, _BATCHES, seed)
+    return _snip(clip, density, losses, _BATCHES*scale.imp_batch)
 
 @finder('snip, labels')
-def snip_labels(clip, data, scale, density, seed):
-    "SNIP by the loss of the framework on labels."
-    train = _trainer(clip, data, scale, segmentation=1., distillation=0.)
-    model = build_framework('', clip, data.vocabulary, scale, seed)
-    return _by_loss(clip, train, model, density, seed, _BATCHES*scale.imp_batch)
+def snip_labels(clip, data, scale, density, seed, folder):
+    "SNIP by the loss of the framework on labels, with a head that is new."
+    framework = build_framework('', clip, data.vocabulary, scale, seed)
+    draws = torch.Generator().manual_seed(seed)
+    numbers = torch.randperm(len(data), generator=draws)[:_BATCHES*scale.imp_batch]
+    def losses(model):
+        for part in numbers.split(scale.imp_batch):
+            batch = to_device(collate([data[int(i)] for i in part]), device_of(model))
+            yield sum(framework.loss(batch).values())
+    return _snip(framework.backbone, density, losses, len(numbers))
 
 class RandomBoxes:
     "A data set whose regions are boxes drawn at random, the same each time: images without annotation."
@@ -92,28 +98,29 @@ class RandomBoxes:
         return dict(image=image, regions=regions, region_classes=torch.zeros(self.boxes, dtype=torch.long))
 
 @finder('snip, no labels')
-def snip_boxes(clip, data, scale, density, seed):
+def snip_boxes(clip, data, scale, density, seed, folder):
     "SNIP by vision-guided distillation on random boxes."
     train = _trainer(clip, RandomBoxes(data, seed=seed), scale, loss='vgkd')
-    return _by_loss(clip, train, clip, density, seed, _BATCHES*scale.imp_batch)
+    def losses(model): return train.losses(model, _BATCHES, seed)
+    return _snip(clip, density, losses, _BATCHES*scale.imp_batch)
 
 def _images_of(history, data, scale): return min(len(data), len(history)*scale.imp_iters*scale.imp_batch)
 
 @finder('Algorithm 1, features')
-def imp_features(clip, data, scale, density, seed):
+def imp_features(clip, data, scale, density, seed, folder):
     "Algorithm 1 with the cosine of the four stages' features, on images without labels."
     pictures = ImageBatches(data, len(data), scale.imp_batch, scale.imp_crop or None, seed)
     train = FeatureTrainer(clip, pictures, iterations=scale.imp_iters, lr=scale.imp_lr)
-    mask,history = imp(clip, train, density=density, p=scale.p, seed=seed)
+    mask,history = imp(clip, train, density=density, p=scale.p, seed=seed, checkpoint_dir=folder)
     mask.info['images'] = _images_of(history, data, scale)
     return mask
 
 @finder('Algorithm 1, regrowth')
-def imp_regrowth(clip, data, scale, density, seed):
+def imp_regrowth(clip, data, scale, density, seed, folder):
     "Algorithm 1 in which dropped weights may return."
     train = _trainer(clip, data, scale, iterations=scale.imp_iters)
     def losses(model): return train.losses(model, 4, seed)
-    mask,history = imp(clip, train, density=density, p=scale.p, seed=seed, criterion='regrow', losses=losses)
+    mask,history = imp(clip, train, density=density, p=scale.p, seed=seed, criterion='regrow', losses=losses, checkpoint_dir=folder)
     mask.info['images'] = _images_of(history, data, scale)
     return mask
 
@@ -138,6 +145,8 @@ METHODS = { # in tables: (method of a `MaskRecipe` and its settings, whose weigh
     'ALPS, Erdős-Rényi': (dict(method='alps, erdos-renyi-kernel'), 'original'),
     'ALPS, global': (dict(method='alps, global'), 'original'),
     'ALPS, global, and its weights': (dict(method='alps, global'), 'trained'),
+    'ALPS, global, dense target': (dict(method='alps, global, dense target'), 'original'),
+    'ALPS, global, dense target, and its weights': (dict(method='alps, global, dense target'), 'trained'),
     'random': (dict(method='random'), 'original')}
 LABELS = {'SNIP, labels': 'labels', 'SNIP, regions and names': 'regions, names', 'Algorithm 1': 'regions, names',
           'Algorithm 1, a twentieth': 'regions, names', 'Algorithm 1, regrowth': 'regions, names'} # of what a method needs; others need none
@@ -156,11 +165,26 @@ def _league_arm(method, density, framework):
     return Arm(league_name(method, density, framework), MaskRecipe(density=density, **told), weights, tables=(), framework=framework)
 
 # %% ../../nbs/experiments/59_league.ipynb #1df16cc9
-class DenseClip(Framework):
-    "CLIP as it is: each cell of its last map takes the nearest name."
-    def forward(self, images, text_embeddings):
-        cells = self.backbone.dense_embeddings(images)
-        return resize(torch.einsum('bdhw,kd->bkhw', cells, text_embeddings), images.shape[-2:])
+@torch.no_grad()
+def naming_accuracy(
+    clip, # A `ClipBackbone`
+    data, # Data set of samples with `image`, `regions` and `region_classes`, and a `vocabulary`
+    limit:int=None, # Only the first so many images
+    least:int=16, # Regions with fewer pixels are left out
+)->dict: # Group of classes -> mean over its classes, in [0, 1]; `'base'` if the data has no groups
+    "How often a region is given its own name, among all names, when it is cut out."
+    text = clip.encode_text(list(data.vocabulary.names))
+    right = {}
+    for i in range(min(len(data), limit or len(data))):
+        sample = data[i]
+        large = sample['regions'].flatten(1).sum(1) >= least
+        if not large.any(): continue
+        images,regions = sample['image'][None].to(text.device),sample['regions'][large].to(text.device)
+        best = (clip.region_embeddings(images, [regions], mode='crop') @ text.T).argmax(1)
+        for found,true in zip(best.tolist(), sample['region_classes'][large].tolist()): right.setdefault(true, []).append(found == true)
+    groups = getattr(data, 'groups', None) or dict(base=range(len(text)))
+    seen = {g: [np.mean(right[c]) for c in classes if c in right] for g,classes in groups.items()}
+    return {g: float(np.mean(each)) if each else math.nan for g,each in seen.items()}
 
 BEFORE_FILE = FileKind('opentrans-before', 'masked CLIP before fine-tuning', 'masks-league')
 
@@ -168,7 +192,7 @@ class _Before(OpenDict):
     "What is measured of a masked CLIP."
     arm: str
     seed: int
-    miou: dict[str, between(0, 1) | None]
+    accuracy: dict[str, between(0, 1) | None]
     seconds: Measured
     images: Measured
 
@@ -183,18 +207,17 @@ def before_tuning(
     scale, # Sizes
     seed:int, # As for `run_arm`
     folder, # Where masks and their weights lie; the result is kept there
-)->dict: # arm, seed, miou: by group of classes; seconds and images that the mask took
+)->dict: # arm, seed, accuracy: by group of classes; seconds and images that the mask took
     "What the tower of an arm is worth before anything is trained."
     recipe = arm.mask
     path = Path(folder)/f"before-{arm.start(scale).replace(', ', '-').replace(' ', '-')}.json"
     if path.exists(): return dict(load_json(path, _Before, BEFORE_FILE), arm=arm.name)
     clip,mask = open_clip_of(scale),open_mask(recipe, scale, seed, folder)
     if arm.weights == 'trained': load_framework(clip.visual, Path(folder)/f'{recipe.id(scale)}-weights.safetensors')
-    data = world_of(scale, seed)['val']
-    model = DenseClip(clip, data.vocabulary)
-    with maybe_mask(mask, model): found = evaluate(model, data, limit=scale.val or None)
-    miou = found['groups'] or dict(base=found['miou'])
-    res = dict(arm=arm.name, seed=seed, miou={k: None if math.isnan(v) else v for k,v in miou.items()}, **_cost_of(recipe, scale, folder))
+    with evaluating(clip), contextlib.nullcontext() if mask is None else mask.apply(clip):
+        found = naming_accuracy(clip, world_of(scale, seed)['val'], scale.val or None)
+    accuracy = {k: None if math.isnan(v) else v for k,v in found.items()}
+    res = dict(arm=arm.name, seed=seed, accuracy=accuracy, **_cost_of(recipe, scale, folder))
     save_json(res, path, BEFORE_FILE)
     return res
 
@@ -219,7 +242,7 @@ def _mean_groups(frame, groups): return frame[[f'miou_{g}' for g in groups]].mea
 
 def league_frame(
     data:dict, # What `run_study` gives
-)->pd.DataFrame: # A row for each method, density, stage and seed: miou, minutes, images
+)->pd.DataFrame: # A row for each method, density, stage and seed: score (percent), minutes, images
     "Everything measured, before and after fine-tuning, as one long table."
     frame = results_frame(data['results'])
     groups,rows = class_groups(frame),[]
@@ -231,18 +254,18 @@ def league_frame(
         method,density,_ = known[b['arm']]
         minutes = math.nan if b['seconds'] is None else b['seconds']/60
         costs[method, density, b['seed']] = minutes,b['images']
-        values = [b['miou'][g] for g in groups if b['miou'].get(g) is not None]
-        rows.append(dict(method=method, density=density, stage='before', seed=b['seed'], miou=100*float(np.mean(values))))
+        values = [v for v in b['accuracy'].values() if v is not None]
+        rows.append(dict(method=method, density=density, stage='before', seed=b['seed'], score=100*float(np.mean(values))))
     for r in frame.itertuples():
         method,density,framework = known[r.arm]
-        rows.append(dict(method=method, density=density, stage=f'after, {framework or r.framework}', seed=r.seed, miou=r.both))
+        rows.append(dict(method=method, density=density, stage=f'after, {framework or r.framework}', seed=r.seed, score=r.both))
     for row in rows: row['minutes'],row['images'] = costs.get((row['method'], row['density'], row['seed']), (math.nan, math.nan))
     return pd.DataFrame(rows)
 
 def _interval(frame, method):
     "Paired difference to Algorithm 1 over seeds: mean and 95 % interval, as text."
     from scipy import stats
-    table = frame.pivot_table(index='seed', columns='method', values='miou')
+    table = frame.pivot_table(index='seed', columns='method', values='score')
     if method not in table or 'Algorithm 1' not in table: return ''
     each = (table[method]-table['Algorithm 1']).dropna().to_numpy()
     if len(each) < 2: return f'{each.mean():+.1f}' if len(each) else ''
@@ -253,11 +276,11 @@ def league_table(
     data:dict, # What `run_study` gives
     density:float=.1, # Of which masks
     stage:str=None, # For the differences to Algorithm 1; None: after fine-tuning in the first framework
-)->pd.DataFrame: # Texts: mIoU at each stage, the difference to Algorithm 1 with its interval, minutes, images, labels
+)->pd.DataFrame: # Texts: score at each stage, the difference to Algorithm 1 with its interval, minutes, images, labels
     "The methods at one density, best first; the best of each column in bold."
     frame = league_frame(data)
     frame = frame[(frame.density == density) | (frame.method == 'dense')]
-    means = frame.pivot_table(index='method', columns='stage', values='miou', observed=True)
+    means = frame.pivot_table(index='method', columns='stage', values='score', observed=True)
     stages = ['before', *[s for s in means if s != 'before']]
     stage = stage or stages[1]
     means = means[stages].sort_values(stage, ascending=False)
@@ -292,17 +315,17 @@ def plot_league(
     densities = sorted({*frame.density}, reverse=True)
     axs = np.atleast_2d(axes(nrows=len(densities), ncols=len(stages), figsize=(4.6*len(stages), 3.2*len(densities)+.8), layout='constrained', squeeze=False))
     names = [m for m in METHODS if m in {*frame.method}]
-    marks = dict(zip(names, 'os^v<>DPXphH*d8os'))
+    marks = dict(zip(names, 'os^v<>DPXphH*d8os^v<>'))
     for row,density in zip(axs, densities):
         for ax,stage in zip(row, stages):
             part = frame[(frame.density == density) & (frame.stage == stage)]
             for i,name in enumerate(names):
                 one = part[part.method == name]
                 minutes = max(float(one.minutes.mean()), 1e-3) if len(one) and not one.minutes.isna().all() else math.nan
-                ax.errorbar(minutes, one.miou.mean(), one.miou.sem() if len(one) > 1 else None, fmt=marks[name], ms=5, color=f'C{i % 10}', label=for_plot(name))
-            level = dense[dense.stage == stage].miou.mean()
+                ax.errorbar(minutes, one.score.mean(), one.score.sem() if len(one) > 1 else None, fmt=marks[name], ms=5, color=f'C{i % 10}', label=for_plot(name))
+            level = dense[dense.stage == stage].score.mean()
             ax.axhline(level, ls=':', lw=1, color='k')
-            ax.set(xscale='log', xlabel='minutes of one core', ylabel='mIoU (%)')
+            ax.set(xscale='log', xlabel='minutes of one core', ylabel='regions named (%)' if stage == 'before' else 'mIoU (%)')
             ax.set_title(for_plot(f'{stage}, density {density:g}'), fontsize=9)
     handles = axs[0, 0].get_legend_handles_labels()
     axs[0, 0].figure.legend(*handles, fontsize=7.5, ncols=5, loc='outside lower center', frameon=False)

@@ -69,23 +69,27 @@ class InputSums:
         gram:bool=True, # All products (groups, D, D)? If not, squares alone (groups, D)
     ):
         self.layer,self.gram = layer,gram
-        self.total,self.count = None,0
+        self.total,self.cross,self.count = None,None,0
 
     def add(self,
         x:torch.Tensor, # An input of the layer
+        other:torch.Tensor=None, # Of the same shape: what it sees in another network; products of that with `x` are summed up, too
     ):
         "Take one more input in."
         x = _batched(self.layer, x.detach())
         conv = self.layer.module if isinstance(self.layer.module, CONVS) else None
         per_image = (x[:1] if conv is None else _windows(x[:1], conv)).numel()
-        for part in x.split(max(1, _MOST//max(1, per_image))):
-            self._add_rows(input_rows(self.layer, part.float()))
+        size = max(1, _MOST//max(1, per_image))
+        others = [None]*len(x) if other is None else _batched(self.layer, other.detach()).split(size)
+        for part,beside in zip(x.split(size), others):
+            rows = input_rows(self.layer, part.float())
+            self.total = self._sum(self.total, rows.mT @ rows if self.gram else rows.square().sum(1))
+            self.count += rows.shape[1]
+            if other is not None: self.cross = self._sum(self.cross, input_rows(self.layer, beside.float()).mT @ rows)
 
-    def _add_rows(self, rows):
-        sums = rows.mT @ rows if self.gram else rows.square().sum(1)
-        home = torch.float32 if sums.device.type == 'mps' else torch.float64
-        self.total = sums.to(home) if self.total is None else self.total.add_(sums)
-        self.count += rows.shape[1]
+    def _sum(self, total, more):
+        home = torch.float32 if more.device.type == 'mps' else torch.float64
+        return more.to(home) if total is None else total.add_(more)
 
     @property
     def squares(self)->torch.Tensor:

@@ -6,7 +6,7 @@
 __all__ = ['BlockMemory', 'reconstruct', 'wanda_criterion', 'sparsegpt_criterion', 'alps_criterion']
 
 # %% ../../nbs/01j_reconstruction.ipynb #a16df4b9
-import contextlib, time
+import contextlib, functools, time
 import pandas as pd
 import torch
 from torch import nn
@@ -28,11 +28,14 @@ class _Block:
     "A link of a chain of modules: which layers are in it, and what it gave."
     def __init__(self, module, before):
         self.module,self.before = module,before
-        self.mode,self.outputs,self.shapes,self.at = 'live',[],[],0
-        self.layers = set()
+        self.mode,self.layers = 'live',set()
+        self.forget()
 
-    def forget(self):
-        self.outputs,self.at = [],0
+    def forget(self): self.outputs,self.shapes,self.at = {},{},{}
+    def next(self, side):
+        "The number of the next call in a pass."
+        self.at[side] = self.at.get(side, -1)+1
+        return self.at[side]
 
 class BlockMemory:
     "Outputs of blocks whose layers are all pruned, kept from pass to pass."
@@ -42,6 +45,7 @@ class BlockMemory:
         room:int, # Most bytes of outputs
     ):
         self.room,self.used,self.done = room,0,set()
+        self.side = 'own' # whose outputs are kept now, of the pruned network or of the dense one
         self.blocks = {}
         chains = [[*m] for m in model.modules() if isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m) > 1]
         for chain in chains if room else ():
@@ -60,8 +64,8 @@ class BlockMemory:
         self.done.update(names)
 
     def _release(self, block):
-        self.used -= sum(t.nbytes for t in block.outputs)
-        block.forget()
+        self.used -= sum(t.nbytes for outputs in block.outputs.values() for t in outputs)
+        block.outputs = {}
 
     def forget(self):
         "Drop everything: from now on the model is run whole."
@@ -84,7 +88,7 @@ class BlockMemory:
                 self._release(before)
                 before.mode = 'blank'
         for block in self.blocks.values():
-            block.at = 0
+            block.at = {}
             if block.mode == 'live' and block.layers and block.layers <= self.done: block.mode = 'record'
         for module,block in self.blocks.items():
             if block.mode != 'record': continue
@@ -97,12 +101,9 @@ class BlockMemory:
                 for m in module.modules() if m is not module}
 
     def _run(self, block, forward, args, kwargs):
-        if block.mode == 'play':
-            block.at += 1
-            return block.outputs[block.at-1].clone()
+        if block.mode == 'play': return block.outputs[self.side][block.next(self.side)].clone()
         if block.mode == 'blank':
-            block.at += 1
-            shape,like = block.shapes[block.at-1]
+            shape,like = block.shapes[self.side][block.next(self.side)]
             return like.new_full((), torch.nan).expand(shape)
         out = forward(*args, **kwargs)
         if block.mode == 'record': self._record(block, out)
@@ -114,8 +115,8 @@ class BlockMemory:
             self._release(block)
             block.mode = 'never'
             return
-        block.outputs.append(out.detach().clone())
-        block.shapes.append((out.shape, out.new_empty(0)))
+        block.outputs.setdefault(self.side, []).append(out.detach().clone())
+        block.shapes.setdefault(self.side, []).append((out.shape, out.new_empty(0)))
         self.used += out.nbytes
 
     @contextlib.contextmanager
@@ -127,7 +128,7 @@ class BlockMemory:
             if module in covered or block.mode in ('live', 'never'): continue
             if block.mode == 'record':
                 self._release(block)
-                block.shapes = []
+                block.forget()
             wrapped.append((module, module.__dict__.get('forward')))
             module.forward = self._wrapper(block, module.forward)
         try: yield
@@ -153,25 +154,47 @@ def _order(model, found, batches):
     check_seen(found, {l.name for layers,_ in groups.values() for l in layers})
     return [*groups.values()]
 
-def _sums_of(model, group, batches, memory):
-    "The sums over the inputs of layers that share them, in one pass that ends where they have run."
+@contextlib.contextmanager
+def _swapped(found, tensors):
+    "Other tensors in the place of layers' parameters inside the block."
+    params = {l.key: l.param for l in found}
+    own = {key: p.data for key,p in params.items()}
+    for key,p in params.items(): p.data = tensors[key]
+    try: yield
+    finally:
+        for key,p in params.items(): p.data = own[key]
+
+def _sums_of(model, group, batches, memory, dense=None):
+    """The sums over the inputs of layers that share them, in one pass that ends where they have run. With `dense`, a function
+    whose block puts the dense weights in place, each batch runs through both networks."""
     layers,times = group
-    sums,shown,seen = InputSums(layers[0]),not callable(batches),0
+    sums,shown,seen,inputs = InputSums(layers[0]),not callable(batches),0,[]
     def see(layers, x):
         nonlocal seen
-        sums.add(x)
         seen += 1
+        if memory.side == 'dense': inputs.append(x.detach().clone())
+        else: sums.add(x, inputs.pop(0) if dense else None)
         if shown and seen % times == 0: raise _Enough
-    with memory.one_pass(), watching(model, layers, see): go_over(model, batches)
+    with memory.one_pass(), watching(model, layers, see):
+        if dense is None: go_over(model, batches)
+        else: _go_over_both(model, batches, memory, dense)
     return sums
 
-def _finite_sums(model, group, batches, memory):
+def _go_over_both(model, batches, memory, dense):
+    for batch in batches:
+        memory.side = 'dense'
+        with dense(): go_over(model, [batch])
+        memory.side = 'own'
+        go_over(model, [batch])
+
+def _finite_sums(model, group, batches, memory, dense=None):
     "The same. If the memory of blocks does not suit the model, it is run whole. Raises `OpenTransError` for inputs that are not finite."
-    sums = _sums_of(model, group, batches, memory)
-    if not sums.total.isfinite().all() and memory.blocks:
+    def finite(sums): return all(t.isfinite().all() for t in (sums.total, sums.cross) if t is not None)
+    sums = _sums_of(model, group, batches, memory, dense)
+    if not finite(sums) and memory.blocks:
         memory.forget()
-        sums = _sums_of(model, group, batches, memory)
-    if sums.total.isfinite().all(): return sums
+        sums = _sums_of(model, group, batches, memory, dense)
+    if finite(sums): return sums
     raise OpenTransError(f"The inputs of {group[0][0].name} are not finite. Are the model's weights and the images numbers?")
 
 def _by_kernel(layer, columns):
@@ -180,9 +203,10 @@ def _by_kernel(layer, columns):
     return torch.arange(columns).view(shape[1], -1).T.flatten()
 
 @torch.no_grad()
-def _prune_layer(layer, inputs, budget, solve, kept):
+def _prune_layer(layer, inputs, cross, budget, solve, kept):
     "Put a layer's new weights in place: what it keeps, in the weight's shape, and what is told of it."
     weights = weight_rows(layer, layer.weight.detach())
+    if cross is not None: weights = inputs.aimed(weights, cross)
     if budget.pattern and layer.outputs_first(layer.weight).shape[1] % budget.pattern[1]:
         kept = torch.ones(weights.shape, dtype=torch.bool)
     elif kept is not None: kept = weight_rows(layer, kept)
@@ -221,6 +245,7 @@ def reconstruct(
     scope:str=None, # Who competes: `'layer'`, `'output'`, `'channel'`, `'2:4'`; `'global'`: layers share the density as a global ranking does; None: as the method was published
     densities=None, # How layers share the density, as `layer_densities` takes it; None: equally
     mask:SparseMask=None, # A mask that is there already: only the weights are found
+    target:str='own', # What outputs shall stay: `'own'`, those of the layer's weights on what it now sees, or `'dense'`, those it has in the dense network
     update:bool=True, # Leave the new weights in the model? If not, it is as it was
     damping:float=.01, # Added to the diagonal of each Gram matrix, as a share of its mean
     cache_mb:int=1024, # Most memory for the outputs of finished blocks; 0 computes them anew in each pass
@@ -231,9 +256,13 @@ def reconstruct(
     check_batches(batches)
     check_number('damping', damping, 0, 1e6)
     check_number('cache_mb', cache_mb, 0, 10**7, whole=True)
+    if target not in ('own', 'dense'): raise unknown('target', target, ['own', 'dense'])
+    if target == 'dense' and callable(batches):
+        raise OpenTransError("target='dense' runs each batch through two networks: give a list or a loader of batches, not a function.")
     found = prunable(model, **kwargs)
     check_layers(found)
     info = _info(model, found, method=name, scope=scope or OWN_SCOPE.get(name, 'layer')) | _dense_info(model, **kwargs)
+    if target != 'own': info['target'] = target
     info['densities'] = densities if isinstance(densities, str) else 'given' if densities else 'uniform'
     if scope == 'global' and densities is None: densities = 'global'
     if mask is not None: densities = None
@@ -241,14 +270,15 @@ def reconstruct(
     budgets = _budgets(found, density, scope, densities, name)
     memory = BlockMemory(model, found, cache_mb*2**20)
     before = {l.key: l.param.detach().clone() for l in found}
+    dense = functools.partial(_swapped, found, before) if target == 'dense' else None
     found_masks,rows,finished = {},{},False
     try:
         for group in progress(_order(model, found, batches), name):
-            began,sums = time.perf_counter(),_finite_sums(model, group, batches, memory)
+            began,sums = time.perf_counter(),_finite_sums(model, group, batches, memory, dense)
             inputs = Inputs(sums.total, damping)
             for layer in group[0]:
                 known = None if mask is None else mask[layer.name]
-                kept,row = _prune_layer(layer, inputs, budgets[layer.name], solve, known)
+                kept,row = _prune_layer(layer, inputs, sums.cross, budgets[layer.name], solve, known)
                 found_masks[layer.name],rows[layer.name] = kept,dict(row, rows=sums.count)
             seconds = (time.perf_counter()-began)/len(group[0])
             for layer in group[0]: rows[layer.name]['seconds'] = seconds

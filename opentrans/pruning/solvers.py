@@ -138,6 +138,16 @@ class Inputs:
         values,vectors = torch.linalg.eigh(self.scaled.to(self.damped.dtype))
         return values.float(),vectors.float()
 
+    def aimed(self,
+        weights:torch.Tensor, # (groups, outputs, D)
+        cross:torch.Tensor, # (groups, D, D) products of what the layer sees in another network with what it sees in this one
+    )->torch.Tensor: # (groups, outputs, D)
+        "The dense weights whose outputs here are nearest to those of `weights` there: to prune these is to prune for those outputs."
+        gram = self.damped
+        added = torch.diag_embed(gram.diagonal(dim1=1, dim2=2)-self.squares.to(gram))
+        wanted = weights.to(gram) @ (cross.to(gram)+added)
+        return torch.linalg.solve(gram, wanted, left=False).to(weights)
+
     def reordered(self,
         order:torch.Tensor, # (D,) the inputs in another order
     )->'Inputs':
