@@ -451,3 +451,52 @@ def test_average_precision_is_cocos():
         if ap.objects[k]: assert abs(mine['by_class'][k]-theirs[k]) < 1e-6
         else: assert math.isnan(mine['by_class'][k]) and theirs[k] == -1
     assert abs(mine['groups']['novel']-theirs[2:4].mean()) < 1e-6 and .05 < mine['ap'] < .95
+
+def test_synonyms_are_one_class_where_they_are_named():
+    "A model that says another word of a list is right there, and the plain mean stays what it was."
+    from opentrans.data import ShapesWorld
+    from opentrans.frameworks.contract import tiny_backbone
+    from opentrans.training import evaluate
+    world = ShapesWorld('val', n=3, size=48)
+    seg = build('fpn', tiny_backbone(), vocabulary=world.vocabulary, preset='small', seed=0)
+    names = list(world.vocabulary.names)
+    plain,grouped = evaluate(seg, world),evaluate(seg, world, same=[names[:3], names[3:9]])
+    assert plain['miou'] == grouped['miou'] and 'miou_same' not in plain
+    everything = evaluate(seg, world, same=[names])
+    assert everything['miou_same'] == 1                                 # one class: nothing can be wrong
+    with pytest.raises(OpenTransError, match='name in `same`'): evaluate(seg, world, same=[['sofa', 'couch']])
+
+FRAMEWORKS = ('catseg', 'deeplabv3', 'detector', 'faseg', 'fcclip', 'fpn', 'mask2former', 'sed', 'training_free')
+
+def test_there_are_nine_frameworks():
+    from opentrans.frameworks import list_frameworks
+    assert {*FRAMEWORKS} <= {*list_frameworks()}
+
+@pytest.fixture(scope='module')
+def one_mask(tmp_path_factory):
+    "One mask of CLIP, from magnitudes, in a file."
+    from opentrans.frameworks.contract import tiny_backbone
+    from opentrans.pruning import SparseMask
+    path = tmp_path_factory.mktemp('mask')/'mask.safetensors'
+    clip = tiny_backbone()
+    SparseMask.magnitude(clip.tower, .2).save(path)
+    return clip,path
+
+@pytest.mark.parametrize('name', FRAMEWORKS)
+def test_one_mask_goes_into_all_frameworks(name, one_mask):
+    "Of one file: every layer finds its place, the densities are those of the mask layer by layer, and nothing is left over."
+    from opentrans.core import param_shapes
+    from opentrans.naming import match_names
+    from opentrans.pruning import SparseMask
+    clip,path = one_mask
+    mask = SparseMask.load(path)
+    seg = build(name, clip.fresh_copy(), vocabulary=['red star', 'grass'], preset='small', seed=0)
+    assert len(match_names(param_shapes(clip.tower), param_shapes(seg), 'weights of the tower')) == len(param_shapes(clip.tower))
+    with mask.apply(seg.backbone):
+        weights = mask.weights(seg)
+        assert list(weights) == mask.names
+        for layer,weight in weights.items():
+            kept = int(mask[layer].sum())
+            assert int(weight.count_nonzero()) == kept and not weight[~mask[layer]].any()
+        total = sum(w.numel() for w in weights.values())
+        assert abs(sum(int(w.count_nonzero()) for w in weights.values())/total - .2) < 1e-3

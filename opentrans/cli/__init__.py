@@ -15,6 +15,8 @@ from .training import *
 from .training import __all__ as _training_names
 from .evaluation import *
 from .evaluation import __all__ as _evaluation_names
+from .models import *
+from .models import __all__ as _models_names
 from .datasets import *
 from .datasets import __all__ as _datasets_names
 from .entry import *
@@ -24,3 +26,4 @@ from .thesis import __all__ as _thesis
 
 __all__ = [*_options_names, *_terminal_names, *_defaults_names, *_weights_names, *_trained_names, *_training_names,
            *_evaluation_names, *_studies_names, *_datasets_names, *_entry_names, *_thesis]
+           *_evaluation_names, *_studies_names, *_models_names, *_datasets_names, *_entry_names]

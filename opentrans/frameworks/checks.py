@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_framework']
 
-# %% ../../nbs/frameworks/30b_checks.ipynb #57a0db25
+# %% ../../nbs/frameworks/30b_checks.ipynb #67826336
 from collections.abc import Collection
 from dataclasses import dataclass, field
 import pandas as pd
@@ -18,7 +18,7 @@ from .contract import best_class, build, get_framework, scores_of, tiny_backbone
 from ..naming import match_names
 from ..runtime import evaluating, seeded
 
-# %% ../../nbs/frameworks/30b_checks.ipynb #e15741df
+# %% ../../nbs/frameworks/30b_checks.ipynb #49b15c3b
 @dataclass
 class _Case:
     "What the checks work on: a way to build the framework anew, and batches whose colour is the class."
@@ -74,7 +74,7 @@ def _check(function):
     _CHECKS.append(function)
     return function
 
-# %% ../../nbs/frameworks/30b_checks.ipynb #fa763a0e
+# %% ../../nbs/frameworks/30b_checks.ipynb #3db3d4f1
 @_check
 def _names_carry_a_mask(case):
     "a mask made on the bare tower fits, with no leftovers"
@@ -294,7 +294,7 @@ def _example_inputs_run(case):
         assert pairs, f'panoptic output is {given}, not (B,H,W,2) int64'
     return ', '.join(seg.kinds)
 
-# %% ../../nbs/frameworks/30b_checks.ipynb #b1f6c9f5
+# %% ../../nbs/frameworks/30b_checks.ipynb #7f796ced
 def check_framework(
     name:str, # A registered framework
     backbone=None, # `ClipBackbone` to check with; None takes `tiny_backbone()`

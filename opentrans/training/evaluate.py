@@ -285,6 +285,11 @@ def _check_evaluation(batch_size, limit, over, looks, workers):
         if name not in known: raise unknown('way of looking', name, known)
     check_looks(**looks)
 
+def _index(name, names):
+    "The place of a name among the classes of the data. Raises `OpenTransError`."
+    if name not in names: raise unknown('name in `same`', name, names)
+    return names.index(name)
+
 def _count(framework, data, text, seen, looks, metric, quality, check):
     "Count batches for the metrics of an evaluation."
     for batch in seen:
@@ -306,6 +311,7 @@ def evaluate(
     kind:str='semantic', # 'semantic', or 'panoptic': panoptic quality, too, for frameworks that give it
     alone:bool=False, # Under `accelerate launch`: see all images in this process? If not, each process must call this, and sees its share
     workers:int=0, # Processes that read images; 0 reads in this one
+    same=None, # Lists of names that mean the same pixels, e.g. [['sofa', 'couch']]; adds `miou_same`, where each list is one class
     **looks, # Of `look`: size, longest, scales, flip, window, overlap
 )->dict: # miou, iou by name (NaN where a class is absent), groups, pixel_accuracy, n_images, settings; pq, sq, rq, things, stuff for 'panoptic'
     "Mean IoU over a data set, with the text embeddings of its class names as the classifier; panoptic quality, too, if asked for. Raises `OpenTransError` for bad settings, and if weights or answers are not finite. Warns if a class never occurs while pixels are left out."
@@ -315,6 +321,7 @@ def evaluate(
     if len(words) != len(names): raise OpenTransError(f"The vocabulary has {len(words)} names and the data {len(names)} classes. Give one name (with synonyms, 'a,b') for each class, in order.")
     if not total: raise OpenTransError(f"The data set {getattr(data, 'name', '')!r} has no images to evaluate. Check its root, split and limit.")
     metric,quality = _metrics(framework, data, names, kind, looks)
+    lists = None if same is None else [[_index(name, names) for name in of] for of in same]
     team = None if alone else Processes(device)
     if device is not None: framework.to(team and team.device or pick_device(str(device)))
     text,(r,n) = framework.text(words),(team.rank, team.n) if team else (0, 1)
@@ -324,11 +331,12 @@ def evaluate(
         count = functools.partial(_count, framework, data, text, seen, looks, metric, quality, check)
         team.together(count) if team else count()
     if n > 1: metric,quality = metric.reduce(team.sum, team.device),quality and quality.reduce(team.sum, team.device)
-    r = metric.compute(groups=getattr(data, 'groups', {}), over=over)
+    r = metric.compute(groups=getattr(data, 'groups', {}), over=over, same=lists)
     doubt = data.doubt(r['confusion'].sum(1).tolist(), r['ignored'], total) if r['ignored'] and hasattr(data, 'doubt') else ''
     if doubt and (team is None or team.rank == 0): warnings.warn(doubt) # a class may have been left out by mistake
     settings = dict(looks, framework=getattr(framework, 'name', type(framework).__name__), data=getattr(data, 'name', type(data).__name__), images=total, classes=len(names), over=over, kind=kind)
     res = dict(miou=r['miou'], iou=dict(zip(names, r['iou'].tolist())), groups=r['groups'], pixel_accuracy=r['pixel_accuracy'], n_images=total, settings=settings)
+    if lists is not None: res['miou_same'] = r['same']
     if quality: q = quality.compute(); res.update({k: q[k] for k in ('pq', 'sq', 'rq')}, things=q['things'], stuff=q['stuff'])
     return res
 
