@@ -358,3 +358,54 @@ def test_a_grid_of_queries_is_fixed():
             base.copy_(torch.randn_like(base))
             assert torch.equal(net(x, net.text()), before) == same
     assert not seg.head.decoder.focus.base.weight.requires_grad
+
+# --- other anchors, and larger batches -----------------------------------------------------------------------------------
+
+def words(n, seed=0): return torch.randint(13, (n, 8), generator=torch.Generator().manual_seed(seed))
+
+def next_word(out, tokens, teacher):
+    "Cross-entropy of the next word, half of it with the teacher's where there is one."
+    own = F.cross_entropy(out[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    return own if teacher is None else .5*own + .5*F.cross_entropy(out[:, :-1].flatten(0, 1), teacher[:, :-1].argmax(-1).flatten())
+
+def test_models_of_language_are_stitched():
+    "Two small GPT-2s of transformers with random weights: adapted, trained, merged into plain Linears; no word sees those behind it, and generation with a cache goes on as before."
+    from transformers import GPT2Config, GPT2LMHeadModel
+    def gpt(width):
+        with seeded(0): return GPT2LMHeadModel(GPT2Config(vocab_size=13, n_positions=16, n_embd=width, n_layer=3, n_head=2, attn_pdrop=0., resid_pdrop=0., embd_pdrop=0.)).eval()
+    large = gpt(24)
+    with torch.no_grad(): want = large.generate(words(1), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    net = StitchableNet([gpt(16), large])
+    net.init_stitches(words(20))
+    with torch.no_grad(): torch.testing.assert_close(net(words(2)), large(words(2)).logits, atol=1e-5, rtol=1e-5)
+    with torch.no_grad(): assert torch.equal(large.generate(words(1), max_new_tokens=4, do_sample=False, pad_token_id=0), want)
+    with seeded(0): apply_pst(net, 2, stitch_rank=lambda d: 2)
+    sizes = [sum(p.numel() for p in net.extract(s).parameters()) for s in range(len(net.configs))]
+    run = StitchTrainer(net, StitchSampler(sizes, 3), torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2), loss=next_word)
+    run.fit([(words(4, i), words(4, i)) for i in range(2*len(sizes))])
+    for s, network in deploy(net, run.sampler).items():
+        kinds = {type(m).__name__ for m in network.modules()}
+        assert 'LoRALinear' not in kinds and 'StitchBias' not in kinds
+        with torch.no_grad():
+            torch.testing.assert_close(network(words(2)), net(words(2), s), atol=1e-5, rtol=1e-5)
+            other = words(2)
+            other[:, 5:] = 0
+            torch.testing.assert_close(network(other)[:, :5], network(words(2))[:, :5], atol=1e-5, rtol=1e-5)
+
+def test_two_halves_of_a_batch_are_the_batch():
+    "Accumulated gradients, and the importance, are those of the whole; a half-finished step is not saved."
+    def start(accumulate):
+        anchors = [named('test_vit', classes=4, img_size=64) for _ in range(2)]
+        with seeded(0): net = apply_pst(StitchableNet(anchors), 2, stitch_rank=lambda d: 2)
+        sampler = StitchSampler(np.arange(len(net.configs)), 3)
+        return StitchTrainer(net, sampler, torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=.1), accumulate=accumulate)
+    (x, y), whole, halves = pictures(4, 64, 4), start(1), start(2)
+    for _ in range(3):
+        whole.step(x, y)
+        halves.step(x[:2], y[:2])
+        halves.step(x[2:], y[2:])
+    assert whole.steps == halves.steps == 3
+    torch.testing.assert_close(halves.sampler.tracker.scores, whole.sampler.tracker.scores, rtol=1e-3, atol=1e-6)
+    for a,b in zip(halves.net.parameters(), whole.net.parameters()): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    halves.step(x[:2], y[:2])
+    with pytest.raises(OpenTransError, match='1 of 2 batches wait'): halves.save('nowhere.safetensors')

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ANCHORS', 'is_adapted', 'plain_layer', 'Anchor', 'ViTAnchor', 'ClipViTAnchor', 'ResNetAnchor', 'TimmResNetAnchor',
-           'ClipResNetAnchor', 'register_anchor', 'DistilledViTAnchor', 'ConvNeXtAnchor', 'SwinAnchor', 'as_anchor']
+           'ClipResNetAnchor', 'register_anchor', 'DistilledViTAnchor', 'ConvNeXtAnchor', 'SwinAnchor', 'GPT2Anchor',
+           'as_anchor']
 
 # %% ../../nbs/vit/62b_anchors.ipynb #28cdd2a1
 import math
@@ -226,6 +227,34 @@ class SwinAnchor(_StagedAnchor):
     def step(self, i, x): return super().step(i, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     def head(self, x): return self.tower.forward_head(self.tower.norm(x.permute(0, 2, 3, 1)))
     def positions(self, y): return math.prod(y.shape[1:3])
+
+@register_anchor('transformers.models.gpt2.modeling_gpt2.GPT2LMHeadModel')
+class GPT2Anchor(Anchor):
+    "A GPT-2 of transformers, as a model of language: token numbers (B,N) in, scores of the next token (B,N,V) out. The head is tied to the embedding and stays; a network of its own cache is not asked."
+    lora_on = bias_on = ('attn.c_attn', 'attn.c_proj')
+    @property
+    def block_names(self): return [f'transformer.h.{i}' for i in range(len(self.tower.transformer.h))]
+    @property
+    def dims(self): return [self.tower.config.n_embd]*(len(self.tower.transformer.h)+1)
+    def embed(self, x):
+        t = self.tower.transformer
+        return t.drop(t.wte(x) + t.wpe(torch.arange(x.shape[1], device=x.device)))
+    def step(self, i, x):
+        ahead = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        return self.blocks[i](x, attention_mask=torch.zeros_like(ahead, dtype=x.dtype).masked_fill(ahead, torch.finfo(x.dtype).min)[None, None])
+    def head(self, x): return self.tower.lm_head(self.tower.transformer.ln_f(x))
+    def new_task(self, classes): raise OpenTransError("A model of language keeps its vocabulary: leave `classes` out.")
+    def _keep(self, tower, start, stop):
+        tower.transformer = _shallow(tower.transformer)
+        tower.transformer.h = nn.ModuleList(tower.transformer.h[start:stop])
+    def part(self, start=0, stop=None, embed=True, head=True):
+        new = super().part(start, stop, embed, head)
+        inner = new.tower.transformer
+        if not embed: inner._modules |= dict(wte=None, wpe=None)
+        if not head:
+            inner._modules |= dict(ln_f=None)
+            new.tower._modules |= dict(lm_head=None)
+        return new
 
 def as_anchor(
     model:nn.Module, # An `Anchor`, a model of one of the `ANCHORS`, or something that holds such a tower, as `ClipBackbone` does

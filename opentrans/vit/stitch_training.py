@@ -162,8 +162,10 @@ class StitchTrainer:
         a:float=.5, # Share of the teacher's answers in the stitch's loss
         loss=None, # Function (output, y, teacher's output or None) -> scalar, instead of the above; the teacher is called with None
         schedule=None, # A learning-rate schedule of the optimizer, advanced each step
+        accumulate:int=1, # Batches to one step of the optimizer, all with the same stitch: as one batch of so many times the size
     ):
         check_number('a', a, 0, 1)
+        self.accumulate,self.part,self.grads = check_number('accumulate', accumulate, 1, whole=True),0,None
         if len(sampler.costs) != len(net.configs): raise OpenTransError(f"The sampler draws from {len(sampler.costs)} stitches, the family has {len(net.configs)}. Make it of stitch_table(net).flops.")
         self.net,self.sampler,self.optimizer,self.a,self.loss,self.schedule,self.steps = net,sampler,optimizer,a,loss or self.hard_label,schedule,0
 
@@ -176,23 +178,32 @@ class StitchTrainer:
         x:torch.Tensor, # Images
         y=None, # Labels, or whatever the loss wants
     )->dict: # stitch, loss, teacher (its loss), q, spread of the sampler
-        "One step on one batch. Raises `OpenTransError`, with no weight changed, if a loss is no number."
+        "One batch, and a step of the optimizer if enough are there. Raises `OpenTransError`, with no weight changed, if a loss is no number."
         check_images(x)
         net,params = self.net,[p for p in self.net.parameters() if p.requires_grad]
-        s,spread = self.sampler.sample(),self.sampler.entropy()
-        self.optimizer.zero_grad(set_to_none=True)
-        out = net(x)
+        if self.part == 0:
+            self.stitch,self.spread,self.grads = self.sampler.sample(),self.sampler.entropy(),[None]*len(params)
+            self.optimizer.zero_grad(set_to_none=True)
+        s,out,share = self.stitch,net(x),1/self.accumulate
         first = self._finite(self.loss(out, y, None), 'the largest anchor')
-        first.backward()
+        (first*share).backward()
         second = self._finite(self.loss(net(x, s), y, out.detach()), f'stitch {s}')
-        grads = torch.autograd.grad(second, params, allow_unused=True)
-        q = _saliency(params, grads)
-        self.sampler.tracker.update(s, q)
-        for p,d in zip(params, grads):
+        grads = torch.autograd.grad(second*share, params, allow_unused=True)
+        self.grads = [d if old is None else old if d is None else old + d for old,d in zip(self.grads, grads)]
+        self.part = (self.part+1) % self.accumulate
+        q = self._update(params) if self.part == 0 else math.nan
+        return dict(stitch=s, loss=second.item(), teacher=first.item(), q=q, spread=self.spread)
+
+    def _update(self, params):
+        "A step of the optimizer with the gradients that are there; gives the stitch's importance."
+        q = _saliency(params, self.grads)
+        self.sampler.tracker.update(self.stitch, q)
+        for p,d in zip(params, self.grads):
             if d is not None: p.grad = d if p.grad is None else p.grad + d
-        self.optimizer.step(); self.steps += 1
+        self.optimizer.step()
+        self.steps,self.grads = self.steps+1,None
         if self.schedule is not None: self.schedule.step()
-        return dict(stitch=s, loss=second.item(), teacher=first.item(), q=q, spread=spread)
+        return q
 
     def fit(self,
         batches, # Iterable of (x, y); it says how long the training is
@@ -207,6 +218,7 @@ class StitchTrainer:
 
     def _finite(self, loss, what):
         if bool(torch.isfinite(loss).all()): return loss
+        self.part = 0
         raise OpenTransError(f"The loss of {what} is {loss.item()} in step {self.steps}: the training has diverged. Use a smaller learning rate.")
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #76a687ab
@@ -232,6 +244,7 @@ def save(self:StitchTrainer,
     path, # A `.safetensors` file
 ):
     "Write where the training is, whole or not at all. Raises `OpenTransError`, and keeps the last good file, if a number is not finite."
+    if self.part: raise OpenTransError(f"{self.part} of {self.accumulate} batches wait for their step. Save after a whole number of steps.")
     opt,s = self.optimizer.state_dict(),self.sampler.state_dict()
     tensors,rest = _flat(opt)
     tensors |= {f'net.{n}': p for n,p in self.net.named_parameters() if p.requires_grad}

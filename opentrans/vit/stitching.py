@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['StitchConfig', 'stitch_configs', 'least_squares', 'StitchingLayer', 'ActiveStitch', 'Stitched', 'StitchableNet',
-           'part_costs', 'stitch_table', 'stitch_cost', 'StitchBias', 'StitchAttention', 'apply_pst', 'merge_stitch',
-           'pst_report']
+           'part_costs', 'stitch_table', 'stitch_cost', 'StitchBias', 'StitchAttention', 'as_linear', 'apply_pst',
+           'merge_stitch', 'pst_report']
 
 # %% ../../nbs/vit/62_stitching.ipynb #183f3ebd
 import contextlib, copy, itertools, math, re
@@ -21,7 +21,7 @@ from ..errors import check_number, OpenTransError
 from ..files import not_finite
 from ..runtime import check_images
 from .anchors import _inside, Anchor, as_anchor, is_adapted, plain_layer
-from .peft import LoRALinear, restore_flags, Slot, trained_flags
+from .peft import LoRALinear, outputs_of, restore_flags, Slot, trained_flags
 
 # %% ../../nbs/vit/62_stitching.ipynb #d8569c89
 @dataclass(frozen=True)
@@ -361,12 +361,19 @@ def _mask_of(mask, name):
     if name in names: return mask[name]
     return torch.cat([mask[f'{name}[{p}]'] for p in 'qkv']) if f'{name}[q]' in names else None
 
+def as_linear(m):
+    "The `Conv1D` of transformers, whose weight is (in, out), as the Linear that it is; anything else as it stands."
+    if outputs_of(Slot('weight', m, 'weight')) == [0, 1] or not hasattr(m, 'nf'): return m
+    new = nn.Linear(m.weight.shape[0], m.nf, device=m.weight.device, dtype=m.weight.dtype)
+    new.weight, new.bias = (nn.Parameter(t.detach().clone()) for t in (m.weight.T.contiguous(), m.bias))
+    return new.requires_grad_(False)
+
 def _runs(c, anchor, block): # does stitch c run this block?
     return (c.front == anchor and block <= c.j) or (c.end == anchor and block >= c.k)
 
 def _adapt_layer(net, a, mask, path, r, stitches):
     "One layer of an anchor: a low-rank update of rank `r`, if any, and biases of `stitches`, if any."
-    m = a.tower.get_submodule(path)
+    m = as_linear(a.tower.get_submodule(path))
     if isinstance(m, nn.MultiheadAttention):
         new = StitchAttention(m, r, stitches, net.active, (_mask_of(mask, f'{path}.in_proj_weight'), _mask_of(mask, f'{path}.out_proj.weight')))
     else:
