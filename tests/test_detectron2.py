@@ -13,7 +13,6 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from opentrans.clip import ClipBackbone
 from opentrans.core import layers, LayerSelection
-from opentrans.errors import OpenTransError
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.frameworks.detectron2 import drop_frozen, MaskHook, OpenTransCLIP, SelectionHook
 from opentrans.pruning import SparseMask
