@@ -13,7 +13,7 @@ from opentrans.training import evaluate, finetune, Recipe
 from opentrans.frameworks import build, check_framework
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.frameworks.faseg import (
-    cell_pixels, FASegDecoder, HighResCrossAttention, load_faseg, select_cells, StagedBackbone)
+    cell_pixels, HighResCrossAttention, load_faseg, select_cells, StagedBackbone)
 from opentrans.pruning import SparseMask
 
 root = Path(__file__).resolve().parent.parent

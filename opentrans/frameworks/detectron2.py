@@ -22,7 +22,7 @@ from ..core import BATCH_NORMS, find_tower, layers, LayerSelection, norm_params,
 from ..data.datasets import read_panoptic_json, write_coco_panoptic
 from ..data.readers import Files, label_lut, LabelMaps, Panoptic, read_image, Segmentation
 from ..data.vocabulary import Vocabulary
-from ..errors import OpenTransError, optional, unknown
+from ..errors import OpenTransError, optional
 from ..files import atomic_path, load_json, save_tensors
 from .contract import check_choice
 from ..heavy_tail.table import analyze
@@ -238,8 +238,8 @@ class MaskHook(HookBase):
         trained = SparseMask(kept, json.loads(state['info']))
         if self.mask is not None and self.mask != trained:
             raise OpenTransError(f"The checkpoint was trained with another mask (density {trained.density:.4f}, "
-                                 f"this one {self.mask.density:.4f}). Give the same mask, or MaskHook() to take the "
-                                 "checkpoint's, or begin a new run.")
+                                 f"this one {self.mask.density:.4f}). Give the same mask, or MaskHook() to take the"
+                                 " checkpoint's, or begin a new run.")
         self.mask,self.applied = trained,state['applied']
 
 def _unpacked(bits, shape):

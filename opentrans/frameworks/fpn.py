@@ -6,6 +6,7 @@
 __all__ = ['FPN']
 
 # %% ../../nbs/tutorials/add_a_framework.ipynb #3a21468c
+import torch
 from torch import nn
 from .contract import Framework, register_framework, resize, Scores, text_logits
 
@@ -20,21 +21,26 @@ class FPN(Framework):
         backbone, # `ClipBackbone`
         vocabulary=None, # Class names to train with
         width:int=256, # Channels of the head
-        scale:float=None, # Of the cosines; None takes CLIP's own
+        scale:float=None, # Temperature of the cosines; None takes CLIP's own
     ):
         super().__init__(backbone, vocabulary)
-        self.lateral = nn.ModuleDict({k: nn.Conv2d(c, width, 1) for k,c in backbone.channels.items()})
-        self.mix = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
-        self.proj = nn.Conv2d(width, backbone.embed_dim, 1)                      # into the space of the text
+        self.lateral = nn.ModuleDict({name: nn.Conv2d(c, width, 1) for name,c in backbone.channels.items()})
+        smooth = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.mix = nn.Sequential(smooth, nn.BatchNorm2d(width), nn.ReLU())
+        self.proj = nn.Conv2d(width, backbone.embed_dim, 1)                  # into the space of the text
         self.scale = float(backbone.logit_scale if scale is None else scale)
 
-    def logits(self, images, text_embeddings): # (B,3,H,W), (K,D) -> logits at a quarter of the size
-        x,maps = None,self.backbone(images)
-        for k in reversed(maps): x = self.lateral[k](maps[k]) + (0 if x is None else resize(x, maps[k].shape[-2:]))
-        return text_logits(self.proj(self.mix(x)), text_embeddings, self.scale)
+    def logits(self, images:torch.Tensor, text:torch.Tensor)->torch.Tensor:
+        "Images (B,3,H,W) and text embeddings (K,D) to logits at a quarter of the size."
+        maps,x = self.backbone(images),None
+        for name in reversed(maps):                                          # coarse to fine
+            lateral = self.lateral[name](maps[name])
+            x = lateral if x is None else lateral + resize(x, lateral.shape[-2:])
+        return text_logits(self.proj(self.mix(x)), text, self.scale)
 
-    def forward(self, images, text_embeddings): # -> logits (B,K,H,W)
+    def forward(self, images:torch.Tensor, text_embeddings:torch.Tensor)->torch.Tensor: # (B,K,H,W)
         return resize(self.logits(images, text_embeddings), images.shape[-2:])
 
-    def scores(self, images, text): # not needed; with it, hundreds of classes at full size never stand side by side
+    def scores(self, images:torch.Tensor, text:torch.Tensor)->Scores:
+        "Not needed; with it, hundreds of classes at full size never stand side by side."
         return Scores(self.logits(images, text), images.shape[-2:])
