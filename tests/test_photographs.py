@@ -175,3 +175,16 @@ def test_a_lean_head_begins_with_what_clip_says():
     seg.train()
     seg.loss(dict(images=x, labels=torch.randint(3, (1, 64, 64)), ignore=255))['ce'].backward()
     assert seg.proj.weight.grad.abs().sum() > 0 and seg.backbone.visual.layer4[0].conv1.weight.grad.abs().sum() > 0
+
+def test_claims_have_a_column_of_photographs():
+    "What is judged on photographs stands beside the same claim on the generated world; one that is judged there alone has a line, too."
+    from opentrans.experiments import claims_table
+    import pandas as pd
+    def told(claim, measured, mean, verdict): return dict(claim=claim, where='Tab. 1', measured=measured, mean=mean, low=mean-1, high=mean+1, verdict=verdict)
+    toy = pd.DataFrame([told('masks help', 'base', 5., 'holds')])
+    real = pd.DataFrame([told('masks help', 'base', 3., 'holds'), told('masks help', 'novel', .5, 'undecided'), told('freezing helps', 'base', -2., 'does not hold')])
+    table = claims_table(toy, photographs=real)
+    assert list(table.columns) == ['paper', 'base', 'photographs']
+    assert table.photographs['masks help'] == 'base +3.00 [+2.00, +4.00] holds; novel +0.50 [-0.50, +1.50] undecided'
+    assert table.base['freezing helps'] == '' and 'does not hold' in table.photographs['freezing helps']
+    assert 'photographs' not in claims_table(toy, photographs=real[:0]) and 'photographs' not in claims_table(toy)
