@@ -23,7 +23,7 @@ PUBLIC = {
     'heavy_tail': 'esd fit_power_law PowerLawFit analyze LayerTable explore',
     'cka': 'linear_cka rbf_cka cka plot_cka',
     'cost': 'cost Cost training_flops',
-    'data': 'Vocabulary VOCABULARIES list_datasets open_dataset ShapesWorld',
+    'data': 'Vocabulary VOCABULARIES list_datasets open_dataset ShapesWorld PhotoMosaic',
     'metrics': 'SemanticIoU PanopticQuality',
     'data.metrics': 'SemanticIoU PanopticQuality',
     'clip': 'ClipBackbone',

@@ -23,10 +23,7 @@ from .thesis import *
 from .thesis import __all__ as _thesis_names
 from .entry import *
 from .entry import __all__ as _entry_names
-from .thesis import *
-from .thesis import __all__ as _thesis
 
-__all__ = [*_options_names, *_terminal_names, *_defaults_names, *_weights_names, *_trained_names, *_training_names,
-           *_evaluation_names, *_studies_names, *_datasets_names, *_entry_names, *_thesis]
-           *_evaluation_names, *_studies_names, *_models_names, *_datasets_names, *_entry_names]
-           *_evaluation_names, *_studies_names, *_datasets_names, *_thesis_names, *_entry_names]
+__all__ = [*_options_names, *_terminal_names, *_defaults_names, *_studies_names, *_weights_names, *_trained_names,
+           *_training_names, *_evaluation_names, *_models_names, *_datasets_names, *_thesis_names,
+           *_entry_names]

@@ -110,7 +110,8 @@ def study(
         help="Folder for NAME-Nseeds.json; interrupted, the study goes on from the runs under it.")]='results',
     seeds:Seeds=5, seed:FirstSeed=0,
     scale:Annotated[str, typer.Option(
-        help="'shapes', minutes to hours on two cores; 'demo', shorter; 'gpu': CLIP's RN50 on larger scenes; "
+        help="'shapes', minutes to hours on two cores; 'demo', shorter; 'photo': photo-lite0 on MSRC, CamVid and "
+             "mosaics, hours; 'gpu': CLIP's RN50 on larger scenes; "
              "'coco': RN50 on COCO and six more sets, days; 'smoke': shows nothing but that it runs.")]='shapes',
              root:Root=None,
     pretrained:Annotated[Optional[str], typer.Option(

@@ -188,17 +188,21 @@ def claims_frame(claims):
 def claims_table(
     table:pd.DataFrame, # Of `judge_claims` or `all_claims`
     link:str=None, # Format of a link to the study, e.g. `'[{study}](docs/results/{file})'`
-    # Indexed by claim: paper, mIoU on base and novel names and on the shifted domains, similarity to CLIP; each a
-    # difference, its interval and a verdict
+    photographs:pd.DataFrame=None, # The same of studies on photographs; they fill a column of their own
+    # Indexed by claim: paper, mIoU on base and novel names and on the shifted domains, similarity to CLIP,
+    # photographs; each a difference, its interval and a verdict
 )->pd.DataFrame:
     "Claims as a reader sees them, a line each."
     rows,word = {},{'holds': 'holds', 'does not hold': '**does not hold**'}
+    def judged(r): return f'{r.mean:+.2f} [{r.low:+.2f}, {r.high:+.2f}] {word.get(r.verdict) or for_markdown(r.verdict)}'
     for r in table.itertuples():
         row = rows.setdefault(for_markdown(r.claim), dict(paper=for_markdown(r.where)))
         column = r.measured if r.measured in ('base', 'novel', 'domains') else 'CKA'
-        row[
-            column] = f'{r.mean:+.2f} [{r.low:+.2f}, {r.high:+.2f}] {word.get(r.verdict) or for_markdown(r.verdict)}'
+        row[column] = judged(r)
         if link: row['study'] = link.format(study=r.study, file=r.file)
-    columns = [c
-               for c in ('paper', 'base', 'novel', 'domains', 'CKA', 'study') if any(c in r for r in rows.values())]
+    for r in () if photographs is None else photographs.itertuples():
+        row = rows.setdefault(for_markdown(r.claim), dict(paper=for_markdown(r.where)))
+        row['photographs'] = '; '.join(filter(None, [row.get('photographs'), f'{r.measured} {judged(r)}']))
+    order = ('paper', 'base', 'novel', 'domains', 'CKA', 'photographs', 'study')
+    columns = [c for c in order if any(c in r for r in rows.values())]
     return pd.DataFrame(rows, index=columns).T.fillna('').rename_axis('claim')

@@ -66,6 +66,7 @@ class Scale:
     width:int = 48 # Channels of its head
     loss_stride:int = 4 # Its loss is taken at every n-th pixel
     lean:bool = False # Does it begin with what CLIP says of each cell?
+    fine:str = 'res2' # Map of the tower that gives it the edges; a coarser one is cheaper
     output_stride:int = 16 # Of the tower
     size:int = 80 # Side of a scene, in pixels; real images are as they are, and cost is counted at this side
     train:int = 640 # Scenes to distill and to fine-tune on; of real data, all
@@ -148,11 +149,11 @@ class Scale:
         return (0, self.query_iterations) if framework in self.queries else (self.warmup, self.iterations)
 
     def options(self, framework):
-        return {} if self.preset != 'small' else dict(deeplabv3=dict(width=self.width, loss_stride=self.loss_stride, **(dict(lean=True) if self.lean else {})), mask2former=dict(queries=24, layers=2, points=256), fcclip=dict(queries=24, layers=2, points=256)).get(framework, {})
+        return {} if self.preset != 'small' else dict(deeplabv3=dict(width=self.width, loss_stride=self.loss_stride, lean=self.lean, fine=self.fine), mask2former=dict(queries=24, layers=2, points=256), fcclip=dict(queries=24, layers=2, points=256)).get(framework, {})
 
 _REAL = ('ade20k_150', 'ade20k_847', 'cityscapes_19', 'context_59', 'context_459', 'voc_20')
 _RN50 = dict(backbone='RN50', pretrained='openai', quick_gelu=True, device='cuda', preset='paper', imp_lr=1e-4, queries=(), checkpoint=1000, alpha_of='dense', loaders=4)
-_PHOTO = dict(backbone='photo-lite0', data='photographs', output_stride=32, lean=True, size=224, queries=('mask2former', 'fcclip', 'faseg'))
+_PHOTO = dict(backbone='photo-lite0', data='photographs', output_stride=32, lean=True, fine='res3', size=224, queries=('mask2former', 'fcclip', 'faseg'))
 SCALES = dict(shapes=Scale(), demo=Scale(iterations=150, query_iterations=30),
               gpu=Scale(**_RN50, size=224, train=8000, val=1000, domain=300, imp_iters=300, imp_batch=16, warmup=1000, iterations=4000, lr=1e-3, backbone_lr=.1),
               coco=Scale(**_RN50, data='coco_panoptic', sets=_REAL, output_stride=32, size=512, val=0, domain=0, imp_iters=1000, imp_batch=16, imp_crop=512, paper=True, warmup=10_000, iterations=40_000, batch_size=28, backbone_lr=1.),
