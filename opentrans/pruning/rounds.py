@@ -564,7 +564,8 @@ def _choice(score, model, plan, losses=None, shares=None, **kwargs):
     (Algorithm 1, line 4). `shares`: the densities of the layers at the end, or None."""
     regrows = getattr(score, 'regrows', False) # may weights that are out come back?
     def choose(mask, r):
-        wanted = dict(density=plan[r], left=len(plan)-1-r, rounds=len(plan))
+        scope = 'global' if shares is None else 'layer'
+        wanted = dict(density=plan[r], scope=scope, left=len(plan)-1-r, rounds=len(plan))
         scores = _scores(score, mask, model, losses, wanted, **kwargs)
         keep = max(1, round(plan[r]*mask.total))
         alive = None if regrows else mask.masks
