@@ -100,7 +100,7 @@ def test_the_systems_of_the_thesis_are_a_leaf():
     asks = {chapter(name) for name,path in MODULES.items() for other,_ in imports(name, path) if chapter(other) == 'vit' != chapter(name)}
     assert asks <= {*WHO_ASKS_THE_LEAF}
 
-LONGEST = 690 # lines of a file: it holds one thing
+LONGEST = 760 # lines of up to 120 columns: a file holds one thing
 
 def test_a_file_holds_one_thing():
     long = {name: len(path.read_text(encoding='utf-8').splitlines()) for name,path in MODULES.items()}
