@@ -71,12 +71,12 @@ def convolutions(draw):
     if draw(st.booleans()): layers.append(draw(st.sampled_from([nn.ReLU(), nn.ReLU6()])))
     return nn.Sequential(*layers).eval(), torch.randn(batch, inputs, height, width)
 
-@given(convolutions(), st.sampled_from(['measured', True, False]), st.sampled_from([4, 8, 16]), st.sampled_from([1, 1, 2]))
+@given(convolutions(), st.sampled_from(['measured', True, False]), st.sampled_from([4, 8, 16]), st.sampled_from([1, 1, 2]), st.sampled_from([None, None, 2, 3]))
 @settings(max_examples=150, deadline=None)
 @torch.no_grad()
-def test_convolutions_are_those_of_torch(case, dense, width, threads):
+def test_convolutions_are_those_of_torch(case, dense, width, threads, groups):
     model, x = case
-    got = planned(model, x, dense=dense, machine=Machine.of_width(width), threads=threads)
+    got = planned(model, x, dense=dense, machine=Machine.of_width(width), threads=threads, groups=groups)
     want = copy.deepcopy(model).double()(x.double())
     assert got.shape == want.shape and far(got.double(), want) < 1e-5
 
@@ -129,6 +129,14 @@ def test_residual_networks(pool, size):
     other = torch.randn(1, 3, 40, 48)
     assert far(fast(other), net(other)) < 1e-5 and far(fast(x), want) < 1e-5
     assert fast.sparse_regions[0].error < 1e-5 and not fast.sparse_regions[0].reasons
+
+@pytest.mark.parametrize('dense', ['measured', True, False])
+@pytest.mark.parametrize('groups', [None, 1, 3])
+@torch.no_grad()
+def test_groups_of_channels_and_residuals(dense, groups):
+    "A sum that is written over one of its parts is right for any number of groups."
+    net, x = thinned(small_net(True), .5), torch.randn(1, 3, 48, 40)
+    assert far(planned(net, x, dense=dense, groups=groups), net(x)) < 1e-5
 
 @pytest.mark.parametrize('threads', [2, 3, 5])
 @torch.no_grad()

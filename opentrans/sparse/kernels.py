@@ -133,23 +133,25 @@ class _Writer:
         return joined
 
 # %% ../../nbs/07c_kernels.ipynb #c4b1e20d
-def _finish(w, values, channel, place, arguments):
-    "Residual, range and margin of a row of vectors, and their way to memory."
-    build, ir = w.build, w.ir
-    n, shift = len(values), lambda pointer, stride: w.at(pointer, build.add(build.mul(channel, stride), place))
+def _begin(w, channel, place, arguments, count):
+    "What a row of vectors starts from: the bias, and the residual where there is one."
+    build = w.build
+    bias = [w.splat(build.load(w.at(arguments['bias'], channel)))]*count
     def with_residual():
-        source = shift(arguments['residual'], arguments['residual_stride'])
-        return [build.fadd(value, w.load(source, i)) for i, value in enumerate(values)]
-    there = build.icmp_signed('!=', w.field('residual'), w.number(0))
-    values = w.either(there, with_residual, lambda: values)
+        source = w.at(arguments['residual'], build.add(build.mul(channel, arguments['residual_stride']), place))
+        return [build.fadd(value, w.load(source, i)) for i, value in enumerate(bias)]
+    return w.either(build.icmp_signed('!=', w.field('residual'), w.number(0)), with_residual, lambda: bias)
+
+def _finish(w, values, channel, place, arguments):
+    "Range and margin of a row of vectors, and their way to memory."
+    build = w.build
     values = [w.clamp(value, arguments['low'], arguments['high']) for value in values]
     def inside():
-        bits = [w.load(w.at(arguments['mask'], place), i, w.lanes) for i in range(n)]
+        bits = [w.load(w.at(arguments['mask'], place), i, w.lanes) for i in range(len(values))]
         kept = [build.and_(build.bitcast(value, w.lanes), bit) for value, bit in zip(values, bits)]
         return [build.bitcast(value, w.vector) for value in kept]
-    there = build.icmp_signed('!=', w.field('mask'), w.number(0))
-    values = w.either(there, inside, lambda: values)
-    target = shift(arguments['y'], arguments['y_stride'])
+    values = w.either(build.icmp_signed('!=', w.field('mask'), w.number(0)), inside, lambda: values)
+    target = w.at(arguments['y'], build.add(build.mul(channel, arguments['y_stride']), place))
     for i, value in enumerate(values): w.store(value, target, i)
 
 def _arguments(w):
@@ -172,7 +174,7 @@ def _sparse(w, vectors):
             def row(r):
                 channel = w.index(a['channels'], r)
                 target = w.at(a['y'], build.add(build.mul(channel, a['y_stride']), place))
-                def begin(): return [w.splat(build.load(w.at(a['bias'], channel)))]*vectors
+                def begin(): return _begin(w, channel, place, a, vectors)
                 def go_on(): return [w.load(target, i) for i in range(vectors)]
                 start = w.either(build.icmp_signed('==', number, w.number(0)), begin, go_on)
                 def weight(k, sums):
@@ -200,7 +202,7 @@ def _dense(w, rows_at_once, vectors):
             slots = [build.add(build.mul(number, w.number(rows_at_once)), w.number(r)) for r in range(rows_at_once)]
             channels = [w.index(a['channels'], slot) for slot in slots]
             start = []
-            for channel in channels: start += [w.splat(build.load(w.at(a['bias'], channel)))]*vectors
+            for channel in channels: start += _begin(w, channel, place, a, vectors)
             def weight(k, sums):
                 source = w.at(x, w.index(a['entries'], k))
                 read = [w.load(source, i) for i in range(vectors)]
