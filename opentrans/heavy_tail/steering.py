@@ -192,7 +192,7 @@ def densities(self:LayerTable,
     by:str='alpha', # A column of the table: layers with large ones are pruned most
     per:str='layer', # `'layer'` or `'block'`
 )->LayerValues: # Name -> share that stays; layers without a fit get what a layer with the median score gets
-    "Densities of layers (AlphaPruning, Lu et al. 2024, Eq. 2), for masks and for `imp`. Raises `OpenTransError`."
+    "Densities of layers (AlphaPruning, Lu et al. 2024, Eq. 2; of those of `only(names)`, if not all are pruned), for masks and for `imp`. Raises `OpenTransError`."
     check_number('density', density, 0, 1, above=True)
     check_number('spread', spread, 0, 1)
     found = self.scores(by, per)

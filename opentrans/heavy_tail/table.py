@@ -15,15 +15,15 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from threadpoolctl import threadpool_limits
-from ..core import layers, LayerSelection
+from ..core import LayerSelection
 from ..errors import check_number, OpenTransError, unknown
 from ..escape import for_html, for_plot
 from opentrans.heavy_tail.null import (
-    as_blocks, as_null, Blocks, compare_with_null, kurtosis_of, mp_quantiles, NULL_COLUMNS, random_edge, random_spectra,
+    as_blocks, as_null, compare_with_null, kurtosis_of, mp_quantiles, NULL_COLUMNS, random_edge, random_spectra,
     shuffled, with_kurtosis)
-from opentrans.heavy_tail.power_law import (
-    _eigenvalues, _exactness, _finite, _no_fit, _noise, _read, _rule, _settle, _stored_type, _Tails, _Unread, BY, esd, fit_power_law, matrices, mp_edges,
-    PowerLawFit, XMIN)
+from .power_law import (
+    _eigenvalues, _exactness, _finite, _no_fit, _noise, _read, _rule, _settle, _stored_type, _Tails, _Unread, BY, esd,
+    fit_power_law, matrices, mp_edges, PowerLawFit, XMIN)
 from .reading import _head, _named_weights, _not_read, _shape
 from ..naming import name_some
 from ..runtime import axes
