@@ -29,9 +29,11 @@ class Prompts(nn.Module):
     ):
         super().__init__()
         reach = math.sqrt(6/(3*patch**2 + dim))
-        self.tokens = nn.Parameter(torch.empty(n, dim, dtype=like.dtype, device=like.device).uniform_(-reach, reach))
+        empty = torch.empty(n, dim, dtype=like.dtype, device=like.device)
+        self.tokens = nn.Parameter(empty.uniform_(-reach, reach))
     def around(self, block, x, *args, **kwargs):
-        if not isinstance(x, torch.Tensor) or x.ndim != 3: raise OpenTransError("Prompts stand among tokens (B,N,C), which this block does not take.")
+        if not isinstance(x, torch.Tensor) or x.ndim != 3:
+            raise OpenTransError("Prompts stand among tokens (B,N,C), which this block does not take.")
         y = block(torch.cat([x, self.tokens.expand(len(x), -1, -1)], 1), *args, **kwargs)
         return y[:, :-len(self.tokens)]
     def __len__(self): return self.tokens.numel()
@@ -60,11 +62,12 @@ def adaptformer_cost(dim:int, r:int=8)->int:
 @functools.lru_cache(maxsize=None)
 def _beside_class(plain):
     "The class of a module with something beside it: still of its class."
-    def forward(self, x, *args, **kwargs): return self.beside.around(functools.partial(plain.forward, self), x, *args, **kwargs)
+    def forward(self, x, *args, **kwargs):
+        return self.beside.around(functools.partial(plain.forward, self), x, *args, **kwargs)
     return type(plain.__name__, (plain,), dict(forward=forward, plain=plain, __module__=plain.__module__))
 
 def _put_beside(model, places, make, freeze):
-    "Put a new module beside each of some modules. Raises `OpenTransError`, with nothing changed, where one has one already."
+    "Put a new module beside each of some modules. Raises `OpenTransError`, with nothing changed, where one is taken."
     taken = [n for n,m in places.items() if hasattr(m, 'beside')]
     if taken: raise OpenTransError(f"'{taken[0]}' has something beside it already. Remove it first.")
     flags, made = trained_flags(find_tower(model)), {n: make(m) for n,m in places.items()}
@@ -123,7 +126,7 @@ def sensitive_blocks(
     cost:int, # Of one block
     tau:int=None, # Number of sensitive entries; None: the budget
 )->list: # Names, in the order of the network
-    "The blocks in which the most sensitive weights are. Raises `OpenTransError` if the budget is less than one block costs."
+    "The blocks with the most sensitive weights. Raises `OpenTransError` if the budget is less than one block costs."
     check_number('budget', budget, cost, whole=True, advice='It must pay for one block.')
     counts = sensitivity_profile(sens, tau or budget).sensitive
     there = list(vit_blocks(model))

@@ -24,11 +24,13 @@ def mmd(
     y:torch.Tensor, # (m, d) features of the other
     width:float=None, # Of the Gaussian kernel exp(-|a-b|^2 / (2 width^2)); None takes `median_distance`
 )->float:
-    "The squared maximum mean discrepancy of two sets, without bias (Gretton et al. 2012, Lemma 6). Raises `OpenTransError`."
+    "The squared discrepancy of two sets, without bias (Gretton et al. 2012, Lemma 6). Raises `OpenTransError`."
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
-        raise OpenTransError(f"Features must be (pictures, dimensions) of one width, two pictures at least, not {tuple(x.shape)} and {tuple(y.shape)}.")
+        raise OpenTransError("Features must be (pictures, dimensions) of one width, two pictures at least, "
+                             f"not {tuple(x.shape)} and {tuple(y.shape)}.")
     x,y = x.double(),y.double()
-    width = check_number('width', median_distance(x, y) if width is None else width, 0, above=True, advice='All features are equal, or the width is none.')
+    width = median_distance(x, y) if width is None else width
+    check_number('width', width, 0, above=True, advice='All features are equal, or the width is none.')
     def kernel(a, b): return torch.exp(-torch.cdist(a, b).square()/(2*width**2))
     n,m = len(x),len(y)
     inside = (kernel(x, x).sum()-n)/(n*(n-1)) + (kernel(y, y).sum()-m)/(m*(m-1))
