@@ -44,13 +44,14 @@ def tuned(name, samples=4, batch=2):
                 loaded_difference=loaded, merged_difference=merged, largest_output=float(want.abs().max()), file_mb=round(size/2**20, 2), samples=samples,
                 seconds_sensitivity=seconds[0], seconds_allocation=seconds[1], seconds_per_step=round(seconds[2]/len(loader), 1), peak_gib=peak())
 
-def stitched(name, side=224):
+def stitched(name, side=64): # the real networks; small pictures, so that every stitch can have its turn on a CPU
     import timm, torch
     from opentrans.pruning.baked import export_onnx
     from opentrans.vit.stitch_training import deploy, StitchSampler, StitchTrainer
     from opentrans.vit.stitching import apply_pst, pst_report, stitch_table, StitchableNet
     torch.manual_seed(0)
-    models = [timm.create_model(n, pretrained=False, num_classes=100) for n in FAMILIES[name]]
+    options = dict(img_size=side) if name.startswith('DeiT') else {}
+    models = [timm.create_model(n, pretrained=False, num_classes=100, **options) for n in FAMILIES[name]]
     began = time.process_time()
     net = StitchableNet(models)
     x, y = torch.randn(2, 3, side, side), torch.randint(100, (2,))
@@ -70,7 +71,7 @@ def stitched(name, side=224):
             rows.append(dict(stitch=s, name=table.name[s], flops=int(table.flops[s]), params=int(table.params[s]), counted=sum(p.numel() for p in network.parameters()),
                              merged_difference=merged, onnx_difference=export_onnx(network, Path(tmp)/f'{s}.onnx', x)))
     counts = sampler.tracker.counts
-    return dict(name=name, stitches=len(net.configs), steps=steps, drawn=int((counts > 0).sum()), fewest=int(counts.min()), trained=int(pst_report(net).total), deployed=rows,
+    return dict(name=name, side=side, stitches=len(net.configs), steps=steps, drawn=int((counts > 0).sum()), fewest=int(counts.min()), trained=int(pst_report(net).total), deployed=rows,
                 diverged=bool(history.loss.isna().any()), seconds=round(time.process_time()-began, 1), peak_gib=peak())
 
 if __name__ == '__main__':

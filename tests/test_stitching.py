@@ -152,9 +152,9 @@ def test_clip_backbones_are_anchors():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(1, 1e12), min_size=1, max_size=30), st.integers(1, 12), st.lists(st.floats(-1e6, 1e6), min_size=30, max_size=30), st.booleans(), st.floats(1e-3, 1e3))
-def test_the_sampler_is_a_distribution(costs, n, scores, standardize, temperature):
-    s = StitchSampler(costs, n, temperature=temperature, standardize=standardize)
+@given(st.lists(st.floats(1, 1e12), min_size=1, max_size=30), st.integers(1, 12), st.lists(st.floats(-1e6, 1e6), min_size=30, max_size=30), st.booleans(), st.booleans(), st.floats(1e-3, 1e3))
+def test_the_sampler_is_a_distribution(costs, n, scores, standardize, relative, temperature):
+    s = StitchSampler(costs, n, warmup=0, temperature=temperature, standardize=standardize, relative=relative)
     s.tracker.scores = torch.tensor(scores[:len(costs)], dtype=torch.float64)
     p, members = s.probs(), [i for m in s.intervals for i in m]
     assert torch.isfinite(p).all() and (p >= 0).all() and abs(p.sum().item()-1) < 1e-9

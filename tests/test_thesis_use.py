@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from mutations import check_reader
 from torch import nn
 from opentrans.errors import OpenTransError
 from opentrans.heavy_tail import analyze
@@ -303,6 +304,18 @@ def test_an_allocation_is_a_file(tmp_path):
     (tmp_path/'forged.json').write_text(text.replace('"tau": ', '"tau": 9'))
     for bad in ('cut', 'forged'):
         with pytest.raises(OpenTransError): Allocation.load(tmp_path/f'{bad}.json')
+
+def test_damaged_and_forged_plans_are_refused(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    sens = Sensitivity({'a.weight': torch.rand(4, 5, generator=g), 'b.weight': torch.rand(6, 5, generator=g)*.5, 'b.bias': torch.rand(6, generator=g)})
+    alloc = allocate(sens, None, r=1, beta=2., tau=20, masks={'a.weight': torch.rand(4, 5, generator=g) < .9})
+    path = tmp_path/'plan.json'
+    alloc.save(path)
+    def read(_, file):
+        plan = Allocation.load(file)
+        plan.table()
+        return plan
+    check_reader(path, read, same=lambda plan: repr(plan), count=150)
 
 def test_the_samples_are_drawn_at_random():
     "C of all there are, by a seed; those that come first on request; of a stream those that come."

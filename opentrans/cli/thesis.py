@@ -21,7 +21,8 @@ Timm = Annotated[str, typer.Option(help="Model of timm, e.g. vit_base_patch16_22
 Weights = Annotated[Optional[str], typer.Option(
     help="Weights to begin with: a file, 'timm' for timm's own (with --allow-hub), or 'none' for random ones.")]
 Fetch = Annotated[bool, typer.Option('--allow-hub', help="Let timm fetch its weights.")]
-Side = Annotated[Optional[int], typer.Option(min=16, max=_SIDE, help="Side of the pictures. Default: the model's own.")]
+Side = Annotated[Optional[int], typer.Option(
+    min=16, max=_SIDE, help="Side of the pictures. Default: the model's own.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures at a time.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Rounds of training.")]
 Rate = Annotated[float, typer.Option(min=0, help="Largest learning rate.")]
@@ -54,11 +55,13 @@ def spt(
     epochs:Epochs=10, lr:Rate=1e-3, batch_size:Batch=32, size:Side=None, workers:Hands=0, onnx:Onnx=False,
     out:Out=None, device:Device=None, seed:Seed=0, allow_hub:Fetch=False, as_json:Quiet=False, config:Config=None,
 ):
-    "Fine-tune few parameters: the most sensitive for the pictures at hand (SPT). Allocation, training, merged weights."
+    "Fine-tune few parameters, the most sensitive for the pictures at hand (SPT): allocation, training, merge."
     from opentrans.vit.products import spt_on
     _writable(out and Path(out)/'report.json')
-    (network,), train, val = _opened(images, [model], pretrained, size, seed, device, allow_hub, batch_size, workers)
-    with settings_kept(out): told = spt_on(network, train, val, out, budget, kind, rank, samples, epochs, lr, seed, onnx)
+    start = pretrained, size, seed, device, allow_hub, batch_size, workers
+    (network,), train, val = _opened(images, [model], *start)
+    with settings_kept(out):
+        told = spt_on(network, train, val, out, budget, kind, rank, samples, epochs, lr, seed, onnx)
     _finish(told, out, as_json, f'{model}: sensitivity-aware fine-tuning')
 
 @app.command()
@@ -77,7 +80,8 @@ def stitch(
     _writable(out and Path(out)/'palette.csv')
     names = [name.strip() for name in models.split(',') if name.strip()]
     if len(names) < 2: raise OpenTransError(f"--models {models}: name at least two, small to large, with commas.")
-    family, train, val = _opened(images, names, pretrained, size, seed, device, allow_hub, batch_size, workers)
+    start = pretrained, size, seed, device, allow_hub, batch_size, workers
+    family, train, val = _opened(images, names, *start)
     with settings_kept(out): frame = stitch_on(family, train, val, out, points, None, epochs, lr, seed, onnx)
     if out:
         from opentrans.cli.terminal import _save_table
@@ -97,9 +101,10 @@ def spvit(
     "A ViT of fewer FLOPs: attention layers become convolutions or nothing, and hidden units go (SPViT)."
     from opentrans.vit.products import spvit_on
     _writable(out and Path(out)/'report.json')
-    (network,), train, val = _opened(images, [model], pretrained, size, seed, device, allow_hub, batch_size, workers)
+    start = pretrained, size, seed, device, allow_hub, batch_size, workers
+    (network,), train, val = _opened(images, [model], *start)
     with settings_kept(out):
-        _, told = spvit_on(network, train, val, out, share, search, tune, lr=lr, gate_lr=gate_lr, seed=seed, onnx=onnx)
+        _, told = spvit_on(network, train, val, out, share, search, tune, 100., lr, gate_lr, seed, onnx)
     _finish(told, out, as_json, f'{model}: single-path pruning')
 
 def _finish(told, out, as_json, title):

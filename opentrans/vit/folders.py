@@ -32,28 +32,35 @@ class Pictures(Dataset):
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
         try: image = Image.open(self.files[i]).convert('RGB')
-        except OSError as error: raise OpenTransError(f"'{self.files[i]}' cannot be read as a picture ({shorten(error)}). Fetch it again, or take it out.") from error
+        except OSError as error:
+            raise OpenTransError(f"'{self.files[i]}' cannot be read as a picture ({shorten(error)}). "
+                                 "Fetch it again, or take it out.") from error
         return (image if self.transform is None else self.transform(image)), self.labels[i]
     def __repr__(self): return f'Pictures({len(self)} of {len(self.classes)} classes)'
 
 def _first(root, names): return next((root/n for n in names if (root/n).exists()), None)
 
+def _classes_of(folder): return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
+
+def _is_picture(path): return path.suffix.lower() in _ENDS and not path.name.startswith('.')
+
 def _by_folder(folder, classes=None):
     "Pictures in a folder for each class: paths, labels, classes."
-    classes = classes or sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
-    found = [(p, k) for k,name in enumerate(classes) for p in sorted((folder/name).rglob('*')) if p.suffix.lower() in _ENDS and not p.name.startswith('.')]
+    classes = classes or _classes_of(folder)
+    found = [(p, k) for k,name in enumerate(classes) for p in sorted((folder/name).rglob('*')) if _is_picture(p)]
     return [p for p,_ in found], [k for _,k in found], classes
 
 def _inside(root, path):
     "A path of a list, below the root. Raises `OpenTransError` for one that leads elsewhere."
     place = next((p for p in (root/path, root/'images'/path) if p.exists()), root/path)
-    if not place.resolve().is_relative_to(root.resolve()): raise OpenTransError(f"A list in '{root}' names '{shorten(path)}', which lies outside.")
-    return place
+    if place.resolve().is_relative_to(root.resolve()): return place
+    raise OpenTransError(f"A list in '{root}' names '{shorten(path)}', which lies outside.")
 
 def _lines(file):
     "Paths and classes of a list."
     rows = [line.rsplit(None, 1) for line in read_text(file).splitlines() if line.strip()]
-    if any(len(row) != 2 or not row[1].isdigit() for row in rows): raise OpenTransError(f"'{file}' must hold a path and a number in each line.")
+    if any(len(row) != 2 or not row[1].isdigit() for row in rows):
+        raise OpenTransError(f"'{file}' must hold a path and a number in each line.")
     return [(path, int(k)) for path,k in rows]
 
 def _told(root, split):
@@ -71,18 +78,22 @@ def open_pictures(
     "Open a split of labelled pictures. Raises `OpenTransError` where nothing is found."
     if split not in _FOLDERS: raise unknown('split', split, _FOLDERS)
     root = Path(root)
-    if not root.is_dir(): raise OpenTransError(f"There is no folder '{root}'. Give one with a folder of pictures for each class.")
+    if not root.is_dir():
+        raise OpenTransError(f"There is no folder '{root}'. Give one with a folder of pictures for each class.")
     if _told(root, 'train') is not None: return _listed(root, split, transform)
     whole = _first(root, _FOLDERS['train'])
     if whole is None: files, labels, classes = _divided(root, split, seed, share)
     else:
         classes = _by_folder(whole)[2]
         folder = _first(root, _FOLDERS[split])
-        if folder is None: raise OpenTransError(f"'{root}' has a folder for training, and none for testing. Call it val or test.")
-        more = sorted({p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.')} - set(classes))
+        if folder is None:
+            raise OpenTransError(f"'{root}' has a folder for training, and none for testing. Call it val or test.")
+        more = sorted(set(_classes_of(folder)) - set(classes))
         if more: raise OpenTransError(f"'{folder}' has classes that training does not know: {', '.join(more[:4])}.")
         files, labels, classes = _by_folder(folder, classes)
-    if not files: raise OpenTransError(f"There are no pictures for {split} in '{root}'. Each class needs a folder with {', '.join(_ENDS[:3])} files.")
+    if not files:
+        raise OpenTransError(f"There are no pictures for {split} in '{root}'. "
+                             f"Each class needs a folder with {', '.join(_ENDS[:3])} files.")
     return Pictures(files, labels, classes, transform)
 
 def _divided(root, split, seed, share):
@@ -101,6 +112,8 @@ def _listed(root, split, transform):
     rows = _told(root, split)
     if rows is None: raise OpenTransError(f"'{root}' has a list for training, and none for testing.")
     more = [k for _,k in rows if k not in set(known)]
-    if more: raise OpenTransError(f"The {split} list of '{root}' has the class {more[0]}, which training does not know.")
+    if more:
+        raise OpenTransError(f"The {split} list of '{root}' has the class {more[0]}, which training does not know.")
     number = {k: i for i,k in enumerate(known)}
-    return Pictures([_inside(root, p) for p,_ in rows], [number[k] for _,k in rows], [str(k) for k in known], transform)
+    files, labels = [_inside(root, p) for p,_ in rows], [number[k] for _,k in rows]
+    return Pictures(files, labels, [str(k) for k in known], transform)

@@ -19,16 +19,19 @@ _NAMES = CLASSIFIERS + ('cls_classifier', 'distillation_classifier', 'score', 'l
 _MAPS = (nn.Linear, *CONVS)
 
 def _with_parameters(name, module, norms=False):
-    "Names of the modules in a head that hold its parameters. A norm in front of a classifier is a part of the pretrained body."
+    "Names of the modules in a head that hold its parameters. A norm before a classifier belongs to the pretrained body."
     inside = bare_modules(module)
-    held = [(n, m) for n,m in inside if any(p is not None for p in m._parameters.values()) and '.tuned.' not in f'.{n}.']
+    def holds(n, m): return '.tuned.' not in f'.{n}.' and any(p is not None for p in m._parameters.values())
+    held = [(n, m) for n,m in inside if holds(n, m)]
     return ['.'.join(filter(None, [name, n])) for n,m in held if norms or not isinstance(m, NORMS)]
 
 def _said(tower):
     "What a model of timm, or the one inside, says of itself."
     asked = [m.get_classifier() for _,m in bare_modules(tower) if callable(getattr(m, 'get_classifier', None))]
-    said = {id(m) for one in asked for m in (one if isinstance(one, (tuple, list)) else [one]) if isinstance(m, nn.Module)}
-    return [found for n,m in bare_modules(tower) if n and id(m) in said for found in _with_parameters(n, m, norms=True)]
+    asked = [m for one in asked for m in (one if isinstance(one, (tuple, list)) else [one])]
+    said = {id(m) for m in asked if isinstance(m, nn.Module)}
+    heads = [(n, m) for n,m in bare_modules(tower) if n and id(m) in said]
+    return [found for n,m in heads for found in _with_parameters(n, m, norms=True)]
 
 def _in_blocks(name, found):
     "Does a module stand in a block, or have many of its name?"
@@ -60,7 +63,7 @@ def last_map(
     model:nn.Module, # Any model
     x, # What it is called with: a batch of images, of which the first is taken
 )->str: # Qualified name, or None
-    "The last linear map of a forward, if the model gives what it gives, perhaps in another shape or scale. None for a model that ends otherwise."
+    "The last linear map of a forward, if the model gives what it gives, perhaps in another shape or scale; or None."
     calls, undo = [], []
     def note(name): return lambda m, a, y: calls.append((name, y))
     maps = [(n, m) for n,m in bare_modules(model) if isinstance(m, _MAPS)]
@@ -69,7 +72,8 @@ def last_map(
         with _at_rest(model): out = model(x[:1])
     finally:
         for hook in undo: hook.remove()
-    values = [out.logits] if isinstance(getattr(out, 'logits', None), torch.Tensor) else [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+    logits = getattr(out, 'logits', None)
+    values = [t for t in ([logits] if logits is not None else tree_leaves(out)) if isinstance(t, torch.Tensor)]
     if not calls or not values: return None
     name, y = calls[-1]
     alike = isinstance(y, torch.Tensor) and y.numel() == values[0].numel() and y.shape[:1] == values[0].shape[:1]
@@ -77,7 +81,7 @@ def last_map(
 
 # %% ../../nbs/vit/60c_heads.ipynb #78cf79ec
 def _chosen(tower, heads):
-    "The modules that were named: by their whole name, or by what they are called anywhere. Raises `OpenTransError` for one that is not there."
+    "The modules that were named, by their whole name or by what they are called anywhere. Raises `OpenTransError`."
     found, res = dict(bare_modules(tower)), []
     for name in [heads] if isinstance(heads, str) else heads:
         hits = [name] if name in found else [n for n in found if n.rpartition('.')[2] == name]
@@ -91,7 +95,7 @@ def find_heads(
     x=None, # A batch of images to send through the model, if nothing else tells; the first is taken
     warn:bool=True, # Say it where no head is found?
 )->list: # Names of the modules that hold the head's parameters
-    "The head of a model, which is new and is trained in full. Raises `OpenTransError` for a name that is not there."
+    "The head of a model, which is new and trained in full. Raises `OpenTransError` for a name that is not there."
     tower = find_tower(model)
     if heads is not None: return _chosen(tower, heads)
     found = _said(tower) or _usual(tower)
@@ -106,7 +110,8 @@ def _covered(name, found): return any(name == n or name.startswith(f'{n}.') for 
 
 def _nowhere(tower):
     maps = [n for n,m in bare_modules(tower) if isinstance(m, _MAPS) and n]
-    return f"{type(tower).__name__} has no head that is found by asking it, so none is trained in full. If it has one, name it, e.g. heads=['{maps[-1] if maps else 'out'}']."
+    return (f"{type(tower).__name__} has no head that is found by asking it, so none is trained in full. "
+            f"If it has one, name it, e.g. heads=['{maps[-1] if maps else 'out'}'].")
 
 # %% ../../nbs/vit/60c_heads.ipynb #7204f1e5
 def is_of_head(

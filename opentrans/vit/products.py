@@ -46,7 +46,9 @@ def load_weights(
     heads = find_heads(model, warn=False)
     left = [n for n,t in there.items() if n not in state or state[n].shape != t.shape]
     odd = [n for n in left if not is_of_head(n, heads)]
-    if odd: raise OpenTransError(f"'{path}' does not fit {type(model).__name__}: {len(odd)} tensors are missing or of other shapes, such as {', '.join(odd[:3])}. Is it of another model or picture size?")
+    if odd:
+        raise OpenTransError(f"'{path}' does not fit {type(model).__name__}: {len(odd)} tensors are missing or of other "
+                             f"shapes, such as {', '.join(odd[:3])}. Is it of another model or picture size?")
     model.load_state_dict({n: t for n,t in state.items() if n in there and n not in left}, strict=False)
     return left
 
@@ -58,16 +60,22 @@ def open_model(
     seed:int=0, # Of the head
     allow_hub:bool=False, # May weights be fetched?
 ):
-    "A model of timm with a new head. Raises `OpenTransError` for an unknown name, and where nobody has said which weights."
+    "A model of timm with a new head. Raises `OpenTransError` for an unknown name, and where weights are not named."
     import timm
     if not timm.is_model(name): raise unknown('model of timm', name, timm.list_models())
-    if pretrained is None: raise OpenTransError("Say which weights to begin with: pretrained='weights.safetensors', 'timm' (fetched, with allow_hub), or 'none' for random ones.")
-    if pretrained == 'timm' and not allow_hub: raise OpenTransError("pretrained='timm' fetches weights from the Hugging Face hub: allow it, by allow_hub=True or --allow-hub.")
-    options = {} if size is None else dict(img_size=size)
+    if pretrained is None:
+        raise OpenTransError("Say which weights to begin with: pretrained='weights.safetensors', 'timm' (fetched, with "
+                             "allow_hub), or 'none' for random ones.")
+    if pretrained == 'timm' and not allow_hub:
+        raise OpenTransError("pretrained='timm' fetches weights from the Hugging Face hub: allow it, by allow_hub=True "
+                             "or --allow-hub.")
+    options = dict(pretrained=pretrained == 'timm', num_classes=classes)
+    sized = {} if size is None else dict(img_size=size)
     with seeded(seed):
-        try: model = timm.create_model(name, pretrained=pretrained == 'timm', num_classes=classes, **options)
-        except TypeError: model = timm.create_model(name, pretrained=pretrained == 'timm', num_classes=classes) # a network that takes any size
-        except (AssertionError, ValueError) as error: raise OpenTransError(f"{name} cannot be built for pictures of side {size}: {shorten(error)}.") from error
+        try: model = timm.create_model(name, **options, **sized)
+        except TypeError: model = timm.create_model(name, **options) # a network that takes any size
+        except (AssertionError, ValueError) as error:
+            raise OpenTransError(f"{name} cannot be built for pictures of side {size}: {shorten(error)}.") from error
     if pretrained not in ('none', 'timm'): load_weights(model, pretrained)
     model.picture_size = size
     return model.eval()
@@ -92,7 +100,8 @@ def open_loaders(
     res = []
     for split in ('train', 'val'):
         pictures = open_pictures(root, split, timm.data.create_transform(**config, is_training=False), seed)
-        res.append(DataLoader(pictures, batch_size, shuffle=split == 'train', num_workers=workers, generator=torch.Generator().manual_seed(seed)))
+        order = torch.Generator().manual_seed(seed)
+        res.append(DataLoader(pictures, batch_size, split == 'train', num_workers=workers, generator=order))
     return tuple(res)
 
 @torch.no_grad()
@@ -125,7 +134,9 @@ def fit(
             warm = min(1, (at+1)/max(1, steps//10))
             for group in opt.param_groups: group['lr'] = lr*warm*(.5 + .5*math.cos(math.pi*at/steps))
             value = (loss or F.cross_entropy)(model(x), y)
-            if not value.isfinite(): raise OpenTransError(f"The loss is {value.item()} in step {at}: the training has diverged. Use a smaller lr.")
+            if not value.isfinite():
+                raise OpenTransError(f"The loss is {value.item()} in step {at}: the training has diverged. "
+                                     "Use a smaller lr.")
             opt.zero_grad()
             value.backward()
             opt.step()
@@ -135,12 +146,14 @@ def fit(
     model.eval()
     return history
 
-def _example(model, size): return torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(device_of(model))
+def _example(model, size):
+    return torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(device_of(model))
 
 def _write(model, out, name, size, onnx, **metadata):
     "The weights of a plain model, and its ONNX file: the largest difference of the outputs, or None."
     if out is None: return None
-    save_tensors({n: t.contiguous() for n,t in model.state_dict().items()}, Path(out)/f'{name}.safetensors', metadata)
+    state = {n: t.contiguous() for n,t in model.state_dict().items()}
+    save_tensors(state, Path(out)/f'{name}.safetensors', metadata)
     return export_onnx(model.cpu(), Path(out)/f'{name}.onnx', _example(model.cpu(), size)) if onnx else None
 
 # %% ../../nbs/vit/64c_products.ipynb #b2713e60
@@ -157,7 +170,7 @@ def spt_on(
     lr:float=1e-3, # Of AdamW
     seed:int=0, # Of everything random
     onnx:bool=False, # Write an ONNX file, too?
-)->dict: # budget, spent, head, trained, share of the body, loss, accuracy, the difference that merging makes, and that of ONNX
+)->dict: # budget, spent, head, trained, share of the body, loss, accuracy, what merging changes, what ONNX changes
     "Sensitivity-aware fine-tuning from end to end (thesis, chapter 2)."
     sens = param_sensitivity(model, train, n_samples=samples, seed=seed)
     alloc = allocate(sens, budget, kind, r)
@@ -178,9 +191,10 @@ def spt_on(
         merge_spt(model)
         merged = float((model(x)-before).abs().max())
     different = _write(model, out, 'merged', x.shape[1:], onnx, tuned='spt')
-    return dict(budget=budget, spent=alloc.spent, head=alloc.head, trained=alloc.n_trainable, share=alloc.spent/body, structured=len(alloc.structured),
-                single=sum(int(m.sum()) for m in alloc.masks.values()), tau=alloc.tau, note=alloc.note, samples=sens.samples, loss=history[-1] if history else None,
-                accuracy=tested, merged_difference=merged, onnx_difference=different)
+    single, loss = sum(int(m.sum()) for m in alloc.masks.values()), history[-1] if history else None
+    plan = dict(budget=budget, spent=alloc.spent, head=alloc.head, trained=alloc.n_trainable, share=alloc.spent/body)
+    plan.update(structured=len(alloc.structured), single=single, tau=alloc.tau, note=alloc.note, samples=sens.samples)
+    return dict(plan, loss=loss, accuracy=tested, merged_difference=merged, onnx_difference=different)
 
 # %% ../../nbs/vit/64c_products.ipynb #4f84ad2e
 def stitch_on(
@@ -189,7 +203,7 @@ def stitch_on(
     val=None, # Loader to test with
     out=None, # Folder for palette.csv, the run, and the deployed networks
     points:int=3, # Networks to deploy
-    ranks=None, # Rank of the attention's updates, one for each model; None: 32, 16, 8 from the small end, as in the thesis
+    ranks=None, # Rank of the attention's updates, one for each model; None: 32, 16, 8 from the small end (thesis)
     epochs:int=10, # Of training
     lr:float=1e-3, # Of AdamW
     seed:int=0, # Of everything random
@@ -207,16 +221,19 @@ def stitch_on(
     sampler = StitchSampler(table.flops, points, seed=seed)
     opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr)
     run = StitchTrainer(net.train(), sampler, opt)
-    with seeded(seed): run.fit(to_device(batch, device_of(net)) for _ in progress(range(epochs), 'train') for batch in train)
+    rounds = (batch for _ in progress(range(epochs), 'train') for batch in train)
+    with seeded(seed): run.fit(to_device(batch, device_of(net)) for batch in rounds)
     if out is not None: run.save(Path(out)/'stitches.safetensors')
     palette = deploy(net.eval(), sampler, [(_some(train, 64, device_of(net)),)] if _has_norms(net) else None)
     rows = []
     for s,network in palette.items():
         tested = accuracy(network, val) if val is not None else None
         different = _write(network, out, f'stitch{s}', size, onnx, stitch=s)
-        rows.append(dict(stitch=s, name=table.name[s], flops=table.flops[s], params=table.params[s], drawn=int(sampler.tracker.counts[s]), accuracy=tested, onnx_difference=different))
+        row = dict(stitch=s, name=table.name[s], flops=table.flops[s], params=table.params[s])
+        rows.append(dict(row, drawn=int(sampler.tracker.counts[s]), accuracy=tested, onnx_difference=different))
     frame = pd.DataFrame(rows).set_index('stitch')
-    frame.attrs.update(drawn=int((sampler.tracker.counts > 0).sum()), stitches=len(net.configs), trained=sum(p.numel() for p in net.parameters() if p.requires_grad))
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    frame.attrs.update(drawn=int((sampler.tracker.counts > 0).sum()), stitches=len(net.configs), trained=trained)
     return frame
 
 def _has_norms(net): return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in net.modules())
@@ -250,12 +267,14 @@ def spvit_on(
     size = picture_size(model)[1:]
     loss, full = teacher_loss(model), SPViTCost(model, size=size).target
     with seeded(seed): student = convert_to_spvit(model)
-    train_spvit(student, train, search, loss, SPViTCost(student, share*full, weight/full**2, size=size), lr, gate_lr, seed=seed)
+    pressure = SPViTCost(student, share*full, weight/full**2, size=size)
+    train_spvit(student, train, search, loss, pressure, lr, gate_lr, seed=seed)
     spec, slim = HybridSpec.of(student), slim_spvit(student)
     train_spvit(slim, train, tune, loss, lr=lr, cosine=True, seed=seed+1)
     tested = accuracy(slim, val) if val is not None else None
     if out is not None: spec.to_json(Path(out)/'hybrid.json')
-    told = dict(operations=' '.join(spec.ops), units=sum(spec.widths), gflops_before=float(full), gflops=float(SPViTCost(slim, size=size).target),
-                params=sum(p.numel() for p in slim.parameters()), accuracy=tested)
+    left, params = float(SPViTCost(slim, size=size).target), sum(p.numel() for p in slim.parameters())
+    told = dict(operations=' '.join(spec.ops), units=sum(spec.widths), gflops_before=float(full), gflops=left)
+    told.update(params=params, accuracy=tested)
     told['onnx_difference'] = _write(slim, out, 'slim', (3, *size), onnx, tuned='spvit')
     return slim, told

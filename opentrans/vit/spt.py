@@ -154,8 +154,9 @@ def _check_plan(told, shapes):
     if lost: raise ValueError(f"'{lost[0]}' has no shape")
     sizes = [side for shape in shapes.values() for side in shape]
     numbers = [told['tau'], told['always'], told['n_trainable'], told['r'], *told['counts'].values(), *(told['heads'] or {}).values(), *sizes]
-    if min(numbers) < 0 or max(map(math.prod, shapes.values()), default=0) > 2**40: raise ValueError('a number in it cannot be')
-    if told['kind'] not in KINDS: raise ValueError(f"it has modules of kind '{told['kind']}'")
+    if min(numbers) < 0 or max(map(math.prod, shapes.values()), default=0) > 2**30: raise ValueError('a number in it cannot be')
+    if told['kind'] not in KINDS or told['structured'] and told['kind'] == 'none': raise ValueError(f"it has modules of kind '{told['kind']}'")
+    if any(len(shapes[n]) < 2 for n in told['structured']) or any(len(shapes[n]) != 1 for n in told['vectors']): raise ValueError('a module or a whole vector has another shape')
 
 # %% ../../nbs/vit/61_spt.ipynb #80301c06
 def _check_masks(masks, sens):
