@@ -117,7 +117,7 @@ def prune(
              "Default: uniform.")]=None,
     target:Annotated[str, typer.Option(
         help="What a layer's outputs shall be under wanda, sparsegpt and alps: own, what its own weights make of what it "
-             "now sees, or dense, what they are in the dense tower.")]='dense',
+             "now sees, or dense, what they are in the dense tower.")]='own',
     crop:Annotated[Optional[int], typer.Option(min=0,
                                                help="Side of the window cut out of larger images; 0 takes whole "
                                                     "images. Default: 512 (the paper's), whole scenes of "
