@@ -88,7 +88,7 @@ _LAYER_BY_LAYER = ('wanda', 'sparsegpt', 'alps') # methods of `reconstruct`
 
 def _check_layer_flags(method):
     "Raises `OpenTransError` for flags that only a method of `reconstruct` reads."
-    given = [f'--{flag}' for flag in ('images', 'scope', 'densities') if _typed(flag)]
+    given = [f'--{flag}' for flag in ('images', 'scope', 'densities', 'target') if _typed(flag)]
     if given:
         raise OpenTransError(f"{' and '.join(given)}: only --method {', '.join(_LAYER_BY_LAYER)} looks at that, "
                              f"not {method}. Leave it out.")
@@ -137,6 +137,9 @@ def prune(
     densities:Annotated[Optional[str], typer.Option(
         help="How layers share the density under wanda, sparsegpt and alps: uniform, erdos-renyi-kernel, global or owl. "
              "Default: uniform.")]=None,
+    target:Annotated[str, typer.Option(
+        help="What a layer's outputs shall be under wanda, sparsegpt and alps: own, what its own weights make of what it "
+             "now sees, or dense, what they are in the dense tower.")]='own',
     crop:Annotated[Optional[int], typer.Option(min=0,
                                                help="Side of the window cut out of larger images; 0 takes whole "
                                                     "images. Default: 512 (the paper's), whole scenes of "
@@ -209,7 +212,7 @@ def prune(
     elif one_by_one:
         opened = open_data(data, root, split, classes, ignore)
         pictures = ImageBatches(opened, images, batch_size, crop, seed)
-        mask,_ = reconstruct(clip, pictures, density, method, scope, densities)
+        mask,_ = reconstruct(clip, pictures, density, method, scope, densities, target=target)
         mask.info.update(data=getattr(opened, 'name', data), images=len(pictures))
         if weights and first_process(): save_weights(clip, weights)
     elif method == 'random': mask = SparseMask.random(clip, density, seed=seed)

@@ -48,7 +48,7 @@ class FeatureTrainer:
     iterations:int = 1000 # Iterations a round
     lr:float = 1e-4 # Learning rate of AdamW
     clip_grad:float = 0. # Largest norm of the gradient; 0 for no limit
-    batch_norm:str = 'train' # `'train'`: batch statistics; `'frozen'`: CLIP's
+    batch_norm:str = 'frozen' # `'frozen'`: CLIP's statistics, as the teacher has them; `'train'`: those of the batch
     amp:bool = False # bfloat16 autocast for student and teacher?
     stages:tuple = () # Names of the maps to compare, such as `('res4', 'res5')`; none: all
 

@@ -54,8 +54,10 @@ def layer_by_layer(
     return find
 
 for _method in ('wanda', 'sparsegpt', 'alps'): FINDERS[_method] = layer_by_layer(_method)
-FINDERS['alps, global, dense target'] = layer_by_layer('alps', densities='global', target='dense')
-for _rule in ('owl', 'erdos-renyi-kernel', 'global'): FINDERS[f'alps, {_rule}'] = layer_by_layer('alps', densities=_rule)
+FINDERS['alps, dense target'] = layer_by_layer('alps', target='dense')
+for _rule in ('owl', 'erdos-renyi-kernel', 'global'):
+    FINDERS[f'alps, {_rule}'] = layer_by_layer('alps', densities=_rule)
+    FINDERS[f'alps, {_rule}, dense target'] = layer_by_layer('alps', densities=_rule, target='dense')
 
 _BATCHES = 16 # that SNIP looks at
 
@@ -140,12 +142,13 @@ METHODS = { # in tables: (method of a `MaskRecipe` and its settings, whose weigh
     'Wanda': (dict(method='wanda'), 'original'),
     'SparseGPT': (dict(method='sparsegpt'), 'original'),
     'ALPS': (dict(method='alps'), 'original'),
-    'ALPS and its weights': (dict(method='alps'), 'trained'),
     'ALPS, OWL': (dict(method='alps, owl'), 'original'),
     'ALPS, Erdős-Rényi': (dict(method='alps, erdos-renyi-kernel'), 'original'),
     'ALPS, global': (dict(method='alps, global'), 'original'),
-    'ALPS, global, and its weights': (dict(method='alps, global'), 'trained'),
-    'ALPS, global, dense target': (dict(method='alps, global, dense target'), 'original'),
+    'ALPS, dense target': (dict(method='alps, dense target'), 'original'),
+    'ALPS, dense target, and its weights': (dict(method='alps, dense target'), 'trained'),
+    'ALPS, Erdős-Rényi, dense target': (dict(method='alps, erdos-renyi-kernel, dense target'), 'original'),
+    'ALPS, Erdős-Rényi, dense target, and its weights': (dict(method='alps, erdos-renyi-kernel, dense target'), 'trained'),
     'ALPS, global, dense target, and its weights': (dict(method='alps, global, dense target'), 'trained'),
     'random': (dict(method='random'), 'original')}
 LABELS = {'SNIP, labels': 'labels', 'SNIP, regions and names': 'regions, names', 'Algorithm 1': 'regions, names',

@@ -110,17 +110,20 @@ class Inputs:
     @functools.cached_property
     def damped(self)->torch.Tensor: # (groups, D, D)
         "The matrix with a larger diagonal, which can be inverted."
-        gram = self.gram.double() if self.gram.device.type != 'mps' else self.gram
-        diagonal = self.squares.to(gram)
-        added = self.damping*diagonal.mean(1, keepdim=True)
-        return gram + torch.diag_embed(added.clamp_min(1e-30).expand_as(diagonal))
+        gram = self.gram.to(torch.float32 if self.gram.device.type == 'mps' else torch.float64, copy=True)
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        diagonal += self.damping*diagonal.mean(1, keepdim=True).clamp_min(1e-30)
+        return gram
 
     @functools.cached_property
     def inverse_factor(self)->torch.Tensor: # (groups, D, D), upper triangular
         "The Cholesky factor of the inverse: its rows are the updates of OBS when columns leave from left to right."
-        gram = self.damped + torch.diag_embed(self.dead.to(self.damped))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
-        return torch.linalg.cholesky(inverse, upper=True).float()
+        gram = self.damped.clone()
+        gram.diagonal(dim1=1, dim2=2).add_(self.dead)
+        torch.linalg.cholesky(gram, out=gram)
+        inverse = torch.cholesky_inverse(gram)
+        torch.linalg.cholesky(inverse, upper=True, out=gram)
+        return gram.float()
 
     @functools.cached_property
     def scale(self)->torch.Tensor: # (groups, D)
@@ -144,8 +147,8 @@ class Inputs:
     )->torch.Tensor: # (groups, outputs, D)
         "The dense weights whose outputs here are nearest to those of `weights` there: to prune these is to prune for those outputs."
         gram = self.damped
-        added = torch.diag_embed(gram.diagonal(dim1=1, dim2=2)-self.squares.to(gram))
-        wanted = weights.to(gram) @ (cross.to(gram)+added)
+        added = gram.diagonal(dim1=1, dim2=2)-self.squares.to(gram)
+        wanted = weights.to(gram) @ cross.to(gram) + weights.to(gram)*added[:, None]
         return torch.linalg.solve(gram, wanted, left=False).to(weights)
 
     def reordered(self,
