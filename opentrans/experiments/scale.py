@@ -157,7 +157,7 @@ _PHOTO = dict(backbone='photo-lite0', data='photographs', output_stride=32, lean
 SCALES = dict(shapes=Scale(), demo=Scale(iterations=150, query_iterations=30),
               gpu=Scale(**_RN50, size=224, train=8000, val=1000, domain=300, imp_iters=300, imp_batch=16, warmup=1000, iterations=4000, lr=1e-3, backbone_lr=.1),
               coco=Scale(**_RN50, data='coco_panoptic', sets=_REAL, output_stride=32, size=512, val=0, domain=0, imp_iters=1000, imp_batch=16, imp_crop=512, paper=True, warmup=10_000, iterations=40_000, batch_size=28, backbone_lr=1.),
-              photo=Scale(**_PHOTO, val=119, domain=48, density=.2, p=.15, imp_iters=15, imp_lr=3e-4, warmup=60, iterations=240, batch_size=8, lr=1e-3, backbone_lr=.3, query_iterations=200),
+              photo=Scale(**_PHOTO, val=119, domain=48, density=.1, p=.2, imp_iters=15, imp_lr=3e-4, warmup=50, iterations=200, batch_size=8, lr=1e-3, backbone_lr=.3, query_iterations=200),
               smoke=Scale(train=24, val=8, domain=4, density=.5, p=.3, imp_iters=1, imp_batch=4, warmup=1, iterations=2, batch_size=4, zero_shot=40, query_iterations=2, query_batch=4))
 
 # %% ../../nbs/experiments/50_scale.ipynb #9f7c427b
