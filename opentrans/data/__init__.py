@@ -13,3 +13,6 @@ from .metrics import *
 from .metrics import __all__ as _metrics
 
 __all__ = [*_vocabulary, *_samples, *_shapes, *_readers, *_datasets, *_metrics]
+
+from opentrans.helping import document as _document
+_document(__name__)

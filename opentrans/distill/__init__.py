@@ -5,3 +5,6 @@ from .trainer import *
 from .trainer import __all__ as _trainer
 
 __all__ = [*_losses, *_trainer]
+
+from opentrans.helping import document as _document
+_document(__name__)

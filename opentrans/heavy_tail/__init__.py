@@ -7,3 +7,6 @@ from .over_time import *
 from .over_time import __all__ as _over_time
 
 __all__ = [*_power_law, *_table, *_over_time]
+
+from opentrans.helping import document as _document
+_document(__name__)

@@ -15,3 +15,6 @@ from .rounds import *
 from .rounds import __all__ as _rounds
 
 __all__ = [*_mask, *_places, *_force, *_criteria, *_rounds, *_baked, *_transfer]
+
+from opentrans.helping import document as _document
+_document(__name__)
