@@ -47,6 +47,11 @@ def _meaning(line, comments):
 # %% ../nbs/00_helping.ipynb #02b47f43
 def _text(node): return '' if node is None else ast.unparse(node)
 
+def _type(node):
+    "An annotation as it is written, without quotes around it."
+    quoted = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    return node.value if quoted else _text(node)
+
 def _arguments(node):
     "The arguments of a function with their defaults, in order, without self and cls."
     spec = node.args
@@ -60,10 +65,10 @@ def _described(node, lines):
     "Parameters of a function, and what it returns, from its source."
     end = max(node.lineno, node.body[0].lineno-1)
     comments = _comments(lines[node.lineno-1:end], node.lineno)
-    params = [Param(arg.arg, _text(arg.annotation), _text(default), _meaning(arg.lineno, comments))
+    params = [Param(arg.arg, _type(arg.annotation), _text(default), _meaning(arg.lineno, comments))
               for arg,default in _arguments(node)]
     at = node.returns.end_lineno if node.returns else end
-    given = Param('', _text(node.returns), '', _meaning(at, comments))
+    given = Param('', _type(node.returns), '', _meaning(at, comments))
     return params,given
 
 # %% ../nbs/00_helping.ipynb #92309028
@@ -71,7 +76,7 @@ def _fields(node, lines):
     "Fields of a dataclass, from its source."
     comments = _comments(lines[node.lineno-1:node.end_lineno], node.lineno)
     found = [part for part in node.body if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)]
-    return [Param(part.target.id, _text(part.annotation), _text(part.value), _meaning(part.lineno, comments))
+    return [Param(part.target.id, _type(part.annotation), _text(part.value), _meaning(part.lineno, comments))
             for part in found if not part.target.id.startswith('_')]
 
 @lru_cache(maxsize=None)

@@ -40,7 +40,8 @@ def test_help_shows_parameters_and_an_example(name):
 
 def test_help_is_the_same_from_every_place():
     "The example is shown however a name was imported, and once."
-    code = "from opentrans.pruning import imp; import opentrans; print(imp.__doc__.count('Example'), opentrans.imp is imp)"
+    code = ("from opentrans.pruning import imp; import opentrans; "
+            "print(imp.__doc__.count('Example'), opentrans.imp is imp)")
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root)
     assert run.stdout.split() == ['1', 'True']
 

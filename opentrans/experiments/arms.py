@@ -62,6 +62,7 @@ class ArmResult(OpenDict):
     every: NotRequired[bool]
     seconds: NotRequired[Amount]
 
+# %% ../../nbs/experiments/51_arms.ipynb #5b7d6780
 def read_tensors(path, kind):
     "The tensors of a file of a run. Those of opentrans 0.1 do not say what they are."
     return load_tensors(path, kind=kind if 'format' in load_metadata(path) else None)[0]
@@ -80,6 +81,7 @@ MASKS = ('distilled', 'magnitude', 'snip', 'random', 'random, layer-matched')
 _FROM_DISTILLED = ('distilled', 'random, layer-matched') # methods that begin with the mask of Algorithm 1
 _USUAL = dict(segmentation=0., distillation=1., framework=None, rewind=None, schedule='geometric')
 
+# %% ../../nbs/experiments/51_arms.ipynb #faa4c820
 @dataclass(frozen=True)
 class MaskRecipe:
     "How a mask is found. What is None is as the scale says, and in Algorithm 1 as the paper does."
@@ -118,6 +120,7 @@ class MaskRecipe:
         if self.method == 'distilled': return self.id(scale)
         return ', '.join([self.method, *(f'{name}={value}' for name,value in self.overrides(scale).items())])
 
+# %% ../../nbs/experiments/51_arms.ipynb #c6ea1666
 def as_recipe(
     mask, # A `MaskRecipe`, one of `MASKS`, or None for a dense tower
 ): # `MaskRecipe`, or None
@@ -161,6 +164,7 @@ def find_mask(
               folder/('imp.json' if not f else f'imp-{name}.json'), ROUNDS_FILE)
     mask.save(folder/f'{name}.safetensors')
 
+# %% ../../nbs/experiments/51_arms.ipynb #9f363343
 def open_mask(
     mask, # A `MaskRecipe`, one of `MASKS`, or None for a dense tower
     scale:Scale, # Sizes
@@ -305,6 +309,7 @@ def warm_up(
         with maybe_mask(None if arm.late(scale) else mask, seg): finetune(seg, data, recipe, **run)
         save_tensors(seg.state_dict(), start_file(folder, arm, scale), kind=WEIGHTS_FILE)
 
+# %% ../../nbs/experiments/51_arms.ipynb #fa636dc2
 def no_warm_up(*args): pass
 
 def open_warm(arm, scale, seed, folder)->tuple: # As `open_arm`
@@ -432,6 +437,7 @@ def _looks(scale, name, framework):
     size = released_size(framework or scale.framework, scale.data if name == 'val' else name)
     return dict(size, over='truth', workers=scale.loaders)
 
+# %% ../../nbs/experiments/51_arms.ipynb #7819e733
 def _measure_arm(arm, scale, seed, folder, keep, run):
     "Fine-tune an arm, measure all that its tables show, and write it."
     done,tower,alphas = _files(folder, arm, scale)
