@@ -12,7 +12,7 @@ STUDIES ?=
 SEEDS   ?= 5
 
 # tests of `make check`: those that take seconds
-FAST ?= tests/test_style.py tests/test_architecture.py tests/test_pruning.py
+FAST ?= tests/test_style.py tests/test_help.py tests/test_architecture.py
 
 .PHONY: help install hooks demo check style types test docs check-notebooks results gpu gpu-bundle gpu-check clean
 help:

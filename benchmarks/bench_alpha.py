@@ -22,7 +22,7 @@ for k in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): os.envi
 import numpy as np
 import torch
 from torch import nn
-from opentrans.heavy_tail import analyze, fit_power_law, LayerTable, matrices, spectra
+from opentrans.heavy_tail import analyze, fit_power_law, matrices, spectra
 from opentrans.heavy_tail.power_law import _eigenvalues
 from opentrans.heavy_tail.reading import _named_weights
 

@@ -12,7 +12,7 @@ fused, without.
 The equality of both where HRCA may read all cells is checked first. The decoder is FASeg's whole one at full
 size, with HRCA and with all cells read.
 """
-import argparse, os, platform, time
+import argparse, platform, time
 import numpy as np
 import torch
 from torch import nn

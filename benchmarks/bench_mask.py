@@ -20,7 +20,6 @@ spent in the mask's own hooks.
 import argparse, copy, json, platform, statistics, time, warnings
 import torch
 import torch.nn.utils.prune as tp
-from torch import nn
 from opentrans.pruning import force as P
 from opentrans.pruning import SparseMask, prunable
 

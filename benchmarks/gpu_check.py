@@ -139,7 +139,6 @@ def compiled(at):
 @check(90)
 def imp(at):
     "Algorithm 1 in three rounds, by distillation."
-    import torch
     from opentrans.data import ShapesWorld
     from opentrans.distill import DistillTrainer
     from opentrans.pruning import imp as algorithm_1

@@ -27,7 +27,8 @@ COLUMNS = dict(lines='lines', over_120='>120', over_120_percent='>120 %', over_1
                longest='longest', semicolons=';', bound_lambdas='lambda=', ambiguous='E741',
                nested_ternaries='a if b if', tuple_assignments='a,b,c=', nodes_a_statement='nodes/stmt',
                nodes_p99='p99', one_letter_percent='1-letter %', patches='@patch',
-               annotated_percent='annotated %', annotated_all_percent='with private %', function_median='def median', function_p99='def p99',
+               annotated_percent='annotated %', annotated_all_percent='with private %',
+               function_median='def median', function_p99='def p99',
                function_longest='def max', cell_median='cell median', cell_p90='cell p90',
                cell_longest='cell max')
 

@@ -25,10 +25,16 @@ _HOME = {name: module for module,names in _NAMES.items() for name in names.split
 
 __all__ = [*_HOME]
 
+def _chapter(name):
+    module = importlib.import_module(f'{__name__}.{name}')
+    from .helping import document
+    document(module.__name__)
+    return module
+
 def __getattr__(name):
-    "A public name or a module, imported when it is first asked for."
-    if name in _HOME: value = getattr(importlib.import_module(f'{__name__}.{_HOME[name]}'), name)
-    elif not name.startswith('_') and importlib.util.find_spec(f'{__name__}.{name}'): value = importlib.import_module(f'{__name__}.{name}')
+    "A public name or a module, imported when it is first asked for; `help` shows what its parameters mean."
+    if name in _HOME: value = getattr(_chapter(_HOME[name]), name)
+    elif not name.startswith('_') and importlib.util.find_spec(f'{__name__}.{name}'): value = _chapter(name)
     else: raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     globals()[name] = value
     return value

@@ -65,6 +65,7 @@ def _nan(what, reason):
     warnings.warn(f'CKA is NaN: {what} {reason}.')
     return float('nan')
 
+# %% ../nbs/03_cka.ipynb #48748f73
 def _pair(X, Y, unbiased, kernel):
     X,Y = _flat(X, 'X'),_flat(Y, 'Y')
     n = len(X)
@@ -185,6 +186,7 @@ def _picture_axes(shape, n):
     "The axes that may hold `n` pictures: those of that size, and the first one if it holds several rows a picture."
     return [a for a,size in enumerate(shape) if size == n or (a == 0 and size and size % n == 0)]
 
+# %% ../nbs/03_cka.ipynb #203976af
 def _only_axis(shape, n):
     """The one axis of `n` pictures, the first or the second. Raises `OpenTransError` if there is none, or if the
     shape does not tell."""
@@ -203,6 +205,7 @@ def _pool(x, channels):
     if channels is None: return x.flatten(2).mean(2) if x.dim() > 3 else x.mean(1)
     return x.movedim(channels, 1).flatten(2).mean(2)
 
+# %% ../nbs/03_cka.ipynb #fefc5f6a
 def as_examples(
     x:torch.Tensor, # What a layer gave for `n` pictures: (n, C, H, W), (n, tokens, C), (tokens, n, C) or (n, C)
     n:int, # Number of pictures
@@ -258,6 +261,7 @@ def _distances(K, k=3):
     d,few = K.diagonal(),min(k, len(K))
     return (d[:few, None] + d[None, :few] - 2*K[:few, :few]).cpu()
 
+# %% ../nbs/03_cka.ipynb #23e2bf26
 class _Seen:
     """What one layer gave for one batch: its shape, and for each axis that may hold the pictures a centred Gram
     matrix and a few distances."""
@@ -281,6 +285,7 @@ class _Seen:
                 f"the output {self.shape} does not hold the {n} pictures one after the other along axis {axis}")
         return axis
 
+# %% ../nbs/03_cka.ipynb #223460bb
 class _Watch:
     "Hooks on layers of one model; after a forward pass `take` gives the centred Gram matrices of the batch."
     def __init__(self, model, modules, gram_of, unbiased, maps, axis):
@@ -440,6 +445,7 @@ def _images(batch):
         f"A batch must be a tensor, a tuple that begins with one, or a dict with 'images', not "
         f"{type(batch).__name__}.")
 
+# %% ../nbs/03_cka.ipynb #9f866be2
 def _run(forward, model, images):
     """Run a model on a batch of images. Raises `OpenTransError` if their type is not that of its weights; other
     errors are the model's own."""
@@ -532,6 +538,7 @@ def _not_comparable(watch, which, images):
         f"No layer of the {which} model can be compared: "
         f"{', '.join(reasons[:3])}{f' and {len(reasons)-3} more' if len(reasons) > 3 else ''}.{cause}")
 
+# %% ../nbs/03_cka.ipynb #0a41db77
 def _watches(models, modules, axis, *options):
     "The watch of each of two models; one for both if they are one model. The options are those of `_Watch`."
     every = modules[0] | modules[1]
@@ -542,6 +549,7 @@ def _watches(models, modules, axis, *options):
     watches = [_Watch(model, found, *options, a) for model,found,a in zip(models, modules, said)]
     return watches[0],watches[-1]
 
+# %% ../nbs/03_cka.ipynb #bc51bab6
 def cka(
     model_a:nn.Module, # Rows of the result are its layers
     model_b:nn.Module, # Columns are its layers; may be `model_a` itself
@@ -594,6 +602,7 @@ def cka(
             for w,ns,given in ((wa, names_a, layers_a), (wb, names_b, layers_b or layers_a))]
     return frame.drop(index=idle[0], columns=idle[1])
 
+# %% ../nbs/03_cka.ipynb #0ca98b6c
 def _warn(left_out, repeated):
     if left_out: warnings.warn(f"{left_out} examples came in a batch too small for an estimate and were left out.")
     if repeated:

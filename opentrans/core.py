@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from fastcore.basics import patch
 from typing_extensions import NotRequired, TypedDict
 from .errors import OpenTransError
 from .escape import for_markdown
@@ -58,6 +57,7 @@ def bare_modules(
         else: names[path] = _joined(names[parent], last)
         if inner[path] is None: yield names[path],module
 
+# %% ../nbs/00_core.ipynb #ebba6181
 def bare_parameters(
     model:nn.Module, # Any model, with wrappers around it or inside
 )->dict: # Name -> parameter; one that has several names stands under each of them
@@ -80,6 +80,7 @@ PACKED = ('qkv', 'in_proj', 'to_qkv', 'c_attn') # names of a Linear that holds q
 
 LAYER_KINDS = ('conv', 'linear', 'attention', 'recurrent', 'experts') # what a layer can be
 
+# %% ../nbs/00_core.ipynb #f0108b88
 @dataclass(frozen=True)
 class Layer:
     "A weight by name: its module, its parameter, and for a packed projection the rows that are meant."
@@ -105,28 +106,25 @@ class Layer:
         if self.sources is not None: return list(self.sources.values())
         return [self.module._parameters[self.key.rpartition('.')[2]]]
 
-# %% ../nbs/00_core.ipynb #fdcf0215
-@patch
-def outputs_first(self:Layer,
-    t:torch.Tensor, # A tensor of the weight's shape
-)->torch.Tensor: # (outputs, inputs of one group, *kernel)
-    "The weight, or anything of its shape, with outputs on axis 0 and the inputs that each one sees on axis 1."
-    if self.kind == 'experts': return (t if self.out_axis == 1 else t.transpose(1, 2)).flatten(0, 1)
-    if self.out_axis == 0: return t
-    if self.groups == 1: return t.transpose(0, 1)
-    return t.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+    def outputs_first(self,
+        t:torch.Tensor, # A tensor of the weight's shape
+    )->torch.Tensor: # (outputs, inputs of one group, *kernel)
+        "The weight, or anything of its shape, with outputs on axis 0 and the inputs that each one sees on axis 1."
+        if self.kind == 'experts': return (t if self.out_axis == 1 else t.transpose(1, 2)).flatten(0, 1)
+        if self.out_axis == 0: return t
+        if self.groups == 1: return t.transpose(0, 1)
+        return t.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
-@patch
-def as_stored(self:Layer,
-    t:torch.Tensor, # A tensor as `outputs_first` gives it
-)->torch.Tensor: # In the weight's shape
-    "Undo `outputs_first`."
-    if self.kind == 'experts':
-        stack = t.unflatten(0, (self.groups, -1))
-        return stack if self.out_axis == 1 else stack.transpose(1, 2)
-    if self.out_axis == 0: return t
-    if self.groups == 1: return t.transpose(0, 1)
-    return t.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+    def as_stored(self,
+        t:torch.Tensor, # A tensor as `outputs_first` gives it
+    )->torch.Tensor: # In the weight's shape
+        "Undo `outputs_first`."
+        if self.kind == 'experts':
+            stack = t.unflatten(0, (self.groups, -1))
+            return stack if self.out_axis == 1 else stack.transpose(1, 2)
+        if self.out_axis == 0: return t
+        if self.groups == 1: return t.transpose(0, 1)
+        return t.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
 
 # %% ../nbs/00_core.ipynb #103d00e0
 _ENDS = {'WeightNorm': 'torch.nn.utils.remove_weight_norm(module{})',
@@ -160,6 +158,7 @@ def _from_hook(module, key):
     return (value,sources,'something that replaced the parameter',
             "what put it there (FSDP: before the model is sharded)")
 
+# %% ../nbs/00_core.ipynb #aa2e46a1
 def _layer(dot, module, key, kind='linear', **more):
     "The layer that a module's tensor is, as a list; an empty one if there is none."
     if module._parameters.get(key) is not None: return [Layer(dot+key, module, getattr(module, key), kind, **more)]
@@ -191,6 +190,7 @@ def _experts(dot, module):
     return [layer for k,p in made.items() if p.ndim == 3
             for layer in _layer(dot, module, k, 'experts', out_axis=axis, groups=len(p))]
 
+# %% ../nbs/00_core.ipynb #b149fc27
 def layers_of(
     name:str, # Qualified name of a module
     module:nn.Module, # The module
@@ -304,6 +304,7 @@ def _hidden_weights(module):
     if packed: res['weight'] = 'is packed in integers'
     return res
 
+# %% ../nbs/00_core.ipynb #aa4c489e
 def unread(
     model:nn.Module, # Any model; names are read in its tower
 )->dict: # Name -> why it is not read
@@ -359,6 +360,7 @@ class _Selection(TypedDict):
     freeze: list[str]
     rule: NotRequired[str]
 
+# %% ../nbs/00_core.ipynb #a8483f74
 @dataclass
 class LayerSelection:
     "Which layers are trained and which are frozen. Names are those of `layers`."
@@ -393,6 +395,28 @@ class LayerSelection:
     def _repr_markdown_(self):
         return f"**{len(self.train)} layers trained, {len(self.freeze)} frozen** ({for_markdown(self.rule)})"
 
+    def apply(self,
+        model:nn.Module, # A tower, or anything that holds one
+    )->Undo: # Handle; `.remove()`, or leaving a `with` block, restores `requires_grad`
+        """Freeze and unfreeze the named layers of `model`; a computed weight by the parameters behind it. Build the
+        optimizer afterwards. Raises `OpenTransError`, with nothing changed, for names the model lacks and layers
+        that cannot learn."""
+        known = find_layers(self.train+self.freeze, model)
+        on,off = ([known[n] for n in names] for names in (self.train, self.freeze))
+        params = {id(p): p for layer in on+off for p in layer.params}
+        learns = {id(p) for layer in on for p in layer.params}
+        parts = {id(layer.params[0]): layer
+                 for layer in off if layer.rows is not None and id(layer.params[0]) in learns}
+        bad = [f'{layer.name} {why}' for layer in on if (why := _cannot_train(layer))]
+        bad += [f'{layer.name} {why}' for layer in parts.values() if (why := _cannot_split(layer))]
+        if bad: raise OpenTransError(f"The selection cannot be put on {len(bad)} layers: {name_some(bad, 3)}.")
+        before = [(p, p.requires_grad) for p in params.values()]
+        undo = [lambda: [p.requires_grad_(b) for p,b in before]]
+        for i,p in params.items(): p.requires_grad_(i in learns)
+        for i in parts:
+            undo.append(_FrozenRows(params[i], [layer.rows for layer in off if id(layer.params[0]) == i]).hooks.remove)
+        return Undo(*undo)
+
 # %% ../nbs/00_core.ipynb #8d628bd2
 class _FrozenRows:
     "Rows of a parameter that no optimizer moves: they get no gradient, and are put back after each step."
@@ -419,6 +443,7 @@ class _FrozenRows:
         for r,w in zip(self.rows, self.kept): param[r] = w
         self.kept = None
 
+# %% ../nbs/00_core.ipynb #44f27252
 def _cannot_train(layer):
     "Why a layer cannot learn; '' if it can."
     if not layer.params: return layer.computed or 'has no parameter'
@@ -428,26 +453,3 @@ def _cannot_train(layer):
 def _cannot_split(layer):
     "Why a part of a parameter cannot be frozen while the rest learns; '' if it can."
     return layer.computed or (no_values(layer.param) if not layer.param.is_meta else '')
-
-@patch
-def apply(self:LayerSelection,
-    model:nn.Module, # A tower, or anything that holds one
-)->Undo: # Handle; `.remove()`, or leaving a `with` block, restores `requires_grad`
-    """Freeze and unfreeze the named layers of `model`; a computed weight by the parameters behind it. Build the
-    optimizer afterwards. Raises `OpenTransError`, with nothing changed, for names the model lacks and layers
-    that cannot learn."""
-    known = find_layers(self.train+self.freeze, model)
-    on,off = ([known[n] for n in names] for names in (self.train, self.freeze))
-    params = {id(p): p for layer in on+off for p in layer.params}
-    learns = {id(p) for layer in on for p in layer.params}
-    parts = {id(layer.params[0]): layer
-             for layer in off if layer.rows is not None and id(layer.params[0]) in learns}
-    bad = [f'{layer.name} {why}' for layer in on if (why := _cannot_train(layer))]
-    bad += [f'{layer.name} {why}' for layer in parts.values() if (why := _cannot_split(layer))]
-    if bad: raise OpenTransError(f"The selection cannot be put on {len(bad)} layers: {name_some(bad, 3)}.")
-    before = [(p, p.requires_grad) for p in params.values()]
-    undo = [lambda: [p.requires_grad_(b) for p,b in before]]
-    for i,p in params.items(): p.requires_grad_(i in learns)
-    for i in parts:
-        undo.append(_FrozenRows(params[i], [layer.rows for layer in off if id(layer.params[0]) == i]).hooks.remove)
-    return Undo(*undo)

@@ -112,6 +112,7 @@ def _fcclip_value(full, e):
              else full.trunk(size) + h)
     return whole.macs if flops else whole.params
 
+# %% ../nbs/experiments/57_efficiency.ipynb #1b5e47c5
 def released_stride16()->torch.nn.Module:
     """The backbone of DeepLabV3 in the released code: CLIP's stem before torchvision's ResNet-50, whose stride is
     on the 3x3 convolutions, the last stage dilated."""
@@ -226,6 +227,7 @@ def _stitch_value(full, e):
     return (len(configs) if what == 'stitches'
             else len({(c.front, c.end, c.layer) for c in configs if not c.is_anchor}))
 
+# %% ../nbs/experiments/57_efficiency.ipynb #c07806c7
 def _esta_value(full, e):
     report = pst_report(apply_pst(StitchableNet([_vit(d) for d in _WIDTH.values()], stitch_configs([12]*3)),
                                   (32, 16, 8)))

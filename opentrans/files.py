@@ -40,6 +40,7 @@ def _is_orphan(path):
     try: return _hold(handle)
     finally: os.close(handle)
 
+# %% ../nbs/00_files.ipynb #73f5914c
 def sweep(
     folder, # Where to look; not in the folders below it
 )->list: # Names of the files that were removed
@@ -99,6 +100,7 @@ def _write_error(path, error):
     return WriteError(
         f"Cannot write '{path}': {why}{'' if str(why).endswith('?') else '.'} What was there before is untouched.")
 
+# %% ../nbs/00_files.ipynb #3276f92b
 @contextlib.contextmanager
 def atomic_path(
     # Where the file shall be. Its folder is made if it is missing. A link stays a link, and the file that it names
@@ -132,6 +134,7 @@ def atomic_path(
         os.close(handle)
         with contextlib.suppress(FileNotFoundError): os.unlink(part)
 
+# %% ../nbs/00_files.ipynb #859778f2
 def save_text(text:str, path):
     "Write a text file in UTF-8, whole or not at all. Raises `OpenTransError` if it cannot be written."
     with atomic_path(path) as part: part.write_text(text, encoding='utf-8')
@@ -268,6 +271,7 @@ def digest_of(value)->str: # 64 hexadecimal digits
     "The sha256 of a JSON value, however it is laid out in a file."
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(',', ':')).encode()).hexdigest()
 
+# %% ../nbs/00_files.ipynb #85786860
 _HEADER = ('format', 'version', 'sha256')
 
 def json_text(
@@ -352,6 +356,7 @@ def _parts_of_file(tensors, meta):
     if len(text) > size: return whole[:8+size], whole[8+size:] # spelled otherwise than here: it stays as it is
     return bytes(whole[:8]) + text.ljust(size), whole[8+size:]
 
+# %% ../nbs/00_files.ipynb #ef3735da
 def _own_memory(tensors):
     "The tensors on the CPU, contiguous, and each with memory of its own, as safetensors wants them."
     seen, own = set(), {}
@@ -420,6 +425,7 @@ def load_tensors(
     if stored is None and version is not None and version > 1: raise known.damaged(path, 'it has lost its checksum')
     return {name: tensor.to(device) for name, tensor in tensors.items()}, meta
 
+# %% ../nbs/00_files.ipynb #e2fcb2ef
 def metadata_value(
     meta:dict, # What `load_tensors` gave besides the tensors
     name:str, # Which entry
@@ -535,6 +541,7 @@ def _locked(folder, name, place):
         yield
     finally: lock.release()
 
+# %% ../nbs/00_files.ipynb #19638c08
 class RunFile:
     "The file from which a long run goes on after any interruption. It belongs to the settings of one run."
     def __init__(self,
@@ -689,6 +696,7 @@ _PROGRAM = (
     "trust it, pass trust=True, or convert it once: torch.save(torch.jit.load('{name}', 'cpu').state_dict(), "
                                   "'weights.pt').")
 
+# %% ../nbs/00_files.ipynb #85992fa2
 def read_checkpoint(
     # `.safetensors`, `.pt`, `.pth`, `.bin`, detectron2's `.pkl`, a file that `SparseMask.bake` wrote, or a
     # TorchScript archive
@@ -721,6 +729,7 @@ def read_checkpoint(
         raise FormatError(f"'{path}' holds no state dict but a {type(value).__name__}. Save model.state_dict().")
     return value
 
+# %% ../nbs/00_files.ipynb #57cce771
 def state_dict_of(
     checkpoint:dict, # What `read_checkpoint` gave
     path, # For the message

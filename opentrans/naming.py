@@ -183,6 +183,7 @@ def _apart(keys, names):
                 key] = f"is computed from {', '.join(parts[:2])}: end the parametrization before the weights are saved"
     return res
 
+# %% ../nbs/05_naming.ipynb #0c218976
 def match_weights(
     keys, # Name -> shape
     shapes, # Parameter -> shape

@@ -10,7 +10,6 @@ import contextlib, math, os
 import torch
 from torch import nn
 import torch.distributed as dist
-from fastcore.basics import patch
 from .errors import OpenTransError
 from .files import lock_folder
 from .runtime import Undo
@@ -26,6 +25,7 @@ def group_size()->int:
     "How many processes are in torch's group; 1 if there is none."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
+# %% ../nbs/00_processes.ipynb #b526d1eb
 class Processes:
     "The processes that `accelerate launch` started, this one among them; just this one if it did not."
     def __init__(self,
@@ -97,6 +97,52 @@ class Processes:
                 f"The {self.n} processes have different {what}: {', '.join(map(str, seen[:4]))}. Give all of them "
                 f"the same files, on a file system that all machines see.")
 
+    def all_rows(self,
+        rows:torch.Tensor, # (N, ...) of this process
+        counts:list, # N of each process
+    )->torch.Tensor: # (sum of all N, ...), in the order of the processes
+        "The rows of all processes. The own ones keep their graph, with the gradient times the number of processes."
+        if self.n == 1: return rows
+        own = rows.new_zeros(max(counts), *rows.shape[1:])
+        own[:len(rows)] = rows.detach()
+        parts = [torch.empty_like(own) for _ in counts]
+        dist.all_gather(parts, own)
+        live = _Times.apply(rows, self.n) if rows.requires_grad else rows
+        return torch.cat([live if i == self.rank else part[:count] for i,(part,count) in enumerate(zip(parts, counts))])
+
+    def shard(self, order):
+        """The part of each batch of indices that is this process's. Raises `OpenTransError` if batches cannot be
+        divided."""
+        if self.n == 1: return order
+        if order.batch_size % self.n:
+            raise OpenTransError(
+                f"batch_size={order.batch_size} is the number of images in a step of all {self.n} processes together: "
+                f"it must be a multiple of {self.n}.")
+        from accelerate.data_loader import BatchSamplerShard
+        return BatchSamplerShard(order, self.n, self.rank, split_batches=True)
+
+    def wrap(self,
+        # A `Framework`, or another module with a `loss` of a batch, on its device; already frozen where it shall be
+        framework,
+        norms:bool=False, # Let batch norms see all processes?
+    ): # (what gives the losses of a batch, handle that undoes it)
+        "A framework whose gradients are the mean over all processes; in a single process the framework itself."
+        if self.n == 1: return framework,Undo()
+        kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if norms else ()
+        own = [(m, n, c) for kind in kinds for m,n,c in _parents(framework, kind)]
+        cuda = self.device.type == 'cuda'
+        for m,n,c in own:
+            if cuda: setattr(m, n, nn.SyncBatchNorm.convert_sync_batchnorm(c))
+            else: c.forward = _norm_of_all.__get__(c)
+        def undo():
+            for m,n,c in own:
+                if cuda:
+                    c.load_state_dict(getattr(m, n).state_dict())
+                    setattr(m, n, c)
+                else: del c.forward
+            self.accelerator.free_memory()
+        return self.accelerator.prepare_model(_Loss(framework)),Undo(undo)
+
 # %% ../nbs/00_processes.ipynb #ef966437
 class _Times(torch.autograd.Function):
     "A tensor as it is, whose gradient is taken times a number."
@@ -106,20 +152,6 @@ class _Times(torch.autograd.Function):
         return x.view_as(x)
     @staticmethod
     def backward(ctx, grad): return grad*ctx.times, None
-
-@patch
-def all_rows(self:Processes,
-    rows:torch.Tensor, # (N, ...) of this process
-    counts:list, # N of each process
-)->torch.Tensor: # (sum of all N, ...), in the order of the processes
-    "The rows of all processes. The own ones keep their graph, with the gradient times the number of processes."
-    if self.n == 1: return rows
-    own = rows.new_zeros(max(counts), *rows.shape[1:])
-    own[:len(rows)] = rows.detach()
-    parts = [torch.empty_like(own) for _ in counts]
-    dist.all_gather(parts, own)
-    live = _Times.apply(rows, self.n) if rows.requires_grad else rows
-    return torch.cat([live if i == self.rank else part[:count] for i,(part,count) in enumerate(zip(parts, counts))])
 
 # %% ../nbs/00_processes.ipynb #28bdbe01
 def _channel(x): return [1, -1, *[1]*(x.ndim-2)] # the shape of a number for each channel
@@ -141,6 +173,7 @@ def _moments(x):
     mean = (share*means).sum(0)
     return mean, (share*(variances + (means-mean)**2)).sum(0), total
 
+# %% ../nbs/00_processes.ipynb #2248f59e
 class _NormOfAll(torch.autograd.Function):
     """Normalise each channel by its mean and variance over all processes; their gradient is that of the whole
     batch, too."""
@@ -163,6 +196,7 @@ class _NormOfAll(torch.autograd.Function):
         back = (grad - plain.view(shape)).sub_(normal.mul_(along.view(shape))).mul_((inverse*weight).view(shape))
         return back, own[1], own[0], None, None, None, None
 
+# %% ../nbs/00_processes.ipynb #e86b6580
 def _norm_of_all(norm, x):
     "What a batch norm gives when several processes share its batch."
     if not norm.training: return type(norm).forward(norm, x)
@@ -190,41 +224,6 @@ class _Loss(nn.Module):
 def _parents(model, kind):
     return [(m, n, c) for m in model.modules() for n,c in m.named_children() if type(c) is kind]
 
-@patch
-def shard(self:Processes, order):
-    """The part of each batch of indices that is this process's. Raises `OpenTransError` if batches cannot be
-    divided."""
-    if self.n == 1: return order
-    if order.batch_size % self.n:
-        raise OpenTransError(
-            f"batch_size={order.batch_size} is the number of images in a step of all {self.n} processes together: "
-            f"it must be a multiple of {self.n}.")
-    from accelerate.data_loader import BatchSamplerShard
-    return BatchSamplerShard(order, self.n, self.rank, split_batches=True)
-
-@patch
-def wrap(self:Processes,
-    # A `Framework`, or another module with a `loss` of a batch, on its device; already frozen where it shall be
-    framework,
-    norms:bool=False, # Let batch norms see all processes?
-): # (what gives the losses of a batch, handle that undoes it)
-    "A framework whose gradients are the mean over all processes; in a single process the framework itself."
-    if self.n == 1: return framework,Undo()
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if norms else ()
-    own = [(m, n, c) for kind in kinds for m,n,c in _parents(framework, kind)]
-    cuda = self.device.type == 'cuda'
-    for m,n,c in own:
-        if cuda: setattr(m, n, nn.SyncBatchNorm.convert_sync_batchnorm(c))
-        else: c.forward = _norm_of_all.__get__(c)
-    def undo():
-        for m,n,c in own:
-            if cuda:
-                c.load_state_dict(getattr(m, n).state_dict())
-                setattr(m, n, c)
-            else: del c.forward
-        self.accelerator.free_memory()
-    return self.accelerator.prepare_model(_Loss(framework)),Undo(undo)
-
 # %% ../nbs/00_processes.ipynb #6d137433
 def _part(batch, i, n):
     "The i-th of n parts of a batch."
@@ -232,6 +231,7 @@ def _part(batch, i, n):
     cut = slice(i*size//n, (i+1)*size//n)
     return {k: v[cut] if isinstance(v, (torch.Tensor, list)) and len(v) == size else v for k,v in batch.items()}
 
+# %% ../nbs/00_processes.ipynb #dc050051
 def train_step(
     framework, # In training mode; or what `Processes.wrap` made of it
     batch:dict, # On its device

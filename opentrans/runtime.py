@@ -48,6 +48,7 @@ def held_by(
     "Which parameters an optimizer moves."
     return {id(p) for group in opt.param_groups for p in group['params']}
 
+# %% ../nbs/00_runtime.ipynb #6da5286f
 def after_step(
     watch:dict, # Parameter -> function of the optimizer, called after each step of one that holds the parameter
 ): # A handle with `.remove()`
@@ -220,6 +221,7 @@ def is_quiet()->bool:
     "Shall nothing tell how far it is? So the user says, and so do tests."
     return os.environ.get('OPENTRANS_PROGRESS') == '0' or bool(os.environ.get('IN_TEST'))
 
+# %% ../nbs/00_runtime.ipynb #5cd89c1c
 def progress(
     it, # Iterable
     desc:str='', # What is going on

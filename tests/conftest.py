@@ -121,7 +121,7 @@ def browser(tmp_path):
     if not chromium or not driver:
         pytest.skip(
             'no chromium with chromedriver on this machine (Debian: apt-get install chromium chromium-driver)')
-    selenium = pytest.importorskip('selenium', reason='selenium drives the browser: pip install selenium')
+    pytest.importorskip('selenium', reason='selenium drives the browser: pip install selenium')
     from selenium import webdriver
     from selenium.common.exceptions import WebDriverException
     options = webdriver.ChromeOptions()

@@ -8,7 +8,7 @@ python tests/fake_datasets.py ROOT --train 200 --val 20  a smaller tree
 What is learned from these scenes means nothing. They are for running the commands of the README end to end, and
 for measuring time and memory.
 """
-import argparse, json, os
+import argparse, json
 from pathlib import Path
 import numpy as np
 from PIL import Image

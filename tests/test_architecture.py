@@ -6,7 +6,8 @@ import opentrans
 
 root = Path(__file__).resolve().parent.parent
 
-LEVELS = ('errors', 'escape', 'naming', 'files', 'runtime', 'core', 'towers', 'processes', 'sparse', ('pruning', 'heavy_tail', 'cka', 'cost'), 'data', 'clip', 'distill', 'frameworks', 'training',
+LEVELS = ('helping', 'errors', 'escape', 'naming', 'files', 'runtime', 'core', 'towers', 'processes', 'sparse',
+          ('pruning', 'heavy_tail', 'cka', 'cost'), 'data', 'clip', 'distill', 'frameworks', 'training',
           'efficiency', 'experiments', 'playground', 'cli', 'all')
 LEVEL = {chapter: level for level,chapters in enumerate(LEVELS) for chapter in ([chapters] if isinstance(chapters, str) else chapters)}
 LEVEL |= dict(vit=LEVEL['data'], metrics=LEVEL['data'], finetune=LEVEL['training'])     # a leaf, and two modules that only pass names on
@@ -100,7 +101,7 @@ def test_the_systems_of_the_thesis_are_a_leaf():
     asks = {chapter(name) for name,path in MODULES.items() for other,_ in imports(name, path) if chapter(other) == 'vit' != chapter(name)}
     assert asks <= {*WHO_ASKS_THE_LEAF}
 
-LONGEST = 760 # lines of up to 120 columns: a file holds one thing
+LONGEST = 800 # lines of at most 120 columns: a file holds one thing
 
 def test_a_file_holds_one_thing():
     long = {name: len(path.read_text(encoding='utf-8').splitlines()) for name,path in MODULES.items()}

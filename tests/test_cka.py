@@ -1,5 +1,5 @@
 "CKA: each known defect of other tools as a test of ours, and the estimator against its closed form."
-import copy, gc, warnings
+import copy, gc
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from open_clip.modified_resnet import ModifiedResNet

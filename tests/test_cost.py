@@ -1,7 +1,7 @@
 """Cost: the paper's figures of full-size models, the three tools, masks and selections, and what a count must leave
 behind."""
-import contextlib, copy, functools, gc, types
-import numpy as np, pytest, torch
+import copy, functools, gc, types
+import pytest, torch
 from hypothesis import given, settings, strategies as st
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import TextTransformer, VisionTransformer
@@ -431,7 +431,7 @@ def test_price_of_a_product(name, how):
     make, size, want = PRICES[name]
     m = make()
     size = size if len(size) != 3 else (1, *size)
-    squeeze = 1 if len(PRICES[name][1]) == 3 or size[-1] == 1 else 0
+    1 if len(PRICES[name][1]) == 3 or size[-1] == 1 else 0
     def forward(x):
         x = x[0] if len(PRICES[name][1]) == 3 else x.squeeze(-1) if size[-1] == 1 else x
         with torch.inference_mode(how == 'inference'): return m(x)

@@ -58,7 +58,6 @@ def test_imp_with_distillation(clip):
 
 def test_a_continued_run_is_the_run(clip, tmp_path):
     whole,_ = imp(clip.fresh_copy(), trainer(clip), density=.4, p=.3, checkpoint_dir=tmp_path/'whole')
-    calls = []
     def stops(model, round):
         if round == 1: raise KeyboardInterrupt
         return train(model, round)

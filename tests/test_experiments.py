@@ -304,7 +304,7 @@ def test_names_are_shown_as_they_are_called():
     verdicts = ex.judge_claims(frame, [ex.Claim(names[2], names[0], names[2], names[3], ('base',))])
     summary = ex.summarize(frame, arms).to_dict('index')
     sizes = dataclasses.asdict(dataclasses.replace(ex.SCALES['smoke'], framework='deeplabv3'))
-    page = ex.report_html(dict(claims=verdicts.to_dict('records'), summary=dict(masks=summary, layers=summary),
+    ex.report_html(dict(claims=verdicts.to_dict('records'), summary=dict(masks=summary, layers=summary),
                                scale=sizes, seeds=[0, 1, 2], tower_params=1e6,
                                zero_shot=dict(base=.5, novel=.4, chance=.1), run=dict(command=names[2])), {})
     table = ex.claims_table(verdicts)

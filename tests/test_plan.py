@@ -1,19 +1,14 @@
 "The page of the paper's settings says what the code does; a plan of a run says what the run then needs."
-import dataclasses, inspect, json, re
+import dataclasses, inspect, json
 from pathlib import Path
 import pytest
 import torch
-from opentrans.cli import transfer
-from opentrans.cli.defaults import _course, _looks, _stride
 from opentrans.cost import peak_memory
 from opentrans.data import ShapesWorld
-from opentrans.distill import DistillTrainer
 from opentrans.errors import OpenTransError
-from opentrans.training import Recipe, RunPlan, WARMUP, finetune, plan_run, released_size
-from opentrans.frameworks import build, get_framework
+from opentrans.training import Recipe, RunPlan, finetune, plan_run
+from opentrans.frameworks import build
 from opentrans.frameworks.contract import tiny_backbone
-from opentrans.heavy_tail import LayerTable, analyze
-from opentrans.pruning import geometric_schedule, imp
 
 PAGE = Path(__file__).resolve().parents[1]/'nbs'/'training'/'43_plan.ipynb'
 

@@ -1,6 +1,5 @@
 "Masks across modules, libraries, files and processes: what the notebook's cells do not reach."
-import copy, json, math, os, struct, subprocess, sys, textwrap
-from pathlib import Path
+import copy, json, os, struct, subprocess, sys, textwrap
 import numpy as np
 import pytest
 import torch
@@ -109,7 +108,7 @@ def tiny_vit():
                              output_dim=12).eval()
 
 def test_mask_fits_timm_vit_by_function():
-    timm = pytest.importorskip('timm')
+    pytest.importorskip('timm')
     from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
     ours = tiny_vit()
     other = VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=2, mlp_ratio=2,

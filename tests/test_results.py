@@ -46,7 +46,6 @@ def test_no_output_has_a_path_of_a_machine(file):
 @pytest.mark.parametrize('file', [p for p in FILES if 'claims' in json.loads(p.read_text())], ids=lambda p: p.stem)
 def test_verdicts_follow_from_the_stored_runs(file):
     "Each claim's difference, interval and verdict, computed again from the runs in the file."
-    import pandas as pd
     from opentrans.experiments import difference, results_frame
     data = json.loads(file.read_text())
     if not data['results']: pytest.skip('no arms in this study')

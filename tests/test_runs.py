@@ -566,10 +566,10 @@ def test_one_mask_gives_one_file(tmp_path):
     info = dict(of={'b', 'a', 'c'}, train=noise, when=None, made=object())
     for name in 'ab': mask.save(tmp_path/name, **info)
     SparseMask.load(tmp_path/'a').save(tmp_path/'c')
-    work = f"""import torch
+    work = """import torch
 torch.set_num_threads(1)
 from test_runs import *
-SparseMask.magnitude(small(), .3).save('d', of={{'b', 'a', 'c'}}, train=noise, when=None, made=object())"""
+SparseMask.magnitude(small(), .3).save('d', of={'b', 'a', 'c'}, train=noise, when=None, made=object())"""
     subprocess.run([sys.executable, '-c', work], env=dict(ENV, PYTHONHASHSEED='7'), cwd=tmp_path, check=True)
     assert len({(tmp_path/name).read_bytes() for name in 'abcd'}) == 1
 

@@ -9,3 +9,6 @@ from .backbone import *
 from .backbone import __all__ as _backbone
 
 __all__ = [*_small, *_photo, *_weights, *_backbone]
+
+from opentrans.helping import document as _document
+_document(__name__)

@@ -9,3 +9,6 @@ from .memory import *
 from .memory import __all__ as _memory
 
 __all__ = [*_prices, *_counting, *_costs, *_memory]
+
+from opentrans.helping import document as _document
+_document(__name__)

@@ -43,6 +43,7 @@ def _shares(parts, layers):
     return [[(p, layer.rows) for p in parts if len(p) == rows]
             + [(p, None) for p in parts if len(p) != rows and layer is layers[0]] for layer in layers]
 
+# %% ../../nbs/04c_counting.ipynb #fe5fa97f
 def _module_rows(name, m):
     "Rows of a module's own weights: [row, kind, [(parameter, its rows or None), ...]], the weight first."
     own,dot = {k: p for k,p in m._parameters.items() if p is not None},f'{name}.' if name else ''
@@ -66,6 +67,7 @@ def _module_rows(name, m):
         else: rows.append([dot+k, kind, [(p, None)]])
     return rows
 
+# %% ../../nbs/04c_counting.ipynb #705c3228
 def _paths(model):
     """Path of each module as rows spell it, and whether it is in the tower: a head's module that is called like one
     of the tower gets `(head)` before it."""
@@ -80,6 +82,7 @@ def _lone(path, m, fresh):
     key = next((k for k,p in m._parameters.items() if p is fresh[0][0]), 'bias')
     return f'{path}.{key}' if path else key
 
+# %% ../../nbs/04c_counting.ipynb #16f8e182
 def _model_rows(model):
     """All rows of a model: row -> dict(kind, tower, params, weights, param, rows, made). A parameter counts once,
     wherever it appears again."""
@@ -113,6 +116,7 @@ def _key(t):
     s = _storage(t)
     return ('tensor', id(t)) if s is None else s._cdata
 
+# %% ../../nbs/04c_counting.ipynb #1c815fb0
 class _Trace:
     "Which rows a tensor is a view of, and which it depends on: both are remembered by storage."
     def __init__(self, rows):
@@ -181,6 +185,7 @@ def _falls_apart(func):
 # what comes out holds the same numbers; views have the same storage anyway, but for sparse tensors
 _SAME = (_aten._to_copy, _aten.clone, _aten.t, _aten.transpose)
 
+# %% ../../nbs/04c_counting.ipynb #94bca34b
 class _Counter(TorchDispatchMode):
     "Watches operators: adds up their price by row, and what each row's input depends on."
     supports_higher_order_operators = True
@@ -276,6 +281,7 @@ _FVCORE_FREE = dict.fromkeys(
     'lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell bilinear tensordot inner multi_dot '
     'matrix_power kron'.split())
 
+# %% ../../nbs/04c_counting.ipynb #c47e08d7
 class _Composite(TorchFunctionMode):
     "Prices the calls that fvcore sees whole."
     def __init__(self, counter):
@@ -323,6 +329,7 @@ def _rows_behind(counter, parameters):
     ids = {id(p) for p in parameters}
     return [row for (p,_),row in counter.at.items() if p in ids]
 
+# %% ../../nbs/04c_counting.ipynb #4fd25241
 @contextlib.contextmanager
 def _hooked(model, counter, table):
     """Hooks that keep the path of modules and, with a table, price them; in eval mode without gradients and fast
@@ -378,6 +385,7 @@ def _put_back(x, was):
     x.clear()
     (x.extend if isinstance(x, (list, collections.deque)) else x.update)(was)
 
+# %% ../../nbs/04c_counting.ipynb #cd582a44
 def _remember(
     model:nn.Module, # Any module
 ): # A function that puts it back
@@ -408,6 +416,7 @@ def _written(func, args, kwargs):
     changed = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     return [t for t in tree_leaves(changed) if isinstance(t, torch.Tensor)]
 
+# %% ../../nbs/04c_counting.ipynb #1da90fbd
 class _Beside(TorchDispatchMode):
     """Remembers each fake tensor, and beside a small one that depends on neither input nor parameters keeps its
     values."""
@@ -506,6 +515,7 @@ def _drop(d, x, owner=None):
     return (_name_of(d) if owner is None
             else f"{getattr(owner, '__name__', type(owner).__name__)}.{', '.join(map(str, keys))}")
 
+# %% ../../nbs/04c_counting.ipynb #6190b18d
 def _remove(holder, x):
     """Remove an object from one thing that holds it; returns the place in words. A function's cache is emptied,
     which is no place to speak of."""
@@ -536,6 +546,7 @@ def _take_out(x):
         del holders
     return [place for place in places if place]
 
+# %% ../../nbs/04c_counting.ipynb #0e93651c
 def _fill(t, values):
     "Give a fake tensor its values: it becomes an ordinary one, wherever it is kept."
     try: torch.utils.swap_tensors(t, values)
@@ -551,6 +562,7 @@ def _let_go(error):
             if cell != types.CellType() and any(isinstance(t, FakeTensor) for t in tree_leaves(cell.cell_contents)):
                 cell.cell_contents = None
 
+# %% ../../nbs/04c_counting.ipynb #e5870e4c
 def _clean_up(beside, error, advice):
     "After a dry pass: what it has left gets its values or is taken out. Raises `_LeftBehind` if something was."
     refs = beside.left()
@@ -579,6 +591,7 @@ def _clean_up(beside, error, advice):
             f"A dry pass would leave tensors without values in {', '.join(dict.fromkeys(places))}; they were taken "
             f"out. {advice}")
 
+# %% ../../nbs/04c_counting.ipynb #11f63842
 def _run_dry(
     model:nn.Module, # The model; it is left as it was
     run, # A function of the fake mode

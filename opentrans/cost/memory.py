@@ -57,6 +57,7 @@ def _total(out):
                                                  "cannot be trained.")
     return sum(means)
 
+# %% ../../nbs/04d_memory.ipynb #62ef514c
 def _twins(model):
     "Fake tensors in place of those that were made in inference mode, which autograd refuses: name -> tensor."
     own = [*model.named_parameters(), *model.named_buffers()]
@@ -90,6 +91,7 @@ def _restore(buffer, was):
         if buffer.grad_fn is not None: buffer.detach_()
         buffer.copy_(was)
 
+# %% ../../nbs/04d_memory.ipynb #c8727ef2
 def training_memory(
     model:nn.Module, # The model; it is left as it was
     input_size, # (B,C,H,W) of one step, or (C,H,W) for one picture

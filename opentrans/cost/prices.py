@@ -44,6 +44,7 @@ def _recurrent(x, weights):
     "Each matrix of a recurrent layer meets each step of each sequence once."
     return x.numel()//x.shape[-1]*sum(w.numel() for w in weights if w.dim() > 1)
 
+# %% ../../nbs/04b_prices.ipynb #d94881f8
 def _trilinear(factors, expanded):
     "All combinations of three factors' axes; the new axes of each are listed in `expanded`."
     shapes = []

@@ -19,3 +19,6 @@ from .mosaic import *
 from .mosaic import __all__ as _mosaic
 
 __all__ = [*_vocabulary, *_samples, *_shapes, *_readers, *_datasets, *_metrics, *_batches, *_photographs, *_mosaic]
+
+from opentrans.helping import document as _document
+_document(__name__)

@@ -9,3 +9,6 @@ from .features import *
 from .features import __all__ as _features
 
 __all__ = [*_features, *_losses, *_teacher, *_trainer]
+
+from opentrans.helping import document as _document
+_document(__name__)

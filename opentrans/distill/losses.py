@@ -63,6 +63,7 @@ def released_loss(v, r, t):
     `Mask2Former` with `kd_form='released'` takes the mean over the terms of all images."""
     return released_terms(v, r, t).mean()
 
+# %% ../../nbs/clip/23b_losses.ipynb #a4bc91c0
 def grounding_loss(
     words:list, # For each image (W, D): embeddings of the nouns of its caption
     regions:list, # For each image (R, D): student's embeddings of its regions

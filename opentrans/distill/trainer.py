@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from torch import nn
 import torch.nn.functional as F
-from fastcore.basics import patch
 from typing_extensions import TypedDict
 from ..clip.backbone import class_prompts, ClipBackbone
 from ..core import BATCH_NORMS, undecayed_params, unwrap
@@ -58,6 +57,7 @@ def _endless(n, size, generator):
         yield rest[:size]
         rest = rest[size:]
 
+# %% ../../nbs/clip/23_distill.ipynb #7ce214c1
 def find_backbone(
     model:nn.Module, # A `ClipBackbone`, or a framework that holds one under `.backbone`
 )->ClipBackbone:
@@ -96,9 +96,8 @@ def _class_number(given, names):
 
 # %% ../../nbs/clip/23_distill.ipynb #7ae7601b
 @dataclass(eq=False, repr=False)
-class DistillTrainer:
-    """Training by distillation alone, for `imp`: `train(model, round)` (paper Algorithm 1, line 3). Raises
-    `OpenTransError` for settings that make no sense."""
+class _TrainerSettings:
+    "Settings of a `DistillTrainer`."
     clip:ClipBackbone # The CLIP: gives the text embeddings and, if none is given, the teacher
     data:object # Data set of samples with `image`, `regions` and `region_classes`; its `vocabulary` holds the names
     # `'tgkd'` (Eq. 3), `'vgkd'` (Eq. 4), `'released'` (`released_loss`), or a function of (v, r, t)
@@ -166,239 +165,232 @@ class DistillTrainer:
                              teacher=checksum(self.teacher.state_dict(), {})[7:23])
 
 # %% ../../nbs/clip/23_distill.ipynb #77ddd972
-@patch
-def _names(self:DistillTrainer):
-    return [str(n) for n in getattr(self.data.vocabulary, 'names', self.data.vocabulary)]
+class _TrainerChecks(_TrainerSettings):
+    "Settings that make no sense are refused."
+    def _names(self):
+        return [str(n) for n in getattr(self.data.vocabulary, 'names', self.data.vocabulary)]
 
-@patch
-def _check(self:DistillTrainer):
-    "Raises `OpenTransError` for settings that make no sense, before anything is computed."
-    if getattr(self.data, 'vocabulary', None) is None:
-        raise OpenTransError(
-            f"A {type(self.data).__name__} has no vocabulary: give a data set whose `vocabulary` holds the names.")
-    if not len(self.data): raise OpenTransError("The data set is empty: there is nothing to distill on.")
-    modes = ['attention', 'crop', 'tight']
-    for kind,given,allowed in (('distillation loss', self.loss, list(LOSSES)),
-                               ('optimizer', self.optimizer, ['adamw', 'sgd']),
-                               ('batch_norm', self.batch_norm, ['train', 'frozen']),
-                               ('pairs', self.pairs, ['batch', 'image']),
-                               ('student_mode', self.student_mode, modes),
-                               ('teacher_mode', self.teacher_mode, modes)):
-        named = kind in ('distillation loss', 'optimizer')
-        if not (named and callable(given)) and given not in allowed: raise unknown(kind, given, allowed)
-    self._check_numbers()
-    for name in ('freeze', 'classes', 'terms'):
-        given = getattr(self, name)
-        if given is not None and not isinstance(given, (list, tuple)):
-            raise OpenTransError(f"{name}={shorten(repr(given))}: give a list of names.")
-    for name in ('amp', 'decay_norms'):
-        if not isinstance(getattr(self, name), bool):
-            raise OpenTransError(f"{name}={shorten(repr(getattr(self, name)))}: it must be True or False.")
+    def _check(self):
+        "Raises `OpenTransError` for settings that make no sense, before anything is computed."
+        if getattr(self.data, 'vocabulary', None) is None:
+            raise OpenTransError(
+                f"A {type(self.data).__name__} has no vocabulary: give a data set whose `vocabulary` holds the names.")
+        if not len(self.data): raise OpenTransError("The data set is empty: there is nothing to distill on.")
+        modes = ['attention', 'crop', 'tight']
+        for kind,given,allowed in (('distillation loss', self.loss, list(LOSSES)),
+                                   ('optimizer', self.optimizer, ['adamw', 'sgd']),
+                                   ('batch_norm', self.batch_norm, ['train', 'frozen']),
+                                   ('pairs', self.pairs, ['batch', 'image']),
+                                   ('student_mode', self.student_mode, modes),
+                                   ('teacher_mode', self.teacher_mode, modes)):
+            named = kind in ('distillation loss', 'optimizer')
+            if not (named and callable(given)) and given not in allowed: raise unknown(kind, given, allowed)
+        self._check_numbers()
+        for name in ('freeze', 'classes', 'terms'):
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, (list, tuple)):
+                raise OpenTransError(f"{name}={shorten(repr(given))}: give a list of names.")
+        for name in ('amp', 'decay_norms'):
+            if not isinstance(getattr(self, name), bool):
+                raise OpenTransError(f"{name}={shorten(repr(getattr(self, name)))}: it must be True or False.")
 
-@patch
-def _check_numbers(self:DistillTrainer):
-    if isinstance(self.crop, int) and self.crop == 0: self.crop = None
-    for name,(least,most,whole) in _RANGES.items():
-        if getattr(self, name) is None and name in _MAY_BE_NONE: continue
-        check_number(name, getattr(self, name), least, most, whole)
-    if self.seed is not None: check_number('seed', self.seed, 0, whole=True)
-    if not self.distillation + self.segmentation > 0:
-        raise OpenTransError(
-            f"distillation={self.distillation} and segmentation={self.segmentation} are weights of losses: "
-            "at least one must be above 0.")
+    def _check_numbers(self):
+        if isinstance(self.crop, int) and self.crop == 0: self.crop = None
+        for name,(least,most,whole) in _RANGES.items():
+            if getattr(self, name) is None and name in _MAY_BE_NONE: continue
+            check_number(name, getattr(self, name), least, most, whole)
+        if self.seed is not None: check_number('seed', self.seed, 0, whole=True)
+        if not self.distillation + self.segmentation > 0:
+            raise OpenTransError(
+                f"distillation={self.distillation} and segmentation={self.segmentation} are weights of losses: "
+                "at least one must be above 0.")
 
 # %% ../../nbs/clip/23_distill.ipynb #18cfdd39
-@patch
-def _window(self:DistillTrainer, sample, generator):
-    "A sample, or a random square window of it."
-    if not self.crop: return sample
-    y,x = (int(torch.randint(max(n-self.crop, 0)+1, (), generator=generator)) for n in sample['image'].shape[-2:])
-    return {k: v[...,y:y+self.crop,x:x+self.crop] if k in ('image', 'labels', 'regions') else v
-            for k,v in sample.items()}
-
-@patch
-def _view(self:DistillTrainer, i, sample):
-    "One sample: its number, image, and the regions to use with their numbers and classes."
-    image = sample['image']
-    regions = sample['regions'].bool()
-    classes = sample['region_classes']
-    keep = regions.flatten(1).sum(1) >= self.min_pixels
-    if self._keep is not None: keep &= torch.isin(classes, self._keep)
-    return i,image,regions,classes,keep.nonzero().flatten()
-
-@patch
-def _windows(self:DistillTrainer, samples, generator, rank, n):
-    "Windows of this process's samples. What the generator draws for those of the others is passed over."
-    def skip(samples):
-        for _ in range(2*samples if self.crop else 0): torch.randint(1, (), generator=generator)
-    skip(rank*len(samples))
-    res = [(i, self._window(s, generator)) for i,s in samples]
-    skip((n-1-rank)*len(samples))
-    return res
-
-@patch
-def _batch(self:DistillTrainer, samples, generator, team=None):
-    """The part of a batch that is this process's, with at most `max_regions` regions in all parts; None if there
-    are none."""
-    rank,n = (team.rank, team.n) if team else (0, 1)
-    samples = self._windows(samples, generator, rank, n)
-    views = [self._view(i, s) for i,s in samples]
-    told = torch.tensor([[*(len(v[-1]) for v in views), *(max(v[1].shape[d] for v in views) for d in (1, 2))]])
-    if n > 1: told = team.all_rows(told.to(team.device), [1]*n).cpu()
-    counts,size = told[:,:-2].flatten(),told[:,-2:].amax(0).tolist()
-    owner = torch.arange(len(counts)).repeat_interleave(counts)
-    if not len(owner): return None
-    pick = torch.randperm(len(owner), generator=generator)[:self.max_regions].sort().values
-    owner,first = owner[pick],rank*len(views)
-    place = owner // len(views)
-    local = owner[place == rank]-first
-    number = torch.cat([v[-1] for v in views])[pick[place == rank]-counts[:first].sum()]
-    chosen = [number[local==b] for b in range(len(views))]
-    def pad(t): return F.pad(t, (0, size[1]-t.shape[-1], 0, size[0]-t.shape[-2]))
-    rows = torch.tensor([[v[0], int(k), int(v[3][k])] for v,m in zip(views, chosen) for k in m],
-                        dtype=torch.int64).reshape(-1, 3)
-    parts = torch.bincount(place, minlength=n).tolist()
-    every = rows if n == 1 else team.all_rows(rows.to(team.device), parts).cpu()
-    return dict(images=torch.stack([pad(v[1]) for v in views]),
-                regions=[pad(v[2][m]) for v,m in zip(views, chosen)], owner=owner, classes=every[:,2], parts=parts,
-                keys=[tuple(row) for row in rows[:,:2].tolist()],
-                every=[tuple(row) for row in every[:,:2].tolist()],
-                whole=self._whole(samples, generator) if self.segmentation else None)
-
-@patch
-def _whole(self:DistillTrainer, samples, generator):
-    "The samples as a framework's loss reads them, with nouns of captions if they have any."
-    batch = collate([s for _,s in samples])
-    return (dict(batch, nouns=[_drop_nouns(s['nouns']) for _,s in samples]) if all('nouns' in s for _,s in samples)
-            else batch)
-
 def _drop_nouns(nouns, most=5, share=.25):
     """The nouns of a caption without a quarter, drawn each time, and at most five, as in the released code's data
     mappers."""
     kept = [noun for noun,draw in zip(nouns, torch.rand(len(nouns)).tolist()) if draw > share] or list(nouns)
     return [kept[i] for i in torch.randperm(len(kept))[:most].tolist()] if len(kept) > most else kept
 
-# %% ../../nbs/clip/23_distill.ipynb #6b9ec8b4
-@patch
-def _knows(self:DistillTrainer, key): return key in self._cache or (self._store is not None and key in self._store)
+# %% ../../nbs/clip/23_distill.ipynb #95a71eef
+class _TrainerBatches(_TrainerChecks):
+    "What a batch is made of."
+    def _window(self, sample, generator):
+        "A sample, or a random square window of it."
+        if not self.crop: return sample
+        y,x = (int(torch.randint(max(n-self.crop, 0)+1, (), generator=generator)) for n in sample['image'].shape[-2:])
+        return {k: v[...,y:y+self.crop,x:x+self.crop] if k in ('image', 'labels', 'regions') else v
+                for k,v in sample.items()}
 
-@patch
-def _recall(self:DistillTrainer, key): return self._cache[key] if key in self._cache else self._store[key]
+    def _view(self, i, sample):
+        "One sample: its number, image, and the regions to use with their numbers and classes."
+        image = sample['image']
+        regions = sample['regions'].bool()
+        classes = sample['region_classes']
+        keep = regions.flatten(1).sum(1) >= self.min_pixels
+        if self._keep is not None: keep &= torch.isin(classes, self._keep)
+        return i,image,regions,classes,keep.nonzero().flatten()
 
-@patch
-def _teach(self:DistillTrainer, batch, device):
-    "The teacher's embeddings (N, D) of this process's regions; those that were asked for before come from memory."
-    new = [k for k,key in enumerate(batch['keys']) if not self._knows(key)]
-    found = {}
-    if new:
-        mine,at = [],0
-        for r in batch['regions']:
-            mine.append(r[[k-at for k in new if at <= k < at+len(r)]])
-            at += len(r)
-        with torch.no_grad():
-            e = self.teacher.to(device).region_embeddings(batch['images'].to(device), [m.to(device) for m in mine],
-                                                          mode=self.teacher_mode).float()
-        found = {batch['keys'][k]: row for k,row in zip(new, e)}
-    rows = [(found[k] if k in found else self._recall(k)).to(device) for k in batch['keys']]
-    return torch.stack(rows) if rows else torch.zeros(0, self.teacher.embed_dim, device=device)
+    def _windows(self, samples, generator, rank, n):
+        "Windows of this process's samples. What the generator draws for those of the others is passed over."
+        def skip(samples):
+            for _ in range(2*samples if self.crop else 0): torch.randint(1, (), generator=generator)
+        skip(rank*len(samples))
+        res = [(i, self._window(s, generator)) for i,s in samples]
+        skip((n-1-rank)*len(samples))
+        return res
 
-@patch
-def _keep_rows(self:DistillTrainer, keys, rows):
-    "Keep the teacher's embeddings of a batch, of all processes, while there is room."
-    new = [k for k,key in enumerate(keys) if not self._knows(key)]
-    size = len(new)*rows.shape[1]*4
-    kept = self._cached
-    room = self.cache_mb
-    if self._store is not None: kept,room = kept+self._store.bytes,self.disk_mb
-    if not new or self.crop or kept+size > room*2**20: return
-    self._cache.update({keys[k]: row for k,row in zip(new, rows[new].cpu())})
-    self._cached += size
-    if self._store is not None and self._cached > _PENDING: self._flush()
+    def _batch(self, samples, generator, team=None):
+        """The part of a batch that is this process's, with at most `max_regions` regions in all parts; None if there
+        are none."""
+        rank,n = (team.rank, team.n) if team else (0, 1)
+        samples = self._windows(samples, generator, rank, n)
+        views = [self._view(i, s) for i,s in samples]
+        told = torch.tensor([[*(len(v[-1]) for v in views), *(max(v[1].shape[d] for v in views) for d in (1, 2))]])
+        if n > 1: told = team.all_rows(told.to(team.device), [1]*n).cpu()
+        counts,size = told[:,:-2].flatten(),told[:,-2:].amax(0).tolist()
+        owner = torch.arange(len(counts)).repeat_interleave(counts)
+        if not len(owner): return None
+        pick = torch.randperm(len(owner), generator=generator)[:self.max_regions].sort().values
+        owner,first = owner[pick],rank*len(views)
+        place = owner // len(views)
+        local = owner[place == rank]-first
+        number = torch.cat([v[-1] for v in views])[pick[place == rank]-counts[:first].sum()]
+        chosen = [number[local==b] for b in range(len(views))]
+        def pad(t): return F.pad(t, (0, size[1]-t.shape[-1], 0, size[0]-t.shape[-2]))
+        rows = torch.tensor([[v[0], int(k), int(v[3][k])] for v,m in zip(views, chosen) for k in m],
+                            dtype=torch.int64).reshape(-1, 3)
+        parts = torch.bincount(place, minlength=n).tolist()
+        every = rows if n == 1 else team.all_rows(rows.to(team.device), parts).cpu()
+        return dict(images=torch.stack([pad(v[1]) for v in views]),
+                    regions=[pad(v[2][m]) for v,m in zip(views, chosen)], owner=owner, classes=every[:,2], parts=parts,
+                    keys=[tuple(row) for row in rows[:,:2].tolist()],
+                    every=[tuple(row) for row in every[:,:2].tolist()],
+                    whole=self._whole(samples, generator) if self.segmentation else None)
 
-@patch
-def state_dict(self:DistillTrainer)->dict: # Name -> tensor
-    """What the trainer remembers between rounds: the teacher's embeddings by image and region, as far as they are
-    not in files of their own, how many such files there are, and the losses so far."""
-    keys = torch.tensor(list(self._cache), dtype=torch.int64).reshape(-1, 2)
-    rows = torch.stack(list(self._cache.values())) if self._cache else torch.zeros(0, self.teacher.embed_dim)
-    log = torch.tensor([[row['round'], row['iteration'], row['loss']] for row in self.log], dtype=torch.float64)
-    files = self._stored if self._store is None else len(self._store.starts)
-    return dict(keys=keys, embeddings=rows, files=torch.tensor([[files]]), log=log.reshape(-1, 3))
+    def _whole(self, samples, generator):
+        "The samples as a framework's loss reads them, with nouns of captions if they have any."
+        batch = collate([s for _,s in samples])
+        return (dict(batch, nouns=[_drop_nouns(s['nouns']) for _,s in samples]) if all('nouns' in s for _,s in samples)
+                else batch)
 
-@patch
-def load_state_dict(self:DistillTrainer,
-    state:dict, # What `state_dict` gave
-):
-    """Go on with what another trainer of the same settings remembered. Raises `DamagedFile`, with nothing changed,
-    if it is something else."""
-    keys,rows,log,files = (state.get(name) for name in ('keys', 'embeddings', 'log', 'files'))
-    shaped = (_is_table(keys, torch.int64, 2) and _is_table(rows, torch.float32, self.teacher.embed_dim)
-              and _is_table(log, torch.float64, 3) and _is_table(files, torch.int64, 1))
-    if len(state) != 4 or not shaped or len(keys) != len(rows) or len(files) != 1 or int(files) < 0:
-        raise DamagedFile(
-            "What the trainer remembered has not the shape of its embeddings. Begin the run again in another "
-            "folder.")
-    images,places = keys.T.tolist() if len(keys) else ([], []),{tuple(key) for key in keys.tolist()}
-    if len(places) < len(keys) or bool((keys < 0).any()) or max(images[0], default=0) >= len(self.data):
-        raise DamagedFile(
-            f"What the trainer remembered is not of these {len(self.data)} images. Begin the run again in another "
-            f"folder.")
-    check_finite(dict(embeddings=rows, log=log), 'what the trainer remembered',
-                 'Begin the run again in another folder.')
-    self._cache = dict(zip(map(tuple, keys.tolist()), rows.clone().unbind()))
-    self._cached = rows.nbytes
-    self._stored = int(files)
-    self.log = [dict(round=int(r), iteration=int(i), loss=loss) for r,i,loss in log.tolist()]
+# %% ../../nbs/clip/23_distill.ipynb #796c2d7c
+class _TrainerTeaching(_TrainerBatches):
+    "Embeddings of the teacher, computed once."
+    def _knows(self, key): return key in self._cache or (self._store is not None and key in self._store)
 
-# %% ../../nbs/clip/23_distill.ipynb #aac024a3
-@patch
-def _open_store(self:DistillTrainer, within):
-    """Teacher embeddings go to the folder of a run, or stay in memory. Raises `OpenTransError` if its files are not
-    those of the run."""
-    folder = None if within is None or self.crop or not self.cache_mb else within.folder
-    if self._store is not None and self._store.folder == folder: return
-    self._store = None
-    if folder is None or not (self.disk_mb or self._stored): return
-    store = TeacherStore(folder, within.settings, self.team)
-    def begin():
-        if not self.team.main: return 0
-        return store.clear() if within.fresh else store.check(self._stored, len(self.data), self.teacher.embed_dim)
-    for i in range(self.team.first(self.team.together(begin))): self.team.together(functools.partial(store.take, i))
-    self._cache = {key: row for key,row in self._cache.items() if key not in store}
-    self._cached,self._store = len(self._cache)*self.teacher.embed_dim*4,store
+    def _recall(self, key): return self._cache[key] if key in self._cache else self._store[key]
 
-@patch
-def _flush(self:DistillTrainer):
-    "Write the embeddings that wait in memory to a file of their own."
-    if self._store is None or not self._cache: return
-    self._store.add(list(self._cache), list(self._cache.values()))
-    self._cache,self._cached = {},0
+    def _teach(self, batch, device):
+        "The teacher's embeddings (N, D) of this process's regions; those that were asked for before come from memory."
+        new = [k for k,key in enumerate(batch['keys']) if not self._knows(key)]
+        found = {}
+        if new:
+            mine,at = [],0
+            for r in batch['regions']:
+                mine.append(r[[k-at for k in new if at <= k < at+len(r)]])
+                at += len(r)
+            with torch.no_grad():
+                e = self.teacher.to(device).region_embeddings(batch['images'].to(device), [m.to(device) for m in mine],
+                                                              mode=self.teacher_mode).float()
+            found = {batch['keys'][k]: row for k,row in zip(new, e)}
+        rows = [(found[k] if k in found else self._recall(k)).to(device) for k in batch['keys']]
+        return torch.stack(rows) if rows else torch.zeros(0, self.teacher.embed_dim, device=device)
+
+    def _keep_rows(self, keys, rows):
+        "Keep the teacher's embeddings of a batch, of all processes, while there is room."
+        new = [k for k,key in enumerate(keys) if not self._knows(key)]
+        size = len(new)*rows.shape[1]*4
+        kept = self._cached
+        room = self.cache_mb
+        if self._store is not None: kept,room = kept+self._store.bytes,self.disk_mb
+        if not new or self.crop or kept+size > room*2**20: return
+        self._cache.update({keys[k]: row for k,row in zip(new, rows[new].cpu())})
+        self._cached += size
+        if self._store is not None and self._cached > _PENDING: self._flush()
+
+    def state_dict(self)->dict: # Name -> tensor
+        """What the trainer remembers between rounds: the teacher's embeddings by image and region, as far as they are
+        not in files of their own, how many such files there are, and the losses so far."""
+        keys = torch.tensor(list(self._cache), dtype=torch.int64).reshape(-1, 2)
+        rows = torch.stack(list(self._cache.values())) if self._cache else torch.zeros(0, self.teacher.embed_dim)
+        log = torch.tensor([[row['round'], row['iteration'], row['loss']] for row in self.log], dtype=torch.float64)
+        files = self._stored if self._store is None else len(self._store.starts)
+        return dict(keys=keys, embeddings=rows, files=torch.tensor([[files]]), log=log.reshape(-1, 3))
+
+    def load_state_dict(self,
+        state:dict, # What `state_dict` gave
+    ):
+        """Go on with what another trainer of the same settings remembered. Raises `DamagedFile`, with nothing changed,
+        if it is something else."""
+        keys,rows,log,files = (state.get(name) for name in ('keys', 'embeddings', 'log', 'files'))
+        shaped = (_is_table(keys, torch.int64, 2) and _is_table(rows, torch.float32, self.teacher.embed_dim)
+                  and _is_table(log, torch.float64, 3) and _is_table(files, torch.int64, 1))
+        if len(state) != 4 or not shaped or len(keys) != len(rows) or len(files) != 1 or int(files) < 0:
+            raise DamagedFile(
+                "What the trainer remembered has not the shape of its embeddings. Begin the run again in another "
+                "folder.")
+        images,places = keys.T.tolist() if len(keys) else ([], []),{tuple(key) for key in keys.tolist()}
+        if len(places) < len(keys) or bool((keys < 0).any()) or max(images[0], default=0) >= len(self.data):
+            raise DamagedFile(
+                f"What the trainer remembered is not of these {len(self.data)} images. Begin the run again in another "
+                f"folder.")
+        check_finite(dict(embeddings=rows, log=log), 'what the trainer remembered',
+                     'Begin the run again in another folder.')
+        self._cache = dict(zip(map(tuple, keys.tolist()), rows.clone().unbind()))
+        self._cached = rows.nbytes
+        self._stored = int(files)
+        self.log = [dict(round=int(r), iteration=int(i), loss=loss) for r,i,loss in log.tolist()]
+
+# %% ../../nbs/clip/23_distill.ipynb #5c410a1d
+class _TrainerStore(_TrainerTeaching):
+    "Embeddings that do not fit into memory."
+    def _open_store(self, within):
+        """Teacher embeddings go to the folder of a run, or stay in memory. Raises `OpenTransError` if its files are not
+        those of the run."""
+        folder = None if within is None or self.crop or not self.cache_mb else within.folder
+        if self._store is not None and self._store.folder == folder: return
+        self._store = None
+        if folder is None or not (self.disk_mb or self._stored): return
+        store = TeacherStore(folder, within.settings, self.team)
+        def begin():
+            if not self.team.main: return 0
+            return store.clear() if within.fresh else store.check(self._stored, len(self.data), self.teacher.embed_dim)
+        for i in range(self.team.first(self.team.together(begin))): self.team.together(functools.partial(store.take, i))
+        self._cache = {key: row for key,row in self._cache.items() if key not in store}
+        self._cached,self._store = len(self._cache)*self.teacher.embed_dim*4,store
+
+    def _flush(self):
+        "Write the embeddings that wait in memory to a file of their own."
+        if self._store is None or not self._cache: return
+        self._store.add(list(self._cache), list(self._cache.values()))
+        self._cache,self._cached = {},0
 
 # %% ../../nbs/clip/23_distill.ipynb #3a389bb7
-@patch
-def _loss(self:DistillTrainer, backbone, batch, text, device, team=None):
-    """The distillation loss of one batch, over all pairs of regions or over those within an image. In several
-    processes it is that of the whole batch in each."""
-    loss = LOSSES.get(self.loss, self.loss) if isinstance(self.loss, str) else self.loss
-    r,t = self._teach(batch, device),text[batch['classes'].to(device)]
-    with torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
-        v = backbone.region_embeddings(batch['images'].to(device), [m.to(device) for m in batch['regions']],
-                                       mode=self.student_mode)
-    if team and team.n > 1: v,r = team.all_rows(v.float(), batch['parts']),team.all_rows(r, batch['parts'])
-    self._keep_rows(batch['every'], r)
-    if self.pairs == 'batch': return loss(v, r, t)
-    owner = batch['owner'].to(device)
-    return sum(loss(v[owner==b], r[owner==b], t[owner==b])*(owner==b).sum() for b in owner.unique())/len(owner)
+class _TrainerLoss(_TrainerStore):
+    "The loss of a batch."
+    def _loss(self, backbone, batch, text, device, team=None):
+        """The distillation loss of one batch, over all pairs of regions or over those within an image. In several
+        processes it is that of the whole batch in each."""
+        loss = LOSSES.get(self.loss, self.loss) if isinstance(self.loss, str) else self.loss
+        r,t = self._teach(batch, device),text[batch['classes'].to(device)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
+            v = backbone.region_embeddings(batch['images'].to(device), [m.to(device) for m in batch['regions']],
+                                           mode=self.student_mode)
+        if team and team.n > 1: v,r = team.all_rows(v.float(), batch['parts']),team.all_rows(r, batch['parts'])
+        self._keep_rows(batch['every'], r)
+        if self.pairs == 'batch': return loss(v, r, t)
+        owner = batch['owner'].to(device)
+        return sum(loss(v[owner==b], r[owner==b], t[owner==b])*(owner==b).sum() for b in owner.unique())/len(owner)
 
-@patch
-def _own_loss(self:DistillTrainer, model, batch, device):
-    """The loss of the framework itself, or some of its terms, on the same images. Raises `OpenTransError` for a
-    term that it does not have."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
-        terms = model.loss(to_device(batch['whole'], device))
-    for name in self.terms or ():
-        if name not in terms: raise unknown(f'term of the loss of a {type(model).__name__}', name, terms)
-    return sum(term for name,term in terms.items() if self.terms is None or name in self.terms)
+    def _own_loss(self, model, batch, device):
+        """The loss of the framework itself, or some of its terms, on the same images. Raises `OpenTransError` for a
+        term that it does not have."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.amp):
+            terms = model.loss(to_device(batch['whole'], device))
+        for name in self.terms or ():
+            if name not in terms: raise unknown(f'term of the loss of a {type(model).__name__}', name, terms)
+        return sum(term for name,term in terms.items() if self.terms is None or name in self.terms)
 
 # %% ../../nbs/clip/23_distill.ipynb #af3d9ef6
 @contextlib.contextmanager
@@ -442,46 +434,29 @@ class _Stream:
             self.empty += 1
             if self.empty*self.trainer.batch_size > 2*len(self.trainer.data): raise self.trainer._no_region()
 
-@patch
-def _no_region(self:DistillTrainer):
-    of_classes = ' of these classes' if self.classes else ''
-    return OpenTransError(
-        f"None of the {len(self.data)} samples has a region of at least {self.min_pixels} pixels{of_classes}. "
-        f"Lower min_pixels or use other data.")
+# %% ../../nbs/clip/23_distill.ipynb #8a740ee6
+class _TrainerLosses(_TrainerLoss):
+    "Losses without training."
+    def _no_region(self):
+        of_classes = ' of these classes' if self.classes else ''
+        return OpenTransError(
+            f"None of the {len(self.data)} samples has a region of at least {self.min_pixels} pixels{of_classes}. "
+            f"Lower min_pixels or use other data.")
 
-@patch
-def losses(self:DistillTrainer,
-    model:nn.Module, # A `ClipBackbone`, or what holds one; not changed
-    n:int=16, # Number of batches
-    seed:int=0, # Of their order, of any size
-): # Yields the distillation loss of each, with its graph
-    "The loss on some batches without training: what criteria such as SNIP look at (`SparseMask.by`)."
-    check_number('n', n, 1, whole=True)
-    check_number('seed', seed, 0, whole=True)
-    backbone = find_backbone(model)
-    device = device_of(backbone)
-    text,stream = self.clip.text(class_prompts(self.data.vocabulary), device),_Stream(self, seed)
-    for _ in range(n): yield self._loss(backbone, next(stream), text, device)
+    def losses(self,
+        model:nn.Module, # A `ClipBackbone`, or what holds one; not changed
+        n:int=16, # Number of batches
+        seed:int=0, # Of their order, of any size
+    ): # Yields the distillation loss of each, with its graph
+        "The loss on some batches without training: what criteria such as SNIP look at (`SparseMask.by`)."
+        check_number('n', n, 1, whole=True)
+        check_number('seed', seed, 0, whole=True)
+        backbone = find_backbone(model)
+        device = device_of(backbone)
+        text,stream = self.clip.text(class_prompts(self.data.vocabulary), device),_Stream(self, seed)
+        for _ in range(n): yield self._loss(backbone, next(stream), text, device)
 
 # %% ../../nbs/clip/23_distill.ipynb #495ad2d9
-@patch
-def _groups(self:DistillTrainer, params, whole, backbone):
-    "The parameters that learn, with rates and weight decay of their own where that is asked for."
-    if self.backbone_lr == 1 and self.decay_norms: return params
-    tower = {id(p) for p in backbone.parameters()}
-    plain = set() if self.decay_norms else undecayed_params(whole)
-    groups = {}
-    for p in params: groups.setdefault((id(p) in tower, id(p) in plain), []).append(p)
-    return [dict(params=ps, lr=self.lr*(self.backbone_lr if inside else 1),
-                 weight_decay=0. if undecayed else self.weight_decay) for (inside,undecayed),ps in groups.items()]
-
-@patch
-def _optimizer(self:DistillTrainer, params):
-    if callable(self.optimizer): return self.optimizer(params)
-    if self.optimizer == 'sgd':
-        return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-    return torch.optim.AdamW(params, lr=self.lr, weight_decay=self.weight_decay)
-
 _COLD = (
     "DistillTrainer begins in round {round} without what it remembered of earlier rounds: the mask may differ in a "
     "few places from that of a run without a break. Give imp the trainer itself, or a function with its "
@@ -497,22 +472,40 @@ def _moved(model):
     norms = {n: m for n,m in model.named_modules() if isinstance(m, BATCH_NORMS)}
     return learned | {f'{n}.{k}': b for n,m in norms.items() for k,b in m.named_buffers(recurse=False)}
 
-@patch
-def _whole_loss(self:DistillTrainer, whole, backbone, text, device, team, batch):
-    """The weighted sum of the losses of one batch. Raises `OpenTransError` if a loss of one's own gives something
-    else than a number."""
-    loss = self.distillation*self._loss(backbone, batch, text, device, team) if self.distillation else 0.
-    if self.segmentation: loss = loss + self.segmentation*self._own_loss(whole, batch, device)
-    if isinstance(loss, torch.Tensor) and loss.numel() == 1: return loss.reshape(())
-    raise OpenTransError(
-        f"The loss gives {shorten(repr(loss))}: a function of (v, r, t) must give one number, as a tensor.")
-
 class _Task(nn.Module):
     "A model and the loss that is asked of it, as `Processes.wrap` and `train_step` take them."
     def __init__(self, model, ask):
         super().__init__()
         self.model,self.ask = model,ask
     def loss(self, batch): return dict(loss=self.ask(batch))
+
+# %% ../../nbs/clip/23_distill.ipynb #dd40f2d0
+class _TrainerSteps(_TrainerLosses):
+    "Optimizer and loss of a step."
+    def _groups(self, params, whole, backbone):
+        "The parameters that learn, with rates and weight decay of their own where that is asked for."
+        if self.backbone_lr == 1 and self.decay_norms: return params
+        tower = {id(p) for p in backbone.parameters()}
+        plain = set() if self.decay_norms else undecayed_params(whole)
+        groups = {}
+        for p in params: groups.setdefault((id(p) in tower, id(p) in plain), []).append(p)
+        return [dict(params=ps, lr=self.lr*(self.backbone_lr if inside else 1),
+                     weight_decay=0. if undecayed else self.weight_decay) for (inside,undecayed),ps in groups.items()]
+
+    def _optimizer(self, params):
+        if callable(self.optimizer): return self.optimizer(params)
+        if self.optimizer == 'sgd':
+            return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(params, lr=self.lr, weight_decay=self.weight_decay)
+
+    def _whole_loss(self, whole, backbone, text, device, team, batch):
+        """The weighted sum of the losses of one batch. Raises `OpenTransError` if a loss of one's own gives something
+        else than a number."""
+        loss = self.distillation*self._loss(backbone, batch, text, device, team) if self.distillation else 0.
+        if self.segmentation: loss = loss + self.segmentation*self._own_loss(whole, batch, device)
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1: return loss.reshape(())
+        raise OpenTransError(
+            f"The loss gives {shorten(repr(loss))}: a function of (v, r, t) must give one number, as a tensor.")
 
 # %% ../../nbs/clip/23_distill.ipynb #e2debd1c
 def _generator_states(device):
@@ -548,159 +541,162 @@ class _Place(TypedDict):
     empty: int # batches without a region that went by
     seed: str
 
-@patch
-def _save_within(self:DistillTrainer, within, whole, opt, stream, losses, seed, device):
-    "Leave a checkpoint within a round."
-    self._flush()
-    names = {p: n for n,p in whole.named_parameters()}
-    states = {f'generators.{k}': self.team.all_rows(t[None].to(self.team.device or 'cpu'), [1]*self.team.n)
-              for k,t in _generator_states(device).items()}
-    memory = {f'memory.{k}': t for k,t in self.state_dict().items()}
-    tensors = dict(optimizer_tensors(opt, names), losses=torch.tensor(losses, dtype=torch.float64),
-                   windows=stream.draws.get_state(), **states, **memory)
-    within.save(tensors, iteration=len(losses), empty=stream.empty, seed=str(seed))
+# %% ../../nbs/clip/23_distill.ipynb #22d8ef38
+class _TrainerResume(_TrainerSteps):
+    "Checkpoints within a round."
+    def _save_within(self, within, whole, opt, stream, losses, seed, device):
+        "Leave a checkpoint within a round."
+        self._flush()
+        names = {p: n for n,p in whole.named_parameters()}
+        states = {f'generators.{k}': self.team.all_rows(t[None].to(self.team.device or 'cpu'), [1]*self.team.n)
+                  for k,t in _generator_states(device).items()}
+        memory = {f'memory.{k}': t for k,t in self.state_dict().items()}
+        tensors = dict(optimizer_tensors(opt, names), losses=torch.tensor(losses, dtype=torch.float64),
+                       windows=stream.draws.get_state(), **states, **memory)
+        within.save(tensors, iteration=len(losses), empty=stream.empty, seed=str(seed))
 
-@patch
-def _begin_within(self:DistillTrainer, within):
-    """What a checkpoint within the round says: its state, tensors and place; None if the round begins. Raises
-    `DamagedFile`, with nothing changed."""
-    found = within.load() if within is not None else None
-    if found is None: return None
-    state,tensors,values = found
-    place = check_shape(values, _Place, f"the place in '{within.path}'")
-    losses,done = tensors.get('losses'),place['iteration']
-    shaped = (losses is not None and losses.dtype == torch.float64 and losses.shape == (done,)
-              and bool(losses.isfinite().all()))
-    if not (0 < done < self.iterations and shaped):
-        raise within.damaged('its losses are not those of its iterations')
-    if not 0 <= place['empty'] <= 2*len(self.data): raise within.damaged('its place in the data is none')
-    return state,tensors,place
+    def _begin_within(self, within):
+        """What a checkpoint within the round says: its state, tensors and place; None if the round begins. Raises
+        `DamagedFile`, with nothing changed."""
+        found = within.load() if within is not None else None
+        if found is None: return None
+        state,tensors,values = found
+        place = check_shape(values, _Place, f"the place in '{within.path}'")
+        losses,done = tensors.get('losses'),place['iteration']
+        shaped = (losses is not None and losses.dtype == torch.float64 and losses.shape == (done,)
+                  and bool(losses.isfinite().all()))
+        if not (0 < done < self.iterations and shaped):
+            raise within.damaged('its losses are not those of its iterations')
+        if not 0 <= place['empty'] <= 2*len(self.data): raise within.damaged('its place in the data is none')
+        return state,tensors,place
 
-@patch
-def _resume(self:DistillTrainer, within, found, whole, opt, stream, device):
-    "Put back what a checkpoint within the round holds: gives the losses so far."
-    state,tensors,place = found
-    names = {p: n for n,p in whole.named_parameters()}
-    try: stream.draws.set_state(_own_state(tensors['windows'], stream.draws.get_state()))
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise within.damaged(f'its generators have no state ({shorten(error)})') from error
-    states = under('generators.', tensors)
-    if any(t.ndim != 2 or not len(t) for t in states.values()): raise within.damaged('its generators have no state')
-    # nothing below draws
-    try: _set_generators({k: t[self.team.rank if len(t) == self.team.n else 0] for k,t in states.items()}, device)
-    except ValueError as error: raise within.damaged(f'its generators have no state ({error})') from error
-    self.load_state_dict(under('memory.', tensors))
-    restore_optimizer(opt, {n: t for n,t in tensors.items() if n.startswith('optimizer.')}, names, within.path)
-    within.put(state)
-    return tensors['losses'].tolist()
+    def _resume(self, within, found, whole, opt, stream, device):
+        "Put back what a checkpoint within the round holds: gives the losses so far."
+        state,tensors,place = found
+        names = {p: n for n,p in whole.named_parameters()}
+        try: stream.draws.set_state(_own_state(tensors['windows'], stream.draws.get_state()))
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise within.damaged(f'its generators have no state ({shorten(error)})') from error
+        states = under('generators.', tensors)
+        if any(t.ndim != 2 or not len(t) for t in states.values()): raise within.damaged('its generators have no state')
+        # nothing below draws
+        try: _set_generators({k: t[self.team.rank if len(t) == self.team.n else 0] for k,t in states.items()}, device)
+        except ValueError as error: raise within.damaged(f'its generators have no state ({error})') from error
+        self.load_state_dict(under('memory.', tensors))
+        restore_optimizer(opt, {n: t for n,t in tensors.items() if n.startswith('optimizer.')}, names, within.path)
+        within.put(state)
+        return tensors['losses'].tolist()
 
 # %% ../../nbs/clip/23_distill.ipynb #ffe52708
-@patch
-def _seed(self:DistillTrainer, round):
-    "The seed of a round, the same in all processes."
-    if self.seed is not None: return self.seed*10007+round
-    return self.team.first(int(torch.randint(2**31, ())))
+class _TrainerRounds(_TrainerResume):
+    "A round of training."
+    def _seed(self, round):
+        "The seed of a round, the same in all processes."
+        if self.seed is not None: return self.seed*10007+round
+        return self.team.first(int(torch.randint(2**31, ())))
 
-@patch
-def _check_model(self:DistillTrainer, model, round):
-    "The model that trains, and its backbone. Raises `OpenTransError` if it cannot be trained."
-    if round and not self.log and self.cache_mb and not self.crop: warnings.warn(_COLD.format(round=round))
-    backbone = find_backbone(model)
-    if backbone is self.teacher:
-        raise OpenTransError(
-            "The model to train is the teacher itself. Train a fresh_copy() of it, or leave teacher=None.")
-    device = self.team.device or (pick_device(self.device) if self.device else None)
-    if device: model.to(device)
-    whole = unwrap(model) if self.segmentation else backbone
-    if self.segmentation and not callable(getattr(whole, 'loss', None)):
-        raise OpenTransError(
-            f"segmentation={self.segmentation} needs a framework with a loss of its own, not a "
-            f"{type(whole).__name__}. Give one made by build(...).")
-    self.team.same(digest_of(self.settings)[:12], 'settings of the training')
-    return whole,backbone
+    def _check_model(self, model, round):
+        "The model that trains, and its backbone. Raises `OpenTransError` if it cannot be trained."
+        if round and not self.log and self.cache_mb and not self.crop: warnings.warn(_COLD.format(round=round))
+        backbone = find_backbone(model)
+        if backbone is self.teacher:
+            raise OpenTransError(
+                "The model to train is the teacher itself. Train a fresh_copy() of it, or leave teacher=None.")
+        device = self.team.device or (pick_device(self.device) if self.device else None)
+        if device: model.to(device)
+        whole = unwrap(model) if self.segmentation else backbone
+        if self.segmentation and not callable(getattr(whole, 'loss', None)):
+            raise OpenTransError(
+                f"segmentation={self.segmentation} needs a framework with a loss of its own, not a "
+                f"{type(whole).__name__}. Give one made by build(...).")
+        self.team.same(digest_of(self.settings)[:12], 'settings of the training')
+        return whole,backbone
 
-@patch
-def __call__(self:DistillTrainer,
-    model:nn.Module, # A `ClipBackbone`, or a framework that holds one; its tower is trained in place
-    round:int=0, # Round of `imp`; goes into the seed and the log
-    *,
-    within=None, # Where `imp` lets it leave a checkpoint within the round, and the teacher's embeddings
-)->dict: # loss: mean over the round; loss_first, loss_last: over its first and last tenth
-    """Train for `iterations` iterations with the distillation loss. Raises `OpenTransError` if there is no region,
-    or a loss or weight is not finite."""
-    whole,backbone = self._check_model(model, round)
-    if group_size() > self.team.n:
-        warnings.warn(_EACH.format(n=group_size()))
-        within = None
-    device = device_of(backbone)
-    team = self.team
-    losses = []
-    found,seed = self._begin_within(within),self._seed(round)
-    if found and found[2]['seed'] != str(seed): raise within.damaged('its data come in another order')
-    self._open_store(within)
-    text = self.clip.text(class_prompts(self.data.vocabulary), device)
-    stream = _Stream(self, seed, team, *(found[2]['iteration'], found[2]['empty']) if found else ())
-    ask = functools.partial(self._whole_loss, whole, backbone, text, device, team)
-    # autocast is around the student alone
-    how = SimpleNamespace(precision='no', accumulate=1, clip_grad=self.clip_grad)
-    with _training(whole, backbone, self.batch_norm, self.freeze) as params:
-        opt = self._optimizer(self._groups(params, whole, backbone))
-        if found: losses = self._resume(within, found, whole, opt, stream, device)
-        step,wrapped = team.wrap(_Task(whole, ask), self.batch_norm == 'train')
-        with wrapped:
-            todo = range(len(losses), self.iterations)
-            for i in progress(todo, f'distill, round {round}') if team.main else todo:
-                loss = train_step(step, next(stream), opt, how, mean=team.mean)['loss']
-                if not np.isfinite(loss):
-                    raise OpenTransError(
-                        f"The loss is {loss} in iteration {i} of round {round}. Try a smaller lr (now {self.lr}) "
-                        f"or clip_grad=1.")
-                losses.append(loss)
-                if within is not None and within.every and i+1 < self.iterations and (i+1) % within.every == 0:
-                    self._save_within(within, whole, opt, stream, losses, seed, device)
-        check_finite(_moved(whole), f'the model after round {round}',
-                     f'Try a smaller lr (now {self.lr}) or clip_grad=1.')
-    self._flush()
-    self.log += [dict(round=round, iteration=i, loss=layer) for i,layer in enumerate(losses)]
-    k = max(1, len(losses)//10)
-    return dict(loss=float(np.mean(losses)), loss_first=float(np.mean(losses[:k])),
-                loss_last=float(np.mean(losses[-k:])))
+    def __call__(self,
+        model:nn.Module, # A `ClipBackbone`, or a framework that holds one; its tower is trained in place
+        round:int=0, # Round of `imp`; goes into the seed and the log
+        *,
+        within=None, # Where `imp` lets it leave a checkpoint within the round, and the teacher's embeddings
+    )->dict: # loss: mean over the round; loss_first, loss_last: over its first and last tenth
+        """Train for `iterations` iterations with the distillation loss. Raises `OpenTransError` if there is no region,
+        or a loss or weight is not finite."""
+        whole,backbone = self._check_model(model, round)
+        if group_size() > self.team.n:
+            warnings.warn(_EACH.format(n=group_size()))
+            within = None
+        device = device_of(backbone)
+        team = self.team
+        losses = []
+        found,seed = self._begin_within(within),self._seed(round)
+        if found and found[2]['seed'] != str(seed): raise within.damaged('its data come in another order')
+        self._open_store(within)
+        text = self.clip.text(class_prompts(self.data.vocabulary), device)
+        stream = _Stream(self, seed, team, *(found[2]['iteration'], found[2]['empty']) if found else ())
+        ask = functools.partial(self._whole_loss, whole, backbone, text, device, team)
+        # autocast is around the student alone
+        how = SimpleNamespace(precision='no', accumulate=1, clip_grad=self.clip_grad)
+        with _training(whole, backbone, self.batch_norm, self.freeze) as params:
+            opt = self._optimizer(self._groups(params, whole, backbone))
+            if found: losses = self._resume(within, found, whole, opt, stream, device)
+            step,wrapped = team.wrap(_Task(whole, ask), self.batch_norm == 'train')
+            with wrapped:
+                todo = range(len(losses), self.iterations)
+                for i in progress(todo, f'distill, round {round}') if team.main else todo:
+                    loss = train_step(step, next(stream), opt, how, mean=team.mean)['loss']
+                    if not np.isfinite(loss):
+                        raise OpenTransError(
+                            f"The loss is {loss} in iteration {i} of round {round}. Try a smaller lr (now {self.lr}) "
+                            f"or clip_grad=1.")
+                    losses.append(loss)
+                    if within is not None and within.every and i+1 < self.iterations and (i+1) % within.every == 0:
+                        self._save_within(within, whole, opt, stream, losses, seed, device)
+            check_finite(_moved(whole), f'the model after round {round}',
+                         f'Try a smaller lr (now {self.lr}) or clip_grad=1.')
+        self._flush()
+        self.log += [dict(round=round, iteration=i, loss=layer) for i,layer in enumerate(losses)]
+        k = max(1, len(losses)//10)
+        return dict(loss=float(np.mean(losses)), loss_first=float(np.mean(losses[:k])),
+                    loss_last=float(np.mean(losses[-k:])))
 
 # %% ../../nbs/clip/23_distill.ipynb #fa265878
-@patch
-def plot(self:DistillTrainer,
-    ax=None, # Axes to draw on; None makes some
-    smooth:int=10, # Iterations to average over
-): # The axes
-    "The loss of all rounds so far; a line where a round begins."
-    if not self.log: raise OpenTransError("There is nothing to plot yet: the trainer has not trained.")
-    ax = axes(ax, figsize=(7, 3))
-    log = pd.DataFrame(self.log)
-    ax.plot(log.loss, lw=.5, alpha=.3)
-    ax.plot(log.loss.rolling(smooth, min_periods=1, center=True).mean())
-    for x in log.index[(log.iteration==0) & (log.index > 0)]: ax.axvline(x, c='grey', lw=.5)
-    ax.set(title='distillation', xlabel='iteration', ylabel=self.loss if isinstance(self.loss, str) else 'loss')
-    return ax
+class _TrainerPictures(_TrainerRounds):
+    "The course of the losses."
+    def plot(self,
+        ax=None, # Axes to draw on; None makes some
+        smooth:int=10, # Iterations to average over
+    ): # The axes
+        "The loss of all rounds so far; a line where a round begins."
+        if not self.log: raise OpenTransError("There is nothing to plot yet: the trainer has not trained.")
+        ax = axes(ax, figsize=(7, 3))
+        log = pd.DataFrame(self.log)
+        ax.plot(log.loss, lw=.5, alpha=.3)
+        ax.plot(log.loss.rolling(smooth, min_periods=1, center=True).mean())
+        for x in log.index[(log.iteration==0) & (log.index > 0)]: ax.axvline(x, c='grey', lw=.5)
+        ax.set(title='distillation', xlabel='iteration', ylabel=self.loss if isinstance(self.loss, str) else 'loss')
+        return ax
 
 # %% ../../nbs/clip/23_distill.ipynb #9e750067
-@patch(cls_method=True)
-def released(cls:DistillTrainer,
-    framework, # Made by `build(..., preset='released')`, or with `kd` above 0; it is what `imp` prunes
-    data, # Data set; where its samples have `nouns`, those of a caption, the grounding loss is trained, too
-    **options, # Fields of the trainer, over the released ones
-)->DistillTrainer:
-    """The trainer with the released code's settings (plain_train_net_imp.py, train.sh, and the configuration beside
-    them). Raises `OpenTransError` for a framework without a distillation loss."""
-    if not getattr(framework, 'kd', 0):
-        raise OpenTransError(
-            f"A {type(framework).__name__} without kd has no distillation loss of its own. Build mask2former or "
-            f"deeplabv3 with preset='released', or with kd=2.")
-    told = len(data) > 0 and 'nouns' in data[0]
-    if getattr(framework, 'grounding', 0) and not told:
-        warnings.warn(
-            f"{getattr(data, 'name', type(data).__name__)} has no captions (samples without 'nouns'): the released "
-            f"code's grounding loss is left out.")
-    terms = ('kd', 'grounding') if told and getattr(framework, 'grounding', 0) else ('kd',)
-    known = dict(distillation=0., segmentation=1., terms=terms, iterations=5000, lr=1.5e-4, batch_size=28,
-                 crop=512, optimizer='adamw', weight_decay=.05, decay_norms=False, backbone_lr=.1, clip_grad=.01)
-    return cls(framework, data, **{**known, **options})
+class DistillTrainer(_TrainerPictures):
+    """Training by distillation alone, for `imp`: `train(model, round)` (paper Algorithm 1, line 3). Raises
+    `OpenTransError` for settings that make no sense."""
+    @classmethod
+    def released(cls,
+        framework, # Made by `build(..., preset='released')`, or with `kd` above 0; it is what `imp` prunes
+        data, # Data set; where its samples have `nouns`, those of a caption, the grounding loss is trained, too
+        **options, # Fields of the trainer, over the released ones
+    )->'DistillTrainer':
+        """The trainer with the released code's settings (plain_train_net_imp.py, train.sh, and the configuration beside
+        them). Raises `OpenTransError` for a framework without a distillation loss."""
+        if not getattr(framework, 'kd', 0):
+            raise OpenTransError(
+                f"A {type(framework).__name__} without kd has no distillation loss of its own. Build mask2former or "
+                f"deeplabv3 with preset='released', or with kd=2.")
+        told = len(data) > 0 and 'nouns' in data[0]
+        if getattr(framework, 'grounding', 0) and not told:
+            warnings.warn(
+                f"{getattr(data, 'name', type(data).__name__)} has no captions (samples without 'nouns'): the released "
+                f"code's grounding loss is left out.")
+        terms = ('kd', 'grounding') if told and getattr(framework, 'grounding', 0) else ('kd',)
+        known = dict(distillation=0., segmentation=1., terms=terms, iterations=5000, lr=1.5e-4, batch_size=28,
+                     crop=512, optimizer='adamw', weight_decay=.05, decay_norms=False, backbone_lr=.1, clip_grad=.01)
+        return cls(framework, data, **{**known, **options})

@@ -21,3 +21,6 @@ from .report import __all__ as _report
 _OF_STUDIES = ['LOSSES_OF', 'alpha_course', 'alpha_curves', 'overlaps', 'pictures', 'unpack_pictures'] # the others are named as their studies
 __all__ = ['paper_costs', *_scale, *_arms, *_jobs, *_claims, *_figures, *_registry, *_OF_STUDIES, *_report,
            *_league]
+
+from opentrans.helping import document as _document
+_document(__name__)

@@ -51,6 +51,7 @@ def _cell(x, digits=1):
     x = x.dropna()
     return '-' if not len(x) else f'{x.mean():.{digits}f}' + (f' ± {x.std():.{digits}f}' if len(x) > 1 else '')
 
+# %% ../../nbs/experiments/53_claims.ipynb #0e6a5cde
 def summarize(
     frame:pd.DataFrame, # As `results_frame` gives it
     arms, # Which arms, in the order of the table
@@ -129,6 +130,7 @@ def _measured(frame, column, side):
     if isinstance(side, Gain): return _measured(frame, column, side.arm) - _measured(frame, column, side.over)
     return frame[frame.arm == side].set_index('seed')[column]
 
+# %% ../../nbs/experiments/53_claims.ipynb #41c0b23d
 def _verdict(count, low, high):
     "What an interval of some seeds says of a claim."
     if count == 1: return 'one seed'
@@ -162,6 +164,7 @@ def difference(
     return dict(mean=mean, sd=sd, low=low, high=high, boot_low=boot_low, boot_high=boot_high, n=count,
                 verdict=_verdict(count, low, high), each=each.tolist())
 
+# %% ../../nbs/experiments/53_claims.ipynb #939361fb
 def judge_claims(
     frame:pd.DataFrame, # As `results_frame` gives it
     claims, # `Claim`s to judge; those whose arms were not run are left out

@@ -73,6 +73,7 @@ def plot_cost(
     ax.set_ylabel('mIoU (%)')
     return ax
 
+# %% ../../nbs/experiments/54_figures.ipynb #3b99b8a6
 def plot_costs(frame):
     "Axes with `plot_cost` of each cost."
     axs = axes(ncols=3, figsize=(14, 3.9), layout='constrained')
@@ -126,6 +127,7 @@ def _check_answers(predictions, world):
                 f"The pictures of '{shorten(arm, 80)}' are not of the same data sets as those of the others. Run "
                 f"the study 'pictures' again.")
 
+# %% ../../nbs/experiments/54_figures.ipynb #6f391313
 def plot_scenes(
     scale:Scale, # Sizes
     seed:int, # Of the world

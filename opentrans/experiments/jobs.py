@@ -64,6 +64,7 @@ def _sorter(jobs):
         raise OpenTransError(f"Jobs wait for each other: {', '.join(map(str, error.args[1]))}.") from None
     return order
 
+# %% ../../nbs/experiments/52_jobs.ipynb #8164a7c4
 class _View:
     "All jobs in one view: a bar that names those at work, or in a log a line for each that is done."
     def __init__(self, total, desc):
@@ -93,6 +94,7 @@ def _job_name(name):
     "The name of a job in words."
     return ' '.join(map(str, name)) if isinstance(name, tuple) else str(name)
 
+# %% ../../nbs/experiments/52_jobs.ipynb #800abcd5
 def _run_here(jobs, view):
     "Do jobs in this process."
     order = _sorter(jobs)
@@ -144,6 +146,7 @@ def _connect(address):
 # Ctrl-C goes to all processes of a terminal: the one that asked hears it, and ends its workers
 _IGNORE_INTERRUPT = 'import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n'
 
+# %% ../../nbs/experiments/52_jobs.ipynb #f02c9df5
 @contextlib.contextmanager
 def _start_workers(count, device):
     "A client of workers on this machine, which end with the block. What they use of memory is not limited."
@@ -158,6 +161,7 @@ def _start_workers(count, device):
     with distributed.SpecCluster(workers, scheduler, silence_logs=logging.CRITICAL) as cluster:
         with distributed.Client(cluster, set_as_default=False) as client: yield client
 
+# %% ../../nbs/experiments/52_jobs.ipynb #0db8efc5
 def _run_there(jobs, client, view):
     "Do jobs on the workers of a client."
     distributed = _distributed()
@@ -187,6 +191,7 @@ def _run_there(jobs, client, view):
         raise
     return results
 
+# %% ../../nbs/experiments/52_jobs.ipynb #fcfbfcd5
 def _result_of(future, name):
     "What a job gave. Raises what it raised, and `OpenTransError` if each worker that tried it was lost."
     try: return future.result()
@@ -265,6 +270,7 @@ def hold_folders(*folders):
         try: yield
         finally: _MINE.difference_update(new)
 
+# %% ../../nbs/experiments/52_jobs.ipynb #8d8047be
 def _distinct_runs(arms, scale):
     "Arms by their settings: those of the same are one run, which measures what any of their tables shows."
     runs = {}
@@ -278,6 +284,7 @@ def _mask_of(arm, scale):
     "The name of the mask that Algorithm 1 must find for an arm, or None."
     return arm.mask.id(scale) if arm.mask and arm.mask.distilled else None
 
+# %% ../../nbs/experiments/52_jobs.ipynb #b2384f92
 def _plan(scale, seed, folder, arms):
     "Masks, warm-ups and arms of one seed that are not there yet, as jobs."
     folder = open_run_folder(folder, scale, seed).resolve() # workers may stand elsewhere
@@ -304,6 +311,7 @@ def _plan(scale, seed, folder, arms):
 
 def seed_folders(runs, seeds): return {n: Path(runs)/f'seed{n}' for n in seeds}
 
+# %% ../../nbs/experiments/52_jobs.ipynb #a9af8cd0
 def run_arms(
     scale:Scale, # Sizes
     seeds, # Of everything: one, or several, whose jobs share the workers

@@ -7,3 +7,6 @@ from .checks import __all__ as _checks
 
 __all__ = [*_contract, *_checks]
 promise_frameworks(sys.modules[__name__]) # the modules beside this one: nobody lists them
+
+from opentrans.helping import document as _document
+_document(__name__)

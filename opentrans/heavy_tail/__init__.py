@@ -19,3 +19,6 @@ from .words import *
 from .words import __all__ as _words
 
 __all__ = [*_power_law, *_null, *_reading, *_table, *_over_time, *_steering, *_robust, *_change, *_words]
+
+from opentrans.helping import document as _document
+_document(__name__)

@@ -28,3 +28,6 @@ from .compiled import __all__ as _compiled
 
 __all__ = [*_places, *_criteria, *_force, *_baked, *_mask, *_transfer, *_rounds, *_calibration, *_solvers, *_densities,
            *_reconstruction, *_regrowth, *_compiled]
+
+from opentrans.helping import document as _document
+_document(__name__)

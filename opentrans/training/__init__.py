@@ -9,3 +9,6 @@ from .plan import *
 from .plan import __all__ as _plan
 
 __all__ = [*_recipe, *_evaluate, *_finetune, *_plan]
+
+from opentrans.helping import document as _document
+_document(__name__)

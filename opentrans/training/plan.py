@@ -130,6 +130,7 @@ def _measure(framework, data, recipe, selection, mask, images):
     needed = peak_memory(train, device)
     return needed, ends[1]-ends[0]
 
+# %% ../../nbs/training/43_plan.ipynb #86635526
 def _loading(framework, data, recipe, samples):
     "CPU seconds to read and cut one image, as `finetune` does."
     began = time.process_time()

@@ -13,7 +13,6 @@ from typing import Annotated
 from annotated_types import Interval
 import numpy as np
 import torch
-from fastcore.basics import patch
 from ..errors import check_number, FormatError, OpenTransError, optional, shorten, unknown
 from ..files import parse_json, read_text
 from ..frameworks.contract import get_framework
@@ -58,6 +57,7 @@ def _falls(milestones):
     if list(told) != sorted(told): raise OpenTransError(f"milestones={told}: write them in rising order.")
     return told
 
+# %% ../../nbs/training/40_recipe.ipynb #6547b591
 def _sizes(scale):
     "The smallest and the largest size. Raises `OpenTransError`."
     told = tuple(_ranged('scale', v, 0, _WIDEST, whole=False) for v in _listed('scale', scale, (.5, 2.)))
@@ -65,6 +65,7 @@ def _sizes(scale):
         raise OpenTransError(f"scale={told} must be (smallest, largest), e.g. (0.5, 2.0).")
     return told
 
+# %% ../../nbs/training/40_recipe.ipynb #0dc5e23b
 @dataclass(frozen=True)
 class Recipe:
     """How to fine-tune: every number that a run depends on. Presets: `paper(name)`, `released(name)`,
@@ -158,6 +159,31 @@ class Recipe:
                       cosine=(1+math.cos(math.pi*part))/2, constant=1.)
         return warm*course[self.schedule]
 
+    @classmethod
+    def of(cls,
+        # Some fields, as a dict or a text in JSON; 'preset' is the recipe that they change: 'tiny', 'warmup', 'paper'
+        # or 'released'
+        values,
+        framework:str='deeplabv3', # Whose recipe 'paper' is; 'framework' among the values comes first
+        base:'Recipe'=None, # What is changed if no preset is named; None takes the defaults
+    ):
+        "A recipe from plain values. Raises `OpenTransError` for an unknown field, or a value of the wrong kind."
+        if isinstance(values, str): values = parse_json(values, f'the recipe {shorten(values, 60)}')
+        if not isinstance(values, dict):
+            raise OpenTransError(
+                f"A recipe is made of names with values, such as {{'lr': 0.001}}, not of a {type(values).__name__}.")
+        values = dict(values)
+        preset, framework = values.pop('preset', None), values.pop('framework', framework)
+        presets = dict(tiny=cls.tiny, warmup=cls.warmup, paper=functools.partial(cls.paper, framework),
+                       released=functools.partial(cls.released, framework))
+        if preset is not None and (not isinstance(preset, str) or preset not in presets):
+            raise unknown('recipe', preset, presets)
+        kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+        for name in values:
+            if name not in kinds: raise unknown('setting of a recipe', name, [*kinds, 'preset'])
+        recipe = presets[preset]() if preset else base or cls()
+        return recipe.replace(**{name: _as(name, kinds[name], value) for name,value in values.items()})
+
 # %% ../../nbs/training/40_recipe.ipynb #77fa637b
 def _preset(cls, name, source):
     """A recipe by the name of its framework. One without a recipe of its own is trained as DeepLabV3 is: the
@@ -237,6 +263,7 @@ def read_settings(
 _EXPECTED = {tuple: 'numbers, e.g. 40000,45000', bool: 'true or false', int: 'a whole number', float: 'a number',
              str: 'text'}
 
+# %% ../../nbs/training/40_recipe.ipynb #e3bca619
 def _number(value, whole):
     "A number, or the text of one, to the last digit. Raises `ValueError` or `OverflowError`."
     if isinstance(value, bool) or not isinstance(value, (int, float, str, np.number)): raise ValueError(value)
@@ -254,6 +281,7 @@ def _numbers(value):
     made = [_number(part, False) for part in parts]
     return tuple(int(number) if number.is_integer() else number for number in made)
 
+# %% ../../nbs/training/40_recipe.ipynb #8758c907
 def _as(name, kind, value):
     "A value as the type of a field; YAML and flags give numbers as text."
     try:
@@ -265,28 +293,3 @@ def _as(name, kind, value):
     except (ValueError, TypeError, KeyError, OverflowError, AttributeError):
         raise OpenTransError(
             f"{name}={shorten(repr(value), 80)} in a recipe: expected {_EXPECTED[kind]}.") from None
-
-@patch(cls_method=True)
-def of(cls:Recipe,
-    # Some fields, as a dict or a text in JSON; 'preset' is the recipe that they change: 'tiny', 'warmup', 'paper'
-    # or 'released'
-    values,
-    framework:str='deeplabv3', # Whose recipe 'paper' is; 'framework' among the values comes first
-    base:Recipe=None, # What is changed if no preset is named; None takes the defaults
-):
-    "A recipe from plain values. Raises `OpenTransError` for an unknown field, or a value of the wrong kind."
-    if isinstance(values, str): values = parse_json(values, f'the recipe {shorten(values, 60)}')
-    if not isinstance(values, dict):
-        raise OpenTransError(
-            f"A recipe is made of names with values, such as {{'lr': 0.001}}, not of a {type(values).__name__}.")
-    values = dict(values)
-    preset, framework = values.pop('preset', None), values.pop('framework', framework)
-    presets = dict(tiny=cls.tiny, warmup=cls.warmup, paper=functools.partial(cls.paper, framework),
-                   released=functools.partial(cls.released, framework))
-    if preset is not None and (not isinstance(preset, str) or preset not in presets):
-        raise unknown('recipe', preset, presets)
-    kinds = {f.name: f.type for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in kinds: raise unknown('setting of a recipe', name, [*kinds, 'preset'])
-    recipe = presets[preset]() if preset else base or cls()
-    return recipe.replace(**{name: _as(name, kinds[name], value) for name,value in values.items()})
