@@ -196,7 +196,7 @@ def test_a_killed_process_ends_the_run(tmp_path, monkeypatch):
     r = opentrans(*args)
     assert told == [at] and r.returncode == 130, (told, r)
 
-@pytest.mark.parametrize('sent', (signal.SIGTERM, signal.SIGINT))
+@pytest.mark.parametrize('sent', (signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)))
 def test_a_notice_to_end_is_taken(tmp_path, sent):
     """SIGTERM, as a scheduler sends it, or Ctrl-C: the iteration is finished, a checkpoint written, exit code 143
     or 130."""

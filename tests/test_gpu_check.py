@@ -74,6 +74,7 @@ def closure(names):
         todo += [need.name for need in needs if need.marker is None or need.marker.evaluate(dict(extra=''))]
     return seen
 
+@pytest.mark.slow
 def test_the_bundle_holds_what_is_missing(script):
     "Whatever our requirements import that the four libraries do not bring is among the wheels."
     from packaging.utils import canonicalize_name

@@ -115,7 +115,7 @@ from opentrans.experiments import run_jobs
 if __name__ == '__main__': run_jobs({'short': ((), str, ()), 'long': ((), time.sleep, (10**6,))}, 2, 'jobs')
 """
 
-@pytest.mark.parametrize('sent', (signal.SIGINT, signal.SIGTERM))
+@pytest.mark.parametrize('sent', (pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM))
 def test_workers_end_with_their_parent(tmp_path, sent):
     """One at work and one that waits for work; none is left behind, by Ctrl-C, which all of them hear, or by
     SIGTERM to the parent alone."""

@@ -294,7 +294,9 @@ def test_the_stored_measurements_are_of_the_papers_recipes(script):
     assert kept['text']['prompts'] == sum(len(texts) for v in words.values() for texts in v.prompts())
     assert bench.line((1, 5., 30), (3, 9., 50)) == dict(seconds=2., seconds_fixed=3., bytes=10., bytes_fixed=20.)
 
-@pytest.mark.parametrize('name', ['deeplabv3', 'fpn', 'mask2former', 'fcclip', 'faseg'])
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ('mask2former', 'fcclip', 'faseg')]
+
+@pytest.mark.parametrize('name', ['deeplabv3', 'fpn', *SLOWER])
 def test_a_framework_costs_as_much_as_its_images(name, one_thread):
     "As many multiply-accumulates, but for what is done with the names, and as much memory."
     from opentrans.cost import cost, training_memory

@@ -161,9 +161,9 @@ WORLD = textwrap.dedent('''
     print('without its memory:', same(whole[0]['net'], cold[0]['net']))
 ''')
 
-ALSO = [pytest.param('crop', 2, marks=pytest.mark.slow), pytest.param('attention', 1, marks=pytest.mark.slow)]
+ALSO = [pytest.param(*case, marks=pytest.mark.slow) for case in (('crop', 1), ('crop', 2), ('attention', 1))]
 
-@pytest.mark.parametrize('mode,n', [('crop', 1), ('attention', 2), *ALSO])
+@pytest.mark.parametrize('mode,n', [('attention', 2), *ALSO])
 def test_a_killed_run_ends_as_one_without_a_break(tmp_path, mode, n):
     """Forty iterations a round, kill -9 at the start, behind a checkpoint within the first round and behind one
     within the second, in one process or two: mask, weights, history and log are equal to the last bit. Without
@@ -253,7 +253,7 @@ def test_constants_of_infinity_are_no_divergence(tmp_path):
 
 # --- an end from outside ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('sent,code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize('sent,code', [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)])
 def test_a_notice_to_end_leaves_the_last_round_and_says_how_to_go_on(tmp_path, sent, code):
     "SIGTERM as a scheduler sends it, or Ctrl-C, while the second round is trained."
     args = 'prune --density .1 --iters 2 --batch-size 2 --device cpu --out m.safetensors'.split()

@@ -29,7 +29,7 @@ def test_the_stored_settings_are_todays():
     assert data['settings'] == json.loads(json.dumps(spt_study.SET)) and data['vit'] == spt_study.VIT
     assert {run['arm'] for run in data['results']} == {*spt_study.ARMS}
 
-@pytest.mark.parametrize('name', ['spt', 'spt-parts', 'faseg'])
+@pytest.mark.parametrize('name', [pytest.param('spt', marks=pytest.mark.slow), 'spt-parts', 'faseg'])
 def test_a_study_runs_and_goes_on(name, tmp_path, one_thread):
     "At the smallest sizes; the second call reads what is there, and gives the same. Sizes are whole again afterwards."
     from opentrans.vit import spt_study
