@@ -171,7 +171,7 @@ class Mask2Former(_GroundedQueries):
         region_dropout:float=.5, # Share of the regions whose class is not asked for, drawn each time
         kd:float=2., # Weight of the distillation loss; 0 leaves it out
         kd_source:str='prior', # What is distilled of a query: one of `KD_SOURCES`
-        kd_target:str='crop', # How the teacher embeds a region: one of `KD_TARGETS`; the released crops are `'tight'`
+        kd_target:str='crop', # How the teacher embeds a region: one of `KD_TARGETS`; released: `'tight'`
         kd_regions:int=200, # Most regions of a batch that are distilled
         divisible:int=32, # Images are padded to a multiple of this, in CLIP's mean colour
         score:float=.8, # Panoptic: how sure of its class a query must be

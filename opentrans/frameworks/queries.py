@@ -478,7 +478,7 @@ class _QueryParts(_Padding):
 
 # %% ../../nbs/frameworks/32_queries.ipynb #5ba0079e
 class QueryFramework(_QueryParts):
-    "A framework that segments by queries. An adapter writes `coarse_queries` and `loss`, and `make_head` if need be."
+    "A framework that segments by queries. An adapter writes `coarse_queries` and `loss`, maybe `make_head`."
     kinds = ('semantic', 'panoptic')
     masks_first = False # To another size are resized: masks, before they are scored (FC-CLIP), or scores?
 
