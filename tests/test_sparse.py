@@ -10,8 +10,9 @@ from opentrans.errors import OpenTransError
 from opentrans.pruning import SparseMask
 from opentrans.sparse.kernels import kernel_name, kernel_text
 from opentrans.sparse.machine import kernel_key, KernelCache, Machine, native_functions
-from opentrans.sparse.plan import CannotPlan, Plan
-from opentrans.sparse.regions import capture, fold
+from opentrans.sparse.linear import NativeLinear
+from opentrans.sparse.plan import Plan
+from opentrans.sparse.regions import capture
 
 pytestmark = pytest.mark.skipif(not sparse.has_llvm(), reason='llvmlite is not installed')
 
@@ -188,7 +189,7 @@ def test_what_is_not_known_runs_on_torch():
     assert far(sparse.compile(net)(x), net(x)) < 1e-5
     table = sparse.supported(net)
     assert table.engine.to_dict() == dict(a=True, b=False, c=True, linear=False)
-    assert 'reflect' in table.why['b']
+    assert 'reflect' in table.why['b'] and 'dense' in table.why['linear']
 
 @torch.no_grad()
 def test_what_does_not_fit_runs_on_torch():
@@ -266,6 +267,55 @@ def test_models_of_timm(name):
     fast = sparse.compile(net)
     assert sparse.supported(net).engine.any() and far(fast(x), net(x)) < 1e-4
     assert all(not region.reasons for region in fast.sparse_regions)
+
+@pytest.mark.parametrize('name,stride', [('deeplabv3', 32), ('deeplabv3', 16), ('fcclip', 32), ('mask2former', 32), ('fpn', 32)])
+@torch.no_grad()
+def test_frameworks_run_on_the_engine(name, stride):
+    "A framework finds its backbone's maps where it always did: the same scores, the same class at every pixel."
+    from opentrans.frameworks import build
+    from opentrans.frameworks.contract import tiny_backbone
+    backbone = lively(tiny_backbone(0))
+    options = dict(output_stride=stride) if name == 'deeplabv3' else {}
+    slow = build(name, backbone, ['cat', 'dog', 'sky'], seed=0, **options).eval()
+    mask = SparseMask.magnitude(slow.backbone, .3)
+    fast = mask.compile(slow)
+    mask.apply(slow).remove()
+    images = torch.rand(2, 3, 96, 64)
+    assert fast.sparse_regions and far(fast(images, fast.text()), slow(images, slow.text())) < 1e-4
+    assert fast.semantic(images, fast.text()).equal(slow.semantic(images, slow.text()))
+    assert not any(region.reasons for region in fast.sparse_regions) and any(region.plans for region in fast.sparse_regions)
+
+# linear layers
+
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([0., .1, 1.]), st.booleans(), st.lists(st.integers(1, 7), max_size=3), st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+@torch.no_grad()
+def test_linear_layers_are_those_of_torch(inputs, outputs, density, bias, shape, seed):
+    torch.manual_seed(seed)
+    layer = nn.Linear(inputs, outputs, bias)
+    layer.weight.data *= torch.rand_like(layer.weight) < density
+    x = torch.randn(*shape, inputs)
+    native, want = NativeLinear(layer), layer.double()(x.double())
+    layer.float()
+    assert native(x).shape == want.shape and far(native(x).double(), want) < 1e-5 and not native.reasons
+
+@pytest.mark.parametrize('name', ['shapes-vit', 'shapes-convnext'])
+@torch.no_grad()
+def test_towers_of_linear_layers(name):
+    "A ViT's hidden layers and ConvNeXt's pointwise ones run on the engine where a mask has removed most of them."
+    from opentrans.clip import ClipBackbone
+    backbone = ClipBackbone.create(name, pretrained=name)
+    mask = SparseMask.magnitude(backbone, .1)
+    fast = mask.compile(backbone)
+    mask.apply(backbone).remove()
+    images = torch.rand(2, 3, 64, 64)
+    want, got = backbone(images), fast(images)
+    assert all(far(got[k], want[k]) < 1e-4 for k in want) and far(copy.deepcopy(fast)(images)['res5'], want['res5']) < 1e-4
+    table = sparse.supported(backbone)
+    assert (table.kind[table.engine] == 'Linear').sum() >= 4
+    ours = [part.forward for part in fast.modules() if isinstance(getattr(part, 'forward', None), NativeLinear)]
+    assert len(ours) >= 4 and all(native.plans and not native.reasons for native in ours)
+    assert (sparse.supported(ClipBackbone.create(name, pretrained=name)).kind != 'Linear').any()
 
 # programs and their cache
 

@@ -5,7 +5,9 @@ from .regions import *
 from .regions import __all__ as _regions
 from .plan import *
 from .plan import __all__ as _plan
+from .linear import *
+from .linear import __all__ as _linear
 from .engine import *
 from .engine import __all__ as _engine
 
-__all__ = [*_machine, *_regions, *_plan, *_engine]
+__all__ = [*_machine, *_regions, *_plan, *_linear, *_engine]

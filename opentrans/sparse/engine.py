@@ -12,7 +12,8 @@ import pandas as pd
 import torch
 from torch import nn
 from ..errors import check_number, OpenTransError
-from .machine import has_llvm, Machine
+from .linear import NativeLinear, why_no_linear
+from .machine import has_llvm
 from .plan import CannotPlan, Plan
 from .regions import capture, fold
 
@@ -143,8 +144,9 @@ def _try(module, model):
 def _parts(module, name=''):
     "(name, module, captured or None, reason) of parts that hold convolutions."
     if _is_backbone(module):
-        yield (name, module, *_try(module, _Maps(module.kind, module.visual)))
-        return
+        captured, why = _try(module, _Maps(module.kind, module.visual))
+        yield name, module, captured, why
+        if captured is not None and captured.regions: return
     if not any(isinstance(part, nn.Conv2d) for part in module.modules()): return
     if not any(map(_is_backbone, module.modules())):
         captured, why = _try(module, nn.Sequential(module) if isinstance(module, nn.Conv2d) else module)
@@ -182,20 +184,26 @@ def compile(
     regions = []
     for _, module, captured, _ in [*_parts(model)]:
         if captured is not None and captured.regions: regions += _install(module, captured, threads, check, kernels)
+    for part in model.modules():
+        if isinstance(part, nn.Linear) and not why_no_linear(part): part.forward = NativeLinear(part, threads, check)
     model.__dict__['sparse_regions'] = regions # for reports; no child, so that names stay
     return model
 
 def supported(
     model:nn.Module, # Any model
 )->pd.DataFrame: # One row a convolution or linear layer: layer, kind, engine (True or False), why
-    "Which layers of a model the engine runs, and why not the others."
+    "Which layers of a model the engine runs as its weights are now, and why not the others. Linear layers are worth it only with most weights removed."
     rows = {}
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)): rows[name] = dict(kind=type(module).__name__, engine=False, why='no convolution beside it')
+        if isinstance(module, nn.Conv2d): rows[name] = dict(kind=type(module).__name__, engine=False, why='is in no region')
     for name, module, captured, why in _parts(model):
         inside = 'visual.' if _is_backbone(module) else ''
         start = f'{name}.{inside}' if name else inside
         _mark(rows, module, start, captured, why)
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear): continue
+        why = why_no_linear(module)
+        rows[name] = dict(kind=type(module).__name__, engine=not why, why=why)
     return pd.DataFrame.from_dict(rows, orient='index', columns=['kind', 'engine', 'why']).rename_axis('layer')
 
 def _mark(rows, module, start, captured, why):
