@@ -207,21 +207,23 @@ def published(name, net, reps, log):
         print(name, what, json.dumps(log[f'{name}, {what}']), flush=True)
 
 MEMORY = """
-import json, resource, sys, time, torch, logging
+import json, sys, time, torch, logging
 torch.set_num_threads(1); logging.disable(logging.WARNING)
 import open_clip
 from opentrans.heavy_tail import analyze
 net = open_clip.create_model(sys.argv[1], pretrained=None).visual
 analyze(torch.nn.Linear(64, 64), skip=())
 net.requires_grad_(False)
-before,start,cpu = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,time.perf_counter(),time.process_time()
+def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])
+open('/proc/self/clear_refs', 'w').write('5')            # the peak begins anew, at what is in use
+before,start,cpu = peak(),time.perf_counter(),time.process_time()
 table = analyze(net, threads=1)
 print(json.dumps(dict(layers=len(table), wall=time.perf_counter()-start, cpu=time.process_time()-cpu, weights_mb=sum(p.numel()*4 for p in net.parameters())/2**20,
-                      added_peak_mb=(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/1024)))
+                      added_peak_mb=(peak()-before)/1024)))
 """
 
 def memory(name, log):
-    "Time and memory of one network, in a process of its own, on one thread. The peak before counts what making the network took, so the difference is a lower bound."
+    "Time of one network on one thread, in a process of its own, and how far the memory in use rose above what the network itself takes (Linux)."
     done = subprocess.run([sys.executable, '-c', MEMORY, name], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
     log[f'{name}, alone'] = json.loads(done.stdout) if not done.returncode else done.stderr.strip().splitlines()[-1]
     print(name, 'alone:', log[f'{name}, alone'], flush=True)

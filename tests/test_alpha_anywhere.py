@@ -361,3 +361,17 @@ def test_words():
     plain = analyze(net(), skip=()).words()
     assert 'Median alpha' in plain and 'times as long as wide' in plain
     assert 'times as long as wide' not in analyze(net(), skip=(), aspect=1.).words()
+
+def test_transfer_chooses_by_z(monkeypatch):
+    "The step of the commands that reads alpha and chooses."
+    import contextlib
+    from types import SimpleNamespace
+    import opentrans.training
+    from opentrans.cli.training import _tune
+    from opentrans.clip import ClipBackbone
+    seen = []
+    monkeypatch.setattr(opentrans.training, 'finetune', lambda seg, train, recipe, selection=None, **k: seen.append(selection))
+    seg = SimpleNamespace(backbone=ClipBackbone.create('shapes-rn'))
+    choose = dict(freeze=.5, by='z', xmin='median', seed=0, alpha_of='dense')
+    with contextlib.ExitStack() as stack: chosen = _tune(seg, None, None, None, None, choose, None, {}, stack)
+    assert seen == [chosen] and chosen == analyze(seg.backbone, xmin='median', null='gaussian').select(by='z')

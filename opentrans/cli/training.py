@@ -113,7 +113,8 @@ def _tune(seg, train, m, warm, rest, choose, out, how, in_force):
     if warm: finetune(seg, train, warm, checkpoint_dir=folder('warmup'), **how)
     selection = None
     if choose['freeze']:
-        table = analyze(seg.backbone, xmin=_number(choose['xmin']))
+        null = 'gaussian' if choose['by'].startswith('z') else None
+        table = analyze(seg.backbone, xmin=_number(choose['xmin']), null=null)
         selection = table.select(freeze=choose['freeze'], by=choose['by'], seed=choose['seed'])
         if out and first_process(): selection.to_json(Path(out)/'selection.json')
     if m is not None and not first: in_force.enter_context(m.apply(seg.backbone))
