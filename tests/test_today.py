@@ -500,3 +500,40 @@ def test_one_mask_goes_into_all_frameworks(name, one_mask):
             assert int(weight.count_nonzero()) == kept and not weight[~mask[layer]].any()
         total = sum(w.numel() for w in weights.values())
         assert abs(sum(int(w.count_nonzero()) for w in weights.values())/total - .2) < 1e-3
+
+def test_a_vit_embeds_an_image_without_regions():
+    "Among others: torch's attention takes no empty batch under a mask."
+    clip = ClipBackbone.create('shapes-vit', pretrained=None)
+    images,region = torch.rand(2, 3, 64, 64),torch.ones(1, 64, 64, dtype=torch.bool)
+    alone = clip.region_embeddings(images[1:], [region])
+    assert torch.allclose(clip.region_embeddings(images, [region[:0], region]), alone, atol=1e-6)
+    assert clip.region_embeddings(images, [region[:0], region[:0]]).shape == (0, clip.embed_dim)
+
+def test_the_stored_support_table_is_of_today():
+    "A row for each framework and tower, columns as they are tried; and two cells tried once more."
+    from opentrans.frameworks import list_frameworks
+    from opentrans.frameworks.support import support_table, SUPPORT_TOWERS, TRIES, try_support
+    table = support_table()
+    assert {*table.index} == {(name, tower) for name in FRAMEWORKS for tower in SUPPORT_TOWERS} and list(table) == list(TRIES)
+    assert {*FRAMEWORKS} <= {*list_frameworks()}
+    for cell in (('fpn', 'ResNet'), ('sed', 'ViT')): assert try_support(*cell, ['mask'])['mask'] == table.loc[cell, 'mask']
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', FRAMEWORKS)
+def test_each_cell_of_the_support_table_is_what_happens(name):
+    from opentrans.frameworks.support import support_table, SUPPORT_TOWERS, try_support
+    table = support_table()
+    for tower in SUPPORT_TOWERS: assert try_support(name, tower) == table.loc[name, tower].to_dict()
+
+def test_the_command_shows_what_works_and_takes_a_method(tmp_path):
+    "`opentrans models`, and `segment --method` with its own backbone; what cannot be is one sentence."
+    import json, subprocess
+    from torchvision.utils import save_image
+    save_image(torch.rand(3, 48, 64), tmp_path/'photo.png')
+    def run(*words): return subprocess.run([sys.executable, '-m', 'opentrans.cli', *map(str, words)], capture_output=True, text=True)
+    r = run('segment', tmp_path/'photo.png', 'grass, sand | water', '--method', 'naclip', '--out', tmp_path/'seen.png', '--json')
+    assert r.returncode == 0 and abs(sum(json.loads(r.stdout).values())-1) < 1e-6 and (tmp_path/'seen.png').exists(), r.stderr
+    r = run('segment', tmp_path/'photo.png', 'grass', '--method', 'naclop', '--out', tmp_path/'seen.png')
+    assert r.returncode == 2 and "Did you mean 'naclip'?" in r.stderr and 'Traceback' not in r.stderr
+    r = run('models', '--json')
+    assert r.returncode == 0 and len(json.loads(r.stdout)) == 3*len(FRAMEWORKS), r.stderr
