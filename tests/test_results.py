@@ -77,7 +77,7 @@ def shown(cells, name):
 def test_each_stored_study_has_a_place_on_its_page():
     "A page shows plot and verdicts under a heading of the study's name, to which the claims of the index link."
     from opentrans.experiments import list_studies
-    pages = [cell for page in ('experiments/56_results', 'vit/69_studies')
+    pages = [cell for page in ('experiments/56_results', 'experiments/59_league', 'vit/69_studies')
              for cell in json.loads((root/'nbs'/f'{page}.ipynb').read_text())['cells']]
     for name in list_studies():
         if not (root/'docs'/'results'/f'{name}-5seeds.json').exists(): continue
