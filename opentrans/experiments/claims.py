@@ -19,7 +19,9 @@ from .scale import Measured, Number
 from ..files import check_shape, plain_json
 
 # %% ../../nbs/experiments/53_claims.ipynb #5f2b8af3
-def class_groups(frame): return [k for k in ('base', 'novel') if f'miou_{k}' in frame] or sets_of(frame) # real data may have no such groups
+def class_groups(frame):
+    "Base and novel classes; of real data, which may have no such groups, the data sets."
+    return [group for group in ('base', 'novel') if f'miou_{group}' in frame] or sets_of(frame)
 
 def sets_of(frame)->list: # Names: base and novel classes, and each other data set
     "What mIoU was taken over."
@@ -49,7 +51,9 @@ def results_frame(
 
 def _cell(x, digits=1):
     x = x.dropna()
-    return '-' if not len(x) else f'{x.mean():.{digits}f}' + (f' ± {x.std():.{digits}f}' if len(x) > 1 else '')
+    if not len(x): return '-'
+    spread = f' ± {x.std():.{digits}f}' if len(x) > 1 else ''
+    return f'{x.mean():.{digits}f}{spread}'
 
 # %% ../../nbs/experiments/53_claims.ipynb #0e6a5cde
 def summarize(
