@@ -56,6 +56,12 @@ def _cell(x, digits=1):
     return f'{x.mean():.{digits}f}{spread}'
 
 # %% ../../nbs/experiments/53_claims.ipynb #0e6a5cde
+def _training_cell(flops, full):
+    "FLOPs of training, and how much more or less than `full` that is; '-' where they are not known."
+    if flops.isna().any(): return '-'
+    change = f' ({flops.mean()/full-1:+.0%})' if full == full else ''
+    return f'{flops.mean()/1e12:.2f} T{change}'
+
 def summarize(
     frame:pd.DataFrame, # As `results_frame` gives it
     arms, # Which arms, in the order of the table
@@ -66,16 +72,13 @@ def summarize(
         f = frame[frame.arm == a.name]
         if not len(f):
             raise OpenTransError(f"There is no result of '{a.name}' in the table. Run the study that has it.")
-        full = frame[
-            (frame.framework == f.framework.iloc[0]) & frame['mask'].isna() & (
-                frame['select'] == 'all')].train_flops.mean()
+        same = frame[frame.framework == f.framework.iloc[0]]
+        full = same[same['mask'].isna() & (same['select'] == 'all')].train_flops.mean()
         rows[a.name] = {**{f'mIoU {k}': _cell(f[f'miou_{k}']) for k in sets_of(frame)},
                         'CKA to CLIP': _cell(f.cka, 2), 'frozen layers': f'{f.frozen_layers.mean():.0f}',
                         'params': f'{f.active_params.mean()/1e6:.2f} M',
                         'MACs': f'{f.active_macs.mean()/1e6:.1f} M',
-                        'training': '-' if f.train_flops.isna().any()
-                        else f'{f.train_flops.mean()/1e12:.2f} T'
-                        + (f' ({f.train_flops.mean()/full-1:+.0%})' if full == full else '')}
+                        'training': _training_cell(f.train_flops, full)}
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/experiments/53_claims.ipynb #8c0111be
