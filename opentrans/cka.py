@@ -75,9 +75,8 @@ def _pair(X, Y, unbiased, kernel):
         raise OpenTransError(
             f"{'Unbiased CKA needs at least 4' if unbiased else 'CKA needs at least 2'} examples, not {n}.")
     for x,what in ((X, 'X'), (Y, 'Y')):
-        reason = ('has NaN or infinite features' if not x.isfinite().all() else 'is constant over the examples'
-                  if _constant(x) else '')
-        if reason: return _nan(what, reason)
+        if not x.isfinite().all(): return _nan(what, 'has NaN or infinite features')
+        if _constant(x): return _nan(what, 'is constant over the examples')
     K,L = (center_gram(kernel(x@x.T), unbiased)
            for x in ((x - x.mean(0))/(x - x.mean(0)).norm() for x in (X.double(), Y.double())))
     return ((K*L).sum()/(K.norm()*L.norm())).item()
@@ -111,7 +110,8 @@ def _gram_and_size(x, scale=1., block=8192):
     K,size = torch.zeros(n, n, dtype=torch.float64, device=home),0.
     room = torch.empty(n*min(block, d), dtype=kind, device=x.device)
     mean = torch.full((1, n), 1/n, dtype=kind, device=x.device)
-    h = 1 if x.is_cuda else 2 if n < 128 else 4
+    h = 2 if n < 128 else 4
+    if x.is_cuda: h = 1
     cuts = [i*n//h for i in range(h+1)] # half of a symmetric product is enough
     for b in x.split(block, 1):
         b = b.to(kind) if scale == 1 else b.to(kind)/scale
@@ -168,7 +168,8 @@ def _default_layers(model):
 def _tensors(out):
     "All tensors in what a layer gave: a tensor, or tuples, lists and dicts of them."
     if isinstance(out, torch.Tensor): return [out]
-    parts = out.values() if hasattr(out, 'values') else out if isinstance(out, (tuple, list)) else ()
+    parts = out if isinstance(out, (tuple, list)) else ()
+    if hasattr(out, 'values'): parts = out.values()
     return [t for part in parts for t in _tensors(part)]
 
 def _features(out):
@@ -376,8 +377,8 @@ class _Watch:
         if shape[:1] == (self.n,) and (convolved or (len(shape) > 3 and self.n not in shape[1:])):
             self.axis[name] = 0
         if convolved or name in self.axis: return [0]
-        return ([] if len(shape) < 2
-                else _picture_axes(shape[:-1] if isinstance(module, nn.Linear) else shape, self.n))
+        if len(shape) < 2: return []
+        return _picture_axes(shape[:-1] if isinstance(module, nn.Linear) else shape, self.n)
 
     def _gram(self, name, x):
         "(centred Gram matrix, distances of a few) of rows of examples."
@@ -387,8 +388,10 @@ class _Watch:
         K,size = _gram_and_size(x, self.scale.get(name, 1.))
         # one unit for the whole run, a power of 2, only if squares would vanish or overflow
         if name not in self.scale and size != 0:
-            big = (torch.linalg.vector_norm(x.double() if x.dtype == torch.float64 else x.float(),
-                                            torch.inf).item() if not 1e-20 < size < 1e20 else 0.)
+            big = 0.
+            if not 1e-20 < size < 1e20:
+                numbers = x.double() if x.dtype == torch.float64 else x.float()
+                big = torch.linalg.vector_norm(numbers, torch.inf).item()
             self.scale[name] = float(2.**np.floor(np.log2(big))) if 0 < big < np.inf else 1.
             if self.scale[name] != 1: K,size = _gram_and_size(x, self.scale[name])
         if not K.isfinite().all(): raise OpenTransError('features are NaN or infinite')
@@ -515,7 +518,8 @@ def _check_options(kernel, sigma, maps):
 
 def _layer_names(given, model):
     "Names as the user gave them, or those of all layers. Raises `OpenTransError` if there are none."
-    names = [given] if isinstance(given, str) else _default_layers(model) if given is None else list(given)
+    if given is None: names = _default_layers(model)
+    else: names = [given] if isinstance(given, str) else list(given)
     if not names:
         raise OpenTransError(
             "There is no layer to compare. Name modules, or give a model with convolutions or linear maps.")

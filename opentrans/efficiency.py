@@ -83,12 +83,15 @@ def _clip_value(full, e):
     pool = number(clip.visual.attnpool)
     if e['metric'] == 'flops':
         t = full.trunk(_size(e), _TOOL.get(e['convention'], 'thop'))
-        return (.9*t.macs if name == 'prune_saving' else t.by_layer.macs[t.by_layer.kind == 'conv'].sum()
-                if e['convention'] == 'conv_macs' else t.macs)
+        if name == 'prune_saving': return .9*t.macs
+        if e['convention'] == 'conv_macs': return t.by_layer.macs[t.by_layer.kind == 'conv'].sum()
+        return t.macs
     convs = [m.weight for n,m in clip.visual.named_modules() if isinstance(m, torch.nn.Conv2d)]
-    return dict(trunk=number(clip.visual)-pool, attnpool_224=pool, visual_224=number(clip.visual), conv_weights=sum(w.numel() for w in convs),
-                # the temperature is no part of it
-                text_encoder=number(clip.text.model)-1, prune_saving=.9*(number(clip.visual)-pool), prunable_conv_layers=len(prunable(clip.visual)))[name]
+    visual = number(clip.visual)
+    text_encoder = number(clip.text.model) - 1 # the temperature is no part of it
+    return dict(trunk=visual-pool, attnpool_224=pool, visual_224=visual, conv_weights=sum(w.numel() for w in convs),
+                text_encoder=text_encoder, prune_saving=.9*(visual-pool),
+                prunable_conv_layers=len(prunable(clip.visual)))[name]
 
 def _han_value(full, e):
     what,flops = e['name'].partition('.')[2],e['metric'] == 'flops'
@@ -108,8 +111,9 @@ def _fcclip_value(full, e):
     if not flops and e['convention'].startswith('numel'):
         return full.trunk(size).params + sum(p.numel() for p in full.framework('fcclip').head.parameters())
     h = full.fcclip(size, 'thop')
-    whole = (h if what == 'head' else full.trunk(size) + h - .9*full.trunk(size) if what == 'pruned'
-             else full.trunk(size) + h)
+    if what == 'head': whole = h
+    elif what == 'pruned': whole = full.trunk(size) + h - .9*full.trunk(size)
+    else: whole = full.trunk(size) + h
     return whole.macs if flops else whole.params
 
 # %% ../nbs/experiments/57_efficiency.ipynb #1b5e47c5
@@ -241,8 +245,10 @@ def _spvit_value(full, e):
             else float(SPViTCost(dense).table(net).values.sum()))
 
 # %% ../nbs/experiments/57_efficiency.ipynb #175cb81c
-VALUES = dict(clip_rn50=_clip_value, han_rn50=_han_value, fcclip_rn50=_fcclip_value, deeplabv3_rn50=_deeplab_value, train_flops=_training_value, **dict.fromkeys(_CLOSED, _faseg_value), vit_b16=_spt_value, spt=_spt_value, snnet_deit=_stitch_value, esta=_esta_value,
-              # first part of an entry's name -> function of (`FullSize`, entry)
+# first part of an entry's name -> function of (`FullSize`, entry)
+VALUES = dict(clip_rn50=_clip_value, han_rn50=_han_value, fcclip_rn50=_fcclip_value, deeplabv3_rn50=_deeplab_value,
+              train_flops=_training_value, **dict.fromkeys(_CLOSED, _faseg_value), vit_b16=_spt_value,
+              spt=_spt_value, snnet_deit=_stitch_value, esta=_esta_value,
               **dict.fromkeys([f'{p}deit_{w}' for p in ('spvit_', '') for w in _WIDTH], _spvit_value))
 
 def paper_costs(

@@ -96,7 +96,8 @@ def check_number(
     finite = number and (whole or _is_finite(value))
     if finite and (value > low if above else value >= low) and (value < high if below else value <= high):
         return value
-    least = f' above {low:,}' if above else f' from {low:,} on' if high == math.inf else f' from {low:,}'
+    if above: least = f' above {low:,}'
+    else: least = f' from {low:,} on' if high == math.inf else f' from {low:,}'
     most = f' up to, but not including, {high:,}' if below else f' to {high:,}'
     span = ('' if low == -math.inf else least) + ('' if high == math.inf else most)
     raise OpenTransError(

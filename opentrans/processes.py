@@ -62,7 +62,8 @@ class Processes:
 
     def first(self, number:int)->int:
         "The whole number that the first process has."
-        return number if self.n == 1 else int(self.sum(torch.tensor(number if self.main else 0)))
+        if self.n == 1: return number
+        return int(self.sum(torch.tensor(number if self.main else 0)))
 
     def together(self,
         work, # Function without arguments

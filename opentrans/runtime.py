@@ -123,8 +123,8 @@ def pick_device(
     device:str=None, # `'cpu'`, `'cuda'`, `'cuda:1'`, `'mps'`; None takes the best one there is
 )->torch.device: # The device
     "Choose a device. Raises `OpenTransError` for one that is not there."
-    if device is None:
-        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if device is None and torch.cuda.is_available(): device = 'cuda'
+    if device is None: device = 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: dev = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as e:
         raise unknown('device', device, ['cpu', 'cuda', 'cuda:0', 'mps']) from e
@@ -191,8 +191,8 @@ LINE_EVERY = 60 # Seconds between two lines of progress in a log
 
 def _duration(seconds):
     "A time in the unit that suits it."
-    return (f'{seconds:.0f} s' if seconds < 90 else f'{seconds/60:.0f} min' if seconds < 5400
-            else f'{seconds/3600:.1f} h')
+    if seconds < 90: return f'{seconds:.0f} s'
+    return f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
 
 class _Lines:
     "An iterable that tells a log how far it is, by a line a minute."
@@ -203,7 +203,8 @@ class _Lines:
 
     def line(self, done, seconds):
         "How much is done, and how long the rest takes."
-        total = self.total if self.total is not None else len(self.it) if hasattr(self.it, '__len__') else None
+        total = self.total
+        if total is None and hasattr(self.it, '__len__'): total = len(self.it)
         if total is None: return f'{self.desc}: {done:,} done'
         return f'{self.desc}: {done:,} of {total:,}, {_duration(seconds/done*(total-done))} left'
 

@@ -131,8 +131,8 @@ def _combine(a, b, sign):
     t = x.where(x.kind.notna(), y)
     t[_NUMBERS] = x[_NUMBERS].fillna(0) + sign*y[_NUMBERS].fillna(0)
     t['tower'],t['ran'] = t.tower.astype(bool),t.ran.astype(bool)
-    convention = (a.convention if a.convention == b.convention
-                  else f"{a.convention} {'+' if sign > 0 else '-'} {b.convention}")
+    convention = a.convention
+    if convention != b.convention: convention += f" {'+' if sign > 0 else '-'} {b.convention}"
     return Cost(t, convention, a.input_size, {**b.upstream, **a.upstream},
                 _join_unpriced(a.unpriced, b.unpriced, sign))
 
@@ -336,7 +336,9 @@ class Cost(_CostText):
         t = self.by_layer if by == 'layer' else getattr(self, f'by_{by}')()
         t = t[t[what] != 0]
         ax = axes(ax, figsize=(min(12, 3+.16*len(t)), 3))
-        f,p = (1e9, 'G') if t[what].max() > 1e8 else (1e6, 'M') if t[what].max() > 1e5 else (1, '')
+        f,p = 1,''
+        if t[what].max() > 1e8: f,p = 1e9,'G'
+        elif t[what].max() > 1e5: f,p = 1e6,'M'
         x = np.arange(len(t))
         ax.bar(x, t[what]/f, color='#c6d4e6', label='dense')
         if (t[f'active_{what}'] != t[what]).any():
@@ -399,7 +401,8 @@ def training_flops(
                        **({} if isinstance(head, Cost) else dict(head=head))).items():
         if not _number(n) or not 0 <= n < math.inf:
             raise OpenTransError(f"{name} must be a number from 0 up, not {n!r}.")
-    h = head.macs/(head.input_size[0] if head.input_size else 1) if isinstance(head, Cost) else head
+    h = head
+    if isinstance(head, Cost): h = head.macs/(head.input_size[0] if head.input_size else 1)
     return (training_table(cost, mask, selection, rule, train_norms).to_numpy().sum() + 3*h)*iterations*batch_size
 
 # %% ../../nbs/04_cost.ipynb #5f25275b

@@ -33,7 +33,9 @@ def _sources(m):
 
 def _computed_row(name, m, parts):
     "The row of a weight that is computed, where `layers_of` knows none."
-    kind = 'conv' if isinstance(m, CONVS) else 'linear' if isinstance(m, nn.Linear) else 'parameter'
+    kind = 'parameter'
+    if isinstance(m, CONVS): kind = 'conv'
+    elif isinstance(m, nn.Linear): kind = 'linear'
     return [[name, kind, [(p, None) for p in parts]]]
 
 def _shares(parts, layers):
@@ -57,7 +59,9 @@ def _module_rows(name, m):
         layers = [layer for layer in layers if layer not in made]
     rows += [[layer.name, layer.kind, [(layer.param, layer.rows)]] for layer in layers]
     taken = {id(p) for r in rows for p,_ in r[2]}
-    kind = 'norm' if isinstance(m, NORMS) else 'embedding' if isinstance(m, nn.Embedding) else 'parameter'
+    kind = 'parameter'
+    if isinstance(m, NORMS): kind = 'norm'
+    elif isinstance(m, nn.Embedding): kind = 'embedding'
     for k,p in sorted(own.items(), key=lambda kp: kp[0] != 'weight'):
         if id(p) in taken: continue
         taken.add(id(p))

@@ -480,8 +480,10 @@ def _measure_arm(arm, scale, seed, folder, keep, run):
         res['miou'].update((e['groups'] or dict(base=e['miou'])) if name == 'val' else {name: e['miou']})
     c,b = _counted(arm.framework, scale, world['train'].vocabulary).under(mask),recipe.batch_size
     res.update(params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs,
-               # what single weights save depends on the kernels
-               train_flops=math.nan if arm.level else training_flops(c, first, b, mask=None if arm.late(scale) else mask)+training_flops(c, steps, b, mask=mask, selection=selection))
+               train_flops=math.nan)
+    if not arm.level: # what single weights save depends on the kernels
+        warmup = training_flops(c, first, b, mask=None if arm.late(scale) else mask)
+        res['train_flops'] = warmup + training_flops(c, steps, b, mask=mask, selection=selection)
     res.update(clip_similarity(seg, world['val'], open_clip_of(scale.of(arm.framework)), every=every))
     answers = {n: _predictions(seg, d, PICTURES.get(n, 1)) for n,d in world.items() if n != 'train'}
     save_tensors(answers, done.with_suffix('.safetensors'), kind=ANSWERS_FILE)

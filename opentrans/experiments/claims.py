@@ -19,7 +19,9 @@ from .scale import Measured, Number
 from ..files import check_shape, plain_json
 
 # %% ../../nbs/experiments/53_claims.ipynb #5f2b8af3
-def class_groups(frame): return [k for k in ('base', 'novel') if f'miou_{k}' in frame] or sets_of(frame) # real data may have no such groups
+def class_groups(frame):
+    "Base and novel classes; of real data, which may have no such groups, the data sets."
+    return [group for group in ('base', 'novel') if f'miou_{group}' in frame] or sets_of(frame)
 
 def sets_of(frame)->list: # Names: base and novel classes, and each other data set
     "What mIoU was taken over."
@@ -49,9 +51,17 @@ def results_frame(
 
 def _cell(x, digits=1):
     x = x.dropna()
-    return '-' if not len(x) else f'{x.mean():.{digits}f}' + (f' ± {x.std():.{digits}f}' if len(x) > 1 else '')
+    if not len(x): return '-'
+    spread = f' ± {x.std():.{digits}f}' if len(x) > 1 else ''
+    return f'{x.mean():.{digits}f}{spread}'
 
 # %% ../../nbs/experiments/53_claims.ipynb #0e6a5cde
+def _training_cell(flops, full):
+    "FLOPs of training, and how much more or less than `full` that is; '-' where they are not known."
+    if flops.isna().any(): return '-'
+    change = f' ({flops.mean()/full-1:+.0%})' if full == full else ''
+    return f'{flops.mean()/1e12:.2f} T{change}'
+
 def summarize(
     frame:pd.DataFrame, # As `results_frame` gives it
     arms, # Which arms, in the order of the table
@@ -62,16 +72,13 @@ def summarize(
         f = frame[frame.arm == a.name]
         if not len(f):
             raise OpenTransError(f"There is no result of '{a.name}' in the table. Run the study that has it.")
-        full = frame[
-            (frame.framework == f.framework.iloc[0]) & frame['mask'].isna() & (
-                frame['select'] == 'all')].train_flops.mean()
+        same = frame[frame.framework == f.framework.iloc[0]]
+        full = same[same['mask'].isna() & (same['select'] == 'all')].train_flops.mean()
         rows[a.name] = {**{f'mIoU {k}': _cell(f[f'miou_{k}']) for k in sets_of(frame)},
                         'CKA to CLIP': _cell(f.cka, 2), 'frozen layers': f'{f.frozen_layers.mean():.0f}',
                         'params': f'{f.active_params.mean()/1e6:.2f} M',
                         'MACs': f'{f.active_macs.mean()/1e6:.1f} M',
-                        'training': '-' if f.train_flops.isna().any()
-                        else f'{f.train_flops.mean()/1e12:.2f} T'
-                        + (f' ({f.train_flops.mean()/full-1:+.0%})' if full == full else '')}
+                        'training': _training_cell(f.train_flops, full)}
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/experiments/53_claims.ipynb #8c0111be
