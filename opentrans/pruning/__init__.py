@@ -13,5 +13,7 @@ from .baked import *
 from .baked import __all__ as _baked
 from .compiled import *
 from .compiled import __all__ as _compiled
+from .slim import *
+from .slim import __all__ as _slim
 
-__all__ = [*_mask, *_places, *_force, *_criteria, *_rounds, *_baked, *_compiled]
+__all__ = [*_mask, *_places, *_force, *_criteria, *_rounds, *_baked, *_compiled, *_slim]
