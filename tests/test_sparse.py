@@ -208,6 +208,23 @@ def test_what_does_not_fit_runs_on_torch():
     tight = sparse.compile(nn.Sequential(nn.Conv2d(3, 3, 5)).eval())
     with pytest.raises(RuntimeError): tight(torch.randn(1, 3, 4, 9))
 
+class Parted(nn.Module):
+    "What cannot be traced as a whole: its parts are compiled one by one, a bare convolution among them."
+    def __init__(self):
+        super().__init__()
+        self.first, self.rest = nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+    def forward(self, x):
+        x = self.first(x)
+        return self.rest(x) if x.sum() > 0 else self.rest(-x)
+
+@torch.no_grad()
+def test_parts_of_what_cannot_be_traced():
+    net, x = Parted().eval(), torch.randn(2, 3, 9, 8)
+    fast = sparse.compile(net)
+    assert sparse.supported(net).engine.all() and len(fast.sparse_regions) == 2
+    for model in (fast, copy.deepcopy(fast)): assert far(model(x), net(x)) < 1e-5
+    assert copy.deepcopy(fast).double()(x.double()).dtype == torch.float64
+
 @torch.no_grad()
 def test_new_weights_are_seen():
     net = thinned(small_net(True), .5)
