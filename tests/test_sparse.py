@@ -93,22 +93,22 @@ def test_pools_are_those_of_torch(kind, side, stride, padding, height, width, la
 
 class Block(nn.Module):
     "A residual block with a stride, as torchvision and CLIP have them."
-    def __init__(self, inputs, inside, outputs, stride=1, pool=False, inplace=True):
+    def __init__(self, inputs, inside, outputs, stride=1, pool=False):
         super().__init__()
         first = stride if not pool else 1
-        self.conv1, self.norm1 = nn.Conv2d(inputs, inside, 1, bias=False), nn.BatchNorm2d(inside)
-        self.conv2, self.norm2 = nn.Conv2d(inside, inside, 3, first, 1, bias=False), nn.BatchNorm2d(inside)
+        self.conv1, self.bn1 = nn.Conv2d(inputs, inside, 1, bias=False), nn.BatchNorm2d(inside)
+        self.conv2, self.bn2 = nn.Conv2d(inside, inside, 3, first, 1, bias=False), nn.BatchNorm2d(inside)
         self.pool = nn.AvgPool2d(stride) if pool and stride > 1 else nn.Identity()
-        self.conv3, self.norm3 = nn.Conv2d(inside, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.act = nn.ReLU(inplace)
+        self.conv3, self.bn3 = nn.Conv2d(inside, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
         short = [self.pool] if pool else []
         self.short = nn.Sequential(*short, nn.Conv2d(inputs, outputs, 1, first, bias=False), nn.BatchNorm2d(outputs)) if stride > 1 or inputs != outputs else None
     def forward(self, x):
-        out = self.act(self.norm1(self.conv1(x)))
-        out = self.pool(self.act(self.norm2(self.conv2(out))))
-        out = self.norm3(self.conv3(out))
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.pool(self.relu(self.bn2(self.conv2(out))))
+        out = self.bn3(self.conv3(out))
         out += x if self.short is None else self.short(x)
-        return self.act(out)
+        return self.relu(out)
 
 def small_net(pool, seed=0):
     torch.manual_seed(seed)
@@ -207,6 +207,23 @@ def test_what_does_not_fit_runs_on_torch():
         with pytest.raises(RuntimeError): fast(wrong)
     tight = sparse.compile(nn.Sequential(nn.Conv2d(3, 3, 5)).eval())
     with pytest.raises(RuntimeError): tight(torch.randn(1, 3, 4, 9))
+
+class Parted(nn.Module):
+    "What cannot be traced as a whole: its parts are compiled one by one, a bare convolution among them."
+    def __init__(self):
+        super().__init__()
+        self.first, self.rest = nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+    def forward(self, x):
+        x = self.first(x)
+        return self.rest(x) if x.sum() > 0 else self.rest(-x)
+
+@torch.no_grad()
+def test_parts_of_what_cannot_be_traced():
+    net, x = Parted().eval(), torch.randn(2, 3, 9, 8)
+    fast = sparse.compile(net)
+    assert sparse.supported(net).engine.all() and len(fast.sparse_regions) == 2
+    for model in (fast, copy.deepcopy(fast)): assert far(model(x), net(x)) < 1e-5
+    assert copy.deepcopy(fast).double()(x.double()).dtype == torch.float64
 
 @torch.no_grad()
 def test_new_weights_are_seen():
@@ -316,6 +333,37 @@ def test_towers_of_linear_layers(name):
     ours = [part.forward for part in fast.modules() if isinstance(getattr(part, 'forward', None), NativeLinear)]
     assert len(ours) >= 4 and all(native.plans and not native.reasons for native in ours)
     assert (sparse.supported(ClipBackbone.create(name, pretrained=name)).kind != 'Linear').any()
+
+# smaller models
+
+def far_maps(a, b): return max(far(a[k], b[k]) for k in b)
+
+@pytest.mark.parametrize('name', ['shapes-rn', 'shapes-vit'])
+@torch.no_grad()
+def test_inner_channels_are_cut_out(name):
+    "A mask of whole inner channels gives a smaller model with the outputs of the masked one, before and after `compile`."
+    from opentrans.clip import ClipBackbone
+    backbone = ClipBackbone.create(name, pretrained=name)
+    mask = SparseMask.inner(backbone, .4)
+    small = mask.slim(backbone)
+    mask.apply(backbone).remove()
+    images = torch.rand(2, 3, 64, 64)
+    want = backbone(images)
+    assert far_maps(small(images), want) < 1e-4 and far_maps(sparse.compile(small)(images), want) < 1e-4
+    count = lambda net: sum(p.numel() for p in net.visual.parameters())
+    assert count(small) < count(backbone)
+    assert far(small.dense_embeddings(images), backbone.dense_embeddings(images)) < 1e-4
+
+@torch.no_grad()
+def test_constants_are_taken_up():
+    "Rows that a mask has removed leave a constant; a layer of one pixel takes it up, one of nine can only lose it where it is zero."
+    net = small_net(True).eval()
+    mask = SparseMask.magnitude(net, .5, scope='channel')
+    small = mask.slim(net)
+    mask.apply(net).remove()
+    x = torch.randn(2, 3, 64, 64)
+    assert far(small(x), net(x)) < 1e-5
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in net.parameters())
 
 # programs and their cache
 

@@ -25,9 +25,12 @@ from .regrowth import *
 from .regrowth import __all__ as _regrowth
 from .compiled import *
 from .compiled import __all__ as _compiled
+from .slim import *
+from .slim import __all__ as _slim
 
 __all__ = [*_places, *_criteria, *_force, *_baked, *_mask, *_transfer, *_rounds, *_calibration, *_solvers, *_densities,
            *_reconstruction, *_regrowth, *_compiled]
 
 from opentrans.helping import document as _document
 _document(__name__)
+__all__ = [*_mask, *_places, *_force, *_criteria, *_rounds, *_baked, *_compiled, *_slim]

@@ -90,7 +90,7 @@ class NativeRegion(nn.Module):
         told = [told] if isinstance(told, torch.Tensor) else list(told)
         far = [float((a - b).abs().max()/b.abs().max().clamp(min=1e-20)) for a, b in zip(outputs, told) if b.isfinite().all()]
         self.error = max(far, default=0.)
-        if self.error <= _CLOSE and all(a.shape == b.shape for a, b in zip(outputs, told)): return True
+        if all(difference <= _CLOSE for difference in far) and all(a.shape == b.shape for a, b in zip(outputs, told)): return True
         self.reasons[sizes] = f'the engine differed from torch by {self.error:.1e}'
         warnings.warn(f"A region of the model runs on torch, since {self.reasons[sizes]} of the largest output.", stacklevel=2)
         return False
@@ -141,6 +141,10 @@ def _try(module, model):
     try: return capture(model), ''
     except OpenTransError as error: return None, str(error)
 
+def _bare(module):
+    "What is traced: the module; of a convolution a twin with the same parameters, which still calls torch when the original calls the engine."
+    return nn.Sequential(copy.copy(module)) if isinstance(module, nn.Conv2d) else module
+
 def _parts(module, name=''):
     "(name, module, captured or None, reason) of parts that hold convolutions."
     if _is_backbone(module):
@@ -149,7 +153,7 @@ def _parts(module, name=''):
         if captured is not None and captured.regions: return
     if not any(isinstance(part, nn.Conv2d) for part in module.modules()): return
     if not any(map(_is_backbone, module.modules())):
-        captured, why = _try(module, nn.Sequential(module) if isinstance(module, nn.Conv2d) else module)
+        captured, why = _try(module, _bare(module))
         if captured is not None or not list(module.children()):
             yield name, module, captured, why
             return

@@ -45,9 +45,9 @@ class Machine:
         return replace(host, width=width, registers=registers)
 
     @property
-    def accumulators(self)->int:
-        "The most vectors that a kernel keeps in registers, so that some are left for what it reads."
-        return self.registers//2 if self.registers > 16 else max(2, self.registers//2)
+    def block(self)->int:
+        "The most vectors in a block of pixels: 128 numbers, if the registers hold them and some more."
+        return max(1, min(128//self.width, self.registers - 4))
 
 @functools.lru_cache(None)
 def _host():

@@ -7,7 +7,7 @@ __all__ = ['BUNDLE', 'DENSE_COST', 'NEAR_COST', 'FAR_COST', 'FIRST_CACHE', 'SHOR
            'Layout', 'Chosen', 'Plan']
 
 # %% ../../nbs/07e_plan.ipynb #1d89933d
-import concurrent.futures, ctypes, functools, math
+import concurrent.futures, ctypes, functools, os, threading
 from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
@@ -139,9 +139,9 @@ def _choose(conv, taps, planes, source, row, pixels, machine, dense='measured'):
     "Which output channels are computed one by one, and which in bundles."
     outputs = len(conv.weight)
     there = conv.weight.reshape(outputs, -1) != 0
-    most = min(8, machine.registers - 2)
+    most = machine.block
     vectors = _block_sizes(pixels, machine, most, min(4, most))
-    wide = [n for n in range(1, 7) if BUNDLE*n + n + 1 <= machine.registers]
+    wide = [n for n in range(1, 7) if BUNDLE*n + n + 1 <= machine.registers and n <= machine.block] or [1]
     dense_vectors = _block_sizes(pixels, machine, max(wide), min(3, max(wide)))
     read = conv.weight.shape[1]*planes*conv.groups
     bytes_read, mean = _footprint(read, taps, row, vectors*machine.width), there.sum()/outputs
@@ -284,7 +284,7 @@ class Plan:
         for name, value in self.values.items():
             value.layout = layouts.setdefault(self.classes.find(name), Layout())
             value.layout.row = max(value.layout.row, value.width)
-        longest, wanted = 8*self.machine.width, []
+        longest, wanted = self.machine.block*self.machine.width, []
         for step in self.steps:
             x, y = self.values[step.x], self.values[step.y]
             if isinstance(step, Planes): continue
@@ -391,7 +391,7 @@ class Plan:
         return self.masks[row, width, height]
 
     def _new_mask(self, row, width, height):
-        longest = 8*self.machine.width
+        longest = self.machine.block*self.machine.width
         places = np.arange((height*row)//longest*longest + 2*longest)
         inside = (places % row < width) & (places//row < height)
         return self._array(np.where(inside, -1, 0).astype(np.int32))
@@ -491,13 +491,20 @@ class Plan:
 
     def go(self):
         "Run the program on what lies in the memory."
-        waiting = [_pool_of_threads(self.threads).submit(self._call, table.ctypes.data) for table in self.tables[1:]]
-        self._call(self.tables[0].ctypes.data)
-        for other in waiting: other.result()
+        if self.threads == 1: return self._call(self.tables[0].ctypes.data)
+        with _TURN: # two programs that each got some of the threads would wait for ever
+            workers = _workers(self.threads, os.getpid())
+            waiting = [workers.submit(self._call, table.ctypes.data) for table in self.tables[1:]]
+            self._call(self.tables[0].ctypes.data)
+            for other in waiting: other.result()
 
     def table(self)->pd.DataFrame: # One row a convolution
         "What each convolution does: its weights, how many are left, and how many of its channels run in dense bundles."
         return pd.DataFrame(self.rows)
 
+_TURN = threading.Lock()
+
 @functools.lru_cache(None)
-def _pool_of_threads(threads): return concurrent.futures.ThreadPoolExecutor(threads - 1, 'opentrans-sparse') if threads > 1 else None
+def _workers(threads, process):
+    "All threads of a program but the one that calls; a process that was forked has its own."
+    return concurrent.futures.ThreadPoolExecutor(threads - 1, 'opentrans-sparse')
