@@ -230,7 +230,7 @@ def memory(name, log):
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('--models', nargs='+', default=['RN50'])
+    p.add_argument('--models', nargs='*', default=['RN50'])
     p.add_argument('--reps', type=int, default=3)
     p.add_argument('--fits-every', type=int, default=1, help='compare with powerlaw on every N-th layer only')
     p.add_argument('--powerlaw15', help='folder that holds powerlaw 1.5')
