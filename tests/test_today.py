@@ -537,3 +537,20 @@ def test_the_command_shows_what_works_and_takes_a_method(tmp_path):
     assert r.returncode == 2 and "Did you mean 'naclip'?" in r.stderr and 'Traceback' not in r.stderr
     r = run('models', '--json')
     assert r.returncode == 0 and len(json.loads(r.stdout)) == 3*len(FRAMEWORKS), r.stderr
+
+numel = lambda m: sum(p.numel() for p in m.parameters())
+
+def test_heads_of_full_size_are_those_of_the_public_code(load):
+    "Parameters, names and shapes of CAT-Seg's head for ViT-B/16 and of SED's for ConvNeXt-B, as their configurations build them."
+    pytest.importorskip('einops', reason='the public code needs einops')
+    from opentrans.frameworks.catseg import Aggregator
+    from opentrans.frameworks.sed import FusionDecoder
+    model = load(public('CAT-Seg', 'cat_seg', 'modeling', 'transformer', 'model.py'), 'catseg_transformer')
+    theirs = model.Aggregator(text_guidance_dim=512, appearance_guidance_dim=512, num_layers=2, pooling_size=(2, 2))
+    for name in ('convnext', 'model'): module = load(public('SED', 'sed', 'modeling', 'transformer', f'{name}.py'), name, package='sed_public')
+    other = module.Aggregator(text_guidance_dim=0, text_guidance_proj_dim=0, decoder_dims=(64, 32, 16), decoder_guidance_dims=(512, 256, 128), decoder_guidance_proj_dims=(32, 16, 8),
+                              num_layers=2, pooling_size=(2, 2), prompt_channel=80, kernel_size=[9, 9, 9])
+    for mine,their in ((Aggregator(512, (256, 128)), theirs), (FusionDecoder((512, 256, 128)), other)):
+        shapes = {n: tuple(t.shape) for n,t in their.state_dict().items() if not n.endswith('attn_mask')}
+        assert {n: tuple(t.shape) for n,t in mine.state_dict().items()} == shapes and numel(mine) == numel(their)
+    assert (numel(theirs), numel(other)) == (2_308_961, 1_376_396)
