@@ -30,7 +30,7 @@ class Undo:
         "Put everything back. Calling it twice does no harm."
         while self._undo: self._undo.pop()()
     def __enter__(self)->Self: return self
-    def __exit__(self, *exc)->None: self.remove()
+    def __exit__(self, *exc:object)->None: self.remove()
 
 RETIRED = [] # handles whose parameters are gone; a hook cannot leave the list of hooks while torch walks through it
 
