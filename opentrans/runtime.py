@@ -9,23 +9,28 @@ __all__ = ['RETIRED', 'LINE_EVERY', 'Undo', 'around_step', 'held_by', 'after_ste
 
 # %% ../nbs/00_runtime.ipynb #77d8f6f4
 import contextlib, io, os, random, signal, threading, weakref
+from typing import Any, Callable
 import numpy as np
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from pathlib import Path
+from typing_extensions import Self
 from .errors import OpenTransError, unknown
 from .files import load_json
 
 # %% ../nbs/00_runtime.ipynb #dd235ad1
 class Undo:
     "Something in force until it is removed: a handle with `.remove()`, and a context manager."
-    def __init__(self, *undo): self._undo = list(undo)
-    def remove(self):
+    def __init__(self,
+        *undo:Callable[[], Any], # What puts things back, the last one first
+    ):
+        self._undo: list[Callable[[], Any]] = list(undo)
+    def remove(self)->None:
         "Put everything back. Calling it twice does no harm."
         while self._undo: self._undo.pop()()
-    def __enter__(self): return self
-    def __exit__(self, *exc): self.remove()
+    def __enter__(self)->Self: return self
+    def __exit__(self, *exc:object)->None: self.remove()
 
 RETIRED = [] # handles whose parameters are gone; a hook cannot leave the list of hooks while torch walks through it
 

@@ -9,7 +9,7 @@ __all__ = ['LEAST_CROP', 'WARMUP', 'Recipe', 'read_settings']
 import contextlib, dataclasses, functools, json, math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from annotated_types import Interval
 import numpy as np
 import torch
@@ -163,10 +163,10 @@ class Recipe:
     def of(cls,
         # Some fields, as a dict or a text in JSON; 'preset' is the recipe that they change: 'tiny', 'warmup', 'paper'
         # or 'released'
-        values,
+        values:'dict[str, Any]|str',
         framework:str='deeplabv3', # Whose recipe 'paper' is; 'framework' among the values comes first
-        base:'Recipe'=None, # What is changed if no preset is named; None takes the defaults
-    ):
+        base:'Recipe|None'=None, # What is changed if no preset is named; None takes the defaults
+    )->'Recipe':
         "A recipe from plain values. Raises `OpenTransError` for an unknown field, or a value of the wrong kind."
         if isinstance(values, str): values = parse_json(values, f'the recipe {shorten(values, 60)}')
         if not isinstance(values, dict):
