@@ -28,9 +28,8 @@ from .compiled import __all__ as _compiled
 from .slim import *
 from .slim import __all__ as _slim
 
-__all__ = [*_places, *_criteria, *_force, *_baked, *_mask, *_transfer, *_rounds, *_calibration, *_solvers, *_densities,
-           *_reconstruction, *_regrowth, *_compiled]
+__all__ = [*_places, *_criteria, *_force, *_baked, *_mask, *_transfer, *_rounds, *_calibration, *_solvers,
+           *_densities, *_reconstruction, *_regrowth, *_compiled, *_slim]
 
 from opentrans.helping import document as _document
 _document(__name__)
-__all__ = [*_mask, *_places, *_force, *_criteria, *_rounds, *_baked, *_compiled, *_slim]
