@@ -523,7 +523,9 @@ def test_the_stored_support_table_is_of_today():
 def test_each_cell_of_the_support_table_is_what_happens(name):
     from opentrans.frameworks.support import support_table, SUPPORT_TOWERS, try_support
     table = support_table()
-    for tower in SUPPORT_TOWERS: assert try_support(name, tower) == table.loc[name, tower].to_dict()
+    for tower in SUPPORT_TOWERS:
+        stored = {column: said for column,said in table.loc[name, tower].items() if said != 'not tried'}
+        assert try_support(name, tower, list(stored)) == stored
 
 def test_the_command_shows_what_works_and_takes_a_method(tmp_path):
     "`opentrans models`, and `segment --method` with its own backbone; what cannot be is one sentence."
