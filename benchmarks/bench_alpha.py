@@ -13,8 +13,10 @@ The fit alone is timed on the same eigenvalues for all tools. `powerlaw` takes h
 once; with --fits-every N on every N-th layer.
 powerlaw 1.5, if wanted, is put aside with: pip install --target FOLDER powerlaw==1.5
 
-With --threads 2, layers are solved two at a time, and the tools beside get as many threads (set OMP_NUM_THREADS too). With --published, the loops of AlphaPruning, TempBalance
-and FARMS run beside, from clones whose folders OPENTRANS_ALPHAPRUNING, OPENTRANS_TEMPBALANCE and OPENTRANS_FARMS name. With --memory NAME, a process of its own reads one
+With --threads 2, layers are solved two at a time, and the tools beside get as many threads (set OMP_NUM_THREADS
+too). With --published, the loops of AlphaPruning, TempBalance
+and FARMS run beside, from clones whose folders OPENTRANS_ALPHAPRUNING, OPENTRANS_TEMPBALANCE and OPENTRANS_FARMS
+name. With --memory NAME, a process of its own reads one
 network and tells its time and what memory it took above the weights.
 """
 import argparse, contextlib, io, json, logging, os, platform, statistics, subprocess, sys, time, warnings
@@ -49,7 +51,8 @@ def build(name):
         for n,w in load_file(Path(p.__file__).parent/'model'/'model.safetensors').items():
             if w.ndim < 2 or 'embeddings' in n: continue
             m = nn.Linear(w.shape[1], w.shape[0], bias=False)
-            m.weight.data = w; net.add_module(n.removesuffix('.weight').replace('.', '_'), m)
+            m.weight.data = w
+            net.add_module(n.removesuffix('.weight').replace('.', '_'), m)
         return net
     import open_clip
     logging.disable(logging.WARNING)
@@ -152,10 +155,10 @@ def against_old(folder, xs, mine):
             "fit_power_law\n" f"sys.path.insert(0, {folder!r}); import powerlaw; warnings.simplefilter('ignore')\n"
             "xs = " "list(np.load(sys.argv[1]).values())\n[fit_power_law(x) " "for x in " "xs]\n" "a "
             "= " "time.perf_counter()\nwith " "contextlib.redirect_stdout(io.StringIO()), "
-            "contextlib.redirect_stderr(io.StringIO()): r = [powerlaw.Fit(x, " "verbose=False) for "
-            "x in " "xs]\n" "b = time.perf_counter(); f " "= [fit_power_law(x) for x " "in "
+            "contextlib.redirect_stderr(io.StringIO()): r = [powerlaw.Fit(x, verbose=False) for "
+            "x in " "xs]\n" "b = time.perf_counter(); f = [fit_power_law(x) for x in "
             "xs]; c = " "time.perf_counter()\n" "print((b-a)/(c-b), b-a, c-b, "
-            "max(abs(p.power_law.alpha-q.alpha) for p,q in " "zip(r, f)))")
+            "max(abs(p.power_law.alpha-q.alpha) for p,q in zip(r, f)))")
     import tempfile
     with tempfile.NamedTemporaryFile(suffix='.npz') as t:
         np.savez(t.name, *xs)
@@ -173,10 +176,14 @@ def imported(path):
     module.__package__ = 'published'
     source = path.read_text()
     if 'from .sampling import *' in source:
-        module.__dict__.update({n: v for n,v in vars(imported(path.parent/'sampling.py')).items() if not n.startswith('__')})
+        module.__dict__.update({n: v
+                                for n,v in vars(imported(path.parent/'sampling.py')).items()
+                                if not n.startswith('__')})
         source = source.replace('from .sampling import *', '')
     exec(compile(source, str(path), 'exec'), module.__dict__)
-    module.np = types.SimpleNamespace(**{**vars(np), 'concatenate': lambda parts: torch.from_numpy(np.concatenate(parts))}) if 'farms' in path.stem else np
+    module.np = (
+        types.SimpleNamespace(**{**vars(np), 'concatenate': lambda parts: torch.from_numpy(np.concatenate(parts))})
+        if 'farms' in path.stem else np)
     return module
 
 def published(name, net, reps, log):
@@ -188,11 +195,14 @@ def published(name, net, reps, log):
     tempbalance = imported(folder['TEMPBALANCE']/'tempbalance.py').Tempbalance
     farms = imported(folder['FARMS']/'LLM_Pruning'/'lib'/'esd_utils_farms.py').net_esd_estimator_farms
     whole = dict(skip=(), xmin='median')
-    pairs = {'AlphaPruning, median': (lambda: alphapruning(net, fix_fingers='xmin_mid'), lambda: analyze(net, **whole)),
+    pairs = {'AlphaPruning, median': (lambda: alphapruning(net, fix_fingers='xmin_mid'),
+                                      lambda: analyze(net, **whole)),
              'AlphaPruning, every xmin': (lambda: alphapruning(net), lambda: analyze(net, skip=())),
-             'AlphaPruning, peak': (lambda: alphapruning(net, fix_fingers='xmin_peak'), lambda: analyze(net, skip=(), xmin='paper')),
+             'AlphaPruning, peak': (lambda: alphapruning(net, fix_fingers='xmin_peak'),
+                                    lambda: analyze(net, skip=(), xmin='paper')),
              'TempBalance, median': (lambda: tempbalance(net).net_esd_estimator(), lambda: analyze(net, **whole)),
-             'FARMS, square windows': (lambda: farms(net, fix_fingers='xmin_mid', Q_ratio=1., num_row_samples=100, sampling_ops_per_dim=10),
+             'FARMS, square windows': (lambda: farms(net, fix_fingers='xmin_mid', Q_ratio=1., num_row_samples=100,
+                                                     sampling_ops_per_dim=10),
                                        lambda: analyze(net, aspect=Blocks(1., side=100, windows=10), **whole))}
     for what,(theirs,mine) in pairs.items():
         wall = dict(theirs=[], mine=[])
@@ -203,7 +213,8 @@ def published(name, net, reps, log):
             log[f'{name}, {what}'] = f'their code ends in {type(error).__name__}: {str(error)[:100]}'
             print(name, what, log[f'{name}, {what}'], flush=True)
             continue
-        log[f'{name}, {what}'] = dict(cpu_seconds={k: min(v) for k,v in wall.items()}, times=ratio(wall, 'theirs', 'mine'))
+        log[f'{name}, {what}'] = dict(cpu_seconds={k: min(v) for k,v in wall.items()},
+                                      times=ratio(wall, 'theirs', 'mine'))
         print(name, what, json.dumps(log[f'{name}, {what}']), flush=True)
 
 MEMORY = """
@@ -223,8 +234,10 @@ print(json.dumps(dict(layers=len(table), wall=time.perf_counter()-start, cpu=tim
 """
 
 def memory(name, log):
-    "Time of one network on one thread, in a process of its own, and how far the memory in use rose above what the network itself takes (Linux)."
-    done = subprocess.run([sys.executable, '-c', MEMORY, name], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    """Time of one network on one thread, in a process of its own, and how far the memory in use rose above what the
+    network itself takes (Linux)."""
+    done = subprocess.run([sys.executable, '-c', MEMORY, name], capture_output=True, text=True,
+                          env=dict(os.environ, OMP_NUM_THREADS='1'))
     log[f'{name}, alone'] = json.loads(done.stdout) if not done.returncode else done.stderr.strip().splitlines()[-1]
     print(name, 'alone:', log[f'{name}, alone'], flush=True)
 
@@ -235,13 +248,15 @@ if __name__ == '__main__':
     p.add_argument('--fits-every', type=int, default=1, help='compare with powerlaw on every N-th layer only')
     p.add_argument('--powerlaw15', help='folder that holds powerlaw 1.5')
     p.add_argument('--threads', type=int, default=1)
-    p.add_argument('--published', action='store_true', help='run the published loops beside, instead of WeightWatcher and powerlaw')
+    p.add_argument('--published', action='store_true',
+                   help='run the published loops beside, instead of WeightWatcher and powerlaw')
     p.add_argument('--whole', action='store_true', help='leave the fit alone out')
     p.add_argument('--memory', nargs='*', default=[], help='networks to read in a process of their own')
     p.add_argument('--out', help='write the numbers as JSON')
     a = p.parse_args()
     torch.set_num_threads(a.threads)
-    log = dict(torch=torch.__version__, numpy=np.__version__, machine=platform.machine(), threads=a.threads, load=os.getloadavg())
+    log = dict(torch=torch.__version__, numpy=np.__version__, machine=platform.machine(), threads=a.threads,
+               load=os.getloadavg())
     for name in a.models:
         if a.published: published(name, build(name), a.reps, log)
         else:

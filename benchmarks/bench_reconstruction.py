@@ -1,10 +1,14 @@
 """Seconds and memory of pruning a whole tower layer by layer: RN50 at full size, with random weights.
 
-    python benchmarks/bench_reconstruction.py [--methods wanda sparsegpt alps] [--tower RN50] [--images 128] [--size 224] [--folder PHOTOGRAPHS] [--threads 2]
+    python benchmarks/bench_reconstruction.py [--methods wanda sparsegpt alps] [--tower RN50] [--images 128]
+    [--size 224] [--folder PHOTOGRAPHS] [--threads 2]
 
-Each method runs in a process of its own, which tells its peak memory. The images are photographs of a folder, cut to squares and repeated in other
-windows as often as needed; without a folder they are smooth noise. Weights are random: the sizes are real, what is pruned is not.
-CPU seconds are those of all threads; on a busy machine wall time is longer than it would be alone. Results: bench_reconstruction.json, for each
+Each method runs in a process of its own, which tells its peak memory. The images are photographs of a folder,
+cut to squares and repeated in other
+windows as often as needed; without a folder they are smooth noise. Weights are random: the sizes are real, what
+is pruned is not.
+CPU seconds are those of all threads; on a busy machine wall time is longer than it would be alone. Results:
+bench_reconstruction.json, for each
 method the whole run, the share of Gram matrices and solvers by kind of layer, and the error of the layers' outputs.
 """
 import argparse, json, os, resource, subprocess, sys, time
@@ -44,10 +48,13 @@ def run(args):
     mask,table = reconstruct(clip, [*pictures.split(args.batch)], args.density, args.run, cache_mb=args.cache_mb)
     wall,cpu = time.perf_counter()-wall,time.process_time()-cpu
     slowest = table.sort_values('seconds').tail(3)
-    return dict(method=args.run, layers=len(table), density=mask.density, wall_seconds=round(wall, 1), cpu_seconds=round(cpu, 1),
-                peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20, 2), gb_before=round(before, 2),
-                error_median=float(table.error.median()), error_most=float(table.error.max()),
-                slowest={n: round(float(s), 1) for n,s in slowest.seconds.items()}, load=[round(x, 1) for x in os.getloadavg()])
+    return dict(method=args.run, layers=len(table), density=mask.density, wall_seconds=round(wall, 1),
+                cpu_seconds=round(cpu, 1),
+                peak_gb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20, 2),
+                gb_before=round(before, 2), error_median=float(table.error.median()),
+                error_most=float(table.error.max()),
+                slowest={n: round(float(s), 1) for n,s in slowest.seconds.items()},
+                load=[round(x, 1) for x in os.getloadavg()])
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -55,7 +62,8 @@ if __name__ == '__main__':
     parser.add_argument('--run', help='one method, here; prints its result as JSON')
     parser.add_argument('--tower', default='RN50')
     parser.add_argument('--folder', default='')
-    for name,value in dict(images=128, size=224, batch=8, threads=2, cache_mb=1024).items(): parser.add_argument(f'--{name.replace("_", "-")}', type=int, default=value)
+    for name,value in dict(images=128, size=224, batch=8, threads=2, cache_mb=1024).items():
+        parser.add_argument(f'--{name.replace("_", "-")}', type=int, default=value)
     parser.add_argument('--density', type=float, default=.1)
     args = parser.parse_args()
     if args.run:
@@ -64,11 +72,14 @@ if __name__ == '__main__':
     out = Path(__file__).with_suffix('.json')
     rows = {}
     for method in args.methods:
-        more = [f'--{k.replace("_", "-")}={getattr(args, k)}' for k in ('tower', 'folder', 'images', 'size', 'batch', 'threads', 'cache_mb', 'density')]
-        done = subprocess.run([sys.executable, __file__, '--run', method, *more], capture_output=True, text=True, check=True)
+        more = [f'--{k.replace("_", "-")}={getattr(args, k)}'
+                for k in ('tower', 'folder', 'images', 'size', 'batch', 'threads', 'cache_mb', 'density')]
+        done = subprocess.run([sys.executable, __file__, '--run', method, *more], capture_output=True, text=True,
+                              check=True)
         rows[method] = json.loads(done.stdout.splitlines()[-1])
         print(rows[method], flush=True)
         from opentrans.experiments import hardware
-        told = dict(what=f'{args.tower} with random weights, {args.images} images of {args.size} pixels, density {args.density:g}, {args.threads} threads',
-                    photographs=bool(args.folder), command='python benchmarks/bench_reconstruction.py', run=hardware(), methods=rows)
+        told = dict(what=f'{args.tower} with random weights, {args.images} images of {args.size} pixels, density '
+                    f'{args.density:g}, {args.threads} threads', photographs=bool(args.folder),
+                    command='python ' 'benchmarks/bench_reconstruction.py', run=hardware(), methods=rows)
         out.write_text(json.dumps(told, indent=1)+'\n')

@@ -414,7 +414,8 @@ class LayerSelection:
         undo = [lambda: [p.requires_grad_(b) for p,b in before]]
         for i,p in params.items(): p.requires_grad_(i in learns)
         for i in parts:
-            undo.append(_FrozenRows(params[i], [layer.rows for layer in off if id(layer.params[0]) == i]).hooks.remove)
+            undo.append(_FrozenRows(params[i],
+                                    [layer.rows for layer in off if id(layer.params[0]) == i]).hooks.remove)
         return Undo(*undo)
 
 # %% ../nbs/00_core.ipynb #8d628bd2

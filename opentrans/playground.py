@@ -22,14 +22,17 @@ def parse_names(
     text:str, # E.g. `'sofa | couch, dog, grass'`
 )->Vocabulary: # The classes, each once, in order
     "Read class names that someone typed. Raises `OpenTransError` if there are none."
-    names = [','.join(w for w in (' '.join(s.split()) for s in c.split('|')) if w) for c in text.replace('\n', ',').split(',')]
+    names = [','.join(w for w in (' '.join(s.split()) for s in c.split('|')) if w)
+             for c in text.replace('\n', ',').split(',')]
     names = list(dict.fromkeys(n for n in names if n))
-    if not names: raise OpenTransError("There are no class names. Type some, with commas between them: sky, road, a red car.")
+    if not names:
+        raise OpenTransError("There are no class names. Type some, with commas between them: sky, road, a red car.")
     return Vocabulary(names)
 
 # %% ../nbs/app/71_playground.ipynb #5de6b241
 def to_image(
-    source, # Whatever `read_picture` takes, such as a path, bytes, or a (3,H,W) tensor in [0,1]; or a sample of a data set
+    # Whatever `read_picture` takes, such as a path, bytes, or a (3,H,W) tensor in [0,1]; or a sample of a data set
+    source,
     max_side:int=768, # Longer images are made smaller
 )->torch.Tensor: # (3,H,W) in [0,1]
     "An image from anything that holds one. Raises `OpenTransError` for what is no image."
@@ -42,23 +45,29 @@ def to_image(
         height,width = picture.shape[1:]
     if min(height, width) < 16:
         longer = f' at a longer side of {max_side}' if max(height, width) == max_side else ''
-        raise OpenTransError(f"The image is {width} x {height} pixels{longer}: at least 16 are needed on each side.")
+        raise OpenTransError(
+            f"The image is {width} x {height} pixels{longer}: at least 16 are needed on each side.")
     return picture.float()/255
 
 # %% ../nbs/app/71_playground.ipynb #08e9af27
 def segment(
-    framework, # A `Framework`, as `build` makes it; or a bare `ClipBackbone`, which compares each cell of its last map with the names, without any training
+    # A `Framework`, as `build` makes it; or a bare `ClipBackbone`, which compares each cell of its last map with
+    # the names, without any training
+    framework,
     image, # Whatever `to_image` takes
     names, # Text with commas, list of names, or `Vocabulary`
     max_side:int=768, # Longer images are made smaller
-    seen_side:int=None, # A bare CLIP looks at the image no larger than this, near the size that it was trained with; None: as it is
+    # A bare CLIP looks at the image no larger than this, near the size that it was trained with; None: as it is
+    seen_side:int=None,
 )->tuple: # (image (3,H,W), labels (H,W) of indices into the names, list of names)
     "The best of some classes for each pixel of one image. Raises `OpenTransError`."
     v,x = parse_names(names) if isinstance(names, str) else names,to_image(image, max_side)
     v = v if hasattr(v, 'names') else Vocabulary(list(v))
     if hasattr(framework, 'predict'): return x,framework.predict(x[None], v)[0].cpu(),list(v.names)
     seen = x if seen_side is None else to_image(x, seen_side)
-    with torch.no_grad(): near = torch.einsum('bdhw,kd->bkhw', framework.dense_embeddings(seen[None].to(device_of(framework))), framework.encode_text(v))
+    with torch.no_grad():
+        near = torch.einsum('bdhw,kd->bkhw', framework.dense_embeddings(seen[None].to(device_of(framework))),
+                            framework.encode_text(v))
     return x,resize(near, x.shape[1:])[0].argmax(0).cpu(),list(v.names)
 
 def overlay(
@@ -72,27 +81,39 @@ def overlay(
     from matplotlib.patches import Patch
     ax = axes(ax, figsize=(6, 4))
     labels,colours = np.asarray(labels),class_colours(len(names))
-    ax.imshow((1-opacity)*np.asarray(image).transpose(1, 2, 0) + opacity*colours[labels], interpolation='nearest'); ax.set_axis_off()
+    ax.imshow((1-opacity)*np.asarray(image).transpose(1, 2, 0) + opacity*colours[labels], interpolation='nearest')
+    ax.set_axis_off()
     share = np.bincount(labels.ravel(), minlength=len(names))/labels.size
     there = [k for k in np.argsort(-share, kind='stable') if share[k]][:14]
-    ax.legend(handles=[Patch(color=colours[k], label=for_plot(f"{names[k]}  {share[k]:.0%}" if share[k] >= .005 else f'{names[k]}  < 1%')) for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
+    ax.legend(
+        handles=[Patch(color=colours[k],
+                       label=for_plot(f"{names[k]}  {share[k]:.0%}" if share[k] >= .005 else f'{names[k]}  < 1%'))
+                 for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
     return ax
 
 # %% ../nbs/app/71_playground.ipynb #ad4c9fa4
 class _Playground:
     "State and wiring of `playground`."
     def __init__(self, framework, samples, text, w):
-        self.framework,self.samples,self.lock,self.answer = framework,dict(samples),threading.RLock(),None
+        self.framework = framework
+        self.samples = dict(samples)
+        self.lock = threading.RLock()
+        self.answer = None
         self.source = w.Dropdown(options=list(self.samples), description='image', layout=w.Layout(width='320px'))
         self.upload = w.FileUpload(accept='image/*', multiple=False, description='own image')
-        self.names = w.Textarea(value=text, description='classes', placeholder='sky, road, a red car', continuous_update=False, layout=w.Layout(width='640px', height='70px'))
+        self.names = w.Textarea(value=text, description='classes', placeholder='sky, road, a red car',
+                                continuous_update=False, layout=w.Layout(width='640px', height='70px'))
         self.go = w.Button(description='segment', button_style='primary')
-        self.opacity = w.FloatSlider(value=.6, min=0, max=1, step=.05, description='colours', continuous_update=False)
+        self.opacity = w.FloatSlider(value=.6, min=0, max=1, step=.05, description='colours',
+                                     continuous_update=False)
         self.said,self.picture = w.HTML(),w.Image(format='png', layout=w.Layout(max_width='760px'))
-        self.box = w.VBox([w.HBox([self.source, self.upload]), self.names, w.HBox([self.go, self.opacity]), self.said, self.picture])
+        self.box = w.VBox([w.HBox([self.source, self.upload]), self.names, w.HBox([self.go, self.opacity]),
+                           self.said, self.picture])
         self.box.playground = self
         for widget in (self.source, self.names): widget.observe(lambda _: self.ask(), 'value')
-        self.upload.observe(self.receive, 'value'); self.go.on_click(lambda _: self.ask()); self.opacity.observe(lambda _: self.draw(), 'value')
+        self.upload.observe(self.receive, 'value')
+        self.go.on_click(lambda _: self.ask())
+        self.opacity.observe(lambda _: self.draw(), 'value')
         self.ask()
 
     def receive(self, change):
@@ -101,9 +122,14 @@ class _Playground:
         for f in files:
             name = f.get('name') or f.get('metadata', {}).get('name', 'upload')
             try: self.samples[name] = to_image(f['content'])
-            except OpenTransError as e: self.say(str(e), 'c8442e'); continue
-            if name in self.source.options and self.source.value == name: self.ask() # another picture under the same name
-            else: self.source.options = list(self.samples); self.source.value = name
+            except OpenTransError as e:
+                self.say(str(e), 'c8442e')
+                continue
+            # another picture under the same name
+            if name in self.source.options and self.source.value == name: self.ask()
+            else:
+                self.source.options = list(self.samples)
+                self.source.value = name
 
     def say(self, text, colour='555'):
         self.said.value = f'<span style="color:#{colour}">{for_html(text)}</span>'
@@ -113,16 +139,23 @@ class _Playground:
         with self.lock:
             with warnings.catch_warnings():
                 warnings.filterwarnings('ignore', '.*has never seen') # the note below says it each time
-                try: v = parse_names(self.names.value); self.answer = segment(self.framework, self.samples[self.source.value], v)
+                try:
+                    v = parse_names(self.names.value)
+                    self.answer = segment(self.framework, self.samples[self.source.value], v)
                 except OpenTransError as e: return self.say(str(e), 'c8442e')
-            (h,w),text = self.answer[1].shape,getattr(getattr(self.framework, 'backbone', self.framework), 'text', None)
+            (h,w),text = self.answer[1].shape,getattr(getattr(self.framework, 'backbone', self.framework), 'text',
+                                                      None)
             self.draw() # before it is told, so that what is told is of the picture that is seen
-            self.say('. '.join(filter(None, [f'{len(v)} classes, {w} x {h} pixels', text.doubts(class_prompts(v)) if hasattr(text, 'doubts') else ''])))
+            self.say(
+                '. '.join(filter(None,
+                                 [f'{len(v)} classes, {w} x {h} pixels',
+                                  text.doubts(class_prompts(v)) if hasattr(text, 'doubts') else ''])))
 
     def draw(self):
         if self.answer is None: return
         from matplotlib.figure import Figure
-        fig = Figure(figsize=(7, 4.2)); overlay(*self.answer, ax=fig.subplots(), opacity=self.opacity.value)
+        fig = Figure(figsize=(7, 4.2))
+        overlay(*self.answer, ax=fig.subplots(), opacity=self.opacity.value)
         self.picture.value = png(fig, dpi=110, bbox_inches='tight')
 
 # %% ../nbs/app/71_playground.ipynb #607cbc60
@@ -131,10 +164,14 @@ def playground(
     samples=None, # Name -> whatever `to_image` takes, or a data set; None takes scenes of `ShapesWorld`
     names:str=None, # What the text field says at first; None takes some names of the framework's own vocabulary
 ): # An ipywidgets widget
-    "Type class names, see the segmentation. Raises `OpenTransError` if ipywidgets is missing or there is no sample."
+    """Type class names, see the segmentation. Raises `OpenTransError` if ipywidgets is missing or there is no
+    sample."""
     w = optional('ipywidgets', 'dev', 'The playground')
-    if samples is None: samples = {f'scene {i} ({d})': ShapesWorld('val', d, n=1, size=96, seed=i)[0] for i,d in enumerate(('home', 'night', 'crowd'))}
-    if not isinstance(samples, dict): samples = {f'{i}: {samples[i]["id"]}': samples[i] for i in range(min(12, len(samples)))}
+    if samples is None:
+        samples = {f'scene {i} ({d})': ShapesWorld('val', d, n=1, size=96, seed=i)[0]
+                   for i,d in enumerate(('home', 'night', 'crowd'))}
+    if not isinstance(samples, dict):
+        samples = {f'{i}: {samples[i]["id"]}': samples[i] for i in range(min(12, len(samples)))}
     if not samples: raise OpenTransError("There is no sample to look at. Give a dict of images, or a data set.")
     if names is None:
         v = getattr(framework, 'vocabulary', None)

@@ -109,7 +109,8 @@ class Processes:
         parts = [torch.empty_like(own) for _ in counts]
         dist.all_gather(parts, own)
         live = _Times.apply(rows, self.n) if rows.requires_grad else rows
-        return torch.cat([live if i == self.rank else part[:count] for i,(part,count) in enumerate(zip(parts, counts))])
+        return torch.cat([live if i == self.rank else part[:count]
+                          for i,(part,count) in enumerate(zip(parts, counts))])
 
     def shard(self, order):
         """The part of each batch of indices that is this process's. Raises `OpenTransError` if batches cannot be
@@ -117,8 +118,8 @@ class Processes:
         if self.n == 1: return order
         if order.batch_size % self.n:
             raise OpenTransError(
-                f"batch_size={order.batch_size} is the number of images in a step of all {self.n} processes together: "
-                f"it must be a multiple of {self.n}.")
+                f"batch_size={order.batch_size} is the number of images in a step of all {self.n} processes "
+                f"together: it must be a multiple of {self.n}.")
         from accelerate.data_loader import BatchSamplerShard
         return BatchSamplerShard(order, self.n, self.rank, split_batches=True)
 

@@ -1,4 +1,5 @@
-"Alpha of any weights: files and shards, differences, adapters, several threads; and how sure it is. References are models read whole, merged weights, and loops."
+"""Alpha of any weights: files and shards, differences, adapters, several threads; and how sure it is. References
+are models read whole, merged weights, and loops."""
 import copy, json, math, os, resource, subprocess, sys
 from pathlib import Path
 import numpy as np
@@ -28,19 +29,22 @@ def same(a, b, columns=None):
 @pytest.fixture(params=['safetensors', 'shards', 'pth', 'pth in a state_dict', 'folder of bin'])
 def stored(request, tmp_path):
     "A state dict in one of the forms that files have."
-    tensors = {n: t.detach() for n,t in net().named_parameters()} | {'norm.weight': torch.ones(9), 'conv.weight': torch.randn(40, 30, 3, 3)}
+    tensors = ({n: t.detach() for n,t in net().named_parameters()}
+               | {'norm.weight': torch.ones(9), 'conv.weight': torch.randn(40, 30, 3, 3)})
     if request.param == 'safetensors':
         save_file(tensors, tmp_path/'w.safetensors')
         return tensors,tmp_path/'w.safetensors'
     if request.param == 'shards':
         names = list(tensors)
-        for i,part in enumerate((names[:3], names[3:])): save_file({n: tensors[n] for n in part}, tmp_path/f'model-0000{i+1}-of-00002.safetensors')
+        for i,part in enumerate((names[:3], names[3:])):
+            save_file({n: tensors[n] for n in part}, tmp_path/f'model-0000{i+1}-of-00002.safetensors')
         (tmp_path/'config.json').write_text('{}')
         return tensors,tmp_path
     if request.param == 'folder of bin':
         torch.save(tensors, tmp_path/'pytorch_model.bin')
         return tensors,tmp_path
-    torch.save(tensors if request.param == 'pth' else dict(state_dict={f'module.{n}': t for n,t in tensors.items()}, epoch=3), tmp_path/'w.pth')
+    torch.save(tensors if request.param == 'pth'
+               else dict(state_dict={f'module.{n}': t for n,t in tensors.items()}, epoch=3), tmp_path/'w.pth')
     return tensors,tmp_path/'w.pth'
 
 def test_files_are_read_as_the_tensors_in_them(stored):
@@ -54,18 +58,26 @@ def test_what_files_hold_besides_layers(tmp_path):
     tied = torch.randn(200, 32)
     lstm = nn.LSTM(32, 40).state_dict()
     weight_norm = nn.utils.parametrizations.weight_norm(nn.Linear(32, 48)).state_dict()
-    tensors = {'transformer.wte.weight': tied, 'lm_head.weight': tied, 'h.0.attn.c_attn.weight': torch.randn(32, 96), 'h.0.norm.weight': torch.ones(32),
-               'h.0.mlp.experts.gate_up_proj': torch.randn(4, 32, 64), 'q.qweight': torch.randint(0, 9, (32, 32), dtype=torch.int32), 'int8.weight': torch.randint(-9, 9, (32, 32), dtype=torch.int8),
-               'patch_embed.proj.weight': torch.randn(40, 3, 8, 8), **{f'rnn.{n}': t for n,t in lstm.items()}, **{f'normed.{n}': t for n,t in weight_norm.items()}}
+    tensors = {'transformer.wte.weight': tied, 'lm_head.weight': tied,
+               'h.0.attn.c_attn.weight': torch.randn(32, 96), 'h.0.norm.weight': torch.ones(32),
+               'h.0.mlp.experts.gate_up_proj': torch.randn(4, 32, 64),
+               'q.qweight': torch.randint(0, 9, (32, 32), dtype=torch.int32),
+               'int8.weight': torch.randint(-9, 9, (32, 32), dtype=torch.int8),
+               'patch_embed.proj.weight': torch.randn(40, 3, 8, 8), **{f'rnn.{n}': t for n,t in lstm.items()},
+               **{f'normed.{n}': t for n,t in weight_norm.items()}}
     torch.save(tensors, tmp_path/'w.pth')
     t = analyze(WeightFiles(tmp_path/'w.pth'), skip=())
-    assert set(t) == {'h.0.attn.c_attn.weight', 'h.0.mlp.experts.gate_up_proj', 'q.qweight', 'int8.weight', 'patch_embed.proj.weight', 'rnn.weight_ih_l0', 'rnn.weight_hh_l0', 'normed.weight'}
-    assert t.frame.kind['h.0.mlp.experts.gate_up_proj'] == 'experts' and t.frame.kind['rnn.weight_hh_l0'] == 'recurrent'
+    assert set(t) == {'h.0.attn.c_attn.weight', 'h.0.mlp.experts.gate_up_proj', 'q.qweight', 'int8.weight',
+                      'patch_embed.proj.weight', 'rnn.weight_ih_l0', 'rnn.weight_hh_l0', 'normed.weight'}
+    assert (t.frame.kind['h.0.mlp.experts.gate_up_proj'] == 'experts'
+            and t.frame.kind['rnn.weight_hh_l0'] == 'recurrent')
     assert t.frame.reason[['q.qweight', 'int8.weight']].str.contains('integer codes').all()
-    assert t.unread['lm_head.weight'] == "is the same tensor as 'transformer.wte.weight'" and 'embedding' in t.unread['transformer.wte.weight']
+    assert (t.unread['lm_head.weight'] == "is the same tensor as 'transformer.wte.weight'"
+            and 'embedding' in t.unread['transformer.wte.weight'])
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(32, 48))
     normed.load_state_dict(weight_norm)
-    assert np.allclose(t.spectra['normed.weight'].evals, analyze(normed, skip=()).spectra['weight'].evals, rtol=1e-5)
+    assert np.allclose(t.spectra['normed.weight'].evals, analyze(normed, skip=()).spectra['weight'].evals,
+                       rtol=1e-5)
     words = analyze(WeightFiles(tmp_path/'w.pth'), skip=(), embeddings=True)
     assert words.frame.kind['transformer.wte.weight'] == 'embedding'
 
@@ -76,7 +88,8 @@ def test_gpt2_from_its_folder_and_as_a_model(tmp_path):
     model.save_pretrained(tmp_path)
     files,whole = analyze(WeightFiles(tmp_path)),analyze(model)
     for n in whole:
-        if '[' in n or n.startswith('lm_head'): continue                            # a file does not say that three projections are packed; and a tied head is the embedding
+        # a file does not say that three projections are packed; and a tied head is the embedding
+        if '[' in n or n.startswith('lm_head'): continue
         assert np.isclose(whole.frame.alpha[n], files.frame.alpha[n]), n
     assert {n.partition('[')[0] for n in whole} - {'lm_head.weight'} <= set(files)
     assert not [n for n in files if 'wte' in n or 'wpe' in n]
@@ -109,9 +122,12 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss-before)/1024)
 
 @pytest.mark.slow
 def test_memory_is_that_of_the_largest_layers(tmp_path):
-    "Sixteen shards, 1 GB in all: what is added stays far below the half of that. (A shard that was read is a map of the disk, and may go any time.)"
-    for i in range(16): save_file({f'{i}.{j}.weight': torch.randn(256, 16384) for j in range(4)}, tmp_path/f'w{i}.safetensors')
-    done = subprocess.run([sys.executable, '-c', MEMORY, str(tmp_path)], capture_output=True, text=True, check=True, cwd=root)
+    """Sixteen shards, 1 GB in all: what is added stays far below the half of that. (A shard that was read is a map
+    of the disk, and may go any time.)"""
+    for i in range(16):
+        save_file({f'{i}.{j}.weight': torch.randn(256, 16384) for j in range(4)}, tmp_path/f'w{i}.safetensors')
+    done = subprocess.run([sys.executable, '-c', MEMORY, str(tmp_path)], capture_output=True, text=True,
+                          check=True, cwd=root)
     assert float(done.stdout) < 500
 
 # Several threads
@@ -119,7 +135,9 @@ def test_memory_is_that_of_the_largest_layers(tmp_path):
 @pytest.mark.parametrize('threads', [2, 3])
 def test_threads_change_nothing(threads):
     torch.manual_seed(0)
-    model = nn.Sequential(*[nn.Conv2d(a, b, k) for a,b,k in ((32, 64, 3), (64, 64, 1), (64, 48, 3), (48, 48, 3), (48, 100, 1))], *[nn.Linear(40, n) for n in (40, 80, 33)])
+    model = nn.Sequential(*[nn.Conv2d(a, b, k)
+                            for a,b,k in ((32, 64, 3), (64, 64, 1), (64, 48, 3), (48, 48, 3), (48, 100, 1))],
+                          *[nn.Linear(40, n) for n in (40, 80, 33)])
     nn.init.zeros_(model[2].weight)
     one,several = (analyze(model, skip=(), null=Null('shuffle', 2), threads=n) for n in (1, threads))
     pd.testing.assert_frame_equal(one.frame, several.frame)
@@ -152,7 +170,8 @@ def test_what_did_not_change_or_is_not_there():
     before,after = net(),net()
     with torch.no_grad(): after[1].weight += .1
     t = analyze(after, base={n: w for n,w in before.state_dict().items() if n != '2.weight'}, skip=())
-    assert t.frame.reason['0.weight'] == 'nothing has changed' and 'no layer of this name' in t.frame.reason['2.weight'] and t.frame.n_evals['1.weight'] == 1
+    assert (t.frame.reason['0.weight'] == 'nothing has changed'
+            and 'no layer of this name' in t.frame.reason['2.weight'] and t.frame.n_evals['1.weight'] == 1)
     other = analyze(after, base=net(widths=(48, 60, 48, 96)), skip=())
     assert 'another shape' in other.frame.reason['0.weight']
 
@@ -172,7 +191,9 @@ def test_digits_that_are_lost_are_no_eigenvalues(dtype, rank):
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.q,self.up,self.conv = nn.Linear(64, 64),nn.Linear(64, 128),nn.Conv2d(16, 32, 3)
+        self.q = nn.Linear(64, 64)
+        self.up = nn.Linear(64, 128)
+        self.conv = nn.Conv2d(16, 32, 3)
     def forward(self, x): return self.up(self.q(x))
 
 @pytest.mark.parametrize('adapter', ['default', 'two'])
@@ -182,17 +203,22 @@ def test_adapters_of_peft(adapter, tmp_path):
     torch.manual_seed(0)
     config = peft.LoraConfig(r=8, lora_alpha=32, target_modules=['q', 'up', 'conv'], init_lora_weights=False)
     model = peft.get_peft_model(Block(), config)
-    before = {n.replace('.base_layer', ''): p.detach().clone() for n,p in model.named_parameters() if 'base_layer.weight' in n}
-    merged = {f'base_model.model.{n}': p.detach() for n,p in copy.deepcopy(model).merge_and_unload().named_parameters()}
+    before = {n.replace('.base_layer', ''): p.detach().clone()
+              for n,p in model.named_parameters() if 'base_layer.weight' in n}
+    merged = {f'base_model.model.{n}': p.detach()
+              for n,p in copy.deepcopy(model).merge_and_unload().named_parameters()}
     delta,whole = adapters(model),adapters(model, 'merged')
     assert set(delta) == {f'base_model.model.{n}.weight' for n in ('q', 'up', 'conv')}
     for n in delta:
-        assert torch.allclose(whole[n], merged[n], atol=1e-5) and torch.allclose(delta[n].float(), merged[n]-before[n], atol=1e-5)
+        assert (torch.allclose(whole[n], merged[n], atol=1e-5)
+                and torch.allclose(delta[n].float(), merged[n]-before[n], atol=1e-5))
     assert analyze(delta).frame.n_evals.max() <= 8*9
     model.save_pretrained(tmp_path)
     from_file = adapters(load_file(tmp_path/'adapter_model.safetensors'), scaling=4)
-    assert set(from_file) == {n.removeprefix('base_model.model.') for n in delta if 'conv' not in n} | {'conv.weight'}
-    for n in ('q.weight', 'up.weight'): assert torch.allclose(from_file[n].float(), delta[f'base_model.model.{n}'], atol=1e-5)
+    assert set(from_file) == {n.removeprefix('base_model.model.')
+                              for n in delta if 'conv' not in n} | {'conv.weight'}
+    for n in ('q.weight', 'up.weight'):
+        assert torch.allclose(from_file[n].float(), delta[f'base_model.model.{n}'], atol=1e-5)
 
 def test_adapters_of_this_package():
     from opentrans.vit.peft import add_lora, merge_peft
@@ -208,19 +234,23 @@ def test_adapters_of_this_package():
         key,_,third = n.partition('[')
         rows = slice(None) if not third else slice(32*'qkv'.index(third[0]), 32*('qkv'.index(third[0])+1))
         now = dict(model.named_parameters())[key]
-        assert torch.allclose(whole[n], now[rows], atol=1e-5) and torch.allclose(delta[n], now[rows]-before[key][rows], atol=1e-5)
+        assert (torch.allclose(whole[n], now[rows], atol=1e-5)
+                and torch.allclose(delta[n], now[rows]-before[key][rows], atol=1e-5))
     assert len(delta) == 5
 
 def test_adapters_that_are_none():
-    for bad in (lambda: adapters(nn.Linear(3, 3)), lambda: adapters({'a.lora_A.weight': torch.ones(2, 3)}), lambda: adapters(nn.Linear(3, 3), 'both'),
-                lambda: adapters({'a.lora_A.weight': torch.ones(2, 3), 'a.lora_B.weight': torch.ones(3, 2)}, 'merged')):
+    for bad in (lambda: adapters(nn.Linear(3, 3)), lambda: adapters({'a.lora_A.weight': torch.ones(2, 3)}),
+                lambda: adapters(nn.Linear(3, 3), 'both'),
+                lambda: adapters({'a.lora_A.weight': torch.ones(2, 3), 'a.lora_B.weight': torch.ones(3, 2)},
+                                 'merged')):
         with pytest.raises(OpenTransError): bad()
 
 def test_compare_has_intervals():
     a,b = analyze(net(0), skip=()),analyze(net(1), skip=())
     c,wide = a.compare(b),a.compare(b, level=.99)
     error = np.hypot(a.frame.sigma, b.frame.sigma)
-    assert np.allclose(c.high-c.change, 1.959964*error) and np.allclose(c.change-c.low, 1.959964*error) and (wide.low < c.low).all()
+    assert (np.allclose(c.high-c.change, 1.959964*error) and np.allclose(c.change-c.low, 1.959964*error)
+            and (wide.low < c.low).all())
     with pytest.raises(OpenTransError): a.compare(b, level=1)
 
 # How sure
@@ -239,7 +269,8 @@ def test_hill_as_a_loop(values):
 
 def test_a_plateau_is_where_the_power_law_is():
     rng = np.random.default_rng(0)
-    tail = (1-rng.random(3000))**(-1/2)                                        # alpha 3 above 1, something else below
+    # alpha 3 above 1, something else below
+    tail = (1-rng.random(3000))**(-1/2)
     mixed = plateau(hill(np.concatenate([tail, rng.random(20_000)])))
     assert abs(mixed['alpha']-3) < .3 and mixed['high'] < 4500
     assert math.isnan(plateau(hill([1., 2., 3.]))['alpha'])
@@ -302,10 +333,13 @@ def test_rules_and_undecided_layers():
         count = sum(n in f for f in frozen)
         assert told.frozen_by[n] == count and told.undecided[n] == (0 < count < 3)
     for r in rules: assert told[r].tolist() == t.refit(r).frame.alpha.rank().astype(int).tolist()
-    assert np.allclose(told.attrs['agreement'], pd.DataFrame({r: t.refit(r).frame.alpha for r in rules}).corr('spearman'))
+    assert np.allclose(told.attrs['agreement'],
+                       pd.DataFrame({r: t.refit(r).frame.alpha for r in rules}).corr('spearman'))
     every,some = set.intersection(*frozen),set.union(*frozen)
-    assert set(t.select_agreed(rules=rules).freeze) == every and set(t.select_agreed(rules=rules, undecided='freeze').freeze) == some
-    assert set(t.select_agreed(rules=rules, undecided='majority').freeze) == {n for n in t if sum(n in f for f in frozen) > 1}
+    assert (set(t.select_agreed(rules=rules).freeze) == every
+            and set(t.select_agreed(rules=rules, undecided='freeze').freeze) == some)
+    assert set(t.select_agreed(rules=rules, undecided='majority').freeze) == {
+        n for n in t if sum(n in f for f in frozen) > 1}
     with pytest.raises(OpenTransError): t.select_agreed(undecided='maybe')
 
 # The command
@@ -314,7 +348,9 @@ def command(*args):
     "`opentrans` in this process: exit code, and what it wrote."
     import contextlib, io
     from opentrans.cli import main
-    out,err,argv = io.StringIO(),io.StringIO(),sys.argv
+    out = io.StringIO()
+    err = io.StringIO()
+    argv = sys.argv
     sys.argv = ['opentrans', *map(str, args)]
     code = 0
     try:
@@ -331,20 +367,24 @@ def test_the_command_reads_anything(tmp_path):
         code,out,err = command('alpha', source, '--xmin', 'median', '--by', 'z', '--json')
         assert code == 0, err
         rows = json.loads(out)
-        assert {n: r['frozen'] == 'yes' for n,r in rows.items()} == {n: n in true.select(by='z').freeze for n in true}
+        assert {n: r['frozen'] == 'yes' for n,r in rows.items()} == {
+            n: n in true.select(by='z').freeze for n in true}
         assert all(math.isclose(r['z'], true.frame.z[n], rel_tol=1e-6) for n,r in rows.items())
     code,out,err = command('alpha', tmp_path/'w.safetensors', '--null', 'mp', '--aspect', '1')
     assert code == 0 and 'look untrained' in out
     other = {n: t + .1 for n,t in tensors.items()}
     save_file(other, tmp_path/'base.safetensors')
-    code,out,_ = command('alpha', tmp_path/'w.safetensors', '--base', tmp_path/'base.safetensors', '--json', '--by', 'random')
+    code,out,_ = command('alpha', tmp_path/'w.safetensors', '--base', tmp_path/'base.safetensors', '--json',
+                         '--by', 'random')
     assert code != 0 or all(r['n_evals'] <= 1 for r in json.loads(out).values())
 
 def test_the_command_and_models_of_other_libraries():
     code,out,err = command('alpha', 'torchvision:resnet18', '--pretrained', 'none')
     assert code == 0 and 'look untrained' in out and 'layer4.1.conv2.weight' in out, err
-    for bad in (('torchvision:resnet18',), ('torchvision:resnet18', '--pretrained', 'DEFAULT'), ('torchvision:resnet17', '--pretrained', 'none'), ('hf:nowhere',), ('none.safetensors',),
-                ('timm:no_such_net', '--pretrained', 'none'), ('shapes-rn', '--null', 'normal'), ('shapes-rn', '--aspect', '.5')):
+    for bad in (('torchvision:resnet18',), ('torchvision:resnet18', '--pretrained', 'DEFAULT'),
+                ('torchvision:resnet17', '--pretrained', 'none'), ('hf:nowhere',), ('none.safetensors',),
+                ('timm:no_such_net', '--pretrained', 'none'), ('shapes-rn', '--null', 'normal'),
+                ('shapes-rn', '--aspect', '.5')):
         code,out,err = command('alpha', *bad)
         assert code == 2 and err.startswith('error: ') and 'Traceback' not in err, (bad, err)
 
@@ -353,7 +393,10 @@ def test_words():
     assert 'look untrained' in said and '3 layers' in said
     trained = net(widths=(200, 300, 400))
     with torch.no_grad():
-        for layer in trained: layer.weight += torch.randn(len(layer.weight), 30)@torch.diag(torch.arange(30.)/60)@torch.randn(30, layer.in_features)
+        for layer in trained:
+            layer.weight += (
+                torch.randn(len(layer.weight), 30)@torch.diag(torch.arange(30.)/60)@torch.randn(
+                    30, layer.in_features))
     assert 'look trained' in analyze(trained, null='gaussian', xmin='median', skip=()).words()
     empty = net()
     for layer in empty: nn.init.zeros_(layer.weight)
@@ -370,7 +413,8 @@ def test_transfer_chooses_by_z(monkeypatch):
     from opentrans.cli.training import _tune
     from opentrans.clip import ClipBackbone
     seen = []
-    monkeypatch.setattr(opentrans.training, 'finetune', lambda seg, train, recipe, selection=None, **k: seen.append(selection))
+    monkeypatch.setattr(opentrans.training, 'finetune',
+                        lambda seg, train, recipe, selection=None, **k: seen.append(selection))
     seg = SimpleNamespace(backbone=ClipBackbone.create('shapes-rn'))
     choose = dict(freeze=.5, by='z', xmin='median', seed=0, alpha_of='dense')
     with contextlib.ExitStack() as stack: chosen = _tune(seg, None, None, None, None, choose, None, {}, stack)

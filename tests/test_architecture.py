@@ -1,4 +1,5 @@
-"The house plan: imports point to lower floors, public names are where they are promised, and the package is whole when installed."
+"""The house plan: imports point to lower floors, public names are where they are promised, and the package is whole
+when installed."""
 import ast, graphlib, importlib, importlib.util, pkgutil, re, subprocess, sys
 from pathlib import Path
 import pytest
@@ -9,8 +10,10 @@ root = Path(__file__).resolve().parent.parent
 LEVELS = ('helping', 'errors', 'escape', 'naming', 'files', 'runtime', 'core', 'towers', 'processes', 'sparse',
           ('pruning', 'heavy_tail', 'cka', 'cost'), 'data', 'clip', 'distill', 'frameworks', 'training',
           'efficiency', 'experiments', 'playground', 'cli', 'all')
-LEVEL = {chapter: level for level,chapters in enumerate(LEVELS) for chapter in ([chapters] if isinstance(chapters, str) else chapters)}
-LEVEL |= dict(vit=LEVEL['data'], metrics=LEVEL['data'], finetune=LEVEL['training'])     # a leaf, and two modules that only pass names on
+LEVEL = {chapter: level for level,chapters in enumerate(LEVELS)
+         for chapter in ([chapters] if isinstance(chapters, str) else chapters)}
+# a leaf, and two modules that only pass names on
+LEVEL |= dict(vit=LEVEL['data'], metrics=LEVEL['data'], finetune=LEVEL['training'])
 
 def level(name):
     "The level of a module. The studies of the leaf stand on the chapter of studies."
@@ -52,12 +55,15 @@ PUBLIC = {
 
 def modules():
     "Every module of the package, by name without `opentrans.`, found as Python finds it: name -> file."
-    found = {m.name: importlib.util.find_spec(m.name) for m in pkgutil.walk_packages(opentrans.__path__, 'opentrans.')}
-    return {name.removeprefix('opentrans.'): Path(spec.origin) for name,spec in found.items() if not name.endswith('._modidx')}
+    found = {m.name: importlib.util.find_spec(m.name)
+             for m in pkgutil.walk_packages(opentrans.__path__, 'opentrans.')}
+    return {name.removeprefix('opentrans.'): Path(spec.origin)
+            for name,spec in found.items() if not name.endswith('._modidx')}
 
 def imports(name, path):
     "What a module imports of the package, anywhere in its code: (module, names)."
-    package = ['opentrans', *name.split('.')] if path.name == '__init__.py' else ['opentrans', *name.split('.')][:-1]
+    package = (['opentrans', *name.split('.')] if path.name == '__init__.py'
+               else ['opentrans', *name.split('.')][:-1])
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -83,7 +89,8 @@ def test_imports_point_down(name):
 
 def test_no_circle():
     "Modules of one chapter know each other in one direction, too. (graphlib raises for a circle.)"
-    graph = {name: {other for other,_ in imports(name, path) if other in MODULES and other != name} for name,path in MODULES.items() if path.name != '__init__.py'}
+    graph = {name: {other for other,_ in imports(name, path) if other in MODULES and other != name}
+             for name,path in MODULES.items() if path.name != '__init__.py'}
     order = [*graphlib.TopologicalSorter(graph).static_order()]
     assert order.index('errors') < order.index('core') < order.index('frameworks.contract')
 
@@ -92,13 +99,16 @@ def test_private_names_stay_in_their_chapter():
     for name,path in MODULES.items():
         for other,names in imports(name, path):
             private = [n for n in names if n.startswith('_') and not n.startswith('__')]
-            assert not private or (chapter(other) == chapter(name) and other != name), f'{name} takes {private} from {other}'
+            assert (not private
+                    or (chapter(other) == chapter(name) and other != name)), f'{name} takes {private} from {other}'
 
-WHO_ASKS_THE_LEAF = ('efficiency', 'cli') # the published counts of the thesis are its columns, too; its systems have commands
+# the published counts of the thesis are its columns, too; its systems have commands
+WHO_ASKS_THE_LEAF = ('efficiency', 'cli')
 
 def test_the_systems_of_the_thesis_are_a_leaf():
     "Nothing of the open-vocabulary core imports chapter `vit`."
-    asks = {chapter(name) for name,path in MODULES.items() for other,_ in imports(name, path) if chapter(other) == 'vit' != chapter(name)}
+    asks = {chapter(name) for name,path in MODULES.items()
+            for other,_ in imports(name, path) if chapter(other) == 'vit' != chapter(name)}
     assert asks <= {*WHO_ASKS_THE_LEAF}
 
 LONGEST = 800 # lines of at most 120 columns: a file holds one thing
@@ -108,11 +118,13 @@ def test_a_file_holds_one_thing():
     assert max(long.values()) <= LONGEST, {name: lines for name,lines in long.items() if lines > LONGEST}
 
 def test_folders_of_notebooks_are_folders_of_the_package():
-    "A page in `nbs/NAME/` makes a module of `opentrans/NAME/`, but for the pages at the top, for what is used by hand, and for tutorials."
+    """A page in `nbs/NAME/` makes a module of `opentrans/NAME/`, but for the pages at the top, for what is used by
+    hand, and for tutorials."""
     for page in (root/'nbs').rglob('*.ipynb'):
         text, folder = page.read_text(encoding='utf-8'), page.parent.name
         found = re.search(r'#\| *default_exp ([\w.]+)', text)
-        if found and folder not in ('nbs', 'app', 'tutorials', '.ipynb_checkpoints'): assert found[1].split('.')[0] in (folder, 'distill', 'efficiency'), page
+        if found and folder not in ('nbs', 'app', 'tutorials', '.ipynb_checkpoints'):
+            assert found[1].split('.')[0] in (folder, 'distill', 'efficiency'), page
 
 @pytest.mark.parametrize('room', sorted(PUBLIC))
 def test_public_names(room):
@@ -121,33 +133,47 @@ def test_public_names(room):
 
 def test_methods_of_the_plan():
     from opentrans.all import ClipBackbone, LayerSelection, LayerTable, Recipe, SparseMask
-    for cls,names in ((SparseMask, 'ones magnitude random density sparsity names table prune apply iou save load compile'), (LayerTable, 'to_frame plot_alpha plot_esd select'), (LayerSelection, 'apply to_json from_json'),
-                      (ClipBackbone, 'create encode_text dense_embeddings region_embeddings fresh_copy'), (Recipe, 'paper warmup tiny')):
+    for cls,names in ((SparseMask,
+                       'ones magnitude random density sparsity names table prune apply iou save load compile'),
+                      (LayerTable, 'to_frame plot_alpha plot_esd select'),
+                      (LayerSelection, 'apply to_json from_json'),
+                      (ClipBackbone, 'create encode_text dense_embeddings region_embeddings fresh_copy'),
+                      (Recipe, 'paper warmup tiny')):
         for n in names.split(): assert hasattr(cls, n), f'{cls.__name__}.{n} is missing'
 
 def test_import_is_light():
     "`import opentrans` brings no heavy library; `opentrans --help` does not either."
     for line in ('import opentrans', 'import opentrans.cli'):
-        code = f"{line}; import sys; print([m for m in ('torch', 'open_clip', 'transformers', 'matplotlib', 'pandas') if m in sys.modules])"
-        assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root).stdout.strip() == '[]', line
+        code = (
+            f"{line}; import sys; print([m for m in ('torch', 'open_clip', 'transformers', 'matplotlib', 'pandas') "
+            f"if m in sys.modules])")
+        assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
+                              cwd=root).stdout.strip() == '[]', line
 
 def test_tools_see_the_lazy_names():
     "The file for type checkers and editors names what `import opentrans` brings, and from where."
-    seen = {alias.asname: node.module for node in ast.parse((root/'opentrans'/'__init__.pyi').read_text()).body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    seen = {alias.asname: node.module
+            for node in ast.parse((root/'opentrans'/'__init__.pyi').read_text()).body
+            if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert seen == opentrans._HOME
 
 def test_names_come_lazily():
     "Each public name is found in a process that has imported nothing but the package, and nothing else is."
-    code = "import opentrans; print([n for n in opentrans.__all__ if not hasattr(opentrans, n)], callable(opentrans.cost.cost), hasattr(opentrans, 'nothing'))"
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root).stdout.strip() == '[] True False'
+    code = (
+        "import opentrans; print([n for n in opentrans.__all__ if not hasattr(opentrans, n)], "
+        "callable(opentrans.cost.cost), hasattr(opentrans, 'nothing'))")
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
+                          cwd=root).stdout.strip() == '[] True False'
 
 def test_star_import_brings_the_fifteen_lines():
     space = {}
     exec('from opentrans.all import *', space)
-    for name in 'ClipBackbone open_dataset DistillTrainer imp build finetune Recipe analyze evaluate cost ShapesWorld SparseMask'.split(): assert name in space
+    for name in 'ClipBackbone open_dataset DistillTrainer imp build finetune Recipe analyze evaluate cost ShapesWorld SparseMask'.split():
+        assert name in space
 
 def test_data_files_are_packaged(tmp_path):
-    subprocess.run([sys.executable, 'setup.py', '-q', 'build', '--build-base', str(tmp_path/'base'), '--build-lib', str(tmp_path/'lib')], cwd=root, check=True, capture_output=True)
+    subprocess.run([sys.executable, 'setup.py', '-q', 'build', '--build-base', str(tmp_path/'base'), '--build-lib',
+                    str(tmp_path/'lib')], cwd=root, check=True, capture_output=True)
     here,there = ({p.name for p in (base/'opentrans'/'assets').iterdir()} for base in (root, tmp_path/'lib'))
     assert here == there and {'shapes-rn.safetensors', 'shapes-rn.json'} <= here
     assert (tmp_path/'lib'/'opentrans'/'frameworks'/'deeplabv3.py').exists()

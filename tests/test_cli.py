@@ -12,12 +12,15 @@ coco = root.parent/'shared'/'data'/'samples'/'coco_panoptic'
 def in_a_process(*args):
     "The command in a process of its own, as a shell starts it."
     env = dict(os.environ, OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0')
-    return subprocess.run([sys.executable, '-c', 'from opentrans.cli import main; main()', *map(str, args)], capture_output=True, text=True, env=env, cwd=root)
+    return subprocess.run([sys.executable, '-c', 'from opentrans.cli import main; main()', *map(str, args)],
+                          capture_output=True, text=True, env=env, cwd=root)
 
 def opentrans(*args):
     "The command in this process, which spares the start of torch each time."
     from opentrans.cli import main
-    out,err,argv = io.StringIO(),io.StringIO(),sys.argv
+    out = io.StringIO()
+    err = io.StringIO()
+    argv = sys.argv
     sys.argv = ['opentrans', *map(str, args)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): main()
@@ -30,7 +33,7 @@ def fails(*args, code=2):
     r = opentrans(*args)
     assert r.returncode == code, (args, r.returncode, r.stdout[-500:], r.stderr[-2000:])
     assert 'Traceback' not in r.stderr
-    lines = [l for l in r.stderr.splitlines() if l.startswith('error: ')]
+    lines = [layer for layer in r.stderr.splitlines() if layer.startswith('error: ')]
     assert len(lines) == 1, r.stderr
     return lines[0]
 
@@ -45,9 +48,11 @@ def mask(tmp_path_factory):
 def streets(tmp_path_factory):
     "A folder data set: images as jpg and png, 11 classes and a void value."
     folder,rng = tmp_path_factory.mktemp('streets'),np.random.default_rng(0)
-    (folder/'images').mkdir(); (folder/'labels').mkdir()
+    (folder/'images').mkdir()
+    (folder/'labels').mkdir()
     for i in range(4):
-        Image.fromarray(rng.integers(0, 255, (60, 80, 3), dtype=np.uint8)).save(folder/'images'/f's{i}.{"jpg" if i%2 else "png"}')
+        Image.fromarray(rng.integers(0, 255, (60, 80, 3),
+                                     dtype=np.uint8)).save(folder/'images'/f's{i}.{"jpg" if i%2 else "png"}')
         Image.fromarray(rng.integers(0, 12, (60, 80), dtype=np.uint8)).save(folder/'labels'/f's{i}.png')
     return folder
 
@@ -62,7 +67,8 @@ def test_usage_errors():
 def test_bad_input_is_one_sentence(tmp_path, mask):
     out = tmp_path/'x.safetensors'
     assert 'density must be a number in (0, 1]' in fails('prune', '--density', '1.5', '--out', out)
-    assert 'density must be a number in (0, 1]' in fails('prune', '--density', '0', '--method', 'random', '--out', out)
+    assert 'density must be a number in (0, 1]' in fails('prune', '--density', '0', '--method', 'random', '--out',
+                                                         out)
     assert "Unknown framework 'nope'" in fails('evaluate', '--framework', 'nope')
     assert 'No mask file' in fails('transfer', tmp_path/'none.safetensors')
     (tmp_path/'cut.safetensors').write_bytes(mask.read_bytes()[:500])
@@ -76,39 +82,50 @@ def test_bad_input_is_one_sentence(tmp_path, mask):
     assert "Unknown data set" in fails('data', 'check', 'coco')
     assert 'seeds=0' in fails('demo', '--seeds', '0', '--out', tmp_path/'demo')
     assert "Unknown study 'tab1'" in fails('study', 'tab1', '--out', tmp_path/'study')
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['cut.safetensors', 'empty'] and not list((tmp_path/'empty').iterdir())   # nothing half-written
+    # nothing half-written
+    assert (sorted(p.name for p in tmp_path.iterdir()) == ['cut.safetensors', 'empty']
+            and not list((tmp_path/'empty').iterdir()))
 
 def test_evaluate_folder(streets, tmp_path):
     "What a user with own data types."
-    r = opentrans('evaluate', '--data', 'folder', '--root', streets, '--classes', NAMES, '--ignore', 11, '--framework', 'deeplabv3', '--backbone', 'shapes-rn', '--out', tmp_path/'out')
+    r = opentrans('evaluate', '--data', 'folder', '--root', streets, '--classes', NAMES, '--ignore', 11,
+                  '--framework', 'deeplabv3', '--backbone', 'shapes-rn', '--out', tmp_path/'out')
     assert r.returncode == 0, r.stderr
     res = json.loads((tmp_path/'out'/'result.json').read_text())
-    assert 0 <= res['miou'] <= 1 and list(res['iou']) == NAMES.split(',') and res['n_images'] == 4 and res['head'] == 'untrained'
+    assert (0 <= res['miou'] <= 1 and list(res['iou']) == NAMES.split(',') and res['n_images'] == 4
+            and res['head'] == 'untrained')
 
 def test_labels_outside_the_names(streets):
-    assert '11' in fails('evaluate', '--data', 'folder', '--root', streets, '--classes', NAMES)      # the void value is not named
+    # the void value is not named
+    assert '11' in fails('evaluate', '--data', 'folder', '--root', streets, '--classes', NAMES)
 
 def test_finetune_then_evaluate(streets, mask, tmp_path):
     assert opentrans('alpha', 'shapes-rn', '--mask', mask, '--out', tmp_path/'alpha').returncode == 0
-    r = opentrans('finetune', '--data', 'folder', '--root', streets, '--classes', NAMES, '--ignore', 11, '--recipe', 'tiny', '--iterations', 3, '--batch-size', 2, '--mask', mask,
-                  '--selection', tmp_path/'alpha'/'selection.json', '--out', tmp_path/'run')
+    r = opentrans('finetune', '--data', 'folder', '--root', streets, '--classes', NAMES, '--ignore', 11,
+                  '--recipe', 'tiny', '--iterations', 3, '--batch-size', 2, '--mask', mask, '--selection',
+                  tmp_path/'alpha'/'selection.json', '--out', tmp_path/'run')
     assert r.returncode == 0, r.stderr
-    r = opentrans('evaluate', '--model', tmp_path/'run', '--data', 'folder', '--root', streets, '--classes', NAMES, '--ignore', 11, '--json')
+    r = opentrans('evaluate', '--model', tmp_path/'run', '--data', 'folder', '--root', streets, '--classes', NAMES,
+                  '--ignore', 11, '--json')
     assert r.returncode == 0, r.stderr
     assert json.loads(r.stdout)['head'] == 'trained'
     from opentrans.core import LayerSelection
     from opentrans.files import load_tensors
     from opentrans.clip import ClipBackbone
     from opentrans.pruning import SparseMask
-    w,m,before = load_tensors(tmp_path/'run'/'model.safetensors')[0],SparseMask.load(mask),dict(ClipBackbone.create('shapes-rn', pretrained='shapes-rn').visual.named_parameters())
+    w = load_tensors(tmp_path/'run'/'model.safetensors')[0]
+    m = SparseMask.load(mask)
+    before = dict(ClipBackbone.create('shapes-rn', pretrained='shapes-rn').visual.named_parameters())
     frozen = set(LayerSelection.from_json(tmp_path/'alpha'/'selection.json').freeze)
     for n in m.names:
         after = w[f'backbone.visual.{n}']
         assert (after[~m[n]] == 0).all()
-        assert (after[m[n]] == before[n].detach()[m[n]]).all() == (n in frozen), n                # frozen layers rest, the others move
+        # frozen layers rest, the others move
+        assert (after[m[n]] == before[n].detach()[m[n]]).all() == (n in frozen), n
 
 def test_transfer_on_shapes(mask, tmp_path):
-    r = opentrans('transfer', mask, '--iterations', 2, '--warmup', 1, '--batch-size', 2, '--limit', 4, '--out', tmp_path/'t')
+    r = opentrans('transfer', mask, '--iterations', 2, '--warmup', 1, '--batch-size', 2, '--limit', 4, '--out',
+                  tmp_path/'t')
     assert r.returncode == 0, r.stderr
     res = json.loads((tmp_path/'t'/'result.json').read_text())
     assert res['frozen'] and abs(res['density']-.1) < 5e-4 and set(res['groups']) == {'base', 'novel'}
@@ -119,11 +136,13 @@ def test_transfer_to_a_checkpoint(mask, tmp_path):
     from opentrans.files import load_tensors
     from opentrans.pruning import SparseMask
     clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
-    torch.save({f'visual.{k}': v for k,v in clip.visual.state_dict().items()} | {'logit_scale': torch.tensor(3.)}, tmp_path/'model.pth')
+    torch.save({f'visual.{k}': v for k,v in clip.visual.state_dict().items()} | {'logit_scale': torch.tensor(3.)},
+               tmp_path/'model.pth')
     r = opentrans('transfer', mask, tmp_path/'model.pth', '--out', tmp_path/'sparse.safetensors')
     assert r.returncode == 0, r.stderr
     sd,m = load_tensors(tmp_path/'sparse.safetensors')[0],SparseMask.load(mask)
-    for n in m.names: assert torch.equal(sd[f'visual.{n}'] != 0, m[n] & (dict(clip.visual.named_parameters())[n] != 0))
+    for n in m.names:
+        assert torch.equal(sd[f'visual.{n}'] != 0, m[n] & (dict(clip.visual.named_parameters())[n] != 0))
     assert torch.equal(sd['visual.conv1.weight'], clip.visual.conv1.weight) and sd['logit_scale'] == 3
 
 def test_data_round_trip(tmp_path):
@@ -140,7 +159,8 @@ def test_cka_and_cost(mask, tmp_path):
     assert r['params'] > 23e6
 
 def write_settings(path, **values):
-    path.write_text(json.dumps(values)); return path
+    path.write_text(json.dumps(values))
+    return path
 
 def test_settings_from_a_file(streets, tmp_path):
     "A file says what flags say; flags win; what was run with is kept, and is such a file again."
@@ -156,30 +176,43 @@ def test_settings_from_a_file(streets, tmp_path):
         eval_split: train
         seed: 3
     """.replace('\n        ', '\n'))
-    r = opentrans('finetune', '--config', tmp_path/'run.yaml', '--iterations', 2, '--out', tmp_path/'a', '--set', 'flip=0', '--json')
+    r = opentrans('finetune', '--config', tmp_path/'run.yaml', '--iterations', 2, '--out', tmp_path/'a', '--set',
+                  'flip=0', '--json')
     assert r.returncode == 0, r.stderr
     kept = json.loads((tmp_path/'a'/'settings.json').read_text())
     told = kept['recipe']
-    assert (told['iterations'], told['optimizer'], told['lr'], told['batch_size'], told['seed'], told['flip'], told['scale']) == (2, 'sgd', .001, 2, 3, 0, [.5, 1.5])
-    assert kept['command'] == 'finetune' and kept['iterations'] == 2 and 'settings: ' in r.stderr and '"optimizer": "sgd"' in r.stderr
+    assert (told['iterations'], told['optimizer'], told['lr'], told['batch_size'], told['seed'], told['flip'],
+            told['scale']) == (2, 'sgd', .001, 2, 3, 0, [.5, 1.5])
+    assert (kept['command'] == 'finetune' and kept['iterations'] == 2 and 'settings: ' in r.stderr
+            and '"optimizer": "sgd"' in r.stderr)
     assert 'best_miou' in json.loads(r.stdout) and (tmp_path/'a'/'run'/'best.safetensors').exists()
     r = opentrans('finetune', '--config', tmp_path/'a'/'settings.json', '--out', tmp_path/'b')
     assert r.returncode == 0, r.stderr
-    assert (tmp_path/'a'/'run'/'history.csv').read_text() == (tmp_path/'b'/'run'/'history.csv').read_text(), 'what was kept is another run'
+    assert (tmp_path/'a'/'run'/'history.csv').read_text() == (
+        tmp_path/'b'/'run'/'history.csv').read_text(), 'what was kept is another run'
     assert json.loads((tmp_path/'a'/'model.json').read_text())['recipe'] == told
 
 def test_settings_that_are_none(tmp_path):
-    assert "Unknown setting in" in (m := fails('evaluate', '--config', write_settings(tmp_path/'a.json', batchsize=3))) and "Did you mean 'batch_size'?" in m and 'framework' in m
-    assert 'not of `opentrans cost`' in fails('cost', '--config', write_settings(tmp_path/'b.json', command='evaluate'))
+    assert (
+        "Unknown setting in" in (m := fails('evaluate', '--config',
+                                            write_settings(tmp_path/'a.json', batchsize=3)))
+        and "Did you mean 'batch_size'?" in m and 'framework' in m)
+    assert 'not of `opentrans cost`' in fails('cost', '--config',
+                                              write_settings(tmp_path/'b.json', command='evaluate'))
     assert 'is not JSON' in fails('alpha', '--config', write_text(tmp_path/'c.json', '{'))
     assert 'Cannot read' in fails('alpha', '--config', tmp_path/'none.yaml')
     assert "Unknown setting of a recipe 'rate'" in fails('finetune', '--out', tmp_path/'o', '--set', 'rate=1')
-    assert 'expected a whole number' in fails('finetune', '--out', tmp_path/'o', '--config', write_settings(tmp_path/'d.json', recipe=dict(preset='tiny', crop='big')))
-    assert 'NAME=VALUE' in fails('finetune', '--out', tmp_path/'o', '--set', 'lr') and "Unknown recipe 'small'" in fails('finetune', '--out', tmp_path/'o', '--recipe', 'small')
+    assert 'expected a whole number' in fails('finetune', '--out', tmp_path/'o', '--config',
+                                              write_settings(tmp_path/'d.json',
+                                                             recipe=dict(preset='tiny', crop='big')))
+    assert ('NAME=VALUE' in fails('finetune', '--out', tmp_path/'o', '--set', 'lr')
+            and "Unknown recipe 'small'" in fails('finetune', '--out', tmp_path/'o', '--recipe', 'small'))
     r = opentrans('evaluate', '--config', write_settings(tmp_path/'e.json', batch_size='many'))
     assert r.returncode == 2 and 'batch-size' in r.stderr and not (tmp_path/'o').exists()
 
-def write_text(path, text): path.write_text(text); return path
+def write_text(path, text):
+    path.write_text(text)
+    return path
 
 @pytest.mark.parametrize('args', [(), ('data',)])
 def test_every_command_takes_a_file(args):
@@ -192,74 +225,102 @@ def test_every_command_takes_a_file(args):
 
 @pytest.fixture(scope='module')
 def odd_streets(tmp_path_factory):
-    "Street scenes of 480x360 as a stranger's disk holds them: jpg and png, blanks, dots, accents and upper case in names, sub-folders, a photo that its camera turned, other files beside."
+    """Street scenes of 480x360 as a stranger's disk holds them: jpg and png, blanks, dots, accents and upper case
+    in names, sub-folders, a photo that its camera turned, other files beside."""
     folder,rng = tmp_path_factory.mktemp('odd streets'),np.random.default_rng(1)
     for i,name in enumerate(('Seq05VD_f00000.png', 'night/a b.c.jpg', 'Straße 7.JPG', 'turned.jpeg', 'x.png')):
         labels = rng.integers(0, 12, (6, 8)).repeat(60, 0).repeat(60, 1).astype(np.uint8)
-        image = Image.fromarray((np.stack([labels*20, labels*9, 255-labels*20], -1) + rng.integers(0, 9, (360, 480, 3))).astype(np.uint8))
+        image = Image.fromarray((np.stack([labels*20, labels*9, 255-labels*20], -1)
+                                 + rng.integers(0, 9, (360, 480, 3))).astype(np.uint8))
         for kind in ('images', 'labels'): (folder/kind/name).parent.mkdir(parents=True, exist_ok=True)
-        if 'turned' in name: exif = Image.Exif(); exif[274] = 8; image = image.rotate(-90, expand=True); image.save(folder/'images'/name, exif=exif)
+        if 'turned' in name:
+            exif = Image.Exif()
+            exif[274] = 8
+            image = image.rotate(-90, expand=True)
+            image.save(folder/'images'/name, exif=exif)
         else: image.save(folder/'images'/name)
         Image.fromarray(labels).save((folder/'labels'/name).with_suffix('.png'))
-    (folder/'images'/'.DS_Store').write_text(''); (folder/'images'/'Thumbs.db').write_text(''); (folder/'classes.txt').write_text('\n'.join(NAMES.split(',')))
+    (folder/'images'/'.DS_Store').write_text('')
+    (folder/'images'/'Thumbs.db').write_text('')
+    (folder/'classes.txt').write_text('\n'.join(NAMES.split(',')))
     return folder
 
 def test_a_folder_never_seen(odd_streets, tmp_path):
-    "What the checks type: names on the command line, a void value, then training on it, and the figures of both in one table."
+    """What the checks type: names on the command line, a void value, then training on it, and the figures of both
+    in one table."""
     common = ('--data', 'folder', '--root', odd_streets, '--classes', NAMES, '--ignore', 11, '--device', 'cpu')
     r = opentrans('data', 'check', 'folder', *common[2:-2], '--json')
     assert r.returncode == 0, r.stderr
     assert (d := json.loads(r.stdout))['images'] == 5 and d['sizes'] == '480x360' and d['problems'] == 0
-    r = opentrans('evaluate', *common, '--framework', 'deeplabv3', '--backbone', 'shapes-rn', '--limit', 2, '--out', tmp_path/'zero')
+    r = opentrans('evaluate', *common, '--framework', 'deeplabv3', '--backbone', 'shapes-rn', '--limit', 2,
+                  '--out', tmp_path/'zero')
     assert r.returncode == 0, r.stderr
-    r = opentrans('finetune', *common, '--out', tmp_path/'run', '--iterations', 3, '--batch-size', 2, '--crop', 96, '--print-every', 1)
+    r = opentrans('finetune', *common, '--out', tmp_path/'run', '--iterations', 3, '--batch-size', 2, '--crop', 96,
+                  '--print-every', 1)
     assert r.returncode == 0 and 'iteration 3/3' in r.stderr and 'left' in r.stderr, r.stderr
     looks = ('--short-side', 120, '--scales', '0.5,1', '--flip', '--window', 80)
-    r = opentrans('evaluate', *common[:4], '--classes', odd_streets/'classes.txt', *common[6:], '--model', tmp_path/'run', '--limit', 2, *looks, '--out', tmp_path/'tuned')
+    r = opentrans('evaluate', *common[:4], '--classes', odd_streets/'classes.txt', *common[6:], '--model',
+                  tmp_path/'run', '--limit', 2, *looks, '--out', tmp_path/'tuned')
     assert r.returncode == 0, r.stderr
     res = json.loads((tmp_path/'tuned'/'result.json').read_text())
-    assert list(res['iou']) == NAMES.split(',') and res['settings']['scales'] == [.5, 1] and res['settings']['window'] == 80 and res['n_images'] == 2
+    assert (list(res['iou']) == NAMES.split(',') and res['settings']['scales'] == [.5, 1]
+            and res['settings']['window'] == 80 and res['n_images'] == 2)
     r = opentrans('compare', tmp_path/'zero', tmp_path/'tuned', '--out', tmp_path/'c', '--json')
     assert r.returncode == 0, r.stderr
-    assert json.loads(r.stdout)['tuned']['miou'] == res['miou'] and {p.name for p in (tmp_path/'c').iterdir()} == {'runs.csv', 'runs.png'}
+    assert (json.loads(r.stdout)['tuned']['miou'] == res['miou']
+            and {p.name for p in (tmp_path/'c').iterdir()} == {'runs.csv', 'runs.png'})
     assert 'There is no result' in fails('compare', tmp_path)
 
 def test_data_check_tells_what_is_broken(streets, tmp_path):
     import shutil
-    shutil.copytree(streets, tmp_path/'d'); common = ('--classes', NAMES, '--ignore', 11)
+    shutil.copytree(streets, tmp_path/'d')
+    common = ('--classes', NAMES, '--ignore', 11)
     (tmp_path/'d'/'images'/'s1.jpg').write_bytes(b'not a picture')
     r = opentrans('data', 'check', 'folder', '--root', tmp_path/'d', *common)
     assert r.returncode == 1 and 's1' in r.stdout and 'cannot be read' in r.stdout
     assert 's1.jpg' in fails('evaluate', '--data', 'folder', '--root', tmp_path/'d', *common)
-    with pytest.warns(UserWarning, match='1 of 4 images are left out'): r = opentrans('evaluate', '--data', 'folder', '--root', tmp_path/'d', *common, '--corrupt', 'skip', '--json')
+    with pytest.warns(UserWarning, match='1 of 4 images are left out'):
+        r = opentrans('evaluate', '--data', 'folder', '--root', tmp_path/'d', *common, '--corrupt', 'skip',
+                      '--json')
     assert r.returncode == 0 and json.loads(r.stdout)['n_images'] == 3
     (tmp_path/'d'/'labels'/'s2.png').unlink()
     assert "no label map for 's2" in fails('data', 'check', 'folder', '--root', tmp_path/'d', *common)
-    assert 'missing: images, labels' in fails('evaluate', '--data', 'folder', '--root', tmp_path, *common)      # the wrong root
+    # the wrong root
+    assert 'missing: images, labels' in fails('evaluate', '--data', 'folder', '--root', tmp_path, *common)
 
 @pytest.mark.skipif(os.name != 'posix', reason='needs a limit on file sizes')
 def test_full_disk_by_command(tmp_path):
-    "The disk is full when the checkpoint is written: one sentence, exit code 1 (nothing the user typed is wrong), and the checkpoint of before is as it was."
+    """The disk is full when the checkpoint is written: one sentence, exit code 1 (nothing the user typed is wrong),
+    and the checkpoint of before is as it was."""
     import resource, signal
     before = opentrans('finetune', '--out', tmp_path, '--iterations', 2, '--batch-size', 1, '--checkpoint-every', 1)
     assert before.returncode == 0, before.stderr
-    (tmp_path/'model.safetensors').unlink(); last = (tmp_path/'run'/'last.safetensors').read_bytes()
+    (tmp_path/'model.safetensors').unlink()
+    last = (tmp_path/'run'/'last.safetensors').read_bytes()
     old,handler = resource.getrlimit(resource.RLIMIT_FSIZE),signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, old[1]))
-    try: message = fails('finetune', '--out', tmp_path, '--iterations', 2, '--batch-size', 1, '--checkpoint-every', 1, code=1)
-    finally: resource.setrlimit(resource.RLIMIT_FSIZE, old); signal.signal(signal.SIGXFSZ, handler)
+    try:
+        message = fails('finetune', '--out', tmp_path, '--iterations', 2, '--batch-size', 1, '--checkpoint-every',
+                        1, code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
     assert 'Cannot write' in message and 'model.safetensors' in message
-    assert (tmp_path/'run'/'last.safetensors').read_bytes() == last and not list(tmp_path.glob('.*')), 'something half-written was left'
-    assert opentrans('finetune', '--out', tmp_path, '--iterations', 2, '--batch-size', 1).returncode == 0 and (tmp_path/'model.safetensors').exists()
+    assert ((tmp_path/'run'/'last.safetensors').read_bytes() == last
+            and not list(tmp_path.glob('.*'))), 'something half-written was left'
+    assert (opentrans('finetune', '--out', tmp_path, '--iterations', 2, '--batch-size', 1).returncode == 0
+            and (tmp_path/'model.safetensors').exists())
 
 def test_transfer_takes_a_number_for_the_tail(mask, tmp_path):
     "`--xmin` is the same for `alpha` and `transfer`."
-    r = opentrans('transfer', mask, '--iterations', 1, '--warmup', 0, '--batch-size', 1, '--limit', 1, '--xmin', '0.05', '--out', tmp_path/'t', '--json')
+    r = opentrans('transfer', mask, '--iterations', 1, '--warmup', 0, '--batch-size', 1, '--limit', 1, '--xmin',
+                  '0.05', '--out', tmp_path/'t', '--json')
     assert r.returncode == 0 and json.loads(r.stdout)['frozen'], r.stderr
     assert 'xmin' in fails('transfer', mask, '--iterations', 1, '--warmup', 0, '--batch-size', 1, '--xmin', 'low')
 
 def test_module_is_a_program():
-    r = subprocess.run([sys.executable, '-m', 'opentrans.cli', 'data', 'list', '--json'], capture_output=True, text=True, cwd=root)
+    r = subprocess.run([sys.executable, '-m', 'opentrans.cli', 'data', 'list', '--json'], capture_output=True,
+                       text=True, cwd=root)
     assert r.returncode == 0 and 'folder' in json.loads(r.stdout), r.stderr
 
 def test_demo(tmp_path):
@@ -268,7 +329,9 @@ def test_demo(tmp_path):
     assert r.returncode == 0, r.stderr
     assert sorted(p.suffix for p in (tmp_path/'d').iterdir()) == ['.html', '.json']
     data = json.loads((tmp_path/'d'/'opentrans-demo.json').read_text())
-    assert len(data['results']) == 20 and {r['framework'] for r in data['results']} == {'deeplabv3', 'mask2former', 'fcclip', 'faseg'} and {c['verdict'] for c in data['claims']} == {'one seed'}
+    assert (len(data['results']) == 20
+            and {r['framework'] for r in data['results']} == {'deeplabv3', 'mask2former', 'fcclip', 'faseg'}
+            and {c['verdict'] for c in data['claims']} == {'one seed'})
     page = (tmp_path/'d'/'opentrans-demo.html').read_text()
     assert 'src="http' not in page and page.count('data:image/png') == 7
 
@@ -276,16 +339,20 @@ def test_demo(tmp_path):
 @pytest.mark.slow
 def test_real_coco_at_full_size(tmp_path):
     "RN50 at full size with random weights on real images: Algorithm 1, transfer, alpha, fine-tuning, evaluation."
-    common = ('--backbone', 'RN50', '--pretrained', 'none', '--data', 'coco_panoptic', '--root', coco, '--batch-size', 1, '--device', 'cpu')
+    common = ('--backbone', 'RN50', '--pretrained', 'none', '--data', 'coco_panoptic', '--root', coco,
+              '--batch-size', 1, '--device', 'cpu')
     r = opentrans('prune', *common, '--p', .7, '--iters', 1, '--crop', 224, '--out', tmp_path/'m.safetensors')
     assert r.returncode == 0, r.stderr
-    r = opentrans('transfer', tmp_path/'m.safetensors', *common, '--iterations', 2, '--warmup', 1, '--crop', 224, '--limit', 1, '--out', tmp_path/'t', '--json')
+    r = opentrans('transfer', tmp_path/'m.safetensors', *common, '--iterations', 2, '--warmup', 1, '--crop', 224,
+                  '--limit', 1, '--out', tmp_path/'t', '--json')
     assert r.returncode == 0, r.stderr
     res = json.loads(r.stdout)
-    assert abs(res['density']-.1) < 5e-4 and len(res['iou']) == 133 and 0 < len(res['frozen']) <= 27      # half of the layers that have a fit; some of a random tower have none
+    # half of the layers that have a fit; some of a random tower have none
+    assert abs(res['density']-.1) < 5e-4 and len(res['iou']) == 133 and 0 < len(res['frozen']) <= 27
 
 def test_a_study(tmp_path):
-    "`opentrans study` lists what there is; a study of two seeds writes its file, and a second call repeats nothing."
+    """`opentrans study` lists what there is; a study of two seeds writes its file, and a second call repeats
+    nothing."""
     r = in_a_process('study')
     assert r.returncode == 0 and all(n in r.stdout for n in ('frameworks', 'freezing', 'ratio', 'Tab. 10'))
     made = []
@@ -295,53 +362,73 @@ def test_a_study(tmp_path):
         made.append({p: p.stat().st_mtime_ns for p in (tmp_path/'.runs').rglob('arm-*.json')})
     data = json.loads((tmp_path/'ratio-smoke-2seeds.json').read_text())
     assert data['run']['command'] == 'opentrans study ratio --seeds 2 --scale smoke'
-    assert [len(x['frozen']) for x in data['results'][:4]] == sorted(len(x['frozen']) for x in data['results'][:4]) and len(data['results']) == 8
-    assert len(made[0]) == 8 and made[0] == made[1]                               # the second call has only read them
+    assert ([len(x['frozen']) for x in data['results'][:4]] == sorted(len(x['frozen'])
+                                                                      for x in data['results'][:4])
+            and len(data['results']) == 8)
+    # the second call has only read them
+    assert len(made[0]) == 8 and made[0] == made[1]
 
 def test_numbers_that_make_no_sense(mask):
     "Refused before anything is loaded; a mask of another backbone before anything is counted."
-    for bad in (('evaluate', '--limit', -1), ('evaluate', '--batch-size', 0), ('evaluate', '--window', -8), ('data', 'shapes', '--out', 'x', '--seed', -1), ('study', 'ratio', '--workers', -2)):
-        r = opentrans(*bad); assert r.returncode == 2 and 'Traceback' not in r.stderr, (bad, r.stderr[-300:])
+    for bad in (('evaluate', '--limit', -1), ('evaluate', '--batch-size', 0), ('evaluate', '--window', -8),
+                ('data', 'shapes', '--out', 'x', '--seed', -1), ('study', 'ratio', '--workers', -2)):
+        r = opentrans(*bad)
+        assert r.returncode == 2 and 'Traceback' not in r.stderr, (bad, r.stderr[-300:])
     assert 'above 0' in fails('evaluate', '--scales', '0,1')
     assert opentrans('cka', '--size', 3).returncode == 2
     fails('cost', 'RN50', '--mask', mask)
 
 def test_segment_an_own_image(tmp_path):
     "From a trained model to a picture of one image; bad input leaves nothing behind."
-    for a in (('data', 'shapes', '--out', tmp_path/'scenes', '--n', 1), ('finetune', '--iterations', 2, '--batch-size', 2, '--out', tmp_path/'run')): assert opentrans(*a).returncode == 0
-    fails('finetune', '--iterations', 3, '--batch-size', 2, '--out', tmp_path/'run') # another course than the one that lies there
+    for a in (('data', 'shapes', '--out', tmp_path/'scenes', '--n', 1),
+              ('finetune', '--iterations', 2, '--batch-size', 2, '--out', tmp_path/'run')):
+        assert opentrans(*a).returncode == 0
+    # another course than the one that lies there
+    fails('finetune', '--iterations', 3, '--batch-size', 2, '--out', tmp_path/'run')
     assert json.loads((tmp_path/'run'/'settings.json').read_text())['iterations'] == 2
     photo = next((tmp_path/'scenes'/'coco'/'val2017').iterdir())
-    r = opentrans('segment', photo, 'grass, water | sea', '--model', tmp_path/'run', '--out', tmp_path/'new'/'seen.jpg', '--json')
-    assert r.returncode == 0 and set(json.loads(r.stdout)) == {'grass', 'water'} and Image.open(tmp_path/'new'/'seen.jpg').format == 'JPEG'
-    assert 'no trained model' in fails('segment', photo, 'grass', '--model', tmp_path/'nothing', '--out', tmp_path/'a.png')
+    r = opentrans('segment', photo, 'grass, water | sea', '--model', tmp_path/'run', '--out',
+                  tmp_path/'new'/'seen.jpg', '--json')
+    assert (r.returncode == 0 and set(json.loads(r.stdout)) == {'grass', 'water'}
+            and Image.open(tmp_path/'new'/'seen.jpg').format == 'JPEG')
+    assert 'no trained model' in fails('segment', photo, 'grass', '--model', tmp_path/'nothing', '--out',
+                                       tmp_path/'a.png')
     assert 'picture ends in' in fails('segment', photo, 'grass', '--out', tmp_path/'a.gif')
     assert 'not an image' in fails('segment', tmp_path/'run'/'model.json', 'grass', '--out', tmp_path/'a.png')
     assert opentrans('segment', photo, 'grass', '--max-side', 0, '--out', tmp_path/'a.png').returncode == 2
-    (tmp_path/'half').mkdir(); (tmp_path/'half'/'model.json').write_text('{"framework": "deeplabv3"}')
-    assert 'does not say: backbone' in fails('segment', photo, 'grass', '--model', tmp_path/'half', '--out', tmp_path/'a.png')
+    (tmp_path/'half').mkdir()
+    (tmp_path/'half'/'model.json').write_text('{"framework": "deeplabv3"}')
+    assert 'does not say: backbone' in fails('segment', photo, 'grass', '--model', tmp_path/'half', '--out',
+                                             tmp_path/'a.png')
     assert not list(tmp_path.glob('a.*'))
 
 def test_what_cannot_end_well_does_not_begin(tmp_path, mask):
     "Places that cannot be written to, and rules that are not known, are said before anything is trained."
-    taken = tmp_path/'taken'; taken.write_text('mine')
-    for args in (('prune', '--out', tmp_path/'m.safetensors', '--weights', taken/'w.safetensors'), ('prune', '--out', taken/'m.safetensors'), ('finetune', '--out', taken), ('study', 'losses', '--out', taken), ('demo', '--out', taken)):
+    taken = tmp_path/'taken'
+    taken.write_text('mine')
+    for args in (('prune', '--out', tmp_path/'m.safetensors', '--weights', taken/'w.safetensors'),
+                 ('prune', '--out', taken/'m.safetensors'), ('finetune', '--out', taken),
+                 ('study', 'losses', '--out', taken), ('demo', '--out', taken)):
         assert 'Not a directory' in fails(*args)
     assert taken.read_text() == 'mine' and [*tmp_path.iterdir()] == [taken]
     for command in (('alpha',), ('transfer', mask)):
-        assert 'alpha*' in fails(*command, '--by', 'foo') and 'median' in fails(*command, '--xmin', 'foo') and opentrans(*command, '--freeze', 3).returncode == 2
+        assert ('alpha*' in fails(*command, '--by', 'foo') and 'median' in fails(*command, '--xmin', 'foo')
+                and opentrans(*command, '--freeze', 3).returncode == 2)
     assert opentrans('prune', '--out', tmp_path/'m.safetensors', '--crop', -1).returncode == 2
 
 def test_small_things_of_the_command(tmp_path):
     "The version, JSON of a baseline, and no log of torch's before an error."
     import opentrans as package
     assert package.__version__ in opentrans('--version').stdout
-    table = json.loads(opentrans('prune', '--method', 'magnitude', '--out', tmp_path/'m.safetensors', '--json').stdout)
+    table = json.loads(opentrans('prune', '--method', 'magnitude', '--out', tmp_path/'m.safetensors',
+                                 '--json').stdout)
     assert len(table) > 5 and all(0 <= r['density'] <= 1 for r in table.values())
-    r = in_a_process('cost', '--size', '8x8'); assert r.returncode == 2 and len(r.stderr.splitlines()) == 1, r.stderr
+    r = in_a_process('cost', '--size', '8x8')
+    assert r.returncode == 2 and len(r.stderr.splitlines()) == 1, r.stderr
 
 def test_a_criterion_of_the_library_is_one_of_the_command(tmp_path):
-    "One contract of criteria: the name that `SparseMask.by` and `imp` take is taken by `prune`, in one shot and in rounds."
+    """One contract of criteria: the name that `SparseMask.by` and `imp` take is taken by `prune`, in one shot and
+    in rounds."""
     from opentrans.pruning import SparseMask
     small = ('--batch-size', 2, '--score-batches', 2)
     assert opentrans('prune', '--method', 'snip', '--out', tmp_path/'shot.safetensors', *small).returncode == 0
@@ -351,29 +438,35 @@ def test_a_criterion_of_the_library_is_one_of_the_command(tmp_path):
     assert shot.info['method'] == 'snip' and abs(shot.density-.1) < 1e-3
     assert found.info['criterion'] == 'sensitivity' and abs(found.density-.5) < 1e-3
     assert 'magnitude, snip' in fails('prune', '--criterion', 'luck', '--out', tmp_path/'m.safetensors')
-    assert 'one shot' in fails('prune', '--method', 'snip', '--criterion', 'snip', '--out', tmp_path/'m.safetensors')
+    assert 'one shot' in fails('prune', '--method', 'snip', '--criterion', 'snip', '--out',
+                               tmp_path/'m.safetensors')
 
 def test_a_mask_layer_by_layer(tmp_path):
     "The methods of `reconstruct`, with their flags; other methods do not read these."
     from opentrans.pruning import SparseMask
     few = ('--images', 4, '--batch-size', 2, '--density', .3)
     for method,more in (('wanda', ()), ('sparsegpt', ('--densities', 'owl'))):
-        made = opentrans('prune', '--method', method, '--out', tmp_path/f'{method}.safetensors', *few, *more, '--weights', tmp_path/'clip.safetensors')
+        made = opentrans('prune', '--method', method, '--out', tmp_path/f'{method}.safetensors', *few, *more,
+                         '--weights', tmp_path/'clip.safetensors')
         assert made.returncode == 0, made.stderr
         mask = SparseMask.load(tmp_path/f'{method}.safetensors')
         assert mask.info['method'] == method and mask.info['images'] == 4 and abs(mask.density-.3) < 5e-3
     assert (tmp_path/'clip.safetensors').exists()
-    opentrans('prune', '--method', 'wanda', '--scope', '2:4', '--density', .5, '--out', tmp_path/'n.safetensors', '--images', 2)
+    opentrans('prune', '--method', 'wanda', '--scope', '2:4', '--density', .5, '--out', tmp_path/'n.safetensors',
+              '--images', 2)
     assert SparseMask.load(tmp_path/'n.safetensors').info['scope'] == '2:4'
     assert '--images' in fails('prune', '--method', 'snip', '--images', 4, '--out', tmp_path/'m.safetensors')
 
 def test_a_study_tells_its_jobs_in_a_log(capsys, monkeypatch):
     "Where no bar can be shown, a line is written for each job that is done."
     from opentrans.experiments import run_jobs
-    monkeypatch.delenv('OPENTRANS_PROGRESS', raising=False); monkeypatch.delenv('IN_TEST', raising=False)
+    monkeypatch.delenv('OPENTRANS_PROGRESS', raising=False)
+    monkeypatch.delenv('IN_TEST', raising=False)
     jobs = {(0, 'arm', 'b'): ([(0, 'arm', 'a')], abs, (-2,)), (0, 'arm', 'a'): ([], abs, (-1,))}
     assert run_jobs(jobs, 1, 'seed 0') == {(0, 'arm', 'a'): 1, (0, 'arm', 'b'): 2}
-    if 'ipykernel' not in sys.modules: assert capsys.readouterr().err.splitlines() == ['seed 0: 1 of 2 done, 0 arm a', 'seed 0: 2 of 2 done, 0 arm b']
+    if 'ipykernel' not in sys.modules:
+        assert capsys.readouterr().err.splitlines() == ['seed 0: 1 of 2 done, 0 arm a',
+                                                        'seed 0: 2 of 2 done, 0 arm b']
 
 class Begun(BaseException):
     "The flags were accepted, and the work has begun."
@@ -390,7 +483,8 @@ def no_work(monkeypatch):
     def begin(*args, **kwargs): raise Begun
     monkeypatch.setattr(ResNetTower, 'features', staticmethod(look))
     monkeypatch.setattr(heavy_tail, 'analyze', begin)
-    for module in (experiments.jobs, experiments.registry, experiments.studies): monkeypatch.setattr(module, 'run_jobs', begin)
+    for module in (experiments.jobs, experiments.registry, experiments.studies):
+        monkeypatch.setattr(module, 'run_jobs', begin)
     monkeypatch.setattr(data, 'write_coco_panoptic', begin)
 
 def numeric_options():
@@ -407,23 +501,31 @@ def numeric_options():
 def arguments(command, mask, folder):
     "What a command needs besides, so that it would run."
     few = ('--iterations', 2, '--batch-size', 2)
-    return {'prune': ('--out', folder/'m.safetensors', '--iters', 1), 'transfer': (mask, *few), 'finetune': ('--out', folder/'run', *few), 'study': ('ratio', '--scale', 'smoke', '--out', folder/'s'),
-            'demo': ('--scale', 'smoke', '--out', folder/'d'), 'segment': (folder/'p.png', 'sky'), 'data check': ('shapesworld',), 'data shapes': ('--out', folder/'w'), 'cka': ('--mask', mask)}.get(' '.join(command), ())
+    return {'prune': ('--out', folder/'m.safetensors', '--iters', 1), 'transfer': (mask, *few),
+            'finetune': ('--out', folder/'run', *few), 'study': ('ratio', '--scale', 'smoke', '--out', folder/'s'),
+            'demo': ('--scale', 'smoke', '--out', folder/'d'), 'segment': (folder/'p.png', 'sky'),
+            'data check': ('shapesworld',), 'data shapes': ('--out', folder/'w'),
+            'cka': ('--mask', mask)}.get(' '.join(command), ())
 
 NEVER = ('nan', 'inf', '-inf', '1e400', 'text', '', ' ', '-1', '1,2', '1'*5000)
-MAY_BE_ZERO = {'--seed', '--freeze', '--crop', '--warmup', '--print-every', '--eval-every', '--workers', '--lr', '--weight-decay', '--clip-grad'}
+MAY_BE_ZERO = {'--seed', '--freeze', '--crop', '--warmup', '--print-every', '--eval-every', '--workers', '--lr',
+               '--weight-decay', '--clip-grad'}
 OFF = {'--checkpoint-every', '--disk-mb'} # of prune, where 0 leaves something out
 
 @pytest.mark.parametrize('command', sorted({c for c,_,_ in numeric_options()}), ids=' '.join)
 def test_no_number_ends_in_a_traceback(command, mask, tmp_path, no_work):
-    "Every option that takes a number, with numbers that make no sense: refused in one sentence before anything begins, and nothing is written."
+    """Every option that takes a number, with numbers that make no sense: refused in one sentence before anything
+    begins, and nothing is written."""
     Image.new('RGB', (32, 32)).save(tmp_path/'p.png')
     for option,whole in [(o, w) for c,o,w in numeric_options() if c == command]:
-        refused = NEVER + (('1.5', '1'+'0'*30, str(2**64)) if whole else ()) + (() if option in MAY_BE_ZERO or command == ('data', 'check') or (command == ('prune',) and option in OFF) else ('0',))
+        refused = (NEVER + (('1.5', '1'+'0'*30, str(2**64)) if whole else ())
+                   + (() if option in MAY_BE_ZERO or command == ('data', 'check')
+                      or (command == ('prune',) and option in OFF) else ('0',)))
         for value in refused:
             try: r = opentrans(*command, *arguments(command, mask, tmp_path), option, value)
             except Begun: pytest.fail(f"{' '.join(command)} {option} {value[:40]!r} was accepted")
-            assert r.returncode == 2 and 'Traceback' not in r.stderr, (command, option, value[:40], r.returncode, r.stderr[-600:])
+            assert (r.returncode == 2 and 'Traceback' not in r.stderr), (
+                command, option, value[:40], r.returncode, r.stderr[-600:])
     assert [p.name for p in tmp_path.iterdir()] == ['p.png']
 
 def test_a_dry_run_of_a_study_writes_nothing(tmp_path):
@@ -453,24 +555,29 @@ def course(*args, **more):
     return _course(*args, **dict(dict(warmup=None, freeze=.5), **more))
 
 def test_the_papers_course_is_the_default():
-    "Warm-up and rest are the beginning and the end of one course of the paper's length; one flag shortens both; tiny stays as it was."
+    """Warm-up and rest are the beginning and the end of one course of the paper's length; one flag shortens both;
+    tiny stays as it was."""
     from opentrans.training import Recipe
     for framework,total in dict(deeplabv3=50_000, mask2former=50_000, fcclip=368_750, faseg=160_000).items():
         for name in (None, 'paper', 'released'):
             preset,whole,warm,rest = course(name, framework, shipped=False)
-            assert preset == (name or 'paper') and whole == getattr(Recipe, preset)(framework) and whole.iterations == total
+            assert (preset == (name or 'paper') and whole == getattr(Recipe, preset)(framework)
+                    and whole.iterations == total)
             assert (warm.iterations, rest.offset, rest.iterations) == (10_000, 10_000, total-10_000)
             assert whole.lr_warmup == 0, 'the factor of the warm-up is constant, as released'
             assert whole.crop == (1024 if framework == 'fcclip' else 512)
             assert [rest.lr_at(i) for i in (0, rest.iterations-1)] == [whole.lr_at(i) for i in (10_000, total-1)]
     _,whole,warm,rest = course('paper', 'mask2former', shipped=True, iterations=500)
     assert (warm.iterations, rest.iterations, rest.milestones) == (100, 400, (400, 450))
-    assert course(None, 'deeplabv3', shipped=False, freeze=0)[2] is None, 'where no layer is chosen the course is in one piece'
+    assert course(None, 'deeplabv3', shipped=False,
+                  freeze=0)[2] is None, 'where no layer is chosen the course is in one piece'
     assert course(None, 'deeplabv3', shipped=False, iterations=500, warmup=30)[2].iterations == 30
     preset,whole,warm,rest = course(None, 'deeplabv3', shipped=True)
-    assert preset == 'tiny' and rest == whole == Recipe.tiny() and warm == Recipe.tiny().shorten(60).replace(schedule='constant')
+    assert (preset == 'tiny' and rest == whole == Recipe.tiny()
+            and warm == Recipe.tiny().shorten(60).replace(schedule='constant'))
     from opentrans.errors import OpenTransError
-    with pytest.raises(OpenTransError, match='leaves none'): course('paper', 'deeplabv3', shipped=False, iterations=9, warmup=9)
+    with pytest.raises(OpenTransError, match='leaves none'):
+        course('paper', 'deeplabv3', shipped=False, iterations=9, warmup=9)
 
 def test_stride_and_prompts_are_the_released_ones():
     "Stride 16 for DeepLabV3 on a ResNet alone; bare names, and FC-CLIP's own prompts."
@@ -478,11 +585,13 @@ def test_stride_and_prompts_are_the_released_ones():
     from opentrans.frameworks import get_framework
     built = ('deeplabv3', 'RN50'), ('mask2former', 'RN50'), ('fcclip', 'RN50'), ('deeplabv3', 'convnext_base')
     assert [_stride(None, *names, False) for names in built] == [16, 32, 32, 32]
-    assert [_stride(None, 'fpn', b, True) for b in ('shapes-rn', 'shapes-vit')] == [16, 32] and _stride(8, 'fpn', 'RN50', False) == 8
+    assert ([_stride(None, 'fpn', b, True) for b in ('shapes-rn', 'shapes-vit')] == [16, 32]
+            and _stride(8, 'fpn', 'RN50', False) == 8)
     assert is_shipped('shapes-rn', 'shapesworld')
     assert not is_shipped('RN50', 'shapesworld') and not is_shipped('shapes-rn', 'folder')
     assert [get_framework(name).prompts for name in ('mask2former', 'deeplabv3', 'fcclip')] == ['{}', '{}', 'vild']
-    assert _looks('fcclip', 'cityscapes_19', False, device='cpu') == dict(size=1024, longest=2560, over='truth', workers=0)
+    assert _looks('fcclip', 'cityscapes_19', False, device='cpu') == dict(
+        size=1024, longest=2560, over='truth', workers=0)
     assert _looks('deeplabv3', 'shapesworld', True, device='cpu') == dict(over='either', workers=0)
 
 @pytest.fixture(scope='module')
@@ -490,15 +599,18 @@ def transferred(tree, mask, tmp_path_factory):
     "A run of `transfer` on COCO with every default of the paper, shortened by one flag: (folder, what was said)."
     out = tmp_path_factory.mktemp('run')/'run'
     few = ('--iterations', 37, '--batch-size', 2, '--crop', 64)
-    r = opentrans('transfer', mask, '--framework', 'fcclip', '--data', 'coco_panoptic', '--root', tree, *few, '--out', out, '--json')
+    r = opentrans('transfer', mask, '--framework', 'fcclip', '--data', 'coco_panoptic', '--root', tree, *few,
+                  '--out', out, '--json')
     assert r.returncode == 0, r.stderr[-2000:]
     return out,r
 
 def test_a_transferred_model_is_a_model(transferred, tree, mask, tmp_path):
     "What `transfer` leaves is opened, measured on the seven data sets in one row, and asked about a picture."
     out,r = transferred
-    for said in ('recipe: paper of fcclip', '1 with all layers and no mask, then 36', 'stride 32, prompts'): assert said in r.stderr
-    left = {'model.json', 'model.safetensors', 'selection.json', 'result.json', 'settings.json', 'warmup', 'finetune'}
+    for said in ('recipe: paper of fcclip', '1 with all layers and no mask, then 36', 'stride 32, prompts'):
+        assert said in r.stderr
+    left = {'model.json', 'model.safetensors', 'selection.json', 'result.json', 'settings.json', 'warmup',
+            'finetune'}
     assert left <= {p.name for p in out.iterdir()}
     told,result = (json.loads((out/name).read_text()) for name in ('model.json', 'result.json'))
     assert (told['framework'], told['recipe']['iterations'], told['recipe']['optimizer']) == ('fcclip', 37, 'adamw')
@@ -509,7 +621,8 @@ def test_a_transferred_model_is_a_model(transferred, tree, mask, tmp_path):
     seg,_,name = open_trained(out, Vocabulary(['sky', 'road']))
     assert name == 'fcclip' and list(seg.vocabulary.names) == told['classes']
     assert seg.text(['zebra', 'spaceship']).seen.tolist() == [True, False]
-    r = opentrans('evaluate', '--model', out, '--data', 'all', '--root', tree, '--short-side', 48, '--out', tmp_path/'all')
+    r = opentrans('evaluate', '--model', out, '--data', 'all', '--root', tree, '--short-side', 48, '--out',
+                  tmp_path/'all')
     assert r.returncode == 0, r.stderr[-2000:]
     table = json.loads((tmp_path/'all'/'result.json').read_text())
     columns = ['coco_panoptic', 'cityscapes_19', 'ade20k_150', 'ade20k_847', 'voc_20', 'context_59', 'context_459']
@@ -528,7 +641,8 @@ def test_a_missing_data_set_is_said_before_anything_runs(transferred, tree, tmp_
     import shutil
     shutil.copytree(tree, tmp_path/'few')
     for folder in ('ADE20K_2021_17_01', 'pascal_voc_d2'): shutil.rmtree(tmp_path/'few'/folder)
-    message = fails('evaluate', '--model', transferred[0], '--data', 'all', '--root', tmp_path/'few', '--out', tmp_path/'o')
+    message = fails('evaluate', '--model', transferred[0], '--data', 'all', '--root', tmp_path/'few', '--out',
+                    tmp_path/'o')
     assert 'ade20k_847, voc_20 cannot be opened' in message and 'ADE20K' in message and not (tmp_path/'o').exists()
     assert 'leave out --classes' in fails('evaluate', '--data', 'all', '--classes', 'a,b')
     assert 'leave out --kind' in fails('evaluate', '--data', 'all', '--kind', 'panoptic')
@@ -551,7 +665,8 @@ def test_rows_without_a_mask(tmp_path, mask):
     assert 'leave out' in fails('transfer', mask, '--dense', *few)
 
 def test_alpha_is_read_before_the_mask_is_adopted(mask, tmp_path):
-    "Supplement 6.3: from weights without the mask by default, and from those under it if asked; the mask holds afterwards in both."
+    """Supplement 6.3: from weights without the mask by default, and from those under it if asked; the mask holds
+    afterwards in both."""
     from opentrans.clip import ClipBackbone
     from opentrans.core import LayerSelection
     from opentrans.files import load_tensors
@@ -587,10 +702,12 @@ def test_settings_of_a_transfer_are_the_same_run_again(mask, tree, tmp_path):
 def test_a_dry_run_says_what_a_run_needs(command, mask, tmp_path):
     "Memory, an iteration, an epoch and the whole, for as many processes as are meant; nothing is written."
     args = ('finetune',) if command == 'finetune' else ('transfer', mask)
-    r = opentrans(*args, '--out', tmp_path/'o', '--iterations', 100, '--dry-run', '--processes', 4, '--batch-size', 8, '--accumulate', 2, '--json')
+    r = opentrans(*args, '--out', tmp_path/'o', '--iterations', 100, '--dry-run', '--processes', 4, '--batch-size',
+                  8, '--accumulate', 2, '--json')
     assert r.returncode == 0, r.stderr
     told = json.loads(r.stdout)
-    assert told['part'] == 1 and told['processes'] == 4 and told['fits'] and told['iterations'] == 100 and 0 < told['memory'] < told['room']
+    assert (told['part'] == 1 and told['processes'] == 4 and told['fits'] and told['iterations'] == 100
+            and 0 < told['memory'] < told['room'])
     assert told['hours'] == pytest.approx(told['seconds']*100/3600) and not list(tmp_path.glob('o/*'))
     r = opentrans(*args, '--out', tmp_path/'o', '--dry-run')
     assert r.returncode == 0 and 'an epoch' in r.stdout and 'GB' in r.stdout, r.stderr

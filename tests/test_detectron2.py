@@ -168,7 +168,9 @@ def test_two_processes_choose_together_and_resume(tmp_path):
 class Overflow(HookBase):
     "Makes the gradients of one iteration infinite, and looks at what became of the step."
     def __init__(self, mask, scaler):
-        self.mask,self.scaler,self.scales = mask,scaler,[]
+        self.mask = mask
+        self.scaler = scaler
+        self.scales = []
 
     def after_backward(self):
         head = self.trainer.model.head.weight

@@ -27,7 +27,8 @@ def test_pages_are_built_and_can_be_searched(tmp_path):
     assert '<code>density: float = 0.1</code>' in table
     found = json.loads((tmp_path/'search'/'search_index.json').read_text())['docs']
     assert any('marchenko_pastur' in entry['location'] for entry in found)
-    assert not re.findall(r'(?:src|href)="https?://(?!opentrans|github\.com|arxiv|squidfunk)[^"]*\.(?:js|css|woff2?)"', page)
+    assert not re.findall(
+        r'(?:src|href)="https?://(?!opentrans|github\.com|arxiv|squidfunk)[^"]*\.(?:js|css|woff2?)"', page)
 
 def test_a_formula_is_drawn_and_code_is_left_alone():
     assert site.formulas('`$HOME` costs $5') == '`$HOME` costs $5'

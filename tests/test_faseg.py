@@ -144,7 +144,9 @@ def test_hrca_is_masked_cross_attention(seed):
     "For random sizes and ratios: full attention with -inf on all other pixels, in float64, forward and back."
     generator = torch.Generator().manual_seed(seed)
     def draw(low, high): return int(torch.randint(low, high, (1,), generator=generator))
-    height,width,cell = draw(1, 5),draw(1, 6),draw(1, 5)
+    height = draw(1, 5)
+    width = draw(1, 6)
+    cell = draw(1, 5)
     queries,batch = draw(1, 6),draw(1, 4)
     torch.manual_seed(seed)
     hrca = HighResCrossAttention(8, 2).double()
@@ -169,7 +171,9 @@ def test_hrca_is_masked_cross_attention(seed):
 
 def test_cells_lie_where_they_should():
     "Each fine pixel belongs to the coarse one that lies over it, for maps that are not square."
-    height,width,cell = 3,5,4
+    height = 3
+    width = 5
+    cell = 4
     coarse = torch.arange(height*width).view(height, width)
     owner = coarse.repeat_interleave(cell, 0).repeat_interleave(cell, 1).flatten()
     for i in range(height*width):
@@ -181,7 +185,9 @@ def test_hrca_needs_less_memory():
     "A training step at 1/4 of 256x256: less than half of what fused full attention needs."
     torch.manual_seed(0)
     hrca,queries = HighResCrossAttention(64, 4),torch.randn(1, 20, 64)
-    fine,codes,low = torch.randn(1, 64, 64, 64, requires_grad=True),torch.randn(1, 64, 64, 64),torch.rand(1, 20, 64)
+    fine = torch.randn(1, 64, 64, 64, requires_grad=True)
+    codes = torch.randn(1, 64, 64, 64)
+    low = torch.rand(1, 20, 64)
     def by_hrca(): hrca(queries, fine, codes, low, queries, need_weights=False)[0].sum().backward()
     def by_all():
         values = fine.flatten(2).mT

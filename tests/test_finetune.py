@@ -73,22 +73,29 @@ RUN = textwrap.dedent('''
 
 @pytest.fixture(scope='module')
 def faults(tmp_path_factory):
-    "A run left alone; one that is killed at five random moments and resumed; one on a disk that takes no file above 1 MB. (folder, killed, exit code, messages)"
+    """A run left alone; one that is killed at five random moments and resumed; one on a disk that takes no file
+    above 1 MB. (folder, killed, exit code, messages)"""
     d = tmp_path_factory.mktemp('faults')
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', RUN, str(d), str(KILLS), str(random.randrange(10**6))], capture_output=True, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
+    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', RUN, str(d), str(KILLS),
+                        str(random.randrange(10**6))], capture_output=True, text=True,
+                       env=dict(os.environ, OMP_NUM_THREADS='1'))
     assert p.returncode == 0, p.stderr[-2000:]
     died,code = map(int, p.stdout.split()[-2:])
     return d,died,code,p.stderr
 
 def test_killed_and_resumed_is_the_same_run(faults):
-    "kill -9 at five random moments: weights, optimizer, history and log end bit for bit as in a run that was left alone."
+    """kill -9 at five random moments: weights, optimizer, history and log end bit for bit as in a run that was left
+    alone."""
     d,died,_,_ = faults
     assert died == KILLS, f'only {died} of {KILLS} children were killed while they ran'
     (a,ma),(b,mb) = (load_tensors(d/f/'last.safetensors') for f in ('whole', 'killed'))
     assert a.keys() == b.keys() and json.loads(ma['iteration']) == 48 and ma == mb
     for k in a: assert torch.equal(a[k], b[k]), f'{k} differs after {KILLS} kills'
     assert (d/'whole'/'history.csv').read_text() == (d/'killed'/'history.csv').read_text()
-    assert not [f for f in os.listdir(d/'killed') if f not in ('last.safetensors', 'history.csv', '.lock')], 'what a killed writer left is still there'
+    assert not [f
+                for f in os.listdir(d/'killed')
+                if f not in ('last.safetensors', 'history.csv',
+                             '.lock')], 'what a killed writer left is still there'
 
 def test_full_disk_is_one_message_and_nothing_half_written(faults):
     d,_,code,messages = faults
@@ -98,25 +105,31 @@ def test_full_disk_is_one_message_and_nothing_half_written(faults):
 @pytest.fixture
 def world(): return ShapesWorld(n=6, size=32)
 
-def new(world, **kw): return build('deeplabv3', tiny_backbone(), vocabulary=world.vocabulary, preset='small', **dict(dict(width=16, seed=0), **kw))
+def new(world, **kw):
+    return build('deeplabv3', tiny_backbone(), vocabulary=world.vocabulary, preset='small',
+                 **dict(dict(width=16, seed=0), **kw))
 quick = Recipe.tiny().replace(iterations=4, batch_size=2)
 
 def test_cut_checkpoint_is_refused(tmp_path, world):
     finetune(new(world), world, quick.replace(iterations=1), checkpoint_dir=tmp_path)
     whole = (tmp_path/'last.safetensors').read_bytes()
     (tmp_path/'last.safetensors').write_bytes(whole[:len(whole)//2])
-    with pytest.raises(OpenTransError, match='not a whole safetensors file'): finetune(new(world), world, quick.replace(iterations=1), checkpoint_dir=tmp_path)
-    assert len((tmp_path/'last.safetensors').read_bytes()) == len(whole)//2, 'a file that could not be read was overwritten'
+    with pytest.raises(OpenTransError, match='not a whole safetensors file'):
+        finetune(new(world), world, quick.replace(iterations=1), checkpoint_dir=tmp_path)
+    assert len((tmp_path/'last.safetensors').read_bytes()) == len(
+        whole)//2, 'a file that could not be read was overwritten'
 
 @pytest.mark.parametrize('change', ['recipe', 'data', 'selection', 'mask', 'framework'])
 def test_a_run_of_other_settings_is_refused(tmp_path, world, change):
     mask = SparseMask.random(tiny_backbone().tower, .5, seed=0)
     half = LayerSelection(mask.names[:5], mask.names[5:], 'by hand')
-    run = dict(framework=lambda: new(world), data=world, recipe=quick.replace(iterations=1), selection=half, mask=mask)
-    go = lambda framework, data, recipe, **kw: finetune(framework(), data, recipe, checkpoint_dir=tmp_path, **kw)
+    run = dict(framework=lambda: new(world), data=world, recipe=quick.replace(iterations=1), selection=half,
+               mask=mask)
+    def go(framework, data, recipe, **kw): return finetune(framework(), data, recipe, checkpoint_dir=tmp_path, **kw)
     go(**run)
     before = (tmp_path/'last.safetensors').read_bytes()
-    other = dict(recipe=run['recipe'].replace(lr=.5), data=ShapesWorld(n=7, size=32), selection=LayerSelection(mask.names[:4], mask.names[4:], 'by hand'), mask=None,
+    other = dict(recipe=run['recipe'].replace(lr=.5), data=ShapesWorld(n=7, size=32),
+                 selection=LayerSelection(mask.names[:4], mask.names[4:], 'by hand'), mask=None,
                  framework=lambda: new(world, width=24))[change]
     with pytest.raises(OpenTransError, match='had other settings'): go(**dict(run, **{change: other}))
     assert (tmp_path/'last.safetensors').read_bytes() == before
@@ -124,14 +137,18 @@ def test_a_run_of_other_settings_is_refused(tmp_path, world, change):
 def test_exploding_run_stops_and_keeps_its_checkpoint(tmp_path, world):
     "A learning rate that blows the weights up: the run ends with a message, and no checkpoint holds a NaN."
     wild = quick.replace(iterations=60, optimizer='sgd', lr=1e18, clip_grad=0., schedule='constant', lr_warmup=0)
-    with pytest.raises(OpenTransError, match='not finite'): finetune(new(world), world, wild, checkpoint_dir=tmp_path, checkpoint_every=1)
+    with pytest.raises(OpenTransError, match='not finite'):
+        finetune(new(world), world, wild, checkpoint_dir=tmp_path, checkpoint_every=1)
     if (tmp_path/'last.safetensors').exists():
         tensors,_ = load_tensors(tmp_path/'last.safetensors')
-        assert all(t.isfinite().all() for k,t in tensors.items() if k.startswith('model.') and t.is_floating_point())
+        assert all(t.isfinite().all()
+                   for k,t in tensors.items() if k.startswith('model.') and t.is_floating_point())
 
 def test_frozen_layers_rest_and_cost_no_memory(world):
-    "The optimizer is built after freezing: frozen layers have no state in it and keep every bit, weight decay or not."
-    seg = new(world); mask = SparseMask.magnitude(seg.tower, .3)
+    """The optimizer is built after freezing: frozen layers have no state in it and keep every bit, weight decay or
+    not."""
+    seg = new(world)
+    mask = SparseMask.magnitude(seg.tower, .3)
     half = LayerSelection(mask.names[1::2], mask.names[::2], 'every second')
     with half.apply(seg):
         held = {id(p) for g in build_optimizer(seg, quick).param_groups for p in g['params']}
@@ -143,19 +160,27 @@ def test_frozen_layers_rest_and_cost_no_memory(world):
         assert all(torch.equal(params[n], before[n]) for n in half.freeze)
 
 def test_parts_of_a_batch_are_the_batch(world):
-    "Gradients summed over parts are those of the whole batch, up to the share of ignored pixels; here none is ignored."
+    """Gradients summed over parts are those of the whole batch, up to the share of ignored pixels; here none is
+    ignored."""
     class Whole(torch.utils.data.Dataset):
-        vocabulary,ignore,name = world.vocabulary,255,'whole'
+        vocabulary = world.vocabulary
+        ignore = 255
+        name = 'whole'
         def __len__(self): return 4
-        def __getitem__(self, i): s = world[i]; return dict(s, labels=s['labels'].where(s['labels'] != 255, 0))
+        def __getitem__(self, i):
+            s = world[i]
+            return dict(s, labels=s['labels'].where(s['labels'] != 255, 0))
     r = quick.replace(iterations=1, batch_size=4, norm='frozen', flip=0., optimizer='sgd', lr=.01, clip_grad=0.)
     one,two = new(world, loss_stride=1),new(world, loss_stride=1)
     for seg in (one, two): # the head's norms see parts only: hold them still
         for m in seg.modules():
-            if isinstance(m, torch.nn.BatchNorm2d): m.momentum = 0.; m.train = lambda mode=True, m=m: torch.nn.Module.train(m, False)
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.momentum = 0.
+                m.train = lambda mode=True, m=m: torch.nn.Module.train(m, False)
     a,b = finetune(one, Whole(), r),finetune(two, Whole(), r.replace(accumulate=4))
     assert a.loss[0] == pytest.approx(b.loss[0], rel=1e-5)
-    for (n,p),q in zip(one.state_dict().items(), two.state_dict().values()): assert torch.allclose(p.float(), q.float(), atol=1e-5), n
+    for (n,p),q in zip(one.state_dict().items(), two.state_dict().values()):
+        assert torch.allclose(p.float(), q.float(), atol=1e-5), n
 
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(1, 40), b=st.integers(1, 20), seed=st.integers(0, 5))
@@ -170,12 +195,15 @@ def test_evaluation_agrees_with_a_plain_loop(world):
     pred = [seg.predict(s['image'][None], val.vocabulary)[0] for s in val]
     for k,name in enumerate(val.vocabulary.names):
         both = sum(((p == k) & (s['labels'] == k)).sum().item() for p,s in zip(pred, val))
-        either = sum((((p == k) | (s['labels'] == k)) & (s['labels'] != val.ignore)).sum().item() for p,s in zip(pred, val))
+        either = sum((((p == k) | (s['labels'] == k)) & (s['labels'] != val.ignore)).sum().item()
+                     for p,s in zip(pred, val))
         assert r['iou'][name] == pytest.approx(both/either, nan_ok=True) if either else np.isnan(r['iou'][name])
-    assert r['groups']['novel'] == pytest.approx(np.nanmean([r['iou'][val.vocabulary.names[k]] for k in val.groups['novel']]))
+    assert r['groups']['novel'] == pytest.approx(
+        np.nanmean([r['iou'][val.vocabulary.names[k]] for k in val.groups['novel']]))
 
 def test_best_weights_are_kept(tmp_path, world):
-    h = finetune(new(world), world, quick, checkpoint_dir=tmp_path, val=ShapesWorld('train', n=2, size=32, seed=1), eval_every=1)
+    h = finetune(new(world), world, quick, checkpoint_dir=tmp_path, val=ShapesWorld('train', n=2, size=32, seed=1),
+                 eval_every=1)
     t,meta = load_tensors(tmp_path/'best.safetensors')
     assert float(meta['miou']) == pytest.approx(h.miou.max()) and int(meta['iteration']) == h.miou.idxmax() + 1
     best = load_framework(new(world), tmp_path/'best.safetensors')
@@ -191,20 +219,28 @@ def test_miou_equals_detectron2(tmp_path, world, one_thread): # on more threads,
     from opentrans.data import open_dataset
     rng,names = np.random.default_rng(0),'sky,road,car,tree,fence'
     for i in range(5):
-        labels = rng.integers(0, 4, (4, 5)).repeat(8, 0).repeat(8, 1).astype(np.uint8); labels[:, :3] = 255                 # 'fence' is in no picture
-        for kind,a in (('images', np.stack([labels*40]*3, -1)), ('labels', labels)): (tmp_path/kind).mkdir(exist_ok=True); Image.fromarray(a.astype(np.uint8)).save(tmp_path/kind/f'{i}.png')
+        labels = rng.integers(0, 4, (4, 5)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
+        labels[:, :3] = 255                 # 'fence' is in no picture
+        for kind,a in (('images', np.stack([labels*40]*3, -1)), ('labels', labels)):
+            (tmp_path/kind).mkdir(exist_ok=True)
+            Image.fromarray(a.astype(np.uint8)).save(tmp_path/kind/f'{i}.png')
     data = open_dataset('folder', tmp_path, names=names)
     seg = build('deeplabv3', tiny_backbone(), vocabulary=data.vocabulary, preset='small', width=16, seed=0).eval()
     for over in ('truth', 'either'):
         ours = evaluate(seg, data, batch_size=2, over=over)
         name = f'opentrans_{tmp_path.name}_{over}'
-        DatasetCatalog.register(name, lambda: [dict(file_name=str(f.image), sem_seg_file_name=str(f.labels)) for f in data.files])
+        DatasetCatalog.register(name,
+                                lambda: [dict(file_name=str(f.image), sem_seg_file_name=str(f.labels))
+                                         for f in data.files])
         MetadataCatalog.get(name).set(stuff_classes=names.split(','), ignore_label=255)
-        judge = evaluation.SemSegEvaluator(name, distributed=False); judge.reset()
+        judge = evaluation.SemSegEvaluator(name, distributed=False)
+        judge.reset()
         with torch.no_grad():
-            for f,s in zip(data.files, data): judge.process([dict(file_name=str(f.image))], [dict(sem_seg=seg(s['image'][None], seg.text())[0])])
+            for f,s in zip(data.files, data):
+                judge.process([dict(file_name=str(f.image))], [dict(sem_seg=seg(s['image'][None], seg.text())[0])])
         theirs = judge.evaluate()['sem_seg']
-        DatasetCatalog.remove(name); MetadataCatalog.remove(name)
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
         if over == 'truth': assert 100*ours['miou'] == pytest.approx(theirs['mIoU']) and 0 < ours['miou'] < 1
         assert 100*ours['pixel_accuracy'] == pytest.approx(theirs['pACC'])
         for n in names.split(',')[:4]: assert 100*ours['iou'][n] == pytest.approx(theirs[f'IoU-{n}'], nan_ok=True)
@@ -212,10 +248,17 @@ def test_miou_equals_detectron2(tmp_path, world, one_thread): # on more threads,
 class Said(torch.nn.Module):
     "A framework that has its answers ready."
     kinds,name = ('semantic', 'panoptic'),'said'
-    def __init__(self, answers): super().__init__(); self.answers,self.at = answers,0; self.weight = torch.nn.Parameter(torch.zeros(1))
+    def __init__(self, answers):
+        super().__init__()
+        self.answers,self.at = answers,0
+        self.weight = torch.nn.Parameter(torch.zeros(1))
     def text(self, words): return torch.zeros(len(words), 4)
-    def semantic(self, images, text): return torch.stack([a[..., 0].where(a[..., 0] < len(text), 0) for a in self.answers[self.at:self.at+len(images)]])
-    def panoptic(self, images, text, isthing=None): self.at += len(images); return torch.stack(self.answers[self.at-len(images):self.at])
+    def semantic(self, images, text):
+        return torch.stack([a[..., 0].where(a[..., 0] < len(text), 0)
+                            for a in self.answers[self.at:self.at+len(images)]])
+    def panoptic(self, images, text, isthing=None):
+        self.at += len(images)
+        return torch.stack(self.answers[self.at-len(images):self.at])
 
 def crowded(s, i):
     "The last thing of a scene becomes a crowd: labelled, but no region."
@@ -232,9 +275,12 @@ def panoptic_case(n=6):
     data = View(ShapesWorld('train', n=n, size=64, seed=4), transform=crowded)
     g,answers = torch.Generator().manual_seed(0),[]
     for s in data:
-        m = panoptic_truth(collate([s]), data.ignore)[0].roll((1, 2), (0, 1)); m[..., 1].clamp_(min=0)
+        m = panoptic_truth(collate([s]), data.ignore)[0].roll((1, 2), (0, 1))
+        m[..., 1].clamp_(min=0)
         for k in m[..., 1].unique().tolist():
-            if torch.rand((), generator=g) < .25: m[m[..., 1] == k] = torch.tensor([int(torch.randint(0, len(data.vocabulary), (), generator=g)), 40+k])
+            if torch.rand((), generator=g) < .25:
+                m[m[..., 1] == k] = torch.tensor([int(torch.randint(0, len(data.vocabulary), (), generator=g)),
+                                                  40+k])
         m[:12, -12:] = torch.tensor([6, 99])
         answers.append(m)
     return data,answers
@@ -246,12 +292,15 @@ def test_pq_equals_panopticapi(tmp_path):
     from panopticapi.utils import id2rgb
     from opentrans.data import write_coco_panoptic
     data,answers = panoptic_case()
-    path = write_coco_panoptic(data, tmp_path); truth = json.loads(path.read_text())
+    path = write_coco_panoptic(data, tmp_path)
+    truth = json.loads(path.read_text())
     assert any(i['iscrowd'] for a in truth['annotations'] for i in a['segments_info'])
     ids,pairs = {c: c+1 for c in range(len(data.vocabulary))},[]
     (tmp_path/'said').mkdir()
     for a,m in zip(truth['annotations'], answers):
-        seg,info,stuff = torch.zeros(m.shape[:2], dtype=torch.long),[],{}
+        seg = torch.zeros(m.shape[:2], dtype=torch.long)
+        info = []
+        stuff = {}
         for c,k in m.reshape(-1, 2).unique(dim=0).tolist():
             if c == data.ignore: continue
             known = stuff.setdefault(c, len(info)+1) if c not in data.things else len(info)+1
@@ -260,7 +309,8 @@ def test_pq_equals_panopticapi(tmp_path):
         Image.fromarray(id2rgb(seg.numpy())).save(tmp_path/'said'/a['file_name'])
         pairs.append((a, dict(a, segments_info=info)))
     categories = {c['id']: c for c in truth['categories']}
-    stat = api.pq_compute_single_core(0, pairs, str(tmp_path/'coco/panoptic_val2017'), str(tmp_path/'said'), categories)
+    stat = api.pq_compute_single_core(0, pairs, str(tmp_path/'coco/panoptic_val2017'), str(tmp_path/'said'),
+                                      categories)
     ours = evaluate(Said(answers), data, kind='panoptic', batch_size=2)
     for key,isthing in ((None, None), ('things', True), ('stuff', False)):
         theirs,_ = stat.pq_average(categories, isthing=isthing)
@@ -293,14 +343,16 @@ def test_panoptic_truth_is_the_readers_map():
     world = ShapesWorld('val', n=4, size=48)
     for i in range(4):
         laid = panoptic_truth(collate([world[i]]), world.ignore)[0]
-        assert torch.equal(read_sample(world, i, 'map')['panoptic'], laid) and not len(read_sample(world, i, 'map')['regions'])
+        assert (torch.equal(read_sample(world, i, 'map')['panoptic'], laid)
+                and not len(read_sample(world, i, 'map')['regions']))
     packed = dict(world.packed(0))
     packed['isregion'] = packed['isregion'].copy()
     packed['isregion'][1] = False                                                                  # a crowd
     from opentrans.data import unpack
     assert torch.equal(panoptic_of(packed), panoptic_truth(collate([unpack(packed)]), world.ignore)[0])
     seg = build('mask2former', tiny_backbone(), vocabulary=world.vocabulary, preset='small', seed=0)
-    masks = View(world, transform=lambda sample, i: sample)                                        # has no packed form: masks of regions are made
+    # has no packed form: masks of regions are made
+    masks = View(world, transform=lambda sample, i: sample)
     assert evaluate(seg, world, kind='panoptic')['pq'] == evaluate(seg, masks, kind='panoptic')['pq']
 
 class View_without_instances:
@@ -315,35 +367,49 @@ class View_without_instances:
 def test_a_run_is_told_to_tensorboard_and_log(tmp_path, world, capsys):
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    h = finetune(new(world), world, quick.replace(iterations=2), checkpoint_dir=tmp_path, tensorboard=True, print_every=2)
-    finetune(new(world), world, quick.replace(iterations=2), checkpoint_dir=tmp_path, tensorboard=True)           # nothing is left to do, nothing is told twice
-    events = EventAccumulator(str(tmp_path/'tensorboard')); events.Reload()
-    assert [(e.step, round(e.value, 4)) for e in events.Scalars('loss')] == [(i, round(v, 4)) for i,v in enumerate(h.loss)]
+    h = finetune(new(world), world, quick.replace(iterations=2), checkpoint_dir=tmp_path, tensorboard=True,
+                 print_every=2)
+    # nothing is left to do, nothing is told twice
+    finetune(new(world), world, quick.replace(iterations=2), checkpoint_dir=tmp_path, tensorboard=True)
+    events = EventAccumulator(str(tmp_path/'tensorboard'))
+    events.Reload()
+    assert [(e.step, round(e.value, 4)) for e in events.Scalars('loss')] == [
+        (i, round(v, 4)) for i,v in enumerate(h.loss)]
     assert capsys.readouterr().err.count('iteration 2/2') == 1
     with pytest.raises(OpenTransError, match='checkpoint_dir'): finetune(new(world), world, quick, tensorboard=True)
 
 def test_a_log_gets_new_columns(tmp_path, world):
     "The column of the first evaluation comes in the middle of a run: the file stays a table."
     import pandas as pd
-    h = finetune(new(world), world, quick, checkpoint_dir=tmp_path, checkpoint_every=1, val=ShapesWorld('train', n=1, size=32), eval_every=3)
+    h = finetune(new(world), world, quick, checkpoint_dir=tmp_path, checkpoint_every=1,
+                 val=ShapesWorld('train', n=1, size=32), eval_every=3)
     t = pd.read_csv(tmp_path/'history.csv')
     assert list(t) == list(h) and t.miou.notna().tolist() == [False, False, True, True]
 
 def test_unreadable_picture_in_a_run(tmp_path):
-    "A picture that cannot be read ends the run with its name, and the checkpoint of before is whole; skipped, the run goes on."
+    """A picture that cannot be read ends the run with its name, and the checkpoint of before is whole; skipped, the
+    run goes on."""
     from PIL import Image
     from opentrans.data import open_dataset
     for i in range(6):
-        for kind,a in (('images', np.full((32, 32, 3), 40*i, np.uint8)), ('labels', np.full((32, 32), i%2, np.uint8))): (tmp_path/kind).mkdir(exist_ok=True); Image.fromarray(a).save(tmp_path/kind/f'{i}.png')
+        for kind,a in (('images', np.full((32, 32, 3), 40*i, np.uint8)),
+                       ('labels', np.full((32, 32), i%2, np.uint8))):
+            (tmp_path/kind).mkdir(exist_ok=True)
+            Image.fromarray(a).save(tmp_path/kind/f'{i}.png')
     data = open_dataset('folder', tmp_path, names='sky,road')
-    bad = batch_indices(6, 2, 2)[0]; (tmp_path/'images'/f'{bad}.png').write_bytes(b'')
-    make = lambda data: build('deeplabv3', tiny_backbone(), vocabulary=data.vocabulary, preset='small', width=16, seed=0)
-    with pytest.raises(OpenTransError, match=f'{bad}.png'): finetune(make(data), data, quick, checkpoint_dir=tmp_path/'run', checkpoint_every=1)
+    bad = batch_indices(6, 2, 2)[0]
+    (tmp_path/'images'/f'{bad}.png').write_bytes(b'')
+    def make(data):
+        return build('deeplabv3', tiny_backbone(), vocabulary=data.vocabulary, preset='small', width=16, seed=0)
+    with pytest.raises(OpenTransError, match=f'{bad}.png'):
+        finetune(make(data), data, quick, checkpoint_dir=tmp_path/'run', checkpoint_every=1)
     assert json.loads(load_tensors(tmp_path/'run'/'last.safetensors')[1]['iteration']) == 2
-    with pytest.warns(UserWarning, match='1 of 6'): rest = open_dataset('folder', tmp_path, names='sky,road', corrupt='skip')
+    with pytest.warns(UserWarning, match='1 of 6'):
+        rest = open_dataset('folder', tmp_path, names='sky,road', corrupt='skip')
     assert len(finetune(make(rest), rest, quick)) == 4
 
-RECIPES = [('deeplabv3', 'paper'), ('mask2former', 'paper'), ('fcclip', 'paper'), ('faseg', 'paper'), ('deeplabv3', 'released'), ('mask2former', 'released')]
+RECIPES = [('deeplabv3', 'paper'), ('mask2former', 'paper'), ('fcclip', 'paper'), ('faseg', 'paper'),
+           ('deeplabv3', 'released'), ('mask2former', 'released')]
 
 @pytest.mark.parametrize('name,source', RECIPES)
 def test_the_loss_falls_by_every_recipe_that_is_offered_by_name(name, source, one_thread):
@@ -360,13 +426,16 @@ def test_the_loss_falls_by_every_recipe_that_is_offered_by_name(name, source, on
 @functools.cache
 def backbone(): return tiny_backbone(width=4)
 
-def small(seed=0): return build('deeplabv3', backbone().fresh_copy(), vocabulary=['red', 'sand'], preset='small', width=8, low_level=4, seed=seed)
+def small(seed=0):
+    return build('deeplabv3', backbone().fresh_copy(), vocabulary=['red', 'sand'], preset='small', width=8,
+                 low_level=4, seed=seed)
 
 def trained(scaler=None):
     "A framework and its optimizer after one step."
     seg = small()
     opt = build_optimizer(seg, quick)
-    batch = dict(images=torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), labels=torch.zeros(2, 32, 32, dtype=torch.long))
+    batch = dict(images=torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
+                 labels=torch.zeros(2, 32, 32, dtype=torch.long))
     sum(seg.loss(batch).values()).backward()
     opt.step()
     return seg, opt
@@ -381,7 +450,8 @@ def checkpoint(tmp_path):
     "A checkpoint of a run after one step, with a gradient scaler."
     seg, opt = trained()
     made = Checkpoint(tmp_path, run_settings(small(), Two(), quick))
-    made.save(seg, opt, 1, [dict(iteration=0, loss=2.5, ce=2.5)], ['iteration', 'loss', 'ce', 'miou'], torch.amp.GradScaler('cpu', init_scale=1024.))
+    made.save(seg, opt, 1, [dict(iteration=0, loss=2.5, ce=2.5)], ['iteration', 'loss', 'ce', 'miou'],
+              torch.amp.GradScaler('cpu', init_scale=1024.))
     return made
 
 def load_into(checkpoint, target, path):
@@ -397,9 +467,11 @@ def blank(seed=5):
 def everything(target): return digest(target[0], target[1], target[2].state_dict())
 
 def test_a_damaged_checkpoint_changes_nothing(checkpoint):
-    "Flipped bits, forged contents with a right checksum: refused before a weight, a moment or the scaler has moved."
+    """Flipped bits, forged contents with a right checksum: refused before a weight, a moment or the scaler has
+    moved."""
     good, path = checkpoint.path, checkpoint.path
-    told = check_reader(good, lambda target, path: load_into(checkpoint, target, path), blank, everything, same=lambda result: (result[0], everything(result[1])))
+    told = check_reader(good, lambda target, path: load_into(checkpoint, target, path), blank, everything,
+                        same=lambda result: (result[0], everything(result[1])))
     assert told['refused'] > told['accepted']
     (iteration, rows), target = load_into(checkpoint, blank(), path)
     assert iteration == 1 and rows == [dict(iteration=0, loss=2.5, ce=2.5)] and target[2].get_scale() == 1024
@@ -411,27 +483,41 @@ def forged(checkpoint):
     step = moment.replace('.exp_avg_sq', '.step')
     def change(**more): return {**tensors, **{k.replace('__', '.'): v for k,v in more.items()}}
     nan, bias = float('nan'), tensors['model.proj.bias']
-    return dict(
-        nan_weights=(change(model__proj__bias=bias*nan), meta), int8_weights=(change(model__proj__bias=bias.to(torch.int8)), meta),
-        infinite_moment=({**tensors, moment: tensors[moment]/0}, meta), negative_moment=({**tensors, moment: tensors[moment]-1}, meta),
-        late_step=({**tensors, step: torch.tensor(7.)}, meta), no_state=({k: t for k,t in tensors.items() if not k.startswith('optimizer.')}, meta),
-        no_state_told=({k: t for k,t in tensors.items() if not k.startswith('optimizer.')}, dict(meta, optimizer='[]')),
-        one_moment_gone=({k: t for k,t in tensors.items() if k != moment}, meta), far=(tensors, dict(meta, iteration='1000000000')),
-        beyond=(tensors, dict(meta, iteration='5')), negative=(tensors, dict(meta, iteration='-1')), half=(tensors, dict(meta, iteration='0.5')),
-        true=(tensors, dict(meta, iteration='true')), short_history=(change(history=tensors['history'][:0]), meta), wide_history=(change(history=tensors['history'][:, :2]), meta),
-        flat_history=(change(history=tensors['history'].flatten()), meta), float_history=(change(history=tensors['history'].view(torch.float64)), meta),
-        no_history=({k: t for k,t in tensors.items() if k != 'history'}, meta), no_loss=(tensors, dict(meta, columns='["iteration", "x", "ce", "miou"]')),
-        twice=(tensors, dict(meta, columns='["iteration", "loss", "loss", "miou"]')), scaler_gone=(tensors, dict(meta, scaler='{}')),
-        scaler_nan=(tensors, dict(meta, scaler=meta['scaler'].replace('1024.0', 'NaN'))), scaler_zero=(tensors, dict(meta, scaler=meta['scaler'].replace('1024.0', '0.0'))),
-        scaler_text=(tensors, dict(meta, scaler=meta['scaler'].replace('1024.0', '"x"'))), more=({**tensors, 'more': bias}, meta),
-        a_layer_gone=({k: t for k,t in tensors.items() if k != 'model.proj.bias'}, meta), newer=(tensors, dict(meta, version='9')), other=(tensors, dict(meta, format='opentrans-mask')))
+    return dict(nan_weights=(change(model__proj__bias=bias*nan), meta),
+                int8_weights=(change(model__proj__bias=bias.to(torch.int8)), meta),
+                infinite_moment=({**tensors, moment: tensors[moment]/0}, meta),
+                negative_moment=({**tensors, moment: tensors[moment]-1}, meta),
+                late_step=({**tensors, step: torch.tensor(7.)}, meta),
+                no_state=({k: t for k,t in tensors.items() if not k.startswith('optimizer.')}, meta),
+                no_state_told=({k: t for k,t in tensors.items() if not k.startswith('optimizer.')},
+                               dict(meta, optimizer='[]')),
+                one_moment_gone=({k: t for k,t in tensors.items() if k != moment}, meta),
+                far=(tensors, dict(meta, iteration='1000000000')), beyond=(tensors, dict(meta, iteration='5')),
+                negative=(tensors, dict(meta, iteration='-1')), half=(tensors, dict(meta, iteration='0.5')),
+                true=(tensors, dict(meta, iteration='true')),
+                short_history=(change(history=tensors['history'][:0]), meta),
+                wide_history=(change(history=tensors['history'][:, :2]), meta),
+                flat_history=(change(history=tensors['history'].flatten()), meta),
+                float_history=(change(history=tensors['history'].view(torch.float64)), meta),
+                no_history=({k: t for k,t in tensors.items() if k != 'history'}, meta),
+                no_loss=(tensors, dict(meta, columns='["iteration", "x", "ce", "miou"]')),
+                twice=(tensors, dict(meta, columns='["iteration", "loss", "loss", "miou"]')),
+                scaler_gone=(tensors, dict(meta, scaler='{}')),
+                scaler_nan=(tensors, dict(meta, scaler=meta['scaler'].replace('1024.0', 'NaN'))),
+                scaler_zero=(tensors, dict(meta, scaler=meta['scaler'].replace('1024.0', '0.0'))),
+                scaler_text=(tensors, dict(meta, scaler=meta['scaler'].replace('1024.0', '"x"'))),
+                more=({**tensors, 'more': bias}, meta),
+                a_layer_gone=({k: t for k,t in tensors.items() if k != 'model.proj.bias'}, meta),
+                newer=(tensors, dict(meta, version='9')), other=(tensors, dict(meta, format='opentrans-mask')))
 
 def test_forged_checkpoints_are_refused_in_a_sentence(checkpoint, tmp_path):
     for name,(tensors, meta) in forged(checkpoint).items():
         save_tensors(tensors, tmp_path/'forged.safetensors', meta)
         target = blank()
         before = everything(target)
-        with pytest.raises(OpenTransError): load_into(checkpoint, target, tmp_path/'forged.safetensors'); pytest.fail(f'{name} was read')
+        with pytest.raises(OpenTransError):
+            load_into(checkpoint, target, tmp_path/'forged.safetensors')
+            pytest.fail(f'{name} was read')
         assert everything(target) == before, f'{name} was refused, and applied in part'
 
 def test_a_seed_of_any_size_is_resumed(tmp_path):
@@ -440,16 +526,19 @@ def test_a_seed_of_any_size_is_resumed(tmp_path):
     recipe = quick.replace(iterations=1, seed=2**80+1)
     first = finetune(new(world), world, recipe, checkpoint_dir=tmp_path)
     assert finetune(new(world), world, recipe, checkpoint_dir=tmp_path).equals(first)
-    with pytest.raises(OtherRun, match='recipe.seed'): finetune(new(world), world, recipe.replace(seed=2**80+2), checkpoint_dir=tmp_path)
+    with pytest.raises(OtherRun, match='recipe.seed'):
+        finetune(new(world), world, recipe.replace(seed=2**80+2), checkpoint_dir=tmp_path)
 
 def test_weights_of_the_first_edition_load(tmp_path):
     "Models and checkpoints of 0.1 have no checksum: their weights are read, and a run is not resumed from them."
     from safetensors.torch import save_file
     seg = small(3)
     save_file(seg.state_dict(), tmp_path/'model.safetensors')
-    save_file({f'model.{k}': t for k,t in seg.state_dict().items()}, tmp_path/'last.safetensors', dict(iteration='1', columns='[]', settings='{}', scaler='{}'))
+    save_file({f'model.{k}': t for k,t in seg.state_dict().items()}, tmp_path/'last.safetensors',
+              dict(iteration='1', columns='[]', settings='{}', scaler='{}'))
     torch.save(dict(state_dict=seg.state_dict()), tmp_path/'model.pth')
-    for name in ('model.safetensors', 'last.safetensors', 'model.pth'): assert digest(load_framework(small(), tmp_path/name)) == digest(seg), name
+    for name in ('model.safetensors', 'last.safetensors', 'model.pth'):
+        assert digest(load_framework(small(), tmp_path/name)) == digest(seg), name
     with pytest.raises(FormatError, match='opentrans 0.1'): Checkpoint(tmp_path, {}).load(small(), None)
 
 @pytest.mark.parametrize('name', ['best.safetensors', 'model.pth'])
@@ -457,7 +546,8 @@ def test_damaged_weights_change_nothing(tmp_path, name):
     seg, good = small(3), tmp_path/name
     if good.suffix == '.pth': torch.save(seg.state_dict(), good)
     else:
-        save_tensors({f'model.{k}': t for k,t in seg.state_dict().items()}, good, dict(iteration=3, miou=.5), WEIGHTS_FILE)
+        save_tensors({f'model.{k}': t for k,t in seg.state_dict().items()}, good, dict(iteration=3, miou=.5),
+                     WEIGHTS_FILE)
     check_reader(good, load_framework, small, digest, same=digest if good.suffix != '.pth' else None)
 
 def test_a_damaged_selection_is_refused_or_read(tmp_path):
@@ -467,7 +557,8 @@ def test_a_damaged_selection_is_refused_or_read(tmp_path):
 def test_a_damaged_result_is_refused_or_compared(tmp_path):
     seg, world = small(), ShapesWorld(n=2, size=32)
     seg.vocabulary = world.vocabulary
-    result = dict(evaluate(seg, world), params=3, active_params=2.5, macs=9, active_macs=8., frozen=['a'], density=.5)
+    result = dict(evaluate(seg, world), params=3, active_params=2.5, macs=9, active_macs=8., frozen=['a'],
+                  density=.5)
     save_json(result, tmp_path/'result.json')
     def read(target, path): return compare_runs([path]).to_markdown()
     check_reader(tmp_path/'result.json', read)
@@ -475,15 +566,20 @@ def test_a_damaged_result_is_refused_or_compared(tmp_path):
 @pytest.mark.parametrize('suffix', ['.json', '.yaml'])
 def test_damaged_settings_are_refused_or_a_recipe(tmp_path, suffix):
     good = tmp_path/f'recipe{suffix}'
-    told = dict(preset='tiny', lr='1e-3', milestones=[3, 4], batch_size=4, schedule='step', channels_last=False, flip=.5)
+    told = dict(preset='tiny', lr='1e-3', milestones=[3, 4], batch_size=4, schedule='step', channels_last=False,
+                flip=.5)
     if suffix == '.json': save_json(told, good)
     else: good.write_text('\n'.join(f'{k}: {json.dumps(v)}' for k,v in told.items()))
     check_reader(good, lambda target, path: Recipe.of(read_settings(path)))
 
-anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8), lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3), max_leaves=5)
+anything = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+                        lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=5), x, max_size=3),
+                        max_leaves=5)
 
 @settings(max_examples=300, deadline=None)
-@given(values=st.dictionaries(st.sampled_from([*Recipe().to_dict(), 'preset', 'framework']), anything | st.sampled_from(['tiny', 'paper', 'fpn', '1e3', '0.5', 'true', '3,4']), max_size=3))
+@given(values=st.dictionaries(st.sampled_from([*Recipe().to_dict(), 'preset', 'framework']),
+                              anything | st.sampled_from(['tiny', 'paper', 'fpn', '1e3', '0.5', 'true', '3,4']),
+                              max_size=3))
 def test_any_values_make_a_recipe_or_a_sentence(values):
     try: recipe = Recipe.of(values)
     except OpenTransError as error: assert len(str(error)) < 1000
@@ -503,16 +599,20 @@ HOLD = textwrap.dedent('''
 ''')
 
 def test_a_folder_is_free_when_its_run_is_dead(tmp_path, world):
-    "While a process trains in a folder another is refused; after kill -9 what it left half-written is swept, and the run goes on."
+    """While a process trains in a folder another is refused; after kill -9 what it left half-written is swept, and
+    the run goes on."""
     whole = finetune(new(world), world, quick)
-    holder = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', HOLD, str(tmp_path)], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == 'at work\n'
-    with pytest.raises(OtherRun, match='Another run is at work'): finetune(new(world), world, quick, checkpoint_dir=tmp_path)
+    with pytest.raises(OtherRun, match='Another run is at work'):
+        finetune(new(world), world, quick, checkpoint_dir=tmp_path)
     holder.kill()
     holder.communicate()
     (tmp_path/'.last-0123abcd.part.safetensors').write_bytes(b'half')
     told = []
-    again = finetune(new(world), world, quick, checkpoint_dir=tmp_path, callback=lambda framework, row: told.append(row['iteration']))
+    again = finetune(new(world), world, quick, checkpoint_dir=tmp_path,
+                     callback=lambda framework, row: told.append(row['iteration']))
     assert told == [2, 3] and np.allclose(again.loss, whole.loss) and not list(tmp_path.glob('.last-*'))
 
 @pytest.mark.parametrize('what', ['weight', 'running_mean', 'running_var'])
@@ -526,32 +626,40 @@ def test_a_model_that_is_not_finite_gets_no_score(world, what, value):
 def test_a_poisoned_picture_gets_no_score(world):
     "Weights are finite, a picture is not: the message names it."
     class Poisoned(torch.utils.data.Dataset):
-        vocabulary,ignore,name = world.vocabulary,255,'poisoned'
+        vocabulary = world.vocabulary
+        ignore = 255
+        name = 'poisoned'
         def __len__(self): return 3
-        def __getitem__(self, i): return dict(world[i], image=world[i]['image']*(float('nan') if i == 2 else 1), id=f'picture {i}')
+        def __getitem__(self, i):
+            return dict(world[i], image=world[i]['image']*(float('nan') if i == 2 else 1), id=f'picture {i}')
     with pytest.raises(OpenTransError, match='picture 2'): evaluate(new(world), Poisoned(), batch_size=1)
     assert evaluate(new(world), Poisoned(), limit=2)['n_images'] == 2
 
 def test_names_are_drawn_as_they_are_called():
     "Neither a formula nor a name that begins with _ is lost in the plot of runs."
-    runs = {name: dict(miou=.1*i, active_macs=1e6*(i+1), active_params=2e6*(i+1), settings=dict(framework=name)) for i,name in enumerate(('$x_{$', '_hidden', 'a<b>'))}
+    runs = {name: dict(miou=.1*i, active_macs=1e6*(i+1), active_params=2e6*(i+1), settings=dict(framework=name))
+            for i,name in enumerate(('$x_{$', '_hidden', 'a<b>'))}
     axis = plot_runs(compare_runs(runs))
     axis.figure.canvas.draw()
     assert len(axis.get_legend_handles_labels()[1]) == 3
 
 class ManySizes(ShapesWorld):
     "Scenes of three sizes, as a photographer's folder holds them."
-    def packed(self, i): return ShapesWorld(self.split, n=self.n, size=((48, 64), (64, 48), (56, 56))[i*7 % 3], seed=self.seed).packed(i)
+    def packed(self, i):
+        return ShapesWorld(self.split, n=self.n, size=((48, 64), (64, 48), (56, 56))[i*7 % 3],
+                           seed=self.seed).packed(i)
 
 def test_size_of_batches_and_readers_do_not_enter_a_result():
-    "Images that wait for others of their size, read in this process or another, with norms that have seen training: the same sums, class by class."
+    """Images that wait for others of their size, read in this process or another, with norms that have seen
+    training: the same sums, class by class."""
     scenes = ManySizes('val', n=14)
     seg = build('deeplabv3', tiny_backbone(), vocabulary=scenes.vocabulary, preset='small', width=16, seed=0)
     finetune(seg, ShapesWorld('val', n=14, size=48), quick)
     alone = evaluate(seg, scenes, batch_size=1)
     for how in (dict(batch_size=8), dict(batch_size=3), dict(batch_size=8, workers=2)):
         found = evaluate(seg, scenes, **how)
-        assert {k: v for k,v in found['iou'].items() if v == v} == {k: v for k,v in alone['iou'].items() if v == v}, how
+        assert {k: v for k,v in found['iou'].items() if v == v} == {
+            k: v for k,v in alone['iou'].items() if v == v}, how
     full = [len(batch['ids']) for batch in same_size_batches(scenes, 4, waiting=64)]
     assert len(full) < len([*same_size_batches(scenes, 4)]) and sum(full) == 14
 
@@ -564,12 +672,15 @@ def test_few_wait_where_images_are_large(monkeypatch):
     assert max(held) <= 3 and sum(held) == 9
 
 def test_mean_iou_reads_no_region_masks(monkeypatch):
-    "Masks of regions are made for panoptic quality alone; a data set or subclass that reads in its own way is asked in that way."
+    """Masks of regions are made for panoptic quality alone; a data set or subclass that reads in its own way is
+    asked in that way."""
     made = []
     for name in ('samples', 'shapes'):
         module = importlib.import_module(f'opentrans.data.{name}')
         whole = module.unpack
-        monkeypatch.setattr(module, 'unpack', lambda packed, regions=True, whole=whole: made.append(regions) or whole(packed, regions))
+        monkeypatch.setattr(module, 'unpack',
+                            lambda packed, regions=True, whole=whole: made.append(regions)
+                            or whole(packed, regions))
     world = ShapesWorld('val', n=3, size=32)
     seg = build('mask2former', tiny_backbone(), vocabulary=world.vocabulary, preset='small', seed=0)
     evaluate(seg, View(world, [2, 0]))
@@ -589,15 +700,20 @@ class Torn(ShapesWorld):
 def test_what_a_reader_cannot_read_is_one_sentence():
     "The sentence of an error in another process is the sentence here."
     world = Torn('val', n=4, size=32)
-    with pytest.raises(OpenTransError, match="^The picture 'b.jpg' is torn.$"): evaluate(new(world), world, workers=1)
+    with pytest.raises(OpenTransError, match="^The picture 'b.jpg' is torn.$"):
+        evaluate(new(world), world, workers=1)
 
 def test_sizes_of_the_evaluation_are_detectron2s():
     "Short side 800, long side at most 1333, rounded as the released code's reader rounds."
     transforms = pytest.importorskip('detectron2.data.transforms')
     rng = random.Random(0)
     for _ in range(300):
-        height,width,size,longest = rng.randint(20, 3000), rng.randint(20, 3000), rng.choice((512, 640, 800, 1024)), rng.choice((800, 1333, 2560))
-        assert seen_size(height, width, size, longest) == transforms.ResizeShortestEdge.get_output_shape(height, width, size, longest)
+        height = rng.randint(20, 3000)
+        width = rng.randint(20, 3000)
+        size = rng.choice((512, 640, 800, 1024))
+        longest = rng.choice((800, 1333, 2560))
+        assert seen_size(height, width, size, longest) == transforms.ResizeShortestEdge.get_output_shape(
+            height, width, size, longest)
 
 def test_the_mean_over_the_truth_is_detectron2s():
     "A class that is only predicted counts as 0 in one mean, and does not count in the other."
@@ -610,9 +726,11 @@ def test_the_mean_over_the_truth_is_detectron2s():
     assert truth['settings']['over'] == 'truth'
 
 def test_panoptic_quality_at_another_size():
-    "Masks are resized to the size of the truth before segments are chosen; at the images' own size nothing changes."
+    """Masks are resized to the size of the truth before segments are chosen; at the images' own size nothing
+    changes."""
     world = ShapesWorld('val', n=2, size=64)
     seg = build('mask2former', tiny_backbone(), vocabulary=world.vocabulary, preset='small', seed=0, score=0.)
-    plain,same,larger = (evaluate(seg, world, kind='panoptic', **how) for how in ({}, dict(size=64, longest=90), dict(size=96, longest=96)))
+    plain,same,larger = (evaluate(seg, world, kind='panoptic', **how)
+                         for how in ({}, dict(size=64, longest=90), dict(size=96, longest=96)))
     assert plain['pq'] == same['pq'] and larger['settings']['size'] == 96 and larger['sq'] == larger['sq']
     with pytest.raises(OpenTransError, match='leave out flip'): evaluate(seg, world, kind='panoptic', flip=True)

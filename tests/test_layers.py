@@ -49,7 +49,7 @@ def same_where_kept(mask, a, b):
 
 def masked(mask, model): return all((w[~mask[n]] == 0).all() for n,w in mask.weights(model).items())
 
-# --- wrappers ---------------------------------------------------------------------------------------------------------
+# --- wrappers
 
 def compiled(module): return torch.compile(module, backend='eager')
 
@@ -80,14 +80,15 @@ def test_a_wrapper_is_no_part_of_a_name_at_any_depth(wrap, where):
     model = net(wrap) if where in ('blocks', 'everywhere') else net()
     if where == 'inside blocks': model[1][0] = wrap(model[1][0])
     if where in ('outside', 'everywhere'): model = wrap(model)
-    assert [l.name for l in layers(model)] == ['0.0.weight', '1.0.weight', '2.0.weight']
+    assert [layer.name for layer in layers(model)] == ['0.0.weight', '1.0.weight', '2.0.weight']
     assert list(bare_parameters(model)) == list(bare_parameters(plain))
     ours,theirs = SparseMask.magnitude(model, .3),SparseMask.magnitude(plain, .3)
     assert ours == theirs and ours.info == theirs.info                  # the digest is of bare names, too
     selection = LayerSelection(['0.0.weight'], ['1.0.weight', '2.0.weight'])
     for target in (model, plain):
         with ours.apply(target): assert masked(ours, target)
-        with selection.apply(target): assert [l.param.requires_grad for l in layers(target)] == [True, False, False]
+        with selection.apply(target):
+            assert [layer.param.requires_grad for layer in layers(target)] == [True, False, False]
 
 @pytest.mark.parametrize('wrap', [compiled, checkpoint_wrapper], ids=['compiled', 'checkpointed'])
 def test_imp_on_wrapped_blocks_finds_the_mask_of_the_plain_model(wrap):
@@ -98,7 +99,8 @@ def test_imp_on_wrapped_blocks_finds_the_mask_of_the_plain_model(wrap):
 def test_masks_and_selections_with_the_names_of_wrappers_still_apply(tmp_path):
     "Files of version 0.1 may hold such names; they mean the same layers."
     name = '1._orig_mod.0.weight'
-    old = SparseMask({name: torch.eye(8, dtype=torch.bool), '2._checkpoint_wrapped_module.0.weight': torch.ones(8, 8)})
+    old = SparseMask({name: torch.eye(8, dtype=torch.bool),
+                      '2._checkpoint_wrapped_module.0.weight': torch.ones(8, 8)})
     assert old.names == ['1.0.weight', '2.0.weight'] and name in old and old[name].sum() == 8
     model = net()
     with old.apply(model): assert (model[1][0].weight != 0).sum() == 8
@@ -154,7 +156,7 @@ def test_parts_and_similarities_know_wrapped_blocks_by_their_bare_names(tmp_path
     assert list(frame.index) == list(frame.columns) == ['0.0.weight', '1.0.weight', '2.0.weight']
     assert np.allclose(np.diag(frame), 1)
 
-# --- weights that are computed ----------------------------------------------------------------------------------------
+# --- weights that are computed
 
 def half_pruned(module): return prune.l1_unstructured(module, 'weight', .5)
 
@@ -169,16 +171,19 @@ def half_computed(how):
 
 @pytest.mark.parametrize('how', COMPUTED.values(), ids=COMPUTED)
 def test_a_computed_weight_is_a_layer_that_masks_leave_dense_with_a_word(how):
-    "Zeros that are written to it would be gone in the next pass; the warning says what to do, and so does the mask."
+    """Zeros that are written to it would be gone in the next pass; the warning says what to do, and so does the
+    mask."""
     model = half_computed(how)
     with pytest.warns(UserWarning, match='1.0.weight is computed by .* end that first, with torch.nn.utils'):
         mask = SparseMask.magnitude(model, .3)
-    assert [l.name for l in layers(model)] == ['0.0.weight', '1.0.weight', '2.0.weight'] and unread(model) == {}
+    assert ([layer.name for layer in layers(model)] == ['0.0.weight', '1.0.weight', '2.0.weight']
+            and unread(model) == {})
     assert mask.names == ['2.0.weight'] and list(mask.info['left_dense']) == ['1.0.weight']
     with mask.apply(model):
         train(model)
         assert masked(mask, model)
-    with pytest.raises(OpenTransError, match='1.0.weight is computed by') as error: SparseMask.ones(net()).apply(model)
+    with pytest.raises(OpenTransError, match='1.0.weight is computed by') as error:
+        SparseMask.ones(net()).apply(model)
     assert 'backbone' not in str(error.value)
     assert SparseMask.ones(net()).apply(model, strict=False).left == ['1.0.weight']
 
@@ -211,19 +216,20 @@ def test_parametrised_attention_and_recurrent_layers_are_read_by_their_weights()
     "The key of a computed weight is the key of the weight."
     attention = parametrizations.spectral_norm(nn.MultiheadAttention(8, 2), 'in_proj_weight')
     thirds = layers(attention)[:3]
-    assert [l.name for l in thirds] == [f'in_proj_weight[{p}]' for p in 'qkv']
-    assert all(l.computed and l.weight.shape == (8, 8) for l in thirds)
+    assert [layer.name for layer in thirds] == [f'in_proj_weight[{p}]' for p in 'qkv']
+    assert all(layer.computed and layer.weight.shape == (8, 8) for layer in thirds)
     split = LayerSelection(['in_proj_weight[q]'], ['in_proj_weight[k]'])
     with pytest.raises(OpenTransError, match='cannot be put on'): split.apply(attention)
     lstm = parametrizations.weight_norm(nn.LSTM(4, 6), 'weight_hh_l0')
-    assert [(l.name, bool(l.computed)) for l in layers(lstm)] == [('weight_ih_l0', False), ('weight_hh_l0', True)]
+    assert [(layer.name, bool(layer.computed)) for layer in layers(lstm)] == [
+        ('weight_ih_l0', False), ('weight_hh_l0', True)]
     assert unread(lstm) == {}
 
-# --- what is read -----------------------------------------------------------------------------------------------------
+# --- what is read
 
 def is_covered(model):
     "Every weight of two axes that is no bias and no norm's is a layer, behind a layer, or listed; none is both."
-    read,left = {id(p) for l in layers(model) for p in l.params},unread(model)
+    read,left = {id(p) for layer in layers(model) for p in layer.params},unread(model)
     named = {n: p for n,p in bare_parameters(model).items() if p.ndim > 1 and not n.endswith('bias')}
     listed = {id(named[n]) for n in left if n in named}
     return not read & listed and all(left.values()) and all(id(p) in read | listed for p in named.values())
@@ -234,7 +240,8 @@ def test_every_weight_is_a_layer_or_is_listed():
     size = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        small = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, bos_token_id=1, eos_token_id=1)
+        small = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, bos_token_id=1,
+                                        eos_token_id=1)
         mixture = transformers.MixtralConfig(num_local_experts=4, num_key_value_heads=2, **size)
         models = [transformers.GPT2LMHeadModel(small), transformers.MixtralForCausalLM(mixture),
                   nn.Sequential(nn.Embedding(9, 4), nn.GRU(4, 6), nn.RNNCell(6, 3), nn.Bilinear(3, 3, 2)),
@@ -242,9 +249,11 @@ def test_every_weight_is_a_layer_or_is_listed():
     assert all(is_covered(m) for m in models)
     gpt,mixtral,reader,_ = models
     matrices = sum(p.numel() for p in gpt.parameters() if p.ndim == 2)
-    assert sum(l.weight.numel() for l in layers(gpt)) == matrices - gpt.transformer.wpe.weight.numel()
-    assert {l.name: l.kind for l in layers(mixtral)}['model.layers.0.mlp.experts.gate_up_proj'] == 'experts'
-    assert [l.kind for l in layers(reader)] == ['recurrent']*4 and list(unread(reader)) == ['0.weight', '3.weight']
+    assert sum(layer.weight.numel() for layer in layers(gpt)) == matrices - gpt.transformer.wpe.weight.numel()
+    assert {layer.name: layer.kind
+            for layer in layers(mixtral)}['model.layers.0.mlp.experts.gate_up_proj'] == 'experts'
+    assert ([layer.kind for layer in layers(reader)] == ['recurrent']*4
+            and list(unread(reader)) == ['0.weight', '3.weight'])
     assert unread(nn.LayerNorm((2, 2))) == {}
 
 def test_transposed_weights_of_gpt2_are_masked_by_outputs_and_inputs():
@@ -281,7 +290,8 @@ def test_recurrent_weights_can_be_masked_and_trained():
     mask = SparseMask.magnitude(model, .3)
     opt = torch.optim.Adam(model.parameters(), lr=.1)
     with mask.apply(model):
-        for _ in range(3): step(model, opt, lambda: model['out'](model['lstm'](model['inp'](torch.rand(5, 2, 4)))[0]))
+        for _ in range(3):
+            step(model, opt, lambda: model['out'](model['lstm'](model['inp'](torch.rand(5, 2, 4)))[0]))
         assert mask.names == ['lstm.weight_ih_l0', 'lstm.weight_hh_l0', 'out.weight'] and masked(mask, model)
 
 def test_weights_that_are_no_parameters_are_listed():
@@ -292,7 +302,7 @@ def test_weights_that_are_no_parameters_are_listed():
             self.register_buffer('qweight', torch.zeros(4, 4, dtype=torch.int32))
     assert 'buffer of torch.int32' in unread(nn.Sequential(Packed()))['0.qweight']
 
-# --- tensors that are no plain matrix ---------------------------------------------------------------------------------
+# --- tensors that are no plain matrix
 
 def odd(change):
     model = net()
@@ -316,7 +326,8 @@ MAKERS = dict(magnitude=lambda m: SparseMask.magnitude(m, .5), random=lambda m: 
 
 @pytest.mark.parametrize('change', [as_codes, as_sparse, as_flat])
 def test_what_holds_no_ordinary_numbers_is_left_dense_with_a_word(change):
-    "Codes without their scales are no magnitudes; the other layers are masked, and a mask for all is refused by name."
+    """Codes without their scales are no magnitudes; the other layers are masked, and a mask for all is refused by
+    name."""
     model = odd(change)
     for make in MAKERS.values():
         with pytest.warns(UserWarning, match='1.0.weight'): mask = make(model)
@@ -342,7 +353,8 @@ def test_a_lazy_layer_is_an_error_that_says_what_to_do():
         with pytest.raises(OpenTransError, match='1.0.weight is not initialised yet: run the model'): make(model)
     model(torch.rand(2, 8))
     assert len(SparseMask.magnitude(model, .5)) == 2
-    model = nn.Sequential(net(), nn.LazyLinear(3))                      # a lazy head beside the tower disturbs nothing
+    # a lazy head beside the tower disturbs nothing
+    model = nn.Sequential(net(), nn.LazyLinear(3))
     with SparseMask.magnitude(net(), .5).apply(model): assert (model[0][1][0].weight == 0).any()
 
 def test_weights_without_values_can_be_masked_before_they_are_loaded():
@@ -350,7 +362,8 @@ def test_weights_without_values_can_be_masked_before_they_are_loaded():
     plain,mask = net(),SparseMask.magnitude(net(), .5)
     with torch.device('meta'): model = net()
     for name in ('magnitude', 'by', 'imp'):
-        with pytest.raises(OpenTransError, match='1.0.weight has no values yet.*load the weights'): MAKERS[name](model)
+        with pytest.raises(OpenTransError, match='1.0.weight has no values yet.*load the weights'):
+            MAKERS[name](model)
     assert SparseMask.random(model, .5) == SparseMask.random(plain, .5) and len(SparseMask.ones(model)) == 2
     with mask.apply(model):
         model.load_state_dict(plain.state_dict(), assign=True)
@@ -369,10 +382,13 @@ def test_weights_spread_over_processes_are_one_clear_error(tmp_path):
     os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0')
     dist.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
     try:
-        mask,model,mesh = SparseMask.magnitude(net(), .3),net(),init_device_mesh('cpu', (1,))
+        mask = SparseMask.magnitude(net(), .3)
+        model = net()
+        mesh = init_device_mesh('cpu', (1,))
         for b in model: fully_shard(b, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        for act in (*MAKERS.values(), mask.apply, mask.weights, lambda m: mask.apply_to_state(dict(m.state_dict()))):
+        for act in (*MAKERS.values(), mask.apply, mask.weights,
+                    lambda m: mask.apply_to_state(dict(m.state_dict()))):
             with pytest.raises(OpenTransError, match='spread over processes'): act(model)
         with LayerSelection(['0.0.weight'], ['1.0.weight']).apply(model):
             assert not layers(model)[1].param.requires_grad
@@ -393,7 +409,7 @@ def test_a_selection_says_what_cannot_learn():
     assert not model[2][0].weight.requires_grad
     with LayerSelection(['2.0.weight'], ['1.0.weight']).apply(model): assert model[2][0].weight.requires_grad
 
-# --- the digest -------------------------------------------------------------------------------------------------------
+# --- the digest
 
 def test_the_digest_does_not_depend_on_the_layout_in_memory():
     "channels_last, also where a kernel of one place makes the layout ambiguous; sliced and transposed storage."
@@ -413,8 +429,9 @@ def test_the_digest_of_ordinary_weights_is_the_one_that_mask_files_hold():
     told = hashlib.sha256(b'weight' + np.arange(6, dtype=np.float32).tobytes()).hexdigest()[:16]
     assert weights_digest(layers(lin)) == told == '070b1a8812e28f09'
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
-                                   torch.complex64, torch.int8, torch.bool])
+@pytest.mark.parametrize('dtype',
+                         [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+                          torch.complex64, torch.int8, torch.bool])
 def test_every_type_has_a_digest(dtype):
     "It changes with the values and not with the layout."
     def of(w):
@@ -424,7 +441,7 @@ def test_every_type_has_a_digest(dtype):
     w = torch.tensor([[1., 0, 1], [0, 1, 1]]).to(dtype)
     assert of(w) == of(w.T.contiguous().T) != of((w.float() == 0).to(dtype) if not w.is_complex() else w*2)
 
-# --- one trunk --------------------------------------------------------------------------------------------------------
+# --- one trunk
 
 def test_the_classifier_of_a_librarys_model_is_its_head():
     "torchvision, timm and transformers are asked; a layer of one's own that is called `fc` stays in the trunk."
@@ -440,9 +457,9 @@ def test_the_classifier_of_a_librarys_model_is_its_head():
                 (transformers.ResNetForImageClassification(tiny), ['classifier.1.weight']),
                 (nn.ModuleDict(dict(fc=nn.Linear(2, 2), classifier=nn.Linear(2, 2))), [])]
     for model,head in told:
-        kept = {l.name for l in trunk(model)}
-        assert [l.name for l in layers(model) if l.name not in kept] == head, type(model).__name__
-        if len(kept) > 2: assert {l.name for l in prunable(model)} == kept - {layers(model)[0].name}
+        kept = {layer.name for layer in trunk(model)}
+        assert [layer.name for layer in layers(model) if layer.name not in kept] == head, type(model).__name__
+        if len(kept) > 2: assert {layer.name for layer in prunable(model)} == kept - {layers(model)[0].name}
 
 TOWERS = {'shapes-rn': 'attnpool', 'shapes-convnext': 'head.proj.weight', 'shapes-vit': None}
 
@@ -451,18 +468,19 @@ def test_masks_and_trunk_mean_the_same_layers_in_the_towers_that_come_with_the_p
     "What a mask leaves dense is the first layer and the head, and the head is no part of the trunk."
     from opentrans.clip import ClipBackbone
     tower = ClipBackbone.create(name)
-    names,first = [l.name for l in trunk(tower)],layers(tower)[0].key
-    assert [l.name for l in prunable(tower)] == [n for n in names if n.split('[')[0] != first] != names
-    left = [l.name for l in layers(tower) if l.name not in names]
+    names,first = [layer.name for layer in trunk(tower)],layers(tower)[0].key
+    assert [layer.name for layer in prunable(tower)] == [n for n in names if n.split('[')[0] != first] != names
+    left = [layer.name for layer in layers(tower) if layer.name not in names]
     assert bool(left) == bool(head) and all(n.startswith(head) for n in left)
 
 def test_skip_overrides_what_the_head_is():
     "An empty tuple leaves nothing out; names, paths and patterns do what they say."
     model = nn.ModuleDict(dict(a=net(), head=nn.Linear(8, 2)))
-    assert [len(trunk(model, skip)) for skip in (None, (), 'head', ('a.1',), ('a.*',), ('1',))] == [3, 4, 3, 3, 1, 3]
+    assert [len(trunk(model, skip)) for skip in (None, (), 'head', ('a.1',), ('a.*',), ('1',))] == [
+        3, 4, 3, 3, 1, 3]
     assert head_of(model) == HEADS
 
-# --- a mask stays in force --------------------------------------------------------------------------------------------
+# --- a mask stays in force
 
 @pytest.fixture
 def found():
@@ -554,7 +572,8 @@ def test_conversions_keep_the_mask(found, dtype, overwrite):
 def test_a_parametrization_that_is_put_on_later_is_an_error(found, how):
     "In the next step before it moves anything, and at the end of the block at the latest."
     model,mask = found
-    with pytest.raises(OpenTransError, match='no longer in force on 1 layers: 1.0.weight is computed'), mask.apply(model):
+    with pytest.raises(OpenTransError,
+                       match='no longer in force on 1 layers: 1.0.weight is computed'), mask.apply(model):
         how(model[1][0])
         before = [p.detach().clone() for p in model.parameters()]
         try: train(model, 1)
@@ -562,7 +581,8 @@ def test_a_parametrization_that_is_put_on_later_is_an_error(found, how):
     model = net()
     with pytest.raises(OpenTransError, match='no longer in force'), mask.apply(model): how(model[1][0])
     model = net()
-    with pytest.raises(KeyError), mask.apply(model):                        # an error of the block is not covered up
+    # an error of the block is not covered up
+    with pytest.raises(KeyError), mask.apply(model):
         how(model[1][0])
         raise KeyError
 
@@ -623,13 +643,14 @@ def test_a_mask_that_was_applied_and_forgotten_dies_with_its_model():
     del model
     gc.collect()
     assert not any(p() is not None for p in gone)
-    after_step({}).remove()                                                 # the next hook sweeps those that are over
+    # the next hook sweeps those that are over
+    after_step({}).remove()
     assert len(step_hooks) == n
 
 def test_a_selection_that_was_applied_and_forgotten_dies_with_its_model():
     "Rows of a packed projection are frozen by hooks, too."
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
-    names = [l.name for l in layers(model)]
+    names = [layer.name for layer in layers(model)]
     LayerSelection(names[:1], names[1:]).apply(model)
     gone = weakref.ref(model[0].in_proj_weight)
     del model
@@ -651,7 +672,8 @@ def test_frozen_rows_keep_what_was_loaded_after_the_selection():
         assert stays[8:].all() and not stays[:8].any()
 
 def test_masks_and_selections_on_the_same_packed_weight_agree():
-    "Frozen rows are put back as they were before the step, with the zeros that the mask made since, in either order."
+    """Frozen rows are put back as they were before the step, with the zeros that the mask made since, in either
+    order."""
     for mask_first in (True, False):
         model = nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2))
         mask = SparseMask.magnitude(model, .3)
@@ -662,7 +684,7 @@ def test_masks_and_selections_on_the_same_packed_weight_agree():
             for _ in range(3): step(model, opt, lambda: attend(model[1], model[0](torch.rand(3, 2, 8))))
             assert masked(mask, model)
 
-# --- criteria ---------------------------------------------------------------------------------------------------------
+# --- criteria
 
 def losses(model):
     for i in range(2): yield model(torch.rand(4, 8, generator=torch.Generator().manual_seed(i))).square().sum()
@@ -678,9 +700,10 @@ def test_every_registered_criterion_works_in_one_shot_and_in_rounds():
 
 def test_a_criterion_is_told_what_it_takes():
     "A function of the model alone, of model and losses in any spelling, or one that takes what chooses the layers."
-    def alone(model): return {l.name: l.weight.abs() for l in layers(model)}
+    def alone(model): return {layer.name: layer.weight.abs() for layer in layers(model)}
     def with_losses(model, batches): return snip(model, batches)
-    def choosing(model, losses=None, only=('*',)): return {l.name: l.weight.abs() for l in prunable(model, only=only)}
+    def choosing(model, losses=None, only=('*',)):
+        return {layer.name: layer.weight.abs() for layer in prunable(model, only=only)}
     model = net()
     assert SparseMask.by(alone, model, .5).kept
     assert SparseMask.by(with_losses, model, .5, losses) == SparseMask.by('snip', model, .5, losses)
@@ -691,7 +714,8 @@ def test_a_criterion_can_be_registered_under_another_name():
     "Its function need not be called so."
     @criterion('halves')
     def first_half(model, losses=None, **kwargs):
-        return {l.name: torch.linspace(1, 0, l.weight.numel()).view(l.weight.shape) for l in prunable(model, **kwargs)}
+        return {layer.name: torch.linspace(1, 0, layer.weight.numel()).view(layer.weight.shape)
+                for layer in prunable(model, **kwargs)}
     try: assert SparseMask.by('halves', net(), .5, scope='layer')['1.0.weight'][:4].all()
     finally: del CRITERIA['halves']
 
@@ -700,7 +724,9 @@ def test_masks_found_by_training_say_the_number_of_threads(tmp_path):
     mask,_ = imp(net(), lambda m, r: train(m, 1), density=.5, p=.5)
     mask.save(tmp_path/'m.safetensors')
     assert SparseMask.load(tmp_path/'m.safetensors').info['threads'] == torch.get_num_threads()
-    model,n,masks = nn.Sequential(nn.Linear(64, 512), nn.Linear(512, 512)),torch.get_num_threads(),[]
+    model = nn.Sequential(nn.Linear(64, 512), nn.Linear(512, 512))
+    n = torch.get_num_threads()
+    masks = []
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)

@@ -8,9 +8,9 @@ from opentrans.cka import linear_cka
 from opentrans.data import ImageBatches, ShapesWorld
 from opentrans.distill import feature_loss, FeatureTrainer
 from opentrans.errors import OpenTransError
-from opentrans.experiments import (
-    before_tuning, find_mask, FINDERS, get_scale, get_study, league_frame, league_table, MaskRecipe, METHODS, naming_accuracy,
-    open_clip_of, open_mask, plot_league, RandomBoxes)
+from opentrans.experiments import (before_tuning, find_mask, FINDERS, get_scale, get_study, league_frame,
+                                   league_table, MaskRecipe, METHODS, naming_accuracy, open_clip_of, open_mask,
+                                   plot_league, RandomBoxes)
 from opentrans.pruning import imp, regrow, SparseMask
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -18,7 +18,8 @@ pytestmark = pytest.mark.usefixtures('one_thread')
 @pytest.fixture(scope='module')
 def smoke(): return get_scale('smoke')
 
-@pytest.mark.parametrize('method', ('wanda', 'alps, owl', 'sparsegpt', 'Algorithm 1, features', 'Algorithm 1, regrowth'))
+@pytest.mark.parametrize('method',
+                         ('wanda', 'alps, owl', 'sparsegpt', 'Algorithm 1, features', 'Algorithm 1, regrowth'))
 def test_each_finder_gives_a_mask_of_the_density(method, smoke, tmp_path):
     "The files say what the mask took; the mask and the weights that were left are there."
     recipe = MaskRecipe(method, density=.3)
@@ -65,20 +66,27 @@ def test_naming_accuracy_counts_regions_by_class():
 
 def made_up(seeds=3):
     "A file of the league whose numbers are known: method i has 10+i points after fine-tuning, and seed s adds s."
-    league,results,before = get_study('masks-league'),[],[]
+    league = get_study('masks-league')
+    results = []
+    before = []
     arms = [a for a in league.arms if a.mask is None or a.mask.density == .1]
     for seed in range(seeds):
         for i,arm in enumerate(a for a in arms):
             value = (10+i+seed)/100
-            results.append(dict(arm=arm.name, seed=seed, framework=arm.framework or 'deeplabv3', mask=None, weights='', select='all', density=1., rule='', frozen=[],
-                                miou=dict(base=value, novel=value), params=1, active_params=1, macs=1, active_macs=1, train_flops=1, cka=None, cka_layers=None, cka_channels=None))
-            if not arm.framework: before.append(dict(arm=arm.name, seed=seed, accuracy=dict(base=value/2, novel=value/2), seconds=60.*i, images=128))
+            results.append(dict(arm=arm.name, seed=seed, framework=arm.framework or 'deeplabv3', mask=None,
+                                weights='', select='all', density=1., rule='', frozen=[],
+                                miou=dict(base=value, novel=value), params=1, active_params=1, macs=1,
+                                active_macs=1, train_flops=1, cka=None, cka_layers=None, cka_channels=None))
+            if not arm.framework:
+                before.append(dict(arm=arm.name, seed=seed, accuracy=dict(base=value/2, novel=value/2),
+                                   seconds=60.*i, images=128))
     return dict(results=results, more=dict(before=before))
 
 def test_the_table_says_what_the_file_holds():
     data = made_up()
     frame = league_frame(data)
-    assert {*frame.method} == {*METHODS, 'dense'} and {*frame.stage} == {'before', 'after, deeplabv3', 'after, mask2former'}
+    assert ({*frame.method} == {*METHODS, 'dense'}
+            and {*frame.stage} == {'before', 'after, deeplabv3', 'after, mask2former'})
     table = league_table(data, .1)
     order = ['dense', *METHODS]
     means = {m: 10+order.index(m)+1 for m in order}
@@ -87,7 +95,8 @@ def test_the_table_says_what_the_file_holds():
     best = max(METHODS, key=means.get)
     assert table.loc[best, 'after, deeplabv3'] == f'**{means[best]:.1f}**' and table.index[0] == best
     assert table.loc['ALPS', 'against Algorithm 1'].startswith(f"{means['ALPS']-means['Algorithm 1']:+.1f} [")
-    assert table.loc['ALPS', 'minutes'] == f"{order.index('ALPS'):.2f}" and table.loc['SNIP, labels', 'annotation'] == 'labels'
+    assert (table.loc['ALPS', 'minutes'] == f"{order.index('ALPS'):.2f}"
+            and table.loc['SNIP, labels', 'annotation'] == 'labels')
 
 def test_the_plot_has_a_panel_for_each_stage():
     import matplotlib
@@ -95,10 +104,11 @@ def test_the_plot_has_a_panel_for_each_stage():
     axs = plot_league(made_up())
     assert axs.shape == (1, 3) and [a.get_xscale() for a in axs[0]] == ['log']*3
 
-# --- regrowth and features -----------------------------------------------------------------------------------------------------
+# --- regrowth and features
 
 def test_dropped_weights_return_in_the_rounds():
-    "With regrowth a weight that was once dropped is in a later mask; without it never. The last round lets none return."
+    """With regrowth a weight that was once dropped is in a later mask; without it never. The last round lets none
+    return."""
     torch.manual_seed(0)
     start = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3))
     x,y = torch.randn(40, 6),torch.randint(3, (40,))
@@ -109,8 +119,11 @@ def test_dropped_weights_return_in_the_rounds():
         def train(model, round):
             opt = torch.optim.SGD(model.parameters(), lr=.05)
             for _ in range(5):
-                opt.zero_grad(); F.cross_entropy(model(x), y).backward(); opt.step()
-            masks.append({n: p.detach() != 0 for n,p in model.named_parameters() if p.ndim == 2})   # those that came back have learned
+                opt.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                opt.step()
+            # those that came back have learned
+            masks.append({n: p.detach() != 0 for n,p in model.named_parameters() if p.ndim == 2})
         mask,_ = imp(net, train, schedule=[.6, .4, .3, .2], criterion=criterion, losses=losses, seed=0)
         steps = [*masks, dict(mask.items())]
         returned[criterion] = [sum(int((b[n] & ~a[n]).sum()) for n in mask) for a,b in zip(steps[1:], steps[2:])]
@@ -126,8 +139,8 @@ def test_regrowth_takes_the_largest_gradients():
     SparseMask.magnitude(net, .4).apply(net).remove()
     scores = regrow(net, losses, density=.4, left=3, rounds=4, share=.5)
     layers = {'2.weight': net[2], '4.weight': net[4]}
-    grads = torch.autograd.grad(next(losses(net)), [l.weight for l in layers.values()])
-    dropped = {n: l.weight == 0 for n,l in layers.items()}
+    grads = torch.autograd.grad(next(losses(net)), [layer.weight for layer in layers.values()])
+    dropped = {n: layer.weight == 0 for n,layer in layers.items()}
     back = torch.cat([g.abs()[dropped[n] & (scores[n] > 1)] for g,n in zip(grads, layers)])
     out = torch.cat([g.abs()[dropped[n] & ~(scores[n] > 1)] for g,n in zip(grads, layers)])
     assert len(back) and back.min() >= out.max()
@@ -139,13 +152,15 @@ def test_feature_losses(kind):
     a,b = (dict(res2=torch.randn(2, 6, 4, 4), res3=torch.randn(2, 3, 2, 2)) for _ in range(2))
     assert feature_loss(a, a, kind).item() == pytest.approx(0, abs=1e-5)
     if kind == 'cka':
-        flat = lambda m: m.movedim(1, -1).flatten(0, 2)
+        def flat(m): return m.movedim(1, -1).flatten(0, 2)
         expected = sum(1-linear_cka(flat(a[n]), flat(b[n])) for n in a)/2
         assert feature_loss(a, b, kind).item() == pytest.approx(expected, abs=1e-5)
     x = {n: m.clone().requires_grad_() for n,m in a.items()}
     opt,first = torch.optim.Adam(x.values(), lr=.1),feature_loss(a, b, kind).item()
     for _ in range(60):
-        opt.zero_grad(); feature_loss(x, b, kind).backward(); opt.step()
+        opt.zero_grad()
+        feature_loss(x, b, kind).backward()
+        opt.step()
     assert feature_loss(x, b, kind).item() < .2*first
     with pytest.raises(OpenTransError, match='differ in res3'): feature_loss(dict(res2=a['res2']), b, kind)
 

@@ -160,7 +160,9 @@ def test_logits_are_the_references(reference, moved):
         assert (classes - layer['pred_logits']).abs().max() < 1e-4 and near(masks, layer['pred_masks'], least=1.)
 
 def test_loss_is_the_references(reference):
-    count,classes,size = 2,12,(96, 128)
+    count = 2
+    classes = 12
+    size = (96, 128)
     regions,labels = truth(count, classes, size)
     torch.manual_seed(0)
     class_logits,mask_logits = torch.randn(count, 20, classes+1),4*torch.randn(count, 20, 24, 32)

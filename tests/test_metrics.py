@@ -33,10 +33,13 @@ def test_pq_equals_torchmetrics():
     tm = pytest.importorskip('torchmetrics')
     things, stuff = {0, 1}, {2, 3}
     target = maps(1, 6)
-    pred = torch.where(torch.rand(6, 24, 24, 1, generator=torch.Generator().manual_seed(2)) < .1, maps(3, 6), target.roll(1, 1))
-    # a prediction that says something everywhere: torchmetrics takes its silent pixels out of the unions as well, panopticapi (and we) do not
+    pred = torch.where(torch.rand(6, 24, 24, 1, generator=torch.Generator().manual_seed(2)) < .1, maps(3, 6),
+                       target.roll(1, 1))
+    # a prediction that says something everywhere: torchmetrics takes its silent pixels out of the unions as well,
+    # panopticapi (and we) do not
     pred = torch.where(pred[..., :1] == 255, torch.tensor([2, 0]), pred)
-    theirs = tm.detection.PanopticQuality(things, stuff, allow_unknown_preds_category=True, return_per_class=True, return_sq_and_rq=True)
+    theirs = tm.detection.PanopticQuality(things, stuff, allow_unknown_preds_category=True, return_per_class=True,
+                                          return_sq_and_rq=True)
     theirs.update(pred, target)  # class 255 is unknown to torchmetrics, and so void, as `ignore` is here
     ours = PanopticQuality([True, True, False, False]).update(pred, target).compute()['per_class']
     assert ours.tp.sum() > 5 and ours.fn.sum() > 5
@@ -49,11 +52,14 @@ def test_order_and_split_do_not_matter(seed, cuts):
     "The sums of any split of the images, in any order, give the same figures."
     target, pred = maps(seed, cuts), maps(seed + 1, cuts)
     order = torch.randperm(cuts, generator=torch.Generator().manual_seed(seed))
-    for new, a, b in ((lambda: SemanticIoU(4), pred[..., 0], target[..., 0]), (lambda: PanopticQuality([True, False, True, False]), pred, target)):
-        a = a.clone(); a[(a == 255)] = 0
+    for new, a, b in ((lambda: SemanticIoU(4), pred[..., 0], target[..., 0]),
+                      (lambda: PanopticQuality([True, False, True, False]), pred, target)):
+        a = a.clone()
+        a[(a == 255)] = 0
         whole, parts = new().update(a, b), new()
         for i in order: parts.merge(new().update(a[i], b[i]))
-        for n in whole._sums: torch.testing.assert_close(getattr(parts, n), getattr(whole, n), rtol=1e-12, atol=1e-12)
+        for n in whole._sums:
+            torch.testing.assert_close(getattr(parts, n), getattr(whole, n), rtol=1e-12, atol=1e-12)
 
 
 @settings(max_examples=25, deadline=None)
@@ -64,16 +70,21 @@ def test_renaming_classes_and_instances_changes_nothing(seed):
     isthing = [True, False, False, True]
     before = PanopticQuality(isthing).update(pred, target).compute()
     p, t = pred.clone(), target.clone()
-    for x in (p, t): x[..., 0] = perm[x[..., 0]]; x[..., 1] = 97 - x[..., 1]
+    for x in (p, t):
+        x[..., 0] = perm[x[..., 0]]
+        x[..., 1] = 97 - x[..., 1]
     after = PanopticQuality([isthing[i] for i in (2, 3, 0, 1)]).update(p, t).compute()
-    np.testing.assert_allclose([before['pq'], before['sq'], before['rq']], [after['pq'], after['sq'], after['rq']], rtol=1e-12)
+    np.testing.assert_allclose([before['pq'], before['sq'], before['rq']], [after['pq'], after['sq'], after['rq']],
+                               rtol=1e-12)
 
 
 def worker(rank, port, path):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1')
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT=str(port), ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1')
     from accelerate import Accelerator
     acc = Accelerator(cpu=True)
-    m = SemanticIoU(4, ignore=254).update(maps(rank, 1)[0, ..., 0].clamp(max=3), maps(rank + 5, 1)[0, ..., 0].clamp(max=3))
+    m = SemanticIoU(4, ignore=254).update(maps(rank, 1)[0, ..., 0].clamp(max=3),
+                                          maps(rank + 5, 1)[0, ..., 0].clamp(max=3))
     q = PanopticQuality([True]*4).update(maps(rank, 1), maps(rank + 5, 1))
     m, q = m.reduce(acc.reduce, acc.device), q.reduce(acc.reduce, acc.device)
     if acc.is_main_process: torch.save(dict(m=m.state(), q=q.state(), n=acc.num_processes), path)
@@ -82,20 +93,24 @@ def worker(rank, port, path):
 
 def test_two_processes_agree_with_one(tmp_path):
     "accelerate with two real processes gives the sums that one process gets from both halves."
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
     mp.spawn(worker, (port, str(tmp_path/'sums.pt')), nprocs=2)
     got = torch.load(tmp_path/'sums.pt', weights_only=True)
     assert got['n'] == 2
     m, q = SemanticIoU(4, ignore=254), PanopticQuality([True]*4)
     for r in range(2):
-        m.update(maps(r, 1)[0, ..., 0].clamp(max=3), maps(r + 5, 1)[0, ..., 0].clamp(max=3)); q.update(maps(r, 1), maps(r + 5, 1))
+        m.update(maps(r, 1)[0, ..., 0].clamp(max=3), maps(r + 5, 1)[0, ..., 0].clamp(max=3))
+        q.update(maps(r, 1), maps(r + 5, 1))
     assert torch.equal(got['m']['confusion'], m.confusion)
     for n in q._sums: torch.testing.assert_close(got['q'][n], getattr(q, n), rtol=1e-12, atol=1e-12)
 
 
 # types of labels
 
-INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64, 'u1', 'i1', '<u2', '>u2', '<i4', '>i4', '>i8', '<u8']
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
+            torch.uint64, 'u1', 'i1', '<u2', '>u2', '<i4', '>i4', '>i8', '<u8']
 
 def as_type(x, kind): return x.numpy().astype(kind) if isinstance(kind, str) else x.to(kind)
 
@@ -112,7 +127,9 @@ def test_every_integer_type_is_counted_alike(kind):
         if ignore == -1 and ('u' in str(kind)): continue # -1 cannot be stored
         got = SemanticIoU(5, ignore).update(as_type(pred, kind), as_type(truth, kind))
         if fits: assert torch.equal(got.confusion, wanted.confusion) and got.ignored == wanted.ignored
-        else: assert got.confusion.sum() == truth.numel() and got.ignored == 0, 'a label that the type cannot hold occurs nowhere'
+        else:
+            assert got.confusion.sum() == truth.numel() and got.ignored == 0, (
+                'a label that the type cannot hold occurs nowhere')
     pairs = maps(3, 2, classes=4)
     signed = torch.where(pairs[..., :1] == 255, torch.tensor([100, 0]), pairs)
     wanted = PanopticQuality([True]*4, ignore=100).update(signed, signed.roll(1, 1))
@@ -125,18 +142,25 @@ def test_truth_values_are_two_classes():
     assert SemanticIoU(2).update(truth, truth.long()).update(truth.numpy(), truth).compute()['miou'] == 1
 
 
-@pytest.mark.parametrize('make', [lambda: SemanticIoU(3, ignore=-1), lambda: SemanticIoU(3, ignore=511), lambda: SemanticIoU(3, ignore=65535)])
+@pytest.mark.parametrize('make',
+                         [lambda: SemanticIoU(3, ignore=-1), lambda: SemanticIoU(3, ignore=511),
+                          lambda: SemanticIoU(3, ignore=65535)])
 def test_a_label_that_is_no_class_is_refused_whatever_it_wraps_to(make):
     "255 in bytes is -1 in signed ones, and 511 modulo 256: neither was meant."
     m, bad = make(), torch.full((2, 2), 255, dtype=torch.uint8)
-    with pytest.raises(OpenTransError, match='truth has labels outside 0..2: 255'): m.update(torch.zeros(2, 2, dtype=torch.uint8), bad)
+    with pytest.raises(OpenTransError, match='truth has labels outside 0..2: 255'):
+        m.update(torch.zeros(2, 2, dtype=torch.uint8), bad)
     assert m.confusion.sum() == m.ignored == 0
     q = PanopticQuality([True]*3, ignore=m.ignore)
-    with pytest.raises(OpenTransError, match='outside 0..2: 255'): q.update(torch.zeros(2, 2, 2, dtype=torch.uint8), bad[..., None].expand(2, 2, 2))
+    with pytest.raises(OpenTransError, match='outside 0..2: 255'):
+        q.update(torch.zeros(2, 2, 2, dtype=torch.uint8), bad[..., None].expand(2, 2, 2))
 
 
-@pytest.mark.parametrize('bad', [torch.rand(2, 2), torch.zeros(2, 2, dtype=torch.float16), torch.zeros(2, 2, dtype=torch.complex64), np.zeros((2, 2)), [[.5, 1.]], [['a']], None, 'abc', np.array([['1']]), np.array([[None]]),
-                                 torch.zeros(2), torch.zeros((), dtype=torch.long), torch.zeros(1, 1, 2, 2, dtype=torch.long)])
+@pytest.mark.parametrize('bad',
+                         [torch.rand(2, 2), torch.zeros(2, 2, dtype=torch.float16),
+                          torch.zeros(2, 2, dtype=torch.complex64), np.zeros((2, 2)), [[.5, 1.]], [['a']], None,
+                          'abc', np.array([['1']]), np.array([[None]]), torch.zeros(2),
+                          torch.zeros((), dtype=torch.long), torch.zeros(1, 1, 2, 2, dtype=torch.long)])
 def test_what_are_no_labels_is_one_sentence(bad):
     good = torch.zeros(2, 2, dtype=torch.long)
     for pair in ((bad, good), (good, bad)):
@@ -144,20 +168,25 @@ def test_what_are_no_labels_is_one_sentence(bad):
         with pytest.raises(OpenTransError, match='must be'): PanopticQuality([True, False]).update(*pair)
 
 
-@pytest.mark.parametrize('classes, ignore', [(0, 255), (-3, 255), (2.5, 255), ('3', 255), (None, 255), (3, None), (3, 255.), (3, '255'), (10**9, -1), (10**30, -1), (True, 255)])
+@pytest.mark.parametrize('classes, ignore',
+                         [(0, 255), (-3, 255), (2.5, 255), ('3', 255), (None, 255), (3, None), (3, 255.),
+                          (3, '255'), (10**9, -1), (10**30, -1), (True, 255)])
 def test_numbers_of_classes_that_cannot_be(classes, ignore):
     "A table of 10^18 entries is no raw error of memory."
     with pytest.raises(OpenTransError, match='expected whole numbers'): SemanticIoU(classes, ignore)
 
 
 def test_a_picture_without_pixels_counts_nothing():
-    assert SemanticIoU(2).update(torch.zeros(0, 5, dtype=torch.long), torch.zeros(0, 5, dtype=torch.long)).confusion.sum() == 0
-    assert PanopticQuality([True]).update(torch.zeros(0, 5, 2, dtype=torch.long), torch.zeros(0, 5, 2, dtype=torch.long)).fp.sum() == 0
+    assert SemanticIoU(2).update(torch.zeros(0, 5, dtype=torch.long),
+                                 torch.zeros(0, 5, dtype=torch.long)).confusion.sum() == 0
+    assert PanopticQuality([True]).update(torch.zeros(0, 5, 2, dtype=torch.long),
+                                          torch.zeros(0, 5, 2, dtype=torch.long)).fp.sum() == 0
 
 
 def test_a_constant_prediction_of_the_only_class_is_told_by_its_figures():
     "Labels 0 and 255 with two names: mean IoU is 1, and the result says why."
-    truth = torch.zeros(4, 4, dtype=torch.uint8); truth[:2] = 255
+    truth = torch.zeros(4, 4, dtype=torch.uint8)
+    truth[:2] = 255
     r = SemanticIoU(2).update(torch.zeros(4, 4).byte(), truth).compute()
     assert (r['miou'], r['never_true'], r['ignored']) == (1, [1], 8)
     assert SemanticIoU(2, ignore=254).update(torch.zeros(4, 4).byte(), truth % 254).compute()['never_true'] == []
@@ -173,7 +202,8 @@ def test_groups_are_indices_of_classes():
 def test_a_state_is_put_back_whole_or_not_at_all():
     m = PanopticQuality([True]*3).update(*(torch.ones(2, 2, 2).long(),)*2)
     good = m.state()
-    for bad in (None, {}, dict(good, fn=None), dict(good, fn=torch.zeros(2)), dict(good, fn=torch.full((3,), torch.nan)), dict(good, fn=-torch.ones(3))):
+    for bad in (None, {}, dict(good, fn=None), dict(good, fn=torch.zeros(2)),
+                dict(good, fn=torch.full((3,), torch.nan)), dict(good, fn=-torch.ones(3))):
         if bad: bad['iou'] = bad['iou']+1
         with pytest.raises(OpenTransError, match='no state of'): m.load_state(bad)
         assert all(torch.equal(v, good[n]) for n, v in m.state().items())
@@ -182,9 +212,12 @@ def test_a_state_is_put_back_whole_or_not_at_all():
 
 def test_regions_and_their_classes_belong_together():
     masks = torch.ones(2, 3, 3, dtype=torch.bool)
-    assert torch.equal(panoptic_map(masks.byte(), [0, 1]), panoptic_map(masks, torch.tensor([0, 1], dtype=torch.uint8)))
+    assert torch.equal(panoptic_map(masks.byte(), [0, 1]),
+                       panoptic_map(masks, torch.tensor([0, 1], dtype=torch.uint8)))
     assert panoptic_map(masks[:0], []).shape == (3, 3, 2)
-    for regions, classes, crowd in ((masks, [0], None), (masks, [0, 1], [True]), (masks.long(), [0, 1], None), (masks.float(), [0, 1], None), (masks[0], [0, 1, 2], None), (masks, [.5, 1.], None)):
+    for regions, classes, crowd in ((masks, [0], None), (masks, [0, 1], [True]), (masks.long(), [0, 1], None),
+                                    (masks.float(), [0, 1], None), (masks[0], [0, 1, 2], None),
+                                    (masks, [.5, 1.], None)):
         with pytest.raises(OpenTransError, match='[Rr]egions'): panoptic_map(regions, classes, crowd=crowd)
 
 
@@ -201,8 +234,10 @@ def test_numbers_of_instances_of_any_size_are_matched_alike(numbers):
     pred, truth = (torch.randint(0, 4, (2, 24, 32), generator=generator).repeat_interleave(4, -1) for _ in range(2))
     pairs = [torch.stack([classes, numbers(torch.where(instance > 1, instance, 0))], -1)
              for classes, instance in (pred, truth)]
-    plain = [torch.stack([classes, torch.where(instance > 1, instance, 0)], -1) for classes, instance in (pred, truth)]
+    plain = [torch.stack([classes, torch.where(instance > 1, instance, 0)], -1)
+             for classes, instance in (pred, truth)]
     for new, old in zip(match_segments(*pairs), match_segments(*plain)):
         assert new.equals(old)
     isthing = [True, True, False, True]
-    assert PanopticQuality(isthing).update(*pairs).compute()['pq'] == PanopticQuality(isthing).update(*plain).compute()['pq']
+    assert PanopticQuality(isthing).update(*pairs).compute()['pq'] == PanopticQuality(isthing).update(
+        *plain).compute()['pq']

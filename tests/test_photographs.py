@@ -1,4 +1,5 @@
-"Readers of MSRC and CamVid in each layout, mosaics of photographs, sets at one size and side by side, and the world of the scale `photo`."
+"""Readers of MSRC and CamVid in each layout, mosaics of photographs, sets at one size and side by side, and the
+world of the scale `photo`."""
 import io, tarfile
 from pathlib import Path
 import numpy as np
@@ -19,13 +20,15 @@ def save(array, path):
 
 def named(data, i):
     "The name of each pixel, None where there is none."
-    return [[data.vocabulary.names[k] if k != data.ignore else None for k in row] for row in data[i]['labels'].tolist()]
+    return [[data.vocabulary.names[k] if k != data.ignore else None for k in row]
+            for row in data[i]['labels'].tolist()]
 
 # ---------------------------------------------------------------- MSRC and CamVid
 
 MAP = [[1, 5, 4, 255], [0, 22, 7, 2]] # of MSRC: grass, sheep, horse, nothing; building, boat, mountain, tree
 SHOWN = [['grass', 'sheep', None, None], ['building', 'boat', None, 'tree']]
-COLOURS = {1: (0, 128, 0), 5: (0, 128, 128), 4: (128, 0, 128), 255: (0, 0, 0), 0: (128, 0, 0), 22: (192, 64, 0), 7: (64, 0, 0), 2: (128, 128, 0)}
+COLOURS = {1: (0, 128, 0), 5: (0, 128, 128), 4: (128, 0, 128), 255: (0, 0, 0), 0: (128, 0, 0), 22: (192, 64, 0),
+           7: (64, 0, 0), 2: (128, 128, 0)}
 
 def plain_msrc(root):
     for split in ('train', 'val'):
@@ -44,9 +47,11 @@ def test_msrc(layout, tmp_path):
     layout(tmp_path)
     data = open_dataset('msrc', tmp_path)
     assert data.vocabulary.names == MSRC_NAMES and len(data) == 1 and named(data, 0) == SHOWN
-    assert {data.vocabulary.names[k] for k in data.groups['novel']} == set(MSRC_NOVEL) and len(data.groups['base']) == 15
+    assert ({data.vocabulary.names[k] for k in data.groups['novel']} == set(MSRC_NOVEL)
+            and len(data.groups['base']) == 15)
     base = open_dataset('msrc', tmp_path, 'train', names='base')
-    assert named(base, 0) == [['grass', None, None, None], ['building', None, None, 'tree']] and len(base.vocabulary) == 15
+    assert (named(base, 0) == [['grass', None, None, None], ['building', None, None, 'tree']]
+            and len(base.vocabulary) == 15)
     with pytest.raises(OpenTransError, match='base'): open_dataset('msrc', tmp_path, names='novel')
 
 def test_camvid(tmp_path):
@@ -57,8 +62,10 @@ def test_camvid(tmp_path):
     assert data.vocabulary.names == CAMVID_NAMES and named(data, 0) == [['sky', 'bicyclist', None]]
     for i in range(4):
         save(np.zeros((1, 4, 3)), tmp_path/f'raw/701_StillsRaw_full/{i}.png')
-        save([[(128, 0, 192), (64, 128, 192), (0, 0, 0), (192, 128, 64)]], tmp_path/f'raw/LabeledApproved_full/{i}_L.png')
-    assert named(open_dataset('camvid', tmp_path/'raw'), 0) == [['road', 'car', None, 'pedestrian']] # lane markings, a pickup, void, a child
+        save([[(128, 0, 192), (64, 128, 192), (0, 0, 0), (192, 128, 64)]],
+             tmp_path/f'raw/LabeledApproved_full/{i}_L.png')
+    # lane markings, a pickup, void, a child
+    assert named(open_dataset('camvid', tmp_path/'raw'), 0) == [['road', 'car', None, 'pedestrian']]
 
 @needs_data
 def test_the_sets_of_this_place():
@@ -85,7 +92,8 @@ def folder(tmp_path_factory):
 @given(seed=st.integers(0, 1000), cut=st.sampled_from(['box', 'ellipse', 'blob']), most=st.integers(1, 7))
 def test_masks_are_what_is_seen(folder, seed, cut, most):
     "Each pixel has the class of the photograph that it comes from, and the ground has none."
-    data = PhotoMosaic(folder/'set', n=1, size=(40, 60), objects=(1, most), cuts=(cut,), ground='plain', seed=seed, names=folder/'set'/'names.txt')
+    data = PhotoMosaic(folder/'set', n=1, size=(40, 60), objects=(1, most), cuts=(cut,), ground='plain', seed=seed,
+                       names=folder/'set'/'names.txt')
     s = data[0]
     for k in range(3):
         colour = torch.zeros(3)
@@ -96,9 +104,11 @@ def test_masks_are_what_is_seen(folder, seed, cut, most):
 
 def test_tars_and_folders_give_the_same(folder):
     one,other = PhotoMosaic(folder/'set', n=3, size=32, seed=4),PhotoMosaic(folder/'set.tar', n=3, size=32, seed=4)
-    assert all(torch.equal(one[i]['image'], other[i]['image']) and torch.equal(one[i]['labels'], other[i]['labels']) for i in range(3))
+    assert all(torch.equal(one[i]['image'], other[i]['image'])
+               and torch.equal(one[i]['labels'], other[i]['labels']) for i in range(3))
     assert one.vocabulary.names == ('n01', 'n02', 'n03')
-    told = PhotoMosaic(folder/'set.tar', names=dict(n01='cat, tabby', n02='dog', n03='boat'), classes=['n03', 'n01'])
+    told = PhotoMosaic(folder/'set.tar', names=dict(n01='cat, tabby', n02='dog', n03='boat'),
+                       classes=['n03', 'n01'])
     assert told.vocabulary.entries == ('boat', 'cat,tabby')
 
 def test_a_ground_may_have_its_name(folder):
@@ -110,11 +120,14 @@ def test_coco_comes_back(folder, tmp_path):
     data.to_coco(tmp_path)
     back = open_dataset('coco_panoptic', tmp_path)
     assert [b['id'] for b in map(back.__getitem__, range(3))] == [data[i]['id'] for i in range(3)]
-    for i in range(3): assert torch.equal(back[i]['labels'], data[i]['labels']) and len(back[i]['regions']) == len(data[i]['regions'])
+    for i in range(3):
+        assert (torch.equal(back[i]['labels'], data[i]['labels'])
+                and len(back[i]['regions']) == len(data[i]['regions']))
 
 def test_what_makes_no_mosaic(folder, tmp_path):
-    bad = {'no photographs of': dict(classes=['cat']), 'at least one scene': dict(n=0), 'have no name': dict(names={'n01': 'cat'}),
-           'ground': dict(ground='sea'), 'cut': dict(cuts=('star',)), 'larger number': dict(objects=(3, 2))}
+    bad = {'no photographs of': dict(classes=['cat']), 'at least one scene': dict(n=0),
+           'have no name': dict(names={'n01': 'cat'}), 'ground': dict(ground='sea'), 'cut': dict(cuts=('star',)),
+           'larger number': dict(objects=(3, 2))}
     for message,options in bad.items():
         with pytest.raises(OpenTransError, match=message): PhotoMosaic(folder/'set', **options)
     (tmp_path/'a.tar').write_bytes(b'no tar'*200)
@@ -155,10 +168,13 @@ def test_the_world_of_photographs(monkeypatch):
     monkeypatch.setenv('DETECTRON2_DATASETS', str(DATA))
     scale = SCALES['photo']
     world = open_world(scale, 0)
-    assert list(world) == ['train', 'val', 'camvid', 'mosaic'] and tuple(world['train'][0]['image'].shape) == (3, 192, 256)
-    assert not set(world['train'].vocabulary.names) & set(MSRC_NOVEL) and {*world['val'].groups} == {'base', 'novel'}
+    assert (list(world) == ['train', 'val', 'camvid', 'mosaic']
+            and tuple(world['train'][0]['image'].shape) == (3, 192, 256))
+    assert (not set(world['train'].vocabulary.names) & set(MSRC_NOVEL)
+            and {*world['val'].groups} == {'base', 'novel'})
     more = open_world(scale.changed(dict(mosaics='50')), 0)
-    assert len(more['train']) == 397 and not set(more['train'].vocabulary.entries) & set(world['mosaic'].vocabulary.entries)
+    assert (len(more['train']) == 397
+            and not set(more['train'].vocabulary.entries) & set(world['mosaic'].vocabulary.entries))
 
 def test_a_lean_head_begins_with_what_clip_says():
     "Before any step its answer is CLIP's own; a step reaches tower and head."
@@ -170,21 +186,29 @@ def test_a_lean_head_begins_with_what_clip_says():
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         near = torch.einsum('bdhw,kd->bkhw', clip.dense_embeddings(x), clip.encode_text(names))
-        near = torch.nn.functional.interpolate(near, size=seg.embed(x).shape[-2:], mode='bilinear', align_corners=False)
-        assert (seg.predict(x, names) == torch.nn.functional.interpolate(near, size=(64, 64), mode='bilinear', align_corners=False).argmax(1)).float().mean() > .95
+        near = torch.nn.functional.interpolate(near, size=seg.embed(x).shape[-2:], mode='bilinear',
+                                               align_corners=False)
+        assert (seg.predict(x, names) == torch.nn.functional.interpolate(near, size=(64, 64), mode='bilinear',
+                                                                         align_corners=False).argmax(
+                    1)).float().mean() > .95
     seg.train()
     seg.loss(dict(images=x, labels=torch.randint(3, (1, 64, 64)), ignore=255))['ce'].backward()
     assert seg.proj.weight.grad.abs().sum() > 0 and seg.backbone.visual.layer4[0].conv1.weight.grad.abs().sum() > 0
 
 def test_claims_have_a_column_of_photographs():
-    "What is judged on photographs stands beside the same claim on the generated world; one that is judged there alone has a line, too."
+    """What is judged on photographs stands beside the same claim on the generated world; one that is judged there
+    alone has a line, too."""
     from opentrans.experiments import claims_table
     import pandas as pd
-    def told(claim, measured, mean, verdict): return dict(claim=claim, where='Tab. 1', measured=measured, mean=mean, low=mean-1, high=mean+1, verdict=verdict)
+    def told(claim, measured, mean, verdict):
+        return dict(claim=claim, where='Tab. 1', measured=measured, mean=mean, low=mean-1, high=mean+1,
+                    verdict=verdict)
     toy = pd.DataFrame([told('masks help', 'base', 5., 'holds')])
-    real = pd.DataFrame([told('masks help', 'base', 3., 'holds'), told('masks help', 'novel', .5, 'undecided'), told('freezing helps', 'base', -2., 'does not hold')])
+    real = pd.DataFrame([told('masks help', 'base', 3., 'holds'), told('masks help', 'novel', .5, 'undecided'),
+                         told('freezing helps', 'base', -2., 'does not hold')])
     table = claims_table(toy, photographs=real)
     assert list(table.columns) == ['paper', 'base', 'photographs']
-    assert table.photographs['masks help'] == 'base +3.00 [+2.00, +4.00] holds; novel +0.50 [-0.50, +1.50] undecided'
+    assert table.photographs[
+        'masks help'] == 'base +3.00 [+2.00, +4.00] holds; novel +0.50 [-0.50, +1.50] undecided'
     assert table.base['freezing helps'] == '' and 'does not hold' in table.photographs['freezing helps']
     assert 'photographs' not in claims_table(toy, photographs=real[:0]) and 'photographs' not in claims_table(toy)

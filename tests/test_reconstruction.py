@@ -21,7 +21,7 @@ def correlated(rows, columns, seed=0):
     mixing = torch.randn(columns, columns, generator=g) @ torch.diag(torch.rand(columns, generator=g)+.05)
     return torch.randn(rows, columns, generator=g) @ mixing
 
-# --- the published codes --------------------------------------------------------------------------------------------------
+# --- the published codes
 
 def published(variable, file, repository):
     "A module of a clone whose folder an environment variable names, told to compute on the CPU."
@@ -50,7 +50,8 @@ def same_mask(weight, kept): return torch.equal(weight != 0, kept[0])
 
 @pytest.mark.parametrize('density', (.5, .25, .125, .0625))
 def test_sparsegpt_is_the_published_one(linear, density):
-    "The published code drops one weight more of each block than its sparsity says, so it is asked for a little less."
+    """The published code drops one weight more of each block than its sparsity says, so it is asked for a little
+    less."""
     module = published('OPENTRANS_SPARSEGPT', 'sparsegpt.py', 'IST-DASLab/sparsegpt')
     layer,X,gram = linear
     theirs = copy.deepcopy(layer)
@@ -74,7 +75,8 @@ def test_sparsegpt_n_of_m_is_the_published_one(linear, n, m):
     assert same_mask(theirs.weight.data, kept)
     torch.testing.assert_close(new[0], theirs.weight.data, rtol=0, atol=1e-4)
 
-@pytest.mark.parametrize('density,scope', ((.5, 'layer'), (.3, 'layer'), (.1, 'layer'), (.05, 'layer'), (.5, '2:4'), (.25, '1:4')))
+@pytest.mark.parametrize('density,scope',
+                         ((.5, 'layer'), (.3, 'layer'), (.1, 'layer'), (.05, 'layer'), (.5, '2:4'), (.25, '1:4')))
 def test_alps_is_the_published_one(linear, density, scope):
     module = published('OPENTRANS_ALPS', 'alps.py', 'mazumder-lab/ALPS')
     layer,X,gram = linear
@@ -101,10 +103,11 @@ def test_wanda_is_the_published_one(linear, density):
     assert torch.equal(kept[0], theirs)
     assert torch.equal(new[0], layer.weight.data*theirs)
 
-# --- references of a few lines ---------------------------------------------------------------------------------------------
+# --- references of a few lines
 
 def surgeon(weights, gram, kept):
-    "OBS as its formula says: when a weight leaves, all that stand to its right move by the inverse of what is left."
+    """OBS as its formula says: when a weight leaves, all that stand to its right move by the inverse of what is
+    left."""
     weights = weights.double().clone()
     for row,stays in zip(weights, kept):
         for i in range(len(row)):
@@ -186,7 +189,8 @@ def test_groups_are_layers_of_their_own(method):
         torch.testing.assert_close(new[g], alone[0], rtol=1e-3, atol=1e-4)
 
 @pytest.mark.parametrize('method', (wanda, sparsegpt, alps))
-@given(density=st.floats(.02, 1), scope=st.sampled_from(('layer', 'output', 'channel', '2:4', '1:4')), seed=st.integers(0, 99))
+@given(density=st.floats(.02, 1), scope=st.sampled_from(('layer', 'output', 'channel', '2:4', '1:4')),
+       seed=st.integers(0, 99))
 @few
 def test_a_budget_is_kept(method, density, scope, seed):
     W,X = torch.randn(1, 6, 24, generator=torch.Generator().manual_seed(seed)),correlated(60, 24, seed)
@@ -206,20 +210,24 @@ def test_dead_inputs_lose_their_weights():
         new,kept = method(W, Inputs((X.T @ X)[None].double()), Budget(.5))
         assert new.isfinite().all() and not new[..., :4].any()
 
-# --- networks --------------------------------------------------------------------------------------------------------------
+# --- networks
 
-def conv(i, o, groups=1): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+def conv(i, o, groups=1):
+    return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(o), nn.ReLU())
 
 class Branches(nn.Module):
     "A block with a shortcut that has a layer of its own."
     def __init__(self, i, o):
         super().__init__()
-        self.one,self.two,self.side = conv(i, o),conv(o, o, o//4),nn.Conv2d(i, o, 1)
+        self.one = conv(i, o)
+        self.two = conv(o, o, o//4)
+        self.side = nn.Conv2d(i, o, 1)
     def forward(self, x): return self.two(self.one(x)) + self.side(x)
 
 def network(seed=0):
     torch.manual_seed(seed)
-    return nn.Sequential(conv(3, 8), nn.Sequential(Branches(8, 16), Branches(16, 16)), Branches(16, 16), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10)).eval()
+    return nn.Sequential(conv(3, 8), nn.Sequential(Branches(8, 16), Branches(16, 16)), Branches(16, 16),
+                         nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10)).eval()
 
 @pytest.fixture(scope='module')
 def images():
@@ -232,7 +240,7 @@ def test_each_layer_is_pruned_on_what_pruned_layers_give(images):
     net,mine = network(),network()
     mask,table = reconstruct(net, images, .3, 'sparsegpt')
     for name in table.index:
-        layer = next(l for l in prunable(mine) if l.name == name)
+        layer = next(item for item in prunable(mine) if item.name == name)
         seen = []
         handle = layer.module.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
         with torch.no_grad():
@@ -241,13 +249,15 @@ def test_each_layer_is_pruned_on_what_pruned_layers_give(images):
         x,module = torch.cat(seen),layer.module
         if isinstance(module, nn.Conv2d):
             parts = x.chunk(module.groups, 1)
-            rows = torch.stack([F.unfold(p, module.kernel_size, padding=module.padding).mT.flatten(0, 1) for p in parts])
+            rows = torch.stack([F.unfold(p, module.kernel_size, padding=module.padding).mT.flatten(0, 1)
+                                for p in parts])
         else: rows = x[None]
         weight = module.weight.data.unflatten(0, (getattr(module, 'groups', 1), -1)).flatten(2)
         new,kept = sparsegpt(weight, Inputs((rows.mT @ rows).double()), Budget(.3))
         module.weight.data = new.reshape(module.weight.shape)
         assert torch.equal(kept.reshape(module.weight.shape), mask[name]), name
-    for (name,a),b in zip(net.state_dict().items(), mine.state_dict().values()): torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
+    for (name,a),b in zip(net.state_dict().items(), mine.state_dict().values()):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=name)
 
 @pytest.mark.parametrize('method', ('wanda', 'alps'))
 def test_the_memory_of_blocks_changes_nothing(images, method):
@@ -307,7 +317,8 @@ def test_the_dense_target_is_least_squares_between_two_networks():
     dense,x = copy.deepcopy(net),torch.randn(300, 6)
     mask,_ = reconstruct(net, [*x.split(100)], .4, 'magnitude', target='dense')
     fitted = copy.deepcopy(dense)
-    reconstruct(fitted, [*x.split(100)], mask=mask, method=lambda w, i, b, kept: (solve_on_support(w, i, kept), kept), target='dense', damping=0)
+    reconstruct(fitted, [*x.split(100)], mask=mask,
+                method=lambda w, i, b, kept: (solve_on_support(w, i, kept), kept), target='dense', damping=0)
     with torch.no_grad():
         seen,there = fitted[:4](x).double(),dense[:4](x).double()
     for w,own,stays in zip(fitted[4].weight.data, dense[4].weight.data.double(), mask['4.weight']):
@@ -326,10 +337,12 @@ def test_the_dense_target_is_nearer_and_its_memory_changes_nothing(images):
         with torch.no_grad(): far[target] = float((pruned(other)-dense).square().mean())
     assert far['dense'] < far['own']
     assert all(torch.equal(a, b) for a,b in zip(states[1].values(), states[2].values()))
-    with pytest.raises(OpenTransError, match='not a function'): reconstruct(net, lambda model: iter(()), .3, target='dense')
+    with pytest.raises(OpenTransError, match='not a function'):
+        reconstruct(net, lambda model: iter(()), .3, target='dense')
 
 def test_better_than_magnitude_where_it_counts(images):
-    "The outputs of the whole network on other images, by method: reconstruction is nearer to the dense one than magnitude."
+    """The outputs of the whole network on other images, by method: reconstruction is nearer to the dense one than
+    magnitude."""
     net = network()
     other = F.interpolate(torch.randn(16, 3, 5, 5, generator=torch.Generator().manual_seed(1)), 12, mode='bilinear')
     with torch.no_grad(): dense = net(other)
@@ -342,20 +355,22 @@ def test_better_than_magnitude_where_it_counts(images):
 
 @pytest.mark.parametrize('name,size', (('ViT-B-32', 32), ('convnext_base', 32), ('RN50', 32)))
 def test_towers_of_open_clip(name, size):
-    "The layers of each family are all reached: packed attention, depthwise and pointwise convolutions, shortcuts. Made small."
+    """The layers of each family are all reached: packed attention, depthwise and pointwise convolutions, shortcuts.
+    Made small."""
     if name == 'RN50':
         from open_clip.modified_resnet import ModifiedResNet
         tower = ModifiedResNet(layers=(1, 1, 1, 1), output_dim=32, heads=4, image_size=size, width=8)
     elif name.startswith('ViT'):
         from open_clip.transformer import VisionTransformer
-        tower = VisionTransformer(image_size=size, patch_size=8, width=32, layers=2, heads=4, mlp_ratio=2, output_dim=16)
+        tower = VisionTransformer(image_size=size, patch_size=8, width=32, layers=2, heads=4, mlp_ratio=2,
+                                  output_dim=16)
     else:
         timm = pytest.importorskip('timm')
         tower = timm.create_model('convnext_atto', depths=(1, 1, 2, 1), dims=(8, 16, 32, 64), num_classes=0)
     torch.manual_seed(0)
     batches = [torch.rand(4, 3, size, size) for _ in range(2)]
     mask,table = reconstruct(tower, batches, .4, 'sparsegpt')
-    assert set(table.index) == {l.name for l in prunable(tower)} and (table.error < 1).all()
+    assert set(table.index) == {layer.name for layer in prunable(tower)} and (table.error < 1).all()
     assert mask.density == pytest.approx(.4, abs=5e-3)
     assert all((w[~mask[n]] == 0).all() for n,w in mask.weights(tower).items())
 
@@ -371,7 +386,8 @@ def test_the_output_projection_of_attention_sees_what_it_sees():
             return self.attn(x, x, x)[0]
     net,x = Net().eval(),torch.randn(3, 5, 8)
     seen = input_grams(net, [x])['attn.out_proj.weight']
-    q,k,v = F.linear(net.first(x), net.attn.in_proj_weight, net.attn.in_proj_bias).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+    q,k,v = F.linear(net.first(x), net.attn.in_proj_weight, net.attn.in_proj_bias).unflatten(-1, (3, 2, 4)).permute(
+        2, 0, 3, 1, 4)
     rows = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
     torch.testing.assert_close(seen.total[0].float(), (rows.T @ rows).detach(), rtol=1e-4, atol=1e-4)
 
@@ -386,7 +402,7 @@ def test_memory_is_that_of_one_batch():
         assert all(s.count == n*4*s.count//(n*4) for s in sums.values())
     assert held[0] == held[1]
 
-# --- the contract ----------------------------------------------------------------------------------------------------------
+# --- the contract
 
 def test_criteria_serve_by_imp_and_reconstruct_alike(images):
     from opentrans.pruning import imp
@@ -403,18 +419,19 @@ def test_criteria_serve_by_imp_and_reconstruct_alike(images):
 
 def test_densities():
     net = network()
-    sizes = {l.name: l.weight.numel() for l in prunable(net)}
+    sizes = {layer.name: layer.weight.numel() for layer in prunable(net)}
     for rule in ('uniform', 'erdos-renyi-kernel', 'global'):
         shares = layer_densities(rule, net, .2)
         assert sum(shares[n]*k for n,k in sizes.items())/sum(sizes.values()) == pytest.approx(.2, abs=5e-3)
-    shapes = {l.name: l.weight.shape for l in prunable(net)}
+    shapes = {layer.name: layer.weight.shape for layer in prunable(net)}
     kernel = layer_densities('erdos-renyi-kernel', net, .05)
     free = {n: d*shapes[n].numel()/sum(shapes[n]) for n,d in kernel.items() if d < 1}
     assert max(free.values()) == pytest.approx(min(free.values()), rel=1e-6)
     given = dict.fromkeys(sizes, .5)
     assert layer_densities(lambda model, density: given, net, .2) == given
     with pytest.raises(OpenTransError, match='looks at data'): layer_densities('owl', net, .2)
-    with pytest.raises(OpenTransError, match='unknown layer|Unknown layer'): layer_densities({**given, 'none': .1}, net, .2)
+    with pytest.raises(OpenTransError, match='unknown layer|Unknown layer'):
+        layer_densities({**given, 'none': .1}, net, .2)
 
 def test_owl_is_its_formula(images):
     "Layers of one size: the densities of the released code, lambda and M as there."
@@ -433,7 +450,8 @@ def test_owl_is_its_formula(images):
     found = owl(net, prunable(net), .3, batches, outlier=2.)
     np.testing.assert_allclose([*found.values()], expected, rtol=1e-4)
 
-@given(st.dictionaries(st.text(min_size=1), st.tuples(st.floats(.01, 10), st.integers(1, 1000)), min_size=1), st.floats(.01, 1))
+@given(st.dictionaries(st.text(min_size=1), st.tuples(st.floats(.01, 10), st.integers(1, 1000)), min_size=1),
+       st.floats(.01, 1))
 @few
 def test_fitted_densities_sum_up(parts, density):
     sizes = {n: k for n,(_,k) in parts.items()}
@@ -441,18 +459,24 @@ def test_fitted_densities_sum_up(parts, density):
     assert all(0 < d <= 1 for d in fitted.values())
     assert sum(fitted[n]*k for n,k in sizes.items()) == pytest.approx(density*sum(sizes.values()), rel=1e-3)
 
-@pytest.mark.parametrize('call,says', (
-    (dict(batches=[]), 'no images'), (dict(batches=['a']), 'A batch is a str'), (dict(batches=3), 'give a list or a loader'),
-    (dict(density=0), 'density must be'), (dict(method='magic'), 'Unknown method'), (dict(scope='2:4'), 'density of its own'),
-    (dict(densities='beta'), 'rule of densities'), (dict(target='best'), 'target'), (dict(damping=-1), 'damping')))
+@pytest.mark.parametrize('call,says',
+                         ((dict(batches=[]), 'no images'), (dict(batches=['a']), 'A batch is a str'),
+                          (dict(batches=3), 'give a list or a loader'), (dict(density=0), 'density must be'),
+                          (dict(method='magic'), 'Unknown method'), (dict(scope='2:4'), 'density of its own'),
+                          (dict(densities='beta'), 'rule of densities'), (dict(target='best'), 'target'),
+                          (dict(damping=-1), 'damping')))
 def test_bad_input_is_told(images, call, says):
-    with pytest.raises(OpenTransError, match=says): reconstruct(network(), **{**dict(batches=images, density=.3), **call})
+    with pytest.raises(OpenTransError, match=says):
+        reconstruct(network(), **{**dict(batches=images, density=.3), **call})
 
 def test_layers_that_cannot_be_seen_are_told(images):
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
-            self.first,self.up,self.idle = nn.Conv2d(3, 4, 1),nn.ConvTranspose2d(4, 4, 2),nn.Conv2d(4, 4, 1)
+            self.first = nn.Conv2d(3, 4, 1)
+            self.up = nn.ConvTranspose2d(4, 4, 2)
+            self.idle = nn.Conv2d(4, 4, 1)
         def forward(self, x): return self.up(self.first(x))
     with pytest.raises(OpenTransError, match='not seen as rows.*up.weight'): reconstruct(Odd(), images, .3)
-    with pytest.raises(OpenTransError, match='never used.*idle.weight'): reconstruct(Odd(), images, .3, skip=('up',))
+    with pytest.raises(OpenTransError, match='never used.*idle.weight'):
+        reconstruct(Odd(), images, .3, skip=('up',))

@@ -253,7 +253,8 @@ def test_constants_of_infinity_are_no_divergence(tmp_path):
 
 # --- an end from outside ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('sent,code', [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)])
+@pytest.mark.parametrize('sent,code',
+                         [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)])
 def test_a_notice_to_end_leaves_the_last_round_and_says_how_to_go_on(tmp_path, sent, code):
     "SIGTERM as a scheduler sends it, or Ctrl-C, while the second round is trained."
     args = 'prune --density .1 --iters 2 --batch-size 2 --device cpu --out m.safetensors'.split()

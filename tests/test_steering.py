@@ -1,4 +1,5 @@
-"What alpha steers: pruning, learning rates, weight decay. References are formulas in plain NumPy and, where clones are there, the published code."
+"""What alpha steers: pruning, learning rates, weight decay. References are formulas in plain NumPy and, where
+clones are there, the published code."""
 import ast, copy, math, os, sys, types
 from pathlib import Path
 import numpy as np
@@ -48,7 +49,8 @@ def test_proportional_maps_keep_the_mean(alpha):
 def test_densities_are_those_of_the_formula():
     t = table()
     sizes = t.frame.params.to_numpy()
-    for density,spread in ((.5, .3), (.4, .2), (.7, .5), (.3, 0.)): # 1+spread times the share to prune stays below one
+    # 1+spread times the share to prune stays below one
+    for density,spread in ((.5, .3), (.4, .2), (.7, .5), (.3, 0.)):
         shares = alphapruning(t.frame.alpha, sizes, 1-density, spread)
         assert (shares < 1-density/10).all()
         assert np.allclose(list(t.densities(density, spread).values()), 1-shares, atol=1e-9)
@@ -63,9 +65,12 @@ def test_densities_add_up(density, spread, seed):
     assert min(found.values()) >= density/10 - 1e-9 and max(found.values()) <= 1
 
 def test_blocks_share_a_value():
-    names = ['stem.weight', 'layer1.0.conv1.weight', 'layer1.0.conv2.weight', 'layer1.1.conv1.weight', 'visual.transformer.resblocks.11.mlp.c_fc.weight',
-             'model.layers.3.self_attn.q_proj.weight', 'h.0.attn.in_proj_weight[q]', '7.weight', 'blocks.2.1.conv_pw.weight']
-    assert [block_of(n) for n in names] == ['stem.weight', 'layer1.0', 'layer1.0', 'layer1.1', 'visual.transformer.resblocks.11', 'model.layers.3', 'h.0', '7', 'blocks.2.1']
+    names = ['stem.weight', 'layer1.0.conv1.weight', 'layer1.0.conv2.weight', 'layer1.1.conv1.weight',
+             'visual.transformer.resblocks.11.mlp.c_fc.weight', 'model.layers.3.self_attn.q_proj.weight',
+             'h.0.attn.in_proj_weight[q]', '7.weight', 'blocks.2.1.conv_pw.weight']
+    assert [block_of(n) for n in names] == ['stem.weight', 'layer1.0', 'layer1.0', 'layer1.1',
+                                            'visual.transformer.resblocks.11', 'model.layers.3', 'h.0', '7',
+                                            'blocks.2.1']
     model = nn.ModuleDict(dict(blocks=nn.ModuleList([net(0), net(1)])))
     t = analyze(model, xmin='median', skip=())
     assert t.scores(per='block').nunique() == 8 # a number after `blocks.0` is a block of its own
@@ -77,12 +82,14 @@ def test_layers_that_say_nothing_get_what_is_usual():
     nn.init.zeros_(model[1].weight)
     t = analyze(model, xmin='median', skip=())
     assert '1.weight' not in t.lr_groups(1.) and '1.weight' in t.densities(.5)
-    few = analyze(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 20), nn.Linear(20, 64), nn.Linear(64, 64)), xmin='median', skip=())
+    few = analyze(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 20), nn.Linear(20, 64), nn.Linear(64, 64)),
+                  xmin='median', skip=())
     assert set(few.lr_groups(1.)) == {'0.weight', '3.weight'}
 
 def test_bad_requests_are_named():
     t = table()
-    for bad in (dict(density=0), dict(density=1.5), dict(density=.5, spread=2), dict(density=.5, by='beta'), dict(density=.5, per='stage'), dict(density=.5, by='z')):
+    for bad in (dict(density=0), dict(density=1.5), dict(density=.5, spread=2), dict(density=.5, by='beta'),
+                dict(density=.5, per='stage'), dict(density=.5, by='z')):
         with pytest.raises(OpenTransError): t.densities(**bad)
     for bad in (dict(base=-1), dict(base=1, how='cubic'), dict(base=1, spread=(2, 1)), dict(base=1, spread=3)):
         with pytest.raises(OpenTransError): t.lr_groups(**bad)
@@ -94,18 +101,24 @@ def test_bad_requests_are_named():
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv1,self.bn1,self.conv2,self.bn2 = nn.Conv2d(64, 64, 1),nn.BatchNorm2d(64),nn.Conv2d(64, 64, 1),nn.BatchNorm2d(64)
+        self.conv1 = nn.Conv2d(64, 64, 1)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.conv2 = nn.Conv2d(64, 64, 1)
+        self.bn2 = nn.BatchNorm2d(64)
         self.attn,self.norm = nn.MultiheadAttention(64, 4),nn.LayerNorm(64)
 
 def test_biases_and_norms_go_with_their_layer():
     model = Residual()
-    rates = LayerValues({'conv1.weight': .3, 'attn.in_proj_weight[q]': .1, 'attn.in_proj_weight[k]': .2, 'attn.in_proj_weight[v]': .6}, 'lr', .1)
+    rates = LayerValues({'conv1.weight': .3, 'attn.in_proj_weight[q]': .1, 'attn.in_proj_weight[k]': .2,
+                         'attn.in_proj_weight[v]': .6}, 'lr', .1)
     groups = rates.param_groups(model)
     names = {id(p): n for n,p in model.named_parameters()}
     held = {}
     for g in groups: held.setdefault(round(g['lr'], 9), set()).update(names[id(p)] for p in g['params'])
-    assert held == {.3: {'conv1.weight', 'conv1.bias', 'bn1.weight', 'bn1.bias', 'attn.in_proj_weight', 'attn.in_proj_bias'},
-                    .1: {'conv2.weight', 'conv2.bias', 'bn2.weight', 'bn2.bias', 'attn.out_proj.weight', 'attn.out_proj.bias', 'norm.weight', 'norm.bias'}}
+    assert held == {.3: {'conv1.weight', 'conv1.bias', 'bn1.weight', 'bn1.bias', 'attn.in_proj_weight',
+                         'attn.in_proj_bias'},
+                    .1: {'conv2.weight', 'conv2.bias', 'bn2.weight', 'bn2.bias', 'attn.out_proj.weight',
+                         'attn.out_proj.bias', 'norm.weight', 'norm.bias'}}
     opt = torch.optim.SGD(groups, lr=1.)
     assert sum(len(g['params']) for g in opt.param_groups) == len(names)
 
@@ -113,7 +126,8 @@ def test_decay_groups_are_groups_of_decay():
     model = net()
     decay = analyze(model, xmin='median', skip=()).decay_groups(.01)
     groups = decay.param_groups(model)
-    assert {g['weight_decay'] for g in groups} == set(decay.values()) | ({.01} & {g['weight_decay'] for g in groups})
+    assert {g['weight_decay']
+            for g in groups} == set(decay.values()) | ({.01} & {g['weight_decay'] for g in groups})
     assert math.isclose(min(decay.values()), .01*2/3) and math.isclose(max(decay.values()), .05)
     opt = torch.optim.AdamW(groups, lr=1e-3)
     assert len(opt.param_groups) == len(groups)
@@ -123,26 +137,31 @@ def test_decay_groups_are_groups_of_decay():
 def test_masks_keep_what_each_layer_is_given():
     model = net()
     asked = analyze(model, xmin='median', skip=()).only(SparseMask.ones(model, skip=()).names).densities(.3)
-    for made in (SparseMask.magnitude(model, asked, skip=()), SparseMask.random(model, asked, skip=()), SparseMask.by('magnitude', model, asked, skip=())):
+    for made in (SparseMask.magnitude(model, asked, skip=()), SparseMask.random(model, asked, skip=()),
+                 SparseMask.by('magnitude', model, asked, skip=())):
         assert abs(made.kept - .3*made.total) <= 1
         for n,m in made.items(): assert abs(int(m.sum()) - asked[n]*m.numel()) <= 1
     largest = SparseMask.magnitude(model, asked, skip=())
-    for l in model[1:]:
-        name = next(n for n,p in model.named_parameters() if p is l.weight)
-        w,m = l.weight.detach().abs(),largest[name]
+    for layer in model[1:]:
+        name = next(n for n,p in model.named_parameters() if p is layer.weight)
+        w,m = layer.weight.detach().abs(),largest[name]
         assert w[m].min() >= w[~m].max()
     channels = SparseMask.magnitude(model, asked, scope='channel', skip=())
     assert all(m.flatten(1).any(1).eq(m.flatten(1).all(1)).all() for _,m in channels.items())
 
 def test_densities_that_do_not_fit_are_named():
     model = net()
-    with pytest.raises(OpenTransError, match='name no share'): SparseMask.magnitude(model, {'1.weight': .5}, skip=())
+    with pytest.raises(OpenTransError, match='name no share'):
+        SparseMask.magnitude(model, {'1.weight': .5}, skip=())
     with pytest.raises(OpenTransError, match='empty'): SparseMask.magnitude(model, {}, skip=())
     with pytest.raises(OpenTransError, match='1.weight'): SparseMask.magnitude(model, {'1.weight': 1.5}, skip=())
     whole = {n: .5 for n in SparseMask.ones(model, skip=()).names}
-    with pytest.raises(OpenTransError, match='density of its own'): SparseMask.magnitude(model, whole, scope='2:4', skip=())
-    with pytest.raises(OpenTransError, match='one of the two'): SparseMask.random(model, whole, like=SparseMask.ones(model, skip=()))
-    with pytest.raises(OpenTransError, match='one of the two'): imp(model, lambda m: None, density=whole, schedule=[.5], skip=())
+    with pytest.raises(OpenTransError, match='density of its own'):
+        SparseMask.magnitude(model, whole, scope='2:4', skip=())
+    with pytest.raises(OpenTransError, match='one of the two'):
+        SparseMask.random(model, whole, like=SparseMask.ones(model, skip=()))
+    with pytest.raises(OpenTransError, match='one of the two'):
+        imp(model, lambda m: None, density=whole, schedule=[.5], skip=())
 
 def test_imp_ends_at_the_densities_and_goes_on_after_a_kill(tmp_path):
     "Every round prunes layers in proportion; a run that was cut off ends with the same mask."
@@ -167,7 +186,9 @@ def test_imp_ends_at_the_densities_and_goes_on_after_a_kill(tmp_path):
     fail = False
     resumed,_ = imp(copy.deepcopy(model), train, density=asked, p=.3, checkpoint_dir=tmp_path, skip=())
     assert resumed == whole
-    with pytest.raises(OpenTransError): imp(copy.deepcopy(model), train, density={n: d*.9 for n,d in asked.items()}, p=.3, checkpoint_dir=tmp_path, skip=())
+    with pytest.raises(OpenTransError):
+        imp(copy.deepcopy(model), train, density={n: d*.9 for n,d in asked.items()}, p=.3, checkpoint_dir=tmp_path,
+            skip=())
 
 # Fine-tuning
 
@@ -189,7 +210,8 @@ def test_finetune_takes_them_by_one_argument(tmp_path):
     assert set(usual) == set(found)
     faster,decaying = rates.factors(seg),decay.factors(seg)
     for key,n in names.items():
-        assert math.isclose(found[n][0], usual[n][0]*faster.get(key, 1.)) and math.isclose(found[n][1], usual[n][1]*decaying.get(key, 1.))
+        assert (math.isclose(found[n][0], usual[n][0]*faster.get(key, 1.))
+                and math.isclose(found[n][1], usual[n][1]*decaying.get(key, 1.)))
     assert len({v for v in faster.values()}) > 3
     history = finetune(seg, data, recipe, per_layer=[rates, decay], checkpoint_dir=tmp_path)
     assert len(history) == 2
@@ -203,7 +225,8 @@ def test_finetune_takes_them_by_one_argument(tmp_path):
 def clone(variable, repository, file):
     "A file of a clone whose folder an environment variable names."
     path = Path(os.environ.get(variable, ''))/file
-    if not os.environ.get(variable) or not path.is_file(): pytest.skip(f'{variable} does not name a folder with a clone of {repository}')
+    if not os.environ.get(variable) or not path.is_file():
+        pytest.skip(f'{variable} does not name a folder with a clone of {repository}')
     return path
 
 def imported(path, monkeypatch, package=''):
@@ -231,23 +254,28 @@ def test_alphapruning_itself(tmp_path, monkeypatch, capsys):
     blocks = nn.ModuleList([net(s, (64, 64, 96)) for s in range(3)])
     t = analyze(nn.ModuleDict(dict(blocks=blocks)), xmin='median', skip=())
     np.save(tmp_path/'alpha.npy', t.frame.alpha.to_numpy())
-    space = dict(np=np, torch=torch, find_layers=lambda b: {n: m for n,m in b.named_modules() if isinstance(m, nn.Linear)})
+    space = dict(np=np, torch=torch,
+                 find_layers=lambda b: {n: m for n,m in b.named_modules() if isinstance(m, nn.Linear)})
     theirs = function(path, 'ww_sparsity', space)
     model = types.SimpleNamespace(model=types.SimpleNamespace(layers=blocks))
-    args = types.SimpleNamespace(model='llama', ww_metric_cache=tmp_path, ww_metric='alpha', mapping_type='layer', sparsity_ratio=.6)
+    args = types.SimpleNamespace(model='llama', ww_metric_cache=tmp_path, ww_metric='alpha', mapping_type='layer',
+                                 sparsity_ratio=.6)
     found = theirs(args, model, 'cpu', .7, 1.3)
     assert np.allclose(1-np.array(list(t.densities(.4, .3).values())), found, atol=1e-6)
 
 @pytest.mark.parametrize('rule,published', [('median', 'xmin_mid'), ('ks', None), ('paper', 'xmin_peak')])
 def test_alphas_of_alphapruning(rule, published, monkeypatch, capsys):
-    module = imported(clone('OPENTRANS_ALPHAPRUNING', 'haiquanlu/AlphaPruning', 'image_classifiers/esd_utils.py'), monkeypatch)
+    module = imported(clone('OPENTRANS_ALPHAPRUNING', 'haiquanlu/AlphaPruning', 'image_classifiers/esd_utils.py'),
+                      monkeypatch)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.Conv2d(32, 48, 3), nn.Linear(100, 60))
     found = module.net_esd_estimator(model, fix_fingers=published)['alpha']
     mine = analyze(model, xmin=rule, skip=(), floor=0, max_aspect=100).frame.alpha
     assert np.allclose(mine, found, rtol=2e-3), (mine.tolist(), found)
 
-@pytest.mark.parametrize('how,published', [('linear', 'tb_linear_map'), ('sqrt', 'tb_sqrt'), ('log2', 'tb_log2'), ('rank', 'tb_step')])
+@pytest.mark.parametrize('how,published',
+                         [('linear', 'tb_linear_map'), ('sqrt', 'tb_sqrt'), ('log2', 'tb_log2'),
+                          ('rank', 'tb_step')])
 def test_tempbalance_itself(how, published, monkeypatch):
     module = imported(clone('OPENTRANS_TEMPBALANCE', 'YefanZhou/TempBalance', 'tempbalance.py'), monkeypatch)
     t = table()
@@ -270,11 +298,21 @@ def test_groups_of_tempbalance(monkeypatch):
     mine = {id(p): g['lr'] for g in t.lr_groups(.1).param_groups(model) for p in g['params']}
     assert set(mine) == set(theirs) and all(math.isclose(mine[k], theirs[k], rel_tol=2e-3) for k in mine)
 
-@pytest.mark.parametrize('how,published', [('linear', 'tb_linear_map'), ('sqrt', 'tb_sqrt'), ('log2', 'tb_log2'), ('sigmoid', 'layerwise_sigmoid')])
-@pytest.mark.parametrize('folder,name', [('LLaMa-pretraining', 'modulewise_AlphaDecay'), ('ViT-training', 'layerTempbalance')])
+@pytest.mark.parametrize('how,published',
+                         [('linear', 'tb_linear_map'), ('sqrt', 'tb_sqrt'), ('log2', 'tb_log2'),
+                          ('sigmoid', 'layerwise_sigmoid')])
+@pytest.mark.parametrize('folder,name',
+                         [('LLaMa-pretraining', 'modulewise_AlphaDecay'), ('ViT-training', 'layerTempbalance')])
 def test_alphadecay_itself(folder, name, how, published, monkeypatch):
-    module = imported(clone('OPENTRANS_ALPHADECAY', 'hed-ucas/AlphaDecay', f'{folder}/WeightDecayUnbalance.py'), monkeypatch)
-    model = nn.ModuleDict(dict(model=nn.ModuleDict(dict(layers=nn.ModuleList([nn.ModuleDict(dict(q=nn.Linear(64, 96), k=nn.Linear(64, 64), up=nn.Linear(64, 128))) for _ in range(3)])))))
+    module = imported(clone('OPENTRANS_ALPHADECAY', 'hed-ucas/AlphaDecay', f'{folder}/WeightDecayUnbalance.py'),
+                      monkeypatch)
+    model = nn.ModuleDict(
+        dict(
+            model=nn.ModuleDict(
+                dict(
+                    layers=nn.ModuleList(
+                        [nn.ModuleDict(dict(q=nn.Linear(64, 96), k=nn.Linear(64, 64), up=nn.Linear(64, 128)))
+                         for _ in range(3)])))))
     t = analyze(model, xmin='median', skip=())
     theirs = getattr(module, name)(model, True, wd_min_ratio=2/3, wd_max_ratio=5, sigmoid_alpha=4)
     stats = pd.DataFrame(dict(longname=[n.removesuffix('.weight') for n in t]))
@@ -289,7 +327,8 @@ def test_farms_itself(monkeypatch, capsys):
         theirs = module.sampled_eigs(w.clone(), False, .5, side, ratio, windows).numpy()
         t = analyze({'a.weight': w}, aspect=Blocks(ratio, side=side, windows=windows), xmin='median', floor=0)
         assert np.allclose(t.spectra['a.weight'].evals, theirs, rtol=1e-3, atol=1e-5*theirs.max())
-    with pytest.raises(Exception): module.sampled_eigs(torch.randn(8, 8, 3, 3), True, .5, 4, 'square', 3) # what it has for kernels takes a corner of each
+    # what it has for kernels takes a corner of each
+    with pytest.raises(Exception): module.sampled_eigs(torch.randn(8, 8, 3, 3), True, .5, 4, 'square', 3)
 
 def test_farms_for_kernels(monkeypatch, capsys):
     "Its kernels are cut side by side as here; it takes the mean of the blocks' alphas, where one may also pool."
@@ -300,11 +339,14 @@ def test_farms_for_kernels(monkeypatch, capsys):
     module = types.ModuleType('farms')
     module.__dict__.update({n: v for n,v in vars(sampling).items() if not n.startswith('__')})
     exec(compile(source, str(path), 'exec'), module.__dict__)
-    module.np = types.SimpleNamespace(mean=np.mean, concatenate=lambda parts: torch.from_numpy(np.concatenate(parts))) # it asks an array for .cpu()
+    # it asks an array for .cpu()
+    module.np = types.SimpleNamespace(mean=np.mean,
+                                      concatenate=lambda parts: torch.from_numpy(np.concatenate(parts)))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(32, 96, 3, bias=False))
     found = module.net_esd_estimator_farms(model, fix_fingers='xmin_mid', Q_ratio=1.)['alpha'][0]
     mats = matrices(model[0].weight)
-    each = [fit_power_law(np.sort((torch.linalg.svdvals(mats[:,i:i+32])**2).flatten().numpy()), 'median').alpha for i in (0, 32, 64)]
+    each = [fit_power_law(np.sort((torch.linalg.svdvals(mats[:,i:i+32])**2).flatten().numpy()), 'median').alpha
+            for i in (0, 32, 64)]
     assert np.isclose(found, np.mean(each), rtol=2e-3)
     assert abs(analyze(model, xmin='median', aspect=1., skip=()).frame.alpha.item() - found) < .05

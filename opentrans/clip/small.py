@@ -37,14 +37,18 @@ def compact_tokens(
 
 # %% ../../nbs/clip/21_small_clip.ipynb #39a7a8a4
 class CompactTokenizer:
-    "open_clip's tokenizer on a short table: 0 is padding, 1 the unknown piece, then the known pieces, start and (as CLIP's pooling asks, the largest) end."
+    """open_clip's tokenizer on a short table: 0 is padding, 1 the unknown piece, then the known pieces, start and
+    (as CLIP's pooling asks, the largest) end."""
     def __init__(self,
         tokens, # The known pieces, as `compact_tokens` gives them
         context_length=16, # Longest text in tokens, start and end included; longer ones are cut
     ):
         t = bpe_tokenizer()
         strange = [p for p in tokens if p not in t.encoder]
-        if strange: raise OpenTransError(f"{len(strange)} tokens are not pieces of CLIP's tokenizer: {strange[:6]}. Make the list with compact_tokens(captions).")
+        if strange:
+            raise OpenTransError(
+                f"{len(strange)} tokens are not pieces of CLIP's tokenizer: {strange[:6]}. Make the list with "
+                f"compact_tokens(captions).")
         self.tokens,self.context_length = list(dict.fromkeys(tokens)),context_length
         self.ids = {t.encoder[p]: i+2 for i,p in enumerate(self.tokens)}
         self.pad,self.unknown,self.start,self.end = 0,1,len(self.tokens)+2,len(self.tokens)+3
@@ -108,13 +112,15 @@ def _check_timm(name, where):
     raise FormatError(f"{where} asks for the image tower '{shorten(name)}', which is none of timm's own models. "
                       "Choose a name of timm.list_models().")
 
-_FAR = ('hf_model_name', 'hf_tokenizer_name', 'tokenizer_kwargs', 'timm_model_pretrained') # entries of open_clip's by which it fetches
+# entries of open_clip's by which it fetches
+_FAR = ('hf_model_name', 'hf_tokenizer_name', 'tokenizer_kwargs', 'timm_model_pretrained')
 
 def _check_near(config, where):
     "Nothing that a configuration asks for may lie elsewhere. Raises `FormatError`."
     vision, text = config.get('vision_cfg', {}), config.get('text_cfg', {})
     far = [key for part in (vision, text) for key in _FAR if part.get(key)]
-    if far: raise FormatError(f"{where} has the entry '{far[0]}', by which something would be fetched. Leave it out.")
+    if far:
+        raise FormatError(f"{where} has the entry '{far[0]}', by which something would be fetched. Leave it out.")
     if vision.get('timm_model_name') is not None: _check_timm(vision['timm_model_name'], where)
     return config
 
@@ -122,7 +128,8 @@ def _check_near(config, where):
 def small_config(
     name, # `'shapes-rn'`, a path to a `.json`, or a configuration
 )->dict: # Configuration: open_clip's `embed_dim`, `vision_cfg` and `text_cfg`, and `tokens`
-    "The configuration of a small CLIP. Raises `OpenTransError` if there is none of that name, or if a file has other entries."
+    """The configuration of a small CLIP. Raises `OpenTransError` if there is none of that name, or if a file has
+    other entries."""
     if isinstance(name, dict): return copy.deepcopy(_check_near(name, 'The configuration of a small CLIP'))
     if str(name) in small_clips(): return load_json(ASSETS/f'{name}.json')
     if str(name).endswith('.json'): return _check_near(load_json(name, _Config), f"'{name}'")
@@ -140,9 +147,12 @@ def small_clip(
     "A CLIP of open_clip's classes with a short token table, with initial weights, and its tokenizer."
     cfg = small_config(config)
     tokens = cfg.get('tokens') if tokens is None else tokens
-    if not tokens: raise OpenTransError("A small CLIP needs its tokens: pass small_clip(config, tokens=compact_tokens(captions)).")
+    if not tokens:
+        raise OpenTransError(
+            "A small CLIP needs its tokens: pass small_clip(config, tokens=compact_tokens(captions)).")
     tokenizer = CompactTokenizer(tokens, cfg['text_cfg'].get('context_length', 16))
     text = dict(cfg['text_cfg'], context_length=tokenizer.context_length, vocab_size=len(tokenizer))
     with seeded(seed):
-        model = open_clip.model.CLIP(cfg['embed_dim'], cfg['vision_cfg'], open_clip.model.CLIPTextCfg(**text), quick_gelu=cfg.get('quick_gelu', False))
+        model = open_clip.model.CLIP(cfg['embed_dim'], cfg['vision_cfg'], open_clip.model.CLIPTextCfg(**text),
+                                     quick_gelu=cfg.get('quick_gelu', False))
     return model,tokenizer

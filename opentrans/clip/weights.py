@@ -33,7 +33,9 @@ def read_weights(
 )->dict: # Name -> tensor
     "A state dict from a file, without running code from it. Raises `OpenTransError`."
     if not os.path.exists(path):
-        raise OpenTransError(f"No weights file '{shorten(path)}'. Give a .safetensors or .pt file that exists, a tag, or pretrained=None for random weights.")
+        raise OpenTransError(
+            f"No weights file '{shorten(path)}'. Give a .safetensors or .pt file that exists, a tag, or "
+            f"pretrained=None for random weights.")
     path = regular_file(path, 'weights file')
     if _is_ours(path): return load_tensors(path, kind=CLIP_FILE)[0]
     return state_dict_of(read_checkpoint(path), path)
@@ -49,27 +51,36 @@ def _fit_positions(weights, model, source):
     before = weights.get(name)
     open_clip.model.resize_pos_embed(weights, model)
     if before is None or weights[name].shape == before.shape: return
-    warnings.warn(f"{source} come with {len(before)} positions of the image tower, here are {len(weights[name])}: they were resampled. "
-                  "For the size of the weights, take an architecture of that size.", stacklevel=4)
+    warnings.warn(
+        f"{source} come with {len(before)} positions of the image tower, here are {len(weights[name])}: they were "
+        f"resampled. " "For the size of the weights, take an architecture of that size.", stacklevel=4)
 
 def load_weights(
     model:nn.Module, # An open_clip model
     weights:dict, # Name -> tensor, in open_clip's or OpenAI's names
     source='the weights', # Where they come from, for the message
 ):
-    "Fill all of a CLIP from a state dict: whatever is missing, left over or of another shape is an error that lists the names."
-    sd = open_clip.convert.convert_state_dict(model, {k: v.float() if v.is_floating_point() else v for k,v in weights.items()
-                                                      if k not in ('input_resolution', 'context_length', 'vocab_size')})
-    if 'positional_embedding' in sd and not hasattr(model, 'positional_embedding'): sd = open_clip.model.convert_to_custom_text_state_dict(sd)
+    """Fill all of a CLIP from a state dict: whatever is missing, left over or of another shape is an error that
+    lists the names."""
+    sd = open_clip.convert.convert_state_dict(model,
+                                              {k: v.float() if v.is_floating_point() else v
+                                               for k,v in weights.items()
+                                               if k not in ('input_resolution', 'context_length', 'vocab_size')})
+    if 'positional_embedding' in sd and not hasattr(model, 'positional_embedding'):
+        sd = open_clip.model.convert_to_custom_text_state_dict(sd)
     _fit_positions(sd, model, source)
     own = model.state_dict()
     if 'logit_scale' in sd: sd['logit_scale'] = sd['logit_scale'].reshape(own['logit_scale'].shape)
     missing = [k for k in own if k not in sd and not k.endswith('num_batches_tracked')]
     extra = [k for k in sd if k not in own]
-    shapes = [f"{k} {tuple(sd[k].shape)} (here {tuple(own[k].shape)})" for k in own if k in sd and sd[k].shape != own[k].shape]
+    shapes = [f"{k} {tuple(sd[k].shape)} (here {tuple(own[k].shape)})"
+              for k in own if k in sd and sd[k].shape != own[k].shape]
     for what,names in (('miss', missing), ('have other shapes for', shapes), ('have unknown', extra)):
-        if names: raise OpenTransError(f"{source} {what} {len(names)} of {len(own)} tensors: {', '.join(names[:6])}{' ...' if len(names)>6 else ''}. "
-                                       "A whole CLIP of this architecture is needed, image and text encoder both.")
+        if names:
+            raise OpenTransError(
+                f"{source} {what} {len(names)} of {len(own)} tensors: "
+                f"{', '.join(names[:6])}{' ...' if len(names)>6 else ''}. " "A whole CLIP of this architecture is "
+                                                                            "needed, image and text encoder both.")
     check_finite(sd, source, 'Nothing can be computed with them: fetch or make them again.')
     model.load_state_dict(sd, strict=False)
 
@@ -97,32 +108,41 @@ def _triple(name, values):
     good = len(numbers) == 3 and all(map(math.isfinite, numbers)) and (name != 'std' or min(numbers) > 0)
     if good: return numbers
     wanted = 'three numbers above 0' if name == 'std' else 'three numbers'
-    raise OpenTransError(f"{name}={shorten(values)} of a CLIP's images: give {wanted}, one for each of red, green and blue.")
+    raise OpenTransError(
+        f"{name}={shorten(values)} of a CLIP's images: give {wanted}, one for each of red, green and blue.")
 
 def clip_facts(
     model:nn.Module, # An open_clip model, or a `ClipBackbone`
-)->dict: # Those that are known of `quick_gelu`, `mean`, `std`, `interpolation`, `resize_mode`, `image_size` and `context_length`
+    # Those that are known of `quick_gelu`, `mean`, `std`, `interpolation`, `resize_mode`, `image_size` and
+    # `context_length`
+)->dict:
     "What the weights of a CLIP do not show: its activation, the normalisation of its images, and its sizes."
-    if hasattr(model, 'origin'): return dict(clip_facts(_whole(model)), mean=list(model.origin.mean), std=list(model.origin.std))
+    if hasattr(model, 'origin'):
+        return dict(clip_facts(_whole(model)), mean=list(model.origin.mean), std=list(model.origin.std))
     quick = any(isinstance(part, open_clip.transformer.QuickGELU) for part in model.modules())
     sizes = dict(image_size=getattr(model.visual, 'image_size', None),
                  context_length=getattr(getattr(model, 'text', model), 'context_length', None))
     noted = getattr(model.visual, 'preprocess_cfg', {})
-    if isinstance(sizes['image_size'], (tuple, list)) and len(set(sizes['image_size'])) == 1: sizes['image_size'] = sizes['image_size'][0]
+    if isinstance(sizes['image_size'], (tuple, list)) and len(set(sizes['image_size'])) == 1:
+        sizes['image_size'] = sizes['image_size'][0]
     known = dict(quick_gelu=quick, **{name: noted.get(name) for name in _NOTED}, **sizes)
-    return {name: list(fact) if isinstance(fact, tuple) else fact for name, fact in known.items() if fact is not None}
+    return {name: list(fact) if isinstance(fact, tuple) else fact
+            for name, fact in known.items() if fact is not None}
 
 def save_weights(
     model:nn.Module, # An open_clip model, or a `ClipBackbone`
     path, # A `.safetensors` file
     half:bool=False, # Store in float16?
-    mean=None, # Mean colour of its images, three numbers; None: as `open_model` or open_clip has noted it at the model
+    # Mean colour of its images, three numbers; None: as `open_model` or open_clip has noted it at the model
+    mean=None,
     std=None, # Their deviation, likewise
     **metadata, # Facts about the training
 ):
-    "Write all weights of a CLIP to a safetensors file that `ClipBackbone.create` reads, with activation, normalisation and sizes."
+    """Write all weights of a CLIP to a safetensors file that `ClipBackbone.create` reads, with activation,
+    normalisation and sizes."""
     facts = clip_facts(model)
-    facts.update({name: list(_triple(name, told)) for name, told in dict(mean=mean, std=std).items() if told is not None})
+    facts.update({name: list(_triple(name, told))
+                  for name, told in dict(mean=mean, std=std).items() if told is not None})
     weights = (_whole(model) if hasattr(model, 'origin') else model).state_dict()
     weights = {k: v.half() if half and v.is_floating_point() else v for k,v in weights.items()}
     save_tensors(weights, path, dict(metadata, clip=facts), CLIP_FILE)
@@ -175,21 +195,27 @@ def _fetch(name, tag, cache_dir, hub=None):
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not open_clip.is_pretrained_cfg(name, tag):
         if not tags:
-            raise OpenTransError(f"open_clip knows no published weights of '{name}' (and there is no file '{tag}'). Give a file, or pretrained=None for random weights.")
+            raise OpenTransError(
+                f"open_clip knows no published weights of '{name}' (and there is no file '{tag}'). Give a file, or "
+                f"pretrained=None for random weights.")
         raise unknown(f'weights (no such file, and no such tag of {name}):', tag, tags)
     cfg = open_clip.get_pretrained_cfg(name, tag)
     if hub is False:
         path = _local_copy(cfg, cache_dir)
         if path is None:
-            raise OpenTransError(f"The weights '{tag}' of {name} are not on this machine, and it is a file that asks for them. Files fetch nothing: "
-                                 f"allow it by --allow-hub (in Python: hub=True), or give --pretrained {tag} yourself.")
+            raise OpenTransError(
+                f"The weights '{tag}' of {name} are not on this machine, and it is a file that asks for them. "
+                f"Files fetch nothing: allow it by --allow-hub (in Python: hub=True), or give --pretrained "
+                                         f"{tag} yourself.")
         return path, cfg
     try:
         if not _cached(cfg, cache_dir): _reach(cfg)
         return open_clip.download_pretrained(cfg, cache_dir=cache_dir),cfg
     except Exception as e:
-        raise OpenTransError(f"The weights '{tag}' of {name} could not be downloaded ({type(e).__name__}). Check the network, or fetch "
-                             f"'{cfg.get('hf_hub') or cfg.get('url')}' elsewhere and give the path of the file as pretrained.") from e
+        raise OpenTransError(
+            f"The weights '{tag}' of {name} could not be downloaded ({type(e).__name__}). Check the network, or "
+            f"fetch '{cfg.get('hf_hub') or cfg.get('url')}' elsewhere and give the path of the file as "
+                      f"pretrained.") from e
 
 # %% ../../nbs/clip/24_weights.ipynb #b8250b51
 _PLACE = re.compile(r'[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?') # how repositories of the hub are called
@@ -199,28 +225,37 @@ def _hub_file(name, file, cache_dir=None):
     "A file of a repository of the hub, downloaded. Raises `OpenTransError`."
     repository = name.removeprefix(HUB)
     if not _PLACE.fullmatch(repository):
-        raise OpenTransError(f"'{shorten(name)}' is no repository of the Hugging Face hub. Write {HUB}ORG/REPOSITORY.")
+        raise OpenTransError(
+            f"'{shorten(name)}' is no repository of the Hugging Face hub. Write {HUB}ORG/REPOSITORY.")
     try: return huggingface_hub.hf_hub_download(repository, file, cache_dir=cache_dir)
     except Exception as error: # of the network, of the hub, or of the disk
-        raise OpenTransError(f"'{file}' of '{name}' could not be downloaded ({type(error).__name__}). Check the name and the network.") from error
+        raise OpenTransError(
+            f"'{file}' of '{name}' could not be downloaded ({type(error).__name__}). Check the name and the "
+            f"network.") from error
 
 def _hub_config(name, hub, cache_dir=None):
-    "The configuration in a repository of the hub, its settings for images under `preprocess_cfg`. Raises `OpenTransError`."
+    """The configuration in a repository of the hub, its settings for images under `preprocess_cfg`. Raises
+    `OpenTransError`."""
     if hub is not True:
-        raise OpenTransError(f"'{shorten(name)}' lies on the Hugging Face hub, from which nothing is fetched unless you allow it: "
-                             "by --allow-hub, in Python by hub=True.")
+        raise OpenTransError(
+            f"'{shorten(name)}' lies on the Hugging Face hub, from which nothing is fetched unless you allow it: "
+            "by --allow-hub, in Python by hub=True.")
     told = load_json(_hub_file(name, 'open_clip_config.json', cache_dir), dict)
-    return dict(_check_hub(told.get('model_cfg', told), f"The configuration of '{name}'"), preprocess_cfg=told.get('preprocess_cfg') or {})
+    return dict(_check_hub(told.get('model_cfg', told), f"The configuration of '{name}'"),
+                preprocess_cfg=told.get('preprocess_cfg') or {})
 
 def _check_hub(cfg, where):
     "A repository's configuration, without anything that would fetch or run more. Raises `FormatError`."
     check_shape(cfg, _Parts, where)
     vision, text = dict(cfg['vision_cfg']), dict(cfg['text_cfg'])
     if 'multimodal_cfg' in cfg or text.get('hf_model_name'):
-        raise FormatError(f"{where} is not that of a CLIP with towers of open_clip's own. Choose another repository.")
+        raise FormatError(
+            f"{where} is not that of a CLIP with towers of open_clip's own. Choose another repository.")
     if vision.get('timm_model_name') is not None: _check_timm(vision['timm_model_name'], where)
     strange = [key for key in text.get('tokenizer_kwargs') or {} if key not in _TOKENIZER]
-    if strange: raise FormatError(f"{where} gives its tokenizer the option '{shorten(strange[0])}', which is not taken from a repository.")
+    if strange:
+        raise FormatError(
+            f"{where} gives its tokenizer the option '{shorten(strange[0])}', which is not taken from a repository.")
     vision.pop('timm_model_pretrained', None)
     return dict(cfg, vision_cfg=vision, text_cfg=text)
 
@@ -241,16 +276,23 @@ def model_config(
     hub:bool=None, # True: the Hugging Face hub may be asked
     cache_dir:str=None, # Where downloads are kept; None for the libraries' own place
 )->dict: # Configuration in open_clip's form
-    "open_clip's configuration of a name. Raises `OpenTransError` for a name that is none, or that would read one from a folder or the hub."
+    """open_clip's configuration of a name. Raises `OpenTransError` for a name that is none, or that would read one
+    from a folder or the hub."""
     name = str(name)
     if name.startswith(HUB): return _hub_config(name, hub, cache_dir)
     if name.startswith('local-dir:'):
-        raise OpenTransError(f"'{shorten(name)}' would take an architecture, and code, from a folder. Give open_clip's name of the "
-                             "architecture, and the folder's file of weights as pretrained.")
+        raise OpenTransError(
+            f"'{shorten(name)}' would take an architecture, and code, from a folder. Give open_clip's name of the "
+            "architecture, and the folder's file of weights as pretrained.")
     cfg = open_clip.get_model_config(name) if name in open_clip.list_models() else None
-    if cfg is None: raise unknown('CLIP model', name, shipped_clips() + [n for n in open_clip.list_models() if n.startswith(('RN', 'ViT', 'convnext'))])
+    if cfg is None:
+        raise unknown('CLIP model', name,
+                      shipped_clips()
+                      + [n for n in open_clip.list_models() if n.startswith(('RN', 'ViT', 'convnext'))])
     if 'multimodal_cfg' in cfg:
-        raise OpenTransError(f"'{name}' is a captioner, not a CLIP with an image tower and a text tower; choose an RN, ViT or convnext model.")
+        raise OpenTransError(
+            f"'{name}' is a captioner, not a CLIP with an image tower and a text tower; choose an RN, ViT or "
+            f"convnext model.")
     return cfg
 
 @contextlib.contextmanager
@@ -272,11 +314,12 @@ def _text_from_hub(
     for repository, file in wanted.items():
         if not repository: continue
         if not _PLACE.fullmatch(str(repository)) or os.path.exists(repository):
-            raise OpenTransError(f"'{name}' needs '{shorten(repository)}' of the Hugging Face hub, and a folder of that name here would be "
-                                 "taken for it. Start from another folder.")
+            raise OpenTransError(
+                f"'{name}' needs '{shorten(repository)}' of the Hugging Face hub, and a folder of that name here "
+                f"would be " "taken for it. Start from another folder.")
         if not allowed and _from_cache(repository, file, cache_dir) is None:
-            raise OpenTransError(f"The texts of '{name}' need '{repository}' of the Hugging Face hub, which is not on this machine. "
-                                 "Allow to fetch it: by --allow-hub, in Python by hub=True.")
+            raise OpenTransError(
+                f"The texts of '{name}' need '{repository}' of the Hugging Face hub, which is not on this machine. " "Allow " "to " "fetch " "it: " "by " "--allow-hub, " "in " "Python " "by " "hub=True.")
     return contextlib.nullcontext() if allowed else _offline()
 
 def _tokenizer(text, cache_dir=None):
@@ -290,7 +333,9 @@ def _tokenizer(text, cache_dir=None):
 def _architecture(name, quick_gelu, cfg):
     "An open_clip model with initial weights, from its configuration. Raises `OpenTransError`."
     cfg = copy.deepcopy(cfg)
-    text,kind = cfg['text_cfg'],open_clip.CustomTextCLIP if cfg.pop('custom_text', False) or 'hf_model_name' in cfg['text_cfg'] else open_clip.CLIP
+    text = cfg['text_cfg']
+    kind = (open_clip.CustomTextCLIP if cfg.pop('custom_text', False) or 'hf_model_name' in cfg['text_cfg']
+            else open_clip.CLIP)
     if 'hf_model_name' in text: text['hf_model_pretrained'] = False
     allowed = inspect.signature(kind).parameters
     try: return kind(**dict({k: v for k,v in cfg.items() if k in allowed}, quick_gelu=quick_gelu))
@@ -298,7 +343,8 @@ def _architecture(name, quick_gelu, cfg):
 
 # %% ../../nbs/clip/24_weights.ipynb #0cc1002f
 def _usual(name):
-    "What all published weights of an architecture agree on: activation, mean and deviation; None where they do not."
+    """What all published weights of an architecture agree on: activation, mean and deviation; None where they do
+    not."""
     found = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
     every = {fact: {_hashable(other.get(fact)) for other in found} for fact in ('quick_gelu', 'mean', 'std')}
     return {fact: values.pop() if len(values) == 1 else None for fact, values in every.items()}
@@ -313,7 +359,9 @@ def _activation(name, cfg, facts, weights, usual):
     if not weights or usual['quick_gelu'] is False: return False, ''
     other = f"{name}-quickgelu"
     hint = f" or the name '{other}'" if other in open_clip.list_models() else ''
-    return False, f"with which activation they were trained (GELU is taken, as '{name}' says; OpenAI's need quick_gelu=True{hint})"
+    return (False,
+            f"with which activation they were trained (GELU is taken, as '{name}' says; OpenAI's need "
+            f"quick_gelu=True{hint})")
 
 def _normalisation(facts, weights, usual):
     "Mean and deviation of images. And a sentence's part, if they are not known."
@@ -350,20 +398,24 @@ def find_weights(
     if pretrained is None: return None, {}
     small = name in small_clips()
     if not isinstance(pretrained, (str, Path)) or not str(pretrained).strip():
-        raise OpenTransError(f"pretrained={pretrained!r}: give a tag, the path of a weights file, or None for random weights.")
+        raise OpenTransError(
+            f"pretrained={pretrained!r}: give a tag, the path of a weights file, or None for random weights.")
     path, tag = Path(pretrained), str(pretrained)
     if os.path.isfile(path): return path, read_facts(path)
     if tag == name and small: return ASSETS/f'{name}.safetensors', read_facts(ASSETS/f'{name}.safetensors')
     if tag == name and tag.startswith(HUB):
         path = _hub_weights(name, cache_dir)
         return path, read_facts(path)
-    if path.suffix in ('.safetensors', '.pt', '.pth', '.bin') or path.parent != Path('.'): read_weights(path) # says that there is no such file
+    # says that there is no such file
+    if path.suffix in ('.safetensors', '.pt', '.pth', '.bin') or path.parent != Path('.'): read_weights(path)
     if name in shipped_clips(): raise unknown(f'weights (no such file, and no such tag of {name}):', tag, [name])
     path, published = _fetch(name, tag, cache_dir, hub)
-    return path, {fact: published[fact] for fact in _NOTED if published.get(fact)} | dict(quick_gelu=published.get('quick_gelu', False))
+    return path, {fact: published[fact]
+                  for fact in _NOTED if published.get(fact)} | dict(quick_gelu=published.get('quick_gelu', False))
 
 def _build(name, cfg, facts, small, seed, allowed, cache_dir=None):
-    "A CLIP with initial weights and its tokenizer, of the activation and the sizes that are known. Raises `OpenTransError`."
+    """A CLIP with initial weights and its tokenizer, of the activation and the sizes that are known. Raises
+    `OpenTransError`."""
     cfg = copy.deepcopy(cfg)
     if 'image_size' in facts: cfg['vision_cfg']['image_size'] = facts['image_size']
     if 'context_length' in facts: cfg['text_cfg']['context_length'] = facts['context_length']
@@ -371,20 +423,27 @@ def _build(name, cfg, facts, small, seed, allowed, cache_dir=None):
     with _text_from_hub(name, cfg['text_cfg'], allowed, cache_dir):
         with seeded(seed): model = _architecture(name, facts['quick_gelu'], cfg)
         try: return model, _tokenizer(cfg['text_cfg'], cache_dir)
-        except Exception as e: raise OpenTransError(f"The tokenizer of '{name}' could not be made ({type(e).__name__}); it may need a download.") from e
+        except Exception as e:
+            raise OpenTransError(
+                f"The tokenizer of '{name}' could not be made ({type(e).__name__}); it may need a download.") from e
 
 def _holds_tower(path):
-    "Does a file hold the weights of an image tower alone, as `prune --weights` of 0.1 wrote them? They have no text encoder and no temperature."
+    """Does a file hold the weights of an image tower alone, as `prune --weights` of 0.1 wrote them? They have no
+    text encoder and no temperature."""
     if Path(path).suffix != '.safetensors' or not os.path.isfile(path): return False
     load_metadata(path) # says what is wrong with a file that is none
     with safe_open(str(path), 'pt') as file: names = list(file.keys())
-    return not any(name == 'logit_scale' or 'token_embedding' in name or name.startswith(('visual.', 'text.')) for name in names)
+    return not any(name == 'logit_scale' or 'token_embedding' in name or name.startswith(('visual.', 'text.'))
+                   for name in names)
 
 def weights_apart(
     name:str, # Of the CLIP
     pretrained, # As `open_model` takes it
-)->tuple: # (where the whole CLIP comes from, as `open_model` takes it; file of an image tower that is laid over it, or None)
-    "Two sources of weights in one text: `'openai,tower.safetensors'`. The own text encoder of a CLIP that ships goes with a tower alone. Raises `OpenTransError` for another's."
+    # (where the whole CLIP comes from, as `open_model` takes it; file of an image tower that is laid over it, or
+    # None)
+)->tuple:
+    """Two sources of weights in one text: `'openai,tower.safetensors'`. The own text encoder of a CLIP that ships
+    goes with a tower alone. Raises `OpenTransError` for another's."""
     if not isinstance(pretrained, (str, Path)): return pretrained,None
     text = str(pretrained)
     if ',' not in text or os.path.exists(text):
@@ -394,20 +453,26 @@ def weights_apart(
                              f"Say whose text encoder goes with it: openai,{text}.")
     whole,tower = text.split(',', 1)
     if not _holds_tower(tower):
-        raise OpenTransError(f"'{shorten(tower)}' is no file of an image tower alone. Give one, or the whole CLIP's file without a comma.")
+        raise OpenTransError(
+            f"'{shorten(tower)}' is no file of an image tower alone. Give one, or the whole CLIP's file without a "
+            f"comma.")
     return None if whole == 'none' else whole,tower
 
 def open_model(
     name:str, # `'shapes-rn'`, `'photo-lite0'`, or open_clip's name, such as `'RN50'`
-    pretrained:str=None, # A tag of open_clip, a path, the own name of a CLIP that ships, a tag or path with a tower's file behind a comma, or None: random weights from `seed`
+    # A tag of open_clip, a path, the own name of a CLIP that ships, a tag or path with a tower's file behind a
+    # comma, or None: random weights from `seed`
+    pretrained:str=None,
     seed:int=0, # Seed of random weights
     cache_dir:str=None, # Where downloads are kept; None for the libraries' own place
     quick_gelu:bool=None, # OpenAI's faster activation? None: as file, tag or name tell
     mean=None, # Mean colour of its images, three numbers; None: as file or tag tell
     std=None, # Their deviation, likewise
-    hub:bool=None, # True: whatever is missing may be fetched from the Hugging Face hub; None: what a tag needs; False: nothing
+    # True: whatever is missing may be fetched from the Hugging Face hub; None: what a tag needs; False: nothing
+    hub:bool=None,
 )->tuple: # (model, tokenizer, mean, std)
-    "An open_clip model with its weights, its tokenizer and its normalisation. Raises `OpenTransError` where something is missing."
+    """An open_clip model with its weights, its tokenizer and its normalisation. Raises `OpenTransError` where
+    something is missing."""
     if name in photo_clips(): return _open_photo(name, pretrained, seed, mean, std)
     small = name in small_clips()
     cfg = small_config(name) if small else model_config(name, hub, cache_dir)
@@ -416,7 +481,8 @@ def open_model(
     tag = path is not None and not os.path.isfile(pretrained)
     if str(name).startswith(HUB): facts = dict(_noted(cfg), **facts)
     elif tag: facts['quick_gelu'] = facts.get('quick_gelu', False) or cfg.get('quick_gelu', False)
-    facts.update({fact: value for fact, value in dict(quick_gelu=quick_gelu, mean=mean, std=std).items() if value is not None})
+    facts.update({fact: value
+                  for fact, value in dict(quick_gelu=quick_gelu, mean=mean, std=std).items() if value is not None})
     weights = read_weights(path) if path else {}
     facts = _complete(name, cfg, facts, weights, Path(path or '').name, small)
     model,tokenizer = _build(name, cfg, facts, small, seed, hub is True or hub is None and tag, cache_dir)
@@ -450,10 +516,12 @@ def _lay_tower(model, path):
 def _noted(cfg):
     "What a repository of the hub tells of its weights."
     told = cfg.get('preprocess_cfg', {})
-    return {fact: told[fact] for fact in _NOTED if told.get(fact)} | dict(quick_gelu=bool(cfg.get('quick_gelu', False)))
+    return ({fact: told[fact] for fact in _NOTED if told.get(fact)}
+            | dict(quick_gelu=bool(cfg.get('quick_gelu', False))))
 
 def _note(model, facts):
     "Write at a model how its images are normalised, as open_clip does, so that it is saved with its weights."
     size = getattr(model.visual, 'image_size', 224)
     usual = dict(size=size, mode='RGB', interpolation='bicubic', resize_mode='shortest', fill_color=0)
-    open_clip.model.set_model_preprocess_cfg(model, dict(usual, **{fact: facts[fact] for fact in _NOTED if fact in facts}))
+    open_clip.model.set_model_preprocess_cfg(model,
+                                             dict(usual, **{fact: facts[fact] for fact in _NOTED if fact in facts}))

@@ -25,15 +25,18 @@ from ..files import atomic_path, check_shape, load_json, read_text, save_text
 
 # %% ../../nbs/data/15_datasets.ipynb #f8f002bd
 def data_root(
-    root=None, # A folder; None takes the environment variable DETECTRON2_DATASETS, or `datasets` in the current folder
+    # A folder; None takes the environment variable DETECTRON2_DATASETS, or `datasets` in the current folder
+    root=None,
 )->Path: # The folder
     "Where data sets are. Raises `OpenTransError` if there is no such folder."
     given = root if root is not None else os.environ.get('DETECTRON2_DATASETS', 'datasets')
-    if not isinstance(given, (str, os.PathLike)): raise OpenTransError(f"root={shorten(given, 40)}: give the path of a folder.")
+    if not isinstance(given, (str, os.PathLike)):
+        raise OpenTransError(f"root={shorten(given, 40)}: give the path of a folder.")
     try: path = Path(given).expanduser()
     except RuntimeError: path = Path(given) # there is no such user
     if os.path.isdir(path): return path
-    told = '' if root is not None else ' Give root=..., or set DETECTRON2_DATASETS to the folder that holds the data sets.'
+    told = ('' if root is not None
+            else ' Give root=..., or set DETECTRON2_DATASETS to the folder that holds the data sets.')
     raise OpenTransError(f"There is no folder '{shorten(given)}' to read data from.{told}")
 
 def find_layout(
@@ -48,7 +51,8 @@ def find_layout(
         if all(f): return i, tuple(root/p for p in layouts[i])
     best = max(range(len(layouts)), key=lambda i: sum(found[i])/len(found[i]))
     lost = [str(p) for p,f in zip(layouts[best], found[best]) if not f]
-    kind = 'is not whole' if any(found[best]) else 'is not there' if any(root.iterdir()) else 'is not there: the folder is empty'
+    kind = ('is not whole' if any(found[best]) else 'is not there' if any(root.iterdir())
+            else 'is not there: the folder is empty')
     raise OpenTransError(f"{name} under '{root}' {kind}; missing: {', '.join(lost)}. {how}".strip())
 
 # %% ../../nbs/data/15_datasets.ipynb #8926055d
@@ -63,10 +67,16 @@ def pair_files(
 )->tuple: # (list of `Files` by name, id -> problem)
     "Match images and label maps by name. What has no partner, or shares its name with another file, is a problem."
     a,b = _by_id(images, tails[0], IMAGES),_by_id(labels, tails[1], suffixes)
-    if not a: raise OpenTransError(f"There are no images in '{images}' (looked for *{tails[0]} with {', '.join(IMAGES[:3])}, ...).")
-    if not b: raise OpenTransError(f"There are no label maps in '{labels}' (looked for *{tails[1]} with {', '.join(suffixes)}).")
+    if not a:
+        raise OpenTransError(
+            f"There are no images in '{images}' (looked for *{tails[0]} with {', '.join(IMAGES[:3])}, ...).")
+    if not b:
+        raise OpenTransError(
+            f"There are no label maps in '{labels}' (looked for *{tails[1]} with {', '.join(suffixes)}).")
     lower = [{k.lower(): ps[0].name for k,ps in found.items()} for found in (a, b)]
-    problems = {k: said for k in (sorted(a.keys() | b.keys()) if names is None else names) if (said := _unpaired(k, a, b, lower))}
+    problems = {k: said
+                for k in (sorted(a.keys() | b.keys()) if names is None else names)
+                if (said := _unpaired(k, a, b, lower))}
     ids = sorted(a.keys() & b.keys()) if names is None else list(dict.fromkeys(names))
     return [Files(k, a[k][0], b[k][0]) for k in ids if k not in problems], problems
 
@@ -82,11 +92,13 @@ def _by_id(folder, tail, suffixes):
 def _unpaired(key, images, labels, lower):
     "Why an image and a label map cannot be matched, or ''."
     for kind,found in (('images', images), ('label maps', labels)):
-        if len(found.get(key, ())) > 1: return f"{len(found[key])} {kind} have this name: {', '.join(p.name for p in found[key])}"
+        if len(found.get(key, ())) > 1:
+            return f"{len(found[key])} {kind} have this name: {', '.join(p.name for p in found[key])}"
     for kind,here,there,near_by in (('label map', images, labels, lower[1]), ('image', labels, images, lower[0])):
         if key in here and key not in there:
             near = near_by.get(key.lower())
-            return f"no {kind} for '{here[key][0].name}'" + (f", but '{near}': write both in the same case" if near else '')
+            return (f"no {kind} for '{here[key][0].name}'"
+                    + (f", but '{near}': write both in the same case" if near else ''))
     return '' if key in images else f"no image for '{key}'"
 
 # %% ../../nbs/data/15_datasets.ipynb #fa12f311
@@ -97,7 +109,10 @@ def register_dataset(
     how:str='', # One sentence on how to get the data, shown when it is missing
 ): # A decorator for a function `(root, split, **options) -> data set`
     "Make a data set known by name."
-    def add(f): _DATASETS[name] = f; f.how = how; return f
+    def add(f):
+        _DATASETS[name] = f
+        f.how = how
+        return f
     return add
 
 def list_datasets()->list:
@@ -116,8 +131,11 @@ def open_dataset(
     f = _DATASETS[name]
     known = [p for p in inspect.signature(f).parameters if p not in ('root', 'split', 'kwargs')]
     for o in options:
-        if o not in known: raise OpenTransError(f"The data set '{name}' has no option '{o}'; it takes: {', '.join(known) or 'none'}.")
-    return f(root, split, corrupt=corrupt, **options) if 'kwargs' in inspect.signature(f).parameters else f(root, split, **options)
+        if o not in known:
+            raise OpenTransError(
+                f"The data set '{name}' has no option '{o}'; it takes: {', '.join(known) or 'none'}.")
+    return (f(root, split, corrupt=corrupt, **options) if 'kwargs' in inspect.signature(f).parameters
+            else f(root, split, **options))
 
 def _split(split, **names):
     "The folder name of a split."
@@ -127,13 +145,16 @@ def _split(split, **names):
 # %% ../../nbs/data/15_datasets.ipynb #40009cf2
 def _is_file_of_names(names):
     "Is this a path rather than a list of names?"
-    return isinstance(names, Path) or (isinstance(names, str) and Path(names).suffix.lower() in ('.txt', '.json', '.csv', '.tsv', '.names', '.lst'))
+    return (isinstance(names, Path)
+            or (isinstance(names, str)
+                and Path(names).suffix.lower() in ('.txt', '.json', '.csv', '.tsv', '.names', '.lst')))
 
 def _names(names, templates='photo'):
     "A vocabulary from a list or comma string of names, a name in `VOCABULARIES`, or a file."
     if isinstance(names, Vocabulary): return names
     if _is_file_of_names(names): return Vocabulary.from_file(names, templates)
-    return Vocabulary(VOCABULARIES[names].entries if isinstance(names, str) and names in VOCABULARIES else names, templates)
+    return Vocabulary(VOCABULARIES[names].entries if isinstance(names, str) and names in VOCABULARIES else names,
+                      templates)
 
 def _void(ignore, classes):
     "The label values to leave out, as a list. Raises `OpenTransError` for what are no such values."
@@ -143,22 +164,35 @@ def _void(ignore, classes):
     else: given = list(ignore) if isinstance(ignore, Iterable) else [ignore]
     whole = all(re.fullmatch(r'\s*\d{1,5}\s*', str(i)) and not isinstance(i, bool) for i in given)
     if not whole or any(int(i) > 65535 for i in given):
-        raise OpenTransError(f"ignore={shorten(ignore, 60)}: the values to leave out are whole numbers from 0 to 65535, such as 255 or '0,255'.")
+        raise OpenTransError(
+            f"ignore={shorten(ignore, 60)}: the values to leave out are whole numbers from 0 to 65535, such as 255 "
+            f"or '0,255'.")
     return [int(i) for i in given]
 
 def _folder_layouts(root, split):
-    "Where images and labels of a split may lie, the most special first. Raises `OpenTransError` if there are other splits only."
+    """Where images and labels of a split may lie, the most special first. Raises `OpenTransError` if there are
+    other splits only."""
     if split is not None and (not isinstance(split, str) or '..' in Path(split).parts or '\0' in split):
         raise OpenTransError(f"split={shorten(split, 40)!r}: give the name of a folder, such as 'val'.")
     if split and (root/split).is_dir(): return [(f'{split}/images', f'{split}/labels'), ('images', 'labels')]
-    splits = sorted(name for name in ('train', 'val', 'test', 'training', 'validation') if (root/'images'/name).is_dir() and (root/'labels'/name).is_dir())
+    splits = sorted(name
+                    for name in ('train', 'val', 'test', 'training', 'validation')
+                    if (root/'images'/name).is_dir() and (root/'labels'/name).is_dir())
     if split in splits: return [(f'images/{split}', f'labels/{split}')]
-    if splits and split: raise OpenTransError(f"'{root}/images' has no folder '{split}', only {', '.join(splits)}. Choose one of them, or split='' to read all.")
+    if splits and split:
+        raise OpenTransError(
+            f"'{root}/images' has no folder '{split}', only {', '.join(splits)}. Choose one of them, or split='' "
+            f"to read all.")
     return [('images', 'labels')]
 
-@register_dataset('folder', "A folder data set is DIR/images/NAME.jpg|png with DIR/labels/NAME.png, 8 or 16 bit, one channel: the class number of each pixel.")
+@register_dataset('folder',
+                  "A folder data set is DIR/images/NAME.jpg|png with DIR/labels/NAME.png, 8 or 16 bit, one "
+                  "channel: the class number of each pixel.")
 def _folder(root, split='val', names=None, ignore='usual', templates=('a photo of a {}.',), **kwargs):
-    if names is None: raise OpenTransError("A folder data set needs the names of its classes: names=['sky', 'road', ...], or on the command line --classes \"sky,road,...\"")
+    if names is None:
+        raise OpenTransError(
+            "A folder data set needs the names of its classes: names=['sky', 'road', ...], or on the command line "
+            "--classes \"sky,road,...\"")
     v = _names(names, templates)
     void = _void(ignore, len(v)) # 'usual' is 255, or 65535 where 255 is a class
     root = data_root(root)
@@ -168,9 +202,11 @@ def _folder(root, split='val', names=None, ignore='usual', templates=('a photo o
 
 # %% ../../nbs/data/15_datasets.ipynb #a839cb52
 def _coco_layouts(split):
-    tree = [(f'annotations/panoptic_{split}2017.json', maps, f'{split}2017') for maps in (f'panoptic_{split}2017', f'annotations/panoptic_{split}2017')]
+    tree = [(f'annotations/panoptic_{split}2017.json', maps, f'{split}2017')
+            for maps in (f'panoptic_{split}2017', f'annotations/panoptic_{split}2017')]
     sample = [('panoptic_examples.json', 'panoptic_examples', 'input_images')]
-    return [tuple(f'{top}{p}' for p in paths) for top in ('coco/', '') for paths in tree] + [tuple(f'{top}{p}' for p in paths) for top in ('sample_data/', '') for paths in sample]
+    return ([tuple(f'{top}{p}' for p in paths) for top in ('coco/', '') for paths in tree]
+            + [tuple(f'{top}{p}' for p in paths) for top in ('sample_data/', '') for paths in sample])
 
 class _Segment(TypedDict):
     id:Annotated[int, Field(ge=1, lt=2**24)] # the colour in the map, R + 256 G + 256^2 B; 0 is void
@@ -210,14 +246,19 @@ def _once(values, what, path):
 def read_panoptic_json(
     path, # A JSON file
     *needed:str, # Fields that it must have besides `annotations`, such as `'images'`
-)->dict: # images, annotations, categories, and under `opentrans` what `write_coco_panoptic` adds; whatever else it holds is left out
-    "Read a JSON file of panoptic annotations and check it. Raises `FormatError` for another shape, for ids that are there twice, and for names of files that lead out of their folder."
+    # images, annotations, categories, and under `opentrans` what `write_coco_panoptic` adds; whatever else it holds
+    # is left out
+)->dict:
+    """Read a JSON file of panoptic annotations and check it. Raises `FormatError` for another shape, for ids that
+    are there twice, and for names of files that lead out of their folder."""
     d = load_json(path, _PanopticFile)
     info = d.pop('info', None)
-    d['opentrans'] = check_shape(info.get('opentrans') or {}, _Ours, f"'{path}', info.opentrans,") if isinstance(info, dict) else {}
+    d['opentrans'] = (check_shape(info.get('opentrans') or {}, _Ours, f"'{path}', info.opentrans,")
+                      if isinstance(info, dict) else {})
     lost = [name for name in needed if name not in d]
     if lost: raise FormatError(f"'{path}' is not a COCO panoptic file: it has no {' and '.join(map(repr, lost))}.")
-    for name,key in (('images', 'id'), ('annotations', 'file_name'), ('annotations', 'image_id'), ('categories', 'id')):
+    for name,key in (('images', 'id'), ('annotations', 'file_name'), ('annotations', 'image_id'),
+                     ('categories', 'id')):
         _once([entry[key] for entry in d.get(name, ())], f'{key} of {name}', path)
     for entry in (*d.get('images', ()), *d['annotations']): _within(entry['file_name'], path)
     return d
@@ -231,8 +272,11 @@ def _within(name, path):
 
 def _categories(d):
     "Vocabulary, category id -> class, and thing classes of a panoptic JSON file."
-    known,cats,ours = _asset('vocab_coco_panoptic'),d.get('categories'),d['opentrans']
-    if not cats or {c['id'] for c in cats} == set(known['ids']) and {c['name'] for c in cats} == set(known['official']):
+    known = _asset('vocab_coco_panoptic')
+    cats = d.get('categories')
+    ours = d['opentrans']
+    if (not cats
+        or {c['id'] for c in cats} == set(known['ids']) and {c['name'] for c in cats} == set(known['official'])):
         return VOCABULARIES['coco_panoptic'], {k: i for i,k in enumerate(known['ids'])}, known['things']
     v = Vocabulary([c['name'] for c in cats], ours.get('templates', 'photo'))
     return v, {c['id']: i for i,c in enumerate(cats)}, [i for i,c in enumerate(cats) if c.get('isthing', 1)]
@@ -243,37 +287,49 @@ def _ids(annotations):
     stems = [path.name for path in paths]
     return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
-@register_dataset('coco_panoptic', "Get train2017.zip, val2017.zip and panoptic_annotations_trainval2017.zip from https://cocodataset.org/#download and unpack them into ROOT/coco "
-                  "(the panoptic_*.zip files inside the last one too).")
+@register_dataset('coco_panoptic',
+                  "Get train2017.zip, val2017.zip and panoptic_annotations_trainval2017.zip from "
+                  "https://cocodataset.org/#download and unpack them into ROOT/coco (the panoptic_*.zip files "
+                                                                                      "inside the last one too).")
 def _coco_panoptic(root, split='val', **kwargs):
-    _split(split, train='', val=''); root = data_root(root)
+    _split(split, train='', val='')
+    root = data_root(root)
     _,(path,maps,images) = find_layout('coco_panoptic', root, _coco_layouts(split), _coco_panoptic.how)
     d = read_panoptic_json(path, 'images')
     try: vocabulary,categories,things = _categories(d)
-    except OpenTransError as error: raise FormatError(f"The categories of '{path}' make no vocabulary: {error}") from None
+    except OpenTransError as error:
+        raise FormatError(f"The categories of '{path}' make no vocabulary: {error}") from None
     pictures = {i['id']: i['file_name'] for i in d['images']}
     here,drawn = ({e.name for e in os.scandir(folder)} for folder in (images, maps))
     files,problems = [],{}
     for key,a in zip(_ids(d['annotations']), d['annotations']):
         picture = pictures.get(a['image_id'])
-        if picture is None: problems[key] = f"its image_id {shorten(a['image_id'], 40)} is not among the images of '{path.name}'"
+        if picture is None:
+            problems[key] = f"its image_id {shorten(a['image_id'], 40)} is not among the images of '{path.name}'"
         elif picture not in here: problems[key] = f"the image '{picture}' is missing from '{images}'"
-        elif a['file_name'] not in drawn: problems[key] = f"the panoptic map '{a['file_name']}' is missing from '{maps}'"
+        elif a['file_name'] not in drawn:
+            problems[key] = f"the panoptic map '{a['file_name']}' is missing from '{maps}'"
         else: files.append(Files(key, images/picture, maps/a['file_name'], a['segments_info']))
-    if not files: raise OpenTransError(f"coco_panoptic: none of the {len(d['annotations'])} images of '{path.name}' is there. {_some(problems)}. {_coco_panoptic.how}")
+    if not files:
+        raise OpenTransError(
+            f"coco_panoptic: none of the {len(d['annotations'])} images of '{path.name}' is there. "
+            f"{_some(problems)}. {_coco_panoptic.how}")
     ours = d['opentrans']
-    return Panoptic(ours.get('name', 'coco_panoptic'), vocabulary, files, categories, things=things, groups=ours.get('groups'), problems=problems, **kwargs)
+    return Panoptic(ours.get('name', 'coco_panoptic'), vocabulary, files, categories, things=things,
+                    groups=ours.get('groups'), problems=problems, **kwargs)
 
 # %% ../../nbs/data/15_datasets.ipynb #d16f59ef
 def _segments(sample, ids):
     "A sample as panoptic map and COCO's segments."
     regions,labels = np.asarray(sample['regions']),np.asarray(sample['labels'])
-    if regions.size and regions.sum(0).max() > 1: raise OpenTransError(f"The regions of '{sample['id']}' overlap: a panoptic map cannot hold them.")
+    if regions.size and regions.sum(0).max() > 1:
+        raise OpenTransError(f"The regions of '{sample['id']}' overlap: a panoptic map cannot hold them.")
     rest = np.where(regions.any(0), sample.get('ignore', 255), labels) if len(regions) else labels
     crowds = [c for c in np.unique(rest) if c != sample.get('ignore', 255)]
     masks = list(regions)+[rest == c for c in crowds]
     info = [dict(id=i, category_id=ids[int(c)], iscrowd=int(k), area=int(m.sum()), bbox=_box(m))
-            for i,(m,c,k) in enumerate(zip(masks, sample['region_classes'].tolist()+crowds, [0]*len(regions)+[1]*len(crowds)), 1)]
+            for i,(m,c,k) in enumerate(zip(masks, sample['region_classes'].tolist()+crowds,
+                                           [0]*len(regions)+[1]*len(crowds)), 1)]
     seg = np.zeros(labels.shape, np.int64)
     for i,m in enumerate(masks, 1): seg[m] = i
     return np.stack([seg % 256, seg//256 % 256, seg//65536], -1).astype(np.uint8), info
@@ -288,25 +344,36 @@ def write_coco_panoptic(
     split:str='val', # `'train'` or `'val'`
     things=None, # Indices of the thing classes; None takes `data.things`
 )->Path: # The JSON file, written last
-    "Write a data set in COCO panoptic format. Raises `OpenTransError` if regions overlap or the folder cannot be written."
+    """Write a data set in COCO panoptic format. Raises `OpenTransError` if regions overlap or the folder cannot be
+    written."""
     _split(split, train='', val='')
-    root,v,things = Path(root)/'coco',data.vocabulary,data.things if things is None else things
+    root = Path(root)/'coco'
+    v = data.vocabulary
+    things = data.things if things is None else things
     ids = VOCABULARIES['coco_panoptic'] == v and _asset('vocab_coco_panoptic')['ids'] or list(range(1, len(v)+1))
     names = _asset('vocab_coco_panoptic')['official'] if v == VOCABULARIES['coco_panoptic'] else v.entries
-    images,annotations,written = [],[],{}
+    images = []
+    annotations = []
+    written = {}
     for i,s in enumerate(data[j] for j in range(len(data))):
         name,(h,w) = f"{s['id'].replace('/', '__')}.png",s['labels'].shape
-        if name in written: raise OpenTransError(f"The images '{written[name]}' and '{s['id']}' would both be written to '{name}'. Give each a name of its own.")
+        if name in written:
+            raise OpenTransError(
+                f"The images '{written[name]}' and '{s['id']}' would both be written to '{name}'. Give each a name "
+                f"of its own.")
         written[name] = s['id']
         maps,info = _segments(s, ids)
         picture = (s['image'].permute(1, 2, 0)*255).round().byte().numpy()
         for folder,a in ((f'{split}2017', picture), (f'panoptic_{split}2017', maps)):
             with atomic_path(root/folder/name) as p: Image.fromarray(a).save(p)
-        images.append(dict(id=i, file_name=name, height=h, width=w)); annotations.append(dict(image_id=i, file_name=name, segments_info=info))
+        images.append(dict(id=i, file_name=name, height=h, width=w))
+        annotations.append(dict(image_id=i, file_name=name, segments_info=info))
     categories = [dict(id=k, name=n, isthing=int(c in things)) for c,(k,n) in enumerate(zip(ids, names))]
     ours = dict(name=data.name, templates=v.templates, groups=data.groups)
     path = root/f'annotations/panoptic_{split}2017.json'
-    save_text(json.dumps(dict(info=dict(description=data.name, opentrans=ours), images=images, annotations=annotations, categories=categories)), path)
+    save_text(
+        json.dumps(dict(info=dict(description=data.name, opentrans=ours), images=images, annotations=annotations,
+                        categories=categories)), path)
     return path
 
 # %% ../../nbs/data/15_datasets.ipynb #fb988667
@@ -316,47 +383,65 @@ def _shapesworld(root=None, split='val', domain='home', n=512, size=80, seed=0, 
 
 # %% ../../nbs/data/15_datasets.ipynb #ab994499
 def _benchmark(name, how, layouts, luts, **pairing):
-    "Register a benchmark of label maps: `layouts(split)` are (images, labels) pairs under the root, `luts` the table of each."
+    """Register a benchmark of label maps: `layouts(split)` are (images, labels) pairs under the root, `luts` the
+    table of each."""
     @register_dataset(name, how)
     def _open(root, split='val', **kwargs):
-        _split(split, train='', val=''); root = data_root(root)
+        _split(split, train='', val='')
+        root = data_root(root)
         v,given = VOCABULARIES[name],layouts(split)
         i,(images,labels,*listing) = find_layout(name, root, given, how)
         names = read_text(listing[0]).split() if listing else None
         tails = pairing.get('tails', [('', '')]*len(given))[i]
         files,problems = pair_files(images, labels, tails=tails, names=names)
-        return LabelMaps(name, v, files, label_lut(len(v), **luts[i]), things=_asset(f'vocab_{name}').get('things', ()), problems=problems, published=True, **kwargs)
+        return LabelMaps(name, v, files, label_lut(len(v), **luts[i]),
+                         things=_asset(f'vocab_{name}').get('things', ()), problems=problems, published=True,
+                         **kwargs)
     return _open
 
 def _under(top, *pairs): return [tuple(f'{t}{p}' for p in pair) for pair in pairs for t in (f'{top}/', '')]
 def _long(split): return dict(train='training', val='validation')[split]
 
-_ade_labels = _benchmark('ade20k_150', "Get ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu and unpack it into ROOT.",
-    lambda s: _under('ADEChallengeData2016', (f'images/{_long(s)}', f'annotations_detectron2/{_long(s)}'), (f'images/{_long(s)}', f'annotations/{_long(s)}')) + _under('sampleData', ('images', 'annotations')),
-    [dict(void=[255])]*2 + [dict(offset=1, void=[0])]*4)
+_ade_labels = _benchmark('ade20k_150',
+                         "Get ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu and unpack it into "
+                         "ROOT.",
+                         lambda s: _under('ADEChallengeData2016',
+                                          (f'images/{_long(s)}', f'annotations_detectron2/{_long(s)}'),
+                                          (f'images/{_long(s)}', f'annotations/{_long(s)}'))
+                         + _under('sampleData', ('images', 'annotations')),
+                         [dict(void=[255])]*2 + [dict(offset=1, void=[0])]*4)
 
 @register_dataset('ade20k_150', _ade_labels.how)
 def _ade20k_150(root, split='val', panoptic=False, **kwargs):
     if not panoptic: return _ade_labels(root, split, **kwargs)
     _split(split, train='', val='')
-    return _ade_panoptic(data_root(root), split, "Get annotations_instance.tar from http://sceneparsing.csail.mit.edu, or run Mask2Former's datasets/prepare_ade20k_pan_seg.py.", **kwargs)
+    return _ade_panoptic(data_root(root), split,
+                         "Get annotations_instance.tar from http://sceneparsing.csail.mit.edu, or run "
+                         "Mask2Former's datasets/prepare_ade20k_pan_seg.py.", **kwargs)
 
-_benchmark('ade20k_847', "Get ADE20K_2021_17_01 from https://groups.csail.mit.edu/vision/datasets/ADE20K and run Mask2Former's datasets/prepare_ade20k_full_sem_seg.py.",
-    lambda s: [(f'{t}images_detectron2/{_long(s)}', f'{t}annotations_detectron2/{_long(s)}') for t in ('ADE20K_2021_17_01/', 'ade/ADE20K_2021_17_01/', '')], [dict(void=[65535])]*3)
+_benchmark('ade20k_847',
+           "Get ADE20K_2021_17_01 from https://groups.csail.mit.edu/vision/datasets/ADE20K and run Mask2Former's "
+           "datasets/prepare_ade20k_full_sem_seg.py.",
+           lambda s: [(f'{t}images_detectron2/{_long(s)}', f'{t}annotations_detectron2/{_long(s)}')
+                      for t in ('ADE20K_2021_17_01/', 'ade/ADE20K_2021_17_01/', '')], [dict(void=[65535])]*3)
 
-_benchmark('context_59', "Get PASCAL VOC 2010 and PASCAL-Context and run FC-CLIP's datasets/prepare_pascal_ctx_sem_seg.py.",
-    lambda s: _under('pascal_ctx_d2', (f'images/{_long(s)}', f'annotations_ctx59/{_long(s)}')), [dict(void=[255])]*2)
+_benchmark('context_59',
+           "Get PASCAL VOC 2010 and PASCAL-Context and run FC-CLIP's datasets/prepare_pascal_ctx_sem_seg.py.",
+           lambda s: _under('pascal_ctx_d2', (f'images/{_long(s)}', f'annotations_ctx59/{_long(s)}')),
+           [dict(void=[255])]*2)
 
-_benchmark('context_459', "Get PASCAL VOC 2010 and PASCAL-Context and run FC-CLIP's datasets/prepare_pascal_ctx_full_sem_seg.py.",
-    lambda s: _under('pascal_ctx_d2', (f'images/{_long(s)}', f'annotations_ctx459/{_long(s)}')), [dict(void=[65535])]*2)
+_benchmark('context_459',
+           "Get PASCAL VOC 2010 and PASCAL-Context and run FC-CLIP's datasets/prepare_pascal_ctx_full_sem_seg.py.",
+           lambda s: _under('pascal_ctx_d2', (f'images/{_long(s)}', f'annotations_ctx459/{_long(s)}')),
+           [dict(void=[65535])]*2)
 
-_benchmark('voc_20', "Get VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012 and unpack it into ROOT.",
-    lambda s: _under('pascal_voc_d2', (f'images/{_long(s)}', f'annotations_pascal20/{_long(s)}')) + [(f'{t}JPEGImages', f'{t}SegmentationClass', f'{t}ImageSets/Segmentation/{s}.txt') for t in ('VOCdevkit/VOC2012/', 'VOC2012/', '')],
-    [dict(void=[255])]*2 + [dict(offset=1, void=[0, 255])]*3)
+_benchmark('voc_20',
+           "Get VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012 and unpack it into " "ROOT.", lambda s: _under('pascal_voc_d2', (f'images/{_long(s)}', f'annotations_pascal20/{_long(s)}')) + [(f'{t}JPEGImages', f'{t}SegmentationClass', f'{t}ImageSets/Segmentation/{s}.txt') for t in ('VOCdevkit/VOC2012/', 'VOC2012/', '')], [dict(void=[255])]*2 + [dict(offset=1, void=[0, 255])]*3)
 
 # %% ../../nbs/data/15_datasets.ipynb #4b7935d5
 class ReleasedInstances(LabelMaps):
-    "Label maps with instances. Cityscapes: one map of `1000*class + number`; ADE20K: a second file, whose path stands in `Files.segments`."
+    """Label maps with instances. Cityscapes: one map of `1000*class + number`; ADE20K: a second file, whose path
+    stands in `Files.segments`."""
     instances = True
     def annotation(self, i):
         f,thing = self.files[i],self._isthing
@@ -366,18 +451,28 @@ class ReleasedInstances(LabelMaps):
         own = ids >= 1000
         classes = self.lut[np.where(own, ids//1000, ids).clip(0, 65535)]
         if (classes == WRONG).any(): raise self._strange(f.labels, ids[classes == WRONG])
-        return where.reshape(raw.shape).astype(np.min_scalar_type(len(ids))), classes, (classes != self.ignore) & (own | ~thing[np.minimum(classes, len(self.vocabulary))])
+        return where.reshape(raw.shape).astype(np.min_scalar_type(len(ids))), classes, (classes != self.ignore) & (
+            own | ~thing[np.minimum(classes, len(self.vocabulary))])
 
     def _ade(self, i, path):
         segments,classes,isregion = super().annotation(i)
         a = read_instances(path).astype(np.int64)
-        if a.shape[:2] != segments.shape: raise OpenTransError(f"The instance map '{path}' is {a.shape[1]}x{a.shape[0]} pixels, its label map {segments.shape[1]}x{segments.shape[0]}.")
+        if a.shape[:2] != segments.shape:
+            raise OpenTransError(
+                f"The instance map '{path}' is {a.shape[1]}x{a.shape[0]} pixels, its label map "
+                f"{segments.shape[1]}x{segments.shape[0]}.")
         things,at = np.array(sorted(self.things)),a[..., 1] > 0
         ids,where = np.unique(a[..., 0][at]*256 + a[..., 1][at], return_inverse=True)
-        if len(ids) and not (0 < ids//256).all() & (ids//256 <= len(things)).all(): raise OpenTransError(f"The instance map '{path}' names class {_listed_values(np.unique(ids//256))}: expected 1 to {len(things)}.")
-        segments = segments.astype(np.int32); segments[at] = len(classes)+where.ravel()
+        if len(ids) and not (0 < ids//256).all() & (ids//256 <= len(things)).all():
+            raise OpenTransError(
+                f"The instance map '{path}' names class {_listed_values(np.unique(ids//256))}: expected 1 to "
+                f"{len(things)}.")
+        segments = segments.astype(np.int32)
+        segments[at] = len(classes)+where.ravel()
         crowd = self._isthing[np.minimum(classes, len(self.vocabulary))]
-        return segments,np.append(classes, things[ids//256-1] if len(ids) else []).astype(np.int64),np.append(isregion & ~crowd, np.ones(len(ids), bool))
+        return segments,np.append(classes,
+                                  things[ids//256-1] if len(ids)
+                                  else []).astype(np.int64),np.append(isregion & ~crowd, np.ones(len(ids), bool))
 
 def _panoptic_json(name, v, paths, picture, categories, things, **kwargs):
     "A data set from a panoptic JSON file, its folder of maps, and `picture`: annotation -> path of the image."
@@ -389,37 +484,63 @@ def _panoptic_json(name, v, paths, picture, categories, things, **kwargs):
         lost = [str(p) for p in (image, maps) if p is None or not p.is_file()]
         if lost: problems[key] = f"missing: {', '.join(lost)}"
         else: files.append(Files(key, image, maps, a['segments_info']))
-    return Panoptic(name, v, files, categories({s['category_id'] for a in d['annotations'] for s in a['segments_info']}), things=things, problems=problems, **kwargs)
+    return Panoptic(name, v, files,
+                    categories({s['category_id'] for a in d['annotations'] for s in a['segments_info']}),
+                    things=things, problems=problems, **kwargs)
 
-def _there(root, layouts): return next((tuple(root/p for p in paths) for paths in layouts if all((root/p).exists() for p in paths)), None)
+def _there(root, layouts):
+    return next((tuple(root/p for p in paths) for paths in layouts if all((root/p).exists() for p in paths)), None)
 
 def _ade_panoptic(root, split, how, **kwargs):
     a,v = _asset('vocab_ade20k_150'),VOCABULARIES['ade20k_150']
-    found = _there(root, _under('ADEChallengeData2016', (f'ade20k_panoptic_{split}.json', f'ade20k_panoptic_{split}', f'images/{_long(split)}')))
-    if found: return _panoptic_json('ade20k_150', v, found, lambda x: found[2]/f"{x['image_id']}.jpg", lambda ids: {c: c for c in range(150)}, a['things'], **kwargs)
-    i,(images,labels,instances) = find_layout('ade20k_150 with instances', root, _under('ADEChallengeData2016', *((f'images/{_long(split)}', f'{maps}/{_long(split)}', f'annotations_instance/{_long(split)}') for maps in ('annotations_detectron2', 'annotations'))), how)
+    found = _there(root,
+                   _under('ADEChallengeData2016',
+                          (f'ade20k_panoptic_{split}.json', f'ade20k_panoptic_{split}', f'images/{_long(split)}')))
+    if found:
+        return _panoptic_json('ade20k_150', v, found, lambda x: found[2]/f"{x['image_id']}.jpg",
+                              lambda ids: {c: c for c in range(150)}, a['things'], **kwargs)
+    i,(images,labels,instances) = find_layout('ade20k_150 with instances', root,
+                                              _under('ADEChallengeData2016',
+                                                     *((f'images/{_long(split)}', f'{maps}/{_long(split)}',
+                                                        f'annotations_instance/{_long(split)}')
+                                                       for maps in ('annotations_detectron2', 'annotations'))), how)
     files,problems = pair_files(images, labels)
     for f in files: f.segments = instances/f'{f.id}.png'
-    return ReleasedInstances('ade20k_150', v, files, label_lut(150, **(dict(void=[255]) if i < 2 else dict(offset=1, void=[0]))), things=a['things'], problems=problems, published=True, **kwargs)
+    return ReleasedInstances('ade20k_150', v, files,
+                             label_lut(150, **(dict(void=[255]) if i < 2 else dict(offset=1, void=[0]))),
+                             things=a['things'], problems=problems, published=True, **kwargs)
 
 # %% ../../nbs/data/15_datasets.ipynb #cfad088c
-@register_dataset('cityscapes_19', "Get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com and unpack them into ROOT/cityscapes.")
+@register_dataset('cityscapes_19',
+                  "Get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
+                  "https://www.cityscapes-dataset.com and unpack them into ROOT/cityscapes.")
 def _cityscapes(root, split='val', panoptic=False, **kwargs):
-    _split(split, train='', val=''); root = data_root(root)
+    _split(split, train='', val='')
+    root = data_root(root)
     a,released = _asset('vocab_cityscapes_19'),_under('cityscapes', (f'leftImg8bit/{split}', f'gtFine/{split}'))
     if panoptic: return _city_panoptic(root, split, a, released, **kwargs)
     _,(images,labels) = find_layout('cityscapes_19', root, released, _cityscapes.how)
     ready = next(labels.rglob('*_gtFine_labelTrainIds.png'), None) is not None
-    lut = label_lut(19, void=[255]) if ready else label_lut(19, ids=a['ids'], void=[i for i in range(34) if i not in a['ids']])
-    files,problems = pair_files(images, labels, tails=('_leftImg8bit', '_gtFine_labelTrainIds' if ready else '_gtFine_labelIds'))
-    return LabelMaps('cityscapes_19', VOCABULARIES['cityscapes_19'], files, lut, things=a['things'], problems=problems, published=True, **kwargs)
+    lut = (label_lut(19, void=[255]) if ready
+           else label_lut(19, ids=a['ids'], void=[i for i in range(34) if i not in a['ids']]))
+    files,problems = pair_files(images, labels,
+                                tails=('_leftImg8bit', '_gtFine_labelTrainIds' if ready else '_gtFine_labelIds'))
+    return LabelMaps('cityscapes_19', VOCABULARIES['cityscapes_19'], files, lut, things=a['things'],
+                     problems=problems, published=True, **kwargs)
 
 def _city_panoptic(root, split, a, released, **kwargs):
     v = VOCABULARIES['cityscapes_19']
-    found = _there(root, _under('cityscapes', (f'gtFine/cityscapes_panoptic_{split}.json', f'gtFine/cityscapes_panoptic_{split}', f'leftImg8bit/{split}')))
+    found = _there(root,
+                   _under('cityscapes',
+                          (f'gtFine/cityscapes_panoptic_{split}.json', f'gtFine/cityscapes_panoptic_{split}',
+                           f'leftImg8bit/{split}')))
     def picture(x): return found[2]/str(x['image_id']).split('_')[0]/f"{x['image_id']}_leftImg8bit.png"
-    def categories(ids): return {k: i for i,k in enumerate(a['ids'])} if ids <= set(a['ids']) else {i: i for i in range(19)}    # label ids, as detectron2 wants them, or train ids
+    def categories(ids):
+        # label ids, as detectron2 wants them, or train ids
+        return {k: i for i,k in enumerate(a['ids'])} if ids <= set(a['ids']) else {i: i for i in range(19)}
     if found: return _panoptic_json('cityscapes_19', v, found, picture, categories, a['things'], **kwargs)
     _,(images,labels) = find_layout('cityscapes_19 with instances', root, released, _cityscapes.how)
     files,problems = pair_files(images, labels, tails=('_leftImg8bit', '_gtFine_instanceIds'))
-    return ReleasedInstances('cityscapes_19', v, files, label_lut(19, ids=a['ids'], void=[i for i in range(34) if i not in a['ids']]), things=a['things'], problems=problems, published=True, **kwargs)
+    return ReleasedInstances('cityscapes_19', v, files,
+                             label_lut(19, ids=a['ids'], void=[i for i in range(34) if i not in a['ids']]),
+                             things=a['things'], problems=problems, published=True, **kwargs)

@@ -40,7 +40,8 @@ def _file_of(source, shown, hint):
     "What Pillow shall open: an ordinary file that is there, or bytes."
     if isinstance(source, (bytes, bytearray, memoryview)): return io.BytesIO(source)
     if not isinstance(source, (str, os.PathLike)):
-        raise OpenTransError(f"{shown} must be a path, bytes, a PIL image or an array, not {type(source).__name__}. {hint}")
+        raise OpenTransError(
+            f"{shown} must be a path, bytes, a PIL image or an array, not {type(source).__name__}. {hint}")
     try: regular = stat.S_ISREG(os.stat(source).st_mode)
     except (FileNotFoundError, ValueError): raise OpenTransError(f"{shown} is missing. {hint}") from None
     except OSError: regular = False
@@ -48,17 +49,21 @@ def _file_of(source, shown, hint):
 
 def _why(error, file):
     "In words, why Pillow could not read a file."
-    size = os.stat(file).st_size if isinstance(file, (str, os.PathLike)) else file.getbuffer().nbytes if isinstance(file, io.BytesIO) else None
+    size = (os.stat(file).st_size if isinstance(file, (str, os.PathLike)) else file.getbuffer().nbytes
+            if isinstance(file, io.BytesIO) else None)
     if size == 0: return 'it is empty'
     if isinstance(error, UnidentifiedImageError): return 'it is not an image of a known kind'
     if isinstance(error, MemoryError): return 'it needs more memory than there is'
     if isinstance(error, Image.DecompressionBombError):
-        return f'it has more than {2*Image.MAX_IMAGE_PIXELS:,} pixels; if that is meant, raise PIL.Image.MAX_IMAGE_PIXELS'
+        return (
+            f'it has more than {2*Image.MAX_IMAGE_PIXELS:,} pixels; if that is meant, raise '
+            f'PIL.Image.MAX_IMAGE_PIXELS')
     return shorten(' '.join(str(getattr(error, 'strerror', None) or error).split()) or type(error).__name__)
 
 @contextlib.contextmanager
 def _opened(source, what, hint):
-    "A picture, open in Pillow, and what a message calls it. Whatever Pillow raises inside the block becomes one sentence."
+    """A picture, open in Pillow, and what a message calls it. Whatever Pillow raises inside the block becomes one
+    sentence."""
     shown = f"The {what} '{shorten(source)}'" if isinstance(source, (str, os.PathLike)) else f'The {what}'
     file = source if isinstance(source, Image.Image) else _file_of(source, shown, hint)
     try:
@@ -74,11 +79,15 @@ def _tag(im, number, default):
     value = im.tag_v2.get(number, default) if im.format == 'TIFF' else default
     return value[0] if isinstance(value, tuple) else value
 
-_BITS,_WHITE_IS_1,_NUMBERS = 258,262,339 # entries of TIFF: bits of a sample, is 0 black, are samples signed
+_BITS = 258
+_WHITE_IS_1 = 262
+_NUMBERS = 339 # entries of TIFF: bits of a sample, is 0 black, are samples signed
 _SIGNED = 2 # the value of `_NUMBERS` for signed samples
 
 # %% ../../nbs/data/14_readers.ipynb #d0b78a0c
-def _turned(im): return im.format in (None, 'JPEG', 'TIFF', 'PNG', 'WEBP', 'MPO') and ('exif' in im.info or im.format == 'TIFF') and im.getexif().get(274, 1) != 1
+def _turned(im):
+    return (im.format in (None, 'JPEG', 'TIFF', 'PNG', 'WEBP', 'MPO')
+            and ('exif' in im.info or im.format == 'TIFF') and im.getexif().get(274, 1) != 1)
 
 def _white(im, shown):
     "The number that is white in a picture. Raises `OpenTransError` where nothing says so."
@@ -86,8 +95,11 @@ def _white(im, shown):
     if im.mode[0] not in 'IF' and not signed: return 255
     if im.mode.startswith('I;16'): return 4095 if _tag(im, _BITS, 16) == 12 else 65535
     if im.mode == 'I' and im.format in ('PNG', 'PPM'): return 65535
-    kind = 'fractions' if im.mode == 'F' else 'whole numbers of 32 bits' if _tag(im, _BITS, 32) == 32 else 'signed numbers'
-    raise OpenTransError(f"{shown} holds {kind} (mode {im.mode}), and nothing says which of them is white. Save it with 8 or 16 bits a channel.")
+    kind = ('fractions' if im.mode == 'F' else 'whole numbers of 32 bits' if _tag(im, _BITS, 32) == 32
+            else 'signed numbers')
+    raise OpenTransError(
+        f"{shown} holds {kind} (mode {im.mode}), and nothing says which of them is white. Save it with 8 or 16 "
+        f"bits a channel.")
 
 def _eight_bits(values, white):
     "Numbers from 0 to `white` as bytes."
@@ -100,7 +112,8 @@ def _seen_size(im):
     return im.size if _turned(im) and im.getexif().get(274, 1) > 4 else im.size[::-1]
 
 def _reduce(im, least):
-    "Let a JPEG be decoded at a half, a quarter or an eighth of its size, where that is no smaller than what is needed."
+    """Let a JPEG be decoded at a half, a quarter or an eighth of its size, where that is no smaller than what is
+    needed."""
     if im.format != 'JPEG': return
     stored, seen = im.size[::-1], _seen_size(im)
     needed = least(*seen)
@@ -125,13 +138,15 @@ def _fractions(values, what):
     "Fractions from 0 to 1 as bytes. Raises `OpenTransError` where they are something else."
     low,high = (values.min(), values.max()) if values.size else (0, 1)
     if not (low > -1 and high < 2): # also if one of them is NaN. A little beyond is what sharpening does
-        raise OpenTransError(f"The {what} holds values from {low:.4g} to {high:.4g}: expected fractions from 0 to 1, or bytes.")
+        raise OpenTransError(
+            f"The {what} holds values from {low:.4g} to {high:.4g}: expected fractions from 0 to 1, or bytes.")
     return (values.astype(np.float32).clip(0, 1)*255).round().astype(np.uint8)
 
 def _image_of(values, what):
     "A PIL image of an array (H,W) or (H,W,C), or of a tensor (3,H,W)."
     if isinstance(values, torch.Tensor):
-        if values.ndim != 3 or len(values) != 3: raise OpenTransError(f"An image tensor is (3,H,W), not {tuple(values.shape)}.")
+        if values.ndim != 3 or len(values) != 3:
+            raise OpenTransError(f"An image tensor is (3,H,W), not {tuple(values.shape)}.")
         values = values.detach().cpu().permute(1, 2, 0)
         values = (values.float() if values.is_floating_point() else values).numpy()
     flat = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
@@ -140,22 +155,28 @@ def _image_of(values, what):
     if flat.dtype.kind == 'f': flat = _fractions(flat, what)
     elif flat.dtype.kind == 'u' and flat.dtype.itemsize == 2: flat = _eight_bits(flat, 65535)
     elif flat.dtype == bool: flat = flat.astype(np.uint8)*255
-    elif flat.dtype != np.uint8: raise OpenTransError(f"The {what} holds {flat.dtype}: expected uint8, uint16, or fractions from 0 to 1.")
+    elif flat.dtype != np.uint8:
+        raise OpenTransError(f"The {what} holds {flat.dtype}: expected uint8, uint16, or fractions from 0 to 1.")
     return Image.fromarray(np.ascontiguousarray(flat))
 
 def read_picture(
-    source, # Path or bytes of an image file, a PIL image, an array (H,W) or (H,W,C), or a tensor (3,H,W): 8 or 16 bits, or fractions from 0 to 1
+    # Path or bytes of an image file, a PIL image, an array (H,W) or (H,W,C), or a tensor (3,H,W): 8 or 16 bits, or
+    # fractions from 0 to 1
+    source,
     what:str='image', # What a message calls it
     background=None, # Colour behind what is transparent, such as `'white'`; None drops the transparency
     hint:str='Give a JPEG, PNG, TIFF or WebP file.', # How a message ends: what to do
 )->torch.Tensor: # uint8 (3,H,W)
-    "Read a picture, whatever holds it. Raises `OpenTransError` for what is missing, broken, no ordinary file, no picture, or of numbers whose white is unknown."
+    """Read a picture, whatever holds it. Raises `OpenTransError` for what is missing, broken, no ordinary file, no
+    picture, or of numbers whose white is unknown."""
     if isinstance(source, (np.ndarray, torch.Tensor)): source = _image_of(source, what)
     return _read_sized(source, what, hint, background)[0]
 
 def read_image(
     path, # Of an image file
-    least=None, # A function of height and width that gives those from which on a JPEG may be decoded smaller, which is faster; None never does
+    # A function of height and width that gives those from which on a JPEG may be decoded smaller, which is faster;
+    # None never does
+    least=None,
 )->torch.Tensor: # uint8 (3,H,W)
     "Read an image of a data set, as `read_picture` does."
     return _read_sized(path, least=least)[0]
@@ -180,12 +201,17 @@ def _raw_mode(im):
 def _numbers(im, shown):
     "The numbers of a map of one channel, as they stand in the file."
     raw = _raw_mode(im)
-    if im.format in ('JPEG', 'MPO'): raise OpenTransError(f"{shown} is a JPEG, in which numbers are not exact. Save it as PNG.")
-    if im.mode != '1' and _tag(im, _WHITE_IS_1, 1) == 0: raise OpenTransError(f"{shown} is a negative (its 0 is white), so that its numbers are in doubt. Save it as PNG.")
+    if im.format in ('JPEG', 'MPO'):
+        raise OpenTransError(f"{shown} is a JPEG, in which numbers are not exact. Save it as PNG.")
+    if im.mode != '1' and _tag(im, _WHITE_IS_1, 1) == 0:
+        raise OpenTransError(
+            f"{shown} is a negative (its 0 is white), so that its numbers are in doubt. Save it as PNG.")
     a = np.array(im)
     if a.ndim != 2 or a.dtype.kind not in 'uib':
         kind = 'fractions' if a.dtype.kind == 'f' else 'colours'
-        raise OpenTransError(f"{shown} has mode {im.mode}: expected one channel that holds a class number for each pixel (8 or 16 bit), not {kind}.")
+        raise OpenTransError(
+            f"{shown} has mode {im.mode}: expected one channel that holds a class number for each pixel (8 or 16 "
+            f"bit), not {kind}.")
     if raw.startswith(('L;2', 'L;4')): a = a//_SCALED[raw[2]]
     if im.mode == 'L' and _tag(im, _NUMBERS, 1) == _SIGNED: a = a.view(np.int8)
     return a.astype(np.uint8) if a.dtype == bool else a.astype(a.dtype.newbyteorder('='), copy=False)
@@ -195,10 +221,12 @@ def _refuse_pages(im, size, shown):
     if im.format != 'TIFF': return
     try: im.seek(1)
     except EOFError: return
-    if im.size == size: raise OpenTransError(f"{shown} has several pages. Save the one that is meant as a file of its own.")
+    if im.size == size:
+        raise OpenTransError(f"{shown} has several pages. Save the one that is meant as a file of its own.")
 
 def read_label_map(path)->np.ndarray: # (H,W) integers as they stand in the file; a palette's index, not its colour
-    "Read a label map of one channel. Raises `OpenTransError` if it is missing, broken, a colour picture, or a file that does not keep numbers as they are."
+    """Read a label map of one channel. Raises `OpenTransError` if it is missing, broken, a colour picture, or a
+    file that does not keep numbers as they are."""
     with _opened(path, 'label map', _OF_DATA) as (im, shown):
         a,size = _numbers(im, shown),im.size
         _refuse_pages(im, size, shown)
@@ -207,9 +235,12 @@ def read_label_map(path)->np.ndarray: # (H,W) integers as they stand in the file
 def _colours(path, what, hint, read):
     "What `read` makes of a map of colours, which Pillow has opened."
     with _opened(path, what, _OF_DATA) as (im, shown):
-        if im.format in ('JPEG', 'MPO'): raise OpenTransError(f"{shown} is a JPEG, in which numbers are not exact. Save it as PNG.")
-        if im.mode not in ('RGB', 'RGBA'): raise OpenTransError(f"{shown} has mode {im.mode}: expected colours{hint}.")
-        if '16' in _raw_mode(im): raise OpenTransError(f"{shown} has 16 bits a channel: expected colours of 8 bits{hint}.")
+        if im.format in ('JPEG', 'MPO'):
+            raise OpenTransError(f"{shown} is a JPEG, in which numbers are not exact. Save it as PNG.")
+        if im.mode not in ('RGB', 'RGBA'):
+            raise OpenTransError(f"{shown} has mode {im.mode}: expected colours{hint}.")
+        if '16' in _raw_mode(im):
+            raise OpenTransError(f"{shown} has 16 bits a channel: expected colours of 8 bits{hint}.")
         return read(im)
 
 def _channels(im):
@@ -217,17 +248,20 @@ def _channels(im):
     return np.array(im)[..., :3]
 
 def _as_numbers(im):
-    "R + 256 G + 256^2 B of each pixel, (H,W) int32: Pillow keeps a colour in four bytes, of which the last is none of it."
+    """R + 256 G + 256^2 B of each pixel, (H,W) int32: Pillow keeps a colour in four bytes, of which the last is
+    none of it."""
     colours = im if im.mode == 'RGB' else im.convert('RGB')
     four_bytes = np.frombuffer(colours.tobytes('raw', 'RGBX'), '<i4')
     return (four_bytes & 0xFFFFFF).astype(np.int32, copy=False).reshape(im.size[::-1])
 
 def read_instances(path)->np.ndarray: # (H,W,3) bytes: the class in red, the number of the thing in green
-    "Read an instance map of ADE20K. Raises `OpenTransError` if it is missing, broken or not of three channels of 8 bits."
+    """Read an instance map of ADE20K. Raises `OpenTransError` if it is missing, broken or not of three channels of
+    8 bits."""
     return _colours(path, 'instance map', ', the class in red and the number in green', _channels)
 
 def read_segments(path)->np.ndarray: # (H,W) int32: R + 256 G + 256^2 B
-    "Read the segment numbers of a COCO panoptic PNG. Raises `OpenTransError` if it is missing, broken or not of three channels of 8 bits."
+    """Read the segment numbers of a COCO panoptic PNG. Raises `OpenTransError` if it is missing, broken or not of
+    three channels of 8 bits."""
     return _colours(path, 'panoptic map', ' that hold segment numbers, R + 256 G + 256^2 B', _as_numbers)
 
 # %% ../../nbs/data/14_readers.ipynb #c8b76180
@@ -261,21 +295,29 @@ class Segmentation(Dataset):
         problems=None, # Id -> what is wrong with it, found while listing the files
     ):
         if corrupt not in ('raise', 'skip'): raise unknown('policy for corrupt files', corrupt, ['raise', 'skip'])
-        self.name,self.files,self.groups,self.skipped = name,list(files),dict(groups or {}),dict(problems or {})
+        self.name = name
+        self.files = list(files)
+        self.groups = dict(groups or {})
+        self.skipped = dict(problems or {})
         self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
         self.ignore,self.things = ignore_label(len(self.vocabulary)),frozenset(things)
         self._isthing = np.array([c in self.things for c in range(len(self.vocabulary)+1)])
         self._check_groups()
-        if not self.files and not self.skipped: raise OpenTransError(f"{name}: there is not one image. Was the data set unpacked to its end?")
+        if not self.files and not self.skipped:
+            raise OpenTransError(f"{name}: there is not one image. Was the data set unpacked to its end?")
         if self.skipped and corrupt == 'raise':
-            raise OpenTransError(f"{name}: {_some(self.skipped)}. Mend this, or pass corrupt='skip' to leave these out.")
+            raise OpenTransError(
+                f"{name}: {_some(self.skipped)}. Mend this, or pass corrupt='skip' to leave these out.")
         if corrupt == 'skip': self._skip()
 
     def _check_groups(self):
         "Raises `OpenTransError` for groups or things that are no classes."
         for name,members in dict(self.groups, things=self.things).items():
             bad = [c for c in members if not 0 <= c < len(self.vocabulary)]
-            if bad: raise OpenTransError(f"{self.name}: '{shorten(name, 40)}' names class {_listed_values(bad)}, and there are classes 0 to {len(self.vocabulary)-1}.")
+            if bad:
+                raise OpenTransError(
+                    f"{self.name}: '{shorten(name, 40)}' names class {_listed_values(bad)}, and there are classes "
+                    f"0 to {len(self.vocabulary)-1}.")
 
     def annotation(self,
         i:int, # Which image
@@ -293,10 +335,17 @@ class Segmentation(Dataset):
         f = self.files[i]
         (image,size),(segments,classes,isregion) = _read_sized(f.image, least=least),self.annotation(i)
         if size != segments.shape:
-            turned = ' The image is turned by its EXIF orientation; draw the labels as the image is seen, or take the orientation out of the file.' if size[::-1] == segments.shape else ''
-            raise OpenTransError(f"The labels '{f.labels}' are {segments.shape[1]}x{segments.shape[0]} pixels, their image '{f.image}' {size[1]}x{size[0]}.{turned}")
-        return dict(image=image, segments=segments, classes=classes, isregion=isregion, isthing=self._isthing[np.minimum(classes, len(self.vocabulary))], id=f.id, ignore=self.ignore)
-    def __repr__(self): return f"{self.name}: {len(self)} images, {len(self.vocabulary)} classes" + (f", {len(self.skipped)} skipped" if self.skipped else '')
+            turned = (
+                ' The image is turned by its EXIF orientation; draw the labels as the image is seen, or take the '
+                'orientation out of the file.' if size[::-1] == segments.shape else '')
+            raise OpenTransError(
+                f"The labels '{f.labels}' are {segments.shape[1]}x{segments.shape[0]} pixels, their image "
+                f"'{f.image}' {size[1]}x{size[0]}.{turned}")
+        return dict(image=image, segments=segments, classes=classes, isregion=isregion,
+                    isthing=self._isthing[np.minimum(classes, len(self.vocabulary))], id=f.id, ignore=self.ignore)
+    def __repr__(self):
+        return (f"{self.name}: {len(self)} images, {len(self.vocabulary)} classes"
+                + (f", {len(self.skipped)} skipped" if self.skipped else ''))
 
 # %% ../../nbs/data/14_readers.ipynb #017c1e26
 def _decodes(self, f):
@@ -311,25 +360,35 @@ def _decodes(self, f):
 @patch
 def _skip(self:Segmentation):
     "Decode every file once; leave out what cannot be read, and say so."
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: wrong = list(pool.map(lambda f: _decodes(self, f), self.files))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        wrong = list(pool.map(lambda f: _decodes(self, f), self.files))
     self.skipped.update({f.id: w for f,w in zip(self.files, wrong) if w})
     self.files = [f for f,w in zip(self.files, wrong) if not w]
-    if not self.files: raise OpenTransError(f"{self.name}: none of its {len(wrong)} images can be read. {_some(self.skipped)}")
-    if self.skipped: warnings.warn(f"{self.name}: {len(self.skipped)} of {len(self.skipped)+len(self.files)} images are left out. {_some(self.skipped)}")
+    if not self.files:
+        raise OpenTransError(f"{self.name}: none of its {len(wrong)} images can be read. {_some(self.skipped)}")
+    if self.skipped:
+        warnings.warn(
+            f"{self.name}: {len(self.skipped)} of {len(self.skipped)+len(self.files)} images are left out. "
+            f"{_some(self.skipped)}")
 
 def _summary(sample):
     "What `check` tells of one sample, and how many of its pixels have each label."
     labels = sample['labels']
-    row = dict(id=sample['id'], height=labels.shape[0], width=labels.shape[1], classes=len(sample['region_classes'].unique()), regions=len(sample['regions']), problem='')
+    row = dict(id=sample['id'], height=labels.shape[0], width=labels.shape[1],
+               classes=len(sample['region_classes'].unique()), regions=len(sample['regions']), problem='')
     return row, Counter(dict(zip(*(x.tolist() for x in labels.unique(return_counts=True)))))
 
 @patch
 def check(self:Segmentation,
     n:int=None, # At most this many images, evenly spread; None for all
-)->pd.DataFrame: # One row an image: height, width, classes, regions, problem ('' if there is none); and a row 'all images' if names and numbers seem not to belong together
+    # One row an image: height, width, classes, regions, problem ('' if there is none); and a row 'all images' if
+    # names and numbers seem not to belong together
+)->pd.DataFrame:
     "Read the data set as training would, and report what is there and what is wrong, instead of raising."
     if n is not None and n < 0: raise OpenTransError(f"n={n}: give the number of images to read, or None for all.")
-    rows,seen,empty = [dict(id=k, problem=v) for k,v in self.skipped.items()],Counter(),[]
+    rows = [dict(id=k, problem=v) for k,v in self.skipped.items()]
+    seen = Counter()
+    empty = []
     chosen = np.unique(np.linspace(0, len(self)-1, min(n or len(self), len(self))).astype(int))
     for i in chosen:
         try:
@@ -344,9 +403,11 @@ def check(self:Segmentation,
 
 @patch
 def _tell(self:Segmentation, rows, counts, ignored, images, empty):
-    "What is in doubt is a row, if a class may have been left out by mistake and all images were read; else it is a warning."
+    """What is in doubt is a row, if a class may have been left out by mistake and all images were read; else it is
+    a warning."""
     doubt = self.doubt(counts, ignored, images, empty)
-    if doubt and ignored and not all(counts) and images == len(self): rows.append(dict(id='all images', problem=doubt))
+    if doubt and ignored and not all(counts) and images == len(self):
+        rows.append(dict(id='all images', problem=doubt))
     elif doubt: warnings.warn(doubt)
 
 @patch
@@ -356,7 +417,8 @@ def doubt(self:Segmentation,
     images:int, # In how many images
     empty=(), # Names of the images in which every pixel is left out
 )->str: # A sentence, or ''
-    "Do the names seem not to fit the numbers in the files? Nothing is in doubt where both are those of a published data set."
+    """Do the names seem not to fit the numbers in the files? Nothing is in doubt where both are those of a
+    published data set."""
     return ''
 
 # %% ../../nbs/data/14_readers.ipynb #8f8315a7
@@ -370,9 +432,12 @@ def label_lut(
 )->np.ndarray: # (65536,) class of each number: `ignore_label(classes)` for void, -1 for what must not occur
     "The table that turns the numbers of a label map into classes. A number that is a class and void is void."
     numbers,void = np.arange(classes)+offset if ids is None else np.asarray(ids),list(void)
-    if not all(_is_whole(v) for v in void): raise OpenTransError(f"void={shorten(void, 60)}: expected whole numbers from 0 to 65535.")
+    if not all(_is_whole(v) for v in void):
+        raise OpenTransError(f"void={shorten(void, 60)}: expected whole numbers from 0 to 65535.")
     if len(numbers) != classes or not ((0 <= np.append(numbers, void)) & (np.append(numbers, void) < 65536)).all():
-        raise OpenTransError(f"A label map has one number from 0 to 65535 for each class: {classes} classes, the first numbers are {_listed_values(numbers)}, void {_listed_values(void)}.")
+        raise OpenTransError(
+            f"A label map has one number from 0 to 65535 for each class: {classes} classes, the first numbers are "
+            f"{_listed_values(numbers)}, void {_listed_values(void)}.")
     lut = np.full(65536, WRONG, np.int64)
     lut[numbers] = np.arange(classes)
     lut[np.array(void, np.int64)] = ignore_label(classes)
@@ -386,11 +451,16 @@ class LabelMaps(Segmentation):
         vocabulary, # As for `Segmentation`
         files, # As for `Segmentation`
         lut, # Class of each number, as `label_lut` makes it
-        published:bool=False, # Are names and numbers those of a published data set, so that they are sure to belong together?
+        # Are names and numbers those of a published data set, so that they are sure to belong together?
+        published:bool=False,
         **kwargs, # As for `Segmentation`
     ):
-        self.lut,self.published,k = lut,published,len(vocabulary)
-        self._segment = np.where(lut == WRONG, k+1, np.where(lut == ignore_label(k), k, lut)).astype(np.min_scalar_type(k+1)) # each class is a segment, then void, then wrong
+        self.lut = lut
+        self.published = published
+        k = len(vocabulary)
+        # each class is a segment, then void, then wrong
+        self._segment = np.where(lut == WRONG, k+1,
+                                 np.where(lut == ignore_label(k), k, lut)).astype(np.min_scalar_type(k+1))
         self._classes = np.append(np.arange(k), [ignore_label(k)]*2)
         super().__init__(name, vocabulary, files, **kwargs)
 
@@ -399,15 +469,20 @@ class LabelMaps(Segmentation):
         raw = self.decode(path)
         strange = (raw < 0) | (raw > 65535) if raw.dtype.itemsize > 2 or raw.dtype.kind == 'i' else None
         segments = self._segment.take(raw, mode='clip')
-        bad = np.unique(raw[(segments == k+1) | (False if strange is None else strange)]) if (segments == k+1).any() or strange is not None and strange.any() else ()
+        bad = (np.unique(raw[(segments == k+1) | (False if strange is None else strange)])
+               if (segments == k+1).any() or strange is not None and strange.any() else ())
         if len(bad): raise self._strange(path, bad)
         return segments,self._classes,self._classes != self.ignore
 
     def _strange(self, path, bad):
         void,k = np.flatnonzero(self.lut == self.ignore),len(self.vocabulary)
-        from_one = f' The {k} names stand for 0 to {k-1}: if the first class is number 1, give number 0 a name, too.' if list(bad) == [k] and self.lut[0] == 0 else ''
-        return OpenTransError(f"The label map '{path}' holds {_listed_values(bad)}, outside the {k} classes of {self.name} "
-                              f"(not judged: {_listed_values(void) if len(void) else 'no value'}). Give the names of all classes, or the values to leave out as ignore=...{from_one}")
+        from_one = (
+            f' The {k} names stand for 0 to {k-1}: if the first class is number 1, give number 0 a name, too.'
+            if list(bad) == [k] and self.lut[0] == 0 else '')
+        return OpenTransError(
+            f"The label map '{path}' holds {_listed_values(bad)}, outside the {k} classes of {self.name} "
+            f"(not judged: {_listed_values(void) if len(void) else 'no value'}). Give the names of all classes, or "
+            f"the values to leave out as ignore=...{from_one}")
 
     def doubt(self, counts, ignored, images, empty=()):
         if self.published or not images: return ''
@@ -416,15 +491,22 @@ class LabelMaps(Segmentation):
         share = ignored/max(1, ignored+sum(int(count) for count in counts))
         said = []
         if never and ignored:
-            said.append(f"{_listed_names(never)} never occur{'s' if len(never) == 1 else ''} in the labels of {images} images, while {share:.2g} of their pixels are left out ({_listed_values(void)}). "
-                        f"If such a value is a class, write its number, 0 to {len(self.vocabulary)-1}, into the files, or leave out other values (ignore=...)")
-        elif never: said.append(f"{_listed_names(never)} never occur{'s' if len(never) == 1 else ''} in the labels of {images} images. Do names and numbers belong together? The first name is number 0")
+            said.append(
+                f"{_listed_names(never)} never occur{'s' if len(never) == 1 else ''} in the labels of {images} "
+                f"images, while {share:.2g} of their pixels are left out ({_listed_values(void)}). If such a "
+                f"value is a class, write its number, 0 " f"to {len(self.vocabulary)-1}, "
+                f"into the files, or leave out other " f"values (ignore=...)")
+        elif never:
+            said.append(
+                f"{_listed_names(never)} never occur{'s' if len(never) == 1 else ''} in the labels of {images} "
+                f"images. Do names and numbers belong together? The first name is number 0")
         if empty: said.append(f"every pixel is left out in {len(empty)} of {images} images, such as '{empty[0]}'")
         return f"{self.name}: {'; '.join(said)}." if said else ''
 
 # %% ../../nbs/data/14_readers.ipynb #82284daf
 def _numbered(raw, ids):
-    "Which of some numbers each pixel is, and what is none of them. Neighbours are mostly alike, so only where a row of them begins is looked up."
+    """Which of some numbers each pixel is, and what is none of them. Neighbours are mostly alike, so only where a
+    row of them begins is looked up."""
     flat = raw.ravel()
     starts = np.flatnonzero(np.append(True, flat[1:] != flat[:-1]))
     lengths = np.diff(np.append(starts, flat.size))
@@ -443,12 +525,19 @@ class Panoptic(Segmentation):
     def annotation(self, i):
         f = self.files[i]
         twice = [k for k,count in Counter(s['id'] for s in f.segments).items() if count > 1]
-        if twice: raise OpenTransError(f"The annotation of '{f.id}' lists segment {_listed_values(twice)} more than once.")
+        if twice:
+            raise OpenTransError(
+                f"The annotation of '{f.id}' lists segment {_listed_values(twice)} more than once.")
         strange = [s['category_id'] for s in f.segments if s['category_id'] not in self.categories]
-        if strange: raise OpenTransError(f"The annotation of '{f.id}' names category {_listed_values(strange)}, which is not among the {len(self.categories)} categories of its file.")
+        if strange:
+            raise OpenTransError(
+                f"The annotation of '{f.id}' names category {_listed_values(strange)}, which is not among the "
+                f"{len(self.categories)} categories of its file.")
         segments,strange = _numbered(self.decode(f.labels), np.array([0]+[s['id'] for s in f.segments], np.int64))
         if len(strange):
-            raise OpenTransError(f"The panoptic map '{f.labels}' holds segment {_listed_values(strange)}, which its annotation does not list. Do map and JSON file belong together?")
+            raise OpenTransError(
+                f"The panoptic map '{f.labels}' holds segment {_listed_values(strange)}, which its annotation does "
+                f"not list. Do map and JSON file belong together?")
         classes = np.array([self.ignore]+[self.categories[s['category_id']] for s in f.segments])
         isregion = np.array([False]+[not s.get('iscrowd') for s in f.segments])
         return segments,classes,isregion

@@ -17,7 +17,9 @@ from ..escape import for_plot
 from ..runtime import axes
 
 # %% ../../nbs/data/11_samples.ipynb #4f86c0d9
-def _listed_names(names): return ', '.join(f"'{shorten(name, 40)}'" for name in names[:6]) + (f' and {len(names)-6} more' if len(names) > 6 else '')
+def _listed_names(names):
+    return (', '.join(f"'{shorten(name, 40)}'" for name in names[:6])
+            + (f' and {len(names)-6} more' if len(names) > 6 else ''))
 
 def _listed_values(v):
     v = list(v)
@@ -30,7 +32,9 @@ def _sides(size, what='size', low=1):
     "A number of pixels or a pair of them as (H, W). Raises `OpenTransError` for anything else."
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     if len(sides) != 2 or not all(_is_whole(side) and low <= side <= 2**15 for side in sides):
-        raise OpenTransError(f"{what}={shorten(size, 40)}: expected a whole number of pixels from {low} to {2**15:,}, or a pair of them.")
+        raise OpenTransError(
+            f"{what}={shorten(size, 40)}: expected a whole number of pixels from {low} to {2**15:,}, or a pair of "
+            f"them.")
     return sides
 
 def ignore_label(
@@ -40,16 +44,23 @@ def ignore_label(
     return 255 if classes <= 255 else 65535
 
 def unpack(
-    packed:dict, # image uint8 (3,H,W); segments (H,W): which segment; for each segment: classes (or ignore), isregion, isthing; id; ignore
-    regions:bool=True, # Make a mask for each region? If not, the sample has none, which is faster where only labels are trained on
+    # image uint8 (3,H,W); segments (H,W): which segment; for each segment: classes (or ignore), isregion, isthing;
+    # id; ignore
+    packed:dict,
+    # Make a mask for each region? If not, the sample has none, which is faster where only labels are trained on
+    regions:bool=True,
     device=None, # Where image, labels and masks are made; None: on the CPU
 )->dict: # A sample
-    "Make a sample from the packed form in which readers hold it: one map of segments instead of a mask for each. Segments without pixels are dropped."
+    """Make a sample from the packed form in which readers hold it: one map of segments instead of a mask for each.
+    Segments without pixels are dropped."""
     segments,classes = np.asarray(packed['segments']),packed['classes']
-    keep = np.flatnonzero((np.bincount(segments.ravel(), minlength=len(classes)) > 0) & packed['isregion']) if regions else np.zeros(0, np.int64)
+    keep = (np.flatnonzero((np.bincount(segments.ravel(), minlength=len(classes)) > 0) & packed['isregion'])
+            if regions else np.zeros(0, np.int64))
     if device is not None: return _unpack_there(packed, segments, keep, device)
-    return dict(image=packed['image'].float().div_(255), labels=torch.from_numpy(classes.take(segments)), regions=torch.from_numpy(segments == keep.astype(segments.dtype)[:,None,None]),
-                region_classes=torch.from_numpy(classes[keep]), isthing=torch.from_numpy(packed['isthing'][keep]), id=packed['id'], ignore=packed['ignore'])
+    return dict(image=packed['image'].float().div_(255), labels=torch.from_numpy(classes.take(segments)),
+                regions=torch.from_numpy(segments == keep.astype(segments.dtype)[:,None,None]),
+                region_classes=torch.from_numpy(classes[keep]), isthing=torch.from_numpy(packed['isthing'][keep]),
+                id=packed['id'], ignore=packed['ignore'])
 
 def _unpack_there(packed, segments, keep, device):
     "What `unpack` gives, made on a device from the few bytes of the packed form."
@@ -57,13 +68,17 @@ def _unpack_there(packed, segments, keep, device):
     classes = torch.from_numpy(packed['classes'])
     labels = classes.to(device)[segments.long()]
     masks = segments == torch.from_numpy(keep.astype(np.int32)).to(device)[:,None,None]
-    return dict(image=packed['image'].to(device).float().div_(255), labels=labels, regions=masks, region_classes=classes[keep],
-                isthing=torch.from_numpy(packed['isthing'][keep]), id=packed['id'], ignore=packed['ignore'])
+    return dict(image=packed['image'].to(device).float().div_(255), labels=labels, regions=masks,
+                region_classes=classes[keep], isthing=torch.from_numpy(packed['isthing'][keep]), id=packed['id'],
+                ignore=packed['ignore'])
 
 def panoptic_of(
     packed:dict, # As for `unpack`
-)->torch.Tensor: # (H,W,2) int64: class and instance of each pixel; instance -1 for a crowd, class `ignore` for what is not judged
-    "The truth for panoptic quality, straight from the map of segments: as `panoptic_map` lays it from the masks of regions, without making any."
+    # (H,W,2) int64: class and instance of each pixel; instance -1 for a crowd, class `ignore` for what is not
+    # judged
+)->torch.Tensor:
+    """The truth for panoptic quality, straight from the map of segments: as `panoptic_map` lays it from the masks
+    of regions, without making any."""
     segments,classes = np.asarray(packed['segments']),packed['classes']
     region = (np.bincount(segments.ravel(), minlength=len(classes)) > 0) & packed['isregion']
     crowd = ~packed['isregion'] & (classes != packed['ignore'])
@@ -90,15 +105,18 @@ def collate(
     ignore = samples[0].get('ignore', 255)
     size = [max(s['image'].shape[d] for s in samples) for d in (1, 2)]
     many = {k: [s[k] for s in samples] for k in ('region_classes', 'isthing', 'panoptic') if k in samples[0]}
-    return dict(images=torch.stack([_pad(s['image'], size, 0.) for s in samples]), labels=torch.stack([_pad(s['labels'], size, ignore) for s in samples]),
-                regions=[_pad(s['regions'], size, False) for s in samples], ids=[s['id'] for s in samples], ignore=ignore, **many)
+    return dict(images=torch.stack([_pad(s['image'], size, 0.) for s in samples]),
+                labels=torch.stack([_pad(s['labels'], size, ignore) for s in samples]),
+                regions=[_pad(s['regions'], size, False) for s in samples], ids=[s['id'] for s in samples],
+                ignore=ignore, **many)
 
 # %% ../../nbs/data/11_samples.ipynb #a375be89
 def class_colours(
     k:int, # Number of classes
 )->np.ndarray: # (k,3) in [0,1]
     "A colour for each class; class i has the same colour whatever `k` is."
-    return np.array([colorsys.hsv_to_rgb((i*.618034+.55)%1, (.75, .5, .95)[i%3], (.95, .75, .6)[i//3%3]) for i in range(k)]).reshape(-1, 3)
+    return np.array([colorsys.hsv_to_rgb((i*.618034+.55)%1, (.75, .5, .95)[i%3], (.95, .75, .6)[i//3%3])
+                     for i in range(k)]).reshape(-1, 3)
 
 def _outlines(regions):
     "Pixels of a region whose right or lower neighbour is not of it."
@@ -112,20 +130,26 @@ def show_sample(
     title:str=None, # Above the picture; None writes the kind
     vocabulary=None, # To name the classes at their largest regions
 ): # The axes
-    "Draw a sample: labels in the colours of `class_colours` (grey where ignored), regions as outlines on the image."
-    if kind not in ('image', 'labels', 'regions'): raise unknown('kind of picture', kind, ['image', 'labels', 'regions'])
+    """Draw a sample: labels in the colours of `class_colours` (grey where ignored), regions as outlines on the
+    image."""
+    if kind not in ('image', 'labels', 'regions'):
+        raise unknown('kind of picture', kind, ['image', 'labels', 'regions'])
     if kind == 'labels':
-        labels = np.asarray(sample['labels']); known = labels < ignore_label(256) if sample.get('ignore') == 65535 else labels < 255
+        labels = np.asarray(sample['labels'])
+        known = labels < ignore_label(256) if sample.get('ignore') == 65535 else labels < 255
         colours = class_colours(int(labels[known].max())+1 if known.any() else 1)
         picture = np.where(known[...,None], colours[np.where(known, labels, 0)], .5)
     else: picture = np.asarray(sample['image']).transpose(1, 2, 0).clip(0, 1).copy()
     if kind == 'regions' and len(sample['regions']): picture[_outlines(sample['regions'])] = (1., 0., 1.)
     ax = axes(ax, figsize=(3, 3))
-    ax.imshow(picture, interpolation='nearest'); ax.set_axis_off(); ax.set_title(kind if title is None else title, fontsize=8)
+    ax.imshow(picture, interpolation='nearest')
+    ax.set_axis_off()
+    ax.set_title(kind if title is None else title, fontsize=8)
     if vocabulary is not None:
         for m,c in zip(np.asarray(sample['regions']), sample['region_classes'].tolist()):
             y,x = (int(np.median(p)) for p in np.nonzero(m))
-            ax.text(x, y, for_plot(vocabulary.names[c]), fontsize=5, clip_on=True, ha='center', va='center', color='k', bbox=dict(fc='w', ec='none', alpha=.65, pad=.6))
+            ax.text(x, y, for_plot(vocabulary.names[c]), fontsize=5, clip_on=True, ha='center', va='center',
+                    color='k', bbox=dict(fc='w', ec='none', alpha=.65, pad=.6))
     return ax
 
 # %% ../../nbs/data/11_samples.ipynb #1871eba6
@@ -134,7 +158,8 @@ def _nearest(n, m, start=0, stop=None):
     return ((np.arange(start, m if stop is None else stop)+.5)*n/m).astype(np.int64).clip(0, n-1)
 
 def _cut(n, m, start, stop):
-    "Of n input pixels that become m: those that outputs start..stop are made of, with a margin; how many outputs these alone make; and where the window lies in them."
+    """Of n input pixels that become m: those that outputs start..stop are made of, with a margin; how many outputs
+    these alone make; and where the window lies in them."""
     margin = 2+math.ceil(n/m)
     o,e = max(0, start*n//m-margin),min(n, -(-stop*n//m)+margin)
     if e-o > .9*n: return 0,n,m,start
@@ -142,7 +167,8 @@ def _cut(n, m, start, stop):
     return o,e,k,min(max(round(start-o*m/n), 0), k-(stop-start))
 
 def _label_lines(n, m, start, stop, cut):
-    "Of n rows or columns of labels that become m, which are seen from `start` to `stop`: those that the image shows there."
+    """Of n rows or columns of labels that become m, which are seen from `start` to `stop`: those that the image
+    shows there."""
     if n == m or not cut: return _nearest(n, m, start, stop)
     first,last,k,begin = _cut(n, m, start, stop)
     return first + _nearest(last-first, k, begin, begin+stop-start)
@@ -152,7 +178,8 @@ def _full_size(sample):
     return tuple(sample['segments' if 'segments' in sample else 'labels'].shape)
 
 def _resize_image(image, size, window, cut):
-    "The window of an image that is resized: on 8 bits, as files are, which is several times faster than on floats, and if `cut` only what the window shows."
+    """The window of an image that is resized: on 8 bits, as files are, which is several times faster than on
+    floats, and if `cut` only what the window shows."""
     (height,width),(top,left,bottom,right) = size,window
     if tuple(image.shape[1:]) == (height, width): return image[:,top:bottom,left:right]
     if image.dtype != torch.uint8: image = (image*255).round_().byte()
@@ -165,10 +192,12 @@ def _resize_image(image, size, window, cut):
 def _take(x, rows, cols): return torch.from_numpy(np.asarray(x).take(rows, -2).take(cols, -1)) # much faster than torch's indexing
 
 def _resize(sample, size, window=None, flip=False, regions=True, pad=None, packed=False):
-    "Resize a sample, packed or not, keep the window (top, left, bottom, right) of the result, and mirror it; pad the image, while it has 8 bits."
+    """Resize a sample, packed or not, keep the window (top, left, bottom, right) of the result, and mirror it; pad
+    the image, while it has 8 bits."""
     top,left,bottom,right = window or (0, 0, *size)
     height,width = _full_size(sample)
-    cut = tuple(sample['image'].shape[1:]) == (height, width) # a part of a picture that was read smaller would lie beside that of its labels
+    # a part of a picture that was read smaller would lie beside that of its labels
+    cut = tuple(sample['image'].shape[1:]) == (height, width)
     image = _resize_image(sample['image'], size, (top, left, bottom, right), cut)
     rows,cols = _label_lines(height, size[0], top, bottom, cut),_label_lines(width, size[1], left, right, cut)
     if flip: image,cols = image.flip(-1),cols[::-1]
@@ -186,14 +215,21 @@ def _resize(sample, size, window=None, flip=False, regions=True, pad=None, packe
 def _check_jitter(scale, flip):
     "Raises `OpenTransError` for a range of scales or a probability that cannot be."
     def number(value): return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if scale is not None and not (isinstance(scale, (list, tuple)) and len(scale) == 2 and all(map(number, scale)) and 0 < scale[0] <= scale[1] <= 1000):
-        raise OpenTransError(f"scale={shorten(scale, 40)}: expected the smallest and the largest multiple, above 0 and up to 1000, or None.")
-    if not number(flip) or not 0 <= flip <= 1: raise OpenTransError(f"flip={shorten(flip, 40)}: expected a probability from 0 to 1.")
+    if (scale is not None
+        and not (isinstance(scale, (list, tuple)) and len(scale) == 2 and all(map(number, scale))
+                 and 0 < scale[0] <= scale[1] <= 1000)):
+        raise OpenTransError(
+            f"scale={shorten(scale, 40)}: expected the smallest and the largest multiple, above 0 and up to 1000, "
+            f"or None.")
+    if not number(flip) or not 0 <= flip <= 1:
+        raise OpenTransError(f"flip={shorten(flip, 40)}: expected a probability from 0 to 1.")
 
 def _generator(seed):
     "Numpy's generator. Raises `OpenTransError` for what is no seed."
     try: return np.random.default_rng(seed)
-    except (TypeError, ValueError): raise OpenTransError(f"seed={shorten(seed, 40)}: expected a whole number from 0 on, or a sequence of such.") from None
+    except (TypeError, ValueError):
+        raise OpenTransError(
+            f"seed={shorten(seed, 40)}: expected a whole number from 0 on, or a sequence of such.") from None
 
 def resize_short(
     sample:dict, # A sample, or its packed form
@@ -213,12 +249,17 @@ def augment(
     sample:dict, # A sample, or its packed form
     size, # Height and width of the crop, or one number; None for no crop
     seed, # A number, or a sequence of numbers such as `[seed, epoch, i]`: the same seed gives the same crop
-    scale:tuple=(.1, 2.), # The image is scaled to fit between these multiples of the crop (of itself, if there is none); None to keep its size
+    # The image is scaled to fit between these multiples of the crop (of itself, if there is none); None to keep its
+    # size
+    scale:tuple=(.1, 2.),
     flip:float=.5, # Probability of a mirror image
     regions:bool=True, # Make the masks of regions? See `unpack`
-    packed:bool=False, # Leave a packed sample packed: a tenth of the bytes, which processes that load hand on; `unpack` makes the sample of it
+    # Leave a packed sample packed: a tenth of the bytes, which processes that load hand on; `unpack` makes the
+    # sample of it
+    packed:bool=False,
 )->dict: # A sample, of exactly `size` if one is given
-    "Large-scale jitter, crop, pad and flip. Raises `OpenTransError` for a size, a scale, a probability or a seed that cannot be."
+    """Large-scale jitter, crop, pad and flip. Raises `OpenTransError` for a size, a scale, a probability or a seed
+    that cannot be."""
     resized,window,mirrored,crop = _draw(_full_size(sample), size, seed, scale, flip)
     s = _resize(sample, resized, window, mirrored, regions, crop, packed)
     if 'segments' in s: return _pad_segments(s, crop)
@@ -236,7 +277,8 @@ def _pad_segments(packed, size):
     return dict(packed, segments=filled, **{k: np.append(packed[k], v) for k,v in more.items()})
 
 def _draw(full, size, seed, scale, flip):
-    "What the seed draws for an image of a full size: the size to which it is resized, the window of that, whether it is mirrored, and the size of the crop."
+    """What the seed draws for an image of a full size: the size to which it is resized, the window of that, whether
+    it is mirrored, and the size of the crop."""
     _check_jitter(scale, flip)
     rng = _generator(seed)
     h,w = full
@@ -245,8 +287,8 @@ def _draw(full, size, seed, scale, flip):
         f = rng.uniform(*scale)*min(H/h, W/w)
         h,w = max(1, round(h*f)),max(1, round(w*f))
     if size is None: H,W = h,w
-    t,l = (int(rng.integers(0, max(0, n-N)+1)) for n,N in ((h,H), (w,W)))
-    return (h, w),(t, l, min(h, t+H), min(w, l+W)),rng.uniform() < flip,(H, W)
+    t,layer = (int(rng.integers(0, max(0, n-N)+1)) for n,N in ((h,H), (w,W)))
+    return (h, w),(t, layer, min(h, t+H), min(w, layer+W)),rng.uniform() < flip,(H, W)
 
 def read_augmented(
     data, # A data set of samples
@@ -258,9 +300,12 @@ def read_augmented(
     regions:bool=True,
     packed:bool=False,
 )->dict: # A sample, of exactly `size` if one is given
-    "Sample i after `augment`, read no larger than it is needed: a JPEG that will be half its size or less is decoded so, which takes less time and gives a picture that differs by less than what JPEG itself loses."
-    if _is_plain_view(data): return read_augmented(data.data, data.indices[i], size, seed, scale, flip, regions, packed)
-    if not getattr(data, 'reads_smaller', False): return augment(sample_packed(data, i), size, seed, scale, flip, regions, packed)
+    """Sample i after `augment`, read no larger than it is needed: a JPEG that will be half its size or less is
+    decoded so, which takes less time and gives a picture that differs by less than what JPEG itself loses."""
+    if _is_plain_view(data):
+        return read_augmented(data.data, data.indices[i], size, seed, scale, flip, regions, packed)
+    if not getattr(data, 'reads_smaller', False):
+        return augment(sample_packed(data, i), size, seed, scale, flip, regions, packed)
     def least(height, width): return _draw((height, width), size, seed, scale, flip)[0]
     return augment(data.packed(i, least), size, seed, scale, flip, regions, packed)
 
@@ -272,9 +317,13 @@ class View(Dataset):
         indices=None, # Which samples; None for all
         transform=None, # Called with (sample, i); None leaves samples as they are
     ):
-        self.data,self.indices,self.transform = data,list(range(len(data)) if indices is None else indices),transform
-        strange = [i for i in self.indices if not hasattr(i, '__index__') or not -len(data) <= int(i) < len(data)] if indices is not None else []
-        if strange: raise OpenTransError(f"The data set has {len(data)} samples, and no number {_listed_values(strange)}.")
+        self.data = data
+        self.indices = list(range(len(data)) if indices is None else indices)
+        self.transform = transform
+        strange = ([i for i in self.indices if not hasattr(i, '__index__') or not -len(data) <= int(i) < len(data)]
+                   if indices is not None else [])
+        if strange:
+            raise OpenTransError(f"The data set has {len(data)} samples, and no number {_listed_values(strange)}.")
     def __len__(self): return len(self.indices)
     def __getitem__(self, i):
         s = self.data[self.indices[i]]
@@ -298,7 +347,9 @@ def _packs(kind):
 def read_sample(
     data, # A data set of samples
     i:int, # Which one
-    regions=True, # With the masks of its regions? Reading is several times faster without. `'map'`: one map of (class, instance) instead, as `panoptic`, where the data set can give it
+    # With the masks of its regions? Reading is several times faster without. `'map'`: one map of (class, instance)
+    # instead, as `panoptic`, where the data set can give it
+    regions=True,
 )->dict: # A sample; without regions, its list of them is empty
     "Sample i as the data set gives it, or without the masks, where only labels or segments are compared."
     if regions is True: return data[i]
@@ -325,5 +376,12 @@ class Augmented(View):
         _check_jitter(scale, flip)
         _generator([seed, 0, 0])
         if size is not None: _sides(size)
-        self.size,self.seed,self.scale,self.flip,self.regions,self.epoch = size,seed,scale,flip,regions,0
-    def __getitem__(self, i): return read_augmented(self.data, self.indices[i], self.size, [self.seed, self.epoch, i], self.scale, self.flip, self.regions)
+        self.size = size
+        self.seed = seed
+        self.scale = scale
+        self.flip = flip
+        self.regions = regions
+        self.epoch = 0
+    def __getitem__(self, i):
+        return read_augmented(self.data, self.indices[i], self.size, [self.seed, self.epoch, i], self.scale,
+                              self.flip, self.regions)

@@ -17,9 +17,11 @@ from .vocabulary import TEMPLATES, Vocabulary
 from ..errors import OpenTransError, shorten, unknown
 
 # %% ../../nbs/data/12_shapes.ipynb #f909f709
-COLOURS = dict(red=(.86,.12,.14), yellow=(.95,.84,.12), green=(.13,.68,.22), blue=(.13,.32,.88), purple=(.62,.18,.74))
+COLOURS = dict(red=(.86,.12,.14), yellow=(.95,.84,.12), green=(.13,.68,.22), blue=(.13,.32,.88),
+               purple=(.62,.18,.74))
 TEXTURES = ('plain', 'striped', 'dotted')
-SHAPES = dict(circle='disc', square='box', triangle='wedge', star='pentagram') # name -> the word of the domain `sketch`
+# name -> the word of the domain `sketch`
+SHAPES = dict(circle='disc', square='box', triangle='wedge', star='pentagram')
 STUFF = ('grass', 'sand', 'water', 'brick')
 TRIPLES = [(c,t,s) for c in range(len(COLOURS)) for t in range(len(TEXTURES)) for s in range(len(SHAPES))]
 
@@ -44,8 +46,12 @@ def _inside(shape, x, y):
     if shape != 'star': raise unknown('shape', shape, SHAPES)
     a,r = np.arctan2(x, -y),np.hypot(x, y)
     a = abs((a+np.pi/5) % (2*np.pi/5) - np.pi/5)                        # angle from the nearest point of the star
-    px,py,ix,iy = r*np.cos(a),r*np.sin(a),.48*np.cos(np.pi/5),.48*np.sin(np.pi/5)
-    ex,ey = ix-1.1,iy                                                   # the edge from that point to the inner corner
+    px = r*np.cos(a)
+    py = r*np.sin(a)
+    ix = .48*np.cos(np.pi/5)
+    iy = .48*np.sin(np.pi/5)
+    ex = ix-1.1
+    ey = iy                                                   # the edge from that point to the inner corner
     return -((px-1.1)*(-ey)+py*ex)/np.hypot(ex, ey)
 
 @functools.cache
@@ -71,19 +77,27 @@ def paint_object(
     H,W = img.shape[:2]
     x0,x1,y0,y1 = (int(v) for v in (max(cx-1.6*r, 0), min(cx+1.6*r+2, W), max(cy-1.6*r, 0), min(cy+1.6*r+2, H)))
     if x1 <= x0 or y1 <= y0: return None
-    yy,xx = _grid((H, W))[:,y0:y1,x0:x1]; ca,sa = np.cos(angle),np.sin(angle)
+    yy,xx = _grid((H, W))[:,y0:y1,x0:x1]
+    ca,sa = np.cos(angle),np.sin(angle)
     u,v = ((xx-cx)*ca+(yy-cy)*sa)/r,(-(xx-cx)*sa+(yy-cy)*ca)/r
-    d = _inside(list(SHAPES)[s], u, v); a = np.clip(.5-d*r, 0, 1)[...,None]
+    d = _inside(list(SHAPES)[s], u, v)
+    a = np.clip(.5-d*r, 0, 1)[...,None]
     col = np.clip(np.array(list(COLOURS.values())[c])+rng.uniform(-jitter, jitter, 3), 0, 1)
     body = np.broadcast_to(col, (*d.shape, 3)).copy()
     if TEXTURES[t] == 'striped':
-        f = rng.uniform(1.5, 2.1); body[np.sin(2*np.pi*f*u+rng.uniform(0, 6)) > 0] = col*(1-.72*contrast)
+        f = rng.uniform(1.5, 2.1)
+        body[np.sin(2*np.pi*f*u+rng.uniform(0, 6)) > 0] = col*(1-.72*contrast)
     elif TEXTURES[t] == 'dotted':
-        f = rng.uniform(1.25, 1.6); du,dv = ((w*f+.5) % 1-.5 for w in (u, v)); body[np.hypot(du, dv) < .27] = col*(1-.9*contrast)
+        f = rng.uniform(1.25, 1.6)
+        du,dv = ((w*f+.5) % 1-.5 for w in (u, v))
+        body[np.hypot(du, dv) < .27] = col*(1-.9*contrast)
     body = np.clip(body*(1+.12*(u*rng.uniform(-1, 1)+v*rng.uniform(-1, 1)))[...,None], 0, 1)
-    if outline: a_in = np.clip(.5-(d+outline/r)*r, 0, 1)[...,None]; body = body*a_in+.08*(1-a_in)
+    if outline:
+        a_in = np.clip(.5-(d+outline/r)*r, 0, 1)[...,None]
+        body = body*a_in+.08*(1-a_in)
     img[y0:y1,x0:x1] = img[y0:y1,x0:x1]*(1-a)+body*a
-    m = np.zeros((H, W), bool); m[y0:y1,x0:x1] = d < 0
+    m = np.zeros((H, W), bool)
+    m[y0:y1,x0:x1] = d < 0
     return m
 
 # %% ../../nbs/data/12_shapes.ipynb #9c4d86c6
@@ -93,42 +107,64 @@ def paint_stuff(
     size:tuple, # (H, W)
 )->np.ndarray: # (H,W,3) float32 in [0,1]
     "Paint a whole image of one stuff."
-    yy,xx = _grid(size); ph = rng.uniform(0, 6, 4)
+    yy,xx = _grid(size)
+    ph = rng.uniform(0, 6, 4)
     n1,n2 = _smooth_noise(rng, size, 6),rng.uniform(-1, 1, size)
-    if name == 'paper': return np.clip(.93+.03*n1[...,None]+.01*n2[...,None]*np.ones(3)+rng.uniform(-.05, .03), 0, 1).astype(np.float32)
+    if name == 'paper':
+        return np.clip(.93+.03*n1[...,None]+.01*n2[...,None]*np.ones(3)+rng.uniform(-.05, .03), 0,
+                       1).astype(np.float32)
     if name == 'grass': col,tex = (.30,.48,.16),(.5*n1+.5*n2)[...,None]*np.array((.12,.16,.08))
     elif name == 'sand': col,tex = (.78,.66,.44),(.25*n1+.35*n2+.5*np.sin(.35*yy+2*n1+ph[0]))[...,None]*.07
-    elif name == 'water': col,tex = (.22,.46,.60),(np.sin(.5*yy+1.5*np.sin(.12*xx+ph[1])+ph[0])+.4*n1)[...,None]*np.array((.08,.09,.1))
+    elif name == 'water':
+        col = (.22,.46,.60)
+        tex = (np.sin(.5*yy+1.5*np.sin(.12*xx+ph[1])+ph[0])+.4*n1)[...,None]*np.array((.08,.09,.1))
     elif name == 'brick':
-        row = yy//8; along = xx+(row%2)*8
-        joint = (yy%8 < 1.2) | ((along+ph[0]*3)%16 < 1.2); shade = .15*np.sin(row*12.9+along//16*78.2)
-        col,tex = (.58,.32,.24),np.where(joint[...,None], np.array((.1,.2,.22)), (shade+.08*n2)[...,None]*np.ones(3))
+        row = yy//8
+        along = xx+(row%2)*8
+        joint = (yy%8 < 1.2) | ((along+ph[0]*3)%16 < 1.2)
+        shade = .15*np.sin(row*12.9+along//16*78.2)
+        col = (.58,.32,.24)
+        tex = np.where(joint[...,None], np.array((.1,.2,.22)), (shade+.08*n2)[...,None]*np.ones(3))
     else: raise unknown('stuff', name, (*STUFF, 'paper'))
     return np.clip(np.array(col)+rng.uniform(-.05, .05, 3)+tex, 0, 1).astype(np.float32)
 
 def _clutter(rng, img):
     "A nameless stroke or dot: it belongs to what it lies on."
-    H,W = img.shape[:2]; yy,xx = _grid((H, W)); cx,cy,a = rng.uniform(0, W),rng.uniform(0, H),rng.uniform(0, 3.14)
+    H,W = img.shape[:2]
+    yy,xx = _grid((H, W))
+    cx = rng.uniform(0, W)
+    cy = rng.uniform(0, H)
+    a = rng.uniform(0, 3.14)
     u,v = (xx-cx)*np.cos(a)+(yy-cy)*np.sin(a),-(xx-cx)*np.sin(a)+(yy-cy)*np.cos(a)
-    m = (abs(u) < rng.uniform(2, .22*W)) & (abs(v) < rng.uniform(.4, 1.1)) if rng.uniform() < .6 else np.hypot(u, v) < rng.uniform(.8, 2.6)
+    m = ((abs(u) < rng.uniform(2, .22*W)) & (abs(v) < rng.uniform(.4, 1.1)) if rng.uniform() < .6
+         else np.hypot(u, v) < rng.uniform(.8, 2.6))
     img[m] = img[m]*.3+.7*rng.uniform(.05, .95, 3)
 
 def _light(rng, img, gain=(1., 1.), cast=0., noise=0., blur=0., haze=0., tint=None, **_):
     "Light and camera: brightness with a gradient, colour cast, haze, blur, noise."
-    H,W = img.shape[:2]; yy,xx = _grid((H, W))
-    g = rng.uniform(*gain)*(1+rng.uniform(0, .3)*np.cos(rng.uniform(0, 6.3))*(xx/W-.5)+rng.uniform(0, .3)*np.sin(rng.uniform(0, 6.3))*(yy/H-.5))
+    H,W = img.shape[:2]
+    yy,xx = _grid((H, W))
+    g = (
+        rng.uniform(*gain)*(
+            1+rng.uniform(0, .3)*np.cos(rng.uniform(0, 6.3))*(xx/W-.5)+rng.uniform(0, .3)*np.sin(
+                rng.uniform(0, 6.3))*(yy/H-.5)))
     img = img*g[...,None]*(1+rng.uniform(-cast, cast, 3))*(np.array(tint) if tint else 1)
-    if haze: h = rng.uniform(0, haze); img = img*(1-h)+h*rng.uniform(.4, .8, 3)
+    if haze:
+        h = rng.uniform(0, haze)
+        img = img*(1-h)+h*rng.uniform(.4, .8, 3)
     if blur and rng.uniform() < .7:
-        k = rng.uniform(0, blur); img = img*(1-k)+k*(np.roll(img, 1, 0)+np.roll(img, -1, 0)+np.roll(img, 1, 1)+np.roll(img, -1, 1))/4
+        k = rng.uniform(0, blur)
+        img = img*(1-k)+k*(np.roll(img, 1, 0)+np.roll(img, -1, 0)+np.roll(img, 1, 1)+np.roll(img, -1, 1))/4
     return np.clip(img+rng.normal(0, noise+1e-6, img.shape), 0, 1).astype(np.float32)
 
 # %% ../../nbs/data/12_shapes.ipynb #97b2f134
 DOMAINS = { # look of a scene: number and radius (in image heights) of the things, clutter, light
     'home':   dict(n=(5,9), r=(.085,.18), clutter=10, gain=(.4,.95), cast=.18, noise=.06, blur=.5, haze=.3),
-    'night':  dict(n=(4,8), r=(.08,.18), clutter=8, gain=(.25,.5), cast=.10, noise=.06, blur=.5, haze=.1, tint=(.75,.85,1.25)),
+    'night':  dict(n=(4,8), r=(.08,.18), clutter=8, gain=(.25,.5), cast=.10, noise=.06, blur=.5, haze=.1,
+                   tint=(.75,.85,1.25)),
     'crowd':  dict(n=(12,18), r=(.07,.12), clutter=4, gain=(.5,1.), cast=.15, noise=.05, blur=.4, haze=.2),
-    'sketch': dict(n=(4,8), r=(.09,.18), clutter=6, gain=(.9,1.1), cast=.05, noise=.03, blur=.3, haze=0., paper=True),
+    'sketch': dict(n=(4,8), r=(.09,.18), clutter=6, gain=(.9,1.1), cast=.05, noise=.03, blur=.3, haze=0.,
+                   paper=True),
 }
 
 def scene(
@@ -138,19 +174,33 @@ def scene(
     triples:list, # The things that may occur, as (colour, texture, shape)
 )->tuple: # image (H,W,3), segment of each pixel (H,W), for each segment a stuff name or a triple
     "Paint one scene."
-    look = DOMAINS[domain]; H,W = size; yy,xx = _grid(size); seg = np.zeros(size, np.int32); paper = look.get('paper', False)
+    look = DOMAINS[domain]
+    H,W = size
+    yy,xx = _grid(size)
+    seg = np.zeros(size, np.int32)
+    paper = look.get('paper', False)
     if paper: img,kinds = paint_stuff(rng, 'paper', size),['paper']
     else:
-        a,b = rng.choice(len(STUFF), 2, replace=False); img,kinds = paint_stuff(rng, STUFF[a], size),[STUFF[a]]
+        a,b = rng.choice(len(STUFF), 2, replace=False)
+        img,kinds = paint_stuff(rng, STUFF[a], size),[STUFF[a]]
         if rng.uniform() < .75:
-            line = H*rng.uniform(.3, .7)+H*.12*np.sin(xx/W*rng.uniform(2, 7)+rng.uniform(0, 6))+(xx-W/2)*rng.uniform(-.4, .4)
-            low = yy > line; img[low] = paint_stuff(rng, STUFF[b], size)[low]; seg[low] = 1; kinds.append(STUFF[b])
+            line = (H*rng.uniform(.3,
+                                  .7)+H*.12*np.sin(xx/W*rng.uniform(2, 7)+rng.uniform(0, 6))+(xx-W/2)*rng.uniform(
+                        -.4, .4))
+            low = yy > line
+            img[low] = paint_stuff(rng, STUFF[b], size)[low]
+            seg[low] = 1
+            kinds.append(STUFF[b])
     for _ in range(rng.integers(0, look['clutter']+1)): _clutter(rng, img)
     for _ in range(rng.integers(*look['n'], endpoint=True)):
-        r = H*rng.uniform(*look['r']); cx,cy = rng.uniform(.3*r, W-.3*r),rng.uniform(.3*r, H-.3*r)
+        r = H*rng.uniform(*look['r'])
+        cx,cy = rng.uniform(.3*r, W-.3*r),rng.uniform(.3*r, H-.3*r)
         k = triples[rng.integers(len(triples))]
-        m = paint_object(rng, img, cx, cy, r, rng.uniform(-.6, .6), *k, outline=1.5*paper, contrast=rng.uniform(.7, 1.))
-        if m is not None and m.any(): seg[m] = len(kinds); kinds.append(k)
+        m = paint_object(rng, img, cx, cy, r, rng.uniform(-.6, .6), *k, outline=1.5*paper,
+                         contrast=rng.uniform(.7, 1.))
+        if m is not None and m.any():
+            seg[m] = len(kinds)
+            kinds.append(k)
     for _ in range(rng.integers(0, look['clutter']//3+1)): _clutter(rng, img)
     return _light(rng, img, **look),seg,kinds
 
@@ -168,9 +218,14 @@ class ShapesWorld(Dataset):
     ):
         if not isinstance(domain, str) or domain not in DOMAINS: raise unknown('domain', domain, DOMAINS)
         if not isinstance(split, str) or split not in self.splits: raise unknown('split', split, self.splits)
-        if not _is_whole(n) or n < 1: raise OpenTransError(f"n={shorten(n, 40)}: a data set needs at least one scene.")
-        if not _is_whole(seed) or seed < 0: raise OpenTransError(f"seed={shorten(seed, 40)}: expected a whole number from 0 on.")
-        self.split,self.domain,self.n,self.seed = split,domain,int(n),int(seed)
+        if not _is_whole(n) or n < 1:
+            raise OpenTransError(f"n={shorten(n, 40)}: a data set needs at least one scene.")
+        if not _is_whole(seed) or seed < 0:
+            raise OpenTransError(f"seed={shorten(seed, 40)}: expected a whole number from 0 on.")
+        self.split = split
+        self.domain = domain
+        self.n = int(n)
+        self.seed = int(seed)
         self.size = tuple(int(side) for side in _sides(size, low=0))
         if min(self.size) < 16: raise OpenTransError(f"size={size}: a scene needs at least 16 pixels a side.")
         base,novel = ([k for k in TRIPLES if is_novel(*k) == b] for b in (False, True))
@@ -180,13 +235,17 @@ class ShapesWorld(Dataset):
         self.vocabulary = Vocabulary(stuff+list(dict.fromkeys(self.class_name(k) for k in named)), templates)
         self.name,self.ignore,nb = f'shapesworld-{domain}',ignore_label(len(self.vocabulary)),len(stuff)+len(base)
         self.things = frozenset(range(len(stuff), len(self.vocabulary)))
-        self.groups = dict(base=list(range(nb)), novel=list(range(nb, nb+len(novel)))) if domain == 'home' and split != 'train' else {}
+        self.groups = (dict(base=list(range(nb)), novel=list(range(nb, nb+len(novel))))
+                       if domain == 'home' and split != 'train' else {})
         self._made = {}
 
     def class_name(self, k)->str:
-        "What this domain calls a segment: a stuff name stays, a triple loses the words that the domain does not use."
+        """What this domain calls a segment: a stuff name stays, a triple loses the words that the domain does not
+        use."""
         if isinstance(k, str): return k
-        c,t,s = list(COLOURS)[k[0]],TEXTURES[k[1]],list(SHAPES)[k[2]]
+        c = list(COLOURS)[k[0]]
+        t = TEXTURES[k[1]]
+        s = list(SHAPES)[k[2]]
         return dict(home=f'{c} {t} {s}', night=f'{t} {s}', crowd=f'{c} {s}', sketch=f'{c} {SHAPES[s]}')[self.domain]
 
     def _make(self, i):
@@ -194,8 +253,10 @@ class ShapesWorld(Dataset):
         img,seg,kinds = scene(rng, self.domain, self.size, self.triples)
         classes = np.array([self.vocabulary.names.index(self.class_name(k)) for k in kinds])
         seen = np.bincount(seg.ravel(), minlength=len(classes)) >= 12
-        return dict(image=torch.from_numpy((img*255+.5).astype(np.uint8).transpose(2, 0, 1).copy()), segments=seg.astype(np.uint8), classes=np.where(seen, classes, self.ignore),
-                    isregion=seen, isthing=np.array([c in self.things for c in classes]), id=f'{self.domain}-{self.split}-{i:06d}', ignore=self.ignore)
+        return dict(image=torch.from_numpy((img*255+.5).astype(np.uint8).transpose(2, 0, 1).copy()),
+                    segments=seg.astype(np.uint8), classes=np.where(seen, classes, self.ignore), isregion=seen,
+                    isthing=np.array([c in self.things for c in classes]),
+                    id=f'{self.domain}-{self.split}-{i:06d}', ignore=self.ignore)
 
     def packed(self, i):
         if not -self.n <= i < self.n: raise IndexError(f'scene {i} of {self.n}')
@@ -204,7 +265,10 @@ class ShapesWorld(Dataset):
         return self._made[i]
     def __len__(self): return self.n
     def __getitem__(self, i): return unpack(self.packed(i))
-    def __repr__(self): return f"{self.name} ({self.split}): {self.n} scenes of {self.size[1]}x{self.size[0]}, {len(self.vocabulary)} classes"
+    def __repr__(self):
+        return (
+            f"{self.name} ({self.split}): {self.n} scenes of {self.size[1]}x{self.size[0]}, {len(self.vocabulary)} "
+            f"classes")
 
 # %% ../../nbs/data/12_shapes.ipynb #bdefbbd1
 def object_image(
@@ -213,25 +277,33 @@ def object_image(
     c:int, t:int, s:int, # Colour, texture, shape
 )->np.ndarray: # (size,size,3) uint8
     "One thing near the middle of a calm picture."
-    ground = rng.uniform(.15, .9)+rng.uniform(-.12, .12, 3)+.08*_smooth_noise(rng, (size, size), 4)[...,None]*rng.uniform(0, 1)
+    ground = (
+        rng.uniform(.15, .9)+rng.uniform(-.12, .12, 3)+.08*_smooth_noise(rng, (size, size), 4)[
+            ...,None]*rng.uniform(0, 1))
     img = np.clip(ground, 0, 1)*np.ones((size, size, 3))
     if rng.uniform() < .3: img = paint_stuff(rng, STUFF[rng.integers(len(STUFF))], (size, size)).astype(float)
-    r = size*rng.uniform(.2, .46); cx,cy = size/2+rng.uniform(-.1, .1, 2)*size
+    r = size*rng.uniform(.2, .46)
+    cx,cy = size/2+rng.uniform(-.1, .1, 2)*size
     paint_object(rng, img, cx, cy, r, rng.uniform(-.6, .6), c, t, s, contrast=rng.uniform(.8, 1.))
     return (_light(rng, img, gain=(.8, 1.1), cast=.05, noise=.015, blur=.2)*255+.5).astype(np.uint8)
 
 def stuff_image(rng, size:int, name:str)->np.ndarray: # (size,size,3) uint8
     "A picture of one stuff."
-    return (_light(rng, paint_stuff(rng, name, (size, size)), gain=(.8, 1.1), cast=.05, noise=.015, blur=.2)*255).astype(np.uint8)
+    return (_light(rng, paint_stuff(rng, name, (size, size)), gain=(.8, 1.1), cast=.05, noise=.015,
+                   blur=.2)*255).astype(np.uint8)
 
 def caption(
     rng, # A numpy generator
     k, # A triple (colour, texture, shape), or the name of a stuff
 )->tuple: # (text, (colour, texture, shape, stuff) that it names, -1 where it is silent)
     "A caption for a picture of `k`."
-    say_it = lambda words: TEMPLATES['shapes'][rng.integers(5)].format(words)
+    def say_it(words): return TEMPLATES['shapes'][rng.integers(5)].format(words)
     if isinstance(k, str): return say_it(k),(-1, -1, -1, STUFF.index(k) if k in STUFF else len(STUFF))
-    c,t,s = k; u = rng.uniform(); shape = list(SHAPES)[s]; noun = shape if rng.uniform() < .7 else SHAPES[shape]
-    say = (1, 1, 1) if u < .55 else (1, 0, 1) if u < .7 else (0, 1, 1) if u < .85 else (0, 0, 1) if u < .95 else (1, 1, 0)
+    c,t,s = k
+    u = rng.uniform()
+    shape = list(SHAPES)[s]
+    noun = shape if rng.uniform() < .7 else SHAPES[shape]
+    say = ((1, 1, 1) if u < .55 else (1, 0, 1) if u < .7 else (0, 1, 1) if u < .85 else (0, 0, 1) if u < .95
+           else (1, 1, 0))
     words = [list(COLOURS)[c]]*say[0]+[TEXTURES[t]]*say[1]+[noun if say[2] else 'thing']
     return say_it(' '.join(words)),tuple(v if b else -1 for v,b in zip((c,t,s), say))+(-1,)

@@ -21,7 +21,9 @@ ASSETS = Path(opentrans.__file__).parent/'assets'
 @functools.cache
 def _asset(name):
     path = ASSETS/f'{name}.json'
-    if not path.is_file(): raise OpenTransError(f"The data file 'assets/{name}.json' is missing from the package. Install opentrans again.")
+    if not path.is_file():
+        raise OpenTransError(
+            f"The data file 'assets/{name}.json' is missing from the package. Install opentrans again.")
     return load_json(path)
 
 class _Named(Mapping):
@@ -35,7 +37,8 @@ class _Named(Mapping):
     def __len__(self): return len(self._names())
     def __repr__(self): return f"{self._kind}: {', '.join(self)}"
 
-TEMPLATES = _Named('template set', lambda: list(_asset('templates')), lambda name: tuple(_asset('templates')[name]['templates']))
+TEMPLATES = _Named('template set', lambda: list(_asset('templates')),
+                   lambda name: tuple(_asset('templates')[name]['templates']))
 
 # %% ../../nbs/data/10_vocabulary.ipynb #fa9e8434
 _LONGEST = 1000 # characters of a name or a template: a text encoder reads 77 words at most
@@ -44,10 +47,16 @@ def checked_text(
     value, # A class name or a template
     what:str, # What it is, for the message
 )->str: # The same
-    "A text that can be saved and given to a text encoder. Raises `OpenTransError` for what is no text, too long, or holds half of a character."
-    if not isinstance(value, str): raise OpenTransError(f"{what} is {shorten(repr(value), 60)} ({type(value).__name__}): expected a text, such as 'road'.")
-    if len(value) > _LONGEST: raise OpenTransError(f"{what} has {len(value):,} characters ('{value[:40]} ...'): expected at most {_LONGEST:,}.")
-    if re.search('[\ud800-\udfff]', value): raise OpenTransError(f"{what} holds half of a character (a lone surrogate): {value[:60]!r}.")
+    """A text that can be saved and given to a text encoder. Raises `OpenTransError` for what is no text, too long,
+    or holds half of a character."""
+    if not isinstance(value, str):
+        raise OpenTransError(
+            f"{what} is {shorten(repr(value), 60)} ({type(value).__name__}): expected a text, such as 'road'.")
+    if len(value) > _LONGEST:
+        raise OpenTransError(
+            f"{what} has {len(value):,} characters ('{value[:40]} ...'): expected at most {_LONGEST:,}.")
+    if re.search('[\ud800-\udfff]', value):
+        raise OpenTransError(f"{what} holds half of a character (a lone surrogate): {value[:60]!r}.")
     return value
 
 def _words(name, i):
@@ -55,50 +64,68 @@ def _words(name, i):
     if isinstance(name, (list, tuple)): given = [checked_text(word, f'A word of class {i}') for word in name]
     else: given = [checked_text(name, f'Class {i}')]
     words = [' '.join(word.split()) for part in given for word in part.split(',')]
-    if not all(words) or not words: raise OpenTransError(f"Class {i} has an empty name: {shorten(name)!r}. Write each class as 'name' or 'name,synonym'.")
+    if not all(words) or not words:
+        raise OpenTransError(
+            f"Class {i} has an empty name: {shorten(name)!r}. Write each class as 'name' or 'name,synonym'.")
     return ','.join(dict.fromkeys(words))
 
 def _entries(names):
     "Names as the tuple of 'a,b' strings; raises for what is no list of names."
-    if isinstance(names, str): names = [n.replace(';', ',') for n in names.split(',')]   # a comma list, as on the command line: ';' parts synonyms
+    # a comma list, as on the command line: ';' parts synonyms
+    if isinstance(names, str): names = [n.replace(';', ',') for n in names.split(',')]
     if isinstance(names, (bytes, Mapping, Set)) or not isinstance(names, Iterable):
-        raise OpenTransError(f"Class names are a list, in the order of their numbers, not {shorten(repr(names), 60)} ({type(names).__name__}).")
+        raise OpenTransError(
+            f"Class names are a list, in the order of their numbers, not {shorten(repr(names), 60)} "
+            f"({type(names).__name__}).")
     res = [_words(name, i) for i,name in enumerate(names)]
     twice = [n for n,c in Counter(res).items() if c > 1]
     if not res: raise OpenTransError("A vocabulary needs at least one class name; got none.")
-    if twice: raise OpenTransError(f"These class names are there twice: {shorten(', '.join(twice))}. A class is its text: give each its own, or add a synonym.")
+    if twice:
+        raise OpenTransError(
+            f"These class names are there twice: {shorten(', '.join(twice))}. A class is its text: give each its "
+            f"own, or add a synonym.")
     return tuple(res)
 
 def _has_place(template):
     "Is a template a text with one `{}` and nothing else to be filled in?"
-    try: places = [(field, how, turn) for _,field,how,turn in string.Formatter().parse(template) if field is not None]
+    try:
+        places = [(field, how, turn)
+                  for _,field,how,turn in string.Formatter().parse(template) if field is not None]
     except ValueError: return False
     return places == [('', '', None)]
 
 def check_templates(
     templates, # Prompts with `{}` for the name, or the name of a set in `TEMPLATES`
 )->tuple: # The prompts
-    "Prompt templates. Raises `OpenTransError` for one that does not have the place of the name once, or has anything else to be filled in."
+    """Prompt templates. Raises `OpenTransError` for one that does not have the place of the name once, or has
+    anything else to be filled in."""
     if isinstance(templates, str): templates = [templates] if '{' in templates else TEMPLATES[templates]
     if isinstance(templates, (bytes, Mapping, Set)) or not isinstance(templates, Iterable):
-        raise OpenTransError(f"Prompt templates are a list of texts, or one of: {', '.join(TEMPLATES)}; not {shorten(repr(templates), 60)}.")
+        raise OpenTransError(
+            f"Prompt templates are a list of texts, or one of: {', '.join(TEMPLATES)}; not "
+            f"{shorten(repr(templates), 60)}.")
     templates = tuple(checked_text(template, 'A prompt template') for template in templates)
     bad = [template for template in templates if not _has_place(template)]
     if bad or not templates:
-        raise OpenTransError(f"Prompt template {shorten(bad[0] if bad else templates)!r} must hold '{{}}' once, where the class name goes, and no other brace.")
+        raise OpenTransError(
+            f"Prompt template {shorten(bad[0] if bad else templates)!r} must hold '{{}}' once, where the class "
+            f"name goes, and no other brace.")
     return templates
 
 # %% ../../nbs/data/10_vocabulary.ipynb #e7969e81
 class Vocabulary:
-    "Class names with synonyms and prompt templates: what a segmentation model chooses from. Immutable; equal if names, order and templates are."
+    """Class names with synonyms and prompt templates: what a segmentation model chooses from. Immutable; equal if
+    names, order and templates are."""
     def __init__(self,
-        names, # Class names: a list of `'name'` or `'name,synonym,...'`, or one comma string in which `;` parts synonyms
+        # Class names: a list of `'name'` or `'name,synonym,...'`, or one comma string in which `;` parts synonyms
+        names,
         templates=('a photo of a {}.',), # Prompts with `{}` for the name; or the name of a set in `TEMPLATES`
     ):
         self.entries,self.templates = _entries(names),check_templates(templates)
         self.synonyms = tuple(tuple(e.split(',')) for e in self.entries)
         first = Counter(s[0] for s in self.synonyms)
-        self.names = tuple(s[0] if first[s[0]] == 1 else e for s,e in zip(self.synonyms, self.entries)) # what tables call a class
+        # what tables call a class
+        self.names = tuple(s[0] if first[s[0]] == 1 else e for s,e in zip(self.synonyms, self.entries))
 
     def prompts(self)->list: # One list of texts for each class: every synonym in every template
         "The texts whose embeddings stand for the classes."
@@ -112,19 +139,27 @@ class Vocabulary:
         for known in (self.names, self.entries):
             if name in known: return known.index(name)
         found = [i for i,s in enumerate(self.synonyms) if name in s]
-        if len(found) > 1: raise OpenTransError(f"'{name}' is a word of {len(found)} classes: {shorten(' | '.join(self.entries[i] for i in found))}. Use the whole name.")
+        if len(found) > 1:
+            raise OpenTransError(
+                f"'{name}' is a word of {len(found)} classes: "
+                f"{shorten(' | '.join(self.entries[i] for i in found))}. Use the whole name.")
         if not found:
             near = difflib.get_close_matches(name, self.names, n=6, cutoff=.5) or self.names[:6]
-            raise OpenTransError(f"Unknown class '{name}' in a vocabulary of {len(self)}; near it: {', '.join(near)}.")
+            raise OpenTransError(
+                f"Unknown class '{name}' in a vocabulary of {len(self)}; near it: {', '.join(near)}.")
         return found[0]
 
     def __len__(self): return len(self.entries)
     def __iter__(self): return iter(self.names)
     def __contains__(self, name): return name in self.names or name in self.entries
     def __getitem__(self, i): return self.names[i]
-    def __eq__(self, other): return isinstance(other, Vocabulary) and (self.entries, self.templates) == (other.entries, other.templates)
+    def __eq__(self, other):
+        return isinstance(other, Vocabulary) and (self.entries, self.templates) == (other.entries, other.templates)
     def __hash__(self): return hash((self.entries, self.templates))
-    def __repr__(self): return f"Vocabulary({len(self)} classes: {', '.join(self.names[:4])}{', ...' if len(self) > 4 else ''}; {len(self.templates)} templates)"
+    def __repr__(self):
+        return (
+            f"Vocabulary({len(self)} classes: {', '.join(self.names[:4])}{', ...' if len(self) > 4 else ''}; "
+            f"{len(self.templates)} templates)")
 
 # %% ../../nbs/data/10_vocabulary.ipynb #d80ae4ee
 @patch
@@ -140,8 +175,10 @@ def subset(self:Vocabulary,
     "A part of a vocabulary. Raises `OpenTransError` for a class that is not there."
     whole = [isinstance(k, (int, np.integer)) and not isinstance(k, bool) for k in keep]
     for k,is_index in zip(keep, whole):
-        if is_index and not -len(self) <= k < len(self): raise OpenTransError(f"There is no class {k} in a vocabulary of {len(self)}.")
-    return Vocabulary([self.entries[k if is_index else self.index(k)] for k,is_index in zip(keep, whole)], self.templates)
+        if is_index and not -len(self) <= k < len(self):
+            raise OpenTransError(f"There is no class {k} in a vocabulary of {len(self)}.")
+    return Vocabulary([self.entries[k if is_index else self.index(k)] for k,is_index in zip(keep, whole)],
+                      self.templates)
 
 @patch
 def to_file(self:Vocabulary, path):
@@ -149,8 +186,11 @@ def to_file(self:Vocabulary, path):
     save_text(json.dumps(dict(templates=self.templates, names=self.entries), indent=1, ensure_ascii=False), path)
 
 # %% ../../nbs/data/10_vocabulary.ipynb #3b68cd8d
-_HEADINGS = ('name', 'names', 'class', 'classes', 'label', 'labels', 'category', 'class_name', 'classname', 'class name', 'label_name') # what a column of names is called
-_COUNTERS = ('id', 'idx', 'index', 'number', 'train_id', 'trainid', 'class_id', 'label_id') # what a column of numbers is called
+# what a column of names is called
+_HEADINGS = ('name', 'names', 'class', 'classes', 'label', 'labels', 'category', 'class_name', 'classname',
+             'class name', 'label_name')
+# what a column of numbers is called
+_COUNTERS = ('id', 'idx', 'index', 'number', 'train_id', 'trainid', 'class_id', 'label_id')
 _BEFORE = re.compile(r'(\d{1,9})\s*([:.)=-]|\s)\s*(.*)') # '7:bed', '7. bed', '7) bed', '7 - bed', '7 bed'
 _BEHIND = re.compile(r'(.*[^\s:=])\s*([:=]|\s)\s*(\d{1,9})') # 'bed: 7', 'bed 7'
 
@@ -164,7 +204,9 @@ def _lines(text):
 def _check_rising(numbers):
     "Raises `OpenTransError` for numbers of classes that do not go up."
     for before,after in zip(numbers, numbers[1:]):
-        if after <= before: raise OpenTransError(f"number {after} comes after number {before}. Sort its lines, so that the first class is first")
+        if after <= before:
+            raise OpenTransError(
+                f"number {after} comes after number {before}. Sort its lines, so that the first class is first")
 
 def _is_number(cell): return re.fullmatch(r'\d{1,9}', cell.strip()) is not None
 
@@ -181,13 +223,16 @@ def _rows(lines, sign):
 def _column(rows):
     "The names in a table, from the column that its headings or its numbers tell."
     widths = sorted({len(row) for row in rows})
-    if len(widths) > 1: raise OpenTransError(f"its lines have {' or '.join(map(str, widths[:3]))} columns. Write one class a line")
+    if len(widths) > 1:
+        raise OpenTransError(f"its lines have {' or '.join(map(str, widths[:3]))} columns. Write one class a line")
     names,head = _heading(rows[0]),[cell.strip().lower() for cell in rows[0]]
     body = rows if names is None else rows[1:]
     counted = [i for i in range(widths[0]) if all(_is_number(row[i]) for row in body) and i != names]
     texts = [i for i in range(widths[0]) if i not in counted]
     if names is None and len(texts) == len(counted) == 1: names = texts[0]
-    if names is None: raise OpenTransError(f"it is not clear which of its {widths[0]} columns holds the names. Call it 'name' in a first line")
+    if names is None:
+        raise OpenTransError(
+            f"it is not clear which of its {widths[0]} columns holds the names. Call it 'name' in a first line")
     order = [i for i in counted if len(counted) == 1 or head[i] in _COUNTERS]
     if order: _check_rising([int(row[order[0]]) for row in body])
     return [row[names].replace(';', ',') for row in body]
@@ -209,7 +254,8 @@ def _unquoted(lines):
     "Lines without a dash before each, and without quotes around each."
     if all(line.startswith('- ') for line in lines): lines = [line[2:].strip() for line in lines]
     for sign in '"\'':
-        if all(len(line) > 2 and line[0] == line[-1] == sign and line.count(sign) == 2 for line in lines): lines = [line[1:-1] for line in lines]
+        if all(len(line) > 2 and line[0] == line[-1] == sign and line.count(sign) == 2 for line in lines):
+            lines = [line[1:-1] for line in lines]
     return lines
 
 def _class_lines(text):
@@ -221,10 +267,12 @@ def _class_lines(text):
     for sign in '\t,':
         rows = _rows(lines, sign)
         if rows is not None: return _column(rows)
-    if any('\t' in line for line in lines): raise OpenTransError("it has tabs, but no numbers and no headings. Write one class a line")
+    if any('\t' in line for line in lines):
+        raise OpenTransError("it has tabs, but no numbers and no headings. Write one class a line")
     if len(lines) > 1 and lines[0].lower().rstrip(':') in _HEADINGS: lines = lines[1:]
     names = _without_numbers(_unquoted(lines))
-    if len(names) == 1 and ',' in names[0]: raise OpenTransError("its only line has commas, which part the words of one class. Write one class a line")
+    if len(names) == 1 and ',' in names[0]:
+        raise OpenTransError("its only line has commas, which part the words of one class. Write one class a line")
     return names
 
 class _VocabularyFile(TypedDict):
@@ -233,18 +281,24 @@ class _VocabularyFile(TypedDict):
 
 @patch(cls_method=True)
 def from_file(cls:Vocabulary,
-    path, # `.json` as `to_file` writes it, or a text file with one class a line, maybe with numbers in front, or a table with a column of names
+    # `.json` as `to_file` writes it, or a text file with one class a line, maybe with numbers in front, or a table
+    # with a column of names
+    path,
     templates=None, # Other templates than those of the file
 ):
-    "Read a vocabulary from a file. Raises `FormatError` if it holds something else, or what could be read in two ways."
+    """Read a vocabulary from a file. Raises `FormatError` if it holds something else, or what could be read in two
+    ways."""
     text = read_text(path, limit=2**24)
     templates = None if templates is None else check_templates(templates)
     try:
-        if Path(path).suffix.lower() != '.json': return cls([line for line in _class_lines(text) if line != 'invalid_class_id'], templates or 'photo')
+        if Path(path).suffix.lower() != '.json':
+            return cls([line for line in _class_lines(text) if line != 'invalid_class_id'], templates or 'photo')
         told = parse_json(text, 'it', _VocabularyFile)
         return cls(told['names'], templates or told.get('templates', 'photo'))
     except OpenTransError as error:
-        raise FormatError(f"'{shorten(path)}' is not a vocabulary: {str(error).rstrip('.')}. Vocabulary.to_file writes one as JSON.") from None
+        raise FormatError(
+            f"'{shorten(path)}' is not a vocabulary: {str(error).rstrip('.')}. Vocabulary.to_file writes one as "
+            f"JSON.") from None
 
 # %% ../../nbs/data/10_vocabulary.ipynb #c2334bba
 def _vocabularies(): return sorted(p.stem[6:] for p in ASSETS.glob('vocab_*.json'))

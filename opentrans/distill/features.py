@@ -31,39 +31,45 @@ def feature_loss(
     teacher:dict, # The same stages
     kind:str='cosine', # One of `DISTANCES`
 )->torch.Tensor: # A number from 0, the mean over stages
-    "How far a student's maps are from a teacher's. Raises `OpenTransError` for an unknown kind, or maps that do not fit."
+    """How far a student's maps are from a teacher's. Raises `OpenTransError` for an unknown kind, or maps that do
+    not fit."""
     if kind not in DISTANCES: raise unknown('distance of features', kind, DISTANCES)
     odd = [n for n in teacher if n not in student or student[n].shape != teacher[n].shape]
-    if odd or not teacher: raise OpenTransError(f"The maps of student and teacher differ in {', '.join(odd) or 'all'}: give two towers of one kind.")
+    if odd or not teacher:
+        raise OpenTransError(
+            f"The maps of student and teacher differ in {', '.join(odd) or 'all'}: give two towers of one kind.")
     each = [DISTANCES[kind](student[n].float(), teacher[n].float()) for n in teacher]
     return torch.stack(each).mean()
 
 # %% ../../nbs/clip/23c_features.ipynb #6a4d37e9
 @dataclass
 class FeatureTrainer:
-    "Training by the features of four stages, for `imp`: `train(model, round)`. Raises `OpenTransError` for settings that make no sense."
+    """Training by the features of four stages, for `imp`: `train(model, round)`. Raises `OpenTransError` for
+    settings that make no sense."""
     clip:ClipBackbone # The CLIP whose frozen fresh copy is the teacher
     images:object # Batches of images (B,3,H,W) that can be read again and again, such as `ImageBatches`
     kind:str = 'cosine' # One of `DISTANCES`
     iterations:int = 1000 # Iterations a round
     lr:float = 1e-4 # Learning rate of AdamW
     clip_grad:float = 0. # Largest norm of the gradient; 0 for no limit
-    batch_norm:str = 'frozen' # `'frozen'`: CLIP's statistics, as the teacher has them; `'train'`: those of the batch
+    # `'frozen'`: CLIP's statistics, as the teacher has them; `'train'`: those of the batch
+    batch_norm:str = 'frozen'
     amp:bool = False # bfloat16 autocast for student and teacher?
     stages:tuple = () # Names of the maps to compare, such as `('res4', 'res5')`; none: all
 
     def __post_init__(self):
         if self.kind not in DISTANCES: raise unknown('distance of features', self.kind, DISTANCES)
-        if self.batch_norm not in ('train', 'frozen'): raise unknown('batch_norm', self.batch_norm, ['train', 'frozen'])
+        if self.batch_norm not in ('train', 'frozen'):
+            raise unknown('batch_norm', self.batch_norm, ['train', 'frozen'])
         check_number('iterations', self.iterations, 1, 10**9, whole=True)
         check_number('lr', self.lr, 1e-12, 1e3)
         self.clip = find_backbone(self.clip)
         self.teacher = self.clip.fresh_copy().requires_grad_(False).eval()
         for stage in self.stages:
             if stage not in self.clip.channels: raise unknown('stage', stage, self.clip.channels)
-        self.settings = dict(loss=f'features, {self.kind}', stages=list(self.stages), iterations=self.iterations, lr=self.lr,
-                             clip_grad=self.clip_grad, batch_norm=self.batch_norm, amp=self.amp, images=len(self.images),
-                             teacher=checksum(self.teacher.state_dict(), {})[7:23])
+        self.settings = dict(loss=f'features, {self.kind}', stages=list(self.stages), iterations=self.iterations,
+                             lr=self.lr, clip_grad=self.clip_grad, batch_norm=self.batch_norm, amp=self.amp,
+                             images=len(self.images), teacher=checksum(self.teacher.state_dict(), {})[7:23])
 
     def _loss(self, backbone, images):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
@@ -77,9 +83,11 @@ class FeatureTrainer:
         n:int=16, # Number of batches
         seed:int=0, # Of their order
     ): # Yields the loss of each, with its graph
-        "The loss on some batches without training, for criteria that look at data. At the teacher's own weights it is zero, and so is its gradient."
+        """The loss on some batches without training, for criteria that look at data. At the teacher's own weights
+        it is zero, and so is its gradient."""
         backbone = find_backbone(model)
-        for _,images in zip(range(n), self._endless(seed)): yield self._loss(backbone, images.to(device_of(backbone)))
+        for _,images in zip(range(n), self._endless(seed)):
+            yield self._loss(backbone, images.to(device_of(backbone)))
 
     def _endless(self, seed):
         "Batches for ever, in another order each time around."
@@ -95,7 +103,8 @@ class FeatureTrainer:
     )->dict: # loss: mean over the round; loss_first, loss_last: over its first and last tenth
         "Train for `iterations` iterations. Raises `OpenTransError` if a loss or weight is not finite."
         backbone = find_backbone(model)
-        if backbone is self.teacher: raise OpenTransError("The model to train is the teacher itself. Train another copy.")
+        if backbone is self.teacher:
+            raise OpenTransError("The model to train is the teacher itself. Train another copy.")
         device,losses = device_of(backbone),[]
         self.teacher.to(device)
         batches = self._endless(int(torch.randint(2**31, ())))
@@ -108,7 +117,8 @@ class FeatureTrainer:
                 if self.clip_grad: nn.utils.clip_grad_norm_(params, self.clip_grad)
                 opt.step()
                 losses.append(loss.item())
-                check_finite(dict(loss=loss.detach()), f'iteration {i} of round {round}', f'Try a smaller lr (now {self.lr}).')
+                check_finite(dict(loss=loss.detach()), f'iteration {i} of round {round}',
+                             f'Try a smaller lr (now {self.lr}).')
         tenth = max(1, len(losses)//10)
         def mean(values): return sum(values)/len(values)
         return dict(loss=mean(losses), loss_first=mean(losses[:tenth]), loss_last=mean(losses[-tenth:]))

@@ -174,7 +174,8 @@ class _TrainerChecks(_TrainerSettings):
         "Raises `OpenTransError` for settings that make no sense, before anything is computed."
         if getattr(self.data, 'vocabulary', None) is None:
             raise OpenTransError(
-                f"A {type(self.data).__name__} has no vocabulary: give a data set whose `vocabulary` holds the names.")
+                f"A {type(self.data).__name__} has no vocabulary: give a data set whose `vocabulary` holds the "
+                f"names.")
         if not len(self.data): raise OpenTransError("The data set is empty: there is nothing to distill on.")
         modes = ['attention', 'crop', 'tight']
         for kind,given,allowed in (('distillation loss', self.loss, list(LOSSES)),
@@ -218,7 +219,8 @@ class _TrainerBatches(_TrainerChecks):
     def _window(self, sample, generator):
         "A sample, or a random square window of it."
         if not self.crop: return sample
-        y,x = (int(torch.randint(max(n-self.crop, 0)+1, (), generator=generator)) for n in sample['image'].shape[-2:])
+        y,x = (int(torch.randint(max(n-self.crop, 0)+1, (), generator=generator))
+               for n in sample['image'].shape[-2:])
         return {k: v[...,y:y+self.crop,x:x+self.crop] if k in ('image', 'labels', 'regions') else v
                 for k,v in sample.items()}
 
@@ -241,8 +243,8 @@ class _TrainerBatches(_TrainerChecks):
         return res
 
     def _batch(self, samples, generator, team=None):
-        """The part of a batch that is this process's, with at most `max_regions` regions in all parts; None if there
-        are none."""
+        """The part of a batch that is this process's, with at most `max_regions` regions in all parts; None if
+        there are none."""
         rank,n = (team.rank, team.n) if team else (0, 1)
         samples = self._windows(samples, generator, rank, n)
         views = [self._view(i, s) for i,s in samples]
@@ -263,16 +265,16 @@ class _TrainerBatches(_TrainerChecks):
         parts = torch.bincount(place, minlength=n).tolist()
         every = rows if n == 1 else team.all_rows(rows.to(team.device), parts).cpu()
         return dict(images=torch.stack([pad(v[1]) for v in views]),
-                    regions=[pad(v[2][m]) for v,m in zip(views, chosen)], owner=owner, classes=every[:,2], parts=parts,
-                    keys=[tuple(row) for row in rows[:,:2].tolist()],
+                    regions=[pad(v[2][m]) for v,m in zip(views, chosen)], owner=owner, classes=every[:,2],
+                    parts=parts, keys=[tuple(row) for row in rows[:,:2].tolist()],
                     every=[tuple(row) for row in every[:,:2].tolist()],
                     whole=self._whole(samples, generator) if self.segmentation else None)
 
     def _whole(self, samples, generator):
         "The samples as a framework's loss reads them, with nouns of captions if they have any."
         batch = collate([s for _,s in samples])
-        return (dict(batch, nouns=[_drop_nouns(s['nouns']) for _,s in samples]) if all('nouns' in s for _,s in samples)
-                else batch)
+        return (dict(batch, nouns=[_drop_nouns(s['nouns']) for _,s in samples])
+                if all('nouns' in s for _,s in samples) else batch)
 
 # %% ../../nbs/clip/23_distill.ipynb #796c2d7c
 class _TrainerTeaching(_TrainerBatches):
@@ -282,7 +284,8 @@ class _TrainerTeaching(_TrainerBatches):
     def _recall(self, key): return self._cache[key] if key in self._cache else self._store[key]
 
     def _teach(self, batch, device):
-        "The teacher's embeddings (N, D) of this process's regions; those that were asked for before come from memory."
+        """The teacher's embeddings (N, D) of this process's regions; those that were asked for before come from
+        memory."""
         new = [k for k,key in enumerate(batch['keys']) if not self._knows(key)]
         found = {}
         if new:
@@ -291,7 +294,8 @@ class _TrainerTeaching(_TrainerBatches):
                 mine.append(r[[k-at for k in new if at <= k < at+len(r)]])
                 at += len(r)
             with torch.no_grad():
-                e = self.teacher.to(device).region_embeddings(batch['images'].to(device), [m.to(device) for m in mine],
+                e = self.teacher.to(device).region_embeddings(batch['images'].to(device),
+                                                              [m.to(device) for m in mine],
                                                               mode=self.teacher_mode).float()
             found = {batch['keys'][k]: row for k,row in zip(new, e)}
         rows = [(found[k] if k in found else self._recall(k)).to(device) for k in batch['keys']]
@@ -310,8 +314,8 @@ class _TrainerTeaching(_TrainerBatches):
         if self._store is not None and self._cached > _PENDING: self._flush()
 
     def state_dict(self)->dict: # Name -> tensor
-        """What the trainer remembers between rounds: the teacher's embeddings by image and region, as far as they are
-        not in files of their own, how many such files there are, and the losses so far."""
+        """What the trainer remembers between rounds: the teacher's embeddings by image and region, as far as they
+        are not in files of their own, how many such files there are, and the losses so far."""
         keys = torch.tensor(list(self._cache), dtype=torch.int64).reshape(-1, 2)
         rows = torch.stack(list(self._cache.values())) if self._cache else torch.zeros(0, self.teacher.embed_dim)
         log = torch.tensor([[row['round'], row['iteration'], row['loss']] for row in self.log], dtype=torch.float64)
@@ -321,8 +325,8 @@ class _TrainerTeaching(_TrainerBatches):
     def load_state_dict(self,
         state:dict, # What `state_dict` gave
     ):
-        """Go on with what another trainer of the same settings remembered. Raises `DamagedFile`, with nothing changed,
-        if it is something else."""
+        """Go on with what another trainer of the same settings remembered. Raises `DamagedFile`, with nothing
+        changed, if it is something else."""
         keys,rows,log,files = (state.get(name) for name in ('keys', 'embeddings', 'log', 'files'))
         shaped = (_is_table(keys, torch.int64, 2) and _is_table(rows, torch.float32, self.teacher.embed_dim)
                   and _is_table(log, torch.float64, 3) and _is_table(files, torch.int64, 1))
@@ -333,8 +337,8 @@ class _TrainerTeaching(_TrainerBatches):
         images,places = keys.T.tolist() if len(keys) else ([], []),{tuple(key) for key in keys.tolist()}
         if len(places) < len(keys) or bool((keys < 0).any()) or max(images[0], default=0) >= len(self.data):
             raise DamagedFile(
-                f"What the trainer remembered is not of these {len(self.data)} images. Begin the run again in another "
-                f"folder.")
+                f"What the trainer remembered is not of these {len(self.data)} images. Begin the run again in "
+                f"another folder.")
         check_finite(dict(embeddings=rows, log=log), 'what the trainer remembered',
                      'Begin the run again in another folder.')
         self._cache = dict(zip(map(tuple, keys.tolist()), rows.clone().unbind()))
@@ -346,8 +350,8 @@ class _TrainerTeaching(_TrainerBatches):
 class _TrainerStore(_TrainerTeaching):
     "Embeddings that do not fit into memory."
     def _open_store(self, within):
-        """Teacher embeddings go to the folder of a run, or stay in memory. Raises `OpenTransError` if its files are not
-        those of the run."""
+        """Teacher embeddings go to the folder of a run, or stay in memory. Raises `OpenTransError` if its files are
+        not those of the run."""
         folder = None if within is None or self.crop or not self.cache_mb else within.folder
         if self._store is not None and self._store.folder == folder: return
         self._store = None
@@ -355,8 +359,10 @@ class _TrainerStore(_TrainerTeaching):
         store = TeacherStore(folder, within.settings, self.team)
         def begin():
             if not self.team.main: return 0
-            return store.clear() if within.fresh else store.check(self._stored, len(self.data), self.teacher.embed_dim)
-        for i in range(self.team.first(self.team.together(begin))): self.team.together(functools.partial(store.take, i))
+            return (store.clear() if within.fresh
+                    else store.check(self._stored, len(self.data), self.teacher.embed_dim))
+        for i in range(self.team.first(self.team.together(begin))):
+            self.team.together(functools.partial(store.take, i))
         self._cache = {key: row for key,row in self._cache.items() if key not in store}
         self._cached,self._store = len(self._cache)*self.teacher.embed_dim*4,store
 
@@ -490,7 +496,8 @@ class _TrainerSteps(_TrainerLosses):
         groups = {}
         for p in params: groups.setdefault((id(p) in tower, id(p) in plain), []).append(p)
         return [dict(params=ps, lr=self.lr*(self.backbone_lr if inside else 1),
-                     weight_decay=0. if undecayed else self.weight_decay) for (inside,undecayed),ps in groups.items()]
+                     weight_decay=0. if undecayed else self.weight_decay)
+                for (inside,undecayed),ps in groups.items()]
 
     def _optimizer(self, params):
         if callable(self.optimizer): return self.optimizer(params)
@@ -499,8 +506,8 @@ class _TrainerSteps(_TrainerLosses):
         return torch.optim.AdamW(params, lr=self.lr, weight_decay=self.weight_decay)
 
     def _whole_loss(self, whole, backbone, text, device, team, batch):
-        """The weighted sum of the losses of one batch. Raises `OpenTransError` if a loss of one's own gives something
-        else than a number."""
+        """The weighted sum of the losses of one batch. Raises `OpenTransError` if a loss of one's own gives
+        something else than a number."""
         loss = self.distillation*self._loss(backbone, batch, text, device, team) if self.distillation else 0.
         if self.segmentation: loss = loss + self.segmentation*self._own_loss(whole, batch, device)
         if isinstance(loss, torch.Tensor) and loss.numel() == 1: return loss.reshape(())
@@ -578,9 +585,12 @@ class _TrainerResume(_TrainerSteps):
         except (KeyError, RuntimeError, TypeError) as error:
             raise within.damaged(f'its generators have no state ({shorten(error)})') from error
         states = under('generators.', tensors)
-        if any(t.ndim != 2 or not len(t) for t in states.values()): raise within.damaged('its generators have no state')
+        if any(t.ndim != 2 or not len(t) for t in states.values()):
+            raise within.damaged('its generators have no state')
         # nothing below draws
-        try: _set_generators({k: t[self.team.rank if len(t) == self.team.n else 0] for k,t in states.items()}, device)
+        try:
+            _set_generators({k: t[self.team.rank if len(t) == self.team.n else 0] for k,t in states.items()},
+                            device)
         except ValueError as error: raise within.damaged(f'its generators have no state ({error})') from error
         self.load_state_dict(under('memory.', tensors))
         restore_optimizer(opt, {n: t for n,t in tensors.items() if n.startswith('optimizer.')}, names, within.path)
@@ -618,8 +628,8 @@ class _TrainerRounds(_TrainerResume):
         *,
         within=None, # Where `imp` lets it leave a checkpoint within the round, and the teacher's embeddings
     )->dict: # loss: mean over the round; loss_first, loss_last: over its first and last tenth
-        """Train for `iterations` iterations with the distillation loss. Raises `OpenTransError` if there is no region,
-        or a loss or weight is not finite."""
+        """Train for `iterations` iterations with the distillation loss. Raises `OpenTransError` if there is no
+        region, or a loss or weight is not finite."""
         whole,backbone = self._check_model(model, round)
         if group_size() > self.team.n:
             warnings.warn(_EACH.format(n=group_size()))
@@ -645,8 +655,8 @@ class _TrainerRounds(_TrainerResume):
                     loss = train_step(step, next(stream), opt, how, mean=team.mean)['loss']
                     if not np.isfinite(loss):
                         raise OpenTransError(
-                            f"The loss is {loss} in iteration {i} of round {round}. Try a smaller lr (now {self.lr}) "
-                            f"or clip_grad=1.")
+                            f"The loss is {loss} in iteration {i} of round {round}. Try a smaller lr (now "
+                            f"{self.lr}) or clip_grad=1.")
                     losses.append(loss)
                     if within is not None and within.every and i+1 < self.iterations and (i+1) % within.every == 0:
                         self._save_within(within, whole, opt, stream, losses, seed, device)
@@ -685,18 +695,19 @@ class DistillTrainer(_TrainerPictures):
         data, # Data set; where its samples have `nouns`, those of a caption, the grounding loss is trained, too
         **options, # Fields of the trainer, over the released ones
     )->'DistillTrainer':
-        """The trainer with the released code's settings (plain_train_net_imp.py, train.sh, and the configuration beside
-        them). Raises `OpenTransError` for a framework without a distillation loss."""
+        """The trainer with the released code's settings (plain_train_net_imp.py, train.sh, and the configuration
+        beside them). Raises `OpenTransError` for a framework without a distillation loss."""
         if not getattr(framework, 'kd', 0):
             raise OpenTransError(
-                f"A {type(framework).__name__} without kd has no distillation loss of its own. Build mask2former or "
-                f"deeplabv3 with preset='released', or with kd=2.")
+                f"A {type(framework).__name__} without kd has no distillation loss of its own. Build mask2former "
+                f"or deeplabv3 with preset='released', or with kd=2.")
         told = len(data) > 0 and 'nouns' in data[0]
         if getattr(framework, 'grounding', 0) and not told:
             warnings.warn(
-                f"{getattr(data, 'name', type(data).__name__)} has no captions (samples without 'nouns'): the released "
-                f"code's grounding loss is left out.")
+                f"{getattr(data, 'name', type(data).__name__)} has no captions (samples without 'nouns'): the "
+                f"released code's grounding loss is left out.")
         terms = ('kd', 'grounding') if told and getattr(framework, 'grounding', 0) else ('kd',)
         known = dict(distillation=0., segmentation=1., terms=terms, iterations=5000, lr=1.5e-4, batch_size=28,
-                     crop=512, optimizer='adamw', weight_decay=.05, decay_norms=False, backbone_lr=.1, clip_grad=.01)
+                     crop=512, optimizer='adamw', weight_decay=.05, decay_norms=False, backbone_lr=.1,
+                     clip_grad=.01)
         return cls(framework, data, **{**known, **options})

@@ -33,7 +33,8 @@ from ..training import evaluate, finetune, load_framework, released_size, WEIGHT
 
 # %% ../../nbs/experiments/51_arms.ipynb #f98fab0c
 # how layers are chosen by what their shape does not move -> column of the table, options of `analyze`
-READINGS = {'z': ('z', dict(null='gaussian')), 'z*': ('z*', dict(null='gaussian')), 'square': ('alpha', dict(aspect=1.))}
+READINGS = {'z': ('z', dict(null='gaussian')), 'z*': ('z*', dict(null='gaussian')),
+            'square': ('alpha', dict(aspect=1.))}
 
 ARM_FILE = FileKind('opentrans-arm', 'result of an arm', 'run_arm')
 ROUNDS_FILE = FileKind('opentrans-rounds', 'history of Algorithm 1', 'find_mask')
@@ -82,7 +83,8 @@ def read_rounds(folder):
 def _file(name): return ''.join(c if c.isalnum() else '-' for c in name)
 
 MASKS = ('distilled', 'magnitude', 'snip', 'random', 'random, layer-matched')
-FINDERS = {} # other methods: name -> function (clip, data, scale, density, seed, folder) that gives a mask; a page adds its own
+# other methods: name -> function (clip, data, scale, density, seed, folder) that gives a mask; a page adds its own
+FINDERS = {}
 
 _FROM_DISTILLED = ('distilled', 'random, layer-matched') # methods that begin with the mask of Algorithm 1
 _USUAL = dict(segmentation=0., distillation=1., framework=None, rewind=None, schedule='geometric')
@@ -118,7 +120,8 @@ class MaskRecipe:
 
     def id(self, scale)->str:
         "What is found by this recipe, in words: the name of its files."
-        return '-'.join([_file(self.method) if self.method in FINDERS else 'distilled', *(f'{name}={value}' for name,value in self.overrides(scale).items())])
+        return '-'.join([_file(self.method) if self.method in FINDERS else 'distilled',
+                         *(f'{name}={value}' for name,value in self.overrides(scale).items())])
 
     def words(self, scale)->str:
         "The mask in words."
@@ -145,7 +148,9 @@ def find_mask(
     # Where masks, weights and the history of a study lie; distillation goes on from there after an interruption
     folder,
     recipe:MaskRecipe=MaskRecipe(), # What is other than in `scale`
-): # Nothing; writes `distilled.safetensors` (mask), `distilled-weights.safetensors`, `imp.json`, with what is other in names
+    # Nothing; writes `distilled.safetensors` (mask), `distilled-weights.safetensors`, `imp.json`, with what is
+    # other in names
+):
     """Algorithm 1 on the CLIP of a study, by distillation alone; or by another loss (Tab. 5 and 8), p or t (Tab. 6
     and 7), to another density; or one of `FINDERS`."""
     folder = Path(folder)
@@ -213,7 +218,8 @@ class Arm:
     name:str # In tables
     mask:MaskRecipe = None # How its mask is found, or one of `MASKS`; None is dense
     weights:str = 'original' # CLIP's own, or those that Algorithm 1 ended with: `'trained'`
-    # Which layers learn after the warm-up: `'all'`, `'alpha'`, `'alpha*'`, `'random'`, `'none'`, or one of `READINGS`
+    # Which layers learn after the warm-up: `'all'`, `'alpha'`, `'alpha*'`, `'random'`, `'none'`, or one of
+    # `READINGS`
     select:str = 'all'
     # Tables of the report that show it: `'masks'` measures the likeness of all convolutions to CLIP's, `'layers'`
     # keeps their alphas, `'frameworks'` nothing besides

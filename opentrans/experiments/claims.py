@@ -204,7 +204,8 @@ def claims_table(
 )->pd.DataFrame:
     "Claims as a reader sees them, a line each."
     rows,word = {},{'holds': 'holds', 'does not hold': '**does not hold**'}
-    def judged(r): return f'{r.mean:+.2f} [{r.low:+.2f}, {r.high:+.2f}] {word.get(r.verdict) or for_markdown(r.verdict)}'
+    def judged(r):
+        return f'{r.mean:+.2f} [{r.low:+.2f}, {r.high:+.2f}] {word.get(r.verdict) or for_markdown(r.verdict)}'
     for r in table.itertuples():
         row = rows.setdefault(for_markdown(r.claim), dict(paper=for_markdown(r.where)))
         column = r.measured if r.measured in ('base', 'novel', 'domains') else 'CKA'

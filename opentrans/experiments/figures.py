@@ -230,7 +230,8 @@ def label_photograph(
     image = picture[None].float()/255
     names = [name.strip() for name in words.split(',')]
     factor = side/max(image.shape[-2:])
-    image = F.interpolate(image, size=[round(n*factor) for n in image.shape[-2:]], mode='bilinear', antialias=True, align_corners=False)
+    image = F.interpolate(image, size=[round(n*factor) for n in image.shape[-2:]], mode='bilinear', antialias=True,
+                          align_corners=False)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*was shown')
         near = torch.einsum('bdhw,kd->bkhw', clip.dense_embeddings(image), clip.encode_text(names))
@@ -243,15 +244,19 @@ def plot_photographs(
 ): # The axes
     "Photographs beside what each model makes of them; the legend names what is there, most first."
     n = len(photographs)
-    if axs is None: axs = plt.subplots(n, 1+len(clips), figsize=(3.2+4*len(clips), 2.2*n), squeeze=False, layout='constrained')[1]
+    if axs is None:
+        axs = plt.subplots(n, 1+len(clips), figsize=(3.2+4*len(clips), 2.2*n), squeeze=False,
+                           layout='constrained')[1]
     for row,(picture,words) in zip(axs, photographs.values()):
         row[0].imshow(picture.permute(1, 2, 0))
         for ax,(title,clip) in zip(row[1:], clips.items()):
             image,labels,names = label_photograph(clip, picture, words)
-            colours,share = class_colours(len(names)),torch.bincount(labels.flatten(), minlength=len(names))/labels.numel()
+            colours = class_colours(len(names))
+            share = torch.bincount(labels.flatten(), minlength=len(names))/labels.numel()
             ax.imshow(.45*image.permute(1, 2, 0).numpy() + .55*colours[labels])
             there = [k for k in share.argsort(descending=True).tolist() if share[k] > 0]
-            ax.legend(handles=[Patch(color=colours[k], label=for_plot(f'{names[k]}  {share[k]:.0%}')) for k in there], loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+            ax.legend(handles=[Patch(color=colours[k], label=for_plot(f'{names[k]}  {share[k]:.0%}'))
+                               for k in there], loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
             ax.set_title(for_plot(title), fontsize=9)
         for ax in row: ax.set_axis_off()
     return axs

@@ -35,7 +35,8 @@ IMAGES = 128 # that a method of `reconstruct` looks at
 def finder(
     name:str, # Of the method
 ):
-    "Register a way to find a mask: a function (clip, data, scale, density, seed, folder) -> `SparseMask`, which may leave new weights in `clip` and checkpoints in the folder."
+    """Register a way to find a mask: a function (clip, data, scale, density, seed, folder) -> `SparseMask`, which
+    may leave new weights in `clip` and checkpoints in the folder."""
     def register(find):
         FINDERS[name] = find
         return find
@@ -87,7 +88,11 @@ def snip_labels(clip, data, scale, density, seed, folder):
 
 class RandomBoxes:
     "A data set whose regions are boxes drawn at random, the same each time: images without annotation."
-    def __init__(self, data, boxes=4, seed=0): self.data,self.boxes,self.seed,self.vocabulary = data,boxes,seed,data.vocabulary
+    def __init__(self, data, boxes=4, seed=0):
+        self.data = data
+        self.boxes = boxes
+        self.seed = seed
+        self.vocabulary = data.vocabulary
     def __len__(self): return len(self.data)
     def __getitem__(self, i):
         image,draws = self.data[i]['image'],torch.Generator().manual_seed(self.seed*100_003+i)
@@ -122,7 +127,8 @@ def imp_regrowth(clip, data, scale, density, seed, folder):
     "Algorithm 1 in which dropped weights may return."
     train = _trainer(clip, data, scale, iterations=scale.imp_iters)
     def losses(model): return train.losses(model, 4, seed)
-    mask,history = imp(clip, train, density=density, p=scale.p, seed=seed, criterion='regrow', losses=losses, checkpoint_dir=folder)
+    mask,history = imp(clip, train, density=density, p=scale.p, seed=seed, criterion='regrow', losses=losses,
+                       checkpoint_dir=folder)
     mask.info['images'] = _images_of(history, data, scale)
     return mask
 
@@ -148,11 +154,13 @@ METHODS = { # in tables: (method of a `MaskRecipe` and its settings, whose weigh
     'ALPS, dense target': (dict(method='alps, dense target'), 'original'),
     'ALPS, dense target, and its weights': (dict(method='alps, dense target'), 'trained'),
     'ALPS, Erdős-Rényi, dense target': (dict(method='alps, erdos-renyi-kernel, dense target'), 'original'),
-    'ALPS, Erdős-Rényi, dense target, and its weights': (dict(method='alps, erdos-renyi-kernel, dense target'), 'trained'),
+    'ALPS, Erdős-Rényi, dense target, and its weights': (dict(method='alps, erdos-renyi-kernel, dense target'),
+                                                         'trained'),
     'ALPS, global, dense target, and its weights': (dict(method='alps, global, dense target'), 'trained'),
     'random': (dict(method='random'), 'original')}
 LABELS = {'SNIP, labels': 'labels', 'SNIP, regions and names': 'regions, names', 'Algorithm 1': 'regions, names',
-          'Algorithm 1, a twentieth': 'regions, names', 'Algorithm 1, regrowth': 'regions, names'} # of what a method needs; others need none
+          # of what a method needs; others need none
+          'Algorithm 1, a twentieth': 'regions, names', 'Algorithm 1, regrowth': 'regions, names'}
 
 def league_name(
     method:str, # One of `METHODS`, or `'dense'`
@@ -165,7 +173,8 @@ def league_name(
 
 def _league_arm(method, density, framework):
     told,weights = METHODS[method]
-    return Arm(league_name(method, density, framework), MaskRecipe(density=density, **told), weights, tables=(), framework=framework)
+    return Arm(league_name(method, density, framework), MaskRecipe(density=density, **told), weights, tables=(),
+               framework=framework)
 
 # %% ../../nbs/experiments/59_league.ipynb #1df16cc9
 @torch.no_grad()
@@ -184,7 +193,8 @@ def naming_accuracy(
         if not large.any(): continue
         images,regions = sample['image'][None].to(text.device),sample['regions'][large].to(text.device)
         best = (clip.region_embeddings(images, [regions], mode='crop') @ text.T).argmax(1)
-        for found,true in zip(best.tolist(), sample['region_classes'][large].tolist()): right.setdefault(true, []).append(found == true)
+        for found,true in zip(best.tolist(), sample['region_classes'][large].tolist()):
+            right.setdefault(true, []).append(found == true)
     groups = getattr(data, 'groups', None) or dict(base=range(len(text)))
     seen = {g: [np.mean(right[c]) for c in classes if c in right] for g,classes in groups.items()}
     return {g: float(np.mean(each)) if each else math.nan for g,each in seen.items()}
@@ -250,7 +260,8 @@ def league_frame(
     frame = results_frame(data['results'])
     groups,rows = class_groups(frame),[]
     frame['both'] = _mean_groups(frame, groups)
-    known = {league_name(m, d, f): (m, d, f) for m in METHODS for d in DENSITIES_OF_LEAGUE for f in FRAMEWORKS_OF_LEAGUE}
+    known = {league_name(m, d, f): (m, d, f) for m in METHODS for d in DENSITIES_OF_LEAGUE
+             for f in FRAMEWORKS_OF_LEAGUE}
     known |= {league_name('dense', 1., f): ('dense', 1., f) for f in FRAMEWORKS_OF_LEAGUE}
     costs = {}
     for b in data['more']['before']:
@@ -258,11 +269,14 @@ def league_frame(
         minutes = math.nan if b['seconds'] is None else b['seconds']/60
         costs[method, density, b['seed']] = minutes,b['images']
         values = [v for v in b['accuracy'].values() if v is not None]
-        rows.append(dict(method=method, density=density, stage='before', seed=b['seed'], score=100*float(np.mean(values))))
+        rows.append(dict(method=method, density=density, stage='before', seed=b['seed'],
+                         score=100*float(np.mean(values))))
     for r in frame.itertuples():
         method,density,framework = known[r.arm]
-        rows.append(dict(method=method, density=density, stage=f'after, {framework or r.framework}', seed=r.seed, score=r.both))
-    for row in rows: row['minutes'],row['images'] = costs.get((row['method'], row['density'], row['seed']), (math.nan, math.nan))
+        rows.append(dict(method=method, density=density, stage=f'after, {framework or r.framework}', seed=r.seed,
+                         score=r.both))
+    for row in rows:
+        row['minutes'],row['images'] = costs.get((row['method'], row['density'], row['seed']), (math.nan, math.nan))
     return pd.DataFrame(rows)
 
 def _interval(frame, method):
@@ -279,7 +293,8 @@ def league_table(
     data:dict, # What `run_study` gives
     density:float=.1, # Of which masks
     stage:str=None, # For the differences to Algorithm 1; None: after fine-tuning in the first framework
-)->pd.DataFrame: # Texts: score at each stage, the difference to Algorithm 1 with its interval, minutes, images, labels
+    # Texts: score at each stage, the difference to Algorithm 1 with its interval, minutes, images, labels
+)->pd.DataFrame:
     "The methods at one density, best first; the best of each column in bold."
     frame = league_frame(data)
     frame = frame[(frame.density == density) | (frame.method == 'dense')]
@@ -288,24 +303,30 @@ def league_table(
     stage = stage or stages[1]
     means = means[stages].sort_values(stage, ascending=False)
     best = means.drop(index='dense', errors='ignore').max()
-    def cell(value, most): return '-' if math.isnan(value) else f'**{value:.1f}**' if value == most else f'{value:.1f}'
+    def cell(value, most):
+        return '-' if math.isnan(value) else f'**{value:.1f}**' if value == most else f'{value:.1f}'
     res = pd.DataFrame({s: [cell(v, best[s]) for v in means[s]] for s in stages}, index=means.index)
-    res['against Algorithm 1'] = [_interval(frame[frame.stage == stage], m) if m not in ('dense', 'Algorithm 1') else '' for m in res.index]
+    res['against Algorithm 1'] = [_interval(frame[frame.stage == stage], m) if m not in ('dense', 'Algorithm 1')
+                                  else '' for m in res.index]
     minutes,images = (frame.groupby('method')[k].mean() for k in ('minutes', 'images'))
-    res['minutes'] = [f'{minutes[m]:.2f}' if minutes[m] > 0 else '0' if m in ('magnitude', 'random') else '-' for m in res.index]
+    res['minutes'] = [f'{minutes[m]:.2f}' if minutes[m] > 0 else '0' if m in ('magnitude', 'random') else '-'
+                      for m in res.index]
     res['images'] = [f'{images[m]:.0f}' if images[m] > 0 else '-' for m in res.index]
     res['annotation'] = [LABELS.get(m, 'none') if m != 'dense' else '' for m in res.index]
     return res
 
 def _league_text(data):
     there = sorted({*league_frame(data).density} & {*DENSITIES_OF_LEAGUE}, reverse=True)
-    parts = [f'**At a density of {d:g}**\n\n'+league_table(data, d).rename_axis('method').reset_index().map(for_markdown_bold).to_markdown(index=False) for d in there]
+    parts = [f'**At a density of {d:g}**\n\n'+league_table(data,
+                                                           d).rename_axis('method').reset_index().map(
+                 for_markdown_bold).to_markdown(index=False) for d in there]
     return '\n\n'.join(parts)
 
 def for_markdown_bold(text):
     "A cell for Markdown, whose bold stays bold."
     text = str(text)
-    return f'**{for_markdown(text[2:-2])}**' if text.startswith('**') and text.endswith('**') and len(text) > 4 else for_markdown(text)
+    return (f'**{for_markdown(text[2:-2])}**' if text.startswith('**') and text.endswith('**') and len(text) > 4
+            else for_markdown(text))
 
 def plot_league(
     data:dict, # What `run_study` gives
@@ -316,7 +337,8 @@ def plot_league(
     dense,frame = frame[frame.method == 'dense'],frame[frame.method != 'dense']
     stages = stages or ['before', *sorted({*frame.stage}-{'before'})]
     densities = sorted({*frame.density}, reverse=True)
-    axs = np.atleast_2d(axes(nrows=len(densities), ncols=len(stages), figsize=(4.6*len(stages), 3.2*len(densities)+.8), layout='constrained', squeeze=False))
+    axs = np.atleast_2d(axes(nrows=len(densities), ncols=len(stages),
+                             figsize=(4.6*len(stages), 3.2*len(densities)+.8), layout='constrained', squeeze=False))
     names = [m for m in METHODS if m in {*frame.method}]
     marks = dict(zip(names, 'os^v<>DPXphH*d8os^v<>'))
     for row,density in zip(axs, densities):
@@ -324,11 +346,14 @@ def plot_league(
             part = frame[(frame.density == density) & (frame.stage == stage)]
             for i,name in enumerate(names):
                 one = part[part.method == name]
-                minutes = max(float(one.minutes.mean()), 1e-3) if len(one) and not one.minutes.isna().all() else math.nan
-                ax.errorbar(minutes, one.score.mean(), one.score.sem() if len(one) > 1 else None, fmt=marks[name], ms=5, color=f'C{i % 10}', label=for_plot(name))
+                minutes = (max(float(one.minutes.mean()), 1e-3) if len(one) and not one.minutes.isna().all()
+                           else math.nan)
+                ax.errorbar(minutes, one.score.mean(), one.score.sem() if len(one) > 1 else None, fmt=marks[name],
+                            ms=5, color=f'C{i % 10}', label=for_plot(name))
             level = dense[dense.stage == stage].score.mean()
             ax.axhline(level, ls=':', lw=1, color='k')
-            ax.set(xscale='log', xlabel='minutes of one core', ylabel='regions named (%)' if stage == 'before' else 'mIoU (%)')
+            ax.set(xscale='log', xlabel='minutes of one core',
+                   ylabel='regions named (%)' if stage == 'before' else 'mIoU (%)')
             ax.set_title(for_plot(f'{stage}, density {density:g}'), fontsize=9)
     handles = axs[0, 0].get_legend_handles_labels()
     axs[0, 0].figure.legend(*handles, fontsize=7.5, ncols=5, loc='outside lower center', frameon=False)
@@ -349,4 +374,5 @@ def masks_league(s):
             where = f"{density:.0%}{f', {framework}' if framework else ''}"
             for method in METHODS:
                 if method == 'Algorithm 1': continue
-                s.claim(f'{method} finds a better mask than Algorithm 1 ({where})', league_name(method, density, framework), first)
+                s.claim(f'{method} finds a better mask than Algorithm 1 ({where})',
+                        league_name(method, density, framework), first)

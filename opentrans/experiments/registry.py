@@ -39,11 +39,15 @@ class Study:
     paper:str # Table or figure of the paper; `'beyond'`: none
     question:str # What it asks
     scale:dict = field(default_factory=dict) # Sizes that differ from the scale's
-    framework:str = '' # In which the paper makes this table; taken where CLIP itself is trained (scales `'gpu'` and `'coco'`)
+    # In which the paper makes this table; taken where CLIP itself is trained (scales `'gpu'` and `'coco'`)
+    framework:str = ''
     costs:bool = False # Show parameters, MACs and frozen layers in its table
     more:object = None # Function (scale, seeds, folder of the runs, scheduler) -> what else the file holds
-    check:object = None # Function (what else the file holds, file), which raises `FormatError` if it is not what `more` gives
-    run:object = None # Function (study, seeds, folder of the runs, scheduler) -> what the file holds, for a study that is not made of arms
+    # Function (what else the file holds, file), which raises `FormatError` if it is not what `more` gives
+    check:object = None
+    # Function (study, seeds, folder of the runs, scheduler) -> what the file holds, for a study that is not made of
+    # arms
+    run:object = None
     plot:object = None # Function (study, data) -> axes; None: bars of its arms
     text:object = None # Function (data) -> Markdown that stands beside the table
     arms:list = field(default_factory=list) # What is compared
@@ -76,7 +80,8 @@ class Study:
         measures:tuple=MEASURES, # By which measures
         paper:str=None, # Where in the paper; None: where the study is
     ):
-        "Judge that one arm is better than another. Raises `OpenTransError` for an arm that the study does not have."
+        """Judge that one arm is better than another. Raises `OpenTransError` for an arm that the study does not
+        have."""
         claim = Claim(text, better, than, self.paper if paper is None else paper, measures)
         for name in sorted(claim.arms):
             if name not in self.arm_names: raise unknown(f"arm of the study '{self.name}'", name, self.arm_names)
@@ -92,7 +97,8 @@ def study(
     paper:str='beyond', # Table or figure of the paper
     **settings, # Fields of `Study`
 ):
-    "Decorator: a function that adds arms and claims to a `Study` becomes it; its docstring is the question. Raises `OpenTransError`."
+    """Decorator: a function that adds arms and claims to a `Study` becomes it; its docstring is the question.
+    Raises `OpenTransError`."""
     if not isinstance(name, str) or not name.replace('-', '').isalnum():
         raise OpenTransError(f"{shorten(repr(name), 80)} is no name of a study: give letters, digits and '-'.")
     def register(define):
@@ -125,7 +131,8 @@ def find_masks(scale, seeds, runs, scheduler, recipes):
     with hold_folders(*seed_folders(runs, seeds).values()):
         for n,folder in seed_folders(runs, seeds).items(): open_run_folder(folder, scale, n)
         left = [(f, n) for n in seeds for f in recipes if not there(f, n).exists()]
-        run_jobs({(f, n): ((), find_mask, (scale, n, runs/f'seed{n}', f)) for f,n in left}, scheduler, 'masks', scale.device)
+        run_jobs({(f, n): ((), find_mask, (scale, n, runs/f'seed{n}', f)) for f,n in left}, scheduler, 'masks',
+                 scale.device)
         return {(f, n): SparseMask.load(there(f, n)) for n in seeds for f in recipes}
 
 # %% ../../nbs/experiments/55_studies.ipynb #64851b4f
@@ -160,7 +167,8 @@ def _arms_in_words(names):
     return text if len(text) <= 60 else f"{len(names)}arms-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 def _chosen_arms(name, arms):
-    "The arms of a study that have these names, in its order; None: all. Raises `OpenTransError` for a name that is none."
+    """The arms of a study that have these names, in its order; None: all. Raises `OpenTransError` for a name that
+    is none."""
     study = get_study(name)
     if arms is None: return study.arms
     if study.more or not study.arms:
@@ -189,7 +197,9 @@ def _study_scale(name, scale, pretrained, framework):
     study, scale = get_study(name), get_scale(scale)
     if framework is not None: get_framework(framework)
     if 'backbone' in study.scale and (scale.pretrained or scale.backbone != Scale().backbone):
-        raise OpenTransError(f"The study '{name}' is about the small towers that ship with the package, not about {scale.backbone}. Run it at the scale 'shapes'.")
+        raise OpenTransError(
+            f"The study '{name}' is about the small towers that ship with the package, not about {scale.backbone}. "
+            f"Run it at the scale 'shapes'.")
     def asked(size): return scale_label(scale) == 'own' and getattr(scale, size) != getattr(Scale(), size)
     sizes = {k: v for k,v in study.scale.items() if scale.queries or not k.startswith('query')}
     own = [(k, v) for k,v in sizes.items() if not asked(k)]
@@ -216,11 +226,15 @@ def plan_study(
     pretrained:str=None,
     framework:str=None,
     arms=None,
-)->pd.DataFrame: # A row for each framework: arms, GB a process, GB of the device, does it fit, seconds an iteration, minutes an epoch, hours an arm, hours of all
-    "What the fine-tunings of a study need, measured by a few iterations each; masks are found besides. Raises `OpenTransError`."
+    # A row for each framework: arms, GB a process, GB of the device, does it fit, seconds an iteration, minutes an
+    # epoch, hours an arm, hours of all
+)->pd.DataFrame:
+    """What the fine-tunings of a study need, measured by a few iterations each; masks are found besides. Raises
+    `OpenTransError`."""
     s = get_study(name)
     if s.run:
-        raise OpenTransError(f"The study '{name}' has sizes of its own, which fit anywhere: there is nothing to plan.")
+        raise OpenTransError(
+            f"The study '{name}' has sizes of its own, which fit anywhere: there is nothing to plan.")
     arms = _chosen_arms(name, arms) or (Arm('dense'),)
     check_seeds(seeds, seed)
     scale,_ = _study_scale(name, scale, pretrained, framework)
@@ -228,8 +242,9 @@ def plan_study(
     rows = {}
     for where,plan in _plans(scale, arms, seed).items():
         n = sum((arm.framework or scale.framework) == where for arm in arms)
-        rows[where] = dict(arms=n, gigabytes=plan.memory/1e9, room=plan.room/1e9, fits=plan.fits, seconds=plan.seconds, epoch=plan.epoch,
-                           hours=plan.hours, total=plan.hours*n*seeds/workers)
+        rows[where] = dict(arms=n, gigabytes=plan.memory/1e9, room=plan.room/1e9, fits=plan.fits,
+                           seconds=plan.seconds, epoch=plan.epoch, hours=plan.hours,
+                           total=plan.hours*n*seeds/workers)
     return pd.DataFrame(rows).T
 
 def run_study(
@@ -238,10 +253,14 @@ def run_study(
     seeds:int=5, # Number of seeds
     seed:int=0, # The first of them
     scale='shapes', # One of `SCALES`, or a `Scale`
-    scheduler='local', # Where jobs run, as for `run_jobs`: `'local'`, `'processes'`, `'processes:N'`, a number of processes, or an address
+    # Where jobs run, as for `run_jobs`: `'local'`, `'processes'`, `'processes:N'`, a number of processes, or an
+    # address
+    scheduler='local',
     command:str=None, # Written into the file
     pretrained:str=None, # Other weights of CLIP than the scale's: a file, where nothing can be downloaded
-    framework:str=None, # Where the arms are trained that name none of their own; None: the paper's for this table where CLIP itself is trained, else the scale's
+    # Where the arms are trained that name none of their own; None: the paper's for this table where CLIP itself is
+    # trained, else the scale's
+    framework:str=None,
     arms=None, # Names of the arms to run; None: all of the study
 )->dict: # What the file holds: run, scale, seeds, results, summary, claims
     "One table over several seeds. Interrupted, it goes on where it was. Raises `OpenTransError`."
@@ -252,7 +271,8 @@ def run_study(
     told = command or f'opentrans study {name} --seeds {seeds}'
     if s.run:
         if pretrained or framework:
-            raise OpenTransError(f"The study '{name}' has a model of its own: give neither pretrained nor framework.")
+            raise OpenTransError(
+                f"The study '{name}' has a model of its own: give neither pretrained nor framework.")
         data = _run_other(s, Path(out), range(seed, seed+seeds), scale, scheduler, told)
         save_json(data, file, STUDY_FILE)
         return data
@@ -267,7 +287,8 @@ def run_study(
         results = run_arms(scale, list(folders), runs, scheduler, s.arms) if s.arms else []
         more = s.more(scale, list(folders), runs, scheduler) if s.more else None
     sizes = dict(dataclasses.asdict(scale), pretrained=Path(scale.pretrained).name)
-    data = dict(what=_headline(s, scale), run=_made(told, results), scale=sizes, seeds=list(folders), results=results, summary={}, claims=[])
+    data = dict(what=_headline(s, scale), run=_made(told, results), scale=sizes, seeds=list(folders),
+                results=results, summary={}, claims=[])
     if results:
         frame = results_frame(results)
         data['summary'] = summarize(frame, s.arms).to_dict('index')
@@ -324,8 +345,11 @@ def all_claims(
     rows = []
     for name in list_studies():
         file = result_file(name, folder, seeds, scale)
-        if file.exists(): rows += [dict(study=name, file=file.name, **c) for c in load_study(name, file).get('claims', [])]
-    table = claims_frame(rows).reindex(columns=['study', 'file', 'claim', 'where', 'measured', 'arm', 'against', 'mean', 'sd', 'low', 'high', 'boot_low', 'boot_high', 'n', 'verdict', 'each'])
+        if file.exists():
+            rows += [dict(study=name, file=file.name, **c) for c in load_study(name, file).get('claims', [])]
+    table = claims_frame(rows).reindex(columns=['study', 'file', 'claim', 'where', 'measured', 'arm', 'against',
+                                                'mean', 'sd', 'low', 'high', 'boot_low', 'boot_high', 'n',
+                                                'verdict', 'each'])
     return table.drop_duplicates(['claim', 'measured', 'arm', 'against'] if len(table) else None, ignore_index=True)
 
 # %% ../../nbs/experiments/55_studies.ipynb #615ee653
@@ -354,12 +378,15 @@ def show_study(
     seeds:int=5, # Of which run
     scale='shapes', # At which scale
 ):
-    "Show in a notebook what a stored study says: its question, verdicts, means and plot. Raises `OpenTransError` for an unknown one."
+    """Show in a notebook what a stored study says: its question, verdicts, means and plot. Raises `OpenTransError`
+    for an unknown one."""
     from IPython.display import Markdown, display
     s = get_study(name)
     file = result_file(name, folder, seeds, scale)
     if not file.exists():
-        return display(Markdown(f"**{s.question}** ({s.paper}.) `opentrans study {name}` has not been run over {seeds} seeds."))
+        return display(
+            Markdown(
+                f"**{s.question}** ({s.paper}.) `opentrans study {name}` has not been run over {seeds} seeds."))
     data = load_study(name, file)
     made = ', '.join((_code(data['run']['command']), for_markdown(data['run']['date'])))
     head = f"**{s.question}** ({s.paper}; {made}, [every number]({quote(file.as_posix(), safe='/:')}).)"

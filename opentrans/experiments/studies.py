@@ -177,7 +177,8 @@ def rounds(s):
     for p,share,name in ((.1, 1., 't'), (.1, 1/3, 't/3'), (.1, .1, 't/10'), (.3, 1., 't'), (.3, 3., '3t')):
         s.arm(f'p={p}, {name}', MaskRecipe(p=p, iters=share), tables=())
     s.claim('More iterations a round find a better mask', 'p=0.1, t', 'p=0.1, t/10', paper='Tab. 7')
-    s.claim('Small steps find a better mask than large ones of the same total', 'p=0.1, t', 'p=0.3, 3t', paper='Tab. 7')
+    s.claim('Small steps find a better mask than large ones of the same total', 'p=0.1, t', 'p=0.3, 3t',
+            paper='Tab. 7')
 
 # %% ../../nbs/experiments/56_results.ipynb #582669ca
 @study('supervision', paper='Tab. 8')
@@ -214,7 +215,8 @@ def balance(s):
     "What do the two principles cost and keep, alone and together?"
     both = 'distilled mask, freeze small alpha'
     for name in ('dense', 'distilled mask', 'freeze small alpha', both, 'random'): s.arm(name)
-    s.claim('Both principles together are better than dense fine-tuning of all layers', both, 'dense', paper='Tab. 3')
+    s.claim('Both principles together are better than dense fine-tuning of all layers', both, 'dense',
+            paper='Tab. 3')
     s.claim('Freezing small alpha makes the fine-tuning of a sparse tower better',
             both, 'distilled mask', paper='Tab. 3')
 
@@ -236,7 +238,9 @@ class _Pictures(TypedDict):
     seed: Annotated[int, Interval(ge=0)]
     arms: dict[str, dict[str, _Packed]]
 
-def _pack(array): return dict(shape=list(array.shape), dtype=str(array.dtype), data=base64.b64encode(zlib.compress(array.tobytes(), 9)).decode())
+def _pack(array):
+    return dict(shape=list(array.shape), dtype=str(array.dtype),
+                data=base64.b64encode(zlib.compress(array.tobytes(), 9)).decode())
 
 _CLASSES = ('uint8', 'int32', 'int64') # types of arrays of classes
 _ROOM = 2**30 # Bytes of all pictures of a study
@@ -244,13 +248,19 @@ _ROOM = 2**30 # Bytes of all pictures of a study
 def _unpack(packed, where):
     "An array out of a file of results, which cannot be larger than it says. Raises `FormatError`."
     shape,kind = packed['shape'],packed.get('dtype', 'uint8')
-    if len(shape) != 3 or kind not in _CLASSES: raise FormatError(f"The picture {where} is of {shorten(kind, 40)} with {len(shape)} axes; expected whole numbers with three.")
+    if len(shape) != 3 or kind not in _CLASSES:
+        raise FormatError(
+            f"The picture {where} is of {shorten(kind, 40)} with {len(shape)} axes; expected whole numbers with "
+            f"three.")
     size = math.prod(shape)*np.dtype(kind).itemsize
-    if size > _ROOM: raise FormatError(f"The picture {where} says that it has {size:,} bytes; at most {_ROOM:,} are read.")
+    if size > _ROOM:
+        raise FormatError(f"The picture {where} says that it has {size:,} bytes; at most {_ROOM:,} are read.")
     opened = zlib.decompressobj()
     try: raw = opened.decompress(base64.b64decode(packed['data'], validate=True), size+1)
-    except (ValueError, zlib.error) as error: raise FormatError(f"The picture {where} is damaged: {shorten(error, 80)}.") from None
-    if len(raw) != size or not opened.eof or opened.unused_data: raise FormatError(f"The picture {where} is damaged: it has another size than it says.")
+    except (ValueError, zlib.error) as error:
+        raise FormatError(f"The picture {where} is damaged: {shorten(error, 80)}.") from None
+    if len(raw) != size or not opened.eof or opened.unused_data:
+        raise FormatError(f"The picture {where} is damaged: it has another size than it says.")
     return torch.from_numpy(np.frombuffer(raw, kind).reshape(shape).copy())
 
 def unpack_pictures(
@@ -259,8 +269,10 @@ def unpack_pictures(
     "Predictions out of a file of results. Raises `FormatError` if they are damaged."
     more = check_shape(more, _Pictures, 'The pictures of a study')
     packed = {(arm, name): one for arm,sets in more['arms'].items() for name,one in sets.items()}
-    if sum(math.prod(one['shape']) for one in packed.values()) > _ROOM: raise FormatError(f"The pictures of a study have more than {_ROOM:,} pixels.")
-    return {arm: {name: _unpack(one, f'{name} of {shorten(arm, 80)}') for name,one in sets.items()} for arm,sets in more['arms'].items()}
+    if sum(math.prod(one['shape']) for one in packed.values()) > _ROOM:
+        raise FormatError(f"The pictures of a study have more than {_ROOM:,} pixels.")
+    return {arm: {name: _unpack(one, f'{name} of {shorten(arm, 80)}') for name,one in sets.items()}
+            for arm,sets in more['arms'].items()}
 
 # %% ../../nbs/experiments/56_results.ipynb #976d2b1b
 def pictures(scale, seeds, runs, scheduler)->dict:
@@ -302,7 +314,8 @@ PART_FILE = FileKind('opentrans-course-part', 'part of a course of alpha', 'alph
 def _seen(part):
     "The alphas of a course that was interrupted, by the number of iterations."
     found = load_json(part, dict[str, dict[str, Measured]], PART_FILE) if part.exists() else {}
-    if not all(i.isdecimal() and len(i) < 10 for i in found): raise PART_FILE.damaged(part, 'its parts are not numbered by iterations')
+    if not all(i.isdecimal() and len(i) < 10 for i in found):
+        raise PART_FILE.damaged(part, 'its parts are not numbered by iterations')
     return found
 
 def _rounded(values): return [None if v is None or v != v else round(float(v), 4) for v in values]
@@ -323,10 +336,12 @@ def alpha_course(scale, seed, folder, mask=None):
     with checkpoints(kept, scale) as run:
         with maybe_mask(m, seg):
             look(seg)
-            finetune(seg, world_of(scale, seed)['train'], scale.recipe(total, 'poly', seed, after=0), callback=look, **run)
+            finetune(seg, world_of(scale, seed)['train'], scale.recipe(total, 'poly', seed, after=0),
+                     callback=look, **run)
         rows = [pd.Series(alphas, dtype=float) for alphas in seen.values()]
         ends = dict(layers=list(rows[0].index), before=_rounded(rows[0]), after=_rounded(rows[-1]))
-        save_json(dict(iterations=[int(i) for i in seen], median=_rounded([alphas.median() for alphas in rows]), **ends), kept, COURSE_FILE)
+        save_json(dict(iterations=[int(i) for i in seen], median=_rounded([alphas.median() for alphas in rows]),
+                       **ends), kept, COURSE_FILE)
     part.unlink(missing_ok=True)
     return load_json(kept, _Course, COURSE_FILE)
 
@@ -335,7 +350,8 @@ def alpha_curves(scale, seeds, runs, scheduler)->dict:
     kinds, folders = {'dense': None, 'sparse': 'distilled'}, seed_folders(runs, seeds)
     with hold_folders(*folders.values()):
         find_masks(scale, seeds, runs, scheduler, [MaskRecipe()])
-        jobs = {(k, n): ((), alpha_course, (scale, n, folders[n].resolve(), m)) for n in seeds for k,m in kinds.items()}
+        jobs = {(k, n): ((), alpha_course, (scale, n, folders[n].resolve(), m)) for n in seeds
+                for k,m in kinds.items()}
         res = run_jobs(jobs, scheduler, 'alpha', scale.device)
     return {k: {str(n): res[k, n] for n in seeds} for k in kinds}
 
@@ -447,13 +463,16 @@ class _Overlaps(TypedDict):
     between_seeds: dict[str, _Agreement]
 
 def overlaps(scale, seeds, runs, scheduler)->dict:
-    "How much masks agree that were found with other losses, in other frameworks, and with other seeds, beside chance (of random masks with the same density in each layer)."
+    """How much masks agree that were found with other losses, in other frameworks, and with other seeds, beside
+    chance (of random masks with the same density in each layer)."""
     masks = find_masks(scale, seeds, runs, scheduler, LOSSES_OF.values())
-    others = lambda n: {k: open_mask(k, scale, n, Path(runs)/f'seed{n}') for k in ('magnitude', 'snip', 'random')}
+    def others(n):
+        return {k: open_mask(k, scale, n, Path(runs)/f'seed{n}') for k in ('magnitude', 'snip', 'random')}
     each = [{**{k: masks[f, n] for k,f in LOSSES_OF.items()}, **others(n)} for n in seeds]
     within = {w: np.mean([compare_masks(m, w) for m in each], 0).tolist() for w in ('iou', 'chance')}
     pairs = [(a, b) for i,a in enumerate(seeds) for b in list(seeds)[i+1:]]
-    across = {k: {w: [float(masks[f, a].overlap(masks[f, b]).loc['all', w]) for a,b in pairs] for w in ('iou', 'chance')} for k,f in LOSSES_OF.items()}
+    across = {k: {w: [float(masks[f, a].overlap(masks[f, b]).loc['all', w]) for a,b in pairs]
+                  for w in ('iou', 'chance')} for k,f in LOSSES_OF.items()}
     return dict(names=list(each[0]), within_a_seed=within, between_seeds=across)
 
 # %% ../../nbs/experiments/56_results.ipynb #e15108a3
@@ -464,7 +483,8 @@ def _all_finite(values):
 def _matrix(values, size):
     "Is this a square of finite numbers?"
     numbers = [value for row in values if isinstance(row, list) for value in row]
-    return len(values) == size and all(isinstance(row, list) and len(row) == size for row in values) and _all_finite(numbers)
+    return (len(values) == size and all(isinstance(row, list) and len(row) == size for row in values)
+            and _all_finite(numbers))
 
 def _check_overlaps(more, file):
     "Raises `FormatError` if these are no overlaps of masks with different names."
@@ -478,7 +498,8 @@ def _check_overlaps(more, file):
 def _agreement(data):
     "How much the masks of two seeds agree, in Markdown."
     between = data['more']['between_seeds']
-    means = {name: {'IoU of two seeds': np.mean(of['iou']), 'chance': np.mean(of['chance'])} for name,of in between.items()}
+    means = {name: {'IoU of two seeds': np.mean(of['iou']), 'chance': np.mean(of['chance'])}
+             for name,of in between.items()}
     table = pd.DataFrame(means).T.round(3).rename(index=for_markdown).rename_axis('mask')
     return table.reset_index().to_markdown(index=False)
 
@@ -492,7 +513,8 @@ def overlap(s):
 
 # %% ../../nbs/experiments/56_results.ipynb #a3eec99f
 _BOTH = 'distilled mask, freeze small alpha'
-_CARRIED = {'dense': ('dense', 'freeze small alpha'), 'sparse': ('distilled mask', _BOTH)} # fine-tuned in all layers, and in half of them
+# fine-tuned in all layers, and in half of them
+_CARRIED = {'dense': ('dense', 'freeze small alpha'), 'sparse': ('distilled mask', _BOTH)}
 _WHEN = dict(before='before fine-tuning', all='after fine-tuning all layers', half='after fine-tuning half')
 _WORDS = {(kind, when): f'{kind}, carried {words}' for kind in _CARRIED for when,words in _WHEN.items()}
 
@@ -514,7 +536,8 @@ def interference(s):
                     _WORDS[kind, 'before'], _WORDS[kind, when])
     for kind in _CARRIED:
         s.claim(f'A {kind} tower that was fine-tuned in half of its layers '
-                'serves the next framework better than one fine-tuned in all', _WORDS[kind, 'half'], _WORDS[kind, 'all'])
+                'serves the next framework better than one fine-tuned in all', _WORDS[kind, 'half'],
+                _WORDS[kind, 'all'])
 
 # %% ../../nbs/experiments/56_results.ipynb #361cf3d8
 def _tower(kind, words):
@@ -526,8 +549,9 @@ def _tower(kind, words):
         for name in ('freeze small alpha', 'freeze large alpha (alpha*)'): s.arm(name)
         s.claim(f'On {words}, a mask found by distillation alone is better than a random one',
                 'distilled mask', 'random')
-        s.claim(f'On {words}, to freeze the half with small alpha is better than to freeze the half with large alpha',
-                'freeze small alpha', 'freeze large alpha (alpha*)')
+        s.claim(
+            f'On {words}, to freeze the half with small alpha is better than to freeze the half with large alpha',
+            'freeze small alpha', 'freeze large alpha (alpha*)')
     return made
 
 tower_rn = _tower('rn', 'a ResNet')

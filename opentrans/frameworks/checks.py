@@ -104,11 +104,15 @@ def _names_carry_a_mask(case):
 def _logits_follow_the_vocabulary(case):
     "logits are (B,K,H,W) at input size, change with the vocabulary and permute with it"
     seg = case.build(train=False)
-    images,first,second = case.batch()['images'],case.text(5),case.text(5, seed=1)
+    images = case.batch()['images']
+    first = case.text(5)
+    second = case.text(5, seed=1)
     order = torch.tensor([3, 0, 4, 1, 2])
     def logits(text):
         with seeded(0), torch.no_grad(): return seg(images, text)
-    out,other,permuted = logits(first),logits(second),logits(first[order])
+    out = logits(first)
+    other = logits(second)
+    permuted = logits(first[order])
     assert out.shape == (2, 5, 64, 64), f'logits are {tuple(out.shape)}, not (B,K,H,W) = (2, 5, 64, 64)'
     assert out.isfinite().all(), 'logits have NaN or infinity'
     changed = (out - other).abs().max() > 1e-4
@@ -152,7 +156,8 @@ def _gradients_follow_the_selection(case):
     active = [layer.name for layer in layers(seg) if layer.name in used]
     train,freeze = active[::2],active[1::2]
     with LayerSelection(train, freeze, 'every second').apply(seg): selected,rest = learning()
-    assert not {*freeze} & selected, 'frozen layers have gradients: they would be trained, and their cost is not saved'
+    assert not {
+        *freeze} & selected, 'frozen layers have gradients: they would be trained, and their cost is not saved'
     assert {*train} <= selected, 'layers selected for training have no gradient'
     lost = sorted(others-rest)[:4]
     assert others <= rest, f'a layer selection took the gradient of what it does not name: {lost}'
@@ -234,7 +239,9 @@ def _pieces_are_the_whole(case):
     images,text = case.batch(2, (49, 75))['images'],case.text(9, seed=2)
     text = torch.cat([text, text[:2]]) # the last two are never the first of equals
     with torch.no_grad():
-        whole,scores,best = seg(images, text),scores_of(seg, images, text),seg.semantic(images, text)
+        whole = seg(images, text)
+        scores = scores_of(seg, images, text)
+        best = seg.semantic(images, text)
         ready,largest = scores.ready(),whole.abs().max()
         for step in (1, 4, len(text)):
             starts = range(0, len(text), step)

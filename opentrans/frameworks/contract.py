@@ -110,7 +110,9 @@ def best_class(
     at_once:int=None, # Classes in one piece; None takes as many as fit 256 MB
 )->torch.Tensor: # (B,H,W) int64
     "The class of the largest logit, the first of equals, without holding the logits of all classes."
-    ready,best,top = scores.ready(),None,None
+    ready = scores.ready()
+    best = None
+    top = None
     step = at_once or max(1, _AT_ONCE//scores.pixels)
     for start in range(0, scores.classes, step):
         value,index = ready.part(start, min(start+step, scores.classes)).max(1)
@@ -289,7 +291,9 @@ class Framework(_AnySize, _AnyVocabulary):
         if lacking:
             raise OpenTransError(f"A {type(backbone).__name__} has no {', '.join(lacking)} and cannot be a "
                                  "backbone here. Make one with ClipBackbone.create(...).")
-        self.backbone,self.vocabulary,self._texts = backbone,vocabulary,{}
+        self.backbone = backbone
+        self.vocabulary = vocabulary
+        self._texts = {}
         _take_any_size(type(self))
 
     @property

@@ -158,13 +158,18 @@ class DeepLabV3(_DistilledPixels):
         if lean: # at first the head adds nothing, so that names which are not trained keep their meaning
             for param in self.proj.parameters(): nn.init.zeros_(param)
         self.scale = float(backbone.logit_scale if scale is None else scale)
-        self.loss_stride,self.fine,self.coarse = loss_stride,fine,coarse
+        self.loss_stride = loss_stride
+        self.fine = fine
+        self.coarse = coarse
         check_choice('kd_target', kd_target, ('crop', 'attention', 'tight'))
         check_choice('kd_form', kd_form, ('paper', 'released'))
         self.nothing = nn.Parameter(torch.randn(1, dim)*dim**-.5) if nothing else None
         first = math.log(1/.07 if scale is None else scale)
         self.log_scale = nn.Parameter(torch.tensor(first)) if learn_scale else None
-        self.kd,self.kd_target,self.kd_form,self._teacher = kd,kd_target,kd_form,[]
+        self.kd = kd
+        self.kd_target = kd_target
+        self.kd_form = kd_form
+        self._teacher = []
         if kd: self.uses_regions = True
 
     def embed(self,
@@ -199,7 +204,9 @@ class DeepLabV3(_DistilledPixels):
         if step > 1:
             top,left = torch.randint(step, (2,)).tolist()
             labels = labels[:, top::step, left::step]
-        embedded,text,ignore = self.embed(batch['images']),self.text(),batch.get('ignore', self.ignore)
+        embedded = self.embed(batch['images'])
+        text = self.text()
+        ignore = batch.get('ignore', self.ignore)
         names = text
         if self.nothing is not None:
             names = torch.cat([text, F.normalize(self.nothing, dim=-1).to(text)])

@@ -36,7 +36,9 @@ try:
     from detectron2.engine import HookBase
     from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 except ImportError: # what is used then raises the error of `_d2`
-    BACKBONE_REGISTRY,Backbone,HookBase = None,nn.Module,object
+    BACKBONE_REGISTRY = None
+    Backbone = nn.Module
+    HookBase = object
     def configurable(function): return function
 
 def _d2(module='detectron2', why='This part of opentrans'):
@@ -114,11 +116,17 @@ class OpenTransCLIP(_PartlyFrozen):
         for feature in out_features: check_choice('map of the backbone', feature, clip.channels)
         check_choice('norm of OpenTransCLIP', norm, _NORMS)
         check_choice('input_format of OpenTransCLIP', input_format, ('RGB', 'BGR'))
-        self.visual,self.kind,self.text = clip.visual,clip.kind,clip.text
-        self.name,self.embed_dim,self.image_size = clip.name,clip.embed_dim,clip.image_size
+        self.visual = clip.visual
+        self.kind = clip.kind
+        self.text = clip.text
+        self.name = clip.name
+        self.embed_dim = clip.embed_dim
+        self.image_size = clip.image_size
         self._out_features = list(out_features)
         self._out_feature_channels,self._out_feature_strides = dict(clip.channels),dict(clip.strides)
-        self.norm,self.frozen,self.bgr = norm,frozen,input_format == 'BGR'
+        self.norm = norm
+        self.frozen = frozen
+        self.bgr = input_format == 'BGR'
         scale,shift = _to_clip(clip, pixel_mean, pixel_std, input_format)
         self.same = bool((scale == 1).all() and (shift == 0).all())
         self.register_buffer('scale', scale, persistent=False)

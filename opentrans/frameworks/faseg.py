@@ -363,7 +363,9 @@ class _FASegBlock(_FASegLevels):
         weights:bool=False, # Return HRCA's attention, too?
     )->tuple: # (Q,B,hidden) queries, (B,Q,K) their attention, (B,K) the pixels it is over (HRCA's) or None
         "Block `i`: queries look at a level, then at each other."
-        layer,level,idx = self.decoder.layers[i],i % self.n_levels,None
+        layer = self.decoder.layers[i]
+        level = i % self.n_levels
+        idx = None
         if level == 3:
             moving = self.hrca_query == 'dynamic' or self.position_kind == 'grid'
             query_pos = position if moving else self.base[:, None].expand_as(x)
@@ -402,7 +404,9 @@ class FASegDecoder(_FASegBlock):
         self.n_levels = levels
         self.position_kind = {True: 'focus', False: 'learned'}.get(dfpq, dfpq)
         self.mask_threshold,self.legacy_first_mask = mask_threshold,legacy_first_mask
-        self.ratio,self.selection,self.hrca_query = ratio,selection,hrca_query
+        self.ratio = ratio
+        self.selection = selection
+        self.hrca_query = hrca_query
         if hrca: self.level_embed = nn.Embedding(4, hidden)
         for layer in self.decoder.layers[3::4] if hrca else []:
             layer.cross_attn = HighResCrossAttention(hidden, layer.cross_attn.num_heads)
@@ -427,7 +431,9 @@ class FASegDecoder(_FASegBlock):
         out = [(queries, masks)]
         position = self.position(None, masks, codes[0])
         for i in range(blocks):
-            level,following,last = i % self.n_levels,(i+1) % self.n_levels,i+1 == blocks
+            level = i % self.n_levels
+            following = (i+1) % self.n_levels
+            last = i+1 == blocks
             x,attn,idx = self.attend(i, x, position, tokens, codes, blocked, low, look is not None)
             if level == 0: low = attn
             size = None if last or following == 3 else sizes[following]
@@ -534,7 +540,9 @@ class StagedBackbone(nn.Module):
         std:Sequence[float]=(.229, .224, .225), # Deviation that it expects
     ):
         super().__init__()
-        self.encoder,self._clip,self._first = encoder,[clip],[copy.deepcopy(encoder)]
+        self.encoder = encoder
+        self._clip = [clip]
+        self._first = [copy.deepcopy(encoder)]
         self.embed_dim,self.logit_scale = clip.embed_dim,clip.logit_scale
         self.register_buffer('mean', torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer('std', torch.tensor(std).view(1, 3, 1, 1), persistent=False)

@@ -249,8 +249,12 @@ class FCCLIP(_TwoClassifiers):
         if not hasattr(backbone, 'kind'):
             raise OpenTransError(f"FC-CLIP asks CLIP itself for a class, and a {type(backbone).__name__} has no "
                                  "CLIP to ask. Make the backbone with ClipBackbone.create(...).")
-        self.frozen,self.templates,self.classify_all = frozen,templates,classify_all
-        self.alpha,self.beta,self.first_scale = alpha,beta,scale
+        self.frozen = frozen
+        self.templates = templates
+        self.classify_all = classify_all
+        self.alpha = alpha
+        self.beta = beta
+        self.first_scale = scale
         self.valid_only = not backbone.kind.embeds_nothing if valid_only is None else valid_only
         self.make_parts(HeadSizes(hidden=hidden, mask_dim=mask_dim, queries=queries, pixel_layers=pixel_layers,
                                   layers=layers, heads=heads, pixel_ffn=pixel_ffn, ffn=ffn))

@@ -186,8 +186,12 @@ class Mask2Former(_GroundedQueries):
         check_choice('kd_target', kd_target, KD_TARGETS)
         check_choice('kd_form', kd_form, KD_FORMS)
         self.first_scale,self.grounding = scale,grounding
-        self.kd,self.kd_source,self.kd_target = kd,kd_source,kd_target
-        self.kd_form,self.kd_regions,self._teacher = kd_form,kd_regions,[]
+        self.kd = kd
+        self.kd_source = kd_source
+        self.kd_target = kd_target
+        self.kd_form = kd_form
+        self.kd_regions = kd_regions
+        self._teacher = []
         self.make_parts(HeadSizes(hidden=hidden, mask_dim=mask_dim, queries=queries, pixel_layers=pixel_layers,
                                   layers=layers, heads=heads, pixel_ffn=pixel_ffn, ffn=ffn))
 

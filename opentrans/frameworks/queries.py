@@ -195,7 +195,9 @@ class QueryScores(Scores):
     ):
         self.shares = class_logits.softmax(-1)[..., :-1]
         self.coarse,self.masks_first = mask_logits,masks_first
-        self.held,self.mirror,self.target = None,False,None
+        self.held = None
+        self.mirror = False
+        self.target = None
         self.padded = tuple(padded or mask_logits.shape[-2:])
         self.inner = tuple(size or self.padded)
         self._hold(len(mask_logits), self.shares.shape[-1], self.inner)
@@ -274,7 +276,9 @@ def _fill_segments(segments, probabilities, masks, isthing, score, overlap):
     sureness,label = probabilities.max(-1)
     used = (label != len(isthing)) & (sureness > score)
     if not used.any(): return
-    sureness,label,masks = sureness[used],label[used],masks[used].sigmoid()
+    sureness = sureness[used]
+    label = label[used]
+    masks = masks[used].sigmoid()
     owner = (sureness[:, None, None]*masks).argmax(0) # of each pixel the query that is surest of it
     inside,count = masks >= .5,0
     for query,kind in enumerate(label.tolist()):
@@ -461,7 +465,9 @@ class _QueryParts(_Padding):
         super().__init__(backbone, vocabulary)
         self.register_module('head', None) # its place among the parts; the adapter makes it by `make_parts`
         self.criterion = SetLoss() if criterion is None else criterion
-        self.divisible,self.score,self.overlap = divisible,score,overlap
+        self.divisible = divisible
+        self.score = score
+        self.overlap = overlap
 
     def make_parts(self, sizes:HeadSizes):
         "Make what has weights of its own, in the order in which a seed draws them."

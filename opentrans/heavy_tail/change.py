@@ -18,14 +18,17 @@ KINDS = ('delta', 'merged') # of weights that `adapters` gives: B A, and W0 + B 
 
 def _of_peft(name, module):
     "(name, B A, W0) of a layer of the package peft: the sum of its active adapters."
-    deltas = [module.get_delta_weight(a) for a in module.active_adapters if a in module.lora_A or a in getattr(module, 'lora_embedding_A', ())]
+    deltas = [module.get_delta_weight(a)
+              for a in module.active_adapters if a in module.lora_A or a in getattr(module, 'lora_embedding_A', ())]
     if deltas: yield f'{name}.weight', sum(deltas), module.get_base_layer().weight
 
 def _of_parts(name, module):
-    "(name, B A, W0) of each update beside a weight of opentrans' own kind: parts that say `delta()`, by the name of what they change."
+    """(name, B A, W0) of each update beside a weight of opentrans' own kind: parts that say `delta()`, by the name
+    of what they change."""
     for key,part in module.tuned.items():
         if not (hasattr(part, 'A') and hasattr(part, 'B')): continue
-        whole = module._parameters[key.partition('[')[0]]                           # the weight itself, without the update
+        # the weight itself, without the update
+        whole = module._parameters[key.partition('[')[0]]
         base = whole if getattr(part, 'rows', None) is None else whole[slice(*part.rows)]
         yield f'{name}.{key}' if name else key, part.delta().reshape(base.shape), base
 
@@ -36,8 +39,10 @@ def _of_tensors(tensors, scaling):
     for key in tensors:
         if not (found := _LORA.match(key)): continue
         name = found[1] or found[2]
-        down,up = tensors[key],tensors[key.replace('lora_A', 'lora_B')] if key.replace('lora_A', 'lora_B') in tensors else None
-        if up is None: raise OpenTransError(f"The tensors hold '{key}' without its lora_B. Give a whole adapter file.")
+        down = tensors[key]
+        up = tensors[key.replace('lora_A', 'lora_B')] if key.replace('lora_A', 'lora_B') in tensors else None
+        if up is None:
+            raise OpenTransError(f"The tensors hold '{key}' without its lora_B. Give a whole adapter file.")
         base = next((tensors[n] for n in (f'{name}.base_layer.weight', f'{name}.weight') if n in tensors), None)
         product = (up.double().flatten(1)@down.double().flatten(1)).reshape(len(up), *down.shape[1:])
         yield f"{name.removeprefix('base_model.model.')}.weight", scaling*product, base
@@ -54,13 +59,21 @@ def _found(model, scaling):
 def adapters(
     model, # A model with LoRA adapters, or the tensors of an adapter file
     what:str='delta', # `'delta'`: B A; `'merged'`: W0 + B A
-    scaling:float=1., # alpha/r of the tensors of a file, which do not say it; it does not move the alpha of `'delta'`
+    # alpha/r of the tensors of a file, which do not say it; it does not move the alpha of `'delta'`
+    scaling:float=1.,
 )->dict: # Name -> weight, for `analyze`
-    "The weights that low-rank adapters make. Raises `OpenTransError` if there are none, and for `'merged'` without W0."
+    """The weights that low-rank adapters make. Raises `OpenTransError` if there are none, and for `'merged'`
+    without W0."""
     if what not in KINDS: raise unknown('kind of adapter weights', what, KINDS)
     found = _found(model, scaling)
-    if not found: raise OpenTransError("No low-rank adapters (lora_A and lora_B) were found. Give a model that has them, or the tensors of an adapter file.")
+    if not found:
+        raise OpenTransError(
+            "No low-rank adapters (lora_A and lora_B) were found. Give a model that has them, or the tensors of an "
+            "adapter file.")
     if what == 'delta': return {name: delta for name,delta,_ in found}
     lack = [name for name,_,base in found if base is None]
-    if lack: raise OpenTransError(f"The weight under the adapter of '{lack[0]}' is not among the tensors. Take what='delta', or give the model.")
+    if lack:
+        raise OpenTransError(
+            f"The weight under the adapter of '{lack[0]}' is not among the tensors. Take what='delta', or give the "
+            f"model.")
     return {name: base + delta.to(base.dtype) for name,delta,base in found}

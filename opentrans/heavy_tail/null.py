@@ -20,7 +20,8 @@ from .power_law import mp_edges
 # %% ../../nbs/02d_null.ipynb #237ad584
 @dataclass(frozen=True)
 class Blocks:
-    "How a matrix is cut into blocks of one aspect before its eigenvalues are taken. FARMS as published: `Blocks(2., side=100, windows=10)`."
+    """How a matrix is cut into blocks of one aspect before its eigenvalues are taken. FARMS as published:
+    `Blocks(2., side=100, windows=10)`."""
     aspect:float=1. # Longer side of a block over its shorter one
     side:int=None # Shorter side of a block; None: as large as fits
     windows:int=None # Places of a block along each side of the matrix; None: as few as leave out nothing
@@ -80,7 +81,8 @@ def random_spectrum(
     shape, # (rows, columns) of the matrix
     rng, # A generator of NumPy
 )->np.ndarray: # min(rows, columns) eigenvalues, ascending
-    "The eigenvalues of $W^T W$ for a matrix of independent standard normal numbers, exactly in law (Dumitriu and Edelman 2002)."
+    """The eigenvalues of $W^T W$ for a matrix of independent standard normal numbers, exactly in law (Dumitriu and
+    Edelman 2002)."""
     m,n = sorted(shape)
     diagonal = np.sqrt(rng.chisquare(n-np.arange(m)))
     beside = np.sqrt(rng.chisquare(np.arange(m-1, 0, -1)))
@@ -88,7 +90,9 @@ def random_spectrum(
     if m == 1: return squares
     squares[1:] += beside**2
     ev,stuck = lapack.dsterf(squares, diagonal[:-1]*beside)
-    if stuck: raise OpenTransError(f"The eigenvalues of a random matrix of shape {shape} did not converge. Choose another seed.")
+    if stuck:
+        raise OpenTransError(
+            f"The eigenvalues of a random matrix of shape {shape} did not converge. Choose another seed.")
     return np.clip(ev, 0, None)
 
 @lru_cache(maxsize=256)
@@ -97,7 +101,8 @@ def random_spectra(
     draws:int=40, # Spectra to draw
     seed:int=0, # Of the draws
 )->np.ndarray: # (draws, eigenvalues), ascending along axis 1
-    "Pooled spectra of stacks of standard normal matrices. The answer for a shape is kept, and shared by all layers that have it."
+    """Pooled spectra of stacks of standard normal matrices. The answer for a shape is kept, and shared by all
+    layers that have it."""
     rng = np.random.default_rng([seed, *stack])
     drawn = [np.concatenate([random_spectrum(stack[1:], rng) for _ in range(stack[0])]) for _ in range(draws)]
     kept = np.sort(np.stack(drawn), 1)
@@ -110,10 +115,12 @@ def with_kurtosis(
     stack:tuple, # (matrices, rows, columns) whose eigenvalues they are
     kurtosis:float, # Excess kurtosis of the entries: 0 for normal numbers, -1.2 for uniform ones
 )->np.ndarray: # In the same order
-    "Move the eigenvalues of normal matrices to where those of other independent numbers are, to first order (Zheng 2012, Thm. 2.1)."
+    """Move the eigenvalues of normal matrices to where those of other independent numbers are, to first order
+    (Zheng 2012, Thm. 2.1)."""
     m,n = sorted(stack[1:])
     if m == 1: return np.maximum(n + (evals-n)*math.sqrt(max(1 + kurtosis/2, 0)), 0)          # sums of n squares
-    most = math.sqrt(m*n)/2                                                      # beyond, the shift would change their order
+    # beyond, the shift would change their order
+    most = math.sqrt(m*n)/2
     return evals*(1 + np.clip(kurtosis, -most, most)*(evals-m-n)/(2*m*n))
 
 def kurtosis_of(
@@ -133,19 +140,22 @@ def kurtosis_of(
 def mp_quantiles(
     stack:tuple, # (matrices, rows, columns) whose eigenvalues are pooled
 )->np.ndarray: # As many eigenvalues as such a stack has, ascending
-    "The eigenvalues of large random matrices of unit variance, without chance: quantiles of the Marchenko-Pastur law."
+    """The eigenvalues of large random matrices of unit variance, without chance: quantiles of the Marchenko-Pastur
+    law."""
     count,m,n = stack[0],*sorted(stack[1:])
     shares = (np.arange(count*m) + .5)/(count*m)
     if m == 1: return stats.chi2.ppf(shares, n)
     low,high = mp_edges((m, n))
-    angle = np.linspace(0, math.pi/2, 20_001)                                     # x = low + (high-low) sin(angle)^2 has a smooth density
+    # x = low + (high-low) sin(angle)^2 has a smooth density
+    angle = np.linspace(0, math.pi/2, 20_001)
     sine = np.sin(angle)**2
     x = low + (high-low)*sine
     steep = sine*(1-sine)/np.maximum(x, 1e-300) if low > 0 else (1-sine)/(high-low)
     below = np.concatenate([[0], np.cumsum((steep[1:]+steep[:-1])/2)])
     return np.interp(shares, below/below[-1], x)
 
-_TRACY_WIDOM = (46.446, .186054, 9.84801) # shape, scale and shift of the gamma law that is close to the real Tracy-Widom law
+# shape, scale and shift of the gamma law that is close to the real Tracy-Widom law
+_TRACY_WIDOM = (46.446, .186054, 9.84801)
 
 def random_edge(
     stack:tuple, # (matrices, rows, columns)
@@ -185,7 +195,8 @@ def shuffled(
     mats:torch.Tensor, # (matrices, rows, columns)
     rng:torch.Generator, # Of the order
 )->torch.Tensor: # The same numbers
-    "Matrices with their numbers in random order, each by itself; single rows or columns, in which order means nothing, together."
+    """Matrices with their numbers in random order, each by itself; single rows or columns, in which order means
+    nothing, together."""
     flat = mats.flatten(1) if min(mats.shape[1:]) > 1 else mats.reshape(1, -1)
     order = torch.rand(flat.shape, generator=rng).argsort(1).to(flat.device)
     return flat.gather(1, order).reshape(mats.shape)

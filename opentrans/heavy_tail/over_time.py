@@ -30,17 +30,24 @@ from ..runtime import axes, png, Undo
 def compare(self:LayerTable,
     after, # Another `LayerTable` of the same layers
     level:float=.95, # Of the intervals of the change, by the standard errors of the fits
-)->pd.DataFrame: # `alpha_before`, `alpha_after`, `change`, `z` (change in standard errors), its interval from `low` to `high`, `frozen_before`, `frozen_after` (by `select()`), `moved`
-    "Two tables side by side, for instance before and after fine-tuning. Raises `OpenTransError` if they have other layers."
+    # `alpha_before`, `alpha_after`, `change`, `z` (change in standard errors), its interval from `low` to `high`,
+    # `frozen_before`, `frozen_after` (by `select()`), `moved`
+)->pd.DataFrame:
+    """Two tables side by side, for instance before and after fine-tuning. Raises `OpenTransError` if they have
+    other layers."""
     check_number('level', level, 0, 1, above=True, below=True)
     lost = set(self) ^ set(after)
-    if lost: raise OpenTransError(f"The tables do not have the same layers: {', '.join(sorted(lost)[:5])}{'...' if len(lost) > 5 else ''} {'is' if len(lost)==1 else 'are'} in one only. "
-                                  "Compare tables of one architecture, made with the same `skip`.")
+    if lost:
+        raise OpenTransError(
+            f"The tables do not have the same layers: "
+            f"{', '.join(sorted(lost)[:5])}{'...' if len(lost) > 5 else ''} {'is' if len(lost)==1 else 'are'} in "
+            f"one only. " "Compare tables of one architecture, made with the same `skip`.")
     a,b = self.frame,after.frame.loc[list(self)]
     rest = [set(t.select().freeze) if t.frame.alpha.notna().any() else set() for t in (self, after)]
     change,error = b.alpha-a.alpha,np.hypot(a.sigma, b.sigma)
     wide = float(-special.ndtri((1-level)/2))*error
-    res = pd.DataFrame(dict(alpha_before=a.alpha, alpha_after=b.alpha, change=change, z=change/error, low=change-wide, high=change+wide))
+    res = pd.DataFrame(dict(alpha_before=a.alpha, alpha_after=b.alpha, change=change, z=change/error,
+                            low=change-wide, high=change+wide))
     for when,r in zip(('before', 'after'), rest): res[f'frozen_{when}'] = [n in r for n in self]
     return res.assign(moved=res.frozen_before != res.frozen_after)
 
@@ -53,7 +60,8 @@ def plot_change(self:LayerTable,
     ax,c = axes(ax, figsize=(10, 3)),self.compare(after)
     x = np.arange(len(c))
     ax.vlines(x, c.alpha_before, c.alpha_after, color='0.7', lw=2)
-    ax.plot(x, c.alpha_before, 'o', color='0.55', ms=5, label='before'); ax.plot(x, c.alpha_after, 'o', color=_RED, ms=5, label='after')
+    ax.plot(x, c.alpha_before, 'o', color='0.55', ms=5, label='before')
+    ax.plot(x, c.alpha_after, 'o', color=_RED, ms=5, label='after')
     ax.set(xlabel='layer', ylabel='$\\alpha$')
     if len(c) <= 12: ax.set_xticks(x, [for_plot(n) for n in c.index], rotation=20, ha='right', fontsize=7)
     ax.legend(fontsize=8, frameon=False)
@@ -61,7 +69,8 @@ def plot_change(self:LayerTable,
 
 # %% ../../nbs/02c_over_time.ipynb #b427277d
 class Reselect:
-    "Look at the spectra of a model while it trains, and freeze by them: once, or again at every look. A context manager; `.remove()` unfreezes."
+    """Look at the spectra of a model while it trains, and freeze by them: once, or again at every look. A context
+    manager; `.remove()` unfreezes."""
     def __init__(self,
         model:nn.Module, # The model that is trained
         every:int=1000, # Steps between two looks
@@ -72,17 +81,27 @@ class Reselect:
         **options, # Of `analyze`
     ):
         if every < 1: raise OpenTransError(f"every={every} is no number of steps. Give at least 1.")
-        self.model,self.every,self.how,self.dynamic,self.options = model,every,dict(freeze=freeze, by=by, seed=seed),dynamic,options
-        self.tables,self.selections,self._handle = {},{},Undo()
+        self.model = model
+        self.every = every
+        self.how = dict(freeze=freeze, by=by, seed=seed)
+        self.dynamic = dynamic
+        self.options = options
+        self.tables = {}
+        self.selections = {}
+        self._handle = Undo()
 
     def step(self,
         n:int, # Steps made so far; call it with 0 before the first one
     )->bool: # Was the choice of layers changed?
-        "Call after each optimizer step. Build the optimizer of all parameters: what is frozen has no gradient, and optimizers pass it by."
+        """Call after each optimizer step. Build the optimizer of all parameters: what is frozen has no gradient,
+        and optimizers pass it by."""
         if n % self.every or n in self.tables: return False
         self.tables[n] = analyze(self.model, **self.options)
-        if self.selections and not self.dynamic: self.selections[n] = self.selections[min(self.selections)]; return False
-        old,new = self.selections[max(self.selections)] if self.selections else None,self.tables[n].select(**self.how)
+        if self.selections and not self.dynamic:
+            self.selections[n] = self.selections[min(self.selections)]
+            return False
+        old = self.selections[max(self.selections)] if self.selections else None
+        new = self.tables[n].select(**self.how)
         self.selections[n] = new
         if old is not None and set(old.freeze) == set(new.freeze): return False
         self._handle.remove()
@@ -93,11 +112,14 @@ class Reselect:
 
     @property
     def history(self)->pd.DataFrame: # A row a look
-        "`median`, `low` and `high` quartile of alpha, `frozen` layers, and how many layers would `move` since the look before."
+        """`median`, `low` and `high` quartile of alpha, `frozen` layers, and how many layers would `move` since the
+        look before."""
         q = {n: t.frame.alpha.quantile([.25, .5, .75]).tolist() for n,t in self.tables.items()}
         would = [set(t.select(**self.how).freeze) for t in self.tables.values()]
-        return pd.DataFrame(dict(step=list(q), low=[v[0] for v in q.values()], median=[v[1] for v in q.values()], high=[v[2] for v in q.values()],
-                                 frozen=[len(s.freeze) for s in self.selections.values()], move=[0]+[len(a^b) for a,b in zip(would, would[1:])])).set_index('step')
+        return pd.DataFrame(dict(step=list(q), low=[v[0] for v in q.values()], median=[v[1] for v in q.values()],
+                                 high=[v[2] for v in q.values()],
+                                 frozen=[len(s.freeze) for s in self.selections.values()],
+                                 move=[0]+[len(a^b) for a,b in zip(would, would[1:])])).set_index('step')
 
     def remove(self): self._handle.remove()
     def __enter__(self): return self
@@ -110,7 +132,8 @@ def plot_median(
 ): # The axes
     "Median of alpha over training, with the quartiles of the layers around it (Fig. 7)."
     if isinstance(history, dict):
-        history = pd.DataFrame({n: dict(zip(('low', 'median', 'high'), t.frame.alpha.quantile([.25, .5, .75]))) for n,t in history.items()}).T
+        history = pd.DataFrame({n: dict(zip(('low', 'median', 'high'), t.frame.alpha.quantile([.25, .5, .75])))
+                                for n,t in history.items()}).T
     ax = axes(ax, figsize=(6, 3))
     ax.fill_between(history.index, history.low, history.high, color=_BLUE, alpha=.15, lw=0, label='quartiles')
     ax.plot(history.index, history['median'], '.-', color=_RED, label='median')
@@ -157,11 +180,15 @@ def save(self:LayerTable,
     path, # A .safetensors file
 ):
     "Write the spectra and how they were fitted."
-    about = [{k: v for k,v in vars(s).items() if k not in ('evals', 'shuffled')} | dict(has_evals=s.evals is not None) for s in self.spectra.values()]
+    about = [{k: v for k,v in vars(s).items() if k not in ('evals', 'shuffled')}
+             | dict(has_evals=s.evals is not None) for s in self.spectra.values()]
     evals = {f'evals.{n}': torch.from_numpy(s.evals.copy()) for n,s in self.spectra.items() if s.evals is not None}
-    evals |= {f'shuffled.{n}': torch.from_numpy(s.shuffled.copy()) for n,s in self.spectra.items() if s.shuffled is not None}
+    evals |= {f'shuffled.{n}': torch.from_numpy(s.shuffled.copy())
+              for n,s in self.spectra.items() if s.shuffled is not None}
     null = {} if self.null is None else dict(null=asdict(self.null))
-    fitted = null | dict(xmin=dict(rule=self.xmin), few=self.few, max_aspect=dict(limit=self.max_aspect), options=self.options)
+    fitted = (null
+              | dict(xmin=dict(rule=self.xmin), few=self.few, max_aspect=dict(limit=self.max_aspect),
+                     options=self.options))
     save_tensors(evals, path, dict(fitted, spectra=about), TABLE_FILE)
 
 @patch(cls_method=True)
@@ -176,56 +203,76 @@ def load(cls:LayerTable,
     evals,drawn = strip_prefix('evals.', tensors),strip_prefix('shuffled.', tensors)
     names = [row['name'] for row in held['spectra']]
     with_evals = [row['name'] for row in held['spectra'] if row['has_evals']]
-    if len(set(names)) < len(names) or sorted(with_evals) != sorted(evals) or len(evals)+len(drawn) < len(tensors) or not set(drawn) <= set(evals):
+    if (len(set(names)) < len(names) or sorted(with_evals) != sorted(evals) or len(evals)+len(drawn) < len(tensors)
+        or not set(drawn) <= set(evals)):
         raise TABLE_FILE.damaged(path, 'its layers are not those of its eigenvalues')
     check_finite(tensors, f"the eigenvalues in '{path}'", 'Analyze the model again.')
     made = [_spectrum(row, evals.get(row['name']), drawn.get(row['name']), path) for row in held['spectra']]
-    return LayerTable(made, held['xmin']['rule'], held['few'], held['max_aspect']['limit'], held['options'], null and Null(**null))
+    return LayerTable(made, held['xmin']['rule'], held['few'], held['max_aspect']['limit'], held['options'],
+                      null and Null(**null))
 
 _NUMBERS = ('density', 'edge', 'paper') # of a spectrum; NaN where there are none
 
 def _rising(evals, axes):
     "Is it what eigenvalues are: not negative, and ascending along the last of so many axes?"
-    return evals.dtype == torch.float64 and evals.ndim == axes and bool((evals.diff() >= 0).all()) and bool((evals >= 0).all())
+    return (evals.dtype == torch.float64 and evals.ndim == axes and bool((evals.diff() >= 0).all())
+            and bool((evals >= 0).all()))
 
 def _spectrum(row, evals, drawn, path):
     "One spectrum from what was saved of it. Raises `DamagedFile`."
     row, name = dict(row), shorten(row['name'])
     row.pop('has_evals')
-    if set(row) - {field.name for field in fields(Spectrum)}: raise TABLE_FILE.damaged(path, f"'{name}' has entries that no spectrum has")
+    if set(row) - {field.name for field in fields(Spectrum)}:
+        raise TABLE_FILE.damaged(path, f"'{name}' has entries that no spectrum has")
     row.update({k: math.nan for k in _NUMBERS if row[k] is None})
     shape = row['shape'] = tuple(row['shape'])
     smallest = 0 if evals is None else 1
-    if not shape or min(shape) < smallest or math.prod(shape) > 2**62: raise TABLE_FILE.damaged(path, f"'{name}' has a shape that no weight has")
+    if not shape or min(shape) < smallest or math.prod(shape) > 2**62:
+        raise TABLE_FILE.damaged(path, f"'{name}' has a shape that no weight has")
     stack = row['stack'] = tuple(row.get('stack', ()))
-    if stack and (len(stack) != 3 or min(stack) < 1 or math.prod(stack) > 2**62): raise TABLE_FILE.damaged(path, f"'{name}' is said to be of matrices that it cannot have")
+    if stack and (len(stack) != 3 or min(stack) < 1 or math.prod(stack) > 2**62):
+        raise TABLE_FILE.damaged(path, f"'{name}' is said to be of matrices that it cannot have")
     if evals is None: return Spectrum(**row)
     most = stack[0]*min(stack[1:]) if stack else math.prod(shape)
-    if not _rising(evals, 1) or len(evals) > most: raise TABLE_FILE.damaged(path, f"the eigenvalues of '{name}' are none")
+    if not _rising(evals, 1) or len(evals) > most:
+        raise TABLE_FILE.damaged(path, f"the eigenvalues of '{name}' are none")
     row['evals'] = evals.numpy()
     if drawn is None: return Spectrum(**row)
-    if not stack or not _rising(drawn, 2) or drawn.shape[1] != most or not len(drawn): raise TABLE_FILE.damaged(path, f"the shuffled eigenvalues of '{name}' are none")
+    if not stack or not _rising(drawn, 2) or drawn.shape[1] != most or not len(drawn):
+        raise TABLE_FILE.damaged(path, f"the shuffled eigenvalues of '{name}' are none")
     return Spectrum(**row | dict(shuffled=drawn.numpy()))
 
 # %% ../../nbs/02c_over_time.ipynb #b5854af3
 def _png(draw, size):
     "A figure as PNG, drawn without any global state of matplotlib."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=size, layout='constrained'); draw(fig)
+    fig = Figure(figsize=size, layout='constrained')
+    draw(fig)
     return png(fig, dpi=80)
 
 # %% ../../nbs/02c_over_time.ipynb #5a3b83e9
 class _Explorer:
     "State and wiring of `explore`."
     def __init__(self, table, w):
-        self.table,self.busy,self.lock = table,False,threading.RLock()
-        self.fit,self.below,self.tables = None,None,{table.xmin: table}             # the fit shown above, what is shown below, tables by rule
+        self.table = table
+        self.busy = False
+        self.lock = threading.RLock()
+        self.fit = None
+        self.below = None
+        self.tables = {table.xmin: table}             # the fit shown above, what is shown below, tables by rule
         wide = dict(layout=w.Layout(width='340px'), style=dict(description_width='60px'))
         self.layer = w.Select(options=list(table), rows=16, description='layer', **wide)
-        self.rule = w.Dropdown(options=[*dict.fromkeys([*XMIN, *([table.xmin] if isinstance(table.xmin, str) else [])]), 'given'], value=table.xmin if isinstance(table.xmin, str) else 'given', description='xmin by', **wide)
-        self.xmin = w.IntSlider(description='xmin', min=0, max=1, readout=False, **wide)                  # which eigenvalue: whole numbers, which no browser rounds
-        self.text,self.plot,self.overview = w.HTML(layout=w.Layout(width='340px')),*(w.Image(format='png', layout=w.Layout(width='100%', max_width='720px')) for _ in range(2))
-        self.box = w.HBox([w.VBox([self.layer, self.rule, self.xmin, self.text]), w.VBox([self.plot, self.overview], layout=w.Layout(flex='1 1 480px'))], layout=w.Layout(flex_flow='row wrap')) # in a narrow page, plots stand below
+        self.rule = w.Dropdown(
+            options=[*dict.fromkeys([*XMIN, *([table.xmin] if isinstance(table.xmin, str) else [])]), 'given'],
+            value=table.xmin if isinstance(table.xmin, str) else 'given', description='xmin by', **wide)
+        # which eigenvalue: whole numbers, which no browser rounds
+        self.xmin = w.IntSlider(description='xmin', min=0, max=1, readout=False, **wide)
+        self.text,self.plot,self.overview = w.HTML(layout=w.Layout(width='340px')),*(
+            w.Image(format='png', layout=w.Layout(width='100%', max_width='720px')) for _ in range(2))
+        # in a narrow page, plots stand below
+        self.box = w.HBox([w.VBox([self.layer, self.rule, self.xmin, self.text]),
+                           w.VBox([self.plot, self.overview], layout=w.Layout(flex='1 1 480px'))],
+                          layout=w.Layout(flex_flow='row wrap'))
         self.box.explorer = self
         self.layer.observe(lambda _: self.show('layer'), 'value')
         self.rule.observe(lambda _: self.show('rule'), 'value')
@@ -233,9 +280,11 @@ class _Explorer:
         self.show('layer')
 
     def show(self, changed):
-        "Draw what the widgets say, after a change of `'layer'`, `'rule'` or `'xmin'`. Kernels may call it from several threads: each change waits for its turn."
+        """Draw what the widgets say, after a change of `'layer'`, `'rule'` or `'xmin'`. Kernels may call it from
+        several threads: each change waits for its turn."""
         with self.lock:
-            if self.busy or self.layer.value is None: return        # a change of our own; or no layer is chosen, which leaves everything as it is
+            # a change of our own; or no layer is chosen, which leaves everything as it is
+            if self.busy or self.layer.value is None: return
             self.busy = True
             try:
                 self._follow(changed)
@@ -256,7 +305,8 @@ class _Explorer:
         return self.table.xmin if self.rule.value == 'given' else self.rule.value
 
     def _xmin(self, s):
-        "The rule, or the number, that the controls ask for. The slider stands for the table's own number where that has put it."
+        """The rule, or the number, that the controls ask for. The slider stands for the table's own number where
+        that has put it."""
         rule = self._xmin_by_rule()
         if self.rule.value != 'given' or self.xmin.disabled: return rule
         own = not isinstance(rule, str) and self.xmin.value == self._place(s, rule)
@@ -303,4 +353,5 @@ def explore(
 ): # An ipywidgets widget
     "Look at a model's spectra by hand: layer, rule for xmin, and a slider that moves the beginning of the tail."
     w = optional('ipywidgets', 'dev', 'The explorer')
-    return _Explorer(model_or_table if isinstance(model_or_table, LayerTable) else analyze(model_or_table, **options), w).box
+    return _Explorer(model_or_table if isinstance(model_or_table, LayerTable)
+                     else analyze(model_or_table, **options), w).box

@@ -35,7 +35,8 @@ def marchenko_pastur(
     "Density of the eigenvalues of $W^T W$ for a large matrix of independent entries: the light tail."
     x = np.asarray(x, dtype=float)
     low,high = mp_edges(shape, variance)
-    with np.errstate(divide='ignore', invalid='ignore'): d = np.sqrt(np.clip((high-x)*(x-low), 0, None))/(2*math.pi*variance*min(shape)*x)
+    with np.errstate(divide='ignore', invalid='ignore'):
+        d = np.sqrt(np.clip((high-x)*(x-low), 0, None))/(2*math.pi*variance*min(shape)*x)
     return np.where((x > 0) & (x >= low) & (x <= high), d, 0.)
 
 # %% ../../nbs/02_heavy_tail.ipynb #b2dd3eca
@@ -43,13 +44,17 @@ class _Tails:
     "The tail above each distinct value of a sample: its slope, and its distance from a power law."
     def __init__(self, x): # x: positive, ascending
         self.x,below = np.unique(x, return_index=True)
-        self.log,self.below,self.n = np.log(self.x),below.astype(float),(x.size-below).astype(float)
-        logs = np.append(np.cumsum((np.diff(self.log)*self.n[1:])[::-1])[::-1], 0.)   # sum over the tail of log(x_j/x_i)
+        self.log = np.log(self.x)
+        self.below = below.astype(float)
+        self.n = (x.size-below).astype(float)
+        # sum over the tail of log(x_j/x_i)
+        logs = np.append(np.cumsum((np.diff(self.log)*self.n[1:])[::-1])[::-1], 0.)
         with np.errstate(divide='ignore'): self.slope = self.n/logs                   # alpha - 1
 
     def ks(self, i):
         "Kolmogorov-Smirnov distance of the tail that begins at value `i`."
-        return np.abs(1 - np.exp(-self.slope[i]*(self.log[i:]-self.log[i])) - (self.below[i:]-self.below[i])/self.n[i]).max()
+        return np.abs(1 - np.exp(-self.slope[i]*(self.log[i:]-self.log[i]))
+                      - (self.below[i:]-self.below[i])/self.n[i]).max()
 
     def bound(self, cand, points):
         "The same deviation, at `points` places of each tail only: never above its distance."
@@ -58,7 +63,8 @@ class _Tails:
         return np.abs(1 - F - (self.below[j]-self.below[cand,None])/self.n[cand,None]).max(1)
 
     def search(self, cand):
-        "(index, distance) of the best candidate, the first if several are equal. Exact: what is skipped cannot win."
+        """(index, distance) of the best candidate, the first if several are equal. Exact: what is skipped cannot
+        win."""
         if self.log.size <= 48:
             D = np.array([self.ks(i) for i in cand])
             return cand[D.argmin()],D.min()
@@ -77,11 +83,13 @@ class _Tails:
 
 # %% ../../nbs/02_heavy_tail.ipynb #b07a2cd9
 XMIN = ('ks', 'median', 'peak', 'paper') # the rules for the beginning of the tail; a number is one too
-BY = ('alpha', 'alpha*', 'random', 'z')   # the ways to choose the layers that rest: three of Tab. 2, and alpha against chance
+# the ways to choose the layers that rest: three of Tab. 2, and alpha against chance
+BY = ('alpha', 'alpha*', 'random', 'z')
 
 @dataclass(frozen=True, repr=False)
 class PowerLawFit:
-    "A power law fitted to the tail of a spectrum. If no fit can be made, its numbers are NaN and `reason` says why."
+    """A power law fitted to the tail of a spectrum. If no fit can be made, its numbers are NaN and `reason` says
+    why."""
     alpha:float # Exponent in $p(\lambda) \propto \lambda^{-\alpha}$ (Eq. 2)
     xmin:float # Where the tail begins
     D:float # Kolmogorov-Smirnov distance between the tail and the fit
@@ -108,13 +116,15 @@ def _no_fit(reason, n=0, method='', evals=None):
     return PowerLawFit(nan, nan, nan, nan, 0, int(n), method, reason, np.zeros(0) if evals is None else evals)
 
 def _fit(slope, xmin, D, n_tail, x, method):
-    return PowerLawFit(float(1+slope), float(xmin), float(D), float(slope/math.sqrt(n_tail)), int(n_tail), int(x.size), method, '', x)
+    return PowerLawFit(float(1+slope), float(xmin), float(D), float(slope/math.sqrt(n_tail)), int(n_tail),
+                       int(x.size), method, '', x)
 
 # %% ../../nbs/02_heavy_tail.ipynb #2e0f182b
 def _candidates(t, x, rule, bins):
     "Indices of the distinct values that a rule allows as xmin."
     every = np.arange(t.x.size-1)
-    if rule == 'ks': return every[:-1]                                   # as `powerlaw`: at least three distinct values in the tail
+    # as `powerlaw`: at least three distinct values in the tail
+    if rule == 'ks': return every[:-1]
     if rule == 'median': return every[(t.x == x[x.size//2])[:-1]]
     if rule.endswith('%'): return every[(t.x == x[x.size - max(2, math.ceil(_percent(rule)*x.size - 1e-9))])[:-1]]
     counts,edges = np.histogram(np.log10(x), bins)
@@ -129,7 +139,8 @@ def _fit_given(x, xmin):
         return _no_fit(reason, x.size, 'given', x)
     logs = np.log(tail/xmin)
     slope = tail.size/logs.sum()
-    return _fit(slope, xmin, np.abs(1 - np.exp(-slope*logs) - np.searchsorted(tail, tail)/tail.size).max(), tail.size, x, 'given')
+    return _fit(slope, xmin, np.abs(1 - np.exp(-slope*logs) - np.searchsorted(tail, tail)/tail.size).max(),
+                tail.size, x, 'given')
 
 # %% ../../nbs/02_heavy_tail.ipynb #bdb16abd
 def _percent(xmin):
@@ -141,11 +152,13 @@ def _percent(xmin):
 def _rule(xmin):
     "Check an xmin rule; its name. Raises `OpenTransError`."
     if isinstance(xmin, str):
-        if xmin not in XMIN and xmin != 'clip' and _percent(xmin) is None: raise unknown('xmin rule', xmin, [*XMIN, 'clip', "a share such as '25%'"])
+        if xmin not in XMIN and xmin != 'clip' and _percent(xmin) is None:
+            raise unknown('xmin rule', xmin, [*XMIN, 'clip', "a share such as '25%'"])
         return xmin
     number = isinstance(xmin, (int, float, np.number)) and not isinstance(xmin, bool)
     if not (number and math.isfinite(xmin) and xmin > 0):
-        raise OpenTransError(f"xmin={xmin} cannot begin a tail. Give a positive number or one of: {', '.join(XMIN)}.")
+        raise OpenTransError(
+            f"xmin={xmin} cannot begin a tail. Give a positive number or one of: {', '.join(XMIN)}.")
     return 'given'
 
 _FLAT = 1e-5 # values that differ by less than this share of themselves are equal, whatever they come from
@@ -156,9 +169,12 @@ def _sample(evals):
     if isinstance(evals, torch.Tensor) and not evals.is_complex(): evals = evals.double()
     try: x = np.asarray(evals)
     except (TypeError, ValueError) as e:
-        raise OpenTransError(f"Eigenvalues must be real numbers: this {type(evals).__name__} is no array ({e}). Give a tensor, an array or a flat list.") from e
+        raise OpenTransError(
+            f"Eigenvalues must be real numbers: this {type(evals).__name__} is no array ({e}). Give a tensor, an "
+            f"array or a flat list.") from e
     if x.dtype.kind in 'biuf': return np.sort(x.astype(float).ravel())
-    raise OpenTransError(f"Eigenvalues must be real numbers, not {x.dtype}. Give squared singular values, as esd does.")
+    raise OpenTransError(
+        f"Eigenvalues must be real numbers, not {x.dtype}. Give squared singular values, as esd does.")
 
 def _no_tail(x):
     "Why no tail can be fitted to a positive ascending sample; empty if one can."
@@ -166,15 +182,19 @@ def _no_tail(x):
     return 'all eigenvalues are equal' if x[-1] <= x[0]*(1+_FLAT) else ''
 
 def _unless_flat(fit, noise):
-    "A fit, or none if its tail is no wider than rounding alone would make one value: then its slope would be that of the rounding."
+    """A fit, or none if its tail is no wider than rounding alone would make one value: then its slope would be that
+    of the rounding."""
     if not fit.ok: return fit
     first = float(fit.evals[-fit.n_tail])
-    width = 1/(fit.alpha-1) - math.log(first/fit.xmin)                           # mean of log(x/first) over the tail
+    # mean of log(x/first) over the tail
+    width = 1/(fit.alpha-1) - math.log(first/fit.xmin)
     if width > max(_FLAT, 1.5*noise/math.sqrt(first)): return fit
-    return _no_fit(f'the {fit.n_tail} eigenvalues of the tail are equal but for rounding', fit.n, fit.method, fit.evals)
+    return _no_fit(f'the {fit.n_tail} eigenvalues of the tail are equal but for rounding', fit.n, fit.method,
+                   fit.evals)
 
 def _clipped(x, noise):
-    "The fit without the largest values, of the fewest, two to nine, without which alpha falls by more than one; else that to all (WeightWatcher's `clip_xmax`)."
+    """The fit without the largest values, of the fewest, two to nine, without which alpha falls by more than one;
+    else that to all (WeightWatcher's `clip_xmax`)."""
     whole = fit_power_law(x, 'ks', noise=noise)
     for fingers in range(2, min(10, x.size-4)):
         f = fit_power_law(x[:-fingers], 'ks', noise=noise)
@@ -184,17 +204,21 @@ def _clipped(x, noise):
 
 def fit_power_law(
     evals, # Eigenvalues (or any positive sample), in any order: tensor, array or list
-    xmin='ks', # Rule for the beginning of the tail: one of `XMIN`, a share of the values such as `'25%'`, `'clip'`, or its value
+    # Rule for the beginning of the tail: one of `XMIN`, a share of the values such as `'25%'`, `'clip'`, or its
+    # value
+    xmin='ks',
     floor:float=0., # Values not above this are left out
     bins:int=100, # Bins of the log histogram of the `'peak'` and `'paper'` rules
-    noise:float=0., # How far rounding may have moved the square root of a value; there is no fit to a tail that is narrower
+    # How far rounding may have moved the square root of a value; there is no fit to a tail that is narrower
+    noise:float=0.,
 )->PowerLawFit: # The fit, or NaN with a reason
     """Continuous power law by maximum likelihood (Sec. 3.3.2, Eq. 2), with the tail chosen by a rule.
     Raises `OpenTransError` for an unknown rule, and for what is not real numbers."""
     rule,x = _rule(xmin),_sample(evals)
     if bins < 1: raise OpenTransError(f"bins={bins} is no number of bins. Give at least 1.")
     if not np.isfinite(x).all(): return _no_fit('the spectrum holds NaN or infinity', x.size, rule)
-    if x.size and x[0] < -1e-3*abs(x[-1]): return _no_fit('the sample holds negative numbers, so it is no spectrum', x.size, rule)
+    if x.size and x[0] < -1e-3*abs(x[-1]):
+        return _no_fit('the sample holds negative numbers, so it is no spectrum', x.size, rule)
     x = x[np.searchsorted(x, max(floor, 0), side='right'):]
     reason = _no_tail(x)
     if reason: return _no_fit(reason, x.size, rule, x)
@@ -202,7 +226,8 @@ def fit_power_law(
     if rule == 'clip': return _clipped(x, noise)
     t = _Tails(x)
     cand = _candidates(t, x, rule, bins)
-    if cand.size < (2 if rule == 'ks' else 1): return _no_fit('too few distinct eigenvalues for a tail', x.size, rule, x)
+    if cand.size < (2 if rule == 'ks' else 1):
+        return _no_fit('too few distinct eigenvalues for a tail', x.size, rule, x)
     i,D = t.search(cand)
     return _unless_flat(_fit(t.slope[i], t.x[i], D, t.n[i], x, rule), noise)
 
@@ -212,10 +237,13 @@ def p_value(self:PowerLawFit,
     n:int=1000, # Samples to draw; the answer is good to about 0.5/sqrt(n)
     seed:int=0, # Of the draws
 )->float: # Share of true power laws of this size that fit worse; below 0.1 the power law is doubtful
-    "Goodness of fit by bootstrap (Clauset, Shalizi and Newman 2009, Sec. 4.1). The fit's own rule is applied to every sample."
+    """Goodness of fit by bootstrap (Clauset, Shalizi and Newman 2009, Sec. 4.1). The fit's own rule is applied to
+    every sample."""
     if not self.ok: return math.nan
     rng = np.random.default_rng(seed)
-    body,worse,made = self.evals[self.evals < self.xmin],0,0
+    body = self.evals[self.evals < self.xmin]
+    worse = 0
+    made = 0
     for _ in range(n):
         k = self.n if not body.size else rng.binomial(self.n, self.n_tail/self.n)
         sample = self.xmin*(1-rng.random(k))**(-1/(self.alpha-1))
@@ -243,7 +271,8 @@ def _log_z_cutoff(a, b):
     return g.max() + math.log((np.exp(g-g.max())*_NODES[1]).sum()*top/2)
 
 def _log_densities(tail, xmin, alternative):
-    "Log densities (in log x) of the best power law and the best alternative, and the alternative's parameters in the usual notation."
+    """Log densities (in log x) of the best power law and the best alternative, and the alternative's parameters in
+    the usual notation."""
     y,r = np.log(tail/xmin),tail/xmin
     a = 1/y.mean()
     power = math.log(a) - a*y
@@ -251,12 +280,15 @@ def _log_densities(tail, xmin, alternative):
         b = 1/(r-1).mean()
         return power, math.log(b) - b*(r-1) + y, {'lambda': b/xmin}
     log_z,s = (_log_z_lognormal, y**2) if alternative == 'lognormal' else (_log_z_cutoff, r)
-    cost = lambda p: log_z(p[0], p[1]**2) + p[0]*y.mean() + p[1]**2*s.mean()
-    best = min((optimize.minimize(cost, [a*f, g], method='Nelder-Mead', options=dict(xatol=1e-9, fatol=1e-13, maxiter=2000))
-                for f,g in [(1, .01*a), (.5, math.sqrt(1/s.mean()))]), key=lambda o: o.fun)
+    def cost(p): return log_z(p[0], p[1]**2) + p[0]*y.mean() + p[1]**2*s.mean()
+    best = min(
+        (optimize.minimize(cost, [a*f, g], method='Nelder-Mead',
+                           options=dict(xatol=1e-9, fatol=1e-13, maxiter=2000))
+         for f,g in [(1, .01*a), (.5, math.sqrt(1/s.mean()))]), key=lambda o: o.fun)
     p,q = best.x[0],best.x[1]**2
     if cost([a, 0.]) <= best.fun: p,q = a,0.
-    names = dict(mu=math.log(xmin)-p/(2*q) if q else -math.inf, sigma=math.sqrt(1/(2*q)) if q else math.inf) if alternative == 'lognormal' else {'alpha': 1+p, 'lambda': q/xmin}
+    names = (dict(mu=math.log(xmin)-p/(2*q) if q else -math.inf, sigma=math.sqrt(1/(2*q)) if q else math.inf)
+             if alternative == 'lognormal' else {'alpha': 1+p, 'lambda': q/xmin})
     return power, -p*y - q*s - log_z(p, q), names
 
 # %% ../../nbs/02_heavy_tail.ipynb #1575d266
@@ -265,32 +297,48 @@ ALTERNATIVES = ('lognormal', 'exponential', 'truncated_power_law')
 @patch
 def compare(self:PowerLawFit,
     alternatives=ALTERNATIVES, # Laws to compare with
-)->pd.DataFrame: # A row each: `R` (log-likelihood ratio, above zero for the power law), `p` (chance of such a ratio if both were equal), `verdict`, parameters
-    "Does another law fit the tail better? Vuong's test as in `powerlaw`; the truncated power law is nested and uses chi-square. Raises `OpenTransError`."
+    # A row each: `R` (log-likelihood ratio, above zero for the power law), `p` (chance of such a ratio if both were
+    # equal), `verdict`, parameters
+)->pd.DataFrame:
+    """Does another law fit the tail better? Vuong's test as in `powerlaw`; the truncated power law is nested and
+    uses chi-square. Raises `OpenTransError`."""
     rows = {}
     for name in alternatives:
         if name not in ALTERNATIVES: raise unknown('law', name, ALTERNATIVES)
-        if not self.ok: rows[name] = dict(R=math.nan, p=math.nan, verdict=self.reason, parameters={}); continue
+        if not self.ok:
+            rows[name] = dict(R=math.nan, p=math.nan, verdict=self.reason, parameters={})
+            continue
         power,other,params = _log_densities(self.tail, self.xmin, name)
         d = power-other
         R,spread = d.sum(),d.std()*math.sqrt(d.size)
-        p = special.chdtrc(1, 2*abs(R)) if name == 'truncated_power_law' else special.erfc(abs(R)/(math.sqrt(2)*spread)) if spread > 0 else 1.
-        rows[name] = dict(R=R, p=p, verdict='undecided' if p > .1 else 'power law' if R > 0 else name, parameters={k: round(v, 6) for k,v in params.items()})
+        p = (special.chdtrc(1, 2*abs(R)) if name == 'truncated_power_law'
+             else special.erfc(abs(R)/(math.sqrt(2)*spread)) if spread > 0 else 1.)
+        rows[name] = dict(R=R, p=p, verdict='undecided' if p > .1 else 'power law' if R > 0 else name,
+                          parameters={k: round(v, 6) for k,v in params.items()})
     return pd.DataFrame.from_dict(rows, orient='index')
 
 # %% ../../nbs/02_heavy_tail.ipynb #63ea2a93
 def matrices(
     weight:torch.Tensor, # Weight of a layer, (out, in) or (out, in, *kernel)
-    conv:str='slices', # `'slices'`: one (out, in) matrix a kernel position, as the paper; `'flatten'`: one matrix (out, in*kernel)
+    # `'slices'`: one (out, in) matrix a kernel position, as the paper; `'flatten'`: one matrix (out, in*kernel)
+    conv:str='slices',
     transposed:bool=False, # Is it a transposed convolution, whose weight is (in, out, *kernel)?
-    groups:int=1, # Take this many groups apart, each a block of its own; 1 keeps the weight whole, as the paper does
+    # Take this many groups apart, each a block of its own; 1 keeps the weight whole, as the paper does
+    groups:int=1,
 )->torch.Tensor: # (number of matrices, rows, columns)
     "The matrices whose eigenvalues are pooled into the spectrum of one layer. Raises `OpenTransError`."
-    if conv not in ('slices', 'flatten'): raise unknown('way to read a kernel as matrices', conv, ['slices', 'flatten'])
-    if weight.ndim < 2: raise OpenTransError(f"A weight of shape {tuple(weight.shape)} is no matrix. Give a tensor with at least two dimensions.")
+    if conv not in ('slices', 'flatten'):
+        raise unknown('way to read a kernel as matrices', conv, ['slices', 'flatten'])
+    if weight.ndim < 2:
+        raise OpenTransError(
+            f"A weight of shape {tuple(weight.shape)} is no matrix. Give a tensor with at least two dimensions.")
     w = weight.detach()
-    if not w.numel(): raise OpenTransError(f"A weight of shape {tuple(w.shape)} is empty. Give a tensor with at least one number.")
-    if w.shape[0] % groups: raise OpenTransError(f"{w.shape[0]} rows cannot be taken apart into {groups} groups. Give a divisor of {w.shape[0]}.")
+    if not w.numel():
+        raise OpenTransError(
+            f"A weight of shape {tuple(w.shape)} is empty. Give a tensor with at least one number.")
+    if w.shape[0] % groups:
+        raise OpenTransError(
+            f"{w.shape[0]} rows cannot be taken apart into {groups} groups. Give a divisor of {w.shape[0]}.")
     w = w.reshape(groups, w.shape[0]//groups, w.shape[1], -1)
     if transposed: w = w.transpose(1, 2)
     return w.permute(0, 3, 1, 2).flatten(0, 1) if conv == 'slices' else w.flatten(2)
@@ -298,23 +346,29 @@ def matrices(
 # %% ../../nbs/02_heavy_tail.ipynb #8957ec11
 def _gram(m): return m.mH @ m if m.shape[-2] >= m.shape[-1] else m @ m.mH
 
-_LAPACK = {torch.float64: (blas.dsyrk, lapack.dsytrd, lapack.dsterf), torch.float32: (blas.ssyrk, lapack.ssytrd, lapack.ssterf)}
+_LAPACK = {torch.float64: (blas.dsyrk, lapack.dsytrd, lapack.dsterf),
+           torch.float32: (blas.ssyrk, lapack.ssytrd, lapack.ssterf)}
 
 def _by_lapack(a, syrk, sytrd, sterf):
-    "Gram matrix, tridiagonal form, eigenvalues: as `eigvalsh`, but only one triangle of the Gram matrix is ever made, and nothing is copied."
+    """Gram matrix, tridiagonal form, eigenvalues: as `eigvalsh`, but only one triangle of the Gram matrix is ever
+    made, and nothing is copied."""
     k = min(a.shape)
-    low = int(k > 1024 and a.dtype == np.float64)                                  # the triangle that LAPACK reads faster at this size
-    _,d,e,_,bad = sytrd(syrk(1., a.T, trans=int(a.shape[0] < a.shape[1]), lower=low), lower=low, lwork=64*k, overwrite_a=1)
+    # the triangle that LAPACK reads faster at this size
+    low = int(k > 1024 and a.dtype == np.float64)
+    _,d,e,_,bad = sytrd(syrk(1., a.T, trans=int(a.shape[0] < a.shape[1]), lower=low), lower=low, lwork=64*k,
+                        overwrite_a=1)
     ev,stuck = sterf(d, e, overwrite_d=1, overwrite_e=1)
     if bad or stuck: raise np.linalg.LinAlgError('no convergence')
     return ev
 
 def _gram_eigenvalues(m):
-    "On a CPU by SciPy's LAPACK, large matrices one by one, so that there is one Gram matrix at a time; small ones and those on a GPU all at once by torch."
+    """On a CPU by SciPy's LAPACK, large matrices one by one, so that there is one Gram matrix at a time; small ones
+    and those on a GPU all at once by torch."""
     if m.device.type != 'cpu' or min(m.shape[1:]) < 32 or m.is_complex(): return torch.linalg.eigvalsh(_gram(m))
     return torch.from_numpy(np.stack([_by_lapack(a, *_LAPACK[m.dtype]) for a in m.contiguous().numpy()]))
 
-_PRECISE = {(False, 'double'): torch.float64, (False, 'fast'): torch.float32, (True, 'double'): torch.complex128, (True, 'fast'): torch.complex64}
+_PRECISE = {(False, 'double'): torch.float64, (False, 'fast'): torch.float32, (True, 'double'): torch.complex128,
+            (True, 'fast'): torch.complex64}
 
 def _by_method(mats, method, precision, floor):
     m = mats.to(_PRECISE[mats.is_complex(), precision])
@@ -323,18 +377,22 @@ def _by_method(mats, method, precision, floor):
     if method != 'svd':
         try:
             ev = _gram_eigenvalues(m).clamp_(min=0)
-            error = torch.finfo(m.dtype).eps*k*ev.max().item()                 # bound of the absolute error of this way
+            # bound of the absolute error of this way
+            error = torch.finfo(m.dtype).eps*k*ev.max().item()
             if method == 'gram' or precision == 'fast' or error <= 1e-4*floor: return ev,'gram'
         except (torch.linalg.LinAlgError, np.linalg.LinAlgError):
             if precision == 'fast': return _by_method(mats, method, 'double', floor)
-            if method == 'gram': raise OpenTransError("The eigenvalues of the Gram matrix did not converge. Use method='svd'.") from None
+            if method == 'gram':
+                raise OpenTransError(
+                    "The eigenvalues of the Gram matrix did not converge. Use method='svd'.") from None
     return torch.linalg.svdvals(m).square().flip(-1),'svd'
 
 def _eigenvalues(mats, method='auto', precision='double', floor=1e-5):
     "Eigenvalues of W^T W of each matrix, ascending, and how they were found."
     ev,how = _by_method(mats, method, precision, floor)
     if precision == 'double': return ev,how
-    lost = ~((ev[:,-1] > 1e-30) & (ev[:,-1] < 1e30))                           # squares that float32 cannot hold are taken in float64
+    # squares that float32 cannot hold are taken in float64
+    lost = ~((ev[:,-1] > 1e-30) & (ev[:,-1] < 1e30))
     if lost.any():
         ev = ev.double()
         ev[lost] = _by_method(mats[lost], method, 'double', floor)[0]
@@ -358,7 +416,8 @@ def _attempt(make, *args):
 def _dense(w):
     "Any kind of tensor as a plain dense one. Raises `_Unread` if it holds no values."
     if not is_lazy(w): w = w.detach()
-    if hasattr(w, 'full_tensor') and not w.is_meta: w = w.full_tensor()               # a DTensor, gathered from all processes
+    # a DTensor, gathered from all processes
+    if hasattr(w, 'full_tensor') and not w.is_meta: w = w.full_tensor()
     if why := no_values(w): raise _Unread(f'the weight {why}')
     if w.is_quantized or type(w).dequantize is not torch.Tensor.dequantize: w = w.dequantize()
     if w.layout != torch.strided: w = w.to_dense()
@@ -374,11 +433,13 @@ def _numbers(w):
     dense = _dense(w)
     _check_numbers(dense)
     if dense.dtype == torch.complex32: return dense.to(torch.complex64),torch.float16
-    small = dense.is_floating_point() and dense.dtype.itemsize == 1                  # float8 is stored, but not computed with
+    # float8 is stored, but not computed with
+    small = dense.is_floating_point() and dense.dtype.itemsize == 1
     return (dense.float() if small else dense),dense.dtype
 
 def _read(w):
-    "A weight as (dense tensor to compute with, type in which it was stored). Raises `_Unread` with the reason why there is none."
+    """A weight as (dense tensor to compute with, type in which it was stored). Raises `_Unread` with the reason why
+    there is none."""
     res = w if isinstance(w, _Unread) else _attempt(_numbers, w)
     if isinstance(res, _Unread): raise res
     return res
@@ -386,20 +447,24 @@ def _read(w):
 def _finite(w):
     "Does a dense tensor hold neither NaN nor infinity?"
     v = (torch.view_as_real(w) if w.is_complex() else w).flatten()
-    return math.isfinite(torch.dot(v, v).item()) or bool(torch.isfinite(v).all())   # one pass by BLAS; a sum that overflows is looked at again
+    # one pass by BLAS; a sum that overflows is looked at again
+    return math.isfinite(torch.dot(v, v).item()) or bool(torch.isfinite(v).all())
 
 # %% ../../nbs/02_heavy_tail.ipynb #146b1b5e
 _FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
-_COARSER = {torch.float64: (*_FLOAT8, torch.bfloat16, torch.float16, torch.float32), torch.float32: (*_FLOAT8, torch.bfloat16, torch.float16),
-            torch.bfloat16: _FLOAT8, torch.float16: _FLOAT8}
+_COARSER = {torch.float64: (*_FLOAT8, torch.bfloat16, torch.float16, torch.float32),
+            torch.float32: (*_FLOAT8, torch.bfloat16, torch.float16), torch.bfloat16: _FLOAT8,
+            torch.float16: _FLOAT8}
 
 def _fits(w, dtype):
-    "Can a type hold all numbers of a weight? For float8 they must also be many: whole numbers such as -1, 0 and 1 are exact there, and not rounded."
+    """Can a type hold all numbers of a weight? For float8 they must also be many: whole numbers such as -1, 0 and 1
+    are exact there, and not rounded."""
     def same(part): return bool((part.to(dtype).to(part.dtype) == part).all())
     return same(w[0]) and same(w) and (dtype.itemsize > 1 or len(w.abs().unique()) >= min(16, w.numel()//2))
 
 def _stored_type(w, given):
-    "The type in which a weight was last stored, if its numbers show that it was a coarser one than the type `given`."
+    """The type in which a weight was last stored, if its numbers show that it was a coarser one than the type
+    `given`."""
     if w.is_complex() or w.dtype != given: return given
     return next((d for d in _COARSER[given] if _fits(w, d)), given)
 
@@ -408,27 +473,32 @@ def _noise(mats, ev, stored):
     kind = torch.finfo(stored)
     if kind.eps < 1e-6: return 2*kind.eps*np.sqrt(ev.sum(1))
     norms = [torch.linalg.vector_norm(mats, dim=d).amax(-1).double().cpu().numpy() for d in (-1, -2)]
-    below = .3*kind.tiny*kind.eps*(math.sqrt(mats.shape[1])+math.sqrt(mats.shape[2]))        # of numbers so small that they have fewer digits
+    # of numbers so small that they have fewer digits
+    below = .3*kind.tiny*kind.eps*(math.sqrt(mats.shape[1])+math.sqrt(mats.shape[2]))
     return .3*kind.eps*(norms[0]+norms[1]) + below
 
 def _null(ev, noise, shape):
-    """How many of each matrix's eigenvalues are rounding: the largest d for which the d smallest are within what rounding makes of d zeros.
-    One to three of many are left alone: that few are within it by chance, and change nothing."""
+    """How many of each matrix's eigenvalues are rounding: the largest d for which the d smallest are within what
+    rounding makes of d zeros. One to three of many are left alone: that few are within it by chance, and change
+    nothing."""
     k = ev.shape[1]
     d = np.arange(1, k+1)
-    sides = [np.sqrt(n-k+d) for n in shape]                                      # the zeros are a block of this many rows and columns
+    # the zeros are a block of this many rows and columns
+    sides = [np.sqrt(n-k+d) for n in shape]
     edge = noise[:,None]*(sides[0]+sides[1])/(math.sqrt(shape[0])+math.sqrt(shape[1]))
     within = (np.sort(ev, 1) <= edge**2)*d
     return np.where(within.max(1) >= min(4, k//2), within.max(1), 0)
 
 def _settle(ev, noise, shape, eps):
-    """(eigenvalues, norm of the rounding): what is rounding alone becomes zero, and all become equal if they differ by no more than rounding.
-    `ev` is (matrices, eigenvalues each), ascending, of matrices of one `shape`; `noise` is from `_noise`; `eps` is how exact the arithmetic was."""
+    """(eigenvalues, norm of the rounding): what is rounding alone becomes zero, and all become equal if they differ
+    by no more than rounding. `ev` is (matrices, eigenvalues each), ascending, of matrices of one `shape`;
+    `noise` is from `_noise`; `eps` is how exact the arithmetic was."""
     top = ev[:,-1]
     ev = np.where((ev > eps*top[:,None]) & (np.arange(ev.shape[1]) >= _null(ev, noise, shape)[:,None]), ev, 0.)
     noise = float((noise + eps*np.sqrt(top)).max())
     above = ev[ev > 0]
-    if above.size and np.log(above.max()) - np.log(above.min()) <= 3*noise/math.sqrt(above.max()): ev = np.where(ev > 0, above.mean(), 0.)
+    if above.size and np.log(above.max()) - np.log(above.min()) <= 3*noise/math.sqrt(above.max()):
+        ev = np.where(ev > 0, above.mean(), 0.)
     return ev,noise
 
 def _exactness(ev, how, precision):
@@ -438,25 +508,37 @@ def _exactness(ev, how, precision):
 
 # %% ../../nbs/02_heavy_tail.ipynb #bb4c8f37
 def esd(
-    weight:torch.Tensor, # Weight of a layer: (out, in), or (out, in, *kernel) of a convolution; any type of real or complex numbers, any device
-    conv:str='slices', # `'slices'`: one (out, in) matrix a kernel position, pooled, as the paper; `'flatten'`: one matrix (out, in*kernel)
-    norm:float=1., # Factor on a convolution's eigenvalues; the paper and WeightWatcher take 0.5. Alpha does not depend on it
-    method:str='auto', # `'gram'`, `'svd'`, or `'auto'`: Gram, unless its error could reach 0.01 % of an eigenvalue of size `floor`
-    precision:str='double', # `'double'`, or `'fast'`: float32, where eigenvalues below about 1e-5 of the largest are lost
+    # Weight of a layer: (out, in), or (out, in, *kernel) of a convolution; any type of real or complex numbers, any
+    # device
+    weight:torch.Tensor,
+    # `'slices'`: one (out, in) matrix a kernel position, pooled, as the paper; `'flatten'`: one matrix (out,
+    # in*kernel)
+    conv:str='slices',
+    # Factor on a convolution's eigenvalues; the paper and WeightWatcher take 0.5. Alpha does not depend on it
+    norm:float=1.,
+    # `'gram'`, `'svd'`, or `'auto'`: Gram, unless its error could reach 0.01 % of an eigenvalue of size `floor`
+    method:str='auto',
+    # `'double'`, or `'fast'`: float32, where eigenvalues below about 1e-5 of the largest are lost
+    precision:str='double',
     transposed:bool=False, # Is it a transposed convolution, whose weight is (in, out, *kernel)?
     groups:int=1, # Take this many groups apart; 1 keeps the weight whole, as the paper does
     floor:float=1e-5, # The smallest eigenvalue that matters
 )->torch.Tensor: # min(rows, columns) eigenvalues a matrix, of all matrices, ascending; float64 (`'fast'`: float32)
-    """Empirical spectral density of a layer: the eigenvalues of $W^T W$ (Sec. 3.3.2). What is rounding alone is zero, and
-    eigenvalues that all differ by rounding alone are equal. Raises `OpenTransError` for a weight that is no matrix of numbers."""
+    """Empirical spectral density of a layer: the eigenvalues of $W^T W$ (Sec. 3.3.2). What is rounding alone is
+    zero, and eigenvalues that all differ by rounding alone are equal. Raises `OpenTransError` for a weight that
+    is no matrix of numbers."""
     if method not in ('auto', 'gram', 'svd'): raise unknown('method', method, ['auto', 'gram', 'svd'])
     if precision not in ('double', 'fast'): raise unknown('precision', precision, ['double', 'fast'])
     try: w,stored = _read(weight)
-    except _Unread as e: raise OpenTransError(f"{str(e)[0].upper()}{str(e)[1:]}. Only a matrix of numbers has a spectrum.") from e
+    except _Unread as e:
+        raise OpenTransError(f"{str(e)[0].upper()}{str(e)[1:]}. Only a matrix of numbers has a spectrum.") from e
     mats = matrices(w, conv, transposed, groups)
-    if not _finite(mats): raise OpenTransError("The weight holds NaN or infinity, so it has no spectrum. Look for a training run that diverged.")
+    if not _finite(mats):
+        raise OpenTransError(
+            "The weight holds NaN or infinity, so it has no spectrum. Look for a training run that diverged.")
     ev,how = _eigenvalues(mats, method, precision, floor)
     numbers = ev.double().cpu().numpy()
-    settled,_ = _settle(numbers, _noise(mats, numbers, _stored_type(w, stored)), mats.shape[1:], _exactness(ev, how, precision))
+    settled,_ = _settle(numbers, _noise(mats, numbers, _stored_type(w, stored)), mats.shape[1:],
+                        _exactness(ev, how, precision))
     ev = torch.from_numpy(settled).to(ev.device, ev.dtype).flatten().sort().values
     return ev*norm if w.ndim > 2 else ev

@@ -22,12 +22,15 @@ from ..naming import inside
 from ..towers import head_modules, head_of, trunk
 
 # %% ../../nbs/02h_reading.ipynb #3a87a686
-_HELPER = re.compile(r'weight_(g|u|mask|scale\w*|zero_point\w*)$')                # what stands beside a weight, and is none
-_HOOKED = re.compile(r'(.*weight)_(?:orig|v)$')                                     # a part of a weight that a hook of torch.nn.utils puts together
+# what stands beside a weight, and is none
+_HELPER = re.compile(r'weight_(g|u|mask|scale\w*|zero_point\w*)$')
+# a part of a weight that a hook of torch.nn.utils puts together
+_HOOKED = re.compile(r'(.*weight)_(?:orig|v)$')
 _PARAMETRISED = re.compile(r'(.*)parametrizations\.(\w*weight\w*)\.original0?$')
 
 def _normed(v, g):
-    "A weight from its direction and its length (`weight_norm`): slices of `v` over the axes along which `g` has one number are made as long as `g` says."
+    """A weight from its direction and its length (`weight_norm`): slices of `v` over the axes along which `g` has
+    one number are made as long as `g` says."""
     over = [d for d in range(v.ndim) if g.numel() == 1 or g.shape[d] == 1]
     return (v.double()*(g.double()/torch.linalg.vector_norm(v.double(), dim=over, keepdim=True))).to(v.dtype)
 
@@ -45,27 +48,35 @@ def _in_parts(at, tensors):
     return part['orig'] if part['u'] is None else _by_sigma(part['orig'], part['u'])
 
 def _parametrised(at, tensors):
-    "The weight under a parametrisation of `torch.nn.utils.parametrizations`. Raises `_Unread` if the tensors alone do not give it."
+    """The weight under a parametrisation of `torch.nn.utils.parametrizations`. Raises `_Unread` if the tensors
+    alone do not give it."""
     original,g,v,u = (tensors.get(f'{at}.{end}') for end in ('original', 'original0', 'original1', '0._u'))
     if g is not None and v is not None and (g.ndim == v.ndim or g.numel() == 1): return _normed(v, g)
     if original is not None and u is not None: return _by_sigma(original, u)
     raise _Unread('the weight is parametrised, and a state dict does not say how: give the model')
 
 def _check_scales(w, beside):
-    "The weight again. Raises `_Unread` for float8 numbers that are codes: several scales stand among the tensors `beside` them."
+    """The weight again. Raises `_Unread` for float8 numbers that are codes: several scales stand among the tensors
+    `beside` them."""
     if not (w.is_floating_point() and w.dtype.itemsize == 1): return w
     many = [n for n,t in beside.items() if 'scale' in n and isinstance(t, torch.Tensor) and t.numel() > 1]
     if not many: return w
-    raise _Unread(f"the weight holds float8 codes with scales of their own ('{many[0].rpartition('.')[2]}'), which have to be multiplied out first")
+    raise _Unread(
+        f"the weight holds float8 codes with scales of their own ('{many[0].rpartition('.')[2]}'), which have to "
+        f"be multiplied out first")
 
 def _state_weight(key, tensors):
     "(name, weight) of the layer that an entry of a state dict is, or stands for; None if it is none."
     path,_,leaf = key.rpartition('.')
-    if found := _PARAMETRISED.match(key): return ''.join(found.groups()),_attempt(_parametrised, f'{found[1]}parametrizations.{found[2]}', tensors)
-    if (found := _HOOKED.match(key)) and (whole := _attempt(_in_parts, found[1], tensors)) is not None: return found[1],whole
-    stack = 'experts' in path.split('.') and tensors[key].ndim == 3                  # a mixture names its stacks as it likes
+    if found := _PARAMETRISED.match(key):
+        return ''.join(found.groups()),_attempt(_parametrised, f'{found[1]}parametrizations.{found[2]}', tensors)
+    if (found := _HOOKED.match(key)) and (whole := _attempt(_in_parts, found[1], tensors)) is not None:
+        return found[1],whole
+    # a mixture names its stacks as it likes
+    stack = 'experts' in path.split('.') and tensors[key].ndim == 3
     if not ('weight' in leaf or stack) or _HELPER.search(leaf): return None
-    beside = {n: t for n,t in tensors.items() if n.rpartition('.')[0] == path} if tensors[key].dtype.itemsize == 1 else {}
+    beside = ({n: t for n,t in tensors.items() if n.rpartition('.')[0] == path} if tensors[key].dtype.itemsize == 1
+              else {})
     return key,_attempt(_check_scales, tensors[key], beside)
 
 def _kind(name, axes):
@@ -76,7 +87,8 @@ def _kind(name, axes):
 
 def _state_weights(tensors):
     "What `_named_weights` gives, of a state dict."
-    tensors = {n: torch.as_tensor(t) if isinstance(t, np.ndarray) and t.dtype.kind in 'biufc' else t for n,t in tensors.items()}
+    tensors = {n: torch.as_tensor(t) if isinstance(t, np.ndarray) and t.dtype.kind in 'biufc' else t
+               for n,t in tensors.items()}
     tensors = {n: t for n,t in tensors.items() if isinstance(t, torch.Tensor)}
     res = {}
     for key in tensors:
@@ -90,16 +102,19 @@ def _shape(w):
     return (0,) if isinstance(w, _Unread) or is_lazy(w) else tuple(w.shape)
 
 # %% ../../nbs/02h_reading.ipynb #ef9c844d
-_EMBEDDING = re.compile(r'(^|\.)(wte|wpe|tok_embeddings|shared|\w*embed(s|ding|dings|_tokens|_positions)?|\w*_embeddings?)\.(weight|[\w.]*_embeddings?\.weight)$')
+_EMBEDDING = re.compile(
+    r'(^|\.)(wte|wpe|tok_embeddings|shared|\w*embed(s|ding|dings|_tokens|_positions)?|\w*_embeddings?)\.(weight|[\w.]*_embeddings?\.weight)$')
 _ENDINGS = ('.safetensors', '.pth', '.pt', '.bin')
 
 class WeightFiles:
-    "The tensors of a file or of a folder of shards, read when they are asked for. No code in them is run. Raises `OpenTransError`."
+    """The tensors of a file or of a folder of shards, read when they are asked for. No code in them is run. Raises
+    `OpenTransError`."""
     def __init__(self,
         path, # A `.safetensors`, `.pth`, `.pt` or `.bin` file, or a folder of them (a model folder of transformers)
     ):
         self.path = Path(path)
-        if not self.path.exists(): raise OpenTransError(f"'{self.path}' does not exist. Give a file of weights, or a folder of them.")
+        if not self.path.exists():
+            raise OpenTransError(f"'{self.path}' does not exist. Give a file of weights, or a folder of them.")
         self.files = self._shards() if self.path.is_dir() else [self.path]
         self.where,self.doubles = {},{}
         for file in self.files: self._index(file)
@@ -107,7 +122,9 @@ class WeightFiles:
     def _shards(self):
         "The files of a folder; safetensors rather than pickles, if there are both."
         for ending in _ENDINGS:
-            found = sorted(p for p in self.path.iterdir() if p.suffix == ending and p.is_file() and p.name != 'training_args.bin')
+            found = sorted(p
+                           for p in self.path.iterdir()
+                           if p.suffix == ending and p.is_file() and p.name != 'training_args.bin')
             if found: return found
         raise OpenTransError(f"The folder '{self.path}' holds no file of weights ({', '.join(_ENDINGS)}).")
 
@@ -118,7 +135,8 @@ class WeightFiles:
             self.where[name] = held
             if not isinstance(held, dict): continue
             t = held[name]
-            place = (t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape)) if t.numel() and not t.is_meta else name
+            place = ((t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape))
+                     if t.numel() and not t.is_meta else name)
             if first.setdefault(place, name) != name: self.doubles[name] = first[place]
 
     def read(self,
@@ -133,7 +151,8 @@ class WeightFiles:
         groups = {}
         for name in self.where:
             if name in self.doubles: continue
-            groups.setdefault(name.split('.parametrizations.')[0] if '.parametrizations.' in name else name.rpartition('.')[0], []).append(name)
+            groups.setdefault(name.split('.parametrizations.')[0] if '.parametrizations.' in name
+                              else name.rpartition('.')[0], []).append(name)
         return groups.values()
 
     def weights(self, embeddings=False):
@@ -149,7 +168,8 @@ class WeightFiles:
         res = {name: f"is the same tensor as '{first}'" for name,first in self.doubles.items()}
         for name in self.where:
             if 'weight' in name and name not in self.doubles:
-                res[name] = 'is called an embedding: its rows are looked up, they multiply nothing' if _EMBEDDING.search(name) else why
+                res[name] = ('is called an embedding: its rows are looked up, they multiply nothing'
+                             if _EMBEDDING.search(name) else why)
         return {n: w for n,w in res.items() if n in self.doubles or len(self.shape(n)) > 1}
 
     def shape(self, name):
@@ -158,7 +178,10 @@ class WeightFiles:
         return tuple(at[name].shape if isinstance(at, dict) else at.get_slice(name).get_shape())
 
     def __len__(self): return len(self.where)
-    def __repr__(self): return f"WeightFiles: {len(self.where)} tensors in {len(self.files)} file{'s' if len(self.files) > 1 else ''} of '{self.path}'"
+    def __repr__(self):
+        return (
+            f"WeightFiles: {len(self.where)} tensors in {len(self.files)} file{'s' if len(self.files) > 1 else ''} "
+            f"of '{self.path}'")
 
 def _safe(file):
     "A safetensors file, of which tensors can be taken one by one. Raises `OpenTransError` if it is none."
@@ -169,18 +192,23 @@ def _mapped(file):
     "The state dict of a file of torch, on the disk until it is read."
     regular_file(file)
     try: held = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
-    except Exception: held = read_checkpoint(file)                                # old files cannot be mapped; this one says what is wrong
+    # old files cannot be mapped; this one says what is wrong
+    except Exception: held = read_checkpoint(file)
     return state_dict_of(held, file)
 
 # %% ../../nbs/02h_reading.ipynb #00dfa63a
 def _own_weight(layer):
-    "The weight of one `Layer`, of a packed projection its rows, of a mixture its experts one by one. Raises `_Unread`."
+    """The weight of one `Layer`, of a packed projection its rows, of a mixture its experts one by one. Raises
+    `_Unread`."""
     weight = _check_scales(layer.param, layer.module._parameters | layer.module._buffers)
     return weight if layer.rows is None else _dense(weight)[layer.rows]
 
 def _quantized(tower):
-    "(name, module) of each layer that torch.ao has quantized: its weight is a method, and its scales are part of it."
-    return [(f'{n}.weight' if n else 'weight', m) for n,m in bare_modules(tower) if 'quantized' in type(m).__module__ and callable(getattr(m, 'weight', None))]
+    """(name, module) of each layer that torch.ao has quantized: its weight is a method, and its scales are part of
+    it."""
+    return [(f'{n}.weight' if n else 'weight', m)
+            for n,m in bare_modules(tower)
+            if 'quantized' in type(m).__module__ and callable(getattr(m, 'weight', None))]
 
 def _head(model, skip):
     "What to leave out: names of modules as the user gave them, or the head."
@@ -190,22 +218,29 @@ def _head(model, skip):
 def _module_weights(model, embeddings, split_groups, skip):
     "What `_named_weights` gives, of a module."
     res,tower = [],find_tower(model)
-    for l in trunk(model, skip):
-        transposed = l.out_axis == (2 if l.kind == 'experts' else 1)
-        res.append((l.name, l.kind, _attempt(_own_weight, l), transposed, l.groups if split_groups and l.kind == 'conv' else 1))
+    for layer in trunk(model, skip):
+        transposed = layer.out_axis == (2 if layer.kind == 'experts' else 1)
+        res.append((layer.name, layer.kind, _attempt(_own_weight, layer), transposed,
+                    layer.groups if split_groups and layer.kind == 'conv' else 1))
     for name,m in _quantized(tower):
         w = m.weight()
-        res.append((name, 'conv' if w.ndim > 2 else 'linear', w, False, m.groups if split_groups and w.ndim > 2 else 1))
+        res.append((name, 'conv' if w.ndim > 2 else 'linear', w, False,
+                    m.groups if split_groups and w.ndim > 2 else 1))
     if embeddings:
-        res += [(f'{n}.weight' if n else 'weight', 'embedding', m.weight, False, 1) for n,m in bare_modules(tower) if isinstance(m, nn.Embedding)]
+        res += [(f'{n}.weight' if n else 'weight', 'embedding', m.weight, False, 1)
+                for n,m in bare_modules(tower) if isinstance(m, nn.Embedding)]
     return res
 
 def _named_weights(model, embeddings, split_groups, skip=()):
-    "(name, kind, weight, transposed, groups) of each layer of a model or a state dict. Raises `OpenTransError` for anything else."
-    if not isinstance(model, (nn.Module, Mapping, WeightFiles)): raise OpenTransError(f"A {type(model).__name__} has no layers. Give a model, a dict of its tensors, or WeightFiles.")
+    """(name, kind, weight, transposed, groups) of each layer of a model or a state dict. Raises `OpenTransError`
+    for anything else."""
+    if not isinstance(model, (nn.Module, Mapping, WeightFiles)):
+        raise OpenTransError(
+            f"A {type(model).__name__} has no layers. Give a model, a dict of its tensors, or WeightFiles.")
     skip = _head(model, skip)
     if isinstance(model, WeightFiles): return (w for w in model.weights(embeddings) if not inside(w[0], skip))
-    found = _module_weights(model, embeddings, split_groups, skip) if isinstance(model, nn.Module) else _state_weights(model)
+    found = (_module_weights(model, embeddings, split_groups, skip) if isinstance(model, nn.Module)
+             else _state_weights(model))
     return [w for w in found if not inside(w[0], skip)]
 
 def _not_read(model, names, skip):
@@ -213,9 +248,14 @@ def _not_read(model, names, skip):
     why = 'is part of the head, which skip=() takes in' if skip is None else 'is left out by `skip`'
     if isinstance(model, nn.Module):
         left_out = _head(model, skip)
-        res = {l.name: why for l in layers(model)} | {n: why if inside(n, left_out) else other for n,other in unread(model).items()}
+        res = ({layer.name: why for layer in layers(model)}
+               | {n: why if inside(n, left_out) else other for n,other in unread(model).items()})
     elif isinstance(model, WeightFiles): res = model.not_read(why)
     else:
-        wide = [n for n,t in model.items() if isinstance(t, torch.Tensor) and not is_lazy(t) and t.ndim > 1 and (t.is_floating_point() or t.is_complex())]
-        res = {n: why for n,*_ in _state_weights(model)} | {n: 'is not called a weight' for n in wide if 'weight' not in n}
+        wide = [n
+                for n,t in model.items()
+                if isinstance(t, torch.Tensor) and not is_lazy(t) and t.ndim > 1
+                and (t.is_floating_point() or t.is_complex())]
+        res = ({n: why for n,*_ in _state_weights(model)}
+               | {n: 'is not called a weight' for n in wide if 'weight' not in n})
     return {n: w for n,w in res.items() if n not in names}

@@ -21,9 +21,11 @@ from ..runtime import axes
 def hill(
     evals, # Eigenvalues, in any order
 )->pd.DataFrame: # A row for each number `k` of eigenvalues in the tail, from 2 on: `k`, `xmin`, `alpha`, `sigma`
-    "Hill's estimates of alpha (Hill, Ann. Stat. 1975): the fit to the k largest values, each over the one below it."
+    """Hill's estimates of alpha (Hill, Ann. Stat. 1975): the fit to the k largest values, each over the one below
+    it."""
     x = np.sort(np.asarray(evals, dtype=float))[::-1]
-    if x.size and not (np.isfinite(x).all() and x[-1] > 0): raise OpenTransError("Hill's estimates need finite numbers above zero, such as the `evals` of a Spectrum.")
+    if x.size and not (np.isfinite(x).all() and x[-1] > 0):
+        raise OpenTransError("Hill's estimates need finite numbers above zero, such as the `evals` of a Spectrum.")
     logs = np.log(x)
     k = np.arange(2, max(x.size, 2))
     sums = np.cumsum(logs)[k-1] - k*logs[k] if len(k) else np.zeros(0)
@@ -35,13 +37,15 @@ def plateau(
     least:int=10, # Smallest number of eigenvalues that counts
     points:int=120, # Places at which the estimates are looked at, evenly on a logarithmic scale
 )->dict: # `alpha`, `low` and `high` k, `ratio` of these
-    "The widest range over which Hill's estimates agree, each within two standard errors of one level; NaN if there are too few eigenvalues."
+    """The widest range over which Hill's estimates agree, each within two standard errors of one level; NaN if
+    there are too few eigenvalues."""
     e = estimates[estimates.k >= least]
     if len(e) < 2: return dict(alpha=math.nan, low=0, high=0, ratio=math.nan)
     e = e.iloc[np.unique(np.geomspace(1, len(e), points).round().astype(int)) - 1]
     best = (0., 0, 0)
     for i in range(len(e)):
-        agree = np.maximum.accumulate((e.alpha-2*e.sigma).to_numpy()[i:]) <= np.minimum.accumulate((e.alpha+2*e.sigma).to_numpy()[i:])
+        agree = np.maximum.accumulate((e.alpha-2*e.sigma).to_numpy()[i:]) <= np.minimum.accumulate(
+            (e.alpha+2*e.sigma).to_numpy()[i:])
         j = i + int(agree.cumprod().sum()) - 1
         if j > i: best = max(best, (e.k.iloc[j]/e.k.iloc[i], i, j))
     ratio,i,j = best
@@ -57,7 +61,9 @@ def plot_hill(self:LayerTable,
     ax=None, # Axes to draw on
 ): # The axes
     "Hill's estimates of a layer, with their plateau and the table's own fit."
-    ax,s,f = axes(ax, figsize=(5, 3)),self.spectra[self._name(name)],self.fits[name]
+    ax = axes(ax, figsize=(5, 3))
+    s = self.spectra[self._name(name)]
+    f = self.fits[name]
     ax.set_title(for_plot(name), fontsize=9)
     if s.evals is None or s.evals.size < 4:
         ax.text(.5, .5, for_plot(s.reason or 'too few eigenvalues'), ha='center', transform=ax.transAxes)
@@ -66,10 +72,13 @@ def plot_hill(self:LayerTable,
     p = plateau(e)
     ax.fill_between(e.k, e.alpha-e.sigma, e.alpha+e.sigma, color='#3b6fb6', alpha=.15, lw=0)
     ax.plot(e.k, e.alpha, color='#3b6fb6', lw=1)
-    if p['high']: ax.hlines(p['alpha'], p['low'], p['high'], color='#e8940f', lw=3, label=f"plateau {p['alpha']:.2f}, k from {p['low']} to {p['high']}")
+    if p['high']:
+        ax.hlines(p['alpha'], p['low'], p['high'], color='#e8940f', lw=3,
+                  label=f"plateau {p['alpha']:.2f}, k from {p['low']} to {p['high']}")
     if f.ok: ax.plot(f.n_tail, f.alpha, 'o', color='#c8442e', ms=6, label=f'{for_plot(f.method)}: {f.alpha:.2f}')
     top = np.nanquantile(e.alpha[e.k >= 5], .98) if (e.k >= 5).any() else e.alpha.max()
-    ax.set(xscale='log', xlabel='k, eigenvalues in the tail', ylabel='$\\alpha$', ylim=(1, 1.2*max(top, f.alpha if f.ok else 0)))
+    ax.set(xscale='log', xlabel='k, eigenvalues in the tail', ylabel='$\\alpha$',
+           ylim=(1, 1.2*max(top, f.alpha if f.ok else 0)))
     ax.legend(fontsize=7, frameon=False)
     return ax
 
@@ -99,7 +108,8 @@ def intervals(self:LayerTable,
 )->pd.DataFrame: # `alpha`, `low`, `high`, by layer
     "Bootstrap intervals of all alphas."
     ends = {name: f.interval(level, n, seed) for name,f in self.fits.items()}
-    return pd.DataFrame(dict(alpha=self.frame.alpha, low={k: v[0] for k,v in ends.items()}, high={k: v[1] for k,v in ends.items()}), index=self.frame.index)
+    return pd.DataFrame(dict(alpha=self.frame.alpha, low={k: v[0] for k,v in ends.items()},
+                             high={k: v[1] for k,v in ends.items()}), index=self.frame.index)
 
 # %% ../../nbs/02f_robust.ipynb #35e1a397
 @patch
@@ -107,12 +117,16 @@ def rules(self:LayerTable,
     rules=XMIN, # Rules for xmin to compare
     freeze:float=.5, # Share of the layers that rest
     by:str='alpha', # As in `select`
-)->pd.DataFrame: # A column of ranks a rule (1 is the smallest alpha), `rules` (these as a text), `frozen_by` (how many rules freeze it), `undecided`
+    # A column of ranks a rule (1 is the smallest alpha), `rules` (these as a text), `frozen_by` (how many rules
+    # freeze it), `undecided`
+)->pd.DataFrame:
     "The rank of each layer under each rule. `attrs['agreement']` holds the rank correlations between them."
     tables = {str(r): self.refit(r) for r in rules}
     found = {r: t.frame[by.removesuffix('*')].astype(float) for r,t in tables.items()}
-    ranks = pd.DataFrame({r: v.rank(method='first', ascending=not by.endswith('*')) for r,v in found.items()}).astype('Int64')
-    frozen = pd.DataFrame({r: [n in set(t.select(freeze, by).freeze) for n in self] for r,t in tables.items()}, index=self.frame.index)
+    ranks = pd.DataFrame({r: v.rank(method='first', ascending=not by.endswith('*'))
+                          for r,v in found.items()}).astype('Int64')
+    frozen = pd.DataFrame({r: [n in set(t.select(freeze, by).freeze) for n in self] for r,t in tables.items()},
+                          index=self.frame.index)
     text = [' '.join('-' if pd.isna(v) else str(v) for v in row) for row in ranks.to_numpy(dtype=object)]
     count = frozen.sum(axis=1)
     res = ranks.assign(rules=text, frozen_by=count, undecided=(count > 0) & (count < len(tables)))
@@ -122,14 +136,18 @@ def rules(self:LayerTable,
 @patch
 def select_agreed(self:LayerTable,
     freeze:float=.5, # Share of the layers that each rule would freeze
-    undecided:str='train', # What becomes of layers on which the rules do not agree: `'train'`, `'freeze'`, or `'majority'`
+    # What becomes of layers on which the rules do not agree: `'train'`, `'freeze'`, or `'majority'`
+    undecided:str='train',
     rules=XMIN, # Rules for xmin
     by:str='alpha', # As in `select`
 )->LayerSelection: # Layers without a fit are trained
     "Freeze the layers that all rules freeze; undecided ones are left to the user. Raises `OpenTransError`."
-    if undecided not in ('train', 'freeze', 'majority'): raise OpenTransError(f"undecided={undecided!r}: choose one of train, freeze, majority.")
+    if undecided not in ('train', 'freeze', 'majority'):
+        raise OpenTransError(f"undecided={undecided!r}: choose one of train, freeze, majority.")
     told,need = self.rules(rules, freeze, by),dict(train=len(rules), freeze=1, majority=len(rules)//2+1)[undecided]
     rest = set(told.index[told.frozen_by >= need])
     names = self.frame.index[self.frame.kind != 'embedding']
-    rule = f"{by}, {freeze:.0%} under each of {', '.join(map(str, rules))}; {int(told.undecided.sum())} undecided layers: {undecided}"
+    rule = (
+        f"{by}, {freeze:.0%} under each of {', '.join(map(str, rules))}; {int(told.undecided.sum())} undecided "
+        f"layers: {undecided}")
     return LayerSelection([n for n in names if n not in rest], [n for n in names if n in rest], rule)

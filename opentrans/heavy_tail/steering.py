@@ -54,18 +54,22 @@ def assign(
     "Values of layers from their scores (TempBalance, Eq. 3, and its code; AlphaDecay). Raises `OpenTransError`."
     if how not in MAPS: raise unknown('map', how, MAPS)
     scores = np.asarray(scores, dtype=float)
-    if not (scores.ndim == 1 and scores.size and np.isfinite(scores).all()): raise OpenTransError("Scores must be a list of finite numbers, one a layer, and at least one.")
+    if not (scores.ndim == 1 and scores.size and np.isfinite(scores).all()):
+        raise OpenTransError("Scores must be a list of finite numbers, one a layer, and at least one.")
     low,high = _spread(spread)
     if how in ('linear', 'rank'): return (_linear if how == 'linear' else _by_rank)(scores, low, high)
     if how == 'sigmoid': return _sigmoid(scores, blocks if blocks is not None else [0]*len(scores), slope)
     if scores.min() < (0 if how == 'sqrt' else 1) or scores.max() <= (how == 'log2'):
-        raise OpenTransError(f"how='{how}' needs scores from {int(how == 'log2')} on, and the smallest is {scores.min():.4g}. Take how='linear'.")
+        raise OpenTransError(
+            f"how='{how}' needs scores from {int(how == 'log2')} on, and the smallest is {scores.min():.4g}. Take "
+            f"how='linear'.")
     return _in_proportion(np.sqrt(scores) if how == 'sqrt' else np.log2(scores))
 
 def _spread(spread):
     "Two shares, of which the first is not larger. Raises `OpenTransError`."
     try: low,high = spread
-    except (TypeError, ValueError): raise OpenTransError(f"spread={spread!r}: give two shares, such as (0.5, 1.5).") from None
+    except (TypeError, ValueError):
+        raise OpenTransError(f"spread={spread!r}: give two shares, such as (0.5, 1.5).") from None
     check_number('spread', low, 0, 1e6)
     return low, check_number('spread', high, low, 1e6)
 
@@ -79,17 +83,21 @@ class LayerValues(dict):
         rule:str='', # How the values were made
     ):
         super().__init__(values)
-        self.what,self.base,self.rule = what,base,rule
+        self.what = what
+        self.base = base
+        self.rule = rule
 
     def factors(self,
         model:nn.Module, # A tower, or anything that holds one
     )->dict: # id of a parameter -> share of what the others get
-        "What each parameter of the named layers gets, beside their biases and batch norms. Raises `OpenTransError` for names that the model lacks."
+        """What each parameter of the named layers gets, beside their biases and batch norms. Raises
+        `OpenTransError` for names that the model lacks."""
         found = find_layers(list(self), model)
         shares = {name: value/self.base for name,value in self.items()} if self.base else dict.fromkeys(self, 1.)
         each = {}
         for name,layer in found.items():
-            for param in [*layer.params, *_biases(layer.module)]: each.setdefault(id(param), []).append(shares[name])
+            for param in [*layer.params, *_biases(layer.module)]:
+                each.setdefault(id(param), []).append(shares[name])
         beside = _norms_beside(model, {layer.key.rpartition('.')[0]: shares[name] for name,layer in found.items()})
         return beside | {key: float(np.mean(values)) for key,values in each.items()}
 
@@ -97,13 +105,19 @@ class LayerValues(dict):
         model:nn.Module, # A tower, or anything that holds one
     )->list: # Dicts with `params` and `lr`, or `weight_decay`; the last holds all other parameters
         "Groups for an optimizer of PyTorch, one for each value. Raises `OpenTransError` for densities."
-        if self.what == 'density': raise OpenTransError("Densities are for masks, such as SparseMask.magnitude(model, densities), not for optimizers.")
+        if self.what == 'density':
+            raise OpenTransError(
+                "Densities are for masks, such as SparseMask.magnitude(model, densities), not for optimizers.")
         factors,groups = self.factors(model),{}
         for param in model.parameters(): groups.setdefault(factors.get(id(param), 1.), []).append(param)
         rest = groups.pop(1., [])
-        return [{'params': params, self.what: self.base*share} for share,params in groups.items()] + [{'params': rest, self.what: self.base}]*bool(rest)
+        return ([{'params': params, self.what: self.base*share} for share,params in groups.items()]
+                + [{'params': rest, self.what: self.base}]*bool(rest))
 
-    def __repr__(self): return f"LayerValues: {self.what} of {len(self)} layers from {min(self.values()):.4g} to {max(self.values()):.4g} ({self.rule})"
+    def __repr__(self):
+        return (
+            f"LayerValues: {self.what} of {len(self)} layers from {min(self.values()):.4g} to "
+            f"{max(self.values()):.4g} ({self.rule})")
 
     def plot(self,
         ax=None, # Axes to draw on
@@ -122,7 +136,8 @@ def _norms_beside(model, shares):
     "id -> share of the parameters of each batch norm that is called after a convolution with a share."
     named = {n: m for n,m in bare_modules(find_tower(model)) if isinstance(m, BATCH_NORMS)}
     beside = {n: n.replace('bn', 'conv') for n in named}
-    return {id(p): shares[beside[n]] for n,m in named.items() if beside[n] in shares for p in m.parameters(recurse=False)}
+    return {id(p): shares[beside[n]] for n,m in named.items() if beside[n] in shares
+            for p in m.parameters(recurse=False)}
 
 # %% ../../nbs/02e_alpha_to_everything.ipynb #2c6c226c
 def _some(frame): return frame.index[(frame.kind != 'embedding') & frame.alpha.notna()]
@@ -133,12 +148,15 @@ def scores(self:LayerTable,
     per:str='layer', # `'layer'`, or `'block'`: layers of a block get their mean
     few:bool=True, # Also layers with few eigenvalues?
 )->pd.Series: # By name; layers without a fit are not in it
-    "What layers are steered by. Raises `OpenTransError` for a column that is none, and if there is no layer with a fit."
+    """What layers are steered by. Raises `OpenTransError` for a column that is none, and if there is no layer with
+    a fit."""
     self._check_order(by)
     if per not in ('layer', 'block'): raise unknown('unit', per, ['layer', 'block'])
     names = [n for n in _some(self.frame) if few or self.frame.status[n] == 'ok']
     found = self.frame.loc[names, by].astype(float).dropna()
-    if not len(found): raise OpenTransError("No layer has a fit, so there is nothing to steer by. The column 'reason' of the table says why.")
+    if not len(found):
+        raise OpenTransError(
+            "No layer has a fit, so there is nothing to steer by. The column 'reason' of the table says why.")
     return found if per == 'layer' else found.groupby([block_of(n) for n in found.index]).transform('mean')
 
 def _values(table, what, base, spread, by, how, per, slope):
@@ -147,7 +165,8 @@ def _values(table, what, base, spread, by, how, per, slope):
     shares = assign(scores, spread, how, [block_of(n) for n in scores.index], slope)
     named = {'lr': 'learning rate', 'weight_decay': 'weight decay'}[what]
     low,high = (f'{x:.3g}' for x in _spread(spread))
-    told = f"{named} by {by} of each {per}, {how}" + (f", {low} to {high} times" if how in ('linear', 'rank') else '')
+    told = (f"{named} by {by} of each {per}, {how}"
+            + (f", {low} to {high} times" if how in ('linear', 'rank') else ''))
     return LayerValues(dict(zip(scores.index, (shares*base).tolist())), what, base, f"{told}, xmin by {table.xmin}")
 
 @patch
@@ -158,7 +177,8 @@ def lr_groups(self:LayerTable,
     how:str='linear', # One of `MAPS`
     per:str='layer', # `'layer'` or `'block'`
 )->LayerValues: # Layers without a fit, or with few eigenvalues, are not in it: they learn at `base`
-    "Learning rates (TempBalance, Zhou et al. 2023, Eq. 3): what is trained least learns fastest. Raises `OpenTransError`."
+    """Learning rates (TempBalance, Zhou et al. 2023, Eq. 3): what is trained least learns fastest. Raises
+    `OpenTransError`."""
     return _values(self, 'lr', base, spread, by, how, per, 4.)
 
 @patch
@@ -175,7 +195,8 @@ def decay_groups(self:LayerTable,
 
 # %% ../../nbs/02e_alpha_to_everything.ipynb #71816948
 def _shares_to_prune(shares, sizes, prune, most):
-    "Shares of layers scaled so that the whole has the share `prune`; those that would be above `most` stay there, and the others make up for it."
+    """Shares of layers scaled so that the whole has the share `prune`; those that would be above `most` stay there,
+    and the others make up for it."""
     shares,held = np.asarray(shares, dtype=float),np.zeros(len(shares), dtype=bool)
     for _ in range(len(shares)+1):
         left = prune*sizes.sum() - most*sizes[held].sum()
@@ -188,11 +209,13 @@ def _shares_to_prune(shares, sizes, prune, most):
 @patch
 def densities(self:LayerTable,
     density:float, # Share of all weights that stays, in (0, 1]
-    spread:float=.3, # How far the share to prune may be from that of the whole, as a share of it; 0 is the same for all
+    # How far the share to prune may be from that of the whole, as a share of it; 0 is the same for all
+    spread:float=.3,
     by:str='alpha', # A column of the table: layers with large ones are pruned most
     per:str='layer', # `'layer'` or `'block'`
 )->LayerValues: # Name -> share that stays; layers without a fit get what a layer with the median score gets
-    "Densities of layers (AlphaPruning, Lu et al. 2024, Eq. 2; of those of `only(names)`, if not all are pruned), for masks and for `imp`. Raises `OpenTransError`."
+    """Densities of layers (AlphaPruning, Lu et al. 2024, Eq. 2; of those of `only(names)`, if not all are pruned),
+    for masks and for `imp`. Raises `OpenTransError`."""
     check_number('density', density, 0, 1, above=True)
     check_number('spread', spread, 0, 1)
     found = self.scores(by, per)

@@ -21,9 +21,9 @@ from ..escape import for_html, for_plot
 from opentrans.heavy_tail.null import (
     as_blocks, as_null, compare_with_null, kurtosis_of, mp_quantiles, NULL_COLUMNS, random_edge, random_spectra,
     shuffled, with_kurtosis)
-from .power_law import (
-    _eigenvalues, _exactness, _finite, _no_fit, _noise, _read, _rule, _settle, _stored_type, _Tails, _Unread, BY, esd,
-    fit_power_law, matrices, mp_edges, PowerLawFit, XMIN)
+from .power_law import (_eigenvalues, _exactness, _finite, _no_fit, _noise, _read, _rule,
+                                            _settle, _stored_type, _Tails, _Unread, BY, esd, fit_power_law,
+                                            matrices, mp_edges, PowerLawFit, XMIN)
 from .reading import _head, _named_weights, _not_read, _shape
 from ..naming import name_some
 from ..runtime import axes
@@ -33,9 +33,12 @@ from ..runtime import axes
 class Spectrum:
     "The spectrum of one layer, and what is known of it besides."
     name:str # Name of the layer, as `layers` gives it
-    kind:str # One of `LAYER_KINDS` of `core` (`'attention'` is part of a packed projection, `'experts'` are pooled), or `'embedding'`
+    # One of `LAYER_KINDS` of `core` (`'attention'` is part of a packed projection, `'experts'` are pooled), or
+    # `'embedding'`
+    kind:str
     shape:tuple # Shape of the weight
-    evals:np.ndarray = field(repr=False, default=None) # Eigenvalues above the floor, ascending; None if there are none to have
+    # Eigenvalues above the floor, ascending; None if there are none to have
+    evals:np.ndarray = field(repr=False, default=None)
     n_zero:int = 0 # Eigenvalues left out because they are numerically zero
     density:float = 1. # Share of the weights that are not zero
     edge:float = math.nan # Largest eigenvalue of a random matrix of this shape and variance
@@ -46,14 +49,17 @@ class Spectrum:
     stack:tuple = () # (matrices, rows, columns) whose eigenvalues are pooled
     cutoff:float = 0. # Eigenvalues not above this were left out
     kurtosis:float = 0. # Excess kurtosis of its entries, if they were compared with random ones
-    shuffled:np.ndarray = field(repr=False, default=None) # (draws, eigenvalues) of the same numbers in random order, if asked for
+    # (draws, eigenvalues) of the same numbers in random order, if asked for
+    shuffled:np.ndarray = field(repr=False, default=None)
 
     def fit(self,
         xmin='ks', # Rule, one of `XMIN`, or a value
     )->PowerLawFit:
-        "Fit the tail. The rule `'paper'` compares absolute numbers, so it sees the eigenvalues on the paper's scale."
+        """Fit the tail. The rule `'paper'` compares absolute numbers, so it sees the eigenvalues on the paper's
+        scale."""
         if self.evals is None: return _no_fit(self.reason, 0, _rule(xmin))
-        if not (isinstance(xmin, str) and xmin == 'paper') or self.paper == 1: return fit_power_law(self.evals, xmin, noise=self.noise)
+        if not (isinstance(xmin, str) and xmin == 'paper') or self.paper == 1:
+            return fit_power_law(self.evals, xmin, noise=self.noise)
         f = fit_power_law(self.evals*self.paper, xmin, noise=self.noise*math.sqrt(self.paper))
         return PowerLawFit(f.alpha, f.xmin/self.paper, f.D, f.sigma, f.n_tail, f.n, f.method, f.reason, self.evals)
 
@@ -68,18 +74,21 @@ class Spectrum:
             self.reason = 'the eigenvalues are too small or too large for float64: scale the weight'
             return
         factor = norm if self.kind == 'conv' else 1
-        total = (np.sort(ev.flatten())*factor).sum()                                 # the sum of the squared weights
+        # the sum of the squared weights
+        total = (np.sort(ev.flatten())*factor).sum()
         self.stack = tuple(mats.shape)
         self.edge = mp_edges(mats.shape[1:], total/mats.numel())[1]
         noise = _noise(mats, ev, stored) if whole is None else self._noise_of_change(mats, whole, stored)
         settled,noise = _settle(ev, noise, mats.shape[1:], _exactness(ev, how, precision))
-        if len(np.unique(settled[settled > 0])) == 1 < len(np.unique(ev[settled > 0])): self.reason = 'the eigenvalues differ by no more than rounding'
+        if len(np.unique(settled[settled > 0])) == 1 < len(np.unique(ev[settled > 0])):
+            self.reason = 'the eigenvalues differ by no more than rounding'
         self.noise = noise*math.sqrt(factor)
         tiny = _exactness(ev, 'gram', precision)
         self._cut(np.sort(settled.flatten())*factor, floor, tiny if precision == 'fast' or not floor else 0, tiny)
 
     def _noise_of_change(self, mats, whole, stored):
-        "Norm of the rounding in a difference of two weights, of which one has the squared norm `whole`: that of a random matrix."
+        """Norm of the rounding in a difference of two weights, of which one has the squared norm `whole`: that of a
+        random matrix."""
         size = .5*torch.finfo(stored).eps*math.sqrt(whole/mats.numel())
         return np.full(len(mats), size*(math.sqrt(mats.shape[1])+math.sqrt(mats.shape[2])))
 
@@ -97,7 +106,8 @@ class Spectrum:
         self.cutoff = float(max(floor/self.paper, least*raw[-1]))
         if raw[-1] <= self.cutoff:
             self.cutoff = float(tiny*raw[-1])
-            self.reason = self.reason or f'all eigenvalues are below {floor:g}, so the floor is relative to the largest'
+            self.reason = (self.reason
+                           or f'all eigenvalues are below {floor:g}, so the floor is relative to the largest')
         self.evals = raw[raw > self.cutoff]
         self.n_zero = raw.size - self.evals.size
 
@@ -112,7 +122,8 @@ class Spectrum:
         "Spectra of random matrices of its shape, variance and kurtosis, or of its own numbers in random order."
         if null.kind == 'shuffle': return np.zeros((0, 0)) if self.shuffled is None else self.shuffled
         if self.evals is None or not self.stack: return np.zeros((0, 0))
-        normal = mp_quantiles(self.stack)[None] if null.kind == 'mp' else random_spectra(self.stack, null.draws, null.seed)
+        normal = (mp_quantiles(self.stack)[None] if null.kind == 'mp'
+                  else random_spectra(self.stack, null.draws, null.seed))
         return with_kurtosis(normal, self.stack, self.kurtosis)*self.variance
 
     def random_edge(self,
@@ -153,11 +164,12 @@ def _threads(asked):
     "How many layers are solved at once."
     if asked is not None: return check_number('threads', asked, 1, 4096, whole=True)
     allowed = os.environ.get('OMP_NUM_THREADS', '').split(',')[0]
-    return int(allowed) if allowed.isdigit() and int(allowed) else len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return (int(allowed) if allowed.isdigit() and int(allowed) else len(os.sched_getaffinity(0))
+            if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
 
 def _solve(jobs, *options, size=None, threads=1):
-    """Eigenvalues of many stacks of matrices; those of one shape are solved together, at most `size` numbers at a time, and on CPUs
-    several parts at once, each by one thread. The options are those of `_eigenvalues`."""
+    """Eigenvalues of many stacks of matrices; those of one shape are solved together, at most `size` numbers at a
+    time, and on CPUs several parts at once, each by one thread. The options are those of `_eigenvalues`."""
     jobs = list(jobs)
     on_cpu = all(m.device.type == 'cpu' for _,m in jobs)
     parts = _parts(jobs, size or (2**20 if on_cpu else 2**26))
@@ -169,8 +181,8 @@ def _solve(jobs, *options, size=None, threads=1):
 
 # %% ../../nbs/02b_layers.ipynb #28f243a3
 def _weight_of(s, w, device, before=None):
-    """(weight to compute with, type it was stored in, squared norm of what it is a change of) of a layer; Nones if it has no
-    spectrum, and then the reason stands in its `Spectrum`."""
+    """(weight to compute with, type it was stored in, squared norm of what it is a change of) of a layer; Nones if
+    it has no spectrum, and then the reason stands in its `Spectrum`."""
     nothing = None,None,None
     try:
         w,stored = _read(w)
@@ -202,7 +214,8 @@ def _read_base(s, w, before):
 _NARROW = 16 # slices of a kernel with fewer rows or columns are no matrices to cut into blocks
 
 def _stack(w, kind, conv, transposed, groups, blocks):
-    "The matrices of a layer. To be cut into blocks, a kernel with narrow slices, such as a depthwise one, is read flat: a row a filter."
+    """The matrices of a layer. To be cut into blocks, a kernel with narrow slices, such as a depthwise one, is read
+    flat: a row a filter."""
     if kind == 'experts': return w.mT if transposed else w
     mats = matrices(w, conv, transposed, groups)
     if blocks is None or w.ndim < 3 or min(mats.shape[1:]) >= _NARROW: return mats
@@ -211,13 +224,23 @@ def _stack(w, kind, conv, transposed, groups, blocks):
 def _blocks_of(mats, blocks): return mats if blocks is None else blocks.cut(mats)
 
 class _Work:
-    "Layers on their way to spectra: they are solved many at a time, those of one shape together, and then forgotten."
+    """Layers on their way to spectra: they are solved many at a time, those of one shape together, and then
+    forgotten."""
     def __init__(self, norm, floor, blocks, null, options, threads, most=2**25):
-        self.norm,self.floor,self.blocks,self.null,self.options,self.threads,self.most = norm,floor,blocks,null,options,threads,most
-        self.made,self.waiting,self.numbers = [],[],0
+        self.norm = norm
+        self.floor = floor
+        self.blocks = blocks
+        self.null = null
+        self.options = options
+        self.threads = threads
+        self.most = most
+        self.made = []
+        self.waiting = []
+        self.numbers = 0
 
     def take(self, s, mats, stored, whole):
-        "Another layer: its `Spectrum`, its matrices, the type it was stored in, and the squared norm of what it is a change of."
+        """Another layer: its `Spectrum`, its matrices, the type it was stored in, and the squared norm of what it
+        is a change of."""
         self.made.append(s)
         if mats is None: return
         self.waiting.append((s, mats, stored, whole))
@@ -232,7 +255,8 @@ class _Work:
         for k,(s,mats,stored,whole) in enumerate(self.waiting):
             s.keep(*found[k], cut[k], self.floor, self.norm, precision, stored, whole)
             if self.null is None: continue
-            s.kurtosis = round(kurtosis_of(mats), 1)                                 # coarse, so that layers of one shape share their null
+            # coarse, so that layers of one shape share their null
+            s.kurtosis = round(kurtosis_of(mats), 1)
             if self.null.kind == 'shuffle': s.shuffle(mats, self.null, self.blocks, self.norm, *self.options)
         self.waiting,self.numbers = [],0
 
@@ -240,22 +264,30 @@ def spectra(
     model, # Any `nn.Module` (read in its tower, as `layers` does), or a state dict
     conv:str='slices', # `'slices'`: (out, in) matrices, one a kernel position, as the paper; `'flatten'`
     norm:float=1., # Factor on a convolution's eigenvalues; the paper takes 0.5
-    skip=None, # Modules to leave out, by name or pattern; None: the head (attention pool, projection, classifier), as `prunable` does; `()` takes all
-    floor:float=None, # Eigenvalues not above this, on the paper's scale, count as zero; None: 1e-5, and in blocks nothing but what arithmetic cannot tell from zero
+    # Modules to leave out, by name or pattern; None: the head (attention pool, projection, classifier), as
+    # `prunable` does; `()` takes all
+    skip=None,
+    # Eigenvalues not above this, on the paper's scale, count as zero; None: 1e-5, and in blocks nothing but what
+    # arithmetic cannot tell from zero
+    floor:float=None,
     method:str='auto', # `'gram'`, `'svd'` or `'auto'`, as in `esd`
     precision:str='double', # `'double'` or `'fast'`, as in `esd`
-    aspect=None, # Cut every layer into blocks with sides of this ratio, such as 1., or as `Blocks` says; None leaves them whole
+    # Cut every layer into blocks with sides of this ratio, such as 1., or as `Blocks` says; None leaves them whole
+    aspect=None,
     null=None, # With `'shuffle'`, also the spectra of each layer's numbers in random order; a `Null`
     embeddings:bool=False, # Embedding tables too?
     split_groups:bool=False, # Take grouped convolutions apart, group by group? The paper does not
     device=None, # Where to compute; None: where each weight is
     base=None, # Of what the model is a change: its layers are the differences to those of the same names
-    threads:int=None, # Layers that are solved at once on CPUs; None: as many as cores, or as `OMP_NUM_THREADS` allows
+    # Layers that are solved at once on CPUs; None: as many as cores, or as `OMP_NUM_THREADS` allows
+    threads:int=None,
 )->list: # A `Spectrum` a layer
-    "The spectra of all layers of a model. No layer is lost, and none stops the others. Raises `OpenTransError` for a model without layers."
+    """The spectra of all layers of a model. No layer is lost, and none stops the others. Raises `OpenTransError`
+    for a model without layers."""
     blocks,null = as_blocks(aspect),as_null(null)
     exact,floor = floor or 1e-5, floor if floor is not None else 1e-5 if blocks is None else 0.
-    esd(torch.ones(1, 1), conv=conv, method=method, precision=precision)      # complains about wrong options at once
+    # complains about wrong options at once
+    esd(torch.ones(1, 1), conv=conv, method=method, precision=precision)
     work = _Work(norm, floor, blocks, null, (method, precision, exact), threads)
     before = None if base is None else {n: w for n,_,w,_,_ in _named_weights(base, embeddings, split_groups, skip)}
     for name,kind,w,T,groups in _named_weights(model, embeddings, split_groups, skip):
@@ -268,8 +300,9 @@ def spectra(
     raise OpenTransError(f"The model has no convolution or linear layer to analyse{where}.")
 
 # %% ../../nbs/02b_layers.ipynb #a7f2bbf2
-_COLUMNS = ['kind', 'shape', 'params', 'density', 'n_evals', 'n_zero', 'alpha', 'xmin', 'D', 'sigma', 'n_tail', 'spectral_norm', 'stable_rank',
-            'log_norm', 'alpha_weighted', 'edge', 'over_trained', 'solver', 'status', 'reason']
+_COLUMNS = ['kind', 'shape', 'params', 'density', 'n_evals', 'n_zero', 'alpha', 'xmin', 'D', 'sigma', 'n_tail',
+            'spectral_norm', 'stable_rank', 'log_norm', 'alpha_weighted', 'edge', 'over_trained', 'solver',
+            'status', 'reason']
 
 class LayerTable:
     "The spectra of a model's layers and the power laws fitted to them: a row a layer. Made by `analyze`."
@@ -277,15 +310,21 @@ class LayerTable:
         spectra:list, # `Spectrum`s
         xmin='ks', # Rule for the tail, one of `XMIN`, or a number
         few:int=50, # Below this number of eigenvalues a fit is marked as `'few'`
-        max_aspect:float=None, # Leave out linear layers at least this many times longer than wide; None: 8 under the rule `'paper'`, else none
+        # Leave out linear layers at least this many times longer than wide; None: 8 under the rule `'paper'`, else
+        # none
+        max_aspect:float=None,
         options:dict=None, # How the spectra were made, for the record
         null=None, # A `Null` to compare each alpha with
     ):
-        self.spectra,self.xmin,self.few,self.options = {s.name: s for s in spectra},xmin,few,dict(options or {})
+        self.spectra = {s.name: s for s in spectra}
+        self.xmin = xmin
+        self.few = few
+        self.options = dict(options or {})
         self.null,shared = as_null(null),{}
         self.max_aspect = 8 if max_aspect is None and _rule(xmin) == 'paper' else max_aspect
         self.fits = {s.name: self._fit(s) for s in spectra}
-        self.frame = pd.DataFrame([self._row(s, self.fits[s.name]) for s in spectra], index=pd.Index(list(self.spectra), name='layer'), columns=_COLUMNS)
+        self.frame = pd.DataFrame([self._row(s, self.fits[s.name]) for s in spectra],
+                                  index=pd.Index(list(self.spectra), name='layer'), columns=_COLUMNS)
         if self.null is not None:
             rows = [self._against_null(s, self.fits[s.name], shared) for s in spectra]
             self.frame[list(NULL_COLUMNS)] = pd.DataFrame(rows, index=self.frame.index, columns=NULL_COLUMNS)
@@ -294,7 +333,8 @@ class LayerTable:
         if s.evals is None or s.kind != 'linear' or not self.max_aspect: return s.fit(self.xmin)
         aspect = max(s.shape)/min(s.shape)
         if aspect < self.max_aspect: return s.fit(self.xmin)
-        return _no_fit(f'left out: a linear layer {aspect:.3g} times longer than wide (limit {self.max_aspect:g})', s.evals.size, _rule(self.xmin), s.evals)
+        return _no_fit(f'left out: a linear layer {aspect:.3g} times longer than wide (limit {self.max_aspect:g})',
+                       s.evals.size, _rule(self.xmin), s.evals)
 
     def _few(self, f):
         "Why a fit rests on little; empty if it does not. Eigenvalues that agree to six digits count once."
@@ -305,18 +345,24 @@ class LayerTable:
 
     def _row(self, s, f):
         few = self._few(f)
-        r = dict(kind=s.kind, shape=s.shape, params=math.prod(s.shape), density=s.density, n_evals=0, n_zero=s.n_zero, alpha=f.alpha, xmin=f.xmin, D=f.D,
-                 sigma=f.sigma, n_tail=f.n_tail, edge=s.edge, over_trained=f.alpha < 2, solver=s.solver, status='few' if few else 'ok' if f.ok else 'failed',
+        r = dict(kind=s.kind, shape=s.shape, params=math.prod(s.shape), density=s.density, n_evals=0,
+                 n_zero=s.n_zero, alpha=f.alpha, xmin=f.xmin, D=f.D, sigma=f.sigma, n_tail=f.n_tail, edge=s.edge,
+                 over_trained=f.alpha < 2, solver=s.solver, status='few' if few else 'ok' if f.ok else 'failed',
                  reason='; '.join(t for t in dict.fromkeys([s.reason, f.reason, few]) if t))
         if s.evals is None or not s.evals.size: return r
         top,total = float(s.evals[-1]),float(s.evals.sum())
-        return r | dict(n_evals=s.evals.size, spectral_norm=top, stable_rank=total/top, log_norm=math.log10(total), alpha_weighted=f.alpha*math.log10(top))
+        return (r
+                | dict(n_evals=s.evals.size, spectral_norm=top, stable_rank=total/top, log_norm=math.log10(total),
+                       alpha_weighted=f.alpha*math.log10(top)))
 
     def _random_alphas(self, s, shared):
-        "(alphas, standard error) of random spectra by the table's own rule. Layers of one shape share them where scale does not matter."
+        """(alphas, standard error) of random spectra by the table's own rule. Layers of one shape share them where
+        scale does not matter."""
         drawn,cutoff = s.random(self.null),s.cutoff
         whole = drawn.size and drawn.min() > cutoff
-        key = (s.stack, s.kurtosis) if whole and self.null.kind != 'shuffle' and _rule(self.xmin) in ('ks', 'median', 'peak') else s.name
+        key = ((s.stack, s.kurtosis)
+               if whole and self.null.kind != 'shuffle' and _rule(self.xmin) in ('ks', 'median', 'peak')
+               else s.name)
         if key not in shared:
             fits = [replace(s, evals=x[x > cutoff], noise=0.).fit(self.xmin) for x in drawn]
             shared[key] = np.array([f.alpha for f in fits]),fits[0].sigma if fits else math.nan
@@ -329,28 +375,36 @@ class LayerTable:
         return compare_with_null(f.alpha, s.evals, alphas, sigma, s.random_edge(self.null))
 
     def to_frame(self)->pd.DataFrame:
-        "The table, indexed by layer name. `spectral_norm` is the largest eigenvalue, as in the paper's code and WeightWatcher."
+        """The table, indexed by layer name. `spectral_norm` is the largest eigenvalue, as in the paper's code and
+        WeightWatcher."""
         return self.frame.copy()
 
     def refit(self,
         xmin='ks', # Rule, one of `XMIN`, or a number
-        **kw, # `few`, `max_aspect`, `null` (any but `'shuffle'`, which has to be asked for when eigenvalues are computed)
+        # `few`, `max_aspect`, `null` (any but `'shuffle'`, which has to be asked for when eigenvalues are computed)
+        **kw,
     ): # A new `LayerTable` of the same spectra
         "Fit again by another rule, without computing eigenvalues again."
-        return LayerTable(list(self.spectra.values()), xmin, **(dict(few=self.few, options=self.options, null=self.null) | kw))
+        return LayerTable(list(self.spectra.values()), xmin,
+                          **(dict(few=self.few, options=self.options, null=self.null) | kw))
 
     def only(self,
         names, # Names of layers, such as those that are trained; names that the table does not hold are passed over
     ): # A new `LayerTable`
-        "The table of some layers alone, so that medians and choices are taken among them. Nothing is computed again but the fits. Raises `OpenTransError` if none is left."
+        """The table of some layers alone, so that medians and choices are taken among them. Nothing is computed
+        again but the fits. Raises `OpenTransError` if none is left."""
         names = {*names}
         kept = [s for name,s in self.spectra.items() if name in names]
-        if not kept: raise OpenTransError(f"None of the {len(self.spectra)} layers of the table is among the names given, such as {name_some(sorted(names), 3) or 'none'}.")
+        if not kept:
+            raise OpenTransError(
+                f"None of the {len(self.spectra)} layers of the table is among the names given, such as "
+                f"{name_some(sorted(names), 3) or 'none'}.")
         return LayerTable(kept, self.xmin, self.few, self.max_aspect, self.options, self.null)
 
     @property
     def unread(self)->dict:
-        "Weights of the model that are not in the table: name -> why, as the end of a sentence that begins with the name."
+        """Weights of the model that are not in the table: name -> why, as the end of a sentence that begins with
+        the name."""
         return self.options.get('unread', {})
     @property
     def median(self)->float: return float(self.frame.alpha.median())
@@ -365,18 +419,31 @@ class LayerTable:
 # %% ../../nbs/02b_layers.ipynb #fdb6fe11
 def analyze(
     model, # Any `nn.Module`, a framework or a `ClipBackbone` (read in its image tower), or a state dict
-    xmin='ks', # Rule for the beginning of the tail: `'ks'`, `'median'`, `'peak'`, `'paper'`, a share such as `'25%'`, `'clip'`, or a number; see `fit_power_law`
-    conv:str='slices', # `'slices'`: (out, in) matrices, one a kernel position, as the paper; `'flatten'`: (out, in*kernel)
-    norm:float=1., # Factor on a convolution's eigenvalues; the paper and WeightWatcher take 0.5. Alpha does not depend on it
-    skip=None, # Modules to leave out, by name or pattern; None: the head (attention pool, projection, classifier), as `prunable` does; `()` takes all
+    # Rule for the beginning of the tail: `'ks'`, `'median'`, `'peak'`, `'paper'`, a share such as `'25%'`,
+    # `'clip'`, or a number; see `fit_power_law`
+    xmin='ks',
+    # `'slices'`: (out, in) matrices, one a kernel position, as the paper; `'flatten'`: (out, in*kernel)
+    conv:str='slices',
+    # Factor on a convolution's eigenvalues; the paper and WeightWatcher take 0.5. Alpha does not depend on it
+    norm:float=1.,
+    # Modules to leave out, by name or pattern; None: the head (attention pool, projection, classifier), as
+    # `prunable` does; `()` takes all
+    skip=None,
     few:int=50, # Below this number of eigenvalues a fit is marked as `'few'`
-    max_aspect:float=None, # Leave out linear layers at least this many times longer than wide; None: 8 under the rule `'paper'`, else none
-    aspect=None, # Read every layer in blocks with sides of this ratio, such as 1., so that its shape does not move alpha; or `Blocks`
-    null=None, # Compare alpha with that of random matrices: `'gaussian'`, `'shuffle'`, `'mp'` or a `Null`; adds `alpha_null`, `sd`, `z`, `excess`, `spikes`
-    base=None, # A model, or tensors, that this one is a change of: what is read are the differences, as fine-tuning made them
+    # Leave out linear layers at least this many times longer than wide; None: 8 under the rule `'paper'`, else none
+    max_aspect:float=None,
+    # Read every layer in blocks with sides of this ratio, such as 1., so that its shape does not move alpha; or
+    # `Blocks`
+    aspect=None,
+    # Compare alpha with that of random matrices: `'gaussian'`, `'shuffle'`, `'mp'` or a `Null`; adds `alpha_null`,
+    # `sd`, `z`, `excess`, `spikes`
+    null=None,
+    # A model, or tensors, that this one is a change of: what is read are the differences, as fine-tuning made them
+    base=None,
     **options, # `floor`, `method`, `precision`, `embeddings`, `split_groups`, `device`, `threads` of `spectra`
 )->LayerTable: # A row a layer
-    "Spectrum and power law of every layer (Sec. 3.3.2). A layer without a fit is a row of NaN with a reason. Raises `OpenTransError`."
+    """Spectrum and power law of every layer (Sec. 3.3.2). A layer without a fit is a row of NaN with a reason.
+    Raises `OpenTransError`."""
     _rule(xmin)
     blocks,null = as_blocks(aspect),as_null(null)
     made = spectra(model, conv, norm, skip, aspect=blocks, null=null, base=base, **options)
@@ -384,41 +451,56 @@ def analyze(
     if 'device' in options: said['device'] = str(options['device'])
     if blocks is not None: said['aspect'] = asdict(blocks)
     if base is not None: said['base'] = type(base).__name__
-    return LayerTable(made, xmin, few, max_aspect, said | dict(unread=_not_read(model, {s.name for s in made}, skip)), null)
+    return LayerTable(made, xmin, few, max_aspect,
+                      said | dict(unread=_not_read(model, {s.name for s in made}, skip)), null)
 
 @patch
 def _about(self:LayerTable):
     c = self.frame.status.value_counts()
-    notes = [f"{c[k]} {t}" for k,t in [('few', f'with fewer than {self.few} eigenvalues'), ('failed', 'without a fit')] if k in c]
+    notes = [f"{c[k]} {t}"
+             for k,t in [('few', f'with fewer than {self.few} eigenvalues'), ('failed', 'without a fit')] if k in c]
     others = [n for n,why in self.unread.items() if 'the head' not in why]
-    if others: notes.append(f"not read: {others[0]}{f' and {len(others)-1} more' if len(others) > 1 else ''}, see `unread`")
-    return f"{len(self)} layers, xmin by {self.xmin!r}, median alpha {self.median:.3f}" + (f" ({', '.join(notes)})" if notes else '')
+    if others:
+        notes.append(
+            f"not read: {others[0]}{f' and {len(others)-1} more' if len(others) > 1 else ''}, see `unread`")
+    return (f"{len(self)} layers, xmin by {self.xmin!r}, median alpha {self.median:.3f}"
+            + (f" ({', '.join(notes)})" if notes else ''))
 
 @patch
 def _short(self:LayerTable):
     null = list(NULL_COLUMNS) if self.null is not None else []
-    return self.frame[['kind', 'shape', 'n_evals', 'alpha', 'sigma', *null, 'xmin', 'D', 'n_tail', 'stable_rank', 'status']]
+    return self.frame[['kind', 'shape', 'n_evals', 'alpha', 'sigma', *null, 'xmin', 'D', 'n_tail', 'stable_rank',
+                       'status']]
 
 @patch
-def __repr__(self:LayerTable): return f"LayerTable: {self._about()}\n{self._short().to_string(float_format='{:.3g}'.format)}"
+def __repr__(self:LayerTable):
+    return f"LayerTable: {self._about()}\n{self._short().to_string(float_format='{:.3g}'.format)}"
 
 @patch
-def _repr_html_(self:LayerTable): return f"<p><b>{for_html(self._about())}</b></p>{self._short().to_html(float_format='{:.3g}'.format, max_rows=16)}"
+def _repr_html_(self:LayerTable):
+    return (
+        f"<p><b>{for_html(self._about())}</b></p>{self._short().to_html(float_format='{:.3g}'.format, max_rows=16)}")
 
 # %% ../../nbs/02b_layers.ipynb #2fd1f0b4
-_BLUE,_RED,_ORANGE = '#3b6fb6','#c8442e','#e8940f' # data, fits and medians, warnings
+_BLUE = '#3b6fb6'
+_RED = '#c8442e'
+_ORANGE = '#e8940f' # data, fits and medians, warnings
 
 def _log_axis(axis, low, high):
     "Few and plain ticks, also where the values span less than a decade."
     from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
     if high >= 10*low: axis.set_minor_formatter(NullFormatter())
-    else: axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10])); axis.set_major_formatter(ScalarFormatter()); axis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(ScalarFormatter())
+        axis.set_minor_formatter(NullFormatter())
 
 def _draw_esd(s, f, ax):
     "Draw a `Spectrum` and a fit of it."
     ax.set_title(for_plot(s.name), fontsize=9)
     if s.evals is None or not s.evals.size:
-        ax.text(.5, .5, for_plot(s.reason or 'no eigenvalues'), ha='center', va='center', transform=ax.transAxes); ax.set(xticks=[], yticks=[])
+        ax.text(.5, .5, for_plot(s.reason or 'no eigenvalues'), ha='center', va='center', transform=ax.transAxes)
+        ax.set(xticks=[], yticks=[])
         return ax
     low,high = s.evals[0],max(s.evals[-1], s.evals[0]*1.01)
     density,_,_ = ax.hist(s.evals, np.geomspace(low, high, min(60, 8+s.evals.size//4)), density=True, color='0.78')
@@ -429,7 +511,8 @@ def _draw_esd(s, f, ax):
     ax.axvline(s.edge, color='k', ls='--', lw=1, label='random edge')
     seen = density[density > 0]
     ax.set(xscale='log', yscale='log', xlabel='eigenvalue', ylabel='density', ylim=(seen.min()/2, seen.max()*3))
-    _log_axis(ax.xaxis, low, max(high, s.edge)); _log_axis(ax.yaxis, seen.min()/2, seen.max()*3)
+    _log_axis(ax.xaxis, low, max(high, s.edge))
+    _log_axis(ax.yaxis, seen.min()/2, seen.max()*3)
     ax.legend(fontsize=7, frameon=False, title=None if f.ok else for_plot(f.reason), title_fontsize=7)
     return ax
 
@@ -438,7 +521,8 @@ def plot_esd(self:LayerTable,
     name:str, # Name of a layer
     ax=None, # Axes to draw on
 ): # The axes
-    "Eigenvalues of a layer on logarithmic axes, with the fitted tail, where it begins, and the Marchenko-Pastur edge."
+    """Eigenvalues of a layer on logarithmic axes, with the fitted tail, where it begins, and the Marchenko-Pastur
+    edge."""
     return _draw_esd(self.spectra[self._name(name)], self.fits[name], axes(ax, figsize=(4.6, 3.2)))
 
 # %% ../../nbs/02b_layers.ipynb #9b94b424
@@ -451,11 +535,14 @@ def ks_curve(
     return pd.DataFrame(dict(xmin=t.x[i], alpha=1+t.slope[i], D=[t.ks(k) for k in i], n_tail=t.n[i].astype(int)))
 
 def _draw_ks(s, fits, ax):
-    if s.evals is None or s.evals.size < 4: ax.text(.5, .5, for_plot(s.reason or 'too few eigenvalues'), ha='center', transform=ax.transAxes); return ax
+    if s.evals is None or s.evals.size < 4:
+        ax.text(.5, .5, for_plot(s.reason or 'too few eigenvalues'), ha='center', transform=ax.transAxes)
+        return ax
     c = ks_curve(s.evals)
     ax.plot(c.xmin, c.D, color=_BLUE, lw=1)
     for (label,f),marker in zip(fits.items(), 'osD^v*'):
-        if f.ok: ax.plot(f.xmin, f.D, marker, color=_RED, ms=6, label=f'{for_plot(label)}: $\\alpha$ = {f.alpha:.2f}')
+        if f.ok:
+            ax.plot(f.xmin, f.D, marker, color=_RED, ms=6, label=f'{for_plot(label)}: $\\alpha$ = {f.alpha:.2f}')
     ax.set(xscale='log', xlabel='xmin', ylabel='KS distance D', ylim=(0, min(1, 1.1*c.D.max())))
     _log_axis(ax.xaxis, c.xmin.min(), c.xmin.max())
     ax.set_title(for_plot(s.name), fontsize=9)
@@ -498,29 +585,39 @@ def _check_order(self:LayerTable, by):
     "Raises `OpenTransError` for a column that layers cannot be chosen by."
     name = by.removesuffix('*') if isinstance(by, str) else by
     if name in NULL_COLUMNS and self.null is None:
-        raise OpenTransError(f"The table has no column '{name}'. Make it with null='gaussian', or another of `Null`, to compare alpha with chance.")
+        raise OpenTransError(
+            f"The table has no column '{name}'. Make it with null='gaussian', or another of `Null`, to compare "
+            f"alpha with chance.")
     numbers = [c for c in self.frame if self.frame[c].dtype.kind in 'if']
     if name not in numbers: raise unknown('way to choose layers', by, dict.fromkeys([*BY, *numbers]))
 
 @patch
 def select(self:LayerTable,
     freeze:float=.5, # Share of the layers with a fit that rest (Tab. 10 tries 0.25, 0.5 and 0.75)
-    by:str='alpha', # `'alpha'`: those with small alpha rest (the paper's choice); `'alpha*'`: those with large alpha; `'random'` (Tab. 2); `'z'`: those with small alpha for their shape, in a table with a `null`; any other column of numbers, with a star for large ones
+    # `'alpha'`: those with small alpha rest (the paper's choice); `'alpha*'`: those with large alpha; `'random'`
+    # (Tab. 2); `'z'`: those with small alpha for their shape, in a table with a `null`; any other column of
+    # numbers, with a star for large ones
+    by:str='alpha',
     seed:int=0, # Of the random choice
 )->LayerSelection: # Layers without a fit are trained
-    "Choose the layers to train (Sec. 3.3.2): at 0.5, those with alpha strictly below the median rest. Raises `OpenTransError`."
+    """Choose the layers to train (Sec. 3.3.2): at 0.5, those with alpha strictly below the median rest. Raises
+    `OpenTransError`."""
     if by != 'random': self._check_order(by)
-    if not 0 <= freeze <= 1: raise OpenTransError(f"freeze={freeze} is no share of layers. Give a number from 0 to 1.")
+    if not 0 <= freeze <= 1:
+        raise OpenTransError(f"freeze={freeze} is no share of layers. Give a number from 0 to 1.")
     frame = self.frame[self.frame.kind != 'embedding']
     alpha = frame['alpha' if by == 'random' else by.removesuffix('*')].astype(float)[frame.alpha.notna()].dropna()
-    if not len(alpha): raise OpenTransError("No layer has a fit, so there is nothing to choose by. The column 'reason' of the table says why.")
+    if not len(alpha):
+        raise OpenTransError(
+            "No layer has a fit, so there is nothing to choose by. The column 'reason' of the table says why.")
     k = math.floor(freeze*len(alpha) + 1e-9)
     if by == 'random': rest = set(np.random.default_rng(seed).permutation(alpha.index.to_numpy(dtype=object))[:k])
     else:
         key = -alpha if by.endswith('*') else alpha
         rest = set(key.index if k == len(key) else key.index[key < key.sort_values().iloc[k]])
     null = f", against {self.null.kind}" if self.null is not None and by.removesuffix('*') in NULL_COLUMNS else ''
-    rule = f"{by}, {freeze:.0%} of {len(alpha)} layers frozen, xmin by {self.xmin}{null}" + (f", seed {seed}" if by == 'random' else '')
+    rule = (f"{by}, {freeze:.0%} of {len(alpha)} layers frozen, xmin by {self.xmin}{null}"
+            + (f", seed {seed}" if by == 'random' else ''))
     return LayerSelection([n for n in frame.index if n not in rest], [n for n in frame.index if n in rest], rule)
 
 # %% ../../nbs/02b_layers.ipynb #35a9a355
@@ -534,11 +631,15 @@ def plot_alpha(self:LayerTable,
     a,x = self.frame.alpha.to_numpy(),np.arange(len(self))
     some = np.isfinite(a).any()
     rest = set(selection.freeze if selection else self.select().freeze if some else [])
-    for i in x[[n in rest for n in self]]: ax.axvspan(i-.5, i+.5, color=_BLUE, alpha=.15, lw=0, label='_' if i > x[[n in rest for n in self]][0] else 'frozen')
+    for i in x[[n in rest for n in self]]:
+        ax.axvspan(i-.5, i+.5, color=_BLUE, alpha=.15, lw=0,
+                   label='_' if i > x[[n in rest for n in self]][0] else 'frozen')
     ax.plot(x, a, '.-', color=_BLUE, lw=1)
     over = a < 2
     if over.any(): ax.plot(x[over], a[over], 'o', color=_ORANGE, ms=5, label='over-trained (< 2)')
-    if np.isnan(a).any(): ax.plot(x[np.isnan(a)], np.full(np.isnan(a).sum(), np.nanmin(a) if some else 0), 'x', color='0.4', label='no fit')
+    if np.isnan(a).any():
+        ax.plot(x[np.isnan(a)], np.full(np.isnan(a).sum(), np.nanmin(a) if some else 0), 'x', color='0.4',
+                label='no fit')
     if some: ax.axhline(self.median, color=_RED, lw=1.2, label=f'median {self.median:.2f}')
     ax.set(xlabel='layer', ylabel='$\\alpha$', xlim=(-.5, len(self)-.5))
     ax.locator_params(axis='x', integer=True)
@@ -559,9 +660,14 @@ def plot_choices(
     grid = np.array([[n in f for n in names] for f in frozen.values()], dtype=float)
     from matplotlib.colors import ListedColormap
     ax.imshow(grid, aspect='auto', cmap=ListedColormap(['0.93', _BLUE]), vmin=0, vmax=1, interpolation='none')
-    ax.set_xticks(np.arange(len(names)+1)-.5, minor=True); ax.set_yticks(np.arange(len(frozen)+1)-.5, minor=True)
-    ax.grid(which='minor', color='w', lw=1); ax.tick_params(which='minor', length=0)
-    ax.set_yticks(range(len(frozen)), [for_plot(f'{k}  ({int(np.abs(g-grid[0]).sum())} differ)' if i else k) for i,(k,g) in enumerate(zip(frozen, grid))])
+    ax.set_xticks(np.arange(len(names)+1)-.5, minor=True)
+    ax.set_yticks(np.arange(len(frozen)+1)-.5, minor=True)
+    ax.grid(which='minor', color='w', lw=1)
+    ax.tick_params(which='minor', length=0)
+    ax.set_yticks(range(len(frozen)),
+                  [for_plot(f'{k}  ({int(np.abs(g-grid[0]).sum())} differ)' if i else k)
+                   for i,(k,g) in enumerate(zip(frozen, grid))])
     from matplotlib.ticker import MaxNLocator
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True)); ax.set(xlabel='layer (blue: frozen)')
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel='layer (blue: frozen)')
     return ax

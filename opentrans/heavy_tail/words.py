@@ -19,28 +19,37 @@ def is_weights(
     name:str, # As a user types it
 )->bool: # Is it for `open_weights`, and no tower of open_clip?
     "Does a name say a source, a file of weights, or a folder?"
-    return name.partition(':')[0] in SOURCES and ':' in name or Path(name).suffix in ('.safetensors', '.pth', '.pt', '.bin') or Path(name).is_dir()
+    return (name.partition(':')[0] in SOURCES and ':' in name
+            or Path(name).suffix in ('.safetensors', '.pth', '.pt', '.bin') or Path(name).is_dir())
 
 def _torchvision(name, weights):
     models = optional('torchvision.models', 'all', 'A model of torchvision')
     try: return models.get_model(name, weights=weights)
-    except ValueError as error: raise OpenTransError(f"torchvision has no model, or no weights, of this name: {error}. torchvision.models.list_models() lists them.") from error
+    except ValueError as error:
+        raise OpenTransError(
+            f"torchvision has no model, or no weights, of this name: {error}. torchvision.models.list_models() "
+            f"lists them.") from error
 
 def _timm(name, weights):
     timm = optional('timm', 'dev', 'A model of timm')
     try: return timm.create_model(name, pretrained=weights is not None)
-    except RuntimeError as error: raise OpenTransError(f"timm has no model, or no weights, of this name: {error}. timm.list_models() lists them.") from error
+    except RuntimeError as error:
+        raise OpenTransError(
+            f"timm has no model, or no weights, of this name: {error}. timm.list_models() lists them.") from error
 
 def open_weights(
     name:str, # `'torchvision:resnet50'`, `'timm:NAME'`, `'hf:FOLDER'`, a file of weights, or a folder of shards
-    weights:str=None, # Of torchvision and timm: `'DEFAULT'` are those trained, which may have to be fetched; None: random ones
+    # Of torchvision and timm: `'DEFAULT'` are those trained, which may have to be fetched; None: random ones
+    weights:str=None,
 ): # A module, or `WeightFiles`
     "Whatever has weights, for `analyze`. Nothing is fetched unless `weights` says so. Raises `OpenTransError`."
     source,_,rest = name.partition(':')
     if source == 'torchvision': return _torchvision(rest, weights)
     if source == 'timm': return _timm(rest, weights)
     if source == 'hf' and not Path(rest).is_dir():
-        raise OpenTransError(f"'{rest}' is no folder. Give the folder of a model, with its .safetensors files; nothing is fetched from the hub.")
+        raise OpenTransError(
+            f"'{rest}' is no folder. Give the folder of a model, with its .safetensors files; nothing is fetched "
+            f"from the hub.")
     return WeightFiles(rest if source == 'hf' else name)
 
 # %% ../../nbs/02i_words.ipynb #bc6c6b91
@@ -49,14 +58,24 @@ def _by_null(table):
     z = table.frame.z.dropna()
     if not len(z): return 'No layer could be compared with chance.'
     heavy,spiked = int((z < -3).sum()),int((table.frame.spikes > 0).sum())
-    told = f"Against random matrices of their own shapes ({table.null.kind}), {heavy} of {len(z)} layers have a heavier tail than chance makes (z below -3), and {spiked} have eigenvalues beyond its edge."
+    told = (
+        f"Against random matrices of their own shapes ({table.null.kind}), {heavy} of {len(z)} layers have a "
+        f"heavier tail than chance makes (z below -3), and {spiked} have eigenvalues beyond its edge.")
     if heavy <= .05*len(z) and spiked <= .05*len(z): return told + ' These weights look untrained.'
-    return told + (' These weights look trained.' if heavy >= .5*len(z) or spiked >= .5*len(z) else ' Only a part of them looks trained.')
+    return (told
+            + (' These weights look trained.' if heavy >= .5*len(z) or spiked >= .5*len(z)
+               else ' Only a part of them looks trained.'))
 
 def _by_alpha(table, median):
     "A sentence on the median of alpha under the rule of the literature."
-    if median > 6: return f"Median alpha {median:.3g}: these weights look untrained, or their tails are no power laws (2 to 6 is usual in trained networks)."
-    if median < 2: return f"Median alpha {median:.3g}: tails heavier than usual in trained networks (2 to 6); such layers are said to be over-trained."
+    if median > 6:
+        return (
+            f"Median alpha {median:.3g}: these weights look untrained, or their tails are no power laws (2 to 6 is "
+            f"usual in trained networks).")
+    if median < 2:
+        return (
+            f"Median alpha {median:.3g}: tails heavier than usual in trained networks (2 to 6); such layers are "
+            f"said to be over-trained.")
     return f"Median alpha {median:.3g}: within what is usual in trained networks (2 to 6)."
 
 def _of_shapes(table):
@@ -64,22 +83,37 @@ def _of_shapes(table):
     if table.null is not None or table.options.get('aspect'): return ''
     sides = {max(s.stack[1:])/min(s.stack[1:]) for s in table.spectra.values() if s.stack}
     if len({round(q, 1) for q in sides}) < 2: return ''
-    return f"Layers are from {min(sides):.3g} to {max(sides):.3g} times as long as wide, which moves alpha by itself: null='gaussian' or aspect=1. takes that out."
+    return (
+        f"Layers are from {min(sides):.3g} to {max(sides):.3g} times as long as wide, which moves alpha by itself: "
+        f"null='gaussian' or aspect=1. takes that out.")
 
 @patch
 def words(self:LayerTable)->str: # A few sentences
     "What the alphas say of a model, and what they cannot say."
     ok,few = self.frame.status == 'ok',int((self.frame.status == 'few').sum())
-    if not self.frame.alpha.notna().any(): return f"No fit could be made to any of {len(self)} layers. The column 'reason' says why."
+    if not self.frame.alpha.notna().any():
+        return f"No fit could be made to any of {len(self)} layers. The column 'reason' says why."
     told = [f"{len(self)} layers, {int(self.frame.alpha.notna().sum())} with a fit."]
     if self.null is not None: told.append(_by_null(self))
-    elif self.xmin == 'ks': told.append(_by_alpha(self, float(self.frame.alpha[ok].median() if ok.any() else self.median)))
-    else: told.append(f"Median alpha {self.median:.3g} by the rule {self.xmin!r}: such alphas compare layers with each other, and trained with untrained only against a null.")
+    elif self.xmin == 'ks':
+        told.append(_by_alpha(self, float(self.frame.alpha[ok].median() if ok.any() else self.median)))
+    else:
+        told.append(
+            f"Median alpha {self.median:.3g} by the rule {self.xmin!r}: such alphas compare layers with each "
+            f"other, and trained with untrained only against a null.")
     over = int(self.frame.over_trained.sum())
-    if over and self.xmin == 'ks': told.append(f"{over} {'layer has' if over == 1 else 'layers have'} an alpha below 2.")
+    if over and self.xmin == 'ks':
+        told.append(f"{over} {'layer has' if over == 1 else 'layers have'} an alpha below 2.")
     told.append(_of_shapes(self))
-    if few: told.append(f"{few} {'fit rests' if few == 1 else 'fits rest'} on fewer than {self.few} eigenvalues and {'says' if few == 1 else 'say'} little.")
+    if few:
+        told.append(
+            f"{few} {'fit rests' if few == 1 else 'fits rest'} on fewer than {self.few} eigenvalues and "
+            f"{'says' if few == 1 else 'say'} little.")
     failed = int((self.frame.status == 'failed').sum())
-    if failed: told.append(f"{failed} {'layer has' if failed == 1 else 'layers have'} no fit, see the column 'reason'.")
-    if self.unread: told.append(f"{len(self.unread)} more {'weight is' if len(self.unread) == 1 else 'weights are'} not read, see `unread`.")
+    if failed:
+        told.append(f"{failed} {'layer has' if failed == 1 else 'layers have'} no fit, see the column 'reason'.")
+    if self.unread:
+        told.append(
+            f"{len(self.unread)} more {'weight is' if len(self.unread) == 1 else 'weights are'} not read, see "
+            f"`unread`.")
     return ' '.join(t for t in told if t)

@@ -69,11 +69,14 @@ class InputSums:
         gram:bool=True, # All products (groups, D, D)? If not, squares alone (groups, D)
     ):
         self.layer,self.gram = layer,gram
-        self.total,self.cross,self.count = None,None,0
+        self.total = None
+        self.cross = None
+        self.count = 0
 
     def add(self,
         x:torch.Tensor, # An input of the layer
-        other:torch.Tensor=None, # Of the same shape: what it sees in another network; products of that with `x` are summed up, too
+        # Of the same shape: what it sees in another network; products of that with `x` are summed up, too
+        other:torch.Tensor=None,
     ):
         "Take one more input in."
         x = _batched(self.layer, x.detach())
@@ -85,7 +88,8 @@ class InputSums:
             rows = input_rows(self.layer, part.float())
             self.total = self._sum(self.total, rows.mT @ rows if self.gram else rows.square().sum(1))
             self.count += rows.shape[1]
-            if other is not None: self.cross = self._sum(self.cross, input_rows(self.layer, beside.float()).mT @ rows)
+            if other is not None:
+                self.cross = self._sum(self.cross, input_rows(self.layer, beside.float()).mT @ rows)
 
     def _sum(self, total, more):
         home = torch.float32 if more.device.type == 'mps' else torch.float64
@@ -121,8 +125,12 @@ def _part(layer):
 class _Watch:
     "Hooks that tell `see(layers that share this input, input)`."
     def __init__(self, model, found, see):
-        self.see,self.handles,self.inside = see,[],False
-        outer,plain,attentions = _attention_of(model),{},{}
+        self.see = see
+        self.handles = []
+        self.inside = False
+        outer = _attention_of(model)
+        plain = {}
+        attentions = {}
         for layer in found:
             for module in _holders(model, layer):
                 if id(module) in outer: attentions.setdefault(outer[id(module)], {}).setdefault(3, []).append(layer)
@@ -132,7 +140,8 @@ class _Watch:
         for module,layers in plain.items():
             self._hook(module, lambda module, args, kwargs, layers=layers: self._plain(layers, args, kwargs))
         for module,parts in attentions.items():
-            self._hook(module, lambda module, args, kwargs, parts=parts: self._attention(module, parts, args, kwargs))
+            self._hook(module,
+                       lambda module, args, kwargs, parts=parts: self._attention(module, parts, args, kwargs))
 
     def _hook(self, module, hook): self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -176,14 +185,16 @@ def _image_of(batch):
         if isinstance(batch, torch.Tensor) and batch.ndim == 3: return batch[None]
     if isinstance(batch, (list, tuple)) and batch: batch = batch[0]
     if isinstance(batch, torch.Tensor): return batch
-    raise OpenTransError(f"A batch is a {type(batch).__name__}: give tensors (B,3,H,W), dicts with 'image', or pairs.")
+    raise OpenTransError(
+        f"A batch is a {type(batch).__name__}: give tensors (B,3,H,W), dicts with 'image', or pairs.")
 
 def check_batches(
     batches, # As `go_over` takes them
 ):
     "Raises `OpenTransError` for batches that cannot be read more than once, or are none."
     if isinstance(batches, Iterator):
-        raise OpenTransError(f"The batches are a {type(batches).__name__}, which can be read once: give a list or a loader.")
+        raise OpenTransError(
+            f"The batches are a {type(batches).__name__}, which can be read once: give a list or a loader.")
     if callable(batches) or hasattr(batches, '__iter__'): return
     raise OpenTransError(f"The batches are {shorten(repr(batches), 80)}: give a list or a loader of images, "
                          "or a function of the model that yields after each batch.")
@@ -221,7 +232,7 @@ def sums_of_inputs(
         first.add(x)
     with watching(model, found, see): go_over(model, batches)
     check_seen(found, sums)
-    return {l.name: sums[l.name] for l in found}
+    return {item.name: sums[item.name] for item in found}
 
 @delegates(prunable)
 def input_grams(
@@ -231,23 +242,24 @@ def input_grams(
     **kwargs,
 )->dict: # Name -> `InputSums`
     "What prunable layers see, in one pass over the images. Raises `OpenTransError` for a layer that sees nothing."
-    found = {l.name: l for l in prunable(model, **kwargs)}
+    found = {layer.name: layer for layer in prunable(model, **kwargs)}
     for name in names or ():
         if name not in found: raise unknown('layer', name, found)
-    chosen = [l for name,l in found.items() if names is None or name in names]
+    chosen = [layer for name,layer in found.items() if names is None or name in names]
     return sums_of_inputs(model, chosen, batches)
 
 def check_layers(found):
     "Raises `OpenTransError` for layers whose inputs cannot be seen as rows."
     def odd(layer): return layer.kind in ('recurrent', 'experts') or getattr(layer.module, 'transposed', False)
-    names = [l.name for l in found if odd(l)]
+    names = [item.name for item in found if odd(item)]
     if names:
-        raise OpenTransError(f"The inputs of {len(names)} layers are not seen as rows (recurrent, expert or transposed): "
-                             f"{', '.join(names[:6])}. Leave them out with skip or kinds.")
+        raise OpenTransError(
+            f"The inputs of {len(names)} layers are not seen as rows (recurrent, expert or transposed): "
+            f"{', '.join(names[:6])}. Leave them out with skip or kinds.")
 
 def check_seen(found, seen):
     "Raises `OpenTransError` for layers that no image reached."
-    names = [l.name for l in found if l.name not in seen]
+    names = [layer.name for layer in found if layer.name not in seen]
     if names:
         raise OpenTransError(f"{len(names)} layers are never used when the model runs: {', '.join(names[:6])}. "
                              "Leave them out with skip, or give a function of the model that runs all of it.")

@@ -18,5 +18,6 @@ def compile(self:SparseMask,
     threads:int=1, # Threads that share the work
     check:bool=True, # Compare with torch on the first call of each size of images?
 )->nn.Module: # A copy with the same call and outputs, for inference on the CPU
-    "The masked model, on an engine that skips what is zero. Raises `OpenTransError` for a mask that does not fit, or a model in training mode."
+    """The masked model, on an engine that skips what is zero. Raises `OpenTransError` for a mask that does not fit,
+    or a model in training mode."""
     return compile_model(model, self, threads, check)

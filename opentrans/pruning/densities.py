@@ -40,23 +40,25 @@ DENSITIES = {} # name -> rule
 def allocation(
     name:str, # What the rule is called
 ):
-    "Register a rule `f(model, found, density, batches) -> {layer: density}`, where `found` are the prunable layers."
+    """Register a rule `f(model, found, density, batches) -> {layer: density}`, where `found` are the prunable
+    layers."""
     def register(rule):
         DENSITIES[name] = rule
         return rule
     return register
 
-def _sizes(found): return {l.name: l.weight.numel() for l in found}
+def _sizes(found): return {layer.name: layer.weight.numel() for layer in found}
 
 @allocation('uniform')
 def uniform_densities(model, found, density, batches=None):
     "The same density in every layer."
-    return {l.name: density for l in found}
+    return {layer.name: density for layer in found}
 
 @allocation('erdos-renyi-kernel')
 def erdos_renyi_kernel(model, found, density, batches=None):
-    "More of small layers: the sum of a weight's axes over their product (Mocanu et al. 2018; Evci et al. 2020, Sec. 3)."
-    shapes = {l.name: l.outputs_first(l.weight).shape for l in found}
+    """More of small layers: the sum of a weight's axes over their product (Mocanu et al. 2018; Evci et al. 2020,
+    Sec. 3)."""
+    shapes = {layer.name: layer.outputs_first(layer.weight).shape for layer in found}
     shares = {name: sum(shape)/shape.numel() for name,shape in shapes.items()}
     return fit_densities(shares, _sizes(found), density)
 
@@ -68,8 +70,9 @@ def _global_by(scores, density):
 
 @allocation('global')
 def global_densities(model, found, density, batches=None):
-    "What each layer keeps when all weights compete: by |w| times the norm of its input, or by |w| if there are no images."
-    scores = {l.name: l.weight.detach().abs() for l in found}
+    """What each layer keeps when all weights compete: by |w| times the norm of its input, or by |w| if there are no
+    images."""
+    scores = {layer.name: layer.weight.detach().abs() for layer in found}
     if batches is not None: scores = wanda_scores(model, found, batches)
     return _global_by(scores, density)
 
@@ -92,7 +95,8 @@ def owl(model, found, density, batches=None,
     outlier:float=5., # A score this many times the layer's mean is an outlier (M)
     band:float=.08, # Largest difference to the density of all, on average (lambda)
 ):
-    "More of layers with outliers among Wanda's scores (Yin et al. 2024, Eq. 2 and Algorithm 1). Raises `OpenTransError` without images."
+    """More of layers with outliers among Wanda's scores (Yin et al. 2024, Eq. 2 and Algorithm 1). Raises
+    `OpenTransError` without images."""
     if batches is None: raise OpenTransError("OWL looks at data: give batches of images.")
     scores = wanda_scores(model, found, batches)
     share = {name: float((s > outlier*s.mean()).float().mean()) for name,s in scores.items()}
@@ -107,7 +111,7 @@ def owl(model, found, density, batches=None,
 def _check_densities(densities, found):
     "A dictionary of densities over just these layers. Raises `OpenTransError`."
     given = {clean_name(name): _share(value, f"The density of '{name}'") for name,value in densities.items()}
-    names = [l.name for l in found]
+    names = [layer.name for layer in found]
     lack,odd = [n for n in names if n not in given],[n for n in given if n not in names]
     if lack: raise OpenTransError(f"There is no density for {len(lack)} layers: {', '.join(lack[:6])}.")
     if odd: raise unknown('layer', odd[0], names)
@@ -121,13 +125,16 @@ def layer_densities(
     batches=None, # Images, for rules that look at them: as `go_over` takes them
     **kwargs,
 )->dict: # Layer -> density
-    "How much of each prunable layer stays. Raises `OpenTransError` for an unknown rule, or layers that are left out."
+    """How much of each prunable layer stays. Raises `OpenTransError` for an unknown rule, or layers that are left
+    out."""
     found = prunable(model, **kwargs)
     if isinstance(how, str):
         if how not in DENSITIES: raise unknown('rule of densities', how, DENSITIES)
         return DENSITIES[how](model, found, _share(density), batches)
     if callable(how): how = how(model, density)
-    if not isinstance(how, dict): raise OpenTransError(f"densities is a {type(how).__name__}: give a dict of layer -> density, or {', '.join(DENSITIES)}.")
+    if not isinstance(how, dict):
+        raise OpenTransError(
+            f"densities is a {type(how).__name__}: give a dict of layer -> density, or {', '.join(DENSITIES)}.")
     return _check_densities(how, found)
 
 @patch(cls_method=True)

@@ -34,7 +34,8 @@ def _zero(t, keep):
 
 # %% ../../nbs/01c_force.ipynb #d8b8faf6
 class _Zeroing:
-    "A parameter, which is not kept alive by it, the mask of what stays, and a hook that zeroes the rest of gradients."
+    """A parameter, which is not kept alive by it, the mask of what stays, and a hook that zeroes the rest of
+    gradients."""
     def __init__(self, param, keep):
         self.ref = weakref.ref(param)
         self.keep = keep            # True where a weight stays
@@ -80,8 +81,8 @@ def _same_object(x):
 
 # %% ../../nbs/01c_force.ipynb #4287c473
 class _Keeper(_Zeroing):
-    """Zeroes a weight after each step, unless arithmetic and a sample say that it is zero still. It is *settled* when
-    the optimizer's state was cleared at the pruned places."""
+    """Zeroes a weight after each step, unless arithmetic and a sample say that it is zero still. It is *settled*
+    when the optimizer's state was cleared at the pruned places."""
     def __init__(self, param, keep):
         super().__init__(param, keep)
         self.settled = None     # (the optimizer and its values then, places of the sample)
@@ -288,7 +289,8 @@ class _Force(_Places):
 
     @torch.no_grad()
     def restore(self, slots=None):
-        "Mask whatever stands in the places now. Raises `OpenTransError` if there is something that cannot be masked."
+        """Mask whatever stands in the places now. Raises `OpenTransError` if there is something that cannot be
+        masked."""
         if slots is None:
             for slot in self.slots: self.find(slot)
         lost = {}

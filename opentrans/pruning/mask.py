@@ -155,7 +155,8 @@ class _MaskMaking(_MaskSets):
         **kwargs,
     )->Self:
         "The dense mask over the prunable layers of a model."
-        masks = {layer.name: torch.ones(layer.weight.shape, dtype=torch.bool) for layer in prunable(model, **kwargs)}
+        masks = {layer.name: torch.ones(layer.weight.shape, dtype=torch.bool)
+                 for layer in prunable(model, **kwargs)}
         return cls(masks, _dense_info(model, **kwargs))
 
     @classmethod
@@ -381,7 +382,8 @@ class _MaskFiles(_MaskOnModels):
         per_layer = metadata_value(meta, 'layers', dict[str, _MaskLayer], path)
         masks = _unpacked(bits, {name: said['shape'] for name,said in per_layer.items()}, MASK_FILE, path)
         mask = cls(masks, metadata_value(meta, 'info', dict, path))
-        if not (first_version or meta.get('density') == f'{mask.density:.6f}') or not mask._keeps_as_told(per_layer):
+        if (not (first_version or meta.get('density') == f'{mask.density:.6f}')
+            or not mask._keeps_as_told(per_layer)):
             raise MASK_FILE.damaged(path, 'it keeps other weights than it says')
         return mask
 

@@ -71,7 +71,8 @@ def _keep_best(
     _check_scores(scores)
     flat = _flat_scores(scores, alive)
     drop = sum(map(len, flat.values())) - keep
-    if drop <= 0: return {name: torch.ones(score.shape, dtype=torch.bool) for name,score in scores.items()},-math.inf
+    if drop <= 0:
+        return {name: torch.ones(score.shape, dtype=torch.bool) for name,score in scores.items()},-math.inf
     threshold = _kth_smallest(list(flat.values()), drop)
     kept = {name: score > threshold for name,score in flat.items()}
     lacking = keep - sum(int(stays.sum()) for stays in kept.values())
@@ -88,7 +89,8 @@ def _share(x, what='density', one=True):
     is_number = isinstance(x, (int, float, np.number)) and not isinstance(x, bool)
     if is_number and 0 < x and (x <= 1 if one else x < 1): return float(x)
     end = ']' if one else ')'
-    raise OpenTransError(f"{what} must be a number in (0, 1{end}, not {x!r}. For one tenth of the weights write 0.1.")
+    raise OpenTransError(
+        f"{what} must be a number in (0, 1{end}, not {x!r}. For one tenth of the weights write 0.1.")
 
 def _density(density):
     "Check a density: a share, or a share for each layer, by name."
@@ -159,7 +161,8 @@ def _n_of_m(scope, density):
     if not numbers: raise unknown('scope', scope, _SCOPES)
     n,m = int(numbers[1]),int(numbers[2])
     if n <= m and abs(density-n/m) <= 1e-9: return n,m
-    raise OpenTransError(f"Scope '{scope}' has a density of its own, {n/m:g}, not {density:g}. Ask for that density.")
+    raise OpenTransError(
+        f"Scope '{scope}' has a density of its own, {n/m:g}, not {density:g}. Ask for that density.")
 
 def _oriented(choose, scores, found, *args):
     "Masks of layers, chosen with outputs on the first axis and inputs on the second, wherever a layer has them."
@@ -179,7 +182,8 @@ def _choose_each(scores, density, scope, found):
         sizes = {name: score.numel() for name,score in scores.items()}
         return _keep_each(scores, _counts(sizes, shares))[0]
     if scope not in ('layer', 'channel'):
-        raise OpenTransError(f"Scope '{scope}' has a density of its own. Give one density, or take the scope 'layer'.")
+        raise OpenTransError(
+            f"Scope '{scope}' has a density of its own. Give one density, or take the scope 'layer'.")
     return {name: _choose({name: score}, shares[name], scope, found)[name] for name,score in scores.items()}
 
 def _choose(scores, density, scope='global', found=()):

@@ -44,7 +44,9 @@ class BlockMemory:
         found, # The `Layer`s that are going to be pruned
         room:int, # Most bytes of outputs
     ):
-        self.room,self.used,self.done = room,0,set()
+        self.room = room
+        self.used = 0
+        self.done = set()
         self.side = 'own' # whose outputs are kept now, of the pruned network or of the dense one
         self.blocks = {}
         chains = [[*m] for m in model.modules() if isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m) > 1]
@@ -55,7 +57,7 @@ class BlockMemory:
                 before = module
         for module,block in self.blocks.items():
             own = {id(p) for p in module.parameters()}
-            block.layers = {l.name for l in found if id(l.param) in own}
+            block.layers = {layer.name for layer in found if id(layer.param) in own}
 
     def finish(self,
         names, # Layers whose weights will not change any more
@@ -72,10 +74,12 @@ class BlockMemory:
         for block in self.blocks.values(): self._release(block)
         self.blocks = {}
 
-    def _inside(self, module): return [self.blocks[m] for m in module.modules() if m in self.blocks and m is not module]
+    def _inside(self, module):
+        return [self.blocks[m] for m in module.modules() if m in self.blocks and m is not module]
 
     def _settle(self):
-        "What was recorded in the last pass is played in the next; what lies before or inside it is not needed any more."
+        """What was recorded in the last pass is played in the next; what lies before or inside it is not needed any
+        more."""
         for module,block in self.blocks.items():
             if block.mode == 'record' and block.outputs: block.mode = 'play'
         for module,block in self.blocks.items():
@@ -143,7 +147,8 @@ class BlockMemory:
 
 # %% ../../nbs/01j_reconstruction.ipynb #a824c489
 def _order(model, found, batches):
-    "Layers in the order in which they run, those that share an input together, and how often in a batch: (layers, times)."
+    """Layers in the order in which they run, those that share an input together, and how often in a batch: (layers,
+    times)."""
     groups = {}
     def see(layers, x):
         name = layers[0].name
@@ -151,13 +156,13 @@ def _order(model, found, batches):
     first = batches if callable(batches) else [next(iter(batches), None)]
     if first == [None]: raise OpenTransError("There are no images to look at: the batches are empty.")
     with watching(model, found, see): go_over(model, first)
-    check_seen(found, {l.name for layers,_ in groups.values() for l in layers})
+    check_seen(found, {layer.name for layers,_ in groups.values() for layer in layers})
     return [*groups.values()]
 
 @contextlib.contextmanager
 def _swapped(found, tensors):
     "Other tensors in the place of layers' parameters inside the block."
-    params = {l.key: l.param for l in found}
+    params = {layer.key: layer.param for layer in found}
     own = {key: p.data for key,p in params.items()}
     for key,p in params.items(): p.data = tensors[key]
     try: yield
@@ -165,10 +170,13 @@ def _swapped(found, tensors):
         for key,p in params.items(): p.data = own[key]
 
 def _sums_of(model, group, batches, memory, dense=None):
-    """The sums over the inputs of layers that share them, in one pass that ends where they have run. With `dense`, a function
-    whose block puts the dense weights in place, each batch runs through both networks."""
+    """The sums over the inputs of layers that share them, in one pass that ends where they have run. With `dense`,
+    a function whose block puts the dense weights in place, each batch runs through both networks."""
     layers,times = group
-    sums,shown,seen,inputs = InputSums(layers[0]),not callable(batches),0,[]
+    sums = InputSums(layers[0])
+    shown = not callable(batches)
+    seen = 0
+    inputs = []
     def see(layers, x):
         nonlocal seen
         seen += 1
@@ -188,14 +196,16 @@ def _go_over_both(model, batches, memory, dense):
         go_over(model, [batch])
 
 def _finite_sums(model, group, batches, memory, dense=None):
-    "The same. If the memory of blocks does not suit the model, it is run whole. Raises `OpenTransError` for inputs that are not finite."
+    """The same. If the memory of blocks does not suit the model, it is run whole. Raises `OpenTransError` for
+    inputs that are not finite."""
     def finite(sums): return all(t.isfinite().all() for t in (sums.total, sums.cross) if t is not None)
     sums = _sums_of(model, group, batches, memory, dense)
     if not finite(sums) and memory.blocks:
         memory.forget()
         sums = _sums_of(model, group, batches, memory, dense)
     if finite(sums): return sums
-    raise OpenTransError(f"The inputs of {group[0][0].name} are not finite. Are the model's weights and the images numbers?")
+    raise OpenTransError(
+        f"The inputs of {group[0][0].name} are not finite. Are the model's weights and the images numbers?")
 
 def _by_kernel(layer, columns):
     "Columns of a layer with its inputs side by side and the kernel outside, as N:M counts them."
@@ -229,7 +239,7 @@ def _restore(found, before):
 def _budgets(found, density, scope, densities, method):
     "Layer -> `Budget`."
     own = OWN_SCOPE.get(method, 'layer') if scope in (None, 'global') else scope
-    return {l.name: Budget(densities[l.name] if densities else _share(density), own) for l in found}
+    return {layer.name: Budget(densities[layer.name] if densities else _share(density), own) for layer in found}
 
 def _solver(method):
     if callable(method): return getattr(method, '__name__', type(method).__name__),method
@@ -241,27 +251,38 @@ def reconstruct(
     model:nn.Module, # Any model that is run as `model(images)`; its weights are changed in place
     batches, # Images without labels: a list or loader of batches, or a function of the model that yields after each
     density:float=.1, # Share of the weights that stay, in (0, 1]
-    method='alps', # A name in `SOLVERS`: `'wanda'`, `'sparsegpt'`, `'alps'`, `'magnitude'`; or a function like those
-    scope:str=None, # Who competes: `'layer'`, `'output'`, `'channel'`, `'2:4'`; `'global'`: layers share the density as a global ranking does; None: as the method was published
+    # A name in `SOLVERS`: `'wanda'`, `'sparsegpt'`, `'alps'`, `'magnitude'`; or a function like those
+    method='alps',
+    # Who competes: `'layer'`, `'output'`, `'channel'`, `'2:4'`; `'global'`: layers share the density as a global
+    # ranking does; None: as the method was published
+    scope:str=None,
     densities=None, # How layers share the density, as `layer_densities` takes it; None: equally
     mask:SparseMask=None, # A mask that is there already: only the weights are found
-    target:str='own', # What outputs shall stay: `'own'`, those of the layer's weights on what it now sees, or `'dense'`, those it has in the dense network
+    # What outputs shall stay: `'own'`, those of the layer's weights on what it now sees, or `'dense'`, those it has
+    # in the dense network
+    target:str='own',
     update:bool=True, # Leave the new weights in the model? If not, it is as it was
     damping:float=.01, # Added to the diagonal of each Gram matrix, as a share of its mean
     cache_mb:int=1024, # Most memory for the outputs of finished blocks; 0 computes them anew in each pass
     **kwargs,
-)->tuple: # (`SparseMask`, `DataFrame` with a row for each layer: density, kept, error of its outputs, inputs, rows, seconds)
-    "Prune layer by layer so that each layer's outputs stay as they are, on what the pruned layers before it give. Raises `OpenTransError`."
+    # (`SparseMask`, `DataFrame` with a row for each layer: density, kept, error of its outputs, inputs, rows,
+    # seconds)
+)->tuple:
+    """Prune layer by layer so that each layer's outputs stay as they are, on what the pruned layers before it give.
+    Raises `OpenTransError`."""
     name,solve = _solver(method)
     check_batches(batches)
     check_number('damping', damping, 0, 1e6)
     check_number('cache_mb', cache_mb, 0, 10**7, whole=True)
     if target not in ('own', 'dense'): raise unknown('target', target, ['own', 'dense'])
     if target == 'dense' and callable(batches):
-        raise OpenTransError("target='dense' runs each batch through two networks: give a list or a loader of batches, not a function.")
+        raise OpenTransError(
+            "target='dense' runs each batch through two networks: give a list or a loader of batches, not a "
+            "function.")
     found = prunable(model, **kwargs)
     check_layers(found)
-    info = _info(model, found, method=name, scope=scope or OWN_SCOPE.get(name, 'layer')) | _dense_info(model, **kwargs)
+    info = (_info(model, found, method=name, scope=scope or OWN_SCOPE.get(name, 'layer'))
+            | _dense_info(model, **kwargs))
     if target != 'own': info['target'] = target
     info['densities'] = densities if isinstance(densities, str) else 'given' if densities else 'uniform'
     if scope == 'global' and densities is None: densities = 'global'
@@ -269,9 +290,11 @@ def reconstruct(
     if densities is not None: densities = layer_densities(densities, model, density, batches, **kwargs)
     budgets = _budgets(found, density, scope, densities, name)
     memory = BlockMemory(model, found, cache_mb*2**20)
-    before = {l.key: l.param.detach().clone() for l in found}
+    before = {item.key: item.param.detach().clone() for item in found}
     dense = functools.partial(_swapped, found, before) if target == 'dense' else None
-    found_masks,rows,finished = {},{},False
+    found_masks = {}
+    rows = {}
+    finished = False
     try:
         for group in progress(_order(model, found, batches), name):
             began,sums = time.perf_counter(),_finite_sums(model, group, batches, memory, dense)
@@ -288,14 +311,15 @@ def reconstruct(
         if not (finished and update): _restore(found, before)
     info |= mask.info if mask is not None else {}
     table = pd.DataFrame.from_dict(rows, orient='index').rename_axis('name')
-    return SparseMask({l.name: found_masks[l.name] for l in found}, info),table
+    return SparseMask({item.name: found_masks[item.name] for item in found}, info),table
 
 # %% ../../nbs/01j_reconstruction.ipynb #0fe7bbf1
 def _shown(losses):
     "What shows a criterion its images. Raises `OpenTransError` if nothing does."
     if losses is not None: return losses
-    raise OpenTransError("This criterion looks at data: give losses, a function of the model that yields one scalar loss "
-                         "a batch, or a list of batches of images.")
+    raise OpenTransError(
+        "This criterion looks at data: give losses, a function of the model that yields one scalar loss "
+        "a batch, or a list of batches of images.")
 
 @criterion('wanda')
 def wanda_criterion(model, losses=None, **kwargs):

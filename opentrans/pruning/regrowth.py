@@ -34,9 +34,10 @@ def regrow(
     share:float=.2, # Share of the kept weights that were dropped before, in the first round
     **kwargs,
 )->dict: # Name -> scores: the weights to keep above 1
-    "Magnitude, with some of the dropped weights of largest gradient in place of the smallest ones (Evci et al. 2020, Sec. 3)."
+    """Magnitude, with some of the dropped weights of largest gradient in place of the smallest ones (Evci et al.
+    2020, Sec. 3)."""
     found = prunable(model, **kwargs)
-    sizes = {l.name: _size(l.weight).float() for l in found}
+    sizes = {layer.name: _size(layer.weight).float() for layer in found}
     dropped = {n: s == 0 for n,s in sizes.items()}
     total = sum(s.numel() for s in sizes.values())
     keep = max(1, round(_share(density)*total))

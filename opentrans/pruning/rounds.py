@@ -547,7 +547,8 @@ def _settings_of(train, given, **ours):
     return {**ours, **{f'train.{name}' if name in ours else name: value for name,value in told.items()}}
 
 def _whole_density(shares, model, **kwargs):
-    "The density of all prunable weights that densities of layers add up to, and those of the layers that are pruned."
+    """The density of all prunable weights that densities of layers add up to, and those of the layers that are
+    pruned."""
     sizes = {layer.name: layer.weight.numel() for layer in prunable(model, **kwargs)}
     shares = _shares_of(shares, list(sizes))
     return sum(_counts(sizes, shares).values())/sum(sizes.values()),shares
@@ -627,7 +628,8 @@ def imp(
             raise OpenTransError("Densities of layers say where a run ends, and so does a schedule: "
                                  "give one of the two.")
         density,shares = _whole_density(shares, model, **kwargs)
-    plan = _check_schedule(schedule) if schedule is not None else geometric_schedule(density, p, exact or bool(shares))
+    plan = (_check_schedule(schedule) if schedule is not None
+            else geometric_schedule(density, p, exact or bool(shares)))
     criterion,score = _criterion(criterion)
     check_number('seed', seed, 0, whole=True)
     check_number('checkpoint_every', checkpoint_every, 0, whole=True)

@@ -34,30 +34,39 @@ def _of_bottleneck(name, block):
     parts = [getattr(block, n, None) for n in ('conv1', 'conv2', 'conv3')]
     norms = [getattr(block, n, None) for n in ('bn1', 'bn2')]
     acts = [getattr(block, n, getattr(block, 'relu', None)) for n in ('act1', 'act2')]
-    known = all(map(_plain_conv, parts)) and all(type(n) is nn.BatchNorm2d for n in norms) and all(type(a) in _RELUS for a in acts)
+    known = (all(map(_plain_conv, parts)) and all(type(n) is nn.BatchNorm2d for n in norms)
+             and all(type(a) in _RELUS for a in acts))
     between = [getattr(block, n, None) for n in ('aa', 'drop_block')]
     if not known or any(type(m) not in (type(None), nn.Identity) for m in between): return
-    for i in (0, 1): yield _Inner(parts[i], norms[i], acts[i], parts[i + 1], (f'{name}.conv{i + 1}', f'{name}.conv{i + 2}'))
+    for i in (0, 1):
+        yield _Inner(parts[i], norms[i], acts[i], parts[i + 1], (f'{name}.conv{i + 1}', f'{name}.conv{i + 2}'))
 
 def _of_mlp(name, block):
     "The hidden side of an MLP: open_clip's `c_fc` and `c_proj`, timm's `fc1` and `fc2`."
     for first, second, act in (('c_fc', 'c_proj', 'gelu'), ('fc1', 'fc2', 'act')):
         maker, reader, between = (getattr(block, n, None) for n in (first, second, act))
         plain = type(maker) is nn.Linear and type(reader) is nn.Linear and isinstance(between, nn.Module)
-        if plain and type(getattr(block, 'norm', None)) in (type(None), nn.Identity): yield _Inner(maker, None, between, reader, (f'{name}.{first}', f'{name}.{second}'))
+        if plain and type(getattr(block, 'norm', None)) in (type(None), nn.Identity):
+            yield _Inner(maker, None, between, reader, (f'{name}.{first}', f'{name}.{second}'))
 
-def _inner_sides(model): return [side for name, block in model.named_modules() for find in (_of_bottleneck, _of_mlp) for side in find(name, block)]
+def _inner_sides(model):
+    return [side for name, block in model.named_modules() for find in (_of_bottleneck, _of_mlp)
+            for side in find(name, block)]
 
 # %% ../../nbs/01h_slim.ipynb #e6ed06f7
 def _constant(side):
     "What each channel is where the weights that make it are zero."
     shift = torch.zeros(len(side.maker.weight)) if side.maker.bias is None else side.maker.bias.detach()
     if side.norm is not None:
-        scale = (side.norm.running_var + side.norm.eps).rsqrt()*(1. if side.norm.weight is None else side.norm.weight.detach())
+        scale = (
+            (side.norm.running_var + side.norm.eps).rsqrt()*(1. if side.norm.weight is None
+                                                             else side.norm.weight.detach()))
         shift = (shift - side.norm.running_mean)*scale + (0. if side.norm.bias is None else side.norm.bias.detach())
     return side.act(shift.clone())
 
-def _one_pixel(layer): return isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1) and layer.padding in ((0, 0), 'valid', 'same')
+def _one_pixel(layer):
+    return (isinstance(layer, nn.Linear)
+            or layer.kernel_size == (1, 1) and layer.padding in ((0, 0), 'valid', 'same'))
 
 def _kept(layer, name, keep):
     "Shorten a parameter or buffer to the channels that stay."
@@ -76,7 +85,8 @@ def _cut(side, keep):
     weight = side.reader.weight
     side.reader.weight = nn.Parameter(weight.detach()[:, keep].clone(), weight.requires_grad)
     for layer, made, read in ((side.maker, n, None), (side.reader, None, n)):
-        for name, number in (('out_channels', made), ('out_features', made), ('in_channels', read), ('in_features', read)):
+        for name, number in (('out_channels', made), ('out_features', made), ('in_channels', read),
+                             ('in_features', read)):
             if number is not None and hasattr(layer, name): setattr(layer, name, number)
 
 @torch.no_grad()
@@ -91,15 +101,19 @@ def _slim_side(side):
     if left.any(): # what reads them gets a bias
         added = side.reader.weight[:, left].flatten(1) @ constant[left]
         old = side.reader.bias
-        side.reader.bias = nn.Parameter(added if old is None else old.detach() + added, side.reader.weight.requires_grad)
+        side.reader.bias = nn.Parameter(added if old is None else old.detach() + added,
+                                        side.reader.weight.requires_grad)
     if gone.any(): _cut(side, ~gone)
 
 def slim_model(
     model:nn.Module, # In eval mode, with zeros in its weights; it is not changed
 )->nn.Module: # A smaller copy with the same outputs
-    "Cut inner channels and hidden units that change nothing. Raises `OpenTransError` in training mode, and where the model has no such sides."
+    """Cut inner channels and hidden units that change nothing. Raises `OpenTransError` in training mode, and where
+    the model has no such sides."""
     sides = _inner_sides(model)
-    if not sides: raise OpenTransError(f"{type(model).__name__} has no bottlenecks or MLPs that are known here, so nothing can be cut.")
+    if not sides:
+        raise OpenTransError(
+            f"{type(model).__name__} has no bottlenecks or MLPs that are known here, so nothing can be cut.")
     if any(side.norm is not None and side.norm.training for side in sides):
         raise OpenTransError("Channels are cut by what a batch norm has learned: call model.eval() first.")
     small = copy.deepcopy(model)
@@ -110,7 +124,8 @@ def slim_model(
 def slim(self:SparseMask,
     model:nn.Module, # A model that holds the masked layers, in eval mode; it is not changed
 )->nn.Module: # A smaller copy with the outputs of the masked model
-    "The masked model without the inner channels and hidden units that the mask has removed whole. Raises `OpenTransError` where nothing can be cut."
+    """The masked model without the inner channels and hidden units that the mask has removed whole. Raises
+    `OpenTransError` where nothing can be cut."""
     masked = copy.deepcopy(model)
     self.apply(masked).remove()
     return slim_model(masked)
@@ -127,11 +142,14 @@ def inner(cls:SparseMask,
     model:nn.Module, # Any model with bottlenecks or MLPs
     share:float, # Share of the inner channels and hidden units that stay, in (0, 1]
 )->SparseMask:
-    "Keep whole inner channels, the best of all sides by magnitude in proportion to their side's mean. Raises `OpenTransError` for a share outside (0, 1], or a model without such sides."
+    """Keep whole inner channels, the best of all sides by magnitude in proportion to their side's mean. Raises
+    `OpenTransError` for a share outside (0, 1], or a model without such sides."""
     check_number('share', share, 0, 1, above=True)
     tower, mask = find_tower(model), cls.ones(model)
     sides = [side for side in _inner_sides(tower) if all(f'{name}.weight' in mask for name in side.names)]
-    if not sides: raise OpenTransError(f"{type(model).__name__} has no bottlenecks or MLPs that are known here. Use SparseMask.magnitude.")
+    if not sides:
+        raise OpenTransError(
+            f"{type(model).__name__} has no bottlenecks or MLPs that are known here. Use SparseMask.magnitude.")
     scores = [_side_scores(side) for side in sides]
     together = torch.cat(scores)
     least = together.sort(descending=True).values[max(1, round(share*len(together))) - 1]

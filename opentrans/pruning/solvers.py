@@ -80,7 +80,8 @@ class Budget:
         "The best weights of the budget."
         groups,outputs,inputs = scores.shape
         if self.scope == 'layer': return keep_largest(scores, self.count(scores.numel()))
-        if self.scope == 'output': return keep_largest_in_rows(scores, spread(self.count(scores.numel()), groups*outputs))
+        if self.scope == 'output':
+            return keep_largest_in_rows(scores, spread(self.count(scores.numel()), groups*outputs))
         if self.scope == 'channel':
             rows = keep_largest(scores.float().sum(-1, keepdim=True), self.count(groups*outputs))
             return rows.expand(scores.shape).contiguous()
@@ -143,9 +144,11 @@ class Inputs:
 
     def aimed(self,
         weights:torch.Tensor, # (groups, outputs, D)
-        cross:torch.Tensor, # (groups, D, D) products of what the layer sees in another network with what it sees in this one
+        # (groups, D, D) products of what the layer sees in another network with what it sees in this one
+        cross:torch.Tensor,
     )->torch.Tensor: # (groups, outputs, D)
-        "The dense weights whose outputs here are nearest to those of `weights` there: to prune these is to prune for those outputs."
+        """The dense weights whose outputs here are nearest to those of `weights` there: to prune these is to prune
+        for those outputs."""
         gram = self.damped
         added = gram.diagonal(dim1=1, dim2=2)-self.squares.to(gram)
         wanted = weights.to(gram) @ cross.to(gram) + weights.to(gram)*added[:, None]
@@ -213,7 +216,8 @@ def _obs_saliency(weights, factor):
     return (weights/factor.diagonal(dim1=1, dim2=2)[:, None]).square()
 
 def _block_keep(budget, saliency, before, inputs):
-    "What stays of a block of columns, after what was kept of those to its left (groups, outputs, columns) of all `inputs`."
+    """What stays of a block of columns, after what was kept of those to its left (groups, outputs, columns) of all
+    `inputs`."""
     end,kept = before.shape[-1]+saliency.shape[-1],before.sum(-1).flatten()
     rows = len(kept)
     if budget.scope == 'layer':
@@ -224,7 +228,8 @@ def _block_keep(budget, saliency, before, inputs):
     return keep_largest_in_rows(saliency, counts.clamp(0, saliency.shape[-1]))
 
 def _columns_leave(block, factor, kept, choose=None, every=0):
-    "Drop the columns of a block one by one: new weights, and the errors that the columns to the right shall take over."
+    """Drop the columns of a block one by one: new weights, and the errors that the columns to the right shall take
+    over."""
     new,errors = torch.zeros_like(block),torch.zeros_like(block)
     for i in range(block.shape[-1]):
         if every and i % every == 0:
@@ -265,7 +270,8 @@ def sparsegpt(
     return work.to(weights.dtype),kept
 
 def whole_outputs(weights, inputs, budget):
-    "The outputs of largest energy, whole. What other outputs see does not help them, so their weights stay as they are."
+    """The outputs of largest energy, whole. What other outputs see does not help them, so their weights stay as
+    they are."""
     weights = weights.to(inputs.gram)
     energy = ((weights @ inputs.gram)*weights).sum(-1, keepdim=True)
     rows = keep_largest(energy, budget.count(energy.numel()))
@@ -320,7 +326,8 @@ def refit(
 
 # %% ../../nbs/01i_solvers.ipynb #52e2c0e8
 def _penalty(rho, change, kept, grown):
-    "The next penalty and whether it has begun to grow; None for a support that has settled (Meng et al. 2024, Sec. 3.2)."
+    """The next penalty and whether it has begun to grow; None for a support that has settled (Meng et al. 2024,
+    Sec. 3.2)."""
     if change/kept > .1: return 1.3*rho,True
     if change/kept > .005: return 1.2*rho,True
     if change > .5: return (1.1*rho if grown else rho/5),grown
@@ -350,7 +357,11 @@ def alps(
     total = budget.count(dense.numel())
     support = sparse(dense)
     first = dense*support
-    free,held,dual,before,grown = dense,first,torch.zeros_like(dense),support,False
+    free = dense
+    held = first
+    dual = torch.zeros_like(dense)
+    before = support
+    grown = False
     for i in range(iterations):
         turned = vectors.mT @ (right-dual+rho*held)
         free = vectors @ (turned/(values[:, :, None]+rho))
@@ -363,7 +374,9 @@ def alps(
         next_rho,grown_now = _penalty(rho, change, total, grown)
         if next_rho is None: break
         if change > .5 and next_rho < rho: free,held,dual = dense,first,torch.zeros_like(dense)
-        rho,grown,before = min(next_rho, 1e6),grown_now,support
+        rho = min(next_rho, 1e6)
+        grown = grown_now
+        before = support
         if i >= least and change/total < .0003: break
     support = sparse(free)
     new = refit(weights, inputs, support.mT, 10, (free*support/scale).mT)

@@ -44,22 +44,31 @@ def batch_indices(
 class _Views(torch.utils.data.Dataset):
     "Samples of a data set as an iteration wants them: item `(index, iteration, slot)`."
     def __init__(self, data, recipe, regions=True, packed=False):
-        self.data,self.recipe,self.regions,self.packed = data,recipe,regions,packed
+        self.data = data
+        self.recipe = recipe
+        self.regions = regions
+        self.packed = packed
 
     def __getitem__(self, at):
         sample = self._sample(*at)
-        if self.packed and 'segments' in sample: sample['segments'] = torch.from_numpy(sample['segments']) # tensors go by shared memory
+        # tensors go by shared memory
+        if self.packed and 'segments' in sample: sample['segments'] = torch.from_numpy(sample['segments'])
         return sample
 
     def _sample(self, index, iteration, slot):
         r,still = self.recipe,self.recipe.scale == (1., 1.)
         if not r.crop and not r.flip and still: return self.data[index]
-        return read_augmented(self.data, index, r.crop or None, [r.seed, iteration, slot], None if still else r.scale, r.flip, self.regions, self.packed)
+        return read_augmented(self.data, index, r.crop or None, [r.seed, iteration, slot],
+                              None if still else r.scale, r.flip, self.regions, self.packed)
 
 class _Order:
     "Batches of indices, made when they are asked for."
     drop_last = True # there is no smaller one at the end
-    def __init__(self, at, start, stop, batch_size): self.at,self.start,self.stop,self.batch_size = at,start,stop,batch_size
+    def __init__(self, at, start, stop, batch_size):
+        self.at = at
+        self.start = start
+        self.stop = stop
+        self.batch_size = batch_size
     def __iter__(self): return (self.at(i) for i in range(self.start, self.stop))
     def __len__(self): return self.stop-self.start
 
@@ -73,10 +82,13 @@ def batches(
 ): # Iterator over the batches of `start`, `start+1`, ... , the last
     "The batches of a run, in this process or from `recipe.workers` others: the same either way."
     views = _Views(data, recipe, regions, packed=recipe.workers > 0)
-    order = _Order(lambda i: [(k, i, j) for j,k in enumerate(batch_indices(len(data), recipe.batch_size, i, recipe.seed))], start, recipe.iterations, recipe.batch_size)
+    order = _Order(lambda i: [(k, i, j)
+                              for j,k in enumerate(batch_indices(len(data), recipe.batch_size, i, recipe.seed))],
+                   start, recipe.iterations, recipe.batch_size)
     if processes is not None: order = processes.shard(order)
     if not recipe.workers: return (collate([views[a] for a in at]) for at in order)
-    loader = torch.utils.data.DataLoader(views, batch_sampler=order, num_workers=recipe.workers, collate_fn=list, generator=torch.Generator())
+    loader = torch.utils.data.DataLoader(views, batch_sampler=order, num_workers=recipe.workers, collate_fn=list,
+                                         generator=torch.Generator())
     return _unpacked(iter(loader), regions, device)
 
 def _unpacked(loaded, regions, device):
@@ -89,15 +101,21 @@ def _layer_values(per_layer):
     values = [] if per_layer is None else [per_layer] if hasattr(per_layer, 'factors') else list(per_layer)
     kinds = [getattr(v, 'what', type(v).__name__) for v in values]
     if set(kinds) <= {'lr', 'weight_decay'} and len(set(kinds)) == len(kinds): return values
-    raise OpenTransError(f"per_layer holds {', '.join(map(str, kinds))}: give what lr_groups and decay_groups of a LayerTable made, one of each at most.")
+    raise OpenTransError(
+        f"per_layer holds {', '.join(map(str, kinds))}: give what lr_groups and decay_groups of a LayerTable made, "
+        f"one of each at most.")
 
 def param_groups(
     framework, # A `Framework` in which all freezing has been done
     recipe:Recipe, # Rates
-    per_layer=(), # `LayerValues` of learning rates and of weight decay, which say how much more or less of the recipe's some layers get
+    # `LayerValues` of learning rates and of weight decay, which say how much more or less of the recipe's some
+    # layers get
+    per_layer=(),
 )->list: # Groups for an optimizer: 'backbone' and 'head', each with and without weight decay
     "The parameters that learn, each once, with their learning rate and weight decay."
-    inside,plain,groups = {id(p) for p in framework.backbone.parameters()},set() if recipe.decay_norms else undecayed_params(framework),{}
+    inside = {id(p) for p in framework.backbone.parameters()}
+    plain = set() if recipe.decay_norms else undecayed_params(framework)
+    groups = {}
     more = {values.what: values.factors(framework) for values in _layer_values(per_layer)}
     faster,decaying = more.get('lr', {}),more.get('weight_decay', {})
     for n,p in framework.named_parameters():
@@ -105,8 +123,12 @@ def param_groups(
         part,decay = 'backbone' if id(p) in inside else 'head',0. if id(p) in plain else recipe.weight_decay
         base = recipe.lr*(recipe.backbone_lr if part == 'backbone' else 1.)*faster.get(id(p), 1.)
         decay *= decaying.get(id(p), 1.)
-        groups.setdefault((part, decay, base), dict(params=[], name=part, lr=base, base=base, weight_decay=decay))['params'].append(p)
-    if not groups: raise OpenTransError("Nothing learns: every parameter is frozen. Check the layer selection, backbone_lr and norm of the recipe.")
+        groups.setdefault((part, decay, base),
+                          dict(params=[], name=part, lr=base, base=base, weight_decay=decay))['params'].append(p)
+    if not groups:
+        raise OpenTransError(
+            "Nothing learns: every parameter is frozen. Check the layer selection, backbone_lr and norm of the "
+            "recipe.")
     return list(groups.values())
 
 def build_optimizer(
@@ -117,7 +139,8 @@ def build_optimizer(
     "SGD or AdamW over `param_groups`."
     fused = device_of(framework).type in ('cpu', 'cuda')
     groups = param_groups(framework, recipe, per_layer)
-    if recipe.optimizer == 'sgd': return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=fused)
+    if recipe.optimizer == 'sgd':
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=fused)
     return torch.optim.AdamW(groups, lr=recipe.lr, fused=fused)
 
 # %% ../../nbs/training/41_finetune.ipynb #bdcd9dae
@@ -151,12 +174,18 @@ def run_settings(
 )->dict: # What must be the same for a run to be resumed
     "The settings of a run, as plain values."
     names = list(getattr(data.vocabulary, 'names', data.vocabulary))
-    r = {f'recipe.{k}': list(v) if isinstance(v, tuple) else v for k,v in recipe.to_dict().items() if k != 'workers'}
-    zeros = sum(int(l.weight.numel() - l.weight.count_nonzero()) for l in layers(framework.tower))
-    return dict(r, framework=type(framework).__name__, parameters=_digest([(n, list(p.shape)) for n,p in framework.named_parameters()]),
-                data=f"{getattr(data, 'name', type(data).__name__)}, {len(data)} samples, {len(names)} classes {_digest(names)}",
-                selection='' if selection is None else f"{selection.rule}: {len(selection.freeze)} frozen {_digest([sorted(selection.train), sorted(selection.freeze)])}",
-                weights_at_zero=zeros, **{f'{v.what}_of_layers': f"{v.rule} {_digest([sorted(v.items()), v.base])}" for v in _layer_values(per_layer)})
+    r = {f'recipe.{k}': list(v) if isinstance(v, tuple) else v
+         for k,v in recipe.to_dict().items() if k != 'workers'}
+    zeros = sum(int(layer.weight.numel() - layer.weight.count_nonzero()) for layer in layers(framework.tower))
+    return dict(r, framework=type(framework).__name__,
+                parameters=_digest([(n, list(p.shape)) for n,p in framework.named_parameters()]),
+                data=f"{getattr(data, 'name', type(data).__name__)}, {len(data)} samples, {len(names)} classes "
+                f"{_digest(names)}",
+                selection='' if selection is None
+                else f"{selection.rule}: {len(selection.freeze)} frozen "
+                f"{_digest([sorted(selection.train), sorted(selection.freeze)])}", weights_at_zero=zeros,
+                **{f'{v.what}_of_layers': f"{v.rule} {_digest([sorted(v.items()), v.base])}"
+                   for v in _layer_values(per_layer)})
 
 # %% ../../nbs/training/41_finetune.ipynb #2253b243
 CHECKPOINT_FILE = FileKind('opentrans-finetune', 'checkpoint of a fine-tuning run', 'finetune', oldest=2)
@@ -173,7 +202,8 @@ def _table(rows, columns):
     return torch.tensor(values, dtype=torch.float64).reshape(len(rows), len(columns)).view(torch.int64)
 
 class Checkpoint:
-    "The file `last.safetensors` of a run: write it, read it, refuse it. Nothing is applied before all of it has been checked."
+    """The file `last.safetensors` of a run: write it, read it, refuse it. Nothing is applied before all of it has
+    been checked."""
     def __init__(self,
         folder, # Folder of the run
         settings:dict, # As `run_settings` gives them
@@ -186,12 +216,15 @@ class Checkpoint:
         "Write weights, optimizer state and history. Raises `OpenTransError` if they are not finite."
         names = {param: name for name,param in framework.named_parameters()}
         model = {f'model.{name}': tensor for name,tensor in framework.state_dict().items()}
-        tensors = {**model, **optimizer_tensors(opt, names, state=unmasked_states()), 'history': _table(rows, columns)}
+        tensors = {**model, **optimizer_tensors(opt, names, state=unmasked_states()),
+                   'history': _table(rows, columns)}
         learned = sorted(names[param] for param,state in opt.state.items() if state)
-        self.file.save(tensors, iteration=iteration, columns=columns, optimizer=learned, scaler=scaler.state_dict() if scaler else {})
+        self.file.save(tensors, iteration=iteration, columns=columns, optimizer=learned,
+                       scaler=scaler.state_dict() if scaler else {})
 
     def load(self, framework, opt, scaler=None): # (iteration, history rows), or (0, []) if there is none
-        "Read the run's state into framework and optimizer. Raises `OpenTransError`, with nothing changed, for a run of other settings and for a file that is damaged."
+        """Read the run's state into framework and optimizer. Raises `OpenTransError`, with nothing changed, for a
+        run of other settings and for a file that is damaged."""
         found = self._read()
         if found is None: return 0,[]
         tensors, meta = found
@@ -217,8 +250,9 @@ def _read(self:Checkpoint):
     if not self.file.exists(): return None
     meta = load_metadata(self.path)
     if 'format' not in meta and 'columns' in meta:
-        raise FormatError(f"'{self.path}' was written by opentrans 0.1, which left no checksum in it, and cannot be resumed. Choose another checkpoint_dir; "
-                          "load_framework reads its weights.")
+        raise FormatError(
+            f"'{self.path}' was written by opentrans 0.1, which left no checksum in it, and cannot be resumed. "
+            f"Choose another checkpoint_dir; " "load_framework reads its weights.")
     return self.file.load()
 
 @patch
@@ -227,7 +261,8 @@ def _rows(self:Checkpoint, tensors, meta, iteration):
     most = self.file.settings.get('recipe.iterations', _MOST)
     if not 0 <= iteration <= most: raise self._damaged(f'it is at iteration {iteration:,} of {most:,}')
     columns, table = metadata_value(meta, 'columns', list[str], self.path), tensors.get('history')
-    if table is None or table.dtype != torch.int64 or table.shape != (iteration, len(columns)) or len({*columns}) < len(columns):
+    if (table is None or table.dtype != torch.int64 or table.shape != (iteration, len(columns))
+        or len({*columns}) < len(columns)):
         raise self._damaged('its history has another shape than its iterations')
     rows = [{c: v for c,v in zip(columns, row) if v == v} for row in table.view(torch.float64).tolist()]
     if any(row.get('iteration') != i or not math.isfinite(row.get('loss', math.nan)) for i,row in enumerate(rows)):
@@ -239,24 +274,29 @@ def _check_state(self:Checkpoint, state, meta, opt, names, iteration):
     "The optimizer's state: everything that it keeps, for weights that learn, finite and of their shape."
     learned, keys = metadata_value(meta, 'optimizer', list[str], self.path), _state_keys(opt)
     params = {names[param]: param for group in opt.param_groups for param in group['params']}
-    if not {*learned} <= {*params} or (iteration and keys and not learned): raise self._damaged("its optimizer's state is not of the weights that learn")
+    if not {*learned} <= {*params} or (iteration and keys and not learned):
+        raise self._damaged("its optimizer's state is not of the weights that learn")
     like = {f'{name}.{key}': torch.zeros(()) if key == 'step' else params[name] for name in learned for key in keys}
     check_like(state, like, self.path, "optimizer's state")
-    low = {name: float(tensor.min()) for name,tensor in state.items() if name.endswith(('.step', '.exp_avg_sq')) and tensor.numel()}
+    low = {name: float(tensor.min())
+           for name,tensor in state.items() if name.endswith(('.step', '.exp_avg_sq')) and tensor.numel()}
     high = max((float(tensor) for name,tensor in state.items() if name.endswith('.step')), default=0)
-    if min(low.values(), default=0) < 0 or high > iteration: raise self._damaged("its optimizer's state cannot be of so many steps")
+    if min(low.values(), default=0) < 0 or high > iteration:
+        raise self._damaged("its optimizer's state cannot be of so many steps")
 
 @patch
 def _scale(self:Checkpoint, meta, scaler):
     "The state of the gradient scaler: as many positive numbers as this one has."
     told, own = metadata_value(meta, 'scaler', dict[str, _Finite], self.path), scaler.state_dict() if scaler else {}
     if {*told} != {*own} or not all(_could_be(told[name], own[name]) for name in own):
-        raise self._damaged(f"its gradient scaler has {shorten(told, 80) or 'nothing'} in place of {', '.join(own) or 'nothing'}")
+        raise self._damaged(
+            f"its gradient scaler has {shorten(told, 80) or 'nothing'} in place of {', '.join(own) or 'nothing'}")
     return told
 
 def _could_be(told, own):
     "Could a gradient scaler have this number in place of its own?"
-    return type(told) is type(own) and 0 <= told < (2**31 if isinstance(told, int) else 1e38) and bool(told or not own)
+    return (type(told) is type(own) and 0 <= told < (2**31 if isinstance(told, int) else 1e38)
+            and bool(told or not own))
 
 # %% ../../nbs/training/41_finetune.ipynb #b910593f
 @torch.no_grad()
@@ -276,10 +316,13 @@ def load_framework(
     framework, # A `Framework` of the same shape
     source, # A checkpoint file of `finetune`, a file with a state dict, or a dict of tensors
 ): # The framework
-    "Read the weights of a framework from a checkpoint. Raises `OpenTransError`, with nothing changed, if they do not fit or are not finite."
+    """Read the weights of a framework from a checkpoint. Raises `OpenTransError`, with nothing changed, if they do
+    not fit or are not finite."""
     tensors, path = _read_weights(source), 'a dictionary' if isinstance(source, dict) else source
-    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()): raise OpenTransError(f"The weights in '{path}' are not all tensors.")
-    check_like(under('model.', tensors) or tensors, framework.state_dict(), path, f'weights of a {type(framework).__name__}')
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise OpenTransError(f"The weights in '{path}' are not all tensors.")
+    check_like(under('model.', tensors) or tensors, framework.state_dict(), path,
+               f'weights of a {type(framework).__name__}')
     _put(framework, under('model.', tensors) or tensors)
     return framework
 
@@ -288,22 +331,29 @@ _LOST = re.compile('gloo|nccl|connection|peer|process group', re.I) # what colle
 
 # %% ../../nbs/training/41_finetune.ipynb #2cd0d83d
 def _check_data(framework, data, recipe):
-    if not len(data): raise OpenTransError(f"The data set {getattr(data, 'name', '')!r} is empty. Check its root and split.")
+    if not len(data):
+        raise OpenTransError(f"The data set {getattr(data, 'name', '')!r} is empty. Check its root and split.")
     a,b = (list(getattr(v, 'names', v) or []) for v in (framework.vocabulary or [], data.vocabulary))
     if a != b:
         diff = [n for n in b if n not in a][:3] or b[:3]
-        raise OpenTransError(f"The framework was built for {len(a)} classes and the data has {len(b)} (e.g. {', '.join(diff)}), or in another order. "
-                             "Build it with vocabulary=data.vocabulary; other names are for evaluate and predict.")
+        raise OpenTransError(
+            f"The framework was built for {len(a)} classes and the data has {len(b)} (e.g. {', '.join(diff)}), or "
+            f"in another order. " "Build it with vocabulary=data.vocabulary; other names are for evaluate and "
+                                  "predict.")
 
 class _History:
     "Rows of numbers, one an iteration, and the same as `history.csv`."
     def __init__(self, rows, folder=None):
-        self.rows,self.written,self.path = rows,0,Path(folder)/'history.csv' if folder else None
+        self.rows = rows
+        self.written = 0
+        self.path = Path(folder)/'history.csv' if folder else None
     @property
     def columns(self): return list(dict.fromkeys(k for r in self.rows for k in r))
-    def frame(self): return pd.DataFrame(self.rows, columns=self.columns).astype({c: int for c in ('iteration',) if self.rows})
+    def frame(self):
+        return pd.DataFrame(self.rows, columns=self.columns).astype({c: int for c in ('iteration',) if self.rows})
     def write(self):
-        "Bring the file up to date: new rows are added, and after a resume, or with a new column, it is written anew. Raises `WriteError`."
+        """Bring the file up to date: new rows are added, and after a resume, or with a new column, it is written
+        anew. Raises `WriteError`."""
         if self.path is None or self.written == len(self.rows): return
         frame,columns = self.frame(),self.columns
         if columns != getattr(self, '_columns', None): self.written,self._columns = 0,columns
@@ -316,7 +366,9 @@ class _History:
         try:
             with open(self.path, 'a', encoding='utf-8') as file: file.write(text)
         except OSError as error:
-            raise WriteError(f"Cannot write '{self.path}': {error.strerror or error}. The checkpoint beside it is whole; make room and start again.") from error
+            raise WriteError(
+                f"Cannot write '{self.path}': {error.strerror or error}. The checkpoint beside it is whole; make "
+                f"room and start again.") from error
 
 # %% ../../nbs/training/41_finetune.ipynb #e7821d3e
 def _span(seconds):
@@ -333,19 +385,28 @@ class Teller:
         board=None, # Folder for TensorBoard's events; None writes none
         to=None, # Where lines go; None is the standard error
     ):
-        self.iterations,self.start,self.every,self.to,self.began = iterations,start,every,to,time.monotonic()
-        self.board = optional('torch.utils.tensorboard', 'tensorboard', 'Writing TensorBoard events').SummaryWriter(str(board), purge_step=start) if board else None
+        self.iterations = iterations
+        self.start = start
+        self.every = every
+        self.to = to
+        self.began = time.monotonic()
+        self.board = (optional('torch.utils.tensorboard', 'tensorboard',
+                               'Writing TensorBoard events').SummaryWriter(str(board), purge_step=start) if board
+                      else None)
 
     def line(self, row)->str:
         "Iteration, loss, rate, speed, and the time that remains."
         done = row['iteration']+1-self.start
         pace = (time.monotonic()-self.began)/max(done, 1)
         miou = f"  miou {row['miou']:.4f}" if 'miou' in row else ''
-        return f"iteration {row['iteration']+1}/{self.iterations}  loss {row['loss']:.4f}  lr {row['lr']:.3g}{miou}  {pace:.3f} s each, {_span(pace*(self.iterations-row['iteration']-1))} left"
+        return (
+            f"iteration {row['iteration']+1}/{self.iterations}  loss {row['loss']:.4f}  lr {row['lr']:.3g}{miou}  "
+            f"{pace:.3f} s each, {_span(pace*(self.iterations-row['iteration']-1))} left")
 
     def __call__(self, row):
         if self.board: [self.board.add_scalar(k, v, row['iteration']) for k,v in row.items() if k != 'iteration']
-        if self.every and ((row['iteration']+1) % self.every == 0 or row['iteration']+1 == self.iterations): print(self.line(row), file=self.to or sys.stderr, flush=True)
+        if self.every and ((row['iteration']+1) % self.every == 0 or row['iteration']+1 == self.iterations):
+            print(self.line(row), file=self.to or sys.stderr, flush=True)
 
     def close(self):
         if self.board: self.board.close()
@@ -353,13 +414,17 @@ class Teller:
 # %% ../../nbs/training/41_finetune.ipynb #4325117b
 @contextlib.contextmanager
 def _notice(keep):
-    "Yields a list that is no longer empty once this process has been asked to end. Without something to keep Ctrl-C ends it at once; with it, the second does."
+    """Yields a list that is no longer empty once this process has been asked to end. Without something to keep
+    Ctrl-C ends it at once; with it, the second does."""
     asked = []
     def note(number, frame):
         if number == signal.SIGINT and asked: raise KeyboardInterrupt
-        if number == signal.SIGINT: os.write(2, b'finishing this iteration, for its checkpoint; once more ends at once\n') # print may be in the midst of a line
+        if number == signal.SIGINT:
+            # print may be in the midst of a line
+            os.write(2, b'finishing this iteration, for its checkpoint; once more ends at once\n')
         asked.append(signal.Signals(number))
-    with handling(note, signal.SIGTERM, *([signal.SIGINT] if keep else [])): yield asked # a worker of a study ignores Ctrl-C, and goes on so
+    # a worker of a study ignores Ctrl-C, and goes on so
+    with handling(note, signal.SIGTERM, *([signal.SIGINT] if keep else [])): yield asked
 
 def finetune(
     framework, # A `Framework`, trained in place
@@ -367,34 +432,48 @@ def finetune(
     recipe:Recipe=None, # How; None takes `Recipe.tiny()`
     selection=None, # `LayerSelection`: which layers learn (Sec. 3.3); None leaves `requires_grad` as it is
     mask=None, # `SparseMask` to keep in force; not needed inside `with mask.apply(...)`
-    per_layer=None, # What `LayerTable.lr_groups(1.)` or `decay_groups(1.)` gave, or a list of both: shares of the recipe's rates for layers
+    # What `LayerTable.lr_groups(1.)` or `decay_groups(1.)` gave, or a list of both: shares of the recipe's rates
+    # for layers
+    per_layer=None,
     checkpoint_dir=None, # Folder of the run: resumed from there if it was begun before
     checkpoint_every:int=500, # Iterations between checkpoints; there is always one at the end
-    device=None, # Where to train; None is where the framework is, or under `accelerate launch` the device of this process
+    # Where to train; None is where the framework is, or under `accelerate launch` the device of this process
+    device=None,
     val=None, # Data set to evaluate on every `eval_every` iterations; the best weights go to `best.safetensors`
     eval_every:int=0, # 0 does not evaluate
     callback=None, # Called as `callback(framework, row)` after each iteration, in each process
     print_every:int=0, # Print a line on the standard error every so many iterations, for logs; 0 prints none
     tensorboard:bool=False, # Write TensorBoard's events to `checkpoint_dir`/tensorboard, too?
 )->pd.DataFrame: # One row an iteration: iteration, loss, its terms, lr, grad_norm if clipped, miou where evaluated
-    "Fine-tune all layers, or those of `selection` (Sec. 3.3.1). Raises `OpenTransError` for bad settings and for a loss that is not finite; `OtherRun` if the folder is another's; `Interrupted` if it is asked to end, or another process is gone; `KeyboardInterrupt` on Ctrl-C, after a checkpoint."
-    if not isinstance(recipe, (Recipe, type(None))): raise OpenTransError(f"The recipe is a {type(recipe).__name__}. Make one, e.g. Recipe.tiny() or Recipe.of({{'lr': 0.001}}).")
-    for name,number,least in (('checkpoint_every', checkpoint_every, 1), ('eval_every', eval_every, 0), ('print_every', print_every, 0)):
+    """Fine-tune all layers, or those of `selection` (Sec. 3.3.1). Raises `OpenTransError` for bad settings and for
+    a loss that is not finite; `OtherRun` if the folder is another's; `Interrupted` if it is asked to end, or
+    another process is gone; `KeyboardInterrupt` on Ctrl-C, after a checkpoint."""
+    if not isinstance(recipe, (Recipe, type(None))):
+        raise OpenTransError(
+            f"The recipe is a {type(recipe).__name__}. Make one, e.g. Recipe.tiny() or Recipe.of({{'lr': 0.001}}).")
+    for name,number,least in (('checkpoint_every', checkpoint_every, 1), ('eval_every', eval_every, 0),
+                              ('print_every', print_every, 0)):
         check_number(name, number, least, _MOST, whole=True)
     recipe,team = recipe or Recipe.tiny(),Processes(device)
     _check_data(framework, data, recipe)
-    if tensorboard and not checkpoint_dir: raise OpenTransError("tensorboard=True writes into the folder of the run: give checkpoint_dir, too.")
+    if tensorboard and not checkpoint_dir:
+        raise OpenTransError("tensorboard=True writes into the folder of the run: give checkpoint_dir, too.")
     framework.to(team.device or (pick_device(str(device)) if device is not None else device_of(framework)))
     with contextlib.ExitStack() as stack:
         if checkpoint_dir: stack.enter_context(team.lock(checkpoint_dir))
-        stack.enter_context(seeded(recipe.seed)); asked = stack.enter_context(_notice(checkpoint_dir))
+        stack.enter_context(seeded(recipe.seed))
+        asked = stack.enter_context(_notice(checkpoint_dir))
         if mask is not None: stack.enter_context(mask.apply(framework))
         if selection is not None: stack.enter_context(selection.apply(framework))
         stack.enter_context(rest(framework, recipe))
         run = stack.enter_context(_Run(framework, data, recipe, selection, checkpoint_dir, team, per_layer))
-        run.tell = Teller(recipe.iterations, run.iteration, print_every, Path(checkpoint_dir)/'tensorboard' if tensorboard and team.main else None) if team.main else None
-        bar = batches(data, recipe, run.iteration, team, getattr(framework, 'uses_regions', True), run.device) # a framework whose loss reads labels alone may say so
-        for batch in progress(bar, 'fine-tuning', recipe.iterations-run.iteration, not print_every) if team.main else bar:
+        run.tell = (Teller(recipe.iterations, run.iteration, print_every,
+                           Path(checkpoint_dir)/'tensorboard' if tensorboard and team.main else None) if team.main
+                    else None)
+        # a framework whose loss reads labels alone may say so
+        bar = batches(data, recipe, run.iteration, team, getattr(framework, 'uses_regions', True), run.device)
+        for batch in progress(bar, 'fine-tuning', recipe.iterations-run.iteration,
+                              not print_every) if team.main else bar:
             row = run.step(batch)
             done = run.iteration == recipe.iterations
             if val is not None and eval_every and (run.iteration % eval_every == 0 or done): run.evaluate(val)
@@ -403,9 +482,12 @@ def finetune(
             if done or end or run.iteration % checkpoint_every == 0: run.save()
             if callback is not None: callback(framework, row)
             if end: break
-        run.save(); framework.eval()
+        run.save()
+        framework.eval()
         if asked:
-            why = f"The run was asked to end ({asked[0].name}) and stopped after iteration {run.iteration-1}. {run.kept()}"
+            why = (
+                f"The run was asked to end ({asked[0].name}) and stopped after iteration {run.iteration-1}. "
+                f"{run.kept()}")
             raise KeyboardInterrupt(why) if asked[0] == signal.SIGINT else Interrupted(why, 128+asked[0])
     return run.history.frame()
 
@@ -413,22 +495,29 @@ def finetune(
 def _zeros(framework):
     "A digest of which weights are zero."
     h = hashlib.sha256()
-    for l in layers(framework.tower): h.update(np.packbits((l.weight.detach() == 0).cpu().numpy()))
+    for layer in layers(framework.tower): h.update(np.packbits((layer.weight.detach() == 0).cpu().numpy()))
     return h.hexdigest()[:12]
 
 class _Run:
     "The state of a fine-tuning run between two iterations."
     def __init__(self, framework, data, recipe, selection=None, folder=None, team=None, per_layer=None):
-        self.framework,self.recipe,self.folder,self.team,self.tell = framework,recipe,folder,team or Processes(),None
+        self.framework = framework
+        self.recipe = recipe
+        self.folder = folder
+        self.team = team or Processes()
+        self.tell = None
         if recipe.channels_last: framework.to(memory_format=torch.channels_last)
         self.opt = build_optimizer(framework, recipe, per_layer)
         self.device = device_of(framework)
         self.scaler = torch.amp.GradScaler(self.device.type) if recipe.precision == 'fp16' else None
         settings = run_settings(framework, data, recipe, selection, per_layer) if folder or self.team.n > 1 else {}
         self.checkpoint = Checkpoint(folder, settings) if folder else None
-        self.iteration,rows = self.team.together(lambda: self.checkpoint.load(framework, self.opt, self.scaler)) if folder else (0, [])
+        self.iteration,rows = (self.team.together(lambda: self.checkpoint.load(framework, self.opt, self.scaler))
+                               if folder else (0, []))
         if self.team.n > 1:
-            for what,value in (('settings', _digest(settings)), ('pruned weights', _zeros(framework)), ('checkpoints (iterations)', self.iteration)): self.team.same(value, what)
+            for what,value in (('settings', _digest(settings)), ('pruned weights', _zeros(framework)),
+                               ('checkpoints (iterations)', self.iteration)):
+                self.team.same(value, what)
         self.history,self.saved = _History(rows, folder if self.team.main else None),self.iteration
         self.best = max((r['miou'] for r in rows if 'miou' in r), default=-1.)
         train_mode(framework, recipe)
@@ -437,13 +526,18 @@ class _Run:
     def __enter__(self): return self
     def __exit__(self, kind, e, *_):
         if self.tell: self.tell.close()
-        self.losses = None; self.unwrap.remove()
+        self.losses = None
+        self.unwrap.remove()
         if self.team.n > 1 and isinstance(e, RuntimeError) and _LOST.search(str(e)):
-            raise Interrupted(f"{self.team} lost another one at iteration {self.iteration} ({str(e).splitlines()[0][:120]}). {self.kept()}") from e
+            raise Interrupted(
+                f"{self.team} lost another one at iteration {self.iteration} ({str(e).splitlines()[0][:120]}). "
+                f"{self.kept()}") from e
 
     def kept(self):
         "What is left to go on from."
-        return f"The last checkpoint, of iteration {self.saved}, in '{self.folder}' is whole: the same call goes on from there." if self.folder and self.saved else "There is no checkpoint."
+        return (
+            f"The last checkpoint, of iteration {self.saved}, in '{self.folder}' is whole: the same call goes on "
+            f"from there." if self.folder and self.saved else "There is no checkpoint.")
 
     def evaluate(self, val):
         "Evaluate; the best weights so far are kept apart."
@@ -455,7 +549,8 @@ class _Run:
     def _keep_best(self):
         if not self.team.main: return
         tensors = {f'model.{name}': tensor for name,tensor in self.framework.state_dict().items()}
-        save_tensors(tensors, Path(self.folder)/'best.safetensors', dict(iteration=self.iteration, miou=self.best), WEIGHTS_FILE)
+        save_tensors(tensors, Path(self.folder)/'best.safetensors', dict(iteration=self.iteration, miou=self.best),
+                     WEIGHTS_FILE)
 
 # %% ../../nbs/training/41_finetune.ipynb #a7c25ed8
 @patch
@@ -468,9 +563,12 @@ def step(self:_Run, batch):
     terms = train_step(self.losses, to_device(batch, self.device), self.opt, r, self.scaler, self.team.mean)
     loss = sum(v for k,v in terms.items() if k != 'grad_norm')
     if not math.isfinite(loss):
-        raise OpenTransError(f"The loss is not finite at iteration {i} ({', '.join(f'{k}={v:.4g}' for k,v in terms.items())}; images {batch.get('ids', [])[:4]}). {self.kept()} "
-                             "Lower lr, set clip_grad or lr_warmup, or look at these images.")
-    self.history.rows.append(dict(iteration=i, loss=loss, **terms, lr=r.lr*share)); self.iteration += 1
+        raise OpenTransError(
+            f"The loss is not finite at iteration {i} ({', '.join(f'{k}={v:.4g}' for k,v in terms.items())}; "
+            f"images {batch.get('ids', [])[:4]}). {self.kept()} " "Lower lr, set clip_grad or lr_warmup, or look "
+                                                                  "at these images.")
+    self.history.rows.append(dict(iteration=i, loss=loss, **terms, lr=r.lr*share))
+    self.iteration += 1
     return self.history.rows[-1]
 
 @patch
@@ -483,6 +581,7 @@ def save(self:_Run):
 @patch
 def _write(self:_Run):
     if not self.team.main: return
-    self.checkpoint.save(self.framework, self.opt, self.iteration, self.history.rows, self.history.columns, self.scaler)
+    self.checkpoint.save(self.framework, self.opt, self.iteration, self.history.rows, self.history.columns,
+                         self.scaler)
     self.saved = self.iteration # also if another process is lost before all know of it
     self.history.write()

@@ -161,7 +161,8 @@ class Recipe:
 
     @classmethod
     def of(cls,
-        # Some fields, as a dict or a text in JSON; 'preset' is the recipe that they change: 'tiny', 'warmup', 'paper'
+        # Some fields, as a dict or a text in JSON; 'preset' is the recipe that they change: 'tiny', 'warmup',
+        # 'paper'
         # or 'released'
         values:'dict[str, Any]|str',
         framework:str='deeplabv3', # Whose recipe 'paper' is; 'framework' among the values comes first
