@@ -1,6 +1,6 @@
 """SPT and stitching at real size, with random weights: what is counted, whether files and merges are exact, what it costs.
 
-    python benchmarks/spt_sizes.py [--out docs/results/spt-sizes.json]
+    python benchmarks/bench_spt_sizes.py [--out benchmarks/bench_spt_sizes.json]
 
 Each network runs in a process of its own, so that its peak of memory is its own. CPU seconds are those of the process."""
 import argparse, json, platform, resource, subprocess, sys, tempfile, time
@@ -76,7 +76,7 @@ def stitched(name, side=64): # the real networks; small pictures, so that every 
 
 if __name__ == '__main__':
     options = argparse.ArgumentParser()
-    options.add_argument('--out', default='docs/results/spt-sizes.json')
+    options.add_argument('--out', default='benchmarks/bench_spt_sizes.json')
     options.add_argument('--one')
     told = options.parse_args()
     if told.one:
@@ -93,6 +93,6 @@ if __name__ == '__main__':
         if out.returncode: sys.exit(out.stderr[-3000:])
         group.append(json.loads(out.stdout.splitlines()[-1]))
         import timm, torch
-        done['run'] = dict(command='python benchmarks/spt_sizes.py', torch=torch.__version__, timm=timm.__version__, python=platform.python_version(), threads=1)
+        done['run'] = dict(command='python benchmarks/bench_spt_sizes.py', torch=torch.__version__, timm=timm.__version__, python=platform.python_version(), threads=1)
         kept.write_text(json.dumps(done, indent=1))
         print(name, group[-1], flush=True)
