@@ -1,9 +1,14 @@
 """SED with and without category early rejection at 847 names: time, and how often the label stays, in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_rejection.py [--iterations 400] [--images 12] [--size 96] [--names 847] [--weights sed.safetensors] [--out bench_rejection.json]
+    OMP_NUM_THREADS=1 python benchmarks/bench_rejection.py [--iterations 400] [--images 12] [--size 96] [--names
+    847] [--weights sed.safetensors] [--out bench_rejection.json]
 
-A small SED learns the generated world (`ShapesWorld`) on the ConvNeXt that ships with the package. Then it is asked 847 names: those of the world, and others made of the words that its CLIP knows ("striped red blue star"), which no image shows.
-For each image the ways take turns: none rejected, and 1 to 128 classes kept by each cell. A ratio is the median of the ratios of each image; times are those of the processor, without the waiting. `tower` is the share of the time that no rejection can save.
+A small SED learns the generated world (`ShapesWorld`) on the ConvNeXt that ships with the package. Then it is
+asked 847 names: those of the world, and others made of the words that its CLIP knows ("striped red blue star"),
+which no image shows.
+For each image the ways take turns: none rejected, and 1 to 128 classes kept by each cell. A ratio is the median
+of the ratios of each image; times are those of the processor, without the waiting. `tower` is the share of the
+time that no rejection can save.
 """
 import argparse, itertools, os, time
 import numpy as np
@@ -16,8 +21,10 @@ from opentrans.frameworks import build
 from opentrans.runtime import seed_everything
 from opentrans.training import evaluate, finetune, Recipe
 
-WORDS = dict(pattern=('plain', 'striped', 'dotted'), first=('red', 'blue', 'green', 'yellow', 'purple'), second=('red', 'blue', 'green', 'yellow', 'purple'),
-             shape=('star', 'square', 'circle', 'triangle', 'box', 'disc', 'wedge', 'paper', 'brick', 'sand', 'water', 'grass'))
+WORDS = dict(pattern=('plain', 'striped', 'dotted'), first=('red', 'blue', 'green', 'yellow', 'purple'),
+             second=('red', 'blue', 'green', 'yellow', 'purple'),
+             shape=('star', 'square', 'circle', 'triangle', 'box', 'disc', 'wedge', 'paper', 'brick', 'sand',
+                    'water', 'grass'))
 
 def names_of(world, count):
     "The names of the world, and others of its words up to `count`."
@@ -28,7 +35,8 @@ def names_of(world, count):
 def trained(args):
     "A small SED that has learned the world."
     world = ShapesWorld('train', n=1024, size=64)
-    seg = build('sed', ClipBackbone.create('shapes-convnext', pretrained='shapes-convnext'), vocabulary=world.vocabulary, preset='small', seed=0)
+    seg = build('sed', ClipBackbone.create('shapes-convnext', pretrained='shapes-convnext'),
+                vocabulary=world.vocabulary, preset='small', seed=0)
     if args.weights and os.path.exists(args.weights): seg.load_state_dict(load_tensors(args.weights)[0])
     else:
         finetune(seg, world, Recipe.tiny().replace(iterations=args.iterations))
@@ -43,7 +51,10 @@ def seconds(step):
 @torch.no_grad()
 def measure(seg, world, text, ways, images):
     "Seconds and labels of each way, image by image, in turns."
-    times,labels,left,tower = {w: [] for w in ways},{w: [] for w in ways},{w: [] for w in ways},[]
+    times = {w: [] for w in ways}
+    labels = {w: [] for w in ways}
+    left = {w: [] for w in ways}
+    tower = []
     def look(best, x):
         seg.reject = best
         return seg.semantic(x, text)
@@ -60,7 +71,8 @@ def measure(seg, world, text, ways, images):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    for name,default in dict(iterations=400, images=12, size=96, names=847).items(): p.add_argument(f'--{name}', type=int, default=default)
+    for name,default in dict(iterations=400, images=12, size=96, names=847).items():
+        p.add_argument(f'--{name}', type=int, default=default)
     p.add_argument('--weights')
     p.add_argument('--out')
     args = p.parse_args()
@@ -76,11 +88,17 @@ def main():
     for best in ways:
         same = torch.stack([(a == b).float().mean() for a,b in zip(labels[best], labels[0])])
         counts = np.mean(left[best], 0).round(1).tolist() if best else [len(names)]*3
-        rows.append(dict(kept_by_each_cell=best or 'all', names_after_each_step=counts, seconds=float(np.median(times[best])), times_faster=float(np.median(times[0]/times[best])),
-                         same_label=float(same.mean()), worst_image=float(same.min())))
+        rows.append(dict(kept_by_each_cell=best or 'all', names_after_each_step=counts,
+                         seconds=float(np.median(times[best])),
+                         times_faster=float(np.median(times[0]/times[best])), same_label=float(same.mean()),
+                         worst_image=float(same.min())))
         print(rows[-1])
-    run = dict(hardware(), threads=torch.get_num_threads(), command=f"python benchmarks/bench_rejection.py --iterations {args.iterations} --images {args.images} --size {args.size} --names {args.names}")
-    result = dict(what='SED with and without category early rejection', run=run, names=len(names), images=args.images, size=args.size, miou_of_the_world=miou, share_of_the_tower=float(np.median(tower/times[0])), rows=rows)
+    run = dict(hardware(), threads=torch.get_num_threads(),
+               command=f"python benchmarks/bench_rejection.py --iterations {args.iterations} --images "
+                       f"{args.images} --size {args.size} --names {args.names}")
+    result = dict(what='SED with and without category early rejection', run=run, names=len(names),
+                  images=args.images, size=args.size, miou_of_the_world=miou,
+                  share_of_the_tower=float(np.median(tower/times[0])), rows=rows)
     if args.out: save_json(result, args.out)
 
 if __name__ == '__main__': main()

@@ -122,7 +122,8 @@ def _in_force(at, more, compiled=False):
     _check_zeros(mask, masked)
     held.remove()
     figures = dict(step_ms=one*1e3, without_mask_ms=other*1e3, overhead=one/other-1)
-    if at.cuda and not at.tiny: assert figures['overhead'] < MOST_OVERHEAD, f'a mask in force costs too much: {figures}'
+    if at.cuda and not at.tiny:
+        assert figures['overhead'] < MOST_OVERHEAD, f'a mask in force costs too much: {figures}'
     return figures
 
 @check(60)

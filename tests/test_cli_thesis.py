@@ -18,23 +18,31 @@ def pictures(tmp_path_factory):
     for shade in (40, 120, 200):
         for i in range(5):
             (folder/str(shade)).mkdir(exist_ok=True)
-            Image.fromarray((shade + rng.uniform(-40, 40, (24, 24, 3))).astype(np.uint8)).save(folder/str(shade)/f'{i}.png')
+            Image.fromarray((shade
+                             + rng.uniform(-40, 40, (24, 24, 3))).astype(np.uint8)).save(
+                folder/str(shade)/f'{i}.png')
     return folder
 
 def test_spt(pictures, tmp_path):
-    "Allocation and its table, the trained parts, merged weights, ONNX: the same outputs, and the budget within two per cent."
-    r = opentrans('spt', pictures, '--model', 'test_vit', *TINY, '--budget', 9000, '--rank', 2, '--epochs', 1, '--samples', 6, '--out', tmp_path, '--onnx', '--json')
+    """Allocation and its table, the trained parts, merged weights, ONNX: the same outputs, and the budget within
+    two per cent."""
+    r = opentrans('spt', pictures, '--model', 'test_vit', *TINY, '--budget', 9000, '--rank', 2, '--epochs', 1,
+                  '--samples', 6, '--out', tmp_path, '--onnx', '--json')
     assert r.returncode == 0, r.stderr
     told = json.loads(r.stdout)
-    assert 8820 <= told['spent'] <= 9000 and told['merged_difference'] < 1e-5 and told['onnx_difference'] < 1e-3 and told['samples'] == 6
-    assert {p.name for p in tmp_path.iterdir()} == {'allocation.json', 'table.csv', 'spt.safetensors', 'merged.safetensors', 'merged.onnx', 'report.json', 'settings.json'}
+    assert (8820 <= told['spent'] <= 9000 and told['merged_difference'] < 1e-5 and told['onnx_difference'] < 1e-3
+            and told['samples'] == 6)
+    assert {p.name for p in tmp_path.iterdir()} == {'allocation.json', 'table.csv', 'spt.safetensors',
+                                                    'merged.safetensors', 'merged.onnx', 'report.json',
+                                                    'settings.json'}
     assert json.loads((tmp_path/'report.json').read_text())['trained'] == told['spent'] + told['head']
     kept = json.loads((tmp_path/'settings.json').read_text())
     assert kept['command'] == 'spt' and kept['budget'] == 9000 and kept['model'] == 'test_vit'
 
 def test_stitch(pictures, tmp_path):
     "Every stitch is drawn; as many networks as there are points are written."
-    r = opentrans('stitch', pictures, '--models', 'test_vit,test_vit', *TINY, '--points', 2, '--epochs', 10, '--out', tmp_path)
+    r = opentrans('stitch', pictures, '--models', 'test_vit,test_vit', *TINY, '--points', 2, '--epochs', 10,
+                  '--out', tmp_path)
     assert r.returncode == 0, r.stderr
     lines = (tmp_path/'palette.csv').read_text().splitlines()
     assert len(lines) == 3 and 'flops' in lines[0] and 'trained parameters' in r.stdout
@@ -42,18 +50,24 @@ def test_stitch(pictures, tmp_path):
 
 def test_spvit(pictures, tmp_path):
     "Fewer FLOPs, and the architecture as a file."
-    r = opentrans('spvit', pictures, '--model', 'test_vit', *TINY, '--share', .6, '--search', 8, '--tune', 2, '--gate-lr', .3, '--out', tmp_path, '--json')
+    r = opentrans('spvit', pictures, '--model', 'test_vit', *TINY, '--share', .6, '--search', 8, '--tune', 2,
+                  '--gate-lr', .3, '--out', tmp_path, '--json')
     assert r.returncode == 0, r.stderr
     told = json.loads(r.stdout)
     assert told['gflops'] < told['gflops_before']
-    assert json.loads((tmp_path/'hybrid.json').read_text())['ops'] == told['operations'].split() and (tmp_path/'slim.safetensors').exists()
+    assert (json.loads((tmp_path/'hybrid.json').read_text())['ops'] == told['operations'].split()
+            and (tmp_path/'slim.safetensors').exists())
 
-@pytest.mark.parametrize('args, words', [
-    (('spt', 'nowhere'), 'There is no folder'), (('spt', '.', '--model', 'test_vi'), 'test_vit'), (('spt', '.', '--model', 'test_vit'), 'Say which weights'),
-    (('spt', '.', '--model', 'test_vit', '--pretrained', 'timm'), '--allow-hub'), (('spt', '.', '--model', 'test_vit', '--pretrained', 'none.pth'), 'No checkpoint'),
-    (('spt', '.', '--model', 'test_vit', *TINY, '--kind', 'prompt'), 'lora, adapter, none'), (('stitch', '.', '--models', 'test_vit'), 'at least two'),
-    (('stitch', '.', '--models', 'test_vit,test_vit', '--pretrained', 'a,b,c'), 'Give one for each'), (('spvit', '.', '--model', 'resnet18', *TINY), 'ResNet'),
-])
+@pytest.mark.parametrize('args, words',
+                         [(('spt', 'nowhere'), 'There is no folder'),
+                          (('spt', '.', '--model', 'test_vi'), 'test_vit'),
+                          (('spt', '.', '--model', 'test_vit'), 'Say which weights'),
+                          (('spt', '.', '--model', 'test_vit', '--pretrained', 'timm'), '--allow-hub'),
+                          (('spt', '.', '--model', 'test_vit', '--pretrained', 'none.pth'), 'No checkpoint'),
+                          (('spt', '.', '--model', 'test_vit', *TINY, '--kind', 'prompt'), 'lora, adapter, none'),
+                          (('stitch', '.', '--models', 'test_vit'), 'at least two'),
+                          (('stitch', '.', '--models', 'test_vit,test_vit', '--pretrained', 'a,b,c'),
+                           'Give one for each'), (('spvit', '.', '--model', 'resnet18', *TINY), 'ResNet'),])
 def test_what_cannot_be_is_one_sentence(args, words, pictures, tmp_path):
     args = [pictures if a == '.' else tmp_path/a if a == 'nowhere' else a for a in args]
     assert words in fails(*args)

@@ -5,14 +5,17 @@ import open_clip
 import pytest
 import torch
 from torch.nn import functional as F
-from opentrans.clip import ASSETS, ClipBackbone, compact_tokens, load_weights, open_model, save_weights, small_clip, small_clips
+from opentrans.clip import (ASSETS, ClipBackbone, compact_tokens, load_weights, open_model, save_weights,
+                            small_clip, small_clips)
 from opentrans.errors import OpenTransError
 from opentrans.core import layers
 from opentrans.files import load_metadata, save_tensors
-from opentrans.data import COLOURS, DOMAINS, SHAPES, TEXTURES, TRIPLES, ShapesWorld, Vocabulary, is_novel, object_image
+from opentrans.data import (COLOURS, DOMAINS, SHAPES, TEXTURES, TRIPLES, ShapesWorld, Vocabulary, is_novel,
+                            object_image)
 
 VISION = dict(layers=[1, 1, 1, 1], width=8, head_width=32, image_size=64)
-CONFIG = dict(embed_dim=32, vision_cfg=VISION, text_cfg=dict(context_length=12, width=32, heads=2, layers=1), tokens=compact_tokens(['a photo of a red star.', 'a ring']))
+CONFIG = dict(embed_dim=32, vision_cfg=VISION, text_cfg=dict(context_length=12, width=32, heads=2, layers=1),
+              tokens=compact_tokens(['a photo of a red star.', 'a ring']))
 
 @pytest.fixture(scope='module')
 def rn50():
@@ -26,15 +29,18 @@ def tiny():
 @torch.no_grad()
 def test_rn50_is_open_clips_at_native_size(rn50):
     x = torch.rand(1, 3, 224, 224)
-    assert torch.allclose(rn50.encode_image(x), F.normalize(rn50.visual(rn50.prepare(x)), dim=-1), atol=1e-5), 'pooling differs from the tower itself'
-    assert rn50.channels == dict(res2=256, res3=512, res4=1024, res5=2048) and rn50.strides == dict(res2=4, res3=8, res4=16, res5=32)
+    assert torch.allclose(rn50.encode_image(x), F.normalize(rn50.visual(rn50.prepare(x)), dim=-1),
+                          atol=1e-5), 'pooling differs from the tower itself'
+    assert (rn50.channels == dict(res2=256, res3=512, res4=1024, res5=2048)
+            and rn50.strides == dict(res2=4, res3=8, res4=16, res5=32))
     trunk = sum(p.numel() for n,p in rn50.visual.named_parameters() if not n.startswith('attnpool'))
-    assert trunk == 23_527_264 and len([l for l in layers(rn50) if l.kind == 'conv']) == 55
+    assert trunk == 23_527_264 and len([layer for layer in layers(rn50) if layer.kind == 'conv']) == 55
 
 @torch.no_grad()
 def test_rn50_other_sizes_and_regions(rn50):
     x,m = torch.rand(1, 3, 100, 161),torch.zeros(2, 100, 161, dtype=torch.bool)
-    m[0], m[1,99,160] = True, True                                     # everything; the last pixel, which no stride reaches
+    # everything; the last pixel, which no stride reaches
+    m[0], m[1,99,160] = True, True
     assert rn50(x)['res5'].shape[1] == 2048
     e = rn50.region_embeddings(x, [m])
     assert torch.allclose(e[0], rn50.encode_image(x)[0], atol=1e-5) and e.isfinite().all()
@@ -44,7 +50,8 @@ def test_rn50_other_sizes_and_regions(rn50):
 @torch.no_grad()
 def test_any_image_size(tiny, size):
     x = torch.rand(2, 3, *size)
-    for k,f in tiny(x).items(): assert abs(f.shape[-1] - size[1]/tiny.strides[k]) < 1.01, f'{k} has a width of {f.shape[-1]} for {size[1]}'
+    for k,f in tiny(x).items():
+        assert abs(f.shape[-1] - size[1]/tiny.strides[k]) < 1.01, f'{k} has a width of {f.shape[-1]} for {size[1]}'
     assert tiny.dense_embeddings(x).shape[:2] == (2, 32) and tiny.encode_image(x).shape == (2, 32)
 
 def test_gradients_reach_the_tower_and_only_it(tiny):
@@ -52,16 +59,21 @@ def test_gradients_reach_the_tower_and_only_it(tiny):
     m[0,:40], m[1,30:,30:] = True, True
     for mode in ('attention', 'crop'):
         tiny.zero_grad()
-        (tiny.region_embeddings(x, [m, m[:1]], mode) @ tiny.encode_text(['red star', 'red ring']).T).sum().backward()
+        (tiny.region_embeddings(x, [m, m[:1]],
+                                mode) @ tiny.encode_text(['red star', 'red ring']).T).sum().backward()
         silent = [n for n,p in tiny.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-        assert not [n for n in silent if 'bn3' not in n and 'layer' not in n.split('.')[1]], f'no gradient ({mode}): {silent}'
+        assert not [n
+                    for n in silent
+                    if 'bn3' not in n and 'layer' not in n.split('.')[1]], f'no gradient ({mode}): {silent}'
     assert all(p.grad is None and not p.requires_grad for p in tiny.text.model.parameters())
 
 def test_regions_do_not_see_each_other(tiny):
     "An embedding depends on its own region, not on which others are asked for, nor on the batch."
     x,m = torch.rand(3, 3, 64, 96),torch.rand(5, 64, 96) > .5
     for mode in ('attention', 'crop'):
-        with torch.no_grad(): all_,one = tiny.region_embeddings(x, [m, m[:2], m[2:]], mode),tiny.region_embeddings(x[:1], [m[3:4]], mode)
+        with torch.no_grad():
+            all_ = tiny.region_embeddings(x, [m, m[:2], m[2:]], mode)
+            one = tiny.region_embeddings(x[:1], [m[3:4]], mode)
         assert torch.allclose(all_[3], one[0], atol=1e-5), mode
 
 def test_state_dict_is_the_tower(tiny):
@@ -76,7 +88,8 @@ def test_copies_share_text_and_start_from_the_original(tiny):
     fresh = tiny.fresh_copy()
     assert all(torch.equal(v, start[k]) for k,v in fresh.state_dict().items()) and fresh.text is tiny.text
     with torch.no_grad(): [p.add_(1.) for p in fresh.parameters()]
-    assert all(torch.equal(v, start[k]) for k,v in tiny.fresh_copy().state_dict().items()), 'a copy wrote into the original'
+    assert all(torch.equal(v, start[k])
+               for k,v in tiny.fresh_copy().state_dict().items()), 'a copy wrote into the original'
 
 def test_vocabulary_and_lists_agree(tiny):
     v = Vocabulary(['red star', 'ring,red ring'], templates=('a {}', 'a red {}'))
@@ -85,9 +98,12 @@ def test_vocabulary_and_lists_agree(tiny):
     assert len(tiny.text.cache) == 5, 'a prompt was encoded twice'
 
 def test_random_weights_only_when_asked_for():
-    a,b,c = (ClipBackbone.create('shapes-rn', pretrained=None, seed=s).visual.layer4[0].conv1.weight for s in (0, 0, 1))
+    a,b,c = (ClipBackbone.create('shapes-rn', pretrained=None, seed=s).visual.layer4[0].conv1.weight
+             for s in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
-    torch.manual_seed(0); x = torch.rand(3); torch.manual_seed(0)
+    torch.manual_seed(0)
+    x = torch.rand(3)
+    torch.manual_seed(0)
     ClipBackbone.create('shapes-rn', seed=9)
     assert torch.equal(x, torch.rand(3)), 'making a backbone moved the global generator'
 
@@ -98,21 +114,25 @@ def test_weights_from_files(tmp_path, suffix):
     if suffix == 'safetensors': save_weights(model, path, half=True)
     else: torch.save(model.half().state_dict(), path)
     clip = ClipBackbone.create('shapes-rn', pretrained=str(path))
-    assert torch.equal(clip.visual.conv1.weight, model.visual.conv1.weight.half().float()) and clip.visual.conv1.weight.dtype == torch.float32
+    assert (torch.equal(clip.visual.conv1.weight, model.visual.conv1.weight.half().float())
+            and clip.visual.conv1.weight.dtype == torch.float32)
     cut = tmp_path/f'cut.{suffix}'
     cut.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(OpenTransError, match='not a whole safetensors file|cannot be read as plain weights'): ClipBackbone.create('shapes-rn', pretrained=cut)
+    with pytest.raises(OpenTransError, match='not a whole safetensors file|cannot be read as plain weights'):
+        ClipBackbone.create('shapes-rn', pretrained=cut)
 
 def test_openai_names(tmp_path):
     "OpenAI's state dicts (with three numbers among the tensors) load, and bring their activation with them."
     model = open_clip.CLIP(16, dict(VISION), dict(context_length=8, vocab_size=40, width=16, heads=2, layers=1))
-    sd = {k: v.half() for k,v in model.state_dict().items()} | {k: torch.tensor(8) for k in ('input_resolution', 'context_length', 'vocab_size')}
+    sd = ({k: v.half() for k,v in model.state_dict().items()}
+          | {k: torch.tensor(8) for k in ('input_resolution', 'context_length', 'vocab_size')})
     other = copy.deepcopy(model)
     with torch.no_grad(): [p.zero_() for p in other.parameters()]
     load_weights(other, sd)
     assert torch.equal(other.visual.conv1.weight, model.visual.conv1.weight.half().float())
 
-TINY = dict(embed_dim=32, vision_cfg=VISION, text_cfg=dict(context_length=8, vocab_size=49408, width=16, heads=2, layers=1))
+TINY = dict(embed_dim=32, vision_cfg=VISION,
+            text_cfg=dict(context_length=8, vocab_size=49408, width=16, heads=2, layers=1))
 
 @pytest.fixture
 def tiny_architectures(monkeypatch):
@@ -138,7 +158,8 @@ def test_openai_file_means_quick_gelu(tmp_path, tiny_architectures):
         assert activation(model) == kind and len(said) == words, said
     torch.save(state, tmp_path/'w.pt')
     (said,) = opened('RN50', tmp_path/'w.pt')[-1]
-    assert 'which activation' in said and "'RN50-quickgelu'" in said and 'normalised' not in said, 'all published weights of RN50 are normalised alike'
+    assert 'which activation' in said and "'RN50-quickgelu'" in said and 'normalised' not in said, (
+        'all published weights of RN50 are normalised alike')
     assert not opened('RN50', tmp_path/'w.pt', quick_gelu=False)[-1], 'what the user says needs no warning'
 
 @pytest.mark.parametrize('name', ['RN50', 'RN50-quickgelu'])
@@ -157,7 +178,8 @@ def test_a_file_tells_activation_and_normalisation(tmp_path, tiny_architectures,
     for name in ('RN50', 'RN50-quickgelu', 'RN101'):
         again,_,mean,std,said = opened(name, tmp_path/'w.safetensors')
         assert (activation(again), mean, std, said) == ('QuickGELU', MEAN, STD, []), name
-    again,_,mean,std,said = opened('RN50', tmp_path/'w.safetensors', quick_gelu=False, mean=(0, 0, 0), std=(1, 1, 1))
+    again,_,mean,std,said = opened('RN50', tmp_path/'w.safetensors', quick_gelu=False, mean=(0, 0, 0),
+                                   std=(1, 1, 1))
     assert (activation(again), mean, std, said) == ('GELU', (0, 0, 0), (1, 1, 1), [])
 
 def test_a_backbone_keeps_activation_and_normalisation(tmp_path, tiny_architectures):
@@ -166,7 +188,8 @@ def test_a_backbone_keeps_activation_and_normalisation(tmp_path, tiny_architectu
     for number in range(2):
         save_weights(clip, tmp_path/f'{number}.safetensors')
         clip = ClipBackbone.create('RN50', tmp_path/f'{number}.safetensors').fresh_copy()
-        assert activation(clip.text.model) == 'QuickGELU' and clip.mean.flatten().tolist() == list(MEAN) and clip.std.flatten().tolist() == list(STD)
+        assert (activation(clip.text.model) == 'QuickGELU' and clip.mean.flatten().tolist() == list(MEAN)
+                and clip.std.flatten().tolist() == list(STD))
         assert (clip.origin.mean, clip.origin.std) == (MEAN, STD)
     x = torch.rand(1, 3, 64, 64)
     assert torch.allclose(clip.prepare(x), (x-clip.mean)/clip.std)
@@ -174,16 +197,22 @@ def test_a_backbone_keeps_activation_and_normalisation(tmp_path, tiny_architectu
 def test_sizes_come_back_with_the_weights(tmp_path, monkeypatch):
     "A tower of another size, or a longer text, is opened in the size that it was trained in."
     other = copy.deepcopy(TINY)
-    other['vision_cfg'] = dict(layers=4, width=32, head_width=16, patch_size=8, image_size=96); other['text_cfg']['context_length'] = 12
-    usual = copy.deepcopy(other); usual['vision_cfg']['image_size'] = 64; usual['text_cfg']['context_length'] = 8
+    other['vision_cfg'] = dict(layers=4, width=32, head_width=16, patch_size=8, image_size=96)
+    other['text_cfg']['context_length'] = 12
+    usual = copy.deepcopy(other)
+    usual['vision_cfg']['image_size'] = 64
+    usual['text_cfg']['context_length'] = 8
     monkeypatch.setattr(open_clip, 'get_model_config', lambda name: copy.deepcopy(other))
     model = open_model('ViT-B-32')[0]
-    save_weights(model, tmp_path/'w.safetensors'); torch.save(model.state_dict(), tmp_path/'w.pt')
+    save_weights(model, tmp_path/'w.safetensors')
+    torch.save(model.state_dict(), tmp_path/'w.pt')
     monkeypatch.setattr(open_clip, 'get_model_config', lambda name: copy.deepcopy(usual))
     again,tokenizer,_,_,said = opened('ViT-B-32', tmp_path/'w.safetensors')
-    assert not said and tokenizer(['a']).shape == (1, 12) and ClipBackbone.from_model(again, tokenizer).image_size == 96
+    assert (not said and tokenizer(['a']).shape == (1, 12)
+            and ClipBackbone.from_model(again, tokenizer).image_size == 96)
     assert all(torch.equal(a, b) for a,b in zip(model.state_dict().values(), again.state_dict().values()))
-    with pytest.raises(OpenTransError, match='have other shapes for 1 of .*positional_embedding'): opened('ViT-B-32', tmp_path/'w.pt') # the text's
+    with pytest.raises(OpenTransError, match='have other shapes for 1 of .*positional_embedding'):
+        opened('ViT-B-32', tmp_path/'w.pt') # the text's
     usual['text_cfg']['context_length'] = 12
     assert any('were resampled' in words for words in opened('ViT-B-32', tmp_path/'w.pt')[-1])
 
@@ -193,20 +222,25 @@ def test_normalisation_that_all_published_weights_share_is_taken(tmp_path, tiny_
     for name,mean in (('MobileCLIP-S1', (0., 0., 0.)), ('PE-Core-B-16', (.5, .5, .5))):
         assert opened(name, tmp_path/'w.pt')[2] == mean, name
     _,_,mean,_,(said,) = opened('ViT-L-14', tmp_path/'w.pt', quick_gelu=False)
-    assert mean == tuple(open_clip.OPENAI_DATASET_MEAN) and 'how their images were normalised' in said and 'activation' not in said
+    assert (mean == tuple(open_clip.OPENAI_DATASET_MEAN) and 'how their images were normalised' in said
+            and 'activation' not in said)
 
-@pytest.mark.parametrize('facts', [dict(mean=[0, 0]), dict(std=[1, 0, 1]), dict(mean='grey'), dict(quick_gelu=1), dict(image_size=10**9), dict(run='code'), [], 7])
+@pytest.mark.parametrize('facts',
+                         [dict(mean=[0, 0]), dict(std=[1, 0, 1]), dict(mean='grey'), dict(quick_gelu=1),
+                          dict(image_size=10**9), dict(run='code'), [], 7])
 def test_facts_that_are_none(tmp_path, facts):
     "What a file tells is checked like everything that is read."
     model,_ = small_clip('shapes-rn', seed=5)
     save_tensors(model.state_dict(), tmp_path/'w.safetensors', dict(clip=facts))
-    with pytest.raises(OpenTransError, match="damaged|three numbers"): ClipBackbone.create('shapes-rn', tmp_path/'w.safetensors')
+    with pytest.raises(OpenTransError, match="damaged|three numbers"):
+        ClipBackbone.create('shapes-rn', tmp_path/'w.safetensors')
 
 def test_files_of_older_versions_and_of_others_are_read(tmp_path):
     "Weights without facts, as 0.1 and other programs write them, are those of a small CLIP without a word."
     model,_ = small_clip('shapes-rn', seed=5)
     from safetensors.torch import save_file
-    save_file({k: v.contiguous() for k,v in model.state_dict().items()}, str(tmp_path/'w.safetensors'), metadata=dict(steps='3'))
+    save_file({k: v.contiguous() for k,v in model.state_dict().items()}, str(tmp_path/'w.safetensors'),
+              metadata=dict(steps='3'))
     again,*_,said = opened('shapes-rn', tmp_path/'w.safetensors')
     assert not said and torch.equal(again.visual.conv1.weight, model.visual.conv1.weight)
 
@@ -214,7 +248,8 @@ def test_weights_that_are_not_numbers_are_refused(tmp_path):
     model,_ = small_clip('shapes-rn', seed=5)
     with torch.no_grad(): model.visual.conv1.weight[0] = math.nan
     save_weights(model, tmp_path/'w.safetensors')
-    with pytest.raises(OpenTransError, match='not finite'): ClipBackbone.create('shapes-rn', tmp_path/'w.safetensors')
+    with pytest.raises(OpenTransError, match='not finite'):
+        ClipBackbone.create('shapes-rn', tmp_path/'w.safetensors')
 
 def test_a_tag_that_was_downloaded_needs_no_network(tmp_path, tiny_architectures, monkeypatch):
     "With hub=False the copy on this machine is taken as it is, and without one it is said; nothing is asked."
@@ -223,38 +258,50 @@ def test_a_tag_that_was_downloaded_needs_no_network(tmp_path, tiny_architectures
     monkeypatch.setattr('opentrans.clip.weights._reach', asked)
     model,*_ = open_model('RN50', quick_gelu=True)
     place = tmp_path/'models--timm--resnet50_clip.openai'
-    with pytest.raises(OpenTransError, match="not on this machine, and it is a file that asks for them"): open_model('RN50', 'openai', cache_dir=tmp_path, hub=False)
+    with pytest.raises(OpenTransError, match="not on this machine, and it is a file that asks for them"):
+        open_model('RN50', 'openai', cache_dir=tmp_path, hub=False)
     (place/'refs').mkdir(parents=True)
     (place/'refs'/'main').write_text('a'*40)
     save_weights(model, place/'snapshots'/('a'*40)/'open_clip_model.safetensors')
     again,_,mean,_,said = opened('RN50', 'openai', cache_dir=tmp_path, hub=False)
-    assert torch.equal(again.visual.conv1.weight, model.visual.conv1.weight) and activation(again) == 'QuickGELU' and not said
+    assert (torch.equal(again.visual.conv1.weight, model.visual.conv1.weight) and activation(again) == 'QuickGELU'
+            and not said)
 
 def test_published_weights_are_fetched_and_checked(tmp_path, monkeypatch):
     "A tag leads to a download; what comes must fill the whole model; a failure says what to do."
-    config = dict(embed_dim=32, vision_cfg=dict(VISION), text_cfg=dict(context_length=8, vocab_size=49408, width=16, heads=2, layers=1))
-    monkeypatch.setattr(open_clip, 'get_model_config', lambda name: copy.deepcopy(config) if name == 'RN50' else None)
+    config = dict(embed_dim=32, vision_cfg=dict(VISION),
+                  text_cfg=dict(context_length=8, vocab_size=49408, width=16, heads=2, layers=1))
+    monkeypatch.setattr(open_clip, 'get_model_config',
+                        lambda name: copy.deepcopy(config) if name == 'RN50' else None)
     monkeypatch.setattr(open_clip, 'get_tokenizer', lambda name: open_clip.SimpleTokenizer(context_length=8))
     monkeypatch.setattr('opentrans.clip.weights._reach', lambda cfg: None)
     model = open_clip.CLIP(**copy.deepcopy(config), quick_gelu=True)
     save_weights(model, tmp_path/'good.safetensors')
-    monkeypatch.setattr(open_clip, 'download_pretrained', lambda cfg, cache_dir=None: str(tmp_path/'good.safetensors'))
+    monkeypatch.setattr(open_clip, 'download_pretrained',
+                        lambda cfg, cache_dir=None: str(tmp_path/'good.safetensors'))
     clip = ClipBackbone.create('RN50', pretrained='openai')
     assert torch.equal(clip.visual.conv1.weight, model.visual.conv1.weight) and clip.origin.pretrained == 'openai'
     assert activation(clip.text.model) == 'QuickGELU', "OpenAI's weights need OpenAI's activation"
     def fails(cfg, cache_dir=None): raise OSError('no route')
     monkeypatch.setattr(open_clip, 'download_pretrained', fails)
-    with pytest.raises(OpenTransError, match='could not be downloaded .*Check the network, or fetch .* and give the path'): ClipBackbone.create('RN50', pretrained='openai')
-    with pytest.raises(OpenTransError, match='Unknown weights .*openai'): ClipBackbone.create('RN50', pretrained='no-such-tag')
+    with pytest.raises(OpenTransError,
+                       match='could not be downloaded .*Check the network, or fetch .* and give the path'):
+        ClipBackbone.create('RN50', pretrained='openai')
+    with pytest.raises(OpenTransError, match='Unknown weights .*openai'):
+        ClipBackbone.create('RN50', pretrained='no-such-tag')
 
 @torch.no_grad()
 def test_shipped_clip():
-    "The small CLIP that ships: it is small, and knows the names of its world, also those that no caption ever held."
+    """The small CLIP that ships: it is small, and knows the names of its world, also those that no caption ever
+    held."""
     path = ASSETS/'shapes-rn.safetensors'
-    if not path.exists(): pytest.fail('opentrans/assets/shapes-rn.safetensors is not there: train it with nbs/tutorials/train_shapes_clip.ipynb')
+    if not path.exists():
+        pytest.fail(
+            'opentrans/assets/shapes-rn.safetensors is not there: train it with '
+            'nbs/tutorials/train_shapes_clip.ipynb')
     assert path.stat().st_size <= 8*2**20
     clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
-    name = lambda k: f'{list(COLOURS)[k[0]]} {TEXTURES[k[1]]} {list(SHAPES)[k[2]]}'
+    def name(k): return f'{list(COLOURS)[k[0]]} {TEXTURES[k[1]]} {list(SHAPES)[k[2]]}'
     with warnings.catch_warnings():
         warnings.simplefilter('error')                                 # each of these words is known
         text,rng = clip.encode_text([name(k) for k in TRIPLES]),np.random.default_rng(0)
@@ -263,7 +310,8 @@ def test_shipped_clip():
     for i,k in enumerate(TRIPLES*3):
         x = torch.from_numpy(object_image(rng, 64, *k)).permute(2, 0, 1)[None]/255
         right[is_novel(*k)].append(int((clip.encode_image(x) @ text.T).argmax()) == i % len(TRIPLES))
-    assert np.mean(right[False]) > .8 and np.mean(right[True]) > .4, f'base {np.mean(right[False])}, novel {np.mean(right[True])}; chance {1/len(TRIPLES)}'
+    assert np.mean(right[False]) > .8 and np.mean(
+        right[True]) > .4, f'base {np.mean(right[False])}, novel {np.mean(right[True])}; chance {1/len(TRIPLES)}'
     with pytest.warns(UserWarning, match='zebra'): clip.encode_text(['zebra'])
 
 @pytest.mark.parametrize('name', small_clips())
@@ -272,7 +320,9 @@ def test_a_shipped_clip_knows_what_its_file_says(name):
     from opentrans.experiments import zero_shot
     told,n = json.loads(load_metadata(ASSETS/f'{name}.safetensors')['zero_shot']),240
     found = zero_shot(ClipBackbone.create(name, pretrained=name), n, seed=2)
-    for k in ('base', 'novel'): assert abs(found[k]-told[k]) < 4*math.sqrt(max(told[k]*(1-told[k]), .01)/n) and told[k] > .5, (k, found, told)
+    for k in ('base', 'novel'):
+        assert (abs(found[k]-told[k]) < 4*math.sqrt(max(told[k]*(1-told[k]), .01)/n) and told[k] > .5), (
+            k, found, told)
 
 def test_a_tower_alone_is_laid_over_a_clip(tmp_path):
     "What `prune --weights` writes is read: with a small CLIP's own text encoder, and with another's that is named."
@@ -284,8 +334,12 @@ def test_a_tower_alone_is_laid_over_a_clip(tmp_path):
     save_tensors(clip.visual.state_dict(), tmp_path/'tower.safetensors')
     for pretrained in (tmp_path/'tower.safetensors', f"shapes-rn,{tmp_path/'tower.safetensors'}"):
         again = ClipBackbone.create('shapes-rn', pretrained=str(pretrained))
-        assert all(torch.equal(weight, again.visual.state_dict()[name]) for name,weight in clip.visual.state_dict().items())
+        assert all(torch.equal(weight, again.visual.state_dict()[name])
+                   for name,weight in clip.visual.state_dict().items())
         assert torch.equal(again.encode_text(['red star', 'grass']), text) and torch.equal(again.mean, clip.mean)
-    with pytest.raises(OpenTransError, match='Say whose text encoder'): ClipBackbone.create('RN50', pretrained=str(tmp_path/'tower.safetensors'))
-    with pytest.raises(OpenTransError, match='weights of the image tower'): ClipBackbone.create('RN50', pretrained=f"none,{tmp_path/'tower.safetensors'}")
-    with pytest.raises(OpenTransError, match='no file of an image tower'): ClipBackbone.create('shapes-rn', pretrained='shapes-rn,none.safetensors')
+    with pytest.raises(OpenTransError, match='Say whose text encoder'):
+        ClipBackbone.create('RN50', pretrained=str(tmp_path/'tower.safetensors'))
+    with pytest.raises(OpenTransError, match='weights of the image tower'):
+        ClipBackbone.create('RN50', pretrained=f"none,{tmp_path/'tower.safetensors'}")
+    with pytest.raises(OpenTransError, match='no file of an image tower'):
+        ClipBackbone.create('shapes-rn', pretrained='shapes-rn,none.safetensors')

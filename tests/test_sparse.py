@@ -1,4 +1,5 @@
-"The sparse engine: the same numbers as torch, for every size, stride, group and density, on vectors of every width."
+"""The sparse engine: the same numbers as torch, for every size, stride, group and density, on vectors of every
+width."""
 import copy, math, os
 import numpy as np
 import pytest
@@ -72,7 +73,8 @@ def convolutions(draw):
     if draw(st.booleans()): layers.append(draw(st.sampled_from([nn.ReLU(), nn.ReLU6()])))
     return nn.Sequential(*layers).eval(), torch.randn(batch, inputs, height, width)
 
-@given(convolutions(), st.sampled_from(['measured', True, False]), st.sampled_from([4, 8, 16]), st.sampled_from([1, 1, 2]), st.sampled_from([None, None, 2, 3]))
+@given(convolutions(), st.sampled_from(['measured', True, False]), st.sampled_from([4, 8, 16]),
+       st.sampled_from([1, 1, 2]), st.sampled_from([None, None, 2, 3]))
 @settings(max_examples=150, deadline=None)
 @torch.no_grad()
 def test_convolutions_are_those_of_torch(case, dense, width, threads, groups):
@@ -81,14 +83,16 @@ def test_convolutions_are_those_of_torch(case, dense, width, threads, groups):
     want = copy.deepcopy(model).double()(x.double())
     assert got.shape == want.shape and far(got.double(), want) < 1e-5
 
-@given(st.sampled_from(['max', 'mean']), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2), st.integers(5, 40), st.integers(5, 40), st.sampled_from([4, 16]))
+@given(st.sampled_from(['max', 'mean']), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2),
+       st.integers(5, 40), st.integers(5, 40), st.sampled_from([4, 16]))
 @settings(max_examples=60, deadline=None)
 @torch.no_grad()
 def test_pools_are_those_of_torch(kind, side, stride, padding, height, width, lanes):
     padding = min(padding, side//2)
     pool = nn.MaxPool2d(side, stride, padding) if kind == 'max' else nn.AvgPool2d(side, stride, padding)
     torch.manual_seed(height*width)
-    model, x = nn.Sequential(nn.Conv2d(2, 5, 1), nn.ReLU(), pool, nn.Conv2d(5, 3, 3, padding=1)).eval(), torch.randn(2, 2, height, width)
+    model = nn.Sequential(nn.Conv2d(2, 5, 1), nn.ReLU(), pool, nn.Conv2d(5, 3, 3, padding=1)).eval()
+    x = torch.randn(2, 2, height, width)
     assert far(planned(model, x, machine=Machine.of_width(lanes)), model(x)) < 1e-5
 
 class Block(nn.Module):
@@ -102,7 +106,8 @@ class Block(nn.Module):
         self.conv3, self.bn3 = nn.Conv2d(inside, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
         self.relu = nn.ReLU(inplace=True)
         short = [self.pool] if pool else []
-        self.short = nn.Sequential(*short, nn.Conv2d(inputs, outputs, 1, first, bias=False), nn.BatchNorm2d(outputs)) if stride > 1 or inputs != outputs else None
+        self.short = (nn.Sequential(*short, nn.Conv2d(inputs, outputs, 1, first, bias=False),
+                                    nn.BatchNorm2d(outputs)) if stride > 1 or inputs != outputs else None)
     def forward(self, x):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.pool(self.relu(self.bn2(self.conv2(out))))
@@ -112,8 +117,10 @@ class Block(nn.Module):
 
 def small_net(pool, seed=0):
     torch.manual_seed(seed)
-    blocks = [Block(8, 6, 16, 1, pool), Block(16, 6, 16, 1, pool), Block(16, 8, 24, 2, pool), Block(24, 8, 24, 1, pool)]
-    return lively(nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *blocks), seed)
+    blocks = [Block(8, 6, 16, 1, pool), Block(16, 6, 16, 1, pool), Block(16, 8, 24, 2, pool),
+              Block(24, 8, 24, 1, pool)]
+    return lively(nn.Sequential(nn.Conv2d(3, 8, 7, 2, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+                                *blocks), seed)
 
 @pytest.mark.parametrize('pool', [False, True])
 @pytest.mark.parametrize('size', [(32, 32), (64, 64), (97, 61), (8, 8)])
@@ -162,7 +169,9 @@ class Overwriting(nn.Module):
     "What an activation overwrites is read afterwards."
     def __init__(self):
         super().__init__()
-        self.first, self.act, self.second = nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 1)
+        self.first = nn.Conv2d(2, 4, 3, padding=1)
+        self.act = nn.ReLU(inplace=True)
+        self.second = nn.Conv2d(4, 4, 1)
     def forward(self, x):
         before = self.first(x)
         after = self.act(before)
@@ -177,7 +186,9 @@ class Odd(nn.Module):
     "Parts that the engine does not know, between parts that it does."
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, padding_mode='reflect'), nn.Conv2d(8, 8, 3, padding=1)
+        self.a = nn.Conv2d(3, 8, 3, padding=1)
+        self.b = nn.Conv2d(8, 8, 3, padding=1, padding_mode='reflect')
+        self.c = nn.Conv2d(8, 8, 3, padding=1)
         self.norm, self.linear = nn.GroupNorm(2, 8), nn.Linear(8, 4)
     def forward(self, x):
         x = torch.sigmoid(self.a(x))
@@ -235,7 +246,8 @@ def test_new_weights_are_seen():
     assert far(fast(x), changed(x)) < 1e-5
 
 def test_errors_say_what_to_do():
-    with pytest.raises(OpenTransError, match='eval'): sparse.compile(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
+    with pytest.raises(OpenTransError, match='eval'):
+        sparse.compile(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)))
     with pytest.raises(OpenTransError, match='threads'): sparse.compile(nn.Conv2d(3, 3, 1).eval(), threads=0)
     with pytest.raises(OpenTransError, match='model'): sparse.compile('RN50')
     with pytest.raises(OpenTransError, match='8 or 16'): Machine.of_width(3)
@@ -285,7 +297,8 @@ def test_models_of_timm(name):
     assert sparse.supported(net).engine.any() and far(fast(x), net(x)) < 1e-4
     assert all(not region.reasons for region in fast.sparse_regions)
 
-@pytest.mark.parametrize('name,stride', [('deeplabv3', 32), ('deeplabv3', 16), ('fcclip', 32), ('mask2former', 32), ('fpn', 32)])
+@pytest.mark.parametrize('name,stride',
+                         [('deeplabv3', 32), ('deeplabv3', 16), ('fcclip', 32), ('mask2former', 32), ('fpn', 32)])
 @torch.no_grad()
 def test_frameworks_run_on_the_engine(name, stride):
     "A framework finds its backbone's maps where it always did: the same scores, the same class at every pixel."
@@ -300,11 +313,13 @@ def test_frameworks_run_on_the_engine(name, stride):
     images = torch.rand(2, 3, 96, 64)
     assert fast.sparse_regions and far(fast(images, fast.text()), slow(images, slow.text())) < 1e-4
     assert fast.semantic(images, fast.text()).equal(slow.semantic(images, slow.text()))
-    assert not any(region.reasons for region in fast.sparse_regions) and any(region.plans for region in fast.sparse_regions)
+    assert (not any(region.reasons for region in fast.sparse_regions)
+            and any(region.plans for region in fast.sparse_regions))
 
 # linear layers
 
-@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([0., .1, 1.]), st.booleans(), st.lists(st.integers(1, 7), max_size=3), st.integers(0, 9))
+@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([0., .1, 1.]), st.booleans(),
+       st.lists(st.integers(1, 7), max_size=3), st.integers(0, 9))
 @settings(max_examples=40, deadline=None)
 @torch.no_grad()
 def test_linear_layers_are_those_of_torch(inputs, outputs, density, bias, shape, seed):
@@ -327,7 +342,8 @@ def test_towers_of_linear_layers(name):
     mask.apply(backbone).remove()
     images = torch.rand(2, 3, 64, 64)
     want, got = backbone(images), fast(images)
-    assert all(far(got[k], want[k]) < 1e-4 for k in want) and far(copy.deepcopy(fast)(images)['res5'], want['res5']) < 1e-4
+    assert (all(far(got[k], want[k]) < 1e-4 for k in want)
+            and far(copy.deepcopy(fast)(images)['res5'], want['res5']) < 1e-4)
     table = sparse.supported(backbone)
     assert (table.kind[table.engine] == 'Linear').sum() >= 4
     ours = [part.forward for part in fast.modules() if isinstance(getattr(part, 'forward', None), NativeLinear)]
@@ -341,7 +357,8 @@ def far_maps(a, b): return max(far(a[k], b[k]) for k in b)
 @pytest.mark.parametrize('name', ['shapes-rn', 'shapes-vit'])
 @torch.no_grad()
 def test_inner_channels_are_cut_out(name):
-    "A mask of whole inner channels gives a smaller model with the outputs of the masked one, before and after `compile`."
+    """A mask of whole inner channels gives a smaller model with the outputs of the masked one, before and after
+    `compile`."""
     from opentrans.clip import ClipBackbone
     backbone = ClipBackbone.create(name, pretrained=name)
     mask = SparseMask.inner(backbone, .4)
@@ -350,13 +367,14 @@ def test_inner_channels_are_cut_out(name):
     images = torch.rand(2, 3, 64, 64)
     want = backbone(images)
     assert far_maps(small(images), want) < 1e-4 and far_maps(sparse.compile(small)(images), want) < 1e-4
-    count = lambda net: sum(p.numel() for p in net.visual.parameters())
+    def count(net): return sum(p.numel() for p in net.visual.parameters())
     assert count(small) < count(backbone)
     assert far(small.dense_embeddings(images), backbone.dense_embeddings(images)) < 1e-4
 
 @torch.no_grad()
 def test_constants_are_taken_up():
-    "Rows that a mask has removed leave a constant; a layer of one pixel takes it up, one of nine can only lose it where it is zero."
+    """Rows that a mask has removed leave a constant; a layer of one pixel takes it up, one of nine can only lose it
+    where it is zero."""
     net = small_net(True).eval()
     mask = SparseMask.magnitude(net, .5, scope='channel')
     small = mask.slim(net)

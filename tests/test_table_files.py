@@ -30,9 +30,12 @@ def test_damaged_and_forged_tables_are_refused(tmp_path):
 def test_tables_of_opentrans_0_1_still_load(tmp_path):
     "They called themselves by another word, wrote NaN as NaN, and had no checksum."
     table, path = small_table(), tmp_path/'table.safetensors'
-    about = [{k: v for k, v in vars(s).items() if k != 'evals'} | dict(has_evals=s.evals is not None) for s in table.spectra.values()]
-    meta = dict(kind='opentrans.LayerTable', spectra=json.dumps(about), xmin=json.dumps(dict(rule=table.xmin)), few=str(table.few),
-                max_aspect=json.dumps(dict(limit=table.max_aspect)), options=json.dumps(table.options))
+    about = [{k: v for k, v in vars(s).items() if k != 'evals'} | dict(has_evals=s.evals is not None)
+             for s in table.spectra.values()]
+    meta = dict(kind='opentrans.LayerTable', spectra=json.dumps(about), xmin=json.dumps(dict(rule=table.xmin)),
+                few=str(table.few), max_aspect=json.dumps(dict(limit=table.max_aspect)),
+                options=json.dumps(table.options))
     assert 'NaN' in meta['spectra']
-    save_file({f'evals.{n}': torch.from_numpy(s.evals.copy()) for n, s in table.spectra.items() if s.evals is not None}, path, metadata=meta)
+    save_file({f'evals.{n}': torch.from_numpy(s.evals.copy())
+               for n, s in table.spectra.items() if s.evals is not None}, path, metadata=meta)
     pd.testing.assert_frame_equal(LayerTable.load(path).frame, table.frame)

@@ -1,4 +1,5 @@
-"SPT and stitching as a user of timm has them: real architectures with random weights, counted on the meta device where numbers do not matter."
+"""SPT and stitching as a user of timm has them: real architectures with random weights, counted on the meta device
+where numbers do not matter."""
 import copy, math, warnings
 import numpy as np
 import pytest
@@ -15,14 +16,18 @@ from opentrans.vit.anchors import as_anchor
 from opentrans.vit.heads import find_heads
 from opentrans.vit.peft_files import from_huggingface, huggingface_gaps, load_added, save_added, to_huggingface
 from opentrans.vit.sensitivity import candidates, param_sensitivity, Sensitivity
-from opentrans.vit.spt import Allocation, allocate, apply_spt, merge_spt, spt_published, sweep_allocations, two_stage
+from opentrans.vit.spt import (Allocation, allocate, apply_spt, merge_spt, spt_published, sweep_allocations,
+                               two_stage)
 from opentrans.vit.stitch_training import deploy, ImportanceTracker, StitchSampler, StitchTrainer
 from opentrans.vit.stitching import apply_pst, pst_report, stitch_table, StitchableNet
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore::FutureWarning')]
 
-FOUR = {'vit_base_patch16_224': 'head', 'swin_base_patch4_window7_224': 'head.fc', 'convnext_base': 'head.fc', 'resnet50': 'fc'}
-SMALL = {'vit_tiny_patch16_224': dict(img_size=32), 'swin_tiny_patch4_window7_224': dict(img_size=64, window_size=2, embed_dim=24, num_heads=(1, 2, 4, 8)), 'convnext_atto': {}, 'resnet18': {}}
+FOUR = {'vit_base_patch16_224': 'head', 'swin_base_patch4_window7_224': 'head.fc', 'convnext_base': 'head.fc',
+        'resnet50': 'fc'}
+SMALL = {'vit_tiny_patch16_224': dict(img_size=32),
+         'swin_tiny_patch4_window7_224': dict(img_size=64, window_size=2, embed_dim=24, num_heads=(1, 2, 4, 8)),
+         'convnext_atto': {}, 'resnet18': {}}
 
 def named(name, classes=10, **options):
     with seeded(0): return timm.create_model(name, pretrained=False, num_classes=classes, **options).eval()
@@ -31,10 +36,13 @@ def counted(name, classes=10):
     with torch.device('meta'): return timm.create_model(name, pretrained=False, num_classes=classes)
 
 def heavy(model, seed=0):
-    "Sensitivities as they are found in practice: a few tensors have nearly all of them, and inside a tensor a few entries."
+    """Sensitivities as they are found in practice: a few tensors have nearly all of them, and inside a tensor a few
+    entries."""
     g = torch.Generator().manual_seed(seed)
     found = candidates(model)
-    res = Sensitivity({n: torch.randn(s.shape, generator=g).square()*float(torch.randn(1, generator=g).mul(4).exp()) for n,s in found.items()})
+    res = Sensitivity(
+        {n: torch.randn(s.shape, generator=g).square()*float(torch.randn(1, generator=g).mul(4).exp())
+         for n,s in found.items()})
     res.always = {n: p.numel() for n,p in model.named_parameters() if n in ('cls_token', 'dist_token')}
     res.heads = {n: sum(p.numel() for p in model.get_submodule(n).parameters()) for n in find_heads(model)}
     return res
@@ -46,16 +54,20 @@ def pictures(n, size, classes=10, seed=0):
 def train(model, x, y, steps=3, lr=1e-3):
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     model.train()
-    for _ in range(steps): opt.zero_grad(); F.cross_entropy(model(x), y).backward(); opt.step()
+    for _ in range(steps):
+        opt.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
     return model.eval()
 
 def trained(model): return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-# --- what is saved is what was trained -----------------------------------------------------------------------------------
+# --- what is saved is what was trained
 
 @pytest.mark.parametrize('name', SMALL)
 def test_a_saved_model_comes_back_and_merges(name, tmp_path):
-    "Trained in training mode, so that batch norms move: loaded and merged, it gives the same; what is counted is what learns."
+    """Trained in training mode, so that batch norms move: loaded and merged, it gives the same; what is counted is
+    what learns."""
     model, (x, y) = named(name, **SMALL[name]), pictures(4, SMALL[name].get('img_size', 32))
     sens = heavy(model)
     alloc = allocate(sens, 20_000, r=2)
@@ -71,12 +83,14 @@ def test_a_saved_model_comes_back_and_merges(name, tmp_path):
     assert [type(m) for m in other.modules()] == [type(m) for m in named(name, **SMALL[name]).modules()]
 
 def resnets(classes=5):
-    with seeded(0): return [timm.create_model('test_resnet', pretrained=False, num_classes=classes).eval() for _ in range(2)]
+    with seeded(0):
+        return [timm.create_model('test_resnet', pretrained=False, num_classes=classes).eval() for _ in range(2)]
 
 def family_run(anchors, size, ranks=2, seed=0, stitch_rank=lambda d: 2):
     with seeded(seed): net = apply_pst(StitchableNet(anchors), ranks, stitch_rank=stitch_rank)
     flops = stitch_table(net, (3, size, size)).flops
-    return StitchTrainer(net.train(), StitchSampler(flops, 4, seed=seed), torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3))
+    return StitchTrainer(net.train(), StitchSampler(flops, 4, seed=seed),
+                         torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3))
 
 def test_a_resnet_family_comes_back(tmp_path):
     "Running statistics of all anchors are a part of the state; a deployed network can have its own."
@@ -95,9 +109,11 @@ def test_a_resnet_family_comes_back(tmp_path):
     assert not some.training and norm.num_batches_tracked == 1
     assert len(palette) == len(run.sampler.intervals)
 
-# --- heads ---------------------------------------------------------------------------------------------------------------
+# --- heads
 
-@pytest.mark.parametrize('name, head', [*FOUR.items(), ('deit_tiny_distilled_patch16_224', 'head head_dist'), ('ese_vovnet39b', 'head.fc'), ('mobilenetv3_large_100', 'classifier')])
+@pytest.mark.parametrize('name, head',
+                         [*FOUR.items(), ('deit_tiny_distilled_patch16_224', 'head head_dist'),
+                          ('ese_vovnet39b', 'head.fc'), ('mobilenetv3_large_100', 'classifier')])
 def test_the_model_is_asked_for_its_head(name, head):
     "No module of a block is a head, whatever it is called; the norm of ConvNeXt's head competes like others."
     model = counted(name)
@@ -112,7 +128,8 @@ class Own(nn.Module):
     "A model of one's own, with a head that no list of names has."
     def __init__(self):
         super().__init__()
-        with seeded(0): self.body, self.out = timm.create_model('resnet18', pretrained=False, num_classes=0), nn.Linear(512, 3)
+        with seeded(0):
+            self.body, self.out = timm.create_model('resnet18', pretrained=False, num_classes=0), nn.Linear(512, 3)
     def forward(self, x): return self.out(self.body(x))
 
 class OwnData(torch.utils.data.Dataset):
@@ -131,11 +148,14 @@ def test_a_model_and_a_loader_of_ones_own():
     with pytest.warns(UserWarning, match="no head that is found.*heads=\\['out'\\]"): candidates(Own())
     with pytest.raises(OpenTransError, match="'nothing'"): param_sensitivity(Own(), loader, heads='nothing')
 
-# --- budgets -------------------------------------------------------------------------------------------------------------
+# --- budgets
 
-@pytest.mark.parametrize('name, kind, alpha, beta', [('vit_tiny_patch16_224', 'lora', 1., None), ('convnext_atto', 'lora', 10., 5.), ('test_vit', 'adapter', 10., 5.), ('test_vit', 'none', 1., 5.)])
+@pytest.mark.parametrize('name, kind, alpha, beta',
+                         [('vit_tiny_patch16_224', 'lora', 1., None), ('convnext_atto', 'lora', 10., 5.),
+                          ('test_vit', 'adapter', 10., 5.), ('test_vit', 'none', 1., 5.)])
 def test_a_budget_is_spent(name, kind, alpha, beta):
-    "Within two per cent, also where modules are easy to get, and where the sensitive weights crowd in a few tensors."
+    """Within two per cent, also where modules are easy to get, and where the sensitive weights crowd in a few
+    tensors."""
     sens = heavy(counted(name))
     for budget in (10_000, 20_000):
         alloc = allocate(sens, budget, kind, r=4, alpha=alpha, beta=beta)
@@ -146,7 +166,8 @@ def test_a_budget_is_spent(name, kind, alpha, beta):
 def test_a_budget_that_cannot_be_spent_says_why():
     sens = heavy(counted('vit_tiny_patch16_224'))
     with pytest.warns(UserWarning, match='asked 1,000,000, spent .* a larger r'): allocate(sens, 1_000_000, r=1)
-    with pytest.warns(UserWarning, match='the next module would overspend'): few = allocate(sens, 5_000, r=8, scattered=False)
+    with pytest.warns(UserWarning, match='the next module would overspend'):
+        few = allocate(sens, 5_000, r=8, scattered=False)
     assert few.spent <= 5_000 and 'asked 5,000' in repr(few)
     with pytest.warns(UserWarning, match='class token, has 192'): allocate(sens, 100)
     assert allocate(sens, tau=5_000, kind='none').tau == 5_000
@@ -163,10 +184,11 @@ def test_a_budget_is_spent_at_full_size(name):
     alloc = allocate(sens, 400_000)
     assert .98*400_000 <= alloc.spent <= 400_000
 
-# --- stitches ------------------------------------------------------------------------------------------------------------
+# --- stitches
 
 def test_equal_stitches_are_drawn_evenly():
-    "The default sampler of 67 stitches, a noise of a tenth, three seeds: everyone is drawn, and inside an interval none much more than another."
+    """The default sampler of 67 stitches, a noise of a tenth, three seeds: everyone is drawn, and inside an
+    interval none much more than another."""
     costs = np.random.default_rng(0).uniform(1, 17, 67)
     for seed in range(3):
         sampler, noise = StitchSampler(costs, 15, seed=seed), np.random.default_rng(seed)
@@ -182,16 +204,22 @@ def test_both_heads_of_a_distilled_deit_learn():
     anchors = [as_anchor(named('deit_tiny_distilled_patch16_224', img_size=32), classes=4) for _ in range(2)]
     with seeded(0): net = apply_pst(StitchableNet(anchors), 2, stitch_rank=lambda d: 2)
     x, y = pictures(4, 32, 4)
-    for anchor in net.anchors: assert all(p.requires_grad for p in (*anchor.tower.head.parameters(), *anchor.tower.head_dist.parameters()))
+    for anchor in net.anchors:
+        assert all(p.requires_grad for p in (*anchor.tower.head.parameters(), *anchor.tower.head_dist.parameters()))
     assert pst_report(net).heads == 2*2*(192*4 + 4) and pst_report(net).total == trained(net)
-    run = StitchTrainer(net, StitchSampler(stitch_table(net, (3, 32, 32)).flops, 3), torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2))
+    run = StitchTrainer(net, StitchSampler(stitch_table(net, (3, 32, 32)).flops, 3),
+                        torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2))
     before = copy.deepcopy(net.anchors[1].tower.head_dist.weight)
     run.fit([(x, y)]*3)
     assert not torch.equal(net.anchors[1].tower.head_dist.weight, before)
     with torch.no_grad():
-        for s, network in deploy(net, run.sampler).items(): torch.testing.assert_close(network(x), net(x, s), atol=1e-5, rtol=1e-5)
+        for s, network in deploy(net, run.sampler).items():
+            torch.testing.assert_close(network(x), net(x, s), atol=1e-5, rtol=1e-5)
 
-@pytest.mark.parametrize('small, large, options', [('convnext_atto', 'convnext_femto', {}), ('swin_tiny_patch4_window7_224', 'swin_tiny_patch4_window7_224', dict(img_size=64, window_size=2, embed_dim=24, num_heads=(1, 2, 4, 8)))])
+@pytest.mark.parametrize('small, large, options',
+                         [('convnext_atto', 'convnext_femto', {}),
+                          ('swin_tiny_patch4_window7_224', 'swin_tiny_patch4_window7_224',
+                           dict(img_size=64, window_size=2, embed_dim=24, num_heads=(1, 2, 4, 8)))])
 def test_networks_in_stages_are_stitched(small, large, options):
     anchors = [named(small, **options), named(large, classes=10, **options)]
     with seeded(0): net = StitchableNet(anchors)
@@ -221,10 +249,11 @@ def test_a_stitching_layer_without_rank_is_trained_in_full():
 def test_a_tuned_model_is_merged_before_it_is_stitched():
     model = named('deit_tiny_patch16_224', img_size=32)
     apply_spt(model, allocate(heavy(model), 20_000, r=2), seed=0)
-    with pytest.raises(OpenTransError, match='Call merge_spt'): StitchableNet([model, named('deit_tiny_patch16_224', img_size=32)])
+    with pytest.raises(OpenTransError, match='Call merge_spt'):
+        StitchableNet([model, named('deit_tiny_patch16_224', img_size=32)])
     StitchableNet([merge_spt(model), named('deit_tiny_patch16_224', img_size=32)])
 
-# --- together with the rest ----------------------------------------------------------------------------------------------
+# --- together with the rest
 
 def test_alpha_picks_layers_and_sensitivity_what_goes_into_them():
     "Modules in the chosen layers only, the class token and the head in the plan, and nothing pruned comes back."
@@ -234,7 +263,8 @@ def test_alpha_picks_layers_and_sensitivity_what_goes_into_them():
     sens = heavy(model)
     with mask.apply(model):
         alloc = two_stage(table, sens, 20_000, kind='lora', masks=mask, r=2)
-        assert alloc.structured and alloc.structured | set(alloc.masks) <= chosen and alloc.always == 192 and alloc.heads == {'head': 192*10 + 10}
+        assert (alloc.structured and alloc.structured | set(alloc.masks) <= chosen and alloc.always == 192
+                and alloc.heads == {'head': 192*10 + 10})
         apply_spt(model, alloc, seed=0)
         assert trained(model) == alloc.n_trainable
         train(model, *pictures(4, 32))
@@ -242,11 +272,13 @@ def test_alpha_picks_layers_and_sensitivity_what_goes_into_them():
     assert all((w[~mask[n]] == 0).all() for n,w in mask.weights(model).items())
     single = two_stage(table, sens, 5_000)
     assert single.always == 192 and single.spent == 5_192
-    with pytest.raises(OpenTransError, match="level='element'"): two_stage(table, sens, 5_000, kind='lora', level='channel')
+    with pytest.raises(OpenTransError, match="level='element'"):
+        two_stage(table, sens, 5_000, kind='lora', level='channel')
 
 @pytest.mark.parametrize('name', ['mask2former', 'fcclip', 'faseg'])
 def test_on_frameworks_whose_losses_sample_points(name):
-    "A batch as the framework takes it is all that is needed; the points are the same for each scene, and the sum does not depend on how scenes are batched."
+    """A batch as the framework takes it is all that is needed; the points are the same for each scene, and the sum
+    does not depend on how scenes are batched."""
     from opentrans.data import ShapesWorld, collate
     from opentrans.frameworks import build
     from opentrans.frameworks.contract import tiny_backbone
@@ -257,7 +289,8 @@ def test_on_frameworks_whose_losses_sample_points(name):
     apart = [param_sensitivity(seg, [collate([data[i]])], names=names) for i in range(2)]
     for n in names:
         assert (together[n] > 0).any()
-        torch.testing.assert_close(together[n], apart[0][n] + apart[1][n], rtol=1e-3, atol=1e-5*float(together[n].max()))
+        torch.testing.assert_close(together[n], apart[0][n] + apart[1][n], rtol=1e-3,
+                                   atol=1e-5*float(together[n].max()))
     alloc = allocate(together, 300, r=1)
     apply_spt(seg, alloc, seed=0)
     assert sum(p.numel() for p in seg.tower.parameters() if p.requires_grad) == alloc.n_trainable
@@ -265,11 +298,13 @@ def test_on_frameworks_whose_losses_sample_points(name):
 
 def test_a_loss_that_reaches_nothing_says_so():
     model, data = named('resnet18'), [pictures(4, 32)]
-    with pytest.warns(UserWarning, match='reaches none of the 1'): param_sensitivity(model, data, lambda out, y: out.sum()*0, names=['layer1.0.conv1.weight'])
+    with pytest.warns(UserWarning, match='reaches none of the 1'):
+        param_sensitivity(model, data, lambda out, y: out.sum()*0, names=['layer1.0.conv1.weight'])
 
 @pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'resnet18'])
 def test_what_peft_can_say_is_exact(name, tmp_path):
-    "With the settings of the page nothing is lost, and the library gives the same; without them the gaps are named before the training."
+    """With the settings of the page nothing is lost, and the library gives the same; without them the gaps are
+    named before the training."""
     options, hf = SMALL[name], pytest.importorskip('peft')
     model, (x, y) = named(name, **options), pictures(4, 32)
     sens = heavy(model)
@@ -290,15 +325,19 @@ def test_what_peft_can_say_is_exact(name, tmp_path):
 def test_an_allocation_is_a_file(tmp_path):
     "Written and read it is the same plan, with the masks of pruned weights."
     sens = heavy(counted('vit_tiny_patch16_224'))
-    masks = {n: torch.rand(t.shape, generator=torch.Generator().manual_seed(0)) < .5 for n,t in sens.items() if t.dim() == 2}
+    masks = {n: torch.rand(t.shape, generator=torch.Generator().manual_seed(0)) < .5
+             for n,t in sens.items() if t.dim() == 2}
     alloc = allocate(sens, 50_000, r=2, alpha=4., beta=5., masks=masks)
     alloc.save(tmp_path/'plan.json')
     back = Allocation.load(tmp_path/'plan.json')
-    for field in ('structured', 'vectors', 'n_trainable', 'tau', 'kind', 'r', 'shapes', 'counts', 'always', 'heads', 'budget', 'note'): assert getattr(back, field) == getattr(alloc, field), field
+    for field in ('structured', 'vectors', 'n_trainable', 'tau', 'kind', 'r', 'shapes', 'counts', 'always',
+                  'heads', 'budget', 'note'):
+        assert getattr(back, field) == getattr(alloc, field), field
     for group in ('masks', 'alive'):
         ours, theirs = getattr(back, group), getattr(alloc, group)
         assert set(ours) == set(theirs) and all(torch.equal(ours[n], theirs[n]) for n in ours)
-    assert alloc.structured and alloc.masks and alloc.alive and repr(back) == repr(alloc) and back.table().equals(alloc.table())
+    assert (alloc.structured and alloc.masks and alloc.alive and repr(back) == repr(alloc)
+            and back.table().equals(alloc.table()))
     text = (tmp_path/'plan.json').read_text()
     (tmp_path/'cut.json').write_text(text[:len(text)//2])
     (tmp_path/'forged.json').write_text(text.replace('"tau": ', '"tau": 9'))
@@ -307,7 +346,8 @@ def test_an_allocation_is_a_file(tmp_path):
 
 def test_damaged_and_forged_plans_are_refused(tmp_path):
     g = torch.Generator().manual_seed(0)
-    sens = Sensitivity({'a.weight': torch.rand(4, 5, generator=g), 'b.weight': torch.rand(6, 5, generator=g)*.5, 'b.bias': torch.rand(6, generator=g)})
+    sens = Sensitivity({'a.weight': torch.rand(4, 5, generator=g), 'b.weight': torch.rand(6, 5, generator=g)*.5,
+                        'b.bias': torch.rand(6, generator=g)})
     alloc = allocate(sens, None, r=1, beta=2., tau=20, masks={'a.weight': torch.rand(4, 5, generator=g) < .9})
     path = tmp_path/'plan.json'
     alloc.save(path)
@@ -330,11 +370,13 @@ def test_the_samples_are_drawn_at_random():
     torch.testing.assert_close(of(batches, draw=False), first, rtol=1e-3, atol=1e-6*float(first.max()))
     torch.testing.assert_close(of(iter(batches)), first, rtol=1e-3, atol=1e-6*float(first.max()))
 
-# --- SPViT and FASeg -----------------------------------------------------------------------------------------------------
+# --- SPViT and FASeg
 
 class Seen(nn.Module):
     "Keeps the labels of the batches that it sees."
-    def __init__(self): super().__init__(); self.map, self.seen = nn.Linear(3*8*8, 4), []
+    def __init__(self):
+        super().__init__()
+        self.map, self.seen = nn.Linear(3*8*8, 4), []
     def forward(self, x): return self.map(x.flatten(1))
 
 def test_spvit_takes_a_loader():
@@ -344,13 +386,16 @@ def test_spvit_takes_a_loader():
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y, torch.arange(8)), 4, shuffle=True)
     def seen(batches, seed):
         model = Seen()
-        def loss(m, batch): m.seen.append(batch[2].tolist()); return label_loss(m, batch[:2])
+        def loss(m, batch):
+            m.seen.append(batch[2].tolist())
+            return label_loss(m, batch[:2])
         train_spvit(model, batches, 5, loss, seed=seed)
         return model.seen
     first = seen(loader, 0)
     assert first == seen(loader, 0) != seen(loader, 1) and [len(b) for b in first] == [4]*5
     assert sorted(first[0] + first[1]) == sorted(first[2] + first[3]) == list(range(8)) and first[:2] != first[2:4]
-    assert seen(list(torch.utils.data.DataLoader(loader.dataset, 4)), 0) == [[0, 1, 2, 3], [4, 5, 6, 7]]*2 + [[0, 1, 2, 3]]
+    assert seen(list(torch.utils.data.DataLoader(loader.dataset, 4)), 0) == [[0, 1, 2, 3], [4, 5, 6, 7]]*2 + [
+        [0, 1, 2, 3]]
     with pytest.raises(OpenTransError, match='list or loader is empty'): seen([], 0)
     with pytest.raises(OpenTransError, match='not from a int'): seen(3, 0)
 
@@ -362,7 +407,8 @@ def test_a_grid_of_queries_is_fixed():
     "Nothing that is learned for each query reaches the answer: other numbers in its place change nothing."
     from opentrans.frameworks import build
     from opentrans.frameworks.contract import tiny_backbone
-    seg, other = (build('faseg', tiny_backbone(), vocabulary=['a', 'b'], preset='small', seed=0, dfpq=kind, key_pos='sine').eval() for kind in ('grid', 'anchor'))
+    seg, other = (build('faseg', tiny_backbone(), vocabulary=['a', 'b'], preset='small', seed=0, dfpq=kind,
+                        key_pos='sine').eval() for kind in ('grid', 'anchor'))
     x = torch.rand(1, 3, 64, 64)
     for net, same in ((seg, True), (other, False)):
         base = net.head.decoder.focus.base.weight
@@ -372,29 +418,36 @@ def test_a_grid_of_queries_is_fixed():
             assert torch.equal(net(x, net.text()), before) == same
     assert not seg.head.decoder.focus.base.weight.requires_grad
 
-# --- other anchors, and larger batches -----------------------------------------------------------------------------------
+# --- other anchors, and larger batches
 
 def words(n, seed=0): return torch.randint(13, (n, 8), generator=torch.Generator().manual_seed(seed))
 
 def next_word(out, tokens, teacher):
     "Cross-entropy of the next word, half of it with the teacher's where there is one."
     own = F.cross_entropy(out[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-    return own if teacher is None else .5*own + .5*F.cross_entropy(out[:, :-1].flatten(0, 1), teacher[:, :-1].argmax(-1).flatten())
+    return (own if teacher is None
+            else .5*own + .5*F.cross_entropy(out[:, :-1].flatten(0, 1), teacher[:, :-1].argmax(-1).flatten()))
 
 def test_models_of_language_are_stitched():
-    "Two small GPT-2s of transformers with random weights: adapted, trained, merged into plain Linears; no word sees those behind it, and generation with a cache goes on as before."
+    """Two small GPT-2s of transformers with random weights: adapted, trained, merged into plain Linears; no word
+    sees those behind it, and generation with a cache goes on as before."""
     from transformers import GPT2Config, GPT2LMHeadModel
     def gpt(width):
-        with seeded(0): return GPT2LMHeadModel(GPT2Config(vocab_size=13, n_positions=16, n_embd=width, n_layer=3, n_head=2, attn_pdrop=0., resid_pdrop=0., embd_pdrop=0.)).eval()
+        with seeded(0):
+            return GPT2LMHeadModel(GPT2Config(vocab_size=13, n_positions=16, n_embd=width, n_layer=3, n_head=2,
+                                              attn_pdrop=0., resid_pdrop=0., embd_pdrop=0.)).eval()
     large = gpt(24)
     with torch.no_grad(): want = large.generate(words(1), max_new_tokens=4, do_sample=False, pad_token_id=0)
     net = StitchableNet([gpt(16), large])
     net.init_stitches(words(20))
     with torch.no_grad(): torch.testing.assert_close(net(words(2)), large(words(2)).logits, atol=1e-5, rtol=1e-5)
-    with torch.no_grad(): assert torch.equal(large.generate(words(1), max_new_tokens=4, do_sample=False, pad_token_id=0), want)
+    with torch.no_grad():
+        assert torch.equal(large.generate(words(1), max_new_tokens=4, do_sample=False, pad_token_id=0), want)
     with seeded(0): apply_pst(net, 2, stitch_rank=lambda d: 2)
     sizes = [sum(p.numel() for p in net.extract(s).parameters()) for s in range(len(net.configs))]
-    run = StitchTrainer(net, StitchSampler(sizes, 3), torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2), loss=next_word)
+    run = StitchTrainer(net, StitchSampler(sizes, 3),
+                        torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2),
+                        loss=next_word)
     run.fit([(words(4, i), words(4, i)) for i in range(2*len(sizes))])
     for s, network in deploy(net, run.sampler).items():
         kinds = {type(m).__name__ for m in network.modules()}
@@ -411,7 +464,9 @@ def test_two_halves_of_a_batch_are_the_batch():
         anchors = [named('test_vit', classes=4, img_size=64) for _ in range(2)]
         with seeded(0): net = apply_pst(StitchableNet(anchors), 2, stitch_rank=lambda d: 2)
         sampler = StitchSampler(np.arange(len(net.configs)), 3)
-        return StitchTrainer(net, sampler, torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=.1), accumulate=accumulate)
+        return StitchTrainer(net, sampler,
+                             torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=.1),
+                             accumulate=accumulate)
     (x, y), whole, halves = pictures(4, 64, 4), start(1), start(2)
     for _ in range(3):
         whole.step(x, y)
@@ -419,6 +474,7 @@ def test_two_halves_of_a_batch_are_the_batch():
         halves.step(x[2:], y[2:])
     assert whole.steps == halves.steps == 3
     torch.testing.assert_close(halves.sampler.tracker.scores, whole.sampler.tracker.scores, rtol=1e-3, atol=1e-6)
-    for a,b in zip(halves.net.parameters(), whole.net.parameters()): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    for a,b in zip(halves.net.parameters(), whole.net.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     halves.step(x[:2], y[:2])
     with pytest.raises(OpenTransError, match='1 of 2 batches wait'): halves.save('nowhere.safetensors')

@@ -5,7 +5,8 @@ import pytest
 from opentrans.errors import OpenTransError
 from opentrans.files import load_json
 from opentrans.errors import FormatError, OtherRun
-from opentrans.experiments import SCALES, Arm, arms, get_study, list_studies, load_study, plan_study, result_file, run_arms, run_study
+from opentrans.experiments import (SCALES, Arm, arms, get_study, list_studies, load_study, plan_study, result_file,
+                                   run_arms, run_study)
 
 RESULTS = Path(__file__).resolve().parents[1]/'docs'/'results'
 NAMES = 'esta', 'spt', 'spvit', 'faseg'
@@ -19,7 +20,8 @@ def test_stored_files_are_read(name, tmp_path):
     "The file of five seeds is whole; one without its rows is refused."
     data = load_study(name, RESULTS/f'{name}-5seeds.json')
     assert data['seeds'] == [*range(5)]
-    (tmp_path/'less.json').write_text(json.dumps({key: value for key,value in data.items() if key not in ('results', 'summary')}))
+    (tmp_path/'less.json').write_text(
+        json.dumps({key: value for key,value in data.items() if key not in ('results', 'summary')}))
     with pytest.raises(FormatError): load_study(name, tmp_path/'less.json')
 
 def test_the_stored_settings_are_todays():
@@ -31,15 +33,19 @@ def test_the_stored_settings_are_todays():
 
 @pytest.mark.parametrize('name', [pytest.param('spt', marks=pytest.mark.slow), 'spt-parts', 'faseg'])
 def test_a_study_runs_and_goes_on(name, tmp_path, one_thread):
-    "At the smallest sizes; the second call reads what is there, and gives the same. Sizes are whole again afterwards."
+    """At the smallest sizes; the second call reads what is there, and gives the same. Sizes are whole again
+    afterwards."""
     from opentrans.vit import spt_study
     before = dict(spt_study.SET)
     made = run_study(name, tmp_path, seeds=1, scale='smoke')
     def times(): return {file: file.stat().st_mtime_ns for file in (tmp_path/'.runs').rglob('*-*.json')}
     kept = times()
-    assert kept and run_study(name, tmp_path, seeds=1, scale='smoke')['results'] == made['results'] and times() == kept
-    assert made['run']['command'] == f'opentrans study {name} --seeds 1' and {'date', 'processor', 'torch', 'cpu_minutes'} <= {*made['run']}
-    assert load_study(name, result_file(name, tmp_path, 1, 'smoke'))['results'] == made['results'] and spt_study.SET == before
+    assert (kept and run_study(name, tmp_path, seeds=1, scale='smoke')['results'] == made['results']
+            and times() == kept)
+    assert (made['run']['command'] == f'opentrans study {name} --seeds 1'
+            and {'date', 'processor', 'torch', 'cpu_minutes'} <= {*made['run']})
+    assert (load_study(name, result_file(name, tmp_path, 1, 'smoke'))['results'] == made['results']
+            and spt_study.SET == before)
 
 def test_what_these_studies_have_not_is_said(tmp_path):
     "No other scale, no plan, no jobs of other settings in their folder."
@@ -53,7 +59,8 @@ def test_what_these_studies_have_not_is_said(tmp_path):
 
 def test_single_weights_are_chosen_by_this_chapter(tmp_path, monkeypatch, one_thread):
     "An arm below the layer asks for what no chapter of experiments imports; without it, that is said."
-    result, = run_arms(SCALES['smoke'], 0, tmp_path, arms=[Arm('elements', select='sensitivity', level='element', tables=())])
+    result, = run_arms(SCALES['smoke'], 0, tmp_path,
+                       arms=[Arm('elements', select='sensitivity', level='element', tables=())])
     assert (result['level'], result['frozen']) == ('element', []) and set(arms.TUNERS) == {'sensitivity'}
     monkeypatch.setattr(arms, 'TUNERS', {})
     monkeypatch.setattr(arms, 'find_modules', lambda name: None)

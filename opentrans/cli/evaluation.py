@@ -40,35 +40,41 @@ from .trained import _hub_of_model, _mask_in, _read_model, _trained_prompts, ope
 TABLE1 = ('coco_panoptic', 'cityscapes_19', 'ade20k_150', 'ade20k_847', 'voc_20', 'context_59', 'context_459')
 
 @app.command()
-def evaluate(
-    framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None,
-    output_stride:Stride=None, prompts:Prompts=None,
-    model:Annotated[Optional[str], typer.Option(
-        help="Folder that `opentrans finetune` or `opentrans transfer` wrote; its framework, backbone and prompts "
-             "are taken.")]=None,
-    mask:Annotated[Optional[str], typer.Option(help="Mask file to put on.")]=None,
-    data:Annotated[str, typer.Option(
-        help="Data set; `opentrans data list` names them. 'all': the seven of Table 1, one row.")]='shapesworld',
-    root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
-    kind:Annotated[str, typer.Option(help="semantic (mIoU), or panoptic (PQ, too).")]='semantic',
-    over:Annotated[Optional[str], typer.Option(
-        help="Classes in the mean: 'truth', those that the truth shows, as detectron2 and the paper; or 'either', "
-             "those that are predicted, too. Default: truth; either on the shipped worlds.")]=None,
-    short_side:Annotated[Optional[int], typer.Option(min=16, max=_SIDE,
-                                                     help="Resize images to this short side before they are seen. "
-                                                          "Default: 800, and 1333 for the long side, as released; "
-                                                          "on the shipped worlds their own size.")]=None,
-    longest:Annotated[Optional[int], typer.Option(min=16, max=_SIDE, help="The long side is at most this.")]=None,
-    own_size:Annotated[bool, typer.Option('--own-size', help="See images at their own size.")]=False,
-    scales:Annotated[Optional[str], typer.Option(help="Look at several sizes, e.g. 0.5,1,1.5, and average.")]=None,
-    flip:Annotated[bool, typer.Option(help="Look at the mirror image, too.")]=False,
-    window:Annotated[Optional[int], typer.Option(min=16, max=_SIDE,
-                                                 help="See large images through square windows of this side.")]=None,
-    limit:Annotated[Optional[int], typer.Option(min=1, help="So many images only.")]=None,
-    batch_size:Annotated[int, typer.Option(min=1, help="Images at a time.")]=8, workers:Readers=None,
-    out:Annotated[Optional[str], typer.Option(help="Folder for result.json.")]=None, device:Device=None,
-    seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
-):
+def evaluate(framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None,
+             preset:Preset=None, output_stride:Stride=None, prompts:Prompts=None,
+             model:Annotated[Optional[str],
+                             typer.Option(
+                                 help="Folder that `opentrans finetune` or `opentrans transfer` wrote; its "
+                                 "framework, backbone and prompts are taken.")]=None,
+             mask:Annotated[Optional[str], typer.Option(help="Mask file to put on.")]=None,
+             data:Annotated[str,
+                            typer.Option(help="Data set; `opentrans data " "list` names them. " "'all': the "
+                                         "seven of Table 1, " "one row.")]='shapesworld', root:Root=None,
+             split:Split='val', classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
+             kind:Annotated[str, typer.Option(help="semantic (mIoU), or panoptic " "(PQ, too).")]='semantic',
+             over:Annotated[Optional[str],
+                            typer.Option(
+                                help="Classes in the mean: 'truth', those that the truth shows, as detectron2 and "
+                                "the paper; or 'either', those that are predicted, too. Default: truth; "
+                                "either on the shipped worlds.")]=None,
+             short_side:Annotated[Optional[int],
+                                  typer.Option(min=16, max=_SIDE,
+                                               help="Resize images to this short side before they are seen. "
+                                               "Default: 800, and 1333 for the long side, as released; "
+                                               "on the shipped worlds their own size.")]=None,
+             longest:Annotated[Optional[int],
+                               typer.Option(min=16, max=_SIDE, help="The long side is at most this.")]=None,
+             own_size:Annotated[bool, typer.Option('--own-size', help="See images at their own size.")]=False,
+             scales:Annotated[Optional[str],
+                              typer.Option(help="Look at several sizes, e.g. 0.5,1,1.5, and average.")]=None,
+             flip:Annotated[bool, typer.Option(help="Look at the mirror image, too.")]=False,
+             window:Annotated[Optional[int],
+                              typer.Option(min=16, max=_SIDE,
+                                           help="See large images through square windows of this side.")]=None,
+             limit:Annotated[Optional[int], typer.Option(min=1, help="So many images only.")]=None,
+             batch_size:Annotated[int, typer.Option(min=1, help="Images at a time.")]=8, workers:Readers=None,
+             out:Annotated[Optional[str], typer.Option(help="Folder for result.json.")]=None, device:Device=None,
+             seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,):
     "Mean IoU, or panoptic quality, of a framework on a data set, with any class names; or on the seven of Table 1."
     from opentrans.frameworks import get_framework
     from opentrans.pruning import SparseMask
@@ -177,7 +183,8 @@ def segment(
     vocabulary,x = parse_names(names),to_image(image, max_side)
     if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
         raise OpenTransError(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
-    if model and method: raise OpenTransError("--model has been trained, --method needs no training: leave one out.")
+    if model and method:
+        raise OpenTransError("--model has been trained, --method needs no training: leave one out.")
     if method and not _typed('backbone'): backbone = 'shapes-vit'
     if model:
         vocabulary = _trained_prompts(_read_model(Path(model)/'model.json'), vocabulary)
@@ -224,7 +231,8 @@ def segment(
         seg = open_clip_backbone(backbone, pretrained, _stride(output_stride, 'clip', backbone, True), device,
                                  _hub(allow_hub))
     if not model and backbone in small_clips():
-        _say(f"note: {backbone} knows generated scenes only; for photographs take --backbone photo-lite0", sys.stderr)
+        _say(f"note: {backbone} knows generated scenes only; for photographs take --backbone photo-lite0",
+             sys.stderr)
     doubt = _unseen(seg, vocabulary)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*(has never seen|was shown)') # the marks below say it

@@ -92,7 +92,9 @@ _SIDE = 2**16 # Pixels; a longer side is a slip of the hand
 Freeze = Annotated[float, typer.Option(min=0, max=1, help="Share of the layers to freeze; 0 freezes none.")]
 By = Annotated[str, typer.Option(
     help="Which layers rest: alpha (small ones), alpha* (large ones), random, or z (small ones for their shape).")]
-Xmin = Annotated[str, typer.Option(help="Where the tail begins: ks, median, peak, paper, clip, a share (25%), or a number.")]
+Xmin = Annotated[str,
+                 typer.Option(
+                     help="Where the tail begins: ks, median, peak, paper, clip, a share (25%), or a number.")]
 Quiet = Annotated[bool, typer.Option('--json', help="Print the result as JSON instead of a table.")]
 Corrupt = Annotated[str, typer.Option(
     help="Files that cannot be read: 'raise' ends the run, 'skip' leaves them out and says so.")]

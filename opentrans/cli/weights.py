@@ -25,8 +25,14 @@ def _anything(name, pretrained, allow_hub):
     fetched = name.startswith(('torchvision:', 'timm:'))
     if not fetched and pretrained: raise OpenTransError(f"'{name}' has its own weights: leave --pretrained out.")
     if not fetched or pretrained == 'none': return open_weights(name)
-    if not pretrained: raise OpenTransError(f"Which weights for '{name}'? Give --pretrained DEFAULT with --allow-hub, or --pretrained none for random ones.")
-    if not allow_hub: raise OpenTransError(f"The weights '{pretrained}' of '{name}' may have to be fetched. Add --allow-hub, or give a file of them.")
+    if not pretrained:
+        raise OpenTransError(
+            f"Which weights for '{name}'? Give --pretrained DEFAULT with --allow-hub, or --pretrained none for "
+            f"random ones.")
+    if not allow_hub:
+        raise OpenTransError(
+            f"The weights '{pretrained}' of '{name}' may have to be fetched. Add --allow-hub, or give a file of "
+            f"them.")
     return open_weights(name, pretrained)
 
 @app.command()
@@ -66,8 +72,10 @@ def alpha(
         _save_table(frame, Path(out)/'alpha.csv')
         chosen.to_json(Path(out)/'selection.json')
         _save_picture(lambda: table.plot_alpha(selection=chosen), Path(out)/'alpha.png')
-    show(frame[[c for c in ('frozen', 'shape', 'n_evals', 'alpha', 'alpha_null', 'z', 'spikes', 'xmin', 'D', 'n_tail',
-                            'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
+    show(
+        frame[[c
+               for c in ('frozen', 'shape', 'n_evals', 'alpha', 'alpha_null', 'z', 'spikes', 'xmin', 'D', 'n_tail',
+                         'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
     if not as_json: _say(table.words())
 
 # %% ../../nbs/app/70d_weights.ipynb #2a68ce37
@@ -110,65 +118,42 @@ def _distillation(clip, data, released, told):
 
 # %% ../../nbs/app/70d_weights.ipynb #f968c500
 @app.command()
-def prune(
-    out:Annotated[str, typer.Option(help="The mask file to write (.safetensors).")],
-    backbone:Backbone='shapes-rn', pretrained:Pretrained=None, data:Data='shapesworld', root:Root=None,
-    split:Split='train', classes:Classes=None, ignore:Ignore=None,
-    density:Annotated[float, typer.Option(help="Share of the weights that remain, in (0, 1].")]=.1,
-    p:Annotated[float, typer.Option('--p', '--drop',
-                                    help="Share of the remaining weights that a round drops. Under torchrun and "
-                                         "accelerate launch, which take --p for their own, write --drop.")]=.1,
-    iterations:Annotated[int, typer.Option('--iterations', '--iters',
-                                           help="Iterations a round (the paper's t).")]=1000,
-    lr:Annotated[float, typer.Option(help="Learning rate.")]=1e-4,
-    batch_size:Annotated[int, typer.Option(help="Images an iteration, over all processes.")]=8,
-    loss:Annotated[str, typer.Option(help="tgkd (Eq. 3), vgkd (Eq. 4) or released (the released code's).")]='tgkd',
-    method:Annotated[str, typer.Option(
-        help="imp (Algorithm 1), random, or in one shot a criterion: magnitude, snip, sensitivity; or layer by layer, on "
-             "images without labels: wanda, sparsegpt, alps.")]='imp',
-    criterion:Annotated[str, typer.Option(
-        help="What the rounds of imp score weights by: magnitude, snip or sensitivity, the latter two by the "
-             "distillation loss.")]='magnitude',
-    score_batches:Annotated[int, typer.Option(min=1, help="Batches that snip and sensitivity look at.")]=16,
-    images:Annotated[int, typer.Option(min=1, help="Images that wanda, sparsegpt and alps look at.")]=128,
-    scope:Annotated[Optional[str], typer.Option(
-        help="Which weights compete under wanda, sparsegpt and alps: layer, output, channel, global, or N:M such as 2:4. "
-             "Default: as the method was published.")]=None,
-    densities:Annotated[Optional[str], typer.Option(
-        help="How layers share the density under wanda, sparsegpt and alps: uniform, erdos-renyi-kernel, global or owl. "
-             "Default: uniform.")]=None,
-    target:Annotated[str, typer.Option(
-        help="What a layer's outputs shall be under wanda, sparsegpt and alps: own, what its own weights make of what it "
-             "now sees, or dense, what they are in the dense tower.")]='own',
-    crop:Annotated[Optional[int], typer.Option(min=0,
-                                               help="Side of the window cut out of larger images; 0 takes whole "
-                                                    "images. Default: 512 (the paper's), whole scenes of "
-                                                    "shapesworld.")]=None,
-    checkpoint:Annotated[Optional[str], typer.Option(
-        help="Folder to continue from. Default: beside the mask.")]=None,
-    weights:Annotated[Optional[str], typer.Option(
-        help="Also write the CLIP with its trained tower to this file, which --pretrained reads.")]=None,
-    optimizer:Annotated[str, typer.Option(help="adamw or sgd.")]='adamw',
-    weight_decay:Annotated[float, typer.Option(help="Weight decay.")]=0.,
-    clip_grad:Annotated[float, typer.Option(help="Largest norm of the gradient; 0 does not clip.")]=0.,
-    batch_norm:Annotated[str, typer.Option(
-        help="train: statistics of the batch, over all processes; frozen: CLIP's.")]='train',
-    precision:Annotated[str, typer.Option(help="Of the student: no, or bf16 (mixed).")]='no',
-    teacher:Annotated[str, typer.Option(
-        help="How the teacher sees a region: crop, tight (the released code's crops) or attention.")]='crop',
-    max_regions:Annotated[int, typer.Option(help="Most regions an iteration, over all processes.")]=64,
-    workers:Annotated[Optional[int], typer.Option(
-        help="Processes that read data. Default: none for shapesworld, else up to 4, as cores allow.")]=None,
-    checkpoint_every:Annotated[int, typer.Option(
-        min=0, help="Iterations between checkpoints within a round; 0 for none.")]=500,
-    disk_mb:Annotated[int, typer.Option(
-        help="Most disk space for the teacher's embeddings, if images are whole (--crop 0).")]=16384,
-    released:Annotated[Optional[str], typer.Option(
-        help="Find the mask as the released code does, on this framework: mask2former or deeplabv3. Flags win "
-             "over its settings.")]=None,
-    output_stride:Stride=32, device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False,
-    config:Config=None,
-):
+def prune(out:Annotated[str, typer.Option(help="The mask file to write (.safetensors).")],
+          backbone:Backbone='shapes-rn', pretrained:Pretrained=None, data:Data='shapesworld', root:Root=None,
+          split:Split='train', classes:Classes=None, ignore:Ignore=None,
+          density:Annotated[float, typer.Option(help="Share of the weights that remain, in (0, 1].")]=.1,
+          p:Annotated[float,
+                      typer.Option('--p', '--drop',
+                                   help="Share of the remaining weights that a round drops. Under torchrun and "
+                                   "accelerate launch, which take --p for their own, write --drop.")]=.1,
+          iterations:Annotated[int,
+                               typer.Option('--iterations', '--iters',
+                                            help="Iterations a round (the paper's t).")]=1000,
+          lr:Annotated[float, typer.Option(help="Learning rate.")]=1e-4,
+          batch_size:Annotated[int, typer.Option(help="Images an iteration, over all processes.")]=8,
+          loss:Annotated[str,
+                         typer.Option(
+                             help="tgkd (Eq. 3), vgkd (Eq. 4) or released (the released code's).")]='tgkd',
+          method:Annotated[str,
+                           typer.Option(
+                               help="imp (Algorithm 1), random, or in one shot a criterion: magnitude, snip, "
+                               "sensitivity; or layer by layer, on images without labels: wanda, "
+                               "sparsegpt, alps.")]='imp',
+          criterion:Annotated[str,
+                              typer.Option(
+                                  help="What the rounds of imp score weights by: magnitude, snip or sensitivity, "
+                                  "the latter two by the distillation loss.")]='magnitude',
+          score_batches:Annotated[int,
+                                  typer.Option(min=1,
+                                               help="Batches that " "snip and " "sensitivity look "
+                                               "at.")]=16,
+          images:Annotated[int,
+                           typer.Option(min=1,
+                                        help="Images that " "wanda, sparsegpt " "and alps " "look "
+                                        "at.")]=128,
+          scope:Annotated[Optional[str],
+                          typer.Option(
+                              help="Which weights compete under wanda, sparsegpt and alps: layer, output, channel, " "global, or N:M such as 2:4. " "Default: as the method was published.")]=None, densities:Annotated[Optional[str], typer.Option(help="How layers share the density under wanda, sparsegpt and alps: uniform, erdos-renyi-kernel, global or owl. " "Default: uniform.")]=None, target:Annotated[str, typer.Option(help="What a layer's outputs shall be under wanda, sparsegpt and alps: own, what its own weights make of what it " "now sees, or dense, what they are in the dense tower.")]='own', crop:Annotated[Optional[int], typer.Option(min=0, help="Side of the window cut out of larger images; 0 takes whole " "images. Default: 512 (the paper's), whole scenes of " "shapesworld.")]=None, checkpoint:Annotated[Optional[str], typer.Option(help="Folder to continue from. Default: beside the mask.")]=None, weights:Annotated[Optional[str], typer.Option(help="Also write the CLIP with its trained tower to this file, which --pretrained reads.")]=None, optimizer:Annotated[str, typer.Option(help="adamw or sgd.")]='adamw', weight_decay:Annotated[float, typer.Option(help="Weight decay.")]=0., clip_grad:Annotated[float, typer.Option(help="Largest norm of the gradient; 0 does not clip.")]=0., batch_norm:Annotated[str, typer.Option(help="train: statistics of the batch, over all processes; frozen: CLIP's.")]='train', precision:Annotated[str, typer.Option(help="Of the student: no, or bf16 (mixed).")]='no', teacher:Annotated[str, typer.Option(help="How the teacher sees a region: crop, tight (the released code's crops) or attention.")]='crop', max_regions:Annotated[int, typer.Option(help="Most regions an iteration, over all processes.")]=64, workers:Annotated[Optional[int], typer.Option(help="Processes that read data. Default: none for shapesworld, else up to 4, as cores allow.")]=None, checkpoint_every:Annotated[int, typer.Option(min=0, help="Iterations between checkpoints within a round; 0 for none.")]=500, disk_mb:Annotated[int, typer.Option(help="Most disk space for the teacher's embeddings, if images are whole (--crop 0).")]=16384, released:Annotated[Optional[str], typer.Option(help="Find the mask as the released code does, on this framework: mask2former or deeplabv3. Flags win " "over its settings.")]=None, output_stride:Stride=32, device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,):
     """Find a sparse mask: Algorithm 1 with distillation as its only loss, or a baseline.
     Under accelerate launch or torchrun, processes share each batch."""
     from opentrans.clip import save_weights

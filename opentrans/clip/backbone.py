@@ -35,7 +35,10 @@ class TextEncoder:
         self.model = copy.copy(model)
         self.model._modules = {k: m for k,m in model._modules.items() if k != 'visual'}
         self.model.eval().requires_grad_(False)
-        self.tokenizer,self.name,self.trained,self.cache = tokenizer,name,trained,{}
+        self.tokenizer = tokenizer
+        self.name = name
+        self.trained = trained
+        self.cache = {}
         self.known = getattr(model, 'known', None) # of a CLIP for photographs
 
     def __deepcopy__(self, memo): return self
@@ -65,9 +68,12 @@ class TextEncoder:
         return torch.stack([F.normalize(x.mean(0), dim=0) for x in e]).to(device)
 
     def strange(self, said)->list: # The first prompt of each such class
-        "Classes whose words a small CLIP has never seen, or that are unlike all names that a CLIP for photographs was shown."
+        """Classes whose words a small CLIP has never seen, or that are unlike all names that a CLIP for photographs
+        was shown."""
         if not self.trained: return []
-        if self.known is not None: return [ps[0] for ps,likeness in zip(said, self.nearest(said)[0].tolist()) if likeness < self.known.least]
+        if self.known is not None:
+            return [ps[0]
+                    for ps,likeness in zip(said, self.nearest(said)[0].tolist()) if likeness < self.known.least]
         if not hasattr(self.tokenizer, 'unknown_words'): return []
         return [ps[0] for ps in said if all(self.tokenizer.unknown_words(p) for p in ps)]
 
@@ -81,11 +87,15 @@ class TextEncoder:
         strange = sorted(self.strange(said), key=lambda p: p not in first)
         if not strange: return ''
         if self.known is not None:
-            return (f"{len(strange)} of {len(said)} names are unlike all {len(self.known.names):,} whose pictures '{self.name}' was shown; "
-                    f"it can only guess at them: {' | '.join(strange[:4])}")
-        pieces = [tuple(self.tokenizer.encode(p)) for p in strange]; alike = sum(pieces.count(p) > 1 for p in pieces)
-        return (f"{len(strange)} of {len(said)} names have words that '{self.name}' has never seen; it can say little about them"
-                f"{f', and nothing tells {alike} of them from one another' if alike else ''}: {' | '.join(strange[:4])}")
+            return (
+                f"{len(strange)} of {len(said)} names are unlike all {len(self.known.names):,} whose pictures "
+                f"'{self.name}' was shown; it can only guess at them: {' | '.join(strange[:4])}")
+        pieces = [tuple(self.tokenizer.encode(p)) for p in strange]
+        alike = sum(pieces.count(p) > 1 for p in pieces)
+        return (
+            f"{len(strange)} of {len(said)} names have words that '{self.name}' has never seen; it can say little "
+            f"about them{f', and nothing tells {alike} of them from one another' if alike else ''}: "
+                          f"{' | '.join(strange[:4])}")
 
     def _warn(self, said):
         "Say once for each class that a small CLIP does not know its words."
@@ -97,17 +107,22 @@ class TextEncoder:
 # %% ../../nbs/clip/20_clip.ipynb #41a2b34d
 def class_prompts(
     names, # A `Vocabulary`, or a list of names, in which `'sofa,couch'` are synonyms
-    templates=None, # Prompts with a `{}` for the name, or the name of a set in `opentrans.data.TEMPLATES`; None takes the vocabulary's own, or CLIP's simplest
+    # Prompts with a `{}` for the name, or the name of a set in `opentrans.data.TEMPLATES`; None takes the
+    # vocabulary's own, or CLIP's simplest
+    templates=None,
 )->list: # One list of texts for each class: every synonym in every template
-    "The texts that stand for classes. Raises `OpenTransError` for an empty list or name, and for a template that does not have the place of the name once."
+    """The texts that stand for classes. Raises `OpenTransError` for an empty list or name, and for a template that
+    does not have the place of the name once."""
     if hasattr(names, 'prompts') and templates is None: return names.prompts()
     templates = _PLAIN if templates is None else check_templates(templates)
-    words = getattr(names, 'synonyms', None) or [_synonyms(n) for n in ([names] if isinstance(names, str) else names)]
+    words = (getattr(names, 'synonyms', None)
+             or [_synonyms(n) for n in ([names] if isinstance(names, str) else names)])
     if not words: raise OpenTransError("There are no names to embed: the vocabulary is empty.")
     return [[t.format(w) for w in ws for t in templates] for ws in words]
 
 def _synonyms(name):
-    if not isinstance(name, str) or not name.strip(' ,'): raise OpenTransError(f"A class name must be a text that is not empty, not {name!r}.")
+    if not isinstance(name, str) or not name.strip(' ,'):
+        raise OpenTransError(f"A class name must be a text that is not empty, not {name!r}.")
     return [s.strip() for s in checked_text(name, 'A class name').split(',') if s.strip()]
 
 # %% ../../nbs/clip/20_clip.ipynb #7d5ccabb
@@ -132,9 +147,14 @@ class Origin:
     @functools.cached_property
     def maps(self):
         "Channels and strides of the maps, and the width of embeddings: asked by a forward pass without numbers."
-        net,kind,size = copy.deepcopy(self.visual).to('meta'),tower_family(self.visual, self.name),_side(self.visual)
-        with torch.no_grad(): maps,last = kind.features(net, torch.empty(1, 3, size, size, device='meta')); dense = kind.dense(net, last)
-        return {k: m.shape[1] for k,m in maps.items()},{k: round(size/m.shape[-1]) for k,m in maps.items()},dense.shape[1]
+        net = copy.deepcopy(self.visual).to('meta')
+        kind = tower_family(self.visual, self.name)
+        size = _side(self.visual)
+        with torch.no_grad():
+            maps,last = kind.features(net, torch.empty(1, 3, size, size, device='meta'))
+            dense = kind.dense(net, last)
+        return {k: m.shape[1] for k,m in maps.items()},{k: round(size/m.shape[-1])
+                                                        for k,m in maps.items()},dense.shape[1]
 
 # %% ../../nbs/clip/20_clip.ipynb #5dc0a6c9
 class ClipBackbone(nn.Module):
@@ -145,7 +165,8 @@ class ClipBackbone(nn.Module):
         super().__init__()
         self.origin,self.kind = origin,tower_family(origin.visual, origin.name)
         self.visual = copy.deepcopy(origin.visual)
-        for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(getattr(origin, k)).view(1, 3, 1, 1), persistent=False)
+        for k in ('mean', 'std'):
+            self.register_buffer(k, torch.tensor(getattr(origin, k)).view(1, 3, 1, 1), persistent=False)
         self.image_size = _side(self.visual)
         self.eval()
         channels,strides,self.embed_dim = origin.maps
@@ -154,13 +175,16 @@ class ClipBackbone(nn.Module):
     tower = property(lambda self: self.visual, doc="The image tower, in which parameters have their names.")
     text = property(lambda self: self.origin.text, doc="The frozen text encoder, shared by all copies.")
     name = property(lambda self: self.origin.name)
-    logit_scale = property(lambda self: self.origin.logit_scale, doc="Scale of cosine similarities in CLIP's softmax.")
+    logit_scale = property(lambda self: self.origin.logit_scale,
+                           doc="Scale of cosine similarities in CLIP's softmax.")
     output_stride = property(lambda self: self.origin.output_stride)
 
     def prepare(self, images):
         "Check images and take off CLIP's mean and deviation."
-        if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            what = f'{tuple(images.shape)} {images.dtype}' if isinstance(images, torch.Tensor) else type(images).__name__
+        if (not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 3
+            or not images.is_floating_point()):
+            what = (f'{tuple(images.shape)} {images.dtype}' if isinstance(images, torch.Tensor)
+                    else type(images).__name__)
             raise OpenTransError(f"Images must be a float tensor (B, 3, H, W) with values in [0,1], not {what}.")
         return (images-self.mean)/self.std if self.origin.normalize else images
 
@@ -181,13 +205,19 @@ class ClipBackbone(nn.Module):
         "A new backbone with the weights that `create` loaded, sharing the text encoder."
         return ClipBackbone(self.origin).to(device_of(self))
 
-    def extra_repr(self): return f"{self.name}, pretrained={self.origin.pretrained}, embed_dim={self.embed_dim}, strides={self.strides}, channels={self.channels}"
+    def extra_repr(self):
+        return (
+            f"{self.name}, pretrained={self.origin.pretrained}, embed_dim={self.embed_dim}, "
+            f"strides={self.strides}, channels={self.channels}")
 
     def _repr_markdown_(self):
         rows = '\n'.join(f'| {k} | {c} | {self.strides[k]} |' for k,c in self.channels.items())
-        weights,n = Path(self.origin.pretrained).name if self.origin.pretrained else 'random',sum(p.numel() for p in self.parameters())
-        return (f"**{for_markdown(self.name)}**, weights: {for_markdown(weights)}; {n:,} parameters in the image tower, {self.embed_dim}-dimensional embeddings, "
-                f"native size {self.image_size}\n\n| map | channels | stride |\n| --- | --- | --- |\n{rows}")
+        weights = Path(self.origin.pretrained).name if self.origin.pretrained else 'random'
+        n = sum(p.numel() for p in self.parameters())
+        return (
+            f"**{for_markdown(self.name)}**, weights: {for_markdown(weights)}; {n:,} parameters in the image "
+            f"tower, {self.embed_dim}-dimensional embeddings, " f"native size {self.image_size}\n\n| map | "
+                                                                f"channels | stride |\n| --- | --- | --- |\n{rows}")
 
 # %% ../../nbs/clip/20_clip.ipynb #a1c72e34
 @patch(cls_method=True)
@@ -219,7 +249,8 @@ def from_model(cls:ClipBackbone,
 @patch(cls_method=True)
 def create(cls:ClipBackbone,
     name:str, # `'shapes-rn'`, `'photo-lite0'` (photographs), or open_clip's name of an RN, ViT or convnext model
-    pretrained:str=None, # A tag of open_clip (`'openai'`), a path, the own name of a CLIP that ships, or None: random weights
+    # A tag of open_clip (`'openai'`), a path, the own name of a CLIP that ships, or None: random weights
+    pretrained:str=None,
     seed:int=0, # Seed of random weights
     normalize:bool=True, # Do images come in [0,1]? If not, they come normalised
     output_stride:int=32, # Stride of `res5`: 32, or for a ResNet 16 or 8
@@ -227,11 +258,13 @@ def create(cls:ClipBackbone,
     quick_gelu:bool=None, # OpenAI's faster activation? None: as file, tag or name tell
     mean=None, # Mean colour of its images, three numbers; None: as file or tag tell
     std=None, # Their deviation, likewise
-    hub:bool=None, # True: whatever is missing may be fetched from the Hugging Face hub; None: what a tag needs; False: nothing
+    # True: whatever is missing may be fetched from the Hugging Face hub; None: what a tag needs; False: nothing
+    hub:bool=None,
 )->ClipBackbone: # In eval mode, on the CPU
     "Open a CLIP. Weights that are missing, or do not fit, are an `OpenTransError` that says what to do."
     model,tokenizer,mean,std = open_model(name, pretrained, seed, cache_dir, quick_gelu, mean, std, hub)
-    return cls.from_model(model, tokenizer, name, pretrained and str(pretrained), mean, std, normalize, output_stride, copy_weights=False)
+    return cls.from_model(model, tokenizer, name, pretrained and str(pretrained), mean, std, normalize,
+                          output_stride, copy_weights=False)
 
 # %% ../../nbs/clip/20_clip.ipynb #30b96d38
 @patch
@@ -254,16 +287,20 @@ def dense_embeddings(self:ClipBackbone,
     images:torch.Tensor, # (B, 3, H, W) in [0,1]
 )->torch.Tensor: # (B, D, h, w), unit length along D; h = H / `strides['res5']`
     "Embed each cell of the last map in the space of the text."
-    return F.normalize(self.kind.dense(self.visual, self.kind.features(self.visual, self.prepare(images))[1]), dim=1)
+    return F.normalize(self.kind.dense(self.visual, self.kind.features(self.visual, self.prepare(images))[1]),
+                       dim=1)
 
 # %% ../../nbs/clip/20_clip.ipynb #7091e4f5
 def _check_regions(images, regions):
     if len(regions) != len(images):
-        raise OpenTransError(f"There are {len(images)} images and {len(regions)} sets of regions: give one (N, H, W) mask tensor for each image.")
+        raise OpenTransError(
+            f"There are {len(images)} images and {len(regions)} sets of regions: give one (N, H, W) mask tensor "
+            f"for each image.")
     for i,r in enumerate(regions):
         if r.ndim != 3 or r.shape[1:] != images.shape[2:]:
-            raise OpenTransError(f"The regions of image {i} are {tuple(r.shape)}; masks of shape (N, {images.shape[2]}, {images.shape[3]}) "
-                                 "are needed, the size of the image.")
+            raise OpenTransError(
+                f"The regions of image {i} are {tuple(r.shape)}; masks of shape (N, {images.shape[2]}, "
+                f"{images.shape[3]}) " "are needed, the size of the image.")
         empty = (~r.bool().flatten(1).any(1)).nonzero().flatten().tolist()
         if empty: raise OpenTransError(f"Regions {empty[:6]} of image {i} have no pixel. Leave empty regions out.")
 
@@ -280,10 +317,14 @@ def crops(self:ClipBackbone,
     for image,masks in zip(self.prepare(images), regions):
         for m in masks.bool():
             ys,xs = m.any(1).nonzero().flatten(),m.any(0).nonzero().flatten()
-            top,left,h,w = ys[0].item(),xs[0].item(),(ys[-1]-ys[0]+1).item(),(xs[-1]-xs[0]+1).item()
+            top = ys[0].item()
+            left = xs[0].item()
+            h = (ys[-1]-ys[0]+1).item()
+            w = (xs[-1]-xs[0]+1).item()
             s = max(h, w, min(round(margin*max(h, w)), max(m.shape)))
             c = F.pad((image*m)[:,top:top+h,left:left+w], ((s-w)//2, s-w-(s-w)//2, (s-h)//2, s-h-(s-h)//2))
-            res.append(F.interpolate(c[None], size=(size, size), mode='bilinear', antialias=True, align_corners=False)[0])
+            res.append(F.interpolate(c[None], size=(size, size), mode='bilinear', antialias=True,
+                                     align_corners=False)[0])
     return torch.stack(res) if res else images.new_zeros(0, 3, size, size)
 
 @patch
@@ -292,27 +333,33 @@ def tight_crops(self:ClipBackbone,
     regions, # List of B masks (N_i, H, W)
     size:int=None, # Side of the crops; None for the native size
 )->torch.Tensor: # (sum N_i, 3, size, size), normalised as the tower wants
-    "Cut out regions as the code released with the paper does (detr_panoptic_caption_kd_dataset_mapper.py): the rest painted grey (128), the tight box without its last row and column, stretched to a square (bicubic)."
+    """Cut out regions as the code released with the paper does (detr_panoptic_caption_kd_dataset_mapper.py): the
+    rest painted grey (128), the tight box without its last row and column, stretched to a square (bicubic)."""
     _check_regions(images, regions)
     size,res = size or self.image_size,[]
     for image,masks in zip(images, regions):
         for m in masks.bool():
             ys,xs = m.any(1).nonzero().flatten().tolist(),m.any(0).nonzero().flatten().tolist()
             painted = image.where(m, 128/255)[:,ys[0]:max(ys[-1], ys[0]+1),xs[0]:max(xs[-1], xs[0]+1)]
-            res.append(F.interpolate(painted[None], size=(size, size), mode='bicubic', antialias=True, align_corners=False)[0].clamp(0, 1))
+            res.append(F.interpolate(painted[None], size=(size, size), mode='bicubic', antialias=True,
+                                     align_corners=False)[0].clamp(0, 1))
     return self.prepare(torch.stack(res)) if res else images.new_zeros(0, 3, size, size)
 
 @patch
 def region_embeddings(self:ClipBackbone,
     images:torch.Tensor, # (B, 3, H, W) in [0,1]
     regions=None, # List of B masks (N_i, H, W); None for one region a image, all of it
-    mode:str='attention', # `'attention'`: pool the region's cells of the map; `'crop'`: embed each region as an image of its own; `'tight'`: as the released code crops it
+    # `'attention'`: pool the region's cells of the map; `'crop'`: embed each region as an image of its own;
+    # `'tight'`: as the released code crops it
+    mode:str='attention',
     margin:float=1.3, # Side of a crop, as a multiple of the region's longer side
     batch:int=64, # Crops at a time
 )->torch.Tensor: # (sum N_i, D), unit length, in the order of the images
     "Embed regions of images in the space of the text. Raises `OpenTransError` for empty or misshapen masks."
-    if mode not in ('attention', 'crop', 'tight'): raise unknown('mode of region embeddings', mode, ['attention', 'crop', 'tight'])
-    if regions is None: regions = [torch.ones(1, *images.shape[2:], dtype=torch.bool, device=images.device)]*len(images)
+    if mode not in ('attention', 'crop', 'tight'):
+        raise unknown('mode of region embeddings', mode, ['attention', 'crop', 'tight'])
+    if regions is None:
+        regions = [torch.ones(1, *images.shape[2:], dtype=torch.bool, device=images.device)]*len(images)
     if mode in ('crop', 'tight'):
         _check_regions(images, regions)
         if not sum(map(len, regions)): return images.new_zeros(0, self.embed_dim)

@@ -74,10 +74,13 @@ def package_file(
     told:dict, # What is told of the package: `package`, `module` and `files`
     file:str, # One of its files
 )->Path: # Where it lies
-    "A file of an installed package, without any of the package's code being run. Raises `OpenTransError` for a package that is missing, and `FormatError` for another file than the one that is known."
+    """A file of an installed package, without any of the package's code being run. Raises `OpenTransError` for a
+    package that is missing, and `FormatError` for another file than the one that is known."""
     path = package_path(told['module'], file, told['package'])
     if hashlib.sha256(path.read_bytes()).hexdigest() != told['files'][file]:
-        raise FormatError(f"'{path}' is not the file that this version was made with. Install the package '{told['package']}' again.")
+        raise FormatError(
+            f"'{path}' is not the file that this version was made with. Install the package '{told['package']}' "
+            f"again.")
     return path
 
 # %% ../../nbs/clip/22_photo.ipynb #397c608f
@@ -91,7 +94,8 @@ class NameHead(nn.Module):
     ):
         super().__init__()
         self.classifier = nn.Linear(features, classes)
-        self.register_buffer('names', torch.zeros(classes, embed_dim)) # what the names mean does not change when a tower learns
+        # what the names mean does not change when a tower learns
+        self.register_buffer('names', torch.zeros(classes, embed_dim))
         self.temperature = temperature
 
     def forward(self,
@@ -146,25 +150,33 @@ def photo_clip(
     name:str, # Such as `'photo-lite0'`
     seed:int=None, # Seed of the initial weights; None draws from torch's generator as it stands
 )->tuple: # (`open_clip.CustomTextCLIP`, its tokenizer)
-    "A CLIP for photographs with initial weights, and its tokenizer. Raises `OpenTransError` where a package is missing."
+    """A CLIP for photographs with initial weights, and its tokenizer. Raises `OpenTransError` where a package is
+    missing."""
     told = photo_settings(name)
-    image,text,size = told['image'],told['text'],told['embed_dim']
+    image = told['image']
+    text = told['text']
+    size = told['embed_dim']
     folder = [package_file(text, file) for file in text['files'] if file != text['weights']][0].parent
-    towers = dict(vision_cfg=dict(timm_model_name=image['timm'], timm_pool='avg', timm_proj='linear', image_size=image['image_size']),
-                  text_cfg=dict(hf_model_name=str(folder), hf_model_pretrained=False, hf_proj_type=None, hf_pooler_type='mean_pooler'))
+    towers = dict(vision_cfg=dict(timm_model_name=image['timm'], timm_pool='avg', timm_proj='linear',
+                                  image_size=image['image_size']),
+                  text_cfg=dict(hf_model_name=str(folder), hf_model_pretrained=False, hf_proj_type=None,
+                                hf_pooler_type='mean_pooler'))
     with seeded(seed):
         model = open_clip.CustomTextCLIP(size, **towers)
-        model.visual.head = NameHead(model.visual.trunk.num_features, len(told['classes']), size, told['temperature'])
+        model.visual.head = NameHead(model.visual.trunk.num_features, len(told['classes']), size,
+                                     told['temperature'])
         model.text.proj = Centred(size)
     model.logit_scale.data.fill_(torch.tensor(told['logit_scale']).log())
-    tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=text['context_length'], trust_remote_code=False)
+    tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=text['context_length'],
+                                                trust_remote_code=False)
     return model,tokenizer
 
 def read_join(
     name:str, # Such as `'photo-lite0'`
 )->dict: # As `join_of` gives it
     "The join that ships with the package."
-    return {key: value.float() for key,value in load_tensors(ASSETS/f'{name}.safetensors', kind=PHOTO_FILE)[0].items()}
+    return {key: value.float()
+            for key,value in load_tensors(ASSETS/f'{name}.safetensors', kind=PHOTO_FILE)[0].items()}
 
 def known_names(
     name:str, # Such as `'photo-lite0'`
@@ -178,22 +190,28 @@ def _in_order(weights, model, part):
     own = {key: value for key,value in model.state_dict().items() if not key.endswith('num_batches_tracked')}
     weights = [value for key,value in weights.items() if not key.endswith('num_batches_tracked')]
     named = dict(zip(own, weights))
-    if len(weights) != len(own): raise FormatError(f"The {part} has {len(weights)} tensors, not {len(own)}. Install its package again.")
+    if len(weights) != len(own):
+        raise FormatError(f"The {part} has {len(weights)} tensors, not {len(own)}. Install its package again.")
     check_like(named, own, part, 'its weights')
     return named
 
 def photo_weights(
     name:str, # Such as `'photo-lite0'`
 )->dict: # Name -> tensor, as `photo_clip`'s model has them
-    "All weights of a CLIP for photographs, read from the packages and from the join that ships. Raises `OpenTransError`."
+    """All weights of a CLIP for photographs, read from the packages and from the join that ships. Raises
+    `OpenTransError`."""
     import timm
     told = photo_settings(name)
-    image,text,join = told['image'],told['text'],read_join(name)
+    image = told['image']
+    text = told['text']
+    join = read_join(name)
     path = package_file(image, image['weights'])
     with torch.device('meta'): classifier = timm.create_model(image['timm'])
     tower = _in_order(state_dict_of(read_checkpoint(path), path), classifier, f"image tower of '{name}'")
     path = package_file(text, text['weights'])
-    words = {key: value for key,value in read_checkpoint(path).items() if not key.startswith('pooler.') and not key.endswith('position_ids')}
+    words = {key: value
+             for key,value in read_checkpoint(path).items()
+             if not key.startswith('pooler.') and not key.endswith('position_ids')}
     parts = {f'visual.trunk.{key}': value for key,value in tower.items() if not key.startswith('classifier.')}
     parts.update({f'visual.head.{key}': value for key,value in tower.items() if key.startswith('classifier.')})
     parts.update({f'text.transformer.{key}': value for key,value in words.items()})

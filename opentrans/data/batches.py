@@ -20,9 +20,13 @@ class ImageBatches:
         seed:int=0, # Which images, and which windows
         room_mb:int=1024, # Most memory for images that were read
     ):
-        for name,value in (('images', images), ('batch_size', batch_size)): check_number(name, value, 1, 10**9, whole=True)
+        for name,value in (('images', images), ('batch_size', batch_size)):
+            check_number(name, value, 1, 10**9, whole=True)
         if not len(data): raise OpenTransError("The data set is empty: there is nothing to look at.")
-        self.data,self.batch_size,self.crop,self.seed = data,batch_size,crop,seed
+        self.data = data
+        self.batch_size = batch_size
+        self.crop = crop
+        self.seed = seed
         draws = torch.Generator().manual_seed(seed)
         self.numbers = torch.randperm(len(data), generator=draws)[:images].tolist()
         self.room,self.kept = room_mb*2**20,{}

@@ -27,10 +27,12 @@ class Sums:
         "Put back what `state` gave. Raises `OpenTransError`, with nothing changed, if it is of another metric."
         for n in self._sums:
             own = getattr(self, n)
-            if not isinstance(state, dict) or not isinstance(state.get(n), torch.Tensor) or state[n].shape != own.shape:
+            if (not isinstance(state, dict) or not isinstance(state.get(n), torch.Tensor)
+                or state[n].shape != own.shape):
                 raise OpenTransError(f"This is no state of {self!r}: '{n}' must have the shape {tuple(own.shape)}.")
             if state[n].is_complex() or not bool((state[n] >= 0).all() & torch.isfinite(state[n]).all()):
-                raise OpenTransError(f"This is no state of {self!r}: '{n}' must hold sums, which are finite and not negative.")
+                raise OpenTransError(
+                    f"This is no state of {self!r}: '{n}' must hold sums, which are finite and not negative.")
         for n in self._sums: setattr(self, n, state[n].clone().to(getattr(self, n).dtype).cpu())
         return self
 
@@ -40,8 +42,10 @@ class Sums:
         return self
 
     def merge(self, other):
-        "Add what another metric of the same kind has seen. Raises `OpenTransError` if the two do not count the same classes."
-        if type(other) is not type(self) or self._same() != other._same(): raise OpenTransError(f"Cannot add {other!r} to {self!r}: they do not count the same classes.")
+        """Add what another metric of the same kind has seen. Raises `OpenTransError` if the two do not count the
+        same classes."""
+        if type(other) is not type(self) or self._same() != other._same():
+            raise OpenTransError(f"Cannot add {other!r} to {self!r}: they do not count the same classes.")
         for n in self._sums: getattr(self, n).add_(getattr(other, n))
         return self
 
@@ -51,7 +55,8 @@ class Sums:
     ): # A new metric that holds what all processes have seen; this one stays as it was
         "Add up the sums of all processes, each of which calls this."
         res = copy.deepcopy(self)
-        for n in self._sums: setattr(res, n, sum_over_processes(getattr(self, n).to(device)).to('cpu', getattr(self, n).dtype))
+        for n in self._sums:
+            setattr(res, n, sum_over_processes(getattr(self, n).to(device)).to('cpu', getattr(self, n).dtype))
         return res
 
 # %% ../../nbs/data/16_metrics.ipynb #ec2540b8
@@ -61,14 +66,19 @@ def _whole_numbers(x, what, wanted):
         if isinstance(x, np.ndarray) and x.dtype.kind in 'iub': x = x.astype(x.dtype.newbyteorder('='), copy=False)
         x = torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise OpenTransError(f"The {what} must be {wanted}, not {type(x).__name__} ({shorten(error, 80)}).") from None
-    if x.is_floating_point() or x.is_complex(): raise OpenTransError(f"The {what} must be {wanted}, not {x.dtype} {tuple(x.shape)}. Take the argmax over classes first.")
+        raise OpenTransError(
+            f"The {what} must be {wanted}, not {type(x).__name__} ({shorten(error, 80)}).") from None
+    if x.is_floating_point() or x.is_complex():
+        raise OpenTransError(
+            f"The {what} must be {wanted}, not {x.dtype} {tuple(x.shape)}. Take the argmax over classes first.")
     return x
 
 def _int_map(x, what):
     wanted = 'integer labels (H,W) or (B,H,W)'
     x = _whole_numbers(x, what, wanted)
-    if x.dim() not in (2, 3): raise OpenTransError(f"The {what} must be {wanted}, not {x.dtype} {tuple(x.shape)}. Take the argmax over classes first.")
+    if x.dim() not in (2, 3):
+        raise OpenTransError(
+            f"The {what} must be {wanted}, not {x.dtype} {tuple(x.shape)}. Take the argmax over classes first.")
     return x if x.dim() == 3 else x[None]
 
 def _in_range(x, num_classes, what, ignore):
@@ -81,8 +91,12 @@ def _check_classes(num_classes, ignore):
     "Raises `OpenTransError` for a number of classes or an ignore label that cannot be."
     whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in (num_classes, ignore))
     if not whole or not 1 <= num_classes <= 20_000:
-        raise OpenTransError(f"{shorten(num_classes, 40)} classes and ignore={shorten(ignore, 40)}: expected whole numbers, and 1 to 20,000 classes.")
-    if 0 <= ignore < num_classes: raise OpenTransError(f"ignore={ignore} is one of the {num_classes} classes. Choose a label outside, e.g. 65535.")
+        raise OpenTransError(
+            f"{shorten(num_classes, 40)} classes and ignore={shorten(ignore, 40)}: expected whole numbers, and 1 "
+            f"to 20,000 classes.")
+    if 0 <= ignore < num_classes:
+        raise OpenTransError(
+            f"ignore={ignore} is one of the {num_classes} classes. Choose a label outside, e.g. 65535.")
 
 # %% ../../nbs/data/16_metrics.ipynb #d9221f56
 class SemanticIoU(Sums):
@@ -104,9 +118,13 @@ class SemanticIoU(Sums):
         pred:torch.Tensor, # Predicted labels (H,W) or (B,H,W), of any integer type
         target:torch.Tensor, # True labels of the same shape, of any integer type
     ):
-        "Count a picture or a batch, image by image. Raises `OpenTransError` for labels out of range, and counts none of that batch then."
+        """Count a picture or a batch, image by image. Raises `OpenTransError` for labels out of range, and counts
+        none of that batch then."""
         pred,target = _int_map(pred, 'prediction'),_int_map(target, 'truth')
-        if pred.shape != target.shape: raise OpenTransError(f"Prediction {tuple(pred.shape)} and truth {tuple(target.shape)} differ in shape. Resize the logits first.")
+        if pred.shape != target.shape:
+            raise OpenTransError(
+                f"Prediction {tuple(pred.shape)} and truth {tuple(target.shape)} differ in shape. Resize the "
+                f"logits first.")
         new,ignored = torch.zeros_like(self.confusion),0
         for p,t in zip(pred, target):
             table = self._confusion_of(p.long(), t.to(p.device).long()) # wide enough for `ignore`
@@ -117,7 +135,8 @@ class SemanticIoU(Sums):
         return self
 
     def _confusion_of(self, pred, target):
-        "Counts (K+1,K) of one picture, truth by prediction; what does not count is in the last row, in its first column."
+        """Counts (K+1,K) of one picture, truth by prediction; what does not count is in the last row, in its first
+        column."""
         counted = target != self.ignore
         pred = pred.where(counted, 0)
         _in_range(pred, self.num_classes, 'prediction', self.ignore)
@@ -129,19 +148,28 @@ class SemanticIoU(Sums):
 
     def compute(self,
         groups:dict=None, # Name -> class indices; adds the mean IoU of each group
-        over:str='either', # Classes in the mean: those in truth or prediction (`'either'`), or those in the truth (`'truth'`)
-        same=None, # Lists of class indices that mean the same pixels; adds `same`: the mean IoU where each list is one class
-    )->dict: # miou, iou (NaN where a class is absent), pixel_accuracy, mean_accuracy, confusion, groups; never_true: classes that no truth holds; ignored: number of pixels that did not count
-        "The figures of everything counted so far, as shares of 1. Raises `OpenTransError` for a group of classes that are not there."
-        if over not in ('either', 'truth'): raise OpenTransError(f"over='{over}' is not known; choose 'either' or 'truth'.")
+        # Classes in the mean: those in truth or prediction (`'either'`), or those in the truth (`'truth'`)
+        over:str='either',
+        # Lists of class indices that mean the same pixels; adds `same`: the mean IoU where each list is one class
+        same=None,
+        # miou, iou (NaN where a class is absent), pixel_accuracy, mean_accuracy, confusion, groups; never_true:
+        # classes that no truth holds; ignored: number of pixels that did not count
+    )->dict:
+        """The figures of everything counted so far, as shares of 1. Raises `OpenTransError` for a group of classes
+        that are not there."""
+        if over not in ('either', 'truth'):
+            raise OpenTransError(f"over='{over}' is not known; choose 'either' or 'truth'.")
         c = self.confusion.double()
-        hit,truth,guess = c.diagonal(),c.sum(1),c.sum(0)
+        hit = c.diagonal()
+        truth = c.sum(1)
+        guess = c.sum(0)
         iou = hit/(truth + guess - hit) # 0/0 is NaN: the class is absent
         use = iou if over == 'either' else torch.where(truth > 0, iou, torch.nan)
         members = {name: self._members(name, classes) for name,classes in (groups or {}).items()}
         merged = {} if same is None else dict(same=self.merged(same).compute(over=over)['miou'])
-        return dict(merged, miou=use.nanmean().item(), iou=iou, pixel_accuracy=(hit.sum()/c.sum()).item(), mean_accuracy=(hit/truth).nanmean().item(),
-                    confusion=self.confusion.clone(), groups={name: use[classes].nanmean().item() for name,classes in members.items()},
+        return dict(merged, miou=use.nanmean().item(), iou=iou, pixel_accuracy=(hit.sum()/c.sum()).item(),
+                    mean_accuracy=(hit/truth).nanmean().item(), confusion=self.confusion.clone(),
+                    groups={name: use[classes].nanmean().item() for name,classes in members.items()},
                     never_true=torch.nonzero(truth == 0).ravel().tolist(), ignored=int(self.ignored))
 
     def merged(self,
@@ -150,7 +178,9 @@ class SemanticIoU(Sums):
         "What was counted, as if the names of a list were one. Raises `OpenTransError` for a class in two lists."
         lists = [self._members(f'list {number} of `same`', classes).tolist() for number,classes in enumerate(same)]
         every = [k for classes in lists for k in classes]
-        if len({*every}) < len(every): raise OpenTransError(f"same={shorten(same, 80)}: a class stands in two lists, or twice in one. Join them.")
+        if len({*every}) < len(every):
+            raise OpenTransError(
+                f"same={shorten(same, 80)}: a class stands in two lists, or twice in one. Join them.")
         first = {k: min(classes) for classes in lists for k in classes}
         kept = [k for k in range(self.num_classes) if first.get(k, k) == k]
         to = torch.zeros(self.num_classes, len(kept), dtype=torch.int64)
@@ -164,9 +194,12 @@ class SemanticIoU(Sums):
         try: index = torch.as_tensor(classes)
         except (TypeError, ValueError, RuntimeError): index = torch.zeros(0, 0)
         if index.dtype in (torch.float32, torch.float64) and not index.numel(): index = index.long()
-        sound = index.dim() == 1 and index.dtype not in (torch.bool,) and not index.is_floating_point() and not index.is_complex()
+        sound = (index.dim() == 1 and index.dtype not in (torch.bool,) and not index.is_floating_point()
+                 and not index.is_complex())
         if not sound or bool(((index < 0) | (index >= self.num_classes)).any()):
-            raise OpenTransError(f"The group '{shorten(name, 40)}' must be a list of class indices from 0 to {self.num_classes-1}, not {shorten(classes, 80)}.")
+            raise OpenTransError(
+                f"The group '{shorten(name, 40)}' must be a list of class indices from 0 to {self.num_classes-1}, "
+                f"not {shorten(classes, 80)}.")
         return index.long()
 
 # %% ../../nbs/data/16_metrics.ipynb #5e746e2a
@@ -176,17 +209,22 @@ def panoptic_map(
     ignore:int=255, # Class of the pixels that no region covers
     crowd=None, # N booleans: this region is a crowd (its instance number is -1)
 )->torch.Tensor: # (H,W,2) int64: class and instance number of each pixel
-    "Lay regions into one map of (class, instance) pairs. Raises `OpenTransError` if masks, classes and crowds do not belong together."
+    """Lay regions into one map of (class, instance) pairs. Raises `OpenTransError` if masks, classes and crowds do
+    not belong together."""
     regions = torch.as_tensor(regions)
-    classes = _whole_numbers(region_classes if len(region_classes) else torch.zeros(0, dtype=torch.int64), 'classes of the regions', 'N class indices').tolist()
+    classes = _whole_numbers(region_classes if len(region_classes) else torch.zeros(0, dtype=torch.int64),
+                             'classes of the regions', 'N class indices').tolist()
     crowds = [False]*len(classes) if crowd is None else [bool(c) for c in crowd]
     if regions.dtype not in (torch.bool, torch.uint8) or regions.dim() != 3:
         raise OpenTransError(f"Regions must be boolean masks (N,H,W), not {regions.dtype} {tuple(regions.shape)}.")
     if not len(regions) == len(classes) == len(crowds):
-        raise OpenTransError(f"There are {len(regions)} regions, {len(classes)} classes and {len(crowds)} crowd marks: each region needs its own.")
+        raise OpenTransError(
+            f"There are {len(regions)} regions, {len(classes)} classes and {len(crowds)} crowd marks: each region "
+            f"needs its own.")
     res = torch.zeros(*regions.shape[1:], 2, dtype=torch.int64, device=regions.device)
     res[..., 0] = ignore
-    for i,(r,c) in enumerate(zip(regions.bool(), classes)): res[r] = torch.tensor([c, -1 if crowds[i] else i+1], device=res.device)
+    for i,(r,c) in enumerate(zip(regions.bool(), classes)):
+        res[r] = torch.tensor([c, -1 if crowds[i] else i+1], device=res.device)
     return res
 
 # %% ../../nbs/data/16_metrics.ipynb #c0f74f5c
@@ -221,7 +259,11 @@ def match_segments(
     "Match the segments of one picture: same class and IoU above one half, void left out of the union."
     (pc,_,pi),(tc,ti,tj) = _segments(pred),_segments(target)
     met,n = _count_values(pi*len(tc) + tj, len(pc)*len(tc)) # only pairs that share a pixel
-    pc,tc,ti,met,n = pc.cpu(),tc.cpu(),ti.cpu(),met.cpu(),n.cpu().double() # from here on the tables are small
+    pc = pc.cpu()
+    tc = tc.cpu()
+    ti = ti.cpu()
+    met = met.cpu()
+    n = n.cpu().double() # from here on the tables are small
     i,j = met//len(tc),met % len(tc)
     void,crowd = tc == ignore,(ti < 0) & (tc != ignore)
     def per(index, values, like): return torch.zeros(len(like), dtype=torch.float64).index_add_(0, index, values)
@@ -229,8 +271,10 @@ def match_segments(
     on_void,same_crowd = per(i, n*void[j], pc),per(i, n*(crowd[j] & (pc[i] == tc[j])), pc)
     iou = n/(pa[i] + ta[j] - n - on_void[i])
     ok = (iou > .5) & (pc[i] == tc[j]) & ~void[j] & ~crowd[j] & (pc[i] != ignore)
-    hit_p,hit_t,best = (per(index, values.double(), like) for index,values,like in ((i, ok, pc), (j, ok, tc), (j, iou*ok, tc)))
-    p = pd.DataFrame(dict(cls=pc.numpy(), matched=hit_p.numpy() > 0, dropped=((on_void + same_crowd)/pa > .5).numpy()))
+    hit_p,hit_t,best = (per(index, values.double(), like)
+                        for index,values,like in ((i, ok, pc), (j, ok, tc), (j, iou*ok, tc)))
+    p = pd.DataFrame(dict(cls=pc.numpy(), matched=hit_p.numpy() > 0,
+                          dropped=((on_void + same_crowd)/pa > .5).numpy()))
     t = pd.DataFrame(dict(cls=tc.numpy(), matched=hit_t.numpy() > 0, iou=best.numpy(), crowd=crowd.numpy()))
     return p[p.cls != ignore],t[(t.cls != ignore) & ~t.crowd].drop(columns='crowd')
 
@@ -243,17 +287,22 @@ class PanopticQuality(Sums):
         ignore:int=255, # Class of pixels that do not count
     ):
         try: self.isthing,self.ignore = torch.as_tensor(isthing, dtype=torch.bool).cpu().ravel(),ignore
-        except (TypeError, ValueError, RuntimeError): raise OpenTransError(f"isthing must be one boolean a class, not {shorten(isthing, 80)}.") from None
+        except (TypeError, ValueError, RuntimeError):
+            raise OpenTransError(f"isthing must be one boolean a class, not {shorten(isthing, 80)}.") from None
         _check_classes(len(self.isthing), ignore)
         for n in self._sums: setattr(self, n, torch.zeros(len(self.isthing), dtype=torch.float64))
 
     def _same(self): return self.isthing.tolist(),self.ignore
-    def __repr__(self): return f'PanopticQuality({int(self.isthing.sum())} things, {int((~self.isthing).sum())} stuff classes)'
+    def __repr__(self):
+        return f'PanopticQuality({int(self.isthing.sum())} things, {int((~self.isthing).sum())} stuff classes)'
 
     def _map(self, x, what):
         wanted = 'pairs (class, instance), (H,W,2) or (B,H,W,2) integers'
         x = _whole_numbers(x, what, wanted)
-        if x.dim() not in (3, 4) or x.shape[-1] != 2: raise OpenTransError(f"The {what} must be {wanted}, not {x.dtype} {tuple(x.shape)}; panoptic_map makes them from regions.")
+        if x.dim() not in (3, 4) or x.shape[-1] != 2:
+            raise OpenTransError(
+                f"The {what} must be {wanted}, not {x.dtype} {tuple(x.shape)}; panoptic_map makes them from "
+                f"regions.")
         x = (x if x.dim() == 4 else x[None]).long() # wide enough for `ignore`, before anything is compared with it
         classes, instances = (part.contiguous() for part in x.unbind(-1))
         said = classes != self.ignore
@@ -267,9 +316,11 @@ class PanopticQuality(Sums):
         pred:torch.Tensor, # (H,W,2) or (B,H,W,2): class and instance of each pixel; class `ignore` = nothing said
         target:torch.Tensor, # The truth; instance -1 marks a crowd
     ):
-        "Count a picture or a batch. Raises `OpenTransError` for labels out of range, and counts none of that batch then."
+        """Count a picture or a batch. Raises `OpenTransError` for labels out of range, and counts none of that
+        batch then."""
         pred,target = self._map(pred, 'prediction'),self._map(target, 'truth')
-        if pred.shape != target.shape: raise OpenTransError(f"Prediction {tuple(pred.shape)} and truth {tuple(target.shape)} differ in shape.")
+        if pred.shape != target.shape:
+            raise OpenTransError(f"Prediction {tuple(pred.shape)} and truth {tuple(target.shape)} differ in shape.")
         pred[..., 1].clamp_(min=0) # a prediction has no crowds
         n = len(self.isthing)
         for p,t in zip(pred, target.to(pred.device)):
@@ -289,8 +340,9 @@ def compute(self:PanopticQuality)->dict: # pq, sq, rq over all classes, things=(
     with np.errstate(invalid='ignore', divide='ignore'):
         rq = tp/(tp + fp/2 + fn/2)
         sq = np.where(np.isnan(rq), np.nan, np.where(tp > 0, iou/tp, 0.))
-    t = pd.DataFrame(dict(pq=sq*rq, sq=sq, rq=rq, tp=tp.astype(int), fp=fp.astype(int), fn=fn.astype(int), isthing=self.isthing.numpy()))
-    mean = lambda t: {k: float(t[k].mean()) for k in ('pq', 'sq', 'rq')}
+    t = pd.DataFrame(dict(pq=sq*rq, sq=sq, rq=rq, tp=tp.astype(int), fp=fp.astype(int), fn=fn.astype(int),
+                          isthing=self.isthing.numpy()))
+    def mean(t): return {k: float(t[k].mean()) for k in ('pq', 'sq', 'rq')}
     return dict(mean(t), things=mean(t[t.isthing]), stuff=mean(t[~t.isthing]), per_class=t)
 
 # %% ../../nbs/data/16_metrics.ipynb #247db58b
@@ -303,7 +355,9 @@ class MaskNames(Sums):
         threshold:float=.5, # IoU from which a pair of masks is one
     ):
         _check_classes(num_classes, ignore)
-        self.num_classes,self.ignore,self.threshold = num_classes,ignore,threshold
+        self.num_classes = num_classes
+        self.ignore = ignore
+        self.threshold = threshold
         self.pairs = torch.zeros(num_classes, num_classes, dtype=torch.int64) # rows truth, columns prediction
         self.missed,self.stray = (torch.zeros(num_classes, dtype=torch.int64) for _ in range(2))
 
@@ -333,7 +387,9 @@ class MaskNames(Sums):
 
     def compute(self,
         same=None, # Lists of class indices that mean the same pixels
-    )->dict: # found, named, precision as shares of 1; confused: table of (truth, prediction, masks), the most frequent first
+        # found, named, precision as shares of 1; confused: table of (truth, prediction, masks), the most frequent
+        # first
+    )->dict:
         "Of the true masks, how many are found; of these, how many bear their name, or one of the same list."
         groups = {k: number for number,classes in enumerate(same or ()) for k in classes}
         code = [groups.get(k, -1-k) for k in range(self.num_classes)]
@@ -341,7 +397,8 @@ class MaskNames(Sums):
         count = self.pairs.sum().item()
         wrong = [(int(a), int(b), int(self.pairs[a, b])) for a,b in (self.pairs*~right).nonzero()]
         table = pd.DataFrame(sorted(wrong, key=_by_count), columns=['truth', 'prediction', 'masks'])
-        return dict(found=_share(count, count + self.missed.sum().item()), precision=_share(count, count + self.stray.sum().item()),
+        return dict(found=_share(count, count + self.missed.sum().item()),
+                    precision=_share(count, count + self.stray.sum().item()),
                     named=_share((self.pairs*right).sum().item(), count), confused=table)
 
 def _by_count(row): return -row[2],row
@@ -404,7 +461,9 @@ class DetectionAP:
         most:int=100, # Detections of an image that count, of each class
     ):
         _check_classes(num_classes, num_classes)
-        self.num_classes,self.thresholds,self.most = num_classes,tuple(thresholds),most
+        self.num_classes = num_classes
+        self.thresholds = tuple(thresholds)
+        self.most = most
         self.reset()
 
     def __repr__(self):
@@ -427,8 +486,9 @@ class DetectionAP:
         for what,rows,counts in (('detections', boxes, (scores, labels)), ('truth', real, (kinds, crowd))):
             if rows.shape != (len(rows), 4) or any(len(rows) != len(c) for c in counts):
                 beside = ', '.join(str(len(c)) for c in counts)
-                raise OpenTransError(f"The {what} have {len(rows)} boxes of shape {rows.shape}, and {beside} numbers "
-                                     "beside them. Give four corners a box, and one number each.")
+                raise OpenTransError(
+                    f"The {what} have {len(rows)} boxes of shape {rows.shape}, and {beside} numbers "
+                    "beside them. Give four corners a box, and one number each.")
             bad = [int(k) for k in counts[1 if what == 'detections' else 0] if not 0 <= k < self.num_classes]
             if bad: raise OpenTransError(f"The {what} have labels outside 0..{self.num_classes-1}: {bad[:6]}.")
         self.images += 1

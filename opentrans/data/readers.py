@@ -494,8 +494,8 @@ class LabelMaps(Segmentation):
             said.append(
                 f"{_listed_names(never)} never occur{'s' if len(never) == 1 else ''} in the labels of {images} "
                 f"images, while {share:.2g} of their pixels are left out ({_listed_values(void)}). If such a "
-                f"value is a class, write its number, 0 " f"to {len(self.vocabulary)-1}, "
-                f"into the files, or leave out other " f"values (ignore=...)")
+                f"value is a class, write its number, 0 to {len(self.vocabulary)-1}, "
+                f"into the files, or leave out other values (ignore=...)")
         elif never:
             said.append(
                 f"{_listed_names(never)} never occur{'s' if len(never) == 1 else ''} in the labels of {images} "

@@ -33,15 +33,21 @@ DEMO_FILE = FileKind('opentrans-demo', 'demo', 'demo')
 def _embedded(fig):
     "A figure as text that an HTML page can hold; the figure is closed."
     import matplotlib.pyplot as plt
-    f = getattr(fig, 'figure', fig); data = png(f, dpi=120, bbox_inches='tight'); plt.close(f)
+    f = getattr(fig, 'figure', fig)
+    data = png(f, dpi=120, bbox_inches='tight')
+    plt.close(f)
     return base64.b64encode(data).decode()
 
 def photograph_figures()->dict: # Name -> (figure, caption); empty where the packages are not installed
     "What a newcomer sees first: photographs, labelled by words, without any training."
-    try: clip,pictures = ClipBackbone.create('photo-lite0', pretrained='photo-lite0'),sample_photographs(['cat', 'motorcycle', 'temple', 'coffee'])
+    try:
+        clip = ClipBackbone.create('photo-lite0', pretrained='photo-lite0')
+        pictures = sample_photographs(['cat', 'motorcycle', 'temple', 'coffee'])
     except OpenTransError: return {}
     axs = plot_photographs({'photo-lite0': clip}, pictures)
-    return dict(photographs=(axs[0, 0].figure, 'Photographs of scikit-image and scikit-learn, and the nearest of a few words for each pixel, by photo-lite0 without any training.'))
+    return dict(photographs=(axs[0, 0].figure,
+                             'Photographs of scikit-image and scikit-learn, and the nearest of a few words for '
+                             'each pixel, by photo-lite0 without any training.'))
 
 def demo_figures(
     frame:pd.DataFrame, # As `results_frame` gives it
@@ -58,25 +64,36 @@ def demo_figures(
     fig,axs = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(1, 1.6), layout='constrained')
     plot_history(pd.DataFrame(read_rounds(folder)), axs[0])
     for n in ('distilled', 'magnitude', 'random'): open_mask(n, scale, seed, folder).plot(axs[1], n)
-    axs[1].autoscale(axis='y'); axs[1].set_ylim(bottom=0)
-    res['imp'] = fig,f'Algorithm 1: density and distillation loss by round (left); what masks keep of each layer (right). Seed {seed}.'
+    axs[1].autoscale(axis='y')
+    axs[1].set_ylim(bottom=0)
+    res[
+        'imp'] = fig,f'Algorithm 1: density and distillation loss by round (left); what masks keep of each layer (right). Seed {seed}.'
     preds = {a.name: read_tensors(arm_file(folder, a, scale, kind='safetensors'), ANSWERS_FILE) for a in masks}
-    res['scenes'] = plot_scenes(scale, seed, preds),f'What each arm makes of the same scenes. Colours are classes; white is not labelled. Seed {seed}.'
+    res['scenes'] = plot_scenes(scale, seed,
+                                preds),f'What each arm makes of the same scenes. Colours are classes; white is not labelled. Seed {seed}.'
     res['layers'] = plot_arms(frame, layered),'mIoU after fine-tuning, by which layers learn.'
     fig,axs = plt.subplots(2, 1, figsize=(9, 6))
     for ax,a in zip(axs, (arms[0], next(a for a in layered if a.mask and a.select == 'alpha'))):
         seg,_ = open_warm(a, scale, seed, folder)
-        analyze(seg.backbone, xmin=scale.xmin).plot_alpha(ax); ax.set_title(for_plot(f"{a.start(scale)}, after warm-up"), fontsize=8)
+        analyze(seg.backbone, xmin=scale.xmin).plot_alpha(ax)
+        ax.set_title(for_plot(f"{a.start(scale)}, after warm-up"), fontsize=8)
     fig.tight_layout()
-    res['alpha'] = fig,f'Alpha of each layer after the warm-up; the shaded layers, below the median, rest (the shape of Fig. 6). Seed {seed}.'
-    if any(a.framework for a in arms): res['frameworks'] = plot_frameworks(frame, arms_of('frameworks', arms))[0],'The same mask in every framework, beside a random mask of equal density and the dense model (the shape of Tab. 1). Bars are means over seeds, dots are seeds.'
-    res['cost'] = plot_costs(frame[frame.framework == scale.framework])[0],f'mIoU of {scale.framework} on base (full) and novel (hollow) classes against cost (the shape of Fig. 1); what the others cost is in their table.'
+    res[
+        'alpha'] = fig,f'Alpha of each layer after the warm-up; the shaded layers, below the median, rest (the shape of Fig. 6). Seed {seed}.'
+    if any(a.framework for a in arms):
+        res['frameworks'] = plot_frameworks(frame,
+                                            arms_of('frameworks',
+                                                    arms))[
+            0],'The same mask in every framework, beside a random mask of equal density and the dense model (the shape of Tab. 1). Bars are means over seeds, dots are seeds.'
+    res['cost'] = plot_costs(frame[frame.framework == scale.framework])[
+        0],f'mIoU of {scale.framework} on base (full) and novel (hollow) classes against cost (the shape of Fig. 1); what the others cost is in their table.'
     return res
 
 # %% ../../nbs/experiments/58_report.ipynb #bfe28378
 _MEASURES = {'domains': 'mIoU, mean of domains', 'cka': 'CKA to CLIP'}
 _CLASSES = {'holds': 'holds', 'does not hold': 'not'} # of the style sheet
-_HEADS = {'holds': 'Holds at this scale:', 'does not hold': 'Does not hold at this scale:', 'undecided': 'Undecided:'}
+_HEADS = {'holds': 'Holds at this scale:', 'does not hold': 'Does not hold at this scale:',
+          'undecided': 'Undecided:'}
 
 def _section(claim):
     "The part of the page that shows the arms of a claim."
@@ -88,7 +105,8 @@ def _claim_row(claim):
     unit = '' if claim['measured'] == 'cka' else ' points'
     interval = f" (95 %: {claim['low']:+.2f} to {claim['high']:+.2f})" if math.isfinite(claim['low']) else ''
     measured = _MEASURES.get(claim['measured'], f"mIoU {claim['measured']}")
-    said = dict(section=_section(claim), claim=claim['claim'], paper=claim['where'], measured=measured, short=claim['measured'])
+    said = dict(section=_section(claim), claim=claim['claim'], paper=claim['where'], measured=measured,
+                short=claim['measured'])
     verdict = dict(verdict=claim['verdict'], css=_CLASSES.get(claim['verdict'], 'open'))
     return {**said, **verdict, 'difference': f"{claim['mean']:+.2f}{unit}{interval}"}
 
@@ -132,9 +150,13 @@ def demo(
     arms=ARMS+FRAMEWORK_ARMS, # What to compare
     command:str='opentrans demo', # Written into the report
 )->dict: # What the JSON file holds
-    "The paper's main job on the embedded world, with a report. Interrupted, it goes on where it was. Raises `OpenTransError`."
+    """The paper's main job on the embedded world, with a report. Interrupted, it goes on where it was. Raises
+    `OpenTransError`."""
     scale = get_scale(scale)
-    if scale.data != 'shapesworld': raise OpenTransError(f"The demo is about the generated world, not about {scale.data}. Run `opentrans study NAME --scale coco` for the tables on real data.")
+    if scale.data != 'shapesworld':
+        raise OpenTransError(
+            f"The demo is about the generated world, not about {scale.data}. Run `opentrans study NAME --scale "
+            f"coco` for the tables on real data.")
     check_seeds(seeds, seed)
     workers = count_workers(scheduler, scale.device)
     out,many = Path(out),range(seed, seed+seeds)
@@ -153,12 +175,15 @@ def _demo(out, runs, seeds, scale, scheduler, workers, arms, command):
     began,first = time.time(),runs/f'seed{seeds[0]}'
     results = run_arms(scale, seeds, runs, scheduler, arms)
     frame,clip = results_frame(results),open_clip_of(scale)
-    made = dict(command=command, date=str(date.today()), minutes=round((time.time()-began)/60, 1), workers=workers, **hardware())
+    made = dict(command=command, date=str(date.today()), minutes=round((time.time()-began)/60, 1), workers=workers,
+                **hardware())
     tables = [t for t in ('masks', 'layers', 'frameworks') if t != 'frameworks' or any(a.framework for a in arms)]
     data = dict(what='opentrans demo: toy scale', run=made, seeds=list(seeds), scale=dataclasses.asdict(scale),
-                tower_params=sum(p.numel() for p in clip.visual.parameters()), zero_shot=zero_shot(clip, scale.zero_shot, seeds[0]), results=results,
+                tower_params=sum(p.numel() for p in clip.visual.parameters()),
+                zero_shot=zero_shot(clip, scale.zero_shot, seeds[0]), results=results,
                 summary={t: summarize(frame, arms_of(t, arms)).to_dict('index') for t in tables},
-                claims=judge_claims(frame, _claims_of('masks', 'freezing', 'frameworks')).to_dict('records'), imp=read_rounds(first))
+                claims=judge_claims(frame, _claims_of('masks', 'freezing', 'frameworks')).to_dict('records'),
+                imp=read_rounds(first))
     save_text(report_html(data, demo_figures(frame, scale, seeds[0], first, arms)), out/'opentrans-demo.html')
     save_json(data, out/'opentrans-demo.json', DEMO_FILE)
     return data

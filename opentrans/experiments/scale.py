@@ -31,9 +31,12 @@ from ..training import Recipe
 # %% ../../nbs/experiments/50_scale.ipynb #1f1e325a
 _recipe = Recipe.paper # one without a recipe of its own is trained as DeepLabV3 is
 _SIZES = dict( # smallest and largest value of each number of a scale
-    width=(1, 2**14), loss_stride=(1, 64), size=(16, 2**13), train=(1, 10**8), val=(0, 10**8), domain=(0, 10**8), zero_shot=(0, 10**6), mosaics=(0, 10**6), imp_crop=(0, 2**14),
-    imp_iters=(1, 10**9), warmup=(0, 10**9), iterations=(0, 10**9), query_iterations=(0, 10**9), checkpoint=(0, 10**9),
-    imp_batch=(1, 2**16), batch_size=(1, 2**16), accumulate=(1, 2**16), loaders=(0, 256), query_batch=(1, 2**16), density=(0, 1), p=(0, 1), freeze=(0, 1),
+    width=(1, 2**14), loss_stride=(1, 64), size=(16, 2**13), train=(1, 10**8), val=(0, 10**8), domain=(
+        0, 10**8), zero_shot=(0, 10**6), mosaics=(0, 10**6), imp_crop=(0, 2**14),
+    imp_iters=(1, 10**9), warmup=(0, 10**9), iterations=(0, 10**9), query_iterations=(0, 10**9), checkpoint=(
+        0, 10**9),
+    imp_batch=(1, 2**16), batch_size=(1, 2**16), accumulate=(1, 2**16), loaders=(0, 256), query_batch=(
+        1, 2**16), density=(0, 1), p=(0, 1), freeze=(0, 1),
     imp_lr=(0, math.inf), lr=(0, math.inf), query_lr=(0, math.inf), backbone_lr=(0, math.inf))
 
 def _names(what, names):
@@ -49,15 +52,21 @@ def _size_from(name, kind, text):
         if text.lower() in ('true', 'false'): return text.lower() == 'true'
         raise OpenTransError(f"{name}={shorten(text, 80)}: give true or false.")
     try: return kind(text)
-    except ValueError: raise OpenTransError(f"{name}={shorten(text, 80)}: give a {'whole number' if kind is int else 'number'}.") from None
+    except ValueError:
+        raise OpenTransError(
+            f"{name}={shorten(text, 80)}: give a {'whole number' if kind is int else 'number'}.") from None
 
 @dataclass(frozen=True)
 class Scale:
     "Every size of a study."
     backbone:str = 'shapes-rn' # Name of the CLIP
-    pretrained:str = '' # Its weights: a tag of open_clip or a file; empty: those that ship under its name; 'none': random ones
-    quick_gelu:bool = None # OpenAI's activation, which a file of weights does not always tell; None: as `ClipBackbone.create` finds it
-    data:str = 'shapesworld' # What it is distilled and fine-tuned on: the generated world, `'photographs'`, or a name of `open_dataset`; its validation part gives `'base'`
+    # Its weights: a tag of open_clip or a file; empty: those that ship under its name; 'none': random ones
+    pretrained:str = ''
+    # OpenAI's activation, which a file of weights does not always tell; None: as `ClipBackbone.create` finds it
+    quick_gelu:bool = None
+    # What it is distilled and fine-tuned on: the generated world, `'photographs'`, or a name of `open_dataset`; its
+    # validation part gives `'base'`
+    data:str = 'shapesworld'
     sets:tuple = () # Data sets to evaluate on besides; the generated world has its own
     mosaics:int = 0 # Of photographs: scenes composed of single things that are trained on besides
     device:str = 'cpu' # Where everything runs
@@ -79,7 +88,9 @@ class Scale:
     imp_batch:int = 8 # Images an iteration of distillation
     imp_student:str = 'attention' # How the student embeds a region: `'attention'` or `'crop'`
     imp_crop:int = 0 # Side of the window of larger images that distillation sees; 0: whole images
-    paper:bool = False # Fine-tune by `Recipe.paper`: its optimizer, rates, crops and sizes of batches, and as many iterations for each framework in proportion
+    # Fine-tune by `Recipe.paper`: its optimizer, rates, crops and sizes of batches, and as many iterations for each
+    # framework in proportion
+    paper:bool = False
     warmup:int = 60 # Iterations with all layers, before the spectra are read (the paper: 10,000)
     iterations:int = 240 # Iterations after that (the paper: 40,000)
     batch_size:int = 16 # Images an iteration of fine-tuning
@@ -87,29 +98,40 @@ class Scale:
     backbone_lr:float = .5 # Times `lr`, for the tower
     freeze:float = .5 # Share of the layers that rest
     xmin:str = 'ks' # Rule for the beginning of a spectrum's tail
-    alpha_of:str = 'masked' # Weights that alpha is read from: `'dense'`, before the mask is adopted, as the paper does (supplement 6.3), or `'masked'`, as the stored studies of the generated world do
+    # Weights that alpha is read from: `'dense'`, before the mask is adopted, as the paper does (supplement 6.3), or
+    # `'masked'`, as the stored studies of the generated world do
+    alpha_of:str = 'masked'
     precision:str = 'no' # Mixed precision of fine-tuning: `'no'`, `'bf16'` or `'fp16'`
     accumulate:int = 1 # Parts into which a batch of fine-tuning is cut
     loaders:int = 0 # Processes that load data for each arm
     zero_shot:int = 400 # Pictures of single things
-    checkpoint:int = 0 # Iterations between the checkpoints of a fine-tuning, which goes on from the last; 0: none, it is short
-    queries:tuple = ('mask2former', 'fcclip', 'faseg') # Frameworks of queries, which are dearer by the step: they learn in one run without a warm-up, of
+    # Iterations between the checkpoints of a fine-tuning, which goes on from the last; 0: none, it is short
+    checkpoint:int = 0
+    # Frameworks of queries, which are dearer by the step: they learn in one run without a warm-up, of
+    queries:tuple = ('mask2former', 'fcclip', 'faseg')
     query_iterations:int = 40 # as many iterations
     query_batch:int = 8 # of as many images,
     query_lr:float = 3e-3 # at this rate
 
     def __post_init__(self):
         kinds = {f.name: f.type for f in dataclasses.fields(self)}
-        for name in ('sets', 'queries'): object.__setattr__(self, name, _names(name, getattr(self, name))) # JSON gives lists, which cannot be looked up
-        for name,(least,most) in _SIZES.items(): check_number(name, getattr(self, name), least, most, whole=kinds[name] is int)
+        # JSON gives lists, which cannot be looked up
+        for name in ('sets', 'queries'): object.__setattr__(self, name, _names(name, getattr(self, name)))
+        for name,(least,most) in _SIZES.items():
+            check_number(name, getattr(self, name), least, most, whole=kinds[name] is int)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type not in (str, bool) or isinstance(value, field.type) or value == field.default: continue
-            raise OpenTransError(f"{field.name}={shorten(repr(value), 80)}: give {'a text' if field.type is str else 'True or False'}.")
-        if not self.density or not 0 < self.p < 1: raise OpenTransError(f"density={self.density:g}, p={self.p:g}: both must be above 0, and p below 1.")
+            raise OpenTransError(
+                f"{field.name}={shorten(repr(value), 80)}: give "
+                f"{'a text' if field.type is str else 'True or False'}.")
+        if not self.density or not 0 < self.p < 1:
+            raise OpenTransError(f"density={self.density:g}, p={self.p:g}: both must be above 0, and p below 1.")
         for name,known in (('alpha_of', ('dense', 'masked')), ('precision', ('no', 'bf16', 'fp16'))):
             if getattr(self, name) not in known: raise unknown(f'{name} of a scale', getattr(self, name), known)
-        if self.output_stride not in (8, 16, 32): raise OpenTransError(f"output_stride={shorten(self.output_stride, 80)}: give 32, or for a ResNet 16 or 8.")
+        if self.output_stride not in (8, 16, 32):
+            raise OpenTransError(
+                f"output_stride={shorten(self.output_stride, 80)}: give 32, or for a ResNet 16 or 8.")
 
     def of(self, framework=''):
         "The same with the tower's last stride in a framework, as the paper has it."
@@ -118,47 +140,71 @@ class Scale:
         return dataclasses.replace(self, output_stride=min(stride, self.output_stride))
 
     def shorten(self, iterations):
-        "The same in fewer iterations: `iterations` in all of DeepLabV3; warm-up, rounds of Algorithm 1 and the other frameworks' courses move along."
+        """The same in fewer iterations: `iterations` in all of DeepLabV3; warm-up, rounds of Algorithm 1 and the
+        other frameworks' courses move along."""
         check_number('iterations', iterations, 2, 10**9, whole=True)
         part = iterations/max(self.warmup+self.iterations, 1)
         warmup = min(max(1, round(self.warmup*part)), iterations-1) if self.warmup else 0
-        least = dict(imp_iters=max(1, round(self.imp_iters*part)), query_iterations=max(1, round(self.query_iterations*part)))
+        least = dict(imp_iters=max(1, round(self.imp_iters*part)),
+                     query_iterations=max(1, round(self.query_iterations*part)))
         return dataclasses.replace(self, warmup=warmup, iterations=iterations-warmup, **least)
 
     def changed(self, values):
-        "The same with other sizes, given as texts by name. Raises `OpenTransError` for a name that is none, or a value of the wrong kind."
+        """The same with other sizes, given as texts by name. Raises `OpenTransError` for a name that is none, or a
+        value of the wrong kind."""
         kinds = {f.name: f.type for f in dataclasses.fields(self)}
         for name in values:
             if name not in kinds: raise unknown('size of a study', name, kinds)
-        return dataclasses.replace(self, **{name: _size_from(name, kinds[name], text) for name,text in values.items()})
+        return dataclasses.replace(self,
+                                   **{name: _size_from(name, kinds[name], text) for name,text in values.items()})
 
     def recipe(self, iterations, schedule, seed, framework='', after=None): # `after`: iterations that went before; None: those of the warm-up
         r = self._recipe(iterations, schedule, seed, framework, after)
-        return r.replace(precision=self.precision, accumulate=min(self.accumulate, r.batch_size), workers=self.loaders)
+        return r.replace(precision=self.precision, accumulate=min(self.accumulate, r.batch_size),
+                         workers=self.loaders)
 
     def _recipe(self, iterations, schedule, seed, framework, after):
         if self.paper:
             r = _recipe(framework or self.framework).shorten(sum(self.steps(framework)))
-            course = dict(schedule='constant', milestones=()) if schedule == 'constant' else dict(milestones=tuple(max(m-(self.warmup if after is None else after), 0) for m in r.milestones))
-            return r.replace(iterations=iterations, batch_size=min(r.batch_size, self.batch_size), seed=seed, **course)
+            course = (dict(schedule='constant', milestones=()) if schedule == 'constant'
+                      else dict(milestones=tuple(max(m-(self.warmup if after is None else after), 0)
+                                                 for m in r.milestones)))
+            return r.replace(iterations=iterations, batch_size=min(r.batch_size, self.batch_size), seed=seed,
+                             **course)
         q = framework in self.queries
-        return Recipe.tiny().replace(iterations=iterations, batch_size=self.query_batch if q else self.batch_size, lr=self.query_lr if q else self.lr, backbone_lr=self.backbone_lr, schedule=schedule, seed=seed)
+        return Recipe.tiny().replace(iterations=iterations, batch_size=self.query_batch if q else self.batch_size,
+                                     lr=self.query_lr if q else self.lr, backbone_lr=self.backbone_lr,
+                                     schedule=schedule, seed=seed)
 
     def steps(self, framework=''): # of the warm-up, and after it
-        if self.paper: return self.warmup,round((self.warmup+self.iterations)*_recipe(framework or self.framework).iterations/Recipe.paper('deeplabv3').iterations)-self.warmup
+        if self.paper:
+            return self.warmup,round(
+                (self.warmup+self.iterations)*_recipe(framework
+                                                      or self.framework).iterations/Recipe.paper(
+                    'deeplabv3').iterations)-self.warmup
         return (0, self.query_iterations) if framework in self.queries else (self.warmup, self.iterations)
 
     def options(self, framework):
-        return {} if self.preset != 'small' else dict(deeplabv3=dict(width=self.width, loss_stride=self.loss_stride, lean=self.lean, fine=self.fine), mask2former=dict(queries=24, layers=2, points=256), fcclip=dict(queries=24, layers=2, points=256)).get(framework, {})
+        return ({} if self.preset != 'small'
+                else dict(deeplabv3=dict(width=self.width, loss_stride=self.loss_stride, lean=self.lean,
+                                         fine=self.fine), mask2former=dict(queries=24, layers=2, points=256),
+                          fcclip=dict(queries=24, layers=2, points=256)).get(framework, {}))
 
 _REAL = ('ade20k_150', 'ade20k_847', 'cityscapes_19', 'context_59', 'context_459', 'voc_20')
-_RN50 = dict(backbone='RN50', pretrained='openai', quick_gelu=True, device='cuda', preset='paper', imp_lr=1e-4, queries=(), checkpoint=1000, alpha_of='dense', loaders=4)
-_PHOTO = dict(backbone='photo-lite0', data='photographs', output_stride=32, lean=True, fine='res3', size=224, queries=('mask2former', 'fcclip', 'faseg'))
+_RN50 = dict(backbone='RN50', pretrained='openai', quick_gelu=True, device='cuda', preset='paper', imp_lr=1e-4,
+             queries=(), checkpoint=1000, alpha_of='dense', loaders=4)
+_PHOTO = dict(backbone='photo-lite0', data='photographs', output_stride=32, lean=True, fine='res3', size=224,
+              queries=('mask2former', 'fcclip', 'faseg'))
 SCALES = dict(shapes=Scale(), demo=Scale(iterations=150, query_iterations=30),
-              gpu=Scale(**_RN50, size=224, train=8000, val=1000, domain=300, imp_iters=300, imp_batch=16, warmup=1000, iterations=4000, lr=1e-3, backbone_lr=.1),
-              coco=Scale(**_RN50, data='coco_panoptic', sets=_REAL, output_stride=32, size=512, val=0, domain=0, imp_iters=1000, imp_batch=16, imp_crop=512, paper=True, warmup=10_000, iterations=40_000, batch_size=28, backbone_lr=1.),
-              photo=Scale(**_PHOTO, val=119, domain=48, density=.1, p=.2, imp_iters=15, imp_lr=3e-4, warmup=50, iterations=200, batch_size=8, lr=1e-3, backbone_lr=.3, query_iterations=200),
-              smoke=Scale(train=24, val=8, domain=4, density=.5, p=.3, imp_iters=1, imp_batch=4, warmup=1, iterations=2, batch_size=4, zero_shot=40, query_iterations=2, query_batch=4))
+              gpu=Scale(**_RN50, size=224, train=8000, val=1000, domain=300, imp_iters=300, imp_batch=16,
+                        warmup=1000, iterations=4000, lr=1e-3, backbone_lr=.1),
+              coco=Scale(**_RN50, data='coco_panoptic', sets=_REAL, output_stride=32, size=512, val=0, domain=0,
+                         imp_iters=1000, imp_batch=16, imp_crop=512, paper=True, warmup=10_000, iterations=40_000,
+                         batch_size=28, backbone_lr=1.),
+              photo=Scale(**_PHOTO, val=119, domain=48, density=.1, p=.2, imp_iters=15, imp_lr=3e-4, warmup=50,
+                          iterations=200, batch_size=8, lr=1e-3, backbone_lr=.3, query_iterations=200),
+              smoke=Scale(train=24, val=8, domain=4, density=.5, p=.3, imp_iters=1, imp_batch=4, warmup=1,
+                          iterations=2, batch_size=4, zero_shot=40, query_iterations=2, query_batch=4))
 
 # %% ../../nbs/experiments/50_scale.ipynb #9f7c427b
 def get_scale(scale):
@@ -185,32 +231,47 @@ def scale_label(scale): return next((n for n,v in SCALES.items() if scale == n o
 
 # %% ../../nbs/experiments/50_scale.ipynb #0722659f
 @functools.lru_cache(maxsize=2)
-def _open_real(name, sets, root): return dict(train=open_dataset(name, root, 'train'), val=open_dataset(name, root), **{n: open_dataset(n, root) for n in sets})
+def _open_real(name, sets, root):
+    return dict(train=open_dataset(name, root, 'train'), val=open_dataset(name, root),
+                **{n: open_dataset(n, root) for n in sets})
 
 @functools.lru_cache(maxsize=4)
 def _open_shapes(train, val, domain, size, seed):
-    world = dict(train=ShapesWorld('train', n=train, size=size, seed=seed), val=ShapesWorld('val', n=val, size=size, seed=seed))
+    world = dict(train=ShapesWorld('train', n=train, size=size, seed=seed),
+                 val=ShapesWorld('val', n=val, size=size, seed=seed))
     return {**world, **{d: ShapesWorld('val', d, n=domain, size=size, seed=seed) for d in DOMAINS if d != 'home'}}
 
 PICTURE = (192, 256) # height and width of the photographs of a study
 
 @functools.lru_cache(maxsize=2)
-def _open_sets(root): return {name: Resized(data, PICTURE) for name,data in dict(train=open_dataset('msrc', root, 'train', names='base'), val=open_dataset('msrc', root), camvid=open_dataset('camvid', root)).items()}
+def _open_sets(root):
+    return {name: Resized(data, PICTURE)
+            for name,data in dict(train=open_dataset('msrc', root, 'train', names='base'),
+                                  val=open_dataset('msrc', root), camvid=open_dataset('camvid', root)).items()}
 
 def _tiny_imagenet(root, split, kept):
     "The tar of Tiny-ImageNet, and its classes: every fourth is kept back."
     folders = [line.split('\t')[0] for line in read_text(root/'names.tsv').splitlines() if line]
-    return dict(source=root/f'{split}.tar', classes=[folder for i,folder in enumerate(folders) if (i % 4 == 3) == kept])
+    return dict(source=root/f'{split}.tar',
+                classes=[folder for i,folder in enumerate(folders) if (i % 4 == 3) == kept])
 
 @functools.lru_cache(maxsize=4)
 def _open_photographs(mosaics, domain, seed, root):
-    "MSRC without its novel names to train on, maybe with mosaics beside; all of it, CamVid and mosaics of names that were kept back to evaluate on."
+    """MSRC without its novel names to train on, maybe with mosaics beside; all of it, CamVid and mosaics of names
+    that were kept back to evaluate on."""
     world,tiny = dict(_open_sets(root)),Path(root)/'tiny_imagenet'
     if not tiny.is_dir():
-        if mosaics: raise OpenTransError(f"There is no folder 'tiny_imagenet' in '{shorten(root)}' to compose scenes from. Give the root that has it, or mosaics=0.")
+        if mosaics:
+            raise OpenTransError(
+                f"There is no folder 'tiny_imagenet' in '{shorten(root)}' to compose scenes from. Give the root "
+                f"that has it, or mosaics=0.")
         return world
-    if mosaics: world['train'] = Together([world['train'], PhotoMosaic(n=mosaics, size=PICTURE, seed=seed, **_tiny_imagenet(tiny, 'train', False))])
-    return dict(world, mosaic=PhotoMosaic(n=max(domain, 1), size=PICTURE, seed=seed, **_tiny_imagenet(tiny, 'val', True)))
+    if mosaics:
+        world['train'] = Together([world['train'],
+                                   PhotoMosaic(n=mosaics, size=PICTURE, seed=seed,
+                                               **_tiny_imagenet(tiny, 'train', False))])
+    return dict(world,
+                mosaic=PhotoMosaic(n=max(domain, 1), size=PICTURE, seed=seed, **_tiny_imagenet(tiny, 'val', True)))
 
 def open_world(
     scale:Scale, # Sizes
@@ -226,10 +287,12 @@ def world_of(
     seed:int, # Of the scenes
     framework:str='', # Empty: that of the scale
 )->dict: # As `open_world`
-    "The scenes of a study as a framework sees them: by the paper's recipes class names stand in the prompts of its released code."
+    """The scenes of a study as a framework sees them: by the paper's recipes class names stand in the prompts of
+    its released code."""
     world = open_world(scale, seed)
     if not scale.paper: return world
-    return {name: _prompted(data, get_framework(framework or scale.framework).prompts) for name,data in world.items()}
+    return {name: _prompted(data, get_framework(framework or scale.framework).prompts)
+            for name,data in world.items()}
 
 def _prompted(data, prompts):
     "The same data set with its names in other prompts."
@@ -243,16 +306,21 @@ def _digest(file, size, modified): return hashlib.sha256(Path(file).read_bytes()
 def weights_identity(scale):
     "The weights of a scale's CLIP: a tag as it is, a file by its name and content."
     file = Path(scale.pretrained)
-    return f'{file.name} {_digest(file, (s := file.stat()).st_size, s.st_mtime_ns)}' if scale.pretrained and file.is_file() else scale.pretrained
+    return (f'{file.name} {_digest(file, (s := file.stat()).st_size, s.st_mtime_ns)}'
+            if scale.pretrained and file.is_file() else scale.pretrained)
 
 @functools.lru_cache(maxsize=2)
-def _open_clip(name, pretrained, output_stride, quick_gelu, weights): return ClipBackbone.create(name, pretrained=None if pretrained == 'none' else pretrained, output_stride=output_stride, quick_gelu=quick_gelu) # read once, and again if a file of weights has changed
+def _open_clip(name, pretrained, output_stride, quick_gelu, weights):
+    # read once, and again if a file of weights has changed
+    return ClipBackbone.create(name, pretrained=None if pretrained == 'none' else pretrained,
+                               output_stride=output_stride, quick_gelu=quick_gelu)
 
 def open_clip_of(
     scale:Scale, # Sizes
 )->ClipBackbone: # With its weights, on the scale's device
     "The CLIP of a study."
-    return _open_clip(scale.backbone, scale.pretrained or scale.backbone, scale.output_stride, scale.quick_gelu, weights_identity(scale)).fresh_copy().to(pick_device(scale.device))
+    return _open_clip(scale.backbone, scale.pretrained or scale.backbone, scale.output_stride, scale.quick_gelu,
+                      weights_identity(scale)).fresh_copy().to(pick_device(scale.device))
 
 # %% ../../nbs/experiments/50_scale.ipynb #6db8373b
 def between(least, most): return Annotated[int | float, Interval(ge=least, le=most)] # neither NaN nor infinity
@@ -276,9 +344,13 @@ def zero_shot(
     for group in ('base', 'novel'):
         pool = [i for i,k in enumerate(TRIPLES) if is_novel(*k) == (group == 'novel')]
         truth = [pool[j % len(pool)] for j in range(n)]
-        images = torch.from_numpy(np.stack([object_image(rng, clip.image_size, *TRIPLES[i]) for i in truth])).permute(0, 3, 1, 2)
-        with torch.no_grad(): scores = torch.cat([(clip.encode_image((x.float()/255).to(text.device)) @ text.T).cpu() for x in images.split(100)])
-        check_finite(dict(scores=scores), f'the likeness of pictures and names by {clip.name}', 'No accuracy is given. Are the weights whole?')
+        images = torch.from_numpy(
+            np.stack([object_image(rng, clip.image_size, *TRIPLES[i]) for i in truth])).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            scores = torch.cat([(clip.encode_image((x.float()/255).to(text.device)) @ text.T).cpu()
+                                for x in images.split(100)])
+        check_finite(dict(scores=scores), f'the likeness of pictures and names by {clip.name}',
+                     'No accuracy is given. Are the weights whole?')
         best = scores.argmax(1)
         res[group] = (best == torch.tensor(truth)).float().mean().item()
     return res
@@ -288,8 +360,12 @@ def hardware()->dict: # Processor, cores, system, versions, and the GPU if there
     "What a result was made on."
     import open_clip, torchvision
     name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration): name = next(l.split(':')[1].strip() for l in open('/proc/cpuinfo') if l.startswith('model name'))
-    return dict(processor=name, cores=os.cpu_count(), system=platform.system(), python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__, open_clip=open_clip.__version__, **(dict(gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else {}))
+    with contextlib.suppress(OSError, StopIteration):
+        name = next(layer.split(':')[1].strip()
+                    for layer in open('/proc/cpuinfo') if layer.startswith('model name'))
+    return dict(processor=name, cores=os.cpu_count(), system=platform.system(), python=platform.python_version(),
+                torch=torch.__version__, torchvision=torchvision.__version__, open_clip=open_clip.__version__,
+                **(dict(gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else {}))
 
 # %% ../../nbs/experiments/50_scale.ipynb #5e1f0a30
 def find_modules(

@@ -144,7 +144,9 @@ class ClassLayer(nn.Module):
     def __init__(self, width, guide, heads):
         super().__init__()
         self.heads = heads
-        self.q,self.k,self.v = nn.Linear(width+guide, width),nn.Linear(width+guide, width),nn.Linear(width, width)
+        self.q = nn.Linear(width+guide, width)
+        self.k = nn.Linear(width+guide, width)
+        self.v = nn.Linear(width, width)
 
     def forward(self, x, guide=None):
         y = x if guide is None else torch.cat([x, guide], -1)
@@ -264,7 +266,9 @@ class Aggregator(nn.Module):
     )->torch.Tensor: # (B,T,4h,4w)
         "Logits of all classes."
         text = F.normalize(text, dim=-1)[None].expand(len(cells), -1, -1, -1)
-        volume,chosen,count = cost_volume(cells, text),None,text.shape[1]
+        volume = cost_volume(cells, text)
+        chosen = None
+        count = text.shape[1]
         if self.most and count > self.most:
             chosen = volume.amax((1, 3, 4)).topk(self.most, -1, sorted=False)[1]
             text = text.gather(1, chosen[..., None, None].expand(-1, -1, *text.shape[-2:]))
@@ -316,7 +320,9 @@ class WindowMeans(Scores):
         side:int, # Of the square that they lie in
         size, # (H,W) of the result
     ):
-        self.maps,self.places,self.side = maps.unflatten(0, (len(places)+1, -1)),places,side
+        self.maps = maps.unflatten(0, (len(places)+1, -1))
+        self.places = places
+        self.side = side
         self._hold(self.maps.shape[1], maps.shape[1], size)
         self.pixels = max(self.pixels, self.batch*side*side)
 
@@ -442,8 +448,9 @@ def class_loss(
     known = labels != ignore
     bad = labels[known & ((labels < 0) | (labels >= logits.shape[1]))].unique().tolist()
     if bad:
-        raise OpenTransError(f"Labels {bad[:6]} are neither one of the {logits.shape[1]} classes nor ignore={ignore}."
-                             " Do data and framework have the same vocabulary?")
+        raise OpenTransError(
+            f"Labels {bad[:6]} are neither one of the {logits.shape[1]} classes nor ignore={ignore}."
+            " Do data and framework have the same vocabulary?")
     target = F.one_hot(labels.where(known, 0), logits.shape[1]).permute(0, 3, 1, 2)*known[:, None]
     return F.binary_cross_entropy_with_logits(logits.float(), target.float())
 

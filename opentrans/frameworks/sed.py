@@ -140,7 +140,9 @@ class FusionDecoder(nn.Module):
         left,counts = torch.arange(len(text), device=cells.device),[]
         for number,guide in enumerate(guides):
             kept = kept_classes(self.guesses(number, volume)[0], best)
-            volume,costs,left = volume[:, :, kept],costs[:, kept],left[kept]
+            volume = volume[:, :, kept]
+            costs = costs[:, kept]
+            left = left[kept]
             counts.append(len(left))
             volume,costs = self.step(number, volume, costs, guide)
         return self.guesses(3, volume),left,counts
@@ -183,7 +185,10 @@ class SED(Framework):
         count = 1 if templates is None else len(class_prompts(['name'], templates)[0])
         guides = [backbone.channels[name] for name in ('res4', 'res3', 'res2')]
         self.head = FusionDecoder(guides, hidden, heads, pool, decoder, decoder_guides, kernels, count)
-        self.resolution,self.count,self.reject,self.left = resolution,count,reject,[]
+        self.resolution = resolution
+        self.count = count
+        self.reject = reject
+        self.left = []
 
     def text(self, vocabulary=None):
         "Embeddings (K,D), or (K,P,D) of P prompts. Raises `OpenTransError` if there is no vocabulary."

@@ -188,7 +188,10 @@ class CellScores(Scores):
         words, # `ClassWords`
         cells, # (embeddings (B,D,h,w), unit length, what `_lay` needs) of each window
     ):
-        self.framework,self.words,self.cells,self.held = framework,words,cells,None
+        self.framework = framework
+        self.words = words
+        self.cells = cells
+        self.held = None
         self.affinity = None
         if framework.pamr: self.affinity = colour_affinity(framework.backbone.prepare(images), framework.dilations)
         self._hold(len(images), len(words), images.shape[-2:])
@@ -343,8 +346,15 @@ class TrainingFree(Framework):
         for name,share in dict(threshold=threshold, area=area).items(): check_number(name, share, 0, 1)
         self.attention,self.gaussian = attention,gaussian
         self.residual = attention in _WHOLE_BLOCK if residual is None else bool(residual)
-        self.crop,self.stride,self.edges,self.beyond,self.scale = crop,stride,edges,beyond,scale
-        self.pamr,self.dilations,self.threshold,self.area = pamr,tuple(dilations),threshold,area
+        self.crop = crop
+        self.stride = stride
+        self.edges = edges
+        self.beyond = beyond
+        self.scale = scale
+        self.pamr = pamr
+        self.dilations = tuple(dilations)
+        self.threshold = threshold
+        self.area = area
         self.background,self.templates = background,templates
 
     def idle_layers(self):
@@ -421,11 +431,15 @@ class ExpertScores(CellScores):
     def decide(self):
         "Which classifier speaks in each pixel (B,H,W), and its log-sum-exp there (B,1,H,W)."
         last = len(self.experts)-1
-        chosen,total,sure = None,None,None
+        chosen = None
+        total = None
+        sure = None
         for number in [last, *range(last)]:
             here,top,best = self._judge(self.experts[number])
             if number == last:
-                chosen,total,sure = torch.full_like(best, last),here,torch.full_like(top, -torch.inf)
+                chosen = torch.full_like(best, last)
+                total = here
+                sure = torch.full_like(top, -torch.inf)
                 continue
             claims = (best == number) & (top-here > sure)
             chosen = chosen.masked_fill(claims, number)
@@ -434,7 +448,9 @@ class ExpertScores(CellScores):
 
     def _judge(self, embeddings):
         "Log-sum-exp, largest logit and best class (B,1,H,W) of one classifier."
-        total,top,best = None,None,None
+        total = None
+        top = None
+        best = None
         step = max(1, _AT_A_TIME//self.pixels)
         for start in range(0, len(embeddings), step):
             logits = self.of_words(embeddings[start:start+step])

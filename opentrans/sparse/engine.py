@@ -30,11 +30,18 @@ class NativeRegion(nn.Module):
         kernels='measured', # True, False: only dense, or only sparse ones
     ):
         super().__init__()
-        self.dense, self.threads, self.check, self.kernels = dense, threads, check, kernels
-        self.lock, self.plans, self.reasons, self.error = threading.Lock(), OrderedDict(), {}, 0.
+        self.dense = dense
+        self.threads = threads
+        self.check = check
+        self.kernels = kernels
+        self.lock = threading.Lock()
+        self.plans = OrderedDict()
+        self.reasons = {}
+        self.error = 0.
         self.state, self.region = None, None
 
-    def __deepcopy__(self, memo): return NativeRegion(copy.deepcopy(self.dense, memo), self.threads, self.check, self.kernels)
+    def __deepcopy__(self, memo):
+        return NativeRegion(copy.deepcopy(self.dense, memo), self.threads, self.check, self.kernels)
 
     def _tensors(self): return [*self.dense.parameters(), *self.dense.buffers()]
 
@@ -52,12 +59,16 @@ class NativeRegion(nn.Module):
     )->str: # '' if it can
         "Why these inputs run on torch."
         if not has_llvm(): return 'llvmlite is not installed'
-        if any(not isinstance(x, torch.Tensor) or x.ndim != 4 or x.dtype != torch.float32 or x.device.type != 'cpu' for x in inputs):
+        if any(not isinstance(x, torch.Tensor) or x.ndim != 4 or x.dtype != torch.float32 or x.device.type != 'cpu'
+               for x in inputs):
             return 'inputs are not float32 maps (B, C, H, W) on the CPU'
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs): return 'gradients are asked for'
         if torch.is_autocast_enabled('cpu'): return 'autocast is on'
-        if any(t.dtype != torch.float32 and t.is_floating_point() or t.device.type != 'cpu' for t in self._tensors()): return 'weights are not float32 on the CPU'
-        if any(module.training for module in self.dense.modules() if isinstance(module, nn.BatchNorm2d)): return 'a batch norm is in training mode'
+        if any(t.dtype != torch.float32 and t.is_floating_point() or t.device.type != 'cpu'
+               for t in self._tensors()):
+            return 'weights are not float32 on the CPU'
+        if any(module.training for module in self.dense.modules() if isinstance(module, nn.BatchNorm2d)):
+            return 'a batch norm is in training mode'
         batches = {len(x) for x in inputs}
         return '' if len(batches) == 1 and 0 not in batches else 'inputs have no common batch'
 
@@ -88,11 +99,15 @@ class NativeRegion(nn.Module):
         "Does torch say the same?"
         with torch.no_grad(): told = self.dense(*(x.clone() for x in inputs))
         told = [told] if isinstance(told, torch.Tensor) else list(told)
-        far = [float((a - b).abs().max()/b.abs().max().clamp(min=1e-20)) for a, b in zip(outputs, told) if b.isfinite().all()]
+        far = [float((a - b).abs().max()/b.abs().max().clamp(min=1e-20))
+               for a, b in zip(outputs, told) if b.isfinite().all()]
         self.error = max(far, default=0.)
-        if all(difference <= _CLOSE for difference in far) and all(a.shape == b.shape for a, b in zip(outputs, told)): return True
+        if (all(difference <= _CLOSE for difference in far)
+            and all(a.shape == b.shape for a, b in zip(outputs, told))):
+            return True
         self.reasons[sizes] = f'the engine differed from torch by {self.error:.1e}'
-        warnings.warn(f"A region of the model runs on torch, since {self.reasons[sizes]} of the largest output.", stacklevel=2)
+        warnings.warn(f"A region of the model runs on torch, since {self.reasons[sizes]} of the largest output.",
+                      stacklevel=2)
         return False
 
     def forward(self, *inputs):
@@ -142,7 +157,8 @@ def _try(module, model):
     except OpenTransError as error: return None, str(error)
 
 def _bare(module):
-    "What is traced: the module; of a convolution a twin with the same parameters, which still calls torch when the original calls the engine."
+    """What is traced: the module; of a convolution a twin with the same parameters, which still calls torch when
+    the original calls the engine."""
     return nn.Sequential(copy.copy(module)) if isinstance(module, nn.Conv2d) else module
 
 def _parts(module, name=''):
@@ -175,31 +191,38 @@ def compile(
     mask=None, # A `SparseMask` that is put on the copy first; None: the zeros that are there
     threads:int=1, # Threads that share the work
     check:bool=True, # Compare with torch on the first call of each size of images?
-    kernels='measured', # `'measured'`: dense or sparse for each bundle of channels, by the measured rule; True, False: only dense, only sparse
+    # `'measured'`: dense or sparse for each bundle of channels, by the measured rule; True, False: only dense, only
+    # sparse
+    kernels='measured',
 )->nn.Module: # A copy with the same call and outputs, for inference
-    """A model whose zeros cost no time. What cannot be compiled runs as before; `supported` lists it.
-    Raises `OpenTransError` for a model in training mode, a mask that does not fit, or a number of threads that is none."""
+    """A model whose zeros cost no time. What cannot be compiled runs as before; `supported` lists it. Raises
+    `OpenTransError` for a model in training mode, a mask that does not fit, or a number of threads that is none."""
     check_number('threads', threads, 1, 256, whole=True)
     if not isinstance(model, nn.Module): raise OpenTransError(f"compile needs a model, not {type(model).__name__}.")
-    if any(part.training for part in model.modules() if isinstance(part, (nn.modules.batchnorm._BatchNorm, nn.Dropout))):
-        raise OpenTransError("The engine folds batch norms, so it needs a model in eval mode: call model.eval() first.")
+    if any(part.training
+           for part in model.modules() if isinstance(part, (nn.modules.batchnorm._BatchNorm, nn.Dropout))):
+        raise OpenTransError(
+            "The engine folds batch norms, so it needs a model in eval mode: call model.eval() first.")
     model = copy.deepcopy(model)
     if mask is not None: mask.apply(model).remove()
     regions = []
     for _, module, captured, _ in [*_parts(model)]:
         if captured is not None and captured.regions: regions += _install(module, captured, threads, check, kernels)
     for part in model.modules():
-        if isinstance(part, nn.Linear) and not why_no_linear(part): part.forward = NativeLinear(part, threads, check)
+        if isinstance(part, nn.Linear) and not why_no_linear(part):
+            part.forward = NativeLinear(part, threads, check)
     model.__dict__['sparse_regions'] = regions # for reports; no child, so that names stay
     return model
 
 def supported(
     model:nn.Module, # Any model
 )->pd.DataFrame: # One row a convolution or linear layer: layer, kind, engine (True or False), why
-    "Which layers of a model the engine runs as its weights are now, and why not the others. Linear layers are worth it only with most weights removed."
+    """Which layers of a model the engine runs as its weights are now, and why not the others. Linear layers are
+    worth it only with most weights removed."""
     rows = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d): rows[name] = dict(kind=type(module).__name__, engine=False, why='is in no region')
+        if isinstance(module, nn.Conv2d):
+            rows[name] = dict(kind=type(module).__name__, engine=False, why='is in no region')
     for name, module, captured, why in _parts(model):
         inside = 'visual.' if _is_backbone(module) else ''
         start = f'{name}.{inside}' if name else inside

@@ -10,9 +10,10 @@ import functools, re
 from ..errors import OpenTransError
 
 # %% ../../nbs/07c_kernels.ipynb #d33cc1bf
-FIELDS = ('function', 'x', 'y', 'residual', 'mask', 'rows', 'entries', 'bias', 'begin', 'end', 'first', 'last', 'y_stride', 'groups',
-          'group_rows', 'low', 'high', 'residual_stride', 'channels', 'weights', 'x_stride', 'x_row', 'y_row', 'height', 'width', 'table',
-          'x_height', 'x_width', 'scale', 'count', 'spare_a', 'spare_b')
+FIELDS = ('function', 'x', 'y', 'residual', 'mask', 'rows', 'entries', 'bias', 'begin', 'end', 'first', 'last',
+          'y_stride', 'groups', 'group_rows', 'low', 'high', 'residual_stride', 'channels', 'weights', 'x_stride',
+          'x_row', 'y_row', 'height', 'width', 'table', 'x_height', 'x_width', 'scale', 'count', 'spare_a',
+          'spare_b')
 FIELD = {name: place for place, name in enumerate(FIELDS)} # name of an argument -> its place in a record
 RECORD = len(FIELDS) # whole numbers in a record
 
@@ -21,8 +22,12 @@ class _Writer:
     "Writes one kernel: a function of the address of its record."
     def __init__(self, name, width, fma=True):
         from llvmlite import ir
-        self.ir, self.width, self.fma = ir, width, fma
-        self.f32, self.i32, self.i64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+        self.ir = ir
+        self.width = width
+        self.fma = fma
+        self.f32 = ir.FloatType()
+        self.i32 = ir.IntType(32)
+        self.i64 = ir.IntType(64)
         self.vector, self.lanes = ir.VectorType(self.f32, width), ir.VectorType(self.i32, width)
         self.module = ir.Module(name)
         kind = ir.FunctionType(ir.VoidType(), [self.i64.as_pointer()])
@@ -91,9 +96,12 @@ class _Writer:
         return build.select(first, a, b)
 
     def loop(self, begin, end, step, carried, body):
-        "While `begin < end` go on by `step`: `body(index, values)` gives the next values. The last ones are returned."
+        """While `begin < end` go on by `step`: `body(index, values)` gives the next values. The last ones are
+        returned."""
         build, make = self.build, self.function.append_basic_block
-        head, inside, after = make('head'), make('inside'), make('after')
+        head = make('head')
+        inside = make('inside')
+        after = make('after')
         before = build.block
         build.branch(head)
         build.position_at_end(head)
@@ -117,7 +125,9 @@ class _Writer:
     def either(self, condition, yes, no):
         "The vectors of `yes()` or those of `no()`; only one of them is computed."
         build, make = self.build, self.function.append_basic_block
-        then, other, after = make('then'), make('other'), make('joined')
+        then = make('then')
+        other = make('other')
+        after = make('joined')
         build.cbranch(condition, then, other)
         results = []
         for block, values in ((then, yes), (other, no)):
@@ -212,7 +222,8 @@ def _dense(w, rows_at_once, vectors):
                     value = w.splat(build.load(w.at(line, w.number(r))))
                     new += [w.multiply_add(value, read[i], sums[r*vectors + i]) for i in range(vectors)]
                 return new
-            sums = w.loop(w.index(a['rows'], number), w.index(a['rows'], build.add(number, one)), one, start, weight)
+            sums = w.loop(w.index(a['rows'], number), w.index(a['rows'], build.add(number, one)), one, start,
+                          weight)
             for r, channel in enumerate(channels): _finish(w, sums[r*vectors:(r+1)*vectors], channel, place, a)
         w.each(a['first'], a['last'], bundle)
     w.loop(a['begin'], a['end'], w.number(vectors*w.width), [], block)
@@ -220,7 +231,9 @@ def _dense(w, rows_at_once, vectors):
 # %% ../../nbs/07c_kernels.ipynb #8ca68467
 def _picked(w, pointer, stride):
     "Every `stride`-th number from an address on, as a vector."
-    build, ir, width = w.build, w.ir, w.width
+    build = w.build
+    ir = w.ir
+    width = w.width
     if stride == 1: return w.load(pointer)
     if stride == 2 and width > 1:
         places = ir.Constant(w.lanes, [2*lane for lane in range(width)])
@@ -240,7 +253,9 @@ def _before(w, column, limit):
 def _pool(w, side, stride, kind):
     "Channels, rows, and vectors of columns; the window is written out."
     build = w.build
-    x, y, scale = w.pointer('x'), w.pointer('y'), w.splat(w.float_field('scale'))
+    x = w.pointer('x')
+    y = w.pointer('y')
+    scale = w.splat(w.float_field('scale'))
     names = ('first', 'last', 'x_stride', 'y_stride', 'x_row', 'y_row', 'height', 'width')
     a = {name: w.field(name) for name in names}
     def channel(c):
@@ -266,7 +281,9 @@ def _pool(w, side, stride, kind):
 def _planes(w, stride):
     "Channels, planes, rows, and vectors of columns. The table holds row and column at which each plane begins."
     build = w.build
-    x, y, table = w.pointer('x'), w.pointer('y'), w.pointer('table', w.i32)
+    x = w.pointer('x')
+    y = w.pointer('y')
+    table = w.pointer('table', w.i32)
     names = ('first', 'last', 'x_stride', 'y_stride', 'x_row', 'y_row', 'x_height', 'x_width', 'count')
     a = {name: w.field(name) for name in names}
     wide = w.number(stride)
@@ -302,16 +319,20 @@ def _run(w):
     w.each(w.number(0), count, step)
 
 def _wait(w):
-    "`table`: the address of two numbers, who has come and how often the gate was opened. `count`: how many must come."
+    """`table`: the address of two numbers, who has come and how often the gate was opened. `count`: how many must
+    come."""
     build, ir = w.build, w.ir
     come = w.pointer('table', w.i64)
-    gate, count, one = w.at(come, w.number(1)), w.field('count'), w.number(1)
+    gate = w.at(come, w.number(1))
+    count = w.field('count')
+    one = w.number(1)
     let_go = ir.FunctionType(w.i32, []).as_pointer()
     now = build.load_atomic(gate, 'acquire', 8)
     before = build.atomic_rmw('add', come, one, 'acq_rel')
     last = build.icmp_signed('==', build.add(before, one), count)
     make = w.function.append_basic_block
-    opens, looks, stays, goes, again, done = (make(name) for name in ('opens', 'looks', 'stays', 'goes', 'again', 'done'))
+    opens, looks, stays, goes, again, done = (make(name)
+                                              for name in ('opens', 'looks', 'stays', 'goes', 'again', 'done'))
     start = build.block
     build.cbranch(last, opens, looks)
     build.position_at_end(opens)
@@ -345,18 +366,22 @@ def kernel_name(
 
 @functools.lru_cache(None)
 def kernel_text(
-    kind:str, # `'sparse-VECTORS'`, `'dense-ROWSxVECTORS'`, `'max-SIDE-STRIDE'`, `'mean-SIDE-STRIDE'`, `'planes-STRIDE'`, `'run'` or `'wait'`
+    # `'sparse-VECTORS'`, `'dense-ROWSxVECTORS'`, `'max-SIDE-STRIDE'`, `'mean-SIDE-STRIDE'`, `'planes-STRIDE'`,
+    # `'run'` or `'wait'`
+    kind:str,
     width:int=16, # Numbers of a vector
     fma:bool=True, # Does the processor multiply and add in one step?
 )->str:
     "A kernel as LLVM's intermediate text. Raises `OpenTransError` for a kind that there is not."
     name, *sizes = re.findall('^[a-z]+|[0-9]+', kind) or ['']
     if name not in _KERNELS or len(sizes) != _KERNELS[name][1]:
-        raise OpenTransError(f"No kernel '{kind}'; there are sparse-4, dense-4x3, max-3-2, mean-2-2, planes-2, run and wait.")
+        raise OpenTransError(
+            f"No kernel '{kind}'; there are sparse-4, dense-4x3, max-3-2, mean-2-2, planes-2, run and wait.")
     w = _Writer(kernel_name(kind, width), width, fma)
     _KERNELS[name][0](w, *map(int, sizes))
     return w.text()
 
 _max_pool, _mean_pool = functools.partial(_pool, kind='max'), functools.partial(_pool, kind='mean')
 # name -> what writes it, and how many sizes it has
-_KERNELS = dict(sparse=(_sparse, 1), dense=(_dense, 2), max=(_max_pool, 2), mean=(_mean_pool, 2), planes=(_planes, 1), run=(_run, 0), wait=(_wait, 0))
+_KERNELS = dict(sparse=(_sparse, 1), dense=(_dense, 2), max=(_max_pool, 2), mean=(_mean_pool, 2),
+                planes=(_planes, 1), run=(_run, 0), wait=(_wait, 0))

@@ -24,20 +24,28 @@ def why_no_linear(
 )->str: # '' if it can
     "Why a linear layer stays on torch."
     if type(layer) is not nn.Linear: return f'is a {type(layer).__name__}'
-    if layer.weight.dtype != torch.float32 or layer.weight.device.type != 'cpu': return f'holds {layer.weight.dtype} on {layer.weight.device.type}'
+    if layer.weight.dtype != torch.float32 or layer.weight.device.type != 'cpu':
+        return f'holds {layer.weight.dtype} on {layer.weight.device.type}'
     if layer._forward_hooks or layer._forward_pre_hooks: return 'has hooks'
     share = float(torch.count_nonzero(layer.weight))/max(1, layer.weight.numel())
     return f'keeps {share:.0%} of its weights: dense is as fast' if share > WORTH else ''
 
 class NativeLinear:
-    "What a linear layer does, on the engine; on torch for inputs that it cannot take. It takes the place of the layer's `forward`."
+    """What a linear layer does, on the engine; on torch for inputs that it cannot take. It takes the place of the
+    layer's `forward`."""
     def __init__(self,
         layer:nn.Linear, # Its weights are read, and read again when they change
         threads:int=1, # Threads that share the work
         check:bool=True, # Compare with torch on the first call of each number of tokens?
     ):
-        self.layer, self.threads, self.check = layer, threads, check
-        self.plans, self.reasons, self.lock, self.state, self.region = OrderedDict(), {}, threading.Lock(), None, None
+        self.layer = layer
+        self.threads = threads
+        self.check = check
+        self.plans = OrderedDict()
+        self.reasons = {}
+        self.lock = threading.Lock()
+        self.state = None
+        self.region = None
 
     def __deepcopy__(self, memo): return NativeLinear(copy.deepcopy(self.layer, memo), self.threads, self.check)
 
@@ -46,16 +54,19 @@ class NativeLinear:
     def why_not(self, x)->str: # '' if it can
         "Why this input runs on torch."
         if not has_llvm(): return 'llvmlite is not installed'
-        if any(t.dtype != torch.float32 or t.device.type != 'cpu' for t in (x, *self._tensors())): return 'is not float32 on the CPU'
+        if any(t.dtype != torch.float32 or t.device.type != 'cpu' for t in (x, *self._tensors())):
+            return 'is not float32 on the CPU'
         if torch.is_grad_enabled() and x.requires_grad: return 'gradients are asked for'
         if torch.is_autocast_enabled('cpu'): return 'autocast is on'
-        return '' if x.ndim and x.numel() and x.shape[-1] == self.layer.in_features else 'has no tokens of this width'
+        return ('' if x.ndim and x.numel() and x.shape[-1] == self.layer.in_features
+                else 'has no tokens of this width')
 
     def _refresh(self):
         state = [(t.data_ptr(), t._version) for t in self._tensors()]
         if state == self.state: return
         weight = self.layer.weight.detach().numpy().copy()[:, :, None, None]
-        bias = np.zeros(len(weight), np.float32) if self.layer.bias is None else self.layer.bias.detach().numpy().copy()
+        bias = (np.zeros(len(weight), np.float32) if self.layer.bias is None
+                else self.layer.bias.detach().numpy().copy())
         self.state, self.region = state, Region(['x'], ['y'], [Conv('x', 'y', weight, bias, name='linear')])
         self.plans.clear()
 
@@ -84,7 +95,8 @@ class NativeLinear:
         error = float((out - told).abs().max()/told.abs().max().clamp(min=1e-20))
         if error <= _CLOSE or not told.isfinite().all(): return True
         self.reasons[len(rows)] = f'the engine differed from torch by {error:.1e}'
-        warnings.warn(f"A linear layer runs on torch, since {self.reasons[len(rows)]} of the largest output.", stacklevel=2)
+        warnings.warn(f"A linear layer runs on torch, since {self.reasons[len(rows)]} of the largest output.",
+                      stacklevel=2)
         return False
 
     def __call__(self, x):

@@ -37,9 +37,11 @@ class Machine:
     def of_width(cls,
         width:int, # Numbers of float32 in a vector; LLVM splits vectors that are wider than the processor's
     )->'Machine':
-        "The host, with vectors of another width: for tests and comparisons. Raises `OpenTransError` for a width that is no power of two up to 16."
+        """The host, with vectors of another width: for tests and comparisons. Raises `OpenTransError` for a width
+        that is no power of two up to 16."""
         if width not in (1, 2, 4, 8, 16):
-            raise OpenTransError(f"Vectors of {width} numbers: choose 4, 8 or 16, or leave the choice to Machine.host().")
+            raise OpenTransError(
+                f"Vectors of {width} numbers: choose 4, 8 or 16, or leave the choice to Machine.host().")
         host = cls.host()
         registers = host.registers if width <= host.width else max(4, host.registers*host.width//width)
         return replace(host, width=width, registers=registers)
@@ -52,7 +54,9 @@ class Machine:
 @functools.lru_cache(None)
 def _host():
     if not has_llvm():
-        raise OpenTransError("Native kernels need the package llvmlite: pip install llvmlite. Without it the same model runs on torch.")
+        raise OpenTransError(
+            "Native kernels need the package llvmlite: pip install llvmlite. Without it the same model runs on "
+            "torch.")
     import llvmlite.binding as llvm
     has = dict(llvm.get_host_cpu_features())
     arm = llvm.get_default_triple().split('-')[0] in ('aarch64', 'arm64')
@@ -60,7 +64,8 @@ def _host():
     width = 16 if wide else 8 if has.get('avx') else 4
     features = llvm.get_host_cpu_features().flatten()
     if wide: features += ',-prefer-256-bit'
-    return Machine(width, 32 if wide or arm else 16, arm or has.get('fma', False), llvm.get_host_cpu_name(), features)
+    return Machine(width, 32 if wide or arm else 16, arm or has.get('fma', False), llvm.get_host_cpu_name(),
+                   features)
 
 # %% ../../nbs/07b_machine.ipynb #271f772f
 KERNEL_FILE = FileKind('opentrans-kernel', 'native kernel', 'opentrans.sparse', version=2, oldest=2)
@@ -77,7 +82,8 @@ def _own(path):
     "Does a file or folder belong to this user, and can nobody else write it?"
     if not hasattr(os, 'getuid'): return True
     state = os.lstat(path)
-    return state.st_uid == os.getuid() and not stat.S_ISLNK(state.st_mode) and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return (state.st_uid == os.getuid() and not stat.S_ISLNK(state.st_mode)
+            and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
 
 class KernelCache:
     "Object code by key. What cannot be read, or is not the user's own, is not there."
@@ -108,17 +114,21 @@ class KernelCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not _own(self.folder): return
-            save_tensors(dict(code=torch.frombuffer(bytearray(code), dtype=torch.uint8)), self.path(key), dict(key=key), KERNEL_FILE)
+            save_tensors(dict(code=torch.frombuffer(bytearray(code), dtype=torch.uint8)), self.path(key),
+                         dict(key=key), KERNEL_FILE)
             if hasattr(os, 'getuid'): os.chmod(self.path(key), 0o600)
         except (OpenTransError, OSError): pass
 
 # %% ../../nbs/07b_machine.ipynb #ca8055aa
-_LOCK, _LOADED, _ENGINES = threading.Lock(), {}, []
+_LOCK = threading.Lock()
+_LOADED = {}
+_ENGINES = []
 
 @functools.lru_cache(None)
 def _target(machine):
     import llvmlite.binding as llvm
-    for start in (getattr(llvm, 'initialize', None), llvm.initialize_native_target, llvm.initialize_native_asmprinter):
+    for start in (getattr(llvm, 'initialize', None), llvm.initialize_native_target,
+                  llvm.initialize_native_asmprinter):
         try: start and start()
         except RuntimeError: pass # newer versions start by themselves
     target = llvm.Target.from_default_triple()
@@ -131,7 +141,8 @@ def kernel_key(
     "Under what name a translated kernel is kept: everything that its code depends on."
     import llvmlite
     import llvmlite.binding as llvm
-    parts = [text, machine.cpu, machine.features, llvmlite.__version__, str(llvm.llvm_version_info), llvm.get_default_triple()]
+    parts = [text, machine.cpu, machine.features, llvmlite.__version__, str(llvm.llvm_version_info),
+             llvm.get_default_triple()]
     return hashlib.sha256('\0'.join(parts).encode()).hexdigest()
 
 def _translate(text, machine, cache):
@@ -166,6 +177,8 @@ def native_functions(
 
 def yield_function()->int:
     "The address of the system's function by which a thread lets others go first; 0 if there is none."
-    try: function = ctypes.windll.kernel32.SwitchToThread if sys.platform == 'win32' else ctypes.CDLL(None).sched_yield
+    try:
+        function = (ctypes.windll.kernel32.SwitchToThread if sys.platform == 'win32'
+                    else ctypes.CDLL(None).sched_yield)
     except (AttributeError, OSError): return 0
     return ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -38,7 +38,8 @@ class Taps:
 
     def reach(self)->tuple: # up, down, left, right
         "How far a kernel looks beyond its own pixel."
-        low, high = (lambda a: int(-min(a.min(), 0))), (lambda a: int(max(a.max(), 0)))
+        def low(a): return int(-min(a.min(), 0))
+        def high(a): return int(max(a.max(), 0))
         return low(self.down), high(self.down), low(self.right), high(self.right)
 
 def _taps(conv):
@@ -96,7 +97,9 @@ class _Classes:
 
 # %% ../../nbs/07e_plan.ipynb #670114ac
 BUNDLE = 4 # output channels of a dense bundle
-DENSE_COST, NEAR_COST, FAR_COST = 1.05, 1.2, 1.75 # cycles for a vector and a weight: dense; sparse from the first cache; from the second
+DENSE_COST = 1.05
+NEAR_COST = 1.2
+FAR_COST = 1.75 # cycles for a vector and a weight: dense; sparse from the first cache; from the second
 FIRST_CACHE = 20*1024 # bytes of the first cache that a group of input channels may fill
 SHORTEST = 8 # weights of an output channel that a group should have
 
@@ -157,7 +160,8 @@ def _choose(conv, taps, planes, source, row, pixels, machine, dense='measured'):
             if len(rows) == BUNDLE and worth: bundles.append(rows)
             else: single.extend(rows)
     bundles = np.array(bundles, np.int32).reshape(-1, BUNDLE)
-    return Chosen(conv, taps, source, pixels, np.array(single, np.int32), bundles, vectors, dense_vectors, groups, int(there.sum()))
+    return Chosen(conv, taps, source, pixels, np.array(single, np.int32), bundles, vectors, dense_vectors, groups,
+                  int(there.sum()))
 
 def _sparse_arrays(chosen, stride, row, planes):
     "Rows, entries and channels for the sparse kernel."
@@ -165,7 +169,9 @@ def _sparse_arrays(chosen, stride, row, planes):
     inputs = conv.weight.shape[1]
     found = [_entries(conv, chosen.taps, stride, row, planes, o) for o in chosen.sparse]
     limits = np.linspace(0, inputs, groups + 1).astype(int)
-    counts, places, weights = [], [], []
+    counts = []
+    places = []
+    weights = []
     for begin, end in zip(limits, limits[1:]):
         for c, place, weight in found:
             inside = (c >= begin) & (c < end)
@@ -186,7 +192,9 @@ def _dense_arrays(chosen, stride, row, planes):
     "Rows, entries, weights and channels for the dense kernel."
     conv, taps = chosen.conv, chosen.taps
     size, inputs = len(conv.weight)//conv.groups, conv.weight.shape[1]
-    ends, places, weights = [0], [], []
+    ends = [0]
+    places = []
+    weights = []
     for rows in chosen.dense:
         bundle = conv.weight[rows]
         c, i, j = np.nonzero(bundle.any(0))
@@ -195,8 +203,8 @@ def _dense_arrays(chosen, stride, row, planes):
         weights.append(bundle[:, c, i, j].T)
         ends.append(ends[-1] + len(c))
     weights = np.concatenate(weights).astype(np.float32)
-    return dict(rows=np.array(ends, np.int32), entries=np.concatenate(places).astype(np.int32), weights=np.ascontiguousarray(weights),
-                channels=np.ascontiguousarray(chosen.dense.reshape(-1)))
+    return dict(rows=np.array(ends, np.int32), entries=np.concatenate(places).astype(np.int32),
+                weights=np.ascontiguousarray(weights), channels=np.ascontiguousarray(chosen.dense.reshape(-1)))
 
 # %% ../../nbs/07e_plan.ipynb #11c53152
 def _bits(number): return int(np.array(number, np.float32).view(np.int32))
@@ -225,9 +233,17 @@ class Plan:
         dense='measured', # True, False: only dense or only sparse kernels, for comparisons
         groups:int=None, # Groups of input channels of every sparse kernel; None: as the first cache asks for
     ):
-        self.region, self.threads, self.machine = region, threads, machine or Machine.host()
-        self.values, self.classes, self.chosen, self.steps = {}, _Classes(), {}, []
-        self.dense, self.groups, self.keep, self.masks = dense, groups, [], {}
+        self.region = region
+        self.threads = threads
+        self.machine = machine or Machine.host()
+        self.values = {}
+        self.classes = _Classes()
+        self.chosen = {}
+        self.steps = []
+        self.dense = dense
+        self.groups = groups
+        self.keep = []
+        self.masks = {}
         self._sizes(sizes)
         self._layouts()
         self._places()
@@ -236,7 +252,8 @@ class Plan:
     # shapes
     def _sizes(self, sizes):
         "Shapes of all values; convolutions with a stride get planes, and steps without weights get theirs."
-        for name, (channels, height, width) in zip(self.region.inputs, sizes): self._make(name, channels, height, width)
+        for name, (channels, height, width) in zip(self.region.inputs, sizes):
+            self._make(name, channels, height, width)
         shared = {}
         for step in self.region.steps:
             x = self.values[step.x]
@@ -257,12 +274,15 @@ class Plan:
     def _conv(self, step, x, shared):
         if step.weight is None: # nothing but a residual or a range
             ones, zeros = np.ones((x.channels, 1, 1, 1), np.float32), np.zeros(x.channels, np.float32)
-            step = Conv(step.x, step.y, ones, zeros, groups=x.channels, residual=step.residual, low=step.low, high=step.high, name=step.name)
-        if step.weight.shape[1]*step.groups != x.channels: raise CannotPlan(f'{step.name} reads {step.weight.shape[1]*step.groups} channels of {x.channels}')
+            step = Conv(step.x, step.y, ones, zeros, groups=x.channels, residual=step.residual, low=step.low,
+                        high=step.high, name=step.name)
+        if step.weight.shape[1]*step.groups != x.channels:
+            raise CannotPlan(f'{step.name} reads {step.weight.shape[1]*step.groups} channels of {x.channels}')
         y = self._make(step.y, len(step.weight), *step.sizes(x.height, x.width))
         if step.residual is not None:
             r = self.values[step.residual]
-            if (r.channels, r.height, r.width) != (y.channels, y.height, y.width): raise CannotPlan(f'{step.name} adds values of two shapes')
+            if (r.channels, r.height, r.width) != (y.channels, y.height, y.width):
+                raise CannotPlan(f'{step.name} adds values of two shapes')
         taps, begins = _taps(step)
         source, stride = step.x, step.stride[0]
         if stride > 1:
@@ -301,12 +321,14 @@ class Plan:
             layout.above, layout.left = max(layout.above, up), max(layout.left, left)
             layout.reached |= up + down + left + right > 0
             wanted.append((x, max(0, y.height - x.height) + down, right))
-        for value, rows, right in wanted: value.layout.tail = max(value.layout.tail, (rows + 1)*value.layout.row + right + 2*longest)
+        for value, rows, right in wanted:
+            value.layout.tail = max(value.layout.tail, (rows + 1)*value.layout.row + right + 2*longest)
         for value in self.values.values():
             value.layout.tail = max(value.layout.tail, 2*longest)
             value.clean = value.layout.reached
         tallest = {}
-        for value in self.values.values(): tallest[id(value.layout)] = max(tallest.get(id(value.layout), 0), value.height)
+        for value in self.values.values():
+            tallest[id(value.layout)] = max(tallest.get(id(value.layout), 0), value.height)
         for value in self.values.values(): value.stride = value.layout.stride(tallest[id(value.layout)])
 
     # memory
@@ -322,14 +344,16 @@ class Plan:
         "A place in memory for every value. A sum may be written over the part that nobody reads later."
         memory, last = _Memory(), self._last_readers()
         planes_of_inputs = {step.x for step in self.steps if isinstance(step, Planes)} & {*self.region.inputs}
-        direct = {name for step in self.steps if not isinstance(step, Planes) for name in (self._source(step), getattr(step, 'residual', None))} | {*self.region.outputs}
+        direct = ({name for step in self.steps if not isinstance(step, Planes)
+                   for name in (self._source(step), getattr(step, 'residual', None))} | {*self.region.outputs})
         self.copied = [name for name in self.region.inputs if name in direct]
         self.planed = [step for step in self.steps if isinstance(step, Planes) and step.x in planes_of_inputs]
         for name in self.copied: self.values[name].base = memory.take(self.values[name])
         for i, step in enumerate(self.steps):
             y = self.values[step.y]
             over = getattr(step, 'residual', None)
-            own = over is not None and last[over] == i and over not in self.region.inputs and over != self._source(step)
+            own = (over is not None and last[over] == i and over not in self.region.inputs
+                   and over != self._source(step))
             y.base = self.values[over].base if own and self.values[over].clean == y.clean else memory.take(y)
             if isinstance(step, Planes): continue # its margin stays zero: the place is never given away
             for name in {self._source(step), over} - {None}:
@@ -350,7 +374,8 @@ class Plan:
     )->torch.Tensor: # (channels, height, width), in the memory of the plan
         "A value where it lies."
         v = self.values[name]
-        return self.memory.as_strided((v.channels, v.height, v.width), (v.stride, v.layout.row, 1), v.base + v.layout.origin)
+        return self.memory.as_strided((v.channels, v.height, v.width), (v.stride, v.layout.row, 1),
+                                      v.base + v.layout.origin)
 
     def _address(self, name):
         value = self.values[name]
@@ -387,7 +412,8 @@ class Plan:
 
     def _mask(self, row, width, height):
         "All bits of pixels, none of the zeros between them."
-        if (row, width, height) not in self.masks: self.masks[row, width, height] = self._new_mask(row, width, height)
+        if (row, width, height) not in self.masks:
+            self.masks[row, width, height] = self._new_mask(row, width, height)
         return self.masks[row, width, height]
 
     def _new_mask(self, row, width, height):
@@ -406,7 +432,8 @@ class Plan:
         cuts = [0, *map(int, cuts), len(works)]
         heaviest = max(ends[b] - ends[a] for a, b in zip(cuts, cuts[1:]))
         by_blocks, by_rows = most/blocks, heaviest/max(1, ends[-1])
-        if by_blocks <= by_rows*1.05: return [(min(i*most, blocks)*block, min((i + 1)*most, blocks)*block, 0, len(works)) for i in range(n)]
+        if by_blocks <= by_rows*1.05:
+            return [(min(i*most, blocks)*block, min((i + 1)*most, blocks)*block, 0, len(works)) for i in range(n)]
         return [(0, blocks*block, a, b) for a, b in zip(cuts, cuts[1:])]
 
     def _add_conv(self, step):
@@ -417,7 +444,8 @@ class Plan:
         if furthest >= 2**31: raise CannotPlan(f'{step.name} reads over more than 8 GiB')
         chosen = _choose(step, taps, planes, source, y.layout.row, pixels, self.machine, self.dense)
         if self.groups: chosen.groups = min(self.groups, step.weight.shape[1])
-        common = dict(x=self._address(source), y=self._address(step.y), bias=self._array(step.bias), y_stride=y.stride, low=_bits(step.low), high=_bits(step.high), groups=1)
+        common = dict(x=self._address(source), y=self._address(step.y), bias=self._array(step.bias),
+                      y_stride=y.stride, low=_bits(step.low), high=_bits(step.high), groups=1)
         if step.residual is not None:
             common |= dict(residual=self._address(step.residual), residual_stride=self.values[step.residual].stride)
         if y.clean: common['mask'] = self._mask(y.layout.row, y.width, y.height)
@@ -425,23 +453,29 @@ class Plan:
         if len(chosen.sparse):
             arrays = _sparse_arrays(chosen, x.stride, y.layout.row, planes)
             counts = np.diff(arrays['rows'][:len(chosen.sparse) + 1]) + 4
-            self._deal(f'sparse-{chosen.vectors}', common, arrays, pixels, chosen.vectors*width, counts, groups=chosen.groups, group_rows=len(chosen.sparse) + 1)
+            self._deal(f'sparse-{chosen.vectors}', common, arrays, pixels, chosen.vectors*width, counts,
+                       groups=chosen.groups, group_rows=len(chosen.sparse) + 1)
         if len(chosen.dense):
             arrays = _dense_arrays(chosen, x.stride, y.layout.row, planes)
-            self._deal(f'dense-{BUNDLE}x{chosen.dense_vectors}', common, arrays, pixels, chosen.dense_vectors*width, np.diff(arrays['rows']) + 2)
-        self.rows.append(dict(name=step.name, weights=step.weight.size, kept=chosen.weights, dense_channels=chosen.dense.size, channels=len(step.weight),
-                              height=y.height, width=y.width, multiply_adds=chosen.weights*y.height*y.width))
+            self._deal(f'dense-{BUNDLE}x{chosen.dense_vectors}', common, arrays, pixels,
+                       chosen.dense_vectors*width, np.diff(arrays['rows']) + 2)
+        self.rows.append(dict(name=step.name, weights=step.weight.size, kept=chosen.weights,
+                              dense_channels=chosen.dense.size, channels=len(step.weight), height=y.height,
+                              width=y.width, multiply_adds=chosen.weights*y.height*y.width))
 
     def _deal(self, kind, common, arrays, pixels, block, works, **more):
         "One record for each thread that has something to do."
         addresses = {name: self._array(array) for name, array in arrays.items()}
         for records, (begin, end, first, last) in zip(self.records, self._shares(pixels, block, works)):
-            if begin < end and first < last: records.append((kind, common | addresses | more | dict(begin=begin, end=end, first=first, last=last)))
+            if begin < end and first < last:
+                records.append((kind,
+                                common | addresses | more | dict(begin=begin, end=end, first=first, last=last)))
 
     def _add_channels(self, kind, x, y, channels, **values):
         "Channels are dealt out to the threads."
-        places = dict(x=self._address(x), y=self._address(y), x_stride=self.values[x].stride, y_stride=self.values[y].stride,
-                      x_row=self.values[x].layout.row, y_row=self.values[y].layout.row)
+        places = dict(x=self._address(x), y=self._address(y), x_stride=self.values[x].stride,
+                      y_stride=self.values[y].stride, x_row=self.values[x].layout.row,
+                      y_row=self.values[y].layout.row)
         cuts = [channels*i//self.threads for i in range(self.threads + 1)]
         for records, first, last in zip(self.records, cuts, cuts[1:]):
             if first < last: records.append((kind, places | values | dict(first=first, last=last)))
@@ -449,21 +483,24 @@ class Plan:
     def _add_pool(self, step):
         x, y = self.values[step.x], self.values[step.y]
         shift = 4*(step.padding*x.layout.row + step.padding)
-        self._add_channels(f'{step.kind}-{step.side}-{step.stride}', step.x, step.y, y.channels, height=y.height, width=y.width, scale=_bits(1/step.side**2))
+        self._add_channels(f'{step.kind}-{step.side}-{step.stride}', step.x, step.y, y.channels, height=y.height,
+                           width=y.width, scale=_bits(1/step.side**2))
         for records in self.records: # the window begins above and left of the pixel
             if records and records[-1][1]['y'] == self._address(step.y): records[-1][1]['x'] -= shift
 
     def _add_planes(self, step):
         x = self.values[step.x]
         table = self._array(np.array(step.begins, np.int32))
-        self._add_channels(f'planes-{step.stride}', step.x, step.y, x.channels, x_height=x.height, x_width=x.width, table=table, count=len(step.begins))
+        self._add_channels(f'planes-{step.stride}', step.x, step.y, x.channels, x_height=x.height, x_width=x.width,
+                           table=table, count=len(step.begins))
 
     def _add_wait(self):
         "All threads meet before the next step."
         if self.threads == 1: return
         gate = np.zeros(32, np.int64)
         address = self._array(gate)
-        for records in self.records: records.append(('wait', dict(table=address, count=self.threads, spare_a=yield_function())))
+        for records in self.records:
+            records.append(('wait', dict(table=address, count=self.threads, spare_a=yield_function())))
 
     # running
     def _fill(self, images):
@@ -471,7 +508,9 @@ class Plan:
         given = dict(zip(self.region.inputs, images))
         for name in self.copied: self.view(name).copy_(given[name])
         for step in self.planed:
-            s, image, planes = step.stride, given[step.x], self.view(step.y).unflatten(0, (-1, len(step.begins)))
+            s = step.stride
+            image = given[step.x]
+            planes = self.view(step.y).unflatten(0, (-1, len(step.begins)))
             for q, (top, left) in enumerate(step.begins):
                 part = image[:, top::s, left::s]
                 planes[:, q, :part.shape[1], :part.shape[2]] = part
@@ -481,7 +520,8 @@ class Plan:
     )->list: # Tensors (B, C, H, W)
         "Compute. Nothing is recorded for gradients."
         batch = len(inputs[0])
-        shapes = [(self.values[name].channels, self.values[name].height, self.values[name].width) for name in self.region.outputs]
+        shapes = [(self.values[name].channels, self.values[name].height, self.values[name].width)
+                  for name in self.region.outputs]
         outputs = [torch.empty(batch, *shape) for shape in shapes]
         for n in range(batch):
             self._fill([x[n] for x in inputs])
@@ -499,7 +539,8 @@ class Plan:
             for other in waiting: other.result()
 
     def table(self)->pd.DataFrame: # One row a convolution
-        "What each convolution does: its weights, how many are left, and how many of its channels run in dense bundles."
+        """What each convolution does: its weights, how many are left, and how many of its channels run in dense
+        bundles."""
         return pd.DataFrame(self.rows)
 
 _TURN = threading.Lock()

@@ -41,7 +41,8 @@ class Conv:
         "Height and width of the result."
         kernel, (up, down, left, right) = self.weight.shape[2:], self.pads
         long = [d*(k - 1) + 1 for d, k in zip(self.dilation, kernel)]
-        return ((height + up + down - long[0])//self.stride[0] + 1, (width + left + right - long[1])//self.stride[1] + 1)
+        return ((height + up + down - long[0])//self.stride[0] + 1,
+                (width + left + right - long[1])//self.stride[1] + 1)
 
 @dataclass
 class Pool:
@@ -82,7 +83,8 @@ def _float(tensor): return tensor is None or tensor.dtype == torch.float32 and t
 def _why_no_conv(layer):
     if type(layer) is not nn.Conv2d: return f'is a {type(layer).__name__}'
     if layer.padding_mode != 'zeros': return f'pads by {layer.padding_mode}'
-    if not (_float(layer.weight) and _float(layer.bias)): return f'holds {layer.weight.dtype} on {layer.weight.device.type}'
+    if not (_float(layer.weight) and _float(layer.bias)):
+        return f'holds {layer.weight.dtype} on {layer.weight.device.type}'
     if max(layer.stride) > 1 and layer.stride[0] != layer.stride[1]: return f'has strides {layer.stride}'
     return ''
 
@@ -101,8 +103,10 @@ def _why_no_pool(kind, kernel, stride, padding, dilation=1, ceil=False, counts=T
 def _pool_of(layer):
     "Arguments of a pool module, as `_why_no_pool` takes them."
     if isinstance(layer, nn.MaxPool2d):
-        return ('max', layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, True, None, layer.return_indices)
-    return ('mean', layer.kernel_size, layer.stride, layer.padding, 1, layer.ceil_mode, layer.count_include_pad, layer.divisor_override)
+        return ('max', layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, True, None,
+                layer.return_indices)
+    return ('mean', layer.kernel_size, layer.stride, layer.padding, 1, layer.ceil_mode, layer.count_include_pad,
+            layer.divisor_override)
 
 def _norm_with_act(layer):
     "timm's batch norm that holds an activation and a dropout."
@@ -126,13 +130,15 @@ def _writes_in_place(node, layer):
     return name in ('iadd', 'relu_', 'add_') or bool(node.kwargs.get('inplace', False))
 
 def _read_later(node, modules):
-    "May what a node overwrites be read by a later one, or by the caller? Nodes that only pass a value on are looked through."
+    """May what a node overwrites be read by a later one, or by the caller? Nodes that only pass a value on are
+    looked through."""
     order, source = {n: i for i, n in enumerate(node.graph.nodes)}, node.args[0]
     while True:
         if any(order[user] > order[node] for user in source.users): return True
         layer = modules.get(source.target) if source.op == 'call_module' else None
         if type(layer) in _SAME: source = source.args[0]
-        elif source.op == 'call_module': return not isinstance(layer, (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, *_CLAMPS))
+        elif source.op == 'call_module':
+            return not isinstance(layer, (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, *_CLAMPS))
         else: return source.target not in (_ADD | _RELU | {'add', 'add_', 'relu', 'relu_'})
 
 def why_not(
@@ -144,13 +150,16 @@ def why_not(
     if node.op == 'call_module':
         plain = len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
         why = _why_not_module(layer) if plain else 'has more arguments than one'
-    elif node.op == 'call_function' and node.target in _RELU or node.op == 'call_method' and node.target in ('relu', 'relu_'):
+    elif (node.op == 'call_function' and node.target in _RELU
+          or node.op == 'call_method' and node.target in ('relu', 'relu_')):
         why = '' if len(node.all_input_nodes) == 1 and len(node.args) == 1 else 'has more arguments than one'
-    elif node.op == 'call_function' and node.target in _ADD or node.op == 'call_method' and node.target in ('add', 'add_'):
+    elif (node.op == 'call_function' and node.target in _ADD
+          or node.op == 'call_method' and node.target in ('add', 'add_')):
         two = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args) and not node.kwargs
         why = '' if two else 'adds a number'
     else: why = f'is {node.target}'
-    if not why and _writes_in_place(node, layer) and _read_later(node, modules): why = 'overwrites what is read later'
+    if not why and _writes_in_place(node, layer) and _read_later(node, modules):
+        why = 'overwrites what is read later'
     return why
 
 # %% ../../nbs/07d_regions.ipynb #6d64c56c
@@ -158,7 +167,10 @@ class _Folder:
     "Turns a graph of understood nodes into a `Region`."
     def __init__(self, graph):
         self.modules, self.nodes = dict(graph.named_modules()), list(graph.graph.nodes)
-        self.steps, self.value, self.channels, self.positive = {}, {}, {}, set()
+        self.steps = {}
+        self.value = {}
+        self.channels = {}
+        self.positive = set()
         self.uses = self._count_uses()
 
     def _is_alias(self, node): return node.op == 'call_module' and type(self.modules[node.target]) in _SAME
@@ -197,20 +209,24 @@ class _Folder:
         weight = layer.weight.detach().numpy().copy()
         bias = np.zeros(len(weight), np.float32) if layer.bias is None else layer.bias.detach().numpy().copy()
         pads = layer._reversed_padding_repeated_twice # left, right, above, below
-        self.steps[node.name] = Conv(x, node.name, weight, bias, layer.stride, (*pads[2:], *pads[:2]), layer.dilation, layer.groups, name=node.target)
+        self.steps[node.name] = Conv(x, node.name, weight, bias, layer.stride, (*pads[2:], *pads[:2]),
+                                     layer.dilation, layer.groups, name=node.target)
 
     def _norm(self, node, layer, x):
         scale = (layer.running_var.detach().double() + layer.eps).rsqrt()
         if layer.weight is not None: scale = scale*layer.weight.detach().double()
         shift = -layer.running_mean.detach().double()*scale
         if layer.bias is not None: shift = shift + layer.bias.detach().double()
-        scale, shift, before = scale.numpy(), shift.numpy(), self._before(x)
+        scale = scale.numpy()
+        shift = shift.numpy()
+        before = self._before(x)
         if before is not None and before.plain() and before.weight is not None:
             before.weight = (before.weight*scale[:, None, None, None]).astype(np.float32)
             before.bias = (before.bias*scale + shift).astype(np.float32)
             return self._become(before, node.name)
         weight = scale.astype(np.float32)[:, None, None, None]
-        self.steps[node.name] = Conv(x, node.name, weight, shift.astype(np.float32), groups=len(scale), name=node.target)
+        self.steps[node.name] = Conv(x, node.name, weight, shift.astype(np.float32), groups=len(scale),
+                                     name=node.target)
 
     def _clamp(self, node, low, high, x):
         before = self._before(x)
@@ -241,7 +257,8 @@ class _Folder:
         elif isinstance(layer, nn.Conv2d): self._conv(node, layer, x)
         elif isinstance(layer, nn.BatchNorm2d):
             self._norm(node, layer, x)
-            if _norm_with_act(layer) and type(layer.act) in _CLAMPS: self._clamp_again(node, *_CLAMPS[type(layer.act)])
+            if _norm_with_act(layer) and type(layer.act) in _CLAMPS:
+                self._clamp_again(node, *_CLAMPS[type(layer.act)])
         elif kind in _CLAMPS: self._clamp(node, *_CLAMPS[kind], x)
         else: self._pool(node, _pool_of(layer), x)
 
@@ -276,7 +293,8 @@ def _has_convolution(module): return any(isinstance(part, nn.Conv2d) for part in
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module, name):
-        return not _has_convolution(module) or isinstance(module, nn.Conv2d) or super().is_leaf_module(module, name) and not isinstance(module, nn.Sequential)
+        return (not _has_convolution(module) or isinstance(module, nn.Conv2d)
+                or super().is_leaf_module(module, name) and not isinstance(module, nn.Sequential))
 
 class _Support(OperatorSupportBase):
     def __init__(self, whys): self.whys = whys
@@ -292,7 +310,8 @@ class Captured:
 def _reasons(modules, whys):
     "Why convolutions and linear layers are in no region."
     left = {node.target: why for node, why in whys.items() if node.op == 'call_module' and why}
-    inner = {f'{name}.{part}': why for name, why in left.items() for part, layer in modules[name].named_modules() if part and isinstance(layer, (nn.Conv2d, nn.Linear))}
+    inner = {f'{name}.{part}': why for name, why in left.items()
+             for part, layer in modules[name].named_modules() if part and isinstance(layer, (nn.Conv2d, nn.Linear))}
     own = {name: why for name, why in left.items() if isinstance(modules[name], (nn.Conv2d, nn.Linear))}
     return own | inner
 
@@ -303,13 +322,18 @@ def capture(
     tracer = _Tracer()
     try: traced = tracer.trace(model)
     except Exception as error: # whatever a model does with a value that is none
-        raise OpenTransError(f"{type(model).__name__} cannot be traced: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}") from error
+        raise OpenTransError(
+            f"{type(model).__name__} cannot be traced: "
+            f"{str(error).splitlines()[0][:200] if str(error) else type(error).__name__}") from error
     graph = fx.GraphModule(model, traced)
     modules = dict(graph.named_modules())
-    whys = {node: why_not(node, modules) for node in graph.graph.nodes if node.op not in ('placeholder', 'output', 'get_attr')}
+    whys = {node: why_not(node, modules)
+            for node in graph.graph.nodes if node.op not in ('placeholder', 'output', 'get_attr')}
     reasons = _reasons(modules, whys)
     parts = CapabilityBasedPartitioner(graph, _Support(whys), allows_single_node_partition=True)
-    worth = [part for part in parts.propose_partitions() if any(isinstance(modules.get(n.target), nn.Conv2d) for n in part.nodes if n.op == 'call_module')]
+    worth = [part
+             for part in parts.propose_partitions()
+             if any(isinstance(modules.get(n.target), nn.Conv2d) for n in part.nodes if n.op == 'call_module')]
     graph = parts.fuse_partitions(worth)
     regions = {name: fold(part) for name, part in graph.named_children() if name.startswith('fused_')}
     return Captured(graph, regions, reasons)

@@ -27,7 +27,8 @@ from .recipe import _Finite, _listed, _ranged, _RANGES, _truth
 
 # %% ../../nbs/training/42_evaluate.ipynb #b50b1d17
 class _Reader(torch.utils.data.Dataset):
-    "Samples as an evaluation reads them. In another process, an `OpenTransError` is handed over in place of the sample."
+    """Samples as an evaluation reads them. In another process, an `OpenTransError` is handed over in place of the
+    sample."""
     def __init__(self, data, regions, apart): self.data,self.regions,self.apart = data,regions,apart
     def __getitem__(self, i):
         try: return read_sample(self.data, i, self.regions)
@@ -36,7 +37,8 @@ class _Reader(torch.utils.data.Dataset):
             return error
 
 def _copied(sample):
-    "A sample that another process has read, in memory of this one: a shared tensor holds an open file as long as it lives."
+    """A sample that another process has read, in memory of this one: a shared tensor holds an open file as long as
+    it lives."""
     if isinstance(sample, OpenTransError): raise sample
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k,v in sample.items()}
 
@@ -44,7 +46,8 @@ def _samples(data, indices, workers, regions):
     "Samples in order, read in this process or in others."
     reader = _Reader(data, regions, workers > 0)
     if not workers: return (reader[i] for i in indices)
-    loader = torch.utils.data.DataLoader(reader, batch_size=None, sampler=indices, num_workers=workers, collate_fn=_as_it_is, generator=torch.Generator())
+    loader = torch.utils.data.DataLoader(reader, batch_size=None, sampler=indices, num_workers=workers,
+                                         collate_fn=_as_it_is, generator=torch.Generator())
     return map(_copied, loader)
 
 def _as_it_is(sample): return sample
@@ -61,7 +64,8 @@ def same_size_batches(
     workers:int=0, # Processes that read samples; 0 reads in this one
     regions=True, # With the masks of regions? As for `read_sample`
 ): # Iterator over batches of images of one size
-    "Batches without padding. A batch ends where the size of the images changes, or, if samples may wait, when it is full or too many wait."
+    """Batches without padding. A batch ends where the size of the images changes, or, if samples may wait, when it
+    is full or too many wait."""
     held = {}
     def take(size): return collate(held.pop(size))
     indices = range(every[0], len(data) if limit is None else min(limit, len(data)), every[1])
@@ -80,7 +84,8 @@ def _size_to_take(held, newest, batch_size, waiting):
 
 # %% ../../nbs/training/42_evaluate.ipynb #866dadb4
 def _windows(n, window, overlap):
-    "Starts of windows along a side: evenly spaced, at least `overlap` of a window in common, the last ends at the end."
+    """Starts of windows along a side: evenly spaced, at least `overlap` of a window in common, the last ends at the
+    end."""
     if n <= window: return [0]
     k = math.ceil((n-window)/max(window*(1-overlap), 1)) + 1
     return [round(i*(n-window)/(k-1)) for i in range(k)]
@@ -100,10 +105,12 @@ def check_looks(
     for name,side in (('size', size), ('longest', longest), ('window', window)):
         if side is not None: check_number(name, side, 1, 2**16, whole=True)
     for scale in _listed('scales', scales, (.5, 1., 1.5)):
-        if not _ranged('a scale', scale, 0, _WIDEST_LOOK, whole=False): raise OpenTransError("scales: an image at 0 times its size has no pixels.")
+        if not _ranged('a scale', scale, 0, _WIDEST_LOOK, whole=False):
+            raise OpenTransError("scales: an image at 0 times its size has no pixels.")
     if not len(scales): raise OpenTransError("scales is empty: give at least one, e.g. (1.0,).")
     _truth('flip', flip)
-    if check_number('overlap', overlap, 0, 1) == 1: raise OpenTransError("overlap=1: windows that overlap wholly never reach the end. Give a share below 1.")
+    if check_number('overlap', overlap, 0, 1) == 1:
+        raise OpenTransError("overlap=1: windows that overlap wholly never reach the end. Give a share below 1.")
 
 def seen_size(
     height:int, # Of an image
@@ -120,14 +127,18 @@ def seen_size(
     return tuple(max(int(side+.5), 1) for side in sides)
 
 def _seen(images, size, longest, scale=1.):
-    "Images as a look at them wants them. Where `longest` is given, images that shrink are smoothed, as the released code's reader does."
+    """Images as a look at them wants them. Where `longest` is given, images that shrink are smoothed, as the
+    released code's reader does."""
     h,w = images.shape[-2:]
     if longest is None: H,W = (max(round(n*scale*(size/min(h, w) if size else 1.)), 1) for n in (h, w))
     else: H,W = (max(round(n*scale), 1) for n in seen_size(h, w, size, longest))
     if H*W > _PIXELS:
-        raise OpenTransError(f"Images of {h}x{w} pixels at {H/h:.4g} times their size are too large. Use smaller scales, or a smaller size.")
+        raise OpenTransError(
+            f"Images of {h}x{w} pixels at {H/h:.4g} times their size are too large. Use smaller scales, or a "
+            f"smaller size.")
     if longest is None or H >= h: return resize(images, (H, W))
-    return torch.nn.functional.interpolate(images, size=(H, W), mode='bilinear', align_corners=False, antialias=True)
+    return torch.nn.functional.interpolate(images, size=(H, W), mode='bilinear', align_corners=False,
+                                           antialias=True)
 
 class _Together(Scores):
     "Scores that are made of those of several looks, of which one at a time holds what it needs."
@@ -153,14 +164,16 @@ class _Windows(_Together):
         out,seen = 0,0
         for one,(i,j) in zip(self.scores, self.places):
             part = one.ready().part(start, stop)
-            if not torch.is_tensor(out): out,seen = part.new_zeros(*part.shape[:2], *self.made),part.new_zeros(self.made)
+            if not torch.is_tensor(out):
+                out,seen = part.new_zeros(*part.shape[:2], *self.made),part.new_zeros(self.made)
             at = (..., slice(i, i+part.shape[-2]), slice(j, j+part.shape[-1]))
             out[at] += part
             seen[at] += 1
         return out/seen
 
 def _through_windows(framework, x, text, window, overlap):
-    places = [(i, j) for i in _windows(x.shape[-2], window, overlap) for j in _windows(x.shape[-1], window, overlap)]
+    places = [(i, j) for i in _windows(x.shape[-2], window, overlap)
+              for j in _windows(x.shape[-1], window, overlap)]
     scores = [scores_of(framework, x[..., i:i+window, j:j+window], text) for i,j in places]
     return _Windows(scores, places, x.shape[-2:])
 
@@ -175,13 +188,15 @@ def look_scores(
     overlap:float=1/3, # Share of a window that the next one sees again
     longest:int=None, # The long side may not be longer, before factors; images that shrink are smoothed then
 )->Scores: # Of the images' size
-    "The mean of several looks at the images, class by class. Raises `OpenTransError` for a look that cannot be taken."
+    """The mean of several looks at the images, class by class. Raises `OpenTransError` for a look that cannot be
+    taken."""
     check_looks(size, scales, flip, window, overlap, longest)
     looks = []
     for scale in scales:
         x = _seen(images, size, longest, scale)
         for v in ([x, x.flip(-1)] if flip else [x]):
-            scores = _through_windows(framework, v, text, window, overlap) if window else scores_of(framework, v, text)
+            scores = (_through_windows(framework, v, text, window, overlap) if window
+                      else scores_of(framework, v, text))
             looks.append((scores if v is x else scores.mirrored()).resized(images.shape[-2:]))
     return looks[0] if len(looks) == 1 else _Mean(looks, images.shape[-2:])
 
@@ -196,7 +211,9 @@ def look(
     "Logits from several looks at the images. Raises `OpenTransError` for a look that cannot be taken."
     return look_scores(framework, images, text, size, **kwargs).part(0, len(text))
 
-_RELEASED_SIZE = 800,1333 # MIN_SIZE_TEST and MAX_SIZE_TEST: detectron2's, which the released configurations of Han et al. and DeepLabV3 leave as they are
+# MIN_SIZE_TEST and MAX_SIZE_TEST: detectron2's, which the released configurations of Han et al. and DeepLabV3 leave
+# as they are
+_RELEASED_SIZE = 800,1333
 
 def released_size(
     framework:str, # Its name
@@ -210,7 +227,8 @@ def panoptic_truth(
     batch:dict, # As `collate` makes it
     ignore:int, # Label of pixels that do not count
 )->list: # For each image (H,W,2): class and instance of each pixel, -1 for a crowd
-    "The true segments of a batch, as `PanopticQuality` reads them: as the reader gave them, or laid from the masks of regions."
+    """The true segments of a batch, as `PanopticQuality` reads them: as the reader gave them, or laid from the
+    masks of regions."""
     if 'panoptic' in batch: return batch['panoptic']
     maps = [panoptic_map(r, c, ignore) for r,c in zip(batch['regions'], batch['region_classes'])]
     for m,labels in zip(maps, batch['labels']):
@@ -231,13 +249,18 @@ def _metrics(framework, data, names, kind, looks):
     if kind not in ('semantic', 'panoptic'): raise unknown('kind of evaluation', kind, ['semantic', 'panoptic'])
     metric,things = SemanticIoU(len(names), ignore=data.ignore),getattr(data, 'things', None) or ()
     if kind == 'semantic': return metric,None
-    if 'panoptic' not in framework.kinds: raise unknown(f'kind of output of {type(framework).__name__}', 'panoptic', framework.kinds)
+    if 'panoptic' not in framework.kinds:
+        raise unknown(f'kind of output of {type(framework).__name__}', 'panoptic', framework.kinds)
     more = [name for name in looks if name not in ('size', 'longest')]
-    if looks and 'size' not in inspect.signature(framework.panoptic).parameters: more = list(looks) # it knows one size
+    # it knows one size
+    if looks and 'size' not in inspect.signature(framework.panoptic).parameters: more = list(looks)
     if more:
         raise OpenTransError(f"Panoptic quality is taken from one look at an image; leave out {', '.join(more)}, "
                              "or evaluate kind='semantic'.")
-    if things and not getattr(data, 'instances', True): raise OpenTransError(f"{data.name} was opened with one region a class: its {len(things)} thing classes have no instances to count. Open it with panoptic=True, or evaluate kind='semantic'.")
+    if things and not getattr(data, 'instances', True):
+        raise OpenTransError(
+            f"{data.name} was opened with one region a class: its {len(things)} thing classes have no instances to "
+            f"count. Open it with panoptic=True, or evaluate kind='semantic'.")
     return metric,PanopticQuality([i in things for i in range(len(names))], data.ignore)
 
 # %% ../../nbs/training/42_evaluate.ipynb #bdbb9a64
@@ -254,10 +277,14 @@ def _statistics(model):
 
 @contextlib.contextmanager
 def _only_numbers(framework, text):
-    "Inside the block: a function that raises `OpenTransError` if a part of the framework has given NaN since the last call."
-    name, advice = getattr(framework, 'name', type(framework).__name__), 'No score is given. Take an earlier checkpoint.'
-    check_finite({**dict(framework.named_parameters()), **_statistics(framework)}, f'the weights of the {name}', advice)
-    told = dict(text=text) if isinstance(text, torch.Tensor) else {k: v for k,v in vars(text).items() if isinstance(v, torch.Tensor)}
+    """Inside the block: a function that raises `OpenTransError` if a part of the framework has given NaN since the
+    last call."""
+    name = getattr(framework, 'name', type(framework).__name__)
+    advice = 'No score is given. Take an earlier checkpoint.'
+    check_finite({**dict(framework.named_parameters()), **_statistics(framework)}, f'the weights of the {name}',
+                 advice)
+    told = (dict(text=text) if isinstance(text, torch.Tensor)
+            else {k: v for k,v in vars(text).items() if isinstance(v, torch.Tensor)})
     check_finite(told, 'the text embeddings', 'No score is given. Are the weights of the text encoder whole?')
     bad = {}
     def notice(part, module, args, out):
@@ -268,8 +295,9 @@ def _only_numbers(framework, text):
         wrong = [part for part,found in bad.items() if found]
         bad.clear()
         if not wrong: return
-        raise OpenTransError(f"The {wrong[0]} of the {name} are NaN on some of the images {(ids or [])[:4]}, though its weights are finite. "
-                             "No score is given. Look at these images, or take an earlier checkpoint.")
+        raise OpenTransError(
+            f"The {wrong[0]} of the {name} are NaN on some of the images {(ids or [])[:4]}, though its weights are "
+            f"finite. " "No score is given. Look at these images, or take an earlier checkpoint.")
     try: yield check
     finally:
         for handle in handles: handle.remove()
@@ -294,7 +322,8 @@ def _count(framework, data, text, seen, looks, metric, quality, check):
     "Count batches for the metrics of an evaluation."
     for batch in seen:
         images = batch['images'].to(device_of(framework))
-        best = best_class(look_scores(framework, images, text, **looks)) if looks else framework.semantic(images, text)
+        best = (best_class(look_scores(framework, images, text, **looks)) if looks
+                else framework.semantic(images, text))
         metric.update(best.cpu(), batch['labels'])
         if quality: _quality(framework, data, batch, text, quality, looks)
         check(batch.get('ids'))
@@ -309,39 +338,63 @@ def evaluate(
     limit:int=None, # Only the first so many images
     over:str='either', # Classes in the mean, as for `SemanticIoU.compute`; 'truth' is detectron2's custom
     kind:str='semantic', # 'semantic', or 'panoptic': panoptic quality, too, for frameworks that give it
-    alone:bool=False, # Under `accelerate launch`: see all images in this process? If not, each process must call this, and sees its share
+    # Under `accelerate launch`: see all images in this process? If not, each process must call this, and sees its
+    # share
+    alone:bool=False,
     workers:int=0, # Processes that read images; 0 reads in this one
-    same=None, # Lists of names that mean the same pixels, e.g. [['sofa', 'couch']]; adds `miou_same`, where each list is one class
+    # Lists of names that mean the same pixels, e.g. [['sofa', 'couch']]; adds `miou_same`, where each list is one
+    # class
+    same=None,
     **looks, # Of `look`: size, longest, scales, flip, window, overlap
-)->dict: # miou, iou by name (NaN where a class is absent), groups, pixel_accuracy, n_images, settings; pq, sq, rq, things, stuff for 'panoptic'
-    "Mean IoU over a data set, with the text embeddings of its class names as the classifier; panoptic quality, too, if asked for. Raises `OpenTransError` for bad settings, and if weights or answers are not finite. Warns if a class never occurs while pixels are left out."
-    names,words = list(getattr(data.vocabulary, 'names', data.vocabulary)),data.vocabulary if vocabulary is None else vocabulary
+    # miou, iou by name (NaN where a class is absent), groups, pixel_accuracy, n_images, settings; pq, sq, rq,
+    # things, stuff for 'panoptic'
+)->dict:
+    """Mean IoU over a data set, with the text embeddings of its class names as the classifier; panoptic quality,
+    too, if asked for. Raises `OpenTransError` for bad settings, and if weights or answers are not finite. Warns
+    if a class never occurs while pixels are left out."""
+    names = list(getattr(data.vocabulary, 'names', data.vocabulary))
+    words = data.vocabulary if vocabulary is None else vocabulary
     _check_evaluation(batch_size, limit, over, looks, workers)
     total = len(data) if limit is None else min(limit, len(data))
-    if len(words) != len(names): raise OpenTransError(f"The vocabulary has {len(words)} names and the data {len(names)} classes. Give one name (with synonyms, 'a,b') for each class, in order.")
-    if not total: raise OpenTransError(f"The data set {getattr(data, 'name', '')!r} has no images to evaluate. Check its root, split and limit.")
+    if len(words) != len(names):
+        raise OpenTransError(
+            f"The vocabulary has {len(words)} names and the data {len(names)} classes. Give one name (with "
+            f"synonyms, 'a,b') for each class, in order.")
+    if not total:
+        raise OpenTransError(
+            f"The data set {getattr(data, 'name', '')!r} has no images to evaluate. Check its root, split and "
+            f"limit.")
     metric,quality = _metrics(framework, data, names, kind, looks)
     lists = None if same is None else [[_index(name, names) for name in of] for of in same]
     team = None if alone else Processes(device)
     if device is not None: framework.to(team and team.device or pick_device(str(device)))
     text,(r,n) = framework.text(words),(team.rank, team.n) if team else (0, 1)
-    seen = same_size_batches(data, batch_size, limit, (r, n), _WAITING, workers, regions='map' if kind == 'panoptic' else False)
+    seen = same_size_batches(data, batch_size, limit, (r, n), _WAITING, workers,
+                             regions='map' if kind == 'panoptic' else False)
     if r == 0: seen = progress(seen, 'evaluating', -(-total//(batch_size*n)))
     with evaluating(framework), _only_numbers(framework, text) as check:
         count = functools.partial(_count, framework, data, text, seen, looks, metric, quality, check)
         team.together(count) if team else count()
-    if n > 1: metric,quality = metric.reduce(team.sum, team.device),quality and quality.reduce(team.sum, team.device)
+    if n > 1:
+        metric,quality = metric.reduce(team.sum, team.device),quality and quality.reduce(team.sum, team.device)
     r = metric.compute(groups=getattr(data, 'groups', {}), over=over, same=lists)
-    doubt = data.doubt(r['confusion'].sum(1).tolist(), r['ignored'], total) if r['ignored'] and hasattr(data, 'doubt') else ''
+    doubt = (data.doubt(r['confusion'].sum(1).tolist(), r['ignored'], total)
+             if r['ignored'] and hasattr(data, 'doubt') else '')
     if doubt and (team is None or team.rank == 0): warnings.warn(doubt) # a class may have been left out by mistake
-    settings = dict(looks, framework=getattr(framework, 'name', type(framework).__name__), data=getattr(data, 'name', type(data).__name__), images=total, classes=len(names), over=over, kind=kind)
-    res = dict(miou=r['miou'], iou=dict(zip(names, r['iou'].tolist())), groups=r['groups'], pixel_accuracy=r['pixel_accuracy'], n_images=total, settings=settings)
+    settings = dict(looks, framework=getattr(framework, 'name', type(framework).__name__),
+                    data=getattr(data, 'name', type(data).__name__), images=total, classes=len(names), over=over,
+                    kind=kind)
+    res = dict(miou=r['miou'], iou=dict(zip(names, r['iou'].tolist())), groups=r['groups'],
+               pixel_accuracy=r['pixel_accuracy'], n_images=total, settings=settings)
     if lists is not None: res['miou_same'] = r['same']
-    if quality: q = quality.compute(); res.update({k: q[k] for k in ('pq', 'sq', 'rq')}, things=q['things'], stuff=q['stuff'])
+    if quality:
+        q = quality.compute()
+        res.update({k: q[k] for k in ('pq', 'sq', 'rq')}, things=q['things'], stuff=q['stuff'])
     return res
 
 # %% ../../nbs/training/42_evaluate.ipynb #0d268bc2
-_COLUMNS = dict(framework='framework', data='data', images='images', density='density') # in the settings, or at the top
+# in the settings, or at the top
+_COLUMNS = dict(framework='framework', data='data', images='images', density='density')
 RESULT_FILE = FileKind('opentrans-result', 'result of an evaluation', '`opentrans evaluate --out`')
 _Share = _Finite | None # of a class that no picture shows there is none
 
@@ -370,24 +423,37 @@ def _result(source):
     "A result: a dict, a JSON file, or a folder with `result.json`."
     if isinstance(source, dict):
         if 'miou' in source: return source
-        raise OpenTransError(f"This is no result of an evaluation: it has no 'miou', but {shorten(', '.join(map(str, source)) or 'nothing')}.")
+        raise OpenTransError(
+            f"This is no result of an evaluation: it has no 'miou', but "
+            f"{shorten(', '.join(map(str, source)) or 'nothing')}.")
     path = Path(source)/'result.json' if Path(source).is_dir() else Path(source)
     if not path.exists():
-        raise OpenTransError(f"There is no result in '{source}': expected a folder with result.json, as `opentrans evaluate --out` writes, or such a file.")
+        raise OpenTransError(
+            f"There is no result in '{source}': expected a folder with result.json, as `opentrans evaluate --out` "
+            f"writes, or such a file.")
     return load_json(path, _Result, RESULT_FILE)
 
 def compare_runs(
     runs, # Results, folders or JSON files; or a dict of them by name
-)->pd.DataFrame: # One row a run: framework, data, miou, groups, pq, density, frozen layers, parameters and multiply-accumulates in millions, dense and active
+    # One row a run: framework, data, miou, groups, pq, density, frozen layers, parameters and multiply-accumulates
+    # in millions, dense and active
+)->pd.DataFrame:
     "Several results in one table; what a run does not have is NaN. Raises `OpenTransError` for what is no result."
-    named = dict(runs) if isinstance(runs, dict) else {Path(r).name if not isinstance(r, dict) else f'run {i}': r for i,r in enumerate(runs)}
-    if not isinstance(runs, dict) and len(named) < len(list(runs)): named = {str(r): r for r in runs}       # folders of one name: their paths tell them apart
+    named = (dict(runs) if isinstance(runs, dict)
+             else {Path(r).name if not isinstance(r, dict) else f'run {i}': r for i,r in enumerate(runs)})
+    # folders of one name: their paths tell them apart
+    if not isinstance(runs, dict) and len(named) < len(list(runs)): named = {str(r): r for r in runs}
     if not named: raise OpenTransError("There are no runs to compare. Give folders with a result.json.")
     rows = {}
     for name,source in named.items():
-        r = _result(source); s = r.get('settings', {})
-        rows[name] = dict({k: s.get(k, r.get(k)) for k in _COLUMNS}, miou=r['miou'], **{f'miou_{g}': v for g,v in (r.get('groups') or {}).items()}, **{k: r[k] for k in ('pq', 'sq', 'rq') if k in r},
-                          frozen=len(r['frozen']) if 'frozen' in r else None, **{f'{k}_M': r[k]/1e6 for k in ('params', 'active_params', 'macs', 'active_macs') if r.get(k) is not None})
+        r = _result(source)
+        s = r.get('settings', {})
+        rows[name] = dict({k: s.get(k, r.get(k)) for k in _COLUMNS}, miou=r['miou'],
+                          **{f'miou_{g}': v for g,v in (r.get('groups') or {}).items()},
+                          **{k: r[k] for k in ('pq', 'sq', 'rq') if k in r},
+                          frozen=len(r['frozen']) if 'frozen' in r else None,
+                          **{f'{k}_M': r[k]/1e6
+                             for k in ('params', 'active_params', 'macs', 'active_macs') if r.get(k) is not None})
     return pd.DataFrame.from_dict(rows, orient='index').dropna(axis=1, how='all')
 
 def plot_runs(
@@ -395,17 +461,28 @@ def plot_runs(
     y:str='miou', # What is good, upwards
     axs=None, # Two axes; None makes them
 ): # The first axes
-    "Quality against active multiply-accumulates and active parameters (Fig. 1). Raises `OpenTransError` where a table has no costs."
-    xs = [(c, label) for c,label in (('active_macs_M', 'active multiply-accumulates (millions)'), ('active_params_M', 'active parameters (millions)')) if c in frame]
-    if not xs or y not in frame: raise OpenTransError(f"The table needs '{y}' and active_macs_M or active_params_M; it has: {', '.join(frame.columns)}.")
+    """Quality against active multiply-accumulates and active parameters (Fig. 1). Raises `OpenTransError` where a
+    table has no costs."""
+    xs = [(c, label)
+          for c,label in (('active_macs_M', 'active multiply-accumulates (millions)'),
+                          ('active_params_M', 'active parameters (millions)')) if c in frame]
+    if not xs or y not in frame:
+        raise OpenTransError(
+            f"The table needs '{y}' and active_macs_M or active_params_M; it has: {', '.join(frame.columns)}.")
     axs = np.ravel(axes(axs, ncols=len(xs), figsize=(4.2*len(xs), 3.2), sharey=True))
     kinds = frame.get('framework', pd.Series('', frame.index)).fillna('')
     for ax,(x,label) in zip(axs, xs):
-        for i,(kind,rows) in enumerate(frame.groupby(kinds, sort=False)): ax.scatter(rows[x], rows[y], s=40, color=f'C{i}', label=for_plot(kind) if kind else None)
+        for i,(kind,rows) in enumerate(frame.groupby(kinds, sort=False)):
+            ax.scatter(rows[x], rows[y], s=40, color=f'C{i}', label=for_plot(kind) if kind else None)
         middle = (frame[x].min()*frame[x].max())**.5
-        for i,(name,row) in enumerate(frame.sort_values(x).iterrows()): ax.annotate(for_plot(name), (row[x], row[y]), xytext=(-5 if row[x] > middle else 5, (4, -11)[i%2]), textcoords='offset points', fontsize=7, ha='right' if row[x] > middle else 'left')
-        ax.set(xlabel=label, xscale='log'); ax.margins(.25)
-        ax.xaxis.set_major_formatter('{x:g}'); ax.xaxis.set_minor_formatter('{x:g}'); ax.tick_params(axis='x', which='both', labelsize=7, rotation=30)
+        for i,(name,row) in enumerate(frame.sort_values(x).iterrows()):
+            ax.annotate(for_plot(name), (row[x], row[y]), xytext=(-5 if row[x] > middle else 5, (4, -11)[i%2]),
+                        textcoords='offset points', fontsize=7, ha='right' if row[x] > middle else 'left')
+        ax.set(xlabel=label, xscale='log')
+        ax.margins(.25)
+        ax.xaxis.set_major_formatter('{x:g}')
+        ax.xaxis.set_minor_formatter('{x:g}')
+        ax.tick_params(axis='x', which='both', labelsize=7, rotation=30)
     axs[0].set_ylabel(y)
     if kinds.nunique() > 1: axs[0].legend(fontsize=7)
     return axs[0]

@@ -39,17 +39,23 @@ class Anchor(nn.Module):
     embed_parts = head_parts = () # Names in the tower
     tokens = () # Parameters of the embedding that are no layer
     spatial = False # Are activations (B,C,H,W)?
-    lora_on = bias_on = () # In a block: the modules that get low-rank updates, and those that get biases of each stitch
-    def __init__(self, tower): super().__init__(); self.tower,self.task = tower,nn.Identity()
+    # In a block: the modules that get low-rank updates, and those that get biases of each stitch
+    lora_on = bias_on = ()
+    def __init__(self, tower):
+        super().__init__()
+        self.tower,self.task = tower,nn.Identity()
 
     @property
-    def block_names(self)->list: raise NotImplementedError(f"{type(self).__name__} does not say where its blocks are.")
+    def block_names(self)->list:
+        raise NotImplementedError(f"{type(self).__name__} does not say where its blocks are.")
     @property
     def blocks(self)->list: return [self.tower.get_submodule(n) for n in self.block_names]
     @property
     def stages(self)->list: return [len(self.block_names)]
     @property
-    def dims(self)->list: raise NotImplementedError(f"{type(self).__name__} does not say how wide its activations are.") # of the embedding, then of each block
+    def dims(self)->list:
+        # of the embedding, then of each block
+        raise NotImplementedError(f"{type(self).__name__} does not say how wide its activations are.")
     @property
     def classifier(self)->nn.Module: return self.task # what learns a new task
 
@@ -85,7 +91,8 @@ class Anchor(nn.Module):
 # %% ../../nbs/vit/62b_anchors.ipynb #c34631f9
 class ViTAnchor(Anchor):
     "A `VisionTransformer` of timm."
-    embed_parts,head_parts = ('patch_embed', 'cls_token', 'reg_token', 'pos_embed', 'pos_drop', 'patch_drop', 'norm_pre'),('norm', 'attn_pool', 'fc_norm', 'head_drop', 'head')
+    embed_parts = ('patch_embed', 'cls_token', 'reg_token', 'pos_embed', 'pos_drop', 'patch_drop', 'norm_pre')
+    head_parts = ('norm', 'attn_pool', 'fc_norm', 'head_drop', 'head')
     tokens = ('cls_token', 'reg_token', 'pos_embed')
     lora_on = bias_on = ('attn.qkv', 'attn.proj')
     @property
@@ -94,18 +101,22 @@ class ViTAnchor(Anchor):
     def dims(self): return [self.tower.embed_dim]*(len(self.tower.blocks)+1)
     @property
     def classifier(self): return self.tower.head
-    def embed(self, x): t = self.tower; return t.norm_pre(t.patch_drop(t._pos_embed(t.patch_embed(x))))
+    def embed(self, x):
+        t = self.tower
+        return t.norm_pre(t.patch_drop(t._pos_embed(t.patch_embed(x))))
     def head(self, x): return self.tower.forward_head(self.tower.norm(x))
     def new_task(self, classes): self.tower.reset_classifier(classes)
     def _keep(self, tower, start, stop): tower.blocks = nn.Sequential(*tower.blocks[start:stop])
 
 class ClipViTAnchor(Anchor):
     "A `VisionTransformer` of open_clip; the head ends in CLIP's image embedding."
-    embed_parts,head_parts = ('conv1', 'class_embedding', 'positional_embedding', 'patch_dropout', 'ln_pre'),('attn_pool', 'attn_pool_contrastive', 'ln_post', 'proj')
+    embed_parts = ('conv1', 'class_embedding', 'positional_embedding', 'patch_dropout', 'ln_pre')
+    head_parts = ('attn_pool', 'attn_pool_contrastive', 'ln_post', 'proj')
     tokens = ('class_embedding', 'positional_embedding')
     lora_on = bias_on = ('attn',)
     @property
-    def block_names(self): return [f'transformer.resblocks.{i}' for i in range(len(self.tower.transformer.resblocks))]
+    def block_names(self):
+        return [f'transformer.resblocks.{i}' for i in range(len(self.tower.transformer.resblocks))]
     @property
     def dims(self): return [self.tower.conv1.out_channels]*(len(self.tower.transformer.resblocks)+1)
     def embed(self, x): return self.tower._embeds(x)
@@ -114,40 +125,53 @@ class ClipViTAnchor(Anchor):
         return self.task(x if p is None else x @ p)
     def new_task(self, classes): self.task = nn.Linear(self.tower.output_dim, classes)
     def _keep(self, tower, start, stop):
-        tower.transformer = _shallow(tower.transformer); tower.transformer.resblocks = nn.ModuleList(tower.transformer.resblocks[start:stop])
+        tower.transformer = _shallow(tower.transformer)
+        tower.transformer.resblocks = nn.ModuleList(tower.transformer.resblocks[start:stop])
 
 # %% ../../nbs/vit/62b_anchors.ipynb #9282cf52
 class ResNetAnchor(Anchor):
     "A ResNet of torchvision (or of its form), stage by stage."
     embed_parts,head_parts = ('conv1', 'bn1', 'relu', 'maxpool'),('avgpool', 'fc')
-    spatial,lora_on,bias_on = True,('conv1', 'conv2', 'conv3'),('bn1', 'bn2', 'bn3')
+    spatial = True
+    lora_on = ('conv1', 'conv2', 'conv3')
+    bias_on = ('bn1', 'bn2', 'bn3')
     @property
     def stages(self): return [len(self.tower.get_submodule(f'layer{s}')) for s in (1, 2, 3, 4)]
     @property
     def block_names(self): return [f'layer{s}.{i}' for s,n in enumerate(self.stages, 1) for i in range(n)]
     @property
-    def dims(self): return [self._stem_width()] + [plain_layer(getattr(b, 'conv3' if hasattr(b, 'conv3') else 'conv2')).out_channels for b in self.blocks]
+    def dims(self):
+        return ([self._stem_width()]
+                + [plain_layer(getattr(b, 'conv3' if hasattr(b, 'conv3') else 'conv2')).out_channels
+                   for b in self.blocks])
     def _stem_width(self): return self.tower.bn1.num_features
     @property
     def classifier(self): return self.tower.fc
-    def embed(self, x): t = self.tower; return t.maxpool(t.relu(t.bn1(t.conv1(x))))
+    def embed(self, x):
+        t = self.tower
+        return t.maxpool(t.relu(t.bn1(t.conv1(x))))
     def head(self, x): return self.tower.fc(self.tower.avgpool(x).flatten(1))
     def new_task(self, classes): self.tower.fc = nn.Linear(self.tower.fc.in_features, classes)
     def _keep(self, tower, start, stop):
         at = 0
         for s,n in enumerate(self.stages, 1):
-            setattr(tower, f'layer{s}', nn.Sequential(*list(getattr(tower, f'layer{s}'))[max(0, start-at):max(0, stop-at)])); at += n
+            setattr(tower, f'layer{s}',
+                    nn.Sequential(*list(getattr(tower, f'layer{s}'))[max(0, start-at):max(0, stop-at)]))
+            at += n
 
 class TimmResNetAnchor(ResNetAnchor):
     "A ResNet of timm."
     embed_parts,head_parts = ('conv1', 'bn1', 'act1', 'maxpool'),('global_pool', 'fc')
-    def embed(self, x): t = self.tower; return t.maxpool(t.act1(t.bn1(t.conv1(x))))
+    def embed(self, x):
+        t = self.tower
+        return t.maxpool(t.act1(t.bn1(t.conv1(x))))
     def head(self, x): return self.tower.forward_head(x)
     def new_task(self, classes): self.tower.reset_classifier(classes)
 
 class ClipResNetAnchor(ResNetAnchor):
     "CLIP's ResNet (open_clip's `ModifiedResNet`); the head is the attention pool."
-    embed_parts,head_parts = tuple(f'{m}{i}' for m in ('conv', 'bn', 'act') for i in (1, 2, 3)) + ('avgpool',),('attnpool',)
+    embed_parts = tuple(f'{m}{i}' for m in ('conv', 'bn', 'act') for i in (1, 2, 3)) + ('avgpool',)
+    head_parts = ('attnpool',)
     @property
     def classifier(self): return self.task
     def _stem_width(self): return self.tower.bn3.num_features
@@ -159,7 +183,9 @@ class ClipResNetAnchor(ResNetAnchor):
 ANCHORS = {} # path of a class of models -> the anchor that cuts it
 
 def register_anchor(
-    *paths, # Of classes of models, such as `'timm.models.convnext.ConvNeXt'`; classes that inherit from one are cut the same way
+    # Of classes of models, such as `'timm.models.convnext.ConvNeXt'`; classes that inherit from one are cut the
+    # same way
+    *paths,
 ): # The class decorator
     "Let `as_anchor` know how a family is cut. A later registration of a path takes the place of the earlier one."
     def add(kind):
@@ -167,8 +193,12 @@ def register_anchor(
         return kind
     return add
 
-for path, kind in (('timm.models.vision_transformer.VisionTransformer', ViTAnchor), ('open_clip.transformer.VisionTransformer', ClipViTAnchor), ('torchvision.models.resnet.ResNet', ResNetAnchor),
-                   ('timm.models.resnet.ResNet', TimmResNetAnchor), ('open_clip.modified_resnet.ModifiedResNet', ClipResNetAnchor)): register_anchor(path)(kind)
+for path, kind in (('timm.models.vision_transformer.VisionTransformer', ViTAnchor),
+                   ('open_clip.transformer.VisionTransformer', ClipViTAnchor),
+                   ('torchvision.models.resnet.ResNet', ResNetAnchor),
+                   ('timm.models.resnet.ResNet', TimmResNetAnchor),
+                   ('open_clip.modified_resnet.ModifiedResNet', ClipResNetAnchor)):
+    register_anchor(path)(kind)
 
 @register_anchor('timm.models.deit.VisionTransformerDistilled')
 class DistilledViTAnchor(ViTAnchor):
@@ -179,7 +209,8 @@ class DistilledViTAnchor(ViTAnchor):
     def classifier(self): return nn.ModuleList([self.tower.head, self.tower.head_dist])
 
 class _StagedAnchor(Anchor):
-    "A network of timm in stages, each a `downsample` and `blocks`. The step down belongs to the first block of its stage."
+    """A network of timm in stages, each a `downsample` and `blocks`. The step down belongs to the first block of
+    its stage."""
     spatial, at = True, 'stages'
     def _stages(self): return list(self.tower._modules[self.at])
     @property
@@ -187,7 +218,9 @@ class _StagedAnchor(Anchor):
     @property
     def block_names(self): return [f'{self.at}.{s}.blocks.{i}' for s,n in enumerate(self.stages) for i in range(n)]
     @property
-    def block_parts(self): return [(f'{self.at}.{s}.blocks.{i}', f'{self.at}.{s}.downsample')[:2 if i == 0 else 1] for s,n in enumerate(self.stages) for i in range(n)]
+    def block_parts(self):
+        return [(f'{self.at}.{s}.blocks.{i}', f'{self.at}.{s}.downsample')[:2 if i == 0 else 1]
+                for s,n in enumerate(self.stages) for i in range(n)]
     @property
     def classifier(self): return self.tower.get_classifier()
     def new_task(self, classes): self.tower.reset_classifier(classes)
@@ -218,8 +251,11 @@ class ConvNeXtAnchor(_StagedAnchor):
 
 @register_anchor('timm.models.swin_transformer.SwinTransformer')
 class SwinAnchor(_StagedAnchor):
-    "A Swin of timm. Its blocks see (B,H,W,C); between them the activations are (B,C,H,W), as of other networks in stages."
-    embed_parts,head_parts,at = ('patch_embed',),('norm', 'head'),'layers'
+    """A Swin of timm. Its blocks see (B,H,W,C); between them the activations are (B,C,H,W), as of other networks in
+    stages."""
+    embed_parts = ('patch_embed',)
+    head_parts = ('norm', 'head')
+    at = 'layers'
     lora_on = bias_on = ('attn.qkv', 'attn.proj')
     @property
     def dims(self): return [self.tower.patch_embed.proj.out_channels] + [b.dim for b in self.blocks]
@@ -230,7 +266,8 @@ class SwinAnchor(_StagedAnchor):
 
 @register_anchor('transformers.models.gpt2.modeling_gpt2.GPT2LMHeadModel')
 class GPT2Anchor(Anchor):
-    "A GPT-2 of transformers, as a model of language: token numbers (B,N) in, scores of the next token (B,N,V) out. The head is tied to the embedding and stays; a network of its own cache is not asked."
+    """A GPT-2 of transformers, as a model of language: token numbers (B,N) in, scores of the next token (B,N,V)
+    out. The head is tied to the embedding and stays; a network of its own cache is not asked."""
     lora_on = bias_on = ('attn.c_attn', 'attn.c_proj')
     @property
     def block_names(self): return [f'transformer.h.{i}' for i in range(len(self.tower.transformer.h))]
@@ -241,9 +278,12 @@ class GPT2Anchor(Anchor):
         return t.drop(t.wte(x) + t.wpe(torch.arange(x.shape[1], device=x.device)))
     def step(self, i, x):
         ahead = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        return self.blocks[i](x, attention_mask=torch.zeros_like(ahead, dtype=x.dtype).masked_fill(ahead, torch.finfo(x.dtype).min)[None, None])
+        return self.blocks[i](x,
+                              attention_mask=torch.zeros_like(ahead, dtype=x.dtype).masked_fill(
+                                  ahead, torch.finfo(x.dtype).min)[None, None])
     def head(self, x): return self.tower.lm_head(self.tower.transformer.ln_f(x))
-    def new_task(self, classes): raise OpenTransError("A model of language keeps its vocabulary: leave `classes` out.")
+    def new_task(self, classes):
+        raise OpenTransError("A model of language keeps its vocabulary: leave `classes` out.")
     def _keep(self, tower, start, stop):
         tower.transformer = _shallow(tower.transformer)
         tower.transformer.h = nn.ModuleList(tower.transformer.h[start:stop])
@@ -257,16 +297,25 @@ class GPT2Anchor(Anchor):
         return new
 
 def as_anchor(
-    model:nn.Module, # An `Anchor`, a model of one of the `ANCHORS`, or something that holds such a tower, as `ClipBackbone` does
+    # An `Anchor`, a model of one of the `ANCHORS`, or something that holds such a tower, as `ClipBackbone` does
+    model:nn.Module,
     classes:int=None, # Give it a new linear head for so many classes; None leaves the head as it is
 )->Anchor: # Around the model itself, not a copy
-    "Cut a model into embedding, blocks and head. Raises `OpenTransError` for a model of another kind, or one with updates that are not merged."
+    """Cut a model into embedding, blocks and head. Raises `OpenTransError` for a model of another kind, or one with
+    updates that are not merged."""
     if not isinstance(model, Anchor):
         tower = find_tower(model)
-        kind = next((ANCHORS[n] for t in type(tower).__mro__ if (n := f'{t.__module__}.{t.__qualname__}') in ANCHORS), None)
-        if kind is None: raise OpenTransError(f"{type(tower).__name__} is not cut into blocks here. Give one of: {', '.join(ANCHORS)}; or subclass Anchor, with @register_anchor.")
+        kind = next((ANCHORS[n]
+                     for t in type(tower).__mro__ if (n := f'{t.__module__}.{t.__qualname__}') in ANCHORS), None)
+        if kind is None:
+            raise OpenTransError(
+                f"{type(tower).__name__} is not cut into blocks here. Give one of: {', '.join(ANCHORS)}; or "
+                f"subclass Anchor, with @register_anchor.")
         model = kind(tower)
     parts = [n for n,m in bare_modules(model.tower) if isinstance(m, Tunable)]
-    if parts: raise OpenTransError(f"{len(parts)} layers have updates that are not merged, such as '{parts[0]}'. Call merge_spt(model) (or merge_peft) first; adapters cannot be merged, take them off.")
+    if parts:
+        raise OpenTransError(
+            f"{len(parts)} layers have updates that are not merged, such as '{parts[0]}'. Call merge_spt(model) "
+            f"(or merge_peft) first; adapters cannot be merged, take them off.")
     if classes is not None: model.new_task(classes)
     return model

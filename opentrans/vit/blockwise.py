@@ -44,7 +44,11 @@ class ParallelAdapter(nn.Module):
     def __init__(self, r, like, dim, scale=.1):
         super().__init__()
         def new(*shape): return nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device))
-        self.V,self.v,self.U,self.u,self.scale = new(r, dim),new(r),new(dim, r),new(dim),scale
+        self.V = new(r, dim)
+        self.v = new(r)
+        self.U = new(dim, r)
+        self.u = new(dim)
+        self.scale = scale
         nn.init.kaiming_uniform_(self.V, a=math.sqrt(5))
     def path(self, x): return self.scale*F.linear(F.relu(F.linear(x, self.V, self.v)), self.U, self.u)
     def around(self, mlp, x, *args, **kwargs): return mlp(x, *args, **kwargs) + self.path(x)
@@ -67,7 +71,8 @@ def _beside_class(plain):
     return type(plain.__name__, (plain,), dict(forward=forward, plain=plain, __module__=plain.__module__))
 
 def _put_beside(model, places, make, freeze):
-    "Put a new module beside each of some modules. Raises `OpenTransError`, with nothing changed, where one is taken."
+    """Put a new module beside each of some modules. Raises `OpenTransError`, with nothing changed, where one is
+    taken."""
     taken = [n for n,m in places.items() if hasattr(m, 'beside')]
     if taken: raise OpenTransError(f"'{taken[0]}' has something beside it already. Remove it first.")
     flags, made = trained_flags(find_tower(model)), {n: make(m) for n,m in places.items()}
@@ -126,7 +131,8 @@ def sensitive_blocks(
     cost:int, # Of one block
     tau:int=None, # Number of sensitive entries; None: the budget
 )->list: # Names, in the order of the network
-    "The blocks with the most sensitive weights. Raises `OpenTransError` if the budget is less than one block costs."
+    """The blocks with the most sensitive weights. Raises `OpenTransError` if the budget is less than one block
+    costs."""
     check_number('budget', budget, cost, whole=True, advice='It must pay for one block.')
     counts = sensitivity_profile(sens, tau or budget).sensitive
     there = list(vit_blocks(model))

@@ -40,7 +40,8 @@ class Pictures(Dataset):
 
 def _first(root, names): return next((root/n for n in names if (root/n).exists()), None)
 
-def _classes_of(folder): return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
+def _classes_of(folder):
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
 
 def _is_picture(path): return path.suffix.lower() in _ENDS and not path.name.startswith('.')
 
@@ -101,7 +102,7 @@ def _divided(root, split, seed, share):
     files, labels, classes = _by_folder(root)
     g, res = torch.Generator().manual_seed(seed), []
     for k in range(len(classes)):
-        own = [p for p,l in zip(files, labels) if l == k]
+        own = [p for p,layer in zip(files, labels) if layer == k]
         order, cut = torch.randperm(len(own), generator=g).tolist(), round(share*len(own))
         res += [(own[i], k) for i in (order[:cut] if split == 'train' else order[cut:])]
     return [p for p,_ in res], [k for _,k in res], classes

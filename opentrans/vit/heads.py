@@ -19,7 +19,8 @@ _NAMES = CLASSIFIERS + ('cls_classifier', 'distillation_classifier', 'score', 'l
 _MAPS = (nn.Linear, *CONVS)
 
 def _with_parameters(name, module, norms=False):
-    "Names of the modules in a head that hold its parameters. A norm before a classifier belongs to the pretrained body."
+    """Names of the modules in a head that hold its parameters. A norm before a classifier belongs to the pretrained
+    body."""
     inside = bare_modules(module)
     def holds(n, m): return '.tuned.' not in f'.{n}.' and any(p is not None for p in m._parameters.values())
     held = [(n, m) for n,m in inside if holds(n, m)]
@@ -63,7 +64,8 @@ def last_map(
     model:nn.Module, # Any model
     x, # What it is called with: a batch of images, of which the first is taken
 )->str: # Qualified name, or None
-    "The last linear map of a forward, if the model gives what it gives, perhaps in another shape or scale; or None."
+    """The last linear map of a forward, if the model gives what it gives, perhaps in another shape or scale; or
+    None."""
     calls, undo = [], []
     def note(name): return lambda m, a, y: calls.append((name, y))
     maps = [(n, m) for n,m in bare_modules(model) if isinstance(m, _MAPS)]

@@ -35,8 +35,15 @@ def vit_blocks(
 )->dict: # Name -> block, in order
     "The blocks that SPViT works on. Raises `OpenTransError` if there are none."
     tower = _tower(model)
-    res = {n: m for n,m in tower.named_modules() if hasattr(m, 'mlp') and (isinstance(getattr(m, 'attn', None), nn.Module) or isinstance(getattr(m, 'conv_dw', None), nn.Module))}
-    if not res: raise OpenTransError(f"{type(tower).__name__} has no blocks with attn and mlp, or conv_dw and mlp. SPViT prunes ViT, DeiT, Swin, ConvNeXt and CLIP's ViT towers.")
+    res = {n: m
+           for n,m in tower.named_modules()
+           if hasattr(m, 'mlp')
+           and (isinstance(getattr(m, 'attn', None), nn.Module)
+                or isinstance(getattr(m, 'conv_dw', None), nn.Module))}
+    if not res:
+        raise OpenTransError(
+            f"{type(tower).__name__} has no blocks with attn and mlp, or conv_dw and mlp. SPViT prunes ViT, DeiT, "
+            f"Swin, ConvNeXt and CLIP's ViT towers.")
     return res
 
 # %% ../../nbs/vit/63b_hybrids.ipynb #8ec749e1
@@ -52,9 +59,11 @@ _mixed = functools.cache(lambda cls: type(cls.__name__, (_MapAttention, cls), {}
 def _mixer(block): return 'attn' if hasattr(block, 'attn') else 'conv_dw'
 
 def _patches(tower):
-    "The convolution whose output is the grid of patches, and how many tokens stand before them; None for models on maps."
+    """The convolution whose output is the grid of patches, and how many tokens stand before them; None for models
+    on maps."""
     if hasattr(tower, 'transformer') and hasattr(tower, 'conv1'): return tower.conv1,1
-    if hasattr(tower, 'patch_embed') and hasattr(tower, 'blocks'): return tower.patch_embed.proj,tower.num_prefix_tokens
+    if hasattr(tower, 'patch_embed') and hasattr(tower, 'blocks'):
+        return tower.patch_embed.proj,tower.num_prefix_tokens
     if isinstance(getattr(tower, 'trunk', None), nn.Module): return _patches(tower.trunk)
     return None,0
 
@@ -70,20 +79,25 @@ def convert_to_spvit(
     heads:bool=False, # Gates for attention heads?
     sides=(1, 3, 5, 7), # Candidates of a ConvNeXt's kernel
 )->nn.Module: # A copy with `UnifiedAttention` and `UnifiedMLP`
-    "Give a ViT the gates of SPViT (thesis, Sec. 4.3.2). Raises `OpenTransError` for a model that cannot be converted."
+    """Give a ViT the gates of SPViT (thesis, Sec. 4.3.2). Raises `OpenTransError` for a model that cannot be
+    converted."""
     model = copy.deepcopy(vit)
     tower,blocks = _tower(model),vit_blocks(model)
-    if any(isinstance(m, (UnifiedAttention, UnifiedMLP)) for m in model.modules()): raise OpenTransError("The model has SPViT's gates already. Convert the plain ViT.")
+    if any(isinstance(m, (UnifiedAttention, UnifiedMLP)) for m in model.modules()):
+        raise OpenTransError("The model has SPViT's gates already. Convert the plain ViT.")
     (embed,prefix),n = _patches(tower),len(blocks)
     check_number('temperature', temperature, 0, above=True)
     check_number('theta', theta)
-    keep = {check_number('keep', i, -n, n-1, whole=True) % n for i in (keep if keep is not None else (-1,) if hasattr(tower, 'class_embedding') else ())}
+    keep = {check_number('keep', i, -n, n-1, whole=True) % n
+            for i in (keep if keep is not None else (-1,) if hasattr(tower, 'class_embedding') else ())}
     grid = Grid()
     if embed is not None: embed.register_forward_hook(grid)
     for i,b in enumerate(blocks.values()):
         if _mixer(b) == 'conv_dw': b.conv_dw = UnifiedDepthwise.from_conv(b.conv_dw, sides, gating, theta)
         elif heads or not (tuple(ops) == ('msa',) or i in keep):
-            b.attn = UnifiedAttention.from_attention(b.attn, grid, ('msa',) if i in keep else ops, gating, temperature=temperature, theta=theta, cls=cls, prefix=prefix, heads=heads)
+            b.attn = UnifiedAttention.from_attention(b.attn, grid, ('msa',) if i in keep else ops, gating,
+                                                     temperature=temperature, theta=theta, cls=cls, prefix=prefix,
+                                                     heads=heads)
             if b.attn.window: b.__class__ = _mixed(type(b))
         if units: b.mlp = UnifiedMLP.from_mlp(b.mlp, theta)
     return model
@@ -104,16 +118,23 @@ def slim_spvit(
 def _parts(block): return getattr(block, 'attn' if hasattr(block, 'attn') else 'conv_dw'),block.mlp
 
 def _shapes(model, size):
-    "Shapes of the blocks' inputs and of what convolutions, linear maps and norms outside of them give: a pass without numbers."
-    tower = _tower(model); blocks,seen,undo = vit_blocks(model),{},[]
+    """Shapes of the blocks' inputs and of what convolutions, linear maps and norms outside of them give: a pass
+    without numbers."""
+    tower = _tower(model)
+    blocks = vit_blocks(model)
+    seen = {}
+    undo = []
     inside = {m for b in blocks.values() for m in b.modules()}
     def hook(name, m, args, out): seen[name] = tuple(args[0].shape),tuple(out.shape)
     for n,m in tower.named_modules():
-        if n in blocks or m not in inside and isinstance(m, (nn.Conv2d, nn.Linear, nn.LayerNorm)): undo.append(m.register_forward_hook(functools.partial(hook, n)))
+        if n in blocks or m not in inside and isinstance(m, (nn.Conv2d, nn.Linear, nn.LayerNorm)):
+            undo.append(m.register_forward_hook(functools.partial(hook, n)))
     modes,real = [(m, m.training) for m in tower.modules()],('gate', 'head_gate')
-    state = {k: t.detach().to('meta') for k,t in [*tower.named_parameters(), *tower.named_buffers()] if k.split('.')[-1] not in real}
+    state = {k: t.detach().to('meta')
+             for k,t in [*tower.named_parameters(), *tower.named_buffers()] if k.split('.')[-1] not in real}
     try:
-        with torch.no_grad(): torch.func.functional_call(tower.eval(), state, (torch.empty(1, 3, *size, device='meta'),))
+        with torch.no_grad():
+            torch.func.functional_call(tower.eval(), state, (torch.empty(1, 3, *size, device='meta'),))
     finally:
         for h in undo: h.remove()
         for m,b in modes: m.training = b
@@ -128,13 +149,17 @@ def _image_size(tower):
     return 224,224
 
 def _mixer_macs(m, n, tokens, windows):
-    "What an attention, or what stands in its place, costs on `n` patches; attention works on `tokens` in each of the windows."
-    attend = lambda c, w: windows*(4*tokens*c*w + 2*tokens*tokens*w)
+    """What an attention, or what stands in its place, costs on `n` patches; attention works on `tokens` in each of
+    the windows."""
+    def attend(c, w): return windows*(4*tokens*c*w + 2*tokens*tokens*w)
     if isinstance(m, UnifiedAttention):
         w = m.num_heads if m.head_gate is None else hard_gate(m.head_gate.double()).sum()
-        each = dict(skip=0, msa=attend(m.dim, m.width*w), **{o: (k*k+1)*m.dim*m.width*n for o,k in m.kernels.items()})
+        each = dict(skip=0, msa=attend(m.dim, m.width*w),
+                    **{o: (k*k+1)*m.dim*m.width*n for o,k in m.kernels.items()})
         return sum(g*each[o] for g,o in zip(select_ops(hard_gate(m.gate.double()), m.gating), m.ops))
-    if isinstance(m, UnifiedDepthwise): return sum(g*s*s*m.conv.weight.shape[0]*n for g,s in zip(select_ops(hard_gate(m.gate.double()), m.gating), m.sides))
+    if isinstance(m, UnifiedDepthwise):
+        return sum(g*s*s*m.conv.weight.shape[0]*n
+                   for g,s in zip(select_ops(hard_gate(m.gate.double()), m.gating), m.sides))
     if isinstance(m, SkipAttention): return 0
     if isinstance(m, BottleneckConv): return (m.conv.weight.numel() + m.out.weight.numel())*n
     if isinstance(m, nn.Conv2d): return m.weight.numel()*n
@@ -142,7 +167,8 @@ def _mixer_macs(m, n, tokens, windows):
 
 # %% ../../nbs/vit/63b_hybrids.ipynb #29bd47a1
 class SPViTCost:
-    "The cost of a hybrid as a function of its gates, by the hand count of the code, and the loss that pulls it to a target (thesis, Sec. 4.3.2)."
+    """The cost of a hybrid as a function of its gates, by the hand count of the code, and the loss that pulls it to
+    a target (thesis, Sec. 4.3.2)."""
     def __init__(self,
         model:nn.Module, # The tower in any of its forms: dense, with gates, slimmed
         target:float=None, # In GFLOPs (10^9 multiply-accumulates); None leaves it at what the model has
@@ -154,25 +180,38 @@ class SPViTCost:
         check_number('weight', weight, 0)
         self.size = tuple(check_number('size', side, 1, 2**20, whole=True) for side in size or _image_size(tower))
         if len(self.size) != 2: raise OpenTransError(f"size={size}: give (height, width) of the pictures.")
-        self.shapes,self.prefix,self.weight = _shapes(model, self.size),_patches(tower)[1],weight
+        self.shapes = _shapes(model, self.size)
+        self.prefix = _patches(tower)[1]
+        self.weight = weight
         self.target = self.flops(model).item()/1e9 if target is None else target
 
     def rows(self, model)->list: # dicts of name, part, macs; macs of gated layers are float64 tensors with a gradient
         "The cost by block and part."
-        tower,blocks,res = _tower(model),vit_blocks(model),[]
+        tower = _tower(model)
+        blocks = vit_blocks(model)
+        res = []
         on_map = self.prefix == 0 and len(self.shapes[next(iter(blocks))][0]) == 4
         for name,(given,out) in self.shapes.items():
-            m = tower.get_submodule(name); add = lambda part, macs: res.append(dict(name=name, part=part, macs=macs))
+            m = tower.get_submodule(name)
+            def add(part, macs): return res.append(dict(name=name, part=part, macs=macs))
             if name in blocks:
-                n,c = (given[2]*given[3],given[1]) if hasattr(m, 'conv_dw') else (given[1]*given[2],given[3]) if len(given) == 4 else (given[1]-self.prefix,given[2])
+                n,c = ((given[2]*given[3],given[1]) if hasattr(m, 'conv_dw') else (given[1]*given[2],given[3])
+                       if len(given) == 4 else (given[1]-self.prefix,given[2]))
                 tokens,windows = n+self.prefix,1
-                if getattr(m, 'window_size', None): tokens = math.prod(m.window_size); windows = math.prod(math.ceil(a/w) for a,w in zip(given[1:3], m.window_size))
-                a,mlp = _parts(m); units = hard_gate(mlp.gate.double()).sum() if isinstance(mlp, UnifiedMLP) else getattr(mlp, mlp_names(mlp)[0]).weight.shape[0]
-                add('attention' if hasattr(m, 'attn') else 'depthwise', _mixer_macs(a, n, tokens, windows)); add('mlp', 2*n*c*units)
-                add('norm', sum(isinstance(l, nn.LayerNorm) for l in m.children())*(n+self.prefix)*c)
-            elif not isinstance(m, nn.LayerNorm): add('other', math.prod(out[2:] if isinstance(m, nn.Conv2d) else out[1:-1])*m.weight.numel())
+                if getattr(m, 'window_size', None):
+                    tokens = math.prod(m.window_size)
+                    windows = math.prod(math.ceil(a/w) for a,w in zip(given[1:3], m.window_size))
+                a,mlp = _parts(m)
+                units = (hard_gate(mlp.gate.double()).sum() if isinstance(mlp, UnifiedMLP)
+                         else getattr(mlp, mlp_names(mlp)[0]).weight.shape[0])
+                add('attention' if hasattr(m, 'attn') else 'depthwise', _mixer_macs(a, n, tokens, windows))
+                add('mlp', 2*n*c*units)
+                add('norm', sum(isinstance(layer, nn.LayerNorm) for layer in m.children())*(n+self.prefix)*c)
+            elif not isinstance(m, nn.LayerNorm):
+                add('other', math.prod(out[2:] if isinstance(m, nn.Conv2d) else out[1:-1])*m.weight.numel())
             elif on_map: add('norm', math.prod(given[1:]))
-        if isinstance(getattr(tower, 'proj', None), nn.Parameter): res.append(dict(name='proj', part='other', macs=tower.proj.numel()))
+        if isinstance(getattr(tower, 'proj', None), nn.Parameter):
+            res.append(dict(name='proj', part='other', macs=tower.proj.numel()))
         return res
 
     def flops(self, model)->torch.Tensor: # float64
@@ -186,7 +225,8 @@ class SPViTCost:
     def table(self, model)->pd.DataFrame: # Rows: blocks and what is outside; columns: parts; integers
         "The count by block and part."
         t = pd.DataFrame([dict(r, macs=int(r['macs'])) for r in self.rows(model)])
-        return t.pivot_table(index='name', columns='part', values='macs', aggfunc='sum', fill_value=0, sort=False).astype('int64')
+        return t.pivot_table(index='name', columns='part', values='macs', aggfunc='sum', fill_value=0,
+                             sort=False).astype('int64')
 
 # %% ../../nbs/vit/63b_hybrids.ipynb #84759cc1
 HYBRID_FILE = FileKind('opentrans-spvit', 'hybrid', 'HybridSpec.to_json')
@@ -222,14 +262,19 @@ class HybridSpec:
         for o in self.ops:
             if o not in known: raise unknown('operation', o, known)
         for what,x in (('units', self.units), ('hidden', self.hidden), ('heads', self.heads)):
-            if x is not None and len(x) != len(self.ops): raise OpenTransError(f"A hybrid of {len(self.ops)} blocks needs {len(self.ops)} entries of {what}, not {len(x)}.")
+            if x is not None and len(x) != len(self.ops):
+                raise OpenTransError(
+                    f"A hybrid of {len(self.ops)} blocks needs {len(self.ops)} entries of {what}, not {len(x)}.")
         for top in self.hidden or (): check_number('hidden', top, 0, whole=True)
         for i,u in enumerate(self.units):
             top = self.hidden[i] if self.hidden else math.inf
-            if isinstance(u, int) and not 0 <= u <= top or not isinstance(u, int) and (u != sorted(set(u)) or u and not 0 <= u[0] <= u[-1] < top):
-                raise OpenTransError(f"Units of block {i} must be a number up to {top}, or rising indices below it.")
+            if (isinstance(u, int) and not 0 <= u <= top
+                or not isinstance(u, int) and (u != sorted(set(u)) or u and not 0 <= u[0] <= u[-1] < top)):
+                raise OpenTransError(
+                    f"Units of block {i} must be a number up to {top}, or rising indices below it.")
         for i, heads in enumerate(self.heads or ()):
-            if heads is not None and (heads != sorted(set(heads)) or any(h < 0 for h in heads)): raise OpenTransError(f"Heads of block {i} must be rising indices from 0 on.")
+            if heads is not None and (heads != sorted(set(heads)) or any(h < 0 for h in heads)):
+                raise OpenTransError(f"Heads of block {i} must be rising indices from 0 on.")
         check_number('temperature', self.temperature, 0, above=True)
         if self.gating not in GATINGS: raise unknown('gating', self.gating, GATINGS)
         if self.cls not in ('pass', 'zero'): raise unknown('way with the class token', self.cls, ['pass', 'zero'])
@@ -248,7 +293,8 @@ class HybridSpec:
 def from_json(cls:HybridSpec,
     source, # A path, or the JSON text itself
 )->HybridSpec:
-    "Read what `to_json` wrote, or the same by hand. Raises `OpenTransError` if it is something else, or was altered."
+    """Read what `to_json` wrote, or the same by hand. Raises `OpenTransError` if it is something else, or was
+    altered."""
     text, what = str(source), 'the text'
     if not text.lstrip().startswith('{'): text, what = read_text(source), source
     try:
@@ -270,13 +316,17 @@ def of(cls:HybridSpec,
     name:str='', # Of the architecture
 )->HybridSpec:
     "Read the architecture of a model."
-    blocks = [_parts(b) for b in vit_blocks(model).values()]; gated = [m for m,_ in blocks if isinstance(m, UnifiedAttention)]
+    blocks = [_parts(b) for b in vit_blocks(model).values()]
+    gated = [m for m,_ in blocks if isinstance(m, UnifiedAttention)]
     like = dict(gating=gated[0].gating, temperature=gated[0].temperature, cls=gated[0].cls) if gated else {}
-    width = lambda m: getattr(m, mlp_names(m)[0]).weight.shape[0]
+    def width(m): return getattr(m, mlp_names(m)[0]).weight.shape[0]
     units = [m.kept().tolist() if isinstance(m, UnifiedMLP) else width(m) for _,m in blocks]
-    heads = [m.kept_heads() if isinstance(m, UnifiedAttention) and m.head_gate is not None else None for m,_ in blocks]
-    hidden = [m.hidden if isinstance(m, UnifiedMLP) else width(m) for _,m in blocks] if any(isinstance(m, UnifiedMLP) for _,m in blocks) else None
-    return cls([_op_of(m) for m,_ in blocks], units, hidden, heads if any(h is not None for h in heads) else None, name, **like)
+    heads = [m.kept_heads() if isinstance(m, UnifiedAttention) and m.head_gate is not None else None
+             for m,_ in blocks]
+    hidden = ([m.hidden if isinstance(m, UnifiedMLP) else width(m) for _,m in blocks]
+              if any(isinstance(m, UnifiedMLP) for _,m in blocks) else None)
+    return cls([_op_of(m) for m,_ in blocks], units, hidden, heads if any(h is not None for h in heads) else None,
+               name, **like)
 
 # %% ../../nbs/vit/63b_hybrids.ipynb #4abacffd
 def _strongest(mlp, n):
@@ -290,7 +340,9 @@ def gates(self:HybridSpec,
 ):
     "Set a model's gates to this architecture. Raises `OpenTransError` where they do not fit."
     blocks = vit_blocks(model)
-    if len(blocks) != len(self.ops): raise OpenTransError(f"The hybrid has {len(self.ops)} blocks, the model {len(blocks)}. Was it found on another tower?")
+    if len(blocks) != len(self.ops):
+        raise OpenTransError(
+            f"The hybrid has {len(self.ops)} blocks, the model {len(blocks)}. Was it found on another tower?")
     for i, (name, block) in enumerate(blocks.items()): self._check_block(i, name, *_parts(block))
     for i, block in enumerate(blocks.values()): self._set_block(i, *_parts(block))
     return model
@@ -298,18 +350,30 @@ def gates(self:HybridSpec,
 @patch
 def _check_block(self:HybridSpec, i, name, mixer, mlp):
     "Raises `OpenTransError` where a block cannot become what the hybrid has there."
-    u, heads, gated = self.units[i], self.heads[i] if self.heads else None, isinstance(mlp, UnifiedMLP)
+    u = self.units[i]
+    heads = self.heads[i] if self.heads else None
+    gated = isinstance(mlp, UnifiedMLP)
     top = mlp.hidden if gated else getattr(mlp, mlp_names(mlp)[0]).weight.shape[0]
     if (u if isinstance(u, int) else max(u, default=-1)+1) > top or self.hidden and self.hidden[i] != top:
-        raise OpenTransError(f"The hybrid wants units of an MLP of {self.hidden[i] if self.hidden else u} in block '{name}', which has {top}. Was it found on another tower?")
+        raise OpenTransError(
+            f"The hybrid wants units of an MLP of {self.hidden[i] if self.hidden else u} in block '{name}', which "
+            f"has {top}. Was it found on another tower?")
     if not gated and (u if isinstance(u, int) else len(u)) != top:
-        raise OpenTransError(f"The hybrid wants {u if isinstance(u, int) else len(u)} units in block '{name}', whose MLP of {top} has no gates. Convert the model with units=True.")
+        raise OpenTransError(
+            f"The hybrid wants {u if isinstance(u, int) else len(u)} units in block '{name}', whose MLP of {top} "
+            f"has no gates. Convert the model with units=True.")
     if isinstance(mixer, (UnifiedAttention, UnifiedDepthwise)):
         if self.ops[i] not in mixer.ops: raise unknown(f"operation in block '{name}'", self.ops[i], mixer.ops)
-    elif _op_of(mixer) != self.ops[i]: raise OpenTransError(f"The hybrid has {self.ops[i]} in block '{name}', whose attention has no gates.")
+    elif _op_of(mixer) != self.ops[i]:
+        raise OpenTransError(f"The hybrid has {self.ops[i]} in block '{name}', whose attention has no gates.")
     if heads is None: return
-    if getattr(mixer, 'head_gate', None) is None: raise OpenTransError(f"The hybrid has heads in block '{name}', whose heads have no gates. Convert the model with heads=True.")
-    if max(heads, default=-1) >= mixer.num_heads: raise OpenTransError(f"The hybrid has head {max(heads)} in block '{name}', which has {mixer.num_heads}. Was it found on another tower?")
+    if getattr(mixer, 'head_gate', None) is None:
+        raise OpenTransError(
+            f"The hybrid has heads in block '{name}', whose heads have no gates. Convert the model with heads=True.")
+    if max(heads, default=-1) >= mixer.num_heads:
+        raise OpenTransError(
+            f"The hybrid has head {max(heads)} in block '{name}', which has {mixer.num_heads}. Was it found on "
+            f"another tower?")
 
 @patch
 def _set_block(self:HybridSpec, i, mixer, mlp):
@@ -328,35 +392,49 @@ def build(self:HybridSpec,
 )->nn.Module: # The slimmed hybrid, with the dense tower's weights
     "Make the hybrid out of a dense tower, without a search. Raises `OpenTransError` where it does not fit."
     sides = tuple(sorted({int(o[2:]) for o in self.ops if o.startswith('dw')} | {7}))
-    model = convert_to_spvit(vit, gating=self.gating, temperature=self.temperature, cls=self.cls, keep=(), heads=self.heads is not None, sides=sides)
+    model = convert_to_spvit(vit, gating=self.gating, temperature=self.temperature, cls=self.cls, keep=(),
+                             heads=self.heads is not None, sides=sides)
     return slim_spvit(self.gates(model))
 
 @patch
 def __repr__(self:HybridSpec):
     runs = ', '.join(f'{o} x{len(list(g))}' for o,g in itertools.groupby(self.ops))
-    return f"HybridSpec({self.name + ': ' if self.name else ''}{runs}; units {sum(self.widths):,}{f' of {sum(self.hidden):,}' if self.hidden else ''})"
+    return (
+        f"HybridSpec({self.name + ': ' if self.name else ''}{runs}; units "
+        f"{sum(self.widths):,}{f' of {sum(self.hidden):,}' if self.hidden else ''})")
 
 # %% ../../nbs/vit/63b_hybrids.ipynb #92f5c4d6
-_b = lambda text: [dict(s='skip', c='conv1', C='conv3', m='msa')[x] for x in text.replace(' ', '')]
-_n = lambda text: [int(x) for x in text.split()]
-SPVIT_PUBLISHED = { # name: timm's model, operations, units, then as published: parameters (M) and FLOPs (G); of the search: lambda, target (G), learning rate of gates, temperature
-    'deit_ti': dict(model='deit_tiny_patch16_224', ops=_b('ccmmmmmmmmmm'), units=_n('744 758 764 767 766 764 756 659 633 473 179 145'),
-                    params=4.8, gflops=1.0, weight=20., target=1.0, gate_lr=1e-3, temperature=.01),
-    'deit_s': dict(model='deit_small_patch16_224', ops=_b('cmmmmmmmmmmm'), units=_n('1304 1399 1344 1214 1251 1183 1140 925 742 391 104 103'),
-                   params=15.9, gflops=3.3, weight=3., target=3.2, gate_lr=5e-4, temperature=.01),
-    'deit_b': dict(model='deit_base_patch16_224', ops=_b('cccCCmmmmmmm'), units=_n('1118 489 1050 1345 1336 1326 1431 1564 1606 1702 1290 190'),
-                   params=41.6, gflops=8.4, weight=.08, target=6.0, gate_lr=1e-3, temperature=.01),
-    'deit_b_light': dict(model='deit_base_patch16_224', ops=_b('cccCmmmmmmmm'), units=_n('1253 610 1343 1912 2354 2306 2483 2753 2869 2860 2443 934'),
-                         params=None, gflops=11.7, weight=.06, target=10.0, gate_lr=1e-3, temperature=.01),
-    'swin_ti': dict(model='swin_tiny_patch4_window7_224', ops=_b('cs cs mmmmmm mm'), units=_n('186 152 646 504 1350 1319 1289 1249 1234 1082 3041 2994'),
-                    params=25.8, gflops=3.4, weight=2.8, target=3.2, gate_lr=5e-4, temperature=100.),
-    'swin_s': dict(model='swin_small_patch4_window7_224', ops=_b('cs mm mmmmmmmmmmmmscmmss mm'),
-                   units=_n('188 209 748 680 1159 1260 1127 1036 919 916 868 918 903 937 961 1037 1063 996 888 866 741 509 3064 3051'),
-                   params=38.9, gflops=6.1, weight=.4, target=5.5, gate_lr=5e-4, temperature=100.),
-    'swin_b': dict(model='swin_base_patch4_window7_224', ops=_b('ms mm mmmmmmmsmmmmmmscms mm'),
-                   units=_n('311 303 1011 980 1763 1673 1636 1523 1410 1377 1332 1345 1440 1426 1400 1315 1371 1321 1324 1265 1127 734 3572 2931'),
-                   params=None, gflops=None, weight=.1, target=10., gate_lr=5e-4, temperature=100.),
-}
+def _b(text): return [dict(s='skip', c='conv1', C='conv3', m='msa')[x] for x in text.replace(' ', '')]
+def _n(text): return [int(x) for x in text.split()]
+# name: timm's model, operations, units, then as published: parameters (M) and FLOPs (G); of the search: lambda,
+# target (G), learning rate of gates, temperature
+SPVIT_PUBLISHED = {'deit_ti': dict(model='deit_tiny_patch16_224', ops=_b('ccmmmmmmmmmm'),
+                                   units=_n('744 758 764 767 766 764 756 659 633 473 179 145'), params=4.8,
+                                   gflops=1.0, weight=20., target=1.0, gate_lr=1e-3, temperature=.01),
+                   'deit_s': dict(model='deit_small_patch16_224', ops=_b('cmmmmmmmmmmm'),
+                                  units=_n('1304 1399 1344 1214 1251 1183 1140 925 742 391 104 103'), params=15.9,
+                                  gflops=3.3, weight=3., target=3.2, gate_lr=5e-4, temperature=.01),
+                   'deit_b': dict(model='deit_base_patch16_224', ops=_b('cccCCmmmmmmm'),
+                                  units=_n('1118 489 1050 1345 1336 1326 1431 1564 1606 1702 1290 190'),
+                                  params=41.6, gflops=8.4, weight=.08, target=6.0, gate_lr=1e-3, temperature=.01),
+                   'deit_b_light': dict(model='deit_base_patch16_224', ops=_b('cccCmmmmmmmm'),
+                                        units=_n('1253 610 1343 1912 2354 2306 2483 2753 2869 2860 2443 934'),
+                                        params=None, gflops=11.7, weight=.06, target=10.0, gate_lr=1e-3,
+                                        temperature=.01),
+                   'swin_ti': dict(model='swin_tiny_patch4_window7_224', ops=_b('cs cs mmmmmm mm'),
+                                   units=_n('186 152 646 504 1350 1319 1289 1249 1234 1082 3041 2994'),
+                                   params=25.8, gflops=3.4, weight=2.8, target=3.2, gate_lr=5e-4,
+                                   temperature=100.),
+                   'swin_s': dict(model='swin_small_patch4_window7_224', ops=_b('cs mm mmmmmmmmmmmmscmmss mm'),
+                                  units=_n(
+                                      '188 209 748 680 1159 1260 1127 1036 919 916 868 918 903 937 961 1037 1063 '
+                                      '996 888 866 741 509 3064 3051'), params=38.9, gflops=6.1, weight=.4,
+                                  target=5.5, gate_lr=5e-4, temperature=100.),
+                   'swin_b': dict(model='swin_base_patch4_window7_224', ops=_b('ms mm mmmmmmmsmmmmmmscms mm'),
+                                  units=_n(
+                                      '311 303 1011 980 1763 1673 1636 1523 1410 1377 1332 1345 1440 1426 1400 '
+                                      '1315 1371 1321 1324 1265 1127 734 3572 2931'), params=None, gflops=None,
+                                  weight=.1, target=10., gate_lr=5e-4, temperature=100.),}
 
 @patch(cls_method=True)
 def published(cls:HybridSpec,
@@ -375,11 +453,20 @@ def plot(self:HybridSpec,
 ): # The axes; units on the left, operations on the right
     "The architecture along the depth (thesis, Fig. 4.4): dashed before pruning, solid after."
     ax = axes(ax, figsize=(4.5, 2.6))
-    x,before,names = np.arange(1, len(self.ops)+1),hidden or self.hidden,[o for o in SPVIT_OPS] if self.ops[0] in SPVIT_OPS else ['dw1', 'dw3', 'dw5', 'dw7']
+    x = np.arange(1, len(self.ops)+1)
+    before = hidden or self.hidden
+    names = [o for o in SPVIT_OPS] if self.ops[0] in SPVIT_OPS else ['dw1', 'dw3', 'dw5', 'dw7']
     if before: ax.plot(x, before, '--', c='C0', lw=1, alpha=.6)
-    ax.plot(x, self.widths, c='C0', marker='.'); ax.set_ylim(0, 1.6*max(before or self.widths)); ax.set(xlabel='block', ylabel='hidden units'); ax.yaxis.label.set_color('C0')
+    ax.plot(x, self.widths, c='C0', marker='.')
+    ax.set_ylim(0, 1.6*max(before or self.widths))
+    ax.set(xlabel='block', ylabel='hidden units')
+    ax.yaxis.label.set_color('C0')
     right = ax.twinx()
-    right.plot(x, [len(names)-1]*len(x), '--', c='C1', lw=1, alpha=.6); right.plot(x, [names.index(o) for o in self.ops], c='C1', marker='s', ms=4, drawstyle='steps-mid')
-    right.set_ylim(-4.2, len(names)-.7); right.set_yticks(range(len(names)), names); right.yaxis.label.set_color('C1')
-    ax.set_title(for_plot(self.name)); ax.set_xticks(x if len(x) <= 12 else x[::3])
+    right.plot(x, [len(names)-1]*len(x), '--', c='C1', lw=1, alpha=.6)
+    right.plot(x, [names.index(o) for o in self.ops], c='C1', marker='s', ms=4, drawstyle='steps-mid')
+    right.set_ylim(-4.2, len(names)-.7)
+    right.set_yticks(range(len(names)), names)
+    right.yaxis.label.set_color('C1')
+    ax.set_title(for_plot(self.name))
+    ax.set_xticks(x if len(x) <= 12 else x[::3])
     return ax

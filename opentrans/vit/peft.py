@@ -25,17 +25,23 @@ from .heads import ends_of, find_heads, is_of_head
 @dataclass(frozen=True)
 class Slot:
     "A tensor by name: a parameter of a module, or the rows of a packed one."
-    name:str # Qualified name of the parameter in the tower, with `[q]`, `[k]` or `[v]` behind a part of a packed one
+    # Qualified name of the parameter in the tower, with `[q]`, `[k]` or `[v]` behind a part of a packed one
+    name:str
     module:nn.Module = field(repr=False) # The module that holds the parameter
     key:str = field(repr=False) # The parameter's name in that module
-    kind:str = 'other' # `'conv'`, `'linear'`, `'attention'` (a packed part), `'vector'` (one dimension) or `'other'`
+    # `'conv'`, `'linear'`, `'attention'` (a packed part), `'vector'` (one dimension) or `'other'`
+    kind:str = 'other'
     rows:tuple = None # (first, last+1) row of the parameter that is meant; None for all
 
     param = property(lambda self: self.module._parameters[self.key], doc="The whole parameter.")
-    tensor = property(lambda self: self.param if self.rows is None else self.param[slice(*self.rows)], doc="The parameter, or the part of it that is meant.")
-    ismatrix = property(lambda self: self.kind in ('conv', 'linear', 'attention'), doc="Is it the weight of a linear map?")
+    tensor = property(lambda self: self.param if self.rows is None else self.param[slice(*self.rows)],
+                      doc="The parameter, or the part of it that is meant.")
+    ismatrix = property(lambda self: self.kind in ('conv', 'linear', 'attention'),
+                        doc="Is it the weight of a linear map?")
     @property
-    def shape(self)->tuple: n,*rest = self.param.shape or (1,); return (n if self.rows is None else self.rows[1]-self.rows[0], *rest)
+    def shape(self)->tuple:
+        n,*rest = self.param.shape or (1,)
+        return (n if self.rows is None else self.rows[1]-self.rows[0], *rest)
     @property
     def matrix(self)->tuple: return (self.shape[0], math.prod(self.shape[1:]))             # a kernel as (C_out, C_in k^2); a transposed one as it lies, (C_in, C_out k^2)
 
@@ -43,9 +49,14 @@ class Slot:
 def outputs_of(
     slot:Slot, # A tensor of a model
 )->list: # [dimension of its outputs, groups]: [0, 1] unless they lie otherwise
-    "Where the outputs of a weight are: in a transposed convolution (C_in, C_out/groups, k, k), and in the `Conv1D` of transformers (in, out), the second dimension."
-    if slot.key == 'weight' and isinstance(slot.module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)): return [1, slot.module.groups]
-    if slot.key == 'weight' and hasattr(slot.module, 'nf') and any(cls.__name__ == 'Conv1D' for cls in type(slot.module).__mro__): return [1, 1]
+    """Where the outputs of a weight are: in a transposed convolution (C_in, C_out/groups, k, k), and in the
+    `Conv1D` of transformers (in, out), the second dimension."""
+    if (slot.key == 'weight'
+        and isinstance(slot.module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))):
+        return [1, slot.module.groups]
+    if (slot.key == 'weight' and hasattr(slot.module, 'nf')
+        and any(cls.__name__ == 'Conv1D' for cls in type(slot.module).__mro__)):
+        return [1, 1]
     return [0, 1]
 
 # %% ../../nbs/vit/60_peft.ipynb #34744aaf
@@ -54,7 +65,8 @@ def _module_slots(prefix, module, kinds):
     for key,p in module._parameters.items():
         if p is None or isinstance(p, UninitializedTensorMixin): continue
         name = f'{prefix}.{key}' if prefix else key
-        packed = f'{name}[q]' in kinds or (key.endswith('bias') and f"{name.removesuffix('bias')}weight[q]" in kinds)
+        packed = (f'{name}[q]' in kinds
+                  or (key.endswith('bias') and f"{name.removesuffix('bias')}weight[q]" in kinds))
         n = p.shape[0]//3 if packed else 0
         if packed:
             for i,part in enumerate('qkv'):
@@ -62,10 +74,12 @@ def _module_slots(prefix, module, kinds):
         else: yield Slot(name, module, key, kinds.get(name, 'vector' if p.dim() == 1 else 'other'))
 
 def _kinds(model):
-    "The kind of each layer by name. Of a packed projection the parts, if they are rows; the whole, if they lie otherwise."
+    """The kind of each layer by name. Of a packed projection the parts, if they are rows; the whole, if they lie
+    otherwise."""
     kinds = {}
     for layer in layers(model):
-        in_rows = layer.rows is None or tuple(layer.weight.shape) == (layer.param.shape[0]//3, *layer.param.shape[1:])
+        in_rows = (layer.rows is None
+                   or tuple(layer.weight.shape) == (layer.param.shape[0]//3, *layer.param.shape[1:]))
         kinds.update({layer.name: layer.kind} if in_rows else {layer.key: 'linear'})
     return kinds
 
@@ -73,7 +87,9 @@ def slots(
     model:nn.Module, # Any model; names are read in its tower
 )->dict: # Name -> `Slot`, in the order in which the model registers them; what was added to the model is left out
     "Every tensor of a model that can be tuned, with q, k and v of a packed projection as tensors of their own."
-    kinds,res,tower = _kinds(model),{},find_tower(model)
+    kinds = _kinds(model)
+    res = {}
+    tower = find_tower(model)
     inside = [f'{n}.tuned' if n else 'tuned' for n,m in bare_modules(tower) if isinstance(m, Tunable)]
     for name,module in bare_modules(tower):
         if any(name == t or name.startswith(f'{t}.') for t in inside): continue
@@ -82,9 +98,11 @@ def slots(
 
 # %% ../../nbs/vit/60_peft.ipynb #2902de5f
 class Tunable:
-    "What a module becomes when something is added to it: still of its class and with its parameters' names. `module.weight` is then the weight with what was added."
+    """What a module becomes when something is added to it: still of its class and with its parameters' names.
+    `module.weight` is then the weight with what was added."""
     def effective(self, key, skip=lambda part: False):
-        "A parameter with all updates of it, except those to `skip`. Raises `OpenTransError` if it is no parameter any more."
+        """A parameter with all updates of it, except those to `skip`. Raises `OpenTransError` if it is no parameter
+        any more."""
         if key not in self._parameters: raise _no_parameter(key, self, key)
         w = self._parameters[key]
         for part in self.tuned.values():
@@ -111,22 +129,26 @@ def _slot_around(module):
 def _no_parameter(name, module, key):
     "The error for a weight that is computed from others."
     own = [n for n, _ in module.named_parameters() if key in n]
-    return OpenTransError(f"'{name}' is no parameter: a parametrisation (weight_norm, spectral_norm, orthogonal, prune) computes it from "
-                          f"{', '.join(own[:4]) or 'others'}. Take that off first, e.g. by torch.nn.utils.parametrize.remove_parametrizations.")
+    return OpenTransError(
+        f"'{name}' is no parameter: a parametrisation (weight_norm, spectral_norm, orthogonal, prune) computes it "
+        f"from {', '.join(own[:4]) or 'others'}. Take that off first, e.g. by "
+                 f"torch.nn.utils.parametrize.remove_parametrizations.")
 
 def why_not_tunable(
     param:nn.Parameter, # Of a model
 )->str: # The end of a sentence; '' if something can be added
     "Why nothing can be added to a parameter: it has no shape yet, or holds codes of a quantized model."
     if isinstance(param, UninitializedTensorMixin): return 'has no shape before the first call of the model'
-    if not (param.is_floating_point() or param.is_complex()): return f'holds whole numbers ({param.dtype}), as of a quantized model'
+    if not (param.is_floating_point() or param.is_complex()):
+        return f'holds whole numbers ({param.dtype}), as of a quantized model'
     return f'is of {param.dtype}, in which nothing can be trained' if param.element_size() == 1 else ''
 
 def _check_tunable(slot):
     why = why_not_tunable(slot.param)
     if why: raise OpenTransError(f"'{slot.name}' {why}. Take the layer in float32 or bfloat16, or leave it out.")
 
-def _check_rank(r, what='r'): check_number(what, r, 1, 65_536, whole=True, advice='It is the rank of an update, or the width of an adapter.')
+def _check_rank(r, what='r'):
+    check_number(what, r, 1, 65_536, whole=True, advice='It is the rank of an update, or the width of an adapter.')
 
 class Part(nn.Module):
     "What the three kinds have in common: the tensor that they change, and how they stand alone around a module."
@@ -138,12 +160,20 @@ class Part(nn.Module):
     ):
         super().__init__()
         if isinstance(base, nn.Module) and not isinstance(base, (nn.Linear, nn.Conv2d)):
-            raise OpenTransError(f"{type(self).__name__} stands around a Linear or Conv2d, not a {type(base).__name__}. For others give a name: add_lora, add_adapters, add_sparse.")
-        for what, share in (('dropout', dropout), ('drop_path', drop_path)): check_number(what, share, 0, 1, below=True)
+            raise OpenTransError(
+                f"{type(self).__name__} stands around a Linear or Conv2d, not a {type(base).__name__}. For others "
+                f"give a name: add_lora, add_adapters, add_sparse.")
+        for what, share in (('dropout', dropout), ('drop_path', drop_path)):
+            check_number(what, share, 0, 1, below=True)
         slot = base if isinstance(base, Slot) else _slot_around(base)
         _check_tunable(slot)
         self.base = None if isinstance(base, Slot) else base.requires_grad_(False)
-        self.key,self.rows,self.shape,self.matrix,self.dropout,self.drop_path = slot.key,slot.rows,slot.shape,slot.matrix,dropout,drop_path
+        self.key = slot.key
+        self.rows = slot.rows
+        self.shape = slot.shape
+        self.matrix = slot.matrix
+        self.dropout = dropout
+        self.drop_path = drop_path
 
     def new(self, slot_or_base, *shape):
         "A parameter of zeros where, and of what type, the tensor is."
@@ -155,17 +185,21 @@ class Part(nn.Module):
         a,b = self.rows
         return torch.cat([w[:a], self.change(w[a:b]), w[b:]])
     def forward(self, x):
-        if self.base is None: raise OpenTransError(f"This {type(self).__name__} is a part of a model: call the model.")
+        if self.base is None:
+            raise OpenTransError(f"This {type(self).__name__} is a part of a model: call the model.")
         return self.around(self.base, x, None)
     def merge(self)->nn.Module: # A plain copy of the module inside
         "The module with the update in its weight. Raises `OpenTransError` where that cannot be."
-        if self.base is None or not self.merges: raise OpenTransError(f"{'A part of a model is merged by merge_peft(model)' if self.base is None else 'An adapter is not linear: it cannot be merged into a weight'}.")
+        if self.base is None or not self.merges:
+            raise OpenTransError(
+                f"{'A part of a model is merged by merge_peft(model)' if self.base is None else 'An adapter is not linear: it cannot be merged into a weight'}.")
         plain = copy.deepcopy(self.base)
         with torch.no_grad(): plain.weight.copy_(self.onto(plain.weight))
         return plain
     def __len__(self): return sum(p.numel() for p in self.parameters(recurse=False))
     def __bool__(self): return True
-    def extra_repr(self): return f"{self.key}{'' if self.rows is None else list(self.rows)}, {len(self):,} parameters"
+    def extra_repr(self):
+        return f"{self.key}{'' if self.rows is None else list(self.rows)}, {len(self):,} parameters"
 
 # %% ../../nbs/vit/60_peft.ipynb #e03ab1b5
 def _call_with(module, x, **tensors):
@@ -176,7 +210,8 @@ def _fit_mask(mask, shape):
     "A mask in the shape of a tensor. Raises `OpenTransError` for one of another size."
     mask = torch.as_tensor(mask)
     if mask.numel() == math.prod(shape): return mask.reshape(shape)
-    raise OpenTransError(f"The mask is {tuple(mask.shape)}, the tensor {tuple(shape)}. Give one of the tensor's shape.")
+    raise OpenTransError(
+        f"The mask is {tuple(mask.shape)}, the tensor {tuple(shape)}. Give one of the tensor's shape.")
 
 def _adds_beside(module):
     "Is the output of a module linear in its weight, as that of torch's own, so that an update can stand beside it?"
@@ -187,11 +222,13 @@ def _adds_beside(module):
 
 @torch.no_grad()
 def _computes_as_torch(module, plain):
-    "Does a class with a forward of its own, such as timm's, compute what its parent in torch does? Found out by trying."
+    """Does a class with a forward of its own, such as timm's, compute what its parent in torch does? Found out by
+    trying."""
     weight, parent = module._parameters['weight'], nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
     if weight.is_meta: return False
     sides = [3*k for k in weight.shape[2:]]
-    x = torch.linspace(-1, 1, weight.shape[1]*math.prod(sides), dtype=weight.dtype, device=weight.device).view(1, weight.shape[1], *sides)
+    x = torch.linspace(-1, 1, weight.shape[1]*math.prod(sides), dtype=weight.dtype, device=weight.device).view(
+        1, weight.shape[1], *sides)
     try: ours, theirs = plain.forward(module, x), parent.forward(module, x)
     except Exception: return False # it wants something else than an image or a vector
     return ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-5, rtol=1e-4)
@@ -213,7 +250,10 @@ class LoRALinear(Part):
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.register_buffer('mask', None if mask is None else _fit_mask(mask, self.shape).to(self.A.device))
         self.light = mask is None and _adds_beside(module)
-        if (dropout or drop_path) and not self.light: raise OpenTransError("Dropout on a low-rank update needs a Linear or an undivided Conv2d without a mask: elsewhere the update is one with the weight. Use dropout=0, drop_path=0.")
+        if (dropout or drop_path) and not self.light:
+            raise OpenTransError(
+                "Dropout on a low-rank update needs a Linear or an undivided Conv2d without a mask: elsewhere the "
+                "update is one with the weight. Use dropout=0, drop_path=0.")
 
     def delta(self):
         "$B A$ in the weight's shape."
@@ -224,12 +264,14 @@ class LoRALinear(Part):
         "The update of the output: two small maps in place of a large one."
         x = F.dropout(x, self.dropout, self.training)
         if isinstance(module, nn.Conv2d):
-            y = F.conv2d(module._conv_forward(x, self.A.view(self.r, *self.shape[1:]), None), self.B[:, :, None, None])
+            y = F.conv2d(module._conv_forward(x, self.A.view(self.r, *self.shape[1:]), None),
+                         self.B[:, :, None, None])
         else: y = F.linear(F.linear(x, self.A), self.B)
         return _drop_path(y, self.drop_path, self.training)
     def around(self, module, x, y):
         if not self.light: return _call_with(module, x, weight=self.onto(module.weight))
-        return _rows_add(module(x) if y is None else y, self.path(module, x), self.rows, 1 if isinstance(module, nn.Conv2d) else -1)
+        return _rows_add(module(x) if y is None else y, self.path(module, x), self.rows,
+                         1 if isinstance(module, nn.Conv2d) else -1)
 
 # %% ../../nbs/vit/60_peft.ipynb #e95c164a
 def _rows_add(y, d, rows, dim):
@@ -251,7 +293,8 @@ class SequentialAdapter(Part):
         super().__init__(base, dropout, drop_path)
         n = self.shape[0]
         _check_rank(r)
-        if not (base.param if isinstance(base, Slot) else base.weight).dtype.is_floating_point: raise OpenTransError("An adapter stands behind maps of real numbers. Take add_lora for complex ones.")
+        if not (base.param if isinstance(base, Slot) else base.weight).dtype.is_floating_point:
+            raise OpenTransError("An adapter stands behind maps of real numbers. Take add_lora for complex ones.")
         self.V,self.v,self.U,self.u = self.new(base, r, n),self.new(base, r),self.new(base, n, r),self.new(base, n)
         nn.init.kaiming_uniform_(self.V, a=math.sqrt(5))
 
@@ -272,10 +315,14 @@ class SparseDelta(Part):
         mask, # Bool tensor of the tensor's shape: the weights to tune
     ):
         super().__init__(base)
-        if mask.dtype != torch.bool or tuple(mask.shape) != self.shape: raise OpenTransError(f"The mask is {tuple(mask.shape)} of {mask.dtype}, the tensor {self.shape}. Give one of the tensor's shape, of truth values.")
+        if mask.dtype != torch.bool or tuple(mask.shape) != self.shape:
+            raise OpenTransError(
+                f"The mask is {tuple(mask.shape)} of {mask.dtype}, the tensor {self.shape}. Give one of the "
+                f"tensor's shape, of truth values.")
         if not mask.any(): raise OpenTransError("The mask chooses no weight. Leave this tensor out.")
         self.delta = self.new(base, int(mask.sum()))
-        self.register_buffer('idx', mask.reshape(self.matrix).nonzero().T.contiguous().to(self.delta.device))  # (2, c): row and column
+        # (2, c): row and column
+        self.register_buffer('idx', mask.reshape(self.matrix).nonzero().T.contiguous().to(self.delta.device))
 
     def change(self, w):
         flat = self.idx[0]*self.matrix[1] + self.idx[1]
@@ -285,10 +332,15 @@ class SparseDelta(Part):
 # %% ../../nbs/vit/60_peft.ipynb #e4dcd063
 def _attention_bias(mha, attn_mask, key_padding_mask, q, s):
     "The two masks of an attention as one that is added: (B, heads or 1, L or 1, S), or None."
-    def added(m): return torch.zeros(m.shape, dtype=q.dtype, device=q.device).masked_fill_(m, -math.inf) if m.dtype == torch.bool else m.to(q.dtype)
+    def added(m):
+        return (torch.zeros(m.shape, dtype=q.dtype, device=q.device).masked_fill_(m, -math.inf)
+                if m.dtype == torch.bool else m.to(q.dtype))
     bias = None
-    if attn_mask is not None: bias = added(attn_mask).view(-1, *([mha.num_heads] if attn_mask.dim() == 3 else [1]), *attn_mask.shape[-2:])
-    if key_padding_mask is not None: pad = added(key_padding_mask).view(-1, 1, 1, s); bias = pad if bias is None else bias+pad
+    if attn_mask is not None:
+        bias = added(attn_mask).view(-1, *([mha.num_heads] if attn_mask.dim() == 3 else [1]), *attn_mask.shape[-2:])
+    if key_padding_mask is not None:
+        pad = added(key_padding_mask).view(-1, 1, 1, s)
+        bias = pad if bias is None else bias+pad
     return bias
 
 def attend(
@@ -297,20 +349,29 @@ def attend(
     out, # Function: the projection at the end
     query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False,
 )->tuple: # (output, weights or None), as `nn.MultiheadAttention` gives
-    "What `nn.MultiheadAttention` computes, with the projections one by one. Raises `OpenTransError` for bias_k and add_zero_attn."
-    if mha.bias_k is not None or mha.add_zero_attn: raise OpenTransError("An attention with add_bias_kv or add_zero_attn is not written out here. Use an update that merges, without dropout.")
+    """What `nn.MultiheadAttention` computes, with the projections one by one. Raises `OpenTransError` for bias_k
+    and add_zero_attn."""
+    if mha.bias_k is not None or mha.add_zero_attn:
+        raise OpenTransError(
+            "An attention with add_bias_kv or add_zero_attn is not written out here. Use an update that merges, "
+            "without dropout.")
     single,first = query.dim() == 2,mha.batch_first
     if single: query,key,value = (t[None] if first else t[:, None] for t in (query, key, value))
     query,key,value = (t if first else t.transpose(0, 1) for t in (query, key, value))
-    q,k,v = (project(i, t).unflatten(-1, (mha.num_heads, -1)).transpose(1, 2) for i,t in enumerate((query, key, value)))
-    bias,p,w = _attention_bias(mha, attn_mask, key_padding_mask, q, k.shape[2]),mha.dropout if mha.training else 0.,None
+    q,k,v = (project(i, t).unflatten(-1, (mha.num_heads, -1)).transpose(1, 2)
+             for i,t in enumerate((query, key, value)))
+    bias = _attention_bias(mha, attn_mask, key_padding_mask, q, k.shape[2])
+    p = mha.dropout if mha.training else 0.
+    w = None
     if need_weights:
         w = q*q.shape[-1]**-.5 @ k.mT
         w = F.dropout((w if bias is None else w+bias).softmax(-1), p)
         y = w@v
     else: y = F.scaled_dot_product_attention(q, k, v, bias, p)
     y = out(y.transpose(1, 2).flatten(2))
-    if need_weights: w = w.mean(1) if average_attn_weights else w; w = w[0] if single else w
+    if need_weights:
+        w = w.mean(1) if average_attn_weights else w
+        w = w[0] if single else w
     y = y if first else y.transpose(0, 1)
     return (y.squeeze(0 if first else 1) if single else y),w
 
@@ -320,7 +381,8 @@ def projection(
 )->tuple: # (weight, bias or None)
     "The parameters of one projection of an attention, as they are read."
     e,b = mha.embed_dim,mha.in_proj_bias
-    w = mha.in_proj_weight[i*e:(i+1)*e] if mha.in_proj_weight is not None else (mha.q_proj_weight, mha.k_proj_weight, mha.v_proj_weight)[i]
+    w = (mha.in_proj_weight[i*e:(i+1)*e] if mha.in_proj_weight is not None
+         else (mha.q_proj_weight, mha.k_proj_weight, mha.v_proj_weight)[i])
     return w,None if b is None else b[i*e:(i+1)*e]
 
 # %% ../../nbs/vit/60_peft.ipynb #5b098bc6
@@ -329,38 +391,49 @@ class _TunableMap(Tunable):
     def forward(self, x):
         lost = [p.key for p in self.tuned.values() if p.key not in self._parameters]
         if lost: raise _no_parameter(lost[0], self, lost[0])
-        beside = [p for p in self.tuned.values() if p.key == 'weight' and (not p.merges or getattr(p, 'light', False))]
+        beside = [p
+                  for p in self.tuned.values()
+                  if p.key == 'weight' and (not p.merges or getattr(p, 'light', False))]
         self.__dict__['beside'] = beside
         try: y = super().forward(x)
         finally: del self.__dict__['beside']
         for p in beside: y = p.around(self, x, y)
         return y
-    def effective(self, key): return super().effective(key, lambda p: any(p is b for b in self.__dict__.get('beside', ())))
+    def effective(self, key):
+        return super().effective(key, lambda p: any(p is b for b in self.__dict__.get('beside', ())))
 
 class _TunableAttention(Tunable):
     "An `nn.MultiheadAttention` with parts, in itself or in the projection at its end."
     def forward(self, query, key, value, *args, **kwargs):
-        if not any(_must_call(p) for h in (self, self.out_proj) for p in getattr(h, 'tuned', {}).values()): return super().forward(query, key, value, *args, **kwargs)
+        if not any(_must_call(p) for h in (self, self.out_proj) for p in getattr(h, 'tuned', {}).values()):
+            return super().forward(query, key, value, *args, **kwargs)
         if self.plain.forward is not nn.MultiheadAttention.forward:
-            raise OpenTransError(f"{self.plain.__name__} computes attention in its own way, which is not written out here. Use an update that merges, without dropout.")
+            raise OpenTransError(
+                f"{self.plain.__name__} computes attention in its own way, which is not written out here. Use an "
+                f"update that merges, without dropout.")
         names = ('key_padding_mask', 'need_weights', 'attn_mask', 'average_attn_weights', 'is_causal')
         return attend(self, self.project, self.out_proj, query, key, value, **dict(zip(names, args)), **kwargs)
     def project(self, i, x):
         e = self.embed_dim
-        own = [p for p in self.tuned.values() if (p.rows == (i*e, (i+1)*e) if self.in_proj_weight is not None else p.key == f'{"qkv"[i]}_proj_weight') and _must_call(p)]
+        own = [p
+               for p in self.tuned.values()
+               if (p.rows == (i*e, (i+1)*e) if self.in_proj_weight is not None
+                   else p.key == f'{"qkv"[i]}_proj_weight') and _must_call(p)]
         self.__dict__['beside'] = own
         try: y = F.linear(x, *projection(self, i))
         finally: del self.__dict__['beside']
         for p in own: y = y + (p.path(y) if not p.merges else p.path(self, x))
         return y
-    def effective(self, key): return super().effective(key, lambda p: any(p is b for b in self.__dict__.get('beside', ())))
+    def effective(self, key):
+        return super().effective(key, lambda p: any(p is b for b in self.__dict__.get('beside', ())))
 
 def _must_call(part): return not part.merges or part.dropout > 0 or part.drop_path > 0
 
 @functools.lru_cache(maxsize=None)
 def _tunable_class(plain, shown):
     "The class of a module with parts: parameters in `shown` are read with their updates."
-    kind = _TunableAttention if issubclass(plain, nn.MultiheadAttention) else _TunableMap if issubclass(plain, (nn.Linear, nn.Conv2d)) else Tunable
+    kind = (_TunableAttention if issubclass(plain, nn.MultiheadAttention) else _TunableMap
+            if issubclass(plain, (nn.Linear, nn.Conv2d)) else Tunable)
     read = {k: property(lambda self, k=k: self.effective(k)) for k in shown}
     return type(plain.__name__, (kind, plain), dict(read, plain=plain, shown=shown, __module__=plain.__module__))
 
@@ -368,7 +441,9 @@ def _tunable_class(plain, shown):
 def _dress(module, keys=()):
     "Make a module `Tunable`, with these parameters to be read with their updates."
     if not isinstance(module, Tunable):
-        if hasattr(module, 'tuned'): raise OpenTransError(f"{type(module).__name__} has an attribute 'tuned' of its own; nothing can be added to it.")
+        if hasattr(module, 'tuned'):
+            raise OpenTransError(
+                f"{type(module).__name__} has an attribute 'tuned' of its own; nothing can be added to it.")
         module.__class__ = _tunable_class(type(module), ())
         module.tuned = nn.ModuleDict()
     module.__class__ = _tunable_class(module.plain, tuple(sorted({*module.shown, *keys})))
@@ -376,31 +451,42 @@ def _dress(module, keys=()):
 def _undress(module):
     "Take the dress off a module that has no parts left."
     keys = {p.key for p in module.tuned.values() if p.merges}
-    if module.tuned or isinstance(module, _TunableAttention) and isinstance(module.out_proj, Tunable): module.__class__ = _tunable_class(module.plain, tuple(sorted(keys)))
-    else: del module.tuned; module.__class__ = module.plain
+    if module.tuned or isinstance(module, _TunableAttention) and isinstance(module.out_proj, Tunable):
+        module.__class__ = _tunable_class(module.plain, tuple(sorted(keys)))
+    else:
+        del module.tuned
+        module.__class__ = module.plain
 
 class Added(Undo):
-    "What was added to a model: `.parts` by name. `.remove()`, or the end of a `with` block, takes it off, and all parameters learn or rest as before."
-    def __init__(self, parts, undo): super().__init__(*undo); self.parts = parts
+    """What was added to a model: `.parts` by name. `.remove()`, or the end of a `with` block, takes it off, and all
+    parameters learn or rest as before."""
+    def __init__(self, parts, undo):
+        super().__init__(*undo)
+        self.parts = parts
     def __repr__(self): return f"Added({len(self.parts)} parts, {sum(map(len, self.parts.values())):,} parameters)"
 
 def _put(tower, slot, part):
     "Add one part, and return what takes it off."
     name,module = slot.name.rpartition('.')[2],slot.module
-    if name in getattr(module, 'tuned', {}): raise OpenTransError(f"'{slot.name}' has a {module.tuned[name].kind} already. Merge it or remove it first.")
+    if name in getattr(module, 'tuned', {}):
+        raise OpenTransError(f"'{slot.name}' has a {module.tuned[name].kind} already. Merge it or remove it first.")
     owners = [m for m in tower.modules() if isinstance(m, nn.MultiheadAttention) and m.out_proj is module]
     for m in (owners if _must_call(part) else []): _dress(m)
     _dress(module, [slot.key] if part.merges else [])
     module.tuned[name] = part
-    hook = module.register_forward_pre_hook(lambda m, a: None) if _must_call(part) else None    # tells PyTorch's fast path to call the module
+    # tells PyTorch's fast path to call the module
+    hook = module.register_forward_pre_hook(lambda m, a: None) if _must_call(part) else None
     def off():
         if name in getattr(module, 'tuned', {}) and module.tuned[name] is part: _take(tower, module, name, owners)
         if hook is not None: hook.remove()
     return off
 
 def _take(tower, module, name, owners=None):
-    del module.tuned[name]; _undress(module)
-    for m in [m for m in tower.modules() if isinstance(m, _TunableAttention) and m.out_proj is module] if owners is None else owners:
+    del module.tuned[name]
+    _undress(module)
+    for m in [m
+              for m in tower.modules()
+              if isinstance(m, _TunableAttention) and m.out_proj is module] if owners is None else owners:
         if isinstance(m, Tunable): _undress(m)
 
 # %% ../../nbs/vit/60_peft.ipynb #d4741203
@@ -409,39 +495,54 @@ def _with_wholes(there):
     res = dict(there)
     for s in there.values():
         whole = s.name.split('[')[0]
-        if s.rows is not None: res.setdefault(whole, Slot(whole, s.module, s.key, 'linear' if s.param.dim() > 1 else 'vector'))
+        if s.rows is not None:
+            res.setdefault(whole, Slot(whole, s.module, s.key, 'linear' if s.param.dim() > 1 else 'vector'))
     return res
 
 def _all_of(model, kinds):
     "All slots of some kinds. Those to which nothing can be added are left out, with a warning."
     chosen = [s for s in slots(model).values() if s.kind in kinds]
     left = [s.name for s in chosen if why_not_tunable(s.param)]
-    left += [l.name for l in layers(model) if l.module._parameters.get(l.key.rpartition('.')[2]) is None]
-    if left: warnings.warn(f"{len(left)} layers are left out, because they are quantized or computed by a parametrisation: {', '.join(left[:6])}.")
+    left += [layer.name
+             for layer in layers(model) if layer.module._parameters.get(layer.key.rpartition('.')[2]) is None]
+    if left:
+        warnings.warn(
+            f"{len(left)} layers are left out, because they are quantized or computed by a parametrisation: "
+            f"{', '.join(left[:6])}.")
     return [s for s in chosen if s.name not in left]
 
 def _find_slot(model, name, there):
     "The name of the slot that is meant. Raises `OpenTransError` for one that is not there."
     path, _, key = str(name).split('[')[0].rpartition('.')
     module = dict(bare_modules(find_tower(model))).get(path)
-    other = isinstance(getattr(module, key, None), torch.Tensor) and key not in module._parameters and key not in module._buffers
+    other = (isinstance(getattr(module, key, None), torch.Tensor) and key not in module._parameters
+             and key not in module._buffers)
     if name not in there and other: raise _no_parameter(name, module, key)
     if module is not None and isinstance(module._parameters.get(key), UninitializedTensorMixin):
-        raise OpenTransError(f"'{name}' {why_not_tunable(module._parameters[key])}. Call the model on a batch first.")
+        raise OpenTransError(
+            f"'{name}' {why_not_tunable(module._parameters[key])}. Call the model on a batch first.")
     return find_names([name], there, 'tensors')[name]
 
 def _wanted(model, names, kinds=None):
-    "The slots for names, patterns with `*`, or all of some kinds. Raises `OpenTransError` for a name that is not there."
+    """The slots for names, patterns with `*`, or all of some kinds. Raises `OpenTransError` for a name that is not
+    there."""
     there = _with_wholes(slots(model))
     if names is None: return _all_of(model, kinds)
     names,res = [names] if isinstance(names, str) else list(names),{}
     for n in names:
         if '*' in n or '?' in n: hits = [k for k in slots(model) if matches(k, n)]
         else: hits = [_find_slot(model, n, there)]
-        if not hits: raise OpenTransError(f"No tensor matches '{n}'. The model has: {', '.join(list(there)[:6])} ...; slots(model) lists all.")
+        if not hits:
+            raise OpenTransError(
+                f"No tensor matches '{n}'. The model has: {', '.join(list(there)[:6])} ...; slots(model) lists all.")
         res.update((h, there[h]) for h in hits if '*' not in n or not kinds or there[h].kind in kinds)
-    twice = [s.name for s in res.values() if sum(p is s.param for m in find_tower(model).modules() for p in m._parameters.values()) > 1]
-    if twice: raise OpenTransError(f"{len(twice)} of these tensors are shared by several modules: {', '.join(twice[:6])}. An update would reach only one of them; leave them out.")
+    twice = [s.name
+             for s in res.values()
+             if sum(p is s.param for m in find_tower(model).modules() for p in m._parameters.values()) > 1]
+    if twice:
+        raise OpenTransError(
+            f"{len(twice)} of these tensors are shared by several modules: {', '.join(twice[:6])}. An update would "
+            f"reach only one of them; leave them out.")
     return list(res.values())
 
 def _add(model, chosen, make, freeze):
@@ -452,7 +553,9 @@ def _add(model, chosen, make, freeze):
     made,undo = {s.name: make(s) for s in chosen},[lambda: restore_flags(before)]
     try:
         for s in chosen: undo.append(_put(tower, s, made[s.name]))
-    except OpenTransError: Undo(*undo).remove(); raise
+    except OpenTransError:
+        Undo(*undo).remove()
+        raise
     if freeze:
         ours = {id(p) for m in tower.modules() if isinstance(m, Part) for p in m.parameters()}
         for p in tower.parameters():
@@ -464,13 +567,18 @@ def check_shaped(
 ):
     "Raises `OpenTransError` for a model with lazy layers, whose parameters have no shape yet."
     lazy = [n for n, p in model.named_parameters() if isinstance(p, UninitializedTensorMixin)]
-    if lazy: raise OpenTransError(f"{len(lazy)} parameters have no shape yet, such as '{lazy[0]}': the layers are lazy. Call the model on a batch first.")
+    if lazy:
+        raise OpenTransError(
+            f"{len(lazy)} parameters have no shape yet, such as '{lazy[0]}': the layers are lazy. Call the model "
+            f"on a batch first.")
 
 def trained_flags(
     model:nn.Module, # Any module
 )->list: # (module, name of the parameter in it, does it learn?)
-    "Which parameters learn. They are held by place, so that `load_state_dict(assign=True)`, which puts others there, does not matter."
-    return [(module, key, p.requires_grad) for module in model.modules() for key, p in module._parameters.items() if p is not None]
+    """Which parameters learn. They are held by place, so that `load_state_dict(assign=True)`, which puts others
+    there, does not matter."""
+    return [(module, key, p.requires_grad) for module in model.modules()
+            for key, p in module._parameters.items() if p is not None]
 
 def restore_flags(
     flags:list, # What `trained_flags` gave
@@ -486,7 +594,8 @@ _MATRICES = ('conv', 'linear', 'attention')
 def takes(
     slot:Slot, # A tensor of a model
 )->list: # Some of `'lora'` and `'adapter'`
-    "Which structured modules a tensor can take: an update of low rank any matrix, an adapter only what stands behind a Linear, a Conv2d or an attention."
+    """Which structured modules a tensor can take: an update of low rank any matrix, an adapter only what stands
+    behind a Linear, a Conv2d or an attention."""
     behind = isinstance(slot.module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention))
     return (['lora', 'adapter'] if behind else ['lora']) if slot.ismatrix else []
 
@@ -500,15 +609,22 @@ def add_lora(
     freeze:bool=True, # Freeze every other parameter of the tower?
     seed:int=None, # Of the initial `A`
 )->Added: # Handle: `.parts` by name, `.remove()`; a context manager
-    "Add low-rank updates by name. Raises `OpenTransError` for names that are not there, shared, taken, or no matrices."
+    """Add low-rank updates by name. Raises `OpenTransError` for names that are not there, shared, taken, or no
+    matrices."""
     chosen = _wanted(model, r if names is None and isinstance(r, dict) else names, _MATRICES)
     odd = [s.name for s in chosen if not s.ismatrix]
-    if odd: raise OpenTransError(f"{len(odd)} of these are no matrices: {', '.join(odd[:6])}. For vectors take add_sparse.")
+    if odd:
+        raise OpenTransError(
+            f"{len(odd)} of these are no matrices: {', '.join(odd[:6])}. For vectors take add_sparse.")
     lost = [n for n in r if n not in {s.name for s in chosen}] if isinstance(r, dict) else []
-    if lost: raise OpenTransError(f"r has ranks for {len(lost)} tensors that are not chosen: {', '.join(map(str, lost[:6]))}. Use the names that slots(model) lists.")
-    rank = lambda s: r.get(s.name, 8) if isinstance(r, dict) else r
-    masked = lambda s: masks[s.name] if masks is not None and s.name in masks else None
-    with seeded(seed): return _add(model, chosen, lambda s: LoRALinear(s, rank(s), dropout, drop_path, masked(s)), freeze)
+    if lost:
+        raise OpenTransError(
+            f"r has ranks for {len(lost)} tensors that are not chosen: {', '.join(map(str, lost[:6]))}. Use the "
+            f"names that slots(model) lists.")
+    def rank(s): return r.get(s.name, 8) if isinstance(r, dict) else r
+    def masked(s): return masks[s.name] if masks is not None and s.name in masks else None
+    with seeded(seed):
+        return _add(model, chosen, lambda s: LoRALinear(s, rank(s), dropout, drop_path, masked(s)), freeze)
 
 def add_adapters(
     model:nn.Module, # Changed in place; names are read in its tower
@@ -519,10 +635,14 @@ def add_adapters(
     freeze:bool=True, # Freeze every other parameter of the tower?
     seed:int=None, # Of the initial `V`
 )->Added: # Handle: `.parts` by name, `.remove()`; a context manager
-    "Add adapters behind matrices, by name. Raises `OpenTransError` for names that are not there, shared, taken, or no matrices."
+    """Add adapters behind matrices, by name. Raises `OpenTransError` for names that are not there, shared, taken,
+    or no matrices."""
     chosen = _wanted(model, names, _MATRICES)
     odd = [s.name for s in chosen if 'adapter' not in takes(s)]
-    if odd: raise OpenTransError(f"An adapter stands behind a Linear, a Conv2d or a projection of an attention, not behind {', '.join(odd[:6])}.")
+    if odd:
+        raise OpenTransError(
+            f"An adapter stands behind a Linear, a Conv2d or a projection of an attention, not behind "
+            f"{', '.join(odd[:6])}.")
     with seeded(seed): return _add(model, chosen, lambda s: SequentialAdapter(s, r, dropout, drop_path), freeze)
 
 def add_sparse(
@@ -530,7 +650,8 @@ def add_sparse(
     masks:dict, # Name of any tensor -> bool tensor of its shape: the entries to tune
     freeze:bool=True, # Freeze every other parameter of the tower?
 )->Added: # Handle: `.parts` by name, `.remove()`; a context manager
-    "Add updates of single weights, by name. Raises `OpenTransError` for names that are not there, shared or taken, and masks that do not fit."
+    """Add updates of single weights, by name. Raises `OpenTransError` for names that are not there, shared or
+    taken, and masks that do not fit."""
     chosen = {n: _wanted(model, [n])[0] for n in masks}
     given = {s.name: masks[n] for n,s in chosen.items()}
     return _add(model, list(chosen.values()), lambda s: SparseDelta(s, torch.as_tensor(given[s.name])), freeze)
@@ -544,7 +665,8 @@ def merge_peft(
     tower = find_tower(model)
     for module in [m for m in tower.modules() if isinstance(m, Tunable)]:
         for name,part in [(n, p) for n,p in module.tuned.items() if p.merges]:
-            w = module._parameters[part.key]; w.copy_(part.onto(w))
+            w = module._parameters[part.key]
+            w.copy_(part.onto(w))
             _take(tower, module, name)
     return model
 
@@ -560,13 +682,18 @@ def trainable_report(
     heads=None, # Modules that are not counted as body; None asks the model (`find_heads`)
 )->pd.DataFrame: # Columns `tensor`, `class`, `count`, `share`: of the body's parameters
     "What a model trains: one row a tensor, of class lora, adapter, sparse, full or head."
-    rows,body,ends = {},0,_of_head(model, heads)
+    rows = {}
+    body = 0
+    ends = _of_head(model, heads)
     for name,p in model.named_parameters():
-        path,inside,rest = name.partition('.tuned.') if '.tuned.' in name else ('', 'tuned.', name[6:]) if name.startswith('tuned.') else (name, '', '')
+        path,inside,rest = (name.partition('.tuned.') if '.tuned.' in name else ('', 'tuned.', name[6:])
+                            if name.startswith('tuned.') else (name, '', ''))
         if inside:
             key = '.'.join(filter(None, [path, rest.rpartition('.')[0]]))
             kind = model.get_submodule(name.rpartition('.')[0]).kind
-        else: key,kind = name,'head' if id(p) in ends else 'full'; body += 0 if id(p) in ends else p.numel()
+        else:
+            key,kind = name,'head' if id(p) in ends else 'full'
+            body += 0 if id(p) in ends else p.numel()
         if p.requires_grad: rows[key, kind] = rows.get((key, kind), 0) + p.numel()
     t = pd.DataFrame([(*k, n) for k,n in rows.items()], columns=['tensor', 'class', 'count'])
     t['share'] = t['count']/max(1, body)

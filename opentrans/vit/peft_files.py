@@ -42,23 +42,29 @@ def _own_parameters(tower):
 def _state(tower):
     "What a model keeps of what it has seen: running means and variances, and how many batches they are of."
     inside = {id(b) for m in tower.modules() if isinstance(m, Part) for b in m.buffers()}
-    kept = {f'{n}.{k}'.lstrip('.'): b for n,m in bare_modules(tower) for k,b in m._buffers.items() if b is not None and k not in m._non_persistent_buffers_set}
+    kept = {f'{n}.{k}'.lstrip('.'): b for n,m in bare_modules(tower)
+            for k,b in m._buffers.items() if b is not None and k not in m._non_persistent_buffers_set}
     return {n: b for n,b in kept.items() if id(b) not in inside and (b.is_floating_point() or b.ndim == 0)}
 
-def _all_parts(tower): return {'.'.join(filter(None, [n, k])): p for n,m in bare_modules(tower) if isinstance(m, Tunable) for k,p in m.tuned.items()}
+def _all_parts(tower):
+    return {'.'.join(filter(None, [n, k])): p for n,m in bare_modules(tower) if isinstance(m, Tunable)
+            for k,p in m.tuned.items()}
 
 def save_added(
     model:nn.Module, # With parts
     path, # A `.safetensors` file
     **metadata, # Facts about the training
 ):
-    "Write the parts of a model, its other trained parameters, and the running statistics of its norms; whole or not at all."
+    """Write the parts of a model, its other trained parameters, and the running statistics of its norms; whole or
+    not at all."""
     tower = find_tower(model)
     made = _all_parts(tower)
-    about = {n: dict(kind=p.kind, r=getattr(p, 'r', None) or (len(p.V) if p.kind == 'adapter' else 0), dropout=p.dropout, drop_path=p.drop_path) for n,p in made.items()}
+    about = {n: dict(kind=p.kind, r=getattr(p, 'r', None) or (len(p.V) if p.kind == 'adapter' else 0),
+                     dropout=p.dropout, drop_path=p.drop_path) for n,p in made.items()}
     tensors = {f'part:{n}:{k}': t for n,p in made.items() for k,t in p.state_dict().items()}
     inside = {id(q) for p in made.values() for q in p.parameters()}
-    tensors.update((f'full:{n}', p) for n,p in _own_parameters(tower).items() if p.requires_grad and id(p) not in inside)
+    tensors.update((f'full:{n}', p)
+                   for n,p in _own_parameters(tower).items() if p.requires_grad and id(p) not in inside)
     tensors.update((f'state:{n}', b) for n,b in _state(tower).items())
     check_finite(tensors, 'nothing is saved', 'The training has diverged: use a smaller learning rate.')
     save_tensors(tensors, path, dict(metadata, parts=about), PARTS_FILE)
@@ -68,8 +74,11 @@ def load_added(
     model:nn.Module, # The base model, changed in place
     path, # What `save_added` wrote
     freeze:bool=True, # Freeze what was frozen?
-)->Added: # Handle: `.parts` by name, `.remove()` (parameters that were trained in full, and running statistics, keep their values)
-    "Put saved parts on a model. Raises `OpenTransError`, with nothing changed, for a file of another kind or a damaged one, and where it does not fit."
+    # Handle: `.parts` by name, `.remove()` (parameters that were trained in full, and running statistics, keep
+    # their values)
+)->Added:
+    """Put saved parts on a model. Raises `OpenTransError`, with nothing changed, for a file of another kind or a
+    damaged one, and where it does not fit."""
     tensors, meta = load_tensors(path, kind=PARTS_FILE)
     about = metadata_value(meta, 'parts', dict[str, _About], path)
     states, full = _split_saved(tensors, about, path)
@@ -78,7 +87,9 @@ def load_added(
     names = {place: n for n, place in places.items()}
     chosen = _wanted(model, list(names)) if names else []
     made = {s.name: _from_state(s, about[names[s.name]], states[names[s.name]], path) for s in chosen}
-    own, kept, here = _own_parameters(find_tower(model)), strip_prefix('state:', tensors), _state(find_tower(model))
+    own = _own_parameters(find_tower(model))
+    kept = strip_prefix('state:', tensors)
+    here = _state(find_tower(model))
     check_like(full, {n: own[n] for n in full if n in own}, path, 'trained parameters')
     check_like(kept, {n: here[n] for n in kept if n in here}, path, 'running statistics')
     added = _add(model, chosen, lambda slot: made[slot.name], freeze)
@@ -93,7 +104,9 @@ def _from_state(slot, about, state, path):
     "A part from what was saved of it. Raises `OpenTransError` where it does not fit the tensor."
     try: _check_state(slot, about, state)
     except (KeyError, IndexError, ValueError, RuntimeError) as error:
-        raise DamagedFile(f"The saved part for '{slot.name}' in '{path}' does not fit it ({shorten(error)}). Was it trained on another base?") from error
+        raise DamagedFile(
+            f"The saved part for '{slot.name}' in '{path}' does not fit it ({shorten(error)}). Was it trained on "
+            f"another base?") from error
     if about['kind'] == 'sparse':
         mask = torch.zeros(slot.matrix, dtype=torch.bool)
         mask[tuple(state['idx'])] = True
@@ -111,20 +124,26 @@ def _check_state(slot, about, state):
     (n, m), size = slot.matrix, math.prod(slot.shape)
     if about['kind'] == 'sparse':
         idx = state['idx']
-        if idx.dtype != torch.int64 or idx.ndim != 2 or len(idx) != 2 or not idx.numel(): raise ValueError('its entries are no pairs of numbers')
-        if int(idx.min()) < 0 or int(idx[0].max()) >= n or int(idx[1].max()) >= m: raise ValueError('its entries lie outside')
+        if idx.dtype != torch.int64 or idx.ndim != 2 or len(idx) != 2 or not idx.numel():
+            raise ValueError('its entries are no pairs of numbers')
+        if int(idx.min()) < 0 or int(idx[0].max()) >= n or int(idx[1].max()) >= m:
+            raise ValueError('its entries lie outside')
         if not bool((idx[0]*m + idx[1]).diff().gt(0).all()): raise ValueError('its entries are not in order')
-    elif state[dict(lora='A', adapter='V')[about['kind']]].shape[:1] != (about['r'],): raise ValueError(f"its rank is not {about['r']}")
-    if 'mask' in state and (state['mask'].dtype != torch.bool or state['mask'].numel() != size): raise ValueError('its mask is of another shape')
+    elif state[dict(lora='A', adapter='V')[about['kind']]].shape[:1] != (about['r'],):
+        raise ValueError(f"its rank is not {about['r']}")
+    if 'mask' in state and (state['mask'].dtype != torch.bool or state['mask'].numel() != size):
+        raise ValueError('its mask is of another shape')
 
 def _split_saved(tensors, about, path):
-    "The tensors of a file by part, and those of parameters that were trained in full. Raises `DamagedFile` for tensors of no part."
+    """The tensors of a file by part, and those of parameters that were trained in full. Raises `DamagedFile` for
+    tensors of no part."""
     states, full = {n: {} for n in about}, strip_prefix('full:', tensors)
     for name, tensor in tensors.items():
         _, _, rest = name.partition('part:')
         part, _, key = rest.rpartition(':')
         if name.startswith(('full:', 'state:')): continue
-        if not name.startswith('part:') or part not in states: raise PARTS_FILE.damaged(path, f"its tensor '{shorten(name)}' belongs to no part")
+        if not name.startswith('part:') or part not in states:
+            raise PARTS_FILE.damaged(path, f"its tensor '{shorten(name)}' belongs to no part")
         states[part][key] = tensor
     return states, full
 
@@ -138,13 +157,18 @@ def _whole_lora(parts, module, key='weight'):
 def _hf_lora(name, module):
     "A module's low-rank updates as peft names them: (rank, tensors, the parts that are in them)."
     parts = [p for p in getattr(module, 'tuned', {}).values() if _hf_ready(p)]
-    if not parts or not isinstance(module, (nn.Linear, nn.Conv2d)) and getattr(module, 'in_proj_weight', None) is None: return 0,{},[]
+    if (not parts
+        or not isinstance(module, (nn.Linear, nn.Conv2d)) and getattr(module, 'in_proj_weight', None) is None):
+        return 0,{},[]
     A,B = _whole_lora(parts, module, 'in_proj_weight' if isinstance(module, nn.MultiheadAttention) else 'weight')
-    if isinstance(module, nn.Conv2d): A,B = A.view(len(A), *module._parameters['weight'].shape[1:]),B[:, :, None, None]
+    if isinstance(module, nn.Conv2d):
+        A,B = A.view(len(A), *module._parameters['weight'].shape[1:]),B[:, :, None, None]
     ts = {f'{name}.lora_A': A, f'{name}.lora_B': B}
-    if isinstance(module, nn.MultiheadAttention):                          # peft updates its last projection as well: by zero
+    # peft updates its last projection as well: by zero
+    if isinstance(module, nn.MultiheadAttention):
         w = module.out_proj._parameters['weight']
-        ts.update({f'{name}.base_layer.out_proj.lora_A': w.new_zeros(len(A), w.shape[1]), f'{name}.base_layer.out_proj.lora_B': w.new_zeros(len(w), len(A))})
+        ts.update({f'{name}.base_layer.out_proj.lora_A': w.new_zeros(len(A), w.shape[1]),
+                   f'{name}.base_layer.out_proj.lora_B': w.new_zeros(len(w), len(A))})
     return len(A),ts,parts
 
 def _hf_ready(part): return part.kind == 'lora' and part.light
@@ -153,39 +177,57 @@ def _hf_ready(part): return part.kind == 'lora' and part.light
 def _hf_place(at, targets):
     "What peft calls a module when it, or the attention around it, has a low-rank update."
     outer = at.removesuffix('.out_proj')
-    return f'{at}.base_layer' if at in targets else f'{outer}.base_layer.out_proj.base_layer' if outer in targets else at
+    return (f'{at}.base_layer' if at in targets else f'{outer}.base_layer.out_proj.base_layer' if outer in targets
+            else at)
 
 def _as_read(module, key): return module.effective(key) if isinstance(module, Tunable) else module._parameters[key]
 
 def _hf_rest(tower, targets, said):
-    "What is trained besides: (tensors of biases and whole modules, names of these modules, names of what has no word)."
-    tensors,whole,lost = {},set(),[]
+    """What is trained besides: (tensors of biases and whole modules, names of these modules, names of what has no
+    word)."""
+    tensors = {}
+    whole = set()
+    lost = []
     modules = dict(bare_modules(tower))
     for at,module in modules.items():
         if isinstance(module, Part): continue
         for key,p in module._parameters.items():
-            parts = [q for q in getattr(module, 'tuned', {}).values() if q.key == key and not any(q is t for t in said)]
+            parts = [q
+                     for q in getattr(module, 'tuned', {}).values()
+                     if q.key == key and not any(q is t for t in said)]
             if p is None or not (p.requires_grad or parts): continue
             alone = at and at not in targets and not [n for n,_ in module.named_children() if n != 'tuned']
             if any(not q.merges for q in parts): lost.append(f'{at}.{key} (adapter)')
-            elif key.endswith('bias') and isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)): tensors[f'{_hf_place(at, targets)}.{key}'] = _as_read(module, key)
+            elif key.endswith('bias') and isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
+                tensors[f'{_hf_place(at, targets)}.{key}'] = _as_read(module, key)
             elif alone and (p.requires_grad or p.dim() == 1): whole.add(at)
             else: lost.append(f"{at}.{key}".lstrip('.'))
-    whole |= {at for at,m in modules.items() if at and isinstance(m, BATCH_NORMS) and m.running_mean is not None and not isinstance(m, Tunable)}
+    whole |= {at
+              for at,m in modules.items()
+              if at and isinstance(m, BATCH_NORMS) and m.running_mean is not None and not isinstance(m, Tunable)}
     for at in whole:
         m = modules[at]
-        tensors.update({f'{at}.{k}': _as_read(m, k) for k,p in m._parameters.items() if p is not None} | {f'{at}.{k}': b for k,b in m._buffers.items() if b is not None})
+        tensors.update({f'{at}.{k}': _as_read(m, k) for k,p in m._parameters.items() if p is not None}
+                       | {f'{at}.{k}': b for k,b in m._buffers.items() if b is not None})
     return tensors,sorted(whole),lost
 
 # %% ../../nbs/vit/60b_peft_files.ipynb #64101349
 def _hf_all(tower):
-    "All that peft's format can say of a model, and what it cannot: (ranks, tensors, parts, others, whole modules, names of what is lost)."
-    tensors,rank,said = {},{},[]
+    """All that peft's format can say of a model, and what it cannot: (ranks, tensors, parts, others, whole modules,
+    names of what is lost)."""
+    tensors = {}
+    rank = {}
+    said = []
     modules = dict(bare_modules(tower))
     for name,module in modules.items():
-        if name.endswith('.out_proj') and isinstance(modules.get(name.removesuffix('.out_proj')), nn.MultiheadAttention): continue
+        if (name.endswith('.out_proj')
+            and isinstance(modules.get(name.removesuffix('.out_proj')), nn.MultiheadAttention)):
+            continue
         r,ts,parts = _hf_lora(name, module)
-        if r: rank[name] = r; tensors.update({f'{k}.weight': t for k,t in ts.items()}); said += parts
+        if r:
+            rank[name] = r
+            tensors.update({f'{k}.weight': t for k,t in ts.items()})
+            said += parts
     return rank,tensors,said,*_hf_rest(tower, rank, said)
 
 def huggingface_gaps(
@@ -200,16 +242,28 @@ def to_huggingface(
     base:str=None, # Name of the base model, for the file
     partial:bool=False, # Leave out what the format cannot say, instead of an error?
 )->list: # Names of what was left out
-    "Write the low-rank updates, biases and whole modules that a model trains for Hugging Face's peft, with names in the tower. Raises `OpenTransError`."
+    """Write the low-rank updates, biases and whole modules that a model trains for Hugging Face's peft, with names
+    in the tower. Raises `OpenTransError`."""
     rank,tensors,said,rest,whole,lost = _hf_all(find_tower(model))
-    if not rank: raise OpenTransError("There is no low-rank update that peft's format can say. Add some with add_lora, without masks.")
-    if '' in rank: raise OpenTransError("peft needs a module with a name to update. Put the model into one, e.g. nn.Sequential(model).")
+    if not rank:
+        raise OpenTransError(
+            "There is no low-rank update that peft's format can say. Add some with add_lora, without masks.")
+    if '' in rank:
+        raise OpenTransError(
+            "peft needs a module with a name to update. Put the model into one, e.g. nn.Sequential(model).")
     if lost and not partial:
-        raise OpenTransError(f"peft's format has no word for {len(lost)} trained tensors: {', '.join(lost[:6])}. Pass partial=True to leave them out, or keep all with save_added.")
+        raise OpenTransError(
+            f"peft's format has no word for {len(lost)} trained tensors: {', '.join(lost[:6])}. Pass partial=True "
+            f"to leave them out, or keep all with save_added.")
     exact = {f'^{re.escape(n)}$': r for n,r in rank.items()}
-    config = dict(peft_type='LORA', task_type=None, base_model_name_or_path=base, r=8, lora_alpha=8, target_modules=list(rank), rank_pattern=exact, alpha_pattern=exact,
-                  lora_dropout=max((p.dropout for p in said), default=0.), bias='all' if any('bias' in k for k in rest) else 'none', modules_to_save=whole or None, inference_mode=True, init_lora_weights=True, use_rslora=False, use_dora=False, fan_in_fan_out=False)
-    save_tensors({f'base_model.model.{k}': t for k,t in {**tensors, **rest}.items()}, Path(folder)/'adapter_model.safetensors', dict(format='pt'))
+    config = dict(peft_type='LORA', task_type=None, base_model_name_or_path=base, r=8, lora_alpha=8,
+                  target_modules=list(rank), rank_pattern=exact, alpha_pattern=exact,
+                  lora_dropout=max((p.dropout for p in said), default=0.),
+                  bias='all' if any('bias' in k for k in rest) else 'none', modules_to_save=whole or None,
+                  inference_mode=True, init_lora_weights=True, use_rslora=False, use_dora=False,
+                  fan_in_fan_out=False)
+    save_tensors({f'base_model.model.{k}': t for k,t in {**tensors, **rest}.items()},
+                 Path(folder)/'adapter_model.safetensors', dict(format='pt'))
     save_json(config, Path(folder)/'adapter_config.json')
     return lost
 
@@ -221,14 +275,18 @@ def _hf_config(folder):
     method = config.get('peft_type')
     odd = [k for k in _HF_ODD if config.get(k)]
     if method != 'LORA' or odd:
-        raise OpenTransError(f"'{folder}' holds {shorten(method, 40)}{' with ' + ', '.join(odd) if odd else ''}; only plain LORA can be read here.")
+        raise OpenTransError(
+            f"'{folder}' holds {shorten(method, 40)}{' with ' + ', '.join(odd) if odd else ''}; only plain LORA "
+            f"can be read here.")
     check_shape(config, _HFConfig, f"'{path}'")
     check_number(f"lora_dropout of '{path}'", config.get('lora_dropout', 0.), 0, 1, below=True)
-    for name, alpha in [('lora_alpha', config['lora_alpha']), *(config.get('alpha_pattern') or {}).items()]: check_number(f"{shorten(name)} of '{path}'", alpha)
+    for name, alpha in [('lora_alpha', config['lora_alpha']), *(config.get('alpha_pattern') or {}).items()]:
+        check_number(f"{shorten(name)} of '{path}'", alpha)
     for pattern in config.get('alpha_pattern') or {}: _check_pattern(pattern, path)
     return config
 
-_HF_ODD = ('use_dora', 'lora_bias', 'use_qalora', 'use_bdlora', 'fan_in_fan_out', 'layer_replication', 'trainable_token_indices', 'target_parameters', 'alora_invocation_tokens')
+_HF_ODD = ('use_dora', 'lora_bias', 'use_qalora', 'use_bdlora', 'fan_in_fan_out', 'layer_replication',
+           'trainable_token_indices', 'target_parameters', 'alora_invocation_tokens')
 
 class _HFConfig(TypedDict):
     "What is read of peft's configuration. It holds more."
@@ -238,23 +296,31 @@ class _HFConfig(TypedDict):
     alpha_pattern: NotRequired[dict[str, float] | None]
 
 def _check_pattern(pattern, path):
-    "Names in a configuration are regular expressions. Raises `FormatError` for one that is wrong, or may take for ever."
-    many = len(re.findall(r'[*+{]|(?<!\()\?', pattern)) > 3 or re.search(r'\)[*+?{]', pattern) or len(pattern) > 1000
+    """Names in a configuration are regular expressions. Raises `FormatError` for one that is wrong, or may take for
+    ever."""
+    many = (len(re.findall(r'[*+{]|(?<!\()\?', pattern)) > 3 or re.search(r'\)[*+?{]', pattern)
+            or len(pattern) > 1000)
     try: re.compile(pattern)
     except (re.error, RecursionError, OverflowError): many = True
-    if many: raise FormatError(f"'{path}' has the pattern {shorten(repr(pattern))} among the names of alpha_pattern, which is not read here: write out the names.")
+    if many:
+        raise FormatError(
+            f"'{path}' has the pattern {shorten(repr(pattern))} among the names of alpha_pattern, which is not "
+            f"read here: write out the names.")
 
 def _hf_scale(c, name, r):
     "The factor on a module's update."
-    at = next((v for k,v in (c.get('alpha_pattern') or {}).items() if re.match(rf'(.*\.)?({k})$', name)), c['lora_alpha'])
+    at = next((v for k,v in (c.get('alpha_pattern') or {}).items() if re.match(rf'(.*\.)?({k})$', name)),
+              c['lora_alpha'])
     return at/(math.sqrt(r) if c.get('use_rslora') else r)
 
 def _are_factors(A, B):
     "Are these the two factors of an update?"
-    return A.is_floating_point() and B.is_floating_point() and min(A.ndim, B.ndim) > 1 and len(A) > 0 and B.flatten(1).shape[1] == len(A)
+    return (A.is_floating_point() and B.is_floating_point() and min(A.ndim, B.ndim) > 1 and len(A) > 0
+            and B.flatten(1).shape[1] == len(A))
 
 def _hf_pairs(tensors, config, own, folder):
-    "The low-rank updates: name of the parameter -> (A, B with its factor). Raises `OpenTransError` for those that are not whole."
+    """The low-rank updates: name of the parameter -> (A, B with its factor). Raises `OpenTransError` for those that
+    are not whole."""
     pairs, halves = {}, {k for k in tensors if '.lora_' in k}
     for k, A in tensors.items():
         if not k.endswith('.lora_A.weight'): continue
@@ -265,12 +331,16 @@ def _hf_pairs(tensors, config, own, folder):
         if not A.any(): continue
         clean = at.replace('.base_layer', '')
         name = next((n for n in (f'{clean}.weight', f'{clean}.in_proj_weight') if n in own), f'{clean}.weight')
-        pairs[name] = A.flatten(1),B.flatten(1)*_hf_scale(config, clean.removesuffix('.out_proj') if at != clean else clean, len(A))
+        pairs[name] = A.flatten(1),B.flatten(1)*_hf_scale(config,
+                                                          clean.removesuffix('.out_proj') if at != clean
+                                                          else clean, len(A))
     if halves: raise _hf_unfit(sorted(halves), folder, 'are no part of a plain LORA')
     return pairs
 
 def _hf_unfit(names, folder, why='do not fit the model'):
-    return OpenTransError(f"{len(names)} tensors of '{folder}' {why}: {', '.join(map(shorten, names[:6]))}. Was it made for another base?")
+    return OpenTransError(
+        f"{len(names)} tensors of '{folder}' {why}: {', '.join(map(shorten, names[:6]))}. Was it made for another "
+        f"base?")
 
 def _hf_fits(tensor, param):
     "Can a parameter take these values?"
@@ -283,17 +353,22 @@ def from_huggingface(
     folder, # With `adapter_config.json` and `adapter_model.safetensors`
     freeze:bool=True, # Freeze every other parameter of the tower?
 )->Added: # Handle: `.parts` by name, `.remove()` (biases and whole modules keep their new values)
-    "Put a LoRA of Hugging Face's peft on a model. The base that it names is not fetched. Raises `OpenTransError`, with nothing changed, for other methods, and where it does not fit."
+    """Put a LoRA of Hugging Face's peft on a model. The base that it names is not fetched. Raises `OpenTransError`,
+    with nothing changed, for other methods, and where it does not fit."""
     config,(tensors,_) = _hf_config(folder),load_tensors(Path(folder)/'adapter_model.safetensors')
     check_finite(tensors, f"the adapter in '{folder}'", 'It is of no use: take another.')
     tensors = {k.removeprefix('base_model.model.'): t for k,t in tensors.items()}
     own = dict(find_tower(model).state_dict(keep_vars=True))
     pairs = _hf_pairs(tensors, config, own, folder)
-    full = {k.replace('.base_layer', '').replace('.modules_to_save', ''): t for k,t in tensors.items() if '.lora_' not in k and '.original_module' not in k}
+    full = {k.replace('.base_layer', '').replace('.modules_to_save', ''): t
+            for k,t in tensors.items() if '.lora_' not in k and '.original_module' not in k}
     bad = [n for n,t in full.items() if not _hf_fits(t, own.get(n))]
-    bad += [n for n,(A,B) in pairs.items() if n not in own or own[n].ndim < 2 or (len(B), A.shape[1]) != (len(own[n]), own[n][0].numel())]
+    bad += [n
+            for n,(A,B) in pairs.items() if n not in own or own[n].ndim < 2
+            or (len(B), A.shape[1]) != (len(own[n]), own[n][0].numel())]
     if bad: raise _hf_unfit(bad, folder)
-    added = add_lora(model, list(pairs), {n: len(A) for n,(A,_) in pairs.items()}, config.get('lora_dropout', 0.), freeze=freeze)
+    added = add_lora(model, list(pairs), {n: len(A) for n,(A,_) in pairs.items()}, config.get('lora_dropout', 0.),
+                     freeze=freeze)
     for n,(A,B) in pairs.items():
         added.parts[n].A.copy_(A)
         added.parts[n].B.copy_(B)

@@ -47,8 +47,9 @@ def load_weights(
     left = [n for n,t in there.items() if n not in state or state[n].shape != t.shape]
     odd = [n for n in left if not is_of_head(n, heads)]
     if odd:
-        raise OpenTransError(f"'{path}' does not fit {type(model).__name__}: {len(odd)} tensors are missing or of other "
-                             f"shapes, such as {', '.join(odd[:3])}. Is it of another model or picture size?")
+        raise OpenTransError(
+            f"'{path}' does not fit {type(model).__name__}: {len(odd)} tensors are missing or of other "
+            f"shapes, such as {', '.join(odd[:3])}. Is it of another model or picture size?")
     model.load_state_dict({n: t for n,t in state.items() if n in there and n not in left}, strict=False)
     return left
 
@@ -64,18 +65,21 @@ def open_model(
     import timm
     if not timm.is_model(name): raise unknown('model of timm', name, timm.list_models())
     if pretrained is None:
-        raise OpenTransError("Say which weights to begin with: pretrained='weights.safetensors', 'timm' (fetched, with "
-                             "allow_hub), or 'none' for random ones.")
+        raise OpenTransError(
+            "Say which weights to begin with: pretrained='weights.safetensors', 'timm' (fetched, with "
+            "allow_hub), or 'none' for random ones.")
     if pretrained == 'timm' and not allow_hub:
-        raise OpenTransError("pretrained='timm' fetches weights from the Hugging Face hub: allow it, by allow_hub=True "
-                             "or --allow-hub.")
+        raise OpenTransError(
+            "pretrained='timm' fetches weights from the Hugging Face hub: allow it, by allow_hub=True "
+            "or --allow-hub.")
     options = dict(pretrained=pretrained == 'timm', num_classes=classes)
     sized = {} if size is None else dict(img_size=size)
     with seeded(seed):
         try: model = timm.create_model(name, **options, **sized)
         except TypeError: model = timm.create_model(name, **options) # a network that takes any size
         except (AssertionError, ValueError) as error:
-            raise OpenTransError(f"{name} cannot be built for pictures of side {size}: {shorten(error)}.") from error
+            raise OpenTransError(
+                f"{name} cannot be built for pictures of side {size}: {shorten(error)}.") from error
     if pretrained not in ('none', 'timm'): load_weights(model, pretrained)
     model.picture_size = size
     return model.eval()
@@ -125,7 +129,9 @@ def fit(
     "Train what has a gradient (thesis, Sec. 2.4.1). Raises `OpenTransError` where the loss is no number."
     for what, number in (('lr', lr), ('weight_decay', weight_decay)): check_number(what, number, 0)
     opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
-    steps, history, at = max(1, epochs*len(loader)), [], 0
+    steps = max(1, epochs*len(loader))
+    history = []
+    at = 0
     for _ in progress(range(epochs), 'train'):
         model.train()
         losses = []
@@ -192,8 +198,10 @@ def spt_on(
         merged = float((model(x)-before).abs().max())
     different = _write(model, out, 'merged', x.shape[1:], onnx, tuned='spt')
     single, loss = sum(int(m.sum()) for m in alloc.masks.values()), history[-1] if history else None
-    plan = dict(budget=budget, spent=alloc.spent, head=alloc.head, trained=alloc.n_trainable, share=alloc.spent/body)
-    plan.update(structured=len(alloc.structured), single=single, tau=alloc.tau, note=alloc.note, samples=sens.samples)
+    plan = dict(budget=budget, spent=alloc.spent, head=alloc.head, trained=alloc.n_trainable,
+                share=alloc.spent/body)
+    plan.update(structured=len(alloc.structured), single=single, tau=alloc.tau, note=alloc.note,
+                samples=sens.samples)
     return dict(plan, loss=loss, accuracy=tested, merged_difference=merged, onnx_difference=different)
 
 # %% ../../nbs/vit/64c_products.ipynb #4f84ad2e

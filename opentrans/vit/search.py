@@ -30,7 +30,8 @@ def embedding_loss(
     embed=None, # Function of (model, batch) -> embeddings; None calls the model on the batch
     dim:int=1, # Their dimension that holds the embedding: 1 for (B,D) and for maps (B,D,h,w)
 ): # A loss: function of (model, batch)
-    "Distillation without labels: one minus the cosine between the student's and the teacher's embeddings, mean over pictures and cells."
+    """Distillation without labels: one minus the cosine between the student's and the teacher's embeddings, mean
+    over pictures and cells."""
     embed = embed or (lambda m, batch: m(batch))
     def loss(model, batch):
         check_images(batch)
@@ -48,7 +49,9 @@ def teacher_loss(
     teacher:nn.Module, # A classifier, in eval mode; the thesis's is a CNN
     weight:float=1., # Of the teacher's part
     balance:str='thesis', # `'thesis'`: L_CE + weight L_dist; `'code'`: half of each
-    soft:float=None, # Temperature of soft answers, which are compared by their divergence times its square (Tab. 4.4); None for hard labels
+    # Temperature of soft answers, which are compared by their divergence times its square (Tab. 4.4); None for hard
+    # labels
+    soft:float=None,
 ): # A loss: function of (model, (images, labels))
     "Labels and the teacher's answers (thesis, Eq. 4.17). Raises `OpenTransError`."
     if balance not in ('thesis', 'code'): raise unknown('balance', balance, ['thesis', 'code'])
@@ -66,7 +69,8 @@ def teacher_loss(
 def _divergence(y, said, soft):
     "From hard labels of a teacher, or from its answers at a temperature."
     if soft is None: return F.cross_entropy(y, said.argmax(1))
-    return soft**2*F.kl_div((y/soft).log_softmax(1), (said/soft).log_softmax(1), reduction='batchmean', log_target=True)
+    return (soft**2*F.kl_div((y/soft).log_softmax(1), (said/soft).log_softmax(1), reduction='batchmean',
+                             log_target=True))
 
 # %% ../../nbs/vit/63c_search.ipynb #00966787
 def gate_optimizers(
@@ -75,12 +79,16 @@ def gate_optimizers(
     gate_lr:float=1e-3, # Of the gates
     weight_decay:float=.05, # Of the weights
 )->tuple: # (of the weights, of the gates); the second is None for a model without gates
-    "The two optimizers of a search. Raises `OpenTransError` for rates below 0, and for a model in which nothing learns."
-    for name, rate in (('lr', lr), ('gate_lr', gate_lr), ('weight_decay', weight_decay)): check_number(name, rate, 0)
-    if not any(p.requires_grad for p in model.parameters()): raise OpenTransError("No parameter of the model learns. Call model.requires_grad_(True) on what shall.")
+    """The two optimizers of a search. Raises `OpenTransError` for rates below 0, and for a model in which nothing
+    learns."""
+    for name, rate in (('lr', lr), ('gate_lr', gate_lr), ('weight_decay', weight_decay)):
+        check_number(name, rate, 0)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise OpenTransError("No parameter of the model learns. Call model.requires_grad_(True) on what shall.")
     gates = [p for n,p in model.named_parameters() if n.split('.')[-1] in ('gate', 'head_gate') and p.requires_grad]
     ids = {id(p) for p in gates}
-    opt_w = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad and id(p) not in ids], lr=lr, weight_decay=weight_decay)
+    opt_w = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad and id(p) not in ids], lr=lr,
+                              weight_decay=weight_decay)
     return opt_w,torch.optim.AdamW(gates, lr=gate_lr, weight_decay=0.) if gates else None
 
 def search_step(
@@ -102,7 +110,8 @@ def search_step(
     if clip_grad: nn.utils.clip_grad_norm_([p for g in opt_w.param_groups for p in g['params']], clip_grad)
     for o in (opt_w, opt_g):
         if o is not None: o.step()
-    return dict(loss=total.item(), task=task.item(), **({} if cost is None else dict(gflops=cost.flops(model).item()/1e9)))
+    return dict(loss=total.item(), task=task.item(),
+                **({} if cost is None else dict(gflops=cost.flops(model).item()/1e9)))
 
 # %% ../../nbs/vit/63c_search.ipynb #90100629
 SPVIT_RUN = FileKind('opentrans-spvit-run', 'checkpoint of a search', 'train_spvit', oldest=2)
@@ -113,13 +122,15 @@ def _gated(model):
             for m in model.modules() if isinstance(m, (UnifiedAttention, UnifiedMLP, UnifiedDepthwise))]
 
 def _resume(run, model, opts, steps):
-    "The history of a checkpoint; model and optimizers are brought to where it was. Raises `OpenTransError`, with the model unchanged, if it is damaged or of another run."
+    """The history of a checkpoint; model and optimizers are brought to where it was. Raises `OpenTransError`, with
+    the model unchanged, if it is damaged or of another run."""
     held = run.load()
     if held is None: return []
     tensors, meta = held
     history = metadata_value(meta, 'history', list[dict[str, int | float]], run.path)
     step = metadata_value(meta, 'step', int, run.path)
-    if not 0 < step <= steps or len(history) != step or len({tuple(row) for row in history}) > 1: raise SPVIT_RUN.damaged(run.path, f'it says step {step} of {steps}')
+    if not 0 < step <= steps or len(history) != step or len({tuple(row) for row in history}) > 1:
+        raise SPVIT_RUN.damaged(run.path, f'it says step {step} of {steps}')
     weights = strip_prefix('model.', tensors)
     check_like(weights, model.state_dict(), run.path)
     names, known = {p: n for n, p in model.named_parameters()}, ['model.']
@@ -127,18 +138,29 @@ def _resume(run, model, opts, steps):
         if opt is None: continue
         known.append(f'{key}.')
         restore_optimizer(opt, tensors, names, run.path, f'{key}.')
-        if {k for held in opt.state.values() for k in held} != {'step', 'exp_avg', 'exp_avg_sq'}: raise SPVIT_RUN.damaged(run.path, 'the state of an optimizer is missing')
-        if any(held['step'] < 0 or bool((held['exp_avg_sq'] < 0).any()) for held in opt.state.values()): raise SPVIT_RUN.damaged(run.path, 'the state of an optimizer is none')
+        if {k for held in opt.state.values() for k in held} != {'step', 'exp_avg', 'exp_avg_sq'}:
+            raise SPVIT_RUN.damaged(run.path, 'the state of an optimizer is missing')
+        if any(held['step'] < 0 or bool((held['exp_avg_sq'] < 0).any()) for held in opt.state.values()):
+            raise SPVIT_RUN.damaged(run.path, 'the state of an optimizer is none')
     odd = [n for n in tensors if not n.startswith(tuple(known))]
     if odd: raise SPVIT_RUN.damaged(run.path, f"its tensor '{shorten(odd[0])}' belongs to nothing")
     model.load_state_dict(weights)
     return history
 
 class _Stream:
-    "The i-th batch of a loader that is gone through again and again. Each round is shuffled by the seed and its number, so that a run can be taken up anywhere."
+    """The i-th batch of a loader that is gone through again and again. Each round is shuffled by the seed and its
+    number, so that a run can be taken up anywhere."""
     def __init__(self, loader, seed, device):
-        if not hasattr(loader, '__iter__'): raise OpenTransError(f"Batches come from a function of the step, a list, or a loader, not from a {type(loader).__name__}.")
-        self.loader,self.seed,self.device,self.round,self.at,self.rest = loader,seed,device,-1,-1,iter(())
+        if not hasattr(loader, '__iter__'):
+            raise OpenTransError(
+                f"Batches come from a function of the step, a list, or a loader, not from a "
+                f"{type(loader).__name__}.")
+        self.loader = loader
+        self.seed = seed
+        self.device = device
+        self.round = -1
+        self.at = -1
+        self.rest = iter(())
     def __call__(self, i):
         while self.at < i: batch = self._next()
         return to_device(batch, self.device)
@@ -167,24 +189,32 @@ def train_spvit(
     seed:int=0, # Of the draws
     checkpoint=None, # A `.safetensors` file to go on from and to write; it is locked while the run lasts
     checkpoint_every:int=200, # Steps between checkpoints
-)->pd.DataFrame: # A row for each step: loss, task, and of a search gflops and the number of each operation and of units
-    "Search, or fine-tune. Raises `OpenTransError` for a checkpoint of other settings, and where the training diverges; no checkpoint is written then."
-    for name, number, low in (('steps', steps, 1), ('checkpoint_every', checkpoint_every, 1), ('seed', seed, -2**63)): check_number(name, number, low, whole=True)
+    # A row for each step: loss, task, and of a search gflops and the number of each operation and of units
+)->pd.DataFrame:
+    """Search, or fine-tune. Raises `OpenTransError` for a checkpoint of other settings, and where the training
+    diverges; no checkpoint is written then."""
+    for name, number, low in (('steps', steps, 1), ('checkpoint_every', checkpoint_every, 1),
+                              ('seed', seed, -2**63)):
+        check_number(name, number, low, whole=True)
     if clip_grad is not None: check_number('clip_grad', clip_grad, 0)
     if not callable(batch): batch = _Stream(batch, seed, device_of(model))
     opts = dict(zip('wg', gate_optimizers(model, lr, gate_lr, weight_decay)))
-    settings = dict(steps=steps, lr=lr, gate_lr=gate_lr, weight_decay=weight_decay, cosine=cosine, seed=seed, clip_grad=clip_grad, gates=_gated(model),
-                    target=cost and cost.target, weight=cost and cost.weight)
+    settings = dict(steps=steps, lr=lr, gate_lr=gate_lr, weight_decay=weight_decay, cosine=cosine, seed=seed,
+                    clip_grad=clip_grad, gates=_gated(model), target=cost and cost.target,
+                    weight=cost and cost.weight)
     run = None if checkpoint is None else RunFile(checkpoint, settings, SPVIT_RUN)
     with lock_file(checkpoint):
         history = [] if run is None else _resume(run, model, opts, steps)
         model.train()
         for i in progress(range(len(history), steps), 'search' if cost is not None else 'fine-tune'):
             for g in opts['w'].param_groups: g['lr'] = lr*(.5 + .5*math.cos(math.pi*i/steps)) if cosine else lr
-            with seeded(seed*1_000_003 + i): row = search_step(model, batch(i), opts['w'], opts['g'], loss, cost, clip_grad)
+            with seeded(seed*1_000_003 + i):
+                row = search_step(model, batch(i), opts['w'], opts['g'], loss, cost, clip_grad)
             history.append(row if cost is None else row | _row_of(model))
-            if run is not None and ((i+1) % checkpoint_every == 0 or i+1 == steps): run.save(_run_tensors(model, opts), step=i+1, history=history)
-        check_finite(model.state_dict(), 'after the last step', 'The training has diverged. Try a smaller lr, or clip_grad=1.')
+            if run is not None and ((i+1) % checkpoint_every == 0 or i+1 == steps):
+                run.save(_run_tensors(model, opts), step=i+1, history=history)
+        check_finite(model.state_dict(), 'after the last step',
+                     'The training has diverged. Try a smaller lr, or clip_grad=1.')
     model.eval()
     return pd.DataFrame(history)
 
@@ -195,7 +225,8 @@ def _row_of(model):
 
 def _run_tensors(model, opts):
     "The weights and the state of both optimizers, by name."
-    names, tensors = {p: n for n, p in model.named_parameters()}, {f'model.{n}': t for n, t in model.state_dict().items()}
+    names = {p: n for n, p in model.named_parameters()}
+    tensors = {f'model.{n}': t for n, t in model.state_dict().items()}
     for key, opt in opts.items():
         if opt is not None: tensors.update(optimizer_tensors(opt, names, f'{key}.'))
     return tensors
@@ -207,11 +238,15 @@ def _draw_spec(model, cost, target, rng, units):
     for m,mlp in blocks:
         if isinstance(m, (UnifiedAttention, UnifiedDepthwise)):
             m.set_op(m.ops[-1] if rng.random() < share or len(m.ops) == 1 else rng.choice(m.ops[:-1]))
-            if getattr(m, 'head_gate', None) is not None: m.head_gate.data.copy_(torch.from_numpy(rng.standard_normal(m.num_heads) + 3*share))
+            if getattr(m, 'head_gate', None) is not None:
+                m.head_gate.data.copy_(torch.from_numpy(rng.standard_normal(m.num_heads) + 3*share))
     if units:
-        ratio,lo,hi = rng.uniform(.1, 1., len(blocks)),0.,10.
+        ratio = rng.uniform(.1, 1., len(blocks))
+        lo = 0.
+        hi = 10.
         for _ in range(20):
-            s = (lo+hi)/2; widths = [int(min(1., s*r)*mlp.hidden) for r,(_,mlp) in zip(ratio, blocks)]
+            s = (lo+hi)/2
+            widths = [int(min(1., s*r)*mlp.hidden) for r,(_,mlp) in zip(ratio, blocks)]
             for w,(_,mlp) in zip(widths, blocks): mlp.keep(range(w))
             lo,hi = (s, hi) if cost.flops(model).item() < target else (lo, s)
     spec = HybridSpec.of(model, 'random')
@@ -232,11 +267,14 @@ def random_spec(
     "A random architecture of a given cost (thesis, Table 4.5). Raises `OpenTransError` if none is found."
     check_number('tolerance', tolerance, 0, above=True)
     check_number('tries', tries, 1, whole=True)
-    model,rng = convert_to_spvit(vit, ops, keep=keep, units=units, heads=heads, **kwargs),np.random.default_rng(seed)
+    model = convert_to_spvit(vit, ops, keep=keep, units=units, heads=heads, **kwargs)
+    rng = np.random.default_rng(seed)
     for _ in range(tries):
         spec = _draw_spec(model, cost, cost.target*1e9, rng, units)
         if abs(cost.flops(model).item()/1e9 - cost.target) <= tolerance*cost.target: return spec
-    raise OpenTransError(f"No random architecture within {tolerance:.0%} of {cost.target:.4g} GFLOPs was found in {tries} draws; the dense model has {cost.flops(vit).item()/1e9:.4g}. Choose another target or tolerance.")
+    raise OpenTransError(
+        f"No random architecture within {tolerance:.0%} of {cost.target:.4g} GFLOPs was found in {tries} draws; "
+        f"the dense model has {cost.flops(vit).item()/1e9:.4g}. Choose another target or tolerance.")
 
 # %% ../../nbs/vit/63c_search.ipynb #175b97b2
 def fit_heads(
@@ -245,9 +283,11 @@ def fit_heads(
 ):
     "Keep the heads of the largest gates, as many as come nearest to the target."
     gates = [m.head_gate for m in model.modules() if getattr(m, 'head_gate', None) is not None]
-    ranked = torch.cat([g.detach() for g in gates]).argsort(descending=True); best = None
+    ranked = torch.cat([g.detach() for g in gates]).argsort(descending=True)
+    best = None
     for k in range(len(ranked)+1):
-        on = torch.full((len(ranked),), -1.); on[ranked[:k]] = 1.
+        on = torch.full((len(ranked),), -1.)
+        on[ranked[:k]] = 1.
         with torch.no_grad():
             for g,v in zip(gates, on.split([len(g) for g in gates])): g.copy_(v)
         off = abs(cost.flops(model).item()/1e9 - cost.target)
@@ -268,14 +308,21 @@ def attention_maps(
     def hook(name, m, args, kwargs):
         x = args[0] if args else kwargs['query']
         if isinstance(m, (UnifiedAttention, HeadAttention)):
-            q,k = m.qk(x).chunk(2, -1) if isinstance(m, UnifiedAttention) else m.qkv(x).chunk(3, -1)[:2]; n,norms = m.num_heads,(m.q_norm, m.k_norm)
-        else: p = attention_parts(m); n,norms = p['heads'],p['norms']; q,k = F.linear(x, *p['qkv']).chunk(3, -1)[:2]
-        q,k = (f(t.unflatten(-1, (n, -1)).transpose(1, 2)) for f,t in zip((f or nn.Identity() for f in norms), (q, k)))
+            q,k = m.qk(x).chunk(2, -1) if isinstance(m, UnifiedAttention) else m.qkv(x).chunk(3, -1)[:2]
+            n,norms = m.num_heads,(m.q_norm, m.k_norm)
+        else:
+            p = attention_parts(m)
+            n,norms = p['heads'],p['norms']
+            q,k = F.linear(x, *p['qkv']).chunk(3, -1)[:2]
+        q,k = (f(t.unflatten(-1, (n, -1)).transpose(1, 2))
+               for f,t in zip((f or nn.Identity() for f in norms), (q, k)))
         maps[name] = (q @ k.mT*q.shape[-1]**-.5).softmax(-1).mean(0)
     for name,b in vit_blocks(model).items():
         m = _parts(b)[0]
-        if getattr(m, 'window', None) or hasattr(m, 'window_area'): raise OpenTransError("Attention in windows has no map of the whole picture.")
-        if _op_of(m) == 'msa': undo.append(m.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True))
+        if getattr(m, 'window', None) or hasattr(m, 'window_area'):
+            raise OpenTransError("Attention in windows has no map of the whole picture.")
+        if _op_of(m) == 'msa':
+            undo.append(m.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True))
     try: (run or model)(images)
     finally:
         for h in undo: h.remove()
@@ -285,14 +332,18 @@ def locality(
     maps:dict, # From `attention_maps`
     grid, # (height, width) of the patches
     prefix:int=1, # Tokens in front of them
-)->pd.DataFrame: # A row for each block and head: distance (mean, in patches), near (share of the 3x3 around), and `even`: both for attention that is the same everywhere
+    # A row for each block and head: distance (mean, in patches), near (share of the 3x3 around), and `even`: both
+    # for attention that is the same everywhere
+)->pd.DataFrame:
     "How local each head is, attention to the class token left out."
     y,x = (t.flatten().float() for t in torch.meshgrid(*map(torch.arange, grid), indexing='ij'))
     far,res = ((y[:, None]-y)**2 + (x[:, None]-x)**2).sqrt(),[]
     near = ((y[:, None]-y).abs() <= 1) & ((x[:, None]-x).abs() <= 1)
     for name,a in maps.items():
-        a = a[:, prefix:, prefix:].cpu(); a = a/a.sum(-1, keepdim=True)
-        res += [dict(block=name, head=h, distance=(p*far).sum(-1).mean().item(), near=(p*near).sum(-1).mean().item()) for h,p in enumerate(a)]
+        a = a[:, prefix:, prefix:].cpu()
+        a = a/a.sum(-1, keepdim=True)
+        res += [dict(block=name, head=h, distance=(p*far).sum(-1).mean().item(),
+                     near=(p*near).sum(-1).mean().item()) for h,p in enumerate(a)]
     return pd.DataFrame(res).assign(even_distance=far.mean().item(), even_near=near.float().mean().item())
 
 # %% ../../nbs/vit/63c_search.ipynb #42d9c63d
@@ -308,7 +359,9 @@ def plot_heads(
     axs = np.ravel(axes(axs, ncols=len(a), figsize=(1.6*len(a), 1.8)))
     for h,ax in enumerate(axs):
         ax.imshow(a[h, prefix+q[0]*grid[1]+q[1], prefix:].reshape(grid), cmap='Greys', vmin=0)
-        ax.add_patch(Rectangle((q[1]-.5, q[0]-.5), 1, 1, fill=False, ec='lime', lw=1.5)); ax.set_xticks([]); ax.set_yticks([])
+        ax.add_patch(Rectangle((q[1]-.5, q[0]-.5), 1, 1, fill=False, ec='lime', lw=1.5))
+        ax.set_xticks([])
+        ax.set_yticks([])
     return axs
 
 def plot_locality(
@@ -318,6 +371,8 @@ def plot_locality(
     "Mean distance of attention by block, a dot a head; the line is attention that is the same everywhere."
     ax = axes(ax, figsize=(5, 2.8))
     order = {b: i+1 for i,b in enumerate(dict.fromkeys(table.block))}
-    ax.scatter(table.block.map(order), table.distance, s=18, alpha=.8); ax.axhline(table.even_distance.iloc[0], ls='--', c='grey', lw=1)
-    ax.set(xlabel='block', ylabel='distance, patches', title='how far heads look', xticks=list(order.values()), ylim=(0, None))
+    ax.scatter(table.block.map(order), table.distance, s=18, alpha=.8)
+    ax.axhline(table.even_distance.iloc[0], ls='--', c='grey', lw=1)
+    ax.set(xlabel='block', ylabel='distance, patches', title='how far heads look', xticks=list(order.values()),
+           ylim=(0, None))
     return ax

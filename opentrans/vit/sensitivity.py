@@ -30,29 +30,41 @@ def candidates(
     heads=None, # Modules that do not compete, since they are trained in full; None asks the model (`find_heads`)
     skip_first:bool=True, # Leave out the first convolution or linear map (the patch embedding)?
 )->dict: # Name -> `Slot`
-    "The tensors among which trainable parameters are allocated (thesis Sec. 2.3; the first layer, the head and parameters of the tower itself are left out)."
+    """The tensors among which trainable parameters are allocated (thesis Sec. 2.3; the first layer, the head and
+    parameters of the tower itself are left out)."""
     there = slots(model)
     first = next((s.module for s in there.values() if s.ismatrix), None) if skip_first else None
     ends = [*find_heads(model, heads), *ends_of(model)]
     res = {n: s for n,s in there.items() if '.' in n and s.module is not first and not is_of_head(n, ends)}
     left = [n for n, slot in res.items() if _no_gradient(slot.param)]
-    if left: warnings.warn(f"{len(left)} tensors are left out, because nothing can be trained in them: {', '.join(left[:4])}.")
+    if left:
+        warnings.warn(
+            f"{len(left)} tensors are left out, because nothing can be trained in them: {', '.join(left[:4])}.")
     res = {n: slot for n, slot in res.items() if n not in left}
-    if not res: raise OpenTransError(f"{type(find_tower(model)).__name__} has no tensors to choose from besides its first layer and head. Name some with names=[...].")
+    if not res:
+        raise OpenTransError(
+            f"{type(find_tower(model)).__name__} has no tensors to choose from besides its first layer and head. "
+            f"Name some with names=[...].")
     return res
 
 def _no_gradient(param):
     "Why the sensitivities of a tensor cannot be taken, or ''."
     return why_not_tunable(param) or ('is of complex numbers' if param.is_complex() else '')
 
-def _tokens(model): return {n: p for n,p in find_tower(model).named_parameters() if n.rpartition('.')[2] in TOKENS and '.tuned.' not in n}
+def _tokens(model):
+    return {n: p
+            for n,p in find_tower(model).named_parameters()
+            if n.rpartition('.')[2] in TOKENS and '.tuned.' not in n}
 
 # %% ../../nbs/vit/61b_sensitivity.ipynb #ae361f20
 def _add_squares(acc, g, a, buffer):
-    "acc += sum over samples of (g_i^T a_i)^2, for g (B,T,n) and a (B,T,m). Tokens that nothing depends on (all but the class token, in a last block) are left out."
+    """acc += sum over samples of (g_i^T a_i)^2, for g (B,T,n) and a (B,T,m). Tokens that nothing depends on (all
+    but the class token, in a last block) are left out."""
     live = (g != 0).any(2).any(0)
     if not live.all(): g,a = g[:, live],a[:, live]
-    if g.shape[1] == 1: acc.addmm_(g[:, 0].square().T, a[:, 0].square()); return
+    if g.shape[1] == 1:
+        acc.addmm_(g[:, 0].square().T, a[:, 0].square())
+        return
     for gi,ai in zip(g, a):
         torch.mm(gi.T, ai, out=buffer)
         acc.addcmul_(buffer, buffer)
@@ -61,12 +73,15 @@ def _flat(t, n, dim): return t.movedim(dim, -1).reshape(n, -1, t.shape[dim])    
 
 class _Rule:
     "How one kind of module computes, and the squared gradients of its parameters by sample."
-    axis,plain = -1,None                                                          # where the features are; a forward that needs no trial
+    axis = -1
+    # where the features are; a forward that needs no trial
+    plain = None
     def __init__(self, module): self.m = module
     def fits(self, x, y):
         if type(self.m).forward is self.plain: return True
         try: mine = self.out(x)
-        except (RuntimeError, IndexError): return False                            # another shape than this rule is for
+        # another shape than this rule is for
+        except (RuntimeError, IndexError): return False
         return mine.shape == y.shape and torch.allclose(mine, y, atol=1e-5, rtol=1e-4)
     def add(self, put, x, g, n):
         "Add to the sums of weight and bias; `put(key)` is the sum."
@@ -87,12 +102,16 @@ class _ConvRule(_Rule):
     axis,plain = 1,nn.Conv2d.forward
     def out(self, x): return self.m._conv_forward(x, self.m.weight, self.m.bias)
     def add(self, put, x, g, n):
-        m,k,go = self.m,self.m.groups,_flat(g, n, 1)
+        m = self.m
+        k = self.m.groups
+        go = _flat(g, n, 1)
         w,acc = m.weight.shape,put('weight').view(k, m.weight.shape[0]//k, -1)
-        x = F.pad(x, m._reversed_padding_repeated_twice, mode='constant' if m.padding_mode == 'zeros' else m.padding_mode)
+        x = F.pad(x, m._reversed_padding_repeated_twice,
+                  mode='constant' if m.padding_mode == 'zeros' else m.padding_mode)
         for i in range(n):
             xi = x[i*len(x)//n:(i+1)*len(x)//n]
-            a = (xi[:, :, ::m.stride[0], ::m.stride[1]].flatten(2) if w[2:] == (1, 1) else F.unfold(xi, m.kernel_size, m.dilation, 0, m.stride)).movedim(0, 1).flatten(1)
+            a = (xi[:, :, ::m.stride[0], ::m.stride[1]].flatten(2) if w[2:] == (1, 1)
+                 else F.unfold(xi, m.kernel_size, m.dilation, 0, m.stride)).movedim(0, 1).flatten(1)
             if k == 1: _add_squares(acc[0], go[i:i+1], a.T[None], put.buffer(acc.shape[1:]))
             else: acc.add_((go[i].T.unflatten(0, (k, -1))@a.unflatten(0, (k, -1)).mT).square())
         if m.bias is not None: put('bias').add_(go.sum(1).square().sum(0))
@@ -100,10 +119,13 @@ class _ConvRule(_Rule):
 class _NormRule(_Rule):
     "A norm whose weight and bias act feature by feature."
     def __init__(self, module, axis):
-        super().__init__(module); self.axis,self.keys = axis,[k for k in ('weight', 'bias') if module._parameters.get(k) is not None]
+        super().__init__(module)
+        self.axis,self.keys = axis,[k for k in ('weight', 'bias') if module._parameters.get(k) is not None]
     def normed(self, x):
         m = self.m
-        if isinstance(m, nn.LayerNorm): return F.layer_norm(x.movedim(self.axis, -1), m.normalized_shape, None, None, m.eps).movedim(-1, self.axis)
+        if isinstance(m, nn.LayerNorm):
+            return F.layer_norm(x.movedim(self.axis, -1), m.normalized_shape, None, None, m.eps).movedim(
+                -1, self.axis)
         if isinstance(m, nn.GroupNorm): return F.group_norm(x, m.num_groups, None, None, m.eps)
         return F.batch_norm(x, m.running_mean, m.running_var, None, None, False, 0., m.eps)
     def out(self, x):
@@ -112,26 +134,34 @@ class _NormRule(_Rule):
 
 class _ScaleRule(_Rule):
     "A factor for each feature, such as a layer scale's `gamma`."
-    def __init__(self, module, axis): super().__init__(module); self.axis,self.keys = axis,list(module._parameters)
+    def __init__(self, module, axis):
+        super().__init__(module)
+        self.axis,self.keys = axis,list(module._parameters)
     def normed(self, x): return x
     def out(self, x): return (x.movedim(self.axis, -1)*self.m._parameters[self.keys[0]]).movedim(-1, self.axis)
 
 # %% ../../nbs/vit/61b_sensitivity.ipynb #5fc8dfa2
 def _rules(m):
-    "The rules that a module may follow; which one is found out by trying. A weight that a parametrisation computes is left to the loop."
+    """The rules that a module may follow; which one is found out by trying. A weight that a parametrisation
+    computes is left to the loop."""
     if isinstance(m, (nn.Linear, nn.Conv2d)) and m._parameters.get('weight') is None: return []
     if isinstance(m, nn.Linear): return [_LinearRule(m)]
     if isinstance(m, nn.Conv2d): return [_ConvRule(m)]
-    if isinstance(m, nn.LayerNorm) and m.weight is not None and len(m.normalized_shape) == 1: return [_NormRule(m, -1), _NormRule(m, 1)]
+    if isinstance(m, nn.LayerNorm) and m.weight is not None and len(m.normalized_shape) == 1:
+        return [_NormRule(m, -1), _NormRule(m, 1)]
     if isinstance(m, (nn.GroupNorm, BATCH_NORMS)) and m.weight is not None: return [_NormRule(m, 1)]
-    if len(m._parameters) == 1 and not list(m.children()) and next(iter(m._parameters.values())).dim() == 1: return [_ScaleRule(m, -1), _ScaleRule(m, 1)]
+    if len(m._parameters) == 1 and not list(m.children()) and next(iter(m._parameters.values())).dim() == 1:
+        return [_ScaleRule(m, -1), _ScaleRule(m, 1)]
     return []
 
 class _AttentionPart:
     "One of the projections of an `nn.MultiheadAttention`, as if it were a Linear."
     def __init__(self, mha, i):
-        self.m,self.i,packed = mha,i,mha.in_proj_weight is not None
-        e = mha.embed_dim; self.rows = slice(i*e, (i+1)*e)
+        self.m = mha
+        self.i = i
+        packed = mha.in_proj_weight is not None
+        e = mha.embed_dim
+        self.rows = slice(i*e, (i+1)*e)
         self.key,self.at = ('in_proj_weight', self.rows) if packed else (f'{"qkv"[i]}_proj_weight', slice(None))
     def add(self, put, x, g, n):
         g,acc = _flat(g, n, -1),put(self.key)[self.at]
@@ -140,31 +170,45 @@ class _AttentionPart:
 
 # %% ../../nbs/vit/61b_sensitivity.ipynb #4507b89e
 class _Sums:
-    "The running sums of one module's parameters, made when they are first asked for; and buffers for products, shared by all modules."
+    """The running sums of one module's parameters, made when they are first asked for; and buffers for products,
+    shared by all modules."""
     buffers = None
     def __init__(self, module, buffers): self.module,self.buffers,self.of = module,buffers,{}
     def __call__(self, key):
-        if key not in self.of: self.of[key] = torch.zeros_like(self.module._parameters[key], memory_format=torch.contiguous_format)
+        if key not in self.of:
+            self.of[key] = torch.zeros_like(self.module._parameters[key], memory_format=torch.contiguous_format)
         return self.of[key]
     def buffer(self, shape):
         p = next(iter(self.module.parameters()))
-        return self.buffers.setdefault((*shape,), torch.empty(*shape, dtype=p.dtype, device=p.device)) if (*shape,) not in self.buffers else self.buffers[(*shape,)]
+        return (self.buffers.setdefault((*shape,), torch.empty(*shape, dtype=p.dtype, device=p.device))
+                if (*shape,) not in self.buffers else self.buffers[(*shape,)])
 
 class _Taps:
     "Hooks on modules: what goes in, and the gradient of what comes out, turned into sums of squared gradients."
     def __init__(self, modules):
-        self.modules,self.buffers,self.rules,self.dims,self.kept,self.mode,self.n,self.undo = list(modules),{},{},{},{},None,0,[]
+        self.modules = list(modules)
+        self.buffers = {}
+        self.rules = {}
+        self.dims = {}
+        self.kept = {}
+        self.mode = None
+        self.n = 0
+        self.undo = []
         self.sums = {id(m): _Sums(m, self.buffers) for m in self.modules}
 
     def covered(self, module, key):
         "Are all gradients of this parameter caught?"
         own = [k for k in self.rules if k[0] == id(module)]
-        return bool(own) if not isinstance(module, nn.MultiheadAttention) else key.startswith('in_proj') and len(own) == 3 or key[1:] == '_proj_weight' and (id(module), 'qkv'.index(key[0])) in self.rules
+        return (bool(own) if not isinstance(module, nn.MultiheadAttention)
+                else key.startswith('in_proj') and len(own) == 3
+                or key[1:] == '_proj_weight' and (id(module), 'qkv'.index(key[0])) in self.rules)
 
     def call(self, module, i, x, y):
         "One call of a module (or of the i-th projection of an attention)."
         key = id(module),i
-        if self.mode: self.probe(key, module, x, y); return y
+        if self.mode:
+            self.probe(key, module, x, y)
+            return y
         if key not in self.rules: return y
         if not y.requires_grad: y = y + torch.zeros((), dtype=y.dtype, device=y.device, requires_grad=True)
         x = x.detach()
@@ -181,15 +225,20 @@ _LOST = object()
 
 @torch.no_grad()
 def _probe(self, key, module, x, y):
-    "A trial call: `one` sample finds the rule; `two` (the first of them the same) find the dimension of samples. A module that is called twice, or fits no rule, is left to the loop."
+    """A trial call: `one` sample finds the rule; `two` (the first of them the same) find the dimension of samples.
+    A module that is called twice, or fits no rule, is left to the loop."""
     if self.mode == 'one':
-        rules = [_AttentionPart(module, key[1])] if isinstance(module, nn.MultiheadAttention) else [r for r in _rules(module) if r.fits(x, y)]
+        rules = ([_AttentionPart(module, key[1])] if isinstance(module, nn.MultiheadAttention)
+                 else [r for r in _rules(module) if r.fits(x, y)])
         self.kept[key] = _LOST if key in self.kept or not rules else (x, rules[0])
     elif self.kept.get(key, _LOST) is not _LOST:
         (a,rule),self.kept[key] = self.kept[key],_LOST
-        grown = [d for d in range(x.dim()) if x.shape[d] == 2*a.shape[d] and x.shape[:d]+x.shape[d+1:] == a.shape[:d]+a.shape[d+1:]]
+        grown = [d
+                 for d in range(x.dim())
+                 if x.shape[d] == 2*a.shape[d] and x.shape[:d]+x.shape[d+1:] == a.shape[:d]+a.shape[d+1:]]
         same = [d for d in grown if torch.allclose(x.narrow(d, 0, a.shape[d]), a, atol=1e-4, rtol=1e-3)]
-        if same and (same[0] == 0 or same[0] < x.dim()-1 and getattr(rule, 'axis', -1) == -1): self.rules[key],self.dims[key] = rule,same[0]
+        if same and (same[0] == 0 or same[0] < x.dim()-1 and getattr(rule, 'axis', -1) == -1):
+            self.rules[key],self.dims[key] = rule,same[0]
 
 def _install(self):
     "Put the hooks on; an attention is written out, so that its projections can be seen."
@@ -199,8 +248,12 @@ def _install(self):
             def project(i, x, m=m): return self.call(m, i, x, F.linear(x, *projection(m, i)))
             m.forward = lambda *a, m=m, project=project, **kw: attend(m, project, m.out_proj, *a, **kw)
             self.undo.append(lambda m=m: m.__dict__.pop('forward'))
-        else: self.undo.append(m.register_forward_hook(lambda m, a, y: self.call(m, 0, a[0], y) if len(a) == 1 and isinstance(y, torch.Tensor) else None).remove)
-    fast = torch.backends.mha.get_fastpath_enabled(); torch.backends.mha.set_fastpath_enabled(False)
+        else:
+            self.undo.append(m.register_forward_hook(lambda m, a, y: self.call(m, 0, a[0], y)
+                                                     if len(a) == 1 and isinstance(y, torch.Tensor)
+                                                     else None).remove)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     self.undo.append(lambda: torch.backends.mha.set_fastpath_enabled(fast))
     return Undo(*self.undo)
 
@@ -212,16 +265,20 @@ def _length(batch): return next((len(t) for t in tree_leaves(batch) if isinstanc
 def _part(batch, a, b):
     "Samples a to b of a batch."
     n = _length(batch)
-    cut = lambda v: v[a:b] if isinstance(v, torch.Tensor) and v.dim() and len(v) == n else v
-    if isinstance(batch, Mapping): return {k: v[a:b] if isinstance(v, (list, tuple)) and len(v) == n else tree_map(cut, v) for k,v in batch.items()}
+    def cut(v): return v[a:b] if isinstance(v, torch.Tensor) and v.dim() and len(v) == n else v
+    if isinstance(batch, Mapping):
+        return {k: v[a:b] if isinstance(v, (list, tuple)) and len(v) == n else tree_map(cut, v)
+                for k,v in batch.items()}
     return tree_map(cut, batch)
 
 def scene_losses(
-    model:nn.Module, # With a method `loss(batch)`, which returns a number, or a dictionary of numbers that are added
+    # With a method `loss(batch)`, which returns a number, or a dictionary of numbers that are added
+    model:nn.Module,
     batch:dict, # Of scenes, as the model takes it
     seed:int=0, # Of what is random in the loss
 )->torch.Tensor: # (n,)
-    "The loss of each scene alone. Losses that compare masks at random points, as those of Mask2Former, FC-CLIP and FASeg, take the same random numbers for each, so that a sample's loss does not depend on the others."
+    """The loss of each scene alone. Losses that compare masks at random points, as those of Mask2Former, FC-CLIP
+    and FASeg, take the same random numbers for each, so that a sample's loss does not depend on the others."""
     res = []
     for i in range(_length(batch)):
         with seeded(seed): loss = model.loss(_part(batch, i, i+1))
@@ -232,32 +289,45 @@ def _default_loss(model, batch):
     "The loss where none is given. Raises `OpenTransError` for a dictionary and a model without a loss of its own."
     if not isinstance(batch, Mapping): return F.cross_entropy
     if callable(getattr(model, 'loss', None)): return scene_losses
-    raise OpenTransError(f"{type(model).__name__} has no loss(batch), so give loss_fn(model, batch), which returns one loss a sample.")
+    raise OpenTransError(
+        f"{type(model).__name__} has no loss(batch), so give loss_fn(model, batch), which returns one loss a "
+        f"sample.")
 
 def _losses(model, loss_fn, batch):
     "One loss a sample, of a part of a batch."
     if isinstance(batch, Mapping):
         loss,n = _ask(loss_fn, model, batch),_length(batch)
-        if not isinstance(loss, torch.Tensor) or loss.numel() != n: raise OpenTransError(f"loss_fn(model, batch) must return one loss a sample, {n} here, not {tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__}. Do not average over the batch.")
+        if not isinstance(loss, torch.Tensor) or loss.numel() != n:
+            raise OpenTransError(
+                f"loss_fn(model, batch) must return one loss a sample, {n} here, not "
+                f"{tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__}. Do not average "
+                f"over the batch.")
         return loss.reshape(n)
     x,y = batch
     out = model(x)
-    return torch.stack([_one_number(_ask(loss_fn, _part(out, i, i+1), _part(y, i, i+1))) for i in range(_length(x))])
+    return torch.stack([_one_number(_ask(loss_fn, _part(out, i, i+1), _part(y, i, i+1)))
+                        for i in range(_length(x))])
 
 def _ask(loss_fn, *given):
     "The loss that was asked for. Raises `OpenTransError` where labels are of no class."
     try: return loss_fn(*given)
-    except IndexError as error: raise OpenTransError(f"The loss cannot be taken: {shorten(error)} Labels must be 0 to the number of classes - 1.") from error
+    except IndexError as error:
+        raise OpenTransError(
+            f"The loss cannot be taken: {shorten(error)} Labels must be 0 to the number of classes - 1.") from error
 
 def _one_number(loss):
     if isinstance(loss, torch.Tensor) and loss.numel() == 1: return loss.reshape(())
     was = tuple(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
-    raise OpenTransError(f"loss_fn(outputs, targets) must return one number, not {was}. Average over the pixels or tokens of a sample.")
+    raise OpenTransError(
+        f"loss_fn(outputs, targets) must return one number, not {was}. Average over the pixels or tokens of a "
+        f"sample.")
 
 def _check_loss(loss):
     "Raises `OpenTransError` if a loss is no number."
     if not bool(torch.isfinite(loss).all()):
-        raise OpenTransError(f"The loss of {int((~torch.isfinite(loss)).sum())} of {loss.numel()} samples is NaN or infinite, so there are no sensitivities. Check the weights, the images and the loss.")
+        raise OpenTransError(
+            f"The loss of {int((~torch.isfinite(loss)).sum())} of {loss.numel()} samples is NaN or infinite, so "
+            f"there are no sensitivities. Check the weights, the images and the loss.")
     return loss
 
 def _samples(loader, n, size, device):
@@ -274,12 +344,17 @@ def _samples(loader, n, size, device):
 def _chosen(batch, at):
     "Some samples of a batch."
     n = _length(batch)
-    pick = lambda v: v[torch.as_tensor(at, device=v.device)] if isinstance(v, torch.Tensor) and v.dim() and len(v) == n else v
-    if isinstance(batch, Mapping): return {k: [v[i] for i in at] if isinstance(v, (list, tuple)) and len(v) == n else tree_map(pick, v) for k,v in batch.items()}
+    def pick(v):
+        return (v[torch.as_tensor(at, device=v.device)] if isinstance(v, torch.Tensor) and v.dim() and len(v) == n
+                else v)
+    if isinstance(batch, Mapping):
+        return {k: [v[i] for i in at] if isinstance(v, (list, tuple)) and len(v) == n else tree_map(pick, v)
+                for k,v in batch.items()}
     return tree_map(pick, batch)
 
 def _drawn(loader, n, seed):
-    "Batches of `n` samples, drawn from all there are; of a loader that does not say how many there are, those that come first."
+    """Batches of `n` samples, drawn from all there are; of a loader that does not say how many there are, those
+    that come first."""
     g = torch.Generator().manual_seed(seed)
     if isinstance(loader, DataLoader): return _drawn_loader(loader, n, g)
     if not isinstance(loader, (list, tuple)): return loader
@@ -295,12 +370,14 @@ def _drawn_loader(loader, n, g):
     data, own = loader.dataset, not isinstance(loader.sampler, (SequentialSampler, RandomSampler))
     if isinstance(data, IterableDataset) or own or loader.batch_size is None or n >= len(data): return loader
     places = torch.randperm(len(data), generator=g)[:n].tolist()
-    return DataLoader(Subset(data, places), loader.batch_size, num_workers=loader.num_workers, collate_fn=loader.collate_fn)
+    return DataLoader(Subset(data, places), loader.batch_size, num_workers=loader.num_workers,
+                      collate_fn=loader.collate_fn)
 
 def _peek(batches):
     "The first batch, and all of them. Raises `OpenTransError` for what gives none."
     if not hasattr(batches, '__iter__') and not hasattr(batches, '__getitem__'):
-        raise OpenTransError(f"The loader must give batches when it is iterated over, not be a {type(batches).__name__}.")
+        raise OpenTransError(
+            f"The loader must give batches when it is iterated over, not be a {type(batches).__name__}.")
     rest = iter(batches)
     first = next(rest, None)
     if first is None: raise OpenTransError("The loader gave no samples.")
@@ -311,19 +388,25 @@ def _check_samples(batch):
     "Raises `OpenTransError` for what is no batch, images of bytes, or inputs and targets of different lengths."
     pair = isinstance(batch, (list, tuple)) and len(batch) == 2
     if not isinstance(batch, Mapping) and not pair:
-        raise OpenTransError(f"A batch must be (inputs, targets) or a dictionary, not {type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (list, tuple)) else ''}.")
+        raise OpenTransError(
+            f"A batch must be (inputs, targets) or a dictionary, not "
+            f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (list, tuple)) else ''}.")
     if isinstance(batch, Mapping):
         for name in ('images', 'image', 'pixel_values'): check_images(batch.get(name))
         return
     check_images(batch[0])
     of_inputs, of_targets = _length(batch[0]), _length(batch[1])
-    if of_targets and of_inputs != of_targets: raise OpenTransError(f"A batch has {of_inputs} inputs and {of_targets} targets. Give a target for each input.")
+    if of_targets and of_inputs != of_targets:
+        raise OpenTransError(
+            f"A batch has {of_inputs} inputs and {of_targets} targets. Give a target for each input.")
 
 # %% ../../nbs/vit/61b_sensitivity.ipynb #800b7622
 @contextlib.contextmanager
 def _as_it_was(model, train, seed):
-    "In the asked mode, without gradients of parameters; afterwards everything is as before: modes, gradients, statistics, generators."
-    modes,flags = [(m, m.training) for m in model.modules()],[(p, p.requires_grad, p.grad) for p in model.parameters()]
+    """In the asked mode, without gradients of parameters; afterwards everything is as before: modes, gradients,
+    statistics, generators."""
+    modes = [(m, m.training) for m in model.modules()]
+    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     buffers = [(b, b.clone()) for b in model.buffers()] if train else []
     try:
         with seeded(seed), torch.inference_mode(False), torch.enable_grad():
@@ -332,13 +415,20 @@ def _as_it_was(model, train, seed):
             yield
     finally:
         for m,t in modes: m.training = t
-        for p,r,g in flags: p.requires_grad_(r); p.grad = g
+        for p,r,g in flags:
+            p.requires_grad_(r)
+            p.grad = g
         with torch.no_grad():
             for b,old in buffers: b.copy_(old)
 
 def _no_coupling(model):
-    bad = [n for n,m in model.named_modules() if isinstance(m, BATCH_NORMS) and (m.training or m.running_mean is None)]
-    if bad: raise OpenTransError(f"{len(bad)} batch norms, such as '{bad[0]}', take their statistics from the batch: a sample has no gradient of its own. Use train=False and norms with running statistics, or per_sample=False.")
+    bad = [n
+           for n,m in model.named_modules()
+           if isinstance(m, BATCH_NORMS) and (m.training or m.running_mean is None)]
+    if bad:
+        raise OpenTransError(
+            f"{len(bad)} batch norms, such as '{bad[0]}', take their statistics from the batch: a sample has no "
+            f"gradient of its own. Use train=False and norms with running statistics, or per_sample=False.")
 
 def _loop(model, loss_fn, batch, params):
     "Squared gradients of single samples by a backward pass for each."
@@ -354,30 +444,42 @@ def _loop(model, loss_fn, batch, params):
 
 # %% ../../nbs/vit/61b_sensitivity.ipynb #7620fbdd
 def _probe_all(taps, model, loss_fn, batch):
-    "Find the rules on one and two samples of the first batch. Raises `OpenTransError` where samples influence each other."
+    """Find the rules on one and two samples of the first batch. Raises `OpenTransError` where samples influence
+    each other."""
     one,two = _part(batch, 0, 1),_part(batch, 0, 2)
     with torch.no_grad():
         taps.mode = 'one'
         alone = _check_loss(_losses(model, loss_fn, one))
         if _length(batch) < 2: two = _chosen(one, [0, 0])
-        taps.mode = 'two'; pair = _losses(model, loss_fn, two)
+        taps.mode = 'two'
+        pair = _losses(model, loss_fn, two)
     taps.mode,taps.kept = None,{}
     if not torch.allclose(alone[0], pair[0], atol=1e-4, rtol=1e-3):
-        raise OpenTransError(f"The loss of a sample is {alone[0]:.5g} alone and {pair[0]:.5g} in a batch: samples influence each other, or the model is random. Use per_sample=False, or loss_fn without averages over the batch.")
+        raise OpenTransError(
+            f"The loss of a sample is {alone[0]:.5g} alone and {pair[0]:.5g} in a batch: samples influence each "
+            f"other, or the model is random. Use per_sample=False, or loss_fn without averages over the batch.")
 
 def _per_sample(model, loader, loss_fn, n, wanted, chunk):
     "Sums of squared per-sample gradients: (module id, key) -> tensor, and the number of samples."
     _no_coupling(model)
     modules = {id(s.module): s.module for s in wanted}
-    shared = {id(p) for p in model.parameters() if sum(p is q for m in model.modules() for q in m._parameters.values()) > 1} if len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters())) else set()
-    taps,done,rest = _Taps(m for m in modules.values() if not any(id(p) in shared for p in m._parameters.values())),0,None
+    shared = ({id(p)
+               for p in model.parameters()
+               if sum(p is q for m in model.modules() for q in m._parameters.values()) > 1}
+              if len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters()))
+              else set())
+    taps = _Taps(m for m in modules.values() if not any(id(p) in shared for p in m._parameters.values()))
+    done = 0
+    rest = None
     with taps.install():
         for batch in _samples(loader, n, chunk, device_of(model)):
             if rest is None:
                 _probe_all(taps, model, loss_fn, batch)
-                rest = {(id(s.module), s.key): s.param for s in wanted if id(s.module) not in taps.sums or not taps.covered(s.module, s.key)}
+                rest = {(id(s.module), s.key): s.param
+                        for s in wanted if id(s.module) not in taps.sums or not taps.covered(s.module, s.key)}
                 extra = {k: torch.zeros_like(p) for k,p in rest.items()}
-            taps.n = _length(batch); done += taps.n
+            taps.n = _length(batch)
+            done += taps.n
             loss = _check_loss(_losses(model, loss_fn, batch)).sum()
             if loss.requires_grad: loss.backward()
             if rest:
@@ -390,15 +492,25 @@ def _per_sample(model, loader, loss_fn, n, wanted, chunk):
 SENSITIVITY_FILE = FileKind('opentrans-sensitivity', 'sensitivities', 'Sensitivity.save')
 
 class Sensitivity(dict):
-    "Name -> sensitivities of a tensor's entries (Eq. 2.3); `.samples` and how they were taken, and `.always`: what is trained in any case, by name."
-    samples, always, info = 0, {}, {}
+    """Name -> sensitivities of a tensor's entries (Eq. 2.3); `.samples` and how they were taken, and `.always`:
+    what is trained in any case, by name."""
+    samples = 0
+    always = {}
+    info = {}
     heads = None # Module -> parameters: the head, which is trained in full beside them; None if nobody has said
-    takes = {} # Name -> structured modules that the tensor can take, `'lora'` and `'adapter'`; of a name that is missing, its shape decides
-    outputs = {} # Name -> (dimension of the outputs, groups) where they are not the first dimension, as in a transposed convolution
+    # Name -> structured modules that the tensor can take, `'lora'` and `'adapter'`; of a name that is missing, its
+    # shape decides
+    takes = {}
+    # Name -> (dimension of the outputs, groups) where they are not the first dimension, as in a transposed
+    # convolution
+    outputs = {}
 
     def table(self)->pd.DataFrame: # Indexed by name: shape, entries, sum and mean
         "A row a tensor."
-        return pd.DataFrame({n: dict(shape=tuple(t.shape), entries=t.numel(), sum=t.sum(dtype=torch.float64).item(), mean=t.mean(dtype=torch.float64).item()) for n,t in self.items()}).T.rename_axis('name').infer_objects()
+        return pd.DataFrame(
+            {n: dict(shape=tuple(t.shape), entries=t.numel(), sum=t.sum(dtype=torch.float64).item(),
+                     mean=t.mean(dtype=torch.float64).item())
+             for n,t in self.items()}).T.rename_axis('name').infer_objects()
 
     def only(self,
         names, # Of tensors; those that have no sensitivities are left out
@@ -412,7 +524,8 @@ class Sensitivity(dict):
     def save(self,
         path, # A `.safetensors` file
     ):
-        "Write them with how they were taken. Raises `OpenTransError`, with nothing written, if some are not finite."
+        """Write them with how they were taken. Raises `OpenTransError`, with nothing written, if some are not
+        finite."""
         check_finite(self, 'nothing is saved', 'Has the loss overflowed?')
         about = {name: getattr(self, name) for name in ('samples', 'always', 'info', 'takes', 'outputs', 'heads')}
         save_tensors(self, path, dict(about, order=list(self)), SENSITIVITY_FILE)
@@ -424,18 +537,25 @@ class Sensitivity(dict):
         "Read sensitivities. Raises `OpenTransError` for another or a damaged file."
         tensors, meta = load_tensors(path, kind=SENSITIVITY_FILE)
         order = metadata_value(meta, 'order', list[str], path) if 'order' in meta else list(tensors)
-        if sorted(order) != sorted(tensors): raise SENSITIVITY_FILE.damaged(path, 'its list of names is not that of its tensors')
+        if sorted(order) != sorted(tensors):
+            raise SENSITIVITY_FILE.damaged(path, 'its list of names is not that of its tensors')
         res = cls({n: tensors[n] for n in order})
         for name, schema in _SENSITIVITY.items():
-            if name in meta or name in _SENSITIVITY_0_1: setattr(res, name, metadata_value(meta, name, schema, path))
+            if name in meta or name in _SENSITIVITY_0_1:
+                setattr(res, name, metadata_value(meta, name, schema, path))
         odd = [n for n, t in res.items() if not t.is_floating_point() or bool((t < 0).any())]
-        odd += [n for n, place in res.outputs.items() if n in res and not (len(place) == 2 and _has_outputs(res[n].shape, *place))]
+        odd += [n
+                for n, place in res.outputs.items()
+                if n in res and not (len(place) == 2 and _has_outputs(res[n].shape, *place))]
         if odd or min([res.samples, *res.always.values(), *(res.heads or {}).values()]) < 0:
-            raise SENSITIVITY_FILE.damaged(path, f"not all sensitivities and counts are from 0 on, as of {shorten(', '.join(odd)) or 'the samples'}")
+            raise SENSITIVITY_FILE.damaged(path,
+                                           f"not all sensitivities and counts are from 0 on, as of "
+                                           f"{shorten(', '.join(odd)) or 'the samples'}")
         check_finite(res, f"the sensitivities in '{path}'", 'Compute them again.')
         return res
 
-_SENSITIVITY = dict(samples=int, always=dict[str, int], info=dict, takes=dict[str, list[str]], outputs=dict[str, list[int]], heads=dict[str, int] | None)
+_SENSITIVITY = dict(samples=int, always=dict[str, int], info=dict, takes=dict[str, list[str]],
+                    outputs=dict[str, list[int]], heads=dict[str, int] | None)
 _SENSITIVITY_0_1 = ('samples', 'always', 'info') # what the files of opentrans 0.1 held
 
 def _has_outputs(shape, dim=0, groups=1):
@@ -445,44 +565,64 @@ def _has_outputs(shape, dim=0, groups=1):
 def param_sensitivity(
     model:nn.Module, # Any; it is not changed
     loader, # Batches (inputs, targets), or dictionaries
-    loss_fn=None, # `loss_fn(outputs, targets)`; for dictionaries `loss_fn(model, batch)`, which returns one loss a sample. None: cross-entropy; for dictionaries the model's own loss (`scene_losses`)
+    # `loss_fn(outputs, targets)`; for dictionaries `loss_fn(model, batch)`, which returns one loss a sample. None:
+    # cross-entropy; for dictionaries the model's own loss (`scene_losses`)
+    loss_fn=None,
     n_samples:int=800, # The C of Algorithm 1; all there are, if fewer
-    per_sample:bool=True, # Square the gradient of each sample (thesis), or the mean gradient of each batch (published code)?
+    # Square the gradient of each sample (thesis), or the mean gradient of each batch (published code)?
+    per_sample:bool=True,
     names=None, # Names of tensors, as `slots` lists them; None for `candidates(model)`
-    criterion:str='gradient', # `'gradient'`: g^2; `'taylor'`: (g w)^2, the pruning criterion that the thesis sets itself apart from
+    # `'gradient'`: g^2; `'taylor'`: (g w)^2, the pruning criterion that the thesis sets itself apart from
+    criterion:str='gradient',
     train:bool=False, # In training mode, with its dropout and drop-path, as the published code?
     chunk:int=8, # Samples at a time; what memory depends on
     seed:int=0, # Of the draw, and for what is random in the loader and the model
     heads=None, # Names of the modules that are trained in full; None asks the model (`find_heads`)
-    draw:bool=True, # Draw the samples at random (Algorithm 1)? If not, those that come first (published code); so in any case of a loader that does not say how many there are
+    # Draw the samples at random (Algorithm 1)? If not, those that come first (published code); so in any case of a
+    # loader that does not say how many there are
+    draw:bool=True,
 )->Sensitivity: # Name -> tensor of the parameter's shape
-    "Sum over samples of squared gradients (thesis Algorithm 1, Eq. 2.3). Raises `OpenTransError` where samples influence each other, or a loss is no number."
+    """Sum over samples of squared gradients (thesis Algorithm 1, Eq. 2.3). Raises `OpenTransError` where samples
+    influence each other, or a loss is no number."""
     if criterion not in ('gradient', 'taylor'): raise unknown('criterion', criterion, ['gradient', 'taylor'])
     check_number('n_samples', n_samples, 1, whole=True)
     check_number('chunk', chunk, 0, whole=True)
     check_shaped(model)
     empty = [n for n, p in model.named_parameters() if p.is_meta]
-    if empty: raise OpenTransError(f"{len(empty)} parameters have no values, such as '{empty[0]}' (their device is meta). Load the weights first.")
+    if empty:
+        raise OpenTransError(
+            f"{len(empty)} parameters have no values, such as '{empty[0]}' (their device is meta). Load the "
+            f"weights first.")
     there = slots(model)
     if names is not None: names = list(find_names(names, there, 'tensors').values())
     for slot in [there[n] for n in names or ()]:
-        if why := _no_gradient(slot.param): raise OpenTransError(f"'{slot.name}' {why}, so it has no sensitivities. Leave it out.")
+        if why := _no_gradient(slot.param):
+            raise OpenTransError(f"'{slot.name}' {why}, so it has no sensitivities. Leave it out.")
     with _as_it_was(model, train, seed):
         first,batches = _peek(_drawn(loader, n_samples, seed) if draw else loader)
         loss_fn = loss_fn or _default_loss(model, first)
-        heads = find_heads(model, heads, None if isinstance(first, Mapping) else to_device(first[0], device_of(model)), warn=names is None)
+        heads = find_heads(model, heads,
+                           None if isinstance(first, Mapping) else to_device(first[0], device_of(model)),
+                           warn=names is None)
         wanted = [there[n] for n in names] if names is not None else list(candidates(model, heads).values())
         if per_sample: sums,done = _per_sample(model, batches, loss_fn, n_samples, wanted, chunk)
         else: sums,done = _per_batch(model, batches, loss_fn, n_samples, wanted)
     if not done: raise OpenTransError("The loader gave no samples.")
-    of = lambda s: sums[id(s.module), s.key] if (id(s.module), s.key) in sums else torch.zeros_like(s.param)
+    def of(s): return sums[id(s.module), s.key] if (id(s.module), s.key) in sums else torch.zeros_like(s.param)
     res = Sensitivity({s.name: (of(s) if s.rows is None else of(s)[slice(*s.rows)]).detach() for s in wanted})
     if criterion == 'taylor': res.update({s.name: res[s.name]*s.tensor.detach().square() for s in wanted})
-    res.samples,res.always,res.info = done,{n: p.numel() for n,p in _tokens(model).items()},dict(per_sample=per_sample, criterion=criterion, train=train)
+    res.samples = done
+    res.always = {n: p.numel() for n,p in _tokens(model).items()}
+    res.info = dict(per_sample=per_sample, criterion=criterion, train=train)
     res.heads = head_sizes(model, [h for h in heads if not any(is_of_head(slot.name, [h]) for slot in wanted)])
-    res.takes, res.outputs = {slot.name: takes(slot) for slot in wanted}, {slot.name: place for slot in wanted if (place := outputs_of(slot)) != [0, 1]}
+    res.takes = {slot.name: takes(slot) for slot in wanted}
+    res.outputs = {slot.name: place for slot in wanted if (place := outputs_of(slot)) != [0, 1]}
     check_finite(res, 'the sensitivities', 'Has the loss overflowed? Take the model in float32.')
-    if not any(bool(t.any()) for t in res.values()): warnings.warn(f"The loss reaches none of the {len(res)} tensors: all sensitivities are 0. Is this part of the model frozen, as a backbone of FC-CLIP may be, or followed by a scale of 0, as in the blocks of a new ResNet?")
+    if not any(bool(t.any()) for t in res.values()):
+        warnings.warn(
+            f"The loss reaches none of the {len(res)} tensors: all sensitivities are 0. Is this part of the model "
+            f"frozen, as a backbone of FC-CLIP may be, or followed by a scale of 0, as in the blocks of a new "
+            f"ResNet?")
     return res
 
 # %% ../../nbs/vit/61b_sensitivity.ipynb #df2561b7
@@ -492,7 +632,8 @@ def _per_batch(model, loader, loss_fn, n, wanted):
     sums,done = {k: torch.zeros_like(p) for k,p in params.items()},0
     for p in params.values(): p.requires_grad_(True)
     for batch in _samples(loader, n, 0, device_of(model)):
-        loss = _losses(model, loss_fn, batch).mean() if isinstance(batch, Mapping) else _one_number(_ask(loss_fn, model(batch[0]), batch[1]))
+        loss = (_losses(model, loss_fn, batch).mean() if isinstance(batch, Mapping)
+                else _one_number(_ask(loss_fn, model(batch[0]), batch[1])))
         _check_loss(loss)
         for s,g in zip(sums.values(), torch.autograd.grad(loss, list(params.values()), allow_unused=True)):
             if g is not None: s.addcmul_(g, g)

@@ -47,7 +47,8 @@ def _takes(sens, name, kind='lora'):
 
 @dataclass
 class Allocation:
-    "Where trainable parameters go: each candidate is structured, a whole vector, unstructured (a mask), or untouched."
+    """Where trainable parameters go: each candidate is structured, a whole vector, unstructured (a mask), or
+    untouched."""
     structured:set # Matrices that get a module
     vectors:set # Vectors that are tuned whole
     masks:dict # Name -> bool tensor: single entries that are tuned
@@ -57,9 +58,11 @@ class Allocation:
     r:int = 8 # Their rank or bottleneck
     shapes:dict = field(default_factory=dict, repr=False) # Name -> shape of each candidate
     counts:dict = field(default_factory=dict, repr=False) # Name -> number of sensitive entries
-    alive:dict = field(default_factory=dict, repr=False) # Name -> bool tensor of weights that are not pruned, for structured matrices
+    # Name -> bool tensor of weights that are not pruned, for structured matrices
+    alive:dict = field(default_factory=dict, repr=False)
     always:int = 0 # Parameters that are trained in any case
-    heads:dict = None # Module -> parameters: the head, which is trained in full and is no part of the budget; None if nobody has said
+    # Module -> parameters: the head, which is trained in full and is no part of the budget; None if nobody has said
+    heads:dict = None
     budget:int = None # Parameters that were asked for; None for a tau
     note:str = '' # Why less or more is spent, if it is more than 2 % off
 
@@ -79,9 +82,14 @@ class Allocation:
             if n in self.vectors: return 'vector',math.prod(s)
             return ('unstructured', int(self.masks[n].sum())) if n in self.masks else ('untouched', 0)
         rows = [(n, s, math.prod(s), self.counts.get(n, 0), *row(n, s)) for n,s in self.shapes.items()]
-        return pd.DataFrame(rows, columns=['name', 'shape', 'entries', 'sensitive', 'class', 'trained']).set_index('name')
+        return pd.DataFrame(rows,
+                            columns=['name', 'shape', 'entries', 'sensitive', 'class', 'trained']).set_index('name')
     def __repr__(self):
-        return f"Allocation({self.n_trainable:,} trained: {len(self.structured)} {self.kind} r={self.r}, {len(self.vectors)} whole vectors, {sum(int(m.sum()) for m in self.masks.values()):,} single weights of {len(self.masks)} tensors, {self.always:,} always, {self.head:,} of the head; tau={self.tau:,}{self.note and f'; {self.note}'})"
+        return (
+            f"Allocation({self.n_trainable:,} trained: {len(self.structured)} {self.kind} r={self.r}, "
+            f"{len(self.vectors)} whole vectors, {sum(int(m.sum()) for m in self.masks.values()):,} single weights "
+            f"of {len(self.masks)} tensors, {self.always:,} always, {self.head:,} of the head; "
+            f"tau={self.tau:,}{self.note and f'; {self.note}'})")
 
 # %% ../../nbs/vit/61_spt.ipynb #764a2424
 ALLOCATION_FILE = FileKind('opentrans-allocation', 'allocation', 'Allocation.save')
@@ -119,7 +127,8 @@ def _as_mask(places, shape):
     if len(places) != 1: raise ValueError('a mask is no list of places')
     (how, at), = places.items()
     size = math.prod(shape)
-    if any(b <= a for a,b in zip(at, at[1:])) or at and not 0 <= at[0] <= at[-1] < size: raise ValueError('places lie outside of their tensor')
+    if any(b <= a for a,b in zip(at, at[1:])) or at and not 0 <= at[0] <= at[-1] < size:
+        raise ValueError('places lie outside of their tensor')
     mask = torch.full((size,), how == 'all_but')
     mask[torch.tensor(at, dtype=torch.long)] = how == 'at'
     return mask.reshape(shape)
@@ -129,10 +138,13 @@ def save(self:Allocation,
     path, # A `.json` file
 ):
     "Write the plan; whole or not at all."
-    told = {name: getattr(self, name) for name in ('n_trainable', 'tau', 'kind', 'r', 'always', 'heads', 'budget', 'note', 'counts')}
-    shapes = {n: list(shape) for n,shape in self.shapes.items()} | {n: list(m.shape) for n,m in self.masks.items() if n not in self.shapes}
+    told = {name: getattr(self, name)
+            for name in ('n_trainable', 'tau', 'kind', 'r', 'always', 'heads', 'budget', 'note', 'counts')}
+    shapes = ({n: list(shape) for n,shape in self.shapes.items()}
+              | {n: list(m.shape) for n,m in self.masks.items() if n not in self.shapes})
     masks, alive = ({n: _as_places(m) for n,m in group.items()} for group in (self.masks, self.alive))
-    save_json(dict(told, structured=sorted(self.structured), vectors=sorted(self.vectors), shapes=shapes, masks=masks, alive=alive), path, ALLOCATION_FILE)
+    save_json(dict(told, structured=sorted(self.structured), vectors=sorted(self.vectors), shapes=shapes,
+                   masks=masks, alive=alive), path, ALLOCATION_FILE)
 
 @patch(cls_method=True)
 def load(cls:Allocation,
@@ -143,46 +155,70 @@ def load(cls:Allocation,
     shapes = {n: tuple(shape) for n,shape in told['shapes'].items()}
     try:
         _check_plan(told, shapes)
-        masks, alive = ({n: _as_mask(places, shapes[n]) for n,places in told[group].items()} for group in ('masks', 'alive'))
+        masks, alive = ({n: _as_mask(places, shapes[n]) for n,places in told[group].items()}
+                        for group in ('masks', 'alive'))
     except (KeyError, ValueError) as error: raise ALLOCATION_FILE.damaged(path, str(error)) from error
-    rest = {name: told[name] for name in ('n_trainable', 'tau', 'kind', 'r', 'counts', 'always', 'heads', 'budget', 'note')}
-    return cls(structured=set(told['structured']), vectors=set(told['vectors']), masks=masks, alive=alive, shapes=shapes, **rest)
+    rest = {name: told[name]
+            for name in ('n_trainable', 'tau', 'kind', 'r', 'counts', 'always', 'heads', 'budget', 'note')}
+    return cls(structured=set(told['structured']), vectors=set(told['vectors']), masks=masks, alive=alive,
+               shapes=shapes, **rest)
 
 def _check_plan(told, shapes):
     "Raises `ValueError` for names without a shape, or numbers that cannot be."
     lost = [n for group in ('structured', 'vectors', 'masks', 'alive') for n in told[group] if n not in shapes]
     if lost: raise ValueError(f"'{lost[0]}' has no shape")
     sizes = [side for shape in shapes.values() for side in shape]
-    numbers = [told['tau'], told['always'], told['n_trainable'], told['r'], *told['counts'].values(), *(told['heads'] or {}).values(), *sizes]
-    if min(numbers) < 0 or max(map(math.prod, shapes.values()), default=0) > 2**30: raise ValueError('a number in it cannot be')
-    if told['kind'] not in KINDS or told['structured'] and told['kind'] == 'none': raise ValueError(f"it has modules of kind '{told['kind']}'")
-    if any(len(shapes[n]) < 2 for n in told['structured']) or any(len(shapes[n]) != 1 for n in told['vectors']): raise ValueError('a module or a whole vector has another shape')
+    numbers = [told['tau'], told['always'], told['n_trainable'], told['r'], *told['counts'].values(),
+               *(told['heads'] or {}).values(), *sizes]
+    if min(numbers) < 0 or max(map(math.prod, shapes.values()), default=0) > 2**30:
+        raise ValueError('a number in it cannot be')
+    if told['kind'] not in KINDS or told['structured'] and told['kind'] == 'none':
+        raise ValueError(f"it has modules of kind '{told['kind']}'")
+    if any(len(shapes[n]) < 2 for n in told['structured']) or any(len(shapes[n]) != 1 for n in told['vectors']):
+        raise ValueError('a module or a whole vector has another shape')
 
 # %% ../../nbs/vit/61_spt.ipynb #80301c06
 def _check_masks(masks, sens):
     "Raises `OpenTransError` for masks of other tensors, or of other shapes."
     if not masks: return
     known = [n for n in masks if n in sens]
-    if not known: raise OpenTransError(f"None of the {len(masks)} masks is of a tensor with sensitivities, which has names like {', '.join(list(sens)[:3])}. Was the mask made for another model?")
+    if not known:
+        raise OpenTransError(
+            f"None of the {len(masks)} masks is of a tensor with sensitivities, which has names like "
+            f"{', '.join(list(sens)[:3])}. Was the mask made for another model?")
     for n in known:
         size = torch.as_tensor(masks[n]).numel()
-        if size != sens[n].numel(): raise OpenTransError(f"The mask of '{n}' has {size:,} entries, the tensor {sens[n].numel():,}. Was it made for another model?")
+        if size != sens[n].numel():
+            raise OpenTransError(
+                f"The mask of '{n}' has {size:,} entries, the tensor {sens[n].numel():,}. Was it made for another "
+                f"model?")
 
 class _Ranking:
     "The most sensitive entries of all tensors, in order: of equal ones, those that come first."
     def __init__(self, sens, tau, masks=None):
         if not sens: raise OpenTransError("There are no sensitivities to rank.")
-        check_number('The number of sensitive weights', tau, 1, whole=True, advice='A budget of 0 leaves nothing to train.')
+        check_number('The number of sensitive weights', tau, 1, whole=True,
+                     advice='A budget of 0 leaves nothing to train.')
         self.takes = {n: [k for k in KINDS[:2] if _takes(sens, n, k)] for n in sens}
         _check_masks(masks, sens)
         self.names,self.shapes = list(sens),{n: tuple(t.shape) for n,t in sens.items()}
-        self.alive = {n: torch.as_tensor(masks[n]).bool().cpu().reshape(self.shapes[n]) for n in (masks or ()) if n in sens}
+        self.alive = {n: torch.as_tensor(masks[n]).bool().cpu().reshape(self.shapes[n])
+                      for n in (masks or ()) if n in sens}
         alive = sum(int(self.alive[n].sum()) if n in self.alive else t.numel() for n,t in sens.items())
         self.total,self.sizes = alive,[t.numel() for t in sens.values()]
-        flat = np.concatenate([np.where(self.alive[n].numpy(), t.detach().float().cpu().numpy(), -1).ravel() if n in self.alive else t.detach().float().cpu().numpy().ravel() for n,t in sens.items()])
-        if any(bool((t < 0).any()) for t in sens.values()): raise OpenTransError("Some sensitivities are negative. They are sums of squares: give those of param_sensitivity.")
-        if not np.isfinite(flat).all(): raise OpenTransError(f"{(~np.isfinite(flat)).sum():,} sensitivities are not numbers. Has the loss overflowed?")
-        if alive < 1: raise OpenTransError(f"A budget of {tau} leaves nothing to train, because the mask keeps no weight of these tensors. Give another mask.")
+        flat = np.concatenate([np.where(self.alive[n].numpy(), t.detach().float().cpu().numpy(), -1).ravel()
+                               if n in self.alive else t.detach().float().cpu().numpy().ravel()
+                               for n,t in sens.items()])
+        if any(bool((t < 0).any()) for t in sens.values()):
+            raise OpenTransError(
+                "Some sensitivities are negative. They are sums of squares: give those of param_sensitivity.")
+        if not np.isfinite(flat).all():
+            raise OpenTransError(
+                f"{(~np.isfinite(flat)).sum():,} sensitivities are not numbers. Has the loss overflowed?")
+        if alive < 1:
+            raise OpenTransError(
+                f"A budget of {tau} leaves nothing to train, because the mask keeps no weight of these tensors. "
+                f"Give another mask.")
         self.flat,self.starts = flat,np.concatenate([[0], np.cumsum(self.sizes)])
         self.rank(tau)
 
@@ -196,22 +232,28 @@ class _Ranking:
         self.tensor = np.searchsorted(self.starts, self.order, side='right')-1
 
     def reach(self, total, budget):
-        "The number of entries at which `total(counts)` reaches a budget, found without putting them in order; ties with the last are among them."
+        """The number of entries at which `total(counts)` reaches a budget, found without putting them in order;
+        ties with the last are among them."""
         parts = [np.sort(self.flat[a:b]) for a,b in zip(self.starts, self.starts[1:])]
         def counts(value): return {n: len(p)-int(np.searchsorted(p, value)) for n,p in zip(self.names, parts)}
-        low, high = 0, int(np.float32(self.flat.max()).view(np.int32))+1                 # floats from 0 on lie in the order of their bits
+        low = 0
+        # floats from 0 on lie in the order of their bits
+        high = int(np.float32(self.flat.max()).view(np.int32))+1
         while high-low > 1:
             middle = (low+high)//2
-            low, high = (middle, high) if total(counts(np.int32(middle).view(np.float32))) >= budget else (low, middle)
+            low, high = ((middle, high) if total(counts(np.int32(middle).view(np.float32))) >= budget
+                         else (low, middle))
         return sum(counts(np.int32(low).view(np.float32)).values())
 
-    def counts(self, tau): return dict(zip(self.names, np.bincount(self.tensor[:tau], minlength=len(self.names)).tolist()))
+    def counts(self, tau):
+        return dict(zip(self.names, np.bincount(self.tensor[:tau], minlength=len(self.names)).tolist()))
     def masks(self, tau, names):
         "The chosen entries of some tensors."
         res,wanted = {},set(names)
         for i,n in enumerate(self.names):
             if n in wanted:
-                m = np.zeros(self.sizes[i], bool); m[self.order[:tau][self.tensor[:tau] == i]-self.starts[i]] = True
+                m = np.zeros(self.sizes[i], bool)
+                m[self.order[:tau][self.tensor[:tau] == i]-self.starts[i]] = True
                 res[n] = torch.from_numpy(m).reshape(self.shapes[n])
         return res
 
@@ -226,18 +268,25 @@ class _Rules:
     scattered:bool
 
     def classes(self, rank, counts, held=()):
-        "Class of each tensor: (structured, whole vectors, unstructured), and the parameters of all. Those that are `held` keep single weights."
-        costs = {n: structured_cost(shape, self.kind, self.r) for n,shape in rank.shapes.items() if self.kind in rank.takes[n] and n not in held}
+        """Class of each tensor: (structured, whole vectors, unstructured), and the parameters of all. Those that
+        are `held` keep single weights."""
+        costs = {n: structured_cost(shape, self.kind, self.r)
+                 for n,shape in rank.shapes.items() if self.kind in rank.takes[n] and n not in held}
         structured = {n for n,cost in costs.items() if counts[n]*self.alpha >= cost}
-        vectors = {n for n,shape in rank.shapes.items() if self.beta and len(shape) == 1 and counts[n]*self.beta >= shape[0] and n not in held}
+        vectors = {n
+                   for n,shape in rank.shapes.items()
+                   if self.beta and len(shape) == 1 and counts[n]*self.beta >= shape[0] and n not in held}
         single = [n for n,c in counts.items() if self.scattered and c and n not in structured | vectors]
-        total = sum(costs[n] for n in structured) + sum(rank.shapes[n][0] for n in vectors) + sum(counts[n] for n in single)
+        total = (sum(costs[n] for n in structured) + sum(rank.shapes[n][0] for n in vectors)
+                 + sum(counts[n] for n in single))
         return structured,vectors,single,total
     def total(self, rank, counts, held=()): return self.classes(rank, counts, held)[-1]
 
     def smallest(self, rank, done):
         "The least that one more module costs."
-        return min((structured_cost(shape, self.kind, self.r) for n,shape in rank.shapes.items() if self.kind in rank.takes[n] and n not in done), default=math.inf)
+        return min((structured_cost(shape, self.kind, self.r)
+                    for n,shape in rank.shapes.items() if self.kind in rank.takes[n] and n not in done),
+                   default=math.inf)
 
 def _last_within(rank, rules, budget, held):
     "The largest tau whose total is within a budget; totals only grow."
@@ -249,7 +298,8 @@ def _last_within(rank, rules, budget, held):
 
 def _spend(rank, rules, budget):
     "Spend a budget: (tau, tensors that keep single weights because their module would overspend it)."
-    if rules.total(rank, rank.counts(rank.tau)) < budget: rank.rank(rank.reach(lambda counts: rules.total(rank, counts), budget))
+    if rules.total(rank, rank.counts(rank.tau)) < budget:
+        rank.rank(rank.reach(lambda counts: rules.total(rank, counts), budget))
     held = set()
     while True:
         tau = _last_within(rank, rules, budget, held)
@@ -269,7 +319,8 @@ def _allocation(rank, tau, rules, always, heads=None, held=(), budget=None, why=
     alive = {n: rank.alive[n] for n in structured if n in rank.alive}
     head = sum((heads or {}).values())
     note = _off(total+always, budget, why)
-    return Allocation(structured, vectors, rank.masks(tau, single), total+always+head, tau, rules.kind, rules.r, rank.shapes, counts, alive, always, heads, budget, note)
+    return Allocation(structured, vectors, rank.masks(tau, single), total+always+head, tau, rules.kind, rules.r,
+                      rank.shapes, counts, alive, always, heads, budget, note)
 
 def _off(spent, budget, why):
     "By how much a budget is missed, and why; '' within 2 %."
@@ -286,12 +337,18 @@ def _always(sens, always): return sum(getattr(sens, 'always', {}).values()) if a
 
 def _taus(total, taus):
     "The published sweep, 0.02 M to 1.58 M; on a small model 79 even steps."
-    return list(taus) if taus is not None else list(range(20_000, 1_580_001, 20_000)) if total >= 3_160_000 else sorted({max(1, total*k//80) for k in range(1, 80)})
+    return (list(taus) if taus is not None else list(range(20_000, 1_580_001, 20_000)) if total >= 3_160_000
+            else sorted({max(1, total*k//80) for k in range(1, 80)}))
 
 def _further(rank, rules, budget):
-    "Where the published sweep ends below a budget: steps from there to where it is reached, a twentieth further each."
-    end, tau, steps = rank.reach(lambda counts: rules.total(rank, counts), budget), rank.tau, []
-    while tau < end: tau = min(end, tau+max(1, tau//20)); steps.append(tau)
+    """Where the published sweep ends below a budget: steps from there to where it is reached, a twentieth further
+    each."""
+    end = rank.reach(lambda counts: rules.total(rank, counts), budget)
+    tau = rank.tau
+    steps = []
+    while tau < end:
+        tau = min(end, tau+max(1, tau//20))
+        steps.append(tau)
     if steps: rank.rank(end)
     return steps
 
@@ -308,9 +365,11 @@ def sweep_allocations(
     scattered:bool=True, # Tune single weights, too?
     always:int=None, # Parameters that are trained in any case; None takes those that `sens` names
 )->dict: # Budget -> `Allocation`
-    "For each budget the allocation whose total is nearest to it (published code). Of two, that with more sensitive weights."
+    """For each budget the allocation whose total is nearest to it (published code). Of two, that with more
+    sensitive weights."""
     _check(kind, r, alpha, beta)
-    for budget in budgets: check_number('budget', budget, 1, whole=True, advice='A budget of 0 leaves nothing to train.')
+    for budget in budgets:
+        check_number('budget', budget, 1, whole=True, advice='A budget of 0 leaves nothing to train.')
     for tau in taus or (): check_number('tau', tau, 1, whole=True)
     always, rules = _always(sens, always), _Rules(kind, r, alpha, beta, scattered)
     entries = sum(t.numel() for t in sens.values())
@@ -318,15 +377,19 @@ def sweep_allocations(
     steps = _taus(entries, taus)
     rank = _Ranking(sens, max(steps), masks)
     steps = sorted({min(t, rank.tau) for t in steps})
-    if taus is None and rules.total(rank, rank.counts(rank.tau))+always < max(budgets): steps += _further(rank, rules, max(budgets)-always)
+    if taus is None and rules.total(rank, rank.counts(rank.tau))+always < max(budgets):
+        steps += _further(rank, rules, max(budgets)-always)
     tried = {t: rules.total(rank, rank.counts(t))+always for t in steps}
     best = {b: min(tried, key=lambda t: (abs(tried[t]-b), -t)) for b in budgets}
     why = 'no tau of the sweep comes nearer'
-    return {b: _allocation(rank, t, rules, always, getattr(sens, 'heads', None), budget=b, why=why) for b,t in best.items()}
+    return {b: _allocation(rank, t, rules, always, getattr(sens, 'heads', None), budget=b, why=why)
+            for b,t in best.items()}
 
 def allocate(
     sens:dict, # Name -> sensitivities, from `param_sensitivity`
-    budget:int=None, # Number of trainable parameters, without the head; what is given is within 2 % of it, or a warning and `.note` say why not
+    # Number of trainable parameters, without the head; what is given is within 2 % of it, or a warning and `.note`
+    # say why not
+    budget:int=None,
     kind:str='lora', # Structured module: `'lora'`, `'adapter'` or `'none'`
     r:int=8, # Its rank or bottleneck
     alpha:float=1., # Easiness of structured tuning: a matrix is structured from cost / alpha sensitive weights on
@@ -337,12 +400,19 @@ def allocate(
     always:int=None, # Parameters that are trained in any case; None takes those that `sens` names
     tau:int=None, # In place of a budget: the number of sensitive entries, as Eq. 2.4 has it
 )->Allocation:
-    "Spend a budget on the most sensitive weights (thesis Sec. 2.3.2). Raises `OpenTransError` for an empty budget, unknown kind, or a budget and a tau."
-    if (budget is None) == (tau is None): raise OpenTransError("Give a budget, the number of trainable parameters, or tau, the number of sensitive entries; not both.")
-    check_number('budget' if tau is None else 'tau', budget if tau is None else tau, 1, whole=True, advice='A budget of 0 leaves nothing to train.')
-    if tau is None and not exact: return sweep_allocations(sens, [budget], kind, r, alpha, beta, masks, None, scattered, always)[budget]
+    """Spend a budget on the most sensitive weights (thesis Sec. 2.3.2). Raises `OpenTransError` for an empty
+    budget, unknown kind, or a budget and a tau."""
+    if (budget is None) == (tau is None):
+        raise OpenTransError(
+            "Give a budget, the number of trainable parameters, or tau, the number of sensitive entries; not both.")
+    check_number('budget' if tau is None else 'tau', budget if tau is None else tau, 1, whole=True,
+                 advice='A budget of 0 leaves nothing to train.')
+    if tau is None and not exact:
+        return sweep_allocations(sens, [budget], kind, r, alpha, beta, masks, None, scattered, always)[budget]
     _check(kind, r, alpha, beta)
-    rules, always, heads = _Rules(kind, r, alpha, beta, scattered), _always(sens, always), getattr(sens, 'heads', None)
+    rules = _Rules(kind, r, alpha, beta, scattered)
+    always = _always(sens, always)
+    heads = getattr(sens, 'heads', None)
     rank = _Ranking(sens, 2*budget if tau is None else tau, masks)
     if tau is not None: return _allocation(rank, rank.tau, rules, always, heads)
     tau, held = _spend(rank, rules, budget-always)
@@ -357,9 +427,14 @@ def _why(rank, rules, tau, budget, always):
     return 'every tensor has what it can take; a larger r spends more, or kind="none", which tunes single weights'
 
 def spt_published()->dict: # `sensitivity`, `allocation` and `modules`: arguments for `param_sensitivity`, `sweep_allocations`, `apply_spt`; `budgets`; `training`, and `batch_size` of the sensitivities
-    "Settings of the published code (github.com/ziplab/SPT) where they differ from the thesis or are not in it: an easier threshold, whole vectors, a sweep; gradients of 16 batches of 32; dropout. Training is that of Sec. 2.4.1."
-    return dict(sensitivity=dict(per_sample=False, train=True, n_samples=512, draw=False), batch_size=32, allocation=dict(alpha=10., beta=5., r=8), modules=dict(dropout=.1, drop_path=.1),
-                budgets=(50_000, 100_000, 200_000, 400_000, 600_000, 800_000, 1_000_000), training=dict(optimizer='AdamW', lr=1e-3, weight_decay=1e-4, epochs=100, warmup_epochs=10, batch_size=64, backbone_drop_path=.1))
+    """Settings of the published code (github.com/ziplab/SPT) where they differ from the thesis or are not in it: an
+    easier threshold, whole vectors, a sweep; gradients of 16 batches of 32; dropout. Training is that of Sec.
+    2.4.1."""
+    return dict(sensitivity=dict(per_sample=False, train=True, n_samples=512, draw=False), batch_size=32,
+                allocation=dict(alpha=10., beta=5., r=8), modules=dict(dropout=.1, drop_path=.1),
+                budgets=(50_000, 100_000, 200_000, 400_000, 600_000, 800_000, 1_000_000),
+                training=dict(optimizer='AdamW', lr=1e-3, weight_decay=1e-4, epochs=100, warmup_epochs=10,
+                              batch_size=64, backbone_drop_path=.1))
 
 # %% ../../nbs/vit/61_spt.ipynb #8b9c5943
 def add_spt(
@@ -369,21 +444,30 @@ def add_spt(
     r:int=None, # Rank or bottleneck; None as allocated
     dropout:float=0., # On the input of modules; the published code takes 0.1
     drop_path:float=0., # Of modules, in training; the published code takes 0.1
-    full=None, # Modules and parameters that are trained in full besides; None: the head that the allocation names, or the model, and the class token
+    # Modules and parameters that are trained in full besides; None: the head that the allocation names, or the
+    # model, and the class token
+    full=None,
     seed:int=None, # Of the modules' initial numbers
 )->Added: # Handle: `.parts` by name; `.remove()` takes all off (what was trained in full keeps its values)
     "Freeze a model and add what an allocation says. Raises `OpenTransError` where it does not fit."
     kind,r = kind or alloc.kind,alloc.r if r is None else r
     if kind not in KINDS: raise unknown('kind of structured module', kind, KINDS)
-    if alloc.structured and kind == 'none': raise OpenTransError(f"The allocation has {len(alloc.structured)} structured matrices. Allocate with kind='none' for single weights only.")
+    if alloc.structured and kind == 'none':
+        raise OpenTransError(
+            f"The allocation has {len(alloc.structured)} structured matrices. Allocate with kind='none' for single "
+            f"weights only.")
     tower,handles = find_tower(model),[]
     here = {k: tuple(s.shape) for k,s in slots(model).items()}
-    masks = {**alloc.masks, **{n: torch.ones(alloc.shapes.get(n) or here[find_names([n], here, 'tensors')[n]], dtype=torch.bool) for n in alloc.vectors}}
+    masks = {**alloc.masks,
+             **{n: torch.ones(alloc.shapes.get(n) or here[find_names([n], here, 'tensors')[n]], dtype=torch.bool)
+                for n in alloc.vectors}}
     wanted = _trained_in_full(model, alloc, full)
     flags = trained_flags(tower)
     try:
         order = [n for n in here if n in alloc.structured] or sorted(alloc.structured)
-        if order: handles.append(add_adapters(model, order, r, dropout, drop_path, seed=seed) if kind == 'adapter' else add_lora(model, order, r, dropout, drop_path, alloc.alive or None, seed=seed))
+        if order:
+            handles.append(add_adapters(model, order, r, dropout, drop_path, seed=seed) if kind == 'adapter'
+                           else add_lora(model, order, r, dropout, drop_path, alloc.alive or None, seed=seed))
         if masks: handles.append(add_sparse(model, masks, freeze=not handles))
     except BaseException:
         for h in reversed(handles): h.remove()
@@ -417,7 +501,9 @@ def merge_spt(
     return merge_peft(model)
 
 # %% ../../nbs/vit/61_spt.ipynb #ce4c32f1
-_OPERATIONS = [(r'\[([qkv])\]$', r'\1'), (r'(?:^|\.)(?:attn|self_attn|attention)\.(?:out_proj|proj)\.', 'o'), (r'(?:^|\.)([qkv])_proj\.', r'\1'), (r'(?:^|\.)(?:fc1|c_fc|linear1)\.', 'fc1'), (r'(?:^|\.)(?:fc2|c_proj|linear2)\.', 'fc2')]
+_OPERATIONS = [(r'\[([qkv])\]$', r'\1'), (r'(?:^|\.)(?:attn|self_attn|attention)\.(?:out_proj|proj)\.', 'o'),
+               (r'(?:^|\.)([qkv])_proj\.', r'\1'), (r'(?:^|\.)(?:fc1|c_fc|linear1)\.', 'fc1'),
+               (r'(?:^|\.)(?:fc2|c_proj|linear2)\.', 'fc2')]
 
 def operation_of(
     name:str, # Of a tensor
@@ -442,12 +528,15 @@ def sensitivity_profile(
     tau:int, # Number of sensitive entries
     by:str='block', # `'block'` (all candidates) or `'operation'` (matrices only)
     masks=None, # Name -> bool tensor: weights that are not pruned
-)->pd.DataFrame: # Indexed by block or operation: `sensitive`, `entries`, `share` (of all sensitive ones), `proportion` (of the entries)
+    # Indexed by block or operation: `sensitive`, `entries`, `share` (of all sensitive ones), `proportion` (of the
+    # entries)
+)->pd.DataFrame:
     "Where the tau most sensitive entries are (thesis Fig. 2.4)."
     of = dict(block=block_of, operation=operation_of)
     if by not in of: raise unknown('grouping', by, of)
     counts = _Ranking(sens, tau, masks).counts(tau)
-    rows = [(of[by](n), c, sens[n].numel()) for n,c in counts.items() if by == 'block' and block_of(n) or by == 'operation' and _takes(sens, n)]
+    rows = [(of[by](n), c, sens[n].numel())
+            for n,c in counts.items() if by == 'block' and block_of(n) or by == 'operation' and _takes(sens, n)]
     t = pd.DataFrame(rows, columns=[by, 'sensitive', 'entries']).groupby(by, sort=False).sum()
     return t.assign(share=t.sensitive/max(1, t.sensitive.sum()), proportion=t.sensitive/t.entries)
 
@@ -464,8 +553,11 @@ def plot_profile(
     if by == 'block':
         for k in frame: ax.plot(range(len(frame)), frame[k], 'o-', ms=4, label=for_plot(k) or None)
     else: frame.rename(columns=for_plot).plot.bar(ax=ax, width=.8, legend=False)
-    ax.set_xticks(range(len(frame)), [for_plot(name) for name in frame.index], rotation=30 if max(map(len, frame.index), default=0) > 4 else 0)
-    ax.set(xlabel=by, ylabel='share of sensitive weights' if column == 'share' else 'sensitive part of the weights', ylim=(0, None))
+    ax.set_xticks(range(len(frame)), [for_plot(name) for name in frame.index],
+                  rotation=30 if max(map(len, frame.index), default=0) > 4 else 0)
+    ax.set(xlabel=by,
+           ylabel='share of sensitive weights' if column == 'share' else 'sensitive part of the weights',
+           ylim=(0, None))
     if len(named) > 1: ax.legend()
     return ax
 
@@ -473,7 +565,8 @@ def plot_profile(
 LEVELS = ('layer', 'channel', 'element')
 
 def _by_output(t, dim=0, groups=1):
-    "A tensor with a row for each output: its first dimension; of a transposed kernel (C_in, C_out/groups, ...) the second, group by group."
+    """A tensor with a row for each output: its first dimension; of a transposed kernel (C_in, C_out/groups, ...)
+    the second, group by group."""
     if dim == 0: return t.reshape(len(t) if t.ndim else 1, math.prod(t.shape[1:]))
     ins, area = len(t)//groups, math.prod(t.shape[2:])
     return t.reshape(groups, ins, t.shape[1], area).transpose(1, 2).reshape(groups*t.shape[1], ins*area)
@@ -497,7 +590,10 @@ def _among(sens, layers):
     "The sensitivities of some layers. Raises `OpenTransError` where none has one."
     names = layers.train if isinstance(layers, LayerSelection) else list(layers)
     res = sens.only(names) if isinstance(sens, Sensitivity) else {n: sens[n] for n in names if n in sens}
-    if not res: raise OpenTransError(f"None of the {len(names)} chosen layers, such as {', '.join(names[:3])}, has a sensitivity. Compute it for the same model.")
+    if not res:
+        raise OpenTransError(
+            f"None of the {len(names)} chosen layers, such as {', '.join(names[:3])}, has a sensitivity. Compute "
+            f"it for the same model.")
     return res
 
 def select(
@@ -505,9 +601,11 @@ def select(
     count:int, # Number of weights to train
     level:str='element', # `'layer'`, `'channel'` (all that goes into one output) or `'element'`
     masks=None, # Name -> bool tensor, such as a `SparseMask`: weights that are not pruned; no other is ever chosen
-    layers=None, # Names of the tensors among which to choose, or a `LayerSelection`, whose trained ones are meant; None for all
+    # Names of the tensors among which to choose, or a `LayerSelection`, whose trained ones are meant; None for all
+    layers=None,
 )->Allocation: # Single weights only; `apply_spt` trains them
-    "The most sensitive weights, channels or layers, at an equal number of trained weights. Raises `OpenTransError`."
+    """The most sensitive weights, channels or layers, at an equal number of trained weights. Raises
+    `OpenTransError`."""
     if level not in LEVELS: raise unknown('level', level, LEVELS)
     outputs = getattr(sens, 'outputs', {})
     if layers is not None: sens = _among(sens, layers)
@@ -516,7 +614,8 @@ def select(
     if level == 'element': return allocate(sens, kind='none', masks=masks, tau=count)
     _check_masks(masks, sens)
     places = {n: outputs.get(n, (0, 1)) for n in sens}
-    whole = {n: torch.as_tensor(masks[n]).bool().cpu().reshape(t.shape) if masks and n in masks else torch.ones(t.shape, dtype=torch.bool) for n, t in sens.items()}
+    whole = {n: torch.as_tensor(masks[n]).bool().cpu().reshape(t.shape) if masks and n in masks
+             else torch.ones(t.shape, dtype=torch.bool) for n, t in sens.items()}
     alive = {n: _as_rows(t, level, places[n]) for n, t in whole.items()}
     rows = {n: _as_rows(t.detach().cpu(), level, places[n]) for n, t in sens.items()}
     lumps = [(score, n, k) for n in sens for k, score in enumerate(_scores(rows[n], alive[n], level).tolist())]
@@ -528,11 +627,15 @@ def select(
         if size > left: here = allocate({n: rows[n][k]}, kind='none', masks={n: here}, tau=left).masks[n]
         chosen.setdefault(n, torch.zeros_like(alive[n]))[k] = here
         left -= min(size, left)
-    back = {n: _from_outputs(m, sens[n].shape, *(places[n] if level == 'channel' else ())) for n, m in chosen.items()}
+    back = {n: _from_outputs(m, sens[n].shape, *(places[n] if level == 'channel' else ()))
+            for n, m in chosen.items()}
     counts = {n: int(back[n].sum()) if n in back else 0 for n in sens}
-    always, heads, shapes = _always(sens, None), getattr(sens, 'heads', None), {n: tuple(t.shape) for n,t in sens.items()}
+    always = _always(sens, None)
+    heads = getattr(sens, 'heads', None)
+    shapes = {n: tuple(t.shape) for n,t in sens.items()}
     total = count-left+always+sum((heads or {}).values())
-    return Allocation(set(), set(), {n: m for n, m in back.items() if counts[n]}, total, count-left, 'none', 0, shapes, counts, always=always, heads=heads)
+    return Allocation(set(), set(), {n: m for n, m in back.items() if counts[n]}, total, count-left, 'none', 0,
+                      shapes, counts, always=always, heads=heads)
 
 # %% ../../nbs/vit/61_spt.ipynb #270a927b
 def two_stage(
@@ -544,31 +647,47 @@ def two_stage(
     level:str='element', # What sensitivity picks inside the others
     masks=None, # Name -> bool tensor: weights that are not pruned
     seed:int=0, # For `'random'`
-    kind:str='none', # Structured modules inside the chosen layers: `'lora'`, `'adapter'`; `'none'` for single weights
+    # Structured modules inside the chosen layers: `'lora'`, `'adapter'`; `'none'` for single weights
+    kind:str='none',
     **options, # Of `allocate`, with modules: `r`, `alpha`, `beta`, `scattered`
 )->Allocation:
-    "Layers by their spectra, weights or modules inside them by sensitivity. Class token and head are kept in the plan."
+    """Layers by their spectra, weights or modules inside them by sensitivity. Class token and head are kept in the
+    plan."""
     chosen = table.select(freeze, by=by, seed=seed)
     if kind == 'none' and not options: return select(sens, count, level, masks, chosen)
-    if level != 'element': raise OpenTransError(f"Modules stand where single weights are dense: take level='element' with kind='{kind}', or kind='none' with level='{level}'.")
+    if level != 'element':
+        raise OpenTransError(
+            f"Modules stand where single weights are dense: take level='element' with kind='{kind}', or "
+            f"kind='none' with level='{level}'.")
     return allocate(_among(sens, chosen), count, kind, masks=masks, **options)
 
 def alpha_sensitivity(
     table, # A `LayerTable` of `opentrans.heavy_tail.analyze`
     sens:dict, # Name -> sensitivities of the same model
     masks=None, # Name -> bool tensor: weights that are not pruned
-)->pd.DataFrame: # Indexed by layer: `alpha`, `sensitivity` (mean of s), `entries`; `.attrs`: Spearman's `rho`, `p`, `n`, and `partial`
-    "The data-free and the data-driven view of each layer, how their ranks agree, and (`partial`) how they do among layers of a size. Raises `OpenTransError` if no layer has both."
+    # Indexed by layer: `alpha`, `sensitivity` (mean of s), `entries`; `.attrs`: Spearman's `rho`, `p`, `n`, and
+    # `partial`
+)->pd.DataFrame:
+    """The data-free and the data-driven view of each layer, how their ranks agree, and (`partial`) how they do
+    among layers of a size. Raises `OpenTransError` if no layer has both."""
     from scipy.stats import spearmanr
     frame = table.to_frame()
-    def mean(n): t = sens[n]; return float(t.mean(dtype=torch.float64)) if masks is None or n not in masks else float(t[masks[n].to(t.device)].mean(dtype=torch.float64))
+    def mean(n):
+        t = sens[n]
+        return (float(t.mean(dtype=torch.float64)) if masks is None or n not in masks
+                else float(t[masks[n].to(t.device)].mean(dtype=torch.float64)))
     both = [n for n in frame.index if n in sens and np.isfinite(frame.alpha[n])]
-    if len(both) < 3: raise OpenTransError(f"Only {len(both)} layers have an alpha and a sensitivity; ranks need at least 3. Analyze the same model, and name its layers to param_sensitivity.")
-    res = pd.DataFrame(dict(alpha=frame.alpha[both].astype(float), sensitivity=[mean(n) for n in both], entries=[sens[n].numel() for n in both]))
+    if len(both) < 3:
+        raise OpenTransError(
+            f"Only {len(both)} layers have an alpha and a sensitivity; ranks need at least 3. Analyze the same "
+            f"model, and name its layers to param_sensitivity.")
+    res = pd.DataFrame(dict(alpha=frame.alpha[both].astype(float), sensitivity=[mean(n) for n in both],
+                            entries=[sens[n].numel() for n in both]))
     r = spearmanr(res.alpha, res.sensitivity)
     x,y = (float(spearmanr(res[k], res.entries).statistic) for k in ('alpha', 'sensitivity'))
     rest = math.sqrt(max(0., (1-x*x)*(1-y*y)))
-    res.attrs.update(rho=float(r.statistic), p=float(r.pvalue), n=len(both), partial=float(np.clip((r.statistic-x*y)/rest, -1, 1)) if rest > 1e-9 else math.nan)
+    res.attrs.update(rho=float(r.statistic), p=float(r.pvalue), n=len(both),
+                     partial=float(np.clip((r.statistic-x*y)/rest, -1, 1)) if rest > 1e-9 else math.nan)
     return res
 
 def plot_alpha_sensitivity(
@@ -579,7 +698,11 @@ def plot_alpha_sensitivity(
     "Alpha against sensitivity, a point a layer, with the rank correlation in the title."
     ax = axes(ax, figsize=(6, 4))
     ax.semilogy(frame.alpha, frame.sensitivity, 'o', ms=5)
-    for n,row in frame.iterrows() if label else (): ax.annotate(for_plot(n.removesuffix('.weight')), (row.alpha, row.sensitivity), fontsize=6, xytext=(3, 3), textcoords='offset points')
-    ax.set(xlabel='alpha of the spectrum', ylabel='mean sensitivity', title=f"rank correlation {frame.attrs['rho']:+.2f} (p = {frame.attrs['p']:.1g}); given the size {frame.attrs['partial']:+.2f}")
+    for n,row in frame.iterrows() if label else ():
+        ax.annotate(for_plot(n.removesuffix('.weight')), (row.alpha, row.sensitivity), fontsize=6, xytext=(3, 3),
+                    textcoords='offset points')
+    ax.set(xlabel='alpha of the spectrum', ylabel='mean sensitivity',
+           title=f"rank correlation {frame.attrs['rho']:+.2f} (p = {frame.attrs['p']:.1g}); given the size "
+                 f"{frame.attrs['partial']:+.2f}")
     ax.margins(x=.15)
     return ax

@@ -27,16 +27,20 @@ from .toys import one_thread, open_folder, use_sizes
 # %% ../../nbs/vit/66_spt_study.ipynb #d0f4bbd7
 VIT = dict(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4)
 
-SET = dict(budget=3072, r=2, pretrain_images=4000, pretrain_steps=1500, pretrain_batch=64, pretrain_lr=2e-3, steps=150, batch=32, weight_decay=1e-4, warmup=15, train=dict(novel=200, night=200, count=600), test=400)
+SET = dict(budget=3072, r=2, pretrain_images=4000, pretrain_steps=1500, pretrain_batch=64, pretrain_lr=2e-3,
+           steps=150, batch=32, weight_decay=1e-4, warmup=15, train=dict(novel=200, night=200, count=600), test=400)
 
 ARMS = ('linear', 'bias', 'lora', 'adapter', 'sparse', 'random', 'spt-lora', 'spt-adapter', 'full')
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
-PARTS = { # arms of a study beside the main one (Tab. 2.6 and 2.8): modules without single weights, and sensitivities of fewer pictures
-    'adapters without single weights': dict(kind='adapter', scattered=False), 'low rank without single weights': dict(kind='lora', scattered=False),
-    'half of the pictures': dict(kind='lora', share=1/2), 'a quarter of the pictures': dict(kind='lora', share=1/4), 'an eighth of the pictures': dict(kind='lora', share=1/8),
-}
+# arms of a study beside the main one (Tab. 2.6 and 2.8): modules without single weights, and sensitivities of fewer
+# pictures
+PARTS = {'adapters without single weights': dict(kind='adapter', scattered=False),
+         'low rank without single weights': dict(kind='lora', scattered=False),
+         'half of the pictures': dict(kind='lora', share=1/2),
+         'a quarter of the pictures': dict(kind='lora', share=1/4),
+         'an eighth of the pictures': dict(kind='lora', share=1/8),}
 
 BASE,NOVEL = ([k for k in TRIPLES if is_novel(*k) == b] for b in (False, True))
 
@@ -48,7 +52,8 @@ def things(kinds, n, seed):
     return torch.from_numpy(x).permute(0, 3, 1, 2).float()/127.5-1,torch.from_numpy(y)
 
 def counted(n, seed):
-    "Pictures of one to four small base things on a calm ground, which do not lie on each other, and how many less one."
+    """Pictures of one to four small base things on a calm ground, which do not lie on each other, and how many less
+    one."""
     rng,size = np.random.default_rng([seed, 2027]),VIT['img_size']
     y,x = np.arange(n) % 4,[]
     for k in y:
@@ -56,7 +61,9 @@ def counted(n, seed):
         while len(at) <= k:
             middle = rng.uniform(.15, .85, 2)*size
             if all(np.hypot(*(middle-m)) > .31*size for m in at): at.append(middle)
-        for cx,cy in at: paint_object(rng, img, cx, cy, size*rng.uniform(.12, .17), rng.uniform(-.6, .6), *BASE[rng.integers(len(BASE))])
+        for cx,cy in at:
+            paint_object(rng, img, cx, cy, size*rng.uniform(.12, .17), rng.uniform(-.6, .6),
+                         *BASE[rng.integers(len(BASE))])
         x.append(np.clip(img, 0, 1))
     return torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).float()*2-1,torch.from_numpy(y)
 
@@ -70,7 +77,9 @@ def load_task(task, seed):
     "Pictures and labels to train on and to test with, and the number of classes."
     n,m = SET['train'][task],SET['test']
     if task == 'novel': return things(NOVEL, n, seed+1),things(NOVEL, m, seed+100_001),len(NOVEL)
-    if task == 'night': (x,y),(tx,ty) = things(NOVEL, n, seed+1),things(NOVEL, m, seed+100_001); return (at_night(x, seed+1), y),(at_night(tx, seed+100_001), ty),len(NOVEL)
+    if task == 'night':
+        (x,y),(tx,ty) = things(NOVEL, n, seed+1),things(NOVEL, m, seed+100_001)
+        return (at_night(x, seed+1), y),(at_night(tx, seed+100_001), ty),len(NOVEL)
     return counted(n, seed+1),counted(m, seed+100_001),4
 
 # %% ../../nbs/vit/66_spt_study.ipynb #68249d72
@@ -79,13 +88,17 @@ def new_vit(classes, seed=0):
 
 def fit(model, x, y, steps, batch, lr, seed, weight_decay, warmup):
     "AdamW with a cosine, over what has a gradient."
-    opt,g = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay),torch.Generator().manual_seed(seed)
+    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+    g = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(x), generator=g) for _ in range(math.ceil(steps*batch/len(x)))])
     model.train()
     for i in range(steps):
-        for group in opt.param_groups: group['lr'] = lr*min(1, (i+1)/max(1, warmup))*(.5+.5*math.cos(math.pi*i/steps))
+        for group in opt.param_groups:
+            group['lr'] = lr*min(1, (i+1)/max(1, warmup))*(.5+.5*math.cos(math.pi*i/steps))
         at = order[i*batch:(i+1)*batch]
-        opt.zero_grad(); F.cross_entropy(model(x[at]), y[at]).backward(); opt.step()
+        opt.zero_grad()
+        F.cross_entropy(model(x[at]), y[at]).backward()
+        opt.step()
     return model.eval()
 
 @torch.no_grad()
@@ -97,9 +110,11 @@ def pretrain(work):
     file = work/'vit.safetensors'
     model = new_vit(len(BASE))
     if not file.exists():
-        x,y = things(BASE, SET['pretrain_images'], 0); began = time.process_time()
+        x,y = things(BASE, SET['pretrain_images'], 0)
+        began = time.process_time()
         fit(model, x, y, SET['pretrain_steps'], SET['pretrain_batch'], SET['pretrain_lr'], 0, .05, 50)
-        save_tensors(model.state_dict(), file, dict(accuracy=accuracy(model, *things(BASE, 400, 77)), seconds=time.process_time()-began))
+        save_tensors(model.state_dict(), file,
+                     dict(accuracy=accuracy(model, *things(BASE, 400, 77)), seconds=time.process_time()-began))
     state,meta = load_tensors(file)
     model.load_state_dict(state)
     return model.eval(),{k: float(v) for k,v in meta.items()}
@@ -117,30 +132,40 @@ def deal_again(sens, seed):
     res = {}
     for shape in dict.fromkeys(t.shape for t in sens.values()):
         group = [n for n in names if sens[n].shape == shape]
-        for n,i in zip(group, torch.randperm(len(group), generator=g).tolist()): t = sens[group[i]]; res[n] = t.flatten()[torch.randperm(t.numel(), generator=g)].view(shape)
+        for n,i in zip(group, torch.randperm(len(group), generator=g).tolist()):
+            t = sens[group[i]]
+            res[n] = t.flatten()[torch.randperm(t.numel(), generator=g)].view(shape)
     return {n: res[n] for n in names}
 
 def tune_part(model, x, y, seed, kind, share=1., scattered=True):
     "SPT as in one of the `PARTS`."
-    sens = param_sensitivity(model, [(x, y)], F.cross_entropy, n_samples=math.ceil(share*len(x)), chunk=32, seed=seed)
+    sens = param_sensitivity(model, [(x, y)], F.cross_entropy, n_samples=math.ceil(share*len(x)), chunk=32,
+                             seed=seed)
     add_spt(model, allocate(sens, SET['budget']+VIT['embed_dim'], kind, SET['r'], scattered=scattered), seed=seed)
 
 def tune_this(model, arm, x, y, seed):
     "Make ready what an arm trains."
     budget,r = SET['budget'],SET['r']
-    full = lambda: [p.requires_grad_(True) for n,p in model.named_parameters() if n.startswith('head.') or n == 'cls_token' and arm != 'linear']
+    def full():
+        return [p.requires_grad_(True)
+                for n,p in model.named_parameters() if n.startswith('head.')
+                or n == 'cls_token' and arm != 'linear']
     if arm == 'full': return
     if arm in PARTS: return tune_part(model, x, y, seed, **PARTS[arm])
     if arm in ('linear', 'bias'):
         for n,p in model.named_parameters(): p.requires_grad_(arm == 'bias' and n.endswith('bias'))
-    elif arm == 'lora': add_lora(model, ['blocks.*.attn.qkv.weight[q]', 'blocks.*.attn.qkv.weight[v]'], r=3, seed=seed)
+    elif arm == 'lora':
+        add_lora(model, ['blocks.*.attn.qkv.weight[q]', 'blocks.*.attn.qkv.weight[v]'], r=3, seed=seed)
     elif arm == 'adapter': add_adapters(model, 'blocks.*.mlp.fc2.weight', r=5, seed=seed)
     else:
         kind = dict(sparse='none').get(arm, 'adapter' if arm == 'spt-adapter' else 'lora')
         s = param_sensitivity(model, [(x, y)], F.cross_entropy, n_samples=len(x), chunk=32)
         if arm == 'random': s = deal_again(s, seed)
-        total = budget+VIT['embed_dim']                                                      # with the class token: the tau whose total is nearest, so that all arms train as much
-        add_spt(model, sweep_allocations(s, [total], kind, r, taus=range(budget//4, 2*budget, 32), always=VIT['embed_dim'])[total], seed=seed)
+        # with the class token: the tau whose total is nearest, so that all arms train as much
+        total = budget+VIT['embed_dim']
+        add_spt(model,
+                sweep_allocations(s, [total], kind, r, taus=range(budget//4, 2*budget, 32),
+                                  always=VIT['embed_dim'])[total], seed=seed)
     full()
 
 # %% ../../nbs/vit/66_spt_study.ipynb #39ef6e7f
@@ -150,24 +175,30 @@ def job(work, task, arm, seed, lr):
     if file.exists(): return load_json(file)
     base,_ = pretrain(work)
     (x,y),(tx,ty),classes = load_task(task, seed)
-    model = for_task(base, classes, seed); began = time.process_time()
+    model = for_task(base, classes, seed)
+    began = time.process_time()
     tune_this(model, arm, x, y, seed)
     report = trainable_report(model)
     head = int(report['count'][report['class'] == 'head'].sum())
     fit(model, x, y, SET['steps'], SET['batch'], lr, seed, SET['weight_decay'], SET['warmup'])
-    res = dict(task=task, arm=arm, seed=seed, lr=lr, accuracy=accuracy(model, tx, ty), trained=report.attrs['trained']-head, head=head, body=report.attrs['body'], chance=float(ty.bincount().max()/len(ty)), seconds=time.process_time()-began)
+    res = dict(task=task, arm=arm, seed=seed, lr=lr, accuracy=accuracy(model, tx, ty),
+               trained=report.attrs['trained']-head, head=head, body=report.attrs['body'],
+               chance=float(ty.bincount().max()/len(ty)), seconds=time.process_time()-began)
     save_json(res, file)
     return res
 
 # %% ../../nbs/vit/66_spt_study.ipynb #9ee5f574
 def patterns(work, seed=0):
     "Where the sensitive weights of each task are (Fig. 2.4), and how alpha and sensitivity of the layers agree."
-    base,_ = pretrain(work); table = analyze(base, skip=('head',)); res = {}
+    base,_ = pretrain(work)
+    table = analyze(base, skip=('head',))
+    res = {}
     for task in SET['train']:
         (x,y),_,classes = load_task(task, seed)
         s = param_sensitivity(for_task(base, classes, seed), [(x, y)], F.cross_entropy, chunk=32)
         frame = alpha_sensitivity(table, s)
-        res[task] = dict({by: sensitivity_profile(s, SET['budget'], by).to_dict('index') for by in ('block', 'operation')}, alpha=dict(frame.attrs, layers=frame.to_dict('index')))
+        res[task] = dict({by: sensitivity_profile(s, SET['budget'], by).to_dict('index')
+                          for by in ('block', 'operation')}, alpha=dict(frame.attrs, layers=frame.to_dict('index')))
     return res
 
 # %% ../../nbs/vit/66_spt_study.ipynb #2c08072d
@@ -175,7 +206,8 @@ SMALL = dict(SET, pretrain_images=80, pretrain_steps=2, pretrain_batch=8, steps=
              train=dict(novel=20, night=20, count=16), test=20)
 
 def gaps(work, seed=0):
-    "How far each task is from the source, as the pretrained network sees it (Fig. 2.3 c); one width of the kernel for all."
+    """How far each task is from the source, as the pretrained network sees it (Fig. 2.3 c); one width of the kernel
+    for all."""
     base, _ = pretrain(work)
     def seen(x): return features_of(base, [(part,) for part in x.split(100)], 400)
     source = seen(things(BASE, SET['test'], 77)[0])
@@ -201,7 +233,8 @@ def sized_job(sizes, work, task, arm, seed, rate):
 
 def _best_rates(done, arms=ARMS):
     "The learning rate of each arm and task that was best on the seed of its own."
-    def best(task, arm): return max((done[task, arm, 1000, rate] for rate in RATES), key=lambda run: run['accuracy'])['lr']
+    def best(task, arm):
+        return max((done[task, arm, 1000, rate] for rate in RATES), key=lambda run: run['accuracy'])['lr']
     return {task: {arm: best(task, arm) for arm in arms} for task in SET['train']}
 
 def spt_rows(
@@ -223,7 +256,8 @@ def spt_rows(
             tries = [(task, arm, 1000, rate) for task in SET['train'] for arm in arms for rate in RATES]
             tried = {one: ((), sized_job, (sizes, work, *one)) for one in tries}
             rates = _best_rates(run_jobs(tried, scheduler, f'{study.name}, learning rates'), arms)
-            wanted = [(task, arm, seed, rates[task][arm]) for seed in seeds for task in SET['train'] for arm in arms]
+            wanted = [(task, arm, seed, rates[task][arm]) for seed in seeds for task in SET['train']
+                      for arm in arms]
             done = run_jobs({one: ((), sized_job, (sizes, work, *one)) for one in wanted}, scheduler, study.name)
             results = [done[one] for one in wanted]
             found = patterns(work) if arms is ARMS else gaps(work)

@@ -21,9 +21,13 @@ def head_ensemble(
     k:int, # Side of the window that is wanted: odd, at most K
     temperature:float=1., # Of the softmax
 )->torch.Tensor: # (heads, k*k); each column sums to 1
-    "How much each head gives to each offset of a k x k window: a softmax over heads (thesis, Eq. 4.6). Raises `OpenTransError`."
+    """How much each head gives to each offset of a k x k window: a softmax over heads (thesis, Eq. 4.6). Raises
+    `OpenTransError`."""
     K = math.isqrt(z.shape[1])
-    if K*K != z.shape[1] or k not in range(1, K+1, 2): raise OpenTransError(f"A kernel of side {k} cannot be taken out of scores {tuple(z.shape)}: give (heads, K*K) and an odd k up to K.")
+    if K*K != z.shape[1] or k not in range(1, K+1, 2):
+        raise OpenTransError(
+            f"A kernel of side {k} cannot be taken out of scores {tuple(z.shape)}: give (heads, K*K) and an odd k "
+            f"up to K.")
     a = (K-k)//2
     return (z/temperature).softmax(0).unflatten(1, (K, K))[:, a:a+k, a:a+k].flatten(1)
 
@@ -37,17 +41,21 @@ def conv_from_msa(
     temperature:float=1., # Of the softmax
 )->tuple: # kernel (c_h, c, k, k), its bias (c_h,), output weights (c, c_h)
     "The bottleneck convolution that shares its weights with an attention layer (thesis, Eq. 4.11)."
-    S = head_ensemble(z, k, temperature); n = len(S)
+    S = head_ensemble(z, k, temperature)
+    n = len(S)
     conv_w = torch.einsum('ht,hjc->jct', S, v_weight.unflatten(0, (n, -1))).unflatten(2, (k, k))
-    conv_b = torch.einsum('ht,hj->j', S, v_bias.unflatten(0, (n, -1))) if v_bias is not None else conv_w.new_zeros(conv_w.shape[0])
+    conv_b = (torch.einsum('ht,hj->j', S, v_bias.unflatten(0, (n, -1))) if v_bias is not None
+              else conv_w.new_zeros(conv_w.shape[0]))
     return conv_w,conv_b,torch.einsum('ht,chj->cj', S, o_weight.unflatten(1, (n, -1)))
 
 def index_values(
     v:torch.Tensor, # (B, H, W, c) value projections without their bias
     S:torch.Tensor, # (heads, k*k) from `head_ensemble`
 )->torch.Tensor: # (B, c_h, H, W)
-    "The same convolution from values that are there already: mix the heads, shift, add (thesis, Eq. 4.8: the single path)."
-    (n,t),(H,W) = S.shape,v.shape[1:3]; k = math.isqrt(t)
+    """The same convolution from values that are there already: mix the heads, shift, add (thesis, Eq. 4.8: the
+    single path)."""
+    (n,t),(H,W) = S.shape,v.shape[1:3]
+    k = math.isqrt(t)
     u = F.pad(torch.einsum('bywhj,ht->tbjyw', v.unflatten(-1, (n, -1)), S), (k//2,)*4)
     return sum(u[i][..., i//k:i//k+H, i%k:i%k+W] for i in range(t))
 
@@ -59,15 +67,18 @@ def bernoulli_st(
 )->torch.Tensor: # 0 or 1, with the gradient of the relaxed draw
     "Draw gates that let a gradient through (thesis, Eq. 4.13)."
     eps = torch.finfo(p.dtype).eps
-    p,u = p.clamp(eps, 1-eps),torch.rand(p.shape, dtype=p.dtype, device=p.device, generator=generator).clamp(eps, 1-eps)
+    p,u = p.clamp(eps, 1-eps),torch.rand(p.shape, dtype=p.dtype, device=p.device, generator=generator).clamp(
+        eps, 1-eps)
     soft = torch.sigmoid((u.logit() + p.logit())/temperature)
     return (soft > .5).to(p) + (soft - soft.detach())
 
 def hard_gate(
     a:torch.Tensor, # Gate parameters: a gate is open with probability sigmoid(a)
 )->torch.Tensor: # 0 or 1, with a surrogate gradient
-    "Gates without chance, 1[sigmoid(a) >= 0.5] (thesis, Eq. 4.15), with the gradient of sigmoid(sigmoid(a) - 0.5): what cost is counted with."
-    p = torch.sigmoid(a); s = torch.sigmoid(p-.5)
+    """Gates without chance, 1[sigmoid(a) >= 0.5] (thesis, Eq. 4.15), with the gradient of sigmoid(sigmoid(a) -
+    0.5): what cost is counted with."""
+    p = torch.sigmoid(a)
+    s = torch.sigmoid(p-.5)
     return (a >= 0).to(p) + (s - s.detach())
 
 # %% ../../nbs/vit/63_spvit.ipynb #c62ca81a
@@ -76,12 +87,17 @@ GATINGS = ('exclusive', 'nested')
 
 def select_ops(
     g:torch.Tensor, # (..., P) gates of P operations, by rising cost
-    gating:str='exclusive', # `'exclusive'`: the costliest open gate wins (thesis); `'nested'`: a closed gate closes all costlier ones (code)
-)->torch.Tensor: # (..., P+1): 1 for the operation that works, 0 for the others; the first is the fallback where all gates are closed
+    # `'exclusive'`: the costliest open gate wins (thesis); `'nested'`: a closed gate closes all costlier ones
+    # (code)
+    gating:str='exclusive',
+    # (..., P+1): 1 for the operation that works, 0 for the others; the first is the fallback where all gates are
+    # closed
+)->torch.Tensor:
     "Turn gates into the choice of one operation (thesis, Eq. 4.14). Raises `OpenTransError`."
     if gating not in GATINGS: raise unknown('gating', gating, GATINGS)
     if gating == 'nested': g = g.cumprod(-1)
-    one = g.new_ones(*g.shape[:-1], 1); closed = torch.cat([(1-g).flip(-1).cumprod(-1).flip(-1), one], -1)   # are all costlier gates closed?
+    one = g.new_ones(*g.shape[:-1], 1)
+    closed = torch.cat([(1-g).flip(-1).cumprod(-1).flip(-1), one], -1)   # are all costlier gates closed?
     return torch.cat([one, g], -1)*closed
 
 def op_prior(
@@ -103,21 +119,29 @@ class Grid:
     def of(self, n):
         "The grid of `n` patches. Raises `OpenTransError`."
         if self.size and math.prod(self.size) == n: return self.size
-        raise OpenTransError(f"{n} patches are no grid of {self.size}. Convolutions need every patch: take out patch dropout, or give the right grid.")
+        raise OpenTransError(
+            f"{n} patches are no grid of {self.size}. Convolutions need every patch: take out patch dropout, or "
+            f"give the right grid.")
     def __repr__(self): return f'Grid({self.size})'
 
 class TokenLayer(nn.Module):
-    "What stands in an attention's place: knows the grid, the class tokens in front of it, and how the block calls its attention."
+    """What stands in an attention's place: knows the grid, the class tokens in front of it, and how the block calls
+    its attention."""
     num_heads = 1
     def __init__(self, grid, prefix=1, cls='pass', pair=False):
         super().__init__()
         if cls not in ('pass', 'zero'): raise unknown('way with the class token', cls, ['pass', 'zero'])
-        self.grid,self.prefix,self.cls,self.pair = grid if isinstance(grid, Grid) else Grid(grid),prefix,cls,pair
+        self.grid = grid if isinstance(grid, Grid) else Grid(grid)
+        self.prefix = prefix
+        self.cls = cls
+        self.pair = pair
 
     def on_grid(self, f, x, v):
-        "Apply `f`, which maps (B,H,W,c) to (B,H,W,c'), to the patches among the tokens `v` (B,N,c), or to a map as it is; class tokens are those of `x`."
+        """Apply `f`, which maps (B,H,W,c) to (B,H,W,c'), to the patches among the tokens `v` (B,N,c), or to a map
+        as it is; class tokens are those of `x`."""
         if v.ndim == 4: return f(v)
-        y,first = f(v[:, self.prefix:].unflatten(1, self.grid.of(v.shape[1]-self.prefix))).flatten(1, 2),x[:, :self.prefix]
+        y = f(v[:, self.prefix:].unflatten(1, self.grid.of(v.shape[1]-self.prefix))).flatten(1, 2)
+        first = x[:, :self.prefix]
         return torch.cat([first if self.cls == 'pass' else torch.zeros_like(first), y], 1)
 
     def give(self, y): return (y, None) if self.pair else y
@@ -128,23 +152,35 @@ class SkipAttention(TokenLayer):
     def forward(self, x, *args, **kwargs): return self.give(torch.zeros_like(x))
 
 class BottleneckConv(TokenLayer):
-    "A slimmed attention: k x k convolution to the width of one head, norm, ReLU, and back (thesis, Eq. 4.12, in the order of the code)."
+    """A slimmed attention: k x k convolution to the width of one head, norm, ReLU, and back (thesis, Eq. 4.12, in
+    the order of the code)."""
     def __init__(self, dim, width, k, **like):
         super().__init__(**like)
-        self.conv,self.norm,self.out = nn.Conv2d(dim, width, k, padding=k//2),nn.BatchNorm2d(width),nn.Conv2d(width, dim, 1)
+        self.conv = nn.Conv2d(dim, width, k, padding=k//2)
+        self.norm = nn.BatchNorm2d(width)
+        self.out = nn.Conv2d(width, dim, 1)
     def forward(self, x, *args, **kwargs):
-        return self.give(self.on_grid(lambda m: self.out(F.relu(self.norm(self.conv(m.permute(0, 3, 1, 2))))).permute(0, 2, 3, 1), x, x))
+        return self.give(
+            self.on_grid(
+                lambda m: self.out(F.relu(self.norm(self.conv(m.permute(0, 3, 1, 2))))).permute(0, 2, 3, 1), x, x))
 
 # %% ../../nbs/vit/63_spvit.ipynb #87e4b628
 def _check_weights(module, names):
-    "Raises `OpenTransError` where a weight is computed by a parametrisation, or holds whole numbers: neither can be shared or cut."
+    """Raises `OpenTransError` where a weight is computed by a parametrisation, or holds whole numbers: neither can
+    be shared or cut."""
     for name in names:
         layer = module.get_submodule(name) if name else module
         weights = {n: p for n, p in layer._parameters.items() if p is not None}
         key = 'in_proj_weight' if isinstance(layer, nn.MultiheadAttention) else 'weight'
-        if key not in weights: raise OpenTransError(f"{type(module).__name__}.{name} has no weight of its own: a parametrisation, such as weight_norm, computes it. Take that off first.")
+        if key not in weights:
+            raise OpenTransError(
+                f"{type(module).__name__}.{name} has no weight of its own: a parametrisation, such as weight_norm, "
+                f"computes it. Take that off first.")
         odd = [f'{n} ({p.dtype})' for n, p in weights.items() if not p.is_floating_point() or p.element_size() < 2]
-        if odd: raise OpenTransError(f"{type(module).__name__}.{name} holds codes of a quantized layer: {', '.join(odd)}. Take it in float32 or bfloat16.")
+        if odd:
+            raise OpenTransError(
+                f"{type(module).__name__}.{name} holds codes of a quantized layer: {', '.join(odd)}. Take it in "
+                f"float32 or bfloat16.")
 
 def attention_parts(
     attn:nn.Module, # An attention layer
@@ -152,43 +188,64 @@ def attention_parts(
     "What is inside an attention of timm or torch. Raises `OpenTransError` for kinds that cannot be converted."
     if isinstance(attn, nn.MultiheadAttention):
         if attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn or not attn.batch_first:
-            raise OpenTransError("This nn.MultiheadAttention has widths of its own for k and v, an extra key, or the batch second; build it plain and with batch_first=True.")
+            raise OpenTransError(
+                "This nn.MultiheadAttention has widths of its own for k and v, an extra key, or the batch second; "
+                "build it plain and with batch_first=True.")
         _check_weights(attn, ['', 'out_proj'])
-        return dict(qkv=(attn.in_proj_weight, attn.in_proj_bias), out=(attn.out_proj.weight, attn.out_proj.bias), heads=attn.num_heads, drop=attn.dropout, proj_drop=0., norms=(None, None))
-    plain = all(hasattr(attn, k) for k in ('qkv', 'proj', 'num_heads', 'attn_drop', 'proj_drop')) and getattr(attn, 'gate', None) is None
+        return dict(qkv=(attn.in_proj_weight, attn.in_proj_bias), out=(attn.out_proj.weight, attn.out_proj.bias),
+                    heads=attn.num_heads, drop=attn.dropout, proj_drop=0., norms=(None, None))
+    plain = (all(hasattr(attn, k) for k in ('qkv', 'proj', 'num_heads', 'attn_drop', 'proj_drop'))
+             and getattr(attn, 'gate', None) is None)
     plain = plain and isinstance(attn.qkv, nn.Linear) and isinstance(attn.proj, nn.Linear)
-    if not plain or not isinstance(getattr(attn, 'norm', nn.Identity()), nn.Identity) or attn.qkv.weight.shape[0] != 3*attn.proj.weight.shape[1] or hasattr(attn, 'rope'):
-        raise OpenTransError(f"{type(attn).__name__} is not an attention that can be converted: timm's Attention or WindowAttention, or torch's MultiheadAttention.")
+    if (not plain or not isinstance(getattr(attn, 'norm', nn.Identity()), nn.Identity)
+        or attn.qkv.weight.shape[0] != 3*attn.proj.weight.shape[1] or hasattr(attn, 'rope')):
+        raise OpenTransError(
+            f"{type(attn).__name__} is not an attention that can be converted: timm's Attention or "
+            f"WindowAttention, or torch's MultiheadAttention.")
     _check_weights(attn, ['qkv', 'proj'])
-    norms = [m if m is not None and not isinstance(m, nn.Identity) else None for m in (getattr(attn, 'q_norm', None), getattr(attn, 'k_norm', None))]
-    return dict(qkv=(attn.qkv.weight, attn.qkv.bias), out=(attn.proj.weight, attn.proj.bias), heads=attn.num_heads, drop=attn.attn_drop.p, proj_drop=attn.proj_drop.p, norms=norms)
+    norms = [m if m is not None and not isinstance(m, nn.Identity) else None
+             for m in (getattr(attn, 'q_norm', None), getattr(attn, 'k_norm', None))]
+    return dict(qkv=(attn.qkv.weight, attn.qkv.bias), out=(attn.proj.weight, attn.proj.bias), heads=attn.num_heads,
+                drop=attn.attn_drop.p, proj_drop=attn.proj_drop.p, norms=norms)
 
 def _param(t): return nn.Parameter(t.detach().clone(memory_format=torch.contiguous_format))
 
 def _linear(weight, bias):
     "A linear map with these weights (copied)."
-    l = nn.Linear(1, 1, bias=bias is not None, device='meta')
-    l.out_features,l.in_features = weight.shape
-    l.weight = _param(weight)
-    if bias is not None: l.bias = _param(bias)
-    return l
+    layer = nn.Linear(1, 1, bias=bias is not None, device='meta')
+    layer.out_features,layer.in_features = weight.shape
+    layer.weight = _param(weight)
+    if bias is not None: layer.bias = _param(bias)
+    return layer
 
 def _mask_for(mask, heads, pair):
-    "An attention mask as `F.scaled_dot_product_attention` wants it; torch's MultiheadAttention means the opposite by booleans, and stacks heads on the batch."
+    """An attention mask as `F.scaled_dot_product_attention` wants it; torch's MultiheadAttention means the opposite
+    by booleans, and stacks heads on the batch."""
     if mask is None: return None
     if pair and mask.dtype == torch.bool: mask = ~mask
     return mask.unflatten(0, (-1, heads)) if pair and mask.ndim == 3 else mask
 
 # %% ../../nbs/vit/63_spvit.ipynb #cc641ff2
 class UnifiedAttention(TokenLayer):
-    "An attention layer and the convolutions that share its weights, with gates that choose (thesis, Sec. 4.3.2). Made by `from_attention`."
-    def __init__(self, parts, grid, ops=SPVIT_OPS, gating='exclusive', temperature=1., theta=1.5, cls='pass', prefix=1, pair=False, heads=False):
+    """An attention layer and the convolutions that share its weights, with gates that choose (thesis, Sec. 4.3.2).
+    Made by `from_attention`."""
+    def __init__(self, parts, grid, ops=SPVIT_OPS, gating='exclusive', temperature=1., theta=1.5, cls='pass',
+                 prefix=1, pair=False, heads=False):
         super().__init__(grid, prefix, cls, pair)
         if gating not in GATINGS: raise unknown('gating', gating, GATINGS)
-        if not ops or list(ops) != [o for o in SPVIT_OPS if o in ops]: raise OpenTransError(f"ops={tuple(ops)}: choose some of {SPVIT_OPS}, in this order (of rising cost).")
-        (w,b),(n,dim) = parts['qkv'],(parts['heads'], parts['out'][0].shape[0]); a = w.shape[0]//3
-        self.ops,self.gating,self.temperature,self.num_heads,self.dim,self.width = tuple(ops),gating,temperature,n,dim,a//n
-        self.qk,self.v,self.proj = _linear(w[:2*a], None if b is None else b[:2*a]),_linear(w[2*a:], None if b is None else b[2*a:]),_linear(*parts['out'])
+        if not ops or list(ops) != [o for o in SPVIT_OPS if o in ops]:
+            raise OpenTransError(f"ops={tuple(ops)}: choose some of {SPVIT_OPS}, in this order (of rising cost).")
+        (w,b),(n,dim) = parts['qkv'],(parts['heads'], parts['out'][0].shape[0])
+        a = w.shape[0]//3
+        self.ops = tuple(ops)
+        self.gating = gating
+        self.temperature = temperature
+        self.num_heads = n
+        self.dim = dim
+        self.width = a//n
+        self.qk = _linear(w[:2*a], None if b is None else b[:2*a])
+        self.v = _linear(w[2*a:], None if b is None else b[2*a:])
+        self.proj = _linear(*parts['out'])
         self.q_norm,self.k_norm = map(copy.deepcopy, parts['norms'])
         self.drop,self.proj_drop = parts['drop'],parts['proj_drop']
         home = 'cpu' if w.is_meta else w.device
@@ -196,7 +253,8 @@ class UnifiedAttention(TokenLayer):
         self.head_gate = nn.Parameter(torch.full((n,), float(theta), device=home)) if heads else None
         self.kernels = {o: int(o[4:]) for o in ops if o.startswith('conv')}
         self.z = nn.Parameter(torch.ones(n, 9, device=w.device, dtype=w.dtype)) if self.kernels else None
-        self.norms = nn.ModuleDict({o: nn.BatchNorm2d(self.width, device=w.device, dtype=w.dtype) for o in self.kernels})
+        self.norms = nn.ModuleDict({o: nn.BatchNorm2d(self.width, device=w.device, dtype=w.dtype)
+                                    for o in self.kernels})
         self.generator = None                                        # of the draws; None for torch's own
 
     @classmethod
@@ -208,26 +266,32 @@ class UnifiedAttention(TokenLayer):
         **kwargs, # `temperature`, `theta`, `cls`, `prefix` (class tokens in front), `heads` (a gate for each head)
     )->'UnifiedAttention':
         "Make the layer from an attention. Raises `OpenTransError` for kinds that cannot be converted."
-        self = cls_(attention_parts(attn), grid, ops, gating, pair=isinstance(attn, nn.MultiheadAttention), **kwargs)
-        if hasattr(attn, 'relative_position_bias_table'): self.relative_position_bias_table = _param(attn.relative_position_bias_table)
+        self = cls_(attention_parts(attn), grid, ops, gating, pair=isinstance(attn, nn.MultiheadAttention),
+                    **kwargs)
+        if hasattr(attn, 'relative_position_bias_table'):
+            self.relative_position_bias_table = _param(attn.relative_position_bias_table)
         self.shell = (copy.deepcopy(attn).to('meta'),)               # its class and settings, without weights
         self.window = getattr(attn, 'window_area', None)
-        self.register_buffer('position', attn.relative_position_index.clone() if self.window else None, persistent=False)
+        self.register_buffer('position', attn.relative_position_index.clone() if self.window else None,
+                             persistent=False)
         return self.train(attn.training)
 
 # %% ../../nbs/vit/63_spvit.ipynb #489ffddc
 @patch
 def msa(self:UnifiedAttention, x, attn_mask=None, v=None):
     "Self-attention; `v` are values without bias, where they are known."
-    n,heads = self.num_heads,lambda t: t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    n = self.num_heads
+    def heads(t): return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
     v = self.v(x) if v is None else v if self.v.bias is None else v + self.v.bias
     (q,k),v = map(heads, self.qk(x).chunk(2, -1)),heads(v)
     if self.q_norm is not None: q = self.q_norm(q)
     if self.k_norm is not None: k = self.k_norm(k)
     mask = _mask_for(attn_mask, n, self.pair)
     if self.window:
-        bias = self.relative_position_bias_table[self.position.flatten()].unflatten(0, (self.window, -1)).permute(2, 0, 1)[None]
-        mask = bias if mask is None else (mask[None, :, None].expand(len(x)//len(mask), -1, n, -1, -1).flatten(0, 1) + bias)
+        bias = self.relative_position_bias_table[self.position.flatten()].unflatten(0, (self.window, -1)).permute(
+            2, 0, 1)[None]
+        mask = (bias if mask is None
+                else (mask[None, :, None].expand(len(x)//len(mask), -1, n, -1, -1).flatten(0, 1) + bias))
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.drop if self.training else 0.)
     if self.head_gate is not None: y = y*self.draw(self.head_gate)[:, None, None].to(y)
     return F.dropout(self.proj(y.transpose(1, 2).flatten(2)), self.proj_drop, self.training)
@@ -235,7 +299,8 @@ def msa(self:UnifiedAttention, x, attn_mask=None, v=None):
 @patch
 def conv(self:UnifiedAttention, op, x, v=None):
     "The bottleneck convolution of one size on the patches of `x`, out of the values."
-    S = head_ensemble(self.z, self.kernels[op], self.temperature); n = self.num_heads
+    S = head_ensemble(self.z, self.kernels[op], self.temperature)
+    n = self.num_heads
     b = torch.einsum('ht,hj->j', S, self.v.bias.unflatten(0, (n, -1))) if self.v.bias is not None else 0
     out = torch.einsum('ht,chj->cj', S, self.proj.weight.unflatten(1, (n, -1)))
     def f(v):
@@ -257,7 +322,8 @@ def op(self:UnifiedAttention)->str:
 @patch
 def mix(self:UnifiedAttention, x, msa):
     "All operations weighted by the drawn gates, or in eval the chosen one alone; `msa` computes attention."
-    run = lambda o, v=None: torch.zeros_like(x) if o == 'skip' else msa(x, v) if o == 'msa' else self.conv(o, x, v)
+    def run(o, v=None):
+        return torch.zeros_like(x) if o == 'skip' else msa(x, v) if o == 'msa' else self.conv(o, x, v)
     if not self.training: return run(self.op())
     v,w = F.linear(x, self.v.weight),select_ops(self.draw(self.gate), self.gating).to(x)
     return sum(g*run(o, v) for o,g in zip(self.ops, w))
@@ -265,7 +331,8 @@ def mix(self:UnifiedAttention, x, msa):
 @patch
 def forward(self:UnifiedAttention, x, *args, attn_mask=None, mask=None, is_causal=False, **kwargs):
     if is_causal: raise OpenTransError("A causal attention cannot become a convolution that sees both sides.")
-    if self.window: return self.msa(x, mask)                          # called with windows by a Swin block, which mixes outside
+    # called with windows by a Swin block, which mixes outside
+    if self.window: return self.msa(x, mask)
     return self.give(self.mix(x, lambda x, v: self.msa(x, attn_mask, v)))
 
 # %% ../../nbs/vit/63_spvit.ipynb #16a9c871
@@ -277,31 +344,44 @@ def set_op(self:UnifiedAttention,
     "Set the gates so that `op` is chosen under either gating. Raises `OpenTransError`."
     if op not in self.ops: raise unknown('operation', op, self.ops)
     i = self.ops.index(op)
-    with torch.no_grad(): self.gate.copy_(torch.tensor([strength if j < i else -strength for j in range(len(self.ops)-1)]))
+    with torch.no_grad():
+        self.gate.copy_(torch.tensor([strength if j < i else -strength for j in range(len(self.ops)-1)]))
 
 @patch
 def kept_heads(self:UnifiedAttention)->list:
     "Heads whose gate is open; all, where heads have no gates."
-    return list(range(self.num_heads)) if self.head_gate is None else (self.head_gate >= 0).nonzero().flatten().tolist()
+    return (list(range(self.num_heads)) if self.head_gate is None
+            else (self.head_gate >= 0).nonzero().flatten().tolist())
 
 # %% ../../nbs/vit/63_spvit.ipynb #3c37b62a
 def _fill(shell, u, rows):
     "Give an attention its weights: those of the rows (of q, k and v each) that stay."
     a = u.v.weight.shape[0]
-    join = lambda l: None if u.qk.bias is None and l == 'bias' else torch.cat([getattr(u.qk, l)[:a][rows], getattr(u.qk, l)[a:][rows], getattr(u.v, l)[rows]])
-    w,b,n = join('weight'),join('bias'),len(rows)//u.width
+    def join(layer):
+        return (None if u.qk.bias is None and layer == 'bias'
+                else torch.cat([getattr(u.qk, layer)[:a][rows], getattr(u.qk, layer)[a:][rows],
+                                getattr(u.v, layer)[rows]]))
+    w = join('weight')
+    b = join('bias')
+    n = len(rows)//u.width
     if isinstance(shell, nn.MultiheadAttention):
-        if len(rows) < a: return HeadAttention(_linear(w, b), _linear(u.proj.weight[:, rows], u.proj.bias), n, u.q_norm, u.k_norm, u.drop, **u.like)
+        if len(rows) < a:
+            return HeadAttention(_linear(w, b), _linear(u.proj.weight[:, rows], u.proj.bias), n, u.q_norm,
+                                 u.k_norm, u.drop, **u.like)
         shell.in_proj_weight = _param(w)
         if b is not None: shell.in_proj_bias = _param(b)
         shell.out_proj.weight = _param(u.proj.weight)
         if u.proj.bias is not None: shell.out_proj.bias = _param(u.proj.bias)
         return shell
-    if len(rows) < a: return HeadAttention(_linear(w, b), _linear(u.proj.weight[:, rows], u.proj.bias), n, u.q_norm, u.k_norm, u.drop, **u.like)
+    if len(rows) < a:
+        return HeadAttention(_linear(w, b), _linear(u.proj.weight[:, rows], u.proj.bias), n, u.q_norm, u.k_norm,
+                             u.drop, **u.like)
     shell.qkv,shell.proj = _linear(w, b),_linear(u.proj.weight, u.proj.bias)
     for k in ('q_norm', 'k_norm'):
         if getattr(u, k) is not None: setattr(shell, k, copy.deepcopy(getattr(u, k)))
-    if u.window: shell.relative_position_bias_table,shell.relative_position_index = _param(u.relative_position_bias_table),u.position.clone()
+    if u.window:
+        shell.relative_position_bias_table = _param(u.relative_position_bias_table)
+        shell.relative_position_index = u.position.clone()
     return shell
 
 @patch
@@ -316,7 +396,8 @@ def slim(self:UnifiedAttention)->nn.Module:
     w,b,out = conv_from_msa(self.v.weight, self.v.bias, self.proj.weight, self.z, k, self.temperature)
     res = BottleneckConv(self.dim, self.width, k, **self.like).to(w.dtype)
     bias = self.proj.bias if self.proj.bias is not None else out.new_zeros(len(out))
-    for l,w,b in ((res.conv, w, b), (res.out, out[..., None, None], bias)): l.weight,l.bias = _param(w),_param(b)
+    for layer,w,b in ((res.conv, w, b), (res.out, out[..., None, None], bias)):
+        layer.weight,layer.bias = _param(w),_param(b)
     res.norm = copy.deepcopy(self.norms[op])
     return res.train(self.training)
 
@@ -324,13 +405,17 @@ class HeadAttention(TokenLayer):
     "An attention with fewer heads than its width has room for."
     def __init__(self, qkv, proj, num_heads, q_norm=None, k_norm=None, drop=0., **like):
         super().__init__(**like)
-        self.qkv,self.proj,self.num_heads,self.drop = qkv,proj,num_heads,drop
+        self.qkv = qkv
+        self.proj = proj
+        self.num_heads = num_heads
+        self.drop = drop
         self.q_norm,self.k_norm = copy.deepcopy(q_norm),copy.deepcopy(k_norm)
     def forward(self, x, *args, attn_mask=None, mask=None, **kwargs):
         if not self.num_heads: return self.give(self.proj(x[..., :0]))
         q,k,v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if self.q_norm is not None: q,k = self.q_norm(q),self.k_norm(k)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=_mask_for(attn_mask, self.num_heads, self.pair), dropout_p=self.drop if self.training else 0.)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=_mask_for(attn_mask, self.num_heads, self.pair),
+                                           dropout_p=self.drop if self.training else 0.)
         return self.give(self.proj(y.transpose(1, 2).flatten(2)))
 
 # %% ../../nbs/vit/63_spvit.ipynb #f61ccb63
@@ -340,12 +425,15 @@ def mlp_names(mlp:nn.Module)->tuple: # (first, second)
     "The names of an MLP's two linear maps. Raises `OpenTransError` for other kinds."
     for names in _MLPS:
         layers = [getattr(mlp, n, None) for n in names]
-        linear = all(isinstance(l, nn.Linear) or isinstance(l, nn.Conv2d) and l.groups == 1 for l in layers)
+        linear = all(isinstance(layer, nn.Linear) or isinstance(layer, nn.Conv2d) and layer.groups == 1
+                     for layer in layers)
         if not linear: continue
         _check_weights(mlp, names)
         between = isinstance(getattr(mlp, 'norm', nn.Identity()), nn.Identity) and not hasattr(mlp, 'grn')
         if between and layers[0].weight.shape[0] == layers[1].weight.shape[1]: return names
-    raise OpenTransError(f"{type(mlp).__name__} is not an MLP of two linear maps (fc1, fc2 or c_fc, c_proj) without a gate or norm between them.")
+    raise OpenTransError(
+        f"{type(mlp).__name__} is not an MLP of two linear maps (fc1, fc2 or c_fc, c_proj) without a gate or norm "
+        f"between them.")
 
 # %% ../../nbs/vit/63_spvit.ipynb #9ccf246e
 class UnifiedMLP(nn.Module):
@@ -383,34 +471,50 @@ class UnifiedMLP(nn.Module):
 
     def keep(self, units, strength=10.):
         "Set the gates so that exactly these units stay."
-        with torch.no_grad(): self.gate.fill_(-strength); self.gate[torch.as_tensor(units, dtype=torch.long, device=self.gate.device)] = strength
+        with torch.no_grad():
+            self.gate.fill_(-strength)
+            self.gate[torch.as_tensor(units, dtype=torch.long, device=self.gate.device)] = strength
 
     def slim(self)->nn.Module:
         "The MLP with the kept units alone, in its own class."
         mlp,i = copy.deepcopy(self.shell[0]),self.kept()
-        dead = not len(i) and isinstance(self.first, nn.Conv2d)                # torch has no convolution to 0 channels: one unit stays, unheard
+        # torch has no convolution to 0 channels: one unit stays, unheard
+        dead = not len(i) and isinstance(self.first, nn.Conv2d)
         if dead: i = i.new_zeros(1)
         for n,m in self.named_children(): setattr(mlp, n, copy.deepcopy(m))
         a,b = (getattr(mlp, n) for n in self.names)
         a.weight,b.weight = _param(a.weight[i]),_param(b.weight[:, i]*(not dead))
         if a.bias is not None: a.bias = _param(a.bias[i])
-        for l,side in ((a, 'out'), (b, 'in')): setattr(l, f'{side}_features' if isinstance(l, nn.Linear) else f'{side}_channels', len(i))
+        for layer,side in ((a, 'out'), (b, 'in')):
+            setattr(layer, f'{side}_features' if isinstance(layer, nn.Linear) else f'{side}_channels', len(i))
         return mlp.train(self.training)
 
 # %% ../../nbs/vit/63_spvit.ipynb #a9cedba9
 class UnifiedDepthwise(nn.Module):
-    "A depthwise convolution and its centre crops, with gates that choose the side (an extension beyond the thesis). Made by `from_conv`."
+    """A depthwise convolution and its centre crops, with gates that choose the side (an extension beyond the
+    thesis). Made by `from_conv`."""
     def __init__(self, conv, sides, gating='exclusive', theta=1.5):
         super().__init__()
         _check_weights(conv, [''])
         K = conv.kernel_size[0]
-        if conv.padding_mode != 'zeros': raise OpenTransError(f"{conv} pads with other values than zeros, which its crops would not. Build it with padding_mode='zeros'.")
-        if conv.groups != conv.in_channels or conv.kernel_size != (K, K) or conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding != (K//2, K//2) or K % 2 == 0:
-            raise OpenTransError(f"{conv} is not a depthwise convolution of odd side that keeps the size of its map.")
+        if conv.padding_mode != 'zeros':
+            raise OpenTransError(
+                f"{conv} pads with other values than zeros, which its crops would not. Build it with "
+                f"padding_mode='zeros'.")
+        if (conv.groups != conv.in_channels or conv.kernel_size != (K, K) or conv.stride != (1, 1)
+            or conv.dilation != (1, 1) or conv.padding != (K//2, K//2) or K % 2 == 0):
+            raise OpenTransError(
+                f"{conv} is not a depthwise convolution of odd side that keeps the size of its map.")
         for side in sides: check_number('sides', side, 1, whole=True)
-        if not sides or list(sides) != sorted(set(sides)) or sides[-1] != K or any(s % 2 == 0 for s in sides): raise OpenTransError(f"sides={tuple(sides)}: give odd sides, rising, up to {K}.")
-        self.conv,self.sides,self.ops,self.gating,self.generator = copy.deepcopy(conv),tuple(sides),tuple(f'dw{s}' for s in sides),gating,None
-        self.gate = nn.Parameter(torch.full((len(sides)-1,), float(theta), device='cpu' if conv.weight.is_meta else conv.weight.device))
+        if not sides or list(sides) != sorted(set(sides)) or sides[-1] != K or any(s % 2 == 0 for s in sides):
+            raise OpenTransError(f"sides={tuple(sides)}: give odd sides, rising, up to {K}.")
+        self.conv = copy.deepcopy(conv)
+        self.sides = tuple(sides)
+        self.ops = tuple(f'dw{s}' for s in sides)
+        self.gating = gating
+        self.generator = None
+        self.gate = nn.Parameter(torch.full((len(sides)-1,), float(theta),
+                                            device='cpu' if conv.weight.is_meta else conv.weight.device))
 
     @classmethod
     def from_conv(cls,
@@ -422,20 +526,24 @@ class UnifiedDepthwise(nn.Module):
         "Give a depthwise convolution its gates. Raises `OpenTransError` for other convolutions."
         return cls(conv, sides or tuple(range(1, conv.kernel_size[0]+1, 2)), gating, theta)
 
-    draw,op,set_op = UnifiedAttention.draw,UnifiedAttention.op,UnifiedAttention.set_op
+    draw = UnifiedAttention.draw
+    op = UnifiedAttention.op
+    set_op = UnifiedAttention.set_op
 
     def crop(self, side):
         a = (self.sides[-1]-side)//2
         return self.conv.weight[..., a:a+side, a:a+side] if a else self.conv.weight
 
     def forward(self, x):
-        run = lambda s: F.conv2d(x, self.crop(s), self.conv.bias, padding=s//2, groups=self.conv.groups)
+        def run(s): return F.conv2d(x, self.crop(s), self.conv.bias, padding=s//2, groups=self.conv.groups)
         if not self.training: return run(int(self.op()[2:]))
         return sum(g*run(s) for s,g in zip(self.sides, select_ops(self.draw(self.gate), self.gating).to(x)))
 
     def slim(self)->nn.Conv2d:
         "The depthwise convolution of the chosen side."
         s,res = int(self.op()[2:]),copy.deepcopy(self.conv)
-        res.weight,res.kernel_size,res.padding = _param(self.crop(s)),(s, s),(s//2, s//2)
+        res.weight = _param(self.crop(s))
+        res.kernel_size = (s, s)
+        res.padding = (s//2, s//2)
         res._reversed_padding_repeated_twice = [s//2]*4
         return res.train(self.training)

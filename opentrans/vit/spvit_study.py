@@ -22,7 +22,9 @@ from .toys import one_thread, open_folder, use_sizes
 # %% ../../nbs/vit/67_spvit_study.ipynb #d22d3912
 VIT = dict(image_size=80, patch_size=10, width=64, head_width=16, layers=8)
 
-SET = dict(size=80, pretrain_scenes=1000, pretrain_steps=1000, pretrain_batch=16, pretrain_lr=2e-3, train=256, val=120, batch=8, search=60, finetune=60, lr=1e-3, gate_lr=.15, temperature=1., pull=1000., attention=.75, joint=.4)
+SET = dict(size=80, pretrain_scenes=1000, pretrain_steps=1000, pretrain_batch=16, pretrain_lr=2e-3, train=256,
+           val=120, batch=8, search=60, finetune=60, lr=1e-3, gate_lr=.15, temperature=1., pull=1000.,
+           attention=.75, joint=.4)
 
 ARMS = { # name: (search or draw, operations, units, heads, share of the dense cost or the arm whose cost is met)
     'SPViT, attention only': ('search', ('skip', 'conv1', 'conv3', 'msa'), False, False, SET['attention']),
@@ -37,12 +39,16 @@ def new_vit():
     "A CLIP of the small world with a ViT for its image tower, and the text side of shapes-rn."
     cfg = dict(small_config('shapes-rn'), vision_cfg=VIT)
     model,tok = small_clip(cfg, seed=0)
-    rn = {k: v.float() for k,v in load_tensors(ASSETS/'shapes-rn.safetensors')[0].items() if not k.startswith('visual.')}
+    rn = {k: v.float()
+          for k,v in load_tensors(ASSETS/'shapes-rn.safetensors')[0].items() if not k.startswith('visual.')}
     left = model.load_state_dict(rn, strict=False)
-    assert not left.unexpected_keys and all(k.startswith('visual.') or 'attn_mask' in k for k in left.missing_keys), left
+    assert (not left.unexpected_keys
+            and all(k.startswith('visual.') or 'attn_mask' in k for k in left.missing_keys)), left
     return ClipBackbone.from_model(model, tok, 'shapes-vit', pretrained='shapes-vit')
 
-def load_scenes(data): return torch.stack([data[i]['image'] for i in range(len(data))]),[data[i]['regions'] for i in range(len(data))],[data[i]['region_classes'] for i in range(len(data))]
+def load_scenes(data):
+    return torch.stack([data[i]['image'] for i in range(len(data))]),[
+        data[i]['regions'] for i in range(len(data))],[data[i]['region_classes'] for i in range(len(data))]
 
 def embed(m, images):
     "The embedding of every cell, (B, D, h, w), not of unit length."
@@ -50,26 +56,40 @@ def embed(m, images):
 
 def pool(cells, regions):
     "Embeddings of regions: the mean of their cells, by the share that a region has in each."
-    return F.normalize(torch.cat([F.adaptive_avg_pool2d(r[:, None].float(), c.shape[-2:]).flatten(1) @ F.normalize(c, dim=0).flatten(1).T for c,r in zip(cells, regions)]), dim=1)
+    return F.normalize(
+        torch.cat(
+            [
+                F.adaptive_avg_pool2d(r[:, None].float(), c.shape[-2:]).flatten(1) @ F.normalize(c, dim=0).flatten(
+                    1).T for c,r in zip(cells, regions)]), dim=1)
 
 def pretrain(work):
     "The small ViT: region embeddings of shapes-rn (crops) and their names."
     file = work/'teacher.safetensors'
     vit = new_vit()
     if not file.exists():
-        rn,data = ClipBackbone.create('shapes-rn', pretrained='shapes-rn'),ShapesWorld('train', n=SET['pretrain_scenes'], size=SET['size'], seed=1000)
-        images,regions,classes = load_scenes(data); text = rn.encode_text(data.vocabulary)
-        with torch.no_grad(): r = [rn.region_embeddings(images[i:i+1], regions[i:i+1], mode='crop') for i in range(len(images))]
-        opt = torch.optim.AdamW(vit.visual.parameters(), lr=SET['pretrain_lr'], weight_decay=.05); g = torch.Generator().manual_seed(0); steps = SET['pretrain_steps']
+        rn = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
+        data = ShapesWorld('train', n=SET['pretrain_scenes'], size=SET['size'], seed=1000)
+        images,regions,classes = load_scenes(data)
+        text = rn.encode_text(data.vocabulary)
+        with torch.no_grad():
+            r = [rn.region_embeddings(images[i:i+1], regions[i:i+1], mode='crop') for i in range(len(images))]
+        opt = torch.optim.AdamW(vit.visual.parameters(), lr=SET['pretrain_lr'], weight_decay=.05)
+        g = torch.Generator().manual_seed(0)
+        steps = SET['pretrain_steps']
         for i in range(steps):
-            for group in opt.param_groups: group['lr'] = SET['pretrain_lr']*min(1, (i+1)/50)*(.5+.5*math.cos(math.pi*i/steps))
+            for group in opt.param_groups:
+                group['lr'] = SET['pretrain_lr']*min(1, (i+1)/50)*(.5+.5*math.cos(math.pi*i/steps))
             b = torch.randint(len(images), (SET['pretrain_batch'],), generator=g).tolist()
             flip = torch.rand((), generator=g) < .5
             x,m = images[b],[regions[j] for j in b]
             if flip: x,m = x.flip(-1),[t.flip(-1) for t in m]
             v = pool(embed(vit, x), m)
-            loss = 1 - (v*torch.cat([r[j] for j in b])).sum(1).mean() + .5*F.cross_entropy(20*v @ text.T, torch.cat([classes[j] for j in b]))
-            opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(vit.visual.parameters(), 1.); opt.step()
+            loss = (1 - (v*torch.cat([r[j] for j in b])).sum(1).mean()
+                    + .5*F.cross_entropy(20*v @ text.T, torch.cat([classes[j] for j in b])))
+            opt.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(vit.visual.parameters(), 1.)
+            opt.step()
         save_tensors(vit.visual.state_dict(), file)
     vit.visual.load_state_dict(load_tensors(file)[0])
     return vit.requires_grad_(False).eval()
@@ -78,52 +98,73 @@ def pretrain(work):
 @torch.no_grad()
 def score(model, teacher, world):
     "Likeness to the dense tower, and zero-shot accuracy on regions."
-    images,regions,classes,text,groups = world['val']; cos,right = [],[]
+    images,regions,classes,text,groups = world['val']
+    cos,right = [],[]
     for i in range(0, len(images), 20):
         s = slice(i, i+20)
         e = embed(model, images[s])
         cos.append(F.cosine_similarity(e, embed(teacher, images[s]), dim=1).mean((1, 2)))
         right.append((pool(e, regions[s]) @ text.T).argmax(1) == torch.cat(classes[s]))
     right,c = torch.cat(right).float(),torch.cat(classes)
-    return dict(cosine=torch.cat(cos).mean().item(), accuracy=right.mean().item(), **{g: right[torch.isin(c, torch.tensor(groups[g]))].mean().item() for g in ('base', 'novel')})
+    return dict(cosine=torch.cat(cos).mean().item(), accuracy=right.mean().item(),
+                **{g: right[torch.isin(c, torch.tensor(groups[g]))].mean().item() for g in ('base', 'novel')})
 
 def open_world(seed, teacher):
     images = load_scenes(ShapesWorld('train', n=SET['train'], size=SET['size'], seed=seed))[0]
     val = ShapesWorld('val', n=SET['val'], size=SET['size'], seed=seed)
     with torch.no_grad(): targets = torch.cat([embed(teacher, x) for x in images.split(32)])
-    return dict(train=images, targets=targets, val=(*load_scenes(val), teacher.encode_text(val.vocabulary), val.groups))
+    return dict(train=images, targets=targets,
+                val=(*load_scenes(val), teacher.encode_text(val.vocabulary), val.groups))
 
 def run_arm(name, teacher, world, seed, work):
     "One arm of one seed; its result is kept."
     file = work/f"{seed}-{''.join(c if c.isalnum() else '-' for c in name)}.json"
     if file.exists(): return load_json(file)
     how,ops,units,heads,target = ARMS[name]
-    count = SPViTCost(teacher); dense = count.target
-    count.target = target*dense if isinstance(target, float) else run_arm(target, teacher, world, seed, work)['gflops']
+    count = SPViTCost(teacher)
+    dense = count.target
+    count.target = (target*dense if isinstance(target, float)
+                    else run_arm(target, teacher, world, seed, work)['gflops'])
     count.weight = SET['pull']/(10*dense)**2
-    loss = embedding_loss(teacher, lambda m, i: world['targets'][i] if m is teacher else embed(m, world['train'][i]))
-    batch = lambda step: torch.randint(SET['train'], (SET['batch'],), generator=torch.Generator().manual_seed(seed*100_003+step))
-    began,steps,history = time.process_time(),SET['finetune'],None
+    loss = embedding_loss(teacher,
+                          lambda m, i: world['targets'][i] if m is teacher else embed(m, world['train'][i]))
+    def batch(step):
+        return torch.randint(SET['train'], (SET['batch'],),
+                             generator=torch.Generator().manual_seed(seed*100_003+step))
+    began = time.process_time()
+    steps = SET['finetune']
+    history = None
     if how == 'search':
-        model = convert_to_spvit(teacher, ops, temperature=SET['temperature'], units=units, heads=heads).requires_grad_(True)
-        history = train_spvit(model, batch, SET['search'], loss, count, lr=SET['lr'], gate_lr=SET['gate_lr'], seed=seed, clip_grad=1.)
+        model = convert_to_spvit(teacher, ops, temperature=SET['temperature'], units=units,
+                                 heads=heads).requires_grad_(True)
+        history = train_spvit(model, batch, SET['search'], loss, count, lr=SET['lr'], gate_lr=SET['gate_lr'],
+                              seed=seed, clip_grad=1.)
         if heads: fit_heads(model, count)
         spec,model = HybridSpec.of(model, name),slim_spvit(model)
     else:
-        spec = random_spec(teacher, count, ops, units, heads, seed=seed, tolerance=.03, temperature=SET['temperature']); steps += SET['search']
+        spec = random_spec(teacher, count, ops, units, heads, seed=seed, tolerance=.03,
+                           temperature=SET['temperature'])
+        steps += SET['search']
         model = spec.build(teacher).requires_grad_(True)
-    tuned = train_spvit(model, lambda i: batch(i+1000), steps, loss, lr=SET['lr'], cosine=True, seed=seed, clip_grad=1.)
-    res = dict(arm=name, seed=seed, gflops=count.flops(model).item()/1e9, share=count.flops(model).item()/1e9/dense, params=sum(p.numel() for p in model.visual.parameters()), ops=spec.ops, widths=spec.widths,
-               heads=spec.heads, **score(model, teacher, world), loss_last=tuned.task[-10:].mean(), history=None if history is None else {k: history[k].round(6).tolist() for k in history}, seconds=time.process_time()-began)
+    tuned = train_spvit(model, lambda i: batch(i+1000), steps, loss, lr=SET['lr'], cosine=True, seed=seed,
+                        clip_grad=1.)
+    res = dict(arm=name, seed=seed, gflops=count.flops(model).item()/1e9,
+               share=count.flops(model).item()/1e9/dense, params=sum(p.numel() for p in model.visual.parameters()),
+               ops=spec.ops, widths=spec.widths, heads=spec.heads, **score(model, teacher, world),
+               loss_last=tuned.task[-10:].mean(),
+               history=None if history is None else {k: history[k].round(6).tolist() for k in history},
+               seconds=time.process_time()-began)
     save_json(res, file)
     return res
 
 # %% ../../nbs/vit/67_spvit_study.ipynb #ee0cc64f
 def look(teacher, images):
     "Where the teacher's heads look: locality of all, and the maps of the middle patch."
-    maps = attention_maps(teacher, images[:100], run=lambda x: teacher(x)); grid = (SET['size']//VIT['patch_size'],)*2
+    maps = attention_maps(teacher, images[:100], run=lambda x: teacher(x))
+    grid = (SET['size']//VIT['patch_size'],)*2
     q = 1 + grid[0]//2*grid[1] + grid[1]//2
-    return dict(grid=grid, locality=locality(maps, grid).round(5).to_dict('list'), middle={n: a[:, q].double().numpy().round(5).tolist() for n,a in maps.items()})
+    return dict(grid=grid, locality=locality(maps, grid).round(5).to_dict('list'),
+                middle={n: a[:, q].double().numpy().round(5).tolist() for n,a in maps.items()})
 
 # %% ../../nbs/vit/67_spvit_study.ipynb #7396e0c4
 SMALL = dict(SET, pretrain_scenes=6, pretrain_steps=2, pretrain_batch=2, train=8, val=4, batch=2,
@@ -183,9 +224,10 @@ def spvit_rows(
             seen = look(teacher, world['val'][0])
         rows = [done['dense', seed] for seed in seeds] + [done[name, seed] for seed in seeds for name in ARMS]
         params = sum(p.numel() for p in teacher.visual.parameters())
-        return dict(what='SPViT by distillation on the small world: toy scale', run=_minutes(done, began), seeds=list(seeds),
-                    settings=now, chance=1/len(ShapesWorld('val', n=1).vocabulary), dense_gflops=SPViTCost(teacher).target,
-                    dense_params=params, depth=VIT['layers'], hidden=4*VIT['width'], results=rows, attention=seen)
+        return dict(what='SPViT by distillation on the small world: toy scale', run=_minutes(done, began),
+                    seeds=list(seeds), settings=now, chance=1/len(ShapesWorld('val', n=1).vocabulary),
+                    dense_gflops=SPViTCost(teacher).target, dense_params=params, depth=VIT['layers'],
+                    hidden=4*VIT['width'], results=rows, attention=seen)
     finally: _use(usual)
 
 def _minutes(done, began):

@@ -34,9 +34,12 @@ def snip_score(
 )->float: # Sum of |weight * gradient|
     "SNIP's saliency (thesis 3.4.2). The graph is kept."
     params = [p for p in params if p.requires_grad]
-    return _saliency(params, [p.grad for p in params] if loss is None else torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True))
+    return _saliency(params,
+                     [p.grad for p in params] if loss is None
+                     else torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True))
 
-def _saliency(params, grads): return float(sum((p.detach()*g).abs().sum(dtype=torch.float64) for p,g in zip(params, grads) if g is not None))
+def _saliency(params, grads):
+    return float(sum((p.detach()*g).abs().sum(dtype=torch.float64) for p,g in zip(params, grads) if g is not None))
 
 class ImportanceTracker:
     "A running mean of the importance of each stitch (Eq. 3.3)."
@@ -47,15 +50,21 @@ class ImportanceTracker:
     ):
         check_number('n', n, 1, whole=True)
         check_number('beta', beta, 0, 1, below=True)
-        self.corrected,self.beta,self.scores,self.counts = corrected,beta,torch.zeros(n, dtype=torch.float64),torch.zeros(n, dtype=torch.int64)
+        self.corrected = corrected
+        self.beta = beta
+        self.scores = torch.zeros(n, dtype=torch.float64)
+        self.counts = torch.zeros(n, dtype=torch.int64)
 
     def update(self,
         i:int, # The stitch that was drawn
         q:float, # Its importance now
     ):
         "Move one score. Raises `OpenTransError` for a number that is none."
-        if not math.isfinite(q): raise OpenTransError(f"The importance of stitch {i} is {q}: the training has diverged. Use a smaller learning rate.")
-        self.scores[i] = self.beta*self.scores[i] + (1-self.beta)*q; self.counts[i] += 1
+        if not math.isfinite(q):
+            raise OpenTransError(
+                f"The importance of stitch {i} is {q}: the training has diverged. Use a smaller learning rate.")
+        self.scores[i] = self.beta*self.scores[i] + (1-self.beta)*q
+        self.counts[i] += 1
 
     def importance(self)->torch.Tensor: # (n,)
         "What each stitch is worth: the running mean without the bias of its start."
@@ -65,44 +74,64 @@ class ImportanceTracker:
         return torch.where(drawn, values, values[drawn].mean())
 
     def state_dict(self): return dict(beta=self.beta, scores=self.scores.clone(), counts=self.counts.clone())
-    def load_state_dict(self, state): self.beta,self.scores,self.counts = state['beta'],state['scores'].clone(),state['counts'].clone()
+    def load_state_dict(self, state):
+        self.beta = state['beta']
+        self.scores = state['scores'].clone()
+        self.counts = state['counts'].clone()
 
     def check(self, state):
         "Raises `ValueError` for a state that is none of so many stitches."
         check_number('beta', state['beta'], 0, 1, below=True)
         for name, own in (('scores', self.scores), ('counts', self.counts)):
             given = state[name]
-            if given.shape != own.shape or given.dtype != own.dtype or not_finite({name: given}): raise ValueError(f'the {name} are not those of {len(own)} stitches')
+            if given.shape != own.shape or given.dtype != own.dtype or not_finite({name: given}):
+                raise ValueError(f'the {name} are not those of {len(own)} stitches')
         if bool((state['counts'] < 0).any()): raise ValueError('a stitch was drawn less than 0 times')
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #f440ac0f
 class StitchSampler:
-    "Draws stitches: each in turn in warm-up, then an interval uniformly and a stitch in it by its importance (thesis 3.4.2)."
+    """Draws stitches: each in turn in warm-up, then an interval uniformly and a stitch in it by its importance
+    (thesis 3.4.2)."""
     def __init__(self,
         costs, # FLOPs of each stitch
         n_intervals:int=15, # Of equal width
         tracker:ImportanceTracker=None, # Of the stitches' importance; None makes one
-        warmup:int=None, # Draws that are uniform; `math.inf` for a sampler that stays uniform; None for three rounds in which each stitch has its turn
+        # Draws that are uniform; `math.inf` for a sampler that stays uniform; None for three rounds in which each
+        # stitch has its turn
+        warmup:int=None,
         seed:int=0, # Of the draws
         temperature:float=1., # Scores are divided by it
         standardize:bool=False, # Scores of an interval to mean 0 and deviation 1 before the softmax?
-        relative:bool=True, # Scores of an interval divided by their mean before the softmax? If not, as they are (thesis)
+        # Scores of an interval divided by their mean before the softmax? If not, as they are (thesis)
+        relative:bool=True,
     ):
         self.costs = np.asarray(costs, dtype=float)
         if self.costs.ndim != 1 or not len(self.costs) or not np.isfinite(self.costs).all() or self.costs.min() < 0:
-            raise OpenTransError("The costs must be a list of numbers from 0 on, one for each stitch, as stitch_table gives them under flops.")
+            raise OpenTransError(
+                "The costs must be a list of numbers from 0 on, one for each stitch, as stitch_table gives them "
+                "under flops.")
         check_number('n_intervals', n_intervals, 1, 10**6, whole=True)
         check_number('temperature', temperature, 0, above=True)
         check_number('seed', seed, -2**63, 2**64-1, whole=True)
-        self.in_turn,self.seed,self.relative = warmup is None,seed,relative
+        self.in_turn = warmup is None
+        self.seed = seed
+        self.relative = relative
         if warmup is None: warmup = 3*len(self.costs)
         if warmup != math.inf: check_number('warmup', warmup, 0)
-        self.tracker,self.warmup,self.temperature,self.standardize = tracker or ImportanceTracker(len(self.costs)),warmup,temperature,standardize
-        if len(self.tracker.scores) != len(self.costs): raise OpenTransError(f"The tracker has {len(self.tracker.scores)} stitches, the costs are of {len(self.costs)}.")
+        self.tracker = tracker or ImportanceTracker(len(self.costs))
+        self.warmup = warmup
+        self.temperature = temperature
+        self.standardize = standardize
+        if len(self.tracker.scores) != len(self.costs):
+            raise OpenTransError(
+                f"The tracker has {len(self.tracker.scores)} stitches, the costs are of {len(self.costs)}.")
         lo,hi = self.costs.min(),self.costs.max()
         self.edges = np.linspace(lo, hi, n_intervals+1)
-        self.interval = np.clip(np.floor((self.costs-lo)/max(hi-lo, 1e-30)*n_intervals), 0, n_intervals-1).astype(int)
-        self.intervals = [np.flatnonzero(self.interval == i) for i in range(n_intervals) if (self.interval == i).any()] # the non-empty ones
+        self.interval = np.clip(np.floor((self.costs-lo)/max(hi-lo, 1e-30)*n_intervals), 0,
+                                n_intervals-1).astype(int)
+        # the non-empty ones
+        self.intervals = [np.flatnonzero(self.interval == i)
+                          for i in range(n_intervals) if (self.interval == i).any()]
         self.drawn,self.generator = 0,torch.Generator().manual_seed(seed)
 
     def inside(self, members, importance=None)->torch.Tensor:
@@ -122,7 +151,8 @@ class StitchSampler:
 
     def sample(self)->int:
         "Draw a stitch."
-        s = self._turn() if self.in_turn and self.drawn < self.warmup else torch.multinomial(self.probs(), 1, generator=self.generator).item()
+        s = (self._turn() if self.in_turn and self.drawn < self.warmup
+             else torch.multinomial(self.probs(), 1, generator=self.generator).item())
         self.drawn += 1
         return s
     def _turn(self):
@@ -139,11 +169,15 @@ class StitchSampler:
         return [int(m[q[torch.as_tensor(m)].argmax()]) for m in self.intervals]
     def entropy(self)->float:
         "How spread the next draw is: $e^H$ over the number of stitches, 1 if uniform."
-        p = self.probs(); return float(torch.exp(-(p*p.clamp_min(1e-300).log()).sum())/len(p))
+        p = self.probs()
+        return float(torch.exp(-(p*p.clamp_min(1e-300).log()).sum())/len(p))
 
-    def state_dict(self): return dict(tracker=self.tracker.state_dict(), drawn=self.drawn, generator=self.generator.get_state())
+    def state_dict(self):
+        return dict(tracker=self.tracker.state_dict(), drawn=self.drawn, generator=self.generator.get_state())
     def load_state_dict(self, state):
-        self.tracker.load_state_dict(state['tracker']); self.drawn = state['drawn']; self.generator.set_state(state['generator'])
+        self.tracker.load_state_dict(state['tracker'])
+        self.drawn = state['drawn']
+        self.generator.set_state(state['generator'])
 
     def check(self, state):
         "Raises `ValueError` or `RuntimeError` for a state that cannot be loaded here."
@@ -154,20 +188,35 @@ class StitchSampler:
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #b5c35c90
 class StitchTrainer:
-    "Trains a family in one stage: in each step the largest anchor and a stitch that the sampler draws (thesis 3.4.2)."
+    """Trains a family in one stage: in each step the largest anchor and a stitch that the sampler draws (thesis
+    3.4.2)."""
     def __init__(self,
         net:StitchableNet, # Adapted by `apply_pst`, or all of it learns (SN-Net)
         sampler:StitchSampler, # Which stitch is next
         optimizer, # Of `net`'s parameters
         a:float=.5, # Share of the teacher's answers in the stitch's loss
-        loss=None, # Function (output, y, teacher's output or None) -> scalar, instead of the above; the teacher is called with None
+        # Function (output, y, teacher's output or None) -> scalar, instead of the above; the teacher is called with
+        # None
+        loss=None,
         schedule=None, # A learning-rate schedule of the optimizer, advanced each step
-        accumulate:int=1, # Batches to one step of the optimizer, all with the same stitch: as one batch of so many times the size
+        # Batches to one step of the optimizer, all with the same stitch: as one batch of so many times the size
+        accumulate:int=1,
     ):
         check_number('a', a, 0, 1)
-        self.accumulate,self.part,self.grads = check_number('accumulate', accumulate, 1, whole=True),0,None
-        if len(sampler.costs) != len(net.configs): raise OpenTransError(f"The sampler draws from {len(sampler.costs)} stitches, the family has {len(net.configs)}. Make it of stitch_table(net).flops.")
-        self.net,self.sampler,self.optimizer,self.a,self.loss,self.schedule,self.steps = net,sampler,optimizer,a,loss or self.hard_label,schedule,0
+        self.accumulate = check_number('accumulate', accumulate, 1, whole=True)
+        self.part = 0
+        self.grads = None
+        if len(sampler.costs) != len(net.configs):
+            raise OpenTransError(
+                f"The sampler draws from {len(sampler.costs)} stitches, the family has {len(net.configs)}. Make it "
+                f"of stitch_table(net).flops.")
+        self.net = net
+        self.sampler = sampler
+        self.optimizer = optimizer
+        self.a = a
+        self.loss = loss or self.hard_label
+        self.schedule = schedule
+        self.steps = 0
 
     def hard_label(self, out, y, teacher):
         "Cross-entropy with the labels, mixed with that of the teacher's answers."
@@ -178,13 +227,16 @@ class StitchTrainer:
         x:torch.Tensor, # Images
         y=None, # Labels, or whatever the loss wants
     )->dict: # stitch, loss, teacher (its loss), q, spread of the sampler
-        "One batch, and a step of the optimizer if enough are there. Raises `OpenTransError`, with no weight changed, if a loss is no number."
+        """One batch, and a step of the optimizer if enough are there. Raises `OpenTransError`, with no weight
+        changed, if a loss is no number."""
         check_images(x)
         net,params = self.net,[p for p in self.net.parameters() if p.requires_grad]
         if self.part == 0:
             self.stitch,self.spread,self.grads = self.sampler.sample(),self.sampler.entropy(),[None]*len(params)
             self.optimizer.zero_grad(set_to_none=True)
-        s,out,share = self.stitch,net(x),1/self.accumulate
+        s = self.stitch
+        out = net(x)
+        share = 1/self.accumulate
         first = self._finite(self.loss(out, y, None), 'the largest anchor')
         (first*share).backward()
         second = self._finite(self.loss(net(x, s), y, out.detach()), f'stitch {s}')
@@ -209,23 +261,30 @@ class StitchTrainer:
         batches, # Iterable of (x, y); it says how long the training is
     )->pd.DataFrame: # One row a step
         "Train on batch after batch. Raises `OpenTransError` for a list or loader without any."
-        if hasattr(batches, '__len__') and not len(batches): raise OpenTransError("There are no batches to train on: the list or loader is empty.")
-        return pd.DataFrame([self.step(*self._pair(b)) for b in batches], columns=['stitch', 'loss', 'teacher', 'q', 'spread'])
+        if hasattr(batches, '__len__') and not len(batches):
+            raise OpenTransError("There are no batches to train on: the list or loader is empty.")
+        return pd.DataFrame([self.step(*self._pair(b)) for b in batches],
+                            columns=['stitch', 'loss', 'teacher', 'q', 'spread'])
 
     def _pair(self, batch):
         if isinstance(batch, (list, tuple)) and 0 < len(batch) <= 2: return batch
-        raise OpenTransError(f"A batch must be (images, labels), or (images,) for a loss without labels, not {type(batch).__name__}.")
+        raise OpenTransError(
+            f"A batch must be (images, labels), or (images,) for a loss without labels, not {type(batch).__name__}.")
 
     def _finite(self, loss, what):
         if bool(torch.isfinite(loss).all()): return loss
         self.part = 0
-        raise OpenTransError(f"The loss of {what} is {loss.item()} in step {self.steps}: the training has diverged. Use a smaller learning rate.")
+        raise OpenTransError(
+            f"The loss of {what} is {loss.item()} in step {self.steps}: the training has diverged. Use a smaller "
+            f"learning rate.")
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #76a687ab
 def _flat(state):
     "Tensors of an optimizer's state by name, and the rest of it."
-    tensors = {f'optimizer.{i}.{k}': v for i,d in state['state'].items() for k,v in d.items() if isinstance(v, torch.Tensor)}
-    return tensors,{str(i): {k: v for k,v in d.items() if not isinstance(v, torch.Tensor)} for i,d in state['state'].items()}
+    tensors = {f'optimizer.{i}.{k}': v for i,d in state['state'].items()
+               for k,v in d.items() if isinstance(v, torch.Tensor)}
+    return tensors,{str(i): {k: v for k,v in d.items() if not isinstance(v, torch.Tensor)}
+                    for i,d in state['state'].items()}
 
 STITCHING_FILE = FileKind('opentrans-stitching', 'training of a stitchable network', 'StitchTrainer.save')
 
@@ -237,23 +296,32 @@ class _Config(TypedDict):
     k: int | None
     layer: int | None
 
-_STITCHING = dict(configs=list[_Config], rest=dict[str, dict[str, Any]], groups=list[dict[str, Any]], steps=int, drawn=int, beta=float, schedule=dict[str, Any] | None)
+_STITCHING = dict(configs=list[_Config], rest=dict[str, dict[str, Any]], groups=list[dict[str, Any]], steps=int,
+                  drawn=int, beta=float, schedule=dict[str, Any] | None)
 
 @patch
 def save(self:StitchTrainer,
     path, # A `.safetensors` file
 ):
-    "Write where the training is, whole or not at all. Raises `OpenTransError`, and keeps the last good file, if a number is not finite."
-    if self.part: raise OpenTransError(f"{self.part} of {self.accumulate} batches wait for their step. Save after a whole number of steps.")
+    """Write where the training is, whole or not at all. Raises `OpenTransError`, and keeps the last good file, if a
+    number is not finite."""
+    if self.part:
+        raise OpenTransError(
+            f"{self.part} of {self.accumulate} batches wait for their step. Save after a whole number of steps.")
     opt,s = self.optimizer.state_dict(),self.sampler.state_dict()
     tensors,rest = _flat(opt)
     tensors |= {f'net.{n}': p for n,p in self.net.named_parameters() if p.requires_grad}
     tensors |= {f'state.{n}': b for n,b in _state(self.net).items()}
-    tensors |= {'sampler.generator': s['generator'], 'sampler.scores': s['tracker']['scores'], 'sampler.counts': s['tracker']['counts']}
+    tensors |= {'sampler.generator': s['generator'], 'sampler.scores': s['tracker']['scores'],
+                'sampler.counts': s['tracker']['counts']}
     schedule = self.schedule.state_dict() if self.schedule is not None else None
-    about = dict(configs=[asdict(c) for c in self.net.configs], rest=rest, groups=opt['param_groups'], steps=self.steps, drawn=s['drawn'], beta=s['tracker']['beta'], schedule=schedule)
+    about = dict(configs=[asdict(c) for c in self.net.configs], rest=rest, groups=opt['param_groups'],
+                 steps=self.steps, drawn=s['drawn'], beta=s['tracker']['beta'], schedule=schedule)
     try: about = plain_json(about)
-    except TypeError as error: raise OpenTransError(f"The state of the optimizer or of its schedule cannot be written: {error}. Use another schedule, or none.") from error
+    except TypeError as error:
+        raise OpenTransError(
+            f"The state of the optimizer or of its schedule cannot be written: {error}. Use another schedule, or "
+            f"none.") from error
     check_finite(tensors, 'nothing is saved', 'The training has diverged: use a smaller learning rate.')
     save_tensors(tensors, path, about, STITCHING_FILE)
 
@@ -261,18 +329,22 @@ def save(self:StitchTrainer,
 def load(self:StitchTrainer,
     path, # A file that `save` wrote
 ):
-    "Go on from where `save` was called. Raises `OpenTransError`, with nothing changed, if the file is of another family, or damaged."
+    """Go on from where `save` was called. Raises `OpenTransError`, with nothing changed, if the file is of another
+    family, or damaged."""
     tensors, meta = load_tensors(path, kind=STITCHING_FILE)
     about = {name: metadata_value(meta, name, schema, path) for name, schema in _STITCHING.items()}
     learns = {n: p for n,p in self.net.named_parameters() if p.requires_grad}
     own = strip_prefix('net.', tensors)
-    if about['configs'] != [asdict(c) for c in self.net.configs] or {n: t.shape for n,t in own.items()} != {n: p.shape for n,p in learns.items()}:
-        raise OtherRun(f"'{path}' is not of this family: anchors, stitches and ranks must be those that it was saved with.")
+    if (about['configs'] != [asdict(c) for c in self.net.configs]
+        or {n: t.shape for n,t in own.items()} != {n: p.shape for n,p in learns.items()}):
+        raise OtherRun(
+            f"'{path}' is not of this family: anchors, stitches and ranks must be those that it was saved with.")
     check_like(own, learns, path, 'trained numbers')
     kept, here = strip_prefix('state.', tensors), _state(self.net)
     check_like(kept, {n: here[n] for n in kept if n in here}, path, 'running statistics')
     try: optimizer, sampler, schedule = self._state_of(tensors, about)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error: raise STITCHING_FILE.damaged(path, f'its state does not fit the trainer ({shorten(error)})') from error
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise STITCHING_FILE.damaged(path, f'its state does not fit the trainer ({shorten(error)})') from error
     with torch.no_grad():
         for n,p in learns.items(): p.copy_(own[n])
         for n,b in kept.items(): here[n].copy_(b)
@@ -283,11 +355,13 @@ def load(self:StitchTrainer,
 
 @patch
 def _state_of(self:StitchTrainer, tensors, about):
-    "States of the optimizer, the sampler and the schedule, as they are loaded. Raises `ValueError` and others for what does not fit; nothing is changed."
+    """States of the optimizer, the sampler and the schedule, as they are loaded. Raises `ValueError` and others for
+    what does not fit; nothing is changed."""
     check_number('steps', about['steps'], 0, 2**63, whole=True)
     now = self.optimizer.state_dict()['param_groups']
     state = _optimizer_state(strip_prefix('optimizer.', tensors), about['rest'], self.optimizer)
-    if about['steps'] and not state and any('betas' in group or group.get('momentum') for group in now): raise ValueError('the state of the optimizer is missing')
+    if about['steps'] and not state and any('betas' in group or group.get('momentum') for group in now):
+        raise ValueError('the state of the optimizer is missing')
     tracker = dict(beta=about['beta'], scores=tensors['sampler.scores'], counts=tensors['sampler.counts'])
     sampler = dict(generator=tensors['sampler.generator'], drawn=about['drawn'], tracker=tracker)
     self.sampler.check(sampler)
@@ -296,7 +370,8 @@ def _state_of(self:StitchTrainer, tensors, about):
     return dict(state=state, param_groups=_as_here(about['groups'], now, 'groups')), sampler, schedule
 
 def _optimizer_state(tensors, rest, optimizer):
-    "The state of each parameter by its number. Raises `ValueError` for what no parameter has, and where one lacks what the others have."
+    """The state of each parameter by its number. Raises `ValueError` for what no parameter has, and where one lacks
+    what the others have."""
     params = [p for group in optimizer.param_groups for p in group['params']]
     state = {int(i): dict(held) for i, held in rest.items()}
     for name, t in tensors.items():
@@ -307,30 +382,39 @@ def _optimizer_state(tensors, rest, optimizer):
     for i, held in state.items():
         if not 0 <= i < len(params): raise ValueError(f'there is no parameter {i}')
         given = {key: t for key, t in held.items() if isinstance(t, torch.Tensor)}
-        odd = [key for key, t in given.items() if t.ndim and t.shape != params[i].shape or t.is_complex() or not_finite({key: t})]
+        odd = [key
+               for key, t in given.items() if t.ndim and t.shape != params[i].shape or t.is_complex()
+               or not_finite({key: t})]
         odd += [key for key, value in held.items() if not isinstance(value, (torch.Tensor, int, float, type(None)))]
         if odd: raise ValueError(f'{odd[0]} of parameter {i} does not fit')
     return state
 
 def _as_here(value, here, what):
-    "What was read, in the form of what is here: a value that is equal stays the one that is here. Raises `ValueError` for another form."
+    """What was read, in the form of what is here: a value that is equal stays the one that is here. Raises
+    `ValueError` for another form."""
     if value == plain_json(here): return here
-    if isinstance(here, dict) and isinstance(value, dict) and list(map(str, here)) == list(here) and set(value) == set(here):
+    if (isinstance(here, dict) and isinstance(value, dict) and list(map(str, here)) == list(here)
+        and set(value) == set(here)):
         return {k: _as_here(value[k], here[k], f'{what}.{k}') for k in here}
-    if isinstance(here, (list, tuple)) and isinstance(value, list) and len(value) == len(here) and not what.endswith('.params'):
+    if (isinstance(here, (list, tuple)) and isinstance(value, list) and len(value) == len(here)
+        and not what.endswith('.params')):
         return type(here)(_as_here(v, h, what) for v, h in zip(value, here))
     switch, number = (bool, type(None)), isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(value, switch) and isinstance(here, switch): return value
-    if number and isinstance(here, (int, float)) and not isinstance(here, bool) and math.isfinite(value) and (isinstance(value, int) or isinstance(here, float)): return type(here)(value)
+    if (number and isinstance(here, (int, float)) and not isinstance(here, bool) and math.isfinite(value)
+        and (isinstance(value, int) or isinstance(here, float))):
+        return type(here)(value)
     raise ValueError(f'{what} is {shorten(repr(value), 60)}, here {shorten(repr(here), 60)}')
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #4b3f41cf
 def deploy(
     net:StitchableNet, # Trained
     sampler:StitchSampler, # With the scores
-    batches=None, # Batches (images, ...) on which the running statistics of each network are taken anew; None leaves them
+    # Batches (images, ...) on which the running statistics of each network are taken anew; None leaves them
+    batches=None,
 )->dict: # Stitch -> network of plain layers, of increasing cost
-    "The palette: the most important stitch of each interval of FLOPs, merged, without evaluating any (thesis 3.4.2). Batch norms of a ResNet family have seen all stitches: give batches."
+    """The palette: the most important stitch of each interval of FLOPs, merged, without evaluating any (thesis
+    3.4.2). Batch norms of a ResNet family have seen all stitches: give batches."""
     palette = {s: merge_stitch(net, s) for s in sampler.deploy()}
     for network in palette.values() if batches is not None else ():
         update_bn(batches, network)
@@ -356,11 +440,17 @@ def plot_pareto(
     "Value over FLOPs: all stitches, those that are deployed joined by a line, single networks as stars."
     ax = axes(ax, figsize=(6, 3.6))
     unit,name = (1e9, 'G') if table.flops.max() > 1e9 else (1e6, 'M')
-    ax.scatter(table.flops/unit, table.value, s=14, color=color, alpha=.35, label=for_plot(label if not len(deployed) else f'{label}, all'))
+    ax.scatter(table.flops/unit, table.value, s=14, color=color, alpha=.35,
+               label=for_plot(label if not len(deployed) else f'{label}, all'))
     if len(deployed):
-        d = table.loc[list(deployed)].sort_values('flops'); ax.plot(d.flops/unit, d.value, 'o-', ms=5, color=color, label=for_plot(f'{label}, deployed'))
-    if anchors is not None: ax.scatter(anchors.flops/unit, anchors.value, marker='*', s=150, color='#e0a100', zorder=3, label='anchors, each tuned alone')
-    ax.set(xlabel=f'{name}FLOPs (multiply-accumulates)', ylabel='accuracy'); ax.spines[['top', 'right']].set_visible(False); ax.legend(frameon=False, fontsize=8)
+        d = table.loc[list(deployed)].sort_values('flops')
+        ax.plot(d.flops/unit, d.value, 'o-', ms=5, color=color, label=for_plot(f'{label}, deployed'))
+    if anchors is not None:
+        ax.scatter(anchors.flops/unit, anchors.value, marker='*', s=150, color='#e0a100', zorder=3,
+                   label='anchors, each tuned alone')
+    ax.set(xlabel=f'{name}FLOPs (multiply-accumulates)', ylabel='accuracy')
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
     return ax
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #74f0bb62
@@ -377,7 +467,8 @@ def gradient_angles(
     known,loss = dict(net.named_parameters()),loss or (lambda out, y, s: label_loss_of(out, y))
     if names is None:
         inside = [plain_layer(m) for a in net.anchors for b in a.blocks for n in a.lora_on for m in _inside(b, n)]
-        wanted = {id(p) for m in inside for p in m.parameters() if p.dim() > 1}; names = [n for n,p in known.items() if id(p) in wanted]
+        wanted = {id(p) for m in inside for p in m.parameters() if p.dim() > 1}
+        names = [n for n,p in known.items() if id(p) in wanted]
     if lost := [n for n in names if n not in known]: raise unknown('parameter', lost[0], known)
     params,was = [known[n] for n in names],[known[n].requires_grad for n in names]
     try:
@@ -387,9 +478,14 @@ def gradient_angles(
         for p,w in zip(params, was): p.requires_grad_(w)
     res = torch.zeros(len(grads), len(grads), dtype=torch.float64)
     for i,j in itertools.combinations(range(len(grads)), 2):
-        both = [(a.flatten().double(), b.flatten().double()) for a,b in zip(grads[i], grads[j]) if a is not None and b is not None]
-        u,v = (torch.cat(t) if both else torch.full((1,), math.nan, dtype=torch.float64) for t in (zip(*both) if both else ((), ())))
-        res[i, j] = res[j, i] = torch.rad2deg(2*torch.atan2((u/u.norm() - v/v.norm()).norm(), (u/u.norm() + v/v.norm()).norm()))   # exact at 0 and 180
+        both = [(a.flatten().double(), b.flatten().double())
+                for a,b in zip(grads[i], grads[j]) if a is not None and b is not None]
+        u,v = (torch.cat(t) if both else torch.full((1,), math.nan, dtype=torch.float64)
+               for t in (zip(*both) if both else ((), ())))
+        # exact at 0 and 180
+        res[i, j] = res[j,
+                        i] = torch.rad2deg(2*torch.atan2((u/u.norm() - v/v.norm()).norm(),
+                                                         (u/u.norm() + v/v.norm()).norm()))
     return res
 
 def plot_angles(
@@ -401,7 +497,12 @@ def plot_angles(
     ax = axes(ax, figsize=(6, 3))
     v = angles[tuple(torch.triu_indices(*angles.shape, offset=1))] if angles.dim() == 2 else angles
     v = v[torch.isfinite(v)]
-    ax.hist(v.numpy(), bins=np.linspace(0, 180, 37), alpha=.55, density=True, label=f"{for_plot(label or 'pairs')}: mean {v.mean():.0f}°, {100*(v > 90).double().mean():.0f}% above 90°")
-    ax.axvline(90, color='#c03030', ls='--', lw=1); ax.set(xlabel='angle between gradients (degrees)', ylabel='density', xlim=(0, 180)); ax.set_yticks([]); ax.spines[['top', 'right', 'left']].set_visible(False)
+    ax.hist(v.numpy(), bins=np.linspace(0, 180, 37), alpha=.55, density=True,
+            label=f"{for_plot(label or 'pairs')}: mean {v.mean():.0f}°, {100*(v > 90).double().mean():.0f}% above "
+                  f"90°")
+    ax.axvline(90, color='#c03030', ls='--', lw=1)
+    ax.set(xlabel='angle between gradients (degrees)', ylabel='density', xlim=(0, 180))
+    ax.set_yticks([])
+    ax.spines[['top', 'right', 'left']].set_visible(False)
     ax.legend(frameon=False, fontsize=8, loc='upper right')
     return ax

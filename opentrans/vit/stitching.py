@@ -26,7 +26,8 @@ from .peft import LoRALinear, outputs_of, restore_flags, Slot, trained_flags
 # %% ../../nbs/vit/62_stitching.ipynb #d8569c89
 @dataclass(frozen=True)
 class StitchConfig:
-    "One network of the palette: blocks 0..`j` of anchor `front`, a stitching layer, blocks `k`.. of anchor `end`; or a whole anchor."
+    """One network of the palette: blocks 0..`j` of anchor `front`, a stitching layer, blocks `k`.. of anchor `end`;
+    or a whole anchor."""
     front:int # Anchor that begins
     end:int # Anchor that ends
     j:int=None # Last block of the beginning; None for a whole anchor
@@ -38,14 +39,16 @@ class StitchConfig:
     @property
     def key(self)->str: return f'{self.front}-{self.end}-{self.layer}'
     @property
-    def label(self)->str: return f'{self.front}' if self.is_anchor else f'{self.front}:{self.j} → {self.end}:{self.k}'
+    def label(self)->str:
+        return f'{self.front}' if self.is_anchor else f'{self.front}:{self.j} → {self.end}:{self.k}'
 
 def _windows(depth, kernel, stride):
     "Pairs that each window brings, of two anchors of one depth."
     seen,ids = set(),list(range(depth))
     for i in range(0, depth, stride):
         new = [p for p in itertools.product(ids[i:i+kernel], repeat=2) if p not in seen]
-        seen.update(new); yield new
+        seen.update(new)
+        yield new
 
 def _nearest(front, end):
     "Pairs by front block, of two anchors of different depths."
@@ -54,7 +57,8 @@ def _nearest(front, end):
 
 # %% ../../nbs/vit/62_stitching.ipynb #34836a4b
 def stitch_configs(
-    depths, # Blocks of each anchor, small to large; for anchors of several stages a list of blocks per stage for each
+    # Blocks of each anchor, small to large; for anchors of several stages a list of blocks per stage for each
+    depths,
     kernel:int=2, # Window, in blocks
     stride:int=1, # Of the window
     nearest:bool=True, # Join neighbours of the family only?
@@ -62,13 +66,19 @@ def stitch_configs(
 )->list: # `StitchConfig`s: the anchors, then the stitches pair by pair
     "The stitch space of a family (thesis 3.3.2 and SN-Net). Raises `OpenTransError`."
     stages = [[d] if isinstance(d, (int, float, np.number)) else list(d) for d in depths]
-    if len({len(s) for s in stages}) > 1 or not all(isinstance(n, (int, np.integer)) and n > 0 for s in stages for n in s):
-        raise OpenTransError(f"depths={depths}: give the number of blocks of each anchor, or for each the blocks of its stages, of which all have the same number.")
-    for name, number, low in (('kernel', kernel, 1), ('stride', stride, 1), ('min_tail', min_tail, 0)): check_number(name, number, low, whole=True)
+    if (len({len(s) for s in stages}) > 1
+        or not all(isinstance(n, (int, np.integer)) and n > 0 for s in stages for n in s)):
+        raise OpenTransError(
+            f"depths={depths}: give the number of blocks of each anchor, or for each the blocks of its stages, of "
+            f"which all have the same number.")
+    for name, number, low in (('kernel', kernel, 1), ('stride', stride, 1), ('min_tail', min_tail, 0)):
+        check_number(name, number, low, whole=True)
     res = [StitchConfig(i, i) for i in range(len(stages))]
     for a,b in itertools.combinations(range(len(stages)), 2):
         if nearest and b != a+1: continue
-        groups,ja,kb = [],0,0
+        groups = []
+        ja = 0
+        kb = 0
         for s,(da,db) in enumerate(zip(stages[a], stages[b])):
             inside = _windows(da, kernel, stride) if da == db else _nearest(da, db)
             groups += [[(ja+j, kb+k) for j,k in g if s == 0 or k > 0] for g in inside]
@@ -90,8 +100,12 @@ def least_squares(
     "The affine map of `x` that comes nearest to `y`, of least norm if there are several. Raises `OpenTransError`."
     a,b = _tokens(x).double().cpu(),_tokens(y).double().cpu()
     if len(a) != len(b) or x.shape[2:-1 if x.dim() == 3 else None] != y.shape[2:-1 if y.dim() == 3 else None]:
-        raise OpenTransError(f"Activations of shape {tuple(x.shape)} and {tuple(y.shape)} do not lie on the same tokens: stitch anchors of one input size, patch size and stride.")
-    if not_finite(dict(x=a, y=b)): raise OpenTransError("Activations are NaN or infinite, so no layer maps them. Check the anchors' weights and the images.")
+        raise OpenTransError(
+            f"Activations of shape {tuple(x.shape)} and {tuple(y.shape)} do not lie on the same tokens: stitch "
+            f"anchors of one input size, patch size and stride.")
+    if not_finite(dict(x=a, y=b)):
+        raise OpenTransError(
+            "Activations are NaN or infinite, so no layer maps them. Check the anchors' weights and the images.")
     m = torch.linalg.lstsq(torch.cat([a, a.new_ones(len(a), 1)], 1), b, driver='gelsd').solution
     return m[:-1].T.contiguous(),m[-1]
 
@@ -111,7 +125,9 @@ class StitchingLayer(nn.Module):
     @torch.no_grad()
     def set(self, matrix, offset):
         "Make it this map."
-        m = plain_layer(self.map); m.weight.copy_(matrix.reshape(m.weight.shape)); m.bias.copy_(offset)
+        m = plain_layer(self.map)
+        m.weight.copy_(matrix.reshape(m.weight.shape))
+        m.bias.copy_(offset)
         return self
 
     @torch.no_grad()
@@ -141,7 +157,11 @@ class ActiveStitch:
 
 class Stitched(nn.Module):
     "One stitch as a network of its own."
-    def __init__(self, front, stitch, tail): super().__init__(); self.front,self.stitch,self.tail = front,stitch,tail
+    def __init__(self, front, stitch, tail):
+        super().__init__()
+        self.front = front
+        self.stitch = stitch
+        self.tail = tail
     def forward(self, x): return self.tail.head(self.tail.run(self.stitch(self.front.run(self.front.embed(x)))))
 
 # %% ../../nbs/vit/62_stitching.ipynb #485b6a0a
@@ -154,34 +174,47 @@ class StitchableNet(nn.Module):
         super().__init__()
         self.anchors = nn.ModuleList(as_anchor(a) for a in anchors)
         stages = [a.stages for a in self.anchors]
-        self.configs = list(configs if configs is not None else stitch_configs([s[0] if len(s) == 1 else s for s in stages]))
+        self.configs = list(configs if configs is not None
+                            else stitch_configs([s[0] if len(s) == 1 else s for s in stages]))
         self.stitching,self.active = nn.ModuleDict(),ActiveStitch()
         for c in self.configs:
             self._check(c)
             if c.is_anchor or c.key in self.stitching: continue
             front,end = self.anchors[c.front],self.anchors[c.end]
             like = next(front.parameters())
-            self.stitching[c.key] = StitchingLayer(front.dims[c.j+1], end.dims[c.k], front.spatial).to(like.device, like.dtype)
+            self.stitching[c.key] = StitchingLayer(front.dims[c.j+1], end.dims[c.k], front.spatial).to(
+                like.device, like.dtype)
 
     def _check(self, c):
         n = len(self.anchors)
-        if not (0 <= c.front < n and 0 <= c.end < n): raise OpenTransError(f"{c}: there are {n} anchors, 0 to {n-1}.")
+        if not (0 <= c.front < n and 0 <= c.end < n):
+            raise OpenTransError(f"{c}: there are {n} anchors, 0 to {n-1}.")
         front,end = self.anchors[c.front],self.anchors[c.end]
         if c.is_anchor: return
-        if not (0 <= c.j < len(front.blocks) and 0 <= c.k < len(end.blocks)): raise OpenTransError(f"{c}: the anchors have {len(front.blocks)} and {len(end.blocks)} blocks.")
-        if front.spatial != end.spatial: raise OpenTransError(f"{c}: one anchor's activations are feature maps, the other's sequences. Stitch anchors of one kind.")
-        if c.key in self.stitching and (at := self.stitching[c.key].map).weight.shape[:2] != (end.dims[c.k], front.dims[c.j+1]):
-            raise OpenTransError(f"{c}: shares a stitching layer of shape {tuple(at.weight.shape[:2])} with others, but needs {(end.dims[c.k], front.dims[c.j+1])}. Give it another layer.")
+        if not (0 <= c.j < len(front.blocks) and 0 <= c.k < len(end.blocks)):
+            raise OpenTransError(f"{c}: the anchors have {len(front.blocks)} and {len(end.blocks)} blocks.")
+        if front.spatial != end.spatial:
+            raise OpenTransError(
+                f"{c}: one anchor's activations are feature maps, the other's sequences. Stitch anchors of one "
+                f"kind.")
+        if (c.key in self.stitching
+            and (at := self.stitching[c.key].map).weight.shape[:2] != (end.dims[c.k], front.dims[c.j+1])):
+            raise OpenTransError(
+                f"{c}: shares a stitching layer of shape {tuple(at.weight.shape[:2])} with others, but needs "
+                f"{(end.dims[c.k], front.dims[c.j+1])}. Give it another layer.")
 
     def config(self, stitch)->StitchConfig:
         "The configuration of a stitch; None is the largest anchor. Raises `OpenTransError` if there is none."
         if stitch is None: stitch = self.largest
-        if not 0 <= stitch < len(self.configs): raise OpenTransError(f"There is no stitch {stitch}: this family has {len(self.configs)}, 0 to {len(self.configs)-1}.")
+        if not 0 <= stitch < len(self.configs):
+            raise OpenTransError(
+                f"There is no stitch {stitch}: this family has {len(self.configs)}, 0 to {len(self.configs)-1}.")
         return self.configs[stitch]
     @property
     def largest(self)->int:
         "The number of the largest anchor: the teacher."
-        return max((i for i,c in enumerate(self.configs) if c.is_anchor), key=lambda i: self.configs[i].front, default=len(self.configs))
+        return max((i for i,c in enumerate(self.configs) if c.is_anchor), key=lambda i: self.configs[i].front,
+                   default=len(self.configs))
 
     def forward(self, x, stitch=None):
         "Run one stitch; None runs the largest anchor."
@@ -195,8 +228,10 @@ class StitchableNet(nn.Module):
 @patch
 def init_stitches(self:StitchableNet,
     x:torch.Tensor, # Some images, about 100
-)->pd.DataFrame: # By stitch: `residual`, the share of the end's variation (norm around its mean) that the layer misses
-    "Start every stitching layer at the mean of the least-squares solutions of its pairs (thesis 3.4.1). Raises `OpenTransError` if activations do not match."
+    # By stitch: `residual`, the share of the end's variation (norm around its mean) that the layer misses
+)->pd.DataFrame:
+    """Start every stitching layer at the mean of the least-squares solutions of its pairs (thesis 3.4.1). Raises
+    `OpenTransError` if activations do not match."""
     check_images(x)
     rows,stitches = [],[(i, c) for i,c in enumerate(self.configs) if not c.is_anchor]
     for ab in sorted({(c.front, c.end) for _,c in stitches}):
@@ -207,8 +242,12 @@ def init_stitches(self:StitchableNet,
             layer.set(*(sum(t)/len(group) for t in zip(*solved)))
             for i,c in group:
                 y = _tokens(end[c.k]).double()
-                rows.append(asdict(c) | dict(stitch=i, residual=layer.residual(front[c.j+1], end[c.k])/(y - y.mean(0)).norm().item()))
-    return pd.DataFrame(rows, columns=[*StitchConfig.__dataclass_fields__, 'stitch', 'residual']).set_index('stitch').sort_index()
+                rows.append(asdict(c)
+                            | dict(stitch=i,
+                                   residual=layer.residual(front[c.j+1], end[c.k])/(y - y.mean(0)).norm().item()))
+    return pd.DataFrame(rows,
+                        columns=[*StitchConfig.__dataclass_fields__, 'stitch',
+                                 'residual']).set_index('stitch').sort_index()
 
 @patch
 def extract(self:StitchableNet,
@@ -217,7 +256,9 @@ def extract(self:StitchableNet,
     "A copy of one stitch that holds what it needs and nothing else."
     c = self.config(stitch)
     front,end = self.anchors[c.front],self.anchors[c.end]
-    new = copy.deepcopy(front if c.is_anchor else Stitched(front.part(0, c.j+1, head=False), self.stitching[c.key], end.part(c.k, embed=False)))
+    new = copy.deepcopy(front if c.is_anchor
+                        else Stitched(front.part(0, c.j+1, head=False), self.stitching[c.key],
+                                      end.part(c.k, embed=False)))
     for m in new.modules():
         if hasattr(m, 'active'): m.active = ActiveStitch(self.configs.index(c))
     return new
@@ -228,21 +269,25 @@ def _bare(net):
     stack,found = contextlib.ExitStack(),[(n, m) for n,m in net.named_modules() if is_adapted(m)]
     for n,m in found:
         if any(n.startswith(f'{o}.') for o,_ in found): continue
-        net.set_submodule(n, plain_layer(m)); stack.callback(net.set_submodule, n, m)
+        net.set_submodule(n, plain_layer(m))
+        stack.callback(net.set_submodule, n, m)
     return stack
 
 def part_costs(
     anchor:Anchor, # Whose
     input_size, # (C,H,W)
     mask=None, # A `SparseMask` or densities, as `cost` takes them
-)->pd.DataFrame: # Index `embed`, 0.., `head`; columns macs, norm (input elements of LayerNorms), params, tokens (parameters that are no layer), positions (of the result)
+    # Index `embed`, 0.., `head`; columns macs, norm (input elements of LayerNorms), params, tokens (parameters that
+    # are no layer), positions (of the result)
+)->pd.DataFrame:
     "What the parts of an anchor cost, by one counting pass."
     names = anchor.block_parts
     def place(n):
         for i,parts in enumerate(names):
             if any(n == b or n.startswith((f'{b}.', f'{b}:')) for b in parts): return i
         return 'embed' if re.split(r'[.:\[]', n)[0] in anchor.embed_parts else 'head'
-    t = pd.DataFrame(0., index=['embed', *range(len(names)), 'head'], columns=['macs', 'norm', 'params', 'tokens', 'positions'])
+    t = pd.DataFrame(0., index=['embed', *range(len(names)), 'head'],
+                     columns=['macs', 'norm', 'params', 'tokens', 'positions'])
     def norm(part): return lambda m, x: t.__setitem__('norm', t.norm + (t.index == part)*x[0][0].numel())
     def out(part): return lambda m, x, y: t.at.__setitem__((part, 'positions'), anchor.positions(y))
     with contextlib.ExitStack() as stack:
@@ -264,7 +309,8 @@ def stitch_table(
     masks=None, # A mask for each anchor, or None
     layernorm_cost:int=5, # Of each input element
     count_final_norm:bool=True, # Count the final norm of stitches? SN-Net's networks leave it out
-    count_tokens:bool=True, # Count class token and position embedding among a stitch's parameters? SN-Net's table does not
+    # Count class token and position embedding among a stitch's parameters? SN-Net's table does not
+    count_tokens:bool=True,
 )->pd.DataFrame: # Index `stitch`; columns of its `StitchConfig`, name, flops, params
     "What each stitch costs once it is deployed (its adaptation merged)."
     rows = []
@@ -272,7 +318,10 @@ def stitch_table(
         parts = [part_costs(a, input_size, None if masks is None else masks[i]) for i,a in enumerate(net.anchors)]
     for s in range(len(net.configs)) if stitches is None else stitches:
         c = net.config(s)
-        front,end,flops,params = parts[c.front],parts[c.end],0,0
+        front = parts[c.front]
+        end = parts[c.end]
+        flops = 0
+        params = 0
         if c.is_anchor: run,left = front,0
         else:
             run = pd.concat([front.iloc[:c.j+2], end.iloc[c.k+1:]])
@@ -298,9 +347,13 @@ def stitch_cost(
 # %% ../../nbs/vit/62_stitching.ipynb #78888c3c
 def _zeros_for(layer):
     "A zero for each output of a layer. Raises `OpenTransError` if its weights are no numbers to be trained beside."
-    known = [getattr(layer, k) for k in ('out_features', 'out_channels', 'num_features', 'num_channels', 'nf') if hasattr(layer, k)]
+    known = [getattr(layer, k)
+             for k in ('out_features', 'out_channels', 'num_features', 'num_channels', 'nf') if hasattr(layer, k)]
     like = next((p for p in layer.parameters() if p.is_floating_point() and p.element_size() > 1), None)
-    if like is None: raise OpenTransError(f"{type(layer).__name__} has no weights in floating point, so no bias is trained beside it. Take the anchor in float32 or bfloat16.")
+    if like is None:
+        raise OpenTransError(
+            f"{type(layer).__name__} has no weights in floating point, so no bias is trained beside it. Take the "
+            f"anchor in float32 or bfloat16.")
     return like.new_zeros(known[0] if known else len(layer.weight))
 
 class StitchBias(nn.Module):
@@ -311,7 +364,9 @@ class StitchBias(nn.Module):
         active:ActiveStitch, # Which one runs now
     ):
         super().__init__()
-        self.layer,self.active,base = layer,active,plain_layer(layer)
+        self.layer = layer
+        self.active = active
+        base = plain_layer(layer)
         self.spatial = isinstance(base, CONVS) or isinstance(base, NORMS) and not isinstance(base, nn.LayerNorm)
         self.bias = nn.ParameterDict({str(s): _zeros_for(base) for s in stitches})
 
@@ -323,28 +378,41 @@ class StitchBias(nn.Module):
     def merged(self, s):
         "The plain layer of stitch `s`."
         new = self.layer.merge() if isinstance(self.layer, LoRALinear) else copy.deepcopy(self.layer)
-        if str(s) in self.bias: new.bias = nn.Parameter(self.bias[str(s)].clone() if new.bias is None else new.bias + self.bias[str(s)])
+        if str(s) in self.bias:
+            new.bias = nn.Parameter(self.bias[str(s)].clone() if new.bias is None else new.bias + self.bias[str(s)])
         return new
 
 class StitchAttention(nn.Module):
-    "An `nn.MultiheadAttention` with low-rank updates and biases of each stitch: it is called with the sums, since it reads its weights instead of calling its parts."
+    """An `nn.MultiheadAttention` with low-rank updates and biases of each stitch: it is called with the sums, since
+    it reads its weights instead of calling its parts."""
     def __init__(self, mha, r, stitches, active, masks=(None, None)):
         super().__init__()
         if mha.in_proj_weight is None or mha.in_proj_bias is None:
-            raise OpenTransError("This nn.MultiheadAttention has widths of its own for k and v, or no bias; build it plain.")
-        self.layer,self.active,d = mha.requires_grad_(False),active,mha.embed_dim
-        self.lora = nn.ModuleDict(dict(qkv=LoRALinear(Slot('in_proj_weight', mha, 'in_proj_weight', 'linear'), r, mask=masks[0]),
-                                       out=LoRALinear(Slot('weight', mha.out_proj, 'weight', 'linear'), r, mask=masks[1])) if r else {})
+            raise OpenTransError(
+                "This nn.MultiheadAttention has widths of its own for k and v, or no bias; build it plain.")
+        self.layer = mha.requires_grad_(False)
+        self.active = active
+        d = mha.embed_dim
+        self.lora = nn.ModuleDict(
+            dict(qkv=LoRALinear(Slot('in_proj_weight', mha, 'in_proj_weight', 'linear'), r, mask=masks[0]),
+                 out=LoRALinear(Slot('weight', mha.out_proj, 'weight', 'linear'), r, mask=masks[1])) if r else {})
         self.bias = nn.ParameterDict({str(s): mha.in_proj_weight.new_zeros(4*d) for s in stitches})
 
     def weights(self, s)->dict:
         "The parameters that stitch `s` sees, by name."
-        t,m,d = {},self.layer,self.layer.embed_dim
-        if self.lora: t = {'in_proj_weight': self.lora['qkv'].onto(m.in_proj_weight), 'out_proj.weight': self.lora['out'].onto(m.out_proj.weight)}
-        if str(s) in self.bias: t |= {'in_proj_bias': m.in_proj_bias + self.bias[str(s)][:3*d], 'out_proj.bias': m.out_proj.bias + self.bias[str(s)][3*d:]}
+        t = {}
+        m = self.layer
+        d = self.layer.embed_dim
+        if self.lora:
+            t = {'in_proj_weight': self.lora['qkv'].onto(m.in_proj_weight),
+                 'out_proj.weight': self.lora['out'].onto(m.out_proj.weight)}
+        if str(s) in self.bias:
+            t |= {'in_proj_bias': m.in_proj_bias + self.bias[str(s)][:3*d],
+                  'out_proj.bias': m.out_proj.bias + self.bias[str(s)][3*d:]}
         return t
 
-    def forward(self, *args, **kwargs): return torch.func.functional_call(self.layer, self.weights(self.active.stitch), args, kwargs)
+    def forward(self, *args, **kwargs):
+        return torch.func.functional_call(self.layer, self.weights(self.active.stitch), args, kwargs)
 
     @torch.no_grad()
     def merged(self, s):
@@ -375,7 +443,8 @@ def _adapt_layer(net, a, mask, path, r, stitches):
     "One layer of an anchor: a low-rank update of rank `r`, if any, and biases of `stitches`, if any."
     m = as_linear(a.tower.get_submodule(path))
     if isinstance(m, nn.MultiheadAttention):
-        new = StitchAttention(m, r, stitches, net.active, (_mask_of(mask, f'{path}.in_proj_weight'), _mask_of(mask, f'{path}.out_proj.weight')))
+        new = StitchAttention(m, r, stitches, net.active,
+                              (_mask_of(mask, f'{path}.in_proj_weight'), _mask_of(mask, f'{path}.out_proj.weight')))
     else:
         new = LoRALinear(m, r, mask=_mask_of(mask, f'{path}.weight')) if r else m
         if stitches: new = StitchBias(new, stitches, net.active)
@@ -383,13 +452,20 @@ def _adapt_layer(net, a, mask, path, r, stitches):
 
 def apply_pst(
     net:StitchableNet, # Changed in place
-    attn_ranks, # Rank of the attention's updates, one number or one for each anchor; 0 for none. Thesis: 32, 16, 8 for ViT-Ti, S, B
-    stitch_rank=lambda d1: d1//4, # Rank of a stitching layer's update, from the width of its front; 0 or None: the layer itself is trained in full
+    # Rank of the attention's updates, one number or one for each anchor; 0 for none. Thesis: 32, 16, 8 for ViT-Ti,
+    # S, B
+    attn_ranks,
+    # Rank of a stitching layer's update, from the width of its front; 0 or None: the layer itself is trained in
+    # full
+    stitch_rank=lambda d1: d1//4,
     ssb:bool=True, # Biases of each stitch?
     masks=None, # A `SparseMask` for each anchor, or None: what is pruned stays pruned
 )->StitchableNet: # The family; only the updates, the biases and the heads learn
-    "Parameter-efficient stitch fine-tuning (thesis 3.4.1, Eq. 3.2). Raises `OpenTransError` if it is adapted already."
-    if any(is_adapted(m) for m in net.modules()): raise OpenTransError("This family is adapted already. Build a new StitchableNet, or merge_stitch what you want to keep.")
+    """Parameter-efficient stitch fine-tuning (thesis 3.4.1, Eq. 3.2). Raises `OpenTransError` if it is adapted
+    already."""
+    if any(is_adapted(m) for m in net.modules()):
+        raise OpenTransError(
+            "This family is adapted already. Build a new StitchableNet, or merge_stitch what you want to keep.")
     ranks = _ranks(attn_ranks, len(net.anchors))
     _check_masks(net, masks)
     flags, places = trained_flags(net), []
@@ -403,17 +479,23 @@ def apply_pst(
 def _ranks(attn_ranks, n):
     "A rank for each anchor."
     ranks = list(attn_ranks) if isinstance(attn_ranks, (list, tuple, np.ndarray)) else [attn_ranks]*n
-    if len(ranks) != n: raise OpenTransError(f"attn_ranks={attn_ranks}: give one rank, or one for each of the {n} anchors.")
+    if len(ranks) != n:
+        raise OpenTransError(f"attn_ranks={attn_ranks}: give one rank, or one for each of the {n} anchors.")
     return [check_number('attn_ranks', r, 0, 65_536, whole=True) for r in ranks]
 
 def _check_masks(net, masks):
     "Raises `OpenTransError` for masks that are not one for each anchor, or are of other layers."
     if masks is None: return
-    if len(masks) != len(net.anchors): raise OpenTransError(f"{len(masks)} masks for {len(net.anchors)} anchors: give one for each, or None in its place.")
+    if len(masks) != len(net.anchors):
+        raise OpenTransError(
+            f"{len(masks)} masks for {len(net.anchors)} anchors: give one for each, or None in its place.")
     for i, (anchor, mask) in enumerate(zip(net.anchors, masks)):
         known = dict(anchor.tower.named_parameters())
         lost = [n for n in (mask.names if mask is not None else ()) if n.split('[')[0] not in known]
-        if lost: raise OpenTransError(f"The mask of anchor {i} has {len(lost)} layers that the anchor lacks, such as {', '.join(lost[:3])}. Was it made for another tower?")
+        if lost:
+            raise OpenTransError(
+                f"The mask of anchor {i} has {len(lost)} layers that the anchor lacks, such as "
+                f"{', '.join(lost[:3])}. Was it made for another tower?")
 
 def _adapt(net, ranks, stitch_rank, ssb, masks, places):
     "Adapt every layer; what stood in its place is noted in `places`."
@@ -429,7 +511,8 @@ def _adapt(net, ranks, stitch_rank, ssb, masks, places):
                 if r or own: _adapt_layer(net, a, None if masks is None else masks[i], f'{block}.{n}', r, own)
         a.classifier.requires_grad_(True)
     for m in net.stitching.values():
-        r = 0 if stitch_rank is None else check_number('stitch_rank', stitch_rank(m.map.weight.shape[1]), 0, 65_536, whole=True)
+        r = (0 if stitch_rank is None
+             else check_number('stitch_rank', stitch_rank(m.map.weight.shape[1]), 0, 65_536, whole=True))
         places.append((m, 'map', m.map))
         if r: m.map = LoRALinear(m.map, r)
         else: m.map.requires_grad_(True)
@@ -451,8 +534,9 @@ def pst_report(
     net:StitchableNet, # An adapted family
 )->pd.Series: # attention, stitching, biases, heads, total
     "How many numbers an adapted family trains, by kind."
-    count = lambda ps: sum(p.numel() for p in ps if p.requires_grad)
+    def count(ps): return sum(p.numel() for p in ps if p.requires_grad)
     own = [p for m in net.modules() if isinstance(m, (StitchBias, StitchAttention)) for p in m.bias.values()]
-    lora = lambda root: [p for m in root.modules() if isinstance(m, LoRALinear) for p in (m.A, m.B)]
-    res = dict(attention=count(lora(net.anchors)), stitching=count(net.stitching.parameters()), biases=count(own), heads=sum(count(a.classifier.parameters()) for a in net.anchors))
+    def lora(root): return [p for m in root.modules() if isinstance(m, LoRALinear) for p in (m.A, m.B)]
+    res = dict(attention=count(lora(net.anchors)), stitching=count(net.stitching.parameters()), biases=count(own),
+               heads=sum(count(a.classifier.parameters()) for a in net.anchors))
     return pd.Series(res | dict(total=count(net.parameters())), name='trained')

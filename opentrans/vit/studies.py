@@ -33,7 +33,8 @@ def _check_rows(*columns):
     "A check that a file has rows with these columns."
     def check(data, file):
         rows = data.get('results')
-        whole = isinstance(rows, list) and rows and all(isinstance(row, dict) and {*columns} <= {*row} for row in rows)
+        whole = (isinstance(rows, list) and rows
+                 and all(isinstance(row, dict) and {*columns} <= {*row} for row in rows))
         if not whole: raise FormatError(f"'{file}' has no rows with {', '.join(columns)}. Run the study again.")
     return check
 
@@ -46,7 +47,10 @@ def _bars(ax, means, title):
 # %% ../../nbs/vit/69_studies.ipynb #09c2ab97
 class _ImageOnly(torch.nn.Module):
     "A framework as a function of images alone, for one vocabulary."
-    def __init__(self, seg, vocabulary): super().__init__(); self.seg = seg; self.register_buffer('text', seg.text(vocabulary), persistent=False)
+    def __init__(self, seg, vocabulary):
+        super().__init__()
+        self.seg = seg
+        self.register_buffer('text', seg.text(vocabulary), persistent=False)
     @property
     def tower(self): return self.seg.tower
     def forward(self, images): return self.seg(images, self.text)
@@ -60,13 +64,19 @@ def tune_subset(
     n:int=64, # How many of them
     seed:int=0, # As for `select_layers`
 )->Undo: # Handle that leaves plain layers, the updates inside
-    "Freeze the tower's layers but for the most sensitive weights: as many as freezing by small alpha would train (`opentrans.spt.select`)."
-    usual,size = analyze(seg.backbone, xmin=scale.xmin).select(freeze=scale.freeze, seed=seed),{l.name: l.weight.numel() for l in layers(seg.backbone)}
+    """Freeze the tower's layers but for the most sensitive weights: as many as freezing by small alpha would train
+    (`opentrans.spt.select`)."""
+    usual = analyze(seg.backbone, xmin=scale.xmin).select(freeze=scale.freeze, seed=seed)
+    size = {layer.name: layer.weight.numel() for layer in layers(seg.backbone)}
     names,count = usual.train+usual.freeze,sum(size[n] for n in usual.train)
     samples = [data[i] for i in range(min(n, len(data)))]
-    if len({x['image'].shape for x in samples}) > 1: samples = [augment(x, scale.size, [seed, i], None, 0.) for i,x in enumerate(samples)] # real images differ in size
-    loss = lambda logits, labels: torch.nn.functional.cross_entropy(logits, labels, ignore_index=data.ignore)
-    s = param_sensitivity(_ImageOnly(seg, data.vocabulary), [(torch.stack([x['image'] for x in samples]), torch.stack([x['labels'] for x in samples]))], loss, names=names)
+    if len({x['image'].shape for x in samples}) > 1:
+        # real images differ in size
+        samples = [augment(x, scale.size, [seed, i], None, 0.) for i,x in enumerate(samples)]
+    def loss(logits, labels): return torch.nn.functional.cross_entropy(logits, labels, ignore_index=data.ignore)
+    s = param_sensitivity(_ImageOnly(seg, data.vocabulary),
+                          [(torch.stack([x['image'] for x in samples]),
+                            torch.stack([x['labels'] for x in samples]))], loss, names=names)
     learn = [(p, p.requires_grad) for k,p in seg.named_parameters() if not any(k.endswith(m) for m in names)]
     add_spt(seg, spt_select(s, count, arm.level, layers=selection), full=(), seed=seed)
     for p,b in learn: p.requires_grad_(b)
@@ -78,7 +88,8 @@ TUNERS['sensitivity'] = tune_subset
 def _check_esta(data, file):
     "Raises `FormatError` if a file has no summary of means."
     summary = data.get('summary')
-    if not isinstance(summary, dict) or not all(isinstance(row, dict) and 'mean' in row for row in summary.values()):
+    if (not isinstance(summary, dict)
+        or not all(isinstance(row, dict) and 'mean' in row for row in summary.values())):
         raise FormatError(f"'{file}' has no summary. Run the study again.")
 
 def _plot_esta(study, data):
@@ -106,7 +117,8 @@ def _plot_spt(study, data):
 def spt(s):
     "Is sensitivity a better guide to where updates belong than a fixed place?"
 
-@study('spt-parts', paper='thesis, Tab. 2.6, 2.8 and Fig. 2.3', run=parts_rows, check=_check_rows('task', 'arm', 'accuracy'), plot=_plot_spt)
+@study('spt-parts', paper='thesis, Tab. 2.6, 2.8 and Fig. 2.3', run=parts_rows,
+       check=_check_rows('task', 'arm', 'accuracy'), plot=_plot_spt)
 def spt_parts(s):
     "What do modules do without single weights, and how many pictures does sensitivity need?"
 
