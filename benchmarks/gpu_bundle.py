@@ -12,7 +12,7 @@ from pathlib import Path
 
 WHEELS = ('open_clip_torch', 'ftfy', 'wcwidth', 'fastcore', 'pandas', 'python-dateutil', 'six', 'scipy',
           'matplotlib', 'contourpy', 'cycler', 'kiwisolver', 'pyparsing', 'fonttools', 'pydantic', 'pydantic_core',
-          'annotated-types', 'typing-inspection')
+          'annotated-types', 'typing-inspection', 'threadpoolctl')
 PLATFORMS = ('manylinux_2_28_x86_64', 'manylinux_2_27_x86_64', 'manylinux_2_17_x86_64', 'manylinux2014_x86_64')
 MOST = 64_000_000 # bytes of all wheels
 
