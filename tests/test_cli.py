@@ -333,7 +333,7 @@ def test_demo(tmp_path):
             and {r['framework'] for r in data['results']} == {'deeplabv3', 'mask2former', 'fcclip', 'faseg'}
             and {c['verdict'] for c in data['claims']} == {'one seed'})
     page = (tmp_path/'d'/'opentrans-demo.html').read_text()
-    assert 'src="http' not in page and page.count('data:image/png') == 7
+    assert 'src="http' not in page and page.count('data:image/png') == 8 # one is of photographs
 
 @pytest.mark.skipif(not coco.exists(), reason='the COCO panoptic sample images are not at ../shared/data/samples')
 @pytest.mark.slow

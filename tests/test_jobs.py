@@ -54,8 +54,9 @@ def address_of(client): return client.scheduler.address
 
 def busy_worker(client):
     "The name of a worker that is at a job, if there is one."
-    workers = client.scheduler_info(n_workers=-1)['workers']
-    return next((workers[address]['name'] for address,keys in client.processing().items() if keys), None)
+    busy = [address for address,keys in client.processing().items() if keys]
+    workers = client.scheduler_info(n_workers=-1)['workers'] # asked later: a worker may have come or gone between
+    return next((workers[address]['name'] for address in busy if address in workers), None)
 
 def test_a_killed_workers_job_is_run_again(tmp_path, cluster):
     "A worker is lost in the midst of a job: another does it from the beginning, and what waits for it comes after."

@@ -3,12 +3,17 @@ import dataclasses, inspect, json
 from pathlib import Path
 import pytest
 import torch
+from opentrans.cli import transfer # noqa: F401
+from opentrans.cli.defaults import _course, _looks, _stride # noqa: F401
 from opentrans.cost import peak_memory
 from opentrans.data import ShapesWorld
+from opentrans.distill import DistillTrainer # noqa: F401
 from opentrans.errors import OpenTransError
-from opentrans.training import Recipe, RunPlan, finetune, plan_run
-from opentrans.frameworks import build
+from opentrans.training import Recipe, RunPlan, WARMUP, finetune, plan_run, released_size # noqa: F401
+from opentrans.frameworks import build, get_framework # noqa: F401
 from opentrans.frameworks.contract import tiny_backbone
+from opentrans.heavy_tail import LayerTable, analyze # noqa: F401
+from opentrans.pruning import geometric_schedule, imp # noqa: F401
 
 PAGE = Path(__file__).resolve().parents[1]/'nbs'/'training'/'43_plan.ipynb'
 
@@ -25,6 +30,7 @@ def rows():
 
 @pytest.mark.parametrize('setting,here,where', rows())
 def test_the_page_says_what_the_code_does(setting, here, where):
+    "The names in the last column are imported above."
     assert str(eval(where, {**globals()})) == here, setting
 
 def test_the_page_has_every_setting_of_a_recipe_of_the_paper():

@@ -156,13 +156,13 @@ def _report_table(seg, results, head, size, mask, out, as_json, title):
     shown.update(params_M=f"{costs['active_params']/1e6:.1f}", macs_G=f"{costs['active_macs']/1e9:.1f}")
     show(pd.DataFrame([shown], index=[settings['framework']]), title=title)
 
-# %% ../../nbs/app/70g_evaluation.ipynb #634c50d2
+# %% ../../nbs/app/70g_evaluation.ipynb #502550ea
 @app.command()
 def segment(
     image:Annotated[str, typer.Argument(help="A photograph: JPEG, PNG or WebP.")],
     names:Annotated[str, typer.Argument(
         help="What to look for, in your own words: 'sky, road, sofa | couch' (synonyms with a bar).")],
-    backbone:Backbone='shapes-rn', pretrained:Pretrained=None, output_stride:Stride=None,
+    backbone:Backbone='photo-lite0', pretrained:Pretrained=None, output_stride:Stride=None,
     model:Annotated[Optional[str], typer.Option(
         help="Folder that `opentrans finetune` or `opentrans transfer` wrote. Default: CLIP alone, without any "
              "training for segmentation, a rough answer.")]=None,
@@ -176,9 +176,8 @@ def segment(
     device:Device=None,
     allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
-    "One image of your own, segmented by your own words."
-    from opentrans.clip import small_clips
-    from opentrans.data import Vocabulary
+    "A photograph of your own, segmented by your own words."
+    from opentrans.clip import photo_clips, small_clips
     from opentrans.playground import overlay, parse_names, segment as look, to_image
     vocabulary,x = parse_names(names),to_image(image, max_side)
     if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
@@ -192,51 +191,15 @@ def segment(
     else:
         seg = open_clip_backbone(backbone, pretrained, _stride(output_stride, 'clip', backbone, True), device,
                                  _hub(allow_hub))
-        if method:
-            if seg.name not in small_clips(): vocabulary = Vocabulary(vocabulary.entries, 'clip_80')
-            seg = _build('training_free', seg, None, method, 0)
-    x,labels,found = look(seg, x, vocabulary, max_side)
-    _save_picture(lambda: overlay(x, labels, found), Path(out))
-    share = {n: (labels == k).float().mean().item() for k,n in enumerate(found)}
-    show(dict(sorted(share.items(), key=lambda z: -z[1])), as_json, 'share of the image')
-    _say(f'picture: {out}', sys.stderr if as_json else sys.stdout)
-
-# %% ../../nbs/app/70g_evaluation.ipynb #502550ea
-@app.command()
-def segment(
-    image:Annotated[str, typer.Argument(help="A photograph: JPEG, PNG or WebP.")],
-    names:Annotated[str, typer.Argument(
-        help="What to look for, in your own words: 'sky, road, sofa | couch' (synonyms with a bar).")],
-    backbone:Backbone='photo-lite0', pretrained:Pretrained=None, output_stride:Stride=None,
-    model:Annotated[Optional[str], typer.Option(
-        help="Folder that `opentrans finetune` or `opentrans transfer` wrote. Default: CLIP alone, without any "
-             "training for segmentation, a rough answer.")]=None,
-    out:Annotated[str, typer.Option(
-        help="Picture to write: the image under the colours of its classes.")]='segmented.png',
-    max_side:Annotated[int, typer.Option(min=16, max=_SIDE,
-                                         help="Larger images are made smaller, to this side.")]=768,
-    device:Device=None,
-    allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
-):
-    "A photograph of your own, segmented by your own words."
-    from opentrans.clip import photo_clips, small_clips
-    from opentrans.playground import overlay, parse_names, segment as look, to_image
-    vocabulary,x = parse_names(names),to_image(image, max_side)
-    if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
-        raise OpenTransError(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
-    if model:
-        vocabulary = _trained_prompts(_read_model(Path(model)/'model.json'), vocabulary)
-        seg = open_trained(model, vocabulary, device, pretrained, _hub_of_model(pretrained, allow_hub))[0]
-    else:
-        seg = open_clip_backbone(backbone, pretrained, _stride(output_stride, 'clip', backbone, True), device,
-                                 _hub(allow_hub))
+        if method: seg,vocabulary = _without_training(seg, method, vocabulary)
     if not model and backbone in small_clips():
         _say(f"note: {backbone} knows generated scenes only; for photographs take --backbone photo-lite0",
              sys.stderr)
     doubt = _unseen(seg, vocabulary)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*(has never seen|was shown)') # the marks below say it
-        seen = round(1.5*seg.image_size) if not model and backbone in photo_clips() else None
+        larger = not model and not method and backbone in photo_clips()
+        seen = round(1.5*seg.image_size) if larger else None
         x,labels,found = look(seg, x, vocabulary, max_side, seen)
     marked = [f'{name} *' if name in doubt else name for name in found]
     _save_picture(lambda: overlay(x, labels, marked), Path(out))
@@ -245,6 +208,13 @@ def segment(
     beside = sys.stderr if as_json else sys.stdout
     if doubt: _say('* unlike anything it was shown, so a guess: ' + ', '.join(map(_doubted, doubt.items())), beside)
     _say(f'picture: {out}', beside)
+
+def _without_training(clip, method, vocabulary):
+    "A training-free method on a CLIP, and the names in the prompts that were published with it."
+    from opentrans.clip import small_clips
+    from opentrans.data import Vocabulary
+    if clip.name not in small_clips(): vocabulary = Vocabulary(vocabulary.entries, 'clip_80')
+    return _build('training_free', clip, None, method, 0),vocabulary
 
 def _unseen(seg, vocabulary):
     "The names that the model was shown nothing like: name -> the nearest that it was shown, or ''."

@@ -45,7 +45,7 @@ def alpha(
     xmin:Xmin='ks',
     null:Annotated[Optional[str], typer.Option(
         help="Compare alpha with that of random matrices of the same shape: gaussian, shuffle or mp.")]=None,
-    aspect:Annotated[Optional[float], typer.Option(
+    aspect:Annotated[Optional[float], typer.Option(min=1, max=1e6,
         help="Read every layer in blocks with sides of this ratio, e.g. 1.")]=None,
     base:Annotated[Optional[str], typer.Option(
         help="File or folder of the weights before fine-tuning: what is read are the differences.")]=None,

@@ -21,7 +21,7 @@ from ..data.samples import collate, read_sample
 from ..errors import check_number, OpenTransError, unknown
 from ..escape import for_plot
 from .contract import Framework, register_framework, resize, Scores, text_logits
-from .mask2former import batch_regions, Mask2Former
+from .queries import batch_regions, QueryFramework
 from ..runtime import axes, device_of, evaluating
 
 # %% ../../nbs/frameworks/39b_detector.ipynb #b691e68f
@@ -136,7 +136,8 @@ class Detector(Framework):
                          detections_per_img=most)
         head.box_coder = self.fcos.box_coder
 
-    pad,features = Mask2Former.pad,Mask2Former.features # to whole cells of the coarsest map
+    pad,padded_size = QueryFramework.pad,QueryFramework.padded_size # to whole cells of the coarsest map
+    pad_images,features = QueryFramework.pad_images,QueryFramework.features
 
     def pyramid(self, images):
         "Maps of the feature pyramid, fine to coarse."
