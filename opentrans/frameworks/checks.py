@@ -205,6 +205,7 @@ def _small_images(case):
         assert whole, f'an image of {size}: logits are {tuple(logits.shape)}'
         for kind in seg.kinds:
             out = seg.predict(images, kind=kind)
+            if kind == 'boxes': continue # a list, of any length
             assert out.shape[1:3] == size, f'an image of {size}: predict(kind={kind!r}) gives {tuple(out.shape)}'
     seg.train()
     for count,size in ((2, (1, 1)), (1, (7, 5)), (2, (15, 100)), (1, (32, 32)), (1, (16, 400))):
