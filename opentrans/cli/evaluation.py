@@ -156,6 +156,28 @@ def _report_table(seg, results, head, size, mask, out, as_json, title):
     shown.update(params_M=f"{costs['active_params']/1e6:.1f}", macs_G=f"{costs['active_macs']/1e9:.1f}")
     show(pd.DataFrame([shown], index=[settings['framework']]), title=title)
 
+# %% ../../nbs/app/70g_evaluation.ipynb #502550eb
+def _without_training(clip, method, vocabulary):
+    "A training-free method on a CLIP, and the names in the prompts that were published with it."
+    from opentrans.clip import small_clips
+    from opentrans.data import Vocabulary
+    if clip.name not in small_clips(): vocabulary = Vocabulary(vocabulary.entries, 'clip_80')
+    return _build('training_free', clip, None, method, 0),vocabulary
+
+def _unseen(seg, vocabulary):
+    "The names that the model was shown nothing like: name -> the nearest that it was shown, or ''."
+    from opentrans.clip import class_prompts
+    text,said = getattr(getattr(seg, 'backbone', seg), 'text', None),class_prompts(vocabulary)
+    if not hasattr(text, 'strange'): return {}
+    strange = set(text.strange(said))
+    near = text.nearest(said)[1] if text.known is not None else ['']*len(said)
+    return {name: known for name,prompts,known in zip(vocabulary.names, said, near) if prompts[0] in strange}
+
+def _doubted(item):
+    "A name and what is nearest to it, in words."
+    name,known = item
+    return f"{name} (the nearest is {known})" if known else name
+
 # %% ../../nbs/app/70g_evaluation.ipynb #502550ea
 @app.command()
 def segment(
@@ -208,27 +230,6 @@ def segment(
     beside = sys.stderr if as_json else sys.stdout
     if doubt: _say('* unlike anything it was shown, so a guess: ' + ', '.join(map(_doubted, doubt.items())), beside)
     _say(f'picture: {out}', beside)
-
-def _without_training(clip, method, vocabulary):
-    "A training-free method on a CLIP, and the names in the prompts that were published with it."
-    from opentrans.clip import small_clips
-    from opentrans.data import Vocabulary
-    if clip.name not in small_clips(): vocabulary = Vocabulary(vocabulary.entries, 'clip_80')
-    return _build('training_free', clip, None, method, 0),vocabulary
-
-def _unseen(seg, vocabulary):
-    "The names that the model was shown nothing like: name -> the nearest that it was shown, or ''."
-    from opentrans.clip import class_prompts
-    text,said = getattr(getattr(seg, 'backbone', seg), 'text', None),class_prompts(vocabulary)
-    if not hasattr(text, 'strange'): return {}
-    strange = set(text.strange(said))
-    near = text.nearest(said)[1] if text.known is not None else ['']*len(said)
-    return {name: known for name,prompts,known in zip(vocabulary.names, said, near) if prompts[0] in strange}
-
-def _doubted(item):
-    "A name and what is nearest to it, in words."
-    name,known = item
-    return f"{name} (the nearest is {known})" if known else name
 
 # %% ../../nbs/app/70g_evaluation.ipynb #51ab7e20
 @app.command()
