@@ -12,7 +12,7 @@ Values are random: neither engine's time depends on them. One pair is one call o
 thread, times are the CPU time
 of the process, which other work on the machine disturbs little; with more threads they are wall time. A ratio is
 of one pair; its
-median and quartiles are stored, and the ratio of the shortest calls. `deepsparse` joins in where it is installed.
+median and quartiles are stored, and the ratio of the shortest calls.
 """
 import argparse, importlib.util, json, os, platform, tempfile, time, warnings
 from pathlib import Path
