@@ -9,17 +9,12 @@ cells are shown with the outputs that the notebook holds. Nothing is executed an
 import argparse, ast, base64, importlib, inspect, os, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
 import latex2mathml.converter, nbformat, yaml
-from fastcore.docments import docments
+from opentrans.helping import described
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
 
 # ---------------------------------------------------------------- what a public name is
-
-def defined_names(source):
-    "Public functions and classes that a cell defines."
-    kinds = (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)
-    return [node.name for node in ast.parse(source).body if isinstance(node, kinds) and not node.name.startswith('_')]
 
 def only_imports(source):
     "Does a cell do nothing but import?"
@@ -42,35 +37,22 @@ def find_symbols(module, source):
         if symbol is not None: found.append((f'{owner}.{node.name}' if owner else node.name, symbol))
     return found
 
-def plain(value):
-    "A default, or an annotation, as one reads it; nothing for one that is not there."
-    if value is inspect.Parameter.empty: return ''
-    if isinstance(value, type): return value.__name__
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= 60 else text[:57] + '...'
-
 def as_cell(text):
     "Text inside a cell of a Markdown table."
     return str(text).replace('|', '\\|').replace('\n', ' ')
 
 def parameter_table(symbol):
     "A Markdown table of the parameters of a function or class, or an empty text."
-    try: known = docments(symbol, full=True, returns=True)
-    except (TypeError, ValueError, OSError, SyntaxError): return ''
-    rows = [parameter_row(name, told) for name, told in known.items() if hasattr(told, 'get')]
-    rows = [row for row in rows if row]
-    if not rows: return ''
-    return '\n'.join(['| parameter | meaning |', '|---|---|', *rows])
+    params,given = described(inspect.unwrap(getattr(symbol, '__func__', symbol)))
+    rows = [parameter_row(f"`{param.name}{code_of(': ', param.kind)}{code_of(' = ', param.default)}`", param)
+            for param in params]
+    if given is not None and (given.meaning or given.kind not in ('', 'None')):
+        rows.append(parameter_row(f'*returns* `{given.kind}`' if given.kind else '*returns*', given))
+    return '\n'.join(['| parameter | meaning |', '|---|---|', *rows]) if rows else ''
 
-def parameter_row(name, told):
-    "A row of the table: `name: type = default`, and what it means; None for what needs no row."
-    meaning, kind, default = told.get('docment') or '', plain(told.get('anno')), plain(told.get('default'))
-    if name in ('self', 'cls'): return None
-    if name == 'return':
-        if not meaning and kind in ('', 'None'): return None
-        words = f'*returns* `{kind}`' if kind else '*returns*'
-    else: words = f"`{name}{f': {kind}' if kind else ''}{f' = {default}' if default else ''}`"
-    return f'| {as_cell(words)} | {as_cell(meaning)} |'
+def code_of(sign, text): return sign + text if text else ''
+
+def parameter_row(words, param): return f'| {as_cell(words)} | {as_cell(param.meaning)} |'
 
 def signature(symbol):
     "Names of a function's parameters with their defaults."
@@ -82,8 +64,7 @@ def signature(symbol):
 
 def symbol_docs(title, symbol):
     "Heading, signature, first words and parameters of a public name."
-    words = inspect.getdoc(symbol) or ''
-    words = words.split('\n\nParameters')[0].split('\n\nArgs')[0]
+    words = re.split(r'\n\n(?:Parameters|Returns|Example)\n-', inspect.getdoc(symbol) or '')[0] # the table has the rest
     heading = f'### `{title}` {{ #{title} data-toc-label="{title}" }}'
     call = f'```python\n{title}{signature(symbol)}\n```'
     return '\n\n'.join(part for part in (heading, call, words, parameter_table(symbol)) if part)

@@ -173,3 +173,19 @@ def page(browser, lab, tmp_path):
         return runs()
     wait(pressed, 'the cell did not run')
     return SimpleNamespace(browser=browser, find=find, wait=wait, actions=lambda: ActionChains(browser))
+
+def reference_head(reference, channels, layers):
+    """The two decoders of public code (`reference.pixel`, `reference.decoder`) at the published sizes, with 255
+    classes, for maps of the strides 4 to 32."""
+    from detectron2.layers import ShapeSpec
+    from torch import nn
+    shapes = {name: ShapeSpec(channels=count, stride=stride)
+              for (name,count),stride in zip(channels.items(), (4, 8, 16, 32))}
+    pixel = reference.pixel(
+        shapes, transformer_dropout=0., transformer_nheads=8, transformer_dim_feedforward=1024,
+        transformer_enc_layers=6, conv_dim=256, mask_dim=256, norm='GN',
+        transformer_in_features=['res3', 'res4', 'res5'], common_stride=4)
+    masker = reference.decoder(
+        256, True, num_classes=255, hidden_dim=256, num_queries=100, nheads=8, dim_feedforward=2048,
+        dec_layers=layers, pre_norm=False, mask_dim=256, enforce_input_project=False)
+    return nn.ModuleDict(dict(pixel_decoder=pixel, predictor=masker)).eval()

@@ -33,7 +33,7 @@ def fails(*args, code=2):
     r = opentrans(*args)
     assert r.returncode == code, (args, r.returncode, r.stdout[-500:], r.stderr[-2000:])
     assert 'Traceback' not in r.stderr
-    lines = [layer for layer in r.stderr.splitlines() if layer.startswith('error: ')]
+    lines = [line for line in r.stderr.splitlines() if line.startswith('error: ')]
     assert len(lines) == 1, r.stderr
     return lines[0]
 

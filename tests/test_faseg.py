@@ -2,6 +2,7 @@
 import itertools, json, types
 from pathlib import Path
 import pytest
+from conftest import reference_head
 import torch
 from torch import nn
 from opentrans.cost import peak_memory
@@ -42,25 +43,12 @@ def reference(clone):
     return types.SimpleNamespace(pixel=get('pixel_decoder.msdeformattn').MSDeformAttnPixelDecoder4ScalesFASeg,
                                  decoder=decoders.MultiScaleMaskedTransformerDecoderFASeg)
 
-def reference_head(reference, channels):
-    "The published two decoders, at the published sizes, with 255 classes."
-    from detectron2.layers import ShapeSpec
-    shapes = {name: ShapeSpec(channels=c, stride=stride) for (name,c),stride in zip(channels.items(), STRIDES)}
-    pixel = reference.pixel(
-        shapes, transformer_dropout=0., transformer_nheads=8, transformer_dim_feedforward=1024,
-        transformer_enc_layers=6, conv_dim=256, mask_dim=256, norm='GN',
-        transformer_in_features=['res3', 'res4', 'res5'], common_stride=4)
-    masker = reference.decoder(
-        256, True, num_classes=255, hidden_dim=256, num_queries=100, nheads=8, dim_feedforward=2048, dec_layers=13,
-        pre_norm=False, mask_dim=256, enforce_input_project=False)
-    return nn.ModuleDict(dict(pixel_decoder=pixel, predictor=masker)).eval()
-
 @pytest.mark.parametrize('moved', [0., .02])
 def test_logits_are_the_references(reference, moved):
     "Full size on RN50's maps, class and mask logits of all 14 predictions: 1e-4. The count is the thesis's."
     torch.manual_seed(0)
     channels = dict(res2=256, res3=512, res4=1024, res5=2048)
-    theirs = reference_head(reference, channels)
+    theirs = reference_head(reference, channels, 13)
     count = sum(p.numel() for p in theirs.parameters())
     assert count - 105*257 + 23_454_912 == 50_511_639 # 255 classes, not 150
     with torch.no_grad():

@@ -1,6 +1,7 @@
 "Mask2Former beside its two other implementations with the same weights, through training, and from files."
 import copy, os, pickle, re, types
 import pytest
+from conftest import reference_head
 import torch
 import torch.nn.functional as F
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
@@ -121,25 +122,12 @@ def reference(clone):
     return types.SimpleNamespace(pixel=get('pixel_decoder.msdeformattn').MSDeformAttnPixelDecoder, decoder=decoder,
                                  criterion=get('criterion').SetCriterion, matcher=get('matcher').HungarianMatcher)
 
-def reference_head(reference, channels):
-    "The reference's two decoders, at the published sizes."
-    from detectron2.layers import ShapeSpec
-    shapes = {name: ShapeSpec(channels=c, stride=stride) for (name,c),stride in zip(channels.items(), STRIDES)}
-    pixel = reference.pixel(
-        shapes, transformer_dropout=0., transformer_nheads=8, transformer_dim_feedforward=1024,
-        transformer_enc_layers=6, conv_dim=256, mask_dim=256, norm='GN',
-        transformer_in_features=['res3', 'res4', 'res5'], common_stride=4)
-    masker = reference.decoder(
-        256, True, num_classes=255, hidden_dim=256, num_queries=100, nheads=8, dim_feedforward=2048, dec_layers=9,
-        pre_norm=False, mask_dim=256, enforce_input_project=False)
-    return torch.nn.ModuleDict(dict(pixel_decoder=pixel, predictor=masker)).eval()
-
 @pytest.mark.parametrize('moved', [0., .02])
 def test_logits_are_the_references(reference, moved):
     "Full size on the maps of RN50, every layer's class and mask logits: 1e-4. With initial weights and others."
     torch.manual_seed(0)
     channels = dict(res2=256, res3=512, res4=1024, res5=2048)
-    theirs = reference_head(reference, channels)
+    theirs = reference_head(reference, channels, 9)
     with torch.no_grad():
         for p in theirs.parameters(): p.add_(moved*torch.randn_like(p)*p.std().nan_to_num(1.).clamp(min=.1))
     seg = build('mask2former', ClipBackbone.create('RN50', pretrained=None), ['thing', 'stuff'], kd=0.).eval()

@@ -303,7 +303,7 @@ class _CostText(_CostSums):
         head = [f'| {by} | params | active | {"MACs" if self.convention == "macs" else self.convention} | active |',
                 '|---|--:|--:|--:|--:|']
         free = self._without_price()
-        return '\n'.join(head + [f"| {' | '.join(layer)} |" for layer in lines]
+        return '\n'.join(head + [f"| {' | '.join(line)} |" for line in lines]
                          + ([f'\nWithout a price: {for_markdown(free)}.'] if free else []))
 
     def _without_price(self):

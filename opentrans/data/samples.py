@@ -287,8 +287,8 @@ def _draw(full, size, seed, scale, flip):
         f = rng.uniform(*scale)*min(H/h, W/w)
         h,w = max(1, round(h*f)),max(1, round(w*f))
     if size is None: H,W = h,w
-    t,layer = (int(rng.integers(0, max(0, n-N)+1)) for n,N in ((h,H), (w,W)))
-    return (h, w),(t, layer, min(h, t+H), min(w, layer+W)),rng.uniform() < flip,(H, W)
+    top,left = (int(rng.integers(0, max(0, n-N)+1)) for n,N in ((h,H), (w,W)))
+    return (h, w),(top, left, min(h, top+H), min(w, left+W)),rng.uniform() < flip,(H, W)
 
 def read_augmented(
     data, # A data set of samples

@@ -361,8 +361,8 @@ def hardware()->dict: # Processor, cores, system, versions, and the GPU if there
     import open_clip, torchvision
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
-        name = next(layer.split(':')[1].strip()
-                    for layer in open('/proc/cpuinfo') if layer.startswith('model name'))
+        name = next(line.split(':')[1].strip()
+                    for line in open('/proc/cpuinfo') if line.startswith('model name'))
     return dict(processor=name, cores=os.cpu_count(), system=platform.system(), python=platform.python_version(),
                 torch=torch.__version__, torchvision=torchvision.__version__, open_clip=open_clip.__version__,
                 **(dict(gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else {}))

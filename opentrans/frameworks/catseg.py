@@ -6,7 +6,7 @@
 __all__ = ['cell_windows', 'from_windows', 'window_mask', 'WindowAttention', 'SpatialBlock', 'SpatialPair', 'linear_attention',
            'ClassLayer', 'ClassAttention', 'AggregatorLayer', 'TwoConvs', 'Up', 'cost_volume', 'Aggregator',
            'catseg_cells', 'WindowMeans', 'CATSeg', 'class_loss', 'attention_selection', 'released_parts', 'why_left',
-           'load_catseg']
+           'load_cost_maps', 'load_catseg']
 
 # %% ../../nbs/frameworks/36_catseg.ipynb #7714b4a1
 import math, re
@@ -501,14 +501,23 @@ def why_left(
     if name.endswith('attn_mask'): return 'made anew for each grid'
     if '.clip_model.' in name and '.visual.' not in name: return 'the backbone has a text encoder of its own'
 
+def load_cost_maps(
+    framework, # CAT-Seg or SED, filled in place
+    source, # A file, or a state dict, in the names of the released code
+    strict:bool, # Raise if a part of the head does not fit?
+    head:tuple, # How names of the head begin here
+)->pd.DataFrame: # As of `load_mask2former`
+    "Load released weights of a method of cost maps. Raises `OpenTransError` that lists what does not fit."
+    weights = weights_of(source)
+    def needed(name): return name.startswith(head)
+    advice = (f"Is it a checkpoint of {framework.title}? Build the framework with its sizes and a backbone of the same "
+              "CLIP, or pass strict=False.")
+    return put_weights(framework, weights, released_parts(framework, weights), needed, why_left, advice, strict)
+
 def load_catseg(
     framework:CATSeg, # Filled in place
     source, # A file, or a state dict, in the names of the released code
     strict:bool=True, # Raise if a part of the head does not fit? If not, it is left as it is
 )->pd.DataFrame: # As of `load_mask2former`
     "Load released weights of CAT-Seg. Raises `OpenTransError` that lists what does not fit."
-    weights = weights_of(source)
-    def needed(name): return name.startswith(('head.', 'upsample'))
-    advice = ("Is it a checkpoint of CAT-Seg? Build the framework with its sizes and a backbone of the same CLIP, "
-              "or pass strict=False.")
-    return put_weights(framework, weights, released_parts(framework, weights), needed, why_left, advice, strict)
+    return load_cost_maps(framework, source, strict, ('head.', 'upsample'))

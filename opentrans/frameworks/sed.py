@@ -12,9 +12,8 @@ from torch import nn
 import torch.nn.functional as F
 from ..clip.backbone import class_prompts
 from ..errors import check_number, OpenTransError
-from .catseg import class_loss, ClassAttention, cost_volume, released_parts, TwoConvs, why_left
+from .catseg import class_loss, ClassAttention, cost_volume, load_cost_maps, TwoConvs
 from .contract import Framework, register_framework, resize, Scores
-from .published import put_weights, weights_of
 from ..runtime import device_of
 
 # %% ../../nbs/frameworks/37_sed.ipynb #1b435bea
@@ -257,8 +256,4 @@ def load_sed(
     strict:bool=True, # Raise if a part of the head does not fit? If not, it is left as it is
 )->pd.DataFrame: # As of `load_mask2former`
     "Load released weights of SED. Raises `OpenTransError` that lists what does not fit."
-    weights = weights_of(source)
-    def needed(name): return name.startswith('head.')
-    advice = ("Is it a checkpoint of SED? Build the framework with its sizes and a backbone of the same CLIP, "
-              "or pass strict=False.")
-    return put_weights(framework, weights, released_parts(framework, weights), needed, why_left, advice, strict)
+    return load_cost_maps(framework, source, strict, ('head.',))

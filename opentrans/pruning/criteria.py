@@ -114,6 +114,13 @@ def _gradients(found, model, losses):
                      for param,grad in zip(params, grads)}
             yield {layer.name: _part(whole[id(layer.param)], layer) for layer in found}
 
+def _summed(gradients, of=lambda grad: grad):
+    "The sum over batches of the gradients of each layer, or of what `of` makes of them."
+    total = {}
+    for grads in gradients:
+        for name,grad in grads.items(): total[name] = total.get(name, 0) + of(grad)
+    return total
+
 def _part(grad, layer): return grad if layer.rows is None else grad[layer.rows]
 
 # %% ../../nbs/01d_criteria.ipynb #3f1d4c4b
@@ -125,9 +132,7 @@ def snip(
 )->dict[str, torch.Tensor]: # Name of the layer -> scores of its weights
     "SNIP (Lee et al. 2019, Eq. 6): |w x the gradient over all batches|. Raises `OpenTransError` without losses."
     found = prunable(model, **kwargs)
-    total = {}
-    for grads in _gradients(found, model, losses):
-        for name,grad in grads.items(): total[name] = total.get(name, 0) + grad
+    total = _summed(_gradients(found, model, losses))
     return {layer.name: _size(layer.weight*total[layer.name]) for layer in found}
 
 @criterion
@@ -138,7 +143,5 @@ def sensitivity(
 )->dict[str, torch.Tensor]: # Name of the layer -> scores of its weights
     "|w| x the root of the mean squared gradient over batches. Raises `OpenTransError` without losses."
     found = prunable(model, **kwargs)
-    total = {}
-    for grads in _gradients(found, model, losses):
-        for name,grad in grads.items(): total[name] = total.get(name, 0) + grad.abs().square()
+    total = _summed(_gradients(found, model, losses), lambda grad: grad.abs().square())
     return {layer.name: _size(layer.weight)*total[layer.name].sqrt() for layer in found}

@@ -9,15 +9,11 @@ __all__ = ['DENSITIES', 'fit_densities', 'allocation', 'uniform_densities', 'erd
 # %% ../../nbs/01i_densities.ipynb #a4944aaf
 import torch
 from torch import nn
-from fastcore.basics import patch
 from fastcore.meta import delegates
 from ..errors import OpenTransError, unknown
-from ..naming import clean_name
 from .calibration import rows_to_weight, sums_of_inputs, weight_rows
-from .criteria import _ask_criterion, _criterion
-from .mask import _dense_info, _info, SparseMask
 from .places import prunable
-from .ranking import _check_scores, _keep_best, _share
+from .ranking import _density, _keep_best, _share
 
 # %% ../../nbs/01i_densities.ipynb #f206fc8b
 def fit_densities(
@@ -110,7 +106,7 @@ def owl(model, found, density, batches=None,
 # %% ../../nbs/01i_densities.ipynb #68949db2
 def _check_densities(densities, found):
     "A dictionary of densities over just these layers. Raises `OpenTransError`."
-    given = {clean_name(name): _share(value, f"The density of '{name}'") for name,value in densities.items()}
+    given = _density(densities)
     names = [layer.name for layer in found]
     lack,odd = [n for n in names if n not in given],[n for n in given if n not in names]
     if lack: raise OpenTransError(f"There is no density for {len(lack)} layers: {', '.join(lack[:6])}.")
@@ -136,22 +132,3 @@ def layer_densities(
         raise OpenTransError(
             f"densities is a {type(how).__name__}: give a dict of layer -> density, or {', '.join(DENSITIES)}.")
     return _check_densities(how, found)
-
-@patch(cls_method=True)
-@delegates(prunable)
-def by_layers(cls:SparseMask,
-    criterion, # A name in `CRITERIA`, or a function like those there
-    model:nn.Module, # Any model
-    densities:dict, # Layer -> density, as `layer_densities` gives it
-    losses=None, # Function of the model that yields one scalar loss a batch, for criteria that look at data
-    **kwargs,
-):
-    "Keep the best weights of each layer, as many as its density says. Raises `OpenTransError`."
-    name,f = _criterion(criterion)
-    found = prunable(model, **kwargs)
-    densities = _check_densities(densities, found)
-    scores = _ask_criterion(f, model, losses, **kwargs)
-    _check_scores(scores)
-    counts = {n: max(1, round(d*scores[n].numel())) for n,d in densities.items()}
-    masks = {n: _keep_best({n: scores[n]}, count)[0][n] for n,count in counts.items()}
-    return cls(masks, _info(model, found, method=name, scope='densities') | _dense_info(model, **kwargs))

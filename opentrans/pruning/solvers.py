@@ -11,7 +11,7 @@ import functools, itertools, re
 from dataclasses import dataclass
 import torch
 from ..errors import OpenTransError, unknown
-from .ranking import _kth_smallest, _share
+from .ranking import _keep_best, _share
 
 # %% ../../nbs/01j_solvers.ipynb #7abdeafd
 SCOPES = ('layer', 'output', 'channel', 'N:M such as 2:4')
@@ -21,15 +21,7 @@ def keep_largest(
     keep:int, # How many
 )->torch.Tensor: # bool, of the same shape and on the same device
     "The largest of all scores; of equal ones at the border those that come last."
-    flat = scores.detach().float().flatten()
-    drop = len(flat)-keep
-    if drop <= 0: return torch.ones_like(scores, dtype=torch.bool)
-    border = _kth_smallest([flat], drop)
-    kept = flat > border
-    need = keep-int(kept.sum())
-    equal = (flat == border).nonzero().flatten()
-    kept[equal[len(equal)-need:]] = True
-    return kept.view(scores.shape)
+    return _keep_best(dict(scores=scores), keep)[0]['scores'].to(scores.device)
 
 def spread(
     total:int, # To be given out

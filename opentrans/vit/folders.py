@@ -102,7 +102,7 @@ def _divided(root, split, seed, share):
     files, labels, classes = _by_folder(root)
     g, res = torch.Generator().manual_seed(seed), []
     for k in range(len(classes)):
-        own = [p for p,layer in zip(files, labels) if layer == k]
+        own = [path for path,label in zip(files, labels) if label == k]
         order, cut = torch.randperm(len(own), generator=g).tolist(), round(share*len(own))
         res += [(own[i], k) for i in (order[:cut] if split == 'train' else order[cut:])]
     return [p for p,_ in res], [k for _,k in res], classes
