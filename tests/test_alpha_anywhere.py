@@ -383,10 +383,13 @@ def test_the_command_and_models_of_other_libraries():
     assert code == 0 and 'look untrained' in out and 'layer4.1.conv2.weight' in out, err
     for bad in (('torchvision:resnet18',), ('torchvision:resnet18', '--pretrained', 'DEFAULT'),
                 ('torchvision:resnet17', '--pretrained', 'none'), ('hf:nowhere',), ('none.safetensors',),
-                ('timm:no_such_net', '--pretrained', 'none'), ('shapes-rn', '--null', 'normal'),
-                ('shapes-rn', '--aspect', '.5')):
+                ('timm:no_such_net', '--pretrained', 'none'), ('shapes-rn', '--null', 'normal')):
         code,out,err = command('alpha', *bad)
         assert code == 2 and err.startswith('error: ') and 'Traceback' not in err, (bad, err)
+
+def test_an_option_out_of_its_bounds_is_named():
+    code,out,err = command('alpha', 'shapes-rn', '--aspect', '.5')
+    assert code == 2 and "'--aspect'" in err and 'greater than or equal to 1' in err and 'Traceback' not in err, err
 
 def test_words():
     said = analyze(net(), null='gaussian', xmin='median', skip=()).words()
