@@ -80,7 +80,7 @@ def overlay(
     "An image under the colours of its classes; the legend tells the share of each that is there."
     from matplotlib.patches import Patch
     ax = axes(ax, figsize=(6, 4))
-    labels,colours = np.asarray(labels),class_colours(len(names))
+    labels,colours = np.asarray(labels),class_colours(names)
     ax.imshow((1-opacity)*np.asarray(image).transpose(1, 2, 0) + opacity*colours[labels], interpolation='nearest')
     ax.set_axis_off()
     share = np.bincount(labels.ravel(), minlength=len(names))/labels.size

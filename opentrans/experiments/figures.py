@@ -142,7 +142,7 @@ def plot_scenes(
     fig,axs = plt.subplots(len(rows), 2+len(predictions), figsize=(1.35*(2+len(predictions)), 1.42*len(rows)),
                            squeeze=False)
     for r,(d,i) in enumerate(rows):
-        s,colours = world[d][i],class_colours(len(world[d].vocabulary))
+        s,colours = world[d][i],class_colours(world[d].vocabulary.names)
         truth = s['labels'].numpy()
         void = truth == world[d].ignore
         maps = ([s['image'].permute(1, 2, 0).numpy()]
@@ -251,7 +251,7 @@ def plot_photographs(
         row[0].imshow(picture.permute(1, 2, 0))
         for ax,(title,clip) in zip(row[1:], clips.items()):
             image,labels,names = label_photograph(clip, picture, words)
-            colours = class_colours(len(names))
+            colours = class_colours(names)
             share = torch.bincount(labels.flatten(), minlength=len(names))/labels.numel()
             ax.imshow(.45*image.permute(1, 2, 0).numpy() + .55*colours[labels])
             there = [k for k in share.argsort(descending=True).tolist() if share[k] > 0]
