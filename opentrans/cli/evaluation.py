@@ -5,21 +5,6 @@
 # %% auto #0
 __all__ = ['TABLE1', 'evaluate', 'segment', 'compare']
 
-# %% ../../nbs/app/70g_evaluation.ipynb #d37c7a2e
-import sys
-from pathlib import Path
-from typing import Annotated, Optional
-import typer
-from ..errors import OpenTransError
-from .defaults import (
-    Readers, _build, _looks, _mean_of, _prompted, _report, _stride, _with_cost, is_shipped)
-from opentrans.cli.options import (
-    AllowHub, Backbone, Classes, Config, Corrupt, Device, Framework, Ignore, Preset, Pretrained, Prompts,
-    Quiet, Root, Seed, Split, Stride, _SIDE, _hub, _typed, app, first_process, open_clip_backbone, open_data,
-    settings_kept)
-from .terminal import _numbers, _save_picture, _save_table, _say, _writable, show
-from .trained import _hub_of_model, _mask_in, _read_model, _trained_prompts, open_trained
-
 # %% ../../nbs/app/70g_evaluation.ipynb #f1360965
 import sys, warnings
 from pathlib import Path
@@ -30,7 +15,7 @@ from .defaults import (
     Readers, _build, _looks, _mean_of, _prompted, _report, _stride, _with_cost, is_shipped)
 from opentrans.cli.options import (
     AllowHub, Backbone, Classes, Config, Corrupt, Device, Framework, Ignore, Preset, Pretrained, Prompts,
-    Quiet, Root, Seed, Split, Stride, _SIDE, _hub, app, first_process, open_clip_backbone, open_data,
+    Quiet, Root, Seed, Split, Stride, _SIDE, _hub, _typed, app, first_process, open_clip_backbone, open_data,
     settings_kept)
 from .terminal import _numbers, _save_picture, _save_table, _say, _writable, show
 from .trained import _hub_of_model, _mask_in, _read_model, _trained_prompts, open_trained
@@ -138,7 +123,7 @@ def _run_tests(seg, tests, looks, how):
     for name,test in tests.items():
         results[name] = run(seg, test, **how, **looks[name])
         if len(tests) > 1 and first_process():
-            _say(f"{name}: mIoU {results[name]['miou']:.4f} on {results[name]['n_images']} images", sys.stderr)
+            _say(f"{name}: mIoU {results[name]['miou']:.1%} on {results[name]['n_images']} images", sys.stderr)
     return results
 
 def _report_table(seg, results, head, size, mask, out, as_json, title):
