@@ -329,7 +329,7 @@ def test_demo(tmp_path):
     assert r.returncode == 0, r.stderr
     assert sorted(p.suffix for p in (tmp_path/'d').iterdir()) == ['.html', '.json']
     data = json.loads((tmp_path/'d'/'opentrans-demo.json').read_text())
-    assert (len(data['results']) == 20
+    assert (len(data['results']) == 12
             and {r['framework'] for r in data['results']} == {'deeplabv3', 'mask2former', 'fcclip', 'faseg'}
             and {c['verdict'] for c in data['claims']} == {'one seed'})
     page = (tmp_path/'d'/'opentrans-demo.html').read_text()

@@ -42,19 +42,22 @@ def demo(
     scale:Annotated[str, typer.Option(
         help="'demo'; 'shapes', longer; 'gpu': CLIP's RN50 on larger scenes; 'smoke': shows nothing but that it "
              "runs.")]='demo',
+    every:Annotated[bool, typer.Option('--all', help="Every arm of three studies, in every framework.")]=False,
     scheduler:Scheduler='local', workers:JobWorkers=None,
     allow_hub:AllowHub=False, config:Config=None,
 ):
-    "The paper's main job on generated scenes, beside the alternatives, with a report."
+    "Photographs by your words, then the paper's main job on generated scenes, with a report."
     import pandas as pd
     from opentrans import experiments as ex
     command = 'opentrans demo' + ''.join(f' --{k} {v}'
                                          for k,v,d in (('seeds', seeds, 1), ('seed', seed, 0),
                                                        ('scale', scale, 'demo')) if v != d)
+    if every: command += ' --all'
+    arms = ex.ARMS + ex.FRAMEWORK_ARMS if every else None
     where = _where_jobs_run(scheduler, workers)
     _writable(Path(out)/'opentrans-demo.json')
     _weights_of_scale(scale, None, allow_hub)
-    data = ex.demo(out, seeds=seeds, seed=seed, scale=scale, scheduler=where, command=command)
+    data = ex.demo(out, seeds=seeds, seed=seed, scale=scale, scheduler=where, arms=arms, command=command)
     for name,rows in data['summary'].items():
         show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
     _say(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
