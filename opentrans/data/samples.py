@@ -132,10 +132,10 @@ def _own_colour(name):
 def _free_colour(taken, others):
     "The next of some colours that is unlike those that are taken; the least like them if none is."
     for colour in others:
-        if all(np.abs(colour-other).max() > .2 for other in taken): return colour
+        if not taken or _distance_to(taken, colour) > .5: return colour
     return max(others, key=partial(_distance_to, taken))
 
-def _distance_to(taken, colour): return min(np.abs(colour-other).max() for other in taken)
+def _distance_to(taken, colour): return min(np.linalg.norm(colour-other) for other in taken)
 
 def _named_colours(names):
     "Colours for names: their own, darker from one to the next of the same, or some that are free."

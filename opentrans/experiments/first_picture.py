@@ -129,7 +129,7 @@ def _words_of(photograph): return [word.strip() for word in PHOTOGRAPHS[photogra
 
 def plot_seen(
     seen:dict, # As `see_photographs` gives it
-    photographs=('cat', 'motorcycle', 'temple'), # Which of them
+    photographs=('temple', 'motorcycle', 'rocket'), # Which of them
 ): # Figure: a row for each photograph, a column for each tower, and the words
     "Photographs beside what each tower sees in them; colours are words, the same in all columns."
     told = sample_photographs(photographs)
@@ -140,7 +140,7 @@ def plot_seen(
         colours = torch.from_numpy(class_colours(words)).float()
         maps = [labels[name].long() for labels in seen.values()]
         image = F.interpolate(picture[None].float()/255, size=maps[0].shape, mode='bilinear', antialias=True)[0]
-        image = image.permute(1, 2, 0)
+        image = image.permute(1, 2, 0).clamp(0, 1)
         for ax,painted in zip(row, [image, *(.4*image + .6*colours[labels] for labels in maps)]):
             ax.imshow(painted.numpy(), interpolation='nearest')
         there = [i for i in range(len(words)) if any((labels == i).any() for labels in maps)]
