@@ -88,7 +88,7 @@ def overlay(
     ax.legend(
         handles=[Patch(color=colours[k],
                        label=for_plot(f"{names[k]}  {share[k]:.0%}" if share[k] >= .005 else f'{names[k]}  < 1%'))
-                 for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
+                 for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
     return ax
 
 # %% ../nbs/app/71_playground.ipynb #ad4c9fa4
@@ -138,7 +138,8 @@ class _Playground:
         "Segment what the widgets say. Kernels may call it from several threads: each change waits for its turn."
         with self.lock:
             with warnings.catch_warnings():
-                warnings.filterwarnings('ignore', '.*has never seen') # the note below says it each time
+                # the note below says it each time
+                warnings.filterwarnings('ignore', '.*(has never seen|was shown)')
                 try:
                     v = parse_names(self.names.value)
                     self.answer = segment(self.framework, self.samples[self.source.value], v)
