@@ -187,7 +187,7 @@ def show_sample(
     ax = axes(ax, figsize=(3, 3))
     ax.imshow(picture, interpolation='nearest')
     ax.set_axis_off()
-    ax.set_title(kind if title is None else title, fontsize=8)
+    ax.set_title(kind if title is None else title, fontsize=9)
     if vocabulary is not None:
         for m,c in zip(np.asarray(sample['regions']), sample['region_classes'].tolist()):
             y,x = (int(np.median(p)) for p in np.nonzero(m))
