@@ -401,7 +401,7 @@ class _MaskPictures(_MaskFiles):
     )->Axes: # The axes
         "Density of each layer, and of all together."
         table = self.table()
-        ax = axes(ax, figsize=(max(5, min(14, len(table)/5)), 3))
+        ax = axes(ax, figsize=(max(5, min(14, len(table)/5)), 3.6))
         places = range(len(table))
         line, = ax.plot(places, table.density, 'o-', ms=3, lw=1, label=label and for_plot(label))
         ax.axhline(self.density, ls=':', lw=1, color=line.get_color())
