@@ -247,7 +247,8 @@ def test_a_name_of_a_library_runs_nothing_and_fetches_nothing(watched, forged, t
         for i in range(2): Image.new('RGB', (32, 32), (80*i, 0, 0)).save(pictures/split/label/f'{i}.png')
     clip,out = str(forged/'clip'),['--out', str(tmp_path/'out')]
     names = ['hf-hub:evil/model', 'hf_hub:evil/model', f'local-dir:{clip}', 'resnet18.a/b', 'resnet18.hf-hub:a/b', clip]
-    jobs = [['alpha', f'{library}:{name}', '--pretrained', 'none'] for name in names for library in ('timm', 'torchvision')]
+    jobs = [['alpha', f'{library}:{name}', '--pretrained', 'none']
+            for name in names for library in ('timm', 'torchvision')]
     jobs += [['alpha', f'timm:{names[0]}'], ['alpha', 'hf:evil/model'], ['alpha', 'timm:resnet18', '--pretrained', 'x'],
              ['alpha', 'torchvision:resnet18', '--pretrained', 'DEFAULT']]
     for command,option in (('spt', '--model'), ('stitch', '--models'), ('spvit', '--model')):
