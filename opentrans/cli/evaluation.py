@@ -110,7 +110,8 @@ def _open_tests(data, root, split, classes, ignore, corrupt, kind, same):
     if data != 'all':
         instances = kind == 'panoptic' and data in ('ade20k_150', 'cityscapes_19')
         return {data: open_data(data, root, split, classes, ignore, corrupt, instances)}
-    given = [name for name,value in dict(classes=classes, ignore=ignore, same=same or None).items() if value is not None]
+    options = dict(classes=classes, ignore=ignore, same=same or None)
+    given = [name for name,value in options.items() if value is not None]
     if kind != 'semantic': given.append('kind')
     if given: raise OpenTransError(f"--data all is mIoU on the seven data sets of Table 1: leave out --{given[0]}.")
     found,lost = {},{}
