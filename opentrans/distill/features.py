@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from ..clip.backbone import ClipBackbone
-from .trainer import _training, find_backbone
+from .teaching import _training, find_backbone
 from ..errors import check_number, OpenTransError, unknown
 from ..files import check_finite, checksum
 from ..runtime import device_of, progress
