@@ -14,6 +14,7 @@ from torch import nn
 import torch.nn.functional as F
 from ..clip.backbone import class_prompts, ClipBackbone
 from ..core import BATCH_NORMS, unwrap
+from ..data.batches import random_window, sample_batches
 from ..data.samples import collate
 from .losses import released_loss, tgkd_loss, vgkd_loss
 from .teacher import _is_table, _PENDING, TeacherStore
@@ -214,10 +215,8 @@ class _TrainerBatches(_TrainerChecks):
     def _window(self, sample, generator):
         "A sample, or a random square window of it."
         if not self.crop: return sample
-        y,x = (int(torch.randint(max(n-self.crop, 0)+1, (), generator=generator))
-               for n in sample['image'].shape[-2:])
-        return {k: v[...,y:y+self.crop,x:x+self.crop] if k in ('image', 'labels', 'regions') else v
-                for k,v in sample.items()}
+        rows,columns = random_window(sample['image'].shape[-2:], self.crop, generator)
+        return {k: v[...,rows,columns] if k in ('image', 'labels', 'regions') else v for k,v in sample.items()}
 
     def _view(self, i, sample):
         "One sample: its number, image, and the regions to use with their numbers and classes."
@@ -424,9 +423,7 @@ class _Stream:
         self.team = team
         self.empty = empty
         batches = _Endless(len(trainer.data), trainer.batch_size, order, done+empty)
-        if team: batches = team.shard(batches)
-        self.samples = iter(torch.utils.data.DataLoader(_Numbered(trainer.data), batch_sampler=batches,
-                                                        collate_fn=list, num_workers=trainer.workers))
+        self.samples = sample_batches(_Numbered(trainer.data), batches, trainer.workers, team)
 
     def __next__(self): # Raises `OpenTransError` if there is no region
         while True:

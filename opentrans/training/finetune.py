@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from ..core import BATCH_NORMS, layers, norm_params, undecayed_params
+from ..data.batches import sample_batches
 from ..data.samples import collate, read_augmented, unpack
 from ..errors import check_number, FormatError, Interrupted, OpenTransError, optional, shorten, WriteError
 from ..escape import csv_text
@@ -85,11 +86,9 @@ def batches(
     order = _Order(lambda i: [(k, i, j)
                               for j,k in enumerate(batch_indices(len(data), recipe.batch_size, i, recipe.seed))],
                    start, recipe.iterations, recipe.batch_size)
-    if processes is not None: order = processes.shard(order)
-    if not recipe.workers: return (collate([views[a] for a in at]) for at in order)
-    loader = torch.utils.data.DataLoader(views, batch_sampler=order, num_workers=recipe.workers, collate_fn=list,
-                                         generator=torch.Generator())
-    return _unpacked(iter(loader), regions, device)
+    loaded = sample_batches(views, order, recipe.workers, processes, torch.Generator())
+    if not recipe.workers: return map(collate, loaded)
+    return _unpacked(loaded, regions, device)
 
 def _unpacked(loaded, regions, device):
     "Batches of the samples that other processes have read, most of which come packed."
