@@ -204,7 +204,7 @@ class _TrainerRounds(_TrainerResume):
         stream = _Stream(self, seed, team, *(found[2]['iteration'], found[2]['empty']) if found else ())
         ask = functools.partial(self._whole_loss, whole, backbone, text, device, team)
         # autocast is around the student alone
-        how = SimpleNamespace(precision='no', accumulate=1, clip_grad=self.clip_grad)
+        how = SimpleNamespace(precision=None, accumulate=1, clip_grad=self.clip_grad)
         with _training(whole, backbone, self.batch_norm, self.freeze) as params:
             opt = self._optimizer(self._groups(params, whole, backbone))
             if found: losses = self._resume(within, found, whole, opt, stream, device)

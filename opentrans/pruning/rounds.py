@@ -19,7 +19,7 @@ from fastcore.meta import delegates
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 from ..core import find_tower, unwrap
-from ..errors import check_number, Interrupted, OpenTransError, OtherRun, shorten
+from ..errors import check_number, Interrupted, none_if_off, OpenTransError, OtherRun, shorten
 from ..files import check_like, lock_folder
 from .baked import _tensors
 from .criteria import _criterion, _name_of, _scores
@@ -58,11 +58,11 @@ class Within:
     def __init__(self,
         run:_Rewinding, # The run of `imp`
         round:int, # Number of the round, from 0
-        every:int, # Iterations between checkpoints; 0: none
+        every:int|None, # Iterations between checkpoints; None: none
     ):
         self.run = run
         self.round: int = round
-        self.every: int = every
+        self.every: int|None = every
         self.fresh = run.fresh and round == 0 # nothing in the folder is of this run
         self.began = run.digest_now() if not _rank() else None
 
@@ -266,9 +266,9 @@ def imp(
     # iteration
     rewind:str|dict|Callable|None=None,
     checkpoint_dir:str|Path|None=None, # Folder that a run is continued from after any interruption; None for none
-    # Iterations between checkpoints within a round, if `train` has an argument `within`, as `DistillTrainer` has; 0
-    # for none
-    checkpoint_every:int=500,
+    # Iterations between checkpoints within a round, if `train` has an argument `within`, as `DistillTrainer` has;
+    # None for none
+    checkpoint_every:int|None=500,
     seed:int=0, # Round r runs with all generators seeded with `seed + r`
     exact:bool=True, # End at `density` itself? If not, at the power of 1-p just below, as the paper does (0.0985)
     # Densities after each round, instead of those that `density`, `p` and `exact` give
@@ -293,7 +293,8 @@ def imp(
             else geometric_schedule(density, p, exact or bool(shares)))
     criterion,score = _criterion(criterion)
     check_number('seed', seed, 0, whole=True)
-    check_number('checkpoint_every', checkpoint_every, 0, whole=True)
+    checkpoint_every = none_if_off(checkpoint_every, 0)
+    if checkpoint_every is not None: check_number('checkpoint_every', checkpoint_every, 1, whole=True)
     _check_rewind(rewind, unwrap(model))
     mask = SparseMask.ones(model, **kwargs)
     settings = _settings_of(
