@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OpenTransError', 'FormatError', 'DamagedFile', 'OtherRun', 'WriteError', 'Interrupted', 'unknown', 'shorten',
-           'optional', 'timm_name', 'check_number']
+           'optional', 'timm_name', 'check_number', 'none_if_off']
 
 # %% ../nbs/00_errors.ipynb #6115c07e
 import difflib, importlib, math, numbers, re
@@ -116,3 +116,12 @@ def check_number(
     raise OpenTransError(
         f"{name}={_shown(value)}: it must be a "
         f"{'whole ' if whole else ''}number{span}.{' ' + advice if advice else ''}")
+
+# %% ../nbs/00_errors.ipynb #58ea9bf8
+def none_if_off(
+    value, # As it was given
+    *older, # What older files and scripts say for "off"
+): # The value; None if it is one of these
+    "One word for a setting that is off: None, whatever older files say for it."
+    plain = isinstance(value, (str, numbers.Number)) and not isinstance(value, bool)
+    return None if plain and any(type(word) in (int, float, str) and value == word for word in older) else value

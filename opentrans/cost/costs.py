@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException, DynamicOutputShapeException, FakeTensor, UnsupportedFakeTensorException,
     UnsupportedOperatorException)
 from ..core import LAYER_KINDS, unwrap
-from .counting import _Composite, _Counter, _hooked, _LeftBehind, _model_rows, _run_dry, CONVENTIONS
+from .counting import _Composite, _Counter, _hooked, _model_rows, CONVENTIONS
+from .dry_pass import _LeftBehind, _run_dry
 from ..errors import OpenTransError, optional, unknown
 from ..escape import for_markdown, for_plot
 from ..naming import clean_name, find_names
