@@ -52,6 +52,7 @@ def data_check(
     if not as_json: _tell_findings(wrong)
     return int(bool(wrong))
 
+# %% ../../nbs/app/70i_datasets.ipynb #986f4388
 _FEW = 5 # names that a finding lists
 _OUTSIDE = re.compile(r"holds ([\d, and]+), outside .* \(not judged: ([\d, and]+|no value)\)")
 
@@ -74,6 +75,7 @@ def _tell_findings(wrong):
         _say(f"  If {told} are no classes, add --ignore {told}" if len(values) > 1
              else f"  If {told} is no class, add --ignore {told}")
 
+# %% ../../nbs/app/70i_datasets.ipynb #f22429a4
 @data_app.command('shapes')
 def data_shapes(out:Annotated[str, typer.Option(help="Folder to write.")], split:Split='val',
                 domain:Annotated[str, typer.Option(help="home, night, crowd or sketch.")]='home',

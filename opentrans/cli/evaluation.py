@@ -10,7 +10,7 @@ import sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..errors import OpenTransError
+from ..errors import OpenTransError, shorten
 from .defaults import (
     Readers, _build, _looks, _mean_of, _prompted, _report, _stride, _with_cost, is_shipped)
 from opentrans.cli.options import (

@@ -44,6 +44,7 @@ def _cells(frame):
     columns = [frame.iloc[:, place] for place in range(frame.shape[1])]
     return [[told(name, value) for value in column] for name,column in zip(frame.columns, columns)]
 
+# %% ../../nbs/app/70b_terminal.ipynb #0be9c467
 _LONG = 26 # characters: a longer text may be broken into lines, a number never is
 _LONG_NAME = 60 # the same for the names of rows
 
@@ -86,6 +87,7 @@ def _show_table(frame, title):
     left = [str(name) for name in frame.columns[many:]]
     if left: _say(f"left out for want of room: {', '.join(left)}. A wider terminal shows them, and --json has all.")
 
+# %% ../../nbs/app/70b_terminal.ipynb #f0b90c57
 def _say(text, file=None):
     "Print a line for people. Characters that command a terminal are written as their codes."
     print(printable(text), file=file or sys.stdout)

@@ -188,6 +188,7 @@ def finetune(
               model=str(Path(out)/'model.safetensors')), as_json, 'fine-tuned')
     if not as_json: _tell_next(out, where)
 
+# %% ../../nbs/app/70f_training.ipynb #9c027d60
 def _judges(where, every, limit, framework, prompts, shipped):
     """The data set that a run is judged on. One that is not there ends a command only if it was asked for; else it
     is told, and None is given."""

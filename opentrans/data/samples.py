@@ -152,6 +152,7 @@ def _named_colours(names):
         colours.append(colour*(1-.5*shade/(shade+2)))
     return np.array(colours).reshape(-1, 3)
 
+# %% ../../nbs/data/11_samples.ipynb #76323d3a
 def class_colours(
     classes, # Number of classes, or their names: grass is green then, water blue, a red star red
 )->np.ndarray: # (k,3) in [0,1]

@@ -54,6 +54,7 @@ def photograph_figures(
             f"photographs, without labels: this shows what a mask can hold, and measures nothing.")
     return dict(photographs=(plot_seen(seen), told))
 
+# %% ../../nbs/experiments/58_report.ipynb #83cf125f
 _SHOWN = ('dense', 'distilled mask', 'random') # arms of the first pictures
 _SCENES = ('Scenes that no training has shown, what is there, and what each arm sees: by the dense tower, by one '
            'weight in ten where Algorithm 1 leaves it, and by as many at random places. A colour is a class, the '
@@ -94,6 +95,7 @@ def _mask_figures(frame, scale, seed, folder, arms):
     return dict(scenes=(plot_scenes(scale, seed, first), _SCENES.format(seed)), imp=(fig, rounds.format(seed)),
                 masks=(chart, 'mIoU after fine-tuning, by mask. Bars are means, dots are seeds.'))
 
+# %% ../../nbs/experiments/58_report.ipynb #36f4a468
 def _layer_figures(frame, scale, seed, folder, arms):
     "Which layers learn, and by which spectra they were chosen."
     import matplotlib.pyplot as plt
@@ -135,6 +137,7 @@ def _few_steps(sizes):
     full = get_study('frameworks').scale['query_iterations']
     return full if sizes['queries'] and sizes['query_iterations'] < full else None
 
+# %% ../../nbs/experiments/58_report.ipynb #5b6d99f8
 def _mean_miou(data, arm):
     "mIoU on base names over seeds, in percent; None for an arm that was not run."
     found = [r['miou']['base'] for r in data.get('results', ()) if r['arm'] == arm]
