@@ -118,7 +118,7 @@ _OWN_COLOURS = {
     'grass': '4c9a2a', 'lawn': '4c9a2a', 'meadow': '4c9a2a', 'field': '4c9a2a',
     'water': '2b6fb3', 'sea': '2b6fb3', 'lake': '2b6fb3', 'river': '2b6fb3', 'ocean': '2b6fb3',
     'sky': '9ccdf0', 'tree': '1e5c2e', 'trees': '1e5c2e', 'forest': '1e5c2e', 'leaf': '1e5c2e',
-    'sand': 'e3cf97', 'beach': 'e3cf97', 'brick': '9c5a3c', 'snow': 'e9eef2',
+    'sand': 'e3cf97', 'beach': 'e3cf97', 'brick': '9c5a3c', 'snow': 'e9eef2', 'paper': 'f1ead8',
     'road': '6b6b76', 'street': '6b6b76', 'pavement': 'b9a8b5', 'floor': 'b59e86', 'wall': 'c9c4b8',
     'building': '8d7f74', 'mountain': '7d6b91', 'red': 'd81f26', 'yellow': 'f2d51e', 'green': '24b04a',
     'blue': '2452e0', 'purple': '9c2fbc'}
