@@ -149,7 +149,8 @@ def _named_colours(names):
             taken.append(colour)
         shade = met[tuple(colour)]
         met[tuple(colour)] += 1
-        colours.append(colour*(1-.5*shade/(shade+2)))
+        # no two shades of one colour are alike, and neighbours are far apart
+        colours.append(colour*(1-.5*(.618034*shade % 1)))
     return np.array(colours).reshape(-1, 3)
 
 # %% ../../nbs/data/11_samples.ipynb #76323d3a
