@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RETIRED', 'LINE_EVERY', 'Undo', 'around_step', 'held_by', 'after_step', 'handling', 'evaluating', 'seed_everything',
-           'seeded', 'pick_device', 'device_of', 'to_device', 'check_images', 'label_loss_of', 'is_quiet', 'progress',
-           'axes', 'png', 'stored_result']
+           'seeded', 'pick_device', 'device_of', 'to_device', 'check_images', 'label_loss_of', 'time_left', 'is_quiet',
+           'progress', 'axes', 'png', 'stored_result']
 
 # %% ../nbs/00_runtime.ipynb #77d8f6f4
 import contextlib, io, os, random, signal, threading, weakref
@@ -152,9 +152,8 @@ def to_device(
     device, # Where to
 ): # The same, there
     "Move a batch."
-    if isinstance(x, torch.Tensor): return x.to(device, non_blocking=torch.device(device).type == 'cuda')
-    if isinstance(x, dict): return {k: to_device(v, device) for k,v in x.items()}
-    return type(x)(to_device(v, device) for v in x) if type(x) in (list, tuple) else x
+    from accelerate.utils import send_to_device
+    return send_to_device(x, device, non_blocking=torch.device(device).type == 'cuda')
 
 # %% ../nbs/00_runtime.ipynb #4e008153
 def check_images(
@@ -194,10 +193,12 @@ def label_loss_of(
 # %% ../nbs/00_runtime.ipynb #4ef06d6e
 LINE_EVERY = 60 # Seconds between two lines of progress in a log
 
-def _duration(seconds):
-    "A time in the unit that suits it."
-    if seconds < 90: return f'{seconds:.0f} s'
-    return f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
+def time_left(
+    seconds:float, # From 0 on; less is 0
+)->str: # Minutes and seconds, or hours, minutes and seconds
+    "A time as progress bars show it."
+    from tqdm import tqdm
+    return tqdm.format_interval(max(round(seconds), 0))
 
 class _Lines:
     "An iterable that tells a log how far it is, by a line a minute."
@@ -211,7 +212,7 @@ class _Lines:
         total = self.total
         if total is None and hasattr(self.it, '__len__'): total = len(self.it)
         if total is None: return f'{self.desc}: {done:,} done'
-        return f'{self.desc}: {done:,} of {total:,}, {_duration(seconds/done*(total-done))} left'
+        return f'{self.desc}: {done:,} of {total:,}, {time_left(seconds/done*(total-done))} left'
 
     def __iter__(self):
         import sys, time

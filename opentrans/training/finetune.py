@@ -24,7 +24,8 @@ from ..files import (
     restore_optimizer, RunFile, save_tensors, save_text, state_dict_of, strip_prefix as under)
 from ..processes import Processes, train_step
 from ..pruning.force import unmasked_states
-from ..runtime import device_of, handling, pick_device, progress, seed_everything, seeded, to_device, Undo
+from ..runtime import (
+    device_of, handling, pick_device, progress, seed_everything, seeded, time_left, to_device, Undo)
 from .evaluate import evaluate
 from .recipe import _Finite, _MOST, _OFF, Recipe
 
@@ -371,11 +372,6 @@ class _History:
                 f"room and start again.") from error
 
 # %% ../../nbs/training/41_finetune.ipynb #e7821d3e
-def _span(seconds):
-    "Hours, minutes and seconds."
-    m,s = divmod(max(round(seconds), 0), 60)
-    return f'{m//60}:{m%60:02}:{s:02}' if m >= 60 else f'{m}:{s:02}'
-
 class Teller:
     "Tells how a run goes: a line every so many iterations, and TensorBoard's events."
     def __init__(self,
@@ -401,7 +397,7 @@ class Teller:
         miou = f"  miou {row['miou']:.4f}" if 'miou' in row else ''
         return (
             f"iteration {row['iteration']+1}/{self.iterations}  loss {row['loss']:.4f}  lr {row['lr']:.3g}{miou}  "
-            f"{pace:.3f} s each, {_span(pace*(self.iterations-row['iteration']-1))} left")
+            f"{pace:.3f} s each, {time_left(pace*(self.iterations-row['iteration']-1))} left")
 
     def __call__(self, row):
         if self.board: [self.board.add_scalar(k, v, row['iteration']) for k,v in row.items() if k != 'iteration']
@@ -442,7 +438,8 @@ def finetune(
     val=None, # Data set to evaluate on every `eval_every` iterations; the best weights go to `best.safetensors`
     eval_every:int|None=None, # None does not evaluate
     callback=None, # Called as `callback(framework, row)` after each iteration, in each process
-    print_every:int|None=None, # Print a line on the standard error every so many iterations, for logs; None prints none
+    # Print a line on the standard error every so many iterations, for logs; None prints none
+    print_every:int|None=None,
     tensorboard:bool=False, # Write TensorBoard's events to `checkpoint_dir`/tensorboard, too?
 )->pd.DataFrame: # One row an iteration: iteration, loss, its terms, lr, grad_norm if clipped, miou where evaluated
     """Fine-tune all layers, or those of `selection` (Sec. 3.3.1). Raises `OpenTransError` for bad settings and for
