@@ -12,7 +12,7 @@ from torch import nn
 import torch.distributed as dist
 from .errors import OpenTransError
 from .files import lock_folder
-from .runtime import Undo
+from .runtime import Handle
 
 # %% ../nbs/00_processes.ipynb #0fd2dcff
 def world_size()->int:
@@ -151,7 +151,7 @@ class Processes(Group):
         norms:bool=False, # Let batch norms see all processes?
     ): # (what gives the losses of a batch, handle that undoes it)
         "A framework whose gradients are the mean over all processes; in a single process the framework itself."
-        if self.n == 1: return framework,Undo()
+        if self.n == 1: return framework,Handle()
         kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if norms else ()
         own = [(m, n, c) for kind in kinds for m,n,c in _parents(framework, kind)]
         cuda = self.device.type == 'cuda'
@@ -165,7 +165,7 @@ class Processes(Group):
                     setattr(m, n, c)
                 else: del c.forward
             self.accelerator.free_memory()
-        return self.accelerator.prepare_model(_Loss(framework)),Undo(undo)
+        return self.accelerator.prepare_model(_Loss(framework)),Handle(undo)
 
 # %% ../nbs/00_processes.ipynb #ef966437
 class _Times(torch.autograd.Function):

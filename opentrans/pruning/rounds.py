@@ -28,7 +28,7 @@ from .ranking import _counts, _density, _keep_best, _keep_each, _share, _shares_
 from opentrans.pruning.round_files import (
     _check_round, _from_first, _GROUP, _put, _Rewinding, _row, _share_state, _takes_within, _tensors_of,
     _train_round, ROUND_FILE)
-from ..runtime import axes, handling, progress, seeded
+from ..runtime import get_axes, signal_handlers, progress, seeded
 
 # %% ../../nbs/01e_imp.ipynb #3b3bd87c
 MOST_ROUNDS = 10_000 # A schedule of more would not end
@@ -138,7 +138,7 @@ class _Run(_Rewinding):
         self._known_again()
         with contextlib.ExitStack() as stack:
             _GROUP.together(lambda: stack.enter_context(lock_folder(None if _GROUP.rank else self.folder)))
-            stack.enter_context(handling(_ask, *ends))
+            stack.enter_context(signal_handlers(_ask, *ends))
             try: yield
             except BaseException as error:
                 _LEFT[self.model] = os.path.realpath(self.folder),self.digest,self.digest_now()
@@ -321,7 +321,7 @@ def plot_history(
     ax:Axes|None=None, # Axes to draw on; new ones if None
 )->Axes: # The axes
     "Density after each round, and the loss that its training reported."
-    ax = axes(ax, figsize=(5, 3))
+    ax = get_axes(ax, figsize=(5, 3))
     ax.plot(history['round'], history.density, 'o-', ms=3)
     ax.set(xlabel='round', ylabel='density', yscale='log', title='iterative pruning')
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
