@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from ..errors import OpenTransError, shorten, unknown
 from ..escape import for_plot
-from ..runtime import axes
+from ..runtime import get_axes
 
 # %% ../../nbs/data/11_samples.ipynb #4f86c0d9
 def _listed_names(names):
@@ -141,7 +141,7 @@ def show_sample(
         picture = np.where(known[...,None], colours[np.where(known, labels, 0)], .5)
     else: picture = np.asarray(sample['image']).transpose(1, 2, 0).clip(0, 1).copy()
     if kind == 'regions' and len(sample['regions']): picture[_outlines(sample['regions'])] = (1., 0., 1.)
-    ax = axes(ax, figsize=(3, 3))
+    ax = get_axes(ax, figsize=(3, 3))
     ax.imshow(picture, interpolation='nearest')
     ax.set_axis_off()
     ax.set_title(kind if title is None else title, fontsize=8)

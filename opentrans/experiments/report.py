@@ -24,7 +24,7 @@ from .scale import check_seeds, get_scale, hardware, open_clip_of, Scale, zero_s
 from ..files import FileKind, save_json, save_text
 from ..heavy_tail import analyze
 from ..pruning import plot_history
-from ..runtime import png
+from ..runtime import figure_png
 
 # %% ../../nbs/experiments/58_report.ipynb #67149f19
 DEMO_FILE = FileKind('opentrans-demo', 'demo', 'demo')
@@ -34,7 +34,7 @@ def _embedded(fig):
     "A figure as text that an HTML page can hold; the figure is closed."
     import matplotlib.pyplot as plt
     f = getattr(fig, 'figure', fig)
-    data = png(f, dpi=120, bbox_inches='tight')
+    data = figure_png(f, dpi=120, bbox_inches='tight')
     plt.close(f)
     return base64.b64encode(data).decode()
 

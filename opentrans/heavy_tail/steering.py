@@ -15,7 +15,7 @@ from ..core import BATCH_NORMS, bare_modules, find_layers, find_tower
 from ..errors import check_number, OpenTransError, unknown
 from ..escape import for_plot
 from .table import LayerTable
-from ..runtime import axes
+from ..runtime import get_axes
 
 # %% ../../nbs/02e_alpha_to_everything.ipynb #d48cd460
 MAPS = ('linear', 'sqrt', 'log2', 'rank', 'sigmoid') # from scores to values
@@ -123,7 +123,7 @@ class LayerValues(dict):
         ax=None, # Axes to draw on
     ): # The axes
         "The values, layer by layer."
-        ax = axes(ax, figsize=(10, 2.6))
+        ax = get_axes(ax, figsize=(10, 2.6))
         ax.bar(range(len(self)), list(self.values()), color='#3b6fb6', width=.8)
         ax.axhline(self.base, color='#c8442e', lw=1, label=f'all: {self.base:.4g}')
         ax.set(xlabel='layer', ylabel=for_plot(self.what.replace('_', ' ')), title=for_plot(self.rule))
