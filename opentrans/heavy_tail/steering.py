@@ -127,7 +127,7 @@ class LayerValues(dict):
         ax.bar(range(len(self)), list(self.values()), color='#3b6fb6', width=.8)
         ax.axhline(self.base, color='#c8442e', lw=1, label=f'all: {self.base:.4g}')
         ax.set(xlabel='layer', ylabel=for_plot(self.what.replace('_', ' ')), title=for_plot(self.rule))
-        ax.legend(fontsize=7, frameon=False)
+        ax.legend(fontsize=9, frameon=False)
         return ax
 
 def _biases(module): return [p for n,p in module._parameters.items() if 'bias' in n and p is not None]
