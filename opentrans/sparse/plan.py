@@ -133,15 +133,16 @@ class Chosen:
 def _entries(conv, taps, stride, row, planes, channel):
     "Where the weights of an output channel read, and the weights."
     inputs, size = conv.weight.shape[1], len(conv.weight)//conv.groups
-    c, i, j = np.nonzero(conv.weight[channel])
+    weight = conv.weight[channel]
+    c, i, j = np.nonzero(weight)
     source = (channel//size*inputs + c)*planes + taps.plane[i, j]
     place = source*stride + taps.down[i, j]*row + taps.right[i, j]
-    return c, place, conv.weight[channel, c, i, j]
+    return c, place, weight[c, i, j]
 
 def _choose(conv, taps, planes, source, row, pixels, machine, dense='measured'):
     "Which output channels are computed one by one, and which in bundles."
     outputs = len(conv.weight)
-    there = conv.weight.reshape(outputs, -1) != 0
+    there = conv.weight.reshape(outputs, -1) != 0 if isinstance(conv.weight, np.ndarray) else conv.weight.there()
     most = machine.block
     vectors = _block_sizes(pixels, machine, most, min(4, most))
     wide = [n for n in range(1, 7) if BUNDLE*n + n + 1 <= machine.registers and n <= machine.block] or [1]
