@@ -64,7 +64,7 @@ class StoredWeight:
         row[self._places(index, index + 1)[0]] = (values*self.scale[index]).astype(np.float32)
         return row.reshape(self.shape[1:])
 
-# %% ../../nbs/07g_stored.ipynb #76bfea43
+# %% ../../nbs/07g_stored.ipynb #c4a855f0
 class _Step(TypedDict):
     "One step of the engine. A convolution uses the first half of the numbers, a pool `side` and `padding`."
     kind: str # `'conv'`, `'max'` or `'mean'`
@@ -92,6 +92,7 @@ class _Program(TypedDict):
     mean: list[float] # That are taken off the images, and by what they are divided; none: images come as they are
     std: list[float]
 
+# %% ../../nbs/07g_stored.ipynb #2edcd0e4
 def _border(value): return float(value) if math.isfinite(value) else None
 
 def _told(step, own):
@@ -107,6 +108,17 @@ def _told(step, own):
         stride=[*step.stride], pads=[*step.pads], dilation=[*step.dilation], groups=step.groups,
         residual=step.residual or '', low=_border(step.low), high=_border(step.high))
 
+# %% ../../nbs/07g_stored.ipynb #bb7ee337
+def _map_names(out, name_of):
+    "An output, with names in place of tensors."
+    if isinstance(out, dict): return {key: name_of(part) for key, part in out.items()}
+    return [name_of(part) for part in out] if isinstance(out, (tuple, list)) else name_of(out)
+
+def _parts_of(out):
+    "The tensors of an output, or their names."
+    if isinstance(out, dict): return [*out.values()]
+    return list(out) if isinstance(out, (tuple, list)) else [out]
+
 def _outputs(graph, region):
     "What a traced model gives, by the names of the region's values; None if something else is in between."
     fused = {node for node in graph.nodes if node.op == 'call_module'}
@@ -120,11 +132,10 @@ def _outputs(graph, region):
         elif node.op not in ('placeholder', 'output') : return None
     out = node.args[0]
     if isinstance(out, (tuple, list)) and len(out) == 2 and isinstance(out[0], dict): out = out[0] # a tower's maps
-    found = ({k: names.get(n) for k, n in out.items()} if isinstance(out, dict)
-             else [names.get(n) for n in out] if isinstance(out, (tuple, list)) else names.get(out))
-    parts = [*found.values()] if isinstance(found, dict) else found if isinstance(found, list) else [found]
-    return found if all(parts) and parts else None
+    found = _map_names(out, names.get)
+    return found if _parts_of(found) and all(_parts_of(found)) else None
 
+# %% ../../nbs/07g_stored.ipynb #ebbddce6
 def describe(
     model:nn.Module, # Any model; it is not changed
 )->dict: # Plain values for the file; None if a part of the model runs on torch
@@ -148,7 +159,7 @@ def describe(
     return dict(input=region.inputs[0], steps=steps, nonnegative=sorted(region.nonnegative), outputs=outputs,
                 **colours)
 
-# %% ../../nbs/07g_stored.ipynb #8d848d27
+# %% ../../nbs/07g_stored.ipynb #69108bcc
 def _whole(values, count, least): return len(values) == count and all(value >= least for value in values)
 
 def _check_step(step, known):
@@ -164,6 +175,7 @@ def _check_step(step, known):
     if not good or not reads <= known or step['y'] in known or not step['y']:
         raise ValueError(f"step {step['y']!r}")
 
+# %% ../../nbs/07g_stored.ipynb #8d848d27
 def _norm(tensors, name, eps):
     mean, var = (tensors[f'{name}.{part}'].float() for part in ('running_mean', 'running_var'))
     weight, bias = (tensors.get(f'{name}.{part}') for part in ('weight', 'bias'))
@@ -197,6 +209,7 @@ def _convolution(step, tensors, shapes):
                 tuple(step['stride']), tuple(step['pads']), tuple(step['dilation']), step['groups'],
                 step['residual'] or None, *limits, name=layer or step['y'])
 
+# %% ../../nbs/07g_stored.ipynb #697dee4d
 def _read_region(program, tensors, shapes):
     "The region of a file. Raises `ValueError`, `KeyError` or what torch says if it does not fit together."
     known, steps = {program['input']}, []
@@ -206,11 +219,11 @@ def _read_region(program, tensors, shapes):
         pool = [step[name] for name in ('x', 'y', 'kind', 'side')] + [step['stride'][0], step['padding']]
         steps.append(_convolution(step, tensors, shapes) if step['kind'] == 'conv' else Pool(*pool))
     out = program['outputs']
-    names = [out] if isinstance(out, str) else [*dict.fromkeys(out.values() if isinstance(out, dict) else out)]
+    names = [*dict.fromkeys(_parts_of(out))]
     if not names or not {*names} <= known - {program['input']}: raise ValueError('outputs')
     return Region([program['input']], names, steps, isinstance(out, str), {*program['nonnegative']})
 
-# %% ../../nbs/07g_stored.ipynb #ffd617a6
+# %% ../../nbs/07g_stored.ipynb #48e29540
 def run_on_torch(
     region:Region, # Steps
     inputs:list, # Tensors (B, C, H, W)
@@ -232,27 +245,9 @@ def run_on_torch(
         values[step.y] = x.clamp(step.low, step.high)
     return [values[name] for name in region.outputs]
 
-class StoredEngine(nn.Module):
-    "A model that is nothing but a region: what `load` gives where no model is needed."
-    def __init__(self,
-        region:Region, # Its steps
-        outputs, # A name, a list or a dict of names: what is given back
-        mean=(), # Taken off the images, a number a channel; empty: they come as they are
-        std=(), # By what they are divided
-        threads:int=1, # Threads that share the work
-        check:bool=True, # Compare with torch on the first call of each size?
-    ):
-        super().__init__()
-        self.region, self.outputs, self.threads, self.check = region, outputs, threads, check
-        self.plans, self.reasons, self.error, self.lock = OrderedDict(), {}, 0., threading.Lock()
-        colours = (torch.tensor(values)[:, None, None] if len(values) else None for values in (mean, std))
-        self.mean, self.std = colours
-
-    def __deepcopy__(self, memo):
-        twin = StoredEngine(self.region, self.outputs, (), (), self.threads, self.check)
-        twin.mean, twin.std = self.mean, self.std
-        return twin
-
+# %% ../../nbs/07g_stored.ipynb #ffd617a6
+class _OnEngine(nn.Module):
+    "Steps on the engine, and on torch where it cannot."
     def _plan(self, size):
         if size in self.plans: self.plans.move_to_end(size)
         else:
@@ -283,6 +278,28 @@ class StoredEngine(nn.Module):
             raise OpenTransError(
                 f"Images of shape {tuple(x.shape[1:])} do not fit this model: {shorten(error)}.") from error
 
+# %% ../../nbs/07g_stored.ipynb #6f638467
+class StoredEngine(_OnEngine):
+    "A model that is nothing but a region: what `load` gives where no model is needed."
+    def __init__(self,
+        region:Region, # Its steps
+        outputs, # A name, a list or a dict of names: what is given back
+        mean=(), # Taken off the images, a number a channel; empty: they come as they are
+        std=(), # By what they are divided
+        threads:int=1, # Threads that share the work
+        check:bool=True, # Compare with torch on the first call of each size?
+    ):
+        super().__init__()
+        self.region, self.outputs, self.threads, self.check = region, outputs, threads, check
+        self.plans, self.reasons, self.error, self.lock = OrderedDict(), {}, 0., threading.Lock()
+        colours = (torch.tensor(values)[:, None, None] if len(values) else None for values in (mean, std))
+        self.mean, self.std = colours
+
+    def __deepcopy__(self, memo):
+        twin = StoredEngine(self.region, self.outputs, (), (), self.threads, self.check)
+        twin.mean, twin.std = self.mean, self.std
+        return twin
+
     @torch.no_grad()
     def forward(self, images):
         "What the model gave that was baked. Raises `OpenTransError` for anything but float32 images on the CPU."
@@ -293,9 +310,8 @@ class StoredEngine(nn.Module):
         x = images if self.mean is None else (images - self.mean)/self.std
         with self.lock: found = self._natively(x)
         values = dict(zip(self.region.outputs, self._on_torch(x) if found is None else found))
-        if isinstance(self.outputs, str): return values[self.outputs]
-        if isinstance(self.outputs, dict): return {key: values[name] for key, name in self.outputs.items()}
-        return tuple(values[name] for name in self.outputs)
+        out = _map_names(self.outputs, values.get)
+        return tuple(out) if isinstance(out, list) else out
 
 # %% ../../nbs/07g_stored.ipynb #cc90ae35
 def load(
@@ -325,6 +341,7 @@ def load(
         raise BAKED_FILE.damaged(path, f'its steps do not fit its weights ({error})') from error
     return StoredEngine(region, program['outputs'], *colours, threads, check)
 
+# %% ../../nbs/07g_stored.ipynb #997400ec
 def _into_model(model, state, path, threads, check):
     model = copy.deepcopy(model)
     check_like(state, model.state_dict(), path, finite=False)
