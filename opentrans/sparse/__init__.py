@@ -11,5 +11,7 @@ from .engine import *
 from .engine import __all__ as _engine
 from .stored import *
 from .stored import __all__ as _stored
+from .speed import *
+from .speed import __all__ as _speed
 
-__all__ = [*_machine, *_regions, *_plan, *_linear, *_engine, *_stored]
+__all__ = [*_machine, *_regions, *_plan, *_linear, *_engine, *_stored, *_speed]

@@ -386,11 +386,14 @@ class Plan:
         "A table of records for each thread."
         self.records = [[] for _ in range(self.threads)]
         self.rows = []
+        self.spans = [] # of each step: its name, and which records of the first thread are its own
         for step in self.steps:
             if isinstance(step, Planes) and step in self.planed: continue
+            begin = len(self.records[0])
             if isinstance(step, Conv): self._add_conv(step)
             elif isinstance(step, Pool): self._add_pool(step)
             else: self._add_planes(step)
+            self.spans.append((getattr(step, 'name', step.y), begin, len(self.records[0])))
             self._add_wait()
         kinds = {kind for records in self.records for kind, _ in records} | {'run'}
         names = {kind: kernel_name(kind, self.machine.width) for kind in kinds}
@@ -538,6 +541,18 @@ class Plan:
             waiting = [workers.submit(self._call, table.ctypes.data) for table in self.tables[1:]]
             self._call(self.tables[0].ctypes.data)
             for other in waiting: other.result()
+
+    def parts(self)->list: # (name of a step, function without arguments)
+        "Each step as a call of its own, for a clock. Only with one thread."
+        if self.threads > 1: raise OpenTransError("Steps are timed one by one with one thread.")
+        parts = []
+        for name, begin, end in self.spans:
+            lines = self.tables[0][1 + begin*RECORD:1 + end*RECORD]
+            table = np.ascontiguousarray(np.concatenate([[end - begin], lines]))
+            parts.append((name, functools.partial(self._run_table, table)))
+        return parts
+
+    def _run_table(self, table): self._call(table.ctypes.data)
 
     def table(self)->pd.DataFrame: # One row a convolution
         """What each convolution does: its weights, how many are left, and how many of its channels run in dense
