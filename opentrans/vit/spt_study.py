@@ -157,6 +157,7 @@ def tune_part(model, x, y, seed, kind, share=1., scattered=True, size=None, ever
     with warnings.catch_warnings(action='ignore', category=UserWarning): # modules alone may not meet the budget
         add_spt(model, allocate(sens, budget, kind, SET['r'], scattered=scattered), seed=seed)
 
+# %% ../../nbs/vit/66_spt_study.ipynb #85782829
 def tune_this(model, arm, x, y, seed):
     "Make ready what an arm trains."
     budget,r = SET['budget'],SET['r']
@@ -215,7 +216,7 @@ def patterns(work, seed=0):
                           for by in ('block', 'operation')}, alpha=dict(frame.attrs, layers=frame.to_dict('index')))
     return res
 
-# %% ../../nbs/vit/66_spt_study.ipynb #2c08072d
+# %% ../../nbs/vit/66_spt_study.ipynb #9d94ba73
 SMALL = dict(SET, pretrain_images=80, pretrain_steps=2, pretrain_batch=8, steps=2, batch=8,
              train=dict(novel=20, night=20, count=16), test=20)
 
@@ -229,6 +230,7 @@ def gaps(work, seed=0):
     width = median_distance(source, torch.cat(list(tasks.values())))
     return {task: dict(mmd=mmd(source, y, width)) for task,y in tasks.items()}
 
+# %% ../../nbs/vit/66_spt_study.ipynb #2c08072d
 def parts_rows(study, seeds, runs, scheduler='local', small=False)->dict: # What the file holds
     "`spt_rows` of the `PARTS`, and how far the tasks are from the source."
     return spt_rows(study, seeds, runs, scheduler, small, tuple(PARTS))

@@ -249,7 +249,7 @@ def _minutes(done, began):
     arms = sum(row.get('seconds', 0) for row in done.values() if row)
     return dict(cpu_minutes=round(max(arms, time.process_time()-began)/60, 1))
 
-# %% ../../nbs/vit/67_spvit_study.ipynb #5e7aed43
+# %% ../../nbs/vit/67_spvit_study.ipynb #a455b0c0
 def region_loss(world, answers, soft):
     "Cross-entropy with the names of regions, and with a teacher's answers, if there are any."
     text = world['text']
@@ -273,6 +273,7 @@ def answers_of(who, teacher, world, seed):
         found = [cnn.region_embeddings(x[None], [r], mode='crop') for x,r in zip(world['train'], world['regions'])]
     return [20*v @ world['text'].T for v in found]
 
+# %% ../../nbs/vit/67_spvit_study.ipynb #7c5f3698
 def run_part(name, teacher, world, seed, work):
     "One of the `PARTS` of one seed."
     target, paths, who, soft = PARTS[name]
@@ -299,6 +300,7 @@ def run_part(name, teacher, world, seed, work):
                 params=sum(p.numel() for p in model.visual.parameters()), ops=spec.ops, widths=spec.widths,
                 **score(model, teacher, world))
 
+# %% ../../nbs/vit/67_spvit_study.ipynb #5a51b30f
 @functools.lru_cache(maxsize=1)
 def _named(work, seed):
     "The world of a seed, with the regions and names of its training pictures."

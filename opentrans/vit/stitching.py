@@ -580,6 +580,8 @@ def pst_report(
     def lora(root): return [p for m in root.modules() if isinstance(m, LoRALinear) for p in (m.A, m.B)]
     inside = [p for m in net.modules() if isinstance(m, Bottleneck)
               for p in (*m.down.parameters(), *m.up.parameters())]
-    res = dict(attention=count(lora(net.anchors)), **(dict(bottlenecks=count(inside)) if inside else {}), stitching=count(net.stitching.parameters()), biases=count(own),
-               heads=sum(count(a.classifier.parameters()) for a in net.anchors))
+    res = dict(attention=count(lora(net.anchors)))
+    if inside: res['bottlenecks'] = count(inside)
+    res |= dict(stitching=count(net.stitching.parameters()), biases=count(own),
+                heads=sum(count(a.classifier.parameters()) for a in net.anchors))
     return pd.Series(res | dict(total=count(net.parameters())), name='trained')
