@@ -247,12 +247,11 @@ def train_step(
     opt.zero_grad(set_to_none=True)
     losses,later = getattr(framework, 'loss', framework),getattr(framework, 'no_sync', contextlib.nullcontext)
     n,sums = min(recipe.accumulate, len(batch['images'])),{}
+    kind = dict(bf16=torch.bfloat16, fp16=torch.float16).get(recipe.precision)
     for i in range(n):
         # gradients are averaged over processes once, with the last part
         with later() if i < n-1 else contextlib.nullcontext():
-            with torch.autocast(batch['images'].device.type,
-                                dict(bf16=torch.bfloat16, fp16=torch.float16).get(recipe.precision),
-                                enabled=recipe.precision != 'no'):
+            with torch.autocast(batch['images'].device.type, kind, enabled=kind is not None):
                 terms = losses(batch if n == 1 else _part(batch, i, n))
             total = sum(terms.values())/n
             values = mean(torch.stack([v.detach().float() for v in terms.values()]).tolist())

@@ -111,11 +111,13 @@ def test_the_systems_of_the_thesis_are_a_leaf():
             for other,_ in imports(name, path) if chapter(other) == 'vit' != chapter(name)}
     assert asks <= {*WHO_ASKS_THE_LEAF}
 
-LONGEST = 800 # lines of at most 120 columns: a file holds one thing
+LONGEST = 600 # lines of at most 120 columns: a file holds one thing
+TO_DIVIDE = {'vit.peft': 720, 'vit.spt': 720, 'vit.sensitivity': 660} # longer still; these may only become shorter
 
 def test_a_file_holds_one_thing():
-    long = {name: len(path.read_text(encoding='utf-8').splitlines()) for name,path in MODULES.items()}
-    assert max(long.values()) <= LONGEST, {name: lines for name,lines in long.items() if lines > LONGEST}
+    lines = {name: len(path.read_text(encoding='utf-8').splitlines()) for name,path in MODULES.items()}
+    long = {name: n for name,n in lines.items() if n > TO_DIVIDE.get(name, LONGEST)}
+    assert not long, long
 
 def test_folders_of_notebooks_are_folders_of_the_package():
     """A page in `nbs/NAME/` makes a module of `opentrans/NAME/`, but for the pages at the top, for what is used by

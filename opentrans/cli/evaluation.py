@@ -6,31 +6,16 @@
 __all__ = ['TABLE1', 'evaluate', 'segment', 'compare']
 
 # %% ../../nbs/app/70g_evaluation.ipynb #d37c7a2e
-import sys
+import sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..errors import OpenTransError
+from ..errors import OpenTransError, shorten
 from .defaults import (
     Readers, _build, _looks, _mean_of, _prompted, _report, _stride, _with_cost, is_shipped)
 from opentrans.cli.options import (
     AllowHub, Backbone, Classes, Config, Corrupt, Device, Framework, Ignore, Preset, Pretrained, Prompts,
     Quiet, Root, Seed, Split, Stride, _SIDE, _hub, _typed, app, first_process, open_clip_backbone, open_data,
-    settings_kept)
-from .terminal import _numbers, _save_picture, _save_table, _say, _writable, show
-from .trained import _hub_of_model, _mask_in, _read_model, _trained_prompts, open_trained
-
-# %% ../../nbs/app/70g_evaluation.ipynb #f1360965
-import sys, warnings
-from pathlib import Path
-from typing import Annotated, Optional
-import typer
-from ..errors import OpenTransError
-from .defaults import (
-    Readers, _build, _looks, _mean_of, _prompted, _report, _stride, _with_cost, is_shipped)
-from opentrans.cli.options import (
-    AllowHub, Backbone, Classes, Config, Corrupt, Device, Framework, Ignore, Preset, Pretrained, Prompts,
-    Quiet, Root, Seed, Split, Stride, _SIDE, _hub, app, first_process, open_clip_backbone, open_data,
     settings_kept)
 from .terminal import _numbers, _save_picture, _save_table, _say, _writable, show
 from .trained import _hub_of_model, _mask_in, _read_model, _trained_prompts, open_trained
@@ -51,7 +36,12 @@ def evaluate(framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pre
                             typer.Option(help="Data set; `opentrans data " "list` names them. " "'all': the "
                                          "seven of Table 1, " "one row.")]='shapesworld', root:Root=None,
              split:Split='val', classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
-             kind:Annotated[str, typer.Option(help="semantic (mIoU), or panoptic " "(PQ, too).")]='semantic',
+             kind:Annotated[str, typer.Option(
+                 help="semantic (mIoU); panoptic (PQ, too); or masks (which masks are found, and which of these "
+                 "bear their name).")]='semantic',
+             same:Annotated[Optional[list[str]], typer.Option(
+                 help="Names of classes that mean the same pixels, as 'sofa|couch'; may be given several times. "
+                 "Adds the mIoU with each such list as one class.")]=None,
              over:Annotated[Optional[str],
                             typer.Option(
                                 help="Classes in the mean: 'truth', those that the truth shows, as detectron2 and "
@@ -90,7 +80,7 @@ def evaluate(framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pre
         return _looks(framework, name, is_shipped(backbone, name), over, short_side, longest, own_size, workers,
                       device)
     looks = {name: dict(see(name), **more) for name in (TABLE1 if data == 'all' else (data,))}
-    tests = _open_tests(data, root, split, classes, ignore, corrupt, kind)
+    tests = _open_tests(data, root, split, classes, ignore, corrupt, kind, same)
     for name,test in tests.items():
         if told: test.vocabulary = _trained_prompts(told, test.vocabulary)
         else: _prompted(test, framework, prompts, is_shipped(backbone, name))
@@ -105,7 +95,8 @@ def evaluate(framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pre
         _say(f"note: without --model the head of {framework} is untrained (seed {seed})", sys.stderr)
     if m is not None: m.apply(seg.backbone).remove()
     with settings_kept(out):
-        results = _run_tests(seg, tests, looks, dict(batch_size=batch_size, limit=limit, kind=kind))
+        how = dict(batch_size=batch_size, limit=limit, kind=kind, same=_same_names(same))
+        results = _run_tests(seg, tests, looks, how)
     head,m = dict(head='trained' if model else 'untrained'),m or _mask_in(seg, told)
     if data == 'all':
         title = f'{framework}: mIoU in percent, {_mean_of(looks[TABLE1[0]])}'
@@ -114,12 +105,13 @@ def evaluate(framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pre
             f'{framework} on {data}, {_mean_of(looks[data])}')
 
 # %% ../../nbs/app/70g_evaluation.ipynb #38b676f8
-def _open_tests(data, root, split, classes, ignore, corrupt, kind):
+def _open_tests(data, root, split, classes, ignore, corrupt, kind, same):
     "The data sets to evaluate on, by name. Raises `OpenTransError` that names those of Table 1 that are missing."
     if data != 'all':
         instances = kind == 'panoptic' and data in ('ade20k_150', 'cityscapes_19')
         return {data: open_data(data, root, split, classes, ignore, corrupt, instances)}
-    given = [name for name,value in dict(classes=classes, ignore=ignore).items() if value is not None]
+    options = dict(classes=classes, ignore=ignore, same=same or None)
+    given = [name for name,value in options.items() if value is not None]
     if kind != 'semantic': given.append('kind')
     if given: raise OpenTransError(f"--data all is mIoU on the seven data sets of Table 1: leave out --{given[0]}.")
     found,lost = {},{}
@@ -130,6 +122,15 @@ def _open_tests(data, root, split, classes, ignore, corrupt, kind):
     why = next(iter(lost.values()))
     raise OpenTransError(
         f"--data all needs the seven data sets of Table 1, and {', '.join(lost)} cannot be opened. {why}")
+
+def _same_names(same):
+    "Lists of names from `--same 'sofa|couch'`. Raises `OpenTransError` for a list of one name."
+    lists = [[name.strip() for name in names.split('|') if name.strip()] for names in same or ()]
+    for typed,names in zip(same or (), lists):
+        if len(names) < 2:
+            raise OpenTransError(f"--same {shorten(typed, 60)} holds one name. Give those that mean the same pixels, "
+                                 f"as --same 'sofa|couch'.")
+    return lists or None
 
 def _run_tests(seg, tests, looks, how):
     "The result on each data set, by name; of several, each is told when it is there."

@@ -109,7 +109,7 @@ def _distillation(clip, data, released, told):
     from opentrans.frameworks import build, get_framework
     if released is None: return clip,DistillTrainer(clip, data, **told)
     own = {name: value for name,value in told.items() if name in ('workers', 'disk_mb', 'crop')
-           or _typed('precision' if name == 'amp' else name)}
+           or _typed(name)}
     own.pop('loss', None)
     preset = 'small' if clip.name in shipped_clips() else 'paper'
     model = build(released, clip, vocabulary=data.vocabulary, preset=preset, seed=0,
@@ -179,7 +179,7 @@ def prune(out:Annotated[str, typer.Option(help="The mask file to write (.safeten
     if method not in ('random', 'magnitude', *_LAYER_BY_LAYER):
         told = dict(loss=loss, iterations=iterations, lr=lr, batch_size=batch_size, crop=crop or None,
                     optimizer=optimizer, weight_decay=weight_decay, clip_grad=clip_grad or None,
-                    batch_norm=batch_norm, amp=precision == 'bf16', teacher_mode=teacher, max_regions=max_regions,
+                    batch_norm=batch_norm, precision=precision, teacher_mode=teacher, max_regions=max_regions,
                     workers=workers,
                     disk_mb=disk_mb)
         model,train = _distillation(clip, open_data(data, root, split, classes, ignore), released, told)

@@ -6,7 +6,7 @@
 __all__ = ['cost', 'Cost', 'training_table', 'training_flops', 'tool_count']
 
 # %% ../../nbs/04_cost.ipynb #e8c755bc
-import contextlib, logging, math, sys
+import contextlib, logging, math, re, sys
 from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException, DynamicOutputShapeException, FakeTensor, UnsupportedFakeTensorException,
     UnsupportedOperatorException)
 from ..core import LAYER_KINDS, unwrap
-from .counting import _Composite, _Counter, _hooked, _LeftBehind, _model_rows, _run_dry, CONVENTIONS
+from .counting import _Composite, _Counter, _hooked, _model_rows, CONVENTIONS
+from .dry_pass import _LeftBehind, _run_dry
 from ..errors import OpenTransError, optional, unknown
 from ..escape import for_markdown, for_plot
 from ..naming import clean_name, find_names
@@ -155,6 +156,12 @@ class _CostSums(_CostTable):
 _NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
                 UnsupportedOperatorException, NotImplementedError)
 
+_DTYPE = re.compile(r'torch\.(b?float|u?int|complex)\d|\b(B?Float|Half|Int|Long)(16|32|64)?\b')
+
+def _refuses_a_type(error):
+    "Does a dtype stop the pass? Torch's rules of shapes know fewer types than its operators (grouped products)."
+    return _DTYPE.search(str(error)) is not None
+
 def _needs_values(e): # or is the input simply wrong?
     return (isinstance(e, _NEED_VALUES)
             or any(w in str(e).lower() for w in ('fake', 'meta', 'subclass', 'data-dependent')))
@@ -268,7 +275,7 @@ def cost(
                        else run())
         except _LeftBehind: raise
         except Exception as e:
-            if not dry or not _needs_values(e):
+            if not dry or not (_needs_values(e) or _refuses_a_type(e)):
                 raise OpenTransError(
                     f"The model cannot be run on an input of size {size}: {e}. Give its other inputs as args=, or "
                     f"forward=.") from e

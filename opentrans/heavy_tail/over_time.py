@@ -22,7 +22,8 @@ from ..files import (
     check_finite, FileKind, load_metadata, load_tensors, metadata_value, save_tensors, strip_prefix)
 from .null import Null
 from .power_law import XMIN
-from .table import _BLUE, _draw_esd, _draw_ks, _RED, analyze, LayerTable, Spectrum
+from .table import _BLUE, _draw_esd, _draw_ks, _RED, analyze, LayerTable
+from .spectra import Spectrum
 from ..runtime import axes, png, Undo
 
 # %% ../../nbs/02c_over_time.ipynb #f7523a29

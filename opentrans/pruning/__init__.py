@@ -11,6 +11,8 @@ from .mask import *
 from .mask import __all__ as _mask
 from .transfer import *
 from .transfer import __all__ as _transfer
+from .round_files import *
+from .round_files import __all__ as _round_files
 from .rounds import *
 from .rounds import __all__ as _rounds
 from .calibration import *
@@ -28,7 +30,7 @@ from .compiled import __all__ as _compiled
 from .slim import *
 from .slim import __all__ as _slim
 
-__all__ = [*_places, *_criteria, *_force, *_baked, *_mask, *_transfer, *_rounds, *_calibration, *_solvers,
+__all__ = [*_places, *_criteria, *_force, *_baked, *_mask, *_transfer, *_round_files, *_rounds, *_calibration, *_solvers,
            *_densities, *_reconstruction, *_regrowth, *_compiled, *_slim]
 
 from opentrans.helping import document as _document

@@ -15,7 +15,7 @@ import torch
 from fastcore.meta import delegates
 from typing_extensions import NotRequired, TypedDict
 from ..core import BATCH_NORMS
-from ..data.metrics import panoptic_map, PanopticQuality, SemanticIoU
+from ..data.metrics import MaskNames, panoptic_map, PanopticQuality, SemanticIoU
 from ..data.samples import collate, read_sample
 from ..errors import check_number, OpenTransError, shorten, unknown
 from ..escape import for_plot
@@ -244,11 +244,14 @@ def _quality(framework, data, batch, text, metric, looks):
     pred = framework.panoptic(images, text, isthing=metric.isthing.tolist(), **size)
     for p,t in zip(pred, panoptic_truth(batch, data.ignore)): metric.update(p.cpu(), t)
 
+_KINDS = ['semantic', 'panoptic', 'masks']
+
 def _metrics(framework, data, names, kind, looks):
     "The metrics of an evaluation. Raises `OpenTransError` where they cannot be had."
-    if kind not in ('semantic', 'panoptic'): raise unknown('kind of evaluation', kind, ['semantic', 'panoptic'])
+    if kind not in _KINDS: raise unknown('kind of evaluation', kind, _KINDS)
     metric,things = SemanticIoU(len(names), ignore=data.ignore),getattr(data, 'things', None) or ()
     if kind == 'semantic': return metric,None
+    if kind == 'masks': return metric,MaskNames(len(names), data.ignore)
     if 'panoptic' not in framework.kinds:
         raise unknown(f'kind of output of {type(framework).__name__}', 'panoptic', framework.kinds)
     more = [name for name in looks if name not in ('size', 'longest')]
@@ -325,8 +328,18 @@ def _count(framework, data, text, seen, looks, metric, quality, check):
         best = (best_class(look_scores(framework, images, text, **looks)) if looks
                 else framework.semantic(images, text))
         metric.update(best.cpu(), batch['labels'])
-        if quality: _quality(framework, data, batch, text, quality, looks)
+        if isinstance(quality, MaskNames): quality.update(best.cpu(), batch['labels'])
+        elif quality is not None: _quality(framework, data, batch, text, quality, looks)
         check(batch.get('ids'))
+
+def _judged(quality, same):
+    "The figures of the second metric, for the result."
+    if quality is None: return {}
+    if isinstance(quality, MaskNames):
+        figures = quality.compute(same)
+        return {key: figures[key] for key in ('found', 'named', 'precision')}
+    figures = quality.compute()
+    return {key: figures[key] for key in ('pq', 'sq', 'rq', 'things', 'stuff')}
 
 # %% ../../nbs/training/42_evaluate.ipynb #d78304c9
 def evaluate(
@@ -337,7 +350,9 @@ def evaluate(
     device=None, # None is where the framework is
     limit:int=None, # Only the first so many images
     over:str='either', # Classes in the mean, as for `SemanticIoU.compute`; 'truth' is detectron2's custom
-    kind:str='semantic', # 'semantic', or 'panoptic': panoptic quality, too, for frameworks that give it
+    # 'semantic'; 'panoptic': panoptic quality, too, for frameworks that give it; 'masks': also which masks are found
+    # and, of these, which bear their name, so that a synonym is not counted as a bad mask
+    kind:str='semantic',
     # Under `accelerate launch`: see all images in this process? If not, each process must call this, and sees its
     # share
     alone:bool=False,
@@ -347,7 +362,7 @@ def evaluate(
     same=None,
     **looks, # Of `look`: size, longest, scales, flip, window, overlap
     # miou, iou by name (NaN where a class is absent), groups, pixel_accuracy, n_images, settings; pq, sq, rq,
-    # things, stuff for 'panoptic'
+    # things, stuff for 'panoptic'; found, named, precision for 'masks'
 )->dict:
     """Mean IoU over a data set, with the text embeddings of its class names as the classifier; panoptic quality,
     too, if asked for. Raises `OpenTransError` for bad settings, and if weights or answers are not finite. Warns
@@ -387,10 +402,7 @@ def evaluate(
     res = dict(miou=r['miou'], iou=dict(zip(names, r['iou'].tolist())), groups=r['groups'],
                pixel_accuracy=r['pixel_accuracy'], n_images=total, settings=settings)
     if lists is not None: res['miou_same'] = r['same']
-    if quality:
-        q = quality.compute()
-        res.update({k: q[k] for k in ('pq', 'sq', 'rq')}, things=q['things'], stuff=q['stuff'])
-    return res
+    return dict(res, **_judged(quality, lists))
 
 # %% ../../nbs/training/42_evaluate.ipynb #0d268bc2
 # in the settings, or at the top

@@ -14,8 +14,10 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from ..core import BATCH_NORMS, layers, norm_params, undecayed_params
+from ..data.batches import sample_batches
 from ..data.samples import collate, read_augmented, unpack
-from ..errors import check_number, FormatError, Interrupted, OpenTransError, optional, shorten, WriteError
+from ..errors import (
+    check_number, FormatError, Interrupted, none_if_off, OpenTransError, optional, shorten, WriteError)
 from ..escape import csv_text
 from ..files import (
     check_like, FileKind, load_metadata, load_tensors, metadata_value, optimizer_tensors, read_checkpoint,
@@ -24,7 +26,7 @@ from ..processes import Processes, train_step
 from ..pruning.force import unmasked_states
 from ..runtime import device_of, handling, pick_device, progress, seed_everything, seeded, to_device, Undo
 from .evaluate import evaluate
-from .recipe import _Finite, _MOST, Recipe
+from .recipe import _Finite, _MOST, _OFF, Recipe
 
 # %% ../../nbs/training/41_finetune.ipynb #57d0de8c
 @functools.lru_cache(maxsize=4)
@@ -56,10 +58,10 @@ class _Views(torch.utils.data.Dataset):
         return sample
 
     def _sample(self, index, iteration, slot):
-        r,still = self.recipe,self.recipe.scale == (1., 1.)
-        if not r.crop and not r.flip and still: return self.data[index]
-        return read_augmented(self.data, index, r.crop or None, [r.seed, iteration, slot],
-                              None if still else r.scale, r.flip, self.regions, self.packed)
+        r = self.recipe
+        if r.crop is None and r.scale is None and not r.flip: return self.data[index]
+        return read_augmented(self.data, index, r.crop, [r.seed, iteration, slot], r.scale, r.flip, self.regions,
+                              self.packed)
 
 class _Order:
     "Batches of indices, made when they are asked for."
@@ -85,11 +87,9 @@ def batches(
     order = _Order(lambda i: [(k, i, j)
                               for j,k in enumerate(batch_indices(len(data), recipe.batch_size, i, recipe.seed))],
                    start, recipe.iterations, recipe.batch_size)
-    if processes is not None: order = processes.shard(order)
-    if not recipe.workers: return (collate([views[a] for a in at]) for at in order)
-    loader = torch.utils.data.DataLoader(views, batch_sampler=order, num_workers=recipe.workers, collate_fn=list,
-                                         generator=torch.Generator())
-    return _unpacked(iter(loader), regions, device)
+    loaded = sample_batches(views, order, recipe.workers, processes, torch.Generator())
+    if not recipe.workers: return map(collate, loaded)
+    return _unpacked(loaded, regions, device)
 
 def _unpacked(loaded, regions, device):
     "Batches of the samples that other processes have read, most of which come packed."
@@ -174,8 +174,8 @@ def run_settings(
 )->dict: # What must be the same for a run to be resumed
     "The settings of a run, as plain values."
     names = list(getattr(data.vocabulary, 'names', data.vocabulary))
-    r = {f'recipe.{k}': list(v) if isinstance(v, tuple) else v
-         for k,v in recipe.to_dict().items() if k != 'workers'}
+    told = {k: _OFF.get(k) if v is None else v for k,v in recipe.to_dict().items() if k != 'workers'}
+    r = {f'recipe.{k}': list(v) if isinstance(v, tuple) else v for k,v in told.items()}
     zeros = sum(int(layer.weight.numel() - layer.weight.count_nonzero()) for layer in layers(framework.tower))
     return dict(r, framework=type(framework).__name__,
                 parameters=_digest([(n, list(p.shape)) for n,p in framework.named_parameters()]),
@@ -381,7 +381,7 @@ class Teller:
     def __init__(self,
         iterations:int, # Of the whole run
         start:int=0, # The first one
-        every:int=0, # Print a line every so many iterations; 0 prints none
+        every:int|None=None, # Print a line every so many iterations; None prints none
         board=None, # Folder for TensorBoard's events; None writes none
         to=None, # Where lines go; None is the standard error
     ):
@@ -440,9 +440,9 @@ def finetune(
     # Where to train; None is where the framework is, or under `accelerate launch` the device of this process
     device=None,
     val=None, # Data set to evaluate on every `eval_every` iterations; the best weights go to `best.safetensors`
-    eval_every:int=0, # 0 does not evaluate
+    eval_every:int|None=None, # None does not evaluate
     callback=None, # Called as `callback(framework, row)` after each iteration, in each process
-    print_every:int=0, # Print a line on the standard error every so many iterations, for logs; 0 prints none
+    print_every:int|None=None, # Print a line on the standard error every so many iterations, for logs; None prints none
     tensorboard:bool=False, # Write TensorBoard's events to `checkpoint_dir`/tensorboard, too?
 )->pd.DataFrame: # One row an iteration: iteration, loss, its terms, lr, grad_norm if clipped, miou where evaluated
     """Fine-tune all layers, or those of `selection` (Sec. 3.3.1). Raises `OpenTransError` for bad settings and for
@@ -451,9 +451,10 @@ def finetune(
     if not isinstance(recipe, (Recipe, type(None))):
         raise OpenTransError(
             f"The recipe is a {type(recipe).__name__}. Make one, e.g. Recipe.tiny() or Recipe.of({{'lr': 0.001}}).")
-    for name,number,least in (('checkpoint_every', checkpoint_every, 1), ('eval_every', eval_every, 0),
-                              ('print_every', print_every, 0)):
-        check_number(name, number, least, _MOST, whole=True)
+    eval_every,print_every = none_if_off(eval_every, 0),none_if_off(print_every, 0)
+    for name,number in (('checkpoint_every', checkpoint_every), ('eval_every', eval_every),
+                        ('print_every', print_every)):
+        if number is not None or name == 'checkpoint_every': check_number(name, number, 1, _MOST, whole=True)
     recipe,team = recipe or Recipe.tiny(),Processes(device)
     _check_data(framework, data, recipe)
     if tensorboard and not checkpoint_dir:

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from ..errors import check_number, OpenTransError, shorten, unknown
+from ..errors import check_number, OpenTransError, shorten, timm_name, unknown
 from ..files import load_tensors, read_checkpoint, save_tensors, state_dict_of
 from ..pruning.baked import export_onnx
 from ..runtime import device_of, evaluating, pick_device, progress, seeded, to_device
@@ -64,7 +64,7 @@ def open_model(
 ):
     "A model of timm with a new head. Raises `OpenTransError` for an unknown name, and where weights are not named."
     import timm
-    if not timm.is_model(name): raise unknown('model of timm', name, timm.list_models())
+    timm_name(name)
     if pretrained is None:
         raise OpenTransError(
             "Say which weights to begin with: pretrained='weights.safetensors', 'timm' (fetched, with "
