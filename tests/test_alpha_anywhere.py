@@ -422,3 +422,7 @@ def test_transfer_chooses_by_z(monkeypatch):
     choose = dict(freeze=.5, by='z', xmin='median', seed=0, alpha_of='dense')
     with contextlib.ExitStack() as stack: chosen = _tune(seg, None, None, None, None, choose, None, {}, stack)
     assert seen == [chosen] and chosen == analyze(seg.backbone, xmin='median', null='gaussian').select(by='z')
+
+def test_a_wrong_name_among_a_thousand_is_told_in_one_sentence():
+    code,_,err = command('alpha', 'timm:resnet15', '--pretrained', 'none')
+    assert code == 2 and 'resnet152' in err and len(err) < 400, err

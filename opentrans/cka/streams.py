@@ -236,7 +236,7 @@ def plot_cka(
     if numbers or (numbers is None and max(h, w) <= 12):
         for (i,j),v in np.ndenumerate(frame.to_numpy()):
             if np.isfinite(v):
-                ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=7, color='w' if v < .6 else 'k')
+                ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=9, color='w' if v < .6 else 'k')
     ax.set_xlabel('layers of the second model')
     ax.set_ylabel('layers of the first')
     if frame.attrs.get('estimator'):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLE1', 'evaluate', 'segment', 'compare']
 
-# %% ../../nbs/app/70g_evaluation.ipynb #d37c7a2e
+# %% ../../nbs/app/70g_evaluation.ipynb #f1360965
 import sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
@@ -110,7 +110,8 @@ def _open_tests(data, root, split, classes, ignore, corrupt, kind, same):
     if data != 'all':
         instances = kind == 'panoptic' and data in ('ade20k_150', 'cityscapes_19')
         return {data: open_data(data, root, split, classes, ignore, corrupt, instances)}
-    given = [name for name,value in dict(classes=classes, ignore=ignore, same=same or None).items() if value is not None]
+    options = dict(classes=classes, ignore=ignore, same=same or None)
+    given = [name for name,value in options.items() if value is not None]
     if kind != 'semantic': given.append('kind')
     if given: raise OpenTransError(f"--data all is mIoU on the seven data sets of Table 1: leave out --{given[0]}.")
     found,lost = {},{}
@@ -138,7 +139,7 @@ def _run_tests(seg, tests, looks, how):
     for name,test in tests.items():
         results[name] = run(seg, test, **how, **looks[name])
         if len(tests) > 1 and first_process():
-            _say(f"{name}: mIoU {results[name]['miou']:.4f} on {results[name]['n_images']} images", sys.stderr)
+            _say(f"{name}: mIoU {results[name]['miou']:.1%} on {results[name]['n_images']} images", sys.stderr)
     return results
 
 def _report_table(seg, results, head, size, mask, out, as_json, title):

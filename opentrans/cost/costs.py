@@ -352,7 +352,7 @@ class Cost(_CostText):
             ax.bar(x, t[f'active_{what}']/f, color='#2b5c94', label='under the mask')
             ax.legend(frameon=False)
         names = [for_plot(r.removesuffix('.weight')) for r in t.index]
-        ax.set_xticks(x, names, rotation=90 if len(t) > 8 else 0, fontsize=7 if len(t) > 20 else 9)
+        ax.set_xticks(x, names, rotation=90 if len(t) > 8 else 0, fontsize=9)
         if len(t) > 80: ax.set_xticks(x[::len(t)//40], names[::len(t)//40])
         ax.set_ylabel(f"{p} {'MACs' if what == 'macs' else 'parameters'}".strip())
         ax.margins(x=.01)

@@ -356,7 +356,7 @@ def plot_league(
                    ylabel='regions named (%)' if stage == 'before' else 'mIoU (%)')
             ax.set_title(for_plot(f'{stage}, density {density:g}'), fontsize=9)
     handles = axs[0, 0].get_legend_handles_labels()
-    axs[0, 0].figure.legend(*handles, fontsize=7.5, ncols=5, loc='outside lower center', frameon=False)
+    axs[0, 0].figure.legend(*handles, fontsize=9, ncols=5, loc='outside lower center', frameon=False)
     return axs
 
 def _plot_league(study, data): return plot_league(data)

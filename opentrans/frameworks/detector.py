@@ -230,6 +230,6 @@ def draw_boxes(
         colour = f"C{int(found['labels'][number]) % 10}"
         ax.add_patch(Rectangle((x0, y0), x1-x0, y1-y0, fill=False, edgecolor=colour, linewidth=1.5))
         name = names[int(found['labels'][number])]
-        ax.text(x0, y0, for_plot(name if sure is None else f'{name} {sure:.2f}'), color='white', fontsize=6,
+        ax.text(x0, y0, for_plot(name if sure is None else f'{name} {sure:.2f}'), color='white', fontsize=9,
                 bbox=dict(facecolor=colour, edgecolor='none', pad=1))
     return ax

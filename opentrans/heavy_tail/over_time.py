@@ -64,8 +64,8 @@ def plot_change(self:LayerTable,
     ax.plot(x, c.alpha_before, 'o', color='0.55', ms=5, label='before')
     ax.plot(x, c.alpha_after, 'o', color=_RED, ms=5, label='after')
     ax.set(xlabel='layer', ylabel='$\\alpha$')
-    if len(c) <= 12: ax.set_xticks(x, [for_plot(n) for n in c.index], rotation=20, ha='right', fontsize=7)
-    ax.legend(fontsize=8, frameon=False)
+    if len(c) <= 12: ax.set_xticks(x, [for_plot(n) for n in c.index], rotation=20, ha='right', fontsize=9)
+    ax.legend(fontsize=9, frameon=False)
     return ax
 
 # %% ../../nbs/02c_over_time.ipynb #b427277d
@@ -139,7 +139,7 @@ def plot_median(
     ax.fill_between(history.index, history.low, history.high, color=_BLUE, alpha=.15, lw=0, label='quartiles')
     ax.plot(history.index, history['median'], '.-', color=_RED, label='median')
     ax.set(xlabel='step', ylabel='$\\alpha$', ylim=(1, max(history.high.max()*1.15, 4)))
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=9, frameon=False)
     return ax
 
 # %% ../../nbs/02c_over_time.ipynb #6ad55417
@@ -345,7 +345,7 @@ class _Explorer:
         if rule not in self.tables: self.tables[rule] = self.table.refit(rule)
         ax = self.tables[rule].plot_alpha(fig.subplots())
         ax.axvline(list(self.table).index(self.layer.value), color='k', lw=1)
-        ax.set_title(for_plot(f'all layers, xmin by {rule}'), fontsize=8, loc='right')
+        ax.set_title(for_plot(f'all layers, xmin by {rule}'), fontsize=9, loc='right')
 
 # %% ../../nbs/02c_over_time.ipynb #ac8f6140
 def explore(

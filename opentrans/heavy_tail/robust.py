@@ -79,7 +79,7 @@ def plot_hill(self:LayerTable,
     top = np.nanquantile(e.alpha[e.k >= 5], .98) if (e.k >= 5).any() else e.alpha.max()
     ax.set(xscale='log', xlabel='k, eigenvalues in the tail', ylabel='$\\alpha$',
            ylim=(1, 1.2*max(top, f.alpha if f.ok else 0)))
-    ax.legend(fontsize=7, frameon=False)
+    ax.legend(fontsize=9, frameon=False)
     return ax
 
 # %% ../../nbs/02f_robust.ipynb #72449cb3

@@ -235,7 +235,7 @@ def _draw_esd(s, f, ax):
     ax.set(xscale='log', yscale='log', xlabel='eigenvalue', ylabel='density', ylim=(seen.min()/2, seen.max()*3))
     _log_axis(ax.xaxis, low, max(high, s.edge))
     _log_axis(ax.yaxis, seen.min()/2, seen.max()*3)
-    ax.legend(fontsize=7, frameon=False, title=None if f.ok else for_plot(f.reason), title_fontsize=7)
+    ax.legend(fontsize=9, frameon=False, title=None if f.ok else for_plot(f.reason), title_fontsize=9)
     return ax
 
 @patch
@@ -268,7 +268,7 @@ def _draw_ks(s, fits, ax):
     ax.set(xscale='log', xlabel='xmin', ylabel='KS distance D', ylim=(0, min(1, 1.1*c.D.max())))
     _log_axis(ax.xaxis, c.xmin.min(), c.xmin.max())
     ax.set_title(for_plot(s.name), fontsize=9)
-    if any(f.ok for f in fits.values()): ax.legend(fontsize=7, frameon=False)
+    if any(f.ok for f in fits.values()): ax.legend(fontsize=9, frameon=False)
     return ax
 
 @patch
@@ -298,7 +298,7 @@ def plot_grid(self:LayerTable,
     for ax in axs.flat[len(names):]: ax.remove()
     for name,ax in zip(names, axs.flat):
         self.plot_esd(name, ax)
-        ax.set_title(for_plot(name if len(name) < 34 else '...'+name[-32:]), fontsize=7)
+        ax.set_title(for_plot(name if len(name) < 34 else '...'+name[-32:]), fontsize=9)
     return axs
 
 # %% ../../nbs/02b_layers.ipynb #1714eabf
@@ -365,7 +365,7 @@ def plot_alpha(self:LayerTable,
     if some: ax.axhline(self.median, color=_RED, lw=1.2, label=f'median {self.median:.2f}')
     ax.set(xlabel='layer', ylabel='$\\alpha$', xlim=(-.5, len(self)-.5))
     ax.locator_params(axis='x', integer=True)
-    ax.legend(fontsize=7, ncols=4, frameon=False, loc='upper left')
+    ax.legend(fontsize=9, ncols=4, frameon=False, loc='upper left')
     ax.set_ylim(top=ax.get_ylim()[1]*1.08)
     return ax
 

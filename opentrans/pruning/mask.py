@@ -401,12 +401,12 @@ class _MaskPictures(_MaskFiles):
     )->Axes: # The axes
         "Density of each layer, and of all together."
         table = self.table()
-        ax = get_axes(ax, figsize=(max(5, min(14, len(table)/5)), 3))
+        ax = get_axes(ax, figsize=(max(5, min(14, len(table)/5)), 3.6))
         places = range(len(table))
         line, = ax.plot(places, table.density, 'o-', ms=3, lw=1, label=label and for_plot(label))
         ax.axhline(self.density, ls=':', lw=1, color=line.get_color())
         names = [for_plot(name.removesuffix('.weight')) for name in table.index]
-        ax.set_xticks(places, names, rotation=90, fontsize=7 if len(table) > 20 else 8)
+        ax.set_xticks(places, names, rotation=90, fontsize=9)
         whole = f'all, {self.density:.3f}' if label is None else 'all'
         top = 1.05 if table.density.max() > .5 else None
         ax.set(ylabel='density', ylim=(0, top), title=f'density per layer (dotted: {whole})')

@@ -489,12 +489,12 @@ def plot_runs(
         middle = (frame[x].min()*frame[x].max())**.5
         for i,(name,row) in enumerate(frame.sort_values(x).iterrows()):
             ax.annotate(for_plot(name), (row[x], row[y]), xytext=(-5 if row[x] > middle else 5, (4, -11)[i%2]),
-                        textcoords='offset points', fontsize=7, ha='right' if row[x] > middle else 'left')
+                        textcoords='offset points', fontsize=9, ha='right' if row[x] > middle else 'left')
         ax.set(xlabel=label, xscale='log')
         ax.margins(.25)
         ax.xaxis.set_major_formatter('{x:g}')
         ax.xaxis.set_minor_formatter('{x:g}')
         ax.tick_params(axis='x', which='both', labelsize=7, rotation=30)
     axs[0].set_ylabel(y)
-    if kinds.nunique() > 1: axs[0].legend(fontsize=7)
+    if kinds.nunique() > 1: axs[0].legend(fontsize=9)
     return axs[0]
