@@ -97,7 +97,7 @@ class PowerLawFit:
     sigma:float # Standard error of alpha
     n_tail:int # Eigenvalues in the tail
     n:int # Eigenvalues above zero
-    method:str # Rule that chose xmin: one of `XMIN`, or `'given'`
+    method:str # Rule that chose xmin: one of `XMIN_RULES`, or `'given'`
     reason:str = '' # Why there is no fit
     evals:np.ndarray = field(default=None, compare=False) # The eigenvalues above zero, ascending
 
@@ -206,7 +206,7 @@ def _clipped(x, noise):
 
 def fit_power_law(
     evals, # Eigenvalues (or any positive sample), in any order: tensor, array or list
-    # Rule for the beginning of the tail: one of `XMIN`, a share of the values such as `'25%'`, `'clip'`, or its
+    # Rule for the beginning of the tail: one of `XMIN_RULES`, a share of the values such as `'25%'`, `'clip'`, or its
     # value
     xmin='ks',
     floor:float=0., # Values not above this are left out

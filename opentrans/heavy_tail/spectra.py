@@ -45,7 +45,7 @@ class Spectrum:
     shuffled:np.ndarray = field(repr=False, default=None)
 
     def fit(self,
-        xmin='ks', # Rule, one of `XMIN`, or a value
+        xmin='ks', # Rule, one of `XMIN_RULES`, or a value
     )->PowerLawFit:
         """Fit the tail. The rule `'paper'` compares absolute numbers, so it sees the eigenvalues on the paper's
         scale."""

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core import LayerSelection
 from ..errors import OpenTransError, unknown
 from ..escape import for_html, for_plot
-from .null import as_blocks, as_null, compare_with_null, NULL_COLUMNS
+from .null import as_blocks, as_null, compare_with_null, Null, NULL_COLUMNS
 from .power_law import _no_fit, _rule, _Tails, SELECTION_RULES, PowerLawFit, XMIN_RULES
 from .reading import _head, _not_read
 from .spectra import spectra
@@ -30,7 +30,7 @@ class LayerTable:
     "The spectra of a model's layers and the power laws fitted to them: a row a layer. Made by `analyze`."
     def __init__(self,
         spectra:list, # `Spectrum`s
-        xmin='ks', # Rule for the tail, one of `XMIN`, or a number
+        xmin='ks', # Rule for the tail, one of `XMIN_RULES`, or a number
         few:int=50, # Below this number of eigenvalues a fit is marked as `'few'`
         # Leave out linear layers at least this many times longer than wide; None: 8 under the rule `'paper'`, else
         # none
@@ -42,7 +42,8 @@ class LayerTable:
         self.xmin = xmin
         self.few = few
         self.options = dict(options or {})
-        self.null,shared = as_null(null),{}
+        self.null: Null|None = as_null(null)
+        shared = {}
         self.max_aspect = 8 if max_aspect is None and _rule(xmin) == 'paper' else max_aspect
         self.fits = {s.name: self._fit(s) for s in spectra}
         self.frame = pd.DataFrame([self._row(s, self.fits[s.name]) for s in spectra],
@@ -102,7 +103,7 @@ class LayerTable:
         return self.frame.copy()
 
     def refit(self,
-        xmin='ks', # Rule, one of `XMIN`, or a number
+        xmin='ks', # Rule, one of `XMIN_RULES`, or a number
         # `few`, `max_aspect`, `null` (any but `'shuffle'`, which has to be asked for when eigenvalues are computed)
         **kw,
     ): # A new `LayerTable` of the same spectra
