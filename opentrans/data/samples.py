@@ -233,7 +233,8 @@ def _resize_image(image, size, window, cut):
     part = F.interpolate(part, size=(height, width), mode='bilinear', align_corners=False, antialias=True)[0]
     return part[:,up:up+bottom-top,over:over+right-left]
 
-def _take(x, rows, cols): return torch.from_numpy(np.asarray(x).take(rows, -2).take(cols, -1)) # much faster than torch's indexing
+# much faster than torch's indexing
+def _take(x, rows, cols): return torch.from_numpy(np.asarray(x).take(rows, -2).take(cols, -1))
 
 def _resize(sample, size, window=None, flip=False, regions=True, pad=None, packed=False):
     """Resize a sample, packed or not, keep the window (top, left, bottom, right) of the result, and mirror it; pad

@@ -289,8 +289,9 @@ def _log_densities(tail, xmin, alternative):
          for f,g in [(1, .01*a), (.5, math.sqrt(1/s.mean()))]), key=lambda o: o.fun)
     p,q = best.x[0],best.x[1]**2
     if cost([a, 0.]) <= best.fun: p,q = a,0.
-    names = (dict(mu=math.log(xmin)-p/(2*q) if q else -math.inf, sigma=math.sqrt(1/(2*q)) if q else math.inf)
-             if alternative == 'lognormal' else {'alpha': 1+p, 'lambda': q/xmin})
+    if alternative != 'lognormal': names = {'alpha': 1+p, 'lambda': q/xmin}
+    elif q: names = dict(mu=math.log(xmin)-p/(2*q), sigma=math.sqrt(1/(2*q)))
+    else: names = dict(mu=-math.inf, sigma=math.inf)
     return power, -p*y - q*s - log_z(p, q), names
 
 # %% ../../nbs/02_heavy_tail.ipynb #1575d266
@@ -313,10 +314,11 @@ def compare(self:PowerLawFit,
         power,other,params = _log_densities(self.tail, self.xmin, name)
         d = power-other
         R,spread = d.sum(),d.std()*math.sqrt(d.size)
-        p = (special.chdtrc(1, 2*abs(R)) if name == 'truncated_power_law'
-             else special.erfc(abs(R)/(math.sqrt(2)*spread)) if spread > 0 else 1.)
-        rows[name] = dict(R=R, p=p, verdict='undecided' if p > .1 else 'power law' if R > 0 else name,
-                          parameters={k: round(v, 6) for k,v in params.items()})
+        p = special.erfc(abs(R)/(math.sqrt(2)*spread)) if spread > 0 else 1.
+        if name == 'truncated_power_law': p = special.chdtrc(1, 2*abs(R))
+        verdict = 'power law' if R > 0 else name
+        if p > .1: verdict = 'undecided'
+        rows[name] = dict(R=R, p=p, verdict=verdict, parameters={k: round(v, 6) for k,v in params.items()})
     return pd.DataFrame.from_dict(rows, orient='index')
 
 # %% ../../nbs/02_heavy_tail.ipynb #63ea2a93

@@ -68,9 +68,11 @@ class LayerTable:
 
     def _row(self, s, f):
         few = self._few(f)
+        status = 'ok' if f.ok else 'failed'
+        if few: status = 'few'
         r = dict(kind=s.kind, shape=s.shape, params=math.prod(s.shape), density=s.density, n_evals=0,
                  n_zero=s.n_zero, alpha=f.alpha, xmin=f.xmin, D=f.D, sigma=f.sigma, n_tail=f.n_tail, edge=s.edge,
-                 over_trained=f.alpha < 2, solver=s.solver, status='few' if few else 'ok' if f.ok else 'failed',
+                 over_trained=f.alpha < 2, solver=s.solver, status=status,
                  reason='; '.join(t for t in dict.fromkeys([s.reason, f.reason, few]) if t))
         if s.evals is None or not s.evals.size: return r
         top,total = float(s.evals[-1]),float(s.evals.sum())
@@ -353,10 +355,11 @@ def plot_alpha(self:LayerTable,
     ax = get_axes(ax, figsize=(10, 3))
     a,x = self.frame.alpha.to_numpy(),np.arange(len(self))
     some = np.isfinite(a).any()
-    rest = set(selection.freeze if selection else self.select().freeze if some else [])
-    for i in x[[n in rest for n in self]]:
+    if selection is None and some: selection = self.select()
+    frozen = set(selection.freeze if selection else [])
+    for i in x[[n in frozen for n in self]]:
         ax.axvspan(i-.5, i+.5, color=_BLUE, alpha=.15, lw=0,
-                   label='_' if i > x[[n in rest for n in self]][0] else 'frozen')
+                   label='_' if i > x[[n in frozen for n in self]][0] else 'frozen')
     ax.plot(x, a, '.-', color=_BLUE, lw=1)
     over = a < 2
     if over.any(): ax.plot(x[over], a[over], 'o', color=_ORANGE, ms=5, label='over-trained (< 2)')

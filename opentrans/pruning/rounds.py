@@ -84,7 +84,8 @@ class Within:
             self.run.round.save({**_tensors('model/', self.run.model), **own}, self.run.finite, **meta)
         _GROUP.together(lambda: None if _GROUP.rank else write())
 
-    def load(self)->tuple[dict, dict, dict]|None: # (state of the model, tensors, values), or None if the round begins at its beginning
+    # (state of the model, tensors, values), or None if the round begins at its beginning
+    def load(self)->tuple[dict, dict, dict]|None:
         "What `save` has last written in this round. Raises `OtherRun` if the round began with other weights."
         found = self.run.part
         self.run.part = None

@@ -453,8 +453,8 @@ def compare_runs(
     # in millions, dense and active
 )->pd.DataFrame:
     "Several results in one table; what a run does not have is NaN. Raises `OpenTransError` for what is no result."
-    named = (dict(runs) if isinstance(runs, dict)
-             else {Path(r).name if not isinstance(r, dict) else f'run {i}': r for i,r in enumerate(runs)})
+    def called(i, r): return f'run {i}' if isinstance(r, dict) else Path(r).name
+    named = dict(runs) if isinstance(runs, dict) else {called(i, r): r for i,r in enumerate(runs)}
     # folders of one name: their paths tell them apart
     if not isinstance(runs, dict) and len(named) < len(list(runs)): named = {str(r): r for r in runs}
     if not named: raise OpenTransError("There are no runs to compare. Give folders with a result.json.")
