@@ -112,66 +112,6 @@ def _layer_figures(frame, scale, seed, folder, arms):
     return dict(layers=(plot_arms(frame, layered, get_axes(figsize=(7.5, 3.2))),
                         'mIoU after fine-tuning, by which layers learn.'), alpha=(fig, told.format(seed)))
 
-# %% ../../nbs/experiments/58_report.ipynb #f458dcdb
-def _embedded(fig):
-    "A figure as text that an HTML page can hold; the figure is closed."
-    import matplotlib.pyplot as plt
-    f = getattr(fig, 'figure', fig)
-    data = figure_png(f, dpi=120, bbox_inches='tight')
-    plt.close(f)
-    return base64.b64encode(data).decode()
-
-def photograph_figures()->dict: # Name -> (figure, caption); empty where the packages are not installed
-    "What a newcomer sees first: photographs, labelled by words, without any training."
-    try:
-        clip = ClipBackbone.create('photo-lite0', pretrained='photo-lite0')
-        pictures = sample_photographs(['cat', 'motorcycle', 'temple', 'coffee'])
-    except OpenTransError: return {}
-    axs = plot_photographs({'photo-lite0': clip}, pictures)
-    return dict(photographs=(axs[0, 0].figure,
-                             'Photographs of scikit-image and scikit-learn, and the nearest of a few words for '
-                             'each pixel, by photo-lite0 without any training.'))
-
-def demo_figures(
-    frame:pd.DataFrame, # As `results_frame` gives it
-    scale:Scale, # Sizes
-    seed:int, # Whose masks and pictures are shown
-    folder, # Where the study of that seed lies
-    arms=ARMS, # What was compared
-)->dict: # Name -> (figure, caption)
-    "All figures of a report."
-    import matplotlib.pyplot as plt
-    folder,res = Path(folder),photograph_figures()
-    masks,layered = arms_of('masks', arms),arms_of('layers', arms)
-    res['masks'] = plot_arms(frame, masks),'mIoU after fine-tuning, by mask. Bars are means, dots are seeds.'
-    fig,axs = plt.subplots(1, 2, figsize=(12, 4), width_ratios=(1, 1.6), layout='constrained')
-    plot_history(pd.DataFrame(read_rounds(folder)), axs[0])
-    for n in ('distilled', 'magnitude', 'random'): open_mask(n, scale, seed, folder).plot(axs[1], n)
-    axs[1].autoscale(axis='y')
-    axs[1].set_ylim(bottom=0)
-    res[
-        'imp'] = fig,f'Algorithm 1: density and distillation loss by round (left); what masks keep of each layer (right). Seed {seed}.'
-    preds = {a.name: read_tensors(arm_file(folder, a, scale, kind='safetensors'), ANSWERS_FILE) for a in masks}
-    res['scenes'] = plot_scenes(scale, seed,
-                                preds),f'What each arm makes of the same scenes. Colours are classes; white is not labelled. Seed {seed}.'
-    res['layers'] = plot_arms(frame, layered),'mIoU after fine-tuning, by which layers learn.'
-    fig,axs = plt.subplots(2, 1, figsize=(9, 6))
-    for ax,a in zip(axs, (arms[0], next(a for a in layered if a.mask and a.select == 'alpha'))):
-        seg,_ = open_warm(a, scale, seed, folder)
-        analyze(seg.backbone, xmin=scale.xmin).plot_alpha(ax)
-        ax.set_title(for_plot(f"{a.start(scale)}, after warm-up"), fontsize=8)
-    fig.tight_layout()
-    res[
-        'alpha'] = fig,f'Alpha of each layer after the warm-up; the shaded layers, below the median, rest (the shape of Fig. 6). Seed {seed}.'
-    if any(a.framework for a in arms):
-        res['frameworks'] = plot_frameworks(frame,
-                                            arms_of('frameworks',
-                                                    arms))[
-            0],'The same mask in every framework, beside a random mask of equal density and the dense model (the shape of Tab. 1). Bars are means over seeds, dots are seeds.'
-    res['cost'] = plot_costs(frame[frame.framework == scale.framework])[
-        0],f'mIoU of {scale.framework} on base (full) and novel (hollow) classes against cost (the shape of Fig. 1); what the others cost is in their table.'
-    return res
-
 # %% ../../nbs/experiments/58_report.ipynb #bfe28378
 _MEASURES = {'domains': 'mIoU, mean of domains', 'cka': 'CKA to CLIP'}
 _CLASSES = {'holds': 'holds', 'does not hold': 'not'} # of the style sheet
