@@ -49,8 +49,9 @@ def spt(
     images:Images, model:Timm='vit_base_patch16_224', pretrained:Weights=None,
     budget:Annotated[int, typer.Option(min=1, help="Parameters to train, without the head.")]=400_000,
     kind:Annotated[str, typer.Option(
-        help="Where sensitive weights are dense: lora, adapter, or none for single weights only.")]='lora',
-    rank:Annotated[int, typer.Option(min=1, max=2**16, help="Rank, or width of an adapter.")]=8,
+        help="Where sensitive weights are dense: lora, adapter, or none for single weights only; or, for "
+             "whole blocks of a ViT, prompts or adaptformer.")]='lora',
+    rank:Annotated[int, typer.Option(min=1, max=2**16, help="Rank, width of an adapter, or prompts of a block.")]=8,
     samples:Annotated[int, typer.Option(min=1, help="Pictures of which sensitivities are taken.")]=800,
     epochs:Epochs=10, lr:Rate=1e-3, batch_size:Batch=32, size:Side=None, workers:Hands=0, onnx:Onnx=False,
     out:Out=None, device:Device=None, seed:Seed=0, allow_hub:Fetch=False, as_json:Quiet=False, config:Config=None,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from ..errors import OpenTransError, shorten, unknown
 from ..escape import for_plot
-from ..runtime import axes
+from ..runtime import get_axes
 
 # %% ../../nbs/data/11_samples.ipynb #4f86c0d9
 def _listed_names(names):
@@ -186,7 +186,7 @@ def show_sample(
         picture = np.where(known[...,None], colours[np.where(known, labels, 0)], .5)
     else: picture = np.asarray(sample['image']).transpose(1, 2, 0).clip(0, 1).copy()
     if kind == 'regions' and len(sample['regions']): picture[_outlines(sample['regions'])] = (1., 0., 1.)
-    ax = axes(ax, figsize=(3, 3))
+    ax = get_axes(ax, figsize=(3, 3))
     ax.imshow(picture, interpolation='nearest')
     ax.set_axis_off()
     ax.set_title(kind if title is None else title, fontsize=9)
@@ -234,7 +234,8 @@ def _resize_image(image, size, window, cut):
     part = F.interpolate(part, size=(height, width), mode='bilinear', align_corners=False, antialias=True)[0]
     return part[:,up:up+bottom-top,over:over+right-left]
 
-def _take(x, rows, cols): return torch.from_numpy(np.asarray(x).take(rows, -2).take(cols, -1)) # much faster than torch's indexing
+# much faster than torch's indexing
+def _take(x, rows, cols): return torch.from_numpy(np.asarray(x).take(rows, -2).take(cols, -1))
 
 def _resize(sample, size, window=None, flip=False, regions=True, pad=None, packed=False):
     """Resize a sample, packed or not, keep the window (top, left, bottom, right) of the result, and mirror it; pad

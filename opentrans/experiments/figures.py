@@ -23,7 +23,7 @@ from .arms import ARMS
 from .claims import class_groups, sets_of
 from .scale import open_world, Scale
 from ..frameworks.contract import resize
-from ..runtime import axes
+from ..runtime import get_axes
 
 # %% ../../nbs/experiments/54_figures.ipynb #5fbefa94
 def _colour(name, i=0):
@@ -43,7 +43,7 @@ def plot_arms(
     ax=None, # Axes
 ): # The axes
     "mIoU of arms on base and novel classes and each domain: bars are means, dots are seeds."
-    ax = axes(ax, figsize=(10, 3.4))
+    ax = get_axes(ax, figsize=(10, 3.4))
     w = .8/len(arms)
     sets = sets_of(frame)
     for i,a in enumerate(arms):
@@ -63,7 +63,7 @@ def plot_cost(
     ax=None, # Axes
 ): # The axes
     "mIoU on base classes (full) and novel ones (hollow) against a cost (the shape of Fig. 1)."
-    ax = axes(ax, figsize=(4.5, 3.4))
+    ax = get_axes(ax, figsize=(4.5, 3.4))
     unit,name = dict(active_params=(1e6, 'parameters that remain (M)'), active_macs=(1e6, 'MACs that remain (M)'),
                      train_flops=(1e12, 'training FLOPs (T)'))[what]
     for i,(a,f) in enumerate(frame.groupby('arm', observed=True)):
@@ -77,7 +77,7 @@ def plot_cost(
 # %% ../../nbs/experiments/54_figures.ipynb #3b99b8a6
 def plot_costs(frame):
     "Axes with `plot_cost` of each cost."
-    axs = axes(ncols=3, figsize=(14, 3.9), layout='constrained')
+    axs = get_axes(ncols=3, figsize=(14, 3.9), layout='constrained')
     for ax,w in zip(axs, ('active_params', 'active_macs', 'train_flops')): plot_cost(frame, w, ax)
     axs[0].figure.legend(*axs[0].get_legend_handles_labels(), fontsize=9, ncols=6, loc='outside upper center',
                          frameon=False)
@@ -91,7 +91,7 @@ def plot_frameworks(
 ): # The axes
     "mIoU on base and novel classes of the same masks in each framework: bars are means, dots are seeds."
     groups = class_groups(frame)
-    axs = np.ravel(axes(axs, ncols=len(groups), figsize=(6*len(groups), 3.2)))
+    axs = np.ravel(get_axes(axs, ncols=len(groups), figsize=(6*len(groups), 3.2)))
     names = list(dict.fromkeys(frame.framework[frame.arm.isin([a.name for a in arms])]))
     kinds = list(dict.fromkeys(a.name.split(': ')[-1] for a in arms))
     for ax,what in zip(axs, groups):
@@ -182,7 +182,7 @@ def plot_density(
 ): # The axes
     "mIoU on base and novel classes against density."
     groups = class_groups(frame)
-    axs = np.ravel(axes(axs, ncols=len(groups), figsize=(4.5*len(groups), 3), layout='constrained'))
+    axs = np.ravel(get_axes(axs, ncols=len(groups), figsize=(4.5*len(groups), 3), layout='constrained'))
     for ax,what in zip(axs, groups):
         for kind,colour in (('distilled', _colour('distilled mask')), ('random', _colour('random'))):
             f = frame[(frame['mask'] == kind)]
@@ -207,7 +207,7 @@ def plot_courses(
 ): # The axes
     """Alpha through a fine-tuning (Fig. 6, 7 and 9): the median over layers, a line a seed; and each layer before
     and after, in the first seed."""
-    axs = axes(axs, ncols=2, figsize=(11, 3), width_ratios=(1, 1.6), layout='constrained')
+    axs = get_axes(axs, ncols=2, figsize=(11, 3), width_ratios=(1, 1.6), layout='constrained')
     for kind,colour in (('dense', _colour('dense')), ('sparse', _colour('distilled mask'))):
         for i,c in enumerate(more[kind].values()):
             axs[0].plot(c['iterations'], c['median'], color=colour, lw=1, label=for_plot(kind) if i == 0 else None)
@@ -227,7 +227,7 @@ def plot_similarity(
     ax=None, # Axes
 ): # The axes
     "CKA of fine-tuned towers to CLIP's own (Tab. 9), by three readings: bars are means, dots are seeds."
-    ax,arms = axes(ax, figsize=(8, 3)),list(dict.fromkeys(frame.arm))
+    ax,arms = get_axes(ax, figsize=(8, 3)),list(dict.fromkeys(frame.arm))
     for i,a in enumerate(arms):
         for j,c in enumerate(('cka', 'cka_layers', 'cka_channels')):
             _bar(ax, j-.4+.8/len(arms)*(i+.5), frame[frame.arm == a][c], .74/len(arms), color=_colour(a, i),

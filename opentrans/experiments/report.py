@@ -24,7 +24,8 @@ from .scale import (
 from ..files import FileKind, save_json, save_text
 from ..heavy_tail import analyze
 from ..pruning import plot_history
-from ..runtime import axes, png
+from ..runtime import figure_png, get_axes
+
 
 # %% ../../nbs/experiments/58_report.ipynb #67149f19
 DEMO_FILE = FileKind('opentrans-demo', 'demo', 'demo')
@@ -34,7 +35,7 @@ def _embedded(fig):
     "A figure as text that an HTML page can hold; the figure is closed."
     import matplotlib.pyplot as plt
     f = getattr(fig, 'figure', fig)
-    data = png(f, dpi=120, bbox_inches='tight')
+    data = figure_png(f, dpi=120, bbox_inches='tight')
     plt.close(f)
     return base64.b64encode(data).decode()
 
@@ -85,7 +86,7 @@ def _mask_figures(frame, scale, seed, folder, arms):
     few = [arm for arm in arms_of('masks', arms) if arm.name in _SHOWN]
     answers = {arm.name: read_tensors(arm_file(folder, arm, scale, kind='safetensors'), ANSWERS_FILE) for arm in few}
     first = {name: {d: maps[:1] for d,maps in sets.items()} for name,sets in answers.items()}
-    chart = plot_arms(frame, few, axes(figsize=(6.4, 3.2)))
+    chart = plot_arms(frame, few, get_axes(figsize=(6.4, 3.2)))
     fig,axs = plt.subplots(2, 1, figsize=(6.4, 6), layout='constrained')
     plot_history(pd.DataFrame(read_rounds(folder)), axs[0])
     for name in ('distilled', 'magnitude', 'random'): open_mask(name, scale, seed, folder).plot(axs[1], name)
@@ -108,7 +109,7 @@ def _layer_figures(frame, scale, seed, folder, arms):
     fig.tight_layout()
     told = ('Alpha of each layer after the warm-up; the shaded layers, below the median, rest (the shape of Fig. 6). '
             'Seed {}.')
-    return dict(layers=(plot_arms(frame, layered, axes(figsize=(7.5, 3.2))),
+    return dict(layers=(plot_arms(frame, layered, get_axes(figsize=(7.5, 3.2))),
                         'mIoU after fine-tuning, by which layers learn.'), alpha=(fig, told.format(seed)))
 
 # %% ../../nbs/experiments/58_report.ipynb #bfe28378

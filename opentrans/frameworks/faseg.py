@@ -15,6 +15,7 @@ from torch import nn
 from fastcore.meta import delegates
 from ..errors import OpenTransError
 from .contract import ADAMW, check_choice, register_framework, resize
+from .compared import LearnedPositionEncoding, RowColumnCrossAttention
 from .focus import * # its names are found here, too
 from .mask2former import load_mask2former, Mask2Former
 from .published import head_names, rename, weights_of
@@ -22,7 +23,7 @@ from .queries import DecoderPair, HeadSizes, MaskDecoder, PixelDecoder, QueryHea
 from ..runtime import device_of
 
 # %% ../../nbs/frameworks/35_faseg.ipynb #ad3f0a93
-KEY_POSITIONS = ('conditional', 'sine')
+KEY_POSITIONS = ('conditional', 'sine', 'learned')
 
 class FASegPixelDecoder(PixelDecoder):
     "`PixelDecoder` that also returns a fourth, finest level and the positional encodings of all levels."
@@ -45,8 +46,8 @@ class FASegPixelDecoder(PixelDecoder):
             self.input_projections.append(nn.Sequential(projection, nn.GroupNorm(32, hidden)))
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
-        encodings = [ConditionalPositionEncoding(hidden) for _ in range(3+hrca)] if conditional else []
-        self.positions = nn.ModuleList(encodings) if conditional else None
+        kind = dict(conditional=ConditionalPositionEncoding, learned=LearnedPositionEncoding).get(key_pos)
+        self.positions = None if kind is None else nn.ModuleList(kind(hidden) for _ in range(3+hrca))
 
     def encode(self, i:int, x:torch.Tensor)->torch.Tensor: # (B,hidden,h,w)
         "Positional encodings of level `i`, whose projected features are `x`."
@@ -82,7 +83,7 @@ class FASegPixelDecoder(PixelDecoder):
             fine = self.layer_1(side + resize(levels[-1], side.shape[-2:]))
             if self.hrca:
                 levels.append(fine)
-                source = fine if self.positions is None else self.input_projections[3](maps[3])
+                source = self.input_projections[3](maps[3]) if len(self.input_projections) > 3 else fine
                 codes.append(self.encode(3, source))
             return self.mask_projection(fine), levels, codes
 
@@ -192,13 +193,13 @@ class FASegDecoder(_FASegBlock):
         hrca:bool=True, # A fourth level of 1/4, read by HRCA?
         mask_threshold:float=.15, # Probability from which a pixel belongs to a mask that may be looked at
         ratio:int=32, # HRCA looks at one of so many cells; 1: at all
-        selection:str='cells', # How HRCA chooses: one of `CELL_CHOICES`
+        selection:str='cells', # How HRCA chooses: one of `CELL_CHOICES`; `'rcda'` has another attention in its place
         hrca_query:str='static', # Positional queries in HRCA's cross-attention: `'static'` (B) or `'dynamic'`
         legacy_first_mask:bool=False, # Pool the background for the first block, as the published code does
         **kwargs, # Of `MaskDecoder`
     ):
         check_choice('dfpq', dfpq, (True, False, *POSITION_KINDS))
-        check_choice('selection', selection, CELL_CHOICES)
+        check_choice('selection', selection, (*CELL_CHOICES, 'rcda'))
         check_choice('hrca_query', hrca_query, ('static', 'dynamic'))
         levels = 4 if hrca else 3
         super().__init__(hidden, layers=rounds*levels + (hrca and extra_low_block), **kwargs)
@@ -210,7 +211,8 @@ class FASegDecoder(_FASegBlock):
         self.hrca_query = hrca_query
         if hrca: self.level_embed = nn.Embedding(4, hidden)
         for layer in self.decoder.layers[3::4] if hrca else []:
-            layer.cross_attn = HighResCrossAttention(hidden, layer.cross_attn.num_heads)
+            kind = RowColumnCrossAttention if selection == 'rcda' else HighResCrossAttention
+            layer.cross_attn = kind(hidden, layer.cross_attn.num_heads)
             nn.init.xavier_uniform_(layer.cross_attn.out_proj.weight)
         if self.position_kind != 'learned':
             self.focus = DynamicFocusQuery(len(self.queries_embedder.weight), hidden)
@@ -289,7 +291,7 @@ class FASeg(Mask2Former):
         key_pos:str='conditional', # Positional encodings of pixels: one of `KEY_POSITIONS`
         mask_threshold:float=.15, # Probability from which a pixel belongs to a mask that may be looked at
         ratio:int=32, # HRCA looks at one of so many cells
-        selection:str='cells', # How HRCA chooses: one of `CELL_CHOICES`
+        selection:str='cells', # How HRCA chooses: one of `CELL_CHOICES`; `'rcda'` has another attention in its place
         hrca_query:str='static', # Positional queries in HRCA's cross-attention: `'static'` or `'dynamic'`
         legacy_first_mask:bool=False, # Pool the background for the first block, as the published code does
         **kwargs, # Of `Mask2Former`

@@ -14,12 +14,12 @@ from fastcore.basics import patch
 from ..core import LayerSelection
 from ..errors import OpenTransError, unknown
 from ..escape import for_html, for_plot
-from .null import as_blocks, as_null, compare_with_null, NULL_COLUMNS
-from .power_law import _no_fit, _rule, _Tails, BY, PowerLawFit, XMIN
+from .null import as_blocks, as_null, compare_with_null, Null, NULL_COLUMNS
+from .power_law import _no_fit, _rule, _Tails, SELECTION_RULES, PowerLawFit, XMIN_RULES
 from .reading import _head, _not_read
 from .spectra import spectra
 from ..naming import name_some
-from ..runtime import axes
+from ..runtime import get_axes
 
 # %% ../../nbs/02b_layers.ipynb #a7f2bbf2
 _COLUMNS = ['kind', 'shape', 'params', 'density', 'n_evals', 'n_zero', 'alpha', 'xmin', 'D', 'sigma', 'n_tail',
@@ -30,7 +30,7 @@ class LayerTable:
     "The spectra of a model's layers and the power laws fitted to them: a row a layer. Made by `analyze`."
     def __init__(self,
         spectra:list, # `Spectrum`s
-        xmin='ks', # Rule for the tail, one of `XMIN`, or a number
+        xmin='ks', # Rule for the tail, one of `XMIN_RULES`, or a number
         few:int=50, # Below this number of eigenvalues a fit is marked as `'few'`
         # Leave out linear layers at least this many times longer than wide; None: 8 under the rule `'paper'`, else
         # none
@@ -42,7 +42,8 @@ class LayerTable:
         self.xmin = xmin
         self.few = few
         self.options = dict(options or {})
-        self.null,shared = as_null(null),{}
+        self.null: Null|None = as_null(null)
+        shared = {}
         self.max_aspect = 8 if max_aspect is None and _rule(xmin) == 'paper' else max_aspect
         self.fits = {s.name: self._fit(s) for s in spectra}
         self.frame = pd.DataFrame([self._row(s, self.fits[s.name]) for s in spectra],
@@ -67,9 +68,11 @@ class LayerTable:
 
     def _row(self, s, f):
         few = self._few(f)
+        status = 'ok' if f.ok else 'failed'
+        if few: status = 'few'
         r = dict(kind=s.kind, shape=s.shape, params=math.prod(s.shape), density=s.density, n_evals=0,
                  n_zero=s.n_zero, alpha=f.alpha, xmin=f.xmin, D=f.D, sigma=f.sigma, n_tail=f.n_tail, edge=s.edge,
-                 over_trained=f.alpha < 2, solver=s.solver, status='few' if few else 'ok' if f.ok else 'failed',
+                 over_trained=f.alpha < 2, solver=s.solver, status=status,
                  reason='; '.join(t for t in dict.fromkeys([s.reason, f.reason, few]) if t))
         if s.evals is None or not s.evals.size: return r
         top,total = float(s.evals[-1]),float(s.evals.sum())
@@ -102,7 +105,7 @@ class LayerTable:
         return self.frame.copy()
 
     def refit(self,
-        xmin='ks', # Rule, one of `XMIN`, or a number
+        xmin='ks', # Rule, one of `XMIN_RULES`, or a number
         # `few`, `max_aspect`, `null` (any but `'shuffle'`, which has to be asked for when eigenvalues are computed)
         **kw,
     ): # A new `LayerTable` of the same spectra
@@ -245,7 +248,7 @@ def plot_esd(self:LayerTable,
 ): # The axes
     """Eigenvalues of a layer on logarithmic axes, with the fitted tail, where it begins, and the Marchenko-Pastur
     edge."""
-    return _draw_esd(self.spectra[self._name(name)], self.fits[name], axes(ax, figsize=(4.6, 3.2)))
+    return _draw_esd(self.spectra[self._name(name)], self.fits[name], get_axes(ax, figsize=(4.6, 3.2)))
 
 # %% ../../nbs/02b_layers.ipynb #9b94b424
 def ks_curve(
@@ -275,11 +278,11 @@ def _draw_ks(s, fits, ax):
 def plot_ks(self:LayerTable,
     name:str, # Name of a layer
     ax=None, # Axes to draw on
-    rules=XMIN, # Rules to mark
+    rules=XMIN_RULES, # Rules to mark
 ): # The axes
     "Kolmogorov-Smirnov distance against the beginning of the tail, with what each rule chooses."
     s = self.spectra[self._name(name)]
-    return _draw_ks(s, {r: s.fit(r) for r in rules}, axes(ax, figsize=(4.6, 3.2)))
+    return _draw_ks(s, {r: s.fit(r) for r in rules}, get_axes(ax, figsize=(4.6, 3.2)))
 
 # %% ../../nbs/02b_layers.ipynb #f2d96c5a
 @patch
@@ -294,7 +297,7 @@ def plot_grid(self:LayerTable,
         names = [order[i] for i in np.unique(np.linspace(0, len(order)-1, min(n, len(order))).round().astype(int))]
     names,ncols = list(names),min(ncols, len(names))
     rows = math.ceil(len(names)/ncols)
-    axs = axes(nrows=rows, ncols=ncols, figsize=(3.1*ncols, 2.6*rows), squeeze=False, layout='constrained')
+    axs = get_axes(nrows=rows, ncols=ncols, figsize=(3.1*ncols, 2.6*rows), squeeze=False, layout='constrained')
     for ax in axs.flat[len(names):]: ax.remove()
     for name,ax in zip(names, axs.flat):
         self.plot_esd(name, ax)
@@ -311,7 +314,7 @@ def _check_order(self:LayerTable, by):
             f"The table has no column '{name}'. Make it with null='gaussian', or another of `Null`, to compare "
             f"alpha with chance.")
     numbers = [c for c in self.frame if self.frame[c].dtype.kind in 'if']
-    if name not in numbers: raise unknown('way to choose layers', by, dict.fromkeys([*BY, *numbers]))
+    if name not in numbers: raise unknown('way to choose layers', by, dict.fromkeys([*SELECTION_RULES, *numbers]))
 
 @patch
 def select(self:LayerTable,
@@ -349,13 +352,14 @@ def plot_alpha(self:LayerTable,
     selection:LayerSelection=None, # Whose frozen layers are shaded; None: `select()`
 ): # The axes
     "Alpha of each layer with the median, the frozen layers shaded and the over-trained ones marked (Fig. 6)."
-    ax = axes(ax, figsize=(10, 3))
+    ax = get_axes(ax, figsize=(10, 3))
     a,x = self.frame.alpha.to_numpy(),np.arange(len(self))
     some = np.isfinite(a).any()
-    rest = set(selection.freeze if selection else self.select().freeze if some else [])
-    for i in x[[n in rest for n in self]]:
+    if selection is None and some: selection = self.select()
+    frozen = set(selection.freeze if selection else [])
+    for i in x[[n in frozen for n in self]]:
         ax.axvspan(i-.5, i+.5, color=_BLUE, alpha=.15, lw=0,
-                   label='_' if i > x[[n in rest for n in self]][0] else 'frozen')
+                   label='_' if i > x[[n in frozen for n in self]][0] else 'frozen')
     ax.plot(x, a, '.-', color=_BLUE, lw=1)
     over = a < 2
     if over.any(): ax.plot(x[over], a[over], 'o', color=_ORANGE, ms=5, label='over-trained (< 2)')
@@ -378,7 +382,7 @@ def plot_choices(
     frozen = {k: set((t.select() if isinstance(t, LayerTable) else t).freeze) for k,t in tables.items()}
     t = next(iter(tables.values()))
     names = list(t) if isinstance(t, LayerTable) else t.train+t.freeze
-    ax = axes(ax, figsize=(10, .4+.35*len(tables)))
+    ax = get_axes(ax, figsize=(10, .4+.35*len(tables)))
     grid = np.array([[n in f for n in names] for f in frozen.values()], dtype=float)
     from matplotlib.colors import ListedColormap
     ax.imshow(grid, aspect='auto', cmap=ListedColormap(['0.93', _BLUE]), vmin=0, vmax=1, interpolation='none')
