@@ -16,7 +16,7 @@ FAST ?= tests/test_style.py tests/test_help.py tests/test_architecture.py
 
 .PHONY: help install hooks demo check style types test docs check-notebooks results gpu gpu-bundle gpu-check clean
 help:
-	@echo "make demo   the whole paper at toy scale: one HTML report and one JSON in $(OUT)/"
+	@echo "make demo   photographs, and the paper at toy scale: one HTML report and one JSON in $(OUT)/"
 	@echo "make check  two minutes: lines, types, export up to date, fast tests"
 	@echo "make test   lines, export up to date, notebooks clean, all notebooks, all tests"
 	@echo "make results  the studies of 'opentrans study' in docs/results/ (hours; STUDIES='losses ratio' for some; goes on where it was)"

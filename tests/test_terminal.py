@@ -73,3 +73,13 @@ def test_a_shell_completes_commands():
     code = 'import sys; sys.argv[0] = "opentrans"; from opentrans.cli import main; main()'
     run = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, **words), capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.split() == ['segment'], run
+
+def test_a_run_ends_with_its_miou_and_the_next_command(tmp_path):
+    "A split that is not there costs the mIoU alone, and is told before anything is trained."
+    base = ['finetune', '--iterations', '2', '--batch-size', '2', '--eval-limit', '2', '--out']
+    told = CliRunner().invoke(app, [*base, str(tmp_path/'run')])
+    assert told.exit_code == 0 and re.search(r'miou\s+\d+\.\d %', told.stdout), told.output
+    assert f"next: opentrans evaluate --model {tmp_path/'run'} --data shapesworld --split val" in told.stdout
+    lost = CliRunner().invoke(app, [*base, str(tmp_path/'other'), '--eval-split', 'tomorrow', '--json'])
+    assert lost.exit_code == 0 and 'there will be no mIoU at the end' in lost.stderr
+    assert 'miou' not in json.loads(lost.stdout)
