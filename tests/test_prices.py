@@ -57,4 +57,5 @@ def test_prices_that_are_none():
     with pytest.raises(OpenTransError, match='one of the two'):
         imp(net, still, density=dict.fromkeys(names, .5), price='clock')
     with pytest.raises(OpenTransError, match='rise'): clock_prices(net, densities=(.3, .1))
-    with pytest.raises(OpenTransError, match='No layer'): clock_prices(nn.Sequential(nn.Linear(224, 4), nn.Linear(4, 4)))
+    with pytest.raises(OpenTransError, match='No layer'):
+        clock_prices(nn.Sequential(nn.Linear(224, 4), nn.Linear(4, 4)))
