@@ -27,11 +27,13 @@ from .regrowth import *
 from .regrowth import __all__ as _regrowth
 from .compiled import *
 from .compiled import __all__ as _compiled
+from .heads import *
+from .heads import __all__ as _heads
 from .slim import *
 from .slim import __all__ as _slim
 
 __all__ = [*_places, *_criteria, *_force, *_baked, *_mask, *_prices, *_transfer, *_rounds, *_calibration, *_solvers,
-           *_densities, *_reconstruction, *_regrowth, *_compiled, *_slim]
+           *_densities, *_reconstruction, *_regrowth, *_compiled, *_heads, *_slim]
 
 from opentrans.helping import document as _document
 _document(__name__)
