@@ -24,6 +24,7 @@ from .baked import _tensors
 from .criteria import _criterion, _name_of, _scores
 from .mask import _dense_info, SparseMask, weights_digest
 from .places import prunable
+from .prices import _prices_of, _worth
 from .ranking import _counts, _density, _keep_best, _keep_each, _share, _shares_of
 from opentrans.pruning.round_files import (
     _check_round, _from_first, _GROUP, _put, _Rewinding, _row, _share_state, _takes_within, _tensors_of,
@@ -221,7 +222,7 @@ def _on_the_way(shares, now, end, mask, keep):
     grown = (1-now)/(1-end)
     return _counts(sizes, {name: 1-(1-share)*grown for name,share in shares.items()}, keep, alive)
 
-def _choice(score, model, plan, losses=None, shares=None, **kwargs):
+def _choice(score, model, plan, losses=None, shares=None, prices=None, **kwargs):
     """The function of a mask and a round that gives the masks behind it, and the largest score that was dropped
     (Algorithm 1, line 4). `shares`: the densities of the layers at the end, or None."""
     regrows = getattr(score, 'regrows', False) # may weights that are out come back?
@@ -229,6 +230,7 @@ def _choice(score, model, plan, losses=None, shares=None, **kwargs):
         scope = 'global' if shares is None else 'layer'
         wanted = dict(density=plan[r], scope=scope, left=len(plan)-1-r, rounds=len(plan))
         scores = _scores(score, mask, model, losses, wanted, **kwargs)
+        if prices: scores = _worth(scores, prices)
         keep = max(1, round(plan[r]*mask.total))
         alive = None if regrows else mask.masks
         if shares is None: return _keep_best(scores, keep, alive)
@@ -277,6 +279,9 @@ def imp(
     criterion:str|Callable='magnitude',
     # Function of the model that yields one scalar loss a batch, for criteria that look at data
     losses:Callable|None=None,
+    # What a weight costs: scores are divided by its square root. `'clock'`: as measured on this machine for images
+    # of 224 pixels; or a price for each layer, as `clock_prices` gives them; None: all alike
+    price:str|Mapping[str, float]|None=None,
     # More that belongs to the run (loss, t, data): saved with the mask, and must be equal to continue
     settings:dict[str, Any]|None=None,
     **kwargs,
@@ -302,8 +307,12 @@ def imp(
         schedule=schedule, criterion=criterion, rewind=_name_of_rewind(rewind), layers=mask.names)
     if losses is not None: settings['losses'] = _name_of(losses)
     if shares: settings['densities'] = shares
+    if shares and price is not None:
+        raise OpenTransError("Densities of layers say where weights stay, and so do prices: give one of the two.")
+    prices = _tell(_together(lambda: None if _rank() else _prices_of(price, model, checkpoint_dir, **kwargs)))
+    if prices: settings['price'] = prices
     def digest(): return weights_digest(prunable(model, **kwargs))
-    choose = _choice(score, model, plan, losses, shares, **kwargs)
+    choose = _choice(score, model, plan, losses, shares, prices, **kwargs)
     run = _Run(checkpoint_dir, settings, plan, rewind, unwrap(model), digest)
     with run.held():
         mask,history = run.begin(mask, train, seed)
@@ -311,7 +320,9 @@ def imp(
             mask,row = _one_round(run, model, mask, r, train, choose, seed+r, checkpoint_every)
             history.append(row)
             run.save(mask, history, train)
-    mask.info = {name: value for name,value in settings.items() if name not in ('layers', 'schedule', 'densities')}
+    long = ('layers', 'schedule', 'densities', 'price')
+    mask.info = {name: value for name,value in settings.items() if name not in long}
+    if prices: mask.info['price'] = 'clock' if price == 'clock' else 'given'
     mask.info.update(method='imp', backbone=type(find_tower(model)).__name__, weights=run.digest,
                      torch=torch.__version__, **run.here(), **_dense_info(model, **kwargs))
     return mask,pd.DataFrame(history, columns=None if history else ['round', 'density', 'kept', 'threshold'])
