@@ -185,7 +185,7 @@ def test_properties(batch, cin, cout, k, h, w, stride, density):
     one, many = cost(m, (cin, h, w)), cost(m, (batch, cin, h, w))
     oh, ow = (h + stride - 1)//stride, (w + stride - 1)//stride
     assert one.macs == oh*ow*(cin*cout*k*k + cout*3) and many.macs == batch*one.macs and many.params == one.params
-    assert many.under(density).active_macs == pytest.approx(density*many.macs)
+    assert many.with_mask(density).active_macs == pytest.approx(density*many.macs)
     assert ((many - one).macs == (batch-1)*one.macs and (one + one).macs == (2*one).macs
             and (many - many).params == 0)
     k3 = dict(iterations=7, batch_size=5)
@@ -472,7 +472,7 @@ def test_what_has_no_price_is_told():
     assert c.macs == 2*8*5*8 + 8*8*8
     assert (list(c.tower.unpriced.times) == [2] and list(c.head.unpriced.times) == [1]
             and list((c + c).unpriced.times) == [4, 2])
-    assert list((c - .9*c.tower).unpriced.times) == [2, 1] and list(c.under(.5).unpriced.times) == [2, 1]
+    assert list((c - .9*c.tower).unpriced.times) == [2, 1] and list(c.with_mask(.5).unpriced.times) == [2, 1]
     plain = cost(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Softmax(1), nn.MaxPool2d(2),
                                nn.Upsample(scale_factor=2, mode='bilinear')), (3, 9, 9))
     assert plain.unpriced.empty and 'price' not in repr(plain) + plain.to_markdown()

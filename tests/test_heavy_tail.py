@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 from opentrans.core import layers, LayerSelection
 from opentrans.errors import OpenTransError
-from opentrans.heavy_tail import (XMIN, LayerTable, Reselect, analyze, esd, fit_power_law, ks_curve, matrices,
+from opentrans.heavy_tail import (XMIN_RULES, LayerTable, Reselect, analyze, esd, fit_power_law, ks_curve, matrices,
                                   spectra)
 
 @pytest.fixture(scope='module')
@@ -262,7 +262,7 @@ def edge_layers():
             r(128, 128)*(torch.rand(128, 128, generator=g) < .05), None, 'ok', ''),
         empty=(torch.zeros(0, 5), 0, 'failed', 'empty'))
 
-@pytest.mark.parametrize('xmin', [*XMIN, .5])
+@pytest.mark.parametrize('xmin', [*XMIN_RULES, .5])
 @pytest.mark.parametrize('precision', ['double', 'fast'])
 def test_edge_layers_have_rows(xmin, precision):
     cases = edge_layers()
@@ -392,7 +392,7 @@ def test_equal_but_for_rounding_is_no_fit(dtype, shape, precision):
                     precision=precision)
     assert table.frame.alpha.isna().all() and set(table.frame.status) == {'failed'}
     assert table.frame.reason.str.contains('all eigenvalues are equal').all()
-    for rule in (*XMIN, .5): assert table.refit(rule, max_aspect=0).frame.alpha.isna().all(), rule
+    for rule in (*XMIN_RULES, .5): assert table.refit(rule, max_aspect=0).frame.alpha.isna().all(), rule
     for w in (stored, stored.float()): assert 'equal' in fit_power_law(esd(w, precision=precision)).reason
 
 @pytest.mark.parametrize('scale', [1e-30, 1e-4, 1e4, 1e18])

@@ -17,7 +17,7 @@ from .watching import _default_layers, _features, _find_modules, _IDLE, _Watch
 from ..core import unwrap
 from ..errors import OpenTransError, unknown
 from ..escape import for_plot
-from ..runtime import axes, device_of, evaluating, progress
+from ..runtime import get_axes, device_of, eval_mode, progress
 
 # %% ../../nbs/03c_streams.ipynb #a5bb324b
 _KEYS = ('images', 'image', 'pixel_values')
@@ -189,7 +189,7 @@ def cka(
     sums = _HSIC(unbiased)
     count = dict(examples=0, batches=0)
     batches = _Batches(loader, least if maps in ('flatten', 'pool') else 1)
-    with evaluating(model_a, model_b), wa, (wb if wb is not wa else contextlib.nullcontext()):
+    with eval_mode(model_a, model_b), wa, (wb if wb is not wa else contextlib.nullcontext()):
         for images in batches:
             for w,which in [(wa, 'first')] + [(wb, 'second')]*(wb is not wa):
                 w.look(run, images)
@@ -224,7 +224,7 @@ def plot_cka(
 ): # The axes
     "Heat map of a CKA table: rows upwards, NaN hatched."
     h,w = frame.shape
-    ax = axes(ax, figsize=(min(12, 2.4+.32*w), min(11, 1.6+.32*h)))
+    ax = get_axes(ax, figsize=(min(12, 2.4+.32*w), min(11, 1.6+.32*h)))
     im = ax.imshow(frame.to_numpy(), origin='lower', vmin=0, vmax=1, cmap='magma', aspect='auto')
     ax.set_facecolor('none')
     ax.patch.set(hatch='////', edgecolor='.6')
@@ -236,7 +236,7 @@ def plot_cka(
     if numbers or (numbers is None and max(h, w) <= 12):
         for (i,j),v in np.ndenumerate(frame.to_numpy()):
             if np.isfinite(v):
-                ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=7, color='w' if v < .6 else 'k')
+                ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=9, color='w' if v < .6 else 'k')
     ax.set_xlabel('layers of the second model')
     ax.set_ylabel('layers of the first')
     if frame.attrs.get('estimator'):
@@ -295,7 +295,7 @@ def paper_cka(
     batches = _Batches(loader, 1)
     def keep(key): return lambda module, args, out: seen.__setitem__(key, _features(out).detach().clone())
     with contextlib.ExitStack() as stack:
-        stack.enter_context(evaluating(model_a, model_b))
+        stack.enter_context(eval_mode(model_a, model_b))
         for i,model in enumerate((model_a, model_b)):
             for name,m in _find_modules(model, names).items():
                 stack.callback(m.register_forward_hook(keep((i, name))).remove)

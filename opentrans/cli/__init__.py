@@ -17,6 +17,8 @@ from .evaluation import *
 from .evaluation import __all__ as _evaluation_names
 from .models import *
 from .models import __all__ as _models_names
+from .speed import *
+from .speed import __all__ as _speed_names
 from .datasets import *
 from .datasets import __all__ as _datasets_names
 from .thesis import *
@@ -25,5 +27,5 @@ from .entry import *
 from .entry import __all__ as _entry_names
 
 __all__ = [*_options_names, *_terminal_names, *_defaults_names, *_studies_names, *_weights_names, *_trained_names,
-           *_training_names, *_evaluation_names, *_models_names, *_datasets_names, *_thesis_names,
-           *_entry_names]
+           *_training_names, *_evaluation_names, *_models_names, *_speed_names, *_datasets_names,
+           *_thesis_names, *_entry_names]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLE1', 'evaluate', 'segment', 'compare']
 
-# %% ../../nbs/app/70g_evaluation.ipynb #d37c7a2e
+# %% ../../nbs/app/70g_evaluation.ipynb #f1360965
 import sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
@@ -139,7 +139,7 @@ def _run_tests(seg, tests, looks, how):
     for name,test in tests.items():
         results[name] = run(seg, test, **how, **looks[name])
         if len(tests) > 1 and first_process():
-            _say(f"{name}: mIoU {results[name]['miou']:.4f} on {results[name]['n_images']} images", sys.stderr)
+            _say(f"{name}: mIoU {results[name]['miou']:.1%} on {results[name]['n_images']} images", sys.stderr)
     return results
 
 def _report_table(seg, results, head, size, mask, out, as_json, title):

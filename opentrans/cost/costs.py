@@ -22,7 +22,7 @@ from .dry_pass import _LeftBehind, _run_dry
 from ..errors import OpenTransError, optional, unknown
 from ..escape import for_markdown, for_plot
 from ..naming import clean_name, find_names
-from ..runtime import axes, device_of, evaluating
+from ..runtime import get_axes, device_of, eval_mode
 
 # %% ../../nbs/04_cost.ipynb #6c404851
 def _blindly(beside, make):
@@ -109,7 +109,7 @@ class _CostTable:
         "The cost of some modules."
         return self.part(lambda r: any(r == n or r.startswith((f'{n}.', f'{n}:')) for n in names))
 
-    def under(self, mask): # A `SparseMask`, a dict name -> density, one number for the whole tower, or None
+    def with_mask(self, mask): # A `SparseMask`, a dict name -> density, one number for the whole tower, or None
         "The same cost under a mask: a weight's row shrinks to its density; biases, and what has no weight, stay."
         t = self.by_layer.copy()
         d = pd.Series(_densities(mask, t.tower.to_dict()), dtype=float).reindex(t.index).fillna(1.)
@@ -268,7 +268,7 @@ def cost(
     # a mask of another backbone may have the same names: it is refused
     if hasattr(mask, 'weights'): mask.weights(model)
     with _as_written():
-        with evaluating(model): rows = _model_rows(model)
+        with eval_mode(model): rows = _model_rows(model)
         def run(*mode): return _one_pass(model, rows, size, convention, args, forward, *mode)
         try:
             counter = (_run_dry(model, run, 'Count with dry=False, which runs the model for real, once.') if dry
@@ -280,7 +280,7 @@ def cost(
                     f"The model cannot be run on an input of size {size}: {e}. Give its other inputs as args=, or "
                     f"forward=.") from e
             return cost(model, input_size, mask, convention, args, forward, dry=False)
-    return _as_cost(counter, convention, size).under(mask)
+    return _as_cost(counter, convention, size).with_mask(mask)
 
 # %% ../../nbs/04_cost.ipynb #ba5f0bf9
 class _CostText(_CostSums):
@@ -342,7 +342,7 @@ class Cost(_CostText):
         "Bars of what each layer costs; the dark part is what a mask leaves."
         t = self.by_layer if by == 'layer' else getattr(self, f'by_{by}')()
         t = t[t[what] != 0]
-        ax = axes(ax, figsize=(min(12, 3+.16*len(t)), 3))
+        ax = get_axes(ax, figsize=(min(12, 3+.16*len(t)), 3))
         f,p = 1,''
         if t[what].max() > 1e8: f,p = 1e9,'G'
         elif t[what].max() > 1e5: f,p = 1e6,'M'
@@ -352,7 +352,7 @@ class Cost(_CostText):
             ax.bar(x, t[f'active_{what}']/f, color='#2b5c94', label='under the mask')
             ax.legend(frameon=False)
         names = [for_plot(r.removesuffix('.weight')) for r in t.index]
-        ax.set_xticks(x, names, rotation=90 if len(t) > 8 else 0, fontsize=7 if len(t) > 20 else 9)
+        ax.set_xticks(x, names, rotation=90 if len(t) > 8 else 0, fontsize=9)
         if len(t) > 80: ax.set_xticks(x[::len(t)//40], names[::len(t)//40])
         ax.set_ylabel(f"{p} {'MACs' if what == 'macs' else 'parameters'}".strip())
         ax.margins(x=.01)
@@ -378,7 +378,7 @@ def training_table(
 )->pd.DataFrame: # forward, input_grad, weight_grad: FLOPs of one image, by row
     "FLOPs of one training step for one image, layer by layer (supplement 6.2)."
     if rule not in ('paper', 'exact'): raise unknown('rule', rule, ['paper', 'exact'])
-    t,one = (cost if mask is None else cost.under(mask)).by_layer,cost.input_size[0] if cost.input_size else 1
+    t,one = (cost if mask is None else cost.with_mask(mask)).by_layer,cost.input_size[0] if cost.input_size else 1
     frozen = _frozen(selection, t.index)
     learns = pd.Series([r not in frozen and (train_norms or not tower or kind in LAYER_KINDS)
                         for r,tower,kind in zip(t.index, t.tower, t.kind)], t.index)

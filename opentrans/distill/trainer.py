@@ -18,9 +18,9 @@ from ..core import BATCH_NORMS, undecayed_params, unwrap
 from .teaching import _Stream, _TrainerLosses, _training, find_backbone
 from ..errors import OpenTransError, shorten
 from ..files import (
-    check_finite, check_shape, digest_of, optimizer_tensors, restore_optimizer, strip_prefix as under)
+    check_finite, check_shape, digest_of, optimizer_tensors, restore_optimizer, strip_prefix)
 from ..processes import group_size, train_step
-from ..runtime import axes, device_of, pick_device, progress
+from ..runtime import get_axes, device_of, pick_device, progress
 
 # %% ../../nbs/clip/23_distill.ipynb #495ad2d9
 _COLD = (
@@ -144,7 +144,7 @@ class _TrainerResume(_TrainerSteps):
         try: stream.draws.set_state(_own_state(tensors['windows'], stream.draws.get_state()))
         except (KeyError, RuntimeError, TypeError) as error:
             raise within.damaged(f'its generators have no state ({shorten(error)})') from error
-        states = under('generators.', tensors)
+        states = strip_prefix('generators.', tensors)
         if any(t.ndim != 2 or not len(t) for t in states.values()):
             raise within.damaged('its generators have no state')
         # nothing below draws
@@ -152,7 +152,7 @@ class _TrainerResume(_TrainerSteps):
             _set_generators({k: t[self.team.rank if len(t) == self.team.n else 0] for k,t in states.items()},
                             device)
         except ValueError as error: raise within.damaged(f'its generators have no state ({error})') from error
-        self.load_state_dict(under('memory.', tensors))
+        self.load_state_dict(strip_prefix('memory.', tensors))
         restore_optimizer(opt, {n: t for n,t in tensors.items() if n.startswith('optimizer.')}, names, within.path)
         within.put(state)
         return tensors['losses'].tolist()
@@ -237,7 +237,7 @@ class _TrainerPictures(_TrainerRounds):
     ): # The axes
         "The loss of all rounds so far; a line where a round begins."
         if not self.log: raise OpenTransError("There is nothing to plot yet: the trainer has not trained.")
-        ax = axes(ax, figsize=(7, 3))
+        ax = get_axes(ax, figsize=(7, 3))
         log = pd.DataFrame(self.log)
         ax.plot(log.loss, lw=.5, alpha=.3)
         ax.plot(log.loss.rolling(smooth, min_periods=1, center=True).mean())

@@ -20,7 +20,7 @@ from ..data.vocabulary import Vocabulary
 from ..errors import OpenTransError, optional
 from ..files import atomic_path, load_json, save_tensors
 from .contract import check_choice
-from ..runtime import Undo
+from ..runtime import Handle
 from ..towers import is_tower, tower_prefix
 
 # %% ../../nbs/frameworks/39a_detectron2_files.ipynb #614683b9
@@ -165,7 +165,7 @@ def register_catalog(
     name:str, # New name in `DatasetCatalog` and `MetadataCatalog`
     root:str|Path, # Folder for its files; what lies there already of the same data set is used
     split:str=None, # `'train'` or `'val'`; None: 'train' if that is the split of `data`, else 'val'
-)->Undo: # Handle: `.remove()`, or leave the `with` block, and the name is free again; the files stay
+)->Handle: # Handle: `.remove()`, or leave the `with` block, and the name is free again; the files stay
     """Make a data set known to detectron2. Raises `OpenTransError` for a name that is taken.
 
     Above 255 classes label maps have 16 bits, which detectron2's own mapper cannot read (Mask2Former's can)."""
@@ -189,7 +189,7 @@ def register_catalog(
         stuff_classes=names, thing_classes=[names[i] for i in things.values()], ignore_label=data.ignore,
         label_divisor=1000, evaluator_type='coco_panoptic_seg' if things else 'sem_seg', **folders,
         thing_dataset_id_to_contiguous_id=things, stuff_dataset_id_to_contiguous_id=place, opentrans=ours)
-    return Undo(lambda: (catalogs.DatasetCatalog.remove(name), catalogs.MetadataCatalog.remove(name)))
+    return Handle(lambda: (catalogs.DatasetCatalog.remove(name), catalogs.MetadataCatalog.remove(name)))
 
 def _catalog_entries(written, folders, labels, place, things):
     "The entries of a written data set, as detectron2 lists them."

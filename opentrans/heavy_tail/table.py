@@ -15,11 +15,11 @@ from ..core import LayerSelection
 from ..errors import OpenTransError, unknown
 from ..escape import for_html, for_plot
 from .null import as_blocks, as_null, compare_with_null, NULL_COLUMNS
-from .power_law import _no_fit, _rule, _Tails, BY, PowerLawFit, XMIN
+from .power_law import _no_fit, _rule, _Tails, SELECTION_RULES, PowerLawFit, XMIN_RULES
 from .reading import _head, _not_read
 from .spectra import spectra
 from ..naming import name_some
-from ..runtime import axes
+from ..runtime import get_axes
 
 # %% ../../nbs/02b_layers.ipynb #a7f2bbf2
 _COLUMNS = ['kind', 'shape', 'params', 'density', 'n_evals', 'n_zero', 'alpha', 'xmin', 'D', 'sigma', 'n_tail',
@@ -235,7 +235,7 @@ def _draw_esd(s, f, ax):
     ax.set(xscale='log', yscale='log', xlabel='eigenvalue', ylabel='density', ylim=(seen.min()/2, seen.max()*3))
     _log_axis(ax.xaxis, low, max(high, s.edge))
     _log_axis(ax.yaxis, seen.min()/2, seen.max()*3)
-    ax.legend(fontsize=7, frameon=False, title=None if f.ok else for_plot(f.reason), title_fontsize=7)
+    ax.legend(fontsize=9, frameon=False, title=None if f.ok else for_plot(f.reason), title_fontsize=9)
     return ax
 
 @patch
@@ -245,7 +245,7 @@ def plot_esd(self:LayerTable,
 ): # The axes
     """Eigenvalues of a layer on logarithmic axes, with the fitted tail, where it begins, and the Marchenko-Pastur
     edge."""
-    return _draw_esd(self.spectra[self._name(name)], self.fits[name], axes(ax, figsize=(4.6, 3.2)))
+    return _draw_esd(self.spectra[self._name(name)], self.fits[name], get_axes(ax, figsize=(4.6, 3.2)))
 
 # %% ../../nbs/02b_layers.ipynb #9b94b424
 def ks_curve(
@@ -268,18 +268,18 @@ def _draw_ks(s, fits, ax):
     ax.set(xscale='log', xlabel='xmin', ylabel='KS distance D', ylim=(0, min(1, 1.1*c.D.max())))
     _log_axis(ax.xaxis, c.xmin.min(), c.xmin.max())
     ax.set_title(for_plot(s.name), fontsize=9)
-    if any(f.ok for f in fits.values()): ax.legend(fontsize=7, frameon=False)
+    if any(f.ok for f in fits.values()): ax.legend(fontsize=9, frameon=False)
     return ax
 
 @patch
 def plot_ks(self:LayerTable,
     name:str, # Name of a layer
     ax=None, # Axes to draw on
-    rules=XMIN, # Rules to mark
+    rules=XMIN_RULES, # Rules to mark
 ): # The axes
     "Kolmogorov-Smirnov distance against the beginning of the tail, with what each rule chooses."
     s = self.spectra[self._name(name)]
-    return _draw_ks(s, {r: s.fit(r) for r in rules}, axes(ax, figsize=(4.6, 3.2)))
+    return _draw_ks(s, {r: s.fit(r) for r in rules}, get_axes(ax, figsize=(4.6, 3.2)))
 
 # %% ../../nbs/02b_layers.ipynb #f2d96c5a
 @patch
@@ -294,11 +294,11 @@ def plot_grid(self:LayerTable,
         names = [order[i] for i in np.unique(np.linspace(0, len(order)-1, min(n, len(order))).round().astype(int))]
     names,ncols = list(names),min(ncols, len(names))
     rows = math.ceil(len(names)/ncols)
-    axs = axes(nrows=rows, ncols=ncols, figsize=(3.1*ncols, 2.6*rows), squeeze=False, layout='constrained')
+    axs = get_axes(nrows=rows, ncols=ncols, figsize=(3.1*ncols, 2.6*rows), squeeze=False, layout='constrained')
     for ax in axs.flat[len(names):]: ax.remove()
     for name,ax in zip(names, axs.flat):
         self.plot_esd(name, ax)
-        ax.set_title(for_plot(name if len(name) < 34 else '...'+name[-32:]), fontsize=7)
+        ax.set_title(for_plot(name if len(name) < 34 else '...'+name[-32:]), fontsize=9)
     return axs
 
 # %% ../../nbs/02b_layers.ipynb #1714eabf
@@ -311,7 +311,7 @@ def _check_order(self:LayerTable, by):
             f"The table has no column '{name}'. Make it with null='gaussian', or another of `Null`, to compare "
             f"alpha with chance.")
     numbers = [c for c in self.frame if self.frame[c].dtype.kind in 'if']
-    if name not in numbers: raise unknown('way to choose layers', by, dict.fromkeys([*BY, *numbers]))
+    if name not in numbers: raise unknown('way to choose layers', by, dict.fromkeys([*SELECTION_RULES, *numbers]))
 
 @patch
 def select(self:LayerTable,
@@ -349,7 +349,7 @@ def plot_alpha(self:LayerTable,
     selection:LayerSelection=None, # Whose frozen layers are shaded; None: `select()`
 ): # The axes
     "Alpha of each layer with the median, the frozen layers shaded and the over-trained ones marked (Fig. 6)."
-    ax = axes(ax, figsize=(10, 3))
+    ax = get_axes(ax, figsize=(10, 3))
     a,x = self.frame.alpha.to_numpy(),np.arange(len(self))
     some = np.isfinite(a).any()
     rest = set(selection.freeze if selection else self.select().freeze if some else [])
@@ -365,7 +365,7 @@ def plot_alpha(self:LayerTable,
     if some: ax.axhline(self.median, color=_RED, lw=1.2, label=f'median {self.median:.2f}')
     ax.set(xlabel='layer', ylabel='$\\alpha$', xlim=(-.5, len(self)-.5))
     ax.locator_params(axis='x', integer=True)
-    ax.legend(fontsize=7, ncols=4, frameon=False, loc='upper left')
+    ax.legend(fontsize=9, ncols=4, frameon=False, loc='upper left')
     ax.set_ylim(top=ax.get_ylim()[1]*1.08)
     return ax
 
@@ -378,7 +378,7 @@ def plot_choices(
     frozen = {k: set((t.select() if isinstance(t, LayerTable) else t).freeze) for k,t in tables.items()}
     t = next(iter(tables.values()))
     names = list(t) if isinstance(t, LayerTable) else t.train+t.freeze
-    ax = axes(ax, figsize=(10, .4+.35*len(tables)))
+    ax = get_axes(ax, figsize=(10, .4+.35*len(tables)))
     grid = np.array([[n in f for n in names] for f in frozen.values()], dtype=float)
     from matplotlib.colors import ListedColormap
     ax.imshow(grid, aspect='auto', cmap=ListedColormap(['0.93', _BLUE]), vmin=0, vmax=1, interpolation='none')

@@ -17,7 +17,9 @@ from ..files import atomic_path, BAKED_FILE, load_tensors, pack_bits, save_tenso
 from ..naming import match_weights, tell_reasons
 from .force import _keepers, _zero
 from .places import _place
-from ..runtime import evaluating
+from ..runtime import eval_mode
+from ..sparse.stored import describe
+
 
 # %% ../../nbs/01f_baked.ipynb #a0ecb036
 def _must_exist(path, kind):
@@ -86,7 +88,10 @@ def _bake(mask, model, path=None, dtype=None):
     stored = _as_stored({name: t[masks[name]] if name in masks else t for name,t in state.items()}, dtype)
     tensors = {**stored, **{f'{name}#kept': pack_bits(keep) for name,keep in masks.items()}}
     shapes = {name: list(keep.shape) for name,keep in masks.items()}
-    if path is not None: save_tensors(tensors, path, dict(shapes=shapes), BAKED_FILE)
+    if path is not None:
+        program = describe(bare)
+        engine = {} if program is None else dict(engine=program)
+        save_tensors(tensors, path, dict(shapes=shapes, **engine), BAKED_FILE)
     dense,sparse = _bytes(state.values()),_bytes(tensors.values())
     return dict(dense_bytes=dense, sparse_bytes=sparse, ratio=sparse/dense)
 
@@ -113,7 +118,7 @@ def export_onnx(
     for name in ('onnx', 'onnxscript'): optional(name, 'onnx', 'ONNX export')
     if check: optional('onnxruntime', 'onnx', 'checking an ONNX file')
     args = example if isinstance(example, tuple) else (example,)
-    with evaluating(model):
+    with eval_mode(model):
         with atomic_path(path) as new: _write_onnx(model, args, new)
         return _onnx_difference(model, path, args) if check else math.nan
 

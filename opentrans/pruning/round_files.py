@@ -11,48 +11,24 @@ from pathlib import Path
 from typing import Literal
 import torch
 from torch import nn
-import torch.distributed as dist
 from typing_extensions import TypedDict
 from ..errors import OpenTransError, OtherRun, shorten
 from ..files import (
     check_finite, check_like, checksum, FileKind, metadata_value, not_finite, pack_bits, RunFile, save_json,
     strip_prefix, unpack_bits)
+from ..processes import Group
 from .baked import _tensors
 from .mask import _told, _unpacked, SparseMask
 from ..runtime import device_of, seeded
 
-# %% ../../nbs/01d2_round_files.ipynb #23dd7a21
-def _parallel(): return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-def _rank(): return dist.get_rank() if _parallel() else 0
-
-def _tell(x):
-    "In several processes: what the first one has, everywhere."
-    if not _parallel(): return x
-    box = [x]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
-
-def _of_all(x):
-    "In several processes: what each has, in their order, everywhere."
-    if not _parallel(): return [x]
-    box = [None]*dist.get_world_size()
-    dist.all_gather_object(box, x)
-    return box
-
-def _together(work):
-    "What a function gives in this process. If it fails in one of several, all raise that error."
-    result = error = None
-    try: result = work()
-    except OpenTransError as err: error = err
-    failed = [err for err in _of_all(error) if err is not None]
-    if failed: raise error or failed[0]
-    return result
+# %% ../../nbs/01d2_round_files.ipynb #ba9e8314
+_GROUP = Group() # the processes that prune together: a training may have made the group itself
 
 # %% ../../nbs/01d2_round_files.ipynb #2370342f
 def _from_first(mask):
     "In several processes: the mask of the first one, everywhere."
-    if not _parallel(): return mask
-    bits = _tell({name: pack_bits(stays) for name,stays in mask.items()})
+    if _GROUP.n == 1: return mask
+    bits = _GROUP.tell({name: pack_bits(stays) for name,stays in mask.items()})
     return SparseMask({name: unpack_bits(packed, mask.shapes[name]) for name,packed in bits.items()})
 
 # %% ../../nbs/01d2_round_files.ipynb #5e986d4a
@@ -62,9 +38,9 @@ def _put(model, state): model.load_state_dict({**model.state_dict(), **state})
 
 def _share_state(model):
     "In several processes: the weights and statistics of the first one, everywhere."
-    if not _parallel(): return
-    state = _tell({name: t.cpu() for name,t in _tensors_of(model).items()} if not _rank() else None)
-    if _rank(): _put(model, state)
+    if _GROUP.n == 1: return
+    state = _GROUP.tell({name: t.cpu() for name,t in _tensors_of(model).items()} if not _GROUP.rank else None)
+    if _GROUP.rank: _put(model, state)
 
 # %% ../../nbs/01d2_round_files.ipynb #318e4728
 def _as_number(name, value):
@@ -111,14 +87,14 @@ def _memory(train):
     different things."""
     keeper = _remembers(train)
     own = {} if keeper is None else {name: t.detach().cpu() for name,t in _tensors('', keeper).items()}
-    alike = len(set(_of_all(checksum(own, {})))) == 1
+    alike = len(set(_GROUP.every(checksum(own, {})))) == 1
     if alike: return {f'train/{name}': t for name,t in own.items()}
-    return {f'train.{i}/{name}': t for i,part in enumerate(_of_all(own)) for name,t in part.items()}
+    return {f'train.{i}/{name}': t for i,part in enumerate(_GROUP.every(own)) for name,t in part.items()}
 
 def _remember(train, memory, path):
     "Give the training back what it remembered. Raises `OpenTransError` if it does not take it."
     keeper = _remembers(train)
-    prefixes = (f'train.{_rank()}/', 'train/', 'train.0/')
+    prefixes = (f'train.{_GROUP.rank}/', 'train/', 'train.0/')
     own = next((found for prefix in prefixes if (found := strip_prefix(prefix, memory))), None)
     if keeper is None or not own: return
     try: keeper.load_state_dict(own)
@@ -215,7 +191,7 @@ class _Writing(_Folder):
         not finite."""
         if self.folder:
             memory = _memory(train)
-            _together(lambda: None if _rank() else self._write(mask, history, memory))
+            _GROUP.together(lambda: None if _GROUP.rank else self._write(mask, history, memory))
         self.done = len(history)
 
     def _write(self, mask, history, memory):
@@ -318,11 +294,11 @@ class _Rewinding(_ReadingParts):
     def begin(self, mask, train, seed):
         """Begin the run, or put back its last whole round: mask and history. Nothing is changed before all is
         checked."""
-        self.infinite = _together(lambda: _constants(self.model))
-        found = _tell(_together(lambda: None if _rank() or not self.folder else self._read(mask)))
+        self.infinite = _GROUP.together(lambda: _constants(self.model))
+        found = _GROUP.tell(_GROUP.together(lambda: None if _GROUP.rank or not self.folder else self._read(mask)))
         if found is None: return self._first(mask, train, seed)
         state,mask,history,memory,self.part = found
-        _together(lambda: _remember(train, memory, self.file.path))
+        _GROUP.together(lambda: _remember(train, memory, self.file.path))
         _put(self.model, state)
         self.done = len(history)
         return mask,history
@@ -335,7 +311,7 @@ class _Rewinding(_ReadingParts):
         if callable(self.rewind_to):
             with seeded(seed): self.rewind_to(self.model)
             _share_state(self.model)
-        _together(lambda: None if _rank() else self._prepare())
+        _GROUP.together(lambda: None if _GROUP.rank else self._prepare())
         self.save(mask, [], train)
         return mask,[]
 
@@ -356,5 +332,5 @@ class _Rewinding(_ReadingParts):
     def rewind(self):
         "Put the weights back to the start, if that is asked for."
         if self.rewind_to is None: return
-        state = _together(lambda: None if _rank() else self.kept_start or self._read_start())
-        if not _rank(): _put(self.model, state)
+        state = _GROUP.together(lambda: None if _GROUP.rank else self.kept_start or self._read_start())
+        if not _GROUP.rank: _put(self.model, state)

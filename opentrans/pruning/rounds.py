@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-import torch.distributed as dist
 from fastcore.meta import delegates
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -26,10 +25,10 @@ from .criteria import _criterion, _name_of, _scores
 from .mask import _dense_info, SparseMask, weights_digest
 from .places import prunable
 from .ranking import _counts, _density, _keep_best, _keep_each, _share, _shares_of
-from .round_files import (
-    _check_round, _from_first, _parallel, _put, _rank, _Rewinding, _row, _share_state, _takes_within, _tell,
-    _tensors_of, _together, _train_round, ROUND_FILE)
-from ..runtime import axes, handling, progress, seeded
+from opentrans.pruning.round_files import (
+    _check_round, _from_first, _GROUP, _put, _Rewinding, _row, _share_state, _takes_within, _tensors_of,
+    _train_round, ROUND_FILE)
+from ..runtime import get_axes, signal_handlers, progress, seeded
 
 # %% ../../nbs/01e_imp.ipynb #3b3bd87c
 MOST_ROUNDS = 10_000 # A schedule of more would not end
@@ -64,7 +63,7 @@ class Within:
         self.round: int = round
         self.every: int|None = every
         self.fresh = run.fresh and round == 0 # nothing in the folder is of this run
-        self.began = run.digest_now() if not _rank() else None
+        self.began = run.digest_now() if not _GROUP.rank else None
 
     @property
     def folder(self)->Path: return self.run.folder
@@ -83,13 +82,13 @@ class Within:
         def write():
             meta = dict(round=self.round, training=values, began=dict(weights=self.began), ran=self.run.ran())
             self.run.round.save({**_tensors('model/', self.run.model), **own}, self.run.finite, **meta)
-        _together(lambda: None if _rank() else write())
+        _GROUP.together(lambda: None if _GROUP.rank else write())
 
     def load(self)->tuple[dict, dict, dict]|None: # (state of the model, tensors, values), or None if the round begins at its beginning
         "What `save` has last written in this round. Raises `OtherRun` if the round began with other weights."
         found = self.run.part
         self.run.part = None
-        _together(lambda: None if _rank() or found is None else self._check(found[3]))
+        _GROUP.together(lambda: None if _GROUP.rank or found is None else self._check(found[3]))
         return None if found is None else found[:3]
 
     def put(self,
@@ -138,8 +137,8 @@ class _Run(_Rewinding):
         ends = [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else []
         self._known_again()
         with contextlib.ExitStack() as stack:
-            _together(lambda: stack.enter_context(lock_folder(None if _rank() else self.folder)))
-            stack.enter_context(handling(_ask, *ends))
+            _GROUP.together(lambda: stack.enter_context(lock_folder(None if _GROUP.rank else self.folder)))
+            stack.enter_context(signal_handlers(_ask, *ends))
             try: yield
             except BaseException as error:
                 _LEFT[self.model] = os.path.realpath(self.folder),self.digest,self.digest_now()
@@ -161,10 +160,10 @@ class _Run(_Rewinding):
             number = error.args[0]
             name = signal.Signals(number).name
             return Interrupted(f"The run was asked to end ({name}). {self.advice()}", 128+number)
-        if isinstance(error, KeyboardInterrupt) and not _rank(): print(self.advice(), file=sys.stderr)
-        if not (_parallel() and isinstance(error, RuntimeError) and _LOST.search(str(error))): return error
+        if isinstance(error, KeyboardInterrupt) and not _GROUP.rank: print(self.advice(), file=sys.stderr)
+        if not (_GROUP.n > 1 and isinstance(error, RuntimeError) and _LOST.search(str(error))): return error
         why = shorten(str(error).splitlines()[0], 120)
-        who = f'Process {_rank()} of {dist.get_world_size()}'
+        who = f'Process {_GROUP.rank} of {_GROUP.n}'
         return Interrupted(f"{who} has lost another one ({why}). {self.advice()}")
 
 # %% ../../nbs/01e_imp.ipynb #7ac95243
@@ -242,13 +241,13 @@ def _one_round(run, model, mask, r, train, choose, seed, checkpoint_every):
     within = Within(run, r, checkpoint_every) if run.folder and _takes_within(train) else None
     with seeded(seed): # a criterion may draw numbers, too
         with mask.apply(model): report = _train_round(train, model, r, within)
-        _together(lambda: _check_round(run.model, run.infinite, r, report))
-        masks,threshold = _together(lambda: choose(mask, r))
+        _GROUP.together(lambda: _check_round(run.model, run.infinite, r, report))
+        masks,threshold = _GROUP.together(lambda: choose(mask, r))
     mask = _from_first(SparseMask(masks))
     run.rewind()
     mask.apply(model).remove() # the zeros stay
     _share_state(run.model)
-    return mask,_tell(_row(r, mask, threshold, report, began))
+    return mask,_GROUP.tell(_row(r, mask, threshold, report, began))
 
 # %% ../../nbs/01e_imp.ipynb #1a974a60
 @delegates(prunable)
@@ -322,7 +321,7 @@ def plot_history(
     ax:Axes|None=None, # Axes to draw on; new ones if None
 )->Axes: # The axes
     "Density after each round, and the loss that its training reported."
-    ax = axes(ax, figsize=(5, 3))
+    ax = get_axes(ax, figsize=(5, 3))
     ax.plot(history['round'], history.density, 'o-', ms=3)
     ax.set(xlabel='round', ylabel='density', yscale='log', title='iterative pruning')
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

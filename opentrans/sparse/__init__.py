@@ -9,5 +9,9 @@ from .linear import *
 from .linear import __all__ as _linear
 from .engine import *
 from .engine import __all__ as _engine
+from .stored import *
+from .stored import __all__ as _stored
+from .speed import *
+from .speed import __all__ as _speed
 
-__all__ = [*_machine, *_regions, *_plan, *_linear, *_engine]
+__all__ = [*_machine, *_regions, *_plan, *_linear, *_engine, *_stored, *_speed]

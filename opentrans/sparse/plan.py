@@ -133,15 +133,16 @@ class Chosen:
 def _entries(conv, taps, stride, row, planes, channel):
     "Where the weights of an output channel read, and the weights."
     inputs, size = conv.weight.shape[1], len(conv.weight)//conv.groups
-    c, i, j = np.nonzero(conv.weight[channel])
+    weight = conv.weight[channel]
+    c, i, j = np.nonzero(weight)
     source = (channel//size*inputs + c)*planes + taps.plane[i, j]
     place = source*stride + taps.down[i, j]*row + taps.right[i, j]
-    return c, place, conv.weight[channel, c, i, j]
+    return c, place, weight[c, i, j]
 
 def _choose(conv, taps, planes, source, row, pixels, machine, dense='measured'):
     "Which output channels are computed one by one, and which in bundles."
     outputs = len(conv.weight)
-    there = conv.weight.reshape(outputs, -1) != 0
+    there = conv.weight.reshape(outputs, -1) != 0 if isinstance(conv.weight, np.ndarray) else conv.weight.there()
     most = machine.block
     vectors = _block_sizes(pixels, machine, most, min(4, most))
     wide = [n for n in range(1, 7) if BUNDLE*n + n + 1 <= machine.registers and n <= machine.block] or [1]
@@ -385,11 +386,14 @@ class Plan:
         "A table of records for each thread."
         self.records = [[] for _ in range(self.threads)]
         self.rows = []
+        self.spans = [] # of each step: its name, and which records of the first thread are its own
         for step in self.steps:
             if isinstance(step, Planes) and step in self.planed: continue
+            begin = len(self.records[0])
             if isinstance(step, Conv): self._add_conv(step)
             elif isinstance(step, Pool): self._add_pool(step)
             else: self._add_planes(step)
+            self.spans.append((getattr(step, 'name', step.y), begin, len(self.records[0])))
             self._add_wait()
         kinds = {kind for records in self.records for kind, _ in records} | {'run'}
         names = {kind: kernel_name(kind, self.machine.width) for kind in kinds}
@@ -537,6 +541,18 @@ class Plan:
             waiting = [workers.submit(self._call, table.ctypes.data) for table in self.tables[1:]]
             self._call(self.tables[0].ctypes.data)
             for other in waiting: other.result()
+
+    def parts(self)->list: # (name of a step, function without arguments)
+        "Each step as a call of its own, for a clock. Only with one thread."
+        if self.threads > 1: raise OpenTransError("Steps are timed one by one with one thread.")
+        parts = []
+        for name, begin, end in self.spans:
+            lines = self.tables[0][1 + begin*RECORD:1 + end*RECORD]
+            table = np.ascontiguousarray(np.concatenate([[end - begin], lines]))
+            parts.append((name, functools.partial(self._run_table, table)))
+        return parts
+
+    def _run_table(self, table): self._call(table.ctypes.data)
 
     def table(self)->pd.DataFrame: # One row a convolution
         """What each convolution does: its weights, how many are left, and how many of its channels run in dense
