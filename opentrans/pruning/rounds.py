@@ -201,7 +201,7 @@ def _check_schedule(schedule):
         raise OpenTransError(f"A schedule of densities must not rise, but this does: {shorten(plan)}.")
     return plan
 
-# %% ../../nbs/01e_imp.ipynb #f7836fc1
+# %% ../../nbs/01e_imp.ipynb #5e7ab10c
 def _settings_of(train, given, **ours):
     "What belongs to a run: our settings, those of the training, and more that was given."
     own = getattr(train, 'settings', None)
@@ -215,6 +215,25 @@ def _whole_density(shares, model, **kwargs):
     shares = _shares_of(shares, list(sizes))
     return sum(_counts(sizes, shares).values())/sum(sizes.values()),shares
 
+def _where_to_end(density, p, schedule, exact, model, **kwargs):
+    """The densities after each round, and those of the layers at the end, or None. Raises `OpenTransError` if both are
+    given."""
+    shares = _density(density) if isinstance(density, Mapping) else None
+    if shares and schedule is not None:
+        raise OpenTransError("Densities of layers say where a run ends, and so does a schedule: give one of the two.")
+    if shares: density,shares = _whole_density(shares, model, **kwargs)
+    if schedule is not None: return _check_schedule(schedule),shares
+    return geometric_schedule(density, p, exact or bool(shares)),shares
+
+def _common_prices(price, shares, folder, model, **kwargs):
+    """What a weight of each layer costs, as the first process knows it, or None. Raises `OpenTransError` if densities
+    of layers are given, too."""
+    if shares and price is not None:
+        raise OpenTransError("Densities of layers say where weights stay, and so do prices: give one of the two.")
+    def know(): return None if _GROUP.rank else _prices_of(price, model, folder, **kwargs)
+    return _GROUP.tell(_GROUP.together(know))
+
+# %% ../../nbs/01e_imp.ipynb #f7836fc1
 def _on_the_way(shares, now, end, mask, keep):
     "How many weights each layer keeps after a round: what it is to lose grows in proportion to what all lose."
     sizes = {name: bits.numel() for name,bits in mask.items()}
@@ -288,14 +307,7 @@ def imp(
 )->tuple[SparseMask, pd.DataFrame]: # (`SparseMask`, history as a `DataFrame`)
     """Iterative pruning (paper Algorithm 1): train, drop the least of the remaining weights, repeat. Raises
     `OpenTransError` to continue with other settings, and for a round that is not finite."""
-    shares = _density(density) if isinstance(density, Mapping) else None
-    if shares:
-        if schedule is not None:
-            raise OpenTransError("Densities of layers say where a run ends, and so does a schedule: "
-                                 "give one of the two.")
-        density,shares = _whole_density(shares, model, **kwargs)
-    plan = (_check_schedule(schedule) if schedule is not None
-            else geometric_schedule(density, p, exact or bool(shares)))
+    plan,shares = _where_to_end(density, p, schedule, exact, model, **kwargs)
     criterion,score = _criterion(criterion)
     check_number('seed', seed, 0, whole=True)
     checkpoint_every = none_if_off(checkpoint_every, 0)
@@ -307,9 +319,7 @@ def imp(
         schedule=schedule, criterion=criterion, rewind=_name_of_rewind(rewind), layers=mask.names)
     if losses is not None: settings['losses'] = _name_of(losses)
     if shares: settings['densities'] = shares
-    if shares and price is not None:
-        raise OpenTransError("Densities of layers say where weights stay, and so do prices: give one of the two.")
-    prices = _tell(_together(lambda: None if _rank() else _prices_of(price, model, checkpoint_dir, **kwargs)))
+    prices = _common_prices(price, shares, checkpoint_dir, model, **kwargs)
     if prices: settings['price'] = prices
     def digest(): return weights_digest(prunable(model, **kwargs))
     choose = _choice(score, model, plan, losses, shares, prices, **kwargs)
