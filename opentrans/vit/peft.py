@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.parameter import UninitializedTensorMixin
 from ..core import bare_modules, find_tower, layers
 from ..errors import OpenTransError
-from ..naming import find_names, matches
-from ..runtime import seeded, Undo
+from ..naming import find_names, match_pattern
+from ..runtime import seeded, Handle
 from .heads import ends_of, find_heads, is_of_head
 from .updates import *
 from .updates import _must_call, _no_parameter, _tunable_class, _TunableAttention
@@ -44,7 +44,7 @@ def _undress(module):
         del module.tuned
         module.__class__ = module.plain
 
-class Added(Undo):
+class Added(Handle):
     """What was added to a model: `.parts` by name. `.remove()`, or the end of a `with` block, takes it off, and all
     parameters learn or rest as before."""
     def __init__(self, parts, undo):
@@ -117,7 +117,7 @@ def _wanted(model, names, kinds=None):
     if names is None: return _all_of(model, kinds)
     names,res = [names] if isinstance(names, str) else list(names),{}
     for n in names:
-        if '*' in n or '?' in n: hits = [k for k in slots(model) if matches(k, n)]
+        if '*' in n or '?' in n: hits = [k for k in slots(model) if match_pattern(k, n)]
         else: hits = [_find_slot(model, n, there)]
         if not hits:
             raise OpenTransError(
@@ -141,7 +141,7 @@ def _add(model, chosen, make, freeze):
     try:
         for s in chosen: undo.append(_put(tower, s, made[s.name]))
     except OpenTransError:
-        Undo(*undo).remove()
+        Handle(*undo).remove()
         raise
     if freeze:
         ours = {id(p) for m in tower.modules() if isinstance(m, Part) for p in m.parameters()}

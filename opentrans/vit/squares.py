@@ -10,7 +10,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from ..core import BATCH_NORMS
-from ..runtime import Undo
+from ..runtime import Handle
 from .peft import attend, projection
 
 # %% ../../nbs/vit/61a_squares.ipynb #ae361f20
@@ -212,6 +212,6 @@ def _install(self):
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     self.undo.append(lambda: torch.backends.mha.set_fastpath_enabled(fast))
-    return Undo(*self.undo)
+    return Handle(*self.undo)
 
 _Taps.probe,_Taps.install = _probe,_install
