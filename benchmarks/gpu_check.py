@@ -146,7 +146,7 @@ def imp(at):
     iterations,batch = at.size(30, 1),at.size(16, 2)
     world = ShapesWorld('train', n=at.size(64, 4), size=at.size(224, 64))
     clip = at.backbone()
-    train = DistillTrainer(clip, world, iterations=iterations, batch_size=batch, amp=True)
+    train = DistillTrainer(clip, world, iterations=iterations, batch_size=batch, precision='bf16')
     found = []
     seconds = at.took(lambda: found.append(algorithm_1(clip, train, schedule=[.7, .4, .1])))
     mask,history = found[0]

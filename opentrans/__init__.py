@@ -1,7 +1,7 @@
 "Transferable and principled efficiency for open-vocabulary segmentation: prune CLIP once, transfer the mask, freeze layers by their spectra."
 import importlib, importlib.util
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 _NAMES = dict(
     errors='OpenTransError',

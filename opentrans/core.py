@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONVS', 'PACKED', 'LAYER_KINDS', 'BATCH_NORMS', 'NORMS', 'SELECTION_FILE', 'inner_name', 'unwrap', 'bare_modules',
            'bare_parameters', 'find_tower', 'Layer', 'layers_of', 'layers', 'norm_params', 'undecayed_params',
-           'param_shapes', 'find_layers', 'in_tower', 'locate', 'unread', 'no_values', 'unreadable', 'LayerSelection']
+           'param_shapes', 'find_layers', 'resolve_in_tower', 'unread', 'no_values', 'unreadable', 'LayerSelection']
 
 # %% ../nbs/00_core.ipynb #f08e375b
 import re, weakref
@@ -19,7 +19,7 @@ from .errors import OpenTransError
 from .escape import for_markdown
 from .files import FileKind, json_text, parse_document, read_text, save_text
 from .naming import clean_name, find_names, match_names, name_some, WRAPPERS
-from .runtime import around_step, evaluating, held_by, RETIRED, Undo
+from .runtime import around_step, eval_mode, held_by, RETIRED, Handle
 
 # %% ../nbs/00_core.ipynb #64659a72
 # classes that hold what they wrap as `module`
@@ -134,7 +134,7 @@ _ENDS = {'WeightNorm': 'torch.nn.utils.remove_weight_norm(module{})',
 def _from_chain(module, key):
     "Value, sources, maker and end of a weight with parametrizations (`torch.nn.utils.parametrize`)."
     chain = module.parametrizations[key]
-    with evaluating(chain): value = chain()
+    with eval_mode(chain): value = chain()
     makers = ' and '.join(type(part).__name__.lstrip('_') for part in chain)
     sources = {f'parametrizations.{key}.{n}': p for n,p in chain.named_parameters()}
     return value,sources,makers,f"torch.nn.utils.parametrize.remove_parametrizations(module, '{key}')"
@@ -258,7 +258,7 @@ def find_layers(
     return {k: known[n] for k,n in find_names(names, known, 'layers').items()}
 
 # %% ../nbs/00_core.ipynb #f7608b91
-def in_tower(
+def resolve_in_tower(
     model:nn.Module, # A tower, or anything that holds one
     match, # A function of a module; raises `OpenTransError` if what it looks for is not there
 ): # What it returned
@@ -270,18 +270,6 @@ def in_tower(
         try: return match(where)
         except OpenTransError as e: err = err or e
     raise err
-
-def locate(
-    keys:dict, # Name -> shape
-    model:nn.Module, # Where to find them: a tower, or anything that holds one
-    what:str='names', # What is being matched, for the message
-)->dict: # Key -> (name in `model`, parameter)
-    "Find named parameters in a model: in its tower if it has one, else under the one prefix where all of them fit."
-    def match(where):
-        params = bare_parameters(where)
-        shapes = {n: p.shape for n,p in params.items() if not isinstance(p, UninitializedParameter)}
-        return {k: (n, params[n]) for k,n in match_names(keys, shapes, what, same=lambda n: id(params[n])).items()}
-    return in_tower(model, match)
 
 # %% ../nbs/00_core.ipynb #9281a17d
 def _why_unread(module, key, param):
@@ -397,7 +385,7 @@ class LayerSelection:
 
     def apply(self,
         model:nn.Module, # A tower, or anything that holds one
-    )->Undo: # Handle; `.remove()`, or leaving a `with` block, restores `requires_grad`
+    )->Handle: # Handle; `.remove()`, or leaving a `with` block, restores `requires_grad`
         """Freeze and unfreeze the named layers of `model`; a computed weight by the parameters behind it. Build the
         optimizer afterwards. Raises `OpenTransError`, with nothing changed, for names the model lacks and layers
         that cannot learn."""
@@ -416,7 +404,7 @@ class LayerSelection:
         for i in parts:
             undo.append(_FrozenRows(params[i],
                                     [layer.rows for layer in off if id(layer.params[0]) == i]).hooks.remove)
-        return Undo(*undo)
+        return Handle(*undo)
 
 # %% ../nbs/00_core.ipynb #8d628bd2
 class _FrozenRows:
@@ -425,7 +413,7 @@ class _FrozenRows:
         self.param = weakref.ref(param)
         self.rows = rows
         self.kept = None
-        self.hooks = Undo(param.register_hook(self.no_grad).remove, around_step(self.before, self.after).remove)
+        self.hooks = Handle(param.register_hook(self.no_grad).remove, around_step(self.before, self.after).remove)
     def no_grad(self, g):
         g = g.clone()
         for r in self.rows: g[r] = 0

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['OpenTransError', 'FormatError', 'DamagedFile', 'OtherRun', 'WriteError', 'Interrupted', 'unknown', 'shorten',
-           'optional', 'check_number']
+           'optional', 'timm_name', 'check_number', 'none_if_off']
 
 # %% ../nbs/00_errors.ipynb #6115c07e
-import difflib, importlib, math, numbers
+import difflib, importlib, math, numbers, re
 
 # %% ../nbs/00_errors.ipynb #59785a65
 class OpenTransError(ValueError):
@@ -38,16 +38,20 @@ class Interrupted(OpenTransError):
         self.code = self.exit_code = code
 
 # %% ../nbs/00_errors.ipynb #ced1bede
+_MANY = 100 # names, more than one would read
+
 def unknown(
     kind:str, # What was being looked up, for example `'framework'`
     given, # What the user wrote
     choices, # Iterable of the allowed names
 )->OpenTransError: # An error to raise
-    "The error for a name that is not in a list of names. It lists the choices and the nearest one."
+    "The error for a name that is not in a list of names. It lists the choices, or those nearest to it of very many."
     choices = [str(choice) for choice in choices]
-    near = difflib.get_close_matches(str(given)[:200], choices, n=1)
+    near = difflib.get_close_matches(str(given)[:200], choices, n=8)
     hint = f" Did you mean '{near[0]}'?" if near else ''
-    return OpenTransError(f"Unknown {kind} '{shorten(given)}'; choose one of: {', '.join(choices)}.{hint}")
+    told = f"choose one of: {', '.join(choices)}.{hint}"
+    if len(choices) > _MANY: told = f"{len(choices):,} are known, such as {', '.join(near or choices[:8])}."
+    return OpenTransError(f"Unknown {kind} '{shorten(given)}'; {told}")
 
 def shorten(
     text, # Anything that has a text
@@ -68,6 +72,15 @@ def optional(
     except ImportError as error:
         raise OpenTransError(f"{why or 'This'} needs the package '{module}', which is not installed. "
                              f"Run: pip install 'opentrans[{extra}]'") from error
+
+def timm_name(
+    name:str, # As it was typed, or stands in a file
+)->str: # The same
+    """A name of timm's own models. One with a prefix (`hf-hub:`, `local-dir:`) would be fetched, or read from a folder.
+    Raises `OpenTransError`."""
+    timm = optional('timm', 'dev', 'A model of timm')
+    if isinstance(name, str) and re.fullmatch(r'[\w.-]+', name) and timm.is_model(name): return name
+    raise unknown('model of timm', name, timm.list_models())
 
 # %% ../nbs/00_errors.ipynb #630d1c66
 def _is_finite(value):
@@ -103,3 +116,12 @@ def check_number(
     raise OpenTransError(
         f"{name}={_shown(value)}: it must be a "
         f"{'whole ' if whole else ''}number{span}.{' ' + advice if advice else ''}")
+
+# %% ../nbs/00_errors.ipynb #58ea9bf8
+def none_if_off(
+    value, # As it was given
+    *older, # What older files and scripts say for "off"
+): # The value; None if it is one of these
+    "One word for a setting that is off: None, whatever older files say for it."
+    plain = isinstance(value, (str, numbers.Number)) and not isinstance(value, bool)
+    return None if plain and any(type(word) in (int, float, str) and value == word for word in older) else value

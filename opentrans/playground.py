@@ -80,7 +80,7 @@ def overlay(
     "An image under the colours of its classes; the legend tells the share of each that is there."
     from matplotlib.patches import Patch
     ax = axes(ax, figsize=(6, 4))
-    labels,colours = np.asarray(labels),class_colours(len(names))
+    labels,colours = np.asarray(labels),class_colours(names)
     ax.imshow((1-opacity)*np.asarray(image).transpose(1, 2, 0) + opacity*colours[labels], interpolation='nearest')
     ax.set_axis_off()
     share = np.bincount(labels.ravel(), minlength=len(names))/labels.size
@@ -88,7 +88,7 @@ def overlay(
     ax.legend(
         handles=[Patch(color=colours[k],
                        label=for_plot(f"{names[k]}  {share[k]:.0%}" if share[k] >= .005 else f'{names[k]}  < 1%'))
-                 for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
+                 for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
     return ax
 
 # %% ../nbs/app/71_playground.ipynb #ad4c9fa4
@@ -138,7 +138,8 @@ class _Playground:
         "Segment what the widgets say. Kernels may call it from several threads: each change waits for its turn."
         with self.lock:
             with warnings.catch_warnings():
-                warnings.filterwarnings('ignore', '.*has never seen') # the note below says it each time
+                # the note below says it each time
+                warnings.filterwarnings('ignore', '.*(has never seen|was shown)')
                 try:
                     v = parse_names(self.names.value)
                     self.answer = segment(self.framework, self.samples[self.source.value], v)

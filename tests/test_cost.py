@@ -185,7 +185,7 @@ def test_properties(batch, cin, cout, k, h, w, stride, density):
     one, many = cost(m, (cin, h, w)), cost(m, (batch, cin, h, w))
     oh, ow = (h + stride - 1)//stride, (w + stride - 1)//stride
     assert one.macs == oh*ow*(cin*cout*k*k + cout*3) and many.macs == batch*one.macs and many.params == one.params
-    assert many.under(density).active_macs == pytest.approx(density*many.macs)
+    assert many.with_mask(density).active_macs == pytest.approx(density*many.macs)
     assert ((many - one).macs == (batch-1)*one.macs and (one + one).macs == (2*one).macs
             and (many - many).params == 0)
     k3 = dict(iterations=7, batch_size=5)
@@ -433,7 +433,8 @@ def test_price_of_a_product(name, how):
     size = size if len(size) != 3 else (1, *size)
     1 if len(PRICES[name][1]) == 3 or size[-1] == 1 else 0
     def forward(x):
-        x = x[0] if len(PRICES[name][1]) == 3 else x.squeeze(-1) if size[-1] == 1 else x
+        if len(PRICES[name][1]) == 3: x = x[0]
+        elif size[-1] == 1: x = x.squeeze(-1)
         with torch.inference_mode(how == 'inference'): return m(x)
     c = cost(m, size, forward=forward, dry=how != 'real')
     assert c.macs == want and c.unpriced.empty, c
@@ -472,7 +473,7 @@ def test_what_has_no_price_is_told():
     assert c.macs == 2*8*5*8 + 8*8*8
     assert (list(c.tower.unpriced.times) == [2] and list(c.head.unpriced.times) == [1]
             and list((c + c).unpriced.times) == [4, 2])
-    assert list((c - .9*c.tower).unpriced.times) == [2, 1] and list(c.under(.5).unpriced.times) == [2, 1]
+    assert list((c - .9*c.tower).unpriced.times) == [2, 1] and list(c.with_mask(.5).unpriced.times) == [2, 1]
     plain = cost(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GELU(), nn.Softmax(1), nn.MaxPool2d(2),
                                nn.Upsample(scale_factor=2, mode='bilinear')), (3, 9, 9))
     assert plain.unpriced.empty and 'price' not in repr(plain) + plain.to_markdown()

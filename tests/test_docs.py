@@ -52,6 +52,9 @@ def shell_blocks():
             if cell.cell_type != 'markdown': continue
             for number, block in enumerate(re.findall(r'```(?:bash|sh|console)\n(.*?)```', cell.source, re.S)):
                 yield pytest.param(block, id=f'{path.stem}-{number}')
+    for path in (root/'README.md', root/'CONTRIBUTING.md'):
+        for number, block in enumerate(re.findall(r'```(?:bash|sh|console)\n(.*?)```', path.read_text(), re.S)):
+            yield pytest.param(block, id=f'{path.stem}-{number}')
 
 @pytest.mark.parametrize('block', list(shell_blocks()))
 def test_shell_blocks_are_shell(block):

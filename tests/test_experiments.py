@@ -335,7 +335,7 @@ def test_alpha_is_read_before_or_under_the_mask(tmp_path, one_thread):
     clip = ex.open_clip_of(_smoke('dense'))
     seg = ex.build_framework('', clip, ex.open_world(_smoke('dense'), 0)['train'].vocabulary, _smoke('dense'), 0)
     mask = ex.open_mask('distilled', _smoke('dense'), 0, tmp_path/'dense')
-    c = cost(seg, (3, 80, 80)).under(mask)
+    c = cost(seg, (3, 80, 80)).with_mask(mask)
     warm = training_flops(c, 1, 4)
     whole = training_flops(c, 2, 4, mask=mask, selection=LayerSelection([], runs['dense']['frozen']))
     assert runs['dense']['train_flops'] == pytest.approx(warm+whole), 'the warm-up is dense, what follows is sparse'

@@ -162,7 +162,7 @@ def test_a_step_of_distillation(cuda, mode, pairs, amp):
     def losses(device):
         clip = contract.tiny_backbone().to(device)
         train = DistillTrainer(clip, world, batch_size=2, student_mode=mode, teacher_mode=mode, pairs=pairs,
-                               amp=amp)
+                               precision='bf16' if amp else None)
         return list(train.losses(clip, n=2))
     for got,wanted in zip(losses('cuda'), losses('cpu')): agree(got, wanted.detach(), .2 if amp else 1e-4)
 

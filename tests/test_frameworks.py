@@ -10,7 +10,7 @@ from opentrans.clip import ClipBackbone
 from opentrans.errors import OpenTransError
 from opentrans.core import layers
 from opentrans.data import ShapesWorld
-from opentrans.training import evaluate, finetune, look, look_scores, Recipe
+from opentrans.training import evaluate, finetune, multi_scale_logits, multi_scale_scores, Recipe
 from opentrans.frameworks import build, check_framework, contract, get_framework, list_frameworks, queries
 from opentrans.frameworks.contract import best_class, tiny_backbone
 from opentrans.pruning import SparseMask
@@ -137,8 +137,8 @@ def test_hundreds_of_classes_never_stand_side_by_side(name, monkeypatch):
     larger = dict(size=160, longest=200, flip=True)
     with torch.no_grad():
         with Largest() as alone: best = seg.semantic(images, text)
-        with Largest() as enlarged: near = best_class(look_scores(seg, images, text, **larger))
-        whole,all_looks = seg(images, text),look(seg, images, text, **larger)
+        with Largest() as enlarged: near = best_class(multi_scale_scores(seg, images, text, **larger))
+        whole,all_looks = seg(images, text),multi_scale_logits(seg, images, text, **larger)
     assert alone.values < .3*whole.numel() and enlarged.values < .3*847*150*200, (alone.values, enlarged.values)
     for found,logits in ((best, whole), (near, all_looks)):
         top = logits.topk(2, 1).values

@@ -247,7 +247,7 @@ def test_padding_is_of_the_mean_colour():
 def test_cost_and_memory_run_without_numbers():
     seg = build('mask2former', tiny_backbone(), vocabulary=['a', 'b', 'c'], preset='small', seed=0)
     dense = cost(seg, (3, 64, 64))
-    sparse = dense.under(SparseMask.random(seg.tower, .1, seed=0))
+    sparse = dense.with_mask(SparseMask.random(seg.tower, .1, seed=0))
     assert sparse.head.active_macs == dense.head.macs and sparse.tower.active_macs < .4*dense.tower.macs
     memory = training_memory(seg, (2, 3, 64, 64), optimizer='adamw')
     assert memory.peak > memory.weights + memory.optimizer

@@ -9,7 +9,7 @@ from opentrans.data import ShapesWorld, Vocabulary
 from opentrans.errors import OpenTransError
 from opentrans.experiments import arms, registry
 from opentrans.experiments import scale as sizes
-from opentrans.runtime import progress
+from opentrans.runtime import progress, time_left
 from opentrans.training import Recipe, released_size
 from test_cli import fails, opentrans, tree # noqa: F401, a fixture
 
@@ -185,7 +185,7 @@ def test_a_log_hears_how_far_a_long_loop_is(log, monkeypatch):
     asks."""
     items, lines = log(range(2000), 'counting')
     assert items == [*range(2000)] and len(lines) == 2000
-    assert lines[0].startswith('counting: 1 of 2,000, ') and lines[-1] == 'counting: 2,000 of 2,000, 0 s left'
+    assert lines[0].startswith('counting: 1 of 2,000, ') and lines[-1] == 'counting: 2,000 of 2,000, 00:00 left'
     assert log(iter('ab'), 'reading') == (['a', 'b'], ['reading: 1 done', 'reading: 2 done'])
     assert log(iter('ab'), 'reading', 4)[1][0].startswith('reading: 1 of 4, ')
     assert log(range(3), 'x', lines=False) == ([0, 1, 2], [])
@@ -193,8 +193,7 @@ def test_a_log_hears_how_far_a_long_loop_is(log, monkeypatch):
     assert log(range(3), 'x') == ([0, 1, 2], [])
     monkeypatch.setenv('OPENTRANS_PROGRESS', '0')
     assert log(range(3), 'x') == ([0, 1, 2], [])
-    span = sys.modules[progress.__module__]._duration
-    assert [span(s) for s in (5, 89, 300, 7200)] == ['5 s', '89 s', '5 min', '2.0 h']
+    assert [time_left(s) for s in (5, 89, 300, 7200)] == ['00:05', '01:29', '05:00', '2:00:00']
 
 def run_quietly(args, **more):
     "A command in a process of its own."

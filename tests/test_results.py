@@ -22,7 +22,24 @@ def test_the_index_quotes_the_files(monkeypatch):
         now = eval(compile('Markdown('+last, 'index', 'eval'), space).data
         assert now == ''.join(cell['outputs'][0]['data']['text/markdown']), f'out of date: {source[:200]}'
         shown += 1
-    assert shown >= 5
+    assert shown >= 3
+
+README = (root/'README.md').read_text()
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    "At most 10 KB, one picture that is there, and no link into nothing."
+    assert len(README.encode()) <= 10_000
+    pictures = re.findall(r'!\[[^]]*\]\(([^)]+)\)', README)
+    assert len(pictures) == 1 and (root/pictures[0]).stat().st_size < 150_000
+    linked = [link.split('#')[0] for link in re.findall(r'\]\(([^)]+)\)', README) if not link.startswith('http')]
+    assert [link for link in linked if not (root/link).exists()] == []
+
+def test_the_fifteen_lines_are_executed_as_they_are_printed():
+    "The block of the README is a cell of the tutorial, to the letter."
+    block = re.search(r'```python\n(from opentrans\.all import \*\n.*?)```', README, re.S)[1].strip()
+    cells = json.loads((root/'nbs'/'tutorials'/'algorithm1.ipynb').read_text())['cells']
+    assert block in [''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code']
+    assert len([line for line in block.splitlines() if line.strip()]) == 15
 
 @pytest.mark.parametrize('file', FILES, ids=lambda p: p.stem)
 def test_a_result_says_how_it_was_made(file):
@@ -75,7 +92,7 @@ def shown(cells, name):
     return [o['data'] for c in cells[at:end] for o in c.get('outputs', []) if 'data' in o]
 
 def test_each_stored_study_has_a_place_on_its_page():
-    "A page shows plot and verdicts under a heading of the study's name, to which the claims of the index link."
+    "A page shows plot and verdicts under a heading of the study's name; the index links to the first of them."
     from opentrans.experiments import list_studies
     pages = [cell for page in ('experiments/56_results', 'experiments/59_league', 'vit/69_studies')
              for cell in json.loads((root/'nbs'/f'{page}.ipynb').read_text())['cells']]
@@ -84,8 +101,7 @@ def test_each_stored_study_has_a_place_on_its_page():
         data = shown(pages, name)
         assert (any(f'{name}-5seeds.json' in ''.join(d.get('text/markdown', '')) for d in data)
                 and any('image/png' in d for d in data)), name
-    linked = set(re.findall(r'\(nbs/experiments/56_results\.ipynb#([\w-]+)\)', (root/'README.md').read_text()))
-    assert linked and linked <= set(list_studies())
+    assert '(nbs/experiments/56_results.ipynb)' in (root/'README.md').read_text()
 
 @pytest.mark.slow
 def test_a_stored_figure_is_made_again(tmp_path, one_thread):

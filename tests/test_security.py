@@ -10,7 +10,8 @@ WATCH = '''
 import contextlib, io, json, os, sys, traceback
 forged, marker = sys.argv[1:3]
 seen = []
-NET = ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname', 'socket.sendto', 'socket.bind', 'urllib.Request', 'http.client.connect')
+NET = ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname', 'socket.sendto', 'socket.bind',
+       'urllib.Request', 'http.client.connect')
 RUN = ('subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn', 'os.spawn', 'pty.spawn')
 def hook(event, args):
     if event in NET:
@@ -238,6 +239,31 @@ def test_the_folder_of_a_model_runs_nothing_and_fetches_nothing(watched, forged,
     jobs += [['evaluate', '--model', str(tmp_path/'plain')]]
     is_harmless(watched(jobs))
 
+def test_a_name_of_a_library_runs_nothing_and_fetches_nothing(watched, forged, tmp_path):
+    "Models of timm and torchvision, in every command that takes one; and weights for them that are pickles."
+    from PIL import Image
+    pictures = tmp_path/'pictures'
+    for split,label in ((split, label) for split in ('train', 'val') for label in 'ab'):
+        (pictures/split/label).mkdir(parents=True)
+        for i in range(2): Image.new('RGB', (32, 32), (80*i, 0, 0)).save(pictures/split/label/f'{i}.png')
+    clip,out = str(forged/'clip'),['--out', str(tmp_path/'out')]
+    names = ['hf-hub:evil/model', 'hf_hub:evil/model', f'local-dir:{clip}', 'resnet18.a/b', 'resnet18.hf-hub:a/b', clip]
+    jobs = [['alpha', f'{library}:{name}', '--pretrained', 'none']
+            for name in names for library in ('timm', 'torchvision')]
+    jobs += [['alpha', f'timm:{names[0]}'], ['alpha', 'hf:evil/model'], ['alpha', 'timm:resnet18', '--pretrained', 'x'],
+             ['alpha', 'torchvision:resnet18', '--pretrained', 'DEFAULT']]
+    for command,option in (('spt', '--model'), ('stitch', '--models'), ('spvit', '--model')):
+        whole = 'resnet18' if option == '--model' else 'resnet18,resnet34'
+        begun = [command, str(pictures), *out]
+        jobs += [[*begun, option, name if option == '--model' else f'{name},resnet18', '--pretrained', 'none']
+                 for name in names]
+        jobs += [[*begun, option, whole, '--pretrained', 'timm'], [*begun, option, whole, '--pretrained', names[0]]]
+        jobs += [[*begun, option, whole, '--pretrained', str(forged/f'weights.{suffix}')]
+                 for suffix in ('pt', 'safetensors')]
+    jobs += [['alpha', str(forged/f'weights.{suffix}')] for suffix in ('pt', 'pth', 'bin', 'safetensors')]
+    jobs += [['alpha', str(forged)]]
+    is_harmless(watched(jobs))
+
 def test_no_other_file_runs(watched, forged, mask, photo, tmp_path):
     "Masks, selections, recipes, checkpoints, results and lists of classes that are pickles, or name things to run."
     pickles = [str(forged/f'weights.{suffix}') for suffix in ('pt', 'pth', 'bin', 'pkl', 'safetensors')]
@@ -288,6 +314,17 @@ Recipe.of(read_settings({yaml!r}))
 LayerTable.load({path!r})
 compare_runs([{path!r}])
 open_dataset({name!r})
+open_weights({path!r})
+open_weights('timm:' + {name!r})
+load_catseg(build('catseg', ClipBackbone.create('shapes-vit'), ['sky'], preset='small'), {path!r})
+load_sed(build('sed', ClipBackbone.create('shapes-convnext'), ['sky'], preset='small'), {path!r})
+load_faseg(build('faseg', ClipBackbone.create('shapes-rn'), ['sky'], preset='small'), {path!r})
+Allocation.load({path!r})
+Sensitivity.load({path!r})
+HybridSpec.from_json({path!r})
+open_classifier({name!r}, 2, 'none')
+open_classifier('resnet18', 2, {path!r})
+read_join({path!r})
 '''
 
 IMPORTS = '''
@@ -300,6 +337,15 @@ from opentrans.frameworks.fcclip import load_fcclip
 from opentrans.frameworks.mask2former import load_mask2former
 from opentrans.playground import playground
 from opentrans.pruning import load_baked, transfer_checkpoint
+from opentrans.clip.photo import read_join
+from opentrans.frameworks.catseg import load_catseg
+from opentrans.frameworks.faseg import load_faseg
+from opentrans.frameworks.sed import load_sed
+from opentrans.heavy_tail.words import open_weights
+from opentrans.vit.hybrids import HybridSpec
+from opentrans.vit.products import open_model as open_classifier
+from opentrans.vit.sensitivity import Sensitivity
+from opentrans.vit.spt import Allocation
 '''
 
 def test_no_loader_runs_or_fetches(watched, forged, mask):

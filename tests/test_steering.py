@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 from torch import nn
 from opentrans.errors import OpenTransError
 from opentrans.heavy_tail import analyze, assign, Blocks, block_of, fit_power_law, LayerValues, matrices
@@ -56,6 +56,7 @@ def test_densities_are_those_of_the_formula():
         assert np.allclose(list(t.densities(density, spread).values()), 1-shares, atol=1e-9)
     assert list(t.densities(.5)) == list(t.frame.index)
 
+@example(.125, 1., 0)
 @given(st.floats(.02, 1), st.floats(0, 1), st.integers(0, 4))
 def test_densities_add_up(density, spread, seed):
     t = table(seed)

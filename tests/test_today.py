@@ -649,3 +649,37 @@ def test_heads_of_full_size_are_those_of_the_public_code(load):
         shapes = {n: tuple(t.shape) for n,t in their.state_dict().items() if not n.endswith('attn_mask')}
         assert {n: tuple(t.shape) for n,t in mine.state_dict().items()} == shapes and numel(mine) == numel(their)
     assert (numel(theirs), numel(other)) == (2_308_961, 1_376_396)
+
+def test_masks_are_judged_apart_from_their_names():
+    "`kind='masks'`: what the metric says of the same labels, one picture at a time."
+    from opentrans.data import MaskNames, ShapesWorld, collate
+    from opentrans.training import evaluate
+    clip,world = ClipBackbone.create('shapes-rn', pretrained='shapes-rn'),ShapesWorld('val', n=3)
+    seg = build('deeplabv3', clip, vocabulary=world.vocabulary)
+    names = list(world.vocabulary.names)
+    same = [names[:3], names[3:9]]
+    got = evaluate(seg, world, kind='masks', same=same)
+    metric = MaskNames(len(names), world.ignore)
+    text = seg.text(world.vocabulary)
+    with torch.no_grad():
+        for i in range(3):
+            batch = collate([world[i]])
+            metric.update(seg.eval().semantic(batch['images'], text), batch['labels'])
+    wanted = metric.compute([[names.index(name) for name in of] for of in same])
+    assert {key: got[key] for key in ('found', 'named', 'precision')} == pytest.approx(
+        {key: wanted[key] for key in ('found', 'named', 'precision')}, nan_ok=True)
+    assert got['miou'] == pytest.approx(evaluate(seg, world)['miou']) and 'miou_same' in got
+
+def test_names_that_mean_the_same_from_the_command():
+    import json
+    from opentrans.data import ShapesWorld
+    from test_alpha_anywhere import command
+    names = list(ShapesWorld('val', n=1).vocabulary.names)
+    plain = ('evaluate', '--limit', '2', '--json')
+    code,out,err = command(*plain, '--same', f'{names[0]}|{names[1]}', '--kind', 'masks')
+    told = json.loads(out)
+    assert code == 0 and 0 <= told['miou_same'] <= 1 and 0 <= told['found'] <= 1, err
+    assert 'miou_same' not in json.loads(command(*plain)[1])
+    for bad,said in ((names[0], 'holds one name'), (f'{names[0]}|zeppelin', 'zeppelin')):
+        code,_,err = command(*plain, '--same', bad)
+        assert code == 2 and said in err and 'Traceback' not in err

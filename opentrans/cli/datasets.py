@@ -6,17 +6,17 @@
 __all__ = ['data_app', 'data_list', 'data_check', 'data_shapes']
 
 # %% ../../nbs/app/70i_datasets.ipynb #db878d62
-import json
+import json, re
 from typing import Annotated
 import typer
 from .defaults import WithInstances
-from .options import Classes, Config, Ignore, Quiet, Root, Seed, Split, _App, app, open_data
-from .terminal import _say, show
+from .options import Classes, Config, Ignore, Quiet, Root, Seed, Split, _App, _panel, app, open_data
+from .terminal import _as_flags, _say, show
 
 # %% ../../nbs/app/70i_datasets.ipynb #95a34a27
 data_app = _App(no_args_is_help=True, help="Data sets: list them, check one, write generated scenes to disk.")
 
-app.add_typer(data_app, name='data')
+app.add_typer(data_app, name='data', rich_help_panel=_panel('data'))
 
 @data_app.command('list')
 def data_list(as_json:Quiet=False, config:Config=None):
@@ -49,9 +49,33 @@ def data_check(
     told['problems'] = len(wrong)
     if as_json: told['list'] = wrong
     show(told, as_json, 'data set')
-    for k,v in wrong.items() if not as_json else (): _say(f'  {k}: {v}')
+    if not as_json: _tell_findings(wrong)
     return int(bool(wrong))
 
+# %% ../../nbs/app/70i_datasets.ipynb #986f4388
+_FEW = 5 # names that a finding lists
+_OUTSIDE = re.compile(r"holds ([\d, and]+), outside .* \(not judged: ([\d, and]+|no value)\)")
+
+def _kind_of(finding):
+    "What findings of one kind share: the sentence without its numbers and without what stands between quotes."
+    return re.sub(r"'[^']*'|\d+", '#', finding)
+
+def _tell_findings(wrong):
+    "Findings of one kind together, with the files that have it; and the flag that leaves strange values out."
+    groups = {}
+    for name,finding in wrong.items(): groups.setdefault(_kind_of(finding), []).append((name, finding))
+    for found in groups.values():
+        names = [name for name,_ in found]
+        more = f', ... ({len(names)} in all)' if len(names) > _FEW else ''
+        _say(f"  {', '.join(map(str, names[:_FEW]))}{more}: {_as_flags(found[0][1])}")
+    strange = [_OUTSIDE.search(finding) for finding in wrong.values()]
+    values = {int(n) for match in strange if match for n in re.findall(r'\d+', match[1] + ' ' + match[2])}
+    if values:
+        told = ','.join(map(str, sorted(values)))
+        _say(f"  If {told} are no classes, add --ignore {told}" if len(values) > 1
+             else f"  If {told} is no class, add --ignore {told}")
+
+# %% ../../nbs/app/70i_datasets.ipynb #f22429a4
 @data_app.command('shapes')
 def data_shapes(out:Annotated[str, typer.Option(help="Folder to write.")], split:Split='val',
                 domain:Annotated[str, typer.Option(help="home, night, crowd or sketch.")]='home',

@@ -10,7 +10,7 @@ import errno, sys, warnings
 from ..errors import OpenTransError, shorten
 from ..escape import printable
 from .options import app
-from .terminal import _say
+from .terminal import _as_flags, _say
 
 # %% ../../nbs/app/70j_entry.ipynb #7ef13bd0
 def _part_company():
@@ -52,7 +52,7 @@ def _run():
         _part_company()
         return code
     except KeyboardInterrupt: return _ended(130, 'interrupted')
-    except OpenTransError as error: return _ended(getattr(error, 'code', error.exit_code), f'error: {error}')
+    except OpenTransError as error: return _ended(getattr(error, 'code', error.exit_code), _as_flags(f'error: {error}'))
     except MemoryError: return _ended(1, _NO_MEMORY)
     except OSError as error:
         place = f': {shorten(error.filename)}' if error.filename else ''

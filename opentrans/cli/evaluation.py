@@ -5,32 +5,17 @@
 # %% auto #0
 __all__ = ['TABLE1', 'evaluate', 'segment', 'compare']
 
-# %% ../../nbs/app/70g_evaluation.ipynb #d37c7a2e
-import sys
-from pathlib import Path
-from typing import Annotated, Optional
-import typer
-from ..errors import OpenTransError
-from .defaults import (
-    Readers, _build, _looks, _mean_of, _prompted, _report, _stride, _with_cost, is_shipped)
-from opentrans.cli.options import (
-    AllowHub, Backbone, Classes, Config, Corrupt, Device, Framework, Ignore, Preset, Pretrained, Prompts,
-    Quiet, Root, Seed, Split, Stride, _SIDE, _hub, _typed, app, first_process, open_clip_backbone, open_data,
-    settings_kept)
-from .terminal import _numbers, _save_picture, _save_table, _say, _writable, show
-from .trained import _hub_of_model, _mask_in, _read_model, _trained_prompts, open_trained
-
 # %% ../../nbs/app/70g_evaluation.ipynb #f1360965
 import sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..errors import OpenTransError
+from ..errors import OpenTransError, shorten
 from .defaults import (
     Readers, _build, _looks, _mean_of, _prompted, _report, _stride, _with_cost, is_shipped)
 from opentrans.cli.options import (
     AllowHub, Backbone, Classes, Config, Corrupt, Device, Framework, Ignore, Preset, Pretrained, Prompts,
-    Quiet, Root, Seed, Split, Stride, _SIDE, _hub, app, first_process, open_clip_backbone, open_data,
+    Quiet, Root, Seed, Split, Stride, _SIDE, _hub, _typed, app, first_process, open_clip_backbone, open_data,
     settings_kept)
 from .terminal import _numbers, _save_picture, _save_table, _say, _writable, show
 from .trained import _hub_of_model, _mask_in, _read_model, _trained_prompts, open_trained
@@ -51,7 +36,12 @@ def evaluate(framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pre
                             typer.Option(help="Data set; `opentrans data " "list` names them. " "'all': the "
                                          "seven of Table 1, " "one row.")]='shapesworld', root:Root=None,
              split:Split='val', classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
-             kind:Annotated[str, typer.Option(help="semantic (mIoU), or panoptic " "(PQ, too).")]='semantic',
+             kind:Annotated[str, typer.Option(
+                 help="semantic (mIoU); panoptic (PQ, too); or masks (which masks are found, and which of these "
+                 "bear their name).")]='semantic',
+             same:Annotated[Optional[list[str]], typer.Option(
+                 help="Names of classes that mean the same pixels, as 'sofa|couch'; may be given several times. "
+                 "Adds the mIoU with each such list as one class.")]=None,
              over:Annotated[Optional[str],
                             typer.Option(
                                 help="Classes in the mean: 'truth', those that the truth shows, as detectron2 and "
@@ -90,13 +80,14 @@ def evaluate(framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pre
         return _looks(framework, name, is_shipped(backbone, name), over, short_side, longest, own_size, workers,
                       device)
     looks = {name: dict(see(name), **more) for name in (TABLE1 if data == 'all' else (data,))}
-    tests = _open_tests(data, root, split, classes, ignore, corrupt, kind)
+    tests = _open_tests(data, root, split, classes, ignore, corrupt, kind, same)
     for name,test in tests.items():
         if told: test.vocabulary = _trained_prompts(told, test.vocabulary)
         else: _prompted(test, framework, prompts, is_shipped(backbone, name))
     first = next(iter(tests.values()))
     if model:
-        seg,clip,_ = open_trained(model, first.vocabulary, device, pretrained, _hub_of_model(pretrained, allow_hub))
+        hub = _hub_of_model(pretrained, allow_hub)
+        seg,clip,_ = open_trained(model, first.vocabulary, device, pretrained, hub, told)
     else:
         stride = _stride(output_stride, framework, backbone, is_shipped(backbone, data))
         clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
@@ -105,7 +96,8 @@ def evaluate(framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pre
         _say(f"note: without --model the head of {framework} is untrained (seed {seed})", sys.stderr)
     if m is not None: m.apply(seg.backbone).remove()
     with settings_kept(out):
-        results = _run_tests(seg, tests, looks, dict(batch_size=batch_size, limit=limit, kind=kind))
+        how = dict(batch_size=batch_size, limit=limit, kind=kind, same=_same_names(same))
+        results = _run_tests(seg, tests, looks, how)
     head,m = dict(head='trained' if model else 'untrained'),m or _mask_in(seg, told)
     if data == 'all':
         title = f'{framework}: mIoU in percent, {_mean_of(looks[TABLE1[0]])}'
@@ -114,12 +106,13 @@ def evaluate(framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pre
             f'{framework} on {data}, {_mean_of(looks[data])}')
 
 # %% ../../nbs/app/70g_evaluation.ipynb #38b676f8
-def _open_tests(data, root, split, classes, ignore, corrupt, kind):
+def _open_tests(data, root, split, classes, ignore, corrupt, kind, same):
     "The data sets to evaluate on, by name. Raises `OpenTransError` that names those of Table 1 that are missing."
     if data != 'all':
         instances = kind == 'panoptic' and data in ('ade20k_150', 'cityscapes_19')
         return {data: open_data(data, root, split, classes, ignore, corrupt, instances)}
-    given = [name for name,value in dict(classes=classes, ignore=ignore).items() if value is not None]
+    options = dict(classes=classes, ignore=ignore, same=same or None)
+    given = [name for name,value in options.items() if value is not None]
     if kind != 'semantic': given.append('kind')
     if given: raise OpenTransError(f"--data all is mIoU on the seven data sets of Table 1: leave out --{given[0]}.")
     found,lost = {},{}
@@ -131,6 +124,15 @@ def _open_tests(data, root, split, classes, ignore, corrupt, kind):
     raise OpenTransError(
         f"--data all needs the seven data sets of Table 1, and {', '.join(lost)} cannot be opened. {why}")
 
+def _same_names(same):
+    "Lists of names from `--same 'sofa|couch'`. Raises `OpenTransError` for a list of one name."
+    lists = [[name.strip() for name in names.split('|') if name.strip()] for names in same or ()]
+    for typed,names in zip(same or (), lists):
+        if len(names) < 2:
+            raise OpenTransError(f"--same {shorten(typed, 60)} holds one name. Give those that mean the same pixels, "
+                                 f"as --same 'sofa|couch'.")
+    return lists or None
+
 def _run_tests(seg, tests, looks, how):
     "The result on each data set, by name; of several, each is told when it is there."
     from opentrans.training import evaluate as run
@@ -138,7 +140,7 @@ def _run_tests(seg, tests, looks, how):
     for name,test in tests.items():
         results[name] = run(seg, test, **how, **looks[name])
         if len(tests) > 1 and first_process():
-            _say(f"{name}: mIoU {results[name]['miou']:.4f} on {results[name]['n_images']} images", sys.stderr)
+            _say(f"{name}: mIoU {results[name]['miou']:.1%} on {results[name]['n_images']} images", sys.stderr)
     return results
 
 def _report_table(seg, results, head, size, mask, out, as_json, title):
@@ -208,8 +210,10 @@ def segment(
         raise OpenTransError("--model has been trained, --method needs no training: leave one out.")
     if method and not _typed('backbone'): backbone = 'shapes-vit'
     if model:
-        vocabulary = _trained_prompts(_read_model(Path(model)/'model.json'), vocabulary)
-        seg = open_trained(model, vocabulary, device, pretrained, _hub_of_model(pretrained, allow_hub))[0]
+        told = _read_model(Path(model)/'model.json')
+        vocabulary = _trained_prompts(told, vocabulary)
+        hub = _hub_of_model(pretrained, allow_hub)
+        seg = open_trained(model, vocabulary, device, pretrained, hub, told)[0]
     else:
         seg = open_clip_backbone(backbone, pretrained, _stride(output_stride, 'clip', backbone, True), device,
                                  _hub(allow_hub))
@@ -226,7 +230,9 @@ def segment(
     marked = [f'{name} *' if name in doubt else name for name in found]
     _save_picture(lambda: overlay(x, labels, marked), Path(out))
     share = {name: (labels == k).float().mean().item() for k,name in enumerate(found if as_json else marked)}
-    show(dict(sorted(share.items(), key=lambda z: -z[1])), as_json, 'share of the image')
+    ranked = dict(sorted(share.items(), key=lambda z: -z[1]))
+    show(ranked if as_json else {name: f'{part:.1%}' for name,part in ranked.items()}, as_json,
+         'share of the image')
     beside = sys.stderr if as_json else sys.stdout
     if doubt: _say('* unlike anything it was shown, so a guess: ' + ', '.join(map(_doubted, doubt.items())), beside)
     _say(f'picture: {out}', beside)

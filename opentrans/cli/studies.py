@@ -42,19 +42,22 @@ def demo(
     scale:Annotated[str, typer.Option(
         help="'demo'; 'shapes', longer; 'gpu': CLIP's RN50 on larger scenes; 'smoke': shows nothing but that it "
              "runs.")]='demo',
+    every:Annotated[bool, typer.Option('--all', help="Every arm of three studies, in every framework.")]=False,
     scheduler:Scheduler='local', workers:JobWorkers=None,
     allow_hub:AllowHub=False, config:Config=None,
 ):
-    "The paper's main job on generated scenes, beside the alternatives, with a report."
+    "Photographs by your words, then the paper's main job on generated scenes, with a report."
     import pandas as pd
     from opentrans import experiments as ex
     command = 'opentrans demo' + ''.join(f' --{k} {v}'
                                          for k,v,d in (('seeds', seeds, 1), ('seed', seed, 0),
                                                        ('scale', scale, 'demo')) if v != d)
+    if every: command += ' --all'
+    arms = ex.ARMS + ex.FRAMEWORK_ARMS if every else None
     where = _where_jobs_run(scheduler, workers)
     _writable(Path(out)/'opentrans-demo.json')
     _weights_of_scale(scale, None, allow_hub)
-    data = ex.demo(out, seeds=seeds, seed=seed, scale=scale, scheduler=where, command=command)
+    data = ex.demo(out, seeds=seeds, seed=seed, scale=scale, scheduler=where, arms=arms, command=command)
     for name,rows in data['summary'].items():
         show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
     _say(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
@@ -104,14 +107,35 @@ def _changed_scale(scale, iterations, changes, device, allow_hub):
 
 # %% ../../nbs/app/70h_studies.ipynb #bd042ba1
 @app.command()
-def study(name:Annotated[Optional[str], typer.Argument(help="Which study; none lists them.")]=None,
-          out:Annotated[str,
-                        typer.Option(
-                            help="Folder for NAME-Nseeds.json; interrupted, the study goes on from the runs under "
-                            "it.")]='results', seeds:Seeds=5, seed:FirstSeed=0,
-          scale:Annotated[str,
-                          typer.Option(
-                              help="'shapes', minutes to hours on two cores; 'demo', shorter; 'photo': photo-lite0 " "on MSRC, CamVid and " "mosaics, hours; 'gpu': CLIP's RN50 on larger scenes; " "'coco': " "RN50 " "on " "COCO " "and " "six " "more " "sets, " "days; " "'smoke': " "shows " "nothing " "but " "that " "it " "runs.")]='shapes', root:Root=None, pretrained:Annotated[Optional[str], typer.Option(help="Weights " "file " "of " "the " "scale's " "CLIP, " "where " "they " "cannot " "be " "downloaded, " "or " "'none' " "for " "random " "weights.")]=None, arm:Annotated[Optional[list[str]], typer.Option(help="Run " "this " "arm " "of " "the " "study; " "may " "be " "given " "several " "times. " "Default: " "all.")]=None, iterations:Annotated[Optional[int], typer.Option(help="Iterations of DeepLabV3's whole course; warm-up, rounds of Algorithm 1 and the other frameworks' " "courses move along.")]=None, set_:Annotated[Optional[list[str]], typer.Option('--set', help="Another field of the scale, as NAME=VALUE (batch_size, " "accumulate, precision, loaders, ...); may be given " "several times.")]=None, device:Annotated[Optional[str], typer.Option(help="cpu, cuda, mps. Default: the scale's.")]=None, framework:Annotated[Optional[str], typer.Option(help="Where arms are trained that name no framework. Default: the scale's; at 'gpu' and 'coco' the " "paper's for the table.")]=None, every:Annotated[bool, typer.Option('--all', help="All studies, one after another.")]=False, dry_run:DryRun=False, scheduler:Scheduler='local', workers:JobWorkers=None, allow_hub:AllowHub=False, config:Config=None,):
+def study(
+    name:Annotated[Optional[str], typer.Argument(help="Which study; none lists them.")]=None,
+    out:Annotated[str, typer.Option(
+        help="Folder for NAME-Nseeds.json; interrupted, the study goes on from the runs under it.")]='results',
+    seeds:Seeds=5, seed:FirstSeed=0,
+    scale:Annotated[str, typer.Option(
+        help="'shapes', minutes to hours on two cores; 'demo', shorter; 'photo': photo-lite0 on MSRC, CamVid and "
+             "mosaics, hours; 'gpu': CLIP's RN50 on larger scenes; 'coco': RN50 on COCO and six more sets, days; "
+             "'smoke': shows nothing but that it runs.")]='shapes',
+    root:Root=None,
+    pretrained:Annotated[Optional[str], typer.Option(
+        help="Weights file of the scale's CLIP, where they cannot be downloaded, or 'none' for random "
+             "weights.")]=None,
+    arm:Annotated[Optional[list[str]], typer.Option(
+        help="Run this arm of the study; may be given several times. Default: all.")]=None,
+    iterations:Annotated[Optional[int], typer.Option(
+        help="Iterations of DeepLabV3's whole course; warm-up, rounds of Algorithm 1 and the other frameworks' "
+             "courses move along.")]=None,
+    set_:Annotated[Optional[list[str]], typer.Option('--set',
+        help="Another field of the scale, as NAME=VALUE (batch_size, accumulate, precision, loaders, ...); may be "
+             "given several times.")]=None,
+    device:Annotated[Optional[str], typer.Option(help="cpu, cuda, mps. Default: the scale's.")]=None,
+    framework:Annotated[Optional[str], typer.Option(
+        help="Where arms are trained that name no framework. Default: the scale's; at 'gpu' and 'coco' the "
+             "paper's for the table.")]=None,
+    every:Annotated[bool, typer.Option('--all', help="All studies, one after another.")]=False,
+    dry_run:DryRun=False, scheduler:Scheduler='local', workers:JobWorkers=None, allow_hub:AllowHub=False,
+    config:Config=None,
+):
     "One table of the paper, or one beyond it, over several seeds: every number, paired differences, verdicts."
     import pandas as pd
     from opentrans import experiments as ex

@@ -6,13 +6,13 @@
 __all__ = ['show']
 
 # %% ../../nbs/app/70b_terminal.ipynb #8d117914
-import errno, json, math, sys, tempfile
+import errno, json, math, re, sys, tempfile
 from pathlib import Path
 from ..errors import OpenTransError, WriteError, shorten, unknown
 from ..escape import for_terminal, printable
-from .options import _SIDE, first_process
+from .options import _NOW, _SIDE, first_process
 
-# %% ../../nbs/app/70b_terminal.ipynb #a1066b55
+# %% ../../nbs/app/70b_terminal.ipynb #57a357bf
 def show(
     result, # dict or DataFrame
     as_json:bool=False, # JSON instead of a table?
@@ -23,35 +23,84 @@ def show(
     import pandas as pd
     if as_json: return _show_json(result.to_dict('index') if isinstance(result, pd.DataFrame) else result)
     if not isinstance(result, pd.DataFrame):
-        plain = {k: v for k,v in result.items() if not isinstance(v, (dict, list))}
+        plain = {k: _as_read(k, v) for k,v in result.items() if not isinstance(v, (dict, list))}
         result = pd.DataFrame({'value': pd.Series(plain, dtype=object)})
     _show_table(result, title)
+
+def _as_read(name, value):
+    "A value as people read it: what is a share of all pixels or segments, in percent."
+    share = isinstance(value, float) and re.match(r'(best_)?(miou|pq|sq|rq)(_|$)', str(name))
+    return f'{100*value:.1f} %' if share else value
 
 def _show_json(result):
     from opentrans.files import plain_json
     print(json.dumps(plain_json(result), indent=1))
 
-def _show_table(frame, title):
-    "A table in the width of the terminal, or of 150 characters where there is none."
+def _cells(frame):
+    "The texts of a table: a list of them for each column."
+    def told(name, value):
+        value = _as_read(name, value)
+        return f'{value:.4g}' if isinstance(value, float) else str(value)
+    columns = [frame.iloc[:, place] for place in range(frame.shape[1])]
+    return [[told(name, value) for value in column] for name,column in zip(frame.columns, columns)]
+
+# %% ../../nbs/app/70b_terminal.ipynb #0be9c467
+_LONG = 26 # characters: a longer text may be broken into lines, a number never is
+_LONG_NAME = 60 # the same for the names of rows
+
+def _is_broken(cells, longest=_LONG):
+    "May a column be broken into lines?"
+    return any(len(str(cell)) > longest for cell in cells)
+
+def _least_width(frame, columns):
+    "How many characters a table needs: whole numbers, and texts broken between words."
+    from rich.cells import cell_len
+    def width(cells, longest=_LONG):
+        cells = [str(for_terminal(cell)) for cell in cells]
+        whole = cells if not _is_broken(cells, longest) else [word for cell in cells for word in cell.split()]
+        return max(map(cell_len, whole), default=0)
+    heads = [[name, *cells] for name,cells in zip(frame.columns, columns)]
+    return 1 + width(frame.index, _LONG_NAME) + 3 + sum(width(cells) + 3 for cells in heads)
+
+def _table(frame, columns, title, live):
+    "The first columns of a table."
     from rich import box
-    from rich.console import Console
     from rich.table import Table
-    live = sys.stdout.isatty()
     style = dict(title_justify='left', title_style='bold' if live else '', box=box.SIMPLE)
     table = Table(title=for_terminal(title) if title else None, **style)
-    longest = max((len(str(name)) for name in frame.index), default=0)
-    table.add_column('', justify='left', no_wrap=longest < 60, overflow='fold')
-    for place,name in enumerate(frame.columns):
-        text = frame.dtypes.iloc[place] == object
-        table.add_column(for_terminal(name), justify='right', no_wrap=not text, overflow='fold')
-    for name,row in zip(frame.index, frame.itertuples(index=False)):
-        cells = [f'{v:.4g}' if isinstance(v, float) else str(v) for v in row]
-        table.add_row(*map(for_terminal, (name, *cells)))
-    Console(force_jupyter=False, force_terminal=live, no_color=not live, width=None if live else 150).print(table)
+    table.add_column('', justify='left', no_wrap=not _is_broken(frame.index, _LONG_NAME), overflow='fold')
+    for name,cells in zip(frame.columns, columns):
+        table.add_column(for_terminal(name), justify='right', no_wrap=not _is_broken(cells), overflow='fold')
+    for name,row in zip(frame.index, zip(*columns)): table.add_row(*map(for_terminal, (name, *row)))
+    return table
 
+def _show_table(frame, title):
+    """A table in the width of the terminal, or of 150 characters where there is none. What does not fit is left out
+    in whole columns, and named: no number is cut."""
+    from rich.console import Console
+    live = sys.stdout.isatty()
+    console = Console(force_jupyter=False, force_terminal=live, no_color=not live, width=None if live else 150)
+    columns = _cells(frame)
+    many = len(columns)
+    while many > 1 and _least_width(frame, columns[:many]) > console.width: many -= 1
+    console.print(_table(frame, columns[:many], title, live))
+    left = [str(name) for name in frame.columns[many:]]
+    if left: _say(f"left out for want of room: {', '.join(left)}. A wider terminal shows them, and --json has all.")
+
+# %% ../../nbs/app/70b_terminal.ipynb #f0b90c57
 def _say(text, file=None):
     "Print a line for people. Characters that command a terminal are written as their codes."
     print(printable(text), file=file or sys.stdout)
+
+def _as_flags(message):
+    "A message of a function in the words of the command: `root=...` is --root there."
+    context = _NOW.get('context')
+    if context is None: return message
+    flags = {param.name: param.opts[0] for param in context.command.params if param.opts[0].startswith('--')}
+    def flag(found):
+        name = found[1]
+        return f'{flags[name]} ' if name in flags else found[0]
+    return re.sub(r"(?<!--set )(?<![\w.'\"{,-])(\w+)=(?=[\w.'\"\[(-])", flag, message)
 
 # %% ../../nbs/app/70b_terminal.ipynb #113d8ee9
 def _save_table(frame, path):

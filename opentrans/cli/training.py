@@ -6,7 +6,7 @@
 __all__ = ['transfer', 'finetune']
 
 # %% ../../nbs/app/70f_training.ipynb #e226a17b
-import contextlib
+import contextlib, shlex, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -19,7 +19,7 @@ from .options import (
     AllowHub, Backbone, By, Classes, Config, Corrupt, Data, Device, DryRun, Framework, Freeze, Ignore,
     Preset, Pretrained, Prompts, Quiet, Root, Seed, Share, Split, Stride, Xmin, _SIDE, _hub, app,
     first_process, open_clip_backbone, open_data, settings_kept)
-from .terminal import _number, _rules, _writable, show
+from .terminal import _number, _rules, _say, _writable, show
 from .trained import _save_model
 
 # %% ../../nbs/app/70f_training.ipynb #47ea5c13
@@ -70,8 +70,9 @@ def transfer(
     named,whole,warm,rest = _course(recipe, framework, shipped, warmup, freeze, set_, iterations, **told)
     sets = [open_data(data, root, s, classes, ignore, corrupt, panoptic) for s in (split, eval_split)]
     train,test = (_prompted(one, framework, prompts, shipped) for one in sets)
-    clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
-    seg = _build(framework, clip, train.vocabulary, preset, seed, prompts)
+    built = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=stride,
+                 prompts=prompts)
+    seg,clip = _model_of(built, train, device, seed, allow_hub)
     under = '' if m is None else ' and no mask' if alpha_of == 'dense' and freeze else ' under the mask'
     _tell_course(named, framework, whole, warm, rest, freeze, under, _where(stride, train))
     if dry_run: return _dry_run(seg, train, whole, m, None, processes, as_json)
@@ -83,8 +84,6 @@ def transfer(
     with settings_kept(out, **kept), contextlib.ExitStack() as in_force:
         selection = _tune(seg, train, m, warm, rest, choose, out, how, in_force)
         chosen = None if selection is None else 'selection.json'
-        built = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset,
-                     output_stride=stride, prompts=prompts)
         _save_model(seg, clip, out, built, train, data=data, recipe=whole.to_dict(), mask=mask, selection=chosen)
         result = evaluate(seg, test, limit=limit, **looks)
     what = 'no mask' if m is None else f'mask of density {m.density:.3f}'
@@ -92,6 +91,13 @@ def transfer(
             f'{framework} on {backbone}, {what}, {_mean_of(looks)}')
 
 # %% ../../nbs/app/70f_training.ipynb #571c6599
+def _model_of(built, train, device, seed, allow_hub):
+    "The framework that the flags name, for the classes of its data, and its CLIP."
+    clip = open_clip_backbone(built['backbone'], built['pretrained'], built['output_stride'], device,
+                              _hub(allow_hub))
+    seg = _build(built['framework'], clip, train.vocabulary, built['preset'], seed, built['prompts'])
+    return seg,clip
+
 def _dry_run(seg, train, recipe, mask, selection, processes, as_json):
     "Measure a few iterations and say what the run needs. Raises `OpenTransError` if it cannot fit."
     from opentrans.training import plan_run
@@ -146,8 +152,10 @@ def finetune(
     eval_every:Annotated[int, typer.Option(min=0,
                                            help="Evaluate every so many iterations, and keep the best weights in "
                                                 "OUT/run/best.safetensors; 0 does not.")]=0,
-    eval_split:Annotated[str, typer.Option(help="Split to evaluate on.")]='val', checkpoint_every:Every=500,
-    print_every:Print=50, tensorboard:Board=False,
+    eval_split:Annotated[str, typer.Option(help="Split to evaluate on.")]='val',
+    eval_limit:Annotated[int, typer.Option(
+        min=0, help="Images that the mIoU at the end is taken over; 0: no mIoU.")]=100,
+    checkpoint_every:Every=500, print_every:Print=50, tensorboard:Board=False,
     dry_run:DryRun=False, processes:Share=1,
     device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
 ):
@@ -164,21 +172,50 @@ def finetune(
     r = make_recipe(name, framework, set_, iterations, **told)
     m = SparseMask.load(mask) if mask else None
     chosen = LayerSelection.from_json(Path(selection)) if selection else None
-    sets = [open_data(data, root, s, classes, ignore, corrupt, panoptic) if s else None
-            for s in (split, eval_split if eval_every else None)]
-    train,val = (one and _prompted(one, framework, prompts, shipped) for one in sets)
-    clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
-    seg = _build(framework, clip, train.vocabulary, preset, seed, prompts)
+    train = _prompted(open_data(data, root, split, classes, ignore, corrupt, panoptic), framework, prompts, shipped)
+    where = dict(name=data, root=root, split=eval_split, classes=classes, ignore=ignore, corrupt=corrupt)
+    val = _judges(where, eval_every, eval_limit, framework, prompts, shipped)
+    built = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=stride,
+                 prompts=prompts)
+    seg,clip = _model_of(built, train, device, seed, allow_hub)
     _tell_course(_recipe_values(name).get('preset'), framework, r, None, r, 0, '', _where(stride, train))
     if dry_run: return _dry_run(seg, train, r, m, chosen, processes, as_json)
     how = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
     with settings_kept(out, recipe=r.to_dict(), output_stride=stride):
-        history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=str(Path(out)/'run'), val=val,
-                      eval_every=eval_every, **how)
-        built = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset,
-                     output_stride=stride, prompts=prompts)
+        history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=str(Path(out)/'run'),
+                      val=val if eval_every else None, eval_every=eval_every, **how)
         _save_model(seg, clip, out, built, train, data=data, recipe=r.to_dict(), mask=mask, selection=selection)
+    best = dict(best_miou=float(history.miou.max())) if 'miou' in history else {}
+    looks = _looks(framework, data, shipped, workers=workers, device=device)
+    reached = _reached(seg, val, eval_limit, looks)
     show(dict(iterations=len(history), first_loss=float(history.loss.iloc[0]),
-              last_loss=float(history.loss.iloc[-1]),
-              **(dict(best_miou=float(history.miou.max())) if 'miou' in history else {}),
+              last_loss=float(history.loss.iloc[-1]), **best, **reached,
               model=str(Path(out)/'model.safetensors')), as_json, 'fine-tuned')
+    if not as_json: _tell_next(out, where)
+
+# %% ../../nbs/app/70f_training.ipynb #9c027d60
+def _judges(where, every, limit, framework, prompts, shipped):
+    """The data set that a run is judged on. One that is not there ends a command only if it was asked for; else it
+    is told, and None is given."""
+    if not every and not limit: return None
+    try: return _prompted(open_data(**where), framework, prompts, shipped)
+    except OpenTransError as error:
+        if every: raise
+        _say(f"note: there will be no mIoU at the end. {error}", sys.stderr)
+        return None
+
+def _reached(seg, val, limit, looks):
+    "The mIoU that a run ends with, and over how many images."
+    from opentrans.training import evaluate
+    if val is None or not limit: return {}
+    result = evaluate(seg, val, limit=limit, **looks)
+    return dict(miou=result['miou'], images=result['n_images'])
+
+def _tell_next(out, where):
+    "The commands that go on from here."
+    if not first_process(): return
+    more = ''.join(f' --{flag} {shlex.quote(str(where[flag]))}' for flag in ('root', 'classes', 'ignore')
+                   if where[flag] is not None)
+    model = shlex.quote(str(out))
+    _say(f"next: opentrans evaluate --model {model} --data {where['name']} --split {where['split']}{more}\n"
+         f"      opentrans segment photo.jpg \"grass, water, ...\" --model {model}")

@@ -15,7 +15,7 @@ from .options import (
     AllowHub, Backbone, By, Classes, Config, Data, Device, Freeze, Ignore, Preset, Pretrained, Quiet, Root,
     Seed, Split, Stride, Xmin, _SIDE, _hub, _typed, app, first_process, keep_settings,
     open_clip_backbone, open_data)
-from .terminal import _number, _rules, _save_picture, _save_table, _say, _size, _writable, show
+from .terminal import _as_flags, _number, _rules, _save_picture, _save_table, _say, _size, _writable, show
 
 # %% ../../nbs/app/70d_weights.ipynb #83c5572c
 def _anything(name, pretrained, allow_hub):
@@ -76,7 +76,7 @@ def alpha(
         frame[[c
                for c in ('frozen', 'shape', 'n_evals', 'alpha', 'alpha_null', 'z', 'spikes', 'xmin', 'D', 'n_tail',
                          'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
-    if not as_json: _say(table.words())
+    if not as_json: _say(_as_flags(table.words()))
 
 # %% ../../nbs/app/70d_weights.ipynb #2a68ce37
 # flags of prune that are fields of its trainer
@@ -109,7 +109,7 @@ def _distillation(clip, data, released, told):
     from opentrans.frameworks import build, get_framework
     if released is None: return clip,DistillTrainer(clip, data, **told)
     own = {name: value for name,value in told.items() if name in ('workers', 'disk_mb', 'crop')
-           or _typed('precision' if name == 'amp' else name)}
+           or _typed(name)}
     own.pop('loss', None)
     preset = 'small' if clip.name in shipped_clips() else 'paper'
     model = build(released, clip, vocabulary=data.vocabulary, preset=preset, seed=0,
@@ -179,7 +179,7 @@ def prune(out:Annotated[str, typer.Option(help="The mask file to write (.safeten
     if method not in ('random', 'magnitude', *_LAYER_BY_LAYER):
         told = dict(loss=loss, iterations=iterations, lr=lr, batch_size=batch_size, crop=crop or None,
                     optimizer=optimizer, weight_decay=weight_decay, clip_grad=clip_grad or None,
-                    batch_norm=batch_norm, amp=precision == 'bf16', teacher_mode=teacher, max_regions=max_regions,
+                    batch_norm=batch_norm, precision=precision, teacher_mode=teacher, max_regions=max_regions,
                     workers=workers,
                     disk_mb=disk_mb)
         model,train = _distillation(clip, open_data(data, root, split, classes, ignore), released, told)

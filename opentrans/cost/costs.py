@@ -6,7 +6,7 @@
 __all__ = ['cost', 'Cost', 'training_table', 'training_flops', 'tool_count']
 
 # %% ../../nbs/04_cost.ipynb #e8c755bc
-import contextlib, logging, math, sys
+import contextlib, logging, math, re, sys
 from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
@@ -17,11 +17,12 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException, DynamicOutputShapeException, FakeTensor, UnsupportedFakeTensorException,
     UnsupportedOperatorException)
 from ..core import LAYER_KINDS, unwrap
-from .counting import _Composite, _Counter, _hooked, _LeftBehind, _model_rows, _run_dry, CONVENTIONS
+from .counting import _Composite, _Counter, _hooked, _model_rows, CONVENTIONS
+from .dry_pass import _LeftBehind, _run_dry
 from ..errors import OpenTransError, optional, unknown
 from ..escape import for_markdown, for_plot
 from ..naming import clean_name, find_names
-from ..runtime import axes, device_of, evaluating
+from ..runtime import get_axes, device_of, eval_mode
 
 # %% ../../nbs/04_cost.ipynb #6c404851
 def _blindly(beside, make):
@@ -108,7 +109,7 @@ class _CostTable:
         "The cost of some modules."
         return self.part(lambda r: any(r == n or r.startswith((f'{n}.', f'{n}:')) for n in names))
 
-    def under(self, mask): # A `SparseMask`, a dict name -> density, one number for the whole tower, or None
+    def with_mask(self, mask): # A `SparseMask`, a dict name -> density, one number for the whole tower, or None
         "The same cost under a mask: a weight's row shrinks to its density; biases, and what has no weight, stay."
         t = self.by_layer.copy()
         d = pd.Series(_densities(mask, t.tower.to_dict()), dtype=float).reindex(t.index).fillna(1.)
@@ -154,6 +155,12 @@ class _CostSums(_CostTable):
 # %% ../../nbs/04_cost.ipynb #b7679576
 _NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
                 UnsupportedOperatorException, NotImplementedError)
+
+_DTYPE = re.compile(r'torch\.(b?float|u?int|complex)\d|\b(B?Float|Half|Int|Long)(16|32|64)?\b')
+
+def _refuses_a_type(error):
+    "Does a dtype stop the pass? Torch's rules of shapes know fewer types than its operators (grouped products)."
+    return _DTYPE.search(str(error)) is not None
 
 def _needs_values(e): # or is the input simply wrong?
     return (isinstance(e, _NEED_VALUES)
@@ -261,19 +268,19 @@ def cost(
     # a mask of another backbone may have the same names: it is refused
     if hasattr(mask, 'weights'): mask.weights(model)
     with _as_written():
-        with evaluating(model): rows = _model_rows(model)
+        with eval_mode(model): rows = _model_rows(model)
         def run(*mode): return _one_pass(model, rows, size, convention, args, forward, *mode)
         try:
             counter = (_run_dry(model, run, 'Count with dry=False, which runs the model for real, once.') if dry
                        else run())
         except _LeftBehind: raise
         except Exception as e:
-            if not dry or not _needs_values(e):
+            if not dry or not (_needs_values(e) or _refuses_a_type(e)):
                 raise OpenTransError(
                     f"The model cannot be run on an input of size {size}: {e}. Give its other inputs as args=, or "
                     f"forward=.") from e
             return cost(model, input_size, mask, convention, args, forward, dry=False)
-    return _as_cost(counter, convention, size).under(mask)
+    return _as_cost(counter, convention, size).with_mask(mask)
 
 # %% ../../nbs/04_cost.ipynb #ba5f0bf9
 class _CostText(_CostSums):
@@ -335,7 +342,7 @@ class Cost(_CostText):
         "Bars of what each layer costs; the dark part is what a mask leaves."
         t = self.by_layer if by == 'layer' else getattr(self, f'by_{by}')()
         t = t[t[what] != 0]
-        ax = axes(ax, figsize=(min(12, 3+.16*len(t)), 3))
+        ax = get_axes(ax, figsize=(min(12, 3+.16*len(t)), 3))
         f,p = 1,''
         if t[what].max() > 1e8: f,p = 1e9,'G'
         elif t[what].max() > 1e5: f,p = 1e6,'M'
@@ -345,7 +352,7 @@ class Cost(_CostText):
             ax.bar(x, t[f'active_{what}']/f, color='#2b5c94', label='under the mask')
             ax.legend(frameon=False)
         names = [for_plot(r.removesuffix('.weight')) for r in t.index]
-        ax.set_xticks(x, names, rotation=90 if len(t) > 8 else 0, fontsize=7 if len(t) > 20 else 9)
+        ax.set_xticks(x, names, rotation=90 if len(t) > 8 else 0, fontsize=9)
         if len(t) > 80: ax.set_xticks(x[::len(t)//40], names[::len(t)//40])
         ax.set_ylabel(f"{p} {'MACs' if what == 'macs' else 'parameters'}".strip())
         ax.margins(x=.01)
@@ -371,7 +378,7 @@ def training_table(
 )->pd.DataFrame: # forward, input_grad, weight_grad: FLOPs of one image, by row
     "FLOPs of one training step for one image, layer by layer (supplement 6.2)."
     if rule not in ('paper', 'exact'): raise unknown('rule', rule, ['paper', 'exact'])
-    t,one = (cost if mask is None else cost.under(mask)).by_layer,cost.input_size[0] if cost.input_size else 1
+    t,one = (cost if mask is None else cost.with_mask(mask)).by_layer,cost.input_size[0] if cost.input_size else 1
     frozen = _frozen(selection, t.index)
     learns = pd.Series([r not in frozen and (train_norms or not tower or kind in LAYER_KINDS)
                         for r,tower,kind in zip(t.index, t.tower, t.kind)], t.index)

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from ..core import unwrap
 from .costs import _as_written, _blindly, _check_model, _inputs, _needs_values, _no_log, _size
-from .counting import _run_dry, _storage
+from .counting import _storage
+from .dry_pass import _run_dry
 from ..errors import OpenTransError, unknown
 
 # %% ../../nbs/04d_memory.ipynb #bd726ca6

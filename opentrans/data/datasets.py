@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
-from .readers import _some, Files, label_lut, LabelMaps, Panoptic, read_instances, WRONG
+from .readers import _some, Files, label_lut, LabelMaps, Panoptic, read_instances, INVALID
 from .samples import _listed_values, ignore_label
 from .shapes import ShapesWorld
 from .vocabulary import _asset, VOCABULARIES, Vocabulary
@@ -51,8 +51,8 @@ def find_layout(
         if all(f): return i, tuple(root/p for p in layouts[i])
     best = max(range(len(layouts)), key=lambda i: sum(found[i])/len(found[i]))
     lost = [str(p) for p,f in zip(layouts[best], found[best]) if not f]
-    kind = ('is not whole' if any(found[best]) else 'is not there' if any(root.iterdir())
-            else 'is not there: the folder is empty')
+    kind = 'is not there' if any(root.iterdir()) else 'is not there: the folder is empty'
+    if any(found[best]): kind = 'is not whole'
     raise OpenTransError(f"{name} under '{root}' {kind}; missing: {', '.join(lost)}. {how}".strip())
 
 # %% ../../nbs/data/15_datasets.ipynb #8926055d
@@ -399,16 +399,16 @@ def _benchmark(name, how, layouts, luts, **pairing):
                          **kwargs)
     return _open
 
-def _under(top, *pairs): return [tuple(f'{t}{p}' for p in pair) for pair in pairs for t in (f'{top}/', '')]
+def _with_optional_top(top, *pairs): return [tuple(f'{t}{p}' for p in pair) for pair in pairs for t in (f'{top}/', '')]
 def _long(split): return dict(train='training', val='validation')[split]
 
 _ade_labels = _benchmark('ade20k_150',
                          "Get ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu and unpack it into "
                          "ROOT.",
-                         lambda s: _under('ADEChallengeData2016',
+                         lambda s: _with_optional_top('ADEChallengeData2016',
                                           (f'images/{_long(s)}', f'annotations_detectron2/{_long(s)}'),
                                           (f'images/{_long(s)}', f'annotations/{_long(s)}'))
-                         + _under('sampleData', ('images', 'annotations')),
+                         + _with_optional_top('sampleData', ('images', 'annotations')),
                          [dict(void=[255])]*2 + [dict(offset=1, void=[0])]*4)
 
 @register_dataset('ade20k_150', _ade_labels.how)
@@ -427,16 +427,16 @@ _benchmark('ade20k_847',
 
 _benchmark('context_59',
            "Get PASCAL VOC 2010 and PASCAL-Context and run FC-CLIP's datasets/prepare_pascal_ctx_sem_seg.py.",
-           lambda s: _under('pascal_ctx_d2', (f'images/{_long(s)}', f'annotations_ctx59/{_long(s)}')),
+           lambda s: _with_optional_top('pascal_ctx_d2', (f'images/{_long(s)}', f'annotations_ctx59/{_long(s)}')),
            [dict(void=[255])]*2)
 
 _benchmark('context_459',
            "Get PASCAL VOC 2010 and PASCAL-Context and run FC-CLIP's datasets/prepare_pascal_ctx_full_sem_seg.py.",
-           lambda s: _under('pascal_ctx_d2', (f'images/{_long(s)}', f'annotations_ctx459/{_long(s)}')),
+           lambda s: _with_optional_top('pascal_ctx_d2', (f'images/{_long(s)}', f'annotations_ctx459/{_long(s)}')),
            [dict(void=[65535])]*2)
 
 _benchmark('voc_20',
-           "Get VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012 and unpack it into " "ROOT.", lambda s: _under('pascal_voc_d2', (f'images/{_long(s)}', f'annotations_pascal20/{_long(s)}')) + [(f'{t}JPEGImages', f'{t}SegmentationClass', f'{t}ImageSets/Segmentation/{s}.txt') for t in ('VOCdevkit/VOC2012/', 'VOC2012/', '')], [dict(void=[255])]*2 + [dict(offset=1, void=[0, 255])]*3)
+           "Get VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012 and unpack it into " "ROOT.", lambda s: _with_optional_top('pascal_voc_d2', (f'images/{_long(s)}', f'annotations_pascal20/{_long(s)}')) + [(f'{t}JPEGImages', f'{t}SegmentationClass', f'{t}ImageSets/Segmentation/{s}.txt') for t in ('VOCdevkit/VOC2012/', 'VOC2012/', '')], [dict(void=[255])]*2 + [dict(offset=1, void=[0, 255])]*3)
 
 # %% ../../nbs/data/15_datasets.ipynb #4b7935d5
 class ReleasedInstances(LabelMaps):
@@ -450,7 +450,7 @@ class ReleasedInstances(LabelMaps):
         ids,where = np.unique(raw, return_inverse=True)
         own = ids >= 1000
         classes = self.lut[np.where(own, ids//1000, ids).clip(0, 65535)]
-        if (classes == WRONG).any(): raise self._strange(f.labels, ids[classes == WRONG])
+        if (classes == INVALID).any(): raise self._strange(f.labels, ids[classes == INVALID])
         return where.reshape(raw.shape).astype(np.min_scalar_type(len(ids))), classes, (classes != self.ignore) & (
             own | ~thing[np.minimum(classes, len(self.vocabulary))])
 
@@ -494,13 +494,13 @@ def _there(root, layouts):
 def _ade_panoptic(root, split, how, **kwargs):
     a,v = _asset('vocab_ade20k_150'),VOCABULARIES['ade20k_150']
     found = _there(root,
-                   _under('ADEChallengeData2016',
+                   _with_optional_top('ADEChallengeData2016',
                           (f'ade20k_panoptic_{split}.json', f'ade20k_panoptic_{split}', f'images/{_long(split)}')))
     if found:
         return _panoptic_json('ade20k_150', v, found, lambda x: found[2]/f"{x['image_id']}.jpg",
                               lambda ids: {c: c for c in range(150)}, a['things'], **kwargs)
     i,(images,labels,instances) = find_layout('ade20k_150 with instances', root,
-                                              _under('ADEChallengeData2016',
+                                              _with_optional_top('ADEChallengeData2016',
                                                      *((f'images/{_long(split)}', f'{maps}/{_long(split)}',
                                                         f'annotations_instance/{_long(split)}')
                                                        for maps in ('annotations_detectron2', 'annotations'))), how)
@@ -517,7 +517,8 @@ def _ade_panoptic(root, split, how, **kwargs):
 def _cityscapes(root, split='val', panoptic=False, **kwargs):
     _split(split, train='', val='')
     root = data_root(root)
-    a,released = _asset('vocab_cityscapes_19'),_under('cityscapes', (f'leftImg8bit/{split}', f'gtFine/{split}'))
+    a = _asset('vocab_cityscapes_19')
+    released = _with_optional_top('cityscapes', (f'leftImg8bit/{split}', f'gtFine/{split}'))
     if panoptic: return _city_panoptic(root, split, a, released, **kwargs)
     _,(images,labels) = find_layout('cityscapes_19', root, released, _cityscapes.how)
     ready = next(labels.rglob('*_gtFine_labelTrainIds.png'), None) is not None
@@ -531,7 +532,7 @@ def _cityscapes(root, split='val', panoptic=False, **kwargs):
 def _city_panoptic(root, split, a, released, **kwargs):
     v = VOCABULARIES['cityscapes_19']
     found = _there(root,
-                   _under('cityscapes',
+                   _with_optional_top('cityscapes',
                           (f'gtFine/cityscapes_panoptic_{split}.json', f'gtFine/cityscapes_panoptic_{split}',
                            f'leftImg8bit/{split}')))
     def picture(x): return found[2]/str(x['image_id']).split('_')[0]/f"{x['image_id']}_leftImg8bit.png"

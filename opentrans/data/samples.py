@@ -8,13 +8,15 @@ __all__ = ['ignore_label', 'unpack', 'panoptic_of', 'sample_packed', 'collate', 
 
 # %% ../../nbs/data/11_samples.ipynb #86728a7f
 import colorsys, math
+from collections import Counter
+from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 from ..errors import OpenTransError, shorten, unknown
 from ..escape import for_plot
-from ..runtime import axes
+from ..runtime import get_axes
 
 # %% ../../nbs/data/11_samples.ipynb #4f86c0d9
 def _listed_names(names):
@@ -111,12 +113,54 @@ def collate(
                 ignore=ignore, **many)
 
 # %% ../../nbs/data/11_samples.ipynb #a375be89
+# what has a colour of its own in every picture: the first of these words that is in a name decides
+_OWN_COLOURS = {
+    'grass': '4c9a2a', 'lawn': '4c9a2a', 'meadow': '4c9a2a', 'field': '4c9a2a',
+    'water': '2b6fb3', 'sea': '2b6fb3', 'lake': '2b6fb3', 'river': '2b6fb3', 'ocean': '2b6fb3',
+    'sky': '9ccdf0', 'tree': '1e5c2e', 'trees': '1e5c2e', 'forest': '1e5c2e', 'leaf': '1e5c2e',
+    'sand': 'e3cf97', 'beach': 'e3cf97', 'brick': '9c5a3c', 'snow': 'e9eef2', 'paper': 'f1ead8',
+    'road': '6b6b76', 'street': '6b6b76', 'pavement': 'b9a8b5', 'floor': 'b59e86', 'wall': 'c9c4b8',
+    'building': '8d7f74', 'mountain': '7d6b91', 'red': 'd81f26', 'yellow': 'f2d51e', 'green': '24b04a',
+    'blue': '2452e0', 'purple': '9c2fbc'}
+
+def _own_colour(name):
+    "The colour that a thing of this name has in every picture, or None."
+    words = name.lower().replace('-', ' ').split()
+    found = next((word for word in _OWN_COLOURS if word in words), None)
+    return None if found is None else np.frombuffer(bytes.fromhex(_OWN_COLOURS[found]), np.uint8)/255
+
+def _free_colour(taken, others):
+    "The next of some colours that is unlike those that are taken; the least like them if none is."
+    for colour in others:
+        if not taken or _distance_to(taken, colour) > .5: return colour
+    return max(others, key=partial(_distance_to, taken))
+
+def _distance_to(taken, colour): return min(np.linalg.norm(colour-other) for other in taken)
+
+def _named_colours(names):
+    "Colours for names: their own, darker from one to the next of the same, or some that are free."
+    own = [_own_colour(name) for name in names]
+    taken,colours = [colour for colour in own if colour is not None],[]
+    others = class_colours(max(24, 2*len(names)))
+    met = Counter()
+    for colour in own:
+        if colour is None:
+            colour = _free_colour(taken, others)
+            taken.append(colour)
+        shade = met[tuple(colour)]
+        met[tuple(colour)] += 1
+        # no two shades of one colour are alike, and neighbours are far apart
+        colours.append(colour*(1-.5*(.618034*shade % 1)))
+    return np.array(colours).reshape(-1, 3)
+
+# %% ../../nbs/data/11_samples.ipynb #76323d3a
 def class_colours(
-    k:int, # Number of classes
+    classes, # Number of classes, or their names: grass is green then, water blue, a red star red
 )->np.ndarray: # (k,3) in [0,1]
-    "A colour for each class; class i has the same colour whatever `k` is."
+    "A colour for each class. By number, class i has the same colour whatever their number is."
+    if not isinstance(classes, int): return _named_colours(list(classes))
     return np.array([colorsys.hsv_to_rgb((i*.618034+.55)%1, (.75, .5, .95)[i%3], (.95, .75, .6)[i//3%3])
-                     for i in range(k)]).reshape(-1, 3)
+                     for i in range(classes)]).reshape(-1, 3)
 
 def _outlines(regions):
     "Pixels of a region whose right or lower neighbour is not of it."
@@ -129,6 +173,7 @@ def show_sample(
     ax=None, # Axes; None makes new ones
     title:str=None, # Above the picture; None writes the kind
     vocabulary=None, # To name the classes at their largest regions
+    names=None, # Of the classes, for labels in the colours that these have in every picture
 ): # The axes
     """Draw a sample: labels in the colours of `class_colours` (grey where ignored), regions as outlines on the
     image."""
@@ -137,14 +182,14 @@ def show_sample(
     if kind == 'labels':
         labels = np.asarray(sample['labels'])
         known = labels < ignore_label(256) if sample.get('ignore') == 65535 else labels < 255
-        colours = class_colours(int(labels[known].max())+1 if known.any() else 1)
+        colours = class_colours(names or (int(labels[known].max())+1 if known.any() else 1))
         picture = np.where(known[...,None], colours[np.where(known, labels, 0)], .5)
     else: picture = np.asarray(sample['image']).transpose(1, 2, 0).clip(0, 1).copy()
     if kind == 'regions' and len(sample['regions']): picture[_outlines(sample['regions'])] = (1., 0., 1.)
-    ax = axes(ax, figsize=(3, 3))
+    ax = get_axes(ax, figsize=(3, 3))
     ax.imshow(picture, interpolation='nearest')
     ax.set_axis_off()
-    ax.set_title(kind if title is None else title, fontsize=8)
+    ax.set_title(kind if title is None else title, fontsize=9)
     if vocabulary is not None:
         for m,c in zip(np.asarray(sample['regions']), sample['region_classes'].tolist()):
             y,x = (int(np.median(p)) for p in np.nonzero(m))
@@ -189,7 +234,8 @@ def _resize_image(image, size, window, cut):
     part = F.interpolate(part, size=(height, width), mode='bilinear', align_corners=False, antialias=True)[0]
     return part[:,up:up+bottom-top,over:over+right-left]
 
-def _take(x, rows, cols): return torch.from_numpy(np.asarray(x).take(rows, -2).take(cols, -1)) # much faster than torch's indexing
+# much faster than torch's indexing
+def _take(x, rows, cols): return torch.from_numpy(np.asarray(x).take(rows, -2).take(cols, -1))
 
 def _resize(sample, size, window=None, flip=False, regions=True, pad=None, packed=False):
     """Resize a sample, packed or not, keep the window (top, left, bottom, right) of the result, and mirror it; pad

@@ -6,13 +6,13 @@
 __all__ = ['DISTANCES', 'feature_loss', 'FeatureTrainer']
 
 # %% ../../nbs/clip/23c_features.ipynb #562cbd6b
-from dataclasses import dataclass, field
+from dataclasses import dataclass, InitVar
 import torch
 from torch import nn
 from torch.nn import functional as F
 from ..clip.backbone import ClipBackbone
-from .trainer import _training, find_backbone
-from ..errors import check_number, OpenTransError, unknown
+from .teaching import _training, find_backbone, precision_of
+from ..errors import check_number, none_if_off, OpenTransError, unknown
 from ..files import check_finite, checksum
 from ..runtime import device_of, progress
 
@@ -51,13 +51,15 @@ class FeatureTrainer:
     kind:str = 'cosine' # One of `DISTANCES`
     iterations:int = 1000 # Iterations a round
     lr:float = 1e-4 # Learning rate of AdamW
-    clip_grad:float = 0. # Largest norm of the gradient; 0 for no limit
+    clip_grad:float = None # Largest norm of the gradient; None for no limit
     # `'frozen'`: CLIP's statistics, as the teacher has them; `'train'`: those of the batch
     batch_norm:str = 'frozen'
-    amp:bool = False # bfloat16 autocast for student and teacher?
+    precision:str = None # Mixed precision of student and teacher: `'bf16'`; None computes in 32 bits
     stages:tuple = () # Names of the maps to compare, such as `('res4', 'res5')`; none: all
+    amp:InitVar = None # Of opentrans 0.1: True is `precision='bf16'`
 
-    def __post_init__(self):
+    def __post_init__(self, amp):
+        self.precision,self.clip_grad = precision_of(self.precision, amp),none_if_off(self.clip_grad, 0)
         if self.kind not in DISTANCES: raise unknown('distance of features', self.kind, DISTANCES)
         if self.batch_norm not in ('train', 'frozen'):
             raise unknown('batch_norm', self.batch_norm, ['train', 'frozen'])
@@ -68,11 +70,13 @@ class FeatureTrainer:
         for stage in self.stages:
             if stage not in self.clip.channels: raise unknown('stage', stage, self.clip.channels)
         self.settings = dict(loss=f'features, {self.kind}', stages=list(self.stages), iterations=self.iterations,
-                             lr=self.lr, clip_grad=self.clip_grad, batch_norm=self.batch_norm, amp=self.amp,
+                             lr=self.lr, clip_grad=self.clip_grad or 0., batch_norm=self.batch_norm,
+                             amp=self.precision is not None, # off in the words that files hold since 0.1
+                            
                              images=len(self.images), teacher=checksum(self.teacher.state_dict(), {})[7:23])
 
     def _loss(self, backbone, images):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.precision is not None):
             student = backbone(images)
             with torch.no_grad(): teacher = self.teacher(images)
         chosen = self.stages or tuple(teacher)

@@ -15,12 +15,14 @@ from .registry import __all__ as _registry
 from .studies import LOSSES_OF, alpha_course, alpha_curves, overlaps, pictures, unpack_pictures
 from .league import *
 from .league import __all__ as _league
+from .first_picture import *
+from .first_picture import __all__ as _first_picture
 from .report import *
 from .report import __all__ as _report
 
 _OF_STUDIES = ['LOSSES_OF', 'alpha_course', 'alpha_curves', 'overlaps', 'pictures', 'unpack_pictures'] # the others are named as their studies
 __all__ = ['paper_costs', *_scale, *_arms, *_jobs, *_claims, *_figures, *_registry, *_OF_STUDIES, *_report,
-           *_league]
+           *_league, *_first_picture]
 
 from opentrans.helping import document as _document
 _document(__name__)

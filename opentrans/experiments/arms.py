@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['READINGS', 'ARM_FILE', 'ROUNDS_FILE', 'ALPHAS_FILE', 'FOUND_FILE', 'ANSWERS_FILE', 'MASKS', 'FINDERS', 'ARMS',
-           'OTHERS', 'FRAMEWORK_ARMS', 'PICTURES', 'TUNERS', 'ArmResult', 'read_tensors', 'read_rounds', 'MaskRecipe',
-           'as_recipe', 'build_framework', 'find_mask', 'open_mask', 'Arm', 'framework_arms', 'arms_of', 'open_arm',
-           'start_file', 'arm_file', 'checkpoints', 'maybe_mask', 'warm_up', 'no_warm_up', 'open_warm', 'select_layers',
-           'tune_below', 'clip_similarity', 'cached_result', 'run_arm']
+           'OTHER_FRAMEWORKS', 'FRAMEWORK_ARMS', 'PICTURES', 'TUNERS', 'ArmResult', 'read_tensors', 'read_rounds',
+           'MaskRecipe', 'as_recipe', 'build_framework', 'find_mask', 'open_mask', 'Arm', 'framework_arms', 'arms_of',
+           'open_arm', 'start_file', 'arm_file', 'checkpoints', 'maybe_mask', 'warm_up', 'no_warm_up', 'open_warm',
+           'select_layers', 'tune_below', 'clip_similarity', 'cached_result', 'run_arm']
 
 # %% ../../nbs/experiments/51_arms.ipynb #f8dbb04c
 import contextlib, functools, math, shutil, time
@@ -26,9 +26,9 @@ from .scale import (
     Amount, between, find_modules, Measured, open_clip_of, open_world, OpenDict, Scale, world_of)
 from ..files import FileKind, load_json, load_metadata, load_tensors, save_json, save_tensors
 from ..frameworks.contract import build, resize
-from ..heavy_tail import analyze, BY
+from ..heavy_tail import analyze, SELECTION_RULES
 from ..pruning import cubic_schedule, geometric_schedule, imp, SparseMask
-from ..runtime import device_of, seeded, Undo
+from ..runtime import device_of, seeded, Handle
 from ..training import evaluate, finetune, load_framework, released_size, WEIGHTS_FILE
 
 # %% ../../nbs/experiments/51_arms.ipynb #f98fab0c
@@ -249,7 +249,8 @@ class Arm:
 
     def key(self, scale)->str:
         "What is done, in words: all settings, and not the name."
-        rule = f'{self.select} {self.freeze or scale.freeze:g}' if self.select in (*BY, *READINGS) else self.select
+        rule = self.select
+        if rule in (*SELECTION_RULES, *READINGS): rule = f'{rule} {self.freeze or scale.freeze:g}'
         late = [f'then {name}' for name in self._late_mask(scale)]
         tail = [self.xmin or scale.xmin] if self.select.startswith('alpha') or self.select in READINGS else []
         return ', '.join([self.start(scale), *late, rule, *tail, *([self.level] if self.level else [])])
@@ -273,7 +274,7 @@ ARMS = (Arm('dense', tables=('masks', 'layers', 'frameworks')),
         Arm('freeze at random', select='random', tables=('layers',)),
         Arm('freeze the whole backbone', select='none', tables=('layers',)),
         Arm('distilled mask, freeze small alpha', 'distilled', select='alpha', tables=('masks', 'layers')))
-OTHERS = ('mask2former', 'fcclip', 'faseg') # frameworks besides DeepLabV3
+OTHER_FRAMEWORKS = ('mask2former', 'fcclip', 'faseg') # frameworks besides DeepLabV3
 
 def framework_arms(
     framework:str, # Its name
@@ -283,7 +284,7 @@ def framework_arms(
     return tuple(Arm(f'{framework}: {name}', mask, tables=('frameworks',), framework=framework)
                  for name,mask in masks.items())
 
-FRAMEWORK_ARMS = tuple(arm for framework in OTHERS for arm in framework_arms(framework))
+FRAMEWORK_ARMS = tuple(arm for framework in OTHER_FRAMEWORKS for arm in framework_arms(framework))
 
 def arms_of(
     table:str, # `'masks'`, `'layers'` or `'frameworks'`
@@ -371,7 +372,7 @@ def tune_below(
     scale:Scale, # Sizes
     data, # Scenes to measure on
     seed:int=0, # As for `select_layers`
-)->Undo: # Handle that leaves plain layers, the updates inside
+)->Handle: # Handle that leaves plain layers, the updates inside
     """Train single weights, channels or layers of those that a selection leaves. Raises `OpenTransError` if no
     chapter knows how."""
     if 'sensitivity' not in TUNERS: find_modules('studies')
@@ -484,7 +485,7 @@ def _measure_arm(arm, scale, seed, folder, keep, run):
         limit = (scale.val if name == 'val' else scale.domain) or None
         e = evaluate(seg, world[name], limit=limit, **_looks(scale, name, arm.framework))
         res['miou'].update((e['groups'] or dict(base=e['miou'])) if name == 'val' else {name: e['miou']})
-    c,b = _counted(arm.framework, scale, world['train'].vocabulary).under(mask),recipe.batch_size
+    c,b = _counted(arm.framework, scale, world['train'].vocabulary).with_mask(mask),recipe.batch_size
     res.update(params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs,
                train_flops=math.nan)
     if not arm.level: # what single weights save depends on the kernels

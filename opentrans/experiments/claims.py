@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 'class_groups', 'sets_of', 'results_frame', 'summarize', 'ClaimResult', 'Gain', 'Claim', 'difference',
-           'judge_claims', 'claims_frame', 'claims_table']
+           'judge_claims', 'claims_frame', 'claims_table', 'brief_verdict', 'paper_claims']
 
 # %% ../../nbs/experiments/53_claims.ipynb #5439b315
 import math
@@ -217,3 +217,38 @@ def claims_table(
     order = ('paper', 'base', 'novel', 'domains', 'CKA', 'photographs', 'study')
     columns = [c for c in order if any(c in r for r in rows.values())]
     return pd.DataFrame(rows, index=columns).T.fillna('').rename_axis('claim')
+
+# %% ../../nbs/experiments/53_claims.ipynb #47f3b2d3
+_BRIEF = {'holds': 'holds', 'does not hold': '**not**', 'undecided': 'open'}
+
+def brief_verdict(
+    rows:pd.DataFrame, # The measures of one claim, as `judge_claims` gives them
+)->tuple: # ('holds', '**not**' or 'open', the row whose number says so)
+    "One verdict for a claim of several measures, and the first measure that decides it."
+    said = set(rows.verdict)
+    decided = [v for v in ('holds', 'does not hold') if v in said]
+    verdict = decided[0] if len(decided) == 1 else 'undecided'
+    return _BRIEF[verdict],rows[rows.verdict == verdict].iloc[0] if verdict in said else rows.iloc[0]
+
+def _brief_cell(rows):
+    "A verdict and its number."
+    if not len(rows): return 'not run'
+    verdict,row = brief_verdict(rows)
+    measured = 'CKA' if row.measured.startswith('cka') else row.measured
+    digits = 2 if measured == 'CKA' else 1
+    return f'{verdict} {row["mean"]:+.{digits}f} {for_markdown(measured)}'
+
+def paper_claims(
+    table:pd.DataFrame, # Of `all_claims`, of studies on shapes
+    photographs:pd.DataFrame=None, # The same of studies on photographs
+    link:str=None, # Format of a link around the place in the paper, e.g. `'[{where}](results.md#{study})'`
+)->pd.DataFrame: # Indexed by claim: paper, shapes, photographs
+    "The paper's own claims, a line each, with one verdict and one number; 'not run' where there is none."
+    own = table[~table['where'].isin(['beyond', 'needed'])]
+    rows = {}
+    for claim,measures in own.groupby('claim', sort=False):
+        first = measures.iloc[0]
+        where = link.format(where=first['where'], study=first.study) if link else first['where']
+        others = measures[:0] if photographs is None else photographs[photographs.claim == claim]
+        rows[for_markdown(claim)] = dict(paper=where, shapes=_brief_cell(measures), photographs=_brief_cell(others))
+    return pd.DataFrame(rows).T.rename_axis('claim')

@@ -8,6 +8,7 @@ __all__ = ['plot_arms', 'plot_cost', 'plot_costs', 'plot_frameworks', 'plot_scen
 
 # %% ../../nbs/experiments/54_figures.ipynb #e826c0fd
 import warnings
+from collections import Counter
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from .arms import ARMS
 from .claims import class_groups, sets_of
 from .scale import open_world, Scale
 from ..frameworks.contract import resize
-from ..runtime import axes
+from ..runtime import get_axes
 
 # %% ../../nbs/experiments/54_figures.ipynb #5fbefa94
 def _colour(name, i=0):
@@ -42,7 +43,7 @@ def plot_arms(
     ax=None, # Axes
 ): # The axes
     "mIoU of arms on base and novel classes and each domain: bars are means, dots are seeds."
-    ax = axes(ax, figsize=(10, 3.4))
+    ax = get_axes(ax, figsize=(10, 3.4))
     w = .8/len(arms)
     sets = sets_of(frame)
     for i,a in enumerate(arms):
@@ -50,10 +51,10 @@ def plot_arms(
         for j,k in enumerate(sets):
             _bar(ax, j-.4+w*(i+.5), f[f'miou_{k}'], w*.92, label=None if j else for_plot(a.name),
                  color=_colour(a.name, i))
-    ax.set_xticks(range(len(sets)),
-                  [for_plot(f'{k} classes' if k in ('base', 'novel') else f'domain {k}') for k in sets])
+    told = [f'{k}\nclasses' if k in ('base', 'novel') else f'domain\n{k}' for k in sets]
+    ax.set_xticks(range(len(sets)), [for_plot(text) for text in told])
     ax.set_ylabel('mIoU (%)')
-    ax.legend(fontsize=7.5, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
+    ax.legend(fontsize=9, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
     return ax
 
 def plot_cost(
@@ -62,7 +63,7 @@ def plot_cost(
     ax=None, # Axes
 ): # The axes
     "mIoU on base classes (full) and novel ones (hollow) against a cost (the shape of Fig. 1)."
-    ax = axes(ax, figsize=(4.5, 3.4))
+    ax = get_axes(ax, figsize=(4.5, 3.4))
     unit,name = dict(active_params=(1e6, 'parameters that remain (M)'), active_macs=(1e6, 'MACs that remain (M)'),
                      train_flops=(1e12, 'training FLOPs (T)'))[what]
     for i,(a,f) in enumerate(frame.groupby('arm', observed=True)):
@@ -76,9 +77,9 @@ def plot_cost(
 # %% ../../nbs/experiments/54_figures.ipynb #3b99b8a6
 def plot_costs(frame):
     "Axes with `plot_cost` of each cost."
-    axs = axes(ncols=3, figsize=(14, 3.9), layout='constrained')
+    axs = get_axes(ncols=3, figsize=(14, 3.9), layout='constrained')
     for ax,w in zip(axs, ('active_params', 'active_macs', 'train_flops')): plot_cost(frame, w, ax)
-    axs[0].figure.legend(*axs[0].get_legend_handles_labels(), fontsize=7.5, ncols=6, loc='outside upper center',
+    axs[0].figure.legend(*axs[0].get_legend_handles_labels(), fontsize=9, ncols=6, loc='outside upper center',
                          frameon=False)
     return axs
 
@@ -90,7 +91,7 @@ def plot_frameworks(
 ): # The axes
     "mIoU on base and novel classes of the same masks in each framework: bars are means, dots are seeds."
     groups = class_groups(frame)
-    axs = np.ravel(axes(axs, ncols=len(groups), figsize=(6*len(groups), 3.2)))
+    axs = np.ravel(get_axes(axs, ncols=len(groups), figsize=(6*len(groups), 3.2)))
     names = list(dict.fromkeys(frame.framework[frame.arm.isin([a.name for a in arms])]))
     kinds = list(dict.fromkeys(a.name.split(': ')[-1] for a in arms))
     for ax,what in zip(axs, groups):
@@ -102,10 +103,10 @@ def plot_frameworks(
                     f'miou_{what}']
                 x = i-.4+.8/len(kinds)*(j+.5)
                 _bar(ax, x, y, .75/len(kinds), color=_colour(kind), label=for_plot(kind) if i == 0 else None)
-        ax.set_xticks(range(len(names)), [for_plot(n) for n in names], fontsize=8)
+        ax.set_xticks(range(len(names)), [for_plot(n) for n in names], fontsize=9)
         ax.set_ylabel('mIoU (%)')
         ax.set_title(for_plot(f'{what} classes'), fontsize=9)
-    axs[0].legend(fontsize=7.5, frameon=False)
+    axs[0].legend(fontsize=9, frameon=False)
     return axs
 
 # %% ../../nbs/experiments/54_figures.ipynb #668feb0d
@@ -140,22 +141,39 @@ def plot_scenes(
     rows = [(d, i) for d,p in next(iter(predictions.values())).items() for i in range(len(p))]
     rows.sort(key=lambda r: list(world).index(r[0]))
     fig,axs = plt.subplots(len(rows), 2+len(predictions), figsize=(1.35*(2+len(predictions)), 1.42*len(rows)),
-                           squeeze=False)
+                           squeeze=False, layout='constrained')
+    names = dict.fromkeys(name for d,_ in rows for name in world[d].vocabulary.names)
+    colours = dict(zip(names, class_colours(names)))
+    shares = Counter()
     for r,(d,i) in enumerate(rows):
-        s,colours = world[d][i],class_colours(len(world[d].vocabulary))
-        truth = s['labels'].numpy()
-        void = truth == world[d].ignore
-        maps = ([s['image'].permute(1, 2, 0).numpy()]
-                + [np.where(void[...,None], 1., colours[np.where(void, 0, m)])
-                   for m in (truth, *(p[d][i].numpy() for p in predictions.values()))])
-        for ax,m,t in zip(axs[r], maps, ('image', 'truth', *predictions)):
+        maps = [world[d][i]['labels'].numpy(), *(p[d][i].numpy() for p in predictions.values())]
+        painted = [_painted(m, world[d], colours) for m in maps]
+        for m in maps: shares.update(_shares_of(m, world[d]))
+        image = world[d][i]['image'].permute(1, 2, 0).numpy()
+        for ax,m,t in zip(axs[r], (image, *painted), ('image', 'truth', *predictions)):
             ax.imshow(m, interpolation='nearest')
             ax.set_xticks([])
             ax.set_yticks([])
-            if r == 0: ax.set_title(for_plot(t).replace(', ', ',\n'), fontsize=6)
-        axs[r][0].set_ylabel(for_plot(d if d != 'val' else 'home'), fontsize=7)
-    fig.tight_layout(pad=.3)
+            if r == 0: ax.set_title(for_plot(t).replace(', ', ',\n'), fontsize=9)
+        axs[r][0].set_ylabel(for_plot(d if d != 'val' else 'home'), fontsize=9)
+    there = [name for name,_ in shares.most_common(_LEGEND)]
+    fig.legend(handles=[Patch(color=colours[name], label=for_plot(name)) for name in there], fontsize=9,
+               ncols=max(1, min(4, len(there), 1+len(predictions))), loc='outside lower center', frameon=False)
     return fig
+
+_LEGEND = 12 # classes that a legend of scenes names: those with the most pixels
+
+def _painted(labels, data, colours):
+    "A map of labels as a picture; white where nothing is judged."
+    void = labels == data.ignore
+    palette = np.array([colours[name] for name in data.vocabulary.names])
+    return np.where(void[..., None], 1., palette[np.where(void, 0, labels)])
+
+def _shares_of(labels, data):
+    "How many pixels each name has."
+    known = labels[labels != data.ignore]
+    counts = np.bincount(known.ravel(), minlength=len(data.vocabulary))
+    return {name: int(n) for name,n in zip(data.vocabulary.names, counts) if n}
 
 # %% ../../nbs/experiments/54_figures.ipynb #25337eb7
 def plot_density(
@@ -164,7 +182,7 @@ def plot_density(
 ): # The axes
     "mIoU on base and novel classes against density."
     groups = class_groups(frame)
-    axs = np.ravel(axes(axs, ncols=len(groups), figsize=(4.5*len(groups), 3), layout='constrained'))
+    axs = np.ravel(get_axes(axs, ncols=len(groups), figsize=(4.5*len(groups), 3), layout='constrained'))
     for ax,what in zip(axs, groups):
         for kind,colour in (('distilled', _colour('distilled mask')), ('random', _colour('random'))):
             f = frame[(frame['mask'] == kind)]
@@ -179,7 +197,7 @@ def plot_density(
         at = sorted(frame.density[frame['mask'].notna()].round(3).unique())
         ax.set_xticks(at, [f'{d:g}' for d in at])
         ax.minorticks_off()
-    axs[0].legend(fontsize=8, frameon=False)
+    axs[0].legend(fontsize=9, frameon=False)
     return axs
 
 # %% ../../nbs/experiments/54_figures.ipynb #0a856332
@@ -189,7 +207,7 @@ def plot_courses(
 ): # The axes
     """Alpha through a fine-tuning (Fig. 6, 7 and 9): the median over layers, a line a seed; and each layer before
     and after, in the first seed."""
-    axs = axes(axs, ncols=2, figsize=(11, 3), width_ratios=(1, 1.6), layout='constrained')
+    axs = get_axes(axs, ncols=2, figsize=(11, 3), width_ratios=(1, 1.6), layout='constrained')
     for kind,colour in (('dense', _colour('dense')), ('sparse', _colour('distilled mask'))):
         for i,c in enumerate(more[kind].values()):
             axs[0].plot(c['iterations'], c['median'], color=colour, lw=1, label=for_plot(kind) if i == 0 else None)
@@ -201,7 +219,7 @@ def plot_courses(
     axs[1].set(xlabel='layer', ylabel='alpha', yscale='log', xticks=range(0, len(c['layers']), 2))
     axs[1].set_yticks([2, 5, 10, 20], ['2', '5', '10', '20'])
     axs[1].minorticks_off()
-    for ax in axs: ax.legend(fontsize=8, frameon=False)
+    for ax in axs: ax.legend(fontsize=9, frameon=False)
     return axs
 
 def plot_similarity(
@@ -209,14 +227,14 @@ def plot_similarity(
     ax=None, # Axes
 ): # The axes
     "CKA of fine-tuned towers to CLIP's own (Tab. 9), by three readings: bars are means, dots are seeds."
-    ax,arms = axes(ax, figsize=(8, 3)),list(dict.fromkeys(frame.arm))
+    ax,arms = get_axes(ax, figsize=(8, 3)),list(dict.fromkeys(frame.arm))
     for i,a in enumerate(arms):
         for j,c in enumerate(('cka', 'cka_layers', 'cka_channels')):
             _bar(ax, j-.4+.8/len(arms)*(i+.5), frame[frame.arm == a][c], .74/len(arms), color=_colour(a, i),
                  label=for_plot(a) if j == 0 else None)
     ax.set_xticks(range(3), ['stages', 'all convolutions', "the released code's reading"])
     ax.set_ylabel('CKA to CLIP')
-    ax.legend(fontsize=8, frameon=False, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.))
+    ax.legend(fontsize=9, frameon=False, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.))
     return ax
 
 # %% ../../nbs/experiments/54_figures.ipynb #3d9d8af8
@@ -251,12 +269,12 @@ def plot_photographs(
         row[0].imshow(picture.permute(1, 2, 0))
         for ax,(title,clip) in zip(row[1:], clips.items()):
             image,labels,names = label_photograph(clip, picture, words)
-            colours = class_colours(len(names))
+            colours = class_colours(names)
             share = torch.bincount(labels.flatten(), minlength=len(names))/labels.numel()
             ax.imshow(.45*image.permute(1, 2, 0).numpy() + .55*colours[labels])
             there = [k for k in share.argsort(descending=True).tolist() if share[k] > 0]
             ax.legend(handles=[Patch(color=colours[k], label=for_plot(f'{names[k]}  {share[k]:.0%}'))
-                               for k in there], loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+                               for k in there], loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
             ax.set_title(for_plot(title), fontsize=9)
         for ax in row: ax.set_axis_off()
     return axs

@@ -26,7 +26,7 @@ from .registry import study
 from .scale import between, Measured, open_clip_of, open_world, OpenDict, world_of
 from ..files import check_shape, FileKind, load_json, save_json
 from ..pruning import imp, reconstruct, SparseMask
-from ..runtime import axes, device_of, evaluating, to_device
+from ..runtime import get_axes, device_of, eval_mode, to_device
 from ..training import load_framework
 
 # %% ../../nbs/experiments/59_league.ipynb #1e9ac4c5
@@ -227,7 +227,7 @@ def before_tuning(
     if path.exists(): return dict(load_json(path, _Before, BEFORE_FILE), arm=arm.name)
     clip,mask = open_clip_of(scale),open_mask(recipe, scale, seed, folder)
     if arm.weights == 'trained': load_framework(clip.visual, Path(folder)/f'{recipe.id(scale)}-weights.safetensors')
-    with evaluating(clip), contextlib.nullcontext() if mask is None else mask.apply(clip):
+    with eval_mode(clip), contextlib.nullcontext() if mask is None else mask.apply(clip):
         found = naming_accuracy(clip, world_of(scale, seed)['val'], scale.val or None)
     accuracy = {k: None if math.isnan(v) else v for k,v in found.items()}
     res = dict(arm=arm.name, seed=seed, accuracy=accuracy, **_cost_of(recipe, scale, folder))
@@ -304,13 +304,14 @@ def league_table(
     means = means[stages].sort_values(stage, ascending=False)
     best = means.drop(index='dense', errors='ignore').max()
     def cell(value, most):
-        return '-' if math.isnan(value) else f'**{value:.1f}**' if value == most else f'{value:.1f}'
+        if math.isnan(value): return '-'
+        return f'**{value:.1f}**' if value == most else f'{value:.1f}'
     res = pd.DataFrame({s: [cell(v, best[s]) for v in means[s]] for s in stages}, index=means.index)
     res['against Algorithm 1'] = [_interval(frame[frame.stage == stage], m) if m not in ('dense', 'Algorithm 1')
                                   else '' for m in res.index]
     minutes,images = (frame.groupby('method')[k].mean() for k in ('minutes', 'images'))
-    res['minutes'] = [f'{minutes[m]:.2f}' if minutes[m] > 0 else '0' if m in ('magnitude', 'random') else '-'
-                      for m in res.index]
+    none = dict(magnitude='0', random='0')
+    res['minutes'] = [f'{minutes[m]:.2f}' if minutes[m] > 0 else none.get(m, '-') for m in res.index]
     res['images'] = [f'{images[m]:.0f}' if images[m] > 0 else '-' for m in res.index]
     res['annotation'] = [LABELS.get(m, 'none') if m != 'dense' else '' for m in res.index]
     return res
@@ -337,7 +338,7 @@ def plot_league(
     dense,frame = frame[frame.method == 'dense'],frame[frame.method != 'dense']
     stages = stages or ['before', *sorted({*frame.stage}-{'before'})]
     densities = sorted({*frame.density}, reverse=True)
-    axs = np.atleast_2d(axes(nrows=len(densities), ncols=len(stages),
+    axs = np.atleast_2d(get_axes(nrows=len(densities), ncols=len(stages),
                              figsize=(4.6*len(stages), 3.2*len(densities)+.8), layout='constrained', squeeze=False))
     names = [m for m in METHODS if m in {*frame.method}]
     marks = dict(zip(names, 'os^v<>DPXphH*d8os^v<>'))
@@ -356,7 +357,7 @@ def plot_league(
                    ylabel='regions named (%)' if stage == 'before' else 'mIoU (%)')
             ax.set_title(for_plot(f'{stage}, density {density:g}'), fontsize=9)
     handles = axs[0, 0].get_legend_handles_labels()
-    axs[0, 0].figure.legend(*handles, fontsize=7.5, ncols=5, loc='outside lower center', frameon=False)
+    axs[0, 0].figure.legend(*handles, fontsize=9, ncols=5, loc='outside lower center', frameon=False)
     return axs
 
 def _plot_league(study, data): return plot_league(data)

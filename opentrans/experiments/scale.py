@@ -56,6 +56,9 @@ def _size_from(name, kind, text):
         raise OpenTransError(
             f"{name}={shorten(text, 80)}: give a {'whole number' if kind is int else 'number'}.") from None
 
+# what results hold where a size says None, so that those of today and of opentrans 0.1 are of one kind
+_OFF_IN_FILES = dict(val=0, imp_crop=0, checkpoint=0, precision='no')
+
 @dataclass(frozen=True)
 class Scale:
     "Every size of a study."
@@ -79,7 +82,7 @@ class Scale:
     output_stride:int = 16 # Of the tower
     size:int = 80 # Side of a scene, in pixels; real images are as they are, and cost is counted at this side
     train:int = 640 # Scenes to distill and to fine-tune on; of real data, all
-    val:int = 160 # Scenes to evaluate on, with novel things; of real data at most so many, 0 for all
+    val:int = 160 # Scenes to evaluate on, with novel things; of real data at most so many, None for all
     domain:int = 64 # Scenes of each shifted domain; of real data the same
     density:float = .1 # Share of the weights that remain
     p:float = .1 # Share of the remaining weights that a round drops
@@ -87,7 +90,7 @@ class Scale:
     imp_lr:float = 3e-3 # Learning rate of distillation
     imp_batch:int = 8 # Images an iteration of distillation
     imp_student:str = 'attention' # How the student embeds a region: `'attention'` or `'crop'`
-    imp_crop:int = 0 # Side of the window of larger images that distillation sees; 0: whole images
+    imp_crop:int = None # Side of the window of larger images that distillation sees; None: whole images
     # Fine-tune by `Recipe.paper`: its optimizer, rates, crops and sizes of batches, and as many iterations for each
     # framework in proportion
     paper:bool = False
@@ -101,12 +104,12 @@ class Scale:
     # Weights that alpha is read from: `'dense'`, before the mask is adopted, as the paper does (supplement 6.3), or
     # `'masked'`, as the stored studies of the generated world do
     alpha_of:str = 'masked'
-    precision:str = 'no' # Mixed precision of fine-tuning: `'no'`, `'bf16'` or `'fp16'`
+    precision:str = None # Mixed precision of fine-tuning: `'bf16'` or `'fp16'`; None computes in 32 bits
     accumulate:int = 1 # Parts into which a batch of fine-tuning is cut
     loaders:int = 0 # Processes that load data for each arm
     zero_shot:int = 400 # Pictures of single things
-    # Iterations between the checkpoints of a fine-tuning, which goes on from the last; 0: none, it is short
-    checkpoint:int = 0
+    # Iterations between the checkpoints of a fine-tuning, which goes on from the last; None: none, it is short
+    checkpoint:int = None
     # Frameworks of queries, which are dearer by the step: they learn in one run without a warm-up, of
     queries:tuple = ('mask2former', 'fcclip', 'faseg')
     query_iterations:int = 40 # as many iterations
@@ -114,6 +117,8 @@ class Scale:
     query_lr:float = 3e-3 # at this rate
 
     def __post_init__(self):
+        for name,off in _OFF_IN_FILES.items():
+            if getattr(self, name) is None: object.__setattr__(self, name, off)
         kinds = {f.name: f.type for f in dataclasses.fields(self)}
         # JSON gives lists, which cannot be looked up
         for name in ('sets', 'queries'): object.__setattr__(self, name, _names(name, getattr(self, name)))
@@ -158,7 +163,8 @@ class Scale:
         return dataclasses.replace(self,
                                    **{name: _size_from(name, kinds[name], text) for name,text in values.items()})
 
-    def recipe(self, iterations, schedule, seed, framework='', after=None): # `after`: iterations that went before; None: those of the warm-up
+    # `after`: iterations that went before; None: those of the warm-up
+    def recipe(self, iterations, schedule, seed, framework='', after=None):
         r = self._recipe(iterations, schedule, seed, framework, after)
         return r.replace(precision=self.precision, accumulate=min(self.accumulate, r.batch_size),
                          workers=self.loaders)
@@ -301,7 +307,8 @@ def _prompted(data, prompts):
     return same
 
 @functools.lru_cache(maxsize=8)
-def _digest(file, size, modified): return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] # a large file is read once, not for each seed
+# a large file is read once, not for each seed
+def _digest(file, size, modified): return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 def weights_identity(scale):
     "The weights of a scale's CLIP: a tag as it is, a file by its name and content."

@@ -16,7 +16,7 @@ from ..core import layers, LayerSelection, param_shapes
 from ..errors import OpenTransError
 from .contract import best_class, build, get_framework, scores_of, tiny_backbone
 from ..naming import match_names
-from ..runtime import evaluating, seeded
+from ..runtime import eval_mode, seeded
 
 # %% ../../nbs/frameworks/30b_checks.ipynb #e15741df
 @dataclass
@@ -200,7 +200,7 @@ def _small_images(case):
     text = seg.text()
     for size in ((1, 1), (7, 5), (15, 100), (16, 400), (33, 65)):
         images = case.batch(1, size)['images']
-        with evaluating(seg): logits = seg(images, text)
+        with eval_mode(seg): logits = seg(images, text)
         whole = logits.shape == (1, len(text), *size) and logits.isfinite().all()
         assert whole, f'an image of {size}: logits are {tuple(logits.shape)}'
         for kind in seg.kinds:

@@ -17,7 +17,7 @@ from torch import nn
 import torch.nn.functional as F
 from ..core import find_tower
 from ..errors import check_number, OpenTransError, unknown
-from ..runtime import device_of, evaluating, seeded
+from ..runtime import device_of, eval_mode, seeded
 
 # %% ../../nbs/frameworks/30_contract.ipynb #88916dd0
 def text_logits(
@@ -245,7 +245,7 @@ class _AnyVocabulary(nn.Module):
         "Segment images with any vocabulary, in evaluation mode. Raises `OpenTransError` for an unknown `kind`."
         check_choice(f'kind of output of {type(self).__name__}', kind, self.kinds)
         segment,images = getattr(self, kind),images.to(device_of(self))
-        with evaluating(self): return segment(images, self.text(vocabulary), **kwargs)
+        with eval_mode(self): return segment(images, self.text(vocabulary), **kwargs)
 
     def example_inputs(self,
         input_size:Sequence[int], # (3,H,W) or (H,W) of one image, or (B,3,H,W)

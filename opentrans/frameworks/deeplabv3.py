@@ -12,6 +12,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from torchvision.models.segmentation.deeplabv3 import ASPP
+from torchvision.ops import Conv2dNormActivation
 from ..distill.losses import released_terms, teach_regions, tgkd_loss
 from ..errors import check_number, OpenTransError
 from .contract import (
@@ -46,8 +47,7 @@ def conv_bn(
     size:int=3, # Side of the kernel
 )->nn.Sequential: # Convolution without bias, batch norm, ReLU
     "A convolution with its norm."
-    convolution = nn.Conv2d(channels, width, size, padding=size//2, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(width), nn.ReLU(inplace=True))
+    return Conv2dNormActivation(channels, width, size)
 
 class Decoder(nn.Module):
     "DeepLabV3+'s decoder: squeezed fine features beside the coarse ones, mixed by two 3x3 convolutions."

@@ -22,7 +22,7 @@ from ..errors import check_number, OpenTransError, unknown
 from ..escape import for_plot
 from .contract import Framework, register_framework, resize, Scores, text_logits
 from .queries import batch_regions, QueryFramework
-from ..runtime import axes, device_of, evaluating
+from ..runtime import get_axes, device_of, eval_mode
 
 # %% ../../nbs/frameworks/39b_detector.ipynb #b691e68f
 def _convs(channels, count, groups):
@@ -200,7 +200,7 @@ def detection_ap(
     total = len(data) if limit is None else min(limit, len(data))
     if not total: raise OpenTransError("The data set has no images to detect in. Check its root, split and limit.")
     metric,device = DetectionAP(len(names)),device_of(framework)
-    with evaluating(framework):
+    with eval_mode(framework):
         for first in range(0, total, batch_size):
             samples = [read_sample(data, i, True) for i in range(first, min(first+batch_size, total))]
             for sample in samples:
@@ -221,7 +221,7 @@ def draw_boxes(
 ): # The axes
     "An image with boxes and their names."
     from matplotlib.patches import Rectangle
-    ax = axes(ax, figsize=(4, 4))
+    ax = get_axes(ax, figsize=(4, 4))
     ax.imshow(np.asarray(image).transpose(1, 2, 0))
     ax.set_axis_off()
     for number,(x0,y0,x1,y1) in enumerate(found['boxes'].tolist()):
@@ -230,6 +230,6 @@ def draw_boxes(
         colour = f"C{int(found['labels'][number]) % 10}"
         ax.add_patch(Rectangle((x0, y0), x1-x0, y1-y0, fill=False, edgecolor=colour, linewidth=1.5))
         name = names[int(found['labels'][number])]
-        ax.text(x0, y0, for_plot(name if sure is None else f'{name} {sure:.2f}'), color='white', fontsize=6,
+        ax.text(x0, y0, for_plot(name if sure is None else f'{name} {sure:.2f}'), color='white', fontsize=9,
                 bbox=dict(facecolor=colour, edgecolor='none', pad=1))
     return ax

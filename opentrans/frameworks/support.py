@@ -20,7 +20,7 @@ from .contract import build, get_framework, list_frameworks
 from ..heavy_tail.table import analyze
 from ..pruning.baked import export_onnx
 from ..pruning.mask import SparseMask
-from ..runtime import evaluating, seeded
+from ..runtime import eval_mode, seeded
 
 # %% ../../nbs/frameworks/30c_support.ipynb #fb390b9e
 SUPPORT_TOWERS = {'ResNet': 'shapes-rn', 'ConvNeXt': 'shapes-convnext', 'ViT': 'shapes-vit'}
@@ -83,7 +83,7 @@ def _sparse(framework):
     if not hasattr(SparseMask, 'compile'): raise NotHere('not in this version')
     mask = SparseMask.random(framework.tower, .1, seed=0)
     mask.apply(framework.backbone).remove()
-    with evaluating(framework):
+    with eval_mode(framework):
         inputs = framework.example_inputs((3, 64, 64))
         plain,fast = framework(*inputs),mask.compile(framework)(*inputs)
     gap = (plain-fast).abs().max().item()

@@ -18,7 +18,7 @@ from ..data.vocabulary import TEMPLATES, Vocabulary
 from ..errors import check_number, OpenTransError, unknown
 from .contract import best_class, Framework, register_framework, resize, Scores, text_logits
 from .fcclip import class_words, ClassWords
-from ..runtime import device_of, evaluating
+from ..runtime import device_of, eval_mode
 
 # %% ../../nbs/frameworks/38_training_free.ipynb #ef2a901e
 ATTENTIONS = ('clip', 'maskclip', 'sclip', 'clearclip', 'naclip')
@@ -482,7 +482,7 @@ def expert_templates(
     names = list(getattr(vocabulary, 'names', vocabulary))
     texts = [framework.backbone.encode_text(vocabulary, [t]) for t in templates]
     totals,counts = torch.zeros(2, len(templates), len(names), dtype=torch.float64)
-    with evaluating(framework):
+    with eval_mode(framework):
         for batch in images:
             cells = framework.cells(batch.to(device_of(framework)))
             for row,text in enumerate(texts):

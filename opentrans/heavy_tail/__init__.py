@@ -5,6 +5,8 @@ from .null import *
 from .null import __all__ as _null
 from .reading import *
 from .reading import __all__ as _reading
+from .spectra import *
+from .spectra import __all__ as _spectra
 from .table import *
 from .table import __all__ as _table
 from .over_time import *
@@ -18,7 +20,7 @@ from .change import __all__ as _change
 from .words import *
 from .words import __all__ as _words
 
-__all__ = [*_power_law, *_null, *_reading, *_table, *_over_time, *_steering, *_robust, *_change, *_words]
+__all__ = [*_power_law, *_null, *_reading, *_spectra, *_table, *_over_time, *_steering, *_robust, *_change, *_words]
 
 from opentrans.helping import document as _document
 _document(__name__)

@@ -21,9 +21,10 @@ from ..escape import for_html, for_plot
 from ..files import (
     check_finite, FileKind, load_metadata, load_tensors, metadata_value, save_tensors, strip_prefix)
 from .null import Null
-from .power_law import XMIN
-from .table import _BLUE, _draw_esd, _draw_ks, _RED, analyze, LayerTable, Spectrum
-from ..runtime import axes, png, Undo
+from .power_law import XMIN_RULES
+from .table import _BLUE, _draw_esd, _draw_ks, _RED, analyze, LayerTable
+from .spectra import Spectrum
+from ..runtime import get_axes, figure_png, Handle
 
 # %% ../../nbs/02c_over_time.ipynb #f7523a29
 @patch
@@ -57,14 +58,14 @@ def plot_change(self:LayerTable,
     ax=None, # Axes to draw on
 ): # The axes
     "Alpha of each layer before and after (Fig. 9)."
-    ax,c = axes(ax, figsize=(10, 3)),self.compare(after)
+    ax,c = get_axes(ax, figsize=(10, 3)),self.compare(after)
     x = np.arange(len(c))
     ax.vlines(x, c.alpha_before, c.alpha_after, color='0.7', lw=2)
     ax.plot(x, c.alpha_before, 'o', color='0.55', ms=5, label='before')
     ax.plot(x, c.alpha_after, 'o', color=_RED, ms=5, label='after')
     ax.set(xlabel='layer', ylabel='$\\alpha$')
-    if len(c) <= 12: ax.set_xticks(x, [for_plot(n) for n in c.index], rotation=20, ha='right', fontsize=7)
-    ax.legend(fontsize=8, frameon=False)
+    if len(c) <= 12: ax.set_xticks(x, [for_plot(n) for n in c.index], rotation=20, ha='right', fontsize=9)
+    ax.legend(fontsize=9, frameon=False)
     return ax
 
 # %% ../../nbs/02c_over_time.ipynb #b427277d
@@ -88,7 +89,7 @@ class Reselect:
         self.options = options
         self.tables = {}
         self.selections = {}
-        self._handle = Undo()
+        self._handle = Handle()
 
     def step(self,
         n:int, # Steps made so far; call it with 0 before the first one
@@ -134,11 +135,11 @@ def plot_median(
     if isinstance(history, dict):
         history = pd.DataFrame({n: dict(zip(('low', 'median', 'high'), t.frame.alpha.quantile([.25, .5, .75])))
                                 for n,t in history.items()}).T
-    ax = axes(ax, figsize=(6, 3))
+    ax = get_axes(ax, figsize=(6, 3))
     ax.fill_between(history.index, history.low, history.high, color=_BLUE, alpha=.15, lw=0, label='quartiles')
     ax.plot(history.index, history['median'], '.-', color=_RED, label='median')
     ax.set(xlabel='step', ylabel='$\\alpha$', ylim=(1, max(history.high.max()*1.15, 4)))
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=9, frameon=False)
     return ax
 
 # %% ../../nbs/02c_over_time.ipynb #6ad55417
@@ -248,7 +249,7 @@ def _png(draw, size):
     from matplotlib.figure import Figure
     fig = Figure(figsize=size, layout='constrained')
     draw(fig)
-    return png(fig, dpi=80)
+    return figure_png(fig, dpi=80)
 
 # %% ../../nbs/02c_over_time.ipynb #5a3b83e9
 class _Explorer:
@@ -263,7 +264,7 @@ class _Explorer:
         wide = dict(layout=w.Layout(width='340px'), style=dict(description_width='60px'))
         self.layer = w.Select(options=list(table), rows=16, description='layer', **wide)
         self.rule = w.Dropdown(
-            options=[*dict.fromkeys([*XMIN, *([table.xmin] if isinstance(table.xmin, str) else [])]), 'given'],
+            options=[*dict.fromkeys([*XMIN_RULES, *([table.xmin] if isinstance(table.xmin, str) else [])]), 'given'],
             value=table.xmin if isinstance(table.xmin, str) else 'given', description='xmin by', **wide)
         # which eigenvalue: whole numbers, which no browser rounds
         self.xmin = w.IntSlider(description='xmin', min=0, max=1, readout=False, **wide)
@@ -344,7 +345,7 @@ class _Explorer:
         if rule not in self.tables: self.tables[rule] = self.table.refit(rule)
         ax = self.tables[rule].plot_alpha(fig.subplots())
         ax.axvline(list(self.table).index(self.layer.value), color='k', lw=1)
-        ax.set_title(for_plot(f'all layers, xmin by {rule}'), fontsize=8, loc='right')
+        ax.set_title(for_plot(f'all layers, xmin by {rule}'), fontsize=9, loc='right')
 
 # %% ../../nbs/02c_over_time.ipynb #ac8f6140
 def explore(

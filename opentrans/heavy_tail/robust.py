@@ -13,9 +13,9 @@ from fastcore.basics import patch
 from ..core import LayerSelection
 from ..errors import check_number, OpenTransError
 from ..escape import for_plot
-from .power_law import fit_power_law, PowerLawFit, XMIN
+from .power_law import fit_power_law, PowerLawFit, XMIN_RULES
 from .table import LayerTable
-from ..runtime import axes
+from ..runtime import get_axes
 
 # %% ../../nbs/02f_robust.ipynb #e465490d
 def hill(
@@ -61,7 +61,7 @@ def plot_hill(self:LayerTable,
     ax=None, # Axes to draw on
 ): # The axes
     "Hill's estimates of a layer, with their plateau and the table's own fit."
-    ax = axes(ax, figsize=(5, 3))
+    ax = get_axes(ax, figsize=(5, 3))
     s = self.spectra[self._name(name)]
     f = self.fits[name]
     ax.set_title(for_plot(name), fontsize=9)
@@ -79,7 +79,7 @@ def plot_hill(self:LayerTable,
     top = np.nanquantile(e.alpha[e.k >= 5], .98) if (e.k >= 5).any() else e.alpha.max()
     ax.set(xscale='log', xlabel='k, eigenvalues in the tail', ylabel='$\\alpha$',
            ylim=(1, 1.2*max(top, f.alpha if f.ok else 0)))
-    ax.legend(fontsize=7, frameon=False)
+    ax.legend(fontsize=9, frameon=False)
     return ax
 
 # %% ../../nbs/02f_robust.ipynb #72449cb3
@@ -114,7 +114,7 @@ def intervals(self:LayerTable,
 # %% ../../nbs/02f_robust.ipynb #35e1a397
 @patch
 def rules(self:LayerTable,
-    rules=XMIN, # Rules for xmin to compare
+    rules=XMIN_RULES, # Rules for xmin to compare
     freeze:float=.5, # Share of the layers that rest
     by:str='alpha', # As in `select`
     # A column of ranks a rule (1 is the smallest alpha), `rules` (these as a text), `frozen_by` (how many rules
@@ -138,7 +138,7 @@ def select_agreed(self:LayerTable,
     freeze:float=.5, # Share of the layers that each rule would freeze
     # What becomes of layers on which the rules do not agree: `'train'`, `'freeze'`, or `'majority'`
     undecided:str='train',
-    rules=XMIN, # Rules for xmin
+    rules=XMIN_RULES, # Rules for xmin
     by:str='alpha', # As in `select`
 )->LayerSelection: # Layers without a fit are trained
     "Freeze the layers that all rules freeze; undecided ones are left to the user. Raises `OpenTransError`."

@@ -15,7 +15,7 @@ from ..core import BATCH_NORMS, bare_modules, find_layers, find_tower
 from ..errors import check_number, OpenTransError, unknown
 from ..escape import for_plot
 from .table import LayerTable
-from ..runtime import axes
+from ..runtime import get_axes
 
 # %% ../../nbs/02e_alpha_to_everything.ipynb #d48cd460
 MAPS = ('linear', 'sqrt', 'log2', 'rank', 'sigmoid') # from scores to values
@@ -123,11 +123,11 @@ class LayerValues(dict):
         ax=None, # Axes to draw on
     ): # The axes
         "The values, layer by layer."
-        ax = axes(ax, figsize=(10, 2.6))
+        ax = get_axes(ax, figsize=(10, 2.6))
         ax.bar(range(len(self)), list(self.values()), color='#3b6fb6', width=.8)
         ax.axhline(self.base, color='#c8442e', lw=1, label=f'all: {self.base:.4g}')
         ax.set(xlabel='layer', ylabel=for_plot(self.what.replace('_', ' ')), title=for_plot(self.rule))
-        ax.legend(fontsize=7, frameon=False)
+        ax.legend(fontsize=9, frameon=False)
         return ax
 
 def _biases(module): return [p for n,p in module._parameters.items() if 'bias' in n and p is not None]
@@ -196,10 +196,12 @@ def decay_groups(self:LayerTable,
 # %% ../../nbs/02e_alpha_to_everything.ipynb #71816948
 def _shares_to_prune(shares, sizes, prune, most):
     """Shares of layers scaled so that the whole has the share `prune`; those that would be above `most` stay there,
-    and the others make up for it."""
+    and the others make up for it, also those with a share of 0."""
     shares,held = np.asarray(shares, dtype=float),np.zeros(len(shares), dtype=bool)
     for _ in range(len(shares)+1):
         left = prune*sizes.sum() - most*sizes[held].sum()
+        # layers that were to stay whole make up for the others alike
+        if not (sizes*shares)[~held].sum() > 0: shares = np.ones(len(shares))
         scaled = np.where(held, most, shares*left/max((sizes*shares)[~held].sum(), 1e-300))
         over = ~held & (scaled > most + 1e-12)
         if not over.any(): break

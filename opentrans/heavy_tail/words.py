@@ -8,7 +8,7 @@ __all__ = ['SOURCES', 'is_weights', 'open_weights']
 # %% ../../nbs/02i_words.ipynb #cccacae5
 from pathlib import Path
 from fastcore.basics import patch
-from ..errors import OpenTransError, optional
+from ..errors import OpenTransError, optional, timm_name
 from .reading import WeightFiles
 from .table import LayerTable
 
@@ -32,7 +32,7 @@ def _torchvision(name, weights):
 
 def _timm(name, weights):
     timm = optional('timm', 'dev', 'A model of timm')
-    try: return timm.create_model(name, pretrained=weights is not None)
+    try: return timm.create_model(timm_name(name), pretrained=weights is not None)
     except RuntimeError as error:
         raise OpenTransError(
             f"timm has no model, or no weights, of this name: {error}. timm.list_models() lists them.") from error

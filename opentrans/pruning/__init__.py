@@ -13,6 +13,8 @@ from .prices import *
 from .prices import __all__ as _prices
 from .transfer import *
 from .transfer import __all__ as _transfer
+from .round_files import *
+from .round_files import __all__ as _round_files
 from .rounds import *
 from .rounds import __all__ as _rounds
 from .calibration import *
@@ -32,8 +34,9 @@ from .heads import __all__ as _heads
 from .slim import *
 from .slim import __all__ as _slim
 
-__all__ = [*_places, *_criteria, *_force, *_baked, *_mask, *_prices, *_transfer, *_rounds, *_calibration, *_solvers,
-           *_densities, *_reconstruction, *_regrowth, *_compiled, *_heads, *_slim]
+__all__ = [*_places, *_criteria, *_force, *_baked, *_mask, *_prices, *_transfer, *_round_files, *_rounds,
+           *_calibration, *_solvers, *_densities, *_reconstruction, *_regrowth, *_compiled, *_heads,
+           *_slim]
 
 from opentrans.helping import document as _document
 _document(__name__)

@@ -17,8 +17,9 @@ from ..files import atomic_path, BAKED_FILE, load_tensors, pack_bits, save_tenso
 from ..naming import match_weights, tell_reasons
 from .force import _keepers, _zero
 from .places import _place
-from ..runtime import evaluating
+from ..runtime import eval_mode
 from ..sparse.stored import describe
+
 
 # %% ../../nbs/01f_baked.ipynb #a0ecb036
 def _must_exist(path, kind):
@@ -117,7 +118,7 @@ def export_onnx(
     for name in ('onnx', 'onnxscript'): optional(name, 'onnx', 'ONNX export')
     if check: optional('onnxruntime', 'onnx', 'checking an ONNX file')
     args = example if isinstance(example, tuple) else (example,)
-    with evaluating(model):
+    with eval_mode(model):
         with atomic_path(path) as new: _write_onnx(model, args, new)
         return _onnx_difference(model, path, args) if check else math.nan
 

@@ -16,7 +16,7 @@ from fastcore.meta import delegates
 from ..core import CONVS, Layer
 from ..errors import OpenTransError, shorten, unknown
 from .places import prunable
-from ..runtime import device_of, evaluating
+from ..runtime import device_of, eval_mode
 
 # %% ../../nbs/01h_calibration.ipynb #aefd9359
 def _windows(x, conv):
@@ -206,7 +206,7 @@ def go_over(
     "Run a model over batches, in evaluation mode and without gradients. Raises `OpenTransError` if there are none."
     check_batches(batches)
     seen = 0
-    with evaluating(model):
+    with eval_mode(model):
         if callable(batches):
             told = batches(model)
             return sum(1 for _ in ([told] if isinstance(told, torch.Tensor) else told))

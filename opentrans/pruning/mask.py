@@ -21,13 +21,13 @@ from ..core import find_tower, layers, no_values
 from ..errors import OpenTransError, shorten, unknown
 from ..escape import for_plot
 from ..files import FileKind, load_tensors, metadata_value, pack_bits, plain_json, save_tensors, unpack_bits
-from ..naming import clean_name, matches, tell_reasons
+from ..naming import clean_name, match_pattern, tell_reasons
 from .baked import _bake, _mask_state, _must_exist
 from .criteria import _ask_criterion, _criterion, _name_of, _threads
-from .force import _keep_in_force, MaskInForce
+from .force import _keep_in_force, ActiveMask
 from .places import _candidates, _place, prunable
 from .ranking import _choose, _density, _keep_best, _magnitudes, _share, _size
-from ..runtime import axes
+from ..runtime import get_axes
 
 # %% ../../nbs/01_pruning.ipynb #df422c53
 def _count(m): return int(np.count_nonzero(m.numpy()))
@@ -113,7 +113,7 @@ class _MaskSets(_MaskValues):
         *patterns:str, # Patterns of names, such as `'layer*'`
     )->Self: # A mask over these layers alone; the others will be left dense
         "Restrict a mask to some layers. Raises `OpenTransError` if none matches."
-        chosen = {name: mask for name,mask in self.items() if any(matches(name, p) for p in patterns)}
+        chosen = {name: mask for name,mask in self.items() if any(match_pattern(name, p) for p in patterns)}
         if chosen: return type(self)(chosen, dict(self.info, only=list(patterns)))
         raise OpenTransError(f"No layer matches {patterns}. The mask has: {', '.join(self.names[:6])} ...")
 
@@ -285,7 +285,7 @@ class _MaskOnModels(_RandomMasks):
     def apply(self,
         model:nn.Module, # A tower, or anything that holds one, also in data-parallel and compile wrappers
         strict:bool=True, # Raise if the model lacks a layer? If not, the handle's `.left` lists what was left out
-    )->MaskInForce: # Handle: `.remove()`, or leave the `with` block, and the mask is no longer kept; the zeros stay
+    )->ActiveMask: # Handle: `.remove()`, or leave the `with` block, and the mask is no longer kept; the zeros stay
         """Zero the pruned weights of `model` and keep them zero under any optimizer. Raises `OpenTransError`, with
         nothing changed, if it does not fit."""
         return _keep_in_force(self, model, strict)
@@ -401,12 +401,12 @@ class _MaskPictures(_MaskFiles):
     )->Axes: # The axes
         "Density of each layer, and of all together."
         table = self.table()
-        ax = axes(ax, figsize=(max(5, min(14, len(table)/5)), 3))
+        ax = get_axes(ax, figsize=(max(5, min(14, len(table)/5)), 3.6))
         places = range(len(table))
         line, = ax.plot(places, table.density, 'o-', ms=3, lw=1, label=label and for_plot(label))
         ax.axhline(self.density, ls=':', lw=1, color=line.get_color())
         names = [for_plot(name.removesuffix('.weight')) for name in table.index]
-        ax.set_xticks(places, names, rotation=90, fontsize=7 if len(table) > 20 else 8)
+        ax.set_xticks(places, names, rotation=90, fontsize=9)
         whole = f'all, {self.density:.3f}' if label is None else 'all'
         top = 1.05 if table.density.max() > .5 else None
         ax.set(ylabel='density', ylim=(0, top), title=f'density per layer (dotted: {whole})')
@@ -419,7 +419,7 @@ class _MaskPictures(_MaskFiles):
         bins:int=60, # Number of bars
     )->Axes: # The axes
         "Magnitudes of the weights that the mask keeps and drops; weights that are zero are left out."
-        ax = axes(ax, figsize=(5, 3))
+        ax = get_axes(ax, figsize=(5, 3))
         sizes = {name: _size(weight).cpu().float() for name,weight in self.weights(model).items()}
         kept = torch.cat([sizes[name][mask] for name,mask in self.items()])
         dropped = torch.cat([sizes[name][~mask] for name,mask in self.items()])
@@ -473,7 +473,7 @@ def plot_overlap(
         title = 'overlap of masks (IoU)'
         frame = compare_masks(frame)
     frame = frame.rename(index=for_plot, columns=for_plot)
-    ax = axes(ax, figsize=(1.5+.8*len(frame), 1+.65*len(frame)))
+    ax = get_axes(ax, figsize=(1.5+.8*len(frame), 1+.65*len(frame)))
     sns.heatmap(frame, annot=True, fmt='.2f', vmin=0, cmap='viridis', square=True, ax=ax, cbar=False)
     ax.set_title(title)
     ax.set_xticks(ax.get_xticks(), frame.columns, rotation=45, ha='right', rotation_mode='anchor')

@@ -9,7 +9,7 @@ __all__ = ['prunable']
 import warnings
 from torch import nn
 from ..core import (
-    bare_modules, bare_parameters, find_tower, in_tower, LAYER_KINDS, layers, layers_of, no_values, unreadable)
+    bare_modules, bare_parameters, find_tower, resolve_in_tower, LAYER_KINDS, layers, layers_of, no_values, unreadable)
 from ..errors import OpenTransError
 from ..naming import inside, match_weights, tell_reasons
 from ..towers import trunk
@@ -92,7 +92,7 @@ def _match_in(module, keys, strict):
 # %% ../../nbs/01b_places.ipynb #661f3f70
 def _place(keys, model, strict=True):
     "Find the layers of a mask in a model: key -> (`Parameter`, rows or None). Raises `OpenTransError`."
-    placed,whys = in_tower(model, lambda module: _match_in(module, keys, strict))
+    placed,whys = resolve_in_tower(model, lambda module: _match_in(module, keys, strict))
     if whys and strict:
         raise OpenTransError(
             f"{len(whys)} of {len(keys)} layers of the mask cannot be masked in this model: {tell_reasons(whys)}. "

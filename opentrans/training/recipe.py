@@ -6,14 +6,14 @@
 __all__ = ['LEAST_CROP', 'WARMUP', 'Recipe', 'read_settings']
 
 # %% ../../nbs/training/40_recipe.ipynb #166c1131
-import contextlib, dataclasses, functools, json, math
+import contextlib, dataclasses, functools, json, math, typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 from annotated_types import Interval
 import numpy as np
 import torch
-from ..errors import check_number, FormatError, OpenTransError, optional, shorten, unknown
+from ..errors import check_number, FormatError, none_if_off, OpenTransError, optional, shorten, unknown
 from ..files import parse_json, read_text
 from ..frameworks.contract import get_framework
 
@@ -24,7 +24,8 @@ _Finite = int | Annotated[float, Interval(ge=-1e300, le=1e300)] # neither NaN no
 LEAST_CROP = 16 # Pixels of a side; less shows nothing
 _MOST = 10**9 # Iterations; a run of more does not end
 _CHOICES = dict(optimizer=('sgd', 'adamw'), schedule=('step', 'poly', 'cosine', 'constant'),
-                norm=('train', 'eval', 'frozen'), precision=('no', 'bf16', 'fp16'))
+                norm=('train', 'eval', 'frozen'), precision=(None, 'bf16', 'fp16'))
+_OFF = dict(crop=0, clip_grad=0., scale=(1., 1.), precision='no') # what files of runs hold where a recipe says None
 _RANGES = dict( # smallest and largest value of each number of a recipe
     iterations=(0, _MOST), lr_warmup=(0, _MOST), offset=(0, _MOST), batch_size=(1, 2**16), accumulate=(
         1, 2**16), workers=(0, 256), seed=(0, math.inf),
@@ -59,11 +60,15 @@ def _falls(milestones):
 
 # %% ../../nbs/training/40_recipe.ipynb #6547b591
 def _sizes(scale):
-    "The smallest and the largest size. Raises `OpenTransError`."
+    "The smallest and the largest size; None for the size as it is. Raises `OpenTransError`."
     told = tuple(_ranged('scale', v, 0, _WIDEST, whole=False) for v in _listed('scale', scale, (.5, 2.)))
     if len(told) != 2 or not 0 < told[0] <= told[1]:
         raise OpenTransError(f"scale={told} must be (smallest, largest), e.g. (0.5, 2.0).")
-    return told
+    return told if told != _OFF['scale'] else None
+
+def _kinds(recipe):
+    "Field -> its type; where None may stand, the other one."
+    return {f.name: (typing.get_args(f.type) or [f.type])[0] for f in dataclasses.fields(recipe)}
 
 # %% ../../nbs/training/40_recipe.ipynb #0dc5e23b
 @dataclass(frozen=True)
@@ -84,38 +89,40 @@ class Recipe:
     power:float = .9 # Of 'poly'
     lr_warmup:int = 0 # Iterations over which the learning rate rises linearly from near 0
     offset:int = 0 # Iterations of the same course that went before: `milestones` and the schedule count from there
-    clip_grad:float = 0. # Largest norm of the whole gradient; 0 does not clip
+    clip_grad:float|None = None # Largest norm of the whole gradient; None does not clip
     # Batch norms of the backbone: 'train', 'eval' (statistics rest) or 'frozen' (weights rest, too)
     norm:str = 'train'
-    crop:int = 512 # Side of the square that is cut out; 0 takes images as they are
-    # Range of random sizes, as a share of that at which the image fits `crop`; (1, 1) does not scale
-    scale:tuple = (1., 1.)
+    crop:int|None = 512 # Side of the square that is cut out; None takes images as they are
+    # Range of random sizes, as a share of that at which the image fits `crop`; None does not scale
+    scale:tuple|None = None
     flip:float = .5 # Probability of a mirrored image
-    precision:str = 'no' # Mixed precision: 'no', 'bf16' or 'fp16'
+    precision:str|None = None # Mixed precision: 'bf16' or 'fp16'; None computes in 32 bits
     channels_last:bool = True # Lay images and kernels out in memory as convolutions are fastest
     accumulate:int = 1 # Parts into which a batch is cut to save memory; gradients are summed
     seed:int = 0 # Of data order, augmentation, dropout and sampled points
     workers:int = 0 # Processes that load data; 0 loads in this one
 
     def __post_init__(self):
+        for name,older in _OFF.items(): self._set(name, none_if_off(getattr(self, name), older))
         for name,choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise unknown(f'{name} of a recipe', getattr(self, name), choices)
-        kinds = {f.name: f.type for f in dataclasses.fields(self)}
+        kinds = _kinds(self)
         for name,(least,most) in _RANGES.items():
+            if name in _OFF and getattr(self, name) is None: continue
             self._set(name, _ranged(name, getattr(self, name), least, most, kinds[name] is int))
         for name,edge in dict(momentum=1, gamma=0, power=0).items():
             if getattr(self, name) == edge:
                 raise OpenTransError(f"{name}={edge}: it must be {'below' if edge else 'above'} {edge}.")
         for name in ('decay_norms', 'channels_last'): self._set(name, _truth(name, getattr(self, name)))
-        if 0 < self.crop < LEAST_CROP:
+        if self.crop is not None and self.crop < LEAST_CROP:
             raise OpenTransError(
-                f"crop={self.crop}: give 0, for whole images, or a side of at least {LEAST_CROP} pixels.")
+                f"crop={self.crop}: give None, for whole images, or a side of at least {LEAST_CROP} pixels.")
         if self.accumulate > self.batch_size:
             raise OpenTransError(
                 f"accumulate={self.accumulate} parts of a batch of {self.batch_size} leaves some without an image.")
         self._set('milestones', _falls(self.milestones))
-        self._set('scale', _sizes(self.scale))
+        if self.scale is not None: self._set('scale', _sizes(self.scale))
 
     def _set(self, name, value): object.__setattr__(self, name, value)
 
@@ -179,7 +186,7 @@ class Recipe:
                        released=functools.partial(cls.released, framework))
         if preset is not None and (not isinstance(preset, str) or preset not in presets):
             raise unknown('recipe', preset, presets)
-        kinds = {f.name: f.type for f in dataclasses.fields(cls)}
+        kinds = _kinds(cls)
         for name in values:
             if name not in kinds: raise unknown('setting of a recipe', name, [*kinds, 'preset'])
         recipe = presets[preset]() if preset else base or cls()
@@ -219,7 +226,7 @@ def _warmup(cls,
 def _tiny(cls)->Recipe:
     "For the small CLIP on `ShapesWorld`: minutes on a laptop."
     return cls(iterations=400, batch_size=16, optimizer='adamw', lr=2e-3, weight_decay=.05, schedule='cosine',
-               milestones=(), lr_warmup=20, clip_grad=1., backbone_lr=.5, crop=0)
+               milestones=(), lr_warmup=20, clip_grad=1., backbone_lr=.5, crop=None)
 
 Recipe.paper,Recipe.released,Recipe.warmup,Recipe.tiny = (classmethod(f)
                                                           for f in (_paper, _released, _warmup, _tiny))
@@ -285,6 +292,7 @@ def _numbers(value):
 # %% ../../nbs/training/40_recipe.ipynb #8758c907
 def _as(name, kind, value):
     "A value as the type of a field; YAML and flags give numbers as text."
+    if name in _OFF and (value is None or isinstance(value, str) and value.lower() in ('none', 'null')): return None
     try:
         if kind is bool: return {'true': True, '1': True, 'false': False, '0': False}[str(value).lower()]
         if kind is tuple: return _numbers(value)

@@ -41,6 +41,7 @@ class Anchor(nn.Module):
     spatial = False # Are activations (B,C,H,W)?
     # In a block: the modules that get low-rank updates, and those that get biases of each stitch
     lora_on = bias_on = ()
+    ffn = '' # In a block: the feed-forward part, beside or behind which a bottleneck can stand
     def __init__(self, tower):
         super().__init__()
         self.tower,self.task = tower,nn.Identity()
@@ -95,6 +96,7 @@ class ViTAnchor(Anchor):
     head_parts = ('norm', 'attn_pool', 'fc_norm', 'head_drop', 'head')
     tokens = ('cls_token', 'reg_token', 'pos_embed')
     lora_on = bias_on = ('attn.qkv', 'attn.proj')
+    ffn = 'mlp'
     @property
     def block_names(self): return [f'blocks.{i}' for i in range(len(self.tower.blocks))]
     @property
@@ -114,6 +116,7 @@ class ClipViTAnchor(Anchor):
     head_parts = ('attn_pool', 'attn_pool_contrastive', 'ln_post', 'proj')
     tokens = ('class_embedding', 'positional_embedding')
     lora_on = bias_on = ('attn',)
+    ffn = 'mlp'
     @property
     def block_names(self):
         return [f'transformer.resblocks.{i}' for i in range(len(self.tower.transformer.resblocks))]
@@ -244,6 +247,7 @@ class ConvNeXtAnchor(_StagedAnchor):
     "A ConvNeXt of timm."
     embed_parts,head_parts = ('stem',),('norm_pre', 'head')
     lora_on = bias_on = ('mlp.fc1', 'mlp.fc2')
+    ffn = 'mlp'
     @property
     def dims(self): return [self.tower.stem[0].out_channels] + [b.conv_dw.out_channels for b in self.blocks]
     def embed(self, x): return self.tower.stem(x)
@@ -257,6 +261,7 @@ class SwinAnchor(_StagedAnchor):
     head_parts = ('norm', 'head')
     at = 'layers'
     lora_on = bias_on = ('attn.qkv', 'attn.proj')
+    ffn = 'mlp'
     @property
     def dims(self): return [self.tower.patch_embed.proj.out_channels] + [b.dim for b in self.blocks]
     def embed(self, x): return self.tower.patch_embed(x).permute(0, 3, 1, 2)
@@ -269,6 +274,7 @@ class GPT2Anchor(Anchor):
     """A GPT-2 of transformers, as a model of language: token numbers (B,N) in, scores of the next token (B,N,V)
     out. The head is tied to the embedding and stays; a network of its own cache is not asked."""
     lora_on = bias_on = ('attn.c_attn', 'attn.c_proj')
+    ffn = 'mlp'
     @property
     def block_names(self): return [f'transformer.h.{i}' for i in range(len(self.tower.transformer.h))]
     @property

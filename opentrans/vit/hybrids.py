@@ -21,8 +21,8 @@ from ..escape import for_plot
 from ..files import FileKind, json_text, parse_document, read_text, save_text
 from ..runtime import axes
 from .spvit import (
-    BottleneckConv, GATINGS, Grid, hard_gate, mlp_names, select_ops, SkipAttention, SPVIT_OPS, UnifiedAttention,
-    UnifiedDepthwise, UnifiedMLP)
+    BottleneckConv, GATINGS, Grid, hard_gate, mlp_names, MultiPathAttention, select_ops, SkipAttention, SPVIT_OPS,
+    UnifiedAttention, UnifiedDepthwise, UnifiedMLP)
 
 # %% ../../nbs/vit/63b_hybrids.ipynb #a55ef6d7
 def _tower(model):
@@ -78,6 +78,7 @@ def convert_to_spvit(
     units:bool=True, # Gates for hidden units?
     heads:bool=False, # Gates for attention heads?
     sides=(1, 3, 5, 7), # Candidates of a ConvNeXt's kernel
+    paths:str='single', # `'single'`: convolutions out of the attention's weights; `'multi'`: with random ones
 )->nn.Module: # A copy with `UnifiedAttention` and `UnifiedMLP`
     """Give a ViT the gates of SPViT (thesis, Sec. 4.3.2). Raises `OpenTransError` for a model that cannot be
     converted."""
@@ -88,6 +89,8 @@ def convert_to_spvit(
     (embed,prefix),n = _patches(tower),len(blocks)
     check_number('temperature', temperature, 0, above=True)
     check_number('theta', theta)
+    kinds = dict(single=UnifiedAttention, multi=MultiPathAttention)
+    if paths not in kinds: raise unknown('way of paths', paths, kinds)
     keep = {check_number('keep', i, -n, n-1, whole=True) % n
             for i in (keep if keep is not None else (-1,) if hasattr(tower, 'class_embedding') else ())}
     grid = Grid()
@@ -95,9 +98,9 @@ def convert_to_spvit(
     for i,b in enumerate(blocks.values()):
         if _mixer(b) == 'conv_dw': b.conv_dw = UnifiedDepthwise.from_conv(b.conv_dw, sides, gating, theta)
         elif heads or not (tuple(ops) == ('msa',) or i in keep):
-            b.attn = UnifiedAttention.from_attention(b.attn, grid, ('msa',) if i in keep else ops, gating,
-                                                     temperature=temperature, theta=theta, cls=cls, prefix=prefix,
-                                                     heads=heads)
+            b.attn = kinds[paths].from_attention(b.attn, grid, ('msa',) if i in keep else ops, gating,
+                                                 temperature=temperature, theta=theta, cls=cls, prefix=prefix,
+                                                 heads=heads)
             if b.attn.window: b.__class__ = _mixed(type(b))
         if units: b.mlp = UnifiedMLP.from_mlp(b.mlp, theta)
     return model

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from torch.nn.parameter import UninitializedTensorMixin
+from torchvision.ops import stochastic_depth
 from ..core import bare_modules, find_tower, layers
 from ..errors import check_number, OpenTransError
 from ..naming import find_names, matches
@@ -116,11 +117,6 @@ def _revive(plain, shown):
     return cls.__new__(cls)
 
 # %% ../../nbs/vit/60_peft.ipynb #1e847da2
-def _drop_path(x, p, training):
-    "Leave out whole samples of an update, and scale up the others."
-    if not p or not training: return x
-    return x*(torch.rand(len(x), *[1]*(x.dim()-1), device=x.device) >= p).to(x.dtype)/(1-p)
-
 def _slot_around(module):
     "The slot of the weight of a module. Raises `OpenTransError` if another tensor stands there."
     if module._parameters.get('weight') is None: raise _no_parameter('weight', module, 'weight')
@@ -267,7 +263,7 @@ class LoRALinear(Part):
             y = F.conv2d(module._conv_forward(x, self.A.view(self.r, *self.shape[1:]), None),
                          self.B[:, :, None, None])
         else: y = F.linear(F.linear(x, self.A), self.B)
-        return _drop_path(y, self.drop_path, self.training)
+        return stochastic_depth(y, self.drop_path, 'row', self.training)
     def around(self, module, x, y):
         if not self.light: return _call_with(module, x, weight=self.onto(module.weight))
         return _rows_add(module(x) if y is None else y, self.path(module, x), self.rows,
@@ -300,7 +296,7 @@ class SequentialAdapter(Part):
 
     def path(self, y):
         h = F.linear(F.dropout(y, self.dropout, self.training), self.V, self.v)
-        return _drop_path(F.linear(F.gelu(h), self.U, self.u), self.drop_path, self.training)
+        return stochastic_depth(F.linear(F.gelu(h), self.U, self.u), self.drop_path, 'row', self.training)
     def around(self, module, x, y):
         y,dim = module(x) if y is None else y,1 if isinstance(module, nn.Conv2d) else -1
         own = y if self.rows is None else y.narrow(dim, self.rows[0], self.shape[0])

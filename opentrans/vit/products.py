@@ -12,19 +12,20 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from ..errors import check_number, OpenTransError, shorten, unknown
+from ..errors import check_number, OpenTransError, shorten, timm_name, unknown
 from ..files import load_tensors, read_checkpoint, save_tensors, state_dict_of
 from ..pruning.baked import export_onnx
 from ..runtime import device_of, evaluating, pick_device, progress, seeded, to_device
+from .blockwise import add_spt_blocks, BLOCK_KINDS
 from .folders import open_pictures
 from .heads import find_heads, is_of_head
 from .hybrids import convert_to_spvit, HybridSpec, slim_spvit, SPViTCost
 from .peft_files import save_added
 from .search import teacher_loss, train_spvit
 from .sensitivity import param_sensitivity
-from .spt import allocate, apply_spt, merge_spt
+from .spt import allocate, apply_spt, KINDS, merge_spt
 from .stitch_training import deploy, StitchSampler, StitchTrainer
-from .stitching import apply_pst, stitch_table, StitchableNet
+from .stitching import apply_pst, merge_stitch, stitch_table, StitchableNet, StitchConfig
 
 # %% ../../nbs/vit/64c_products.ipynb #b65e558f
 _PREFIXES = ('module.base_encoder.', 'base_encoder.', 'module.', 'model.', 'backbone.', 'encoder.', '')
@@ -63,7 +64,7 @@ def open_model(
 ):
     "A model of timm with a new head. Raises `OpenTransError` for an unknown name, and where weights are not named."
     import timm
-    if not timm.is_model(name): raise unknown('model of timm', name, timm.list_models())
+    timm_name(name)
     if pretrained is None:
         raise OpenTransError(
             "Say which weights to begin with: pretrained='weights.safetensors', 'timm' (fetched, with "
@@ -162,23 +163,9 @@ def _write(model, out, name, size, onnx, **metadata):
     save_tensors(state, Path(out)/f'{name}.safetensors', metadata)
     return export_onnx(model.cpu(), Path(out)/f'{name}.onnx', _example(model.cpu(), size)) if onnx else None
 
-# %% ../../nbs/vit/64c_products.ipynb #b2713e60
-def spt_on(
-    model, # With a head for the task; it is left tuned and merged
-    train, # Loader of (pictures, labels)
-    val=None, # Loader to test with
-    out=None, # Folder for allocation.json, table.csv, spt.safetensors, merged.safetensors and merged.onnx
-    budget:int=400_000, # Parameters to train, without the head
-    kind:str='lora', # `'lora'`, `'adapter'` or `'none'`
-    r:int=8, # Rank or bottleneck
-    samples:int=800, # Of the sensitivities
-    epochs:int=10, # Of training
-    lr:float=1e-3, # Of AdamW
-    seed:int=0, # Of everything random
-    onnx:bool=False, # Write an ONNX file, too?
-)->dict: # budget, spent, head, trained, share of the body, loss, accuracy, what merging changes, what ONNX changes
-    "Sensitivity-aware fine-tuning from end to end (thesis, chapter 2)."
-    sens = param_sensitivity(model, train, n_samples=samples, seed=seed)
+# %% ../../nbs/vit/64c_products.ipynb #6af91d9a
+def _plan_matrices(model, sens, budget, kind, r, seed, out):
+    "Allocate, and add what was allocated: what the report says of it."
     alloc = allocate(sens, budget, kind, r)
     body = sum(p.numel() for p in model.parameters())-alloc.head
     apply_spt(model, alloc, seed=seed)
@@ -187,6 +174,39 @@ def spt_on(
         from opentrans.files import save_text
         alloc.save(Path(out)/'allocation.json')
         save_text(csv_text(alloc.table()), Path(out)/'table.csv')
+    plan = dict(budget=budget, spent=alloc.spent, head=alloc.head, trained=alloc.n_trainable,
+                share=alloc.spent/body)
+    return dict(plan, structured=len(alloc.structured), single=sum(int(m.sum()) for m in alloc.masks.values()),
+                tau=alloc.tau, note=alloc.note, samples=sens.samples)
+
+def _plan_blocks(model, sens, budget, kind, r, seed, out):
+    "Add prompts or bottlenecks to the sensitive blocks: what the report says of it."
+    whole = sum(p.numel() for p in model.parameters())
+    added = add_spt_blocks(model, sens, budget, kind, r, seed)
+    head, always = (sum((held or {}).values()) for held in (sens.heads, sens.always))
+    spent = sum(map(len, added.parts.values())) + always
+    note = '' if abs(spent-budget) <= .02*budget else f'asked {budget:,}: blocks are whole, of {spent-always:,} in all'
+    return dict(budget=budget, spent=spent, head=head, trained=spent+head, share=spent/(whole-head),
+                structured=len(added.parts), single=0, tau=budget, note=note, samples=sens.samples)
+
+def spt_on(
+    model, # With a head for the task; it is left tuned and merged
+    train, # Loader of (pictures, labels)
+    val=None, # Loader to test with
+    out=None, # Folder for allocation.json, table.csv, spt.safetensors, merged.safetensors and merged.onnx
+    budget:int=400_000, # Parameters to train, without the head
+    kind:str='lora', # `'lora'`, `'adapter'` or `'none'`; of blocks `'prompts'` or `'adaptformer'`
+    r:int=8, # Rank, bottleneck, or tokens of a block
+    samples:int=800, # Of the sensitivities
+    epochs:int=10, # Of training
+    lr:float=1e-3, # Of AdamW
+    seed:int=0, # Of everything random
+    onnx:bool=False, # Write an ONNX file, too?
+)->dict: # budget, spent, head, trained, share of the body, loss, accuracy, what merging changes, what ONNX changes
+    "Sensitivity-aware fine-tuning from end to end (thesis, chapter 2)."
+    if kind not in (*KINDS, *BLOCK_KINDS): raise unknown('kind of structured module', kind, (*KINDS, *BLOCK_KINDS))
+    sens = param_sensitivity(model, train, n_samples=samples, seed=seed)
+    plan = (_plan_blocks if kind in BLOCK_KINDS else _plan_matrices)(model, sens, budget, kind, r, seed, out)
     with seeded(seed): history = fit(model, train, epochs, lr)
     if out is not None: save_added(model, Path(out)/'spt.safetensors')
     tested = accuracy(model, val) if val is not None else None
@@ -197,11 +217,7 @@ def spt_on(
         merge_spt(model)
         merged = float((model(x)-before).abs().max())
     different = _write(model, out, 'merged', x.shape[1:], onnx, tuned='spt')
-    single, loss = sum(int(m.sum()) for m in alloc.masks.values()), history[-1] if history else None
-    plan = dict(budget=budget, spent=alloc.spent, head=alloc.head, trained=alloc.n_trainable,
-                share=alloc.spent/body)
-    plan.update(structured=len(alloc.structured), single=single, tau=alloc.tau, note=alloc.note,
-                samples=sens.samples)
+    loss = history[-1] if history else None
     return dict(plan, loss=loss, accuracy=tested, merged_difference=merged, onnx_difference=different)
 
 # %% ../../nbs/vit/64c_products.ipynb #4f84ad2e
@@ -216,15 +232,19 @@ def stitch_on(
     lr:float=1e-3, # Of AdamW
     seed:int=0, # Of everything random
     onnx:bool=False, # Write ONNX files, too?
+    kind:str='lora', # What the models learn: `'lora'`, `'adapter'` or `'adaptformer'`, as in `apply_pst`
+    alone:int=0, # Rounds in which each model is tuned by itself first (thesis, Fig. 3.6 d: dearer, and worse)
+    **pst, # Of `apply_pst`: `ssb=False` for no biases of stitches, `stitch_rank=None` for stitching layers in full
 )->pd.DataFrame: # A row for each deployed network: name, flops, params, accuracy
     "Efficient stitchable task adaptation from end to end (thesis, chapter 3)."
     check_number('points', points, 1, whole=True)
     size = picture_size(models[-1])
     ranks = ranks if ranks is not None else [32, 16, 8, *[8]*len(models)][:len(models)]
+    if alone: models = [_tuned_alone(m, r, train, alone, lr, seed, kind) for m,r in zip(models, ranks)]
     with seeded(seed):
         net = StitchableNet(models)
         net.init_stitches(_some(train, 100, device_of(models[0])))
-        apply_pst(net, ranks)
+        apply_pst(net, ranks, kind=kind, **pst)
     table = stitch_table(net, size)
     sampler = StitchSampler(table.flops, points, seed=seed)
     opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr)
@@ -243,6 +263,16 @@ def stitch_on(
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     frame.attrs.update(drawn=int((sampler.tracker.counts > 0).sum()), stitches=len(net.configs), trained=trained)
     return frame
+
+def _tuned_alone(model, r, train, epochs, lr, seed, kind):
+    "A model that was tuned by itself, with its updates merged."
+    check_number('alone', epochs, 0, whole=True)
+    if kind != 'lora':
+        raise OpenTransError(f"kind='{kind}' cannot be merged before models are stitched: take alone=0, or 'lora'.")
+    with seeded(seed):
+        net = apply_pst(StitchableNet([model], [StitchConfig(0, 0)]), r)
+        fit(net, train, epochs, lr)
+    return merge_stitch(net, 0).tower
 
 def _has_norms(net): return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in net.modules())
 

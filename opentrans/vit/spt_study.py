@@ -8,7 +8,7 @@ __all__ = ['VIT', 'SET', 'ARMS', 'RATES', 'PARTS', 'BASE', 'NOVEL', 'SMALL', 'th
            'patterns', 'gaps', 'parts_rows', 'pretrained', 'sized_job', 'spt_rows']
 
 # %% ../../nbs/vit/66_spt_study.ipynb #5e0b5301
-import functools, math, time
+import functools, math, time, warnings
 import numpy as np
 import timm
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from ..experiments.jobs import run_jobs
 from ..files import load_json, load_tensors, save_json, save_tensors
 from ..heavy_tail.table import analyze
 from ..runtime import seeded
+from .blockwise import add_spt_blocks, BLOCK_KINDS
 from .peft import add_adapters, add_lora, trainable_report
 from .sensitivity import param_sensitivity
 from .domains import features_of, median_distance, mmd
@@ -34,13 +35,20 @@ ARMS = ('linear', 'bias', 'lora', 'adapter', 'sparse', 'random', 'spt-lora', 'sp
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
-# arms of a study beside the main one (Tab. 2.6 and 2.8): modules without single weights, and sensitivities of fewer
-# pictures
-PARTS = {'adapters without single weights': dict(kind='adapter', scattered=False),
+# arms of a study beside the main one: what modules and single weights do alone (Tab. 2.6), how many pictures
+# sensitivity needs (Tab. 2.8), and the criterion with other modules (Fig. 2.3 b): tokens of a block, or width of its
+# bottleneck, in all four blocks or in the two sensitive ones, at equal numbers of parameters
+PARTS = {'adapters and single weights': dict(kind='adapter'),
+         'adapters without single weights': dict(kind='adapter', scattered=False),
+         'single weights alone': dict(kind='none'),
+         'low rank and single weights': dict(kind='lora'),
          'low rank without single weights': dict(kind='lora', scattered=False),
          'half of the pictures': dict(kind='lora', share=1/2),
-         'a quarter of the pictures': dict(kind='lora', share=1/4),
-         'an eighth of the pictures': dict(kind='lora', share=1/8),}
+         'an eighth of the pictures': dict(kind='lora', share=1/8),
+         'prompts in all blocks': dict(kind='prompts', size=12, everywhere=True),
+         'prompts in sensitive blocks': dict(kind='prompts', size=24),
+         'AdaptFormer in all blocks': dict(kind='adaptformer', size=5, everywhere=True),
+         'AdaptFormer in sensitive blocks': dict(kind='adaptformer', size=11)}
 
 BASE,NOVEL = ([k for k in TRIPLES if is_novel(*k) == b] for b in (False, True))
 
@@ -137,12 +145,19 @@ def deal_again(sens, seed):
             res[n] = t.flatten()[torch.randperm(t.numel(), generator=g)].view(shape)
     return {n: res[n] for n in names}
 
-def tune_part(model, x, y, seed, kind, share=1., scattered=True):
+def tune_part(model, x, y, seed, kind, share=1., scattered=True, size=None, everywhere=False):
     "SPT as in one of the `PARTS`."
+    if everywhere:
+        BLOCK_KINDS[kind][0](model, None, size, seed=seed)
+        return [p.requires_grad_(True) for p in (model.cls_token, *model.head.parameters())]
     sens = param_sensitivity(model, [(x, y)], F.cross_entropy, n_samples=math.ceil(share*len(x)), chunk=32,
                              seed=seed)
-    add_spt(model, allocate(sens, SET['budget']+VIT['embed_dim'], kind, SET['r'], scattered=scattered), seed=seed)
+    budget = SET['budget']+VIT['embed_dim']
+    if kind in BLOCK_KINDS: return add_spt_blocks(model, sens, budget, kind, size, seed)
+    with warnings.catch_warnings(action='ignore', category=UserWarning): # modules alone may not meet the budget
+        add_spt(model, allocate(sens, budget, kind, SET['r'], scattered=scattered), seed=seed)
 
+# %% ../../nbs/vit/66_spt_study.ipynb #85782829
 def tune_this(model, arm, x, y, seed):
     "Make ready what an arm trains."
     budget,r = SET['budget'],SET['r']
@@ -201,7 +216,7 @@ def patterns(work, seed=0):
                           for by in ('block', 'operation')}, alpha=dict(frame.attrs, layers=frame.to_dict('index')))
     return res
 
-# %% ../../nbs/vit/66_spt_study.ipynb #2c08072d
+# %% ../../nbs/vit/66_spt_study.ipynb #9d94ba73
 SMALL = dict(SET, pretrain_images=80, pretrain_steps=2, pretrain_batch=8, steps=2, batch=8,
              train=dict(novel=20, night=20, count=16), test=20)
 
@@ -215,6 +230,7 @@ def gaps(work, seed=0):
     width = median_distance(source, torch.cat(list(tasks.values())))
     return {task: dict(mmd=mmd(source, y, width)) for task,y in tasks.items()}
 
+# %% ../../nbs/vit/66_spt_study.ipynb #2c08072d
 def parts_rows(study, seeds, runs, scheduler='local', small=False)->dict: # What the file holds
     "`spt_rows` of the `PARTS`, and how far the tasks are from the source."
     return spt_rows(study, seeds, runs, scheduler, small, tuple(PARTS))
@@ -234,7 +250,8 @@ def sized_job(sizes, work, task, arm, seed, rate):
 def _best_rates(done, arms=ARMS):
     "The learning rate of each arm and task that was best on the seed of its own."
     def best(task, arm):
-        return max((done[task, arm, 1000, rate] for rate in RATES), key=lambda run: run['accuracy'])['lr']
+        tried = [run for (of, by, _, _),run in done.items() if (of, by) == (task, arm)]
+        return max(tried, key=lambda run: run['accuracy'])['lr']
     return {task: {arm: best(task, arm) for arm in arms} for task in SET['train']}
 
 def spt_rows(
@@ -253,7 +270,8 @@ def spt_rows(
         _use(sizes)
         with one_thread():
             base = run_jobs({'base': ((), pretrained, (sizes, work))}, desc=study.name)['base']
-            tries = [(task, arm, 1000, rate) for task in SET['train'] for arm in arms for rate in RATES]
+            tries = [(task, arm, 1000, rate) for task in SET['train'] for arm in arms
+                     for rate in (RATES[:1] if small else RATES)]
             tried = {one: ((), sized_job, (sizes, work, *one)) for one in tries}
             rates = _best_rates(run_jobs(tried, scheduler, f'{study.name}, learning rates'), arms)
             wanted = [(task, arm, seed, rates[task][arm]) for seed in seeds for task in SET['train']

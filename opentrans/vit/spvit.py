@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPVIT_OPS', 'GATINGS', 'head_ensemble', 'conv_from_msa', 'index_values', 'bernoulli_st', 'hard_gate', 'select_ops',
            'op_prior', 'Grid', 'TokenLayer', 'SkipAttention', 'BottleneckConv', 'attention_parts', 'UnifiedAttention',
-           'HeadAttention', 'mlp_names', 'UnifiedMLP', 'UnifiedDepthwise']
+           'MultiPathAttention', 'HeadAttention', 'mlp_names', 'UnifiedMLP', 'UnifiedDepthwise']
 
 # %% ../../nbs/vit/63_spvit.ipynb #29a61c4e
 import copy, itertools, math
@@ -352,6 +352,26 @@ def kept_heads(self:UnifiedAttention)->list:
     "Heads whose gate is open; all, where heads have no gates."
     return (list(range(self.num_heads)) if self.head_gate is None
             else (self.head_gate >= 0).nonzero().flatten().tolist())
+
+# %% ../../nbs/vit/63_spvit.ipynb #9d3867ec
+class MultiPathAttention(UnifiedAttention):
+    """An attention layer and convolutions with weights of their own, drawn at random, with gates that choose
+    (thesis, Table 4.2: what the single path is compared with)."""
+    def __init__(self, parts, grid, *args, **kwargs):
+        super().__init__(parts, grid, *args, **kwargs)
+        w, like = self.v.weight, self.like | dict(pair=False)
+        self.z, self.norms = None, nn.ModuleDict()
+        self.own = nn.ModuleDict({o: BottleneckConv(self.dim, self.width, k, **like).to(w.device, w.dtype)
+                                  for o,k in self.kernels.items()})
+
+    def conv(self, op, x, v=None): return self.own[op](x)
+
+    def slim(self)->nn.Module:
+        "The plain layer of the chosen operation, with its weights."
+        if self.op() not in self.own: return super().slim()
+        res = copy.deepcopy(self.own[self.op()])
+        res.pair = self.pair
+        return res.train(self.training)
 
 # %% ../../nbs/vit/63_spvit.ipynb #3c37b62a
 def _fill(shell, u, rows):
