@@ -15,7 +15,7 @@ from .data import class_colours, read_picture, ShapesWorld, Vocabulary
 from .errors import OpenTransError, optional
 from .escape import for_html, for_plot
 from .frameworks.contract import resize
-from .runtime import axes, device_of, png
+from .runtime import get_axes, device_of, figure_png
 
 # %% ../nbs/app/71_playground.ipynb #58a05aa4
 def parse_names(
@@ -79,7 +79,7 @@ def overlay(
 ): # The axes
     "An image under the colours of its classes; the legend tells the share of each that is there."
     from matplotlib.patches import Patch
-    ax = axes(ax, figsize=(6, 4))
+    ax = get_axes(ax, figsize=(6, 4))
     labels,colours = np.asarray(labels),class_colours(names)
     ax.imshow((1-opacity)*np.asarray(image).transpose(1, 2, 0) + opacity*colours[labels], interpolation='nearest')
     ax.set_axis_off()
@@ -157,7 +157,7 @@ class _Playground:
         from matplotlib.figure import Figure
         fig = Figure(figsize=(7, 4.2))
         overlay(*self.answer, ax=fig.subplots(), opacity=self.opacity.value)
-        self.picture.value = png(fig, dpi=110, bbox_inches='tight')
+        self.picture.value = figure_png(fig, dpi=110, bbox_inches='tight')
 
 # %% ../nbs/app/71_playground.ipynb #607cbc60
 def playground(

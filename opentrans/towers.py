@@ -168,7 +168,8 @@ def trunk(
     skip=None,
 )->list: # `Layer`s
     "The layers of a model without those of its head."
-    skip = head_of(model) if skip is None else (skip,) if isinstance(skip, str) else tuple(skip)
+    if skip is None: skip = head_of(model)
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
     return [layer for layer in layers(model) if not inside(layer.name, skip)]
 
 # %% ../nbs/06_towers.ipynb #73a634c4
@@ -214,7 +215,8 @@ def dilate_resnet(
 ):
     "Give a ResNet tower a finer last map by dilation; names and weights stay."
     dilation = 1
-    for layer in [net.layer3, net.layer4] if output_stride == 8 else [net.layer4] if output_stride == 16 else []:
+    wider = {8: [net.layer3, net.layer4], 16: [net.layer4]}
+    for layer in wider.get(output_stride, []):
         for i,block in enumerate(layer):
             if dilation > 1: block.conv2.dilation = block.conv2.padding = (dilation, dilation)
             if i == 0:

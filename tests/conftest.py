@@ -165,7 +165,9 @@ def page(browser, lab, tmp_path):
     # until then JupyterLab replaces its elements
     wait(lambda: find('.jp-NotebookPanel-toolbar [data-status="idle"]'), 'the kernel did not start')
     def runs(): return re.search(r'\[(\*|\d+)\]', find('.jp-InputPrompt')[0].text)
-    def pressed(): # on a busy machine a click or a key may come while JupyterLab replaces its elements, and be lost: it is given again until the cell runs
+    # on a busy machine a click or a key may come while JupyterLab replaces its elements, and be lost: it is given
+    # again until the cell runs
+    def pressed():
         if runs(): return True
         find('.jp-Notebook .jp-CodeCell .cm-content')[0].click()
         if find('.jp-Notebook .jp-CodeCell .jp-Editor.jp-mod-focused'):

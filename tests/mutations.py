@@ -36,8 +36,8 @@ def mutated(
 def _nodes(value, found):
     "Every container in a JSON value."
     if isinstance(value, (dict, list)) and len(value): found.append(value)
-    for child in (value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()):
-        _nodes(child, found)
+    if isinstance(value, dict): value = list(value.values())
+    for child in value if isinstance(value, list) else (): _nodes(child, found)
     return found
 
 def odd_json(value, rng):

@@ -1,7 +1,6 @@
 """Alpha without bias: random spectra, blocks of one aspect, and what is frozen where nothing is trained. References
 are whole matrices, and loops in plain Python."""
-import json, logging, math, subprocess, sys
-from pathlib import Path
+import logging, math
 import numpy as np
 import pandas as pd
 import pytest

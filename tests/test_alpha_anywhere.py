@@ -1,6 +1,6 @@
 """Alpha of any weights: files and shards, differences, adapters, several threads; and how sure it is. References
 are models read whole, merged weights, and loops."""
-import copy, json, math, os, resource, subprocess, sys
+import copy, json, math, os, subprocess, sys
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from opentrans.errors import OpenTransError
 from opentrans.heavy_tail import (
-    adapters, analyze, fit_power_law, hill, LayerTable, Null, plateau, spectra, WeightFiles)
+    adapters, analyze, fit_power_law, hill, LayerTable, Null, plateau, WeightFiles)
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 root = Path(__file__).resolve().parent.parent
@@ -304,7 +304,7 @@ def test_clip_leaves_out_fingers():
     assert t.select().rule.endswith('xmin by clip') and t.refit('25%').frame.n_tail.tolist() == [12, 12, 12]
 
 def test_weightwatchers_clip():
-    ww = pytest.importorskip('weightwatcher')
+    pytest.importorskip('weightwatcher')
     from weightwatcher.RMT_Util import fit_clipped_powerlaw
     rng = np.random.default_rng(1)
     for _ in range(5):

@@ -1,9 +1,7 @@
 "`opentrans spt`, `stitch` and `spvit` on a folder of pictures: files and figures, or one sentence."
 import json
-from pathlib import Path
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from test_cli import fails, opentrans
 
@@ -69,5 +67,6 @@ def test_spvit(pictures, tmp_path):
                           (('stitch', '.', '--models', 'test_vit,test_vit', '--pretrained', 'a,b,c'),
                            'Give one for each'), (('spvit', '.', '--model', 'resnet18', *TINY), 'ResNet'),])
 def test_what_cannot_be_is_one_sentence(args, words, pictures, tmp_path):
-    args = [pictures if a == '.' else tmp_path/a if a == 'nowhere' else a for a in args]
+    places = {'.': pictures, 'nowhere': tmp_path/'nowhere'}
+    args = [places.get(a, a) for a in args]
     assert words in fails(*args)

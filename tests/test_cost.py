@@ -433,7 +433,8 @@ def test_price_of_a_product(name, how):
     size = size if len(size) != 3 else (1, *size)
     1 if len(PRICES[name][1]) == 3 or size[-1] == 1 else 0
     def forward(x):
-        x = x[0] if len(PRICES[name][1]) == 3 else x.squeeze(-1) if size[-1] == 1 else x
+        if len(PRICES[name][1]) == 3: x = x[0]
+        elif size[-1] == 1: x = x.squeeze(-1)
         with torch.inference_mode(how == 'inference'): return m(x)
     c = cost(m, size, forward=forward, dry=how != 'real')
     assert c.macs == want and c.unpriced.empty, c

@@ -43,8 +43,8 @@ def test_real_coco_sample_says_what_its_json_says():
         infos = [i for i in a['segments_info'] if not i['iscrowd']]
         assert len(infos) < len(a['segments_info']), 'both samples hold a crowd, which is no region'
         assert [official[c] for c in s['region_classes']] == [cats[i['category_id']]['name'] for i in infos]
-        assert s['regions'].sum((1, 2)).tolist() == [i['area']
-                                                     for i in infos], 'the area of a region is not that of its annotation'
+        areas = [i['area'] for i in infos]
+        assert s['regions'].sum((1, 2)).tolist() == areas, 'the area of a region is not that of its annotation'
         assert s['isthing'].tolist() == [bool(cats[i['category_id']]['isthing']) for i in infos]
         crowd = sum(i['area'] for i in a['segments_info'] if i['iscrowd'])
         assert (s['labels'] != 255).sum() - s['regions'].any(0).sum() == crowd, 'crowds must be labelled'
@@ -301,8 +301,8 @@ def test_a_foreground_written_as_255_is_told(tmp_path):
     from opentrans.training import evaluate
     data = open_dataset('folder', binary(tmp_path, [0, 255]), names='background,coin')
     report = data.check()
-    assert (
-        "'coin' never occurs in the labels of 3 images, while 0.5 of their pixels are left out (255)" in report.problem['all images'])
+    said = "'coin' never occurs in the labels of 3 images, while 0.5 of their pixels are left out (255)"
+    assert said in report.problem['all images']
     assert (report.problem.drop('all images') == '').all()
     with pytest.warns(UserWarning, match="'coin' never occurs"): assert evaluate(Constant(), data)['miou'] == 1
     with pytest.warns(UserWarning, match="'coin' never occurs"): data.check(n=2)

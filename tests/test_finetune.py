@@ -211,7 +211,8 @@ def test_best_weights_are_kept(tmp_path, world):
 
 # evaluation beside the programs that the field uses
 
-def test_miou_equals_detectron2(tmp_path, world, one_thread): # on more threads, sums fall otherwise where two classes tie
+# on more threads, sums fall otherwise where two classes tie
+def test_miou_equals_detectron2(tmp_path, world, one_thread):
     "The same predictions and label files through detectron2's SemSegEvaluator."
     evaluation = pytest.importorskip('detectron2.evaluation')
     from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -321,7 +322,7 @@ def test_pq_equals_panopticapi(tmp_path):
 def test_panoptic_evaluation(tmp_path):
     "The truth itself has PQ 1; a crowd is neither found nor missed; data without instances is refused."
     data,answers = panoptic_case(3)
-    from opentrans.data import collate, open_dataset
+    from opentrans.data import collate
     from opentrans.training import panoptic_truth
     perfect = [panoptic_truth(collate([s]), data.ignore)[0] for s in data]
     assert all((m[..., 1] == -1).any() for m in perfect[:1])

@@ -1,5 +1,5 @@
 "The league of masks: what its methods give, what is measured of them, and how it is told."
-import copy, json, math
+import copy, json
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from opentrans.cka import linear_cka
 from opentrans.data import ImageBatches, ShapesWorld
 from opentrans.distill import feature_loss, FeatureTrainer
 from opentrans.errors import OpenTransError
-from opentrans.experiments import (before_tuning, find_mask, FINDERS, get_scale, get_study, league_frame,
+from opentrans.experiments import (find_mask, get_scale, get_study, league_frame,
                                    league_table, MaskRecipe, METHODS, naming_accuracy, open_clip_of, open_mask,
                                    plot_league, RandomBoxes)
 from opentrans.pruning import imp, regrow, SparseMask

@@ -1,6 +1,6 @@
 """Readers of MSRC and CamVid in each layout, mosaics of photographs, sets at one size and side by side, and the
 world of the scale `photo`."""
-import io, tarfile
+import tarfile
 from pathlib import Path
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from opentrans.data import (
-    CAMVID_NAMES, collate, MSRC_NAMES, MSRC_NOVEL, open_dataset, PhotoMosaic, Resized, ShapesWorld, Together)
+    CAMVID_NAMES, collate, MSRC_NAMES, MSRC_NOVEL, open_dataset, PhotoMosaic, Resized, Together)
 from opentrans.errors import OpenTransError
 
 DATA = Path(__file__).resolve().parents[1]/'../shared/data'

@@ -426,7 +426,8 @@ def test_kill_nine_at_any_moment_and_resume(tmp_path):
                     if len(thirds) > allowed: signal.pause()
                 def told(model, r): tell(); train(model, r, 1); tell(); train(model, r, 1); tell()
                 imp(net(), told, rewind=rewind, checkpoint_dir=folder, **kw)
-            mask,h = imp(whole := net(), lambda model, r: [train(model, r, 1), train(model, r, 1)][0], rewind=rewind, **kw)
+            def twice(model, r): return [train(model, r, 1), train(model, r, 1)][0]
+            mask,h = imp(whole := net(), twice, rewind=rewind, **kw)
             for i in range(40):
                 seen = random.randint(1, 7)                                           # so many thirds of a round
                 out,pipe = os.pipe(); pid = fork(work, pipe, i == 2, seen if i != 2 else 100); os.close(pipe)

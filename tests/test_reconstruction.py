@@ -393,7 +393,6 @@ def test_the_output_projection_of_attention_sees_what_it_sees():
 
 def test_memory_is_that_of_one_batch():
     "Forty batches leave no more behind than four: the sums."
-    import tracemalloc
     net,x = network(),torch.rand(4, 3, 12, 12)
     held = []
     for n in (4, 40):

@@ -10,7 +10,8 @@ WATCH = '''
 import contextlib, io, json, os, sys, traceback
 forged, marker = sys.argv[1:3]
 seen = []
-NET = ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname', 'socket.sendto', 'socket.bind', 'urllib.Request', 'http.client.connect')
+NET = ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname', 'socket.sendto', 'socket.bind',
+       'urllib.Request', 'http.client.connect')
 RUN = ('subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn', 'os.spawn', 'pty.spawn')
 def hook(event, args):
     if event in NET:

@@ -1,7 +1,6 @@
 """The sparse engine: the same numbers as torch, for every size, stride, group and density, on vectors of every
 width."""
 import copy, math, os
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st

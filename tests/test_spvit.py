@@ -21,9 +21,9 @@ from opentrans.files import load_tensors, not_finite
 from opentrans.frameworks import build
 from opentrans.heavy_tail import analyze
 from opentrans.pruning import SparseMask
-from opentrans.vit.spvit import BottleneckConv, SPVIT_OPS, UnifiedAttention, UnifiedDepthwise, UnifiedMLP
+from opentrans.vit.spvit import SPVIT_OPS, UnifiedAttention, UnifiedDepthwise, UnifiedMLP
 from opentrans.vit.hybrids import convert_to_spvit, HybridSpec, slim_spvit, SPVIT_PUBLISHED, SPViTCost, vit_blocks
-from opentrans.vit.search import embedding_loss, random_spec, train_spvit
+from opentrans.vit.search import embedding_loss, train_spvit
 
 root = Path(__file__).resolve().parent.parent
 CONFIG = dict(embed_dim=16, vision_cfg=dict(image_size=48, patch_size=8, width=24, head_width=8, layers=4),
@@ -154,7 +154,7 @@ def test_layers_are_the_references(reference, heads, temperature):
     for o,bn in (('conv1', theirs.bn_1x1), ('conv3', theirs.bn_3x3)): ours.norms[o].load_state_dict(bn.state_dict())
     x,seen = torch.randn(2, 17, c),set()
     with torch.no_grad():
-        ours.z.copy_(theirs.head_probs.parametrise(1, (3, 3)).mT.flatten(1))
+        ours.z.copy_(theirs.head_probs.unflatten(1, (3, 3)).mT.flatten(1))
         for gates in itertools.product((-1., 1.), repeat=3):
             theirs.kernel_thresholds.copy_(torch.tensor(gates))
             ours.gate.copy_(torch.tensor(gates))

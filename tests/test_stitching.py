@@ -18,7 +18,7 @@ from opentrans.files import load_tensors
 from opentrans.pruning import SparseMask
 from opentrans.vit.stitching import (
     ActiveStitch, apply_pst, least_squares, merge_stitch, stitch_configs, stitch_table, StitchableNet, StitchBias,
-    StitchConfig, StitchingLayer)
+    StitchingLayer)
 from opentrans.vit.stitch_training import (
     deploy, gradient_angles, ImportanceTracker, pareto_front, plot_angles, plot_pareto, StitchSampler,
     StitchTrainer)

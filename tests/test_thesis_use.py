@@ -1,6 +1,6 @@
 """SPT and stitching as a user of timm has them: real architectures with random weights, counted on the meta device
 where numbers do not matter."""
-import copy, math, warnings
+import copy
 import numpy as np
 import pytest
 import timm
@@ -18,7 +18,7 @@ from opentrans.vit.peft_files import from_huggingface, huggingface_gaps, load_ad
 from opentrans.vit.sensitivity import candidates, param_sensitivity, Sensitivity
 from opentrans.vit.spt import (Allocation, allocate, apply_spt, merge_spt, spt_published, sweep_allocations,
                                two_stage)
-from opentrans.vit.stitch_training import deploy, ImportanceTracker, StitchSampler, StitchTrainer
+from opentrans.vit.stitch_training import deploy, StitchSampler, StitchTrainer
 from opentrans.vit.stitching import apply_pst, pst_report, stitch_table, StitchableNet
 
 pytestmark = [pytest.mark.usefixtures('one_thread'), pytest.mark.filterwarnings('ignore::FutureWarning')]

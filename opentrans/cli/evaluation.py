@@ -86,7 +86,8 @@ def evaluate(framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pre
         else: _prompted(test, framework, prompts, is_shipped(backbone, name))
     first = next(iter(tests.values()))
     if model:
-        seg,clip,_ = open_trained(model, first.vocabulary, device, pretrained, _hub_of_model(pretrained, allow_hub))
+        hub = _hub_of_model(pretrained, allow_hub)
+        seg,clip,_ = open_trained(model, first.vocabulary, device, pretrained, hub, told)
     else:
         stride = _stride(output_stride, framework, backbone, is_shipped(backbone, data))
         clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
@@ -209,8 +210,10 @@ def segment(
         raise OpenTransError("--model has been trained, --method needs no training: leave one out.")
     if method and not _typed('backbone'): backbone = 'shapes-vit'
     if model:
-        vocabulary = _trained_prompts(_read_model(Path(model)/'model.json'), vocabulary)
-        seg = open_trained(model, vocabulary, device, pretrained, _hub_of_model(pretrained, allow_hub))[0]
+        told = _read_model(Path(model)/'model.json')
+        vocabulary = _trained_prompts(told, vocabulary)
+        hub = _hub_of_model(pretrained, allow_hub)
+        seg = open_trained(model, vocabulary, device, pretrained, hub, told)[0]
     else:
         seg = open_clip_backbone(backbone, pretrained, _stride(output_stride, 'clip', backbone, True), device,
                                  _hub(allow_hub))
@@ -227,7 +230,9 @@ def segment(
     marked = [f'{name} *' if name in doubt else name for name in found]
     _save_picture(lambda: overlay(x, labels, marked), Path(out))
     share = {name: (labels == k).float().mean().item() for k,name in enumerate(found if as_json else marked)}
-    show(dict(sorted(share.items(), key=lambda z: -z[1])), as_json, 'share of the image')
+    ranked = dict(sorted(share.items(), key=lambda z: -z[1]))
+    show(ranked if as_json else {name: f'{part:.1%}' for name,part in ranked.items()}, as_json,
+         'share of the image')
     beside = sys.stderr if as_json else sys.stdout
     if doubt: _say('* unlike anything it was shown, so a guess: ' + ', '.join(map(_doubted, doubt.items())), beside)
     _say(f'picture: {out}', beside)

@@ -159,6 +159,6 @@ def _size(text):
 
 def _rules(by, xmin):
     "A way to choose layers that is not known ends a command before it begins."
-    from opentrans.heavy_tail import BY, fit_power_law
-    if by not in BY: raise unknown('way to choose layers', by, BY)
+    from opentrans.heavy_tail import SELECTION_RULES, fit_power_law
+    if by not in SELECTION_RULES: raise unknown('way to choose layers', by, SELECTION_RULES)
     fit_power_law([1., 2., 3.], xmin=_number(xmin))

@@ -75,12 +75,13 @@ def open_trained(
     device:str=None, # As `--device`
     pretrained:str=None, # As `--pretrained`, in place of what the folder names
     hub:bool=False, # As `ClipBackbone.create` takes it: what the folder names is not fetched, unless this is True
+    told:dict=None, # What its `model.json` tells, if that was read already
 )->tuple: # (framework, `ClipBackbone`, name of the framework)
     """A framework with the weights and the vocabulary that it was trained with; FC-CLIP asks which classes it has
     seen. Other words are for `predict` and `evaluate`."""
     from opentrans.data import Vocabulary
     from opentrans.training import load_framework
-    told = _read_model(Path(folder)/'model.json')
+    told = told or _read_model(Path(folder)/'model.json')
     facts,trained = told.get('clip', {}),told.get('entries') or told.get('classes')
     clip = open_clip_backbone(told['backbone'], pretrained or told['pretrained'], told['output_stride'], device,
                               hub, **facts)

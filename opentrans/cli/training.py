@@ -70,8 +70,9 @@ def transfer(
     named,whole,warm,rest = _course(recipe, framework, shipped, warmup, freeze, set_, iterations, **told)
     sets = [open_data(data, root, s, classes, ignore, corrupt, panoptic) for s in (split, eval_split)]
     train,test = (_prompted(one, framework, prompts, shipped) for one in sets)
-    clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
-    seg = _build(framework, clip, train.vocabulary, preset, seed, prompts)
+    built = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=stride,
+                 prompts=prompts)
+    seg,clip = _model_of(built, train, device, seed, allow_hub)
     under = '' if m is None else ' and no mask' if alpha_of == 'dense' and freeze else ' under the mask'
     _tell_course(named, framework, whole, warm, rest, freeze, under, _where(stride, train))
     if dry_run: return _dry_run(seg, train, whole, m, None, processes, as_json)
@@ -83,8 +84,6 @@ def transfer(
     with settings_kept(out, **kept), contextlib.ExitStack() as in_force:
         selection = _tune(seg, train, m, warm, rest, choose, out, how, in_force)
         chosen = None if selection is None else 'selection.json'
-        built = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset,
-                     output_stride=stride, prompts=prompts)
         _save_model(seg, clip, out, built, train, data=data, recipe=whole.to_dict(), mask=mask, selection=chosen)
         result = evaluate(seg, test, limit=limit, **looks)
     what = 'no mask' if m is None else f'mask of density {m.density:.3f}'
@@ -92,6 +91,13 @@ def transfer(
             f'{framework} on {backbone}, {what}, {_mean_of(looks)}')
 
 # %% ../../nbs/app/70f_training.ipynb #571c6599
+def _model_of(built, train, device, seed, allow_hub):
+    "The framework that the flags name, for the classes of its data, and its CLIP."
+    clip = open_clip_backbone(built['backbone'], built['pretrained'], built['output_stride'], device,
+                              _hub(allow_hub))
+    seg = _build(built['framework'], clip, train.vocabulary, built['preset'], seed, built['prompts'])
+    return seg,clip
+
 def _dry_run(seg, train, recipe, mask, selection, processes, as_json):
     "Measure a few iterations and say what the run needs. Raises `OpenTransError` if it cannot fit."
     from opentrans.training import plan_run
@@ -169,16 +175,15 @@ def finetune(
     train = _prompted(open_data(data, root, split, classes, ignore, corrupt, panoptic), framework, prompts, shipped)
     where = dict(name=data, root=root, split=eval_split, classes=classes, ignore=ignore, corrupt=corrupt)
     val = _judges(where, eval_every, eval_limit, framework, prompts, shipped)
-    clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
-    seg = _build(framework, clip, train.vocabulary, preset, seed, prompts)
+    built = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=stride,
+                 prompts=prompts)
+    seg,clip = _model_of(built, train, device, seed, allow_hub)
     _tell_course(_recipe_values(name).get('preset'), framework, r, None, r, 0, '', _where(stride, train))
     if dry_run: return _dry_run(seg, train, r, m, chosen, processes, as_json)
     how = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
     with settings_kept(out, recipe=r.to_dict(), output_stride=stride):
         history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=str(Path(out)/'run'),
                       val=val if eval_every else None, eval_every=eval_every, **how)
-        built = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset,
-                     output_stride=stride, prompts=prompts)
         _save_model(seg, clip, out, built, train, data=data, recipe=r.to_dict(), mask=mask, selection=selection)
     best = dict(best_miou=float(history.miou.max())) if 'miou' in history else {}
     looks = _looks(framework, data, shipped, workers=workers, device=device)

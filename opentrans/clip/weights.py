@@ -319,7 +319,8 @@ def _text_from_hub(
                 f"would be " "taken for it. Start from another folder.")
         if not allowed and _from_cache(repository, file, cache_dir) is None:
             raise OpenTransError(
-                f"The texts of '{name}' need '{repository}' of the Hugging Face hub, which is not on this machine. " "Allow " "to " "fetch " "it: " "by " "--allow-hub, " "in " "Python " "by " "hub=True.")
+                f"The texts of '{name}' need '{repository}' of the Hugging Face hub, which is not on this machine. "
+                 "Allow to fetch it: by --allow-hub, in Python by hub=True.")
     return contextlib.nullcontext() if allowed else _offline()
 
 def _tokenizer(text, cache_dir=None):

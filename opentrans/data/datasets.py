@@ -51,8 +51,8 @@ def find_layout(
         if all(f): return i, tuple(root/p for p in layouts[i])
     best = max(range(len(layouts)), key=lambda i: sum(found[i])/len(found[i]))
     lost = [str(p) for p,f in zip(layouts[best], found[best]) if not f]
-    kind = ('is not whole' if any(found[best]) else 'is not there' if any(root.iterdir())
-            else 'is not there: the folder is empty')
+    kind = 'is not there' if any(root.iterdir()) else 'is not there: the folder is empty'
+    if any(found[best]): kind = 'is not whole'
     raise OpenTransError(f"{name} under '{root}' {kind}; missing: {', '.join(lost)}. {how}".strip())
 
 # %% ../../nbs/data/15_datasets.ipynb #8926055d

@@ -8,6 +8,7 @@ __all__ = ['IOU_THRESHOLDS', 'Sums', 'SemanticIoU', 'panoptic_map', 'match_segme
 
 # %% ../../nbs/data/16_metrics.ipynb #cf98af5f
 import copy
+from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 import torch
@@ -173,8 +174,8 @@ class SemanticIoU(Sums):
                     never_true=torch.nonzero(truth == 0).ravel().tolist(), ignored=int(self.ignored))
 
     def merged(self,
-        same, # Lists of class indices that mean the same pixels, e.g. of sofa and couch
-    ): # `SemanticIoU` of fewer classes: each list is one, in place of its first
+        same:Sequence[Sequence[int]], # Lists of class indices that mean the same pixels, e.g. of sofa and couch
+    )->'SemanticIoU': # Of fewer classes: each list is one, in place of its first
         "What was counted, as if the names of a list were one. Raises `OpenTransError` for a class in two lists."
         lists = [self._members(f'list {number} of `same`', classes).tolist() for number,classes in enumerate(same)]
         every = [k for classes in lists for k in classes]

@@ -43,7 +43,8 @@ def _from_tar(source):
                     found.setdefault(path.parts[-2], []).append((member.offset_data, member.size))
     except (tarfile.TarError, EOFError) as error:
         raise OpenTransError(
-            f"'{shorten(source)}' cannot be read as a plain tar ({shorten(error)}). Unpack it, and give the folder.") from None
+            f"'{shorten(source)}' cannot be read as a plain tar ({shorten(error)}). "
+            "Unpack it, and give the folder.") from None
     return found
 
 def _cut_mask(rng, how, height, width):

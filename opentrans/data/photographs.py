@@ -39,7 +39,8 @@ _CAMVID = { # name that is counted -> colours of the published maps that it take
     'tree': [(128, 128, 0), (192, 192, 0)], 'sign': [(192, 128, 128), (128, 128, 64),
                                                      (0, 64, 64)], 'fence': [(64, 64, 128)],
     'car': [(64, 0, 128), (64, 128, 192), (192, 128, 192), (192, 64, 128), (128, 64, 64)],
-    'pedestrian': [(64, 64, 0), (192, 128, 64), (64, 0, 192), (64, 128, 64)], 'bicyclist': [(0, 128, 192), (192, 0, 192)]}
+    'pedestrian': [(64, 64, 0), (192, 128, 64), (64, 0, 192), (64, 128, 64)],
+    'bicyclist': [(0, 128, 192), (192, 0, 192)]}
 CAMVID_NAMES = tuple(_CAMVID)
 _THINGS = ('pole', 'sign', 'car', 'pedestrian', 'bicyclist')
 

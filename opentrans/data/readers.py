@@ -49,8 +49,9 @@ def _file_of(source, shown, hint):
 
 def _why(error, file):
     "In words, why Pillow could not read a file."
-    size = (os.stat(file).st_size if isinstance(file, (str, os.PathLike)) else file.getbuffer().nbytes
-            if isinstance(file, io.BytesIO) else None)
+    size = None
+    if isinstance(file, (str, os.PathLike)): size = os.stat(file).st_size
+    elif isinstance(file, io.BytesIO): size = file.getbuffer().nbytes
     if size == 0: return 'it is empty'
     if isinstance(error, UnidentifiedImageError): return 'it is not an image of a known kind'
     if isinstance(error, MemoryError): return 'it needs more memory than there is'
@@ -95,8 +96,8 @@ def _white(im, shown):
     if im.mode[0] not in 'IF' and not signed: return 255
     if im.mode.startswith('I;16'): return 4095 if _tag(im, _BITS, 16) == 12 else 65535
     if im.mode == 'I' and im.format in ('PNG', 'PPM'): return 65535
-    kind = ('fractions' if im.mode == 'F' else 'whole numbers of 32 bits' if _tag(im, _BITS, 32) == 32
-            else 'signed numbers')
+    kind = 'whole numbers of 32 bits' if _tag(im, _BITS, 32) == 32 else 'signed numbers'
+    if im.mode == 'F': kind = 'fractions'
     raise OpenTransError(
         f"{shown} holds {kind} (mode {im.mode}), and nothing says which of them is white. Save it with 8 or 16 "
         f"bits a channel.")

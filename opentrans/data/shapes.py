@@ -303,7 +303,7 @@ def caption(
     u = rng.uniform()
     shape = list(SHAPES)[s]
     noun = shape if rng.uniform() < .7 else SHAPES[shape]
-    say = ((1, 1, 1) if u < .55 else (1, 0, 1) if u < .7 else (0, 1, 1) if u < .85 else (0, 0, 1) if u < .95
-           else (1, 1, 0))
+    said = ((.55, (1, 1, 1)), (.7, (1, 0, 1)), (.85, (0, 1, 1)), (.95, (0, 0, 1)), (1., (1, 1, 0)))
+    say = next(parts for below,parts in said if u < below) # colour, texture, shape
     words = [list(COLOURS)[c]]*say[0]+[TEXTURES[t]]*say[1]+[noun if say[2] else 'thing']
     return say_it(' '.join(words)),tuple(v if b else -1 for v,b in zip((c,t,s), say))+(-1,)

@@ -304,13 +304,14 @@ def league_table(
     means = means[stages].sort_values(stage, ascending=False)
     best = means.drop(index='dense', errors='ignore').max()
     def cell(value, most):
-        return '-' if math.isnan(value) else f'**{value:.1f}**' if value == most else f'{value:.1f}'
+        if math.isnan(value): return '-'
+        return f'**{value:.1f}**' if value == most else f'{value:.1f}'
     res = pd.DataFrame({s: [cell(v, best[s]) for v in means[s]] for s in stages}, index=means.index)
     res['against Algorithm 1'] = [_interval(frame[frame.stage == stage], m) if m not in ('dense', 'Algorithm 1')
                                   else '' for m in res.index]
     minutes,images = (frame.groupby('method')[k].mean() for k in ('minutes', 'images'))
-    res['minutes'] = [f'{minutes[m]:.2f}' if minutes[m] > 0 else '0' if m in ('magnitude', 'random') else '-'
-                      for m in res.index]
+    none = dict(magnitude='0', random='0')
+    res['minutes'] = [f'{minutes[m]:.2f}' if minutes[m] > 0 else none.get(m, '-') for m in res.index]
     res['images'] = [f'{images[m]:.0f}' if images[m] > 0 else '-' for m in res.index]
     res['annotation'] = [LABELS.get(m, 'none') if m != 'dense' else '' for m in res.index]
     return res

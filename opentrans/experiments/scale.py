@@ -163,7 +163,8 @@ class Scale:
         return dataclasses.replace(self,
                                    **{name: _size_from(name, kinds[name], text) for name,text in values.items()})
 
-    def recipe(self, iterations, schedule, seed, framework='', after=None): # `after`: iterations that went before; None: those of the warm-up
+    # `after`: iterations that went before; None: those of the warm-up
+    def recipe(self, iterations, schedule, seed, framework='', after=None):
         r = self._recipe(iterations, schedule, seed, framework, after)
         return r.replace(precision=self.precision, accumulate=min(self.accumulate, r.batch_size),
                          workers=self.loaders)
@@ -306,7 +307,8 @@ def _prompted(data, prompts):
     return same
 
 @functools.lru_cache(maxsize=8)
-def _digest(file, size, modified): return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] # a large file is read once, not for each seed
+# a large file is read once, not for each seed
+def _digest(file, size, modified): return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 def weights_identity(scale):
     "The weights of a scale's CLIP: a tag as it is, a file by its name and content."

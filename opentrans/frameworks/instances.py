@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from ..errors import OpenTransError
-from ..runtime import evaluating
+from ..runtime import eval_mode
 
 # %% ../../nbs/frameworks/35c_instances.ipynb #950071fe
 @dataclass
@@ -55,7 +55,7 @@ def instances(
     if not hasattr(framework, 'queries'):
         raise OpenTransError(f"{type(framework).__name__} has no queries to make instances of. Take mask2former, "
                              "fcclip or faseg.")
-    with evaluating(framework):
+    with eval_mode(framework):
         return instances_from_queries(*framework.queries(images, framework.text(vocabulary)), isthing, most)
 
 # %% ../../nbs/frameworks/35c_instances.ipynb #fb1171ae

@@ -180,7 +180,7 @@ class Null:
     draws:int=40 # Random spectra a layer; `'mp'` needs none
     seed:int=0 # Of the draws
 
-    def __post_init__(self):
+    def __post_init__(self)->None:
         if self.kind not in NULLS: raise unknown('null', self.kind, NULLS)
         check_number('draws', self.draws, 2, 100_000, whole=True)
         check_number('seed', self.seed, 0, 2**31, whole=True)

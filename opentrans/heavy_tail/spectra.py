@@ -45,7 +45,7 @@ class Spectrum:
     shuffled:np.ndarray = field(repr=False, default=None)
 
     def fit(self,
-        xmin='ks', # Rule, one of `XMIN`, or a value
+        xmin='ks', # Rule, one of `XMIN_RULES`, or a value
     )->PowerLawFit:
         """Fit the tail. The rule `'paper'` compares absolute numbers, so it sees the eigenvalues on the paper's
         scale."""
@@ -156,8 +156,8 @@ def _threads(asked):
     "How many layers are solved at once."
     if asked is not None: return check_number('threads', asked, 1, 4096, whole=True)
     allowed = os.environ.get('OMP_NUM_THREADS', '').split(',')[0]
-    return (int(allowed) if allowed.isdigit() and int(allowed) else len(os.sched_getaffinity(0))
-            if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
+    if allowed.isdigit() and int(allowed): return int(allowed)
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 def _solve(jobs, *options, size=None, threads=1):
     """Eigenvalues of many stacks of matrices; those of one shape are solved together, at most `size` numbers at a
@@ -192,7 +192,8 @@ def _weight_of(s, w, device, before=None):
     else: s.density = torch.count_nonzero(w).item()/w.numel()
     if not _finite(w): s.reason = 'the weight holds NaN or infinity'
     elif not s.density: s.reason = 'all weights are zero' if before is None else 'nothing has changed'
-    return nothing if s.reason else (w, stored if before is not None else _stored_type(w, stored), whole)
+    if s.reason: return nothing
+    return w, stored if before is not None else _stored_type(w, stored), whole
 
 def _coarseness(dtype): return torch.finfo(dtype).eps if dtype.is_floating_point else 0.
 
@@ -277,7 +278,8 @@ def spectra(
     """The spectra of all layers of a model. No layer is lost, and none stops the others. Raises `OpenTransError`
     for a model without layers."""
     blocks,null = as_blocks(aspect),as_null(null)
-    exact,floor = floor or 1e-5, floor if floor is not None else 1e-5 if blocks is None else 0.
+    exact = floor or 1e-5
+    if floor is None: floor = 1e-5 if blocks is None else 0.
     # complains about wrong options at once
     esd(torch.ones(1, 1), conv=conv, method=method, precision=precision)
     work = _Work(norm, floor, blocks, null, (method, precision, exact), threads)

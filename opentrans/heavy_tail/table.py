@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core import LayerSelection
 from ..errors import OpenTransError, unknown
 from ..escape import for_html, for_plot
-from .null import as_blocks, as_null, compare_with_null, NULL_COLUMNS
+from .null import as_blocks, as_null, compare_with_null, Null, NULL_COLUMNS
 from .power_law import _no_fit, _rule, _Tails, SELECTION_RULES, PowerLawFit, XMIN_RULES
 from .reading import _head, _not_read
 from .spectra import spectra
@@ -30,7 +30,7 @@ class LayerTable:
     "The spectra of a model's layers and the power laws fitted to them: a row a layer. Made by `analyze`."
     def __init__(self,
         spectra:list, # `Spectrum`s
-        xmin='ks', # Rule for the tail, one of `XMIN`, or a number
+        xmin='ks', # Rule for the tail, one of `XMIN_RULES`, or a number
         few:int=50, # Below this number of eigenvalues a fit is marked as `'few'`
         # Leave out linear layers at least this many times longer than wide; None: 8 under the rule `'paper'`, else
         # none
@@ -42,7 +42,8 @@ class LayerTable:
         self.xmin = xmin
         self.few = few
         self.options = dict(options or {})
-        self.null,shared = as_null(null),{}
+        self.null: Null|None = as_null(null)
+        shared = {}
         self.max_aspect = 8 if max_aspect is None and _rule(xmin) == 'paper' else max_aspect
         self.fits = {s.name: self._fit(s) for s in spectra}
         self.frame = pd.DataFrame([self._row(s, self.fits[s.name]) for s in spectra],
@@ -67,9 +68,11 @@ class LayerTable:
 
     def _row(self, s, f):
         few = self._few(f)
+        status = 'ok' if f.ok else 'failed'
+        if few: status = 'few'
         r = dict(kind=s.kind, shape=s.shape, params=math.prod(s.shape), density=s.density, n_evals=0,
                  n_zero=s.n_zero, alpha=f.alpha, xmin=f.xmin, D=f.D, sigma=f.sigma, n_tail=f.n_tail, edge=s.edge,
-                 over_trained=f.alpha < 2, solver=s.solver, status='few' if few else 'ok' if f.ok else 'failed',
+                 over_trained=f.alpha < 2, solver=s.solver, status=status,
                  reason='; '.join(t for t in dict.fromkeys([s.reason, f.reason, few]) if t))
         if s.evals is None or not s.evals.size: return r
         top,total = float(s.evals[-1]),float(s.evals.sum())
@@ -102,7 +105,7 @@ class LayerTable:
         return self.frame.copy()
 
     def refit(self,
-        xmin='ks', # Rule, one of `XMIN`, or a number
+        xmin='ks', # Rule, one of `XMIN_RULES`, or a number
         # `few`, `max_aspect`, `null` (any but `'shuffle'`, which has to be asked for when eigenvalues are computed)
         **kw,
     ): # A new `LayerTable` of the same spectra
@@ -352,10 +355,11 @@ def plot_alpha(self:LayerTable,
     ax = get_axes(ax, figsize=(10, 3))
     a,x = self.frame.alpha.to_numpy(),np.arange(len(self))
     some = np.isfinite(a).any()
-    rest = set(selection.freeze if selection else self.select().freeze if some else [])
-    for i in x[[n in rest for n in self]]:
+    if selection is None and some: selection = self.select()
+    frozen = set(selection.freeze if selection else [])
+    for i in x[[n in frozen for n in self]]:
         ax.axvspan(i-.5, i+.5, color=_BLUE, alpha=.15, lw=0,
-                   label='_' if i > x[[n in rest for n in self]][0] else 'frozen')
+                   label='_' if i > x[[n in frozen for n in self]][0] else 'frozen')
     ax.plot(x, a, '.-', color=_BLUE, lw=1)
     over = a < 2
     if over.any(): ax.plot(x[over], a[over], 'o', color=_ORANGE, ms=5, label='over-trained (< 2)')

@@ -284,7 +284,8 @@ def reconstruct(
     info = (_info(model, found, method=name, scope=scope or OWN_SCOPE.get(name, 'layer'))
             | _dense_info(model, **kwargs))
     if target != 'own': info['target'] = target
-    info['densities'] = densities if isinstance(densities, str) else 'given' if densities else 'uniform'
+    info['densities'] = 'given' if densities else 'uniform'
+    if isinstance(densities, str): info['densities'] = densities
     if scope == 'global' and densities is None: densities = 'global'
     if mask is not None: densities = None
     if densities is not None: densities = layer_densities(densities, model, density, batches, **kwargs)

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 from ..errors import check_number, OpenTransError, shorten, unknown
-from ..runtime import axes
+from ..runtime import get_axes
 from .engine import _is_backbone, _Maps, compile
 from .plan import Plan
 
@@ -225,7 +225,7 @@ def plot_speed(
     ours = table[table.engine == 'ours']
     names = [f'{row.mask}: {row.batch} x {row.height} x {row.width}, threads: {row.threads}'
              for row in ours.itertuples()]
-    ax = axes(ax, figsize=(6, .6 + .45*len(ours)))
+    ax = get_axes(ax, figsize=(6, .6 + .45*len(ours)))
     ax.barh(names, ours.promised, color='lightgray', label='promised by FLOPs')
     ax.barh(names, ours.times, height=.5, color='C0', label='by the clock')
     spread = [ours.times - ours.low, ours.high - ours.times]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from typing_extensions import TypedDict
 from ..errors import check_number, OpenTransError, shorten
 from ..files import BAKED_FILE, check_like, load_tensors, metadata_value, unbake
-from ..runtime import evaluating
+from ..runtime import eval_mode
 from .engine import _CLOSE, _is_backbone, _Maps, _PLANS, _try, compile
 from .machine import has_llvm
 from .plan import CannotPlan, Plan
@@ -142,7 +142,7 @@ def describe(
     "What the engine has to know of a model, besides its weights, to run it without its code."
     backbone = _is_backbone(model)
     if isinstance(model, nn.Conv2d) or not any(isinstance(m, nn.Conv2d) for m in model.modules()): return None
-    with evaluating(model):
+    with eval_mode(model):
         captured, _ = _try(model, _Maps(model.kind, model.visual) if backbone else model)
     if captured is None or len(captured.regions) != 1: return None
     region, = captured.regions.values()

@@ -8,7 +8,9 @@ __all__ = ['RESULT_FILE', 'same_size_batches', 'check_multi_scale', 'seen_size',
 
 # %% ../../nbs/training/42_evaluate.ipynb #63cc5e7a
 import contextlib, functools, inspect, math, warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 import numpy as np
 import pandas as pd
 import torch
@@ -20,7 +22,7 @@ from ..data.samples import collate, read_sample
 from ..errors import check_number, OpenTransError, shorten, unknown
 from ..escape import for_plot
 from ..files import check_finite, FileKind, load_json
-from ..frameworks.contract import best_class, get_framework, resize, Scores, scores_of
+from ..frameworks.contract import best_class, Framework, get_framework, resize, Scores, scores_of
 from ..processes import Processes
 from ..runtime import get_axes, device_of, eval_mode, pick_device, progress
 from .recipe import _Finite, _listed, _ranged, _RANGES, _truth
@@ -94,13 +96,13 @@ _PIXELS = 2**26 # Of an image that a look makes larger
 _WIDEST_LOOK = 16 # Times the size
 
 def check_multi_scale(
-    size=None, # As for `look`, and so the others
-    scales=(1.,),
-    flip=False,
-    window=None,
-    overlap=1/3,
-    longest=None,
-):
+    size:int|None=None, # As for `multi_scale_logits`, and so the others
+    scales:Sequence[float]=(1.,),
+    flip:bool=False,
+    window:int|None=None,
+    overlap:float=1/3,
+    longest:int|None=None,
+)->None:
     "Raises `OpenTransError` for looks at images that cannot be taken."
     for name,side in (('size', size), ('longest', longest), ('window', window)):
         if side is not None: check_number(name, side, 1, 2**16, whole=True)
@@ -178,11 +180,11 @@ def _through_windows(framework, x, text, window, overlap):
     return _Windows(scores, places, x.shape[-2:])
 
 def multi_scale_scores(
-    framework, # In evaluation mode
+    framework:Framework, # In evaluation mode
     images:torch.Tensor, # (B,3,H,W)
     text:torch.Tensor, # (K,D)
-    size:int=None, # Short side at which the framework sees the images; None is their own
-    scales=(1.,), # Factors to that size
+    size:int|None=None, # Short side at which the framework sees the images; None is their own
+    scales:Sequence[float]=(1.,), # Factors to that size
     flip:bool=False, # Mirrored, too?
     window:int=None, # Side of square windows; None sees the whole image
     overlap:float=1/3, # Share of a window that the next one sees again
@@ -202,11 +204,11 @@ def multi_scale_scores(
 
 @delegates(multi_scale_scores)
 def multi_scale_logits(
-    framework, # In evaluation mode
+    framework:Framework, # In evaluation mode
     images:torch.Tensor, # (B,3,H,W)
     text:torch.Tensor, # (K,D)
-    size:int=None, # Short side at which the framework sees the images; None is their own
-    **kwargs, # Of `multi_scale_scores`
+    size:int|None=None, # Short side at which the framework sees the images; None is their own
+    **kwargs:Any, # Of `multi_scale_scores`
 )->torch.Tensor: # (B,K,H,W), the mean over all looks
     "Logits from several looks at the images. Raises `OpenTransError` for a look that cannot be taken."
     return multi_scale_scores(framework, images, text, size, **kwargs).part(0, len(text))
@@ -218,7 +220,7 @@ _RELEASED_SIZE = 800,1333
 def released_size(
     framework:str, # Its name
     data:str, # Name of the data set
-)->dict: # size, longest: for `look` and `evaluate`
+)->dict: # size, longest: for `multi_scale_logits` and `evaluate`
     "The size at which the released code sees images in its evaluation."
     return dict(zip(('size', 'longest'), get_framework(framework).test_sizes.get(data, _RELEASED_SIZE)))
 
@@ -360,7 +362,7 @@ def evaluate(
     # Lists of names that mean the same pixels, e.g. [['sofa', 'couch']]; adds `miou_same`, where each list is one
     # class
     same=None,
-    **looks, # Of `look`: size, longest, scales, flip, window, overlap
+    **looks, # Of `multi_scale_logits`: size, longest, scales, flip, window, overlap
     # miou, iou by name (NaN where a class is absent), groups, pixel_accuracy, n_images, settings; pq, sq, rq,
     # things, stuff for 'panoptic'; found, named, precision for 'masks'
 )->dict:
@@ -451,8 +453,8 @@ def compare_runs(
     # in millions, dense and active
 )->pd.DataFrame:
     "Several results in one table; what a run does not have is NaN. Raises `OpenTransError` for what is no result."
-    named = (dict(runs) if isinstance(runs, dict)
-             else {Path(r).name if not isinstance(r, dict) else f'run {i}': r for i,r in enumerate(runs)})
+    def called(i, r): return f'run {i}' if isinstance(r, dict) else Path(r).name
+    named = dict(runs) if isinstance(runs, dict) else {called(i, r): r for i,r in enumerate(runs)}
     # folders of one name: their paths tell them apart
     if not isinstance(runs, dict) and len(named) < len(list(runs)): named = {str(r): r for r in runs}
     if not named: raise OpenTransError("There are no runs to compare. Give folders with a result.json.")

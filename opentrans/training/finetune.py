@@ -99,7 +99,8 @@ def _unpacked(loaded, regions, device):
 # %% ../../nbs/training/41_finetune.ipynb #1a0e5e8b
 def _layer_values(per_layer):
     "The `LayerValues` of an argument, none, one or several, one of each kind. Raises `OpenTransError`."
-    values = [] if per_layer is None else [per_layer] if hasattr(per_layer, 'factors') else list(per_layer)
+    if per_layer is None: per_layer = []
+    values = [per_layer] if hasattr(per_layer, 'factors') else list(per_layer)
     kinds = [getattr(v, 'what', type(v).__name__) for v in values]
     if set(kinds) <= {'lr', 'weight_decay'} and len(set(kinds)) == len(kinds): return values
     raise OpenTransError(

@@ -8,7 +8,7 @@ __all__ = ['median_distance', 'mmd', 'features_of']
 # %% ../../nbs/vit/61c_domains.ipynb #754e7ad0
 import torch
 from ..errors import check_number, OpenTransError
-from ..runtime import device_of, evaluating, to_device
+from ..runtime import device_of, eval_mode, to_device
 
 # %% ../../nbs/vit/61c_domains.ipynb #0900a138
 def median_distance(
@@ -44,7 +44,7 @@ def features_of(
 )->torch.Tensor: # (pictures, dimensions)
     "What a model makes of pictures."
     found, own = [], hasattr(model, 'forward_features') and hasattr(model, 'forward_head')
-    with evaluating(model):
+    with eval_mode(model):
         for x,*_ in loader:
             x = to_device(x, device_of(model))
             y = model.forward_head(model.forward_features(x), pre_logits=True) if own else model(x)

@@ -19,7 +19,7 @@ from ..frameworks.instances import instance_ap, instances
 from ..frameworks.queries import batch_regions
 from ..heavy_tail.table import analyze
 from ..pruning.mask import SparseMask
-from ..runtime import evaluating, seeded
+from ..runtime import eval_mode, seeded
 from ..training.evaluate import evaluate
 from ..training.finetune import finetune
 from ..training.recipe import Recipe
@@ -88,7 +88,7 @@ def measure(seg, data):
     for i in range(0, len(data), 16):
         batch = collate([data[j] for j in range(i, min(i+16, len(data)))])
         regions,_ = batch_regions(batch, len(data.vocabulary), batch['ignore'])
-        with evaluating(seg):
+        with eval_mode(seg):
             masks = seg.queries(batch['images'], text)[1] > 0
             look = seg.look(batch['images']) if hasattr(seg, 'look') else []
         for b,(r,m) in enumerate(zip(regions, masks)):
@@ -120,7 +120,7 @@ def pictures(seg, data, which=(0, 1)):
         regions,kinds = batch_regions(batch, len(data.vocabulary), batch['ignore'])
         things = [r for r,k in zip(regions[0], kinds[0]) if int(k) in data.things]
         r = max(things, key=lambda r: r.sum())
-        with evaluating(seg):
+        with eval_mode(seg):
             masks,look = seg.queries(batch['images'], seg.text(data.vocabulary))[1][0] > 0,seg.look(batch['images'])
         q = ((masks & r).sum((1, 2))/(masks | r).sum((1, 2))).argmax()
         res.append(dict(image=i, region=[[int(v) for v in row] for row in r[::2, ::2]],

@@ -19,7 +19,7 @@ from ..core import find_tower
 from ..errors import check_number, DamagedFile, FormatError, OpenTransError, unknown
 from ..escape import for_plot
 from ..files import FileKind, json_text, parse_document, read_text, save_text
-from ..runtime import axes
+from ..runtime import get_axes
 from .spvit import (
     BottleneckConv, GATINGS, Grid, hard_gate, mlp_names, MultiPathAttention, select_ops, SkipAttention, SPVIT_OPS,
     UnifiedAttention, UnifiedDepthwise, UnifiedMLP)
@@ -455,7 +455,7 @@ def plot(self:HybridSpec,
     hidden=None, # Hidden units before pruning, where the spec does not know them
 ): # The axes; units on the left, operations on the right
     "The architecture along the depth (thesis, Fig. 4.4): dashed before pruning, solid after."
-    ax = axes(ax, figsize=(4.5, 2.6))
+    ax = get_axes(ax, figsize=(4.5, 2.6))
     x = np.arange(1, len(self.ops)+1)
     before = hidden or self.hidden
     names = [o for o in SPVIT_OPS] if self.ops[0] in SPVIT_OPS else ['dw1', 'dw3', 'dw5', 'dw7']

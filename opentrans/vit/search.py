@@ -19,7 +19,7 @@ from ..errors import check_number, OpenTransError, shorten, unknown
 from opentrans.files import (
     check_finite, check_like, FileKind, lock_file, metadata_value, optimizer_tensors, restore_optimizer, RunFile,
     strip_prefix)
-from ..runtime import axes, check_images, device_of, label_loss_of, progress, seeded, to_device
+from ..runtime import get_axes, check_images, device_of, label_loss_of, progress, seeded, to_device
 from .hybrids import _op_of, _parts, convert_to_spvit, HybridSpec, SPViTCost, vit_blocks
 from .spvit import (
     attention_parts, HeadAttention, SPVIT_OPS, UnifiedAttention, UnifiedDepthwise, UnifiedMLP)
@@ -356,7 +356,7 @@ def plot_heads(
 ): # The axes
     "Where one patch looks, a picture a head (thesis, Fig. 4.5): darker is more."
     q = query or (grid[0]//2, grid[1]//2)
-    axs = np.ravel(axes(axs, ncols=len(a), figsize=(1.6*len(a), 1.8)))
+    axs = np.ravel(get_axes(axs, ncols=len(a), figsize=(1.6*len(a), 1.8)))
     for h,ax in enumerate(axs):
         ax.imshow(a[h, prefix+q[0]*grid[1]+q[1], prefix:].reshape(grid), cmap='Greys', vmin=0)
         ax.add_patch(Rectangle((q[1]-.5, q[0]-.5), 1, 1, fill=False, ec='lime', lw=1.5))
@@ -369,7 +369,7 @@ def plot_locality(
     ax=None, # Axes to draw on; None makes some
 ): # The axes
     "Mean distance of attention by block, a dot a head; the line is attention that is the same everywhere."
-    ax = axes(ax, figsize=(5, 2.8))
+    ax = get_axes(ax, figsize=(5, 2.8))
     order = {b: i+1 for i,b in enumerate(dict.fromkeys(table.block))}
     ax.scatter(table.block.map(order), table.distance, s=18, alpha=.8)
     ax.axhline(table.even_distance.iloc[0], ls='--', c='grey', lw=1)

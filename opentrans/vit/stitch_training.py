@@ -22,7 +22,7 @@ from ..escape import for_plot
 from opentrans.files import (
     check_finite, check_like, FileKind, load_tensors, metadata_value, not_finite, plain_json, save_tensors,
     strip_prefix)
-from ..runtime import axes, check_images, label_loss_of
+from ..runtime import get_axes, check_images, label_loss_of
 from .anchors import _inside, plain_layer
 from .peft_files import _state
 from .stitching import merge_stitch, StitchableNet
@@ -438,7 +438,7 @@ def plot_pareto(
     ax=None, # Axes to draw on
 ): # The axes
     "Value over FLOPs: all stitches, those that are deployed joined by a line, single networks as stars."
-    ax = axes(ax, figsize=(6, 3.6))
+    ax = get_axes(ax, figsize=(6, 3.6))
     unit,name = (1e9, 'G') if table.flops.max() > 1e9 else (1e6, 'M')
     ax.scatter(table.flops/unit, table.value, s=14, color=color, alpha=.35,
                label=for_plot(label if not len(deployed) else f'{label}, all'))
@@ -494,7 +494,7 @@ def plot_angles(
     ax=None, # Axes to draw on
 ): # The axes
     "Distribution of the pairwise angles, with 90 degrees marked (thesis Fig. 3.2)."
-    ax = axes(ax, figsize=(6, 3))
+    ax = get_axes(ax, figsize=(6, 3))
     v = angles[tuple(torch.triu_indices(*angles.shape, offset=1))] if angles.dim() == 2 else angles
     v = v[torch.isfinite(v)]
     ax.hist(v.numpy(), bins=np.linspace(0, 180, 37), alpha=.55, density=True,

@@ -16,7 +16,7 @@ from ..experiments.arms import Arm, TUNERS
 from ..experiments.registry import study
 from ..experiments.scale import Scale
 from ..heavy_tail.table import analyze
-from ..runtime import axes, Undo
+from ..runtime import get_axes, Handle
 from .esta_study import esta_parts_rows, esta_rows
 from .faseg_study import faseg_parts_rows, faseg_rows
 from .sensitivity import param_sensitivity
@@ -80,7 +80,7 @@ def tune_subset(
     data, # Scenes to measure sensitivity on
     n:int=64, # How many of them
     seed:int=0, # As for `select_layers`
-)->Undo: # Handle that leaves plain layers, the updates inside
+)->Handle: # Handle that leaves plain layers, the updates inside
     """Freeze the tower's layers but for the most sensitive weights: as many as freezing by small alpha would train
     (`opentrans.spt.select`)."""
     usual = analyze(seg.backbone, xmin=scale.xmin).select(freeze=scale.freeze, seed=seed)
@@ -97,7 +97,7 @@ def tune_subset(
     learn = [(p, p.requires_grad) for k,p in seg.named_parameters() if not any(k.endswith(m) for m in names)]
     add_spt(seg, spt_select(s, count, arm.level, layers=selection), full=(), seed=seed)
     for p,b in learn: p.requires_grad_(b)
-    return Undo(lambda: merge_spt(seg))
+    return Handle(lambda: merge_spt(seg))
 
 TUNERS['sensitivity'] = tune_subset
 
@@ -113,7 +113,7 @@ def _plot_esta(study, data):
     "Accuracy of what is deployed, and of single anchors."
     other = 'angle', 'rank', 'share' # these are no accuracies
     rows = {name: row for name,row in data['summary'].items() if not any(word in name for word in other)}
-    ax = axes(figsize=(7, 4), layout='constrained')
+    ax = get_axes(figsize=(7, 4), layout='constrained')
     _bars(ax, 100*pd.DataFrame(rows, index=['mean', 'std']).T.astype(float), 'accuracy (%)')
     return ax
 
@@ -123,7 +123,7 @@ def esta(s):
 
 def _plot_parts(study, data):
     "Accuracy by arm."
-    ax = axes(figsize=(7, 3.4), layout='constrained')
+    ax = get_axes(figsize=(7, 3.4), layout='constrained')
     _bars(ax, _means(data, 'accuracy', 'arm'), 'accuracy (%)')
     return ax
 
@@ -137,7 +137,7 @@ def _plot_spt(study, data):
     "Accuracy of each arm, task by task."
     means = _means(data, 'accuracy', 'task', 'arm')
     tasks = list(dict.fromkeys(task for task,_ in means.index))
-    axs = axes(ncols=len(tasks), figsize=(4*len(tasks), 3.2), layout='constrained', sharey=True)
+    axs = get_axes(ncols=len(tasks), figsize=(4*len(tasks), 3.2), layout='constrained', sharey=True)
     for ax,task in zip(axs, tasks): _bars(ax, means.loc[task], f'{task}: accuracy (%)')
     return axs
 
@@ -153,7 +153,7 @@ def spt_parts(s):
 # %% ../../nbs/vit/69_studies.ipynb #95c79123
 def _plot_spvit(study, data):
     "Zero-shot accuracy on regions, by arm."
-    ax = axes(figsize=(7, 3), layout='constrained')
+    ax = get_axes(figsize=(7, 3), layout='constrained')
     _bars(ax, _means(data, 'accuracy', 'arm'), 'zero-shot accuracy on regions (%)')
     return ax
 
@@ -170,7 +170,7 @@ def spvit_parts(s):
 # %% ../../nbs/vit/69_studies.ipynb #87158842
 def _plot_faseg(study, data):
     "mIoU and the best IoU of a region, by arm."
-    axs = axes(ncols=2, figsize=(11, 4), layout='constrained', sharey=True)
+    axs = get_axes(ncols=2, figsize=(11, 4), layout='constrained', sharey=True)
     _bars(axs[0], _means(data, 'miou', 'arm'), 'mIoU (%)')
     _bars(axs[1], _means(data, 'region_iou', 'arm'), 'best IoU of a region (%)')
     return axs
