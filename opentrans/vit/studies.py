@@ -38,6 +38,23 @@ def _check_rows(*columns):
         if not whole: raise FormatError(f"'{file}' has no rows with {', '.join(columns)}. Run the study again.")
     return check
 
+def _table(*columns):
+    "A text of a study: means of columns by arm, with their spread over the seeds, as Markdown."
+    def text(data):
+        rows = pd.DataFrame(data['results']).groupby('arm', sort=False)[list(columns)]
+        both = zip(rows.mean().itertuples(), rows.std().itertuples(index=False))
+        told = {mean[0]: [f'{m:.4g} ± {s:.2g}' for m,s in zip(mean[1:], std)] for mean,std in both}
+        return pd.DataFrame(told, index=list(columns)).T.rename_axis('arm').reset_index().to_markdown(index=False)
+    return text
+
+def _gaps(data):
+    "How far tasks are from the source, and what modules alone are ahead of single weights alone (Fig. 2.3 c)."
+    means = _means(data, 'accuracy', 'task', 'arm')['mean']
+    def ahead(task): return means[task, 'adapters without single weights'] - means[task, 'single weights alone']
+    rows = {task: {'MMD to the source': f"{found['mmd']:.3g}", 'modules ahead, points': f'{ahead(task):+.1f}'}
+            for task,found in data['gaps'].items()}
+    return pd.DataFrame(rows).T.rename_axis('task').reset_index().to_markdown(index=False)
+
 def _bars(ax, means, title):
     "Bars of means with their spread."
     ax.barh([for_plot(name) for name in means.index], means['mean'], xerr=means['std'], color='#4e79a7')
@@ -111,7 +128,7 @@ def _plot_parts(study, data):
     return ax
 
 @study('esta-parts', paper='thesis, Fig. 3.6 and 3.7', run=esta_parts_rows, check=_check_rows('arm', 'accuracy'),
-       plot=_plot_parts)
+       plot=_plot_parts, text=_table('accuracy', 'every', 'best', 'trained'))
 def esta_parts(s):
     "Which parts of the adaptation of stitches matter?"
 
@@ -129,7 +146,7 @@ def spt(s):
     "Is sensitivity a better guide to where updates belong than a fixed place?"
 
 @study('spt-parts', paper='thesis, Tab. 2.6, 2.8 and Fig. 2.3', run=parts_rows,
-       check=_check_rows('task', 'arm', 'accuracy'), plot=_plot_spt)
+       check=_check_rows('task', 'arm', 'accuracy'), plot=_plot_spt, text=_gaps)
 def spt_parts(s):
     "What do modules do without single weights, and how many pictures does sensitivity need?"
 
@@ -145,7 +162,8 @@ def spvit(s):
     "Does a search find a better hybrid than chance, at equal cost?"
 
 @study('spvit-parts', paper='thesis, Tab. 4.2, 4.4 and Fig. 4.4', run=spvit_parts_rows,
-       check=_check_rows('arm', 'accuracy'), plot=_plot_parts)
+       check=_check_rows('arm', 'accuracy'), plot=_plot_parts,
+       text=_table('accuracy', 'cosine', 'share', 'params', 'search_seconds'))
 def spvit_parts(s):
     "What do shared weights, a teacher, and another target do to the search?"
 
@@ -164,6 +182,6 @@ def faseg(s):
     "Do focus-aware queries and high-resolution cross-attention serve a segmenter, dense and sparse?"
 
 @study('faseg-parts', paper='thesis, Tab. 5.3, 5.6 and App. C.1', run=faseg_parts_rows, check=_ROWS,
-       plot=_plot_faseg)
+       plot=_plot_faseg, text=_table('miou', 'ap50', 'head_params', 'seconds'))
 def faseg_parts(s):
     "Which positions of pixels do focus-aware queries need, and is attention to rows and columns as good?"
