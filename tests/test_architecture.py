@@ -189,3 +189,8 @@ def test_one_site_configuration():
     listed = {x for p in pages for x in ([p] if isinstance(p, str) else p['contents'])}
     there = {str(p.relative_to(root)) for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
     assert listed == there, f'not in the sidebar: {there-listed}; not there: {listed-there}'
+
+def test_a_source_archive_holds_what_its_build_reads():
+    "Without a manifest setuptools would leave settings.ini out, from which setup.py reads every fact."
+    told = (root/'MANIFEST.in').read_text().split()
+    assert {'settings.ini', 'README.md', 'LICENSE'} <= {*told} and all((root/name).exists() for name in told[1:5])

@@ -3,18 +3,22 @@ import itertools, json, types
 from pathlib import Path
 import pytest
 from conftest import reference_head
+import timm
 import torch
 from torch import nn
 from opentrans.cost import peak_memory
 from opentrans.clip import ClipBackbone
+from opentrans.errors import OpenTransError
 from opentrans.files import load_json
 from opentrans.runtime import seeded
 from opentrans.data import ShapesWorld
 from opentrans.training import evaluate, finetune, Recipe
 from opentrans.frameworks import build, check_framework
+from opentrans.frameworks.closed import build_closed
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.frameworks.faseg import (
     cell_pixels, HighResCrossAttention, load_faseg, select_cells, StagedBackbone)
+from opentrans.frameworks.instances import instances
 from opentrans.pruning import SparseMask
 
 root = Path(__file__).resolve().parent.parent
@@ -278,8 +282,24 @@ def test_trains_under_a_mask_and_goes_on(tmp_path):
     few = ShapesWorld('val', 'night', n=4, size=64, seed=0)
     assert evaluate(whole, few)['miou'] == evaluate(whole, few)['miou']
 
+def test_the_closed_model_is_trained_and_evaluated():
+    "On an encoder of timm, by the usual fine-tuning and evaluation, semantic and thing by thing."
+    data, few = (ShapesWorld(split, 'night', n=4, size=64, seed=0) for split in ('train', 'val'))
+    torch.manual_seed(0)
+    encoder = timm.create_model('test_resnet', features_only=True, out_indices=(1, 2, 3, 4))
+    seg = build_closed(encoder, data.vocabulary, 'small', seed=0, **TINY)
+    recipe = Recipe.paper('faseg').replace(iterations=2, batch_size=2, seed=0, crop=64)
+    before = seg.head.class_embed.weight.clone()
+    history = finetune(seg, data, recipe, device='cpu')
+    assert history.loss.notna().all() and not torch.equal(seg.head.class_embed.weight, before)
+    assert 0 <= evaluate(seg, data)['miou'] <= 1
+    found = instances(seg, torch.stack([data[i]['image'] for i in range(2)]), isthing=[
+        k in data.things for k in range(len(data.vocabulary))])
+    assert len(found) == 2 and all(set(one.classes.tolist()) <= set(data.things) for one in found)
+    with pytest.raises(OpenTransError, match='and no others'): seg.predict(few[0]['image'][None], ['a', 'b'])
+
 OPTIONS = (dict(dfpq=False), dict(hrca=False), dict(dfpq='anchor', selection='pixels'),
-           dict(key_pos='sine', hrca_query='dynamic'))
+           dict(key_pos='sine', hrca_query='dynamic'), dict(key_pos='learned', selection='rcda'))
 
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
 def test_every_weight_learns(options):

@@ -154,7 +154,7 @@ def test_layers_are_the_references(reference, heads, temperature):
     for o,bn in (('conv1', theirs.bn_1x1), ('conv3', theirs.bn_3x3)): ours.norms[o].load_state_dict(bn.state_dict())
     x,seen = torch.randn(2, 17, c),set()
     with torch.no_grad():
-        ours.z.copy_(theirs.head_probs.parametrise(1, (3, 3)).mT.flatten(1))
+        ours.z.copy_(theirs.head_probs.unflatten(1, (3, 3)).mT.flatten(1))
         for gates in itertools.product((-1., 1.), repeat=3):
             theirs.kernel_thresholds.copy_(torch.tensor(gates))
             ours.gate.copy_(torch.tensor(gates))

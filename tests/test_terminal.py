@@ -1,10 +1,10 @@
 "What a terminal shows: no number is cut, shares are percent, errors name flags, findings are grouped."
-import io, json, re, types
+import io, json, os, re, subprocess, sys, types
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from opentrans.cli import terminal
+from opentrans.cli import options, terminal
 from opentrans.cli.options import app
 from typer.testing import CliRunner
 
@@ -62,3 +62,14 @@ def test_findings_are_grouped_with_the_flag_that_helps(tmp_path):
     assert len(lines) == 1 and '(7 in all)' in lines[0] and 'add --ignore 11,255' in told.output
     assert '--ignore ...' in lines[0] and 'ignore=' not in told.output
     assert CliRunner().invoke(app, [*base, '--ignore', '11,255', '--json']).exit_code == 0
+
+def test_help_is_grouped_and_every_command_has_its_group():
+    told = CliRunner().invoke(app, ['--help']).output
+    for panel in options._PANELS: assert panel in told
+    assert 'Examples' in told and '─ Commands ' not in told
+
+def test_a_shell_completes_commands():
+    words = dict(_OPENTRANS_COMPLETE='complete_bash', COMP_WORDS='opentrans se', COMP_CWORD='1')
+    code = 'import sys; sys.argv[0] = "opentrans"; from opentrans.cli import main; main()'
+    run = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, **words), capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.split() == ['segment'], run

@@ -458,6 +458,21 @@ def test_models_of_language_are_stitched():
             other[:, 5:] = 0
             torch.testing.assert_close(network(other)[:, :5], network(words(2))[:, :5], atol=1e-5, rtol=1e-5)
 
+@pytest.mark.parametrize('name, options', [('convnext_atto', {}), ('vit_tiny_patch16_224', dict(img_size=32))])
+def test_stitches_with_bottlenecks(name, options):
+    "Adapters in place of low-rank updates: trained, deployed with them, and counted."
+    anchors, (x, y) = [named(name, **options) for _ in range(2)], pictures(4, 32)
+    with seeded(0): net = apply_pst(StitchableNet(anchors), 2, stitch_rank=lambda d: 2, kind='adaptformer')
+    table = stitch_table(net, (3, 32, 32))
+    run = StitchTrainer(net, StitchSampler(table.flops, 3),
+                        torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2))
+    run.fit([(x, y)]*2)
+    assert pst_report(net).bottlenecks > 0 and pst_report(net).attention == 0
+    s = len(net.configs)-1
+    alone = deploy(net, FixedSampler(s))[s]
+    with torch.no_grad(): torch.testing.assert_close(alone(x), net(x, s), atol=1e-4, rtol=1e-4)
+    assert sum(p.numel() for p in alone.parameters()) == table.params[s]
+
 def test_two_halves_of_a_batch_are_the_batch():
     "Accumulated gradients, and the importance, are those of the whole; a half-finished step is not saved."
     def start(accumulate):

@@ -10,13 +10,13 @@ import json, re
 from typing import Annotated
 import typer
 from .defaults import WithInstances
-from .options import Classes, Config, Ignore, Quiet, Root, Seed, Split, _App, app, open_data
+from .options import Classes, Config, Ignore, Quiet, Root, Seed, Split, _App, _panel, app, open_data
 from .terminal import _as_flags, _say, show
 
 # %% ../../nbs/app/70i_datasets.ipynb #95a34a27
 data_app = _App(no_args_is_help=True, help="Data sets: list them, check one, write generated scenes to disk.")
 
-app.add_typer(data_app, name='data')
+app.add_typer(data_app, name='data', rich_help_panel=_panel('data'))
 
 @data_app.command('list')
 def data_list(as_json:Quiet=False, config:Config=None):

@@ -185,4 +185,5 @@ def _report(seg, data, result, size, mask=None, selection=None, out=None, as_jso
     result = dict(result, **_with_cost(seg, size, mask))
     if selection is not None: result.update(rule=selection.rule, frozen=selection.freeze)
     if out and first_process(): save_json(result, Path(out)/'result.json')
-    show(result, as_json, title)
+    groups = {f'miou_{name}': share for name,share in (result.get('groups') or {}).items()}
+    show(result if as_json else {'miou': result['miou'], **groups, **result}, as_json, title)

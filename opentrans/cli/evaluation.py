@@ -230,7 +230,9 @@ def segment(
     marked = [f'{name} *' if name in doubt else name for name in found]
     _save_picture(lambda: overlay(x, labels, marked), Path(out))
     share = {name: (labels == k).float().mean().item() for k,name in enumerate(found if as_json else marked)}
-    show(dict(sorted(share.items(), key=lambda z: -z[1])), as_json, 'share of the image')
+    ranked = dict(sorted(share.items(), key=lambda z: -z[1]))
+    show(ranked if as_json else {name: f'{part:.1%}' for name,part in ranked.items()}, as_json,
+         'share of the image')
     beside = sys.stderr if as_json else sys.stdout
     if doubt: _say('* unlike anything it was shown, so a guess: ' + ', '.join(map(_doubted, doubt.items())), beside)
     _say(f'picture: {out}', beside)

@@ -33,11 +33,35 @@ def _check_value(name, value):
     if isinstance(value, str) and '\0' in value:
         raise OpenTransError(f"{name} {shorten(repr(value))}: a text cannot hold a zero byte.")
 
+_PANELS = {
+    'Look at it first': ('demo', 'segment'),
+    'Masks and spectra': ('prune', 'alpha', 'cka', 'cost'),
+    'Train and judge': ('finetune', 'transfer', 'evaluate', 'compare'),
+    'Data and studies': ('data', 'study', 'models'),
+    'Vision transformers': ('spt', 'stitch', 'spvit')}
+
+def _panel(name):
+    "Under which heading `--help` lists a command."
+    return next((panel for panel,names in _PANELS.items() if name in names), None)
+
 class _App(typer.Typer):
     "A group of commands that are checked so."
-    def command(self, name=None, **kwargs): return super().command(name, cls=_Checked, **kwargs)
+    def command(self, name=None, **kwargs):
+        def put(function):
+            panel = _panel(name or function.__name__)
+            return super(_App, self).command(name, cls=_Checked, rich_help_panel=panel, **kwargs)(function)
+        return put
 
-app = _App(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',
+_EXAMPLES = """[bold]Examples[/bold]
+
+opentrans demo
+
+opentrans segment photo.jpg 'sky, road, sofa | couch'
+
+opentrans finetune --data folder --root DIR --classes 'sky,road' --out run
+"""
+
+app = _App(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode='rich', epilog=_EXAMPLES,
            help="Prune CLIP once, transfer the mask to any open-vocabulary segmentation framework, freeze layers "
                 "by their spectra.")
 

@@ -73,6 +73,10 @@ def stitch(
         'deit_tiny_patch16_224,deit_small_patch16_224,deit_base_patch16_224',
     pretrained:Weights=None,
     points:Annotated[int, typer.Option(min=1, max=1000, help="Networks to deploy, over the range of FLOPs.")]=3,
+    kind:Annotated[str, typer.Option(
+        help="What the models learn: lora; or, kept in the networks that are written, adapter or adaptformer.")]=
+        'lora',
+    alone:Annotated[int, typer.Option(min=0, help="Epochs in which each model is tuned by itself before.")]=0,
     epochs:Epochs=10, lr:Rate=1e-3, batch_size:Batch=32, size:Side=None, workers:Hands=0, onnx:Onnx=False,
     out:Out=None, device:Device=None, seed:Seed=0, allow_hub:Fetch=False, as_json:Quiet=False, config:Config=None,
 ):
@@ -83,7 +87,8 @@ def stitch(
     if len(names) < 2: raise OpenTransError(f"--models {models}: name at least two, small to large, with commas.")
     start = pretrained, size, seed, device, allow_hub, batch_size, workers
     family, train, val = _opened(images, names, *start)
-    with settings_kept(out): frame = stitch_on(family, train, val, out, points, None, epochs, lr, seed, onnx)
+    with settings_kept(out):
+        frame = stitch_on(family, train, val, out, points, None, epochs, lr, seed, onnx, kind, alone)
     if out:
         from opentrans.cli.terminal import _save_table
         _save_table(frame, Path(out)/'palette.csv')

@@ -15,7 +15,7 @@ from .options import (
     AllowHub, Backbone, By, Classes, Config, Data, Device, Freeze, Ignore, Preset, Pretrained, Quiet, Root,
     Seed, Split, Stride, Xmin, _SIDE, _hub, _typed, app, first_process, keep_settings,
     open_clip_backbone, open_data)
-from .terminal import _number, _rules, _save_picture, _save_table, _say, _size, _writable, show
+from .terminal import _as_flags, _number, _rules, _save_picture, _save_table, _say, _size, _writable, show
 
 # %% ../../nbs/app/70d_weights.ipynb #83c5572c
 def _anything(name, pretrained, allow_hub):
@@ -76,7 +76,7 @@ def alpha(
         frame[[c
                for c in ('frozen', 'shape', 'n_evals', 'alpha', 'alpha_null', 'z', 'spikes', 'xmin', 'D', 'n_tail',
                          'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
-    if not as_json: _say(table.words())
+    if not as_json: _say(_as_flags(table.words()))
 
 # %% ../../nbs/app/70d_weights.ipynb #2a68ce37
 # flags of prune that are fields of its trainer

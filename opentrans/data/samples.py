@@ -118,7 +118,7 @@ _OWN_COLOURS = {
     'grass': '4c9a2a', 'lawn': '4c9a2a', 'meadow': '4c9a2a', 'field': '4c9a2a',
     'water': '2b6fb3', 'sea': '2b6fb3', 'lake': '2b6fb3', 'river': '2b6fb3', 'ocean': '2b6fb3',
     'sky': '9ccdf0', 'tree': '1e5c2e', 'trees': '1e5c2e', 'forest': '1e5c2e', 'leaf': '1e5c2e',
-    'sand': 'e3cf97', 'beach': 'e3cf97', 'brick': '9c5a3c', 'snow': 'e9eef2',
+    'sand': 'e3cf97', 'beach': 'e3cf97', 'brick': '9c5a3c', 'snow': 'e9eef2', 'paper': 'f1ead8',
     'road': '6b6b76', 'street': '6b6b76', 'pavement': 'b9a8b5', 'floor': 'b59e86', 'wall': 'c9c4b8',
     'building': '8d7f74', 'mountain': '7d6b91', 'red': 'd81f26', 'yellow': 'f2d51e', 'green': '24b04a',
     'blue': '2452e0', 'purple': '9c2fbc'}
@@ -149,7 +149,8 @@ def _named_colours(names):
             taken.append(colour)
         shade = met[tuple(colour)]
         met[tuple(colour)] += 1
-        colours.append(colour*(1-.5*shade/(shade+2)))
+        # no two shades of one colour are alike, and neighbours are far apart
+        colours.append(colour*(1-.5*(.618034*shade % 1)))
     return np.array(colours).reshape(-1, 3)
 
 # %% ../../nbs/data/11_samples.ipynb #76323d3a

@@ -51,8 +51,8 @@ def plot_arms(
         for j,k in enumerate(sets):
             _bar(ax, j-.4+w*(i+.5), f[f'miou_{k}'], w*.92, label=None if j else for_plot(a.name),
                  color=_colour(a.name, i))
-    ax.set_xticks(range(len(sets)),
-                  [for_plot(f'{k} classes' if k in ('base', 'novel') else f'domain {k}') for k in sets])
+    told = [f'{k}\nclasses' if k in ('base', 'novel') else f'domain\n{k}' for k in sets]
+    ax.set_xticks(range(len(sets)), [for_plot(text) for text in told])
     ax.set_ylabel('mIoU (%)')
     ax.legend(fontsize=9, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
     return ax

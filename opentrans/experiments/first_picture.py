@@ -124,7 +124,7 @@ def agreement(
     frame = pd.DataFrame(share).T
     return frame.assign(all=frame.mean(axis=1)).rename_axis('tower')
 
-# %% ../../nbs/experiments/58b_first_picture.ipynb #10931172
+# %% ../../nbs/experiments/58b_first_picture.ipynb #3efbe551
 def _words_of(photograph): return [word.strip() for word in PHOTOGRAPHS[photograph][3].split(',')]
 
 def plot_seen(
@@ -133,20 +133,23 @@ def plot_seen(
 ): # Figure: a row for each photograph, a column for each tower, and the words
     "Photographs beside what each tower sees in them; colours are words, the same in all columns."
     told = sample_photographs(photographs)
-    fig,axs = plt.subplots(len(told), 2+len(seen), figsize=(2.1*(1+len(seen))+1.3, 1.52*len(told)), squeeze=False,
-                           width_ratios=[*[1]*(1+len(seen)), .55], layout='constrained')
-    for row,(name,(picture,_)) in zip(axs, told.items()):
-        words = _words_of(name)
-        colours = torch.from_numpy(class_colours(words)).float()
-        maps = [labels[name].long() for labels in seen.values()]
-        image = F.interpolate(picture[None].float()/255, size=maps[0].shape, mode='bilinear', antialias=True)[0]
-        image = image.permute(1, 2, 0).clamp(0, 1)
-        for ax,painted in zip(row, [image, *(.4*image + .6*colours[labels] for labels in maps)]):
-            ax.imshow(painted.numpy(), interpolation='nearest')
-        there = [i for i in range(len(words)) if any((labels == i).any() for labels in maps)]
-        row[-1].legend(handles=[Patch(color=colours[i].tolist(), label=for_plot(words[i])) for i in there],
-                       loc='center left', bbox_to_anchor=(-.1, .5), frameon=False, fontsize=9, handlelength=1.2)
-        for ax in row: ax.set_axis_off()
-    for ax,title in zip(axs[0], ['photograph', *(TOWERS.get(kind, kind) for kind in seen)]):
+    fig = plt.figure(figsize=(1.62*(1+len(seen)), 1.48*len(told)), layout='constrained')
+    rows = fig.subfigures(len(told), 1, squeeze=False)[:, 0]
+    for row,(name,(picture,_)) in zip(rows, told.items()):
+        _plot_row(row, picture, _words_of(name), [labels[name].long() for labels in seen.values()])
+    for ax,title in zip(rows[0].axes, ['photograph', *(TOWERS.get(kind, kind) for kind in seen)]):
         ax.set_title(for_plot(title), fontsize=9)
     return fig
+
+def _plot_row(row, picture, words, maps):
+    "A photograph, what each tower sees in it, and the words below."
+    colours = torch.from_numpy(class_colours(words)).float()
+    image = F.interpolate(picture[None].float()/255, size=maps[0].shape, mode='bilinear', antialias=True)[0]
+    image = image.permute(1, 2, 0).clamp(0, 1)
+    for ax,painted in zip(row.subplots(1, 1+len(maps)), [image, *(.4*image + .6*colours[labels] for labels in maps)]):
+        ax.imshow(painted.numpy(), interpolation='nearest')
+        ax.set_axis_off()
+    there = [i for i in range(len(words)) if any((labels == i).any() for labels in maps)]
+    handles = [Patch(color=colours[i].tolist(), label=for_plot(words[i])) for i in there]
+    row.legend(handles=handles, loc='outside lower center', ncols=len(there), frameon=False, fontsize=9,
+               handlelength=1.2)

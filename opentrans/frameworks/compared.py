@@ -65,7 +65,8 @@ class RowColumnCrossAttention(nn.Module):
         columns = self.weights(x, keys.mean(2).mT, self.q_x, self.k_x)
         rows = self.weights(x, keys.mean(3).mT, self.q_y, self.k_y)
         values = self.value(feat_hi.movedim(1, -1)).unflatten(-1, (self.num_heads, -1))
-        out = torch.einsum('bnqy,bnqx,byxnd->bqnd', rows, columns, values)
+        out = torch.einsum('bnqx,byxnd->bnqyd', columns, values) # a row each: no attention over all pixels
+        out = torch.einsum('bnqy,bnqyd->bqnd', rows, out)
         seen = None
         if need_weights: seen = torch.einsum('bnqy,bnqx->bqyx', rows, columns).flatten(2)/self.num_heads
         return self.out_proj(out.flatten(2)), seen, None

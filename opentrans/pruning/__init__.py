@@ -9,6 +9,8 @@ from .baked import *
 from .baked import __all__ as _baked
 from .mask import *
 from .mask import __all__ as _mask
+from .prices import *
+from .prices import __all__ as _prices
 from .transfer import *
 from .transfer import __all__ as _transfer
 from .round_files import *
@@ -27,11 +29,14 @@ from .regrowth import *
 from .regrowth import __all__ as _regrowth
 from .compiled import *
 from .compiled import __all__ as _compiled
+from .heads import *
+from .heads import __all__ as _heads
 from .slim import *
 from .slim import __all__ as _slim
 
-__all__ = [*_places, *_criteria, *_force, *_baked, *_mask, *_transfer, *_round_files, *_rounds, *_calibration, *_solvers,
-           *_densities, *_reconstruction, *_regrowth, *_compiled, *_slim]
+__all__ = [*_places, *_criteria, *_force, *_baked, *_mask, *_prices, *_transfer, *_round_files, *_rounds,
+           *_calibration, *_solvers, *_densities, *_reconstruction, *_regrowth, *_compiled, *_heads,
+           *_slim]
 
 from opentrans.helping import document as _document
 _document(__name__)

@@ -16,7 +16,7 @@ from .plan import CannotPlan, Plan
 from .regions import Conv, Region
 
 # %% ../../nbs/07f_linear.ipynb #2248fd0d
-WORTH = 1/3 # share of the weights up to which a linear layer runs on the engine
+WORTH = 1/2 # share of the weights up to which a linear layer runs on the engine
 _PLANS, _CLOSE = 4, 1e-4
 
 def why_no_linear(

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from ..errors import check_number, OpenTransError, shorten, timm_name, unknown
 from ..files import load_tensors, read_checkpoint, save_tensors, state_dict_of
 from ..pruning.baked import export_onnx
-from ..runtime import device_of, evaluating, pick_device, progress, seeded, to_device
+from ..runtime import device_of, eval_mode, pick_device, progress, seeded, to_device
 from .blockwise import add_spt_blocks, BLOCK_KINDS
 from .folders import open_pictures
 from .heads import find_heads, is_of_head
@@ -23,9 +23,9 @@ from .hybrids import convert_to_spvit, HybridSpec, slim_spvit, SPViTCost
 from .peft_files import save_added
 from .search import teacher_loss, train_spvit
 from .sensitivity import param_sensitivity
-from .spt import allocate, apply_spt, KINDS, merge_spt
+from .spt import allocate, apply_spt, STRUCTURED_KINDS, merge_spt
 from .stitch_training import deploy, StitchSampler, StitchTrainer
-from .stitching import apply_pst, stitch_table, StitchableNet
+from .stitching import apply_pst, merge_stitch, stitch_table, StitchableNet, StitchConfig
 
 # %% ../../nbs/vit/64c_products.ipynb #b65e558f
 _PREFIXES = ('module.base_encoder.', 'base_encoder.', 'module.', 'model.', 'backbone.', 'encoder.', '')
@@ -113,7 +113,7 @@ def open_loaders(
 def accuracy(model, loader)->float:
     "Share of pictures whose best class is theirs."
     right = total = 0
-    with evaluating(model):
+    with eval_mode(model):
         for x,y in loader:
             x,y = to_device((x, y), device_of(model))
             right, total = right+int((model(x).argmax(1) == y).sum()), total+len(y)
@@ -204,7 +204,7 @@ def spt_on(
     onnx:bool=False, # Write an ONNX file, too?
 )->dict: # budget, spent, head, trained, share of the body, loss, accuracy, what merging changes, what ONNX changes
     "Sensitivity-aware fine-tuning from end to end (thesis, chapter 2)."
-    if kind not in (*KINDS, *BLOCK_KINDS): raise unknown('kind of structured module', kind, (*KINDS, *BLOCK_KINDS))
+    if kind not in (*STRUCTURED_KINDS, *BLOCK_KINDS): raise unknown('kind of structured module', kind, (*STRUCTURED_KINDS, *BLOCK_KINDS))
     sens = param_sensitivity(model, train, n_samples=samples, seed=seed)
     plan = (_plan_blocks if kind in BLOCK_KINDS else _plan_matrices)(model, sens, budget, kind, r, seed, out)
     with seeded(seed): history = fit(model, train, epochs, lr)
@@ -232,15 +232,19 @@ def stitch_on(
     lr:float=1e-3, # Of AdamW
     seed:int=0, # Of everything random
     onnx:bool=False, # Write ONNX files, too?
+    kind:str='lora', # What the models learn: `'lora'`, `'adapter'` or `'adaptformer'`, as in `apply_pst`
+    alone:int=0, # Rounds in which each model is tuned by itself first (thesis, Fig. 3.6 d: dearer, and worse)
+    **pst, # Of `apply_pst`: `ssb=False` for no biases of stitches, `stitch_rank=None` for stitching layers in full
 )->pd.DataFrame: # A row for each deployed network: name, flops, params, accuracy
     "Efficient stitchable task adaptation from end to end (thesis, chapter 3)."
     check_number('points', points, 1, whole=True)
     size = picture_size(models[-1])
     ranks = ranks if ranks is not None else [32, 16, 8, *[8]*len(models)][:len(models)]
+    if alone: models = [_tuned_alone(m, r, train, alone, lr, seed, kind) for m,r in zip(models, ranks)]
     with seeded(seed):
         net = StitchableNet(models)
         net.init_stitches(_some(train, 100, device_of(models[0])))
-        apply_pst(net, ranks)
+        apply_pst(net, ranks, kind=kind, **pst)
     table = stitch_table(net, size)
     sampler = StitchSampler(table.flops, points, seed=seed)
     opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr)
@@ -259,6 +263,16 @@ def stitch_on(
     trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
     frame.attrs.update(drawn=int((sampler.tracker.counts > 0).sum()), stitches=len(net.configs), trained=trained)
     return frame
+
+def _tuned_alone(model, r, train, epochs, lr, seed, kind):
+    "A model that was tuned by itself, with its updates merged."
+    check_number('alone', epochs, 0, whole=True)
+    if kind != 'lora':
+        raise OpenTransError(f"kind='{kind}' cannot be merged before models are stitched: take alone=0, or 'lora'.")
+    with seeded(seed):
+        net = apply_pst(StitchableNet([model], [StitchConfig(0, 0)]), r)
+        fit(net, train, epochs, lr)
+    return merge_stitch(net, 0).tower
 
 def _has_norms(net): return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in net.modules())
 

@@ -451,7 +451,11 @@ class Bottleneck(nn.Module):
         like = next(layer.parameters())
         self.layer = layer.requires_grad_(False)
         self.kind = kind
-        self.down, self.up = (nn.Linear(a, b, device=like.device, dtype=like.dtype) for a,b in ((dim, r), (r, dim)))
+        on_maps = any(isinstance(m, nn.Conv2d) for m in layer.modules()) # (B,C,H,W), as some ConvNeXts have it
+        def linear(a, b):
+            where = dict(device=like.device, dtype=like.dtype)
+            return nn.Conv2d(a, b, 1, **where) if on_maps else nn.Linear(a, b, **where)
+        self.down, self.up = linear(dim, r), linear(r, dim)
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         for p in (self.down.bias, *self.up.parameters()): nn.init.zeros_(p)
 

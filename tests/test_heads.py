@@ -1,0 +1,90 @@
+"Masks of whole heads and units: what is cut changes nothing, and is gone."
+import copy
+import pytest
+import torch
+from torch import nn
+from opentrans.errors import OpenTransError
+from opentrans.pruning import FewerHeads, imp, SparseMask
+from test_pruning import tiny_vit
+from test_sparse import far, small_net
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+def timm_vit(**kwargs):
+    from timm.models.vision_transformer import VisionTransformer
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=16, patch_size=8, embed_dim=24, depth=2, num_heads=4, mlp_ratio=2,
+                             num_classes=12, **kwargs).eval()
+
+def weights(model): return sum(p.numel() for p in model.parameters())
+
+@pytest.mark.parametrize('make', [tiny_vit, timm_vit, lambda: timm_vit(qk_norm=True), lambda: timm_vit(qkv_bias=False)])
+@torch.no_grad()
+def test_fewer_heads_the_same_outputs(make):
+    net, x = make(), torch.randn(2, 3, 16, 16)
+    for part in net.modules():
+        for bias in ('bias', 'in_proj_bias'):
+            if isinstance(getattr(part, bias, None), nn.Parameter): getattr(part, bias).normal_()
+    mask = SparseMask.heads(net, .5)
+    small = mask.slim(net)
+    mask.apply(net).remove()
+    assert far(small(x), net(x)) < 1e-5 and weights(small) < weights(net)
+
+@torch.no_grad()
+def test_a_head_whose_values_are_gone_is_a_constant():
+    net, x = tiny_vit(), torch.randn(2, 3, 16, 16)
+    for block in net.transformer.resblocks:
+        block.attn.in_proj_bias.normal_()
+        block.attn.in_proj_weight[48:60] = 0
+    small = SparseMask.ones(net).slim(net)
+    assert all(isinstance(block.attn, FewerHeads) and block.attn.num_heads == 1
+               for block in small.transformer.resblocks) and far(small(x), net(x)) < 1e-5
+
+@torch.no_grad()
+def test_masks_of_attention_are_those_of_torch():
+    "Of (queries, keys), one for each head, numbers and truth values, either order of the axes."
+    for first in (True, False):
+        whole = nn.MultiheadAttention(12, 3, batch_first=first).eval()
+        whole.out_proj.weight[:, :4] = 0
+        rows = torch.arange(12) >= 4
+        few, x = FewerHeads(whole, rows), torch.randn(2, 5, 12) if first else torch.randn(5, 2, 12)
+        numbers = torch.randn(2, 3, 5, 5)
+        for mask in (None, numbers[0, 0], numbers[0, 0] > 1):
+            assert far(few(x, x, x, attn_mask=mask)[0], whole(x, x, x, attn_mask=mask, need_weights=False)[0]) < 1e-5
+        want = whole(x, x, x, attn_mask=numbers.flatten(0, 1), need_weights=False)[0]
+        assert far(few(x, x, x, attn_mask=numbers[:, 1:].flatten(0, 1))[0], want) < 1e-5
+        with pytest.raises(OpenTransError, match='own sequence'): few(x, x + 1, x)
+
+@torch.no_grad()
+def test_a_clip_backbone_with_fewer_heads():
+    from opentrans.clip import ClipBackbone
+    from opentrans.frameworks import build
+    clip = ClipBackbone.create('ViT-B-32', pretrained=None).eval()
+    mask = SparseMask.heads(clip, .25)
+    small = mask.slim(clip)
+    mask.apply(clip).remove()
+    images = torch.rand(1, 3, 64, 96)
+    assert far(small.dense_embeddings(images), clip.dense_embeddings(images)) < 1e-4
+    regions = [torch.zeros(2, 64, 96).index_fill_(2, torch.arange(40), 1)]
+    assert far(small.region_embeddings(images, regions), clip.region_embeddings(images, regions)) < 1e-4
+    model = build('training_free', clip, ['cat', 'dog'])
+    assert mask.slim(model)(images, model.text()).shape == model(images, model.text()).shape
+
+def test_rounds_remove_whole_units():
+    "All but the units at the border go whole, and what is cut is what the mask removed."
+    for net in (small_net(True), tiny_vit()):
+        before = weights(net)
+        mask, _ = imp(net, lambda model: None, density=.5, p=.3, criterion='units')
+        assert mask.kept == round(.5*mask.total)
+        small = mask.slim(net)
+        x = torch.randn(1, 3, *([16, 16] if hasattr(net, 'transformer') else [32, 32]))
+        with torch.no_grad(): assert far(small(x), net(x)) < 1e-5
+        assert weights(small) < .75*before
+    with pytest.raises(OpenTransError, match='no units'):
+        imp(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), lambda model: None, density=.5, p=.3, criterion='units')
+
+def test_errors_say_what_to_do():
+    with pytest.raises(OpenTransError, match='share'): SparseMask.heads(tiny_vit(), 0.)
+    with pytest.raises(OpenTransError, match='no attention'): SparseMask.heads(small_net(True), .5)
+    odd = copy.deepcopy(tiny_vit())
+    assert SparseMask.heads(odd, 1.).density == 1
