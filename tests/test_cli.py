@@ -509,7 +509,7 @@ def arguments(command, mask, folder):
 
 NEVER = ('nan', 'inf', '-inf', '1e400', 'text', '', ' ', '-1', '1,2', '1'*5000)
 MAY_BE_ZERO = {'--seed', '--freeze', '--crop', '--warmup', '--print-every', '--eval-every', '--workers', '--lr',
-               '--weight-decay', '--clip-grad'}
+               '--weight-decay', '--clip-grad', '--eval-limit'}
 OFF = {'--checkpoint-every', '--disk-mb'} # of prune, where 0 leaves something out
 
 @pytest.mark.parametrize('command', sorted({c for c,_,_ in numeric_options()}), ids=' '.join)

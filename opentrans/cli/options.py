@@ -35,7 +35,7 @@ def _check_value(name, value):
 
 _PANELS = {
     'Look at it first': ('demo', 'segment'),
-    'Masks and spectra': ('prune', 'alpha', 'cka', 'cost'),
+    'Masks and spectra': ('prune', 'alpha', 'cka', 'cost', 'speed'),
     'Train and judge': ('finetune', 'transfer', 'evaluate', 'compare'),
     'Data and studies': ('data', 'study', 'models'),
     'Vision transformers': ('spt', 'stitch', 'spvit')}

@@ -148,9 +148,9 @@ def regular_file(
     except (OSError, ValueError, TypeError) as error:
         why = getattr(error, 'strerror', None) or error
         raise OpenTransError(f"Cannot read the {what} '{shorten(path)}': {why}.") from error
-    if stat.S_ISDIR(mode): raise OpenTransError(f"Cannot read '{path}': it is a folder. Give the path of a {what}.")
+    if stat.S_ISDIR(mode): raise OpenTransError(f"Cannot read '{path}': it is a folder. Give the path of one {what}.")
     if not stat.S_ISREG(mode):
-        raise OpenTransError(f"Cannot read '{path}': it is a pipe or a device. Give the path of a {what}.")
+        raise OpenTransError(f"Cannot read '{path}': it is a pipe or a device. Give the path of one {what}.")
     return Path(path)
 
 def read_text(

@@ -305,9 +305,9 @@ def catseg_cells(
     for number,block in enumerate(blocks[:-1], 1):
         tokens = block(tokens)
         if number in taps: kept.append(tokens[:, 1:].mT.unflatten(2, grid))
-    last,width = blocks[-1],tokens.shape[-1]
+    last = blocks[-1]
     attn = last.attn
-    values = F.linear(last.ln_1(tokens), attn.in_proj_weight[2*width:], attn.in_proj_bias[2*width:])
+    values = F.linear(last.ln_1(tokens), attn.in_proj_weight.chunk(3)[2], attn.in_proj_bias.chunk(3)[2])
     out = attn.out_proj(values) + tokens[:, :1]                                # the class token's residual for all
     out = out + last.mlp(last.ln_2(out))
     return (net.ln_post(out) @ net.proj)[:, 1:].mT.unflatten(2, grid),kept

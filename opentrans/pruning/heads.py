@@ -75,6 +75,16 @@ class FewerHeads(nn.Module):
         if out.bias is not None: self.out_proj.bias = nn.Parameter(out.bias.detach().clone(), out.bias.requires_grad)
         self.train(attention.training)
 
+    @property
+    def in_proj_weight(self)->torch.Tensor: # (3*features, width), as torch's attention calls it
+        "Queries, keys and values in one matrix."
+        return self.in_proj.weight
+
+    @property
+    def in_proj_bias(self)->torch.Tensor: # (3*features,), or None
+        "Of queries, keys and values."
+        return self.in_proj.bias
+
     def _mask(self, mask, batch):
         "A mask as torch's attention takes it: (queries, keys), or one for each image and head."
         if mask is None: return None

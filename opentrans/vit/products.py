@@ -204,8 +204,8 @@ def spt_on(
     onnx:bool=False, # Write an ONNX file, too?
 )->dict: # budget, spent, head, trained, share of the body, loss, accuracy, what merging changes, what ONNX changes
     "Sensitivity-aware fine-tuning from end to end (thesis, chapter 2)."
-    kinds = (*STRUCTURED_KINDS, *BLOCK_KINDS)
-    if kind not in kinds: raise unknown('kind of structured module', kind, kinds)
+    if kind not in (*STRUCTURED_KINDS, *BLOCK_KINDS):
+        raise unknown('kind of structured module', kind, (*STRUCTURED_KINDS, *BLOCK_KINDS))
     sens = param_sensitivity(model, train, n_samples=samples, seed=seed)
     plan = (_plan_blocks if kind in BLOCK_KINDS else _plan_matrices)(model, sens, budget, kind, r, seed, out)
     with seeded(seed): history = fit(model, train, epochs, lr)
