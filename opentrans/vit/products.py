@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from ..errors import check_number, OpenTransError, shorten, timm_name, unknown
 from ..files import load_tensors, read_checkpoint, save_tensors, state_dict_of
 from ..pruning.baked import export_onnx
-from ..runtime import device_of, evaluating, pick_device, progress, seeded, to_device
+from ..runtime import device_of, eval_mode, pick_device, progress, seeded, to_device
 from .blockwise import add_spt_blocks, BLOCK_KINDS
 from .folders import open_pictures
 from .heads import find_heads, is_of_head
@@ -23,7 +23,7 @@ from .hybrids import convert_to_spvit, HybridSpec, slim_spvit, SPViTCost
 from .peft_files import save_added
 from .search import teacher_loss, train_spvit
 from .sensitivity import param_sensitivity
-from .spt import allocate, apply_spt, KINDS, merge_spt
+from .spt import allocate, apply_spt, STRUCTURED_KINDS, merge_spt
 from .stitch_training import deploy, StitchSampler, StitchTrainer
 from .stitching import apply_pst, merge_stitch, stitch_table, StitchableNet, StitchConfig
 
@@ -113,7 +113,7 @@ def open_loaders(
 def accuracy(model, loader)->float:
     "Share of pictures whose best class is theirs."
     right = total = 0
-    with evaluating(model):
+    with eval_mode(model):
         for x,y in loader:
             x,y = to_device((x, y), device_of(model))
             right, total = right+int((model(x).argmax(1) == y).sum()), total+len(y)
@@ -204,7 +204,8 @@ def spt_on(
     onnx:bool=False, # Write an ONNX file, too?
 )->dict: # budget, spent, head, trained, share of the body, loss, accuracy, what merging changes, what ONNX changes
     "Sensitivity-aware fine-tuning from end to end (thesis, chapter 2)."
-    if kind not in (*KINDS, *BLOCK_KINDS): raise unknown('kind of structured module', kind, (*KINDS, *BLOCK_KINDS))
+    if kind not in (*STRUCTURED_KINDS, *BLOCK_KINDS):
+        raise unknown('kind of structured module', kind, (*STRUCTURED_KINDS, *BLOCK_KINDS))
     sens = param_sensitivity(model, train, n_samples=samples, seed=seed)
     plan = (_plan_blocks if kind in BLOCK_KINDS else _plan_matrices)(model, sens, budget, kind, r, seed, out)
     with seeded(seed): history = fit(model, train, epochs, lr)
