@@ -236,6 +236,18 @@ def test_parts_of_what_cannot_be_traced():
     assert copy.deepcopy(fast).double()(x.double()).dtype == torch.float64
 
 @torch.no_grad()
+def test_dense_regions_go_where_they_are_faster(monkeypatch):
+    "A region with most of its weights is timed, and left to torch if torch is faster; a sparse one is not timed."
+    x = torch.randn(1, 3, 32, 32)
+    for density, clock, left in ((1., (9., 1.), True), (1., (1., 9.), False), (.2, (9., 1.), False)):
+        net, told = thinned(small_net(True), density), iter([n for ms in clock for n in (0, ms)*3])
+        monkeypatch.setattr('opentrans.sparse.engine.time.process_time', lambda told=told: next(told))
+        fast = sparse.compile(net)
+        region, = fast.sparse_regions
+        assert far(fast(x), net(x)) < 1e-5 and bool(region.faster) == left and bool(region.plans) != left
+        assert far(fast(x), net(x)) < 1e-5 and not region.reasons
+
+@torch.no_grad()
 def test_new_weights_are_seen():
     net = thinned(small_net(True), .5)
     fast, x = sparse.compile(net), torch.randn(1, 3, 32, 32)
