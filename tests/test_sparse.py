@@ -82,6 +82,20 @@ def test_convolutions_are_those_of_torch(case, dense, width, threads, groups):
     want = copy.deepcopy(model).double()(x.double())
     assert got.shape == want.shape and far(got.double(), want) < 1e-5
 
+@given(st.one_of(st.tuples(st.integers(1, 40), st.integers(1, 40)),
+                 st.sampled_from([(1, 1), (1, 1333), (800, 1), (427, 640), (800, 1333)])),
+       st.integers(1, 2), st.floats(0, 1), st.booleans())
+@settings(max_examples=30, deadline=None)
+@torch.no_grad()
+def test_sizes_from_a_pixel_to_a_photograph(size, batch, density, empty):
+    "Two layers and a sum, some output channels without any weight."
+    torch.manual_seed(size[0]*size[1])
+    first, second = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 5, 1)
+    net = thinned(nn.Sequential(first, nn.ReLU(), second), density)
+    if empty: first.weight[1::2] = 0
+    x = torch.randn(batch if size[0]*size[1] < 10**5 else 1, 3, *size)
+    assert far(planned(net, x), copy.deepcopy(net).double()(x.double()).float()) < 1e-5
+
 @given(st.sampled_from(['max', 'mean']), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2),
        st.integers(5, 40), st.integers(5, 40), st.sampled_from([4, 16]))
 @settings(max_examples=60, deadline=None)
