@@ -82,6 +82,20 @@ def test_convolutions_are_those_of_torch(case, dense, width, threads, groups):
     want = copy.deepcopy(model).double()(x.double())
     assert got.shape == want.shape and far(got.double(), want) < 1e-5
 
+@given(st.one_of(st.tuples(st.integers(1, 40), st.integers(1, 40)),
+                 st.sampled_from([(1, 1), (1, 1333), (800, 1), (427, 640), (800, 1333)])),
+       st.integers(1, 2), st.floats(0, 1), st.booleans())
+@settings(max_examples=30, deadline=None)
+@torch.no_grad()
+def test_sizes_from_a_pixel_to_a_photograph(size, batch, density, empty):
+    "Two layers and a sum, some output channels without any weight."
+    torch.manual_seed(size[0]*size[1])
+    first, second = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 5, 1)
+    net = thinned(nn.Sequential(first, nn.ReLU(), second), density)
+    if empty: first.weight[1::2] = 0
+    x = torch.randn(batch if size[0]*size[1] < 10**5 else 1, 3, *size)
+    assert far(planned(net, x), copy.deepcopy(net).double()(x.double()).float()) < 1e-5
+
 @given(st.sampled_from(['max', 'mean']), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2),
        st.integers(5, 40), st.integers(5, 40), st.sampled_from([4, 16]))
 @settings(max_examples=60, deadline=None)
@@ -234,6 +248,18 @@ def test_parts_of_what_cannot_be_traced():
     assert sparse.supported(net).engine.all() and len(fast.sparse_regions) == 2
     for model in (fast, copy.deepcopy(fast)): assert far(model(x), net(x)) < 1e-5
     assert copy.deepcopy(fast).double()(x.double()).dtype == torch.float64
+
+@torch.no_grad()
+def test_dense_regions_go_where_they_are_faster(monkeypatch):
+    "A region with most of its weights is timed, and left to torch if torch is faster; a sparse one is not timed."
+    x = torch.randn(1, 3, 32, 32)
+    for density, clock, left in ((1., (9., 1.), True), (1., (1., 9.), False), (.2, (9., 1.), False)):
+        net, told = thinned(small_net(True), density), iter([n for ms in clock for n in (0, ms)*3])
+        monkeypatch.setattr('opentrans.sparse.engine.time.process_time', lambda told=told: next(told))
+        fast = sparse.compile(net)
+        region, = fast.sparse_regions
+        assert far(fast(x), net(x)) < 1e-5 and bool(region.faster) == left and bool(region.plans) != left
+        assert far(fast(x), net(x)) < 1e-5 and not region.reasons
 
 @torch.no_grad()
 def test_new_weights_are_seen():

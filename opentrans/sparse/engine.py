@@ -6,8 +6,9 @@
 __all__ = ['NativeRegion', 'CompiledTower', 'compile', 'supported']
 
 # %% ../../nbs/07_sparse.ipynb #3f61e35a
-import copy, threading, warnings
+import copy, threading, time, warnings
 from collections import OrderedDict
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from .regions import capture, fold
 
 # %% ../../nbs/07_sparse.ipynb #1edb08d6
 _PLANS = 4 # sizes of images for which a region keeps its memory
+_MANY = 1/2 # share of its weights from which on a region is timed beside torch
 _CLOSE = 1e-4 # of the largest output: more must not lie between the engine and torch
 
 class NativeRegion(nn.Module):
@@ -37,6 +39,7 @@ class NativeRegion(nn.Module):
         self.lock = threading.Lock()
         self.plans = OrderedDict()
         self.reasons = {}
+        self.faster = {} # sizes at which torch was faster: milliseconds of both
         self.error = 0.
         self.state, self.region = None, None
 
@@ -53,6 +56,7 @@ class NativeRegion(nn.Module):
         self.state = [(t.data_ptr(), t._version) for t in self.tensors]
         self.region = fold(self.dense)
         self.plans.clear()
+        self.faster.clear()
 
     def why_not(self,
         inputs, # Tensors
@@ -85,7 +89,7 @@ class NativeRegion(nn.Module):
         "Outputs of the engine; None where it cannot, or where it differs from torch."
         self._refresh()
         sizes = tuple(tuple(x.shape[1:]) for x in inputs)
-        if sizes in self.reasons: return None
+        if sizes in self.reasons or sizes in self.faster: return None
         fresh = sizes not in self.plans
         try: plan = self._plan(sizes)
         except CannotPlan as error:
@@ -93,7 +97,28 @@ class NativeRegion(nn.Module):
             return None
         outputs = plan.run(inputs)
         if fresh and self.check and not self._agrees(inputs, outputs, sizes): return None
+        if fresh and self.kernels == 'measured' and self.kept() > _MANY: self._time(plan, inputs, sizes)
         return outputs
+
+    def kept(self)->float:
+        "The share of the weights that are there."
+        weights = [step.weight for step in self.region.convolutions if step.weight is not None]
+        return sum(map(np.count_nonzero, weights))/max(1, sum(weight.size for weight in weights))
+
+    def _time(self, plan, inputs, sizes):
+        "A region that keeps most of its weights goes to torch where torch is faster."
+        clock = time.process_time if self.threads == 1 else time.perf_counter
+        def shortest(call):
+            times = []
+            for _ in range(3):
+                start = clock()
+                call()
+                times.append((clock() - start)*1e3)
+            return min(times)
+        ours, theirs = shortest(lambda: plan.run(inputs)), shortest(lambda: self.dense(*(x.clone() for x in inputs)))
+        if theirs >= ours: return
+        self.faster[sizes] = dict(ours=ours, torch=theirs)
+        self.plans.pop(sizes)
 
     def _agrees(self, inputs, outputs, sizes):
         "Does torch say the same?"
