@@ -254,6 +254,17 @@ def arm_of(scale, file, name, seed):
     "One arm of one seed."
     return arms(scale)[name](file, seed)
 
+def _after_family(study, seeds, names, run, scale, runs, scheduler):
+    "What `run(scale, file, name, seed)` gives for each name and seed, behind the family that all begin with."
+    folder = open_folder(runs, scale, 'scale.json').resolve()
+    weights = folder/'family.safetensors'
+    jobs = {'family': ((), family_weights, (scale, weights))}
+    for seed in seeds:
+        for name in names:
+            file = folder/f"{''.join(letter if letter.isalnum() else '-' for letter in name)}-{seed}.json"
+            jobs[name, seed] = (('family',), kept_result, (file, run, scale, weights, name, seed))
+    with one_thread(): return run_jobs(jobs, scheduler, study.name)
+
 def esta_rows(
     study, # The `Study`
     seeds, # Seeds
@@ -263,14 +274,7 @@ def esta_rows(
 )->dict: # What the file holds
     "The family, each arm of each seed, and their summary."
     scale = SCALES['tiny' if small else 'toy']
-    folder = open_folder(runs, scale, 'scale.json').resolve()
-    weights = folder/'family.safetensors'
-    jobs = {'family': ((), family_weights, (scale, weights))}
-    for seed in seeds:
-        for name in arms(scale):
-            file = folder/f"{name.replace(' ', '')}-{seed}.json"
-            jobs[name, seed] = (('family',), kept_result, (file, arm_of, scale, weights, name, seed))
-    with one_thread(): done = run_jobs(jobs, scheduler, study.name)
+    done = _after_family(study, seeds, list(arms(scale)), arm_of, scale, runs, scheduler)
     results = {str(seed): {name: done[name, seed] for name in arms(scale)} for seed in seeds}
     rows = {seed: summary(result) for seed,result in results.items()}
     many = {name: [row[name] for row in rows.values()] for name in next(iter(rows.values()))}
@@ -307,14 +311,7 @@ def esta_parts_rows(
 )->dict: # What the file holds
     "The `PARTS` of each seed."
     scale = SCALES['tiny' if small else 'toy']
-    folder = open_folder(runs, scale, 'scale.json').resolve()
-    weights = folder/'family.safetensors'
-    jobs = {'family': ((), family_weights, (scale, weights))}
-    for seed in seeds:
-        for name in PARTS:
-            file = folder/f"{''.join(k if k.isalnum() else '-' for k in name)}-{seed}.json"
-            jobs[name, seed] = (('family',), kept_result, (file, part_of, scale, weights, name, seed))
-    with one_thread(): done = run_jobs(jobs, scheduler, study.name)
+    done = _after_family(study, seeds, list(PARTS), part_of, scale, runs, scheduler)
     rows = [done[name, seed] for seed in seeds for name in PARTS]
     minutes = round(sum(row['seconds'] for row in rows)/60, 1)
     return dict(what='ESTA part by part: toy scale', run=dict(threads=1, cpu_minutes=minutes, timm=timm.__version__),
