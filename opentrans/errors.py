@@ -50,7 +50,7 @@ def unknown(
     near = difflib.get_close_matches(str(given)[:200], choices, n=8)
     hint = f" Did you mean '{near[0]}'?" if near else ''
     told = f"choose one of: {', '.join(choices)}.{hint}"
-    if len(choices) > _MANY: told = f"{len(choices):,} are known, such as {', '.join(near or choices[:8])}."
+    if len(choices) > _MANY: told = f"{len(choices):,} are known, such as {', '.join(near or choices[:8])}.{hint}"
     return OpenTransError(f"Unknown {kind} '{shorten(given)}'; {told}")
 
 def shorten(
