@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from scipy import optimize, special
-from scipy.linalg import blas, lapack
 from torch.nn.parameter import is_lazy
 from ..core import no_values, unreadable
 from ..errors import OpenTransError, unknown
+from .lapack import _by_lapack
 
 # %% ../../nbs/02_heavy_tail.ipynb #f76fac1a
 def mp_edges(
@@ -349,26 +349,11 @@ def matrices(
 # %% ../../nbs/02_heavy_tail.ipynb #8957ec11
 def _gram(m): return m.mH @ m if m.shape[-2] >= m.shape[-1] else m @ m.mH
 
-_LAPACK = {torch.float64: (blas.dsyrk, lapack.dsytrd, lapack.dsterf),
-           torch.float32: (blas.ssyrk, lapack.ssytrd, lapack.ssterf)}
-
-def _by_lapack(a, syrk, sytrd, sterf):
-    """Gram matrix, tridiagonal form, eigenvalues: as `eigvalsh`, but only one triangle of the Gram matrix is ever
-    made, and nothing is copied."""
-    k = min(a.shape)
-    # the triangle that LAPACK reads faster at this size
-    low = int(k > 1024 and a.dtype == np.float64)
-    _,d,e,_,bad = sytrd(syrk(1., a.T, trans=int(a.shape[0] < a.shape[1]), lower=low), lower=low, lwork=64*k,
-                        overwrite_a=1)
-    ev,stuck = sterf(d, e, overwrite_d=1, overwrite_e=1)
-    if bad or stuck: raise np.linalg.LinAlgError('no convergence')
-    return ev
-
 def _gram_eigenvalues(m):
     """On a CPU by SciPy's LAPACK, large matrices one by one, so that there is one Gram matrix at a time; small ones
     and those on a GPU all at once by torch."""
     if m.device.type != 'cpu' or min(m.shape[1:]) < 32 or m.is_complex(): return torch.linalg.eigvalsh(_gram(m))
-    return torch.from_numpy(np.stack([_by_lapack(a, *_LAPACK[m.dtype]) for a in m.contiguous().numpy()]))
+    return torch.from_numpy(np.stack([_by_lapack(a) for a in m.contiguous().numpy()]))
 
 _PRECISE = {(False, 'double'): torch.float64, (False, 'fast'): torch.float32, (True, 'double'): torch.complex128,
             (True, 'fast'): torch.complex64}
