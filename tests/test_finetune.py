@@ -587,7 +587,8 @@ def test_any_values_make_a_recipe_or_a_sentence(values):
     else: assert all(0 <= recipe.lr_at(i) < float('inf') for i in (0, 1, recipe.iterations))
 
 HOLD = textwrap.dedent('''
-    import sys
+    import sys, torch
+    torch.set_num_threads(int(sys.argv[2])) # as here: sums in another order are other sums
     from opentrans.data import ShapesWorld
     from opentrans.finetune import Recipe, finetune
     from opentrans.frameworks import build
@@ -603,7 +604,8 @@ def test_a_folder_is_free_when_its_run_is_dead(tmp_path, world):
     """While a process trains in a folder another is refused; after kill -9 what it left half-written is swept, and
     the run goes on."""
     whole = finetune(new(world), world, quick)
-    holder = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', HOLD, str(tmp_path)], stdin=subprocess.PIPE,
+    holder = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', HOLD, str(tmp_path),
+                               str(torch.get_num_threads())], stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == 'at work\n'
     with pytest.raises(OtherRun, match='Another run is at work'):

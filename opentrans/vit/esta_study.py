@@ -261,7 +261,7 @@ def _after_family(study, seeds, names, run, scale, runs, scheduler):
     jobs = {'family': ((), family_weights, (scale, weights))}
     for seed in seeds:
         for name in names:
-            file = folder/f"{''.join(letter if letter.isalnum() else '-' for letter in name)}-{seed}.json"
+            file = folder/f"{''.join(letter for letter in name if letter.isalnum())}-{seed}.json"
             jobs[name, seed] = (('family',), kept_result, (file, run, scale, weights, name, seed))
     with one_thread(): return run_jobs(jobs, scheduler, study.name)
 
