@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OpenTransError', 'FormatError', 'DamagedFile', 'OtherRun', 'WriteError', 'Interrupted', 'unknown', 'shorten',
-           'optional', 'timm_name', 'check_number', 'none_if_off']
+           'optional', 'is_timms_own', 'timm_name', 'check_number', 'none_if_off']
 
 # %% ../nbs/00_errors.ipynb #6115c07e
 import difflib, importlib, math, numbers, re
@@ -73,14 +73,19 @@ def optional(
         raise OpenTransError(f"{why or 'This'} needs the package '{module}', which is not installed. "
                              f"Run: pip install 'opentrans[{extra}]'") from error
 
-def timm_name(
-    name:str, # As it was typed, or stands in a file
-)->str: # The same
-    """A name of timm's own models. One with a prefix (`hf-hub:`, `local-dir:`) would be fetched, or read from a folder.
-    Raises `OpenTransError`."""
+def is_timms_own(
+    name, # As it was typed, or stands in a file
+)->bool:
+    "Is it a name of timm's own models? One with a prefix (`hf-hub:`, `local-dir:`) is fetched, or read from a folder."
     timm = optional('timm', 'dev', 'A model of timm')
-    if isinstance(name, str) and re.fullmatch(r'[\w.-]+', name) and timm.is_model(name): return name
-    raise unknown('model of timm', name, timm.list_models())
+    return isinstance(name, str) and bool(re.fullmatch(r'[\w.-]+', name)) and timm.is_model(name)
+
+def timm_name(
+    name:str, # As it was typed
+)->str: # The same
+    "A name of timm's own models. Raises `OpenTransError` for any other."
+    if is_timms_own(name): return name
+    raise unknown('model of timm', name, importlib.import_module('timm').list_models())
 
 # %% ../nbs/00_errors.ipynb #630d1c66
 def _is_finite(value):

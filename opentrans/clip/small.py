@@ -6,16 +6,15 @@
 __all__ = ['ASSETS', 'bpe_tokenizer', 'compact_tokens', 'CompactTokenizer', 'small_config', 'small_clips', 'small_clip']
 
 # %% ../../nbs/clip/21_small_clip.ipynb #abf2923f
-import copy, re
+import copy
 from pathlib import Path
 from typing import Annotated
-import timm
 import torch
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 import open_clip
 import opentrans
-from ..errors import FormatError, OpenTransError, shorten, unknown
+from ..errors import FormatError, is_timms_own, OpenTransError, shorten, unknown
 from ..files import load_json
 from ..runtime import seeded
 
@@ -108,7 +107,7 @@ class _Config(TypedDict):
 
 def _check_timm(name, where):
     "Only timm's own architectures: a name with a prefix would be fetched, or read from a folder with its own code."
-    if isinstance(name, str) and re.fullmatch(r'[\w.-]+', name) and timm.is_model(name): return
+    if is_timms_own(name): return
     raise FormatError(f"{where} asks for the image tower '{shorten(name)}', which is none of timm's own models. "
                       "Choose a name of timm.list_models().")
 

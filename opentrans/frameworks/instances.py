@@ -10,7 +10,7 @@ import contextlib, io
 from dataclasses import dataclass
 import numpy as np
 import torch
-from ..errors import OpenTransError
+from ..errors import OpenTransError, optional
 from ..runtime import eval_mode
 
 # %% ../../nbs/frameworks/35c_instances.ipynb #950071fe
@@ -68,10 +68,8 @@ def instance_ap(
     true, # For each picture (masks (N,H,W), classes (N)): its things
 )->dict: # `ap`, `ap50`, `ap75`: from 0 to 1; NaN where there is no thing at all
     "Average precision of COCO. Raises `OpenTransError` where pycocotools is missing, or numbers of pictures differ."
-    try:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
-    except ImportError as error: raise OpenTransError("Average precision needs: pip install pycocotools.") from error
+    COCO = optional('pycocotools.coco', 'detectron2', 'Average precision').COCO
+    COCOeval = optional('pycocotools.cocoeval', 'detectron2', 'Average precision').COCOeval
     if len(found) != len(true):
         raise OpenTransError(f"There are results of {len(found)} pictures, and things of {len(true)}.")
     rows = [dict(id=0, image_id=i, category_id=int(k), iscrowd=0, area=int(m.sum()), segmentation=_encode(m))

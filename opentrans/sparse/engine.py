@@ -7,7 +7,6 @@ __all__ = ['NativeRegion', 'CompiledTower', 'compile', 'supported']
 
 # %% ../../nbs/07_sparse.ipynb #3f61e35a
 import copy, threading, time, warnings
-from collections import OrderedDict
 import numpy as np
 import pandas as pd
 import torch
@@ -15,13 +14,11 @@ from torch import nn
 from ..errors import check_number, OpenTransError
 from .linear import NativeLinear, why_no_linear
 from .machine import has_llvm
-from .plan import CannotPlan, Plan
+from .plan import CannotPlan, _CLOSE, Plan, PlanCache, relative_difference
 from .regions import capture, fold
 
 # %% ../../nbs/07_sparse.ipynb #1edb08d6
-_PLANS = 4 # sizes of images for which a region keeps its memory
 _MANY = 1/2 # share of its weights from which on a region is timed beside torch
-_CLOSE = 1e-4 # of the largest output: more must not lie between the engine and torch
 
 class NativeRegion(nn.Module):
     "A region of a traced model: on the engine where it can, on torch where it cannot."
@@ -37,7 +34,7 @@ class NativeRegion(nn.Module):
         self.check = check
         self.kernels = kernels
         self.lock = threading.Lock()
-        self.plans = OrderedDict()
+        self.plans = PlanCache()
         self.reasons = {}
         self.faster = {} # sizes at which torch was faster: milliseconds of both
         self.error = 0.
@@ -77,12 +74,8 @@ class NativeRegion(nn.Module):
         return '' if len(batches) == 1 and 0 not in batches else 'inputs have no common batch'
 
     def _plan(self, sizes):
-        "The plan for images of a size, the last ones kept."
-        if sizes in self.plans: self.plans.move_to_end(sizes)
-        else:
-            self.plans[sizes] = Plan(self.region, list(sizes), self.threads, dense=self.kernels)
-            if len(self.plans) > _PLANS: self.plans.popitem(last=False)
-        return self.plans[sizes]
+        "The plan for images of a size."
+        return self.plans.of(sizes, lambda: Plan(self.region, list(sizes), self.threads, dense=self.kernels))
 
     @torch.no_grad()
     def _compute(self, inputs):
@@ -124,8 +117,7 @@ class NativeRegion(nn.Module):
         "Does torch say the same?"
         with torch.no_grad(): told = self.dense(*(x.clone() for x in inputs))
         told = [told] if isinstance(told, torch.Tensor) else list(told)
-        far = [float((a - b).abs().max()/b.abs().max().clamp(min=1e-20))
-               for a, b in zip(outputs, told) if b.isfinite().all()]
+        far = [relative_difference(a, b) for a, b in zip(outputs, told) if b.isfinite().all()]
         self.error = max(far, default=0.)
         if (all(difference <= _CLOSE for difference in far)
             and all(a.shape == b.shape for a, b in zip(outputs, told))):

@@ -7,17 +7,15 @@ __all__ = ['WORTH', 'why_no_linear', 'NativeLinear']
 
 # %% ../../nbs/07f_linear.ipynb #dfad2bc5
 import copy, threading, warnings
-from collections import OrderedDict
 import numpy as np
 import torch
 from torch import nn
 from .machine import has_llvm
-from .plan import CannotPlan, Plan
+from .plan import CannotPlan, _CLOSE, Plan, PlanCache, relative_difference
 from .regions import Conv, Region
 
 # %% ../../nbs/07f_linear.ipynb #2248fd0d
 WORTH = 1/2 # share of the weights up to which a linear layer runs on the engine
-_PLANS, _CLOSE = 4, 1e-4
 
 def why_no_linear(
     layer:nn.Module, # Any module
@@ -41,7 +39,7 @@ class NativeLinear:
         self.layer = layer
         self.threads = threads
         self.check = check
-        self.plans = OrderedDict()
+        self.plans = PlanCache()
         self.reasons = {}
         self.lock = threading.Lock()
         self.state = None
@@ -77,13 +75,10 @@ class NativeLinear:
         n = len(rows)
         if n in self.reasons: return None
         fresh = n not in self.plans
-        if fresh:
-            try: self.plans[n] = Plan(self.region, [(rows.shape[1], 1, n)], self.threads)
-            except CannotPlan as error:
-                self.reasons[n] = str(error)
-                return None
-            if len(self.plans) > _PLANS: self.plans.popitem(last=False)
-        plan = self.plans[n]
+        try: plan = self.plans.of(n, lambda: Plan(self.region, [(rows.shape[1], 1, n)], self.threads))
+        except CannotPlan as error:
+            self.reasons[n] = str(error)
+            return None
         plan.view('x')[:, 0].copy_(rows.T)
         plan.go()
         out = plan.view('y')[:, 0].T.contiguous()
@@ -92,7 +87,7 @@ class NativeLinear:
 
     def _agrees(self, rows, out):
         told = nn.functional.linear(rows, self.layer.weight, self.layer.bias)
-        error = float((out - told).abs().max()/told.abs().max().clamp(min=1e-20))
+        error = relative_difference(out, told)
         if error <= _CLOSE or not told.isfinite().all(): return True
         self.reasons[len(rows)] = f'the engine differed from torch by {error:.1e}'
         warnings.warn(f"A linear layer runs on torch, since {self.reasons[len(rows)]} of the largest output.",

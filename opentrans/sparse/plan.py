@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BUNDLE', 'DENSE_COST', 'NEAR_COST', 'FAR_COST', 'FIRST_CACHE', 'SHORTEST', 'CannotPlan', 'Planes', 'Taps', 'Value',
-           'Layout', 'Chosen', 'Plan']
+           'Layout', 'Chosen', 'Plan', 'PlanCache', 'relative_difference']
 
 # %% ../../nbs/07e_plan.ipynb #1d89933d
 import concurrent.futures, ctypes, functools, os, threading
+from collections import OrderedDict
 from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
@@ -565,3 +566,24 @@ _TURN = threading.Lock()
 def _workers(threads, process):
     "All threads of a program but the one that calls; a process that was forked has its own."
     return concurrent.futures.ThreadPoolExecutor(threads - 1, 'opentrans-sparse')
+
+# %% ../../nbs/07e_plan.ipynb #9c0de002
+_PLANS = 4 # sizes of inputs for which plans keep their memory
+_CLOSE = 1e-4 # of the largest output: more must not lie between the engine and torch
+
+class PlanCache(OrderedDict):
+    "Plans by the sizes of their inputs, the last ones kept."
+    def of(self, sizes, make):
+        "The plan for some sizes, made if it is not there."
+        if sizes in self: self.move_to_end(sizes)
+        else:
+            self[sizes] = make()
+            if len(self) > _PLANS: self.popitem(last=False)
+        return self[sizes]
+
+def relative_difference(
+    ours:torch.Tensor, # What the engine gave
+    theirs:torch.Tensor, # What torch gave
+)->float:
+    "The largest difference, as a share of the largest number of what torch gave."
+    return float((ours - theirs).abs().max()/theirs.abs().max().clamp(min=1e-20))

@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import check_number, OpenTransError, shorten, unknown
 from ..runtime import get_axes
 from .engine import _is_backbone, _Maps, compile
-from .plan import Plan
+from .plan import Plan, relative_difference
 
 # %% ../../nbs/07h_speed.ipynb #464f6a0a
 ENGINES = ('torch', 'onnxruntime', 'openvino', 'ours')
@@ -109,8 +109,7 @@ def _told(times, promised):
                    low=low, high=high, promised=promised if name == 'ours' else 1., rounds=len(times))
 
 def _difference(ours, theirs):
-    pairs = [(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(ours, theirs)]
-    return max(float((a - b).abs().max()/b.abs().max().clamp(min=1e-20)) for a, b in pairs)
+    return max(relative_difference(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(ours, theirs))
 
 def _plan_of(region, sizes):
     "The plan of a region; one made anew where torch was faster, since there it is not kept."

@@ -7,7 +7,6 @@ __all__ = ['StoredWeight', 'describe', 'run_on_torch', 'StoredEngine', 'load']
 
 # %% ../../nbs/07g_stored.ipynb #2767bf54
 import copy, math, operator, threading, warnings
-from collections import OrderedDict
 from pathlib import Path
 import numpy as np
 import torch
@@ -17,9 +16,9 @@ from typing_extensions import TypedDict
 from ..errors import check_number, OpenTransError, shorten
 from ..files import BAKED_FILE, check_like, load_tensors, metadata_value, unbake
 from ..runtime import eval_mode
-from .engine import _CLOSE, _is_backbone, _Maps, _PLANS, _try, compile
+from .engine import _is_backbone, _Maps, _try, compile
 from .machine import has_llvm
-from .plan import CannotPlan, Plan
+from .plan import CannotPlan, _CLOSE, Plan, PlanCache, relative_difference
 from .regions import Conv, norm_as_line, Pool, Region
 
 # %% ../../nbs/07g_stored.ipynb #cb6bef41
@@ -248,12 +247,7 @@ def run_on_torch(
 # %% ../../nbs/07g_stored.ipynb #ffd617a6
 class _OnEngine(nn.Module):
     "Steps on the engine, and on torch where it cannot."
-    def _plan(self, size):
-        if size in self.plans: self.plans.move_to_end(size)
-        else:
-            self.plans[size] = Plan(self.region, [size], self.threads)
-            if len(self.plans) > _PLANS: self.plans.popitem(last=False)
-        return self.plans[size]
+    def _plan(self, size): return self.plans.of(size, lambda: Plan(self.region, [size], self.threads))
 
     def _natively(self, x):
         "Outputs of the engine; None where it cannot, or where it differs from torch."
@@ -266,7 +260,7 @@ class _OnEngine(nn.Module):
             return None
         if not fresh or not self.check: return found
         told = self._on_torch(x)
-        self.error = max(float((a - b).abs().max()/b.abs().max().clamp(min=1e-20)) for a, b in zip(found, told))
+        self.error = max(relative_difference(a, b) for a, b in zip(found, told))
         if self.error <= _CLOSE or not all(b.isfinite().all() for b in told): return found
         self.reasons[size] = f'the engine differed from torch by {self.error:.1e}'
         warnings.warn(f"The model runs on torch, since {self.reasons[size]} of the largest output.", stacklevel=2)
@@ -291,7 +285,7 @@ class StoredEngine(_OnEngine):
     ):
         super().__init__()
         self.region, self.outputs, self.threads, self.check = region, outputs, threads, check
-        self.plans, self.reasons, self.error, self.lock = OrderedDict(), {}, 0., threading.Lock()
+        self.plans, self.reasons, self.error, self.lock = PlanCache(), {}, 0., threading.Lock()
         colours = (torch.tensor(values)[:, None, None] if len(values) else None for values in (mean, std))
         self.mean, self.std = colours
 

@@ -23,7 +23,7 @@ from ..runtime import seeded
 from .stitch_training import (
     gradient_angles, ImportanceTracker, pareto_front, StitchSampler, StitchTrainer)
 from .stitching import apply_pst, merge_stitch, pst_report, stitch_configs, stitch_table, StitchableNet
-from .toys import kept_result, one_thread, open_folder
+from .toys import kept_jobs, one_thread, open_folder
 
 # %% ../../nbs/vit/65_esta_study.ipynb #f3d9b2ff
 SIZE = 32
@@ -259,10 +259,8 @@ def _after_family(study, seeds, names, run, scale, runs, scheduler):
     folder = open_folder(runs, scale, 'scale.json').resolve()
     weights = folder/'family.safetensors'
     jobs = {'family': ((), family_weights, (scale, weights))}
-    for seed in seeds:
-        for name in names:
-            file = folder/f"{''.join(letter for letter in name if letter.isalnum())}-{seed}.json"
-            jobs[name, seed] = (('family',), kept_result, (file, run, scale, weights, name, seed))
+    def job(name, seed): return run, scale, weights, name, seed
+    jobs |= kept_jobs(folder, names, seeds, 'family', job)
     with one_thread(): return run_jobs(jobs, scheduler, study.name)
 
 def esta_rows(

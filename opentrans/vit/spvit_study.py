@@ -18,7 +18,7 @@ from ..experiments.jobs import run_jobs
 from ..files import load_json, load_tensors, save_json, save_tensors
 from .hybrids import convert_to_spvit, HybridSpec, slim_spvit, SPViTCost
 from .search import attention_maps, embedding_loss, fit_heads, locality, random_spec, train_spvit
-from .toys import kept_result, one_thread, open_folder, use_sizes
+from .toys import kept_jobs, one_thread, open_folder, use_sizes
 
 # %% ../../nbs/vit/67_spvit_study.ipynb #d22d3912
 VIT = dict(image_size=80, patch_size=10, width=64, head_width=16, layers=8)
@@ -322,10 +322,8 @@ def spvit_parts_rows(study, seeds, runs, scheduler='local', small=False)->dict: 
     try:
         _use(sizes)
         jobs = {'teacher': ((), sized_pretrain, (sizes, work))}
-        for seed in seeds:
-            for name in PARTS:
-                file = work/f"{''.join(k if k.isalnum() else '-' for k in name)}-{seed}.json"
-                jobs[name, seed] = (('teacher',), kept_result, (file, sized_part, sizes, name, seed, work))
+        def job(name, seed): return sized_part, sizes, name, seed, work
+        jobs |= kept_jobs(work, PARTS, seeds, 'teacher', job)
         with one_thread(): done = run_jobs(jobs, scheduler, study.name)
         rows = [done[name, seed] for seed in seeds for name in PARTS]
         minutes = round(sum(row['seconds'] for row in rows)/60, 1)
