@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOWERS', 'ROUNDS', 'SEEN_FILE', 'EmbeddingTrainer', 'photograph_crops', 'find_places', 'label_with', 'write_labels',
-           'see_photographs', 'agreement', 'plot_seen']
+           'photograph_jobs', 'read_seen', 'see_photographs', 'agreement', 'plot_seen']
 
 # %% ../../nbs/experiments/58b_first_picture.ipynb #dff6382f
 from functools import partial
@@ -101,6 +101,23 @@ def write_labels(kind, folder, iterations, seed):
 
 def _seen_file(folder, kind): return Path(folder)/f'photographs-{kind}.safetensors'
 
+def photograph_jobs(
+    folder, # Where what is seen is kept
+    iterations:int=160, # Of training under a mask
+    seed:int=0, # Of everything random
+)->dict: # Jobs for `run_jobs`: one for each tower whose labels are not in the folder
+    "What there is to do for the pictures of `read_seen`. Raises `OpenTransError` where a package is missing."
+    sample_photographs() # what is missing is said before anything is trained
+    folder = Path(folder).resolve()
+    left = [kind for kind in TOWERS if not _seen_file(folder, kind).exists()]
+    return {('photographs', kind): ((), write_labels, (kind, folder, iterations, seed)) for kind in left}
+
+def read_seen(
+    folder, # Where the jobs of `photograph_jobs` wrote
+)->dict: # Name of a tower -> {photograph: labels (h,w)}
+    "What three towers made of the sample photographs. Raises `OpenTransError` where a file is missing or damaged."
+    return {kind: load_tensors(_seen_file(folder, kind), kind=SEEN_FILE)[0] for kind in TOWERS}
+
 def see_photographs(
     folder, # Where what is seen is kept
     scheduler='local', # Where the towers are trained, as for `run_jobs`
@@ -109,11 +126,8 @@ def see_photographs(
 )->dict: # Name of a tower -> {photograph: labels (h,w)}
     """What three towers make of the sample photographs. Interrupted, it goes on where it was. Raises
     `OpenTransError` where a package is missing."""
-    sample_photographs() # what is missing is said before anything is trained
-    folder = Path(folder).resolve()
-    left = [kind for kind in TOWERS if not _seen_file(folder, kind).exists()]
-    run_jobs({kind: ((), write_labels, (kind, folder, iterations, seed)) for kind in left}, scheduler, 'photographs')
-    return {kind: load_tensors(_seen_file(folder, kind), kind=SEEN_FILE)[0] for kind in TOWERS}
+    run_jobs(photograph_jobs(folder, iterations, seed), scheduler, 'photographs')
+    return read_seen(folder)
 
 def agreement(
     seen:dict, # As `see_photographs` gives it

@@ -132,6 +132,10 @@ def _worker_environment(index, device):
     gpu = dict(CUDA_VISIBLE_DEVICES=names[index % len(names)]) if names else {}
     return dict(OMP_NUM_THREADS='1', **gpu)
 
+# dask asks the C library to give back all memory at once, which makes a step of training half as long again
+_KEEP_MEMORY = {f'distributed.nanny.pre-spawn-environ.{name}': size
+                for name,size in dict(MALLOC_TRIM_THRESHOLD_=2**30, MALLOC_MMAP_THRESHOLD_=2**25).items()} # bytes
+
 def _distributed(): return optional('distributed', 'cluster', 'To run jobs in several processes')
 
 @contextlib.contextmanager
@@ -151,6 +155,7 @@ _IGNORE_INTERRUPT = 'import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)
 def _start_workers(count, device):
     "A client of workers on this machine, which end with the block. What they use of memory is not limited."
     distributed = _distributed()
+    import dask
     def worker(index):
         quiet = dict(silence_logs=logging.CRITICAL, preload=[_IGNORE_INTERRUPT])
         options = dict(nthreads=1, memory_limit=None, env=_worker_environment(index, device), **quiet)
@@ -158,7 +163,8 @@ def _start_workers(count, device):
     ports = dict(host='127.0.0.1', port=0, dashboard=False, dashboard_address='127.0.0.1:0') # any that are free
     scheduler = dict(cls=distributed.Scheduler, options=ports)
     workers = {i: worker(i) for i in range(count)}
-    with distributed.SpecCluster(workers, scheduler, silence_logs=logging.CRITICAL) as cluster:
+    quiet = dict(silence_logs=logging.CRITICAL)
+    with dask.config.set(_KEEP_MEMORY), distributed.SpecCluster(workers, scheduler, **quiet) as cluster:
         with distributed.Client(cluster, set_as_default=False) as client: yield client
 
 # %% ../../nbs/experiments/52_jobs.ipynb #0db8efc5
@@ -318,12 +324,14 @@ def run_arms(
     folder, # Where results are kept while they run; of several seeds in `seed0`, `seed1`, ...
     scheduler='local', # Where jobs run, as for `run_jobs`
     arms=ARMS, # What to compare
+    beside:dict|None=None, # Jobs of another kind that the same workers do first, as for `run_jobs`
 )->list: # A result for each seed and arm
     "Masks, warm-ups and arms of one seed, or of several."
     parse_scheduler(scheduler, scale.device)
     where = {seeds: Path(folder)} if isinstance(seeds, int) else seed_folders(folder, seeds)
     for n in where: check_number('seed', n, 0, whole=True)
     with hold_folders(*where.values()):
-        jobs = {k: j for n,f in where.items() for k,j in _plan(scale, n, f, arms).items()}
+        jobs = dict(beside or {})
+        for n,runs in where.items(): jobs.update(_plan(scale, n, runs, arms))
         res = run_jobs(jobs, scheduler, f"seed {', '.join(map(str, where))}", scale.device)
     return [dict(res[n, 'arm', a.key(scale)], arm=a.name) for n in where for a in arms]

@@ -13,10 +13,10 @@ import pandas as pd
 from ..errors import OpenTransError
 from ..escape import for_html, for_plot
 from .arms import (
-    ANSWERS_FILE, arm_file, ARMS, arms_of, FRAMEWORK_ARMS, open_mask, open_warm, read_rounds, read_tensors)
+    ANSWERS_FILE, arm_file, ARMS, arms_of, framework_arms, open_mask, open_warm, read_rounds, read_tensors)
 from .claims import judge_claims, results_frame, summarize
 from .figures import plot_arms, plot_costs, plot_frameworks, plot_scenes
-from .first_picture import agreement, plot_seen, see_photographs
+from .first_picture import agreement, photograph_jobs, plot_seen, read_seen
 from .jobs import count_workers, hold_folders, run_arms, seed_folders
 from .registry import get_study
 from .scale import (
@@ -39,15 +39,17 @@ def _embedded(fig):
     plt.close(f)
     return base64.b64encode(data).decode()
 
+def _jobs_of_photographs(folder, iterations, seed):
+    "What `photograph_figures` needs, as jobs; None where the packages are not installed."
+    try: return photograph_jobs(folder, iterations, seed)
+    except OpenTransError: return None
+
 def photograph_figures(
-    folder, # Where what is seen is kept
-    scheduler='local', # Where the towers are trained, as for `run_jobs`
-    iterations:int=160, # Of training under a mask
-    seed:int=0, # Of everything random
-)->dict: # Name -> (figure, caption); empty where the packages are not installed
-    "What a newcomer sees first: photographs, labelled by words, by a dense tower and by two sparse ones."
-    try: seen = see_photographs(folder, scheduler, iterations, seed)
-    except OpenTransError: return {}
+    folder, # Where the jobs of `photograph_jobs` wrote what is seen
+)->dict: # Name -> (figure, caption)
+    """What a newcomer sees first: photographs, labelled by words, by a dense tower and by two sparse ones. Raises
+    `OpenTransError` where a file is missing."""
+    seen = read_seen(folder)
     share = agreement(seen)['all']
     told = (f"Photographs, and the nearest of a few words for each pixel, by photo-lite0: dense, with one weight in "
             f"ten where Algorithm 1 leaves it ({share['distilled']:.0%} of the pixels get the same word), and with "
@@ -198,12 +200,12 @@ def report_html(
 # %% ../../nbs/experiments/58_report.ipynb #7a06dd8d
 _DEMO = ('dense', 'distilled mask', 'random', 'freeze small alpha', 'freeze large alpha (alpha*)',
          'distilled mask, freeze small alpha')
-DEMO_ARMS = tuple(arm for arm in ARMS + FRAMEWORK_ARMS
+DEMO_ARMS = tuple(arm for arm in ARMS + framework_arms('fcclip')
                   if arm.name in _DEMO or arm.framework and not arm.name.endswith('random'))
 
 def _photograph_iterations(scale):
     "How long the towers of the photographs are trained: hardly at all, where nothing but running is shown."
-    return 160 if scale.iterations >= SCALES['demo'].iterations else 1
+    return 100 if scale.iterations >= SCALES['demo'].iterations else 1
 
 def demo(
     out='demo-report', # Folder for `opentrans-demo.html` and `opentrans-demo.json`
@@ -237,8 +239,8 @@ def _claims_of(*names):
 def _demo(out, runs, seeds, scale, scheduler, workers, arms, command):
     "Run, measure and write."
     began,first = time.time(),runs/f'seed{seeds[0]}'
-    photographs = photograph_figures(runs, scheduler, _photograph_iterations(scale), seeds[0])
-    results = run_arms(scale, seeds, runs, scheduler, arms)
+    photographs = _jobs_of_photographs(runs, _photograph_iterations(scale), seeds[0])
+    results = run_arms(scale, seeds, runs, scheduler, arms, beside=photographs)
     frame,clip = results_frame(results),open_clip_of(scale)
     made = dict(command=command, date=str(date.today()), minutes=round((time.time()-began)/60, 1), workers=workers,
                 **hardware())
@@ -249,7 +251,8 @@ def _demo(out, runs, seeds, scale, scheduler, workers, arms, command):
                 summary={t: summarize(frame, arms_of(t, arms)).to_dict('index') for t in tables},
                 claims=judge_claims(frame, _claims_of('masks', 'freezing', 'frameworks')).to_dict('records'),
                 imp=read_rounds(first))
-    figures = {**photographs, **demo_figures(frame, scale, seeds[0], first, arms)}
+    figures = {} if photographs is None else photograph_figures(runs)
+    figures.update(demo_figures(frame, scale, seeds[0], first, arms))
     save_text(report_html(data, figures), out/'opentrans-demo.html')
     save_json(data, out/'opentrans-demo.json', DEMO_FILE)
     return data

@@ -201,7 +201,7 @@ _RN50 = dict(backbone='RN50', pretrained='openai', quick_gelu=True, device='cuda
              queries=(), checkpoint=1000, alpha_of='dense', loaders=4)
 _PHOTO = dict(backbone='photo-lite0', data='photographs', output_stride=32, lean=True, fine='res3', size=224,
               queries=('mask2former', 'fcclip', 'faseg'))
-SCALES = dict(shapes=Scale(), demo=Scale(iterations=150, query_iterations=30),
+SCALES = dict(shapes=Scale(), demo=Scale(imp_iters=20, iterations=150, query_iterations=90),
               gpu=Scale(**_RN50, size=224, train=8000, val=1000, domain=300, imp_iters=300, imp_batch=16,
                         warmup=1000, iterations=4000, lr=1e-3, backbone_lr=.1),
               coco=Scale(**_RN50, data='coco_panoptic', sets=_REAL, output_stride=32, size=512, val=0, domain=0,
