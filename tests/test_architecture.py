@@ -8,7 +8,7 @@ import opentrans
 root = Path(__file__).resolve().parent.parent
 
 LEVELS = ('helping', 'errors', 'escape', 'naming', 'files', 'runtime', 'core', 'towers', 'processes', 'sparse',
-          ('pruning', 'heavy_tail', 'cka', 'cost'), 'data', 'clip', 'distill', 'frameworks', 'training',
+          ('heavy_tail', 'cka', 'cost'), 'pruning', 'data', 'clip', 'distill', 'frameworks', 'training',
           'efficiency', 'experiments', 'playground', 'cli', 'all')
 LEVEL = {chapter: level for level,chapters in enumerate(LEVELS)
          for chapter in ([chapters] if isinstance(chapters, str) else chapters)}

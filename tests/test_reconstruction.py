@@ -410,6 +410,9 @@ def test_criteria_serve_by_imp_and_reconstruct_alike(images):
         by = SparseMask.by(method, net, .2, losses=images, scope='layer')
         direct,_ = reconstruct(copy.deepcopy(net), images, .2, method, 'layer')
         assert by == direct
+        each = layer_densities('erdos-renyi-kernel', net, .2)
+        by = SparseMask.by(method, net, each, losses=images, scope='layer')
+        assert by == reconstruct(copy.deepcopy(net), images, .2, method, 'layer', densities=each)[0]
     def losses(model):
         for x in images: yield model(x).square().mean()
     assert SparseMask.by('wanda', net, .2, losses=losses) == SparseMask.by('wanda', net, .2, losses=images)
@@ -419,7 +422,7 @@ def test_criteria_serve_by_imp_and_reconstruct_alike(images):
 def test_densities():
     net = network()
     sizes = {layer.name: layer.weight.numel() for layer in prunable(net)}
-    for rule in ('uniform', 'erdos-renyi-kernel', 'global'):
+    for rule in ('uniform', 'erdos-renyi-kernel', 'global', 'alpha'):
         shares = layer_densities(rule, net, .2)
         assert sum(shares[n]*k for n,k in sizes.items())/sum(sizes.values()) == pytest.approx(.2, abs=5e-3)
     shapes = {layer.name: layer.weight.shape for layer in prunable(net)}
@@ -431,6 +434,21 @@ def test_densities():
     with pytest.raises(OpenTransError, match='looks at data'): layer_densities('owl', net, .2)
     with pytest.raises(OpenTransError, match='unknown layer|Unknown layer'):
         layer_densities({**given, 'none': .1}, net, .2)
+
+def test_alpha_and_clock_are_rules_of_their_own():
+    from opentrans.clip import ClipBackbone
+    from opentrans.heavy_tail import analyze
+    clip = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
+    found = [layer.name for layer in prunable(clip)]
+    table = analyze(clip).only(found)
+    shares = layer_densities('alpha', clip, .2)
+    assert shares == {name: pytest.approx(table.densities(.2, .3)[name]) for name in found}
+    assert shares[table.frame.alpha.idxmax()] < .2 < shares[table.frame.alpha.idxmin()]
+    priced,free = layer_densities('clock', clip, .2),layer_densities('global', clip, .2)
+    sizes = {layer.name: layer.weight.numel() for layer in prunable(clip)}
+    for each in (priced, free):
+        assert sum(each[n]*k for n,k in sizes.items())/sum(sizes.values()) == pytest.approx(.2, abs=5e-3)
+    assert priced != free
 
 def test_owl_is_its_formula(images):
     "Layers of one size: the densities of the released code, lambda and M as there."

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['DENSITIES', 'fit_densities', 'allocation', 'uniform_densities', 'erdos_renyi_kernel', 'global_densities',
-           'wanda_scores', 'owl', 'layer_densities']
+           'wanda_scores', 'owl', 'alpha_densities', 'clock_densities', 'layer_densities']
 
 # %% ../../nbs/01i_densities.ipynb #a4944aaf
 import torch
 from torch import nn
 from fastcore.meta import delegates
 from ..errors import OpenTransError, unknown
+from ..heavy_tail import analyze
 from .calibration import rows_to_weight, sums_of_inputs, weight_rows
 from .places import prunable
+from .prices import _worth, clock_prices
 from .ranking import _density, _keep_best, _share
 
 # %% ../../nbs/01i_densities.ipynb #f206fc8b
@@ -102,6 +104,25 @@ def owl(model, found, density, batches=None,
     mean = sum(scaled.values())/len(scaled)
     shares = {name: max(density + s - mean, density/100) for name,s in scaled.items()}
     return fit_densities(shares, _sizes(found), density)
+
+# %% ../../nbs/01i_densities.ipynb #5d3a1c71
+@allocation('alpha')
+def alpha_densities(model, found, density, batches=None,
+    spread:float=.3, # How far the share to prune may be from that of all, as a share of it
+):
+    """Less of layers with large alpha, least trained by their spectra (AlphaPruning, Lu et al. 2024, Eq. 2), as
+    `LayerTable.densities` gives it. Raises `OpenTransError` where no layer has a fit."""
+    names = [layer.name for layer in found]
+    told = analyze(model).only(names).densities(density, spread)
+    return {name: told.get(name, density) for name in names}
+
+@allocation('clock')
+def clock_densities(model, found, density, batches=None):
+    """What each layer keeps when all weights compete by |w| over the square root of their price in milliseconds,
+    as `clock_prices` measures it. Raises `OpenTransError` where the engine runs no layer."""
+    prices = clock_prices(model)
+    scores = {layer.name: layer.weight.detach().abs() for layer in found}
+    return _global_by(_worth(scores, {name: prices.get(name, 1.) for name in scores}), density)
 
 # %% ../../nbs/01i_densities.ipynb #68949db2
 def _check_densities(densities, found):

@@ -7,6 +7,7 @@ __all__ = ['BlockMemory', 'reconstruct', 'wanda_criterion', 'sparsegpt_criterion
 
 # %% ../../nbs/01k_reconstruction.ipynb #a16df4b9
 import contextlib, functools, time
+from collections.abc import Mapping
 import pandas as pd
 import torch
 from torch import nn
@@ -331,7 +332,8 @@ def _by_support(method, model, losses, density, scope, **kwargs):
     if density is None: raise OpenTransError(f"The criterion {method} chooses a support of a density: give it one.")
     found = prunable(model, **kwargs)
     scores = wanda_scores(model, found, _shown(losses))
-    mask,_ = reconstruct(model, losses, density, method, scope, update=False, **kwargs)
+    wanted = dict(densities=density) if isinstance(density, Mapping) else dict(density=density)
+    mask,_ = reconstruct(model, losses, method=method, scope=scope, update=False, **wanted, **kwargs)
     return {n: mask[n].to(s.device) + s/(1.001*s.max()+1e-30) for n,s in scores.items()}
 
 @criterion('sparsegpt')
