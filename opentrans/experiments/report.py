@@ -25,6 +25,7 @@ from ..files import FileKind, save_json, save_text
 from ..heavy_tail import analyze
 from ..pruning import plot_history
 from ..runtime import figure_png, get_axes
+from ..sparse.speed import speed
 
 
 # %% ../../nbs/experiments/58_report.ipynb #67149f19
@@ -114,6 +115,14 @@ def _layer_figures(frame, scale, seed, folder, arms):
     return dict(layers=(plot_arms(frame, layered, get_axes(figsize=(7.5, 3.2))),
                         'mIoU after fine-tuning, by which layers learn.'), alpha=(fig, told.format(seed)))
 
+# %% ../../nbs/experiments/58_report.ipynb #5d3a1c73
+def _clock(clip, scale, seed, folder):
+    "Milliseconds of the tower for an image under the mask of Algorithm 1, engine by engine, on one thread."
+    mask = open_mask('distilled', scale, seed, folder)
+    times = speed(clip, {'distilled': mask}, sizes=[(scale.size, scale.size)])
+    rows = times[['engine', 'ms', 'promised']].to_dict('records')
+    return [dict(row, engine='sparse engine' if row['engine'] == 'ours' else row['engine']) for row in rows]
+
 # %% ../../nbs/experiments/58_report.ipynb #bfe28378
 _MEASURES = {'domains': 'mIoU, mean of domains', 'cka': 'CKA to CLIP'}
 _CLASSES = {'holds': 'holds', 'does not hold': 'not'} # of the style sheet
@@ -194,7 +203,8 @@ def report_html(
     made = {**data['run'], **data['scale'], 'seeds': data['seeds']}
     decided = max((claim['n'] for claim in data['claims']), default=0) > 2
     return pages.get_template('report.html').render(
-        opening=_opening(data), scale=data['scale'], zero_shot=data['zero_shot'], claims=judged, heads=_HEADS,
+        opening=_opening(data), scale=data['scale'], clock=data.get('clock'),
+        zero_shot=data['zero_shot'], claims=judged, heads=_HEADS,
         decided=decided, pictures=pictures, tables=tables, few_steps=_few_steps(data['scale']), made=made)
 
 # %% ../../nbs/experiments/58_report.ipynb #7a06dd8d
@@ -250,7 +260,7 @@ def _demo(out, runs, seeds, scale, scheduler, workers, arms, command):
                 zero_shot=zero_shot(clip, scale.zero_shot, seeds[0]), results=results,
                 summary={t: summarize(frame, arms_of(t, arms)).to_dict('index') for t in tables},
                 claims=judge_claims(frame, _claims_of('masks', 'freezing', 'frameworks')).to_dict('records'),
-                imp=read_rounds(first))
+                imp=read_rounds(first), clock=_clock(clip, scale, seeds[0], first))
     figures = {} if photographs is None else photograph_figures(runs)
     figures.update(demo_figures(frame, scale, seeds[0], first, arms))
     save_text(report_html(data, figures), out/'opentrans-demo.html')

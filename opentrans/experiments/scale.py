@@ -110,7 +110,7 @@ class Scale:
     zero_shot:int = 400 # Pictures of single things
     # Iterations between the checkpoints of a fine-tuning, which goes on from the last; None: none, it is short
     checkpoint:int = None
-    # Frameworks of queries, which are dearer by the step: they learn in one run without a warm-up, of
+    # Frameworks of queries, whose iterations take longer: they learn in one run without a warm-up, of
     queries:tuple = ('mask2former', 'fcclip', 'faseg')
     query_iterations:int = 40 # as many iterations
     query_batch:int = 8 # of as many images,
