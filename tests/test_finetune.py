@@ -134,6 +134,26 @@ def test_a_run_of_other_settings_is_refused(tmp_path, world, change):
     with pytest.raises(OpenTransError, match='had other settings'): go(**dict(run, **{change: other}))
     assert (tmp_path/'last.safetensors').read_bytes() == before
 
+def test_a_run_that_has_ended_can_be_lengthened(tmp_path, world):
+    "Four iterations, then four more: bit for bit the run of eight, where the learning rate does not know the end."
+    steady = quick.replace(schedule='constant')
+    finetune(new(world), world, steady, checkpoint_dir=tmp_path/'parts')
+    finetune(new(world), world, steady.replace(iterations=8), checkpoint_dir=tmp_path/'parts')
+    finetune(new(world), world, steady.replace(iterations=8), checkpoint_dir=tmp_path/'whole')
+    parts,whole = (load_tensors(tmp_path/name/'last.safetensors')[0] for name in ('parts', 'whole'))
+    assert parts.keys() == whole.keys()
+    for name in parts: assert torch.equal(parts[name], whole[name]), name
+    with pytest.raises(OpenTransError, match='iterations was 8, is 4'):
+        finetune(new(world), world, steady, checkpoint_dir=tmp_path/'parts')
+
+def test_a_run_that_has_not_ended_is_not_lengthened(tmp_path, world):
+    def stop(framework, row):
+        if row['iteration'] == 1: raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        finetune(new(world), world, quick, checkpoint_dir=tmp_path, checkpoint_every=1, callback=stop)
+    with pytest.raises(OpenTransError, match='iterations was 4, is 8'):
+        finetune(new(world), world, quick.replace(iterations=8), checkpoint_dir=tmp_path)
+
 def test_exploding_run_stops_and_keeps_its_checkpoint(tmp_path, world):
     "A learning rate that blows the weights up: the run ends with a message, and no checkpoint holds a NaN."
     wild = quick.replace(iterations=60, optimizer='sgd', lr=1e18, clip_grad=0., schedule='constant', lr_warmup=0)

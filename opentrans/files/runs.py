@@ -7,6 +7,7 @@ __all__ = ['lock_folder', 'lock_file', 'RunFile', 'optimizer_tensors', 'restore_
 
 # %% ../../nbs/00b_runs.ipynb #a7dd230e
 import contextlib, json
+from collections.abc import Callable
 from pathlib import Path
 import torch
 from ..errors import DamagedFile, OtherRun, shorten
@@ -71,12 +72,17 @@ class RunFile:
 
     def exists(self)->bool: return self.path.exists()
 
-    def load(self): # (dict of name -> tensor, dict of metadata texts); None if there is no file yet
+    def load(self,
+        # Function of the settings that the file names, and of its metadata, that gives those it may go on as; None:
+        # its own
+        goes_on_as:Callable|None=None,
+    ): # (dict of name -> tensor, dict of metadata texts); None if there is no file yet
         """Read the file. Raises `OtherRun` if it is of other settings, `FormatError` if it is damaged or something
         else."""
         if not self.exists(): return None
         tensors, meta = load_tensors(self.path, kind=self.kind)
-        self._check_settings(metadata_value(meta, 'settings', dict, self.path))
+        was = metadata_value(meta, 'settings', dict, self.path)
+        self._check_settings(was if goes_on_as is None else goes_on_as(was, meta))
         return tensors, meta
 
     def _check_settings(self, was):

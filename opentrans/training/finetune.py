@@ -254,8 +254,17 @@ def _read(self:Checkpoint):
     if 'format' not in meta and 'columns' in meta:
         raise FormatError(
             f"'{self.path}' was written by opentrans 0.1, which left no checksum in it, and cannot be resumed. "
-            f"Choose another checkpoint_dir; " "load_framework reads its weights.")
-    return self.file.load()
+            f"Choose another checkpoint_dir; load_framework reads its weights.")
+    return self.file.load(self._lengthened)
+
+@patch
+def _lengthened(self:Checkpoint, was, meta):
+    "The settings of a run that has ended, as those of the same run with more iterations, if that is what is asked."
+    now = self.file.settings
+    before, wanted = was.get('recipe.iterations'), now.get('recipe.iterations')
+    ended = metadata_value(meta, 'iteration', int, self.path) == before
+    if not ended or wanted is None or wanted <= before: return was
+    return {**was, 'recipe.iterations': wanted, 'recipe.milestones': now.get('recipe.milestones')}
 
 @patch
 def _rows(self:Checkpoint, tensors, meta, iteration):
@@ -432,7 +441,9 @@ def finetune(
     # What `LayerTable.lr_groups(1.)` or `decay_groups(1.)` gave, or a list of both: shares of the recipe's rates
     # for layers
     per_layer=None,
-    checkpoint_dir=None, # Folder of the run: resumed from there if it was begun before
+    # Folder of the run: resumed from there if it was begun before; a run that has ended goes on if the recipe is the
+    # same with more iterations
+    checkpoint_dir=None,
     checkpoint_every:int=500, # Iterations between checkpoints; there is always one at the end
     # Where to train; None is where the framework is, or under `accelerate launch` the device of this process
     device=None,
