@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RETIRED', 'LINE_EVERY', 'Handle', 'around_step', 'held_by', 'after_step', 'signal_handlers', 'eval_mode',
            'seed_everything', 'seeded', 'pick_device', 'device_of', 'to_device', 'check_images', 'label_loss_of',
-           'time_left', 'is_quiet', 'progress', 'get_axes', 'figure_png', 'stored_result']
+           'cosine_share', 'time_left', 'is_quiet', 'progress', 'get_axes', 'figure_png', 'stored_result']
 
 # %% ../nbs/00_runtime.ipynb #77d8f6f4
-import contextlib, io, os, random, signal, threading, weakref
+import contextlib, io, math, os, random, signal, threading, weakref
 from typing import Any, Callable
 import numpy as np
 import torch
@@ -189,6 +189,14 @@ def label_loss_of(
             f"Labels of no class, such as {int(odd[0])}: the model has {output.shape[1]} classes, 0 to "
             f"{output.shape[1]-1}. Use -100 for what is to be left out.")
     return nn.functional.cross_entropy(output, labels)
+
+# %% ../nbs/00_runtime.ipynb #7c1b0002
+def cosine_share(
+    at:float, # What is done of a course
+    whole:float=1, # Its length
+)->float: # From 1 at the beginning to 0 at the end
+    "The share of a learning rate that is left on half a cosine."
+    return .5 + .5*math.cos(math.pi*at/whole)
 
 # %% ../nbs/00_runtime.ipynb #4ef06d6e
 LINE_EVERY = 60 # Seconds between two lines of progress in a log

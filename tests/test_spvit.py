@@ -442,7 +442,7 @@ def test_batches_and_numbers_of_a_search_are_checked():
     for x, y, why in (((images*255).byte(), [0, 2], 'torch.uint8'), (images, [0, 3], 'the model has 3 classes'),
                       (images, [0], 'give labels of')):
         with pytest.raises(OpenTransError, match=why): search(model, images=x, labels=torch.tensor(y))
-    for kw, why in ((dict(steps=0), 'steps=0'), (dict(steps=1.5), 'steps=1.5'), (dict(lr=-1), 'lr=-1'),
+    for kw, why in ((dict(steps=0), 'iterations=0'), (dict(steps=1.5), 'iterations=1.5'), (dict(lr=-1), 'lr=-1'),
                     (dict(lr=float('nan')), 'lr=nan'), (dict(gate_lr=-1), 'gate_lr=-1'),
                     (dict(weight_decay=-1), 'weight_decay=-1'), (dict(clip_grad=-1), 'clip_grad=-1'),
                     (dict(seed=.5), 'seed=0.5')):

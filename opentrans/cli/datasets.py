@@ -10,7 +10,7 @@ import json, re
 from typing import Annotated
 import typer
 from .defaults import WithInstances
-from .options import Classes, Config, Ignore, Quiet, Root, Seed, Split, _App, _panel, app, open_data
+from .options import AsJson, Classes, Config, Ignore, Root, Seed, Split, _App, _panel, app, open_data
 from .terminal import _as_flags, _say, show
 
 # %% ../../nbs/app/70i_datasets.ipynb #95a34a27
@@ -19,7 +19,7 @@ data_app = _App(no_args_is_help=True, help="Data sets: list them, check one, wri
 app.add_typer(data_app, name='data', rich_help_panel=_panel('data'))
 
 @data_app.command('list')
-def data_list(as_json:Quiet=False, config:Config=None):
+def data_list(as_json:AsJson=False, config:Config=None):
     "Names of the data sets."
     from opentrans.data import list_datasets
     print(json.dumps(list_datasets()) if as_json else '\n'.join(list_datasets()))
@@ -36,7 +36,7 @@ def data_check(
     root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, panoptic:WithInstances=False,
     limit:Annotated[int, typer.Option(
         min=0, help="Read at most so many images, evenly spread; 0 reads all.")]=200,
-    as_json:Quiet=False, config:Config=None,
+    as_json:AsJson=False, config:Config=None,
 ):
     """What is there: number of images, classes, sizes.
     A missing part is named with how to get it (exit code 2); files that cannot be read are listed (exit code 1)."""

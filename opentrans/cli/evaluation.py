@@ -12,10 +12,10 @@ from typing import Annotated, Optional
 import typer
 from ..errors import OpenTransError, shorten
 from .defaults import (
-    Readers, _build, _looks, _mean_of, _prompted, _report, _stride, _with_cost, is_shipped)
+    ImagesAtOnce, Readers, _build, _looks, _mean_of, _prompted, _report, _stride, _with_cost, is_shipped)
 from opentrans.cli.options import (
-    AllowHub, Backbone, Classes, Config, Corrupt, Device, Framework, Ignore, Preset, Pretrained, Prompts,
-    Quiet, Root, Seed, Split, Stride, _SIDE, _hub, _typed, app, first_process, open_clip_backbone, open_data,
+    AllowHub, AsJson, Backbone, Classes, Config, Corrupt, Device, Framework, Ignore, OutputStride, Preset,
+    Pretrained, Prompts, Root, Seed, Split, _SIDE, _hub, _typed, app, first_process, open_clip_backbone, open_data,
     settings_kept)
 from .terminal import _numbers, _save_picture, _save_table, _say, _writable, show
 from .trained import _hub_of_model, _mask_in, _read_model, _trained_prompts, open_trained
@@ -26,7 +26,7 @@ TABLE1 = ('coco_panoptic', 'cityscapes_19', 'ade20k_150', 'ade20k_847', 'voc_20'
 
 @app.command()
 def evaluate(framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None,
-             preset:Preset=None, output_stride:Stride=None, prompts:Prompts=None,
+             preset:Preset=None, output_stride:OutputStride=None, prompts:Prompts=None,
              model:Annotated[Optional[str],
                              typer.Option(
                                  help="Folder that `opentrans finetune` or `opentrans transfer` wrote; its "
@@ -62,9 +62,9 @@ def evaluate(framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pre
                               typer.Option(min=16, max=_SIDE,
                                            help="See large images through square windows of this side.")]=None,
              limit:Annotated[Optional[int], typer.Option(min=1, help="So many images only.")]=None,
-             batch_size:Annotated[int, typer.Option(min=1, help="Images at a time.")]=8, workers:Readers=None,
+             batch_size:ImagesAtOnce=8, workers:Readers=None,
              out:Annotated[Optional[str], typer.Option(help="Folder for result.json.")]=None, device:Device=None,
-             seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,):
+             seed:Seed=0, allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,):
     "Mean IoU, or panoptic quality, of a framework on a data set, with any class names; or on the seven of Table 1."
     from opentrans.frameworks import get_framework
     from opentrans.pruning import SparseMask
@@ -186,7 +186,7 @@ def segment(
     image:Annotated[str, typer.Argument(help="A photograph: JPEG, PNG or WebP.")],
     names:Annotated[str, typer.Argument(
         help="What to look for, in your own words: 'sky, road, sofa | couch' (synonyms with a bar).")],
-    backbone:Backbone='photo-lite0', pretrained:Pretrained=None, output_stride:Stride=None,
+    backbone:Backbone='photo-lite0', pretrained:Pretrained=None, output_stride:OutputStride=None,
     model:Annotated[Optional[str], typer.Option(
         help="Folder that `opentrans finetune` or `opentrans transfer` wrote. Default: CLIP alone, without any "
              "training for segmentation, a rough answer.")]=None,
@@ -198,7 +198,7 @@ def segment(
     max_side:Annotated[int, typer.Option(min=16, max=_SIDE,
                                          help="Larger images are made smaller, to this side.")]=768,
     device:Device=None,
-    allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
+    allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
 ):
     "A photograph of your own, segmented by your own words."
     from opentrans.clip import photo_clips, small_clips
@@ -242,7 +242,7 @@ def segment(
 def compare(
     runs:Annotated[list[str], typer.Argument(
         help="Folders with a result.json, or such files, as `evaluate` and `transfer` write.")],
-    out:Annotated[Optional[str], typer.Option(help="Folder for runs.csv and runs.png.")]=None, as_json:Quiet=False,
+    out:Annotated[Optional[str], typer.Option(help="Folder for runs.csv and runs.png.")]=None, as_json:AsJson=False,
     config:Config=None,
 ):
     "Several runs in one table, and mIoU against multiply-accumulates and parameters (Fig. 1)."

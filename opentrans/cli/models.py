@@ -9,7 +9,7 @@ __all__ = ['models']
 from typing import Annotated, Optional
 import typer
 from ..errors import unknown
-from .options import Config, Quiet, app
+from .options import AsJson, Config, app
 from .terminal import _writable, show
 
 # %% ../../nbs/app/70k_models.ipynb #9999f75c
@@ -19,7 +19,7 @@ def models(
         '--try', help="Try a framework now, on every tower, or 'all' of them; it takes minutes. Default: the table "
                       "as it was last tried.")]=None,
     out:Annotated[Optional[str], typer.Option(help="File to write the table to, with --try.")]=None,
-    as_json:Quiet=False, config:Config=None,
+    as_json:AsJson=False, config:Config=None,
 ):
     "Which framework works on which tower with masks, alpha, the sparse engine, ONNX and detectron2's checkpoints."
     from opentrans.frameworks import list_frameworks

@@ -9,7 +9,7 @@ __all__ = ['speed_command']
 from typing import Annotated, Optional
 import typer
 from ..errors import check_number, OpenTransError, shorten
-from .options import AllowHub, Config, Quiet, Stride, _hub, app, open_clip_backbone
+from .options import AllowHub, AsJson, Config, OutputStride, _hub, app, open_clip_backbone
 from .terminal import _save_picture, _save_table, _size, _writable, show
 
 # %% ../../nbs/app/70l_speed.ipynb #8f9ea5cf
@@ -43,9 +43,9 @@ def speed_command(
         help="torch, onnxruntime, openvino, ours, with commas. Default: those that are installed.")]=None,
     seconds:Annotated[float, typer.Option(min=.01, max=3600, help="Seconds for each combination.")]=3.,
     layers:Annotated[bool, typer.Option(help="Times of each layer, on one thread, in place of engines.")]=False,
-    output_stride:Stride=32,
+    output_stride:OutputStride=32,
     out:Annotated[Optional[str], typer.Option(help="Folder for a table (CSV) and a plot.")]=None,
-    allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
+    allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
 ):
     "Time a masked backbone on the sparse engine beside dense engines, in turns, on this machine."
     from pathlib import Path

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from ..errors import OpenTransError, unknown
-from .defaults import _build, _counts, _readers
+from .defaults import BatchSize, LR, _build, _counts, _readers
 from .options import (
-    AllowHub, Backbone, By, Classes, Config, Data, Device, Freeze, Ignore, Preset, Pretrained, Quiet, Root,
-    Seed, Split, Stride, Xmin, _SIDE, _hub, _typed, app, first_process, keep_settings,
+    AllowHub, AsJson, Backbone, Classes, Config, Data, Device, Freeze, FreezeBy, Ignore, OutputStride, Preset,
+    Pretrained, Root, Seed, Split, Xmin, _SIDE, _hub, _typed, app, first_process, keep_settings,
     open_clip_backbone, open_data)
 from .terminal import _as_flags, _number, _rules, _save_picture, _save_table, _say, _size, _writable, show
 
@@ -50,9 +50,9 @@ def alpha(
     base:Annotated[Optional[str], typer.Option(
         help="File or folder of the weights before fine-tuning: what is read are the differences.")]=None,
     conv:Annotated[str, typer.Option(help="Convolutions as 'slices' (the paper) or 'flatten'.")]='slices',
-    freeze:Freeze=.5, by:By='alpha',
+    freeze:Freeze=.5, by:FreezeBy='alpha',
     out:Annotated[Optional[str], typer.Option(help="Folder for alpha.csv, selection.json and alpha.png.")]=None,
-    seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
+    seed:Seed=0, allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
 ):
     "Alpha of each layer from the spectrum of its weights, and which layers to freeze. No data is needed."
     from opentrans.heavy_tail import analyze, open_weights
@@ -129,8 +129,7 @@ def prune(out:Annotated[str, typer.Option(help="The mask file to write (.safeten
           iterations:Annotated[int,
                                typer.Option('--iterations', '--iters',
                                             help="Iterations a round (the paper's t).")]=1000,
-          lr:Annotated[float, typer.Option(help="Learning rate.")]=1e-4,
-          batch_size:Annotated[int, typer.Option(help="Images an iteration, over all processes.")]=8,
+          lr:LR=1e-4, batch_size:BatchSize=8,
           loss:Annotated[str,
                          typer.Option(
                              help="tgkd (Eq. 3), vgkd (Eq. 4) or released (the released code's).")]='tgkd',
@@ -153,7 +152,7 @@ def prune(out:Annotated[str, typer.Option(help="The mask file to write (.safeten
                                         "at.")]=128,
           scope:Annotated[Optional[str],
                           typer.Option(
-                              help="Which weights compete under wanda, sparsegpt and alps: layer, output, channel, " "global, or N:M such as 2:4. " "Default: as the method was published.")]=None, densities:Annotated[Optional[str], typer.Option(help="How layers share the density under wanda, sparsegpt and alps: uniform, erdos-renyi-kernel, global or owl. " "Default: uniform.")]=None, target:Annotated[str, typer.Option(help="What a layer's outputs shall be under wanda, sparsegpt and alps: own, what its own weights make of what it " "now sees, or dense, what they are in the dense tower.")]='own', crop:Annotated[Optional[int], typer.Option(min=0, help="Side of the window cut out of larger images; 0 takes whole " "images. Default: 512 (the paper's), whole scenes of " "shapesworld.")]=None, checkpoint:Annotated[Optional[str], typer.Option(help="Folder to continue from. Default: beside the mask.")]=None, weights:Annotated[Optional[str], typer.Option(help="Also write the CLIP with its trained tower to this file, which --pretrained reads.")]=None, optimizer:Annotated[str, typer.Option(help="adamw or sgd.")]='adamw', weight_decay:Annotated[float, typer.Option(help="Weight decay.")]=0., clip_grad:Annotated[float, typer.Option(help="Largest norm of the gradient; 0 does not clip.")]=0., batch_norm:Annotated[str, typer.Option(help="train: statistics of the batch, over all processes; frozen: CLIP's.")]='train', precision:Annotated[str, typer.Option(help="Of the student: no, or bf16 (mixed).")]='no', teacher:Annotated[str, typer.Option(help="How the teacher sees a region: crop, tight (the released code's crops) or attention.")]='crop', max_regions:Annotated[int, typer.Option(help="Most regions an iteration, over all processes.")]=64, workers:Annotated[Optional[int], typer.Option(help="Processes that read data. Default: none for shapesworld, else up to 4, as cores allow.")]=None, checkpoint_every:Annotated[int, typer.Option(min=0, help="Iterations between checkpoints within a round; 0 for none.")]=500, disk_mb:Annotated[int, typer.Option(help="Most disk space for the teacher's embeddings, if images are whole (--crop 0).")]=16384, released:Annotated[Optional[str], typer.Option(help="Find the mask as the released code does, on this framework: mask2former or deeplabv3. Flags win " "over its settings.")]=None, output_stride:Stride=32, device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,):
+                              help="Which weights compete under wanda, sparsegpt and alps: layer, output, channel, " "global, or N:M such as 2:4. " "Default: as the method was published.")]=None, densities:Annotated[Optional[str], typer.Option(help="How layers share the density under wanda, sparsegpt and alps: uniform, erdos-renyi-kernel, global or owl. " "Default: uniform.")]=None, target:Annotated[str, typer.Option(help="What a layer's outputs shall be under wanda, sparsegpt and alps: own, what its own weights make of what it " "now sees, or dense, what they are in the dense tower.")]='own', crop:Annotated[Optional[int], typer.Option(min=0, help="Side of the window cut out of larger images; 0 takes whole " "images. Default: 512 (the paper's), whole scenes of " "shapesworld.")]=None, checkpoint:Annotated[Optional[str], typer.Option(help="Folder to continue from. Default: beside the mask.")]=None, weights:Annotated[Optional[str], typer.Option(help="Also write the CLIP with its trained tower to this file, which --pretrained reads.")]=None, optimizer:Annotated[str, typer.Option(help="adamw or sgd.")]='adamw', weight_decay:Annotated[float, typer.Option(help="Weight decay.")]=0., clip_grad:Annotated[float, typer.Option(help="Largest norm of the gradient; 0 does not clip.")]=0., batch_norm:Annotated[str, typer.Option(help="train: statistics of the batch, over all processes; frozen: CLIP's.")]='train', precision:Annotated[str, typer.Option(help="Of the student: no, or bf16 (mixed).")]='no', teacher:Annotated[str, typer.Option(help="How the teacher sees a region: crop, tight (the released code's crops) or attention.")]='crop', max_regions:Annotated[int, typer.Option(help="Most regions an iteration, over all processes.")]=64, workers:Annotated[Optional[int], typer.Option(help="Processes that read data. Default: none for shapesworld, else up to 4, as cores allow.")]=None, checkpoint_every:Annotated[int, typer.Option(min=0, help="Iterations between checkpoints within a round; 0 for none.")]=500, disk_mb:Annotated[int, typer.Option(help="Most disk space for the teacher's embeddings, if images are whole (--crop 0).")]=16384, released:Annotated[Optional[str], typer.Option(help="Find the mask as the released code does, on this framework: mask2former or deeplabv3. Flags win " "over its settings.")]=None, output_stride:OutputStride=32, device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,):
     """Find a sparse mask: Algorithm 1 with distillation as its only loss, or a baseline.
     Under accelerate launch or torchrun, processes share each batch."""
     from opentrans.clip import save_weights
@@ -222,7 +221,7 @@ def cka_command(
                                                     "backbone's own.")]=None,
     out:Annotated[Optional[str], typer.Option(help="Folder for cka.csv and cka.png.")]=None, device:Device=None,
     seed:Seed=0,
-    allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
+    allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
 ):
     "Similarity of two towers, stage by stage: unbiased linear CKA."
     import torch
@@ -251,12 +250,12 @@ def cost_command(
     backbone:Annotated[str, typer.Argument(help="Backbone.")]='shapes-rn',
     pretrained:Annotated[str, typer.Option(help="Weights do not matter for cost.")]='none',
     framework:Annotated[Optional[str], typer.Option(help="Count a whole framework on it.")]=None,
-    preset:Preset=None, output_stride:Stride=32,
+    preset:Preset=None, output_stride:OutputStride=32,
     size:Annotated[str, typer.Option(help="Input, height x width.")]='224x224',
     mask:Annotated[Optional[str], typer.Option(help="Mask file.")]=None,
     convention:Annotated[str, typer.Option(help="macs, thop, ptflops or fvcore.")]='macs',
     layers:Annotated[bool, typer.Option(help="Show each layer.")]=False,
-    allow_hub:AllowHub=False, as_json:Quiet=False, config:Config=None,
+    allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
 ):
     "Parameters and multiply-accumulates, by layer, under a mask and a counting convention."
     from opentrans.cost import cost

@@ -16,6 +16,7 @@ import torch
 from ..errors import check_number, FormatError, none_if_off, OpenTransError, optional, shorten, unknown
 from ..files import parse_json, read_text
 from ..frameworks.contract import get_framework
+from ..runtime import cosine_share
 
 # %% ../../nbs/training/40_recipe.ipynb #9e1f0a31
 _Finite = int | Annotated[float, Interval(ge=-1e300, le=1e300)] # neither NaN nor infinity
@@ -163,7 +164,7 @@ class Recipe:
         warm = min(1., (at+1)/(self.lr_warmup+1))
         part = min(at/max(self.iterations+self.offset, 1), 1.)
         course = dict(step=self.gamma**sum(at >= m for m in self.milestones), poly=(1-part)**self.power,
-                      cosine=(1+math.cos(math.pi*part))/2, constant=1.)
+                      cosine=cosine_share(part), constant=1.)
         return warm*course[self.schedule]
 
     @classmethod

@@ -6,7 +6,6 @@
 __all__ = ['load_weights', 'open_model', 'picture_size', 'open_loaders', 'accuracy', 'fit', 'spt_on', 'stitch_on', 'spvit_on']
 
 # %% ../../nbs/vit/64c_products.ipynb #45aef58b
-import math
 from pathlib import Path
 import pandas as pd
 import torch
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 from ..errors import check_number, OpenTransError, shorten, timm_name, unknown
 from ..files import load_tensors, read_checkpoint, save_tensors, state_dict_of
 from ..pruning.baked import export_onnx
-from ..runtime import device_of, eval_mode, pick_device, progress, seeded, to_device
+from ..runtime import cosine_share, device_of, eval_mode, pick_device, progress, seeded, to_device
 from .blockwise import add_spt_blocks, BLOCK_KINDS
 from .folders import open_pictures
 from .heads import find_heads, is_of_head
@@ -139,7 +138,7 @@ def fit(
         for x,y in loader:
             x,y = to_device((x, y), device_of(model))
             warm = min(1, (at+1)/max(1, steps//10))
-            for group in opt.param_groups: group['lr'] = lr*warm*(.5 + .5*math.cos(math.pi*at/steps))
+            for group in opt.param_groups: group['lr'] = lr*warm*cosine_share(at, steps)
             value = (loss or F.cross_entropy)(model(x), y)
             if not value.isfinite():
                 raise OpenTransError(f"The loss is {value.item()} in step {at}: the training has diverged. "
@@ -309,7 +308,7 @@ def spvit_on(
     pressure = SPViTCost(student, share*full, weight/full**2, size=size)
     train_spvit(student, train, search, loss, pressure, lr, gate_lr, seed=seed)
     spec, slim = HybridSpec.of(student), slim_spvit(student)
-    train_spvit(slim, train, tune, loss, lr=lr, cosine=True, seed=seed+1)
+    train_spvit(slim, train, tune, loss, lr=lr, schedule='cosine', seed=seed+1)
     tested = accuracy(slim, val) if val is not None else None
     if out is not None: spec.to_json(Path(out)/'hybrid.json')
     left, params = float(SPViTCost(slim, size=size).target), sum(p.numel() for p in slim.parameters())

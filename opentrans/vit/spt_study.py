@@ -17,7 +17,7 @@ from ..data.shapes import is_novel, object_image, paint_object, TRIPLES
 from ..experiments.jobs import run_jobs
 from ..files import load_json, load_tensors, save_json, save_tensors
 from ..heavy_tail.table import analyze
-from ..runtime import seeded
+from ..runtime import cosine_share, seeded
 from .blockwise import add_spt_blocks, BLOCK_KINDS
 from .peft import add_adapters, add_lora, trainable_report
 from .sensitivity import param_sensitivity
@@ -102,7 +102,7 @@ def fit(model, x, y, steps, batch, lr, seed, weight_decay, warmup):
     model.train()
     for i in range(steps):
         for group in opt.param_groups:
-            group['lr'] = lr*min(1, (i+1)/max(1, warmup))*(.5+.5*math.cos(math.pi*i/steps))
+            group['lr'] = lr*min(1, (i+1)/max(1, warmup))*cosine_share(i, steps)
         at = order[i*batch:(i+1)*batch]
         opt.zero_grad()
         F.cross_entropy(model(x[at]), y[at]).backward()

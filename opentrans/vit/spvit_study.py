@@ -8,7 +8,7 @@ __all__ = ['VIT', 'SET', 'ARMS', 'PARTS', 'SMALL', 'new_vit', 'load_scenes', 'em
            'run_part', 'sized_part', 'spvit_parts_rows']
 
 # %% ../../nbs/vit/67_spvit_study.ipynb #9af38b8b
-import functools, json, math, time
+import functools, json, time
 import torch
 import torch.nn.functional as F
 from ..clip.backbone import ClipBackbone
@@ -16,6 +16,7 @@ from ..clip.small import ASSETS, small_clip, small_config
 from ..data.shapes import ShapesWorld
 from ..experiments.jobs import run_jobs
 from ..files import load_json, load_tensors, save_json, save_tensors
+from ..runtime import cosine_share
 from .hybrids import convert_to_spvit, HybridSpec, slim_spvit, SPViTCost
 from .search import attention_maps, embedding_loss, fit_heads, locality, random_spec, train_spvit
 from .toys import kept_jobs, one_thread, open_folder, use_sizes
@@ -92,7 +93,7 @@ def pretrain(work):
         steps = SET['pretrain_steps']
         for i in range(steps):
             for group in opt.param_groups:
-                group['lr'] = SET['pretrain_lr']*min(1, (i+1)/50)*(.5+.5*math.cos(math.pi*i/steps))
+                group['lr'] = SET['pretrain_lr']*min(1, (i+1)/50)*cosine_share(i, steps)
             b = torch.randint(len(images), (SET['pretrain_batch'],), generator=g).tolist()
             flip = torch.rand((), generator=g) < .5
             x,m = images[b],[regions[j] for j in b]
@@ -160,7 +161,7 @@ def run_arm(name, teacher, world, seed, work):
                            temperature=SET['temperature'])
         steps += SET['search']
         model = spec.build(teacher).requires_grad_(True)
-    tuned = train_spvit(model, lambda i: batch(i+1000), steps, loss, lr=SET['lr'], cosine=True, seed=seed,
+    tuned = train_spvit(model, lambda i: batch(i+1000), steps, loss, lr=SET['lr'], schedule='cosine', seed=seed,
                         clip_grad=1.)
     res = dict(arm=name, seed=seed, gflops=count.flops(model).item()/1e9,
                share=count.flops(model).item()/1e9/dense, params=sum(p.numel() for p in model.visual.parameters()),
@@ -293,7 +294,7 @@ def run_part(name, teacher, world, seed, work):
                 clip_grad=1.)
     searched = time.process_time()-began
     spec, model = HybridSpec.of(model, name), slim_spvit(model)
-    train_spvit(model, lambda i: batch(i+1000), SET['finetune'], loss, lr=SET['lr'], cosine=True, seed=seed,
+    train_spvit(model, lambda i: batch(i+1000), SET['finetune'], loss, lr=SET['lr'], schedule='cosine', seed=seed,
                 clip_grad=1.)
     flops = count.flops(model).item()/1e9
     return dict(arm=name, seed=seed, gflops=flops, share=flops/dense, search_seconds=round(searched, 2),

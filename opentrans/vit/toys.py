@@ -39,11 +39,13 @@ def kept_result(
     make, # What makes it
     *args, # Its arguments
 )->dict: # The result
-    "The result of a job, made if it is not there; it says how many seconds it took."
+    "The result of a job, made if it is not there; if it does not say itself how many seconds it took, they are added."
     file = Path(file)
     if not file.exists():
         began = time.process_time()
-        save_json({**make(*args), 'seconds': round(time.process_time()-began, 1)}, file)
+        result = make(*args)
+        seconds = result.get('seconds', round(time.process_time()-began, 1))
+        save_json({**result, 'seconds': seconds}, file)
     return load_json(file)
 
 def kept_jobs(
