@@ -457,6 +457,17 @@ def test_a_mask_layer_by_layer(tmp_path):
     assert SparseMask.load(tmp_path/'n.safetensors').info['scope'] == '2:4'
     assert '--images' in fails('prune', '--method', 'snip', '--images', 4, '--out', tmp_path/'m.safetensors')
 
+def test_densities_of_layers_for_masks_by_weights(tmp_path):
+    from opentrans.clip import ClipBackbone
+    from opentrans.pruning import layer_densities, SparseMask
+    out = tmp_path/'m.safetensors'
+    assert opentrans('prune', '--method', 'magnitude', '--densities', 'alpha', '--out', out).returncode == 0
+    shares = layer_densities('alpha', ClipBackbone.create('shapes-rn', pretrained='shapes-rn'), .1)
+    mask = SparseMask.load(out)
+    assert all(abs(float(mask[name].float().mean())-share) < .01 for name,share in shares.items())
+    assert 'looks at images' in fails('prune', '--method', 'magnitude', '--densities', 'owl', '--out', out)
+    assert 'does not look at --densities' in fails('prune', '--method', 'random', '--densities', 'alpha', '--out', out)
+
 def test_a_study_tells_its_jobs_in_a_log(capsys, monkeypatch):
     "Where no bar can be shown, a line is written for each job that is done."
     from opentrans.experiments import run_jobs

@@ -25,46 +25,42 @@ from .trained import _hub_of_model, _mask_in, _read_model, _trained_prompts, ope
 TABLE1 = ('coco_panoptic', 'cityscapes_19', 'ade20k_150', 'ade20k_847', 'voc_20', 'context_59', 'context_459')
 
 @app.command()
-def evaluate(framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None,
-             preset:Preset=None, output_stride:OutputStride=None, prompts:Prompts=None,
-             model:Annotated[Optional[str],
-                             typer.Option(
-                                 help="Folder that `opentrans finetune` or `opentrans transfer` wrote; its "
-                                 "framework, backbone and prompts are taken.")]=None,
-             mask:Annotated[Optional[str], typer.Option(help="Mask file to put on.")]=None,
-             data:Annotated[str,
-                            typer.Option(help="Data set; `opentrans data " "list` names them. " "'all': the "
-                                         "seven of Table 1, " "one row.")]='shapesworld', root:Root=None,
-             split:Split='val', classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
-             kind:Annotated[str, typer.Option(
-                 help="semantic (mIoU); panoptic (PQ, too); or masks (which masks are found, and which of these "
-                 "bear their name).")]='semantic',
-             same:Annotated[Optional[list[str]], typer.Option(
-                 help="Names of classes that mean the same pixels, as 'sofa|couch'; may be given several times. "
-                 "Adds the mIoU with each such list as one class.")]=None,
-             over:Annotated[Optional[str],
-                            typer.Option(
-                                help="Classes in the mean: 'truth', those that the truth shows, as detectron2 and "
-                                "the paper; or 'either', those that are predicted, too. Default: truth; "
-                                "either on the shipped worlds.")]=None,
-             short_side:Annotated[Optional[int],
-                                  typer.Option(min=16, max=_SIDE,
-                                               help="Resize images to this short side before they are seen. "
-                                               "Default: 800, and 1333 for the long side, as released; "
-                                               "on the shipped worlds their own size.")]=None,
-             longest:Annotated[Optional[int],
-                               typer.Option(min=16, max=_SIDE, help="The long side is at most this.")]=None,
-             own_size:Annotated[bool, typer.Option('--own-size', help="See images at their own size.")]=False,
-             scales:Annotated[Optional[str],
-                              typer.Option(help="Look at several sizes, e.g. 0.5,1,1.5, and average.")]=None,
-             flip:Annotated[bool, typer.Option(help="Look at the mirror image, too.")]=False,
-             window:Annotated[Optional[int],
-                              typer.Option(min=16, max=_SIDE,
-                                           help="See large images through square windows of this side.")]=None,
-             limit:Annotated[Optional[int], typer.Option(min=1, help="So many images only.")]=None,
-             batch_size:ImagesAtOnce=8, workers:Readers=None,
-             out:Annotated[Optional[str], typer.Option(help="Folder for result.json.")]=None, device:Device=None,
-             seed:Seed=0, allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,):
+def evaluate(
+    framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None,
+    preset:Preset=None, output_stride:OutputStride=None, prompts:Prompts=None,
+    model:Annotated[Optional[str], typer.Option(
+        help="Folder that `opentrans finetune` or `opentrans transfer` wrote; its framework, backbone and "
+             "prompts are taken.")]=None,
+    mask:Annotated[Optional[str], typer.Option(help="Mask file to put on.")]=None,
+    data:Annotated[str, typer.Option(
+        help="Data set; `opentrans data list` names them. 'all': the seven of Table 1, one row.")]='shapesworld',
+    root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
+    kind:Annotated[str, typer.Option(
+        help="semantic (mIoU); panoptic (PQ, too); or masks (which masks are found, and which of these bear "
+             "their name).")]='semantic',
+    same:Annotated[Optional[list[str]], typer.Option(
+        help="Names of classes that mean the same pixels, as 'sofa|couch'; may be given several times. Adds "
+             "the mIoU with each such list as one class.")]=None,
+    over:Annotated[Optional[str], typer.Option(
+        help="Classes in the mean: 'truth', those that the truth shows, as detectron2 and the paper; or "
+             "'either', those that are predicted, too. Default: truth; either on the shipped worlds.")]=None,
+    short_side:Annotated[Optional[int], typer.Option(
+        min=16, max=_SIDE,
+        help="Resize images to this short side before they are seen. Default: 800, and 1333 for the long "
+             "side, as released; on the shipped worlds their own size.")]=None,
+    longest:Annotated[Optional[int], typer.Option(
+        min=16, max=_SIDE, help="The long side is at most this.")]=None,
+    own_size:Annotated[bool, typer.Option('--own-size', help="See images at their own size.")]=False,
+    scales:Annotated[Optional[str], typer.Option(
+        help="Look at several sizes, e.g. 0.5,1,1.5, and average.")]=None,
+    flip:Annotated[bool, typer.Option(help="Look at the mirror image, too.")]=False,
+    window:Annotated[Optional[int], typer.Option(
+        min=16, max=_SIDE, help="See large images through square windows of this side.")]=None,
+    limit:Annotated[Optional[int], typer.Option(min=1, help="So many images only.")]=None,
+    batch_size:ImagesAtOnce=8, workers:Readers=None,
+    out:Annotated[Optional[str], typer.Option(help="Folder for result.json.")]=None,
+    device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
+):
     "Mean IoU, or panoptic quality, of a framework on a data set, with any class names; or on the seven of Table 1."
     from opentrans.frameworks import get_framework
     from opentrans.pruning import SparseMask
@@ -188,17 +184,16 @@ def segment(
         help="What to look for, in your own words: 'sky, road, sofa | couch' (synonyms with a bar).")],
     backbone:Backbone='photo-lite0', pretrained:Pretrained=None, output_stride:OutputStride=None,
     model:Annotated[Optional[str], typer.Option(
-        help="Folder that `opentrans finetune` or `opentrans transfer` wrote. Default: CLIP alone, without any "
-             "training for segmentation, a rough answer.")]=None,
+        help="Folder that `opentrans finetune` or `opentrans transfer` wrote. Default: CLIP alone, without "
+             "any training for segmentation, a rough answer.")]=None,
     method:Annotated[Optional[str], typer.Option(
-        help="A training-free method on a ViT: maskclip, sclip, clearclip, naclip, or one of their presets with a "
-             "background, e.g. naclip_voc21. Default backbone then: shapes-vit.")]=None,
+        help="A training-free method on a ViT: maskclip, sclip, clearclip, naclip, or one of their presets "
+             "with a background, e.g. naclip_voc21. Default backbone then: shapes-vit.")]=None,
     out:Annotated[str, typer.Option(
         help="Picture to write: the image under the colours of its classes.")]='segmented.png',
-    max_side:Annotated[int, typer.Option(min=16, max=_SIDE,
-                                         help="Larger images are made smaller, to this side.")]=768,
-    device:Device=None,
-    allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
+    max_side:Annotated[int, typer.Option(
+        min=16, max=_SIDE, help="Larger images are made smaller, to this side.")]=768,
+    device:Device=None, allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
 ):
     "A photograph of your own, segmented by your own words."
     from opentrans.clip import photo_clips, small_clips

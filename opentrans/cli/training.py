@@ -33,24 +33,22 @@ def transfer(
              "model.safetensors, selection.json, result.json).")]=None,
     dense:Annotated[bool, typer.Option(
         '--dense', help="Without a mask: the dense rows of Table 1 (--freeze 0) and Table 2.")]=False,
-    framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None,
-    output_stride:OutputStride=None, prompts:Prompts=None,
-    data:Data='shapesworld', root:Root=None, classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
-    panoptic:WithInstances=False,
-    split:Split='train', eval_split:EvalSplit='val',
-    recipe:RecipeName=None,
+    framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None,
+    preset:Preset=None, output_stride:OutputStride=None, prompts:Prompts=None, data:Data='shapesworld',
+    root:Root=None, classes:Classes=None, ignore:Ignore=None, corrupt:Corrupt='raise',
+    panoptic:WithInstances=False, split:Split='train', eval_split:EvalSplit='val', recipe:RecipeName=None,
     warmup:Annotated[Optional[int], typer.Option(
-        help="Iterations with all layers before the spectra are read. Default: the first 10,000 of the paper's "
-             "course, or that share of it; 60 more with tiny; none with --freeze 0.")]=None,
+        help="Iterations with all layers before the spectra are read. Default: the first 10,000 of the "
+             "paper's course, or that share of it; 60 more with tiny; none with --freeze 0.")]=None,
     iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None, precision:Precision=None,
-    accumulate:Accumulate=None, workers:Workers=None, set_:RecipeFields=None,
-    freeze:Freeze=.5, by:FreezeBy='alpha', xmin:Xmin='ks', alpha_of:AlphaOf='dense',
-    checkpoint_every:CheckpointEvery=500, print_every:PrintEvery=50, tensorboard:TensorBoard=False,
+    accumulate:Accumulate=None, workers:Workers=None, set_:RecipeFields=None, freeze:Freeze=0.5,
+    by:FreezeBy='alpha', xmin:Xmin='ks', alpha_of:AlphaOf='dense', checkpoint_every:CheckpointEvery=500,
+    print_every:PrintEvery=50, tensorboard:TensorBoard=False,
     limit:Annotated[Optional[int], typer.Option(min=1, help="Evaluate on so many images only.")]=None,
-    size:Annotated[Optional[int], typer.Option(min=16, max=_SIDE,
-                                               help="Side of the input that cost is counted for.")]=None,
-    dry_run:DryRun=False, processes:ProcessCount=1,
-    device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
+    size:Annotated[Optional[int], typer.Option(
+        min=16, max=_SIDE, help="Side of the input that cost is counted for.")]=None,
+    dry_run:DryRun=False, processes:ProcessCount=1, device:Device=None, seed:Seed=0, allow_hub:AllowHub=False,
+    as_json:AsJson=False, config:Config=None,
 ):
     "Carry a mask to a framework: warm up, choose layers, fine-tune, evaluate (Fig. 4); or put it on a checkpoint."
     from opentrans.pruning import SparseMask
@@ -138,26 +136,27 @@ def _transfer_file(m, model, out, as_json):
 @app.command()
 def finetune(
     out:Annotated[str, typer.Option(
-        help="Folder of the run: checkpoints and weights; the same command continues it.")],
-    framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None, preset:Preset=None,
-    output_stride:OutputStride=None, prompts:Prompts=None,
-    data:Data='shapesworld', root:Root=None, classes:Classes=None, ignore:Ignore=None, split:Split='train',
-    corrupt:Corrupt='raise', panoptic:WithInstances=False,
+        help="Folder of the run: checkpoints and weights; the same command continues it, and with more "
+             "--iterations lengthens a run that has ended.")],
+    framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None,
+    preset:Preset=None, output_stride:OutputStride=None, prompts:Prompts=None, data:Data='shapesworld',
+    root:Root=None, classes:Classes=None, ignore:Ignore=None, split:Split='train', corrupt:Corrupt='raise',
+    panoptic:WithInstances=False,
     mask:Annotated[Optional[str], typer.Option(help="Mask file to keep in force.")]=None,
     selection:Annotated[Optional[str], typer.Option(
         help="Layer selection (JSON) that `opentrans alpha --out` wrote.")]=None,
     recipe:RecipeName=None, iterations:Iterations=None, batch_size:BatchSize=None, lr:LR=None, crop:Crop=None,
-    precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None,
-    set_:RecipeFields=None,
-    eval_every:Annotated[int, typer.Option(min=0,
-                                           help="Evaluate every so many iterations, and keep the best weights in "
-                                                "OUT/run/best.safetensors; 0 does not.")]=0,
+    precision:Precision=None, accumulate:Accumulate=None, workers:Workers=None, set_:RecipeFields=None,
+    eval_every:Annotated[int, typer.Option(
+        min=0,
+        help="Evaluate every so many iterations, and keep the best weights in OUT/run/best.safetensors; 0 "
+             "does not.")]=0,
     eval_split:EvalSplit='val',
     eval_limit:Annotated[int, typer.Option(
         min=0, help="Images that the mIoU at the end is taken over; 0: no mIoU.")]=100,
     checkpoint_every:CheckpointEvery=500, print_every:PrintEvery=50, tensorboard:TensorBoard=False,
-    dry_run:DryRun=False, processes:ProcessCount=1,
-    device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
+    dry_run:DryRun=False, processes:ProcessCount=1, device:Device=None, seed:Seed=0, allow_hub:AllowHub=False,
+    as_json:AsJson=False, config:Config=None,
 ):
     "Fine-tune a framework into a folder that `opentrans evaluate` and `opentrans segment` read."
     from opentrans.core import LayerSelection

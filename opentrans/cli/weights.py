@@ -93,13 +93,18 @@ def _check_released(framework, method):
         raise OpenTransError("--released has the framework's own loss and teacher: leave --loss and --teacher out.")
 
 _LAYER_BY_LAYER = ('wanda', 'sparsegpt', 'alps') # methods of `reconstruct`
+_SHARES_BY_WEIGHTS = ('imp', 'magnitude') # methods that take a density for each layer
 
-def _check_layer_flags(method):
+def _check_layer_flags(method, densities):
     "Raises `OpenTransError` for flags that only a method of `reconstruct` reads."
-    given = [f'--{flag}' for flag in ('images', 'scope', 'densities', 'target') if _typed(flag)]
+    if densities == 'owl' and method in _SHARES_BY_WEIGHTS:
+        raise OpenTransError(f"--densities owl looks at images, which --method {method} does not: it goes with "
+                             f"{', '.join(_LAYER_BY_LAYER)}.")
+    flags = ('images', 'scope', 'target') + (() if method in _SHARES_BY_WEIGHTS else ('densities',))
+    given = [f'--{flag}' for flag in flags if _typed(flag)]
     if given:
-        raise OpenTransError(f"{' and '.join(given)}: only --method {', '.join(_LAYER_BY_LAYER)} looks at that, "
-                             f"not {method}. Leave it out.")
+        raise OpenTransError(f"--method {method} does not look at {' and '.join(given)}, as "
+                             f"{', '.join(_LAYER_BY_LAYER)} do. Leave it out.")
 
 def _distillation(clip, data, released, told):
     """The model that `prune` trains, and its trainer: the tower by distillation alone, or a framework as in the
@@ -118,48 +123,74 @@ def _distillation(clip, data, released, told):
 
 # %% ../../nbs/app/70d_weights.ipynb #f968c500
 @app.command()
-def prune(out:Annotated[str, typer.Option(help="The mask file to write (.safetensors).")],
-          backbone:Backbone='shapes-rn', pretrained:Pretrained=None, data:Data='shapesworld', root:Root=None,
-          split:Split='train', classes:Classes=None, ignore:Ignore=None,
-          density:Annotated[float, typer.Option(help="Share of the weights that remain, in (0, 1].")]=.1,
-          p:Annotated[float,
-                      typer.Option('--p', '--drop',
-                                   help="Share of the remaining weights that a round drops. Under torchrun and "
-                                   "accelerate launch, which take --p for their own, write --drop.")]=.1,
-          iterations:Annotated[int,
-                               typer.Option('--iterations', '--iters',
-                                            help="Iterations a round (the paper's t).")]=1000,
-          lr:LR=1e-4, batch_size:BatchSize=8,
-          loss:Annotated[str,
-                         typer.Option(
-                             help="tgkd (Eq. 3), vgkd (Eq. 4) or released (the released code's).")]='tgkd',
-          method:Annotated[str,
-                           typer.Option(
-                               help="imp (Algorithm 1), random, or in one shot a criterion: magnitude, snip, "
-                               "sensitivity; or layer by layer, on images without labels: wanda, "
-                               "sparsegpt, alps.")]='imp',
-          criterion:Annotated[str,
-                              typer.Option(
-                                  help="What the rounds of imp score weights by: magnitude, snip or sensitivity, "
-                                  "the latter two by the distillation loss.")]='magnitude',
-          score_batches:Annotated[int,
-                                  typer.Option(min=1,
-                                               help="Batches that " "snip and " "sensitivity look "
-                                               "at.")]=16,
-          images:Annotated[int,
-                           typer.Option(min=1,
-                                        help="Images that " "wanda, sparsegpt " "and alps " "look "
-                                        "at.")]=128,
-          scope:Annotated[Optional[str],
-                          typer.Option(
-                              help="Which weights compete under wanda, sparsegpt and alps: layer, output, channel, " "global, or N:M such as 2:4. " "Default: as the method was published.")]=None, densities:Annotated[Optional[str], typer.Option(help="How layers share the density under wanda, sparsegpt and alps: uniform, erdos-renyi-kernel, global or owl. " "Default: uniform.")]=None, target:Annotated[str, typer.Option(help="What a layer's outputs shall be under wanda, sparsegpt and alps: own, what its own weights make of what it " "now sees, or dense, what they are in the dense tower.")]='own', crop:Annotated[Optional[int], typer.Option(min=0, help="Side of the window cut out of larger images; 0 takes whole " "images. Default: 512 (the paper's), whole scenes of " "shapesworld.")]=None, checkpoint:Annotated[Optional[str], typer.Option(help="Folder to continue from. Default: beside the mask.")]=None, weights:Annotated[Optional[str], typer.Option(help="Also write the CLIP with its trained tower to this file, which --pretrained reads.")]=None, optimizer:Annotated[str, typer.Option(help="adamw or sgd.")]='adamw', weight_decay:Annotated[float, typer.Option(help="Weight decay.")]=0., clip_grad:Annotated[float, typer.Option(help="Largest norm of the gradient; 0 does not clip.")]=0., batch_norm:Annotated[str, typer.Option(help="train: statistics of the batch, over all processes; frozen: CLIP's.")]='train', precision:Annotated[str, typer.Option(help="Of the student: no, or bf16 (mixed).")]='no', teacher:Annotated[str, typer.Option(help="How the teacher sees a region: crop, tight (the released code's crops) or attention.")]='crop', max_regions:Annotated[int, typer.Option(help="Most regions an iteration, over all processes.")]=64, workers:Annotated[Optional[int], typer.Option(help="Processes that read data. Default: none for shapesworld, else up to 4, as cores allow.")]=None, checkpoint_every:Annotated[int, typer.Option(min=0, help="Iterations between checkpoints within a round; 0 for none.")]=500, disk_mb:Annotated[int, typer.Option(help="Most disk space for the teacher's embeddings, if images are whole (--crop 0).")]=16384, released:Annotated[Optional[str], typer.Option(help="Find the mask as the released code does, on this framework: mask2former or deeplabv3. Flags win " "over its settings.")]=None, output_stride:OutputStride=32, device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,):
+def prune(
+    out:Annotated[str, typer.Option(help="The mask file to write (.safetensors).")],
+    backbone:Backbone='shapes-rn', pretrained:Pretrained=None, data:Data='shapesworld', root:Root=None,
+    split:Split='train', classes:Classes=None, ignore:Ignore=None,
+    density:Annotated[float, typer.Option(help="Share of the weights that remain, in (0, 1].")]=0.1,
+    p:Annotated[float, typer.Option(
+        '--p', '--drop',
+        help="Share of the remaining weights that a round drops. Under torchrun and accelerate launch, which"
+             " take --p for their own, write --drop.")]=0.1,
+    iterations:Annotated[int, typer.Option(
+        '--iterations', '--iters', help="Iterations a round (the paper's t).")]=1000,
+    lr:LR=0.0001, batch_size:BatchSize=8,
+    loss:Annotated[str, typer.Option(
+        help="tgkd (Eq. 3), vgkd (Eq. 4) or released (the released code's).")]='tgkd',
+    method:Annotated[str, typer.Option(
+        help="imp (Algorithm 1), random, or in one shot a criterion: magnitude, snip, sensitivity; or layer "
+             "by layer, on images without labels: wanda, sparsegpt, alps.")]='imp',
+    criterion:Annotated[str, typer.Option(
+        help="What the rounds of imp score weights by: magnitude, snip or sensitivity, the latter two by the"
+             " distillation loss.")]='magnitude',
+    score_batches:Annotated[int, typer.Option(min=1, help="Batches that snip and sensitivity look at.")]=16,
+    images:Annotated[int, typer.Option(min=1, help="Images that wanda, sparsegpt and alps look at.")]=128,
+    scope:Annotated[Optional[str], typer.Option(
+        help="Which weights compete under wanda, sparsegpt and alps: layer, output, channel, global, or N:M "
+             "such as 2:4. Default: as the method was published.")]=None,
+    densities:Annotated[Optional[str], typer.Option(
+        help="How layers share the density: uniform, erdos-renyi-kernel, global, alpha or clock; under wanda, "
+             "sparsegpt and alps owl, too. Default: uniform for these three; all weights compete under imp and "
+             "magnitude.")]=None,
+    target:Annotated[str, typer.Option(
+        help="What a layer's outputs shall be under wanda, sparsegpt and alps: own, what its own weights "
+             "make of what it now sees, or dense, what they are in the dense tower.")]='own',
+    crop:Annotated[Optional[int], typer.Option(
+        min=0,
+        help="Side of the window cut out of larger images; 0 takes whole images. Default: 512 (the paper's),"
+             " whole scenes of shapesworld.")]=None,
+    checkpoint:Annotated[Optional[str], typer.Option(
+        help="Folder to continue from. Default: beside the mask.")]=None,
+    weights:Annotated[Optional[str], typer.Option(
+        help="Also write the CLIP with its trained tower to this file, which --pretrained reads.")]=None,
+    optimizer:Annotated[str, typer.Option(help="adamw or sgd.")]='adamw',
+    weight_decay:Annotated[float, typer.Option(help="Weight decay.")]=0.0,
+    clip_grad:Annotated[float, typer.Option(help="Largest norm of the gradient; 0 does not clip.")]=0.0,
+    batch_norm:Annotated[str, typer.Option(
+        help="train: statistics of the batch, over all processes; frozen: CLIP's.")]='train',
+    precision:Annotated[str, typer.Option(help="Of the student: no, or bf16 (mixed).")]='no',
+    teacher:Annotated[str, typer.Option(
+        help="How the teacher sees a region: crop, tight (the released code's crops) or attention.")]='crop',
+    max_regions:Annotated[int, typer.Option(help="Most regions an iteration, over all processes.")]=64,
+    workers:Annotated[Optional[int], typer.Option(
+        help="Processes that read data. Default: none for shapesworld, else up to 4, as cores allow.")]=None,
+    checkpoint_every:Annotated[int, typer.Option(
+        min=0, help="Iterations between checkpoints within a round; 0 for none.")]=500,
+    disk_mb:Annotated[int, typer.Option(
+        help="Most disk space for the teacher's embeddings, if images are whole (--crop 0).")]=16384,
+    released:Annotated[Optional[str], typer.Option(
+        help="Find the mask as the released code does, on this framework: mask2former or deeplabv3. Flags "
+             "win over its settings.")]=None,
+    output_stride:OutputStride=32, device:Device=None, seed:Seed=0, allow_hub:AllowHub=False,
+    as_json:AsJson=False, config:Config=None,
+):
     """Find a sparse mask: Algorithm 1 with distillation as its only loss, or a baseline.
     Under accelerate launch or torchrun, processes share each batch."""
     from opentrans.clip import save_weights
     from opentrans.data import ImageBatches
-    from opentrans.pruning import CRITERIA, SparseMask, geometric_schedule, imp, reconstruct
+    from opentrans.pruning import CRITERIA, SparseMask, geometric_schedule, imp, layer_densities, reconstruct
     one_by_one = method in _LAYER_BY_LAYER
-    if not one_by_one: _check_layer_flags(method)
+    if not one_by_one: _check_layer_flags(method, densities)
     if precision not in ('no', 'bf16'): raise unknown('precision', precision, ['no', 'bf16'])
     if released: _check_released(released, method)
     if method not in ('imp', 'random', *CRITERIA): raise unknown('method', method, ['imp', 'random', *CRITERIA])
@@ -186,9 +217,10 @@ def prune(out:Annotated[str, typer.Option(help="The mask file to write (.safeten
         if released: used.update(loss='released', teacher=model.kd_target)
     keep_settings(None, **used)
     def distillation_loss(model): return train.losses(model, score_batches, seed)
+    shared = layer_densities(densities, clip, density) if densities and not one_by_one else density
     if method == 'imp':
         scoring = {} if criterion == 'magnitude' else dict(criterion=criterion, losses=distillation_loss)
-        mask,history = imp(model, train, density=density, p=p, seed=seed, checkpoint_dir=run_dir,
+        mask,history = imp(model, train, density=shared, p=p, seed=seed, checkpoint_dir=run_dir,
                            checkpoint_every=checkpoint_every,
                            settings=dict(clip=backbone), **scoring)
         if weights and first_process(): save_weights(clip, weights)
@@ -200,7 +232,7 @@ def prune(out:Annotated[str, typer.Option(help="The mask file to write (.safeten
         mask.info.update(data=getattr(opened, 'name', data), images=len(pictures))
         if weights and first_process(): save_weights(clip, weights)
     elif method == 'random': mask = SparseMask.random(clip, density, seed=seed)
-    elif method == 'magnitude': mask = SparseMask.magnitude(clip, density)
+    elif method == 'magnitude': mask = SparseMask.magnitude(clip, shared)
     else: mask = SparseMask.by(method, clip, density, losses=distillation_loss)
     if first_process():
         mask.save(out)
@@ -216,12 +248,10 @@ def cka_command(
     mask:Annotated[Optional[str], typer.Option(help="Mask file to put on the second.")]=None,
     data:Data='shapesworld', root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None,
     images:Annotated[int, typer.Option(min=1, help="Images to compare on.")]=64,
-    size:Annotated[Optional[int], typer.Option(min=16, max=_SIDE,
-                                               help="Images are resized to this side. Default: the first "
-                                                    "backbone's own.")]=None,
-    out:Annotated[Optional[str], typer.Option(help="Folder for cka.csv and cka.png.")]=None, device:Device=None,
-    seed:Seed=0,
-    allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
+    size:Annotated[Optional[int], typer.Option(
+        min=16, max=_SIDE, help="Images are resized to this side. Default: the first backbone's own.")]=None,
+    out:Annotated[Optional[str], typer.Option(help="Folder for cka.csv and cka.png.")]=None,
+    device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
 ):
     "Similarity of two towers, stage by stage: unbiased linear CKA."
     import torch
