@@ -9,7 +9,10 @@ __all__ = ['CONVS', 'PACKED', 'LAYER_KINDS', 'BATCH_NORMS', 'NORMS', 'SELECTION_
 
 # %% ../nbs/00_core.ipynb #f08e375b
 import re, weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -249,7 +252,7 @@ def param_shapes(
 
 # %% ../nbs/00_core.ipynb #026d8c26
 def find_layers(
-    names, # Names of layers, as `layers` gives them
+    names:Iterable[str], # Names of layers, as `layers` gives them
     model:nn.Module, # A tower, or anything that holds one
 )->dict: # Name -> `Layer`
     """Find layers by name in the model's tower, or under the one prefix where all of them are. Raises
@@ -260,7 +263,8 @@ def find_layers(
 # %% ../nbs/00_core.ipynb #f7608b91
 def resolve_in_tower(
     model:nn.Module, # A tower, or anything that holds one
-    match, # A function of a module; raises `OpenTransError` if what it looks for is not there
+    # A function of a module; raises `OpenTransError` if what it looks for is not there
+    match:Callable[[nn.Module], Any],
 ): # What it returned
     """Look for something in the tower of a model, or else in all of the model; if it is in neither, the error is
     the tower's."""
@@ -363,7 +367,7 @@ class LayerSelection:
             raise OpenTransError(
                 f"{len(both)} layers are both trained and frozen: {name_some(sorted(both))}. Name each layer once.")
 
-    def to_json(self, path=None)->str:
+    def to_json(self, path:str|Path|None=None)->str:
         "The selection as a JSON text, which is written to `path` as well if one is given."
         text = json_text(dict(rule=self.rule, train=self.train, freeze=self.freeze), SELECTION_FILE)
         if path is not None: save_text(text, path)
@@ -371,7 +375,7 @@ class LayerSelection:
 
     @classmethod
     def from_json(cls,
-        source, # A path, or the JSON text itself
+        source:str|Path, # A path, or the JSON text itself
     ):
         """Read what `to_json` wrote, or the same by hand. Raises `OpenTransError` if it is something else, or was
         altered."""

@@ -7,6 +7,7 @@ __all__ = ['FIGURES', 'FullSize', 'released_stride16', 'paper_costs']
 
 # %% ../nbs/experiments/57_efficiency.ipynb #70340dff
 import functools, math
+from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -42,32 +43,32 @@ class FullSize:
     def clip(self): return ClipBackbone.create('RN50', pretrained=None)
 
     @functools.lru_cache(None)
-    def framework(self, name): return build(name, self.clip, vocabulary=[f'class {i}' for i in range(133)], seed=0)
+    def framework(self, name:str): return build(name, self.clip, vocabulary=[f'class {i}' for i in range(133)], seed=0)
 
     @functools.lru_cache(None)
-    def trunk(self, size, convention='thop'):
+    def trunk(self, size:Sequence[int], convention:str='thop'):
         return cost(self.clip, (3, *size), convention=convention).without('attnpool')
 
-    def features(self, size):
+    def features(self, size:Sequence[int]):
         return {k: torch.zeros(1, c, math.ceil(size[0]/s), math.ceil(size[1]/s))
                 for (k,c),s in zip(self.clip.channels.items(), self.strides.values())}
 
     @functools.lru_cache(None)
-    def han(self, size, convention):
+    def han(self, size:Sequence[int], convention:str):
         "The head of Han et al.: pixel decoder, mask decoder, class embedding; fed with the trunk's maps."
         head,maps = self.framework('mask2former').head,self.features(size)
         return cost(head, (3, *size), convention=convention, args=tuple(maps.values()),
                     forward=lambda x, *f: head(dict(zip(maps, f))))
 
     @functools.lru_cache(None)
-    def fcclip(self, size, convention):
+    def fcclip(self, size:Sequence[int], convention:str):
         "The head of FC-CLIP: 250 queries, classified behind every layer."
         head,maps = self.framework('fcclip').head,self.features(size)
         return cost(head, (3, *size), convention=convention, args=tuple(maps.values()),
                     forward=lambda x, *f: head(dict(zip(maps, f)), every=True))
 
     @functools.lru_cache(None)
-    def deeplab(self, size, convention):
+    def deeplab(self, size:Sequence[int], convention:str):
         """ASPP and decoder of DeepLabV3, fed with maps of stride 16, without a classifier (text embeddings
         classify)."""
         seg,(h,w) = self.framework('deeplabv3'),(math.ceil(n/16) for n in size)
@@ -252,7 +253,7 @@ FIGURES = dict(clip_rn50=_clip_value, han_rn50=_han_value, fcclip_rn50=_fcclip_v
               **dict.fromkeys([f'{p}deit_{w}' for p in ('spvit_', '') for w in _WIDTH], _spvit_value))
 
 def paper_costs(
-    only=None, # Beginnings of names, such as `'han'`; None takes all
+    only:str|Sequence[str]|None=None, # Beginnings of names, such as `'han'`; None takes all
     # name, metric, convention, input, value, paper, target, unit, difference (relative, to the target), agrees
     # (within the entry's tolerance), required, note
 )->pd.DataFrame:

@@ -8,6 +8,7 @@ __all__ = ['OpenTransError', 'FormatError', 'DamagedFile', 'OtherRun', 'WriteErr
 
 # %% ../nbs/00_errors.ipynb #6115c07e
 import difflib, importlib, math, numbers, re
+from collections.abc import Iterable
 
 # %% ../nbs/00_errors.ipynb #59785a65
 class OpenTransError(ValueError):
@@ -42,8 +43,8 @@ _MANY = 100 # names, more than one would read
 
 def unknown(
     kind:str, # What was being looked up, for example `'framework'`
-    given, # What the user wrote
-    choices, # Iterable of the allowed names
+    given:object, # What the user wrote
+    choices:Iterable[object], # Iterable of the allowed names
 )->OpenTransError: # An error to raise
     "The error for a name that is not in a list of names. It lists the choices, or those nearest to it of very many."
     choices = [str(choice) for choice in choices]
@@ -54,7 +55,7 @@ def unknown(
     return OpenTransError(f"Unknown {kind} '{shorten(given)}'; {told}")
 
 def shorten(
-    text, # Anything that has a text
+    text:object, # Anything that has a text
     length:int=200, # Number of characters to keep
 )->str:
     "The beginning of a long text, for a message."
@@ -74,7 +75,7 @@ def optional(
                              f"Run: pip install 'opentrans[{extra}]'") from error
 
 def is_timms_own(
-    name, # As it was typed, or stands in a file
+    name:object, # As it was typed, or stands in a file
 )->bool:
     "Is it a name of timm's own models? One with a prefix (`hf-hub:`, `local-dir:`) is fetched, or read from a folder."
     timm = optional('timm', 'dev', 'A model of timm')
@@ -101,8 +102,8 @@ def _shown(value):
 def check_number(
     name:str, # What the number is called
     value, # What the user gave
-    low=-math.inf, # Smallest number that is allowed
-    high=math.inf, # Largest number that is allowed
+    low:float=-math.inf, # Smallest number that is allowed
+    high:float=math.inf, # Largest number that is allowed
     whole:bool=False, # Must it be a whole number?
     above:bool=False, # Is `low` itself too small?
     below:bool=False, # Is `high` itself too large?

@@ -13,7 +13,7 @@ import html, re
 _CONTROL = re.compile('[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]')
 
 def printable(
-    text, # Anything that has a text
+    text:object, # Anything that has a text
 )->str:
     """A text in which characters that command a terminal are written as their codes, such as `\\x1b`. Tabs and line
     ends stay."""
@@ -21,7 +21,7 @@ def printable(
 
 # %% ../nbs/00_escape.ipynb #b1bae59d
 def for_terminal(
-    text, # Anything that has a text
+    text:object, # Anything that has a text
 ): # A `rich.text.Text`, which rich prints as it stands
     "A text for rich without markup, emoji codes or escape sequences."
     from rich.text import Text
@@ -29,7 +29,7 @@ def for_terminal(
 
 # %% ../nbs/00_escape.ipynb #10525ddd
 def for_plot(
-    text, # Anything that has a text
+    text:object, # Anything that has a text
 )->str:
     """A text that matplotlib draws as it stands: no formula, and never left out of a legend because of a leading
     `_`."""
@@ -38,7 +38,7 @@ def for_plot(
 
 # %% ../nbs/00_escape.ipynb #5ef3634e
 def for_html(
-    text, # Anything that has a text
+    text:object, # Anything that has a text
 )->str:
     "A text for a page, between tags or inside quoted attributes."
     return html.escape(printable(text), quote=True)
@@ -47,14 +47,14 @@ def for_html(
 _MARKDOWN = re.compile(r'([\\`*_{}\[\]<>|#~$&!])')
 
 def for_markdown(
-    text, # Anything that has a text
+    text:object, # Anything that has a text
 )->str:
     "A text for a line or a table cell of Markdown."
     return _MARKDOWN.sub(r'\\\1', ' '.join(printable(text).split()))
 
 # %% ../nbs/00_escape.ipynb #5c15cea2
 def for_csv(
-    value, # A cell; anything but a text stays as it is
+    value:object, # A cell; anything but a text stays as it is
 ): # The cell, which no spreadsheet takes for a formula
     "A cell of a table for spreadsheets. A text that begins like a formula gets a leading apostrophe."
     if not isinstance(value, str): return value

@@ -9,7 +9,9 @@ __all__ = ['WRAPPERS', 'SPELLINGS', 'clean_name', 'name_some', 'candidate_matche
 
 # %% ../nbs/05_naming.ipynb #323256d1
 import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 from .errors import OpenTransError
 
 # %% ../nbs/05_naming.ipynb #8479930d
@@ -62,8 +64,8 @@ def unmatched_error(
 def unique_match(
     fits:list, # Equally good ways to place the same keys, as `candidate_matches` gives them
     what:str='names', # What is being matched, for the message
-    same=lambda name: name, # What makes two places one, e.g. the identity of the parameter
-    show=str, # A place in words
+    same:Callable[[Any], Any]=lambda name: name, # What makes two places one, e.g. the identity of the parameter
+    show:Callable[[Any], str]=str, # A place in words
 )->dict: # The one way
     """The one place where keys fit. Raises `OpenTransError` if there are several: an exact name does not win over
     the same name further in."""
@@ -78,7 +80,7 @@ def match_names(
     target:dict, # Name -> shape of where it goes
     what:str='names', # What is being matched, for the message
     strict:bool=True, # Raise if some keys have no partner? If not, they are left out
-    same=lambda name: name, # What makes two places one, e.g. the identity of the parameter
+    same:Callable[[Any], Any]=lambda name: name, # What makes two places one, e.g. the identity of the parameter
 )->dict: # Key -> name in the target
     """Match names by suffix and shape: one common prefix for all. Raises `OpenTransError` if there is none, or more
     than one."""
@@ -96,8 +98,8 @@ def match_pattern(
     return fnmatchcase(name, pattern.replace('[', '[[]'))
 
 def find_names(
-    names, # Names as the user wrote them
-    there, # Names that are there
+    names:Iterable[str], # Names as the user wrote them
+    there:Iterable[str], # Names that are there
     what:str='names', # What is being looked up, for the message
 )->dict: # Name -> name that is there
     """Names as they are written if all of them are there, else under the one prefix where all of them are. Raises
@@ -109,7 +111,7 @@ def find_names(
 
 def inside(
     name:str, # Name of a layer
-    modules, # Names of modules, their paths, or patterns of whole names such as `'layer4.*'`
+    modules:Iterable[str], # Names of modules, their paths, or patterns of whole names such as `'layer4.*'`
 )->bool:
     "Does a layer lie under one of some modules, wherever they stand, or match a pattern as a whole?"
     parts = name.split('.')[:-1]
@@ -131,7 +133,7 @@ def common_name(
     return name
 
 # %% ../nbs/05_naming.ipynb #49e9c058
-def weight_slots(shapes, rename=lambda n: n):
+def weight_slots(shapes:Mapping[str, Sequence[int]], rename:Callable[[str], str]=lambda n: n):
     """Where a layer can be: every parameter, and the thirds of those that may be packed. Name -> (parameter, rows
     or None, shape)."""
     res,twice = {},set()
@@ -162,7 +164,7 @@ def _without_module(name):
     return re.sub(r'(^|\.)module(?=\.)', '', name).lstrip('.')
 
 # %% ../nbs/05_naming.ipynb #db361120
-def tell_reasons(whys, n=3):
+def tell_reasons(whys:Mapping[str, str], n:int=3):
     "Layers and reasons as one text; layers with the same reason are counted."
     alike = {}
     for name,why in whys.items(): alike.setdefault(why, []).append(name)
@@ -186,10 +188,10 @@ def _apart(keys, names):
 
 # %% ../nbs/05_naming.ipynb #0c218976
 def match_weights(
-    keys, # Name -> shape
-    shapes, # Parameter -> shape
-    strict=True, # Raise if a key has no partner?
-    same=lambda name: name, # What makes two parameters one
+    keys:Mapping[str, Sequence[int]], # Name -> shape
+    shapes:Mapping[str, Sequence[int]], # Parameter -> shape
+    strict:bool=True, # Raise if a key has no partner?
+    same:Callable[[Any], Any]=lambda name: name, # What makes two parameters one
 ): # Key -> (parameter, rows or None)
     """The one place where the keys fit, by the rule of `match_names` in each spelling. Raises `OpenTransError` if
     there is none, or more than one."""

@@ -7,6 +7,9 @@ __all__ = ['world_size', 'group_size', 'Group', 'Processes', 'train_step']
 
 # %% ../nbs/00_processes.ipynb #a59f4cde
 import contextlib, math, os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 import torch
 from torch import nn
 import torch.distributed as dist
@@ -37,7 +40,7 @@ class Group:
     def __repr__(self): return f'process {self.rank} of {self.n}'
 
     def tell(self,
-        x, # Anything that can be pickled; what the other processes give is not looked at
+        x:Any, # Anything that can be pickled; what the other processes give is not looked at
     ): # What the first process has
         "The first process tells the others."
         if self.n == 1: return x
@@ -46,7 +49,7 @@ class Group:
         return box[0]
 
     def every(self,
-        x, # Anything that can be pickled
+        x:Any, # Anything that can be pickled
     )->list: # What each process has, in their order
         "Each process tells all others."
         if self.n == 1: return [x]
@@ -55,7 +58,7 @@ class Group:
         return box
 
     def together(self,
-        work, # Function without arguments
+        work:Callable[[], Any], # Function without arguments
     ): # What it gives in this process
         """Do something in each process. Raises the `OpenTransError` of one of them in all, so that none waits for
         another that has stopped."""
@@ -66,7 +69,7 @@ class Group:
         if failed: raise error or failed[0]
         return result
 
-    def same(self, value, what:str):
+    def same(self, value:Any, what:str):
         "Raises `OpenTransError` if not every process has the same `value`."
         seen = self.every(value)
         if any(v != seen[0] for v in seen):
@@ -80,7 +83,7 @@ class Processes(Group):
     n:int = 1
     rank:int = 0
     def __init__(self,
-        device=None, # Where this process computes; None takes the one that accelerate gives it
+        device:str|torch.device|None=None, # Where this process computes; None takes the one that accelerate gives it
     ):
         self.n = world_size()
         self.rank = 0
@@ -99,7 +102,7 @@ class Processes(Group):
                                        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         self.rank,self.device = self.accelerator.process_index,self.accelerator.device
 
-    def sum(self, x):
+    def sum(self, x:torch.Tensor):
         "The sum of a tensor over all processes."
         return x if self.n == 1 else self.accelerator.reduce(x.to(self.device), 'sum')
 
@@ -113,7 +116,7 @@ class Processes(Group):
         return int(self.sum(torch.tensor(number if self.main else 0)))
 
     def lock(self,
-        folder, # Of a run
+        folder:str|Path|None, # Of a run
     )->contextlib.ExitStack: # A block in which the folder is this run's
         "Keep other runs out of a folder. One process holds it for all; all raise `OtherRun` if it is taken."
         held = contextlib.ExitStack()
@@ -147,7 +150,7 @@ class Processes(Group):
 
     def wrap(self,
         # A `Framework`, or another module with a `loss` of a batch, on its device; already frozen where it shall be
-        framework,
+        framework:nn.Module,
         norms:bool=False, # Let batch norms see all processes?
     ): # (what gives the losses of a batch, handle that undoes it)
         "A framework whose gradients are the mean over all processes; in a single process the framework itself."
@@ -257,12 +260,12 @@ def _part(batch, i, n):
 
 # %% ../nbs/00_processes.ipynb #dc050051
 def train_step(
-    framework, # In training mode; or what `Processes.wrap` made of it
+    framework:nn.Module, # In training mode; or what `Processes.wrap` made of it
     batch:dict, # On its device
-    opt, # Optimizer with the learning rate set
+    opt:torch.optim.Optimizer, # Optimizer with the learning rate set
     recipe, # What has `precision`, `accumulate` (parts) and `clip_grad`, e.g. a `Recipe`
-    scaler=None, # Gradient scaler for 'fp16'
-    mean=lambda values: values, # Of numbers over all processes
+    scaler:torch.amp.GradScaler|None=None, # Gradient scaler for 'fp16'
+    mean:Callable[[list[float]], list[float]]=lambda values: values, # Of numbers over all processes
     # Loss terms and `grad_norm` as numbers. If a loss is not finite, nothing has been changed but norm statistics
 )->dict:
     "One step: losses, gradients, clipping, optimizer."

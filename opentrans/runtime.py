@@ -9,6 +9,7 @@ __all__ = ['RETIRED', 'LINE_EVERY', 'Handle', 'around_step', 'held_by', 'after_s
 
 # %% ../nbs/00_runtime.ipynb #77d8f6f4
 import contextlib, io, math, os, random, signal, threading, weakref
+from collections.abc import Iterable
 from typing import Any, Callable
 import numpy as np
 import torch
@@ -35,8 +36,9 @@ class Handle:
 RETIRED = [] # handles whose parameters are gone; a hook cannot leave the list of hooks while torch walks through it
 
 def around_step(
-    before, # Called with the optimizer before each step of any optimizer; None for nothing
-    after, # Called with the optimizer after it; None for nothing
+    # Called with the optimizer before each step of any optimizer; None for nothing
+    before:Callable[[torch.optim.Optimizer], Any]|None,
+    after:Callable[[torch.optim.Optimizer], Any]|None, # Called with the optimizer after it; None for nothing
 )->Handle: # Handle
     "Do something before and after every optimizer step, whichever optimizer it is. No gradients are recorded."
     while RETIRED: RETIRED.pop().remove()
@@ -48,7 +50,7 @@ def around_step(
     return Handle(*(handle.remove for handle in handles))
 
 def held_by(
-    opt, # Any optimizer of torch
+    opt:torch.optim.Optimizer, # Any optimizer of torch
 )->set: # The `id`s of its parameters
     "Which parameters an optimizer moves."
     return {id(p) for group in opt.param_groups for p in group['params']}
@@ -70,7 +72,7 @@ def after_step(
 # %% ../nbs/00_runtime.ipynb #85c0fc80
 @contextlib.contextmanager
 def signal_handlers(
-    handler, # Called with the number of the signal and a frame
+    handler:Callable[[int, Any], Any], # Called with the number of the signal and a frame
     *signals, # Numbers, e.g. `signal.SIGTERM`
 ):
     """Signals go to a handler inside the block. One that is ignored stays so, and a thread other than the main one,
@@ -148,8 +150,8 @@ def device_of(model:nn.Module)->torch.device:
     return next((p.device for p in model.parameters()), torch.device('cpu'))
 
 def to_device(
-    x, # A batch: tensors, and lists, tuples and dicts of them; anything else stays as it is
-    device, # Where to
+    x:Any, # A batch: tensors, and lists, tuples and dicts of them; anything else stays as it is
+    device:str|torch.device, # Where to
 ): # The same, there
     "Move a batch."
     from accelerate.utils import send_to_device
@@ -157,7 +159,7 @@ def to_device(
 
 # %% ../nbs/00_runtime.ipynb #4e008153
 def check_images(
-    images, # What goes into a model; anything but a tensor passes
+    images:Any, # What goes into a model; anything but a tensor passes
 ):
     "Raises `OpenTransError` for pictures whose values are bytes of 0 to 255, which no network here takes."
     if isinstance(images, torch.Tensor) and images.dtype == torch.uint8:
@@ -238,7 +240,7 @@ def is_quiet()->bool:
 
 # %% ../nbs/00_runtime.ipynb #5cd89c1c
 def progress(
-    it, # Iterable
+    it:Iterable[Any]|None, # Iterable
     desc:str='', # What is going on
     total:int=None, # Length, if `it` does not know it
     lines:bool=True, # Tell a log, too? Not where the caller does

@@ -9,6 +9,7 @@ __all__ = ['TOWERS', 'HEADS', 'CLASSIFIERS', 'MODEL_ENDS', 'Tower', 'register_to
 
 # %% ../nbs/06_towers.ipynb #f9b5b937
 import math
+from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -35,38 +36,38 @@ class Tower:
         return any(f'{kind.__module__}.{kind.__qualname__}' in cls.classes for kind in type(net).__mro__)
 
     @staticmethod
-    def gives_maps(net)->bool:
+    def gives_maps(net:nn.Module)->bool:
         "Can `features` be asked? A network of the family may end in a way that no map comes from."
         return True
 
     @staticmethod
-    def stages(net)->list:
+    def stages(net:nn.Module)->list:
         "Names of the four modules whose outputs are the maps of strides 4, 8, 16 and 32."
         raise NotImplementedError
 
     @staticmethod
-    def features(net, x):
+    def features(net:nn.Module, x:torch.Tensor):
         "Images (B,3,H,W), normalised -> ({'res2'...'res5': map}, what the tower ends with, for the three below)."
         raise NotImplementedError
 
     @staticmethod
-    def dense(net, last):
+    def dense(net:nn.Module, last:torch.Tensor|tuple):
         "An embedding (B,D,h,w) of every cell of the last map."
         raise NotImplementedError
 
     @staticmethod
-    def pool(net, last, weights):
+    def pool(net:nn.Module, last:torch.Tensor|tuple, weights:Sequence[torch.Tensor]):
         "Embeddings of sets of cells: `weights[i]` (N_i, h*w), the share of each cell, for the i-th image."
         raise NotImplementedError
 
     @classmethod
-    def pool_masks(cls, net, last, inside):
+    def pool_masks(cls, net:nn.Module, last:torch.Tensor|tuple, inside:torch.Tensor):
         """Embeddings (B,N,D) of masks, `inside` (B,N,h*w) bool, in FC-CLIP's way; without one of its own, as `pool`
         does."""
         return cls.pool(net, last, inside.float()).unflatten(0, inside.shape[:2])
 
     @classmethod
-    def dilate(cls, net, output_stride):
+    def dilate(cls, net:nn.Module, output_stride:int):
         "Give the tower a last map of a finer stride, in place. Raises `OpenTransError` for a family that cannot."
         raise OpenTransError(
             f"A finer output_stride is made for ResNet towers, not for {type(net).__name__}. Use output_stride=32.")
@@ -108,7 +109,7 @@ def tower_family(
         "Choose an RN, a convnext, or a plain ViT of CLIP, or register its family (`register_tower`).")
 
 def tower_prefix(
-    keys, # Names of the tensors of a checkpoint
+    keys:Iterable[str], # Names of the tensors of a checkpoint
 )->str: # What stands before the names of its image tower
     """Find the one image tower in a checkpoint by the signs of the families. Raises `OpenTransError` if there is
     none, or several."""
@@ -165,7 +166,7 @@ def head_of(
 def trunk(
     model:nn.Module, # Any model; names are read in its tower
     # What to leave out, as `inside` reads it; None: the model's head (`head_of`); `()` leaves nothing out
-    skip=None,
+    skip:str|Iterable[str]|None=None,
 )->list: # `Layer`s
     "The layers of a model without those of its head."
     if skip is None: skip = head_of(model)
@@ -175,7 +176,7 @@ def trunk(
 # %% ../nbs/06_towers.ipynb #73a634c4
 def cell_weights(
     regions:torch.Tensor, # (N,H,W)
-    grid, # Size (h,w) of a map
+    grid:Sequence[int], # Size (h,w) of a map
 )->torch.Tensor: # (N, h*w), the largest of each region is 1
     "Share of each cell that a region covers, divided by the largest."
     w = F.adaptive_avg_pool2d(regions[:,None].float(), grid).flatten(1)
@@ -200,17 +201,17 @@ def _interpolate_positions(pos, grid):
 # %% ../nbs/06_towers.ipynb #23abcc7d
 class SlidingPool(nn.Module):
     "The 2x2 mean of cells `step` apart, at every cell: what `AvgPool2d(2)` gives, without the stride."
-    def __init__(self, step):
+    def __init__(self, step:int):
         super().__init__()
         self.step = step
-    def forward(self, x):
+    def forward(self, x:torch.Tensor):
         d = self.step
         x = F.pad(x, (0, d, 0, d), mode='replicate')
         h,w = x.shape[-2]-d,x.shape[-1]-d
         return (x[...,:h,:w] + x[...,d:,:w] + x[...,:h,d:] + x[...,d:,d:])/4
 
 def dilate_resnet(
-    net, # An open_clip `ModifiedResNet`, changed in place
+    net:nn.Module, # An open_clip `ModifiedResNet`, changed in place
     output_stride:int=32, # Stride of the last map: 32, 16 or 8
 ):
     "Give a ResNet tower a finer last map by dilation; names and weights stay."
@@ -249,26 +250,26 @@ class ResNetTower(Tower):
             (r'res([2-5])\.(\d+)\.shortcut\.weight', _down('layer{}.{}.downsample.0.weight'))]}
 
     @staticmethod
-    def stages(net): return ['layer1', 'layer2', 'layer3', 'layer4']
+    def stages(net:nn.Module): return ['layer1', 'layer2', 'layer3', 'layer4']
 
     @classmethod
-    def dilate(cls, net, output_stride): return dilate_resnet(net, output_stride)
+    def dilate(cls, net:nn.Module, output_stride:int): return dilate_resnet(net, output_stride)
 
     @staticmethod
-    def features(net, x):
+    def features(net:nn.Module, x:torch.Tensor):
         x = net.stem(x)
         res = {}
         for i in (1, 2, 3, 4): x = res[f'res{i+1}'] = getattr(net, f'layer{i}')(x)
         return res,x
 
     @staticmethod
-    def dense(net, x):
+    def dense(net:nn.Module, x:torch.Tensor):
         p = net.attnpool
         t = x.flatten(2).mT + _interpolate_positions(p.positional_embedding, x.shape[-2:])[1]
         return p.c_proj(p.v_proj(t)).mT.unflatten(2, x.shape[-2:])
 
     @staticmethod
-    def pool(net, x, weights):
+    def pool(net:nn.Module, x:torch.Tensor, weights:Sequence[torch.Tensor]):
         "Embed sets of cells: `weights[i]` (N_i, h*w) for the i-th image."
         p,n = net.attnpool,net.attnpool.num_heads
         first,rest = _interpolate_positions(p.positional_embedding, x.shape[-2:])
@@ -288,7 +289,7 @@ class ResNetTower(Tower):
         return torch.cat(res)
 
     @staticmethod
-    def pool_masks(net, x, inside):
+    def pool_masks(net:nn.Module, x:torch.Tensor, inside:torch.Tensor):
         """FC-CLIP's way through the attention pool: heads and cells score alike for all masks, positions are
         resized bilinearly."""
         p = net.attnpool
@@ -319,17 +320,17 @@ class TimmTower(Tower):
     embeds_nothing = True # a mean over no cell is 0
 
     @staticmethod
-    def gives_maps(net):
+    def gives_maps(net:nn.Module):
         trunk = net.trunk
         pools = (getattr(getattr(trunk, 'head', None), 'global_pool', None) is not None
                  and not hasattr(trunk, 'blocks'))
         return pools and len(getattr(trunk, 'feature_info', ())) >= 4 and getattr(trunk, 'output_fmt', '') != 'NHWC'
 
     @staticmethod
-    def stages(net): return [f"trunk.{info['module']}" for info in net.trunk.feature_info][-4:]
+    def stages(net:nn.Module): return [f"trunk.{info['module']}" for info in net.trunk.feature_info][-4:]
 
     @staticmethod
-    def features(net, x):
+    def features(net:nn.Module, x:torch.Tensor):
         last,maps = net.trunk.forward_intermediates(x)
         return {f'res{i+2}': m for i,m in enumerate(maps[-4:])},last
 
@@ -337,25 +338,25 @@ class TimmTower(Tower):
     def _embed(net, cells): return net.head(net.trunk.forward_head(cells[...,None,None]))   # (N, C) -> (N, D)
 
     @staticmethod
-    def dense(net, x):
+    def dense(net:nn.Module, x:torch.Tensor):
         e = TimmTower._embed(net, x.flatten(2).mT.flatten(0, 1))
         return e.unflatten(0, (len(x), -1)).mT.unflatten(2, x.shape[-2:])
 
     @staticmethod
-    def pool(net, x, weights):
+    def pool(net:nn.Module, x:torch.Tensor, weights:Sequence[torch.Tensor]):
         return TimmTower._embed(net,
                                 torch.cat([(w/w.sum(1, keepdim=True)) @ c
                                            for c,w in zip(x.flatten(2).mT, weights)]))
 
     @staticmethod
-    def pool_masks(net, x, inside):
+    def pool_masks(net:nn.Module, x:torch.Tensor, inside:torch.Tensor):
         "The mean of the cells of each mask, embedded as any mean is."
         mean = cell_means(x, inside)
         return TimmTower._embed(net, mean.flatten(0, 1)).unflatten(0, mean.shape[:2])
 
 # %% ../nbs/06_towers.ipynb #6e8ad026
 def dilate_efficientnet(
-    trunk, # A timm `EfficientNet`, changed in place
+    trunk:nn.Module, # A timm `EfficientNet`, changed in place
     output_stride:int=32, # Stride of the last map: 32, 16 or 8
 ):
     "Give an EfficientNet a finer last map by dilation; names and weights stay."
@@ -378,15 +379,15 @@ class EfficientNetTower(TimmTower):
     signs = (('trunk.conv_stem.weight', 'trunk.conv_head.weight'),)
 
     @classmethod
-    def fits(cls, net):
+    def fits(cls, net:nn.Module):
         kinds = [f'{kind.__module__}.{kind.__qualname__}' for kind in type(getattr(net, 'trunk', None)).__mro__]
         return super().fits(net) and 'timm.models.efficientnet.EfficientNet' in kinds
 
     @staticmethod
-    def gives_maps(net): return len(net.trunk.feature_info) >= 4 and bool(net.trunk.global_pool.pool_type)
+    def gives_maps(net:nn.Module): return len(net.trunk.feature_info) >= 4 and bool(net.trunk.global_pool.pool_type)
 
     @classmethod
-    def dilate(cls, net, output_stride): dilate_efficientnet(net.trunk, output_stride)
+    def dilate(cls, net:nn.Module, output_stride:int): dilate_efficientnet(net.trunk, output_stride)
 
 # %% ../nbs/06_towers.ipynb #138c3460
 @register_tower('ViT')
@@ -414,19 +415,19 @@ class ViTTower(Tower):
                                        r'transformer.resblocks.\1.mlp.c_proj.weight')]}
 
     @staticmethod
-    def gives_maps(net):
+    def gives_maps(net:nn.Module):
         blocks = net.transformer.resblocks
         plain = all(type(b).__name__ == 'ResidualAttentionBlock' for b in blocks) and net.transformer.batch_first
         return (net.pool_type == 'tok' and net.attn_pool is None and not net.final_ln_after_pool
                 and len(blocks) % 4 == 0 and plain)
 
     @staticmethod
-    def stages(net):
+    def stages(net:nn.Module):
         n = len(net.transformer.resblocks)
         return [f'transformer.resblocks.{n*i//4-1}' for i in (1, 2, 3, 4)]
 
     @staticmethod
-    def features(net, x):
+    def features(net:nn.Module, x:torch.Tensor):
         size,patch = x.shape[-2:],net.patch_size
         x = F.pad(x, (0, -size[1] % patch[1], 0, -size[0] % patch[0]))
         t = net.conv1(x)
@@ -453,13 +454,13 @@ class ViTTower(Tower):
         return net.ln_post(x + b.ls_2(b.mlp(b.ln_2(x)))) @ net.proj
 
     @staticmethod
-    def dense(net, state):
+    def dense(net:nn.Module, state:tuple[torch.Tensor, Sequence[int]]):
         x,grid = state
         alone = torch.full((x.shape[1], x.shape[1]), -torch.inf, device=x.device).fill_diagonal_(0)
         return ViTTower._last(net, x, alone.expand(len(x), -1, -1))[:,1:].mT.unflatten(2, grid)
 
     @staticmethod
-    def pool(net, state, weights):
+    def pool(net:nn.Module, state:tuple[torch.Tensor, Sequence[int]], weights:Sequence[torch.Tensor]):
         res = [net.proj.new_zeros(0, net.proj.shape[1])]
         for x,w in zip(state[0], weights):
             if not len(w): continue # torch's attention takes no empty batch under a mask

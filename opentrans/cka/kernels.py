@@ -74,8 +74,8 @@ def _pair(X, Y, unbiased, kernel):
 
 # %% ../../nbs/03_cka.ipynb #c33184f5
 def linear_cka(
-    X, # (n, ...) features of n examples; further axes are flattened
-    Y, # (n, ...) features of the same examples
+    X:torch.Tensor, # (n, ...) features of n examples; further axes are flattened
+    Y:torch.Tensor, # (n, ...) features of the same examples
     unbiased:bool=False, # Debiased HSIC (Song et al. 2012); the usual biased one if False
     # 0: unrelated, 1: equal up to rotation and scale; NaN, with a warning that says why, if a feature never varies
 )->float:
@@ -83,8 +83,8 @@ def linear_cka(
     return _pair(X, Y, unbiased, lambda K: K)
 
 def rbf_cka(
-    X, # (n, ...) features of n examples
-    Y, # (n, ...) features of the same examples
+    X:torch.Tensor, # (n, ...) features of n examples
+    Y:torch.Tensor, # (n, ...) features of the same examples
     sigma:float=1., # Width of the Gaussian as a share of the median distance
     unbiased:bool=False, # Debiased HSIC; the usual biased one if False
 )->float: # As `linear_cka`

@@ -7,7 +7,8 @@ __all__ = ['cka', 'plot_cka', 'same_layers', 'channel_cka', 'paper_cka']
 
 # %% ../../nbs/03c_streams.ipynb #f3ad37dd
 import contextlib, warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 import numpy as np
 import pandas as pd
 import torch
@@ -159,18 +160,21 @@ def _watches(models, modules, axis, *options):
 def cka(
     model_a:nn.Module, # Rows of the result are its layers
     model_b:nn.Module, # Columns are its layers; may be `model_a` itself
-    loader, # Batches: a tensor, a tuple that begins with one, or a dict with `images`
+    # Batches: a tensor, a tuple that begins with one, or a dict with `images`
+    loader:Iterable[torch.Tensor|Sequence[Any]|Mapping[str, Any]],
     # Names of modules or keys of weights; None: every convolution, linear and attention layer that runs
     layers_a:list=None,
     layers_b:list=None, # As `layers_a`, which is taken if None and the model has those names
     unbiased:bool=True, # Debiased HSIC in each batch; the biased one if False
     kernel:str='linear', # `'linear'` or `'rbf'`
     sigma:float=1., # Width of the RBF kernel as a share of the median distance in the batch
-    maps='flatten', # What an example is: `'flatten'`, `'pool'`, or g for the cells of a g x g grid (`as_examples`)
-    forward=None, # How to run a model: a function (model, images); None calls `model(images)`
+    # What an example is: `'flatten'`, `'pool'`, or g for the cells of a g x g grid (`as_examples`)
+    maps:str|int='flatten',
+    # How to run a model: a function (model, images); None calls `model(images)`
+    forward:Callable[[nn.Module, torch.Tensor], Any]|None=None,
     # Axis of the pictures in what layers give: one for all, a dict by layer, or a tuple of these for the two
     # models; None finds it out
-    axis=None,
+    axis:int|Mapping[str, int]|tuple|None=None,
     # CKA of each pair; `.attrs` holds estimator, kernel, maps, examples, batches, left_out, reasons (layer -> why
     # its row is NaN)
 )->pd.DataFrame:
@@ -260,7 +264,7 @@ def same_layers(
 def channel_cka(
     X:torch.Tensor, # (C, H, W) map of one picture, or (B, C, H, W)
     Y:torch.Tensor, # Another of the same shape
-    constant='one', # A channel that is constant in X or Y counts as 1 (the paper's code), or is left out: `'skip'`
+    constant:str='one', # A channel that is constant in X or Y counts as 1 (the paper's code), or is left out: `'skip'`
 )->float: # Mean over channels and pictures
     """What the paper's released CKA.py computes: rows of each channel's map as examples, biased linear CKA,
     averaged over channels. NaN, with a warning, if X or Y holds NaN. Raises `OpenTransError` for maps that do
@@ -281,10 +285,10 @@ def channel_cka(
 def paper_cka(
     model_a:nn.Module, # Usually CLIP's tower
     model_b:nn.Module, # Usually a fine-tuned backbone
-    loader, # As for `cka`; the paper's code took one picture
+    loader:Iterable[torch.Tensor|Sequence[Any]|Mapping[str, Any]], # As for `cka`; the paper's code took one picture
     layers:list, # Names of layers that give maps (C,H,W) of the same shape in both
-    constant='one', # What a constant channel counts: `'one'` as in the paper's code, or `'skip'`
-    forward=None, # A function (model, images); None calls `model(images)`
+    constant:str='one', # What a constant channel counts: `'one'` as in the paper's code, or `'skip'`
+    forward:Callable[[nn.Module, torch.Tensor], Any]|None=None, # A function (model, images); None calls `model(images)`
 )->pd.Series: # By layer, mean over pictures
     """The released per-channel score (`channel_cka`) between layers of the same name. Raises `OpenTransError` for
     an empty loader and layers that do not run."""

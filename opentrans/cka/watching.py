@@ -94,7 +94,7 @@ def _pool(x, channels):
 def as_examples(
     x:torch.Tensor, # What a layer gave for `n` pictures: (n, C, H, W), (n, tokens, C), (tokens, n, C) or (n, C)
     n:int, # Number of pictures
-    maps='flatten', # `'flatten'`, `'pool'` (mean over positions), or g: each cell of a g x g grid is an example
+    maps:str|int='flatten', # `'flatten'`, `'pool'` (mean over positions), or g: each cell of a g x g grid is an example
     # Axis of the pictures; it may hold several rows a picture, one after the other, such as windows. None: the
     # first or second, if one alone fits
     axis:int=None,

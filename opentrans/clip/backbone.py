@@ -7,6 +7,7 @@ __all__ = ['TextEncoder', 'class_prompts', 'Origin', 'ClipBackbone']
 
 # %% ../../nbs/clip/20_clip.ipynb #88844196
 import copy, functools, math, warnings
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 import open_clip
 from .weights import _triple, open_model
-from ..data.vocabulary import check_templates, checked_text
+from ..data.vocabulary import check_templates, checked_text, Vocabulary
 from ..errors import OpenTransError, unknown
 from ..escape import for_markdown, printable
 from ..runtime import device_of
@@ -28,8 +29,8 @@ class TextEncoder:
     "CLIP's text side: frozen, shared by all copies, with a memory of prompts."
     def __init__(self,
         model:nn.Module, # An open_clip model; its text side is taken over
-        tokenizer, # Texts -> token ids
-        name='', # Name of the CLIP, for messages
+        tokenizer:Callable[..., torch.Tensor], # Texts -> token ids
+        name:str='', # Name of the CLIP, for messages
         trained:bool=True, # Has it learned some words, so that a word which it has not seen is worth a warning?
     ):
         self.model = copy.copy(model)
@@ -45,8 +46,8 @@ class TextEncoder:
 
     @torch.no_grad()
     def prompts(self,
-        prompts, # Texts
-        device='cpu', # Where to encode new ones
+        prompts:Sequence[str], # Texts
+        device:str|torch.device='cpu', # Where to encode new ones
         batch:int=256, # Prompts at a time
     )->torch.Tensor: # (P, D), unit length, on the CPU
         "Embed texts, each once."
@@ -67,7 +68,7 @@ class TextEncoder:
         e = self.prompts([p for ps in said for p in ps], device).split([len(ps) for ps in said])
         return torch.stack([F.normalize(x.mean(0), dim=0) for x in e]).to(device)
 
-    def strange(self, said)->list: # The first prompt of each such class
+    def strange(self, said:Sequence[Sequence[str]])->list: # The first prompt of each such class
         """Classes whose words a small CLIP has never seen, or that are unlike all names that a CLIP for photographs
         was shown."""
         if not self.trained: return []
@@ -77,12 +78,15 @@ class TextEncoder:
         if not hasattr(self.tokenizer, 'unknown_words'): return []
         return [ps[0] for ps in said if all(self.tokenizer.unknown_words(p) for p in ps)]
 
-    def nearest(self, said)->tuple: # (likeness (K,), list of K names)
+    def nearest(self, said:Sequence[Sequence[str]])->tuple: # (likeness (K,), list of K names)
         "Of a CLIP for photographs: the name it was shown that each class is most like."
         parts = self.prompts([p for ps in said for p in ps]).split([len(ps) for ps in said])
         return self.known.nearest(torch.stack([F.normalize(part.mean(0), dim=0) for part in parts]))
 
-    def doubts(self, said, first=())->str: # One sentence, or nothing; those in `first` are named first
+    def doubts(self,
+        said:Sequence[Sequence[str]],
+        first:Collection[str]=(),
+    )->str: # One sentence, or nothing; those in `first` are named first
         "What a small CLIP does not know of some classes."
         strange = sorted(self.strange(said), key=lambda p: p not in first)
         if not strange: return ''
@@ -106,10 +110,10 @@ class TextEncoder:
 
 # %% ../../nbs/clip/20_clip.ipynb #41a2b34d
 def class_prompts(
-    names, # A `Vocabulary`, or a list of names, in which `'sofa,couch'` are synonyms
+    names:Vocabulary|str|Sequence[str], # A `Vocabulary`, or a list of names, in which `'sofa,couch'` are synonyms
     # Prompts with a `{}` for the name, or the name of a set in `opentrans.data.TEMPLATES`; None takes the
     # vocabulary's own, or CLIP's simplest
-    templates=None,
+    templates:str|Sequence[str]|None=None,
 )->list: # One list of texts for each class: every synonym in every template
     """The texts that stand for classes. Raises `OpenTransError` for an empty list or name, and for a template that
     does not have the place of the name once."""
@@ -179,7 +183,7 @@ class ClipBackbone(nn.Module):
                            doc="Scale of cosine similarities in CLIP's softmax.")
     output_stride = property(lambda self: self.origin.output_stride)
 
-    def prepare(self, images):
+    def prepare(self, images:torch.Tensor):
         "Check images and take off CLIP's mean and deviation."
         if (not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 3
             or not images.is_floating_point()):
@@ -223,11 +227,12 @@ class ClipBackbone(nn.Module):
 @patch(cls_method=True)
 def from_model(cls:ClipBackbone,
     model:nn.Module, # An open_clip model; its parts are copied
-    tokenizer, # Texts -> token ids
+    tokenizer:Callable[..., torch.Tensor], # Texts -> token ids
     name:str='clip', # A name for messages
     pretrained:str=None, # Where the weights come from
-    mean=None, # Mean colour that the tower expects; None: as open_clip has noted it at the model, else OpenAI's
-    std=None, # Deviation that the tower expects, likewise
+    # Mean colour that the tower expects; None: as open_clip has noted it at the model, else OpenAI's
+    mean:Sequence[float]|None=None,
+    std:Sequence[float]|None=None, # Deviation that the tower expects, likewise
     normalize:bool=True, # Do images come in [0,1]? If not, they come normalised
     output_stride:int=32, # Stride of `res5`: 32, 16 or 8
     copy_weights:bool=True, # Leave `model` independent of the backbone?
@@ -256,8 +261,8 @@ def create(cls:ClipBackbone,
     output_stride:int=32, # Stride of `res5`: 32, or for a ResNet 16 or 8
     cache_dir:str=None, # Where downloads are kept; None for the libraries' own place
     quick_gelu:bool=None, # OpenAI's faster activation? None: as file, tag or name tell
-    mean=None, # Mean colour of its images, three numbers; None: as file or tag tell
-    std=None, # Their deviation, likewise
+    mean:Sequence[float]|None=None, # Mean colour of its images, three numbers; None: as file or tag tell
+    std:Sequence[float]|None=None, # Their deviation, likewise
     # True: whatever is missing may be fetched from the Hugging Face hub; None: what a tag needs; False: nothing
     hub:bool=None,
 )->ClipBackbone: # In eval mode, on the CPU
@@ -269,8 +274,8 @@ def create(cls:ClipBackbone,
 # %% ../../nbs/clip/20_clip.ipynb #30b96d38
 @patch
 def encode_text(self:ClipBackbone,
-    vocabulary, # A `Vocabulary`, or a list of names
-    templates=None, # Prompts with `{}`; None takes the vocabulary's own, or CLIP's simplest
+    vocabulary:Vocabulary|str|Sequence[str], # A `Vocabulary`, or a list of names
+    templates:str|Sequence[str]|None=None, # Prompts with `{}`; None takes the vocabulary's own, or CLIP's simplest
 )->torch.Tensor: # (K, D), unit length
     "Embed class names. Each prompt is encoded once for all copies of this backbone."
     return self.text(class_prompts(vocabulary, templates), device_of(self))
@@ -307,7 +312,7 @@ def _check_regions(images, regions):
 @patch
 def crops(self:ClipBackbone,
     images:torch.Tensor, # (B, 3, H, W) in [0,1]
-    regions, # List of B masks (N_i, H, W)
+    regions:Sequence[torch.Tensor], # List of B masks (N_i, H, W)
     size:int=None, # Side of the crops; None for the native size
     margin:float=1.3, # Side of the box, as a multiple of the region's longer side; never more than the image's
 )->torch.Tensor: # (sum N_i, 3, size, size), normalised as the tower wants; what is outside a region is 0
@@ -330,7 +335,7 @@ def crops(self:ClipBackbone,
 @patch
 def tight_crops(self:ClipBackbone,
     images:torch.Tensor, # (B, 3, H, W) in [0,1]
-    regions, # List of B masks (N_i, H, W)
+    regions:Sequence[torch.Tensor], # List of B masks (N_i, H, W)
     size:int=None, # Side of the crops; None for the native size
 )->torch.Tensor: # (sum N_i, 3, size, size), normalised as the tower wants
     """Cut out regions as the code released with the paper does (detr_panoptic_caption_kd_dataset_mapper.py): the
@@ -348,7 +353,7 @@ def tight_crops(self:ClipBackbone,
 @patch
 def region_embeddings(self:ClipBackbone,
     images:torch.Tensor, # (B, 3, H, W) in [0,1]
-    regions=None, # List of B masks (N_i, H, W); None for one region a image, all of it
+    regions:Sequence[torch.Tensor]|None=None, # List of B masks (N_i, H, W); None for one region a image, all of it
     # `'attention'`: pool the region's cells of the map; `'crop'`: embed each region as an image of its own;
     # `'tight'`: as the released code crops it
     mode:str='attention',

@@ -8,6 +8,7 @@ __all__ = ['PHOTO_FILE', 'photo_clips', 'shipped_clips', 'photo_settings', 'pack
 
 # %% ../../nbs/clip/22_photo.ipynb #3264761b
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -119,8 +120,9 @@ class Centred(nn.Module):
         return F.normalize(x, dim=-1) - self.mean
 
 def join_of(
-    encode, # Texts -> embeddings (N, D) of the sentence encoder, before anything is taken off
-    classes, # A text for each name that the tower was trained on, with its synonyms behind commas
+    # Texts -> embeddings (N, D) of the sentence encoder, before anything is taken off
+    encode:Callable[[list[str]], torch.Tensor],
+    classes:Sequence[str], # A text for each name that the tower was trained on, with its synonyms behind commas
     template:str='a photo of a {}.', # The sentence around a name
 )->dict: # `'names'`: (D, K), of unit length along D; `'mean'`: (D,)
     "Fit the join: what the names share, and where each lies without it. Nothing but names is needed."

@@ -7,6 +7,7 @@ __all__ = ['ASSETS', 'bpe_tokenizer', 'compact_tokens', 'CompactTokenizer', 'sma
 
 # %% ../../nbs/clip/21_small_clip.ipynb #abf2923f
 import copy
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 import torch
@@ -28,7 +29,7 @@ def bpe_tokenizer():
     return _bpe[0]
 
 def compact_tokens(
-    captions, # Texts of the small world
+    captions:Iterable[str], # Texts of the small world
 )->list: # The pieces that they use, as text (`'red</w>'`), in the order of CLIP's table
     "The vocabulary that a small CLIP needs for these captions."
     t = bpe_tokenizer()
@@ -39,8 +40,8 @@ class CompactTokenizer:
     """open_clip's tokenizer on a short table: 0 is padding, 1 the unknown piece, then the known pieces, start and
     (as CLIP's pooling asks, the largest) end."""
     def __init__(self,
-        tokens, # The known pieces, as `compact_tokens` gives them
-        context_length=16, # Longest text in tokens, start and end included; longer ones are cut
+        tokens:Sequence[str], # The known pieces, as `compact_tokens` gives them
+        context_length:int=16, # Longest text in tokens, start and end included; longer ones are cut
     ):
         t = bpe_tokenizer()
         strange = [p for p in tokens if p not in t.encoder]
@@ -54,9 +55,9 @@ class CompactTokenizer:
 
     def __len__(self): return self.end+1
 
-    def encode(self, text): return [self.ids.get(i, self.unknown) for i in bpe_tokenizer().encode(text)]
+    def encode(self, text:str): return [self.ids.get(i, self.unknown) for i in bpe_tokenizer().encode(text)]
 
-    def unknown_words(self, text)->list:
+    def unknown_words(self, text:str)->list:
         "The words of a text that hold a piece which is not in the table."
         return [w for w in text.split() if self.unknown in self.encode(w) and any(c.isalnum() for c in w)]
 
@@ -125,7 +126,7 @@ def _check_near(config, where):
 
 # %% ../../nbs/clip/21_small_clip.ipynb #08ba6172
 def small_config(
-    name, # `'shapes-rn'`, a path to a `.json`, or a configuration
+    name:str|Path|dict, # `'shapes-rn'`, a path to a `.json`, or a configuration
 )->dict: # Configuration: open_clip's `embed_dim`, `vision_cfg` and `text_cfg`, and `tokens`
     """The configuration of a small CLIP. Raises `OpenTransError` if there is none of that name, or if a file has
     other entries."""
@@ -139,9 +140,9 @@ def small_clips()->list:
     return sorted(p.stem for p in ASSETS.glob('*.json') if '"vision_cfg"' in p.read_text(encoding='utf-8'))
 
 def small_clip(
-    config, # open_clip configuration (`dict`), a path, or a name as `'shapes-rn'`
-    tokens=None, # Known pieces of words; None takes `config['tokens']`
-    seed=None, # Seed of the initial weights; None draws from torch's generator as it stands
+    config:str|Path|dict, # open_clip configuration (`dict`), a path, or a name as `'shapes-rn'`
+    tokens:Sequence[str]|None=None, # Known pieces of words; None takes `config['tokens']`
+    seed:int|None=None, # Seed of the initial weights; None draws from torch's generator as it stands
 )->tuple: # (`open_clip.model.CLIP`, `CompactTokenizer`)
     "A CLIP of open_clip's classes with a short token table, with initial weights, and its tokenizer."
     cfg = small_config(config)

@@ -17,6 +17,7 @@ from typing_extensions import NotRequired, TypedDict
 import huggingface_hub
 import open_clip
 import urllib.request
+from collections.abc import Sequence
 from .photo import known_names, photo_clip, photo_clips, photo_settings, photo_weights, shipped_clips
 from .small import _check_timm, _Size, ASSETS, small_clip, small_clips, small_config
 from ..errors import FormatError, OpenTransError, shorten, unknown
@@ -29,7 +30,7 @@ from ..runtime import seeded
 CLIP_FILE = FileKind('opentrans-clip', 'CLIP', 'save_weights')
 
 def read_weights(
-    path, # `.safetensors`, or `.pt`, `.pth`, `.bin`, `.pkl` with a state dict
+    path:str|Path, # `.safetensors`, or `.pt`, `.pth`, `.bin`, `.pkl` with a state dict
 )->dict: # Name -> tensor
     "A state dict from a file, without running code from it. Raises `OpenTransError`."
     if not os.path.exists(path):
@@ -58,7 +59,7 @@ def _fit_positions(weights, model, source):
 def load_weights(
     model:nn.Module, # An open_clip model
     weights:dict, # Name -> tensor, in open_clip's or OpenAI's names
-    source='the weights', # Where they come from, for the message
+    source:str='the weights', # Where they come from, for the message
 ):
     """Fill all of a CLIP from a state dict: whatever is missing, left over or of another shape is an error that
     lists the names."""
@@ -131,11 +132,11 @@ def clip_facts(
 
 def save_weights(
     model:nn.Module, # An open_clip model, or a `ClipBackbone`
-    path, # A `.safetensors` file
+    path:str|Path, # A `.safetensors` file
     half:bool=False, # Store in float16?
     # Mean colour of its images, three numbers; None: as `open_model` or open_clip has noted it at the model
-    mean=None,
-    std=None, # Their deviation, likewise
+    mean:Sequence[float]|None=None,
+    std:Sequence[float]|None=None, # Their deviation, likewise
     **metadata, # Facts about the training
 ):
     """Write all weights of a CLIP to a safetensors file that `ClipBackbone.create` reads, with activation,
@@ -154,7 +155,7 @@ def _whole(clip):
     return model
 
 def read_facts(
-    path, # A file of weights
+    path:str|Path, # A file of weights
 )->dict: # As `clip_facts` gives them; empty for a file that `save_weights` of this version did not write
     "What a file of weights tells of its CLIP besides the weights. Raises `OpenTransError`."
     if Path(path).suffix != '.safetensors': return {}
@@ -391,7 +392,7 @@ def _complete(
 # %% ../../nbs/clip/24_weights.ipynb #3dbede57
 def find_weights(
     name:str, # Of the CLIP
-    pretrained, # As `open_model` takes it
+    pretrained:str|Path|None, # As `open_model` takes it
     cache_dir:str=None, # Where downloads are kept; None for the libraries' own place
     hub:bool=None, # As `open_model` takes it
 )->tuple: # (path, or None for random weights; what is known of them besides, as `clip_facts` gives it)
@@ -439,7 +440,7 @@ def _holds_tower(path):
 
 def weights_apart(
     name:str, # Of the CLIP
-    pretrained, # As `open_model` takes it
+    pretrained:str|Path|None, # As `open_model` takes it
     # (where the whole CLIP comes from, as `open_model` takes it; file of an image tower that is laid over it, or
     # None)
 )->tuple:
@@ -467,8 +468,8 @@ def open_model(
     seed:int=0, # Seed of random weights
     cache_dir:str=None, # Where downloads are kept; None for the libraries' own place
     quick_gelu:bool=None, # OpenAI's faster activation? None: as file, tag or name tell
-    mean=None, # Mean colour of its images, three numbers; None: as file or tag tell
-    std=None, # Their deviation, likewise
+    mean:Sequence[float]|None=None, # Mean colour of its images, three numbers; None: as file or tag tell
+    std:Sequence[float]|None=None, # Their deviation, likewise
     # True: whatever is missing may be fetched from the Hugging Face hub; None: what a tag needs; False: nothing
     hub:bool=None,
 )->tuple: # (model, tokenizer, mean, std)

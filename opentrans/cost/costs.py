@@ -7,7 +7,9 @@ __all__ = ['cost', 'Cost', 'training_table', 'training_flops', 'tool_count']
 
 # %% ../../nbs/04_cost.ipynb #e8c755bc
 import contextlib, logging, math, re, sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 import numpy as np
 import pandas as pd
 import torch
@@ -16,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException, DynamicOutputShapeException, FakeTensor, UnsupportedFakeTensorException,
     UnsupportedOperatorException)
-from ..core import LAYER_KINDS, unwrap
+from ..core import LAYER_KINDS, LayerSelection, unwrap
 from .counting import _Composite, _Counter, _hooked, _model_rows, CONVENTIONS
 from .dry_pass import _LeftBehind, _run_dry
 from ..errors import OpenTransError, optional, unknown
@@ -251,11 +253,11 @@ def _as_cost(counter, convention, size):
 # %% ../../nbs/04_cost.ipynb #c9cbfabd
 def cost(
     model:nn.Module, # A tower, a backbone, a framework, or any other model; it is left as it was
-    input_size, # (C,H,W), or with the batch (B,C,H,W)
+    input_size:Sequence[int], # (C,H,W), or with the batch (B,C,H,W)
     mask=None, # A `SparseMask`, a dict name -> density, or one density for the whole tower
     convention:str='macs', # `'macs'`, `'thop'`, `'ptflops'` or `'fvcore'`
-    args=(), # More positional inputs, behind the images
-    forward=None, # What to run instead of `model(images, *args)`: a function of these
+    args:Sequence[Any]=(), # More positional inputs, behind the images
+    forward:Callable[..., Any]|None=None, # What to run instead of `model(images, *args)`: a function of these
     dry:bool=True, # Shapes only; a model whose flow depends on values is run for real, once
     # By layer; `.params`, `.macs` and, under the mask, `.active_params`, `.active_macs`; `.unpriced` lists what has
     # no price
@@ -372,7 +374,7 @@ def training_table(
     # A `SparseMask`, dict of densities, or one density for the whole tower; None: the mask that `cost` was made
     # with
     mask=None,
-    selection=None, # A `LayerSelection`; None: everything learns
+    selection:LayerSelection|None=None, # A `LayerSelection`; None: everything learns
     rule:str='paper', # `'paper'`: supplement 6.2; `'exact'`: gradients only where they are needed
     train_norms:bool=True, # Do norms (and other weights that are no layers) of the tower learn?
 )->pd.DataFrame: # forward, input_grad, weight_grad: FLOPs of one image, by row
@@ -398,8 +400,9 @@ def training_flops(
     # A `SparseMask`, dict of densities, or one density for the whole tower (the paper's way); None: the mask that
     # `cost` was made with
     mask=None,
-    selection=None, # A `LayerSelection`; None: everything learns
-    head=0., # MACs of one image in a head that `cost` does not hold: a number or a `Cost`; counts three times
+    selection:LayerSelection|None=None, # A `LayerSelection`; None: everything learns
+    # MACs of one image in a head that `cost` does not hold: a number or a `Cost`; counts three times
+    head:float|Cost=0.,
     rule:str='paper', # `'paper'`: supplement 6.2; `'exact'`: gradients only where they are needed
     train_norms:bool=True, # Do norms of the tower learn? Matters for `rule='exact'`
 )->float: # FLOPs of the whole run
@@ -416,7 +419,7 @@ def training_flops(
 def tool_count(
     tool:str, # `'thop'`, `'ptflops'` or `'fvcore'`
     model:nn.Module, # The model; it is copied, since the tools leave traces
-    input_size, # (C,H,W); one image
+    input_size:Sequence[int], # (C,H,W); one image
 )->tuple: # (FLOPs, parameters)
     "Run one of the three counting tools. Raises `OpenTransError` if it is not installed."
     import copy, warnings

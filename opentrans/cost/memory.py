@@ -7,13 +7,15 @@ __all__ = ['training_memory', 'peak_memory']
 
 # %% ../../nbs/04d_memory.ipynb #65ce705b
 import contextlib, os, weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from ..core import unwrap
+from ..core import LayerSelection, unwrap
 from .costs import _as_written, _blindly, _check_model, _inputs, _needs_values, _no_log, _size
 from .counting import _storage
 from .dry_pass import _run_dry
@@ -95,11 +97,12 @@ def _restore(buffer, was):
 # %% ../../nbs/04d_memory.ipynb #c8727ef2
 def training_memory(
     model:nn.Module, # The model; it is left as it was
-    input_size, # (B,C,H,W) of one step, or (C,H,W) for one picture
-    selection=None, # A `LayerSelection` to apply; None: what `requires_grad` says now
+    input_size:Sequence[int], # (B,C,H,W) of one step, or (C,H,W) for one picture
+    selection:LayerSelection|None=None, # A `LayerSelection` to apply; None: what `requires_grad` says now
     optimizer:str='sgd', # `'sgd'`, `'momentum'`, `'rmsprop'`, `'adam'` or `'adamw'`
-    args=(), # More positional inputs
-    loss=None, # Function of the model's output that gives a scalar; None takes the mean
+    args:Sequence[Any]=(), # More positional inputs
+    # Function of the model's output that gives a scalar; None takes the mean
+    loss:Callable[[Any], torch.Tensor]|None=None,
     # Bytes: weights, gradients, optimizer, activations (kept for backward), peak (all of it at the worst moment)
 )->pd.Series:
     """Memory of one training step, estimated without running it. Raises `OpenTransError`, also if the model's flow
@@ -134,8 +137,8 @@ def training_memory(
 
 # %% ../../nbs/04d_memory.ipynb #90cc1f50
 def peak_memory(
-    step, # A function without arguments
-    device='cpu', # Where it works
+    step:Callable[[], Any], # A function without arguments
+    device:str|torch.device='cpu', # Where it works
 )->int: # Bytes at the worst moment, above what was allocated before
     "Measure the peak memory of `step` from the allocator itself: CUDA's counter, or each allocation on the CPU."
     if torch.device(device).type == 'cuda':

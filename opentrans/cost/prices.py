@@ -7,6 +7,8 @@ __all__ = ['op_macs', 'fvcore_flops']
 
 # %% ../../nbs/04b_prices.ipynb #d652b726
 import functools, math, re
+from collections.abc import Mapping, Sequence
+from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
@@ -92,10 +94,10 @@ def _torchs_price(op, args, kwargs, out):
                              out_val=out)//2,tuple(tensors),'attention' if 'attention' in str(op) else 'matmul'
 
 def op_macs(
-    op, # An operator of `torch.ops` (an overload packet)
-    args, # What it was given
-    out, # What came out
-    kwargs=None, # What it was given by name
+    op:torch._ops.OpOverloadPacket, # An operator of `torch.ops` (an overload packet)
+    args:Sequence[Any], # What it was given
+    out:Any, # What came out
+    kwargs:Mapping[str, Any]|None=None, # What it was given by name
 ): # (multiply-accumulates, places of the factors in `args`, kind), or None for an operator without a price
     "The multiply-accumulates of one operator call, from shapes."
     if op in (_aten.convolution, _aten._convolution): return _conv(args[0], args[1], out, args[6]),(0, 1),'conv'
@@ -126,7 +128,7 @@ def _may_multiply(op):
 _FVCORE = (_aten.convolution, _aten._convolution, _aten.mm, _aten.bmm, _aten.addmm, _aten._addmm_activation,
            _aten.linear)
 
-def fvcore_flops(op, args, out, kwargs=None):
+def fvcore_flops(op:torch._ops.OpOverloadPacket, args:Sequence[Any], out:Any, kwargs:Mapping[str, Any]|None=None):
     "What fvcore 0.1.5 writes for an operator, in the form of `op_macs`."
     if op in (_aten.native_batch_norm, _aten._native_batch_norm_legit_no_training, _aten.cudnn_batch_norm,
               _aten.miopen_batch_norm):

@@ -8,7 +8,7 @@ __all__ = ['sample_batches', 'random_window', 'ImageBatches']
 # %% ../../nbs/data/13_batches.ipynb #6ef60d25
 from collections.abc import Iterable, Iterator
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from ..errors import check_number, OpenTransError
 
 # %% ../../nbs/data/13_batches.ipynb #84c68401
@@ -36,7 +36,7 @@ def random_window(
 class ImageBatches:
     "Images of a data set in batches, the same in each pass. Raises `OpenTransError`."
     def __init__(self,
-        data, # Data set of samples with `image`
+        data:Dataset, # Data set of samples with `image`
         images:int=128, # How many; all, if it has no more
         batch_size:int=8, # Images at a time
         crop:int=None, # Side of a random window of larger images; None or 0 for whole ones

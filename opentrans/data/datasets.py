@@ -9,7 +9,7 @@ __all__ = ['IMAGES', 'data_root', 'find_layout', 'pair_files', 'register_dataset
 # %% ../../nbs/data/15_datasets.ipynb #aecc5a75
 import inspect, json, os, re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 import numpy as np
@@ -22,11 +22,12 @@ from .shapes import ShapesWorld
 from .vocabulary import _asset, VOCABULARIES, Vocabulary
 from ..errors import FormatError, OpenTransError, shorten, unknown
 from ..files import atomic_path, check_shape, load_json, read_text, save_text
+from torch.utils.data import Dataset
 
 # %% ../../nbs/data/15_datasets.ipynb #f8f002bd
 def data_root(
     # A folder; None takes the environment variable DETECTRON2_DATASETS, or `datasets` in the current folder
-    root=None,
+    root:str|Path|None=None,
 )->Path: # The folder
     "Where data sets are. Raises `OpenTransError` if there is no such folder."
     given = root if root is not None else os.environ.get('DETECTRON2_DATASETS', 'datasets')
@@ -61,9 +62,9 @@ IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 def pair_files(
     images:Path, # Folder of the images; looked through with its subfolders
     labels:Path, # Folder of the label maps, with the same subfolders
-    tails=('', ''), # What the names of an image and of a label map end in, before the suffix
-    names=None, # Only these images (stems); None for all
-    suffixes=('.png', '.tif', '.tiff'), # Of the label maps
+    tails:tuple[str, str]=('', ''), # What the names of an image and of a label map end in, before the suffix
+    names:Sequence[str]|None=None, # Only these images (stems); None for all
+    suffixes:Sequence[str]=('.png', '.tif', '.tiff'), # Of the label maps
 )->tuple: # (list of `Files` by name, id -> problem)
     "Match images and label maps by name. What has no partner, or shares its name with another file, is a problem."
     a,b = _by_id(images, tails[0], IMAGES),_by_id(labels, tails[1], suffixes)
@@ -121,7 +122,7 @@ def list_datasets()->list:
 
 def open_dataset(
     name:str, # One of `list_datasets()`
-    root=None, # Folder of the data; see `data_root`
+    root:str|Path|None=None, # Folder of the data; see `data_root`
     split:str='val', # `'train'` or `'val'`
     corrupt:str='raise', # `'raise'`, or `'skip'` to leave out what cannot be read, with a warning
     **options, # What the data set takes besides, such as `names` and `ignore` of `'folder'`
@@ -244,7 +245,7 @@ def _once(values, what, path):
     if twice: raise FormatError(f"'{path}' lists {what} {shorten(twice[0], 60)} more than once.")
 
 def read_panoptic_json(
-    path, # A JSON file
+    path:str|Path, # A JSON file
     *needed:str, # Fields that it must have besides `annotations`, such as `'images'`
     # images, annotations, categories, and under `opentrans` what `write_coco_panoptic` adds; whatever else it holds
     # is left out
@@ -339,10 +340,10 @@ def _box(m):
     return [int(x.min()), int(y.min()), int(x.max()-x.min()+1), int(y.max()-y.min()+1)] if len(y) else [0, 0, 0, 0]
 
 def write_coco_panoptic(
-    data, # A data set of samples
-    root, # `ROOT/coco` is made, in detectron2's layout
+    data:Dataset, # A data set of samples
+    root:str|Path, # `ROOT/coco` is made, in detectron2's layout
     split:str='val', # `'train'` or `'val'`
-    things=None, # Indices of the thing classes; None takes `data.things`
+    things:Collection[int]|None=None, # Indices of the thing classes; None takes `data.things`
 )->Path: # The JSON file, written last
     """Write a data set in COCO panoptic format. Raises `OpenTransError` if regions overlap or the folder cannot be
     written."""
@@ -443,7 +444,7 @@ class ReleasedInstances(LabelMaps):
     """Label maps with instances. Cityscapes: one map of `1000*class + number`; ADE20K: a second file, whose path
     stands in `Files.segments`."""
     instances = True
-    def annotation(self, i):
+    def annotation(self, i:int):
         f,thing = self.files[i],self._isthing
         if f.segments is not None: return self._ade(i, f.segments)
         raw = self.decode(f.labels).astype(np.int64)

@@ -8,7 +8,7 @@ __all__ = ['IOU_THRESHOLDS', 'Sums', 'SemanticIoU', 'panoptic_map', 'match_segme
 
 # %% ../../nbs/data/16_metrics.ipynb #cf98af5f
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 import torch
@@ -42,7 +42,7 @@ class Sums:
         for n in self._sums: getattr(self, n).zero_()
         return self
 
-    def merge(self, other):
+    def merge(self, other:'Sums'):
         """Add what another metric of the same kind has seen. Raises `OpenTransError` if the two do not count the
         same classes."""
         if type(other) is not type(self) or self._same() != other._same():
@@ -51,8 +51,9 @@ class Sums:
         return self
 
     def reduce(self,
-        sum_over_processes, # Function tensor -> its sum over all processes, e.g. `accelerator.reduce`
-        device='cpu', # Where that function wants the tensor, e.g. `accelerator.device`
+        # Function tensor -> its sum over all processes, e.g. `accelerator.reduce`
+        sum_over_processes:Callable[[torch.Tensor], torch.Tensor],
+        device:str|torch.device='cpu', # Where that function wants the tensor, e.g. `accelerator.device`
     ): # A new metric that holds what all processes have seen; this one stays as it was
         "Add up the sums of all processes, each of which calls this."
         res = copy.deepcopy(self)
@@ -152,7 +153,7 @@ class SemanticIoU(Sums):
         # Classes in the mean: those in truth or prediction (`'either'`), or those in the truth (`'truth'`)
         over:str='either',
         # Lists of class indices that mean the same pixels; adds `same`: the mean IoU where each list is one class
-        same=None,
+        same:Sequence[Sequence[int]]|None=None,
         # miou, iou (NaN where a class is absent), pixel_accuracy, mean_accuracy, confusion, groups; never_true:
         # classes that no truth holds; ignored: number of pixels that did not count
     )->dict:
@@ -206,9 +207,9 @@ class SemanticIoU(Sums):
 # %% ../../nbs/data/16_metrics.ipynb #5e746e2a
 def panoptic_map(
     regions:torch.Tensor, # Boolean masks (N,H,W); a later one covers an earlier one
-    region_classes, # N class indices
+    region_classes:torch.Tensor|Sequence[int], # N class indices
     ignore:int=255, # Class of the pixels that no region covers
-    crowd=None, # N booleans: this region is a crowd (its instance number is -1)
+    crowd:torch.Tensor|Sequence[bool]|None=None, # N booleans: this region is a crowd (its instance number is -1)
 )->torch.Tensor: # (H,W,2) int64: class and instance number of each pixel
     """Lay regions into one map of (class, instance) pairs. Raises `OpenTransError` if masks, classes and crowds do
     not belong together."""
@@ -284,7 +285,7 @@ class PanopticQuality(Sums):
     "Panoptic quality PQ = SQ x RQ, per class and over things and stuff (Kirillov et al. 2019)."
     _sums = ('iou', 'tp', 'fp', 'fn')
     def __init__(self,
-        isthing, # One boolean a class: countable or not
+        isthing:torch.Tensor|Sequence[bool], # One boolean a class: countable or not
         ignore:int=255, # Class of pixels that do not count
     ):
         try: self.isthing,self.ignore = torch.as_tensor(isthing, dtype=torch.bool).cpu().ravel(),ignore
@@ -387,7 +388,7 @@ class MaskNames(Sums):
         return self
 
     def compute(self,
-        same=None, # Lists of class indices that mean the same pixels
+        same:Sequence[Sequence[int]]|None=None, # Lists of class indices that mean the same pixels
         # found, named, precision as shares of 1; confused: table of (truth, prediction, masks), the most frequent
         # first
     )->dict:
@@ -458,7 +459,7 @@ class DetectionAP:
     "Average precision of boxes, by class, threshold and group, as `pycocotools` counts it."
     def __init__(self,
         num_classes:int, # Labels are 0 .. num_classes-1
-        thresholds=IOU_THRESHOLDS, # Of overlap
+        thresholds:Sequence[float]=IOU_THRESHOLDS, # Of overlap
         most:int=100, # Detections of an image that count, of each class
     ):
         _check_classes(num_classes, num_classes)

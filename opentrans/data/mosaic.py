@@ -7,6 +7,7 @@ __all__ = ['CUTS', 'PhotoMosaic']
 
 # %% ../../nbs/data/13_mosaic.ipynb #f3521457
 import io, tarfile
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
@@ -62,22 +63,23 @@ class PhotoMosaic(Dataset):
     """Scenes composed of labelled photographs: each thing is cut out of one, by a box or a shape, and laid over
     those before it."""
     def __init__(self,
-        source, # A folder CLASS/NAME.jpg, or a tar of one, which is not unpacked
+        source:str|Path, # A folder CLASS/NAME.jpg, or a tar of one, which is not unpacked
         # Folder -> its name: a dict, or a file of lines 'folder TAB name'; None: names.tsv beside the source if
         # there is one, else the folders' own names
-        names=None,
-        classes=None, # Folders to use; None: all
+        names:dict[str, str]|str|Path|None=None,
+        classes:Sequence[str]|None=None, # Folders to use; None: all
         n:int=512, # Number of scenes
-        size=(192, 256), # (H, W) of a scene, or a number for both
-        objects=(2, 5), # Fewest and most things of a scene
-        side=(.35, .75), # Smallest and largest side of a thing, as a share of the scene's shorter side
-        cuts=CUTS, # How things are cut out; one is drawn for each
+        size:int|Sequence[int]=(192, 256), # (H, W) of a scene, or a number for both
+        objects:tuple[int, int]=(2, 5), # Fewest and most things of a scene
+        # Smallest and largest side of a thing, as a share of the scene's shorter side
+        side:tuple[float, float]=(.35, .75),
+        cuts:Sequence[str]=CUTS, # How things are cut out; one is drawn for each
         # What lies behind: `'void'`, a blurred photograph that is not labelled; `'labelled'`, a photograph under
         # its name; `'plain'`, one colour
         ground:str='void',
         seed:int=0, # Another seed is other scenes
         name:str='mosaic', # What it is called in reports
-        templates=('a photo of a {}.',), # Prompts of the vocabulary
+        templates:str|Sequence[str]=('a photo of a {}.',), # Prompts of the vocabulary
     ):
         if not _is_whole(n) or n < 1:
             raise OpenTransError(f"n={shorten(n, 40)}: a data set needs at least one scene.")
@@ -193,7 +195,7 @@ class PhotoMosaic(Dataset):
         return self._make(int(i) % self.n)
 
     def to_coco(self,
-        root, # `ROOT/coco` is made
+        root:str|Path, # `ROOT/coco` is made
         split:str='val', # `'train'` or `'val'`
     )->Path: # The JSON file
         "Write all scenes in COCO's panoptic format."

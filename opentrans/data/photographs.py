@@ -8,6 +8,7 @@ __all__ = ['MSRC_NOVEL', 'MSRC_NAMES', 'CAMVID_NAMES', 'PHOTOGRAPHS', 'ColourMap
 
 # %% ../../nbs/data/17_photographs.ipynb #826dcb0a
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
@@ -49,11 +50,11 @@ def _number(colour): return colour[0] + 256*colour[1] + 65536*colour[2]
 class ColourMaps(LabelMaps):
     "A data set of label maps whose classes are colours."
     def __init__(self,
-        name, # As for `LabelMaps`
-        vocabulary, # As for `LabelMaps`
-        files, # As for `LabelMaps`
+        name:str, # As for `LabelMaps`
+        vocabulary:Vocabulary|Sequence[str], # As for `LabelMaps`
+        files:list, # As for `LabelMaps`
         colours:list, # For each class, its colours (r,g,b)
-        void=((0, 0, 0),), # Colours of what is not judged
+        void:Sequence[tuple[int, int, int]]=((0, 0, 0),), # Colours of what is not judged
         **kwargs, # As for `LabelMaps`
     ):
         k = len(vocabulary)
@@ -63,7 +64,7 @@ class ColourMaps(LabelMaps):
         self._numbers = np.array([told[colour] for colour in self._colours])
         super().__init__(name, vocabulary, files, label_lut(k, void=[k]), **kwargs)
 
-    def decode(self, path):
+    def decode(self, path:str|Path):
         """The class of each pixel; the number of classes where it is not judged, one more for a colour that is
         unknown."""
         raw = read_segments(path)
@@ -132,8 +133,8 @@ def _camvid(root, split='val', templates=('a photo of a {}.',), **kwargs):
 class Resized(Dataset):
     "The samples of a data set at one size, each read once and kept in memory."
     def __init__(self,
-        data, # A data set of samples
-        size, # (H, W), or a number for both
+        data:Dataset, # A data set of samples
+        size:int|Sequence[int], # (H, W), or a number for both
     ):
         self.data = data
         self.size = _sides(size)
@@ -141,7 +142,7 @@ class Resized(Dataset):
         for fact in ('name', 'vocabulary', 'ignore', 'things', 'groups'): setattr(self, fact, getattr(data, fact))
         if hasattr(data, 'files'): self.files = data.files
 
-    def packed(self, i):
+    def packed(self, i:int):
         "Sample i as readers hold it."
         if not -len(self) <= i < len(self): raise IndexError(f'image {i} of {len(self)}')
         i = int(i) % len(self)
@@ -169,7 +170,7 @@ class Together(Dataset):
         self.things = frozenset(int(table[i]) for part,table in zip(parts, self._tables) for i in part.things)
         self._ends = np.cumsum([len(part) for part in parts])
 
-    def packed(self, i):
+    def packed(self, i:int):
         "Sample i as readers hold it, its classes among the names of all."
         if not -len(self) <= i < len(self): raise IndexError(f'image {i} of {len(self)}')
         i = int(i) % len(self)
@@ -210,7 +211,7 @@ def package_path(
         f"'opentrans[photo]'")
 
 def sample_photographs(
-    names=None, # Some of `PHOTOGRAPHS`; None: all
+    names:Sequence[str]|None=None, # Some of `PHOTOGRAPHS`; None: all
 )->dict: # Name -> (picture (3,H,W) bytes, words that fit)
     "Photographs that come with other packages. Raises `OpenTransError`."
     strange = [name for name in names or () if name not in PHOTOGRAPHS]

@@ -9,6 +9,7 @@ __all__ = ['INVALID', 'read_picture', 'read_image', 'read_label_map', 'read_inst
 # %% ../../nbs/data/14_readers.ipynb #28b17286
 import contextlib, functools, io, os, stat, warnings
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,9 +164,9 @@ def _image_of(values, what):
 def read_picture(
     # Path or bytes of an image file, a PIL image, an array (H,W) or (H,W,C), or a tensor (3,H,W): 8 or 16 bits, or
     # fractions from 0 to 1
-    source,
+    source:str|Path|bytes|Image.Image|np.ndarray|torch.Tensor,
     what:str='image', # What a message calls it
-    background=None, # Colour behind what is transparent, such as `'white'`; None drops the transparency
+    background:str|None=None, # Colour behind what is transparent, such as `'white'`; None drops the transparency
     hint:str='Give a JPEG, PNG, TIFF or WebP file.', # How a message ends: what to do
 )->torch.Tensor: # uint8 (3,H,W)
     """Read a picture, whatever holds it. Raises `OpenTransError` for what is missing, broken, no ordinary file, no
@@ -174,10 +175,10 @@ def read_picture(
     return _read_sized(source, what, hint, background)[0]
 
 def read_image(
-    path, # Of an image file
+    path:str|Path, # Of an image file
     # A function of height and width that gives those from which on a JPEG may be decoded smaller, which is faster;
     # None never does
-    least=None,
+    least:Callable[[int, int], Sequence[int]]|None=None,
 )->torch.Tensor: # uint8 (3,H,W)
     "Read an image of a data set, as `read_picture` does."
     return _read_sized(path, least=least)[0]
@@ -225,7 +226,9 @@ def _refuse_pages(im, size, shown):
     if im.size == size:
         raise OpenTransError(f"{shown} has several pages. Save the one that is meant as a file of its own.")
 
-def read_label_map(path)->np.ndarray: # (H,W) integers as they stand in the file; a palette's index, not its colour
+def read_label_map(
+    path:str|Path,
+)->np.ndarray: # (H,W) integers as they stand in the file; a palette's index, not its colour
     """Read a label map of one channel. Raises `OpenTransError` if it is missing, broken, a colour picture, or a
     file that does not keep numbers as they are."""
     with _opened(path, 'label map', _OF_DATA) as (im, shown):
@@ -255,12 +258,12 @@ def _as_numbers(im):
     four_bytes = np.frombuffer(colours.tobytes('raw', 'RGBX'), '<i4')
     return (four_bytes & 0xFFFFFF).astype(np.int32, copy=False).reshape(im.size[::-1])
 
-def read_instances(path)->np.ndarray: # (H,W,3) bytes: the class in red, the number of the thing in green
+def read_instances(path:str|Path)->np.ndarray: # (H,W,3) bytes: the class in red, the number of the thing in green
     """Read an instance map of ADE20K. Raises `OpenTransError` if it is missing, broken or not of three channels of
     8 bits."""
     return _colours(path, 'instance map', ', the class in red and the number in green', _channels)
 
-def read_segments(path)->np.ndarray: # (H,W) int32: R + 256 G + 256^2 B
+def read_segments(path:str|Path)->np.ndarray: # (H,W) int32: R + 256 G + 256^2 B
     """Read the segment numbers of a COCO panoptic PNG. Raises `OpenTransError` if it is missing, broken or not of
     three channels of 8 bits."""
     return _colours(path, 'panoptic map', ' that hold segment numbers, R + 256 G + 256^2 B', _as_numbers)
@@ -288,12 +291,12 @@ class Segmentation(Dataset):
 
     def __init__(self,
         name:str, # What it is called in reports
-        vocabulary, # `Vocabulary`, or what makes one
+        vocabulary:Vocabulary|Sequence[str], # `Vocabulary`, or what makes one
         files:list, # `Files` of each image
         corrupt:str='raise', # `'raise'`, or `'skip'` to leave out what cannot be read
-        things=(), # Indices of the classes that are countable things
-        groups=None, # Name -> indices of classes that are reported together
-        problems=None, # Id -> what is wrong with it, found while listing the files
+        things:Iterable[int]=(), # Indices of the classes that are countable things
+        groups:Mapping[str, Sequence[int]]|None=None, # Name -> indices of classes that are reported together
+        problems:Mapping[str, str]|None=None, # Id -> what is wrong with it, found while listing the files
     ):
         if corrupt not in ('raise', 'skip'): raise unknown('policy for corrupt files', corrupt, ['raise', 'skip'])
         self.name = name
@@ -330,7 +333,8 @@ class Segmentation(Dataset):
     def __getitem__(self, i): return unpack(self.packed(i))
     def packed(self,
         i:int, # Which image
-        least=None, # As for `read_image`; the image may then be smaller than its segments
+        # As for `read_image`; the image may then be smaller than its segments
+        least:Callable[[int, int], Sequence[int]]|None=None,
     )->dict: # What `unpack` takes, or if the image is smaller, `augment`
         "Image i with one map of its segments."
         f = self.files[i]
@@ -413,10 +417,10 @@ def _tell(self:Segmentation, rows, counts, ignored, images, empty):
 
 @patch
 def doubt(self:Segmentation,
-    counts, # How many pixels each class has in the labels
+    counts:Sequence[int], # How many pixels each class has in the labels
     ignored:int, # How many pixels are left out
     images:int, # In how many images
-    empty=(), # Names of the images in which every pixel is left out
+    empty:Sequence[str]=(), # Names of the images in which every pixel is left out
 )->str: # A sentence, or ''
     """Do the names seem not to fit the numbers in the files? Nothing is in doubt where both are those of a
     published data set."""
@@ -428,8 +432,8 @@ INVALID = -1 # what a number that means nothing becomes
 def label_lut(
     classes:int, # Number of classes
     offset:int=0, # Number of the first class in the file
-    void=(), # Numbers that mean 'not judged'
-    ids=None, # Number of each class in the file, where they are not in order
+    void:Iterable[int]=(), # Numbers that mean 'not judged'
+    ids:Sequence[int]|None=None, # Number of each class in the file, where they are not in order
 )->np.ndarray: # (65536,) class of each number: `ignore_label(classes)` for void, -1 for what must not occur
     "The table that turns the numbers of a label map into classes. A number that is a class and void is void."
     numbers,void = np.arange(classes)+offset if ids is None else np.asarray(ids),list(void)
@@ -448,10 +452,10 @@ class LabelMaps(Segmentation):
     "A data set of label maps; `lut` says what their numbers mean. Each class is one region."
     instances = False
     def __init__(self,
-        name, # As for `Segmentation`
-        vocabulary, # As for `Segmentation`
-        files, # As for `Segmentation`
-        lut, # Class of each number, as `label_lut` makes it
+        name:str, # As for `Segmentation`
+        vocabulary:Vocabulary|Sequence[str], # As for `Segmentation`
+        files:list, # As for `Segmentation`
+        lut:np.ndarray, # Class of each number, as `label_lut` makes it
         # Are names and numbers those of a published data set, so that they are sure to belong together?
         published:bool=False,
         **kwargs, # As for `Segmentation`
@@ -465,7 +469,7 @@ class LabelMaps(Segmentation):
         self._classes = np.append(np.arange(k), [ignore_label(k)]*2)
         super().__init__(name, vocabulary, files, **kwargs)
 
-    def annotation(self, i):
+    def annotation(self, i:int):
         path,k = self.files[i].labels,len(self.vocabulary)
         raw = self.decode(path)
         strange = (raw < 0) | (raw > 65535) if raw.dtype.itemsize > 2 or raw.dtype.kind == 'i' else None
@@ -485,7 +489,7 @@ class LabelMaps(Segmentation):
             f"(not judged: {_listed_values(void) if len(void) else 'no value'}). Give the names of all classes, or "
             f"the values to leave out as ignore=...{from_one}")
 
-    def doubt(self, counts, ignored, images, empty=()):
+    def doubt(self, counts:Sequence[int], ignored:int, images:int, empty:Sequence[str]=()):
         if self.published or not images: return ''
         never = [name for name,count in zip(self.vocabulary.names, counts) if not count]
         void = np.flatnonzero(self.lut == self.ignore)
@@ -519,11 +523,12 @@ def _numbered(raw, ids):
 class Panoptic(Segmentation):
     "A data set of COCO panoptic maps; `categories` maps the category ids of its JSON file to classes."
     decode = staticmethod(read_segments)
-    def __init__(self, name, vocabulary, files, categories, **kwargs):
+    def __init__(self, name:str, vocabulary:Vocabulary|Sequence[str], files:list, categories:Mapping[int, int],
+                 **kwargs):
         self.categories = dict(categories)
         super().__init__(name, vocabulary, files, **kwargs)
 
-    def annotation(self, i):
+    def annotation(self, i:int):
         f = self.files[i]
         twice = [k for k,count in Counter(s['id'] for s in f.segments).items() if count > 1]
         if twice:

@@ -9,11 +9,13 @@ __all__ = ['ignore_label', 'unpack', 'panoptic_of', 'sample_packed', 'collate', 
 # %% ../../nbs/data/11_samples.ipynb #86728a7f
 import colorsys, math
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
+from .vocabulary import Vocabulary
 from ..errors import OpenTransError, shorten, unknown
 from ..escape import for_plot
 from ..runtime import get_axes
@@ -51,7 +53,7 @@ def unpack(
     packed:dict,
     # Make a mask for each region? If not, the sample has none, which is faster where only labels are trained on
     regions:bool=True,
-    device=None, # Where image, labels and masks are made; None: on the CPU
+    device:str|torch.device|None=None, # Where image, labels and masks are made; None: on the CPU
 )->dict: # A sample
     """Make a sample from the packed form in which readers hold it: one map of segments instead of a mask for each.
     Segments without pixels are dropped."""
@@ -88,7 +90,7 @@ def panoptic_of(
     return torch.from_numpy(np.stack([classes.take(segments), instances.take(segments)], -1))
 
 def sample_packed(
-    data, # A data set of samples
+    data:Dataset, # A data set of samples
     i:int, # Which one
 )->dict: # The packed form if the data set has one, which is faster to cut and resize; else the sample
     "Sample i, for `augment` and `resize_short`, which take both forms."
@@ -155,7 +157,7 @@ def _named_colours(names):
 
 # %% ../../nbs/data/11_samples.ipynb #76323d3a
 def class_colours(
-    classes, # Number of classes, or their names: grass is green then, water blue, a red star red
+    classes:int|Sequence[str], # Number of classes, or their names: grass is green then, water blue, a red star red
 )->np.ndarray: # (k,3) in [0,1]
     "A colour for each class. By number, class i has the same colour whatever their number is."
     if not isinstance(classes, int): return _named_colours(list(classes))
@@ -172,8 +174,8 @@ def show_sample(
     kind:str='labels', # `'image'`, `'labels'` or `'regions'`
     ax=None, # Axes; None makes new ones
     title:str=None, # Above the picture; None writes the kind
-    vocabulary=None, # To name the classes at their largest regions
-    names=None, # Of the classes, for labels in the colours that these have in every picture
+    vocabulary:Vocabulary|None=None, # To name the classes at their largest regions
+    names:Sequence[str]|None=None, # Of the classes, for labels in the colours that these have in every picture
 ): # The axes
     """Draw a sample: labels in the colours of `class_colours` (grey where ignored), regions as outlines on the
     image."""
@@ -293,8 +295,9 @@ def resize_short(
 # %% ../../nbs/data/11_samples.ipynb #1eb154cd
 def augment(
     sample:dict, # A sample, or its packed form
-    size, # Height and width of the crop, or one number; None for no crop
-    seed, # A number, or a sequence of numbers such as `[seed, epoch, i]`: the same seed gives the same crop
+    size:int|Sequence[int]|None, # Height and width of the crop, or one number; None for no crop
+    # A number, or a sequence of numbers such as `[seed, epoch, i]`: the same seed gives the same crop
+    seed:int|Sequence[int],
     # The image is scaled to fit between these multiples of the crop (of itself, if there is none); None to keep its
     # size
     scale:tuple=(.1, 2.),
@@ -337,10 +340,10 @@ def _draw(full, size, seed, scale, flip):
     return (h, w),(top, left, min(h, top+H), min(w, left+W)),rng.uniform() < flip,(H, W)
 
 def read_augmented(
-    data, # A data set of samples
+    data:Dataset, # A data set of samples
     i:int, # Which one
-    size, # As for `augment`, and so the others
-    seed,
+    size:int|Sequence[int]|None, # As for `augment`, and so the others
+    seed:int|Sequence[int],
     scale:tuple=(.1, 2.),
     flip:float=.5,
     regions:bool=True,
@@ -359,9 +362,9 @@ def read_augmented(
 class View(Dataset):
     "Some of the samples of a data set, transformed; all else is as in the data set."
     def __init__(self,
-        data, # A data set
-        indices=None, # Which samples; None for all
-        transform=None, # Called with (sample, i); None leaves samples as they are
+        data:Dataset, # A data set
+        indices:Iterable[int]|None=None, # Which samples; None for all
+        transform:Callable[[dict, int], dict]|None=None, # Called with (sample, i); None leaves samples as they are
     ):
         self.data = data
         self.indices = list(range(len(data)) if indices is None else indices)
@@ -391,11 +394,11 @@ def _packs(kind):
     return packed is not None and (read is None or issubclass(packed, read))
 
 def read_sample(
-    data, # A data set of samples
+    data:Dataset, # A data set of samples
     i:int, # Which one
     # With the masks of its regions? Reading is several times faster without. `'map'`: one map of (class, instance)
     # instead, as `panoptic`, where the data set can give it
-    regions=True,
+    regions:bool|str=True,
 )->dict: # A sample; without regions, its list of them is empty
     "Sample i as the data set gives it, or without the masks, where only labels or segments are compared."
     if regions is True: return data[i]
@@ -411,12 +414,12 @@ def read_sample(
 class Augmented(View):
     "A data set as training sees it: crop i comes from `[seed, epoch, i]`."
     def __init__(self,
-        data, # A data set
-        size, # Of the crops; see `augment`
-        seed=0, # Another seed gives other crops
-        scale=(.1, 2.), # As in `augment`
-        flip=.5, # As in `augment`
-        regions=True, # As in `augment`
+        data:Dataset, # A data set
+        size:int|Sequence[int]|None, # Of the crops; see `augment`
+        seed:int=0, # Another seed gives other crops
+        scale:tuple[float, float]|None=(.1, 2.), # As in `augment`
+        flip:float=.5, # As in `augment`
+        regions:bool=True, # As in `augment`
     ):
         super().__init__(data)
         _check_jitter(scale, flip)

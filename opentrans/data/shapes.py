@@ -8,6 +8,7 @@ __all__ = ['COLOURS', 'TEXTURES', 'SHAPES', 'STUFF', 'TRIPLES', 'DOMAINS', 'is_n
 
 # %% ../../nbs/data/12_shapes.ipynb #5d1323e4
 import functools
+from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,7 @@ def _smooth_noise(rng, size, cells):
 
 # %% ../../nbs/data/12_shapes.ipynb #dbb405f6
 def paint_object(
-    rng, # A numpy generator
+    rng:np.random.Generator, # A numpy generator
     img:np.ndarray, # (H,W,3) in [0,1]; painted on in place
     cx:float, cy:float, r:float, # Centre and radius, in pixels
     angle:float, # Turned by, in radians
@@ -102,7 +103,7 @@ def paint_object(
 
 # %% ../../nbs/data/12_shapes.ipynb #9c4d86c6
 def paint_stuff(
-    rng, # A numpy generator
+    rng:np.random.Generator, # A numpy generator
     name:str, # One of `STUFF`, or `'paper'`, the ground of the domain `sketch`
     size:tuple, # (H, W)
 )->np.ndarray: # (H,W,3) float32 in [0,1]
@@ -168,7 +169,7 @@ DOMAINS = { # look of a scene: number and radius (in image heights) of the thing
 }
 
 def scene(
-    rng, # A numpy generator
+    rng:np.random.Generator, # A numpy generator
     domain:str, # One of `DOMAINS`
     size:tuple, # (H, W)
     triples:list, # The things that may occur, as (colour, texture, shape)
@@ -212,9 +213,9 @@ class ShapesWorld(Dataset):
         split:str='train', # `'train'` (base things only), `'val'` or `'test'` (all things)
         domain:str='home', # One of `DOMAINS`
         n:int=512, # Number of scenes
-        size=80, # Height and width, or a pair
+        size:int|Sequence[int]=80, # Height and width, or a pair
         seed:int=0, # Another seed is another world of the same kind
-        templates='photo', # Prompts of the vocabulary; see `TEMPLATES`
+        templates:str|Sequence[str]='photo', # Prompts of the vocabulary; see `TEMPLATES`
     ):
         if not isinstance(domain, str) or domain not in DOMAINS: raise unknown('domain', domain, DOMAINS)
         if not isinstance(split, str) or split not in self.splits: raise unknown('split', split, self.splits)
@@ -239,7 +240,7 @@ class ShapesWorld(Dataset):
                        if domain == 'home' and split != 'train' else {})
         self._made = {}
 
-    def class_name(self, k)->str:
+    def class_name(self, k:str|tuple[int, int, int])->str:
         """What this domain calls a segment: a stuff name stays, a triple loses the words that the domain does not
         use."""
         if isinstance(k, str): return k
@@ -258,7 +259,7 @@ class ShapesWorld(Dataset):
                     isthing=np.array([c in self.things for c in classes]),
                     id=f'{self.domain}-{self.split}-{i:06d}', ignore=self.ignore)
 
-    def packed(self, i):
+    def packed(self, i:int):
         if not -self.n <= i < self.n: raise IndexError(f'scene {i} of {self.n}')
         i = int(i) % self.n
         if i not in self._made: self._made[i] = self._make(i)
@@ -272,7 +273,7 @@ class ShapesWorld(Dataset):
 
 # %% ../../nbs/data/12_shapes.ipynb #bdefbbd1
 def object_image(
-    rng, # A numpy generator
+    rng:np.random.Generator, # A numpy generator
     size:int, # Height and width
     c:int, t:int, s:int, # Colour, texture, shape
 )->np.ndarray: # (size,size,3) uint8
@@ -287,14 +288,14 @@ def object_image(
     paint_object(rng, img, cx, cy, r, rng.uniform(-.6, .6), c, t, s, contrast=rng.uniform(.8, 1.))
     return (_light(rng, img, gain=(.8, 1.1), cast=.05, noise=.015, blur=.2)*255+.5).astype(np.uint8)
 
-def stuff_image(rng, size:int, name:str)->np.ndarray: # (size,size,3) uint8
+def stuff_image(rng:np.random.Generator, size:int, name:str)->np.ndarray: # (size,size,3) uint8
     "A picture of one stuff."
     return (_light(rng, paint_stuff(rng, name, (size, size)), gain=(.8, 1.1), cast=.05, noise=.015,
                    blur=.2)*255).astype(np.uint8)
 
 def caption(
-    rng, # A numpy generator
-    k, # A triple (colour, texture, shape), or the name of a stuff
+    rng:np.random.Generator, # A numpy generator
+    k:str|tuple[int, int, int], # A triple (colour, texture, shape), or the name of a stuff
 )->tuple: # (text, (colour, texture, shape, stuff) that it names, -1 where it is silent)
     "A caption for a picture of `k`."
     def say_it(words): return TEMPLATES['shapes'][rng.integers(5)].format(words)

@@ -6,7 +6,7 @@ __all__ = ['ASSETS', 'TEMPLATES', 'VOCABULARIES', 'checked_text', 'check_templat
 # %% ../../nbs/data/10_vocabulary.ipynb #d8d150b3
 import csv, difflib, functools, json, re, string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -44,7 +44,7 @@ TEMPLATES = _Named('template set', lambda: list(_asset('templates')),
 _LONGEST = 1000 # characters of a name or a template: a text encoder reads 77 words at most
 
 def checked_text(
-    value, # A class name or a template
+    value:object, # A class name or a template
     what:str, # What it is, for the message
 )->str: # The same
     """A text that can be saved and given to a text encoder. Raises `OpenTransError` for what is no text, too long,
@@ -95,7 +95,7 @@ def _has_place(template):
     return places == [('', '', None)]
 
 def check_templates(
-    templates, # Prompts with `{}` for the name, or the name of a set in `TEMPLATES`
+    templates:str|Iterable[str], # Prompts with `{}` for the name, or the name of a set in `TEMPLATES`
 )->tuple: # The prompts
     """Prompt templates. Raises `OpenTransError` for one that does not have the place of the name once, or has
     anything else to be filled in."""
@@ -118,8 +118,9 @@ class Vocabulary:
     names, order and templates are."""
     def __init__(self,
         # Class names: a list of `'name'` or `'name,synonym,...'`, or one comma string in which `;` parts synonyms
-        names,
-        templates=('a photo of a {}.',), # Prompts with `{}` for the name; or the name of a set in `TEMPLATES`
+        names:str|Iterable[str],
+        # Prompts with `{}` for the name; or the name of a set in `TEMPLATES`
+        templates:str|Iterable[str]=('a photo of a {}.',),
     ):
         self.entries,self.templates = _entries(names),check_templates(templates)
         self.synonyms = tuple(tuple(e.split(',')) for e in self.entries)
@@ -170,7 +171,7 @@ def __add__(self:Vocabulary, other):
 
 @patch
 def subset(self:Vocabulary,
-    keep, # Class names or indices
+    keep:Sequence[str|int], # Class names or indices
 )->Vocabulary: # Those classes, in the order given
     "A part of a vocabulary. Raises `OpenTransError` for a class that is not there."
     whole = [isinstance(k, (int, np.integer)) and not isinstance(k, bool) for k in keep]
@@ -181,7 +182,7 @@ def subset(self:Vocabulary,
                       self.templates)
 
 @patch
-def to_file(self:Vocabulary, path):
+def to_file(self:Vocabulary, path:str|Path):
     "Write as JSON, whole or not at all."
     save_text(json.dumps(dict(templates=self.templates, names=self.entries), indent=1, ensure_ascii=False), path)
 
@@ -283,8 +284,8 @@ class _VocabularyFile(TypedDict):
 def from_file(cls:Vocabulary,
     # `.json` as `to_file` writes it, or a text file with one class a line, maybe with numbers in front, or a table
     # with a column of names
-    path,
-    templates=None, # Other templates than those of the file
+    path:str|Path,
+    templates:str|Iterable[str]|None=None, # Other templates than those of the file
 ):
     """Read a vocabulary from a file. Raises `FormatError` if it holds something else, or what could be read in two
     ways."""

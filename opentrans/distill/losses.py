@@ -6,8 +6,10 @@
 __all__ = ['distances', 'tgkd_loss', 'vgkd_loss', 'released_terms', 'released_loss', 'grounding_loss', 'teach_regions']
 
 # %% ../../nbs/clip/23b_losses.ipynb #2beee6dd
+from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
+from torch import nn
 from ..errors import OpenTransError
 from ..runtime import device_of
 
@@ -49,7 +51,7 @@ def released_terms(
     v:torch.Tensor, # (N, D) unit length: student's embeddings of an image's regions
     r:torch.Tensor, # (N, D) unit length: teacher's
     t:torch.Tensor, # (N, D) unit length: of their names
-    scale=1., # Factor on the text embeddings, which the released code learns; it counts twice
+    scale:float|torch.Tensor=1., # Factor on the text embeddings, which the released code learns; it counts twice
 )->torch.Tensor: # (N + N*N), all not negative; their mean is the loss
     """The terms of the distillation loss in the code released with the paper (`loss_text_kd` in
     maskformer_model_voca_dense_kd.py): squared distances of student and teacher, and squared differences of
@@ -58,7 +60,7 @@ def released_terms(
     t = t*scale
     return torch.cat([((t @ t.T) - (v @ r.T)).square().flatten(), (v-r).square().sum(1)])
 
-def released_loss(v, r, t):
+def released_loss(v:torch.Tensor, r:torch.Tensor, t:torch.Tensor):
     """The released code's distillation loss of one image; the paper's are `tgkd_loss` and `vgkd_loss`.
     `Mask2Former` with `kd_form='released'` takes the mean over the terms of all images."""
     return released_terms(v, r, t).mean()
@@ -67,7 +69,7 @@ def released_loss(v, r, t):
 def grounding_loss(
     words:list, # For each image (W, D): embeddings of the nouns of its caption
     regions:list, # For each image (R, D): student's embeddings of its regions
-    scale=1., # Temperature, a number or a tensor
+    scale:float|torch.Tensor=1., # Temperature, a number or a tensor
 )->torch.Tensor: # A number; 0 if fewer than two images have words and regions
     """Which caption belongs to which image? The grounding loss of the released code (`GroundingHead` in
     utils/loss.py, with its settings `clip_cosine`, `softmax`, `aligned_local` and `cross_entropy`)."""
@@ -84,9 +86,9 @@ def grounding_loss(
     return -sum((-c).log_softmax(d).diag().mean() for c in costs for d in (0, 1))/4
 
 def teach_regions(
-    framework, # Holds a `backbone`, and a list `_teacher` that is empty at first
+    framework:nn.Module, # Holds a `backbone`, and a list `_teacher` that is empty at first
     images:torch.Tensor, # (B,3,H,W) in [0,1]
-    regions, # For each image (N,H,W)
+    regions:Sequence[torch.Tensor], # For each image (N,H,W)
     mode:str, # As in `region_embeddings`
 )->list: # For each image (N,D), unit length
     "What the dense CLIP that a framework's backbone began as sees in regions."

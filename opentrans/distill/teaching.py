@@ -85,8 +85,8 @@ def _plain_setting(value):
     return getattr(value, '__name__', type(value).__name__)
 
 def precision_of(
-    precision, # None, `'bf16'`, or `'no'` for None
-    amp=None, # True or False, as opentrans 0.1 called it; None says nothing
+    precision:str|None, # None, `'bf16'`, or `'no'` for None
+    amp:bool|None=None, # True or False, as opentrans 0.1 called it; None says nothing
 )->str|None: # `'bf16'`, or None
     "The precision of a trainer that knows bfloat16 alone. Raises `OpenTransError`."
     if amp is not None and not isinstance(amp, bool):

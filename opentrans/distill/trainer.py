@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 from typing_extensions import TypedDict
 from ..clip.backbone import class_prompts
 from ..core import BATCH_NORMS, undecayed_params, unwrap
@@ -251,8 +252,8 @@ class DistillTrainer(_TrainerPictures):
     `OpenTransError` for settings that make no sense."""
     @classmethod
     def released(cls,
-        framework, # Made by `build(..., preset='released')`, or with `kd` above 0; it is what `imp` prunes
-        data, # Data set; where its samples have `nouns`, those of a caption, the grounding loss is trained, too
+        framework:nn.Module, # Made by `build(..., preset='released')`, or with `kd` above 0; it is what `imp` prunes
+        data:Dataset, # Data set; where its samples have `nouns`, those of a caption, the grounding loss is trained, too
         **options, # Fields of the trainer, over the released ones
     )->'DistillTrainer':
         """The trainer with the released code's settings (plain_train_net_imp.py, train.sh, and the configuration

@@ -11,21 +11,24 @@ __all__ = ['READINGS', 'ARM_FILE', 'ROUNDS_FILE', 'ALPHAS_FILE', 'FOUND_FILE', '
 
 # %% ../../nbs/experiments/51_arms.ipynb #f8dbb04c
 import contextlib, functools, math, shutil, time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
+from torch.utils.data import Dataset
 from typing_extensions import NotRequired
 from ..cka import cka, paper_cka
 from ..clip import ClipBackbone
 from ..core import layers, LayerSelection
 from ..cost import cost, training_flops
+from ..data import Vocabulary
 from ..distill import DistillTrainer
 from ..errors import unknown
 from .scale import (
     Amount, between, find_modules, Measured, open_clip_of, open_world, OpenDict, Scale, world_of)
 from ..files import FileKind, load_json, load_metadata, load_tensors, save_json, save_tensors
-from ..frameworks.contract import build, resize
+from ..frameworks.contract import build, Framework, resize
 from ..heavy_tail import analyze, SELECTION_RULES
 from ..pruning import cubic_schedule, geometric_schedule, imp, SparseMask
 from ..runtime import device_of, seeded, Handle
@@ -67,11 +70,11 @@ class ArmResult(OpenDict):
     every: NotRequired[bool]
     seconds: NotRequired[Amount]
 
-def read_tensors(path, kind):
+def read_tensors(path:str|Path, kind:FileKind):
     "The tensors of a file of a run. Those of opentrans 0.1 do not say what they are."
     return load_tensors(path, kind=kind if 'format' in load_metadata(path) else None)[0]
 
-def read_rounds(folder):
+def read_rounds(folder:str|Path):
     "The history of Algorithm 1 that lies in a folder, as columns of equal length."
     path = Path(folder)/'imp.json'
     found = load_json(path, dict[str, list[Measured]], ROUNDS_FILE)
@@ -111,25 +114,25 @@ class MaskRecipe:
         "Does it need a mask that is found once and kept, as Algorithm 1 does?"
         return self.method in (*_FROM_DISTILLED, *FINDERS)
 
-    def overrides(self, scale)->dict: # Name of a setting -> value
+    def overrides(self, scale:Scale)->dict: # Name of a setting -> value
         "The settings that differ from the scale's: what is the same is the same run."
         usual = dict(loss='tgkd', p=scale.p, iters=scale.imp_iters, density=scale.density, **_USUAL)
         given = {name: getattr(self, name) for name in usual}
         if isinstance(self.iters, float): given['iters'] = max(1, round(self.iters*scale.imp_iters))
         return {name: value for name,value in given.items() if value is not None and value != usual[name]}
 
-    def id(self, scale)->str:
+    def id(self, scale:Scale)->str:
         "What is found by this recipe, in words: the name of its files."
         return '-'.join([_file(self.method) if self.method in FINDERS else 'distilled',
                          *(f'{name}={value}' for name,value in self.overrides(scale).items())])
 
-    def words(self, scale)->str:
+    def words(self, scale:Scale)->str:
         "The mask in words."
         if self.method == 'distilled' or self.method in FINDERS: return self.id(scale)
         return ', '.join([self.method, *(f'{name}={value}' for name,value in self.overrides(scale).items())])
 
 def as_recipe(
-    mask, # A `MaskRecipe`, one of `MASKS`, or None for a dense tower
+    mask:MaskRecipe|str|None, # A `MaskRecipe`, one of `MASKS`, or None for a dense tower
 ): # `MaskRecipe`, or None
     "A mask by its name. Raises `OpenTransError`."
     return MaskRecipe(mask) if isinstance(mask, str) else mask
@@ -138,7 +141,7 @@ def _trainer(clip, data, scale, **kw):
     return DistillTrainer(clip, data, lr=scale.imp_lr, batch_size=scale.imp_batch, student_mode=scale.imp_student,
                           crop=scale.imp_crop or None, workers=scale.loaders, **kw)
 
-def build_framework(framework, clip, vocabulary, scale, seed):
+def build_framework(framework:str|None, clip:ClipBackbone, vocabulary:Vocabulary|Sequence[str], scale:Scale, seed:int):
     name = framework or scale.framework
     with seeded(seed): return build(name, clip, vocabulary=vocabulary, preset=scale.preset, **scale.options(name))
 
@@ -146,7 +149,7 @@ def find_mask(
     scale:Scale, # Sizes
     seed:int, # Of the world, of distillation and of chance
     # Where masks, weights and the history of a study lie; distillation goes on from there after an interruption
-    folder,
+    folder:str|Path,
     recipe:MaskRecipe=MaskRecipe(), # What is other than in `scale`
     # Nothing; writes `distilled.safetensors` (mask), `distilled-weights.safetensors`, `imp.json`, with what is
     # other in names
@@ -191,10 +194,10 @@ def _find_otherwise(scale, seed, folder, recipe):
     _keep_found(folder, name, mask, seconds, mask.info.get('images'))
 
 def open_mask(
-    mask, # A `MaskRecipe`, one of `MASKS`, or None for a dense tower
+    mask:MaskRecipe|str|None, # A `MaskRecipe`, one of `MASKS`, or None for a dense tower
     scale:Scale, # Sizes
     seed:int, # Of the random masks
-    folder, # Where `find_mask` has written
+    folder:str|Path, # Where `find_mask` has written
 ): # `SparseMask`, or None
     "A mask of the study. All have the same density, unless their recipes name another."
     recipe = as_recipe(mask)
@@ -235,19 +238,19 @@ class Arm:
     def __post_init__(self):
         object.__setattr__(self, 'mask', as_recipe(self.mask))
 
-    def late(self, scale)->bool:
+    def late(self, scale:Scale)->bool:
         """Is the mask adopted only when the layers are chosen, so that alpha is read from dense weights (supplement
         6.3)?"""
         by_spectra = self.select in ('alpha', 'alpha*', *READINGS)
         return scale.alpha_of == 'dense' and self.mask is not None and by_spectra
 
-    def start(self, scale)->str:
+    def start(self, scale:Scale)->str:
         "What it begins with, in words; arms that begin alike share their warm-up."
         where = [self.framework] if self.framework not in ('', scale.framework) else []
         mask = 'dense' if self.mask is None or self.late(scale) else self.mask.words(scale)
         return ', '.join([*where, mask, f'tower of {self.source.key(scale)}' if self.source else self.weights])
 
-    def key(self, scale)->str:
+    def key(self, scale:Scale)->str:
         "What is done, in words: all settings, and not the name."
         rule = self.select
         if rule in (*SELECTION_RULES, *READINGS): rule = f'{rule} {self.freeze or scale.freeze:g}'
@@ -288,7 +291,7 @@ FRAMEWORK_ARMS = tuple(arm for framework in OTHER_FRAMEWORKS for arm in framewor
 
 def arms_of(
     table:str, # `'masks'`, `'layers'` or `'frameworks'`
-    arms=ARMS, # Which there are
+    arms:Sequence[Arm]=ARMS, # Which there are
 )->list: # In order
     "The arms that a table shows."
     return [arm for arm in arms if table in arm.tables]
@@ -298,7 +301,7 @@ def open_arm(
     arm:Arm, # Which
     scale:Scale, # Sizes
     seed:int, # Of the masks and of the head's first weights
-    folder, # Where `find_mask` has written
+    folder:str|Path, # Where `find_mask` has written
 )->tuple: # (framework, mask to keep in force)
     "The framework that an arm begins with."
     clip,mask = open_clip_of(scale.of(arm.framework)),open_mask(arm.mask, scale, seed, folder)
@@ -308,24 +311,26 @@ def open_arm(
     vocabulary = world_of(scale, seed, arm.framework)['train'].vocabulary
     return build_framework(arm.framework, clip, vocabulary, scale, seed),mask
 
-def start_file(folder, arm, scale): return Path(folder)/f'start-{_file(arm.start(scale))}.safetensors'
-def arm_file(folder, arm, scale, what='arm', kind='json'):
+def start_file(folder:str|Path, arm:Arm, scale:Scale):
+    return Path(folder)/f'start-{_file(arm.start(scale))}.safetensors'
+def arm_file(folder:str|Path, arm:Arm, scale:Scale, what:str='arm', kind:str='json'):
     return Path(folder)/f'{what}-{_file(arm.key(scale))}.{kind}'
 
 @contextlib.contextmanager
-def checkpoints(file, scale):
+def checkpoints(file:str|Path, scale:Scale):
     "Where a long fine-tuning is kept until what follows from it is written, as options of `finetune`."
     run = Path(file).with_suffix('.run')
     yield dict(checkpoint_dir=run, checkpoint_every=scale.checkpoint) if scale.checkpoint else {}
     shutil.rmtree(run, ignore_errors=True)
 
-def maybe_mask(mask, seg): return contextlib.nullcontext() if mask is None else mask.apply(seg.backbone)
+def maybe_mask(mask:SparseMask|None, seg:Framework):
+    return contextlib.nullcontext() if mask is None else mask.apply(seg.backbone)
 
 def warm_up(
     arm:Arm, # Any arm with this start
     scale:Scale, # Sizes
     seed:int, # Of everything
-    folder, # Where the weights go
+    folder:str|Path, # Where the weights go
 ): # Nothing; writes `start-*.safetensors`
     "Train all layers for a while (Sec. 3.3.1, Fig. 4), for all arms with this start."
     seg,mask = open_arm(arm, scale, seed, folder)
@@ -337,7 +342,7 @@ def warm_up(
 
 def no_warm_up(*args): pass
 
-def open_warm(arm, scale, seed, folder)->tuple: # As `open_arm`
+def open_warm(arm:Arm, scale:Scale, seed:int, folder:str|Path)->tuple: # As `open_arm`
     "The framework of an arm as `warm_up` left it."
     seg,mask = open_arm(arm, scale, seed, folder)
     if scale.steps(arm.framework)[0]: load_framework(seg, start_file(folder, arm, scale))
@@ -348,7 +353,7 @@ PICTURES = dict(val=4, night=1, crowd=1, sketch=1) # Scenes of each data set tha
 
 def select_layers(
     arm:Arm, # Which
-    seg, # The framework after the warm-up
+    seg:Framework, # The framework after the warm-up
     scale:Scale, # Sizes
     seed:int, # Of a random choice
 ): # `LayerSelection`, or None if all layers learn
@@ -367,10 +372,10 @@ TUNERS = {} # kind of choice below the layer -> function, as `tune_below` calls 
 
 def tune_below(
     arm:Arm, # With a `level`
-    seg, # The framework after the warm-up
+    seg:Framework, # The framework after the warm-up
     selection:LayerSelection, # Among whose layers to choose
     scale:Scale, # Sizes
-    data, # Scenes to measure on
+    data:Dataset, # Scenes to measure on
     seed:int=0, # As for `select_layers`
 )->Handle: # Handle that leaves plain layers, the updates inside
     """Train single weights, channels or layers of those that a selection leaves. Raises `OpenTransError` if no
@@ -385,8 +390,8 @@ def _stages(clip):
     return [f'visual.{stage}' for stage in clip.kind.stages(clip.visual)]
 
 def clip_similarity(
-    seg, # A framework
-    data, # Scenes
+    seg:Framework, # A framework
+    data:Dataset, # Scenes
     clip:ClipBackbone, # The CLIP that it began as
     n:int=64, # Scenes to compare on
     every:bool=True, # All convolutions, too? If not, `'cka_layers'` is NaN
@@ -424,7 +429,7 @@ def _files(folder, arm, scale):
     # of an arm: its result, its tower and its alphas
     return (arm_file(folder, arm, scale, *w) for w in ((), ('tower', 'safetensors'), ('alpha',)))
 
-def cached_result(arm, scale, folder, keep=False):
+def cached_result(arm:Arm, scale:Scale, folder:str|Path, keep:bool=False):
     "The result of an arm, if all that is asked of it was measured and kept."
     done,tower,alphas = _files(folder, arm, scale)
     if not done.exists() or keep and not tower.exists() or 'layers' in arm.tables and not alphas.exists():
@@ -440,7 +445,7 @@ def run_arm(
     seed:int, # Of everything
     # Where `find_mask` and `warm_up` have written; the result is kept there under its settings, so that none is
     # made twice
-    folder,
+    folder:str|Path,
     keep:bool=False, # Keep the tower as well, for arms that begin with it?
 )->dict: # Everything measured
     "Fine-tune and measure one arm."

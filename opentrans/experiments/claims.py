@@ -8,27 +8,29 @@ __all__ = ['MEASURES', 'class_groups', 'sets_of', 'results_frame', 'summarize', 
 
 # %% ../../nbs/experiments/53_claims.ipynb #5439b315
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 import numpy as np
 import pandas as pd
 from typing_extensions import TypedDict
 from ..errors import OpenTransError, unknown
 from ..escape import for_markdown
-from .arms import ArmResult
+from .arms import Arm, ArmResult
 from .scale import Measured, Number
 from ..files import check_shape, plain_json
 
 # %% ../../nbs/experiments/53_claims.ipynb #5f2b8af3
-def class_groups(frame):
+def class_groups(frame:pd.DataFrame):
     "Base and novel classes; of real data, which may have no such groups, the data sets."
     return [group for group in ('base', 'novel') if f'miou_{group}' in frame] or sets_of(frame)
 
-def sets_of(frame)->list: # Names: base and novel classes, and each other data set
+def sets_of(frame:pd.DataFrame)->list: # Names: base and novel classes, and each other data set
     "What mIoU was taken over."
     return [c[5:] for c in frame if c.startswith('miou_') and c != 'miou_domains']
 
 def results_frame(
-    results, # Results of arms, of one seed or several
+    results:Iterable[ArmResult], # Results of arms, of one seed or several
 )->pd.DataFrame: # A row for each arm and seed
     """Everything measured, as one table. Raises `OpenTransError` if there is nothing, or an arm was measured twice
     with one seed."""
@@ -64,7 +66,7 @@ def _training_cell(flops, full):
 
 def summarize(
     frame:pd.DataFrame, # As `results_frame` gives it
-    arms, # Which arms, in the order of the table
+    arms:Sequence[Arm], # Which arms, in the order of the table
 )->pd.DataFrame: # Text cells: mean ± standard deviation over seeds
     "The table that a reader sees."
     rows = {}
@@ -147,8 +149,8 @@ def _verdict(count, low, high):
 
 def difference(
     frame:pd.DataFrame, # As `results_frame` gives it
-    arm, # Name of an arm, or a `Gain`
-    against, # Another
+    arm:str|Gain, # Name of an arm, or a `Gain`
+    against:str|Gain, # Another
     what:str, # `'base'`, `'novel'`, `'domains'` (mIoU, in points) or a column of the frame, e.g. `'cka'`
     # Mean, standard deviation and 95 % interval of the paired difference (`low`, `high`: Student's t; `boot_low`,
     # `boot_high`: bootstrap over seeds); number of seeds; verdict
@@ -174,7 +176,7 @@ def difference(
 # %% ../../nbs/experiments/53_claims.ipynb #939361fb
 def judge_claims(
     frame:pd.DataFrame, # As `results_frame` gives it
-    claims, # `Claim`s to judge; those whose arms were not run are left out
+    claims:Iterable[Claim], # `Claim`s to judge; those whose arms were not run are left out
 )->pd.DataFrame: # A row for each claim and measure
     "Each claim with its verdict at this scale."
     there = set(frame.arm)
@@ -190,7 +192,7 @@ def judge_claims(
     return pd.DataFrame([row for row in rows if row['n']], columns=list(rows[0]) if rows else None)
 
 # %% ../../nbs/experiments/53_claims.ipynb #58583e32
-def claims_frame(claims):
+def claims_frame(claims:Iterable[Mapping[str, Any]]):
     "Claims of a file as `judge_claims` gives them: what is not known is NaN."
     numbers = ('mean', 'sd', 'low', 'high', 'boot_low', 'boot_high')
     return pd.DataFrame([{k: math.nan if v is None and k in numbers else v for k,v in c.items()} for c in claims])

@@ -9,6 +9,7 @@ __all__ = ['plot_arms', 'plot_cost', 'plot_costs', 'plot_frameworks', 'plot_scen
 # %% ../../nbs/experiments/54_figures.ipynb #e826c0fd
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -19,7 +20,7 @@ from ..clip import ClipBackbone
 from ..data import class_colours
 from ..errors import OpenTransError, shorten, unknown
 from ..escape import for_plot
-from .arms import ARMS
+from .arms import Arm, ARMS
 from .claims import class_groups, sets_of
 from .scale import open_world, Scale
 from ..frameworks.contract import resize
@@ -39,8 +40,8 @@ def _bar(ax, x, y, width, **kwargs):
 
 def plot_arms(
     frame:pd.DataFrame, # As `results_frame` gives it
-    arms, # Which, in order
-    ax=None, # Axes
+    arms:Sequence[Arm], # Which, in order
+    ax:plt.Axes|None=None, # Axes
 ): # The axes
     "mIoU of arms on base and novel classes and each domain: bars are means, dots are seeds."
     ax = get_axes(ax, figsize=(10, 3.4))
@@ -60,7 +61,7 @@ def plot_arms(
 def plot_cost(
     frame:pd.DataFrame, # As `results_frame` gives it
     what:str='active_params', # Or `'active_macs'`, `'train_flops'`
-    ax=None, # Axes
+    ax:plt.Axes|None=None, # Axes
 ): # The axes
     "mIoU on base classes (full) and novel ones (hollow) against a cost (the shape of Fig. 1)."
     ax = get_axes(ax, figsize=(4.5, 3.4))
@@ -75,7 +76,7 @@ def plot_cost(
     return ax
 
 # %% ../../nbs/experiments/54_figures.ipynb #3b99b8a6
-def plot_costs(frame):
+def plot_costs(frame:pd.DataFrame):
     "Axes with `plot_cost` of each cost."
     axs = get_axes(ncols=3, figsize=(14, 3.9), layout='constrained')
     for ax,w in zip(axs, ('active_params', 'active_macs', 'train_flops')): plot_cost(frame, w, ax)
@@ -86,8 +87,8 @@ def plot_costs(frame):
 # %% ../../nbs/experiments/54_figures.ipynb #60e1ffbc
 def plot_frameworks(
     frame:pd.DataFrame, # As `results_frame` gives it
-    arms, # Dense, distilled and random of each framework
-    axs=None, # Two axes
+    arms:Sequence[Arm], # Dense, distilled and random of each framework
+    axs:np.ndarray|Sequence[plt.Axes]|None=None, # Two axes
 ): # The axes
     "mIoU on base and novel classes of the same masks in each framework: bars are means, dots are seeds."
     groups = class_groups(frame)
@@ -178,7 +179,7 @@ def _shares_of(labels, data):
 # %% ../../nbs/experiments/54_figures.ipynb #25337eb7
 def plot_density(
     frame:pd.DataFrame, # As `results_frame` gives it, of a study of densities
-    axs=None, # Two axes
+    axs:np.ndarray|Sequence[plt.Axes]|None=None, # Two axes
 ): # The axes
     "mIoU on base and novel classes against density."
     groups = class_groups(frame)
@@ -203,7 +204,7 @@ def plot_density(
 # %% ../../nbs/experiments/54_figures.ipynb #0a856332
 def plot_courses(
     more:dict, # As `alpha_curves` gives it
-    axs=None, # Two axes
+    axs:np.ndarray|Sequence[plt.Axes]|None=None, # Two axes
 ): # The axes
     """Alpha through a fine-tuning (Fig. 6, 7 and 9): the median over layers, a line a seed; and each layer before
     and after, in the first seed."""
@@ -224,7 +225,7 @@ def plot_courses(
 
 def plot_similarity(
     frame:pd.DataFrame, # As `results_frame` gives it
-    ax=None, # Axes
+    ax:plt.Axes|None=None, # Axes
 ): # The axes
     "CKA of fine-tuned towers to CLIP's own (Tab. 9), by three readings: bars are means, dots are seeds."
     ax,arms = get_axes(ax, figsize=(8, 3)),list(dict.fromkeys(frame.arm))
@@ -258,7 +259,7 @@ def label_photograph(
 def plot_photographs(
     clips:dict, # Title of a column -> `ClipBackbone`
     photographs:dict, # Name -> (picture, words), as `sample_photographs` gives them
-    axs=None, # A row of axes for each photograph, one more than there are clips
+    axs:np.ndarray|Sequence[plt.Axes]|None=None, # A row of axes for each photograph, one more than there are clips
 ): # The axes
     "Photographs beside what each model makes of them; the legend names what is there, most first."
     n = len(photographs)

@@ -7,6 +7,7 @@ __all__ = ['TOWERS', 'ROUNDS', 'SEEN_FILE', 'EmbeddingTrainer', 'photograph_crop
            'photograph_jobs', 'read_seen', 'see_photographs', 'agreement', 'plot_seen']
 
 # %% ../../nbs/experiments/58b_first_picture.ipynb #dff6382f
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 import pandas as pd
@@ -94,7 +95,7 @@ def label_with(
 # %% ../../nbs/experiments/58b_first_picture.ipynb #91632bed
 SEEN_FILE = FileKind('opentrans-seen', 'labels of photographs', '`opentrans demo`')
 
-def write_labels(kind, folder, iterations, seed):
+def write_labels(kind:str, folder:str|Path, iterations:int, seed:int):
     "The job of one tower: `photographs-KIND.safetensors`."
     labels = {name: seen.to(torch.uint8) for name,seen in label_with(kind, iterations=iterations, seed=seed).items()}
     save_tensors(labels, _seen_file(folder, kind), kind=SEEN_FILE)
@@ -102,7 +103,7 @@ def write_labels(kind, folder, iterations, seed):
 def _seen_file(folder, kind): return Path(folder)/f'photographs-{kind}.safetensors'
 
 def photograph_jobs(
-    folder, # Where what is seen is kept
+    folder:str|Path, # Where what is seen is kept
     iterations:int=160, # Of training under a mask
     seed:int=0, # Of everything random
 )->dict: # Jobs for `run_jobs`: one for each tower whose labels are not in the folder
@@ -113,14 +114,14 @@ def photograph_jobs(
     return {('photographs', kind): ((), write_labels, (kind, folder, iterations, seed)) for kind in left}
 
 def read_seen(
-    folder, # Where the jobs of `photograph_jobs` wrote
+    folder:str|Path, # Where the jobs of `photograph_jobs` wrote
 )->dict: # Name of a tower -> {photograph: labels (h,w)}
     "What three towers made of the sample photographs. Raises `OpenTransError` where a file is missing or damaged."
     return {kind: load_tensors(_seen_file(folder, kind), kind=SEEN_FILE)[0] for kind in TOWERS}
 
 def see_photographs(
-    folder, # Where what is seen is kept
-    scheduler='local', # Where the towers are trained, as for `run_jobs`
+    folder:str|Path, # Where what is seen is kept
+    scheduler:str|int='local', # Where the towers are trained, as for `run_jobs`
     iterations:int=160, # Of training under a mask
     seed:int=0, # Of everything random
 )->dict: # Name of a tower -> {photograph: labels (h,w)}
@@ -143,7 +144,7 @@ def _words_of(photograph): return [word.strip() for word in PHOTOGRAPHS[photogra
 
 def plot_seen(
     seen:dict, # As `see_photographs` gives it
-    photographs=('temple', 'motorcycle', 'rocket'), # Which of them
+    photographs:Sequence[str]=('temple', 'motorcycle', 'rocket'), # Which of them
 ): # Figure: a row for each photograph, a column for each tower, and the words
     "Photographs beside what each tower sees in them; colours are words, the same in all columns."
     told = sample_photographs(photographs)

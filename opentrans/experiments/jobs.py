@@ -8,10 +8,11 @@ __all__ = ['RUNS_FILE', 'parse_scheduler', 'count_workers', 'run_jobs', 'open_ru
 
 # %% ../../nbs/experiments/52_jobs.ipynb #51e4a988
 import contextlib, dataclasses, graphlib, hashlib, logging, os, re, sys, threading, uuid
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 import torch
 from ..errors import check_number, OpenTransError, optional, OtherRun, shorten
-from .arms import ARMS, cached_result, find_mask, no_warm_up, run_arm, start_file, warm_up
+from .arms import Arm, ARMS, cached_result, find_mask, no_warm_up, run_arm, start_file, warm_up
 from .scale import open_world, Scale, weights_identity
 from ..files import FileKind, load_json, lock_folder, plain_json, save_json
 from ..runtime import is_quiet, progress
@@ -27,7 +28,7 @@ def _gpu_names():
     return named.split(',') if named else [str(i) for i in range(torch.cuda.device_count())]
 
 def parse_scheduler(
-    scheduler, # `'local'`, `'processes'`, `'processes:4'`, a number of processes, or the address of a scheduler
+    scheduler:str|int, # `'local'`, `'processes'`, `'processes:4'`, a number of processes, or the address of a scheduler
     device:str='cpu', # Where the jobs compute; on GPUs, `'processes'` are as many as there are
 )->tuple: # Number of processes of this machine, of which 1 is this process; address. One of them is None
     "Where jobs run. Raises `OpenTransError`."
@@ -42,7 +43,7 @@ def parse_scheduler(
                          "or an address such as 'tcp://10.0.0.1:8786'.")
 
 def count_workers(
-    scheduler, # As for `run_jobs`
+    scheduler:str|int, # As for `run_jobs`
     device:str='cpu', # Where the jobs compute
 )->int: # At least 1
     "How many jobs can run at a time. Raises `OpenTransError`."
@@ -217,7 +218,7 @@ def _stop(client, names):
 def run_jobs(
     jobs:dict, # Name -> (names that must be done before, function, arguments)
     # Where: `'local'`, `'processes'`, `'processes:N'`, a number of processes, or the address of a scheduler
-    scheduler='local',
+    scheduler:str|int='local',
     desc:str='', # What is done, for the progress bar
     device:str='cpu', # Where the jobs compute; on GPUs each process of this machine has one for itself
 )->dict: # Name -> result
@@ -249,7 +250,7 @@ def _identity(scale, seed):
         known['images'] = {name: _identity_of(data) for name,data in open_world(scale, seed).items()}
     return plain_json(known)
 
-def open_run_folder(folder, scale, seed):
+def open_run_folder(folder:str|Path, scale:Scale, seed:int):
     """A folder for runs of these sizes, data and weights and this seed; it says so inside. Raises `OtherRun` if it
     is one of others."""
     folder,settings = Path(folder),_identity(scale, seed)
@@ -315,15 +316,15 @@ def _plan(scale, seed, folder, arms):
         jobs[seed, 'arm', key] = (needs, run_arm, (arm, scale, seed, folder, key in towers))
     return jobs
 
-def seed_folders(runs, seeds): return {n: Path(runs)/f'seed{n}' for n in seeds}
+def seed_folders(runs:str|Path, seeds:Iterable[int]): return {n: Path(runs)/f'seed{n}' for n in seeds}
 
 # %% ../../nbs/experiments/52_jobs.ipynb #a9af8cd0
 def run_arms(
     scale:Scale, # Sizes
-    seeds, # Of everything: one, or several, whose jobs share the workers
-    folder, # Where results are kept while they run; of several seeds in `seed0`, `seed1`, ...
-    scheduler='local', # Where jobs run, as for `run_jobs`
-    arms=ARMS, # What to compare
+    seeds:int|Sequence[int], # Of everything: one, or several, whose jobs share the workers
+    folder:str|Path, # Where results are kept while they run; of several seeds in `seed0`, `seed1`, ...
+    scheduler:str|int='local', # Where jobs run, as for `run_jobs`
+    arms:Sequence[Arm]=ARMS, # What to compare
     beside:dict|None=None, # Jobs of another kind that the same workers do first, as for `run_jobs`
 )->list: # A result for each seed and arm
     "Masks, warm-ups and arms of one seed, or of several."

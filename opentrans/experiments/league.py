@@ -10,10 +10,13 @@ __all__ = ['IMAGES', 'DENSITIES_OF_LEAGUE', 'FRAMEWORKS_OF_LEAGUE', 'METHODS', '
 
 # %% ../../nbs/experiments/59_league.ipynb #d75fe37d
 import contextlib, math
+from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch.utils.data import Dataset
+from ..clip import ClipBackbone
 from ..data import collate, ImageBatches
 from ..distill import FeatureTrainer
 from ..errors import FormatError
@@ -22,8 +25,8 @@ from .arms import (
     _trainer, Arm, build_framework, FINDERS, FOUND_FILE, MaskRecipe, open_mask)
 from .claims import class_groups, difference, results_frame
 from .jobs import hold_folders, run_jobs, seed_folders
-from .registry import study
-from .scale import between, Measured, open_clip_of, open_world, OpenDict, world_of
+from .registry import study, Study
+from .scale import between, Measured, open_clip_of, open_world, OpenDict, Scale, world_of
 from ..files import check_shape, FileKind, load_json, save_json
 from ..pruning import imp, reconstruct, SparseMask
 from ..runtime import get_axes, device_of, eval_mode, to_device
@@ -68,14 +71,14 @@ def _snip(model, density, losses, images):
     return mask
 
 @finder('snip, regions and names')
-def snip_regions(clip, data, scale, density, seed, folder):
+def snip_regions(clip:ClipBackbone, data:Dataset, scale:Scale, density:float, seed:int, folder:str|Path):
     "SNIP by text-guided distillation on annotated regions."
     train = _trainer(clip, data, scale)
     def losses(model): return train.losses(model, _BATCHES, seed)
     return _snip(clip, density, losses, _BATCHES*scale.imp_batch)
 
 @finder('snip, labels')
-def snip_labels(clip, data, scale, density, seed, folder):
+def snip_labels(clip:ClipBackbone, data:Dataset, scale:Scale, density:float, seed:int, folder:str|Path):
     "SNIP by the loss of the framework on labels, with a head that is new."
     framework = build_framework('', clip, data.vocabulary, scale, seed)
     draws = torch.Generator().manual_seed(seed)
@@ -88,7 +91,7 @@ def snip_labels(clip, data, scale, density, seed, folder):
 
 class RandomBoxes:
     "A data set whose regions are boxes drawn at random, the same each time: images without annotation."
-    def __init__(self, data, boxes=4, seed=0):
+    def __init__(self, data:Dataset, boxes:int=4, seed:int=0):
         self.data = data
         self.boxes = boxes
         self.seed = seed
@@ -105,7 +108,7 @@ class RandomBoxes:
         return dict(image=image, regions=regions, region_classes=torch.zeros(self.boxes, dtype=torch.long))
 
 @finder('snip, no labels')
-def snip_boxes(clip, data, scale, density, seed, folder):
+def snip_boxes(clip:ClipBackbone, data:Dataset, scale:Scale, density:float, seed:int, folder:str|Path):
     "SNIP by vision-guided distillation on random boxes."
     train = _trainer(clip, RandomBoxes(data, seed=seed), scale, loss='vgkd')
     def losses(model): return train.losses(model, _BATCHES, seed)
@@ -114,7 +117,7 @@ def snip_boxes(clip, data, scale, density, seed, folder):
 def _images_of(history, data, scale): return min(len(data), len(history)*scale.imp_iters*scale.imp_batch)
 
 @finder('Algorithm 1, features')
-def imp_features(clip, data, scale, density, seed, folder):
+def imp_features(clip:ClipBackbone, data:Dataset, scale:Scale, density:float, seed:int, folder:str|Path):
     "Algorithm 1 with the cosine of the four stages' features, on images without labels."
     pictures = ImageBatches(data, len(data), scale.imp_batch, scale.imp_crop or None, seed)
     train = FeatureTrainer(clip, pictures, iterations=scale.imp_iters, lr=scale.imp_lr)
@@ -123,7 +126,7 @@ def imp_features(clip, data, scale, density, seed, folder):
     return mask
 
 @finder('Algorithm 1, regrowth')
-def imp_regrowth(clip, data, scale, density, seed, folder):
+def imp_regrowth(clip:ClipBackbone, data:Dataset, scale:Scale, density:float, seed:int, folder:str|Path):
     "Algorithm 1 in which dropped weights may return."
     train = _trainer(clip, data, scale, iterations=scale.imp_iters)
     def losses(model): return train.losses(model, 4, seed)
@@ -179,8 +182,8 @@ def _league_arm(method, density, framework):
 # %% ../../nbs/experiments/59_league.ipynb #1df16cc9
 @torch.no_grad()
 def naming_accuracy(
-    clip, # A `ClipBackbone`
-    data, # Data set of samples with `image`, `regions` and `region_classes`, and a `vocabulary`
+    clip:ClipBackbone, # A `ClipBackbone`
+    data:Dataset, # Data set of samples with `image`, `regions` and `region_classes`, and a `vocabulary`
     limit:int=None, # Only the first so many images
     least:int=16, # Regions with fewer pixels are left out
 )->dict: # Group of classes -> mean over its classes, in [0, 1]; `'base'` if the data has no groups
@@ -217,9 +220,9 @@ def _cost_of(recipe, scale, folder):
 
 def before_tuning(
     arm:Arm, # With a mask that was found
-    scale, # Sizes
+    scale:Scale, # Sizes
     seed:int, # As for `run_arm`
-    folder, # Where masks and their weights lie; the result is kept there
+    folder:str|Path, # Where masks and their weights lie; the result is kept there
 )->dict: # arm, seed, accuracy: by group of classes; seconds and images that the mask took
     "What the tower of an arm is worth before anything is trained."
     recipe = arm.mask
@@ -236,7 +239,7 @@ def before_tuning(
 
 def _of_one_framework(arms): return [arm for arm in arms if not arm.framework]
 
-def all_before(scale, seeds, runs, scheduler)->dict:
+def all_before(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int)->dict:
     "`before_tuning` of all arms of the first framework."
     folders = seed_folders(runs, seeds)
     with hold_folders(*folders.values()):
@@ -323,7 +326,7 @@ def _league_text(data):
                  for_markdown_bold).to_markdown(index=False) for d in there]
     return '\n\n'.join(parts)
 
-def for_markdown_bold(text):
+def for_markdown_bold(text:object):
     "A cell for Markdown, whose bold stays bold."
     text = str(text)
     return (f'**{for_markdown(text[2:-2])}**' if text.startswith('**') and text.endswith('**') and len(text) > 4
@@ -364,7 +367,7 @@ def _plot_league(study, data): return plot_league(data)
 
 # %% ../../nbs/experiments/59_league.ipynb #13bc54e8
 @study('masks-league', more=all_before, check=_check_league, plot=_plot_league, text=_league_text)
-def masks_league(s):
+def masks_league(s:Study):
     "Which mask is best, and what does it cost?"
     for framework in FRAMEWORKS_OF_LEAGUE:
         s.add(Arm(league_name('dense', 1., framework), tables=(), framework=framework))

@@ -8,6 +8,7 @@ __all__ = ['STUDIES', 'STUDY_FILE', 'Study', 'study', 'list_studies', 'get_study
 
 # %% ../../nbs/experiments/55_studies.ipynb #095ec40c
 import dataclasses, hashlib
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -16,9 +17,9 @@ import pandas as pd
 from typing_extensions import NotRequired
 from ..errors import OpenTransError, shorten, unknown
 from ..escape import for_markdown, printable
-from .arms import Arm, ArmResult, ARMS, build_framework, cached_result, find_mask
+from .arms import Arm, ArmResult, ARMS, build_framework, cached_result, find_mask, MaskRecipe
 from .claims import (
-    Claim, ClaimResult, claims_frame, claims_table, judge_claims, MEASURES, results_frame, summarize)
+    Claim, ClaimResult, claims_frame, claims_table, Gain, judge_claims, MEASURES, results_frame, summarize)
 from .figures import plot_arms
 from .jobs import (
     count_workers, hold_folders, open_run_folder, parse_scheduler, run_arms, run_jobs, seed_folders)
@@ -63,7 +64,7 @@ class Study:
     def arm(
         self,
         name:str, # In tables; one of `ARMS` needs nothing else
-        mask=None, # A `MaskRecipe`, one of `MASKS`, or None for dense
+        mask:MaskRecipe|str|None=None, # A `MaskRecipe`, one of `MASKS`, or None for dense
         **settings, # Of the `Arm`
     )->Arm:
         "Compare one more arm. Raises `OpenTransError` for a name that is there."
@@ -75,8 +76,8 @@ class Study:
     def claim(
         self,
         text:str, # In words
-        better, # Name of an arm, or a `Gain`
-        than, # Name of another, or a `Gain`
+        better:str|Gain, # Name of an arm, or a `Gain`
+        than:str|Gain, # Name of another, or a `Gain`
         measures:tuple=MEASURES, # By which measures
         paper:str=None, # Where in the paper; None: where the study is
     ):
@@ -124,7 +125,7 @@ def get_study(
     return STUDIES[name]
 
 # %% ../../nbs/experiments/55_studies.ipynb #c6cbc6a4
-def find_masks(scale, seeds, runs, scheduler, recipes):
+def find_masks(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int, recipes:Collection[MaskRecipe]):
     "Masks of all settings and seeds, found where they are not there yet: (recipe, seed) -> mask."
     runs = Path(runs).resolve()
     def there(f, n): return runs/f'seed{n}'/f'{f.id(scale)}.safetensors'
@@ -180,12 +181,12 @@ def _chosen_arms(name, arms):
 
 def result_file(
     name:str, # One of `list_studies`
-    out, # Folder
+    out:str|Path, # Folder
     seeds:int=5, # Number of seeds
-    scale='shapes', # As for `run_study`
+    scale:str|Scale='shapes', # As for `run_study`
     seed:int=0, # The first of them
     framework:str=None, # As for `run_study`
-    arms=None, # As for `run_study`
+    arms:Sequence[str]|None=None, # As for `run_study`
 )->Path: # `NAME-5seeds.json`; other scales than the usual one, another first seed and chosen arms are in the name
     "Where a study is stored."
     label, chosen = scale_label(scale), [_arms_in_words(arms)] if arms else []
@@ -221,11 +222,11 @@ def plan_study(
     name:str, # One of `list_studies`
     seeds:int=5, # As for `run_study`, and so the others
     seed:int=0,
-    scale='shapes',
-    scheduler='local',
+    scale:str|Scale='shapes',
+    scheduler:str|int='local',
     pretrained:str=None,
     framework:str=None,
-    arms=None,
+    arms:Sequence[str]|None=None,
     # A row for each framework: arms, GB a process, GB of the device, does it fit, seconds an iteration, minutes an
     # epoch, hours an arm, hours of all
 )->pd.DataFrame:
@@ -249,19 +250,20 @@ def plan_study(
 
 def run_study(
     name:str, # One of `list_studies`
-    out='results', # Folder of the `result_file`; the runs lie under `.runs` there, and none of them is done twice
+    # Folder of the `result_file`; the runs lie under `.runs` there, and none of them is done twice
+    out:str|Path='results',
     seeds:int=5, # Number of seeds
     seed:int=0, # The first of them
-    scale='shapes', # One of `SCALES`, or a `Scale`
+    scale:str|Scale='shapes', # One of `SCALES`, or a `Scale`
     # Where jobs run, as for `run_jobs`: `'local'`, `'processes'`, `'processes:N'`, a number of processes, or an
     # address
-    scheduler='local',
+    scheduler:str|int='local',
     command:str=None, # Written into the file
     pretrained:str=None, # Other weights of CLIP than the scale's: a file, where nothing can be downloaded
     # Where the arms are trained that name none of their own; None: the paper's for this table where CLIP itself is
     # trained, else the scale's
     framework:str=None,
-    arms=None, # Names of the arms to run; None: all of the study
+    arms:Sequence[str]|None=None, # Names of the arms to run; None: all of the study
 )->dict: # What the file holds: run, scale, seeds, results, summary, claims
     "One table over several seeds. Interrupted, it goes on where it was. Raises `OpenTransError`."
     s = dataclasses.replace(get_study(name), arms=_chosen_arms(name, arms))
@@ -326,7 +328,7 @@ def _run_other(study, out, seeds, scale, scheduler, command):
 # %% ../../nbs/experiments/55_studies.ipynb #77113f39
 def load_study(
     name:str, # One of `list_studies`
-    file, # That `run_study` has written
+    file:str|Path, # That `run_study` has written
 )->dict: # What it holds
     "Read a stored study. Raises `OpenTransError` if it is damaged, or something else."
     s = get_study(name)
@@ -337,9 +339,9 @@ def load_study(
     return data
 
 def all_claims(
-    folder, # Where `run_study` has written
+    folder:str|Path, # Where `run_study` has written
     seeds:int=5, # Of which runs
-    scale='shapes', # At which scale
+    scale:str|Scale='shapes', # At which scale
 )->pd.DataFrame: # As `judge_claims`, with the study and its file; a claim that two studies judge is there once
     "The claims of all stored studies with their verdicts."
     rows = []
@@ -374,9 +376,9 @@ def _told_of(study, data):
 
 def show_study(
     name:str, # One of `list_studies`
-    folder='results', # Where `run_study` has written
+    folder:str|Path='results', # Where `run_study` has written
     seeds:int=5, # Of which run
-    scale='shapes', # At which scale
+    scale:str|Scale='shapes', # At which scale
 ):
     """Show in a notebook what a stored study says: its question, verdicts, means and plot. Raises `OpenTransError`
     for an unknown one."""

@@ -7,13 +7,14 @@ __all__ = ['DEMO_FILE', 'DEMO_ARMS', 'photograph_figures', 'demo_figures', 'repo
 
 # %% ../../nbs/experiments/58_report.ipynb #15e58a35
 import base64, dataclasses, math, shutil, time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 import pandas as pd
 from ..errors import OpenTransError
 from ..escape import for_html, for_plot
 from .arms import (
-    ANSWERS_FILE, arm_file, ARMS, arms_of, framework_arms, open_mask, open_warm, read_rounds, read_tensors)
+    ANSWERS_FILE, Arm, arm_file, ARMS, arms_of, framework_arms, open_mask, open_warm, read_rounds, read_tensors)
 from .claims import judge_claims, results_frame, summarize
 from .figures import plot_arms, plot_costs, plot_frameworks, plot_scenes
 from .first_picture import agreement, photograph_jobs, plot_seen, read_seen
@@ -46,7 +47,7 @@ def _jobs_of_photographs(folder, iterations, seed):
     except OpenTransError: return None
 
 def photograph_figures(
-    folder, # Where the jobs of `photograph_jobs` wrote what is seen
+    folder:str|Path, # Where the jobs of `photograph_jobs` wrote what is seen
 )->dict: # Name -> (figure, caption)
     """What a newcomer sees first: photographs, labelled by words, by a dense tower and by two sparse ones. Raises
     `OpenTransError` where a file is missing."""
@@ -68,8 +69,8 @@ def demo_figures(
     frame:pd.DataFrame, # As `results_frame` gives it
     scale:Scale, # Sizes
     seed:int, # Whose masks and pictures are shown
-    folder, # Where the study of that seed lies
-    arms=ARMS, # What was compared
+    folder:str|Path, # Where the study of that seed lies
+    arms:Sequence[Arm]=ARMS, # What was compared
 )->dict: # Name -> (figure, caption)
     "The figures of a report about shapes."
     folder = Path(folder)
@@ -218,12 +219,12 @@ def _photograph_iterations(scale):
     return 100 if scale.iterations >= SCALES['demo'].iterations else 1
 
 def demo(
-    out='demo-report', # Folder for `opentrans-demo.html` and `opentrans-demo.json`
+    out:str|Path='demo-report', # Folder for `opentrans-demo.html` and `opentrans-demo.json`
     seeds:int=1, # Number of seeds; three or more give intervals and verdicts
     seed:int=0, # The first of them
-    scale='demo', # One of `SCALES`, or a `Scale`
-    scheduler='local', # Where jobs run, as for `run_jobs`
-    arms=None, # What to compare; None: `DEMO_ARMS`
+    scale:str|Scale='demo', # One of `SCALES`, or a `Scale`
+    scheduler:str|int='local', # Where jobs run, as for `run_jobs`
+    arms:Sequence[Arm]|None=None, # What to compare; None: `DEMO_ARMS`
     command:str='opentrans demo', # Written into the report
 )->dict: # What the JSON file holds
     """Photographs, and the paper's main job on the embedded world, with a report. Interrupted, it goes on where it

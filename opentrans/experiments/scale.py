@@ -11,12 +11,13 @@ __all__ = ['SCALES', 'PICTURE', 'Number', 'Measured', 'Amount', 'Scale', 'get_sc
 import contextlib, copy, dataclasses, functools, hashlib, math, os, pkgutil, platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from annotated_types import Interval
 import numpy as np
 import torch
 from typing_extensions import TypedDict
 import importlib.util
+from collections.abc import Mapping
 import opentrans
 from ..clip import ClipBackbone
 from ..data import (
@@ -138,13 +139,13 @@ class Scale:
             raise OpenTransError(
                 f"output_stride={shorten(self.output_stride, 80)}: give 32, or for a ResNet 16 or 8.")
 
-    def of(self, framework=''):
+    def of(self, framework:str|None=''):
         "The same with the tower's last stride in a framework, as the paper has it."
         if not self.paper or not self.backbone.startswith(('RN', 'shapes-rn')): return self
         stride = get_framework(framework or self.framework).output_stride
         return dataclasses.replace(self, output_stride=min(stride, self.output_stride))
 
-    def shorten(self, iterations):
+    def shorten(self, iterations:int):
         """The same in fewer iterations: `iterations` in all of DeepLabV3; warm-up, rounds of Algorithm 1 and the
         other frameworks' courses move along."""
         check_number('iterations', iterations, 2, 10**9, whole=True)
@@ -154,7 +155,7 @@ class Scale:
                      query_iterations=max(1, round(self.query_iterations*part)))
         return dataclasses.replace(self, warmup=warmup, iterations=iterations-warmup, **least)
 
-    def changed(self, values):
+    def changed(self, values:Mapping[str, str]):
         """The same with other sizes, given as texts by name. Raises `OpenTransError` for a name that is none, or a
         value of the wrong kind."""
         kinds = {f.name: f.type for f in dataclasses.fields(self)}
@@ -164,7 +165,7 @@ class Scale:
                                    **{name: _size_from(name, kinds[name], text) for name,text in values.items()})
 
     # `after`: iterations that went before; None: those of the warm-up
-    def recipe(self, iterations, schedule, seed, framework='', after=None):
+    def recipe(self, iterations:int, schedule:str, seed:int, framework:str='', after:int|None=None):
         r = self._recipe(iterations, schedule, seed, framework, after)
         return r.replace(precision=self.precision, accumulate=min(self.accumulate, r.batch_size),
                          workers=self.loaders)
@@ -182,7 +183,7 @@ class Scale:
                                      lr=self.query_lr if q else self.lr, backbone_lr=self.backbone_lr,
                                      schedule=schedule, seed=seed)
 
-    def steps(self, framework=''): # of the warm-up, and after it
+    def steps(self, framework:str=''): # of the warm-up, and after it
         if self.paper:
             return self.warmup,round(
                 (self.warmup+self.iterations)*_recipe(framework
@@ -190,7 +191,7 @@ class Scale:
                     'deeplabv3').iterations)-self.warmup
         return (0, self.query_iterations) if framework in self.queries else (self.warmup, self.iterations)
 
-    def options(self, framework):
+    def options(self, framework:str):
         return ({} if self.preset != 'small'
                 else dict(deeplabv3=dict(width=self.width, loss_stride=self.loss_stride, lean=self.lean,
                                          fine=self.fine), mask2former=dict(queries=24, layers=2, points=256),
@@ -213,19 +214,19 @@ SCALES = dict(shapes=Scale(), demo=Scale(imp_iters=20, iterations=150, query_ite
                           iterations=2, batch_size=4, zero_shot=40, query_iterations=2, query_batch=4))
 
 # %% ../../nbs/experiments/50_scale.ipynb #9f7c427b
-def get_scale(scale):
+def get_scale(scale:str|Scale):
     "A scale by its name. Raises `OpenTransError`."
     if isinstance(scale, Scale): return scale
     if not isinstance(scale, str) or scale not in SCALES: raise unknown('scale', scale, SCALES)
     return SCALES[scale]
 
-def check_seeds(seeds, seed):
+def check_seeds(seeds:int, seed:int):
     "Raises `OpenTransError` for numbers of seeds that no study has."
     check_number('seeds', seeds, 1, 1000, whole=True)
     check_number('seed', seed, 0, whole=True)
 
 # %% ../../nbs/experiments/50_scale.ipynb #cc4eb920
-def stored_scale(told):
+def stored_scale(told:Mapping[str, Any]):
     "The scale of a stored study. Raises `OpenTransError` for sizes that no scale has."
     known = [f.name for f in dataclasses.fields(Scale)]
     for name in told:
@@ -233,7 +234,7 @@ def stored_scale(told):
     return Scale(**told)
 
 # %% ../../nbs/experiments/50_scale.ipynb #a703686b
-def scale_label(scale): return next((n for n,v in SCALES.items() if scale == n or scale == v), 'own')
+def scale_label(scale:str|Scale): return next((n for n,v in SCALES.items() if scale == n or scale == v), 'own')
 
 # %% ../../nbs/experiments/50_scale.ipynb #0722659f
 @functools.lru_cache(maxsize=2)
@@ -310,7 +311,7 @@ def _prompted(data, prompts):
 # a large file is read once, not for each seed
 def _digest(file, size, modified): return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
-def weights_identity(scale):
+def weights_identity(scale:Scale):
     "The weights of a scale's CLIP: a tag as it is, a file by its name and content."
     file = Path(scale.pretrained)
     return (f'{file.name} {_digest(file, (s := file.stat()).st_size, s.st_mtime_ns)}'
@@ -330,7 +331,8 @@ def open_clip_of(
                       weights_identity(scale)).fresh_copy().to(pick_device(scale.device))
 
 # %% ../../nbs/experiments/50_scale.ipynb #6db8373b
-def between(least, most): return Annotated[int | float, Interval(ge=least, le=most)] # neither NaN nor infinity
+def between(least:float, most:float):
+    return Annotated[int | float, Interval(ge=least, le=most)] # neither NaN nor infinity
 Number = between(-1e30, 1e30)
 Measured = Number | None # NaN, for what was not measured, is null in a file
 Amount = between(0, 1e30)

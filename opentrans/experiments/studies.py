@@ -11,6 +11,7 @@ __all__ = ['FRAMEWORK_TITLES', 'DETECTION_FILE', 'COURSE_FILE', 'PART_FILE', 'de
 
 # %% ../../nbs/experiments/56_results.ipynb #ff2cd954
 import base64, math, zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 from annotated_types import Interval
@@ -27,8 +28,8 @@ from .claims import Gain, results_frame
 from .figures import (
     plot_costs, plot_courses, plot_density, plot_frameworks, plot_scenes, plot_similarity)
 from .jobs import hold_folders, run_jobs, seed_folders
-from .registry import find_masks, study, STUDY_FILE
-from .scale import Measured, open_clip_of, stored_scale, world_of
+from .registry import find_masks, study, Study, STUDY_FILE
+from .scale import Measured, open_clip_of, Scale, stored_scale, world_of
 from ..files import check_shape, FileKind, load_json, save_json
 from ..frameworks.contract import get_framework
 from ..heavy_tail import analyze
@@ -46,7 +47,7 @@ def _plot_similarity(study, data): return plot_similarity(results_frame(data['re
 
 # %% ../../nbs/experiments/56_results.ipynb #b4434b6c
 @study('frameworks', paper='Tab. 1', scale=dict(query_iterations=160), plot=_plot_frameworks)
-def frameworks(s):
+def frameworks(s:Study):
     "Does one mask serve every framework?"
     s.add(*arms_of('frameworks'), *FRAMEWORK_ARMS, *framework_arms('fpn'))
     s.claim('A mask found by distillation alone is better than a random mask of equal density',
@@ -61,7 +62,7 @@ def frameworks(s):
 _TODAY = ('catseg', 'sed')
 
 @study('frameworks-today', paper='beyond', scale=dict(query_iterations=160), plot=_plot_frameworks)
-def frameworks_today(s):
+def frameworks_today(s:Study):
     "Does the same mask serve frameworks that compare cells with names?"
     for name in _TODAY: s.add(*framework_arms(name))
     for name in _TODAY:
@@ -86,7 +87,7 @@ class _Detections(TypedDict):
     "What `detections` gives."
     rows: list[_Detection]
 
-def train_detector(scale, seed, folder, mask):
+def train_detector(scale:Scale, seed:int, folder:str|Path, mask:str):
     "Train a detector under a mask, and write its average precision: `detector-MASK.json`."
     from opentrans.frameworks.detector import detection_ap
     world = world_of(scale, seed, 'detector')
@@ -100,7 +101,7 @@ def train_detector(scale, seed, folder, mask):
     row = dict(mask=mask, seed=seed, ap=r['ap'], ap50=r['ap50'], **{k: r['groups'][k] for k in ('base', 'novel')})
     save_json(row, Path(folder)/f'detector-{mask}.json', DETECTION_FILE)
 
-def detections(scale, seeds, runs, scheduler)->dict:
+def detections(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int)->dict:
     "Detectors of all masks and seeds, trained where they are not there yet."
     find_masks(scale, seeds, runs, scheduler, [MaskRecipe()])
     runs = Path(runs).resolve()
@@ -130,12 +131,12 @@ def _plot_detection(study, data):
     return of.mean().loc[list(_DETECTED)].plot.bar(yerr=of.std().loc[list(_DETECTED)], rot=0, ylabel='AP, %')
 
 @study('detection', more=detections, check=_check_detections, plot=_plot_detection, text=_detection_text)
-def detection(s):
+def detection(s:Study):
     "Does the mask serve open-vocabulary detection?"
 
 # %% ../../nbs/experiments/56_results.ipynb #7c3de37c
 @study('masks', paper='Tab. 1')
-def masks(s):
+def masks(s:Study):
     "Is the distilled mask better than the honest alternatives?"
     s.add(*arms_of('masks'))
     found = 'A mask found by distillation alone is better than'
@@ -151,7 +152,7 @@ def masks(s):
 
 # %% ../../nbs/experiments/56_results.ipynb #1aabc4c0
 @study('freezing', paper='Tab. 2', framework='mask2former')
-def freezing(s):
+def freezing(s:Study):
     "Which half of the layers should rest?"
     s.add(*arms_of('layers'))
     s.claim('Fine-tuning has something to learn: all layers are better than a frozen backbone',
@@ -163,7 +164,7 @@ def freezing(s):
 
 # %% ../../nbs/experiments/56_results.ipynb #ab9c9257
 @study('losses', paper='Tab. 5')
-def losses(s):
+def losses(s:Study):
     "Text-guided or vision-guided distillation?"
     s.arm('dense')
     s.arm('TGKD', MaskRecipe(), tables=())
@@ -172,7 +173,7 @@ def losses(s):
 
 # %% ../../nbs/experiments/56_results.ipynb #77981116
 @study('rounds', paper='Tab. 6 and 7')
-def rounds(s):
+def rounds(s:Study):
     "How many weights a round, and how many iterations between?"
     for p,share,name in ((.1, 1., 't'), (.1, 1/3, 't/3'), (.1, .1, 't/10'), (.3, 1., 't'), (.3, 3., '3t')):
         s.arm(f'p={p}, {name}', MaskRecipe(p=p, iters=share), tables=())
@@ -182,7 +183,7 @@ def rounds(s):
 
 # %% ../../nbs/experiments/56_results.ipynb #582669ca
 @study('supervision', paper='Tab. 8')
-def supervision(s):
+def supervision(s:Study):
     "Is distillation alone enough to find a mask?"
     s.arm('distillation alone', MaskRecipe(), tables=())
     s.arm('distillation and segmentation', MaskRecipe(segmentation=1.), tables=())
@@ -192,7 +193,7 @@ def supervision(s):
 
 # %% ../../nbs/experiments/56_results.ipynb #4d9a3b54
 @study('similarity', paper='Tab. 9', plot=_plot_similarity)
-def similarity(s):
+def similarity(s:Study):
     "Does a sparse backbone stay closer to CLIP?"
     for name in ('dense', 'distilled mask', 'random'): s.arm(name)
     readings = dict(cka='stages', cka_layers='all convolutions', cka_channels='released per-channel score')
@@ -202,7 +203,7 @@ def similarity(s):
 
 # %% ../../nbs/experiments/56_results.ipynb #d902443b
 @study('ratio', paper='Tab. 10', framework='mask2former', costs=True)
-def ratio(s):
+def ratio(s:Study):
     "How many layers should rest?"
     s.arm('dense')
     for share in (.25, .5, .75): s.arm(f'freeze {share:.0%}', select='alpha', freeze=share)
@@ -211,7 +212,7 @@ def ratio(s):
 
 # %% ../../nbs/experiments/56_results.ipynb #f7744759
 @study('balance', paper='Tab. 3, Fig. 1', costs=True, plot=_plot_costs)
-def balance(s):
+def balance(s:Study):
     "What do the two principles cost and keep, alone and together?"
     both = 'distilled mask, freeze small alpha'
     for name in ('dense', 'distilled mask', 'freeze small alpha', both, 'random'): s.arm(name)
@@ -222,7 +223,7 @@ def balance(s):
 
 # %% ../../nbs/experiments/56_results.ipynb #fc1c9624
 @study('training', paper='Tab. 4', framework='mask2former', costs=True, plot=_plot_costs)
-def training(s):
+def training(s:Study):
     "How much training do they save?"
     for name in ('dense', 'freeze small alpha', 'distilled mask, freeze small alpha'): s.arm(name)
 
@@ -275,7 +276,7 @@ def unpack_pictures(
             for arm,sets in more['arms'].items()}
 
 # %% ../../nbs/experiments/56_results.ipynb #976d2b1b
-def pictures(scale, seeds, runs, scheduler)->dict:
+def pictures(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int)->dict:
     "What arms of the first seed make of the same scenes (Fig. 5 and 8), packed: `unpack_pictures` reads it."
     packed = {}
     for arm in look.arms:
@@ -289,7 +290,7 @@ def _plot_pictures(study, data):
     return plot_scenes(stored_scale(data['scale']), data['more']['seed'], unpack_pictures(data['more']))
 
 @study('pictures', paper='Fig. 5 and 8', more=pictures, check=_check_pictures, plot=_plot_pictures)
-def look(s):
+def look(s:Study):
     "What does it look like?"
     for name in ('dense', 'distilled mask', 'distilled mask, freeze small alpha', 'random'): s.arm(name)
 
@@ -320,7 +321,7 @@ def _seen(part):
 
 def _rounded(values): return [None if v is None or v != v else round(float(v), 4) for v in values]
 
-def alpha_course(scale, seed, folder, mask=None):
+def alpha_course(scale:Scale, seed:int, folder:str|Path, mask:str|None=None):
     "Alpha of each layer before, and its median during a fine-tuning of all layers (Fig. 6, 7 and 9)."
     kept = Path(folder)/f"course-{mask or 'dense'}.json"
     if kept.exists(): return load_json(kept, _Course, COURSE_FILE)
@@ -345,7 +346,7 @@ def alpha_course(scale, seed, folder, mask=None):
     part.unlink(missing_ok=True)
     return load_json(kept, _Course, COURSE_FILE)
 
-def alpha_curves(scale, seeds, runs, scheduler)->dict:
+def alpha_curves(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int)->dict:
     "`alpha_course` of a dense and a sparse tower, by seed."
     kinds, folders = {'dense': None, 'sparse': 'distilled'}, seed_folders(runs, seeds)
     with hold_folders(*folders.values()):
@@ -368,7 +369,7 @@ def _check_courses(more, file):
 def _plot_courses(study, data): return plot_courses(data['more'])
 
 @study('alpha', paper='Fig. 6, 7 and 9', more=alpha_curves, check=_check_courses, plot=_plot_courses)
-def alpha(s):
+def alpha(s:Study):
     "Does alpha stay what it was?"
 
 # %% ../../nbs/experiments/56_results.ipynb #96e2b73d
@@ -408,7 +409,7 @@ density_faseg = _density('faseg')
 
 # %% ../../nbs/experiments/56_results.ipynb #3979adba
 @study('xmin')
-def xmin(s):
+def xmin(s:Study):
     "Does the rule for the tail matter to the mIoU?"
     s.arm('dense')
     for rule in ('ks', 'paper', 'median', 'peak'): s.arm(f'xmin by {rule}', select='alpha', xmin=rule)
@@ -417,7 +418,7 @@ def xmin(s):
 
 # %% ../../nbs/experiments/56_results.ipynb #50dcbf29
 @study('levels')
-def levels(s):
+def levels(s:Study):
     "Layers, channels or single weights, at an equal number of trained weights?"
     for name in ('dense', 'freeze small alpha', 'freeze the whole backbone'): s.arm(name)
     kinds = ('layer', 'channel', 'element')
@@ -433,7 +434,7 @@ def levels(s):
 
 # %% ../../nbs/experiments/56_results.ipynb #123134ed
 @study('methods')
-def methods(s):
+def methods(s:Study):
     "Is Algorithm 1 better than other ways to find a mask?"
     s.arm('dense')
     s.arm('Algorithm 1', MaskRecipe(), tables=())
@@ -462,7 +463,7 @@ class _Overlaps(TypedDict):
     within_a_seed: _Agreement
     between_seeds: dict[str, _Agreement]
 
-def overlaps(scale, seeds, runs, scheduler)->dict:
+def overlaps(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int)->dict:
     """How much masks agree that were found with other losses, in other frameworks, and with other seeds, beside
     chance (of random masks with the same density in each layer)."""
     masks = find_masks(scale, seeds, runs, scheduler, LOSSES_OF.values())
@@ -508,7 +509,7 @@ def _plot_overlap(study, data):
     return plot_overlap(pd.DataFrame(data['more']['within_a_seed']['iou'], names, names))
 
 @study('overlap', more=overlaps, check=_check_overlaps, plot=_plot_overlap, text=_agreement)
-def overlap(s):
+def overlap(s:Study):
     "Do other losses, frameworks and seeds find the same mask?"
 
 # %% ../../nbs/experiments/56_results.ipynb #a3eec99f
@@ -519,7 +520,7 @@ _WHEN = dict(before='before fine-tuning', all='after fine-tuning all layers', ha
 _WORDS = {(kind, when): f'{kind}, carried {words}' for kind in _CARRIED for when,words in _WHEN.items()}
 
 @study('interference')
-def interference(s):
+def interference(s:Study):
     """Do pruning and the choice of layers disturb each other,
     and does fine-tuning spoil a subnetwork for the next framework?"""
     first = {name: s.arm(name) for name in ('dense', 'distilled mask', 'freeze small alpha', _BOTH)}

@@ -8,6 +8,7 @@ __all__ = ['BAKED_FILE', 'pack_bits', 'unpack_bits', 'unbake', 'is_torchscript',
 
 # %% ../../nbs/00c_checkpoints.ipynb #8b31e542
 import math, os, pickle, zipfile
+from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ def pack_bits(mask:torch.Tensor)->torch.Tensor:
 
 def unpack_bits(
     bits:torch.Tensor, # What `pack_bits` gave
-    shape, # Of the truth values
+    shape:Sequence[int], # Of the truth values
 )->torch.Tensor:
     "Bits as truth values of a shape. Raises `ValueError` if there are too few or too many bits."
     n = math.prod(shape)
@@ -35,7 +36,7 @@ BAKED_FILE = FileKind('opentrans-sparse', 'baked model', 'SparseMask.bake')
 def unbake(
     tensors:dict, # Of a baked file
     meta:dict, # Its metadata
-    path, # For the message
+    path:str|Path, # For the message
 )->dict: # The dense state dict
     "A baked model as an ordinary state dict. Raises `DamagedFile`."
     shapes = metadata_value(meta, 'shapes', dict[str, list[int]], path)
@@ -71,7 +72,7 @@ def _arrays_to_tensors(value):
     if isinstance(value, dict): return {str(k): _arrays_to_tensors(v) for k,v in value.items()}
     return torch.from_numpy(np.array(value)) if isinstance(value, (np.ndarray, np.generic)) else value
 
-def is_torchscript(path)->bool:
+def is_torchscript(path:str|Path)->bool:
     "Is a file a TorchScript archive, that is, a program?"
     try:
         if not zipfile.is_zipfile(path): return False
@@ -88,7 +89,7 @@ _PROGRAM = (
 def read_checkpoint(
     # `.safetensors`, `.pt`, `.pth`, `.bin`, detectron2's `.pkl`, a file that `SparseMask.bake` wrote, or a
     # TorchScript archive
-    path,
+    path:str|Path,
     trust:bool=False, # Open TorchScript archives, which are programs?
 )->dict: # Nested dictionaries of tensors, as the file holds them
     """Read the weights that a file holds, without running code from it. Raises `OpenTransError` if it cannot be
@@ -120,7 +121,7 @@ def read_checkpoint(
 # %% ../../nbs/00c_checkpoints.ipynb #57cce771
 def state_dict_of(
     checkpoint:dict, # What `read_checkpoint` gave
-    path, # For the message
+    path:str|Path, # For the message
 )->dict: # Name -> tensor
     """The state dict in a checkpoint: at its top, or under `state_dict` or `model`. Raises `FormatError` if there
     is none."""
@@ -140,9 +141,9 @@ def _tensors_to_arrays(value):
     except TypeError: return value.float().numpy()
 
 def save_checkpoint(
-    value, # Nested dictionaries of tensors
+    value:dict, # Nested dictionaries of tensors
     # Where to: `.safetensors` takes a flat dictionary, `.pkl` is written as detectron2 does, anything else by torch
-    path,
+    path:str|Path,
 ):
     "Write weights for other programs, whole or not at all. Raises `OpenTransError` if they cannot be written."
     suffix = Path(path).suffix

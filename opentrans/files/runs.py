@@ -18,7 +18,7 @@ from opentrans.files.stored import (
 # %% ../../nbs/00b_runs.ipynb #3ac495b5
 @contextlib.contextmanager
 def lock_folder(
-    folder, # Folder of a run; made if it is missing. None locks nothing
+    folder:str|Path|None, # Folder of a run; made if it is missing. None locks nothing
 ):
     """Keep other runs out of a folder inside the block. The system lets go when the process ends, however it ends.
     Raises `OtherRun` if one is at work."""
@@ -29,7 +29,7 @@ def lock_folder(
 
 @contextlib.contextmanager
 def lock_file(
-    path, # File of a run; it need not exist, and its folder is made if it is missing. None locks nothing
+    path:str|Path|None, # File of a run; it need not exist, and its folder is made if it is missing. None locks nothing
 ):
     """Keep other runs away from a file inside the block, as `lock_folder` does from a folder. Raises `OtherRun` if
     one is at work."""
@@ -62,7 +62,7 @@ def _locked(folder, name, place):
 class RunFile:
     "The file from which a long run goes on after any interruption. It belongs to the settings of one run."
     def __init__(self,
-        path, # A `.safetensors` file; it need not exist
+        path:str|Path, # A `.safetensors` file; it need not exist
         settings:dict, # What must be equal for the run to go on, as plain values
         kind:FileKind, # What the file holds
     ):
@@ -95,7 +95,7 @@ class RunFile:
 
     def save(self,
         tensors:dict, # Name -> tensor
-        finite=lambda name: True, # Function of a name: must this tensor be finite?
+        finite:Callable[[str], bool]=lambda name: True, # Function of a name: must this tensor be finite?
         **values, # More, as plain values
     ):
         """Write the file, whole or not at all. Raises `OpenTransError`, and keeps the last good one, if a tensor is
@@ -107,20 +107,21 @@ class RunFile:
 
 # %% ../../nbs/00b_runs.ipynb #6510cb68
 def optimizer_tensors(
-    optimizer, # Of torch
+    optimizer:torch.optim.Optimizer, # Of torch
     names:dict, # Parameter -> name
     prefix:str='optimizer.', # Before all names
-    state=lambda param, state: state, # What is stored of a parameter's state; a mask in force may clean it
+    # What is stored of a parameter's state; a mask in force may clean it
+    state:Callable[[torch.Tensor, dict], dict]=lambda param, state: state,
 )->dict: # Name -> tensor
     "The tensors in an optimizer's state, by the names of its parameters."
     return {f'{prefix}{names[param]}.{key}': value for param, held in optimizer.state.items()
             for key, value in state(param, held).items() if isinstance(value, torch.Tensor)}
 
 def restore_optimizer(
-    optimizer, # Of torch, over the same parameters
+    optimizer:torch.optim.Optimizer, # Of torch, over the same parameters
     tensors:dict, # A file's tensors; those with the prefix are meant
     names:dict, # Parameter -> name
-    path, # The file, for the message
+    path:str|Path, # The file, for the message
     prefix:str='optimizer.', # Before all names
 ):
     """Put back what `optimizer_tensors` gave. Raises `DamagedFile`, with nothing changed, if a tensor fits no

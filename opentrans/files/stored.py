@@ -12,6 +12,7 @@ __all__ = ['sweep', 'atomic_path', 'save_text', 'regular_file', 'read_text', 'ch
 import contextlib, errno, functools, hashlib, json, os, re, secrets, stat, struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,7 +41,7 @@ def _is_orphan(path):
 
 # %% ../../nbs/00_files.ipynb #73f5914c
 def sweep(
-    folder, # Where to look; not in the folders below it
+    folder:str|Path, # Where to look; not in the folders below it
 )->list: # Names of the files that were removed
     "Remove what writers that were killed have left half-written in a folder. Files that are being written stay."
     removed = []
@@ -103,7 +104,7 @@ def _write_error(path, error):
 def atomic_path(
     # Where the file shall be. Its folder is made if it is missing. A link stays a link, and the file that it names
     # is replaced
-    path,
+    path:str|Path,
 ): # Yields a temporary path to write to, in the same folder and with the same suffix
     """Write to a temporary file, which takes the place of `path` only when the block ends well. Raises
     `OpenTransError`, with the old file untouched."""
@@ -133,13 +134,13 @@ def atomic_path(
         with contextlib.suppress(FileNotFoundError): os.unlink(part)
 
 # %% ../../nbs/00_files.ipynb #859778f2
-def save_text(text:str, path):
+def save_text(text:str, path:str|Path):
     "Write a text file in UTF-8, whole or not at all. Raises `OpenTransError` if it cannot be written."
     with atomic_path(path) as part: part.write_text(text, encoding='utf-8')
 
 # %% ../../nbs/00_files.ipynb #febae5f4
 def regular_file(
-    path, # What the user gave
+    path:str|Path, # What the user gave
     what:str='file', # What it should be, for the message
 )->Path:
     """A path that is an ordinary file. Raises `OpenTransError` for one that is missing, a folder, a pipe or a
@@ -154,7 +155,7 @@ def regular_file(
     return Path(path)
 
 def read_text(
-    path, # A text file in UTF-8, with or without a byte-order mark
+    path:str|Path, # A text file in UTF-8, with or without a byte-order mark
     limit:int=2**31, # Largest size in bytes
 )->str:
     "Read a text file. Raises `OpenTransError` if it cannot be read, is larger than `limit`, or is not UTF-8."
@@ -175,8 +176,8 @@ def _adapter(schema):
     return TypeAdapter(schema)
 
 def check_shape(
-    value, # What was read
-    schema, # A type that pydantic understands, for example `dict[str, list[int]]`
+    value:Any, # What was read
+    schema:Any, # A type that pydantic understands, for example `dict[str, list[int]]`
     what:str, # What the value is, for the message, for example "'mask.json'"
 ): # The same value
     "Check the shape of what was read. Raises `FormatError`, which names the first places that differ."
@@ -194,7 +195,7 @@ def _no_constant(name): raise ValueError(f'{name} is no number of JSON')
 def parse_json(
     text:str, # A text
     what:str='the text', # What it is, for the message, for example "'mask.json'"
-    schema=None, # A type that pydantic understands; None takes any JSON
+    schema:Any=None, # A type that pydantic understands; None takes any JSON
     constants:bool=False, # Read NaN and Infinity, which are not JSON but stand in files of opentrans 0.1?
 ): # What it says
     "Read a text as JSON and check its shape. Raises `FormatError` for anything else, however malformed."
@@ -218,16 +219,16 @@ class FileKind:
     version:int=2 # The version that is written
     oldest:int=1 # The oldest version that is read. Files before version 2 may lack a checksum
 
-    def wrong(self, path, found)->FormatError:
+    def wrong(self, path:str|Path, found:object)->FormatError:
         "The error for a file of another kind."
         return FormatError(f"'{path}' holds no {self.holds} (format {shorten(found)!r}, expected {self.name!r}). "
                            f"Give a file that {self.maker} wrote.")
 
-    def damaged(self, path, why='its contents do not fit its checksum')->DamagedFile:
+    def damaged(self, path:str|Path, why:str='its contents do not fit its checksum')->DamagedFile:
         "The error for a file of this kind whose contents are not what was written."
         return DamagedFile(f"The {self.holds} file '{path}' is damaged: {why}. Fetch or make it again.")
 
-    def check_version(self, path, version):
+    def check_version(self, path:str|Path, version:str|int):
         "Raises `FormatError` for a version that is not read here, and gives it as a number."
         if not re.fullmatch('[0-9]{1,6}', str(version)):
             raise self.damaged(path, f'its version is {shorten(version, 40)!r}')
@@ -261,11 +262,11 @@ def _finite(value):
     if isinstance(value, (float, np.floating)): return float(value) if np.isfinite(value) else None
     return value
 
-def plain_json(value):
+def plain_json(value:Any):
     "A value as it comes back from a JSON file: plain numbers, lists and dictionaries, and null for NaN."
     return _finite(json.loads(json.dumps(value, default=_plain)))
 
-def digest_of(value)->str: # 64 hexadecimal digits
+def digest_of(value:Any)->str: # 64 hexadecimal digits
     "The sha256 of a JSON value, however it is laid out in a file."
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(',', ':')).encode()).hexdigest()
 
@@ -273,7 +274,7 @@ def digest_of(value)->str: # 64 hexadecimal digits
 _HEADER = ('format', 'version', 'sha256')
 
 def json_text(
-    obj, # What to write
+    obj:Any, # What to write
     kind:FileKind=None, # With a kind, a dictionary gets the kind's header and a checksum
     indent:int=1, # Blanks a level
 )->str:
@@ -285,8 +286,8 @@ def json_text(
     return json.dumps(value, indent=indent, ensure_ascii=False)
 
 def save_json(
-    obj, # What to write
-    path, # Where to
+    obj:Any, # What to write
+    path:str|Path, # Where to
     kind:FileKind=None, # With a kind, a dictionary gets the kind's header and a checksum
 ):
     "Write a JSON file, whole or not at all. Numbers of numpy and torch become plain ones, NaN becomes null."
@@ -295,8 +296,8 @@ def save_json(
 def parse_document(
     text:str, # What `json_text` made, or the same without its header
     kind:FileKind, # What it should hold
-    schema=None, # Shape of what is left without the header
-    what='the text', # Where it comes from, for the message
+    schema:Any=None, # Shape of what is left without the header
+    what:str|Path='the text', # Where it comes from, for the message
 )->dict:
     """Read a JSON document of a kind, check its version, checksum and shape, and give it without its header. Raises
     `FormatError`."""
@@ -316,8 +317,8 @@ def parse_document(
             f"'{shorten(what)}' holds no {kind.holds}. {error} Expected what {kind.maker} writes.") from None
 
 def load_json(
-    path, # A JSON file
-    schema=None, # Shape of what it should hold; None takes any JSON
+    path:str|Path, # A JSON file
+    schema:Any=None, # Shape of what it should hold; None takes any JSON
     kind:FileKind=None, # With a kind, version and checksum are checked as well, and the header is left out
 ):
     "Read a JSON file. Raises `OpenTransError` if it cannot be read, and `FormatError` if it is something else."
@@ -370,7 +371,7 @@ def _own_memory(tensors):
 
 def save_tensors(
     tensors:dict, # Name -> tensor
-    path, # Where to
+    path:str|Path, # Where to
     metadata:dict=None, # Text by name; other values are stored as JSON, in which NaN becomes null
     kind:FileKind=None, # What the file holds; its name and version are stored as `format` and `version`
 ):
@@ -400,14 +401,14 @@ def _opened(path, device='cpu'):
                           "Was the download or copy cut short? Fetch or make it again.") from error
 
 def load_metadata(
-    path, # A safetensors file
+    path:str|Path, # A safetensors file
 )->dict: # Texts by name
     "The metadata of a safetensors file, before any tensor is read. Raises `OpenTransError` as `load_tensors` does."
     with _opened(path) as file: return {k: v for k,v in (file.metadata() or {}).items() if k != 'checksum'}
 
 def load_tensors(
-    path, # A safetensors file
-    device='cpu', # Where the tensors shall be
+    path:str|Path, # A safetensors file
+    device:str|torch.device='cpu', # Where the tensors shall be
     kind:FileKind=None, # What it should hold; None takes any
 )->tuple: # (dict of name -> tensor, dict of metadata texts)
     """Read a safetensors file and check it. Raises `FormatError` if it is cut short, of another kind or version,
@@ -427,8 +428,8 @@ def load_tensors(
 def metadata_value(
     meta:dict, # What `load_tensors` gave besides the tensors
     name:str, # Which entry
-    schema, # Its shape
-    path, # The file, for the message
+    schema:Any, # Its shape
+    path:str|Path, # The file, for the message
     constants:bool=False, # As in `parse_json`
 ): # The value
     """One entry of a tensor file's metadata, parsed and checked. Raises `DamagedFile` if it is missing or of
@@ -469,7 +470,7 @@ def check_finite(
 def check_like(
     tensors:dict, # Name -> tensor, as read
     like:dict, # Name -> tensor: what they shall be put into
-    path, # The file they come from, for the message
+    path:str|Path, # The file they come from, for the message
     what:str='weights', # What they are, for the message
     finite:bool=True, # Refuse NaN and infinity?
 ):

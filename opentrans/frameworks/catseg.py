@@ -11,12 +11,15 @@ __all__ = ['cell_windows', 'from_windows', 'window_mask', 'WindowAttention', 'Sp
 # %% ../../nbs/frameworks/36_catseg.ipynb #7714b4a1
 import math, re
 from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.basics import patch
 from ..core import layers as named_layers, LayerSelection
+from ..data.vocabulary import Vocabulary
 from ..errors import OpenTransError
 from .contract import Framework, register_framework, resize, Scores
 from .published import put_weights, weights_of
@@ -29,7 +32,7 @@ def _mlp(width):
 
 def cell_windows(
     x:torch.Tensor, # (B,H,W,C), whole windows
-    size, # (h,w) of a window
+    size:Sequence[int], # (h,w) of a window
 )->torch.Tensor: # (B*windows, h*w, C)
     "The cells of each window."
     h,w = size
@@ -37,8 +40,8 @@ def cell_windows(
 
 def from_windows(
     windows:torch.Tensor, # (B*windows, h*w, C)
-    size, # (h,w) of a window
-    grid, # (H,W), whole windows
+    size:Sequence[int], # (h,w) of a window
+    grid:Sequence[int], # (H,W), whole windows
 )->torch.Tensor: # (B,H,W,C)
     "Undo `cell_windows`."
     (h,w),(high,wide) = size,grid
@@ -46,10 +49,10 @@ def from_windows(
     return cells.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 def window_mask(
-    grid, # (H,W) of whole windows
-    size, # (h,w) of a window
-    shift, # (y,x) by which the grid was rolled
-    real, # (H,W) that are not filled up
+    grid:Sequence[int], # (H,W) of whole windows
+    size:Sequence[int], # (h,w) of a window
+    shift:Sequence[int], # (y,x) by which the grid was rolled
+    real:Sequence[int], # (H,W) that are not filled up
 )->torch.Tensor: # (windows, h*w, h*w): 0 where a cell may look, -100 elsewhere; None if all may
     "Cells that rolling has brought together, or that were filled up, do not look at each other (Swin, Sec. 3.2)."
     if not any(shift) and tuple(grid) == tuple(real): return None
@@ -76,7 +79,7 @@ class WindowAttention(nn.Module):
         self.q,self.k = nn.Linear(width+guide, width),nn.Linear(width+guide, width)
         self.v,self.proj = nn.Linear(width, width),nn.Linear(width, width)
 
-    def forward(self, x, mask=None):
+    def forward(self, x:torch.Tensor, mask:torch.Tensor|None=None):
         "Windows (N,L,C+G) -> (N,L,C); `mask` (windows,L,L) is the same for all images."
         mixed = self.q(x),self.k(x),self.v(x[..., :self.width])
         queries,keys,values = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in mixed)
@@ -99,7 +102,7 @@ class SpatialBlock(nn.Module):
         self.norm1,self.norm2 = nn.LayerNorm(width),nn.LayerNorm(width)
         self.attn,self.mlp = WindowAttention(width, guide, heads),_mlp(width)
 
-    def forward(self, x, guide=None):
+    def forward(self, x:torch.Tensor, guide:torch.Tensor|None=None):
         "Cells (B,H,W,C) and a guide (B,H,W,G) -> (B,H,W,C)."
         real = x.shape[1:3]
         size = [min(self.window, side) for side in real]
@@ -116,13 +119,13 @@ class SpatialBlock(nn.Module):
 
 class SpatialPair(nn.Module):
     "Two blocks, the second shifted."
-    def __init__(self, width, guide, heads, window):
+    def __init__(self, width:int, guide:int, heads:int, window:int):
         super().__init__()
         self.block_1 = SpatialBlock(width, guide, heads, window)
         self.block_2 = SpatialBlock(width, guide, heads, window, shifted=True)
         self.guidance_norm = nn.LayerNorm(guide) if guide else None
 
-    def forward(self, volume, guide=None):
+    def forward(self, volume:torch.Tensor, guide:torch.Tensor|None=None):
         "Volume (B,C,T,H,W), guide (B,G,H,W)."
         count = volume.shape[2]
         x = volume.permute(0, 2, 3, 4, 1).flatten(0, 1)
@@ -131,7 +134,7 @@ class SpatialPair(nn.Module):
         return x.unflatten(0, (-1, count)).permute(0, 4, 1, 2, 3)
 
 # %% ../../nbs/frameworks/36_catseg.ipynb #3cddcc7b
-def linear_attention(queries, keys, values, tiny=1e-6):
+def linear_attention(queries:torch.Tensor, keys:torch.Tensor, values:torch.Tensor, tiny:float=1e-6):
     "Attention with elu(x)+1 for the exponential: (N,L,heads,d) -> (N,L,heads,d)."
     queries,keys = F.elu(queries)+1,F.elu(keys)+1
     length = values.shape[1]
@@ -141,14 +144,14 @@ def linear_attention(queries, keys, values, tiny=1e-6):
 
 class ClassLayer(nn.Module):
     "Linear attention of classes, whose queries and keys see the text."
-    def __init__(self, width, guide, heads):
+    def __init__(self, width:int, guide:int, heads:int):
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(width+guide, width)
         self.k = nn.Linear(width+guide, width)
         self.v = nn.Linear(width, width)
 
-    def forward(self, x, guide=None):
+    def forward(self, x:torch.Tensor, guide:torch.Tensor|None=None):
         y = x if guide is None else torch.cat([x, guide], -1)
         mixed = self.q(y),self.k(y),self.v(x)
         queries,keys,values = (part.unflatten(-1, (self.heads, -1)) for part in mixed)
@@ -171,7 +174,7 @@ class ClassAttention(nn.Module):
         self.padding_tokens = nn.Parameter(torch.zeros(1, 1, width)) if most else None
         self.padding_guidance = nn.Parameter(torch.zeros(1, 1, guide)) if most and guide else None
 
-    def forward(self, volume, guide=None):
+    def forward(self, volume:torch.Tensor, guide:torch.Tensor|None=None):
         "Volume (B,C,T,H,W), text (B,T,G)."
         batch,_,count,*size = volume.shape
         pool = [min(self.pool, side) for side in size]
@@ -191,33 +194,34 @@ class ClassAttention(nn.Module):
 
 class AggregatorLayer(nn.Module):
     "First space, then classes."
-    def __init__(self, width, text, guide, heads, window, pool, most):
+    def __init__(self, width:int, text:int, guide:int, heads:int, window:int, pool:int, most:int):
         super().__init__()
         self.swin_block = SpatialPair(width, guide, heads, window)
         self.attention = ClassAttention(width, text, heads, pool, most)
 
-    def forward(self, volume, guide, text): return self.attention(self.swin_block(volume, guide), text)
+    def forward(self, volume:torch.Tensor, guide:torch.Tensor, text:torch.Tensor):
+        return self.attention(self.swin_block(volume, guide), text)
 
 # %% ../../nbs/frameworks/36_catseg.ipynb #6209b64a
 class TwoConvs(nn.Module):
     "Convolution, group norm and ReLU, twice."
-    def __init__(self, channels, width):
+    def __init__(self, channels:int, width:int):
         super().__init__()
         def step(before):
             conv = nn.Conv2d(before, width, 3, padding=1, bias=False)
             return [conv, nn.GroupNorm(width//16, width), nn.ReLU(inplace=True)]
         self.double_conv = nn.Sequential(*step(channels), *step(width))
 
-    def forward(self, x): return self.double_conv(x)
+    def forward(self, x:torch.Tensor): return self.double_conv(x)
 
 class Up(nn.Module):
     "Twice as large, with a guide of finer features beside it."
-    def __init__(self, channels, width, guide):
+    def __init__(self, channels:int, width:int, guide:int):
         super().__init__()
         self.up = nn.ConvTranspose2d(channels, channels-guide, 2, stride=2)
         self.conv = TwoConvs(channels, width)
 
-    def forward(self, x, guide):
+    def forward(self, x:torch.Tensor, guide:torch.Tensor):
         x = self.up(x)
         return self.conv(torch.cat([x, guide.repeat_interleave(len(x)//len(guide), 0)], 1))
 
@@ -234,7 +238,7 @@ class Aggregator(nn.Module):
     "Cost volume -> logits of each class, four times as fine."
     def __init__(self,
         embed_dim:int, # Of CLIP's space
-        guides, # Channels of the two finer guides
+        guides:Sequence[int], # Channels of the two finer guides
         hidden:int=128, # Channels of a class in a cell
         layers:int=2, # Of aggregation
         heads:int=4, # Of attention
@@ -242,8 +246,8 @@ class Aggregator(nn.Module):
         pool:int=2, # Side of a place where classes meet, in cells
         most:int=256, # Classes that meet; 0: all
         guide:int=128, # Channels of the guides of aggregation
-        decoder=(64, 32), # Channels behind each enlargement
-        decoder_guides=(32, 16), # Channels of the guides there
+        decoder:Sequence[int]=(64, 32), # Channels behind each enlargement
+        decoder_guides:Sequence[int]=(32, 16), # Channels of the guides there
         prompts:int=1, # Prompts of each class
     ):
         super().__init__()
@@ -261,7 +265,7 @@ class Aggregator(nn.Module):
     def forward(self,
         cells:torch.Tensor, # (B,D,h,w) in CLIP's space
         text:torch.Tensor, # (T,P,D)
-        guides, # Maps of twice and four times the size
+        guides:Sequence[torch.Tensor], # Maps of twice and four times the size
         at_once:int=0, # Classes that are enlarged at a time; 0: all
     )->torch.Tensor: # (B,T,4h,4w)
         "Logits of all classes."
@@ -284,7 +288,7 @@ class Aggregator(nn.Module):
         out = logits.new_full((len(cells), count, *logits.shape[-2:]), -100.)
         return out.scatter(1, chosen[..., None, None].expand_as(logits), logits)
 
-    def enlarge(self, volume, guides):
+    def enlarge(self, volume:torch.Tensor, guides:Sequence[torch.Tensor]):
         "(B,C,t,h,w) -> (B,t,4h,4w)."
         x = volume.transpose(1, 2).flatten(0, 1)
         x = self.head(self.decoder2(self.decoder1(x, guides[0]), guides[1]))
@@ -295,7 +299,7 @@ _BENCHMARKS = ('coco_panoptic', 'cityscapes_19', 'ade20k_150', 'ade20k_847', 'vo
 _STILL_AT_ONCE = 32 # classes that are enlarged at a time in evaluation
 
 def catseg_cells(
-    net, # open_clip's `VisionTransformer`
+    net:nn.Module, # open_clip's `VisionTransformer`
     images:torch.Tensor, # (B,3,H,W), normalised, sides a multiple of the patch
 )->tuple: # (cells (B,D,h,w) in CLIP's space, the tokens after a third and two thirds of the blocks as maps)
     "A ViT as CAT-Seg reads it."
@@ -316,9 +320,9 @@ class WindowMeans(Scores):
     "Probabilities from four windows and the whole, as the released evaluation joins them."
     def __init__(self,
         maps:torch.Tensor, # (B*(windows+1),K,h,w) logits; the last B are of the whole image
-        places, # (top, left, height, width) of the windows
+        places:Sequence[Sequence[int]], # (top, left, height, width) of the windows
         side:int, # Of the square that they lie in
-        size, # (H,W) of the result
+        size:Sequence[int], # (H,W) of the result
     ):
         self.maps = maps.unflatten(0, (len(places)+1, -1))
         self.places = places
@@ -326,7 +330,7 @@ class WindowMeans(Scores):
         self._hold(self.maps.shape[1], maps.shape[1], size)
         self.pixels = max(self.pixels, self.batch*side*side)
 
-    def make(self, start, stop):
+    def make(self, start:int, stop:int):
         total,seen = 0,0
         for maps,(top,left,height,width) in zip(self.maps, self.places):
             edges = (left, self.side-left-width, top, self.side-top-height)
@@ -350,8 +354,8 @@ class CATSeg(Framework):
                               decoder=(32, 16), decoder_guides=(16, 8), tap_guides=(32, 16)))
 
     def __init__(self,
-        backbone, # `ClipBackbone`
-        vocabulary=None, # Class names to train with
+        backbone:nn.Module, # `ClipBackbone`
+        vocabulary:Vocabulary|Sequence[str]|None=None, # Class names to train with
         resolution:int=384, # Side of the square to which images are resized (ViT-L/14@336px: 336); 0: as they are
         hidden:int=128, # Channels of a class in a cell
         layers:int=2, # Of aggregation
@@ -360,9 +364,9 @@ class CATSeg(Framework):
         pool:int=2, # Side of a place where classes meet, in cells
         most:int=256, # Classes that meet; 0: all
         guide:int=128, # Channels of the guides of aggregation
-        decoder=(64, 32), # Channels behind each enlargement
-        decoder_guides=(32, 16), # Channels of the guides there
-        tap_guides=(256, 128), # Channels of a ViT's enlarged guides
+        decoder:Sequence[int]=(64, 32), # Channels behind each enlargement
+        decoder_guides:Sequence[int]=(32, 16), # Channels of the guides there
+        tap_guides:Sequence[int]=(256, 128), # Channels of a ViT's enlarged guides
         sliding:bool=False, # Windows and the whole image in evaluation?
         norms:bool=True, # Train norms, biases and positions of the tower, too? The released code does not
     ):
@@ -392,7 +396,7 @@ class CATSeg(Framework):
         block = f'transformer.resblocks.{len(self.backbone.visual.transformer.resblocks)-1}'
         return [f'{block}.attn.in_proj_weight[{part}]' for part in 'qk']
 
-    def cells(self, images):
+    def cells(self, images:torch.Tensor):
         "Cells in CLIP's space, and two finer guides, of images of any size."
         net,x = self.backbone.visual,self.backbone.prepare(images)
         if self.is_vit:
@@ -403,25 +407,25 @@ class CATSeg(Framework):
         high,wide = cells.shape[-2:]
         return cells,(resize(maps['res3'], (2*high, 2*wide)), resize(maps['res2'], (4*high, 4*wide)))
 
-    def seen(self, images):
+    def seen(self, images:torch.Tensor):
         "Images at the size at which the tower sees them."
         if self.resolution: return resize(images, (self.resolution, self.resolution))
         if not self.is_vit: return images
         sides = zip(images.shape[-2:], self.backbone.visual.patch_size)
         return resize(images, [math.ceil(side/patch)*patch for side,patch in sides])
 
-    def maps(self, images, text):
+    def maps(self, images:torch.Tensor, text:torch.Tensor):
         "Logits (B,K,h,w) of images, four times as fine as the cells."
         cells,guides = self.cells(self.seen(images))
         text = text if text.dim() == 3 else text[:, None]
         return self.head(cells, text.to(cells), guides, 0 if self.training else _STILL_AT_ONCE)
 
-    def scores(self, images, text):
+    def scores(self, images:torch.Tensor, text:torch.Tensor):
         "Probabilities of the grid, which are resized when they are asked for."
         if self.sliding and not self.training: return self.window_scores(images, text)
         return Scores(self.maps(images, text).sigmoid(), images.shape[-2:])
 
-    def window_scores(self, images, text, side=640, window=384):
+    def window_scores(self, images:torch.Tensor, text:torch.Tensor, side:int=640, window:int=384):
         "The released evaluation: a square of 640 pixels through windows, beside the whole."
         places = window_places(side, side, window, side-window)
         square = resize(images, (side, side))
@@ -429,11 +433,11 @@ class CATSeg(Framework):
         maps = self.maps(torch.cat([*looks, resize(images, (window, window))]), text)
         return WindowMeans(maps, places, side, images.shape[-2:])
 
-    def forward(self, images, text_embeddings):
+    def forward(self, images:torch.Tensor, text_embeddings:torch.Tensor):
         "Images (B,3,H,W) and text embeddings (K,D) to probabilities (B,K,H,W), as the released code resizes them."
         return self.scores(images, text_embeddings).part(0, len(text_embeddings))
 
-    def loss(self, batch):
+    def loss(self, batch:dict):
         "Binary cross-entropy of each class at each pixel; a pixel without a label is of no class."
         labels,ignore = batch['labels'],batch.get('ignore', self.ignore)
         logits = resize(self.maps(batch['images'], self.text()), labels.shape[-2:])
@@ -456,7 +460,7 @@ def class_loss(
 
 # %% ../../nbs/frameworks/36_catseg.ipynb #f5738dc8
 def attention_selection(
-    model, # A framework or a backbone with a ViT
+    model:nn.Module, # A framework or a backbone with a ViT
 )->LayerSelection:
     "CAT-Seg's rule: queries and values learn, all else of CLIP rests. Raises `OpenTransError` without attention."
     names = [layer.name for layer in named_layers(model)]
@@ -482,7 +486,7 @@ def _pack_attention(weights):
     return out
 
 def released_parts(
-    framework, # Whose names are asked for
+    framework:Framework, # Whose names are asked for
     weights:dict, # Name in the released code -> tensor
 )->dict: # Name here -> (name in the file, tensor)
     "Where the tensors of a released CAT-Seg or SED belong."
@@ -502,8 +506,8 @@ def why_left(
     if '.clip_model.' in name and '.visual.' not in name: return 'the backbone has a text encoder of its own'
 
 def load_cost_maps(
-    framework, # CAT-Seg or SED, filled in place
-    source, # A file, or a state dict, in the names of the released code
+    framework:Framework, # CAT-Seg or SED, filled in place
+    source:str|Path|dict[str, torch.Tensor], # A file, or a state dict, in the names of the released code
     strict:bool, # Raise if a part of the head does not fit?
     head:tuple, # How names of the head begin here
 )->pd.DataFrame: # As of `load_mask2former`
@@ -516,7 +520,7 @@ def load_cost_maps(
 
 def load_catseg(
     framework:CATSeg, # Filled in place
-    source, # A file, or a state dict, in the names of the released code
+    source:str|Path|dict[str, torch.Tensor], # A file, or a state dict, in the names of the released code
     strict:bool=True, # Raise if a part of the head does not fit? If not, it is left as it is
 )->pd.DataFrame: # As of `load_mask2former`
     "Load released weights of CAT-Seg. Raises `OpenTransError` that lists what does not fit."

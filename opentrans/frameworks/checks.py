@@ -305,7 +305,7 @@ def _example_inputs_run(case):
 # %% ../../nbs/frameworks/30b_checks.ipynb #b1f6c9f5
 def check_framework(
     name:str, # A registered framework
-    backbone=None, # `ClipBackbone` to check with; None takes `tiny_backbone()`
+    backbone:nn.Module|None=None, # `ClipBackbone` to check with; None takes `tiny_backbone()`
     vocabulary:Collection[str]=('red star', 'blue disc', 'green square', 'grass', 'sand'), # At least four names
     preset:str=None, # None takes 'small' if the framework has it
     **options, # Options for `build`

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from fastcore.meta import delegates
+from ..data.vocabulary import Vocabulary
 from ..errors import OpenTransError, unknown
 from ..runtime import seeded
 from .faseg import FASeg, StagedBackbone
@@ -20,10 +21,11 @@ class ClosedNames:
     "In the place of a CLIP's text encoder: a number for each of some names, and no others."
     embed_dim, logit_scale = 1, None
     def __init__(self,
-        vocabulary, # The names
+        vocabulary:Vocabulary|Sequence[str], # The names
     ): self.names = list(vocabulary)
 
-    def encode_text(self, vocabulary, templates=None)->torch.Tensor: # (K,1)
+    def encode_text(self, vocabulary:Vocabulary|Sequence[str],
+                    templates:str|Sequence[str]|None=None)->torch.Tensor: # (K,1)
         "Ones. Raises `OpenTransError` for other names, or another order."
         if list(vocabulary) != self.names:
             raise OpenTransError(f"This model knows the {len(self.names)} classes it was built for, in their order, "
@@ -41,8 +43,8 @@ class ClosedFASeg(FASeg):
 
     @delegates(FASeg.__init__)
     def __init__(self,
-        backbone, # An encoder of four stages: normalised images -> maps of the strides 4, 8, 16 and 32
-        vocabulary=None, # Class names; they are fixed for good
+        backbone:nn.Module, # An encoder of four stages: normalised images -> maps of the strides 4, 8, 16 and 32
+        vocabulary:Vocabulary|Sequence[str]|None=None, # Class names; they are fixed for good
         **kwargs, # Of `FASeg`
     ):
         if vocabulary is None or not len(vocabulary):
@@ -74,7 +76,7 @@ class ClosedFASeg(FASeg):
 # %% ../../nbs/frameworks/35d_closed.ipynb #1912c9c0
 def build_closed(
     encoder:nn.Module, # Normalised images -> four maps of the strides 4, 8, 16 and 32
-    names, # Class names; they are fixed for good
+    names:Vocabulary|Sequence[str], # Class names; they are fixed for good
     preset:str='paper', # `'paper'`; `'published'`, whose first block is the code's; `'small'`
     seed:int=None, # Of the new weights
     **options, # Of `FASeg`

@@ -12,10 +12,12 @@ import bisect, copy, functools, importlib.util, inspect, math, pkgutil, re
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import ModuleType
 import torch
 from torch import nn
 import torch.nn.functional as F
 from ..core import find_tower
+from ..data.vocabulary import Vocabulary
 from ..errors import check_number, OpenTransError, unknown
 from ..runtime import device_of, eval_mode, seeded
 
@@ -68,7 +70,7 @@ class Scores:
         self.steps = ()
         self.pixels = batch*math.prod(size) # of a class, where it is largest
 
-    def make(self, start, stop): return resize(self.maps[:, start:stop], self.made)
+    def make(self, start:int, stop:int): return resize(self.maps[:, start:stop], self.made)
 
     def ready(self): # What `part` is asked of several times: holds what all parts need, as long as it lives
         return self
@@ -260,7 +262,7 @@ class _AnyVocabulary(nn.Module):
 
 def check_choice(
     name:str, # Name of the option, for the error
-    given, # What was given
+    given:object, # What was given
     allowed:Collection, # What is allowed
 ):
     "Raise `OpenTransError` for an option that is none of what is allowed."
@@ -283,8 +285,8 @@ class Framework(_AnySize, _AnyVocabulary):
     test_sizes = {} # Data set -> (short, longest side) of its images in the released code, if not (800, 1333)
 
     def __init__(self,
-        backbone, # `ClipBackbone`, or any module with its `channels`, `embed_dim` and `encode_text`
-        vocabulary=None, # Class names to train with: `Vocabulary` or a list of names
+        backbone:nn.Module, # `ClipBackbone`, or any module with its `channels`, `embed_dim` and `encode_text`
+        vocabulary:Vocabulary|Sequence[str]|None=None, # Class names to train with: `Vocabulary` or a list of names
     ):
         super().__init__()
         lacking = [name for name in ('channels', 'embed_dim', 'encode_text') if not hasattr(backbone, name)]
@@ -384,7 +386,7 @@ def get_framework(name:str)->type[Framework]:
     return _loaded(others[name])
 
 def promise_frameworks(
-    package, # A package whose modules may hold frameworks
+    package:ModuleType, # A package whose modules may hold frameworks
 ):
     "Put the frameworks of a package on the list without importing them: those that its modules register by name."
     for found in pkgutil.iter_modules(package.__path__, f'{package.__name__}.'):
@@ -395,8 +397,8 @@ def promise_frameworks(
 # %% ../../nbs/frameworks/30_contract.ipynb #c1c27279
 def build(
     name:str, # One of `list_frameworks()`
-    backbone, # `ClipBackbone`; it becomes a part of the framework
-    vocabulary=None, # Class names to train with: `Vocabulary` or list of names
+    backbone:nn.Module, # `ClipBackbone`; it becomes a part of the framework
+    vocabulary:Vocabulary|Sequence[str]|None=None, # Class names to train with: `Vocabulary` or list of names
     preset:str='paper', # One of the class's `presets`
     seed:int=None, # Seed of the head's random weights; None draws from the generators as they stand
     **options, # Options of the class, over those of the preset

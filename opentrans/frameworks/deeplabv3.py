@@ -13,6 +13,7 @@ from torch import nn
 import torch.nn.functional as F
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.ops import Conv2dNormActivation
+from ..data.vocabulary import Vocabulary
 from ..distill.losses import released_terms, teach_regions, tgkd_loss
 from ..errors import check_number, OpenTransError
 from .contract import (
@@ -65,7 +66,7 @@ class Decoder(nn.Module):
 
 # %% ../../nbs/frameworks/31_deeplabv3.ipynb #fef98970
 def set_output_stride(
-    backbone, # `ClipBackbone` with a ResNet tower, changed in place, as are its later `fresh_copy`s
+    backbone:nn.Module, # `ClipBackbone` with a ResNet tower, changed in place, as are its later `fresh_copy`s
     stride:int, # 32, 16 or 8
 ): # The same backbone
     "Dilate a backbone's last stages to an output stride. Raises `OpenTransError` where that cannot be done."
@@ -127,8 +128,8 @@ class DeepLabV3(_DistilledPixels):
     released_recipe = dict(lr=1e-3, backbone_lr=.1, **ADAMW, **recipe)
 
     def __init__(self,
-        backbone, # `ClipBackbone`
-        vocabulary=None, # Class names to train with
+        backbone:nn.Module, # `ClipBackbone`
+        vocabulary:Vocabulary|Sequence[str]|None=None, # Class names to train with
         width:int=256, # Channels of the head
         low_level:int=48, # Channels of the squeezed fine features
         dilations:Sequence[int]=(1, 6, 12, 18), # Dilations of the pyramid, for features of stride 16

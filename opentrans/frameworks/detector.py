@@ -7,10 +7,12 @@ __all__ = ['TextClassifier', 'OpenHead', 'Pyramid', 'batch_boxes', 'Detector', '
 
 # %% ../../nbs/frameworks/39b_detector.ipynb #82935ad8
 import functools, math
+from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import nn
 import torch.nn.functional as F
+from torch.utils.data import Dataset
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOS, FCOSHead, FCOSRegressionHead
 from torchvision.models.detection.image_list import ImageList
@@ -18,6 +20,7 @@ from torchvision.ops import FeaturePyramidNetwork, masks_to_boxes
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from ..data.metrics import DetectionAP
 from ..data.samples import collate, read_sample
+from ..data.vocabulary import Vocabulary
 from ..errors import check_number, OpenTransError, unknown
 from ..escape import for_plot
 from .contract import Framework, register_framework, resize, Scores, text_logits
@@ -50,18 +53,18 @@ class TextClassifier(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.bias = nn.Parameter(torch.tensor(-math.log((1-prior)/prior)))
 
-    def forward(self, maps, text):
+    def forward(self, maps:Sequence[torch.Tensor], text:torch.Tensor):
         "A list of maps (B,C,h,w) and text (K,D) -> a list of logits (B,K,h,w)."
         return [text_logits(self.embed(self.conv(x)), text, self.log_scale.exp()) + self.bias for x in maps]
 
 class OpenHead(FCOSHead):
     "torchvision's head of FCOS with names for classes."
-    def __init__(self, channels, embed_dim, convs, groups, scale, prior):
+    def __init__(self, channels:int, embed_dim:int, convs:int, groups:int, scale:float, prior:float):
         nn.Module.__init__(self)
         self.classification_head = TextClassifier(channels, embed_dim, convs, groups, scale, prior)
         self.regression_head = FCOSRegressionHead(channels, 1, convs, functools.partial(nn.GroupNorm, groups))
 
-    def forward(self, maps, text):
+    def forward(self, maps:Sequence[torch.Tensor], text:torch.Tensor):
         "What FCOS's loss and selection read: logits (B,cells,K), sides (B,cells,4) and centredness (B,cells,1)."
         logits = [x.flatten(2).mT for x in self.classification_head(maps, text)]
         sides,centred = self.regression_head(maps)
@@ -69,12 +72,12 @@ class OpenHead(FCOSHead):
 
 class Pyramid(nn.Module):
     "torchvision's feature pyramid on some maps of the tower."
-    def __init__(self, channels, width, more):
+    def __init__(self, channels:list[int], width:int, more:bool):
         super().__init__()
         self.out_channels = width
         self.fpn = FeaturePyramidNetwork(channels, width, LastLevelP6P7(width, width) if more else None)
 
-    def forward(self, maps): return list(self.fpn(maps).values())
+    def forward(self, maps:dict[str, torch.Tensor]): return list(self.fpn(maps).values())
 
 # %% ../../nbs/frameworks/39b_detector.ipynb #0ba9510b
 def batch_boxes(
@@ -108,12 +111,12 @@ class Detector(Framework):
                                       more=False, scale=5., prior=.2))
 
     def __init__(self,
-        backbone, # `ClipBackbone`
-        vocabulary=None, # Class names to train with
+        backbone:nn.Module, # `ClipBackbone`
+        vocabulary:Vocabulary|Sequence[str]|None=None, # Class names to train with
         width:int=256, # Channels of pyramid and head
         convs:int=4, # Convolutions of each branch of the head
         groups:int=32, # Of their norms
-        levels=('res3', 'res4', 'res5'), # Maps of the tower in the pyramid
+        levels:Sequence[str]=('res3', 'res4', 'res5'), # Maps of the tower in the pyramid
         more:bool=True, # Two coarser levels on top, as FCOS has them?
         scale:float=20., # Temperature of the classifier at first; it is learned
         prior:float=.01, # Probability of any class in a cell at first
@@ -139,18 +142,18 @@ class Detector(Framework):
     pad,padded_size = QueryFramework.pad,QueryFramework.padded_size # to whole cells of the coarsest map
     pad_images,features = QueryFramework.pad_images,QueryFramework.features
 
-    def pyramid(self, images):
+    def pyramid(self, images:torch.Tensor):
         "Maps of the feature pyramid, fine to coarse."
         maps = self.features(images)
         return self.fcos.backbone({name: maps[name] for name in self.levels})
 
-    def cells(self, images, maps):
+    def cells(self, images:torch.Tensor, maps:list[torch.Tensor]):
         "The square of each cell, image by image, and the cells of each level."
         size = self.pad(images).shape[-2:]
         found = self.grid(ImageList(images.new_zeros(len(images), 3, *size), [tuple(size)]*len(images)), maps)
         return found,[math.prod(x.shape[-2:]) for x in maps]
 
-    def loss(self, batch):
+    def loss(self, batch:dict):
         "Focal loss of the classes, overlap of the boxes, and centredness (FCOS, Eq. 2)."
         images,text = batch['images'],self.text()
         maps = self.pyramid(images)
@@ -173,22 +176,23 @@ class Detector(Framework):
         try: return self.fcos.postprocess_detections(said, squares, [tuple(images.shape[-2:])]*len(images))
         finally: self.fcos.score_thresh = kept
 
-    def scores(self, images, text):
+    def scores(self, images:torch.Tensor, text:torch.Tensor):
         "The largest logit of the levels, at the finest level."
         each = self.fcos.head.classification_head(self.pyramid(images), text)
         best = each[0]
         for logits in each[1:]: best = torch.maximum(best, resize(logits, best.shape[-2:]))
         return Scores(best, self.pad(images).shape[-2:]).cut(*images.shape[-2:])
 
-    def forward(self, images, text_embeddings):
+    def forward(self, images:torch.Tensor, text_embeddings:torch.Tensor):
         "Images (B,3,H,W) and text embeddings (K,D) to logits (B,K,H,W)."
         return self.scores(images, text_embeddings).part(0, len(text_embeddings))
 
 # %% ../../nbs/frameworks/39b_detector.ipynb #efeff756
 def detection_ap(
-    framework, # With `predict(kind='boxes')`
-    data, # Data set of regions; its `groups` name classes, its `things` those that have boxes
-    vocabulary=None, # Names to look for, one for each class, in order; None takes the data's own
+    framework:Framework, # With `predict(kind='boxes')`
+    data:Dataset, # Data set of regions; its `groups` name classes, its `things` those that have boxes
+    # Names to look for, one for each class, in order; None takes the data's own
+    vocabulary:Vocabulary|Sequence[str]|None=None,
     batch_size:int=8, # Images at a time
     limit:int=None, # Only the first so many images
 )->dict: # As of `DetectionAP.compute`; ap_of: name -> AP, NaN where a thing is never there
@@ -215,7 +219,7 @@ def detection_ap(
 def draw_boxes(
     image:torch.Tensor, # (3,H,W) in [0,1]
     found:dict, # boxes, labels, and scores if there are any
-    names, # Class names
+    names:Sequence[str], # Class names
     ax=None, # Axes; None makes new ones
     score:float=.3, # Least score that is drawn
 ): # The axes

@@ -95,7 +95,8 @@ class OpenTransCLIP(_PartlyFrozen):
         pixel_mean:Sequence[float]=None, # What the model subtracts from images of 0 to 255; None: as CLIP wants it
         pixel_std:Sequence[float]=None, # What it divides by then
         input_format:str='RGB', # Order of the channels
-        clip=None, # A `ClipBackbone` to take over, instead of `name`, `pretrained`, `output_stride` and `seed`
+        # A `ClipBackbone` to take over, instead of `name`, `pretrained`, `output_stride` and `seed`
+        clip:ClipBackbone|None=None,
     ):
         _d2(why='OpenTransCLIP')
         super().__init__()
@@ -229,7 +230,7 @@ class MaskHook(HookBase):
         shapes = {name: list(shape) for name,shape in self.mask.shapes.items()}
         return dict(bits=bits, shapes=shapes, info=json.dumps(self.mask.info, default=str), applied=self.applied)
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state:dict):
         kept = {name: _unpacked(bits, state['shapes'][name]) for name,bits in state['bits'].items()}
         trained = SparseMask(kept, json.loads(state['info']))
         if self.mask is not None and self.mask != trained:
@@ -339,7 +340,7 @@ class SelectionHook(HookBase):
         if self.selection is None: return {}
         return dict(train=self.selection.train, freeze=self.selection.freeze, rule=self.selection.rule)
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state:dict):
         self.selection = LayerSelection(state['train'], state['freeze'], state['rule'])
         if self.handle is None: self.apply()
 

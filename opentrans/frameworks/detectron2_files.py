@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 from PIL import Image
 from ..clip.weights import read_weights
 from ..core import find_tower, unwrap
@@ -40,7 +41,7 @@ class Outlines(Segmentation):
     ):
         super().__init__(name, vocabulary, files, things=range(len(vocabulary)), **kwargs)
 
-    def annotation(self, i):
+    def annotation(self, i:int):
         coco,file = optional('pycocotools.mask', 'detectron2', 'Reading instances'),self.files[i]
         height,width = read_image(file.image).shape[1:]
         categories = [outline.get('category_id') for outline in file.segments]
@@ -161,7 +162,7 @@ def _is_world(written, name, data):
 
 # %% ../../nbs/frameworks/39a_detectron2_files.ipynb #bd68d048
 def register_catalog(
-    data, # Data set of samples, such as `ShapesWorld`, or what `open_dataset` gives
+    data:Dataset, # Data set of samples, such as `ShapesWorld`, or what `open_dataset` gives
     name:str, # New name in `DatasetCatalog` and `MetadataCatalog`
     root:str|Path, # Folder for its files; what lies there already of the same data set is used
     split:str=None, # `'train'` or `'val'`; None: 'train' if that is the split of `data`, else 'val'
@@ -273,7 +274,8 @@ def _write(state, out, to):
 
 # %% ../../nbs/frameworks/39a_detectron2_files.ipynb #4ead5fe3
 def convert_checkpoint(
-    source, # A checkpoint: its path (.pth, .pt, .safetensors, also one that `bake` wrote), or its (nested) dict
+    # A checkpoint: its path (.pth, .pt, .safetensors, also one that `bake` wrote), or its (nested) dict
+    source:str|Path|dict,
     to:str, # `'detectron2'` or `'opentrans'`
     out:str|Path=None, # Where to write it; for detectron2 as {'model': ...}, but for the flat `.safetensors`
     prefix:str=None, # What the tower's names shall begin with, e.g. `'backbone.clip_model.visual.'` for FC-CLIP

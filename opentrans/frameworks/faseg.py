@@ -9,10 +9,12 @@ __all__ = ['KEY_POSITIONS', 'FASegPixelDecoder', 'FASegDecoder', 'FASegHead', 'F
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
 from fastcore.meta import delegates
+from ..data.vocabulary import Vocabulary
 from ..errors import OpenTransError
 from .contract import ADAMW, check_choice, register_framework, resize
 from .compared import LearnedPositionEncoding, RowColumnCrossAttention
@@ -282,8 +284,8 @@ class FASeg(Mask2Former):
 
     @delegates(Mask2Former.__init__, but=['layers'])
     def __init__(self,
-        backbone, # `ClipBackbone`, or a `StagedBackbone`
-        vocabulary=None, # Class names to train with
+        backbone:nn.Module, # `ClipBackbone`, or a `StagedBackbone`
+        vocabulary:Vocabulary|Sequence[str]|None=None, # Class names to train with
         rounds:int=3, # Times that all levels are looked at
         extra_low_block:bool=True, # One more block at 1/32 behind HRCA's last?
         dfpq:bool|str=True, # Positional queries: True, False (learned), or one of `POSITION_KINDS`
@@ -377,7 +379,10 @@ class StagedBackbone(nn.Module):
     def tower(self)->nn.Module: # The encoder, in which parameters have their names
         return self.encoder
 
-    def encode_text(self, vocabulary, templates=None)->torch.Tensor: # (K,D), unit length
+    def encode_text(self,
+        vocabulary:Vocabulary|Sequence[str],
+        templates:str|Sequence[str]|None=None,
+    )->torch.Tensor: # (K,D), unit length
         "Text embeddings of class names, as the CLIP encodes them."
         return self._clip[0].encode_text(vocabulary, templates)
 
@@ -401,7 +406,7 @@ _WHOLE = (
 
 def load_faseg(
     framework:FASeg, # Filled in place
-    source, # A file, or a state dict, in detectron2's names
+    source:str|Path|dict[str, torch.Tensor], # A file, or a state dict, in detectron2's names
     strict:bool=True, # Raise if a part of the head does not fit? If not, it is left as it is
 )->pd.DataFrame: # As of `load_mask2former`; q, k and v of a self-attention have a row each
     "Load published FASeg weights. Raises `OpenTransError` that lists what does not fit."

@@ -9,6 +9,7 @@ __all__ = ['ClassWords', 'class_words', 'mask_mean', 'FCClipHead', 'embed_masks'
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
@@ -51,7 +52,8 @@ def class_words(
     vocabulary:Vocabulary|Sequence[str], # Names of the classes (`'sofa,couch'` has two words)
     encode:Callable, # Function: (list of words, templates) -> (W,D) unit embeddings
     known:Vocabulary|Sequence[str]=None, # The vocabulary of training; None: no class was seen
-    templates=None, # Prompts: a tuple, or the name of a set in `TEMPLATES`; None takes the vocabulary's own
+    # Prompts: a tuple, or the name of a set in `TEMPLATES`; None takes the vocabulary's own
+    templates:str|Sequence[str]|None=None,
 )->ClassWords: # On the device of the embeddings
     "Embed the words of a vocabulary, each once, and compare them with those of training."
     vocabulary = _vocabulary(vocabulary)
@@ -96,13 +98,13 @@ class FCClipHead(DecoderPair):
                                          nn.Linear(hidden, embed_dim))
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
 
-    def embed(self, mask_features, queries, mask_logits):
+    def embed(self, mask_features:torch.Tensor, queries:torch.Tensor, mask_logits:torch.Tensor):
         return self.class_embed(self.pool_proj(mask_mean(mask_features, mask_logits)) + queries)
 
 # %% ../../nbs/frameworks/34_fcclip.ipynb #c4f2bd8c
 def embed_masks(
-    backbone, # `ClipBackbone`
-    last, # What its tower ends with, as `backbone.kind.features` gives it
+    backbone:nn.Module, # `ClipBackbone`
+    last:torch.Tensor|tuple, # What its tower ends with, as `backbone.kind.features` gives it
     mask_logits:torch.Tensor, # (B,N,h,w), any size
 )->tuple[torch.Tensor, torch.Tensor]: # Embeddings (B,N,D); does the mask hold a cell of the map (B,N)
     "What CLIP sees under masks. Where a mask holds no cell, all are taken."
@@ -218,8 +220,8 @@ class FCCLIP(_TwoClassifiers):
     prompts = 'vild' # the released code's VILD_PROMPT
 
     def __init__(self,
-        backbone, # `ClipBackbone`
-        vocabulary=None, # Class names to train with
+        backbone:nn.Module, # `ClipBackbone`
+        vocabulary:Vocabulary|Sequence[str]|None=None, # Class names to train with
         frozen:bool=False, # Leave CLIP as it is? If not, its trunk is trained
         hidden:int=256, # Width of the head
         mask_dim:int=256, # Channels of the mask features
@@ -233,7 +235,7 @@ class FCCLIP(_TwoClassifiers):
         alpha:float=.4, # Weight of CLIP for a class that training had
         beta:float=.8, # Weight of CLIP for another class
         valid_only:bool=None, # Has CLIP a say only under masks that hold a cell of its map? None: so for a ResNet
-        templates='vild', # Prompts of each word; None takes the vocabulary's own
+        templates:str|Sequence[str]|None='vild', # Prompts of each word; None takes the vocabulary's own
         classify_all:bool=False, # Classify the queries of all layers in evaluation? The result is the same
         points:int=12544, # Number of points at which the loss compares masks
         class_weight:float=2., # Weight of the class loss
@@ -309,7 +311,7 @@ def _tower_names(framework, weights):
 
 def load_fcclip(
     framework:FCCLIP, # Filled in place
-    source, # A file, or a state dict, in the names of the released code
+    source:str|Path|dict[str, torch.Tensor], # A file, or a state dict, in the names of the released code
     strict:bool=True, # Raise if a part of the head does not fit? If not, it is left as it is
 )->pd.DataFrame: # One row a tensor, as `put_weights` gives it: what ('loaded', 'left', 'kept'), here, why
     "Load published weights of FC-CLIP. Raises `OpenTransError` that lists what does not fit."

@@ -7,10 +7,13 @@ __all__ = ['Instances', 'instances_from_queries', 'instances', 'instance_ap']
 
 # %% ../../nbs/frameworks/35c_instances.ipynb #c9388693
 import contextlib, io
+from collections.abc import Sequence
 from dataclasses import dataclass
 import numpy as np
 import torch
+from ..data.vocabulary import Vocabulary
 from ..errors import OpenTransError, optional
+from .contract import Framework
 from ..runtime import eval_mode
 
 # %% ../../nbs/frameworks/35c_instances.ipynb #950071fe
@@ -25,7 +28,7 @@ class Instances:
 def instances_from_queries(
     class_logits:torch.Tensor, # (B,Q,K+1), *nothing* last
     mask_logits:torch.Tensor, # (B,Q,H,W)
-    isthing=None, # K booleans: is this class countable? None: all are
+    isthing:Sequence[bool]|None=None, # K booleans: is this class countable? None: all are
     most:int=100, # Pairs of query and class of a picture
 )->list[Instances]: # One for each picture
     "Things with a score each. Raises `OpenTransError` if `isthing` has another length than the vocabulary."
@@ -45,10 +48,10 @@ def instances_from_queries(
     return found
 
 def instances(
-    framework, # Of queries: Mask2Former, FC-CLIP, FASeg
+    framework:Framework, # Of queries: Mask2Former, FC-CLIP, FASeg
     images:torch.Tensor, # (B,3,H,W) in [0,1]
-    vocabulary=None, # Names to choose from; None takes the training vocabulary
-    isthing=None, # A boolean for each name: is it countable? None: all are
+    vocabulary:Vocabulary|Sequence[str]|None=None, # Names to choose from; None takes the training vocabulary
+    isthing:Sequence[bool]|None=None, # A boolean for each name: is it countable? None: all are
     most:int=100, # Pairs of query and class of a picture
 )->list[Instances]: # One for each picture
     "Things of pictures, one by one, in evaluation mode. Raises `OpenTransError` for a framework without queries."
@@ -64,8 +67,8 @@ def _encode(mask):
     return coder.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
 
 def instance_ap(
-    found, # `Instances` of each picture
-    true, # For each picture (masks (N,H,W), classes (N)): its things
+    found:Sequence[Instances], # `Instances` of each picture
+    true:Sequence[tuple[torch.Tensor, torch.Tensor]], # For each picture (masks (N,H,W), classes (N)): its things
 )->dict: # `ap`, `ap50`, `ap75`: from 0 to 1; NaN where there is no thing at all
     "Average precision of COCO. Raises `OpenTransError` where pycocotools is missing, or numbers of pictures differ."
     COCO = optional('pycocotools.coco', 'detectron2', 'Average precision').COCO

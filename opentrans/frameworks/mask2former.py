@@ -8,10 +8,12 @@ __all__ = ['KD_SOURCES', 'KD_TARGETS', 'KD_FORMS', 'Mask2Former', 'load_mask2for
 # %% ../../nbs/frameworks/33_mask2former.ipynb #96163cbc
 import math
 from collections.abc import Sequence
+from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
 import torch.nn.functional as F
+from ..data.vocabulary import Vocabulary
 from ..distill.losses import grounding_loss, released_terms, teach_regions, tgkd_loss
 from ..errors import OpenTransError
 from .contract import ADAMW, check_choice, JITTER, register_framework
@@ -152,8 +154,8 @@ class Mask2Former(_GroundedQueries):
         released=dict(kd=2., kd_target='tight', kd_form='released', grounding=2., region_dropout=.5))
 
     def __init__(self,
-        backbone, # `ClipBackbone`
-        vocabulary=None, # Class names to train with
+        backbone:nn.Module, # `ClipBackbone`
+        vocabulary:Vocabulary|Sequence[str]|None=None, # Class names to train with
         hidden:int=256, # Width of the head
         mask_dim:int=256, # Channels of the mask features
         queries:int=100, # Number of masks
@@ -240,7 +242,8 @@ def _tower_names(framework, weights):
 # %% ../../nbs/frameworks/33_mask2former.ipynb #4eaadf2c
 def load_mask2former(
     framework:Mask2Former, # Filled in place
-    source, # A file, or a state dict: detectron2's names, Han et al.'s, or Hugging Face's
+    # A file, or a state dict: detectron2's names, Han et al.'s, or Hugging Face's
+    source:str|Path|dict[str, torch.Tensor],
     strict:bool=True, # Raise if a part of the head does not fit? If not, it is left as it is
 )->pd.DataFrame: # One row a tensor, as `put_weights` gives it: what ('loaded', 'left', 'kept'), here, why
     "Load published weights. Raises `OpenTransError` that lists what does not fit."

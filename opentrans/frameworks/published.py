@@ -8,6 +8,7 @@ __all__ = ['rename', 'head_names', 'weights_of', 'put_weights', 'same_shape']
 # %% ../../nbs/frameworks/32b_published.ipynb #ea9ec4dd
 import re
 from collections.abc import Callable, Collection
+from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
@@ -75,7 +76,7 @@ def head_names(
 
 # %% ../../nbs/frameworks/32b_published.ipynb #4d363ce1
 def weights_of(
-    source, # A file, or a state dict
+    source:str|Path|dict[str, torch.Tensor], # A file, or a state dict
 )->dict[str, torch.Tensor]: # Name -> tensor
     "The weights of a file, or a state dict as it is."
     return source if isinstance(source, dict) else read_weights(source)

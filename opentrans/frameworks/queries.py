@@ -223,7 +223,7 @@ class QueryScores(Scores):
         new.held = self.masks()
         return new
 
-    def make(self, start, stop):
+    def make(self, start:int, stop:int):
         masks = self.masks() if self.held is None else self.held
         return torch.einsum('bqk,bqhw->bkhw', self.shares[..., start:stop], masks)
 
@@ -233,7 +233,7 @@ class QueryScores(Scores):
         new.mirror = not self.mirror
         return new
 
-    def resized(self, size):
+    def resized(self, size:Sequence[int]):
         if not self.masks_first or self.steps or self.size == tuple(size): return super().resized(size)
         new = copy.copy(self)
         new.target = tuple(size)

@@ -6,11 +6,14 @@
 __all__ = ['ConvNextBlock', 'FusionStep', 'kept_classes', 'FusionDecoder', 'SED', 'load_sed']
 
 # %% ../../nbs/frameworks/37_sed.ipynb #ee58f510
+from collections.abc import Sequence
+from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
 import torch.nn.functional as F
 from ..clip.backbone import class_prompts
+from ..data.vocabulary import Vocabulary
 from ..errors import check_number, OpenTransError
 from .catseg import class_loss, ClassAttention, cost_volume, load_cost_maps, TwoConvs
 from .contract import Framework, register_framework, resize, Scores
@@ -29,26 +32,26 @@ class ConvNextBlock(nn.Module):
         self.pwconv1,self.pwconv2 = nn.Linear(width, 4*width),nn.Linear(4*width, width)
         self.gamma = nn.Parameter(torch.ones(width))
 
-    def forward(self, x):
+    def forward(self, x:torch.Tensor):
         y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
         y = self.gamma*self.pwconv2(F.gelu(self.pwconv1(y)))
         return x + y.permute(0, 3, 1, 2)
 
 class FusionStep(nn.Module):
     "Space, classes, and twice the size."
-    def __init__(self, channels, width, guide, heads, pool, kernel):
+    def __init__(self, channels:int, width:int, guide:int, heads:int, pool:int, kernel:int):
         super().__init__()
         self.cnext = ConvNextBlock(channels, kernel)
         self.attention = ClassAttention(channels, 0, heads, pool)
         self.up = nn.ConvTranspose2d(channels, channels-guide, 2, stride=2)
         self.conv = TwoConvs(channels+guide, width)
 
-    def mix(self, volume):
+    def mix(self, volume:torch.Tensor):
         "(B,C,T,h,w) -> the same: what classes do together."
         x = self.cnext(volume.transpose(1, 2).flatten(0, 1))
         return self.attention(x.unflatten(0, (len(volume), -1)).transpose(1, 2))
 
-    def enlarge(self, volume, guide, costs):
+    def enlarge(self, volume:torch.Tensor, guide:torch.Tensor, costs:torch.Tensor):
         "(B,C,t,h,w), a guide (B,G,2h,2w), costs (B,t,G,2h,2w) -> (B,width,t,2h,2w): what a class does by itself."
         batch,_,count = volume.shape[:3]
         x = self.up(volume.transpose(1, 2).flatten(0, 1))
@@ -68,13 +71,13 @@ def kept_classes(
 class FusionDecoder(nn.Module):
     "Cost volume -> logits of each class, eight times as fine."
     def __init__(self,
-        guides, # Channels of the tower's maps of twice, four and eight times the size
+        guides:Sequence[int], # Channels of the tower's maps of twice, four and eight times the size
         hidden:int=128, # Channels of a class in a cell
         heads:int=4, # Of attention
         pool:int=2, # Side of a place where classes meet, in cells
-        decoder=(64, 32, 16), # Channels behind each step
-        decoder_guides=(32, 16, 8), # Channels of the guides there
-        kernels=(9, 9, 9), # Of the depthwise convolutions
+        decoder:Sequence[int]=(64, 32, 16), # Channels behind each step
+        decoder_guides:Sequence[int]=(32, 16, 8), # Channels of the guides there
+        kernels:Sequence[int]=(9, 9, 9), # Of the depthwise convolutions
         prompts:int=80, # Prompts of each class
     ):
         super().__init__()
@@ -93,16 +96,16 @@ class FusionDecoder(nn.Module):
             setattr(self, f'head{number}', nn.Conv2d(widths[number], 1, 3, padding=1))
         self.head = nn.Conv2d(widths[-1], 1, 3, padding=1)
 
-    def begin(self, cells, text):
+    def begin(self, cells:torch.Tensor, text:torch.Tensor):
         "The volume (B,hidden,T,h,w), and the costs (B,T,P,h,w)."
         costs = cost_volume(cells, text[None].expand(len(cells), -1, -1, -1)).transpose(1, 2)
         return self.judge(self.conv1, costs).transpose(1, 2),costs
 
-    def judge(self, module, x):
+    def judge(self, module:nn.Module, x:torch.Tensor):
         "A module of each class by itself: (B,T,C,h,w) -> (B,T,C',h',w')."
         return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
-    def guesses(self, number, volume):
+    def guesses(self, number:int, volume:torch.Tensor):
         "What an auxiliary head says of each class (B,T,h,w)."
         head = getattr(self, f'head{number}') if number < 3 else self.head
         x = volume.detach() if number < 3 else volume
@@ -111,7 +114,7 @@ class FusionDecoder(nn.Module):
     def forward(self,
         cells:torch.Tensor, # (B,D,h,w) in CLIP's space
         text:torch.Tensor, # (T,P,D)
-        guides, # Maps of twice, four and eight times the size
+        guides:Sequence[torch.Tensor], # Maps of twice, four and eight times the size
     )->list: # Logits (B,T,8h,8w), and of the auxiliary heads those of h, 2h and 4h cells
         "Logits of all classes, of all heads."
         volume,costs = self.begin(cells, text)
@@ -121,7 +124,7 @@ class FusionDecoder(nn.Module):
             volume,costs = self.step(number, volume, costs, guide)
         return [self.guesses(3, volume), *said]
 
-    def step(self, number, volume, costs, guide):
+    def step(self, number:int, volume:torch.Tensor, costs:torch.Tensor, guide:torch.Tensor):
         "One step: the volume and the costs, twice as fine."
         block = getattr(self, f'decoder{number+1}')
         costs = self.judge(self.decoder_corr_guidance_projection[number], costs)
@@ -131,7 +134,7 @@ class FusionDecoder(nn.Module):
     def reject(self,
         cells:torch.Tensor, # (1,D,h,w) of one image
         text:torch.Tensor, # (T,P,D)
-        guides, # As for `forward`
+        guides:Sequence[torch.Tensor], # As for `forward`
         best:int, # Classes that each cell keeps
     )->tuple: # (logits (1,t,8h,8w) of the classes that are left, their numbers (t), how many each step left)
         "Logits of the classes that no step rejects."
@@ -163,16 +166,17 @@ class SED(Framework):
                               kernels=(5, 5, 5), templates=None))
 
     def __init__(self,
-        backbone, # `ClipBackbone` with a convolutional tower
-        vocabulary=None, # Class names to train with
+        backbone:nn.Module, # `ClipBackbone` with a convolutional tower
+        vocabulary:Vocabulary|Sequence[str]|None=None, # Class names to train with
         resolution:int=768, # Side of the square to which images are resized; 0: as they are
         hidden:int=128, # Channels of a class in a cell
         heads:int=4, # Of attention
         pool:int=2, # Side of a place where classes meet, in cells
-        decoder=(64, 32, 16), # Channels behind each step
-        decoder_guides=(32, 16, 8), # Channels of the guides there
-        kernels=(9, 9, 9), # Of the depthwise convolutions
-        templates='clip_80', # Prompts, each a channel of the cost map; None: one channel, the vocabulary's own
+        decoder:Sequence[int]=(64, 32, 16), # Channels behind each step
+        decoder_guides:Sequence[int]=(32, 16, 8), # Channels of the guides there
+        kernels:Sequence[int]=(9, 9, 9), # Of the depthwise convolutions
+        # Prompts, each a channel of the cost map; None: one channel, the vocabulary's own
+        templates:str|Sequence[str]|None='clip_80',
         reject:int=0, # Early rejection in evaluation: classes that each cell keeps after each step; 0 rejects none
     ):
         super().__init__(backbone, vocabulary)
@@ -189,7 +193,7 @@ class SED(Framework):
         self.reject = reject
         self.left = []
 
-    def text(self, vocabulary=None):
+    def text(self, vocabulary:Vocabulary|Sequence[str]|torch.Tensor|None=None):
         "Embeddings (K,D), or (K,P,D) of P prompts. Raises `OpenTransError` if there is no vocabulary."
         v = self.vocabulary if vocabulary is None else vocabulary
         if self.templates is None or v is None or isinstance(v, torch.Tensor) or not len(v): return super().text(v)
@@ -197,13 +201,13 @@ class SED(Framework):
         if key not in self._texts: self._texts[key] = self.encode_prompts(v)
         return self._texts[key]
 
-    def encode_prompts(self, vocabulary)->torch.Tensor: # (K,P,D)
+    def encode_prompts(self, vocabulary:Vocabulary|Sequence[str])->torch.Tensor: # (K,P,D)
         "An embedding of each class in each template: the mean over its synonyms, of unit length."
         said = class_prompts(getattr(vocabulary, 'entries', vocabulary), self.templates)
         each = [self.backbone.text.prompts(texts, device_of(self)).unflatten(0, (-1, self.count)) for texts in said]
         return torch.stack([F.normalize(words.mean(0), dim=-1) for words in each]).to(device_of(self))
 
-    def cells(self, images):
+    def cells(self, images:torch.Tensor):
         "Cells in CLIP's space, and three finer guides, without a gradient."
         if self.resolution: images = resize(images, (self.resolution, self.resolution))
         net = self.backbone.visual
@@ -212,13 +216,13 @@ class SED(Framework):
         sizes = [[factor*side for side in cells.shape[-2:]] for factor in (2, 4, 8)]
         return cells,[resize(maps[name].detach(), size) for name,size in zip(('res4', 'res3', 'res2'), sizes)]
 
-    def prompts_of(self, text): # (K,D) or (K,P,D) -> (K,P,D)
+    def prompts_of(self, text:torch.Tensor): # (K,D) or (K,P,D) -> (K,P,D)
         if text.dim() == 2: text = text[:, None].expand(-1, self.count, -1)
         if text.shape[1] != self.count:
             raise OpenTransError(f"There are {text.shape[1]} prompts of each class; this model has {self.count}.")
         return text
 
-    def maps(self, images, text):
+    def maps(self, images:torch.Tensor, text:torch.Tensor):
         "Probabilities (B,K,h,w), eight times as fine as the cells."
         cells,guides = self.cells(images)
         text = self.prompts_of(text).to(cells)
@@ -233,15 +237,15 @@ class SED(Framework):
             self.left.append(counts)
         return torch.cat(out)
 
-    def scores(self, images, text):
+    def scores(self, images:torch.Tensor, text:torch.Tensor):
         "Probabilities of the grid, which are resized when they are asked for."
         return Scores(self.maps(images, text), images.shape[-2:])
 
-    def forward(self, images, text_embeddings):
+    def forward(self, images:torch.Tensor, text_embeddings:torch.Tensor):
         "Images (B,3,H,W) and text embeddings (K,D) or (K,P,D) to probabilities (B,K,H,W)."
         return self.scores(images, text_embeddings).part(0, len(text_embeddings))
 
-    def loss(self, batch):
+    def loss(self, batch:dict):
         "Binary cross-entropy of each class at each pixel, of the result and of the auxiliary heads."
         labels,ignore = batch['labels'],batch.get('ignore', self.ignore)
         cells,guides = self.cells(batch['images'])
@@ -252,7 +256,7 @@ class SED(Framework):
 # %% ../../nbs/frameworks/37_sed.ipynb #59cf04cd
 def load_sed(
     framework:SED, # Filled in place
-    source, # A file, or a state dict, in the names of the released code
+    source:str|Path|dict[str, torch.Tensor], # A file, or a state dict, in the names of the released code
     strict:bool=True, # Raise if a part of the head does not fit? If not, it is left as it is
 )->pd.DataFrame: # As of `load_mask2former`
     "Load released weights of SED. Raises `OpenTransError` that lists what does not fit."

@@ -8,6 +8,7 @@ __all__ = ['SUPPORT_TOWERS', 'TRIES', 'SUPPORT_FILE', 'NotHere', 'support_try', 
 
 # %% ../../nbs/frameworks/30c_support.ipynb #b55f6f42
 import tempfile, warnings
+from collections.abc import Sequence
 from pathlib import Path
 import pandas as pd
 import torch
@@ -114,7 +115,7 @@ SUPPORT_FILE = FileKind('opentrans-support', 'support table', '`opentrans models
 def try_support(
     framework:str, # Its name
     tower:str, # One of `SUPPORT_TOWERS`
-    columns=None, # Of `TRIES`; None: all
+    columns:Sequence[str]|None=None, # Of `TRIES`; None: all
 )->dict: # Column -> 'yes', or why not
     "Do everything with one framework on one tower. Raises `OpenTransError` for unknown names."
     if tower not in SUPPORT_TOWERS: raise unknown('tower', tower, SUPPORT_TOWERS)
@@ -134,18 +135,18 @@ def try_support(
     return res
 
 def try_all(
-    frameworks=None, # Names; None: all
-    columns=None, # Of `TRIES`; None: all
+    frameworks:Sequence[str]|None=None, # Names; None: all
+    columns:Sequence[str]|None=None, # Of `TRIES`; None: all
 )->pd.DataFrame: # Rows (framework, tower), columns of `TRIES`
     "Try every cell. It takes minutes."
     cells = [(name, tower) for name in frameworks or list_frameworks() for tower in SUPPORT_TOWERS]
     rows = {cell: try_support(*cell, columns) for cell in cells}
     return pd.DataFrame(rows.values(), pd.MultiIndex.from_tuples(rows, names=['framework', 'tower']))
 
-def save_support(table, path=ASSETS/'support.json'):
+def save_support(table:pd.DataFrame, path:str|Path=ASSETS/'support.json'):
     "Write a table of `try_all`."
     save_json(dict(rows=table.reset_index().to_dict('records')), path, SUPPORT_FILE)
 
-def support_table(path=ASSETS/'support.json')->pd.DataFrame: # As of `try_all`
+def support_table(path:str|Path=ASSETS/'support.json')->pd.DataFrame: # As of `try_all`
     "The table as it was last tried. Raises `OpenTransError` for a file that is none."
     return pd.DataFrame(load_json(path, kind=SUPPORT_FILE)['rows']).set_index(['framework', 'tower'])

@@ -9,6 +9,7 @@ __all__ = ['ATTENTIONS', 'EDGES', 'gaussian_neighbours', 'attention_weights', 'g
 
 # %% ../../nbs/frameworks/38_training_free.ipynb #6929095d
 import copy, functools, math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 import pandas as pd
 import torch
@@ -26,7 +27,7 @@ _LEFT_OUT = dict(maskclip='qk', clearclip='k', naclip='q') # parts of the packed
 _WHOLE_BLOCK = ('clip', 'maskclip', 'sclip') # methods that keep residual and MLP of the last block
 
 def gaussian_neighbours(
-    grid, # (h,w) cells of an image
+    grid:Sequence[int], # (h,w) cells of an image
     std:float=5., # Of the Gaussian, in cells
 )->torch.Tensor: # (1+h*w, 1+h*w); nothing is added for the class token
     "What NACLIP adds to the attention of each cell to each other: a Gaussian of their distance (NACLIP, Eq. 5)."
@@ -53,7 +54,7 @@ def attention_weights(
 # %% ../../nbs/frameworks/38_training_free.ipynb #c0666c23
 def grid_positions(
     positions:torch.Tensor, # (1+s*s,D) of a ViT
-    grid, # (h,w) cells of an image
+    grid:Sequence[int], # (h,w) cells of an image
     beyond:float=0., # Cells that the grid counts for more than it has: DINO's 0.1, or 0
 )->torch.Tensor: # (1+h*w,D)
     "Embeddings of positions for a grid of any size."
@@ -67,7 +68,7 @@ def grid_positions(
     return torch.cat([first, made.flatten(2)[0].T])
 
 def first_tokens(
-    net, # open_clip's `VisionTransformer`
+    net:nn.Module, # open_clip's `VisionTransformer`
     images:torch.Tensor, # (B,3,H,W), normalised, sides a multiple of the patch
     beyond:float=0., # As for `grid_positions`
 )->tuple: # (tokens (B,1+h*w,C), (h,w))
@@ -79,9 +80,9 @@ def first_tokens(
     return net.ln_pre(net.patch_dropout(tokens)),grid
 
 def tokens_before_last(
-    net, # As for `first_tokens`, and so the others
-    images,
-    beyond=0.,
+    net:nn.Module, # As for `first_tokens`, and so the others
+    images:torch.Tensor,
+    beyond:float=0.,
 )->tuple: # (tokens (B,1+h*w,C), (h,w))
     "What a ViT's last block sees."
     tokens,grid = first_tokens(net, images, beyond)
@@ -89,9 +90,9 @@ def tokens_before_last(
     return tokens,grid
 
 def last_block(
-    net, # open_clip's `VisionTransformer`
+    net:nn.Module, # open_clip's `VisionTransformer`
     tokens:torch.Tensor, # (B,1+h*w,C), as `tokens_before_last` gives them
-    grid, # (h,w)
+    grid:Sequence[int], # (h,w)
     attention:str, # One of `ATTENTIONS`
     residual:bool, # Keep the residual and the MLP of the block?
     std:float=5., # Of NACLIP's Gaussian, in cells
@@ -128,7 +129,7 @@ def window_places(
 
 def fit_patches(
     images:torch.Tensor, # (B,3,H,W), normalised
-    patch, # (height, width) of a patch
+    patch:Sequence[int], # (height, width) of a patch
     edges:str, # One of `EDGES`
 )->tuple: # (images of whole patches, (top, left): where the old ones lie in them; None if their maps are stretched)
     "Images whose sides are multiples of the patch."
@@ -159,7 +160,7 @@ def _neighbours(maps, dilations, middle=False):
 
 def colour_affinity(
     images:torch.Tensor, # (B,3,H,W)
-    dilations=(8, 16), # How far the neighbours are, in pixels
+    dilations:Sequence[int]=(8, 16), # How far the neighbours are, in pixels
 )->torch.Tensor: # (B,1,8*len(dilations),H,W), of sum 1
     "How much a pixel trusts each of its neighbours, by their colours (PAMR, Eq. 2 and 3)."
     spread = _neighbours(images, dilations, middle=True).std(2, keepdim=True)
@@ -169,7 +170,7 @@ def colour_affinity(
 def refine(
     maps:torch.Tensor, # (B,K,H,W) logits
     affinity:torch.Tensor, # Of `colour_affinity`
-    dilations=(8, 16), # The same
+    dilations:Sequence[int]=(8, 16), # The same
     steps:int=10, # How often
 )->torch.Tensor: # (B,K,H,W)
     "Logits that follow the colours of the image."
@@ -183,10 +184,10 @@ _AT_A_TIME = 2**26 # logits of words at full size that are held
 class CellScores(Scores):
     "Logits of classes from the embeddings of cells, seen through windows, made some classes at a time."
     def __init__(self,
-        framework, # `TrainingFree`, for its settings
+        framework:'TrainingFree', # `TrainingFree`, for its settings
         images:torch.Tensor, # (B,3,H,W) in [0,1]
-        words, # `ClassWords`
-        cells, # (embeddings (B,D,h,w), unit length, what `_lay` needs) of each window
+        words:ClassWords, # `ClassWords`
+        cells:Sequence[tuple], # (embeddings (B,D,h,w), unit length, what `_lay` needs) of each window
     ):
         self.framework = framework
         self.words = words
@@ -215,7 +216,7 @@ class CellScores(Scores):
         if self.affinity is not None: logits = refine(logits, self.affinity, how.dilations, how.pamr)
         return logits*how.scale
 
-    def raw(self, start, stop):
+    def raw(self, start:int, stop:int):
         "Logits of classes, before the rules for the background."
         used,back = self.words.of[start:stop].unique(return_inverse=True)
         logits = self.of_words(self.words.embeddings[used])
@@ -249,7 +250,7 @@ class CellScores(Scores):
         small[:, rest] = False
         return small
 
-    def make(self, start, stop):
+    def make(self, start:int, stop:int):
         logits = self.raw(start, stop)
         if not (self.framework.threshold or self.framework.area): return logits
         total,small = self.held or self.decide()
@@ -313,8 +314,8 @@ class TrainingFree(Framework):
                    naclip_voc20=dict(_NACLIP, crop=0), **_WITH_BACKGROUND)
 
     def __init__(self,
-        backbone, # `ClipBackbone`
-        vocabulary=None, # Class names to train with, if it is to be trained after all
+        backbone:nn.Module, # `ClipBackbone`
+        vocabulary:Vocabulary|Sequence[str]|None=None, # Class names to train with, if it is to be trained after all
         attention:str='maskclip', # Of the last block, one of `ATTENTIONS`; only a ViT has others than `'maskclip'`
         residual:bool=None, # Keep residual and MLP of the last block? None: as the method does
         gaussian:float=5., # Deviation of NACLIP's Gaussian, in cells
@@ -324,11 +325,11 @@ class TrainingFree(Framework):
         edges:str='squeeze', # What happens where sides are no multiple of the patch, one of `EDGES`
         beyond:float=0., # As for `grid_positions`
         pamr:int=0, # Steps of PAMR; NACLIP's tables "with PAMR" have 10
-        dilations=(8, 16), # Of its neighbours
+        dilations:Sequence[int]=(8, 16), # Of its neighbours
         threshold:float=0., # Probability below which a pixel is background; 0: no such rule
         area:float=0., # Share of the foreground below which a class is struck out; 0: no such rule
         background:int=0, # Index of the background among the classes
-        templates=None, # Prompts of each word; None takes the vocabulary's own
+        templates:str|Sequence[str]|None=None, # Prompts of each word; None takes the vocabulary's own
     ):
         super().__init__(backbone, vocabulary)
         if not hasattr(backbone, 'kind'):
@@ -365,7 +366,8 @@ class TrainingFree(Framework):
         return [f'{block}.attn.in_proj_weight[{part}]' for part in _LEFT_OUT.get(self.attention, '')] + mlp
 
     def text(self,
-        vocabulary=None, # As for `Framework.text`; also `ClassWords` or `Experts`
+        # As for `Framework.text`; also `ClassWords` or `Experts`
+        vocabulary:Vocabulary|Sequence[str]|torch.Tensor|ClassWords|Experts|None=None,
     ): # `ClassWords`; embeddings and experts as they are
         "The words of a vocabulary. Raises `OpenTransError` if there is none."
         v = self.vocabulary if vocabulary is None else vocabulary
@@ -403,7 +405,7 @@ class TrainingFree(Framework):
         tokens,grid = tokens_before_last(net, whole, self.beyond)
         return last_block(net, tokens, grid, self.attention, self.residual, self.gaussian),corner,whole.shape[-2:]
 
-    def scores(self, images, text):
+    def scores(self, images:torch.Tensor, text:torch.Tensor|ClassWords|Experts):
         "Logits from the embeddings of cells, which are made when they are asked for."
         if isinstance(text, Experts): return ExpertScores(self, images, text, self.cells(images))
         if not isinstance(text, ClassWords): text = _plain_words(F.normalize(text.float(), dim=-1))
@@ -412,14 +414,14 @@ class TrainingFree(Framework):
                                  "Put the background's words among the names.")
         return CellScores(self, images, text, self.cells(images))
 
-    def forward(self, images, text_embeddings):
+    def forward(self, images:torch.Tensor, text_embeddings:torch.Tensor|ClassWords|Experts):
         "Images (B,3,H,W) and a text side to logits (B,K,H,W)."
         return self.scores(images, text_embeddings).part(0, len(text_embeddings))
 
 # %% ../../nbs/frameworks/38_training_free.ipynb #d4b9ec17
 class ExpertScores(CellScores):
     "Log-probabilities of the classes, in each pixel from the expert that claims it."
-    def __init__(self, framework, images, experts, cells):
+    def __init__(self, framework:TrainingFree, images:torch.Tensor, experts:Experts, cells:Sequence[tuple]):
         super().__init__(framework, images, _plain_words(experts.default), cells)
         self.experts = torch.cat([experts.experts, experts.default[None]])
 
@@ -462,7 +464,7 @@ class ExpertScores(CellScores):
                 top = torch.maximum(top, value)
         return total,top,best
 
-    def make(self, start, stop):
+    def make(self, start:int, stop:int):
         chosen,total = self.held or self.decide()
         out = None
         for number in chosen.unique().tolist():
@@ -471,10 +473,10 @@ class ExpertScores(CellScores):
         return out
 
 def expert_templates(
-    framework, # `TrainingFree`
-    images, # Batches (B,3,H,W) of images without labels
-    vocabulary, # Class names
-    templates='clip_80', # Prompts to choose from, or the name of a set in `TEMPLATES`
+    framework:TrainingFree, # `TrainingFree`
+    images:Iterable[torch.Tensor], # Batches (B,3,H,W) of images without labels
+    vocabulary:Vocabulary|Sequence[str], # Class names
+    templates:str|Sequence[str]='clip_80', # Prompts to choose from, or the name of a set in `TEMPLATES`
     top:int=4, # Experts of a class
 )->tuple: # (name -> templates, table of mean entropies: templates x classes, NaN where none is given)
     "For each class the templates whose pixels of it are surest (FLOSS). Raises `OpenTransError` for no images."
@@ -499,10 +501,10 @@ def expert_templates(
     return found,table
 
 def encode_experts(
-    backbone, # `ClipBackbone`
-    vocabulary, # Class names
+    backbone:nn.Module, # `ClipBackbone`
+    vocabulary:Vocabulary|Sequence[str], # Class names
     experts:dict, # Name -> its expert templates, as `expert_templates` gives them
-    templates='clip_80', # Prompts of the classifier for pixels that no expert claims
+    templates:str|Sequence[str]='clip_80', # Prompts of the classifier for pixels that no expert claims
 )->Experts: # For `predict` and `evaluate` in place of a vocabulary
     "The classifiers of all classes. Raises `OpenTransError` for a class without experts."
     names = list(getattr(vocabulary, 'names', vocabulary))

@@ -57,7 +57,7 @@ def _found(model, scaling):
 
 @torch.no_grad()
 def adapters(
-    model, # A model with LoRA adapters, or the tensors of an adapter file
+    model:nn.Module|Mapping[str, torch.Tensor], # A model with LoRA adapters, or the tensors of an adapter file
     what:str='delta', # `'delta'`: B A; `'merged'`: W0 + B A
     # alpha/r of the tensors of a file, which do not say it; it does not move the alpha of `'delta'`
     scaling:float=1.,

@@ -8,6 +8,7 @@ __all__ = ['NULLS', 'NULL_COLUMNS', 'Blocks', 'as_blocks', 'random_spectrum', 'r
 
 # %% ../../nbs/02d_null.ipynb #6fcbdd60
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np
@@ -44,7 +45,7 @@ class Blocks:
     def starts(self,
         length:int, # Of a side of the matrix
         block:int, # Length of a block along it
-        rng=None, # Generator of random places
+        rng:np.random.Generator|None=None, # Generator of random places
     )->list: # Where blocks begin
         "Places of the blocks along one side."
         room = length - block
@@ -70,7 +71,7 @@ class Blocks:
         return torch.cat([mats[:,i:i+rows,j:j+cols] for i in down for j in across])
 
 def as_blocks(
-    aspect, # None, a number or `Blocks`
+    aspect:float|Blocks|None, # None, a number or `Blocks`
 )->Blocks: # None if nothing is cut
     "What `analyze` takes as `aspect`, as `Blocks`. Raises `OpenTransError`."
     if aspect is None or isinstance(aspect, Blocks): return aspect
@@ -78,8 +79,8 @@ def as_blocks(
 
 # %% ../../nbs/02d_null.ipynb #95e529dd
 def random_spectrum(
-    shape, # (rows, columns) of the matrix
-    rng, # A generator of NumPy
+    shape:Sequence[int], # (rows, columns) of the matrix
+    rng:np.random.Generator, # A generator of NumPy
 )->np.ndarray: # min(rows, columns) eigenvalues, ascending
     """The eigenvalues of $W^T W$ for a matrix of independent standard normal numbers, exactly in law (Dumitriu and
     Edelman 2002)."""
@@ -186,7 +187,7 @@ class Null:
         check_number('seed', self.seed, 0, 2**31, whole=True)
 
 def as_null(
-    null, # None, one of `NULLS`, or a `Null`
+    null:str|Null|None, # None, one of `NULLS`, or a `Null`
 )->Null: # None if nothing is compared
     "What `analyze` takes as `null`, as a `Null`. Raises `OpenTransError`."
     return null if null is None or isinstance(null, Null) else Null(null)

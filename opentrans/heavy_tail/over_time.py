@@ -7,6 +7,7 @@ __all__ = ['TABLE_FILE', 'Reselect', 'plot_median', 'explore']
 
 # %% ../../nbs/02c_over_time.ipynb #0064ee66
 import math, threading
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from fastcore.basics import patch
 from scipy import special
+from pathlib import Path
 from typing import Any
 from typing_extensions import NotRequired, TypedDict
 from ..errors import check_number, OpenTransError, optional, shorten
@@ -22,6 +24,7 @@ from ..files import (
     check_finite, FileKind, load_metadata, load_tensors, metadata_value, save_tensors, strip_prefix)
 from .null import Null
 from .power_law import XMIN_RULES
+from .reading import WeightFiles
 from .table import _BLUE, _draw_esd, _draw_ks, _RED, analyze, LayerTable
 from .spectra import Spectrum
 from ..runtime import get_axes, figure_png, Handle
@@ -29,7 +32,7 @@ from ..runtime import get_axes, figure_png, Handle
 # %% ../../nbs/02c_over_time.ipynb #f7523a29
 @patch
 def compare(self:LayerTable,
-    after, # Another `LayerTable` of the same layers
+    after:LayerTable, # Another `LayerTable` of the same layers
     level:float=.95, # Of the intervals of the change, by the standard errors of the fits
     # `alpha_before`, `alpha_after`, `change`, `z` (change in standard errors), its interval from `low` to `high`,
     # `frozen_before`, `frozen_after` (by `select()`), `moved`
@@ -54,7 +57,7 @@ def compare(self:LayerTable,
 
 @patch
 def plot_change(self:LayerTable,
-    after, # Another `LayerTable` of the same layers
+    after:LayerTable, # Another `LayerTable` of the same layers
     ax=None, # Axes to draw on
 ): # The axes
     "Alpha of each layer before and after (Fig. 9)."
@@ -128,7 +131,7 @@ class Reselect:
 
 # %% ../../nbs/02c_over_time.ipynb #19521a90
 def plot_median(
-    history, # `Reselect.history`, or a dict of step -> `LayerTable`
+    history:pd.DataFrame|dict[int, LayerTable], # `Reselect.history`, or a dict of step -> `LayerTable`
     ax=None, # Axes to draw on
 ): # The axes
     "Median of alpha over training, with the quartiles of the layers around it (Fig. 7)."
@@ -178,7 +181,7 @@ _TABLE = dict(spectra=list[_Row], xmin=_Rule, few=int, max_aspect=_Limit, option
 
 @patch
 def save(self:LayerTable,
-    path, # A .safetensors file
+    path:str|Path, # A .safetensors file
 ):
     "Write the spectra and how they were fitted."
     about = [{k: v for k,v in vars(s).items() if k not in ('evals', 'shuffled')}
@@ -194,7 +197,7 @@ def save(self:LayerTable,
 
 @patch(cls_method=True)
 def load(cls:LayerTable,
-    path, # What `save` wrote
+    path:str|Path, # What `save` wrote
 )->LayerTable:
     "Read a table. Raises `OpenTransError` if the file is something else, or damaged."
     old = load_metadata(path).get('kind') == 'opentrans.LayerTable' # how opentrans 0.1 said what a file is
@@ -349,7 +352,8 @@ class _Explorer:
 
 # %% ../../nbs/02c_over_time.ipynb #ac8f6140
 def explore(
-    model_or_table, # A `LayerTable`, or what `analyze` takes
+    # A `LayerTable`, or what `analyze` takes
+    model_or_table:LayerTable|nn.Module|Mapping[str, torch.Tensor]|WeightFiles,
     **options, # Of `analyze`
 ): # An ipywidgets widget
     "Look at a model's spectra by hand: layer, rule for xmin, and a slider that moves the beginning of the tail."

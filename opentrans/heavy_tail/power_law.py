@@ -8,6 +8,7 @@ __all__ = ['XMIN_RULES', 'SELECTION_RULES', 'ALTERNATIVES', 'mp_edges', 'marchen
 
 # %% ../../nbs/02_heavy_tail.ipynb #9467fb56
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
@@ -21,7 +22,7 @@ from .lapack import _by_lapack
 
 # %% ../../nbs/02_heavy_tail.ipynb #f76fac1a
 def mp_edges(
-    shape, # (rows, columns) of the matrix
+    shape:Sequence[int], # (rows, columns) of the matrix
     variance:float=1., # Variance of its entries
 )->tuple: # Smallest and largest eigenvalue of a large random matrix
     "Edges of the Marchenko-Pastur law."
@@ -29,8 +30,8 @@ def mp_edges(
     return variance*(a-b)**2, variance*(a+b)**2
 
 def marchenko_pastur(
-    x, # Eigenvalues
-    shape, # (rows, columns) of the matrix
+    x:np.ndarray|Sequence[float], # Eigenvalues
+    shape:Sequence[int], # (rows, columns) of the matrix
     variance:float=1., # Variance of its entries
 )->np.ndarray: # Density at each
     "Density of the eigenvalues of $W^T W$ for a large matrix of independent entries: the light tail."
@@ -105,8 +106,9 @@ class PowerLawFit:
     def ok(self)->bool: return not self.reason
     @property
     def tail(self)->np.ndarray: return self.evals[self.evals >= self.xmin]
-    def pdf(self, x)->np.ndarray: return (self.alpha-1)/self.xmin*(np.asarray(x)/self.xmin)**-self.alpha
-    def ccdf(self, x)->np.ndarray: return (np.asarray(x)/self.xmin)**(1-self.alpha)
+    def pdf(self, x:np.ndarray|Sequence[float]|float)->np.ndarray:
+        return (self.alpha-1)/self.xmin*(np.asarray(x)/self.xmin)**-self.alpha
+    def ccdf(self, x:np.ndarray|Sequence[float]|float)->np.ndarray: return (np.asarray(x)/self.xmin)**(1-self.alpha)
     def __repr__(self):
         if not self.ok: return f"PowerLawFit: no fit, {self.reason}"
         return (f"PowerLawFit: alpha {self.alpha:.4g} +- {self.sigma:.2g}, xmin {self.xmin:.4g} ({self.method}), "
@@ -204,10 +206,11 @@ def _clipped(x, noise):
     return replace(whole, method='clip')
 
 def fit_power_law(
-    evals, # Eigenvalues (or any positive sample), in any order: tensor, array or list
+    # Eigenvalues (or any positive sample), in any order: tensor, array or list
+    evals:torch.Tensor|np.ndarray|Sequence[float],
     # Rule for the beginning of the tail: one of `XMIN_RULES`, a share of the values such as `'25%'`, `'clip'`, or its
     # value
-    xmin='ks',
+    xmin:str|float='ks',
     floor:float=0., # Values not above this are left out
     bins:int=100, # Bins of the log histogram of the `'peak'` and `'paper'` rules
     # How far rounding may have moved the square root of a value; there is no fit to a tail that is narrower
@@ -298,7 +301,7 @@ ALTERNATIVES = ('lognormal', 'exponential', 'truncated_power_law')
 
 @patch
 def compare(self:PowerLawFit,
-    alternatives=ALTERNATIVES, # Laws to compare with
+    alternatives:Sequence[str]=ALTERNATIVES, # Laws to compare with
     # A row each: `R` (log-likelihood ratio, above zero for the power law), `p` (chance of such a ratio if both were
     # equal), `verdict`, parameters
 )->pd.DataFrame:

@@ -7,7 +7,7 @@ __all__ = ['WeightFiles']
 
 # %% ../../nbs/02h_reading.ipynb #e7769242
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 import numpy as np
 import torch
@@ -110,7 +110,8 @@ class WeightFiles:
     """The tensors of a file or of a folder of shards, read when they are asked for. No code in them is run. Raises
     `OpenTransError`."""
     def __init__(self,
-        path, # A `.safetensors`, `.pth`, `.pt` or `.bin` file, or a folder of them (a model folder of transformers)
+        # A `.safetensors`, `.pth`, `.pt` or `.bin` file, or a folder of them (a model folder of transformers)
+        path:str|Path,
     ):
         self.path = Path(path)
         if not self.path.exists():
@@ -140,7 +141,7 @@ class WeightFiles:
             if first.setdefault(place, name) != name: self.doubles[name] = first[place]
 
     def read(self,
-        names, # Of tensors
+        names:Iterable[str], # Of tensors
     )->dict: # Name -> tensor
         "Some of the tensors."
         held = [(name, self.where[name]) for name in names]
@@ -155,7 +156,7 @@ class WeightFiles:
                               else name.rpartition('.')[0], []).append(name)
         return groups.values()
 
-    def weights(self, embeddings=False):
+    def weights(self, embeddings:bool=False):
         "(name, kind, weight, transposed, groups) of each layer, one module after the other."
         for names in self.modules():
             for name,kind,w,transposed,groups in _state_weights(self.read(names)):
@@ -163,7 +164,7 @@ class WeightFiles:
                 if lookup and not embeddings: continue
                 yield name, 'embedding' if lookup else kind, w, transposed, groups
 
-    def not_read(self, why):
+    def not_read(self, why:str):
         "Name -> reason of what is no layer, of weights with two axes or more; `why` is that of a layer left out."
         res = {name: f"is the same tensor as '{first}'" for name,first in self.doubles.items()}
         for name in self.where:
@@ -172,7 +173,7 @@ class WeightFiles:
                              if _EMBEDDING.search(name) else why)
         return {n: w for n,w in res.items() if n in self.doubles or len(self.shape(n)) > 1}
 
-    def shape(self, name):
+    def shape(self, name:str):
         "Of one tensor, which is not read for that."
         at = self.where[name]
         return tuple(at[name].shape if isinstance(at, dict) else at.get_slice(name).get_shape())

@@ -7,6 +7,7 @@ __all__ = ['hill', 'plateau']
 
 # %% ../../nbs/02f_robust.ipynb #e50370fa
 import math
+from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from fastcore.basics import patch
@@ -19,7 +20,7 @@ from ..runtime import get_axes
 
 # %% ../../nbs/02f_robust.ipynb #e465490d
 def hill(
-    evals, # Eigenvalues, in any order
+    evals:np.ndarray|Sequence[float], # Eigenvalues, in any order
 )->pd.DataFrame: # A row for each number `k` of eigenvalues in the tail, from 2 on: `k`, `xmin`, `alpha`, `sigma`
     """Hill's estimates of alpha (Hill, Ann. Stat. 1975): the fit to the k largest values, each over the one below
     it."""
@@ -114,7 +115,7 @@ def intervals(self:LayerTable,
 # %% ../../nbs/02f_robust.ipynb #35e1a397
 @patch
 def rules(self:LayerTable,
-    rules=XMIN_RULES, # Rules for xmin to compare
+    rules:Sequence[str|float]=XMIN_RULES, # Rules for xmin to compare
     freeze:float=.5, # Share of the layers that rest
     by:str='alpha', # As in `select`
     # A column of ranks a rule (1 is the smallest alpha), `rules` (these as a text), `frozen_by` (how many rules
@@ -138,7 +139,7 @@ def select_agreed(self:LayerTable,
     freeze:float=.5, # Share of the layers that each rule would freeze
     # What becomes of layers on which the rules do not agree: `'train'`, `'freeze'`, or `'majority'`
     undecided:str='train',
-    rules=XMIN_RULES, # Rules for xmin
+    rules:Sequence[str|float]=XMIN_RULES, # Rules for xmin
     by:str='alpha', # As in `select`
 )->LayerSelection: # Layers without a fit are trained
     "Freeze the layers that all rules freeze; undecided ones are left to the user. Raises `OpenTransError`."

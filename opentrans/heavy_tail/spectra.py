@@ -7,18 +7,21 @@ __all__ = ['Spectrum', 'spectra']
 
 # %% ../../nbs/02a_spectra.ipynb #694b8bd9
 import math, os, zlib
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 import numpy as np
 import torch
+from torch import nn
 from threadpoolctl import threadpool_limits
 from ..errors import check_number, OpenTransError
-from .null import (
-    as_blocks, as_null, kurtosis_of, mp_quantiles, random_edge, random_spectra, shuffled, with_kurtosis)
+from opentrans.heavy_tail.null import (
+    as_blocks, as_null, Blocks, kurtosis_of, mp_quantiles, Null, random_edge, random_spectra, shuffled,
+    with_kurtosis)
 from .power_law import (
     _eigenvalues, _exactness, _finite, _no_fit, _noise, _read, _rule, _settle, _stored_type, _Unread, esd,
     fit_power_law, matrices, mp_edges, PowerLawFit)
-from .reading import _head, _named_weights, _shape
+from .reading import _head, _named_weights, _shape, WeightFiles
 
 # %% ../../nbs/02a_spectra.ipynb #80bd6c9e
 @dataclass
@@ -45,7 +48,7 @@ class Spectrum:
     shuffled:np.ndarray = field(repr=False, default=None)
 
     def fit(self,
-        xmin='ks', # Rule, one of `XMIN_RULES`, or a value
+        xmin:str|float='ks', # Rule, one of `XMIN_RULES`, or a value
     )->PowerLawFit:
         """Fit the tail. The rule `'paper'` compares absolute numbers, so it sees the eigenvalues on the paper's
         scale."""
@@ -55,7 +58,8 @@ class Spectrum:
         f = fit_power_law(self.evals*self.paper, xmin, noise=self.noise*math.sqrt(self.paper))
         return PowerLawFit(f.alpha, f.xmin/self.paper, f.D, f.sigma, f.n_tail, f.n, f.method, f.reason, self.evals)
 
-    def keep(self, ev, how, mats, floor, norm, precision, stored, whole=None):
+    def keep(self, ev:torch.Tensor|None, how:str, mats:torch.Tensor, floor:float, norm:float, precision:str,
+             stored:torch.dtype, whole:float|None=None):
         "Take the eigenvalues of a stack of matrices, without those that count as zero."
         self.solver = how
         if ev is None:
@@ -84,7 +88,7 @@ class Spectrum:
         size = .5*torch.finfo(stored).eps*math.sqrt(whole/mats.numel())
         return np.full(len(mats), size*(math.sqrt(mats.shape[1])+math.sqrt(mats.shape[2])))
 
-    def shuffle(self, mats, null, blocks, norm, *options):
+    def shuffle(self, mats:torch.Tensor, null:Null, blocks:Blocks|None, norm:float, *options):
         "Take the eigenvalues of its matrices with their numbers in random order, as often as a `Null` says."
         if self.evals is None: return
         rng = torch.Generator().manual_seed(null.seed*1_000_003 + zlib.crc32(self.name.encode()))
@@ -109,7 +113,7 @@ class Spectrum:
         return self.edge/mp_edges(self.stack[1:])[1]
 
     def random(self,
-        null, # A `Null`
+        null:Null, # A `Null`
     )->np.ndarray: # (draws, eigenvalues), ascending; none if there is nothing to compare with
         "Spectra of random matrices of its shape, variance and kurtosis, or of its own numbers in random order."
         if null.kind == 'shuffle': return np.zeros((0, 0)) if self.shuffled is None else self.shuffled
@@ -119,7 +123,7 @@ class Spectrum:
         return with_kurtosis(normal, self.stack, self.kurtosis)*self.variance
 
     def random_edge(self,
-        null, # A `Null`
+        null:Null, # A `Null`
     )->float:
         "What the largest eigenvalue stays below by chance: in 99 of 100 random layers, or in all shuffled ones."
         if null.kind == 'shuffle': return float(self.shuffled[:,-1].max())
@@ -254,24 +258,26 @@ class _Work:
         self.waiting,self.numbers = [],0
 
 def spectra(
-    model, # Any `nn.Module` (read in its tower, as `layers` does), or a state dict
+    # Any `nn.Module` (read in its tower, as `layers` does), or a state dict
+    model:nn.Module|Mapping[str, torch.Tensor]|WeightFiles,
     conv:str='slices', # `'slices'`: (out, in) matrices, one a kernel position, as the paper; `'flatten'`
     norm:float=1., # Factor on a convolution's eigenvalues; the paper takes 0.5
     # Modules to leave out, by name or pattern; None: the head (attention pool, projection, classifier), as
     # `prunable` does; `()` takes all
-    skip=None,
+    skip:str|Iterable[str]|None=None,
     # Eigenvalues not above this, on the paper's scale, count as zero; None: 1e-5, and in blocks nothing but what
     # arithmetic cannot tell from zero
     floor:float=None,
     method:str='auto', # `'gram'`, `'svd'` or `'auto'`, as in `esd`
     precision:str='double', # `'double'` or `'fast'`, as in `esd`
     # Cut every layer into blocks with sides of this ratio, such as 1., or as `Blocks` says; None leaves them whole
-    aspect=None,
-    null=None, # With `'shuffle'`, also the spectra of each layer's numbers in random order; a `Null`
+    aspect:float|Blocks|None=None,
+    null:str|Null|None=None, # With `'shuffle'`, also the spectra of each layer's numbers in random order; a `Null`
     embeddings:bool=False, # Embedding tables too?
     split_groups:bool=False, # Take grouped convolutions apart, group by group? The paper does not
-    device=None, # Where to compute; None: where each weight is
-    base=None, # Of what the model is a change: its layers are the differences to those of the same names
+    device:str|torch.device|None=None, # Where to compute; None: where each weight is
+    # Of what the model is a change: its layers are the differences to those of the same names
+    base:nn.Module|Mapping[str, torch.Tensor]|WeightFiles|None=None,
     # Layers that are solved at once on CPUs; None: as many as cores, or as `OMP_NUM_THREADS` allows
     threads:int=None,
 )->list: # A `Spectrum` a layer

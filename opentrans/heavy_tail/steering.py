@@ -7,6 +7,7 @@ __all__ = ['MAPS', 'block_of', 'assign', 'LayerValues']
 
 # %% ../../nbs/02e_alpha_to_everything.ipynb #ebe8f391
 import math, re
+from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 from torch import nn
@@ -45,10 +46,11 @@ def _sigmoid(scores, blocks, slope):
     return (2/(1+np.exp(-slope*away))).to_numpy()
 
 def assign(
-    scores, # A number a layer
-    spread=(.5, 1.5), # Smallest and largest value, as shares of what all would get; of `'linear'` and `'rank'`
+    scores:pd.Series|np.ndarray|Sequence[float], # A number a layer
+    # Smallest and largest value, as shares of what all would get; of `'linear'` and `'rank'`
+    spread:tuple[float, float]=(.5, 1.5),
     how:str='linear', # One of `MAPS`
-    blocks=None, # The block of each layer, for `'sigmoid'`
+    blocks:Sequence[str|int]|None=None, # The block of each layer, for `'sigmoid'`
     slope:float=4., # Of `'sigmoid'`
 )->np.ndarray: # Share of the common value that each layer gets
     "Values of layers from their scores (TempBalance, Eq. 3, and its code; AlphaDecay). Raises `OpenTransError`."
@@ -77,7 +79,7 @@ def _spread(spread):
 class LayerValues(dict):
     "A number for each layer, by name, and what it is: `'density'`, `'lr'` or `'weight_decay'`."
     def __init__(self,
-        values, # Name of a layer -> number
+        values:Mapping[str, float], # Name of a layer -> number
         what:str, # `'density'`, `'lr'` or `'weight_decay'`
         base:float, # What all layers would get, and all other parameters do
         rule:str='', # How the values were made
@@ -172,7 +174,7 @@ def _values(table, what, base, spread, by, how, per, slope):
 @patch
 def lr_groups(self:LayerTable,
     base:float, # Learning rate that all would have; in `finetune`, where the recipe says that, 1.
-    spread=(.5, 1.5), # Smallest and largest, as shares of it
+    spread:tuple[float, float]=(.5, 1.5), # Smallest and largest, as shares of it
     by:str='alpha', # A column of the table: layers with large ones learn fast
     how:str='linear', # One of `MAPS`
     per:str='layer', # `'layer'` or `'block'`
@@ -184,7 +186,7 @@ def lr_groups(self:LayerTable,
 @patch
 def decay_groups(self:LayerTable,
     base:float, # Weight decay that all would have; in `finetune`, where the recipe says that, 1.
-    spread=(2/3, 5.), # Smallest and largest, as shares of it
+    spread:tuple[float, float]=(2/3, 5.), # Smallest and largest, as shares of it
     by:str='alpha', # A column of the table: layers with large ones decay fast
     how:str='linear', # One of `MAPS`
     per:str='layer', # `'layer'` or `'block'`

@@ -7,16 +7,19 @@ __all__ = ['LayerTable', 'analyze', 'ks_curve', 'plot_choices']
 
 # %% ../../nbs/02b_layers.ipynb #6e793e88
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 import numpy as np
 import pandas as pd
+import torch
+from torch import nn
 from fastcore.basics import patch
 from ..core import LayerSelection
 from ..errors import OpenTransError, unknown
 from ..escape import for_html, for_plot
-from .null import as_blocks, as_null, compare_with_null, Null, NULL_COLUMNS
+from .null import as_blocks, as_null, Blocks, compare_with_null, Null, NULL_COLUMNS
 from .power_law import _no_fit, _rule, _Tails, SELECTION_RULES, PowerLawFit, XMIN_RULES
-from .reading import _head, _not_read
+from .reading import _head, _not_read, WeightFiles
 from .spectra import spectra
 from ..naming import name_some
 from ..runtime import get_axes
@@ -30,13 +33,13 @@ class LayerTable:
     "The spectra of a model's layers and the power laws fitted to them: a row a layer. Made by `analyze`."
     def __init__(self,
         spectra:list, # `Spectrum`s
-        xmin='ks', # Rule for the tail, one of `XMIN_RULES`, or a number
+        xmin:str|float='ks', # Rule for the tail, one of `XMIN_RULES`, or a number
         few:int=50, # Below this number of eigenvalues a fit is marked as `'few'`
         # Leave out linear layers at least this many times longer than wide; None: 8 under the rule `'paper'`, else
         # none
         max_aspect:float=None,
         options:dict=None, # How the spectra were made, for the record
-        null=None, # A `Null` to compare each alpha with
+        null:str|Null|None=None, # A `Null` to compare each alpha with
     ):
         self.spectra = {s.name: s for s in spectra}
         self.xmin = xmin
@@ -105,7 +108,7 @@ class LayerTable:
         return self.frame.copy()
 
     def refit(self,
-        xmin='ks', # Rule, one of `XMIN_RULES`, or a number
+        xmin:str|float='ks', # Rule, one of `XMIN_RULES`, or a number
         # `few`, `max_aspect`, `null` (any but `'shuffle'`, which has to be asked for when eigenvalues are computed)
         **kw,
     ): # A new `LayerTable` of the same spectra
@@ -114,7 +117,8 @@ class LayerTable:
                           **(dict(few=self.few, options=self.options, null=self.null) | kw))
 
     def only(self,
-        names, # Names of layers, such as those that are trained; names that the table does not hold are passed over
+        # Names of layers, such as those that are trained; names that the table does not hold are passed over
+        names:Iterable[str],
     ): # A new `LayerTable`
         """The table of some layers alone, so that medians and choices are taken among them. Nothing is computed
         again but the fits. Raises `OpenTransError` if none is left."""
@@ -143,28 +147,29 @@ class LayerTable:
 
 # %% ../../nbs/02b_layers.ipynb #fdb6fe11
 def analyze(
-    model, # Any `nn.Module`, a framework or a `ClipBackbone` (read in its image tower), or a state dict
+    # Any `nn.Module`, a framework or a `ClipBackbone` (read in its image tower), or a state dict
+    model:nn.Module|Mapping[str, torch.Tensor]|WeightFiles,
     # Rule for the beginning of the tail: `'ks'`, `'median'`, `'peak'`, `'paper'`, a share such as `'25%'`,
     # `'clip'`, or a number; see `fit_power_law`
-    xmin='ks',
+    xmin:str|float='ks',
     # `'slices'`: (out, in) matrices, one a kernel position, as the paper; `'flatten'`: (out, in*kernel)
     conv:str='slices',
     # Factor on a convolution's eigenvalues; the paper and WeightWatcher take 0.5. Alpha does not depend on it
     norm:float=1.,
     # Modules to leave out, by name or pattern; None: the head (attention pool, projection, classifier), as
     # `prunable` does; `()` takes all
-    skip=None,
+    skip:str|Iterable[str]|None=None,
     few:int=50, # Below this number of eigenvalues a fit is marked as `'few'`
     # Leave out linear layers at least this many times longer than wide; None: 8 under the rule `'paper'`, else none
     max_aspect:float=None,
     # Read every layer in blocks with sides of this ratio, such as 1., so that its shape does not move alpha; or
     # `Blocks`
-    aspect=None,
+    aspect:float|Blocks|None=None,
     # Compare alpha with that of random matrices: `'gaussian'`, `'shuffle'`, `'mp'` or a `Null`; adds `alpha_null`,
     # `sd`, `z`, `excess`, `spikes`
-    null=None,
+    null:str|Null|None=None,
     # A model, or tensors, that this one is a change of: what is read are the differences, as fine-tuning made them
-    base=None,
+    base:nn.Module|Mapping[str, torch.Tensor]|WeightFiles|None=None,
     **options, # `floor`, `method`, `precision`, `embeddings`, `split_groups`, `device`, `threads` of `spectra`
 )->LayerTable: # A row a layer
     """Spectrum and power law of every layer (Sec. 3.3.2). A layer without a fit is a row of NaN with a reason.
@@ -252,7 +257,7 @@ def plot_esd(self:LayerTable,
 
 # %% ../../nbs/02b_layers.ipynb #9b94b424
 def ks_curve(
-    evals, # Eigenvalues, in any order
+    evals:np.ndarray|Sequence[float], # Eigenvalues, in any order
 )->pd.DataFrame: # `xmin`, `alpha`, `D`, `n_tail` for every candidate
     "The fit for every possible beginning of the tail; `'ks'` picks the row with the smallest `D`."
     t = _Tails(np.sort(np.asarray(evals, dtype=float)))
@@ -278,7 +283,7 @@ def _draw_ks(s, fits, ax):
 def plot_ks(self:LayerTable,
     name:str, # Name of a layer
     ax=None, # Axes to draw on
-    rules=XMIN_RULES, # Rules to mark
+    rules:Sequence[str|float]=XMIN_RULES, # Rules to mark
 ): # The axes
     "Kolmogorov-Smirnov distance against the beginning of the tail, with what each rule chooses."
     s = self.spectra[self._name(name)]
@@ -287,7 +292,7 @@ def plot_ks(self:LayerTable,
 # %% ../../nbs/02b_layers.ipynb #f2d96c5a
 @patch
 def plot_grid(self:LayerTable,
-    names=None, # Layers to draw; None: `n` of them, from the smallest alpha to the largest
+    names:Sequence[str]|None=None, # Layers to draw; None: `n` of them, from the smallest alpha to the largest
     n:int=8, # How many, if no names are given
     ncols:int=4, # Columns of the grid
 ): # Array of axes

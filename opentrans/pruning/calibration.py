@@ -8,7 +8,8 @@ __all__ = ['input_rows', 'weight_rows', 'rows_to_weight', 'InputSums', 'watching
 
 # %% ../../nbs/01h_calibration.ipynb #30555a73
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -166,8 +167,9 @@ class _Watch:
 @contextlib.contextmanager
 def watching(
     model:nn.Module, # Any model
-    found, # `Layer`s of it
-    see, # Function (layers that share an input, the input), called each time one is used
+    found:Sequence[Layer], # `Layer`s of it
+    # Function (layers that share an input, the input), called each time one is used
+    see:Callable[[list[Layer], torch.Tensor], Any],
 ):
     "Watch the inputs of layers inside the block."
     watch = _Watch(model, found, see)
@@ -189,7 +191,7 @@ def _image_of(batch):
         f"A batch is a {type(batch).__name__}: give tensors (B,3,H,W), dicts with 'image', or pairs.")
 
 def check_batches(
-    batches, # As `go_over` takes them
+    batches:Iterable[Any]|Callable[[nn.Module], Any], # As `go_over` takes them
 ):
     "Raises `OpenTransError` for batches that cannot be read more than once, or are none."
     if isinstance(batches, Iterator):
@@ -201,7 +203,8 @@ def check_batches(
 
 def go_over(
     model:nn.Module, # Any model; it is run as `model(images)`
-    batches, # A list or a loader of batches, or a function of the model that yields after each
+    # A list or a loader of batches, or a function of the model that yields after each
+    batches:Iterable[Any]|Callable[[nn.Module], Any],
 )->int: # The number of images, or of batches if a function shows them
     "Run a model over batches, in evaluation mode and without gradients. Raises `OpenTransError` if there are none."
     check_batches(batches)
@@ -219,8 +222,8 @@ def go_over(
 
 def sums_of_inputs(
     model:nn.Module, # Any model
-    found, # `Layer`s of it
-    batches, # Images, as `go_over` takes them
+    found:Sequence[Layer], # `Layer`s of it
+    batches:Iterable[Any]|Callable[[nn.Module], Any], # Images, as `go_over` takes them
     gram:bool=True, # The whole Gram matrices? If not, the sums of squares
 )->dict: # Name -> `InputSums`; layers that share an input share the sums
     "What layers see, in one pass over the images. Raises `OpenTransError` for a layer that sees nothing."
@@ -237,8 +240,8 @@ def sums_of_inputs(
 @delegates(prunable)
 def input_grams(
     model:nn.Module, # Any model
-    batches, # Images, as `go_over` takes them
-    names=None, # Names of layers; None: all prunable ones
+    batches:Iterable[Any]|Callable[[nn.Module], Any], # Images, as `go_over` takes them
+    names:Collection[str]|None=None, # Names of layers; None: all prunable ones
     **kwargs,
 )->dict: # Name -> `InputSums`
     "What prunable layers see, in one pass over the images. Raises `OpenTransError` for a layer that sees nothing."
@@ -248,7 +251,7 @@ def input_grams(
     chosen = [layer for name,layer in found.items() if names is None or name in names]
     return sums_of_inputs(model, chosen, batches)
 
-def check_layers(found):
+def check_layers(found:Sequence[Layer]):
     "Raises `OpenTransError` for layers whose inputs cannot be seen as rows."
     def odd(layer): return layer.kind in ('recurrent', 'experts') or getattr(layer.module, 'transposed', False)
     names = [item.name for item in found if odd(item)]
@@ -257,7 +260,7 @@ def check_layers(found):
             f"The inputs of {len(names)} layers are not seen as rows (recurrent, expert or transposed): "
             f"{', '.join(names[:6])}. Leave them out with skip or kinds.")
 
-def check_seen(found, seen):
+def check_seen(found:Sequence[Layer], seen:Collection[str]):
     "Raises `OpenTransError` for layers that no image reached."
     names = [layer.name for layer in found if layer.name not in seen]
     if names:

@@ -7,9 +7,12 @@ __all__ = ['DENSITIES', 'fit_densities', 'allocation', 'uniform_densities', 'erd
            'wanda_scores', 'owl', 'alpha_densities', 'clock_densities', 'layer_densities']
 
 # %% ../../nbs/01i_densities.ipynb #a4944aaf
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 import torch
 from torch import nn
 from fastcore.meta import delegates
+from ..core import Layer
 from ..errors import OpenTransError, unknown
 from ..heavy_tail import analyze
 from .calibration import rows_to_weight, sums_of_inputs, weight_rows
@@ -48,12 +51,14 @@ def allocation(
 def _sizes(found): return {layer.name: layer.weight.numel() for layer in found}
 
 @allocation('uniform')
-def uniform_densities(model, found, density, batches=None):
+def uniform_densities(model:nn.Module, found:Sequence[Layer], density:float,
+                      batches:Iterable[Any]|Callable[[nn.Module], Any]|None=None):
     "The same density in every layer."
     return {layer.name: density for layer in found}
 
 @allocation('erdos-renyi-kernel')
-def erdos_renyi_kernel(model, found, density, batches=None):
+def erdos_renyi_kernel(model:nn.Module, found:Sequence[Layer], density:float,
+                       batches:Iterable[Any]|Callable[[nn.Module], Any]|None=None):
     """More of small layers: the sum of a weight's axes over their product (Mocanu et al. 2018; Evci et al. 2020,
     Sec. 3)."""
     shapes = {layer.name: layer.outputs_first(layer.weight).shape for layer in found}
@@ -67,7 +72,8 @@ def _global_by(scores, density):
     return {name: max(int(mask.sum()), 1)/mask.numel() for name,mask in kept.items()}
 
 @allocation('global')
-def global_densities(model, found, density, batches=None):
+def global_densities(model:nn.Module, found:Sequence[Layer], density:float,
+                     batches:Iterable[Any]|Callable[[nn.Module], Any]|None=None):
     """What each layer keeps when all weights compete: by |w| times the norm of its input, or by |w| if there are no
     images."""
     scores = {layer.name: layer.weight.detach().abs() for layer in found}
@@ -76,8 +82,8 @@ def global_densities(model, found, density, batches=None):
 
 def wanda_scores(
     model:nn.Module, # Any model
-    found, # `Layer`s of it
-    batches, # Images, as `go_over` takes them
+    found:Sequence[Layer], # `Layer`s of it
+    batches:Iterable[Any]|Callable[[nn.Module], Any], # Images, as `go_over` takes them
 )->dict: # Name -> scores, of the weight's shape
     "|w| times the root mean square of its input (Sun et al. 2024, Eq. 1; the mean makes layers comparable)."
     sums,scores = sums_of_inputs(model, found, batches, gram=False),{}
@@ -89,7 +95,11 @@ def wanda_scores(
 
 # %% ../../nbs/01i_densities.ipynb #11d88a50
 @allocation('owl')
-def owl(model, found, density, batches=None,
+def owl(
+    model:nn.Module,
+    found:Sequence[Layer],
+    density:float,
+    batches:Iterable[Any]|Callable[[nn.Module], Any]|None=None,
     outlier:float=5., # A score this many times the layer's mean is an outlier (M)
     band:float=.08, # Largest difference to the density of all, on average (lambda)
 ):
@@ -136,10 +146,12 @@ def _check_densities(densities, found):
 
 @delegates(prunable)
 def layer_densities(
-    how, # A name in `DENSITIES`, a dict {layer: density}, or a function of (model, density) that gives one
+    # A name in `DENSITIES`, a dict {layer: density}, or a function of (model, density) that gives one
+    how:str|dict[str, float]|Callable[[nn.Module, float], dict[str, float]],
     model:nn.Module, # Any model
     density:float, # Of all layers together, in (0, 1]; a dict is taken as it is
-    batches=None, # Images, for rules that look at them: as `go_over` takes them
+    # Images, for rules that look at them: as `go_over` takes them
+    batches:Iterable[Any]|Callable[[nn.Module], Any]|None=None,
     **kwargs,
 )->dict: # Layer -> density
     """How much of each prunable layer stays. Raises `OpenTransError` for an unknown rule, or layers that are left

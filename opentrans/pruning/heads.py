@@ -91,8 +91,9 @@ class FewerHeads(nn.Module):
         if mask.dtype == torch.bool: mask = ~mask
         return mask.unflatten(0, (batch, self.num_heads)) if mask.ndim == 3 else mask
 
-    def forward(self, query, key=None, value=None, key_padding_mask=None, need_weights=False, attn_mask=None,
-                average_attn_weights=True, is_causal=False):
+    def forward(self, query:torch.Tensor, key:torch.Tensor|None=None, value:torch.Tensor|None=None,
+                key_padding_mask:torch.Tensor|None=None, need_weights:bool=False,
+                attn_mask:torch.Tensor|None=None, average_attn_weights:bool=True, is_causal:bool=False):
         "(outputs, None), of a sequence that looks at itself. Raises `OpenTransError` for anything else."
         if any(x is not None and x is not query for x in (key, value)) or key_padding_mask is not None:
             raise OpenTransError("An attention with fewer heads looks at its own sequence, without padding.")

@@ -7,6 +7,7 @@ __all__ = ['prunable']
 
 # %% ../../nbs/01b_places.ipynb #d8ec31de
 import warnings
+from collections.abc import Collection, Iterable, Sequence
 from torch import nn
 from ..core import (
     bare_modules, bare_parameters, find_tower, resolve_in_tower, LAYER_KINDS, layers, layers_of, no_values, unreadable)
@@ -41,11 +42,11 @@ def _candidates(model, kinds=LAYER_KINDS, skip_first=True, skip=None, only=('*',
 
 def prunable(
     model:nn.Module, # Any model; names are read in its tower
-    kinds=LAYER_KINDS, # Kinds of layer, as `layers` calls them
+    kinds:Collection[str]=LAYER_KINDS, # Kinds of layer, as `layers` calls them
     skip_first:bool=True, # Leave the first layer dense?
     # What to leave dense: names of modules, or patterns of whole names such as `'layer4.*'`; None: the model's head
-    skip=None,
-    only=('*',), # Patterns of whole names to choose from
+    skip:str|Iterable[str]|None=None,
+    only:Sequence[str]=('*',), # Patterns of whole names to choose from
 )->list: # `Layer`s
     """The layers whose weights a mask covers (paper Sec. 3.2); a warning names those that it cannot. Raises
     `OpenTransError`."""

@@ -7,7 +7,7 @@ __all__ = ['PRICE_FILE', 'clock_prices']
 
 # %% ../../nbs/01o_priced.ipynb #bf9127b2
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 import pandas as pd
@@ -35,8 +35,8 @@ def _slopes(times):
 @delegates(prunable)
 def clock_prices(
     model:nn.Module, # A CLIP backbone, or a tower that is called with images
-    size=(224, 224), # Height and width of the images
-    densities=(.1, .3), # At which each layer is timed, with zeros at random places
+    size:Sequence[int]=(224, 224), # Height and width of the images
+    densities:Sequence[float]=(.1, .3), # At which each layer is timed, with zeros at random places
     seconds:float=4., # For all
     **kwargs,
 )->dict[str, float]: # Layer, as a mask names it -> price of one of its weights; the mean over all weights is 1

@@ -7,12 +7,13 @@ __all__ = ['BlockMemory', 'reconstruct', 'wanda_criterion', 'sparsegpt_criterion
 
 # %% ../../nbs/01k_reconstruction.ipynb #a16df4b9
 import contextlib, functools, time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 import pandas as pd
 import torch
 from torch import nn
 from fastcore.meta import delegates
-from ..core import unwrap
+from ..core import Layer, unwrap
 from ..errors import check_number, OpenTransError, unknown
 from .calibration import (
     _Enough, check_batches, check_layers, check_seen, go_over, InputSums, rows_to_weight, watching, weight_rows)
@@ -42,7 +43,7 @@ class BlockMemory:
     "Outputs of blocks whose layers are all pruned, kept from pass to pass."
     def __init__(self,
         model:nn.Module, # Any model
-        found, # The `Layer`s that are going to be pruned
+        found:Sequence[Layer], # The `Layer`s that are going to be pruned
         room:int, # Most bytes of outputs
     ):
         self.room = room
@@ -61,7 +62,7 @@ class BlockMemory:
             block.layers = {layer.name for layer in found if id(layer.param) in own}
 
     def finish(self,
-        names, # Layers whose weights will not change any more
+        names:Iterable[str], # Layers whose weights will not change any more
     ):
         "Tell that layers are pruned."
         self.done.update(names)
@@ -250,14 +251,16 @@ def _solver(method):
 @delegates(prunable)
 def reconstruct(
     model:nn.Module, # Any model that is run as `model(images)`; its weights are changed in place
-    batches, # Images without labels: a list or loader of batches, or a function of the model that yields after each
+    # Images without labels: a list or loader of batches, or a function of the model that yields after each
+    batches:Iterable[Any]|Callable[[nn.Module], Any],
     density:float=.1, # Share of the weights that stay, in (0, 1]
     # A name in `SOLVERS`: `'wanda'`, `'sparsegpt'`, `'alps'`, `'magnitude'`; or a function like those
-    method='alps',
+    method:str|Callable='alps',
     # Who competes: `'layer'`, `'output'`, `'channel'`, `'2:4'`; `'global'`: layers share the density as a global
     # ranking does; None: as the method was published
     scope:str=None,
-    densities=None, # How layers share the density, as `layer_densities` takes it; None: equally
+    # How layers share the density, as `layer_densities` takes it; None: equally
+    densities:str|dict[str, float]|Callable[[nn.Module, float], dict[str, float]]|None=None,
     mask:SparseMask=None, # A mask that is there already: only the weights are found
     # What outputs shall stay: `'own'`, those of the layer's weights on what it now sees, or `'dense'`, those it has
     # in the dense network
@@ -324,7 +327,7 @@ def _shown(losses):
         "a batch, or a list of batches of images.")
 
 @criterion('wanda')
-def wanda_criterion(model, losses=None, **kwargs):
+def wanda_criterion(model:nn.Module, losses:Iterable[Any]|Callable[[nn.Module], Any]|None=None, **kwargs):
     "|w| times the root mean square of its input (Sun et al. 2024)."
     return wanda_scores(model, prunable(model, **kwargs), _shown(losses))
 
@@ -337,11 +340,13 @@ def _by_support(method, model, losses, density, scope, **kwargs):
     return {n: mask[n].to(s.device) + s/(1.001*s.max()+1e-30) for n,s in scores.items()}
 
 @criterion('sparsegpt')
-def sparsegpt_criterion(model, losses=None, density=None, scope=None, **kwargs):
+def sparsegpt_criterion(model:nn.Module, losses:Iterable[Any]|Callable[[nn.Module], Any]|None=None,
+                        density:float|None=None, scope:str|None=None, **kwargs):
     "The support that SparseGPT chooses, layer by layer (Frantar and Alistarh 2023)."
     return _by_support('sparsegpt', model, losses, density, scope, **kwargs)
 
 @criterion('alps')
-def alps_criterion(model, losses=None, density=None, scope=None, **kwargs):
+def alps_criterion(model:nn.Module, losses:Iterable[Any]|Callable[[nn.Module], Any]|None=None, density:float|None=None,
+                   scope:str|None=None, **kwargs):
     "The support that ALPS chooses, layer by layer (Meng et al. 2024)."
     return _by_support('alps', model, losses, density, scope, **kwargs)

@@ -6,7 +6,10 @@
 __all__ = ['regrow']
 
 # %% ../../nbs/01l_regrowth.ipynb #72fd2216
+from collections.abc import Callable
+from typing import Any
 import torch
+from torch import nn
 from .criteria import _gradients, criterion
 from .places import prunable
 from .ranking import _share, _size
@@ -26,8 +29,8 @@ def _largest_of_all(scores, keep):
 
 @criterion('regrow')
 def regrow(
-    model, # A model whose dropped weights are zero
-    losses=None, # Function of the model that yields one scalar loss a batch
+    model:nn.Module, # A model whose dropped weights are zero
+    losses:Callable[[nn.Module], Any]|None=None, # Function of the model that yields one scalar loss a batch
     density:float=None, # Share of the weights that the round keeps
     left:int=0, # Rounds that come after this one
     rounds:int=1, # All of them

@@ -174,7 +174,7 @@ def _lower(scores, name, unit, axis):
 @criterion('units')
 def unit_scores(
     model:nn.Module, # Any model with bottlenecks, MLPs or attention that is known here
-    losses=None, # Not looked at
+    losses:object=None, # Not looked at
     **kwargs, # As for `prunable`
 )->dict: # Name of the layer -> scores of its weights
     "The mean magnitude of the unit that a weight belongs to. Raises `OpenTransError` for a model without units."

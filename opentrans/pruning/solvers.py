@@ -261,7 +261,7 @@ def sparsegpt(
         work[..., start+size:] -= errors @ factor[:, part, start+size:]
     return work.to(weights.dtype),kept
 
-def whole_outputs(weights, inputs, budget):
+def whole_outputs(weights:torch.Tensor, inputs:Inputs, budget:Budget):
     """The outputs of largest energy, whole. What other outputs see does not help them, so their weights stay as
     they are."""
     weights = weights.to(inputs.gram)

@@ -7,6 +7,8 @@ __all__ = ['NativeRegion', 'CompiledTower', 'compile', 'supported']
 
 # %% ../../nbs/07_sparse.ipynb #3f61e35a
 import copy, threading, time, warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 import numpy as np
 import pandas as pd
 import torch
@@ -26,7 +28,7 @@ class NativeRegion(nn.Module):
         dense:nn.Module, # The region as torch runs it
         threads:int=1, # Threads that share the work
         check:bool=True, # Compare with torch on the first call of each size?
-        kernels='measured', # True, False: only dense, or only sparse ones
+        kernels:bool|str='measured', # True, False: only dense, or only sparse ones
     ):
         super().__init__()
         self.dense = dense
@@ -56,7 +58,7 @@ class NativeRegion(nn.Module):
         self.faster.clear()
 
     def why_not(self,
-        inputs, # Tensors
+        inputs:Sequence[Any], # Tensors
     )->str: # '' if it can
         "Why these inputs run on torch."
         if not has_llvm(): return 'llvmlite is not installed'
@@ -147,7 +149,7 @@ class CompiledTower:
     def __init__(self,
         kind, # The family, as `opentrans.towers` knows it
         net:nn.Module, # The tower
-        run, # Called with images, gives what `kind.features` gives
+        run:Callable[[torch.Tensor], Any], # Called with images, gives what `kind.features` gives
     ): self.kind, self.net, self.run = kind, net, run
 
     def __getattr__(self, name):
@@ -156,7 +158,7 @@ class CompiledTower:
 
     def __deepcopy__(self, memo): return self.kind # a copy has other weights: it is compiled anew
 
-    def features(self, net, x):
+    def features(self, net:nn.Module, x:torch.Tensor):
         "Maps of images, and what the tower ends with."
         return self.run(x) if net is self.net else self.kind.features(net, x)
 
@@ -210,7 +212,7 @@ def compile(
     check:bool=True, # Compare with torch on the first call of each size of images?
     # `'measured'`: dense or sparse for each bundle of channels, by the measured rule; True, False: only dense, only
     # sparse
-    kernels='measured',
+    kernels:bool|str='measured',
 )->nn.Module: # A copy with the same call and outputs, for inference
     """A model whose zeros cost no time. What cannot be compiled runs as before; `supported` lists it. Raises
     `OpenTransError` for a model in training mode, a mask that does not fit, or a number of threads that is none."""

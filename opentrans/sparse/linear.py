@@ -49,7 +49,7 @@ class NativeLinear:
 
     def _tensors(self): return [t for t in (self.layer.weight, self.layer.bias) if t is not None]
 
-    def why_not(self, x)->str: # '' if it can
+    def why_not(self, x:torch.Tensor)->str: # '' if it can
         "Why this input runs on torch."
         if not has_llvm(): return 'llvmlite is not installed'
         if any(t.dtype != torch.float32 or t.device.type != 'cpu' for t in (x, *self._tensors())):

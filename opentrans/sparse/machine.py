@@ -88,10 +88,10 @@ def _own(path):
 class KernelCache:
     "Object code by key. What cannot be read, or is not the user's own, is not there."
     def __init__(self,
-        folder=None, # None: `kernel_folder()`
+        folder:str|Path|None=None, # None: `kernel_folder()`
     ): self.folder = Path(folder) if folder is not None else kernel_folder()
 
-    def path(self, key): return self.folder/f'{key}.safetensors'
+    def path(self, key:str): return self.folder/f'{key}.safetensors'
 
     def read(self,
         key:str, # A hash
@@ -162,7 +162,7 @@ def _translate(text, machine, cache):
 def native_functions(
     texts:dict, # Name of a function -> the program that holds it, as LLVM's intermediate text
     machine:Machine=None, # None: the host
-    cache='user', # A `KernelCache`; `'user'`: that of the user; None: none
+    cache:KernelCache|str|None='user', # A `KernelCache`; `'user'`: that of the user; None: none
 )->dict: # Name -> address
     "Bring programs to life, each once in a process. Raises `OpenTransError` without `llvmlite`."
     machine = machine or Machine.host()

@@ -9,6 +9,7 @@ __all__ = ['BUNDLE', 'DENSE_COST', 'NEAR_COST', 'FAR_COST', 'FIRST_CACHE', 'SHOR
 # %% ../../nbs/07e_plan.ipynb #1d89933d
 import concurrent.futures, ctypes, functools, os, threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
@@ -79,7 +80,7 @@ class Layout:
     @property
     def origin(self): return -(-(self.above*self.row + self.left)//16)*16
 
-    def stride(self, height):
+    def stride(self, height:int):
         "From channel to channel: an odd multiple of a cache line."
         size = self.origin + height*self.row + self.tail
         lines = -(-size//16)
@@ -232,7 +233,7 @@ class Plan:
         sizes:list, # (channels, height, width) of each input
         threads:int=1, # Threads that share the work
         machine:Machine=None, # None: the host
-        dense='measured', # True, False: only dense or only sparse kernels, for comparisons
+        dense:bool|str='measured', # True, False: only dense or only sparse kernels, for comparisons
         groups:int=None, # Groups of input channels of every sparse kernel; None: as the first cache asks for
     ):
         self.region = region
@@ -573,7 +574,7 @@ _CLOSE = 1e-4 # of the largest output: more must not lie between the engine and 
 
 class PlanCache(OrderedDict):
     "Plans by the sizes of their inputs, the last ones kept."
-    def of(self, sizes, make):
+    def of(self, sizes:tuple, make:Callable[[], Plan]):
         "The plan for some sizes, made if it is not there."
         if sizes in self: self.move_to_end(sizes)
         else:

@@ -39,7 +39,7 @@ class Conv:
         "Is nothing added or cut yet?"
         return self.residual is None and self.low == -math.inf and self.high == math.inf
 
-    def sizes(self, height, width)->tuple:
+    def sizes(self, height:int, width:int)->tuple:
         "Height and width of the result."
         kernel, (up, down, left, right) = self.weight.shape[2:], self.pads
         long = [d*(k - 1) + 1 for d, k in zip(self.dilation, kernel)]
@@ -56,7 +56,7 @@ class Pool:
     stride:int # From window to window
     padding:int = 0 # Zeros around
 
-    def sizes(self, height, width)->tuple:
+    def sizes(self, height:int, width:int)->tuple:
         "Height and width of the result."
         return tuple((n + 2*self.padding - self.side)//self.stride + 1 for n in (height, width))
 

@@ -7,6 +7,7 @@ __all__ = ['ENGINES', 'engines_here', 'in_turns', 'speed', 'layer_times', 'plot_
 
 # %% ../../nbs/07h_speed.ipynb #92e807c1
 import copy, importlib.util, tempfile, time, warnings
+from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -140,10 +141,10 @@ def _check(model, engines, sizes, batches, threads):
 def speed(
     model:nn.Module, # In eval mode: a CLIP backbone (its maps are timed), a tower, or anything called with images
     masks:dict=None, # Label -> `SparseMask`, or None for the weights as they are
-    sizes=((224, 224),), # (height, width) of images
-    batches=(1,), # Images at a time
-    threads=(1,), # Threads
-    engines=None, # Of `ENGINES`; None: those that are here
+    sizes:Sequence[Sequence[int]]=((224, 224),), # (height, width) of images
+    batches:Sequence[int]=(1,), # Images at a time
+    threads:Sequence[int]=(1,), # Threads
+    engines:Sequence[str]|None=None, # Of `ENGINES`; None: those that are here
     seconds:float=2., # For each combination
 )->pd.DataFrame: # One row a combination and engine
     """Time engines in turns. `ms` is the shortest call, `median` the median; `times` the median ratio to the fastest
@@ -194,7 +195,7 @@ def _steps_in_turns(parts, seconds):
 def layer_times(
     model:nn.Module, # In eval mode, as for `compile`
     mask=None, # A `SparseMask`; None: the zeros that are there
-    size=(224, 224), # Height and width of the image
+    size:Sequence[int]=(224, 224), # Height and width of the image
     seconds:float=1., # For all layers together, dense and sparse
 )->pd.DataFrame: # One row a layer of the engine, by name
     """Where the time goes: `ms` and `dense_ms` (our dense kernels) of each layer that the engine runs, on one thread.

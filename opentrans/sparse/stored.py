@@ -7,6 +7,7 @@ __all__ = ['StoredWeight', 'describe', 'run_on_torch', 'StoredEngine', 'load']
 
 # %% ../../nbs/07g_stored.ipynb #2767bf54
 import copy, math, operator, threading, warnings
+from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
 import torch
@@ -25,10 +26,10 @@ from .regions import Conv, norm_as_line, Pool, Region
 class StoredWeight:
     "The weight of a convolution as a file holds it. `weight[channel]` and `weight[channels]` are dense arrays."
     def __init__(self,
-        shape, # (outputs, inputs of a group, height, width)
+        shape:Sequence[int], # (outputs, inputs of a group, height, width)
         values:torch.Tensor, # The numbers that stay, in their order; all of them without `bits`
         bits:torch.Tensor=None, # Which places they have, eight a byte, as `pack_bits` gives them
-        scale=None, # A factor for each output channel
+        scale:np.ndarray|Sequence[float]|None=None, # A factor for each output channel
     ):
         self.shape = tuple(shape)
         self.values = values.reshape(-1)
@@ -277,9 +278,9 @@ class StoredEngine(_OnEngine):
     "A model that is nothing but a region: what `load` gives where no model is needed."
     def __init__(self,
         region:Region, # Its steps
-        outputs, # A name, a list or a dict of names: what is given back
-        mean=(), # Taken off the images, a number a channel; empty: they come as they are
-        std=(), # By what they are divided
+        outputs:str|list|dict, # A name, a list or a dict of names: what is given back
+        mean:Sequence[float]=(), # Taken off the images, a number a channel; empty: they come as they are
+        std:Sequence[float]=(), # By what they are divided
         threads:int=1, # Threads that share the work
         check:bool=True, # Compare with torch on the first call of each size?
     ):
@@ -295,7 +296,7 @@ class StoredEngine(_OnEngine):
         return twin
 
     @torch.no_grad()
-    def forward(self, images):
+    def forward(self, images:torch.Tensor):
         "What the model gave that was baked. Raises `OpenTransError` for anything but float32 images on the CPU."
         if (not isinstance(images, torch.Tensor) or images.ndim != 4 or images.dtype != torch.float32
             or images.device.type != 'cpu'):

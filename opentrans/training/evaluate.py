@@ -64,7 +64,7 @@ def same_size_batches(
     every:tuple=(0, 1), # (r, n): of these the r-th, the r+n-th, ..., for the r-th of n processes
     waiting:int=0, # So many samples may wait for others of their size; 0 keeps the order
     workers:int=0, # Processes that read samples; 0 reads in this one
-    regions=True, # With the masks of regions? As for `read_sample`
+    regions:bool|str=True, # With the masks of regions? As for `read_sample`
 ): # Iterator over batches of images of one size
     """Batches without padding. A batch ends where the size of the images changes, or, if samples may wait, when it
     is full or too many wait."""
@@ -345,11 +345,11 @@ def _judged(quality, same):
 
 # %% ../../nbs/training/42_evaluate.ipynb #d78304c9
 def evaluate(
-    framework, # A `Framework`; its mode is put back afterwards
+    framework:Framework, # A `Framework`; its mode is put back afterwards
     data, # Data set: anything with `vocabulary`, `ignore` and samples
     vocabulary=None, # Names to choose from, one for each class of the data, in order; None takes the data's own
     batch_size:int=8, # Images at a time
-    device=None, # None is where the framework is
+    device:str|torch.device|None=None, # None is where the framework is
     limit:int=None, # Only the first so many images
     over:str='either', # Classes in the mean, as for `SemanticIoU.compute`; 'truth' is detectron2's custom
     # 'semantic'; 'panoptic': panoptic quality, too, for frameworks that give it; 'masks': also which masks are found
@@ -361,7 +361,7 @@ def evaluate(
     workers:int=0, # Processes that read images; 0 reads in this one
     # Lists of names that mean the same pixels, e.g. [['sofa', 'couch']]; adds `miou_same`, where each list is one
     # class
-    same=None,
+    same:Sequence[Sequence[str]]|None=None,
     **looks, # Of `multi_scale_logits`: size, longest, scales, flip, window, overlap
     # miou, iou by name (NaN where a class is absent), groups, pixel_accuracy, n_images, settings; pq, sq, rq,
     # things, stuff for 'panoptic'; found, named, precision for 'masks'
@@ -448,7 +448,7 @@ def _result(source):
     return load_json(path, _Result, RESULT_FILE)
 
 def compare_runs(
-    runs, # Results, folders or JSON files; or a dict of them by name
+    runs:dict[str, Any]|Sequence[dict|str|Path], # Results, folders or JSON files; or a dict of them by name
     # One row a run: framework, data, miou, groups, pq, density, frozen layers, parameters and multiply-accumulates
     # in millions, dense and active
 )->pd.DataFrame:

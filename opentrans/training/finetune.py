@@ -8,12 +8,15 @@ __all__ = ['CHECKPOINT_FILE', 'WEIGHTS_FILE', 'batch_indices', 'batches', 'param
 
 # %% ../../nbs/training/41_finetune.ipynb #d7c2d75a
 import contextlib, functools, hashlib, json, math, os, re, signal, sys, time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, TextIO
 import numpy as np
 import pandas as pd
 import torch
+from torch.utils.data import Dataset
 from fastcore.basics import patch
-from ..core import BATCH_NORMS, layers, norm_params, undecayed_params
+from ..core import BATCH_NORMS, layers, LayerSelection, norm_params, undecayed_params
 from ..data.batches import sample_batches
 from ..data.samples import collate, read_augmented, unpack
 from ..errors import (
@@ -22,8 +25,10 @@ from ..escape import csv_text
 from ..files import (
     check_like, FileKind, load_metadata, load_tensors, metadata_value, optimizer_tensors, read_checkpoint,
     restore_optimizer, RunFile, save_tensors, save_text, state_dict_of, strip_prefix)
+from ..frameworks.contract import Framework
 from ..processes import Processes, train_step
 from ..pruning.force import unmasked_states
+from ..pruning.mask import SparseMask
 from ..runtime import (
     device_of, signal_handlers, pick_device, progress, seed_everything, seeded, time_left, to_device, Handle)
 from .evaluate import evaluate
@@ -76,12 +81,12 @@ class _Order:
     def __len__(self): return self.stop-self.start
 
 def batches(
-    data, # Data set
+    data:Dataset, # Data set
     recipe:Recipe, # Size, order and augmentation of batches
     start:int=0, # First iteration
-    processes=None, # `Processes`: each gets its part of every batch
+    processes:Processes|None=None, # `Processes`: each gets its part of every batch
     regions:bool=True, # With the masks of regions? Loading is faster without
-    device=None, # Where samples are unpacked that other processes have read; None: on the CPU
+    device:str|torch.device|None=None, # Where samples are unpacked that other processes have read; None: on the CPU
 ): # Iterator over the batches of `start`, `start+1`, ... , the last
     "The batches of a run, in this process or from `recipe.workers` others: the same either way."
     views = _Views(data, recipe, regions, packed=recipe.workers > 0)
@@ -108,7 +113,7 @@ def _layer_values(per_layer):
         f"one of each at most.")
 
 def param_groups(
-    framework, # A `Framework` in which all freezing has been done
+    framework:Framework, # A `Framework` in which all freezing has been done
     recipe:Recipe, # Rates
     # `LayerValues` of learning rates and of weight decay, which say how much more or less of the recipe's some
     # layers get
@@ -134,7 +139,7 @@ def param_groups(
     return list(groups.values())
 
 def build_optimizer(
-    framework, # A `Framework` in which all freezing has been done
+    framework:Framework, # A `Framework` in which all freezing has been done
     recipe:Recipe, # Which optimizer, and its rates
     per_layer=(), # As in `param_groups`
 )->torch.optim.Optimizer:
@@ -147,7 +152,7 @@ def build_optimizer(
 
 # %% ../../nbs/training/41_finetune.ipynb #bdcd9dae
 def freeze_by_recipe(
-    framework, # A `Framework`
+    framework:Framework, # A `Framework`
     recipe:Recipe, # `backbone_lr` and `norm`
 )->Handle: # Handle that puts `requires_grad` back
     "Freeze what the recipe freezes: all of the backbone (`backbone_lr=0`), or its norms (`norm='frozen'`)."
@@ -157,7 +162,7 @@ def freeze_by_recipe(
     for p in still: p.requires_grad_(False)
     return Handle(lambda: [p.requires_grad_(b) for p,b in before])
 
-def train_mode(framework, recipe:Recipe):
+def train_mode(framework:Framework, recipe:Recipe):
     "Training mode; the batch norms of the backbone stay in evaluation mode unless `norm='train'`."
     framework.train()
     if recipe.norm != 'train':
@@ -168,10 +173,10 @@ def train_mode(framework, recipe:Recipe):
 def _digest(x): return hashlib.sha256(json.dumps(x, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 def run_settings(
-    framework, # A `Framework`, before the first step
-    data, # Data set
+    framework:Framework, # A `Framework`, before the first step
+    data:Dataset, # Data set
     recipe:Recipe, # How
-    selection=None, # `LayerSelection`, if one is in force
+    selection:LayerSelection|None=None, # `LayerSelection`, if one is in force
     per_layer=(), # `LayerValues`, if some are given
 )->dict: # What must be the same for a run to be resumed
     "The settings of a run, as plain values."
@@ -207,14 +212,15 @@ class Checkpoint:
     """The file `last.safetensors` of a run: write it, read it, refuse it. Nothing is applied before all of it has
     been checked."""
     def __init__(self,
-        folder, # Folder of the run
+        folder:str|Path, # Folder of the run
         settings:dict, # As `run_settings` gives them
     ): self.file = RunFile(Path(folder)/'last.safetensors', settings, CHECKPOINT_FILE)
 
     @property
     def path(self)->Path: return self.file.path
 
-    def save(self, framework, opt, iteration, rows, columns, scaler=None):
+    def save(self, framework:Framework, opt:torch.optim.Optimizer, iteration:int, rows:list[dict],
+             columns:Sequence[str], scaler:torch.amp.GradScaler|None=None):
         "Write weights, optimizer state and history. Raises `OpenTransError` if they are not finite."
         names = {param: name for name,param in framework.named_parameters()}
         model = {f'model.{name}': tensor for name,tensor in framework.state_dict().items()}
@@ -224,7 +230,8 @@ class Checkpoint:
         self.file.save(tensors, iteration=iteration, columns=columns, optimizer=learned,
                        scaler=scaler.state_dict() if scaler else {})
 
-    def load(self, framework, opt, scaler=None): # (iteration, history rows), or (0, []) if there is none
+    def load(self, framework:Framework, opt:torch.optim.Optimizer,
+             scaler:torch.amp.GradScaler|None=None): # (iteration, history rows), or (0, []) if there is none
         """Read the run's state into framework and optimizer. Raises `OpenTransError`, with nothing changed, for a
         run of other settings and for a file that is damaged."""
         found = self._read()
@@ -324,8 +331,9 @@ def _read_weights(source):
     return load_tensors(source, kind=kinds[found])[0] if found in kinds else read_checkpoint(source)
 
 def load_framework(
-    framework, # A `Framework` of the same shape
-    source, # A checkpoint file of `finetune`, a file with a state dict, or a dict of tensors
+    framework:torch.nn.Module, # A `Framework` of the same shape
+    # A checkpoint file of `finetune`, a file with a state dict, or a dict of tensors
+    source:str|Path|dict[str, torch.Tensor],
 ): # The framework
     """Read the weights of a framework from a checkpoint. Raises `OpenTransError`, with nothing changed, if they do
     not fit or are not finite."""
@@ -388,8 +396,8 @@ class RunLogger:
         iterations:int, # Of the whole run
         start:int=0, # The first one
         every:int|None=None, # Print a line every so many iterations; None prints none
-        board=None, # Folder for TensorBoard's events; None writes none
-        to=None, # Where lines go; None is the standard error
+        board:str|Path|None=None, # Folder for TensorBoard's events; None writes none
+        to:TextIO|None=None, # Where lines go; None is the standard error
     ):
         self.iterations = iterations
         self.start = start
@@ -400,7 +408,7 @@ class RunLogger:
                                'Writing TensorBoard events').SummaryWriter(str(board), purge_step=start) if board
                       else None)
 
-    def line(self, row)->str:
+    def line(self, row:dict)->str:
         "Iteration, loss, rate, speed, and the time that remains."
         done = row['iteration']+1-self.start
         pace = (time.monotonic()-self.began)/max(done, 1)
@@ -433,23 +441,26 @@ def _stop_requests(keep):
     with signal_handlers(note, signal.SIGTERM, *([signal.SIGINT] if keep else [])): yield asked
 
 def finetune(
-    framework, # A `Framework`, trained in place
-    data, # Data set with the framework's vocabulary
+    framework:Framework, # A `Framework`, trained in place
+    data:Dataset, # Data set with the framework's vocabulary
     recipe:Recipe=None, # How; None takes `Recipe.tiny()`
-    selection=None, # `LayerSelection`: which layers learn (Sec. 3.3); None leaves `requires_grad` as it is
-    mask=None, # `SparseMask` to keep in force; not needed inside `with mask.apply(...)`
+    # `LayerSelection`: which layers learn (Sec. 3.3); None leaves `requires_grad` as it is
+    selection:LayerSelection|None=None,
+    mask:SparseMask|None=None, # `SparseMask` to keep in force; not needed inside `with mask.apply(...)`
     # What `LayerTable.lr_groups(1.)` or `decay_groups(1.)` gave, or a list of both: shares of the recipe's rates
     # for layers
     per_layer=None,
     # Folder of the run: resumed from there if it was begun before; a run that has ended goes on if the recipe is the
     # same with more iterations
-    checkpoint_dir=None,
+    checkpoint_dir:str|Path|None=None,
     checkpoint_every:int=500, # Iterations between checkpoints; there is always one at the end
     # Where to train; None is where the framework is, or under `accelerate launch` the device of this process
-    device=None,
-    val=None, # Data set to evaluate on every `eval_every` iterations; the best weights go to `best.safetensors`
+    device:str|torch.device|None=None,
+    # Data set to evaluate on every `eval_every` iterations; the best weights go to `best.safetensors`
+    val:Dataset|None=None,
     eval_every:int|None=None, # None does not evaluate
-    callback=None, # Called as `callback(framework, row)` after each iteration, in each process
+    # Called as `callback(framework, row)` after each iteration, in each process
+    callback:Callable[[Framework, dict], Any]|None=None,
     # Print a line on the standard error every so many iterations, for logs; None prints none
     print_every:int|None=None,
     tensorboard:bool=False, # Write TensorBoard's events to `checkpoint_dir`/tensorboard, too?
@@ -564,7 +575,7 @@ class _Run:
 
 # %% ../../nbs/training/41_finetune.ipynb #a7c25ed8
 @patch
-def step(self:_Run, batch):
+def step(self:_Run, batch:dict):
     "One iteration; all chance in it comes from the recipe's seed, its number and the process."
     i,r = self.iteration,self.recipe
     seed_everything((r.seed*1_000_003 + i + self.team.rank*2_654_435_761) % 2**32)

@@ -10,9 +10,13 @@ import contextlib, copy, math, os, time
 from dataclasses import dataclass
 import pandas as pd
 import torch
+from torch.utils.data import Dataset
+from ..core import LayerSelection
 from ..cost.memory import peak_memory
 from ..data.samples import View
 from ..errors import check_number, OpenTransError
+from ..frameworks.contract import Framework
+from ..pruning.mask import SparseMask
 from ..runtime import device_of, pick_device
 from .finetune import batches, finetune
 from .recipe import Recipe
@@ -94,7 +98,7 @@ class RunPlan:
 
 # %% ../../nbs/training/43_plan.ipynb #657b1923
 def device_room(
-    device, # As `pick_device` takes it
+    device:str|torch.device, # As `pick_device` takes it
 )->int: # Bytes
     "The memory of a device: all of a GPU's, or what the machine has left."
     device = pick_device(str(device))
@@ -147,11 +151,11 @@ def _two_sizes(framework, data, recipe, selection, mask):
         return [(n, *_measure(framework, data, recipe, selection, mask, n)) for n in (2, 3)]
 
 def plan_run(
-    framework, # A `Framework`; a copy of it is trained for a few iterations
-    data, # Data set with the framework's vocabulary
+    framework:Framework, # A `Framework`; a copy of it is trained for a few iterations
+    data:Dataset, # Data set with the framework's vocabulary
     recipe:Recipe, # The run that is meant
-    selection=None, # `LayerSelection`, if one will be in force
-    mask=None, # `SparseMask`, if one will be
+    selection:LayerSelection|None=None, # `LayerSelection`, if one will be in force
+    mask:SparseMask|None=None, # `SparseMask`, if one will be
     processes:int=1, # That will share each batch
     samples:int=8, # Images that are read by the clock
 )->RunPlan:

@@ -255,7 +255,7 @@ def _read_yaml(text, path):
     return value
 
 def read_settings(
-    path, # `.json`, `.yaml` or `.yml`
+    path:str|Path, # `.json`, `.yaml` or `.yml`
 )->dict: # Name -> value
     "Read a file of settings. Raises `OpenTransError` if it is something else."
     kind = Path(path).suffix
