@@ -6,10 +6,8 @@
 __all__ = ['FPN']
 
 # %% ../../nbs/tutorials/add_a_framework.ipynb #3a21468c
-from collections.abc import Sequence
 import torch
 from torch import nn
-from ..data.vocabulary import Vocabulary
 from .contract import Framework, register_framework, resize, Scores, text_logits
 
 # %% ../../nbs/tutorials/add_a_framework.ipynb #d4cab549
@@ -20,8 +18,8 @@ class FPN(Framework):
     presets = dict(paper={}, small=dict(width=64, scale=20.))
 
     def __init__(self,
-        backbone:nn.Module, # `ClipBackbone`
-        vocabulary:Vocabulary|Sequence[str]|None=None, # Class names to train with
+        backbone, # `ClipBackbone`
+        vocabulary=None, # Class names to train with
         width:int=256, # Channels of the head
         scale:float=None, # Temperature of the cosines; None takes CLIP's own
     ):
