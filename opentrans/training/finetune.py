@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINT_FILE', 'WEIGHTS_FILE', 'batch_indices', 'batches', 'param_groups', 'build_optimizer', 'freeze_by_recipe',
-           'train_mode', 'run_settings', 'Checkpoint', 'load_framework', 'RunLogger', 'finetune']
+           'train_mode', 'run_settings', 'Checkpoint', 'load_framework', 'finetune']
 
 # %% ../../nbs/training/41_finetune.ipynb #d7c2d75a
 import contextlib, functools, hashlib, json, math, os, re, signal, sys, time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 import numpy as np
 import pandas as pd
 import torch
@@ -20,7 +20,7 @@ from ..core import BATCH_NORMS, layers, LayerSelection, norm_params, undecayed_p
 from ..data.batches import sample_batches
 from ..data.samples import collate, read_augmented, unpack
 from ..errors import (
-    check_number, FormatError, Interrupted, none_if_off, OpenTransError, optional, shorten, WriteError)
+    check_number, FormatError, Interrupted, none_if_off, OpenTransError, shorten, WriteError)
 from ..escape import csv_text
 from ..files import (
     check_like, FileKind, load_metadata, load_tensors, metadata_value, optimizer_tensors, read_checkpoint,
@@ -30,8 +30,9 @@ from ..processes import Processes, train_step
 from ..pruning.force import unmasked_states
 from ..pruning.mask import SparseMask
 from ..runtime import (
-    device_of, signal_handlers, pick_device, progress, seed_everything, seeded, time_left, to_device, Handle)
+    device_of, signal_handlers, pick_device, progress, seed_everything, seeded, to_device, Handle)
 from .evaluate import evaluate
+from .logger import RunLogger
 from .recipe import _Finite, _MOST, _OFF, Recipe
 
 # %% ../../nbs/training/41_finetune.ipynb #57d0de8c
@@ -388,42 +389,6 @@ class _History:
             raise WriteError(
                 f"Cannot write '{self.path}': {error.strerror or error}. The checkpoint beside it is whole; make "
                 f"room and start again.") from error
-
-# %% ../../nbs/training/41_finetune.ipynb #e7821d3e
-class RunLogger:
-    "Tells how a run goes: a line every so many iterations, and TensorBoard's events."
-    def __init__(self,
-        iterations:int, # Of the whole run
-        start:int=0, # The first one
-        every:int|None=None, # Print a line every so many iterations; None prints none
-        board:str|Path|None=None, # Folder for TensorBoard's events; None writes none
-        to:TextIO|None=None, # Where lines go; None is the standard error
-    ):
-        self.iterations = iterations
-        self.start = start
-        self.every = every
-        self.to = to
-        self.began = time.monotonic()
-        self.board = (optional('torch.utils.tensorboard', 'tensorboard',
-                               'Writing TensorBoard events').SummaryWriter(str(board), purge_step=start) if board
-                      else None)
-
-    def line(self, row:dict)->str:
-        "Iteration, loss, rate, speed, and the time that remains."
-        done = row['iteration']+1-self.start
-        pace = (time.monotonic()-self.began)/max(done, 1)
-        miou = f"  miou {row['miou']:.4f}" if 'miou' in row else ''
-        return (
-            f"iteration {row['iteration']+1}/{self.iterations}  loss {row['loss']:.4f}  lr {row['lr']:.3g}{miou}  "
-            f"{pace:.3f} s each, {time_left(pace*(self.iterations-row['iteration']-1))} left")
-
-    def __call__(self, row):
-        if self.board: [self.board.add_scalar(k, v, row['iteration']) for k,v in row.items() if k != 'iteration']
-        if self.every and ((row['iteration']+1) % self.every == 0 or row['iteration']+1 == self.iterations):
-            print(self.line(row), file=self.to or sys.stderr, flush=True)
-
-    def close(self):
-        if self.board: self.board.close()
 
 # %% ../../nbs/training/41_finetune.ipynb #4325117b
 @contextlib.contextmanager
