@@ -279,6 +279,9 @@ def test_no_shape_is_preferred_at_initialisation(name, how):
         pytest.xfail(
             '40 and 70 %: the estimate is too large by one in n, and there are four times as many eigenvalues in '
             'the MLPs')
+    if (name, how) == ('convnext_base', 'square blocks'):
+        pytest.xfail('43 and 67 %: kernels of depthwise convolutions are vectors, whose square blocks are single '
+                     'weights')
     options = dict(by='z', null='gaussian') if how == 'z' else dict(aspect=1.)
     found = shares(towers(name, 10), xmin='median', **options)
     assert len(found) >= 2 and (found.sub(50).abs() <= 10).all(), found
