@@ -136,6 +136,17 @@ def test_forged_steps_are_refused(tmp_path, change):
     forged = changed_file(tmp_path/'net.safetensors', tmp_path/'f.safetensors', **change)
     with pytest.raises(DamagedFile): sparse.load(forged)
 
+def test_numbers_that_are_not_real_are_refused(tmp_path):
+    "A complex tensor would be read without its imaginary part."
+    net = small_net(True)
+    SparseMask.magnitude(net, .3).bake(net, tmp_path/'net.safetensors')
+    tensors,meta = load_tensors(tmp_path/'net.safetensors', kind=BAKED_FILE)
+    for name in (next(name for name in tensors if name.endswith('running_mean')),
+                 next(name for name in tensors if name.endswith('.bias'))):
+        forged = {**tensors, name: tensors[name].to(torch.complex64)}
+        save_tensors(forged, tmp_path/'f.safetensors', meta, BAKED_FILE)
+        with pytest.raises(DamagedFile): sparse.load(tmp_path/'f.safetensors')
+
 def test_damaged_files_are_refused_or_harmless(tmp_path):
     "Cut, altered and forged copies: an error, or a model that runs."
     net, path = small_net(True), tmp_path/'net.safetensors'

@@ -176,10 +176,17 @@ def _check_step(step, known):
         raise ValueError(f"step {step['y']!r}")
 
 # %% ../../nbs/07g_stored.ipynb #8d848d27
+def _real(tensors, name):
+    "A tensor of real numbers, or None if the file has none of that name. Raises `ValueError` for other numbers."
+    values = tensors.get(name)
+    if values is None: return None
+    if not values.is_floating_point(): raise ValueError(f'numbers of {name}')
+    return values.float()
+
 def _norm(tensors, name, eps):
-    mean, var = (tensors[f'{name}.{part}'].float() for part in ('running_mean', 'running_var'))
-    weight, bias = (tensors.get(f'{name}.{part}') for part in ('weight', 'bias'))
-    weight, bias = (part if part is None else part.float() for part in (weight, bias))
+    mean, var, weight, bias = (_real(tensors, f'{name}.{part}')
+                               for part in ('running_mean', 'running_var', 'weight', 'bias'))
+    if mean is None or var is None: raise ValueError(f'statistics of {name}')
     return norm_as_line(mean, var, weight, bias, eps)
 
 def _convolution(step, tensors, shapes):
@@ -191,7 +198,7 @@ def _convolution(step, tensors, shapes):
     if layer:
         values, bits = tensors[f'{layer}.weight'], tensors.get(f'{layer}.weight#kept')
         shape = values.shape if bits is None else shapes[f'{layer}.weight']
-        own = tensors.get(f'{layer}.bias')
+        own = _real(tensors, f'{layer}.bias')
         if len(shape) != 4 or min(shape) < 1 or not values.is_floating_point():
             raise ValueError(f'shape of {layer}')
         if bits is not None and (bits.dtype != torch.uint8 or bits.shape != (-(-math.prod(shape)//8),)):
