@@ -19,7 +19,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import NotRequired, TypedDict
 from .errors import OpenTransError
-from .escape import for_markdown
+from .escape import for_html, for_markdown
 from .files import FileKind, json_text, parse_document, read_text, save_text
 from .naming import clean_name, find_names, match_names, name_some, WRAPPERS
 from .runtime import around_step, eval_mode, held_by, RETIRED, Handle
@@ -353,7 +353,7 @@ class _Selection(TypedDict):
     rule: NotRequired[str]
 
 # %% ../nbs/00_core.ipynb #a8483f74
-@dataclass
+@dataclass(repr=False)
 class LayerSelection:
     "Which layers are trained and which are frozen. Names are those of `layers`."
     train:list # Names of the layers that learn
@@ -366,6 +366,14 @@ class LayerSelection:
         if both:
             raise OpenTransError(
                 f"{len(both)} layers are both trained and frozen: {name_some(sorted(both))}. Name each layer once.")
+
+    def __repr__(self)->str:
+        return f"LayerSelection({len(self.train)} layers learn, {len(self.freeze)} rest: {self.rule or 'by hand'})"
+
+    def _repr_html_(self)->str:
+        rows = [('learn', self.train), ('rest', self.freeze)]
+        told = ''.join(f'<p><b>{len(names)} {what}</b>: {for_html(", ".join(names))}</p>' for what,names in rows)
+        return f'<details><summary>{for_html(repr(self))}</summary>{told}</details>'
 
     def to_json(self, path:str|Path|None=None)->str:
         "The selection as a JSON text, which is written to `path` as well if one is given."

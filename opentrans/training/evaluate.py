@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESULT_FILE', 'same_size_batches', 'check_multi_scale', 'seen_size', 'multi_scale_scores', 'multi_scale_logits',
-           'released_size', 'panoptic_truth', 'evaluate', 'compare_runs', 'plot_runs']
+           'released_size', 'panoptic_truth', 'Evaluation', 'evaluate', 'compare_runs', 'plot_runs']
 
 # %% ../../nbs/training/42_evaluate.ipynb #63cc5e7a
 import contextlib, functools, inspect, math, warnings
@@ -20,7 +20,7 @@ from ..core import BATCH_NORMS
 from ..data.metrics import MaskNames, panoptic_map, PanopticQuality, SemanticIoU
 from ..data.samples import collate, read_sample
 from ..errors import check_number, OpenTransError, shorten, unknown
-from ..escape import for_plot
+from ..escape import for_html, for_plot
 from ..files import check_finite, FileKind, load_json
 from ..frameworks.contract import best_class, Framework, get_framework, resize, Scores, scores_of
 from ..processes import Processes
@@ -343,6 +343,26 @@ def _judged(quality, same):
     figures = quality.compute()
     return {key: figures[key] for key in ('pq', 'sq', 'rq', 'things', 'stuff')}
 
+# %% ../../nbs/training/42_evaluate.ipynb #5d3a1e01
+def _percent(share): return '-' if math.isnan(share) else f'{100*share:.1f}'
+
+class Evaluation(dict):
+    "What `evaluate` found: a dictionary that is shown in short, in percent."
+    def __repr__(self)->str:
+        groups = ', '.join(f'{name} {_percent(share)}' for name,share in self.get('groups', {}).items())
+        more = ''.join(f", {key} {_percent(self[key])}" for key in ('pq', 'found', 'named') if key in self)
+        occurs = sum(not math.isnan(share) for share in self['iou'].values())
+        return (f"mIoU {_percent(self['miou'])} %{f' ({groups})' if groups else ''}{more}, pixel accuracy "
+                f"{_percent(self['pixel_accuracy'])} %, {self['n_images']:,} images, {occurs} of "
+                f"{len(self['iou'])} classes occur")
+
+    def _repr_html_(self)->str:
+        occur = {name: share for name,share in self['iou'].items() if not math.isnan(share)}
+        best_first = sorted(occur.items(), key=lambda item: -item[1])
+        rows = ''.join(f'<tr><td>{for_html(name)}</td><td>{_percent(share)}</td></tr>' for name,share in best_first)
+        table = f'<table><tr><th>class</th><th>IoU (%)</th></tr>{rows}</table>'
+        return f'<details><summary>{for_html(repr(self))}</summary>{table}</details>'
+
 # %% ../../nbs/training/42_evaluate.ipynb #d78304c9
 def evaluate(
     framework:Framework, # A `Framework`; its mode is put back afterwards
@@ -365,7 +385,7 @@ def evaluate(
     **looks, # Of `multi_scale_logits`: size, longest, scales, flip, window, overlap
     # miou, iou by name (NaN where a class is absent), groups, pixel_accuracy, n_images, settings; pq, sq, rq,
     # things, stuff for 'panoptic'; found, named, precision for 'masks'
-)->dict:
+)->Evaluation:
     """Mean IoU over a data set, with the text embeddings of its class names as the classifier; panoptic quality,
     too, if asked for. Raises `OpenTransError` for bad settings, and if weights or answers are not finite. Warns
     if a class never occurs while pixels are left out."""
@@ -401,10 +421,10 @@ def evaluate(
     settings = dict(looks, framework=getattr(framework, 'name', type(framework).__name__),
                     data=getattr(data, 'name', type(data).__name__), images=total, classes=len(names), over=over,
                     kind=kind)
-    res = dict(miou=r['miou'], iou=dict(zip(names, r['iou'].tolist())), groups=r['groups'],
+    res = Evaluation(miou=r['miou'], iou=dict(zip(names, r['iou'].tolist())), groups=r['groups'],
                pixel_accuracy=r['pixel_accuracy'], n_images=total, settings=settings)
     if lists is not None: res['miou_same'] = r['same']
-    return dict(res, **_judged(quality, lists))
+    return Evaluation(res, **_judged(quality, lists))
 
 # %% ../../nbs/training/42_evaluate.ipynb #0d268bc2
 # in the settings, or at the top
