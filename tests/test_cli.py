@@ -722,3 +722,6 @@ def test_a_dry_run_says_what_a_run_needs(command, mask, tmp_path):
     assert told['hours'] == pytest.approx(told['seconds']*100/3600) and not list(tmp_path.glob('o/*'))
     r = opentrans(*args, '--out', tmp_path/'o', '--dry-run')
     assert r.returncode == 0 and 'an epoch' in r.stdout and 'GB' in r.stdout, r.stderr
+    assert 'parameters' in r.stdout and 'multiply-accumulates' in r.stdout
+    assert told['params'] > 1e6 and told['active_macs'] <= told['macs'] and (command == 'transfer') == (
+        told['active_params'] < told['params'])

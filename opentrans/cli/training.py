@@ -100,11 +100,32 @@ def _dry_run(seg, train, recipe, mask, selection, processes, as_json):
     "Measure a few iterations and say what the run needs. Raises `OpenTransError` if it cannot fit."
     from opentrans.training import plan_run
     plan = plan_run(seg, train, recipe, selection, mask, processes)
+    counted = _counts(seg, train, recipe, mask)
     if as_json:
         show(dict(vars(plan), part=plan.part, memory=plan.memory, fits=plan.fits, seconds=plan.seconds,
-                  hours=plan.hours, epoch_minutes=plan.epoch), True, '')
-    else: show(plan.table().to_frame('a run like this'), False, 'dry run')
+                  hours=plan.hours, epoch_minutes=plan.epoch, **counted), True, '')
+    else: show(_told_plan(plan, counted), False, 'dry run')
     plan.check()
+
+def _counts(seg, train, recipe, mask):
+    "Parameters and multiply-accumulates of an image as the recipe cuts it, all of them and those that a mask keeps."
+    from opentrans.cost import cost
+    from opentrans.runtime import eval_mode
+    sides = (recipe.crop,)*2 if recipe.crop else tuple(train[0]['image'].shape[-2:])
+    with eval_mode(seg): found = cost(seg, (3, *sides), mask=mask)
+    return dict(params=found.params, active_params=found.active_params, macs=found.macs,
+                active_macs=found.active_macs, sides=list(sides))
+
+def _told_plan(plan, counted):
+    "What a run needs, as a table: how large it is first."
+    import pandas as pd
+    height, width = counted['sides']
+    def kept(what, unit, letter):
+        whole, active = counted[what]/unit, counted[f'active_{what}']/unit
+        return f'{whole:.2f} {letter}' + (f', {active:.2f} {letter} kept' if active < whole else '')
+    large = {'parameters': kept('params', 1e6, 'M'),
+             'multiply-accumulates': f"{kept('macs', 1e9, 'G')}, an image of {height} x {width}"}
+    return pd.concat([pd.Series(large), plan.table()]).to_frame('a run like this')
 
 def _tune(seg, train, m, warm, rest, choose, out, how, in_force):
     """Warm up, read alpha, choose layers and fine-tune the rest.

@@ -63,6 +63,11 @@ class RunPlan:
     def hours(self)->float: return self.seconds*self.iterations/3600
 
     @property
+    def length(self)->str:
+        "Of the whole run, in words."
+        return f'{self.hours:.1f} hours' if self.hours >= 1 else f'{60*self.hours:.1f} minutes'
+
+    @property
     def epoch(self)->float:
         "Minutes in which each image of the data set is seen once."
         return self.seconds*self.images/self.batch_size/60
@@ -94,7 +99,7 @@ class RunPlan:
             '... to compute an image': f'{self.step_per_image:.3f} s',
             '... to load an image': f'{self.load_per_image:.3f} s on one core, {self.workers} workers',
             'an epoch': f'{self.epoch:.1f} minutes, {self.images:,} images',
-            'the whole run': f'{self.hours:.1f} hours, {self.iterations:,} iterations'})
+            'the whole run': f'{self.length}, {self.iterations:,} iterations'})
 
 # %% ../../nbs/training/43_plan.ipynb #657b1923
 def device_room(
