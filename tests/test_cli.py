@@ -457,6 +457,19 @@ def test_a_mask_layer_by_layer(tmp_path):
     assert SparseMask.load(tmp_path/'n.safetensors').info['scope'] == '2:4'
     assert '--images' in fails('prune', '--method', 'snip', '--images', 4, '--out', tmp_path/'m.safetensors')
 
+def test_finetune_lengthens_its_run_and_transfer_does_not(tmp_path):
+    "The same command with more iterations; in `transfer` a longer warm-up would be another run."
+    small = ('--batch-size', 2, '--eval-limit', 2)
+    for iterations in (4, 8):
+        r = opentrans('finetune', '--out', tmp_path/'run', '--iterations', iterations, *small)
+        assert r.returncode == 0, r.stderr
+    assert len((tmp_path/'run/run/history.csv').read_text().splitlines()) == 9
+    small = ('--dense', '--freeze', 0.5, '--batch-size', 2, '--limit', 2, '--out', tmp_path/'moved')
+    assert opentrans('transfer', *small, '--iterations', 4, '--warmup', 2).returncode == 0
+    before = (tmp_path/'moved/warmup/last.safetensors').read_bytes()
+    assert 'other settings' in fails('transfer', *small, '--iterations', 4, '--warmup', 3)
+    assert (tmp_path/'moved/warmup/last.safetensors').read_bytes() == before
+
 def test_densities_of_layers_for_masks_by_weights(tmp_path):
     from opentrans.clip import ClipBackbone
     from opentrans.pruning import layer_densities, SparseMask
@@ -466,6 +479,7 @@ def test_densities_of_layers_for_masks_by_weights(tmp_path):
     mask = SparseMask.load(out)
     assert all(abs(float(mask[name].float().mean())-share) < .01 for name,share in shares.items())
     assert 'looks at images' in fails('prune', '--method', 'magnitude', '--densities', 'owl', '--out', out)
+    assert 'measured anew' in fails('prune', '--densities', 'clock', '--out', out)
     assert 'does not look at --densities' in fails('prune', '--method', 'random', '--densities', 'alpha', '--out', out)
 
 def test_a_study_tells_its_jobs_in_a_log(capsys, monkeypatch):

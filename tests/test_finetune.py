@@ -137,22 +137,26 @@ def test_a_run_of_other_settings_is_refused(tmp_path, world, change):
 def test_a_run_that_has_ended_can_be_lengthened(tmp_path, world):
     "Four iterations, then four more: bit for bit the run of eight, where the learning rate does not know the end."
     steady = quick.replace(schedule='constant')
-    finetune(new(world), world, steady, checkpoint_dir=tmp_path/'parts')
-    finetune(new(world), world, steady.replace(iterations=8), checkpoint_dir=tmp_path/'parts')
-    finetune(new(world), world, steady.replace(iterations=8), checkpoint_dir=tmp_path/'whole')
+    def go(folder, recipe, **kw): return finetune(new(world), world, recipe, checkpoint_dir=tmp_path/folder, **kw)
+    go('parts', steady)
+    with pytest.raises(OpenTransError, match='iterations was 4, is 8'): go('parts', steady.replace(iterations=8))
+    go('parts', steady.replace(iterations=8), lengthen=True)
+    go('whole', steady.replace(iterations=8))
     parts,whole = (load_tensors(tmp_path/name/'last.safetensors')[0] for name in ('parts', 'whole'))
     assert parts.keys() == whole.keys()
     for name in parts: assert torch.equal(parts[name], whole[name]), name
-    with pytest.raises(OpenTransError, match='iterations was 8, is 4'):
-        finetune(new(world), world, steady, checkpoint_dir=tmp_path/'parts')
+    with pytest.raises(OpenTransError, match='iterations was 8, is 4'): go('parts', steady, lengthen=True)
 
-def test_a_run_that_has_not_ended_is_not_lengthened(tmp_path, world):
+def test_what_is_lengthened_is_the_same_run_that_has_ended(tmp_path, world):
     def stop(framework, row):
         if row['iteration'] == 1: raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError):
-        finetune(new(world), world, quick, checkpoint_dir=tmp_path, checkpoint_every=1, callback=stop)
-    with pytest.raises(OpenTransError, match='iterations was 4, is 8'):
-        finetune(new(world), world, quick.replace(iterations=8), checkpoint_dir=tmp_path)
+    def go(recipe, **kw): return finetune(new(world), world, recipe, checkpoint_dir=tmp_path, checkpoint_every=1, **kw)
+    with pytest.raises(ZeroDivisionError): go(quick, callback=stop)
+    longer = quick.replace(iterations=8)
+    with pytest.raises(OpenTransError, match='iterations was 4, is 8'): go(longer, lengthen=True)
+    go(quick)
+    with pytest.raises(OpenTransError, match='lr was'): go(longer.replace(lr=.5), lengthen=True)
+    go(Recipe.tiny().shorten(8).replace(batch_size=2, schedule=quick.schedule), lengthen=True)
 
 def test_exploding_run_stops_and_keeps_its_checkpoint(tmp_path, world):
     "A learning rate that blows the weights up: the run ends with a message, and no checkpoint holds a NaN."

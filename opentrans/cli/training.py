@@ -158,7 +158,7 @@ def _transfer_file(m, model, out, as_json):
 def finetune(
     out:Annotated[str, typer.Option(
         help="Folder of the run: checkpoints and weights; the same command continues it, and with more "
-             "--iterations lengthens a run that has ended.")],
+             "--iterations lengthens a run that has ended: the rate is then that of the longer course.")],
     framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None,
     preset:Preset=None, output_stride:OutputStride=None, prompts:Prompts=None, data:Data='shapesworld',
     root:Root=None, classes:Classes=None, ignore:Ignore=None, split:Split='train', corrupt:Corrupt='raise',
@@ -203,7 +203,7 @@ def finetune(
     how = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
     with settings_kept(out, recipe=r.to_dict(), output_stride=stride):
         history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=str(Path(out)/'run'),
-                      val=val if eval_every else None, eval_every=eval_every, **how)
+                      val=val if eval_every else None, eval_every=eval_every, lengthen=True, **how)
         _save_model(seg, clip, out, built, train, data=data, recipe=r.to_dict(), mask=mask, selection=selection)
     best = dict(best_miou=float(history.miou.max())) if 'miou' in history else {}
     looks = _looks(framework, data, shipped, workers=workers, device=device)

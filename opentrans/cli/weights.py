@@ -97,6 +97,9 @@ _SHARES_BY_WEIGHTS = ('imp', 'magnitude') # methods that take a density for each
 
 def _check_layer_flags(method, densities):
     "Raises `OpenTransError` for flags that only a method of `reconstruct` reads."
+    if densities == 'clock' and method == 'imp':
+        raise OpenTransError("--densities clock is measured anew at each start, so that rounds could not go on: take "
+                             "--method magnitude, or imp(..., price='clock') in Python, which keeps its prices.")
     if densities == 'owl' and method in _SHARES_BY_WEIGHTS:
         raise OpenTransError(f"--densities owl looks at images, which --method {method} does not: it goes with "
                              f"{', '.join(_LAYER_BY_LAYER)}.")
@@ -149,9 +152,9 @@ def prune(
         help="Which weights compete under wanda, sparsegpt and alps: layer, output, channel, global, or N:M "
              "such as 2:4. Default: as the method was published.")]=None,
     densities:Annotated[Optional[str], typer.Option(
-        help="How layers share the density: uniform, erdos-renyi-kernel, global, alpha or clock; under wanda, "
-             "sparsegpt and alps owl, too. Default: uniform for these three; all weights compete under imp and "
-             "magnitude.")]=None,
+        help="How layers share the density: uniform, erdos-renyi-kernel, global, alpha, clock (not "
+             "under imp) or owl (under wanda, sparsegpt and alps). Default: uniform for these three; all "
+             "weights compete under imp and magnitude.")]=None,
     target:Annotated[str, typer.Option(
         help="What a layer's outputs shall be under wanda, sparsegpt and alps: own, what its own weights "
              "make of what it now sees, or dense, what they are in the dense tower.")]='own',

@@ -15,7 +15,7 @@ import torch
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 from torch.nn import functional as F
-from ..clip import ClipBackbone
+from ..clip import check_packages, ClipBackbone
 from ..data import class_colours, PHOTOGRAPHS, sample_photographs
 from ..distill.features import FeatureTrainer
 from ..errors import unknown
@@ -109,6 +109,7 @@ def photograph_jobs(
 )->dict: # Jobs for `run_jobs`: one for each tower whose labels are not in the folder
     "What there is to do for the pictures of `read_seen`. Raises `OpenTransError` where a package is missing."
     sample_photographs() # what is missing is said before anything is trained
+    check_packages('photo-lite0')
     folder = Path(folder).resolve()
     left = [kind for kind in TOWERS if not _seen_file(folder, kind).exists()]
     return {('photographs', kind): ((), write_labels, (kind, folder, iterations, seed)) for kind in left}

@@ -6,7 +6,7 @@
 __all__ = ['DEMO_FILE', 'DEMO_ARMS', 'photograph_figures', 'demo_figures', 'report_html', 'demo']
 
 # %% ../../nbs/experiments/58_report.ipynb #15e58a35
-import base64, dataclasses, math, shutil, time
+import base64, copy, dataclasses, math, shutil, time
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -120,7 +120,7 @@ def _layer_figures(frame, scale, seed, folder, arms):
 def _clock(clip, scale, seed, folder):
     "Milliseconds of the tower for an image under the mask of Algorithm 1, engine by engine, on one thread."
     mask = open_mask('distilled', scale, seed, folder)
-    times = speed(clip, {'distilled': mask}, sizes=[(scale.size, scale.size)])
+    times = speed(copy.deepcopy(clip).cpu(), {'distilled': mask}, sizes=[(scale.size, scale.size)])
     rows = times[['engine', 'ms', 'promised']].to_dict('records')
     return [dict(row, engine='sparse engine' if row['engine'] == 'ours' else row['engine']) for row in rows]
 

@@ -128,8 +128,8 @@ def alpha_densities(model, found, density, batches=None,
 
 @allocation('clock')
 def clock_densities(model, found, density, batches=None):
-    """What each layer keeps when all weights compete by |w| over the square root of their price in milliseconds,
-    as `clock_prices` measures it. Raises `OpenTransError` where the engine runs no layer."""
+    """What each layer keeps when all weights compete by |w| over the square root of
+    what a weight costs in time here (`clock_prices`). Raises `OpenTransError` where the engine runs no layer."""
     prices = clock_prices(model)
     scores = {layer.name: layer.weight.detach().abs() for layer in found}
     return _global_by(_worth(scores, {name: prices.get(name, 1.) for name in scores}), density)

@@ -45,7 +45,7 @@ def clock_prices(
     low, high = (check_number('density', density, 0, 1, above=True) for density in densities)
     if low >= high: raise OpenTransError(f"Densities must rise, and these do not: {low:g}, {high:g}.")
     timed = model if hasattr(model, 'visual') else find_tower(model)
-    timed = copy.deepcopy(timed).eval()
+    timed = copy.deepcopy(timed).cpu().eval() # the engine is one of CPUs
     times = [layer_times(timed, SparseMask.random(timed, density, 0, **kwargs), size, seconds/2)
              for density in (low, high)]
     slopes = _slopes(times)

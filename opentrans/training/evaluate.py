@@ -349,6 +349,7 @@ def _percent(share): return '-' if math.isnan(share) else f'{100*share:.1f}'
 class Evaluation(dict):
     "What `evaluate` found: a dictionary that is shown in short, in percent."
     def __repr__(self)->str:
+        if not {'miou', 'iou', 'pixel_accuracy', 'n_images'} <= self.keys(): return super().__repr__()
         groups = ', '.join(f'{name} {_percent(share)}' for name,share in self.get('groups', {}).items())
         more = ''.join(f", {key} {_percent(self[key])}" for key in ('pq', 'found', 'named') if key in self)
         occurs = sum(not math.isnan(share) for share in self['iou'].values())
@@ -357,6 +358,7 @@ class Evaluation(dict):
                 f"{len(self['iou'])} classes occur")
 
     def _repr_html_(self)->str:
+        if 'iou' not in self: return for_html(repr(self))
         occur = {name: share for name,share in self['iou'].items() if not math.isnan(share)}
         best_first = sorted(occur.items(), key=lambda item: -item[1])
         rows = ''.join(f'<tr><td>{for_html(name)}</td><td>{_percent(share)}</td></tr>' for name,share in best_first)

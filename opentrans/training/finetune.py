@@ -215,7 +215,10 @@ class Checkpoint:
     def __init__(self,
         folder:str|Path, # Folder of the run
         settings:dict, # As `run_settings` gives them
-    ): self.file = RunFile(Path(folder)/'last.safetensors', settings, CHECKPOINT_FILE)
+        lengthen:bool=False, # May a run that has ended go on with more iterations?
+    ):
+        self.file = RunFile(Path(folder)/'last.safetensors', settings, CHECKPOINT_FILE)
+        self.lengthen = lengthen
 
     @property
     def path(self)->Path: return self.file.path
@@ -271,8 +274,9 @@ def _lengthened(self:Checkpoint, was, meta):
     now = self.file.settings
     before, wanted = was.get('recipe.iterations'), now.get('recipe.iterations')
     ended = metadata_value(meta, 'iteration', int, self.path) == before
-    if not ended or wanted is None or wanted <= before: return was
-    return {**was, 'recipe.iterations': wanted, 'recipe.milestones': now.get('recipe.milestones')}
+    if not self.lengthen or not ended or wanted is None or wanted <= before: return was
+    course = {f'recipe.{name}' for name in ('iterations', 'milestones', 'lr_warmup')}
+    return {**was, **{name: now[name] for name in course if name in now}}
 
 @patch
 def _rows(self:Checkpoint, tensors, meta, iteration):
@@ -415,9 +419,7 @@ def finetune(
     # What `LayerTable.lr_groups(1.)` or `decay_groups(1.)` gave, or a list of both: shares of the recipe's rates
     # for layers
     per_layer=None,
-    # Folder of the run: resumed from there if it was begun before; a run that has ended goes on if the recipe is the
-    # same with more iterations
-    checkpoint_dir:str|Path|None=None,
+    checkpoint_dir:str|Path|None=None, # Folder of the run: resumed from there if it was begun before
     checkpoint_every:int=500, # Iterations between checkpoints; there is always one at the end
     # Where to train; None is where the framework is, or under `accelerate launch` the device of this process
     device:str|torch.device|None=None,
@@ -429,6 +431,9 @@ def finetune(
     # Print a line on the standard error every so many iterations, for logs; None prints none
     print_every:int|None=None,
     tensorboard:bool=False, # Write TensorBoard's events to `checkpoint_dir`/tensorboard, too?
+    # May a run that has ended go on with more iterations? Its learning rate is then that of the longer recipe at each
+    # iteration, and may rise again
+    lengthen:bool=False,
 )->pd.DataFrame: # One row an iteration: iteration, loss, its terms, lr, grad_norm if clipped, miou where evaluated
     """Fine-tune all layers, or those of `selection` (Sec. 3.3.1). Raises `OpenTransError` for bad settings and for
     a loss that is not finite; `OtherRun` if the folder is another's; `Interrupted` if it is asked to end, or
@@ -452,7 +457,8 @@ def finetune(
         if mask is not None: stack.enter_context(mask.apply(framework))
         if selection is not None: stack.enter_context(selection.apply(framework))
         stack.enter_context(freeze_by_recipe(framework, recipe))
-        run = stack.enter_context(_Run(framework, data, recipe, selection, checkpoint_dir, team, per_layer))
+        run = stack.enter_context(
+            _Run(framework, data, recipe, selection, checkpoint_dir, team, per_layer, lengthen))
         run.tell = (RunLogger(recipe.iterations, run.iteration, print_every,
                            Path(checkpoint_dir)/'tensorboard' if tensorboard and team.main else None) if team.main
                     else None)
@@ -486,7 +492,8 @@ def _zeros(framework):
 
 class _Run:
     "The state of a fine-tuning run between two iterations."
-    def __init__(self, framework, data, recipe, selection=None, folder=None, team=None, per_layer=None):
+    def __init__(self, framework, data, recipe, selection=None, folder=None, team=None, per_layer=None,
+                 lengthen=False):
         self.framework = framework
         self.recipe = recipe
         self.folder = folder
@@ -497,7 +504,7 @@ class _Run:
         self.device = device_of(framework)
         self.scaler = torch.amp.GradScaler(self.device.type) if recipe.precision == 'fp16' else None
         settings = run_settings(framework, data, recipe, selection, per_layer) if folder or self.team.n > 1 else {}
-        self.checkpoint = Checkpoint(folder, settings) if folder else None
+        self.checkpoint = Checkpoint(folder, settings, lengthen) if folder else None
         self.iteration,rows = (self.team.together(lambda: self.checkpoint.load(framework, self.opt, self.scaler))
                                if folder else (0, []))
         if self.team.n > 1:

@@ -184,6 +184,7 @@ def _course(iterations, schedule, steps, cosine):
     "How many iterations, and how the rate falls, by today's names or those of before. Raises `OpenTransError`."
     if iterations is None: iterations = steps
     elif steps is not None: raise OpenTransError("steps is the older name of iterations: give one of them.")
+    if cosine is None and isinstance(schedule, bool): cosine = schedule # by its place, as it was
     if cosine is not None: schedule = 'cosine' if cosine else 'constant'
     if schedule not in SCHEDULES: raise unknown('schedule', schedule, SCHEDULES)
     return check_number('iterations', iterations, 1, whole=True), schedule
