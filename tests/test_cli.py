@@ -329,8 +329,9 @@ def test_demo(tmp_path):
     assert r.returncode == 0, r.stderr
     assert sorted(p.suffix for p in (tmp_path/'d').iterdir()) == ['.html', '.json']
     data = json.loads((tmp_path/'d'/'opentrans-demo.json').read_text())
-    assert (len(data['results']) == 12
-            and {r['framework'] for r in data['results']} == {'deeplabv3', 'mask2former', 'fcclip', 'faseg'}
+    assert (len(data['results']) == 8
+            and {r['framework'] for r in data['results']} == {'deeplabv3', 'fcclip'}
+            and {row['engine'] for row in data['clock']} >= {'torch', 'sparse engine'}
             and {c['verdict'] for c in data['claims']} == {'one seed'})
     page = (tmp_path/'d'/'opentrans-demo.html').read_text()
     assert 'src="http' not in page and page.count('data:image/png') == 8 # one is of photographs
@@ -384,7 +385,7 @@ def test_segment_an_own_image(tmp_path):
               ('finetune', '--iterations', 2, '--batch-size', 2, '--out', tmp_path/'run')):
         assert opentrans(*a).returncode == 0
     # another course than the one that lies there
-    fails('finetune', '--iterations', 3, '--batch-size', 2, '--out', tmp_path/'run')
+    fails('finetune', '--iterations', 1, '--batch-size', 2, '--out', tmp_path/'run')
     assert json.loads((tmp_path/'run'/'settings.json').read_text())['iterations'] == 2
     photo = next((tmp_path/'scenes'/'coco'/'val2017').iterdir())
     r = opentrans('segment', photo, 'grass, water | sea', '--model', tmp_path/'run', '--out',

@@ -98,7 +98,7 @@ class TextEncoder:
         alike = sum(pieces.count(p) > 1 for p in pieces)
         return (
             f"{len(strange)} of {len(said)} names have words that '{self.name}' has never seen; it can say little "
-            f"about them{f', and nothing tells {alike} of them from one another' if alike else ''}: "
+            f"about them{f', and to it {alike} of them are the same' if alike else ''}: "
                           f"{' | '.join(strange[:4])}")
 
     def _warn(self, said):
