@@ -13,8 +13,8 @@ import typer
 from ..errors import OpenTransError, unknown
 from .defaults import (
     Accumulate, AlphaOf, BatchSize, CheckpointEvery, Crop, EvalSplit, Iterations, LR, Precision, PrintEvery,
-    RecipeFields, RecipeName, TensorBoard, WithInstances, Workers, _build, _course, _looks, _mean_of, _prompted,
-    _readers, _recipe_values, _report, _stride, _tell_course, _where, is_shipped, make_recipe)
+    RecipeFields, RecipeName, TensorBoard, WithInstances, Workers, _build, _counts, _course, _looks, _mean_of,
+    _prompted, _readers, _recipe_values, _report, _stride, _tell_course, _where, is_shipped, make_recipe)
 from .options import (
     AllowHub, AsJson, Backbone, Classes, Config, Corrupt, Data, Device, DryRun, Framework, Freeze, FreezeBy, Ignore,
     OutputStride, Preset, Pretrained, ProcessCount, Prompts, Root, Seed, Split, Xmin, _SIDE, _hub, app,
@@ -100,21 +100,20 @@ def _dry_run(seg, train, recipe, mask, selection, processes, as_json):
     "Measure a few iterations and say what the run needs. Raises `OpenTransError` if it cannot fit."
     from opentrans.training import plan_run
     plan = plan_run(seg, train, recipe, selection, mask, processes)
-    counted = _counts(seg, train, recipe, mask)
+    counted = _size_of_run(seg, train, recipe, mask)
     if as_json:
         show(dict(vars(plan), part=plan.part, memory=plan.memory, fits=plan.fits, seconds=plan.seconds,
                   hours=plan.hours, epoch_minutes=plan.epoch, **counted), True, '')
     else: show(_told_plan(plan, counted), False, 'dry run')
     plan.check()
 
-def _counts(seg, train, recipe, mask):
+def _size_of_run(seg, train, recipe, mask):
     "Parameters and multiply-accumulates of an image as the recipe cuts it, all of them and those that a mask keeps."
     from opentrans.cost import cost
     from opentrans.runtime import eval_mode
     sides = (recipe.crop,)*2 if recipe.crop else tuple(train[0]['image'].shape[-2:])
     with eval_mode(seg): found = cost(seg, (3, *sides), mask=mask)
-    return dict(params=found.params, active_params=found.active_params, macs=found.macs,
-                active_macs=found.active_macs, sides=list(sides))
+    return dict(_counts(found), sides=list(sides))
 
 def _told_plan(plan, counted):
     "What a run needs, as a table: how large it is first."

@@ -157,14 +157,14 @@ def _start_workers(count, device):
     "A client of workers on this machine, which end with the block. What they use of memory is not limited."
     distributed = _distributed()
     import dask
+    quiet = dict(silence_logs=logging.CRITICAL)
     def worker(index):
-        quiet = dict(silence_logs=logging.CRITICAL, preload=[_IGNORE_INTERRUPT])
-        options = dict(nthreads=1, memory_limit=None, env=_worker_environment(index, device), **quiet)
+        options = dict(nthreads=1, memory_limit=None, env=_worker_environment(index, device),
+                       preload=[_IGNORE_INTERRUPT], **quiet)
         return dict(cls=distributed.Nanny, options=options)
     ports = dict(host='127.0.0.1', port=0, dashboard=False, dashboard_address='127.0.0.1:0') # any that are free
     scheduler = dict(cls=distributed.Scheduler, options=ports)
     workers = {i: worker(i) for i in range(count)}
-    quiet = dict(silence_logs=logging.CRITICAL)
     with dask.config.set(_KEEP_MEMORY), distributed.SpecCluster(workers, scheduler, **quiet) as cluster:
         with distributed.Client(cluster, set_as_default=False) as client: yield client
 

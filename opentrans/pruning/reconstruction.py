@@ -341,12 +341,12 @@ def _by_support(method, model, losses, density, scope, **kwargs):
 
 @criterion('sparsegpt')
 def sparsegpt_criterion(model:nn.Module, losses:Iterable[Any]|Callable[[nn.Module], Any]|None=None,
-                        density:float|None=None, scope:str|None=None, **kwargs):
+                        density:float|Mapping[str, float]|None=None, scope:str|None=None, **kwargs):
     "The support that SparseGPT chooses, layer by layer (Frantar and Alistarh 2023)."
     return _by_support('sparsegpt', model, losses, density, scope, **kwargs)
 
 @criterion('alps')
-def alps_criterion(model:nn.Module, losses:Iterable[Any]|Callable[[nn.Module], Any]|None=None, density:float|None=None,
-                   scope:str|None=None, **kwargs):
+def alps_criterion(model:nn.Module, losses:Iterable[Any]|Callable[[nn.Module], Any]|None=None,
+                   density:float|Mapping[str, float]|None=None, scope:str|None=None, **kwargs):
     "The support that ALPS chooses, layer by layer (Meng et al. 2024)."
     return _by_support('alps', model, losses, density, scope, **kwargs)

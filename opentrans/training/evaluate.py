@@ -352,15 +352,15 @@ class Evaluation(dict):
         if not {'miou', 'iou', 'pixel_accuracy', 'n_images'} <= self.keys(): return super().__repr__()
         groups = ', '.join(f'{name} {_percent(share)}' for name,share in self.get('groups', {}).items())
         more = ''.join(f", {key} {_percent(self[key])}" for key in ('pq', 'found', 'named') if key in self)
-        occurs = sum(not math.isnan(share) for share in self['iou'].values())
         return (f"mIoU {_percent(self['miou'])} %{f' ({groups})' if groups else ''}{more}, pixel accuracy "
-                f"{_percent(self['pixel_accuracy'])} %, {self['n_images']:,} images, {occurs} of "
+                f"{_percent(self['pixel_accuracy'])} %, {self['n_images']:,} images, {len(self._occurring())} of "
                 f"{len(self['iou'])} classes occur")
+
+    def _occurring(self): return {name: share for name,share in self['iou'].items() if not math.isnan(share)}
 
     def _repr_html_(self)->str:
         if 'iou' not in self: return for_html(repr(self))
-        occur = {name: share for name,share in self['iou'].items() if not math.isnan(share)}
-        best_first = sorted(occur.items(), key=lambda item: -item[1])
+        best_first = sorted(self._occurring().items(), key=lambda item: -item[1])
         rows = ''.join(f'<tr><td>{for_html(name)}</td><td>{_percent(share)}</td></tr>' for name,share in best_first)
         table = f'<table><tr><th>class</th><th>IoU (%)</th></tr>{rows}</table>'
         return f'<details><summary>{for_html(repr(self))}</summary>{table}</details>'
@@ -423,7 +423,7 @@ def evaluate(
     settings = dict(looks, framework=getattr(framework, 'name', type(framework).__name__),
                     data=getattr(data, 'name', type(data).__name__), images=total, classes=len(names), over=over,
                     kind=kind)
-    res = Evaluation(miou=r['miou'], iou=dict(zip(names, r['iou'].tolist())), groups=r['groups'],
+    res = dict(miou=r['miou'], iou=dict(zip(names, r['iou'].tolist())), groups=r['groups'],
                pixel_accuracy=r['pixel_accuracy'], n_images=total, settings=settings)
     if lists is not None: res['miou_same'] = r['same']
     return Evaluation(res, **_judged(quality, lists))
