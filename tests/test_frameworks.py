@@ -130,7 +130,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize('name', ['deeplabv3', 'fpn', 'mask2former', 'fcclip', 'faseg'])
 def test_hundreds_of_classes_never_stand_side_by_side(name, monkeypatch):
     "The best of 847 classes, as it is or enlarged: all logits at full size are never made, the answer is theirs."
-    monkeypatch.setattr(contract, '_AT_ONCE', 2**20)
+    monkeypatch.setattr(contract.Scores, 'at_once', 2**20)
     monkeypatch.setattr(queries, '_MASKS', 2**19)
     seg = build(name, tiny_backbone(), vocabulary=['red star', 'grass'], preset='small', seed=0).eval()
     text,images = text_of(seg, 847),torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(1))

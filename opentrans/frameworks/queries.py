@@ -9,7 +9,7 @@ __all__ = ['mask2former_config', 'Positions', 'OwnConv2d', 'AttentionLinear', 'P
 
 # %% ../../nbs/frameworks/32_queries.ipynb #cc2fb3c8
 import copy, inspect, math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ from transformers.models.mask2former.configuration_mask2former import Mask2Forme
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerLoss, Mask2FormerPixelDecoder, Mask2FormerSinePositionEmbedding, Mask2FormerTransformerModule)
 from ..errors import OpenTransError
-from .contract import best_class, Framework, resize, Scores
+from .contract import (
+    best_class, Framework, in_windows, join_reach, reach_of, resize, Scores, strips)
 from ..runtime import device_of
 
 # %% ../../nbs/frameworks/32_queries.ipynb #33751b6d
@@ -201,6 +202,18 @@ class QueryScores(Scores):
         self.padded = tuple(padded or mask_logits.shape[-2:])
         self.inner = tuple(size or self.padded)
         self._hold(len(mask_logits), self.shares.shape[-1], self.inner)
+        self.reach = reach_of(mask_logits.shape[-2:], self.padded)
+
+    def bounds(self)->Iterator[tuple]: # As `Scores.bounds`: shares are not negative, and the sigmoid rises
+        for rows in strips(self.coarse, self.reach, self.classes):
+            ends = (masks.sigmoid() for masks in in_windows(rows, self.reach))
+            yield tuple(torch.einsum('bqk,bqhw->bkhw', self.shares, masks) for masks in ends)
+
+    def of_image(self, i:int, classes:torch.Tensor|None=None): # As `Scores.of_image`
+        new = self._alone(classes)
+        shares = self.shares[i:i+1]
+        new.shares,new.coarse,new.held = shares if classes is None else shares[..., classes],self.coarse[i:i+1],None
+        return new
 
     def grow(self, mask_logits:torch.Tensor)->torch.Tensor: # (B,q,H,W)
         "Probabilities of masks at full size."
@@ -238,6 +251,7 @@ class QueryScores(Scores):
         new = copy.copy(self)
         new.target = tuple(size)
         new._hold(self.batch, self.classes, size)
+        new.reach = join_reach(reach_of(self.coarse.shape[-2:], self.padded), reach_of(self.inner, size))
         return new
 
 _MASKS = 2**25 # Values of masks at full size that are made at a time
