@@ -38,13 +38,22 @@ def _check_rows(*columns):
         if not whole: raise FormatError(f"'{file}' has no rows with {', '.join(columns)}. Run the study again.")
     return check
 
+_SHARES = {'accuracy', 'every', 'best', 'share', 'miou', 'ap50'} # columns that are shown in percent
+
+def _with_spread(column, mean, spread):
+    "A mean and its spread over the seeds, in print."
+    if column in _SHARES: return f'{100*mean:.1f} ± {100*spread:.1f}'
+    return f'{mean:,.0f} ± {spread:,.0f}' if mean >= 1000 else f'{mean:.4g} ± {spread:.2g}'
+
 def _table(*columns):
     "A text of a study: means of columns by arm, with their spread over the seeds, as Markdown."
+    titles = [f'{column} (%)' if column in _SHARES else column.replace('_', ' ') for column in columns]
     def text(data):
         rows = pd.DataFrame(data['results']).groupby('arm', sort=False)[list(columns)]
-        both = zip(rows.mean().itertuples(), rows.std().itertuples(index=False))
-        told = {mean[0]: [f'{m:.4g} ± {s:.2g}' for m,s in zip(mean[1:], std)] for mean,std in both}
-        return pd.DataFrame(told, index=list(columns)).T.rename_axis('arm').reset_index().to_markdown(index=False)
+        means,spreads = rows.mean(),rows.std()
+        told = {arm: [_with_spread(column, means.loc[arm, column], spreads.loc[arm, column]) for column in columns]
+                for arm in means.index}
+        return pd.DataFrame(told, index=titles).T.rename_axis('arm').reset_index().to_markdown(index=False)
     return text
 
 def _gaps(data):
