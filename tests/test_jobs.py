@@ -1,10 +1,12 @@
 "Jobs in this process, in processes of this machine, and on a scheduler with workers of their own."
-import json, os, signal, subprocess, sys
+import dataclasses, json, multiprocessing, os, signal, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
 from opentrans import experiments as ex
 from opentrans.errors import OpenTransError
+from opentrans.experiments.shared import share_job
+from opentrans.pruning import SparseMask
 from conftest import PATIENCE, ended, until
 
 distributed = pytest.importorskip('distributed', reason="distributed comes with opentrans[cluster]")
@@ -134,3 +136,37 @@ def test_workers_end_with_their_parent(tmp_path, sent):
         except ProcessLookupError: return False
         return True
     until(lambda: not left(), 'a process was left behind')
+
+@pytest.mark.parametrize('job, words', [(refuse, 'no such thing'), (end_worker, 'One of the 2 processes .* was lost')])
+def test_a_shared_job_that_fails_ends_all_its_processes(job, words):
+    "An error of one process, or its loss, is one sentence; none is left behind."
+    before = {*multiprocessing.active_children()}
+    with pytest.raises(OpenTransError, match=words): share_job(2, job)
+    assert {*multiprocessing.active_children()} <= before
+
+def who_writes(folder):
+    "Whether this is the first of two, which write into one folder."
+    from opentrans.processes import Processes
+    team = Processes('cpu')
+    (folder/f'{team.rank} of {team.n}').touch()
+    return team.every(team.rank)
+
+@pytest.mark.parametrize('scheduler', ['local', 'processes:2'])
+def test_a_job_is_shared_by_two_processes(scheduler, tmp_path):
+    "Here and on workers: both are of one group, and the first one's result comes back."
+    jobs = {'both': ((), share_job, (2, who_writes, (tmp_path,))), 'alone': ((), os.getpid, ())}
+    assert ex.run_jobs(jobs, scheduler, each=2)['both'] == [0, 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['0 of 2', '1 of 2']
+
+@pytest.mark.slow
+def test_arms_of_two_processes_find_the_mask_of_one(tmp_path):
+    "A study whose masks, warm-ups and arms are shared by two processes: the mask is the same, and so are the files."
+    arms = [arm for arm in ex.ARMS if arm.mask and arm.mask.method == 'distilled'][:1]
+    for count in (1, 2):
+        scale = dataclasses.replace(ex.SCALES['smoke'], processes=count)
+        result, = ex.run_arms(scale, 0, tmp_path/str(count), 'local', arms)
+        assert 0 <= result['miou']['base'] <= 1
+    one,two = (SparseMask.load(tmp_path/f'{count}'/'distilled.safetensors') for count in (1, 2))
+    assert one.iou(two) == 1
+    names = [{path.name for path in (tmp_path/f'{count}').iterdir()} for count in (1, 2)]
+    assert names[0] == names[1]

@@ -30,6 +30,7 @@ from .scale import (
 from ..files import FileKind, load_json, load_metadata, load_tensors, save_json, save_tensors
 from ..frameworks.contract import build, Framework, resize
 from ..heavy_tail import analyze, SELECTION_RULES
+from ..processes import Group
 from ..pruning import cubic_schedule, geometric_schedule, imp, SparseMask
 from ..runtime import device_of, seeded, Handle
 from ..training import evaluate, finetune, load_framework, released_size, WEIGHTS_FILE
@@ -171,6 +172,7 @@ def find_mask(
                 else None)
     mask,history = imp(model, train, density=density, p=p, seed=seed, rewind=f.get('rewind'), schedule=schedule,
                        checkpoint_dir=folder/f'imp-{name}')
+    if not Group().main: return
     save_tensors(clip.visual.state_dict(), folder/f'{name}-weights.safetensors', kind=WEIGHTS_FILE)
     save_json(history.drop(columns='seconds', errors='ignore').to_dict('list'),
               folder/('imp.json' if not f else f'imp-{name}.json'), ROUNDS_FILE)
@@ -321,7 +323,7 @@ def checkpoints(file:str|Path, scale:Scale):
     "Where a long fine-tuning is kept until what follows from it is written, as options of `finetune`."
     run = Path(file).with_suffix('.run')
     yield dict(checkpoint_dir=run, checkpoint_every=scale.checkpoint) if scale.checkpoint else {}
-    shutil.rmtree(run, ignore_errors=True)
+    if Group().main: shutil.rmtree(run, ignore_errors=True)
 
 def maybe_mask(mask:SparseMask|None, seg:Framework):
     return contextlib.nullcontext() if mask is None else mask.apply(seg.backbone)
@@ -338,7 +340,7 @@ def warm_up(
         data = world_of(scale, seed, arm.framework)['train']
         recipe = scale.recipe(scale.steps(arm.framework)[0], 'constant', seed, arm.framework)
         with maybe_mask(None if arm.late(scale) else mask, seg): finetune(seg, data, recipe, **run)
-        save_tensors(seg.state_dict(), start_file(folder, arm, scale), kind=WEIGHTS_FILE)
+        if Group().main: save_tensors(seg.state_dict(), start_file(folder, arm, scale), kind=WEIGHTS_FILE)
 
 def no_warm_up(*args): pass
 
@@ -497,10 +499,15 @@ def _measure_arm(arm, scale, seed, folder, keep, run):
         warmup = training_flops(c, first, b, mask=None if arm.late(scale) else mask)
         res['train_flops'] = warmup + training_flops(c, steps, b, mask=mask, selection=selection)
     res.update(clip_similarity(seg, world['val'], open_clip_of(scale.of(arm.framework)), every=every))
+    res['seconds'] = round(time.process_time()-began, 1)
+    if Group().main: _keep_arm(res, seg, world, scale, (done, tower if keep else None, alphas if layered else None))
+    return res
+
+def _keep_arm(res, seg, world, scale, files):
+    "Write what an arm has given: answers, alphas and the tower before the result, which says that all is there."
+    done,tower,alphas = files
     answers = {n: _predictions(seg, d, PICTURES.get(n, 1)) for n,d in world.items() if n != 'train'}
     save_tensors(answers, done.with_suffix('.safetensors'), kind=ANSWERS_FILE)
-    if layered: save_json(analyze(seg.backbone, xmin=scale.xmin).to_frame().alpha.to_dict(), alphas, ALPHAS_FILE)
-    if keep: save_tensors(seg.tower.state_dict(), tower, kind=WEIGHTS_FILE)
-    res['seconds'] = round(time.process_time()-began, 1)
+    if alphas: save_json(analyze(seg.backbone, xmin=scale.xmin).to_frame().alpha.to_dict(), alphas, ALPHAS_FILE)
+    if tower: save_tensors(seg.tower.state_dict(), tower, kind=WEIGHTS_FILE)
     save_json(res, done, ARM_FILE)
-    return res

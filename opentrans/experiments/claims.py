@@ -137,6 +137,7 @@ def _side(name, frame):
 def _measured(frame, column, side):
     "What a side of a claim has, by seed."
     if isinstance(side, Gain): return _measured(frame, column, side.arm) - _measured(frame, column, side.over)
+    if side not in set(frame.arm): raise unknown('arm', side, frame.arm.unique().tolist())
     return frame[frame.arm == side].set_index('seed')[column]
 
 # %% ../../nbs/experiments/53_claims.ipynb #41c0b23d

@@ -12,8 +12,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 import torch
 from ..errors import check_number, OpenTransError, optional, OtherRun, shorten
-from .arms import Arm, ARMS, cached_result, find_mask, no_warm_up, run_arm, start_file, warm_up
+from .arms import (
+    Arm, ARMS, cached_result, find_mask, FINDERS, no_warm_up, run_arm, start_file, warm_up)
 from .scale import open_world, Scale, weights_identity
+from .shared import share_job
 from ..files import FileKind, load_json, lock_folder, plain_json, save_json
 from ..runtime import is_quiet, progress
 
@@ -30,13 +32,15 @@ def _gpu_names():
 def parse_scheduler(
     scheduler:str|int, # `'local'`, `'processes'`, `'processes:4'`, a number of processes, or the address of a scheduler
     device:str='cpu', # Where the jobs compute; on GPUs, `'processes'` are as many as there are
+    each:int=1, # Processes that share a job: of `'processes'` there are fewer then
 )->tuple: # Number of processes of this machine, of which 1 is this process; address. One of them is None
     "Where jobs run. Raises `OpenTransError`."
     if not isinstance(scheduler, str):
         check_number('number of processes', scheduler, 1, 1024, whole=True)
         return scheduler, None
     if scheduler == 'local': return 1, None
-    if scheduler == 'processes': return (_core_count() if device == 'cpu' else len(_gpu_names())) or 1, None
+    if scheduler == 'processes':
+        return max((_core_count() if device == 'cpu' else len(_gpu_names()))//each, 1), None
     if count := re.fullmatch(r'processes:(\d{1,9})', scheduler): return parse_scheduler(int(count[1]))
     if re.fullmatch(r'(\w+://)?[\w.\-\[\]:]+:\d{1,5}', scheduler): return None, scheduler
     raise OpenTransError(f"scheduler={shorten(repr(scheduler), 80)}: give 'local', 'processes', 'processes:N', "
@@ -45,9 +49,10 @@ def parse_scheduler(
 def count_workers(
     scheduler:str|int, # As for `run_jobs`
     device:str='cpu', # Where the jobs compute
+    each:int=1, # Processes that share a job
 )->int: # At least 1
     "How many jobs can run at a time. Raises `OpenTransError`."
-    count, address = parse_scheduler(scheduler, device)
+    count, address = parse_scheduler(scheduler, device, each)
     if address is None: return count
     with _connect(address) as client: return max(1, len(client.scheduler_info(n_workers=-1)['workers']))
 
@@ -127,11 +132,12 @@ def _settings():
     root = os.environ.get('DETECTRON2_DATASETS')
     return dict(OPENTRANS_PROGRESS='0', **(dict(DETECTRON2_DATASETS=os.path.abspath(root)) if root else {}))
 
-def _worker_environment(index, device):
-    "Environment of the i-th worker of this machine: one thread, and one GPU where jobs compute on GPUs."
+def _worker_environment(index, device, each=1):
+    "Environment of the i-th worker of this machine: one thread, and where jobs compute on GPUs, one GPU a process."
     names = [] if device == 'cpu' else _gpu_names()
-    gpu = dict(CUDA_VISIBLE_DEVICES=names[index % len(names)]) if names else {}
-    return dict(OMP_NUM_THREADS='1', **gpu)
+    if not names: return dict(OMP_NUM_THREADS='1')
+    own = [names[(index*each+i) % len(names)] for i in range(min(each, len(names)))]
+    return dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=','.join(own))
 
 # dask asks the C library to give back all memory at once, which makes a step of training half as long again
 _KEEP_MEMORY = {f'distributed.nanny.pre-spawn-environ.{name}': size
@@ -153,19 +159,21 @@ _IGNORE_INTERRUPT = 'import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)
 
 # %% ../../nbs/experiments/52_jobs.ipynb #f02c9df5
 @contextlib.contextmanager
-def _start_workers(count, device):
-    "A client of workers on this machine, which end with the block. What they use of memory is not limited."
+def _start_workers(count, device, each=1):
+    """A client of workers on this machine, which end with the block. What they use of memory is not limited. Where
+    jobs are shared, they may begin processes of their own."""
     distributed = _distributed()
     import dask
     quiet = dict(silence_logs=logging.CRITICAL)
     def worker(index):
-        options = dict(nthreads=1, memory_limit=None, env=_worker_environment(index, device),
+        options = dict(nthreads=1, memory_limit=None, env=_worker_environment(index, device, each),
                        preload=[_IGNORE_INTERRUPT], **quiet)
         return dict(cls=distributed.Nanny, options=options)
     ports = dict(host='127.0.0.1', port=0, dashboard=False, dashboard_address='127.0.0.1:0') # any that are free
     scheduler = dict(cls=distributed.Scheduler, options=ports)
     workers = {i: worker(i) for i in range(count)}
-    with dask.config.set(_KEEP_MEMORY), distributed.SpecCluster(workers, scheduler, **quiet) as cluster:
+    settings = {**_KEEP_MEMORY, 'distributed.worker.daemon': each == 1}
+    with dask.config.set(settings), distributed.SpecCluster(workers, scheduler, **quiet) as cluster:
         with distributed.Client(cluster, set_as_default=False) as client: yield client
 
 # %% ../../nbs/experiments/52_jobs.ipynb #0db8efc5
@@ -221,13 +229,14 @@ def run_jobs(
     scheduler:str|int='local',
     desc:str='', # What is done, for the progress bar
     device:str='cpu', # Where the jobs compute; on GPUs each process of this machine has one for itself
+    each:int=1, # Processes that share a job by `share_job`
 )->dict: # Name -> result
     "Do jobs in an order that respects what they wait for. The first error ends all. Raises `OpenTransError`."
-    count, address = parse_scheduler(scheduler, device)
+    count, address = parse_scheduler(scheduler, device, each)
     view = _View(len(jobs), desc)
     with contextlib.closing(view.bar):
         if count == 1 or not jobs: return _run_here(jobs, view)
-        workers = _connect(address) if address else _start_workers(min(count, len(jobs)), device)
+        workers = _connect(address) if address else _start_workers(min(count, len(jobs)), device, each)
         with workers as client: return _run_there(jobs, client, view)
 
 # %% ../../nbs/experiments/52_jobs.ipynb #af3e57a7
@@ -287,6 +296,11 @@ def _distinct_runs(arms, scale):
         runs[key] = dataclasses.replace(runs.get(key, arm), tables=tuple(dict.fromkeys([*before, *arm.tables])))
     return runs
 
+def _shared(scale, function, *args):
+    "A job, done by as many processes as a scale says."
+    if scale.processes == 1: return function, args
+    return share_job, (scale.processes, function, args, scale.device)
+
 def _mask_of(arm, scale):
     "The name of the mask that Algorithm 1 must find for an arm, or None."
     return arm.mask.id(scale) if arm.mask and arm.mask.distilled else None
@@ -301,7 +315,9 @@ def _plan(scale, seed, folder, arms):
     jobs = {}
     for name,recipe in sorted({_mask_of(arm, scale): arm.mask for arm in left if _mask_of(arm, scale)}.items()):
         if (folder/f'{name}.safetensors').exists(): continue
-        jobs[seed, 'imp', name] = ((), find_mask, (scale, seed, folder, recipe))
+        find = (find_mask, (scale, seed, folder, recipe))
+        # other ways to a mask take one process
+        jobs[seed, 'imp', name] = ((), *(find if recipe.method in FINDERS else _shared(scale, find_mask, *find[1])))
     first = {arm.start(scale): arm for arm in reversed(left)}
     for start,arm in sorted(first.items(), key=lambda item: _mask_of(item[1], scale) is not None):
         if start_file(folder, arm, scale).exists(): continue
@@ -309,11 +325,12 @@ def _plan(scale, seed, folder, arms):
         if arm.source: needs.append((seed, 'arm', arm.source.key(scale)))
         job = warm_up if scale.steps(arm.framework)[0] else no_warm_up
         needs = [need for need in needs if need in jobs or need[1] == 'arm']
-        jobs[seed, 'start', start] = (needs, job, (arm, scale, seed, folder))
+        work = (job, ()) if job is no_warm_up else _shared(scale, job, arm, scale, seed, folder)
+        jobs[seed, 'start', start] = (needs, *work)
     for key,arm in runs.items():
         needs = [(seed, 'start', arm.start(scale)), (seed, 'imp', _mask_of(arm, scale))]
         needs = [need for need in needs if need in jobs]
-        jobs[seed, 'arm', key] = (needs, run_arm, (arm, scale, seed, folder, key in towers))
+        jobs[seed, 'arm', key] = (needs, *_shared(scale, run_arm, arm, scale, seed, folder, key in towers))
     return jobs
 
 def seed_folders(runs:str|Path, seeds:Iterable[int]): return {n: Path(runs)/f'seed{n}' for n in seeds}
@@ -328,11 +345,11 @@ def run_arms(
     beside:dict|None=None, # Jobs of another kind that the same workers do first, as for `run_jobs`
 )->list: # A result for each seed and arm
     "Masks, warm-ups and arms of one seed, or of several."
-    parse_scheduler(scheduler, scale.device)
+    parse_scheduler(scheduler, scale.device, scale.processes)
     where = {seeds: Path(folder)} if isinstance(seeds, int) else seed_folders(folder, seeds)
     for n in where: check_number('seed', n, 0, whole=True)
     with hold_folders(*where.values()):
         jobs = dict(beside or {})
         for n,runs in where.items(): jobs.update(_plan(scale, n, runs, arms))
-        res = run_jobs(jobs, scheduler, f"seed {', '.join(map(str, where))}", scale.device)
+        res = run_jobs(jobs, scheduler, f"seed {', '.join(map(str, where))}", scale.device, scale.processes)
     return [dict(res[n, 'arm', a.key(scale)], arm=a.name) for n in where for a in arms]

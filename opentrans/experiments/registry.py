@@ -215,7 +215,8 @@ def _plans(scale, arms, seed):
     for name in dict.fromkeys(arm.framework or scale.framework for arm in arms):
         data = world_of(scale, seed, name)['train']
         seg = build_framework(name, open_clip_of(scale.of(name)), data.vocabulary, scale, seed)
-        plans[name] = plan_run(seg, data, scale.recipe(sum(scale.steps(name)), 'constant', seed, name))
+        recipe = scale.recipe(sum(scale.steps(name)), 'constant', seed, name)
+        plans[name] = plan_run(seg, data, recipe, processes=scale.processes)
     return plans
 
 def plan_study(
@@ -239,7 +240,7 @@ def plan_study(
     arms = _chosen_arms(name, arms) or (Arm('dense'),)
     check_seeds(seeds, seed)
     scale,_ = _study_scale(name, scale, pretrained, framework)
-    workers = count_workers(scheduler, scale.device)
+    workers = count_workers(scheduler, scale.device, scale.processes)
     rows = {}
     for where,plan in _plans(scale, arms, seed).items():
         n = sum((arm.framework or scale.framework) == where for arm in arms)

@@ -34,10 +34,9 @@ _recipe = Recipe.paper # one without a recipe of its own is trained as DeepLabV3
 _SIZES = dict( # smallest and largest value of each number of a scale
     width=(1, 2**14), loss_stride=(1, 64), size=(16, 2**13), train=(1, 10**8), val=(0, 10**8), domain=(
         0, 10**8), zero_shot=(0, 10**6), mosaics=(0, 10**6), imp_crop=(0, 2**14),
-    imp_iters=(1, 10**9), warmup=(0, 10**9), iterations=(0, 10**9), query_iterations=(0, 10**9), checkpoint=(
-        0, 10**9),
-    imp_batch=(1, 2**16), batch_size=(1, 2**16), accumulate=(1, 2**16), loaders=(0, 256), query_batch=(
-        1, 2**16), density=(0, 1), p=(0, 1), freeze=(0, 1),
+    imp_iters=(1, 10**9), warmup=(0, 10**9), iterations=(0, 10**9), query_iterations=(0, 10**9),
+    checkpoint=(0, 10**9), loaders=(0, 256), processes=(1, 1024), accumulate=(1, 2**16),
+    imp_batch=(1, 2**16), batch_size=(1, 2**16), query_batch=(1, 2**16), density=(0, 1), p=(0, 1), freeze=(0, 1),
     imp_lr=(0, math.inf), lr=(0, math.inf), query_lr=(0, math.inf), backbone_lr=(0, math.inf))
 
 def _names(what, names):
@@ -108,6 +107,7 @@ class Scale:
     precision:str = None # Mixed precision of fine-tuning: `'bf16'` or `'fp16'`; None computes in 32 bits
     accumulate:int = 1 # Parts into which a batch of fine-tuning is cut
     loaders:int = 0 # Processes that load data for each arm
+    processes:int = 1 # That share each mask by distillation, warm-up and arm; on GPUs one each
     zero_shot:int = 400 # Pictures of single things
     # Iterations between the checkpoints of a fine-tuning, which goes on from the last; None: none, it is short
     checkpoint:int = None
