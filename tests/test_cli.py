@@ -158,6 +158,13 @@ def test_cka_and_cost(mask, tmp_path):
     r = json.loads(opentrans('cost', 'RN50', '--size', '224x224', '--json').stdout)
     assert r['params'] > 23e6
 
+def test_cost_says_milliseconds_if_asked(mask):
+    "`cost --clock` puts what the clock says beside the counts, for the mask that is given."
+    found = json.loads(opentrans('cost', '--size', '64x64', '--mask', mask, '--clock', '--json').stdout)
+    assert found['active_params'] < found['params']
+    assert {'ms, torch', 'ms, ours'} <= found.keys() and all(v > 0 for k,v in found.items() if k.startswith('ms, '))
+    assert 'opentrans speed --layers' in fails('cost', '--layers', '--clock')
+
 def write_settings(path, **values):
     path.write_text(json.dumps(values))
     return path

@@ -278,6 +278,12 @@ def cka_command(
     show(frame, as_json, f'CKA over {n} images (rows {a}, columns {b or a}{" with mask" if mask else ""})')
 
 # %% ../../nbs/app/70d_weights.ipynb #d9f7e7ab
+def _milliseconds(clip, mask, size):
+    "Milliseconds of an image, the shortest of calls in turns, by engine."
+    from opentrans.sparse import speed
+    times = speed(clip.eval(), {'mask': mask}, [size])
+    return {f'ms, {row.engine}': round(row.ms, 2) for row in times.itertuples()}
+
 @app.command('cost')
 def cost_command(
     backbone:Annotated[str, typer.Argument(help="Backbone.")]='shapes-rn',
@@ -288,15 +294,20 @@ def cost_command(
     mask:Annotated[Optional[str], typer.Option(help="Mask file.")]=None,
     convention:Annotated[str, typer.Option(help="macs, thop, ptflops or fvcore.")]='macs',
     layers:Annotated[bool, typer.Option(help="Show each layer.")]=False,
+    clock:Annotated[bool, typer.Option(
+        help="Also milliseconds an image of the backbone on this machine, one thread, by engine.")]=False,
     allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
 ):
-    "Parameters and multiply-accumulates, by layer, under a mask and a counting convention."
+    "Parameters and multiply-accumulates, by layer, under a mask and a counting convention; milliseconds if asked."
     from opentrans.cost import cost
     from opentrans.pruning import SparseMask
+    if layers and clock:
+        raise OpenTransError("--clock times the backbone as a whole. For each layer: opentrans speed --layers.")
     h,w = _size(size)
     m = SparseMask.load(mask) if mask else None
-    model = open_clip_backbone(backbone, pretrained, output_stride, 'cpu', _hub(allow_hub))
+    model = clip = open_clip_backbone(backbone, pretrained, output_stride, 'cpu', _hub(allow_hub))
     if framework: model = _build(framework, model, ['thing'], preset, 0)
     c = cost(model, (3, h, w), mask=m, convention=convention)
     shown = c.by_layer if layers else dict(_counts(c), convention=convention, input=size)
+    if clock: shown.update(_milliseconds(clip, m, (h, w)))
     show(shown, as_json, backbone + (f' in {framework}' if framework else ''))
