@@ -241,10 +241,10 @@ def _is_largest(found, logits):
 
 @_check
 def _pieces_are_the_whole(case):
-    "logits of some classes at a time are those of all, and so is the best class, the first of equals"
+    "logits of some classes at a time are those of all, and so is the best class, but for rounding"
     seg = case.build(train=False)
     images,text = case.batch(2, (49, 75))['images'],case.text(9, seed=2)
-    text = torch.cat([text, text[:2]]) # the last two are never the first of equals
+    text = torch.cat([text, text[:2]]) # two names twice: either is right
     with torch.no_grad():
         whole = seg(images, text)
         scores = scores_of(seg, images, text)
@@ -259,7 +259,6 @@ def _pieces_are_the_whole(case):
             assert near, f'{what} are not what forward gives'
             found = best_class(scores, step)
             assert _is_largest(found, parts), f'{what} have another best class than all of them'
-            assert (found < 9).all(), f'{what} have a best class that is not the first of equals'
     assert _is_largest(best, whole), 'semantic gives another class than the largest logit of forward'
     return '1, 4 and 11 classes at a time'
 

@@ -9,7 +9,7 @@ __all__ = ['mask2former_config', 'Positions', 'OwnConv2d', 'AttentionLinear', 'P
 
 # %% ../../nbs/frameworks/32_queries.ipynb #cc2fb3c8
 import copy, inspect, math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
 from torch import nn
@@ -18,8 +18,7 @@ from transformers.models.mask2former.configuration_mask2former import Mask2Forme
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerLoss, Mask2FormerPixelDecoder, Mask2FormerSinePositionEmbedding, Mask2FormerTransformerModule)
 from ..errors import OpenTransError
-from .contract import (
-    best_class, Framework, in_windows, join_reach, reach_of, resize, Scores, strips)
+from .contract import best_class, Framework, in_windows, resize, Scores, spread, window_of
 from ..runtime import device_of
 
 # %% ../../nbs/frameworks/32_queries.ipynb #33751b6d
@@ -202,18 +201,32 @@ class QueryScores(Scores):
         self.padded = tuple(padded or mask_logits.shape[-2:])
         self.inner = tuple(size or self.padded)
         self._hold(len(mask_logits), self.shares.shape[-1], self.inner)
-        self.reach = reach_of(mask_logits.shape[-2:], self.padded)
+        rows,columns = (spread(*pair, mask_logits) for pair in zip(mask_logits.shape[-2:], self.padded))
+        self.rows,self.columns = rows[:self.inner[0]],columns[:self.inner[1]]
 
-    def bounds(self)->Iterator[tuple]: # As `Scores.bounds`: shares are not negative, and the sigmoid rises
-        for rows in strips(self.coarse, self.reach, self.classes):
-            ends = (masks.sigmoid() for masks in in_windows(rows, self.reach))
-            yield tuple(torch.einsum('bqk,bqhw->bkhw', self.shares, masks) for masks in ends)
-
-    def of_image(self, i:int, classes:torch.Tensor|None=None): # As `Scores.of_image`
-        new = self._alone(classes)
-        shares = self.shares[i:i+1]
-        new.shares,new.coarse,new.held = shares if classes is None else shares[..., classes],self.coarse[i:i+1],None
+    def of_image(self, i:int): # As `Scores.of_image`
+        new = self._alone()
+        new.shares,new.coarse,new.held = self.shares[i:i+1],self.coarse[i:i+1],None
         return new
+
+    def finite(self)->bool: # Are all shares and masks numbers?
+        return bool(self.shares.isfinite().all() and self.coarse.isfinite().all())
+
+    def only(self, classes:torch.Tensor): # As `Scores.only`
+        new = copy.copy(self)
+        new.shares,new.classes = self.shares[..., classes],len(classes)
+        return new
+
+    @property
+    def parted(self)->bool: return not self.steps # scores that are resized are made as a whole
+
+    def bounds(self, rows:slice)->tuple: # As `Scores.bounds`: shares are not negative, and the sigmoid rises
+        masks = in_windows(self.coarse[0, :, rows], window_of(self.rows), window_of(self.columns))
+        return tuple(torch.einsum('qk,qhw->khw', self.shares[0], logits.sigmoid()) for logits in masks)
+
+    def tile(self, place:tuple, source:tuple, classes:torch.Tensor)->torch.Tensor: # As `Scores.tile`
+        down,across = place
+        return torch.einsum('qk,qhw->khw', self.shares[0][:, classes], self.held[0, :, down, across])
 
     def grow(self, mask_logits:torch.Tensor)->torch.Tensor: # (B,q,H,W)
         "Probabilities of masks at full size."
@@ -243,7 +256,7 @@ class QueryScores(Scores):
     def mirrored(self):
         if not self.masks_first or self.steps: return super().mirrored()
         new = copy.copy(self)
-        new.mirror = not self.mirror
+        new.mirror,new.columns = not self.mirror,self.columns.flip(0)
         return new
 
     def resized(self, size:Sequence[int]):
@@ -251,7 +264,8 @@ class QueryScores(Scores):
         new = copy.copy(self)
         new.target = tuple(size)
         new._hold(self.batch, self.classes, size)
-        new.reach = join_reach(reach_of(self.coarse.shape[-2:], self.padded), reach_of(self.inner, size))
+        sides = zip(self.inner, size, (self.rows, self.columns))
+        new.rows,new.columns = (spread(before, after, matrix) @ matrix for before,after,matrix in sides)
         return new
 
 _MASKS = 2**25 # Values of masks at full size that are made at a time
