@@ -59,7 +59,8 @@ def _wait_for(parts, box):
         hear()
         raise next((error for error,_ in told if error), failed) from None
     hear()
-    return told[0][1]
+    if told: return told[0][1]
+    raise OpenTransError("The first process of a job ended before it told a result: its function has left Python.")
 
 def share_job(
     count:int, # Processes; 1 does it in this one
