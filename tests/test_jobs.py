@@ -137,7 +137,8 @@ def test_workers_end_with_their_parent(tmp_path, sent):
         return True
     until(lambda: not left(), 'a process was left behind')
 
-@pytest.mark.parametrize('job, words', [(refuse, 'no such thing'), (end_worker, 'One of the 2 processes .* was lost')])
+@pytest.mark.parametrize('job, words', [(refuse, 'no such thing'), pytest.param(
+    end_worker, 'One of the 2 processes .* was lost', marks=pytest.mark.slow)])
 def test_a_shared_job_that_fails_ends_all_its_processes(job, words):
     "An error of one process, or its loss, is one sentence; none is left behind."
     before = {*multiprocessing.active_children()}
@@ -151,7 +152,7 @@ def who_writes(folder):
     (folder/f'{team.rank} of {team.n}').touch()
     return team.every(team.rank)
 
-@pytest.mark.parametrize('scheduler', ['local', 'processes:2'])
+@pytest.mark.parametrize('scheduler', [pytest.param('local', marks=pytest.mark.slow), 'processes:2'])
 def test_a_job_is_shared_by_two_processes(scheduler, tmp_path):
     "Here and on workers: both are of one group, and the first one's result comes back."
     jobs = {'both': ((), share_job, (2, who_writes, (tmp_path,))), 'alone': ((), os.getpid, ())}
