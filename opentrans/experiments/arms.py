@@ -499,15 +499,14 @@ def _measure_arm(arm, scale, seed, folder, keep, run):
         warmup = training_flops(c, first, b, mask=None if arm.late(scale) else mask)
         res['train_flops'] = warmup + training_flops(c, steps, b, mask=mask, selection=selection)
     res.update(clip_similarity(seg, world['val'], open_clip_of(scale.of(arm.framework)), every=every))
+    if Group().main: _keep_arm(seg, world, scale, done, tower if keep else None, alphas if layered else None)
     res['seconds'] = round(time.process_time()-began, 1)
-    if Group().main: _keep_arm(res, seg, world, scale, (done, tower if keep else None, alphas if layered else None))
+    if Group().main: save_json(res, done, ARM_FILE) # the last: it says that all is there
     return res
 
-def _keep_arm(res, seg, world, scale, files):
-    "Write what an arm has given: answers, alphas and the tower before the result, which says that all is there."
-    done,tower,alphas = files
+def _keep_arm(seg, world, scale, done, tower, alphas):
+    "Write what an arm has left: answers, and alphas and the tower where they are asked for."
     answers = {n: _predictions(seg, d, PICTURES.get(n, 1)) for n,d in world.items() if n != 'train'}
     save_tensors(answers, done.with_suffix('.safetensors'), kind=ANSWERS_FILE)
     if alphas: save_json(analyze(seg.backbone, xmin=scale.xmin).to_frame().alpha.to_dict(), alphas, ALPHAS_FILE)
     if tower: save_tensors(seg.tower.state_dict(), tower, kind=WEIGHTS_FILE)
-    save_json(res, done, ARM_FILE)

@@ -296,10 +296,9 @@ def _distinct_runs(arms, scale):
         runs[key] = dataclasses.replace(runs.get(key, arm), tables=tuple(dict.fromkeys([*before, *arm.tables])))
     return runs
 
-def _shared(scale, function, *args):
+def _shared(scale, function, *args, alone=False):
     "A job, done by as many processes as a scale says."
-    if scale.processes == 1: return function, args
-    return share_job, (scale.processes, function, args, scale.device)
+    return share_job, (1 if alone else scale.processes, function, args, scale.device)
 
 def _mask_of(arm, scale):
     "The name of the mask that Algorithm 1 must find for an arm, or None."
@@ -315,9 +314,8 @@ def _plan(scale, seed, folder, arms):
     jobs = {}
     for name,recipe in sorted({_mask_of(arm, scale): arm.mask for arm in left if _mask_of(arm, scale)}.items()):
         if (folder/f'{name}.safetensors').exists(): continue
-        find = (find_mask, (scale, seed, folder, recipe))
-        # other ways to a mask take one process
-        jobs[seed, 'imp', name] = ((), *(find if recipe.method in FINDERS else _shared(scale, find_mask, *find[1])))
+        alone = recipe.method in FINDERS # other ways to a mask take one process
+        jobs[seed, 'imp', name] = ((), *_shared(scale, find_mask, scale, seed, folder, recipe, alone=alone))
     first = {arm.start(scale): arm for arm in reversed(left)}
     for start,arm in sorted(first.items(), key=lambda item: _mask_of(item[1], scale) is not None):
         if start_file(folder, arm, scale).exists(): continue
@@ -325,8 +323,8 @@ def _plan(scale, seed, folder, arms):
         if arm.source: needs.append((seed, 'arm', arm.source.key(scale)))
         job = warm_up if scale.steps(arm.framework)[0] else no_warm_up
         needs = [need for need in needs if need in jobs or need[1] == 'arm']
-        work = (job, ()) if job is no_warm_up else _shared(scale, job, arm, scale, seed, folder)
-        jobs[seed, 'start', start] = (needs, *work)
+        alone = job is no_warm_up
+        jobs[seed, 'start', start] = (needs, *_shared(scale, job, arm, scale, seed, folder, alone=alone))
     for key,arm in runs.items():
         needs = [(seed, 'start', arm.start(scale)), (seed, 'imp', _mask_of(arm, scale))]
         needs = [need for need in needs if need in jobs]

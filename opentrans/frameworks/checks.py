@@ -233,18 +233,12 @@ def _evaluation_is_deterministic(case):
     assert seg.training, 'predict does not put training mode back'
     return 'same logits twice, and from the saved state'
 
-# %% ../../nbs/frameworks/30b_checks.ipynb #b3e8f21d
-def _is_largest(found, logits):
-    "Has the class (B,H,W) that was found the largest logit, but for rounding?"
-    largest = logits.amax(1)
-    return (logits.gather(1, found[:, None])[:, 0] >= largest - 1e-5*logits.abs().amax(1)).all()
-
 @_check
 def _pieces_are_the_whole(case):
-    "logits of some classes at a time are those of all, and so is the best class, but for rounding"
+    "logits of some classes at a time are those of all, and so is the best class, the first of equals"
     seg = case.build(train=False)
     images,text = case.batch(2, (49, 75))['images'],case.text(9, seed=2)
-    text = torch.cat([text, text[:2]]) # two names twice: either is right
+    text = torch.cat([text, text[:2]]) # the last two are never the first of equals
     with torch.no_grad():
         whole = seg(images, text)
         scores = scores_of(seg, images, text)
@@ -257,9 +251,11 @@ def _pieces_are_the_whole(case):
             assert parts.shape == whole.shape, f'{what} are {tuple(parts.shape)}, and logits {tuple(whole.shape)}'
             near = torch.allclose(parts, whole, rtol=1e-4, atol=1e-5*largest)
             assert near, f'{what} are not what forward gives'
-            found = best_class(scores, step)
-            assert _is_largest(found, parts), f'{what} have another best class than all of them'
-    assert _is_largest(best, whole), 'semantic gives another class than the largest logit of forward'
+            same = torch.equal(best_class(scores, step), parts.argmax(1))
+            assert same, f'{what} have another best class than all of them'
+    unsure = whole.topk(2, 1).values.diff(dim=1)[:, 0].abs() <= 1e-5*whole.abs().amax(1)
+    right = ((best == whole.argmax(1)) | unsure).all()
+    assert right, 'semantic gives another class than the largest logit of forward'
     return '1, 4 and 11 classes at a time'
 
 # %% ../../nbs/frameworks/30b_checks.ipynb #1f5ac750

@@ -8,7 +8,7 @@ __all__ = ['mask2former_config', 'Positions', 'OwnConv2d', 'AttentionLinear', 'P
            'HeadSizes', 'DecoderPair', 'QueryHead', 'QueryFramework', 'batch_regions']
 
 # %% ../../nbs/frameworks/32_queries.ipynb #cc2fb3c8
-import copy, inspect, math
+import copy, functools, inspect, math
 from collections.abc import Sequence
 from dataclasses import dataclass
 import torch
@@ -18,7 +18,8 @@ from transformers.models.mask2former.configuration_mask2former import Mask2Forme
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerLoss, Mask2FormerPixelDecoder, Mask2FormerSinePositionEmbedding, Mask2FormerTransformerModule)
 from ..errors import OpenTransError
-from .contract import best_class, Framework, in_windows, resize, Scores, spread, window_of
+from .contract import Framework
+from .scores import best_class, cut_sides, mirrored_sides, resize, resized_sides, Scores
 from ..runtime import device_of
 
 # %% ../../nbs/frameworks/32_queries.ipynb #33751b6d
@@ -194,23 +195,22 @@ class QueryScores(Scores):
         masks_first:bool=False, # Is it the masks that are resized to another size, and not the scores?
     ):
         self.shares = class_logits.softmax(-1)[..., :-1]
-        self.coarse,self.masks_first = mask_logits,masks_first
+        self.maps,self.masks_first = mask_logits,masks_first # of queries, not of classes
         self.held = None
         self.mirror = False
         self.target = None
         self.padded = tuple(padded or mask_logits.shape[-2:])
         self.inner = tuple(size or self.padded)
         self._hold(len(mask_logits), self.shares.shape[-1], self.inner)
-        rows,columns = (spread(*pair, mask_logits) for pair in zip(mask_logits.shape[-2:], self.padded))
-        self.rows,self.columns = rows[:self.inner[0]],columns[:self.inner[1]]
+        self.moves = (functools.partial(resized_sides, before=mask_logits.shape[-2:], after=self.padded),
+                      functools.partial(cut_sides, height=self.inner[0], width=self.inner[1]))
 
     def of_image(self, i:int): # As `Scores.of_image`
-        new = self._alone()
-        new.shares,new.coarse,new.held = self.shares[i:i+1],self.coarse[i:i+1],None
+        new = super().of_image(i)
+        new.shares,new.held = self.shares[i:i+1],None
         return new
 
-    def finite(self)->bool: # Are all shares and masks numbers?
-        return bool(self.shares.isfinite().all() and self.coarse.isfinite().all())
+    def finite(self)->bool: return super().finite() and bool(self.shares.isfinite().all())
 
     def only(self, classes:torch.Tensor): # As `Scores.only`
         new = copy.copy(self)
@@ -220,11 +220,12 @@ class QueryScores(Scores):
     @property
     def parted(self)->bool: return not self.steps # scores that are resized are made as a whole
 
-    def bounds(self, rows:slice)->tuple: # As `Scores.bounds`: shares are not negative, and the sigmoid rises
-        masks = in_windows(self.coarse[0, :, rows], window_of(self.rows), window_of(self.columns))
-        return tuple(torch.einsum('qk,qhw->khw', self.shares[0], logits.sigmoid()) for logits in masks)
+    # As `Scores.bounds`: shares are not negative, and the sigmoid rises
+    def bounds(self, rows:slice, windows:Sequence[int])->tuple:
+        return tuple(torch.einsum('qk,qhw->khw', self.shares[0], masks.sigmoid())
+                     for masks in super(QueryScores, self).bounds(rows, windows))
 
-    def tile(self, place:tuple, source:tuple, classes:torch.Tensor)->torch.Tensor: # As `Scores.tile`
+    def tile(self, tiles, place:tuple, source:tuple, classes:torch.Tensor)->torch.Tensor: # As `Scores.tile`
         down,across = place
         return torch.einsum('qk,qhw->khw', self.shares[0][:, classes], self.held[0, :, down, across])
 
@@ -237,11 +238,11 @@ class QueryScores(Scores):
 
     def masks(self)->torch.Tensor: # (B,Q,H,W)
         "Probabilities of all masks at full size; if they are many pixels, made some queries at a time."
-        queries,pixels = self.coarse.shape[1],max(math.prod(self.padded), math.prod(self.made))
+        queries,pixels = self.maps.shape[1],max(math.prod(self.padded), math.prod(self.made))
         few = max(1, _MASKS//(self.batch*pixels))
-        if few >= queries: return self.grow(self.coarse)
-        out = self.coarse.new_empty(self.batch, queries, *self.made)
-        for i in range(0, queries, few): out[:, i:i+few] = self.grow(self.coarse[:, i:i+few])
+        if few >= queries: return self.grow(self.maps)
+        out = self.maps.new_empty(self.batch, queries, *self.made)
+        for i in range(0, queries, few): out[:, i:i+few] = self.grow(self.maps[:, i:i+few])
         return out
 
     def ready(self):
@@ -256,7 +257,7 @@ class QueryScores(Scores):
     def mirrored(self):
         if not self.masks_first or self.steps: return super().mirrored()
         new = copy.copy(self)
-        new.mirror,new.columns = not self.mirror,self.columns.flip(0)
+        new.mirror,new.moves = not self.mirror,(*self.moves, mirrored_sides)
         return new
 
     def resized(self, size:Sequence[int]):
@@ -264,8 +265,7 @@ class QueryScores(Scores):
         new = copy.copy(self)
         new.target = tuple(size)
         new._hold(self.batch, self.classes, size)
-        sides = zip(self.inner, size, (self.rows, self.columns))
-        new.rows,new.columns = (spread(before, after, matrix) @ matrix for before,after,matrix in sides)
+        new.moves = (*self.moves, functools.partial(resized_sides, before=self.inner, after=size))
         return new
 
 _MASKS = 2**25 # Values of masks at full size that are made at a time
