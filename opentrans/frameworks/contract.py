@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['JITTER', 'ADAMW', 'text_logits', 'pixel_loss', 'smallest_side', 'check_choice', 'Framework', 'scores_of',
-           'register_framework', 'list_frameworks', 'get_framework', 'promise_frameworks', 'build', 'tiny_backbone']
+           'register_framework', 'list_frameworks', 'get_framework', 'promise_frameworks', 'build', 'tiny_backbone',
+           'best_class', 'resize', 'Scores']
 
 # %% ../../nbs/frameworks/30_contract.ipynb #bd0c68f8
 import bisect, copy, functools, importlib.util, inspect, math, pkgutil, re
@@ -20,6 +21,8 @@ from ..data.vocabulary import Vocabulary
 from ..errors import check_number, OpenTransError, unknown
 from .scores import best_class, resize, Scores
 from ..runtime import device_of, eval_mode, seeded
+
+_all_ = ['best_class', 'resize', 'Scores'] # of the page of scores, found here, too
 
 # %% ../../nbs/frameworks/30_contract.ipynb #88916dd0
 def text_logits(
