@@ -26,15 +26,31 @@ def patched_class(function):
     first = function.args.args[:1]
     return ast.unparse(first[0].annotation) if patched and first and first[0].annotation else None
 
+def public_owner(module, made):
+    "The name of the public class that a class of a cell is, or is joined into; None for one that nobody sees."
+    if not made.__name__.startswith('_'): return made.__name__
+    heirs = [name for name,found in vars(module).items()
+             if isinstance(found, type) and issubclass(found, made) and not name.startswith('_')]
+    return heirs[0] if heirs else None
+
+def methods_of(module, node):
+    "(title, method) of each public method of a class that says what it does."
+    made = getattr(module, node.name, None)
+    owner = public_owner(module, made) if isinstance(made, type) else None
+    named = [part.name for part in node.body if isinstance(part, ast.FunctionDef) and ast.get_docstring(part)]
+    found = {name: getattr(made, name) for name in named if not name.startswith('_')} if owner else {}
+    return [(f'{owner}.{name}', method) for name,method in found.items() if callable(method)]
+
 def find_symbols(module, source):
-    "(title, object) of each public function, class and patched method of a cell."
+    "(title, object) of each public function and class of a cell, and of each of their methods."
     found = []
     for node in ast.parse(source).body:
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name.startswith('_'): continue
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)): continue
         owner = patched_class(node) if isinstance(node, ast.FunctionDef) else None
         holder = getattr(module, owner, None) if owner else module
-        symbol = getattr(holder, node.name, None)
+        symbol = None if node.name.startswith('_') else getattr(holder, node.name, None)
         if symbol is not None: found.append((f'{owner}.{node.name}' if owner else node.name, symbol))
+        if isinstance(node, ast.ClassDef): found += methods_of(module, node)
     return found
 
 def as_cell(text):

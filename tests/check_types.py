@@ -7,6 +7,7 @@ python tests/check_types.py --write     store what is left, once some of it has 
 `tests/types_debt.json` lists the names that lack a type today. It may only become shorter.
 """
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,10 +20,14 @@ COMMAND = [PYRIGHT, '--verifytypes', 'opentrans', '--ignoreexternal', '--outputj
 
 def symbols():
     "Everything that a user can reach, as basedpyright sees it."
-    run = subprocess.run(COMMAND, cwd=ROOT, capture_output=True, text=True)
+    place = dict(os.environ, PYTHONPATH=str(ROOT))  # an editable installation alone it does not see
+    run = subprocess.run(COMMAND, cwd=ROOT, env=place, capture_output=True, text=True)
     if not run.stdout.startswith('{'):
         sys.exit(f'basedpyright did not run: {run.stderr.strip() or run.stdout.strip()}')
-    return json.loads(run.stdout)['typeCompleteness']['symbols']
+    found = json.loads(run.stdout)['typeCompleteness']['symbols']
+    if len(found) < 1000:
+        sys.exit(f'basedpyright sees {len(found)} symbols of opentrans: it did not find the package whole.')
+    return found
 
 
 def public_name(symbol, public):

@@ -13,7 +13,7 @@ NAMES = 'esta', 'spt', 'spvit', 'faseg'
 
 def test_the_chapters_studies_are_found():
     "Nobody imports the chapter, and the list has its studies."
-    assert {*NAMES, 'spt-parts', 'esta-parts', 'spvit-parts', 'masks'} <= {*list_studies()}
+    assert {*NAMES, 'spt-parts', 'esta-parts', 'esta-anchors', 'spvit-parts', 'masks'} <= {*list_studies()}
 
 @pytest.mark.parametrize('name', NAMES)
 def test_stored_files_are_read(name, tmp_path):
@@ -31,8 +31,10 @@ def test_the_stored_settings_are_todays():
     assert data['settings'] == json.loads(json.dumps(spt_study.SET)) and data['vit'] == spt_study.VIT
     assert {run['arm'] for run in data['results']} == {*spt_study.ARMS}
 
-@pytest.mark.parametrize('name', [*(pytest.param(name, marks=pytest.mark.slow)
-                                     for name in ('spt', 'spt-parts', 'esta-parts')), 'spvit-parts', 'faseg'])
+SLOW = 'spt', 'spt-parts', 'esta-parts', 'esta-anchors'
+
+@pytest.mark.parametrize('name', [*(pytest.param(name, marks=pytest.mark.slow) for name in SLOW), 'spvit-parts',
+                                  'faseg'])
 def test_a_study_runs_and_goes_on(name, tmp_path, one_thread):
     """At the smallest sizes; the second call reads what is there, and gives the same. Sizes are whole again
     afterwards."""

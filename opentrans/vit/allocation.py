@@ -12,7 +12,6 @@ from typing_extensions import NotRequired, TypedDict
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.basics import patch
 from ..errors import check_number, OpenTransError, unknown
 from ..files import FileKind, load_json, save_json
 
@@ -36,9 +35,8 @@ def _takes(sens, name, kind='lora'):
 
 # %% ../../nbs/vit/61d_allocation.ipynb #6d1a0006
 @dataclass
-class Allocation:
-    """Where trainable parameters go: each candidate is structured, a whole vector, unstructured (a mask), or
-    untouched."""
+class _AllocationTable:
+    "What an allocation holds, and a table of it."
     structured:set # Matrices that get a module
     vectors:set # Vectors that are tuned whole
     masks:dict # Name -> bool tensor: single entries that are tuned
@@ -74,12 +72,6 @@ class Allocation:
         rows = [(n, s, math.prod(s), self.counts.get(n, 0), *row(n, s)) for n,s in self.shapes.items()]
         return pd.DataFrame(rows,
                             columns=['name', 'shape', 'entries', 'sensitive', 'class', 'trained']).set_index('name')
-    def __repr__(self):
-        return (
-            f"Allocation({self.n_trainable:,} trained: {len(self.structured)} {self.kind} r={self.r}, "
-            f"{len(self.vectors)} whole vectors, {sum(int(m.sum()) for m in self.masks.values()):,} single weights "
-            f"of {len(self.masks)} tensors, {self.always:,} always, {self.head:,} of the head; "
-            f"tau={self.tau:,}{self.note and f'; {self.note}'})")
 
 # %% ../../nbs/vit/61d_allocation.ipynb #764a2424
 ALLOCATION_FILE = FileKind('opentrans-allocation', 'allocation', 'Allocation.save')
@@ -124,36 +116,6 @@ def _as_mask(places, shape):
     return mask.reshape(shape)
 
 # %% ../../nbs/vit/61d_allocation.ipynb #6d1a0007
-@patch
-def save(self:Allocation,
-    path, # A `.json` file
-):
-    "Write the plan; whole or not at all."
-    told = {name: getattr(self, name)
-            for name in ('n_trainable', 'tau', 'kind', 'r', 'always', 'heads', 'budget', 'note', 'counts')}
-    shapes = ({n: list(shape) for n,shape in self.shapes.items()}
-              | {n: list(m.shape) for n,m in self.masks.items() if n not in self.shapes})
-    masks, alive = ({n: _as_places(m) for n,m in group.items()} for group in (self.masks, self.alive))
-    save_json(dict(told, structured=sorted(self.structured), vectors=sorted(self.vectors), shapes=shapes,
-                   masks=masks, alive=alive), path, ALLOCATION_FILE)
-
-@patch(cls_method=True)
-def load(cls:Allocation,
-    path, # What `save` wrote
-)->Allocation:
-    "Read a plan. Raises `OpenTransError` for another or a damaged file."
-    told = load_json(path, _Plan, ALLOCATION_FILE)
-    shapes = {n: tuple(shape) for n,shape in told['shapes'].items()}
-    try:
-        _check_plan(told, shapes)
-        masks, alive = ({n: _as_mask(places, shapes[n]) for n,places in told[group].items()}
-                        for group in ('masks', 'alive'))
-    except (KeyError, ValueError) as error: raise ALLOCATION_FILE.damaged(path, str(error)) from error
-    rest = {name: told[name]
-            for name in ('n_trainable', 'tau', 'kind', 'r', 'counts', 'always', 'heads', 'budget', 'note')}
-    return cls(structured=set(told['structured']), vectors=set(told['vectors']), masks=masks, alive=alive,
-               shapes=shapes, **rest)
-
 def _check_plan(told, shapes):
     "Raises `ValueError` for names without a shape, or numbers that cannot be."
     lost = [n for group in ('structured', 'vectors', 'masks', 'alive') for n in told[group] if n not in shapes]
@@ -167,6 +129,46 @@ def _check_plan(told, shapes):
         raise ValueError(f"it has modules of kind '{told['kind']}'")
     if any(len(shapes[n]) < 2 for n in told['structured']) or any(len(shapes[n]) != 1 for n in told['vectors']):
         raise ValueError('a module or a whole vector has another shape')
+
+@dataclass
+class Allocation(_AllocationTable):
+    """Where trainable parameters go: each candidate is structured, a whole vector, unstructured (a mask), or
+    untouched."""
+    def save(self,
+        path, # A `.json` file
+    ):
+        "Write the plan; whole or not at all."
+        told = {name: getattr(self, name)
+                for name in ('n_trainable', 'tau', 'kind', 'r', 'always', 'heads', 'budget', 'note', 'counts')}
+        shapes = ({n: list(shape) for n,shape in self.shapes.items()}
+                  | {n: list(m.shape) for n,m in self.masks.items() if n not in self.shapes})
+        masks, alive = ({n: _as_places(m) for n,m in group.items()} for group in (self.masks, self.alive))
+        save_json(dict(told, structured=sorted(self.structured), vectors=sorted(self.vectors), shapes=shapes,
+                       masks=masks, alive=alive), path, ALLOCATION_FILE)
+
+    @classmethod
+    def load(cls,
+        path, # What `save` wrote
+    )->'Allocation':
+        "Read a plan. Raises `OpenTransError` for another or a damaged file."
+        told = load_json(path, _Plan, ALLOCATION_FILE)
+        shapes = {n: tuple(shape) for n,shape in told['shapes'].items()}
+        try:
+            _check_plan(told, shapes)
+            masks, alive = ({n: _as_mask(places, shapes[n]) for n,places in told[group].items()}
+                            for group in ('masks', 'alive'))
+        except (KeyError, ValueError) as error: raise ALLOCATION_FILE.damaged(path, str(error)) from error
+        rest = {name: told[name]
+                for name in ('n_trainable', 'tau', 'kind', 'r', 'counts', 'always', 'heads', 'budget', 'note')}
+        return cls(structured=set(told['structured']), vectors=set(told['vectors']), masks=masks, alive=alive,
+                   shapes=shapes, **rest)
+
+    def __repr__(self):
+        return (
+            f"Allocation({self.n_trainable:,} trained: {len(self.structured)} {self.kind} r={self.r}, "
+            f"{len(self.vectors)} whole vectors, {sum(int(m.sum()) for m in self.masks.values()):,} single weights "
+            f"of {len(self.masks)} tensors, {self.always:,} always, {self.head:,} of the head; "
+            f"tau={self.tau:,}{self.note and f'; {self.note}'})")
 
 # %% ../../nbs/vit/61d_allocation.ipynb #80301c06
 def _check_masks(masks, sens):
@@ -198,8 +200,8 @@ def _check_values(sens, flat, alive, tau):
             f"Give another mask.")
 
 # %% ../../nbs/vit/61d_allocation.ipynb #6d1a0008
-class _Ranking:
-    "The most sensitive entries of all tensors, in order: of equal ones, those that come first."
+class _Order:
+    "The entries of all tensors in one row, and the order of their sensitivity."
     def __init__(self, sens, tau, masks=None):
         if not sens: raise OpenTransError("There are no sensitivities to rank.")
         check_number('The number of sensitive weights', tau, 1, whole=True,
@@ -227,8 +229,12 @@ class _Ranking:
         self.order = chosen[np.argsort(-flat[chosen], kind='stable')]
         self.tensor = np.searchsorted(self.starts, self.order, side='right')-1
 
+# %% ../../nbs/vit/61d_allocation.ipynb #6d1a0009
+class _Ranking(_Order):
+    "The most sensitive entries of all tensors, in order: of equal ones, those that come first."
     def counts(self, tau):
         return dict(zip(self.names, np.bincount(self.tensor[:tau], minlength=len(self.names)).tolist()))
+
     def masks(self, tau, names):
         "The chosen entries of some tensors."
         res,wanted = {},set(names)
@@ -239,21 +245,19 @@ class _Ranking:
                 res[n] = torch.from_numpy(m).reshape(self.shapes[n])
         return res
 
-# %% ../../nbs/vit/61d_allocation.ipynb #6d1a0009
-@patch
-def reach(self:_Ranking, total, budget):
-    """The number of entries at which `total(counts)` reaches a budget, found without putting them in order;
-    ties with the last are among them."""
-    parts = [np.sort(self.flat[a:b]) for a,b in zip(self.starts, self.starts[1:])]
-    def counts(value): return {n: len(p)-int(np.searchsorted(p, value)) for n,p in zip(self.names, parts)}
-    low = 0
-    # floats from 0 on lie in the order of their bits
-    high = int(np.float32(self.flat.max()).view(np.int32))+1
-    while high-low > 1:
-        middle = (low+high)//2
-        low, high = ((middle, high) if total(counts(np.int32(middle).view(np.float32))) >= budget
-                     else (low, middle))
-    return sum(counts(np.int32(low).view(np.float32)).values())
+    def reach(self, total, budget):
+        """The number of entries at which `total(counts)` reaches a budget, found without putting them in order;
+        ties with the last are among them."""
+        parts = [np.sort(self.flat[a:b]) for a,b in zip(self.starts, self.starts[1:])]
+        def counts(value): return {n: len(p)-int(np.searchsorted(p, value)) for n,p in zip(self.names, parts)}
+        low = 0
+        # floats from 0 on lie in the order of their bits
+        high = int(np.float32(self.flat.max()).view(np.int32))+1
+        while high-low > 1:
+            middle = (low+high)//2
+            low, high = ((middle, high) if total(counts(np.int32(middle).view(np.float32))) >= budget
+                         else (low, middle))
+        return sum(counts(np.int32(low).view(np.float32)).values())
 
 # %% ../../nbs/vit/61d_allocation.ipynb #d863f046
 @dataclass

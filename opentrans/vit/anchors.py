@@ -249,7 +249,7 @@ class ConvNeXtAnchor(_StagedAnchor):
     lora_on = bias_on = ('mlp.fc1', 'mlp.fc2')
     ffn = 'mlp'
     @property
-    def dims(self): return [self.tower.stem[0].out_channels] + [b.conv_dw.out_channels for b in self.blocks]
+    def dims(self): return [self.blocks[0].conv_dw.in_channels] + [b.conv_dw.out_channels for b in self.blocks]
     def embed(self, x): return self.tower.stem(x)
     def head(self, x): return self.tower.forward_head(self.tower.norm_pre(x))
 
@@ -263,7 +263,7 @@ class SwinAnchor(_StagedAnchor):
     lora_on = bias_on = ('attn.qkv', 'attn.proj')
     ffn = 'mlp'
     @property
-    def dims(self): return [self.tower.patch_embed.proj.out_channels] + [b.dim for b in self.blocks]
+    def dims(self): return [self.blocks[0].dim] + [b.dim for b in self.blocks]
     def embed(self, x): return self.tower.patch_embed(x).permute(0, 3, 1, 2)
     def step(self, i, x): return super().step(i, x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     def head(self, x): return self.tower.forward_head(self.tower.norm(x.permute(0, 2, 3, 1)))

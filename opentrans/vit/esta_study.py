@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SIZE', 'SCALES', 'BASE', 'PARTS', 'tower', 'normal', 'objects', 'crops', 'batches', 'accuracy', 'cosine', 'train',
            'pretrain', 'family', 'trainer', 'pairwise', 'tuned_alone', 'equal_sizes', 'palette', 'source_angles',
-           'single', 'arms', 'summary', 'family_weights', 'arm_of', 'esta_rows', 'part_of', 'esta_parts_rows']
+           'single', 'arms', 'summary', 'family_weights', 'arm_of', 'after_family', 'esta_rows', 'part_of',
+           'esta_parts_rows']
 
 # %% ../../nbs/vit/65_esta_study.ipynb #4ac02a57
 import copy, itertools, json
@@ -89,12 +90,12 @@ def accuracy(f, x, y):
 def cosine(opt, n):
     return torch.optim.lr_scheduler.OneCycleLR(opt, opt.param_groups[0]['lr'], total_steps=n, pct_start=.1)
 
-def train(net, params, data, lr, n, size, seed):
+def train(net, params, data, lr, n, size, seed, loss=F.cross_entropy):
     opt = torch.optim.AdamW(params, lr=lr, weight_decay=.01)
     schedule = cosine(opt, n)
     for x,y in batches(*data, n, size, seed):
         opt.zero_grad()
-        F.cross_entropy(net(x), y).backward()
+        loss(net(x), y).backward()
         opt.step()
         schedule.step()
     return net
@@ -254,11 +255,12 @@ def arm_of(scale, file, name, seed):
     "One arm of one seed."
     return arms(scale)[name](file, seed)
 
-def _after_family(study, seeds, names, run, scale, runs, scheduler):
-    "What `run(scale, file, name, seed)` gives for each name and seed, behind the family that all begin with."
+def after_family(study, seeds, names, run, scale, runs, scheduler, learn=family_weights):
+    """What `run(scale, file, name, seed)` gives for each name and seed, behind the family that all begin with, which
+    `learn(scale, file)` trains."""
     folder = open_folder(runs, scale, 'scale.json').resolve()
     weights = folder/'family.safetensors'
-    jobs = {'family': ((), family_weights, (scale, weights))}
+    jobs = {'family': ((), learn, (scale, weights))}
     def job(name, seed): return run, scale, weights, name, seed
     jobs |= kept_jobs(folder, names, seeds, 'family', job)
     with one_thread(): return run_jobs(jobs, scheduler, study.name)
@@ -272,7 +274,7 @@ def esta_rows(
 )->dict: # What the file holds
     "The family, each arm of each seed, and their summary."
     scale = SCALES['tiny' if small else 'toy']
-    done = _after_family(study, seeds, list(arms(scale)), arm_of, scale, runs, scheduler)
+    done = after_family(study, seeds, list(arms(scale)), arm_of, scale, runs, scheduler)
     results = {str(seed): {name: done[name, seed] for name in arms(scale)} for seed in seeds}
     rows = {seed: summary(result) for seed,result in results.items()}
     many = {name: [row[name] for row in rows.values()] for name in next(iter(rows.values()))}
@@ -309,7 +311,7 @@ def esta_parts_rows(
 )->dict: # What the file holds
     "The `PARTS` of each seed."
     scale = SCALES['tiny' if small else 'toy']
-    done = _after_family(study, seeds, list(PARTS), part_of, scale, runs, scheduler)
+    done = after_family(study, seeds, list(PARTS), part_of, scale, runs, scheduler)
     rows = [done[name, seed] for seed in seeds for name in PARTS]
     minutes = round(sum(row['seconds'] for row in rows)/60, 1)
     return dict(what='ESTA part by part: toy scale', run=dict(threads=1, cpu_minutes=minutes, timm=timm.__version__),

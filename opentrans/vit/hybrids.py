@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from fastcore.basics import patch
 from typing_extensions import NotRequired, TypedDict
 from ..core import find_tower
 from ..errors import check_number, DamagedFile, FormatError, OpenTransError, unknown
@@ -232,24 +231,9 @@ class SPViTCost:
                              sort=False).astype('int64')
 
 # %% ../../nbs/vit/63b_hybrids.ipynb #84759cc1
-HYBRID_FILE = FileKind('opentrans-spvit', 'hybrid', 'HybridSpec.to_json')
-
-class _Hybrid(TypedDict):
-    "What a file of a hybrid holds."
-    __pydantic_config__ = dict(extra='forbid')
-    kind: NotRequired[Literal['opentrans.spvit']] # the header of opentrans 0.1
-    ops: list[str]
-    units: list[int | list[int]]
-    hidden: NotRequired[list[int] | None]
-    heads: NotRequired[list[list[int] | None] | None]
-    name: NotRequired[str]
-    gating: NotRequired[str]
-    temperature: NotRequired[float]
-    cls: NotRequired[str]
-
 @dataclass
-class HybridSpec:
-    "The architecture that a search has found: for each block an operation and the hidden units that stay."
+class _HybridBlocks:
+    "What a hybrid holds of each block."
     ops:list # Operation of each block: `'skip'`, `'conv1'`, `'conv3'`, `'msa'`; of a ConvNeXt `'dw1'` to `'dw7'`
     units:list # For each block the indices of the kept units, or only their number
     hidden:list = None # Hidden units before pruning
@@ -285,51 +269,71 @@ class HybridSpec:
     @property
     def widths(self)->list: return [u if isinstance(u, int) else len(u) for u in self.units]
 
+# %% ../../nbs/vit/63b_hybrids.ipynb #0b99aa0b
+HYBRID_FILE = FileKind('opentrans-spvit', 'hybrid', 'HybridSpec.to_json')
+
+class _Hybrid(TypedDict):
+    "What a file of a hybrid holds."
+    __pydantic_config__ = dict(extra='forbid')
+    kind: NotRequired[Literal['opentrans.spvit']] # the header of opentrans 0.1
+    ops: list[str]
+    units: list[int | list[int]]
+    hidden: NotRequired[list[int] | None]
+    heads: NotRequired[list[list[int] | None] | None]
+    name: NotRequired[str]
+    gating: NotRequired[str]
+    temperature: NotRequired[float]
+    cls: NotRequired[str]
+
+class _HybridFile(_HybridBlocks):
+    "A hybrid as JSON."
     def to_json(self, path=None)->str:
         "As a JSON text, written to `path` as well if one is given."
         text = json_text(asdict(self), HYBRID_FILE)
         if path is not None: save_text(text, path)
         return text
 
-# %% ../../nbs/vit/63b_hybrids.ipynb #0b99aa0b
-@patch(cls_method=True)
-def from_json(cls:HybridSpec,
-    source, # A path, or the JSON text itself
-)->HybridSpec:
-    """Read what `to_json` wrote, or the same by hand. Raises `OpenTransError` if it is something else, or was
-    altered."""
-    text, what = str(source), 'the text'
-    if not text.lstrip().startswith('{'): text, what = read_text(source), source
-    try:
-        told = parse_document(text, HYBRID_FILE, _Hybrid, what)
-        told.pop('kind', None)
-        return cls(**told)
-    except DamagedFile: raise
-    except OpenTransError as error: raise FormatError(f"This is not a hybrid. {error}") from error
+    @classmethod
+    def from_json(cls,
+        source, # A path, or the JSON text itself
+    )->'HybridSpec':
+        """Read what `to_json` wrote, or the same by hand. Raises `OpenTransError` if it is something else, or was
+        altered."""
+        text, what = str(source), 'the text'
+        if not text.lstrip().startswith('{'): text, what = read_text(source), source
+        try:
+            told = parse_document(text, HYBRID_FILE, _Hybrid, what)
+            told.pop('kind', None)
+            return cls(**told)
+        except DamagedFile: raise
+        except OpenTransError as error: raise FormatError(f"This is not a hybrid. {error}") from error
 
+# %% ../../nbs/vit/63b_hybrids.ipynb #b3c05f7e
 def _op_of(m):
     if isinstance(m, (UnifiedAttention, UnifiedDepthwise)): return m.op()
     if isinstance(m, SkipAttention): return 'skip'
     if isinstance(m, BottleneckConv): return f'conv{m.conv.kernel_size[0]}'
     return f'dw{m.kernel_size[0]}' if isinstance(m, nn.Conv2d) else 'msa'
 
-@patch(cls_method=True)
-def of(cls:HybridSpec,
-    model:nn.Module, # A model with gates, or a slimmed one (which knows only how many units are left)
-    name:str='', # Of the architecture
-)->HybridSpec:
-    "Read the architecture of a model."
-    blocks = [_parts(b) for b in vit_blocks(model).values()]
-    gated = [m for m,_ in blocks if isinstance(m, UnifiedAttention)]
-    like = dict(gating=gated[0].gating, temperature=gated[0].temperature, cls=gated[0].cls) if gated else {}
-    def width(m): return getattr(m, mlp_names(m)[0]).weight.shape[0]
-    units = [m.kept().tolist() if isinstance(m, UnifiedMLP) else width(m) for _,m in blocks]
-    heads = [m.kept_heads() if isinstance(m, UnifiedAttention) and m.head_gate is not None else None
-             for m,_ in blocks]
-    hidden = ([m.hidden if isinstance(m, UnifiedMLP) else width(m) for _,m in blocks]
-              if any(isinstance(m, UnifiedMLP) for _,m in blocks) else None)
-    return cls([_op_of(m) for m,_ in blocks], units, hidden, heads if any(h is not None for h in heads) else None,
-               name, **like)
+class _HybridReading(_HybridFile):
+    "A hybrid out of a model."
+    @classmethod
+    def of(cls,
+        model:nn.Module, # A model with gates, or a slimmed one (which knows only how many units are left)
+        name:str='', # Of the architecture
+    )->'HybridSpec':
+        "Read the architecture of a model."
+        blocks = [_parts(b) for b in vit_blocks(model).values()]
+        gated = [m for m,_ in blocks if isinstance(m, UnifiedAttention)]
+        like = dict(gating=gated[0].gating, temperature=gated[0].temperature, cls=gated[0].cls) if gated else {}
+        def width(m): return getattr(m, mlp_names(m)[0]).weight.shape[0]
+        units = [m.kept().tolist() if isinstance(m, UnifiedMLP) else width(m) for _,m in blocks]
+        heads = [m.kept_heads() if isinstance(m, UnifiedAttention) and m.head_gate is not None else None
+                 for m,_ in blocks]
+        hidden = ([m.hidden if isinstance(m, UnifiedMLP) else width(m) for _,m in blocks]
+                  if any(isinstance(m, UnifiedMLP) for _,m in blocks) else None)
+        return cls([_op_of(m) for m,_ in blocks], units, hidden, heads if any(h is not None for h in heads) else None,
+                   name, **like)
 
 # %% ../../nbs/vit/63b_hybrids.ipynb #4abacffd
 def _strongest(mlp, n):
@@ -337,74 +341,112 @@ def _strongest(mlp, n):
     a,b = mlp.first.weight.detach().flatten(1),mlp.second.weight.detach().flatten(1)
     return list(range(n)) if a.is_meta else (a.norm(dim=1)*b.norm(dim=0)).topk(n).indices.sort().values.tolist()
 
-@patch
-def gates(self:HybridSpec,
-    model:nn.Module, # A model with gates, changed in place
-):
-    "Set a model's gates to this architecture. Raises `OpenTransError` where they do not fit."
-    blocks = vit_blocks(model)
-    if len(blocks) != len(self.ops):
-        raise OpenTransError(
-            f"The hybrid has {len(self.ops)} blocks, the model {len(blocks)}. Was it found on another tower?")
-    for i, (name, block) in enumerate(blocks.items()): self._check_block(i, name, *_parts(block))
-    for i, block in enumerate(blocks.values()): self._set_block(i, *_parts(block))
-    return model
+class _HybridSetting(_HybridReading):
+    "A hybrid on one block of a model, which is checked and set."
+    def _check_block(self, i, name, mixer, mlp):
+        "Raises `OpenTransError` where a block cannot become what the hybrid has there."
+        u = self.units[i]
+        heads = self.heads[i] if self.heads else None
+        gated = isinstance(mlp, UnifiedMLP)
+        top = mlp.hidden if gated else getattr(mlp, mlp_names(mlp)[0]).weight.shape[0]
+        if (u if isinstance(u, int) else max(u, default=-1)+1) > top or self.hidden and self.hidden[i] != top:
+            raise OpenTransError(
+                f"The hybrid wants units of an MLP of {self.hidden[i] if self.hidden else u} in block '{name}', which "
+                f"has {top}. Was it found on another tower?")
+        if not gated and (u if isinstance(u, int) else len(u)) != top:
+            raise OpenTransError(
+                f"The hybrid wants {u if isinstance(u, int) else len(u)} units in block '{name}', whose MLP of {top} "
+                f"has no gates. Convert the model with units=True.")
+        if isinstance(mixer, (UnifiedAttention, UnifiedDepthwise)):
+            if self.ops[i] not in mixer.ops: raise unknown(f"operation in block '{name}'", self.ops[i], mixer.ops)
+        elif _op_of(mixer) != self.ops[i]:
+            raise OpenTransError(f"The hybrid has {self.ops[i]} in block '{name}', whose attention has no gates.")
+        if heads is None: return
+        if getattr(mixer, 'head_gate', None) is None:
+            raise OpenTransError(
+                f"The hybrid has heads in block '{name}', whose heads have no gates. Convert the model with "
+                f"heads=True.")
+        if max(heads, default=-1) >= mixer.num_heads:
+            raise OpenTransError(
+                f"The hybrid has head {max(heads)} in block '{name}', which has {mixer.num_heads}. Was it found on "
+                f"another tower?")
 
-@patch
-def _check_block(self:HybridSpec, i, name, mixer, mlp):
-    "Raises `OpenTransError` where a block cannot become what the hybrid has there."
-    u = self.units[i]
-    heads = self.heads[i] if self.heads else None
-    gated = isinstance(mlp, UnifiedMLP)
-    top = mlp.hidden if gated else getattr(mlp, mlp_names(mlp)[0]).weight.shape[0]
-    if (u if isinstance(u, int) else max(u, default=-1)+1) > top or self.hidden and self.hidden[i] != top:
-        raise OpenTransError(
-            f"The hybrid wants units of an MLP of {self.hidden[i] if self.hidden else u} in block '{name}', which "
-            f"has {top}. Was it found on another tower?")
-    if not gated and (u if isinstance(u, int) else len(u)) != top:
-        raise OpenTransError(
-            f"The hybrid wants {u if isinstance(u, int) else len(u)} units in block '{name}', whose MLP of {top} "
-            f"has no gates. Convert the model with units=True.")
-    if isinstance(mixer, (UnifiedAttention, UnifiedDepthwise)):
-        if self.ops[i] not in mixer.ops: raise unknown(f"operation in block '{name}'", self.ops[i], mixer.ops)
-    elif _op_of(mixer) != self.ops[i]:
-        raise OpenTransError(f"The hybrid has {self.ops[i]} in block '{name}', whose attention has no gates.")
-    if heads is None: return
-    if getattr(mixer, 'head_gate', None) is None:
-        raise OpenTransError(
-            f"The hybrid has heads in block '{name}', whose heads have no gates. Convert the model with heads=True.")
-    if max(heads, default=-1) >= mixer.num_heads:
-        raise OpenTransError(
-            f"The hybrid has head {max(heads)} in block '{name}', which has {mixer.num_heads}. Was it found on "
-            f"another tower?")
+    def _set_block(self, i, mixer, mlp):
+        "Set the gates of one block."
+        u = self.units[i]
+        if isinstance(mixer, (UnifiedAttention, UnifiedDepthwise)): mixer.set_op(self.ops[i])
+        if isinstance(mlp, UnifiedMLP): mlp.keep(_strongest(mlp, u) if isinstance(u, int) else u)
+        if self.heads and self.heads[i] is not None:
+            with torch.no_grad():
+                mixer.head_gate.fill_(-10.)
+                mixer.head_gate[torch.tensor(self.heads[i], dtype=torch.long)] = 10.
 
-@patch
-def _set_block(self:HybridSpec, i, mixer, mlp):
-    "Set the gates of one block."
-    u = self.units[i]
-    if isinstance(mixer, (UnifiedAttention, UnifiedDepthwise)): mixer.set_op(self.ops[i])
-    if isinstance(mlp, UnifiedMLP): mlp.keep(_strongest(mlp, u) if isinstance(u, int) else u)
-    if self.heads and self.heads[i] is not None:
-        with torch.no_grad():
-            mixer.head_gate.fill_(-10.)
-            mixer.head_gate[torch.tensor(self.heads[i], dtype=torch.long)] = 10.
+# %% ../../nbs/vit/63b_hybrids.ipynb #7800e5ba
+class _HybridPicture(_HybridSetting):
+    "The course of a hybrid along the depth."
+    def plot(self,
+        ax=None, # Axes to draw on; None makes some
+        hidden=None, # Hidden units before pruning, where the spec does not know them
+    ): # The axes; units on the left, operations on the right
+        "The architecture along the depth (thesis, Fig. 4.4): dashed before pruning, solid after."
+        ax = get_axes(ax, figsize=(4.5, 2.6))
+        x = np.arange(1, len(self.ops)+1)
+        before = hidden or self.hidden
+        names = [o for o in SPVIT_OPS] if self.ops[0] in SPVIT_OPS else ['dw1', 'dw3', 'dw5', 'dw7']
+        if before: ax.plot(x, before, '--', c='C0', lw=1, alpha=.6)
+        ax.plot(x, self.widths, c='C0', marker='.')
+        ax.set_ylim(0, 1.6*max(before or self.widths))
+        ax.set(xlabel='block', ylabel='hidden units')
+        ax.yaxis.label.set_color('C0')
+        right = ax.twinx()
+        right.plot(x, [len(names)-1]*len(x), '--', c='C1', lw=1, alpha=.6)
+        right.plot(x, [names.index(o) for o in self.ops], c='C1', marker='s', ms=4, drawstyle='steps-mid')
+        right.set_ylim(-4.2, len(names)-.7)
+        right.set_yticks(range(len(names)), names)
+        right.yaxis.label.set_color('C1')
+        ax.set_title(for_plot(self.name))
+        ax.set_xticks(x if len(x) <= 12 else x[::3])
+        return ax
 
-@patch
-def build(self:HybridSpec,
-    vit:nn.Module, # The dense tower, or anything that holds one; it is copied
-)->nn.Module: # The slimmed hybrid, with the dense tower's weights
-    "Make the hybrid out of a dense tower, without a search. Raises `OpenTransError` where it does not fit."
-    sides = tuple(sorted({int(o[2:]) for o in self.ops if o.startswith('dw')} | {7}))
-    model = convert_to_spvit(vit, gating=self.gating, temperature=self.temperature, cls=self.cls, keep=(),
-                             heads=self.heads is not None, sides=sides)
-    return slim_spvit(self.gates(model))
+# %% ../../nbs/vit/63b_hybrids.ipynb #2d8e61c9
+@dataclass
+class HybridSpec(_HybridPicture):
+    "The architecture that a search has found: for each block an operation and the hidden units that stay."
+    @classmethod
+    def published(cls,
+        name:str, # One of `SPVIT_PUBLISHED`
+    )->'HybridSpec':
+        "An architecture of the thesis. Raises `OpenTransError` for other names."
+        if name not in SPVIT_PUBLISHED: raise unknown('published architecture', name, SPVIT_PUBLISHED)
+        p = SPVIT_PUBLISHED[name]
+        return cls(p['ops'], p['units'], name=name, gating='nested', temperature=p['temperature'])
 
-@patch
-def __repr__(self:HybridSpec):
-    runs = ', '.join(f'{o} x{len(list(g))}' for o,g in itertools.groupby(self.ops))
-    return (
-        f"HybridSpec({self.name + ': ' if self.name else ''}{runs}; units "
-        f"{sum(self.widths):,}{f' of {sum(self.hidden):,}' if self.hidden else ''})")
+    def gates(self,
+        model:nn.Module, # A model with gates, changed in place
+    ):
+        "Set a model's gates to this architecture. Raises `OpenTransError` where they do not fit."
+        blocks = vit_blocks(model)
+        if len(blocks) != len(self.ops):
+            raise OpenTransError(
+                f"The hybrid has {len(self.ops)} blocks, the model {len(blocks)}. Was it found on another tower?")
+        for i, (name, block) in enumerate(blocks.items()): self._check_block(i, name, *_parts(block))
+        for i, block in enumerate(blocks.values()): self._set_block(i, *_parts(block))
+        return model
+
+    def build(self,
+        vit:nn.Module, # The dense tower, or anything that holds one; it is copied
+    )->nn.Module: # The slimmed hybrid, with the dense tower's weights
+        "Make the hybrid out of a dense tower, without a search. Raises `OpenTransError` where it does not fit."
+        sides = tuple(sorted({int(o[2:]) for o in self.ops if o.startswith('dw')} | {7}))
+        model = convert_to_spvit(vit, gating=self.gating, temperature=self.temperature, cls=self.cls, keep=(),
+                                 heads=self.heads is not None, sides=sides)
+        return slim_spvit(self.gates(model))
+
+    def __repr__(self):
+        runs = ', '.join(f'{o} x{len(list(g))}' for o,g in itertools.groupby(self.ops))
+        return (
+            f"HybridSpec({self.name + ': ' if self.name else ''}{runs}; units "
+            f"{sum(self.widths):,}{f' of {sum(self.hidden):,}' if self.hidden else ''})")
 
 # %% ../../nbs/vit/63b_hybrids.ipynb #92f5c4d6
 def _b(text): return [dict(s='skip', c='conv1', C='conv3', m='msa')[x] for x in text.replace(' ', '')]
@@ -438,38 +480,3 @@ SPVIT_PUBLISHED = {'deit_ti': dict(model='deit_tiny_patch16_224', ops=_b('ccmmmm
                                       '311 303 1011 980 1763 1673 1636 1523 1410 1377 1332 1345 1440 1426 1400 '
                                       '1315 1371 1321 1324 1265 1127 734 3572 2931'), params=None, gflops=None,
                                   weight=.1, target=10., gate_lr=5e-4, temperature=100.),}
-
-@patch(cls_method=True)
-def published(cls:HybridSpec,
-    name:str, # One of `SPVIT_PUBLISHED`
-)->HybridSpec:
-    "An architecture of the thesis. Raises `OpenTransError` for other names."
-    if name not in SPVIT_PUBLISHED: raise unknown('published architecture', name, SPVIT_PUBLISHED)
-    p = SPVIT_PUBLISHED[name]
-    return cls(p['ops'], p['units'], name=name, gating='nested', temperature=p['temperature'])
-
-# %% ../../nbs/vit/63b_hybrids.ipynb #7800e5ba
-@patch
-def plot(self:HybridSpec,
-    ax=None, # Axes to draw on; None makes some
-    hidden=None, # Hidden units before pruning, where the spec does not know them
-): # The axes; units on the left, operations on the right
-    "The architecture along the depth (thesis, Fig. 4.4): dashed before pruning, solid after."
-    ax = get_axes(ax, figsize=(4.5, 2.6))
-    x = np.arange(1, len(self.ops)+1)
-    before = hidden or self.hidden
-    names = [o for o in SPVIT_OPS] if self.ops[0] in SPVIT_OPS else ['dw1', 'dw3', 'dw5', 'dw7']
-    if before: ax.plot(x, before, '--', c='C0', lw=1, alpha=.6)
-    ax.plot(x, self.widths, c='C0', marker='.')
-    ax.set_ylim(0, 1.6*max(before or self.widths))
-    ax.set(xlabel='block', ylabel='hidden units')
-    ax.yaxis.label.set_color('C0')
-    right = ax.twinx()
-    right.plot(x, [len(names)-1]*len(x), '--', c='C1', lw=1, alpha=.6)
-    right.plot(x, [names.index(o) for o in self.ops], c='C1', marker='s', ms=4, drawstyle='steps-mid')
-    right.set_ylim(-4.2, len(names)-.7)
-    right.set_yticks(range(len(names)), names)
-    right.yaxis.label.set_color('C1')
-    ax.set_title(for_plot(self.name))
-    ax.set_xticks(x if len(x) <= 12 else x[::3])
-    return ax

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['SPVIT_OPS', 'GATINGS', 'head_ensemble', 'conv_from_msa', 'index_values', 'bernoulli_st', 'hard_gate', 'select_ops',
-           'op_prior', 'Grid', 'TokenLayer', 'SkipAttention', 'BottleneckConv', 'attention_parts', 'UnifiedAttention',
-           'MultiPathAttention', 'HeadAttention', 'mlp_names', 'UnifiedMLP', 'UnifiedDepthwise']
+           'op_prior', 'Grid', 'TokenLayer', 'SkipAttention', 'BottleneckConv', 'attention_parts', 'HeadAttention',
+           'UnifiedAttention', 'MultiPathAttention', 'mlp_names', 'UnifiedMLP', 'UnifiedDepthwise']
 
 # %% ../../nbs/vit/63_spvit.ipynb #29a61c4e
 import copy, itertools, math
 import torch
 from torch import nn
 import torch.nn.functional as F
-from fastcore.basics import patch
 from ..errors import check_number, OpenTransError, unknown
 
 # %% ../../nbs/vit/63_spvit.ipynb #f6929922
@@ -225,10 +224,30 @@ def _mask_for(mask, heads, pair):
     if pair and mask.dtype == torch.bool: mask = ~mask
     return mask.unflatten(0, (-1, heads)) if pair and mask.ndim == 3 else mask
 
+# %% ../../nbs/vit/63_spvit.ipynb #16a9c871
+class _Gates(nn.Module):
+    "Gates that choose one of several operations, `ops`, of rising cost."
+    def draw(self, gate):
+        "Gates as they are now: drawn in training, 1[a >= 0] in eval."
+        return bernoulli_st(torch.sigmoid(gate), generator=self.generator) if self.training else (gate >= 0).to(gate)
+
+    def op(self)->str:
+        "The operation that the gates choose without chance."
+        return self.ops[select_ops((self.gate.detach() >= 0).float(), self.gating).argmax()]
+
+    def set_op(self,
+        op:str, # One of `ops`
+        strength:float=10., # Size of the gate parameters
+    ):
+        "Set the gates so that `op` is chosen under either gating. Raises `OpenTransError`."
+        if op not in self.ops: raise unknown('operation', op, self.ops)
+        i = self.ops.index(op)
+        with torch.no_grad():
+            self.gate.copy_(torch.tensor([strength if j < i else -strength for j in range(len(self.ops)-1)]))
+
 # %% ../../nbs/vit/63_spvit.ipynb #cc641ff2
-class UnifiedAttention(TokenLayer):
-    """An attention layer and the convolutions that share its weights, with gates that choose (thesis, Sec. 4.3.2).
-    Made by `from_attention`."""
+class _AttentionWeights(TokenLayer, _Gates):
+    "The weights of an attention, and the gates, scores and norms that its convolutions need besides."
     def __init__(self, parts, grid, ops=SPVIT_OPS, gating='exclusive', temperature=1., theta=1.5, cls='pass',
                  prefix=1, pair=False, heads=False):
         super().__init__(grid, prefix, cls, pair)
@@ -277,101 +296,54 @@ class UnifiedAttention(TokenLayer):
         return self.train(attn.training)
 
 # %% ../../nbs/vit/63_spvit.ipynb #489ffddc
-@patch
-def msa(self:UnifiedAttention, x, attn_mask=None, v=None):
-    "Self-attention; `v` are values without bias, where they are known."
-    n = self.num_heads
-    def heads(t): return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-    v = self.v(x) if v is None else v if self.v.bias is None else v + self.v.bias
-    (q,k),v = map(heads, self.qk(x).chunk(2, -1)),heads(v)
-    if self.q_norm is not None: q = self.q_norm(q)
-    if self.k_norm is not None: k = self.k_norm(k)
-    mask = _mask_for(attn_mask, n, self.pair)
-    if self.window:
-        bias = self.relative_position_bias_table[self.position.flatten()].unflatten(0, (self.window, -1)).permute(
-            2, 0, 1)[None]
-        mask = (bias if mask is None
-                else (mask[None, :, None].expand(len(x)//len(mask), -1, n, -1, -1).flatten(0, 1) + bias))
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.drop if self.training else 0.)
-    if self.head_gate is not None: y = y*self.draw(self.head_gate)[:, None, None].to(y)
-    return F.dropout(self.proj(y.transpose(1, 2).flatten(2)), self.proj_drop, self.training)
+class _AttentionPaths(_AttentionWeights):
+    "Attention, and each convolution, out of the same values."
+    def msa(self, x, attn_mask=None, v=None):
+        "Self-attention; `v` are values without bias, where they are known."
+        n = self.num_heads
+        def heads(t): return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        v = self.v(x) if v is None else v if self.v.bias is None else v + self.v.bias
+        (q,k),v = map(heads, self.qk(x).chunk(2, -1)),heads(v)
+        if self.q_norm is not None: q = self.q_norm(q)
+        if self.k_norm is not None: k = self.k_norm(k)
+        mask = _mask_for(attn_mask, n, self.pair)
+        if self.window:
+            bias = self.relative_position_bias_table[self.position.flatten()].unflatten(0, (self.window, -1)).permute(
+                2, 0, 1)[None]
+            mask = (bias if mask is None
+                    else (mask[None, :, None].expand(len(x)//len(mask), -1, n, -1, -1).flatten(0, 1) + bias))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.drop if self.training else 0.)
+        if self.head_gate is not None: y = y*self.draw(self.head_gate)[:, None, None].to(y)
+        return F.dropout(self.proj(y.transpose(1, 2).flatten(2)), self.proj_drop, self.training)
 
-@patch
-def conv(self:UnifiedAttention, op, x, v=None):
-    "The bottleneck convolution of one size on the patches of `x`, out of the values."
-    S = head_ensemble(self.z, self.kernels[op], self.temperature)
-    n = self.num_heads
-    b = torch.einsum('ht,hj->j', S, self.v.bias.unflatten(0, (n, -1))) if self.v.bias is not None else 0
-    out = torch.einsum('ht,chj->cj', S, self.proj.weight.unflatten(1, (n, -1)))
-    def f(v):
-        y = index_values(v, S).movedim(1, -1) + b
-        return F.linear(F.relu(self.norms[op](y.movedim(-1, 1))).movedim(1, -1), out, self.proj.bias)
-    return self.on_grid(f, x, F.linear(x, self.v.weight) if v is None else v)
+    def conv(self, op, x, v=None):
+        "The bottleneck convolution of one size on the patches of `x`, out of the values."
+        S = head_ensemble(self.z, self.kernels[op], self.temperature)
+        n = self.num_heads
+        b = torch.einsum('ht,hj->j', S, self.v.bias.unflatten(0, (n, -1))) if self.v.bias is not None else 0
+        out = torch.einsum('ht,chj->cj', S, self.proj.weight.unflatten(1, (n, -1)))
+        def f(v):
+            y = index_values(v, S).movedim(1, -1) + b
+            return F.linear(F.relu(self.norms[op](y.movedim(-1, 1))).movedim(1, -1), out, self.proj.bias)
+        return self.on_grid(f, x, F.linear(x, self.v.weight) if v is None else v)
 
-# %% ../../nbs/vit/63_spvit.ipynb #0bd01128
-@patch
-def draw(self:UnifiedAttention, gate):
-    "Gates as they are now: drawn in training, 1[a >= 0] in eval."
-    return bernoulli_st(torch.sigmoid(gate), generator=self.generator) if self.training else (gate >= 0).to(gate)
-
-@patch
-def op(self:UnifiedAttention)->str:
-    "The operation that the gates choose without chance."
-    return self.ops[select_ops((self.gate.detach() >= 0).float(), self.gating).argmax()]
-
-@patch
-def mix(self:UnifiedAttention, x, msa):
-    "All operations weighted by the drawn gates, or in eval the chosen one alone; `msa` computes attention."
-    def run(o, v=None):
-        return torch.zeros_like(x) if o == 'skip' else msa(x, v) if o == 'msa' else self.conv(o, x, v)
-    if not self.training: return run(self.op())
-    v,w = F.linear(x, self.v.weight),select_ops(self.draw(self.gate), self.gating).to(x)
-    return sum(g*run(o, v) for o,g in zip(self.ops, w))
-
-@patch
-def forward(self:UnifiedAttention, x, *args, attn_mask=None, mask=None, is_causal=False, **kwargs):
-    if is_causal: raise OpenTransError("A causal attention cannot become a convolution that sees both sides.")
-    # called with windows by a Swin block, which mixes outside
-    if self.window: return self.msa(x, mask)
-    return self.give(self.mix(x, lambda x, v: self.msa(x, attn_mask, v)))
-
-# %% ../../nbs/vit/63_spvit.ipynb #16a9c871
-@patch
-def set_op(self:UnifiedAttention,
-    op:str, # One of `ops`
-    strength:float=10., # Size of the gate parameters
-):
-    "Set the gates so that `op` is chosen under either gating. Raises `OpenTransError`."
-    if op not in self.ops: raise unknown('operation', op, self.ops)
-    i = self.ops.index(op)
-    with torch.no_grad():
-        self.gate.copy_(torch.tensor([strength if j < i else -strength for j in range(len(self.ops)-1)]))
-
-@patch
-def kept_heads(self:UnifiedAttention)->list:
-    "Heads whose gate is open; all, where heads have no gates."
-    return (list(range(self.num_heads)) if self.head_gate is None
-            else (self.head_gate >= 0).nonzero().flatten().tolist())
-
-# %% ../../nbs/vit/63_spvit.ipynb #9d3867ec
-class MultiPathAttention(UnifiedAttention):
-    """An attention layer and convolutions with weights of their own, drawn at random, with gates that choose
-    (thesis, Table 4.2: what the single path is compared with)."""
-    def __init__(self, parts, grid, *args, **kwargs):
-        super().__init__(parts, grid, *args, **kwargs)
-        w, like = self.v.weight, self.like | dict(pair=False)
-        self.z, self.norms = None, nn.ModuleDict()
-        self.own = nn.ModuleDict({o: BottleneckConv(self.dim, self.width, k, **like).to(w.device, w.dtype)
-                                  for o,k in self.kernels.items()})
-
-    def conv(self, op, x, v=None): return self.own[op](x)
-
-    def slim(self)->nn.Module:
-        "The plain layer of the chosen operation, with its weights."
-        if self.op() not in self.own: return super().slim()
-        res = copy.deepcopy(self.own[self.op()])
-        res.pair = self.pair
-        return res.train(self.training)
+# %% ../../nbs/vit/63_spvit.ipynb #f4b72d18
+class HeadAttention(TokenLayer):
+    "An attention with fewer heads than its width has room for."
+    def __init__(self, qkv, proj, num_heads, q_norm=None, k_norm=None, drop=0., **like):
+        super().__init__(**like)
+        self.qkv = qkv
+        self.proj = proj
+        self.num_heads = num_heads
+        self.drop = drop
+        self.q_norm,self.k_norm = copy.deepcopy(q_norm),copy.deepcopy(k_norm)
+    def forward(self, x, *args, attn_mask=None, mask=None, **kwargs):
+        if not self.num_heads: return self.give(self.proj(x[..., :0]))
+        q,k,v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.q_norm is not None: q,k = self.q_norm(q),self.k_norm(k)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=_mask_for(attn_mask, self.num_heads, self.pair),
+                                           dropout_p=self.drop if self.training else 0.)
+        return self.give(self.proj(y.transpose(1, 2).flatten(2)))
 
 # %% ../../nbs/vit/63_spvit.ipynb #3c37b62a
 def _fill(shell, u, rows):
@@ -404,39 +376,64 @@ def _fill(shell, u, rows):
         shell.relative_position_index = u.position.clone()
     return shell
 
-@patch
-def slim(self:UnifiedAttention)->nn.Module:
-    "The plain layer of the chosen operation, with its weights."
-    op = self.op()
-    if op == 'skip': return SkipAttention(**self.like).train(self.training)
-    if op == 'msa':
-        rows = [h*self.width+j for h in self.kept_heads() for j in range(self.width)]
-        return _fill(copy.deepcopy(self.shell[0]), self, rows).train(self.training)
-    k = self.kernels[op]
-    w,b,out = conv_from_msa(self.v.weight, self.v.bias, self.proj.weight, self.z, k, self.temperature)
-    res = BottleneckConv(self.dim, self.width, k, **self.like).to(w.dtype)
-    bias = self.proj.bias if self.proj.bias is not None else out.new_zeros(len(out))
-    for layer,w,b in ((res.conv, w, b), (res.out, out[..., None, None], bias)):
-        layer.weight,layer.bias = _param(w),_param(b)
-    res.norm = copy.deepcopy(self.norms[op])
-    return res.train(self.training)
+# %% ../../nbs/vit/63_spvit.ipynb #0bd01128
+class UnifiedAttention(_AttentionPaths):
+    """An attention layer and the convolutions that share its weights, with gates that choose (thesis, Sec. 4.3.2).
+    Made by `from_attention`."""
+    def mix(self, x, msa):
+        "All operations weighted by the drawn gates, or in eval the chosen one alone; `msa` computes attention."
+        def run(o, v=None):
+            return torch.zeros_like(x) if o == 'skip' else msa(x, v) if o == 'msa' else self.conv(o, x, v)
+        if not self.training: return run(self.op())
+        v,w = F.linear(x, self.v.weight),select_ops(self.draw(self.gate), self.gating).to(x)
+        return sum(g*run(o, v) for o,g in zip(self.ops, w))
 
-class HeadAttention(TokenLayer):
-    "An attention with fewer heads than its width has room for."
-    def __init__(self, qkv, proj, num_heads, q_norm=None, k_norm=None, drop=0., **like):
-        super().__init__(**like)
-        self.qkv = qkv
-        self.proj = proj
-        self.num_heads = num_heads
-        self.drop = drop
-        self.q_norm,self.k_norm = copy.deepcopy(q_norm),copy.deepcopy(k_norm)
-    def forward(self, x, *args, attn_mask=None, mask=None, **kwargs):
-        if not self.num_heads: return self.give(self.proj(x[..., :0]))
-        q,k,v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.q_norm is not None: q,k = self.q_norm(q),self.k_norm(k)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=_mask_for(attn_mask, self.num_heads, self.pair),
-                                           dropout_p=self.drop if self.training else 0.)
-        return self.give(self.proj(y.transpose(1, 2).flatten(2)))
+    def forward(self, x, *args, attn_mask=None, mask=None, is_causal=False, **kwargs):
+        if is_causal: raise OpenTransError("A causal attention cannot become a convolution that sees both sides.")
+        # called with windows by a Swin block, which mixes outside
+        if self.window: return self.msa(x, mask)
+        return self.give(self.mix(x, lambda x, v: self.msa(x, attn_mask, v)))
+
+    def kept_heads(self)->list:
+        "Heads whose gate is open; all, where heads have no gates."
+        return (list(range(self.num_heads)) if self.head_gate is None
+                else (self.head_gate >= 0).nonzero().flatten().tolist())
+
+    def slim(self)->nn.Module:
+        "The plain layer of the chosen operation, with its weights."
+        op = self.op()
+        if op == 'skip': return SkipAttention(**self.like).train(self.training)
+        if op == 'msa':
+            rows = [h*self.width+j for h in self.kept_heads() for j in range(self.width)]
+            return _fill(copy.deepcopy(self.shell[0]), self, rows).train(self.training)
+        k = self.kernels[op]
+        w,b,out = conv_from_msa(self.v.weight, self.v.bias, self.proj.weight, self.z, k, self.temperature)
+        res = BottleneckConv(self.dim, self.width, k, **self.like).to(w.dtype)
+        bias = self.proj.bias if self.proj.bias is not None else out.new_zeros(len(out))
+        for layer,w,b in ((res.conv, w, b), (res.out, out[..., None, None], bias)):
+            layer.weight,layer.bias = _param(w),_param(b)
+        res.norm = copy.deepcopy(self.norms[op])
+        return res.train(self.training)
+
+# %% ../../nbs/vit/63_spvit.ipynb #9d3867ec
+class MultiPathAttention(UnifiedAttention):
+    """An attention layer and convolutions with weights of their own, drawn at random, with gates that choose
+    (thesis, Table 4.2: what the single path is compared with)."""
+    def __init__(self, parts, grid, *args, **kwargs):
+        super().__init__(parts, grid, *args, **kwargs)
+        w, like = self.v.weight, self.like | dict(pair=False)
+        self.z, self.norms = None, nn.ModuleDict()
+        self.own = nn.ModuleDict({o: BottleneckConv(self.dim, self.width, k, **like).to(w.device, w.dtype)
+                                  for o,k in self.kernels.items()})
+
+    def conv(self, op, x, v=None): return self.own[op](x)
+
+    def slim(self)->nn.Module:
+        "The plain layer of the chosen operation, with its weights."
+        if self.op() not in self.own: return super().slim()
+        res = copy.deepcopy(self.own[self.op()])
+        res.pair = self.pair
+        return res.train(self.training)
 
 # %% ../../nbs/vit/63_spvit.ipynb #f61ccb63
 _MLPS = (('fc1', 'fc2'), ('c_fc', 'c_proj')) # names in timm and in open_clip
@@ -476,7 +473,7 @@ class UnifiedMLP(nn.Module):
         return cls(mlp, theta).train(mlp.training)
 
     first,second = (property(lambda self, i=i: getattr(self, self.names[i])) for i in (0, 1))
-    draw = UnifiedAttention.draw
+    draw = _Gates.draw
 
     def forward(self, x):
         g = self.draw(self.gate)
@@ -510,7 +507,7 @@ class UnifiedMLP(nn.Module):
         return mlp.train(self.training)
 
 # %% ../../nbs/vit/63_spvit.ipynb #a9cedba9
-class UnifiedDepthwise(nn.Module):
+class UnifiedDepthwise(_Gates):
     """A depthwise convolution and its centre crops, with gates that choose the side (an extension beyond the
     thesis). Made by `from_conv`."""
     def __init__(self, conv, sides, gating='exclusive', theta=1.5):
@@ -545,10 +542,6 @@ class UnifiedDepthwise(nn.Module):
     )->'UnifiedDepthwise':
         "Give a depthwise convolution its gates. Raises `OpenTransError` for other convolutions."
         return cls(conv, sides or tuple(range(1, conv.kernel_size[0]+1, 2)), gating, theta)
-
-    draw = UnifiedAttention.draw
-    op = UnifiedAttention.op
-    set_op = UnifiedAttention.set_op
 
     def crop(self, side):
         a = (self.sides[-1]-side)//2

@@ -12,7 +12,6 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.basics import patch
 from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 from typing import Any
@@ -187,9 +186,8 @@ class StitchSampler:
         torch.Generator().set_state(state['generator'])
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #b5c35c90
-class StitchTrainer:
-    """Trains a family in one stage: in each step the largest anchor and a stitch that the sampler draws (thesis
-    3.4.2)."""
+class _TrainerState:
+    "What a training holds, its loss, and a step of its optimizer."
     def __init__(self,
         net:StitchableNet, # Adapted by `apply_pst`, or all of it learns (SN-Net)
         sampler:StitchSampler, # Which stitch is next
@@ -223,6 +221,27 @@ class StitchTrainer:
         ce = label_loss_of(out, y)
         return ce if teacher is None else (1-self.a)*ce + self.a*F.cross_entropy(out, teacher.argmax(1))
 
+    def _finite(self, loss, what):
+        if bool(torch.isfinite(loss).all()): return loss
+        self.part = 0
+        raise OpenTransError(
+            f"The loss of {what} is {loss.item()} in step {self.steps}: the training has diverged. Use a smaller "
+            f"learning rate.")
+
+    def _update(self, params):
+        "A step of the optimizer with the gradients that are there; gives the stitch's importance."
+        q = _saliency(params, self.grads)
+        self.sampler.tracker.update(self.stitch, q)
+        for p,d in zip(params, self.grads):
+            if d is not None: p.grad = d if p.grad is None else p.grad + d
+        self.optimizer.step()
+        self.steps,self.grads = self.steps+1,None
+        if self.schedule is not None: self.schedule.step()
+        return q
+
+# %% ../../nbs/vit/62c_stitch_training.ipynb #1f0c7a25
+class _TrainerSteps(_TrainerState):
+    "Batches, one by one and many."
     def step(self,
         x:torch.Tensor, # Images
         y=None, # Labels, or whatever the loss wants
@@ -246,17 +265,6 @@ class StitchTrainer:
         q = self._update(params) if self.part == 0 else math.nan
         return dict(stitch=s, loss=second.item(), teacher=first.item(), q=q, spread=self.spread)
 
-    def _update(self, params):
-        "A step of the optimizer with the gradients that are there; gives the stitch's importance."
-        q = _saliency(params, self.grads)
-        self.sampler.tracker.update(self.stitch, q)
-        for p,d in zip(params, self.grads):
-            if d is not None: p.grad = d if p.grad is None else p.grad + d
-        self.optimizer.step()
-        self.steps,self.grads = self.steps+1,None
-        if self.schedule is not None: self.schedule.step()
-        return q
-
     def fit(self,
         batches, # Iterable of (x, y); it says how long the training is
     )->pd.DataFrame: # One row a step
@@ -270,13 +278,6 @@ class StitchTrainer:
         if isinstance(batch, (list, tuple)) and 0 < len(batch) <= 2: return batch
         raise OpenTransError(
             f"A batch must be (images, labels), or (images,) for a loss without labels, not {type(batch).__name__}.")
-
-    def _finite(self, loss, what):
-        if bool(torch.isfinite(loss).all()): return loss
-        self.part = 0
-        raise OpenTransError(
-            f"The loss of {what} is {loss.item()} in step {self.steps}: the training has diverged. Use a smaller "
-            f"learning rate.")
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #76a687ab
 def _flat(state):
@@ -299,76 +300,34 @@ class _Config(TypedDict):
 _STITCHING = dict(configs=list[_Config], rest=dict[str, dict[str, Any]], groups=list[dict[str, Any]], steps=int,
                   drawn=int, beta=float, schedule=dict[str, Any] | None)
 
-@patch
-def save(self:StitchTrainer,
-    path, # A `.safetensors` file
-):
-    """Write where the training is, whole or not at all. Raises `OpenTransError`, and keeps the last good file, if a
-    number is not finite."""
-    if self.part:
-        raise OpenTransError(
-            f"{self.part} of {self.accumulate} batches wait for their step. Save after a whole number of steps.")
-    opt,s = self.optimizer.state_dict(),self.sampler.state_dict()
-    tensors,rest = _flat(opt)
-    tensors |= {f'net.{n}': p for n,p in self.net.named_parameters() if p.requires_grad}
-    tensors |= {f'state.{n}': b for n,b in _state(self.net).items()}
-    tensors |= {'sampler.generator': s['generator'], 'sampler.scores': s['tracker']['scores'],
-                'sampler.counts': s['tracker']['counts']}
-    schedule = self.schedule.state_dict() if self.schedule is not None else None
-    about = dict(configs=[asdict(c) for c in self.net.configs], rest=rest, groups=opt['param_groups'],
-                 steps=self.steps, drawn=s['drawn'], beta=s['tracker']['beta'], schedule=schedule)
-    try: about = plain_json(about)
-    except TypeError as error:
-        raise OpenTransError(
-            f"The state of the optimizer or of its schedule cannot be written: {error}. Use another schedule, or "
-            f"none.") from error
-    check_finite(tensors, 'nothing is saved', 'The training has diverged: use a smaller learning rate.')
-    save_tensors(tensors, path, about, STITCHING_FILE)
+class _TrainerSaving(_TrainerSteps):
+    "A training on its way into a file."
+    def save(self,
+        path, # A `.safetensors` file
+    ):
+        """Write where the training is, whole or not at all. Raises `OpenTransError`, and keeps the last good file, if a
+        number is not finite."""
+        if self.part:
+            raise OpenTransError(
+                f"{self.part} of {self.accumulate} batches wait for their step. Save after a whole number of steps.")
+        opt,s = self.optimizer.state_dict(),self.sampler.state_dict()
+        tensors,rest = _flat(opt)
+        tensors |= {f'net.{n}': p for n,p in self.net.named_parameters() if p.requires_grad}
+        tensors |= {f'state.{n}': b for n,b in _state(self.net).items()}
+        tensors |= {'sampler.generator': s['generator'], 'sampler.scores': s['tracker']['scores'],
+                    'sampler.counts': s['tracker']['counts']}
+        schedule = self.schedule.state_dict() if self.schedule is not None else None
+        about = dict(configs=[asdict(c) for c in self.net.configs], rest=rest, groups=opt['param_groups'],
+                     steps=self.steps, drawn=s['drawn'], beta=s['tracker']['beta'], schedule=schedule)
+        try: about = plain_json(about)
+        except TypeError as error:
+            raise OpenTransError(
+                f"The state of the optimizer or of its schedule cannot be written: {error}. Use another schedule, or "
+                f"none.") from error
+        check_finite(tensors, 'nothing is saved', 'The training has diverged: use a smaller learning rate.')
+        save_tensors(tensors, path, about, STITCHING_FILE)
 
-@patch
-def load(self:StitchTrainer,
-    path, # A file that `save` wrote
-):
-    """Go on from where `save` was called. Raises `OpenTransError`, with nothing changed, if the file is of another
-    family, or damaged."""
-    tensors, meta = load_tensors(path, kind=STITCHING_FILE)
-    about = {name: metadata_value(meta, name, schema, path) for name, schema in _STITCHING.items()}
-    learns = {n: p for n,p in self.net.named_parameters() if p.requires_grad}
-    own = strip_prefix('net.', tensors)
-    if (about['configs'] != [asdict(c) for c in self.net.configs]
-        or {n: t.shape for n,t in own.items()} != {n: p.shape for n,p in learns.items()}):
-        raise OtherRun(
-            f"'{path}' is not of this family: anchors, stitches and ranks must be those that it was saved with.")
-    check_like(own, learns, path, 'trained numbers')
-    kept, here = strip_prefix('state.', tensors), _state(self.net)
-    check_like(kept, {n: here[n] for n in kept if n in here}, path, 'running statistics')
-    try: optimizer, sampler, schedule = self._state_of(tensors, about)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise STITCHING_FILE.damaged(path, f'its state does not fit the trainer ({shorten(error)})') from error
-    with torch.no_grad():
-        for n,p in learns.items(): p.copy_(own[n])
-        for n,b in kept.items(): here[n].copy_(b)
-    self.optimizer.load_state_dict(optimizer)
-    self.sampler.load_state_dict(sampler)
-    self.steps = about['steps']
-    if schedule: self.schedule.load_state_dict(schedule)
-
-@patch
-def _state_of(self:StitchTrainer, tensors, about):
-    """States of the optimizer, the sampler and the schedule, as they are loaded. Raises `ValueError` and others for
-    what does not fit; nothing is changed."""
-    check_number('steps', about['steps'], 0, 2**63, whole=True)
-    now = self.optimizer.state_dict()['param_groups']
-    state = _optimizer_state(strip_prefix('optimizer.', tensors), about['rest'], self.optimizer)
-    if about['steps'] and not state and any('betas' in group or group.get('momentum') for group in now):
-        raise ValueError('the state of the optimizer is missing')
-    tracker = dict(beta=about['beta'], scores=tensors['sampler.scores'], counts=tensors['sampler.counts'])
-    sampler = dict(generator=tensors['sampler.generator'], drawn=about['drawn'], tracker=tracker)
-    self.sampler.check(sampler)
-    schedule = about['schedule'] if self.schedule is not None else None
-    if schedule: schedule = _as_here(schedule, self.schedule.state_dict(), 'schedule')
-    return dict(state=state, param_groups=_as_here(about['groups'], now, 'groups')), sampler, schedule
-
+# %% ../../nbs/vit/62c_stitch_training.ipynb #c4d81e60
 def _optimizer_state(tensors, rest, optimizer):
     """The state of each parameter by its number. Raises `ValueError` for what no parameter has, and where one lacks
     what the others have."""
@@ -405,6 +364,52 @@ def _as_here(value, here, what):
         and (isinstance(value, int) or isinstance(here, float))):
         return type(here)(value)
     raise ValueError(f'{what} is {shorten(repr(value), 60)}, here {shorten(repr(here), 60)}')
+
+# %% ../../nbs/vit/62c_stitch_training.ipynb #9b53e2fa
+class StitchTrainer(_TrainerSaving):
+    """Trains a family in one stage: in each step the largest anchor and a stitch that the sampler draws (thesis
+    3.4.2)."""
+    def load(self,
+        path, # A file that `save` wrote
+    ):
+        """Go on from where `save` was called. Raises `OpenTransError`, with nothing changed, if the file is of another
+        family, or damaged."""
+        tensors, meta = load_tensors(path, kind=STITCHING_FILE)
+        about = {name: metadata_value(meta, name, schema, path) for name, schema in _STITCHING.items()}
+        learns = {n: p for n,p in self.net.named_parameters() if p.requires_grad}
+        own = strip_prefix('net.', tensors)
+        if (about['configs'] != [asdict(c) for c in self.net.configs]
+            or {n: t.shape for n,t in own.items()} != {n: p.shape for n,p in learns.items()}):
+            raise OtherRun(
+                f"'{path}' is not of this family: anchors, stitches and ranks must be those that it was saved with.")
+        check_like(own, learns, path, 'trained numbers')
+        kept, here = strip_prefix('state.', tensors), _state(self.net)
+        check_like(kept, {n: here[n] for n in kept if n in here}, path, 'running statistics')
+        try: optimizer, sampler, schedule = self._state_of(tensors, about)
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise STITCHING_FILE.damaged(path, f'its state does not fit the trainer ({shorten(error)})') from error
+        with torch.no_grad():
+            for n,p in learns.items(): p.copy_(own[n])
+            for n,b in kept.items(): here[n].copy_(b)
+        self.optimizer.load_state_dict(optimizer)
+        self.sampler.load_state_dict(sampler)
+        self.steps = about['steps']
+        if schedule: self.schedule.load_state_dict(schedule)
+
+    def _state_of(self, tensors, about):
+        """States of the optimizer, the sampler and the schedule, as they are loaded. Raises `ValueError` and others for
+        what does not fit; nothing is changed."""
+        check_number('steps', about['steps'], 0, 2**63, whole=True)
+        now = self.optimizer.state_dict()['param_groups']
+        state = _optimizer_state(strip_prefix('optimizer.', tensors), about['rest'], self.optimizer)
+        if about['steps'] and not state and any('betas' in group or group.get('momentum') for group in now):
+            raise ValueError('the state of the optimizer is missing')
+        tracker = dict(beta=about['beta'], scores=tensors['sampler.scores'], counts=tensors['sampler.counts'])
+        sampler = dict(generator=tensors['sampler.generator'], drawn=about['drawn'], tracker=tracker)
+        self.sampler.check(sampler)
+        schedule = about['schedule'] if self.schedule is not None else None
+        if schedule: schedule = _as_here(schedule, self.schedule.state_dict(), 'schedule')
+        return dict(state=state, param_groups=_as_here(about['groups'], now, 'groups')), sampler, schedule
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #4b3f41cf
 def deploy(

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from fastcore.basics import patch
 from ..core import CONVS, NORMS
 from ..cost.costs import cost
 from ..errors import check_number, OpenTransError, unknown
@@ -165,8 +164,8 @@ class Stitched(nn.Module):
     def forward(self, x): return self.tail.head(self.tail.run(self.stitch(self.front.run(self.front.embed(x)))))
 
 # %% ../../nbs/vit/62_stitching.ipynb #485b6a0a
-class StitchableNet(nn.Module):
-    "A family of anchors and all their stitches (thesis 3.3.2)."
+class _Family(nn.Module):
+    "Anchors, which stitches there are, and the layers that join them."
     def __init__(self,
         anchors, # Models or `Anchor`s, small to large
         configs=None, # `StitchConfig`s; None takes `stitch_configs` of the anchors' depths
@@ -216,6 +215,9 @@ class StitchableNet(nn.Module):
         return max((i for i,c in enumerate(self.configs) if c.is_anchor), key=lambda i: self.configs[i].front,
                    default=len(self.configs))
 
+# %% ../../nbs/vit/62_stitching.ipynb #2080f4d6
+class StitchableNet(_Family):
+    "A family of anchors and all their stitches (thesis 3.3.2)."
     def forward(self, x, stitch=None):
         "Run one stitch; None runs the largest anchor."
         c = self.config(stitch)
@@ -224,44 +226,41 @@ class StitchableNet(nn.Module):
             if c.is_anchor: return front(x)
             return end.head(end.run(self.stitching[c.key](front.run(front.embed(x), 0, c.j+1)), c.k))
 
-# %% ../../nbs/vit/62_stitching.ipynb #2080f4d6
-@patch
-def init_stitches(self:StitchableNet,
-    x:torch.Tensor, # Some images, about 100
-    # By stitch: `residual`, the share of the end's variation (norm around its mean) that the layer misses
-)->pd.DataFrame:
-    """Start every stitching layer at the mean of the least-squares solutions of its pairs (thesis 3.4.1). Raises
-    `OpenTransError` if activations do not match."""
-    check_images(x)
-    rows,stitches = [],[(i, c) for i,c in enumerate(self.configs) if not c.is_anchor]
-    for ab in sorted({(c.front, c.end) for _,c in stitches}):
-        front,end = (self.anchors[i].features(x) for i in ab)
-        for n in sorted({c.layer for _,c in stitches if (c.front, c.end) == ab}):
-            group = [(i, c) for i,c in stitches if (c.front, c.end, c.layer) == (*ab, n)]
-            layer,solved = self.stitching[group[0][1].key],[least_squares(front[c.j+1], end[c.k]) for _,c in group]
-            layer.set(*(sum(t)/len(group) for t in zip(*solved)))
-            for i,c in group:
-                y = _tokens(end[c.k]).double()
-                rows.append(asdict(c)
-                            | dict(stitch=i,
-                                   residual=layer.residual(front[c.j+1], end[c.k])/(y - y.mean(0)).norm().item()))
-    return pd.DataFrame(rows,
-                        columns=[*StitchConfig.__dataclass_fields__, 'stitch',
-                                 'residual']).set_index('stitch').sort_index()
+    def init_stitches(self,
+        x:torch.Tensor, # Some images, about 100
+        # By stitch: `residual`, the share of the end's variation (norm around its mean) that the layer misses
+    )->pd.DataFrame:
+        """Start every stitching layer at the mean of the least-squares solutions of its pairs (thesis 3.4.1). Raises
+        `OpenTransError` if activations do not match."""
+        check_images(x)
+        rows,stitches = [],[(i, c) for i,c in enumerate(self.configs) if not c.is_anchor]
+        for ab in sorted({(c.front, c.end) for _,c in stitches}):
+            front,end = (self.anchors[i].features(x) for i in ab)
+            for n in sorted({c.layer for _,c in stitches if (c.front, c.end) == ab}):
+                group = [(i, c) for i,c in stitches if (c.front, c.end, c.layer) == (*ab, n)]
+                layer,solved = self.stitching[group[0][1].key],[least_squares(front[c.j+1], end[c.k]) for _,c in group]
+                layer.set(*(sum(t)/len(group) for t in zip(*solved)))
+                for i,c in group:
+                    y = _tokens(end[c.k]).double()
+                    rows.append(asdict(c)
+                                | dict(stitch=i,
+                                       residual=layer.residual(front[c.j+1], end[c.k])/(y - y.mean(0)).norm().item()))
+        return pd.DataFrame(rows,
+                            columns=[*StitchConfig.__dataclass_fields__, 'stitch',
+                                     'residual']).set_index('stitch').sort_index()
 
-@patch
-def extract(self:StitchableNet,
-    stitch:int, # Which; None is the largest anchor
-)->nn.Module: # `Stitched`, or an `Anchor`
-    "A copy of one stitch that holds what it needs and nothing else."
-    c = self.config(stitch)
-    front,end = self.anchors[c.front],self.anchors[c.end]
-    new = copy.deepcopy(front if c.is_anchor
-                        else Stitched(front.part(0, c.j+1, head=False), self.stitching[c.key],
-                                      end.part(c.k, embed=False)))
-    for m in new.modules():
-        if hasattr(m, 'active'): m.active = ActiveStitch(self.configs.index(c))
-    return new
+    def extract(self,
+        stitch:int, # Which; None is the largest anchor
+    )->nn.Module: # `Stitched`, or an `Anchor`
+        "A copy of one stitch that holds what it needs and nothing else."
+        c = self.config(stitch)
+        front,end = self.anchors[c.front],self.anchors[c.end]
+        new = copy.deepcopy(front if c.is_anchor
+                            else Stitched(front.part(0, c.j+1, head=False), self.stitching[c.key],
+                                          end.part(c.k, embed=False)))
+        for m in new.modules():
+            if hasattr(m, 'active'): m.active = ActiveStitch(self.configs.index(c))
+        return new
 
 # %% ../../nbs/vit/62_stitching.ipynb #b2428e7f
 def _bare(net):
