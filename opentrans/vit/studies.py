@@ -18,7 +18,7 @@ from ..experiments.registry import study
 from ..experiments.scale import Scale
 from ..heavy_tail.table import analyze
 from ..runtime import get_axes, Handle
-from .esta_anchors import esta_anchors_rows
+from .anchors_study import esta_anchors_rows
 from .esta_study import esta_parts_rows, esta_rows
 from .faseg_study import faseg_parts_rows, faseg_rows
 from .sensitivity import param_sensitivity
