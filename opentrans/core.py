@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import NotRequired, Self, TypedDict
 from .errors import OpenTransError
 from .escape import for_html, for_markdown
 from .files import FileKind, json_text, parse_document, read_text, save_text
@@ -197,7 +197,7 @@ def _experts(dot, module):
 def layers_of(
     name:str, # Qualified name of a module
     module:nn.Module, # The module
-)->list: # `Layer`s of its own, without those of its children
+)->list[Layer]: # Its own, without those of its children
     "The layers that one module is."
     dot = f'{name}.' if name else ''
     if isinstance(module, nn.MultiheadAttention):
@@ -218,7 +218,7 @@ def layers_of(
 
 def layers(
     model:nn.Module, # Any model; names are read in its tower (`find_tower`), and wrappers are no part of them
-)->list: # `Layer`s in the order in which the model registers them; a weight shared by two modules appears once
+)->list[Layer]: # In the order in which the model registers them; a weight shared by two modules appears once
     """The named layers of a model: convolutions, linear maps, parts of packed projections, recurrent weights,
     experts."""
     res = {}
@@ -356,11 +356,11 @@ class _Selection(TypedDict):
 @dataclass(repr=False)
 class LayerSelection:
     "Which layers are trained and which are frozen. Names are those of `layers`."
-    train:list # Names of the layers that learn
-    freeze:list # Names of the layers that rest
+    train:list[str] # Names of the layers that learn
+    freeze:list[str] # Names of the layers that rest
     rule:str = '' # How the choice was made, e.g. `'alpha, 50% frozen'`
 
-    def __post_init__(self):
+    def __post_init__(self)->None:
         self.train,self.freeze = [clean_name(n) for n in self.train],[clean_name(n) for n in self.freeze]
         both = set(self.train) & set(self.freeze)
         if both:
@@ -384,7 +384,7 @@ class LayerSelection:
     @classmethod
     def from_json(cls,
         source:str|Path, # A path, or the JSON text itself
-    ):
+    )->Self:
         """Read what `to_json` wrote, or the same by hand. Raises `OpenTransError` if it is something else, or was
         altered."""
         text, what = str(source), 'the text'
