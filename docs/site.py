@@ -30,7 +30,7 @@ def public_owner(module, made):
     "The name of the public class that a class of a cell is, or is joined into; None for one that nobody sees."
     if not made.__name__.startswith('_'): return made.__name__
     heirs = [name for name,found in vars(module).items()
-             if isinstance(found, type) and issubclass(found, made) and not name.startswith('_')]
+             if isinstance(found, type) and made in found.__mro__ and not name.startswith('_')]
     return heirs[0] if heirs else None
 
 def methods_of(module, node):

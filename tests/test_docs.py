@@ -40,6 +40,14 @@ def test_links_between_notebooks_lead_to_pages(tmp_path):
     (tmp_path/'a.md').write_text('[here](a.md), [lost](b.md#x), [far](https://example.org/c.md)')
     assert site.check_links(tmp_path) == ['a.md leads to b.md, which is no page']
 
+def test_methods_of_joined_classes_are_told():
+    "The methods of a class of many parts have its public name; a typed dictionary beside them is passed over."
+    module = importlib.import_module('opentrans.data.vocabulary')
+    cells = nbformat.read(root/'nbs'/'data'/'10_vocabulary.ipynb', 4).cells
+    sources = [cell.source for cell in cells if cell.source.startswith('#| export')]
+    titles = {title for source in sources for title,_ in site.find_symbols(module, source)}
+    assert {'Vocabulary', 'Vocabulary.index', 'Vocabulary.subset', 'Vocabulary.from_file'} <= titles
+
 def test_every_notebook_has_its_place_in_the_sidebar():
     config = site.yaml.safe_load((root/'_quarto.yml').read_text())['website']
     listed = set(site.pages(site.navigation(config['sidebar']['contents'], ())))

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import nn
 import torch.nn.functional as F
-from fastcore.basics import patch
 import open_clip
 from .weights import _triple, open_model
 from ..data.vocabulary import check_templates, checked_text, Vocabulary
@@ -161,8 +160,8 @@ class Origin:
                                                         for k,m in maps.items()},dense.shape[1]
 
 # %% ../../nbs/clip/20_clip.ipynb #5dc0a6c9
-class ClipBackbone(nn.Module):
-    "A CLIP image tower as a dictionary of maps, with embeddings of pixels, regions and names. Made by `create`."
+class _ClipTower(nn.Module):
+    "The image tower of a CLIP: images go in, the maps of its four stages come out."
     def __init__(self,
         origin:Origin, # What was loaded; the backbone starts from a copy of its tower
     ):
@@ -205,10 +204,6 @@ class ClipBackbone(nn.Module):
         "The four maps of the tower."
         return self.kind.features(self.visual, self.prepare(images))[0]
 
-    def fresh_copy(self)->'ClipBackbone': # On the same device
-        "A new backbone with the weights that `create` loaded, sharing the text encoder."
-        return ClipBackbone(self.origin).to(device_of(self))
-
     def extra_repr(self):
         return (
             f"{self.name}, pretrained={self.origin.pretrained}, embed_dim={self.embed_dim}, "
@@ -224,76 +219,81 @@ class ClipBackbone(nn.Module):
                                                                 f"channels | stride |\n| --- | --- | --- |\n{rows}")
 
 # %% ../../nbs/clip/20_clip.ipynb #a1c72e34
-@patch(cls_method=True)
-def from_model(cls:ClipBackbone,
-    model:nn.Module, # An open_clip model; its parts are copied
-    tokenizer:Callable[..., torch.Tensor], # Texts -> token ids
-    name:str='clip', # A name for messages
-    pretrained:str=None, # Where the weights come from
-    # Mean colour that the tower expects; None: as open_clip has noted it at the model, else OpenAI's
-    mean:Sequence[float]|None=None,
-    std:Sequence[float]|None=None, # Deviation that the tower expects, likewise
-    normalize:bool=True, # Do images come in [0,1]? If not, they come normalised
-    output_stride:int=32, # Stride of `res5`: 32, 16 or 8
-    copy_weights:bool=True, # Leave `model` independent of the backbone?
-)->ClipBackbone:
-    "A backbone from an open_clip model. Raises `OpenTransError` for a tower that gives no maps, or no such stride."
-    noted = getattr(model.visual, 'preprocess_cfg', {})
-    mean = _triple('mean', noted.get('mean', open_clip.OPENAI_DATASET_MEAN) if mean is None else mean)
-    std = _triple('std', noted.get('std', open_clip.OPENAI_DATASET_STD) if std is None else std)
-    if copy_weights: model = copy.deepcopy(model)
-    visual = model.visual.eval().requires_grad_(True)
-    kind = tower_family(visual, name)
-    if output_stride not in (32, 16, 8): raise OpenTransError(f"output_stride={output_stride}: choose 32, 16 or 8.")
-    if output_stride != 32:
-        kind.dilate(visual, output_stride)
-    scale = model.logit_scale.exp().item()
-    text = TextEncoder(model, tokenizer, name, trained=pretrained is not None)
-    return cls(Origin(name, pretrained, visual, text, mean, std, scale, normalize, output_stride))
+class _OpenedClip(_ClipTower):
+    "An image tower and where it comes from: a name, a model, or what was loaded before."
+    @classmethod
+    def from_model(cls,
+        model:nn.Module, # An open_clip model; its parts are copied
+        tokenizer:Callable[..., torch.Tensor], # Texts -> token ids
+        name:str='clip', # A name for messages
+        pretrained:str=None, # Where the weights come from
+        # Mean colour that the tower expects; None: as open_clip has noted it at the model, else OpenAI's
+        mean:Sequence[float]|None=None,
+        std:Sequence[float]|None=None, # Deviation that the tower expects, likewise
+        normalize:bool=True, # Do images come in [0,1]? If not, they come normalised
+        output_stride:int=32, # Stride of `res5`: 32, 16 or 8
+        copy_weights:bool=True, # Leave `model` independent of the backbone?
+    )->'ClipBackbone':
+        "A backbone from an open_clip model. Raises `OpenTransError` for a tower that gives no maps, or no such stride."
+        noted = getattr(model.visual, 'preprocess_cfg', {})
+        mean = _triple('mean', noted.get('mean', open_clip.OPENAI_DATASET_MEAN) if mean is None else mean)
+        std = _triple('std', noted.get('std', open_clip.OPENAI_DATASET_STD) if std is None else std)
+        if copy_weights: model = copy.deepcopy(model)
+        visual = model.visual.eval().requires_grad_(True)
+        kind = tower_family(visual, name)
+        if output_stride not in (32, 16, 8): raise OpenTransError(f"output_stride={output_stride}: choose 32, 16 or 8.")
+        if output_stride != 32:
+            kind.dilate(visual, output_stride)
+        scale = model.logit_scale.exp().item()
+        text = TextEncoder(model, tokenizer, name, trained=pretrained is not None)
+        return cls(Origin(name, pretrained, visual, text, mean, std, scale, normalize, output_stride))
 
-@patch(cls_method=True)
-def create(cls:ClipBackbone,
-    name:str, # `'shapes-rn'`, `'photo-lite0'` (photographs), or open_clip's name of an RN, ViT or convnext model
-    # A tag of open_clip (`'openai'`), a path, the own name of a CLIP that ships, or None: random weights
-    pretrained:str=None,
-    seed:int=0, # Seed of random weights
-    normalize:bool=True, # Do images come in [0,1]? If not, they come normalised
-    output_stride:int=32, # Stride of `res5`: 32, or for a ResNet 16 or 8
-    cache_dir:str=None, # Where downloads are kept; None for the libraries' own place
-    quick_gelu:bool=None, # OpenAI's faster activation? None: as file, tag or name tell
-    mean:Sequence[float]|None=None, # Mean colour of its images, three numbers; None: as file or tag tell
-    std:Sequence[float]|None=None, # Their deviation, likewise
-    # True: whatever is missing may be fetched from the Hugging Face hub; None: what a tag needs; False: nothing
-    hub:bool=None,
-)->ClipBackbone: # In eval mode, on the CPU
-    "Open a CLIP. Weights that are missing, or do not fit, are an `OpenTransError` that says what to do."
-    model,tokenizer,mean,std = open_model(name, pretrained, seed, cache_dir, quick_gelu, mean, std, hub)
-    return cls.from_model(model, tokenizer, name, pretrained and str(pretrained), mean, std, normalize,
-                          output_stride, copy_weights=False)
+    @classmethod
+    def create(cls,
+        name:str, # `'shapes-rn'`, `'photo-lite0'` (photographs), or open_clip's name of an RN, ViT or convnext model
+        # A tag of open_clip (`'openai'`), a path, the own name of a CLIP that ships, or None: random weights
+        pretrained:str=None,
+        seed:int=0, # Seed of random weights
+        normalize:bool=True, # Do images come in [0,1]? If not, they come normalised
+        output_stride:int=32, # Stride of `res5`: 32, or for a ResNet 16 or 8
+        cache_dir:str=None, # Where downloads are kept; None for the libraries' own place
+        quick_gelu:bool=None, # OpenAI's faster activation? None: as file, tag or name tell
+        mean:Sequence[float]|None=None, # Mean colour of its images, three numbers; None: as file or tag tell
+        std:Sequence[float]|None=None, # Their deviation, likewise
+        # True: whatever is missing may be fetched from the Hugging Face hub; None: what a tag needs; False: nothing
+        hub:bool=None,
+    )->'ClipBackbone': # In eval mode, on the CPU
+        "Open a CLIP. Weights that are missing, or do not fit, are an `OpenTransError` that says what to do."
+        model,tokenizer,mean,std = open_model(name, pretrained, seed, cache_dir, quick_gelu, mean, std, hub)
+        return cls.from_model(model, tokenizer, name, pretrained and str(pretrained), mean, std, normalize,
+                              output_stride, copy_weights=False)
+
+    def fresh_copy(self)->'ClipBackbone': # On the same device
+        "A new backbone with the weights that `create` loaded, sharing the text encoder."
+        return ClipBackbone(self.origin).to(device_of(self))
 
 # %% ../../nbs/clip/20_clip.ipynb #30b96d38
-@patch
-def encode_text(self:ClipBackbone,
-    vocabulary:Vocabulary|str|Sequence[str], # A `Vocabulary`, or a list of names
-    templates:str|Sequence[str]|None=None, # Prompts with `{}`; None takes the vocabulary's own, or CLIP's simplest
-)->torch.Tensor: # (K, D), unit length
-    "Embed class names. Each prompt is encoded once for all copies of this backbone."
-    return self.text(class_prompts(vocabulary, templates), device_of(self))
+class _ClipEmbeddings(_OpenedClip):
+    "A tower that embeds names, whole images, and the cells of its last map."
+    def encode_text(self,
+        vocabulary:Vocabulary|str|Sequence[str], # A `Vocabulary`, or a list of names
+        templates:str|Sequence[str]|None=None, # Prompts with `{}`; None takes the vocabulary's own, or CLIP's simplest
+    )->torch.Tensor: # (K, D), unit length
+        "Embed class names. Each prompt is encoded once for all copies of this backbone."
+        return self.text(class_prompts(vocabulary, templates), device_of(self))
 
-@patch
-def encode_image(self:ClipBackbone,
-    images:torch.Tensor, # (B, 3, H, W) in [0,1]
-)->torch.Tensor: # (B, D), unit length
-    "Embed whole images, of any size."
-    return F.normalize(self._embed(self.prepare(images)), dim=-1)
+    def encode_image(self,
+        images:torch.Tensor, # (B, 3, H, W) in [0,1]
+    )->torch.Tensor: # (B, D), unit length
+        "Embed whole images, of any size."
+        return F.normalize(self._embed(self.prepare(images)), dim=-1)
 
-@patch
-def dense_embeddings(self:ClipBackbone,
-    images:torch.Tensor, # (B, 3, H, W) in [0,1]
-)->torch.Tensor: # (B, D, h, w), unit length along D; h = H / `strides['res5']`
-    "Embed each cell of the last map in the space of the text."
-    return F.normalize(self.kind.dense(self.visual, self.kind.features(self.visual, self.prepare(images))[1]),
-                       dim=1)
+    def dense_embeddings(self,
+        images:torch.Tensor, # (B, 3, H, W) in [0,1]
+    )->torch.Tensor: # (B, D, h, w), unit length along D; h = H / `strides['res5']`
+        "Embed each cell of the last map in the space of the text."
+        return F.normalize(self.kind.dense(self.visual, self.kind.features(self.visual, self.prepare(images))[1]),
+                           dim=1)
 
 # %% ../../nbs/clip/20_clip.ipynb #7091e4f5
 def _check_regions(images, regions):
@@ -309,66 +309,68 @@ def _check_regions(images, regions):
         empty = (~r.bool().flatten(1).any(1)).nonzero().flatten().tolist()
         if empty: raise OpenTransError(f"Regions {empty[:6]} of image {i} have no pixel. Leave empty regions out.")
 
-@patch
-def crops(self:ClipBackbone,
-    images:torch.Tensor, # (B, 3, H, W) in [0,1]
-    regions:Sequence[torch.Tensor], # List of B masks (N_i, H, W)
-    size:int=None, # Side of the crops; None for the native size
-    margin:float=1.3, # Side of the box, as a multiple of the region's longer side; never more than the image's
-)->torch.Tensor: # (sum N_i, 3, size, size), normalised as the tower wants; what is outside a region is 0
-    "Cut out regions: square boxes around them, the rest painted in the mean colour, resized."
-    _check_regions(images, regions)
-    size,res = size or self.image_size,[]
-    for image,masks in zip(self.prepare(images), regions):
-        for m in masks.bool():
-            ys,xs = m.any(1).nonzero().flatten(),m.any(0).nonzero().flatten()
-            top = ys[0].item()
-            left = xs[0].item()
-            h = (ys[-1]-ys[0]+1).item()
-            w = (xs[-1]-xs[0]+1).item()
-            s = max(h, w, min(round(margin*max(h, w)), max(m.shape)))
-            c = F.pad((image*m)[:,top:top+h,left:left+w], ((s-w)//2, s-w-(s-w)//2, (s-h)//2, s-h-(s-h)//2))
-            res.append(F.interpolate(c[None], size=(size, size), mode='bilinear', antialias=True,
-                                     align_corners=False)[0])
-    return torch.stack(res) if res else images.new_zeros(0, 3, size, size)
-
-@patch
-def tight_crops(self:ClipBackbone,
-    images:torch.Tensor, # (B, 3, H, W) in [0,1]
-    regions:Sequence[torch.Tensor], # List of B masks (N_i, H, W)
-    size:int=None, # Side of the crops; None for the native size
-)->torch.Tensor: # (sum N_i, 3, size, size), normalised as the tower wants
-    """Cut out regions as the code released with the paper does (detr_panoptic_caption_kd_dataset_mapper.py): the
-    rest painted grey (128), the tight box without its last row and column, stretched to a square (bicubic)."""
-    _check_regions(images, regions)
-    size,res = size or self.image_size,[]
-    for image,masks in zip(images, regions):
-        for m in masks.bool():
-            ys,xs = m.any(1).nonzero().flatten().tolist(),m.any(0).nonzero().flatten().tolist()
-            painted = image.where(m, 128/255)[:,ys[0]:max(ys[-1], ys[0]+1),xs[0]:max(xs[-1], xs[0]+1)]
-            res.append(F.interpolate(painted[None], size=(size, size), mode='bicubic', antialias=True,
-                                     align_corners=False)[0].clamp(0, 1))
-    return self.prepare(torch.stack(res)) if res else images.new_zeros(0, 3, size, size)
-
-@patch
-def region_embeddings(self:ClipBackbone,
-    images:torch.Tensor, # (B, 3, H, W) in [0,1]
-    regions:Sequence[torch.Tensor]|None=None, # List of B masks (N_i, H, W); None for one region a image, all of it
-    # `'attention'`: pool the region's cells of the map; `'crop'`: embed each region as an image of its own;
-    # `'tight'`: as the released code crops it
-    mode:str='attention',
-    margin:float=1.3, # Side of a crop, as a multiple of the region's longer side
-    batch:int=64, # Crops at a time
-)->torch.Tensor: # (sum N_i, D), unit length, in the order of the images
-    "Embed regions of images in the space of the text. Raises `OpenTransError` for empty or misshapen masks."
-    if mode not in ('attention', 'crop', 'tight'):
-        raise unknown('mode of region embeddings', mode, ['attention', 'crop', 'tight'])
-    if regions is None:
-        regions = [torch.ones(1, *images.shape[2:], dtype=torch.bool, device=images.device)]*len(images)
-    if mode in ('crop', 'tight'):
+class _ClipCrops(_ClipEmbeddings):
+    "A tower that cuts regions out of images, in this package's way and in that of the released code."
+    def crops(self,
+        images:torch.Tensor, # (B, 3, H, W) in [0,1]
+        regions:Sequence[torch.Tensor], # List of B masks (N_i, H, W)
+        size:int=None, # Side of the crops; None for the native size
+        margin:float=1.3, # Side of the box, as a multiple of the region's longer side; never more than the image's
+    )->torch.Tensor: # (sum N_i, 3, size, size), normalised as the tower wants; what is outside a region is 0
+        "Cut out regions: square boxes around them, the rest painted in the mean colour, resized."
         _check_regions(images, regions)
-        if not sum(map(len, regions)): return images.new_zeros(0, self.embed_dim)
-        crops = self.crops(images, regions, margin=margin) if mode == 'crop' else self.tight_crops(images, regions)
-        return F.normalize(torch.cat([self._embed(c) for c in crops.split(batch)]), dim=-1)
-    _check_regions(images, regions)
-    return F.normalize(self._embed(self.prepare(images), regions), dim=-1)
+        size,res = size or self.image_size,[]
+        for image,masks in zip(self.prepare(images), regions):
+            for m in masks.bool():
+                ys,xs = m.any(1).nonzero().flatten(),m.any(0).nonzero().flatten()
+                top = ys[0].item()
+                left = xs[0].item()
+                h = (ys[-1]-ys[0]+1).item()
+                w = (xs[-1]-xs[0]+1).item()
+                s = max(h, w, min(round(margin*max(h, w)), max(m.shape)))
+                c = F.pad((image*m)[:,top:top+h,left:left+w], ((s-w)//2, s-w-(s-w)//2, (s-h)//2, s-h-(s-h)//2))
+                res.append(F.interpolate(c[None], size=(size, size), mode='bilinear', antialias=True,
+                                         align_corners=False)[0])
+        return torch.stack(res) if res else images.new_zeros(0, 3, size, size)
+
+    def tight_crops(self,
+        images:torch.Tensor, # (B, 3, H, W) in [0,1]
+        regions:Sequence[torch.Tensor], # List of B masks (N_i, H, W)
+        size:int=None, # Side of the crops; None for the native size
+    )->torch.Tensor: # (sum N_i, 3, size, size), normalised as the tower wants
+        """Cut out regions as the code released with the paper does (detr_panoptic_caption_kd_dataset_mapper.py): the
+        rest painted grey (128), the tight box without its last row and column, stretched to a square (bicubic)."""
+        _check_regions(images, regions)
+        size,res = size or self.image_size,[]
+        for image,masks in zip(images, regions):
+            for m in masks.bool():
+                ys,xs = m.any(1).nonzero().flatten().tolist(),m.any(0).nonzero().flatten().tolist()
+                painted = image.where(m, 128/255)[:,ys[0]:max(ys[-1], ys[0]+1),xs[0]:max(xs[-1], xs[0]+1)]
+                res.append(F.interpolate(painted[None], size=(size, size), mode='bicubic', antialias=True,
+                                         align_corners=False)[0].clamp(0, 1))
+        return self.prepare(torch.stack(res)) if res else images.new_zeros(0, 3, size, size)
+
+# %% ../../nbs/clip/20_clip.ipynb #1b60dfd3
+class ClipBackbone(_ClipCrops):
+    "A CLIP image tower as a dictionary of maps, with embeddings of pixels, regions and names. Made by `create`."
+    def region_embeddings(self,
+        images:torch.Tensor, # (B, 3, H, W) in [0,1]
+        regions:Sequence[torch.Tensor]|None=None, # List of B masks (N_i, H, W); None for one region a image, all of it
+        # `'attention'`: pool the region's cells of the map; `'crop'`: embed each region as an image of its own;
+        # `'tight'`: as the released code crops it
+        mode:str='attention',
+        margin:float=1.3, # Side of a crop, as a multiple of the region's longer side
+        batch:int=64, # Crops at a time
+    )->torch.Tensor: # (sum N_i, D), unit length, in the order of the images
+        "Embed regions of images in the space of the text. Raises `OpenTransError` for empty or misshapen masks."
+        if mode not in ('attention', 'crop', 'tight'):
+            raise unknown('mode of region embeddings', mode, ['attention', 'crop', 'tight'])
+        if regions is None:
+            regions = [torch.ones(1, *images.shape[2:], dtype=torch.bool, device=images.device)]*len(images)
+        if mode in ('crop', 'tight'):
+            _check_regions(images, regions)
+            if not sum(map(len, regions)): return images.new_zeros(0, self.embed_dim)
+            crops = self.crops(images, regions, margin=margin) if mode == 'crop' else self.tight_crops(images, regions)
+            return F.normalize(torch.cat([self._embed(c) for c in crops.split(batch)]), dim=-1)
+        _check_regions(images, regions)
+        return F.normalize(self._embed(self.prepare(images), regions), dim=-1)

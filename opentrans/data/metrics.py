@@ -9,10 +9,10 @@ __all__ = ['IOU_THRESHOLDS', 'Sums', 'SemanticIoU', 'panoptic_map', 'match_segme
 # %% ../../nbs/data/16_metrics.ipynb #cf98af5f
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.basics import patch
 from scipy.optimize import linear_sum_assignment
 from ..errors import OpenTransError, shorten
 
@@ -281,8 +281,8 @@ def match_segments(
     return p[p.cls != ignore],t[(t.cls != ignore) & ~t.crowd].drop(columns='crowd')
 
 # %% ../../nbs/data/16_metrics.ipynb #54d961b8
-class PanopticQuality(Sums):
-    "Panoptic quality PQ = SQ x RQ, per class and over things and stuff (Kirillov et al. 2019)."
+class _SegmentSums(Sums):
+    "What panoptic quality is made of, summed over the segments of each class; and maps of segments, checked."
     _sums = ('iou', 'tp', 'fp', 'fn')
     def __init__(self,
         isthing:torch.Tensor|Sequence[bool], # One boolean a class: countable or not
@@ -314,6 +314,9 @@ class PanopticQuality(Sums):
         whole = instances.clamp(max=0).where(stuff, instances) # a stuff class is one segment, or a crowd
         return torch.stack([classes, whole], -1)
 
+# %% ../../nbs/data/16_metrics.ipynb #8071866d
+class PanopticQuality(_SegmentSums):
+    "Panoptic quality PQ = SQ x RQ, per class and over things and stuff (Kirillov et al. 2019)."
     def update(self,
         pred:torch.Tensor, # (H,W,2) or (B,H,W,2): class and instance of each pixel; class `ignore` = nothing said
         target:torch.Tensor, # The truth; instance -1 marks a crowd
@@ -334,18 +337,18 @@ class PanopticQuality(Sums):
             self.iou += torch.from_numpy(np.bincount(ts.cls, weights=ts.iou, minlength=n))
         return self
 
-# %% ../../nbs/data/16_metrics.ipynb #8071866d
-@patch
-def compute(self:PanopticQuality)->dict: # pq, sq, rq over all classes, things=(...), stuff=(...), and per_class: a DataFrame (NaN = no such segment)
-    "The figures of everything counted so far, as shares of 1."
-    tp,fp,fn,iou = (getattr(self, n).numpy() for n in ('tp', 'fp', 'fn', 'iou'))
-    with np.errstate(invalid='ignore', divide='ignore'):
-        rq = tp/(tp + fp/2 + fn/2)
-        sq = np.where(np.isnan(rq), np.nan, np.where(tp > 0, iou/tp, 0.))
-    t = pd.DataFrame(dict(pq=sq*rq, sq=sq, rq=rq, tp=tp.astype(int), fp=fp.astype(int), fn=fn.astype(int),
-                          isthing=self.isthing.numpy()))
-    def mean(t): return {k: float(t[k].mean()) for k in ('pq', 'sq', 'rq')}
-    return dict(mean(t), things=mean(t[t.isthing]), stuff=mean(t[~t.isthing]), per_class=t)
+    def compute(self,
+        # pq, sq, rq over all classes, things=(...), stuff=(...), and per_class: a DataFrame (NaN = no such segment)
+    )->dict[str, Any]:
+        "The figures of everything counted so far, as shares of 1."
+        tp,fp,fn,iou = (getattr(self, n).numpy() for n in ('tp', 'fp', 'fn', 'iou'))
+        with np.errstate(invalid='ignore', divide='ignore'):
+            rq = tp/(tp + fp/2 + fn/2)
+            sq = np.where(np.isnan(rq), np.nan, np.where(tp > 0, iou/tp, 0.))
+        t = pd.DataFrame(dict(pq=sq*rq, sq=sq, rq=rq, tp=tp.astype(int), fp=fp.astype(int), fn=fn.astype(int),
+                              isthing=self.isthing.numpy()))
+        def mean(t): return {k: float(t[k].mean()) for k in ('pq', 'sq', 'rq')}
+        return dict(mean(t), things=mean(t[t.isthing]), stuff=mean(t[~t.isthing]), per_class=t)
 
 # %% ../../nbs/data/16_metrics.ipynb #247db58b
 class MaskNames(Sums):

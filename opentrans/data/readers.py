@@ -18,7 +18,6 @@ import pandas as pd
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
-from fastcore.basics import patch
 from .samples import _is_whole, _listed_names, _listed_values, ignore_label, unpack
 from .vocabulary import Vocabulary
 from ..errors import OpenTransError, shorten, unknown
@@ -282,9 +281,18 @@ def _some(problems, n=3):
     shown = [f"{k}: {v}" for k,v in list(problems.items())[:n]]
     return '; '.join(shown) + (f'; and {len(problems)-n} more' if len(problems) > n else '')
 
+def _decodes(data, f):
+    "What is wrong with the files of one image, or ''."
+    try:
+        read_image(f.image)
+        data.decode(f.labels)
+        if isinstance(f.segments, Path): read_instances(f.segments)
+        return ''
+    except OpenTransError as e: return str(e)
+
 # %% ../../nbs/data/14_readers.ipynb #360131ad
-class Segmentation(Dataset):
-    "A data set on disk. Subclasses write `annotation`, which reads the segments of one image."
+class _ImageFiles(Dataset):
+    "Files of images and labels, of which those that cannot be read are left out if that is asked for."
     decode = staticmethod(read_label_map)
     instances = True # is each thing a region of its own?
     reads_smaller = True # does `packed` take `least`?
@@ -323,6 +331,22 @@ class Segmentation(Dataset):
                     f"{self.name}: '{shorten(name, 40)}' names class {_listed_values(bad)}, and there are classes "
                     f"0 to {len(self.vocabulary)-1}.")
 
+    def _skip(self):
+        "Decode every file once; leave out what cannot be read, and say so."
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            wrong = list(pool.map(lambda f: _decodes(self, f), self.files))
+        self.skipped.update({f.id: w for f,w in zip(self.files, wrong) if w})
+        self.files = [f for f,w in zip(self.files, wrong) if not w]
+        if not self.files:
+            raise OpenTransError(f"{self.name}: none of its {len(wrong)} images can be read. {_some(self.skipped)}")
+        if self.skipped:
+            warnings.warn(
+                f"{self.name}: {len(self.skipped)} of {len(self.skipped)+len(self.files)} images are left out. "
+                f"{_some(self.skipped)}")
+
+# %% ../../nbs/data/14_readers.ipynb #729fd008
+class _ImageLabels(_ImageFiles):
+    "What is drawn on each image of some files, and a sample of both."
     def annotation(self,
         i:int, # Which image
     )->tuple: # segments (H,W) small integers; for each segment its class (or ignore), and whether it is a region
@@ -353,29 +377,6 @@ class Segmentation(Dataset):
                 + (f", {len(self.skipped)} skipped" if self.skipped else ''))
 
 # %% ../../nbs/data/14_readers.ipynb #017c1e26
-def _decodes(self, f):
-    "What is wrong with the files of one image, or ''."
-    try:
-        read_image(f.image)
-        self.decode(f.labels)
-        if isinstance(f.segments, Path): read_instances(f.segments)
-        return ''
-    except OpenTransError as e: return str(e)
-
-@patch
-def _skip(self:Segmentation):
-    "Decode every file once; leave out what cannot be read, and say so."
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        wrong = list(pool.map(lambda f: _decodes(self, f), self.files))
-    self.skipped.update({f.id: w for f,w in zip(self.files, wrong) if w})
-    self.files = [f for f,w in zip(self.files, wrong) if not w]
-    if not self.files:
-        raise OpenTransError(f"{self.name}: none of its {len(wrong)} images can be read. {_some(self.skipped)}")
-    if self.skipped:
-        warnings.warn(
-            f"{self.name}: {len(self.skipped)} of {len(self.skipped)+len(self.files)} images are left out. "
-            f"{_some(self.skipped)}")
-
 def _summary(sample):
     "What `check` tells of one sample, and how many of its pixels have each label."
     labels = sample['labels']
@@ -383,48 +384,47 @@ def _summary(sample):
                classes=len(sample['region_classes'].unique()), regions=len(sample['regions']), problem='')
     return row, Counter(dict(zip(*(x.tolist() for x in labels.unique(return_counts=True)))))
 
-@patch
-def check(self:Segmentation,
-    n:int=None, # At most this many images, evenly spread; None for all
-    # One row an image: height, width, classes, regions, problem ('' if there is none); and a row 'all images' if
-    # names and numbers seem not to belong together
-)->pd.DataFrame:
-    "Read the data set as training would, and report what is there and what is wrong, instead of raising."
-    if n is not None and n < 0: raise OpenTransError(f"n={n}: give the number of images to read, or None for all.")
-    rows = [dict(id=k, problem=v) for k,v in self.skipped.items()]
-    seen = Counter()
-    empty = []
-    chosen = np.unique(np.linspace(0, len(self)-1, min(n or len(self), len(self))).astype(int))
-    for i in chosen:
-        try:
-            row,labels = _summary(self[int(i)])
-            rows.append(row)
-            seen += labels
-            if set(labels) <= {self.ignore}: empty.append(row['id'])
-        except OpenTransError as e: rows.append(dict(id=self.files[i].id, problem=str(e)))
-    n_read = sum(row['problem'] == '' for row in rows)
-    self._tell(rows, [seen[c] for c in range(len(self.vocabulary))], seen[self.ignore], n_read, empty)
-    return pd.DataFrame(rows, columns=['id', 'height', 'width', 'classes', 'regions', 'problem']).set_index('id')
+class Segmentation(_ImageLabels):
+    "A data set on disk. Subclasses write `annotation`, which reads the segments of one image."
+    def check(self,
+        n:int=None, # At most this many images, evenly spread; None for all
+        # One row an image: height, width, classes, regions, problem ('' if there is none); and a row 'all images' if
+        # names and numbers seem not to belong together
+    )->pd.DataFrame:
+        "Read the data set as training would, and report what is there and what is wrong, instead of raising."
+        if n is not None and n < 0: raise OpenTransError(f"n={n}: give the number of images to read, or None for all.")
+        rows = [dict(id=k, problem=v) for k,v in self.skipped.items()]
+        seen = Counter()
+        empty = []
+        chosen = np.unique(np.linspace(0, len(self)-1, min(n or len(self), len(self))).astype(int))
+        for i in chosen:
+            try:
+                row,labels = _summary(self[int(i)])
+                rows.append(row)
+                seen += labels
+                if set(labels) <= {self.ignore}: empty.append(row['id'])
+            except OpenTransError as e: rows.append(dict(id=self.files[i].id, problem=str(e)))
+        n_read = sum(row['problem'] == '' for row in rows)
+        self._tell(rows, [seen[c] for c in range(len(self.vocabulary))], seen[self.ignore], n_read, empty)
+        return pd.DataFrame(rows, columns=['id', 'height', 'width', 'classes', 'regions', 'problem']).set_index('id')
 
-@patch
-def _tell(self:Segmentation, rows, counts, ignored, images, empty):
-    """What is in doubt is a row, if a class may have been left out by mistake and all images were read; else it is
-    a warning."""
-    doubt = self.doubt(counts, ignored, images, empty)
-    if doubt and ignored and not all(counts) and images == len(self):
-        rows.append(dict(id='all images', problem=doubt))
-    elif doubt: warnings.warn(doubt)
+    def _tell(self, rows, counts, ignored, images, empty):
+        """What is in doubt is a row, if a class may have been left out by mistake and all images were read; else it is
+        a warning."""
+        doubt = self.doubt(counts, ignored, images, empty)
+        if doubt and ignored and not all(counts) and images == len(self):
+            rows.append(dict(id='all images', problem=doubt))
+        elif doubt: warnings.warn(doubt)
 
-@patch
-def doubt(self:Segmentation,
-    counts:Sequence[int], # How many pixels each class has in the labels
-    ignored:int, # How many pixels are left out
-    images:int, # In how many images
-    empty:Sequence[str]=(), # Names of the images in which every pixel is left out
-)->str: # A sentence, or ''
-    """Do the names seem not to fit the numbers in the files? Nothing is in doubt where both are those of a
-    published data set."""
-    return ''
+    def doubt(self,
+        counts:Sequence[int], # How many pixels each class has in the labels
+        ignored:int, # How many pixels are left out
+        images:int, # In how many images
+        empty:Sequence[str]=(), # Names of the images in which every pixel is left out
+    )->str: # A sentence, or ''
+        """Do the names seem not to fit the numbers in the files? Nothing is in doubt where both are those of a
+        published data set."""
+        return ''
 
 # %% ../../nbs/data/14_readers.ipynb #8f8315a7
 INVALID = -1 # what a number that means nothing becomes

@@ -9,8 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 import numpy as np
-from fastcore.basics import patch
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import NotRequired, Self, TypedDict
 import opentrans
 from ..errors import FormatError, OpenTransError, shorten, unknown
 from ..files import load_json, parse_json, read_text, save_text
@@ -113,9 +112,8 @@ def check_templates(
     return templates
 
 # %% ../../nbs/data/10_vocabulary.ipynb #e7969e81
-class Vocabulary:
-    """Class names with synonyms and prompt templates: what a segmentation model chooses from. Immutable; equal if
-    names, order and templates are."""
+class _ClassNames:
+    "Class names with synonyms and prompt templates, found by any of their words."
     def __init__(self,
         # Class names: a list of `'name'` or `'name,synonym,...'`, or one comma string in which `;` parts synonyms
         names:str|Iterable[str],
@@ -155,7 +153,7 @@ class Vocabulary:
     def __contains__(self, name): return name in self.names or name in self.entries
     def __getitem__(self, i): return self.names[i]
     def __eq__(self, other):
-        return isinstance(other, Vocabulary) and (self.entries, self.templates) == (other.entries, other.templates)
+        return isinstance(other, _ClassNames) and (self.entries, self.templates) == (other.entries, other.templates)
     def __hash__(self): return hash((self.entries, self.templates))
     def __repr__(self):
         return (
@@ -163,28 +161,23 @@ class Vocabulary:
             f"{len(self.templates)} templates)")
 
 # %% ../../nbs/data/10_vocabulary.ipynb #d80ae4ee
-@patch
-def __add__(self:Vocabulary, other):
-    "All classes of both; those of the left side keep their indices, and its templates are used."
-    other = other if isinstance(other, Vocabulary) else Vocabulary(other, self.templates)
-    return Vocabulary(list(dict.fromkeys(self.entries+other.entries)), self.templates)
+class _JoinedNames(_ClassNames):
+    "Class names, cut and joined."
+    def __add__(self, other):
+        "All classes of both; those of the left side keep their indices, and its templates are used."
+        other = other if isinstance(other, Vocabulary) else Vocabulary(other, self.templates)
+        return Vocabulary(list(dict.fromkeys(self.entries+other.entries)), self.templates)
 
-@patch
-def subset(self:Vocabulary,
-    keep:Sequence[str|int], # Class names or indices
-)->Vocabulary: # Those classes, in the order given
-    "A part of a vocabulary. Raises `OpenTransError` for a class that is not there."
-    whole = [isinstance(k, (int, np.integer)) and not isinstance(k, bool) for k in keep]
-    for k,is_index in zip(keep, whole):
-        if is_index and not -len(self) <= k < len(self):
-            raise OpenTransError(f"There is no class {k} in a vocabulary of {len(self)}.")
-    return Vocabulary([self.entries[k if is_index else self.index(k)] for k,is_index in zip(keep, whole)],
-                      self.templates)
-
-@patch
-def to_file(self:Vocabulary, path:str|Path):
-    "Write as JSON, whole or not at all."
-    save_text(json.dumps(dict(templates=self.templates, names=self.entries), indent=1, ensure_ascii=False), path)
+    def subset(self,
+        keep:Sequence[str|int], # Class names or indices
+    )->'Vocabulary': # Those classes, in the order given
+        "A part of a vocabulary. Raises `OpenTransError` for a class that is not there."
+        whole = [isinstance(k, (int, np.integer)) and not isinstance(k, bool) for k in keep]
+        for k,is_index in zip(keep, whole):
+            if is_index and not -len(self) <= k < len(self):
+                raise OpenTransError(f"There is no class {k} in a vocabulary of {len(self)}.")
+        return Vocabulary([self.entries[k if is_index else self.index(k)] for k,is_index in zip(keep, whole)],
+                          self.templates)
 
 # %% ../../nbs/data/10_vocabulary.ipynb #3b68cd8d
 # what a column of names is called
@@ -276,30 +269,38 @@ def _class_lines(text):
         raise OpenTransError("its only line has commas, which part the words of one class. Write one class a line")
     return names
 
+# %% ../../nbs/data/10_vocabulary.ipynb #023a873b
 class _VocabularyFile(TypedDict):
     names:list[str | list[str]]
     templates:NotRequired[str | list[str]]
 
-@patch(cls_method=True)
-def from_file(cls:Vocabulary,
-    # `.json` as `to_file` writes it, or a text file with one class a line, maybe with numbers in front, or a table
-    # with a column of names
-    path:str|Path,
-    templates:str|Iterable[str]|None=None, # Other templates than those of the file
-):
-    """Read a vocabulary from a file. Raises `FormatError` if it holds something else, or what could be read in two
-    ways."""
-    text = read_text(path, limit=2**24)
-    templates = None if templates is None else check_templates(templates)
-    try:
-        if Path(path).suffix.lower() != '.json':
-            return cls([line for line in _class_lines(text) if line != 'invalid_class_id'], templates or 'photo')
-        told = parse_json(text, 'it', _VocabularyFile)
-        return cls(told['names'], templates or told.get('templates', 'photo'))
-    except OpenTransError as error:
-        raise FormatError(
-            f"'{shorten(path)}' is not a vocabulary: {str(error).rstrip('.')}. Vocabulary.to_file writes one as "
-            f"JSON.") from None
+class Vocabulary(_JoinedNames):
+    """Class names with synonyms and prompt templates: what a segmentation model chooses from. Immutable; equal if
+    names, order and templates are."""
+    def to_file(self, path:str|Path)->None:
+        "Write as JSON, whole or not at all."
+        save_text(json.dumps(dict(templates=self.templates, names=self.entries), indent=1, ensure_ascii=False), path)
+
+    @classmethod
+    def from_file(cls,
+        # `.json` as `to_file` writes it, or a text file with one class a line, maybe with numbers in front, or a table
+        # with a column of names
+        path:str|Path,
+        templates:str|Iterable[str]|None=None, # Other templates than those of the file
+    )->Self:
+        """Read a vocabulary from a file. Raises `FormatError` if it holds something else, or what could be read in two
+        ways."""
+        text = read_text(path, limit=2**24)
+        templates = None if templates is None else check_templates(templates)
+        try:
+            if Path(path).suffix.lower() != '.json':
+                return cls([line for line in _class_lines(text) if line != 'invalid_class_id'], templates or 'photo')
+            told = parse_json(text, 'it', _VocabularyFile)
+            return cls(told['names'], templates or told.get('templates', 'photo'))
+        except OpenTransError as error:
+            raise FormatError(
+                f"'{shorten(path)}' is not a vocabulary: {str(error).rstrip('.')}. Vocabulary.to_file writes one as "
+                f"JSON.") from None
 
 # %% ../../nbs/data/10_vocabulary.ipynb #c2334bba
 def _vocabularies(): return sorted(p.stem[6:] for p in ASSETS.glob('vocab_*.json'))

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 import torch
-from fastcore.basics import patch
 from scipy import optimize, special
 from torch.nn.parameter import is_lazy
 from ..core import no_values, unreadable
@@ -87,6 +86,7 @@ class _Tails:
 XMIN_RULES = ('ks', 'median', 'peak', 'paper') # the rules for the beginning of the tail; a number is one too
 # the ways to choose the layers that rest: three of Tab. 2, and alpha against chance
 SELECTION_RULES = ('alpha', 'alpha*', 'random', 'z')
+ALTERNATIVES = ('lognormal', 'exponential', 'truncated_power_law') # the laws that a fit is compared with
 
 @dataclass(frozen=True, repr=False)
 class PowerLawFit:
@@ -113,6 +113,23 @@ class PowerLawFit:
         if not self.ok: return f"PowerLawFit: no fit, {self.reason}"
         return (f"PowerLawFit: alpha {self.alpha:.4g} +- {self.sigma:.2g}, xmin {self.xmin:.4g} ({self.method}), "
                 f"D {self.D:.3g}, {self.n_tail} of {self.n} eigenvalues in the tail")
+
+    def p_value(self,
+        n:int=1000, # Samples to draw; the answer is good to about 0.5/sqrt(n)
+        seed:int=0, # Of the draws
+    )->float: # Share of true power laws of this size that fit worse; below 0.1 the power law is doubtful
+        """Goodness of fit by bootstrap (Clauset, Shalizi and Newman 2009, Sec. 4.1). The fit's own rule is applied to
+        every sample."""
+        return _worse_share(self, n, seed)
+
+    def compare(self,
+        alternatives:Sequence[str]=ALTERNATIVES, # Laws to compare with
+        # A row each: `R` (log-likelihood ratio, above zero for the power law), `p` (chance of such a ratio if both were
+        # equal), `verdict`, parameters
+    )->pd.DataFrame:
+        """Does another law fit the tail better? Vuong's test as in `powerlaw`; the truncated power law is nested and
+        uses chi-square. Raises `OpenTransError`."""
+        return pd.DataFrame.from_dict({name: _compared(self, name) for name in alternatives}, orient='index')
 
 def _no_fit(reason, n=0, method='', evals=None):
     nan = math.nan
@@ -236,24 +253,19 @@ def fit_power_law(
     return _unless_flat(_fit(t.slope[i], t.x[i], D, t.n[i], x, rule), noise)
 
 # %% ../../nbs/02_heavy_tail.ipynb #8d754079
-@patch
-def p_value(self:PowerLawFit,
-    n:int=1000, # Samples to draw; the answer is good to about 0.5/sqrt(n)
-    seed:int=0, # Of the draws
-)->float: # Share of true power laws of this size that fit worse; below 0.1 the power law is doubtful
-    """Goodness of fit by bootstrap (Clauset, Shalizi and Newman 2009, Sec. 4.1). The fit's own rule is applied to
-    every sample."""
-    if not self.ok: return math.nan
+def _worse_share(fit, n, seed):
+    "The share of `n` samples, drawn as true power laws by a fit, that fit worse than it."
+    if not fit.ok: return math.nan
     rng = np.random.default_rng(seed)
-    body = self.evals[self.evals < self.xmin]
+    body = fit.evals[fit.evals < fit.xmin]
     worse = 0
     made = 0
     for _ in range(n):
-        k = self.n if not body.size else rng.binomial(self.n, self.n_tail/self.n)
-        sample = self.xmin*(1-rng.random(k))**(-1/(self.alpha-1))
-        if k < self.n: sample = np.concatenate([sample, rng.choice(body, self.n-k)])
-        f = fit_power_law(sample, self.xmin if self.method == 'given' else self.method)
-        made,worse = made+f.ok, worse+(f.ok and f.D >= self.D)
+        k = fit.n if not body.size else rng.binomial(fit.n, fit.n_tail/fit.n)
+        sample = fit.xmin*(1-rng.random(k))**(-1/(fit.alpha-1))
+        if k < fit.n: sample = np.concatenate([sample, rng.choice(body, fit.n-k)])
+        f = fit_power_law(sample, fit.xmin if fit.method == 'given' else fit.method)
+        made,worse = made+f.ok, worse+(f.ok and f.D >= fit.D)
     return worse/made if made else math.nan
 
 # %% ../../nbs/02_heavy_tail.ipynb #047b2b01
@@ -297,31 +309,18 @@ def _log_densities(tail, xmin, alternative):
     return power, -p*y - q*s - log_z(p, q), names
 
 # %% ../../nbs/02_heavy_tail.ipynb #1575d266
-ALTERNATIVES = ('lognormal', 'exponential', 'truncated_power_law')
-
-@patch
-def compare(self:PowerLawFit,
-    alternatives:Sequence[str]=ALTERNATIVES, # Laws to compare with
-    # A row each: `R` (log-likelihood ratio, above zero for the power law), `p` (chance of such a ratio if both were
-    # equal), `verdict`, parameters
-)->pd.DataFrame:
-    """Does another law fit the tail better? Vuong's test as in `powerlaw`; the truncated power law is nested and
-    uses chi-square. Raises `OpenTransError`."""
-    rows = {}
-    for name in alternatives:
-        if name not in ALTERNATIVES: raise unknown('law', name, ALTERNATIVES)
-        if not self.ok:
-            rows[name] = dict(R=math.nan, p=math.nan, verdict=self.reason, parameters={})
-            continue
-        power,other,params = _log_densities(self.tail, self.xmin, name)
-        d = power-other
-        R,spread = d.sum(),d.std()*math.sqrt(d.size)
-        p = special.erfc(abs(R)/(math.sqrt(2)*spread)) if spread > 0 else 1.
-        if name == 'truncated_power_law': p = special.chdtrc(1, 2*abs(R))
-        verdict = 'power law' if R > 0 else name
-        if p > .1: verdict = 'undecided'
-        rows[name] = dict(R=R, p=p, verdict=verdict, parameters={k: round(v, 6) for k,v in params.items()})
-    return pd.DataFrame.from_dict(rows, orient='index')
+def _compared(fit, name):
+    "A fit beside another law: the row of `PowerLawFit.compare`."
+    if name not in ALTERNATIVES: raise unknown('law', name, ALTERNATIVES)
+    if not fit.ok: return dict(R=math.nan, p=math.nan, verdict=fit.reason, parameters={})
+    power,other,params = _log_densities(fit.tail, fit.xmin, name)
+    d = power-other
+    R,spread = d.sum(),d.std()*math.sqrt(d.size)
+    p = special.erfc(abs(R)/(math.sqrt(2)*spread)) if spread > 0 else 1.
+    if name == 'truncated_power_law': p = special.chdtrc(1, 2*abs(R))
+    verdict = 'power law' if R > 0 else name
+    if p > .1: verdict = 'undecided'
+    return dict(R=R, p=p, verdict=verdict, parameters={k: round(v, 6) for k,v in params.items()})
 
 # %% ../../nbs/02_heavy_tail.ipynb #63ea2a93
 def matrices(

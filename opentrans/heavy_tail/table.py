@@ -12,8 +12,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.axes import Axes
 from torch import nn
-from fastcore.basics import patch
 from ..core import LayerSelection
 from ..errors import OpenTransError, unknown
 from ..escape import for_html, for_plot
@@ -29,8 +29,8 @@ _COLUMNS = ['kind', 'shape', 'params', 'density', 'n_evals', 'n_zero', 'alpha', 
             'spectral_norm', 'stable_rank', 'log_norm', 'alpha_weighted', 'edge', 'over_trained', 'solver',
             'status', 'reason']
 
-class LayerTable:
-    "The spectra of a model's layers and the power laws fitted to them: a row a layer. Made by `analyze`."
+class _LayerFits:
+    "The spectra of layers, the power laws fitted to them, and the numbers of both: a row a layer."
     def __init__(self,
         spectra:list, # `Spectrum`s
         xmin:str|float='ks', # Rule for the tail, one of `XMIN_RULES`, or a number
@@ -46,14 +46,11 @@ class LayerTable:
         self.few = few
         self.options = dict(options or {})
         self.null: Null|None = as_null(null)
-        shared = {}
         self.max_aspect = 8 if max_aspect is None and _rule(xmin) == 'paper' else max_aspect
         self.fits = {s.name: self._fit(s) for s in spectra}
         self.frame = pd.DataFrame([self._row(s, self.fits[s.name]) for s in spectra],
                                   index=pd.Index(list(self.spectra), name='layer'), columns=_COLUMNS)
-        if self.null is not None:
-            rows = [self._against_null(s, self.fits[s.name], shared) for s in spectra]
-            self.frame[list(NULL_COLUMNS)] = pd.DataFrame(rows, index=self.frame.index, columns=NULL_COLUMNS)
+        if self.null is not None: self.frame[list(NULL_COLUMNS)] = _null_frame(self)
 
     def _fit(self, s):
         if s.evals is None or s.kind != 'linear' or not self.max_aspect: return s.fit(self.xmin)
@@ -83,25 +80,35 @@ class LayerTable:
                 | dict(n_evals=s.evals.size, spectral_norm=top, stable_rank=total/top, log_norm=math.log10(total),
                        alpha_weighted=f.alpha*math.log10(top)))
 
-    def _random_alphas(self, s, shared):
-        """(alphas, standard error) of random spectra by the table's own rule. Layers of one shape share them where
-        scale does not matter."""
-        drawn,cutoff = s.random(self.null),s.cutoff
-        whole = drawn.size and drawn.min() > cutoff
-        key = ((s.stack, s.kurtosis)
-               if whole and self.null.kind != 'shuffle' and _rule(self.xmin) in ('ks', 'median', 'peak')
-               else s.name)
-        if key not in shared:
-            fits = [replace(s, evals=x[x > cutoff], noise=0.).fit(self.xmin) for x in drawn]
-            shared[key] = np.array([f.alpha for f in fits]),fits[0].sigma if fits else math.nan
-        return shared[key]
+# %% ../../nbs/02b_layers.ipynb #d2d0dd0d
+def _random_alphas(table, s, shared):
+    """(alphas, standard error) of random spectra by the table's own rule. Layers of one shape share them where
+    scale does not matter."""
+    drawn,cutoff = s.random(table.null),s.cutoff
+    whole = drawn.size and drawn.min() > cutoff
+    key = ((s.stack, s.kurtosis)
+           if whole and table.null.kind != 'shuffle' and _rule(table.xmin) in ('ks', 'median', 'peak')
+           else s.name)
+    if key not in shared:
+        fits = [replace(s, evals=x[x > cutoff], noise=0.).fit(table.xmin) for x in drawn]
+        shared[key] = np.array([f.alpha for f in fits]),fits[0].sigma if fits else math.nan
+    return shared[key]
 
-    def _against_null(self, s, f, shared):
-        "The columns of `null` for one layer."
-        alphas,sigma = self._random_alphas(s, shared)
-        if not len(alphas) or not f.ok: return {}
-        return compare_with_null(f.alpha, s.evals, alphas, sigma, s.random_edge(self.null))
+def _against_null(table, s, f, shared):
+    "The columns of `null` for one layer."
+    alphas,sigma = _random_alphas(table, s, shared)
+    if not len(alphas) or not f.ok: return {}
+    return compare_with_null(f.alpha, s.evals, alphas, sigma, s.random_edge(table.null))
 
+def _null_frame(table):
+    "The columns of `null`, a row a layer."
+    shared = {}
+    rows = [_against_null(table, s, table.fits[name], shared) for name,s in table.spectra.items()]
+    return pd.DataFrame(rows, index=table.frame.index, columns=NULL_COLUMNS)
+
+# %% ../../nbs/02b_layers.ipynb #074b2fb8
+class _LayersByName(_LayerFits):
+    "The layers of a table, one by one, some of them, or all by another rule."
     def to_frame(self)->pd.DataFrame:
         """The table, indexed by layer name. `spectral_norm` is the largest eigenvalue, as in the paper's code and
         WeightWatcher."""
@@ -145,6 +152,85 @@ class LayerTable:
         if name not in self.spectra: raise unknown('layer', name, self.spectra)
         return name
 
+# %% ../../nbs/02b_layers.ipynb #aadd1c6e
+class LayerTable(_LayersByName):
+    "The spectra of a model's layers and the power laws fitted to them: a row a layer. Made by `analyze`."
+    def _about(self):
+        c = self.frame.status.value_counts()
+        notes = [f"{c[k]} {t}"
+                 for k,t in [('few', f'with fewer than {self.few} eigenvalues'), ('failed', 'without a fit')] if k in c]
+        others = [n for n,why in self.unread.items() if 'the head' not in why]
+        if others:
+            notes.append(
+                f"not read: {others[0]}{f' and {len(others)-1} more' if len(others) > 1 else ''}, see `unread`")
+        return (f"{len(self)} layers, xmin by {self.xmin!r}, median alpha {self.median:.3f}"
+                + (f" ({', '.join(notes)})" if notes else ''))
+
+    def _short(self):
+        null = list(NULL_COLUMNS) if self.null is not None else []
+        return self.frame[['kind', 'shape', 'n_evals', 'alpha', 'sigma', *null, 'xmin', 'D', 'n_tail', 'stable_rank',
+                           'status']]
+
+    def __repr__(self)->str:
+        return f"LayerTable: {self._about()}\n{self._short().to_string(float_format='{:.3g}'.format)}"
+    def _repr_html_(self)->str:
+        return (f"<p><b>{for_html(self._about())}</b></p>"
+                f"{self._short().to_html(float_format='{:.3g}'.format, max_rows=16)}")
+
+    def _check_order(self, by):
+        "Raises `OpenTransError` for a column that layers cannot be chosen by."
+        name = by.removesuffix('*') if isinstance(by, str) else by
+        if name in NULL_COLUMNS and self.null is None:
+            raise OpenTransError(
+                f"The table has no column '{name}'. Make it with null='gaussian', or another of `Null`, to compare "
+                f"alpha with chance.")
+        numbers = [c for c in self.frame if self.frame[c].dtype.kind in 'if']
+        if name not in numbers: raise unknown('way to choose layers', by, dict.fromkeys([*SELECTION_RULES, *numbers]))
+
+    def select(self,
+        freeze:float=.5, # Share of the layers with a fit that rest (Tab. 10 tries 0.25, 0.5 and 0.75)
+        # `'alpha'`: those with small alpha rest (the paper's choice); `'alpha*'`: those with large alpha; `'random'`
+        # (Tab. 2); `'z'`: those with small alpha for their shape, in a table with a `null`; any other column of
+        # numbers, with a star for large ones
+        by:str='alpha',
+        seed:int=0, # Of the random choice
+    )->LayerSelection: # Layers without a fit are trained
+        """Choose the layers to train (Sec. 3.3.2): at 0.5, those with alpha strictly below the median rest. Raises
+        `OpenTransError`."""
+        return _selection(self, freeze, by, seed)
+
+    def plot_alpha(self,
+        ax:Axes|None=None, # Axes to draw on
+        selection:LayerSelection=None, # Whose frozen layers are shaded; None: `select()`
+    )->Axes: # The axes
+        "Alpha of each layer with the median, the frozen layers shaded and the over-trained ones marked (Fig. 6)."
+        return _draw_alphas(self, get_axes(ax, figsize=(10, 3)), selection)
+
+    def plot_esd(self,
+        name:str, # Name of a layer
+        ax:Axes|None=None, # Axes to draw on
+    )->Axes: # The axes
+        """Eigenvalues of a layer on logarithmic axes, with the fitted tail, where it begins, and the Marchenko-Pastur
+        edge."""
+        return _draw_esd(self.spectra[self._name(name)], self.fits[name], get_axes(ax, figsize=(4.6, 3.2)))
+
+    def plot_ks(self,
+        name:str, # Name of a layer
+        ax:Axes|None=None, # Axes to draw on
+        rules:Sequence[str|float]=XMIN_RULES, # Rules to mark
+    )->Axes: # The axes
+        "Kolmogorov-Smirnov distance against the beginning of the tail, with what each rule chooses."
+        s = self.spectra[self._name(name)]
+        return _draw_ks(s, {r: s.fit(r) for r in rules}, get_axes(ax, figsize=(4.6, 3.2)))
+
+    def plot_grid(self,
+        names:Sequence[str]|None=None, # Layers to draw; None: `n` of them, from the smallest alpha to the largest
+        n:int=8, # How many, if no names are given
+        ncols:int=4, # Columns of the grid
+    )->np.ndarray: # Array of axes
+        "`plot_esd` for several layers."
+        return _draw_grid(self, names, n, ncols)
+
 # %% ../../nbs/02b_layers.ipynb #fdb6fe11
 def analyze(
     # Any `nn.Module`, a framework or a `ClipBackbone` (read in its image tower), or a state dict
@@ -184,33 +270,6 @@ def analyze(
     return LayerTable(made, xmin, few, max_aspect,
                       said | dict(unread=_not_read(model, {s.name for s in made}, skip)), null)
 
-@patch
-def _about(self:LayerTable):
-    c = self.frame.status.value_counts()
-    notes = [f"{c[k]} {t}"
-             for k,t in [('few', f'with fewer than {self.few} eigenvalues'), ('failed', 'without a fit')] if k in c]
-    others = [n for n,why in self.unread.items() if 'the head' not in why]
-    if others:
-        notes.append(
-            f"not read: {others[0]}{f' and {len(others)-1} more' if len(others) > 1 else ''}, see `unread`")
-    return (f"{len(self)} layers, xmin by {self.xmin!r}, median alpha {self.median:.3f}"
-            + (f" ({', '.join(notes)})" if notes else ''))
-
-@patch
-def _short(self:LayerTable):
-    null = list(NULL_COLUMNS) if self.null is not None else []
-    return self.frame[['kind', 'shape', 'n_evals', 'alpha', 'sigma', *null, 'xmin', 'D', 'n_tail', 'stable_rank',
-                       'status']]
-
-@patch
-def __repr__(self:LayerTable):
-    return f"LayerTable: {self._about()}\n{self._short().to_string(float_format='{:.3g}'.format)}"
-
-@patch
-def _repr_html_(self:LayerTable):
-    return (
-        f"<p><b>{for_html(self._about())}</b></p>{self._short().to_html(float_format='{:.3g}'.format, max_rows=16)}")
-
 # %% ../../nbs/02b_layers.ipynb #2fd1f0b4
 _BLUE = '#3b6fb6'
 _RED = '#c8442e'
@@ -246,15 +305,6 @@ def _draw_esd(s, f, ax):
     ax.legend(fontsize=9, frameon=False, title=None if f.ok else for_plot(f.reason), title_fontsize=9)
     return ax
 
-@patch
-def plot_esd(self:LayerTable,
-    name:str, # Name of a layer
-    ax=None, # Axes to draw on
-): # The axes
-    """Eigenvalues of a layer on logarithmic axes, with the fitted tail, where it begins, and the Marchenko-Pastur
-    edge."""
-    return _draw_esd(self.spectra[self._name(name)], self.fits[name], get_axes(ax, figsize=(4.6, 3.2)))
-
 # %% ../../nbs/02b_layers.ipynb #9b94b424
 def ks_curve(
     evals:np.ndarray|Sequence[float], # Eigenvalues, in any order
@@ -279,63 +329,28 @@ def _draw_ks(s, fits, ax):
     if any(f.ok for f in fits.values()): ax.legend(fontsize=9, frameon=False)
     return ax
 
-@patch
-def plot_ks(self:LayerTable,
-    name:str, # Name of a layer
-    ax=None, # Axes to draw on
-    rules:Sequence[str|float]=XMIN_RULES, # Rules to mark
-): # The axes
-    "Kolmogorov-Smirnov distance against the beginning of the tail, with what each rule chooses."
-    s = self.spectra[self._name(name)]
-    return _draw_ks(s, {r: s.fit(r) for r in rules}, get_axes(ax, figsize=(4.6, 3.2)))
-
 # %% ../../nbs/02b_layers.ipynb #f2d96c5a
-@patch
-def plot_grid(self:LayerTable,
-    names:Sequence[str]|None=None, # Layers to draw; None: `n` of them, from the smallest alpha to the largest
-    n:int=8, # How many, if no names are given
-    ncols:int=4, # Columns of the grid
-): # Array of axes
-    "`plot_esd` for several layers."
+def _draw_grid(table, names, n, ncols):
+    "The spectra of several layers of a table, beside each other."
     if names is None:
-        order = list(self.frame.alpha.dropna().sort_values().index) or list(self)
+        order = list(table.frame.alpha.dropna().sort_values().index) or list(table)
         names = [order[i] for i in np.unique(np.linspace(0, len(order)-1, min(n, len(order))).round().astype(int))]
     names,ncols = list(names),min(ncols, len(names))
     rows = math.ceil(len(names)/ncols)
     axs = get_axes(nrows=rows, ncols=ncols, figsize=(3.1*ncols, 2.6*rows), squeeze=False, layout='constrained')
     for ax in axs.flat[len(names):]: ax.remove()
     for name,ax in zip(names, axs.flat):
-        self.plot_esd(name, ax)
+        table.plot_esd(name, ax)
         ax.set_title(for_plot(name if len(name) < 34 else '...'+name[-32:]), fontsize=9)
     return axs
 
 # %% ../../nbs/02b_layers.ipynb #1714eabf
-@patch
-def _check_order(self:LayerTable, by):
-    "Raises `OpenTransError` for a column that layers cannot be chosen by."
-    name = by.removesuffix('*') if isinstance(by, str) else by
-    if name in NULL_COLUMNS and self.null is None:
-        raise OpenTransError(
-            f"The table has no column '{name}'. Make it with null='gaussian', or another of `Null`, to compare "
-            f"alpha with chance.")
-    numbers = [c for c in self.frame if self.frame[c].dtype.kind in 'if']
-    if name not in numbers: raise unknown('way to choose layers', by, dict.fromkeys([*SELECTION_RULES, *numbers]))
-
-@patch
-def select(self:LayerTable,
-    freeze:float=.5, # Share of the layers with a fit that rest (Tab. 10 tries 0.25, 0.5 and 0.75)
-    # `'alpha'`: those with small alpha rest (the paper's choice); `'alpha*'`: those with large alpha; `'random'`
-    # (Tab. 2); `'z'`: those with small alpha for their shape, in a table with a `null`; any other column of
-    # numbers, with a star for large ones
-    by:str='alpha',
-    seed:int=0, # Of the random choice
-)->LayerSelection: # Layers without a fit are trained
-    """Choose the layers to train (Sec. 3.3.2): at 0.5, those with alpha strictly below the median rest. Raises
-    `OpenTransError`."""
-    if by != 'random': self._check_order(by)
+def _selection(table, freeze, by, seed):
+    "The layers of a table that rest by a rule, and those that are trained."
+    if by != 'random': table._check_order(by)
     if not 0 <= freeze <= 1:
         raise OpenTransError(f"freeze={freeze} is no share of layers. Give a number from 0 to 1.")
-    frame = self.frame[self.frame.kind != 'embedding']
+    frame = table.frame[table.frame.kind != 'embedding']
     alpha = frame['alpha' if by == 'random' else by.removesuffix('*')].astype(float)[frame.alpha.notna()].dropna()
     if not len(alpha):
         raise OpenTransError(
@@ -345,34 +360,29 @@ def select(self:LayerTable,
     else:
         key = -alpha if by.endswith('*') else alpha
         rest = set(key.index if k == len(key) else key.index[key < key.sort_values().iloc[k]])
-    null = f", against {self.null.kind}" if self.null is not None and by.removesuffix('*') in NULL_COLUMNS else ''
-    rule = (f"{by}, {freeze:.0%} of {len(alpha)} layers frozen, xmin by {self.xmin}{null}"
+    null = f", against {table.null.kind}" if table.null is not None and by.removesuffix('*') in NULL_COLUMNS else ''
+    rule = (f"{by}, {freeze:.0%} of {len(alpha)} layers frozen, xmin by {table.xmin}{null}"
             + (f", seed {seed}" if by == 'random' else ''))
     return LayerSelection([n for n in frame.index if n not in rest], [n for n in frame.index if n in rest], rule)
 
 # %% ../../nbs/02b_layers.ipynb #35a9a355
-@patch
-def plot_alpha(self:LayerTable,
-    ax=None, # Axes to draw on
-    selection:LayerSelection=None, # Whose frozen layers are shaded; None: `select()`
-): # The axes
-    "Alpha of each layer with the median, the frozen layers shaded and the over-trained ones marked (Fig. 6)."
-    ax = get_axes(ax, figsize=(10, 3))
-    a,x = self.frame.alpha.to_numpy(),np.arange(len(self))
+def _draw_alphas(table, ax, selection):
+    "Draw alpha of each layer of a table."
+    a,x = table.frame.alpha.to_numpy(),np.arange(len(table))
     some = np.isfinite(a).any()
-    if selection is None and some: selection = self.select()
+    if selection is None and some: selection = table.select()
     frozen = set(selection.freeze if selection else [])
-    for i in x[[n in frozen for n in self]]:
+    for i in x[[n in frozen for n in table]]:
         ax.axvspan(i-.5, i+.5, color=_BLUE, alpha=.15, lw=0,
-                   label='_' if i > x[[n in frozen for n in self]][0] else 'frozen')
+                   label='_' if i > x[[n in frozen for n in table]][0] else 'frozen')
     ax.plot(x, a, '.-', color=_BLUE, lw=1)
     over = a < 2
     if over.any(): ax.plot(x[over], a[over], 'o', color=_ORANGE, ms=5, label='over-trained (< 2)')
     if np.isnan(a).any():
         ax.plot(x[np.isnan(a)], np.full(np.isnan(a).sum(), np.nanmin(a) if some else 0), 'x', color='0.4',
                 label='no fit')
-    if some: ax.axhline(self.median, color=_RED, lw=1.2, label=f'median {self.median:.2f}')
-    ax.set(xlabel='layer', ylabel='$\\alpha$', xlim=(-.5, len(self)-.5))
+    if some: ax.axhline(table.median, color=_RED, lw=1.2, label=f'median {table.median:.2f}')
+    ax.set(xlabel='layer', ylabel='$\\alpha$', xlim=(-.5, len(table)-.5))
     ax.locator_params(axis='x', integer=True)
     ax.legend(fontsize=9, ncols=4, frameon=False, loc='upper left')
     ax.set_ylim(top=ax.get_ylim()[1]*1.08)

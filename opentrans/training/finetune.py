@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import Dataset
-from fastcore.basics import patch
 from ..core import BATCH_NORMS, layers, LayerSelection, norm_params, undecayed_params
 from ..data.batches import sample_batches
 from ..data.samples import collate, read_augmented, unpack
@@ -173,6 +172,12 @@ def train_mode(framework:Framework, recipe:Recipe):
 # %% ../../nbs/training/41_finetune.ipynb #3bbdba21
 def _digest(x): return hashlib.sha256(json.dumps(x, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
+def _zeros(framework):
+    "A digest of which weights are zero."
+    h = hashlib.sha256()
+    for layer in layers(framework.tower): h.update(np.packbits((layer.weight.detach() == 0).cpu().numpy()))
+    return h.hexdigest()[:12]
+
 def run_settings(
     framework:Framework, # A `Framework`, before the first step
     data:Dataset, # Data set
@@ -209,9 +214,8 @@ def _table(rows, columns):
     values = [[row.get(column, math.nan) for column in columns] for row in rows]
     return torch.tensor(values, dtype=torch.float64).reshape(len(rows), len(columns)).view(torch.int64)
 
-class Checkpoint:
-    """The file `last.safetensors` of a run: write it, read it, refuse it. Nothing is applied before all of it has
-    been checked."""
+class _CheckpointFile:
+    "The file of a run, and the settings that it was begun with."
     def __init__(self,
         folder:str|Path, # Folder of the run
         settings:dict, # As `run_settings` gives them
@@ -223,6 +227,74 @@ class Checkpoint:
     @property
     def path(self)->Path: return self.file.path
 
+    def _damaged(self, why): return CHECKPOINT_FILE.damaged(self.path, why)
+
+    def _read(self):
+        "The file's tensors and texts, or None if there is none."
+        if not self.file.exists(): return None
+        meta = load_metadata(self.path)
+        if 'format' not in meta and 'columns' in meta:
+            raise FormatError(
+                f"'{self.path}' was written by opentrans 0.1, which left no checksum in it, and cannot be resumed. "
+                f"Choose another checkpoint_dir; load_framework reads its weights.")
+        return self.file.load(self._lengthened)
+
+    def _lengthened(self, was, meta):
+        "The settings of a run that has ended, as those of the same run with more iterations, if that is what is asked."
+        now = self.file.settings
+        before, wanted = was.get('recipe.iterations'), now.get('recipe.iterations')
+        ended = metadata_value(meta, 'iteration', int, self.path) == before
+        if not self.lengthen or not ended or wanted is None or wanted <= before: return was
+        course = {f'recipe.{name}' for name in ('iterations', 'milestones', 'lr_warmup')}
+        return {**was, **{name: now[name] for name in course if name in now}}
+
+# %% ../../nbs/training/41_finetune.ipynb #ef204979
+def _could_be(told, own):
+    "Could a gradient scaler have this number in place of its own?"
+    return (type(told) is type(own) and 0 <= told < (2**31 if isinstance(told, int) else 1e38)
+            and bool(told or not own))
+
+class _CheckpointParts(_CheckpointFile):
+    "What the file of a run holds, part by part: read, or refused as damaged."
+    def _rows(self, tensors, meta, iteration):
+        "The rows of the history: one for each iteration, with its number and a loss."
+        most = self.file.settings.get('recipe.iterations', _MOST)
+        if not 0 <= iteration <= most: raise self._damaged(f'it is at iteration {iteration:,} of {most:,}')
+        columns, table = metadata_value(meta, 'columns', list[str], self.path), tensors.get('history')
+        if (table is None or table.dtype != torch.int64 or table.shape != (iteration, len(columns))
+            or len({*columns}) < len(columns)):
+            raise self._damaged('its history has another shape than its iterations')
+        rows = [{c: v for c,v in zip(columns, row) if v == v} for row in table.view(torch.float64).tolist()]
+        if any(row.get('iteration') != i or not math.isfinite(row.get('loss', math.nan)) for i,row in enumerate(rows)):
+            raise self._damaged('its history is none of iterations and losses')
+        return rows
+
+    def _check_state(self, state, meta, opt, names, iteration):
+        "The optimizer's state: everything that it keeps, for weights that learn, finite and of their shape."
+        learned, keys = metadata_value(meta, 'optimizer', list[str], self.path), _state_keys(opt)
+        params = {names[param]: param for group in opt.param_groups for param in group['params']}
+        if not {*learned} <= {*params} or (iteration and keys and not learned):
+            raise self._damaged("its optimizer's state is not of the weights that learn")
+        like = {f'{name}.{key}': torch.zeros(()) if key == 'step' else params[name] for name in learned for key in keys}
+        check_like(state, like, self.path, "optimizer's state")
+        low = {name: float(tensor.min())
+               for name,tensor in state.items() if name.endswith(('.step', '.exp_avg_sq')) and tensor.numel()}
+        high = max((float(tensor) for name,tensor in state.items() if name.endswith('.step')), default=0)
+        if min(low.values(), default=0) < 0 or high > iteration:
+            raise self._damaged("its optimizer's state cannot be of so many steps")
+
+    def _scale(self, meta, scaler):
+        "The state of the gradient scaler: as many positive numbers as this one has."
+        told, own = metadata_value(meta, 'scaler', dict[str, _Finite], self.path), scaler.state_dict() if scaler else {}
+        if {*told} != {*own} or not all(_could_be(told[name], own[name]) for name in own):
+            raise self._damaged(
+                f"its gradient scaler has {shorten(told, 80) or 'nothing'} in place of {', '.join(own) or 'nothing'}")
+        return told
+
+# %% ../../nbs/training/41_finetune.ipynb #2cbe7a78
+class Checkpoint(_CheckpointParts):
+    """The file `last.safetensors` of a run: write it, read it, refuse it. Nothing is applied before all of it has
+    been checked."""
     def save(self, framework:Framework, opt:torch.optim.Optimizer, iteration:int, rows:list[dict],
              columns:Sequence[str], scaler:torch.amp.GradScaler|None=None):
         "Write weights, optimizer state and history. Raises `OpenTransError` if they are not finite."
@@ -253,73 +325,6 @@ class Checkpoint:
         restore_optimizer(opt, tensors, names, self.path)
         if scaler: scaler.load_state_dict(scale)
         return iteration,rows
-
-    def _damaged(self, why): return CHECKPOINT_FILE.damaged(self.path, why)
-
-# %% ../../nbs/training/41_finetune.ipynb #ef204979
-@patch
-def _read(self:Checkpoint):
-    "The file's tensors and texts, or None if there is none."
-    if not self.file.exists(): return None
-    meta = load_metadata(self.path)
-    if 'format' not in meta and 'columns' in meta:
-        raise FormatError(
-            f"'{self.path}' was written by opentrans 0.1, which left no checksum in it, and cannot be resumed. "
-            f"Choose another checkpoint_dir; load_framework reads its weights.")
-    return self.file.load(self._lengthened)
-
-@patch
-def _lengthened(self:Checkpoint, was, meta):
-    "The settings of a run that has ended, as those of the same run with more iterations, if that is what is asked."
-    now = self.file.settings
-    before, wanted = was.get('recipe.iterations'), now.get('recipe.iterations')
-    ended = metadata_value(meta, 'iteration', int, self.path) == before
-    if not self.lengthen or not ended or wanted is None or wanted <= before: return was
-    course = {f'recipe.{name}' for name in ('iterations', 'milestones', 'lr_warmup')}
-    return {**was, **{name: now[name] for name in course if name in now}}
-
-@patch
-def _rows(self:Checkpoint, tensors, meta, iteration):
-    "The rows of the history: one for each iteration, with its number and a loss."
-    most = self.file.settings.get('recipe.iterations', _MOST)
-    if not 0 <= iteration <= most: raise self._damaged(f'it is at iteration {iteration:,} of {most:,}')
-    columns, table = metadata_value(meta, 'columns', list[str], self.path), tensors.get('history')
-    if (table is None or table.dtype != torch.int64 or table.shape != (iteration, len(columns))
-        or len({*columns}) < len(columns)):
-        raise self._damaged('its history has another shape than its iterations')
-    rows = [{c: v for c,v in zip(columns, row) if v == v} for row in table.view(torch.float64).tolist()]
-    if any(row.get('iteration') != i or not math.isfinite(row.get('loss', math.nan)) for i,row in enumerate(rows)):
-        raise self._damaged('its history is none of iterations and losses')
-    return rows
-
-@patch
-def _check_state(self:Checkpoint, state, meta, opt, names, iteration):
-    "The optimizer's state: everything that it keeps, for weights that learn, finite and of their shape."
-    learned, keys = metadata_value(meta, 'optimizer', list[str], self.path), _state_keys(opt)
-    params = {names[param]: param for group in opt.param_groups for param in group['params']}
-    if not {*learned} <= {*params} or (iteration and keys and not learned):
-        raise self._damaged("its optimizer's state is not of the weights that learn")
-    like = {f'{name}.{key}': torch.zeros(()) if key == 'step' else params[name] for name in learned for key in keys}
-    check_like(state, like, self.path, "optimizer's state")
-    low = {name: float(tensor.min())
-           for name,tensor in state.items() if name.endswith(('.step', '.exp_avg_sq')) and tensor.numel()}
-    high = max((float(tensor) for name,tensor in state.items() if name.endswith('.step')), default=0)
-    if min(low.values(), default=0) < 0 or high > iteration:
-        raise self._damaged("its optimizer's state cannot be of so many steps")
-
-@patch
-def _scale(self:Checkpoint, meta, scaler):
-    "The state of the gradient scaler: as many positive numbers as this one has."
-    told, own = metadata_value(meta, 'scaler', dict[str, _Finite], self.path), scaler.state_dict() if scaler else {}
-    if {*told} != {*own} or not all(_could_be(told[name], own[name]) for name in own):
-        raise self._damaged(
-            f"its gradient scaler has {shorten(told, 80) or 'nothing'} in place of {', '.join(own) or 'nothing'}")
-    return told
-
-def _could_be(told, own):
-    "Could a gradient scaler have this number in place of its own?"
-    return (type(told) is type(own) and 0 <= told < (2**31 if isinstance(told, int) else 1e38)
-            and bool(told or not own))
 
 # %% ../../nbs/training/41_finetune.ipynb #b910593f
 @torch.no_grad()
@@ -484,13 +489,7 @@ def finetune(
     return run.history.frame()
 
 # %% ../../nbs/training/41_finetune.ipynb #e95bbffe
-def _zeros(framework):
-    "A digest of which weights are zero."
-    h = hashlib.sha256()
-    for layer in layers(framework.tower): h.update(np.packbits((layer.weight.detach() == 0).cpu().numpy()))
-    return h.hexdigest()[:12]
-
-class _Run:
+class _RunState:
     "The state of a fine-tuning run between two iterations."
     def __init__(self, framework, data, recipe, selection=None, folder=None, team=None, per_layer=None,
                  lengthen=False):
@@ -532,6 +531,26 @@ class _Run:
             f"The last checkpoint, of iteration {self.saved}, in '{self.folder}' is whole: the same call goes on "
             f"from there." if self.folder and self.saved else "There is no checkpoint.")
 
+# %% ../../nbs/training/41_finetune.ipynb #a7c25ed8
+class _Run(_RunState):
+    "A fine-tuning run: a step, an evaluation, and what is written of them."
+    def step(self, batch:dict):
+        "One iteration; all chance in it comes from the recipe's seed, its number and the process."
+        i,r = self.iteration,self.recipe
+        seed_everything((r.seed*1_000_003 + i + self.team.rank*2_654_435_761) % 2**32)
+        share = r.lr_at(i)
+        for g in self.opt.param_groups: g['lr'] = g['base']*share
+        terms = train_step(self.losses, to_device(batch, self.device), self.opt, r, self.scaler, self.team.mean)
+        loss = sum(v for k,v in terms.items() if k != 'grad_norm')
+        if not math.isfinite(loss):
+            raise OpenTransError(
+                f"The loss is not finite at iteration {i} ({', '.join(f'{k}={v:.4g}' for k,v in terms.items())}; "
+                f"images {batch.get('ids', [])[:4]}). {self.kept()} "
+                "Lower lr, set clip_grad or lr_warmup, or look at these images.")
+        self.history.rows.append(dict(iteration=i, loss=loss, **terms, lr=r.lr*share))
+        self.iteration += 1
+        return self.history.rows[-1]
+
     def evaluate(self, val):
         "Evaluate; the best weights so far are kept apart."
         self.history.rows[-1]['miou'] = m = evaluate(self.framework, val)['miou']
@@ -545,36 +564,15 @@ class _Run:
         save_tensors(tensors, Path(self.folder)/'best.safetensors', dict(iteration=self.iteration, miou=self.best),
                      WEIGHTS_FILE)
 
-# %% ../../nbs/training/41_finetune.ipynb #a7c25ed8
-@patch
-def step(self:_Run, batch:dict):
-    "One iteration; all chance in it comes from the recipe's seed, its number and the process."
-    i,r = self.iteration,self.recipe
-    seed_everything((r.seed*1_000_003 + i + self.team.rank*2_654_435_761) % 2**32)
-    share = r.lr_at(i)
-    for g in self.opt.param_groups: g['lr'] = g['base']*share
-    terms = train_step(self.losses, to_device(batch, self.device), self.opt, r, self.scaler, self.team.mean)
-    loss = sum(v for k,v in terms.items() if k != 'grad_norm')
-    if not math.isfinite(loss):
-        raise OpenTransError(
-            f"The loss is not finite at iteration {i} ({', '.join(f'{k}={v:.4g}' for k,v in terms.items())}; "
-            f"images {batch.get('ids', [])[:4]}). {self.kept()} " "Lower lr, set clip_grad or lr_warmup, or look "
-                                                                  "at these images.")
-    self.history.rows.append(dict(iteration=i, loss=loss, **terms, lr=r.lr*share))
-    self.iteration += 1
-    return self.history.rows[-1]
+    def save(self):
+        "Write the checkpoint, if there is a folder and something new; one process does so for all."
+        if self.checkpoint is None or (self.saved == self.iteration and self.checkpoint.path.exists()): return
+        self.team.together(self._write)
+        self.saved = self.iteration
 
-@patch
-def save(self:_Run):
-    "Write the checkpoint, if there is a folder and something new; one process does so for all."
-    if self.checkpoint is None or (self.saved == self.iteration and self.checkpoint.path.exists()): return
-    self.team.together(self._write)
-    self.saved = self.iteration
-
-@patch
-def _write(self:_Run):
-    if not self.team.main: return
-    self.checkpoint.save(self.framework, self.opt, self.iteration, self.history.rows, self.history.columns,
-                         self.scaler)
-    self.saved = self.iteration # also if another process is lost before all know of it
-    self.history.write()
+    def _write(self):
+        if not self.team.main: return
+        self.checkpoint.save(self.framework, self.opt, self.iteration, self.history.rows, self.history.columns,
+                             self.scaler)
+        self.saved = self.iteration # also if another process is lost before all know of it
+        self.history.write()
