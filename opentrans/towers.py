@@ -105,7 +105,7 @@ def is_tower(
 def tower_family(
     net:nn.Module, # An image tower
     name:str='', # Its name, for the message
-)->type: # A subclass of `Tower`
+)->type[Tower]: # A subclass of `Tower`
     """How to ask this tower for maps and embeddings. Raises `OpenTransError` for a tower of no family, or one that
     gives no maps."""
     for family in TOWERS.values():
