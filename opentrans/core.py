@@ -197,7 +197,7 @@ def _experts(dot, module):
 def layers_of(
     name:str, # Qualified name of a module
     module:nn.Module, # The module
-)->list: # `Layer`s of its own, without those of its children
+)->list[Layer]: # Its own, without those of its children
     "The layers that one module is."
     dot = f'{name}.' if name else ''
     if isinstance(module, nn.MultiheadAttention):
@@ -218,7 +218,7 @@ def layers_of(
 
 def layers(
     model:nn.Module, # Any model; names are read in its tower (`find_tower`), and wrappers are no part of them
-)->list: # `Layer`s in the order in which the model registers them; a weight shared by two modules appears once
+)->list[Layer]: # In the order in which the model registers them; a weight shared by two modules appears once
     """The named layers of a model: convolutions, linear maps, parts of packed projections, recurrent weights,
     experts."""
     res = {}

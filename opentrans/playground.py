@@ -7,15 +7,20 @@ __all__ = ['parse_names', 'to_image', 'segment', 'overlay', 'playground']
 
 # %% ../nbs/app/71_playground.ipynb #195750dd
 import threading, warnings
+from collections.abc import Sequence
+from typing import Any, TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from .clip import class_prompts
+from .clip import class_prompts, ClipBackbone
 from .data import class_colours, read_picture, ShapesWorld, Vocabulary
 from .errors import OpenTransError, optional
 from .escape import for_html, for_plot
-from .frameworks.contract import resize
+from .frameworks.contract import Framework, resize
 from .runtime import get_axes, device_of, figure_png
+
+if TYPE_CHECKING: # for types alone
+    from matplotlib.axes import Axes
 
 # %% ../nbs/app/71_playground.ipynb #58a05aa4
 def parse_names(
@@ -53,13 +58,13 @@ def to_image(
 def segment(
     # A `Framework`, as `build` makes it; or a bare `ClipBackbone`, which compares each cell of its last map with
     # the names, without any training
-    framework,
-    image, # Whatever `to_image` takes
-    names, # Text with commas, list of names, or `Vocabulary`
+    framework:Framework|ClipBackbone,
+    image:Any, # Whatever `to_image` takes
+    names:str|Sequence[str]|Vocabulary, # Text with commas, list of names, or `Vocabulary`
     max_side:int=768, # Longer images are made smaller
     # A bare CLIP looks at the image no larger than this, near the size that it was trained with; None: as it is
-    seen_side:int=None,
-)->tuple: # (image (3,H,W), labels (H,W) of indices into the names, list of names)
+    seen_side:int|None=None,
+)->tuple[torch.Tensor, torch.Tensor, list[str]]: # Image (3,H,W), labels (H,W) of indices into the names, names
     "The best of some classes for each pixel of one image. Raises `OpenTransError`."
     v,x = parse_names(names) if isinstance(names, str) else names,to_image(image, max_side)
     v = v if hasattr(v, 'names') else Vocabulary(list(v))
@@ -73,10 +78,10 @@ def segment(
 def overlay(
     image:torch.Tensor, # (3,H,W) in [0,1]
     labels:torch.Tensor, # (H,W) indices into the names
-    names, # Class names
-    ax=None, # Axes; None makes new ones
+    names:Sequence[str], # Class names
+    ax:'Axes|None'=None, # Axes; None makes new ones
     opacity:float=.6, # Of the colours: 0 is the image, 1 the map
-): # The axes
+)->'Axes': # The axes
     "An image under the colours of its classes; the legend tells the share of each that is there."
     from matplotlib.patches import Patch
     ax = get_axes(ax, figsize=(6, 4))

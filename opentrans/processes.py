@@ -37,11 +37,11 @@ class Group:
     def rank(self)->int: return dist.get_rank() if self.n > 1 else 0
     @property
     def main(self)->bool: return self.rank == 0
-    def __repr__(self): return f'process {self.rank} of {self.n}'
+    def __repr__(self)->str: return f'process {self.rank} of {self.n}'
 
     def tell(self,
         x:Any, # Anything that can be pickled; what the other processes give is not looked at
-    ): # What the first process has
+    )->Any: # What the first process has
         "The first process tells the others."
         if self.n == 1: return x
         box = [x]
@@ -50,7 +50,7 @@ class Group:
 
     def every(self,
         x:Any, # Anything that can be pickled
-    )->list: # What each process has, in their order
+    )->list[Any]: # What each process has, in their order
         "Each process tells all others."
         if self.n == 1: return [x]
         box = [None]*self.n
@@ -59,7 +59,7 @@ class Group:
 
     def together(self,
         work:Callable[[], Any], # Function without arguments
-    ): # What it gives in this process
+    )->Any: # What it gives in this process
         """Do something in each process. Raises the `OpenTransError` of one of them in all, so that none waits for
         another that has stopped."""
         result = error = None
@@ -69,7 +69,7 @@ class Group:
         if failed: raise error or failed[0]
         return result
 
-    def same(self, value:Any, what:str):
+    def same(self, value:Any, what:str)->None:
         "Raises `OpenTransError` if not every process has the same `value`."
         seen = self.every(value)
         if any(v != seen[0] for v in seen):
@@ -87,8 +87,8 @@ class Processes(Group):
     ):
         self.n = world_size()
         self.rank = 0
-        self.device = None
-        self.accelerator = None
+        self.device: torch.device|None = None
+        self.accelerator: Any = None
         if self.n == 1: return
         if device is not None and torch.device(device).index is not None:
             raise OpenTransError(
@@ -102,11 +102,11 @@ class Processes(Group):
                                        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
         self.rank,self.device = self.accelerator.process_index,self.accelerator.device
 
-    def sum(self, x:torch.Tensor):
+    def sum(self, x:torch.Tensor)->torch.Tensor:
         "The sum of a tensor over all processes."
         return x if self.n == 1 else self.accelerator.reduce(x.to(self.device), 'sum')
 
-    def mean(self, values:list)->list:
+    def mean(self, values:list[float])->list[float]:
         "The mean of each number over all processes."
         return values if self.n == 1 else (self.sum(torch.tensor(values, dtype=torch.float64))/self.n).tolist()
 
@@ -125,7 +125,7 @@ class Processes(Group):
 
     def all_rows(self,
         rows:torch.Tensor, # (N, ...) of this process
-        counts:list, # N of each process
+        counts:list[int], # N of each process
     )->torch.Tensor: # (sum of all N, ...), in the order of the processes
         "The rows of all processes. The own ones keep their graph, with the gradient times the number of processes."
         if self.n == 1: return rows
@@ -137,7 +137,7 @@ class Processes(Group):
         return torch.cat([live if i == self.rank else part[:count]
                           for i,(part,count) in enumerate(zip(parts, counts))])
 
-    def shard(self, order):
+    def shard(self, order:Any)->Any: # A sampler of batches
         """The part of each batch of indices that is this process's. Raises `OpenTransError` if batches cannot be
         divided."""
         if self.n == 1: return order
@@ -152,7 +152,7 @@ class Processes(Group):
         # A `Framework`, or another module with a `loss` of a batch, on its device; already frozen where it shall be
         framework:nn.Module,
         norms:bool=False, # Let batch norms see all processes?
-    ): # (what gives the losses of a batch, handle that undoes it)
+    )->tuple[nn.Module, Handle]: # (what gives the losses of a batch, handle that undoes it)
         "A framework whose gradients are the mean over all processes; in a single process the framework itself."
         if self.n == 1: return framework,Handle()
         kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if norms else ()

@@ -9,7 +9,8 @@ __all__ = ['TOWERS', 'HEADS', 'CLASSIFIERS', 'MODEL_ENDS', 'Tower', 'register_to
 
 # %% ../nbs/06_towers.ipynb #f9b5b937
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -23,12 +24,14 @@ class Tower:
     instances.
 
     Masks, spectra, costs and checkpoints use `head`, `signs` and `spellings`; frameworks use the rest."""
-    classes = () # Paths of the classes that are such towers, e.g. `'open_clip.modified_resnet.ModifiedResNet'`
-    head = () # Names of the modules at its end, which no trunk has
+    # Paths of the classes that are such towers, e.g. `'open_clip.modified_resnet.ModifiedResNet'`
+    classes:tuple[str, ...] = ()
+    head:tuple[str, ...] = () # Names of the modules at its end, which no trunk has
     # How names in a checkpoint show such a tower: tuples of a name's end and of what must stand beside it
-    signs = ()
-    spellings = {} # Library -> rules (its spelling, ours) for the ends of names
-    embeds_nothing = False # May a region without any cell be embedded?
+    signs:tuple[tuple[str, ...], ...] = ()
+    # Library -> rules (its spelling, ours) for the ends of names
+    spellings:dict[str, list[tuple[str, str|Callable[..., str]]]] = {}
+    embeds_nothing:bool = False # May a region without any cell be embedded?
 
     @classmethod
     def fits(cls, net:nn.Module)->bool:
@@ -41,42 +44,45 @@ class Tower:
         return True
 
     @staticmethod
-    def stages(net:nn.Module)->list:
+    def stages(net:nn.Module)->list[str]:
         "Names of the four modules whose outputs are the maps of strides 4, 8, 16 and 32."
         raise NotImplementedError
 
     @staticmethod
-    def features(net:nn.Module, x:torch.Tensor):
+    def features(net:nn.Module, x:torch.Tensor)->tuple[dict[str, torch.Tensor], torch.Tensor|tuple[Any, ...]]:
         "Images (B,3,H,W), normalised -> ({'res2'...'res5': map}, what the tower ends with, for the three below)."
         raise NotImplementedError
 
     @staticmethod
-    def dense(net:nn.Module, last:torch.Tensor|tuple):
+    def dense(net:nn.Module, last:torch.Tensor|tuple[Any, ...])->torch.Tensor:
         "An embedding (B,D,h,w) of every cell of the last map."
         raise NotImplementedError
 
     @staticmethod
-    def pool(net:nn.Module, last:torch.Tensor|tuple, weights:Sequence[torch.Tensor]):
+    def pool(net:nn.Module, last:torch.Tensor|tuple[Any, ...], weights:Sequence[torch.Tensor])->torch.Tensor:
         "Embeddings of sets of cells: `weights[i]` (N_i, h*w), the share of each cell, for the i-th image."
         raise NotImplementedError
 
     @classmethod
-    def pool_masks(cls, net:nn.Module, last:torch.Tensor|tuple, inside:torch.Tensor):
+    def pool_masks(cls,
+        net:nn.Module, last:torch.Tensor|tuple[Any, ...], inside:torch.Tensor,
+    )->torch.Tensor:
         """Embeddings (B,N,D) of masks, `inside` (B,N,h*w) bool, in FC-CLIP's way; without one of its own, as `pool`
         does."""
         return cls.pool(net, last, inside.float()).unflatten(0, inside.shape[:2])
 
     @classmethod
-    def dilate(cls, net:nn.Module, output_stride:int):
+    def dilate(cls, net:nn.Module, output_stride:int)->nn.Module:
         "Give the tower a last map of a finer stride, in place. Raises `OpenTransError` for a family that cannot."
         raise OpenTransError(
             f"A finer output_stride is made for ResNet towers, not for {type(net).__name__}. Use output_stride=32.")
 
-TOWERS = {} # name of a family -> its class
+TOWERS: dict[str, type[Tower]] = {} # name of a family -> its class
+_Family = TypeVar('_Family', bound=type[Tower])
 
 def register_tower(
     name:str, # Of the family
-): # The class decorator
+)->Callable[[_Family], _Family]: # The class decorator
     """Put a family of towers on the list. From then on masks, spectra, costs, checkpoints and frameworks know it.
     Raises `OpenTransError` if another class has the name."""
     def add(family):
@@ -99,7 +105,7 @@ def is_tower(
 def tower_family(
     net:nn.Module, # An image tower
     name:str='', # Its name, for the message
-)->type: # A subclass of `Tower`
+)->type[Tower]: # A subclass of `Tower`
     """How to ask this tower for maps and embeddings. Raises `OpenTransError` for a tower of no family, or one that
     gives no maps."""
     for family in TOWERS.values():
@@ -213,7 +219,7 @@ class SlidingPool(nn.Module):
 def dilate_resnet(
     net:nn.Module, # An open_clip `ModifiedResNet`, changed in place
     output_stride:int=32, # Stride of the last map: 32, 16 or 8
-):
+)->nn.Module: # The same
     "Give a ResNet tower a finer last map by dilation; names and weights stay."
     dilation = 1
     wider = {8: [net.layer3, net.layer4], 16: [net.layer4]}
@@ -253,7 +259,7 @@ class ResNetTower(Tower):
     def stages(net:nn.Module): return ['layer1', 'layer2', 'layer3', 'layer4']
 
     @classmethod
-    def dilate(cls, net:nn.Module, output_stride:int): return dilate_resnet(net, output_stride)
+    def dilate(cls, net:nn.Module, output_stride:int)->nn.Module: return dilate_resnet(net, output_stride)
 
     @staticmethod
     def features(net:nn.Module, x:torch.Tensor):
@@ -358,7 +364,7 @@ class TimmTower(Tower):
 def dilate_efficientnet(
     trunk:nn.Module, # A timm `EfficientNet`, changed in place
     output_stride:int=32, # Stride of the last map: 32, 16 or 8
-):
+)->nn.Module: # The same
     "Give an EfficientNet a finer last map by dilation; names and weights stay."
     stride,dilation = 2,1 # behind the stem
     for conv in trunk.blocks.modules():
@@ -387,7 +393,9 @@ class EfficientNetTower(TimmTower):
     def gives_maps(net:nn.Module): return len(net.trunk.feature_info) >= 4 and bool(net.trunk.global_pool.pool_type)
 
     @classmethod
-    def dilate(cls, net:nn.Module, output_stride:int): dilate_efficientnet(net.trunk, output_stride)
+    def dilate(cls, net:nn.Module, output_stride:int)->nn.Module:
+        dilate_efficientnet(net.trunk, output_stride)
+        return net
 
 # %% ../nbs/06_towers.ipynb #138c3460
 @register_tower('ViT')

@@ -20,7 +20,9 @@ COMMAND = [PYRIGHT, '--verifytypes', 'opentrans', '--ignoreexternal', '--outputj
 
 def symbols():
     "Everything that a user can reach, as basedpyright sees it."
-    place = dict(os.environ, PYTHONPATH=str(ROOT))  # an editable installation alone it does not see
+    # an editable installation alone it does not see, and torch only where `python` is this interpreter
+    path = os.pathsep.join([str(Path(PYRIGHT).parent), os.environ.get('PATH', '')])
+    place = dict(os.environ, PYTHONPATH=str(ROOT), PATH=path)
     run = subprocess.run(COMMAND, cwd=ROOT, env=place, capture_output=True, text=True)
     if not run.stdout.startswith('{'):
         sys.exit(f'basedpyright did not run: {run.stderr.strip() or run.stdout.strip()}')

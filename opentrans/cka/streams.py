@@ -8,7 +8,7 @@ __all__ = ['cka', 'plot_cka', 'same_layers', 'channel_cka', 'paper_cka']
 # %% ../../nbs/03c_streams.ipynb #f3ad37dd
 import contextlib, warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
@@ -19,6 +19,9 @@ from ..core import unwrap
 from ..errors import OpenTransError, unknown
 from ..escape import for_plot
 from ..runtime import get_axes, device_of, eval_mode, progress
+
+if TYPE_CHECKING: # for types alone
+    from matplotlib.axes import Axes
 
 # %% ../../nbs/03c_streams.ipynb #a5bb324b
 _KEYS = ('images', 'image', 'pixel_values')
@@ -223,9 +226,9 @@ def _warn(left_out, repeated):
 # %% ../../nbs/03c_streams.ipynb #389102d4
 def plot_cka(
     frame:pd.DataFrame, # What `cka` returned
-    ax=None, # Axes to draw on
-    numbers:bool=None, # Write the values into the cells? None: if there are at most 12 rows and columns
-): # The axes
+    ax:'Axes|None'=None, # Axes to draw on; new ones if None
+    numbers:bool|None=None, # Write the values into the cells? None: if there are at most 12 rows and columns
+)->'Axes': # The axes
     "Heat map of a CKA table: rows upwards, NaN hatched."
     h,w = frame.shape
     ax = get_axes(ax, figsize=(min(12, 2.4+.32*w), min(11, 1.6+.32*h)))

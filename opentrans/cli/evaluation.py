@@ -60,7 +60,7 @@ def evaluate(
     batch_size:ImagesAtOnce=8, workers:Readers=None,
     out:Annotated[Optional[str], typer.Option(help="Folder for result.json.")]=None,
     device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
-):
+)->None:
     "Mean IoU, or panoptic quality, of a framework on a data set, with any class names; or on the seven of Table 1."
     from opentrans.frameworks import get_framework
     from opentrans.pruning import SparseMask
@@ -194,7 +194,7 @@ def segment(
     max_side:Annotated[int, typer.Option(
         min=16, max=_SIDE, help="Larger images are made smaller, to this side.")]=768,
     device:Device=None, allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
-):
+)->None:
     "A photograph of your own, segmented by your own words."
     from opentrans.clip import photo_clips, small_clips
     from opentrans.playground import overlay, parse_names, segment as look, to_image
@@ -239,7 +239,7 @@ def compare(
         help="Folders with a result.json, or such files, as `evaluate` and `transfer` write.")],
     out:Annotated[Optional[str], typer.Option(help="Folder for runs.csv and runs.png.")]=None, as_json:AsJson=False,
     config:Config=None,
-):
+)->None:
     "Several runs in one table, and mIoU against multiply-accumulates and parameters (Fig. 1)."
     from opentrans.training import compare_runs, plot_runs
     frame = compare_runs(runs)

@@ -10,16 +10,18 @@ import copy, functools, math, warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 import torch
 from torch import nn
 import torch.nn.functional as F
 import open_clip
+from typing_extensions import Self
 from .weights import _triple, open_model
 from ..data.vocabulary import check_templates, checked_text, Vocabulary
 from ..errors import OpenTransError, unknown
 from ..escape import for_markdown, printable
 from ..runtime import device_of
-from ..towers import cell_weights, tower_family
+from ..towers import cell_weights, Tower, tower_family
 
 # %% ../../nbs/clip/20_clip.ipynb #ad7c500d
 _PLAIN = ('a photo of a {}.',)
@@ -32,16 +34,16 @@ class TextEncoder:
         name:str='', # Name of the CLIP, for messages
         trained:bool=True, # Has it learned some words, so that a word which it has not seen is worth a warning?
     ):
-        self.model = copy.copy(model)
+        self.model: nn.Module = copy.copy(model)
         self.model._modules = {k: m for k,m in model._modules.items() if k != 'visual'}
         self.model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.name = name
-        self.trained = trained
-        self.cache = {}
-        self.known = getattr(model, 'known', None) # of a CLIP for photographs
+        self.tokenizer: Callable[..., torch.Tensor] = tokenizer
+        self.name: str = name
+        self.trained: bool = trained
+        self.cache: dict[Any, Any] = {}
+        self.known: Any = getattr(model, 'known', None) # of a CLIP for photographs
 
-    def __deepcopy__(self, memo): return self
+    def __deepcopy__(self, memo:object)->Self: return self
 
     @torch.no_grad()
     def prompts(self,
@@ -59,15 +61,15 @@ class TextEncoder:
         return torch.stack([self.cache[p] for p in prompts])
 
     def __call__(self,
-        said, # For each class, its prompts: one list of texts each
-        device='cpu', # Where to encode
+        said:Sequence[Sequence[str]], # For each class, its prompts: one list of texts each
+        device:str|torch.device='cpu', # Where to encode
     )->torch.Tensor: # (K, D), unit length
         "Embed classes: the mean over the prompts of each, of unit length."
         self._warn(said)
         e = self.prompts([p for ps in said for p in ps], device).split([len(ps) for ps in said])
         return torch.stack([F.normalize(x.mean(0), dim=0) for x in e]).to(device)
 
-    def strange(self, said:Sequence[Sequence[str]])->list: # The first prompt of each such class
+    def strange(self, said:Sequence[Sequence[str]])->list[str]: # The first prompt of each such class
         """Classes whose words a small CLIP has never seen, or that are unlike all names that a CLIP for photographs
         was shown."""
         if not self.trained: return []
@@ -77,7 +79,7 @@ class TextEncoder:
         if not hasattr(self.tokenizer, 'unknown_words'): return []
         return [ps[0] for ps in said if all(self.tokenizer.unknown_words(p) for p in ps)]
 
-    def nearest(self, said:Sequence[Sequence[str]])->tuple: # (likeness (K,), list of K names)
+    def nearest(self, said:Sequence[Sequence[str]])->tuple[torch.Tensor, list[str]]: # (likeness (K,), list of K names)
         "Of a CLIP for photographs: the name it was shown that each class is most like."
         parts = self.prompts([p for ps in said for p in ps]).split([len(ps) for ps in said])
         return self.known.nearest(torch.stack([F.normalize(part.mean(0), dim=0) for part in parts]))
@@ -113,7 +115,7 @@ def class_prompts(
     # Prompts with a `{}` for the name, or the name of a set in `opentrans.data.TEMPLATES`; None takes the
     # vocabulary's own, or CLIP's simplest
     templates:str|Sequence[str]|None=None,
-)->list: # One list of texts for each class: every synonym in every template
+)->list[list[str]]: # One list of texts for each class: every synonym in every template
     """The texts that stand for classes. Raises `OpenTransError` for an empty list or name, and for a template that
     does not have the place of the name once."""
     if hasattr(names, 'prompts') and templates is None: return names.prompts()
@@ -137,18 +139,18 @@ def _side(net): # in pixels, of the images that a tower was trained on
 class Origin:
     "What `create` loaded: shared by all copies of a backbone, never changed."
     name:str # Name of the architecture
-    pretrained:str # Tag, path, or None for random weights
+    pretrained:str|None # Tag, path, or None for random weights
     visual:nn.Module # The image tower as it was loaded
     text:TextEncoder # The text encoder
-    mean:tuple # Mean colour that the tower expects
-    std:tuple # Deviation that the tower expects
+    mean:tuple[float, float, float] # Mean colour that the tower expects
+    std:tuple[float, float, float] # Deviation that the tower expects
     logit_scale:float # Scale of cosine similarities in CLIP's softmax
     normalize:bool = True # Do images come in [0,1]? If not, they come normalised
     output_stride:int = 32 # Stride of `res5`
-    def __deepcopy__(self, memo): return self
+    def __deepcopy__(self, memo:object)->Self: return self
 
     @functools.cached_property
-    def maps(self):
+    def maps(self)->tuple[dict[str, int], dict[str, int], int]:
         "Channels and strides of the maps, and the width of embeddings: asked by a forward pass without numbers."
         net = copy.deepcopy(self.visual).to('meta')
         kind = tower_family(self.visual, self.name)
@@ -159,30 +161,61 @@ class Origin:
         return {k: m.shape[1] for k,m in maps.items()},{k: round(size/m.shape[-1])
                                                         for k,m in maps.items()},dense.shape[1]
 
+# %% ../../nbs/clip/20_clip.ipynb #c41be07a
+class _ClipAbout(nn.Module):
+    "What a backbone says of its tower, which `_ClipTower` makes."
+    @property
+    def tower(self)->nn.Module:
+        "The image tower, in which parameters have their names."
+        return self.visual
+    @property
+    def text(self)->TextEncoder:
+        "The frozen text encoder, shared by all copies."
+        return self.origin.text
+    @property
+    def name(self)->str: return self.origin.name
+    @property
+    def logit_scale(self)->float:
+        "Scale of cosine similarities in CLIP's softmax."
+        return self.origin.logit_scale
+    @property
+    def output_stride(self)->int: return self.origin.output_stride
+
+    def extra_repr(self)->str:
+        "What `print` shows of it."
+        return (
+            f"{self.name}, pretrained={self.origin.pretrained}, embed_dim={self.embed_dim}, "
+            f"strides={self.strides}, channels={self.channels}")
+
+    def _repr_markdown_(self):
+        rows = '\n'.join(f'| {k} | {c} | {self.strides[k]} |' for k,c in self.channels.items())
+        weights = Path(self.origin.pretrained).name if self.origin.pretrained else 'random'
+        n = sum(p.numel() for p in self.parameters())
+        return (
+            f"**{for_markdown(self.name)}**, weights: {for_markdown(weights)}; {n:,} parameters in the image "
+            f"tower, {self.embed_dim}-dimensional embeddings, " f"native size {self.image_size}\n\n| map | "
+                                                                f"channels | stride |\n| --- | --- | --- |\n{rows}")
+
 # %% ../../nbs/clip/20_clip.ipynb #5dc0a6c9
-class _ClipTower(nn.Module):
+class _ClipTower(_ClipAbout):
     "The image tower of a CLIP: images go in, the maps of its four stages come out."
     def __init__(self,
         origin:Origin, # What was loaded; the backbone starts from a copy of its tower
     ):
         super().__init__()
-        self.origin,self.kind = origin,tower_family(origin.visual, origin.name)
-        self.visual = copy.deepcopy(origin.visual)
+        self.origin: Origin = origin
+        self.kind: type[Tower] = tower_family(origin.visual, origin.name)
+        self.visual: nn.Module = copy.deepcopy(origin.visual)
         for k in ('mean', 'std'):
             self.register_buffer(k, torch.tensor(getattr(origin, k)).view(1, 3, 1, 1), persistent=False)
-        self.image_size = _side(self.visual)
+        self.image_size: int = _side(self.visual)
         self.eval()
-        channels,strides,self.embed_dim = origin.maps
-        self.channels,self.strides = dict(channels),dict(strides)
+        channels,strides,width = origin.maps
+        self.embed_dim: int = width
+        self.channels: dict[str, int] = dict(channels)
+        self.strides: dict[str, int] = dict(strides)
 
-    tower = property(lambda self: self.visual, doc="The image tower, in which parameters have their names.")
-    text = property(lambda self: self.origin.text, doc="The frozen text encoder, shared by all copies.")
-    name = property(lambda self: self.origin.name)
-    logit_scale = property(lambda self: self.origin.logit_scale,
-                           doc="Scale of cosine similarities in CLIP's softmax.")
-    output_stride = property(lambda self: self.origin.output_stride)
-
-    def prepare(self, images:torch.Tensor):
+    def prepare(self, images:torch.Tensor)->torch.Tensor:
         "Check images and take off CLIP's mean and deviation."
         if (not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] != 3
             or not images.is_floating_point()):
@@ -200,23 +233,9 @@ class _ClipTower(nn.Module):
 
     def forward(self,
         images:torch.Tensor, # (B, 3, H, W) in [0,1]
-    )->dict: # `'res2'` ... `'res5'`: (B, `channels[k]`, H/`strides[k]`, W/`strides[k]`)
+    )->dict[str, torch.Tensor]: # `'res2'` ... `'res5'`: (B, `channels[k]`, H/`strides[k]`, W/`strides[k]`)
         "The four maps of the tower."
         return self.kind.features(self.visual, self.prepare(images))[0]
-
-    def extra_repr(self):
-        return (
-            f"{self.name}, pretrained={self.origin.pretrained}, embed_dim={self.embed_dim}, "
-            f"strides={self.strides}, channels={self.channels}")
-
-    def _repr_markdown_(self):
-        rows = '\n'.join(f'| {k} | {c} | {self.strides[k]} |' for k,c in self.channels.items())
-        weights = Path(self.origin.pretrained).name if self.origin.pretrained else 'random'
-        n = sum(p.numel() for p in self.parameters())
-        return (
-            f"**{for_markdown(self.name)}**, weights: {for_markdown(weights)}; {n:,} parameters in the image "
-            f"tower, {self.embed_dim}-dimensional embeddings, " f"native size {self.image_size}\n\n| map | "
-                                                                f"channels | stride |\n| --- | --- | --- |\n{rows}")
 
 # %% ../../nbs/clip/20_clip.ipynb #a1c72e34
 class _OpenedClip(_ClipTower):
@@ -226,7 +245,7 @@ class _OpenedClip(_ClipTower):
         model:nn.Module, # An open_clip model; its parts are copied
         tokenizer:Callable[..., torch.Tensor], # Texts -> token ids
         name:str='clip', # A name for messages
-        pretrained:str=None, # Where the weights come from
+        pretrained:str|None=None, # Where the weights come from
         # Mean colour that the tower expects; None: as open_clip has noted it at the model, else OpenAI's
         mean:Sequence[float]|None=None,
         std:Sequence[float]|None=None, # Deviation that the tower expects, likewise
@@ -252,16 +271,16 @@ class _OpenedClip(_ClipTower):
     def create(cls,
         name:str, # `'shapes-rn'`, `'photo-lite0'` (photographs), or open_clip's name of an RN, ViT or convnext model
         # A tag of open_clip (`'openai'`), a path, the own name of a CLIP that ships, or None: random weights
-        pretrained:str=None,
+        pretrained:str|None=None,
         seed:int=0, # Seed of random weights
         normalize:bool=True, # Do images come in [0,1]? If not, they come normalised
         output_stride:int=32, # Stride of `res5`: 32, or for a ResNet 16 or 8
-        cache_dir:str=None, # Where downloads are kept; None for the libraries' own place
-        quick_gelu:bool=None, # OpenAI's faster activation? None: as file, tag or name tell
+        cache_dir:str|None=None, # Where downloads are kept; None for the libraries' own place
+        quick_gelu:bool|None=None, # OpenAI's faster activation? None: as file, tag or name tell
         mean:Sequence[float]|None=None, # Mean colour of its images, three numbers; None: as file or tag tell
         std:Sequence[float]|None=None, # Their deviation, likewise
         # True: whatever is missing may be fetched from the Hugging Face hub; None: what a tag needs; False: nothing
-        hub:bool=None,
+        hub:bool|None=None,
     )->'ClipBackbone': # In eval mode, on the CPU
         "Open a CLIP. Weights that are missing, or do not fit, are an `OpenTransError` that says what to do."
         model,tokenizer,mean,std = open_model(name, pretrained, seed, cache_dir, quick_gelu, mean, std, hub)
@@ -314,7 +333,7 @@ class _ClipCrops(_ClipEmbeddings):
     def crops(self,
         images:torch.Tensor, # (B, 3, H, W) in [0,1]
         regions:Sequence[torch.Tensor], # List of B masks (N_i, H, W)
-        size:int=None, # Side of the crops; None for the native size
+        size:int|None=None, # Side of the crops; None for the native size
         margin:float=1.3, # Side of the box, as a multiple of the region's longer side; never more than the image's
     )->torch.Tensor: # (sum N_i, 3, size, size), normalised as the tower wants; what is outside a region is 0
         "Cut out regions: square boxes around them, the rest painted in the mean colour, resized."
@@ -336,7 +355,7 @@ class _ClipCrops(_ClipEmbeddings):
     def tight_crops(self,
         images:torch.Tensor, # (B, 3, H, W) in [0,1]
         regions:Sequence[torch.Tensor], # List of B masks (N_i, H, W)
-        size:int=None, # Side of the crops; None for the native size
+        size:int|None=None, # Side of the crops; None for the native size
     )->torch.Tensor: # (sum N_i, 3, size, size), normalised as the tower wants
         """Cut out regions as the code released with the paper does (detr_panoptic_caption_kd_dataset_mapper.py): the
         rest painted grey (128), the tight box without its last row and column, stretched to a square (bicubic)."""

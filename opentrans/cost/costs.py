@@ -9,7 +9,7 @@ __all__ = ['cost', 'Cost', 'training_table', 'training_flops', 'tool_count']
 import contextlib, logging, math, re, sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException, DynamicOutputShapeException, FakeTensor, UnsupportedFakeTensorException,
     UnsupportedOperatorException)
+from typing_extensions import Self
 from ..core import LAYER_KINDS, LayerSelection, unwrap
 from .counting import _Composite, _Counter, _hooked, _model_rows, CONVENTIONS
 from .dry_pass import _LeftBehind, _run_dry
@@ -25,6 +26,9 @@ from ..errors import OpenTransError, optional, unknown
 from ..escape import for_markdown, for_plot
 from ..naming import clean_name, find_names
 from ..runtime import get_axes, device_of, eval_mode
+
+if TYPE_CHECKING: # for types alone
+    from matplotlib.axes import Axes
 
 # %% ../../nbs/04_cost.ipynb #6c404851
 def _blindly(beside, make):
@@ -49,6 +53,12 @@ def _density(name, d):
         f"The density of '{name}' must be a number from 0 to 1, the share of weights that remain, not {d!r}.")
 
 # %% ../../nbs/04_cost.ipynb #4bf726c9
+class _MaskLike(Protocol):
+    "What is asked of a `SparseMask`, which is of a later chapter."
+    @property
+    def names(self)->list[str]: ...
+    def __getitem__(self, name:str)->torch.Tensor: ...
+
 def _densities(mask, rows):
     """Density by row, from a mask by name, a dict of densities (`'*'`: all other rows of the tower), or one number
     for the whole tower."""
@@ -73,45 +83,50 @@ class _CostTable:
     # density, active_params, active_macs
     by_layer:pd.DataFrame
     convention:str='macs' # What was counted
-    input_size:tuple=None # Of the pass
-    upstream:dict=field(default_factory=dict, repr=False) # Row -> rows that its input depends on
+    input_size:tuple[int, ...]|None=None # Of the pass
+    upstream:dict[str, frozenset[str]]=field(default_factory=dict, repr=False) # Row -> rows that its input depends on
     # What may multiply and has no price here. Index: `module:operator`. Columns times (how often it ran), tower
     unpriced:pd.DataFrame=None
 
-    def __post_init__(self):
+    def __post_init__(self)->None:
         if self.unpriced is None:
             self.unpriced = pd.DataFrame(dict(times=pd.Series(dtype=int), tower=pd.Series(dtype=bool)))
 
     @property
-    def params(self): return _whole(self.by_layer.params.sum())
+    def params(self)->float: return _whole(self.by_layer.params.sum())
     @property
-    def active_params(self): return _whole(self.by_layer.active_params.sum())
+    def active_params(self)->float: return _whole(self.by_layer.active_params.sum())
     @property
-    def macs(self): return _whole(self.by_layer.macs.sum())
+    def macs(self)->float: return _whole(self.by_layer.macs.sum())
     @property
-    def active_macs(self): return _whole(self.by_layer.active_macs.sum())
+    def active_macs(self)->float: return _whole(self.by_layer.active_macs.sum())
 
     def _with(self, by_layer, unpriced=None):
         return replace(self, by_layer=by_layer, unpriced=self.unpriced if unpriced is None else unpriced)
-    def part(self, keep): # A function of the row's name, or a boolean array
+    def part(self,
+        # A function of the row's name, or a boolean array
+        keep:Callable[[str], bool]|Sequence[bool]|np.ndarray|pd.Series,
+    )->Self:
         "The cost of some rows only."
         t,u = self.by_layer,self.unpriced
         if not callable(keep): return self._with(t[np.asarray(keep, dtype=bool)])
         return self._with(t[[bool(keep(r)) for r in t.index]], u[[bool(keep(r)) for r in u.index]])
     @property
-    def tower(self): return self._with(self.by_layer[self.by_layer.tower], self.unpriced[self.unpriced.tower])
+    def tower(self)->Self: return self._with(self.by_layer[self.by_layer.tower], self.unpriced[self.unpriced.tower])
     @property
-    def head(self): return self._with(self.by_layer[~self.by_layer.tower], self.unpriced[~self.unpriced.tower])
+    def head(self)->Self: return self._with(self.by_layer[~self.by_layer.tower], self.unpriced[~self.unpriced.tower])
     @property
-    def ran(self): return self.part(self.by_layer.ran)
-    def without(self, *names): # Modules, e.g. `'attnpool'`
+    def ran(self)->Self: return self.part(self.by_layer.ran)
+    def without(self, *names:str)->Self: # Modules, e.g. `'attnpool'`
         "The cost of all rows but those of some modules."
         return self.part(lambda r: not any(r == n or r.startswith((f'{n}.', f'{n}:')) for n in names))
-    def of(self, *names): # Modules, e.g. `'layer1'`
+    def of(self, *names:str)->Self: # Modules, e.g. `'layer1'`
         "The cost of some modules."
         return self.part(lambda r: any(r == n or r.startswith((f'{n}.', f'{n}:')) for n in names))
 
-    def with_mask(self, mask): # A `SparseMask`, a dict name -> density, one number for the whole tower, or None
+    def with_mask(self,
+        mask:_MaskLike|dict[str, float]|float|None, # A `SparseMask`, densities by name, or one for the whole tower
+    )->Self:
         "The same cost under a mask: a weight's row shrinks to its density; biases, and what has no weight, stay."
         t = self.by_layer.copy()
         d = pd.Series(_densities(mask, t.tower.to_dict()), dtype=float).reindex(t.index).fillna(1.)
@@ -142,17 +157,17 @@ def _combine(a, b, sign):
 # %% ../../nbs/04_cost.ipynb #7614b92f
 class _CostSums(_CostTable):
     "Costs added and taken apart."
-    def __add__(self, other): return _combine(self, other, 1)
+    def __add__(self, other:'Cost')->'Cost': return _combine(self, other, 1)
 
-    def __sub__(self, other): return _combine(self, other, -1)
+    def __sub__(self, other:'Cost')->'Cost': return _combine(self, other, -1)
 
-    def __mul__(self, k):
+    def __mul__(self, k:float)->Self:
         if not _number(k): return NotImplemented
         t = self.by_layer.copy()
         t[_NUMBERS] = t[_NUMBERS]*k
         return self._with(t)
 
-    def __rmul__(self, k): return self*k
+    def __rmul__(self, k:float)->Self: return self*k
 
 # %% ../../nbs/04_cost.ipynb #b7679576
 _NEED_VALUES = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException,
@@ -254,7 +269,7 @@ def _as_cost(counter, convention, size):
 def cost(
     model:nn.Module, # A tower, a backbone, a framework, or any other model; it is left as it was
     input_size:Sequence[int], # (C,H,W), or with the batch (B,C,H,W)
-    mask=None, # A `SparseMask`, a dict name -> density, or one density for the whole tower
+    mask:_MaskLike|dict[str, float]|float|None=None, # A `SparseMask`, densities by name, or one for the whole tower
     convention:str='macs', # `'macs'`, `'thop'`, `'ptflops'` or `'fvcore'`
     args:Sequence[Any]=(), # More positional inputs, behind the images
     forward:Callable[..., Any]|None=None, # What to run instead of `model(images, *args)`: a function of these
@@ -287,21 +302,21 @@ def cost(
 # %% ../../nbs/04_cost.ipynb #ba5f0bf9
 class _CostText(_CostSums):
     "Costs as tables and as text."
-    def by_kind(self):
+    def by_kind(self)->pd.DataFrame:
         "Sums by kind of layer."
         t = self.by_layer.groupby('kind', sort=False)[_NUMBERS].sum().drop(columns='weights')
         return t[(t != 0).any(axis=1)]
 
     def by_stage(self,
         depth:int=1, # How many parts of the name make a stage
-    ):
+    )->pd.DataFrame:
         "Sums by the first parts of the name, in the model's order."
         stage = ['.'.join(r.split(':')[0].split('.')[:depth]) if '.' in r.split(':')[0] else r.split(':')[0]
                  for r in self.by_layer.index]
         t = self.by_layer.groupby(pd.Index(stage, name='stage'), sort=False)[_NUMBERS].sum().drop(columns='weights')
         return t[(t != 0).any(axis=1)]
 
-    def to_markdown(self, by='kind', **kw):
+    def to_markdown(self, by:str='kind', **kw:Any)->str:
         "A markdown table by `'kind'` or `'stage'`, with the total below."
         t = getattr(self, f'by_{by}')(**kw)
         lines = [(for_markdown(k), *(_si(r[c]).strip() for c in ('params', 'active_params', 'macs', 'active_macs')))
@@ -324,7 +339,7 @@ class _CostText(_CostSums):
 
     def _repr_markdown_(self): return self.to_markdown()
 
-    def __repr__(self):
+    def __repr__(self)->str:
         sums = (
             f'{_si(self.active_params)} of {_si(self.params)} parameters, {_si(self.active_macs)} of '
             f'{_si(self.macs)}MACs')
@@ -339,8 +354,8 @@ class Cost(_CostText):
     def plot(self,
         by:str='layer', # `'layer'`, `'stage'` or `'kind'`
         what:str='macs', # `'macs'` or `'params'`
-        ax=None, # Axes to draw on
-    ): # The axes
+        ax:'Axes|None'=None, # Axes to draw on; new ones if None
+    )->'Axes': # The axes
         "Bars of what each layer costs; the dark part is what a mask leaves."
         t = self.by_layer if by == 'layer' else getattr(self, f'by_{by}')()
         t = t[t[what] != 0]
@@ -373,7 +388,7 @@ def training_table(
     cost:Cost, # Of one forward pass of one image
     # A `SparseMask`, dict of densities, or one density for the whole tower; None: the mask that `cost` was made
     # with
-    mask=None,
+    mask:_MaskLike|dict[str, float]|float|None=None,
     selection:LayerSelection|None=None, # A `LayerSelection`; None: everything learns
     rule:str='paper', # `'paper'`: supplement 6.2; `'exact'`: gradients only where they are needed
     train_norms:bool=True, # Do norms (and other weights that are no layers) of the tower learn?
@@ -399,7 +414,7 @@ def training_flops(
     batch_size:int, # Images a step, over all devices
     # A `SparseMask`, dict of densities, or one density for the whole tower (the paper's way); None: the mask that
     # `cost` was made with
-    mask=None,
+    mask:_MaskLike|dict[str, float]|float|None=None,
     selection:LayerSelection|None=None, # A `LayerSelection`; None: everything learns
     # MACs of one image in a head that `cost` does not hold: a number or a `Cost`; counts three times
     head:float|Cost=0.,
@@ -420,7 +435,7 @@ def tool_count(
     tool:str, # `'thop'`, `'ptflops'` or `'fvcore'`
     model:nn.Module, # The model; it is copied, since the tools leave traces
     input_size:Sequence[int], # (C,H,W); one image
-)->tuple: # (FLOPs, parameters)
+)->tuple[int, int]: # (FLOPs, parameters)
     "Run one of the three counting tools. Raises `OpenTransError` if it is not installed."
     import copy, warnings
     model,size = copy.deepcopy(model).eval(),_size(input_size)[-3:]

@@ -9,15 +9,15 @@ __all__ = ['IMAGES', 'data_root', 'find_layout', 'pair_files', 'register_dataset
 # %% ../../nbs/data/15_datasets.ipynb #aecc5a75
 import inspect, json, os, re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 import numpy as np
 from PIL import Image
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
 from .readers import _some, Files, label_lut, LabelMaps, Panoptic, read_instances, INVALID
-from .samples import _listed_values, ignore_label
+from .samples import _listed_values, ignore_label, Samples
 from .shapes import ShapesWorld
 from .vocabulary import _asset, VOCABULARIES, Vocabulary
 from ..errors import FormatError, OpenTransError, shorten, unknown
@@ -104,11 +104,12 @@ def _unpaired(key, images, labels, lower):
 
 # %% ../../nbs/data/15_datasets.ipynb #fa12f311
 _DATASETS = {}
+_Opener = TypeVar('_Opener', bound=Callable[..., Any])
 
 def register_dataset(
     name:str, # What `open_dataset` shall call it
     how:str='', # One sentence on how to get the data, shown when it is missing
-): # A decorator for a function `(root, split, **options) -> data set`
+)->Callable[[_Opener], _Opener]: # A decorator for a function `(root, split, **options) -> data set`
     "Make a data set known by name."
     def add(f):
         _DATASETS[name] = f
@@ -116,7 +117,7 @@ def register_dataset(
         return f
     return add
 
-def list_datasets()->list:
+def list_datasets()->list[str]:
     "Names of the data sets that `open_dataset` knows."
     return sorted(_DATASETS)
 
@@ -125,8 +126,8 @@ def open_dataset(
     root:str|Path|None=None, # Folder of the data; see `data_root`
     split:str='val', # `'train'` or `'val'`
     corrupt:str='raise', # `'raise'`, or `'skip'` to leave out what cannot be read, with a warning
-    **options, # What the data set takes besides, such as `names` and `ignore` of `'folder'`
-): # A data set of samples
+    **options:Any, # What the data set takes besides, such as `names` and `ignore` of `'folder'`
+)->Samples: # A data set of samples
     "Open a data set by name. Raises `OpenTransError` for an unknown name, split or option, and for missing files."
     if not isinstance(name, str) or name not in _DATASETS: raise unknown('data set', name, list_datasets())
     f = _DATASETS[name]

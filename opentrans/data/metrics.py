@@ -8,23 +8,24 @@ __all__ = ['IOU_THRESHOLDS', 'Sums', 'SemanticIoU', 'panoptic_map', 'match_segme
 
 # %% ../../nbs/data/16_metrics.ipynb #cf98af5f
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 import numpy as np
 import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
+from typing_extensions import Self
 from ..errors import OpenTransError, shorten
 
 # %% ../../nbs/data/16_metrics.ipynb #16a5e029
 class Sums:
     "A metric that is a few sums: they can be read, put back, and added across batches and processes."
     _sums = () # names of the tensors that are sums
-    def state(self)->dict:
+    def state(self)->dict[str, torch.Tensor]:
         "The sums, by name: tensors that may be saved, sent and added."
         return {n: getattr(self, n).clone() for n in self._sums}
 
-    def load_state(self, state:dict):
+    def load_state(self, state:dict[str, torch.Tensor])->Self:
         "Put back what `state` gave. Raises `OpenTransError`, with nothing changed, if it is of another metric."
         for n in self._sums:
             own = getattr(self, n)
@@ -37,12 +38,12 @@ class Sums:
         for n in self._sums: setattr(self, n, state[n].clone().to(getattr(self, n).dtype).cpu())
         return self
 
-    def reset(self):
+    def reset(self)->Self:
         "Forget everything."
         for n in self._sums: getattr(self, n).zero_()
         return self
 
-    def merge(self, other:'Sums'):
+    def merge(self, other:'Sums')->Self:
         """Add what another metric of the same kind has seen. Raises `OpenTransError` if the two do not count the
         same classes."""
         if type(other) is not type(self) or self._same() != other._same():
@@ -54,7 +55,7 @@ class Sums:
         # Function tensor -> its sum over all processes, e.g. `accelerator.reduce`
         sum_over_processes:Callable[[torch.Tensor], torch.Tensor],
         device:str|torch.device='cpu', # Where that function wants the tensor, e.g. `accelerator.device`
-    ): # A new metric that holds what all processes have seen; this one stays as it was
+    )->Self: # A new metric that holds what all processes have seen; this one stays as it was
         "Add up the sums of all processes, each of which calls this."
         res = copy.deepcopy(self)
         for n in self._sums:
@@ -109,17 +110,18 @@ class SemanticIoU(Sums):
         ignore:int=255, # Truth label of pixels that do not count; must not be a class
     ):
         _check_classes(num_classes, ignore)
-        self.num_classes,self.ignore = num_classes,ignore
-        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-        self.ignored = torch.zeros(1, dtype=torch.int64) # number of pixels that did not count
+        self.num_classes: int = num_classes
+        self.ignore: int = ignore
+        self.confusion: torch.Tensor = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.ignored: torch.Tensor = torch.zeros(1, dtype=torch.int64) # number of pixels that did not count
 
     def _same(self): return self.num_classes,self.ignore
-    def __repr__(self): return f'SemanticIoU({self.num_classes} classes, {int(self.confusion.sum()):,} pixels)'
+    def __repr__(self)->str: return f'SemanticIoU({self.num_classes} classes, {int(self.confusion.sum()):,} pixels)'
 
     def update(self,
         pred:torch.Tensor, # Predicted labels (H,W) or (B,H,W), of any integer type
         target:torch.Tensor, # True labels of the same shape, of any integer type
-    ):
+    )->Self:
         """Count a picture or a batch, image by image. Raises `OpenTransError` for labels out of range, and counts
         none of that batch then."""
         pred,target = _int_map(pred, 'prediction'),_int_map(target, 'truth')
@@ -149,14 +151,14 @@ class SemanticIoU(Sums):
         return counts.view(self.num_classes+1, self.num_classes).cpu()
 
     def compute(self,
-        groups:dict=None, # Name -> class indices; adds the mean IoU of each group
+        groups:Mapping[str, Sequence[int]]|None=None, # Name -> class indices; adds the mean IoU of each group
         # Classes in the mean: those in truth or prediction (`'either'`), or those in the truth (`'truth'`)
         over:str='either',
         # Lists of class indices that mean the same pixels; adds `same`: the mean IoU where each list is one class
         same:Sequence[Sequence[int]]|None=None,
         # miou, iou (NaN where a class is absent), pixel_accuracy, mean_accuracy, confusion, groups; never_true:
         # classes that no truth holds; ignored: number of pixels that did not count
-    )->dict:
+    )->dict[str, Any]:
         """The figures of everything counted so far, as shares of 1. Raises `OpenTransError` for a group of classes
         that are not there."""
         if over not in ('either', 'truth'):
@@ -288,14 +290,15 @@ class _SegmentSums(Sums):
         isthing:torch.Tensor|Sequence[bool], # One boolean a class: countable or not
         ignore:int=255, # Class of pixels that do not count
     ):
-        try: self.isthing,self.ignore = torch.as_tensor(isthing, dtype=torch.bool).cpu().ravel(),ignore
+        self.ignore: int = ignore
+        try: self.isthing: torch.Tensor = torch.as_tensor(isthing, dtype=torch.bool).cpu().ravel()
         except (TypeError, ValueError, RuntimeError):
             raise OpenTransError(f"isthing must be one boolean a class, not {shorten(isthing, 80)}.") from None
         _check_classes(len(self.isthing), ignore)
         for n in self._sums: setattr(self, n, torch.zeros(len(self.isthing), dtype=torch.float64))
 
     def _same(self): return self.isthing.tolist(),self.ignore
-    def __repr__(self):
+    def __repr__(self)->str:
         return f'PanopticQuality({int(self.isthing.sum())} things, {int((~self.isthing).sum())} stuff classes)'
 
     def _map(self, x, what):
@@ -320,7 +323,7 @@ class PanopticQuality(_SegmentSums):
     def update(self,
         pred:torch.Tensor, # (H,W,2) or (B,H,W,2): class and instance of each pixel; class `ignore` = nothing said
         target:torch.Tensor, # The truth; instance -1 marks a crowd
-    ):
+    )->Self:
         """Count a picture or a batch. Raises `OpenTransError` for labels out of range, and counts none of that
         batch then."""
         pred,target = self._map(pred, 'prediction'),self._map(target, 'truth')
@@ -474,7 +477,7 @@ class DetectionAP:
     def __repr__(self):
         return f'DetectionAP({self.num_classes} classes, {self.images} images, {int(self.objects.sum()):,} objects)'
 
-    def reset(self):
+    def reset(self)->Self:
         "Forget everything."
         self.images,self.objects = 0,np.zeros(self.num_classes, dtype=int)
         self.scores,self.hits = ([[] for _ in range(self.num_classes)] for _ in range(2))

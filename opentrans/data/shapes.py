@@ -9,6 +9,7 @@ __all__ = ['COLOURS', 'TEXTURES', 'SHAPES', 'STUFF', 'TRIPLES', 'DOMAINS', 'is_n
 # %% ../../nbs/data/12_shapes.ipynb #5d1323e4
 import functools
 from collections.abc import Sequence
+from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -206,9 +207,9 @@ def scene(
     return _light(rng, img, **look),seg,kinds
 
 # %% ../../nbs/data/12_shapes.ipynb #26b703bd
-class ShapesWorld(Dataset):
+class ShapesWorld(Dataset[dict[str, Any]]):
     "Generated scenes with regions and a vocabulary of their own (architecture: the embedded world)."
-    splits = ('train', 'val', 'test')
+    splits:tuple[str, ...] = ('train', 'val', 'test')
     def __init__(self,
         split:str='train', # `'train'` (base things only), `'val'` or `'test'` (all things)
         domain:str='home', # One of `DOMAINS`
@@ -223,21 +224,24 @@ class ShapesWorld(Dataset):
             raise OpenTransError(f"n={shorten(n, 40)}: a data set needs at least one scene.")
         if not _is_whole(seed) or seed < 0:
             raise OpenTransError(f"seed={shorten(seed, 40)}: expected a whole number from 0 on.")
-        self.split = split
-        self.domain = domain
-        self.n = int(n)
-        self.seed = int(seed)
-        self.size = tuple(int(side) for side in _sides(size, low=0))
+        self.split: str = split
+        self.domain: str = domain
+        self.n: int = int(n)
+        self.seed: int = int(seed)
+        self.size: tuple[int, int] = tuple(int(side) for side in _sides(size, low=0))
         if min(self.size) < 16: raise OpenTransError(f"size={size}: a scene needs at least 16 pixels a side.")
         base,novel = ([k for k in TRIPLES if is_novel(*k) == b] for b in (False, True))
-        self.triples = base if split == 'train' else base+novel
+        self.triples: list[tuple[int, int, int]] = base if split == 'train' else base+novel
         stuff = ['paper'] if domain == 'sketch' else list(STUFF)
         named = self.triples if domain == 'home' else TRIPLES
-        self.vocabulary = Vocabulary(stuff+list(dict.fromkeys(self.class_name(k) for k in named)), templates)
-        self.name,self.ignore,nb = f'shapesworld-{domain}',ignore_label(len(self.vocabulary)),len(stuff)+len(base)
-        self.things = frozenset(range(len(stuff), len(self.vocabulary)))
-        self.groups = (dict(base=list(range(nb)), novel=list(range(nb, nb+len(novel))))
-                       if domain == 'home' and split != 'train' else {})
+        names = stuff+list(dict.fromkeys(self.class_name(k) for k in named))
+        self.vocabulary: Vocabulary = Vocabulary(names, templates)
+        self.name: str = f'shapesworld-{domain}'
+        self.ignore: int = ignore_label(len(names))
+        self.things: frozenset[int] = frozenset(range(len(stuff), len(names)))
+        nb = len(stuff)+len(base)
+        parts = dict(base=list(range(nb)), novel=list(range(nb, nb+len(novel))))
+        self.groups: dict[str, list[int]] = parts if domain == 'home' and split != 'train' else {}
         self._made = {}
 
     def class_name(self, k:str|tuple[int, int, int])->str:
@@ -259,14 +263,15 @@ class ShapesWorld(Dataset):
                     isthing=np.array([c in self.things for c in classes]),
                     id=f'{self.domain}-{self.split}-{i:06d}', ignore=self.ignore)
 
-    def packed(self, i:int):
+    def packed(self, i:int)->dict[str, Any]:
+        "Scene i in the packed form, which `unpack` makes a sample of."
         if not -self.n <= i < self.n: raise IndexError(f'scene {i} of {self.n}')
         i = int(i) % self.n
         if i not in self._made: self._made[i] = self._make(i)
         return self._made[i]
-    def __len__(self): return self.n
-    def __getitem__(self, i): return unpack(self.packed(i))
-    def __repr__(self):
+    def __len__(self)->int: return self.n
+    def __getitem__(self, i:int)->dict[str, Any]: return unpack(self.packed(i))
+    def __repr__(self)->str:
         return (
             f"{self.name} ({self.split}): {self.n} scenes of {self.size[1]}x{self.size[0]}, {len(self.vocabulary)} "
             f"classes")

@@ -6,8 +6,9 @@ __all__ = ['ASSETS', 'TEMPLATES', 'VOCABULARIES', 'checked_text', 'check_templat
 # %% ../../nbs/data/10_vocabulary.ipynb #d8d150b3
 import csv, difflib, functools, json, re, string
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
+from typing import TypeVar
 import numpy as np
 from typing_extensions import NotRequired, Self, TypedDict
 import opentrans
@@ -25,19 +26,22 @@ def _asset(name):
             f"The data file 'assets/{name}.json' is missing from the package. Install opentrans again.")
     return load_json(path)
 
-class _Named(Mapping):
+_Thing = TypeVar('_Thing')
+
+class _Named(Mapping[str, _Thing]):
     "Names -> things made from data files when they are asked for."
-    def __init__(self, kind, names, make): self._kind,self._names,self._make = kind,names,functools.cache(make)
-    def __getitem__(self, name):
+    def __init__(self, kind:str, names:Callable[[], list[str]], make:Callable[[str], _Thing]):
+        self._kind,self._names,self._make = kind,names,functools.cache(make)
+    def __getitem__(self, name:str)->_Thing:
         if name not in self._names(): raise unknown(self._kind, name, self._names())
         return self._make(name)
-    def __contains__(self, name): return name in self._names()
-    def __iter__(self): return iter(self._names())
-    def __len__(self): return len(self._names())
-    def __repr__(self): return f"{self._kind}: {', '.join(self)}"
+    def __contains__(self, name:object)->bool: return name in self._names()
+    def __iter__(self)->Iterator[str]: return iter(self._names())
+    def __len__(self)->int: return len(self._names())
+    def __repr__(self)->str: return f"{self._kind}: {', '.join(self)}"
 
-TEMPLATES = _Named('template set', lambda: list(_asset('templates')),
-                   lambda name: tuple(_asset('templates')[name]['templates']))
+TEMPLATES: Mapping[str, tuple[str, ...]] = _Named('template set', lambda: list(_asset('templates')),
+                                                  lambda name: tuple(_asset('templates')[name]['templates']))
 
 # %% ../../nbs/data/10_vocabulary.ipynb #fa9e8434
 _LONGEST = 1000 # characters of a name or a template: a text encoder reads 77 words at most
@@ -95,7 +99,7 @@ def _has_place(template):
 
 def check_templates(
     templates:str|Iterable[str], # Prompts with `{}` for the name, or the name of a set in `TEMPLATES`
-)->tuple: # The prompts
+)->tuple[str, ...]: # The prompts
     """Prompt templates. Raises `OpenTransError` for one that does not have the place of the name once, or has
     anything else to be filled in."""
     if isinstance(templates, str): templates = [templates] if '{' in templates else TEMPLATES[templates]
@@ -120,13 +124,15 @@ class _ClassNames:
         # Prompts with `{}` for the name; or the name of a set in `TEMPLATES`
         templates:str|Iterable[str]=('a photo of a {}.',),
     ):
-        self.entries,self.templates = _entries(names),check_templates(templates)
-        self.synonyms = tuple(tuple(e.split(',')) for e in self.entries)
+        self.entries: tuple[str, ...] = _entries(names)
+        self.templates: tuple[str, ...] = check_templates(templates)
+        self.synonyms: tuple[tuple[str, ...], ...] = tuple(tuple(e.split(',')) for e in self.entries)
         first = Counter(s[0] for s in self.synonyms)
         # what tables call a class
-        self.names = tuple(s[0] if first[s[0]] == 1 else e for s,e in zip(self.synonyms, self.entries))
+        self.names: tuple[str, ...] = tuple(
+            s[0] if first[s[0]] == 1 else e for s,e in zip(self.synonyms, self.entries))
 
-    def prompts(self)->list: # One list of texts for each class: every synonym in every template
+    def prompts(self)->list[list[str]]: # One list of texts for each class: every synonym in every template
         "The texts whose embeddings stand for the classes."
         return [[t.format(w) for w in words for t in self.templates] for words in self.synonyms]
 
@@ -148,14 +154,14 @@ class _ClassNames:
                 f"Unknown class '{name}' in a vocabulary of {len(self)}; near it: {', '.join(near)}.")
         return found[0]
 
-    def __len__(self): return len(self.entries)
-    def __iter__(self): return iter(self.names)
-    def __contains__(self, name): return name in self.names or name in self.entries
-    def __getitem__(self, i): return self.names[i]
-    def __eq__(self, other):
+    def __len__(self)->int: return len(self.entries)
+    def __iter__(self)->Iterator[str]: return iter(self.names)
+    def __contains__(self, name:object)->bool: return name in self.names or name in self.entries
+    def __getitem__(self, i:int)->str: return self.names[i]
+    def __eq__(self, other:object)->bool:
         return isinstance(other, _ClassNames) and (self.entries, self.templates) == (other.entries, other.templates)
-    def __hash__(self): return hash((self.entries, self.templates))
-    def __repr__(self):
+    def __hash__(self)->int: return hash((self.entries, self.templates))
+    def __repr__(self)->str:
         return (
             f"Vocabulary({len(self)} classes: {', '.join(self.names[:4])}{', ...' if len(self) > 4 else ''}; "
             f"{len(self.templates)} templates)")
@@ -163,7 +169,7 @@ class _ClassNames:
 # %% ../../nbs/data/10_vocabulary.ipynb #d80ae4ee
 class _JoinedNames(_ClassNames):
     "Class names, cut and joined."
-    def __add__(self, other):
+    def __add__(self, other:'Vocabulary|str|Iterable[str]')->'Vocabulary':
         "All classes of both; those of the left side keep their indices, and its templates are used."
         other = other if isinstance(other, Vocabulary) else Vocabulary(other, self.templates)
         return Vocabulary(list(dict.fromkeys(self.entries+other.entries)), self.templates)
@@ -305,4 +311,5 @@ class Vocabulary(_JoinedNames):
 # %% ../../nbs/data/10_vocabulary.ipynb #c2334bba
 def _vocabularies(): return sorted(p.stem[6:] for p in ASSETS.glob('vocab_*.json'))
 
-VOCABULARIES = _Named('vocabulary', _vocabularies, lambda name: Vocabulary(_asset(f'vocab_{name}')['names']))
+VOCABULARIES: Mapping[str, Vocabulary] = _Named('vocabulary', _vocabularies,
+                                                lambda name: Vocabulary(_asset(f'vocab_{name}')['names']))

@@ -7,7 +7,9 @@ __all__ = ['LOSSES', 'find_backbone', 'precision_of']
 
 # %% ../../nbs/clip/23a_teaching.ipynb #bfcf342a
 import contextlib, functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, InitVar
+from typing import Any
 import numpy as np
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ import torch.nn.functional as F
 from ..clip.backbone import class_prompts, ClipBackbone
 from ..core import BATCH_NORMS, unwrap
 from ..data.batches import random_window, sample_batches
-from ..data.samples import collate
+from ..data.samples import collate, Samples
 from .losses import released_loss, tgkd_loss, vgkd_loss
 from .teacher import _is_table, _PENDING, TeacherStore
 from ..errors import check_number, DamagedFile, none_if_off, OpenTransError, shorten, unknown
@@ -106,32 +108,32 @@ def _class_number(given, names):
 class _TrainerSettings:
     "Settings of a `DistillTrainer`."
     clip:ClipBackbone # The CLIP: gives the text embeddings and, if none is given, the teacher
-    data:object # Data set of samples with `image`, `regions` and `region_classes`; its `vocabulary` holds the names
+    data:Samples # Data set of samples with `image`, `regions` and `region_classes`; its `vocabulary` holds the names
     # `'tgkd'` (Eq. 3), `'vgkd'` (Eq. 4), `'released'` (`released_loss`), or a function of (v, r, t)
-    loss:object = 'tgkd'
+    loss:str|Callable[..., torch.Tensor] = 'tgkd'
     iterations:int = 1000 # Iterations a round: the paper's t
     lr:float = 1e-4 # Learning rate
     batch_size:int = 8 # Images an iteration, over all processes
-    teacher:ClipBackbone = None # Who gives R(I, M_j); None: a frozen fresh copy of `clip`
+    teacher:ClipBackbone|None = None # Who gives R(I, M_j); None: a frozen fresh copy of `clip`
     student_mode:str = 'attention' # How the student embeds a region: `'attention'` or `'crop'`
     teacher_mode:str = 'crop' # How the teacher does; also `'tight'`, the released code's crops
     pairs:str = 'batch' # Pairs of regions: all in the `'batch'`, or those within an `'image'`
     max_regions:int = 64 # Most regions an iteration; if there are more, some are drawn
     min_pixels:int = 16 # Regions with fewer pixels are left out
-    classes:list = None # Names or indices of the classes whose regions are used; None for all
-    crop:int = None # Side of a random square window of larger images; None for whole images
-    optimizer:object = 'adamw' # `'adamw'`, `'sgd'`, or a function of the parameters
+    classes:Sequence[str|int]|None = None # Names or indices of the classes whose regions are used; None for all
+    crop:int|None = None # Side of a random square window of larger images; None for whole images
+    optimizer:str|Callable[..., torch.optim.Optimizer] = 'adamw' # `'adamw'`, `'sgd'`, or a function of the parameters
     weight_decay:float = 0. # Weight decay
     momentum:float = .9 # Momentum of SGD
-    clip_grad:float = None # Largest norm of the gradient; None for no limit
+    clip_grad:float|None = None # Largest norm of the gradient; None for no limit
     batch_norm:str = 'train' # `'train'`: batch statistics; `'frozen'`: CLIP's
-    freeze:tuple = () # Modules of the tower that rest, e.g. `('attnpool',)`
-    device:str = None # Where to train; None: where the model is
-    precision:str = None # Mixed precision of the student: `'bf16'`; None computes in 32 bits
+    freeze:Sequence[str] = () # Modules of the tower that rest, e.g. `('attnpool',)`
+    device:str|None = None # Where to train; None: where the model is
+    precision:str|None = None # Mixed precision of the student: `'bf16'`; None computes in 32 bits
     distillation:float = 1. # Weight of the distillation loss
     # Weight of the loss of a framework (Tab. 6 and 8); above 0 the model must be one, and its head learns too
     segmentation:float = 0.
-    seed:int = None # Seed of the order of images; None draws it from torch's generator, which `imp` seeds
+    seed:int|None = None # Seed of the order of images; None draws it from torch's generator, which `imp` seeds
     workers:int = 0 # Processes that read data
     # Most memory for teacher embeddings where no folder takes them; 0 keeps none, where `data[i]` is not the same
     # each time
@@ -141,10 +143,11 @@ class _TrainerSettings:
     disk_mb:int = 16384
     backbone_lr:float = 1. # Times `lr`, for the tower, where a framework's head learns, too
     decay_norms:bool = True # Weight decay for norms and vectors, too?
-    terms:tuple = None # Names of the terms of the framework's loss that are trained, e.g. `('kd',)`; None for all
-    amp:InitVar = None # Of opentrans 0.1: True is `precision='bf16'`
+    # Names of the terms of the framework's loss that are trained, e.g. `('kd',)`; None for all
+    terms:Sequence[str]|None = None
+    amp:InitVar[bool|None] = None # Of opentrans 0.1: True is `precision='bf16'`
 
-    def __post_init__(self, amp):
+    def __post_init__(self, amp:bool|None)->None:
         self.precision = precision_of(self.precision, amp)
         self._check()
         self.clip = find_backbone(self.clip)
@@ -162,14 +165,15 @@ class _TrainerSettings:
         self._cached = 0
         self._store = None
         self._stored = 0
-        self.log = []
-        self.team = Processes(self.device)
+        self.log: list[dict[str, float]] = []
+        self.team: Processes = Processes(self.device)
         hidden = ('clip', 'data', 'teacher', 'device', 'workers', 'seed', 'disk_mb')
         told = {f.name: getattr(self, f.name)
                 for f in fields(self)
                 if f.name not in hidden and not (f.name in _LATER and getattr(self, f.name) == f.default)}
         told['amp'] = told.pop('precision') is not None # as files hold it since 0.1
-        self.settings = {name: _plain_setting(value) for name,value in told.items()}   # what imp saves with a mask
+        # what imp saves with a mask
+        self.settings: dict[str, Any] = {name: _plain_setting(value) for name,value in told.items()}
         self.settings.update(data=getattr(self.data, 'name', type(self.data).__name__), images=len(self.data),
                              order=self.seed, names=digest_of(names)[:16],
                              teacher=checksum(self.teacher.state_dict(), {})[7:23])
@@ -205,7 +209,8 @@ class _TrainerChecks(_TrainerSettings):
             raise OpenTransError(f"decay_norms={shorten(repr(self.decay_norms))}: it must be True or False.")
 
     def _check_numbers(self):
-        self.crop,self.clip_grad = none_if_off(self.crop, 0),none_if_off(self.clip_grad, 0)
+        self.crop: int|None = none_if_off(self.crop, 0)
+        self.clip_grad: float|None = none_if_off(self.clip_grad, 0)
         for name,(least,most,whole) in _RANGES.items():
             if getattr(self, name) is None and name in _MAY_BE_NONE: continue
             check_number(name, getattr(self, name), least, most, whole)
@@ -320,7 +325,7 @@ class _TrainerTeaching(_TrainerBatches):
         self._cached += size
         if self._store is not None and self._cached > _PENDING: self._flush()
 
-    def state_dict(self)->dict: # Name -> tensor
+    def state_dict(self)->dict[str, torch.Tensor]: # By name
         """What the trainer remembers between rounds: the teacher's embeddings by image and region, as far as they
         are not in files of their own, how many such files there are, and the losses so far."""
         keys = torch.tensor(list(self._cache), dtype=torch.int64).reshape(-1, 2)
@@ -330,8 +335,8 @@ class _TrainerTeaching(_TrainerBatches):
         return dict(keys=keys, embeddings=rows, files=torch.tensor([[files]]), log=log.reshape(-1, 3))
 
     def load_state_dict(self,
-        state:dict, # What `state_dict` gave
-    ):
+        state:dict[str, torch.Tensor], # What `state_dict` gave
+    )->None:
         """Go on with what another trainer of the same settings remembered. Raises `DamagedFile`, with nothing
         changed, if it is something else."""
         keys,rows,log,files = (state.get(name) for name in ('keys', 'embeddings', 'log', 'files'))
@@ -351,7 +356,8 @@ class _TrainerTeaching(_TrainerBatches):
         self._cache = dict(zip(map(tuple, keys.tolist()), rows.clone().unbind()))
         self._cached = rows.nbytes
         self._stored = int(files)
-        self.log = [dict(round=int(r), iteration=int(i), loss=loss) for r,i,loss in log.tolist()]
+        rows = log.tolist()
+        self.log: list[dict[str, float]] = [dict(round=int(r), iteration=int(i), loss=loss) for r,i,loss in rows]
 
 # %% ../../nbs/clip/23a_teaching.ipynb #5c410a1d
 class _TrainerStore(_TrainerTeaching):
@@ -458,7 +464,7 @@ class _TrainerLosses(_TrainerLoss):
         model:nn.Module, # A `ClipBackbone`, or what holds one; not changed
         n:int=16, # Number of batches
         seed:int=0, # Of their order, of any size
-    ): # Yields the distillation loss of each, with its graph
+    )->Iterator[torch.Tensor]: # The distillation loss of each, with its graph
         "The loss on some batches without training: what criteria such as SNIP look at (`SparseMask.by`)."
         check_number('n', n, 1, whole=True)
         check_number('seed', seed, 0, whole=True)

@@ -8,11 +8,11 @@ __all__ = ['DistillTrainer']
 # %% ../../nbs/clip/23_distill.ipynb #ed85ba9d
 import functools, random, warnings
 from types import SimpleNamespace
+from typing import Any, TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from typing_extensions import TypedDict
 from ..clip.backbone import class_prompts
 from ..core import BATCH_NORMS, undecayed_params, unwrap
@@ -20,8 +20,13 @@ from .teaching import _Stream, _TrainerLosses, _training, find_backbone
 from ..errors import OpenTransError, shorten
 from ..files import (
     check_finite, check_shape, digest_of, optimizer_tensors, restore_optimizer, strip_prefix)
+from ..data.samples import Samples
 from ..processes import group_size, train_step
 from ..runtime import get_axes, device_of, pick_device, progress
+
+if TYPE_CHECKING: # for types alone
+    from matplotlib.axes import Axes
+    from opentrans.pruning import Within
 
 # %% ../../nbs/clip/23_distill.ipynb #495ad2d9
 _COLD = (
@@ -187,8 +192,9 @@ class _TrainerRounds(_TrainerResume):
         model:nn.Module, # A `ClipBackbone`, or a framework that holds one; its tower is trained in place
         round:int=0, # Round of `imp`; goes into the seed and the log
         *,
-        within=None, # Where `imp` lets it leave a checkpoint within the round, and the teacher's embeddings
-    )->dict: # loss: mean over the round; loss_first, loss_last: over its first and last tenth
+        # Where `imp` lets it leave a checkpoint within the round, and the teacher's embeddings
+        within:'Within|None'=None,
+    )->dict[str, float]: # loss: mean over the round; loss_first, loss_last: over its first and last tenth
         """Train for `iterations` iterations with the distillation loss. Raises `OpenTransError` if there is no
         region, or a loss or weight is not finite."""
         whole,backbone = self._check_model(model, round)
@@ -224,7 +230,7 @@ class _TrainerRounds(_TrainerResume):
             check_finite(_moved(whole), f'the model after round {round}',
                          f'Try a smaller lr (now {self.lr}) or clip_grad=1.')
         self._flush()
-        self.log += [dict(round=round, iteration=i, loss=layer) for i,layer in enumerate(losses)]
+        self.log.extend(dict(round=round, iteration=i, loss=loss) for i,loss in enumerate(losses))
         k = max(1, len(losses)//10)
         return dict(loss=float(np.mean(losses)), loss_first=float(np.mean(losses[:k])),
                     loss_last=float(np.mean(losses[-k:])))
@@ -233,9 +239,9 @@ class _TrainerRounds(_TrainerResume):
 class _TrainerPictures(_TrainerRounds):
     "The course of the losses."
     def plot(self,
-        ax=None, # Axes to draw on; None makes some
+        ax:'Axes|None'=None, # Axes to draw on; None makes some
         smooth:int=10, # Iterations to average over
-    ): # The axes
+    )->'Axes': # The axes
         "The loss of all rounds so far; a line where a round begins."
         if not self.log: raise OpenTransError("There is nothing to plot yet: the trainer has not trained.")
         ax = get_axes(ax, figsize=(7, 3))
@@ -253,8 +259,8 @@ class DistillTrainer(_TrainerPictures):
     @classmethod
     def released(cls,
         framework:nn.Module, # Made by `build(..., preset='released')`, or with `kd` above 0; it is what `imp` prunes
-        data:Dataset, # Data set; where its samples have `nouns`, those of a caption, the grounding loss is trained, too
-        **options, # Fields of the trainer, over the released ones
+        data:Samples, # Data set; where its samples have `nouns`, those of a caption, the grounding loss is trained, too
+        **options:Any, # Fields of the trainer, over the released ones
     )->'DistillTrainer':
         """The trainer with the released code's settings (plain_train_net_imp.py, train.sh, and the configuration
         beside them). Raises `OpenTransError` for a framework without a distillation loss."""

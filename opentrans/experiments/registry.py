@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 import pandas as pd
 from typing_extensions import NotRequired
@@ -259,13 +260,13 @@ def run_study(
     # Where jobs run, as for `run_jobs`: `'local'`, `'processes'`, `'processes:N'`, a number of processes, or an
     # address
     scheduler:str|int='local',
-    command:str=None, # Written into the file
-    pretrained:str=None, # Other weights of CLIP than the scale's: a file, where nothing can be downloaded
+    command:str|None=None, # Written into the file
+    pretrained:str|None=None, # Other weights of CLIP than the scale's: a file, where nothing can be downloaded
     # Where the arms are trained that name none of their own; None: the paper's for this table where CLIP itself is
     # trained, else the scale's
-    framework:str=None,
+    framework:str|None=None,
     arms:Sequence[str]|None=None, # Names of the arms to run; None: all of the study
-)->dict: # What the file holds: run, scale, seeds, results, summary, claims
+)->dict[str, Any]: # What the file holds: run, scale, seeds, results, summary, claims
     "One table over several seeds. Interrupted, it goes on where it was. Raises `OpenTransError`."
     s = dataclasses.replace(get_study(name), arms=_chosen_arms(name, arms))
     check_seeds(seeds, seed)

@@ -11,11 +11,11 @@ __all__ = ['SCALES', 'PICTURE', 'Number', 'Measured', 'Amount', 'Scale', 'get_sc
 import contextlib, copy, dataclasses, functools, hashlib, math, os, pkgutil, platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_origin
 from annotated_types import Interval
 import numpy as np
 import torch
-from typing_extensions import TypedDict
+from typing_extensions import Self, TypedDict
 import importlib.util
 from collections.abc import Mapping
 import opentrans
@@ -70,7 +70,7 @@ class Scale:
     # What it is distilled and fine-tuned on: the generated world, `'photographs'`, or a name of `open_dataset`; its
     # validation part gives `'base'`
     data:str = 'shapesworld'
-    sets:tuple = () # Data sets to evaluate on besides; the generated world has its own
+    sets:tuple[str, ...] = () # Data sets to evaluate on besides; the generated world has its own
     mosaics:int = 0 # Of photographs: scenes composed of single things that are trained on besides
     device:str = 'cpu' # Where everything runs
     framework:str = 'deeplabv3' # Where the mask is carried to
@@ -112,12 +112,12 @@ class Scale:
     # Iterations between the checkpoints of a fine-tuning, which goes on from the last; None: none, it is short
     checkpoint:int = None
     # Frameworks of queries, whose iterations take longer: they learn in one run without a warm-up, of
-    queries:tuple = ('mask2former', 'fcclip', 'faseg')
+    queries:tuple[str, ...] = ('mask2former', 'fcclip', 'faseg')
     query_iterations:int = 40 # as many iterations
     query_batch:int = 8 # of as many images,
     query_lr:float = 3e-3 # at this rate
 
-    def __post_init__(self):
+    def __post_init__(self)->None:
         for name,off in _OFF_IN_FILES.items():
             if getattr(self, name) is None: object.__setattr__(self, name, off)
         kinds = {f.name: f.type for f in dataclasses.fields(self)}
@@ -139,13 +139,13 @@ class Scale:
             raise OpenTransError(
                 f"output_stride={shorten(self.output_stride, 80)}: give 32, or for a ResNet 16 or 8.")
 
-    def of(self, framework:str|None=''):
+    def of(self, framework:str|None='')->Self:
         "The same with the tower's last stride in a framework, as the paper has it."
         if not self.paper or not self.backbone.startswith(('RN', 'shapes-rn')): return self
         stride = get_framework(framework or self.framework).output_stride
         return dataclasses.replace(self, output_stride=min(stride, self.output_stride))
 
-    def shorten(self, iterations:int):
+    def shorten(self, iterations:int)->Self:
         """The same in fewer iterations: `iterations` in all of DeepLabV3; warm-up, rounds of Algorithm 1 and the
         other frameworks' courses move along."""
         check_number('iterations', iterations, 2, 10**9, whole=True)
@@ -155,17 +155,17 @@ class Scale:
                      query_iterations=max(1, round(self.query_iterations*part)))
         return dataclasses.replace(self, warmup=warmup, iterations=iterations-warmup, **least)
 
-    def changed(self, values:Mapping[str, str]):
+    def changed(self, values:Mapping[str, str])->Self:
         """The same with other sizes, given as texts by name. Raises `OpenTransError` for a name that is none, or a
         value of the wrong kind."""
-        kinds = {f.name: f.type for f in dataclasses.fields(self)}
+        kinds = {f.name: get_origin(f.type) or f.type for f in dataclasses.fields(self)}
         for name in values:
             if name not in kinds: raise unknown('size of a study', name, kinds)
         return dataclasses.replace(self,
                                    **{name: _size_from(name, kinds[name], text) for name,text in values.items()})
 
     # `after`: iterations that went before; None: those of the warm-up
-    def recipe(self, iterations:int, schedule:str, seed:int, framework:str='', after:int|None=None):
+    def recipe(self, iterations:int, schedule:str, seed:int, framework:str='', after:int|None=None)->Recipe:
         r = self._recipe(iterations, schedule, seed, framework, after)
         return r.replace(precision=self.precision, accumulate=min(self.accumulate, r.batch_size),
                          workers=self.loaders)
@@ -183,7 +183,7 @@ class Scale:
                                      lr=self.query_lr if q else self.lr, backbone_lr=self.backbone_lr,
                                      schedule=schedule, seed=seed)
 
-    def steps(self, framework:str=''): # of the warm-up, and after it
+    def steps(self, framework:str='')->tuple[int, int]: # of the warm-up, and after it
         if self.paper:
             return self.warmup,round(
                 (self.warmup+self.iterations)*_recipe(framework
@@ -191,7 +191,7 @@ class Scale:
                     'deeplabv3').iterations)-self.warmup
         return (0, self.query_iterations) if framework in self.queries else (self.warmup, self.iterations)
 
-    def options(self, framework:str):
+    def options(self, framework:str)->dict[str, Any]:
         return ({} if self.preset != 'small'
                 else dict(deeplabv3=dict(width=self.width, loss_stride=self.loss_stride, lean=self.lean,
                                          fine=self.fine), mask2former=dict(queries=24, layers=2, points=256),

@@ -228,7 +228,7 @@ class FileKind:
         "The error for a file of this kind whose contents are not what was written."
         return DamagedFile(f"The {self.holds} file '{path}' is damaged: {why}. Fetch or make it again.")
 
-    def check_version(self, path:str|Path, version:str|int):
+    def check_version(self, path:str|Path, version:str|int)->int:
         "Raises `FormatError` for a version that is not read here, and gives it as a number."
         if not re.fullmatch('[0-9]{1,6}', str(version)):
             raise self.damaged(path, f'its version is {shorten(version, 40)!r}')

@@ -253,7 +253,7 @@ class Aggregator(nn.Module):
         super().__init__()
         self.most = most
         sizes = hidden,guide,guide,heads,window,pool,most
-        self.layers = nn.ModuleList(AggregatorLayer(*sizes) for _ in range(layers))
+        self.layers: nn.ModuleList = nn.ModuleList(AggregatorLayer(*sizes) for _ in range(layers))
         self.conv1 = nn.Conv2d(prompts, hidden, 7, padding=3)
         self.guidance_projection = _conv_relu(embed_dim, guide)
         self.text_guidance_projection = nn.Sequential(nn.Linear(embed_dim, guide), nn.ReLU())

@@ -8,6 +8,7 @@ __all__ = ['check_framework']
 # %% ../../nbs/frameworks/30b_checks.ipynb #57a0db25
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 import pandas as pd
 import torch
 from torch import nn
@@ -307,8 +308,8 @@ def check_framework(
     name:str, # A registered framework
     backbone:nn.Module|None=None, # `ClipBackbone` to check with; None takes `tiny_backbone()`
     vocabulary:Collection[str]=('red star', 'blue disc', 'green square', 'grass', 'sand'), # At least four names
-    preset:str=None, # None takes 'small' if the framework has it
-    **options, # Options for `build`
+    preset:str|None=None, # None takes 'small' if the framework has it
+    **options:Any, # Options for `build`
 )->pd.DataFrame: # One row a check: what was checked, what was found
     "The contract suite: raises `AssertionError` with a reason where the framework breaks the contract."
     presets = get_framework(name).presets

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any, overload, TypeVar
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -149,7 +150,8 @@ def _take_any_size(cls):
 class _AnyVocabulary(nn.Module):
     "What a framework does with names."
     def text(self,
-        vocabulary=None, # `Vocabulary`, list of names, or (K,D) embeddings; None takes the training vocabulary
+        # `Vocabulary`, list of names, or (K,D) embeddings; None takes the training vocabulary
+        vocabulary:Vocabulary|Sequence[str]|torch.Tensor|None=None,
     )->torch.Tensor: # (K,D) on the framework's device
         "Text embeddings of a vocabulary. Raises `OpenTransError` if there is none."
         names,device = self.vocabulary if vocabulary is None else vocabulary,device_of(self)
@@ -164,9 +166,9 @@ class _AnyVocabulary(nn.Module):
 
     def predict(self,
         images:torch.Tensor, # (B,3,H,W) in [0,1]
-        vocabulary=None, # Names to choose from, as for `text`
+        vocabulary:Vocabulary|Sequence[str]|torch.Tensor|None=None, # Names to choose from, as for `text`
         kind:str='semantic', # One of `kinds`
-        **kwargs, # For that kind, e.g. `isthing` for 'panoptic'
+        **kwargs:Any, # For that kind, e.g. `isthing` for 'panoptic'
     )->torch.Tensor: # 'semantic': (B,H,W) int64 classes. 'panoptic': (B,H,W,2) int64 classes and instances
         "Segment images with any vocabulary, in evaluation mode. Raises `OpenTransError` for an unknown `kind`."
         check_choice(f'kind of output of {type(self).__name__}', kind, self.kinds)
@@ -175,7 +177,7 @@ class _AnyVocabulary(nn.Module):
 
     def example_inputs(self,
         input_size:Sequence[int], # (3,H,W) or (H,W) of one image, or (B,3,H,W)
-    )->tuple: # Arguments of `forward`, to count its cost
+    )->tuple[torch.Tensor, torch.Tensor]: # Arguments of `forward`, to count its cost
         "An image, or several, and as many text embeddings as training has classes; no text encoder is needed."
         generator,device = torch.Generator().manual_seed(0),device_of(self)
         classes = 1 if self.vocabulary is None else len(self.vocabulary)
@@ -198,15 +200,17 @@ ADAMW = dict(optimizer='adamw', weight_decay=.05, clip_grad=.01) # what Mask2For
 
 class Framework(_AnySize, _AnyVocabulary):
     "A segmentation framework on a CLIP backbone, open to any vocabulary (Sec. 3.1). An adapter writes `forward`."
-    kinds = ('semantic',) # What `predict` can give
-    presets = dict(paper={}) # Named options for `build`; 'paper' is the default
-    prompts = '{}' # Of class names in the released code: the bare name (MODEL.TEXT_ENCODER.PROMPT)
-    title = '' # In print; empty is its name
-    also = () # Other names that `Recipe.paper` and `get_framework` take for it
-    recipe = None # Settings of a `Recipe` that the paper prints for it; None: DeepLabV3's, which are "identical"
-    released_recipe = None # Those of the released code; None is as `recipe`
-    output_stride = 32 # Stride of the last features of a ResNet tower at the paper's sizes
-    test_sizes = {} # Data set -> (short, longest side) of its images in the released code, if not (800, 1333)
+    kinds:tuple[str, ...] = ('semantic',) # What `predict` can give
+    presets:dict[str, dict[str, Any]] = dict(paper={}) # Named options for `build`; 'paper' is the default
+    prompts:str = '{}' # Of class names in the released code: the bare name (MODEL.TEXT_ENCODER.PROMPT)
+    title:str = '' # In print; empty is its name
+    also:tuple[str, ...] = () # Other names that `Recipe.paper` and `get_framework` take for it
+    # Settings of a `Recipe` that the paper prints for it; None: DeepLabV3's, which are "identical"
+    recipe:dict[str, Any]|None = None
+    released_recipe:dict[str, Any]|None = None # Those of the released code; None is as `recipe`
+    output_stride:int = 32 # Stride of the last features of a ResNet tower at the paper's sizes
+    # Data set -> (short, longest side) of its images in the released code, if not (800, 1333)
+    test_sizes:dict[str, tuple[int, int]] = {}
 
     def __init__(self,
         backbone:nn.Module, # `ClipBackbone`, or any module with its `channels`, `embed_dim` and `encode_text`
@@ -217,8 +221,8 @@ class Framework(_AnySize, _AnyVocabulary):
         if lacking:
             raise OpenTransError(f"A {type(backbone).__name__} has no {', '.join(lacking)} and cannot be a "
                                  "backbone here. Make one with ClipBackbone.create(...).")
-        self.backbone = backbone
-        self.vocabulary = vocabulary
+        self.backbone: nn.Module = backbone
+        self.vocabulary: Vocabulary|Sequence[str]|None = vocabulary
         self._texts = {}
         _take_any_size(type(self))
 
@@ -240,17 +244,17 @@ class Framework(_AnySize, _AnyVocabulary):
                                   "logits (B,K,H,W).")
 
     def loss(self,
-        batch:dict, # As `opentrans.data.collate` gives it: images, labels, regions, ...
+        batch:dict[str, Any], # As `opentrans.data.collate` gives it: images, labels, regions, ...
     )->dict[str, torch.Tensor]: # Name -> scalar; their sum is trained
         "Cross-entropy over pixels; adapters with losses of their own override this."
         logits = self(batch['images'], self.text())
         return dict(ce=pixel_loss(logits, batch['labels'], batch.get('ignore', self.ignore)))
 
-    def scores(self, images:torch.Tensor, text)->Scores: # Of the images' size
+    def scores(self, images:torch.Tensor, text:torch.Tensor)->Scores: # Of the images' size
         "What `forward` gives, class by class. An adapter that can do so without holding all logits overrides this."
         return Scores(self(images, text))
 
-    def semantic(self, images:torch.Tensor, text)->torch.Tensor: # (B,H,W) int64
+    def semantic(self, images:torch.Tensor, text:torch.Tensor)->torch.Tensor: # (B,H,W) int64
         "The best class of each pixel; the classes are taken in pieces."
         return best_class(scores_of(self, images, text))
 
@@ -270,11 +274,16 @@ def scores_of(
 
 # %% ../../nbs/frameworks/30_contract.ipynb #b2fc9063
 _REGISTRY = {} # name -> class, or the name of the module that registers it
+_Kind = TypeVar('_Kind', bound=type[Framework])
 
+@overload
+def register_framework(name:str, module:None=None)->Callable[[_Kind], _Kind]: ...
+@overload
+def register_framework(name:str, module:str)->None: ...
 def register_framework(
     name:str, # Name for `build`
-    module:str=None, # Module that registers the class when it is imported; then this is not a decorator
-): # The class decorator
+    module:str|None=None, # Module that registers the class when it is imported; then this is not a decorator
+)->Callable[[_Kind], _Kind]|None: # The class decorator
     "Put a framework on the list, or, given `module`, promise it. Raises `OpenTransError` if the name is taken."
     if module is not None:
         _REGISTRY.setdefault(name, module)
@@ -324,8 +333,8 @@ def build(
     backbone:nn.Module, # `ClipBackbone`; it becomes a part of the framework
     vocabulary:Vocabulary|Sequence[str]|None=None, # Class names to train with: `Vocabulary` or list of names
     preset:str='paper', # One of the class's `presets`
-    seed:int=None, # Seed of the head's random weights; None draws from the generators as they stand
-    **options, # Options of the class, over those of the preset
+    seed:int|None=None, # Seed of the head's random weights; None draws from the generators as they stand
+    **options:Any, # Options of the class, over those of the preset
 )->Framework: # In training mode, on the backbone's device
     "Build a framework on a backbone. Raises `OpenTransError` for an unknown framework, preset or option."
     cls = get_framework(name)

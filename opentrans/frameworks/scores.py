@@ -7,9 +7,11 @@ __all__ = ['resize', 'spread', 'resized_sides', 'cut_sides', 'mirrored_sides', '
 
 # %% ../../nbs/frameworks/30a_scores.ipynb #7e21d4f8
 import copy, functools, math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 import torch
 import torch.nn.functional as F
+from typing_extensions import Self
 
 # %% ../../nbs/frameworks/30a_scores.ipynb #fa87288a
 def resize(
@@ -39,10 +41,10 @@ def mirrored_sides(sides): return sides[0],sides[1].flip(0)
 class _Steps:
     "What may follow logits, all classes alike."
     def then(self,
-        step:Callable, # Function of logits (B,k,H,W)
+        step:Callable[[torch.Tensor], torch.Tensor], # Function of logits (B,k,H,W)
         size:Sequence[int], # (H,W) of what it gives
-        move:Callable|None=None, # What it does to the matrices of both sides; None: it cannot be said so
-    ):
+        move:Callable[..., Any]|None=None, # What it does to the matrices of both sides; None: it cannot be said so
+    )->Self:
         "The same logits with one more step behind them."
         new = copy.copy(self)
         new.steps,new.size = (*self.steps, step),tuple(size)
@@ -50,13 +52,13 @@ class _Steps:
         new.moves = None if None in (self.moves, move) else (*self.moves, move)
         return new
 
-    def cut(self, height:int, width:int): # The corner of that size at the top and left
+    def cut(self, height:int, width:int)->Self: # The corner of that size at the top and left
         corner = dict(height=height, width=width)
         return self.then(functools.partial(_corner, **corner), (height, width), functools.partial(cut_sides, **corner))
 
-    def mirrored(self): return self.then(functools.partial(torch.flip, dims=(-1,)), self.size, mirrored_sides)
+    def mirrored(self)->Self: return self.then(functools.partial(torch.flip, dims=(-1,)), self.size, mirrored_sides)
 
-    def resized(self, size:Sequence[int]): # Interpolated to (H,W)
+    def resized(self, size:Sequence[int])->Self: # Interpolated to (H,W)
         if self.size == tuple(size): return self
         move = functools.partial(resized_sides, before=self.size, after=size)
         return self.then(functools.partial(resize, size=size), size, move)
@@ -85,11 +87,14 @@ class Tiles:
         rows:torch.Tensor, # (H,h): each row of the image as a sum of rows of the maps
         columns:torch.Tensor, # (W,w): each column of it
     ):
-        self.rows,self.columns = rows,columns
+        self.rows: torch.Tensor = rows
+        self.columns: torch.Tensor = columns
         ends = [_ends(matrix) for matrix in (rows, columns)]
-        self.windows = [int((last-first).max())+1 for first,last in ends] # pixels of the maps, of which one is made
+        # pixels of the maps, of which one is made
+        self.windows: list[int] = [int((last-first).max())+1 for first,last in ends]
 
-    def __iter__(self): # ((rows, columns) of the image, those of the maps, those of the windows) of each tile
+    # ((rows, columns) of the image, those of the maps, those of the windows) of each tile
+    def __iter__(self)->Iterator[tuple[tuple[slice, slice], ...]]:
         columns = list(_parts(self.columns, self.windows[1]))
         for down in _parts(self.rows, self.windows[0]):
             for across in columns: yield tuple(zip(down, across))
@@ -99,7 +104,7 @@ def in_windows(
     maps:torch.Tensor, # (C,h,w)
     height:int, # Of a window, in pixels
     width:int, # Of it
-)->tuple: # (least, largest), each (C,h-height+1,w-width+1)
+)->tuple[torch.Tensor, torch.Tensor]: # (least, largest), each (C,h-height+1,w-width+1)
     "The least and the largest value in each window of maps."
     return tuple(_best_in_windows(best, maps, height, width) for best in (torch.minimum, torch.maximum))
 
@@ -112,18 +117,18 @@ def _best_in_windows(best_of_two, maps, height, width):
 
 class _InTiles(_Steps):
     "How parts of an image are made, where `moves` is known."
-    parted = True # Can a part of an image be made alone, by `tile`?
+    parted:bool = True # Can a part of an image be made alone, by `tile`?
 
     def of_image(self,
         i:int, # Index in the batch
-    ): # The logits of one image
+    )->Self: # The logits of one image
         new = copy.copy(self)
         new.maps,new.batch,new.pixels = self.maps[i:i+1],1,self.pixels//self.batch
         return new
 
     def only(self,
         classes:torch.Tensor, # Indices
-    ): # The logits of some classes
+    )->Self: # The logits of some classes
         new = copy.copy(self)
         new.maps,new.classes = self.maps[:, classes].contiguous(),len(classes)
         return new
@@ -134,14 +139,14 @@ class _InTiles(_Steps):
     def bounds(self,
         rows:slice, # Of the maps
         windows:Sequence[int], # Height and width
-    )->tuple: # (least, largest) logit of each class (K,h,w) in each window, of one image
+    )->tuple[torch.Tensor, torch.Tensor]: # (least, largest) logit of each class (K,h,w) in each window, of one image
         "Between what the logits lie that are means of a window."
         return in_windows(self.maps[0, :, rows], *windows)
 
     def tile(self,
         tiles:Tiles, # How the image is made of its maps
-        place:tuple, # (rows, columns) of the image
-        source:tuple, # (rows, columns) of the maps of which they are made
+        place:tuple[slice, slice], # (rows, columns) of the image
+        source:tuple[slice, slice], # (rows, columns) of the maps of which they are made
         classes:torch.Tensor, # Indices of classes
     )->torch.Tensor: # (k,h,w)
         "The logits of some classes on a part of an image."
@@ -153,27 +158,30 @@ class _InTiles(_Steps):
 # %% ../../nbs/frameworks/30a_scores.ipynb #d3352d3c
 class Scores(_InTiles):
     "The logits of a batch, made of some classes at a time. What is needed for all classes is held, and is small."
-    at_once = 2**26 # Logits at full size that are held at a time: 256 MB
+    at_once:int = 2**26 # Logits at full size that are held at a time: 256 MB
 
     def __init__(self,
         maps:torch.Tensor, # (B,K,h,w) logits of all classes, of any height and width
-        size:Sequence[int]=None, # (H,W) to which logits are resized; None leaves them
+        size:Sequence[int]|None=None, # (H,W) to which logits are resized; None leaves them
     ):
-        self.maps = maps
+        self.maps: torch.Tensor = maps
         self._hold(*maps.shape[:2], maps.shape[-2:] if size is None else size)
         if type(self).make is Scores.make: self.moves = (functools.partial(resized_sides, before=maps.shape[-2:],
                                                                            after=self.made),)
 
     def _hold(self, batch, classes, size):
-        self.batch,self.classes = batch,classes
-        self.made = self.size = tuple(size)
-        self.steps = ()
-        self.moves = None # How both sides come from those of `maps`, step by step; None where that is not known
-        self.pixels = batch*math.prod(size) # of a class, where it is largest
+        self.batch: int = batch
+        self.classes: int = classes
+        self.made: tuple[int, ...] = tuple(size)
+        self.size: tuple[int, ...] = self.made
+        self.steps: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = ()
+        # How both sides come from those of `maps`, step by step; None where that is not known
+        self.moves: tuple[Callable[..., Any], ...]|None = None
+        self.pixels: int = batch*math.prod(size) # of a class, where it is largest
 
-    def make(self, start:int, stop:int): return resize(self.maps[:, start:stop], self.made)
+    def make(self, start:int, stop:int)->torch.Tensor: return resize(self.maps[:, start:stop], self.made)
 
-    def ready(self): # What `part` is asked of several times: holds what all parts need, as long as it lives
+    def ready(self)->Self: # What `part` is asked of several times: holds what all parts need, as long as it lives
         return self
 
     def part(self,

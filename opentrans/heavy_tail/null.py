@@ -24,11 +24,11 @@ class Blocks:
     """How a matrix is cut into blocks of one aspect before its eigenvalues are taken. FARMS as published:
     `Blocks(2., side=100, windows=10)`."""
     aspect:float=1. # Longer side of a block over its shorter one
-    side:int=None # Shorter side of a block; None: as large as fits
-    windows:int=None # Places of a block along each side of the matrix; None: as few as leave out nothing
-    seed:int=None # Draw the places at random with this seed; None: as far apart as they can be
+    side:int|None=None # Shorter side of a block; None: as large as fits
+    windows:int|None=None # Places of a block along each side of the matrix; None: as few as leave out nothing
+    seed:int|None=None # Draw the places at random with this seed; None: as far apart as they can be
 
-    def __post_init__(self):
+    def __post_init__(self)->None:
         check_number('aspect', self.aspect, 1, 1e6)
         for name in ('side', 'windows'):
             if getattr(self, name) is not None: check_number(name, getattr(self, name), 1, 2**31, whole=True)
@@ -36,7 +36,7 @@ class Blocks:
     def shape(self,
         rows:int, # Of the matrix, its shorter side
         cols:int, # Of the matrix, its longer side
-    )->tuple: # (rows, columns) of a block
+    )->tuple[int, int]: # (rows, columns) of a block
         "The shape of the blocks of a matrix."
         side = min(rows, int(cols/self.aspect), self.side or rows)
         side = max(side, 1)
@@ -46,7 +46,7 @@ class Blocks:
         length:int, # Of a side of the matrix
         block:int, # Length of a block along it
         rng:np.random.Generator|None=None, # Generator of random places
-    )->list: # Where blocks begin
+    )->list[int]: # Where blocks begin
         "Places of the blocks along one side."
         room = length - block
         if rng is not None: return rng.integers(0, room+1, self.windows or -(-length//block)).tolist()

@@ -16,7 +16,7 @@ from torch import nn
 from fastcore.basics import patch
 from scipy import special
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 from typing_extensions import NotRequired, TypedDict
 from ..errors import check_number, OpenTransError, optional, shorten
 from ..escape import for_html, for_plot
@@ -28,6 +28,9 @@ from .reading import WeightFiles
 from .table import _BLUE, _draw_esd, _draw_ks, _RED, analyze, LayerTable
 from .spectra import Spectrum
 from ..runtime import get_axes, figure_png, Handle
+
+if TYPE_CHECKING: # for types alone: an extra
+    from ipywidgets import HBox
 
 # %% ../../nbs/02c_over_time.ipynb #f7523a29
 @patch
@@ -353,9 +356,9 @@ class _Explorer:
 # %% ../../nbs/02c_over_time.ipynb #ac8f6140
 def explore(
     # A `LayerTable`, or what `analyze` takes
-    model_or_table:LayerTable|nn.Module|Mapping[str, torch.Tensor]|WeightFiles,
-    **options, # Of `analyze`
-): # An ipywidgets widget
+    model_or_table:LayerTable|nn.Module|Mapping[str, Any]|WeightFiles,
+    **options:Any, # Of `analyze`
+)->'HBox': # A widget of ipywidgets
     "Look at a model's spectra by hand: layer, rule for xmin, and a slider that moves the beginning of the tail."
     w = optional('ipywidgets', 'dev', 'The explorer')
     return _Explorer(model_or_table if isinstance(model_or_table, LayerTable)

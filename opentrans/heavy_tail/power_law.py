@@ -23,7 +23,7 @@ from .lapack import _by_lapack
 def mp_edges(
     shape:Sequence[int], # (rows, columns) of the matrix
     variance:float=1., # Variance of its entries
-)->tuple: # Smallest and largest eigenvalue of a large random matrix
+)->tuple[float, float]: # Smallest and largest eigenvalue of a large random matrix
     "Edges of the Marchenko-Pastur law."
     a,b = math.sqrt(shape[0]),math.sqrt(shape[1])
     return variance*(a-b)**2, variance*(a+b)**2
@@ -109,7 +109,7 @@ class PowerLawFit:
     def pdf(self, x:np.ndarray|Sequence[float]|float)->np.ndarray:
         return (self.alpha-1)/self.xmin*(np.asarray(x)/self.xmin)**-self.alpha
     def ccdf(self, x:np.ndarray|Sequence[float]|float)->np.ndarray: return (np.asarray(x)/self.xmin)**(1-self.alpha)
-    def __repr__(self):
+    def __repr__(self)->str:
         if not self.ok: return f"PowerLawFit: no fit, {self.reason}"
         return (f"PowerLawFit: alpha {self.alpha:.4g} +- {self.sigma:.2g}, xmin {self.xmin:.4g} ({self.method}), "
                 f"D {self.D:.3g}, {self.n_tail} of {self.n} eigenvalues in the tail")

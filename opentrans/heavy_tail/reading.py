@@ -7,8 +7,9 @@ __all__ = ['WeightFiles']
 
 # %% ../../nbs/02h_reading.ipynb #e7769242
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 import numpy as np
 import torch
 from torch import nn
@@ -113,11 +114,12 @@ class WeightFiles:
         # A `.safetensors`, `.pth`, `.pt` or `.bin` file, or a folder of them (a model folder of transformers)
         path:str|Path,
     ):
-        self.path = Path(path)
+        self.path: Path = Path(path)
         if not self.path.exists():
             raise OpenTransError(f"'{self.path}' does not exist. Give a file of weights, or a folder of them.")
-        self.files = self._shards() if self.path.is_dir() else [self.path]
-        self.where,self.doubles = {},{}
+        self.files: list[Path] = self._shards() if self.path.is_dir() else [self.path]
+        self.where: dict[str, Any] = {} # name of a tensor -> the open file that holds it
+        self.doubles: dict[str, str] = {} # name of a tensor -> the name that the same one had before
         for file in self.files: self._index(file)
 
     def _shards(self):
@@ -142,12 +144,12 @@ class WeightFiles:
 
     def read(self,
         names:Iterable[str], # Of tensors
-    )->dict: # Name -> tensor
+    )->dict[str, torch.Tensor]: # By name
         "Some of the tensors."
         held = [(name, self.where[name]) for name in names]
         return {name: at[name] if isinstance(at, dict) else at.get_tensor(name) for name,at in held}
 
-    def modules(self): # Yields lists of names
+    def modules(self)->Iterable[list[str]]:
         "Names of the tensors of one module each, in the order of the files."
         groups = {}
         for name in self.where:
@@ -156,7 +158,7 @@ class WeightFiles:
                               else name.rpartition('.')[0], []).append(name)
         return groups.values()
 
-    def weights(self, embeddings:bool=False):
+    def weights(self, embeddings:bool=False)->Iterator[tuple[str, str, Any, bool, int]]:
         "(name, kind, weight, transposed, groups) of each layer, one module after the other."
         for names in self.modules():
             for name,kind,w,transposed,groups in _state_weights(self.read(names)):
@@ -164,7 +166,7 @@ class WeightFiles:
                 if lookup and not embeddings: continue
                 yield name, 'embedding' if lookup else kind, w, transposed, groups
 
-    def not_read(self, why:str):
+    def not_read(self, why:str)->dict[str, str]:
         "Name -> reason of what is no layer, of weights with two axes or more; `why` is that of a layer left out."
         res = {name: f"is the same tensor as '{first}'" for name,first in self.doubles.items()}
         for name in self.where:
@@ -173,13 +175,13 @@ class WeightFiles:
                              if _EMBEDDING.search(name) else why)
         return {n: w for n,w in res.items() if n in self.doubles or len(self.shape(n)) > 1}
 
-    def shape(self, name:str):
+    def shape(self, name:str)->tuple[int, ...]:
         "Of one tensor, which is not read for that."
         at = self.where[name]
         return tuple(at[name].shape if isinstance(at, dict) else at.get_slice(name).get_shape())
 
-    def __len__(self): return len(self.where)
-    def __repr__(self):
+    def __len__(self)->int: return len(self.where)
+    def __repr__(self)->str:
         return (
             f"WeightFiles: {len(self.where)} tensors in {len(self.files)} file{'s' if len(self.files) > 1 else ''} "
             f"of '{self.path}'")

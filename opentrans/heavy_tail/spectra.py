@@ -31,9 +31,9 @@ class Spectrum:
     # One of `LAYER_KINDS` of `core` (`'attention'` is part of a packed projection, `'experts'` are pooled), or
     # `'embedding'`
     kind:str
-    shape:tuple # Shape of the weight
+    shape:tuple[int, ...] # Shape of the weight
     # Eigenvalues above the floor, ascending; None if there are none to have
-    evals:np.ndarray = field(repr=False, default=None)
+    evals:np.ndarray|None = field(repr=False, default=None)
     n_zero:int = 0 # Eigenvalues left out because they are numerically zero
     density:float = 1. # Share of the weights that are not zero
     edge:float = math.nan # Largest eigenvalue of a random matrix of this shape and variance
@@ -41,11 +41,11 @@ class Spectrum:
     solver:str = '' # `'gram'`, `'svd'` or `'norm'`
     reason:str = '' # Why there is no spectrum, or what is odd about it
     noise:float = 0. # How far rounding may have moved the square root of an eigenvalue
-    stack:tuple = () # (matrices, rows, columns) whose eigenvalues are pooled
+    stack:tuple[int, ...] = () # (matrices, rows, columns) whose eigenvalues are pooled
     cutoff:float = 0. # Eigenvalues not above this were left out
     kurtosis:float = 0. # Excess kurtosis of its entries, if they were compared with random ones
     # (draws, eigenvalues) of the same numbers in random order, if asked for
-    shuffled:np.ndarray = field(repr=False, default=None)
+    shuffled:np.ndarray|None = field(repr=False, default=None)
 
     def fit(self,
         xmin:str|float='ks', # Rule, one of `XMIN_RULES`, or a value
@@ -267,7 +267,7 @@ def spectra(
     skip:str|Iterable[str]|None=None,
     # Eigenvalues not above this, on the paper's scale, count as zero; None: 1e-5, and in blocks nothing but what
     # arithmetic cannot tell from zero
-    floor:float=None,
+    floor:float|None=None,
     method:str='auto', # `'gram'`, `'svd'` or `'auto'`, as in `esd`
     precision:str='double', # `'double'` or `'fast'`, as in `esd`
     # Cut every layer into blocks with sides of this ratio, such as 1., or as `Blocks` says; None leaves them whole
@@ -279,8 +279,8 @@ def spectra(
     # Of what the model is a change: its layers are the differences to those of the same names
     base:nn.Module|Mapping[str, torch.Tensor]|WeightFiles|None=None,
     # Layers that are solved at once on CPUs; None: as many as cores, or as `OMP_NUM_THREADS` allows
-    threads:int=None,
-)->list: # A `Spectrum` a layer
+    threads:int|None=None,
+)->list[Spectrum]: # One a layer
     """The spectra of all layers of a model. No layer is lost, and none stops the others. Raises `OpenTransError`
     for a model without layers."""
     blocks,null = as_blocks(aspect),as_null(null)

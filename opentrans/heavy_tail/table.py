@@ -7,8 +7,9 @@ __all__ = ['LayerTable', 'analyze', 'ks_curve', 'plot_choices']
 
 # %% ../../nbs/02b_layers.ipynb #6e793e88
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 import numpy as np
 import pandas as pd
 import torch
@@ -20,7 +21,7 @@ from ..escape import for_html, for_plot
 from .null import as_blocks, as_null, Blocks, compare_with_null, Null, NULL_COLUMNS
 from .power_law import _no_fit, _rule, _Tails, SELECTION_RULES, PowerLawFit, XMIN_RULES
 from .reading import _head, _not_read, WeightFiles
-from .spectra import spectra
+from .spectra import Spectrum, spectra
 from ..naming import name_some
 from ..runtime import get_axes
 
@@ -32,23 +33,23 @@ _COLUMNS = ['kind', 'shape', 'params', 'density', 'n_evals', 'n_zero', 'alpha', 
 class _LayerFits:
     "The spectra of layers, the power laws fitted to them, and the numbers of both: a row a layer."
     def __init__(self,
-        spectra:list, # `Spectrum`s
+        spectra:Sequence[Spectrum], # One a layer
         xmin:str|float='ks', # Rule for the tail, one of `XMIN_RULES`, or a number
         few:int=50, # Below this number of eigenvalues a fit is marked as `'few'`
         # Leave out linear layers at least this many times longer than wide; None: 8 under the rule `'paper'`, else
         # none
-        max_aspect:float=None,
-        options:dict=None, # How the spectra were made, for the record
+        max_aspect:float|None=None,
+        options:dict[str, Any]|None=None, # How the spectra were made, for the record
         null:str|Null|None=None, # A `Null` to compare each alpha with
     ):
-        self.spectra = {s.name: s for s in spectra}
-        self.xmin = xmin
-        self.few = few
-        self.options = dict(options or {})
+        self.spectra: dict[str, Spectrum] = {s.name: s for s in spectra}
+        self.xmin: str|float = xmin
+        self.few: int = few
+        self.options: dict[str, Any] = dict(options or {})
         self.null: Null|None = as_null(null)
-        self.max_aspect = 8 if max_aspect is None and _rule(xmin) == 'paper' else max_aspect
-        self.fits = {s.name: self._fit(s) for s in spectra}
-        self.frame = pd.DataFrame([self._row(s, self.fits[s.name]) for s in spectra],
+        self.max_aspect: float|None = 8 if max_aspect is None and _rule(xmin) == 'paper' else max_aspect
+        self.fits: dict[str, PowerLawFit] = {s.name: self._fit(s) for s in spectra}
+        self.frame: pd.DataFrame = pd.DataFrame([self._row(s, self.fits[s.name]) for s in spectra],
                                   index=pd.Index(list(self.spectra), name='layer'), columns=_COLUMNS)
         if self.null is not None: self.frame[list(NULL_COLUMNS)] = _null_frame(self)
 
@@ -117,8 +118,8 @@ class _LayersByName(_LayerFits):
     def refit(self,
         xmin:str|float='ks', # Rule, one of `XMIN_RULES`, or a number
         # `few`, `max_aspect`, `null` (any but `'shuffle'`, which has to be asked for when eigenvalues are computed)
-        **kw,
-    ): # A new `LayerTable` of the same spectra
+        **kw:Any,
+    )->'LayerTable': # A new one of the same spectra
         "Fit again by another rule, without computing eigenvalues again."
         return LayerTable(list(self.spectra.values()), xmin,
                           **(dict(few=self.few, options=self.options, null=self.null) | kw))
@@ -126,7 +127,7 @@ class _LayersByName(_LayerFits):
     def only(self,
         # Names of layers, such as those that are trained; names that the table does not hold are passed over
         names:Iterable[str],
-    ): # A new `LayerTable`
+    )->'LayerTable': # A new one
         """The table of some layers alone, so that medians and choices are taken among them. Nothing is computed
         again but the fits. Raises `OpenTransError` if none is left."""
         names = {*names}
@@ -138,16 +139,16 @@ class _LayersByName(_LayerFits):
         return LayerTable(kept, self.xmin, self.few, self.max_aspect, self.options, self.null)
 
     @property
-    def unread(self)->dict:
+    def unread(self)->dict[str, str]:
         """Weights of the model that are not in the table: name -> why, as the end of a sentence that begins with
         the name."""
         return self.options.get('unread', {})
     @property
     def median(self)->float: return float(self.frame.alpha.median())
-    def __len__(self): return len(self.frame)
-    def __iter__(self): return iter(self.spectra)
-    def __contains__(self, name): return name in self.spectra
-    def __getitem__(self, name)->PowerLawFit: return self.fits[self._name(name)]
+    def __len__(self)->int: return len(self.frame)
+    def __iter__(self)->Iterator[str]: return iter(self.spectra)
+    def __contains__(self, name:object)->bool: return name in self.spectra
+    def __getitem__(self, name:str)->PowerLawFit: return self.fits[self._name(name)]
     def _name(self, name):
         if name not in self.spectra: raise unknown('layer', name, self.spectra)
         return name
@@ -201,7 +202,7 @@ class LayerTable(_LayersByName):
 
     def plot_alpha(self,
         ax:Axes|None=None, # Axes to draw on
-        selection:LayerSelection=None, # Whose frozen layers are shaded; None: `select()`
+        selection:LayerSelection|None=None, # Whose frozen layers are shaded; None: `select()`
     )->Axes: # The axes
         "Alpha of each layer with the median, the frozen layers shaded and the over-trained ones marked (Fig. 6)."
         return _draw_alphas(self, get_axes(ax, figsize=(10, 3)), selection)
@@ -234,7 +235,7 @@ class LayerTable(_LayersByName):
 # %% ../../nbs/02b_layers.ipynb #fdb6fe11
 def analyze(
     # Any `nn.Module`, a framework or a `ClipBackbone` (read in its image tower), or a state dict
-    model:nn.Module|Mapping[str, torch.Tensor]|WeightFiles,
+    model:nn.Module|Mapping[str, Any]|WeightFiles,
     # Rule for the beginning of the tail: `'ks'`, `'median'`, `'peak'`, `'paper'`, a share such as `'25%'`,
     # `'clip'`, or a number; see `fit_power_law`
     xmin:str|float='ks',
@@ -247,7 +248,7 @@ def analyze(
     skip:str|Iterable[str]|None=None,
     few:int=50, # Below this number of eigenvalues a fit is marked as `'few'`
     # Leave out linear layers at least this many times longer than wide; None: 8 under the rule `'paper'`, else none
-    max_aspect:float=None,
+    max_aspect:float|None=None,
     # Read every layer in blocks with sides of this ratio, such as 1., so that its shape does not move alpha; or
     # `Blocks`
     aspect:float|Blocks|None=None,
@@ -255,8 +256,8 @@ def analyze(
     # `sd`, `z`, `excess`, `spikes`
     null:str|Null|None=None,
     # A model, or tensors, that this one is a change of: what is read are the differences, as fine-tuning made them
-    base:nn.Module|Mapping[str, torch.Tensor]|WeightFiles|None=None,
-    **options, # `floor`, `method`, `precision`, `embeddings`, `split_groups`, `device`, `threads` of `spectra`
+    base:nn.Module|Mapping[str, Any]|WeightFiles|None=None,
+    **options:Any, # `floor`, `method`, `precision`, `embeddings`, `split_groups`, `device`, `threads` of `spectra`
 )->LayerTable: # A row a layer
     """Spectrum and power law of every layer (Sec. 3.3.2). A layer without a fit is a row of NaN with a reason.
     Raises `OpenTransError`."""
@@ -390,9 +391,9 @@ def _draw_alphas(table, ax, selection):
 
 # %% ../../nbs/02b_layers.ipynb #bfc8e29a
 def plot_choices(
-    tables:dict, # Name -> `LayerTable` of the same layers, or `LayerSelection`
-    ax=None, # Axes to draw on
-): # The axes
+    tables:dict[str, LayerTable|LayerSelection], # By name, of the same layers
+    ax:Axes|None=None, # Axes to draw on
+)->Axes: # The axes
     "The layers that several rules freeze, one rule a row; the first is the one that the others are compared with."
     frozen = {k: set((t.select() if isinstance(t, LayerTable) else t).freeze) for k,t in tables.items()}
     t = next(iter(tables.values()))

@@ -7,7 +7,7 @@ __all__ = ['unmasked_states', 'ActiveMask']
 
 # %% ../../nbs/01c_force.ipynb #2ed9f3c2
 import weakref
-from typing import Callable
+from typing import Any, Callable
 import numpy as np
 import torch
 from torch import nn
@@ -352,26 +352,26 @@ def unmasked_states()->Callable:
 class ActiveMask(Handle):
     "A mask that is kept on a model until `.remove()`, or the end of a `with` block."
     def __init__(self,
-        force:_Force, # What keeps it
+        end:Callable[[], Any], # What takes it out of force
         placed:list[str], # Layers that are masked
         left:list[str], # Layers of the mask that the model lacks
     ):
-        super().__init__(force.end)
+        super().__init__(end)
         self.placed: list[str] = placed
         self.left: list[str] = left
-    def __exit__(self, kind, *exc):
+    def __exit__(self, kind:object=None, *exc:object)->None:
         try: self.remove()
         except OpenTransError:
             if kind is None: raise
     def state_dict(self,
         optimizer:torch.optim.Optimizer, # Over parameters of the masked model
-    )->dict: # As `optimizer.state_dict()`; the optimizer itself is not changed
+    )->dict[str, Any]: # As `optimizer.state_dict()`; the optimizer itself is not changed
         """What to save of an optimizer: its state without the numbers that the mask keeps in it (second moments of
         1 at pruned places)."""
         clean = unmasked_states()
         saved = optimizer.state_dict()
         return dict(saved, state={i: clean(None, state) for i,state in saved['state'].items()})
-    def __repr__(self):
+    def __repr__(self)->str:
         left = f', {len(self.left)} left out' if self.left else ''
         return f"ActiveMask({len(self.placed)} layers{left})"
 
@@ -380,4 +380,4 @@ def _keep_in_force(mask, model, strict=True):
     "Put a mask on a model and keep it there: what `SparseMask.apply` does."
     placed = _place(mask.shapes, model, strict)
     left = [name for name in mask.names if name not in placed]
-    return ActiveMask(_Force(model, _keepers(mask, placed)), list(placed), left)
+    return ActiveMask(_Force(model, _keepers(mask, placed)).end, list(placed), left)

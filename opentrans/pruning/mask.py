@@ -9,7 +9,7 @@ __all__ = ['MASK_FILE', 'weights_digest', 'SparseMask', 'compare_masks', 'plot_o
 import hashlib, json
 from collections.abc import ItemsView, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, ClassVar
 import numpy as np
 import pandas as pd
 import torch
@@ -100,7 +100,7 @@ class _MaskSets(_MaskValues):
     def __eq__(self, other:object)->bool:
         if not isinstance(other, _MaskValues) or self.shapes != other.shapes: return False
         return all(mask.equal(other[name]) for name,mask in self.items())
-    __hash__ = None # a mask can be changed in place
+    __hash__:ClassVar[None] = None # a mask can be changed in place
 
     def iou(self,
         other:Self, # A mask over the same layers
@@ -152,7 +152,7 @@ class _MaskMaking(_MaskSets):
     @delegates(prunable)
     def ones(cls,
         model:nn.Module, # Any model
-        **kwargs,
+        **kwargs:Any,
     )->Self:
         "The dense mask over the prunable layers of a model."
         masks = {layer.name: torch.ones(layer.weight.shape, dtype=torch.bool)
@@ -168,7 +168,7 @@ class _MaskMaking(_MaskSets):
         # Who competes: `'global'` all weights, `'layer'` those of a layer, `'channel'` whole output channels of a
         # layer, `'2:4'` every four inputs
         scope:str='global',
-        **kwargs,
+        **kwargs:Any,
     )->Self:
         "Keep the weights of largest magnitude, in one shot. Raises `OpenTransError` for a density outside (0, 1]."
         density = _density(density)
@@ -179,14 +179,14 @@ class _MaskMaking(_MaskSets):
     @classmethod
     @delegates(prunable)
     def by(cls,
-        criterion:str|Callable, # A name in `CRITERIA`, or a function like those there
+        criterion:str|Callable[..., Any], # A name in `CRITERIA`, or a function like those there
         model:nn.Module, # Any model
         # Share of the weights that stay, in (0, 1]; or one for each layer, by name, as `LayerTable.densities` gives
         density:float|Mapping[str, float],
         # Function of the model that yields one scalar loss a batch, for criteria that look at data
-        losses:Callable|None=None,
+        losses:Callable[..., Any]|None=None,
         scope:str='global', # Who competes, as in `magnitude`
-        **kwargs,
+        **kwargs:Any,
     )->Self:
         """Keep the weights that a criterion finds best, in one shot. Raises `OpenTransError` for an unknown
         criterion, or losses that are not given."""
@@ -234,7 +234,7 @@ class _RandomMasks(_MaskMaking):
         density:float|Mapping[str, float]|None=None,
         seed:int=0, # The same seed gives the same mask, on every machine
         like:_MaskValues|None=None, # A mask whose number of weights in each layer is copied ("layer-matched")
-        **kwargs,
+        **kwargs:Any,
     )->Self:
         """Keep weights at random: over all layers together, or as many in each layer as another mask. Raises
         `OpenTransError` for a density outside (0, 1]."""
@@ -261,6 +261,7 @@ class _RandomMasks(_MaskMaking):
 # %% ../../nbs/01_pruning.ipynb #2edaf0ee
 class _MaskOnModels(_RandomMasks):
     "What a mask does to a model that holds its layers anywhere, under any of the namings."
+    masks: dict[str, torch.Tensor]
     threshold: float # the largest score that `prune` has dropped
 
     def weights(self,
@@ -354,7 +355,7 @@ class _MaskFiles(_MaskOnModels):
     "Masks written and read."
     def save(self,
         path:str|Path, # Where to; `.safetensors` by custom
-        **info, # More about how it was found, such as `backbone='RN50'`, `loss='tgkd'`, `data='coco_panoptic'`
+        **info:Any, # More about how it was found, such as `backbone='RN50'`, `loss='tgkd'`, `data='coco_panoptic'`
     )->None:
         """Write the mask, one bit a weight, with its history; whole or not at all. Raises `OpenTransError` if the
         place cannot be written."""

@@ -64,8 +64,8 @@ def _flat_scores(scores, alive):
 def _keep_best(
     scores:dict, # Name -> tensor of scores, high is good
     keep:int, # How many weights to keep
-    alive:dict=None, # Name -> bool tensor of the weights that are still in; None for all
-): # (name -> bool tensor on the CPU, the largest score that was dropped)
+    alive:dict[str, torch.Tensor]|None=None, # Bool tensors of the weights that are still in; None for all
+)->tuple[dict[str, torch.Tensor], float]: # (name -> bool tensor on the CPU, the largest score that was dropped)
     """Keep the `keep` best of all; of equal scores at the border those that come last. Raises `OpenTransError` for
     scores that are not numbers."""
     _check_scores(scores)

@@ -56,26 +56,26 @@ class Within:
     """Checkpoints within a round of `imp`, for a training that takes `within`. Of several processes, the first one
     reads and writes."""
     def __init__(self,
-        run:_Rewinding, # The run of `imp`
+        run:Any, # The run of `imp`, which makes it
         round:int, # Number of the round, from 0
         every:int|None, # Iterations between checkpoints; None: none
     ):
         self.run = run
         self.round: int = round
         self.every: int|None = every
-        self.fresh = run.fresh and round == 0 # nothing in the folder is of this run
-        self.began = run.digest_now() if not _GROUP.rank else None
+        self.fresh: bool = run.fresh and round == 0 # nothing in the folder is of this run
+        self.began: str|None = run.digest_now() if not _GROUP.rank else None
 
     @property
     def folder(self)->Path: return self.run.folder
     @property
     def path(self)->Path: return self.run.round.path
     @property
-    def settings(self)->dict: return self.run.settings
+    def settings(self)->dict[str, Any]: return self.run.settings
 
     def save(self,
-        tensors:dict, # Name -> tensor
-        **values, # Plain values
+        tensors:dict[str, torch.Tensor], # By name
+        **values:Any, # Plain values
     )->None:
         """Write the model, and beside it what the training needs to go on. Raises `OpenTransError`, with the last
         one untouched, if it cannot be written or is not finite."""
@@ -86,7 +86,7 @@ class Within:
         _GROUP.together(lambda: None if _GROUP.rank else write())
 
     # (state of the model, tensors, values), or None if the round begins at its beginning
-    def load(self)->tuple[dict, dict, dict]|None:
+    def load(self)->tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]|None:
         "What `save` has last written in this round. Raises `OtherRun` if the round began with other weights."
         found = self.run.part
         self.run.part = None
@@ -94,7 +94,7 @@ class Within:
         return None if found is None else found[:3]
 
     def put(self,
-        state:dict, # The first of what `load` gave
+        state:dict[str, torch.Tensor], # The first of what `load` gave
     )->None:
         "Put the state of the model back."
         _put(self.run.model, state)
@@ -285,7 +285,7 @@ def imp(
     p:float=.1, # Share of the remaining weights that a round drops
     # None keeps the trained weights; `'start'`, a state dict, or a function that trains the model to an early
     # iteration
-    rewind:str|dict|Callable|None=None,
+    rewind:str|dict[str, torch.Tensor]|Callable[[nn.Module], Any]|None=None,
     checkpoint_dir:str|Path|None=None, # Folder that a run is continued from after any interruption; None for none
     # Iterations between checkpoints within a round, if `train` has an argument `within`, as `DistillTrainer` has;
     # None for none
@@ -295,15 +295,15 @@ def imp(
     # Densities after each round, instead of those that `density`, `p` and `exact` give
     schedule:Sequence[float]|None=None,
     # A name in `CRITERIA`, or a function like those there; also `f(model) -> {name: scores}`
-    criterion:str|Callable='magnitude',
+    criterion:str|Callable[..., Any]='magnitude',
     # Function of the model that yields one scalar loss a batch, for criteria that look at data
-    losses:Callable|None=None,
+    losses:Callable[..., Any]|None=None,
     # What a weight costs: scores are divided by its square root. `'clock'`: as measured on this machine for images
     # of 224 pixels; or a price for each layer, as `clock_prices` gives them; None: all alike
     price:str|Mapping[str, float]|None=None,
     # More that belongs to the run (loss, t, data): saved with the mask, and must be equal to continue
     settings:dict[str, Any]|None=None,
-    **kwargs,
+    **kwargs:Any,
 )->tuple[SparseMask, pd.DataFrame]: # (`SparseMask`, history as a `DataFrame`)
     """Iterative pruning (paper Algorithm 1): train, drop the least of the remaining weights, repeat. Raises
     `OpenTransError` to continue with other settings, and for a round that is not finite."""

@@ -48,7 +48,7 @@ def _masked_part(mask, obj, strict, what):
 
 def transfer_checkpoint(
     mask:SparseMask|str|Path, # A `SparseMask`, or the path of one
-    source:dict|str|Path, # A checkpoint: a path, or the (nested) dict itself
+    source:dict[str, Any]|str|Path, # A checkpoint: a path, or the (nested) dict itself
     # Where to write the sparse checkpoint; `.safetensors` gets the flat state dict, anything else the whole
     # structure
     out:str|Path|None=None,

@@ -8,17 +8,19 @@ __all__ = ['RESULT_FILE', 'same_size_batches', 'check_multi_scale', 'seen_size',
 
 # %% ../../nbs/training/42_evaluate.ipynb #63cc5e7a
 import contextlib, functools, inspect, math, warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 import numpy as np
 import pandas as pd
 import torch
 from fastcore.meta import delegates
+from matplotlib.axes import Axes
 from typing_extensions import NotRequired, TypedDict
 from ..core import BATCH_NORMS
 from ..data.metrics import MaskNames, panoptic_map, PanopticQuality, SemanticIoU
-from ..data.samples import collate, read_sample
+from ..data.samples import collate, read_sample, Samples
+from ..data.vocabulary import Vocabulary
 from ..errors import check_number, OpenTransError, shorten, unknown
 from ..escape import for_html, for_plot
 from ..files import check_finite, FileKind, load_json
@@ -58,14 +60,14 @@ _WAITING = 64 # Samples that wait in an evaluation until there are more of their
 _HELD = 2**25 # Pixels of all that wait, 20 bytes each
 
 def same_size_batches(
-    data, # Data set
+    data:Samples, # Data set
     batch_size:int, # At most so many
-    limit:int=None, # Only the first so many samples
-    every:tuple=(0, 1), # (r, n): of these the r-th, the r+n-th, ..., for the r-th of n processes
+    limit:int|None=None, # Only the first so many samples
+    every:tuple[int, int]=(0, 1), # (r, n): of these the r-th, the r+n-th, ..., for the r-th of n processes
     waiting:int=0, # So many samples may wait for others of their size; 0 keeps the order
     workers:int=0, # Processes that read samples; 0 reads in this one
     regions:bool|str=True, # With the masks of regions? As for `read_sample`
-): # Iterator over batches of images of one size
+)->Iterator[dict[str, Any]]: # Batches of images of one size
     """Batches without padding. A batch ends where the size of the images changes, or, if samples may wait, when it
     is full or too many wait."""
     held = {}
@@ -117,9 +119,9 @@ def check_multi_scale(
 def seen_size(
     height:int, # Of an image
     width:int, # Of it
-    size:int=None, # Short side at which it is seen; None is its own
-    longest:int=None, # The long side may not be longer; None for no limit
-)->tuple: # (H,W)
+    size:int|None=None, # Short side at which it is seen; None is its own
+    longest:int|None=None, # The long side may not be longer; None for no limit
+)->tuple[int, int]: # (H,W)
     "The size at which an image is seen, as detectron2's `ResizeShortestEdge` rounds it."
     short = size or min(height, width)
     factor = short/min(height, width)
@@ -186,9 +188,9 @@ def multi_scale_scores(
     size:int|None=None, # Short side at which the framework sees the images; None is their own
     scales:Sequence[float]=(1.,), # Factors to that size
     flip:bool=False, # Mirrored, too?
-    window:int=None, # Side of square windows; None sees the whole image
+    window:int|None=None, # Side of square windows; None sees the whole image
     overlap:float=1/3, # Share of a window that the next one sees again
-    longest:int=None, # The long side may not be longer, before factors; images that shrink are smoothed then
+    longest:int|None=None, # The long side may not be longer, before factors; images that shrink are smoothed then
 )->Scores: # Of the images' size
     """The mean of several looks at the images, class by class. Raises `OpenTransError` for a look that cannot be
     taken."""
@@ -220,15 +222,15 @@ _RELEASED_SIZE = 800,1333
 def released_size(
     framework:str, # Its name
     data:str, # Name of the data set
-)->dict: # size, longest: for `multi_scale_logits` and `evaluate`
+)->dict[str, int]: # size, longest: for `multi_scale_logits` and `evaluate`
     "The size at which the released code sees images in its evaluation."
     return dict(zip(('size', 'longest'), get_framework(framework).test_sizes.get(data, _RELEASED_SIZE)))
 
 # %% ../../nbs/training/42_evaluate.ipynb #12c53b2b
 def panoptic_truth(
-    batch:dict, # As `collate` makes it
+    batch:dict[str, Any], # As `collate` makes it
     ignore:int, # Label of pixels that do not count
-)->list: # For each image (H,W,2): class and instance of each pixel, -1 for a crowd
+)->list[torch.Tensor]: # For each image (H,W,2): class and instance of each pixel, -1 for a crowd
     """The true segments of a batch, as `PanopticQuality` reads them: as the reader gave them, or laid from the
     masks of regions."""
     if 'panoptic' in batch: return batch['panoptic']
@@ -346,7 +348,7 @@ def _judged(quality, same):
 # %% ../../nbs/training/42_evaluate.ipynb #5d3a1e01
 def _percent(share): return '-' if math.isnan(share) else f'{100*share:.1f}'
 
-class Evaluation(dict):
+class Evaluation(dict[str, Any]):
     "What `evaluate` found: a dictionary that is shown in short, in percent."
     def __repr__(self)->str:
         if not {'miou', 'iou', 'pixel_accuracy', 'n_images'} <= self.keys(): return super().__repr__()
@@ -368,11 +370,12 @@ class Evaluation(dict):
 # %% ../../nbs/training/42_evaluate.ipynb #d78304c9
 def evaluate(
     framework:Framework, # A `Framework`; its mode is put back afterwards
-    data, # Data set: anything with `vocabulary`, `ignore` and samples
-    vocabulary=None, # Names to choose from, one for each class of the data, in order; None takes the data's own
+    data:Samples, # Data set: anything with `vocabulary`, `ignore` and samples
+    # Names to choose from, one for each class of the data, in order; None takes the data's own
+    vocabulary:Vocabulary|Sequence[str]|None=None,
     batch_size:int=8, # Images at a time
     device:str|torch.device|None=None, # None is where the framework is
-    limit:int=None, # Only the first so many images
+    limit:int|None=None, # Only the first so many images
     over:str='either', # Classes in the mean, as for `SemanticIoU.compute`; 'truth' is detectron2's custom
     # 'semantic'; 'panoptic': panoptic quality, too, for frameworks that give it; 'masks': also which masks are found
     # and, of these, which bear their name, so that a synonym is not counted as a bad mask
@@ -384,7 +387,7 @@ def evaluate(
     # Lists of names that mean the same pixels, e.g. [['sofa', 'couch']]; adds `miou_same`, where each list is one
     # class
     same:Sequence[Sequence[str]]|None=None,
-    **looks, # Of `multi_scale_logits`: size, longest, scales, flip, window, overlap
+    **looks:Any, # Of `multi_scale_logits`: size, longest, scales, flip, window, overlap
     # miou, iou by name (NaN where a class is absent), groups, pixel_accuracy, n_images, settings; pq, sq, rq,
     # things, stuff for 'panoptic'; found, named, precision for 'masks'
 )->Evaluation:
@@ -470,7 +473,7 @@ def _result(source):
     return load_json(path, _Result, RESULT_FILE)
 
 def compare_runs(
-    runs:dict[str, Any]|Sequence[dict|str|Path], # Results, folders or JSON files; or a dict of them by name
+    runs:dict[str, Any]|Sequence[dict[str, Any]|str|Path], # Results, folders or JSON files; or a dict of them by name
     # One row a run: framework, data, miou, groups, pq, density, frozen layers, parameters and multiply-accumulates
     # in millions, dense and active
 )->pd.DataFrame:
@@ -495,8 +498,8 @@ def compare_runs(
 def plot_runs(
     frame:pd.DataFrame, # As `compare_runs` makes it
     y:str='miou', # What is good, upwards
-    axs=None, # Two axes; None makes them
-): # The first axes
+    axs:Sequence[Axes]|np.ndarray|None=None, # Two axes; None makes them
+)->Axes: # The first axes
     """Quality against active multiply-accumulates and active parameters (Fig. 1). Raises `OpenTransError` where a
     table has no costs."""
     xs = [(c, label)

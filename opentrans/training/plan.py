@@ -10,10 +10,9 @@ import contextlib, copy, math, os, time
 from dataclasses import dataclass
 import pandas as pd
 import torch
-from torch.utils.data import Dataset
 from ..core import LayerSelection
 from ..cost.memory import peak_memory
-from ..data.samples import View
+from ..data.samples import Samples, View
 from ..errors import check_number, OpenTransError
 from ..frameworks.contract import Framework
 from ..pruning.mask import SparseMask
@@ -72,13 +71,13 @@ class RunPlan:
         "Minutes in which each image of the data set is seen once."
         return self.seconds*self.images/self.batch_size/60
 
-    def least_parts(self):
+    def least_parts(self)->int|None:
         "The fewest parts of a batch that fit, or None if not even one image does."
         share = math.ceil(self.batch_size/self.processes)
         return next((n for n in range(1, share+1) if self.fixed + self.per_image*math.ceil(share/n) <= self.room),
                     None)
 
-    def check(self):
+    def check(self)->None:
         "Raises `OpenTransError` if the run cannot fit, with what would."
         if self.fits: return
         parts = self.least_parts()
@@ -157,7 +156,7 @@ def _two_sizes(framework, data, recipe, selection, mask):
 
 def plan_run(
     framework:Framework, # A `Framework`; a copy of it is trained for a few iterations
-    data:Dataset, # Data set with the framework's vocabulary
+    data:Samples, # Data set with the framework's vocabulary
     recipe:Recipe, # The run that is meant
     selection:LayerSelection|None=None, # `LayerSelection`, if one will be in force
     mask:SparseMask|None=None, # `SparseMask`, if one will be

@@ -9,10 +9,12 @@ __all__ = ['LEAST_CROP', 'WARMUP', 'Recipe', 'read_settings']
 import contextlib, dataclasses, functools, json, math, typing
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any
 from annotated_types import Interval
 import numpy as np
 import torch
+from typing_extensions import Self
 from ..errors import check_number, FormatError, none_if_off, OpenTransError, optional, shorten, unknown
 from ..files import parse_json, read_text
 from ..frameworks.contract import get_framework
@@ -68,8 +70,10 @@ def _sizes(scale):
     return told if told != _OFF['scale'] else None
 
 def _kinds(recipe):
-    "Field -> its type; where None may stand, the other one."
-    return {f.name: (typing.get_args(f.type) or [f.type])[0] for f in dataclasses.fields(recipe)}
+    "Field -> its class; where None may stand, the other one."
+    def plain(kind): return typing.get_args(kind)[0] if isinstance(kind, UnionType) else kind
+    kinds = {f.name: plain(f.type) for f in dataclasses.fields(recipe)}
+    return {name: typing.get_origin(kind) or kind for name,kind in kinds.items()}
 
 # %% ../../nbs/training/40_recipe.ipynb #0dc5e23b
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Recipe:
     decay_norms:bool = False # Weight decay for norms and biases, too?
     backbone_lr:float = 1. # Times `lr`, for the backbone; 0 freezes all of it
     schedule:str = 'step' # 'step' (by `milestones`), 'poly', 'cosine' or 'constant'
-    milestones:tuple = (40_000, 45_000) # Iterations at which the learning rate falls
+    milestones:tuple[int, ...] = (40_000, 45_000) # Iterations at which the learning rate falls
     gamma:float = .1 # To this share of what it was
     power:float = .9 # Of 'poly'
     lr_warmup:int = 0 # Iterations over which the learning rate rises linearly from near 0
@@ -95,7 +99,7 @@ class Recipe:
     norm:str = 'train'
     crop:int|None = 512 # Side of the square that is cut out; None takes images as they are
     # Range of random sizes, as a share of that at which the image fits `crop`; None does not scale
-    scale:tuple|None = None
+    scale:tuple[float, float]|None = None
     flip:float = .5 # Probability of a mirrored image
     precision:str|None = None # Mixed precision: 'bf16' or 'fp16'; None computes in 32 bits
     channels_last:bool = True # Lay images and kernels out in memory as convolutions are fastest
@@ -103,7 +107,7 @@ class Recipe:
     seed:int = 0 # Of data order, augmentation, dropout and sampled points
     workers:int = 0 # Processes that load data; 0 loads in this one
 
-    def __post_init__(self):
+    def __post_init__(self)->None:
         for name,older in _OFF.items(): self._set(name, none_if_off(getattr(self, name), older))
         for name,choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -127,21 +131,21 @@ class Recipe:
 
     def _set(self, name, value): object.__setattr__(self, name, value)
 
-    def replace(self, **kw):
+    def replace(self, **kw:Any)->Self:
         "The same with other values. Raises `OpenTransError` for a name that is none."
         names = [f.name for f in dataclasses.fields(self)]
         for k in kw:
             if k not in names: raise unknown('setting of a recipe', k, names)
         return dataclasses.replace(self, **kw)
 
-    def shorten(self, iterations:int):
+    def shorten(self, iterations:int)->Self:
         "The same course in fewer (or more) iterations: milestones and warm-up of the learning rate move along."
         s = check_number('iterations', iterations, 0, _MOST, whole=True)/max(self.iterations, 1)
         moved = dict(milestones=tuple(round(m*s) for m in self.milestones), lr_warmup=round(self.lr_warmup*s),
                      offset=round(self.offset*s))
         return self.replace(iterations=iterations, **moved)
 
-    def first(self, iterations:int):
+    def first(self, iterations:int)->Self:
         """The beginning of the same course: so many iterations, at the rates that the whole course has there.
         Raises `OpenTransError` if it is not as long."""
         if not 0 <= iterations <= self.iterations:
@@ -150,13 +154,15 @@ class Recipe:
             return self.replace(iterations=iterations, schedule='constant', milestones=())
         return self.replace(iterations=iterations)
 
-    def after(self, iterations:int):
+    def after(self, iterations:int)->Self:
         "What is left of the same course after so many iterations. Raises `OpenTransError` if nothing is."
         if not 0 <= iterations < self.iterations:
             raise OpenTransError(f"Nothing is left of a course of {self.iterations} iterations after {iterations}.")
         return self.replace(iterations=self.iterations-iterations, offset=self.offset+iterations)
 
-    def to_dict(self)->dict: return dataclasses.asdict(self)
+    def to_dict(self)->dict[str, Any]:
+        "Its fields as plain values, which `of` takes."
+        return dataclasses.asdict(self)
 
     def lr_at(self, iteration:int)->float:
         "The share of `lr` that holds at an iteration."
