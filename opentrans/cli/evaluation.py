@@ -10,7 +10,7 @@ import sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..errors import OpenTransError, shorten
+from ..errors import OpenTransError, shorten, unknown
 from .defaults import (
     ImagesAtOnce, Readers, _build, _looks, _mean_of, _prompted, _report, _stride, _with_cost, is_shipped)
 from opentrans.cli.options import (
@@ -155,6 +155,12 @@ def _report_table(seg, results, head, size, mask, out, as_json, title):
     show(pd.DataFrame([shown], index=[settings['framework']]), title=title)
 
 # %% ../../nbs/app/70g_evaluation.ipynb #502550eb
+def _check_method(method):
+    "Raises `OpenTransError` for a method that needs training, or that there is not."
+    from opentrans.frameworks import get_framework
+    known = [name for name in get_framework('training_free').presets if name not in ('paper', 'small')]
+    if method not in known: raise unknown('method', method, known)
+
 def _without_training(clip, method, vocabulary):
     "A training-free method on a CLIP, and the names in the prompts that were published with it."
     from opentrans.clip import small_clips
@@ -203,6 +209,7 @@ def segment(
         raise OpenTransError(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
     if model and method:
         raise OpenTransError("--model has been trained, --method needs no training: leave one out.")
+    if method: _check_method(method)
     if method and not _typed('backbone'): backbone = 'shapes-vit'
     if model:
         told = _read_model(Path(model)/'model.json')
