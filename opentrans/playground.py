@@ -15,6 +15,7 @@ from .data import class_colours, read_picture, ShapesWorld, Vocabulary
 from .errors import OpenTransError, optional
 from .escape import for_html, for_plot
 from .frameworks.contract import resize
+from .naming import name_some
 from .runtime import get_axes, device_of, figure_png
 
 # %% ../nbs/app/71_playground.ipynb #58a05aa4
@@ -91,6 +92,20 @@ def overlay(
                  for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
     return ax
 
+# %% ../nbs/app/71_playground.ipynb #c4410e2a
+def _unseen(framework, vocabulary):
+    "The names that a framework was shown nothing like: name -> the nearest that it was shown, or ''."
+    text,said = getattr(getattr(framework, 'backbone', framework), 'text', None),class_prompts(vocabulary)
+    if not hasattr(text, 'strange'): return {}
+    strange = set(text.strange(said))
+    near = text.nearest(said)[1] if text.known is not None else ['']*len(said)
+    return {name: known for name,prompts,known in zip(vocabulary.names, said, near) if prompts[0] in strange}
+
+def _guesses(unseen):
+    "What `_unseen` found, in words."
+    told = [f'{name} (the nearest is {known})' if known else name for name,known in unseen.items()]
+    return f'unlike anything it was shown, so a guess: {name_some(told)}'
+
 # %% ../nbs/app/71_playground.ipynb #ad4c9fa4
 class _Playground:
     "State and wiring of `playground`."
@@ -144,13 +159,9 @@ class _Playground:
                     v = parse_names(self.names.value)
                     self.answer = segment(self.framework, self.samples[self.source.value], v)
                 except OpenTransError as e: return self.say(str(e), 'c8442e')
-            (h,w),text = self.answer[1].shape,getattr(getattr(self.framework, 'backbone', self.framework), 'text',
-                                                      None)
+            (h,w),strange = self.answer[1].shape,_unseen(self.framework, v)
             self.draw() # before it is told, so that what is told is of the picture that is seen
-            self.say(
-                '. '.join(filter(None,
-                                 [f'{len(v)} classes, {w} x {h} pixels',
-                                  text.doubts(class_prompts(v)) if hasattr(text, 'doubts') else ''])))
+            self.say(f'{len(v)} classes, {w} x {h} pixels' + (f'; {_guesses(strange)}' if strange else ''))
 
     def draw(self):
         if self.answer is None: return

@@ -168,20 +168,6 @@ def _without_training(clip, method, vocabulary):
     if clip.name not in small_clips(): vocabulary = Vocabulary(vocabulary.entries, 'clip_80')
     return _build('training_free', clip, None, method, 0),vocabulary
 
-def _unseen(seg, vocabulary):
-    "The names that the model was shown nothing like: name -> the nearest that it was shown, or ''."
-    from opentrans.clip import class_prompts
-    text,said = getattr(getattr(seg, 'backbone', seg), 'text', None),class_prompts(vocabulary)
-    if not hasattr(text, 'strange'): return {}
-    strange = set(text.strange(said))
-    near = text.nearest(said)[1] if text.known is not None else ['']*len(said)
-    return {name: known for name,prompts,known in zip(vocabulary.names, said, near) if prompts[0] in strange}
-
-def _doubted(item):
-    "A name and what is nearest to it, in words."
-    name,known = item
-    return f"{name} (the nearest is {known})" if known else name
-
 # %% ../../nbs/app/70g_evaluation.ipynb #502550ea
 @app.command()
 def segment(
@@ -203,7 +189,7 @@ def segment(
 ):
     "A photograph of your own, segmented by your own words."
     from opentrans.clip import photo_clips, small_clips
-    from opentrans.playground import overlay, parse_names, segment as look, to_image
+    from opentrans.playground import _guesses, _unseen, overlay, parse_names, segment as look, to_image
     vocabulary,x = parse_names(names),to_image(image, max_side)
     if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
         raise OpenTransError(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
@@ -236,7 +222,7 @@ def segment(
     show(ranked if as_json else {name: f'{part:.1%}' for name,part in ranked.items()}, as_json,
          'share of the image')
     beside = sys.stderr if as_json else sys.stdout
-    if doubt: _say('* unlike anything it was shown, so a guess: ' + ', '.join(map(_doubted, doubt.items())), beside)
+    if doubt: _say(f'* {_guesses(doubt)}', beside)
     _say(f'picture: {out}', beside)
 
 # %% ../../nbs/app/70g_evaluation.ipynb #51ab7e20
