@@ -189,7 +189,7 @@ def segment(
 ):
     "A photograph of your own, segmented by your own words."
     from opentrans.clip import photo_clips, small_clips
-    from opentrans.playground import _guesses, _unseen, overlay, parse_names, segment as look, to_image
+    from opentrans.playground import guesses, overlay, parse_names, segment as look, to_image, unseen
     vocabulary,x = parse_names(names),to_image(image, max_side)
     if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
         raise OpenTransError(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
@@ -209,7 +209,7 @@ def segment(
     if not model and backbone in small_clips():
         _say(f"note: {backbone} knows generated scenes only; for photographs take --backbone photo-lite0",
              sys.stderr)
-    doubt = _unseen(seg, vocabulary)
+    doubt = unseen(seg, vocabulary)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*(has never seen|was shown)') # the marks below say it
         larger = not model and not method and backbone in photo_clips()
@@ -222,7 +222,7 @@ def segment(
     show(ranked if as_json else {name: f'{part:.1%}' for name,part in ranked.items()}, as_json,
          'share of the image')
     beside = sys.stderr if as_json else sys.stdout
-    if doubt: _say(f'* {_guesses(doubt)}', beside)
+    if doubt: _say(f'* {guesses(doubt)}', beside)
     _say(f'picture: {out}', beside)
 
 # %% ../../nbs/app/70g_evaluation.ipynb #51ab7e20
