@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from opentrans.cli import options, terminal
 from opentrans.cli.options import app
+from typer.main import get_command
 from typer.testing import CliRunner
 
 class Screen(io.StringIO):
@@ -49,6 +50,7 @@ def test_a_message_names_flags(monkeypatch):
     assert terminal._as_flags('other values (ignore=...)') == 'other values (--ignore ...)'
     assert terminal._as_flags('e.g. --set batch_size=8') == 'e.g. --set batch_size=8'
     assert terminal._as_flags("{'root='}") == "{'root='}"
+    assert terminal._as_flags("root='here' or root=None") == 'Give --root here or --root none'[5:]
 
 def test_findings_are_grouped_with_the_flag_that_helps(tmp_path):
     "Seven files with one strange value are one line."
@@ -67,6 +69,40 @@ def test_help_is_grouped_and_every_command_has_its_group():
     told = CliRunner().invoke(app, ['--help']).output
     for panel in options._PANELS: assert panel in told
     assert 'Examples' in told and '─ Commands ' not in told
+
+def _commands(group, words=()):
+    "Every command under a group, as the words that call it."
+    for name,command in group.commands.items():
+        if hasattr(command, 'commands'): yield from _commands(command, (*words, name))
+        else: yield (*words, name)
+
+@pytest.mark.parametrize('words', list(_commands(get_command(app))), ids=' '.join)
+def test_no_flag_is_cut_in_help(words):
+    "In a terminal of 80 columns every flag stands there as a whole, and no line is longer."
+    told = CliRunner(env=dict(COLUMNS='80', TERMINAL_WIDTH='80')).invoke(app, [*words, '--help'])
+    assert told.exit_code == 0 and '…' not in told.output
+    assert max(map(len, told.output.splitlines())) <= 80
+
+def test_words_stand_left_and_numbers_right(monkeypatch):
+    "Rows without names have no numbers of their own, and a long heading is broken where its cells are short."
+    frame = pd.DataFrame({'framework': ['fpn', 'mask2former'], 'sparse engine': ['yes', 'no (1)'],
+                          'weights': [1_234_567, 7]})
+    lines = [line.rstrip() for line in shown(monkeypatch, 80, frame).splitlines() if line.strip()]
+    assert [line.strip() for line in lines[:2]] == ['sparse', 'framework     engine     weights']
+    assert lines[3:] == ['  fpn           yes      1,234,567', '  mask2former   no (1)           7']
+
+def test_reasons_are_notes_below_the_table_of_models():
+    told = CliRunner().invoke(app, ['models'])
+    assert told.exit_code == 0 and re.search(r'^\(1\) SED reads maps .*\.$', told.output, re.M)
+    assert 'no: ' not in told.output and '\x1b' not in told.output and r'\x1b' not in told.output
+    rows = json.loads(CliRunner().invoke(app, ['models', '--json']).output)
+    assert any(row['mask'].startswith('no: SED') for row in rows.values())
+
+def test_a_method_that_needs_training_is_named(tmp_path):
+    Image.new('RGB', (40, 40)).save(tmp_path/'photo.png')
+    for method in ('naclop', 'paper'):
+        told = CliRunner().invoke(app, ['segment', str(tmp_path/'photo.png'), 'sky', '--method', method])
+        assert f"Unknown method '{method}'; choose one of: maskclip" in str(told.exception)
 
 def test_a_shell_completes_commands():
     words = dict(_OPENTRANS_COMPLETE='complete_bash', COMP_WORDS='opentrans se', COMP_CWORD='1')

@@ -10,7 +10,7 @@ import sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..errors import OpenTransError, shorten
+from ..errors import OpenTransError, shorten, unknown
 from .defaults import (
     ImagesAtOnce, Readers, _build, _looks, _mean_of, _prompted, _report, _stride, _with_cost, is_shipped)
 from opentrans.cli.options import (
@@ -155,26 +155,18 @@ def _report_table(seg, results, head, size, mask, out, as_json, title):
     show(pd.DataFrame([shown], index=[settings['framework']]), title=title)
 
 # %% ../../nbs/app/70g_evaluation.ipynb #502550eb
+def _check_method(method):
+    "Raises `OpenTransError` for a method that needs training, or that there is not."
+    from opentrans.frameworks import get_framework
+    known = [name for name in get_framework('training_free').presets if name not in ('paper', 'small')]
+    if method not in known: raise unknown('method', method, known)
+
 def _without_training(clip, method, vocabulary):
     "A training-free method on a CLIP, and the names in the prompts that were published with it."
     from opentrans.clip import small_clips
     from opentrans.data import Vocabulary
     if clip.name not in small_clips(): vocabulary = Vocabulary(vocabulary.entries, 'clip_80')
     return _build('training_free', clip, None, method, 0),vocabulary
-
-def _unseen(seg, vocabulary):
-    "The names that the model was shown nothing like: name -> the nearest that it was shown, or ''."
-    from opentrans.clip import class_prompts
-    text,said = getattr(getattr(seg, 'backbone', seg), 'text', None),class_prompts(vocabulary)
-    if not hasattr(text, 'strange'): return {}
-    strange = set(text.strange(said))
-    near = text.nearest(said)[1] if text.known is not None else ['']*len(said)
-    return {name: known for name,prompts,known in zip(vocabulary.names, said, near) if prompts[0] in strange}
-
-def _doubted(item):
-    "A name and what is nearest to it, in words."
-    name,known = item
-    return f"{name} (the nearest is {known})" if known else name
 
 # %% ../../nbs/app/70g_evaluation.ipynb #502550ea
 @app.command()
@@ -197,12 +189,13 @@ def segment(
 )->None:
     "A photograph of your own, segmented by your own words."
     from opentrans.clip import photo_clips, small_clips
-    from opentrans.playground import overlay, parse_names, segment as look, to_image
+    from opentrans.playground import guesses, overlay, parse_names, segment as look, to_image, unseen
     vocabulary,x = parse_names(names),to_image(image, max_side)
     if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
         raise OpenTransError(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
     if model and method:
         raise OpenTransError("--model has been trained, --method needs no training: leave one out.")
+    if method: _check_method(method)
     if method and not _typed('backbone'): backbone = 'shapes-vit'
     if model:
         told = _read_model(Path(model)/'model.json')
@@ -216,7 +209,7 @@ def segment(
     if not model and backbone in small_clips():
         _say(f"note: {backbone} knows generated scenes only; for photographs take --backbone photo-lite0",
              sys.stderr)
-    doubt = _unseen(seg, vocabulary)
+    doubt = unseen(seg, vocabulary)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*(has never seen|was shown)') # the marks below say it
         larger = not model and not method and backbone in photo_clips()
@@ -229,7 +222,7 @@ def segment(
     show(ranked if as_json else {name: f'{part:.1%}' for name,part in ranked.items()}, as_json,
          'share of the image')
     beside = sys.stderr if as_json else sys.stdout
-    if doubt: _say('* unlike anything it was shown, so a guess: ' + ', '.join(map(_doubted, doubt.items())), beside)
+    if doubt: _say(f'* {guesses(doubt)}', beside)
     _say(f'picture: {out}', beside)
 
 # %% ../../nbs/app/70g_evaluation.ipynb #51ab7e20

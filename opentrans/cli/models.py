@@ -10,9 +10,19 @@ from typing import Annotated, Optional
 import typer
 from ..errors import unknown
 from .options import AsJson, Config, app
-from .terminal import _writable, show
+from .terminal import _say, _writable, show
 
 # %% ../../nbs/app/70k_models.ipynb #9999f75c
+def _with_notes(table):
+    "The table with the numbers of reasons in the place of reasons, and the reasons."
+    reasons = []
+    def number(cell):
+        if not cell.startswith('no: '): return cell
+        reason = cell.removeprefix('no: ')
+        if reason not in reasons: reasons.append(reason)
+        return f'no ({reasons.index(reason)+1})'
+    return table.map(number),reasons
+
 @app.command()
 def models(
     attempt:Annotated[Optional[str], typer.Option(
@@ -29,4 +39,7 @@ def models(
     _writable(out)
     table = support_table() if attempt is None else try_all(None if attempt == 'all' else [attempt])
     if out and attempt is not None: save_support(table, out)
-    show(table.reset_index(), as_json, 'what works with what')
+    if as_json: return show(table.reset_index(), True)
+    short,reasons = _with_notes(table)
+    show(short.reset_index(), title='what works with what')
+    for number,reason in enumerate(reasons, 1): _say(f'({number}) {reason}')

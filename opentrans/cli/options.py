@@ -17,7 +17,10 @@ from ..errors import OpenTransError, shorten, unknown
 
 # %% ../../nbs/app/70_cli.ipynb #e317cc0f
 class _Checked(TyperCommand):
-    "A command whose numbers are finite and no longer than a machine's, and whose texts hold no zero byte."
+    """A command whose numbers are finite and no longer than a machine's, and whose texts hold no zero byte. Its
+    `--help` has two columns, so that no flag is cut in a terminal of 80."""
+    def __init__(self, *args, **kwargs): super().__init__(*args, **dict(kwargs, rich_markup_mode=None))
+
     def invoke(self, ctx):
         for param in self.params: _check_value(param.opts[-1], ctx.params.get(param.name))
         return super().invoke(ctx)

@@ -30,6 +30,16 @@ def _masks_of(model, mask, densities):
     return {f'{share:g}': SparseMask.magnitude(model, share) if share < 1 else None for share in shares}
 
 # %% ../../nbs/app/70l_speed.ipynb #f4302f54
+def _in_short(table, title):
+    "A table without the columns that hold one value, which go to its title, and those that hold none."
+    settings = {name: table[name].iloc[0] for name in ('height', 'width', 'batch', 'threads')
+                if len(table) and table[name].nunique() == 1}
+    said = ', '.join(f'{name} {value}' for name,value in settings.items())
+    shown = [name for name in ('mask', 'height', 'width', 'batch', 'threads', 'engine', 'ms', 'times', 'promised')
+             if name not in settings]
+    shown += [name for name in table if name not in shown and name not in settings]
+    return table[shown].dropna(axis=1, how='all'),f'{title}; {said}' if said else title
+
 @app.command('speed', epilog="Example: opentrans speed RN50 --pretrained openai --densities 0.1,0.3 --size 224x224")
 def speed_command(
     backbone:Annotated[str, typer.Argument(help="Backbone, whose maps are timed.")]='shapes-rn',
@@ -66,4 +76,5 @@ def speed_command(
     if out:
         _save_table(table, Path(out)/'speed.csv')
         if not layers and 'ours' in {*table.engine}: _save_picture(lambda: plot_speed(table), Path(out)/'speed.png')
+    if not layers and not as_json: table,title = _in_short(table, title)
     show(table.reset_index() if layers else table, as_json, title)

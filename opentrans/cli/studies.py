@@ -144,7 +144,7 @@ def study(
     if every and arm: raise OpenTransError("--arm names arms of one study: leave --all out.")
     if name is None and not every:
         studies = [ex.get_study(known) for known in ex.list_studies()]
-        rows = {s.name: dict(paper=s.paper, question=s.question, arms=len(s.arms)) for s in studies}
+        rows = {s.name: dict(paper=s.paper, arms=len(s.arms) or '', question=s.question) for s in studies}
         return show(pd.DataFrame(rows).T, title='studies')
     where = _where_jobs_run(scheduler, workers)
     if root is not None: os.environ['DETECTRON2_DATASETS'] = str(data_root(root))

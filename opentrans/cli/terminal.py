@@ -7,6 +7,7 @@ __all__ = ['show']
 
 # %% ../../nbs/app/70b_terminal.ipynb #8d117914
 import errno, json, math, re, sys, tempfile
+from numbers import Integral
 from pathlib import Path
 from ..errors import OpenTransError, WriteError, shorten, unknown
 from ..escape import for_terminal, printable
@@ -29,8 +30,10 @@ def show(
 
 def _as_read(name, value):
     "A value as people read it: what is a share of all pixels or segments, in percent."
-    share = isinstance(value, float) and re.match(r'(best_)?(miou|pq|sq|rq)(_|$)', str(name))
-    return f'{100*value:.1f} %' if share else value
+    share = isinstance(value, float) and re.match(r'(best_)?(miou|pq|sq|rq|pixel_accuracy)(_|$)', str(name))
+    if share: return f'{100*value:.1f} %'
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    return f'{value:,}' if whole and abs(value) >= 10**5 else value
 
 def _show_json(result):
     from opentrans.files import plain_json
@@ -44,13 +47,29 @@ def _cells(frame):
     columns = [frame.iloc[:, place] for place in range(frame.shape[1])]
     return [[told(name, value) for value in column] for name,column in zip(frame.columns, columns)]
 
-# %% ../../nbs/app/70b_terminal.ipynb #0be9c467
+# %% ../../nbs/app/70b_terminal.ipynb #3c1d90be
 _LONG = 26 # characters: a longer text may be broken into lines, a number never is
 _LONG_NAME = 60 # the same for the names of rows
 
 def _is_broken(cells, longest=_LONG):
     "May a column be broken into lines?"
     return any(len(str(cell)) > longest for cell in cells)
+
+def _is_counted(frame):
+    "Are its rows without names?"
+    import pandas as pd
+    return isinstance(frame.index, pd.RangeIndex)
+
+def _head(name, cells):
+    "What stands above a column: several lines, if its words are longer than all that is below."
+    from rich.cells import cell_len
+    name = str(for_terminal(name))
+    return name.replace(' ', '\n') if cell_len(name) > max(map(cell_len, cells), default=0) else name
+
+def _side(cells):
+    "To which side a column is set: numbers to the right, words to the left."
+    numbers = any(re.match(r'[-+(]?[\d.]|nan$|inf$', cell) for cell in cells)
+    return 'right' if numbers and not _is_broken(cells) else 'left'
 
 def _least_width(frame, columns):
     "How many characters a table needs: whole numbers, and texts broken between words."
@@ -59,19 +78,23 @@ def _least_width(frame, columns):
         cells = [str(for_terminal(cell)) for cell in cells]
         whole = cells if not _is_broken(cells, longest) else [word for cell in cells for word in cell.split()]
         return max(map(cell_len, whole), default=0)
-    heads = [[name, *cells] for name,cells in zip(frame.columns, columns)]
-    return 1 + width(frame.index, _LONG_NAME) + 3 + sum(width(cells) + 3 for cells in heads)
+    heads = [[*_head(name, cells).split('\n'), *cells] for name,cells in zip(frame.columns, columns)]
+    names = 0 if _is_counted(frame) else width(frame.index, _LONG_NAME) + 3
+    return 1 + names + sum(width(cells) + 3 for cells in heads)
 
+# %% ../../nbs/app/70b_terminal.ipynb #0be9c467
 def _table(frame, columns, title, live):
     "The first columns of a table."
     from rich import box
     from rich.table import Table
     style = dict(title_justify='left', title_style='bold' if live else '', box=box.SIMPLE)
     table = Table(title=for_terminal(title) if title else None, **style)
-    table.add_column('', justify='left', no_wrap=not _is_broken(frame.index, _LONG_NAME), overflow='fold')
+    if not _is_counted(frame):
+        table.add_column('', justify='left', no_wrap=not _is_broken(frame.index, _LONG_NAME), overflow='fold')
     for name,cells in zip(frame.columns, columns):
-        table.add_column(for_terminal(name), justify='right', no_wrap=not _is_broken(cells), overflow='fold')
-    for name,row in zip(frame.index, zip(*columns)): table.add_row(*map(for_terminal, (name, *row)))
+        table.add_column(_head(name, cells), justify=_side(cells), no_wrap=not _is_broken(cells), overflow='fold')
+    for name,row in zip(frame.index, zip(*columns)):
+        table.add_row(*map(for_terminal, row if _is_counted(frame) else (name, *row)))
     return table
 
 def _show_table(frame, title):
@@ -93,14 +116,15 @@ def _say(text, file=None):
     print(printable(text), file=file or sys.stdout)
 
 def _as_flags(message):
-    "A message of a function in the words of the command: `root=...` is --root there."
+    "A message of a function in the words of the command: `root=...` is --root there, and 'gaussian' has no quotes."
     context = _NOW.get('context')
     if context is None: return message
     flags = {param.name: param.opts[0] for param in context.command.params if param.opts[0].startswith('--')}
     def flag(found):
         name = found[1]
-        return f'{flags[name]} ' if name in flags else found[0]
-    return re.sub(r"(?<!--set )(?<![\w.'\"{,-])(\w+)=(?=[\w.'\"\[(-])", flag, message)
+        if name not in flags: return found[0]
+        return f"{flags[name]} {'none' if found[2] == 'None' else found[2] or found[3] or ''}"
+    return re.sub(r"(?<!--set )(?<![\w.'\"{,-])(\w+)=(?:(None\b)|'(\w+)'|(?=[\w.'\"\[(-]))", flag, message)
 
 # %% ../../nbs/app/70b_terminal.ipynb #113d8ee9
 def _save_table(frame, path):

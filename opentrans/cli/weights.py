@@ -74,8 +74,8 @@ def alpha(
         _save_picture(lambda: table.plot_alpha(selection=chosen), Path(out)/'alpha.png')
     show(
         frame[[c
-               for c in ('frozen', 'shape', 'n_evals', 'alpha', 'alpha_null', 'z', 'spikes', 'xmin', 'D', 'n_tail',
-                         'status') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
+               for c in ('frozen', 'alpha', 'alpha_null', 'z', 'spikes', 'status', 'n_tail', 'n_evals', 'xmin', 'D',
+                         'shape') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
     if not as_json: _say(_as_flags(table.words()))
 
 # %% ../../nbs/app/70d_weights.ipynb #2a68ce37
@@ -275,6 +275,7 @@ def cka_command(
     if out:
         _save_table(frame, Path(out)/'cka.csv')
         _save_picture(lambda: plot_cka(frame), Path(out)/'cka.png')
+    if not as_json: frame = frame.rename(columns=lambda name: name.removeprefix('visual.'))
     show(frame, as_json, f'CKA over {n} images (rows {a}, columns {b or a}{" with mask" if mask else ""})')
 
 # %% ../../nbs/app/70d_weights.ipynb #d9f7e7ab

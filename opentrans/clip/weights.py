@@ -214,9 +214,10 @@ def _fetch(name, tag, cache_dir, hub=None):
         return open_clip.download_pretrained(cfg, cache_dir=cache_dir),cfg
     except Exception as e:
         raise OpenTransError(
-            f"The weights '{tag}' of {name} could not be downloaded ({type(e).__name__}). Check the network, or "
-            f"fetch '{cfg.get('hf_hub') or cfg.get('url')}' elsewhere and give the path of the file as "
-                      f"pretrained.") from e
+            f"The weights '{tag}' of {name} could not be downloaded "
+            f"({getattr(e, 'strerror', None) or type(e).__name__}). Check the network, or fetch "
+            f"'{cfg.get('hf_hub') or cfg.get('url')}' elsewhere and give the path of the file as "
+            f"pretrained=FILE.") from e
 
 # %% ../../nbs/clip/24_weights.ipynb #b8250b51
 _PLACE = re.compile(r'[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?') # how repositories of the hub are called

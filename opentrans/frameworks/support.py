@@ -7,7 +7,7 @@ __all__ = ['SUPPORT_TOWERS', 'TRIES', 'SUPPORT_FILE', 'NotHere', 'support_try', 
            'support_table']
 
 # %% ../../nbs/frameworks/30c_support.ipynb #b55f6f42
-import tempfile, warnings
+import re, tempfile, warnings
 from collections.abc import Sequence
 from pathlib import Path
 import pandas as pd
@@ -112,6 +112,15 @@ def _checkpoint(framework):
 # %% ../../nbs/frameworks/30c_support.ipynb #8d986a74
 SUPPORT_FILE = FileKind('opentrans-support', 'support table', '`opentrans models --try all --out`')
 
+def _reason(error):
+    "Why something does not work: the first sentences of a message that fit in 90 characters, without colours."
+    lines = re.sub(r'\x1b\[[\d;]*m', '', str(error)).splitlines()
+    told,*sentences = re.split(r'(?<=\.) ', lines[0] if lines else type(error).__name__)
+    for sentence in sentences:
+        if len(told) + len(sentence) >= 90: break
+        told = f'{told} {sentence}'
+    return shorten(told, 90)
+
 def try_support(
     framework:str, # Its name
     tower:str, # One of `SUPPORT_TOWERS`
@@ -131,7 +140,7 @@ def try_support(
             res[column] = 'yes'
         except NotHere as error: res[column] = str(error)
         except (OpenTransError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            res[column] = f'no: {shorten(str(error).splitlines()[0] if str(error) else type(error).__name__, 90)}'
+            res[column] = f'no: {_reason(error)}'
     return res
 
 def try_all(

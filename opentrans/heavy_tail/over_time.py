@@ -255,7 +255,7 @@ def _png(draw, size):
     from matplotlib.figure import Figure
     fig = Figure(figsize=size, layout='constrained')
     draw(fig)
-    return figure_png(fig, dpi=80)
+    return figure_png(fig, dpi=100)
 
 # %% ../../nbs/02c_over_time.ipynb #5a3b83e9
 class _Explorer:
@@ -267,14 +267,14 @@ class _Explorer:
         self.fit = None
         self.below = None
         self.tables = {table.xmin: table}             # the fit shown above, what is shown below, tables by rule
-        wide = dict(layout=w.Layout(width='340px'), style=dict(description_width='60px'))
+        wide = dict(layout=w.Layout(width='420px'), style=dict(description_width='60px'))
         self.layer = w.Select(options=list(table), rows=16, description='layer', **wide)
         self.rule = w.Dropdown(
             options=[*dict.fromkeys([*XMIN_RULES, *([table.xmin] if isinstance(table.xmin, str) else [])]), 'given'],
             value=table.xmin if isinstance(table.xmin, str) else 'given', description='xmin by', **wide)
         # which eigenvalue: whole numbers, which no browser rounds
         self.xmin = w.IntSlider(description='xmin', min=0, max=1, readout=False, **wide)
-        self.text,self.plot,self.overview = w.HTML(layout=w.Layout(width='340px')),*(
+        self.text,self.plot,self.overview = w.HTML(layout=w.Layout(width='420px')),*(
             w.Image(format='png', layout=w.Layout(width='100%', max_width='720px')) for _ in range(2))
         # in a narrow page, plots stand below
         self.box = w.HBox([w.VBox([self.layer, self.rule, self.xmin, self.text]),
@@ -341,9 +341,9 @@ class _Explorer:
             left,right = fig.subplots(1, 2)
             _draw_esd(s, f, left)
             _draw_ks(s, {f.method: f}, right)
-        self.plot.value = _png(draw, (9, 3.2))
+        self.plot.value = _png(draw, (7.2, 3.2))
         below = self.layer.value,self._xmin_by_rule()
-        if below != self.below: self.overview.value = _png(self._overview, (9, 2.2))
+        if below != self.below: self.overview.value = _png(self._overview, (7.2, 2.4))
         self.below = below
 
     def _overview(self, fig):

@@ -303,7 +303,7 @@ def _draw_esd(s, f, ax):
     ax.set(xscale='log', yscale='log', xlabel='eigenvalue', ylabel='density', ylim=(seen.min()/2, seen.max()*3))
     _log_axis(ax.xaxis, low, max(high, s.edge))
     _log_axis(ax.yaxis, seen.min()/2, seen.max()*3)
-    ax.legend(fontsize=9, frameon=False, title=None if f.ok else for_plot(f.reason), title_fontsize=9)
+    ax.legend(fontsize=9, framealpha=.8, edgecolor='none', title=None if f.ok else for_plot(f.reason), title_fontsize=9)
     return ax
 
 # %% ../../nbs/02b_layers.ipynb #9b94b424

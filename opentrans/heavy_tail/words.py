@@ -11,6 +11,7 @@ from fastcore.basics import patch
 from ..errors import OpenTransError, optional, timm_name
 from .reading import WeightFiles
 from .table import LayerTable
+from ..naming import name_some
 
 # %% ../../nbs/02i_words.ipynb #bba28d85
 SOURCES = ('torchvision', 'timm', 'hf') # what a name may begin with, before a colon
@@ -85,7 +86,7 @@ def _of_shapes(table):
     if len({round(q, 1) for q in sides}) < 2: return ''
     return (
         f"Layers are from {min(sides):.3g} to {max(sides):.3g} times as long as wide, which moves alpha by itself: "
-        f"null='gaussian' or aspect=1. takes that out.")
+        f"null='gaussian' or aspect=1 takes that out.")
 
 @patch
 def words(self:LayerTable)->str: # A few sentences
@@ -114,6 +115,6 @@ def words(self:LayerTable)->str: # A few sentences
         told.append(f"{failed} {'layer has' if failed == 1 else 'layers have'} no fit, see the column 'reason'.")
     if self.unread:
         told.append(
-            f"{len(self.unread)} more {'weight is' if len(self.unread) == 1 else 'weights are'} not read, see "
-            f"`unread`.")
+            f"{len(self.unread)} more {'weight is' if len(self.unread) == 1 else 'weights are'} not read: "
+            f"{name_some([*self.unread], 2)}.")
     return ' '.join(t for t in told if t)
