@@ -238,5 +238,5 @@ def plot_speed(
     ax.axvline(1, color='black', lw=1)
     ax.set(xlabel='times as fast as the best dense engine')
     ax.invert_yaxis()
-    ax.legend(fontsize=8, loc='upper left', bbox_to_anchor=(1, 1))
+    ax.legend(fontsize=9, loc='upper left', bbox_to_anchor=(1, 1))
     return ax

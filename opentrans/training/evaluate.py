@@ -521,7 +521,7 @@ def plot_runs(
         ax.margins(.25)
         ax.xaxis.set_major_formatter('{x:g}')
         ax.xaxis.set_minor_formatter('{x:g}')
-        ax.tick_params(axis='x', which='both', labelsize=7, rotation=30)
+        ax.tick_params(axis='x', which='both', labelsize=9, rotation=30)
     axs[0].set_ylabel(y)
     if kinds.nunique() > 1: axs[0].legend(fontsize=9)
     return axs[0]

@@ -455,7 +455,7 @@ def plot_pareto(
                    label='anchors, each tuned alone')
     ax.set(xlabel=f'{name}FLOPs (multiply-accumulates)', ylabel='accuracy')
     ax.spines[['top', 'right']].set_visible(False)
-    ax.legend(frameon=False, fontsize=8)
+    ax.legend(frameon=False, fontsize=9)
     return ax
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #74f0bb62
@@ -509,5 +509,5 @@ def plot_angles(
     ax.set(xlabel='angle between gradients (degrees)', ylabel='density', xlim=(0, 180))
     ax.set_yticks([])
     ax.spines[['top', 'right', 'left']].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, loc='upper right')
+    ax.legend(frameon=False, fontsize=9, loc='upper right')
     return ax
