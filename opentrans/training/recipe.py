@@ -77,9 +77,8 @@ def _kinds(recipe):
 
 # %% ../../nbs/training/40_recipe.ipynb #0dc5e23b
 @dataclass(frozen=True)
-class Recipe:
-    """How to fine-tune: every number that a run depends on. Presets: `paper(name)`, `released(name)`,
-    `warmup(name)`, `tiny()`."""
+class _Course:
+    "What a recipe holds, and what is made of its course."
     iterations:int = 50_000 # Optimizer steps
     batch_size:int = 28 # Images in a step
     optimizer:str = 'sgd' # 'sgd' or 'adamw'
@@ -173,11 +172,55 @@ class Recipe:
                       cosine=cosine_share(part), constant=1.)
         return warm*course[self.schedule]
 
+# %% ../../nbs/training/40_recipe.ipynb #77fa637b
+WARMUP = 10_000 # iterations with all layers, before the spectra are read (Sec. 3.3.1, Fig. 4)
+
+@dataclass(frozen=True)
+class Recipe(_Course):
+    """How to fine-tune: every number that a run depends on. Presets: `paper(name)`, `released(name)`,
+    `warmup(name)`, `tiny()`."""
+    @classmethod
+    def _preset(cls, name, source):
+        """A recipe by the name of its framework. One without a recipe of its own is trained as DeepLabV3 is: the
+        settings are "identical"."""
+        framework = get_framework(name)
+        if framework.recipe is None: framework = get_framework('deeplabv3')
+        return cls(**(getattr(framework, source) or framework.recipe))
+
+    @classmethod
+    def paper(cls,
+        # 'deeplabv3', 'mask2former' (= 'han'), 'fcclip', 'faseg' (Mask2Former's own ADE20K settings), or another
+        # framework
+        name:str='mask2former',
+    )->'Recipe':
+        "The settings of a framework that the paper prints (supplement 6.1). Raises `OpenTransError` for another name."
+        return cls._preset(name, 'recipe')
+
+    @classmethod
+    def released(cls,
+        name:str='mask2former', # As for `paper`
+    )->'Recipe':
+        """The settings of a framework in the code that the authors released, which differ from the paper's. Raises
+        `OpenTransError` for another name."""
+        return cls._preset(name, 'released_recipe')
+
+    @classmethod
+    def warmup(cls,
+        name:str='mask2former', # As for `paper`
+    )->'Recipe':
+        "The first 10^4 iterations of `paper(name)`, with all layers, before the spectra are read (Sec. 3.3.1, Fig. 4)."
+        return cls.paper(name).first(WARMUP)
+
+    @classmethod
+    def tiny(cls)->'Recipe':
+        "For the small CLIP on `ShapesWorld`: minutes on a laptop."
+        return cls(iterations=400, batch_size=16, optimizer='adamw', lr=2e-3, weight_decay=.05, schedule='cosine',
+                   milestones=(), lr_warmup=20, clip_grad=1., backbone_lr=.5, crop=None)
+
     @classmethod
     def of(cls,
         # Some fields, as a dict or a text in JSON; 'preset' is the recipe that they change: 'tiny', 'warmup',
-        # 'paper'
-        # or 'released'
+        # 'paper' or 'released'
         values:'dict[str, Any]|str',
         framework:str='deeplabv3', # Whose recipe 'paper' is; 'framework' among the values comes first
         base:'Recipe|None'=None, # What is changed if no preset is named; None takes the defaults
@@ -198,45 +241,6 @@ class Recipe:
             if name not in kinds: raise unknown('setting of a recipe', name, [*kinds, 'preset'])
         recipe = presets[preset]() if preset else base or cls()
         return recipe.replace(**{name: _as(name, kinds[name], value) for name,value in values.items()})
-
-# %% ../../nbs/training/40_recipe.ipynb #77fa637b
-def _preset(cls, name, source):
-    """A recipe by the name of its framework. One without a recipe of its own is trained as DeepLabV3 is: the
-    settings are "identical"."""
-    framework = get_framework(name)
-    if framework.recipe is None: framework = get_framework('deeplabv3')
-    return cls(**(getattr(framework, source) or framework.recipe))
-
-def _paper(cls,
-    # 'deeplabv3', 'mask2former' (= 'han'), 'fcclip', 'faseg' (Mask2Former's own ADE20K settings), or another
-    # framework
-    name:str='mask2former',
-)->Recipe:
-    "The settings of a framework that the paper prints (supplement 6.1). Raises `OpenTransError` for another name."
-    return _preset(cls, name, 'recipe')
-
-def _released(cls,
-    name:str='mask2former', # As for `paper`
-)->Recipe:
-    """The settings of a framework in the code that the authors released, which differ from the paper's. Raises
-    `OpenTransError` for another name."""
-    return _preset(cls, name, 'released_recipe')
-
-WARMUP = 10_000 # iterations with all layers, before the spectra are read (Sec. 3.3.1, Fig. 4)
-
-def _warmup(cls,
-    name:str='mask2former', # As for `paper`
-)->Recipe:
-    "The first 10^4 iterations of `paper(name)`, with all layers, before the spectra are read (Sec. 3.3.1, Fig. 4)."
-    return _paper(cls, name).first(WARMUP)
-
-def _tiny(cls)->Recipe:
-    "For the small CLIP on `ShapesWorld`: minutes on a laptop."
-    return cls(iterations=400, batch_size=16, optimizer='adamw', lr=2e-3, weight_decay=.05, schedule='cosine',
-               milestones=(), lr_warmup=20, clip_grad=1., backbone_lr=.5, crop=None)
-
-Recipe.paper,Recipe.released,Recipe.warmup,Recipe.tiny = (classmethod(f)
-                                                          for f in (_paper, _released, _warmup, _tiny))
 
 # %% ../../nbs/training/40_recipe.ipynb #8e21df67
 _SETTINGS = 2**20 # Bytes; a longer file is none of settings
