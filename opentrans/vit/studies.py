@@ -50,7 +50,7 @@ def _with_spread(column, mean, spread):
 
 def _table(*columns):
     "A text of a study: means of columns by arm, with their spread over the seeds, as Markdown."
-    titles = [f'{column} (%)' if column in _SHARES else column.replace('_', ' ') for column in columns]
+    titles = [column.replace('_', ' ') + (' (%)' if column in _SHARES else '') for column in columns]
     def text(data):
         rows = pd.DataFrame(data['results']).groupby('arm', sort=False)[list(columns)]
         means,spreads = rows.mean(),rows.std()
