@@ -87,12 +87,13 @@ def _table(frame, columns, title, live):
     "The first columns of a table."
     from rich import box
     from rich.table import Table
+    from rich.text import Text
     style = dict(title_justify='left', title_style='bold' if live else '', box=box.SIMPLE)
     table = Table(title=for_terminal(title) if title else None, **style)
     if not _is_counted(frame):
         table.add_column('', justify='left', no_wrap=not _is_broken(frame.index, _LONG_NAME), overflow='fold')
     for name,cells in zip(frame.columns, columns):
-        table.add_column(_head(name, cells), justify=_side(cells), no_wrap=not _is_broken(cells), overflow='fold')
+        table.add_column(Text(_head(name, cells)), justify=_side(cells), no_wrap=not _is_broken(cells), overflow='fold')
     for name,row in zip(frame.index, zip(*columns)):
         table.add_row(*map(for_terminal, row if _is_counted(frame) else (name, *row)))
     return table
