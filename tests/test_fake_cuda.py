@@ -173,7 +173,11 @@ def criterion_works(name):
     train = DistillTrainer(clip, world, batch_size=2)
     return SparseMask.by(name, clip, .5, losses=lambda model: train.losses(clip, 1))
 
-@pytest.mark.parametrize('name', [c for c in CRITERIA if ('criterion', c) not in CANNOT])
+# ALPS begins with what SparseGPT needs, and takes as long again
+LONG = {'alps': pytest.mark.slow}
+
+@pytest.mark.parametrize('name', [pytest.param(c, marks=LONG.get(c, ())) for c in CRITERIA
+                                  if ('criterion', c) not in CANNOT])
 def test_criteria(cuda, name):
     "Scores of weights on the device, and the choice among them."
     assert abs(criterion_works(name).density-.5) < 1e-3
