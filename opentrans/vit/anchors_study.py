@@ -20,7 +20,7 @@ from ..data.shapes import COLOURS, SHAPES
 from ..files import load_tensors, save_tensors
 from ..runtime import seeded
 from .anchors import as_anchor
-from .esta_study import after_family, BASE, batches, cosine, crops, objects, SIZE, train
+from .esta_study import BASE, batches, cosine, crops, objects, rows_after_family, SIZE, train
 from .stitch_training import StitchSampler, StitchTrainer
 from .stitching import apply_pst, stitch_configs, stitch_table, StitchableNet
 
@@ -183,9 +183,5 @@ def esta_anchors_rows(
 )->dict: # What the file holds
     "The `FAMILIES` of each seed."
     scale = SIZES['tiny' if small else 'toy']
-    done = after_family(study, seeds, list(FAMILIES), family_of, scale, runs, scheduler, learned)
-    rows = [done[name, seed] for seed in seeds for name in FAMILIES]
-    minutes = round(sum(row['seconds'] for row in rows)/60, 1)
-    return dict(what='ESTA on other anchors: toy scale', seeds=list(seeds), scale=scale,
-                run=dict(threads=1, cpu_minutes=minutes, timm=timm.__version__),
-                source_accuracy=done['family'], results=rows)
+    return rows_after_family('ESTA on other anchors: toy scale', study, seeds, list(FAMILIES), family_of, scale, runs,
+                             scheduler, learned)

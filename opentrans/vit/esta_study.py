@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIZE', 'SCALES', 'BASE', 'PARTS', 'tower', 'normal', 'objects', 'crops', 'batches', 'accuracy', 'cosine', 'train',
            'pretrain', 'family', 'trainer', 'pairwise', 'tuned_alone', 'equal_sizes', 'palette', 'source_angles',
-           'single', 'arms', 'summary', 'family_weights', 'arm_of', 'after_family', 'esta_rows', 'part_of',
-           'esta_parts_rows']
+           'single', 'arms', 'summary', 'family_weights', 'arm_of', 'after_family', 'esta_rows', 'rows_after_family',
+           'part_of', 'esta_parts_rows']
 
 # %% ../../nbs/vit/65_esta_study.ipynb #4ac02a57
 import copy, itertools, json
@@ -288,6 +288,14 @@ def esta_rows(
                 chance=chance, summary=means, results=results)
 
 # %% ../../nbs/vit/65_esta_study.ipynb #35c31838
+def rows_after_family(what, study, seeds, names, run, scale, runs, scheduler, learn=family_weights):
+    "The rows of each name and seed, as `after_family` makes them, and what they ran with."
+    done = after_family(study, seeds, names, run, scale, runs, scheduler, learn)
+    rows = [done[name, seed] for seed in seeds for name in names]
+    minutes = round(sum(row['seconds'] for row in rows)/60, 1)
+    return dict(what=what, run=dict(threads=1, cpu_minutes=minutes, timm=timm.__version__), seeds=list(seeds),
+                scale=scale, source_accuracy=done['family'], results=rows)
+
 PARTS = {'PST': {}, 'all weights': dict(full=True), 'stitching layers in full': dict(stitch_rank=None),
          'no biases': dict(ssb=False), 'no biases, larger ranks': dict(ssb=False, sizes='ranks'),
          'adapters': dict(kind='adapter', sizes='widths'), 'AdaptFormer': dict(kind='adaptformer', sizes='widths'),
@@ -311,8 +319,4 @@ def esta_parts_rows(
 )->dict: # What the file holds
     "The `PARTS` of each seed."
     scale = SCALES['tiny' if small else 'toy']
-    done = after_family(study, seeds, list(PARTS), part_of, scale, runs, scheduler)
-    rows = [done[name, seed] for seed in seeds for name in PARTS]
-    minutes = round(sum(row['seconds'] for row in rows)/60, 1)
-    return dict(what='ESTA part by part: toy scale', run=dict(threads=1, cpu_minutes=minutes, timm=timm.__version__),
-                seeds=list(seeds), scale=scale, source_accuracy=done['family'], results=rows)
+    return rows_after_family('ESTA part by part: toy scale', study, seeds, list(PARTS), part_of, scale, runs, scheduler)
