@@ -50,7 +50,7 @@ def test_a_message_names_flags(monkeypatch):
     assert terminal._as_flags('other values (ignore=...)') == 'other values (--ignore ...)'
     assert terminal._as_flags('e.g. --set batch_size=8') == 'e.g. --set batch_size=8'
     assert terminal._as_flags("{'root='}") == "{'root='}"
-    assert terminal._as_flags("root='here' or root=None") == 'Give --root here or --root none'[5:]
+    assert terminal._as_flags("root='here' or root=None") == '--root here or --root none'
 
 def test_findings_are_grouped_with_the_flag_that_helps(tmp_path):
     "Seven files with one strange value are one line."

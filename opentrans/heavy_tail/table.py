@@ -9,11 +9,10 @@ __all__ = ['LayerTable', 'analyze', 'ks_curve', 'plot_choices']
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from torch import nn
 from ..core import LayerSelection
 from ..errors import OpenTransError, unknown
@@ -24,6 +23,9 @@ from .reading import _head, _not_read, WeightFiles
 from .spectra import Spectrum, spectra
 from ..naming import name_some
 from ..runtime import get_axes
+
+if TYPE_CHECKING: # for types alone
+    from matplotlib.axes import Axes
 
 # %% ../../nbs/02b_layers.ipynb #a7f2bbf2
 _COLUMNS = ['kind', 'shape', 'params', 'density', 'n_evals', 'n_zero', 'alpha', 'xmin', 'D', 'sigma', 'n_tail',
@@ -201,25 +203,25 @@ class LayerTable(_LayersByName):
         return _selection(self, freeze, by, seed)
 
     def plot_alpha(self,
-        ax:Axes|None=None, # Axes to draw on
+        ax:'Axes|None'=None, # Axes to draw on
         selection:LayerSelection|None=None, # Whose frozen layers are shaded; None: `select()`
-    )->Axes: # The axes
+    )->'Axes': # The axes
         "Alpha of each layer with the median, the frozen layers shaded and the over-trained ones marked (Fig. 6)."
         return _draw_alphas(self, get_axes(ax, figsize=(10, 3)), selection)
 
     def plot_esd(self,
         name:str, # Name of a layer
-        ax:Axes|None=None, # Axes to draw on
-    )->Axes: # The axes
+        ax:'Axes|None'=None, # Axes to draw on
+    )->'Axes': # The axes
         """Eigenvalues of a layer on logarithmic axes, with the fitted tail, where it begins, and the Marchenko-Pastur
         edge."""
         return _draw_esd(self.spectra[self._name(name)], self.fits[name], get_axes(ax, figsize=(4.6, 3.2)))
 
     def plot_ks(self,
         name:str, # Name of a layer
-        ax:Axes|None=None, # Axes to draw on
+        ax:'Axes|None'=None, # Axes to draw on
         rules:Sequence[str|float]=XMIN_RULES, # Rules to mark
-    )->Axes: # The axes
+    )->'Axes': # The axes
         "Kolmogorov-Smirnov distance against the beginning of the tail, with what each rule chooses."
         s = self.spectra[self._name(name)]
         return _draw_ks(s, {r: s.fit(r) for r in rules}, get_axes(ax, figsize=(4.6, 3.2)))
@@ -392,8 +394,8 @@ def _draw_alphas(table, ax, selection):
 # %% ../../nbs/02b_layers.ipynb #bfc8e29a
 def plot_choices(
     tables:dict[str, LayerTable|LayerSelection], # By name, of the same layers
-    ax:Axes|None=None, # Axes to draw on
-)->Axes: # The axes
+    ax:'Axes|None'=None, # Axes to draw on
+)->'Axes': # The axes
     "The layers that several rules freeze, one rule a row; the first is the one that the others are compared with."
     frozen = {k: set((t.select() if isinstance(t, LayerTable) else t).freeze) for k,t in tables.items()}
     t = next(iter(tables.values()))

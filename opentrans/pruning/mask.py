@@ -9,11 +9,10 @@ __all__ = ['MASK_FILE', 'weights_digest', 'SparseMask', 'compare_masks', 'plot_o
 import hashlib, json
 from collections.abc import ItemsView, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Callable, ClassVar
+from typing import Any, Callable, ClassVar, TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.axes import Axes
 from torch import nn
 from fastcore.meta import delegates
 from typing_extensions import NotRequired, Self, TypedDict
@@ -28,6 +27,9 @@ from .force import _keep_in_force, ActiveMask
 from .places import _candidates, _place, prunable
 from .ranking import _choose, _density, _keep_best, _magnitudes, _share, _size
 from ..runtime import get_axes
+
+if TYPE_CHECKING: # for types alone
+    from matplotlib.axes import Axes
 
 # %% ../../nbs/01_pruning.ipynb #df422c53
 def _count(m): return int(np.count_nonzero(m.numpy()))
@@ -397,9 +399,9 @@ class _MaskFiles(_MaskOnModels):
 class _MaskPictures(_MaskFiles):
     "What a mask looks like."
     def plot(self,
-        ax:Axes|None=None, # Axes to draw on; new ones if None
+        ax:'Axes|None'=None, # Axes to draw on; new ones if None
         label:str|None=None, # Name in the legend
-    )->Axes: # The axes
+    )->'Axes': # The axes
         "Density of each layer, and of all together."
         table = self.table()
         ax = get_axes(ax, figsize=(max(5, min(14, len(table)/5)), 3.6))
@@ -416,9 +418,9 @@ class _MaskPictures(_MaskFiles):
 
     def plot_weights(self,
         model:nn.Module, # The model whose weights are shown
-        ax:Axes|None=None, # Axes to draw on; new ones if None
+        ax:'Axes|None'=None, # Axes to draw on; new ones if None
         bins:int=60, # Number of bars
-    )->Axes: # The axes
+    )->'Axes': # The axes
         "Magnitudes of the weights that the mask keeps and drops; weights that are zero are left out."
         ax = get_axes(ax, figsize=(5, 3))
         sizes = {name: _size(weight).cpu().float() for name,weight in self.weights(model).items()}
@@ -465,8 +467,8 @@ def compare_masks(
 
 def plot_overlap(
     frame:pd.DataFrame|dict[str, SparseMask], # What `compare_masks` gives, or a dict of masks
-    ax:Axes|None=None, # Axes to draw on; new ones if None
-)->Axes: # The axes
+    ax:'Axes|None'=None, # Axes to draw on; new ones if None
+)->'Axes': # The axes
     "Heat map of masks against masks."
     import seaborn as sns
     title = 'overlap of masks'

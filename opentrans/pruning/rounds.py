@@ -9,14 +9,12 @@ __all__ = ['MOST_ROUNDS', 'geometric_schedule', 'Within', 'imp', 'plot_history',
 import contextlib, math, os, re, signal, sys, time, weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from fastcore.meta import delegates
-from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullFormatter
 from ..core import find_tower, unwrap
 from ..errors import check_number, Interrupted, none_if_off, OpenTransError, OtherRun, shorten
 from ..files import check_like, lock_folder
@@ -30,6 +28,9 @@ from opentrans.pruning.round_files import (
     _check_round, _from_first, _GROUP, _put, _Rewinding, _row, _share_state, _takes_within, _tensors_of,
     _train_round, ROUND_FILE)
 from ..runtime import get_axes, signal_handlers, progress, seeded
+
+if TYPE_CHECKING: # for types alone
+    from matplotlib.axes import Axes
 
 # %% ../../nbs/01e_imp.ipynb #3b3bd87c
 MOST_ROUNDS = 10_000 # A schedule of more would not end
@@ -340,9 +341,10 @@ def imp(
 # %% ../../nbs/01e_imp.ipynb #383334e0
 def plot_history(
     history:pd.DataFrame, # What `imp` returned
-    ax:Axes|None=None, # Axes to draw on; new ones if None
-)->Axes: # The axes
+    ax:'Axes|None'=None, # Axes to draw on; new ones if None
+)->'Axes': # The axes
     "Density after each round, and the loss that its training reported."
+    from matplotlib.ticker import LogLocator, NullFormatter
     ax = get_axes(ax, figsize=(5, 3))
     ax.plot(history['round'], history.density, 'o-', ms=3)
     ax.set(xlabel='round', ylabel='density', yscale='log', title='iterative pruning')

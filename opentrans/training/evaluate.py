@@ -10,12 +10,11 @@ __all__ = ['RESULT_FILE', 'same_size_batches', 'check_multi_scale', 'seen_size',
 import contextlib, functools, inspect, math, warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
 from fastcore.meta import delegates
-from matplotlib.axes import Axes
 from typing_extensions import NotRequired, TypedDict
 from ..core import BATCH_NORMS
 from ..data.metrics import MaskNames, panoptic_map, PanopticQuality, SemanticIoU
@@ -28,6 +27,9 @@ from ..frameworks.contract import best_class, Framework, get_framework, resize, 
 from ..processes import Processes
 from ..runtime import get_axes, device_of, eval_mode, pick_device, progress
 from .recipe import _Finite, _listed, _ranged, _RANGES, _truth
+
+if TYPE_CHECKING: # for types alone
+    from matplotlib.axes import Axes
 
 # %% ../../nbs/training/42_evaluate.ipynb #b50b1d17
 class _Reader(torch.utils.data.Dataset):
@@ -498,8 +500,8 @@ def compare_runs(
 def plot_runs(
     frame:pd.DataFrame, # As `compare_runs` makes it
     y:str='miou', # What is good, upwards
-    axs:Sequence[Axes]|np.ndarray|None=None, # Two axes; None makes them
-)->Axes: # The first axes
+    axs:'Sequence[Axes]|np.ndarray|None'=None, # Two axes; None makes them
+)->'Axes': # The first axes
     """Quality against active multiply-accumulates and active parameters (Fig. 1). Raises `OpenTransError` where a
     table has no costs."""
     xs = [(c, label)

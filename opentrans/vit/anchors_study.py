@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'LENGTH', 'FAMILIES', 'SIZES', 'resnet', 'swin', 'language_model', 'sentences', 'asked', 'answer_loss',
-           'share_right', 'pictures', 'new_sentences', 'Family', 'learn', 'learned', 'anchors_of', 'adapted',
-           'family_of', 'esta_anchors_rows']
+           'share_right', 'pictures', 'new_sentences', 'Family', 'learn', 'anchors_of', 'adapted', 'family_of',
+           'esta_anchors_rows']
 
 # %% ../../nbs/vit/65b_anchors_study.ipynb #afb88132
 from collections.abc import Callable
 from dataclasses import dataclass
-import json
 import numpy as np
 import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
 from ..data.shapes import COLOURS, SHAPES
-from ..files import load_tensors, save_tensors
+from ..files import load_tensors, save_tensors, strip_prefix
 from ..runtime import seeded
 from .anchors import as_anchor
-from .esta_study import BASE, batches, cosine, crops, objects, rows_after_family, SIZE, train
+from .esta_study import (
+    BASE, batches, best_of_intervals, cosine, crops, objects, rows_after_family, SIZE, train)
 from .stitch_training import StitchSampler, StitchTrainer
-from .stitching import apply_pst, stitch_configs, stitch_table, StitchableNet
+from .stitching import apply_pst, stitch_configs, StitchableNet
 
 # %% ../../nbs/vit/65b_anchors_study.ipynb #811aee23
 def resnet(width:int)->nn.Module: # Width of its first stage
@@ -65,13 +65,7 @@ def asked(out, y):
     if out.dim() == 2: return out, y
     return out[:, 1:-1].flatten(0, 1), y[:, 2:].flatten()
 
-def answer_loss(out, y, teacher=None):
-    "Cross-entropy of the answers; half of it with the teacher's answers, where there is a teacher (thesis 3.4.3)."
-    own = F.cross_entropy(*asked(out, y))
-    if teacher is None: return own
-    scores,_ = asked(out, y)
-    said = asked(teacher, y)[0].argmax(1)
-    return .5*own + .5*F.cross_entropy(scores, said)
+def answer_loss(out, y): return F.cross_entropy(*asked(out, y))
 
 @torch.no_grad()
 def share_right(net, data, stitch=None):
@@ -123,23 +117,15 @@ def learn(scale, file):
             tensors |= {f'{name}.{i}.{key}': value for key,value in anchor.eval().tower.state_dict().items()}
     save_tensors(tensors, file, dict(accuracy=told, scale=scale))
 
-def learned(scale, file):
-    "Train the anchors, if they are not there; what they answered."
-    if not file.exists(): learn(scale, file)
-    return json.loads(load_tensors(file)[1]['accuracy'])
-
 def anchors_of(file, name):
     "The anchors of a family as they were stored, small to large."
     weights,_ = load_tensors(file)
     found = []
     for i,width in enumerate(FAMILIES[name].widths):
-        model, prefix = FAMILIES[name].make(width), f'{name}.{i}.'
-        model.load_state_dict({key.removeprefix(prefix): value for key,value in weights.items()
-                               if key.startswith(prefix)})
+        model = FAMILIES[name].make(width)
+        model.load_state_dict(strip_prefix(f'{name}.{i}.', weights))
         found.append(as_anchor(model.eval()))
     return found
-
-
 
 # %% ../../nbs/vit/65b_anchors_study.ipynb #69939912
 def adapted(anchors, scale, family, data, seed):
@@ -153,7 +139,9 @@ def adapted(anchors, scale, family, data, seed):
     costs = [sum(p.numel() for p in net.extract(s).parameters()) for s in range(len(net.configs))]
     sampler = StitchSampler(costs, min(scale['intervals'], len(costs)), warmup=scale['warmup'], seed=seed)
     opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=scale['lr'], weight_decay=.01)
-    run = StitchTrainer(net, sampler, opt, loss=answer_loss, schedule=cosine(opt, scale['iterations']))
+    def loss(out, y, teacher):
+        return run.hard_label(*asked(out, y), None if teacher is None else asked(teacher, y)[0])
+    run = StitchTrainer(net, sampler, opt, loss=loss, schedule=cosine(opt, scale['iterations']))
     run.fit(batches(*data, scale['iterations'], scale['batch'], seed))
     return net, sampler
 
@@ -167,11 +155,9 @@ def family_of(scale, file, name, seed):
     alone = [share_right(adapted([anchor], scale, family, data, seed)[0], test, 0)
              for anchor in anchors_of(file, name)]
     return dict(arm=name, seed=seed, accuracy=float(value[sampler.deploy()].mean()), every=float(value.mean()),
-                best=float(np.mean([value[inside].max() for inside in sampler.intervals])),
+                best=best_of_intervals(value, sampler.intervals),
                 small_alone=alone[0], large_alone=alone[1], networks=len(value),
                 trained=sum(p.numel() for p in net.parameters() if p.requires_grad))
-
-
 
 # %% ../../nbs/vit/65b_anchors_study.ipynb #124db083
 def esta_anchors_rows(
@@ -184,4 +170,4 @@ def esta_anchors_rows(
     "The `FAMILIES` of each seed."
     scale = SIZES['tiny' if small else 'toy']
     return rows_after_family('ESTA on other anchors: toy scale', study, seeds, list(FAMILIES), family_of, scale, runs,
-                             scheduler, learned)
+                             scheduler, learn)

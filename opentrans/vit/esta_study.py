@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SIZE', 'SCALES', 'BASE', 'PARTS', 'tower', 'normal', 'objects', 'crops', 'batches', 'accuracy', 'cosine', 'train',
            'pretrain', 'family', 'trainer', 'pairwise', 'tuned_alone', 'equal_sizes', 'palette', 'source_angles',
-           'single', 'arms', 'summary', 'family_weights', 'arm_of', 'after_family', 'esta_rows', 'rows_after_family',
-           'part_of', 'esta_parts_rows']
+           'single', 'arms', 'best_of_intervals', 'summary', 'family_weights', 'arm_of', 'after_family', 'esta_rows',
+           'rows_after_family', 'part_of', 'esta_parts_rows']
 
 # %% ../../nbs/vit/65_esta_study.ipynb #4ac02a57
 import copy, itertools, json
@@ -19,7 +19,7 @@ import pandas as pd
 import timm
 from ..data.shapes import COLOURS, is_novel, object_image, SHAPES, ShapesWorld, TRIPLES
 from ..experiments.jobs import run_jobs
-from ..files import load_tensors, save_tensors
+from ..files import load_tensors, save_tensors, strip_prefix
 from ..runtime import seeded
 from .stitch_training import (
     gradient_angles, ImportanceTracker, pareto_front, StitchSampler, StitchTrainer)
@@ -118,7 +118,7 @@ def family(c, path):
     towers = []
     for i,d in enumerate(c['dims']):
         t = tower(d, c['depth'], len(BASE))
-        t.load_state_dict({n.split('.', 1)[1]: p for n,p in weights.items() if n.startswith(f'{i}.')})
+        t.load_state_dict(strip_prefix(f'{i}.', weights))
         towers.append(t.eval())
     return towers
 
@@ -220,19 +220,23 @@ def arms(c):
             **{f'anchor {i}': (lambda p, s, i=i: single(c, p, s, i)) for i in range(len(c['dims']))}}
 
 # %% ../../nbs/vit/65_esta_study.ipynb #5b0d2631
+def best_of_intervals(value, intervals):
+    "The mean over the intervals of cost of the best accuracy in each."
+    return float(np.mean([value[members].max() for members in intervals]))
+
 def summary(r):
     "What the runs say, by seed; then mean and standard deviation."
     e = r['esta']
     u = r['uniform']
     f = r['snnet']
     v = {k: np.array(d['value']) for k,d in (('esta', e), ('uniform', u), ('snnet', f))}
-    def best(d, x): return float(np.mean([x[m].max() for m in d['intervals']]))
     front = pareto_front(e['flops'], v['esta'])
     res = {'ESTA, deployed by score': v['esta'][e['deployed']].mean(), 'ESTA, all': v['esta'].mean(),
-           'ESTA, best of each interval': best(e, v['esta']),
+           'ESTA, best of each interval': best_of_intervals(v['esta'], e['intervals']),
            'uniform, deployed by score': v['uniform'][u['deployed']].mean(), 'uniform, all': v['uniform'].mean(),
-           'uniform, best of each interval': best(u, v['uniform']), 'SN-Net, all': v['snnet'].mean(),
-           'SN-Net, best of each interval': best(f, v['snnet']),
+           'uniform, best of each interval': best_of_intervals(v['uniform'], u['intervals']),
+           'SN-Net, all': v['snnet'].mean(),
+           'SN-Net, best of each interval': best_of_intervals(v['snnet'], f['intervals']),
            'share of the deployed on the Pareto front': front[e['deployed']].mean(),
            'rank correlation of score and accuracy': spearmanr(e['score'], v['esta']).statistic,
            'gradient angle, source': np.mean(r['source']['angles']), 'gradient angle, task': np.mean(e['angles']),
@@ -246,21 +250,21 @@ def summary(r):
     return {k: float(x) for k,x in res.items()}
 
 # %% ../../nbs/vit/65_esta_study.ipynb #f5f8c141
-def family_weights(scale, file):
-    "Train the family, if it is not there; its accuracy on the source."
-    if not file.exists(): pretrain(scale, file)
+def family_weights(scale, file, learn=pretrain):
+    "Train the family by `learn(scale, file)`, if it is not there; its accuracy on the source."
+    if not file.exists(): learn(scale, file)
     return json.loads(load_tensors(file)[1]['accuracy'])
 
 def arm_of(scale, file, name, seed):
     "One arm of one seed."
     return arms(scale)[name](file, seed)
 
-def after_family(study, seeds, names, run, scale, runs, scheduler, learn=family_weights):
+def after_family(study, seeds, names, run, scale, runs, scheduler, learn=pretrain):
     """What `run(scale, file, name, seed)` gives for each name and seed, behind the family that all begin with, which
     `learn(scale, file)` trains."""
     folder = open_folder(runs, scale, 'scale.json').resolve()
     weights = folder/'family.safetensors'
-    jobs = {'family': ((), learn, (scale, weights))}
+    jobs = {'family': ((), family_weights, (scale, weights, learn))}
     def job(name, seed): return run, scale, weights, name, seed
     jobs |= kept_jobs(folder, names, seeds, 'family', job)
     with one_thread(): return run_jobs(jobs, scheduler, study.name)
@@ -288,7 +292,7 @@ def esta_rows(
                 chance=chance, summary=means, results=results)
 
 # %% ../../nbs/vit/65_esta_study.ipynb #35c31838
-def rows_after_family(what, study, seeds, names, run, scale, runs, scheduler, learn=family_weights):
+def rows_after_family(what, study, seeds, names, run, scale, runs, scheduler, learn=pretrain):
     "The rows of each name and seed, as `after_family` makes them, and what they ran with."
     done = after_family(study, seeds, names, run, scale, runs, scheduler, learn)
     rows = [done[name, seed] for seed in seeds for name in names]
@@ -306,9 +310,9 @@ def part_of(scale, file, name, seed):
     "One of the `PARTS` of one seed: accuracy of all stitches, of those deployed by score, of the best."
     d = palette(scale, file, seed, 'importance', **PARTS[name])
     value = np.array(d['value'])
-    best = float(np.mean([value[m].max() for m in d['intervals']]))
     return dict(arm=name, seed=seed, accuracy=float(value[d['deployed']].mean()), every=float(value.mean()),
-                best=best, trained=d['trained'], flops=float(np.array(d['flops'])[d['deployed']].mean()))
+                best=best_of_intervals(value, d['intervals']), trained=d['trained'],
+                flops=float(np.array(d['flops'])[d['deployed']].mean()))
 
 def esta_parts_rows(
     study, # The `Study`
