@@ -1,5 +1,6 @@
 "CLIP backbones at full size, weights from files and downloads, and what is said when they are missing."
 import copy, json, math, warnings
+from types import SimpleNamespace
 import numpy as np
 import open_clip
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from opentrans.clip import (ASSETS, ClipBackbone, compact_tokens, load_weights, open_model, save_weights,
                             small_clip, small_clips)
+from opentrans.clip.backbone import TextEncoder
 from opentrans.errors import OpenTransError
 from opentrans.core import layers
 from opentrans.files import load_metadata, save_tensors
@@ -343,3 +345,28 @@ def test_a_tower_alone_is_laid_over_a_clip(tmp_path):
         ClipBackbone.create('RN50', pretrained=f"none,{tmp_path/'tower.safetensors'}")
     with pytest.raises(OpenTransError, match='no file of an image tower'):
         ClipBackbone.create('shapes-rn', pretrained='shapes-rn,none.safetensors')
+
+def embedded_whole(clip, texts):
+    "As open_clip does it: all 77 tokens of each text."
+    with torch.no_grad(): return F.normalize(clip.text.model.encode_text(clip.text.tokenizer(texts)), dim=-1)
+
+def test_a_text_is_read_to_its_end_and_no_further(rn50, monkeypatch):
+    texts = ['cat', 'a photo of a traffic light.', ' '.join(['tree']*90)]
+    seen = []
+    real = type(rn50.text.model).encode_text
+    monkeypatch.setattr(type(rn50.text.model), 'encode_text',
+                        lambda self, tokens: seen.append(tokens.shape[1]) or real(self, tokens))
+    short = rn50.text.prompts(texts[:2])
+    assert seen == [9] # two marks, six words and a full stop
+    longest = rn50.text.prompts(texts[2:])
+    assert seen == [9, 77]
+    monkeypatch.undo()
+    assert torch.allclose(torch.cat([short, longest]), embedded_whole(rn50, texts), atol=1e-6)
+
+@pytest.mark.parametrize('change', ['sees ahead', 'answers elsewhere'])
+def test_a_text_side_that_is_not_causal_reads_all(rn50, change):
+    encoder = TextEncoder(rn50.text.model, rn50.text.tokenizer)
+    if change == 'sees ahead': encoder.model._buffers = dict(attn_mask=torch.zeros(77, 77))
+    else: encoder.model.text_pool_type = 'last'
+    clip = SimpleNamespace(text=encoder)
+    assert torch.equal(encoder.prompts(['cat']), embedded_whole(clip, ['cat']))

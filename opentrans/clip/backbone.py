@@ -25,6 +25,22 @@ from ..towers import cell_weights, Tower, tower_family
 
 # %% ../../nbs/clip/20_clip.ipynb #ad7c500d
 _PLAIN = ('a photo of a {}.',)
+_LONG = 64 # Tokens; a text side that reads fewer at a time is used as it is
+
+def _is_causal(model):
+    "Does the text side look back only, and take its answer from the end of the text? Then nothing behind it counts."
+    if not isinstance(model, open_clip.CLIP) or model.text_pool_type != 'argmax': return False
+    causal = torch.full_like(model.attn_mask, -math.inf).triu(1)
+    return model.context_length >= _LONG and torch.equal(model.attn_mask, causal)
+
+def _cut_behind(model, tokens):
+    """A causal text side and its tokens (P,T), both cut behind the end of the longest text: the same embeddings but
+    for rounding, in the time of the tokens that are there."""
+    length = int(tokens.argmax(1).max())+1
+    short = copy.copy(model)
+    short._parameters = dict(model._parameters, positional_embedding=nn.Parameter(model.positional_embedding[:length]))
+    short._buffers = dict(model._buffers, attn_mask=model.attn_mask[:length, :length])
+    return short,tokens[:, :length]
 
 class TextEncoder:
     "CLIP's text side: frozen, shared by all copies, with a memory of prompts."
@@ -56,9 +72,13 @@ class TextEncoder:
         self.model.to(device)
         for i in range(0, len(new), batch):
             part = new[i:i+batch]
-            e = F.normalize(self.model.encode_text(self.tokenizer(part).to(device)).float(), dim=-1).cpu()
-            self.cache.update(zip(part, e))
+            self.cache.update(zip(part, self._encoded(self.tokenizer(part).to(device))))
         return torch.stack([self.cache[p] for p in prompts])
+
+    def _encoded(self, tokens):
+        model = self.model
+        if _is_causal(model): model,tokens = _cut_behind(model, tokens)
+        return F.normalize(model.encode_text(tokens).float(), dim=-1).cpu()
 
     def __call__(self,
         said:Sequence[Sequence[str]], # For each class, its prompts: one list of texts each
