@@ -4,6 +4,7 @@ import copy, math, os
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from timm.layers import Conv2dSame
 from torch import nn
 from opentrans import sparse
 from opentrans.errors import OpenTransError
@@ -61,12 +62,14 @@ def convolutions(draw):
     if draw(st.integers(0, 5)) == 0: groups = outputs = inputs
     kernel, dilation = (draw(st.integers(1, 5)), draw(st.integers(1, 5))), draw(st.integers(1, 3))
     stride, padding = draw(st.sampled_from([1, 1, 2, 3, 4])), (draw(st.integers(0, 4)), draw(st.integers(0, 4)))
-    least = [max(1, dilation*(k - 1) + 1 - 2*p) for k, p in zip(kernel, padding)]
+    kind = draw(st.sampled_from([nn.Conv2d, nn.Conv2d, Conv2dSame]))
+    if kind is Conv2dSame: padding = (0, 0) # as many zeros as the size needs
+    least = [1 if kind is Conv2dSame else max(1, dilation*(k - 1) + 1 - 2*p) for k, p in zip(kernel, padding)]
     height, width = (n + draw(st.integers(0, 24)) for n in least)
     bias, density = draw(st.booleans()), draw(st.sampled_from([0., .1, .5, 1.]))
     seed, batch = draw(st.integers(0, 99)), draw(st.integers(1, 3))
     torch.manual_seed(seed)
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups, bias)
+    conv = kind(inputs, outputs, kernel, stride, padding, dilation, groups, bias)
     layers = [thinned(conv, density, seed)]
     if draw(st.booleans()): layers.append(lively(nn.BatchNorm2d(outputs), seed))
     if draw(st.booleans()): layers.append(draw(st.sampled_from([nn.ReLU(), nn.ReLU6()])))
@@ -269,6 +272,11 @@ def test_new_weights_are_seen():
     changed = lively(small_net(True, seed=3), seed=4)
     fast.load_state_dict(changed.state_dict())
     assert far(fast(x), changed(x)) < 1e-5
+    replaced = copy.deepcopy(changed)
+    for model in (fast, replaced):
+        layer = next(part for part in model.modules() if isinstance(part, nn.Conv2d))
+        layer.weight = nn.Parameter(layer.weight*2)
+    assert far(fast(x), replaced(x)) < 1e-5 and far(fast(x), changed(x)) > 1e-3
 
 def test_errors_say_what_to_do():
     with pytest.raises(OpenTransError, match='eval'):
@@ -321,6 +329,20 @@ def test_models_of_timm(name):
     fast = sparse.compile(net)
     assert sparse.supported(net).engine.any() and far(fast(x), net(x)) < 1e-4
     assert all(not region.reasons for region in fast.sparse_regions)
+
+@torch.no_grad()
+def test_a_tower_that_pads_by_the_size_of_the_image_is_one_region():
+    "TensorFlow's EfficientNets, of which photo-lite0 is one: all their convolutions run on the engine."
+    timm = pytest.importorskip('timm')
+    torch.manual_seed(0)
+    net = thinned(lively(timm.create_model('tf_efficientnet_lite0', num_classes=7)), .2)
+    fast, told = sparse.compile(net), sparse.supported(net)
+    assert told.engine[told.kind != 'Linear'].all() and 'Conv2dSame' in {*told.kind}
+    for size in ((64, 64), (65, 50), (33, 1)):
+        x = torch.randn(2, 3, *size)
+        assert far(fast(x), net(x)) < 1e-4
+    region, = fast.sparse_regions
+    assert len(region.plans) == 3 and not region.reasons
 
 @pytest.mark.parametrize('name,stride',
                          [('deeplabv3', 32), ('deeplabv3', 16), ('fcclip', 32), ('mask2former', 32), ('fpn', 32)])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from timm.layers import Conv2dSame
 from torch import nn
 from mutations import check_reader
 from opentrans import sparse
@@ -65,6 +66,21 @@ def test_the_steps_on_torch_are_the_model():
     net, x = small_net(True), torch.randn(1, 3, 33, 47)
     region, = capture(net).regions.values()
     assert far(run_on_torch(region, [x])[0], net(x)) < 1e-5
+
+@pytest.mark.parametrize('llvm', [True, False])
+@torch.no_grad()
+def test_a_file_pads_by_the_size_of_the_image(tmp_path, llvm, monkeypatch):
+    "As TensorFlow's models do: with other zeros around images of even and of odd sizes."
+    if not llvm: monkeypatch.setattr('opentrans.sparse.stored.has_llvm', lambda: False)
+    torch.manual_seed(0)
+    layers = Conv2dSame(3, 8, 3, 2, bias=False), nn.BatchNorm2d(8), nn.ReLU6(), Conv2dSame(8, 8, 5, 2, groups=8)
+    net = lively(nn.Sequential(*layers))
+    SparseMask.magnitude(net, .5).bake(net, tmp_path/'net.safetensors')
+    fast = sparse.load(tmp_path/'net.safetensors')
+    for size in ((32, 32), (33, 30), (1, 2)):
+        x = torch.randn(2, 3, *size)
+        assert fast(x).shape == net(x).shape and far(fast(x), net(x)) < 1e-5
+    assert len(fast.plans) == (3 if llvm and sparse.has_llvm() else 0) and not fast.reasons
 
 @torch.no_grad()
 def test_a_backbone_gives_its_maps(tmp_path):

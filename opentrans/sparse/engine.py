@@ -22,6 +22,10 @@ from .regions import capture, fold
 # %% ../../nbs/07_sparse.ipynb #1edb08d6
 _MANY = 1/2 # share of its weights from which on a region is timed beside torch
 
+def _is_plain(tensor):
+    "Does the engine compute with such numbers?"
+    return tensor.device.type == 'cpu' and (tensor.dtype == torch.float32 or not tensor.is_floating_point())
+
 class NativeRegion(nn.Module):
     "A region of a traced model: on the engine where it can, on torch where it cannot."
     def __init__(self,
@@ -41,18 +45,27 @@ class NativeRegion(nn.Module):
         self.faster = {} # sizes at which torch was faster: milliseconds of both
         self.error = 0.
         self.state, self.region = None, None
+        # where tensors are and which modules are norms, found once: to look for them takes longer than some regions
+        self.places = [(part, name) for module in dense.modules() for part in (module._parameters, module._buffers)
+                       for name,tensor in part.items() if tensor is not None]
+        self.norms = [module for module in dense.modules() if isinstance(module, nn.BatchNorm2d)]
 
     def __deepcopy__(self, memo):
         return NativeRegion(copy.deepcopy(self.dense, memo), self.threads, self.check, self.kernels)
 
-    def _tensors(self): return [*self.dense.parameters(), *self.dense.buffers()]
+    def _tensors(self): return [part[name] for part,name in self.places if part.get(name) is not None]
+
+    def _now(self):
+        "Tells weights that have changed, or were replaced, from those that were folded."
+        return [(tensor.data_ptr(), tensor._version) for tensor in self._tensors()]
+
+    def _all_plain(self): return all(map(_is_plain, self._tensors()))
 
     def _refresh(self):
         "Fold the weights anew if they have changed since."
-        state = [(t.data_ptr(), t._version) for t in self.tensors] if self.state else None
-        if state is not None and state == self.state: return
-        self.tensors = self._tensors()
-        self.state = [(t.data_ptr(), t._version) for t in self.tensors]
+        state = self._now()
+        if state == self.state: return
+        self.state = state
         self.region = fold(self.dense)
         self.plans.clear()
         self.faster.clear()
@@ -67,10 +80,9 @@ class NativeRegion(nn.Module):
             return 'inputs are not float32 maps (B, C, H, W) on the CPU'
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs): return 'gradients are asked for'
         if torch.is_autocast_enabled('cpu'): return 'autocast is on'
-        if any(t.dtype != torch.float32 and t.is_floating_point() or t.device.type != 'cpu'
-               for t in self._tensors()):
+        if self._now() != self.state and not self._all_plain():
             return 'weights are not float32 on the CPU'
-        if any(module.training for module in self.dense.modules() if isinstance(module, nn.BatchNorm2d)):
+        if any(norm.training for norm in self.norms):
             return 'a batch norm is in training mode'
         batches = {len(x) for x in inputs}
         return '' if len(batches) == 1 and 0 not in batches else 'inputs have no common batch'

@@ -44,11 +44,11 @@ class Taps:
         def high(a): return int(max(a.max(), 0))
         return low(self.down), high(self.down), low(self.right), high(self.right)
 
-def _taps(conv):
-    "The places of a kernel, and the planes that it needs."
-    kernel, stride = conv.weight.shape[2:], conv.stride[0]
-    rows = np.arange(kernel[0])*conv.dilation[0] - conv.pads[0]
-    columns = np.arange(kernel[1])*conv.dilation[1] - conv.pads[2]
+def _taps(conv, height, width):
+    "The places of a kernel on images of a size, and the planes that it needs."
+    kernel, stride, (above, _, left, _) = conv.weight.shape[2:], conv.stride[0], conv.around(height, width)
+    rows = np.arange(kernel[0])*conv.dilation[0] - above
+    columns = np.arange(kernel[1])*conv.dilation[1] - left
     begins = sorted({(int(r) % stride, int(c) % stride) for r in rows for c in columns})
     number = {begin: i for i, begin in enumerate(begins)}
     plane = np.array([[number[int(r) % stride, int(c) % stride] for c in columns] for r in rows])
@@ -286,7 +286,7 @@ class Plan:
             r = self.values[step.residual]
             if (r.channels, r.height, r.width) != (y.channels, y.height, y.width):
                 raise CannotPlan(f'{step.name} adds values of two shapes')
-        taps, begins = _taps(step)
+        taps, begins = _taps(step, x.height, x.width)
         source, stride = step.x, step.stride[0]
         if stride > 1:
             key = (step.x, stride, tuple(begins), step.y if step.x in self.region.inputs else '')

@@ -25,7 +25,9 @@ class Conv:
     weight:np.ndarray # (outputs, inputs of a group, height, width)
     bias:np.ndarray # (outputs,)
     stride:tuple = (1, 1) # Of rows and of columns
-    pads:tuple = (0, 0, 0, 0) # Zeros above, below, left and right
+    # Zeros above, below, left and right. None: as many as an image of its size needs for ceil(side/stride) results,
+    # half of them on each side, as TensorFlow pads
+    pads:tuple|None = (0, 0, 0, 0)
     dilation:tuple = (1, 1)
     groups:int = 1
     residual:str = None # Name of a value of the shape of `y` that is added
@@ -39,9 +41,19 @@ class Conv:
         "Is nothing added or cut yet?"
         return self.residual is None and self.low == -math.inf and self.high == math.inf
 
+    def around(self, height:int, width:int)->tuple:
+        "Zeros above, below, left and right of an image of this size."
+        if self.pads is not None: return self.pads
+        found = ()
+        for side, kernel, stride, dilation in zip((height, width), self.weight.shape[2:], self.stride, self.dilation):
+            covered = (-(-side//stride) - 1)*stride + dilation*(kernel - 1) + 1
+            lacking = max(covered - side, 0)
+            found += (lacking//2, lacking - lacking//2)
+        return found
+
     def sizes(self, height:int, width:int)->tuple:
         "Height and width of the result."
-        kernel, (up, down, left, right) = self.weight.shape[2:], self.pads
+        kernel, (up, down, left, right) = self.weight.shape[2:], self.around(height, width)
         long = [d*(k - 1) + 1 for d, k in zip(self.dilation, kernel)]
         return ((height + up + down - long[0])//self.stride[0] + 1,
                 (width + left + right - long[1])//self.stride[1] + 1)
@@ -82,8 +94,12 @@ def _pair(value): return tuple(value) if isinstance(value, (tuple, list)) else (
 
 def _float(tensor): return tensor is None or tensor.dtype == torch.float32 and tensor.device.type == 'cpu'
 
+def _pads_as_needed(layer):
+    "Is it timm's convolution of TensorFlow's models, whose zeros depend on the size of the image?"
+    return type(layer).__name__ == 'Conv2dSame' and type(layer).__module__.startswith('timm.')
+
 def _why_no_conv(layer):
-    if type(layer) is not nn.Conv2d: return f'is a {type(layer).__name__}'
+    if type(layer) is not nn.Conv2d and not _pads_as_needed(layer): return f'is a {type(layer).__name__}'
     if layer.padding_mode != 'zeros': return f'pads by {layer.padding_mode}'
     if not (_float(layer.weight) and _float(layer.bias)):
         return f'holds {layer.weight.dtype} on {layer.weight.device.type}'
@@ -224,9 +240,10 @@ class _Folder:
     def _conv(self, node, layer, x):
         weight = layer.weight.detach().numpy().copy()
         bias = np.zeros(len(weight), np.float32) if layer.bias is None else layer.bias.detach().numpy().copy()
-        pads = layer._reversed_padding_repeated_twice # left, right, above, below
-        self.steps[node.name] = Conv(x, node.name, weight, bias, layer.stride, (*pads[2:], *pads[:2]),
-                                     layer.dilation, layer.groups, name=node.target, layer=node.target)
+        left,right,above,below = layer._reversed_padding_repeated_twice
+        pads = None if _pads_as_needed(layer) else (above, below, left, right)
+        self.steps[node.name] = Conv(x, node.name, weight, bias, layer.stride, pads, layer.dilation, layer.groups,
+                                     name=node.target, layer=node.target)
 
     def _norm(self, node, layer, x):
         scale, shift = norm_as_line(layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps)

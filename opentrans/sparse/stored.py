@@ -74,7 +74,7 @@ class _Step(TypedDict):
     norms: list[str]
     eps: list[float]
     stride: list[int]
-    pads: list[int]
+    pads: list[int] # None of them: as many as the size of an image asks for
     dilation: list[int]
     groups: int
     residual: str # '' if there is none
@@ -105,7 +105,7 @@ def _told(step, own):
     return blank | dict(
         kind='conv', x=step.x, y=step.y, layer=step.layer and own(step.layer),
         norms=[own(name) for name, _ in step.norms], eps=[float(eps) for _, eps in step.norms],
-        stride=[*step.stride], pads=[*step.pads], dilation=[*step.dilation], groups=step.groups,
+        stride=[*step.stride], pads=[*(step.pads or [])], dilation=[*step.dilation], groups=step.groups,
         residual=step.residual or '', low=_border(step.low), high=_border(step.high))
 
 # %% ../../nbs/07g_stored.ipynb #bb7ee337
@@ -168,9 +168,10 @@ def _check_step(step, known):
     if step['kind'] in ('max', 'mean'):
         good = square and 1 <= step['side'] <= 7 and 0 <= step['padding'] <= step['side']//2
     else:
-        good = (step['kind'] == 'conv' and square and _whole(step['pads'], 4, 0) and _whole(step['dilation'], 2, 1)
+        pads = step['pads'] or [0]*4
+        good = (step['kind'] == 'conv' and square and _whole(pads, 4, 0) and _whole(step['dilation'], 2, 1)
                 and step['groups'] >= 1 and len(step['norms']) == len(step['eps'])
-                and max(step['pads'] + step['dilation']) < 2**16)
+                and max(pads + step['dilation']) < 2**16)
     reads = {step['x'], step['residual']} - {''}
     if not good or not reads <= known or step['y'] in known or not step['y']:
         raise ValueError(f"step {step['y']!r}")
@@ -213,7 +214,7 @@ def _convolution(step, tensors, shapes):
         if step['groups'] != len(weight): raise ValueError(f"channels of {step['y']}")
     limits = [edge if step[name] is None else step[name] for name, edge in (('low', -math.inf), ('high', math.inf))]
     return Conv(step['x'], step['y'], weight, None if bias is None else bias.astype(np.float32),
-                tuple(step['stride']), tuple(step['pads']), tuple(step['dilation']), step['groups'],
+                tuple(step['stride']), tuple(step['pads']) or None, tuple(step['dilation']), step['groups'],
                 step['residual'] or None, *limits, name=layer or step['y'])
 
 # %% ../../nbs/07g_stored.ipynb #697dee4d
@@ -243,8 +244,8 @@ def run_on_torch(
             pool = F.max_pool2d if step.kind == 'max' else F.avg_pool2d
             values[step.y] = pool(x, step.side, step.stride, step.padding)
             continue
-        up, down, left, right = step.pads
         if step.weight is not None:
+            up, down, left, right = step.around(*x.shape[-2:])
             weight = torch.from_numpy(step.weight[np.arange(len(step.weight))])
             x = F.conv2d(F.pad(x, (left, right, up, down)), weight, torch.from_numpy(step.bias), step.stride, 0,
                          step.dilation, step.groups)
