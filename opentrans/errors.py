@@ -41,6 +41,10 @@ class Interrupted(OpenTransError):
 # %% ../nbs/00_errors.ipynb #ced1bede
 _MANY = 100 # names, more than one would read
 
+def _holders(part, choices):
+    "The choices of which a part was given, as `coco` is of `coco_panoptic`."
+    return [choice for choice in choices if len(part) > 2 and part.lower() in choice.lower()]
+
 def unknown(
     kind:str, # What was being looked up, for example `'framework'`
     given:object, # What the user wrote
@@ -49,9 +53,13 @@ def unknown(
     "The error for a name that is not in a list of names. It lists the choices, or those nearest to it of very many."
     choices = [str(choice) for choice in choices]
     near = difflib.get_close_matches(str(given)[:200], choices, n=8)
-    hint = f" Did you mean '{near[0]}'?" if near else ''
+    holders = [] if near else _holders(str(given)[:200], choices)
+    meant = ' or '.join(f"'{name}'" for name in near[:1] or holders) if len(holders) < 4 else ''
+    hint = f' Did you mean {meant}?' if meant else ''
     told = f"choose one of: {', '.join(choices)}.{hint}"
-    if len(choices) > _MANY: told = f"{len(choices):,} are known, such as {', '.join(near or choices[:8])}.{hint}"
+    if len(choices) > _MANY:
+        some = near or holders[:8] or choices[:8]
+        told = f"{len(choices):,} are known, such as {', '.join(some)}.{hint}"
     return OpenTransError(f"Unknown {kind} '{shorten(given)}'; {told}")
 
 def shorten(

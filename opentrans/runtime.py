@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['RETIRED', 'LINE_EVERY', 'Handle', 'around_step', 'held_by', 'after_step', 'signal_handlers', 'eval_mode',
            'seed_everything', 'seeded', 'pick_device', 'device_of', 'to_device', 'check_images', 'label_loss_of',
-           'cosine_share', 'time_left', 'is_quiet', 'progress', 'get_axes', 'figure_png', 'stored_result']
+           'cosine_share', 'time_left', 'is_quiet', 'progress', 'get_axes', 'figure_png', 'write_names',
+           'stored_result']
 
 # %% ../nbs/00_runtime.ipynb #77d8f6f4
 import contextlib, io, math, os, random, signal, threading, weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Callable
 import numpy as np
 import torch
@@ -274,6 +276,68 @@ def figure_png(
     out = io.BytesIO()
     fig.savefig(out, format='png', **kwargs)
     return out.getvalue()
+
+# %% ../nbs/00_runtime.ipynb #e8263ee0
+def _free(centres, size, others):
+    "At which of some centres (...,2) is a box clear of all others (n,4: centre and size)?"
+    apart = np.abs(centres[...,None,:]-others[:,:2]) >= (size+others[:,2:])/2
+    return apart.any(-1).all(-1)
+
+def _around(point, size, unit):
+    "Centres of a box beside a point, from near to far; a unit is a typographic point in pixels."
+    angles = np.arange(.25, 2.25, .125)*np.pi
+    turns = np.stack([np.cos(angles), np.sin(angles)], -1).round(6)
+    reach = np.array([4, 9, 15, 22, 30, 40, 52, 66, 82, 100, 125, 150])[:,None,None]*unit
+    return (point+turns*reach+np.sign(turns)*size/2).reshape(-1, 2)
+
+def _lines_to(point, centres, size):
+    "Points of the straight lines (k,20,2) from a point to boxes around some centres."
+    ends = np.clip(point, centres-size/2, centres+size/2)
+    return point+(ends-point)[:,None]*np.linspace(.1, 1, 20)[:,None]
+
+def _arrange(ax, texts, lines, places, renderer):
+    "Move each text to where it finds room, and hide those that find none."
+    unit,back = ax.figure.dpi/72,ax.transData.inverted().transform
+    low,high = ax.bbox.get_points()+[[unit], [-unit]]
+    points = [ax.transData.transform(place) for place in places]
+    dots = np.array([[*mine[0], 6*unit, 6*unit] for mine in points if lines]).reshape(-1, 4)
+    boxes = wires = np.zeros((0, 4))
+    for i,(text,mine) in enumerate(zip(texts, points)):
+        text.set_visible(True) # what is hidden has no size
+        size = text.get_window_extent(renderer).size + 2*unit
+        centres = np.clip(_around(mine[0], size, unit) if lines else mine, low+size/2, high-size/2)
+        free = _free(centres, size, np.r_[dots, boxes, wires]) & (size <= high-low).all()
+        paths = _lines_to(mine[0], centres, size)
+        if lines: free &= _free(paths, unit, np.r_[np.delete(dots, i, 0), boxes]).all(-1)
+        for artist in (text, *lines[i:i+1]): artist.set_visible(free.any())
+        if not free.any(): continue
+        k = free.argmax()
+        text.set_position(back(centres[k]))
+        for line in lines[i:i+1]: line.set_data(*back([mine[0], paths[k,-1]]).T)
+        boxes = np.r_[boxes, [[*centres[k], *size]]]
+        if lines: wires = np.r_[wires, np.c_[paths[k], np.full_like(paths[k], unit)]]
+
+# %% ../nbs/00_runtime.ipynb #6dfb24b2
+def write_names(
+    ax, # Axes
+    names:Sequence[str], # What to write; the first ones find room first
+    places:Sequence[Any], # For each name points (k,2) at which it may stand, the best first
+    beside:bool=False, # Is there a dot at each point, for a name to stand beside it, with a line to it?
+    **kwargs, # Of the texts, as `Axes.text` takes them
+)->list: # The texts
+    "Write names into a plot so that none meets another or the edge; one that finds no room is not shown."
+    from matplotlib.artist import Artist
+    from matplotlib.lines import Line2D
+    texts = [ax.text(*place[0], name, **dict(fontsize=9, ha='center', va='center', clip_on=True) | kwargs)
+             for name,place in zip(names, places)]
+    lines = [ax.add_line(Line2D(*np.transpose(place[:1]), color='gray', lw=.6, zorder=1))
+             for place in places if beside]
+    arranger = Artist()
+    arranger.draw = partial(_arrange, ax, texts, lines, places)
+    arranger.set_zorder(-1) # before all else
+    ax.add_artist(arranger)
+    for artist in (arranger, *texts): artist.set_in_layout(False)
+    return texts
 
 # %% ../nbs/00_runtime.ipynb #506f2f32
 def stored_result(

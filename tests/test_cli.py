@@ -79,7 +79,7 @@ def test_bad_input_is_one_sentence(tmp_path, mask):
     fails('evaluate', '--data', 'folder', '--root', tmp_path/'empty', '--classes', NAMES)
     fails('evaluate', '--data', 'coco_panoptic', '--root', tmp_path/'empty')
     assert 'no folder' in fails('data', 'check', 'ade20k_150', '--root', tmp_path/'nowhere')
-    assert "Unknown data set" in fails('data', 'check', 'coco')
+    assert "Did you mean 'coco_panoptic'?" in fails('data', 'check', 'coco')
     assert '--seeds 0' in fails('demo', '--seeds', '0', '--out', tmp_path/'demo')
     assert "Unknown study 'tab1'" in fails('study', 'tab1', '--out', tmp_path/'study')
     # nothing half-written

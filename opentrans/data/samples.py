@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from .vocabulary import Vocabulary
 from ..errors import OpenTransError, shorten, unknown
 from ..escape import for_plot
-from ..runtime import get_axes
+from ..runtime import get_axes, write_names
 
 if TYPE_CHECKING: # for types alone
     from matplotlib.axes import Axes
@@ -166,6 +166,23 @@ def _named_colours(names):
         colours.append(colour*(1-.5*(.618034*shade % 1)))
     return np.array(colours).reshape(-1, 3)
 
+# %% ../../nbs/data/11_samples.ipynb #12fc5b8d
+def _naming_order(regions, classes):
+    "Which regions are named first: the largest of each class, then the others."
+    sizes = regions.reshape(len(regions), -1).sum(1)
+    ranks,met = {},Counter()
+    for i in np.argsort(-sizes, kind='stable').tolist():
+        ranks[i] = met[classes[i]]
+        met[classes[i]] += 1
+    return sorted((i for i in ranks if sizes[i]), key=ranks.get)
+
+def _places_in(region):
+    "Where the name of a region (H,W) may stand, (k,2) as x and y: in its middle, else at other pixels of it."
+    pixels = np.argwhere(region)[:,::-1]
+    middle = np.median(pixels, 0).astype(int)
+    some = pixels[::max(1, len(pixels)//200)]
+    return np.r_[middle[None], some[np.abs(some-middle).sum(1).argsort(kind='stable')]]
+
 # %% ../../nbs/data/11_samples.ipynb #76323d3a
 def class_colours(
     classes:int|Sequence[str], # Number of classes, or their names: grass is green then, water blue, a red star red
@@ -185,7 +202,7 @@ def show_sample(
     kind:str='labels', # `'image'`, `'labels'` or `'regions'`
     ax:'Axes|None'=None, # Axes; None makes new ones
     title:str|None=None, # Above the picture; None writes the kind
-    vocabulary:Vocabulary|None=None, # To name the classes at their largest regions
+    vocabulary:Vocabulary|None=None, # To name regions, where there is room for a name
     names:Sequence[str]|None=None, # Of the classes, for labels in the colours that these have in every picture
 )->'Axes': # The axes
     """Draw a sample: labels in the colours of `class_colours` (grey where ignored), regions as outlines on the
@@ -204,10 +221,11 @@ def show_sample(
     ax.set_axis_off()
     ax.set_title(kind if title is None else title, fontsize=9)
     if vocabulary is not None:
-        for m,c in zip(np.asarray(sample['regions']), sample['region_classes'].tolist()):
-            y,x = (int(np.median(p)) for p in np.nonzero(m))
-            ax.text(x, y, for_plot(vocabulary.names[c]), fontsize=5, clip_on=True, ha='center', va='center',
-                    color='k', bbox=dict(fc='w', ec='none', alpha=.65, pad=.6))
+        regions,classes = np.asarray(sample['regions']),sample['region_classes'].tolist()
+        order = _naming_order(regions, classes)
+        write_names(ax, [for_plot(vocabulary.names[classes[i]]) for i in order],
+                    [_places_in(regions[i]) for i in order], color='k',
+                    bbox=dict(fc='w', ec='none', alpha=.65, pad=.6))
     return ax
 
 # %% ../../nbs/data/11_samples.ipynb #1871eba6

@@ -350,6 +350,10 @@ def _judged(quality, same):
 # %% ../../nbs/training/42_evaluate.ipynb #5d3a1e01
 def _percent(share): return '-' if math.isnan(share) else f'{100*share:.1f}'
 
+class _Shares(dict[str, float]):
+    "Shares by name, shown with three digits."
+    def __repr__(self)->str: return repr({name: float(f'{share:.3g}') for name,share in self.items()})
+
 class Evaluation(dict[str, Any]):
     "What `evaluate` found: a dictionary that is shown in short, in percent."
     def __repr__(self)->str:
@@ -428,7 +432,7 @@ def evaluate(
     settings = dict(looks, framework=getattr(framework, 'name', type(framework).__name__),
                     data=getattr(data, 'name', type(data).__name__), images=total, classes=len(names), over=over,
                     kind=kind)
-    res = dict(miou=r['miou'], iou=dict(zip(names, r['iou'].tolist())), groups=r['groups'],
+    res = dict(miou=r['miou'], iou=_Shares(zip(names, r['iou'].tolist())), groups=_Shares(r['groups']),
                pixel_accuracy=r['pixel_accuracy'], n_images=total, settings=settings)
     if lists is not None: res['miou_same'] = r['same']
     return Evaluation(res, **_judged(quality, lists))

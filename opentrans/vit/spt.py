@@ -17,7 +17,7 @@ from ..core import find_tower, LayerSelection
 from ..errors import check_number, OpenTransError, unknown
 from ..escape import for_plot
 from ..naming import find_names
-from ..runtime import get_axes
+from ..runtime import get_axes, write_names
 from .allocation import *
 from .allocation import _always, _check_masks, _Ranking, _takes
 from .heads import find_heads, is_of_head
@@ -301,14 +301,16 @@ def alpha_sensitivity(
 def plot_alpha_sensitivity(
     frame, # What `alpha_sensitivity` gives
     ax=None, # Axes to draw on; new ones if None
-    label:bool=True, # Write the layers' names?
+    label:bool=True, # Write the layers' names, where there is room?
 ): # The axes
     "Alpha against sensitivity, a point a layer, with the rank correlation in the title."
     ax = get_axes(ax, figsize=(6, 4))
     ax.semilogy(frame.alpha, frame.sensitivity, 'o', ms=5)
-    for n,row in frame.iterrows() if label else ():
-        ax.annotate(for_plot(n.removesuffix('.weight')), (row.alpha, row.sensitivity), fontsize=6, xytext=(3, 3),
-                    textcoords='offset points')
+    if label:
+        # from the left, where small alphas crowd
+        ordered = frame.sort_values('alpha')
+        write_names(ax, [for_plot(n.removesuffix('.weight')) for n in ordered.index],
+                    ordered[['alpha', 'sensitivity']].to_numpy()[:,None], beside=True)
     ax.set(xlabel='alpha of the spectrum', ylabel='mean sensitivity',
            title=f"rank correlation {frame.attrs['rho']:+.2f} (p = {frame.attrs['p']:.1g}); given the size "
                  f"{frame.attrs['partial']:+.2f}")
