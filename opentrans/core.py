@@ -156,8 +156,8 @@ def _from_hook(module, key):
         if hasattr(hook, 'apply_mask'):
             value = hook.apply_mask(module)
             return value,sources,'torch.nn.utils.prune',f"torch.nn.utils.prune.remove(module, '{key}')"
-        return value,sources,kind,_ENDS.get(kind,
-                                            'what put it there').format('' if key == 'weight' else f", '{key}'")
+        end = _ENDS.get(kind, 'what put it there')
+        return value,sources,kind,end.format('' if key == 'weight' else f", '{key}'")
     return (value,sources,'something that replaced the parameter',
             "what put it there (FSDP: before the model is sharded)")
 
@@ -175,8 +175,10 @@ def _layer(dot, module, key, kind='linear', **more):
 # %% ../nbs/00_core.ipynb #130ea0a6
 def _packed(found):
     "The three layers of a packed projection, of a list with the one that holds them."
-    return [replace(whole, name=f'{whole.name}[{p}]', kind='attention', rows=slice(i*n, (i+1)*n))
-            for whole in found for n in [whole.param.shape[0]//3] for i,p in enumerate('qkv')]
+    def part(whole, i):
+        n = whole.param.shape[0]//3
+        return replace(whole, name=f"{whole.name}[{'qkv'[i]}]", kind='attention', rows=slice(i*n, (i+1)*n))
+    return [part(whole, i) for whole in found for i in range(3)]
 
 def _layers(dot, module, keys, kind): return [layer for key in keys for layer in _layer(dot, module, key, kind)]
 
@@ -187,11 +189,11 @@ def _is_conv1d(module):
 
 def _experts(dot, module):
     "The stacked matrices of a mixture of experts of transformers, which says how they lie."
-    made = {k: p
-            for k,p in module._parameters.items() if p is not None and not isinstance(p, UninitializedParameter)}
+    made = {key: param for key,param in module._parameters.items()
+            if param is not None and not isinstance(param, UninitializedParameter)}
     axis = 2 if module.is_transposed else 1
-    return [layer for k,p in made.items() if p.ndim == 3
-            for layer in _layer(dot, module, k, 'experts', out_axis=axis, groups=len(p))]
+    return [layer for key,param in made.items() if param.ndim == 3
+            for layer in _layer(dot, module, key, 'experts', out_axis=axis, groups=len(param))]
 
 # %% ../nbs/00_core.ipynb #b149fc27
 def layers_of(
@@ -223,7 +225,9 @@ def layers(
     experts."""
     res = {}
     for name,module in bare_modules(find_tower(model)):
-        for layer in layers_of(name, module): res.setdefault((id(layer.param), layer.name.partition('[')[2]), layer)
+        for layer in layers_of(name, module):
+            part = layer.name.partition('[')[2]
+            res.setdefault((id(layer.param), part), layer)
     return list(res.values())
 
 # %% ../nbs/00_core.ipynb #513894c0
@@ -268,12 +272,13 @@ def resolve_in_tower(
 ): # What it returned
     """Look for something in the tower of a model, or else in all of the model; if it is in neither, the error is
     the tower's."""
-    model,err = unwrap(model),None
+    model = unwrap(model)
     tower = find_tower(model)
+    first = None
     for where in ([tower] if tower is model else [tower, model]):
         try: return match(where)
-        except OpenTransError as e: err = err or e
-    raise err
+        except OpenTransError as error: first = first or error
+    raise first
 
 # %% ../nbs/00_core.ipynb #9281a17d
 def _why_unread(module, key, param):
@@ -357,7 +362,7 @@ class _Selection(TypedDict):
 class LayerSelection:
     "Which layers are trained and which are frozen. Names are those of `layers`."
     train:list[str] # Names of the layers that learn
-    freeze:list[str] # Names of the layers that rest
+    freeze:list[str] # Names of the layers that are frozen
     rule:str = '' # How the choice was made, e.g. `'alpha, 50% frozen'`
 
     def __post_init__(self)->None:
@@ -405,6 +410,7 @@ class LayerSelection:
         on,off = ([known[n] for n in names] for names in (self.train, self.freeze))
         params = {id(p): p for layer in on+off for p in layer.params}
         learns = {id(p) for layer in on for p in layer.params}
+        # frozen parts of packed parameters of which another part learns
         parts = {id(layer.params[0]): layer
                  for layer in off if layer.rows is not None and id(layer.params[0]) in learns}
         bad = [f'{layer.name} {why}' for layer in on if (why := _cannot_train(layer))]
@@ -412,10 +418,10 @@ class LayerSelection:
         if bad: raise OpenTransError(f"The selection cannot be put on {len(bad)} layers: {name_some(bad, 3)}.")
         before = [(p, p.requires_grad) for p in params.values()]
         undo = [lambda: [p.requires_grad_(b) for p,b in before]]
-        for i,p in params.items(): p.requires_grad_(i in learns)
-        for i in parts:
-            undo.append(_FrozenRows(params[i],
-                                    [layer.rows for layer in off if id(layer.params[0]) == i]).hooks.remove)
+        for key,p in params.items(): p.requires_grad_(key in learns)
+        for key in parts:
+            rows = [layer.rows for layer in off if id(layer.params[0]) == key]
+            undo.append(_FrozenRows(params[key], rows).hooks.remove)
         return Handle(*undo)
 
 # %% ../nbs/00_core.ipynb #8d628bd2

@@ -32,21 +32,23 @@ def _call(name, *arguments):
     arrays = [value if isinstance(value, np.ndarray) else _fortran(value) for value in arguments]
     _native(name)(*[array.ctypes.data for array in arrays])
 
-def _by_lapack(matrix):
+def _eigenvalues_by_lapack(matrix):
     """The eigenvalues of the smaller Gram matrix of a matrix of float32 or float64, ascending: Gram matrix, tridiagonal
     form, eigenvalues. As `eigvalsh`, but only one triangle of the Gram matrix is ever made, and nothing is copied."""
     matrix = np.ascontiguousarray(matrix)
-    kind, number, (rows, columns) = matrix.dtype.char, matrix.dtype.type, matrix.shape
-    letter = dict(f='s', d='d')[kind]
+    kind = matrix.dtype.char
+    number = matrix.dtype.type
+    rows, columns = matrix.shape
+    letter = dict(f='s', d='d')[kind] # with which the names of routines begin
     size = min(rows, columns)
     # the triangle that LAPACK reads faster at this size
     side = b'L' if size > 1024 and kind == 'd' else b'U'
-    turned = b'T' if rows < columns else b'N'
+    turned = b'T' if rows < columns else b'N' # Fortran reads columns first, and so sees the transposed matrix
     gram = np.zeros((size, size), matrix.dtype)
     _call(f'{letter}syrk', side, turned, size, max(rows, columns), number(1), matrix, columns, number(0), gram, size)
-    found, beside, scales, room = (np.empty(n, matrix.dtype) for n in (size, size, size, 64*size))
+    diagonal, beside, reflectors, room = (np.empty(n, matrix.dtype) for n in (size, size, size, 64*size))
     bad, stuck = np.zeros(1, np.int32), np.zeros(1, np.int32)
-    _call(f'{letter}sytrd', side, size, gram, size, found, beside, scales, room, 64*size, bad)
-    _call(f'{letter}sterf', size, found, beside, stuck)
+    _call(f'{letter}sytrd', side, size, gram, size, diagonal, beside, reflectors, room, 64*size, bad)
+    _call(f'{letter}sterf', size, diagonal, beside, stuck)
     if bad.any() or stuck.any(): raise np.linalg.LinAlgError('no convergence')
-    return found
+    return diagonal # where the routine has put the eigenvalues

@@ -50,12 +50,13 @@ def compare(self:LayerTable,
             f"{', '.join(sorted(lost)[:5])}{'...' if len(lost) > 5 else ''} {'is' if len(lost)==1 else 'are'} in "
             f"one only. " "Compare tables of one architecture, made with the same `skip`.")
     a,b = self.frame,after.frame.loc[list(self)]
-    rest = [set(t.select().freeze) if t.frame.alpha.notna().any() else set() for t in (self, after)]
-    change,error = b.alpha-a.alpha,np.hypot(a.sigma, b.sigma)
+    frozen = [set(t.select().freeze) if t.frame.alpha.notna().any() else set() for t in (self, after)]
+    change = b.alpha-a.alpha
+    error = np.hypot(a.sigma, b.sigma)
     wide = float(-special.ndtri((1-level)/2))*error
     res = pd.DataFrame(dict(alpha_before=a.alpha, alpha_after=b.alpha, change=change, z=change/error,
                             low=change-wide, high=change+wide))
-    for when,r in zip(('before', 'after'), rest): res[f'frozen_{when}'] = [n in r for n in self]
+    for when,names in zip(('before', 'after'), frozen): res[f'frozen_{when}'] = [name in names for name in self]
     return res.assign(moved=res.frozen_before != res.frozen_after)
 
 @patch
@@ -81,7 +82,7 @@ class Reselect:
     def __init__(self,
         model:nn.Module, # The model that is trained
         every:int=1000, # Steps between two looks
-        freeze:float=.5, # Share of the layers that rest; 0 only watches
+        freeze:float=.5, # Share of the layers that is frozen; 0 only watches
         by:str='alpha', # As in `select`
         seed:int=0, # As in `select`
         dynamic:bool=True, # Choose again at every look? If not, the first choice stays

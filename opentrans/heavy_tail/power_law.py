@@ -17,7 +17,7 @@ from scipy import optimize, special
 from torch.nn.parameter import is_lazy
 from ..core import no_values, unreadable
 from ..errors import OpenTransError, unknown
-from .lapack import _by_lapack
+from .lapack import _eigenvalues_by_lapack
 
 # %% ../../nbs/02_heavy_tail.ipynb #f76fac1a
 def mp_edges(
@@ -50,7 +50,7 @@ class _Tails:
         self.n = (x.size-below).astype(float)
         # sum over the tail of log(x_j/x_i)
         logs = np.append(np.cumsum((np.diff(self.log)*self.n[1:])[::-1])[::-1], 0.)
-        with np.errstate(divide='ignore'): self.slope = self.n/logs                   # alpha - 1
+        with np.errstate(divide='ignore'): self.slope = self.n/logs # alpha - 1
 
     def ks(self, i):
         "Kolmogorov-Smirnov distance of the tail that begins at value `i`."
@@ -58,33 +58,35 @@ class _Tails:
                       - (self.below[i:]-self.below[i])/self.n[i]).max()
 
     def bound(self, cand, points):
-        "The same deviation, at `points` places of each tail only: never above its distance."
-        j = cand[:,None] + ((self.log.size-1-cand)[:,None]*np.arange(1, points+1) + points-1)//points
-        F = np.exp(-self.slope[cand,None]*(self.log[j]-self.log[cand,None]))
-        return np.abs(1 - F - (self.below[j]-self.below[cand,None])/self.n[cand,None]).max(1)
+        "Lower bounds of the distances of candidate tails: their deviation at `points` places each, evenly spread."
+        lengths = (self.log.size-1-cand)[:,None]
+        places = cand[:,None] + (lengths*np.arange(1, points+1) + points-1)//points
+        above = np.exp(-self.slope[cand,None]*(self.log[places]-self.log[cand,None]))
+        return np.abs(1 - above - (self.below[places]-self.below[cand,None])/self.n[cand,None]).max(1)
 
     def search(self, cand):
-        """(index, distance) of the best candidate, the first if several are equal. Exact: what is skipped cannot
-        win."""
+        """(index, distance) of the candidate tail with the smallest distance, the first if several are equal. Exact:
+        what is skipped cannot win."""
         if self.log.size <= 48:
             D = np.array([self.ks(i) for i in cand])
             return cand[D.argmin()],D.min()
-        low,best = np.zeros(cand.size),np.inf
+        low = np.zeros(cand.size) # bounds of their distances
+        reached = np.inf
         for points in (8, 32, 128):
             low = np.maximum(low, self.bound(cand, points))
-            best = min(best, self.ks(cand[low.argmin()]))
-            keep = low <= best + 1e-12
+            reached = min(reached, self.ks(cand[low.argmin()]))
+            keep = low <= reached + 1e-12
             cand,low = cand[keep],low[keep]
             if cand.size <= 8: break
-        best = (np.inf, -1)
+        distance,index = np.inf,-1
         for k in np.argsort(low, kind='stable'):
-            if low[k] > best[0] + 1e-12: break
-            best = min(best, (self.ks(cand[k]), cand[k]))
-        return best[1],best[0]
+            if low[k] > distance + 1e-12: break
+            distance,index = min((distance, index), (self.ks(cand[k]), cand[k]))
+        return index,distance
 
 # %% ../../nbs/02_heavy_tail.ipynb #b07a2cd9
 XMIN_RULES = ('ks', 'median', 'peak', 'paper') # the rules for the beginning of the tail; a number is one too
-# the ways to choose the layers that rest: three of Tab. 2, and alpha against chance
+# the ways to choose the layers that are frozen: three of Tab. 2, and alpha against chance
 SELECTION_RULES = ('alpha', 'alpha*', 'random', 'z')
 ALTERNATIVES = ('lognormal', 'exponential', 'truncated_power_law') # the laws that a fit is compared with
 
@@ -132,35 +134,41 @@ class PowerLawFit:
         return pd.DataFrame.from_dict({name: _compared(self, name) for name in alternatives}, orient='index')
 
 def _no_fit(reason, n=0, method='', evals=None):
+    "The `PowerLawFit` of a sample of `n` values to which none can be made."
     nan = math.nan
     return PowerLawFit(nan, nan, nan, nan, 0, int(n), method, reason, np.zeros(0) if evals is None else evals)
 
 def _fit(slope, xmin, D, n_tail, x, method):
+    "The `PowerLawFit` to the tail of a sample `x`; `slope` is alpha - 1."
     return PowerLawFit(float(1+slope), float(xmin), float(D), float(slope/math.sqrt(n_tail)), int(n_tail),
                        int(x.size), method, '', x)
 
 # %% ../../nbs/02_heavy_tail.ipynb #2e0f182b
-def _candidates(t, x, rule, bins):
-    "Indices of the distinct values that a rule allows as xmin."
+def _xmin_candidates(t, x, rule, bins):
+    "Indices of the distinct values `t.x` of a sample `x` that a rule allows as xmin."
     every = np.arange(t.x.size-1)
     # as `powerlaw`: at least three distinct values in the tail
     if rule == 'ks': return every[:-1]
     if rule == 'median': return every[(t.x == x[x.size//2])[:-1]]
-    if rule.endswith('%'): return every[(t.x == x[x.size - max(2, math.ceil(_percent(rule)*x.size - 1e-9))])[:-1]]
+    if rule.endswith('%'):
+        in_tail = max(2, math.ceil(_percent(rule)*x.size - 1e-9))
+        return every[(t.x == x[x.size-in_tail])[:-1]]
     counts,edges = np.histogram(np.log10(x), bins)
     peak = 10**edges[counts.argmax()]
     low = .95*peak if rule == 'peak' else math.log10(.95*peak)           # as published: a logarithm
     return every[(t.x[:-1] >= low) & (t.x[:-1] <= 1.5*peak)]
 
 def _fit_given(x, xmin):
+    "The fit to the tail of an ascending sample from a given xmin on."
     tail = x[x >= xmin]
     if tail.size < 2 or tail[-1] <= xmin*(1+1e-9):
         reason = f'{tail.size} eigenvalues above xmin={xmin:.3g}: a tail needs at least 2'
         return _no_fit(reason, x.size, 'given', x)
     logs = np.log(tail/xmin)
     slope = tail.size/logs.sum()
-    return _fit(slope, xmin, np.abs(1 - np.exp(-slope*logs) - np.searchsorted(tail, tail)/tail.size).max(),
-                tail.size, x, 'given')
+    below = np.searchsorted(tail, tail)/tail.size
+    D = np.abs(1 - np.exp(-slope*logs) - below).max()
+    return _fit(slope, xmin, D, tail.size, x, 'given')
 
 # %% ../../nbs/02_heavy_tail.ipynb #bdb16abd
 def _percent(xmin):
@@ -169,8 +177,8 @@ def _percent(xmin):
     except ValueError: return None
     return share if 0 < share <= 1 else None
 
-def _rule(xmin):
-    "Check an xmin rule; its name. Raises `OpenTransError`."
+def _rule_name(xmin):
+    "The name of an xmin rule, `'given'` for a number. Raises `OpenTransError` for what is none."
     if isinstance(xmin, str):
         if xmin not in XMIN_RULES and xmin != 'clip' and _percent(xmin) is None:
             raise unknown('xmin rule', xmin, [*XMIN_RULES, 'clip', "a share such as '25%'"])
@@ -202,8 +210,8 @@ def _no_tail(x):
     return 'all eigenvalues are equal' if x[-1] <= x[0]*(1+_FLAT) else ''
 
 def _unless_flat(fit, noise):
-    """A fit, or none if its tail is no wider than rounding alone would make one value: then its slope would be that
-    of the rounding."""
+    """A fit as it is; but no fit if its tail is so narrow that rounding could have made it of one value: its slope
+    would be that of the rounding."""
     if not fit.ok: return fit
     first = float(fit.evals[-fit.n_tail])
     # mean of log(x/first) over the tail
@@ -213,14 +221,14 @@ def _unless_flat(fit, noise):
                    fit.evals)
 
 def _clipped(x, noise):
-    """The fit without the largest values, of the fewest, two to nine, without which alpha falls by more than one;
-    else that to all (WeightWatcher's `clip_xmax`)."""
-    whole = fit_power_law(x, 'ks', noise=noise)
-    for fingers in range(2, min(10, x.size-4)):
-        f = fit_power_law(x[:-fingers], 'ks', noise=noise)
-        if f.ok and f.alpha + 1 < whole.alpha: return replace(f, method='clip')
-        if f.ok and f.alpha <= 2: break
-    return replace(whole, method='clip')
+    """The fit without the two largest values, or three, and so on to nine: the first one whose alpha is lower by more
+    than one than that of the fit to all values. If there is none, the fit to all (WeightWatcher's `clip_xmax`)."""
+    to_all = fit_power_law(x, 'ks', noise=noise)
+    for left_out in range(2, min(10, x.size-4)):
+        fit = fit_power_law(x[:-left_out], 'ks', noise=noise)
+        if fit.ok and fit.alpha + 1 < to_all.alpha: return replace(fit, method='clip')
+        if fit.ok and fit.alpha <= 2: break
+    return replace(to_all, method='clip')
 
 def fit_power_law(
     # Eigenvalues (or any positive sample), in any order: tensor, array or list
@@ -235,7 +243,8 @@ def fit_power_law(
 )->PowerLawFit: # The fit, or NaN with a reason
     """Continuous power law by maximum likelihood (Sec. 3.3.2, Eq. 2), with the tail chosen by a rule.
     Raises `OpenTransError` for an unknown rule, and for what is not real numbers."""
-    rule,x = _rule(xmin),_sample(evals)
+    rule = _rule_name(xmin)
+    x = _sample(evals)
     if bins < 1: raise OpenTransError(f"bins={bins} is no number of bins. Give at least 1.")
     if not np.isfinite(x).all(): return _no_fit('the spectrum holds NaN or infinity', x.size, rule)
     if x.size and x[0] < -1e-3*abs(x[-1]):
@@ -246,8 +255,9 @@ def fit_power_law(
     if rule == 'given': return _unless_flat(_fit_given(x, float(xmin)), noise)
     if rule == 'clip': return _clipped(x, noise)
     t = _Tails(x)
-    cand = _candidates(t, x, rule, bins)
-    if cand.size < (2 if rule == 'ks' else 1):
+    cand = _xmin_candidates(t, x, rule, bins)
+    least = 2 if rule == 'ks' else 1
+    if cand.size < least:
         return _no_fit('too few distinct eigenvalues for a tail', x.size, rule, x)
     i,D = t.search(cand)
     return _unless_flat(_fit(t.slope[i], t.x[i], D, t.n[i], x, rule), noise)
@@ -265,7 +275,8 @@ def _worse_share(fit, n, seed):
         sample = fit.xmin*(1-rng.random(k))**(-1/(fit.alpha-1))
         if k < fit.n: sample = np.concatenate([sample, rng.choice(body, fit.n-k)])
         f = fit_power_law(sample, fit.xmin if fit.method == 'given' else fit.method)
-        made,worse = made+f.ok, worse+(f.ok and f.D >= fit.D)
+        made += f.ok
+        worse += f.ok and f.D >= fit.D
     return worse/made if made else math.nan
 
 # %% ../../nbs/02_heavy_tail.ipynb #047b2b01
@@ -297,10 +308,9 @@ def _log_densities(tail, xmin, alternative):
         return power, math.log(b) - b*(r-1) + y, {'lambda': b/xmin}
     log_z,s = (_log_z_lognormal, y**2) if alternative == 'lognormal' else (_log_z_cutoff, r)
     def cost(p): return log_z(p[0], p[1]**2) + p[0]*y.mean() + p[1]**2*s.mean()
-    best = min(
-        (optimize.minimize(cost, [a*f, g], method='Nelder-Mead',
-                           options=dict(xatol=1e-9, fatol=1e-13, maxiter=2000))
-         for f,g in [(1, .01*a), (.5, math.sqrt(1/s.mean()))]), key=lambda o: o.fun)
+    found = [optimize.minimize(cost, start, method='Nelder-Mead', options=dict(xatol=1e-9, fatol=1e-13, maxiter=2000))
+             for start in ([a, .01*a], [a*.5, math.sqrt(1/s.mean())])]
+    best = min(found, key=lambda result: result.fun)
     p,q = best.x[0],best.x[1]**2
     if cost([a, 0.]) <= best.fun: p,q = a,0.
     if alternative != 'lognormal': names = {'alpha': 1+p, 'lambda': q/xmin}
@@ -355,21 +365,26 @@ def _gram_eigenvalues(m):
     """On a CPU by SciPy's LAPACK, large matrices one by one, so that there is one Gram matrix at a time; small ones
     and those on a GPU all at once by torch."""
     if m.device.type != 'cpu' or min(m.shape[1:]) < 32 or m.is_complex(): return torch.linalg.eigvalsh(_gram(m))
-    return torch.from_numpy(np.stack([_by_lapack(a) for a in m.contiguous().numpy()]))
+    return torch.from_numpy(np.stack([_eigenvalues_by_lapack(a) for a in m.contiguous().numpy()]))
 
 _PRECISE = {(False, 'double'): torch.float64, (False, 'fast'): torch.float32, (True, 'double'): torch.complex128,
             (True, 'fast'): torch.complex64}
 
 def _by_method(mats, method, precision, floor):
+    """(eigenvalues of each matrix, ascending; how they were found): `'norm'` for single rows and columns, `'gram'` or
+    `'svd'`."""
     m = mats.to(_PRECISE[mats.is_complex(), precision])
     k = min(m.shape[-2:])
-    if k == 1: return (m.abs() if m.is_complex() else m).square().sum((-2,-1))[:,None],'norm'
+    if k == 1:
+        real = m.abs() if m.is_complex() else m
+        return real.square().sum((-2,-1))[:,None],'norm'
     if method != 'svd':
         try:
             ev = _gram_eigenvalues(m).clamp_(min=0)
             # bound of the absolute error of this way
             error = torch.finfo(m.dtype).eps*k*ev.max().item()
-            if method == 'gram' or precision == 'fast' or error <= 1e-4*floor: return ev,'gram'
+            is_exact = error <= 1e-4*floor
+            if is_exact or method == 'gram' or precision == 'fast': return ev,'gram'
         except (torch.linalg.LinAlgError, np.linalg.LinAlgError):
             if precision == 'fast': return _by_method(mats, method, 'double', floor)
             if method == 'gram':
@@ -462,33 +477,36 @@ def _noise(mats, ev, stored):
     "How far rounding may have moved the singular values of each of a stack of matrices with the eigenvalues `ev`."
     kind = torch.finfo(stored)
     if kind.eps < 1e-6: return 2*kind.eps*np.sqrt(ev.sum(1))
+    # the largest norm of a row, and of a column
     norms = [torch.linalg.vector_norm(mats, dim=d).amax(-1).double().cpu().numpy() for d in (-1, -2)]
     # of numbers so small that they have fewer digits
     below = .3*kind.tiny*kind.eps*(math.sqrt(mats.shape[1])+math.sqrt(mats.shape[2]))
     return .3*kind.eps*(norms[0]+norms[1]) + below
 
-def _null(ev, noise, shape):
-    """How many of each matrix's eigenvalues are rounding: the largest d for which the d smallest are within what
-    rounding makes of d zeros. One to three of many are left alone: that few are within it by chance, and change
+def _rounding_counts(ev, noise, shape):
+    """How many eigenvalues of each matrix are rounding alone: the largest d for which the d smallest are within what
+    rounding makes of d zeros. One to three of many are not counted: that few are within it by chance, and change
     nothing."""
     k = ev.shape[1]
     d = np.arange(1, k+1)
     # the zeros are a block of this many rows and columns
     sides = [np.sqrt(n-k+d) for n in shape]
     edge = noise[:,None]*(sides[0]+sides[1])/(math.sqrt(shape[0])+math.sqrt(shape[1]))
-    within = (np.sort(ev, 1) <= edge**2)*d
-    return np.where(within.max(1) >= min(4, k//2), within.max(1), 0)
+    largest = ((np.sort(ev, 1) <= edge**2)*d).max(1)
+    return np.where(largest >= min(4, k//2), largest, 0)
 
 def _settle(ev, noise, shape, eps):
     """(eigenvalues, norm of the rounding): what is rounding alone becomes zero, and all become equal if they differ
     by no more than rounding. `ev` is (matrices, eigenvalues each), ascending, of matrices of one `shape`;
     `noise` is from `_noise`; `eps` is how exact the arithmetic was."""
     top = ev[:,-1]
-    ev = np.where((ev > eps*top[:,None]) & (np.arange(ev.shape[1]) >= _null(ev, noise, shape)[:,None]), ev, 0.)
+    rounded = np.arange(ev.shape[1]) < _rounding_counts(ev, noise, shape)[:,None]
+    ev = np.where((ev > eps*top[:,None]) & ~rounded, ev, 0.)
     noise = float((noise + eps*np.sqrt(top)).max())
     above = ev[ev > 0]
-    if above.size and np.log(above.max()) - np.log(above.min()) <= 3*noise/math.sqrt(above.max()):
-        ev = np.where(ev > 0, above.mean(), 0.)
+    if not above.size: return ev,noise
+    width = np.log(above.max()) - np.log(above.min())
+    if width <= 3*noise/math.sqrt(above.max()): ev = np.where(ev > 0, above.mean(), 0.)
     return ev,noise
 
 def _exactness(ev, how, precision):
@@ -528,7 +546,7 @@ def esd(
             "The weight holds NaN or infinity, so it has no spectrum. Look for a training run that diverged.")
     ev,how = _eigenvalues(mats, method, precision, floor)
     numbers = ev.double().cpu().numpy()
-    settled,_ = _settle(numbers, _noise(mats, numbers, _stored_type(w, stored)), mats.shape[1:],
-                        _exactness(ev, how, precision))
+    noise = _noise(mats, numbers, _stored_type(w, stored))
+    settled,_ = _settle(numbers, noise, mats.shape[1:], _exactness(ev, how, precision))
     ev = torch.from_numpy(settled).to(ev.device, ev.dtype).flatten().sort().values
     return ev*norm if w.ndim > 2 else ev

@@ -133,7 +133,8 @@ class WeightFiles:
 
     def _index(self, file):
         "Note which tensors a file holds."
-        held,first = (_safe if file.suffix == '.safetensors' else _mapped)(file),{}
+        held = _safe(file) if file.suffix == '.safetensors' else _mapped(file)
+        first = {} # place in memory -> the first name of the tensor there
         for name in held.keys():
             self.where[name] = held
             if not isinstance(held, dict): continue
@@ -154,8 +155,9 @@ class WeightFiles:
         groups = {}
         for name in self.where:
             if name in self.doubles: continue
-            groups.setdefault(name.split('.parametrizations.')[0] if '.parametrizations.' in name
-                              else name.rpartition('.')[0], []).append(name)
+            outer,is_parametrised,_ = name.partition('.parametrizations.')
+            module = outer if is_parametrised else name.rpartition('.')[0]
+            groups.setdefault(module, []).append(name)
         return groups.values()
 
     def weights(self, embeddings:bool=False)->Iterator[tuple[str, str, Any, bool, int]]:
@@ -213,8 +215,8 @@ def _quantized(tower):
             for n,m in bare_modules(tower)
             if 'quantized' in type(m).__module__ and callable(getattr(m, 'weight', None))]
 
-def _head(model, skip):
-    "What to leave out: names of modules as the user gave them, or the head."
+def _skipped(model, skip):
+    "The modules to leave out, by name: those that the user gave as `skip`, or the head if that is None."
     if skip is None: return head_of(model) if isinstance(model, nn.Module) else head_modules()
     return (skip,) if isinstance(skip, str) else tuple(skip)
 
@@ -240,7 +242,7 @@ def _named_weights(model, embeddings, split_groups, skip=()):
     if not isinstance(model, (nn.Module, Mapping, WeightFiles)):
         raise OpenTransError(
             f"A {type(model).__name__} has no layers. Give a model, a dict of its tensors, or WeightFiles.")
-    skip = _head(model, skip)
+    skip = _skipped(model, skip)
     if isinstance(model, WeightFiles): return (w for w in model.weights(embeddings) if not inside(w[0], skip))
     found = (_module_weights(model, embeddings, split_groups, skip) if isinstance(model, nn.Module)
              else _state_weights(model))
@@ -250,7 +252,7 @@ def _not_read(model, names, skip):
     "Name -> reason of each weight of a model or a state dict that is not among the layers with these names."
     why = 'is part of the head, which skip=() takes in' if skip is None else 'is left out by `skip`'
     if isinstance(model, nn.Module):
-        left_out = _head(model, skip)
+        left_out = _skipped(model, skip)
         res = ({layer.name: why for layer in layers(model)}
                | {n: why if inside(n, left_out) else other for n,other in unread(model).items()})
     elif isinstance(model, WeightFiles): res = model.not_read(why)

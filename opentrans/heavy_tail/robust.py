@@ -45,8 +45,9 @@ def plateau(
     e = e.iloc[np.unique(np.geomspace(1, len(e), points).round().astype(int)) - 1]
     best = (0., 0, 0)
     for i in range(len(e)):
-        agree = np.maximum.accumulate((e.alpha-2*e.sigma).to_numpy()[i:]) <= np.minimum.accumulate(
-            (e.alpha+2*e.sigma).to_numpy()[i:])
+        lowest = np.maximum.accumulate((e.alpha-2*e.sigma).to_numpy()[i:])
+        highest = np.minimum.accumulate((e.alpha+2*e.sigma).to_numpy()[i:])
+        agree = lowest <= highest # is there a level that is within all intervals so far?
         j = i + int(agree.cumprod().sum()) - 1
         if j > i: best = max(best, (e.k.iloc[j]/e.k.iloc[i], i, j))
     ratio,i,j = best
@@ -94,7 +95,8 @@ def interval(self:PowerLawFit,
     check_number('level', level, 0, 1, above=True, below=True)
     check_number('n', n, 2, whole=True)
     if not self.ok: return math.nan,math.nan
-    rng,rule = np.random.default_rng(seed),self.xmin if self.method == 'given' else self.method
+    rng = np.random.default_rng(seed)
+    rule = self.xmin if self.method == 'given' else self.method
     fits = [fit_power_law(rng.choice(self.evals, self.evals.size), rule) for _ in range(n)]
     alphas = [f.alpha for f in fits if f.ok]
     if len(alphas) < n/2: return math.nan,math.nan
@@ -116,7 +118,7 @@ def intervals(self:LayerTable,
 @patch
 def rules(self:LayerTable,
     rules:Sequence[str|float]=XMIN_RULES, # Rules for xmin to compare
-    freeze:float=.5, # Share of the layers that rest
+    freeze:float=.5, # Share of the layers that is frozen
     by:str='alpha', # As in `select`
     # A column of ranks a rule (1 is the smallest alpha), `rules` (these as a text), `frozen_by` (how many rules
     # freeze it), `undecided`
@@ -145,10 +147,11 @@ def select_agreed(self:LayerTable,
     "Freeze the layers that all rules freeze; undecided ones are left to the user. Raises `OpenTransError`."
     if undecided not in ('train', 'freeze', 'majority'):
         raise OpenTransError(f"undecided={undecided!r}: choose one of train, freeze, majority.")
-    told,need = self.rules(rules, freeze, by),dict(train=len(rules), freeze=1, majority=len(rules)//2+1)[undecided]
-    rest = set(told.index[told.frozen_by >= need])
+    told = self.rules(rules, freeze, by)
+    need = dict(train=len(rules), freeze=1, majority=len(rules)//2+1)[undecided] # rules that must freeze a layer
+    frozen = set(told.index[told.frozen_by >= need])
     names = self.frame.index[self.frame.kind != 'embedding']
     rule = (
         f"{by}, {freeze:.0%} under each of {', '.join(map(str, rules))}; {int(told.undecided.sum())} undecided "
         f"layers: {undecided}")
-    return LayerSelection([n for n in names if n not in rest], [n for n in names if n in rest], rule)
+    return LayerSelection([n for n in names if n not in frozen], [n for n in names if n in frozen], rule)

@@ -19,9 +19,9 @@ from opentrans.heavy_tail.null import (
     as_blocks, as_null, Blocks, kurtosis_of, mp_quantiles, Null, random_edge, random_spectra, shuffled,
     with_kurtosis)
 from .power_law import (
-    _eigenvalues, _exactness, _finite, _no_fit, _noise, _read, _rule, _settle, _stored_type, _Unread, esd,
+    _eigenvalues, _exactness, _finite, _no_fit, _noise, _read, _rule_name, _settle, _stored_type, _Unread, esd,
     fit_power_law, matrices, mp_edges, PowerLawFit)
-from .reading import _head, _named_weights, _shape, WeightFiles
+from .reading import _skipped, _named_weights, _shape, WeightFiles
 
 # %% ../../nbs/02a_spectra.ipynb #80bd6c9e
 @dataclass
@@ -52,14 +52,22 @@ class Spectrum:
     )->PowerLawFit:
         """Fit the tail. The rule `'paper'` compares absolute numbers, so it sees the eigenvalues on the paper's
         scale."""
-        if self.evals is None: return _no_fit(self.reason, 0, _rule(xmin))
+        if self.evals is None: return _no_fit(self.reason, 0, _rule_name(xmin))
         if not (isinstance(xmin, str) and xmin == 'paper') or self.paper == 1:
             return fit_power_law(self.evals, xmin, noise=self.noise)
         f = fit_power_law(self.evals*self.paper, xmin, noise=self.noise*math.sqrt(self.paper))
         return PowerLawFit(f.alpha, f.xmin/self.paper, f.D, f.sigma, f.n_tail, f.n, f.method, f.reason, self.evals)
 
-    def keep(self, ev:torch.Tensor|None, how:str, mats:torch.Tensor, floor:float, norm:float, precision:str,
-             stored:torch.dtype, whole:float|None=None):
+    def keep(self,
+        ev:torch.Tensor|None, # (matrices, eigenvalues each); None if they did not converge
+        how:str, # How they were found, as `solver`
+        mats:torch.Tensor, # (matrices, rows, columns)
+        floor:float, # Eigenvalues not above this, on the paper's scale, count as zero
+        norm:float, # Factor on a convolution's eigenvalues
+        precision:str, # `'double'` or `'fast'`: how the eigenvalues were computed
+        stored:torch.dtype, # Type in which the weight was stored, which says how far it was rounded
+        whole:float|None=None, # Squared norm of the weight, if the matrices are a change of it
+    ):
         "Take the eigenvalues of a stack of matrices, without those that count as zero."
         self.solver = how
         if ev is None:
@@ -76,11 +84,15 @@ class Spectrum:
         self.edge = mp_edges(mats.shape[1:], total/mats.numel())[1]
         noise = _noise(mats, ev, stored) if whole is None else self._noise_of_change(mats, whole, stored)
         settled,noise = _settle(ev, noise, mats.shape[1:], _exactness(ev, how, precision))
-        if len(np.unique(settled[settled > 0])) == 1 < len(np.unique(ev[settled > 0])):
+        above = settled > 0
+        became_equal = len(np.unique(settled[above])) == 1 and len(np.unique(ev[above])) > 1
+        if became_equal:
             self.reason = 'the eigenvalues differ by no more than rounding'
         self.noise = noise*math.sqrt(factor)
         tiny = _exactness(ev, 'gram', precision)
-        self._cut(np.sort(settled.flatten())*factor, floor, tiny if precision == 'fast' or not floor else 0, tiny)
+        # without a floor, and in float32, also what arithmetic cannot tell from zero is cut
+        least = tiny if precision == 'fast' or not floor else 0
+        self._cut(np.sort(settled.flatten())*factor, floor, least, tiny)
 
     def _noise_of_change(self, mats, whole, stored):
         """Norm of the rounding in a difference of two weights, of which one has the squared norm `whole`: that of a
@@ -98,7 +110,8 @@ class Spectrum:
         self.shuffled = np.sort(flat, 1).clip(0)*(norm if self.kind == 'conv' else 1)
 
     def _cut(self, raw, floor, least, tiny):
-        "Leave out what is below the floor; if all is, what is below `tiny` times the largest."
+        """Leave out what is not above the floor, or `least` times the largest; if that is all, what is not above `tiny`
+        times the largest."""
         self.cutoff = float(max(floor/self.paper, least*raw[-1]))
         if raw[-1] <= self.cutoff:
             self.cutoff = float(tiny*raw[-1])
@@ -131,30 +144,36 @@ class Spectrum:
 
 # %% ../../nbs/02a_spectra.ipynb #5f0a11c2
 def _solve_alone(part, options):
-    "Eigenvalues of each of a few stacks of matrices by itself, so that one that fails costs no other."
+    "As `_solve_part`, each stack by itself: one that fails gets (None, ''), and costs no other."
     res = {}
-    for k,m in part:
-        try: res[k] = _eigenvalues(m, *options)
-        except (OpenTransError, torch.linalg.LinAlgError): res[k] = None,''
+    for key,mats in part:
+        try: res[key] = _eigenvalues(mats, *options)
+        except (OpenTransError, torch.linalg.LinAlgError): res[key] = None,''
     return res
 
 def _parts(jobs, size):
-    "Stacks of matrices in parts of one shape, of at most `size` numbers; the longest work first."
-    groups,parts = {},[]
-    for k,m in jobs: groups.setdefault((m.shape[1:], m.device, m.dtype), []).append((k, m))
-    for group in groups.values():
-        n = size
-        for k,m in group:
-            if n+m.numel() > size: parts,n = [*parts, []],0
-            parts[-1].append((k, m))
-            n += m.numel()
-    return sorted(parts, key=lambda part: -sum(m.shape[0] for _,m in part)*min(part[0][1].shape[1:])**3)
+    """Jobs (key, stack of matrices) in parts of one shape, each of at most `size` numbers or a single job; the longest
+    work first."""
+    alike = {}
+    for key,mats in jobs: alike.setdefault((mats.shape[1:], mats.device, mats.dtype), []).append((key, mats))
+    parts = []
+    for group in alike.values():
+        room = 0
+        for key,mats in group:
+            if mats.numel() > room:
+                parts.append([])
+                room = size
+            parts[-1].append((key, mats))
+            room -= mats.numel()
+    def work(part): return sum(len(mats) for _,mats in part)*min(part[0][1].shape[1:])**3
+    return sorted(parts, key=lambda part: -work(part))
 
 def _solve_part(part, options):
-    "Eigenvalues of stacks of one shape: name -> (eigenvalues, how)."
-    try: ev,how = _eigenvalues(torch.cat([m for _,m in part]) if len(part) > 1 else part[0][1], *options)
+    "Eigenvalues of jobs whose matrices have one shape: key -> (eigenvalues, how they were found)."
+    together = torch.cat([mats for _,mats in part]) if len(part) > 1 else part[0][1]
+    try: ev,how = _eigenvalues(together, *options)
     except (OpenTransError, torch.linalg.LinAlgError): return _solve_alone(part, options)
-    return {k: (e,how) for (k,_),e in zip(part, ev.split([len(m) for _,m in part]))}
+    return {key: (own, how) for (key,_),own in zip(part, ev.split([len(mats) for _,mats in part]))}
 
 def _threads(asked):
     "How many layers are solved at once."
@@ -177,19 +196,19 @@ def _solve(jobs, *options, size=None, threads=1):
 
 # %% ../../nbs/02a_spectra.ipynb #28f243a3
 def _weight_of(s, w, device, before=None):
-    """(weight to compute with, type it was stored in, squared norm of what it is a change of) of a layer; Nones if
-    it has no spectrum, and then the reason stands in its `Spectrum`."""
+    """(weight to compute with, type it was stored in, squared norm of the whole weight if the first is a change of
+    it) of a layer. All are None if it has no spectrum, and then the reason stands in its `Spectrum`."""
     nothing = None,None,None
     try:
         w,stored = _read(w)
-        if before is not None: old,coarse = _read_base(s, w, before)
+        if before is not None: old,old_stored = _read_base(s, w, before)
     except _Unread as e:
         s.reason = str(e)
         return nothing
     if device is not None: w = w.to(device)
     whole = None
     if before is not None:
-        stored = max(_stored_type(w, stored), _stored_type(old, coarse), key=_coarseness) if w.numel() else stored
+        if w.numel(): stored = max(_stored_type(w, stored), _stored_type(old, old_stored), key=_coarseness)
         whole = torch.linalg.vector_norm(w.double()).item()**2
         w = w.double() - old.to(w.device, torch.float64)
     if not w.numel(): s.reason = 'the weight is empty'
@@ -197,7 +216,8 @@ def _weight_of(s, w, device, before=None):
     if not _finite(w): s.reason = 'the weight holds NaN or infinity'
     elif not s.density: s.reason = 'all weights are zero' if before is None else 'nothing has changed'
     if s.reason: return nothing
-    return w, stored if before is not None else _stored_type(w, stored), whole
+    if before is None: stored = _stored_type(w, stored)
+    return w,stored,whole
 
 def _coarseness(dtype): return torch.finfo(dtype).eps if dtype.is_floating_point else 0.
 
@@ -228,16 +248,16 @@ class _Work:
         self.floor = floor
         self.blocks = blocks
         self.null = null
-        self.options = options
+        self.options = options      # (method, precision, floor) of `_eigenvalues`
         self.threads = threads
-        self.most = most
-        self.made = []
-        self.waiting = []
-        self.numbers = 0
+        self.most = most            # numbers that wait at most
+        self.made = []              # the spectra of all layers
+        self.waiting = []           # what `take` was given of layers that are not solved yet
+        self.numbers = 0            # in the matrices that wait
 
     def take(self, s, mats, stored, whole):
-        """Another layer: its `Spectrum`, its matrices, the type it was stored in, and the squared norm of what it
-        is a change of."""
+        """Another layer: its `Spectrum`, its matrices or None, the type it was stored in, and the squared norm of the
+        whole weight if they are a change of it."""
         self.made.append(s)
         if mats is None: return
         self.waiting.append((s, mats, stored, whole))
@@ -247,15 +267,16 @@ class _Work:
     def flush(self):
         "Solve what waits."
         cut = [_blocks_of(mats, self.blocks) for _,mats,*_ in self.waiting]
-        method,precision,exact = self.options
-        found = _solve(enumerate(cut), method, precision, exact, threads=self.threads)
+        found = _solve(enumerate(cut), *self.options, threads=self.threads)
+        precision = self.options[1]
         for k,(s,mats,stored,whole) in enumerate(self.waiting):
             s.keep(*found[k], cut[k], self.floor, self.norm, precision, stored, whole)
             if self.null is None: continue
             # coarse, so that layers of one shape share their null
             s.kurtosis = round(kurtosis_of(mats), 1)
             if self.null.kind == 'shuffle': s.shuffle(mats, self.null, self.blocks, self.norm, *self.options)
-        self.waiting,self.numbers = [],0
+        self.waiting = []
+        self.numbers = 0
 
 def spectra(
     # Any `nn.Module` (read in its tower, as `layers` does), or a state dict
@@ -283,18 +304,22 @@ def spectra(
 )->list[Spectrum]: # One a layer
     """The spectra of all layers of a model. No layer is lost, and none stops the others. Raises `OpenTransError`
     for a model without layers."""
-    blocks,null = as_blocks(aspect),as_null(null)
-    exact = floor or 1e-5
+    blocks = as_blocks(aspect)
+    null = as_null(null)
+    smallest = floor or 1e-5 # eigenvalue that is to be exact
     if floor is None: floor = 1e-5 if blocks is None else 0.
     # complains about wrong options at once
     esd(torch.ones(1, 1), conv=conv, method=method, precision=precision)
-    work = _Work(norm, floor, blocks, null, (method, precision, exact), threads)
-    before = None if base is None else {n: w for n,_,w,_,_ in _named_weights(base, embeddings, split_groups, skip)}
-    for name,kind,w,T,groups in _named_weights(model, embeddings, split_groups, skip):
-        s = Spectrum(name, kind, _shape(w), paper=.5/norm if kind == 'conv' else 1.)
-        w,stored,whole = _weight_of(s, w, device, before)
-        work.take(s, None if w is None else _stack(w, kind, conv, T, groups, blocks), stored, whole)
+    work = _Work(norm, floor, blocks, null, (method, precision, smallest), threads)
+    def weights_of(source): return _named_weights(source, embeddings, split_groups, skip)
+    before = None if base is None else {name: weight for name,_,weight,*_ in weights_of(base)}
+    for name,kind,weight,transposed,groups in weights_of(model):
+        s = Spectrum(name, kind, _shape(weight), paper=.5/norm if kind == 'conv' else 1.)
+        w,stored,whole = _weight_of(s, weight, device, before)
+        mats = None if w is None else _stack(w, kind, conv, transposed, groups, blocks)
+        work.take(s, mats, stored, whole)
     work.flush()
     if work.made: return work.made
-    where = f" outside {', '.join(_head(model, skip))}" if _head(model, skip) else ''
+    skipped = _skipped(model, skip)
+    where = f" outside {', '.join(skipped)}" if skipped else ''
     raise OpenTransError(f"The model has no convolution or linear layer to analyse{where}.")

@@ -61,9 +61,10 @@ def assign(
     low,high = _spread(spread)
     if how in ('linear', 'rank'): return (_linear if how == 'linear' else _by_rank)(scores, low, high)
     if how == 'sigmoid': return _sigmoid(scores, blocks if blocks is not None else [0]*len(scores), slope)
-    if scores.min() < (0 if how == 'sqrt' else 1) or scores.max() <= (how == 'log2'):
+    least = 1 if how == 'log2' else 0 # where the map is zero
+    if scores.min() < least or scores.max() <= least:
         raise OpenTransError(
-            f"how='{how}' needs scores from {int(how == 'log2')} on, and the smallest is {scores.min():.4g}. Take "
+            f"how='{how}' needs scores from {least} on, and the smallest is {scores.min():.4g}. Take "
             f"how='linear'.")
     return _in_proportion(np.sqrt(scores) if how == 'sqrt' else np.log2(scores))
 
@@ -142,7 +143,7 @@ def _norms_beside(model, shares):
             for p in m.parameters(recurse=False)}
 
 # %% ../../nbs/02e_alpha_to_everything.ipynb #2c6c226c
-def _some(frame): return frame.index[(frame.kind != 'embedding') & frame.alpha.notna()]
+def _names_with_fit(frame): return frame.index[(frame.kind != 'embedding') & frame.alpha.notna()]
 
 @patch
 def scores(self:LayerTable,
@@ -154,7 +155,7 @@ def scores(self:LayerTable,
     a fit."""
     self._check_order(by)
     if per not in ('layer', 'block'): raise unknown('unit', per, ['layer', 'block'])
-    names = [n for n in _some(self.frame) if few or self.frame.status[n] == 'ok']
+    names = [n for n in _names_with_fit(self.frame) if few or self.frame.status[n] == 'ok']
     found = self.frame.loc[names, by].astype(float).dropna()
     if not len(found):
         raise OpenTransError(
@@ -199,7 +200,8 @@ def decay_groups(self:LayerTable,
 def _shares_to_prune(shares, sizes, prune, most):
     """Shares of layers scaled so that the whole has the share `prune`; those that would be above `most` stay there,
     and the others make up for it, also those with a share of 0."""
-    shares,held = np.asarray(shares, dtype=float),np.zeros(len(shares), dtype=bool)
+    shares = np.asarray(shares, dtype=float)
+    held = np.zeros(len(shares), dtype=bool) # at `most`
     for _ in range(len(shares)+1):
         left = prune*sizes.sum() - most*sizes[held].sum()
         # layers that were to stay whole make up for the others alike

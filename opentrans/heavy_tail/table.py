@@ -18,8 +18,8 @@ from ..core import LayerSelection
 from ..errors import OpenTransError, unknown
 from ..escape import for_html, for_plot
 from .null import as_blocks, as_null, Blocks, compare_with_null, Null, NULL_COLUMNS
-from .power_law import _no_fit, _rule, _Tails, SELECTION_RULES, PowerLawFit, XMIN_RULES
-from .reading import _head, _not_read, WeightFiles
+from .power_law import _no_fit, _rule_name, _Tails, SELECTION_RULES, PowerLawFit, XMIN_RULES
+from .reading import _skipped, _not_read, WeightFiles
 from .spectra import Spectrum, spectra
 from ..naming import name_some
 from ..runtime import get_axes
@@ -49,7 +49,7 @@ class _LayerFits:
         self.few: int = few
         self.options: dict[str, Any] = dict(options or {})
         self.null: Null|None = as_null(null)
-        self.max_aspect: float|None = 8 if max_aspect is None and _rule(xmin) == 'paper' else max_aspect
+        self.max_aspect: float|None = 8 if max_aspect is None and _rule_name(xmin) == 'paper' else max_aspect
         self.fits: dict[str, PowerLawFit] = {s.name: self._fit(s) for s in spectra}
         self.frame: pd.DataFrame = pd.DataFrame([self._row(s, self.fits[s.name]) for s in spectra],
                                   index=pd.Index(list(self.spectra), name='layer'), columns=_COLUMNS)
@@ -60,7 +60,7 @@ class _LayerFits:
         aspect = max(s.shape)/min(s.shape)
         if aspect < self.max_aspect: return s.fit(self.xmin)
         return _no_fit(f'left out: a linear layer {aspect:.3g} times longer than wide (limit {self.max_aspect:g})',
-                       s.evals.size, _rule(self.xmin), s.evals)
+                       s.evals.size, _rule_name(self.xmin), s.evals)
 
     def _few(self, f):
         "Why a fit rests on little; empty if it does not. Eigenvalues that agree to six digits count once."
@@ -85,15 +85,14 @@ class _LayerFits:
 
 # %% ../../nbs/02b_layers.ipynb #d2d0dd0d
 def _random_alphas(table, s, shared):
-    """(alphas, standard error) of random spectra by the table's own rule. Layers of one shape share them where
-    scale does not matter."""
-    drawn,cutoff = s.random(table.null),s.cutoff
-    whole = drawn.size and drawn.min() > cutoff
-    key = ((s.stack, s.kurtosis)
-           if whole and table.null.kind != 'shuffle' and _rule(table.xmin) in ('ks', 'median', 'peak')
-           else s.name)
+    """(alphas, standard error) of random spectra by the table's own rule. Layers of one shape share them, in the
+    dictionary `shared`, where scale does not matter."""
+    drawn = s.random(table.null)
+    uncut = drawn.size and drawn.min() > s.cutoff
+    any_scale = table.null.kind != 'shuffle' and _rule_name(table.xmin) in ('ks', 'median', 'peak')
+    key = (s.stack, s.kurtosis) if uncut and any_scale else s.name
     if key not in shared:
-        fits = [replace(s, evals=x[x > cutoff], noise=0.).fit(table.xmin) for x in drawn]
+        fits = [replace(s, evals=x[x > s.cutoff], noise=0.).fit(table.xmin) for x in drawn]
         shared[key] = np.array([f.alpha for f in fits]),fits[0].sigma if fits else math.nan
     return shared[key]
 
@@ -159,13 +158,12 @@ class _LayersByName(_LayerFits):
 class LayerTable(_LayersByName):
     "The spectra of a model's layers and the power laws fitted to them: a row a layer. Made by `analyze`."
     def _about(self):
-        c = self.frame.status.value_counts()
-        notes = [f"{c[k]} {t}"
-                 for k,t in [('few', f'with fewer than {self.few} eigenvalues'), ('failed', 'without a fit')] if k in c]
-        others = [n for n,why in self.unread.items() if 'the head' not in why]
-        if others:
-            notes.append(
-                f"not read: {others[0]}{f' and {len(others)-1} more' if len(others) > 1 else ''}, see `unread`")
+        counts = self.frame.status.value_counts()
+        notes = [f"{counts[status]} {words}"
+                 for status,words in [('few', f'with fewer than {self.few} eigenvalues'), ('failed', 'without a fit')]
+                 if status in counts]
+        others = [name for name,why in self.unread.items() if 'the head' not in why]
+        if others: notes.append(f"not read: {name_some(others, 1)}, see `unread`")
         return (f"{len(self)} layers, xmin by {self.xmin!r}, median alpha {self.median:.3f}"
                 + (f" ({', '.join(notes)})" if notes else ''))
 
@@ -191,15 +189,15 @@ class LayerTable(_LayersByName):
         if name not in numbers: raise unknown('way to choose layers', by, dict.fromkeys([*SELECTION_RULES, *numbers]))
 
     def select(self,
-        freeze:float=.5, # Share of the layers with a fit that rest (Tab. 10 tries 0.25, 0.5 and 0.75)
-        # `'alpha'`: those with small alpha rest (the paper's choice); `'alpha*'`: those with large alpha; `'random'`
-        # (Tab. 2); `'z'`: those with small alpha for their shape, in a table with a `null`; any other column of
-        # numbers, with a star for large ones
+        freeze:float=.5, # Share of the layers with a fit that is frozen (Tab. 10 tries 0.25, 0.5 and 0.75)
+        # Which are frozen: `'alpha'`: those with small alpha (the paper's choice); `'alpha*'`: those with large alpha;
+        # `'random'` (Tab. 2); `'z'`: those with small alpha for their shape, in a table with a `null`; any other column
+        # of numbers, with a star for large ones
         by:str='alpha',
         seed:int=0, # Of the random choice
     )->LayerSelection: # Layers without a fit are trained
-        """Choose the layers to train (Sec. 3.3.2): at 0.5, those with alpha strictly below the median rest. Raises
-        `OpenTransError`."""
+        """Choose the layers to train (Sec. 3.3.2): at 0.5, those with alpha strictly below the median are frozen.
+        Raises `OpenTransError`."""
         return _selection(self, freeze, by, seed)
 
     def plot_alpha(self,
@@ -263,15 +261,16 @@ def analyze(
 )->LayerTable: # A row a layer
     """Spectrum and power law of every layer (Sec. 3.3.2). A layer without a fit is a row of NaN with a reason.
     Raises `OpenTransError`."""
-    _rule(xmin)
-    blocks,null = as_blocks(aspect),as_null(null)
+    _rule_name(xmin) # complains about an unknown rule before anything is computed
+    blocks = as_blocks(aspect)
+    null = as_null(null)
     made = spectra(model, conv, norm, skip, aspect=blocks, null=null, base=base, **options)
-    said = dict(options, conv=conv, norm=norm, skip=skip if skip is None else list(_head(model, skip)))
+    said = dict(options, conv=conv, norm=norm, skip=skip if skip is None else list(_skipped(model, skip)))
     if 'device' in options: said['device'] = str(options['device'])
     if blocks is not None: said['aspect'] = asdict(blocks)
     if base is not None: said['base'] = type(base).__name__
-    return LayerTable(made, xmin, few, max_aspect,
-                      said | dict(unread=_not_read(model, {s.name for s in made}, skip)), null)
+    said['unread'] = _not_read(model, {s.name for s in made}, skip)
+    return LayerTable(made, xmin, few, max_aspect, said, null)
 
 # %% ../../nbs/02b_layers.ipynb #2fd1f0b4
 _BLUE = '#3b6fb6'
@@ -349,35 +348,42 @@ def _draw_grid(table, names, n, ncols):
 
 # %% ../../nbs/02b_layers.ipynb #1714eabf
 def _selection(table, freeze, by, seed):
-    "The layers of a table that rest by a rule, and those that are trained."
+    "The layers of a table that a rule freezes, and those that are trained."
     if by != 'random': table._check_order(by)
     if not 0 <= freeze <= 1:
         raise OpenTransError(f"freeze={freeze} is no share of layers. Give a number from 0 to 1.")
     frame = table.frame[table.frame.kind != 'embedding']
-    alpha = frame['alpha' if by == 'random' else by.removesuffix('*')].astype(float)[frame.alpha.notna()].dropna()
-    if not len(alpha):
+    column = 'alpha' if by == 'random' else by.removesuffix('*')
+    values = frame[column].astype(float)[frame.alpha.notna()].dropna()
+    if not len(values):
         raise OpenTransError(
             "No layer has a fit, so there is nothing to choose by. The column 'reason' of the table says why.")
-    k = math.floor(freeze*len(alpha) + 1e-9)
-    if by == 'random': rest = set(np.random.default_rng(seed).permutation(alpha.index.to_numpy(dtype=object))[:k])
+    count = math.floor(freeze*len(values) + 1e-9)
+    if by == 'random':
+        names = values.index.to_numpy(dtype=object)
+        frozen = set(np.random.default_rng(seed).permutation(names)[:count])
     else:
-        key = -alpha if by.endswith('*') else alpha
-        rest = set(key.index if k == len(key) else key.index[key < key.sort_values().iloc[k]])
+        order = -values if by.endswith('*') else values
+        # at most `count`: layers with equal values are frozen together or not at all
+        frozen = set(order.index if count == len(order) else order.index[order < order.sort_values().iloc[count]])
     null = f", against {table.null.kind}" if table.null is not None and by.removesuffix('*') in NULL_COLUMNS else ''
-    rule = (f"{by}, {freeze:.0%} of {len(alpha)} layers frozen, xmin by {table.xmin}{null}"
+    rule = (f"{by}, {freeze:.0%} of {len(values)} layers frozen, xmin by {table.xmin}{null}"
             + (f", seed {seed}" if by == 'random' else ''))
-    return LayerSelection([n for n in frame.index if n not in rest], [n for n in frame.index if n in rest], rule)
+    trained = [name for name in frame.index if name not in frozen]
+    return LayerSelection(trained, [name for name in frame.index if name in frozen], rule)
 
 # %% ../../nbs/02b_layers.ipynb #35a9a355
 def _draw_alphas(table, ax, selection):
     "Draw alpha of each layer of a table."
-    a,x = table.frame.alpha.to_numpy(),np.arange(len(table))
+    a = table.frame.alpha.to_numpy()
+    x = np.arange(len(table))
     some = np.isfinite(a).any()
     if selection is None and some: selection = table.select()
     frozen = set(selection.freeze if selection else [])
-    for i in x[[n in frozen for n in table]]:
-        ax.axvspan(i-.5, i+.5, color=_BLUE, alpha=.15, lw=0,
-                   label='_' if i > x[[n in frozen for n in table]][0] else 'frozen')
+    shaded = x[[name in frozen for name in table]]
+    for i in shaded:
+        label = 'frozen' if i == shaded[0] else '_'
+        ax.axvspan(i-.5, i+.5, color=_BLUE, alpha=.15, lw=0, label=label)
     ax.plot(x, a, '.-', color=_BLUE, lw=1)
     over = a < 2
     if over.any(): ax.plot(x[over], a[over], 'o', color=_ORANGE, ms=5, label='over-trained (< 2)')

@@ -26,7 +26,7 @@ def _must_exist(path, kind):
     if Path(path).exists(): return
     raise OpenTransError(f"No {kind.holds} file '{path}'. Give the path of a file that {kind.maker} wrote.")
 
-def _tensors(prefix, obj):
+def _state_under(prefix, obj):
     "The state dict of an object, under a prefix. Raises `OpenTransError` if it holds something that is no tensor."
     state = obj.state_dict()
     for name,t in state.items():
@@ -84,7 +84,7 @@ def _bake(mask, model, path=None, dtype=None):
         raise OpenTransError(f"dtype={dtype}: weights are stored as torch.float64, float32, bfloat16 or float16.")
     bare = unwrap(model)
     masks = _places_kept(mask, bare)
-    state = {name: t.detach().cpu() for name,t in _tensors('', bare).items()}
+    state = {name: t.detach().cpu() for name,t in _state_under('', bare).items()}
     stored = _as_stored({name: t[masks[name]] if name in masks else t for name,t in state.items()}, dtype)
     tensors = {**stored, **{f'{name}#kept': pack_bits(keep) for name,keep in masks.items()}}
     shapes = {name: list(keep.shape) for name,keep in masks.items()}

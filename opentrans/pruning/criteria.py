@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from ..errors import OpenTransError, unknown
 from .places import prunable
-from .ranking import _magnitudes, _size
+from .ranking import _magnitude, _magnitudes
 
 # %% ../../nbs/01d_criteria.ipynb #c7ab01e4
 CRITERIA: dict[str, Callable] = {}
@@ -29,12 +29,11 @@ def criterion(
 
 def _name_of(function): return getattr(getattr(function, 'func', function), '__name__', type(function).__name__)
 
-def _criterion(said):
-    """A criterion by its name, or a function as it is: (name, function). Raises `OpenTransError` for an unknown
-    name."""
-    if callable(said): return _name_of(said),said
-    if said not in CRITERIA: raise unknown('criterion', said, CRITERIA)
-    return said,CRITERIA[said]
+def _find_criterion(given):
+    "(name, function) of a criterion that is given by either. Raises `OpenTransError` for an unknown name."
+    if callable(given): return _name_of(given),given
+    if given not in CRITERIA: raise unknown('criterion', given, CRITERIA)
+    return given,CRITERIA[given]
 
 def _parameters(function):
     try: return list(inspect.signature(function).parameters.values())
@@ -42,18 +41,19 @@ def _parameters(function):
 
 # %% ../../nbs/01d_criteria.ipynb #f82668fe
 def _ask_criterion(score, model, losses=None, wanted=None, **kwargs):
-    """The scores that a criterion gives. It is told what it takes: a function of the model alone gets the model
-    alone, and one with arguments `density` and `scope` is told which mask is `wanted`."""
+    """The scores that a criterion gives. It is passed only what it takes: the model, `losses`, arguments of
+    `prunable`, and of `wanted`, which describes the mask to be made, what it names."""
     takes = _parameters(score)
     names = [param.name for param in takes]
     takes_anything = any(param.kind == param.VAR_KEYWORD for param in takes)
-    args = [model]
-    told = {name: value for name,value in kwargs.items() if takes_anything or name in names}
-    told |= {name: value for name,value in (wanted or {}).items() if name in names}
+    by_place = [model]
+    by_name = {name: value for name,value in kwargs.items() if takes_anything or name in names}
+    by_name |= {name: value for name,value in (wanted or {}).items() if name in names}
     second = takes[1] if len(takes) > 1 and takes[1].kind == takes[1].POSITIONAL_OR_KEYWORD else None
-    if second is not None and (losses is not None or second.default is second.empty): args.append(losses)
-    elif losses is not None and (takes_anything or 'losses' in names): told['losses'] = losses
-    scores = score(*args, **told)
+    must_have_second = second is not None and second.default is second.empty
+    if must_have_second or (second is not None and losses is not None): by_place.append(losses)
+    elif losses is not None and (takes_anything or 'losses' in names): by_name['losses'] = losses
+    scores = score(*by_place, **by_name)
     if isinstance(scores, dict): return scores
     raise OpenTransError(f"The criterion {_name_of(score)} gives a {type(scores).__name__}, "
                          "not a dict of name -> scores.")
@@ -75,7 +75,8 @@ def _threads():
 def _scores(score, mask, model, losses=None, wanted=None, **kwargs):
     """Scores of the masked weights, by a criterion. Raises `OpenTransError` if it leaves a layer out, or gives
     another shape."""
-    if score is weight_magnitude: return {name: _size(weight) for name,weight in mask.weights(model).items()}
+    # the same scores, without another search for the prunable layers
+    if score is weight_magnitude: return {name: _magnitude(weight) for name,weight in mask.weights(model).items()}
     scores = _ask_criterion(score, model, losses, wanted, **kwargs)
     lacking = [name for name in mask.names if name not in scores]
     if lacking:
@@ -89,15 +90,15 @@ def _scores(score, mask, model, losses=None, wanted=None, **kwargs):
 # %% ../../nbs/01d_criteria.ipynb #dd9008f1
 @contextlib.contextmanager
 def _all_learn(model, params):
-    "In the block the model is in eval mode and all `params` take gradients; then everything is as it was."
-    learnt = [param.requires_grad for param in params]
+    "Inside the block the model is in eval mode and all `params` take gradients; afterwards all is as it was."
+    before = [param.requires_grad for param in params]
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
         for param in params: param.requires_grad_(True)
         yield
     finally:
-        for param,learns in zip(params, learnt): param.requires_grad_(learns)
+        for param,learned in zip(params, before): param.requires_grad_(learned)
         for module,training in modes.items(): module.training = training
 
 def _gradients(found, model, losses):
@@ -133,7 +134,7 @@ def snip(
     "SNIP (Lee et al. 2019, Eq. 6): |w x the gradient over all batches|. Raises `OpenTransError` without losses."
     found = prunable(model, **kwargs)
     total = _summed(_gradients(found, model, losses))
-    return {layer.name: _size(layer.weight*total[layer.name]) for layer in found}
+    return {layer.name: _magnitude(layer.weight*total[layer.name]) for layer in found}
 
 @criterion
 def sensitivity(
@@ -144,4 +145,4 @@ def sensitivity(
     "|w| x the root of the mean squared gradient over batches. Raises `OpenTransError` without losses."
     found = prunable(model, **kwargs)
     total = _summed(_gradients(found, model, losses), lambda grad: grad.abs().square())
-    return {layer.name: _size(layer.weight)*total[layer.name].sqrt() for layer in found}
+    return {layer.name: _magnitude(layer.weight)*total[layer.name].sqrt() for layer in found}

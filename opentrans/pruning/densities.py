@@ -18,7 +18,7 @@ from ..heavy_tail import analyze
 from .calibration import rows_to_weight, sums_of_inputs, weight_rows
 from .places import prunable
 from .prices import _worth, clock_prices
-from .ranking import _density, _keep_best, _share
+from .ranking import _check_density, _check_share, _keep_best
 
 # %% ../../nbs/01i_densities.ipynb #f206fc8b
 def fit_densities(
@@ -137,7 +137,7 @@ def clock_densities(model, found, density, batches=None):
 # %% ../../nbs/01i_densities.ipynb #68949db2
 def _check_densities(densities, found):
     "A dictionary of densities over just these layers. Raises `OpenTransError`."
-    given = _density(densities)
+    given = _check_density(densities)
     names = [layer.name for layer in found]
     lack,odd = [n for n in names if n not in given],[n for n in given if n not in names]
     if lack: raise OpenTransError(f"There is no density for {len(lack)} layers: {', '.join(lack[:6])}.")
@@ -159,7 +159,7 @@ def layer_densities(
     found = prunable(model, **kwargs)
     if isinstance(how, str):
         if how not in DENSITIES: raise unknown('rule of densities', how, DENSITIES)
-        return DENSITIES[how](model, found, _share(density), batches)
+        return DENSITIES[how](model, found, _check_share(density), batches)
     if callable(how): how = how(model, density)
     if not isinstance(how, dict):
         raise OpenTransError(

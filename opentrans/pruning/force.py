@@ -34,8 +34,8 @@ def _zero(t, keep):
 
 # %% ../../nbs/01c_force.ipynb #d8b8faf6
 class _Zeroing:
-    """A parameter, which is not kept alive by it, the mask of what stays, and a hook that zeroes the rest of
-    gradients."""
+    """A parameter with the mask of what stays in it, and a hook that zeroes the rest of its gradients. The parameter
+    is not kept alive."""
     def __init__(self, param, keep):
         self.ref = weakref.ref(param)
         self.keep = keep            # True where a weight stays
@@ -68,14 +68,15 @@ class _Zeroing:
         self.hook = param.register_post_accumulate_grad_hook(self.zero_grad) if param.requires_grad else None
 
 # %% ../../nbs/01c_force.ipynb #540dcaa8
+# optimizers whose step leaves a weight at zero where its gradient and their state are zero
 _EXACT = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 def _version(param):
     "How often a tensor was written to, writes through `.data` aside."
     return None if param.is_inference() else param._version
 
-def _same_object(x):
-    "A function that gives `x`, and does not keep a tensor or an optimizer alive."
+def _reference(x):
+    "A function that gives `x`; a tensor or an optimizer is not kept alive by it, and None is given when it is gone."
     if isinstance(x, (torch.Tensor, torch.optim.Optimizer)): return weakref.ref(x)
     return lambda: x
 
@@ -85,7 +86,7 @@ class _Keeper(_Zeroing):
     when the optimizer's state was cleared at the pruned places."""
     def __init__(self, param, keep):
         super().__init__(param, keep)
-        self.settled = None     # (the optimizer and its values then, places of the sample)
+        self.settled = None     # (references to the optimizer and its state then, pruned places of the sample)
         self.filled = []        # second moments that hold 1 at pruned places
         self.version = None     # of the weight, after the last step
 
@@ -93,8 +94,9 @@ class _Keeper(_Zeroing):
         """Is the pruned part zero by arithmetic? It is if only this optimizer wrote to the weight, with its state
         cleared, and a sample says so."""
         if self.settled is None: return False
-        (owner,*values),places = self.settled
-        if len(values) != len(state) or owner() is not opt: return False
+        references,places = self.settled
+        optimizer,*values = references
+        if optimizer() is not opt or len(values) != len(state): return False
         if any(value() is not now for value,now in zip(values, state.values())): return False
         if self.param.data.view(-1)[places].any(): return False
         return not any((moments().view(-1)[places] < 1e-20).any() for moments in self.filled)
@@ -137,7 +139,8 @@ class _Keeper(_Zeroing):
                 self.filled.append(weakref.ref(t))
         size = self.param.numel()
         sample = torch.linspace(0, size-1, min(64, size)).long()
-        self.settled = [_same_object(x) for x in (opt, *state.values())],sample[~self.keep.view(-1)[sample]]
+        pruned = sample[~self.keep.view(-1)[sample]]
+        self.settled = [_reference(x) for x in (opt, *state.values())],pruned
 
     def move(self, param):
         "Keep another parameter, which took the place of the one before."
@@ -166,8 +169,9 @@ def _keepers(mask, placed):
         else: keeper.keep[rows] &= mask[name]
     return list(keepers.values())
 
-def _way(root, path):
-    "The steps (parent, name, child) from a model to the module of a name without wrappers; None if there is none."
+def _steps_to(root, path):
+    """The steps (parent, name, child) that lead from a model to the module at `path`, in which wrappers are not named;
+    None if there is none."""
     steps = []
     module = root
     names = [name for name in path.split('.') if name]
@@ -222,10 +226,10 @@ def _after_loading(module, keys):
 def _listen(force):
     "Hook a force to all optimizers, and to all parameters that are set, without keeping it alive."
     me = weakref.ref(force)
-    def told(method):
+    def if_alive(method):
         return lambda *args: getattr(me(), method)(*args) if me() is not None else None
-    steps = around_step(told('before_step'), told('after_step'))
-    arrivals = register_module_parameter_registration_hook(told('arrives'))
+    steps = around_step(if_alive('before_step'), if_alive('after_step'))
+    arrivals = register_module_parameter_registration_hook(if_alive('arrives'))
     listeners = Handle(steps.remove, arrivals.remove)
     weakref.finalize(force, RETIRED.append, listeners)
     return listeners
@@ -251,9 +255,9 @@ class _Places:
             if isinstance(module, torch.jit.ScriptModule): continue              # has no such hooks
             self.hooks.append(module.register_load_state_dict_post_hook(_after_loading))
         root = self.root()
-        ways = [] if root is None else [_way(root, slot.path) or () for slot in self.slots]
+        ways = [] if root is None else [_steps_to(root, slot.path) or () for slot in self.slots]
         self.edges = {(id(parent), name): (weakref.ref(parent), name, weakref.ref(child))
-                      for way in ways for parent,name,child in way}
+                      for steps in ways for parent,name,child in steps}
 
     def intact(self):
         "Is every parameter where it was?"
@@ -270,7 +274,7 @@ class _Force(_Places):
     def find(self, slot):
         "Bring a slot to the module that stands at its path now, if the model that the mask was put on still lives."
         root = self.root()
-        steps = None if root is None else _way(root, slot.path)
+        steps = None if root is None else _steps_to(root, slot.path)
         if steps: slot.module = weakref.ref(steps[-1][2])
 
     def take(self, slot, param):
@@ -281,8 +285,9 @@ class _Force(_Places):
             slot.keeper = known[id(param)]
             return slot.keeper.zero_weight()
         before = slot.keeper.param
-        if before is None or not any(other is not slot and other.param is before for other in self.slots):
-            return slot.keeper.move(param)
+        others = [other for other in self.slots if other is not slot]
+        stands_elsewhere = before is not None and any(other.param is before for other in others)
+        if not stands_elsewhere: return slot.keeper.move(param)
         slot.keeper = _Keeper(param, slot.keeper.keep.clone())
         self.keepers.append(slot.keeper)
         slot.keeper.enforce()

@@ -22,17 +22,18 @@ from ..escape import for_plot
 from ..files import FileKind, load_tensors, metadata_value, pack_bits, plain_json, save_tensors, unpack_bits
 from ..naming import clean_name, match_pattern, tell_reasons
 from .baked import _bake, _mask_state, _must_exist
-from .criteria import _ask_criterion, _criterion, _name_of, _threads
+from .criteria import _ask_criterion, _find_criterion, _name_of, _threads
 from .force import _keep_in_force, ActiveMask
 from .places import _candidates, _place, prunable
-from .ranking import _choose, _density, _keep_best, _magnitudes, _share, _size
+from .ranking import (
+    _check_density, _check_share, _choose, _keep_best, _magnitude, _magnitudes)
 from ..runtime import get_axes
 
 if TYPE_CHECKING: # for types alone
     from matplotlib.axes import Axes
 
 # %% ../../nbs/01_pruning.ipynb #df422c53
-def _count(m): return int(np.count_nonzero(m.numpy()))
+def _count(mask): return int(np.count_nonzero(mask.numpy()))
 
 # %% ../../nbs/01_pruning.ipynb #dbec3cd6
 class _MaskValues:
@@ -173,7 +174,7 @@ class _MaskMaking(_MaskSets):
         **kwargs:Any,
     )->Self:
         "Keep the weights of largest magnitude, in one shot. Raises `OpenTransError` for a density outside (0, 1]."
-        density = _density(density)
+        density = _check_density(density)
         found = prunable(model, **kwargs)
         info = _info(model, found, method='magnitude', scope=scope) | _dense_info(model, **kwargs)
         return cls(_choose(_magnitudes(found), density, scope, found), info)
@@ -192,8 +193,8 @@ class _MaskMaking(_MaskSets):
     )->Self:
         """Keep the weights that a criterion finds best, in one shot. Raises `OpenTransError` for an unknown
         criterion, or losses that are not given."""
-        name,score = _criterion(criterion)
-        density = _density(density)
+        name,score = _find_criterion(criterion)
+        density = _check_density(density)
         info = _info(model, prunable(model, **kwargs), method=name, scope=scope) | _dense_info(model, **kwargs)
         if losses is not None: info |= _threads()
         wanted = dict(density=density, scope=scope)
@@ -211,9 +212,9 @@ def _common_factor(sizes, kept, want):
         low,high = (factor,high) if reached < want else (low,factor)
     return high
 
-def _matched(like, density):
-    """How many weights to keep in each layer of `like`, so that the sum has the density: its own counts, scaled if
-    need be."""
+def _counts_like(like, density):
+    """Layer -> how many weights to keep, in the proportions of the mask `like`: its own counts, scaled to a density of
+    the whole if one is given."""
     sizes = {name: mask.numel() for name,mask in like.items()}
     kept = {name: int(mask.sum()) for name,mask in like.items()}
     want = like.kept if density is None else max(1, round(density*like.total))
@@ -242,7 +243,7 @@ class _RandomMasks(_MaskMaking):
         `OpenTransError` for a density outside (0, 1]."""
         if isinstance(density, Mapping) and like is not None:
             raise OpenTransError("Densities of layers and a mask to copy them from: give one of the two.")
-        if density is not None or like is None: density = _density(density)
+        if density is not None or like is None: density = _check_density(density)
         if like is not None: return cls._random_like(model, density, seed, like)
         shapes = {layer.name: layer.weight.shape for layer in prunable(model, **kwargs)}
         generator = torch.Generator().manual_seed(seed)
@@ -256,7 +257,7 @@ class _RandomMasks(_MaskMaking):
         scores = {name: torch.rand(shape, generator=generator) for name,shape in like.shapes.items()}
         _place(like.shapes, model) # raises if the model is another one
         masks = {name: torch.zeros(shape, dtype=torch.bool) for name,shape in like.shapes.items()}
-        for name,count in _matched(like, density).items():
+        for name,count in _counts_like(like, density).items():
             if count: masks[name] = _keep_best({name: scores[name]}, count)[0][name]
         return cls(masks, dict(method='random, layer-matched', seed=seed))
 
@@ -280,8 +281,8 @@ class _MaskOnModels(_RandomMasks):
         p:float, # Share of the *remaining* weights to drop, in (0, 1)
     )->Self: # Itself
         "Drop the globally smallest of the remaining weights (paper, Algorithm 1, line 4)."
-        scores = {name: _size(weight) for name,weight in self.weights(model).items()}
-        keep = max(1, round((1-_share(p, 'p', one=False))*self.kept))
+        scores = {name: _magnitude(weight) for name,weight in self.weights(model).items()}
+        keep = max(1, round((1-_check_share(p, 'p', one_allowed=False))*self.kept))
         self.masks,self.threshold = _keep_best(scores, keep, self.masks)
         return self
 
@@ -316,13 +317,13 @@ class _MaskOnModels(_RandomMasks):
 # %% ../../nbs/01_pruning.ipynb #a602e802
 MASK_FILE = FileKind('opentrans-mask', 'mask', 'SparseMask.save')
 
-def _told(value):
+def _storable(value):
     """A value as a file can hold it and give it back: numbers, texts, lists and dictionaries; anything else by its
     name."""
     if isinstance(value, (np.generic, np.ndarray, torch.Tensor)): value = value.tolist()
-    if isinstance(value, dict): return {_told(str(key)): _told(inner) for key,inner in value.items()}
+    if isinstance(value, dict): return {_storable(str(key)): _storable(inner) for key,inner in value.items()}
     if isinstance(value, (set, frozenset)): value = sorted(value, key=str)
-    if isinstance(value, (list, tuple)): return [_told(inner) for inner in value]
+    if isinstance(value, (list, tuple)): return [_storable(inner) for inner in value]
     if isinstance(value, (int, float, type(None))): return value
     # the text of these holds an address in memory
     named = callable(value) or type(value).__repr__ is object.__repr__
@@ -367,7 +368,7 @@ class _MaskFiles(_MaskOnModels):
             share = round(kept/max(1, mask.numel()), 6)
             per_layer[name] = dict(shape=list(mask.shape), kept=kept, density=share)
         bits = {name: pack_bits(mask) for name,mask in self.items()}
-        told = plain_json(_told({**self.info, **info}))
+        told = plain_json(_storable({**self.info, **info}))
         save_tensors(bits, path, dict(density=f'{self.density:.6f}', layers=per_layer, info=told), MASK_FILE)
 
     @classmethod
@@ -385,8 +386,8 @@ class _MaskFiles(_MaskOnModels):
         per_layer = metadata_value(meta, 'layers', dict[str, _MaskLayer], path)
         masks = _unpacked(bits, {name: said['shape'] for name,said in per_layer.items()}, MASK_FILE, path)
         mask = cls(masks, metadata_value(meta, 'info', dict, path))
-        if (not (first_version or meta.get('density') == f'{mask.density:.6f}')
-            or not mask._keeps_as_told(per_layer)):
+        density_fits = first_version or meta.get('density') == f'{mask.density:.6f}'
+        if not density_fits or not mask._keeps_as_told(per_layer):
             raise MASK_FILE.damaged(path, 'it keeps other weights than it says')
         return mask
 
@@ -423,9 +424,9 @@ class _MaskPictures(_MaskFiles):
     )->'Axes': # The axes
         "Magnitudes of the weights that the mask keeps and drops; weights that are zero are left out."
         ax = get_axes(ax, figsize=(5, 3))
-        sizes = {name: _size(weight).cpu().float() for name,weight in self.weights(model).items()}
-        kept = torch.cat([sizes[name][mask] for name,mask in self.items()])
-        dropped = torch.cat([sizes[name][~mask] for name,mask in self.items()])
+        magnitudes = {name: _magnitude(weight).cpu().float() for name,weight in self.weights(model).items()}
+        kept = torch.cat([magnitudes[name][mask] for name,mask in self.items()])
+        dropped = torch.cat([magnitudes[name][~mask] for name,mask in self.items()])
         logs = [values[values > 0].log10().numpy() for values in (dropped, kept)]
         ax.hist(logs, bins=bins, stacked=True, color=['lightgray', 'C0'],
                 label=[f'dropped ({self.sparsity:.1%})', f'kept ({self.density:.1%})'])

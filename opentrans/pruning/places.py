@@ -79,16 +79,21 @@ def _match_in(module, keys, strict):
     params = bare_parameters(module)
     computed = {layer.key: layer for name,part in bare_modules(module)
                 for layer in layers_of(name, part) if layer.computed}
-    there = ({n: p for n,p in params.items() if p.is_meta or not no_values(p)}
-             | {n: layer.param for n,layer in computed.items()})
-    try: hit = match_weights(keys, {n: t.shape for n,t in there.items()}, strict, lambda n: id(there[n]))
+    there = ({name: param for name,param in params.items() if param.is_meta or not no_values(param)}
+             | {name: layer.param for name,layer in computed.items()})
+    shapes = {name: t.shape for name,t in there.items()}
+    try: found = match_weights(keys, shapes, strict, lambda name: id(there[name]))
     except OpenTransError:
         absent = _absent_for(keys, params)
         if absent:
             raise OpenTransError(f"{len(absent)} layers cannot be masked yet: {tell_reasons(absent)}.") from None
         raise
-    whys = {k: computed[n].computed if n in computed else _unmaskable(there[n]) for k,(n,_) in hit.items()}
-    return {k: (there[n], rows) for k,(n,rows) in hit.items()},{k: why for k,why in whys.items() if why}
+    placed,whys = {},{}
+    for key,(name,rows) in found.items():
+        placed[key] = there[name],rows
+        why = computed[name].computed if name in computed else _unmaskable(there[name])
+        if why: whys[key] = why
+    return placed,whys
 
 # %% ../../nbs/01b_places.ipynb #661f3f70
 def _place(keys, model, strict=True):

@@ -33,11 +33,13 @@ def _kth_smallest(chunks, k, sample=65536, slack=.01):
     "The exact k-th smallest (k >= 1) value of a list of flat tensors, as a float."
     n = sum(map(len, chunks))
     step = max(1, n//sample)
-    if step > 1:
+    if step > 1: # of many values, only those near the k-th are put in order
         low,high = _bracket(chunks, k/n, step, slack)
         below = sum(int((chunk < low).sum()) for chunk in chunks)
         between = _joined([chunk[(chunk >= low) & (chunk <= high)] for chunk in chunks])
-        if below < k <= below+len(between): return _kth_smallest([between], k-below, sample=len(between))
+        is_between = below < k <= below+len(between)
+        # a sample as large as what is left, so that no second bracket is looked for
+        if is_between: return _kth_smallest([between], k-below, sample=len(between))
     values = _joined(chunks)
     if values.device.type != 'cpu': return values.kthvalue(k).values.item()
     return float(np.partition(values.numpy(), k-1)[k-1])
@@ -84,19 +86,20 @@ def _keep_best(
     return {name: stays.reshape(scores[name].shape).cpu() for name,stays in kept.items()},threshold
 
 # %% ../../nbs/01a_ranking.ipynb #0d1bfe97
-def _share(x, what='density', one=True):
-    "Check a number of (0, 1], or of (0, 1) without the one."
+def _check_share(x, what='density', one_allowed=True):
+    "A share as a float. Raises `OpenTransError` if it is no number in (0, 1], or is one where that is not allowed."
     is_number = isinstance(x, (int, float, np.number)) and not isinstance(x, bool)
-    if is_number and 0 < x and (x <= 1 if one else x < 1): return float(x)
-    end = ']' if one else ')'
+    if is_number and 0 < x and (x <= 1 if one_allowed else x < 1): return float(x)
+    end = ']' if one_allowed else ')'
     raise OpenTransError(
         f"{what} must be a number in (0, 1{end}, not {x!r}. For one tenth of the weights write 0.1.")
 
-def _density(density):
-    "Check a density: a share, or a share for each layer, by name."
-    if not isinstance(density, Mapping): return _share(density)
-    if density: return {clean_name(name): _share(share, f'the density of {name}') for name,share in density.items()}
-    raise OpenTransError("The densities are empty. Give a share for each layer, as LayerTable.densities does.")
+def _check_density(density):
+    "A density, checked: a share, or a share for each layer by name. Raises `OpenTransError`."
+    if not isinstance(density, Mapping): return _check_share(density)
+    if not density:
+        raise OpenTransError("The densities are empty. Give a share for each layer, as LayerTable.densities does.")
+    return {clean_name(name): _check_share(share, f'the density of {name}') for name,share in density.items()}
 
 def _shares_of(density, names):
     "The share of each of the named layers, of a dict that may have more. Raises `OpenTransError` if it lacks some."
@@ -106,21 +109,24 @@ def _shares_of(density, names):
                          "Give one for each layer that is pruned.")
 
 def _counts(sizes, shares, keep=None, most=None):
-    """How many weights each layer keeps, at least one and at most `most`: its share, rounded so that the sum is
-    `keep`."""
+    """Layer -> how many weights it keeps: its share, rounded to at least one and at most `most[name]`, so that all
+    layers together keep `keep`, or their shares if that is None."""
     exact = {name: sizes[name]*shares[name] for name in sizes}
     most = most or sizes
     counts = {name: max(1, min(most[name], math.floor(value + 1e-9))) for name,value in exact.items()}
-    lacking = (round(sum(exact.values())) if keep is None else keep) - sum(counts.values())
+    total = round(sum(exact.values())) if keep is None else keep
+    lacking = total - sum(counts.values())
     step = 1 if lacking > 0 else -1
+    # first the layers that rounding has moved furthest from their share
     for name in sorted(exact, key=lambda name: step*(counts[name]-exact[name])):
-        if not lacking or not 1 <= counts[name]+step <= most[name]: continue
+        if lacking == 0: break
+        if not 1 <= counts[name]+step <= most[name]: continue
         counts[name] += step
         lacking -= step
     return counts
 
 def _keep_each(scores, counts, alive=None):
-    "As `_keep_best`, so many of each layer."
+    "As `_keep_best`, but within each layer: the `counts[name]` best of its own, and the largest threshold of all."
     masks,thresholds = {},[]
     for name,score in scores.items():
         within = None if alive is None else {name: alive[name]}
@@ -129,13 +135,13 @@ def _keep_each(scores, counts, alive=None):
         thresholds.append(threshold)
     return masks,max(thresholds)
 
-def _size(weight):
-    "Magnitudes of weights; types of one byte have none of their own."
+def _magnitude(weight):
+    "|w| of each weight, in float32 for types of one byte, which torch has no `abs` for."
     weight = weight.detach()
     one_byte = weight.is_floating_point() and weight.element_size() == 1
     return (weight.float() if one_byte else weight).abs()
 
-def _magnitudes(found): return {layer.name: _size(layer.weight) for layer in found}
+def _magnitudes(found): return {layer.name: _magnitude(layer.weight) for layer in found}
 
 def _best_of_m(scores, n, m):
     """Of scores (outputs, inputs, ...), the best `n` of every `m` consecutive inputs. A layer whose number of

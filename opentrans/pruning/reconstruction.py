@@ -21,7 +21,7 @@ from .criteria import criterion
 from .densities import layer_densities, wanda_scores
 from .mask import _dense_info, _info, SparseMask
 from .places import prunable
-from .ranking import _share
+from .ranking import _check_share
 from .solvers import Budget, Inputs, output_error, OWN_SCOPE, SOLVERS
 from ..runtime import progress
 
@@ -241,7 +241,7 @@ def _restore(found, before):
 def _budgets(found, density, scope, densities, method):
     "Layer -> `Budget`."
     own = OWN_SCOPE.get(method, 'layer') if scope in (None, 'global') else scope
-    return {layer.name: Budget(densities[layer.name] if densities else _share(density), own) for layer in found}
+    return {layer.name: Budget(densities[layer.name] if densities else _check_share(density), own) for layer in found}
 
 def _solver(method):
     if callable(method): return getattr(method, '__name__', type(method).__name__),method

@@ -12,20 +12,20 @@ import torch
 from torch import nn
 from .criteria import _gradients, criterion
 from .places import prunable
-from .ranking import _share, _size
+from .ranking import _check_share, _magnitude
 from .solvers import keep_largest
 
 # %% ../../nbs/01l_regrowth.ipynb #bcef6263
 def _ranked(scores, chosen):
-    "Scores below 1, those of the chosen alone; others are 0."
-    most = max(float(s.max()) for s in scores.values())
-    return {n: s/(1.001*most+1e-30)*chosen[n] for n,s in scores.items()}
+    "Scores of the chosen weights, all brought below 1 by one factor; those of other weights are 0."
+    most = max(float(score.max()) for score in scores.values())
+    return {name: score/(1.001*most+1e-30)*chosen[name] for name,score in scores.items()}
 
 def _largest_of_all(scores, keep):
     "The largest of all layers' scores: name -> bool tensor."
-    names,sizes = list(scores),[s.numel() for s in scores.values()]
-    kept = keep_largest(torch.cat([s.flatten() for s in scores.values()]), keep).split(sizes)
-    return {n: k.view(scores[n].shape) for n,k in zip(names, kept)}
+    together = torch.cat([score.flatten() for score in scores.values()])
+    kept = keep_largest(together, keep).split([score.numel() for score in scores.values()])
+    return {name: part.view(score.shape) for (name,score),part in zip(scores.items(), kept)}
 
 @criterion('regrow')
 def regrow(
@@ -36,23 +36,25 @@ def regrow(
     rounds:int=1, # All of them
     share:float=.2, # Share of the kept weights that were dropped before, in the first round
     **kwargs,
-)->dict: # Name -> scores: the weights to keep above 1
+)->dict: # Name -> scores, above 1 for the weights to keep
     """Magnitude, with some of the dropped weights of largest gradient in place of the smallest ones (Evci et al.
     2020, Sec. 3)."""
     found = prunable(model, **kwargs)
-    sizes = {layer.name: _size(layer.weight).float() for layer in found}
-    dropped = {n: s == 0 for n,s in sizes.items()}
-    total = sum(s.numel() for s in sizes.values())
-    keep = max(1, round(_share(density)*total))
-    absent = sum(int(d.sum()) for d in dropped.values())
-    back = min(int(share*left/max(rounds-1, 1)*keep), absent)
-    stay = _largest_of_all(sizes, keep-back)
-    if not back: return {n: stay[n] + s for n,s in _ranked(sizes, stay).items()}
-    gradient = {n: 0. for n in sizes}
-    for g in _gradients(found, model, losses):
-        for n in g: gradient[n] = gradient[n] + g[n]
-    scores = {n: _size(g).float()*dropped[n] for n,g in gradient.items()}
-    again = _largest_of_all(scores, back)
-    return {n: 2.*stay[n] + 1.*again[n]*dropped[n] + s/2 for n,s in _ranked(scores, dropped).items()}
+    magnitudes = {layer.name: _magnitude(layer.weight).float() for layer in found}
+    dropped = {name: values == 0 for name,values in magnitudes.items()}
+    total = sum(values.numel() for values in magnitudes.values())
+    keep = max(1, round(_check_share(density)*total))
+    absent = sum(int(zeros.sum()) for zeros in dropped.values())
+    returning = min(int(share*left/max(rounds-1, 1)*keep), absent)
+    stay = _largest_of_all(magnitudes, keep-returning)
+    if not returning: return {name: stay[name] + rank for name,rank in _ranked(magnitudes, stay).items()}
+    gradients = {name: 0. for name in magnitudes}
+    for batch in _gradients(found, model, losses):
+        for name in batch: gradients[name] = gradients[name] + batch[name]
+    gains = {name: _magnitude(gradient).float()*dropped[name] for name,gradient in gradients.items()}
+    back = _largest_of_all(gains, returning)
+    # from 2 on those that stay, from 1 on those that return; below 1/2 dropped weights by their gradients
+    return {name: 2.*stay[name] + 1.*back[name]*dropped[name] + rank/2
+            for name,rank in _ranked(gains, dropped).items()}
 
 regrow.regrows = True

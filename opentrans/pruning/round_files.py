@@ -17,12 +17,16 @@ from ..files import (
     check_finite, check_like, checksum, FileKind, metadata_value, not_finite, pack_bits, RunFile, save_json,
     strip_prefix, unpack_bits)
 from ..processes import Group
-from .baked import _tensors
-from .mask import _told, _unpacked, SparseMask
+from .baked import _state_under
+from .mask import _storable, _unpacked, SparseMask
 from ..runtime import device_of, seeded
 
 # %% ../../nbs/01d2_round_files.ipynb #ba9e8314
 _GROUP = Group() # the processes that prune together: a training may have made the group itself
+
+def _in_first(work):
+    "What a function gives in the first process, and None in the others. Its `OpenTransError` is raised in all of them."
+    return _GROUP.together(lambda: None if _GROUP.rank else work())
 
 # %% ../../nbs/01d2_round_files.ipynb #2370342f
 def _from_first(mask):
@@ -32,15 +36,20 @@ def _from_first(mask):
     return SparseMask({name: unpack_bits(packed, mask.shapes[name]) for name,packed in bits.items()})
 
 # %% ../../nbs/01d2_round_files.ipynb #5e986d4a
-def _tensors_of(model): return {name: t for name,t in model.state_dict().items() if isinstance(t, torch.Tensor)}
+def _tensors_of(model):
+    "The state of a model, without what is no tensor in it."
+    return {name: t for name,t in model.state_dict().items() if isinstance(t, torch.Tensor)}
 
-def _put(model, state): model.load_state_dict({**model.state_dict(), **state})
+def _put_state(model, state):
+    "Load tensors into a model; what `state` lacks stays as it is."
+    model.load_state_dict({**model.state_dict(), **state})
 
 def _share_state(model):
     "In several processes: the weights and statistics of the first one, everywhere."
     if _GROUP.n == 1: return
-    state = _GROUP.tell({name: t.cpu() for name,t in _tensors_of(model).items()} if not _GROUP.rank else None)
-    if _GROUP.rank: _put(model, state)
+    own = None if _GROUP.rank else {name: t.cpu() for name,t in _tensors_of(model).items()}
+    state = _GROUP.tell(own)
+    if _GROUP.rank: _put_state(model, state)
 
 # %% ../../nbs/01d2_round_files.ipynb #318e4728
 def _as_number(name, value):
@@ -63,37 +72,38 @@ def _takes_within(train):
     return 'within' in params and params['within'].kind == inspect.Parameter.KEYWORD_ONLY
 
 def _train_round(train, model, r, within=None):
-    "One round; `train` may leave out arguments that it does not want. What it reports, as plain numbers."
-    n = next((n for n in (2, 1, 0) if _can_take(train, n)), None)
-    if n is None: raise OpenTransError("train must be a function train(model, round) or train(model).")
+    "Train for one round, by `train` with as many of (model, r) as it takes. What it reports, as plain numbers."
+    taken = next((n for n in (2, 1, 0) if _can_take(train, n)), None)
+    if taken is None: raise OpenTransError("train must be a function train(model, round) or train(model).")
     by_name = {} if within is None else dict(within=within)
-    report = train(*(model, r)[:n], **by_name)
+    report = train(*(model, r)[:taken], **by_name)
     if report is None: return {}
     if not isinstance(report, dict): report = dict(loss=report)
     return {str(name): _as_number(name, value) for name,value in report.items()}
 
 # %% ../../nbs/01d2_round_files.ipynb #c0e94b75
-def _remembers(train):
-    """What keeps something between rounds: a training function, or what is inside a `partial`, a decorated function
-    or a method."""
-    for _ in range(9):
+def _memory_keeper(train):
+    """The object with a state that is kept between rounds: the training function, or what is inside a `partial`, a
+    decorated function or a method. None if there is none."""
+    for _ in range(9): # so many layers at most
         if hasattr(train, 'state_dict') and hasattr(train, 'load_state_dict'): return train
         inner = [getattr(train, name, None) for name in ('func', '__wrapped__', '__self__')]
         train = next((part for part in inner if part is not None and not isinstance(part, nn.Module)), None)
     return None
 
-def _memory(train):
-    """What the training remembers: under `train/`, or under `train.0/`, `train.1/` where processes remember
-    different things."""
-    keeper = _remembers(train)
-    own = {} if keeper is None else {name: t.detach().cpu() for name,t in _tensors('', keeper).items()}
+def _memory_of(train):
+    """What the training remembers, as tensors: under `train/`, or under `train.0/`, `train.1/` where processes
+    remember different things."""
+    keeper = _memory_keeper(train)
+    own = {} if keeper is None else {name: t.detach().cpu() for name,t in _state_under('', keeper).items()}
     alike = len(set(_GROUP.every(checksum(own, {})))) == 1
     if alike: return {f'train/{name}': t for name,t in own.items()}
-    return {f'train.{i}/{name}': t for i,part in enumerate(_GROUP.every(own)) for name,t in part.items()}
+    return {f'train.{rank}/{name}': t for rank,part in enumerate(_GROUP.every(own)) for name,t in part.items()}
 
-def _remember(train, memory, path):
-    "Give the training back what it remembered. Raises `OpenTransError` if it does not take it."
-    keeper = _remembers(train)
+def _restore_memory(train, memory, path):
+    "Give the training back what `_memory_of` gave. Raises `OpenTransError` if it does not take it."
+    keeper = _memory_keeper(train)
+    # of this process, of all alike, of the first one
     prefixes = (f'train.{_GROUP.rank}/', 'train/', 'train.0/')
     own = next((found for prefix in prefixes if (found := strip_prefix(prefix, memory))), None)
     if keeper is None or not own: return
@@ -106,9 +116,9 @@ def _remember(train, memory, path):
 # %% ../../nbs/01d2_round_files.ipynb #f00eb7bd
 _ADVICE = 'The last whole round stays. Lower the learning rate, or clip gradients.'
 
-def _constants(model):
+def _infinite_buffers(model):
     """Names of buffers that hold infinity from the start, as attention masks do. Raises `OpenTransError` for
-    weights that do."""
+    weights that do, and for NaN."""
     params = {name for name,t in model.state_dict(keep_vars=True).items() if isinstance(t, nn.Parameter)}
     state = _tensors_of(model)
     infinite = {name for name in not_finite(state) if name not in params and not state[name].isnan().any()}
@@ -124,12 +134,12 @@ def _check_round(model, infinite, r, report):
     numbers = {name: t for name,t in _tensors_of(model).items() if name not in infinite}
     check_finite(numbers, f'the model after round {r}', _ADVICE)
 
-# columns of a history; a report under these names is renamed
-_OURS = ('round', 'density', 'kept', 'threshold', 'seconds')
+# columns of a history that are not the training's: what it reports under these names is renamed
+_OWN_COLUMNS = ('round', 'density', 'kept', 'threshold', 'seconds')
 
 def _row(r, mask, threshold, report, began):
     "A row of the history: what the round left, what its training reported, and how long it took."
-    reported = {f'train.{name}' if name in _OURS else name: value for name,value in report.items()}
+    reported = {f'train.{name}' if name in _OWN_COLUMNS else name: value for name,value in report.items()}
     ours = dict(round=r, density=mask.density, kept=mask.kept, threshold=threshold)
     return {**ours, **reported, 'seconds': time.perf_counter()-began}
 
@@ -148,8 +158,8 @@ class _Ran(TypedDict):
 
 _Number = int | float | Literal['nan', 'inf', '-inf'] # JSON has no infinity
 
-def _spell(row): return {name: value if math.isfinite(value) else str(value) for name,value in row.items()}
-def _unspell(row): return {name: float(value) if isinstance(value, str) else value for name,value in row.items()}
+def _row_for_json(row): return {name: value if math.isfinite(value) else str(value) for name,value in row.items()}
+def _row_from_json(row): return {name: float(value) if isinstance(value, str) else value for name,value in row.items()}
 
 # %% ../../nbs/01d2_round_files.ipynb #b7bde421
 class _Folder:
@@ -157,7 +167,7 @@ class _Folder:
     one, `start.safetensors` to rewind to, `settings.json` to read."""
     def __init__(self, folder, settings, plan, rewind_to, model, digest):
         self.folder = Path(folder) if folder else None
-        self.settings = _told(settings)
+        self.settings = _storable(settings)
         self.plan = plan                # densities after each round
         self.rewind_to = rewind_to      # what `imp` was given as `rewind`
         self.model = model
@@ -177,12 +187,15 @@ class _Folder:
 # %% ../../nbs/01d2_round_files.ipynb #d2f7ae8c
 class _Writing(_Folder):
     "What a run writes after each round."
-    def here(self): return dict(threads=torch.get_num_threads(), device=device_of(self.model).type)
-    def ran(self): return dict(weights=self.digest, start=self.start_sum, **self.here())
+    def here(self):
+        "Where the run is computed: what may change the last bits of sums."
+        return dict(threads=torch.get_num_threads(), device=device_of(self.model).type)
+    def ran(self):
+        "What each file says of its run, in the form of `_Ran`."
+        return dict(weights=self.digest, start=self.start_sum, **self.here())
 
-    def finite(self, name):
-        """Must a tensor of the file be finite? Those of the model must, and what a training remembers is its own
-        affair."""
+    def must_be_finite(self, name):
+        "Must a tensor of a file be finite? Those of the model must; what a training remembers is its own affair."
         if name.startswith(('train/', 'train.', 'training/')): return False
         return name.removeprefix('model/') not in self.infinite
 
@@ -190,15 +203,15 @@ class _Writing(_Folder):
         """Write a whole round. Raises `OpenTransError`, with the last one untouched, if it cannot be written or is
         not finite."""
         if self.folder:
-            memory = _memory(train)
-            _GROUP.together(lambda: None if _GROUP.rank else self._write(mask, history, memory))
+            memory = _memory_of(train)
+            _in_first(lambda: self._write(mask, history, memory))
         self.done = len(history)
 
     def _write(self, mask, history, memory):
         bits = {f'mask/{name}': pack_bits(stays) for name,stays in mask.items()}
-        tensors = {**_tensors('model/', self.model), **bits, **memory}
-        rows = [_spell(row) for row in history]
-        self.file.save(tensors, self.finite, history=rows, ran=self.ran())
+        tensors = {**_state_under('model/', self.model), **bits, **memory}
+        rows = [_row_for_json(row) for row in history]
+        self.file.save(tensors, self.must_be_finite, history=rows, ran=self.ran())
         self.round.path.unlink(missing_ok=True) # the round is whole
 
 # %% ../../nbs/01d2_round_files.ipynb #5cff4a99
@@ -214,11 +227,12 @@ class _Reading(_Writing):
 
     def _history(self, meta, total):
         "The rows of the rounds that are done. Raises `DamagedFile` if they are not those of the schedule."
-        rows = [_unspell(row) for row in metadata_value(meta, 'history', list[dict[str, _Number]], self.file.path)]
+        told = metadata_value(meta, 'history', list[dict[str, _Number]], self.file.path)
+        rows = [_row_from_json(row) for row in told]
         kept = [max(1, round(density*total)) for density in self.plan[:len(rows)]]
         expected = [(r, count, count/total) for r,count in enumerate(kept)]
-        told = [(row.get('round'), row.get('kept'), row.get('density')) for row in rows]
-        if told == expected and all('threshold' in row for row in rows): return rows
+        found = [(row.get('round'), row.get('kept'), row.get('density')) for row in rows]
+        if found == expected and all('threshold' in row for row in rows): return rows
         raise IMP_FILE.damaged(self.file.path, 'its history is not that of its schedule')
 
     def _check_state(self, state, path):
@@ -236,7 +250,8 @@ class _Reading(_Writing):
         path = self.file.path
         ran = self._same_start(self.file, meta)
         history = self._history(meta, mask.total)
-        state,bits = strip_prefix('model/', tensors),strip_prefix('mask/', tensors)
+        state = strip_prefix('model/', tensors)
+        bits = strip_prefix('mask/', tensors)
         memory = {name: t for name,t in tensors.items() if re.match(r'train(\.\d+)?/', name)}
         if len(state)+len(bits)+len(memory) < len(tensors):
             raise IMP_FILE.damaged(path, 'it holds tensors of no known kind')
@@ -245,7 +260,7 @@ class _Reading(_Writing):
         if mask.kept != (history[-1]['kept'] if history else mask.total):
             raise IMP_FILE.damaged(path, 'its mask does not fit its history')
         self.start_sum = ran['start']
-        if self.rewind_to is not None: self._read_start()
+        if self.rewind_to is not None: self._read_start() # only checked here; `rewind` reads it again
         part = self._read_round(len(history))
         self._warn_of_another_place({key: ran[key] for key in self.here()})
         return state,mask,history,memory,part
@@ -262,7 +277,8 @@ class _ReadingParts(_Reading):
         path = self.round.path
         self._same_start(self.round, meta)
         if metadata_value(meta, 'round', int, path) != done: return None
-        state,own = strip_prefix('model/', tensors),strip_prefix('training/', tensors)
+        state = strip_prefix('model/', tensors)
+        own = strip_prefix('training/', tensors)
         if len(state)+len(own) < len(tensors): raise ROUND_FILE.damaged(path, 'it holds tensors of no known kind')
         self._check_state(state, path)
         values = metadata_value(meta, 'training', dict, path)
@@ -294,43 +310,43 @@ class _Rewinding(_ReadingParts):
     def begin(self, mask, train, seed):
         """Begin the run, or put back its last whole round: mask and history. Nothing is changed before all is
         checked."""
-        self.infinite = _GROUP.together(lambda: _constants(self.model))
-        found = _GROUP.tell(_GROUP.together(lambda: None if _GROUP.rank or not self.folder else self._read(mask)))
-        if found is None: return self._first(mask, train, seed)
+        self.infinite = _GROUP.together(lambda: _infinite_buffers(self.model))
+        found = _GROUP.tell(_in_first(lambda: self._read(mask) if self.folder else None))
+        if found is None: return self._begin_anew(mask, train, seed)
         state,mask,history,memory,self.part = found
-        _GROUP.together(lambda: _remember(train, memory, self.file.path))
-        _put(self.model, state)
+        _GROUP.together(lambda: _restore_memory(train, memory, self.file.path))
+        _put_state(self.model, state)
         self.done = len(history)
         return mask,history
 
-    def _first(self, mask, train, seed):
-        """Write what the first round begins with: a full disk shows at once, and a model that is left in that round
-        can begin it again."""
+    def _begin_anew(self, mask, train, seed):
+        """Write what the first round begins with, so that a full disk shows at once, and a run that is broken off in
+        that round can begin it again. The mask and an empty history."""
         self.digest = self.digest_now()
         self.fresh = True
         if callable(self.rewind_to):
             with seeded(seed): self.rewind_to(self.model)
             _share_state(self.model)
-        _GROUP.together(lambda: None if _GROUP.rank else self._prepare())
+        _in_first(self._write_beside)
         self.save(mask, [], train)
         return mask,[]
 
-    def _prepare(self):
-        """The files beside the checkpoint: settings to read, and the state to rewind to. Without a folder that
-        stays in memory."""
+    def _write_beside(self):
+        """Write the files beside the checkpoint: settings to read, and the state to rewind to. Without a folder the
+        state stays in memory."""
         if self.folder: save_json(self.settings, self.folder/'settings.json')
         if self.rewind_to is None: return
-        state = _tensors('', self.model)
+        state = _state_under('', self.model)
         if isinstance(self.rewind_to, dict): state = {name: self.rewind_to[name] for name in state}
         numbers = {name: t for name,t in state.items() if name not in self.infinite}
         check_finite(numbers, 'the state to rewind to')
         if self.folder:
             self.start_sum = checksum(state, {})
-            self.start.save(state, self.finite, ran=self.ran())
+            self.start.save(state, self.must_be_finite, ran=self.ran())
         else: self.kept_start = {name: t.detach().cpu().clone() for name,t in state.items()}
 
     def rewind(self):
         "Put the weights back to the start, if that is asked for."
         if self.rewind_to is None: return
-        state = _GROUP.together(lambda: None if _GROUP.rank else self.kept_start or self._read_start())
-        if not _GROUP.rank: _put(self.model, state)
+        state = _in_first(lambda: self.kept_start or self._read_start())
+        if not _GROUP.rank: _put_state(self.model, state)

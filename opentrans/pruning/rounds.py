@@ -18,15 +18,16 @@ from fastcore.meta import delegates
 from ..core import find_tower, unwrap
 from ..errors import check_number, Interrupted, none_if_off, OpenTransError, OtherRun, shorten
 from ..files import check_like, lock_folder
-from .baked import _tensors
-from .criteria import _criterion, _name_of, _scores
+from .baked import _state_under
+from .criteria import _find_criterion, _name_of, _scores
 from .mask import _dense_info, SparseMask, weights_digest
 from .places import prunable
 from .prices import _prices_of, _worth
-from .ranking import _counts, _density, _keep_best, _keep_each, _share, _shares_of
-from opentrans.pruning.round_files import (
-    _check_round, _from_first, _GROUP, _put, _Rewinding, _row, _share_state, _takes_within, _tensors_of,
-    _train_round, ROUND_FILE)
+from .ranking import (
+    _check_density, _check_share, _counts, _keep_best, _keep_each, _shares_of)
+from .round_files import (
+    _check_round, _from_first, _GROUP, _in_first, _put_state, _Rewinding, _row, _share_state, _takes_within,
+    _tensors_of, _train_round, ROUND_FILE)
 from ..runtime import get_axes, signal_handlers, progress, seeded
 
 if TYPE_CHECKING: # for types alone
@@ -42,9 +43,10 @@ def geometric_schedule(
 )->list[float]: # The density after each round
     """The densities of Algorithm 1: each round keeps 1-p of what was left. Raises `OpenTransError` if that takes
     more than 10,000 rounds."""
-    density = _share(density)
-    keep = 1-_share(p, 'p', one=False)
+    density = _check_share(density)
+    keep = 1-_check_share(p, 'p', one_allowed=False)
     if density == 1: return []
+    # a hair less, so that rounding does not add a round
     rounds = math.inf if keep == 1 else math.log(density)/math.log(keep) - 1e-9
     if rounds > MOST_ROUNDS:
         raise OpenTransError(f"density={density:g} with p={p:g} takes more than {MOST_ROUNDS:,} rounds. "
@@ -83,22 +85,24 @@ class Within:
         own = {f'training/{name}': tensor for name,tensor in tensors.items()}
         def write():
             meta = dict(round=self.round, training=values, began=dict(weights=self.began), ran=self.run.ran())
-            self.run.round.save({**_tensors('model/', self.run.model), **own}, self.run.finite, **meta)
-        _GROUP.together(lambda: None if _GROUP.rank else write())
+            self.run.round.save({**_state_under('model/', self.run.model), **own}, self.run.must_be_finite, **meta)
+        _in_first(write)
 
     # (state of the model, tensors, values), or None if the round begins at its beginning
     def load(self)->tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]|None:
         "What `save` has last written in this round. Raises `OtherRun` if the round began with other weights."
         found = self.run.part
         self.run.part = None
-        _GROUP.together(lambda: None if _GROUP.rank or found is None else self._check(found[3]))
-        return None if found is None else found[:3]
+        if found is None: return None
+        state,tensors,values,began = found
+        _in_first(lambda: self._check(began))
+        return state,tensors,values
 
     def put(self,
         state:dict[str, torch.Tensor], # The first of what `load` gave
     )->None:
         "Put the state of the model back."
-        _put(self.run.model, state)
+        _put_state(self.run.model, state)
 
     def _check(self, began):
         if began == self.began: return
@@ -115,12 +119,12 @@ class Within:
 # %% ../../nbs/01e_imp.ipynb #e52673bf
 # what collectives say when another process is gone
 _LOST = re.compile('gloo|nccl|connection|peer|process group', re.I)
-# model that was left in the midst of a run -> folder, digests at the start and when it was left
+# model that was left in the midst of a run -> (folder, digest at the start, digest when it was left)
 _LEFT = weakref.WeakKeyDictionary()
 
-class _Asked(BaseException): "A signal to end, which no `except` on the way takes for an error."
+class _EndSignal(BaseException): "A signal to end, which no `except` on the way takes for an error."
 
-def _ask(number, frame): raise _Asked(number)
+def _raise_end_signal(number, frame): raise _EndSignal(number)
 
 # %% ../../nbs/01e_imp.ipynb #68e42aa3
 class _Run(_Rewinding):
@@ -137,41 +141,43 @@ class _Run(_Rewinding):
             yield
             return
         # a program's own handler stays
-        ends = [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else []
-        self._known_again()
+        caught = [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else []
+        self._recall_digest()
         with contextlib.ExitStack() as stack:
             _GROUP.together(lambda: stack.enter_context(lock_folder(None if _GROUP.rank else self.folder)))
-            stack.enter_context(signal_handlers(_ask, *ends))
+            stack.enter_context(signal_handlers(_raise_end_signal, *caught))
             try: yield
             except BaseException as error:
                 _LEFT[self.model] = os.path.realpath(self.folder),self.digest,self.digest_now()
-                told = self._ended(error)
-                if told is error: raise
-                raise told from error
+                with_advice = self._with_advice(error)
+                if with_advice is error: raise
+                raise with_advice from error
         _LEFT.pop(self.model, None)
 
-    def _known_again(self):
-        """A model that was left in the midst of this folder's run, and has not changed since, began with the
-        weights of that run."""
+    def _recall_digest(self):
+        """If the model was left in the midst of the run in this folder, and has not changed since, the run began with
+        the weights of then."""
         folder,start,left = _LEFT.get(self.model, (None, None, None))
-        if self.folder and folder == os.path.realpath(self.folder) and left == self.digest: self.digest = start
+        same_folder = self.folder and folder == os.path.realpath(self.folder)
+        if same_folder and left == self.digest: self.digest = start
 
-    def _ended(self, error):
-        """The error to raise for one that ended the run: for a signal, and the loss of another process, it tells
-        how to go on."""
-        if isinstance(error, _Asked):
+    def _with_advice(self, error):
+        """An error that tells how to go on, for a signal and for the loss of another process; any other error as it
+        is."""
+        if isinstance(error, _EndSignal):
             number = error.args[0]
             name = signal.Signals(number).name
             return Interrupted(f"The run was asked to end ({name}). {self.advice()}", 128+number)
         if isinstance(error, KeyboardInterrupt) and not _GROUP.rank: print(self.advice(), file=sys.stderr)
-        if not (_GROUP.n > 1 and isinstance(error, RuntimeError) and _LOST.search(str(error))): return error
+        lost_another = _GROUP.n > 1 and isinstance(error, RuntimeError) and _LOST.search(str(error))
+        if not lost_another: return error
         why = shorten(str(error).splitlines()[0], 120)
         who = f'Process {_GROUP.rank} of {_GROUP.n}'
         return Interrupted(f"{who} has lost another one ({why}). {self.advice()}")
 
 # %% ../../nbs/01e_imp.ipynb #7ac95243
 def _check_rewind(rewind, model):
-    "Raises `OpenTransError` for something to rewind to that is none, or that does not fit the model."
+    "Raises `OpenTransError` for a `rewind` that `imp` does not take, or that does not fit the model."
     if rewind is None or callable(rewind) or (isinstance(rewind, str) and rewind == 'start'): return
     if not isinstance(rewind, dict):
         raise OpenTransError("rewind must be None, 'start', a state dict or a function of the model, "
@@ -197,54 +203,59 @@ def _check_schedule(schedule):
     if len(schedule) > MOST_ROUNDS:
         raise OpenTransError(f"A schedule has at most {MOST_ROUNDS:,} rounds, and this one {len(schedule):,}.")
     plain = [density.item() if isinstance(density, torch.Tensor) else density for density in schedule]
-    plan = [_share(density, 'a density of the schedule') for density in plain]
+    plan = [_check_share(density, 'a density of the schedule') for density in plain]
     if any(after > before for before,after in zip(plan, plan[1:])):
         raise OpenTransError(f"A schedule of densities must not rise, but this does: {shorten(plan)}.")
     return plan
 
 # %% ../../nbs/01e_imp.ipynb #5e7ab10c
 def _settings_of(train, given, **ours):
-    "What belongs to a run: our settings, those of the training, and more that was given."
+    """What belongs to a run: `ours`, the settings of `imp`; those of the training; and more that was given. Of the
+    last two, names that are among ours get `train.` before them."""
     own = getattr(train, 'settings', None)
-    told = {**(own if isinstance(own, dict) else {}), **(given or {})}
-    return {**ours, **{f'train.{name}' if name in ours else name: value for name,value in told.items()}}
+    others = {**(own if isinstance(own, dict) else {}), **(given or {})}
+    renamed = {f'train.{name}' if name in ours else name: value for name,value in others.items()}
+    return {**ours, **renamed}
 
 def _whole_density(shares, model, **kwargs):
-    """The density of all prunable weights that densities of layers add up to, and those of the layers that are
-    pruned."""
+    """(density of all prunable weights together, share of each prunable layer), if each layer keeps its share. Raises
+    `OpenTransError` if a layer has none."""
     sizes = {layer.name: layer.weight.numel() for layer in prunable(model, **kwargs)}
     shares = _shares_of(shares, list(sizes))
-    return sum(_counts(sizes, shares).values())/sum(sizes.values()),shares
+    kept = sum(_counts(sizes, shares).values())
+    return kept/sum(sizes.values()),shares
 
-def _where_to_end(density, p, schedule, exact, model, **kwargs):
-    """The densities after each round, and those of the layers at the end, or None. Raises `OpenTransError` if both are
-    given."""
-    shares = _density(density) if isinstance(density, Mapping) else None
-    if shares and schedule is not None:
+def _plan_of(density, p, schedule, exact, model, **kwargs):
+    """(densities of the whole after each round, densities of the layers at the end, or None if all weights compete).
+    Raises `OpenTransError` if a schedule is given beside densities of layers."""
+    if not isinstance(density, Mapping):
+        plan = geometric_schedule(density, p, exact) if schedule is None else _check_schedule(schedule)
+        return plan,None
+    shares = _check_density(density)
+    if schedule is not None:
         raise OpenTransError("Densities of layers say where a run ends, and so does a schedule: give one of the two.")
-    if shares: density,shares = _whole_density(shares, model, **kwargs)
-    if schedule is not None: return _check_schedule(schedule),shares
-    return geometric_schedule(density, p, exact or bool(shares)),shares
+    whole,shares = _whole_density(shares, model, **kwargs)
+    return geometric_schedule(whole, p, exact=True),shares
 
 def _common_prices(price, shares, folder, model, **kwargs):
-    """What a weight of each layer costs, as the first process knows it, or None. Raises `OpenTransError` if densities
-    of layers are given, too."""
+    """Layer -> what a weight of it costs, as the first process has it; None without prices. Raises
+    `OpenTransError` if densities of layers are given, too."""
     if shares and price is not None:
         raise OpenTransError("Densities of layers say where weights stay, and so do prices: give one of the two.")
-    def know(): return None if _GROUP.rank else _prices_of(price, model, folder, **kwargs)
-    return _GROUP.tell(_GROUP.together(know))
+    return _GROUP.tell(_in_first(lambda: _prices_of(price, model, folder, **kwargs)))
 
 # %% ../../nbs/01e_imp.ipynb #f7836fc1
-def _on_the_way(shares, now, end, mask, keep):
-    "How many weights each layer keeps after a round: what it is to lose grows in proportion to what all lose."
-    sizes = {name: bits.numel() for name,bits in mask.items()}
-    alive = {name: int(bits.sum()) for name,bits in mask.items()}
-    grown = (1-now)/(1-end)
-    return _counts(sizes, {name: 1-(1-share)*grown for name,share in shares.items()}, keep, alive)
+def _counts_on_the_way(shares, now, end, mask, keep):
+    """Layer -> how many weights it keeps after the round that leaves the density `now`, on the way to `shares` at the
+    density `end`: each layer has then lost the same part of what it is to lose. All together keep `keep`."""
+    sizes = {name: stays.numel() for name,stays in mask.items()}
+    alive = {name: int(stays.sum()) for name,stays in mask.items()}
+    part = (1-now)/(1-end)
+    return _counts(sizes, {name: 1-(1-share)*part for name,share in shares.items()}, keep, alive)
 
-def _choice(score, model, plan, losses=None, shares=None, prices=None, **kwargs):
-    """The function of a mask and a round that gives the masks behind it, and the largest score that was dropped
-    (Algorithm 1, line 4). `shares`: the densities of the layers at the end, or None."""
+def _chooser(score, model, plan, losses=None, shares=None, prices=None, **kwargs):
+    """A function of a mask and the number of a round, which gives the masks that the round leaves and the largest
+    score that it drops (Algorithm 1, line 4). `shares`: the densities of the layers at the end, or None."""
     regrows = getattr(score, 'regrows', False) # may weights that are out come back?
     def choose(mask, r):
         scope = 'global' if shares is None else 'layer'
@@ -254,12 +265,13 @@ def _choice(score, model, plan, losses=None, shares=None, prices=None, **kwargs)
         keep = max(1, round(plan[r]*mask.total))
         alive = None if regrows else mask.masks
         if shares is None: return _keep_best(scores, keep, alive)
-        return _keep_each(scores, _on_the_way(shares, plan[r], plan[-1], mask, keep), alive)
+        counts = _counts_on_the_way(shares, plan[r], plan[-1], mask, keep)
+        return _keep_each(scores, counts, alive)
     return choose
 
 def _one_round(run, model, mask, r, train, choose, seed, checkpoint_every):
-    """Lines 3 and 4 of Algorithm 1: train under the mask, then drop the lowest scores of the remaining weights. The
-    next mask, and a row of the history."""
+    """Lines 3 and 4 of Algorithm 1: train under the mask, then drop the lowest scores of the remaining weights. Gives
+    the next mask, and a row of the history."""
     began = time.perf_counter()
     within = Within(run, r, checkpoint_every) if run.folder and _takes_within(train) else None
     with seeded(seed): # a criterion may draw numbers, too
@@ -275,7 +287,7 @@ def _one_round(run, model, mask, r, train, choose, seed, checkpoint_every):
 # %% ../../nbs/01e_imp.ipynb #1a974a60
 @delegates(prunable)
 def imp(
-    model:nn.Module, # A tower, or anything that holds one; ends with the weights that the last round left, masked
+    model:nn.Module, # A tower, or anything that holds one; it is left with the last round's weights, masked
     # `train(model, round)` or `train(model)`: train the model in place for t iterations with an optimizer of its
     # own; may return numbers for the history. What it keeps between rounds is stored if it has `state_dict` and
     # `load_state_dict`; an argument `within`, by name alone, is given a `Within`
@@ -307,9 +319,9 @@ def imp(
     **kwargs:Any,
 )->tuple[SparseMask, pd.DataFrame]: # (`SparseMask`, history as a `DataFrame`)
     """Iterative pruning (paper Algorithm 1): train, drop the least of the remaining weights, repeat. Raises
-    `OpenTransError` to continue with other settings, and for a round that is not finite."""
-    plan,shares = _where_to_end(density, p, schedule, exact, model, **kwargs)
-    criterion,score = _criterion(criterion)
+    `OpenTransError` if the folder's run has other settings, and if a round leaves numbers that are not finite."""
+    plan,shares = _plan_of(density, p, schedule, exact, model, **kwargs)
+    criterion,score = _find_criterion(criterion)
     check_number('seed', seed, 0, whole=True)
     checkpoint_every = none_if_off(checkpoint_every, 0)
     if checkpoint_every is not None: check_number('checkpoint_every', checkpoint_every, 1, whole=True)
@@ -323,7 +335,7 @@ def imp(
     prices = _common_prices(price, shares, checkpoint_dir, model, **kwargs)
     if prices: settings['price'] = prices
     def digest(): return weights_digest(prunable(model, **kwargs))
-    choose = _choice(score, model, plan, losses, shares, prices, **kwargs)
+    choose = _chooser(score, model, plan, losses, shares, prices, **kwargs)
     run = _Run(checkpoint_dir, settings, plan, rewind, unwrap(model), digest)
     with run.held():
         mask,history = run.begin(mask, train, seed)
@@ -331,12 +343,13 @@ def imp(
             mask,row = _one_round(run, model, mask, r, train, choose, seed+r, checkpoint_every)
             history.append(row)
             run.save(mask, history, train)
-    long = ('layers', 'schedule', 'densities', 'price')
-    mask.info = {name: value for name,value in settings.items() if name not in long}
+    too_long = ('layers', 'schedule', 'densities', 'price') # for the info of a mask
+    mask.info = {name: value for name,value in settings.items() if name not in too_long}
     if prices: mask.info['price'] = 'clock' if price == 'clock' else 'given'
     mask.info.update(method='imp', backbone=type(find_tower(model)).__name__, weights=run.digest,
                      torch=torch.__version__, **run.here(), **_dense_info(model, **kwargs))
-    return mask,pd.DataFrame(history, columns=None if history else ['round', 'density', 'kept', 'threshold'])
+    columns = None if history else ['round', 'density', 'kept', 'threshold']
+    return mask,pd.DataFrame(history, columns=columns)
 
 # %% ../../nbs/01e_imp.ipynb #383334e0
 def plot_history(
@@ -363,6 +376,6 @@ def cubic_schedule(
     rounds:int=22, # Number of rounds R
 )->list[float]: # The density after each round
     "The densities of gradual pruning (Zhu and Gupta 2017, Eq. 1). Raises `OpenTransError` without rounds."
-    density = _share(density)
+    density = _check_share(density)
     if rounds < 1: raise OpenTransError(f"rounds must be at least 1, not {rounds!r}.")
     return [density + (1-density)*(1-r/rounds)**3 for r in range(1, rounds+1)]

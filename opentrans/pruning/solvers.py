@@ -11,7 +11,7 @@ import functools, itertools, re
 from dataclasses import dataclass
 import torch
 from ..errors import OpenTransError, unknown
-from .ranking import _keep_best, _share
+from .ranking import _check_share, _keep_best
 
 # %% ../../nbs/01j_solvers.ipynb #7abdeafd
 SCOPES = ('layer', 'output', 'channel', 'N:M such as 2:4')
@@ -48,7 +48,7 @@ class Budget:
     scope:str = 'layer' # One of `SCOPES`
 
     def __post_init__(self):
-        _share(self.density)
+        _check_share(self.density)
         if self.scope in SCOPES[:3]: return
         if not re.fullmatch(r'[1-9]\d?:[1-9]\d?', str(self.scope)): raise unknown('scope', self.scope, SCOPES)
         n,m = self.pattern
