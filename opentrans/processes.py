@@ -156,17 +156,17 @@ class Processes(Group):
         "A framework whose gradients are the mean over all processes; in a single process the framework itself."
         if self.n == 1: return framework,Handle()
         kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) if norms else ()
-        own = [(m, n, c) for kind in kinds for m,n,c in _parents(framework, kind)]
+        places = [place for kind in kinds for place in _places_of(framework, kind)]
         cuda = self.device.type == 'cuda'
-        for m,n,c in own:
-            if cuda: setattr(m, n, nn.SyncBatchNorm.convert_sync_batchnorm(c))
-            else: c.forward = _norm_of_all.__get__(c)
+        for parent,name,norm in places:
+            if cuda: setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(norm))
+            else: norm.forward = _norm_of_all.__get__(norm)
         def undo():
-            for m,n,c in own:
+            for parent,name,norm in places:
                 if cuda:
-                    c.load_state_dict(getattr(m, n).state_dict())
-                    setattr(m, n, c)
-                else: del c.forward
+                    norm.load_state_dict(getattr(parent, name).state_dict())
+                    setattr(parent, name, norm)
+                else: del norm.forward
             self.accelerator.free_memory()
         return self.accelerator.prepare_model(_Loss(framework)),Handle(undo)
 
@@ -248,8 +248,10 @@ class _Loss(nn.Module):
         self.framework = framework
     def forward(self, batch): return self.framework.loss(batch)
 
-def _parents(model, kind):
-    return [(m, n, c) for m in model.modules() for n,c in m.named_children() if type(c) is kind]
+def _places_of(model, kind):
+    "Where the modules of a class are in a model: (parent, name in it, module)."
+    return [(parent, name, child) for parent in model.modules() for name,child in parent.named_children()
+            if type(child) is kind]
 
 # %% ../nbs/00_processes.ipynb #6d137433
 def _part(batch, i, n):
@@ -270,17 +272,19 @@ def train_step(
 )->dict:
     "One step: losses, gradients, clipping, optimizer."
     opt.zero_grad(set_to_none=True)
-    losses,later = getattr(framework, 'loss', framework),getattr(framework, 'no_sync', contextlib.nullcontext)
-    n,sums = min(recipe.accumulate, len(batch['images'])),{}
-    kind = dict(bf16=torch.bfloat16, fp16=torch.float16).get(recipe.precision)
-    for i in range(n):
+    losses = getattr(framework, 'loss', framework)
+    hold_back = getattr(framework, 'no_sync', contextlib.nullcontext)
+    parts = min(recipe.accumulate, len(batch['images']))
+    precision = dict(bf16=torch.bfloat16, fp16=torch.float16).get(recipe.precision)
+    sums = {}
+    for i in range(parts):
         # gradients are averaged over processes once, with the last part
-        with later() if i < n-1 else contextlib.nullcontext():
-            with torch.autocast(batch['images'].device.type, kind, enabled=kind is not None):
-                terms = losses(batch if n == 1 else _part(batch, i, n))
-            total = sum(terms.values())/n
-            values = mean(torch.stack([v.detach().float() for v in terms.values()]).tolist())
-            for k,v in zip(terms, values): sums[k] = sums.get(k, 0.) + v/n
+        with hold_back() if i < parts-1 else contextlib.nullcontext():
+            with torch.autocast(batch['images'].device.type, precision, enabled=precision is not None):
+                terms = losses(batch if parts == 1 else _part(batch, i, parts))
+            total = sum(terms.values())/parts
+            values = mean(torch.stack([term.detach().float() for term in terms.values()]).tolist())
+            for name,value in zip(terms, values): sums[name] = sums.get(name, 0.) + value/parts
             if not all(map(math.isfinite, values)): return sums
             (scaler.scale(total) if scaler else total).backward()
     if recipe.clip_grad:

@@ -215,7 +215,7 @@ def test_a_damaged_file_of_a_run_is_refused_or_read(tmp_path, kind):
         shutil.copy(path, tmp_path/'run'/f'{kind}.json')
         if kind == 'study': ex.open_run_folder(tmp_path/'run', ex.SCALES['smoke'], 3)
         elif kind == 'imp': pd.DataFrame(ex.read_rounds(tmp_path/'run'))
-        elif kind == 'part': ex.studies._seen(tmp_path/'run'/'part.json')
+        elif kind == 'part': ex.studies._alphas_so_far(tmp_path/'run'/'part.json')
         else: ex.alpha_course(ex.SCALES['smoke'], 3, tmp_path/'run')
     check_reader(tmp_path/'good.json', read)
 

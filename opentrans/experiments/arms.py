@@ -36,7 +36,7 @@ from ..runtime import device_of, seeded, Handle
 from ..training import evaluate, finetune, load_framework, released_size, WEIGHTS_FILE
 
 # %% ../../nbs/experiments/51_arms.ipynb #f98fab0c
-# how layers are chosen by what their shape does not move -> column of the table, options of `analyze`
+# ways to choose layers that do not depend on their shapes -> column of the table, options of `analyze`
 READINGS = {'z': ('z', dict(null='gaussian')), 'z*': ('z*', dict(null='gaussian')),
             'square': ('alpha', dict(aspect=1.))}
 
@@ -84,7 +84,7 @@ def read_rounds(folder:str|Path):
     return found
 
 # %% ../../nbs/experiments/51_arms.ipynb #32aa25a9
-def _file(name): return ''.join(c if c.isalnum() else '-' for c in name)
+def _file_name(words): return ''.join(c if c.isalnum() else '-' for c in words)
 
 MASKS = ('distilled', 'magnitude', 'snip', 'random', 'random, layer-matched')
 # other methods: name -> function (clip, data, scale, density, seed, folder) that gives a mask; a page adds its own
@@ -93,6 +93,7 @@ FINDERS = {}
 _FROM_DISTILLED = ('distilled', 'random, layer-matched') # methods that begin with the mask of Algorithm 1
 _USUAL = dict(segmentation=0., distillation=1., framework=None, rewind=None, schedule='geometric')
 
+# %% ../../nbs/experiments/51_arms.ipynb #32aa25ab
 @dataclass(frozen=True)
 class MaskRecipe:
     "How a mask is found. What is None is as the scale says, and in Algorithm 1 as the paper does."
@@ -112,7 +113,7 @@ class MaskRecipe:
 
     @property
     def distilled(self)->bool:
-        "Does it need a mask that is found once and kept, as Algorithm 1 does?"
+        "Does it need a file of `find_mask`, as the masks of Algorithm 1 do? Others are made in a moment."
         return self.method in (*_FROM_DISTILLED, *FINDERS)
 
     def overrides(self, scale:Scale)->dict: # Name of a setting -> value
@@ -124,8 +125,8 @@ class MaskRecipe:
 
     def id(self, scale:Scale)->str:
         "What is found by this recipe, in words: the name of its files."
-        return '-'.join([_file(self.method) if self.method in FINDERS else 'distilled',
-                         *(f'{name}={value}' for name,value in self.overrides(scale).items())])
+        method = _file_name(self.method) if self.method in FINDERS else 'distilled'
+        return '-'.join([method, *(f'{name}={value}' for name,value in self.overrides(scale).items())])
 
     def words(self, scale:Scale)->str:
         "The mask in words."
@@ -138,11 +139,13 @@ def as_recipe(
     "A mask by its name. Raises `OpenTransError`."
     return MaskRecipe(mask) if isinstance(mask, str) else mask
 
+# %% ../../nbs/experiments/51_arms.ipynb #32aa25aa
 def _trainer(clip, data, scale, **kw):
     return DistillTrainer(clip, data, lr=scale.imp_lr, batch_size=scale.imp_batch, student_mode=scale.imp_student,
                           crop=scale.imp_crop or None, workers=scale.loaders, **kw)
 
 def build_framework(framework:str|None, clip:ClipBackbone, vocabulary:Vocabulary|Sequence[str], scale:Scale, seed:int):
+    "A framework, or that of the scale, on a CLIP, with a head whose first weights the seed draws."
     name = framework or scale.framework
     with seeded(seed): return build(name, clip, vocabulary=vocabulary, preset=scale.preset, **scale.options(name))
 
@@ -155,41 +158,49 @@ def find_mask(
     # Nothing; writes `distilled.safetensors` (mask), `distilled-weights.safetensors`, `imp.json`, with what is
     # other in names
 ):
-    """Algorithm 1 on the CLIP of a study, by distillation alone; or by another loss (Tab. 5 and 8), p or t (Tab. 6
-    and 7), to another density; or one of `FINDERS`."""
+    """Find a mask for the CLIP of a study and write it: by Algorithm 1 with distillation alone, or, as the recipe
+    says, with another loss (Tab. 5 and 8), p or t (Tab. 6 and 7) or density, or by one of `FINDERS`."""
     folder = Path(folder)
-    name = recipe.id(scale)
-    f = recipe.overrides(scale)
     if recipe.method in FINDERS: return _find_otherwise(scale, seed, folder, recipe)
-    afresh,began = not (folder/f'imp-{name}').exists(),time.process_time()
-    clip = open_clip_of(scale.of(f.get('framework')) if f.get('segmentation') else scale)
-    data, model = open_world(scale, seed)['train'], clip
-    if f.get('segmentation'): model = build_framework(f.get('framework'), clip, data.vocabulary, scale, seed)
-    train = _trainer(clip, data, scale, iterations=f.get('iters', scale.imp_iters),
-                     **{k: f[k] for k in ('loss', 'segmentation', 'distillation') if k in f})
-    density,p = f.get('density', scale.density),f.get('p', scale.p)
-    schedule = (cubic_schedule(density, len(geometric_schedule(density, p))) if f.get('schedule') == 'cubic'
-                else None)
-    mask,history = imp(model, train, density=density, p=p, seed=seed, rewind=f.get('rewind'), schedule=schedule,
-                       checkpoint_dir=folder/f'imp-{name}')
+    name = recipe.id(scale)
+    run = folder/f'imp-{name}'
+    afresh = not run.exists()
+    began = time.process_time()
+    given = recipe.overrides(scale)
+    segments = given.get('segmentation')
+    clip = open_clip_of(scale.of(given.get('framework')) if segments else scale)
+    data = open_world(scale, seed)['train']
+    model = build_framework(given.get('framework'), clip, data.vocabulary, scale, seed) if segments else clip
+    losses = {key: given[key] for key in ('loss', 'segmentation', 'distillation') if key in given}
+    train = _trainer(clip, data, scale, iterations=given.get('iters', scale.imp_iters), **losses)
+    density = given.get('density', scale.density)
+    p = given.get('p', scale.p)
+    schedule = None # geometric
+    if given.get('schedule') == 'cubic': schedule = cubic_schedule(density, len(geometric_schedule(density, p)))
+    mask,history = imp(model, train, density=density, p=p, seed=seed, rewind=given.get('rewind'), schedule=schedule,
+                       checkpoint_dir=run)
     if not Group().main: return
     save_tensors(clip.visual.state_dict(), folder/f'{name}-weights.safetensors', kind=WEIGHTS_FILE)
     save_json(history.drop(columns='seconds', errors='ignore').to_dict('list'),
-              folder/('imp.json' if not f else f'imp-{name}.json'), ROUNDS_FILE)
+              folder/(f'imp-{name}.json' if given else 'imp.json'), ROUNDS_FILE)
     seconds = time.process_time()-began if afresh else None
     _keep_found(folder, name, mask, seconds, images=min(len(data), len(history)*train.iterations*train.batch_size))
 
+# %% ../../nbs/experiments/51_arms.ipynb #32aa25ac
 def _keep_found(folder, name, mask, seconds, images):
     "Write a mask, and what it took to find: seconds of the processor (None after an interruption) and images."
     save_json(dict(seconds=seconds, images=images), folder/f'found-{name}.json', FOUND_FILE)
     mask.save(folder/f'{name}.safetensors')
 
 def _find_otherwise(scale, seed, folder, recipe):
-    "One of `FINDERS`, with the weights that it leaves and what it took."
-    clip,data = open_clip_of(scale),open_world(scale, seed)['train']
-    density,name = recipe.overrides(scale).get('density', scale.density),recipe.id(scale)
-    run,began = folder/f'run-{name}',time.process_time()
+    "Find a mask by one of `FINDERS`, and write it with the weights that are left and what it took."
+    clip = open_clip_of(scale)
+    data = open_world(scale, seed)['train']
+    density = recipe.overrides(scale).get('density', scale.density)
+    name = recipe.id(scale)
+    run = folder/f'run-{name}'
     afresh = not run.exists()
+    began = time.process_time()
     with seeded(seed): mask = FINDERS[recipe.method](clip, data, scale, density, seed, run)
     seconds = time.process_time()-began if afresh else None
     save_tensors(clip.visual.state_dict(), folder/f'{name}-weights.safetensors', kind=WEIGHTS_FILE)
@@ -204,7 +215,8 @@ def open_mask(
     "A mask of the study. All have the same density, unless their recipes name another."
     recipe = as_recipe(mask)
     if recipe is None: return None
-    tower, density = open_clip_of(scale).visual, recipe.overrides(scale).get('density', scale.density)
+    tower = open_clip_of(scale).visual
+    density = recipe.overrides(scale).get('density', scale.density)
     if recipe.method == 'magnitude': return SparseMask.magnitude(tower, density)
     if recipe.method == 'random': return SparseMask.random(tower, density, seed=seed)
     if recipe.method == 'snip':
@@ -222,7 +234,7 @@ class Arm:
     "One way to fine-tune."
     name:str # In tables
     mask:MaskRecipe = None # How its mask is found, or one of `MASKS`; None is dense
-    weights:str = 'original' # CLIP's own, or those that Algorithm 1 ended with: `'trained'`
+    weights:str = 'original' # CLIP's own; `'trained'`: those that Algorithm 1 ended with
     # Which layers learn after the warm-up: `'all'`, `'alpha'`, `'alpha*'`, `'random'`, `'none'`, or one of
     # `READINGS`
     select:str = 'all'
@@ -235,7 +247,7 @@ class Arm:
     # Below the layer: of what `select` leaves, sensitivity picks `'layer'`, `'channel'` or `'element'`, as many
     # weights as the scale's freezing of small alpha trains
     level:str = ''
-    source:object = None # An arm: this one begins with the tower that it was fine-tuned to, instead of CLIP's
+    source:object = None # Another arm, with whose fine-tuned tower this one begins, instead of CLIP's
 
     def __post_init__(self):
         object.__setattr__(self, 'mask', as_recipe(self.mask))
@@ -254,18 +266,18 @@ class Arm:
 
     def key(self, scale:Scale)->str:
         "What is done, in words: all settings, and not the name."
-        rule = self.select
-        if rule in (*SELECTION_RULES, *READINGS): rule = f'{rule} {self.freeze or scale.freeze:g}'
-        late = [f'then {name}' for name in self._late_mask(scale)]
-        tail = [self.xmin or scale.xmin] if self.select.startswith('alpha') or self.select in READINGS else []
-        return ', '.join([self.start(scale), *late, rule, *tail, *([self.level] if self.level else [])])
+        words = [self.start(scale)]
+        if self.late(scale): words.append(f'then {self._late_mask(scale)}')
+        by_rule = self.select in (*SELECTION_RULES, *READINGS)
+        words.append(f'{self.select} {self.freeze or scale.freeze:g}' if by_rule else self.select)
+        if self.select.startswith('alpha') or self.select in READINGS: words.append(self.xmin or scale.xmin)
+        if self.level: words.append(self.level)
+        return ', '.join(words)
 
     def _late_mask(self, scale):
-        "The mask that is adopted after the warm-up, in words, or nothing."
-        if not self.late(scale): return []
-        return [
-            ', '.join([self.mask.method,
-                       *(f'{name}={value}' for name,value in self.mask.overrides(scale).items())])]
+        "The mask that is adopted after the warm-up, in words."
+        given = self.mask.overrides(scale)
+        return ', '.join([self.mask.method, *(f'{name}={value}' for name,value in given.items())])
 
 # %% ../../nbs/experiments/51_arms.ipynb #8d54c387
 ARMS = (Arm('dense', tables=('masks', 'layers', 'frameworks')),
@@ -306,7 +318,8 @@ def open_arm(
     folder:str|Path, # Where `find_mask` has written
 )->tuple: # (framework, mask to keep in force)
     "The framework that an arm begins with."
-    clip,mask = open_clip_of(scale.of(arm.framework)),open_mask(arm.mask, scale, seed, folder)
+    clip = open_clip_of(scale.of(arm.framework))
+    mask = open_mask(arm.mask, scale, seed, folder)
     if arm.weights == 'trained':
         load_framework(clip.visual, Path(folder)/f'{arm.mask.id(scale)}-weights.safetensors')
     if arm.source: load_framework(clip.visual, arm_file(folder, arm.source, scale, 'tower', 'safetensors'))
@@ -314,13 +327,15 @@ def open_arm(
     return build_framework(arm.framework, clip, vocabulary, scale, seed),mask
 
 def start_file(folder:str|Path, arm:Arm, scale:Scale):
-    return Path(folder)/f'start-{_file(arm.start(scale))}.safetensors'
+    return Path(folder)/f'start-{_file_name(arm.start(scale))}.safetensors'
+
 def arm_file(folder:str|Path, arm:Arm, scale:Scale, what:str='arm', kind:str='json'):
-    return Path(folder)/f'{what}-{_file(arm.key(scale))}.{kind}'
+    return Path(folder)/f'{what}-{_file_name(arm.key(scale))}.{kind}'
 
 @contextlib.contextmanager
 def checkpoints(file:str|Path, scale:Scale):
-    "Where a long fine-tuning is kept until what follows from it is written, as options of `finetune`."
+    """Yields options of `finetune` by which a long run leaves checkpoints beside `file`. They are removed after the
+    block, in which the file is written."""
     run = Path(file).with_suffix('.run')
     yield dict(checkpoint_dir=run, checkpoint_every=scale.checkpoint) if scale.checkpoint else {}
     if Group().main: shutil.rmtree(run, ignore_errors=True)
@@ -368,7 +383,6 @@ def select_layers(
         return LayerSelection(list(table.to_frame().index), [], f'{arm.level}s by sensitivity')
     return table.select(freeze=arm.freeze or scale.freeze, by=by, seed=seed)
 
-
 # %% ../../nbs/experiments/51_arms.ipynb #5e1f0a2c
 TUNERS = {} # kind of choice below the layer -> function, as `tune_below` calls it; a chapter adds its own
 
@@ -401,45 +415,45 @@ def clip_similarity(
     # `'cka_channels'`: the released per-channel variant
 )->dict:
     "How much of CLIP the backbone has kept (Tab. 9)."
-    stages,n = _stages(clip),min(n, len(data))
-    # the unbiased estimate takes four images
-    if n < 4: return dict(cka=math.nan, cka_layers=math.nan, cka_channels=math.nan)
-    convs = ([f"visual.{layer.name.removesuffix('.weight')}" for layer in layers(clip) if layer.kind == 'conv']
-             if every else [])
-    # real images differ in size
-    size = (data[0]['image'].shape[-2:] if len({data[i]['image'].shape for i in range(n)}) == 1
-            else (clip.image_size,)*2)
-    def batch(at): return torch.stack([resize(data[i]['image'][None], size)[0] for i in at]).to(device_of(seg))
-    table = cka(clip, seg.backbone, [batch(range(i, min(i+16, n))) for i in range(0, n, 16)], stages+convs,
-                stages+convs)
-    def same(names): return float(np.mean([table.loc[k, k] for k in names])) if names else math.nan
-    # a ViT has tokens, no maps
-    return dict(cka=same(stages), cka_layers=same(convs),
-                cka_channels=float(paper_cka(clip, seg.backbone, [batch(range(min(8, n)))], stages).mean())
-                if 'resblocks' not in stages[0] else math.nan)
+    stages = _stages(clip)
+    n = min(n, len(data))
+    if n < 4: # the unbiased estimate takes four images
+        return dict(cka=math.nan, cka_layers=math.nan, cka_channels=math.nan)
+    convs = []
+    if every: convs = [f"visual.{layer.name.removesuffix('.weight')}" for layer in layers(clip) if layer.kind == 'conv']
+    sizes = {data[i]['image'].shape for i in range(n)}
+    size = data[0]['image'].shape[-2:] if len(sizes) == 1 else (clip.image_size,)*2
+    def batch(indices):
+        return torch.stack([resize(data[i]['image'][None], size)[0] for i in indices]).to(device_of(seg))
+    batches = [batch(range(i, min(i+16, n))) for i in range(0, n, 16)]
+    table = cka(clip, seg.backbone, batches, stages+convs, stages+convs)
+    def same(names): return float(np.mean([table.loc[name, name] for name in names])) if names else math.nan
+    has_maps = 'resblocks' not in stages[0] # a ViT has tokens
+    channels = paper_cka(clip, seg.backbone, [batch(range(min(8, n)))], stages).mean() if has_maps else math.nan
+    return dict(cka=same(stages), cka_layers=same(convs), cka_channels=float(channels))
 
 # %% ../../nbs/experiments/51_arms.ipynb #b9b41284
 def _predictions(seg, data, n):
     """What a framework makes of the first images of a data set, or of the first alone where they differ in size:
     (N,H,W) classes, as small as they can be kept."""
     images = [data[i]['image'] for i in range(min(n, len(data)))]
-    if len({x.shape for x in images}) > 1: images = images[:1]
-    return seg.predict(torch.stack(images).to(device_of(seg)),
-                       data.vocabulary).cpu().to(torch.uint8 if len(data.vocabulary) < 256 else torch.int32)
+    if len({image.shape for image in images}) > 1: images = images[:1]
+    classes = seg.predict(torch.stack(images).to(device_of(seg)), data.vocabulary).cpu()
+    return classes.to(torch.uint8 if len(data.vocabulary) < 256 else torch.int32)
 
 def _files(folder, arm, scale):
-    # of an arm: its result, its tower and its alphas
-    return (arm_file(folder, arm, scale, *w) for w in ((), ('tower', 'safetensors'), ('alpha',)))
+    "The files of an arm: its result, its tower and its alphas."
+    tower = arm_file(folder, arm, scale, 'tower', 'safetensors')
+    return arm_file(folder, arm, scale), tower, arm_file(folder, arm, scale, 'alpha')
 
 def cached_result(arm:Arm, scale:Scale, folder:str|Path, keep:bool=False):
-    "The result of an arm, if all that is asked of it was measured and kept."
+    "The result of an arm, if all that is asked of it was measured and kept; else None."
     done,tower,alphas = _files(folder, arm, scale)
-    if not done.exists() or keep and not tower.exists() or 'layers' in arm.tables and not alphas.exists():
-        return None
+    needed = [done, *([tower] if keep else []), *([alphas] if 'layers' in arm.tables else [])]
+    if not all(file.exists() for file in needed): return None
     res = load_json(done, ArmResult, ARM_FILE)
-    # older results do not say it; a NaN is written as null
-    return (None if 'masks' in arm.tables and not res.get('every', res['cka_layers'] is not None)
-            else dict(res, arm=arm.name))
+    every = res.get('every', res['cka_layers'] is not None) # older results do not say it; a NaN is written as null
+    return None if 'masks' in arm.tables and not every else dict(res, arm=arm.name)
 
 def run_arm(
     arm:Arm, # Which
@@ -455,11 +469,12 @@ def run_arm(
     with checkpoints(arm_file(folder, arm, scale), scale) as run:
         return _measure_arm(arm, scale, seed, folder, keep, run)
 
+# %% ../../nbs/experiments/51_arms.ipynb #b9b41285
 @functools.lru_cache(maxsize=16)
-def _counted(framework, scale, vocabulary):
+def _dense_cost(framework, scale, vocabulary):
     "The cost of a framework without a mask, in which its arms are alike: counted once."
-    return cost(build_framework(framework, open_clip_of(scale.of(framework)), vocabulary, scale, 0),
-                (3, scale.size, scale.size))
+    seg = build_framework(framework, open_clip_of(scale.of(framework)), vocabulary, scale, 0)
+    return cost(seg, (3, scale.size, scale.size))
 
 def _looks(scale, name, framework):
     "How a data set is looked at and counted: by the paper's recipes as the released code does it."
@@ -467,45 +482,65 @@ def _looks(scale, name, framework):
     size = released_size(framework or scale.framework, scale.data if name == 'val' else name)
     return dict(size, over='truth', workers=scale.loaders)
 
+def _settings_of(arm, scale, seed, mask, selection):
+    "What an arm is, for its result."
+    return dict(arm=arm.name, seed=seed, framework=arm.framework or scale.framework,
+                mask=arm.mask and arm.mask.method,
+                found=arm.mask.id(scale) if arm.mask and arm.mask.distilled else '',
+                weights=arm.weights if arm.source is None else arm.source.name, select=arm.select, level=arm.level,
+                every='masks' in arm.tables, density=1. if mask is None else mask.density,
+                rule='' if selection is None else selection.rule,
+                frozen=[] if selection is None or arm.level else selection.freeze)
+
+def _mious(arm, scale, seg, world):
+    "The mIoU of an arm on base and novel classes of the validation data, and on each other data set."
+    mious = {}
+    for name,data in world.items():
+        if name == 'train': continue
+        limit = (scale.val if name == 'val' else scale.domain) or None
+        found = evaluate(seg, data, limit=limit, **_looks(scale, name, arm.framework))
+        if name == 'val': mious.update(found['groups'] or dict(base=found['miou']))
+        else: mious[name] = found['miou']
+    return mious
+
+def _costs_of(arm, scale, vocabulary, mask, selection, batch_size):
+    "What an arm costs: to run, and to train."
+    counted = _dense_cost(arm.framework, scale, vocabulary).with_mask(mask)
+    costs = dict(params=counted.params, active_params=counted.active_params, macs=counted.macs,
+                 active_macs=counted.active_macs, train_flops=math.nan)
+    if arm.level: return costs # what single weights save in training depends on the kernels
+    first,steps = scale.steps(arm.framework)
+    warmup = training_flops(counted, first, batch_size, mask=None if arm.late(scale) else mask)
+    after = training_flops(counted, steps, batch_size, mask=mask, selection=selection)
+    return dict(costs, train_flops=warmup+after)
+
+# %% ../../nbs/experiments/51_arms.ipynb #b9b41286
+def _maybe_below(arm, seg, selection, scale, data, seed):
+    return tune_below(arm, seg, selection, scale, data, seed=seed) if arm.level else contextlib.nullcontext()
+
 def _measure_arm(arm, scale, seed, folder, keep, run):
     "Fine-tune an arm, measure all that its tables show, and write it."
     done,tower,alphas = _files(folder, arm, scale)
-    every,layered = (table in arm.tables for table in ('masks', 'layers'))
-    world,(seg,mask),began = world_of(scale, seed, arm.framework),open_warm(
-        arm, scale, seed, folder),time.process_time()
-    first,steps = scale.steps(arm.framework)
-    recipe,selection = scale.recipe(steps, 'poly', seed+1, arm.framework),select_layers(arm, seg, scale, seed)
+    world = world_of(scale, seed, arm.framework)
+    seg,mask = open_warm(arm, scale, seed, folder)
+    began = time.process_time()
+    recipe = scale.recipe(scale.steps(arm.framework)[1], 'poly', seed+1, arm.framework)
     if arm.select == 'none': recipe = recipe.replace(backbone_lr=0.)
-    with maybe_mask(mask, seg), tune_below(arm, seg, selection, scale, world['train'],
-                                           seed=seed) if arm.level else contextlib.nullcontext():
+    selection = select_layers(arm, seg, scale, seed)
+    with maybe_mask(mask, seg), _maybe_below(arm, seg, selection, scale, world['train'], seed):
         finetune(seg, world['train'], recipe, selection=None if arm.level else selection, **run)
-    res = dict(arm=arm.name, seed=seed, framework=arm.framework or scale.framework,
-               mask=arm.mask and arm.mask.method,
-               found=arm.mask.id(scale) if arm.mask and arm.mask.distilled else '',
-               weights=arm.weights if arm.source is None else arm.source.name, select=arm.select, level=arm.level,
-               every=every, density=1. if mask is None else mask.density,
-               rule='' if selection is None else selection.rule,
-               frozen=[] if selection is None or arm.level else selection.freeze)
-    res['miou'] = {}
-    for name in world:
-        if name == 'train': continue
-        limit = (scale.val if name == 'val' else scale.domain) or None
-        e = evaluate(seg, world[name], limit=limit, **_looks(scale, name, arm.framework))
-        res['miou'].update((e['groups'] or dict(base=e['miou'])) if name == 'val' else {name: e['miou']})
-    c,b = _counted(arm.framework, scale, world['train'].vocabulary).with_mask(mask),recipe.batch_size
-    res.update(params=c.params, active_params=c.active_params, macs=c.macs, active_macs=c.active_macs,
-               train_flops=math.nan)
-    if not arm.level: # what single weights save depends on the kernels
-        warmup = training_flops(c, first, b, mask=None if arm.late(scale) else mask)
-        res['train_flops'] = warmup + training_flops(c, steps, b, mask=mask, selection=selection)
-    res.update(clip_similarity(seg, world['val'], open_clip_of(scale.of(arm.framework)), every=every))
-    if Group().main: _keep_arm(seg, world, scale, done, tower if keep else None, alphas if layered else None)
+    res = _settings_of(arm, scale, seed, mask, selection)
+    res['miou'] = _mious(arm, scale, seg, world)
+    res.update(_costs_of(arm, scale, world['train'].vocabulary, mask, selection, recipe.batch_size))
+    res.update(clip_similarity(seg, world['val'], open_clip_of(scale.of(arm.framework)), every=res['every']))
+    if Group().main:
+        _keep_arm(seg, world, scale, done, tower if keep else None, alphas if 'layers' in arm.tables else None)
     res['seconds'] = round(time.process_time()-began, 1)
     if Group().main: save_json(res, done, ARM_FILE) # the last: it says that all is there
     return res
 
 def _keep_arm(seg, world, scale, done, tower, alphas):
-    "Write what an arm has left: answers, and alphas and the tower where they are asked for."
+    "Write what an arm has left: answers, and alphas and the tower where their files are named."
     answers = {n: _predictions(seg, d, PICTURES.get(n, 1)) for n,d in world.items() if n != 'train'}
     save_tensors(answers, done.with_suffix('.safetensors'), kind=ANSWERS_FILE)
     if alphas: save_json(analyze(seg.backbone, xmin=scale.xmin).to_frame().alpha.to_dict(), alphas, ALPHAS_FILE)

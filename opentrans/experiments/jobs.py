@@ -33,7 +33,7 @@ def parse_scheduler(
     scheduler:str|int, # `'local'`, `'processes'`, `'processes:4'`, a number of processes, or the address of a scheduler
     device:str='cpu', # Where the jobs compute; on GPUs, `'processes'` are as many as there are
     each:int=1, # Processes that share a job: of `'processes'` there are fewer then
-)->tuple: # Number of processes of this machine, of which 1 is this process; address. One of them is None
+)->tuple: # (number of processes of this machine, None), where 1 is this process alone, or (None, address)
     "Where jobs run. Raises `OpenTransError`."
     if not isinstance(scheduler, str):
         check_number('number of processes', scheduler, 1, 1024, whole=True)
@@ -71,8 +71,8 @@ def _sorter(jobs):
     return order
 
 # %% ../../nbs/experiments/52_jobs.ipynb #8164a7c4
-class _View:
-    "All jobs in one view: a bar that names those at work, or in a log a line for each that is done."
+class _Progress:
+    "How far all jobs are: a bar that names those at work, or in a log a line for each that is done."
     def __init__(self, total, desc):
         self.total = total
         self.desc = desc
@@ -128,9 +128,11 @@ def _do_job(function, args, settings):
         return function(*args)
 
 def _settings():
-    "What jobs take from the environment: where data sets lie. Bars are for the process that asks."
+    "Environment of jobs: no bars, which are for the process that asks, and where data sets lie, if it says so."
+    settings = dict(OPENTRANS_PROGRESS='0')
     root = os.environ.get('DETECTRON2_DATASETS')
-    return dict(OPENTRANS_PROGRESS='0', **(dict(DETECTRON2_DATASETS=os.path.abspath(root)) if root else {}))
+    if root: settings['DETECTRON2_DATASETS'] = os.path.abspath(root)
+    return settings
 
 def _worker_environment(index, device, each=1):
     "Environment of the i-th worker of this machine: one thread, and where jobs compute on GPUs, one GPU a process."
@@ -140,8 +142,8 @@ def _worker_environment(index, device, each=1):
     return dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=','.join(own))
 
 # dask asks the C library to give back all memory at once, which makes a step of training half as long again
-_KEEP_MEMORY = {f'distributed.nanny.pre-spawn-environ.{name}': size
-                for name,size in dict(MALLOC_TRIM_THRESHOLD_=2**30, MALLOC_MMAP_THRESHOLD_=2**25).items()} # bytes
+_KEEP_MEMORY = {'distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_': 2**30, # bytes
+                'distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_': 2**25}
 
 def _distributed(): return optional('distributed', 'cluster', 'To run jobs in several processes')
 
@@ -184,7 +186,8 @@ def _run_there(jobs, client, view):
     running = distributed.as_completed(loop=client.loop)
     results = {}
     names = {}
-    run, place = uuid.uuid4().hex, {name: i for i,name in enumerate(jobs)}
+    run = uuid.uuid4().hex
+    place = {name: i for i,name in enumerate(jobs)}
     def begin():
         for name in order.get_ready():
             _, function, args = jobs[name]
@@ -233,7 +236,7 @@ def run_jobs(
 )->dict: # Name -> result
     "Do jobs in an order that respects what they wait for. The first error ends all. Raises `OpenTransError`."
     count, address = parse_scheduler(scheduler, device, each)
-    view = _View(len(jobs), desc)
+    view = _Progress(len(jobs), desc)
     with contextlib.closing(view.bar):
         if count == 1 or not jobs: return _run_here(jobs, view)
         workers = _connect(address) if address else _start_workers(min(count, len(jobs)), device, each)
@@ -262,7 +265,8 @@ def _identity(scale, seed):
 def open_run_folder(folder:str|Path, scale:Scale, seed:int):
     """A folder for runs of these sizes, data and weights and this seed; it says so inside. Raises `OtherRun` if it
     is one of others."""
-    folder,settings = Path(folder),_identity(scale, seed)
+    folder = Path(folder)
+    settings = _identity(scale, seed)
     kept = folder/'study.json'
     usual = _identity(Scale(), seed) # a size that came later has its default in older folders
     if kept.exists() and {**usual, **load_json(kept, dict, RUNS_FILE)} != settings:
@@ -288,16 +292,16 @@ def hold_folders(*folders):
 
 # %% ../../nbs/experiments/52_jobs.ipynb #8d8047be
 def _distinct_runs(arms, scale):
-    "Arms by their settings: those of the same are one run, which measures what any of their tables shows."
+    "Arms by their settings. Those of equal settings are one run, which measures what any of their tables shows."
     runs = {}
     for arm in arms:
-        key = arm.key(scale)
-        before = runs[key].tables if key in runs else ()
-        runs[key] = dataclasses.replace(runs.get(key, arm), tables=tuple(dict.fromkeys([*before, *arm.tables])))
+        first = runs.setdefault(arm.key(scale), arm)
+        tables = tuple(dict.fromkeys([*first.tables, *arm.tables]))
+        runs[arm.key(scale)] = dataclasses.replace(first, tables=tables)
     return runs
 
 def _shared(scale, function, *args, alone=False):
-    "A job, done by as many processes as a scale says."
+    "Function and arguments of a job that as many processes share as a scale says, or that one does alone."
     return share_job, (1 if alone else scale.processes, function, args, scale.device)
 
 def _mask_of(arm, scale):
@@ -309,29 +313,33 @@ def _plan(scale, seed, folder, arms):
     "Masks, warm-ups and arms of one seed that are not there yet, as jobs."
     folder = open_run_folder(folder, scale, seed).resolve() # workers may stand elsewhere
     sources = [arm.source for arm in arms if arm.source]
-    runs, towers = _distinct_runs([*sources, *arms], scale), {arm.key(scale) for arm in sources}
+    towers = {arm.key(scale) for arm in sources} # that other arms begin with, and are kept
+    runs = _distinct_runs([*sources, *arms], scale)
     left = [arm for key,arm in runs.items() if not cached_result(arm, scale, folder, key in towers)]
     jobs = {}
-    for name,recipe in sorted({_mask_of(arm, scale): arm.mask for arm in left if _mask_of(arm, scale)}.items()):
+    recipes = {_mask_of(arm, scale): arm.mask for arm in left if _mask_of(arm, scale)}
+    for name,recipe in sorted(recipes.items()):
         if (folder/f'{name}.safetensors').exists(): continue
         alone = recipe.method in FINDERS # other ways to a mask take one process
         jobs[seed, 'imp', name] = ((), *_shared(scale, find_mask, scale, seed, folder, recipe, alone=alone))
-    first = {arm.start(scale): arm for arm in reversed(left)}
-    for start,arm in sorted(first.items(), key=lambda item: _mask_of(item[1], scale) is not None):
+    starts = {arm.start(scale): arm for arm in reversed(left)} # the first arm of each
+    for start,arm in sorted(starts.items(), key=lambda item: _mask_of(item[1], scale) is not None):
         if start_file(folder, arm, scale).exists(): continue
-        needs = [] if arm.late(scale) else [(seed, 'imp', _mask_of(arm, scale))]
+        mask = (seed, 'imp', _mask_of(arm, scale))
+        needs = [mask] if mask in jobs and not arm.late(scale) else []
         if arm.source: needs.append((seed, 'arm', arm.source.key(scale)))
         job = warm_up if scale.steps(arm.framework)[0] else no_warm_up
-        needs = [need for need in needs if need in jobs or need[1] == 'arm']
         alone = job is no_warm_up
         jobs[seed, 'start', start] = (needs, *_shared(scale, job, arm, scale, seed, folder, alone=alone))
     for key,arm in runs.items():
-        needs = [(seed, 'start', arm.start(scale)), (seed, 'imp', _mask_of(arm, scale))]
-        needs = [need for need in needs if need in jobs]
+        wanted = [(seed, 'start', arm.start(scale)), (seed, 'imp', _mask_of(arm, scale))]
+        needs = [name for name in wanted if name in jobs] # others are there already, or not needed
         jobs[seed, 'arm', key] = (needs, *_shared(scale, run_arm, arm, scale, seed, folder, key in towers))
     return jobs
 
-def seed_folders(runs:str|Path, seeds:Iterable[int]): return {n: Path(runs)/f'seed{n}' for n in seeds}
+def seed_folders(runs:str|Path, seeds:Iterable[int]):
+    "Where the runs of each seed lie: seed -> folder."
+    return {n: Path(runs)/f'seed{n}' for n in seeds}
 
 # %% ../../nbs/experiments/52_jobs.ipynb #a9af8cd0
 def run_arms(
@@ -344,10 +352,10 @@ def run_arms(
 )->list: # A result for each seed and arm
     "Masks, warm-ups and arms of one seed, or of several."
     parse_scheduler(scheduler, scale.device, scale.processes)
-    where = {seeds: Path(folder)} if isinstance(seeds, int) else seed_folders(folder, seeds)
-    for n in where: check_number('seed', n, 0, whole=True)
-    with hold_folders(*where.values()):
+    folders = {seeds: Path(folder)} if isinstance(seeds, int) else seed_folders(folder, seeds)
+    for seed in folders: check_number('seed', seed, 0, whole=True)
+    with hold_folders(*folders.values()):
         jobs = dict(beside or {})
-        for n,runs in where.items(): jobs.update(_plan(scale, n, runs, arms))
-        res = run_jobs(jobs, scheduler, f"seed {', '.join(map(str, where))}", scale.device, scale.processes)
-    return [dict(res[n, 'arm', a.key(scale)], arm=a.name) for n in where for a in arms]
+        for seed,runs in folders.items(): jobs.update(_plan(scale, seed, runs, arms))
+        results = run_jobs(jobs, scheduler, f"seed {', '.join(map(str, folders))}", scale.device, scale.processes)
+    return [dict(results[seed, 'arm', arm.key(scale)], arm=arm.name) for seed in folders for arm in arms]

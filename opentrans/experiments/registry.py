@@ -41,11 +41,13 @@ class Study:
     paper:str # Table or figure of the paper; `'beyond'`: none
     question:str # What it asks
     scale:dict = field(default_factory=dict) # Sizes that differ from the scale's
-    # In which the paper makes this table; taken where CLIP itself is trained (scales `'gpu'` and `'coco'`)
+    # Framework of the paper's table, which is taken where CLIP itself is trained (scales `'gpu'` and `'coco'`); empty:
+    # that of the scale, as everywhere else
     framework:str = ''
     costs:bool = False # Show parameters, MACs and frozen layers in its table
-    more:object = None # Function (scale, seeds, folder of the runs, scheduler) -> what else the file holds
-    # Function (what else the file holds, file), which raises `FormatError` if it is not what `more` gives
+    more:object = None # Function (scale, seeds, folder of the runs, scheduler) -> what the file holds besides results
+    # Function (what `more` gave, or all that `run` gave, as read from a file; the file), which raises `FormatError`
+    # if it is something else
     check:object = None
     # Function (study, seeds, folder of the runs, scheduler) -> what the file holds, for a study that is not made of
     # arms
@@ -94,6 +96,7 @@ class Study:
 
 STUDIES = {} # name -> `Study`, in the order of their cells
 
+# %% ../../nbs/experiments/55_studies.ipynb #1fb84474
 def study(
     name:str, # For the command and the file
     paper:str='beyond', # Table or figure of the paper
@@ -128,14 +131,15 @@ def get_study(
 # %% ../../nbs/experiments/55_studies.ipynb #c6cbc6a4
 def find_masks(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int, recipes:Collection[MaskRecipe]):
     "Masks of all settings and seeds, found where they are not there yet: (recipe, seed) -> mask."
-    runs = Path(runs).resolve()
-    def there(f, n): return runs/f'seed{n}'/f'{f.id(scale)}.safetensors'
-    with hold_folders(*seed_folders(runs, seeds).values()):
-        for n,folder in seed_folders(runs, seeds).items(): open_run_folder(folder, scale, n)
-        left = [(f, n) for n in seeds for f in recipes if not there(f, n).exists()]
-        run_jobs({(f, n): ((), find_mask, (scale, n, runs/f'seed{n}', f)) for f,n in left}, scheduler, 'masks',
-                 scale.device)
-        return {(f, n): SparseMask.load(there(f, n)) for n in seeds for f in recipes}
+    folders = seed_folders(Path(runs).resolve(), seeds)
+    files = {(recipe, seed): folder/f'{recipe.id(scale)}.safetensors'
+             for seed,folder in folders.items() for recipe in recipes}
+    with hold_folders(*folders.values()):
+        for seed,folder in folders.items(): open_run_folder(folder, scale, seed)
+        left = [name for name,file in files.items() if not file.exists()]
+        jobs = {(recipe, seed): ((), find_mask, (scale, seed, folders[seed], recipe)) for recipe,seed in left}
+        run_jobs(jobs, scheduler, 'masks', scale.device)
+        return {name: SparseMask.load(file) for name,file in files.items()}
 
 # %% ../../nbs/experiments/55_studies.ipynb #64851b4f
 STUDY_FILE = FileKind('opentrans-study', 'study', 'run_study')
@@ -190,25 +194,32 @@ def result_file(
     arms:Sequence[str]|None=None, # As for `run_study`
 )->Path: # `NAME-5seeds.json`; other scales than the usual one, another first seed and chosen arms are in the name
     "Where a study is stored."
-    label, chosen = scale_label(scale), [_arms_in_words(arms)] if arms else []
-    told = [*([framework] if framework else []), *([label] if label != 'shapes' else []), *chosen]
-    return Path(out)/('-'.join([name, *told, f'{seeds}seeds', *([f'from{seed}'] if seed else [])])+'.json')
+    label = scale_label(scale)
+    words = [name]
+    if framework: words.append(framework)
+    if label != 'shapes': words.append(label)
+    if arms: words.append(_arms_in_words(arms))
+    words.append(f'{seeds}seeds')
+    if seed: words.append(f'from{seed}')
+    return Path(out)/f"{'-'.join(words)}.json"
 
+# %% ../../nbs/experiments/55_studies.ipynb #1a1c324b
 def _study_scale(name, scale, pretrained, framework):
-    "The scale of a study, and the pairs in which it differs from the one that is named."
-    study, scale = get_study(name), get_scale(scale)
+    "The scale of a study, and the pairs (size, value) in which it differs from the one that is named."
+    study = get_study(name)
+    scale = get_scale(scale)
     if framework is not None: get_framework(framework)
     if 'backbone' in study.scale and (scale.pretrained or scale.backbone != Scale().backbone):
         raise OpenTransError(
             f"The study '{name}' is about the small towers that ship with the package, not about {scale.backbone}. "
             f"Run it at the scale 'shapes'.")
-    def asked(size): return scale_label(scale) == 'own' and getattr(scale, size) != getattr(Scale(), size)
-    sizes = {k: v for k,v in study.scale.items() if scale.queries or not k.startswith('query')}
-    own = [(k, v) for k,v in sizes.items() if not asked(k)]
+    def chosen(size): return scale_label(scale) == 'own' and getattr(scale, size) != getattr(Scale(), size)
+    sizes = {size: value for size,value in study.scale.items() if scale.queries or not size.startswith('query')}
+    own = [(size, value) for size,value in sizes.items() if not chosen(size)] # what a user has chosen stays
     where = framework or (study.framework if scale.preset == 'paper' else '')
     if where and where != scale.framework: own.append(('framework', where))
-    given = dict(pretrained=str(pretrained)) if pretrained else {}
-    return dataclasses.replace(scale, **dict(own), **given),own
+    weights = dict(pretrained=str(pretrained)) if pretrained else {}
+    return dataclasses.replace(scale, **dict(own), **weights),own
 
 def _plans(scale, arms, seed):
     "A `RunPlan` for each framework of some arms, by its name. What an arm freezes or prunes saves some of it."
@@ -244,12 +255,13 @@ def plan_study(
     workers = count_workers(scheduler, scale.device, scale.processes)
     rows = {}
     for where,plan in _plans(scale, arms, seed).items():
-        n = sum((arm.framework or scale.framework) == where for arm in arms)
-        rows[where] = dict(arms=n, gigabytes=plan.memory/1e9, room=plan.room/1e9, fits=plan.fits,
+        count = sum((arm.framework or scale.framework) == where for arm in arms)
+        rows[where] = dict(arms=count, gigabytes=plan.memory/1e9, room=plan.room/1e9, fits=plan.fits,
                            seconds=plan.seconds, epoch=plan.epoch, hours=plan.hours,
-                           total=plan.hours*n*seeds/workers)
+                           total=plan.hours*count*seeds/workers)
     return pd.DataFrame(rows).T
 
+# %% ../../nbs/experiments/55_studies.ipynb #1a1c324c
 def run_study(
     name:str, # One of `list_studies`
     # Folder of the `result_file`; the runs lie under `.runs` there, and none of them is done twice
@@ -267,22 +279,23 @@ def run_study(
     framework:str|None=None,
     arms:Sequence[str]|None=None, # Names of the arms to run; None: all of the study
 )->dict[str, Any]: # What the file holds: run, scale, seeds, results, summary, claims
-    "One table over several seeds. Interrupted, it goes on where it was. Raises `OpenTransError`."
+    "Run a study over several seeds and store it. Interrupted, it goes on where it was. Raises `OpenTransError`."
     s = dataclasses.replace(get_study(name), arms=_chosen_arms(name, arms))
     check_seeds(seeds, seed)
     parse_scheduler(scheduler)
     file = result_file(name, out, seeds, scale, seed, framework, arms)
-    told = command or f'opentrans study {name} --seeds {seeds}'
+    command = command or f'opentrans study {name} --seeds {seeds}'
     if s.run:
         if pretrained or framework:
             raise OpenTransError(
                 f"The study '{name}' has a model of its own: give neither pretrained nor framework.")
-        data = _run_other(s, Path(out), range(seed, seed+seeds), scale, scheduler, told)
+        data = _run_other(s, Path(out), range(seed, seed+seeds), scale, scheduler, command)
         save_json(data, file, STUDY_FILE)
         return data
     label = scale_label(scale)
     scale, own = _study_scale(name, scale, pretrained, framework)
-    runs = Path(out)/'.runs'/('' if label == 'shapes' else label)/'-'.join(f'{key}-{value}' for key,value in own)
+    sizes_in_words = '-'.join(f'{size}-{value}' for size,value in own)
+    runs = Path(out)/'.runs'/('' if label == 'shapes' else label)/sizes_in_words
     open_clip_of(scale) # what is missing is said before any folder is claimed
     open_world(scale, seed)
     folders = seed_folders(runs, range(seed, seed+seeds))
@@ -291,7 +304,7 @@ def run_study(
         results = run_arms(scale, list(folders), runs, scheduler, s.arms) if s.arms else []
         more = s.more(scale, list(folders), runs, scheduler) if s.more else None
     sizes = dict(dataclasses.asdict(scale), pretrained=Path(scale.pretrained).name)
-    data = dict(what=_headline(s, scale), run=_made(told, results), scale=sizes, seeds=list(folders),
+    data = dict(what=_headline(s, scale), run=_origin(command, results), scale=sizes, seeds=list(folders),
                 results=results, summary={}, claims=[])
     if results:
         frame = results_frame(results)
@@ -306,8 +319,8 @@ def _headline(study, scale):
     where = 'Toy scale' if scale.data == 'shapesworld' else 'Real data'
     return f"{study.name} ({study.paper}): {study.question} {where}."
 
-def _made(command, results):
-    "How a study was made."
+def _origin(command, results):
+    "How a study was made: the command, the date, the minutes of its arms and the machine."
     known = results and all('seconds' in result for result in results)
     minutes = round(sum(result['seconds'] for result in results)/60, 1) if known else None
     return dict(command=command, date=str(date.today()), cpu_minutes_of_arms=minutes, **hardware())
@@ -349,8 +362,8 @@ def all_claims(
     rows = []
     for name in list_studies():
         file = result_file(name, folder, seeds, scale)
-        if file.exists():
-            rows += [dict(study=name, file=file.name, **c) for c in load_study(name, file).get('claims', [])]
+        claims = load_study(name, file).get('claims', []) if file.exists() else []
+        rows += [dict(study=name, file=file.name, **claim) for claim in claims]
     table = claims_frame(rows).reindex(columns=['study', 'file', 'claim', 'where', 'measured', 'arm', 'against',
                                                 'mean', 'sd', 'low', 'high', 'boot_low', 'boot_high', 'n',
                                                 'verdict', 'each'])
@@ -388,9 +401,8 @@ def show_study(
     s = get_study(name)
     file = result_file(name, folder, seeds, scale)
     if not file.exists():
-        return display(
-            Markdown(
-                f"**{s.question}** ({s.paper}.) `opentrans study {name}` has not been run over {seeds} seeds."))
+        absent = f"**{s.question}** ({s.paper}.) `opentrans study {name}` has not been run over {seeds} seeds."
+        return display(Markdown(absent))
     data = load_study(name, file)
     made = ', '.join((_code(data['run']['command']), for_markdown(data['run']['date'])))
     head = f"**{s.question}** ({s.paper}; {made}, [every number]({quote(file.as_posix(), safe='/:')}).)"

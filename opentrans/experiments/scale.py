@@ -30,10 +30,9 @@ from ..runtime import pick_device
 from ..training import Recipe
 
 # %% ../../nbs/experiments/50_scale.ipynb #1f1e325a
-_recipe = Recipe.paper # one without a recipe of its own is trained as DeepLabV3 is
 _SIZES = dict( # smallest and largest value of each number of a scale
-    width=(1, 2**14), loss_stride=(1, 64), size=(16, 2**13), train=(1, 10**8), val=(0, 10**8), domain=(
-        0, 10**8), zero_shot=(0, 10**6), mosaics=(0, 10**6), imp_crop=(0, 2**14),
+    width=(1, 2**14), loss_stride=(1, 64), size=(16, 2**13), train=(1, 10**8), val=(0, 10**8),
+    domain=(0, 10**8), zero_shot=(0, 10**6), mosaics=(0, 10**6), imp_crop=(0, 2**14),
     imp_iters=(1, 10**9), warmup=(0, 10**9), iterations=(0, 10**9), query_iterations=(0, 10**9),
     checkpoint=(0, 10**9), loaders=(0, 256), processes=(1, 1024), accumulate=(1, 2**16),
     imp_batch=(1, 2**16), batch_size=(1, 2**16), query_batch=(1, 2**16), density=(0, 1), p=(0, 1), freeze=(0, 1),
@@ -75,10 +74,10 @@ class Scale:
     device:str = 'cpu' # Where everything runs
     framework:str = 'deeplabv3' # Where the mask is carried to
     preset:str = 'small' # Of the framework
-    width:int = 48 # Channels of its head
-    loss_stride:int = 4 # Its loss is taken at every n-th pixel
-    lean:bool = False # Does it begin with what CLIP says of each cell?
-    fine:str = 'res2' # Map of the tower that gives it the edges; a coarser one is cheaper
+    width:int = 48 # Channels of DeepLabV3's head
+    loss_stride:int = 4 # DeepLabV3's loss is taken at every n-th pixel
+    lean:bool = False # Does DeepLabV3 begin with what CLIP says of each cell?
+    fine:str = 'res2' # Map of the tower that gives DeepLabV3 the edges; a coarser one is cheaper
     output_stride:int = 16 # Of the tower
     size:int = 80 # Side of a scene, in pixels; real images are as they are, and cost is counted at this side
     train:int = 640 # Scenes to distill and to fine-tune on; of real data, all
@@ -111,11 +110,11 @@ class Scale:
     zero_shot:int = 400 # Pictures of single things
     # Iterations between the checkpoints of a fine-tuning, which goes on from the last; None: none, it is short
     checkpoint:int = None
-    # Frameworks of queries, whose iterations take longer: they learn in one run without a warm-up, of
+    # Frameworks of queries, whose iterations take longer: they learn in one run without a warm-up
     queries:tuple[str, ...] = ('mask2former', 'fcclip', 'faseg')
-    query_iterations:int = 40 # as many iterations
-    query_batch:int = 8 # of as many images,
-    query_lr:float = 3e-3 # at this rate
+    query_iterations:int = 40 # Iterations of that run
+    query_batch:int = 8 # Images an iteration of it
+    query_lr:float = 3e-3 # Its learning rate
 
     def __post_init__(self)->None:
         for name,off in _OFF_IN_FILES.items():
@@ -127,10 +126,11 @@ class Scale:
             check_number(name, getattr(self, name), least, most, whole=kinds[name] is int)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type not in (str, bool) or isinstance(value, field.type) or value == field.default: continue
-            raise OpenTransError(
-                f"{field.name}={shorten(repr(value), 80)}: give "
-                f"{'a text' if field.type is str else 'True or False'}.")
+            if field.type not in (str, bool) or value == field.default: continue
+            if not isinstance(value, field.type):
+                raise OpenTransError(
+                    f"{field.name}={shorten(repr(value), 80)}: give "
+                    f"{'a text' if field.type is str else 'True or False'}.")
         if not self.density or not 0 < self.p < 1:
             raise OpenTransError(f"density={self.density:g}, p={self.p:g}: both must be above 0, and p below 1.")
         for name,known in (('alpha_of', ('dense', 'masked')), ('precision', ('no', 'bf16', 'fp16'))):
@@ -140,7 +140,7 @@ class Scale:
                 f"output_stride={shorten(self.output_stride, 80)}: give 32, or for a ResNet 16 or 8.")
 
     def of(self, framework:str|None='')->Self:
-        "The same with the tower's last stride in a framework, as the paper has it."
+        "The same scale, with the last stride that the paper's tower has in this framework."
         if not self.paper or not self.backbone.startswith(('RN', 'shapes-rn')): return self
         stride = get_framework(framework or self.framework).output_stride
         return dataclasses.replace(self, output_stride=min(stride, self.output_stride))
@@ -161,41 +161,49 @@ class Scale:
         kinds = {f.name: get_origin(f.type) or f.type for f in dataclasses.fields(self)}
         for name in values:
             if name not in kinds: raise unknown('size of a study', name, kinds)
-        return dataclasses.replace(self,
-                                   **{name: _size_from(name, kinds[name], text) for name,text in values.items()})
+        sizes = {name: _size_from(name, kinds[name], text) for name,text in values.items()}
+        return dataclasses.replace(self, **sizes)
 
-    # `after`: iterations that went before; None: those of the warm-up
-    def recipe(self, iterations:int, schedule:str, seed:int, framework:str='', after:int|None=None)->Recipe:
-        r = self._recipe(iterations, schedule, seed, framework, after)
+    def recipe(self,
+        iterations:int, # How many
+        schedule:str, # Of the learning rate; the paper's recipes keep theirs, unless it is `'constant'`
+        seed:int, # Of the recipe
+        framework:str='', # Empty: that of the scale
+        after:int|None=None, # Iterations that went before, of the paper's course; None: those of the warm-up
+    )->Recipe:
+        "How a framework is fine-tuned at this scale."
+        make = self._paper_recipe if self.paper else self._own_recipe
+        r = make(iterations, schedule, seed, framework, after)
         return r.replace(precision=self.precision, accumulate=min(self.accumulate, r.batch_size),
                          workers=self.loaders)
 
-    def _recipe(self, iterations, schedule, seed, framework, after):
-        if self.paper:
-            r = _recipe(framework or self.framework).shorten(sum(self.steps(framework)))
-            course = (dict(schedule='constant', milestones=()) if schedule == 'constant'
-                      else dict(milestones=tuple(max(m-(self.warmup if after is None else after), 0)
-                                                 for m in r.milestones)))
-            return r.replace(iterations=iterations, batch_size=min(r.batch_size, self.batch_size), seed=seed,
-                             **course)
-        q = framework in self.queries
-        return Recipe.tiny().replace(iterations=iterations, batch_size=self.query_batch if q else self.batch_size,
-                                     lr=self.query_lr if q else self.lr, backbone_lr=self.backbone_lr,
-                                     schedule=schedule, seed=seed)
+    def _paper_recipe(self, iterations, schedule, seed, framework, after):
+        whole = Recipe.paper(framework or self.framework).shorten(sum(self.steps(framework)))
+        r = whole.replace(iterations=iterations, batch_size=min(whole.batch_size, self.batch_size), seed=seed)
+        if schedule == 'constant': return r.replace(schedule='constant', milestones=())
+        before = self.warmup if after is None else after
+        return r.replace(milestones=tuple(max(milestone-before, 0) for milestone in whole.milestones))
 
-    def steps(self, framework:str='')->tuple[int, int]: # of the warm-up, and after it
-        if self.paper:
-            return self.warmup,round(
-                (self.warmup+self.iterations)*_recipe(framework
-                                                      or self.framework).iterations/Recipe.paper(
-                    'deeplabv3').iterations)-self.warmup
-        return (0, self.query_iterations) if framework in self.queries else (self.warmup, self.iterations)
+    def _own_recipe(self, iterations, schedule, seed, framework, after):
+        of_queries = framework in self.queries
+        return Recipe.tiny().replace(iterations=iterations, schedule=schedule, seed=seed,
+                                     batch_size=self.query_batch if of_queries else self.batch_size,
+                                     lr=self.query_lr if of_queries else self.lr, backbone_lr=self.backbone_lr)
+
+    def steps(self, framework:str='')->tuple[int, int]: # Iterations of the warm-up, and after it
+        "How long a framework is fine-tuned."
+        if not self.paper:
+            return (0, self.query_iterations) if framework in self.queries else (self.warmup, self.iterations)
+        asked = Recipe.paper(framework or self.framework).iterations
+        total = round((self.warmup+self.iterations)*asked/Recipe.paper('deeplabv3').iterations)
+        return self.warmup,total-self.warmup
 
     def options(self, framework:str)->dict[str, Any]:
-        return ({} if self.preset != 'small'
-                else dict(deeplabv3=dict(width=self.width, loss_stride=self.loss_stride, lean=self.lean,
-                                         fine=self.fine), mask2former=dict(queries=24, layers=2, points=256),
-                          fcclip=dict(queries=24, layers=2, points=256)).get(framework, {}))
+        "What `build` makes a framework with."
+        if self.preset != 'small': return {}
+        pixels = dict(width=self.width, loss_stride=self.loss_stride, lean=self.lean, fine=self.fine)
+        queries = dict(queries=24, layers=2, points=256)
+        return dict(deeplabv3=pixels, mask2former=queries, fcclip=queries).get(framework, {})
 
 _REAL = ('ade20k_150', 'ade20k_847', 'cityscapes_19', 'context_59', 'context_459', 'voc_20')
 _RN50 = dict(backbone='RN50', pretrained='openai', quick_gelu=True, device='cuda', preset='paper', imp_lr=1e-4,
@@ -252,9 +260,9 @@ PICTURE = (192, 256) # height and width of the photographs of a study
 
 @functools.lru_cache(maxsize=2)
 def _open_sets(root):
-    return {name: Resized(data, PICTURE)
-            for name,data in dict(train=open_dataset('msrc', root, 'train', names='base'),
-                                  val=open_dataset('msrc', root), camvid=open_dataset('camvid', root)).items()}
+    sets = dict(train=open_dataset('msrc', root, 'train', names='base'), val=open_dataset('msrc', root),
+                camvid=open_dataset('camvid', root))
+    return {name: Resized(data, PICTURE) for name,data in sets.items()}
 
 def _tiny_imagenet(root, split, kept):
     "The tar of Tiny-ImageNet, and its classes: every fourth is kept back."
@@ -266,7 +274,8 @@ def _tiny_imagenet(root, split, kept):
 def _open_photographs(mosaics, domain, seed, root):
     """MSRC without its novel names to train on, maybe with mosaics beside; all of it, CamVid and mosaics of names
     that were kept back to evaluate on."""
-    world,tiny = dict(_open_sets(root)),Path(root)/'tiny_imagenet'
+    world = dict(_open_sets(root))
+    tiny = Path(root)/'tiny_imagenet'
     if not tiny.is_dir():
         if mosaics:
             raise OpenTransError(
@@ -274,12 +283,12 @@ def _open_photographs(mosaics, domain, seed, root):
                 f"that has it, or mosaics=0.")
         return world
     if mosaics:
-        world['train'] = Together([world['train'],
-                                   PhotoMosaic(n=mosaics, size=PICTURE, seed=seed,
-                                               **_tiny_imagenet(tiny, 'train', False))])
-    return dict(world,
-                mosaic=PhotoMosaic(n=max(domain, 1), size=PICTURE, seed=seed, **_tiny_imagenet(tiny, 'val', True)))
+        beside = PhotoMosaic(n=mosaics, size=PICTURE, seed=seed, **_tiny_imagenet(tiny, 'train', False))
+        world['train'] = Together([world['train'], beside])
+    unseen = PhotoMosaic(n=max(domain, 1), size=PICTURE, seed=seed, **_tiny_imagenet(tiny, 'val', True))
+    return dict(world, mosaic=unseen)
 
+# %% ../../nbs/experiments/50_scale.ipynb #0722659e
 def open_world(
     scale:Scale, # Sizes
     seed:int, # Of the scenes
@@ -308,18 +317,20 @@ def _prompted(data, prompts):
     return same
 
 @functools.lru_cache(maxsize=8)
-# a large file is read once, not for each seed
-def _digest(file, size, modified): return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+def _digest(file, size, modified):
+    "A checksum of a file. It is read once, not for each seed, and again if it has changed."
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 def weights_identity(scale:Scale):
     "The weights of a scale's CLIP: a tag as it is, a file by its name and content."
     file = Path(scale.pretrained)
-    return (f'{file.name} {_digest(file, (s := file.stat()).st_size, s.st_mtime_ns)}'
-            if scale.pretrained and file.is_file() else scale.pretrained)
+    if not scale.pretrained or not file.is_file(): return scale.pretrained
+    found = file.stat()
+    return f'{file.name} {_digest(file, found.st_size, found.st_mtime_ns)}'
 
 @functools.lru_cache(maxsize=2)
 def _open_clip(name, pretrained, output_stride, quick_gelu, weights):
-    # read once, and again if a file of weights has changed
+    "A CLIP. It is read once, and again if its file of weights has changed, which `weights` tells."
     return ClipBackbone.create(name, pretrained=None if pretrained == 'none' else pretrained,
                                output_stride=output_stride, quick_gelu=quick_gelu)
 
@@ -327,8 +338,9 @@ def open_clip_of(
     scale:Scale, # Sizes
 )->ClipBackbone: # With its weights, on the scale's device
     "The CLIP of a study."
-    return _open_clip(scale.backbone, scale.pretrained or scale.backbone, scale.output_stride, scale.quick_gelu,
-                      weights_identity(scale)).fresh_copy().to(pick_device(scale.device))
+    clip = _open_clip(scale.backbone, scale.pretrained or scale.backbone, scale.output_stride, scale.quick_gelu,
+                      weights_identity(scale))
+    return clip.fresh_copy().to(pick_device(scale.device))
 
 # %% ../../nbs/experiments/50_scale.ipynb #6db8373b
 def between(least:float, most:float):
@@ -348,16 +360,16 @@ def zero_shot(
     seed:int=0, # Of the pictures
 )->dict: # `'base'`, `'novel'`: accuracy among all names; `'chance'`; `'n'`
     "Zero-shot accuracy on pictures of single things."
-    rng,res = np.random.default_rng([seed, 77]),dict(chance=1/len(TRIPLES), n=n)
+    rng = np.random.default_rng([seed, 77])
+    res = dict(chance=1/len(TRIPLES), n=n)
     text = clip.encode_text([triple_name(*k) for k in TRIPLES])
     for group in ('base', 'novel'):
         pool = [i for i,k in enumerate(TRIPLES) if is_novel(*k) == (group == 'novel')]
         truth = [pool[j % len(pool)] for j in range(n)]
-        images = torch.from_numpy(
-            np.stack([object_image(rng, clip.image_size, *TRIPLES[i]) for i in truth])).permute(0, 3, 1, 2)
-        with torch.no_grad():
-            scores = torch.cat([(clip.encode_image((x.float()/255).to(text.device)) @ text.T).cpu()
-                                for x in images.split(100)])
+        pictures = np.stack([object_image(rng, clip.image_size, *TRIPLES[i]) for i in truth])
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        def scores_of(part): return (clip.encode_image((part.float()/255).to(text.device)) @ text.T).cpu()
+        with torch.no_grad(): scores = torch.cat([scores_of(part) for part in images.split(100)])
         check_finite(dict(scores=scores), f'the likeness of pictures and names by {clip.name}',
                      'No accuracy is given. Are the weights whole?')
         best = scores.argmax(1)

@@ -93,12 +93,13 @@ def train_detector(scale:Scale, seed:int, folder:str|Path, mask:str):
     world = world_of(scale, seed, 'detector')
     recipe = scale.recipe(sum(scale.steps('detector')), 'cosine', seed, 'detector')
     clip = open_clip_of(scale.of('detector'))
-    found = None if mask == 'dense' else open_mask(mask, scale, seed, folder)
-    seg = build_framework('detector', clip, world['train'].vocabulary, scale, seed)
-    with maybe_mask(found, seg):
-        finetune(seg, world['train'], recipe)
-        r = detection_ap(seg, world['val'])
-    row = dict(mask=mask, seed=seed, ap=r['ap'], ap50=r['ap50'], **{k: r['groups'][k] for k in ('base', 'novel')})
+    opened = None if mask == 'dense' else open_mask(mask, scale, seed, folder)
+    detector = build_framework('detector', clip, world['train'].vocabulary, scale, seed)
+    with maybe_mask(opened, detector):
+        finetune(detector, world['train'], recipe)
+        found = detection_ap(detector, world['val'])
+    row = dict(mask=mask, seed=seed, ap=found['ap'], ap50=found['ap50'], base=found['groups']['base'],
+               novel=found['groups']['novel'])
     save_json(row, Path(folder)/f'detector-{mask}.json', DETECTION_FILE)
 
 def detections(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int)->dict:
@@ -106,11 +107,12 @@ def detections(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|in
     find_masks(scale, seeds, runs, scheduler, [MaskRecipe()])
     runs = Path(runs).resolve()
     files = {(mask, n): runs/f'seed{n}'/f'detector-{mask}.json' for n in seeds for mask in _DETECTED}
-    todo = [at for at,file in files.items() if not file.exists()]
-    left = {(mask, n): ((), train_detector, (scale, n, runs/f'seed{n}', mask)) for mask,n in todo}
-    run_jobs(left, scheduler, 'detectors', scale.device)
+    left = [name for name,file in files.items() if not file.exists()]
+    jobs = {(mask, n): ((), train_detector, (scale, n, runs/f'seed{n}', mask)) for mask,n in left}
+    run_jobs(jobs, scheduler, 'detectors', scale.device)
     return dict(rows=[check_shape(load_json(f, kind=DETECTION_FILE), _Detection, f"'{f}'") for f in files.values()])
 
+# %% ../../nbs/experiments/56_results.ipynb #7c3de37d
 def _check_detections(more, file):
     "Raises `FormatError` if these are no detectors of the study."
     more = check_shape(more, _Detections, f"'{file}'")
@@ -121,14 +123,14 @@ def _detection_frame(data): return pd.DataFrame(data['more']['rows'])
 
 def _detection_text(data):
     "Mean and deviation over seeds, in percent, in Markdown."
-    of = (100*_detection_frame(data).set_index('mask').drop(columns='seed')).groupby(level=0)
-    table = of.mean().round(1).astype(str) + ' ± ' + of.std().round(1).astype(str)
+    by_mask = (100*_detection_frame(data).set_index('mask').drop(columns='seed')).groupby(level=0)
+    table = by_mask.mean().round(1).astype(str) + ' ± ' + by_mask.std().round(1).astype(str)
     return table.loc[list(_DETECTED)].reset_index().to_markdown(index=False)
 
 def _plot_detection(study, data):
-    frame = 100*_detection_frame(data).set_index('mask')[['base', 'novel']]
-    of = frame.groupby(level=0)
-    return of.mean().loc[list(_DETECTED)].plot.bar(yerr=of.std().loc[list(_DETECTED)], rot=0, ylabel='AP, %')
+    by_mask = (100*_detection_frame(data).set_index('mask')[['base', 'novel']]).groupby(level=0)
+    mean,spread = by_mask.mean().loc[list(_DETECTED)],by_mask.std().loc[list(_DETECTED)]
+    return mean.plot.bar(yerr=spread, rot=0, ylabel='AP, %')
 
 @study('detection', more=detections, check=_check_detections, plot=_plot_detection, text=_detection_text)
 def detection(s:Study):
@@ -175,8 +177,8 @@ def losses(s:Study):
 @study('rounds', paper='Tab. 6 and 7')
 def rounds(s:Study):
     "How many weights a round, and how many iterations between?"
-    for p,share,name in ((.1, 1., 't'), (.1, 1/3, 't/3'), (.1, .1, 't/10'), (.3, 1., 't'), (.3, 3., '3t')):
-        s.arm(f'p={p}, {name}', MaskRecipe(p=p, iters=share), tables=())
+    for p,times,words in ((.1, 1., 't'), (.1, 1/3, 't/3'), (.1, .1, 't/10'), (.3, 1., 't'), (.3, 3., '3t')):
+        s.arm(f'p={p}, {words}', MaskRecipe(p=p, iters=times), tables=())
     s.claim('More iterations a round find a better mask', 'p=0.1, t', 'p=0.1, t/10', paper='Tab. 7')
     s.claim('Small steps find a better mask than large ones of the same total', 'p=0.1, t', 'p=0.3, 3t',
             paper='Tab. 7')
@@ -312,7 +314,7 @@ class _Courses(TypedDict):
 
 PART_FILE = FileKind('opentrans-course-part', 'part of a course of alpha', 'alpha_course')
 
-def _seen(part):
+def _alphas_so_far(part):
     "The alphas of a course that was interrupted, by the number of iterations."
     found = load_json(part, dict[str, dict[str, Measured]], PART_FILE) if part.exists() else {}
     if not all(i.isdecimal() and len(i) < 10 for i in found):
@@ -321,24 +323,27 @@ def _seen(part):
 
 def _rounded(values): return [None if v is None or v != v else round(float(v), 4) for v in values]
 
+# %% ../../nbs/experiments/56_results.ipynb #afc3d4ae
 def alpha_course(scale:Scale, seed:int, folder:str|Path, mask:str|None=None):
     "Alpha of each layer before, and its median during a fine-tuning of all layers (Fig. 6, 7 and 9)."
     kept = Path(folder)/f"course-{mask or 'dense'}.json"
     if kept.exists(): return load_json(kept, _Course, COURSE_FILE)
-    seg,m = open_arm(Arm('', mask), scale, seed, folder)
+    seg,opened = open_arm(Arm('', mask), scale, seed, folder)
     total = scale.warmup+scale.iterations
-    every,part = max(1, total//15),kept.with_suffix('.part.json')
-    seen = _seen(part) if scale.checkpoint else {}
-    def look(seg, row=None):
-        i = 0 if row is None else int(row['iteration'])+1
-        if (i % every == 0 or i == total) and str(i) not in seen:
-            seen[str(i)] = analyze(seg.backbone, xmin=scale.xmin).to_frame().alpha.to_dict()
+    every = max(1, total//15)
+    part = kept.with_suffix('.part.json')
+    seen = _alphas_so_far(part) if scale.checkpoint else {}
+    def measure(seg, row=None):
+        done = 0 if row is None else int(row['iteration'])+1
+        due = done % every == 0 or done == total
+        if due and str(done) not in seen:
+            seen[str(done)] = analyze(seg.backbone, xmin=scale.xmin).to_frame().alpha.to_dict()
             if scale.checkpoint: save_json(seen, part, PART_FILE)
     with checkpoints(kept, scale) as run:
-        with maybe_mask(m, seg):
-            look(seg)
+        with maybe_mask(opened, seg):
+            measure(seg)
             finetune(seg, world_of(scale, seed)['train'], scale.recipe(total, 'poly', seed, after=0),
-                     callback=look, **run)
+                     callback=measure, **run)
         rows = [pd.Series(alphas, dtype=float) for alphas in seen.values()]
         ends = dict(layers=list(rows[0].index), before=_rounded(rows[0]), after=_rounded(rows[-1]))
         save_json(dict(iterations=[int(i) for i in seen], median=_rounded([alphas.median() for alphas in rows]),
@@ -348,13 +353,14 @@ def alpha_course(scale:Scale, seed:int, folder:str|Path, mask:str|None=None):
 
 def alpha_curves(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int)->dict:
     "`alpha_course` of a dense and a sparse tower, by seed."
-    kinds, folders = {'dense': None, 'sparse': 'distilled'}, seed_folders(runs, seeds)
+    masks = {'dense': None, 'sparse': 'distilled'}
+    folders = seed_folders(runs, seeds)
     with hold_folders(*folders.values()):
         find_masks(scale, seeds, runs, scheduler, [MaskRecipe()])
-        jobs = {(k, n): ((), alpha_course, (scale, n, folders[n].resolve(), m)) for n in seeds
-                for k,m in kinds.items()}
-        res = run_jobs(jobs, scheduler, 'alpha', scale.device)
-    return {k: {str(n): res[k, n] for n in seeds} for k in kinds}
+        jobs = {(tower, n): ((), alpha_course, (scale, n, folders[n].resolve(), mask)) for n in seeds
+                for tower,mask in masks.items()}
+        courses = run_jobs(jobs, scheduler, 'alpha', scale.device)
+    return {tower: {str(n): courses[tower, n] for n in seeds} for tower in masks}
 
 # %% ../../nbs/experiments/56_results.ipynb #725dec76
 def _check_courses(more, file):
@@ -375,37 +381,37 @@ def alpha(s:Study):
 # %% ../../nbs/experiments/56_results.ipynb #96e2b73d
 def _plot_density(study, data): return plot_density(results_frame(data['results']))
 
-def _density(framework='', densities=(.02, .1, .5)):
+def _density_study(framework='', densities=(.02, .1, .5)):
     "The study of densities in a framework; empty: in the scale's."
     prefix = f'{framework}: ' if framework else ''
     where = f' in {FRAMEWORK_TITLES[framework]}' if framework else ''
     few = dict(query_iterations=160) if framework in OTHER_FRAMEWORKS else {}
-    name, question = f'density-{framework}' if framework else 'density', f'How sparse can the tower be{where}?'
-    @study(name, scale=few, question=question, plot=_plot_density)
+    name = f'density-{framework}' if framework else 'density'
+    @study(name, scale=few, question=f'How sparse can the tower be{where}?', plot=_plot_density)
     def made(s):
         s.arm(f'{prefix}dense', tables=('frameworks',), framework=framework)
-        for method,name in (('distilled', 'distilled'), ('random', 'random')):
+        for method in ('distilled', 'random'):
             for density in densities:
                 recipe = MaskRecipe(method, density=density)
-                s.arm(f'{prefix}{name}, {density:g}', recipe, tables=(), framework=framework)
+                s.arm(f'{prefix}{method}, {density:g}', recipe, tables=(), framework=framework)
         for density in densities:
             s.claim(f'At density {density:g}, a distilled mask is better than a random one{where}',
                     f'{prefix}distilled, {density:g}', f'{prefix}random, {density:g}')
     return made
 
-density = _density(densities=(.02, .05, .1, .2, .5))
+density = _density_study(densities=(.02, .05, .1, .2, .5))
 
 # %% ../../nbs/experiments/56_results.ipynb #85f72d8c
-density_fpn = _density('fpn')
+density_fpn = _density_study('fpn')
 
 # %% ../../nbs/experiments/56_results.ipynb #5801c972
-density_mask2former = _density('mask2former')
+density_mask2former = _density_study('mask2former')
 
 # %% ../../nbs/experiments/56_results.ipynb #db162f9f
-density_fcclip = _density('fcclip')
+density_fcclip = _density_study('fcclip')
 
 # %% ../../nbs/experiments/56_results.ipynb #dff5c5c1
-density_faseg = _density('faseg')
+density_faseg = _density_study('faseg')
 
 # %% ../../nbs/experiments/56_results.ipynb #3979adba
 @study('xmin')
@@ -467,13 +473,18 @@ def overlaps(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int)
     """How much masks agree that were found with other losses, in other frameworks, and with other seeds, beside
     chance (of random masks with the same density in each layer)."""
     masks = find_masks(scale, seeds, runs, scheduler, LOSSES_OF.values())
-    def others(n):
-        return {k: open_mask(k, scale, n, Path(runs)/f'seed{n}') for k in ('magnitude', 'snip', 'random')}
-    each = [{**{k: masks[f, n] for k,f in LOSSES_OF.items()}, **others(n)} for n in seeds]
-    within = {w: np.mean([compare_masks(m, w) for m in each], 0).tolist() for w in ('iou', 'chance')}
+    def masks_of(seed):
+        found = {name: masks[recipe, seed] for name,recipe in LOSSES_OF.items()}
+        methods = ('magnitude', 'snip', 'random')
+        return {**found, **{name: open_mask(name, scale, seed, Path(runs)/f'seed{seed}') for name in methods}}
+    each = [masks_of(seed) for seed in seeds]
+    measures = ('iou', 'chance')
+    within = {measure: np.mean([compare_masks(of_seed, measure) for of_seed in each], 0).tolist()
+              for measure in measures}
     pairs = [(a, b) for i,a in enumerate(seeds) for b in list(seeds)[i+1:]]
-    across = {k: {w: [float(masks[f, a].overlap(masks[f, b]).loc['all', w]) for a,b in pairs]
-                  for w in ('iou', 'chance')} for k,f in LOSSES_OF.items()}
+    def between(recipe, measure):
+        return [float(masks[recipe, a].overlap(masks[recipe, b]).loc['all', measure]) for a,b in pairs]
+    across = {name: {measure: between(recipe, measure) for measure in measures} for name,recipe in LOSSES_OF.items()}
     return dict(names=list(each[0]), within_a_seed=within, between_seeds=across)
 
 # %% ../../nbs/experiments/56_results.ipynb #e15108a3
@@ -481,19 +492,19 @@ def _all_finite(values):
     "Are these finite numbers?"
     return all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
 
-def _matrix(values, size):
-    "Is this a square of finite numbers?"
-    numbers = [value for row in values if isinstance(row, list) for value in row]
-    return (len(values) == size and all(isinstance(row, list) and len(row) == size for row in values)
-            and _all_finite(numbers))
+def _is_square(values, size):
+    "Are these as many rows of as many finite numbers?"
+    rows = all(isinstance(row, list) and len(row) == size for row in values)
+    return rows and len(values) == size and _all_finite([value for row in values for value in row])
 
 def _check_overlaps(more, file):
     "Raises `FormatError` if these are no overlaps of masks with different names."
     more = check_shape(more, _Overlaps, f"'{file}'")
     pairs = [values for each in more['between_seeds'].values() for values in each.values()]
-    squares = all(_matrix(values, len(more['names'])) for values in more['within_a_seed'].values())
+    squares = all(_is_square(values, len(more['names'])) for values in more['within_a_seed'].values())
     numbers = pairs and all(map(_all_finite, pairs))
-    if not squares or not numbers or len({*more['names']}) < len(more['names']):
+    distinct = len({*more['names']}) == len(more['names'])
+    if not (squares and numbers and distinct):
         raise STUDY_FILE.damaged(file, 'its overlaps are not of its masks')
 
 def _agreement(data):

@@ -83,7 +83,7 @@ def is_torchscript(path:str|Path)->bool:
 _PROGRAM = (
     "'{path}' is a TorchScript archive, that is, a program (OpenAI publishes CLIP so), and is not run here. If you "
     "trust it, pass trust=True, or convert it once: torch.save(torch.jit.load('{name}', 'cpu').state_dict(), "
-                                  "'weights.pt').")
+    "'weights.pt').")
 
 # %% ../../nbs/00c_checkpoints.ipynb #85992fa2
 def read_checkpoint(
@@ -113,7 +113,7 @@ def read_checkpoint(
         why = shorten((str(error).splitlines() or [''])[0])
         raise FormatError(
             f"'{path}' cannot be read as plain weights ({type(error).__name__}: {why}). Is it a whole file of a "
-            f"state dict? " "Save one with torch.save, or as .safetensors.") from error
+            f"state dict? Save one with torch.save, or as .safetensors.") from error
     if not isinstance(value, dict):
         raise FormatError(f"'{path}' holds no state dict but a {type(value).__name__}. Save model.state_dict().")
     return value

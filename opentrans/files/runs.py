@@ -128,20 +128,19 @@ def restore_optimizer(
     parameter, is not finite, or lacks what others have."""
     params = {name: param for param, name in names.items()}
     made = {}
-    kinds = {}
     for full, tensor in strip_prefix(prefix, tensors).items():
         name, _, key = full.rpartition('.')
         param = params.get(name)
         fits = (param is not None and (not tensor.ndim or tensor.shape == param.shape)
                 and tensor.is_complex() <= param.is_complex())
         if not fits or not_finite({full: tensor}): raise _unfit(path, full)
-        # laid out in memory as the parameter is, and where it is
+        # what has a number for each weight is laid out in memory as the parameter is
         alike = key != 'step' and tensor.shape == param.shape
-        made.setdefault(param,
-                        {})[key] = (torch.empty_like(param).copy_(tensor) if alike
-                                    else tensor.to(param.device, copy=True))
+        value = torch.empty_like(param).copy_(tensor) if alike else tensor.to(param.device, copy=True)
+        made.setdefault(param, {})[key] = value
+    keys_by_axes = {} # number of a parameter's axes -> the keys that all of its kind must have
     for param, held in made.items():
-        if kinds.setdefault(param.ndim, set(held)) != set(held): raise _unfit(path, names[param])
+        if keys_by_axes.setdefault(param.ndim, set(held)) != set(held): raise _unfit(path, names[param])
     for param, held in made.items(): optimizer.state[param].update(held)
 
 def _unfit(path, place):

@@ -487,7 +487,7 @@ def check_like(
         if names:
             raise OtherRun(
                 f"The {what} in '{path}' {words} {len(names)} of {len(like)} tensors, such as "
-                f"{', '.join(names[:4])}. " "Give the file of the same model, or choose another place.")
+                f"{', '.join(names[:4])}. Give the file of the same model, or choose another place.")
     if finite: check_finite(tensors, f"the {what} in '{path}'", 'The file is of no use: start from an earlier one.')
 
 def _sort_of(tensor):

@@ -41,7 +41,8 @@ def pixel_loss(
     ignore:int=255, # Label that counts nowhere
 )->torch.Tensor: # Mean over the pixels that count; 0 if there are none
     "Cross-entropy over pixels. Raises `OpenTransError` for a label that is neither a class nor `ignore`."
-    counts,classes = labels != ignore,logits.shape[1]
+    counts = labels != ignore
+    classes = logits.shape[1]
     try: total = F.cross_entropy(logits.float(), labels, ignore_index=ignore, reduction='sum')
     except IndexError as error:
         wrong = labels[counts & ((labels < 0) | (labels >= classes))].unique().tolist()
@@ -65,6 +66,7 @@ def smallest_side(
         return all(m.numel() for m in maps.values())
     return 1 + bisect.bisect_left(range(1, _SIDE), True, key=fits)
 
+# %% ../../nbs/frameworks/30_contract.ipynb #1029110e
 def _apart(function, *args):
     "What a function gives in a thread of its own, where its operations are not counted (by `opentrans.cost`)."
     with ThreadPoolExecutor(1) as pool: return pool.submit(function, *args).result()
@@ -94,12 +96,14 @@ class _AnySize(nn.Module):
 
 def _fill_batch(framework, batch):
     "A batch to train on with images of the least size; what is added carries no label and belongs to no region."
-    images,filled = batch['images'],framework.fill_up(batch['images'])
+    images = batch['images']
+    filled = framework.fill_up(images)
     if filled is images: return batch
     below,right = (new-old for new,old in zip(filled.shape[-2:], images.shape[-2:]))
-    add,ignore = (0, right, 0, below),batch.get('ignore', framework.ignore)
-    res = dict(batch, images=filled, labels=F.pad(batch['labels'], add, value=ignore))
-    if 'regions' in batch: res['regions'] = [F.pad(masks, add, value=False) for masks in batch['regions']]
+    added = (0, right, 0, below)
+    labels = F.pad(batch['labels'], added, value=batch.get('ignore', framework.ignore))
+    res = dict(batch, images=filled, labels=labels)
+    if 'regions' in batch: res['regions'] = [F.pad(masks, added, value=False) for masks in batch['regions']]
     return res
 
 # %% ../../nbs/frameworks/30_contract.ipynb #b5d3a349
@@ -113,8 +117,8 @@ def _enough_values():
                              "value, by which it cannot normalise. Give larger images or crops, more of them at a "
                              "time, or a wider head (more channels than the norm has groups).") from error
 
-def _answers_small(method, cut):
-    "A method on images that takes any of them."
+def _for_small_images(method, cut):
+    "A method on images that takes small ones, too: they are filled up, and `cut` takes off what that added."
     @functools.wraps(method)
     def filled(self, images, *args, **kwargs):
         if not isinstance(images, torch.Tensor) or images.ndim != 4: # the backbone says what is wrong
@@ -125,16 +129,17 @@ def _answers_small(method, cut):
         return out.cut(*images.shape[-2:]) if cut is None else out[cut(*images.shape[-2:])]
     return filled
 
-def _learns_small(method):
+def _loss_for_small_images(method):
     "A loss that takes images of any size, or says why not."
     @functools.wraps(method)
     def loss(self, batch):
         with _enough_values(): return method(self, _fill_batch(self, batch))
     return loss
 
-def _rows(height, width): return (..., slice(height), slice(width))
-def _rows_of_pairs(height, width): return (slice(None), slice(height), slice(width))
-_CUTS = dict(forward=_rows, semantic=_rows, panoptic=_rows_of_pairs, scores=None) # where height and width are
+def _last_axes(height, width): return (..., slice(height), slice(width))
+def _middle_axes(height, width): return (slice(None), slice(height), slice(width))
+# method -> where height and width are in what it gives; None: it has a method `cut`
+_CUTS = dict(forward=_last_axes, semantic=_last_axes, panoptic=_middle_axes, scores=None)
 
 def _take_any_size(cls):
     "Let the methods of a framework's class take images of any size, those of its body and those patched in."
@@ -142,7 +147,7 @@ def _take_any_size(cls):
         for name in ('loss', *_CUTS):
             method = vars(kind).get(name)
             if method is None or hasattr(method, '_any_size'): continue
-            made = _learns_small(method) if name == 'loss' else _answers_small(method, _CUTS[name])
+            made = _loss_for_small_images(method) if name == 'loss' else _for_small_images(method, _CUTS[name])
             made._any_size = True
             setattr(kind, name, made)
 
@@ -154,12 +159,13 @@ class _AnyVocabulary(nn.Module):
         vocabulary:Vocabulary|Sequence[str]|torch.Tensor|None=None,
     )->torch.Tensor: # (K,D) on the framework's device
         "Text embeddings of a vocabulary. Raises `OpenTransError` if there is none."
-        names,device = self.vocabulary if vocabulary is None else vocabulary,device_of(self)
+        names = self.vocabulary if vocabulary is None else vocabulary
+        device = device_of(self)
         if names is None or not len(names):
             raise OpenTransError("There are no class names. Pass build(..., vocabulary=...) to train, or "
                                  "predict(images, vocabulary).")
         if isinstance(names, torch.Tensor): return names.to(device)
-        key = tuple(names) if isinstance(names, list) else names,str(device)
+        key = (tuple(names) if isinstance(names, list) else names, str(device))
         if key not in self._texts: # encoded once: an iteration of training must not wait for it
             self._texts[key] = self.backbone.encode_text(names).to(device)
         return self._texts[key]
@@ -172,14 +178,16 @@ class _AnyVocabulary(nn.Module):
     )->torch.Tensor: # 'semantic': (B,H,W) int64 classes. 'panoptic': (B,H,W,2) int64 classes and instances
         "Segment images with any vocabulary, in evaluation mode. Raises `OpenTransError` for an unknown `kind`."
         check_choice(f'kind of output of {type(self).__name__}', kind, self.kinds)
-        segment,images = getattr(self, kind),images.to(device_of(self))
+        segment = getattr(self, kind)
+        images = images.to(device_of(self))
         with eval_mode(self): return segment(images, self.text(vocabulary), **kwargs)
 
     def example_inputs(self,
         input_size:Sequence[int], # (3,H,W) or (H,W) of one image, or (B,3,H,W)
     )->tuple[torch.Tensor, torch.Tensor]: # Arguments of `forward`, to count its cost
         "An image, or several, and as many text embeddings as training has classes; no text encoder is needed."
-        generator,device = torch.Generator().manual_seed(0),device_of(self)
+        generator = torch.Generator().manual_seed(0)
+        device = device_of(self)
         classes = 1 if self.vocabulary is None else len(self.vocabulary)
         text = F.normalize(torch.randn(classes, self.backbone.embed_dim, generator=generator), dim=1)
         count = input_size[0] if len(input_size) == 4 else 1
@@ -269,8 +277,8 @@ def scores_of(
     "The logits of a framework, class by class. Where a subclass writes `forward` alone, that is what counts."
     if not isinstance(framework, Framework): return Scores(framework(images, text))
     kind = type(framework)
-    own = issubclass(_defined_in(kind, 'scores'), _defined_in(kind, 'forward'))
-    return framework.scores(images, text) if own else Scores(framework(images, text))
+    of_forward = issubclass(_defined_in(kind, 'scores'), _defined_in(kind, 'forward'))
+    return framework.scores(images, text) if of_forward else Scores(framework(images, text))
 
 # %% ../../nbs/frameworks/30_contract.ipynb #b2fc9063
 _REGISTRY = {} # name -> class, or the name of the module that registers it
@@ -351,7 +359,8 @@ def build(
 def _check_option(framework, name, value, param):
     "A number among the options of a framework must be one: finite, and not below 0. Raises `OpenTransError`."
     kind = param.annotation if param.annotation in (int, float) else type(param.default)
-    if kind not in (int, float) or value is None and param.default is None: return
+    if kind not in (int, float): return
+    if value is None and param.default is None: return
     check_number(f'{name} of {framework}', value, 0, whole=param.annotation is int)
 
 # %% ../../nbs/frameworks/30_contract.ipynb #46e871ed

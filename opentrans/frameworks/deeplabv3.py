@@ -201,7 +201,8 @@ class DeepLabV3(_DistilledPixels):
 
     def loss(self, batch:dict)->dict[str, torch.Tensor]:
         "Cross-entropy over pixels, all or a grid of them; distillation of regions, if asked for."
-        labels,step = batch['labels'],self.loss_stride
+        labels = batch['labels']
+        step = self.loss_stride
         if step > 1:
             top,left = torch.randint(step, (2,)).tolist()
             labels = labels[:, top::step, left::step]

@@ -195,7 +195,8 @@ class QueryScores(Scores):
         masks_first:bool=False, # Is it the masks that are resized to another size, and not the scores?
     ):
         self.shares = class_logits.softmax(-1)[..., :-1]
-        self.maps,self.masks_first = mask_logits,masks_first # of queries, not of classes
+        self.maps = mask_logits # of queries, not of classes
+        self.masks_first = masks_first
         self.held = None
         self.mirror = False
         self.target = None
@@ -207,14 +208,16 @@ class QueryScores(Scores):
 
     def of_image(self, i:int): # As `Scores.of_image`
         new = super().of_image(i)
-        new.shares,new.held = self.shares[i:i+1],None
+        new.shares = self.shares[i:i+1]
+        new.held = None
         return new
 
     def finite(self)->bool: return super().finite() and bool(self.shares.isfinite().all())
 
     def only(self, classes:torch.Tensor): # As `Scores.only`
         new = copy.copy(self)
-        new.shares,new.classes = self.shares[..., classes],len(classes)
+        new.shares = self.shares[..., classes]
+        new.classes = len(classes)
         return new
 
     @property
@@ -238,7 +241,8 @@ class QueryScores(Scores):
 
     def masks(self)->torch.Tensor: # (B,Q,H,W)
         "Probabilities of all masks at full size; if they are many pixels, made some queries at a time."
-        queries,pixels = self.maps.shape[1],max(math.prod(self.padded), math.prod(self.made))
+        queries = self.maps.shape[1]
+        pixels = max(math.prod(self.padded), math.prod(self.made))
         few = max(1, _MASKS//(self.batch*pixels))
         if few >= queries: return self.grow(self.maps)
         out = self.maps.new_empty(self.batch, queries, *self.made)
@@ -257,7 +261,8 @@ class QueryScores(Scores):
     def mirrored(self):
         if not self.masks_first or self.steps: return super().mirrored()
         new = copy.copy(self)
-        new.mirror,new.moves = not self.mirror,(*self.moves, mirrored_sides)
+        new.mirror = not self.mirror
+        new.moves = (*self.moves, mirrored_sides)
         return new
 
     def resized(self, size:Sequence[int]):
@@ -308,7 +313,8 @@ def _fill_segments(segments, probabilities, masks, isthing, score, overlap):
     label = label[used]
     masks = masks[used].sigmoid()
     owner = (sureness[:, None, None]*masks).argmax(0) # of each pixel the query that is surest of it
-    inside,count = masks >= .5,0
+    inside = masks >= .5
+    count = 0 # things so far
     for query,kind in enumerate(label.tolist()):
         owned = owner == query
         kept = owned & inside[query]
@@ -323,12 +329,13 @@ class _LayerLoss(Mask2FormerLoss):
         "Regions to queries, image by image: indices of queries, and of their regions."
         none = torch.zeros(0, dtype=torch.long)
         matched = []
-        for c,m,regions,kinds in zip(class_logits, mask_logits, masks, classes):
-            matched.append(self.matcher(m[None], c[None], [regions], [kinds])[0] if len(kinds) else (none, none))
+        for logits,query_masks,regions,kinds in zip(class_logits, mask_logits, masks, classes):
+            if len(kinds): matched.append(self.matcher(query_masks[None], logits[None], [regions], [kinds])[0])
+            else: matched.append((none, none))
         return matched
 
     def _drop_regions(self, classes):
-        "In training, the classes of a random part of the regions are -100, which is not asked for."
+        "The classes of regions. In training, those of a random part are -100, which the class loss leaves out."
         if not (self.training and self.region_dropout): return classes
         return [torch.where(torch.rand(len(k), device=k.device) < self.region_dropout, -100, k) for k in classes]
 
@@ -379,8 +386,10 @@ class SetLoss(_LayerLoss):
     )->tuple: # Weighted losses by name (ce, mask, dice), and the matching of each layer
         "The set loss, summed over the layers."
         device = predictions[0][1].device
-        regions,kinds = [t.to(device, torch.float32) for t in masks],[k.to(device) for k in classes]
-        sums,matched = dict.fromkeys(_TERMS.values(), 0.),[]
+        regions = [t.to(device, torch.float32) for t in masks]
+        kinds = [k.to(device) for k in classes]
+        sums = dict.fromkeys(_TERMS.values(), 0.)
+        matched = []
         with torch.autocast(device.type, enabled=False):
             for class_logits,mask_logits in predictions:
                 terms,pairs = self.one(class_logits.float(), mask_logits.float(), regions, kinds)
@@ -554,7 +563,10 @@ def batch_regions(
     if regions is None:
         kinds = [labels.unique() for labels in batch['labels']]
         regions = [labels == k[:, None, None] for labels,k in zip(batch['labels'], kinds)]
-    keep = [(k != ignore) & r.flatten(1).any(1) if len(k) else k.bool() for r,k in zip(regions, kinds)]
+    def counted(masks, classes):
+        if not len(classes): return classes.bool()
+        return (classes != ignore) & masks.flatten(1).any(1)
+    keep = [counted(r, k) for r,k in zip(regions, kinds)]
     regions = [r[kept] for r,kept in zip(regions, keep)]
     kinds = [k[kept] for k,kept in zip(kinds, keep)]
     wrong = sorted({c for k in kinds for c in k.tolist() if not 0 <= c < classes})

@@ -34,7 +34,8 @@ def spread(
 
 # What a step does to the pair of matrices by which rows and columns of the result come from those of maps
 
-def resized_sides(sides, before, after): return tuple(spread(*pair, m) @ m for *pair,m in zip(before, after, sides))
+def resized_sides(sides, before, after):
+    return tuple(spread(old, new, side) @ side for old,new,side in zip(before, after, sides))
 def cut_sides(sides, height, width): return sides[0][:height],sides[1][:width]
 def mirrored_sides(sides): return sides[0],sides[1].flip(0)
 
@@ -47,9 +48,11 @@ class _Steps:
     )->Self:
         "The same logits with one more step behind them."
         new = copy.copy(self)
-        new.steps,new.size = (*self.steps, step),tuple(size)
+        new.steps = (*self.steps, step)
+        new.size = tuple(size)
         new.pixels = max(self.pixels, self.batch*math.prod(size))
-        new.moves = None if None in (self.moves, move) else (*self.moves, move)
+        known = self.moves is not None and move is not None
+        new.moves = (*self.moves, move) if known else None
         return new
 
     def cut(self, height:int, width:int)->Self: # The corner of that size at the top and left
@@ -78,8 +81,10 @@ def _parts(matrix, window):
     first,last = _ends(matrix)
     for start in range(0, len(matrix), _TILE):
         pixels = slice(start, min(start+_TILE, len(matrix)))
-        low,high = int(first[pixels].min()),int(last[pixels].max())+1
-        yield pixels,slice(low, high),slice(max(min(low, matrix.shape[1]-window), 0), max(high-window, low)+1)
+        low = int(first[pixels].min())
+        high = int(last[pixels].max())+1
+        windows = slice(max(min(low, matrix.shape[1]-window), 0), max(high-window, low)+1)
+        yield pixels,slice(low, high),windows
 
 class Tiles:
     "How each tile of an image is made of its maps."
@@ -123,14 +128,17 @@ class _InTiles(_Steps):
         i:int, # Index in the batch
     )->Self: # The logits of one image
         new = copy.copy(self)
-        new.maps,new.batch,new.pixels = self.maps[i:i+1],1,self.pixels//self.batch
+        new.maps = self.maps[i:i+1]
+        new.batch = 1
+        new.pixels = self.pixels//self.batch
         return new
 
     def only(self,
         classes:torch.Tensor, # Indices
     )->Self: # The logits of some classes
         new = copy.copy(self)
-        new.maps,new.classes = self.maps[:, classes].contiguous(),len(classes)
+        new.maps = self.maps[:, classes].contiguous()
+        new.classes = len(classes)
         return new
 
     def finite(self)->bool: # Are all numbers that are held finite?
@@ -166,8 +174,8 @@ class Scores(_InTiles):
     ):
         self.maps: torch.Tensor = maps
         self._hold(*maps.shape[:2], maps.shape[-2:] if size is None else size)
-        if type(self).make is Scores.make: self.moves = (functools.partial(resized_sides, before=maps.shape[-2:],
-                                                                           after=self.made),)
+        if type(self).make is Scores.make: # a subclass that makes logits in another way says itself how
+            self.moves = (functools.partial(resized_sides, before=maps.shape[-2:], after=self.made),)
 
     def _hold(self, batch, classes, size):
         self.batch: int = batch
@@ -200,7 +208,8 @@ def _possible(scores, windows):
     """Which classes can be the largest in each window (K,h,w). One cannot, if another's minimum lies above its
     maximum."""
     height,width = scores.maps.shape[-2:]
-    rows,found = max(4*windows[0], _IN_A_STRIP//(scores.classes*width)),[]
+    rows = max(4*windows[0], _IN_A_STRIP//(scores.classes*width))
+    found = []
     for top in range(0, max(height-windows[0]+1, 1), rows):
         least,most = scores.bounds(slice(top, top+rows+windows[0]-1), windows)
         rounding = 64*torch.finfo(most.dtype).eps*torch.maximum(most.amax(), -least.amin())
@@ -230,7 +239,8 @@ def _tiles_of(scores):
     "How images are made of their maps, where classes can be left out: on the CPU, of finite numbers. None elsewhere."
     if scores.moves is None or scores.maps.device.type != 'cpu' or not scores.finite(): return None
     sides = tuple(torch.eye(n, dtype=scores.maps.dtype) for n in scores.maps.shape[-2:])
-    tiles = Tiles(*functools.reduce(lambda so_far,move: move(so_far), scores.moves, sides))
+    for move in scores.moves: sides = move(sides)
+    tiles = Tiles(*sides)
     return tiles if max(tiles.windows) > 1 else None # nothing is interpolated
 
 @torch.no_grad()
@@ -253,10 +263,13 @@ def _pieces(scores, step):
 
 def _best_of_all(scores, at_once=None):
     "Class by class: maxima over classes that lie far apart take longer."
-    scores,step = scores.ready(),at_once or max(1, scores.at_once//scores.pixels)
-    best,top = None,None
+    scores = scores.ready()
+    step = at_once or max(1, scores.at_once//scores.pixels)
+    best = top = None
     for k,logits in enumerate(_pieces(scores, step)):
-        if top is None: best,top = torch.zeros_like(logits, dtype=torch.long),logits.clone()
+        if top is None:
+            best = torch.zeros_like(logits, dtype=torch.long)
+            top = logits.clone()
         else:
             best.masked_fill_(logits > top, k)
             torch.maximum(top, logits, out=top)

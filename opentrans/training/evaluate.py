@@ -33,24 +33,27 @@ if TYPE_CHECKING: # for types alone
 
 # %% ../../nbs/training/42_evaluate.ipynb #b50b1d17
 class _Reader(torch.utils.data.Dataset):
-    """Samples as an evaluation reads them. In another process, an `OpenTransError` is handed over in place of the
-    sample."""
-    def __init__(self, data, regions, apart): self.data,self.regions,self.apart = data,regions,apart
+    """Samples as an evaluation reads them. A worker, which is another process, hands an `OpenTransError` over in
+    place of the sample."""
+    def __init__(self, data, regions, in_worker):
+        self.data = data
+        self.regions = regions
+        self.in_worker = in_worker
     def __getitem__(self, i):
         try: return read_sample(self.data, i, self.regions)
         except OpenTransError as error:
-            if not self.apart: raise
+            if not self.in_worker: raise
             return error
 
 def _copied(sample):
-    """A sample that another process has read, in memory of this one: a shared tensor holds an open file as long as
-    it lives."""
+    """A sample that a worker has read, copied to memory of this process: a shared tensor holds an open file as long
+    as it lives. Raises the error that a worker has handed over."""
     if isinstance(sample, OpenTransError): raise sample
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k,v in sample.items()}
 
 def _samples(data, indices, workers, regions):
     "Samples in order, read in this process or in others."
-    reader = _Reader(data, regions, workers > 0)
+    reader = _Reader(data, regions, in_worker=workers > 0)
     if not workers: return (reader[i] for i in indices)
     loader = torch.utils.data.DataLoader(reader, batch_size=None, sampler=indices, num_workers=workers,
                                          collate_fn=_as_it_is, generator=torch.Generator())
@@ -58,6 +61,7 @@ def _samples(data, indices, workers, regions):
 
 def _as_it_is(sample): return sample
 
+# %% ../../nbs/training/42_evaluate.ipynb #b50b1d18
 _WAITING = 64 # Samples that wait in an evaluation until there are more of their size
 _HELD = 2**25 # Pixels of all that wait, 20 bytes each
 
@@ -89,9 +93,9 @@ def _size_to_take(held, newest, batch_size, waiting):
     return newest if len(held.get(newest, ())) >= batch_size else None
 
 # %% ../../nbs/training/42_evaluate.ipynb #866dadb4
-def _windows(n, window, overlap):
-    """Starts of windows along a side: evenly spaced, at least `overlap` of a window in common, the last ends at the
-    end."""
+def _window_starts(n, window, overlap):
+    """Where windows begin along a side of n pixels: evenly spaced, neighbours share at least `overlap` of a window,
+    and the last ends where the side does."""
     if n <= window: return [0]
     k = math.ceil((n-window)/max(window*(1-overlap), 1)) + 1
     return [round(i*(n-window)/(k-1)) for i in range(k)]
@@ -107,7 +111,7 @@ def check_multi_scale(
     overlap:float=1/3,
     longest:int|None=None,
 )->None:
-    "Raises `OpenTransError` for looks at images that cannot be taken."
+    "Raises `OpenTransError` for a way to look at images that is not possible."
     for name,side in (('size', size), ('longest', longest), ('window', window)):
         if side is not None: check_number(name, side, 1, 2**16, whole=True)
     for scale in _listed('scales', scales, (.5, 1., 1.5)):
@@ -118,6 +122,7 @@ def check_multi_scale(
     if check_number('overlap', overlap, 0, 1) == 1:
         raise OpenTransError("overlap=1: windows that overlap wholly never reach the end. Give a share below 1.")
 
+# %% ../../nbs/training/42_evaluate.ipynb #866dadb7
 def seen_size(
     height:int, # Of an image
     width:int, # Of it
@@ -133,11 +138,14 @@ def seen_size(
     return tuple(max(int(side+.5), 1) for side in sides)
 
 def _seen(images, size, longest, scale=1.):
-    """Images as a look at them wants them. Where `longest` is given, images that shrink are smoothed, as the
-    released code's reader does."""
+    """Images, resized as a look at them wants them. Where `longest` is given, images that shrink are smoothed, as
+    the released code's reader does."""
     h,w = images.shape[-2:]
-    if longest is None: H,W = (max(round(n*scale*(size/min(h, w) if size else 1.)), 1) for n in (h, w))
-    else: H,W = (max(round(n*scale), 1) for n in seen_size(h, w, size, longest))
+    if longest is None:
+        factor = size/min(h, w) if size else 1.
+        sides = [side*scale*factor for side in (h, w)]
+    else: sides = [side*scale for side in seen_size(h, w, size, longest)]
+    H,W = (max(round(side), 1) for side in sides)
     if H*W > _PIXELS:
         raise OpenTransError(
             f"Images of {h}x{w} pixels at {H/h:.4g} times their size are too large. Use smaller scales, or a "
@@ -146,8 +154,9 @@ def _seen(images, size, longest, scale=1.):
     return torch.nn.functional.interpolate(images, size=(H, W), mode='bilinear', align_corners=False,
                                            antialias=True)
 
+# %% ../../nbs/training/42_evaluate.ipynb #866dadb5
 class _Together(Scores):
-    "Scores that are made of those of several looks, of which one at a time holds what it needs."
+    "Scores that are made of the scores of several looks. What a look needs is held only while it is asked."
     def __init__(self, scores, size):
         self.scores = scores
         self._hold(scores[0].batch, scores[0].classes, size)
@@ -157,7 +166,7 @@ class _Mean(_Together):
     "The mean of several looks."
     def make(self, start, stop):
         total = 0
-        for one in self.scores: total = total + one.ready().part(start, stop)
+        for look in self.scores: total = total + look.ready().part(start, stop)
         return total/len(self.scores)
 
 class _Windows(_Together):
@@ -167,22 +176,26 @@ class _Windows(_Together):
         self.places = places
 
     def make(self, start, stop):
-        out,seen = 0,0
-        for one,(i,j) in zip(self.scores, self.places):
-            part = one.ready().part(start, stop)
-            if not torch.is_tensor(out):
-                out,seen = part.new_zeros(*part.shape[:2], *self.made),part.new_zeros(self.made)
-            at = (..., slice(i, i+part.shape[-2]), slice(j, j+part.shape[-1]))
-            out[at] += part
-            seen[at] += 1
-        return out/seen
+        total = times = None # sums of logits, and how many windows show each pixel
+        for window,(top,left) in zip(self.scores, self.places):
+            part = window.ready().part(start, stop)
+            if total is None:
+                total = part.new_zeros(*part.shape[:2], *self.made)
+                times = part.new_zeros(self.made)
+            at = (..., slice(top, top+part.shape[-2]), slice(left, left+part.shape[-1]))
+            total[at] += part
+            times[at] += 1
+        return total/times
 
-def _through_windows(framework, x, text, window, overlap):
-    places = [(i, j) for i in _windows(x.shape[-2], window, overlap)
-              for j in _windows(x.shape[-1], window, overlap)]
-    scores = [scores_of(framework, x[..., i:i+window, j:j+window], text) for i,j in places]
-    return _Windows(scores, places, x.shape[-2:])
+def _through_windows(framework, images, text, window, overlap):
+    "The scores of images that are seen through windows."
+    height,width = images.shape[-2:]
+    places = [(top, left) for top in _window_starts(height, window, overlap)
+              for left in _window_starts(width, window, overlap)]
+    scores = [scores_of(framework, images[..., top:top+window, left:left+window], text) for top,left in places]
+    return _Windows(scores, places, (height, width))
 
+# %% ../../nbs/training/42_evaluate.ipynb #866dadb6
 def multi_scale_scores(
     framework:Framework, # In evaluation mode
     images:torch.Tensor, # (B,3,H,W)
@@ -199,11 +212,13 @@ def multi_scale_scores(
     check_multi_scale(size, scales, flip, window, overlap, longest)
     looks = []
     for scale in scales:
-        x = _seen(images, size, longest, scale)
-        for v in ([x, x.flip(-1)] if flip else [x]):
-            scores = (_through_windows(framework, v, text, window, overlap) if window
-                      else scores_of(framework, v, text))
-            looks.append((scores if v is x else scores.mirrored()).resized(images.shape[-2:]))
+        seen = _seen(images, size, longest, scale)
+        for mirrored in ((False, True) if flip else (False,)):
+            view = seen.flip(-1) if mirrored else seen
+            if window: scores = _through_windows(framework, view, text, window, overlap)
+            else: scores = scores_of(framework, view, text)
+            if mirrored: scores = scores.mirrored()
+            looks.append(scores.resized(images.shape[-2:]))
     return looks[0] if len(looks) == 1 else _Mean(looks, images.shape[-2:])
 
 @delegates(multi_scale_scores)
@@ -237,32 +252,35 @@ def panoptic_truth(
     masks of regions."""
     if 'panoptic' in batch: return batch['panoptic']
     maps = [panoptic_map(r, c, ignore) for r,c in zip(batch['regions'], batch['region_classes'])]
-    for m,labels in zip(maps, batch['labels']):
-        crowd = (m[..., 0] == ignore) & (labels != ignore)
-        m[crowd] = torch.stack([labels[crowd], torch.full_like(labels[crowd], -1)], -1)
+    for segments,labels in zip(maps, batch['labels']):
+        crowd = (segments[..., 0] == ignore) & (labels != ignore)
+        segments[crowd] = torch.stack([labels[crowd], torch.full_like(labels[crowd], -1)], -1)
     return maps
 
-def _quality(framework, data, batch, text, metric, looks):
+def _count_panoptic(framework, data, batch, text, metric, looks):
     "Count a batch for panoptic quality."
     images = batch['images'].to(device_of(framework))
-    size = dict(size=tuple(images.shape[-2:])) if looks else {}
-    if looks: images = _seen(images, looks.get('size'), looks.get('longest'))
-    pred = framework.panoptic(images, text, isthing=metric.isthing.tolist(), **size)
-    for p,t in zip(pred, panoptic_truth(batch, data.ignore)): metric.update(p.cpu(), t)
+    options = dict(isthing=metric.isthing.tolist())
+    if looks:
+        options['size'] = tuple(images.shape[-2:])
+        images = _seen(images, looks.get('size'), looks.get('longest'))
+    found = framework.panoptic(images, text, **options)
+    for segments,truth in zip(found, panoptic_truth(batch, data.ignore)): metric.update(segments.cpu(), truth)
 
 _KINDS = ['semantic', 'panoptic', 'masks']
 
 def _metrics(framework, data, names, kind, looks):
-    "The metrics of an evaluation. Raises `OpenTransError` where they cannot be had."
+    """The metric of every evaluation, and the second one of a kind, or None. Raises `OpenTransError` where they
+    cannot be had."""
     if kind not in _KINDS: raise unknown('kind of evaluation', kind, _KINDS)
-    metric,things = SemanticIoU(len(names), ignore=data.ignore),getattr(data, 'things', None) or ()
+    metric = SemanticIoU(len(names), ignore=data.ignore)
+    things = getattr(data, 'things', None) or ()
     if kind == 'semantic': return metric,None
     if kind == 'masks': return metric,MaskNames(len(names), data.ignore)
     if 'panoptic' not in framework.kinds:
         raise unknown(f'kind of output of {type(framework).__name__}', 'panoptic', framework.kinds)
-    more = [name for name in looks if name not in ('size', 'longest')]
-    # it knows one size
-    if looks and 'size' not in inspect.signature(framework.panoptic).parameters: more = list(looks)
+    resizes = 'size' in inspect.signature(framework.panoptic).parameters
+    more = [name for name in looks if not resizes or name not in ('size', 'longest')]
     if more:
         raise OpenTransError(f"Panoptic quality is taken from one look at an image; leave out {', '.join(more)}, "
                              "or evaluate kind='semantic'.")
@@ -285,17 +303,17 @@ def _statistics(model):
     return {f'{name}.{key}': tensor for name,m in norms.items() for key,tensor in m.named_buffers(recurse=False)}
 
 @contextlib.contextmanager
-def _only_numbers(framework, text):
-    """Inside the block: a function that raises `OpenTransError` if a part of the framework has given NaN since the
-    last call."""
+def _refuse_nan(framework, text):
+    """Raises `OpenTransError` for weights and text embeddings that are not finite. Yields a function that raises it
+    if a part of the framework has given NaN since its last call."""
     name = getattr(framework, 'name', type(framework).__name__)
     advice = 'No score is given. Take an earlier checkpoint.'
     check_finite({**dict(framework.named_parameters()), **_statistics(framework)}, f'the weights of the {name}',
                  advice)
-    told = (dict(text=text) if isinstance(text, torch.Tensor)
-            else {k: v for k,v in vars(text).items() if isinstance(v, torch.Tensor)})
-    check_finite(told, 'the text embeddings', 'No score is given. Are the weights of the text encoder whole?')
-    bad = {}
+    held = dict(text=text) if isinstance(text, torch.Tensor) else vars(text)
+    embeddings = {name: value for name,value in held.items() if isinstance(value, torch.Tensor)}
+    check_finite(embeddings, 'the text embeddings', 'No score is given. Are the weights of the text encoder whole?')
+    bad = {} # part of the framework -> has it given NaN? A tensor, so that nothing waits for a GPU
     def notice(part, module, args, out):
         for tensor in _tensors_in(out): bad[part] = tensor.isnan().any() | bad.get(part, False)
     parts = {'logits': framework, **dict(framework.named_children())}
@@ -306,11 +324,12 @@ def _only_numbers(framework, text):
         if not wrong: return
         raise OpenTransError(
             f"The {wrong[0]} of the {name} are NaN on some of the images {(ids or [])[:4]}, though its weights are "
-            f"finite. " "No score is given. Look at these images, or take an earlier checkpoint.")
+            f"finite. No score is given. Look at these images, or take an earlier checkpoint.")
     try: yield check
     finally:
         for handle in handles: handle.remove()
 
+# %% ../../nbs/training/42_evaluate.ipynb #bdbb9a65
 def _check_evaluation(batch_size, limit, over, looks, workers):
     "Raises `OpenTransError` for settings of `evaluate` that cannot be."
     check_number('batch_size', batch_size, 1, 2**16, whole=True)
@@ -327,25 +346,32 @@ def _index(name, names):
     if name not in names: raise unknown('name in `same`', name, names)
     return names.index(name)
 
-def _count(framework, data, text, seen, looks, metric, quality, check):
+# %% ../../nbs/training/42_evaluate.ipynb #bdbb9a66
+def _count(framework, data, text, batches, looks, metric, second, check):
     "Count batches for the metrics of an evaluation."
-    for batch in seen:
+    for batch in batches:
         images = batch['images'].to(device_of(framework))
-        best = (best_class(multi_scale_scores(framework, images, text, **looks)) if looks
-                else framework.semantic(images, text))
+        if looks: best = best_class(multi_scale_scores(framework, images, text, **looks))
+        else: best = framework.semantic(images, text)
         metric.update(best.cpu(), batch['labels'])
-        if isinstance(quality, MaskNames): quality.update(best.cpu(), batch['labels'])
-        elif quality is not None: _quality(framework, data, batch, text, quality, looks)
+        if isinstance(second, MaskNames): second.update(best.cpu(), batch['labels'])
+        elif second is not None: _count_panoptic(framework, data, batch, text, second, looks)
         check(batch.get('ids'))
 
-def _judged(quality, same):
+def _second_figures(second, same_classes):
     "The figures of the second metric, for the result."
-    if quality is None: return {}
-    if isinstance(quality, MaskNames):
-        figures = quality.compute(same)
+    if second is None: return {}
+    if isinstance(second, MaskNames):
+        figures = second.compute(same_classes)
         return {key: figures[key] for key in ('found', 'named', 'precision')}
-    figures = quality.compute()
+    figures = second.compute()
     return {key: figures[key] for key in ('pq', 'sq', 'rq', 'things', 'stuff')}
+
+def _warn_of_doubt(data, figures, images):
+    "Warn if a class never occurs while pixels are left out: it may have been left out by mistake."
+    if not figures['ignored'] or not hasattr(data, 'doubt'): return
+    doubt = data.doubt(figures['confusion'].sum(1).tolist(), figures['ignored'], images)
+    if doubt: warnings.warn(doubt)
 
 # %% ../../nbs/training/42_evaluate.ipynb #5d3a1e01
 def _percent(share): return '-' if math.isnan(share) else f'{100*share:.1f}'
@@ -412,36 +438,37 @@ def evaluate(
         raise OpenTransError(
             f"The data set {getattr(data, 'name', '')!r} has no images to evaluate. Check its root, split and "
             f"limit.")
-    metric,quality = _metrics(framework, data, names, kind, looks)
-    lists = None if same is None else [[_index(name, names) for name in of] for of in same]
+    metric,second = _metrics(framework, data, names, kind, looks)
+    same_classes = None if same is None else [[_index(name, names) for name in synonyms] for synonyms in same]
     team = None if alone else Processes(device)
+    rank,processes = (team.rank, team.n) if team else (0, 1)
     if device is not None: framework.to(team and team.device or pick_device(str(device)))
-    text,(r,n) = framework.text(words),(team.rank, team.n) if team else (0, 1)
-    seen = same_size_batches(data, batch_size, limit, (r, n), _WAITING, workers,
-                             regions='map' if kind == 'panoptic' else False)
-    if r == 0: seen = progress(seen, 'evaluating', -(-total//(batch_size*n)))
-    with eval_mode(framework), _only_numbers(framework, text) as check:
-        count = functools.partial(_count, framework, data, text, seen, looks, metric, quality, check)
-        team.together(count) if team else count()
-    if n > 1:
-        metric,quality = metric.reduce(team.sum, team.device),quality and quality.reduce(team.sum, team.device)
-    r = metric.compute(groups=getattr(data, 'groups', {}), over=over, same=lists)
-    doubt = (data.doubt(r['confusion'].sum(1).tolist(), r['ignored'], total)
-             if r['ignored'] and hasattr(data, 'doubt') else '')
-    if doubt and (team is None or team.rank == 0): warnings.warn(doubt) # a class may have been left out by mistake
+    text = framework.text(words)
+    batches = same_size_batches(data, batch_size, limit, (rank, processes), _WAITING, workers,
+                                regions='map' if kind == 'panoptic' else False)
+    if rank == 0: batches = progress(batches, 'evaluating', -(-total//(batch_size*processes)))
+    with eval_mode(framework), _refuse_nan(framework, text) as check:
+        count = functools.partial(_count, framework, data, text, batches, looks, metric, second, check)
+        if team: team.together(count)
+        else: count()
+    if processes > 1:
+        metric = metric.reduce(team.sum, team.device)
+        if second is not None: second = second.reduce(team.sum, team.device)
+    figures = metric.compute(groups=getattr(data, 'groups', {}), over=over, same=same_classes)
+    if rank == 0: _warn_of_doubt(data, figures, total)
     settings = dict(looks, framework=getattr(framework, 'name', type(framework).__name__),
                     data=getattr(data, 'name', type(data).__name__), images=total, classes=len(names), over=over,
                     kind=kind)
-    res = dict(miou=r['miou'], iou=_Shares(zip(names, r['iou'].tolist())), groups=_Shares(r['groups']),
-               pixel_accuracy=r['pixel_accuracy'], n_images=total, settings=settings)
-    if lists is not None: res['miou_same'] = r['same']
-    return Evaluation(res, **_judged(quality, lists))
+    res = dict(miou=figures['miou'], iou=_Shares(zip(names, figures['iou'].tolist())),
+               groups=_Shares(figures['groups']), pixel_accuracy=figures['pixel_accuracy'], n_images=total,
+               settings=settings)
+    if same_classes is not None: res['miou_same'] = figures['same']
+    return Evaluation(res, **_second_figures(second, same_classes))
 
 # %% ../../nbs/training/42_evaluate.ipynb #0d268bc2
-# in the settings, or at the top
-_COLUMNS = dict(framework='framework', data='data', images='images', density='density')
+_COLUMNS = ('framework', 'data', 'images', 'density') # in the settings of a result, or at its top
 RESULT_FILE = FileKind('opentrans-result', 'result of an evaluation', '`opentrans evaluate --out`')
-_Share = _Finite | None # of a class that no picture shows there is none
+_Share = _Finite | None # None for a class that no picture shows
 
 class _Settings(TypedDict):
     "What `compare_runs` reads of an evaluation's settings."
@@ -464,6 +491,7 @@ class _Result(_Settings):
     macs: NotRequired[_Share]
     active_macs: NotRequired[_Share]
 
+# %% ../../nbs/training/42_evaluate.ipynb #0d268bc3
 def _result(source):
     "A result: a dict, a JSON file, or a folder with `result.json`."
     if isinstance(source, dict):
@@ -478,29 +506,35 @@ def _result(source):
             f"writes, or such a file.")
     return load_json(path, _Result, RESULT_FILE)
 
+def _row_of(result):
+    "A result as a row of `compare_runs`."
+    settings = result.get('settings', {})
+    row = {name: settings.get(name, result.get(name)) for name in _COLUMNS}
+    row['miou'] = result['miou']
+    row.update({f'miou_{group}': share for group,share in (result.get('groups') or {}).items()})
+    row.update({name: result[name] for name in ('pq', 'sq', 'rq') if name in result})
+    row['frozen'] = len(result['frozen']) if 'frozen' in result else None
+    costs = ('params', 'active_params', 'macs', 'active_macs')
+    row.update({f'{name}_M': result[name]/1e6 for name in costs if result.get(name) is not None})
+    return row
+
 def compare_runs(
     runs:dict[str, Any]|Sequence[dict[str, Any]|str|Path], # Results, folders or JSON files; or a dict of them by name
     # One row a run: framework, data, miou, groups, pq, density, frozen layers, parameters and multiply-accumulates
     # in millions, dense and active
 )->pd.DataFrame:
     "Several results in one table; what a run does not have is NaN. Raises `OpenTransError` for what is no result."
-    def called(i, r): return f'run {i}' if isinstance(r, dict) else Path(r).name
-    named = dict(runs) if isinstance(runs, dict) else {called(i, r): r for i,r in enumerate(runs)}
-    # folders of one name: their paths tell them apart
-    if not isinstance(runs, dict) and len(named) < len(list(runs)): named = {str(r): r for r in runs}
+    def called(i, run): return f'run {i}' if isinstance(run, dict) else Path(run).name
+    if isinstance(runs, dict): named = dict(runs)
+    else:
+        named = {called(i, run): run for i,run in enumerate(runs)}
+        # folders of one name: their paths tell them apart
+        if len(named) < len(list(runs)): named = {str(run): run for run in runs}
     if not named: raise OpenTransError("There are no runs to compare. Give folders with a result.json.")
-    rows = {}
-    for name,source in named.items():
-        r = _result(source)
-        s = r.get('settings', {})
-        rows[name] = dict({k: s.get(k, r.get(k)) for k in _COLUMNS}, miou=r['miou'],
-                          **{f'miou_{g}': v for g,v in (r.get('groups') or {}).items()},
-                          **{k: r[k] for k in ('pq', 'sq', 'rq') if k in r},
-                          frozen=len(r['frozen']) if 'frozen' in r else None,
-                          **{f'{k}_M': r[k]/1e6
-                             for k in ('params', 'active_params', 'macs', 'active_macs') if r.get(k) is not None})
+    rows = {name: _row_of(_result(source)) for name,source in named.items()}
     return pd.DataFrame.from_dict(rows, orient='index').dropna(axis=1, how='all')
 
+# %% ../../nbs/training/42_evaluate.ipynb #0d268bc4
 def plot_runs(
     frame:pd.DataFrame, # As `compare_runs` makes it
     y:str='miou', # What is good, upwards
@@ -508,9 +542,8 @@ def plot_runs(
 )->'Axes': # The first axes
     """Quality against active multiply-accumulates and active parameters (Fig. 1). Raises `OpenTransError` where a
     table has no costs."""
-    xs = [(c, label)
-          for c,label in (('active_macs_M', 'active multiply-accumulates (millions)'),
-                          ('active_params_M', 'active parameters (millions)')) if c in frame]
+    costs = dict(active_macs_M='active multiply-accumulates (millions)', active_params_M='active parameters (millions)')
+    xs = [(column, label) for column,label in costs.items() if column in frame]
     if not xs or y not in frame:
         raise OpenTransError(
             f"The table needs '{y}' and active_macs_M or active_params_M; it has: {', '.join(frame.columns)}.")
@@ -521,8 +554,9 @@ def plot_runs(
             ax.scatter(rows[x], rows[y], s=40, color=f'C{i}', label=for_plot(kind) if kind else None)
         middle = (frame[x].min()*frame[x].max())**.5
         for i,(name,row) in enumerate(frame.sort_values(x).iterrows()):
-            ax.annotate(for_plot(name), (row[x], row[y]), xytext=(-5 if row[x] > middle else 5, (4, -11)[i%2]),
-                        textcoords='offset points', fontsize=9, ha='right' if row[x] > middle else 'left')
+            ahead = row[x] > middle # its name goes to the left of the point, else to the right
+            ax.annotate(for_plot(name), (row[x], row[y]), xytext=(-5 if ahead else 5, (4, -11)[i%2]),
+                        textcoords='offset points', fontsize=9, ha='right' if ahead else 'left')
         ax.set(xlabel=label, xscale='log')
         ax.margins(.25)
         ax.xaxis.set_major_formatter('{x:g}')

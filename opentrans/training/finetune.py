@@ -41,7 +41,7 @@ def _permutation(n, seed, epoch): return np.random.default_rng([seed, epoch]).pe
 def batch_indices(
     n:int, # Number of samples
     batch_size:int, # Samples in an iteration
-    iteration:int, # Which
+    iteration:int, # Which iteration, from 0 on
     seed:int=0, # Of the order
 )->list: # Indices of the samples
     "The samples of an iteration: epochs in random order, laid end to end."
@@ -50,7 +50,7 @@ def batch_indices(
 
 # %% ../../nbs/training/41_finetune.ipynb #69ea0361
 class _Views(torch.utils.data.Dataset):
-    "Samples of a data set as an iteration wants them: item `(index, iteration, slot)`."
+    "Samples of a data set, augmented: item `(index, iteration, slot)`, where the slot is the place in the batch."
     def __init__(self, data, recipe, regions=True, packed=False):
         self.data = data
         self.recipe = recipe
@@ -65,21 +65,23 @@ class _Views(torch.utils.data.Dataset):
 
     def _sample(self, index, iteration, slot):
         r = self.recipe
-        if r.crop is None and r.scale is None and not r.flip: return self.data[index]
+        augmented = r.crop is not None or r.scale is not None or r.flip
+        if not augmented: return self.data[index]
         return read_augmented(self.data, index, r.crop, [r.seed, iteration, slot], r.scale, r.flip, self.regions,
                               self.packed)
 
 class _Order:
-    "Batches of indices, made when they are asked for."
-    drop_last = True # there is no smaller one at the end
-    def __init__(self, at, start, stop, batch_size):
-        self.at = at
+    "The items of each iteration's batch, made when they are asked for."
+    drop_last = True # no batch at the end is smaller
+    def __init__(self, items_of, start, stop, batch_size):
+        self.items_of = items_of
         self.start = start
         self.stop = stop
         self.batch_size = batch_size
-    def __iter__(self): return (self.at(i) for i in range(self.start, self.stop))
+    def __iter__(self): return map(self.items_of, range(self.start, self.stop))
     def __len__(self): return self.stop-self.start
 
+# %% ../../nbs/training/41_finetune.ipynb #69ea0362
 def batches(
     data:Dataset, # Data set
     recipe:Recipe, # Size, order and augmentation of batches
@@ -87,12 +89,13 @@ def batches(
     processes:Processes|None=None, # `Processes`: each gets its part of every batch
     regions:bool=True, # With the masks of regions? Loading is faster without
     device:str|torch.device|None=None, # Where samples are unpacked that other processes have read; None: on the CPU
-): # Iterator over the batches of `start`, `start+1`, ... , the last
+): # Iterator over the batches of iterations `start`, `start+1`, ... to the last
     "The batches of a run, in this process or from `recipe.workers` others: the same either way."
     views = _Views(data, recipe, regions, packed=recipe.workers > 0)
-    order = _Order(lambda i: [(k, i, j)
-                              for j,k in enumerate(batch_indices(len(data), recipe.batch_size, i, recipe.seed))],
-                   start, recipe.iterations, recipe.batch_size)
+    def items_of(iteration):
+        indices = batch_indices(len(data), recipe.batch_size, iteration, recipe.seed)
+        return [(index, iteration, slot) for slot,index in enumerate(indices)]
+    order = _Order(items_of, start, recipe.iterations, recipe.batch_size)
     loaded = sample_batches(views, order, recipe.workers, processes, torch.Generator())
     if not recipe.workers: return map(collate, loaded)
     return _unpacked(loaded, regions, device)
@@ -120,18 +123,19 @@ def param_groups(
     per_layer=(),
 )->list: # Groups for an optimizer: 'backbone' and 'head', each with and without weight decay
     "The parameters that learn, each once, with their learning rate and weight decay."
-    inside = {id(p) for p in framework.backbone.parameters()}
-    plain = set() if recipe.decay_norms else undecayed_params(framework)
+    in_backbone = {id(p) for p in framework.backbone.parameters()}
+    undecayed = set() if recipe.decay_norms else undecayed_params(framework)
+    factors = {values.what: values.factors(framework) for values in _layer_values(per_layer)}
+    lr_factors = factors.get('lr', {})
+    decay_factors = factors.get('weight_decay', {})
     groups = {}
-    more = {values.what: values.factors(framework) for values in _layer_values(per_layer)}
-    faster,decaying = more.get('lr', {}),more.get('weight_decay', {})
-    for n,p in framework.named_parameters():
-        if not p.requires_grad: continue
-        part,decay = 'backbone' if id(p) in inside else 'head',0. if id(p) in plain else recipe.weight_decay
-        base = recipe.lr*(recipe.backbone_lr if part == 'backbone' else 1.)*faster.get(id(p), 1.)
-        decay *= decaying.get(id(p), 1.)
-        groups.setdefault((part, decay, base),
-                          dict(params=[], name=part, lr=base, base=base, weight_decay=decay))['params'].append(p)
+    for param in framework.parameters():
+        if not param.requires_grad: continue
+        part = 'backbone' if id(param) in in_backbone else 'head'
+        base = recipe.lr*(recipe.backbone_lr if part == 'backbone' else 1.)*lr_factors.get(id(param), 1.)
+        decay = (0. if id(param) in undecayed else recipe.weight_decay)*decay_factors.get(id(param), 1.)
+        empty = dict(params=[], name=part, lr=base, base=base, weight_decay=decay)
+        groups.setdefault((part, decay, base), empty)['params'].append(param)
     if not groups:
         raise OpenTransError(
             "Nothing learns: every parameter is frozen. Check the layer selection, backbone_lr and norm of the "
@@ -172,11 +176,17 @@ def train_mode(framework:Framework, recipe:Recipe):
 # %% ../../nbs/training/41_finetune.ipynb #3bbdba21
 def _digest(x): return hashlib.sha256(json.dumps(x, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
-def _zeros(framework):
+def _digest_of_zeros(framework):
     "A digest of which weights are zero."
     h = hashlib.sha256()
     for layer in layers(framework.tower): h.update(np.packbits((layer.weight.detach() == 0).cpu().numpy()))
     return h.hexdigest()[:12]
+
+def _in_words(selection):
+    "A layer selection in words: its rule, and a digest of its layers."
+    if selection is None: return ''
+    digest = _digest([sorted(selection.train), sorted(selection.freeze)])
+    return f"{selection.rule}: {len(selection.freeze)} frozen {digest}"
 
 def run_settings(
     framework:Framework, # A `Framework`, before the first step
@@ -186,19 +196,18 @@ def run_settings(
     per_layer=(), # `LayerValues`, if some are given
 )->dict: # What must be the same for a run to be resumed
     "The settings of a run, as plain values."
-    names = list(getattr(data.vocabulary, 'names', data.vocabulary))
-    told = {k: _OFF.get(k) if v is None else v for k,v in recipe.to_dict().items() if k != 'workers'}
-    r = {f'recipe.{k}': list(v) if isinstance(v, tuple) else v for k,v in told.items()}
+    classes = list(getattr(data.vocabulary, 'names', data.vocabulary))
+    data_name = getattr(data, 'name', type(data).__name__)
+    fields = {k: _OFF.get(k) if v is None else v for k,v in recipe.to_dict().items() if k != 'workers'}
+    settings = {f'recipe.{k}': list(v) if isinstance(v, tuple) else v for k,v in fields.items()}
     zeros = sum(int(layer.weight.numel() - layer.weight.count_nonzero()) for layer in layers(framework.tower))
-    return dict(r, framework=type(framework).__name__,
-                parameters=_digest([(n, list(p.shape)) for n,p in framework.named_parameters()]),
-                data=f"{getattr(data, 'name', type(data).__name__)}, {len(data)} samples, {len(names)} classes "
-                f"{_digest(names)}",
-                selection='' if selection is None
-                else f"{selection.rule}: {len(selection.freeze)} frozen "
-                f"{_digest([sorted(selection.train), sorted(selection.freeze)])}", weights_at_zero=zeros,
-                **{f'{v.what}_of_layers': f"{v.rule} {_digest([sorted(v.items()), v.base])}"
-                   for v in _layer_values(per_layer)})
+    settings.update(framework=type(framework).__name__,
+                    parameters=_digest([(n, list(p.shape)) for n,p in framework.named_parameters()]),
+                    data=f"{data_name}, {len(data)} samples, {len(classes)} classes {_digest(classes)}",
+                    selection=_in_words(selection), weights_at_zero=zeros)
+    for values in _layer_values(per_layer):
+        settings[f'{values.what}_of_layers'] = f"{values.rule} {_digest([sorted(values.items()), values.base])}"
+    return settings
 
 # %% ../../nbs/training/41_finetune.ipynb #2253b243
 CHECKPOINT_FILE = FileKind('opentrans-finetune', 'checkpoint of a fine-tuning run', 'finetune', oldest=2)
@@ -209,8 +218,9 @@ def _state_keys(opt):
     if isinstance(opt, torch.optim.AdamW): return ['exp_avg', 'exp_avg_sq', 'step']
     return ['momentum_buffer'] if any(group['momentum'] for group in opt.param_groups) else []
 
-def _table(rows, columns):
-    "A history as the bits of its numbers, among which NaN, for what was not measured, is nothing to stumble over."
+def _history_bits(rows, columns):
+    """The rows of a history as float64, whose bits are given as int64: a file's numbers must be finite, and NaN
+    stands for what was not measured."""
     values = [[row.get(column, math.nan) for column in columns] for row in rows]
     return torch.tensor(values, dtype=torch.float64).reshape(len(rows), len(columns)).view(torch.int64)
 
@@ -240,52 +250,62 @@ class _CheckpointFile:
         return self.file.load(self._lengthened)
 
     def _lengthened(self, was, meta):
-        "The settings of a run that has ended, as those of the same run with more iterations, if that is what is asked."
+        """The settings that the file names. If the run has ended and more iterations are asked for, the longer course
+        stands in place of its own."""
         now = self.file.settings
         before, wanted = was.get('recipe.iterations'), now.get('recipe.iterations')
         ended = metadata_value(meta, 'iteration', int, self.path) == before
-        if not self.lengthen or not ended or wanted is None or wanted <= before: return was
+        if not self.lengthen or not ended: return was
+        if wanted is None or wanted <= before: return was
         course = {f'recipe.{name}' for name in ('iterations', 'milestones', 'lr_warmup')}
         return {**was, **{name: now[name] for name in course if name in now}}
 
 # %% ../../nbs/training/41_finetune.ipynb #ef204979
 def _could_be(told, own):
     "Could a gradient scaler have this number in place of its own?"
-    return (type(told) is type(own) and 0 <= told < (2**31 if isinstance(told, int) else 1e38)
-            and bool(told or not own))
+    limit = 2**31 if isinstance(told, int) else 1e38
+    return type(told) is type(own) and 0 <= told < limit and bool(told or not own)
 
+# %% ../../nbs/training/41_finetune.ipynb #ef204980
 class _CheckpointParts(_CheckpointFile):
     "What the file of a run holds, part by part: read, or refused as damaged."
     def _rows(self, tensors, meta, iteration):
         "The rows of the history: one for each iteration, with its number and a loss."
         most = self.file.settings.get('recipe.iterations', _MOST)
         if not 0 <= iteration <= most: raise self._damaged(f'it is at iteration {iteration:,} of {most:,}')
-        columns, table = metadata_value(meta, 'columns', list[str], self.path), tensors.get('history')
-        if (table is None or table.dtype != torch.int64 or table.shape != (iteration, len(columns))
-            or len({*columns}) < len(columns)):
+        columns = metadata_value(meta, 'columns', list[str], self.path)
+        table = tensors.get('history')
+        fits = table is not None and table.dtype == torch.int64 and table.shape == (iteration, len(columns))
+        if not fits or len({*columns}) < len(columns):
             raise self._damaged('its history has another shape than its iterations')
-        rows = [{c: v for c,v in zip(columns, row) if v == v} for row in table.view(torch.float64).tolist()]
-        if any(row.get('iteration') != i or not math.isfinite(row.get('loss', math.nan)) for i,row in enumerate(rows)):
-            raise self._damaged('its history is none of iterations and losses')
+        numbers = table.view(torch.float64).tolist()
+        rows = [{column: v for column,v in zip(columns, row) if not math.isnan(v)} for row in numbers]
+        for i,row in enumerate(rows):
+            if row.get('iteration') != i or not math.isfinite(row.get('loss', math.nan)):
+                raise self._damaged('its history is none of iterations and losses')
         return rows
 
     def _check_state(self, state, meta, opt, names, iteration):
-        "The optimizer's state: everything that it keeps, for weights that learn, finite and of their shape."
-        learned, keys = metadata_value(meta, 'optimizer', list[str], self.path), _state_keys(opt)
+        """Raises `OpenTransError` unless the optimizer's state holds all that it keeps for each weight that has
+        learned: finite, and of the weight's shape."""
+        learned = metadata_value(meta, 'optimizer', list[str], self.path)
+        keys = _state_keys(opt)
         params = {names[param]: param for group in opt.param_groups for param in group['params']}
-        if not {*learned} <= {*params} or (iteration and keys and not learned):
+        lacking = iteration and keys and not learned
+        if lacking or not {*learned} <= {*params}:
             raise self._damaged("its optimizer's state is not of the weights that learn")
         like = {f'{name}.{key}': torch.zeros(()) if key == 'step' else params[name] for name in learned for key in keys}
         check_like(state, like, self.path, "optimizer's state")
-        low = {name: float(tensor.min())
-               for name,tensor in state.items() if name.endswith(('.step', '.exp_avg_sq')) and tensor.numel()}
-        high = max((float(tensor) for name,tensor in state.items() if name.endswith('.step')), default=0)
-        if min(low.values(), default=0) < 0 or high > iteration:
+        least = min((float(tensor.min()) for name,tensor in state.items()
+                     if name.endswith(('.step', '.exp_avg_sq')) and tensor.numel()), default=0)
+        steps = max((float(tensor) for name,tensor in state.items() if name.endswith('.step')), default=0)
+        if least < 0 or steps > iteration:
             raise self._damaged("its optimizer's state cannot be of so many steps")
 
-    def _scale(self, meta, scaler):
+    def _scaler_state(self, meta, scaler):
         "The state of the gradient scaler: as many positive numbers as this one has."
-        told, own = metadata_value(meta, 'scaler', dict[str, _Finite], self.path), scaler.state_dict() if scaler else {}
+        told = metadata_value(meta, 'scaler', dict[str, _Finite], self.path)
+        own = scaler.state_dict() if scaler else {}
         if {*told} != {*own} or not all(_could_be(told[name], own[name]) for name in own):
             raise self._damaged(
                 f"its gradient scaler has {shorten(told, 80) or 'nothing'} in place of {', '.join(own) or 'nothing'}")
@@ -301,7 +321,7 @@ class Checkpoint(_CheckpointParts):
         names = {param: name for name,param in framework.named_parameters()}
         model = {f'model.{name}': tensor for name,tensor in framework.state_dict().items()}
         tensors = {**model, **optimizer_tensors(opt, names, state=unmasked_states()),
-                   'history': _table(rows, columns)}
+                   'history': _history_bits(rows, columns)}
         learned = sorted(names[param] for param,state in opt.state.items() if state)
         self.file.save(tensors, iteration=iteration, columns=columns, optimizer=learned,
                        scaler=scaler.state_dict() if scaler else {})
@@ -319,11 +339,11 @@ class Checkpoint(_CheckpointParts):
         check_like(model, framework.state_dict(), self.path, 'weights')
         names = {param: name for name,param in framework.named_parameters()}
         self._check_state(state, meta, opt, names, iteration)
-        scale = self._scale(meta, scaler)
+        scaler_state = self._scaler_state(meta, scaler)
         if len(model)+len(state)+1 != len(tensors): raise self._damaged('it holds tensors that no run writes')
         _put(framework, model) # from here on nothing can fail
         restore_optimizer(opt, tensors, names, self.path)
-        if scaler: scaler.load_state_dict(scale)
+        if scaler: scaler.load_state_dict(scaler_state)
         return iteration,rows
 
 # %% ../../nbs/training/41_finetune.ipynb #b910593f
@@ -347,46 +367,52 @@ def load_framework(
 ): # The framework
     """Read the weights of a framework from a checkpoint. Raises `OpenTransError`, with nothing changed, if they do
     not fit or are not finite."""
-    tensors, path = _read_weights(source), 'a dictionary' if isinstance(source, dict) else source
+    tensors = _read_weights(source)
+    path = 'a dictionary' if isinstance(source, dict) else source
     if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise OpenTransError(f"The weights in '{path}' are not all tensors.")
-    check_like(strip_prefix('model.', tensors) or tensors, framework.state_dict(), path,
-               f'weights of a {type(framework).__name__}')
-    _put(framework, strip_prefix('model.', tensors) or tensors)
+    weights = strip_prefix('model.', tensors) or tensors # a checkpoint holds more than weights
+    check_like(weights, framework.state_dict(), path, f'weights of a {type(framework).__name__}')
+    _put(framework, weights)
     return framework
 
 # %% ../../nbs/training/41_finetune.ipynb #37491ed3
 _LOST = re.compile('gloo|nccl|connection|peer|process group', re.I) # what collectives say when a partner is gone
 
 # %% ../../nbs/training/41_finetune.ipynb #2cd0d83d
-def _check_data(framework, data, recipe):
+def _names_in(vocabulary): return list(getattr(vocabulary, 'names', vocabulary) or [])
+
+def _check_data(framework, data):
+    "Raises `OpenTransError` for data without samples, or with other classes than the framework was built for."
     if not len(data):
         raise OpenTransError(f"The data set {getattr(data, 'name', '')!r} is empty. Check its root and split.")
-    a,b = (list(getattr(v, 'names', v) or []) for v in (framework.vocabulary or [], data.vocabulary))
-    if a != b:
-        diff = [n for n in b if n not in a][:3] or b[:3]
+    built,there = _names_in(framework.vocabulary or []),_names_in(data.vocabulary)
+    if built != there:
+        examples = [name for name in there if name not in built] or there
         raise OpenTransError(
-            f"The framework was built for {len(a)} classes and the data has {len(b)} (e.g. {', '.join(diff)}), or "
-            f"in another order. " "Build it with vocabulary=data.vocabulary; other names are for evaluate and "
-                                  "predict.")
+            f"The framework was built for {len(built)} classes and the data has {len(there)} (e.g. "
+            f"{', '.join(examples[:3])}), or in another order. Build it with vocabulary=data.vocabulary; other names "
+            f"are for evaluate and predict.")
 
 class _History:
     "Rows of numbers, one an iteration, and the same as `history.csv`."
     def __init__(self, rows, folder=None):
         self.rows = rows
-        self.written = 0
         self.path = Path(folder)/'history.csv' if folder else None
+        self.written = 0 # rows that the file has, in these columns
+        self.written_columns = None
     @property
-    def columns(self): return list(dict.fromkeys(k for r in self.rows for k in r))
+    def columns(self): return list(dict.fromkeys(column for row in self.rows for column in row))
     def frame(self):
-        return pd.DataFrame(self.rows, columns=self.columns).astype({c: int for c in ('iteration',) if self.rows})
+        frame = pd.DataFrame(self.rows, columns=self.columns)
+        return frame.astype(dict(iteration=int)) if self.rows else frame
     def write(self):
         """Bring the file up to date: new rows are added, and after a resume, or with a new column, it is written
         anew. Raises `WriteError`."""
         if self.path is None or self.written == len(self.rows): return
-        frame,columns = self.frame(),self.columns
-        if columns != getattr(self, '_columns', None): self.written,self._columns = 0,columns
-        text = csv_text(frame.iloc[self.written:], header=not self.written, index=False)
+        columns = self.columns
+        if columns != self.written_columns: self.written,self.written_columns = 0,columns
+        text = csv_text(self.frame().iloc[self.written:], header=not self.written, index=False)
         if self.written: self._add(text)
         else: save_text(text, self.path)
         self.written = len(self.rows)
@@ -402,8 +428,8 @@ class _History:
 # %% ../../nbs/training/41_finetune.ipynb #4325117b
 @contextlib.contextmanager
 def _stop_requests(keep):
-    """Yields a list that is no longer empty once this process has been asked to end. Without something to keep
-    Ctrl-C ends it at once; with it, the second does."""
+    """Yields a list that gets the signals which ask this process to end. Where there is nothing to `keep`, Ctrl-C
+    ends the process at once and is not among them; else a Ctrl-C that is not the first request does."""
     asked = []
     def note(number, frame):
         if number == signal.SIGINT and asked: raise KeyboardInterrupt
@@ -411,9 +437,15 @@ def _stop_requests(keep):
             # print may be in the midst of a line
             os.write(2, b'finishing this iteration, for its checkpoint; once more ends at once\n')
         asked.append(signal.Signals(number))
-    # a worker of a study ignores Ctrl-C, and goes on so
+    # a worker of a study ignores Ctrl-C, and `signal_handlers` leaves it so
     with signal_handlers(note, signal.SIGTERM, *([signal.SIGINT] if keep else [])): yield asked
 
+def _place_of(framework, device, team):
+    "The device of a run: that of this process, the one that was asked for, or where the framework is."
+    if team.device: return team.device
+    return device_of(framework) if device is None else pick_device(str(device))
+
+# %% ../../nbs/training/41_finetune.ipynb #4325117c
 def finetune(
     framework:Framework, # A `Framework`, trained in place
     data:Dataset, # Data set with the framework's vocabulary
@@ -446,15 +478,17 @@ def finetune(
     if not isinstance(recipe, (Recipe, type(None))):
         raise OpenTransError(
             f"The recipe is a {type(recipe).__name__}. Make one, e.g. Recipe.tiny() or Recipe.of({{'lr': 0.001}}).")
-    eval_every,print_every = none_if_off(eval_every, 0),none_if_off(print_every, 0)
-    for name,number in (('checkpoint_every', checkpoint_every), ('eval_every', eval_every),
-                        ('print_every', print_every)):
-        if number is not None or name == 'checkpoint_every': check_number(name, number, 1, _MOST, whole=True)
-    recipe,team = recipe or Recipe.tiny(),Processes(device)
-    _check_data(framework, data, recipe)
+    eval_every = none_if_off(eval_every, 0)
+    print_every = none_if_off(print_every, 0)
+    check_number('checkpoint_every', checkpoint_every, 1, _MOST, whole=True)
+    for name,number in (('eval_every', eval_every), ('print_every', print_every)):
+        if number is not None: check_number(name, number, 1, _MOST, whole=True)
+    recipe = recipe or Recipe.tiny()
+    team = Processes(device)
+    _check_data(framework, data)
     if tensorboard and not checkpoint_dir:
         raise OpenTransError("tensorboard=True writes into the folder of the run: give checkpoint_dir, too.")
-    framework.to(team.device or (pick_device(str(device)) if device is not None else device_of(framework)))
+    framework.to(_place_of(framework, device, team))
     with contextlib.ExitStack() as stack:
         if checkpoint_dir: stack.enter_context(team.lock(checkpoint_dir))
         stack.enter_context(seeded(recipe.seed))
@@ -464,28 +498,31 @@ def finetune(
         stack.enter_context(freeze_by_recipe(framework, recipe))
         run = stack.enter_context(
             _Run(framework, data, recipe, selection, checkpoint_dir, team, per_layer, lengthen))
-        run.tell = (RunLogger(recipe.iterations, run.iteration, print_every,
-                           Path(checkpoint_dir)/'tensorboard' if tensorboard and team.main else None) if team.main
-                    else None)
-        # a framework whose loss reads labels alone may say so
-        bar = batches(data, recipe, run.iteration, team, getattr(framework, 'uses_regions', True), run.device)
-        for batch in progress(bar, 'fine-tuning', recipe.iterations-run.iteration,
-                              not print_every) if team.main else bar:
+        if team.main:
+            board = Path(checkpoint_dir)/'tensorboard' if tensorboard else None
+            run.logger = RunLogger(recipe.iterations, run.iteration, print_every, board)
+        regions = getattr(framework, 'uses_regions', True) # a loss that reads labels alone needs none
+        loaded = batches(data, recipe, run.iteration, team, regions, run.device)
+        if team.main:
+            loaded = progress(loaded, 'fine-tuning', recipe.iterations-run.iteration, lines=not print_every)
+        for batch in loaded:
             row = run.step(batch)
             done = run.iteration == recipe.iterations
-            if val is not None and eval_every and (run.iteration % eval_every == 0 or done): run.evaluate(val)
-            if run.tell: run.tell(row)
-            end = bool(asked) # what comes after this line is for the next iteration
-            if done or end or run.iteration % checkpoint_every == 0: run.save()
+            due = eval_every is not None and (done or run.iteration % eval_every == 0)
+            if val is not None and due: run.evaluate(val)
+            if run.logger: run.logger(row)
+            stop = bool(asked) # a signal that comes later is for the next iteration
+            if done or stop or run.iteration % checkpoint_every == 0: run.save()
             if callback is not None: callback(framework, row)
-            if end: break
+            if stop: break
         run.save()
         framework.eval()
         if asked:
             why = (
                 f"The run was asked to end ({asked[0].name}) and stopped after iteration {run.iteration-1}. "
                 f"{run.kept()}")
-            raise KeyboardInterrupt(why) if asked[0] == signal.SIGINT else Interrupted(why, 128+asked[0])
+            if asked[0] == signal.SIGINT: raise KeyboardInterrupt(why)
+            raise Interrupted(why, 128+asked[0])
     return run.history.frame()
 
 # %% ../../nbs/training/41_finetune.ipynb #e95bbffe
@@ -497,39 +534,41 @@ class _RunState:
         self.recipe = recipe
         self.folder = folder
         self.team = team or Processes()
-        self.tell = None
+        self.logger = None
         if recipe.channels_last: framework.to(memory_format=torch.channels_last)
         self.opt = build_optimizer(framework, recipe, per_layer)
         self.device = device_of(framework)
         self.scaler = torch.amp.GradScaler(self.device.type) if recipe.precision == 'fp16' else None
         settings = run_settings(framework, data, recipe, selection, per_layer) if folder or self.team.n > 1 else {}
         self.checkpoint = Checkpoint(folder, settings, lengthen) if folder else None
-        self.iteration,rows = (self.team.together(lambda: self.checkpoint.load(framework, self.opt, self.scaler))
-                               if folder else (0, []))
+        self.iteration,rows = (
+            self.team.together(lambda: self.checkpoint.load(framework, self.opt, self.scaler)) if folder else (0, []))
         if self.team.n > 1:
-            for what,value in (('settings', _digest(settings)), ('pruned weights', _zeros(framework)),
-                               ('checkpoints (iterations)', self.iteration)):
-                self.team.same(value, what)
-        self.history,self.saved = _History(rows, folder if self.team.main else None),self.iteration
+            self.team.same(_digest(settings), 'settings')
+            self.team.same(_digest_of_zeros(framework), 'pruned weights')
+            self.team.same(self.iteration, 'checkpoints (iterations)')
+        self.history = _History(rows, folder if self.team.main else None)
+        self.saved = self.iteration # of the last checkpoint
         self.best = max((r['miou'] for r in rows if 'miou' in r), default=-1.)
         train_mode(framework, recipe)
         self.losses,self.unwrap = self.team.wrap(framework, recipe.norm == 'train')
 
     def __enter__(self): return self
-    def __exit__(self, kind, e, *_):
-        if self.tell: self.tell.close()
+    def __exit__(self, kind, error, *_):
+        if self.logger: self.logger.close()
         self.losses = None
         self.unwrap.remove()
-        if self.team.n > 1 and isinstance(e, RuntimeError) and _LOST.search(str(e)):
+        lost = self.team.n > 1 and isinstance(error, RuntimeError) and _LOST.search(str(error))
+        if lost:
             raise Interrupted(
-                f"{self.team} lost another one at iteration {self.iteration} ({str(e).splitlines()[0][:120]}). "
-                f"{self.kept()}") from e
+                f"{self.team} lost another one at iteration {self.iteration} ({str(error).splitlines()[0][:120]}). "
+                f"{self.kept()}") from error
 
     def kept(self):
-        "What is left to go on from."
-        return (
-            f"The last checkpoint, of iteration {self.saved}, in '{self.folder}' is whole: the same call goes on "
-            f"from there." if self.folder and self.saved else "There is no checkpoint.")
+        "Which checkpoint there is to go on from, in a sentence."
+        if not (self.folder and self.saved): return "There is no checkpoint."
+        return (f"The last checkpoint, of iteration {self.saved}, in '{self.folder}' is whole: the same call goes on "
+                f"from there.")
 
 # %% ../../nbs/training/41_finetune.ipynb #a7c25ed8
 class _Run(_RunState):
@@ -553,9 +592,9 @@ class _Run(_RunState):
 
     def evaluate(self, val):
         "Evaluate; the best weights so far are kept apart."
-        self.history.rows[-1]['miou'] = m = evaluate(self.framework, val)['miou']
-        if m > self.best:
-            self.best = m
+        self.history.rows[-1]['miou'] = miou = evaluate(self.framework, val)['miou']
+        if miou > self.best:
+            self.best = miou
             if self.folder: self.team.together(self._keep_best)
 
     def _keep_best(self):

@@ -28,9 +28,10 @@ class RunLogger:
         self.every = every
         self.to = to
         self.began = time.monotonic()
-        self.board = (optional('torch.utils.tensorboard', 'tensorboard',
-                               'Writing TensorBoard events').SummaryWriter(str(board), purge_step=start) if board
-                      else None)
+        self.board = None
+        if board:
+            tensorboard = optional('torch.utils.tensorboard', 'tensorboard', 'Writing TensorBoard events')
+            self.board = tensorboard.SummaryWriter(str(board), purge_step=start)
 
     def line(self, row:dict)->str:
         "Iteration, loss, rate, speed, and the time that remains."

@@ -53,17 +53,19 @@ class RunPlan:
 
     @property
     def seconds(self)->float:
-        "Of one iteration: what takes longer, computing or loading (0 workers load between two steps)."
+        """Seconds of one iteration. Workers load during it, so that the longer of computing and loading counts;
+        without workers both do."""
         share = self.batch_size/self.processes
-        compute, load = self.step_fixed*self.accumulate + self.step_per_image*share, self.load_per_image*share
-        return compute + load if not self.workers else max(compute, load/self.workers)
+        compute = self.step_fixed*self.accumulate + self.step_per_image*share
+        load = self.load_per_image*share
+        return max(compute, load/self.workers) if self.workers else compute + load
 
     @property
     def hours(self)->float: return self.seconds*self.iterations/3600
 
     @property
     def length(self)->str:
-        "Of the whole run, in words."
+        "How long the whole run takes, in words."
         return f'{self.hours:.1f} hours' if self.hours >= 1 else f'{60*self.hours:.1f} minutes'
 
     @property
@@ -139,7 +141,7 @@ def _measure(framework, data, recipe, selection, mask, images):
     return needed, ends[1]-ends[0]
 
 # %% ../../nbs/training/43_plan.ipynb #86635526
-def _loading(framework, data, recipe, samples):
+def _load_seconds(framework, data, recipe, samples):
     "CPU seconds to read and cut one image, as `finetune` does."
     began = time.process_time()
     next(batches(data, recipe.replace(batch_size=samples, accumulate=1, workers=0),
@@ -147,8 +149,8 @@ def _loading(framework, data, recipe, samples):
     return (time.process_time()-began)/samples
 
 def _two_sizes(framework, data, recipe, selection, mask):
-    """Numbers of images, with what one iteration of so many needs. One image alone may leave a batch norm a single
-    value."""
+    """What iterations of two sizes need: (number of images, bytes, seconds) of each. The sizes are 2 and 3 where one
+    image alone leaves a batch norm a single value."""
     try: return [(n, *_measure(framework, data, recipe, selection, mask, n)) for n in (1, 2)]
     except OpenTransError as error:
         if 'norm' not in str(error): raise
@@ -161,7 +163,7 @@ def plan_run(
     selection:LayerSelection|None=None, # `LayerSelection`, if one will be in force
     mask:SparseMask|None=None, # `SparseMask`, if one will be
     processes:int=1, # That will share each batch
-    samples:int=8, # Images that are read by the clock
+    samples:int=8, # Images whose reading is timed
 )->RunPlan:
     """What a run of `finetune` needs, measured by four iterations on the framework's device. Raises
     `OpenTransError` as `finetune` does."""
@@ -171,15 +173,18 @@ def plan_run(
         raise OpenTransError(
             f"A batch of {recipe.batch_size} images cannot be shared by {processes} processes: give a batch size "
             f"that is a multiple of {processes}.")
-    one = View(data, [_fullest(data, samples)]*4)
-    (n, few, short), (m, many, long) = _two_sizes(framework, one, recipe, selection, mask)
-    per_image, step = max((many-few)/(m-n), 0.), max((long-short)/(m-n), 0.)
+    fullest = View(data, [_fullest(data, samples)]*4)
+    (few, few_bytes, few_seconds), (many, many_bytes, many_seconds) = _two_sizes(
+        framework, fullest, recipe, selection, mask)
+    per_image = max((many_bytes-few_bytes)/(many-few), 0.)
+    step_per_image = max((many_seconds-few_seconds)/(many-few), 0.)
     weights = sum(t.numel()*t.element_size() for t in framework.state_dict().values())
-    # buckets in which gradients travel
-    shared = sum(p.numel()*p.element_size() for p in framework.parameters()) if processes > 1 else 0
+    gradients = sum(p.numel()*p.element_size() for p in framework.parameters())
+    buckets = gradients if processes > 1 else 0 # in which gradients travel
     device = device_of(framework)
     return RunPlan(iterations=recipe.iterations, images=len(data), batch_size=recipe.batch_size,
                    processes=processes, accumulate=recipe.accumulate,
-                   fixed=max(few-per_image*n, 0.)+weights+shared, per_image=per_image, room=device_room(device),
-                   device=str(device), step_fixed=max(short-step*n, 0.), step_per_image=step,
-                   load_per_image=_loading(framework, data, recipe, samples), workers=recipe.workers)
+                   fixed=max(few_bytes-per_image*few, 0.)+weights+buckets, per_image=per_image,
+                   room=device_room(device), device=str(device),
+                   step_fixed=max(few_seconds-step_per_image*few, 0.), step_per_image=step_per_image,
+                   load_per_image=_load_seconds(framework, data, recipe, samples), workers=recipe.workers)

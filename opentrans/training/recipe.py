@@ -30,21 +30,21 @@ _CHOICES = dict(optimizer=('sgd', 'adamw'), schedule=('step', 'poly', 'cosine', 
                 norm=('train', 'eval', 'frozen'), precision=(None, 'bf16', 'fp16'))
 _OFF = dict(crop=0, clip_grad=0., scale=(1., 1.), precision='no') # what files of runs hold where a recipe says None
 _RANGES = dict( # smallest and largest value of each number of a recipe
-    iterations=(0, _MOST), lr_warmup=(0, _MOST), offset=(0, _MOST), batch_size=(1, 2**16), accumulate=(
-        1, 2**16), workers=(0, 256), seed=(0, math.inf),
-    crop=(0, 2**14), flip=(0, 1), lr=(0, math.inf), backbone_lr=(0, math.inf), clip_grad=(
-        0, math.inf), weight_decay=(0, math.inf),
-    momentum=(0, 1), gamma=(0, math.inf), power=(0, math.inf))
+    iterations=(0, _MOST), lr_warmup=(0, _MOST), offset=(0, _MOST), batch_size=(1, 2**16),
+    accumulate=(1, 2**16), workers=(0, 256), seed=(0, math.inf), crop=(0, 2**14), flip=(0, 1), lr=(0, math.inf),
+    backbone_lr=(0, math.inf), clip_grad=(0, math.inf), weight_decay=(0, math.inf), momentum=(0, 1),
+    gamma=(0, math.inf), power=(0, math.inf))
 _WIDEST = 16 # Times the size of the crop; larger images fill the memory
 
 def _ranged(name, value, least, most, whole=True):
-    "A number in its range, as Python's. A whole number may be written as 1e4. Raises `OpenTransError`."
-    if isinstance(value, np.generic) or isinstance(value, torch.Tensor) and not value.ndim: value = value.item()
+    "A number in its range, as one of Python's. A whole number may be written as 1e4. Raises `OpenTransError`."
+    scalar = isinstance(value, np.generic) or (isinstance(value, torch.Tensor) and not value.ndim)
+    if scalar: value = value.item()
     if whole and isinstance(value, float) and value.is_integer(): value = int(value)
     return check_number(name, value, least, most, whole=whole)
 
 def _truth(name, value):
-    "True or False. Raises `OpenTransError`."
+    "A value that is True or False, as one of Python's. Raises `OpenTransError` for another."
     if not isinstance(value, (bool, np.bool_)):
         raise OpenTransError(f"{name}={shorten(repr(value), 80)}: give True or False.")
     return bool(value)
@@ -55,30 +55,32 @@ def _listed(name, values, example):
     if isinstance(values, (np.ndarray, torch.Tensor)) and values.ndim == 1: return values.tolist()
     raise OpenTransError(f"{name}={shorten(repr(values), 80)}: give a list of numbers, e.g. {example}.")
 
-def _falls(milestones):
-    "Iterations in rising order. Raises `OpenTransError`."
-    told = tuple(_ranged('a milestone', m, 0, _MOST) for m in _listed('milestones', milestones, (40_000, 45_000)))
-    if list(told) != sorted(told): raise OpenTransError(f"milestones={told}: write them in rising order.")
-    return told
+def _milestones(values):
+    "Iterations in rising order, as a tuple. Raises `OpenTransError`."
+    listed = _listed('milestones', values, (40_000, 45_000))
+    milestones = tuple(_ranged('a milestone', value, 0, _MOST) for value in listed)
+    if list(milestones) != sorted(milestones):
+        raise OpenTransError(f"milestones={milestones}: write them in rising order.")
+    return milestones
 
 # %% ../../nbs/training/40_recipe.ipynb #6547b591
-def _sizes(scale):
-    "The smallest and the largest size; None for the size as it is. Raises `OpenTransError`."
-    told = tuple(_ranged('scale', v, 0, _WIDEST, whole=False) for v in _listed('scale', scale, (.5, 2.)))
-    if len(told) != 2 or not 0 < told[0] <= told[1]:
-        raise OpenTransError(f"scale={told} must be (smallest, largest), e.g. (0.5, 2.0).")
-    return told if told != _OFF['scale'] else None
+def _scale_range(values):
+    "The smallest and the largest size; None if images keep theirs. Raises `OpenTransError`."
+    sizes = tuple(_ranged('scale', value, 0, _WIDEST, whole=False) for value in _listed('scale', values, (.5, 2.)))
+    if len(sizes) != 2 or not 0 < sizes[0] <= sizes[1]:
+        raise OpenTransError(f"scale={sizes} must be (smallest, largest), e.g. (0.5, 2.0).")
+    return sizes if sizes != _OFF['scale'] else None
 
 def _kinds(recipe):
-    "Field -> its class; where None may stand, the other one."
-    def plain(kind): return typing.get_args(kind)[0] if isinstance(kind, UnionType) else kind
-    kinds = {f.name: plain(f.type) for f in dataclasses.fields(recipe)}
+    "The class of each field by its name: int of `int|None`, tuple of `tuple[int, ...]`."
+    def without_none(kind): return typing.get_args(kind)[0] if isinstance(kind, UnionType) else kind
+    kinds = {field.name: without_none(field.type) for field in dataclasses.fields(recipe)}
     return {name: typing.get_origin(kind) or kind for name,kind in kinds.items()}
 
 # %% ../../nbs/training/40_recipe.ipynb #0dc5e23b
 @dataclass(frozen=True)
 class _Course:
-    "What a recipe holds, and what is made of its course."
+    "The fields of a recipe, checked; and other recipes for parts of its course."
     iterations:int = 50_000 # Optimizer steps
     batch_size:int = 28 # Images in a step
     optimizer:str = 'sgd' # 'sgd' or 'adamw'
@@ -89,8 +91,8 @@ class _Course:
     backbone_lr:float = 1. # Times `lr`, for the backbone; 0 freezes all of it
     schedule:str = 'step' # 'step' (by `milestones`), 'poly', 'cosine' or 'constant'
     milestones:tuple[int, ...] = (40_000, 45_000) # Iterations at which the learning rate falls
-    gamma:float = .1 # To this share of what it was
-    power:float = .9 # Of 'poly'
+    gamma:float = .1 # At a milestone the learning rate falls to this share of what it was
+    power:float = .9 # Exponent of the schedule 'poly'
     lr_warmup:int = 0 # Iterations over which the learning rate rises linearly from near 0
     offset:int = 0 # Iterations of the same course that went before: `milestones` and the schedule count from there
     clip_grad:float|None = None # Largest norm of the whole gradient; None does not clip
@@ -125,8 +127,8 @@ class _Course:
         if self.accumulate > self.batch_size:
             raise OpenTransError(
                 f"accumulate={self.accumulate} parts of a batch of {self.batch_size} leaves some without an image.")
-        self._set('milestones', _falls(self.milestones))
-        if self.scale is not None: self._set('scale', _sizes(self.scale))
+        self._set('milestones', _milestones(self.milestones))
+        if self.scale is not None: self._set('scale', _scale_range(self.scale))
 
     def _set(self, name, value): object.__setattr__(self, name, value)
 
@@ -139,10 +141,10 @@ class _Course:
 
     def shorten(self, iterations:int)->Self:
         "The same course in fewer (or more) iterations: milestones and warm-up of the learning rate move along."
-        s = check_number('iterations', iterations, 0, _MOST, whole=True)/max(self.iterations, 1)
-        moved = dict(milestones=tuple(round(m*s) for m in self.milestones), lr_warmup=round(self.lr_warmup*s),
-                     offset=round(self.offset*s))
-        return self.replace(iterations=iterations, **moved)
+        share = check_number('iterations', iterations, 0, _MOST, whole=True)/max(self.iterations, 1)
+        milestones = tuple(round(milestone*share) for milestone in self.milestones)
+        return self.replace(iterations=iterations, milestones=milestones, lr_warmup=round(self.lr_warmup*share),
+                            offset=round(self.offset*share))
 
     def first(self, iterations:int)->Self:
         """The beginning of the same course: so many iterations, at the rates that the whole course has there.
@@ -164,13 +166,14 @@ class _Course:
         return dataclasses.asdict(self)
 
     def lr_at(self, iteration:int)->float:
-        "The share of `lr` that holds at an iteration."
+        "The learning rate of an iteration, as a share of `lr`."
         at = iteration+self.offset
-        warm = min(1., (at+1)/(self.lr_warmup+1))
-        part = min(at/max(self.iterations+self.offset, 1), 1.)
-        course = dict(step=self.gamma**sum(at >= m for m in self.milestones), poly=(1-part)**self.power,
-                      cosine=cosine_share(part), constant=1.)
-        return warm*course[self.schedule]
+        warmed = min(1., (at+1)/(self.lr_warmup+1))
+        passed = min(at/max(self.iterations+self.offset, 1), 1.)
+        falls = sum(at >= milestone for milestone in self.milestones)
+        by_schedule = dict(step=self.gamma**falls, poly=(1-passed)**self.power, cosine=cosine_share(passed),
+                           constant=1.)
+        return warmed*by_schedule[self.schedule]
 
 # %% ../../nbs/training/40_recipe.ipynb #77fa637b
 WARMUP = 10_000 # iterations with all layers, before the spectra are read (Sec. 3.3.1, Fig. 4)
@@ -231,7 +234,8 @@ class Recipe(_Course):
             raise OpenTransError(
                 f"A recipe is made of names with values, such as {{'lr': 0.001}}, not of a {type(values).__name__}.")
         values = dict(values)
-        preset, framework = values.pop('preset', None), values.pop('framework', framework)
+        preset = values.pop('preset', None)
+        framework = values.pop('framework', framework)
         presets = dict(tiny=cls.tiny, warmup=cls.warmup, paper=functools.partial(cls.paper, framework),
                        released=functools.partial(cls.released, framework))
         if preset is not None and (not isinstance(preset, str) or preset not in presets):
@@ -240,7 +244,7 @@ class Recipe(_Course):
         for name in values:
             if name not in kinds: raise unknown('setting of a recipe', name, [*kinds, 'preset'])
         recipe = presets[preset]() if preset else base or cls()
-        return recipe.replace(**{name: _as(name, kinds[name], value) for name,value in values.items()})
+        return recipe.replace(**{name: _field_value(name, kinds[name], value) for name,value in values.items()})
 
 # %% ../../nbs/training/40_recipe.ipynb #8e21df67
 _SETTINGS = 2**20 # Bytes; a longer file is none of settings
@@ -301,9 +305,10 @@ def _numbers(value):
     return tuple(int(number) if number.is_integer() else number for number in made)
 
 # %% ../../nbs/training/40_recipe.ipynb #8758c907
-def _as(name, kind, value):
+def _field_value(name, kind, value):
     "A value as the type of a field; YAML and flags give numbers as text."
-    if name in _OFF and (value is None or isinstance(value, str) and value.lower() in ('none', 'null')): return None
+    none = value is None or (isinstance(value, str) and value.lower() in ('none', 'null'))
+    if none and name in _OFF: return None
     try:
         if kind is bool: return {'true': True, '1': True, 'false': False, '0': False}[str(value).lower()]
         if kind is tuple: return _numbers(value)
