@@ -42,26 +42,30 @@ def results_frame(
     if twice.duplicated().any():
         raise OpenTransError(
             "There are two results of {} with seed {}; give one.".format(*twice[twice.duplicated()].iloc[0]))
-    rows = [{**{k: v for k,v in r.items() if k not in ('miou', 'frozen')},
-             **{f'miou_{k}': math.nan if v is None else 100*v for k,v in r['miou'].items()},
-             'frozen_layers': len(r['frozen'])} for r in results]
-    f = pd.DataFrame(rows)
-    f['arm'] = pd.Categorical(f.arm, list(dict.fromkeys(f.arm)), ordered=True)
-    if others := [f'miou_{d}' for d in sets_of(f) if d not in ('base', 'novel')]:
-        f['miou_domains'] = f[others].mean(axis=1)
-    return f
+    frame = pd.DataFrame([_row_of(result) for result in results])
+    frame['arm'] = pd.Categorical(frame.arm, list(dict.fromkeys(frame.arm)), ordered=True)
+    domains = [f'miou_{name}' for name in sets_of(frame) if name not in ('base', 'novel')]
+    if domains: frame['miou_domains'] = frame[domains].mean(axis=1)
+    return frame
 
-def _cell(x, digits=1):
-    x = x.dropna()
-    if not len(x): return '-'
-    spread = f' ± {x.std():.{digits}f}' if len(x) > 1 else ''
-    return f'{x.mean():.{digits}f}{spread}'
+def _row_of(result):
+    "A result as a row of the table, with mIoU in percent."
+    row = {name: value for name,value in result.items() if name not in ('miou', 'frozen')}
+    row.update({f'miou_{name}': math.nan if share is None else 100*share for name,share in result['miou'].items()})
+    return {**row, 'frozen_layers': len(result['frozen'])}
+
+def _cell(values, digits=1):
+    "Mean ± standard deviation over seeds, as text."
+    values = values.dropna()
+    if not len(values): return '-'
+    spread = f' ± {values.std():.{digits}f}' if len(values) > 1 else ''
+    return f'{values.mean():.{digits}f}{spread}'
 
 # %% ../../nbs/experiments/53_claims.ipynb #0e6a5cde
 def _training_cell(flops, full):
     "FLOPs of training, and how much more or less than `full` that is; '-' where they are not known."
     if flops.isna().any(): return '-'
-    change = f' ({flops.mean()/full-1:+.0%})' if full == full else ''
+    change = '' if math.isnan(full) else f' ({flops.mean()/full-1:+.0%})'
     return f'{flops.mean()/1e12:.2f} T{change}'
 
 def summarize(
@@ -206,16 +210,19 @@ def claims_table(
     # photographs; each a difference, its interval and a verdict
 )->pd.DataFrame:
     "Claims as a reader sees them, a line each."
-    rows,word = {},{'holds': 'holds', 'does not hold': '**does not hold**'}
+    rows = {}
+    bold = {'holds': 'holds', 'does not hold': '**does not hold**'}
     def judged(r):
-        return f'{r.mean:+.2f} [{r.low:+.2f}, {r.high:+.2f}] {word.get(r.verdict) or for_markdown(r.verdict)}'
+        return f'{r.mean:+.2f} [{r.low:+.2f}, {r.high:+.2f}] {bold.get(r.verdict) or for_markdown(r.verdict)}'
+    def row_of(r): return rows.setdefault(for_markdown(r.claim), dict(paper=for_markdown(r.where)))
     for r in table.itertuples():
-        row = rows.setdefault(for_markdown(r.claim), dict(paper=for_markdown(r.where)))
+        row = row_of(r)
         column = r.measured if r.measured in ('base', 'novel', 'domains') else 'CKA'
         row[column] = judged(r)
         if link: row['study'] = link.format(study=r.study, file=r.file)
-    for r in () if photographs is None else photographs.itertuples():
-        row = rows.setdefault(for_markdown(r.claim), dict(paper=for_markdown(r.where)))
+    seen = () if photographs is None else photographs.itertuples()
+    for r in seen:
+        row = row_of(r)
         row['photographs'] = '; '.join(filter(None, [row.get('photographs'), f'{r.measured} {judged(r)}']))
     order = ('paper', 'base', 'novel', 'domains', 'CKA', 'photographs', 'study')
     columns = [c for c in order if any(c in r for r in rows.values())]

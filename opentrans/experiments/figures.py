@@ -29,10 +29,13 @@ from ..runtime import get_axes
 # %% ../../nbs/experiments/54_figures.ipynb #5fbefa94
 def _colour(name, i=0):
     "Each arm has one colour in all figures; the i-th of a study alone has any."
-    names,name = [a.name for a in ARMS],name.split(': ')[-1]
-    return (('#333333', '#d95f02', '#e6ab02', '#7570b3', '#a6cee3', '#1f78b4', '#1b9e77', '#66a61e', '#b2df8a',
-             '#999999', '#e7298a')[names.index(name) % 11] if name in names
-            else ('#4e79a7', '#f28e2b', '#59a14f', '#b07aa1', '#edc948', '#76b7b2', '#9c755f', '#ff9da7')[i % 8])
+    names = [arm.name for arm in ARMS]
+    kind = name.split(': ')[-1]
+    return _OF_ARMS[names.index(kind) % len(_OF_ARMS)] if kind in names else _OF_OTHERS[i % len(_OF_OTHERS)]
+
+_OF_ARMS = ('#333333', '#d95f02', '#e6ab02', '#7570b3', '#a6cee3', '#1f78b4', '#1b9e77', '#66a61e', '#b2df8a',
+            '#999999', '#e7298a')
+_OF_OTHERS = ('#4e79a7', '#f28e2b', '#59a14f', '#b07aa1', '#edc948', '#76b7b2', '#9c755f', '#ff9da7')
 
 def _bar(ax, x, y, width, **kwargs):
     ax.bar(x, y.mean(), width, **kwargs)
@@ -98,10 +101,8 @@ def plot_frameworks(
     for ax,what in zip(axs, groups):
         for j,kind in enumerate(kinds):
             for i,n in enumerate(names):
-                y = frame[
-                    (frame.framework == n) & frame.arm.isin([a.name
-                                                             for a in arms if a.name.split(': ')[-1] == kind])][
-                    f'miou_{what}']
+                alike = [arm.name for arm in arms if arm.name.split(': ')[-1] == kind]
+                y = frame[(frame.framework == n) & frame.arm.isin(alike)][f'miou_{what}']
                 x = i-.4+.8/len(kinds)*(j+.5)
                 _bar(ax, x, y, .75/len(kinds), color=_colour(kind), label=for_plot(kind) if i == 0 else None)
         ax.set_xticks(range(len(names)), [for_plot(n) for n in names], fontsize=9)

@@ -161,8 +161,8 @@ METHODS = { # in tables: (method of a `MaskRecipe` and its settings, whose weigh
                                                          'trained'),
     'ALPS, global, dense target, and its weights': (dict(method='alps, global, dense target'), 'trained'),
     'random': (dict(method='random'), 'original')}
+# what a method needs of annotation; others need none
 LABELS = {'SNIP, labels': 'labels', 'SNIP, regions and names': 'regions, names', 'Algorithm 1': 'regions, names',
-          # of what a method needs; others need none
           'Algorithm 1, a twentieth': 'regions, names', 'Algorithm 1, regrowth': 'regions, names'}
 
 def league_name(
@@ -263,17 +263,19 @@ def league_frame(
     frame = results_frame(data['results'])
     groups,rows = class_groups(frame),[]
     frame['both'] = _mean_groups(frame, groups)
+    # name of an arm -> method, density, framework
     known = {league_name(m, d, f): (m, d, f) for m in METHODS for d in DENSITIES_OF_LEAGUE
              for f in FRAMEWORKS_OF_LEAGUE}
     known |= {league_name('dense', 1., f): ('dense', 1., f) for f in FRAMEWORKS_OF_LEAGUE}
-    costs = {}
-    for b in data['more']['before']:
-        method,density,_ = known[b['arm']]
-        minutes = math.nan if b['seconds'] is None else b['seconds']/60
-        costs[method, density, b['seed']] = minutes,b['images']
-        values = [v for v in b['accuracy'].values() if v is not None]
-        rows.append(dict(method=method, density=density, stage='before', seed=b['seed'],
-                         score=100*float(np.mean(values))))
+    costs = {} # (method, density, seed) -> minutes, images
+    for before in data['more']['before']:
+        method,density,_ = known[before['arm']]
+        seed = before['seed']
+        minutes = math.nan if before['seconds'] is None else before['seconds']/60
+        costs[method, density, seed] = minutes,before['images']
+        shares = [share for share in before['accuracy'].values() if share is not None]
+        rows.append(dict(method=method, density=density, stage='before', seed=seed,
+                         score=100*float(np.mean(shares))))
     for r in frame.itertuples():
         method,density,framework = known[r.arm]
         rows.append(dict(method=method, density=density, stage=f'after, {framework or r.framework}', seed=r.seed,
@@ -320,10 +322,12 @@ def league_table(
     return res
 
 def _league_text(data):
-    there = sorted({*league_frame(data).density} & {*DENSITIES_OF_LEAGUE}, reverse=True)
-    parts = [f'**At a density of {d:g}**\n\n'+league_table(data,
-                                                           d).rename_axis('method').reset_index().map(
-                 for_markdown_bold).to_markdown(index=False) for d in there]
+    "The tables of all densities, in Markdown."
+    densities = sorted({*league_frame(data).density} & {*DENSITIES_OF_LEAGUE}, reverse=True)
+    parts = []
+    for density in densities:
+        table = league_table(data, density).rename_axis('method').reset_index().map(for_markdown_bold)
+        parts.append(f'**At a density of {density:g}**\n\n{table.to_markdown(index=False)}')
     return '\n\n'.join(parts)
 
 def for_markdown_bold(text:object):
@@ -350,8 +354,8 @@ def plot_league(
             part = frame[(frame.density == density) & (frame.stage == stage)]
             for i,name in enumerate(names):
                 one = part[part.method == name]
-                minutes = (max(float(one.minutes.mean()), 1e-3) if len(one) and not one.minutes.isna().all()
-                           else math.nan)
+                timed = len(one) and not one.minutes.isna().all()
+                minutes = max(float(one.minutes.mean()), 1e-3) if timed else math.nan
                 ax.errorbar(minutes, one.score.mean(), one.score.sem() if len(one) > 1 else None, fmt=marks[name],
                             ms=5, color=f'C{i % 10}', label=for_plot(name))
             level = dense[dense.stage == stage].score.mean()
