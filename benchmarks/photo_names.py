@@ -11,6 +11,7 @@ one-shot magnitude and a random mask of the same density on the original weights
 import argparse, concurrent.futures, copy, multiprocessing, os
 from pathlib import Path
 import torch
+from opentrans.data import SemanticIoU
 from opentrans.experiments.arms import _trainer
 from opentrans.experiments.scale import get_scale, hardware, open_clip_of, world_of
 from opentrans.files import save_json
@@ -22,18 +23,12 @@ HERE = Path(__file__).resolve().parent
 @torch.no_grad()
 def zero_shot(tower, text, data):
     "mIoU in percent over base and over novel names, of the nearest name of each pixel."
-    names = len(data.vocabulary)
-    hits = torch.zeros(names**2)
+    metric = SemanticIoU(len(data.vocabulary), ignore=data.ignore)
     for i in range(len(data)):
         sample = data[i]
         near = torch.einsum('bdhw,kd->bkhw', tower.eval().dense_embeddings(sample['image'][None]), text)
-        judged = sample['labels'] != sample['ignore']
-        guess, truth = resize(near, judged.shape).argmax(1)[0][judged], sample['labels'][judged]
-        hits += torch.bincount(truth*names+guess, minlength=names**2)
-    hits = hits.view(names, names)
-    right = hits.diagonal()
-    iou = 100*right/(hits.sum(0)+hits.sum(1)-right).clamp(min=1)
-    return {group: iou[list(members)].mean().item() for group,members in data.groups.items()}
+        metric.update(resize(near, sample['labels'].shape).argmax(1)[0], sample['labels'])
+    return {group: 100*share for group,share in metric.compute(data.groups)['groups'].items()}
 
 def rounds_of(clip, train, scale, rounds, seed):
     "Algorithm 1 for some rounds: (mask, tower) after each."
