@@ -61,17 +61,17 @@ class NativeRegion(nn.Module):
 
     def _all_plain(self): return all(map(_is_plain, self._tensors()))
 
-    def _refresh(self):
+    def _refresh(self, now):
         "Fold the weights anew if they have changed since."
-        state = self._now()
-        if state == self.state: return
-        self.state = state
+        if now == self.state: return
+        self.state = now
         self.region = fold(self.dense)
         self.plans.clear()
         self.faster.clear()
 
     def why_not(self,
         inputs:Sequence[Any], # Tensors
+        now:list|None=None, # What `_now` gives, where that is known
     )->str: # '' if it can
         "Why these inputs run on torch."
         if not has_llvm(): return 'llvmlite is not installed'
@@ -80,7 +80,7 @@ class NativeRegion(nn.Module):
             return 'inputs are not float32 maps (B, C, H, W) on the CPU'
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs): return 'gradients are asked for'
         if torch.is_autocast_enabled('cpu'): return 'autocast is on'
-        if self._now() != self.state and not self._all_plain():
+        if (self._now() if now is None else now) != self.state and not self._all_plain():
             return 'weights are not float32 on the CPU'
         if any(norm.training for norm in self.norms):
             return 'a batch norm is in training mode'
@@ -92,9 +92,9 @@ class NativeRegion(nn.Module):
         return self.plans.of(sizes, lambda: Plan(self.region, list(sizes), self.threads, dense=self.kernels))
 
     @torch.no_grad()
-    def _compute(self, inputs):
+    def _compute(self, inputs, now):
         "Outputs of the engine; None where it cannot, or where it differs from torch."
-        self._refresh()
+        self._refresh(now)
         sizes = tuple(tuple(x.shape[1:]) for x in inputs)
         if sizes in self.reasons or sizes in self.faster: return None
         fresh = sizes not in self.plans
@@ -143,8 +143,9 @@ class NativeRegion(nn.Module):
 
     def forward(self, *inputs):
         "The same as torch gives."
-        if not self.why_not(inputs):
-            with self.lock: outputs = self._compute(inputs)
+        now = self._now()
+        if not self.why_not(inputs, now):
+            with self.lock: outputs = self._compute(inputs, now)
             if outputs is not None: return outputs[0] if self.region.single else tuple(outputs)
         return self.dense(*inputs)
 

@@ -32,8 +32,7 @@ from ..runtime import (
     device_of, signal_handlers, pick_device, progress, seed_everything, seeded, to_device, Handle)
 from .evaluate import evaluate
 from .logger import RunLogger
-from .recipe import (
-    _Finite, _layer_values, _MOST, _OFF, build_optimizer, param_groups, Recipe)
+from .recipe import _Finite, _layer_values, _MOST, _OFF, build_optimizer, Recipe
 
 # %% ../../nbs/training/41_finetune.ipynb #57d0de8c
 @functools.lru_cache(maxsize=4)
