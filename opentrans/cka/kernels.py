@@ -48,8 +48,10 @@ def _flat(x, what):
     if x.dim() < 2: raise OpenTransError(f"{what} must be (examples, features), not {tuple(x.shape)}.")
     return x.flatten(1)
 
-def _constant(x): # does nothing vary beyond rounding?
-    x,eps = x.double(),torch.finfo(x.dtype if x.is_floating_point() else torch.float64).eps
+def _constant(x):
+    "Does nothing vary over the examples beyond rounding?"
+    eps = torch.finfo(x.dtype if x.is_floating_point() else torch.float64).eps
+    x = x.double()
     return bool((x - x.mean(0)).norm() <= 2*eps*x.norm())
 
 def _nan(what, reason):
@@ -58,6 +60,7 @@ def _nan(what, reason):
 
 # %% ../../nbs/03_cka.ipynb #48748f73
 def _pair(X, Y, unbiased, kernel):
+    "CKA of two sets of features, under a function that makes a Gram matrix of the linear one; NaN with a warning."
     X,Y = _flat(X, 'X'),_flat(Y, 'Y')
     n = len(X)
     if len(Y) != n:
@@ -68,8 +71,9 @@ def _pair(X, Y, unbiased, kernel):
     for x,what in ((X, 'X'), (Y, 'Y')):
         if not x.isfinite().all(): return _nan(what, 'has NaN or infinite features')
         if _constant(x): return _nan(what, 'is constant over the examples')
-    K,L = (center_gram(kernel(x@x.T), unbiased)
-           for x in ((x - x.mean(0))/(x - x.mean(0)).norm() for x in (X.double(), Y.double())))
+    centred = [x - x.mean(0) for x in (X.double(), Y.double())]
+    units = [x/x.norm() for x in centred]
+    K,L = (center_gram(kernel(x@x.T), unbiased) for x in units)
     return ((K*L).sum()/(K.norm()*L.norm())).item()
 
 # %% ../../nbs/03_cka.ipynb #c33184f5

@@ -70,7 +70,11 @@ def _run(forward, model, images):
 
 class _Batches:
     "The images of a loader, batch by batch, with a count of what came."
-    def __init__(self, loader, least): self.loader,self.least,self.shapes,self.left_out = loader,least,[],0
+    def __init__(self, loader, least):
+        self.loader = loader
+        self.least = least      # examples of the smallest batch that is of use
+        self.shapes = []        # of all batches that came
+        self.left_out = 0       # examples of batches that were too small
 
     def __iter__(self):
         for batch in progress(self.loader, 'CKA', len(self.loader) if hasattr(self.loader, '__len__') else None):
@@ -90,18 +94,24 @@ class _Batches:
 
 # %% ../../nbs/03c_streams.ipynb #a8999544
 class _HSIC:
-    "Sums of HSIC over batches for all pairs of layers."
-    def __init__(self, unbiased): self.unbiased,self.xy,self.xx,self.yy = unbiased,0,0,0
-    def add(self, wa, wb, names_a, names_b):
-        "Add a batch; False if it is too small."
-        if wa is wb:
-            K,n = wa.take(list(dict.fromkeys([*names_a, *names_b])))
-            at = {m: i for i,m in enumerate(dict.fromkeys([*names_a, *names_b]))}
-            if K is not None: A,B = K[[at[m] for m in names_a]],K[[at[m] for m in names_b]]
+    "Sums of HSIC over batches: of each layer of one model with each of the other (`xy`), and of each with itself."
+    def __init__(self, unbiased):
+        self.unbiased = unbiased
+        self.xy = 0
+        self.xx = 0
+        self.yy = 0
+    def add(self, watch_a, watch_b, names_a, names_b):
+        "Add the batch that the watches have seen; False if it is too small."
+        if watch_a is watch_b:
+            names = list(dict.fromkeys([*names_a, *names_b]))
+            grams,n = watch_a.take(names)
+            if grams is None: return False
+            at = {name: i for i,name in enumerate(names)}
+            A,B = (grams[[at[name] for name in chosen]] for chosen in (names_a, names_b))
         else:
-            (K,n),(B,_) = wa.take(names_a),wb.take(names_b)
-            A = K
-        if K is None or B is None or n < (4 if self.unbiased else 2): return False
+            A,n = watch_a.take(names_a)
+            B,_ = watch_b.take(names_b)
+        if A is None or B is None or n < (4 if self.unbiased else 2): return False
         w = n/(n*(n-3)) if self.unbiased else n/(n-1)**2
         B = B.to(A.device)
         self.xy = self.xy + w*(A@B.T)
@@ -207,7 +217,8 @@ def cka(
     if not count['batches']: raise batches.too_few(least)
     _warn(batches.left_out, wa.repeated | wb.repeated)
     frame = pd.DataFrame(sums.result(), index=names_a, columns=names_b)
-    frame.loc[list(wa.why(names_a))],frame[list(wb.why(names_b))] = np.nan,np.nan
+    frame.loc[list(wa.why(names_a))] = np.nan
+    frame[list(wb.why(names_b))] = np.nan
     frame.attrs = dict(estimator=f"minibatch {'unbiased' if unbiased else 'biased'} HSIC",
                        kernel=kernel if kernel == 'linear' else f'rbf, sigma {sigma}', maps=str(maps), **count,
                        left_out=batches.left_out, reasons=wa.why(names_a) | wb.why(names_b))

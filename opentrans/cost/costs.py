@@ -130,7 +130,9 @@ class _CostTable:
         "The same cost under a mask: a weight's row shrinks to its density; biases, and what has no weight, stay."
         t = self.by_layer.copy()
         d = pd.Series(_densities(mask, t.tower.to_dict()), dtype=float).reindex(t.index).fillna(1.)
-        t['density'],t['active_params'],t['active_macs'] = d,t.params - t.weights*(1-d),t.macs*d
+        t['density'] = d
+        t['active_params'] = t.params - t.weights*(1-d)
+        t['active_macs'] = t.macs*d
         return self._with(t)
 
 # %% ../../nbs/04_cost.ipynb #d7a7f233
@@ -238,9 +240,11 @@ def _one_pass(model, rows, size, convention, args, forward, fake=None, beside=No
     price,table = CONVENTIONS[convention]
     counter = _Counter(rows, price)
     def twins(p): return [p] if fake is None or isinstance(p, FakeTensor) else [p, fake.from_tensor(p)]
-    for r,d in rows.items():
-        for t in twins(d['param']) if not d['made'] else (): counter.trace.own(r, t)
-        for t in (t for p in d['made'] or () for t in twins(p)): counter.trace.mark(t, counter.trace.bit[r])
+    for row,told in rows.items():
+        if not told['made']:
+            for t in twins(told['param']): counter.trace.own(row, t)
+        for part in told['made'] or (): # of a weight that is computed
+            for t in twins(part): counter.trace.mark(t, counter.trace.bit[row])
     inputs = _blindly(beside, lambda: _inputs(model, size, args, forward))
     for t in tree_leaves(inputs):
         if isinstance(t, torch.Tensor): counter.trace.mark(t, counter.input)
@@ -395,7 +399,8 @@ def training_table(
 )->pd.DataFrame: # forward, input_grad, weight_grad: FLOPs of one image, by row
     "FLOPs of one training step for one image, layer by layer (supplement 6.2)."
     if rule not in ('paper', 'exact'): raise unknown('rule', rule, ['paper', 'exact'])
-    t,one = (cost if mask is None else cost.with_mask(mask)).by_layer,cost.input_size[0] if cost.input_size else 1
+    t = (cost if mask is None else cost.with_mask(mask)).by_layer
+    images = cost.input_size[0] if cost.input_size else 1
     frozen = _frozen(selection, t.index)
     learns = pd.Series([r not in frozen and (train_norms or not tower or kind in LAYER_KINDS)
                         for r,tower,kind in zip(t.index, t.tower, t.kind)], t.index)
@@ -406,7 +411,7 @@ def training_table(
         flows = pd.Series([bool(on & cost.upstream.get(r, set())) for r in t.index], t.index)
         learns |= (t.weights == 0) & flows # a product of two features: the second factor
     d = t.density.where(t.tower, 1.)
-    return pd.DataFrame(dict(forward=d*t.macs, input_grad=flows*t.macs, weight_grad=learns*d*t.macs))/one
+    return pd.DataFrame(dict(forward=d*t.macs, input_grad=flows*t.macs, weight_grad=learns*d*t.macs))/images
 
 def training_flops(
     cost:Cost, # Of one forward pass
@@ -446,8 +451,6 @@ def tool_count(
         if tool == 'ptflops':
             return lib.get_model_complexity_info(model, size, as_strings=False, print_per_layer_stat=False,
                                                  backend_specific_config=dict(count_functional=False))
-        f = lib.FlopCountAnalysis(model,
-                                  torch.zeros(1,
-                                              *size)).unsupported_ops_warnings(False).uncalled_modules_warnings(
-            False)
-        return int(f.total()),sum(p.numel() for p in model.parameters())
+        analysis = lib.FlopCountAnalysis(model, torch.zeros(1, *size))
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        return int(analysis.total()),sum(p.numel() for p in model.parameters())

@@ -79,7 +79,7 @@ def _paths(model):
         if id(m) in inside: yield inside[id(m)],True,m
         else: yield f'(head) {n}' if n in names else n,False,m
 
-def _lone(path, m, fresh):
+def _lone_row(path, m, fresh):
     "The row of a bias whose weight was counted with another module."
     key = next((k for k,p in m._parameters.items() if p is fresh[0][0]), 'bias')
     return f'{path}.{key}' if path else key
@@ -96,15 +96,18 @@ def _model_rows(model):
             here |= {id(p) for p,_ in fresh}
             if not fresh: continue
             param,where = parts[0]
-            lone = id(param) in seen and id(param) not in made
-            if lone: row,kind,(param,where) = _lone(path, m, fresh),'parameter',(fresh[0][0], None)
-            if lone and row in res: continue # the other thirds of a packed bias
-            if lone: fresh = [(param, None)]
+            is_lone = id(param) in seen and id(param) not in made # its weight was counted before, it was not
+            if is_lone:
+                row = _lone_row(path, m, fresh)
+                kind = 'parameter'
+                param,where = fresh[0][0],None
+                if row in res: continue # the other thirds of a packed bias
+                fresh = [(param, None)]
             sizes = [(p if s is None else p[s]).numel() for p,s in fresh]
-            res[f'(head) {row}' if row in res else row] = dict(kind=kind, tower=inside, params=sum(sizes),
-                                                               weights=max(sizes) if id(param) in made
-                                                               else sizes[0], param=param, rows=where,
-                                                               made=made.get(id(param)))
+            weights = max(sizes) if id(param) in made else sizes[0]
+            res[f'(head) {row}' if row in res else row] = dict(
+                kind=kind, tower=inside, params=sum(sizes), weights=weights, param=param, rows=where,
+                made=made.get(id(param)))
         seen |= here
     return res
 

@@ -90,8 +90,9 @@ def _torchs_price(op, args, kwargs, out):
     operator; None if there is none."""
     if op not in flop_registry: return None
     tensors = [i for i,a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
-    return flop_registry[op](*args, **kwargs,
-                             out_val=out)//2,tuple(tensors),'attention' if 'attention' in str(op) else 'matmul'
+    flops = flop_registry[op](*args, **kwargs, out_val=out)
+    kind = 'attention' if 'attention' in str(op) else 'matmul'
+    return flops//2,tuple(tensors),kind
 
 def op_macs(
     op:torch._ops.OpOverloadPacket, # An operator of `torch.ops` (an overload packet)
@@ -186,13 +187,14 @@ def _pt_conv(m, x, y, transposed=False):
             + (0 if m.bias is None else y.numel()))
 
 def _pt_attention(m, q, k, v):
-    (b,
-     layer),s,h = (q.shape[:2] if m.batch_first else q.shape[1::-1]),k.shape[1 if m.batch_first else 0],m.num_heads
+    b,n = q.shape[:2] if m.batch_first else q.shape[1::-1]
+    s = k.shape[1 if m.batch_first else 0]
+    h = m.num_heads
     d = q.shape[2]
     dk = k.shape[2]
     dv = v.shape[2]
-    proj = layer*d*d + s*dk*dk + s*dv*dv + (0 if m.in_proj_bias is None else (layer+2*s)*d)
-    return b*(layer*d + proj + h*layer*s*(d//h + 1 + dv//h) + layer*dv*(dv+1))
+    proj = n*d*d + s*dk*dk + s*dv*dv + (0 if m.in_proj_bias is None else (n+2*s)*d)
+    return b*(n*d + proj + h*n*s*(d//h + 1 + dv//h) + n*dv*(dv+1))
 
 def _pt_cell(m, layer=''):
     "One step of one sequence through one layer: its matrices, its biases, and what the gates cost by ptflops."

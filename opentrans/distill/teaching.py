@@ -9,7 +9,7 @@ __all__ = ['LOSSES', 'find_backbone', 'precision_of']
 import contextlib, functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, InitVar
-from typing import Any
+from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
@@ -70,12 +70,11 @@ def find_backbone(
 
 # %% ../../nbs/clip/23a_teaching.ipynb #20546aa5
 _RANGES = dict( # name -> smallest, largest, whole numbers only?
-    iterations=(1, 10**9, True), batch_size=(1, 10**5, True), max_regions=(1, 10**6, True), min_pixels=(
-        0, 10**9, True), crop=(16, 10**5, True),
+    iterations=(1, 10**9, True), batch_size=(1, 10**5, True), max_regions=(1, 10**6, True),
+    min_pixels=(0, 10**9, True), crop=(16, 10**5, True),
     lr=(1e-12, 1e3, False), weight_decay=(0, 1e3, False), momentum=(0, 1, False), clip_grad=(0, 1e12, False),
-    distillation=(0, 1e6, False), segmentation=(0, 1e6, False), workers=(0, 1024, True), cache_mb=(
-        0, 10**7, False), disk_mb=(0, 10**9, False),
-    backbone_lr=(0, 1e6, False))
+    distillation=(0, 1e6, False), segmentation=(0, 1e6, False),
+    workers=(0, 1024, True), cache_mb=(0, 10**7, False), disk_mb=(0, 10**9, False), backbone_lr=(0, 1e6, False))
 _MAY_BE_NONE = ('crop', 'clip_grad')
 _LATER = ('backbone_lr', 'decay_norms', 'terms') # settings that are only told where they are not the default
 
@@ -127,7 +126,7 @@ class _TrainerSettings:
     momentum:float = .9 # Momentum of SGD
     clip_grad:float|None = None # Largest norm of the gradient; None for no limit
     batch_norm:str = 'train' # `'train'`: batch statistics; `'frozen'`: CLIP's
-    freeze:Sequence[str] = () # Modules of the tower that rest, e.g. `('attnpool',)`
+    freeze:Sequence[str] = () # Modules of the tower that are frozen, e.g. `('attnpool',)`
     device:str|None = None # Where to train; None: where the model is
     precision:str|None = None # Mixed precision of the student: `'bf16'`; None computes in 32 bits
     distillation:float = 1. # Weight of the distillation loss
@@ -168,15 +167,15 @@ class _TrainerSettings:
         self.log: list[dict[str, float]] = []
         self.team: Processes = Processes(self.device)
         hidden = ('clip', 'data', 'teacher', 'device', 'workers', 'seed', 'disk_mb')
-        told = {f.name: getattr(self, f.name)
-                for f in fields(self)
-                if f.name not in hidden and not (f.name in _LATER and getattr(self, f.name) == f.default)}
+        shown = [field for field in fields(self) if field.name not in hidden]
+        told = {field.name: getattr(self, field.name) for field in shown
+                if not (field.name in _LATER and getattr(self, field.name) == field.default)}
         told['amp'] = told.pop('precision') is not None # as files hold it since 0.1
         # what imp saves with a mask
         self.settings: dict[str, Any] = {name: _plain_setting(value) for name,value in told.items()}
         self.settings.update(data=getattr(self.data, 'name', type(self.data).__name__), images=len(self.data),
                              order=self.seed, names=digest_of(names)[:16],
-                             teacher=checksum(self.teacher.state_dict(), {})[7:23])
+                             teacher=checksum(self.teacher.state_dict(), {})[7:23]) # behind 'sha256:'
 
 # %% ../../nbs/clip/23a_teaching.ipynb #77ddd972
 class _TrainerChecks(_TrainerSettings):
@@ -228,6 +227,14 @@ def _drop_nouns(nouns, most=5, share=.25):
     return [kept[i] for i in torch.randperm(len(kept))[:most].tolist()] if len(kept) > most else kept
 
 # %% ../../nbs/clip/23a_teaching.ipynb #95a71eef
+class _View(NamedTuple):
+    "A sample as a batch takes it."
+    number: int # Of the sample in the data set
+    image: torch.Tensor # (3, H, W)
+    regions: torch.Tensor # (R, H, W) bool
+    classes: torch.Tensor # (R,)
+    usable: torch.Tensor # Numbers of the regions that may be used
+
 class _TrainerBatches(_TrainerChecks):
     "What a batch is made of."
     def _window(self, sample, generator):
@@ -237,56 +244,67 @@ class _TrainerBatches(_TrainerChecks):
         return {k: v[...,rows,columns] if k in ('image', 'labels', 'regions') else v for k,v in sample.items()}
 
     def _view(self, i, sample):
-        "One sample: its number, image, and the regions to use with their numbers and classes."
+        "One sample, with the regions that are large enough and of the classes asked for."
         image = sample['image']
         regions = sample['regions'].bool()
         classes = sample['region_classes']
         keep = regions.flatten(1).sum(1) >= self.min_pixels
         if self._keep is not None: keep &= torch.isin(classes, self._keep)
-        return i,image,regions,classes,keep.nonzero().flatten()
+        return _View(i, image, regions, classes, keep.nonzero().flatten())
 
     def _windows(self, samples, generator, rank, n):
         "Windows of this process's samples. What the generator draws for those of the others is passed over."
-        def skip(samples):
+        def skip(samples): # a window takes two draws
             for _ in range(2*samples if self.crop else 0): torch.randint(1, (), generator=generator)
         skip(rank*len(samples))
         res = [(i, self._window(s, generator)) for i,s in samples]
         skip((n-1-rank)*len(samples))
         return res
 
+    def _told_sizes(self, views, team):
+        "Of all processes: how many usable regions each image has; the largest height and width."
+        counts = [len(view.usable) for view in views]
+        largest = [max(view.image.shape[axis] for view in views) for axis in (1, 2)]
+        told = torch.tensor([[*counts, *largest]])
+        if team and team.n > 1: told = team.all_rows(told.to(team.device), [1]*team.n).cpu()
+        return told[:,:-2].flatten(),told[:,-2:].amax(0).tolist()
+
     def _batch(self, samples, generator, team=None):
         """The part of a batch that is this process's, with at most `max_regions` regions in all parts; None if
-        there are none."""
+        there are none. `owner`, `classes` and `every` are of all parts: of each region its image, its class, and its
+        key (number of the sample, number of the region); `keys` are those of this part."""
         rank,n = (team.rank, team.n) if team else (0, 1)
         samples = self._windows(samples, generator, rank, n)
-        views = [self._view(i, s) for i,s in samples]
-        told = torch.tensor([[*(len(v[-1]) for v in views), *(max(v[1].shape[d] for v in views) for d in (1, 2))]])
-        if n > 1: told = team.all_rows(told.to(team.device), [1]*n).cpu()
-        counts,size = told[:,:-2].flatten(),told[:,-2:].amax(0).tolist()
-        owner = torch.arange(len(counts)).repeat_interleave(counts)
+        views = [self._view(i, sample) for i,sample in samples]
+        counts,(height,width) = self._told_sizes(views, team)
+        owner = torch.arange(len(counts)).repeat_interleave(counts) # the image of each region
         if not len(owner): return None
         pick = torch.randperm(len(owner), generator=generator)[:self.max_regions].sort().values
-        owner,first = owner[pick],rank*len(views)
-        place = owner // len(views)
-        local = owner[place == rank]-first
-        number = torch.cat([v[-1] for v in views])[pick[place == rank]-counts[:first].sum()]
-        chosen = [number[local==b] for b in range(len(views))]
-        def pad(t): return F.pad(t, (0, size[1]-t.shape[-1], 0, size[0]-t.shape[-2]))
-        rows = torch.tensor([[v[0], int(k), int(v[3][k])] for v,m in zip(views, chosen) for k in m],
+        owner = owner[pick]
+        process = owner // len(views)
+        own = process == rank
+        first = rank*len(views) # this process's first image
+        number = torch.cat([view.usable for view in views])[pick[own]-counts[:first].sum()]
+        chosen = [number[owner[own] == image] for image in range(first, first+len(views))]
+        rows = torch.tensor([[view.number, int(k), int(view.classes[k])]
+                             for view,numbers in zip(views, chosen) for k in numbers],
                             dtype=torch.int64).reshape(-1, 3)
-        parts = torch.bincount(place, minlength=n).tolist()
+        parts = torch.bincount(process, minlength=n).tolist()
         every = rows if n == 1 else team.all_rows(rows.to(team.device), parts).cpu()
-        return dict(images=torch.stack([pad(v[1]) for v in views]),
-                    regions=[pad(v[2][m]) for v,m in zip(views, chosen)], owner=owner, classes=every[:,2],
-                    parts=parts, keys=[tuple(row) for row in rows[:,:2].tolist()],
+        def pad(t): return F.pad(t, (0, width-t.shape[-1], 0, height-t.shape[-2]))
+        return dict(images=torch.stack([pad(view.image) for view in views]),
+                    regions=[pad(view.regions[numbers]) for view,numbers in zip(views, chosen)],
+                    owner=owner, classes=every[:,2], parts=parts,
+                    keys=[tuple(row) for row in rows[:,:2].tolist()],
                     every=[tuple(row) for row in every[:,:2].tolist()],
-                    whole=self._whole(samples, generator) if self.segmentation else None)
+                    whole=self._whole(samples) if self.segmentation else None)
 
-    def _whole(self, samples, generator):
+    def _whole(self, samples):
         "The samples as a framework's loss reads them, with nouns of captions if they have any."
-        batch = collate([s for _,s in samples])
-        return (dict(batch, nouns=[_drop_nouns(s['nouns']) for _,s in samples])
-                if all('nouns' in s for _,s in samples) else batch)
+        samples = [sample for _,sample in samples]
+        batch = collate(samples)
+        if not all('nouns' in sample for sample in samples): return batch
+        return dict(batch, nouns=[_drop_nouns(sample['nouns']) for sample in samples])
 
 # %% ../../nbs/clip/23a_teaching.ipynb #796c2d7c
 class _TrainerTeaching(_TrainerBatches):
@@ -301,15 +319,15 @@ class _TrainerTeaching(_TrainerBatches):
         new = [k for k,key in enumerate(batch['keys']) if not self._knows(key)]
         found = {}
         if new:
-            mine,at = [],0
-            for r in batch['regions']:
-                mine.append(r[[k-at for k in new if at <= k < at+len(r)]])
-                at += len(r)
+            asked = []
+            first = 0
+            for regions in batch['regions']: # those of an image: numbers `first` and on among the keys
+                asked.append(regions[[k-first for k in new if first <= k < first+len(regions)]].to(device))
+                first += len(regions)
+            teacher = self.teacher.to(device)
             with torch.no_grad():
-                e = self.teacher.to(device).region_embeddings(batch['images'].to(device),
-                                                              [m.to(device) for m in mine],
-                                                              mode=self.teacher_mode).float()
-            found = {batch['keys'][k]: row for k,row in zip(new, e)}
+                embeddings = teacher.region_embeddings(batch['images'].to(device), asked, mode=self.teacher_mode)
+            found = {batch['keys'][k]: row for k,row in zip(new, embeddings.float())}
         rows = [(found[k] if k in found else self._recall(k)).to(device) for k in batch['keys']]
         return torch.stack(rows) if rows else torch.zeros(0, self.teacher.embed_dim, device=device)
 
@@ -317,9 +335,8 @@ class _TrainerTeaching(_TrainerBatches):
         "Keep the teacher's embeddings of a batch, of all processes, while there is room."
         new = [k for k,key in enumerate(keys) if not self._knows(key)]
         size = len(new)*rows.shape[1]*4
-        kept = self._cached
-        room = self.cache_mb
-        if self._store is not None: kept,room = kept+self._store.bytes,self.disk_mb
+        if self._store is None: kept,room = self._cached,self.cache_mb
+        else: kept,room = self._cached+self._store.bytes,self.disk_mb
         if not new or self.crop or kept+size > room*2**20: return
         self._cache.update({keys[k]: row for k,row in zip(new, rows[new].cpu())})
         self._cached += size
@@ -346,8 +363,9 @@ class _TrainerTeaching(_TrainerBatches):
             raise DamagedFile(
                 "What the trainer remembered has not the shape of its embeddings. Begin the run again in another "
                 "folder.")
-        images,places = keys.T.tolist() if len(keys) else ([], []),{tuple(key) for key in keys.tolist()}
-        if len(places) < len(keys) or bool((keys < 0).any()) or max(images[0], default=0) >= len(self.data):
+        images = keys[:,0].tolist()
+        twice = len({tuple(key) for key in keys.tolist()}) < len(keys)
+        if twice or bool((keys < 0).any()) or max(images, default=0) >= len(self.data):
             raise DamagedFile(
                 f"What the trainer remembered is not of these {len(self.data)} images. Begin the run again in "
                 f"another folder.")
@@ -377,13 +395,15 @@ class _TrainerStore(_TrainerTeaching):
         for i in range(self.team.first(self.team.together(begin))):
             self.team.together(functools.partial(store.take, i))
         self._cache = {key: row for key,row in self._cache.items() if key not in store}
-        self._cached,self._store = len(self._cache)*self.teacher.embed_dim*4,store
+        self._cached = len(self._cache)*self.teacher.embed_dim*4
+        self._store = store
 
     def _flush(self):
         "Write the embeddings that wait in memory to a file of their own."
         if self._store is None or not self._cache: return
         self._store.add(list(self._cache), list(self._cache.values()))
-        self._cache,self._cached = {},0
+        self._cache = {}
+        self._cached = 0
 
 # %% ../../nbs/clip/23a_teaching.ipynb #3a389bb7
 class _TrainerLoss(_TrainerStore):
@@ -392,15 +412,17 @@ class _TrainerLoss(_TrainerStore):
         """The distillation loss of one batch, over all pairs of regions or over those within an image. In several
         processes it is that of the whole batch in each."""
         loss = LOSSES.get(self.loss, self.loss) if isinstance(self.loss, str) else self.loss
-        r,t = self._teach(batch, device),text[batch['classes'].to(device)]
+        r = self._teach(batch, device)
+        t = text[batch['classes'].to(device)]
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision is not None):
             v = backbone.region_embeddings(batch['images'].to(device), [m.to(device) for m in batch['regions']],
                                            mode=self.student_mode)
-        if team and team.n > 1: v,r = team.all_rows(v.float(), batch['parts']),team.all_rows(r, batch['parts'])
+        if team and team.n > 1: v,r = (team.all_rows(rows, batch['parts']) for rows in (v.float(), r))
         self._keep_rows(batch['every'], r)
         if self.pairs == 'batch': return loss(v, r, t)
         owner = batch['owner'].to(device)
-        return sum(loss(v[owner==b], r[owner==b], t[owner==b])*(owner==b).sum() for b in owner.unique())/len(owner)
+        of_images = [owner == image for image in owner.unique()]
+        return sum(loss(v[part], r[part], t[part])*part.sum() for part in of_images)/len(owner)
 
     def _own_loss(self, model, batch, device):
         """The loss of the framework itself, or some of its terms, on the same images. Raises `OpenTransError` for a
@@ -415,29 +437,32 @@ class _TrainerLoss(_TrainerStore):
 @contextlib.contextmanager
 def _training(model, backbone, batch_norm, freeze):
     """Train mode and gradients for a round, of a model that holds the backbone; afterwards every module and
-    parameter is as it was."""
-    modes,grads = [(m, m.training) for m in model.modules()],[(p, p.requires_grad) for p in model.parameters()]
-    names = dict(backbone.visual.named_modules())
-    for n in freeze:
-        if n not in names: raise unknown('module to freeze', n, [k for k,_ in backbone.visual.named_children()])
-        names[n].requires_grad_(False)
+    parameter is as it was. Yields the parameters that learn."""
+    modes = [(module, module.training) for module in model.modules()]
+    learned = [(param, param.requires_grad) for param in model.parameters()]
+    modules = dict(backbone.visual.named_modules())
+    for name in freeze:
+        if name not in modules:
+            raise unknown('module to freeze', name, [child for child,_ in backbone.visual.named_children()])
+        modules[name].requires_grad_(False)
     model.train()
-    for m in [*(names[n] for n in freeze),
-              *(m for m in backbone.modules() if batch_norm == 'frozen' and isinstance(m, BATCH_NORMS))]:
-        m.eval()
-    try: yield [p for p in model.parameters() if p.requires_grad]
+    for name in freeze: modules[name].eval()
+    norms = [module for module in backbone.modules() if isinstance(module, BATCH_NORMS)]
+    for norm in norms if batch_norm == 'frozen' else (): norm.eval()
+    try: yield [param for param in model.parameters() if param.requires_grad]
     finally:
-        for m,b in modes: m.training = b
-        for p,b in grads:
-            p.requires_grad_(b)
-            p.grad = None
+        for module,was in modes: module.training = was
+        for param,was in learned:
+            param.requires_grad_(was)
+            param.grad = None
 
 # %% ../../nbs/clip/23a_teaching.ipynb #5c4d5b9c
 class _Stream:
     "Batches without end, in an order that the seed draws; of several processes each gets its part."
     def __init__(self, trainer, seed, team=None, done=0, empty=0):
-        # of images; of windows and regions: readers run ahead
-        order,self.draws = (torch.Generator().manual_seed((seed+i) % 2**63) for i in (0, 1))
+        # two generators, since readers run ahead: one for the order of images, one for windows and regions
+        order = torch.Generator().manual_seed(seed % 2**63)
+        self.draws = torch.Generator().manual_seed((seed+1) % 2**63)
         self.trainer = trainer
         self.team = team
         self.empty = empty
@@ -470,5 +495,6 @@ class _TrainerLosses(_TrainerLoss):
         check_number('seed', seed, 0, whole=True)
         backbone = find_backbone(model)
         device = device_of(backbone)
-        text,stream = self.clip.text(class_prompts(self.data.vocabulary), device),_Stream(self, seed)
+        text = self.clip.text(class_prompts(self.data.vocabulary), device)
+        stream = _Stream(self, seed)
         for _ in range(n): yield self._loss(backbone, next(stream), text, device)

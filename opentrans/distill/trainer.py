@@ -6,7 +6,7 @@
 __all__ = ['DistillTrainer']
 
 # %% ../../nbs/clip/23_distill.ipynb #ed85ba9d
-import functools, random, warnings
+import functools, math, random, warnings
 from types import SimpleNamespace
 from typing import Any, TYPE_CHECKING
 import numpy as np
@@ -48,7 +48,8 @@ class _Task(nn.Module):
     "A model and the loss that is asked of it, as `Processes.wrap` and `train_step` take them."
     def __init__(self, model, ask):
         super().__init__()
-        self.model,self.ask = model,ask
+        self.model = model
+        self.ask = ask
     def loss(self, batch): return dict(loss=self.ask(batch))
 
 # %% ../../nbs/clip/23_distill.ipynb #dd40f2d0
@@ -100,9 +101,10 @@ def _own_state(state, like):
 def _set_generators(states, device):
     "Put the generators' states back. Raises `ValueError` if they are none."
     try:
-        words,(gauss,left) = states['numpy'].tolist(),states['gauss'].tolist()
+        words = states['numpy'].tolist()
+        gauss,left = states['gauss'].tolist()
         np.random.set_state(('MT19937', np.array(words[:-2], dtype=np.uint32), words[-2], words[-1], gauss))
-        random.setstate((3, tuple(states['python'].tolist()), None if left != left else left))
+        random.setstate((3, tuple(states['python'].tolist()), None if math.isnan(left) else left))
         torch.set_rng_state(_own_state(states['torch'], torch.get_rng_state()))
         if 'cuda' in states and device.type == 'cuda': torch.cuda.set_rng_state(states['cuda'].clone(), device)
     except (KeyError, IndexError, RuntimeError, TypeError, OverflowError) as error:
@@ -135,7 +137,8 @@ class _TrainerResume(_TrainerSteps):
         if found is None: return None
         state,tensors,values = found
         place = check_shape(values, _Place, f"the place in '{within.path}'")
-        losses,done = tensors.get('losses'),place['iteration']
+        losses = tensors.get('losses')
+        done = place['iteration']
         shaped = (losses is not None and losses.dtype == torch.float64 and losses.shape == (done,)
                   and bool(losses.isfinite().all()))
         if not (0 < done < self.iterations and shaped):
@@ -171,9 +174,11 @@ class _TrainerRounds(_TrainerResume):
         if self.seed is not None: return self.seed*10007+round
         return self.team.first(int(torch.randint(2**31, ())))
 
-    def _check_model(self, model, round):
-        "The model that trains, and its backbone. Raises `OpenTransError` if it cannot be trained."
-        if round and not self.log and self.cache_mb and not self.crop: warnings.warn(_COLD.format(round=round))
+    def _prepare_model(self, model, round):
+        """The module that trains (the framework, or the backbone alone) and the backbone, on the device. Raises
+        `OpenTransError` if it cannot be trained."""
+        should_remember = round and self.cache_mb and not self.crop
+        if should_remember and not self.log: warnings.warn(_COLD.format(round=round))
         backbone = find_backbone(model)
         if backbone is self.teacher:
             raise OpenTransError(
@@ -197,18 +202,20 @@ class _TrainerRounds(_TrainerResume):
     )->dict[str, float]: # loss: mean over the round; loss_first, loss_last: over its first and last tenth
         """Train for `iterations` iterations with the distillation loss. Raises `OpenTransError` if there is no
         region, or a loss or weight is not finite."""
-        whole,backbone = self._check_model(model, round)
+        whole,backbone = self._prepare_model(model, round)
         if group_size() > self.team.n:
             warnings.warn(_EACH.format(n=group_size()))
             within = None
         device = device_of(backbone)
         team = self.team
         losses = []
-        found,seed = self._begin_within(within),self._seed(round)
-        if found and found[2]['seed'] != str(seed): raise within.damaged('its data come in another order')
+        found = self._begin_within(within)
+        seed = self._seed(round)
+        place = found[2] if found else dict(iteration=0, empty=0, seed=str(seed))
+        if place['seed'] != str(seed): raise within.damaged('its data come in another order')
         self._open_store(within)
         text = self.clip.text(class_prompts(self.data.vocabulary), device)
-        stream = _Stream(self, seed, team, *(found[2]['iteration'], found[2]['empty']) if found else ())
+        stream = _Stream(self, seed, team, place['iteration'], place['empty'])
         ask = functools.partial(self._whole_loss, whole, backbone, text, device, team)
         # autocast is around the student alone
         how = SimpleNamespace(precision=None, accumulate=1, clip_grad=self.clip_grad)
@@ -225,15 +232,16 @@ class _TrainerRounds(_TrainerResume):
                             f"The loss is {loss} in iteration {i} of round {round}. Try a smaller lr (now "
                             f"{self.lr}) or clip_grad=1.")
                     losses.append(loss)
-                    if within is not None and within.every and i+1 < self.iterations and (i+1) % within.every == 0:
-                        self._save_within(within, whole, opt, stream, losses, seed, device)
+                    every = None if within is None else within.every
+                    is_due = every and (i+1) % every == 0 and i+1 < self.iterations
+                    if is_due: self._save_within(within, whole, opt, stream, losses, seed, device)
             check_finite(_moved(whole), f'the model after round {round}',
                          f'Try a smaller lr (now {self.lr}) or clip_grad=1.')
         self._flush()
         self.log.extend(dict(round=round, iteration=i, loss=loss) for i,loss in enumerate(losses))
-        k = max(1, len(losses)//10)
-        return dict(loss=float(np.mean(losses)), loss_first=float(np.mean(losses[:k])),
-                    loss_last=float(np.mean(losses[-k:])))
+        tenth = max(1, len(losses)//10)
+        return dict(loss=float(np.mean(losses)), loss_first=float(np.mean(losses[:tenth])),
+                    loss_last=float(np.mean(losses[-tenth:])))
 
 # %% ../../nbs/clip/23_distill.ipynb #fa265878
 class _TrainerPictures(_TrainerRounds):
