@@ -332,7 +332,7 @@ def test_module_is_a_program():
 
 def test_demo(tmp_path):
     "`opentrans demo --out DIR` writes one page and one JSON file there."
-    r = in_a_process('demo', '--scale', 'smoke', '--out', tmp_path/'d', '--workers', 2)
+    r = opentrans('demo', '--scale', 'smoke', '--out', tmp_path/'d')
     assert r.returncode == 0, r.stderr
     assert sorted(p.suffix for p in (tmp_path/'d').iterdir()) == ['.html', '.json']
     data = json.loads((tmp_path/'d'/'opentrans-demo.json').read_text())
@@ -361,11 +361,11 @@ def test_real_coco_at_full_size(tmp_path):
 def test_a_study(tmp_path):
     """`opentrans study` lists what there is; a study of two seeds writes its file, and a second call repeats
     nothing."""
-    r = in_a_process('study')
+    r = opentrans('study')
     assert r.returncode == 0 and all(n in r.stdout for n in ('frameworks', 'freezing', 'ratio', 'Tab. 10'))
     made = []
     for _ in range(2):
-        r = in_a_process('study', 'ratio', '--seeds', 2, '--scale', 'smoke', '--out', tmp_path, '--workers', 1)
+        r = opentrans('study', 'ratio', '--seeds', 2, '--scale', 'smoke', '--out', tmp_path)
         assert r.returncode == 0, r.stderr
         made.append({p: p.stat().st_mtime_ns for p in (tmp_path/'.runs').rglob('arm-*.json')})
     data = json.loads((tmp_path/'ratio-smoke-2seeds.json').read_text())

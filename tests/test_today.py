@@ -615,12 +615,10 @@ def test_each_cell_of_the_support_table_is_what_happens(name):
 
 def test_the_command_shows_what_works_and_takes_a_method(tmp_path):
     "`opentrans models`, and `segment --method` with its own backbone; what cannot be is one sentence."
-    import json, subprocess
+    import json
     from torchvision.utils import save_image
+    from test_cli import opentrans as run
     save_image(torch.rand(3, 48, 64), tmp_path/'photo.png')
-    def run(*words):
-        return subprocess.run([sys.executable, '-m', 'opentrans.cli', *map(str, words)], capture_output=True,
-                              text=True)
     r = run('segment', tmp_path/'photo.png', 'grass, sand | water', '--method', 'naclip', '--out',
             tmp_path/'seen.png', '--json')
     assert (r.returncode == 0 and abs(sum(json.loads(r.stdout).values())-1) < 1e-6

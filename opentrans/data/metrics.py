@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.optimize import linear_sum_assignment
 from typing_extensions import Self
 from ..errors import OpenTransError, shorten
 
@@ -377,13 +376,14 @@ class MaskNames(Sums):
         target:torch.Tensor, # True labels of the same shape
     ):
         "Count a picture or a batch. Raises `OpenTransError` for labels out of range."
+        from scipy.optimize import linear_sum_assignment as matched # slow to import
         pred,target = _int_map(pred, 'prediction'),_int_map(target, 'truth')
         for p,t in zip(pred, target):
             one = SemanticIoU(self.num_classes, self.ignore).update(p, t)
             shared = one.confusion.double()
             union = shared.sum(1, keepdim=True) + shared.sum(0) - shared
             iou = torch.where(union > 0, shared/union.clamp(min=1), 0.).numpy()
-            rows,columns = linear_sum_assignment(iou, maximize=True)
+            rows,columns = matched(iou, maximize=True)
             good = iou[rows, columns] >= self.threshold
             self.pairs[rows[good], columns[good]] += 1
             there,said = shared.sum(1) > 0,shared.sum(0) > 0

@@ -148,7 +148,7 @@ def _free_colour(taken, others):
         if not taken or _distance_to(taken, colour) > .5: return colour
     return max(others, key=partial(_distance_to, taken))
 
-def _distance_to(taken, colour): return min(np.linalg.norm(colour-other) for other in taken)
+def _distance_to(taken, colour): return np.linalg.norm(np.array(taken)-colour, axis=1).min()
 
 def _named_colours(names):
     "Colours for names: their own, darker from one to the next of the same, or some that are free."

@@ -1,5 +1,4 @@
 "Studies of the paper's questions: arms, jobs, claims, figures, stored results and their report."
-from opentrans.efficiency import paper_costs
 from .scale import *
 from .scale import __all__ as _scale
 from .arms import *
@@ -26,3 +25,9 @@ __all__ = ['paper_costs', *_scale, *_arms, *_jobs, *_claims, *_figures, *_regist
 
 from opentrans.helping import document as _document
 _document(__name__)
+
+def __getattr__(name):
+    "`paper_costs` comes when it is asked for, since it brings all frameworks with it."
+    if name != 'paper_costs': raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from opentrans.efficiency import paper_costs
+    return paper_costs

@@ -10,11 +10,10 @@ __all__ = ['plot_arms', 'plot_cost', 'plot_costs', 'plot_frameworks', 'plot_scen
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-import matplotlib.pyplot as plt
+from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.patches import Patch
 from torch.nn import functional as F
 from ..clip import ClipBackbone
 from ..data import class_colours
@@ -25,6 +24,8 @@ from .claims import class_groups, sets_of
 from .scale import open_world, Scale
 from ..frameworks.contract import resize
 from ..runtime import get_axes
+if TYPE_CHECKING: # for types alone: slow to import
+    from matplotlib.axes import Axes
 
 # %% ../../nbs/experiments/54_figures.ipynb #5fbefa94
 def _colour(name, i=0):
@@ -44,7 +45,7 @@ def _bar(ax, x, y, width, **kwargs):
 def plot_arms(
     frame:pd.DataFrame, # As `results_frame` gives it
     arms:Sequence[Arm], # Which, in order
-    ax:plt.Axes|None=None, # Axes
+    ax:'Axes|None'=None, # Axes
 ): # The axes
     "mIoU of arms on base and novel classes and each domain: bars are means, dots are seeds."
     ax = get_axes(ax, figsize=(10, 3.4))
@@ -64,7 +65,7 @@ def plot_arms(
 def plot_cost(
     frame:pd.DataFrame, # As `results_frame` gives it
     what:str='active_params', # Or `'active_macs'`, `'train_flops'`
-    ax:plt.Axes|None=None, # Axes
+    ax:'Axes|None'=None, # Axes
 ): # The axes
     "mIoU on base classes (full) and novel ones (hollow) against a cost (the shape of Fig. 1)."
     ax = get_axes(ax, figsize=(4.5, 3.4))
@@ -91,7 +92,7 @@ def plot_costs(frame:pd.DataFrame):
 def plot_frameworks(
     frame:pd.DataFrame, # As `results_frame` gives it
     arms:Sequence[Arm], # Dense, distilled and random of each framework
-    axs:np.ndarray|Sequence[plt.Axes]|None=None, # Two axes
+    axs:'np.ndarray|Sequence[Axes]|None'=None, # Two axes
 ): # The axes
     "mIoU on base and novel classes of the same masks in each framework: bars are means, dots are seeds."
     groups = class_groups(frame)
@@ -137,7 +138,8 @@ def plot_scenes(
     predictions:dict, # Name of an arm -> {data set: (N,H,W) classes}
 ): # Figure: a row for each scene; image, truth, and each arm
     "What each arm makes of the same scenes (Fig. 5). Raises `OpenTransError` for answers to other scenes."
-    import matplotlib.pyplot as plt
+    import matplotlib.pyplot as plt # slow to import
+    from matplotlib.patches import Patch
     world = open_world(scale, seed)
     _check_answers(predictions, world)
     rows = [(d, i) for d,p in next(iter(predictions.values())).items() for i in range(len(p))]
@@ -180,7 +182,7 @@ def _shares_of(labels, data):
 # %% ../../nbs/experiments/54_figures.ipynb #25337eb7
 def plot_density(
     frame:pd.DataFrame, # As `results_frame` gives it, of a study of densities
-    axs:np.ndarray|Sequence[plt.Axes]|None=None, # Two axes
+    axs:'np.ndarray|Sequence[Axes]|None'=None, # Two axes
 ): # The axes
     "mIoU on base and novel classes against density."
     groups = class_groups(frame)
@@ -205,7 +207,7 @@ def plot_density(
 # %% ../../nbs/experiments/54_figures.ipynb #0a856332
 def plot_courses(
     more:dict, # As `alpha_curves` gives it
-    axs:np.ndarray|Sequence[plt.Axes]|None=None, # Two axes
+    axs:'np.ndarray|Sequence[Axes]|None'=None, # Two axes
 ): # The axes
     """Alpha through a fine-tuning (Fig. 6, 7 and 9): the median over layers, a line a seed; and each layer before
     and after, in the first seed."""
@@ -226,7 +228,7 @@ def plot_courses(
 
 def plot_similarity(
     frame:pd.DataFrame, # As `results_frame` gives it
-    ax:plt.Axes|None=None, # Axes
+    ax:'Axes|None'=None, # Axes
 ): # The axes
     "CKA of fine-tuned towers to CLIP's own (Tab. 9), by three readings: bars are means, dots are seeds."
     ax,arms = get_axes(ax, figsize=(8, 3)),list(dict.fromkeys(frame.arm))
@@ -260,9 +262,11 @@ def label_photograph(
 def plot_photographs(
     clips:dict, # Title of a column -> `ClipBackbone`
     photographs:dict, # Name -> (picture, words), as `sample_photographs` gives them
-    axs:np.ndarray|Sequence[plt.Axes]|None=None, # A row of axes for each photograph, one more than there are clips
+    axs:'np.ndarray|Sequence[Axes]|None'=None, # A row of axes for each photograph, one more than there are clips
 ): # The axes
     "Photographs beside what each model makes of them; the legend names what is there, most first."
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
     n = len(photographs)
     if axs is None:
         axs = plt.subplots(n, 1+len(clips), figsize=(3.2+4*len(clips), 2.2*n), squeeze=False,

@@ -12,8 +12,6 @@ from functools import partial
 from pathlib import Path
 import pandas as pd
 import torch
-import matplotlib.pyplot as plt
-from matplotlib.patches import Patch
 from torch.nn import functional as F
 from ..clip import check_packages, ClipBackbone
 from ..data import class_colours, PHOTOGRAPHS, sample_photographs
@@ -148,6 +146,7 @@ def plot_seen(
     photographs:Sequence[str]=('temple', 'motorcycle', 'rocket'), # Which of them
 ): # Figure: a row for each photograph, a column for each tower, and the words
     "Photographs beside what each tower sees in them; colours are words, the same in all columns."
+    import matplotlib.pyplot as plt # slow to import
     told = sample_photographs(photographs)
     fig = plt.figure(figsize=(1.62*(1+len(seen)), 1.48*len(told)), layout='constrained')
     rows = fig.subfigures(len(told), 1, squeeze=False)[:, 0]
@@ -159,6 +158,7 @@ def plot_seen(
 
 def _plot_row(row, picture, words, maps):
     "A photograph, what each tower sees in it, and the words below."
+    from matplotlib.patches import Patch
     colours = torch.from_numpy(class_colours(words)).float()
     image = F.interpolate(picture[None].float()/255, size=maps[0].shape, mode='bilinear', antialias=True)[0]
     image = image.permute(1, 2, 0).clamp(0, 1)

@@ -66,18 +66,24 @@ def smallest_side(
         return all(m.numel() for m in maps.values())
     return 1 + bisect.bisect_left(range(1, _SIDE), True, key=fits)
 
-# %% ../../nbs/frameworks/30_contract.ipynb #1029110e
 def _apart(function, *args):
     "What a function gives in a thread of its own, where its operations are not counted (by `opentrans.cost`)."
     with ThreadPoolExecutor(1) as pool: return pool.submit(function, *args).result()
 
+def _least_of(backbone):
+    "`smallest_side` of a backbone, asked once for all copies of a CLIP: they share its origin."
+    known = vars(getattr(backbone, 'origin', backbone))
+    if '_smallest_side' not in known: known['_smallest_side'] = _apart(smallest_side, backbone)
+    return known['_smallest_side']
+
+# %% ../../nbs/frameworks/30_contract.ipynb #1029110e
 class _AnySize(nn.Module):
     "What a framework does with small images."
     @property
     def least_side(self)->int:
         "The smallest side of an image that is not filled up."
         if '_least' not in self.__dict__:
-            least = _apart(smallest_side, self.backbone)
+            least = _least_of(self.backbone)
             # a framework that pads by itself needs no more; but a teacher of its own would see images as they are
             pads = getattr(self, 'divisible', 1) >= least and not getattr(self, 'kd', 0)
             self._least = 1 if pads else least

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 from scipy.linalg import lapack
 from ..errors import check_number, OpenTransError, unknown
 from .power_law import mp_edges
@@ -145,7 +145,7 @@ def mp_quantiles(
     law."""
     count,m,n = stack[0],*sorted(stack[1:])
     shares = (np.arange(count*m) + .5)/(count*m)
-    if m == 1: return stats.chi2.ppf(shares, n)
+    if m == 1: return 2*special.gammaincinv(n/2, shares) # quantiles of the chi-squared law
     low,high = mp_edges((m, n))
     # x = low + (high-low) sin(angle)^2 has a smooth density
     angle = np.linspace(0, math.pi/2, 20_001)
@@ -164,10 +164,10 @@ def random_edge(
 )->float: # For entries of unit variance
     "What the largest eigenvalue of random matrices stays below (Johnstone 2001, Thm. 1.1)."
     count,m,n = stack[0],*sorted(stack[1:])
-    if m == 1: return float(stats.chi2.ppf(p**(1/count), n))
+    if m == 1: return float(2*special.gammaincinv(n/2, p**(1/count)))
     a,b = math.sqrt(n-1),math.sqrt(m)
     shape,scale,shift = _TRACY_WIDOM
-    quantile = stats.gamma.ppf(p**(1/count), shape, scale=scale) - shift
+    quantile = scale*special.gammaincinv(shape, p**(1/count)) - shift
     return (a+b)**2 + (a+b)*(1/a + 1/b)**(1/3)*quantile
 
 # %% ../../nbs/02d_null.ipynb #08095175

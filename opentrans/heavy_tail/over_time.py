@@ -252,9 +252,12 @@ def _spectrum(row, evals, drawn, path):
 
 # %% ../../nbs/02c_over_time.ipynb #b5854af3
 def _png(draw, size):
-    "A figure as PNG, drawn without any global state of matplotlib."
+    """A figure as PNG, drawn without any global state of matplotlib. Margins are fixed: to compute them would take
+    as long as drawing, at each move of a slider."""
     from matplotlib.figure import Figure
-    fig = Figure(figsize=size, layout='constrained')
+    fig = Figure(figsize=size)
+    width,height = size
+    fig.subplots_adjust(left=.75/width, right=1-.1/width, bottom=.5/height, top=1-.3/height, wspace=.32)
     draw(fig)
     return figure_png(fig, dpi=100)
 
@@ -353,6 +356,7 @@ class _Explorer:
         ax = self.tables[rule].plot_alpha(fig.subplots())
         ax.axvline(list(self.table).index(self.layer.value), color='k', lw=1)
         ax.set_title(for_plot(f'all layers, xmin by {rule}'), fontsize=9, loc='right')
+        ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
 
 # %% ../../nbs/02c_over_time.ipynb #ac8f6140
 def explore(

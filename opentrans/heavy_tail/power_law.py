@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pandas as pd
 import torch
-from scipy import optimize, special
+from scipy import special
 from torch.nn.parameter import is_lazy
 from ..core import no_values, unreadable
 from ..errors import OpenTransError, unknown
@@ -279,6 +279,12 @@ def _worse_share(fit, n, seed):
         worse += f.ok and f.D >= fit.D
     return worse/made if made else math.nan
 
+# %% ../../nbs/02_heavy_tail.ipynb #9d2f4c1a
+def _minimum(cost, start):
+    "Where a function of a few numbers is smallest, searched for from a start."
+    from scipy.optimize import minimize # slow to import
+    return minimize(cost, start, method='Nelder-Mead', options=dict(xatol=1e-9, fatol=1e-13, maxiter=2000))
+
 # %% ../../nbs/02_heavy_tail.ipynb #047b2b01
 def _log_z_lognormal(a, b):
     "log of the integral of exp(-a y - b y^2) over y > 0."
@@ -308,8 +314,7 @@ def _log_densities(tail, xmin, alternative):
         return power, math.log(b) - b*(r-1) + y, {'lambda': b/xmin}
     log_z,s = (_log_z_lognormal, y**2) if alternative == 'lognormal' else (_log_z_cutoff, r)
     def cost(p): return log_z(p[0], p[1]**2) + p[0]*y.mean() + p[1]**2*s.mean()
-    found = [optimize.minimize(cost, start, method='Nelder-Mead', options=dict(xatol=1e-9, fatol=1e-13, maxiter=2000))
-             for start in ([a, .01*a], [a*.5, math.sqrt(1/s.mean())])]
+    found = [_minimum(cost, start) for start in ([a, .01*a], [a*.5, math.sqrt(1/s.mean())])]
     best = min(found, key=lambda result: result.fun)
     p,q = best.x[0],best.x[1]**2
     if cost([a, 0.]) <= best.fun: p,q = a,0.

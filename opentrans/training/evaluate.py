@@ -259,7 +259,7 @@ def panoptic_truth(
 
 def _count_panoptic(framework, data, batch, text, metric, looks):
     "Count a batch for panoptic quality."
-    images = batch['images'].to(device_of(framework))
+    images = _images_for(framework, batch)
     options = dict(isthing=metric.isthing.tolist())
     if looks:
         options['size'] = tuple(images.shape[-2:])
@@ -347,10 +347,16 @@ def _index(name, names):
     return names.index(name)
 
 # %% ../../nbs/training/42_evaluate.ipynb #bdbb9a66
+def _images_for(framework, batch):
+    "The images of a batch where the framework is; on a CPU channels last, where convolutions are faster so."
+    device = device_of(framework)
+    layout = torch.channels_last if device.type == 'cpu' else torch.preserve_format
+    return batch['images'].to(device, memory_format=layout)
+
 def _count(framework, data, text, batches, looks, metric, second, check):
     "Count batches for the metrics of an evaluation."
     for batch in batches:
-        images = batch['images'].to(device_of(framework))
+        images = _images_for(framework, batch)
         if looks: best = best_class(multi_scale_scores(framework, images, text, **looks))
         else: best = framework.semantic(images, text)
         metric.update(best.cpu(), batch['labels'])
