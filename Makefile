@@ -52,7 +52,9 @@ style: $(STAMP)
 types: $(STAMP)
 	$(BIN)/python tests/check_types.py
 
+# many tests start a process, which is to find the package compiled, even where Python may not write what it compiles
 test: style check-notebooks
+	$(BIN)/python -m compileall -q opentrans
 	IN_TEST=1 $(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 

@@ -249,7 +249,7 @@ PRUNE = textwrap.dedent('''
                      windows=dict(batch_norm='frozen', crop=48, max_regions=5, workers=1), own=dict(batch_norm='frozen', teacher_mode='attention', loss=lambda v, r, t: (v-r).square().sum()))
         for name,kw in cases.items():
             net = clip.fresh_copy()
-            train = DistillTrainer(clip, Sizes(), **{**dict(iterations=5, lr=1e-3, batch_size=4), **kw})
+            train = DistillTrainer(clip, Sizes(), **{**dict(iterations=3, lr=1e-3, batch_size=4), **kw})
             mask, history = imp(net, train, density=.5, p=.3, checkpoint_dir=f'{out}/{name}')
             told[name] = dict(loss=history.loss.tolist(), cached=sorted(map(list, train._cache)) if train._store is None else len(train._store.keys))
             torch.save(dict(mask=dict(mask.items()), net=net.state_dict()), f'{out}/{name}.{team.rank}.pt')
