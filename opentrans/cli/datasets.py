@@ -32,7 +32,7 @@ def _commonest_sizes(read):
 
 @data_app.command('check')
 def data_check(
-    name:Annotated[str, typer.Argument(help="Data set.")],
+    name:Annotated[str, typer.Argument(help="Data set; `opentrans data list` names them.")],
     root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None, panoptic:WithInstances=False,
     limit:Annotated[int, typer.Option(
         min=0, help="Read at most so many images, evenly spread; 0 reads all.")]=200,
@@ -78,9 +78,9 @@ def _tell_findings(wrong):
 # %% ../../nbs/app/70i_datasets.ipynb #f22429a4
 @data_app.command('shapes')
 def data_shapes(out:Annotated[str, typer.Option(help="Folder to write.")], split:Split='val',
-                domain:Annotated[str, typer.Option(help="home, night, crowd or sketch.")]='home',
-                n:Annotated[int, typer.Option(min=1, max=10**7, help="Scenes.")]=64,
-                size:Annotated[int, typer.Option(min=16, max=4096, help="Side in pixels.")]=80, seed:Seed=0,
+                domain:Annotated[str, typer.Option(help="Kind of scenes: home, night, crowd or sketch.")]='home',
+                n:Annotated[int, typer.Option(min=1, max=10**7, help="Number of scenes.")]=64,
+                size:Annotated[int, typer.Option(min=16, max=4096, help="Side of a scene in pixels.")]=80, seed:Seed=0,
                 config:Config=None):
     "Write ShapesWorld scenes in COCO-panoptic format."
     from opentrans.data import ShapesWorld, write_coco_panoptic

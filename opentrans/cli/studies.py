@@ -40,8 +40,8 @@ def demo(
     out:Annotated[str, typer.Option(help="Folder for the report (one .html, one .json).")]='demo-report',
     seeds:Seeds=1, seed:FirstSeed=0,
     scale:Annotated[str, typer.Option(
-        help="'demo'; 'shapes', longer; 'gpu': CLIP's RN50 on larger scenes; 'smoke': shows nothing but that it "
-             "runs.")]='demo',
+        help="'demo'; 'shapes', longer; 'gpu': CLIP's RN50 on larger scenes; 'smoke': seconds, only to see "
+             "that it runs.")]='demo',
     every:Annotated[bool, typer.Option('--all', help="Every arm of three studies, in every framework.")]=False,
     scheduler:Scheduler='local', workers:JobWorkers=None,
     allow_hub:AllowHub=False, config:Config=None,
@@ -115,7 +115,7 @@ def study(
     scale:Annotated[str, typer.Option(
         help="'shapes', minutes to hours on two cores; 'demo', shorter; 'photo': photo-lite0 on MSRC, CamVid and "
              "mosaics, hours; 'gpu': CLIP's RN50 on larger scenes; 'coco': RN50 on COCO and six more sets, days; "
-             "'smoke': shows nothing but that it runs.")]='shapes',
+             "'smoke': seconds, only to see that it runs.")]='shapes',
     root:Root=None,
     pretrained:Annotated[Optional[str], typer.Option(
         help="Weights file of the scale's CLIP, where they cannot be downloaded, or 'none' for random "
@@ -123,14 +123,14 @@ def study(
     arm:Annotated[Optional[list[str]], typer.Option(
         help="Run this arm of the study; may be given several times. Default: all.")]=None,
     iterations:Annotated[Optional[int], typer.Option(
-        help="Iterations of DeepLabV3's whole course; warm-up, rounds of Algorithm 1 and the other frameworks' "
-             "courses move along.")]=None,
+        help="Iterations of DeepLabV3's whole run; warm-up, rounds of Algorithm 1 and the other frameworks' runs are "
+             "scaled with it.")]=None,
     set_:Annotated[Optional[list[str]], typer.Option('--set',
         help="Another field of the scale, as NAME=VALUE (batch_size, accumulate, precision, loaders, ...); may be "
              "given several times.")]=None,
     device:Annotated[Optional[str], typer.Option(help="cpu, cuda, mps. Default: the scale's.")]=None,
     framework:Annotated[Optional[str], typer.Option(
-        help="Where arms are trained that name no framework. Default: the scale's; at 'gpu' and 'coco' the "
+        help="Framework of the arms that name none. Default: the scale's; at 'gpu' and 'coco' the "
              "paper's for the table.")]=None,
     every:Annotated[bool, typer.Option('--all', help="All studies, one after another.")]=False,
     dry_run:DryRun=False, scheduler:Scheduler='local', workers:JobWorkers=None, allow_hub:AllowHub=False,

@@ -44,9 +44,10 @@ def transfer(
     accumulate:Accumulate=None, workers:Workers=None, set_:RecipeFields=None, freeze:Freeze=0.5,
     by:FreezeBy='alpha', xmin:Xmin='ks', alpha_of:AlphaOf='dense', checkpoint_every:CheckpointEvery=500,
     print_every:PrintEvery=50, tensorboard:TensorBoard=False,
-    limit:Annotated[Optional[int], typer.Option(min=1, help="Evaluate on so many images only.")]=None,
+    limit:Annotated[Optional[int], typer.Option(min=1, help="Evaluate on the first so many images only.")]=None,
     size:Annotated[Optional[int], typer.Option(
-        min=16, max=_SIDE, help="Side of the input that cost is counted for.")]=None,
+        min=16, max=_SIDE,
+        help="Side in pixels of the input for which cost is counted. Default: the backbone's own.")]=None,
     dry_run:DryRun=False, processes:ProcessCount=1, device:Device=None, seed:Seed=0, allow_hub:AllowHub=False,
     as_json:AsJson=False, config:Config=None,
 ):
@@ -157,7 +158,7 @@ def _transfer_file(m, model, out, as_json):
 def finetune(
     out:Annotated[str, typer.Option(
         help="Folder of the run: checkpoints and weights; the same command continues it, and with more "
-             "--iterations lengthens a run that has ended: the rate is then that of the longer course.")],
+             "--iterations lengthens a run that has ended; the learning rate is then that of the longer run.")],
     framework:Framework='deeplabv3', backbone:Backbone='shapes-rn', pretrained:Pretrained=None,
     preset:Preset=None, output_stride:OutputStride=None, prompts:Prompts=None, data:Data='shapesworld',
     root:Root=None, classes:Classes=None, ignore:Ignore=None, split:Split='train', corrupt:Corrupt='raise',

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from ..errors import OpenTransError, unknown
-from .defaults import BatchSize, LR, _build, _counts, _readers
+from .defaults import _build, _counts, _readers
 from .options import (
-    AllowHub, AsJson, Backbone, Classes, Config, Data, Device, Freeze, FreezeBy, Ignore, OutputStride, Preset,
-    Pretrained, Root, Seed, Split, Xmin, _SIDE, _hub, _typed, app, first_process, keep_settings,
+    AllowHub, AsJson, Backbone, Classes, Config, Data, Device, Freeze, FreezeBy, Ignore, Preset, Pretrained,
+    Root, Seed, Split, TowerStride, Xmin, _SIDE, _hub, _typed, app, first_process, keep_settings,
     open_clip_backbone, open_data)
 from .terminal import _as_flags, _number, _rules, _save_picture, _save_table, _say, _size, _writable, show
 
@@ -41,15 +41,19 @@ def alpha(
         help="'shapes-rn', or open_clip's name of a tower; or anything with weights: torchvision:resnet50, "
              "timm:NAME, hf:FOLDER, a .safetensors or .pth file, a folder of shards.")]='shapes-rn',
     pretrained:Pretrained=None,
-    mask:Annotated[Optional[str], typer.Option(help="Mask file to put on first.")]=None,
+    mask:Annotated[Optional[str], typer.Option(
+        help="Mask file to put on the weights before their spectra are taken.")]=None,
     xmin:Xmin='ks',
     null:Annotated[Optional[str], typer.Option(
-        help="Compare alpha with that of random matrices of the same shape: gaussian, shuffle or mp.")]=None,
+        help="Compare alpha with that of random matrices of the same shape: gaussian, shuffle, or mp "
+             "(Marchenko-Pastur).")]=None,
     aspect:Annotated[Optional[float], typer.Option(min=1, max=1e6,
         help="Read every layer in blocks with sides of this ratio, e.g. 1.")]=None,
     base:Annotated[Optional[str], typer.Option(
-        help="File or folder of the weights before fine-tuning: what is read are the differences.")]=None,
-    conv:Annotated[str, typer.Option(help="Convolutions as 'slices' (the paper) or 'flatten'.")]='slices',
+        help="File or folder of the weights before fine-tuning; the spectra are then those of the differences.")]=None,
+    conv:Annotated[str, typer.Option(
+        help="How a convolution is read: 'slices', a matrix for each position of the kernel, as in the paper; or "
+             "'flatten', one matrix.")]='slices',
     freeze:Freeze=.5, by:FreezeBy='alpha',
     out:Annotated[Optional[str], typer.Option(help="Folder for alpha.csv, selection.json and alpha.png.")]=None,
     seed:Seed=0, allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
@@ -87,7 +91,7 @@ def _check_released(framework, method):
     if framework not in ('mask2former', 'deeplabv3'):
         raise unknown('framework of the released code', framework, ['mask2former', 'deeplabv3'])
     if method != 'imp':
-        raise OpenTransError(f"--released {framework} is a way to train, which --method {method} does not. "
+        raise OpenTransError(f"--released {framework} sets how imp trains, and --method {method} does not train. "
                              "Leave one of them out.")
     if _typed('loss', 'teacher'):
         raise OpenTransError("--released has the framework's own loss and teacher: leave --loss and --teacher out.")
@@ -130,14 +134,16 @@ def prune(
     out:Annotated[str, typer.Option(help="The mask file to write (.safetensors).")],
     backbone:Backbone='shapes-rn', pretrained:Pretrained=None, data:Data='shapesworld', root:Root=None,
     split:Split='train', classes:Classes=None, ignore:Ignore=None,
-    density:Annotated[float, typer.Option(help="Share of the weights that remain, in (0, 1].")]=0.1,
+    density:Annotated[float, typer.Option(help="Share of the weights that remain, above 0 and at most 1.")]=0.1,
     p:Annotated[float, typer.Option(
         '--p', '--drop',
         help="Share of the remaining weights that a round drops. Under torchrun and accelerate launch, which"
              " take --p for their own, write --drop.")]=0.1,
     iterations:Annotated[int, typer.Option(
-        '--iterations', '--iters', help="Iterations a round (the paper's t).")]=1000,
-    lr:LR=0.0001, batch_size:BatchSize=8,
+        '--iterations', '--iters', help="Iterations of each round (the paper's t).")]=1000,
+    lr:Annotated[Optional[float], typer.Option(help="Learning rate.")]=0.0001,
+    batch_size:Annotated[Optional[int], typer.Option(
+        help="Images of an iteration, in all processes together.")]=8,
     loss:Annotated[str, typer.Option(
         help="tgkd (Eq. 3), vgkd (Eq. 4) or released (the released code's).")]='tgkd',
     method:Annotated[str, typer.Option(
@@ -146,8 +152,9 @@ def prune(
     criterion:Annotated[str, typer.Option(
         help="What the rounds of imp score weights by: magnitude, snip or sensitivity, the latter two by the"
              " distillation loss.")]='magnitude',
-    score_batches:Annotated[int, typer.Option(min=1, help="Batches that snip and sensitivity look at.")]=16,
-    images:Annotated[int, typer.Option(min=1, help="Images that wanda, sparsegpt and alps look at.")]=128,
+    score_batches:Annotated[int, typer.Option(min=1, help="Batches on which snip and sensitivity score weights.")]=16,
+    images:Annotated[int, typer.Option(min=1,
+        help="Images from which wanda, sparsegpt and alps take a layer's inputs.")]=128,
     scope:Annotated[Optional[str], typer.Option(
         help="Which weights compete under wanda, sparsegpt and alps: layer, output, channel, global, or N:M "
              "such as 2:4. Default: as the method was published.")]=None,
@@ -156,14 +163,14 @@ def prune(
              "under imp) or owl (under wanda, sparsegpt and alps). Default: uniform for these three; all "
              "weights compete under imp and magnitude.")]=None,
     target:Annotated[str, typer.Option(
-        help="What a layer's outputs shall be under wanda, sparsegpt and alps: own, what its own weights "
-             "make of what it now sees, or dense, what they are in the dense tower.")]='own',
+        help="Outputs that wanda, sparsegpt and alps keep for a layer: own, those of its dense weights on its inputs "
+             "in the pruned tower, or dense, those in the dense tower.")]='own',
     crop:Annotated[Optional[int], typer.Option(
         min=0,
-        help="Side of the window cut out of larger images; 0 takes whole images. Default: 512 (the paper's),"
+        help="Side in pixels of the window cut out of larger images; 0 takes whole images. Default: 512 (the paper's),"
              " whole scenes of shapesworld.")]=None,
     checkpoint:Annotated[Optional[str], typer.Option(
-        help="Folder to continue from. Default: beside the mask.")]=None,
+        help="Folder of checkpoints, from which the same command continues. Default: OUT.run, beside the mask.")]=None,
     weights:Annotated[Optional[str], typer.Option(
         help="Also write the CLIP with its trained tower to this file, which --pretrained reads.")]=None,
     optimizer:Annotated[str, typer.Option(help="adamw or sgd.")]='adamw',
@@ -171,7 +178,7 @@ def prune(
     clip_grad:Annotated[float, typer.Option(help="Largest norm of the gradient; 0 does not clip.")]=0.0,
     batch_norm:Annotated[str, typer.Option(
         help="train: statistics of the batch, over all processes; frozen: CLIP's.")]='train',
-    precision:Annotated[str, typer.Option(help="Of the student: no, or bf16 (mixed).")]='no',
+    precision:Annotated[str, typer.Option(help="Precision of the student: no (32 bits), or bf16 (mixed).")]='no',
     teacher:Annotated[str, typer.Option(
         help="How the teacher sees a region: crop, tight (the released code's crops) or attention.")]='crop',
     max_regions:Annotated[int, typer.Option(help="Most regions an iteration, over all processes.")]=64,
@@ -180,11 +187,11 @@ def prune(
     checkpoint_every:Annotated[int, typer.Option(
         min=0, help="Iterations between checkpoints within a round; 0 for none.")]=500,
     disk_mb:Annotated[int, typer.Option(
-        help="Most disk space for the teacher's embeddings, if images are whole (--crop 0).")]=16384,
+        help="Most disk space, in MB, for the teacher's embeddings, if images are whole (--crop 0).")]=16384,
     released:Annotated[Optional[str], typer.Option(
         help="Find the mask as the released code does, on this framework: mask2former or deeplabv3. Flags "
              "win over its settings.")]=None,
-    output_stride:OutputStride=32, device:Device=None, seed:Seed=0, allow_hub:AllowHub=False,
+    output_stride:TowerStride=32, device:Device=None, seed:Seed=0, allow_hub:AllowHub=False,
     as_json:AsJson=False, config:Config=None,
 ):
     """Find a sparse mask: Algorithm 1 with distillation as its only loss, or a baseline.
@@ -252,7 +259,8 @@ def cka_command(
     data:Data='shapesworld', root:Root=None, split:Split='val', classes:Classes=None, ignore:Ignore=None,
     images:Annotated[int, typer.Option(min=1, help="Images to compare on.")]=64,
     size:Annotated[Optional[int], typer.Option(
-        min=16, max=_SIDE, help="Images are resized to this side. Default: the first backbone's own.")]=None,
+        min=16, max=_SIDE,
+        help="Images are resized to squares of this side, in pixels. Default: the first backbone's own.")]=None,
     out:Annotated[Optional[str], typer.Option(help="Folder for cka.csv and cka.png.")]=None,
     device:Device=None, seed:Seed=0, allow_hub:AllowHub=False, as_json:AsJson=False, config:Config=None,
 ):
@@ -290,10 +298,11 @@ def cost_command(
     backbone:Annotated[str, typer.Argument(help="Backbone.")]='shapes-rn',
     pretrained:Annotated[str, typer.Option(help="Weights do not matter for cost.")]='none',
     framework:Annotated[Optional[str], typer.Option(help="Count a whole framework on it.")]=None,
-    preset:Preset=None, output_stride:OutputStride=32,
-    size:Annotated[str, typer.Option(help="Input, height x width.")]='224x224',
-    mask:Annotated[Optional[str], typer.Option(help="Mask file.")]=None,
-    convention:Annotated[str, typer.Option(help="macs, thop, ptflops or fvcore.")]='macs',
+    preset:Preset=None, output_stride:TowerStride=32,
+    size:Annotated[str, typer.Option(help="Input, height x width in pixels.")]='224x224',
+    mask:Annotated[Optional[str], typer.Option(help="Mask file: what it prunes is not counted as active.")]=None,
+    convention:Annotated[str, typer.Option(
+        help="What is counted: macs (multiply-accumulates), or as the tools thop, ptflops or fvcore count.")]='macs',
     layers:Annotated[bool, typer.Option(help="Show each layer.")]=False,
     clock:Annotated[bool, typer.Option(
         help="Also milliseconds an image of the backbone on this machine, one thread, by engine.")]=False,

@@ -91,7 +91,7 @@ def teach_regions(
     regions:Sequence[torch.Tensor], # For each image (N,H,W)
     mode:str, # As in `region_embeddings`
 )->list: # For each image (N,D), unit length
-    "What the dense CLIP that a framework's backbone began as sees in regions."
+    "Embeddings of regions by the dense CLIP from which a framework's backbone was made."
     if not framework._teacher:
         framework._teacher.append(framework.backbone.fresh_copy().requires_grad_(False).eval())
     with torch.no_grad():

@@ -15,7 +15,7 @@ from ..runtime import time_left
 
 # %% ../../nbs/training/41b_telling.ipynb #e7821d3e
 class RunLogger:
-    "Tells how a run goes: a line every so many iterations, and TensorBoard's events."
+    "Logs how a run goes: a line every so many iterations, and TensorBoard's events."
     def __init__(self,
         iterations:int, # Of the whole run
         start:int=0, # The first one

@@ -97,7 +97,7 @@ class _Course:
     lr_warmup:int = 0 # Iterations over which the learning rate rises linearly from near 0
     offset:int = 0 # Iterations of the same course that went before: `milestones` and the schedule count from there
     clip_grad:float|None = None # Largest norm of the whole gradient; None does not clip
-    # Batch norms of the backbone: 'train', 'eval' (statistics rest) or 'frozen' (weights rest, too)
+    # Batch norms of the backbone: 'train', 'eval' (statistics are fixed) or 'frozen' (weights are fixed, too)
     norm:str = 'train'
     crop:int|None = 512 # Side of the square that is cut out; None takes images as they are
     # Range of random sizes, as a share of that at which the image fits `crop`; None does not scale
@@ -134,7 +134,7 @@ class _Course:
     def _set(self, name, value): object.__setattr__(self, name, value)
 
     def replace(self, **kw:Any)->Self:
-        "The same with other values. Raises `OpenTransError` for a name that is none."
+        "The same with other values. Raises `OpenTransError` for an unknown name."
         names = [f.name for f in dataclasses.fields(self)]
         for k in kw:
             if k not in names: raise unknown('setting of a recipe', k, names)
