@@ -624,6 +624,7 @@ class _Figure:
     def subplots(self, *grid): return (self, self) if grid else self
     def axvline(self, x, **style): self.drawn.append(('line', x))
     def set_title(self, text, **style): self.drawn.append(('title', text))
+    def legend(self, **style): self.drawn.append('legend')
 
 def _draw_to_bytes(draw, size):
     fig = _Figure()
