@@ -658,6 +658,7 @@ def test_a_transferred_model_is_a_model(transferred, tree, mask, tmp_path):
                   tmp_path/'all')
     assert r.returncode == 0, r.stderr[-2000:]
     table = json.loads((tmp_path/'all'/'result.json').read_text())
+    assert json.loads((tmp_path/'all'/'settings.json').read_text())['framework'] == 'fcclip'
     columns = ['coco_panoptic', 'cityscapes_19', 'ade20k_150', 'ade20k_847', 'voc_20', 'context_59', 'context_459']
     assert list(table['table']) == list(table['results']) == columns and table['settings']['over'] == 'truth'
     assert table['active_params'] < table['params'] and abs(table['density']-.1) < .01

@@ -91,7 +91,7 @@ def evaluate(
     if not model and first_process():
         _say(f"note: without --model the head of {framework} is untrained (seed {seed})", sys.stderr)
     if m is not None: m.apply(seg.backbone).remove()
-    with settings_kept(out):
+    with settings_kept(out, framework=framework, backbone=backbone): # those of the model, if one was given
         how = dict(batch_size=batch_size, limit=limit, kind=kind, same=_same_names(same))
         results = _run_tests(seg, tests, looks, how)
     head,m = dict(head='trained' if model else 'untrained'),m or _mask_in(seg, told)
