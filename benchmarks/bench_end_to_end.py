@@ -41,9 +41,11 @@ def steps():
                                      f'--out table1-{name} --limit 1 --batch-size 1', f'table1-{name}')
         found[f'segment-{name}'] = (f'opentrans segment PHOTO "sky, road, sofa | couch" --model run-{name} '
                                     f'--out {name}.png', f'{name}.png')
+    few = 'batch_size=2 accumulate=2 imp_batch=2 val=1 domain=1'.split() # images
     found['study-frameworks'] = (
         'opentrans study frameworks --scale coco --root ROOT --pretrained none --seeds 1 --out study '
-        '--arm dense --arm "distilled mask" --device cpu --iterations 4 --set batch_size=4 --set accumulate=4', 'study')
+        '--arm dense --arm "distilled mask" --device cpu --iterations 4 '
+        + ' '.join(f'--set {told}' for told in few), 'study')
     return found
 
 def arguments(command, root):
