@@ -100,11 +100,10 @@ Ignore = Annotated[Optional[str], typer.Option(
 Framework = Annotated[str, typer.Option(help="Segmentation framework; `opentrans models` lists them.")]
 Preset = Annotated[Optional[str], typer.Option(
     help="Size of the framework: 'paper' or 'small'. Default: small for shapes-rn.")]
-TowerStride = Annotated[Optional[int], typer.Option(
-    help="Stride of the tower's last features: 32, or 16 or 8 for a ResNet.")]
+_STRIDE = "Stride of the tower's last features: 32, or 16 or 8 for a ResNet."
+TowerStride = Annotated[Optional[int], typer.Option(help=_STRIDE)]
 OutputStride = Annotated[Optional[int], typer.Option(
-    help="Stride of the tower's last features: 32, or 16 or 8 for a ResNet. Default: 16 for DeepLabV3 and for "
-         "shapes-rn on shapesworld, else 32.")]
+    help=f"{_STRIDE} Default: 16 for DeepLabV3 and for shapes-rn on shapesworld, else 32.")]
 Prompts = Annotated[Optional[str], typer.Option(
     help="Texts into which a class name is put: one with {}, such as 'a photo of a {}', or a set of them by name "
          "(photo, vild, ...). Default: those of the framework's released code; on shapesworld those of the data.")]
@@ -121,8 +120,7 @@ AllowHub = Annotated[bool, typer.Option('--allow-hub',
                                              "model's folder or a file of settings names, those of timm, "
                                              "tokenizers, and backbones hf-hub:ORG/REPOSITORY.")]
 _SIDE = 2**16 # Pixels; a longer side is a slip of the hand
-Freeze = Annotated[float, typer.Option(min=0, max=1,
-    help="Share of the layers to freeze; 0 freezes none.")]
+Freeze = Annotated[float, typer.Option(min=0, max=1, help="Share of the layers to freeze; 0 freezes none.")]
 FreezeBy = Annotated[str, typer.Option(
     help="Which layers are frozen: alpha (those of small alpha), alpha* (of large alpha), random, or z (of an alpha "
          "that is small for the layer's shape).")]

@@ -96,7 +96,7 @@ def _model_rows(model):
             here |= {id(p) for p,_ in fresh}
             if not fresh: continue
             param,where = parts[0]
-            is_lone = id(param) in seen and id(param) not in made # its weight was counted before, it was not
+            is_lone = id(param) in seen and id(param) not in made # a bias whose weight another module has counted
             if is_lone:
                 row = _lone_row(path, m, fresh)
                 kind = 'parameter'

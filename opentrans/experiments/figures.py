@@ -265,12 +265,10 @@ def plot_photographs(
     axs:'np.ndarray|Sequence[Axes]|None'=None, # A row of axes for each photograph, one more than there are clips
 ): # The axes
     "Photographs beside what each model makes of them; the legend names what is there, most first."
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
+    from matplotlib.patches import Patch # slow to import
     n = len(photographs)
-    if axs is None:
-        axs = plt.subplots(n, 1+len(clips), figsize=(3.2+4*len(clips), 2.2*n), squeeze=False,
-                           layout='constrained')[1]
+    axs = get_axes(axs, nrows=n, ncols=1+len(clips), figsize=(3.2+4*len(clips), 2.2*n), squeeze=False,
+                   layout='constrained')
     for row,(picture,words) in zip(axs, photographs.values()):
         row[0].imshow(picture.permute(1, 2, 0))
         for ax,(title,clip) in zip(row[1:], clips.items()):

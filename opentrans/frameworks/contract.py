@@ -82,12 +82,10 @@ class _AnySize(nn.Module):
     @property
     def least_side(self)->int:
         "The smallest side of an image that is not filled up."
-        if '_least' not in self.__dict__:
-            least = _least_of(self.backbone)
-            # a framework that pads by itself needs no more; but a teacher of its own would see images as they are
-            pads = getattr(self, 'divisible', 1) >= least and not getattr(self, 'kd', 0)
-            self._least = 1 if pads else least
-        return self._least
+        least = _least_of(self.backbone)
+        # a framework that pads by itself needs no more; but a teacher of its own would see images as they are
+        pads = getattr(self, 'divisible', 1) >= least and not getattr(self, 'kd', 0)
+        return 1 if pads else least
 
     def fill_up(self,
         images:torch.Tensor, # (B,C,H,W)
