@@ -1,6 +1,6 @@
 """What several modules of tests need: a real JupyterLab in a headless browser, clones of public code, scripts of
 benchmarks/. Skipped, with the reason, where one of them is missing."""
-import importlib, importlib.util, os, re, shutil, socket, subprocess, sys, time, types, urllib.request
+import gc, importlib, importlib.util, os, re, shutil, socket, subprocess, sys, time, types, urllib.request
 from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
@@ -10,6 +10,18 @@ PATIENCE = 900
 
 settings.register_profile('patient', deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('patient')
+
+# what nearly all tests need
+IMPORTED = ['accelerate', 'transformers', 'open_clip', 'opentrans.cli.training', 'opentrans.experiments.studies',
+            'opentrans.frameworks.deeplabv3', 'opentrans.training']
+
+def pytest_sessionstart():
+    """A worker of pytest imports first what nearly all tests need, and keeps the collector of garbage away from it:
+    with it a collection takes a third of a second, and tests of memory and cost ask for hundreds."""
+    if 'PYTEST_XDIST_WORKER' not in os.environ: return
+    for name in IMPORTED: importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
 
 def pytest_configure(config): config.addinivalue_line('markers', 'slow: takes minutes; runs where OPENTRANS_SLOW=1')
 

@@ -1,5 +1,5 @@
-"""Two processes by `accelerate launch` on the CPU: what they compute is what one process computes, and the loss of
-one ends the run so that it can be continued."""
+"""Two processes on the CPU, as `accelerate launch` starts them, once by it: what they compute is what one process
+computes, and the loss of one ends the run so that it can be continued."""
 import functools, json, os, signal, subprocess, sys, textwrap
 from pathlib import Path
 import pytest
@@ -7,6 +7,7 @@ import torch
 from opentrans import training
 from opentrans.files import load_tensors
 from conftest import PATIENCE, until
+from forked import python, two_processes
 from test_cli import opentrans
 
 pytest.importorskip('accelerate')
@@ -101,9 +102,10 @@ def in_two_and_one(d, work, env=ENV):
     "The folder, what each of two processes says, and what one says that does the same."
     (d/'work.py').write_text(work)
     (d/'one').mkdir()
-    for command,out in ((LAUNCH, d), ([sys.executable, '-W', 'ignore'], d/'one')):
-        p = subprocess.run([*command, str(d/'work.py'), str(out)], capture_output=True, text=True, env=env, cwd=d)
-        assert p.returncode == 0, p.stderr[-3000:]
+    words = ['-W', 'ignore', d/'work.py']
+    alone = python(*words, d/'one', env=env, cwd=d)
+    for process in (alone, *two_processes(*words, d, env=env, cwd=d)):
+        assert process.returncode == 0, process.stderr[-3000:]
     return d,[json.loads((d/f'rank{r}.json').read_text())
               for r in (0, 1)],json.loads((d/'one'/'rank0.json').read_text())
 
@@ -308,15 +310,15 @@ def courses(tmp_path_factory):
     """Losses of a run in one process, in two, begun in one and ended in two, and the other way round: by kind of
     training."""
     d, script = tmp_path_factory.mktemp('elsewhere'), Path(__file__).with_name('resume_elsewhere.py')
-    one, two = [sys.executable, '-W', 'ignore'], LAUNCH
-    plans = dict(one=[(one, 0)], two=[(two, 0)], up=[(one, 3), (two, 0)], down=[(two, 3), (one, 0)])
+    plans = dict(one=[(1, 0)], two=[(2, 0)], up=[(1, 3), (2, 0)], down=[(2, 3), (1, 0)])
     @functools.cache
     def run(name):
         (d/name).mkdir()
-        for command, halt in plans[name]:
-            p = subprocess.run([*command, str(script), str(d/name), str(halt)], capture_output=True, text=True,
-                               env=ENV, cwd=d)
-            assert p.returncode == 0, p.stderr[-3000:]
+        for count, halt in plans[name]:
+            words = ['-W', 'ignore', script, d/name, halt]
+            told = dict(env=ENV, cwd=d)
+            done = two_processes(*words, **told) if count == 2 else [python(*words, **told)]
+            for process in done: assert process.returncode == 0, process.stderr[-3000:]
         return d/name
     return lambda name, kind: json.loads((run(name)/f'{kind}.json').read_text())
 

@@ -19,6 +19,7 @@ from opentrans.training import (
 from opentrans.frameworks import build
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.pruning import SparseMask
+from forked import python
 
 KILLS = 5
 
@@ -76,9 +77,8 @@ def faults(tmp_path_factory):
     """A run left alone; one that is killed at five random moments and resumed; one on a disk that takes no file
     above 1 MB. (folder, killed, exit code, messages)"""
     d = tmp_path_factory.mktemp('faults')
-    p = subprocess.run([sys.executable, '-W', 'ignore', '-c', RUN, str(d), str(KILLS),
-                        str(random.randrange(10**6))], capture_output=True, text=True,
-                       env=dict(os.environ, OMP_NUM_THREADS='1'))
+    words = ['-W', 'ignore', '-c', RUN, d, KILLS, random.randrange(10**6)]
+    p = python(*words, env=dict(os.environ, OMP_NUM_THREADS='1'), cwd=d)
     assert p.returncode == 0, p.stderr[-2000:]
     died,code = map(int, p.stdout.split()[-2:])
     return d,died,code,p.stderr

@@ -1,5 +1,5 @@
 "Masks across modules, libraries, files and processes: what the notebook's cells do not reach."
-import copy, json, os, struct, subprocess, sys, textwrap
+import copy, json, os, struct, tempfile, textwrap
 import numpy as np
 import pytest
 import torch
@@ -9,7 +9,7 @@ from opentrans.errors import OpenTransError
 from opentrans.files import save_tensors
 from opentrans.files import pack_bits
 from opentrans.pruning import SparseMask, export_onnx, imp, load_baked, prunable, transfer_checkpoint
-from conftest import PATIENCE
+from forked import python
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -405,8 +405,8 @@ COMMON = textwrap.dedent('''
 
 def run(script, *args):
     env = dict(os.environ, OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0')
-    r = subprocess.run([sys.executable, '-c', COMMON+textwrap.dedent(script), *map(str, args)],
-                       capture_output=True, text=True, timeout=PATIENCE, env=env)
+    with tempfile.TemporaryDirectory() as folder:
+        r = python('-c', COMMON+textwrap.dedent(script), *args, env=env, cwd=folder)
     assert r.returncode == 0, r.stderr[-3000:]
     return r.stdout
 

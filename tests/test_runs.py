@@ -12,6 +12,7 @@ from opentrans.runtime import seeded
 from opentrans.files import lock_folder, pack_bits, read_checkpoint
 from opentrans.pruning import imp, load_baked, SparseMask, transfer_checkpoint
 from opentrans.pruning.mask import _digest
+from forked import Forked, python as forked_python
 from test_cli import fails
 from test_pruning import small, tiny_resnet, zeros
 
@@ -23,9 +24,13 @@ ENV = dict(os.environ, OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0', PYTHONPATH=P
 KW = dict(density=.5, p=.2)
 
 def python(*args, **kw):
-    "A process of its own, and what it said."
+    "A new interpreter, and what it said."
     command = [sys.executable, '-W', 'ignore', *map(str, args)]
     return subprocess.run(command, **{**dict(capture_output=True, text=True, env=ENV, timeout=1200), **kw})
+
+def forked(*args, cwd):
+    "The same in a process that begins with everything imported."
+    return forked_python('-W', 'ignore', *args, env=ENV, cwd=cwd)
 
 def refused(told, model=None, train=None, **kw):
     "The one sentence in which a run is refused, or ends."
@@ -168,7 +173,7 @@ def test_a_killed_run_ends_as_one_without_a_break(tmp_path, mode, n):
     """Forty iterations a round, kill -9 at the start, behind a checkpoint within the first round and behind one
     within the second, in one process or two: mask, weights, history and log are equal to the last bit. Without
     what the trainer remembers they are not."""
-    r = python('-c', WORLD, tmp_path, mode, n)
+    r = forked('-c', WORLD, tmp_path, mode, n, cwd=tmp_path)
     assert r.returncode == 0, r.stderr[-3000:]
     assert 'without its memory: False' in r.stdout, 'this world would not show the failure'
 
@@ -197,7 +202,7 @@ def wait_for(seen, process):
     "Wait until something is to be seen, or the process has ended."
     while not seen() and process.poll() is None:
         with contextlib.suppress(subprocess.TimeoutExpired): process.wait(.05)
-    assert seen(), f'the process ended with {process.returncode} before'
+    assert seen(), f'the process ended with {process.poll()} before'
 
 def test_what_a_training_remembers_is_part_of_the_run(tmp_path):
     "Also where it is inside a `partial`, a decorated function or a method."
@@ -258,15 +263,15 @@ def test_constants_of_infinity_are_no_divergence(tmp_path):
 def test_a_notice_to_end_leaves_the_last_round_and_says_how_to_go_on(tmp_path, sent, code):
     "SIGTERM as a scheduler sends it, or Ctrl-C, while the second round is trained."
     args = 'prune --density .1 --iters 2 --batch-size 2 --device cpu --out m.safetensors'.split()
-    def hear(): signal.signal(signal.SIGINT, signal.default_int_handler) # a background script ignores it
-    said = dict(stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    command = [sys.executable, '-W', 'ignore', '-m', 'opentrans.cli', *args]
-    process = subprocess.Popen(command, env=ENV, cwd=tmp_path, preexec_fn=hear, **said)
+    (tmp_path/'said').mkdir()
+    words = ['-W', 'ignore', '-m', 'opentrans.cli', *args]
+    process = Forked(words, env=ENV, cwd=tmp_path, folder=tmp_path/'said')
     folder = tmp_path/'m.safetensors.run'
     wait_for(lambda: rounds(folder) >= 1, process)
     process.send_signal(sent)
-    said = process.communicate()[1]
-    assert process.returncode == code, said[-2000:]
+    ended = process.wait()
+    said = process.said()
+    assert ended == code, said[-2000:]
     assert "of 22 rounds are done and lie in 'm.safetensors.run': the same call goes on" in said, said[-2000:]
     assert 'Traceback' not in said, said[-2000:]
     assert rounds(folder) >= 1 and not (tmp_path/'m.safetensors').exists()
@@ -322,7 +327,7 @@ ENDS = dict(lost='lost another one', nan='ended with loss=nan', locked='Another 
 @pytest.mark.parametrize('what,told', ENDS.items())
 def test_two_processes_end_together(tmp_path, what, told):
     "One is killed, diverges or finds the folder taken: the other does not wait for ever, and the last round stays."
-    r = python('-c', PAIR, tmp_path, what)
+    r = forked('-c', PAIR, tmp_path, what, cwd=tmp_path)
     assert r.returncode == 0, r.stderr[-3000:]
     lines = r.stdout.splitlines()
     said = [line for line in lines if line[:2] in ('0:', '1:')]
@@ -631,7 +636,7 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path):
         transfer_checkpoint(mask, model.state_dict(), tmp_path/f't.{suffix}')
     stopped(tmp_path/'run')
     old = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
-    r = python('-c', FULL, cwd=tmp_path)
+    r = forked('-c', FULL, cwd=tmp_path)
     assert r.returncode == 0, r.stderr[-2000:]
     lines = r.stdout.splitlines()
     names = ('mask', 'baked', 'transfer', 'pth', 'pkl', 'imp')

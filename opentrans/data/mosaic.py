@@ -68,6 +68,8 @@ class PhotoMosaic(Dataset):
         # there is one, else the folders' own names
         names:dict[str, str]|str|Path|None=None,
         classes:Sequence[str]|None=None, # Folders to use; None: all
+        # Folders among them that make the group `'novel'`, all others `'base'`; empty: there are no groups
+        novel:Sequence[str]=(),
         n:int=512, # Number of scenes
         size:int|Sequence[int]=(192, 256), # (H, W) of a scene, or a number for both
         objects:tuple[int, int]=(2, 5), # Fewest and most things of a scene
@@ -103,7 +105,8 @@ class PhotoMosaic(Dataset):
         self.name = name
         self._find(classes)
         self.vocabulary = Vocabulary(self._called(names), templates)
-        self.ignore,self.things,self.groups = ignore_label(len(self.folders)),frozenset(range(len(self.folders))),{}
+        self.ignore,self.things = ignore_label(len(self.folders)),frozenset(range(len(self.folders)))
+        self.groups = self._grouped(novel)
 
     def _find(self, classes):
         "The photographs of each class."
@@ -136,6 +139,14 @@ class PhotoMosaic(Dataset):
                 f"{len(lost)} of {len(self.folders)} classes have no name, such as '{lost[0]}'. Give "
                 f"names={{'{lost[0]}': ...}}.")
         return [','.join(word.strip() for word in names[folder].split(',')) for folder in self.folders]
+
+    def _grouped(self, novel):
+        "The classes of each group."
+        for folder in novel:
+            if folder not in self.folders: raise unknown('novel class', folder, self.folders)
+        groups = dict(base=[], novel=[])
+        for k,folder in enumerate(self.folders): groups['novel' if folder in novel else 'base'].append(k)
+        return groups if novel else {}
 
     def picture(self,
         k:int, # Which class

@@ -159,6 +159,22 @@ def _connect(address):
 # Ctrl-C goes to all processes of a terminal: the one that asked hears it, and ends its workers
 _IGNORE_INTERRUPT = 'import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n'
 
+# %% ../../nbs/experiments/52_jobs.ipynb #e1f0a3c7
+# what a process that computes on the CPU is forked with; it would import them itself, in many seconds
+_IMPORTED = ['distributed', 'accelerate', 'transformers', 'opentrans.experiments.studies',
+             'opentrans.frameworks.deeplabv3']
+
+def _begin_with_imports(device):
+    """The settings by which processes of this machine are forked by a server that has imported everything. On a GPU,
+    and where forking is not safe, each is a new interpreter."""
+    if device != 'cpu' or not sys.platform.startswith('linux'):
+        return {'distributed.worker.multiprocessing-method': 'spawn'}
+    import dask
+    method = {'distributed.worker.multiprocessing-method': 'forkserver'}
+    # dask names what it preloads when it is asked first; ours comes after that
+    with dask.config.set(method): _distributed().utils.get_mp_context().set_forkserver_preload(_IMPORTED)
+    return method
+
 # %% ../../nbs/experiments/52_jobs.ipynb #f02c9df5
 @contextlib.contextmanager
 def _start_workers(count, device, each=1):
@@ -174,7 +190,7 @@ def _start_workers(count, device, each=1):
     ports = dict(host='127.0.0.1', port=0, dashboard=False, dashboard_address='127.0.0.1:0') # any that are free
     scheduler = dict(cls=distributed.Scheduler, options=ports)
     workers = {i: worker(i) for i in range(count)}
-    settings = {**_KEEP_MEMORY, 'distributed.worker.daemon': each == 1}
+    settings = {**_KEEP_MEMORY, **_begin_with_imports(device), 'distributed.worker.daemon': each == 1}
     with dask.config.set(settings), distributed.SpecCluster(workers, scheduler, **quiet) as cluster:
         with distributed.Client(cluster, set_as_default=False) as client: yield client
 

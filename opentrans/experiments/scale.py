@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'PICTURE', 'Number', 'Measured', 'Amount', 'Scale', 'get_scale', 'check_seeds', 'stored_scale',
-           'scale_label', 'open_world', 'world_of', 'weights_identity', 'open_clip_of', 'between', 'OpenDict',
-           'zero_shot', 'hardware', 'find_modules']
+           'scale_label', 'open_world', 'world_of', 'weights_identity', 'open_clip_of', 'open_things', 'between',
+           'OpenDict', 'zero_shot', 'hardware', 'find_modules']
 
 # %% ../../nbs/experiments/50_scale.ipynb #7c1eaa86
 import contextlib, copy, dataclasses, functools, hashlib, math, os, pkgutil, platform
@@ -203,7 +203,9 @@ class Scale:
         if self.preset != 'small': return {}
         pixels = dict(width=self.width, loss_stride=self.loss_stride, lean=self.lean, fine=self.fine)
         queries = dict(queries=24, layers=2, points=256)
-        return dict(deeplabv3=pixels, mask2former=queries, fcclip=queries).get(framework, {})
+        # thousands of cells and many names: at first all are unlikely
+        things = dict(prior=.02, scale=20., levels=('res3', 'res4', 'res5')) if self.data == 'photographs' else {}
+        return dict(deeplabv3=pixels, mask2former=queries, fcclip=queries, detector=things).get(framework, {})
 
 _REAL = ('ade20k_150', 'ade20k_847', 'cityscapes_19', 'context_59', 'context_459', 'voc_20')
 _RN50 = dict(backbone='RN50', pretrained='openai', quick_gelu=True, device='cuda', preset='paper', imp_lr=1e-4,
@@ -264,9 +266,21 @@ def _open_sets(root):
                 camvid=open_dataset('camvid', root))
     return {name: Resized(data, PICTURE) for name,data in sets.items()}
 
+def _tiny_folder(root):
+    "Where Tiny-ImageNet lies."
+    tiny = Path(root)/'tiny_imagenet'
+    if tiny.is_dir(): return tiny
+    raise OpenTransError(
+        f"There is no folder 'tiny_imagenet' in '{shorten(root)}' to compose scenes from. Give the root that has "
+        f"it, or mosaics=0.")
+
+def _tiny_names(root):
+    "The folders of Tiny-ImageNet."
+    return [line.split('\t')[0] for line in read_text(root/'names.tsv').splitlines() if line]
+
 def _tiny_imagenet(root, split, kept):
     "The tar of Tiny-ImageNet, and its classes: every fourth is kept back."
-    folders = [line.split('\t')[0] for line in read_text(root/'names.tsv').splitlines() if line]
+    folders = _tiny_names(root)
     return dict(source=root/f'{split}.tar',
                 classes=[folder for i,folder in enumerate(folders) if (i % 4 == 3) == kept])
 
@@ -275,13 +289,8 @@ def _open_photographs(mosaics, domain, seed, root):
     """MSRC without its novel names to train on, maybe with mosaics beside; all of it, CamVid and mosaics of names
     that were kept back to evaluate on."""
     world = dict(_open_sets(root))
-    tiny = Path(root)/'tiny_imagenet'
-    if not tiny.is_dir():
-        if mosaics:
-            raise OpenTransError(
-                f"There is no folder 'tiny_imagenet' in '{shorten(root)}' to compose scenes from. Give the root "
-                f"that has it, or mosaics=0.")
-        return world
+    if not mosaics and not (Path(root)/'tiny_imagenet').is_dir(): return world
+    tiny = _tiny_folder(root)
     if mosaics:
         beside = PhotoMosaic(n=mosaics, size=PICTURE, seed=seed, **_tiny_imagenet(tiny, 'train', False))
         world['train'] = Together([world['train'], beside])
@@ -341,6 +350,27 @@ def open_clip_of(
     clip = _open_clip(scale.backbone, scale.pretrained or scale.backbone, scale.output_stride, scale.quick_gelu,
                       weights_identity(scale))
     return clip.fresh_copy().to(pick_device(scale.device))
+
+# %% ../../nbs/experiments/50_scale.ipynb #0722659d
+@functools.lru_cache(maxsize=4)
+def _open_things(train, val, seed, root):
+    "Mosaics of base names to train on, and of all names to find; every fifth name of Tiny-ImageNet is one."
+    tiny = _tiny_folder(root)
+    names = _tiny_names(tiny)[::5]
+    novel = names[3::4]
+    base = [name for name in names if name not in novel]
+    return dict(train=PhotoMosaic(tiny/'train.tar', classes=base, n=train, size=PICTURE, seed=seed),
+                val=PhotoMosaic(tiny/'val.tar', classes=names, novel=novel, n=val, size=PICTURE, seed=seed))
+
+def open_things(
+    scale:Scale, # Sizes
+    seed:int, # Of the scenes
+)->dict: # `'train'` and `'val'`, which have things and groups of names
+    """The scenes of a study of detection: its own; of photographs, since MSRC has no single things, mosaics of 40
+    names of Tiny-ImageNet, of which every fourth is in no scene of training. Raises `OpenTransError` without them."""
+    if scale.data != 'photographs': return world_of(scale, seed, 'detector')
+    train = sum(scale.steps('detector'))*scale.batch_size
+    return _open_things(train, max(scale.val, 1), seed, str(data_root()))
 
 # %% ../../nbs/experiments/50_scale.ipynb #6db8373b
 def between(least:float, most:float):

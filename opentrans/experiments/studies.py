@@ -29,7 +29,7 @@ from .figures import (
     plot_costs, plot_courses, plot_density, plot_frameworks, plot_scenes, plot_similarity)
 from .jobs import hold_folders, run_jobs, seed_folders
 from .registry import find_masks, study, Study, STUDY_FILE
-from .scale import Measured, open_clip_of, Scale, stored_scale, world_of
+from .scale import Measured, open_clip_of, open_things, Scale, stored_scale, world_of
 from ..files import check_shape, FileKind, load_json, save_json
 from ..frameworks.contract import get_framework
 from ..heavy_tail import analyze
@@ -90,7 +90,7 @@ class _Detections(TypedDict):
 def train_detector(scale:Scale, seed:int, folder:str|Path, mask:str):
     "Train a detector under a mask, and write its average precision: `detector-MASK.json`."
     from opentrans.frameworks.detector import detection_ap
-    world = world_of(scale, seed, 'detector')
+    world = open_things(scale, seed)
     recipe = scale.recipe(sum(scale.steps('detector')), 'cosine', seed, 'detector')
     clip = open_clip_of(scale.of('detector'))
     opened = None if mask == 'dense' else open_mask(mask, scale, seed, folder)
