@@ -1,6 +1,6 @@
 """Two processes on the CPU, as `accelerate launch` starts them, once by it: what they compute is what one process
 computes, and the loss of one ends the run so that it can be continued."""
-import functools, json, os, signal, subprocess, sys, textwrap
+import functools, json, os, signal, subprocess, sys
 from pathlib import Path
 import pytest
 import torch
@@ -18,99 +18,18 @@ LAUNCH = [sys.executable, '-W', 'ignore', '-m', 'accelerate.commands.launch', '-
 ENV = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0',
            PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]))
 
-WORK = textwrap.dedent('''
-    import contextlib, hashlib, json, os, sys
-    from pathlib import Path
-    import torch
-    from torch import nn
-    from opentrans.core import LayerSelection, OpenTransError
-    from opentrans.data import ShapesWorld
-    from opentrans.files import lock_folder
-    from opentrans.processes import Processes
-    from opentrans.training import Recipe, evaluate, finetune
-    from opentrans.frameworks import build
-    from opentrans.frameworks.contract import tiny_backbone
-    from opentrans.metrics import PanopticQuality
-    from opentrans.pruning import SparseMask, imp
-    torch.set_num_threads(1)
-
-    class World(torch.utils.data.Dataset):
-        "Every pixel has a class, so that the mean over processes is the mean over pixels."
-        name,ignore = 'world',255
-        def __init__(self, n, poison=None, **kw): self.world,self.n,self.poison = ShapesWorld(n=n, size=32, **kw),n,poison; self.vocabulary = self.world.vocabulary
-        def __len__(self): return self.n
-        def __getitem__(self, i):
-            s = self.world[i]
-            return dict(s, labels=s['labels'].where(s['labels'] != 255, 0), image=s['image']*(float('nan') if i == self.poison else 1))
-
-    def new(world, **kw):
-        seg = build('deeplabv3', tiny_backbone(), vocabulary=world.vocabulary, preset='small', width=16, loss_stride=1, seed=0, **kw)
-        for m in seg.modules(): # the norms of the head see parts of a batch: hold them still, as norm='eval' does for the backbone
-            if isinstance(m, nn.BatchNorm2d): m.train = lambda mode=True, m=m: nn.Module.train(m, False)
-        return seg
-
-    RECIPE = Recipe.tiny().replace(iterations=4, batch_size=4, norm='eval', lr_warmup=0, lr=1e-2)
-
-    def digest(seg): return hashlib.sha256(b''.join(w.detach().numpy().tobytes() for w in seg.state_dict().values())).hexdigest()
-
-    def rounds(team, world):
-        "Algorithm 1 with a trainer that wraps the model: each process trains on images of its own, gradients are averaged."
-        tower = tiny_backbone().tower
-        model = nn.parallel.DistributedDataParallel(tower, find_unused_parameters=True) if team.n > 1 else tower
-        def train(m, r):
-            opt = torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=.05)
-            for i in range(2):
-                x = torch.stack([world[(2*r+i+k) % len(world)]['image'] for k in range(2)])
-                x = nn.functional.interpolate(x, 64)[team.rank::team.n]
-                opt.zero_grad(); (m(x)**2).mean().backward(); opt.step()
-        mask,_ = imp(model, train, density=.3, p=.3, criterion='magnitude')
-        return hashlib.sha256(b''.join(mask[n].numpy().tobytes() for n in mask.names)).hexdigest(), mask.density
-
-    def taken(team, world, folder):
-        "A run in a folder of which the first process alone knows that it is another's."
-        with lock_folder(folder) if team.main else contextlib.nullcontext(): finetune(new(world), world, RECIPE, checkpoint_dir=folder)
-
-    def main(out):
-        team,world = Processes(),World(8)
-        mask = SparseMask.magnitude(tiny_backbone().tower, .3)
-        half = LayerSelection(mask.names[::2], mask.names[1::2], 'every second')
-        seg = new(world); h = finetune(seg, world, RECIPE, selection=half, mask=mask, checkpoint_dir=f'{out}/run')
-        r = dict(rank=team.rank, n=team.n, loss=h.loss.tolist(), weights=digest(seg), zeros=[bool((w[~mask[n]] == 0).all()) for n,w in mask.weights(seg).items()])
-        r['parts'] = finetune(new(world), world, RECIPE.replace(iterations=2, accumulate=2)).loss.tolist()
-        val = ShapesWorld('val', n=5, size=32); e = evaluate(seg, val, batch_size=2) # 3 and 2 images
-        one = evaluate(seg, ShapesWorld('val', n=1, size=32))                         # one process has none
-        r.update(miou=e['miou'], accuracy=e['pixel_accuracy'], images=e['n_images'], single=one['miou'], alone=evaluate(seg, val, alone=True)['miou'])
-        q,g = PanopticQuality([True, True, False]),torch.Generator().manual_seed(0)
-        for i in range(5):
-            p,t = (torch.stack([torch.randint(0, 3, (4, 4), generator=g), torch.randint(0, 2, (4, 4), generator=g)], -1).repeat_interleave(4, 0).repeat_interleave(4, 1) for _ in 'pt')
-            if i % team.n == team.rank: q.update(p if i else t, t)
-        r['pq'] = (q if team.n == 1 else q.reduce(team.sum, team.device)).compute()['pq']
-        r['imp'] = rounds(team, world)
-        for name,run in dict(mask=lambda: finetune(new(world), world, RECIPE, mask=SparseMask.random(tiny_backbone().tower, .5, seed=team.rank)), odd=lambda: finetune(new(world), world, RECIPE.replace(batch_size=3)),
-                             nan=lambda: finetune(new(World(8, poison=5)), World(8, poison=5), RECIPE, checkpoint_dir=f'{out}/nan', checkpoint_every=1), device=lambda: finetune(new(world), world, RECIPE, device='cuda:1'),
-                             taken=lambda: taken(team, world, f'{out}/taken'), score=lambda: evaluate(new(World(8, poison=5)), World(8, poison=5), batch_size=1)).items():
-            try: run(); r[name] = 'nothing was said'
-            except OpenTransError as e: r[name] = str(e)
-        Path(f'{out}/rank{team.rank}.json').write_text(json.dumps(r))
-
-    if __name__ == '__main__':
-        main(sys.argv[1])
-        if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
-''')
-
-def in_two_and_one(d, work, env=ENV):
-    "The folder, what each of two processes says, and what one says that does the same."
-    (d/'work.py').write_text(work)
-    (d/'one').mkdir()
-    words = ['-W', 'ignore', d/'work.py']
-    alone = python(*words, d/'one', env=env, cwd=d)
-    for process in (alone, *two_processes(*words, d, env=env, cwd=d)):
+def in_two_and_one(folder, script):
+    "The folder, what each of two processes says that run a script beside this file, and what one says that runs it."
+    (folder/'one').mkdir()
+    words = ['-W', 'ignore', Path(__file__).with_name(script)]
+    alone = python(*words, folder/'one', env=ENV, cwd=folder)
+    for process in (alone, *two_processes(*words, folder, env=ENV, cwd=folder)):
         assert process.returncode == 0, process.stderr[-3000:]
-    return d,[json.loads((d/f'rank{r}.json').read_text())
-              for r in (0, 1)],json.loads((d/'one'/'rank0.json').read_text())
+    told = [json.loads((folder/f'rank{rank}.json').read_text()) for rank in (0, 1)]
+    return folder, told, json.loads((folder/'one'/'rank0.json').read_text())
 
 @pytest.fixture(scope='module')
-def both(tmp_path_factory): return in_two_and_one(tmp_path_factory.mktemp('two'), WORK)
+def both(tmp_path_factory): return in_two_and_one(tmp_path_factory.mktemp('two'), 'two_train.py')
 
 def test_two_processes_are_one(both):
     """Losses, and the weights they lead to, are those of one process with the same batches; every process has the
@@ -204,9 +123,11 @@ def test_a_notice_to_end_is_taken(tmp_path, sent):
     or 130."""
     args = ['finetune', '--out', tmp_path/'out', '--batch-size', 1, '--iterations', 500, '--print-every', 1,
             '--checkpoint-every', 1000]
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'opentrans.cli', *map(str, args)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENV, cwd=tmp_path,
-                         # pytest in the background of a script ignores it
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    # pytest in the background of a script ignores SIGINT, and so would the command
+    def hear(): signal.signal(signal.SIGINT, signal.default_int_handler)
+    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'opentrans.cli', *map(str, args)],
+                         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENV, cwd=tmp_path,
+                         preexec_fn=hear)
     lines = []
     for line in p.stderr:
         lines.append(line)
@@ -220,58 +141,10 @@ def test_a_notice_to_end_is_taken(tmp_path, sent):
 
 # --- distillation in Algorithm 1
 
-PRUNE = textwrap.dedent('''
-    import json, os, sys
-    import torch
-    from torch import nn
-    from opentrans.clip import ClipBackbone, small_clip
-    from opentrans.core import OpenTransError
-    from opentrans.distill import DistillTrainer
-    from opentrans.frameworks import build
-    from opentrans.processes import Processes
-    from opentrans.pruning import imp
-    from test_distill import CONFIG, Halves
-    torch.set_num_threads(1)
-
-    class Sizes(Halves):
-        "Images of several sizes, some of which have one region, and one of which has none that is large enough."
-        def __init__(self): super().__init__(8)
-        def __getitem__(self, i):
-            s, h, w = super().__getitem__(i), 64 - 8*(i%2), 96 - 8*(i%3)
-            s = {k: v[..., :h, :w] if k in ('image', 'labels', 'regions') else v for k,v in s.items()}
-            if i < 3: s.update(regions=s['regions'][:1], region_classes=s['region_classes'][:1])
-            if i == 5: s.update(regions=torch.zeros_like(s['regions']))
-            return s
-
-    def main(out):
-        team, told = Processes(), {}
-        model, tok = small_clip(dict(CONFIG, vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=32, image_size=64)), seed=0)
-        clip = ClipBackbone.from_model(model, tok, 'tiny')
-        cases = dict(frozen=dict(batch_norm='frozen'), norms=dict(batch_norm='train'), image=dict(batch_norm='frozen', pairs='image', loss='vgkd', optimizer='sgd', clip_grad=1.),
-                     windows=dict(batch_norm='frozen', crop=48, max_regions=5, workers=1), own=dict(batch_norm='frozen', teacher_mode='attention', loss=lambda v, r, t: (v-r).square().sum()))
-        for name,kw in cases.items():
-            net = clip.fresh_copy()
-            train = DistillTrainer(clip, Sizes(), **{**dict(iterations=3, lr=1e-3, batch_size=4), **kw})
-            mask, history = imp(net, train, density=.5, p=.3, checkpoint_dir=f'{out}/{name}')
-            told[name] = dict(loss=history.loss.tolist(), cached=sorted(map(list, train._cache)) if train._store is None else len(train._store.keys))
-            torch.save(dict(mask=dict(mask.items()), net=net.state_dict()), f'{out}/{name}.{team.rank}.pt')
-        seg = build('deeplabv3', clip.fresh_copy(), vocabulary=['left', 'right', 'top'], preset='small', seed=0)
-        told['own loss'] = dict(loss=imp(seg, DistillTrainer(seg, Sizes(), iterations=2, batch_size=4, segmentation=1.), density=.7, p=.3)[1].loss.tolist())
-        for name,kw in dict(odd=dict(batch_size=3), other=dict(lr=1e-3*(1+team.rank)), nan=dict(loss=lambda v, r, t: v.sum()*torch.nan)).items():
-            try: imp(clip.fresh_copy(), DistillTrainer(clip, Sizes(), **{**dict(iterations=2, batch_size=4), **kw}), density=.7, p=.3)
-            except OpenTransError as error: told[name] = str(error)
-        with open(f'{out}/rank{team.rank}.json', 'w') as file: json.dump(told, file)
-
-    if __name__ == '__main__':
-        main(sys.argv[1])
-        if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
-''')
-
 @pytest.fixture(scope='module')
 def pruned(tmp_path_factory):
     "Masks that two processes find, and those that one finds."
-    env = dict(ENV, PYTHONPATH=os.pathsep.join([str(root), str(root/'tests')]))
-    return in_two_and_one(tmp_path_factory.mktemp('prune'), PRUNE, env)
+    return in_two_and_one(tmp_path_factory.mktemp('prune'), 'two_prune.py')
 
 @pytest.mark.parametrize('case', ['frozen', 'norms', 'image', 'windows', 'own'])
 def test_two_processes_find_the_mask_of_one(pruned, case):

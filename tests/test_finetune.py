@@ -23,61 +23,12 @@ from forked import python
 
 KILLS = 5
 
-RUN = textwrap.dedent('''
-    import os, random, resource, signal, sys, time, torch
-    torch.set_num_threads(1)
-    from opentrans.core import LayerSelection
-    from opentrans.data import ShapesWorld
-    from opentrans.finetune import Recipe, finetune
-    from opentrans.frameworks import build
-    from opentrans.frameworks.contract import tiny_backbone
-    from opentrans.pruning import SparseMask
-    root,kills,rng = sys.argv[1],int(sys.argv[2]),random.Random(int(sys.argv[3]))
-    tiny_backbone() # reads the tokenizer's table once for all children
-
-    def train(folder, tell=lambda i: None):
-        world,clip = ShapesWorld(n=8, size=32),tiny_backbone()
-        mask = SparseMask.magnitude(clip.tower, .2)
-        seg = build('deeplabv3', clip, vocabulary=world.vocabulary, preset='small', width=16, dropout=.3, seed=0)
-        recipe = Recipe.tiny().replace(iterations=48, batch_size=3, crop=32, scale=(.7, 1.4))
-        half = LayerSelection(mask.names[::2], mask.names[1::2], 'every second')
-        finetune(seg, world, recipe, selection=half, mask=mask, checkpoint_dir=folder, checkpoint_every=3, callback=lambda f, row: tell(row['iteration']))
-
-    def child(folder, allowed=10**6, largest=None):
-        "Train in a process of its own that tells every iteration, and after so many that are allowed waits to be killed."
-        r,w = os.pipe()
-        pid = os.fork()
-        if pid: os.close(w); return pid,r
-        os.close(r)
-        told = []
-        def tell(iteration):
-            told.append(os.write(w, b'.'))
-            if len(told) > allowed: signal.pause()
-        if largest: signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
-        try: train(folder, tell); os._exit(0)
-        except BaseException as e: os.write(2, f'{type(e).__name__}: {e}'.encode()); os._exit(2)
-
-    def ends(folder, **kw): return os.waitstatus_to_exitcode(os.waitpid(child(folder, **kw)[0], 0)[1])
-
-    assert ends(root+'/whole') == 0
-    died = 0
-    for k in range(kills):
-        seen = rng.randint(1, 5)
-        pid,r = child(root+'/killed', allowed=seen)
-        for _ in range(seen): os.read(r, 1)
-        time.sleep(rng.uniform(0, .03)) # somewhere in the next iteration, which is the last that the child can finish
-        os.kill(pid, signal.SIGKILL); died += os.waitpid(pid, 0)[1] == signal.SIGKILL; os.close(r)
-    assert ends(root+'/killed') == 0
-    os.mkdir(root+'/full'); open(root+'/full/notes.txt', 'w').close()
-    print(died, ends(root+'/full', largest=1_000_000))
-''')
-
 @pytest.fixture(scope='module')
 def faults(tmp_path_factory):
     """A run left alone; one that is killed at five random moments and resumed; one on a disk that takes no file
     above 1 MB. (folder, killed, exit code, messages)"""
     d = tmp_path_factory.mktemp('faults')
-    words = ['-W', 'ignore', '-c', RUN, d, KILLS, random.randrange(10**6)]
+    words = ['-W', 'ignore', Path(__file__).with_name('killed_finetune.py'), d, KILLS, random.randrange(10**6)]
     p = python(*words, env=dict(os.environ, OMP_NUM_THREADS='1'), cwd=d)
     assert p.returncode == 0, p.stderr[-2000:]
     died,code = map(int, p.stdout.split()[-2:])
@@ -611,17 +562,25 @@ def test_any_values_make_a_recipe_or_a_sentence(values):
     else: assert all(0 <= recipe.lr_at(i) < float('inf') for i in (0, 1, recipe.iterations))
 
 HOLD = textwrap.dedent('''
-    import sys, torch
-    torch.set_num_threads(int(sys.argv[2])) # as here: sums in another order are other sums
+    import sys
+    import torch
     from opentrans.data import ShapesWorld
-    from opentrans.finetune import Recipe, finetune
     from opentrans.frameworks import build
     from opentrans.frameworks.contract import tiny_backbone
+    from opentrans.training import Recipe, finetune
+
+    folder, threads = sys.argv[1:]
+    torch.set_num_threads(int(threads))     # as in the test: sums in another order are other sums
+
+    def wait(framework, row):
+        if row['iteration'] != 1: return
+        print('at work', flush=True)
+        sys.stdin.readline()
+
     world = ShapesWorld(n=6, size=32)
     seg = build('deeplabv3', tiny_backbone(), vocabulary=world.vocabulary, preset='small', width=16, seed=0)
-    def wait(framework, row):
-        if row['iteration'] == 1: print('at work', flush=True); sys.stdin.readline()
-    finetune(seg, world, Recipe.tiny().replace(iterations=4, batch_size=2), checkpoint_dir=sys.argv[1], checkpoint_every=1, callback=wait)
+    recipe = Recipe.tiny().replace(iterations=4, batch_size=2)
+    finetune(seg, world, recipe, checkpoint_dir=folder, checkpoint_every=1, callback=wait)
 ''')
 
 def test_a_folder_is_free_when_its_run_is_dead(tmp_path, world):

@@ -53,8 +53,9 @@ def test_each_framework_has_a_check(script):
 ASKS = """
 import importlib, pkgutil, sys
 import opentrans
-for name in ('all', 'cka', 'clip', 'data', 'distill', 'frameworks', 'heavy_tail', 'pruning', 'training'): importlib.import_module(f'opentrans.{name}')
-for found in pkgutil.iter_modules(importlib.import_module('opentrans.frameworks').__path__, 'opentrans.frameworks.'):
+for part in ('all', 'cka', 'clip', 'data', 'distill', 'frameworks', 'heavy_tail', 'pruning', 'training'):
+    importlib.import_module(f'opentrans.{part}')
+for found in pkgutil.iter_modules(opentrans.frameworks.__path__, 'opentrans.frameworks.'):
     if 'detectron2' not in found.name: importlib.import_module(found.name)
 print(*sorted({name.split('.')[0] for name in sys.modules}))
 """

@@ -1,5 +1,6 @@
 "Masks across modules, libraries, files and processes: what the notebook's cells do not reach."
-import copy, json, os, struct, tempfile, textwrap
+import copy, json, os, struct, tempfile
+from pathlib import Path
 import numpy as np
 import pytest
 import torch
@@ -382,94 +383,25 @@ def test_two_four_masks_stay_two_four_in_training():
 
 # --- processes
 
-COMMON = textwrap.dedent('''
-    import os, random, signal, sys, time
-    import torch
-    from torch import nn
-    from opentrans.pruning import SparseMask, imp
-    torch.set_num_threads(1)
-    d,kw = sys.argv[1],dict(density=.25, p=.2, seed=3)
-    def net():
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, 3))
-    def train(model, round, iters=2):
-        opt = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for _ in range(iters): opt.zero_grad(); model(torch.randn(4, 3, 8, 8)).square().mean().backward(); opt.step()
-    def fork(f, *args):
-        if pid := os.fork(): return pid
-        try: f(*args); os._exit(0)
-        except BaseException:
-            import traceback; traceback.print_exc(); os._exit(9)
-    def end(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-''')
-
 def run(script, *args):
+    "What a script beside this file prints; it ends without an error."
     env = dict(os.environ, OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0')
     with tempfile.TemporaryDirectory() as folder:
-        r = python('-c', COMMON+textwrap.dedent(script), *args, env=env, cwd=folder)
+        r = python(Path(__file__).with_name(script), *args, env=env, cwd=folder)
     assert r.returncode == 0, r.stderr[-3000:]
     return r.stdout
 
 def test_kill_nine_at_any_moment_and_resume(tmp_path):
     """Processes are killed at random times, and once in the middle of writing; mask, weights, norms' statistics and
     history end as without a kill."""
-    out = run('''
-        random.seed(0)
-        for rewind in (None, 'start'):
-            folder,codes = f'{d}/{rewind}',[]
-            def work(pipe, at_write, allowed):
-                "Tells each third of a round; after so many that are allowed, and one more, waits to be killed."
-                if at_write: os.replace = lambda *a: os.kill(os.getpid(), signal.SIGKILL)
-                thirds = []
-                def tell():
-                    thirds.append(os.write(pipe, b'.'))
-                    if len(thirds) > allowed: signal.pause()
-                def told(model, r): tell(); train(model, r, 1); tell(); train(model, r, 1); tell()
-                imp(net(), told, rewind=rewind, checkpoint_dir=folder, **kw)
-            def twice(model, r): return [train(model, r, 1), train(model, r, 1)][0]
-            mask,h = imp(whole := net(), twice, rewind=rewind, **kw)
-            for i in range(40):
-                seen = random.randint(1, 7)                                           # so many thirds of a round
-                out,pipe = os.pipe(); pid = fork(work, pipe, i == 2, seen if i != 2 else 100); os.close(pipe)
-                for _ in range(seen): os.read(out, 1)
-                if i != 2: time.sleep(random.uniform(0, .02)); os.kill(pid, signal.SIGKILL)
-                codes.append(end(pid)); os.close(out)
-                if codes[-1] == 0: break
-            assert codes[-1] == 0 and codes.count(-9) >= 3 and 9 not in codes, codes
-            again,calls = net(),[]
-            m2,h2 = imp(again, lambda model, r: calls.append(r), rewind=rewind, checkpoint_dir=folder, **kw)
-            assert not calls and m2 == mask
-            assert all(torch.equal(t, again.state_dict()[k]) for k,t in whole.state_dict().items())
-            assert h.drop(columns='seconds').equals(h2.drop(columns='seconds'))
-            print('killed', codes.count(-9))
-    ''', tmp_path)
+    out = run('killed_imp.py', tmp_path)
     assert out.count('killed') == 2
 
 def test_two_processes_find_the_same_mask(tmp_path):
     """accelerate with two ranks: the same mask and weights on both, also when a rank's weights drift, also after a
     resume."""
     pytest.importorskip('accelerate')
-    run('''
-        from accelerate import Accelerator
-        kw.update(density=.5, p=.3)
-        def drift(model, r):
-            with torch.no_grad(): model.module[3].weight.add_(.01*torch.distributed.get_rank()*torch.randn_like(model.module[3].weight))
-        def rank(r):
-            os.environ.update(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=sys.argv[2], ACCELERATE_USE_CPU='true')
-            acc = Accelerator(cpu=True)
-            model = acc.prepare(net()); assert isinstance(model, nn.parallel.DistributedDataParallel)
-            mask,_ = imp(model, train, checkpoint_dir=d, **kw)
-            mask.save(f'{d}/m{r}.safetensors'); torch.save(model.module.state_dict(), f'{d}/w{r}.pth')
-            acc.wait_for_everyone()
-            again,_ = imp(acc.prepare(net()), train, checkpoint_dir=d, **kw); assert again == mask
-            far,_ = imp(acc.prepare(net()), drift, **kw); far.save(f'{d}/f{r}.safetensors')
-            acc.wait_for_everyone(); torch.distributed.destroy_process_group()
-        assert [end(p) for p in [fork(rank, 0), fork(rank, 1)]] == [0, 0]
-        for x in 'mf': assert SparseMask.load(f'{d}/{x}0.safetensors') == SparseMask.load(f'{d}/{x}1.safetensors')
-        a,b = (torch.load(f'{d}/w{r}.pth', weights_only=True) for r in range(2))
-        m = SparseMask.load(f'{d}/m0.safetensors')
-        assert all(torch.equal(a[n], b[n]) and (a[n][~m[n]] == 0).all() for n in m.names)
-    ''', tmp_path, 20000+os.getpid()%20000)
+    run('two_imp.py', tmp_path, 20000+os.getpid()%20000)
 
 # --- other runtimes
 

@@ -83,89 +83,6 @@ def rewritten(file, change, out=None):
 
 # --- a break changes nothing --------------------------------------------------------------------------------
 
-WORLD = textwrap.dedent('''
-    import os, shutil, signal, sys, time, traceback
-    import torch
-    import torch.distributed as dist
-    from opentrans.clip import ClipBackbone, small_clip
-    from opentrans.distill import DistillTrainer
-    from opentrans.pruning import SparseMask, imp
-    from test_distill import CONFIG, Halves
-    from test_runs import rounds
-    torch.set_num_threads(1)
-    d, mode, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
-
-    class Sizes(Halves):
-        "Images of several sizes: an embedding depends on the images that it was computed with."
-        def __getitem__(self, i):
-            h, w = 32 + 8*(i%3), 32 + 8*(i%4)
-            sample = super().__getitem__(i)
-            return dict(sample, **{k: sample[k][..., :h, 32-i:32-i+w] for k in ('image', 'labels', 'regions')})
-
-    vision = dict(layers=[1, 1, 1, 1], width=4, head_width=32, image_size=64)
-    model, tok = small_clip(dict(CONFIG, vision_cfg=vision), seed=0)
-    clip = ClipBackbone.from_model(model, tok, 'tiny')
-
-    def run(folder, rank, cold=False):
-        "A run in one of n processes, which share a batch; writes what it ends with."
-        if n > 1:
-            os.environ.update(WORLD_SIZE=str(n), RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(n), MASTER_ADDR='localhost', MASTER_PORT='0', ACCELERATE_USE_CPU='true') # as a launcher tells
-            dist.init_process_group('gloo', init_method=f'file://{folder}.store', rank=rank, world_size=n)
-        train, net = DistillTrainer(clip, Sizes(), iterations=40, lr=3e-3, batch_size=2, max_regions=3, teacher_mode=mode), clip.fresh_copy()
-        if cold: train.load_state_dict = lambda state: None
-        mask, history = imp(net, train, density=.5, p=.3, checkpoint_dir=folder, checkpoint_every=15)
-        torch.save(dict(mask=dict(mask.items()), net=net.state_dict(), log=train.log, history=history.drop(columns='seconds').to_dict('list')), f'{folder}.{rank}.pt')
-
-    def start(folder, **kw):
-        "The processes of a run, begun together."
-        if os.path.exists(f'{folder}.store'): os.remove(f'{folder}.store')
-        pids = []
-        for rank in range(n):
-            if pid := os.fork(): pids.append(pid)
-            else:
-                try:
-                    run(folder, rank, **kw)
-                    os._exit(0)
-                except BaseException:
-                    traceback.print_exc()
-                    os._exit(9)
-        return pids
-
-    def end(pids): return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-
-    def killed(folder, after, within=False):
-        "A run that is killed once so many rounds are whole, or once there is a checkpoint within the next."
-        pids = start(folder)
-        def seen(): return rounds(folder) >= after and (os.path.exists(f'{folder}/round.safetensors') or not within)
-        while not seen() and not os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT): time.sleep(.002)
-        for pid in pids: os.kill(pid, signal.SIGKILL)
-        codes = end(pids)
-        assert -9 in codes and {*codes} <= {-9, 9}, codes # one may see the other go before it is gone itself
-        return rounds(folder)
-
-    def same(a, b):
-        if isinstance(a, torch.Tensor): return torch.equal(a, b)
-        if isinstance(a, dict): return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-        return a == b
-
-    def ended(folder): return [torch.load(f'{folder}.{rank}.pt', weights_only=True) for rank in range(n)]
-
-    assert end(start(f'{d}/whole')) == [0]*n
-    assert killed(f'{d}/cut', 0) == 0
-    assert killed(f'{d}/cut', 0, within=True) == 0
-    assert killed(f'{d}/cut', 1, within=True) == 1
-    shutil.copytree(f'{d}/cut', f'{d}/cold')
-    assert os.path.exists(f'{d}/cold/round.safetensors') and os.path.exists(f'{d}/cold/teacher-00000.safetensors')
-    for name in os.listdir(f'{d}/cold'):
-        if name.startswith(('round', 'teacher')): os.remove(f'{d}/cold/{name}')
-    assert end(start(f'{d}/cut')) == [0]*n and end(start(f'{d}/cold', cold=True)) == [0]*n
-    whole, cut, cold = (ended(f'{d}/{name}') for name in ('whole', 'cut', 'cold'))
-    assert not os.path.exists(f'{d}/cut/round.safetensors')
-    for rank in range(n): assert [k for k in whole[rank] if not same(whole[rank][k], cut[rank][k])] == [], rank
-    assert same(whole[0]['net'], whole[-1]['net']) and same(whole[0]['mask'], whole[-1]['mask'])
-    print('without its memory:', same(whole[0]['net'], cold[0]['net']))
-''')
-
 ALSO = [pytest.param(*case, marks=pytest.mark.slow) for case in (('crop', 1), ('crop', 2), ('attention', 1))]
 
 @pytest.mark.parametrize('mode,n', [('attention', 2), *ALSO])
@@ -173,7 +90,7 @@ def test_a_killed_run_ends_as_one_without_a_break(tmp_path, mode, n):
     """Forty iterations a round, kill -9 at the start, behind a checkpoint within the first round and behind one
     within the second, in one process or two: mask, weights, history and log are equal to the last bit. Without
     what the trainer remembers they are not."""
-    r = forked('-c', WORLD, tmp_path, mode, n, cwd=tmp_path)
+    r = forked(tests/'killed_distill.py', tmp_path, mode, n, cwd=tmp_path)
     assert r.returncode == 0, r.stderr[-3000:]
     assert 'without its memory: False' in r.stdout, 'this world would not show the failure'
 
@@ -286,48 +203,12 @@ def test_a_handler_of_the_program_stays(tmp_path):
     finally: signal.signal(signal.SIGTERM, before)
     assert heard == [1]
 
-PAIR = textwrap.dedent('''
-    import os, signal, sys, time
-    import torch
-    import torch.distributed as dist
-    from opentrans.core import OpenTransError
-    from opentrans.files import lock_folder
-    from opentrans.pruning import imp
-    from test_runs import noise, rounds, small
-    torch.set_num_threads(1)
-    d, what = sys.argv[1:]
-
-    def work(rank):
-        dist.init_process_group('gloo', init_method=f'file://{d}/store', rank=rank, world_size=2)
-        def round(model, r):
-            if what == 'lost' and r == 1 and rank == 1: os.kill(os.getpid(), signal.SIGKILL)
-            if what == 'nan' and r == 1 and rank == 1:
-                with torch.no_grad(): model[0][1].bias.fill_(float('nan'))
-            return noise(model, r)
-        try: imp(small(), round, checkpoint_dir=f'{d}/run', density=.5, p=.2)
-        except OpenTransError as error:
-            print(f'{rank}: {error}\\n', end='', flush=True) # in one piece
-            os._exit(error.exit_code)
-        os._exit(0)
-
-    def both():
-        pids = []
-        for rank in (0, 1):
-            if pid := os.fork(): pids.append(pid)
-            else: work(rank)
-        return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-
-    if what == 'locked':
-        with lock_folder(f'{d}/run'): print(both())
-    else: print(both(), rounds(f'{d}/run'))
-''')
-
 ENDS = dict(lost='lost another one', nan='ended with loss=nan', locked='Another run is at work')
 
 @pytest.mark.parametrize('what,told', ENDS.items())
 def test_two_processes_end_together(tmp_path, what, told):
     "One is killed, diverges or finds the folder taken: the other does not wait for ever, and the last round stays."
-    r = forked('-c', PAIR, tmp_path, what, cwd=tmp_path)
+    r = forked(tests/'two_end.py', tmp_path, what, cwd=tmp_path)
     assert r.returncode == 0, r.stderr[-3000:]
     lines = r.stdout.splitlines()
     said = [line for line in lines if line[:2] in ('0:', '1:')]
@@ -624,7 +505,9 @@ FULL = textwrap.dedent('''
     resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
     for name, work in works.items():
         try: work()
-        except OpenTransError as error: print(name, error.exit_code, str(error)[:90].replace(chr(10), ' '), flush=True)
+        except OpenTransError as error:
+            said = str(error)[:90].replace(chr(10), ' ')
+            print(name, error.exit_code, said, flush=True)
 ''')
 
 def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path):

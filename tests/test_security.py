@@ -6,49 +6,6 @@ import pytest
 
 root = Path(__file__).resolve().parent.parent
 
-WATCH = '''
-import contextlib, io, json, os, sys, traceback
-forged, marker = sys.argv[1:3]
-seen = []
-NET = ('socket.connect', 'socket.getaddrinfo', 'socket.gethostbyname', 'socket.sendto', 'socket.bind',
-       'urllib.Request', 'http.client.connect')
-RUN = ('subprocess.Popen', 'os.system', 'os.exec', 'os.posix_spawn', 'os.spawn', 'pty.spawn')
-def hook(event, args):
-    if event in NET:
-        seen.append(f'{event} {args[-2:]!r}'[:200])
-        raise PermissionError(f'no network in this test: {event}')
-    if event in RUN and 'opentrans' not in repr(args): seen.append(f'{event} {args[:2]!r}'[:200])
-    if event == 'exec' and forged in str(getattr(args[0], 'co_filename', '')): seen.append(f'exec {args[0].co_filename}')
-    if event == 'compile' and forged in str(args[1]): seen.append(f'compile {args[1]}')
-
-import torch, transformers, open_clip, pandas
-from opentrans import cli
-import opentrans.all
-torch.set_num_threads(1)
-sys.addaudithook(hook)
-
-def command(args):
-    sys.argv = ['opentrans', *args]
-    try: cli.main()
-    except SystemExit as ended: return ended.code or 0
-    return 0
-
-def call(text):
-    exec(text, {})
-    return 0
-
-for line in sys.stdin:
-    told = json.loads(line)
-    before, out, code = len(seen), io.StringIO(), 'traceback'
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        try: code = command(told) if isinstance(told, list) else call(told)
-        except BaseException as error:
-            if isinstance(error, opentrans.all.OpenTransError): code, _ = 2, print(error)
-            else: traceback.print_exc()
-    print(json.dumps(dict(told=told, code=code, said=out.getvalue()[-1500:], seen=seen[before:], ran=os.path.exists(marker))), flush=True)
-    if os.path.exists(marker): os.unlink(marker)
-'''
-
 class Runs:
     "Makes a file when it is unpickled."
     def __init__(self, marker): self.marker = marker
@@ -120,9 +77,9 @@ class Watched:
         env.update(HOME=str(home), HF_HOME=str(home/'hf'), XDG_CACHE_HOME=str(home), OMP_NUM_THREADS='1',
                    OPENTRANS_PROGRESS='0', PYTHONPATH=str(root), MPLBACKEND='agg')
         self.errors = open(home/'errors.txt', 'w+')
-        self.process = subprocess.Popen([sys.executable, '-c', WATCH, str(forged), str(forged/'marker')],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-                                        text=True, env=env, cwd=home)
+        words = map(str, (root/'tests'/'watched.py', forged, forged/'marker'))
+        self.process = subprocess.Popen([sys.executable, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=self.errors, text=True, env=env, cwd=home)
 
     def __call__(self, jobs):
         return [self.do(job) for job in jobs]
