@@ -10,6 +10,7 @@ from PIL import Image
 from opentrans.data import (
     CAMVID_NAMES, collate, MSRC_NAMES, MSRC_NOVEL, open_dataset, PhotoMosaic, Resized, Together)
 from opentrans.errors import OpenTransError
+from opentrans.experiments.scale import open_things, SCALES
 
 DATA = Path(__file__).resolve().parents[1]/'../shared/data'
 needs_data = pytest.mark.skipif(not (DATA/'msrc').is_dir(), reason='the photographs are not at ../shared/data')
@@ -175,6 +176,24 @@ def test_the_world_of_photographs(monkeypatch):
     more = open_world(scale.changed(dict(mosaics='50')), 0)
     assert (len(more['train']) == 397
             and not set(more['train'].vocabulary.entries) & set(world['mosaic'].vocabulary.entries))
+
+def test_things_of_photographs(tmp_path, monkeypatch):
+    "Every fifth name of Tiny-ImageNet is looked for, and every fourth of these is in no scene of training."
+    tiny = tmp_path/'tiny_imagenet'
+    folders = [f'n{number:02}' for number in range(20)]
+    for number,name in enumerate(folders): save(np.full((8, 8, 3), number, np.uint8), tiny/name/'0.png')
+    (tiny/'names.tsv').write_text(''.join(f'{name}\tthing {name}\n' for name in folders))
+    for split in ('train', 'val'):
+        with tarfile.open(tiny/f'{split}.tar', 'w') as tar:
+            for name in folders: tar.add(tiny/name, name)
+    monkeypatch.setenv('DETECTRON2_DATASETS', str(tmp_path))
+    world = open_things(SCALES['photo'], 0)
+    assert world['train'].folders == ['n00', 'n05', 'n10'] and world['val'].folders == ['n00', 'n05', 'n10', 'n15']
+    assert world['val'].groups == dict(base=[0, 1, 2], novel=[3]) and len(world['train']) == 250*8
+    assert world['val'][0]['regions'].any() and 'thing n15' in world['val'].vocabulary.names
+    monkeypatch.setenv('DETECTRON2_DATASETS', str(tiny))
+    with pytest.raises(OpenTransError, match="no folder 'tiny_imagenet' in .* Give the root that has it\\."):
+        open_things(SCALES['photo'], 0)
 
 def test_a_lean_head_begins_with_what_clip_says():
     "Before any step its answer is CLIP's own; a step reaches tower and head."

@@ -266,13 +266,13 @@ def _open_sets(root):
                 camvid=open_dataset('camvid', root))
     return {name: Resized(data, PICTURE) for name,data in sets.items()}
 
-def _tiny_folder(root):
+def _tiny_folder(root, otherwise=''):
     "Where Tiny-ImageNet lies."
     tiny = Path(root)/'tiny_imagenet'
     if tiny.is_dir(): return tiny
     raise OpenTransError(
         f"There is no folder 'tiny_imagenet' in '{shorten(root)}' to compose scenes from. Give the root that has "
-        f"it, or mosaics=0.")
+        f"it{otherwise}.")
 
 def _tiny_names(root):
     "The folders of Tiny-ImageNet."
@@ -290,7 +290,7 @@ def _open_photographs(mosaics, domain, seed, root):
     that were kept back to evaluate on."""
     world = dict(_open_sets(root))
     if not mosaics and not (Path(root)/'tiny_imagenet').is_dir(): return world
-    tiny = _tiny_folder(root)
+    tiny = _tiny_folder(root, ', or mosaics=0')
     if mosaics:
         beside = PhotoMosaic(n=mosaics, size=PICTURE, seed=seed, **_tiny_imagenet(tiny, 'train', False))
         world['train'] = Together([world['train'], beside])
