@@ -13,11 +13,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from typing_extensions import NotRequired, TypedDict
-import open_clip
 import opentrans
 from ..errors import FormatError, is_timms_own, OpenTransError, shorten, unknown
 from ..files import load_json
-from ..runtime import seeded
+from ..runtime import seeded, without_collection
+with without_collection(): import open_clip
 
 # %% ../../nbs/clip/21_small_clip.ipynb #65fde109
 ASSETS = Path(opentrans.__file__).parent/'assets'
