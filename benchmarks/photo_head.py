@@ -49,10 +49,9 @@ def log_probabilities(seg, untouched, image, text):
 def judge(seg, untouched, data, ensembles):
     "mIoU in percent over base and over novel names, for each ensemble."
     text = untouched.encode_text(data.vocabulary)
+    groups = data.groups or dict(base=list(range(len(text))))
     novel = torch.zeros(len(text), dtype=torch.bool)
-    novel[data.groups.get('novel', [])] = True
-    groups = {name: inside.nonzero().flatten().tolist() for name,inside in (('base', ~novel), ('novel', novel))}
-    groups = {name: classes for name,classes in groups.items() if classes}
+    novel[groups.get('novel', [])] = True
     scores = [SemanticIoU(len(text), data.ignore) for _ in ensembles]
     for i in range(len(data)):
         sample = data[i]

@@ -23,7 +23,7 @@ from ..data.samples import collate, read_sample
 from ..data.vocabulary import Vocabulary
 from ..errors import check_number, OpenTransError, unknown
 from ..escape import for_plot
-from .contract import Framework, register_framework, resize, Scores, text_logits
+from .contract import Framework, register_framework, resize, Scores, text_logits, trained_with
 from .queries import batch_regions, QueryFramework
 from ..runtime import get_axes, device_of, eval_mode
 
@@ -178,7 +178,7 @@ class Detector(Framework):
     def clip_weight(self, text:torch.Tensor):
         "The weight of CLIP itself for each name (K): `alpha` for those of training, `beta` for others."
         if self.vocabulary is None: return text.new_full((len(text),), self.beta)
-        seen = (F.normalize(text, dim=-1) @ self.text().to(text).T).amax(1) > 1-1e-5
+        seen = trained_with(F.normalize(text, dim=-1), self.text())
         return torch.where(seen, self.alpha, self.beta).to(text)
 
     def cells(self, images:torch.Tensor, maps:list[torch.Tensor]):

@@ -16,7 +16,7 @@ from torch import nn
 import torch.nn.functional as F
 from ..data.vocabulary import Vocabulary
 from ..errors import OpenTransError
-from .contract import ADAMW, JITTER, register_framework, resize
+from .contract import ADAMW, JITTER, register_framework, resize, trained_with
 from .published import head_names, put_weights, rename, weights_of
 from .queries import (
     batch_regions, DecoderPair, HeadSizes, MaskDecoder, PixelDecoder, QueryFramework, SetLoss)
@@ -156,7 +156,7 @@ class _Words(QueryFramework):
         seen = torch.zeros(len(classes), dtype=torch.bool, device=classes.device)
         if self.vocabulary is not None:
             for trained in (self.text().embeddings, super().text()): # a word, or a class as the backbone embeds it
-                seen |= (classes @ trained.to(classes).T).amax(1) > 1-1e-5
+                seen |= trained_with(classes, trained)
         return ClassWords.of_classes(classes, seen)
 
     def example_inputs(self,
