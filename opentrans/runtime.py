@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['RETIRED', 'LINE_EVERY', 'Handle', 'around_step', 'held_by', 'after_step', 'signal_handlers', 'eval_mode',
-           'without_collection', 'seed_everything', 'seeded', 'pick_device', 'device_of', 'to_device', 'check_images',
-           'label_loss_of', 'cosine_share', 'time_left', 'is_quiet', 'progress', 'get_axes', 'figure_png',
-           'write_names', 'stored_result']
+           'without_collection', 'check_may_begin_processes', 'usual_start_method', 'seed_everything', 'seeded',
+           'pick_device', 'device_of', 'to_device', 'check_images', 'label_loss_of', 'cosine_share', 'time_left',
+           'is_quiet', 'progress', 'get_axes', 'figure_png', 'write_names', 'stored_result']
 
 # %% ../nbs/00_runtime.ipynb #77d8f6f4
-import contextlib, gc, io, math, os, random, signal, threading, weakref
+import contextlib, gc, io, math, multiprocessing, os, random, signal, threading, weakref
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, Callable
@@ -110,6 +110,22 @@ def without_collection():
     try: yield
     finally:
         if collects: gc.enable()
+
+# %% ../nbs/00_runtime.ipynb #f9eddaba
+def check_may_begin_processes(
+    why:str, # What they are for: the beginning of a sentence
+):
+    "Raises `OpenTransError` where the system lets this process have no others: in a daemon, as workers of dask are."
+    if multiprocessing.current_process().daemon:
+        raise OpenTransError(
+            f"{why}, and a worker that is a daemon may not begin them. Start the workers with the environment "
+            f"variable DASK_DISTRIBUTED__WORKER__DAEMON=False.")
+
+def usual_start_method():
+    """Let this process begin others as the one of a terminal does. One that was itself begun by 'spawn' or
+    'forkserver' would begin all its own so, and each would import everything anew."""
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+
 
 # %% ../nbs/00_runtime.ipynb #06059c19
 def seed_everything(

@@ -3,7 +3,7 @@
 A fresh interpreter takes ten seconds of a core to import torch, open_clip and this package. Here a server imports
 them once for each worker of pytest, and forks for each process that a test asks for. What the start of the command
 itself must do (its imports, a terminal, a launcher) is tested with `subprocess`."""
-import functools, multiprocessing, os, runpy, signal, subprocess, sys, tempfile, types, warnings
+import functools, gc, multiprocessing, os, runpy, signal, subprocess, sys, tempfile, types, warnings
 from pathlib import Path
 from conftest import free_port, IMPORTED, PATIENCE
 
@@ -34,6 +34,8 @@ def run_here(words):
 
 def work(words, environment, folder, out, err):
     "The life of a forked process."
+    gc.freeze()     # what the server has imported is no garbage
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

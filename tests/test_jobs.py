@@ -1,9 +1,10 @@
 "Jobs in this process, in processes of this machine, and on a scheduler with workers of their own."
-import dataclasses, json, multiprocessing, os, signal, subprocess, sys
+import dataclasses, json, multiprocessing, os, re, signal, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
 from opentrans import experiments as ex
+from opentrans.data.batches import sample_batches
 from opentrans.errors import OpenTransError
 from opentrans.experiments.shared import share_job
 from opentrans.pruning import SparseMask
@@ -89,11 +90,29 @@ def test_a_study_survives_the_loss_of_a_worker(tmp_path, cluster, one_thread):
     assert processes[name].poll() is not None and len(there) == 4
 
 def test_seeds_share_the_processes(tmp_path, one_thread):
-    "Two seeds in two processes of this machine give what each gives alone."
+    """Two seeds in two processes of this machine, which let a third and a fourth read their samples, give what each
+    gives alone."""
     arms, scale = [ex.Arm('dense', tables=())], ex.SCALES['smoke']
-    both = ex.run_arms(scale, (0, 1), tmp_path/'both', 'processes:2', arms)
+    read_ahead = dataclasses.replace(scale, loaders=1)
+    both = ex.run_arms(read_ahead, (0, 1), tmp_path/'both', 'processes:2', arms)
     alone = [ex.run_arms(scale, n, tmp_path/f'alone{n}', 'local', arms)[0] for n in (0, 1)]
     assert [r['miou'] for r in both] == [r['miou'] for r in alone] and both[0]['miou'] != both[1]['miou']
+
+def read_in_two(box):
+    "Tell what a loader says of processes that read samples."
+    try: box.put(next(sample_batches([0, 1], [[0, 1]], workers=1)))
+    except OpenTransError as error: box.put(str(error))
+
+@pytest.mark.parametrize('daemon, told', [(False, r'\[0, 1\]'),
+                                          (True, '1 processes are to read samples.*DAEMON=False')])
+def test_a_daemon_is_told_that_it_may_not_begin_processes(daemon, told):
+    "As a worker that somebody else has started, unless it was told otherwise."
+    context = multiprocessing.get_context('fork')
+    box = context.Queue()
+    process = context.Process(target=read_in_two, args=(box,), daemon=daemon)
+    process.start()
+    assert re.match(told, str(box.get(timeout=PATIENCE)))
+    process.join(PATIENCE)
 
 def test_an_error_of_a_job_is_raised_where_it_was_asked_for():
     """What a job raises in a worker is raised here, of the same class; a job that costs its worker each time is

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset
 from ..errors import check_number, OpenTransError
+from ..runtime import check_may_begin_processes
 
 # %% ../../nbs/data/13_batches.ipynb #84c68401
 def sample_batches(
@@ -21,6 +22,7 @@ def sample_batches(
 )->Iterator[list]:
     "The samples of each batch in turn, as lists: the same ones whoever reads them."
     if processes is not None: order = processes.shard(order)
+    if workers: check_may_begin_processes(f"{workers} processes are to read samples")
     return iter(DataLoader(samples, batch_sampler=order, num_workers=workers, collate_fn=list, generator=generator))
 
 def random_window(

@@ -17,7 +17,7 @@ from .arms import (
 from .scale import open_world, Scale, weights_identity
 from .shared import share_job
 from ..files import FileKind, load_json, lock_folder, plain_json, save_json
-from ..runtime import is_quiet, progress
+from ..runtime import is_quiet, progress, usual_start_method
 
 # %% ../../nbs/experiments/52_jobs.ipynb #de8b31ad
 def _core_count():
@@ -124,6 +124,7 @@ def _do_job(function, args, settings):
     "A job inside a worker."
     with _ONE:
         os.environ.update(settings)
+        usual_start_method()
         torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS') or 1))
         return function(*args)
 
@@ -178,8 +179,8 @@ def _begin_with_imports(device):
 # %% ../../nbs/experiments/52_jobs.ipynb #f02c9df5
 @contextlib.contextmanager
 def _start_workers(count, device, each=1):
-    """A client of workers on this machine, which end with the block. What they use of memory is not limited. Where
-    jobs are shared, they may begin processes of their own."""
+    """A client of workers on this machine, which end with the block. What they use of memory is not limited. They may
+    begin processes of their own, which read data or share a job."""
     distributed = _distributed()
     import dask
     quiet = dict(silence_logs=logging.CRITICAL)
@@ -190,7 +191,7 @@ def _start_workers(count, device, each=1):
     ports = dict(host='127.0.0.1', port=0, dashboard=False, dashboard_address='127.0.0.1:0') # any that are free
     scheduler = dict(cls=distributed.Scheduler, options=ports)
     workers = {i: worker(i) for i in range(count)}
-    settings = {**_KEEP_MEMORY, **_begin_with_imports(device), 'distributed.worker.daemon': each == 1}
+    settings = {**_KEEP_MEMORY, **_begin_with_imports(device), 'distributed.worker.daemon': False}
     with dask.config.set(settings), distributed.SpecCluster(workers, scheduler, **quiet) as cluster:
         with distributed.Client(cluster, set_as_default=False) as client: yield client
 

@@ -6,13 +6,14 @@
 __all__ = ['share_job']
 
 # %% ../../nbs/experiments/52b_shared.ipynb #f81c3a56
-import multiprocessing, os, signal, socket, warnings
+import os, signal, socket, warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from ..errors import check_number, OpenTransError
+from ..runtime import check_may_begin_processes, usual_start_method
 
 # %% ../../nbs/experiments/52b_shared.ipynb #92e6f5c0
 def _free_port():
@@ -34,6 +35,7 @@ def _do_part(rank, count, port, device, box, function, args):
     "What one of the processes does: the job, and tell what came of it."
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C goes to all: the one that asked ends them
     _join_group(rank, count, port, device)
+    usual_start_method()
     try: result = function(*args)
     except OpenTransError as error:
         box.put((error, None))
@@ -42,13 +44,6 @@ def _do_part(rank, count, port, device, box, function, args):
     if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../../nbs/experiments/52b_shared.ipynb #d15b8a3f
-def _may_begin_processes():
-    "Raises `OpenTransError` where the system lets this process have no others."
-    if multiprocessing.current_process().daemon:
-        raise OpenTransError(
-            "A worker that is a daemon may not begin processes of its own, and the jobs of this study are shared by "
-            "several. Start the workers with the environment variable DASK_DISTRIBUTED__WORKER__DAEMON=False.")
-
 def _wait_for(parts, box):
     "Wait until all processes have ended. What they tell is read on the way: one that is not heard would never end."
     told = []
@@ -72,7 +67,7 @@ def share_job(
     others are ended then."""
     check_number('processes', count, 1, 1024, whole=True)
     if count == 1: return function(*args)
-    _may_begin_processes()
+    check_may_begin_processes("The jobs of this study are shared by several processes")
     box = torch.multiprocessing.get_context('spawn').SimpleQueue()
     parts = torch.multiprocessing.start_processes(
         _do_part, (count, _free_port(), device, box, function, args), count, join=False, start_method='spawn')

@@ -25,7 +25,7 @@ from ..escape import for_html, for_plot
 from ..files import check_finite, FileKind, load_json
 from ..frameworks.contract import best_class, Framework, get_framework, resize, Scores, scores_of
 from ..processes import Processes
-from ..runtime import get_axes, device_of, eval_mode, pick_device, progress
+from ..runtime import check_may_begin_processes, get_axes, device_of, eval_mode, pick_device, progress
 from .recipe import _Finite, _listed, _ranged, _RANGES, _truth
 
 if TYPE_CHECKING: # for types alone
@@ -55,6 +55,7 @@ def _samples(data, indices, workers, regions):
     "Samples in order, read in this process or in others."
     reader = _Reader(data, regions, in_worker=workers > 0)
     if not workers: return (reader[i] for i in indices)
+    check_may_begin_processes(f"{workers} processes are to read samples")
     loader = torch.utils.data.DataLoader(reader, batch_size=None, sampler=indices, num_workers=workers,
                                          collate_fn=_as_it_is, generator=torch.Generator())
     return map(_copied, loader)
