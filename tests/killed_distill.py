@@ -52,11 +52,11 @@ class Runs:
     def prune(self, folder, rank, cold=False):
         "The work of one process, which writes what it ends with; a cold trainer forgets what it is given back."
         if self.count > 1: join(f'{folder}.store', rank, self.count)
-        trainer = DistillTrainer(self.clip, Sizes(), iterations=40, lr=3e-3, batch_size=2, max_regions=3,
+        trainer = DistillTrainer(self.clip, Sizes(), iterations=16, lr=3e-3, batch_size=2, max_regions=3,
                                  teacher_mode=self.mode)
         if cold: trainer.load_state_dict = lambda state: None
         net = self.clip.fresh_copy()
-        mask, history = imp(net, trainer, density=.5, p=.3, checkpoint_dir=folder, checkpoint_every=15)
+        mask, history = imp(net, trainer, density=.5, p=.3, checkpoint_dir=folder, checkpoint_every=6)
         rows = history.drop(columns='seconds').to_dict('list')
         ended = dict(mask=dict(mask.items()), net=net.state_dict(), log=trainer.log, history=rows)
         torch.save(ended, f'{folder}.{rank}.pt')

@@ -7,7 +7,7 @@ import torch
 from opentrans import training
 from opentrans.files import load_tensors
 from conftest import PATIENCE, until
-from forked import python, two_processes
+from forked import Forked, python, two_processes
 from test_cli import opentrans
 
 pytest.importorskip('accelerate')
@@ -123,18 +123,13 @@ def test_a_notice_to_end_is_taken(tmp_path, sent):
     or 130."""
     args = ['finetune', '--out', tmp_path/'out', '--batch-size', 1, '--iterations', 500, '--print-every', 1,
             '--checkpoint-every', 1000]
-    # pytest in the background of a script ignores SIGINT, and so would the command
-    def hear(): signal.signal(signal.SIGINT, signal.default_int_handler)
-    p = subprocess.Popen([sys.executable, '-W', 'ignore', '-m', 'opentrans.cli', *map(str, args)],
-                         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENV, cwd=tmp_path,
-                         preexec_fn=hear)
-    lines = []
-    for line in p.stderr:
-        lines.append(line)
-        if line.startswith('iteration 3/'): p.send_signal(sent)
-    assert p.wait() == 128+sent, ''.join(lines)[-2000:]
+    run = Forked(['-m', 'opentrans.cli', *args], ENV, tmp_path, tmp_path)
+    until(lambda: 'iteration 3/' in run.said() or run.poll() is not None, 'no third iteration', run.said)
+    run.send_signal(sent)
+    assert run.wait() == 128+sent, run.said()[-2000:]
+    lines = run.said().splitlines()
     at = json.loads(load_tensors(tmp_path/'out'/'run'/'last.safetensors')[1]['iteration'])
-    if sent == signal.SIGINT: assert at >= 3 and lines[-1] == 'interrupted\n', lines[-2:]
+    if sent == signal.SIGINT: assert at >= 3 and lines[-1] == 'interrupted', lines[-2:]
     else:
         assert (at >= 3 and f'stopped after iteration {at-1}' in lines[-1]
                 and f'of iteration {at}' in lines[-1]), lines[-2:]

@@ -9,6 +9,7 @@ from opentrans.errors import OpenTransError
 from opentrans.experiments.shared import share_job
 from opentrans.pruning import SparseMask
 from conftest import PATIENCE, ended, until
+from forked import Forked
 
 distributed = pytest.importorskip('distributed', reason="distributed comes with opentrans[cluster]")
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,17 +34,15 @@ def cluster(tmp_path):
     """A scheduler and two workers, each a process of its own: yields a client and the processes of the workers by
     name."""
     file = tmp_path/'scheduler.json'
-    def start(*words):
-        with open(tmp_path/f'{words[0]}.log', 'a') as log:
-            return subprocess.Popen([sys.executable, '-m', 'dask', *words, '--no-dashboard'], cwd=tmp_path,
-                                    env=environment(), stdout=log, stderr=log)
+    def start(name, *words):
+        return Forked(['-m', 'dask', *words, '--no-dashboard', '--scheduler-file', file], environment(), tmp_path,
+                      tmp_path, name)
     def start_worker(name):
-        return start('worker', '--scheduler-file', file, '--name', name, '--nthreads', '1', '--no-nanny',
-                     '--memory-limit', '0')
-    processes = dict(scheduler=start('scheduler', '--host', '127.0.0.1', '--port', '0', '--dashboard-address',
-                                     '127.0.0.1:0', '--scheduler-file', file))
+        return start(name, 'worker', '--name', name, '--nthreads', '1', '--no-nanny', '--memory-limit', '0')
+    processes = dict(scheduler=start('scheduler', 'scheduler', '--host', '127.0.0.1', '--port', '0',
+                                     '--dashboard-address', '127.0.0.1:0'))
     try:
-        until(file.exists, 'the scheduler did not begin', lambda: (tmp_path/'scheduler.log').read_text()[-2000:])
+        until(file.exists, 'the scheduler did not begin', lambda: processes['scheduler'].said()[-2000:])
         processes |= {name: start_worker(name) for name in ('one', 'two')}
         with distributed.Client(scheduler_file=str(file), set_as_default=False) as client:
             client.wait_for_workers(2, timeout=PATIENCE)

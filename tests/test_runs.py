@@ -1,6 +1,6 @@
 """Runs that are killed, damaged, forged, doubled or out of room: the same result, or one sentence and nothing
 changed."""
-import contextlib, functools, json, os, pickle, resource, shutil, signal, subprocess, sys, textwrap, warnings
+import contextlib, functools, json, os, pickle, shutil, signal, subprocess, sys, textwrap, warnings
 from pathlib import Path
 import pytest
 import torch
@@ -23,13 +23,8 @@ PATH = os.pathsep.join([str(tests.parent), str(tests)])
 ENV = dict(os.environ, OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0', PYTHONPATH=PATH)
 KW = dict(density=.5, p=.2)
 
-def python(*args, **kw):
-    "A new interpreter, and what it said."
-    command = [sys.executable, '-W', 'ignore', *map(str, args)]
-    return subprocess.run(command, **{**dict(capture_output=True, text=True, env=ENV, timeout=1200), **kw})
-
 def forked(*args, cwd):
-    "The same in a process that begins with everything imported."
+    "A process that begins with everything imported, and what it said."
     return forked_python('-W', 'ignore', *args, env=ENV, cwd=cwd)
 
 def refused(told, model=None, train=None, **kw):
@@ -87,7 +82,7 @@ ALSO = [pytest.param(*case, marks=pytest.mark.slow) for case in (('crop', 1), ('
 
 @pytest.mark.parametrize('mode,n', [('attention', 2), *ALSO])
 def test_a_killed_run_ends_as_one_without_a_break(tmp_path, mode, n):
-    """Forty iterations a round, kill -9 at the start, behind a checkpoint within the first round and behind one
+    """Sixteen iterations a round, kill -9 at the start, behind a checkpoint within the first round and behind one
     within the second, in one process or two: mask, weights, history and log are equal to the last bit. Without
     what the trainer remembers they are not."""
     r = forked(tests/'killed_distill.py', tmp_path, mode, n, cwd=tmp_path)
@@ -527,13 +522,17 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(tmp_path):
     assert all('Cannot write' in line for line in lines)
     assert {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == old
 
+NO_LARGE_FILES = """
+import resource, runpy, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
+runpy.run_module('opentrans.cli', run_name='__main__')
+"""
+
 def test_the_command_on_a_full_disk_exits_1(tmp_path):
     (tmp_path/'m.safetensors').write_bytes(b'what was there')
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, resource.RLIM_INFINITY))
-    args = 'prune --method magnitude --out m.safetensors'.split()
-    r = python('-m', 'opentrans.cli', *args, cwd=tmp_path, preexec_fn=limit)
+    r = forked('-c', NO_LARGE_FILES, *'prune --method magnitude --out m.safetensors'.split(),
+               cwd=tmp_path)
     assert r.returncode == 1 and 'error: Cannot write' in r.stderr, r.stderr[-2000:]
     assert 'Traceback' not in r.stderr
     assert (tmp_path/'m.safetensors').read_bytes() == b'what was there'

@@ -15,7 +15,7 @@ from ..errors import check_number, OpenTransError, optional, OtherRun, shorten
 from .arms import (
     Arm, ARMS, cached_result, find_mask, FINDERS, no_warm_up, run_arm, start_file, warm_up)
 from .scale import open_world, Scale, weights_identity
-from .shared import share_job
+from .shared import IMPORTED, share_job, start_method
 from ..files import FileKind, load_json, lock_folder, plain_json, save_json
 from ..runtime import is_quiet, progress, usual_start_method
 
@@ -161,20 +161,14 @@ def _connect(address):
 _IGNORE_INTERRUPT = 'import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n'
 
 # %% ../../nbs/experiments/52_jobs.ipynb #e1f0a3c7
-# what a process that computes on the CPU is forked with; it would import them itself, in many seconds
-_IMPORTED = ['distributed', 'accelerate', 'transformers', 'opentrans.experiments.studies',
-             'opentrans.frameworks.deeplabv3']
-
 def _begin_with_imports(device):
-    """The settings by which processes of this machine are forked by a server that has imported everything. On a GPU,
-    and where forking is not safe, each is a new interpreter."""
-    if device != 'cpu' or not sys.platform.startswith('linux'):
-        return {'distributed.worker.multiprocessing-method': 'spawn'}
+    "The settings by which workers on this machine begin as `start_method` says."
     import dask
-    method = {'distributed.worker.multiprocessing-method': 'forkserver'}
+    settings = {'distributed.worker.multiprocessing-method': start_method(device)}
+    with dask.config.set(settings): context = _distributed().utils.get_mp_context()
     # dask names what it preloads when it is asked first; ours comes after that
-    with dask.config.set(method): _distributed().utils.get_mp_context().set_forkserver_preload(_IMPORTED)
-    return method
+    if start_method(device) == 'forkserver': context.set_forkserver_preload(IMPORTED)
+    return settings
 
 # %% ../../nbs/experiments/52_jobs.ipynb #f02c9df5
 @contextlib.contextmanager
