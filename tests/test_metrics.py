@@ -1,10 +1,11 @@
 "Metrics against torchmetrics, over batches in any order, and over real processes."
-import os, socket
+import os
+from pathlib import Path
 import numpy as np, pytest, torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings, strategies as st
 from opentrans.errors import OpenTransError
 from opentrans.data import match_segments, panoptic_map, PanopticQuality, SemanticIoU
+from forked import two_processes
 
 
 def maps(seed, n, size=24, classes=4, pieces=9):
@@ -78,33 +79,25 @@ def test_renaming_classes_and_instances_changes_nothing(seed):
                                rtol=1e-12)
 
 
-def worker(rank, port, path):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
-                      MASTER_PORT=str(port), ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1')
-    from accelerate import Accelerator
-    acc = Accelerator(cpu=True)
-    m = SemanticIoU(4, ignore=254).update(maps(rank, 1)[0, ..., 0].clamp(max=3),
-                                          maps(rank + 5, 1)[0, ..., 0].clamp(max=3))
-    q = PanopticQuality([True]*4).update(maps(rank, 1), maps(rank + 5, 1))
-    m, q = m.reduce(acc.reduce, acc.device), q.reduce(acc.reduce, acc.device)
-    if acc.is_main_process: torch.save(dict(m=m.state(), q=q.state(), n=acc.num_processes), path)
-    acc.end_training()
+def count_part(rank, iou, quality):
+    "Count one of two pictures."
+    iou.update(maps(rank, 1)[0, ..., 0].clamp(max=3), maps(rank + 5, 1)[0, ..., 0].clamp(max=3))
+    quality.update(maps(rank, 1), maps(rank + 5, 1))
 
 
 def test_two_processes_agree_with_one(tmp_path):
     "accelerate with two real processes gives the sums that one process gets from both halves."
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (port, str(tmp_path/'sums.pt')), nprocs=2)
-    got = torch.load(tmp_path/'sums.pt', weights_only=True)
-    assert got['n'] == 2
-    m, q = SemanticIoU(4, ignore=254), PanopticQuality([True]*4)
-    for r in range(2):
-        m.update(maps(r, 1)[0, ..., 0].clamp(max=3), maps(r + 5, 1)[0, ..., 0].clamp(max=3))
-        q.update(maps(r, 1), maps(r + 5, 1))
-    assert torch.equal(got['m']['confusion'], m.confusion)
-    for n in q._sums: torch.testing.assert_close(got['q'][n], getattr(q, n), rtol=1e-12, atol=1e-12)
+    script = Path(__file__).with_name('two_sums.py')
+    environment = dict(os.environ, ACCELERATE_USE_CPU='true', OMP_NUM_THREADS='1')
+    for process in two_processes(script, tmp_path/'sums.pt', env=environment, cwd=tmp_path):
+        assert process.returncode == 0, process.stderr[-3000:]
+    told = torch.load(tmp_path/'sums.pt', weights_only=True)
+    assert told['processes'] == 2
+    iou, quality = SemanticIoU(4, ignore=254), PanopticQuality([True]*4)
+    for rank in range(2): count_part(rank, iou, quality)
+    assert torch.equal(told['iou']['confusion'], iou.confusion)
+    for name in quality._sums:
+        torch.testing.assert_close(told['quality'][name], getattr(quality, name), rtol=1e-12, atol=1e-12)
 
 
 # types of labels

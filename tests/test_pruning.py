@@ -1,5 +1,5 @@
 "Masks across modules, libraries, files and processes: what the notebook's cells do not reach."
-import copy, json, os, struct, tempfile
+import copy, json, os, struct
 from pathlib import Path
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from opentrans.errors import OpenTransError
 from opentrans.files import save_tensors
 from opentrans.files import pack_bits
 from opentrans.pruning import SparseMask, export_onnx, imp, load_baked, prunable, transfer_checkpoint
-from forked import python
+from forked import python, two_processes
 
 quick = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -383,25 +383,28 @@ def test_two_four_masks_stay_two_four_in_training():
 
 # --- processes
 
-def run(script, *args):
-    "What a script beside this file prints; it ends without an error."
-    env = dict(os.environ, OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0')
-    with tempfile.TemporaryDirectory() as folder:
-        r = python(Path(__file__).with_name(script), *args, env=env, cwd=folder)
-    assert r.returncode == 0, r.stderr[-3000:]
-    return r.stdout
+ENV = dict(os.environ, OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0', ACCELERATE_USE_CPU='true')
 
 def test_kill_nine_at_any_moment_and_resume(tmp_path):
     """Processes are killed at random times, and once in the middle of writing; mask, weights, norms' statistics and
     history end as without a kill."""
-    out = run('killed_imp.py', tmp_path)
-    assert out.count('killed') == 2
+    run = python(Path(__file__).with_name('killed_imp.py'), tmp_path, env=ENV, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count('killed') == 2
 
 def test_two_processes_find_the_same_mask(tmp_path):
     """accelerate with two ranks: the same mask and weights on both, also when a rank's weights drift, also after a
     resume."""
     pytest.importorskip('accelerate')
-    run('two_imp.py', tmp_path, 20000+os.getpid()%20000)
+    for process in two_processes(Path(__file__).with_name('two_imp.py'), tmp_path, env=ENV, cwd=tmp_path):
+        assert process.returncode == 0, process.stderr[-3000:]
+    for name in ('trained', 'drifted'):
+        first, second = (SparseMask.load(tmp_path/f'{name}{rank}.safetensors') for rank in (0, 1))
+        assert first == second, name
+    first, second = (torch.load(tmp_path/f'weights{rank}.pth', weights_only=True) for rank in (0, 1))
+    mask = SparseMask.load(tmp_path/'trained0.safetensors')
+    for name in mask.names:
+        assert torch.equal(first[name], second[name]) and (first[name][~mask[name]] == 0).all(), name
 
 # --- other runtimes
 
