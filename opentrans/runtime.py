@@ -122,8 +122,9 @@ def check_may_begin_processes(
             f"variable DASK_DISTRIBUTED__WORKER__DAEMON=False.")
 
 def usual_start_method():
-    """Let this process begin others as the one of a terminal does. One that was itself begun by 'spawn' or
-    'forkserver' would begin all its own so, and each would import everything anew."""
+    """Let a process that another one has begun begin its own as the one of a terminal does. After 'spawn' or
+    'forkserver' it would begin all of them so, and each would import everything anew."""
+    if multiprocessing.parent_process() is None: return
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
 
 
