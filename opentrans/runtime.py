@@ -127,7 +127,6 @@ def usual_start_method():
     if multiprocessing.parent_process() is None: return
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
 
-
 # %% ../nbs/00_runtime.ipynb #06059c19
 def seed_everything(
     seed:int, # Any non-negative integer
