@@ -17,6 +17,8 @@ from ..errors import OpenTransError
 
 # %% ../../nbs/04e_dry_pass.ipynb #889039ce
 _LIBRARIES = sys.stdlib_module_names - {'types'} | {'torch', 'numpy', 'pandas'}
+_PLAIN = torch.Tensor,nn.Parameter
+_LEAVES = {str, bytes, int, float, bool, type(None), *_PLAIN} # hold nothing: a tokenizer has 100,000 of them
 
 def _inner(x):
     "What a container or an object of a model holds; nothing for all else."
@@ -52,7 +54,7 @@ def _remember(
         seen.add(id(x))
         if isinstance(x, (dict, list, set, collections.deque)):
             held.append((x, x.copy() if isinstance(x, (list, set, collections.deque)) else dict(x)))
-        todo += _inner(x)
+        todo += [v for v in _inner(x) if type(v) not in _LEAVES]
     def back():
         for x,was in held: _put_back(x, was)
     return back
@@ -80,6 +82,7 @@ class _Beside(TorchDispatchMode):
         self.known = {}
         self.copies = {}
         self.blind = False
+        self.fake = None # the mode below, while the pass runs
         self.apart = {_key(p) for p in model.parameters()} # memory whose values are not asked for
 
     def value(self, t):
@@ -105,6 +108,12 @@ class _Beside(TorchDispatchMode):
             with unset_fake_temporarily(): return func(*args, **kwargs)
         except Exception: return None # whether that is an error, the pass itself says
 
+    def all_fake(self, args):
+        """Arguments whose parameters are fake, too, as the mode below would make them. It remembers what an operator
+        gives for fake tensors alone; with another among them it finds that out again at each call."""
+        if self.fake is None or not any(isinstance(x, FakeTensor) for x in args): return args
+        return [self.fake.from_tensor(x) if type(x) in _PLAIN else x for x in args]
+
     def forget(self, tensors):
         "Something unknown was written to these tensors, and so to all that share their memory."
         keys = {_key(t) for t in tensors}
@@ -119,7 +128,7 @@ class _Beside(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         written = _written(func, args, kwargs)
-        out = func(*args, **kwargs)
+        out = func(*(args if written else self.all_fake(args)), **kwargs)
         outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         small = (not self.blind and sum(t.numel() for t in outs) <= _SMALL
                  and all(isinstance(t, FakeTensor) for t in written))
@@ -254,7 +263,10 @@ def _run_dry(
     def on_fakes(): # its frame is gone when the rest is looked for
         fake = (next((p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor)), None)
                 or FakeTensorMode(allow_non_fake_inputs=True))
-        with fake, beside: return run(fake, beside)
+        beside.fake = fake
+        try:
+            with fake, beside: return run(fake, beside)
+        finally: beside.fake = None
     error = None
     try: return on_fakes()
     except Exception as e:
