@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from hypothesis import given, settings, strategies as st
 from torch import nn
+from forked import python
 from opentrans.clip import ClipBackbone
 from opentrans.core import layers, LayerSelection
 from opentrans.frameworks.contract import tiny_backbone
@@ -49,9 +50,10 @@ ones = {'layer1.0.conv1.weight': torch.ones(1), 'conv3.weight': torch.ones(1)}
 assert list(d.convert_checkpoint(ones, 'detectron2')[0])[0] == 'backbone.visual.layer1.0.conv1.weight'
 """
 
-def test_without_detectron2():
+def test_without_detectron2(tmp_path):
     "The module can be imported, what needs detectron2 says how to get it, and checkpoints are converted."
-    subprocess.run([sys.executable, '-c', WITHOUT], check=True)
+    done = python('-c', WITHOUT, env=dict(os.environ), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 # What an optimizer holds
 

@@ -1,7 +1,8 @@
 "The site of the notebooks, and the commands that its pages show."
-import importlib.util, json, re, subprocess, sys
+import importlib.util, json, os, re, subprocess
 from pathlib import Path
 import nbformat, pytest
+from forked import python
 
 root = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(path for path in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in path.parts)
@@ -17,8 +18,8 @@ site = load_site()
 
 def test_pages_are_built_and_can_be_searched(tmp_path):
     "Three pages: a table of parameters, a formula as MathML, pictures, and words that the search finds."
-    command = [sys.executable, root/'docs'/'site.py', '--out', tmp_path, '--only', 'index,02_heavy_tail,01e_imp']
-    made = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=root)
+    only = ('--only', 'index,02_heavy_tail,01e_imp')
+    made = python(root/'docs'/'site.py', '--out', tmp_path, *only, env=dict(os.environ), cwd=root)
     assert made.returncode == 0, made.stderr[-2000:]
     page = (tmp_path/'02_heavy_tail'/'index.html').read_text()
     assert '<math' in page and not re.search(r'\$\\alpha\$', page)

@@ -2,6 +2,7 @@
 import importlib.metadata, json, os, re, subprocess, sys, zipfile
 from pathlib import Path
 import pytest
+from forked import python
 
 BENCHMARKS = Path(__file__).parents[1]/'benchmarks'
 QUICK = 'mask,imp,semi_structured,one_process,sparse,finetune fpn'
@@ -9,10 +10,8 @@ QUICK = 'mask,imp,semi_structured,one_process,sparse,finetune fpn'
 def test_a_check_in_miniature(tmp_path):
     "Checks run, what needs a GPU says so, and all is in one file."
     out = tmp_path/'r.json'
-    env = dict(os.environ, OMP_NUM_THREADS='1')
-    command = [sys.executable, BENCHMARKS/'gpu_check.py', '--device', 'cpu', '--tiny', '--only', QUICK, '--bundle',
-               '', '--out', out]
-    r = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
+    words = ('--device', 'cpu', '--tiny', '--only', QUICK, '--bundle', '', '--out', out)
+    r = python(BENCHMARKS/'gpu_check.py', *words, env=dict(os.environ, OMP_NUM_THREADS='1'), cwd=tmp_path)
     assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-2000:]
     told = json.loads(out.read_text())
     states = {name: found['state'] for name,found in told['checks'].items()}

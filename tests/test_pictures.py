@@ -1,10 +1,11 @@
 """Every way in which a picture or a label map can be stored: what is read is what is in the file, or one sentence
 says why not."""
-import io, json, os, struct, subprocess, sys, warnings, zlib
+import io, json, os, struct, warnings, zlib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from forked import Forked
 from mutations import COUNT, mutated
 from opentrans.data import read_image, read_label_map, read_picture, read_segments
 from opentrans.errors import OpenTransError
@@ -267,8 +268,7 @@ def test_paths_that_are_no_ordinary_files_do_not_hang(tmp_path):
                 except OpenTransError as error: print(str(error)[:250])
                 else: print('read')
         """
-    out = subprocess.run([sys.executable, '-c', code, json.dumps(paths)], capture_output=True, text=True,
-                         timeout=300)
+    out = Forked(['-c', code, json.dumps(paths)], dict(os.environ), tmp_path, tmp_path).result(300)
     assert out.returncode == 0, out.stderr
     lines = out.stdout.splitlines()
     assert len(lines) == 5*len(paths) and 'read' not in lines

@@ -6,7 +6,7 @@
 __all__ = ['main']
 
 # %% ../../nbs/app/70j_entry.ipynb #1ac7a722
-import errno, sys, warnings
+import copy, errno, sys, warnings
 from ..errors import OpenTransError, shorten
 from ..escape import printable
 from .options import app
@@ -44,10 +44,18 @@ def _is_memory(error):
     if torch is None or not isinstance(error, RuntimeError): return False
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
+def _asked(words):
+    "The app with only the command that is typed, if that is the first word: to build all of them takes a while."
+    found = [info for info in app.registered_commands if words[:1] == [info.name or info.callback.__name__]]
+    if not found: return app
+    one = copy.copy(app)
+    one.registered_commands,one.registered_groups = found[-1:],[]
+    return one
+
 def _run():
     "The command that was typed; gives its exit code."
     try:
-        code = app(standalone_mode=False) or 0
+        code = _asked(sys.argv[1:])(standalone_mode=False) or 0
         if code == 130: print('interrupted', file=sys.stderr) # typer has taken the exception
         _part_company()
         return code

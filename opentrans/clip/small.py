@@ -6,7 +6,7 @@
 __all__ = ['ASSETS', 'bpe_tokenizer', 'compact_tokens', 'CompactTokenizer', 'small_config', 'small_clips', 'small_clip']
 
 # %% ../../nbs/clip/21_small_clip.ipynb #abf2923f
-import copy
+import copy, functools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +27,11 @@ def bpe_tokenizer():
     "open_clip's byte-pair tokenizer; one object for all."
     if not _bpe: _bpe.append(open_clip.tokenizer.SimpleTokenizer())
     return _bpe[0]
+
+@functools.lru_cache(2**16)
+def _pieces(word):
+    "The pieces of a word, which comes back in prompt after prompt."
+    return bpe_tokenizer().encode(word)
 
 def compact_tokens(
     captions:Iterable[str], # Texts of the small world
@@ -59,16 +64,13 @@ class CompactTokenizer:
 
     def unknown_words(self, text:str)->list:
         "The words of a text that hold a piece which is not in the table."
-        return [w for w in text.split() if self.unknown in self.encode(w) and any(c.isalnum() for c in w)]
+        return [w for w in text.split() if not self.ids.keys() >= {*_pieces(w)} and any(c.isalnum() for c in w)]
 
     def __call__(self, texts, context_length=None)->torch.Tensor: # int64 (number of texts, context length)
         "Token ids of one text or many, padded with zeros."
-        n = context_length or self.context_length
-        res = torch.zeros(len([texts] if isinstance(texts, str) else texts), n, dtype=torch.long)
-        for row,text in zip(res, [texts] if isinstance(texts, str) else texts):
-            ids = [self.start] + self.encode(text)[:n-2] + [self.end]
-            row[:len(ids)] = torch.tensor(ids)
-        return res
+        n,texts = context_length or self.context_length,[texts] if isinstance(texts, str) else texts
+        rows = [[self.start, *self.encode(text)[:n-2], self.end] for text in texts]
+        return torch.tensor([row + [self.pad]*(n-len(row)) for row in rows], dtype=torch.long).reshape(len(rows), n)
 
 # %% ../../nbs/clip/21_small_clip.ipynb #f280b840
 _Size = Annotated[int, Field(ge=1, le=2**16)]
