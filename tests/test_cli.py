@@ -511,7 +511,7 @@ def no_work(monkeypatch):
     from opentrans.towers import ResNetTower
     features = ResNetTower.features
     def look(net, x):
-        if type(x) is torch.Tensor and x.device.type != 'meta': raise Begun
+        if type(x) is torch.Tensor and x.device.type != 'meta' and x.any(): raise Begun
         return features(net, x)
     def begin(*args, **kwargs): raise Begun
     monkeypatch.setattr(ResNetTower, 'features', staticmethod(look))

@@ -126,15 +126,14 @@ def is_harmless(results, words=''):
         assert r['code'] == 2 and 'Traceback' not in r['said'], r
         assert words in r['said'], r
 
-def test_the_forgeries_are_alive(forged, tmp_path):
+def test_the_forgeries_are_alive(watched, forged):
     """The tests below can fail: outside of opentrans these files run, and a tag that the user types is asked of the
     network."""
-    clip,runs = str(forged/'clip'),Watched(forged, tmp_path)
-    alive = runs([f"import open_clip\nopen_clip.get_tokenizer('local-dir:{clip}')",
-                     f"import torch\ntorch.load({str(forged/'weights.pt')!r}, weights_only=False)",
-                     f"import yaml\nyaml.unsafe_load(open({str(forged/'run.yaml')!r}))",
-                     ['alpha', 'RN50', '--pretrained', 'openai']])
-    runs.end()
+    jobs = [f"import open_clip\nopen_clip.get_tokenizer('local-dir:{forged/'clip'}')",
+            f"import torch\ntorch.load({str(forged/'weights.pt')!r}, weights_only=False)",
+            f"import yaml\nyaml.unsafe_load(open({str(forged/'run.yaml')!r}))",
+            ['alpha', 'RN50', '--pretrained', 'openai']]
+    alive = watched([dict(apart=job) for job in jobs])
     assert [r['ran'] for r in alive] == [True]*3 + [False], alive
     assert (any('getaddrinfo' in event or 'connect' in event for event in alive[-1]['seen'])
             and 'could not be downloaded' in alive[-1]['said']), alive[-1]

@@ -1,6 +1,7 @@
 """What `test_security` runs: python watched.py FORGED MARKER reads lines of JSON, each a command as a list of words or
-a text of Python, and does them. For each it prints a line of JSON: exit code, what was said, what was seen (the
-network, another program, code of the folder FORGED), and whether the file MARKER has appeared."""
+a text of Python, and does them; one as {"apart": ...} is done by a fork, so that it leaves nothing behind. For each it
+prints a line of JSON: exit code, what was said, what was seen (the network, another program, code of the folder
+FORGED), and whether the file MARKER has appeared."""
 import contextlib, io, json, os, sys, traceback
 import torch
 import open_clip, pandas, transformers      # noqa: F401 what they do while they are imported is not watched
@@ -49,15 +50,27 @@ def done(told):
         except BaseException: traceback.print_exc()
     return code, out.getvalue()[-1500:]
 
+def apart(work):
+    "Does a piece of work in a forked process."
+    child = os.fork()
+    if child: os.waitpid(child, 0)
+    else:
+        try: work()
+        finally: os._exit(0)
+
 def main(forged, marker):
     torch.set_num_threads(1)
     watch = Watch(forged)
     sys.addaudithook(watch)
-    for line in sys.stdin:
-        told, before = json.loads(line), len(watch.seen)
+    def tell(told):
+        before = len(watch.seen)
         code, said = done(told)
         ran = os.path.exists(marker)
         print(json.dumps(dict(told=told, code=code, said=said, seen=watch.seen[before:], ran=ran)), flush=True)
         if ran: os.unlink(marker)
+    for line in sys.stdin:
+        told = json.loads(line)
+        if isinstance(told, dict): apart(lambda: tell(told['apart']))
+        else: tell(told)
 
 if __name__ == '__main__': main(*sys.argv[1:])

@@ -7,7 +7,7 @@ __all__ = ['PHOTO_FILE', 'photo_clips', 'shipped_clips', 'photo_settings', 'pack
            'Centred', 'join_of', 'KnownNames', 'photo_clip', 'read_join', 'known_names', 'photo_weights']
 
 # %% ../../nbs/clip/22_photo.ipynb #3264761b
-import hashlib
+import contextlib, hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Annotated
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from pydantic import Field
 from typing_extensions import TypedDict
 import open_clip
@@ -156,9 +157,17 @@ class KnownNames:
         return best.values,[self.names[i].split(', ')[0] for i in best.indices.tolist()]
 
 # %% ../../nbs/clip/22_photo.ipynb #1e679eca
+class _Undrawn(TorchFunctionMode):
+    "Within it weights are as the memory is that they get: to draw 27 million takes as long as to read them."
+    draws = {'normal_', 'uniform_', 'trunc_normal_', 'kaiming_normal_', 'kaiming_uniform_', 'xavier_uniform_'}
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, '__name__', '') in self.draws: return args[0] if args else kwargs['tensor']
+        return function(*args, **(kwargs or {}))
+
 def photo_clip(
     name:str, # Such as `'photo-lite0'`
     seed:int=None, # Seed of the initial weights; None draws from torch's generator as it stands
+    drawn:bool=True, # Draw initial weights? If not, all are still to be loaded
 )->tuple: # (`open_clip.CustomTextCLIP`, its tokenizer)
     """A CLIP for photographs with initial weights, and its tokenizer. Raises `OpenTransError` where a package is
     missing."""
@@ -171,7 +180,7 @@ def photo_clip(
                                   image_size=image['image_size']),
                   text_cfg=dict(hf_model_name=str(folder), hf_model_pretrained=False, hf_proj_type=None,
                                 hf_pooler_type='mean_pooler'))
-    with seeded(seed):
+    with seeded(seed), contextlib.nullcontext() if drawn else _Undrawn():
         model = open_clip.CustomTextCLIP(size, **towers)
         model.visual.head = NameHead(model.visual.trunk.num_features, len(told['classes']), size,
                                      told['temperature'])

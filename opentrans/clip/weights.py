@@ -502,7 +502,7 @@ def _open_photo(name, pretrained, seed, mean, std):
     facts = dict(mean=usual['mean'], std=usual['std'], quick_gelu=False) | facts
     facts.update({fact: value for fact, value in dict(mean=mean, std=std).items() if value is not None})
     facts.update(mean=_triple('mean', facts['mean']), std=_triple('std', facts['std']))
-    model, tokenizer = photo_clip(name, seed)
+    model, tokenizer = photo_clip(name, seed, drawn=pretrained != name and not path)
     if pretrained == name: load_weights(model, photo_weights(name), f"The packages of '{name}'")
     elif path: load_weights(model, read_weights(path), f"'{Path(path).name}'")
     if path or pretrained == name: model.known = known_names(name)
