@@ -111,7 +111,13 @@ def test_random_weights_of_a_study_are_the_same_in_each_process():
     def same(one, other): return all(torch.equal(v, other[k]) for k, v in one.items())
     assert same(*towers) and not same(towers[0], shipped)
 
-def test_a_study_of_two_arms(tree, tmp_path, monkeypatch): # noqa: F811
+@pytest.fixture
+def small_crops(monkeypatch):
+    "The paper's recipes with crops of 96 pixels; those of 512, of which a test below has some, take 28 times as long."
+    paper = Recipe.paper
+    monkeypatch.setattr(Recipe, 'paper', lambda name: paper(name).replace(crop=96))
+
+def test_a_study_of_two_arms(tree, tmp_path, monkeypatch, small_crops): # noqa: F811
     """At the paper's scale, shortened by one flag: a column for each set, seen at the released sizes, and its
     command."""
     monkeypatch.setenv('DETECTRON2_DATASETS', '')
@@ -248,7 +254,7 @@ def test_some_samples_of_files_are_read_as_the_files_are(tree): # noqa: F811
 
 FPN = ('--backbone', 'shapes-rn', '--framework', 'fpn', '--data', 'coco_panoptic', '--crop', 64)
 
-def test_a_dry_run_on_files(tree, tmp_path): # noqa: F811
+def test_a_dry_run_on_files(tree, tmp_path, small_crops): # noqa: F811
     "What a run on a data set of files needs is measured, and nothing is written."
     r = opentrans('finetune', *FPN, '--root', tree, '--out', tmp_path/'o', '--dry-run', '--json')
     assert r.returncode == 0, r.stderr[-2000:]
