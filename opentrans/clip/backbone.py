@@ -179,7 +179,8 @@ class Origin:
     def maps(self)->tuple[dict[str, int], dict[str, int], int]:
         """Channels and strides of the maps, and the width of embeddings: asked by a forward pass, of a large tower
         without numbers."""
-        net = self.visual if _is_quick(self.visual) else copy.deepcopy(self.visual).to('meta')
+        net = copy.deepcopy(self.visual).eval()
+        if not _is_quick(net): net.to('meta')
         kind = tower_family(self.visual, self.name)
         size = _side(self.visual)
         with torch.no_grad():
