@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RETIRED', 'LINE_EVERY', 'Handle', 'around_step', 'held_by', 'after_step', 'signal_handlers', 'eval_mode',
            'without_collection', 'check_may_begin_processes', 'usual_start_method', 'seed_everything', 'seeded',
-           'pick_device', 'device_of', 'to_device', 'check_images', 'label_loss_of', 'cosine_share', 'time_left',
-           'is_quiet', 'progress', 'get_axes', 'figure_png', 'write_names', 'stored_result']
+           'pick_device', 'device_of', 'is_small', 'to_device', 'check_images', 'label_loss_of', 'cosine_share',
+           'time_left', 'is_quiet', 'progress', 'get_axes', 'figure_png', 'write_names', 'stored_result']
 
 # %% ../nbs/00_runtime.ipynb #77d8f6f4
 import contextlib, gc, io, math, multiprocessing, os, random, signal, threading, weakref
@@ -177,6 +177,15 @@ def pick_device(
 def device_of(model:nn.Module)->torch.device:
     "Where a model's parameters are (CPU if it has none)."
     return next((p.device for p in model.parameters()), torch.device('cpu'))
+
+def is_small(
+    model:nn.Module, # Of any kind
+)->bool: # Are there less than 10^7 plain weights in 32 bits on the CPU?
+    "Does a forward pass take less time than one without numbers, in which each operation costs the same?"
+    held = [*model.parameters(), *model.buffers()]
+    plain = all(type(p) in (nn.Parameter, torch.Tensor) and p.device.type == 'cpu'
+                and (p.dtype == torch.float32 or not p.is_floating_point()) for p in held)
+    return plain and sum(p.numel() for p in held) < 10**7
 
 def to_device(
     x:Any, # A batch: tensors, and lists, tuples and dicts of them; anything else stays as it is

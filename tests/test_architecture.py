@@ -1,6 +1,6 @@
 """The house plan: imports point to lower floors, public names are where they are promised, and the package is whole
 when installed."""
-import ast, graphlib, importlib, importlib.util, os, pkgutil, re, subprocess, sys
+import ast, functools, graphlib, importlib, importlib.util, os, pkgutil, re, subprocess, sys
 from pathlib import Path
 import pytest
 import opentrans
@@ -62,8 +62,12 @@ def modules():
     return {name.removeprefix('opentrans.'): Path(spec.origin)
             for name,spec in found.items() if not name.endswith('._modidx')}
 
+@functools.cache
 def imports(name, path):
     "What a module imports of the package, anywhere in its code: (module, names)."
+    return [*find_imports(name, path)]
+
+def find_imports(name, path):
     package = (['opentrans', *name.split('.')] if path.name == '__init__.py'
                else ['opentrans', *name.split('.')][:-1])
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):

@@ -57,6 +57,11 @@ def streets(tmp_path_factory):
         Image.fromarray(rng.integers(0, 12, (60, 80), dtype=np.uint8)).save(folder/'labels'/f's{i}.png')
     return folder
 
+@pytest.fixture
+def small_looks(monkeypatch):
+    "Images are seen at 64 pixels; at the released 800, which `test_evaluate_folder` has, it takes 100 times as long."
+    monkeypatch.setattr('opentrans.training.released_size', lambda framework, data: dict(size=64, longest=128))
+
 NAMES = 'sky,building,pole,road,pavement,tree,sign,fence,car,person,bicycle'
 
 def test_usage_errors():
@@ -100,7 +105,7 @@ def test_labels_outside_the_names(streets):
     # the void value is not named
     assert '11' in fails('evaluate', '--data', 'folder', '--root', streets, '--classes', NAMES)
 
-def test_finetune_then_evaluate(streets, mask, tmp_path):
+def test_finetune_then_evaluate(streets, mask, tmp_path, small_looks):
     assert opentrans('alpha', 'shapes-rn', '--mask', mask, '--out', tmp_path/'alpha').returncode == 0
     r = opentrans('finetune', '--data', 'folder', '--root', streets, '--classes', NAMES, '--ignore', 11,
                   '--recipe', 'tiny', '--iterations', 3, '--batch-size', 2, '--mask', mask, '--selection',
@@ -170,7 +175,7 @@ def write_settings(path, **values):
     path.write_text(json.dumps(values))
     return path
 
-def test_settings_from_a_file(streets, tmp_path):
+def test_settings_from_a_file(streets, tmp_path, small_looks):
     "A file says what flags say; flags win; what was run with is kept, and is such a file again."
     (tmp_path/'run.yaml').write_text(f"""
         data: folder
@@ -253,7 +258,7 @@ def odd_streets(tmp_path_factory):
     (folder/'classes.txt').write_text('\n'.join(NAMES.split(',')))
     return folder
 
-def test_a_folder_never_seen(odd_streets, tmp_path):
+def test_a_folder_never_seen(odd_streets, tmp_path, small_looks):
     """What the checks type: names on the command line, a void value, then training on it, and the figures of both
     in one table."""
     common = ('--data', 'folder', '--root', odd_streets, '--classes', NAMES, '--ignore', 11, '--device', 'cpu')
@@ -279,7 +284,7 @@ def test_a_folder_never_seen(odd_streets, tmp_path):
             and {p.name for p in (tmp_path/'c').iterdir()} == {'runs.csv', 'runs.png'})
     assert 'There is no result' in fails('compare', tmp_path)
 
-def test_data_check_tells_what_is_broken(streets, tmp_path):
+def test_data_check_tells_what_is_broken(streets, tmp_path, small_looks):
     import shutil
     shutil.copytree(streets, tmp_path/'d')
     common = ('--classes', NAMES, '--ignore', 11)
@@ -631,7 +636,7 @@ def test_stride_and_prompts_are_the_released_ones():
 def transferred(tree, mask, tmp_path_factory):
     "A run of `transfer` on COCO with every default of the paper, shortened by one flag: (folder, what was said)."
     out = tmp_path_factory.mktemp('run')/'run'
-    few = ('--iterations', 37, '--batch-size', 2, '--crop', 64)
+    few = ('--iterations', 20, '--batch-size', 2, '--crop', 64)
     r = opentrans('transfer', mask, '--framework', 'fcclip', '--data', 'coco_panoptic', '--root', tree, *few,
                   '--out', out, '--json')
     assert r.returncode == 0, r.stderr[-2000:]
@@ -640,13 +645,13 @@ def transferred(tree, mask, tmp_path_factory):
 def test_a_transferred_model_is_a_model(transferred, tree, mask, tmp_path):
     "What `transfer` leaves is opened, measured on the seven data sets in one row, and asked about a picture."
     out,r = transferred
-    for said in ('recipe: paper of fcclip', '1 with all layers and no mask, then 36', 'stride 32, prompts'):
+    for said in ('recipe: paper of fcclip', '1 with all layers and no mask, then 19', 'stride 32, prompts'):
         assert said in r.stderr
     left = {'model.json', 'model.safetensors', 'selection.json', 'result.json', 'settings.json', 'warmup',
             'finetune'}
     assert left <= {p.name for p in out.iterdir()}
     told,result = (json.loads((out/name).read_text()) for name in ('model.json', 'result.json'))
-    assert (told['framework'], told['recipe']['iterations'], told['recipe']['optimizer']) == ('fcclip', 37, 'adamw')
+    assert (told['framework'], told['recipe']['iterations'], told['recipe']['optimizer']) == ('fcclip', 20, 'adamw')
     assert len(told['classes']) == 133 and abs(result['density']-.1) < 5e-4
     assert result['settings'] | dict(over='truth', size=800, longest=1333) == result['settings']
     from opentrans.cli import open_trained
@@ -720,7 +725,7 @@ def test_alpha_is_read_before_the_mask_is_adopted(mask, tmp_path):
     assert {*found['dense'].freeze} != {*found['masked'].freeze}, 'nothing tells the two apart here'
     assert 'dense' in fails('transfer', mask, '--alpha-of', 'sparse')
 
-def test_settings_of_a_transfer_are_the_same_run_again(mask, tree, tmp_path):
+def test_settings_of_a_transfer_are_the_same_run_again(mask, tree, tmp_path, small_looks):
     "The settings that a run keeps, read as a file of settings, are that run."
     common = ('transfer', mask, '--root', tree, '--limit', 1)
     few = ('--iterations', 10, '--batch-size', 1, '--crop', 32)

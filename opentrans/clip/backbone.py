@@ -20,7 +20,7 @@ from .weights import _triple, open_model
 from ..data.vocabulary import check_templates, checked_text, Vocabulary
 from ..errors import OpenTransError, unknown
 from ..escape import for_markdown, printable
-from ..runtime import device_of
+from ..runtime import device_of, is_small
 from ..towers import cell_weights, Tower, tower_family
 
 # %% ../../nbs/clip/20_clip.ipynb #ad7c500d
@@ -155,12 +155,6 @@ def _side(net): # in pixels, of the images that a tower was trained on
     size = getattr(net, 'image_size', 224)
     return size if isinstance(size, int) else size[0]
 
-def _is_quick(net):
-    "Does a forward pass take less time than one without numbers, in which each operation costs the same?"
-    held = [*net.parameters(), *net.buffers()]
-    return (sum(p.numel() for p in held) < 10**7
-            and all(p.device.type == 'cpu' and p.dtype in (torch.float32, torch.int64) for p in held))
-
 @dataclass
 class Origin:
     "What `create` loaded: shared by all copies of a backbone, never changed."
@@ -179,10 +173,9 @@ class Origin:
     def maps(self)->tuple[dict[str, int], dict[str, int], int]:
         """Channels and strides of the maps, and the width of embeddings: asked by a forward pass, of a large tower
         without numbers."""
+        kind,size = tower_family(self.visual, self.name),_side(self.visual)
         net = copy.deepcopy(self.visual).eval()
-        if not _is_quick(net): net.to('meta')
-        kind = tower_family(self.visual, self.name)
-        size = _side(self.visual)
+        if not is_small(net) or size > 256: net.to('meta')
         with torch.no_grad():
             maps,last = kind.features(net, torch.zeros(1, 3, size, size, device=device_of(net)))
             dense = kind.dense(net, last)

@@ -33,6 +33,11 @@ def _pieces(word):
     "The pieces of a word, which comes back in prompt after prompt."
     return bpe_tokenizer().encode(word)
 
+def _cut(text):
+    "The pieces of a text; in plain English nothing is repaired, and no piece goes beyond a word."
+    plain = text.isascii() and text.isprintable() and '&' not in text
+    return [piece for word in text.split() for piece in _pieces(word)] if plain else bpe_tokenizer().encode(text)
+
 def compact_tokens(
     captions:Iterable[str], # Texts of the small world
 )->list: # The pieces that they use, as text (`'red</w>'`), in the order of CLIP's table
@@ -60,7 +65,7 @@ class CompactTokenizer:
 
     def __len__(self): return self.end+1
 
-    def encode(self, text:str): return [self.ids.get(i, self.unknown) for i in bpe_tokenizer().encode(text)]
+    def encode(self, text:str): return [self.ids.get(i, self.unknown) for i in _cut(text)]
 
     def unknown_words(self, text:str)->list:
         "The words of a text that hold a piece which is not in the table."

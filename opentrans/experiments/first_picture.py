@@ -20,6 +20,7 @@ from ..errors import unknown
 from ..escape import for_plot
 from .figures import label_photograph
 from .jobs import run_jobs
+from .scale import _open_clip
 from ..files import FileKind, load_tensors, save_tensors
 from ..pruning import imp, SparseMask
 from ..runtime import seed_everything
@@ -79,11 +80,12 @@ def label_with(
     seed:int=0, # Of everything random
 )->dict: # Photograph -> labels (h,w), indices into its words
     "What one tower makes of the sample photographs."
-    clip,photographs = ClipBackbone.create('photo-lite0', pretrained='photo-lite0'),sample_photographs()
+    clip,photographs = _open_clip('photo-lite0', 'photo-lite0', 32, None, '').fresh_copy(),sample_photographs()
     def look(tower): return {name: label_photograph(tower, *told)[1] for name,told in photographs.items()}
     if kind == 'dense': return look(clip)
     seed_everything(seed)
-    trainer = partial(EmbeddingTrainer, clip, photograph_crops(photographs, seed=seed), lr=1e-3, batch_norm='train')
+    crops = photograph_crops(photographs, n=min(240, 4*iterations), seed=seed) # no more than one batch an iteration
+    trainer = partial(EmbeddingTrainer, clip, crops, lr=1e-3, batch_norm='train')
     mask = find_places(kind, clip, trainer(iterations=max(1, iterations//(2*ROUNDS))), density, seed)
     tower = clip.fresh_copy()
     with mask.apply(tower):

@@ -21,7 +21,7 @@ from ..core import find_tower
 from ..data.vocabulary import Vocabulary
 from ..errors import check_number, OpenTransError, unknown
 from .scores import best_class, resize, Scores
-from ..runtime import device_of, eval_mode, seeded
+from ..runtime import device_of, eval_mode, is_small, seeded
 
 _all_ = ['best_class', 'resize', 'Scores'] # of the page of scores, found here, too
 
@@ -63,12 +63,13 @@ _SIDE = 64 # Pixels; images with no shorter side fit every tower
 def smallest_side(
     backbone:nn.Module, # What makes maps of images
 )->int: # In pixels, at most 64
-    "The smallest side of a square image of which a backbone makes all its maps. A copy without numbers is asked."
+    """The smallest side of a square image of which a backbone makes all its maps. A copy is asked, of a large backbone
+    one without numbers."""
     fresh = backbone.fresh_copy() if hasattr(backbone, 'fresh_copy') else copy.deepcopy(backbone)
-    fresh.to('meta').eval()
+    fresh.to('cpu' if is_small(fresh) else 'meta').eval()
     @torch.no_grad()
     def fits(side):
-        try: maps = fresh(torch.empty(1, 3, side, side, device='meta'))
+        try: maps = fresh(torch.zeros(1, 3, side, side, device=device_of(fresh)))
         except RuntimeError: return False
         return all(m.numel() for m in maps.values())
     return 1 + bisect.bisect_left(range(1, _SIDE), True, key=fits)

@@ -18,7 +18,7 @@ from ..core import find_tower
 from ..errors import check_number, DamagedFile, FormatError, OpenTransError, unknown
 from ..escape import for_plot
 from ..files import FileKind, json_text, parse_document, read_text, save_text
-from ..runtime import get_axes
+from ..runtime import get_axes, is_small
 from .spvit import (
     BottleneckConv, GATINGS, Grid, hard_gate, mlp_names, MultiPathAttention, select_ops, SkipAttention, SPVIT_OPS,
     UnifiedAttention, UnifiedDepthwise, UnifiedMLP)
@@ -120,8 +120,8 @@ def slim_spvit(
 def _parts(block): return getattr(block, 'attn' if hasattr(block, 'attn') else 'conv_dw'),block.mlp
 
 def _shapes(model, size):
-    """Shapes of the blocks' inputs and of what convolutions, linear maps and norms outside of them give: a pass
-    without numbers."""
+    """Shapes of the blocks' inputs and of what convolutions, linear maps and norms outside of them give: a pass, of a
+    large tower without numbers."""
     tower = _tower(model)
     blocks = vit_blocks(model)
     seen = {}
@@ -134,9 +134,10 @@ def _shapes(model, size):
     modes,real = [(m, m.training) for m in tower.modules()],('gate', 'head_gate')
     state = {k: t.detach().to('meta')
              for k,t in [*tower.named_parameters(), *tower.named_buffers()] if k.split('.')[-1] not in real}
+    state,device = ({}, 'cpu') if is_small(tower) and max(size) <= 256 else (state, 'meta')
     try:
         with torch.no_grad():
-            torch.func.functional_call(tower.eval(), state, (torch.empty(1, 3, *size, device='meta'),))
+            torch.func.functional_call(tower.eval(), state, (torch.zeros(1, 3, *size, device=device),))
     finally:
         for h in undo: h.remove()
         for m,b in modes: m.training = b
