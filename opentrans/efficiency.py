@@ -136,7 +136,9 @@ def _deeplab_value(full, e):
     if what == 'released_aspp':
         h,w = (math.ceil(n/16) for n in size)
         return (full.trunk(size) + full.deeplab(size, 'thop')).macs + (3072-1280)*256*h*w
-    if what == 'os16_backbone': return cost(released_stride16(), (3, *size), convention='thop').macs
+    if what == 'os16_backbone':
+        with torch.device('meta'): net = released_stride16()
+        return cost(net.to_empty(device='cpu'), (3, *size), convention='thop').macs
     whole = full.trunk(size) + full.deeplab(size, 'thop')
     if what == 'pruned': whole = whole - .9*full.trunk(size)
     return whole.macs if flops else whole.params
@@ -254,6 +256,7 @@ FIGURES = dict(clip_rn50=_clip_value, han_rn50=_han_value, fcclip_rn50=_fcclip_v
 
 def paper_costs(
     only:str|Sequence[str]|None=None, # Beginnings of names, such as `'han'`; None takes all
+    full:FullSize|None=None, # Models, with what was counted of them before; None makes them
     # name, metric, convention, input, value, paper, target, unit, difference (relative, to the target), agrees
     # (within the entry's tolerance), required, note
 )->pd.DataFrame:
@@ -266,7 +269,7 @@ def paper_costs(
                and (only is None or any(e['name'].startswith(o) for o in only))]
     if not entries:
         raise OpenTransError(f"No figure's name begins with {', '.join(only)}. There are: {', '.join(FIGURES)}.")
-    full,rows = FullSize(),[]
+    full,rows = full or FullSize(),[]
     for e in progress(entries, 'counting'):
         unit = _UNIT.get(e['unit'], 1)
         value = FIGURES[e['name'].split('.')[0]](full, e)/unit

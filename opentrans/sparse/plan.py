@@ -132,14 +132,21 @@ class Chosen:
     weights:int = 0 # That are not zero
     arrays:dict = field(default_factory=dict) # What the records point to
 
-def _entries(conv, taps, stride, row, planes, channel):
-    "Where the weights of an output channel read, and the weights."
+_AT_ONCE = 256 # output channels whose weights are looked through together
+
+def _entries(conv, taps, stride, row, planes, channels):
+    """The weights of some output channels, one channel after the other: which of these channels, the input channel,
+    where it reads, and the weight."""
     inputs, size = conv.weight.shape[1], len(conv.weight)//conv.groups
-    weight = conv.weight[channel]
-    c, i, j = np.nonzero(weight)
-    source = (channel//size*inputs + c)*planes + taps.plane[i, j]
-    place = source*stride + taps.down[i, j]*row + taps.right[i, j]
-    return c, place, weight[c, i, j]
+    parts = []
+    for first in range(0, max(len(channels), 1), _AT_ONCE):
+        some = channels[first:first + _AT_ONCE]
+        weight = conv.weight[some]
+        o, c, i, j = np.nonzero(weight)
+        source = (some[o]//size*inputs + c)*planes + taps.plane[i, j]
+        place = source*stride + taps.down[i, j]*row + taps.right[i, j]
+        parts.append((first + o, c, place, weight[o, c, i, j]))
+    return map(np.concatenate, zip(*parts))
 
 def _choose(conv, taps, planes, source, row, pixels, machine, dense='measured'):
     "Which output channels are computed one by one, and which in bundles."
@@ -168,27 +175,19 @@ def _choose(conv, taps, planes, source, row, pixels, machine, dense='measured'):
 
 def _sparse_arrays(chosen, stride, row, planes):
     "Rows, entries and channels for the sparse kernel."
-    conv, groups = chosen.conv, chosen.groups
-    inputs = conv.weight.shape[1]
-    found = [_entries(conv, chosen.taps, stride, row, planes, o) for o in chosen.sparse]
-    limits = np.linspace(0, inputs, groups + 1).astype(int)
-    counts = []
-    places = []
-    weights = []
-    for begin, end in zip(limits, limits[1:]):
-        for c, place, weight in found:
-            inside = (c >= begin) & (c < end)
-            counts.append(int(inside.sum()))
-            places.append(place[inside])
-            weights.append(weight[inside])
+    groups, n = chosen.groups, len(chosen.sparse)
+    o, c, place, weight = _entries(chosen.conv, chosen.taps, stride, row, planes, chosen.sparse)
+    limits = np.linspace(0, chosen.conv.weight.shape[1], groups + 1).astype(int)
+    group = np.searchsorted(limits, c, side='right') - 1
+    counts = np.bincount(group*n + o, minlength=groups*n)
     # each group has one more row: where its last one ends
     ends = np.concatenate([[0], np.cumsum(counts)])
-    n = len(chosen.sparse)
     rows = np.concatenate([ends[g*n:(g + 1)*n + 1] for g in range(groups)])
-    pairs = np.empty((int(ends[-1]) + 1, 2), np.int32)
+    order = np.argsort(group, kind='stable')
+    pairs = np.empty((len(order) + 1, 2), np.int32)
     pairs[-1] = 0
-    pairs[:-1, 0] = np.concatenate(places) if places else 0
-    pairs[:-1, 1] = np.concatenate(weights).astype(np.float32).view(np.int32) if weights else 0
+    pairs[:-1, 0] = place[order]
+    pairs[:-1, 1] = weight[order].astype(np.float32).view(np.int32)
     return dict(rows=rows.astype(np.int32), entries=pairs, channels=chosen.sparse)
 
 def _dense_arrays(chosen, stride, row, planes):

@@ -36,8 +36,8 @@ class StoredWeight:
         self.bits = None if bits is None else bits.numpy()
         self.scale = np.ones(len(self)) if scale is None else np.asarray(scale, np.float64)
         self.row = math.prod(self.shape[1:])
-        counts = [int(self._places(i, i + 1).sum()) for i in range(len(self))]
-        self.starts = np.concatenate([[0], np.cumsum(counts)])
+        counts = [self._places(i, min(i + 256, len(self))).sum(1) for i in range(0, len(self), 256)]
+        self.starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
         if self.starts[-1] != len(self.values):
             raise ValueError(f'{len(self.values)} weights for {self.starts[-1]} places')
 
@@ -58,11 +58,14 @@ class StoredWeight:
         return self._places(0, len(self))
 
     def __getitem__(self, index):
-        if np.ndim(index): return np.stack([self[int(i)] for i in index])
-        values = self.values[self.starts[index]:self.starts[index + 1]].float().numpy()
-        row = np.zeros(self.row, np.float32)
-        row[self._places(index, index + 1)[0]] = (values*self.scale[index]).astype(np.float32)
-        return row.reshape(self.shape[1:])
+        if not np.ndim(index): return self[[index]][0]
+        index = np.asarray(index, int)
+        first, last = (index.min(), index.max() + 1) if len(index) else (0, 0)
+        starts = self.starts[first:last + 1]
+        values = self.values[starts[0]:starts[-1]].float().numpy()
+        rows = np.zeros((last - first, self.row), np.float32)
+        rows[self._places(first, last)] = values*np.repeat(self.scale[first:last], np.diff(starts))
+        return rows[index - first].reshape(len(index), *self.shape[1:])
 
 # %% ../../nbs/07g_stored.ipynb #c4a855f0
 class _Step(TypedDict):

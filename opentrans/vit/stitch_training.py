@@ -131,6 +131,8 @@ class StitchSampler:
         # the non-empty ones
         self.intervals = [np.flatnonzero(self.interval == i)
                           for i in range(n_intervals) if (self.interval == i).any()]
+        self._members = [torch.as_tensor(m) for m in self.intervals]
+        self._order = torch.cat(self._members)
         self.drawn,self.generator = 0,torch.Generator().manual_seed(seed)
 
     def inside(self, members, importance=None)->torch.Tensor:
@@ -138,14 +140,14 @@ class StitchSampler:
         q = (self.tracker.importance() if importance is None else importance)[torch.as_tensor(members)]
         if self.relative: q = q/q.abs().mean().clamp_min(1e-300)
         if self.standardize: q = (q-q.mean())/(q.std(correction=0)+1e-12)
-        return torch.softmax(q/self.temperature, 0)
+        return torch.softmax(q if self.temperature == 1 else q/self.temperature, 0)
 
     def probs(self)->torch.Tensor: # (n,), sum 1
         "The probability of each stitch at the next draw."
         p = torch.full((len(self.costs),), 1/len(self.costs), dtype=torch.float64)
         if self.drawn < self.warmup: return p
         q = self.tracker.importance()
-        for m in self.intervals: p[torch.as_tensor(m)] = self.inside(m, q)/len(self.intervals)
+        p[self._order] = torch.cat([self.inside(m, q) for m in self._members])/len(self.intervals)
         return p
 
     def sample(self)->int:
