@@ -110,17 +110,17 @@ def _odd_header(data, rng):
     text = json_of(odd_json(json.loads(data[8:8+size]), rng)).encode(errors='surrogatepass')
     return struct.pack('<Q', len(text)) + text + data[8+size:]
 
-def _write(good, path, data, rng):
-    """One damaged or forged copy of a file. Says whether it is forged, that is, whether another content may rightly
-    be read."""
+def _write(held, path, data, rng):
+    """One damaged or forged copy of a file, and of what it holds. Says whether it is forged, that is, whether another
+    content may rightly be read."""
     tensors, text = path.suffix == '.safetensors', path.suffix == '.json'
     way = rng.random()
     if tensors and way < .5:
-        held, meta = odd_tensors(*load_tensors(good), rng)
-        save_tensors(held, path, meta)
+        changed, meta = odd_tensors(*held, rng)
+        save_tensors(changed, path, meta)
         return True
     if text and way < .6:
-        path.write_text(mutated_json(json.loads(data), rng), encoding='utf-8', errors='surrogatepass')
+        path.write_text(mutated_json(held, rng), encoding='utf-8', errors='surrogatepass')
     elif tensors and way < .65: path.write_bytes(_odd_header(data, rng))
     else: path.write_bytes(mutated(data, rng))
     return text
@@ -128,7 +128,8 @@ def _write(good, path, data, rng):
 def check_reader(
     good, # A file as it is written, `.json`, `.safetensors` or another
     read, # Function (target, path): reads the file; what it gives is compared by `same`
-    make=lambda: None, # Function that makes what is read into, anew after each file that is accepted
+    # Function that makes what is read into, anew after each file that is accepted; it may give the same thing again
+    make=lambda: None,
     state=lambda target: None, # Function (target) -> what must not change when a file is refused; compared by `==`
     # Function (result) -> what must be equal to that of the good file, where a file that is only damaged is
     # accepted
@@ -141,11 +142,13 @@ def check_reader(
     data = good.read_bytes()
     rng = np.random.default_rng(seed)
     told = dict(refused=0, accepted=0)
+    whole = same(read(make(), good)) if same else None
     target = make()
-    before, whole = state(target), same(read(make(), good)) if same else None
+    before = state(target)
+    held = {'.safetensors': lambda: load_tensors(good), '.json': lambda: json.loads(data)}.get(good.suffix, tuple)()
     for i in range(count):
         path = good.parent/f'mutated{good.suffix}'
-        forged = _write(good, path, data, rng)
+        forged = _write(held, path, data, rng)
         try: result = read(target, path)
         except OpenTransError as error:
             told['refused'] += 1

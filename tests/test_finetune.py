@@ -1,5 +1,5 @@
 "Fine-tuning under fault: killed, out of disk, poisoned, resumed by mistake."
-import functools, importlib, json, os, random, subprocess, sys, textwrap
+import functools, importlib, json, os, random, textwrap
 from pathlib import Path
 import numpy as np
 import pytest
@@ -19,7 +19,8 @@ from opentrans.training import (
 from opentrans.frameworks import build
 from opentrans.frameworks.contract import tiny_backbone
 from opentrans.pruning import SparseMask
-from forked import python
+from conftest import until
+from forked import Forked, python
 
 KILLS = 5
 
@@ -406,6 +407,17 @@ def small(seed=0):
     return build('deeplabv3', backbone().fresh_copy(), vocabulary=['red', 'sand'], preset='small', width=8,
                  low_level=4, seed=seed)
 
+@functools.cache
+def _first(seed):
+    seg = small(seed)
+    return seg, {name: tensor.clone() for name,tensor in seg.state_dict().items()}
+
+def again(seed=0):
+    "What `small` gives, made once: always the same framework, with its first weights."
+    seg, weights = _first(seed)
+    seg.load_state_dict(weights)
+    return seg
+
 def trained(scaler=None):
     "A framework and its optimizer after one step."
     seg = small()
@@ -437,7 +449,7 @@ def load_into(checkpoint, target, path):
     return checkpoint.load(seg, opt, scaler), target
 
 def blank(seed=5):
-    seg = small(seed)
+    seg = again(seed)
     return seg, build_optimizer(seg, quick), torch.amp.GradScaler('cpu', init_scale=2.)
 
 def everything(target): return digest(target[0], target[1], target[2].state_dict())
@@ -524,7 +536,7 @@ def test_damaged_weights_change_nothing(tmp_path, name):
     else:
         save_tensors({f'model.{k}': t for k,t in seg.state_dict().items()}, good, dict(iteration=3, miou=.5),
                      WEIGHTS_FILE)
-    check_reader(good, load_framework, small, digest, same=digest if good.suffix != '.pth' else None)
+    check_reader(good, load_framework, again, digest, same=digest if good.suffix != '.pth' else None)
 
 def test_a_damaged_selection_is_refused_or_read(tmp_path):
     LayerSelection(['a', 'b'], ['c'], 'by hand').to_json(tmp_path/'selection.json')
@@ -562,7 +574,7 @@ def test_any_values_make_a_recipe_or_a_sentence(values):
     else: assert all(0 <= recipe.lr_at(i) < float('inf') for i in (0, 1, recipe.iterations))
 
 HOLD = textwrap.dedent('''
-    import sys
+    import signal, sys
     import torch
     from opentrans.data import ShapesWorld
     from opentrans.frameworks import build
@@ -575,7 +587,7 @@ HOLD = textwrap.dedent('''
     def wait(framework, row):
         if row['iteration'] != 1: return
         print('at work', flush=True)
-        sys.stdin.readline()
+        signal.pause()
 
     world = ShapesWorld(n=6, size=32)
     seg = build('deeplabv3', tiny_backbone(), vocabulary=world.vocabulary, preset='small', width=16, seed=0)
@@ -583,18 +595,19 @@ HOLD = textwrap.dedent('''
     finetune(seg, world, recipe, checkpoint_dir=folder, checkpoint_every=1, callback=wait)
 ''')
 
-def test_a_folder_is_free_when_its_run_is_dead(tmp_path, world):
+def test_a_folder_is_free_when_its_run_is_dead(tmp_path, tmp_path_factory, world):
     """While a process trains in a folder another is refused; after kill -9 what it left half-written is swept, and
     the run goes on."""
     whole = finetune(new(world), world, quick)
-    holder = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', HOLD, str(tmp_path),
-                               str(torch.get_num_threads())], stdin=subprocess.PIPE,
-                              stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == 'at work\n'
-    with pytest.raises(OtherRun, match='Another run is at work'):
-        finetune(new(world), world, quick, checkpoint_dir=tmp_path)
-    holder.kill()
-    holder.communicate()
+    holder = Forked(['-W', 'ignore', '-c', HOLD, tmp_path, torch.get_num_threads()], dict(os.environ), tmp_path,
+                    tmp_path_factory.mktemp('said'))
+    try:
+        until(lambda: holder.out.read_text() == 'at work\n' or holder.poll() is not None, 'it does not train')
+        with pytest.raises(OtherRun, match='Another run is at work'):
+            finetune(new(world), world, quick, checkpoint_dir=tmp_path)
+    finally:
+        holder.kill()
+        holder.wait()
     (tmp_path/'.last-0123abcd.part.safetensors').write_bytes(b'half')
     told = []
     again = finetune(new(world), world, quick, checkpoint_dir=tmp_path,

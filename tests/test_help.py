@@ -1,6 +1,7 @@
 "What `help` shows of the public names: what parameters mean, and an example that runs."
 import inspect
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 import opentrans
 from opentrans.helping import _of_class, _of_function, document, examples
+from forked import python
 
 root = Path(__file__).resolve().parent.parent
 PUBLIC = sorted(opentrans.__all__)
@@ -40,9 +42,12 @@ def test_help_shows_parameters_and_an_example(name):
 
 def test_help_is_the_same_from_every_place():
     "The example is shown however a name was imported, and once."
-    code = ("from opentrans.pruning import imp; import opentrans; "
+    code = ("import sys\n"
+            "for name in [n for n in sys.modules if n.split('.')[0] == 'opentrans']: del sys.modules[name]\n"
+            "from opentrans.pruning import imp; import opentrans; "
             "print(imp.__doc__.count('Example'), opentrans.imp is imp)")
-    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root)
+    run = python('-c', code, env=dict(os.environ), cwd=root)
+    assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.split() == ['1', 'True']
 
 
@@ -66,8 +71,7 @@ def test_nothing_of_it_is_loaded_before_it_is_asked_for():
 @pytest.fixture(scope='module')
 def executed():
     "What went wrong in each example; they run in a process of their own, for some of them register things."
-    command = [sys.executable, str(root/'tests'/'run_examples.py')]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    run = python(root/'tests'/'run_examples.py', env=dict(os.environ), cwd=root)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout)
 

@@ -258,6 +258,8 @@ def _finite(value):
     text."""
     if isinstance(value, int) and abs(value) >= 10**19: return str(value)
     if isinstance(value, dict): return {str(k): _finite(v) for k,v in value.items()}
+    if isinstance(value, list) and set(map(type, value)) == {int} and -10**19 < min(value) and max(value) < 10**19:
+        return value[:] # nothing to do in what may be a million numbers
     if isinstance(value, (list, tuple)): return [_finite(v) for v in value]
     if isinstance(value, (float, np.floating)): return float(value) if np.isfinite(value) else None
     return value

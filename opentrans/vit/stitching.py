@@ -285,20 +285,21 @@ def part_costs(
         for i,parts in enumerate(names):
             if any(n == b or n.startswith((f'{b}.', f'{b}:')) for b in parts): return i
         return 'embed' if re.split(r'[.:\[]', n)[0] in anchor.embed_parts else 'head'
-    t = pd.DataFrame(0., index=['embed', *range(len(names)), 'head'],
-                     columns=['macs', 'norm', 'params', 'tokens', 'positions'])
-    def norm(part): return lambda m, x: t.__setitem__('norm', t.norm + (t.index == part)*x[0][0].numel())
-    def out(part): return lambda m, x, y: t.at.__setitem__((part, 'positions'), anchor.positions(y))
+    t = {part: dict(macs=0., norm=0., params=0., tokens=0., positions=0.)
+         for part in ('embed', *range(len(names)), 'head')}
+    def norm(part): return lambda m, x: t[part].__setitem__('norm', t[part]['norm'] + x[0][0].numel())
+    def out(part): return lambda m, x, y: t[part].__setitem__('positions', anchor.positions(y))
     with contextlib.ExitStack() as stack:
         for n,m in anchor.tower.named_modules():
             if isinstance(m, nn.LayerNorm): stack.callback(m.register_forward_pre_hook(norm(place(n))).remove)
         for i,b in enumerate(anchor.blocks): stack.callback(b.register_forward_hook(out(i)).remove)
         rows = cost(anchor, input_size, mask=mask).by_layer
-    for n,r in rows.iterrows():
-        p = place(n.removeprefix('(head) ')) if r.tower else 'head'
-        t.loc[p, ['macs', 'params']] += [r.active_macs, r.active_params]
-        if n in anchor.tokens: t.loc[p, 'tokens'] += r.params
-    return t
+    for n,tower,macs,active,params in zip(rows.index, rows.tower, rows.active_macs, rows.active_params, rows.params):
+        part = t[place(n.removeprefix('(head) ')) if tower else 'head']
+        part['macs'] += macs
+        part['params'] += active
+        if n in anchor.tokens: part['tokens'] += params
+    return pd.DataFrame([*t.values()], index=[*t], dtype=float)
 
 # %% ../../nbs/vit/62_stitching.ipynb #97c5dc0f
 def stitch_table(
