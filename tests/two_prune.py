@@ -46,7 +46,7 @@ def remembered(trainer):
 def pruned(clip, options, rank, folder):
     "One case: writes mask and weights; gives losses, and what is remembered of the teacher."
     net = clip.fresh_copy()
-    trainer = DistillTrainer(clip, Sizes(), **{**dict(iterations=3, lr=1e-3, batch_size=4), **options})
+    trainer = DistillTrainer(clip, Sizes(), **{**dict(iterations=5, lr=1e-3, batch_size=4), **options})
     mask, history = imp(net, trainer, density=.5, p=.3, checkpoint_dir=folder)
     torch.save(dict(mask=dict(mask.items()), net=net.state_dict()), f'{folder}.{rank}.pt')
     return dict(loss=history.loss.tolist(), cached=remembered(trainer))
