@@ -73,7 +73,8 @@ class CompactTokenizer:
 
     def __call__(self, texts, context_length=None)->torch.Tensor: # int64 (number of texts, context length)
         "Token ids of one text or many, padded with zeros."
-        n,texts = context_length or self.context_length,[texts] if isinstance(texts, str) else texts
+        n = context_length or self.context_length
+        if isinstance(texts, str): texts = [texts]
         rows = [[self.start, *self.encode(text)[:n-2], self.end] for text in texts]
         return torch.tensor([row + [self.pad]*(n-len(row)) for row in rows], dtype=torch.long).reshape(len(rows), n)
 

@@ -20,7 +20,7 @@ from ..errors import unknown
 from ..escape import for_plot
 from .figures import label_photograph
 from .jobs import run_jobs
-from .scale import _open_clip
+from .scale import get_scale, open_clip_of
 from ..files import FileKind, load_tensors, save_tensors
 from ..pruning import imp, SparseMask
 from ..runtime import seed_everything
@@ -80,7 +80,7 @@ def label_with(
     seed:int=0, # Of everything random
 )->dict: # Photograph -> labels (h,w), indices into its words
     "What one tower makes of the sample photographs."
-    clip,photographs = _open_clip('photo-lite0', 'photo-lite0', 32, None, '').fresh_copy(),sample_photographs()
+    clip,photographs = open_clip_of(get_scale('photo')),sample_photographs()
     def look(tower): return {name: label_photograph(tower, *told)[1] for name,told in photographs.items()}
     if kind == 'dense': return look(clip)
     seed_everything(seed)

@@ -37,7 +37,7 @@ class StoredWeight:
         self.scale = np.ones(len(self)) if scale is None else np.asarray(scale, np.float64)
         self.row = math.prod(self.shape[1:])
         counts = [self._places(i, min(i + 256, len(self))).sum(1) for i in range(0, len(self), 256)]
-        self.starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+        self.starts = np.cumsum(np.concatenate([[0], *counts]))
         if self.starts[-1] != len(self.values):
             raise ValueError(f'{len(self.values)} weights for {self.starts[-1]} places')
 
