@@ -23,6 +23,12 @@ def pytest_sessionstart():
     gc.collect()
     gc.freeze()
 
+def train_on_small_crops(monkeypatch, side):
+    "The paper's recipes with crops of so many pixels; those of 512 take some hundred times as long."
+    from opentrans.training import Recipe
+    paper = Recipe.paper
+    monkeypatch.setattr(Recipe, 'paper', lambda name: paper(name).replace(crop=side))
+
 def pytest_configure(config): config.addinivalue_line('markers', 'slow: takes minutes; runs where OPENTRANS_SLOW=1')
 
 def pytest_collection_modifyitems(items):

@@ -6,6 +6,7 @@ itself must do (its imports, a terminal, a launcher) is tested with `subprocess`
 import functools, gc, multiprocessing, os, runpy, signal, subprocess, sys, tempfile, types, warnings
 from pathlib import Path
 from conftest import free_port, IMPORTED, PATIENCE
+from opentrans.runtime import usual_start_method
 
 @functools.cache
 def server():
@@ -32,10 +33,15 @@ def run_here(words):
         sys.path.insert(0, str(Path(kind).parent))
         runpy.run_path(kind, run_name='__main__')
 
+def forget_package():
+    "Let this process import the package anew, as a new interpreter would; what it imports of others is there."
+    for name in [*sys.modules]:
+        if name.split('.')[0] == 'opentrans': del sys.modules[name]
+
 def work(words, environment, folder, out, err):
     "The life of a forked process."
     gc.freeze()     # what the server has imported is no garbage
-    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    usual_start_method()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -46,8 +52,9 @@ def work(words, environment, folder, out, err):
     run_here(words)
 
 class Forked:
-    "A forked process, by the names of `subprocess.Popen`."
+    "A forked process, by the names of `subprocess.Popen`. Without `env` it has the environment of this one."
     def __init__(self, words, env, cwd, folder, name=''):
+        env = dict(os.environ if env is None else env)
         self.args = list(map(str, words))
         self.out,self.err = Path(folder)/f'out{name}.txt',Path(folder)/f'err{name}.txt'
         for file in (self.out, self.err): file.write_text('')
@@ -75,7 +82,7 @@ class Forked:
             raise
         return subprocess.CompletedProcess(self.args, code, self.out.read_text(), self.err.read_text())
 
-def python(*words, env, cwd):
+def python(*words, env=None, cwd):
     "`python WORDS`, forked: what `subprocess.run` gives."
     with tempfile.TemporaryDirectory() as folder: return Forked(words, env, cwd, folder).result()
 

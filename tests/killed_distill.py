@@ -5,10 +5,9 @@ import os, shutil, signal, sys, time
 import torch
 import torch.distributed as dist
 from children import exit_code, fork
-from opentrans.clip import ClipBackbone, small_clip
 from opentrans.distill import DistillTrainer
 from opentrans.pruning import imp
-from test_distill import CONFIG, Halves
+from test_distill import Halves, tiny_clip
 from test_runs import rounds
 
 torch.set_num_threads(1)
@@ -20,11 +19,6 @@ class Sizes(Halves):
         sample = super().__getitem__(i)
         cut = {key: sample[key][..., :height, 32-i:32-i+width] for key in ('image', 'labels', 'regions')}
         return dict(sample, **cut)
-
-def tiny_clip():
-    vision = dict(layers=[1, 1, 1, 1], width=4, head_width=32, image_size=64)
-    model, tokenizer = small_clip(dict(CONFIG, vision_cfg=vision), seed=0)
-    return ClipBackbone.from_model(model, tokenizer, 'tiny')
 
 def join(store, rank, count):
     "Make this process one of a team, as a launcher tells it."
@@ -47,7 +41,7 @@ class Runs:
     def __init__(self, mode, count):
         self.mode = mode
         self.count = count
-        self.clip = tiny_clip()
+        self.clip = tiny_clip(width=4)
 
     def prune(self, folder, rank, cold=False):
         "The work of one process, which writes what it ends with; a cold trainer forgets what it is given back."

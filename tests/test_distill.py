@@ -29,10 +29,12 @@ class Halves(torch.utils.data.Dataset):
         return dict(image=self.images[i], labels=c[m.int().argmax(0)], regions=m, region_classes=c,
                     isthing=torch.ones(2).bool(), id=str(i))
 
+def tiny_clip(width=8):
+    config = dict(CONFIG, vision_cfg=dict(CONFIG['vision_cfg'], width=width))
+    return ClipBackbone.from_model(*small_clip(config, seed=0), 'tiny')
+
 @pytest.fixture
-def clip():
-    model,tok = small_clip(CONFIG, seed=0)
-    return ClipBackbone.from_model(model, tok, 'tiny')
+def clip(): return tiny_clip()
 
 def trainer(clip, **kwargs):
     return DistillTrainer(clip, Halves(), **{**dict(iterations=3, lr=1e-3, batch_size=3), **kwargs})

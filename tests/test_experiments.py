@@ -17,7 +17,7 @@ from opentrans.errors import FormatError, OtherRun
 from opentrans.files import lock_folder, save_json
 from opentrans.files.stored import _HEADER
 from opentrans.frameworks import build
-from opentrans.training import Recipe
+from conftest import train_on_small_crops
 from test_plan import PLAN
 
 SAMPLES = Path(__file__).resolve().parents[1]/'../shared/data/samples'
@@ -28,8 +28,7 @@ DISK = dataclasses.replace(ex.SCALES['smoke'], data='coco_panoptic', paper=True,
 def small_looks(monkeypatch):
     """Scenes of 64 pixels are not seen at the released size, nor trained on in crops of 512, which takes a hundred
     times as long."""
-    paper = Recipe.paper
-    monkeypatch.setattr(Recipe, 'paper', lambda name: paper(name).replace(crop=64))
+    train_on_small_crops(monkeypatch, 64)
     monkeypatch.setattr(ex.arms, 'released_size', lambda framework, data: dict(size=64, longest=128))
 
 @pytest.mark.filterwarnings('ignore:.*has never seen')

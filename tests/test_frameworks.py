@@ -1,5 +1,4 @@
 "Frameworks as the rest of the package meets them: found when asked for, of the paper's size, and carrying a mask."
-import os
 import open_clip
 import pytest
 import torch
@@ -20,7 +19,8 @@ def count_parameters(module): return sum(p.numel() for p in module.parameters())
 
 LAZY = """
 import sys
-for known in [n for n in sys.modules if n.split('.')[0] == 'opentrans']: del sys.modules[known]
+from forked import forget_package
+forget_package()
 from opentrans.frameworks import list_frameworks, get_framework
 name = 'opentrans.frameworks.deeplabv3'
 assert 'deeplabv3' in list_frameworks()
@@ -30,7 +30,7 @@ assert name in sys.modules
 """
 
 def test_adapters_are_imported_when_they_are_built(tmp_path):
-    run = python('-c', LAZY, env=dict(os.environ), cwd=tmp_path)
+    run = python('-c', LAZY, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
 
 def test_every_name_on_the_list_can_be_got():

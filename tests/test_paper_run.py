@@ -11,6 +11,7 @@ from opentrans.experiments import arms, registry
 from opentrans.experiments import scale as sizes
 from opentrans.runtime import progress, time_left
 from opentrans.training import Recipe, released_size
+from conftest import train_on_small_crops
 from test_cli import fails, opentrans, tree # noqa: F401, a fixture
 
 COCO = ex.SCALES['coco']
@@ -113,9 +114,8 @@ def test_random_weights_of_a_study_are_the_same_in_each_process():
 
 @pytest.fixture
 def small_crops(monkeypatch):
-    "The paper's recipes with crops of 96 pixels; those of 512, of which a test below has some, take 28 times as long."
-    paper = Recipe.paper
-    monkeypatch.setattr(Recipe, 'paper', lambda name: paper(name).replace(crop=96))
+    "A test below has crops of 512."
+    train_on_small_crops(monkeypatch, 96)
 
 def test_a_study_of_two_arms(tree, tmp_path, monkeypatch, small_crops): # noqa: F811
     """At the paper's scale, shortened by one flag: a column for each set, seen at the released sizes, and its

@@ -3,13 +3,12 @@ distillation. Each process writes what it found to OUT/CASE.RANK.pt, and what it
 import json, sys
 from pathlib import Path
 import torch
-from opentrans.clip import ClipBackbone, small_clip
 from opentrans.core import OpenTransError
 from opentrans.distill import DistillTrainer
 from opentrans.frameworks import build
 from opentrans.processes import Processes
 from opentrans.pruning import imp
-from test_distill import CONFIG, Halves
+from test_distill import Halves, tiny_clip
 
 torch.set_num_threads(1)
 
@@ -33,11 +32,6 @@ class Sizes(Halves):
         if i < 3: sample.update(regions=sample['regions'][:1], region_classes=sample['region_classes'][:1])
         if i == 5: sample.update(regions=torch.zeros_like(sample['regions']))
         return sample
-
-def tiny_clip():
-    vision = dict(layers=[1, 1, 1, 1], width=8, head_width=32, image_size=64)
-    model, tokenizer = small_clip(dict(CONFIG, vision_cfg=vision), seed=0)
-    return ClipBackbone.from_model(model, tokenizer, 'tiny')
 
 def remembered(trainer):
     "What the teacher has told: keys in memory, or how many on the disk."

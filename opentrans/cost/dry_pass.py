@@ -71,6 +71,13 @@ def _written(func, args, kwargs):
     return [t for t in tree_leaves(changed) if isinstance(t, torch.Tensor)]
 
 # %% ../../nbs/04e_dry_pass.ipynb #1da90fbd
+def _all_fake(args):
+    """Arguments whose parameters are fake, too, as the mode of the others would make them. It remembers what an
+    operator gives for fake tensors alone; with another among them it finds that out again at each call."""
+    fake = next((x.fake_mode for x in args if isinstance(x, FakeTensor)), None)
+    if fake is None: return args
+    return [fake.from_tensor(x) if type(x) in _PLAIN else x for x in args]
+
 class _Beside(TorchDispatchMode):
     """Remembers each fake tensor, and beside a small one that depends on neither input nor parameters keeps its
     values."""
@@ -82,7 +89,6 @@ class _Beside(TorchDispatchMode):
         self.known = {}
         self.copies = {}
         self.blind = False
-        self.fake = None # the mode below, while the pass runs
         self.apart = {_key(p) for p in model.parameters()} # memory whose values are not asked for
 
     def value(self, t):
@@ -108,12 +114,6 @@ class _Beside(TorchDispatchMode):
             with unset_fake_temporarily(): return func(*args, **kwargs)
         except Exception: return None # whether that is an error, the pass itself says
 
-    def all_fake(self, args):
-        """Arguments whose parameters are fake, too, as the mode below would make them. It remembers what an operator
-        gives for fake tensors alone; with another among them it finds that out again at each call."""
-        if self.fake is None or not any(isinstance(x, FakeTensor) for x in args): return args
-        return [self.fake.from_tensor(x) if type(x) in _PLAIN else x for x in args]
-
     def forget(self, tensors):
         "Something unknown was written to these tensors, and so to all that share their memory."
         keys = {_key(t) for t in tensors}
@@ -128,7 +128,7 @@ class _Beside(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         written = _written(func, args, kwargs)
-        out = func(*(args if written else self.all_fake(args)), **kwargs)
+        out = func(*(args if written else _all_fake(args)), **kwargs)
         outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         small = (not self.blind and sum(t.numel() for t in outs) <= _SMALL
                  and all(isinstance(t, FakeTensor) for t in written))
@@ -263,10 +263,7 @@ def _run_dry(
     def on_fakes(): # its frame is gone when the rest is looked for
         fake = (next((p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor)), None)
                 or FakeTensorMode(allow_non_fake_inputs=True))
-        beside.fake = fake
-        try:
-            with fake, beside: return run(fake, beside)
-        finally: beside.fake = None
+        with fake, beside: return run(fake, beside)
     error = None
     try: return on_fakes()
     except Exception as e:
