@@ -15,10 +15,10 @@ import torch
 import opentrans
 from .clip import ClipBackbone
 from .core import LayerSelection
-from .cost import cost, training_flops
+from .cost import Cost, cost, training_flops
 from .errors import OpenTransError
 from .files import load_json
-from .frameworks.contract import build
+from .frameworks.contract import build, Framework
 from .frameworks.faseg import ConditionalPositionEncoding, FASegDecoder, FASegPixelDecoder
 from .frameworks.queries import MaskDecoder, PixelDecoder
 from .pruning import prunable
@@ -37,38 +37,39 @@ def _size(entry): return tuple(int(n) for n in entry['input'].split('x')[-2:])
 class FullSize:
     """RN50 and the heads of the three frameworks at full size with random weights, each counted once for every
     input and convention."""
-    strides = dict(res2=4, res3=8, res4=16, res5=32)
+    strides:dict[str, int] = dict(res2=4, res3=8, res4=16, res5=32)
 
     @functools.cached_property
-    def clip(self): return ClipBackbone.create('RN50', pretrained=None)
+    def clip(self)->ClipBackbone: return ClipBackbone.create('RN50', pretrained=None)
 
     @functools.lru_cache(None)
-    def framework(self, name:str): return build(name, self.clip, vocabulary=[f'class {i}' for i in range(133)], seed=0)
+    def framework(self, name:str)->Framework:
+        return build(name, self.clip, vocabulary=[f'class {i}' for i in range(133)], seed=0)
 
     @functools.lru_cache(None)
-    def trunk(self, size:Sequence[int], convention:str='thop'):
+    def trunk(self, size:Sequence[int], convention:str='thop')->Cost:
         return cost(self.clip, (3, *size), convention=convention).without('attnpool')
 
-    def features(self, size:Sequence[int]):
+    def features(self, size:Sequence[int])->dict[str, torch.Tensor]:
         return {k: torch.zeros(1, c, math.ceil(size[0]/s), math.ceil(size[1]/s))
                 for (k,c),s in zip(self.clip.channels.items(), self.strides.values())}
 
     @functools.lru_cache(None)
-    def han(self, size:Sequence[int], convention:str):
+    def han(self, size:Sequence[int], convention:str)->Cost:
         "The head of Han et al.: pixel decoder, mask decoder, class embedding; fed with the trunk's maps."
         head,maps = self.framework('mask2former').head,self.features(size)
         return cost(head, (3, *size), convention=convention, args=tuple(maps.values()),
                     forward=lambda x, *f: head(dict(zip(maps, f))))
 
     @functools.lru_cache(None)
-    def fcclip(self, size:Sequence[int], convention:str):
+    def fcclip(self, size:Sequence[int], convention:str)->Cost:
         "The head of FC-CLIP: 250 queries, classified behind every layer."
         head,maps = self.framework('fcclip').head,self.features(size)
         return cost(head, (3, *size), convention=convention, args=tuple(maps.values()),
                     forward=lambda x, *f: head(dict(zip(maps, f)), every=True))
 
     @functools.lru_cache(None)
-    def deeplab(self, size:Sequence[int], convention:str):
+    def deeplab(self, size:Sequence[int], convention:str)->Cost:
         """ASPP and decoder of DeepLabV3, fed with maps of stride 16, without a classifier (text embeddings
         classify)."""
         seg,(h,w) = self.framework('deeplabv3'),(math.ceil(n/16) for n in size)
