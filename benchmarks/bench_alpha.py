@@ -148,21 +148,33 @@ def fits(name, net, reps, every, old, log):
     log[f'{name}, fit'] = out
     print(f'{name}, fit alone:', json.dumps(out, indent=1), flush=True)
 
+AGAINST_OLD = """
+import contextlib, io, sys, time, warnings
+import numpy as np
+from opentrans.heavy_tail import fit_power_law
+sys.path.insert(0, sys.argv[1])
+import powerlaw
+warnings.simplefilter('ignore')
+xs = list(np.load(sys.argv[2]).values())
+for x in xs: fit_power_law(x)           # warm up
+begin = time.perf_counter()
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    theirs = [powerlaw.Fit(x, verbose=False) for x in xs]
+old = time.perf_counter()-begin
+begin = time.perf_counter()
+mine = [fit_power_law(x) for x in xs]
+new = time.perf_counter()-begin
+apart = max(abs(their.power_law.alpha-my.alpha) for their,my in zip(theirs, mine))
+print(old/new, old, new, apart)
+"""
+
 def against_old(folder, xs, mine):
     """powerlaw 1.5 from a folder of its own, in a process of its own (two versions do not live in one); this
     package's fit is timed there beside it."""
-    code = ("import sys, time, warnings, io, contextlib; import numpy as np; from opentrans.heavy_tail import "
-            "fit_power_law\n" f"sys.path.insert(0, {folder!r}); import powerlaw; warnings.simplefilter('ignore')\n"
-            "xs = " "list(np.load(sys.argv[1]).values())\n[fit_power_law(x) " "for x in " "xs]\n" "a "
-            "= " "time.perf_counter()\nwith " "contextlib.redirect_stdout(io.StringIO()), "
-            "contextlib.redirect_stderr(io.StringIO()): r = [powerlaw.Fit(x, verbose=False) for "
-            "x in " "xs]\n" "b = time.perf_counter(); f = [fit_power_law(x) for x in "
-            "xs]; c = " "time.perf_counter()\n" "print((b-a)/(c-b), b-a, c-b, "
-            "max(abs(p.power_law.alpha-q.alpha) for p,q in zip(r, f)))")
     import tempfile
     with tempfile.NamedTemporaryFile(suffix='.npz') as t:
         np.savez(t.name, *xs)
-        r = subprocess.run([sys.executable, '-c', code, t.name], capture_output=True, text=True)
+        r = subprocess.run([sys.executable, '-c', AGAINST_OLD, folder, t.name], capture_output=True, text=True)
     if r.returncode: return f'failed: {r.stderr.strip().splitlines()[-1]}'
     x,a,b,d = map(float, r.stdout.split())
     return f'{x:.0f} ({a:.2f} s against {b:.4f} s, largest difference of alpha {d:.0e})'

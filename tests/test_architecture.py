@@ -148,13 +148,15 @@ def test_methods_of_the_plan():
                       (Recipe, 'paper warmup tiny')):
         for n in names.split(): assert hasattr(cls, n), f'{cls.__name__}.{n} is missing'
 
+HEAVY = """
+import sys
+print([name for name in ('torch', 'open_clip', 'transformers', 'matplotlib', 'pandas') if name in sys.modules])
+"""
+
 def test_import_is_light():
     "`import opentrans` brings no heavy library; `opentrans --help` does not either."
     for line in ('import opentrans', 'import opentrans.cli'):
-        code = (
-            f"{line}; import sys; print([m for m in ('torch', 'open_clip', 'transformers', 'matplotlib', 'pandas') "
-            f"if m in sys.modules])")
-        assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
+        assert subprocess.run([sys.executable, '-c', f'{line}\n{HEAVY}'], capture_output=True, text=True, check=True,
                               cwd=root).stdout.strip() == '[]', line
 
 def test_tools_see_the_lazy_names():

@@ -13,7 +13,7 @@ coco = root.parent/'shared'/'data'/'samples'/'coco_panoptic'
 def in_a_process(*args):
     "The command in a process of its own, as a shell starts it."
     env = dict(os.environ, OMP_NUM_THREADS='1', OPENTRANS_PROGRESS='0')
-    return subprocess.run([sys.executable, '-c', 'from opentrans.cli import main; main()', *map(str, args)],
+    return subprocess.run([sys.executable, '-c', 'from opentrans.cli import main\nmain()', *map(str, args)],
                           capture_output=True, text=True, env=env, cwd=root)
 
 def opentrans(*args):

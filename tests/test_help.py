@@ -66,7 +66,7 @@ def test_documented_twice_is_documented_once():
 
 
 def test_nothing_of_it_is_loaded_before_it_is_asked_for():
-    code = "import opentrans, sys; print([name for name in sys.modules if name.startswith('opentrans.')])"
+    code = "import opentrans, sys\nprint([name for name in sys.modules if name.startswith('opentrans.')])"
     run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=root)
     assert run.stdout.strip() == '[]'
 

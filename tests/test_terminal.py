@@ -106,7 +106,7 @@ def test_a_method_that_needs_training_is_named(tmp_path):
 
 def test_a_shell_completes_commands():
     words = dict(_OPENTRANS_COMPLETE='complete_bash', COMP_WORDS='opentrans se', COMP_CWORD='1')
-    code = 'import sys; sys.argv[0] = "opentrans"; from opentrans.cli import main; main()'
+    code = 'import sys\nsys.argv[0] = "opentrans"\nfrom opentrans.cli import main\nmain()'
     run = subprocess.run([sys.executable, '-c', code], env=dict(os.environ, **words), capture_output=True, text=True)
     assert run.returncode == 0 and run.stdout.split() == ['segment'], run
 
