@@ -241,7 +241,10 @@ def peak(): return int(next(l for l in open('/proc/self/status') if l.startswith
 open('/proc/self/clear_refs', 'w').write('5')            # the peak begins anew, at what is in use
 before,start,cpu = peak(),time.perf_counter(),time.process_time()
 table = analyze(net, threads=1)
-print(json.dumps(dict(layers=len(table), wall=time.perf_counter()-start, cpu=time.process_time()-cpu, weights_mb=sum(p.numel()*4 for p in net.parameters())/2**20,
+wall = time.perf_counter()-start
+cpu = time.process_time()-cpu
+weights = sum(p.numel()*4 for p in net.parameters())
+print(json.dumps(dict(layers=len(table), wall=wall, cpu=cpu, weights_mb=weights/2**20,
                       added_peak_mb=(peak()-before)/1024)))
 """
 

@@ -14,7 +14,7 @@ of the process, which other work on the machine disturbs little; with more threa
 of one pair; its
 median and quartiles are stored, and the ratio of the shortest calls.
 """
-import argparse, importlib.util, json, os, platform, tempfile, time, warnings
+import argparse, json, os, platform, tempfile, time, warnings
 from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 import numpy as np

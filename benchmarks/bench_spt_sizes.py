@@ -68,7 +68,7 @@ def stitched(name, side=64): # the real networks; small pictures, so that every 
     models = [timm.create_model(n, pretrained=False, num_classes=100, **options) for n in FAMILIES[name]]
     began = time.process_time()
     net = StitchableNet(models)
-    x, y = torch.randn(2, 3, side, side), torch.randint(100, (2,))
+    x = torch.randn(2, 3, side, side)
     net.eval()
     net.init_stitches(torch.randn(2, 3, side, side))
     apply_pst(net, (32, 16, 8)[:len(models)])

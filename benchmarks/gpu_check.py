@@ -12,8 +12,8 @@ none costs another its turn.
 Towers have random weights: what is shown is that the path works, how long it takes and how much memory it needs,
 not an accuracy.
 """
-import argparse, atexit, contextlib, datetime, importlib.metadata, json, math, multiprocessing, os, shutil, statistics, sys, tempfile
-import time, zipfile
+import argparse, atexit, contextlib, datetime, importlib.metadata, json, math, multiprocessing, os, shutil, statistics
+import sys, tempfile, time, zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -74,12 +74,17 @@ def mutated_json(
     if isinstance(value, dict): value['sha256'] = digest_of(value)
     return json_of(value)
 
+def _all_wrong(tensor):
+    "Numbers that no tensor of weights, masks or classes holds, of the same type."
+    if tensor.is_floating_point(): return torch.full_like(tensor, float('nan'))
+    wrong = -1 if tensor.is_signed() else 200
+    return torch.full_like(tensor, wrong)
+
 def _odd_tensor(tensor, rng):
     "Another tensor in place of one."
     changes = [lambda t: t.reshape(-1)[:-1], lambda t: t[None], lambda t: t.flatten(),
                lambda t: t.to(torch.float64), lambda t: t.to(torch.int8),
-               lambda t: torch.full_like(t, float('nan')) if t.is_floating_point()
-               else torch.full_like(t, -1 if t.is_signed() else 200), lambda t: torch.zeros(0),
+               _all_wrong, lambda t: torch.zeros(0),
                lambda t: torch.cat([t.flatten(), t.flatten()]), lambda t: t.to(torch.complex64),
                lambda t: torch.full_like(t, 100) if t.dtype != torch.bool else ~t,
                lambda t: torch.tensor(float('inf'))]

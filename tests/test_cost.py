@@ -562,7 +562,7 @@ def remembered(n): return angles(n)
 def last_two(n): return angles(n)
 
 
-def by_default(n, memo={}):
+def by_default(n, memo={}): # noqa: B006 - a default that remembers is what is tested
     if n not in memo: memo[n] = angles(n)
     return memo[n]
 

@@ -153,9 +153,9 @@ def test_one_pixel():
                           torch.from_numpy(RGB).permute(2, 0, 1), torch.from_numpy(RGB).permute(2, 0, 1)/255,
                           (torch.from_numpy(RGB).permute(2, 0, 1)/255).bfloat16()])
 def test_arrays_and_tensors_are_pictures_too(values):
-    grey = values.ndim == 2 or values.shape[-1] == 1
-    want = (three(GREY > 100).byte()*255 if values.dtype == bool else three(GREY) if grey
-            else torch.from_numpy(RGB).permute(2, 0, 1))
+    if values.dtype == bool: want = three(GREY > 100).byte()*255
+    elif values.ndim == 2 or values.shape[-1] == 1: want = three(GREY)
+    else: want = torch.from_numpy(RGB).permute(2, 0, 1)
     apart = (read_picture(values).int()-want.int()).abs().max()
     assert apart <= (values.dtype == torch.bfloat16), 'a picture of bytes was read as white'
     assert (to_image(values)*255-want).abs().max() < 1.5
