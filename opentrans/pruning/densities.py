@@ -38,7 +38,9 @@ def fit_densities(
         factor = (low+high)/2
         if kept(factor) < wanted: low = factor
         else: high = factor
-    return {name: min(1., high*share) for name,share in shares.items()}
+    fitted = {}
+    for name,share in shares.items(): fitted[name] = min(1., high*share)
+    return fitted
 
 # %% ../../nbs/01i_densities.ipynb #3117dde2
 DENSITIES = {} # name -> rule
@@ -127,16 +129,21 @@ def owl(
     scores = wanda_scores(model, found, batches)
     share = {}
     for name,score in scores.items():
-        is_outlier = score > outlier*score.mean()
+        limit = outlier*score.mean()
+        is_outlier = score > limit
         share[name] = float(is_outlier.float().mean())
     least = min(share.values())
     most = max(share.values())
     widest = 2*min(band, density/2)
-    width = widest/max(most-least, 1e-12)
+    span = max(most-least, 1e-12)
+    width = widest/span
     scaled = {name: width*(part-least) for name,part in share.items()}
     mean = sum(scaled.values())/len(scaled)
     lowest = density/100
-    shares = {name: max(density + part - mean, lowest) for name,part in scaled.items()}
+    shares = {}
+    for name,part in scaled.items():
+        own_density = density + part - mean
+        shares[name] = max(own_density, lowest)
     sizes = _sizes(found)
     return fit_densities(shares, sizes, density)
 
@@ -191,7 +198,8 @@ def layer_densities(
     if isinstance(how, str):
         if how not in DENSITIES: raise unknown('rule of densities', how, DENSITIES)
         rule = DENSITIES[how]
-        return rule(model, found, _check_share(density), batches)
+        share = _check_share(density)
+        return rule(model, found, share, batches)
     if callable(how): how = how(model, density)
     if not isinstance(how, dict):
         given = type(how).__name__
