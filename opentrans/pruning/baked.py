@@ -31,7 +31,8 @@ def _state_under(prefix, obj):
     state = obj.state_dict()
     for name,t in state.items():
         if isinstance(t, torch.Tensor): continue
-        raise OpenTransError(f"The state holds {name}, a {type(t).__name__}; a checkpoint can only hold tensors.")
+        kind = type(t).__name__
+        raise OpenTransError(f"The state holds {name}, a {kind}; a checkpoint can only hold tensors.")
     return {prefix+name: t for name,t in state.items()}
 
 def _mask_state(mask, state, strict=True):
@@ -46,7 +47,9 @@ def _mask_state(mask, state, strict=True):
     new = {key: state[key].detach().clone() for key,_ in found.values()}
     placed = {key: [] for key in new}
     for name,(key,rows) in found.items():
-        _zero(new[key] if rows is None else new[key][rows], mask[name])
+        whole = new[key]
+        part = whole if rows is None else whole[rows]
+        _zero(part, mask[name])
         placed[key].append(name)
     state.update(new)
     return placed
@@ -57,24 +60,30 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def _spoilt(stored, was):
     "Does a tensor hold NaN, or infinity where it was finite? Infinity itself may be meant, as in attention masks."
     if not stored.is_floating_point(): return False
-    stored,was = stored.float(),was.float()
-    return bool((stored.isnan() | (stored.isinf() & was.isfinite())).any())
+    stored = stored.float()
+    was = was.float()
+    overflows = stored.isinf() & was.isfinite()
+    bad = stored.isnan() | overflows
+    return bool(bad.any())
 
 def _bytes(tensors): return sum(t.numel()*t.element_size() for t in tensors)
 
 def _places_kept(mask, bare):
     "Name of a tensor in the model's state dict, which wrappers may change -> what the mask keeps of it."
-    kept = {id(keeper.param): keeper.keep for keeper in _keepers(mask, _place(mask.shapes, bare))}
+    placed = _place(mask.shapes, bare)
+    kept = {id(keeper.param): keeper.keep for keeper in _keepers(mask, placed)}
     state = bare.state_dict(keep_vars=True)
     return {name: kept[id(param)] for name,param in state.items() if id(param) in kept}
 
 def _as_stored(tensors, dtype):
     "Tensors in the type of the file. Raises `OpenTransError` if one is not a number there."
-    if dtype is None: stored = tensors
-    else: stored = {name: t.to(dtype) if t.is_floating_point() else t for name,t in tensors.items()}
+    stored = tensors
+    if dtype is not None:
+        stored = {name: t.to(dtype) if t.is_floating_point() else t for name,t in tensors.items()}
     bad = [name for name,t in stored.items() if _spoilt(t, tensors[name])]
     if not bad: return stored
-    raise OpenTransError(f"{len(bad)} tensors are not finite, or not within {dtype}, such as {', '.join(bad[:3])}. "
+    first = ', '.join(bad[:3])
+    raise OpenTransError(f"{len(bad)} tensors are not finite, or not within {dtype}, such as {first}. "
                          "Train anew, or choose another dtype.")
 
 # %% ../../nbs/01f_baked.ipynb #c721b3a3
@@ -85,14 +94,17 @@ def _bake(mask, model, path=None, dtype=None):
     bare = unwrap(model)
     masks = _places_kept(mask, bare)
     state = {name: t.detach().cpu() for name,t in _state_under('', bare).items()}
-    stored = _as_stored({name: t[masks[name]] if name in masks else t for name,t in state.items()}, dtype)
-    tensors = {**stored, **{f'{name}#kept': pack_bits(keep) for name,keep in masks.items()}}
+    tensors = {name: t[masks[name]] if name in masks else t for name,t in state.items()}
+    tensors = dict(_as_stored(tensors, dtype))
+    for name,keep in masks.items(): tensors[f'{name}#kept'] = pack_bits(keep)
     shapes = {name: list(keep.shape) for name,keep in masks.items()}
     if path is not None:
+        meta = dict(shapes=shapes)
         program = describe(bare)
-        engine = {} if program is None else dict(engine=program)
-        save_tensors(tensors, path, dict(shapes=shapes, **engine), BAKED_FILE)
-    dense,sparse = _bytes(state.values()),_bytes(tensors.values())
+        if program is not None: meta['engine'] = program
+        save_tensors(tensors, path, meta, BAKED_FILE)
+    dense = _bytes(state.values())
+    sparse = _bytes(tensors.values())
     return dict(dense_bytes=dense, sparse_bytes=sparse, ratio=sparse/dense)
 
 def load_baked(
@@ -127,19 +139,30 @@ def _write_onnx(model, args, path):
         warnings.simplefilter('ignore')
         try: torch.onnx.export(model, args, str(path), dynamo=True, external_data=False, verbose=False)
         except torch.onnx.OnnxExporterError as error:
+            name = type(unwrap(model)).__name__
             why = shorten(str(error).splitlines()[0])
-            raise OpenTransError(f"{type(unwrap(model)).__name__} cannot be exported to ONNX: {why}.") from error
+            raise OpenTransError(f"{name} cannot be exported to ONNX: {why}.") from error
+
+def _arrays_of(out):
+    "The tensors of an output as arrays of doubles."
+    return [t.cpu().double().numpy() for t in _leaves(out)]
 
 def _onnx_difference(model, path, args):
     "The largest difference between the outputs of a model and of its ONNX file."
     import onnxruntime
     run = onnxruntime.InferenceSession(str(path), providers=['CPUExecutionProvider'])
-    ours = [out.cpu().double().numpy() for out in _leaves(model(*args))]
-    theirs = run.run(None, {place.name: arg.cpu().numpy() for place,arg in zip(run.get_inputs(), args)})
+    ours = _arrays_of(model(*args))
+    places = run.get_inputs()
+    given = {place.name: arg.cpu().numpy() for place,arg in zip(places, args)}
+    theirs = run.run(None, given)
     if len(ours) != len(theirs):
         raise OpenTransError(f"The ONNX file gives {len(theirs)} outputs, the model {len(ours)}. "
                              "Give another example.")
-    return float(np.max([np.abs(our-their.astype(float)).max() for our,their in zip(ours, theirs)]))
+    largest = []
+    for our,their in zip(ours, theirs):
+        difference = np.abs(our-their.astype(float))
+        largest.append(difference.max())
+    return float(np.max(largest))
 
 # %% ../../nbs/01f_baked.ipynb #dff8eef4
 def _leaves(out):

@@ -26,12 +26,14 @@ def _windows(x, conv):
     x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
     sizes = zip(conv.kernel_size, conv.stride, conv.dilation)
     for axis,(size, stride, dilation) in enumerate(sizes, start=2):
-        x = x.unfold(axis, dilation*(size-1)+1, stride)[..., ::dilation]
+        reach = dilation*(size-1)+1
+        x = x.unfold(axis, reach, stride)[..., ::dilation]
     return x
 
 def _batched(layer, x):
     "An input with an axis for images, which modules do without."
-    least = 2 if not isinstance(layer.module, CONVS) else 2+len(layer.module.kernel_size)
+    of_places = len(layer.module.kernel_size) if isinstance(layer.module, CONVS) else 0
+    least = 2+of_places
     return x[None] if x.ndim < least else x
 
 def input_rows(
@@ -41,16 +43,21 @@ def input_rows(
     "The inputs of a layer as rows, so that a group's outputs are `rows @ weights.T`."
     if not isinstance(layer.module, CONVS): return x.reshape(1, -1, x.shape[-1])
     axes = len(layer.module.kernel_size)
-    x = _windows(_batched(layer, x), layer.module).unflatten(1, (layer.groups, -1))
-    places,kernel = range(3, 3+axes),range(3+axes, 3+2*axes)
-    return x.permute(1, 0, *places, 2, *kernel).flatten(2+axes).flatten(1, 1+axes)
+    x = _windows(_batched(layer, x), layer.module)
+    by_group = x.unflatten(1, (layer.groups, -1))
+    places = range(3, 3+axes)
+    kernel = range(3+axes, 3+2*axes)
+    group_first = by_group.permute(1, 0, *places, 2, *kernel)
+    return group_first.flatten(2+axes).flatten(1, 1+axes)
 
 def weight_rows(
     layer:Layer, # Any layer that `input_rows` takes
     weight:torch.Tensor, # The weight, or anything of its shape
 )->torch.Tensor: # (groups, outputs of a group, inputs of one output)
     "A layer's weight with the same columns as its inputs."
-    return layer.outputs_first(weight).unflatten(0, (layer.groups, -1)).flatten(2)
+    by_output = layer.outputs_first(weight)
+    by_group = by_output.unflatten(0, (layer.groups, -1))
+    return by_group.flatten(2)
 
 def rows_to_weight(
     layer:Layer, # As for `weight_rows`
@@ -58,7 +65,8 @@ def rows_to_weight(
 )->torch.Tensor: # In the weight's shape
     "Undo `weight_rows`."
     shape = layer.outputs_first(layer.weight).shape
-    return layer.as_stored(rows.flatten(0, 1).reshape(shape))
+    by_output = rows.flatten(0, 1).reshape(shape)
+    return layer.as_stored(by_output)
 
 # %% ../../nbs/01h_calibration.ipynb #a02c4643
 _MOST = 2**23 # numbers in a piece of rows: 32 MB
@@ -69,7 +77,8 @@ class InputSums:
         layer:Layer, # Whose inputs
         gram:bool=True, # All products (groups, D, D)? If not, squares alone (groups, D)
     ):
-        self.layer,self.gram = layer,gram
+        self.layer = layer
+        self.gram = gram
         self.total = None
         self.cross = None
         self.count = 0
@@ -81,16 +90,23 @@ class InputSums:
     ):
         "Take one more input in."
         x = _batched(self.layer, x.detach())
-        conv = self.layer.module if isinstance(self.layer.module, CONVS) else None
-        per_image = (x[:1] if conv is None else _windows(x[:1], conv)).numel()
-        size = max(1, _MOST//max(1, per_image))
-        others = [None]*len(x) if other is None else _batched(self.layer, other.detach()).split(size)
-        for part,beside in zip(x.split(size), others):
+        size = self._images_at_once(x)
+        parts = x.split(size)
+        if other is None: others = [None]*len(parts)
+        else: others = _batched(self.layer, other.detach()).split(size)
+        for part,beside in zip(parts, others):
             rows = input_rows(self.layer, part.float())
             self.total = self._sum(self.total, rows.mT @ rows if self.gram else rows.square().sum(1))
             self.count += rows.shape[1]
-            if other is not None:
+            if beside is not None:
                 self.cross = self._sum(self.cross, input_rows(self.layer, beside.float()).mT @ rows)
+
+    def _images_at_once(self, x):
+        "How many images are made into rows together."
+        image = x[:1]
+        conv = self.layer.module if isinstance(self.layer.module, CONVS) else None
+        per_image = image.numel() if conv is None else _windows(image, conv).numel()
+        return max(1, _MOST//max(1, per_image))
 
     def _sum(self, total, more):
         home = torch.float32 if more.device.type == 'mps' else torch.float64
@@ -104,16 +120,20 @@ class InputSums:
 # %% ../../nbs/01h_calibration.ipynb #cf039ccf
 def _attention_of(model):
     "Output projection of each `nn.MultiheadAttention` -> the attention."
-    return {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    return {id(m.out_proj): m for m in attentions}
 
 def _holders(model, layer):
     "The modules that hold a layer's parameter: several where a weight is shared."
-    return [m for m in model.modules() if any(p is layer.param for p in m._parameters.values())]
+    def holds(module): return any(param is layer.param for param in module._parameters.values())
+    return [module for module in model.modules() if holds(module)]
 
 def _before_projection(attention, args, kwargs):
     "What the output projection of an attention sees."
     proj = attention.out_proj
-    plain = {'out_proj.weight': torch.eye(proj.in_features, dtype=proj.weight.dtype, device=proj.weight.device)}
+    weight = proj.weight
+    unchanged = torch.eye(proj.in_features, dtype=weight.dtype, device=weight.device)
+    plain = {'out_proj.weight': unchanged}
     if proj.bias is not None: plain['out_proj.bias'] = torch.zeros_like(proj.bias)
     return torch.func.functional_call(attention, plain, args, kwargs)[0]
 
@@ -123,34 +143,47 @@ def _part(layer):
     if end.endswith(']'): return 'qkv'.index(end[-2])
     return 'qkv'.index(end[0])
 
+def _watched(model, found):
+    """What is to be watched: module -> its layers, and attention -> its layers by the part that they see, as `_part`
+    counts them."""
+    outer = _attention_of(model)
+    plain = {}
+    attentions = {}
+    def take_part(attention, part, layer):
+        parts = attentions.setdefault(attention, {})
+        parts.setdefault(part, []).append(layer)
+    for layer in found:
+        for module in _holders(model, layer):
+            attention = outer.get(id(module))
+            if attention is not None: take_part(attention, 3, layer)
+            elif isinstance(module, nn.MultiheadAttention): take_part(module, _part(layer), layer)
+            else: plain.setdefault(module, []).append(layer)
+    return plain,attentions
+
 class _Watch:
     "Hooks that tell `see(layers that share this input, input)`."
     def __init__(self, model, found, see):
         self.see = see
         self.handles = []
         self.inside = False
-        outer = _attention_of(model)
-        plain = {}
-        attentions = {}
-        for layer in found:
-            for module in _holders(model, layer):
-                if id(module) in outer: attentions.setdefault(outer[id(module)], {}).setdefault(3, []).append(layer)
-                elif isinstance(module, nn.MultiheadAttention):
-                    attentions.setdefault(module, {}).setdefault(_part(layer), []).append(layer)
-                else: plain.setdefault(module, []).append(layer)
-        for module,layers in plain.items():
-            self._hook(module, lambda module, args, kwargs, layers=layers: self._plain(layers, args, kwargs))
-        for module,parts in attentions.items():
-            self._hook(module,
-                       lambda module, args, kwargs, parts=parts: self._attention(module, parts, args, kwargs))
+        plain,attentions = _watched(model, found)
+        for module,layers in plain.items(): self._hook(module, self._plain_hook(layers))
+        for module,parts in attentions.items(): self._hook(module, self._attention_hook(parts))
 
     def _hook(self, module, hook): self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
-    def _plain(self, layers, args, kwargs): self.see(layers, args[0] if args else next(iter(kwargs.values())))
+    def _plain_hook(self, layers):
+        def hook(module, args, kwargs): self.see(layers, args[0] if args else next(iter(kwargs.values())))
+        return hook
+
+    def _attention_hook(self, parts):
+        def hook(module, args, kwargs): self._attention(module, parts, args, kwargs)
+        return hook
 
     def _attention(self, module, parts, args, kwargs):
         if self.inside: return
-        inputs = [*args, *(kwargs[k] for k in ('query', 'key', 'value') if k in kwargs)][:3]
+        by_name = [kwargs[name] for name in ('query', 'key', 'value') if name in kwargs]
+        inputs = [*args, *by_name][:3]
         shared = {}
         for part in sorted(p for p in parts if p < 3):
             first = next(i for i,x in enumerate(inputs) if x is inputs[part])
@@ -183,7 +216,8 @@ class _Enough(Exception):
 def _image_of(batch):
     "The images of a batch. Raises `OpenTransError` if there are none."
     if isinstance(batch, dict):
-        batch = next((batch[k] for k in ('image', 'images', 'pixel_values') if k in batch), None)
+        keys = [key for key in ('image', 'images', 'pixel_values') if key in batch]
+        batch = batch[keys[0]] if keys else None
         if isinstance(batch, torch.Tensor) and batch.ndim == 3: return batch[None]
     if isinstance(batch, (list, tuple)) and batch: batch = batch[0]
     if isinstance(batch, torch.Tensor): return batch
@@ -198,7 +232,8 @@ def check_batches(
         raise OpenTransError(
             f"The batches are a {type(batches).__name__}, which can be read once: give a list or a loader.")
     if callable(batches) or hasattr(batches, '__iter__'): return
-    raise OpenTransError(f"The batches are {shorten(repr(batches), 80)}: give a list or a loader of images, "
+    given = shorten(repr(batches), 80)
+    raise OpenTransError(f"The batches are {given}: give a list or a loader of images, "
                          "or a function of the model that yields after each batch.")
 
 def go_over(
@@ -212,7 +247,8 @@ def go_over(
     with eval_mode(model):
         if callable(batches):
             told = batches(model)
-            return sum(1 for _ in ([told] if isinstance(told, torch.Tensor) else told))
+            if isinstance(told, torch.Tensor): return 1
+            return sum(1 for _ in told)
         for batch in batches:
             images = _image_of(batch).to(device_of(model))
             seen += len(images)
@@ -255,14 +291,16 @@ def check_layers(found:Sequence[Layer]):
     "Raises `OpenTransError` for layers whose inputs cannot be seen as rows."
     def odd(layer): return layer.kind in ('recurrent', 'experts') or getattr(layer.module, 'transposed', False)
     names = [item.name for item in found if odd(item)]
-    if names:
-        raise OpenTransError(
-            f"The inputs of {len(names)} layers are not seen as rows (recurrent, expert or transposed): "
-            f"{', '.join(names[:6])}. Leave them out with skip or kinds.")
+    if not names: return
+    first = ', '.join(names[:6])
+    raise OpenTransError(
+        f"The inputs of {len(names)} layers are not seen as rows (recurrent, expert or transposed): "
+        f"{first}. Leave them out with skip or kinds.")
 
 def check_seen(found:Sequence[Layer], seen:Collection[str]):
     "Raises `OpenTransError` for layers that no image reached."
     names = [layer.name for layer in found if layer.name not in seen]
-    if names:
-        raise OpenTransError(f"{len(names)} layers are never used when the model runs: {', '.join(names[:6])}. "
-                             "Leave them out with skip, or give a function of the model that runs all of it.")
+    if not names: return
+    first = ', '.join(names[:6])
+    raise OpenTransError(f"{len(names)} layers are never used when the model runs: {first}. "
+                         "Leave them out with skip, or give a function of the model that runs all of it.")

@@ -27,7 +27,11 @@ def criterion(
         return score
     return register
 
-def _name_of(function): return getattr(getattr(function, 'func', function), '__name__', type(function).__name__)
+def _name_of(function):
+    "What a function, a partial of one or a callable object is called."
+    inner = getattr(function, 'func', function)
+    kind = type(function).__name__
+    return getattr(inner, '__name__', kind)
 
 def _find_criterion(given):
     "(name, function) of a criterion that is given by either. Raises `OpenTransError` for an unknown name."
@@ -36,8 +40,9 @@ def _find_criterion(given):
     return given,CRITERIA[given]
 
 def _parameters(function):
-    try: return list(inspect.signature(function).parameters.values())
+    try: signature = inspect.signature(function)
     except ValueError: return [] # a function of C may have no signature
+    return list(signature.parameters.values())
 
 # %% ../../nbs/01d_criteria.ipynb #f82668fe
 def _ask_criterion(score, model, losses=None, wanted=None, **kwargs):
@@ -49,13 +54,16 @@ def _ask_criterion(score, model, losses=None, wanted=None, **kwargs):
     by_place = [model]
     by_name = {name: value for name,value in kwargs.items() if takes_anything or name in names}
     by_name |= {name: value for name,value in (wanted or {}).items() if name in names}
-    second = takes[1] if len(takes) > 1 and takes[1].kind == takes[1].POSITIONAL_OR_KEYWORD else None
+    second = takes[1] if len(takes) > 1 else None
+    if second is not None and second.kind != second.POSITIONAL_OR_KEYWORD: second = None
     must_have_second = second is not None and second.default is second.empty
-    if must_have_second or (second is not None and losses is not None): by_place.append(losses)
+    may_have_second = second is not None and losses is not None
+    if must_have_second or may_have_second: by_place.append(losses)
     elif losses is not None and (takes_anything or 'losses' in names): by_name['losses'] = losses
     scores = score(*by_place, **by_name)
     if isinstance(scores, dict): return scores
-    raise OpenTransError(f"The criterion {_name_of(score)} gives a {type(scores).__name__}, "
+    given = type(scores).__name__
+    raise OpenTransError(f"The criterion {_name_of(score)} gives a {given}, "
                          "not a dict of name -> scores.")
 
 @criterion('magnitude')
@@ -80,11 +88,14 @@ def _scores(score, mask, model, losses=None, wanted=None, **kwargs):
     scores = _ask_criterion(score, model, losses, wanted, **kwargs)
     lacking = [name for name in mask.names if name not in scores]
     if lacking:
-        raise OpenTransError(f"The criterion gives no scores for {len(lacking)} layers: {', '.join(lacking[:6])}.")
-    odd = [name for name in mask.names if tuple(scores[name].shape) != mask.shapes[name]]
+        first = ', '.join(lacking[:6])
+        raise OpenTransError(f"The criterion gives no scores for {len(lacking)} layers: {first}.")
+    shapes = mask.shapes
+    odd = [name for name in mask.names if tuple(scores[name].shape) != shapes[name]]
     if odd:
+        first = ', '.join(odd[:6])
         raise OpenTransError("The criterion's scores do not have the shape of the weights of "
-                             f"{len(odd)} layers: {', '.join(odd[:6])}.")
+                             f"{len(odd)} layers: {first}.")
     return {name: scores[name] for name in mask.names}
 
 # %% ../../nbs/01d_criteria.ipynb #dd9008f1
@@ -106,7 +117,8 @@ def _gradients(found, model, losses):
     if losses is None:
         raise OpenTransError("This criterion looks at data: give losses, a function of the model that yields one "
                              "scalar loss a batch.")
-    params = list({id(layer.param): layer.param for layer in found}.values())
+    param_of = {id(layer.param): layer.param for layer in found}
+    params = list(param_of.values())
     with _all_learn(model, params), torch.enable_grad():
         batches = losses(model)
         for loss in [batches] if isinstance(batches, torch.Tensor) else batches:
@@ -144,5 +156,10 @@ def sensitivity(
 )->dict[str, torch.Tensor]: # Name of the layer -> scores of its weights
     "|w| x the root of the mean squared gradient over batches. Raises `OpenTransError` without losses."
     found = prunable(model, **kwargs)
-    total = _summed(_gradients(found, model, losses), lambda grad: grad.abs().square())
-    return {layer.name: _magnitude(layer.weight)*total[layer.name].sqrt() for layer in found}
+    gradients = _gradients(found, model, losses)
+    total = _summed(gradients, lambda grad: grad.abs().square())
+    scores = {}
+    for layer in found:
+        root = total[layer.name].sqrt()
+        scores[layer.name] = _magnitude(layer.weight)*root
+    return scores

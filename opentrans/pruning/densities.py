@@ -27,13 +27,20 @@ def fit_densities(
     density:float, # Of all layers together, in (0, 1]
 )->dict: # Layer -> density, in (0, 1]
     "Shares times one factor, at most 1, so that all weights together have the density."
-    low,high = 0.,1/max(min(shares.values()), 1e-12)
-    def kept(factor): return sum(min(1., factor*share)*sizes[name] for name,share in shares.items())
+    smallest = min(shares.values())
+    wanted = density*sum(sizes.values())
+    low = 0.
+    high = 1/max(smallest, 1e-12)
+    def kept(factor):
+        counts = [min(1., factor*share)*sizes[name] for name,share in shares.items()]
+        return sum(counts)
     for _ in range(100):
         factor = (low+high)/2
-        if kept(factor) < density*sum(sizes.values()): low = factor
+        if kept(factor) < wanted: low = factor
         else: high = factor
-    return {name: min(1., high*share) for name,share in shares.items()}
+    fitted = {}
+    for name,share in shares.items(): fitted[name] = min(1., high*share)
+    return fitted
 
 # %% ../../nbs/01i_densities.ipynb #3117dde2
 DENSITIES = {} # name -> rule
@@ -61,22 +68,32 @@ def erdos_renyi_kernel(model:nn.Module, found:Sequence[Layer], density:float,
                        batches:Iterable[Any]|Callable[[nn.Module], Any]|None=None):
     """More of small layers: the sum of a weight's axes over their product (Mocanu et al. 2018; Evci et al. 2020,
     Sec. 3)."""
-    shapes = {layer.name: layer.outputs_first(layer.weight).shape for layer in found}
-    shares = {name: sum(shape)/shape.numel() for name,shape in shapes.items()}
-    return fit_densities(shares, _sizes(found), density)
+    shares = {}
+    for layer in found:
+        shape = layer.outputs_first(layer.weight).shape
+        shares[layer.name] = sum(shape)/shape.numel()
+    sizes = _sizes(found)
+    return fit_densities(shares, sizes, density)
 
 def _global_by(scores, density):
     "The densities that layers have when all their weights compete."
-    keep = max(1, round(density*sum(s.numel() for s in scores.values())))
-    kept = _keep_best(scores, keep)[0]
-    return {name: max(int(mask.sum()), 1)/mask.numel() for name,mask in kept.items()}
+    total = sum(score.numel() for score in scores.values())
+    keep = max(1, round(density*total))
+    kept,_ = _keep_best(scores, keep)
+    densities = {}
+    for name,mask in kept.items():
+        stays = max(int(mask.sum()), 1)
+        densities[name] = stays/mask.numel()
+    return densities
+
+def _absolute(found): return {layer.name: layer.weight.detach().abs() for layer in found}
 
 @allocation('global')
 def global_densities(model:nn.Module, found:Sequence[Layer], density:float,
                      batches:Iterable[Any]|Callable[[nn.Module], Any]|None=None):
     """What each layer keeps when all weights compete: by |w| times the norm of its input, or by |w| if there are no
     images."""
-    scores = {layer.name: layer.weight.detach().abs() for layer in found}
+    scores = _absolute(found)
     if batches is not None: scores = wanda_scores(model, found, batches)
     return _global_by(scores, density)
 
@@ -86,11 +103,14 @@ def wanda_scores(
     batches:Iterable[Any]|Callable[[nn.Module], Any], # Images, as `go_over` takes them
 )->dict: # Name -> scores, of the weight's shape
     "|w| times the root mean square of its input (Sun et al. 2024, Eq. 1; the mean makes layers comparable)."
-    sums,scores = sums_of_inputs(model, found, batches, gram=False),{}
+    sums = sums_of_inputs(model, found, batches, gram=False)
+    scores = {}
     for layer in found:
         seen = sums[layer.name]
-        rms = (seen.squares/seen.count).sqrt().to(layer.weight)
-        scores[layer.name] = rows_to_weight(layer, weight_rows(layer, layer.weight.detach().abs())*rms[:, None])
+        mean_square = seen.squares/seen.count
+        rms = mean_square.sqrt().to(layer.weight)
+        rows = weight_rows(layer, layer.weight.detach().abs())
+        scores[layer.name] = rows_to_weight(layer, rows*rms[:, None])
     return scores
 
 # %% ../../nbs/01i_densities.ipynb #11d88a50
@@ -107,13 +127,25 @@ def owl(
     `OpenTransError` without images."""
     if batches is None: raise OpenTransError("OWL looks at data: give batches of images.")
     scores = wanda_scores(model, found, batches)
-    share = {name: float((s > outlier*s.mean()).float().mean()) for name,s in scores.items()}
-    least,most = min(share.values()),max(share.values())
-    width = 2*min(band, density/2)/max(most-least, 1e-12)
-    scaled = {name: width*(s-least) for name,s in share.items()}
+    share = {}
+    for name,score in scores.items():
+        limit = outlier*score.mean()
+        is_outlier = score > limit
+        share[name] = float(is_outlier.float().mean())
+    least = min(share.values())
+    most = max(share.values())
+    widest = 2*min(band, density/2)
+    span = max(most-least, 1e-12)
+    width = widest/span
+    scaled = {name: width*(part-least) for name,part in share.items()}
     mean = sum(scaled.values())/len(scaled)
-    shares = {name: max(density + s - mean, density/100) for name,s in scaled.items()}
-    return fit_densities(shares, _sizes(found), density)
+    lowest = density/100
+    shares = {}
+    for name,part in scaled.items():
+        own_density = density + part - mean
+        shares[name] = max(own_density, lowest)
+    sizes = _sizes(found)
+    return fit_densities(shares, sizes, density)
 
 # %% ../../nbs/01i_densities.ipynb #5d3a1c71
 @allocation('alpha')
@@ -123,26 +155,32 @@ def alpha_densities(model, found, density, batches=None,
     """Less of layers with large alpha, least trained by their spectra (AlphaPruning, Lu et al. 2024, Eq. 2), as
     `LayerTable.densities` gives it. Raises `OpenTransError` where no layer has a fit."""
     names = [layer.name for layer in found]
-    told = analyze(model).only(names).densities(density, spread)
+    table = analyze(model).only(names)
+    told = table.densities(density, spread)
     return {name: told.get(name, density) for name in names}
 
 @allocation('clock')
 def clock_densities(model, found, density, batches=None):
     """What each layer keeps when all weights compete by |w| over the square root of
     what a weight costs in time here (`clock_prices`). Raises `OpenTransError` where the engine runs no layer."""
-    prices = clock_prices(model)
-    scores = {layer.name: layer.weight.detach().abs() for layer in found}
-    return _global_by(_worth(scores, {name: prices.get(name, 1.) for name in scores}), density)
+    measured = clock_prices(model)
+    scores = _absolute(found)
+    prices = {name: measured.get(name, 1.) for name in scores}
+    worth = _worth(scores, prices)
+    return _global_by(worth, density)
 
 # %% ../../nbs/01i_densities.ipynb #68949db2
 def _check_densities(densities, found):
     "A dictionary of densities over just these layers. Raises `OpenTransError`."
     given = _check_density(densities)
     names = [layer.name for layer in found]
-    lack,odd = [n for n in names if n not in given],[n for n in given if n not in names]
-    if lack: raise OpenTransError(f"There is no density for {len(lack)} layers: {', '.join(lack[:6])}.")
+    lacking = [name for name in names if name not in given]
+    odd = [name for name in given if name not in names]
+    if lacking:
+        first = ', '.join(lacking[:6])
+        raise OpenTransError(f"There is no density for {len(lacking)} layers: {first}.")
     if odd: raise unknown('layer', odd[0], names)
-    return {n: given[n] for n in names}
+    return {name: given[name] for name in names}
 
 @delegates(prunable)
 def layer_densities(
@@ -159,9 +197,13 @@ def layer_densities(
     found = prunable(model, **kwargs)
     if isinstance(how, str):
         if how not in DENSITIES: raise unknown('rule of densities', how, DENSITIES)
-        return DENSITIES[how](model, found, _check_share(density), batches)
+        rule = DENSITIES[how]
+        share = _check_share(density)
+        return rule(model, found, share, batches)
     if callable(how): how = how(model, density)
     if not isinstance(how, dict):
+        given = type(how).__name__
+        rules = ', '.join(DENSITIES)
         raise OpenTransError(
-            f"densities is a {type(how).__name__}: give a dict of layer -> density, or {', '.join(DENSITIES)}.")
+            f"densities is a {given}: give a dict of layer -> density, or {rules}.")
     return _check_densities(how, found)

@@ -99,7 +99,10 @@ class _Keeper(_Zeroing):
         if optimizer() is not opt or len(values) != len(state): return False
         if any(value() is not now for value,now in zip(values, state.values())): return False
         if self.param.data.view(-1)[places].any(): return False
-        return not any((moments().view(-1)[places] < 1e-20).any() for moments in self.filled)
+        for moments in self.filled:
+            sampled = moments().view(-1)[places]
+            if (sampled < 1e-20).any(): return False
+        return True
 
     def before_step(self):
         "What was written to the weight since the last step may not be zero."
@@ -124,7 +127,8 @@ class _Keeper(_Zeroing):
 
     def can_settle(self, opt):
         "Is the step of this optimizer one whose arithmetic keeps zeros?"
-        if type(opt) not in _EXACT or any(group.get('eps', 1) <= 0 for group in opt.param_groups): return False
+        if type(opt) not in _EXACT: return False
+        if any(group.get('eps', 1) <= 0 for group in opt.param_groups): return False
         return self.param.device.type == 'cpu' and self.param.is_contiguous()
 
     def settle(self, opt, state):
@@ -200,9 +204,11 @@ class _Slot:
     def why_not(self, param):
         "Why the mask cannot be kept on what stands there now; '' if it can."
         if param is None:
-            computed = [layer.computed for layer in layers_of(self.path, self.module()) if layer.key == self.name]
+            here = layers_of(self.path, self.module())
+            computed = [layer.computed for layer in here if layer.key == self.name]
             return computed[0] if computed else 'is not there any more'
-        was,now = tuple(self.keeper.keep.shape),tuple(param.shape)
+        was = tuple(self.keeper.keep.shape)
+        now = tuple(param.shape)
         return f'has the shape {now} now, not {was}' if was != now else _unmaskable(param)
 
 def _slots_of(model, keepers):
@@ -254,10 +260,12 @@ class _Places:
             _HELD.setdefault(module, []).append(self)
             if isinstance(module, torch.jit.ScriptModule): continue              # has no such hooks
             self.hooks.append(module.register_load_state_dict_post_hook(_after_loading))
+        self.edges = {}
         root = self.root()
-        ways = [] if root is None else [_steps_to(root, slot.path) or () for slot in self.slots]
-        self.edges = {(id(parent), name): (weakref.ref(parent), name, weakref.ref(child))
-                      for steps in ways for parent,name,child in steps}
+        if root is None: return
+        for slot in self.slots:
+            for parent,name,child in _steps_to(root, slot.path) or ():
+                self.edges[id(parent), name] = (weakref.ref(parent), name, weakref.ref(child))
 
     def intact(self):
         "Is every parameter where it was?"
@@ -265,8 +273,11 @@ class _Places:
             module = parent()
             if module is None: continue
             if name not in module._modules or module._modules[name] is not child(): return False
-        alive = [slot for slot in self.slots if slot.module() is not None]
-        return all(slot.param is not None and slot.param is slot.keeper.param for slot in alive)
+        for slot in self.slots:
+            if slot.module() is None: continue
+            param = slot.param
+            if param is None or param is not slot.keeper.param: return False
+        return True
 
 # %% ../../nbs/01c_force.ipynb #bf4b56cc
 class _Force(_Places):
@@ -351,7 +362,11 @@ def unmasked_states()->Callable:
     `optimizer_tensors`."""
     filled = _filled()
     def clean(param, state):
-        return {name: t.masked_fill(~filled[id(t)], 0) if id(t) in filled else t for name,t in state.items()}
+        cleaned = dict(state)
+        for name,t in state.items():
+            keep = filled.get(id(t))
+            if keep is not None: cleaned[name] = t.masked_fill(~keep, 0)
+        return cleaned
     return clean
 
 class ActiveMask(Handle):
@@ -375,7 +390,8 @@ class ActiveMask(Handle):
         1 at pruned places)."""
         clean = unmasked_states()
         saved = optimizer.state_dict()
-        return dict(saved, state={i: clean(None, state) for i,state in saved['state'].items()})
+        states = {i: clean(None, state) for i,state in saved['state'].items()}
+        return dict(saved, state=states)
     def __repr__(self)->str:
         left = f', {len(self.left)} left out' if self.left else ''
         return f"ActiveMask({len(self.placed)} layers{left})"

@@ -33,28 +33,44 @@ class _Attention:
     def size(self)->int: return self.out.weight.shape[1]//self.heads
 
 def _of_torch(name, m):
-    plain = (m._qkv_same_embed_dim and m.bias_k is None and m.bias_v is None and not m.add_zero_attn
-             and m.embed_dim == m.num_heads*m.head_dim)
+    "torch's attention, if it is a plain one: one width, no more keys and values, all of the width in its heads."
+    adds_nothing = m.bias_k is None and m.bias_v is None and not m.add_zero_attn
+    is_whole = m.embed_dim == m.num_heads*m.head_dim
+    plain = m._qkv_same_embed_dim and adds_nothing and is_whole
     if not plain: return None
-    names = (*(f'{name}.in_proj_weight[{part}]' for part in 'qkv'), f'{name}.out_proj.weight')
+    packed = [f'{name}.in_proj_weight[{part}]' for part in 'qkv']
+    names = (*packed, f'{name}.out_proj.weight')
     return _Attention(m, name, m.in_proj_weight, m.in_proj_bias, m.out_proj, names)
 
 def _of_timm(name, m):
     "timm's `Attention`: what it has besides must work on each head alone, or be nothing."
     known = all(hasattr(m, part) for part in ('qkv', 'proj', 'num_heads', 'head_dim', 'attn_dim'))
-    if not known or type(m.qkv) is not nn.Linear or type(m.proj) is not nn.Linear: return None
-    alone = type(getattr(m, 'norm', nn.Identity())) is nn.Identity and getattr(m, 'gate', None) is None
-    if not alone or m.qkv.weight.shape[0] != 3*m.num_heads*m.head_dim: return None
-    names = (*(f'{name}.qkv.weight[{part}]' for part in 'qkv'), f'{name}.proj.weight')
+    if not known: return None
+    is_linear = type(m.qkv) is nn.Linear and type(m.proj) is nn.Linear
+    if not is_linear: return None
+    norm = getattr(m, 'norm', nn.Identity())
+    gate = getattr(m, 'gate', None)
+    if type(norm) is not nn.Identity or gate is not None: return None
+    if m.qkv.weight.shape[0] != 3*m.num_heads*m.head_dim: return None
+    packed = [f'{name}.qkv.weight[{part}]' for part in 'qkv']
+    names = (*packed, f'{name}.proj.weight')
     return _Attention(m, name, m.qkv.weight, m.qkv.bias, m.proj, names)
 
 def _attentions(model):
     "The attentions of a model whose heads can be cut."
-    found = [_of_torch(name, m) if isinstance(m, nn.MultiheadAttention) else _of_timm(name, m)
-             for name, m in model.named_modules()]
-    return [attention for attention in found if attention is not None]
+    found = []
+    for name,m in model.named_modules():
+        is_of_torch = isinstance(m, nn.MultiheadAttention)
+        attention = _of_torch(name, m) if is_of_torch else _of_timm(name, m)
+        if attention is not None: found.append(attention)
+    return found
 
 # %% ../../nbs/01p_heads.ipynb #92cd8023
+def _chosen(param, at):
+    "A parameter of its own with some of the values of another; it learns if that does."
+    values = param.detach()[at].clone()
+    return nn.Parameter(values, param.requires_grad)
+
 class FewerHeads(nn.Module):
     "What an `nn.MultiheadAttention` computes, with some of its heads. It gives no weights of attention."
     def __init__(self,
@@ -62,17 +78,21 @@ class FewerHeads(nn.Module):
         rows:torch.Tensor, # Which of its features stay, (width,) bool, whole heads
     ):
         super().__init__()
-        width, left = attention.embed_dim, int(rows.sum())
-        self.head_dim, self.num_heads = attention.head_dim, left//attention.head_dim
-        self.batch_first, self.dropout = attention.batch_first, attention.dropout
-        weight, bias = attention.in_proj_weight.detach(), attention.in_proj_bias
-        self.in_proj = nn.Linear(width, 3*left, bias is not None)
-        self.out_proj = nn.Linear(left, width, attention.out_proj.bias is not None)
-        self.in_proj.weight = nn.Parameter(weight[rows.repeat(3)].clone(), attention.in_proj_weight.requires_grad)
-        if bias is not None: self.in_proj.bias = nn.Parameter(bias.detach()[rows.repeat(3)].clone(), bias.requires_grad)
+        width = attention.embed_dim
+        left = int(rows.sum())
+        self.head_dim = attention.head_dim
+        self.num_heads = left//attention.head_dim
+        self.batch_first = attention.batch_first
+        self.dropout = attention.dropout
+        weight,bias = attention.in_proj_weight,attention.in_proj_bias
         out = attention.out_proj
-        self.out_proj.weight = nn.Parameter(out.weight.detach()[:, rows].clone(), out.weight.requires_grad)
-        if out.bias is not None: self.out_proj.bias = nn.Parameter(out.bias.detach().clone(), out.bias.requires_grad)
+        self.in_proj = nn.Linear(width, 3*left, bias is not None)
+        self.out_proj = nn.Linear(left, width, out.bias is not None)
+        rows_of_three = rows.repeat(3) # of queries, keys and values
+        self.in_proj.weight = _chosen(weight, rows_of_three)
+        if bias is not None: self.in_proj.bias = _chosen(bias, rows_of_three)
+        self.out_proj.weight = _chosen(out.weight, (slice(None), rows))
+        if out.bias is not None: self.out_proj.bias = _chosen(out.bias, slice(None))
         self.train(attention.training)
 
     @property
@@ -89,20 +109,26 @@ class FewerHeads(nn.Module):
         "A mask as torch's attention takes it: (queries, keys), or one for each image and head."
         if mask is None: return None
         if mask.dtype == torch.bool: mask = ~mask
-        return mask.unflatten(0, (batch, self.num_heads)) if mask.ndim == 3 else mask
+        per_head = (batch, self.num_heads)
+        return mask.unflatten(0, per_head) if mask.ndim == 3 else mask
 
     def forward(self, query:torch.Tensor, key:torch.Tensor|None=None, value:torch.Tensor|None=None,
                 key_padding_mask:torch.Tensor|None=None, need_weights:bool=False,
                 attn_mask:torch.Tensor|None=None, average_attn_weights:bool=True, is_causal:bool=False):
         "(outputs, None), of a sequence that looks at itself. Raises `OpenTransError` for anything else."
-        if any(x is not None and x is not query for x in (key, value)) or key_padding_mask is not None:
+        sees_others = any(x is not None and x is not query for x in (key, value))
+        if sees_others or key_padding_mask is not None:
             raise OpenTransError("An attention with fewer heads looks at its own sequence, without padding.")
         x = query if self.batch_first else query.transpose(0, 1)
-        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in self.in_proj(x).chunk(3, -1))
-        y = F.scaled_dot_product_attention(q, k, v, self._mask(attn_mask, len(x)),
-                                           self.dropout if self.training else 0.)
-        y = self.out_proj(y.transpose(1, 2).flatten(2))
-        return (y if self.batch_first else y.transpose(0, 1)), None
+        parts = self.in_proj(x).chunk(3, -1)
+        q,k,v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        mask = self._mask(attn_mask, len(x))
+        dropout = self.dropout if self.training else 0.
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        together = y.transpose(1, 2).flatten(2)
+        y = self.out_proj(together)
+        if not self.batch_first: y = y.transpose(0, 1)
+        return y,None
 
 # %% ../../nbs/01p_heads.ipynb #4c85b933
 def _replace(model, name, new):
@@ -111,29 +137,41 @@ def _replace(model, name, new):
     setattr(model.get_submodule(parent), last, new)
 
 def _cut_timm(m, rows):
+    "Leave some features of timm's attention, in place."
+    rows_of_three = rows.repeat(3) # of queries, keys and values
     for name in ('weight', 'bias'):
         value = getattr(m.qkv, name)
-        if value is None: continue
-        setattr(m.qkv, name, nn.Parameter(value.detach()[rows.repeat(3)].clone(), value.requires_grad))
-    m.proj.weight = nn.Parameter(m.proj.weight.detach()[:, rows].clone(), m.proj.weight.requires_grad)
+        if value is not None: setattr(m.qkv, name, _chosen(value, rows_of_three))
+    m.proj.weight = _chosen(m.proj.weight, (slice(None), rows))
     left = int(rows.sum())
-    m.num_heads, m.attn_dim = left//m.head_dim, left
-    m.qkv.out_features, m.proj.in_features = 3*left, left
+    m.num_heads = left//m.head_dim
+    m.attn_dim = left
+    m.qkv.out_features = 3*left
+    m.proj.in_features = left
+
+def _add_to_bias(layer, added):
+    "Add to the bias of a layer, which may have none, in place."
+    bias = added if layer.bias is None else layer.bias.detach() + added
+    layer.bias = nn.Parameter(bias, layer.weight.requires_grad)
 
 def _dead_heads(attention):
     "Which heads change nothing; what those add that are constant goes into the bias of the output."
-    size, width = attention.size, attention.out.weight.shape[1]
-    unread = (attention.out.weight == 0).all(0).unflatten(0, (-1, size)).all(1)
+    size = attention.size
+    width = attention.out.weight.shape[1]
+    def whole_heads(features): return features.unflatten(0, (-1, size)).all(1)
+    is_unread = (attention.out.weight == 0).all(0)
     values = attention.weight[2*width:]
-    unmade = (values == 0).all(1).unflatten(0, (-1, size)).all(1)
+    is_unmade = (values == 0).all(1)
+    unread = whole_heads(is_unread)
+    unmade = whole_heads(is_unmade)
     gone = unread | unmade
     if gone.all(): gone[0] = False
-    left = (gone & unmade & ~unread).repeat_interleave(size)
+    constant = gone & unmade & ~unread
+    left = constant.repeat_interleave(size)
     if attention.bias is not None and left.any():
-        added = attention.out.weight[:, left] @ attention.bias[2*width:][left]
-        old = attention.out.bias
-        learns = attention.out.weight.requires_grad
-        attention.out.bias = nn.Parameter(added if old is None else old.detach() + added, learns)
+        bias_of_values = attention.bias[2*width:]
+        added = attention.out.weight[:, left] @ bias_of_values[left]
+        _add_to_bias(attention.out, added)
     return gone
 
 @torch.no_grad()
@@ -141,24 +179,38 @@ def _slim_heads(model):
     "Cut heads that change nothing, in place."
     for attention in _attentions(model):
         gone = _dead_heads(attention)
-        rows = ~gone.repeat_interleave(attention.size)
         if not gone.any(): continue
-        if isinstance(attention.module, nn.MultiheadAttention):
-            _replace(model, attention.name, FewerHeads(attention.module, rows))
+        rows = ~gone.repeat_interleave(attention.size)
+        is_of_torch = isinstance(attention.module, nn.MultiheadAttention)
+        if is_of_torch: _replace(model, attention.name, FewerHeads(attention.module, rows))
         else: _cut_timm(attention.module, rows)
 
 # %% ../../nbs/01p_heads.ipynb #f89a1059
 def _head_scores(attention):
     "The mean magnitude of what makes and reads each head."
-    parts = [*attention.weight.detach().abs().chunk(3), attention.out.weight.detach().abs().T]
-    means = [part.mean(1).unflatten(0, (attention.heads, -1)).mean(1) for part in parts]
-    return sum(mean/mean.mean().clamp(min=1e-20) for mean in means)/2
+    made = attention.weight.detach().abs()
+    read = attention.out.weight.detach().abs()
+    by_head = (attention.heads, -1)
+    ratios = []
+    for part in [*made.chunk(3), read.T]:
+        by_feature = part.mean(1).unflatten(0, by_head)
+        mean = by_feature.mean(1)
+        ratios.append(mean/mean.mean().clamp(min=1e-20))
+    return sum(ratios)/2
 
 def _keep_heads(mask, attention, stays):
     "Remove heads from a mask, in place."
     rows = ~stays.repeat_interleave(attention.size)
-    for name in attention.names[:3]: mask[name][rows] = False
-    mask[attention.names[3]][:, rows] = False
+    *makers,reader = attention.names
+    for name in makers: mask[name][rows] = False
+    mask[reader][:, rows] = False
+
+def _least_to_stay(scores, share):
+    "The lowest score that stays, of all scores together."
+    together = torch.cat(scores)
+    keep = max(1, round(share*len(together)))
+    ranked = together.sort(descending=True).values
+    return ranked[keep-1]
 
 @patch(cls_method=True)
 def heads(cls:SparseMask,
@@ -168,12 +220,14 @@ def heads(cls:SparseMask,
     """Keep whole heads, the best of all layers by magnitude; each layer keeps one. Raises `OpenTransError` for a
     share outside (0, 1], or a model without attention that is known."""
     check_number('share', share, 0, 1, above=True)
-    tower, mask = find_tower(model), cls.ones(model)
+    tower = find_tower(model)
+    mask = cls.ones(model)
     found = [attention for attention in _attentions(tower) if all(name in mask for name in attention.names)]
     if not found:
         raise OpenTransError(f"{type(model).__name__} has no attention whose heads are known here.")
     scores = [_head_scores(attention) for attention in found]
-    together = torch.cat(scores)
-    least = together.sort(descending=True).values[max(1, round(share*len(together))) - 1]
-    for attention, score in zip(found, scores): _keep_heads(mask, attention, score >= min(least, score.max()))
+    least = _least_to_stay(scores, share)
+    for attention,score in zip(found, scores):
+        stays = score >= min(least, score.max()) # a layer keeps its best head
+        _keep_heads(mask, attention, stays)
     return cls(mask.masks, dict(method='heads by magnitude', share=share))

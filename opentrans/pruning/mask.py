@@ -33,7 +33,9 @@ if TYPE_CHECKING: # for types alone
     from matplotlib.axes import Axes
 
 # %% ../../nbs/01_pruning.ipynb #df422c53
-def _count(mask): return int(np.count_nonzero(mask.numpy()))
+def _count(mask):
+    bits = mask.numpy()
+    return int(np.count_nonzero(bits))
 
 # %% ../../nbs/01_pruning.ipynb #dbec3cd6
 class _MaskValues:
@@ -45,8 +47,10 @@ class _MaskValues:
         if not masks:
             raise OpenTransError("A mask needs at least one layer. "
                                  "Make one with SparseMask.ones(model), .magnitude or .random.")
-        self.masks: dict[str, torch.Tensor] = {
-            clean_name(name): torch.as_tensor(mask).bool().cpu() for name,mask in masks.items()}
+        self.masks: dict[str, torch.Tensor] = {}
+        for name,mask in masks.items():
+            as_bool = torch.as_tensor(mask).bool()
+            self.masks[clean_name(name)] = as_bool.cpu()
         self.info: dict[str, Any] = dict(info or {})
 
     @property
@@ -69,15 +73,19 @@ class _MaskValues:
         name = clean_name(name)
         if name in self.masks: return self.masks[name]
         parts = [self.masks.get(f'{name}[{part}]') for part in 'qkv']
-        if all(part is not None for part in parts): return torch.cat(parts)    # a packed projection as a whole
+        is_packed = all(part is not None for part in parts)
+        if is_packed: return torch.cat(parts)    # a packed projection as a whole
         raise unknown('layer', name, self.masks)
     def items(self)->ItemsView[str, torch.Tensor]: return self.masks.items()
 
     def table(self)->pd.DataFrame: # One row a layer: shape, weights, kept, density
         "How much of each layer stays."
-        rows = {name: dict(shape=tuple(mask.shape), weights=mask.numel(), kept=_count(mask))
-                for name,mask in self.items()}
-        table = pd.DataFrame.from_dict(rows, orient='index').rename_axis('name')
+        rows = {}
+        for name,mask in self.items():
+            shape = tuple(mask.shape)
+            rows[name] = dict(shape=shape, weights=mask.numel(), kept=_count(mask))
+        frame = pd.DataFrame.from_dict(rows, orient='index')
+        table = frame.rename_axis('name')
         return table.assign(density=table.kept/table.weights)
     def __repr__(self)->str:
         counts = f"{self.kept:,} of {self.total:,} weights, density {self.density:.4f}"
@@ -91,17 +99,37 @@ class _MaskSets(_MaskValues):
         if not isinstance(other, _MaskValues):
             given = type(other).__name__
             raise OpenTransError(f"A SparseMask can be compared with another SparseMask, not with {given}.")
-        if self.shapes == other.shapes: return other
-        differ = sorted({name for name,_ in set(self.shapes.items()) ^ set(other.shapes.items())})
+        own,others = self.shapes,other.shapes
+        if own == others: return other
+        differ = {name for name,_ in own.items() ^ others.items()}
+        first = ', '.join(sorted(differ)[:4])
         raise OpenTransError(f"The masks are over different layers: {len(differ)} differ, such as "
-                             f"{', '.join(differ[:4])}. Use .only(pattern) to bring them to the same ones.")
+                             f"{first}. Use .only(pattern) to bring them to the same ones.")
+    def _pairs(self, other):
+        "Name, own mask and the other's of each layer. Raises `OpenTransError` for masks over different layers."
+        same = self._same(other)
+        return [(name, mask, same[name]) for name,mask in self.items()]
+    def _shared(self, other):
+        "How many weights both masks keep, layer by layer."
+        counts = []
+        for _,own,others in self._pairs(other):
+            both = own & others
+            counts.append(_count(both))
+        return counts
     def __and__(self, other:Self)->Self:
-        return type(self)({name: mask & self._same(other)[name] for name,mask in self.items()})
+        pairs = self._pairs(other)
+        masks = {name: own & others for name,own,others in pairs}
+        return type(self)(masks)
     def __or__(self, other:Self)->Self:
-        return type(self)({name: mask | self._same(other)[name] for name,mask in self.items()})
-    def __invert__(self)->Self: return type(self)({name: ~mask for name,mask in self.items()})
+        pairs = self._pairs(other)
+        masks = {name: own | others for name,own,others in pairs}
+        return type(self)(masks)
+    def __invert__(self)->Self:
+        dropped = {name: ~mask for name,mask in self.items()}
+        return type(self)(dropped)
     def __eq__(self, other:object)->bool:
-        if not isinstance(other, _MaskValues) or self.shapes != other.shapes: return False
+        if not isinstance(other, _MaskValues): return False
+        if self.shapes != other.shapes: return False
         return all(mask.equal(other[name]) for name,mask in self.items())
     __hash__:ClassVar[None] = None # a mask can be changed in place
 
@@ -109,43 +137,54 @@ class _MaskSets(_MaskValues):
         other:Self, # A mask over the same layers
     )->float: # Intersection over union of the weights that stay
         "How much two masks agree: 1 if they keep the same weights. Two random ones of density d reach d/(2-d)."
-        both = sum(_count(mask & self._same(other)[name]) for name,mask in self.items())
-        return both/max(1, self.kept + other.kept - both)
+        both = sum(self._shared(other))
+        either = self.kept + other.kept - both
+        return both/max(1, either)
 
     def only(self,
         *patterns:str, # Patterns of names, such as `'layer*'`
     )->Self: # A mask over these layers alone; the others will be left dense
         "Restrict a mask to some layers. Raises `OpenTransError` if none matches."
-        chosen = {name: mask for name,mask in self.items() if any(match_pattern(name, p) for p in patterns)}
-        if chosen: return type(self)(chosen, dict(self.info, only=list(patterns)))
-        raise OpenTransError(f"No layer matches {patterns}. The mask has: {', '.join(self.names[:6])} ...")
+        def is_meant(name): return any(match_pattern(name, pattern) for pattern in patterns)
+        chosen = {name: mask for name,mask in self.items() if is_meant(name)}
+        if not chosen:
+            first = ', '.join(self.names[:6])
+            raise OpenTransError(f"No layer matches {patterns}. The mask has: {first} ...")
+        info = dict(self.info, only=list(patterns))
+        return type(self)(chosen, info)
 
 # %% ../../nbs/01_pruning.ipynb #8738c909
 def _bytes_of(t):
     "The numbers of a tensor as bytes, in the order of its axes, however it lies in memory."
     flat = torch.empty(t.numel(), dtype=t.dtype)
-    flat.view(t.shape).copy_(t.detach())
+    in_shape = flat.view(t.shape)
+    in_shape.copy_(t.detach())
     return flat.view(torch.uint8).numpy()
 
 def weights_digest(
     found:list, # `Layer`s, as `prunable` gives them
 )->str: # 16 hexadecimal digits
     "A checksum of weights, which says on which ones a mask was found. Raises `OpenTransError` for absent ones."
-    absent = {layer.name: why for layer in found if (why := no_values(layer.weight))}
+    absent = {}
+    for layer in found:
+        why = no_values(layer.weight)
+        if why: absent[layer.name] = why
     if absent: raise OpenTransError(f"{len(absent)} layers have no values to look at: {tell_reasons(absent)}.")
     digest = hashlib.sha256()
     for layer in found:
-        digest.update(layer.name.encode())
+        name = layer.name.encode()
+        digest.update(name)
         digest.update(_bytes_of(layer.weight))
     return digest.hexdigest()[:16]
 
 def _info(model, found, **kw):
     "How a mask was found: on which backbone, with which weights."
-    return dict(kw, backbone=type(find_tower(model)).__name__, weights=weights_digest(found))
+    tower = find_tower(model)
+    return dict(kw, backbone=type(tower).__name__, weights=weights_digest(found))
 
 def _dense_info(model, **kwargs):
     "For the info of a mask: name -> reason of the layers that it had to leave dense, if there are any."
-    whys = _candidates(model, **kwargs)[1]
+    _,whys = _candidates(model, **kwargs)
     return dict(left_dense=whys) if whys else {}
 
 # %% ../../nbs/01_pruning.ipynb #e193101d
@@ -158,9 +197,12 @@ class _MaskMaking(_MaskSets):
         **kwargs:Any,
     )->Self:
         "The dense mask over the prunable layers of a model."
-        masks = {layer.name: torch.ones(layer.weight.shape, dtype=torch.bool)
-                 for layer in prunable(model, **kwargs)}
-        return cls(masks, _dense_info(model, **kwargs))
+        masks = {}
+        for layer in prunable(model, **kwargs):
+            shape = layer.weight.shape
+            masks[layer.name] = torch.ones(shape, dtype=torch.bool)
+        info = _dense_info(model, **kwargs)
+        return cls(masks, info)
 
     @classmethod
     @delegates(prunable)
@@ -176,8 +218,10 @@ class _MaskMaking(_MaskSets):
         "Keep the weights of largest magnitude, in one shot. Raises `OpenTransError` for a density outside (0, 1]."
         density = _check_density(density)
         found = prunable(model, **kwargs)
-        info = _info(model, found, method='magnitude', scope=scope) | _dense_info(model, **kwargs)
-        return cls(_choose(_magnitudes(found), density, scope, found), info)
+        info = _info(model, found, method='magnitude', scope=scope)
+        info |= _dense_info(model, **kwargs)
+        masks = _choose(_magnitudes(found), density, scope, found)
+        return cls(masks, info)
 
     @classmethod
     @delegates(prunable)
@@ -195,17 +239,22 @@ class _MaskMaking(_MaskSets):
         criterion, or losses that are not given."""
         name,score = _find_criterion(criterion)
         density = _check_density(density)
-        info = _info(model, prunable(model, **kwargs), method=name, scope=scope) | _dense_info(model, **kwargs)
+        found = prunable(model, **kwargs)
+        info = _info(model, found, method=name, scope=scope)
+        info |= _dense_info(model, **kwargs)
         if losses is not None: info |= _threads()
         wanted = dict(density=density, scope=scope)
         scores = _ask_criterion(score, model, losses, wanted, **kwargs)
-        return cls(_choose(scores, density, scope, layers(model)), info)
+        masks = _choose(scores, density, scope, layers(model))
+        return cls(masks, info)
 
 # %% ../../nbs/01_pruning.ipynb #50f479a0
 def _common_factor(sizes, kept, want):
     "The factor that scales all counts, each capped at the size of its layer, to a sum of `want`."
+    some_kept = [count for count in kept.values() if count]
+    total = sum(sizes.values())
     low = 0.
-    high = sum(sizes.values())/max(1, min(count for count in kept.values() if count))
+    high = total/max(1, min(some_kept))
     for _ in range(100):
         factor = (low+high)/2
         reached = sum(min(sizes[name], kept[name]*factor) for name in kept)
@@ -215,18 +264,29 @@ def _common_factor(sizes, kept, want):
 def _counts_like(like, density):
     """Layer -> how many weights to keep, in the proportions of the mask `like`: its own counts, scaled to a density of
     the whole if one is given."""
-    sizes = {name: mask.numel() for name,mask in like.items()}
-    kept = {name: int(mask.sum()) for name,mask in like.items()}
-    want = like.kept if density is None else max(1, round(density*like.total))
+    sizes = {}
+    kept = {}
+    for name,mask in like.items():
+        sizes[name] = mask.numel()
+        kept[name] = int(mask.sum())
+    if density is None: return kept
+    want = max(1, round(density*like.total))
     if abs(want-like.kept) <= 1: return kept
     factor = _common_factor(sizes, kept, want)
     exact = {name: min(sizes[name], kept[name]*factor) for name in kept}
     counts = {name: int(count) for name,count in exact.items()}
-    most_cut = sorted(exact, key=lambda name: counts[name]-exact[name])
-    for name in most_cut[:want-sum(counts.values())]: counts[name] += 1
+    def cut_off(name): return counts[name]-exact[name]
+    most_cut = sorted(exact, key=cut_off)
+    lacking = want-sum(counts.values())
+    for name in most_cut[:lacking]: counts[name] += 1
     return counts
 
 # %% ../../nbs/01_pruning.ipynb #1eeaf530
+def _random_scores(shapes, seed):
+    "Uniform scores of layers, name by name from one generator."
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.rand(shape, generator=generator) for name,shape in shapes.items()}
+
 class _RandomMasks(_MaskMaking):
     "Masks that look at no weight."
     @classmethod
@@ -246,19 +306,23 @@ class _RandomMasks(_MaskMaking):
         if density is not None or like is None: density = _check_density(density)
         if like is not None: return cls._random_like(model, density, seed, like)
         shapes = {layer.name: layer.weight.shape for layer in prunable(model, **kwargs)}
-        generator = torch.Generator().manual_seed(seed)
-        scores = {name: torch.rand(shape, generator=generator) for name,shape in shapes.items()}
-        return cls(_choose(scores, density), dict(method='random', seed=seed) | _dense_info(model, **kwargs))
+        scores = _random_scores(shapes, seed)
+        masks = _choose(scores, density)
+        info = dict(method='random', seed=seed)
+        info |= _dense_info(model, **kwargs)
+        return cls(masks, info)
 
     @classmethod
     def _random_like(cls, model, density, seed, like):
         "A random mask with as many weights in each layer as another one has, or with its proportions."
-        generator = torch.Generator().manual_seed(seed ^ 0x5bd1e995) # independent of the other random masks
-        scores = {name: torch.rand(shape, generator=generator) for name,shape in like.shapes.items()}
+        scores = _random_scores(like.shapes, seed ^ 0x5bd1e995) # independent of the other random masks
         _place(like.shapes, model) # raises if the model is another one
-        masks = {name: torch.zeros(shape, dtype=torch.bool) for name,shape in like.shapes.items()}
-        for name,count in _counts_like(like, density).items():
-            if count: masks[name] = _keep_best({name: scores[name]}, count)[0][name]
+        counts = _counts_like(like, density)
+        masks = {}
+        for name,shape in like.shapes.items():
+            count = counts[name]
+            if count: masks |= _keep_best({name: scores[name]}, count)[0]
+            else: masks[name] = torch.zeros(shape, dtype=torch.bool)
         return cls(masks, dict(method='random, layer-matched', seed=seed))
 
 # %% ../../nbs/01_pruning.ipynb #2edaf0ee
@@ -274,15 +338,21 @@ class _MaskOnModels(_RandomMasks):
         """The weights that the mask is about. Raises `OpenTransError` if the model lacks one, or has two places for
         them."""
         placed = _place(self.shapes, model, strict)
-        return {name: (param if rows is None else param[rows]).detach() for name,(param,rows) in placed.items()}
+        weights = {}
+        for name,(param,rows) in placed.items():
+            own = param if rows is None else param[rows]
+            weights[name] = own.detach()
+        return weights
 
     def prune(self,
         model:nn.Module, # The model whose weights are compared
         p:float, # Share of the *remaining* weights to drop, in (0, 1)
     )->Self: # Itself
         "Drop the globally smallest of the remaining weights (paper, Algorithm 1, line 4)."
-        scores = {name: _magnitude(weight) for name,weight in self.weights(model).items()}
-        keep = max(1, round((1-_check_share(p, 'p', one_allowed=False))*self.kept))
+        weights = self.weights(model)
+        scores = {name: _magnitude(weight) for name,weight in weights.items()}
+        stays = 1-_check_share(p, 'p', one_allowed=False)
+        keep = max(1, round(stays*self.kept))
         self.masks,self.threshold = _keep_best(scores, keep, self.masks)
         return self
 
@@ -320,7 +390,8 @@ MASK_FILE = FileKind('opentrans-mask', 'mask', 'SparseMask.save')
 def _storable(value):
     """A value as a file can hold it and give it back: numbers, texts, lists and dictionaries; anything else by its
     name."""
-    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)): value = value.tolist()
+    is_of_numpy = isinstance(value, (np.generic, np.ndarray))
+    if is_of_numpy or isinstance(value, torch.Tensor): value = value.tolist()
     if isinstance(value, dict): return {_storable(str(key)): _storable(inner) for key,inner in value.items()}
     if isinstance(value, (set, frozenset)): value = sorted(value, key=str)
     if isinstance(value, (list, tuple)): return [_storable(inner) for inner in value]
@@ -328,15 +399,18 @@ def _storable(value):
     # the text of these holds an address in memory
     named = callable(value) or type(value).__repr__ is object.__repr__
     text = _name_of(value) if named else str(value)
-    return text.encode(errors='replace').decode()
+    as_bytes = text.encode(errors='replace')
+    return as_bytes.decode()
 
 def _digest(meta, bits):
     "The checksum of a mask file of version 1."
     said = sorted((key, value) for key,value in meta.items() if key != 'sha256')
-    digest = hashlib.sha256(json.dumps(said).encode())
+    head = json.dumps(said).encode()
+    digest = hashlib.sha256(head)
     for name in sorted(bits):
+        packed = bits[name].numpy()
         digest.update(name.encode())
-        digest.update(bits[name].numpy())
+        digest.update(packed)
     return digest.hexdigest()
 
 class _MaskLayer(TypedDict):
@@ -350,8 +424,11 @@ class _MaskLayer(TypedDict):
 def _unpacked(bits, shapes, kind, path):
     "Masks from their bits. Raises `DamagedFile` if a layer is missing, or has too few or too many bits."
     if set(bits) != set(shapes) or not bits: raise kind.damaged(path, 'its masks are not those of its layers')
-    try: return {name: unpack_bits(bits[name], tuple(shape)) for name,shape in shapes.items()}
+    masks = {}
+    try:
+        for name,shape in shapes.items(): masks[name] = unpack_bits(bits[name], tuple(shape))
     except (ValueError, RuntimeError, OverflowError) as error: raise kind.damaged(path, shorten(error)) from error
+    return masks
 
 # %% ../../nbs/01_pruning.ipynb #2be5841d
 class _MaskFiles(_MaskOnModels):
@@ -363,13 +440,15 @@ class _MaskFiles(_MaskOnModels):
         """Write the mask, one bit a weight, with its history; whole or not at all. Raises `OpenTransError` if the
         place cannot be written."""
         per_layer = {}
+        bits = {}
         for name,mask in self.items():
             kept = _count(mask)
-            share = round(kept/max(1, mask.numel()), 6)
-            per_layer[name] = dict(shape=list(mask.shape), kept=kept, density=share)
-        bits = {name: pack_bits(mask) for name,mask in self.items()}
-        told = plain_json(_storable({**self.info, **info}))
-        save_tensors(bits, path, dict(density=f'{self.density:.6f}', layers=per_layer, info=told), MASK_FILE)
+            share = kept/max(1, mask.numel())
+            per_layer[name] = dict(shape=list(mask.shape), kept=kept, density=round(share, 6))
+            bits[name] = pack_bits(mask)
+        told = _storable({**self.info, **info})
+        meta = dict(density=f'{self.density:.6f}', layers=per_layer, info=plain_json(told))
+        save_tensors(bits, path, meta, MASK_FILE)
 
     @classmethod
     def load(cls,
@@ -381,11 +460,14 @@ class _MaskFiles(_MaskOnModels):
         bits,meta = load_tensors(path, kind=MASK_FILE)
         if any(packed.dtype != torch.uint8 for packed in bits.values()):
             raise MASK_FILE.damaged(path, 'its masks are not bits')
-        first_version = int(meta.get('version', 1)) == 1
+        version = int(meta.get('version', 1))
+        first_version = version == 1
         if first_version and _digest(meta, bits) != meta.get('sha256'): raise MASK_FILE.damaged(path)
         per_layer = metadata_value(meta, 'layers', dict[str, _MaskLayer], path)
-        masks = _unpacked(bits, {name: said['shape'] for name,said in per_layer.items()}, MASK_FILE, path)
-        mask = cls(masks, metadata_value(meta, 'info', dict, path))
+        shapes = {name: said['shape'] for name,said in per_layer.items()}
+        masks = _unpacked(bits, shapes, MASK_FILE, path)
+        info = metadata_value(meta, 'info', dict, path)
+        mask = cls(masks, info)
         density_fits = first_version or meta.get('density') == f'{mask.density:.6f}'
         if not density_fits or not mask._keeps_as_told(per_layer):
             raise MASK_FILE.damaged(path, 'it keeps other weights than it says')
@@ -394,9 +476,18 @@ class _MaskFiles(_MaskOnModels):
     def _keeps_as_told(self, per_layer):
         "Does each layer keep as many weights as its file says, if it says so?"
         counts = {name: _count(mask) for name,mask in self.items()}
-        return all(said.get('kept', counts[name]) == counts[name] for name,said in per_layer.items())
+        for name,said in per_layer.items():
+            kept = counts[name]
+            if said.get('kept', kept) != kept: return False
+        return True
 
 # %% ../../nbs/01_pruning.ipynb #14b7e06d
+def _logs_above_zero(parts):
+    "Decimal logarithms of the values above zero of all parts together."
+    values = torch.cat(parts)
+    some = values[values > 0]
+    return some.log10().numpy()
+
 class _MaskPictures(_MaskFiles):
     "What a mask looks like."
     def plot(self,
@@ -405,15 +496,20 @@ class _MaskPictures(_MaskFiles):
     )->'Axes': # The axes
         "Density of each layer, and of all together."
         table = self.table()
-        ax = get_axes(ax, figsize=(max(5, min(14, len(table)/5)), 3.6))
+        width = max(5, min(14, len(table)/5))
+        ax = get_axes(ax, figsize=(width, 3.6))
         places = range(len(table))
-        line, = ax.plot(places, table.density, 'o-', ms=3, lw=1, label=label and for_plot(label))
-        ax.axhline(self.density, ls=':', lw=1, color=line.get_color())
+        shown_label = label and for_plot(label)
+        line, = ax.plot(places, table.density, 'o-', ms=3, lw=1, label=shown_label)
+        color = line.get_color()
+        ax.axhline(self.density, ls=':', lw=1, color=color)
         names = [for_plot(name.removesuffix('.weight')) for name in table.index]
         ax.set_xticks(places, names, rotation=90, fontsize=9)
         whole = f'all, {self.density:.3f}' if label is None else 'all'
-        top = 1.05 if table.density.max() > .5 else None
-        ax.set(ylabel='density', ylim=(0, top), title=f'density per layer (dotted: {whole})')
+        most = table.density.max()
+        top = 1.05 if most > .5 else None
+        title = f'density per layer (dotted: {whole})'
+        ax.set(ylabel='density', ylim=(0, top), title=title)
         if label: ax.legend()
         return ax
 
@@ -424,12 +520,16 @@ class _MaskPictures(_MaskFiles):
     )->'Axes': # The axes
         "Magnitudes of the weights that the mask keeps and drops; weights that are zero are left out."
         ax = get_axes(ax, figsize=(5, 3))
-        magnitudes = {name: _magnitude(weight).cpu().float() for name,weight in self.weights(model).items()}
-        kept = torch.cat([magnitudes[name][mask] for name,mask in self.items()])
-        dropped = torch.cat([magnitudes[name][~mask] for name,mask in self.items()])
-        logs = [values[values > 0].log10().numpy() for values in (dropped, kept)]
-        ax.hist(logs, bins=bins, stacked=True, color=['lightgray', 'C0'],
-                label=[f'dropped ({self.sparsity:.1%})', f'kept ({self.density:.1%})'])
+        kept = []
+        dropped = []
+        for name,weight in self.weights(model).items():
+            values = _magnitude(weight).cpu().float()
+            mask = self[name]
+            kept.append(values[mask])
+            dropped.append(values[~mask])
+        logs = [_logs_above_zero(parts) for parts in (dropped, kept)]
+        labels = [f'dropped ({self.sparsity:.1%})', f'kept ({self.density:.1%})']
+        ax.hist(logs, bins=bins, stacked=True, color=['lightgray', 'C0'], label=labels)
         ax.set(xlabel='$\\log_{10} |w|$', ylabel='weights', title='what the mask keeps')
         ax.legend()
         return ax
@@ -441,15 +541,20 @@ class _MaskPictures(_MaskFiles):
     )->pd.DataFrame:
         """How much two masks agree, layer by layer, beside chance. Raises `OpenTransError` for masks over different
         layers."""
-        self._same(other)
         def with_sum(counts): return np.append(counts, counts.sum())
-        both = np.array([_count(mask & other[name]) for name,mask in self.items()])
-        a,b = self.table().kept.to_numpy(),other.table().kept.to_numpy()
-        by_chance = a*b/self.table().weights.to_numpy() # expected intersection of independent masks
-        iou = with_sum(both)/np.maximum(with_sum(a+b)-with_sum(both), 1)
-        chance = with_sum(by_chance)/np.maximum(with_sum(a+b)-with_sum(by_chance), 1e-9)
+        both = np.array(self._shared(other))
+        own_table,other_table = self.table(),other.table()
+        a = own_table.kept.to_numpy()
+        b = other_table.kept.to_numpy()
+        sizes = own_table.weights.to_numpy()
+        by_chance = with_sum(a*b/sizes) # expected intersection of independent masks
+        shared = with_sum(both)
+        together = with_sum(a+b)
+        iou = shared/np.maximum(together-shared, 1)
+        chance = by_chance/np.maximum(together-by_chance, 1e-9)
+        lift = iou/np.maximum(chance, 1e-12)
         index = pd.Index([*self.names, 'all'], name='name')
-        return pd.DataFrame(dict(iou=iou, chance=chance, lift=iou/np.maximum(chance, 1e-12)), index=index)
+        return pd.DataFrame(dict(iou=iou, chance=chance, lift=lift), index=index)
 
 # %% ../../nbs/01_pruning.ipynb #86940021
 class SparseMask(_MaskPictures):
@@ -462,9 +567,16 @@ def compare_masks(
     what:str='iou', # `'iou'`, `'chance'` or `'lift'`
 )->pd.DataFrame: # Masks by masks
     "Every mask against every other. Raises `OpenTransError` for an unknown measure."
-    if what not in ('iou', 'chance', 'lift'): raise unknown('measure', what, ['iou', 'chance', 'lift'])
-    def measured(a, b): return masks[a].overlap(masks[b]).loc['all', what]
-    return pd.DataFrame({a: {b: measured(a, b) for b in masks} for a in masks})
+    measures = ['iou', 'chance', 'lift']
+    if what not in measures: raise unknown('measure', what, measures)
+    table = {}
+    for a,mask in masks.items():
+        row = {}
+        for b,other in masks.items():
+            overlap = mask.overlap(other)
+            row[b] = overlap.loc['all', what]
+        table[a] = row
+    return pd.DataFrame(table)
 
 def plot_overlap(
     frame:pd.DataFrame|dict[str, SparseMask], # What `compare_masks` gives, or a dict of masks
@@ -477,9 +589,12 @@ def plot_overlap(
         title = 'overlap of masks (IoU)'
         frame = compare_masks(frame)
     frame = frame.rename(index=for_plot, columns=for_plot)
-    ax = get_axes(ax, figsize=(1.5+.8*len(frame), 1+.65*len(frame)))
+    count = len(frame)
+    size = (1.5+.8*count, 1+.65*count)
+    ax = get_axes(ax, figsize=size)
     sns.heatmap(frame, annot=True, fmt='.2f', vmin=0, cmap='viridis', square=True, ax=ax, cbar=False)
     ax.set_title(title)
-    ax.set_xticks(ax.get_xticks(), frame.columns, rotation=45, ha='right', rotation_mode='anchor')
+    ticks = ax.get_xticks()
+    ax.set_xticks(ticks, frame.columns, rotation=45, ha='right', rotation_mode='anchor')
     ax.tick_params(axis='y', rotation=0)
     return ax

@@ -21,7 +21,8 @@ _FLAT = 'is flattened to one axis (as FSDP and ZeRO do): work on the model befor
 def _unmaskable(t):
     """Why no number of a tensor can be set to zero; '' if it can. Those that are not loaded yet can be later, and
     complex ones have a magnitude."""
-    return '' if t.is_meta or t.is_complex() else unreadable(t)
+    may_be_later = t.is_meta or t.is_complex()
+    return '' if may_be_later else unreadable(t)
 
 def _cannot_mask(layer):
     "Why no mask can be put on a layer; '' if one can."
@@ -32,13 +33,19 @@ def _candidates(model, kinds=LAYER_KINDS, skip_first=True, skip=None, only=('*',
     Raises `OpenTransError` for layers that are not made yet."""
     found = layers(model)
     first = found[0].key if skip_first and found else None
-    chosen = [layer
-              for layer in trunk(model, skip)
-              if layer.key != first and layer.kind in kinds and inside(layer.name, only)]
-    absent = {layer.name: why for layer in chosen if not layer.param.is_meta and (why := no_values(layer.param))}
+    def is_meant(layer): return layer.key != first and layer.kind in kinds and inside(layer.name, only)
+    chosen = [layer for layer in trunk(model, skip) if is_meant(layer)]
+    absent = {}
+    for layer in chosen:
+        why = '' if layer.param.is_meta else no_values(layer.param)
+        if why: absent[layer.name] = why
     if absent: raise OpenTransError(f"{len(absent)} layers cannot be masked yet: {tell_reasons(absent)}.")
-    whys = {layer.name: why for layer in chosen if (why := _cannot_mask(layer))}
-    return [layer for layer in chosen if layer.name not in whys],whys
+    whys = {}
+    for layer in chosen:
+        why = _cannot_mask(layer)
+        if why: whys[layer.name] = why
+    free = [layer for layer in chosen if layer.name not in whys]
+    return free,whys
 
 def prunable(
     model:nn.Module, # Any model; names are read in its tower
@@ -52,9 +59,11 @@ def prunable(
     `OpenTransError`."""
     res,whys = _candidates(model, kinds, skip_first, skip, only)
     if not res:
-        which = ', '.join(kinds) + (' besides the first' if skip_first else '')
+        besides = ' besides the first' if skip_first else ''
+        which = ', '.join(kinds) + besides
         if whys: which += f': {tell_reasons(whys)}'
-        raise OpenTransError(f"{type(find_tower(model)).__name__} has no prunable layers of kind {which}. "
+        tower = find_tower(model)
+        raise OpenTransError(f"{type(tower).__name__} has no prunable layers of kind {which}. "
                              "Give a model with convolutions or linear maps, or loosen skip and only.")
     if whys: warnings.warn(f"The mask leaves {len(whys)} layers dense: {tell_reasons(whys)}.", stacklevel=2)
     return res
@@ -63,44 +72,57 @@ def prunable(
 def _absent_for(keys, params):
     "Name -> reason of parameters that a mask may mean, and which have no values or no shape yet."
     bases = [key.split('[')[0] for key in keys]
-    shaped = {key.split('[')[0] for key,shape in keys.items() if len(shape) > 1}
+    shaped = {base for base,shape in zip(bases, keys.values()) if len(shape) > 1}
     whys = {}
     for name,param in params.items():
-        meant = [base for base in bases if name.endswith(base) or base.endswith(name)]
+        meant = {base for base in bases if name.endswith(base) or base.endswith(name)}
         if param.is_meta or not meant: continue
         why = no_values(param)
-        if not why and param.ndim < 2 and shaped & set(meant): why = _FLAT
+        is_flat = not why and param.ndim < 2
+        if is_flat and shaped & meant: why = _FLAT
         if why: whys[name] = why
     return whys
+
+def _computed_in(module):
+    "The layers of a module whose weights are computed, by key."
+    computed = {}
+    for name,part in bare_modules(module):
+        for layer in layers_of(name, part):
+            if layer.computed: computed[layer.key] = layer
+    return computed
 
 def _match_in(module, keys, strict):
     """Find the layers of a mask in a module: key -> (tensor, rows or None), and key -> reason of those that cannot
     be masked."""
     params = bare_parameters(module)
-    computed = {layer.key: layer for name,part in bare_modules(module)
-                for layer in layers_of(name, part) if layer.computed}
-    there = ({name: param for name,param in params.items() if param.is_meta or not no_values(param)}
-             | {name: layer.param for name,layer in computed.items()})
+    computed = _computed_in(module)
+    there = {}
+    for name,param in params.items():
+        may_be_meant = param.is_meta or not no_values(param)
+        if may_be_meant: there[name] = param
+    for name,layer in computed.items(): there[name] = layer.param
     shapes = {name: t.shape for name,t in there.items()}
     try: found = match_weights(keys, shapes, strict, lambda name: id(there[name]))
     except OpenTransError:
         absent = _absent_for(keys, params)
-        if absent:
-            raise OpenTransError(f"{len(absent)} layers cannot be masked yet: {tell_reasons(absent)}.") from None
-        raise
-    placed,whys = {},{}
+        if not absent: raise
+        raise OpenTransError(f"{len(absent)} layers cannot be masked yet: {tell_reasons(absent)}.") from None
+    placed = {}
+    whys = {}
     for key,(name,rows) in found.items():
         placed[key] = there[name],rows
-        why = computed[name].computed if name in computed else _unmaskable(there[name])
+        layer = computed.get(name)
+        why = _unmaskable(there[name]) if layer is None else layer.computed
         if why: whys[key] = why
     return placed,whys
 
 # %% ../../nbs/01b_places.ipynb #661f3f70
 def _place(keys, model, strict=True):
     "Find the layers of a mask in a model: key -> (`Parameter`, rows or None). Raises `OpenTransError`."
-    placed,whys = resolve_in_tower(model, lambda module: _match_in(module, keys, strict))
+    def find(module): return _match_in(module, keys, strict)
+    placed,whys = resolve_in_tower(model, find)
     if whys and strict:
         raise OpenTransError(
             f"{len(whys)} of {len(keys)} layers of the mask cannot be masked in this model: {tell_reasons(whys)}. "
             "Or leave them out, with strict=False.")
-    return {k: at for k,at in placed.items() if k not in whys}
+    return {key: at for key,at in placed.items() if key not in whys}

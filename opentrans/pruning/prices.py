@@ -28,9 +28,12 @@ _LEAST = .1 # of a layer's mean time a weight: its price is no lower, however no
 
 def _slopes(times):
     "Milliseconds that one weight more costs, of tables at two densities."
-    few, many = times
-    more = (many.kept - few.kept).clip(lower=1)
-    return ((many.ms - few.ms)/more).clip(lower=_LEAST*many.ms/many.kept.clip(lower=1))
+    few,many = times
+    more_weights = (many.kept - few.kept).clip(lower=1)
+    more_ms = many.ms - few.ms
+    mean_ms = many.ms/many.kept.clip(lower=1)
+    slope = more_ms/more_weights
+    return slope.clip(lower=_LEAST*mean_ms)
 
 @delegates(prunable)
 def clock_prices(
@@ -42,29 +45,35 @@ def clock_prices(
 )->dict[str, float]: # Layer, as a mask names it -> price of one of its weights; the mean over all weights is 1
     """What a weight of each prunable layer costs on the sparse engine of this machine, on one thread. Layers that the
     engine does not run have price 1. Raises `OpenTransError` where it runs none."""
-    low, high = (check_number('density', density, 0, 1, above=True) for density in densities)
+    low,high = (check_number('density', density, 0, 1, above=True) for density in densities)
     if low >= high: raise OpenTransError(f"Densities must rise, and these do not: {low:g}, {high:g}.")
     timed = model if hasattr(model, 'visual') else find_tower(model)
     timed = copy.deepcopy(timed).cpu().eval() # the engine is one of CPUs
-    times = [layer_times(timed, SparseMask.random(timed, density, 0, **kwargs), size, seconds/2)
-             for density in (low, high)]
+    times = []
+    for density in (low, high):
+        mask = SparseMask.random(timed, density, 0, **kwargs)
+        times.append(layer_times(timed, mask, size, seconds/2))
     slopes = _slopes(times)
     sizes = {layer.name: layer.weight.numel() for layer in prunable(model, **kwargs)}
-    found = {name: float(slopes[name.removesuffix('.weight')]) for name in sizes
-             if name.removesuffix('.weight') in slopes.index}
+    found = {}
+    for name in sizes:
+        timed_as = name.removesuffix('.weight')
+        if timed_as in slopes.index: found[name] = float(slopes[timed_as])
     if not found:
         raise OpenTransError("None of the layers that can be pruned runs on the engine, so none has a price.")
-    mean = sum(found[name]*sizes[name] for name in found)/sum(sizes[name] for name in found)
+    whole = sum(found[name]*sizes[name] for name in found)
+    mean = whole/sum(sizes[name] for name in found)
     return {name: found[name]/mean if name in found else 1. for name in sizes}
 
 # %% ../../nbs/01o_priced.ipynb #6947296c
 def _check_prices(price, names):
     "Prices of just these layers. Raises `OpenTransError`."
-    for name, value in price.items(): check_number(f'the price of {name}', value, 0, above=True)
-    given = {clean_name(name): value for name, value in price.items()}
+    for name,value in price.items(): check_number(f'the price of {name}', value, 0, above=True)
+    given = {clean_name(name): value for name,value in price.items()}
     lacking = [name for name in names if name not in given]
     if lacking:
-        raise OpenTransError(f"There is no price for {len(lacking)} layers: {', '.join(lacking[:4])}. "
+        first = ', '.join(lacking[:4])
+        raise OpenTransError(f"There is no price for {len(lacking)} layers: {first}. "
                              "Give one for each layer that is pruned, as clock_prices does.")
     return {name: float(given[name]) for name in names}
 

@@ -17,14 +17,18 @@ from ..naming import clean_name
 def _joined(chunks):
     "Flat tensors as one, on the device of the first."
     if len(chunks) == 1: return chunks[0]
-    return torch.cat([chunk.to(chunks[0].device) for chunk in chunks])
+    device = chunks[0].device
+    return torch.cat([chunk.to(device) for chunk in chunks])
 
 def _bracket(chunks, share, step, slack):
     "Two values with the quantile `share` very likely between them, from every `step`-th value."
-    sample = _joined([chunk[::step] for chunk in chunks]).sort().values
+    every = [chunk[::step] for chunk in chunks]
+    sample = _joined(every).sort().values
+    last = len(sample)-1
     def quantile(q):
-        at = min(max(int(q*len(sample)), 0), len(sample)-1)
-        return sample[at].item()
+        at = int(q*len(sample))
+        within = min(max(at, 0), last)
+        return sample[within].item()
     low = quantile(share-slack) if share > slack else -math.inf
     high = quantile(share+slack) if share < 1-slack else math.inf
     return low,high
@@ -42,14 +46,19 @@ def _kth_smallest(chunks, k, sample=65536, slack=.01):
         if is_between: return _kth_smallest([between], k-below, sample=len(between))
     values = _joined(chunks)
     if values.device.type != 'cpu': return values.kthvalue(k).values.item()
-    return float(np.partition(values.numpy(), k-1)[k-1])
+    parted = np.partition(values.numpy(), k-1)
+    return float(parted[k-1])
 
 # %% ../../nbs/01a_ranking.ipynb #fbd3a7c7
 def _check_scores(scores):
     "Raises `OpenTransError` for scores that are not numbers."
-    bad = [name for name,score in scores.items() if score.sum(dtype=torch.float32).isnan()]
+    bad = []
+    for name,score in scores.items():
+        total = score.sum(dtype=torch.float32)
+        if total.isnan(): bad.append(name)
     if not bad: return
-    raise OpenTransError(f"The scores of {len(bad)} layers are not numbers (NaN): {', '.join(bad[:6])}. "
+    first = ', '.join(bad[:6])
+    raise OpenTransError(f"The scores of {len(bad)} layers are not numbers (NaN): {first}. "
                          "Has the training diverged?")
 
 def _flat_scores(scores, alive):
@@ -58,7 +67,8 @@ def _flat_scores(scores, alive):
     for name,score in scores.items():
         score = score.detach().float()
         if alive is not None and not alive[name].all():
-            score = score.masked_fill(~alive[name].to(score.device), -math.inf)
+            out = ~alive[name].to(score.device)
+            score = score.masked_fill(out, -math.inf)
         flat[name] = score.flatten()
     return flat
 
@@ -72,24 +82,34 @@ def _keep_best(
     scores that are not numbers."""
     _check_scores(scores)
     flat = _flat_scores(scores, alive)
-    drop = sum(map(len, flat.values())) - keep
+    chunks = list(flat.values())
+    drop = sum(map(len, chunks)) - keep
+    shapes = {name: score.shape for name,score in scores.items()}
     if drop <= 0:
-        return {name: torch.ones(score.shape, dtype=torch.bool) for name,score in scores.items()},-math.inf
-    threshold = _kth_smallest(list(flat.values()), drop)
+        everything = {name: torch.ones(shape, dtype=torch.bool) for name,shape in shapes.items()}
+        return everything,-math.inf
+    threshold = _kth_smallest(chunks, drop)
     kept = {name: score > threshold for name,score in flat.items()}
     lacking = keep - sum(int(stays.sum()) for stays in kept.values())
     for name in reversed(flat):
         if lacking <= 0: break
-        ties = (flat[name] == threshold).nonzero().flatten()[-lacking:]
-        kept[name][ties] = True
-        lacking -= len(ties)
-    return {name: stays.reshape(scores[name].shape).cpu() for name,stays in kept.items()},threshold
+        ties = (flat[name] == threshold).nonzero().flatten()
+        last = ties[-lacking:]
+        kept[name][last] = True
+        lacking -= len(last)
+    masks = {}
+    for name,stays in kept.items():
+        in_shape = stays.reshape(shapes[name])
+        masks[name] = in_shape.cpu()
+    return masks,threshold
 
 # %% ../../nbs/01a_ranking.ipynb #0d1bfe97
 def _check_share(x, what='density', one_allowed=True):
     "A share as a float. Raises `OpenTransError` if it is no number in (0, 1], or is one where that is not allowed."
     is_number = isinstance(x, (int, float, np.number)) and not isinstance(x, bool)
-    if is_number and 0 < x and (x <= 1 if one_allowed else x < 1): return float(x)
+    if is_number:
+        below_one = x <= 1 if one_allowed else x < 1
+        if 0 < x and below_one: return float(x)
     end = ']' if one_allowed else ')'
     raise OpenTransError(
         f"{what} must be a number in (0, 1{end}, not {x!r}. For one tenth of the weights write 0.1.")
@@ -99,13 +119,18 @@ def _check_density(density):
     if not isinstance(density, Mapping): return _check_share(density)
     if not density:
         raise OpenTransError("The densities are empty. Give a share for each layer, as LayerTable.densities does.")
-    return {clean_name(name): _check_share(share, f'the density of {name}') for name,share in density.items()}
+    shares = {}
+    for name,share in density.items():
+        what = f'the density of {name}'
+        shares[clean_name(name)] = _check_share(share, what)
+    return shares
 
 def _shares_of(density, names):
     "The share of each of the named layers, of a dict that may have more. Raises `OpenTransError` if it lacks some."
     lacking = [name for name in names if name not in density]
     if not lacking: return {name: density[name] for name in names}
-    raise OpenTransError(f"The densities name no share for {len(lacking)} layers: {', '.join(lacking[:4])}. "
+    first = ', '.join(lacking[:4])
+    raise OpenTransError(f"The densities name no share for {len(lacking)} layers: {first}. "
                          "Give one for each layer that is pruned.")
 
 def _counts(sizes, shares, keep=None, most=None):
@@ -113,21 +138,27 @@ def _counts(sizes, shares, keep=None, most=None):
     layers together keep `keep`, or their shares if that is None."""
     exact = {name: sizes[name]*shares[name] for name in sizes}
     most = most or sizes
-    counts = {name: max(1, min(most[name], math.floor(value + 1e-9))) for name,value in exact.items()}
+    counts = {}
+    for name,value in exact.items():
+        whole = math.floor(value + 1e-9)
+        counts[name] = max(1, min(most[name], whole))
     total = round(sum(exact.values())) if keep is None else keep
     lacking = total - sum(counts.values())
     step = 1 if lacking > 0 else -1
+    def rounded_away(name): return step*(counts[name]-exact[name])
     # first the layers that rounding has moved furthest from their share
-    for name in sorted(exact, key=lambda name: step*(counts[name]-exact[name])):
+    for name in sorted(exact, key=rounded_away):
         if lacking == 0: break
-        if not 1 <= counts[name]+step <= most[name]: continue
-        counts[name] += step
+        count = counts[name]+step
+        if not 1 <= count <= most[name]: continue
+        counts[name] = count
         lacking -= step
     return counts
 
 def _keep_each(scores, counts, alive=None):
     "As `_keep_best`, but within each layer: the `counts[name]` best of its own, and the largest threshold of all."
-    masks,thresholds = {},[]
+    masks = {}
+    thresholds = []
     for name,score in scores.items():
         within = None if alive is None else {name: alive[name]}
         kept,threshold = _keep_best({name: score}, counts[name], within)
@@ -139,7 +170,8 @@ def _magnitude(weight):
     "|w| of each weight, in float32 for types of one byte, which torch has no `abs` for."
     weight = weight.detach()
     one_byte = weight.is_floating_point() and weight.element_size() == 1
-    return (weight.float() if one_byte else weight).abs()
+    if one_byte: weight = weight.float()
+    return weight.abs()
 
 def _magnitudes(found): return {layer.name: _magnitude(layer.weight) for layer in found}
 
@@ -147,16 +179,22 @@ def _best_of_m(scores, n, m):
     """Of scores (outputs, inputs, ...), the best `n` of every `m` consecutive inputs. A layer whose number of
     inputs is no multiple of `m` stays dense."""
     if scores.shape[1] % m: return torch.ones(scores.shape, dtype=torch.bool)
-    groups = scores.detach().float().movedim(1, -1).unflatten(-1, (-1, m))
-    rank = groups.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return (rank < n).flatten(-2).movedim(-1, 1).cpu().contiguous()
+    inputs_last = scores.detach().float().movedim(1, -1)
+    groups = inputs_last.unflatten(-1, (-1, m))
+    order = groups.argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(dim=-1)
+    stays = (rank < n).flatten(-2)
+    return stays.movedim(-1, 1).cpu().contiguous()
 
 def _best_channels(scores, share):
     "Of scores (outputs, ...), that share of the outputs whose mean score is best, whole."
-    means = scores.detach().float().flatten(1).mean(1)
+    by_output = scores.detach().float().flatten(1)
+    means = by_output.mean(1)
     keep = max(1, round(share*len(means)))
-    stays = _keep_best(dict(means=means), keep)[0]['means']
-    return stays.reshape(-1, *[1]*(scores.ndim-1)).expand(scores.shape).contiguous()
+    kept,_ = _keep_best(dict(means=means), keep)
+    other_axes = [1]*(scores.ndim-1)
+    stays = kept['means'].reshape(-1, *other_axes)
+    return stays.expand(scores.shape).contiguous()
 
 # %% ../../nbs/01a_ranking.ipynb #37622d99
 _SCOPES = ('global', 'layer', 'channel', 'N:M such as 2:4')
@@ -166,7 +204,8 @@ def _n_of_m(scope, density):
     numbers = re.fullmatch(r'([1-9]\d?):([1-9]\d?)', str(scope))
     if not numbers: raise unknown('scope', scope, _SCOPES)
     n,m = int(numbers[1]),int(numbers[2])
-    if n <= m and abs(density-n/m) <= 1e-9: return n,m
+    fits = abs(density-n/m) <= 1e-9
+    if n <= m and fits: return n,m
     raise OpenTransError(
         f"Scope '{scope}' has a density of its own, {n/m:g}, not {density:g}. Ask for that density.")
 
@@ -176,8 +215,11 @@ def _oriented(choose, scores, found, *args):
     masks = {}
     for name,score in scores.items():
         layer = known.get(name)
-        if layer is None: masks[name] = choose(score, *args).contiguous()
-        else: masks[name] = layer.as_stored(choose(layer.outputs_first(score), *args)).contiguous()
+        if layer is None: mask = choose(score, *args)
+        else:
+            chosen = choose(layer.outputs_first(score), *args)
+            mask = layer.as_stored(chosen)
+        masks[name] = mask.contiguous()
     return masks
 
 # %% ../../nbs/01a_ranking.ipynb #fd602744
@@ -186,20 +228,30 @@ def _choose_each(scores, density, scope, found):
     shares = _shares_of(density, list(scores))
     if scope == 'global':
         sizes = {name: score.numel() for name,score in scores.items()}
-        return _keep_each(scores, _counts(sizes, shares))[0]
+        counts = _counts(sizes, shares)
+        return _keep_each(scores, counts)[0]
     if scope not in ('layer', 'channel'):
         raise OpenTransError(
             f"Scope '{scope}' has a density of its own. Give one density, or take the scope 'layer'.")
-    return {name: _choose({name: score}, shares[name], scope, found)[name] for name,score in scores.items()}
+    masks = {}
+    for name,score in scores.items(): masks |= _choose({name: score}, shares[name], scope, found)
+    return masks
 
 def _choose(scores, density, scope='global', found=()):
     """Masks of a density, when the weights of a scope compete: of all layers, of a layer, whole output channels of
     a layer, or N of M inputs. `found` are the layers, which know where outputs and inputs are."""
     if isinstance(density, Mapping): return _choose_each(scores, density, scope, found)
     def count(n): return max(1, round(density*n))
-    if scope == 'global': return _keep_best(scores, count(sum(score.numel() for score in scores.values())))[0]
+    if scope == 'global':
+        total = sum(score.numel() for score in scores.values())
+        return _keep_best(scores, count(total))[0]
     if scope == 'layer':
-        return {name: _keep_best({name: score}, count(score.numel()))[0][name] for name,score in scores.items()}
+        masks = {}
+        for name,score in scores.items():
+            keep = count(score.numel())
+            masks |= _keep_best({name: score}, keep)[0]
+        return masks
     _check_scores(scores)
     if scope == 'channel': return _oriented(_best_channels, scores, found, density)
-    return _oriented(_best_of_m, scores, found, *_n_of_m(scope, density))
+    n,m = _n_of_m(scope, density)
+    return _oriented(_best_of_m, scores, found, n, m)

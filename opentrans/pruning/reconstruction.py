@@ -29,15 +29,30 @@ from ..runtime import progress
 class _Block:
     "A link of a chain of modules: which layers are in it, and what it gave."
     def __init__(self, module, before):
-        self.module,self.before = module,before
-        self.mode,self.layers = 'live',set()
+        self.module = module
+        self.before = before
+        self.mode = 'live'
+        self.layers = set()
         self.forget()
 
-    def forget(self): self.outputs,self.shapes,self.at = {},{},{}
+    def forget(self):
+        "Drop what was recorded, and count calls anew."
+        self.outputs = {}
+        self.shapes = {}
+        self.at = {}
     def next(self, side):
         "The number of the next call in a pass."
-        self.at[side] = self.at.get(side, -1)+1
+        last = self.at.get(side, -1)
+        self.at[side] = last+1
         return self.at[side]
+
+def _chains_of(model):
+    "The modules of each sequence in a model."
+    chains = []
+    for module in model.modules():
+        is_chain = isinstance(module, (nn.Sequential, nn.ModuleList))
+        if is_chain and len(module) > 1: chains.append([*module])
+    return chains
 
 class BlockMemory:
     "Outputs of blocks whose layers are all pruned, kept from pass to pass."
@@ -51,14 +66,13 @@ class BlockMemory:
         self.done = set()
         self.side = 'own' # whose outputs are kept now, of the pruned network or of the dense one
         self.blocks = {}
-        chains = [[*m] for m in model.modules() if isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m) > 1]
-        for chain in chains if room else ():
+        for chain in _chains_of(model) if room else ():
             before = None
             for module in chain:
                 if module not in self.blocks: self.blocks[module] = _Block(module, before)
                 before = module
         for module,block in self.blocks.items():
-            own = {id(p) for p in module.parameters()}
+            own = {id(param) for param in module.parameters()}
             block.layers = {layer.name for layer in found if id(layer.param) in own}
 
     def finish(self,
@@ -68,7 +82,7 @@ class BlockMemory:
         self.done.update(names)
 
     def _release(self, block):
-        self.used -= sum(t.nbytes for outputs in block.outputs.values() for t in outputs)
+        for outputs in block.outputs.values(): self.used -= sum(t.nbytes for t in outputs)
         block.outputs = {}
 
     def forget(self):
@@ -77,7 +91,9 @@ class BlockMemory:
         self.blocks = {}
 
     def _inside(self, module):
-        return [self.blocks[m] for m in module.modules() if m in self.blocks and m is not module]
+        "The blocks inside a module."
+        inner = [part for part in module.modules() if part is not module]
+        return [self.blocks[part] for part in inner if part in self.blocks]
 
     def _settle(self):
         """What was recorded in the last pass is played in the next; what lies before or inside it is not needed any
@@ -103,39 +119,50 @@ class BlockMemory:
 
     def _covered(self):
         "Modules inside a block that is played."
-        return {m for module,block in self.blocks.items() if block.mode in ('play', 'blank')
-                for m in module.modules() if m is not module}
+        covered = set()
+        for module,block in self.blocks.items():
+            is_played = block.mode in ('play', 'blank')
+            if is_played: covered.update(part for part in module.modules() if part is not module)
+        return covered
 
     def _run(self, block, forward, args, kwargs):
-        if block.mode == 'play': return block.outputs[self.side][block.next(self.side)].clone()
+        if block.mode == 'play':
+            outputs = block.outputs[self.side]
+            return outputs[block.next(self.side)].clone()
         if block.mode == 'blank':
-            shape,like = block.shapes[self.side][block.next(self.side)]
+            shapes = block.shapes[self.side]
+            shape,like = shapes[block.next(self.side)]
             return like.new_full((), torch.nan).expand(shape)
         out = forward(*args, **kwargs)
         if block.mode == 'record': self._record(block, out)
         return out
 
     def _record(self, block, out):
-        fits = isinstance(out, torch.Tensor) and out.is_floating_point() and self.used+out.nbytes <= self.room
-        if not fits:
+        "Keep an output, if it is a tensor of floats and there is room."
+        is_floats = isinstance(out, torch.Tensor) and out.is_floating_point()
+        if not is_floats or self.used+out.nbytes > self.room:
             self._release(block)
             block.mode = 'never'
             return
-        block.outputs.setdefault(self.side, []).append(out.detach().clone())
-        block.shapes.setdefault(self.side, []).append((out.shape, out.new_empty(0)))
+        outputs = block.outputs.setdefault(self.side, [])
+        shapes = block.shapes.setdefault(self.side, [])
+        outputs.append(out.detach().clone())
+        shapes.append((out.shape, out.new_empty(0)))
         self.used += out.nbytes
 
     @contextlib.contextmanager
     def one_pass(self):
         "Run the model once over all images inside the block."
         self._settle()
-        covered,wrapped = self._covered(),[]
+        covered = self._covered()
+        wrapped = []
         for module,block in self.blocks.items():
             if module in covered or block.mode in ('live', 'never'): continue
             if block.mode == 'record':
                 self._release(block)
                 block.forget()
-            wrapped.append((module, module.__dict__.get('forward')))
+            own = module.__dict__.get('forward')
+            wrapped.append((module, own))
             module.forward = self._wrapper(block, module.forward)
         try: yield
         finally:
@@ -154,12 +181,15 @@ def _order(model, found, batches):
     groups = {}
     def see(layers, x):
         name = layers[0].name
-        groups[name] = (layers, groups[name][1]+1 if name in groups else 1)
+        _,times = groups.get(name, (layers, 0))
+        groups[name] = (layers, times+1)
     first = batches if callable(batches) else [next(iter(batches), None)]
     if first == [None]: raise OpenTransError("There are no images to look at: the batches are empty.")
     with watching(model, found, see): go_over(model, first)
-    check_seen(found, {layer.name for layers,_ in groups.values() for layer in layers})
-    return [*groups.values()]
+    ordered = list(groups.values())
+    reached = {layer.name for layers,_ in ordered for layer in layers}
+    check_seen(found, reached)
+    return ordered
 
 @contextlib.contextmanager
 def _swapped(found, tensors):
@@ -206,32 +236,43 @@ def _finite_sums(model, group, batches, memory, dense=None):
         memory.forget()
         sums = _sums_of(model, group, batches, memory, dense)
     if finite(sums): return sums
+    layers,_ = group
     raise OpenTransError(
-        f"The inputs of {group[0][0].name} are not finite. Are the model's weights and the images numbers?")
+        f"The inputs of {layers[0].name} are not finite. Are the model's weights and the images numbers?")
 
 def _by_kernel(layer, columns):
     "Columns of a layer with its inputs side by side and the kernel outside, as N:M counts them."
-    shape = layer.outputs_first(layer.weight).shape
-    return torch.arange(columns).view(shape[1], -1).T.flatten()
+    inputs = layer.outputs_first(layer.weight).shape[1]
+    by_input = torch.arange(columns).view(inputs, -1)
+    return by_input.T.flatten()
+
+def _ordered_for(layer, budget, weights, kept):
+    "(the order of a layer's columns in which a budget counts them, what stays, if that is known or is all of it)"
+    columns = weights.shape[-1]
+    if kept is not None: kept = weight_rows(layer, kept)
+    if budget.pattern is None: return torch.arange(columns),kept
+    _,m = budget.pattern
+    inputs = layer.outputs_first(layer.weight).shape[1]
+    if inputs % m: kept = torch.ones(weights.shape, dtype=torch.bool)
+    return _by_kernel(layer, columns),kept
 
 @torch.no_grad()
 def _prune_layer(layer, inputs, cross, budget, solve, kept):
     "Put a layer's new weights in place: what it keeps, in the weight's shape, and what is told of it."
     weights = weight_rows(layer, layer.weight.detach())
     if cross is not None: weights = inputs.aimed(weights, cross)
-    if budget.pattern and layer.outputs_first(layer.weight).shape[1] % budget.pattern[1]:
-        kept = torch.ones(weights.shape, dtype=torch.bool)
-    elif kept is not None: kept = weight_rows(layer, kept)
-    order = torch.arange(weights.shape[-1]) if budget.pattern is None else _by_kernel(layer, weights.shape[-1])
+    order,kept = _ordered_for(layer, budget, weights, kept)
     back = order.argsort()
     if kept is not None: kept = kept[..., order].to(weights.device)
     own = inputs if budget.pattern is None else inputs.reordered(order)
     new,kept = solve(weights[..., order], own, budget, kept)
-    new,kept = new[..., back],kept[..., back]
+    new = new[..., back]
+    kept = kept[..., back]
     error = output_error(weights, new, inputs.gram)
     layer.weight.copy_(rows_to_weight(layer, new))
     kept = rows_to_weight(layer, kept).cpu().contiguous()
-    told = dict(density=float(kept.float().mean()), kept=int(kept.sum()), error=error, inputs=weights.shape[-1])
+    density = float(kept.float().mean())
+    told = dict(density=density, kept=int(kept.sum()), error=error, inputs=weights.shape[-1])
     return kept,told
 
 @torch.no_grad()
@@ -240,13 +281,50 @@ def _restore(found, before):
 
 def _budgets(found, density, scope, densities, method):
     "Layer -> `Budget`."
-    own = OWN_SCOPE.get(method, 'layer') if scope in (None, 'global') else scope
-    return {layer.name: Budget(densities[layer.name] if densities else _check_share(density), own) for layer in found}
+    own = scope
+    if scope in (None, 'global'): own = OWN_SCOPE.get(method, 'layer')
+    budgets = {}
+    for layer in found:
+        share = densities[layer.name] if densities else _check_share(density)
+        budgets[layer.name] = Budget(share, own)
+    return budgets
 
 def _solver(method):
-    if callable(method): return getattr(method, '__name__', type(method).__name__),method
+    "(name, function) of a method that is given by either. Raises `OpenTransError` for an unknown name."
+    if callable(method):
+        kind = type(method).__name__
+        return getattr(method, '__name__', kind),method
     if method not in SOLVERS: raise unknown('method', method, SOLVERS)
     return method,SOLVERS[method]
+
+def _check_target(target, batches):
+    "Raises `OpenTransError` for a target that `reconstruct` does not know, or that does not go with the batches."
+    if target not in ('own', 'dense'): raise unknown('target', target, ['own', 'dense'])
+    if target == 'dense' and callable(batches):
+        raise OpenTransError(
+            "target='dense' runs each batch through two networks: give a list or a loader of batches, not a "
+            "function.")
+
+def _told_of(densities, target):
+    "What the info of a mask says of the densities and the target that were asked for."
+    told = {}
+    if target != 'own': told['target'] = target
+    told['densities'] = 'given' if densities else 'uniform'
+    if isinstance(densities, str): told['densities'] = densities
+    return told
+
+def _prune_group(group, sums, damping, budgets, solve, mask):
+    "Prune layers that share their inputs: name -> what it keeps, and name -> what is told of it."
+    layers,_ = group
+    inputs = Inputs(sums.total, damping)
+    masks = {}
+    rows = {}
+    for layer in layers:
+        known = None if mask is None else mask[layer.name]
+        budget = budgets[layer.name]
+        masks[layer.name],row = _prune_layer(layer, inputs, sums.cross, budget, solve, known)
+        rows[layer.name] = dict(row, rows=sums.count)
+    return masks,rows
 
 @delegates(prunable)
 def reconstruct(
@@ -278,18 +356,13 @@ def reconstruct(
     check_batches(batches)
     check_number('damping', damping, 0, 1e6)
     check_number('cache_mb', cache_mb, 0, 10**7, whole=True)
-    if target not in ('own', 'dense'): raise unknown('target', target, ['own', 'dense'])
-    if target == 'dense' and callable(batches):
-        raise OpenTransError(
-            "target='dense' runs each batch through two networks: give a list or a loader of batches, not a "
-            "function.")
+    _check_target(target, batches)
     found = prunable(model, **kwargs)
     check_layers(found)
-    info = (_info(model, found, method=name, scope=scope or OWN_SCOPE.get(name, 'layer'))
-            | _dense_info(model, **kwargs))
-    if target != 'own': info['target'] = target
-    info['densities'] = 'given' if densities else 'uniform'
-    if isinstance(densities, str): info['densities'] = densities
+    own_scope = OWN_SCOPE.get(name, 'layer')
+    info = _info(model, found, method=name, scope=scope or own_scope)
+    info |= _dense_info(model, **kwargs)
+    info |= _told_of(densities, target)
     if scope == 'global' and densities is None: densities = 'global'
     if mask is not None: densities = None
     if densities is not None: densities = layer_densities(densities, model, density, batches, **kwargs)
@@ -297,26 +370,26 @@ def reconstruct(
     memory = BlockMemory(model, found, cache_mb*2**20)
     before = {item.key: item.param.detach().clone() for item in found}
     dense = functools.partial(_swapped, found, before) if target == 'dense' else None
-    found_masks = {}
+    masks = {}
     rows = {}
     finished = False
     try:
         for group in progress(_order(model, found, batches), name):
-            began,sums = time.perf_counter(),_finite_sums(model, group, batches, memory, dense)
-            inputs = Inputs(sums.total, damping)
-            for layer in group[0]:
-                known = None if mask is None else mask[layer.name]
-                kept,row = _prune_layer(layer, inputs, sums.cross, budgets[layer.name], solve, known)
-                found_masks[layer.name],rows[layer.name] = kept,dict(row, rows=sums.count)
-            seconds = (time.perf_counter()-began)/len(group[0])
-            for layer in group[0]: rows[layer.name]['seconds'] = seconds
-            memory.finish(found_masks)
+            began = time.perf_counter()
+            sums = _finite_sums(model, group, batches, memory, dense)
+            new_masks,new_rows = _prune_group(group, sums, damping, budgets, solve, mask)
+            seconds = time.perf_counter()-began
+            for row in new_rows.values(): row['seconds'] = seconds/len(new_rows)
+            masks |= new_masks
+            rows |= new_rows
+            memory.finish(masks)
         finished = True
     finally:
         if not (finished and update): _restore(found, before)
-    info |= mask.info if mask is not None else {}
+    if mask is not None: info |= mask.info
     table = pd.DataFrame.from_dict(rows, orient='index').rename_axis('name')
-    return SparseMask({item.name: found_masks[item.name] for item in found}, info),table
+    in_order = {item.name: masks[item.name] for item in found}
+    return SparseMask(in_order, info),table
 
 # %% ../../nbs/01k_reconstruction.ipynb #0fe7bbf1
 def _shown(losses):
@@ -332,12 +405,18 @@ def wanda_criterion(model:nn.Module, losses:Iterable[Any]|Callable[[nn.Module], 
     return wanda_scores(model, prunable(model, **kwargs), _shown(losses))
 
 def _by_support(method, model, losses, density, scope, **kwargs):
+    "Scores by which the support that a method chooses comes first, each part in the order of Wanda's scores."
     if density is None: raise OpenTransError(f"The criterion {method} chooses a support of a density: give it one.")
     found = prunable(model, **kwargs)
     scores = wanda_scores(model, found, _shown(losses))
-    wanted = dict(densities=density) if isinstance(density, Mapping) else dict(density=density)
+    by_layer = isinstance(density, Mapping)
+    wanted = dict(densities=density) if by_layer else dict(density=density)
     mask,_ = reconstruct(model, losses, method=method, scope=scope, update=False, **wanted, **kwargs)
-    return {n: mask[n].to(s.device) + s/(1.001*s.max()+1e-30) for n,s in scores.items()}
+    ranks = {}
+    for name,score in scores.items():
+        above_all = 1.001*score.max()+1e-30
+        ranks[name] = mask[name].to(score.device) + score/above_all
+    return ranks
 
 @criterion('sparsegpt')
 def sparsegpt_criterion(model:nn.Module, losses:Iterable[Any]|Callable[[nn.Module], Any]|None=None,

@@ -19,13 +19,30 @@ from .solvers import keep_largest
 def _ranked(scores, chosen):
     "Scores of the chosen weights, all brought below 1 by one factor; those of other weights are 0."
     most = max(float(score.max()) for score in scores.values())
-    return {name: score/(1.001*most+1e-30)*chosen[name] for name,score in scores.items()}
+    above_all = 1.001*most + 1e-30
+    ranks = {}
+    for name,score in scores.items():
+        below_one = score/above_all
+        ranks[name] = below_one*chosen[name]
+    return ranks
 
 def _largest_of_all(scores, keep):
     "The largest of all layers' scores: name -> bool tensor."
-    together = torch.cat([score.flatten() for score in scores.values()])
-    kept = keep_largest(together, keep).split([score.numel() for score in scores.values()])
-    return {name: part.view(score.shape) for (name,score),part in zip(scores.items(), kept)}
+    flat = [score.flatten() for score in scores.values()]
+    sizes = [score.numel() for score in scores.values()]
+    together = torch.cat(flat)
+    kept = keep_largest(together, keep)
+    masks = {}
+    for (name,score),part in zip(scores.items(), kept.split(sizes)):
+        masks[name] = part.view(score.shape)
+    return masks
+
+def _summed_gradients(found, model, losses):
+    "The gradients of each layer's weight, summed up over the losses."
+    gradients = {layer.name: 0. for layer in found}
+    for batch in _gradients(found, model, losses):
+        for name in batch: gradients[name] = gradients[name] + batch[name]
+    return gradients
 
 @criterion('regrow')
 def regrow(
@@ -40,21 +57,34 @@ def regrow(
     """Magnitude, with some of the dropped weights of largest gradient in place of the smallest ones (Evci et al.
     2020, Sec. 3)."""
     found = prunable(model, **kwargs)
-    magnitudes = {layer.name: _magnitude(layer.weight).float() for layer in found}
-    dropped = {name: values == 0 for name,values in magnitudes.items()}
+    magnitudes = {}
+    dropped = {}
+    for layer in found:
+        values = _magnitude(layer.weight).float()
+        magnitudes[layer.name] = values
+        dropped[layer.name] = values == 0
     total = sum(values.numel() for values in magnitudes.values())
-    keep = max(1, round(_check_share(density)*total))
+    wanted = _check_share(density)*total
+    keep = max(1, round(wanted))
     absent = sum(int(zeros.sum()) for zeros in dropped.values())
-    returning = min(int(share*left/max(rounds-1, 1)*keep), absent)
+    rounds_to_come = max(rounds-1, 1)
+    part = share*left/rounds_to_come
+    returning = min(int(part*keep), absent)
     stay = _largest_of_all(magnitudes, keep-returning)
-    if not returning: return {name: stay[name] + rank for name,rank in _ranked(magnitudes, stay).items()}
-    gradients = {name: 0. for name in magnitudes}
-    for batch in _gradients(found, model, losses):
-        for name in batch: gradients[name] = gradients[name] + batch[name]
-    gains = {name: _magnitude(gradient).float()*dropped[name] for name,gradient in gradients.items()}
+    if not returning:
+        ranks = _ranked(magnitudes, stay)
+        return {name: stay[name] + rank for name,rank in ranks.items()}
+    gradients = _summed_gradients(found, model, losses)
+    gains = {}
+    for name,gradient in gradients.items():
+        size = _magnitude(gradient).float()
+        gains[name] = size*dropped[name]
     back = _largest_of_all(gains, returning)
     # from 2 on those that stay, from 1 on those that return; below 1/2 dropped weights by their gradients
-    return {name: 2.*stay[name] + 1.*back[name]*dropped[name] + rank/2
-            for name,rank in _ranked(gains, dropped).items()}
+    scores = {}
+    for name,rank in _ranked(gains, dropped).items():
+        returned = 1.*back[name]*dropped[name]
+        scores[name] = 2.*stay[name] + returned + rank/2
+    return scores
 
 regrow.regrows = True

@@ -33,7 +33,8 @@ def _from_first(mask):
     "In several processes: the mask of the first one, everywhere."
     if _GROUP.n == 1: return mask
     bits = _GROUP.tell({name: pack_bits(stays) for name,stays in mask.items()})
-    return SparseMask({name: unpack_bits(packed, mask.shapes[name]) for name,packed in bits.items()})
+    shapes = mask.shapes
+    return SparseMask({name: unpack_bits(packed, shapes[name]) for name,packed in bits.items()})
 
 # %% ../../nbs/01d2_round_files.ipynb #5e986d4a
 def _tensors_of(model):
@@ -47,7 +48,8 @@ def _put_state(model, state):
 def _share_state(model):
     "In several processes: the weights and statistics of the first one, everywhere."
     if _GROUP.n == 1: return
-    own = None if _GROUP.rank else {name: t.cpu() for name,t in _tensors_of(model).items()}
+    own = None
+    if not _GROUP.rank: own = {name: t.cpu() for name,t in _tensors_of(model).items()}
     state = _GROUP.tell(own)
     if _GROUP.rank: _put_state(model, state)
 
@@ -88,17 +90,23 @@ def _memory_keeper(train):
     for _ in range(9): # so many layers at most
         if hasattr(train, 'state_dict') and hasattr(train, 'load_state_dict'): return train
         inner = [getattr(train, name, None) for name in ('func', '__wrapped__', '__self__')]
-        train = next((part for part in inner if part is not None and not isinstance(part, nn.Module)), None)
+        inside = [part for part in inner if part is not None and not isinstance(part, nn.Module)]
+        train = inside[0] if inside else None
     return None
 
 def _memory_of(train):
     """What the training remembers, as tensors: under `train/`, or under `train.0/`, `train.1/` where processes
     remember different things."""
     keeper = _memory_keeper(train)
-    own = {} if keeper is None else {name: t.detach().cpu() for name,t in _state_under('', keeper).items()}
-    alike = len(set(_GROUP.every(checksum(own, {})))) == 1
+    own = {}
+    if keeper is not None: own = {name: t.detach().cpu() for name,t in _state_under('', keeper).items()}
+    sums = _GROUP.every(checksum(own, {}))
+    alike = len(set(sums)) == 1
     if alike: return {f'train/{name}': t for name,t in own.items()}
-    return {f'train.{rank}/{name}': t for rank,part in enumerate(_GROUP.every(own)) for name,t in part.items()}
+    memory = {}
+    for rank,part in enumerate(_GROUP.every(own)):
+        for name,t in part.items(): memory[f'train.{rank}/{name}'] = t
+    return memory
 
 def _restore_memory(train, memory, path):
     "Give the training back what `_memory_of` gave. Raises `OpenTransError` if it does not take it."
@@ -119,9 +127,11 @@ _ADVICE = 'The last whole round stays. Lower the learning rate, or clip gradient
 def _infinite_buffers(model):
     """Names of buffers that hold infinity from the start, as attention masks do. Raises `OpenTransError` for
     weights that do, and for NaN."""
-    params = {name for name,t in model.state_dict(keep_vars=True).items() if isinstance(t, nn.Parameter)}
+    whole = model.state_dict(keep_vars=True)
+    params = {name for name,t in whole.items() if isinstance(t, nn.Parameter)}
     state = _tensors_of(model)
-    infinite = {name for name in not_finite(state) if name not in params and not state[name].isnan().any()}
+    spoilt_buffers = [name for name in not_finite(state) if name not in params]
+    infinite = {name for name in spoilt_buffers if not state[name].isnan().any()}
     numbers = {name: t for name,t in state.items() if name not in infinite}
     check_finite(numbers, 'the model at the start', 'Give one whose weights are numbers.')
     return infinite
@@ -139,7 +149,10 @@ _OWN_COLUMNS = ('round', 'density', 'kept', 'threshold', 'seconds')
 
 def _row(r, mask, threshold, report, began):
     "A row of the history: what the round left, what its training reported, and how long it took."
-    reported = {f'train.{name}' if name in _OWN_COLUMNS else name: value for name,value in report.items()}
+    reported = {}
+    for name,value in report.items():
+        column = f'train.{name}' if name in _OWN_COLUMNS else name
+        reported[column] = value
     ours = dict(round=r, density=mask.density, kept=mask.kept, threshold=threshold)
     return {**ours, **reported, 'seconds': time.perf_counter()-began}
 
@@ -158,8 +171,12 @@ class _Ran(TypedDict):
 
 _Number = int | float | Literal['nan', 'inf', '-inf'] # JSON has no infinity
 
-def _row_for_json(row): return {name: value if math.isfinite(value) else str(value) for name,value in row.items()}
-def _row_from_json(row): return {name: float(value) if isinstance(value, str) else value for name,value in row.items()}
+def _row_for_json(row):
+    def told(value): return value if math.isfinite(value) else str(value)
+    return {name: told(value) for name,value in row.items()}
+def _row_from_json(row):
+    def meant(value): return float(value) if isinstance(value, str) else value
+    return {name: meant(value) for name,value in row.items()}
 
 # %% ../../nbs/01d2_round_files.ipynb #b7bde421
 class _Folder:
@@ -229,7 +246,8 @@ class _Reading(_Writing):
         "The rows of the rounds that are done. Raises `DamagedFile` if they are not those of the schedule."
         told = metadata_value(meta, 'history', list[dict[str, _Number]], self.file.path)
         rows = [_row_from_json(row) for row in told]
-        kept = [max(1, round(density*total)) for density in self.plan[:len(rows)]]
+        plan = self.plan[:len(rows)]
+        kept = [max(1, round(density*total)) for density in plan]
         expected = [(r, count, count/total) for r,count in enumerate(kept)]
         found = [(row.get('round'), row.get('kept'), row.get('density')) for row in rows]
         if found == expected and all('threshold' in row for row in rows): return rows
@@ -343,7 +361,10 @@ class _Rewinding(_ReadingParts):
         if self.folder:
             self.start_sum = checksum(state, {})
             self.start.save(state, self.must_be_finite, ran=self.ran())
-        else: self.kept_start = {name: t.detach().cpu().clone() for name,t in state.items()}
+            return
+        copies = {}
+        for name,t in state.items(): copies[name] = t.detach().cpu().clone()
+        self.kept_start = copies
 
     def rewind(self):
         "Put the weights back to the start, if that is asked for."

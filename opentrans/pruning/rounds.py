@@ -46,12 +46,14 @@ def geometric_schedule(
     density = _check_share(density)
     keep = 1-_check_share(p, 'p', one_allowed=False)
     if density == 1: return []
+    rounds = math.inf
     # a hair less, so that rounding does not add a round
-    rounds = math.inf if keep == 1 else math.log(density)/math.log(keep) - 1e-9
+    if keep != 1: rounds = math.log(density)/math.log(keep) - 1e-9
     if rounds > MOST_ROUNDS:
         raise OpenTransError(f"density={density:g} with p={p:g} takes more than {MOST_ROUNDS:,} rounds. "
                              "Drop a larger share p a round, such as 0.1.")
-    powers = [keep**r for r in range(1, max(0, math.ceil(rounds))+1)]
+    count = max(0, math.ceil(rounds))
+    powers = [keep**r for r in range(1, count+1)]
     return [max(density, power) for power in powers] if exact else powers
 
 # %% ../../nbs/01e_imp.ipynb #c33b984f
@@ -84,8 +86,10 @@ class Within:
         one untouched, if it cannot be written or is not finite."""
         own = {f'training/{name}': tensor for name,tensor in tensors.items()}
         def write():
-            meta = dict(round=self.round, training=values, began=dict(weights=self.began), ran=self.run.ran())
-            self.run.round.save({**_state_under('model/', self.run.model), **own}, self.run.must_be_finite, **meta)
+            began = dict(weights=self.began)
+            meta = dict(round=self.round, training=values, began=began, ran=self.run.ran())
+            state = _state_under('model/', self.run.model)
+            self.run.round.save({**state, **own}, self.run.must_be_finite, **meta)
         _in_first(write)
 
     # (state of the model, tensors, values), or None if the round begins at its beginning
@@ -106,8 +110,9 @@ class Within:
 
     def _check(self, began):
         if began == self.began: return
+        beside = self.run.file.path.name
         raise OtherRun(
-            f"'{self.path}' is within a round that began with other weights than '{self.run.file.path.name}' "
+            f"'{self.path}' is within a round that began with other weights than '{beside}' "
             f"beside it leaves. Delete it to begin the round again.")
 
     def damaged(self,
@@ -141,14 +146,17 @@ class _Run(_Rewinding):
             yield
             return
         # a program's own handler stays
-        caught = [signal.SIGTERM] if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else []
+        is_default = signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        caught = [signal.SIGTERM] if is_default else []
         self._recall_digest()
+        own_folder = None if _GROUP.rank else self.folder
         with contextlib.ExitStack() as stack:
-            _GROUP.together(lambda: stack.enter_context(lock_folder(None if _GROUP.rank else self.folder)))
+            _GROUP.together(lambda: stack.enter_context(lock_folder(own_folder)))
             stack.enter_context(signal_handlers(_raise_end_signal, *caught))
             try: yield
             except BaseException as error:
-                _LEFT[self.model] = os.path.realpath(self.folder),self.digest,self.digest_now()
+                place = os.path.realpath(self.folder)
+                _LEFT[self.model] = place,self.digest,self.digest_now()
                 with_advice = self._with_advice(error)
                 if with_advice is error: raise
                 raise with_advice from error
@@ -157,7 +165,8 @@ class _Run(_Rewinding):
     def _recall_digest(self):
         """If the model was left in the midst of the run in this folder, and has not changed since, the run began with
         the weights of then."""
-        folder,start,left = _LEFT.get(self.model, (None, None, None))
+        nothing = (None, None, None)
+        folder,start,left = _LEFT.get(self.model, nothing)
         same_folder = self.folder and folder == os.path.realpath(self.folder)
         if same_folder and left == self.digest: self.digest = start
 
@@ -168,27 +177,35 @@ class _Run(_Rewinding):
             number = error.args[0]
             name = signal.Signals(number).name
             return Interrupted(f"The run was asked to end ({name}). {self.advice()}", 128+number)
-        if isinstance(error, KeyboardInterrupt) and not _GROUP.rank: print(self.advice(), file=sys.stderr)
-        lost_another = _GROUP.n > 1 and isinstance(error, RuntimeError) and _LOST.search(str(error))
-        if not lost_another: return error
-        why = shorten(str(error).splitlines()[0], 120)
+        is_by_hand = isinstance(error, KeyboardInterrupt)
+        if is_by_hand and not _GROUP.rank: print(self.advice(), file=sys.stderr)
+        if _GROUP.n <= 1 or not isinstance(error, RuntimeError): return error
+        said = str(error)
+        if not _LOST.search(said): return error
+        why = shorten(said.splitlines()[0], 120)
         who = f'Process {_GROUP.rank} of {_GROUP.n}'
         return Interrupted(f"{who} has lost another one ({why}). {self.advice()}")
 
 # %% ../../nbs/01e_imp.ipynb #7ac95243
 def _check_rewind(rewind, model):
     "Raises `OpenTransError` for a `rewind` that `imp` does not take, or that does not fit the model."
-    if rewind is None or callable(rewind) or (isinstance(rewind, str) and rewind == 'start'): return
+    if rewind is None or callable(rewind): return
+    if isinstance(rewind, str) and rewind == 'start': return
     if not isinstance(rewind, dict):
+        given = shorten(repr(rewind))
         raise OpenTransError("rewind must be None, 'start', a state dict or a function of the model, "
-                             f"not {shorten(repr(rewind))}.")
+                             f"not {given}.")
     own = _tensors_of(model)
-    def fits(name, t): return isinstance(rewind.get(name), torch.Tensor) and rewind[name].shape == t.shape
+    def fits(name, t):
+        found = rewind.get(name)
+        return isinstance(found, torch.Tensor) and found.shape == t.shape
     lacking = [name for name,t in own.items() if not fits(name, t)]
     if lacking:
+        first = ', '.join(lacking[:4])
         raise OpenTransError(f"The state to rewind to lacks {len(lacking)} of the model's tensors: "
-                             f"{', '.join(lacking[:4])}. Give a whole model.state_dict().")
-    check_like({name: rewind[name] for name in own}, own, 'rewind', 'state to rewind to', finite=False)
+                             f"{first}. Give a whole model.state_dict().")
+    given = {name: rewind[name] for name in own}
+    check_like(given, own, 'rewind', 'state to rewind to', finite=False)
 
 def _name_of_rewind(rewind):
     "What the settings of a run say of `rewind`."
@@ -199,13 +216,16 @@ def _check_schedule(schedule):
     """The densities of a schedule that is given. Raises `OpenTransError` if it rises, or has more than 10,000
     rounds."""
     if not isinstance(schedule, (list, tuple, np.ndarray, torch.Tensor)):
-        raise OpenTransError(f"schedule must be a list of densities, not {shorten(repr(schedule))}.")
+        given = shorten(repr(schedule))
+        raise OpenTransError(f"schedule must be a list of densities, not {given}.")
     if len(schedule) > MOST_ROUNDS:
         raise OpenTransError(f"A schedule has at most {MOST_ROUNDS:,} rounds, and this one {len(schedule):,}.")
-    plain = [density.item() if isinstance(density, torch.Tensor) else density for density in schedule]
-    plan = [_check_share(density, 'a density of the schedule') for density in plain]
-    if any(after > before for before,after in zip(plan, plan[1:])):
-        raise OpenTransError(f"A schedule of densities must not rise, but this does: {shorten(plan)}.")
+    plan = []
+    for density in schedule:
+        plain = density.item() if isinstance(density, torch.Tensor) else density
+        plan.append(_check_share(plain, 'a density of the schedule'))
+    rises = any(after > before for before,after in zip(plan, plan[1:]))
+    if rises: raise OpenTransError(f"A schedule of densities must not rise, but this does: {shorten(plan)}.")
     return plan
 
 # %% ../../nbs/01e_imp.ipynb #5e7ab10c
@@ -213,7 +233,8 @@ def _settings_of(train, given, **ours):
     """What belongs to a run: `ours`, the settings of `imp`; those of the training; and more that was given. Of the
     last two, names that are among ours get `train.` before them."""
     own = getattr(train, 'settings', None)
-    others = {**(own if isinstance(own, dict) else {}), **(given or {})}
+    others = dict(own) if isinstance(own, dict) else {}
+    others |= given or {}
     renamed = {f'train.{name}' if name in ours else name: value for name,value in others.items()}
     return {**ours, **renamed}
 
@@ -222,50 +243,59 @@ def _whole_density(shares, model, **kwargs):
     `OpenTransError` if a layer has none."""
     sizes = {layer.name: layer.weight.numel() for layer in prunable(model, **kwargs)}
     shares = _shares_of(shares, list(sizes))
-    kept = sum(_counts(sizes, shares).values())
-    return kept/sum(sizes.values()),shares
+    kept = _counts(sizes, shares)
+    density = sum(kept.values())/sum(sizes.values())
+    return density,shares
 
 def _plan_of(density, p, schedule, exact, model, **kwargs):
     """(densities of the whole after each round, densities of the layers at the end, or None if all weights compete).
     Raises `OpenTransError` if a schedule is given beside densities of layers."""
     if not isinstance(density, Mapping):
-        plan = geometric_schedule(density, p, exact) if schedule is None else _check_schedule(schedule)
-        return plan,None
+        if schedule is None: return geometric_schedule(density, p, exact),None
+        return _check_schedule(schedule),None
     shares = _check_density(density)
     if schedule is not None:
         raise OpenTransError("Densities of layers say where a run ends, and so does a schedule: give one of the two.")
     whole,shares = _whole_density(shares, model, **kwargs)
-    return geometric_schedule(whole, p, exact=True),shares
+    plan = geometric_schedule(whole, p, exact=True)
+    return plan,shares
 
 def _common_prices(price, shares, folder, model, **kwargs):
     """Layer -> what a weight of it costs, as the first process has it; None without prices. Raises
     `OpenTransError` if densities of layers are given, too."""
     if shares and price is not None:
         raise OpenTransError("Densities of layers say where weights stay, and so do prices: give one of the two.")
-    return _GROUP.tell(_in_first(lambda: _prices_of(price, model, folder, **kwargs)))
+    prices = _in_first(lambda: _prices_of(price, model, folder, **kwargs))
+    return _GROUP.tell(prices)
 
 # %% ../../nbs/01e_imp.ipynb #f7836fc1
 def _counts_on_the_way(shares, now, end, mask, keep):
     """Layer -> how many weights it keeps after the round that leaves the density `now`, on the way to `shares` at the
     density `end`: each layer has then lost the same part of what it is to lose. All together keep `keep`."""
-    sizes = {name: stays.numel() for name,stays in mask.items()}
-    alive = {name: int(stays.sum()) for name,stays in mask.items()}
+    sizes = {}
+    alive = {}
+    for name,stays in mask.items():
+        sizes[name] = stays.numel()
+        alive[name] = int(stays.sum())
     part = (1-now)/(1-end)
-    return _counts(sizes, {name: 1-(1-share)*part for name,share in shares.items()}, keep, alive)
+    shares_now = {name: 1-(1-share)*part for name,share in shares.items()}
+    return _counts(sizes, shares_now, keep, alive)
 
 def _chooser(score, model, plan, losses=None, shares=None, prices=None, **kwargs):
     """A function of a mask and the number of a round, which gives the masks that the round leaves and the largest
     score that it drops (Algorithm 1, line 4). `shares`: the densities of the layers at the end, or None."""
     regrows = getattr(score, 'regrows', False) # may weights that are out come back?
+    scope = 'global' if shares is None else 'layer'
+    rounds = len(plan)
     def choose(mask, r):
-        scope = 'global' if shares is None else 'layer'
-        wanted = dict(density=plan[r], scope=scope, left=len(plan)-1-r, rounds=len(plan))
+        density = plan[r]
+        wanted = dict(density=density, scope=scope, left=rounds-1-r, rounds=rounds)
         scores = _scores(score, mask, model, losses, wanted, **kwargs)
         if prices: scores = _worth(scores, prices)
-        keep = max(1, round(plan[r]*mask.total))
+        keep = max(1, round(density*mask.total))
         alive = None if regrows else mask.masks
         if shares is None: return _keep_best(scores, keep, alive)
-        counts = _counts_on_the_way(shares, plan[r], plan[-1], mask, keep)
+        counts = _counts_on_the_way(shares, density, plan[-1], mask, keep)
         return _keep_each(scores, counts, alive)
     return choose
 
@@ -282,9 +312,19 @@ def _one_round(run, model, mask, r, train, choose, seed, checkpoint_every):
     run.rewind()
     mask.apply(model).remove() # the zeros stay
     _share_state(run.model)
-    return mask,_GROUP.tell(_row(r, mask, threshold, report, began))
+    row = _row(r, mask, threshold, report, began)
+    return mask,_GROUP.tell(row)
 
 # %% ../../nbs/01e_imp.ipynb #1a974a60
+# settings that are too long for the info of a mask
+_TOO_LONG = ('layers', 'schedule', 'densities', 'price')
+
+def _origin_of(run, model, **kwargs):
+    "For the info of a mask: on which backbone and weights a run began, and where it ran."
+    tower = find_tower(model)
+    origin = dict(method='imp', backbone=type(tower).__name__, weights=run.digest, torch=torch.__version__)
+    return {**origin, **run.here(), **_dense_info(model, **kwargs)}
+
 @delegates(prunable)
 def imp(
     model:nn.Module, # A tower, or anything that holds one; it is left with the last round's weights, masked
@@ -325,10 +365,12 @@ def imp(
     check_number('seed', seed, 0, whole=True)
     checkpoint_every = none_if_off(checkpoint_every, 0)
     if checkpoint_every is not None: check_number('checkpoint_every', checkpoint_every, 1, whole=True)
-    _check_rewind(rewind, unwrap(model))
+    bare = unwrap(model)
+    _check_rewind(rewind, bare)
     mask = SparseMask.ones(model, **kwargs)
+    end = plan[-1] if plan else 1.
     settings = _settings_of(
-        train, settings, density=plan[-1] if plan else 1., p=p, rounds=len(plan), exact=exact, seed=seed,
+        train, settings, density=end, p=p, rounds=len(plan), exact=exact, seed=seed,
         schedule=schedule, criterion=criterion, rewind=_name_of_rewind(rewind), layers=mask.names)
     if losses is not None: settings['losses'] = _name_of(losses)
     if shares: settings['densities'] = shares
@@ -336,18 +378,16 @@ def imp(
     if prices: settings['price'] = prices
     def digest(): return weights_digest(prunable(model, **kwargs))
     choose = _chooser(score, model, plan, losses, shares, prices, **kwargs)
-    run = _Run(checkpoint_dir, settings, plan, rewind, unwrap(model), digest)
+    run = _Run(checkpoint_dir, settings, plan, rewind, bare, digest)
     with run.held():
         mask,history = run.begin(mask, train, seed)
         for r in progress(range(len(history), len(plan)), 'imp'):
             mask,row = _one_round(run, model, mask, r, train, choose, seed+r, checkpoint_every)
             history.append(row)
             run.save(mask, history, train)
-    too_long = ('layers', 'schedule', 'densities', 'price') # for the info of a mask
-    mask.info = {name: value for name,value in settings.items() if name not in too_long}
+    mask.info = {name: value for name,value in settings.items() if name not in _TOO_LONG}
     if prices: mask.info['price'] = 'clock' if price == 'clock' else 'given'
-    mask.info.update(method='imp', backbone=type(find_tower(model)).__name__, weights=run.digest,
-                     torch=torch.__version__, **run.here(), **_dense_info(model, **kwargs))
+    mask.info |= _origin_of(run, model, **kwargs)
     columns = None if history else ['round', 'density', 'kept', 'threshold']
     return mask,pd.DataFrame(history, columns=columns)
 
@@ -359,14 +399,16 @@ def plot_history(
     "Density after each round, and the loss that its training reported."
     from matplotlib.ticker import LogLocator, NullFormatter
     ax = get_axes(ax, figsize=(5, 3))
-    ax.plot(history['round'], history.density, 'o-', ms=3)
+    rounds = history['round']
+    ax.plot(rounds, history.density, 'o-', ms=3)
     ax.set(xlabel='round', ylabel='density', yscale='log', title='iterative pruning')
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ticks = LogLocator(subs=(1, 2, 5))
+    ax.yaxis.set_major_locator(ticks)
     ax.yaxis.set_major_formatter('{x:g}')
     ax.yaxis.set_minor_formatter(NullFormatter())
     if 'loss' in history:
         other = ax.twinx()
-        other.plot(history['round'], history.loss, 'C1.-', lw=1)
+        other.plot(rounds, history.loss, 'C1.-', lw=1)
         other.set_ylabel('loss', color='C1')
     return ax
 
@@ -378,4 +420,8 @@ def cubic_schedule(
     "The densities of gradual pruning (Zhu and Gupta 2017, Eq. 1). Raises `OpenTransError` without rounds."
     density = _check_share(density)
     if rounds < 1: raise OpenTransError(f"rounds must be at least 1, not {rounds!r}.")
-    return [density + (1-density)*(1-r/rounds)**3 for r in range(1, rounds+1)]
+    densities = []
+    for r in range(1, rounds+1):
+        to_go = 1-r/rounds
+        densities.append(density + (1-density)*to_go**3)
+    return densities

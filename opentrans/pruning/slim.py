@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from ..core import find_tower
 from ..errors import check_number, OpenTransError
 from .criteria import criterion
-from .heads import _attentions, _head_scores, _slim_heads
+from .heads import _add_to_bias, _attentions, _chosen, _head_scores, _least_to_stay, _slim_heads
 from .mask import SparseMask
 from .places import prunable
 
@@ -32,80 +32,98 @@ _RELUS = (nn.ReLU, nn.ReLU6)
 
 def _plain_conv(layer): return type(layer) is nn.Conv2d and layer.groups == 1
 
+def _is_nothing(module): return type(module) in (type(None), nn.Identity)
+
 def _of_bottleneck(name, block):
     "The two inner sides of a bottleneck of open_clip, torchvision or timm."
-    parts = [getattr(block, n, None) for n in ('conv1', 'conv2', 'conv3')]
-    norms = [getattr(block, n, None) for n in ('bn1', 'bn2')]
-    acts = [getattr(block, n, getattr(block, 'relu', None)) for n in ('act1', 'act2')]
-    known = (all(map(_plain_conv, parts)) and all(type(n) is nn.BatchNorm2d for n in norms)
-             and all(type(a) in _RELUS for a in acts))
-    between = [getattr(block, n, None) for n in ('aa', 'drop_block')]
-    if not known or any(type(m) not in (type(None), nn.Identity) for m in between): return
+    parts = [getattr(block, part, None) for part in ('conv1', 'conv2', 'conv3')]
+    norms = [getattr(block, norm, None) for norm in ('bn1', 'bn2')]
+    shared = getattr(block, 'relu', None)
+    acts = [getattr(block, act, shared) for act in ('act1', 'act2')]
+    between = [getattr(block, part, None) for part in ('aa', 'drop_block')]
+    if not all(map(_plain_conv, parts)): return
+    if not all(type(norm) is nn.BatchNorm2d for norm in norms): return
+    if not all(type(act) in _RELUS for act in acts): return
+    if not all(map(_is_nothing, between)): return
     for i in (0, 1):
-        yield _Inner(parts[i], norms[i], acts[i], parts[i + 1], (f'{name}.conv{i + 1}', f'{name}.conv{i + 2}'))
+        names = (f'{name}.conv{i + 1}', f'{name}.conv{i + 2}')
+        yield _Inner(parts[i], norms[i], acts[i], parts[i + 1], names)
 
 def _of_mlp(name, block):
     "The hidden side of an MLP: open_clip's `c_fc` and `c_proj`, timm's `fc1` and `fc2`."
-    for first, second, act in (('c_fc', 'c_proj', 'gelu'), ('fc1', 'fc2', 'act')):
-        maker, reader, between = (getattr(block, n, None) for n in (first, second, act))
-        plain = type(maker) is nn.Linear and type(reader) is nn.Linear and isinstance(between, nn.Module)
-        if plain and type(getattr(block, 'norm', None)) in (type(None), nn.Identity):
-            yield _Inner(maker, None, between, reader, (f'{name}.{first}', f'{name}.{second}'))
+    for first,second,act in (('c_fc', 'c_proj', 'gelu'), ('fc1', 'fc2', 'act')):
+        maker,reader,between = (getattr(block, part, None) for part in (first, second, act))
+        is_linear = type(maker) is nn.Linear and type(reader) is nn.Linear
+        norm = getattr(block, 'norm', None)
+        if is_linear and isinstance(between, nn.Module) and _is_nothing(norm):
+            names = (f'{name}.{first}', f'{name}.{second}')
+            yield _Inner(maker, None, between, reader, names)
 
 def _inner_sides(model):
-    return [side for name, block in model.named_modules() for find in (_of_bottleneck, _of_mlp)
-            for side in find(name, block)]
+    "All sides of a model that can be cut."
+    sides = []
+    for name,block in model.named_modules():
+        sides += _of_bottleneck(name, block)
+        sides += _of_mlp(name, block)
+    return sides
 
 # %% ../../nbs/01n_slim.ipynb #e6ed06f7
 def _constant(side):
     "What each channel is where the weights that make it are zero."
-    shift = torch.zeros(len(side.maker.weight)) if side.maker.bias is None else side.maker.bias.detach()
-    if side.norm is not None:
-        scale = (
-            (side.norm.running_var + side.norm.eps).rsqrt()*(1. if side.norm.weight is None
-                                                             else side.norm.weight.detach()))
-        shift = (shift - side.norm.running_mean)*scale + (0. if side.norm.bias is None else side.norm.bias.detach())
+    maker,norm = side.maker,side.norm
+    shift = torch.zeros(len(maker.weight)) if maker.bias is None else maker.bias.detach()
+    if norm is not None:
+        scale = 1. if norm.weight is None else norm.weight.detach()
+        bias = 0. if norm.bias is None else norm.bias.detach()
+        per_unit = (norm.running_var + norm.eps).rsqrt()*scale
+        shift = (shift - norm.running_mean)*per_unit + bias
     return side.act(shift.clone())
 
 def _one_pixel(layer):
-    return (isinstance(layer, nn.Linear)
-            or layer.kernel_size == (1, 1) and layer.padding in ((0, 0), 'valid', 'same'))
+    "Does each output of a layer read one pixel, and no padding?"
+    if isinstance(layer, nn.Linear): return True
+    return layer.kernel_size == (1, 1) and layer.padding in ((0, 0), 'valid', 'same')
 
 def _kept(layer, name, keep):
     "Shorten a parameter or buffer to the channels that stay."
     value = getattr(layer, name)
     if value is None: return
-    short = value.detach()[keep].clone()
-    setattr(layer, name, nn.Parameter(short, value.requires_grad) if isinstance(value, nn.Parameter) else short)
+    is_learned = isinstance(value, nn.Parameter)
+    short = _chosen(value, keep) if is_learned else value.detach()[keep].clone()
+    setattr(layer, name, short)
+
+def _tell_width(layer, names, width):
+    "Set the attributes of a layer that say how wide it is, whichever of them it has."
+    for name in names:
+        if hasattr(layer, name): setattr(layer, name, width)
 
 def _cut(side, keep):
     "Leave these channels of a side, in place."
-    n = int(keep.sum())
+    width = int(keep.sum())
     for name in ('weight', 'bias'): _kept(side.maker, name, keep)
     if side.norm is not None:
         for name in ('weight', 'bias', 'running_mean', 'running_var'): _kept(side.norm, name, keep)
-        side.norm.num_features = n
-    weight = side.reader.weight
-    side.reader.weight = nn.Parameter(weight.detach()[:, keep].clone(), weight.requires_grad)
-    for layer, made, read in ((side.maker, n, None), (side.reader, None, n)):
-        for name, number in (('out_channels', made), ('out_features', made), ('in_channels', read),
-                             ('in_features', read)):
-            if number is not None and hasattr(layer, name): setattr(layer, name, number)
+        side.norm.num_features = width
+    side.reader.weight = _chosen(side.reader.weight, (slice(None), keep))
+    _tell_width(side.maker, ('out_channels', 'out_features'), width)
+    _tell_width(side.reader, ('in_channels', 'in_features'), width)
 
 @torch.no_grad()
 def _slim_side(side):
     "Cut what nobody misses."
-    unread = (side.reader.weight == 0).transpose(0, 1).flatten(1).all(1)
-    unmade = (side.maker.weight == 0).flatten(1).all(1)
+    maker,reader = side.maker.weight,side.reader.weight
+    nothing_read = (reader == 0).transpose(0, 1) # by the channel that is read
+    unread = nothing_read.flatten(1).all(1)
+    unmade = (maker == 0).flatten(1).all(1)
     constant = _constant(side)
-    gone = unread | unmade & ((constant == 0) | _one_pixel(side.reader))
+    is_zero = constant == 0
+    can_be_bias = is_zero | _one_pixel(side.reader)
+    gone = unread | unmade & can_be_bias
     if gone.all(): gone[0] = False
-    left = gone & unmade & ~unread & (constant != 0)
+    left = gone & unmade & ~unread & ~is_zero
     if left.any(): # what reads them gets a bias
-        added = side.reader.weight[:, left].flatten(1) @ constant[left]
-        old = side.reader.bias
-        side.reader.bias = nn.Parameter(added if old is None else old.detach() + added,
-                                        side.reader.weight.requires_grad)
+        added = reader[:, left].flatten(1) @ constant[left]
+        _add_to_bias(side.reader, added)
     if gone.any(): _cut(side, ~gone)
 
 def slim_model(
@@ -115,9 +133,11 @@ def slim_model(
     where the model has nothing of the kind."""
     sides = _inner_sides(model)
     if not sides and not _attentions(model):
+        name = type(model).__name__
         raise OpenTransError(
-            f"{type(model).__name__} has no bottlenecks, MLPs or heads that are known here, so nothing can be cut.")
-    if any(side.norm is not None and side.norm.training for side in sides):
+            f"{name} has no bottlenecks, MLPs or heads that are known here, so nothing can be cut.")
+    norms = [side.norm for side in sides if side.norm is not None]
+    if any(norm.training for norm in norms):
         raise OpenTransError("Channels are cut by what a batch norm has learned: call model.eval() first.")
     small = copy.deepcopy(model)
     for side in _inner_sides(small): _slim_side(side)
@@ -137,9 +157,13 @@ def slim(self:SparseMask,
 # %% ../../nbs/01n_slim.ipynb #ba71a48b
 def _side_scores(side):
     "The mean magnitude of the weights that make and that read each channel."
-    made = side.maker.weight.detach().abs().flatten(1).mean(1)
-    read = side.reader.weight.detach().abs().transpose(0, 1).flatten(1).mean(1)
-    return made/made.mean().clamp(min=1e-20) + read/read.mean().clamp(min=1e-20)
+    maker = side.maker.weight.detach().abs()
+    reader = side.reader.weight.detach().abs()
+    made = maker.flatten(1).mean(1)
+    read = reader.transpose(0, 1).flatten(1).mean(1)
+    mean_made = made.mean().clamp(min=1e-20)
+    mean_read = read.mean().clamp(min=1e-20)
+    return made/mean_made + read/mean_read
 
 @patch(cls_method=True)
 def inner(cls:SparseMask,
@@ -149,27 +173,43 @@ def inner(cls:SparseMask,
     """Keep whole inner channels, the best of all sides by magnitude in proportion to their side's mean. Raises
     `OpenTransError` for a share outside (0, 1], or a model without such sides."""
     check_number('share', share, 0, 1, above=True)
-    tower, mask = find_tower(model), cls.ones(model)
+    tower = find_tower(model)
+    mask = cls.ones(model)
     sides = [side for side in _inner_sides(tower) if all(f'{name}.weight' in mask for name in side.names)]
     if not sides:
+        name = type(model).__name__
         raise OpenTransError(
-            f"{type(model).__name__} has no bottlenecks or MLPs that are known here. Use SparseMask.magnitude.")
+            f"{name} has no bottlenecks or MLPs that are known here. Use SparseMask.magnitude.")
     scores = [_side_scores(side) for side in sides]
-    together = torch.cat(scores)
-    least = together.sort(descending=True).values[max(1, round(share*len(together))) - 1]
-    for side, score in zip(sides, scores):
+    least = _least_to_stay(scores, share)
+    for side,score in zip(sides, scores):
         stays = score >= min(least, score.max()) # a side keeps its best channel
-        maker, reader = (mask[f'{name}.weight'] for name in side.names)
+        maker,reader = (mask[f'{name}.weight'] for name in side.names)
         maker[~stays] = False
         reader[:, ~stays] = False
     return cls(mask.masks, dict(method='inner channels by magnitude', share=share))
 
 # %% ../../nbs/01n_slim.ipynb #a19d83eb
 def _lower(scores, name, unit, axis):
-    "Give the weights along an axis the scores of their units, where those are lower."
+    "Give the weights along an axis the scores of their units, where those are lower and the layer has scores."
+    if name not in scores: return
     shape = [1]*scores[name].ndim
     shape[axis] = -1
-    scores[name] = torch.minimum(scores[name], unit.reshape(shape))
+    along_axis = unit.reshape(shape)
+    scores[name] = torch.minimum(scores[name], along_axis)
+
+def _lower_to_units(scores, tower):
+    "Give the weights of all known units of a tower the scores of these."
+    for side in _inner_sides(tower):
+        unit = _side_scores(side)
+        maker,reader = side.names
+        _lower(scores, f'{maker}.weight', unit, 0)
+        _lower(scores, f'{reader}.weight', unit, 1)
+    for attention in _attentions(tower):
+        unit = _head_scores(attention).repeat_interleave(attention.size)
+        *makers,reader = attention.names
+        for name in makers: _lower(scores, name, unit, 0)
+        _lower(scores, reader, unit, 1)
 
 @criterion('units')
 def unit_scores(
@@ -178,20 +218,18 @@ def unit_scores(
     **kwargs, # As for `prunable`
 )->dict: # Name of the layer -> scores of its weights
     "The mean magnitude of the unit that a weight belongs to. Raises `OpenTransError` for a model without units."
-    tower, found = find_tower(model), prunable(model, **kwargs)
+    tower = find_tower(model)
+    found = prunable(model, **kwargs)
     scores = {layer.name: torch.full_like(layer.weight.detach(), torch.inf) for layer in found}
-    for side in _inner_sides(tower):
-        names, unit = [f'{name}.weight' for name in side.names], _side_scores(side)
-        for name, axis in zip(names, (0, 1)):
-            if name in scores: _lower(scores, name, unit, axis)
-    for attention in _attentions(tower):
-        unit = _head_scores(attention).repeat_interleave(attention.size)
-        for name, axis in zip(attention.names, (0, 0, 0, 1)):
-            if name in scores: _lower(scores, name, unit, axis)
+    _lower_to_units(scores, tower)
     known = [score for score in scores.values() if score.isfinite().any()]
     if not known:
         raise OpenTransError(f"{type(model).__name__} has no units that are known here. Use criterion='magnitude'.")
     most = max(float(score[score.isfinite()].max()) for score in known)
-    sizes = {layer.name: layer.weight.detach().abs() for layer in found}
-    def rest(name): return 2*most + sizes[name]/sizes[name].mean().clamp(min=1e-20)
-    return {name: torch.where(score.isfinite(), score, rest(name)) for name, score in scores.items()}
+    filled = {}
+    for layer in found:
+        score = scores[layer.name]
+        size = layer.weight.detach().abs()
+        mean = size.mean().clamp(min=1e-20)
+        filled[layer.name] = torch.where(score.isfinite(), score, 2*most + size/mean)
+    return filled

@@ -21,14 +21,16 @@ def keep_largest(
     keep:int, # How many
 )->torch.Tensor: # bool, of the same shape and on the same device
     "The largest of all scores; of equal ones at the border those that come last."
-    return _keep_best(dict(scores=scores), keep)[0]['scores'].to(scores.device)
+    kept,_ = _keep_best(dict(scores=scores), keep)
+    return kept['scores'].to(scores.device)
 
 def spread(
     total:int, # To be given out
     parts:int, # Among how many
 )->torch.Tensor: # (parts,) whole numbers that differ by at most one and sum to `total`
     "Equal shares of a number."
-    ends = torch.arange(parts+1)*total//parts
+    numbers = torch.arange(parts+1)
+    ends = numbers*total//parts
     return ends.diff()
 
 def keep_largest_in_rows(
@@ -38,8 +40,10 @@ def keep_largest_in_rows(
     "The largest scores of each row; of equal ones those that come last."
     order = scores.detach().float().sort(dim=-1, stable=True).indices
     rank = order.argsort(dim=-1).flatten(0, -2)
-    first = scores.shape[-1]-counts.to(scores.device)[:, None]
-    return (rank >= first).view(scores.shape)
+    inputs = scores.shape[-1]
+    first = inputs-counts.to(scores.device)
+    is_kept = rank >= first[:, None]
+    return is_kept.view(scores.shape)
 
 @dataclass(frozen=True)
 class Budget:
@@ -50,36 +54,46 @@ class Budget:
     def __post_init__(self):
         _check_share(self.density)
         if self.scope in SCOPES[:3]: return
-        if not re.fullmatch(r'[1-9]\d?:[1-9]\d?', str(self.scope)): raise unknown('scope', self.scope, SCOPES)
+        is_pattern = re.fullmatch(r'[1-9]\d?:[1-9]\d?', str(self.scope))
+        if not is_pattern: raise unknown('scope', self.scope, SCOPES)
         n,m = self.pattern
-        if n > m or abs(self.density-n/m) > 1e-9:
-            raise OpenTransError(f"Scope '{self.scope}' has a density of its own, {n/m:g}, not {self.density:g}. "
-                                 "Ask for that density.")
+        own_density = n/m
+        fits = abs(self.density-own_density) <= 1e-9
+        if n <= m and fits: return
+        raise OpenTransError(f"Scope '{self.scope}' has a density of its own, {own_density:g}, "
+                             f"not {self.density:g}. Ask for that density.")
 
     @property
     def pattern(self)->tuple: # (N, M), or None
         "N and M of an N:M scope."
         if ':' not in self.scope: return None
-        return tuple(int(number) for number in self.scope.split(':'))
+        numbers = self.scope.split(':')
+        return tuple(int(number) for number in numbers)
 
     def count(self, weights:int)->int:
         "How many of so many weights stay: one at least."
-        return max(1, round(self.density*weights))
+        wanted = self.density*weights
+        return max(1, round(wanted))
 
     def keep(self,
         scores:torch.Tensor, # (groups, outputs, inputs), high is good
     )->torch.Tensor: # bool, of the same shape
         "The best weights of the budget."
-        groups,outputs,inputs = scores.shape
-        if self.scope == 'layer': return keep_largest(scores, self.count(scores.numel()))
+        groups,outputs,_ = scores.shape
+        rows = groups*outputs
+        weights = scores.numel()
+        if self.scope == 'layer': return keep_largest(scores, self.count(weights))
         if self.scope == 'output':
-            return keep_largest_in_rows(scores, spread(self.count(scores.numel()), groups*outputs))
+            counts = spread(self.count(weights), rows)
+            return keep_largest_in_rows(scores, counts)
         if self.scope == 'channel':
-            rows = keep_largest(scores.float().sum(-1, keepdim=True), self.count(groups*outputs))
-            return rows.expand(scores.shape).contiguous()
+            by_output = scores.float().sum(-1, keepdim=True)
+            stays = keep_largest(by_output, self.count(rows))
+            return stays.expand(scores.shape).contiguous()
         n,m = self.pattern
         sets = scores.unflatten(-1, (-1, m))
-        return keep_largest_in_rows(sets, torch.full((sets.numel()//m,), n)).flatten(-2)
+        counts = torch.full((weights//m,), n)
+        return keep_largest_in_rows(sets, counts).flatten(-2)
 
 # %% ../../nbs/01j_solvers.ipynb #b8c0d932
 class Inputs:
@@ -88,7 +102,8 @@ class Inputs:
         gram:torch.Tensor, # (groups, D, D) sums of products of two inputs
         damping:float=.01, # Added to the diagonal, as a share of its mean
     ):
-        self.gram,self.damping = gram,damping
+        self.gram = gram
+        self.damping = damping
 
     @property
     def squares(self)->torch.Tensor: # (groups, D)
@@ -103,16 +118,20 @@ class Inputs:
     @functools.cached_property
     def damped(self)->torch.Tensor: # (groups, D, D)
         "The matrix with a larger diagonal, which can be inverted."
-        gram = self.gram.to(torch.float32 if self.gram.device.type == 'mps' else torch.float64, copy=True)
+        has_doubles = self.gram.device.type != 'mps'
+        kind = torch.float64 if has_doubles else torch.float32
+        gram = self.gram.to(kind, copy=True)
         diagonal = gram.diagonal(dim1=1, dim2=2)
-        diagonal += self.damping*diagonal.mean(1, keepdim=True).clamp_min(1e-30)
+        mean = diagonal.mean(1, keepdim=True)
+        diagonal += self.damping*mean.clamp_min(1e-30)
         return gram
 
     @functools.cached_property
     def inverse_factor(self)->torch.Tensor: # (groups, D, D), upper triangular
         "The Cholesky factor of the inverse: its rows are the updates of OBS when columns leave from left to right."
         gram = self.damped.clone()
-        gram.diagonal(dim1=1, dim2=2).add_(self.dead)
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        diagonal.add_(self.dead)
         torch.linalg.cholesky(gram, out=gram)
         inverse = torch.cholesky_inverse(gram)
         torch.linalg.cholesky(inverse, upper=True, out=gram)
@@ -121,17 +140,21 @@ class Inputs:
     @functools.cached_property
     def scale(self)->torch.Tensor: # (groups, D)
         "Root of the damped diagonal."
-        return self.damped.diagonal(dim1=1, dim2=2).sqrt()
+        diagonal = self.damped.diagonal(dim1=1, dim2=2)
+        return diagonal.sqrt()
 
     @functools.cached_property
     def scaled(self)->torch.Tensor: # (groups, D, D) with ones on the diagonal
         "The damped matrix of inputs of unit size."
-        return (self.damped/self.scale[:, :, None]/self.scale[:, None, :]).float()
+        of_row = self.scale[:, :, None]
+        of_column = self.scale[:, None, :]
+        return (self.damped/of_row/of_column).float()
 
     @functools.cached_property
     def eigen(self)->tuple: # (groups, D) values; (groups, D, D) vectors
         "Eigenvalues and eigenvectors of `scaled`, taken in float64."
-        values,vectors = torch.linalg.eigh(self.scaled.to(self.damped.dtype))
+        precise = self.scaled.to(self.damped.dtype)
+        values,vectors = torch.linalg.eigh(precise)
         return values.float(),vectors.float()
 
     def aimed(self,
@@ -142,15 +165,19 @@ class Inputs:
         """The dense weights whose outputs here are nearest to those of `weights` there: to prune these is to prune
         for those outputs."""
         gram = self.damped
-        added = gram.diagonal(dim1=1, dim2=2)-self.squares.to(gram)
-        wanted = weights.to(gram) @ cross.to(gram) + weights.to(gram)*added[:, None]
-        return torch.linalg.solve(gram, wanted, left=False).to(weights)
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        added = diagonal-self.squares.to(gram)
+        precise = weights.to(gram)
+        wanted = precise @ cross.to(gram) + precise*added[:, None]
+        solved = torch.linalg.solve(gram, wanted, left=False)
+        return solved.to(weights)
 
     def reordered(self,
         order:torch.Tensor, # (D,) the inputs in another order
     )->'Inputs':
         "The same inputs in another order."
-        return Inputs(self.gram[:, order][:, :, order], self.damping)
+        rows = self.gram[:, order]
+        return Inputs(rows[:, :, order], self.damping)
 
 def output_error(
     weights:torch.Tensor, # (groups, outputs, D)
@@ -158,10 +185,14 @@ def output_error(
     gram:torch.Tensor, # (groups, D, D)
 )->float: # 0: outputs are as they were; 1: as far off as zeros are
     "The energy of the outputs' change over that of the outputs."
-    weights,change = weights.to(gram),(new-weights).to(gram)
-    return _energy(change, gram)/max(_energy(weights, gram), 1e-30)
+    dense = weights.to(gram)
+    change = (new-weights).to(gram)
+    whole = _energy(dense, gram)
+    return _energy(change, gram)/max(whole, 1e-30)
 
-def _energy(weights, gram): return float(((weights @ gram)*weights).sum())
+def _energy(weights, gram):
+    products = (weights @ gram)*weights
+    return float(products.sum())
 
 # %% ../../nbs/01j_solvers.ipynb #40389b05
 SOLVERS = {} # name -> method
@@ -173,7 +204,8 @@ def solver(
 ):
     "Register a method `f(weights, inputs, budget, kept=None) -> (new weights, kept)`."
     def register(method):
-        SOLVERS[name],OWN_SCOPE[name] = method,scope
+        SOLVERS[name] = method
+        OWN_SCOPE[name] = scope
         return method
     return register
 
@@ -185,7 +217,7 @@ def by_magnitude(
     kept:torch.Tensor=None, # bool; what stays, if that is known
 )->tuple: # (new weights, kept)
     "Keep the largest weights, as they are."
-    kept = budget.keep(weights.abs()) if kept is None else kept
+    if kept is None: kept = budget.keep(weights.abs())
     return weights*kept,kept
 
 @solver('wanda', scope='output')
@@ -196,8 +228,9 @@ def wanda(
     kept:torch.Tensor=None, # bool; what stays, if that is known
 )->tuple: # (new weights, kept)
     "Keep what is largest in |w| times the norm of its input, as it is (Sun et al. 2024, Eq. 1)."
-    scores = weights.abs()*inputs.squares.to(weights).sqrt()[:, None]
-    kept = budget.keep(scores) if kept is None else kept
+    norms = inputs.squares.to(weights).sqrt()
+    scores = weights.abs()*norms[:, None]
+    if kept is None: kept = budget.keep(scores)
     return weights*kept,kept
 
 # %% ../../nbs/01j_solvers.ipynb #43c9a112
@@ -205,31 +238,41 @@ _BLOCK = 128 # columns that are decided on at once
 
 def _obs_saliency(weights, factor):
     "What OBS loses with each weight."
-    return (weights/factor.diagonal(dim1=1, dim2=2)[:, None]).square()
+    diagonal = factor.diagonal(dim1=1, dim2=2)
+    return (weights/diagonal[:, None]).square()
 
 def _block_keep(budget, saliency, before, inputs):
     """What stays of a block of columns, after what was kept of those to its left (groups, outputs, columns) of all
     `inputs`."""
-    end,kept = before.shape[-1]+saliency.shape[-1],before.sum(-1).flatten()
+    columns = saliency.shape[-1]
+    end = before.shape[-1]+columns
+    kept = before.sum(-1).flatten()
     rows = len(kept)
+    total = budget.count(rows*inputs)
     if budget.scope == 'layer':
-        keep = round(budget.count(rows*inputs)*end/inputs)-int(kept.sum())
-        return keep_largest(saliency, min(max(0, keep), saliency.numel()))
-    wanted = spread(budget.count(rows*inputs), rows).to(kept.device)
-    counts = (wanted*end/inputs).round().long()-kept
-    return keep_largest_in_rows(saliency, counts.clamp(0, saliency.shape[-1]))
+        by_now = total*end/inputs
+        keep = round(by_now)-int(kept.sum())
+        within = min(max(0, keep), saliency.numel())
+        return keep_largest(saliency, within)
+    wanted = spread(total, rows).to(kept.device)
+    by_now = (wanted*end/inputs).round().long()
+    counts = by_now-kept
+    return keep_largest_in_rows(saliency, counts.clamp(0, columns))
 
 def _columns_leave(block, factor, kept, choose=None, every=0):
     """Drop the columns of a block one by one: new weights, and the errors that the columns to the right shall take
     over."""
-    new,errors = torch.zeros_like(block),torch.zeros_like(block)
+    new = torch.zeros_like(block)
+    errors = torch.zeros_like(block)
     for i in range(block.shape[-1]):
         if every and i % every == 0:
             part = slice(i, i+every)
-            saliency = _obs_saliency(block[..., part], factor[:, part, part])
+            own = factor[:, part, part]
+            saliency = _obs_saliency(block[..., part], own)
             kept[..., part] = choose(saliency)
         new[..., i] = block[..., i]*kept[..., i]
-        error = (block[..., i]-new[..., i])/factor[:, i, i, None]
+        change = block[..., i]-new[..., i]
+        error = change/factor[:, i, i, None]
         block[..., i:] -= error[..., None]*factor[:, None, i, i:]
         errors[..., i] = error
     return new,errors
@@ -243,33 +286,51 @@ def sparsegpt(
     kept:torch.Tensor=None, # bool; what stays, if that is known
 )->tuple: # (new weights, kept)
     "Optimal brain surgery, column by column (Frantar and Alistarh 2023, Algorithm 1)."
-    factor,work = inputs.inverse_factor.to(weights.device),weights.float().clone()
-    work.masked_fill_(inputs.dead.to(weights.device)[:, None], 0)
+    device = weights.device
+    factor = inputs.inverse_factor.to(device)
+    work = weights.float().clone()
+    dead = inputs.dead.to(device)
+    work.masked_fill_(dead[:, None], 0)
     if kept is None and budget.scope == 'channel': kept = whole_outputs(weights, inputs, budget)
-    given,pattern = kept is not None,budget.pattern
-    kept = kept.clone() if given else torch.zeros_like(work, dtype=torch.bool)
-    size = pattern[1]*(_BLOCK//pattern[1]) if pattern else _BLOCK
-    for start in range(0, work.shape[-1], size):
-        part = slice(start, start+size)
+    given = kept is not None
+    if given: kept = kept.clone()
+    else: kept = torch.zeros_like(work, dtype=torch.bool)
+    columns = work.shape[-1]
+    pattern = budget.pattern
+    m = pattern[1] if pattern else 1
+    size = m*(_BLOCK//m)
+    every = m if pattern and not given else 0
+    for start in range(0, columns, size):
+        end = start+size
+        part = slice(start, end)
         own = factor[:, part, part]
+        kept_here = kept[..., part] # a view, which is written to
         if not given and not pattern:
             saliency = _obs_saliency(work[..., part], own)
-            kept[..., part] = _block_keep(budget, saliency, kept[..., :start], work.shape[-1])
-        every = pattern[1] if pattern and not given else 0
-        new,errors = _columns_leave(work[..., part].clone(), own, kept[..., part], budget.keep, every)
+            kept_here[:] = _block_keep(budget, saliency, kept[..., :start], columns)
+        block = work[..., part].clone()
+        new,errors = _columns_leave(block, own, kept_here, budget.keep, every)
         work[..., part] = new
-        work[..., start+size:] -= errors @ factor[:, part, start+size:]
+        work[..., end:] -= errors @ factor[:, part, end:]
     return work.to(weights.dtype),kept
 
 def whole_outputs(weights:torch.Tensor, inputs:Inputs, budget:Budget):
     """The outputs of largest energy, whole. What other outputs see does not help them, so their weights stay as
     they are."""
-    weights = weights.to(inputs.gram)
-    energy = ((weights @ inputs.gram)*weights).sum(-1, keepdim=True)
-    rows = keep_largest(energy, budget.count(energy.numel()))
+    precise = weights.to(inputs.gram)
+    products = (precise @ inputs.gram)*precise
+    energy = products.sum(-1, keepdim=True)
+    keep = budget.count(energy.numel())
+    rows = keep_largest(energy, keep)
     return rows.expand(weights.shape).contiguous()
 
 # %% ../../nbs/01j_solvers.ipynb #75c86c05
+def _solved_on(at, gram, weights):
+    "The weights of one output at the places `at` that keep it best."
+    right = gram[at] @ weights.to(gram)
+    square = gram[at][:, at]
+    return torch.linalg.solve(square, right)
+
 @torch.no_grad()
 def solve_on_support(
     weights:torch.Tensor, # (groups, outputs, D) dense
@@ -279,25 +340,37 @@ def solve_on_support(
     "Least squares on a support, exactly, output by output."
     gram = inputs.damped.to(weights.device)
     new = torch.zeros_like(weights)
-    for group,output in itertools.product(*map(range, weights.shape[:2])):
+    groups,outputs = weights.shape[:2]
+    for group,output in itertools.product(range(groups), range(outputs)):
         at = kept[group, output].nonzero().flatten()
         if not len(at): continue
-        right = gram[group][at] @ weights[group, output].to(gram)
-        new[group, output, at] = torch.linalg.solve(gram[group][at][:, at], right).to(weights)
+        solved = _solved_on(at, gram[group], weights[group, output])
+        new[group, output, at] = solved.to(weights)
     return new
+
+def _squares_of_columns(x): return (x*x).sum(-2, keepdim=True)
+
+def _not_zero(x): return torch.where(x == 0, 1e-8, x)
+
+def _scale_of(inputs, weights):
+    "The root of the damped diagonal as a column, where the weights are."
+    scale = inputs.scale.to(weights)
+    return scale.float()[:, :, None]
 
 def _conjugate_gradients(A, right, x, kept, iterations):
     "Steps towards A x = right on a support, for all columns together (Meng et al. 2024, Sec. 3.3)."
     rest = (right - A @ x)*kept
-    step,size = rest,(rest*rest).sum(-2, keepdim=True)
+    step = rest
+    size = _squares_of_columns(rest)
     for _ in range(iterations):
         image = A @ step
         bent = (step*image).sum(-2, keepdim=True)
-        length = size/torch.where(bent == 0, 1e-8, bent)
+        length = size/_not_zero(bent)
         x = x + length*step
         rest = (rest - length*image)*kept
-        before,size = size,(rest*rest).sum(-2, keepdim=True)
-        step = rest + size/torch.where(before == 0, 1e-8, before)*step
+        before = size
+        size = _squares_of_columns(rest)
+        step = rest + size/_not_zero(before)*step
     return x*kept
 
 @torch.no_grad()
@@ -309,21 +382,69 @@ def refit(
     start:torch.Tensor=None, # Weights to begin with; None: the dense ones on the support
 )->torch.Tensor: # Nearly what `solve_on_support` gives
     "The weights on a support that keep the outputs best, by conjugate gradients."
-    scale = inputs.scale.to(weights).float()[:, :, None]
-    A,dense = inputs.scaled.to(weights.device),weights.float().mT*scale
+    scale = _scale_of(inputs, weights)
+    A = inputs.scaled.to(weights.device)
+    dense = weights.float().mT*scale
     support = kept.mT
-    x = dense*support if start is None else start.float().mT*scale
-    x = _conjugate_gradients(A, A @ dense, x, support, iterations)
-    return (x/scale).mT.to(weights.dtype)
+    if start is None: x = dense*support
+    else: x = start.float().mT*scale
+    right = A @ dense
+    x = _conjugate_gradients(A, right, x, support, iterations)
+    new = (x/scale).mT
+    return new.to(weights.dtype)
 
 # %% ../../nbs/01j_solvers.ipynb #52e2c0e8
 def _penalty(rho, change, kept, grown):
     """The next penalty and whether it has begun to grow; None for a support that has settled (Meng et al. 2024,
     Sec. 3.2)."""
-    if change/kept > .1: return 1.3*rho,True
-    if change/kept > .005: return 1.2*rho,True
-    if change > .5: return (1.1*rho if grown else rho/5),grown
-    return (None if grown else rho/5),grown
+    share = change/kept
+    if share > .1: return 1.3*rho,True
+    if share > .005: return 1.2*rho,True
+    if not grown: return rho/5,grown
+    if change > .5: return 1.1*rho,grown
+    return None,grown
+
+def _sparse(x, budget):
+    "Which weights of a matrix with outputs as columns the budget keeps by their squares."
+    return budget.keep(x.mT.square()).mT
+
+def _admm(dense, inputs, budget, rho, iterations, every, least):
+    """Weights that ADMM draws to an exact support (Meng et al. 2024, Algorithm 1). Outputs are columns, and inputs
+    have unit size."""
+    device = dense.device
+    values,vectors = inputs.eigen
+    values = values.to(device)
+    vectors = vectors.to(device)
+    right = inputs.scaled.to(device) @ dense
+    total = budget.count(dense.numel())
+    support = _sparse(dense, budget)
+    first = dense*support
+    free = dense
+    held = first
+    dual = torch.zeros_like(dense)
+    before = support
+    grown = False
+    for i in range(iterations):
+        turned = vectors.mT @ (right-dual+rho*held)
+        damped = values[:, :, None]+rho
+        free = vectors @ (turned/damped)
+        wanted = free + dual/rho
+        support = _sparse(wanted, budget)
+        held = wanted*support
+        dual = dual + rho*(free-held)
+        if (i+1) % every: continue
+        change = int((support ^ before).sum())
+        next_rho,grown_now = _penalty(rho, change, total, grown)
+        if next_rho is None: break
+        if change > .5 and next_rho < rho:
+            free = dense
+            held = first
+            dual = torch.zeros_like(dense)
+        rho = min(next_rho, 1e6)
+        grown = grown_now
+        before = support
+        if i >= least and change/total < .0003: break
+    return free
 
 @solver('alps')
 @torch.no_grad()
@@ -338,38 +459,12 @@ def alps(
     least:int=30, # Iterations before a support that hardly changes is taken
 )->tuple: # (new weights, kept)
     "ADMM with an exact support (Meng et al. 2024, Algorithm 1), then conjugate gradients on it."
-    if kept is None and budget.scope == 'channel':
-        kept = whole_outputs(weights, inputs, budget)
+    if kept is None and budget.scope == 'channel': kept = whole_outputs(weights, inputs, budget)
     if kept is not None: return refit(weights, inputs, kept, 10),kept
-    scale = inputs.scale.to(weights).float()[:, :, None]
-    values,vectors = (t.to(weights.device) for t in inputs.eigen)
+    scale = _scale_of(inputs, weights)
     dense = weights.float().mT*scale
-    right = inputs.scaled.to(weights.device) @ dense
-    def sparse(x): return budget.keep(x.mT.square()).mT
-    total = budget.count(dense.numel())
-    support = sparse(dense)
-    first = dense*support
-    free = dense
-    held = first
-    dual = torch.zeros_like(dense)
-    before = support
-    grown = False
-    for i in range(iterations):
-        turned = vectors.mT @ (right-dual+rho*held)
-        free = vectors @ (turned/(values[:, :, None]+rho))
-        wanted = free + dual/rho
-        support = sparse(wanted)
-        held = wanted*support
-        dual = dual + rho*(free-held)
-        if (i+1) % every: continue
-        change = int((support ^ before).sum())
-        next_rho,grown_now = _penalty(rho, change, total, grown)
-        if next_rho is None: break
-        if change > .5 and next_rho < rho: free,held,dual = dense,first,torch.zeros_like(dense)
-        rho = min(next_rho, 1e6)
-        grown = grown_now
-        before = support
-        if i >= least and change/total < .0003: break
-    support = sparse(free)
-    new = refit(weights, inputs, support.mT, 10, (free*support/scale).mT)
+    free = _admm(dense, inputs, budget, rho, iterations, every, least)
+    support = _sparse(free, budget)
+    start = (free*support/scale).mT
+    new = refit(weights, inputs, support.mT, 10, start)
     return new,support.mT.contiguous()

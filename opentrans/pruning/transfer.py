@@ -18,14 +18,18 @@ from .mask import SparseMask
 def _state_dicts(obj, at=()):
     "All dicts of tensors in a checkpoint, with the path of keys that leads to each."
     if not isinstance(obj, dict): return
-    if any(isinstance(value, torch.Tensor) for value in obj.values()): yield at,obj
+    holds_tensors = any(isinstance(value, torch.Tensor) for value in obj.values())
+    if holds_tensors: yield at,obj
     for key,value in obj.items(): yield from _state_dicts(value, (*at, key))
 
 def _replaced(obj, at, new):
     "A copy of nested dictionaries, with something new at a path of keys."
     if not at: return new
-    parts = {key: _replaced(value, at[1:], new) if key == at[0] else value for key,value in obj.items()}
-    return type(obj)(parts) if type(obj) in (dict, OrderedDict) else parts
+    key,*rest = at
+    parts = dict(obj)
+    parts[key] = _replaced(obj[key], rest, new)
+    kind = type(obj)
+    return kind(parts) if kind in (dict, OrderedDict) else parts
 
 # %% ../../nbs/01g_transfer.ipynb #55e3545a
 def _masked_part(mask, obj, strict, what):
@@ -39,7 +43,8 @@ def _masked_part(mask, obj, strict, what):
             error = err
             continue
         there = {name for names in placed.values() for name in names}
-        found.append((at, new, [name for name in mask.names if name not in there]))
+        lacking = [name for name in mask.names if name not in there]
+        found.append((at, new, lacking))
     if not found: raise error
     if len(found) == 1: return found[0]
     places = ['/'.join(map(str, at)) or 'the top' for at,_,_ in found]
@@ -60,9 +65,11 @@ def transfer_checkpoint(
     mask = mask if isinstance(mask, SparseMask) else SparseMask.load(mask)
     given = isinstance(source, dict)
     obj = source if given else read_checkpoint(source, trust)
-    at,state,left = _masked_part(mask, obj, strict, 'the dictionary' if given else f"'{source}'")
+    what = 'the dictionary' if given else f"'{source}'"
+    at,state,left = _masked_part(mask, obj, strict, what)
     whole = _replaced(obj, at, state)
-    if out is not None:
-        flat = {name: t for name,t in state.items() if isinstance(t, torch.Tensor)}
-        save_checkpoint(flat if Path(out).suffix == '.safetensors' else whole, out)
+    if out is None: return whole,left
+    as_flat = Path(out).suffix == '.safetensors'
+    flat = {name: t for name,t in state.items() if isinstance(t, torch.Tensor)}
+    save_checkpoint(flat if as_flat else whole, out)
     return whole,left
