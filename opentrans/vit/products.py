@@ -302,22 +302,25 @@ def stitch_on(
     with seeded(seed): run.fit(to_device(batch, device_of(net)) for batch in rounds)
     if out is not None: run.save(Path(out)/'stitches.safetensors')
     counts = sampler.tracker.counts
-    rows = []
-    for s,network in _deployed(net, sampler, train).items():
-        tested = accuracy(network, val) if val is not None else None
-        different = _write(network, out, f'stitch{s}', size, onnx, stitch=s)
-        row = dict(stitch=s, name=table.name[s])
-        row['flops'] = table.flops[s]
-        row['params'] = table.params[s]
-        row['drawn'] = int(counts[s])
-        row['accuracy'] = tested
-        row['onnx_difference'] = different
-        rows.append(row)
+    palette = _deployed(net, sampler, train)
+    rows = [_stitch_row(s, network, table, counts, val, out, size, onnx) for s,network in palette.items()]
     frame = pd.DataFrame(rows).set_index('stitch')
     trained = sum(p.numel() for p in learning)
     drawn = int((counts > 0).sum())
     frame.attrs.update(drawn=drawn, stitches=len(net.configs), trained=trained)
     return frame
+
+def _stitch_row(s, network, table, counts, val, out, size, onnx):
+    "What one deployed network costs and reaches; it is written, where there is a folder."
+    tested = accuracy(network, val) if val is not None else None
+    different = _write(network, out, f'stitch{s}', size, onnx, stitch=s)
+    row = dict(stitch=s, name=table.name[s])
+    row['flops'] = table.flops[s]
+    row['params'] = table.params[s]
+    row['drawn'] = int(counts[s])
+    row['accuracy'] = tested
+    row['onnx_difference'] = different
+    return row
 
 def _usual_ranks(n):
     "The thesis's, from the small end; 8 for all larger models."
