@@ -22,13 +22,16 @@ def is_adapted(m:nn.Module)->bool:
 
 def plain_layer(m:nn.Module)->nn.Module:
     "The layer inside, as it was trained."
-    return plain_layer(m.base if isinstance(m, LoRALinear) else m.layer) if is_adapted(m) else m
+    if not is_adapted(m): return m
+    inner = m.base if isinstance(m, LoRALinear) else m.layer
+    return plain_layer(inner)
 
 # %% ../../nbs/vit/62b_anchors.ipynb #9f6da0e3
 def _shallow(module):
     "A copy of a module that shares its children and parameters, so that some can be left out."
     new = module.__class__.__new__(module.__class__)
-    new.__dict__ = module.__dict__ | {k: dict(module.__dict__[k]) for k in ('_modules', '_parameters', '_buffers')}
+    new.__dict__ = dict(module.__dict__)
+    for held in ('_modules', '_parameters', '_buffers'): new.__dict__[held] = dict(module.__dict__[held])
     return new
 
 def _inside(block, name): # the layer of that name, if the block has one
@@ -44,7 +47,8 @@ class Anchor(nn.Module):
     ffn = '' # In a block: the feed-forward part, beside or behind which a bottleneck can stand
     def __init__(self, tower):
         super().__init__()
-        self.tower,self.task = tower,nn.Identity()
+        self.tower = tower
+        self.task = nn.Identity()
 
     @property
     def block_names(self)->list:
@@ -68,8 +72,13 @@ class Anchor(nn.Module):
         "One block, and what stands in front of it at the border of two stages."
         return self.blocks[i](x)
     @property
-    def block_parts(self)->list: return [(n,) for n in self.block_names] # for each block the names of its modules in the tower
-    def positions(self, y): return math.prod(y.shape[2:]) if y.dim() == 4 else y.shape[1] # tokens or pixels of what a block gives
+    def block_parts(self)->list:
+        # for each block the names of its modules in the tower
+        return [(n,) for n in self.block_names]
+    def positions(self, y):
+        # tokens or pixels of what a block gives
+        if y.dim() == 4: return math.prod(y.shape[2:])
+        return y.shape[1]
     def forward(self, x): return self.head(self.run(self.embed(x)))
 
     @torch.no_grad()
@@ -81,12 +90,18 @@ class Anchor(nn.Module):
 
     def part(self, start=0, stop=None, embed=True, head=True):
         "Blocks `start`..`stop`-1, with the embedding and the head or without. Weights are shared."
-        new,tower = _shallow(self),_shallow(self.tower)
-        for n in (() if embed else self.embed_parts) + (() if head else self.head_parts):
-            for d in (tower._modules, tower._parameters):
-                if n in d: d[n] = None
-        self._keep(tower, start, len(self.blocks) if stop is None else stop)
-        new._modules |= dict(tower=tower) if head else dict(tower=tower, task=None)
+        new = _shallow(self)
+        tower = _shallow(self.tower)
+        without = ()
+        if not embed: without += self.embed_parts
+        if not head: without += self.head_parts
+        for n in without:
+            for held in (tower._modules, tower._parameters):
+                if n in held: held[n] = None
+        if stop is None: stop = len(self.blocks)
+        self._keep(tower, start, stop)
+        new._modules['tower'] = tower
+        if not head: new._modules['task'] = None
         return new
 
 # %% ../../nbs/vit/62b_anchors.ipynb #c34631f9
@@ -144,9 +159,11 @@ class ResNetAnchor(Anchor):
     def block_names(self): return [f'layer{s}.{i}' for s,n in enumerate(self.stages, 1) for i in range(n)]
     @property
     def dims(self):
-        return ([self._stem_width()]
-                + [plain_layer(getattr(b, 'conv3' if hasattr(b, 'conv3') else 'conv2')).out_channels
-                   for b in self.blocks])
+        widths = [self._stem_width()]
+        for block in self.blocks:
+            last = block.conv3 if hasattr(block, 'conv3') else block.conv2
+            widths.append(plain_layer(last).out_channels)
+        return widths
     def _stem_width(self): return self.tower.bn1.num_features
     @property
     def classifier(self): return self.tower.fc
@@ -158,8 +175,10 @@ class ResNetAnchor(Anchor):
     def _keep(self, tower, start, stop):
         at = 0
         for s,n in enumerate(self.stages, 1):
-            setattr(tower, f'layer{s}',
-                    nn.Sequential(*list(getattr(tower, f'layer{s}'))[max(0, start-at):max(0, stop-at)]))
+            blocks = list(getattr(tower, f'layer{s}'))
+            first = max(0, start-at)
+            end = max(0, stop-at)
+            setattr(tower, f'layer{s}', nn.Sequential(*blocks[first:end]))
             at += n
 
 class TimmResNetAnchor(ResNetAnchor):
@@ -222,21 +241,31 @@ class _StagedAnchor(Anchor):
     def block_names(self): return [f'{self.at}.{s}.blocks.{i}' for s,n in enumerate(self.stages) for i in range(n)]
     @property
     def block_parts(self):
-        return [(f'{self.at}.{s}.blocks.{i}', f'{self.at}.{s}.downsample')[:2 if i == 0 else 1]
-                for s,n in enumerate(self.stages) for i in range(n)]
+        parts = []
+        for s,n in enumerate(self.stages):
+            stage = f'{self.at}.{s}'
+            names = [(f'{stage}.blocks.{i}',) for i in range(n)]
+            if names: names[0] += (f'{stage}.downsample',)
+            parts += names
+        return parts
     @property
     def classifier(self): return self.tower.get_classifier()
     def new_task(self, classes): self.tower.reset_classifier(classes)
     def step(self, i, x):
         _, s, _, j = self.block_names[i].split('.')
         stage = self._stages()[int(s)]
-        return stage.blocks[int(j)](stage.downsample(x) if j == '0' else x)
+        block = stage.blocks[int(j)]
+        return block(stage.downsample(x) if j == '0' else x)
     def _keep(self, tower, start, stop):
         "Leave out blocks, and the step down of a stage whose first block is left out."
-        first, kept = 0, []
+        first = 0
+        kept = []
         for stage in self._stages():
-            new, n = _shallow(stage), len(stage.blocks)
-            new.blocks = nn.Sequential(*list(stage.blocks)[max(0, start-first):max(0, stop-first)])
+            new = _shallow(stage)
+            n = len(stage.blocks)
+            begin = max(0, start-first)
+            end = max(0, stop-first)
+            new.blocks = nn.Sequential(*list(stage.blocks)[begin:end])
             if not start <= first < stop: new.downsample = nn.Identity()
             kept.append(new)
             first += n
@@ -281,12 +310,14 @@ class GPT2Anchor(Anchor):
     def dims(self): return [self.tower.config.n_embd]*(len(self.tower.transformer.h)+1)
     def embed(self, x):
         t = self.tower.transformer
-        return t.drop(t.wte(x) + t.wpe(torch.arange(x.shape[1], device=x.device)))
+        places = torch.arange(x.shape[1], device=x.device)
+        return t.drop(t.wte(x) + t.wpe(places))
     def step(self, i, x):
-        ahead = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        return self.blocks[i](x,
-                              attention_mask=torch.zeros_like(ahead, dtype=x.dtype).masked_fill(
-                                  ahead, torch.finfo(x.dtype).min)[None, None])
+        n = x.shape[1]
+        ahead = torch.ones(n, n, dtype=torch.bool, device=x.device).triu(1)
+        mask = torch.zeros_like(ahead, dtype=x.dtype)
+        mask = mask.masked_fill(ahead, torch.finfo(x.dtype).min)
+        return self.blocks[i](x, attention_mask=mask[None, None])
     def head(self, x): return self.tower.lm_head(self.tower.transformer.ln_f(x))
     def new_task(self, classes):
         raise OpenTransError("A model of language keeps its vocabulary: leave `classes` out.")
@@ -302,6 +333,13 @@ class GPT2Anchor(Anchor):
             new.tower._modules |= dict(lm_head=None)
         return new
 
+def _kind_of(tower):
+    "The anchor that cuts a tower, by its class or the nearest that it inherits from; None if there is none."
+    for cls in type(tower).__mro__:
+        path = f'{cls.__module__}.{cls.__qualname__}'
+        if path in ANCHORS: return ANCHORS[path]
+    return None
+
 def as_anchor(
     # An `Anchor`, a model of one of the `ANCHORS`, or something that holds such a tower, as `ClipBackbone` does
     model:nn.Module,
@@ -311,11 +349,11 @@ def as_anchor(
     updates that are not merged."""
     if not isinstance(model, Anchor):
         tower = find_tower(model)
-        kind = next((ANCHORS[n]
-                     for t in type(tower).__mro__ if (n := f'{t.__module__}.{t.__qualname__}') in ANCHORS), None)
+        kind = _kind_of(tower)
         if kind is None:
+            known = ', '.join(ANCHORS)
             raise OpenTransError(
-                f"{type(tower).__name__} is not cut into blocks here. Give one of: {', '.join(ANCHORS)}; or "
+                f"{type(tower).__name__} is not cut into blocks here. Give one of: {known}; or "
                 f"subclass Anchor, with @register_anchor.")
         model = kind(tower)
     parts = [n for n,m in bare_modules(model.tower) if isinstance(m, Tunable)]

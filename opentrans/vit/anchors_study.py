@@ -20,7 +20,7 @@ from ..files import load_tensors, save_tensors, strip_prefix
 from ..runtime import seeded
 from .anchors import as_anchor
 from .esta_study import (
-    BASE, batches, best_of_intervals, cosine, crops, objects, rows_after_family, SIZE, train)
+    _learning, _size_of, BASE, batches, best_of_intervals, cosine, crops, objects, rows_after_family, SIZE, train)
 from .stitch_training import StitchSampler, StitchTrainer
 from .stitching import apply_pst, stitch_configs, StitchableNet
 
@@ -32,10 +32,13 @@ def resnet(width:int)->nn.Module: # Width of its first stage
 
 def swin(width:int)->nn.Module: # Width of its first stage; a multiple of 16
     "A Swin of two stages of two blocks, on strided convolutions: it learns faster than one of patches."
-    tower = timm.models.SwinTransformer(img_size=SIZE, patch_size=4, window_size=4, embed_dim=width, depths=(2, 2),
-                                        num_heads=(width//16, width//8), num_classes=len(BASE))
-    tower.patch_embed.proj = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-                                           nn.Conv2d(16, width, 3, 2, 1))
+    heads = width//16,width//8
+    sizes = dict(img_size=SIZE, patch_size=4, window_size=4)
+    tower = timm.models.SwinTransformer(embed_dim=width, depths=(2, 2), num_heads=heads, num_classes=len(BASE), **sizes)
+    first = nn.Conv2d(3, 16, 3, 2, 1, bias=False)
+    norm = nn.BatchNorm2d(16)
+    second = nn.Conv2d(16, width, 3, 2, 1)
+    tower.patch_embed.proj = nn.Sequential(first, norm, nn.ReLU(), second)
     return tower
 
 WORDS, LENGTH = 17, 12 # of the language
@@ -43,8 +46,9 @@ WORDS, LENGTH = 17, 12 # of the language
 def language_model(width:int)->nn.Module: # Width of its blocks
     "A GPT-2 of four blocks."
     from transformers import GPT2Config, GPT2LMHeadModel
-    config = GPT2Config(vocab_size=WORDS, n_positions=LENGTH, n_embd=width, n_layer=4, n_head=2, attn_pdrop=0.,
-                        resid_pdrop=0., embd_pdrop=0., bos_token_id=0, eos_token_id=0)
+    sizes = dict(vocab_size=WORDS, n_positions=LENGTH, n_embd=width, n_layer=4, n_head=2)
+    no_dropout = dict(attn_pdrop=0., resid_pdrop=0., embd_pdrop=0.)
+    config = GPT2Config(**sizes, **no_dropout, bos_token_id=0, eos_token_id=0)
     return GPT2LMHeadModel(config)
 
 def sentences(
@@ -55,32 +59,52 @@ def sentences(
     "Sentences in which each word is the one before and a step further."
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(WORDS, (n, 1), generator=generator)
-    step = torch.tensor(list(steps))[torch.randint(len(steps), (n, 1), generator=generator)]
-    words = (first + step*torch.arange(LENGTH)) % WORDS
+    which = torch.randint(len(steps), (n, 1), generator=generator)
+    step = torch.tensor(list(steps))[which]
+    way = step*torch.arange(LENGTH)
+    words = (first + way) % WORDS
     return words, words
 
 # %% ../../nbs/vit/65b_anchors_study.ipynb #cf6b80b7
 def asked(out, y):
     "Scores and answers of a batch, one a row: of its classes (B,K), or of its words (B,N,V) from the third on."
     if out.dim() == 2: return out, y
-    return out[:, 1:-1].flatten(0, 1), y[:, 2:].flatten()
+    scores = out[:, 1:-1]
+    answers = y[:, 2:]
+    return scores.flatten(0, 1), answers.flatten()
 
-def answer_loss(out, y): return F.cross_entropy(*asked(out, y))
+def answer_loss(out, y):
+    scores,answers = asked(out, y)
+    return F.cross_entropy(scores, answers)
 
 @torch.no_grad()
 def share_right(net, data, stitch=None):
     "The share of right answers."
-    parts = [asked(net(x, stitch), y) for x,y in zip(*(part.split(500) for part in data))]
-    return sum((scores.argmax(1) == y).sum().item() for scores,y in parts)/sum(len(y) for _,y in parts)
+    inputs,answers = data
+    right = total = 0
+    for x,y in zip(inputs.split(500), answers.split(500)):
+        out = net(x, stitch)
+        scores,y = asked(out, y)
+        hits = scores.argmax(1) == y
+        right += hits.sum().item()
+        total += len(y)
+    return right/total
 
 # %% ../../nbs/vit/65b_anchors_study.ipynb #fe5ff7cf
 def pictures(scale, seed):
     "Pictures to adapt to, and others to test on."
-    return crops(scale['train'], seed), crops(scale['test'], seed, skip=50_000)
+    train_part = crops(scale['train'], seed)
+    test_part = crops(scale['test'], seed, skip=50_000)
+    return train_part, test_part
 
 def new_sentences(scale, seed):
     "Sentences of new steps to adapt to, and others to test on."
-    return tuple(sentences(scale[part], 100*seed + i, range(7, 12)) for i,part in enumerate(('train', 'test'), 1))
+    new_steps = range(7, 12)
+    train_part = sentences(scale['train'], 100*seed + 1, new_steps)
+    test_part = sentences(scale['test'], 100*seed + 2, new_steps)
+    return train_part, test_part
+
+def _known_sentences(n, seed): return sentences(n, seed, range(1, 7))
 
 @dataclass(frozen=True)
 class Family:
@@ -94,8 +118,7 @@ class Family:
 
 FAMILIES = {'ResNets': Family(resnet, (8, 16), objects, pictures, 4e-3),
             'Swins': Family(swin, (16, 32), objects, pictures, 4e-3),
-            'language models': Family(language_model, (16, 32), lambda n, seed: sentences(n, seed, range(1, 7)),
-                                      new_sentences, 3e-3, None)}
+            'language models': Family(language_model, (16, 32), _known_sentences, new_sentences, 3e-3, None)}
 
 SIZES = dict(toy=dict(pretrain=800, source=24_000, batch_source=128, train=600, test=1000, iterations=500, batch=32,
                       warmup=125, rank=4, lr=1e-2, intervals=4),
@@ -103,46 +126,82 @@ SIZES = dict(toy=dict(pretrain=800, source=24_000, batch_source=128, train=600, 
                        rank=2, lr=1e-2, intervals=2))
 
 # %% ../../nbs/vit/65b_anchors_study.ipynb #c1cf618b
+def _learned(family, width, data, scale, seed):
+    "An anchor of a width, trained on the source; it is left in train mode."
+    steps = scale['pretrain']
+    size = scale['batch_source']
+    with seeded(seed):
+        model = family.make(width)
+        anchor = as_anchor(model).train()
+        return train(anchor, anchor.parameters(), data, family.lr, steps, size, seed, answer_loss)
+
 def learn(scale, file):
     "The anchors of all families, trained once; what share of new questions of the source each answers."
-    told, tensors = {}, {}
+    told = {}
+    tensors = {}
     for name,family in FAMILIES.items():
-        data, test = family.source(scale['source'], 0), family.source(500, 1)
+        data = family.source(scale['source'], 0)
+        test = family.source(500, 1)
         for i,width in enumerate(family.widths):
-            with seeded(i):
-                anchor = as_anchor(family.make(width)).train()
-                train(anchor, anchor.parameters(), data, family.lr, scale['pretrain'], scale['batch_source'], i,
-                      answer_loss)
-            told[f'{name}, {width}'] = share_right(lambda x, stitch: anchor(x), test)
-            tensors |= {f'{name}.{i}.{key}': value for key,value in anchor.eval().tower.state_dict().items()}
-    save_tensors(tensors, file, dict(accuracy=told, scale=scale))
+            anchor = _learned(family, width, data, scale, i)
+            def answers(x, stitch): return anchor(x)
+            told[f'{name}, {width}'] = share_right(answers, test)
+            anchor.eval()
+            weights = anchor.tower.state_dict()
+            for key,value in weights.items(): tensors[f'{name}.{i}.{key}'] = value
+    metadata = dict(accuracy=told, scale=scale)
+    save_tensors(tensors, file, metadata)
 
 def anchors_of(file, name):
     "The anchors of a family as they were stored, small to large."
     weights,_ = load_tensors(file)
+    family = FAMILIES[name]
     found = []
-    for i,width in enumerate(FAMILIES[name].widths):
-        model = FAMILIES[name].make(width)
-        model.load_state_dict(strip_prefix(f'{name}.{i}.', weights))
-        found.append(as_anchor(model.eval()))
+    for i,width in enumerate(family.widths):
+        model = family.make(width)
+        own = strip_prefix(f'{name}.{i}.', weights)
+        model.load_state_dict(own)
+        anchor = as_anchor(model.eval())
+        found.append(anchor)
     return found
 
 # %% ../../nbs/vit/65b_anchors_study.ipynb #69939912
+def _stitched(anchors, scale, family, images, seed):
+    "A family of anchors with new heads and what they shall learn."
+    stages = [anchor.stages for anchor in anchors]
+    configs = stitch_configs(stages)
+    with seeded(seed):
+        net = StitchableNet(anchors, configs)
+        net.init_stitches(images[:100])
+        if family.classes is not None:
+            for anchor in net.anchors: anchor.new_task(family.classes)
+        apply_pst(net, scale['rank'])
+    return net
+
+def _sampler_of(net, scale, seed):
+    "Draws the networks of a family, which cost as much as they have parameters."
+    costs = []
+    for stitch in range(len(net.configs)):
+        network = net.extract(stitch)
+        costs.append(_size_of(network.parameters()))
+    intervals = min(scale['intervals'], len(costs))
+    return StitchSampler(costs, intervals, warmup=scale['warmup'], seed=seed)
+
 def adapted(anchors, scale, family, data, seed):
     "A family of anchors with new heads, trained all at once; and how often each network was drawn and scored."
-    with seeded(seed):
-        net = StitchableNet(anchors, stitch_configs([anchor.stages for anchor in anchors]))
-        net.init_stitches(data[0][:100])
-        for anchor in net.anchors:
-            if family.classes is not None: anchor.new_task(family.classes)
-        apply_pst(net, scale['rank'])
-    costs = [sum(p.numel() for p in net.extract(s).parameters()) for s in range(len(net.configs))]
-    sampler = StitchSampler(costs, min(scale['intervals'], len(costs)), warmup=scale['warmup'], seed=seed)
-    opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=scale['lr'], weight_decay=.01)
+    net = _stitched(anchors, scale, family, data[0], seed)
+    sampler = _sampler_of(net, scale, seed)
+    learning = _learning(net)
+    opt = torch.optim.AdamW(learning, lr=scale['lr'], weight_decay=.01)
     def loss(out, y, teacher):
-        return run.hard_label(*asked(out, y), None if teacher is None else asked(teacher, y)[0])
-    run = StitchTrainer(net, sampler, opt, loss=loss, schedule=cosine(opt, scale['iterations']))
-    run.fit(batches(*data, scale['iterations'], scale['batch'], seed))
+        scores,answers = asked(out, y)
+        if teacher is None: return run.hard_label(scores, answers, None)
+        taught,_ = asked(teacher, y)
+        return run.hard_label(scores, answers, taught)
+    steps = scale['iterations']
+    schedule = cosine(opt, steps)
+    run = StitchTrainer(net, sampler, opt, loss=loss, schedule=schedule)
+    run.fit(batches(*data, steps, scale['batch'], seed))
     return net, sampler
 
 def family_of(scale, file, name, seed):
@@ -150,14 +209,23 @@ def family_of(scale, file, name, seed):
     interval, and of the anchors tuned one by one with as many steps each."""
     family = FAMILIES[name]
     data, test = family.task(scale, seed)
-    net, sampler = adapted(anchors_of(file, name), scale, family, data, seed)
-    value = np.array([share_right(net, test, s) for s in range(len(net.configs))])
-    alone = [share_right(adapted([anchor], scale, family, data, seed)[0], test, 0)
-             for anchor in anchors_of(file, name)]
-    return dict(arm=name, seed=seed, accuracy=float(value[sampler.deploy()].mean()), every=float(value.mean()),
-                best=best_of_intervals(value, sampler.intervals),
-                small_alone=alone[0], large_alone=alone[1], networks=len(value),
-                trained=sum(p.numel() for p in net.parameters() if p.requires_grad))
+    anchors = anchors_of(file, name)
+    net, sampler = adapted(anchors, scale, family, data, seed)
+    networks = range(len(net.configs))
+    value = np.array([share_right(net, test, stitch) for stitch in networks])
+    alone = []
+    for anchor in anchors_of(file, name):
+        tuned,_ = adapted([anchor], scale, family, data, seed)
+        alone.append(share_right(tuned, test, 0))
+    row = dict(arm=name, seed=seed)
+    deployed = value[sampler.deploy()]
+    row['accuracy'] = float(deployed.mean())
+    row['every'] = float(value.mean())
+    row['best'] = best_of_intervals(value, sampler.intervals)
+    row['small_alone'],row['large_alone'] = alone
+    row['networks'] = len(value)
+    row['trained'] = _size_of(_learning(net))
+    return row
 
 # %% ../../nbs/vit/65b_anchors_study.ipynb #124db083
 def esta_anchors_rows(
@@ -169,5 +237,6 @@ def esta_anchors_rows(
 )->dict: # What the file holds
     "The `FAMILIES` of each seed."
     scale = SIZES['tiny' if small else 'toy']
-    return rows_after_family('ESTA on other anchors: toy scale', study, seeds, list(FAMILIES), family_of, scale, runs,
-                             scheduler, learn)
+    title = 'ESTA on other anchors: toy scale'
+    names = list(FAMILIES)
+    return rows_after_family(title, study, seeds, names, family_of, scale, runs, scheduler, learn)

@@ -38,22 +38,60 @@ SCALES = dict(toy=dict(dims=(16, 32, 64), depth=4, pretrain=1000, source=24_000,
 
 BASE = [t for t in TRIPLES if not is_novel(*t)]
 
+_TASK_CLASSES = len(COLOURS)*len(SHAPES)
+
 def tower(d, depth, classes):
     """A ViT of 16 patches, their mean as the result, and strided convolutions as embedding: it learns faster than
     one of 8x8 patches and a class token."""
-    t = timm.models.VisionTransformer(img_size=SIZE, patch_size=8, embed_dim=d, depth=depth, num_heads=d//16,
-                                      num_classes=classes, global_pool='avg', class_token=False)
-    def conv(a, b): return [nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-    t.patch_embed.proj = nn.Sequential(*conv(3, 16), *conv(16, 32), nn.Conv2d(32, d, 3, 2, 1))
-    return t
+    shape = dict(embed_dim=d, depth=depth, num_heads=d//16)
+    vit = timm.models.VisionTransformer(img_size=SIZE, patch_size=8, num_classes=classes, global_pool='avg',
+                                        class_token=False, **shape)
+    def conv(a, b):
+        halving = nn.Conv2d(a, b, 3, 2, 1, bias=False)
+        norm = nn.BatchNorm2d(b)
+        return [halving, norm, nn.ReLU()]
+    first = conv(3, 16)
+    second = conv(16, 32)
+    last = nn.Conv2d(32, d, 3, 2, 1)
+    embedding = nn.Sequential(*first, *second, last)
+    vit.patch_embed.proj = embedding
+    return vit
 
-def normal(images): return (torch.as_tensor(np.stack(images)).float()/255 - .45)/.25
+def normal(images):
+    pixels = torch.as_tensor(np.stack(images))
+    return (pixels.float()/255 - .45)/.25
 
 def objects(n, seed):
     "Pictures of single things: (images, kind)."
     rng = np.random.default_rng([seed, 77])
-    y = rng.integers(len(BASE), size=n)
-    return normal([object_image(rng, SIZE, *BASE[k]).transpose(2, 0, 1) for k in y]), torch.as_tensor(y)
+    kinds = rng.integers(len(BASE), size=n)
+    images = []
+    for kind in kinds:
+        image = object_image(rng, SIZE, *BASE[kind])
+        images.append(image.transpose(2, 0, 1))
+    return normal(images), torch.as_tensor(kinds)
+
+def _side(pixels, half):
+    "First pixel of a cut around the middle of some pixels and the one behind its last, within a scene of 80."
+    both_ends = pixels.max() + pixels.min()
+    middle = both_ends/2
+    first = np.clip(middle-half, 0, 80)
+    end = np.clip(middle+half+1, 0, 80)
+    return int(first),int(end)
+
+def _cut_out(scene, segment):
+    "One thing of a scene with a margin, as a picture."
+    here = scene['segments'] == segment
+    rows,columns = np.nonzero(here)
+    height = np.ptp(rows)
+    width = np.ptp(columns)
+    half = max(height, width)/2 + 2
+    top,bottom = _side(rows, half)
+    left,right = _side(columns, half)
+    image = scene['image']
+    cut = image[:, top:bottom, left:right]
+    resized = F.interpolate(cut[None].float(), (SIZE, SIZE), mode='bilinear', align_corners=False)
+    return resized[0].numpy()
 
 def crops(n, seed, skip=0, domain='sketch'):
     "Things cut out of crowded scenes: (images, colour and shape)."
@@ -61,20 +99,22 @@ def crops(n, seed, skip=0, domain='sketch'):
     images = []
     labels = []
     i = skip
-    colours,shapes = list(COLOURS),list(SHAPES.values() if domain == 'sketch' else SHAPES)
+    colours = list(COLOURS)
+    shapes = list(SHAPES.values() if domain == 'sketch' else SHAPES)
     while len(images) < n:
-        p = world._make(i)
+        scene = world._make(i)
         i += 1
-        for s in np.flatnonzero(p['isthing'] & p['isregion']):
-            yy,xx = np.nonzero(p['segments'] == s)
-            r = max(np.ptp(yy), np.ptp(xx))/2 + 2
-            cy,cx = (yy.max()+yy.min())/2,(xx.max()+xx.min())/2
-            y0,y1,x0,x1 = (int(np.clip(v, 0, 80)) for v in (cy-r, cy+r+1, cx-r, cx+r+1))
-            cut = p['image'][:, y0:y1, x0:x1][None].float()
-            images.append(F.interpolate(cut, (SIZE, SIZE), mode='bilinear', align_corners=False)[0].numpy())
-            colour,shape = world.vocabulary.names[p['classes'][s]].split(' ', 1)
-            labels.append(colours.index(colour)*len(shapes) + shapes.index(shape))
-    return normal(images[:n]), torch.as_tensor(labels[:n])
+        whole_things = scene['isthing'] & scene['isregion']
+        for segment in np.flatnonzero(whole_things):
+            images.append(_cut_out(scene, segment))
+            class_number = scene['classes'][segment]
+            name = world.vocabulary.names[class_number]
+            colour,shape = name.split(' ', 1)
+            row = colours.index(colour)
+            column = shapes.index(shape)
+            labels.append(row*len(shapes) + column)
+    labels = torch.as_tensor(labels[:n])
+    return normal(images[:n]), labels
 
 def batches(x, y, n, size, seed):
     g = torch.Generator().manual_seed(seed)
@@ -84,11 +124,21 @@ def batches(x, y, n, size, seed):
 
 @torch.no_grad()
 def accuracy(f, x, y):
-    return sum((f(a).argmax(1) == b).float().sum().item() for a,b in zip(x.split(500), y.split(500)))/len(x)
+    right = 0
+    parts = zip(x.split(500), y.split(500))
+    for images,labels in parts:
+        hits = f(images).argmax(1) == labels
+        right += hits.sum().item()
+    return right/len(x)
 
 # %% ../../nbs/vit/65_esta_study.ipynb #9a232608
+def _learning(net): return [p for p in net.parameters() if p.requires_grad]
+
+def _size_of(params): return sum(p.numel() for p in params)
+
 def cosine(opt, n):
-    return torch.optim.lr_scheduler.OneCycleLR(opt, opt.param_groups[0]['lr'], total_steps=n, pct_start=.1)
+    highest = opt.param_groups[0]['lr']
+    return torch.optim.lr_scheduler.OneCycleLR(opt, highest, total_steps=n, pct_start=.1)
 
 def train(net, params, data, lr, n, size, seed, loss=F.cross_entropy):
     opt = torch.optim.AdamW(params, lr=lr, weight_decay=.01)
@@ -102,25 +152,39 @@ def train(net, params, data, lr, n, size, seed, loss=F.cross_entropy):
 
 def pretrain(c, path):
     "The family of anchors, trained once on single things."
-    (x, y),test,said = objects(c['source'], 0),objects(500, 1),{}
+    data = objects(c['source'], 0)
+    test = objects(500, 1)
+    said = {}
     tensors = {}
     for i,d in enumerate(c['dims']):
         with seeded(i):
             net = tower(d, c['depth'], len(BASE))
-            train(net, net.parameters(), (x, y), c['lr_source'][i], c['pretrain'], c['batch_source'], i)
-        said[str(d)] = accuracy(net.eval(), *test)
-        tensors |= {f'{i}.{n}': p for n,p in net.state_dict().items()}
-    save_tensors(tensors, path, dict(accuracy=said, scale=c))
+            lr = c['lr_source'][i]
+            size = c['batch_source']
+            train(net, net.parameters(), data, lr, c['pretrain'], size, i)
+        net.eval()
+        said[str(d)] = accuracy(net, *test)
+        for name,tensor in net.state_dict().items(): tensors[f'{i}.{name}'] = tensor
+    metadata = dict(accuracy=said, scale=c)
+    save_tensors(tensors, path, metadata)
     return said
 
 def family(c, path):
     weights,_ = load_tensors(path)
     towers = []
     for i,d in enumerate(c['dims']):
-        t = tower(d, c['depth'], len(BASE))
-        t.load_state_dict(strip_prefix(f'{i}.', weights))
-        towers.append(t.eval())
+        anchor = tower(d, c['depth'], len(BASE))
+        own = strip_prefix(f'{i}.', weights)
+        anchor.load_state_dict(own)
+        towers.append(anchor.eval())
     return towers
+
+def _adapt(c, net, data, seed):
+    "Train what learns in a network, as every arm of the task does; what that is."
+    learning = _learning(net)
+    lr = c['lr']
+    train(net, learning, data, lr, c['iterations'], c['batch'], seed)
+    return learning
 
 def trainer(c, net, seed, sampling, full=False):
     "What trains a family, and the costs of its networks."
@@ -128,65 +192,122 @@ def trainer(c, net, seed, sampling, full=False):
     # Eq. 3.3 and its softmax as they are written
     plain = ImportanceTracker(len(table), corrected=False)
     warmup = c['warmup'] if sampling == 'importance' else float('inf')
-    sampler = StitchSampler(table.flops, c['intervals'], plain, warmup, seed, relative=False)
-    opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=c['lr_full' if full else 'lr'],
-                            weight_decay=.01)
-    return StitchTrainer(net, sampler, opt, schedule=cosine(opt, c['iterations'])),table
+    intervals = c['intervals']
+    sampler = StitchSampler(table.flops, intervals, plain, warmup, seed, relative=False)
+    learning = _learning(net)
+    lr = c['lr_full' if full else 'lr']
+    opt = torch.optim.AdamW(learning, lr=lr, weight_decay=.01)
+    schedule = cosine(opt, c['iterations'])
+    run = StitchTrainer(net, sampler, opt, schedule=schedule)
+    return run,table
 
 # %% ../../nbs/vit/65_esta_study.ipynb #4ac2273d
 def pairwise(net, data):
     """Angles, pair by pair, between gradients of the stitches of the two small anchors on the weights of query, key
     and value (Fig. 3.2)."""
-    joins = [s for s,k in enumerate(net.configs) if not k.is_anchor and k.front == 0]
-    names = [n for n,_ in net.named_parameters() if n.endswith('.weight') and '.qkv.' in n]
-    a = gradient_angles(net, (data[0][:100], data[1][:100]), joins, names)
-    return a[tuple(torch.triu_indices(*a.shape, offset=1))].numpy().round(1).tolist()
+    joins = []
+    for stitch,config in enumerate(net.configs):
+        if not config.is_anchor and config.front == 0: joins.append(stitch)
+    names = []
+    for name,_ in net.named_parameters():
+        if name.endswith('.weight') and '.qkv.' in name: names.append(name)
+    images,labels = data
+    batch = images[:100],labels[:100]
+    angles = gradient_angles(net, batch, joins, names)
+    pairs = torch.triu_indices(*angles.shape, offset=1)
+    above_diagonal = angles[tuple(pairs)]
+    return above_diagonal.numpy().round(1).tolist()
+
+def _anchor_alone(c, anchor, rank, seed):
+    "A family of one anchor, with a new head and updates of a rank."
+    configs = stitch_configs([c['depth']])
+    with seeded(seed):
+        anchor.reset_classifier(_TASK_CLASSES)
+        net = StitchableNet([anchor], configs)
+        return apply_pst(net, rank)
 
 def tuned_alone(c, towers, data, seed):
     "Each anchor tuned alone, with a head of its own, by low-rank updates that are merged."
-    res = []
-    for t,r in zip(towers, c['ranks']):
-        with seeded(seed):
-            t.reset_classifier(len(COLOURS)*len(SHAPES))
-            net = apply_pst(StitchableNet([t], stitch_configs([c['depth']])), r)
-        params = [p for p in net.parameters() if p.requires_grad]
-        train(net, params, data, c['lr'], c['iterations'], c['batch'], seed)
-        res.append(merge_stitch(net, 0).tower.eval())
-    return res
+    tuned = []
+    for anchor,rank in zip(towers, c['ranks']):
+        net = _anchor_alone(c, anchor, rank, seed)
+        _adapt(c, net, data, seed)
+        merged = merge_stitch(net, 0)
+        tuned.append(merged.tower.eval())
+    return tuned
 
 def equal_sizes(c, towers, what):
     """Ranks, or widths of bottlenecks, with which about as much is trained as by PST: without its biases (`'ranks'`),
     or with bottlenecks in place of updates (`'widths'`)."""
-    made = pst_report(apply_pst(StitchableNet([copy.deepcopy(t) for t in towers]), c['ranks'][:len(towers)]))
+    ranks = c['ranks'][:len(towers)]
+    copies = [copy.deepcopy(anchor) for anchor in towers]
+    net = apply_pst(StitchableNet(copies), ranks)
+    made = pst_report(net)
     more = 1 + made.biases/made.attention
-    if what == 'ranks': return [round(r*more) for r in c['ranks'][:len(towers)]]
+    if what == 'ranks': return [round(r*more) for r in ranks]
     # an update of attention has 6 r d numbers, a bottleneck 2 w d + w + d
-    return [max(1, round((6*r*d - d)/(2*d + 1))) for r,d in zip(c['ranks'], c['dims'])]
+    widths = []
+    for r,d in zip(c['ranks'], c['dims']):
+        width = (6*r*d - d)/(2*d + 1)
+        width = round(width)
+        widths.append(max(1, width))
+    return widths
+
+def _ranks(c, towers, sizes, factor):
+    "The rank or width of each anchor."
+    if sizes: return equal_sizes(c, towers, sizes)
+    usual = c['ranks'][:len(towers)]
+    return [max(1, round(factor*r)) for r in usual]
+
+def _adapted(c, towers, images, seed, full, alone, sizes, factor, pst):
+    "A family stitched on the first pictures, with new heads and what it shall learn."
+    with seeded(seed):
+        net = StitchableNet(towers)
+        net.init_stitches(images[:100])
+        if not alone:
+            for anchor in towers: anchor.reset_classifier(_TASK_CLASSES)
+        ranks = _ranks(c, towers, sizes, factor)
+        if not full: apply_pst(net, ranks, **pst)
+    return net
+
+def _outcome(value, table, sampler, spread):
+    "What is kept of a palette: accuracy, costs and scores of its stitches, and which are deployed."
+    tracker = sampler.tracker
+    res = dict(value=value, flops=table.flops.tolist())
+    res['params'] = table.params.tolist()
+    res['names'] = table.name.tolist()
+    res['score'] = tracker.scores.tolist()
+    res['drawn'] = tracker.counts.tolist()
+    res['deployed'] = sampler.deploy()
+    res['intervals'] = [members.tolist() for members in sampler.intervals]
+    rounded = spread.round(4).tolist()
+    res['spread'] = rounded[::10]
+    return res
 
 def palette(c, path, seed, sampling, full=False, alone=False, sizes=None, factor=1., **pst):
     "One training of all stitches; what each reaches, what its score is, which are deployed."
-    data,test = crops(c['train'], seed),crops(c['test'], seed, skip=50_000)
+    data = crops(c['train'], seed)
+    test = crops(c['test'], seed, skip=50_000)
     towers = family(c, path)
     if alone: towers = tuned_alone(c, towers, data, seed)
-    with seeded(seed):
-        net = StitchableNet(towers)
-        net.init_stitches(data[0][:100])
-        for t in towers if not alone else (): t.reset_classifier(len(COLOURS)*len(SHAPES))
-        ranks = (equal_sizes(c, towers, sizes) if sizes
-                 else [max(1, round(factor*r)) for r in c['ranks'][:len(towers)]])
-        if not full: apply_pst(net, ranks, **pst)
+    images,_ = data
+    net = _adapted(c, towers, images, seed, full, alone, sizes, factor, pst)
     run,table = trainer(c, net, seed, sampling, full)
     steps = batches(*data, c['iterations'], c['batch'], seed)
-    history = [run.fit(itertools.islice(steps, c['angles_at']))]
-    plain = not (full or pst or alone or sizes or factor != 1) and sampling == 'importance'
+    first_steps = itertools.islice(steps, c['angles_at'])
+    before = run.fit(first_steps)
+    other_arm = full or pst or alone or sizes or factor != 1
+    plain = sampling == 'importance' and not other_arm
     angles = pairwise(net, data) if plain else None
-    history = pd.concat(history + [run.fit(steps)])
-    sampler,learned = run.sampler,int(sum(p.numel() for p in net.parameters() if p.requires_grad))
-    value = [accuracy(lambda x: net(x, s), *test) for s in table.index]
-    return dict(value=value, flops=table.flops.tolist(), params=table.params.tolist(), names=table.name.tolist(),
-                score=sampler.tracker.scores.tolist(), drawn=sampler.tracker.counts.tolist(),
-                deployed=sampler.deploy(), intervals=[m.tolist() for m in sampler.intervals],
-                spread=history.spread.round(4).tolist()[::10], trained=learned, angles=angles)
+    after = run.fit(steps)
+    history = pd.concat([before, after])
+    learned = _size_of(_learning(net))
+    value = []
+    for stitch in table.index:
+        def network(x): return net(x, stitch)
+        value.append(accuracy(network, *test))
+    res = _outcome(value, table, run.sampler, history.spread)
+    return dict(res, trained=int(learned), angles=angles)
 
 def source_angles(c, path, seed):
     "The same training on the source, up to the step at which angles are measured."
@@ -194,80 +315,128 @@ def source_angles(c, path, seed):
     with seeded(seed):
         net = StitchableNet(family(c, path))
         net.init_stitches(data[0][:100])
-        apply_pst(net, c['ranks'][:len(c['dims'])])
-    trainer(c, net, seed,
-            'importance')[0].fit(itertools.islice(batches(*data, c['iterations'], c['batch'], seed),
-                                                  c['angles_at']))
+        count = len(c['dims'])
+        apply_pst(net, c['ranks'][:count])
+    run,_ = trainer(c, net, seed, 'importance')
+    steps = batches(*data, c['iterations'], c['batch'], seed)
+    first_steps = itertools.islice(steps, c['angles_at'])
+    run.fit(first_steps)
     return dict(angles=pairwise(net, data))
 
 def single(c, path, seed, i):
     "One anchor, tuned alone with the same low-rank updates."
-    data,test = crops(c['train'], seed),crops(c['test'], seed, skip=50_000)
-    t = family(c, path)[i]
-    with seeded(seed):
-        t.reset_classifier(len(COLOURS)*len(SHAPES))
-        net = apply_pst(StitchableNet([t], stitch_configs([c['depth']])), c['ranks'][i])
-    params = [p for p in net.parameters() if p.requires_grad]
-    train(net, params, data, c['lr'], c['iterations'], c['batch'], seed)
-    return dict(value=accuracy(net, *test), flops=int(stitch_table(net, (3, SIZE, SIZE)).flops[0]),
-                trained=int(sum(p.numel() for p in params)))
+    data = crops(c['train'], seed)
+    test = crops(c['test'], seed, skip=50_000)
+    anchor = family(c, path)[i]
+    rank = c['ranks'][i]
+    net = _anchor_alone(c, anchor, rank, seed)
+    learned = _adapt(c, net, data, seed)
+    value = accuracy(net, *test)
+    table = stitch_table(net, (3, SIZE, SIZE))
+    flops = int(table.flops[0])
+    return dict(value=value, flops=flops, trained=_size_of(learned))
 
 def arms(c):
-    return {'esta': lambda p, s: palette(c, p, s, 'importance'),
-            'uniform': lambda p, s: palette(c, p, s, 'uniform'),
-            'snnet': lambda p, s: palette(c, p, s, 'uniform', full=True),
-            'source': lambda p, s: source_angles(c, p, s),
-            **{f'anchor {i}': (lambda p, s, i=i: single(c, p, s, i)) for i in range(len(c['dims']))}}
+    def esta(path, seed): return palette(c, path, seed, 'importance')
+    def uniform(path, seed): return palette(c, path, seed, 'uniform')
+    def snnet(path, seed): return palette(c, path, seed, 'uniform', full=True)
+    def source(path, seed): return source_angles(c, path, seed)
+    made = dict(esta=esta, uniform=uniform, snnet=snnet, source=source)
+    for i in range(len(c['dims'])):
+        def anchor(path, seed, i=i): return single(c, path, seed, i)
+        made[f'anchor {i}'] = anchor
+    return made
 
 # %% ../../nbs/vit/65_esta_study.ipynb #5b0d2631
 def best_of_intervals(value, intervals):
     "The mean over the intervals of cost of the best accuracy in each."
-    return float(np.mean([value[members].max() for members in intervals]))
+    best = [value[members].max() for members in intervals]
+    return float(np.mean(best))
+
+def _accuracies(name, run, by_score=True):
+    "Mean accuracies of one training: of what is deployed by score, of all, and of the best of each interval."
+    value = np.array(run['value'])
+    res = {}
+    if by_score:
+        deployed = value[run['deployed']]
+        res[f'{name}, deployed by score'] = deployed.mean()
+    res[f'{name}, all'] = value.mean()
+    best = best_of_intervals(value, run['intervals'])
+    res[f'{name}, best of each interval'] = best
+    return res
+
+def _deployed_beside(run, value, i):
+    "Accuracy of what is deployed in the interval of anchor `i`."
+    intervals = zip(run['deployed'], run['intervals'])
+    beside = (stitch for stitch,members in intervals if i in members)
+    return value[next(beside)]
 
 def summary(r):
     "What the runs say, by seed; then mean and standard deviation."
-    e = r['esta']
-    u = r['uniform']
-    f = r['snnet']
-    v = {k: np.array(d['value']) for k,d in (('esta', e), ('uniform', u), ('snnet', f))}
-    front = pareto_front(e['flops'], v['esta'])
-    res = {'ESTA, deployed by score': v['esta'][e['deployed']].mean(), 'ESTA, all': v['esta'].mean(),
-           'ESTA, best of each interval': best_of_intervals(v['esta'], e['intervals']),
-           'uniform, deployed by score': v['uniform'][u['deployed']].mean(), 'uniform, all': v['uniform'].mean(),
-           'uniform, best of each interval': best_of_intervals(v['uniform'], u['intervals']),
-           'SN-Net, all': v['snnet'].mean(),
-           'SN-Net, best of each interval': best_of_intervals(v['snnet'], f['intervals']),
-           'share of the deployed on the Pareto front': front[e['deployed']].mean(),
-           'rank correlation of score and accuracy': spearmanr(e['score'], v['esta']).statistic,
-           'gradient angle, source': np.mean(r['source']['angles']), 'gradient angle, task': np.mean(e['angles']),
-           'angles above 90 degrees, source': np.mean(np.array(r['source']['angles']) > 90),
-           'angles above 90 degrees, task': np.mean(np.array(e['angles']) > 90)}
-    for i in range(sum(k.startswith('anchor') for k in r)):
-        res |= {f'anchor {i} alone': r[f'anchor {i}']['value'], f'anchor {i} in ESTA': v['esta'][i],
-                f'deployed in the interval of anchor {i}': next(v['esta'][d]
-                                                                for d,m in zip(e['deployed'], e['intervals'])
-                                                                if i in m)}
-    return {k: float(x) for k,x in res.items()}
+    esta = r['esta']
+    value = np.array(esta['value'])
+    res = _accuracies('ESTA', esta)
+    res |= _accuracies('uniform', r['uniform'])
+    res |= _accuracies('SN-Net', r['snnet'], by_score=False)
+    on_front = pareto_front(esta['flops'], value)
+    deployed_on_front = on_front[esta['deployed']]
+    res['share of the deployed on the Pareto front'] = deployed_on_front.mean()
+    correlation = spearmanr(esta['score'], value)
+    res['rank correlation of score and accuracy'] = correlation.statistic
+    at_source = np.array(r['source']['angles'])
+    on_task = np.array(esta['angles'])
+    res['gradient angle, source'] = np.mean(at_source)
+    res['gradient angle, task'] = np.mean(on_task)
+    res['angles above 90 degrees, source'] = np.mean(at_source > 90)
+    res['angles above 90 degrees, task'] = np.mean(on_task > 90)
+    anchors = sum(arm.startswith('anchor') for arm in r)
+    for i in range(anchors):
+        alone = r[f'anchor {i}']
+        res[f'anchor {i} alone'] = alone['value']
+        res[f'anchor {i} in ESTA'] = value[i]
+        res[f'deployed in the interval of anchor {i}'] = _deployed_beside(esta, value, i)
+    return {name: float(number) for name,number in res.items()}
 
 # %% ../../nbs/vit/65_esta_study.ipynb #f5f8c141
 def family_weights(scale, file, learn=pretrain):
     "Train the family by `learn(scale, file)`, if it is not there; its accuracy on the source."
     if not file.exists(): learn(scale, file)
-    return json.loads(load_tensors(file)[1]['accuracy'])
+    _,metadata = load_tensors(file)
+    return json.loads(metadata['accuracy'])
 
 def arm_of(scale, file, name, seed):
     "One arm of one seed."
-    return arms(scale)[name](file, seed)
+    run = arms(scale)[name]
+    return run(file, seed)
 
 def after_family(study, seeds, names, run, scale, runs, scheduler, learn=pretrain):
     """What `run(scale, file, name, seed)` gives for each name and seed, behind the family that all begin with, which
     `learn(scale, file)` trains."""
-    folder = open_folder(runs, scale, 'scale.json').resolve()
+    folder = open_folder(runs, scale, 'scale.json')
+    folder = folder.resolve()
     weights = folder/'family.safetensors'
-    jobs = {'family': ((), family_weights, (scale, weights, learn))}
+    first = (), family_weights, (scale, weights, learn)
+    jobs = dict(family=first)
     def job(name, seed): return run, scale, weights, name, seed
     jobs |= kept_jobs(folder, names, seeds, 'family', job)
     with one_thread(): return run_jobs(jobs, scheduler, study.name)
+
+def _spread(results):
+    "Mean, standard deviation and values of each figure of the summaries of all seeds."
+    rows = [summary(result) for result in results.values()]
+    spread = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        mean = float(np.mean(values))
+        std = None
+        if len(values) > 1: std = float(np.std(values, ddof=1))
+        spread[name] = dict(mean=mean, std=std, values=values)
+    return spread
+
+def _minutes(rows):
+    "Minutes of some jobs."
+    seconds = sum(row['seconds'] for row in rows)
+    return round(seconds/60, 1)
 
 def esta_rows(
     study, # The `Study`
@@ -278,27 +447,30 @@ def esta_rows(
 )->dict: # What the file holds
     "The family, each arm of each seed, and their summary."
     scale = SCALES['tiny' if small else 'toy']
-    done = after_family(study, seeds, list(arms(scale)), arm_of, scale, runs, scheduler)
-    results = {str(seed): {name: done[name, seed] for name in arms(scale)} for seed in seeds}
-    rows = {seed: summary(result) for seed,result in results.items()}
-    many = {name: [row[name] for row in rows.values()] for name in next(iter(rows.values()))}
-    spread = {name: float(np.std(values, ddof=1)) if len(values) > 1 else None for name,values in many.items()}
-    minutes = round(sum(arm['seconds'] for result in results.values() for arm in result.values())/60, 1)
-    made = dict(threads=1, cpu_minutes_of_arms=minutes, timm=timm.__version__)
-    chance = dict(source=1/len(BASE), task=1/(len(COLOURS)*len(SHAPES)))
-    means = {name: dict(mean=float(np.mean(values)), std=spread[name], values=values)
-             for name,values in many.items()}
-    return dict(what='ESTA at toy scale', run=made, seeds=list(seeds), scale=scale, source_accuracy=done['family'],
-                chance=chance, summary=means, results=results)
+    names = list(arms(scale))
+    done = after_family(study, seeds, names, arm_of, scale, runs, scheduler)
+    results = {}
+    for seed in seeds:
+        of_seed = {name: done[name, seed] for name in names}
+        results[str(seed)] = of_seed
+    spread = _spread(results)
+    rows = [arm for result in results.values() for arm in result.values()]
+    made = dict(threads=1, cpu_minutes_of_arms=_minutes(rows), timm=timm.__version__)
+    chance = dict(source=1/len(BASE), task=1/_TASK_CLASSES)
+    file = dict(what='ESTA at toy scale', run=made, seeds=list(seeds), scale=scale)
+    file['source_accuracy'] = done['family']
+    return dict(file, chance=chance, summary=spread, results=results)
 
 # %% ../../nbs/vit/65_esta_study.ipynb #35c31838
 def rows_after_family(what, study, seeds, names, run, scale, runs, scheduler, learn=pretrain):
     "The rows of each name and seed, as `after_family` makes them, and what they ran with."
     done = after_family(study, seeds, names, run, scale, runs, scheduler, learn)
     rows = [done[name, seed] for seed in seeds for name in names]
-    minutes = round(sum(row['seconds'] for row in rows)/60, 1)
-    return dict(what=what, run=dict(threads=1, cpu_minutes=minutes, timm=timm.__version__), seeds=list(seeds),
-                scale=scale, source_accuracy=done['family'], results=rows)
+    made = dict(threads=1, cpu_minutes=_minutes(rows), timm=timm.__version__)
+    file = dict(what=what, run=made, seeds=list(seeds), scale=scale)
+    file['source_accuracy'] = done['family']
+    file['results'] = rows
+    return file
 
 PARTS = {'PST': {}, 'all weights': dict(full=True), 'stitching layers in full': dict(stitch_rank=None),
          'no biases': dict(ssb=False), 'no biases, larger ranks': dict(ssb=False, sizes='ranks'),
@@ -308,11 +480,20 @@ PARTS = {'PST': {}, 'all weights': dict(full=True), 'stitching layers in full': 
 
 def part_of(scale, file, name, seed):
     "One of the `PARTS` of one seed: accuracy of all stitches, of those deployed by score, of the best."
-    d = palette(scale, file, seed, 'importance', **PARTS[name])
-    value = np.array(d['value'])
-    return dict(arm=name, seed=seed, accuracy=float(value[d['deployed']].mean()), every=float(value.mean()),
-                best=best_of_intervals(value, d['intervals']), trained=d['trained'],
-                flops=float(np.array(d['flops'])[d['deployed']].mean()))
+    reached = palette(scale, file, seed, 'importance', **PARTS[name])
+    deployed = reached['deployed']
+    value = np.array(reached['value'])
+    flops = np.array(reached['flops'])
+    row = dict(arm=name, seed=seed)
+    accuracy_of_deployed = value[deployed].mean()
+    row['accuracy'] = float(accuracy_of_deployed)
+    row['every'] = float(value.mean())
+    intervals = reached['intervals']
+    row['best'] = best_of_intervals(value, intervals)
+    row['trained'] = reached['trained']
+    flops_of_deployed = flops[deployed].mean()
+    row['flops'] = float(flops_of_deployed)
+    return row
 
 def esta_parts_rows(
     study, # The `Study`

@@ -27,47 +27,72 @@ class Pictures(Dataset):
         labels, # Numbers of classes
         classes, # Names
         transform=None, # From a PIL image to what the network takes; None gives the image itself
-    ): self.files,self.labels,self.classes,self.transform = list(files),list(labels),list(classes),transform
+    ):
+        self.files = list(files)
+        self.labels = list(labels)
+        self.classes = list(classes)
+        self.transform = transform
 
     def __len__(self): return len(self.files)
     def __getitem__(self, i):
-        try: image = Image.open(self.files[i]).convert('RGB')
+        file = self.files[i]
+        try: image = Image.open(file).convert('RGB')
         except OSError as error:
-            raise OpenTransError(f"'{self.files[i]}' cannot be read as a picture ({shorten(error)}). "
+            raise OpenTransError(f"'{file}' cannot be read as a picture ({shorten(error)}). "
                                  "Fetch it again, or take it out.") from error
-        return (image if self.transform is None else self.transform(image)), self.labels[i]
+        if self.transform is not None: image = self.transform(image)
+        return image, self.labels[i]
     def __repr__(self): return f'Pictures({len(self)} of {len(self.classes)} classes)'
 
-def _first(root, names): return next((root/n for n in names if (root/n).exists()), None)
+def _first(root, names):
+    "The first of some names that is there; None if there is none."
+    for name in names:
+        if (root/name).exists(): return root/name
+    return None
 
 def _classes_of(folder):
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith('.'))
+    "The names of the folders in a folder, by the alphabet."
+    folders = (p for p in folder.iterdir() if p.is_dir())
+    return sorted(p.name for p in folders if not p.name.startswith('.'))
 
 def _is_picture(path): return path.suffix.lower() in _ENDS and not path.name.startswith('.')
 
 def _by_folder(folder, classes=None):
     "Pictures in a folder for each class: paths, labels, classes."
     classes = classes or _classes_of(folder)
-    found = [(p, k) for k,name in enumerate(classes) for p in sorted((folder/name).rglob('*')) if _is_picture(p)]
-    return [p for p,_ in found], [k for _,k in found], classes
+    files = []
+    labels = []
+    for k,name in enumerate(classes):
+        inside = sorted((folder/name).rglob('*'))
+        own = [path for path in inside if _is_picture(path)]
+        files += own
+        labels += [k]*len(own)
+    return files, labels, classes
 
 def _inside(root, path):
     "A path of a list, below the root. Raises `OpenTransError` for one that leads elsewhere."
-    place = next((p for p in (root/path, root/'images'/path) if p.exists()), root/path)
+    place = _first(root, (path, Path('images')/path)) or root/path
     if place.resolve().is_relative_to(root.resolve()): return place
     raise OpenTransError(f"A list in '{root}' names '{shorten(path)}', which lies outside.")
 
 def _lines(file):
     "Paths and classes of a list."
-    rows = [line.rsplit(None, 1) for line in read_text(file).splitlines() if line.strip()]
-    if any(len(row) != 2 or not row[1].isdigit() for row in rows):
-        raise OpenTransError(f"'{file}' must hold a path and a number in each line.")
-    return [(path, int(k)) for path,k in rows]
+    rows = []
+    for line in read_text(file).splitlines():
+        if not line.strip(): continue
+        words = line.rsplit(None, 1)
+        if len(words) != 2 or not words[1].isdigit():
+            raise OpenTransError(f"'{file}' must hold a path and a number in each line.")
+        path, number = words
+        rows.append((path, int(number)))
+    return rows
 
 def _told(root, split):
     "The list of a split: pairs of path and class, or None."
     if file := _first(root, _LISTS[split]): return _lines(file)
-    if file := _first(root, _MAPS[split]): return list(load_json(file, dict[str, int | str]).items())
+    if file := _first(root, _MAPS[split]):
+        classes = load_json(file, dict[str, int | str])
+        return list(classes.items())
 
 def open_pictures(
     root, # Folder
@@ -89,32 +114,41 @@ def open_pictures(
         folder = _first(root, _FOLDERS[split])
         if folder is None:
             raise OpenTransError(f"'{root}' has a folder for training, and none for testing. Call it val or test.")
-        more = sorted(set(_classes_of(folder)) - set(classes))
+        there = _classes_of(folder)
+        more = sorted(set(there) - set(classes))
         if more: raise OpenTransError(f"'{folder}' has classes that training does not know: {', '.join(more[:4])}.")
         files, labels, classes = _by_folder(folder, classes)
     if not files:
+        ends = ', '.join(_ENDS[:3])
         raise OpenTransError(f"There are no pictures for {split} in '{root}'. "
-                             f"Each class needs a folder with {', '.join(_ENDS[:3])} files.")
+                             f"Each class needs a folder with {ends} files.")
     return Pictures(files, labels, classes, transform)
 
 def _divided(root, split, seed, share):
     "A part of the pictures of each class."
     files, labels, classes = _by_folder(root)
-    g, res = torch.Generator().manual_seed(seed), []
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    numbers = []
     for k in range(len(classes)):
         own = [path for path,label in zip(files, labels) if label == k]
-        order, cut = torch.randperm(len(own), generator=g).tolist(), round(share*len(own))
-        res += [(own[i], k) for i in (order[:cut] if split == 'train' else order[cut:])]
-    return [p for p,_ in res], [k for _,k in res], classes
+        order = torch.randperm(len(own), generator=generator).tolist()
+        cut = round(share*len(own))
+        part = order[:cut] if split == 'train' else order[cut:]
+        chosen += [own[i] for i in part]
+        numbers += [k]*len(part)
+    return chosen, numbers, classes
 
 def _listed(root, split, transform):
     "Pictures of a list. Classes are those of training."
     known = sorted({k for _,k in _told(root, 'train')})
     rows = _told(root, split)
     if rows is None: raise OpenTransError(f"'{root}' has a list for training, and none for testing.")
-    more = [k for _,k in rows if k not in set(known)]
-    if more:
-        raise OpenTransError(f"The {split} list of '{root}' has the class {more[0]}, which training does not know.")
     number = {k: i for i,k in enumerate(known)}
-    files, labels = [_inside(root, p) for p,_ in rows], [number[k] for _,k in rows]
-    return Pictures(files, labels, [str(k) for k in known], transform)
+    for _,k in rows:
+        if k not in number:
+            raise OpenTransError(f"The {split} list of '{root}' has the class {k}, which training does not know.")
+    files = [_inside(root, path) for path,_ in rows]
+    labels = [number[k] for _,k in rows]
+    classes = [str(k) for k in known]
+    return Pictures(files, labels, classes, transform)

@@ -27,18 +27,22 @@ from .spvit import (
 def _tower(model):
     "The image tower: where `.tower` leads, or a CLIP's `.visual`."
     tower = find_tower(model)
-    return tower.visual if isinstance(getattr(tower, 'visual', None), nn.Module) else tower
+    visual = getattr(tower, 'visual', None)
+    return visual if isinstance(visual, nn.Module) else tower
+
+def _is_block(module):
+    "Has it an MLP, and an attention or a depthwise convolution?"
+    if not hasattr(module, 'mlp'): return False
+    attention = getattr(module, 'attn', None)
+    depthwise = getattr(module, 'conv_dw', None)
+    return isinstance(attention, nn.Module) or isinstance(depthwise, nn.Module)
 
 def vit_blocks(
     model:nn.Module, # A ViT, Swin, ConvNeXt or CLIP tower, or anything that holds one under `.tower`
 )->dict: # Name -> block, in order
     "The blocks that SPViT works on. Raises `OpenTransError` if there are none."
     tower = _tower(model)
-    res = {n: m
-           for n,m in tower.named_modules()
-           if hasattr(m, 'mlp')
-           and (isinstance(getattr(m, 'attn', None), nn.Module)
-                or isinstance(getattr(m, 'conv_dw', None), nn.Module))}
+    res = {n: m for n,m in tower.named_modules() if _is_block(m)}
     if not res:
         raise OpenTransError(
             f"{type(tower).__name__} has no blocks with attn and mlp, or conv_dw and mlp. SPViT prunes ViT, DeiT, "
@@ -50,10 +54,12 @@ class _MapAttention:
     "Mixed into a Swin block: attention sees windows, a convolution the whole map."
     def _attn(self, x):
         a = self.attn
-        if isinstance(a, UnifiedAttention): return a.mix(x, lambda x, v: super(_MapAttention, self)._attn(x))
-        return super()._attn(x) if hasattr(a, 'relative_position_bias_table') else a(x)
+        def in_windows(x, v=None): return super(_MapAttention, self)._attn(x)
+        if isinstance(a, UnifiedAttention): return a.mix(x, in_windows)
+        return in_windows(x) if hasattr(a, 'relative_position_bias_table') else a(x)
 
-_mixed = functools.cache(lambda cls: type(cls.__name__, (_MapAttention, cls), {}))
+@functools.cache
+def _mixed(cls): return type(cls.__name__, (_MapAttention, cls), {})
 
 def _mixer(block): return 'attn' if hasattr(block, 'attn') else 'conv_dw'
 
@@ -63,8 +69,14 @@ def _patches(tower):
     if hasattr(tower, 'transformer') and hasattr(tower, 'conv1'): return tower.conv1,1
     if hasattr(tower, 'patch_embed') and hasattr(tower, 'blocks'):
         return tower.patch_embed.proj,tower.num_prefix_tokens
-    if isinstance(getattr(tower, 'trunk', None), nn.Module): return _patches(tower.trunk)
+    trunk = getattr(tower, 'trunk', None)
+    if isinstance(trunk, nn.Module): return _patches(trunk)
     return None,0
+
+def _kept(keep, tower, n):
+    "Which of `n` blocks keep their attention."
+    if keep is None: keep = (-1,) if hasattr(tower, 'class_embedding') else ()
+    return {check_number('keep', i, -n, n-1, whole=True) % n for i in keep}
 
 def convert_to_spvit(
     vit:nn.Module, # A tower, or anything that holds one; it is copied
@@ -82,24 +94,25 @@ def convert_to_spvit(
     """Give a ViT the gates of SPViT (thesis, Sec. 4.3.2). Raises `OpenTransError` for a model that cannot be
     converted."""
     model = copy.deepcopy(vit)
-    tower,blocks = _tower(model),vit_blocks(model)
-    if any(isinstance(m, (UnifiedAttention, UnifiedMLP)) for m in model.modules()):
-        raise OpenTransError("The model has SPViT's gates already. Convert the plain ViT.")
-    (embed,prefix),n = _patches(tower),len(blocks)
+    tower = _tower(model)
+    blocks = vit_blocks(model)
+    for m in model.modules():
+        if isinstance(m, (UnifiedAttention, UnifiedMLP)):
+            raise OpenTransError("The model has SPViT's gates already. Convert the plain ViT.")
+    embed,prefix = _patches(tower)
     check_number('temperature', temperature, 0, above=True)
     check_number('theta', theta)
     kinds = dict(single=UnifiedAttention, multi=MultiPathAttention)
     if paths not in kinds: raise unknown('way of paths', paths, kinds)
-    keep = {check_number('keep', i, -n, n-1, whole=True) % n
-            for i in (keep if keep is not None else (-1,) if hasattr(tower, 'class_embedding') else ())}
+    keep = _kept(keep, tower, len(blocks))
     grid = Grid()
     if embed is not None: embed.register_forward_hook(grid)
+    settings = dict(temperature=temperature, theta=theta, cls=cls, prefix=prefix, heads=heads)
     for i,b in enumerate(blocks.values()):
+        own = ('msa',) if i in keep else ops
         if _mixer(b) == 'conv_dw': b.conv_dw = UnifiedDepthwise.from_conv(b.conv_dw, sides, gating, theta)
-        elif heads or not (tuple(ops) == ('msa',) or i in keep):
-            b.attn = kinds[paths].from_attention(b.attn, grid, ('msa',) if i in keep else ops, gating,
-                                                 temperature=temperature, theta=theta, cls=cls, prefix=prefix,
-                                                 heads=heads)
+        elif heads or tuple(own) != ('msa',):
+            b.attn = kinds[paths].from_attention(b.attn, grid, own, gating, **settings)
             if b.attn.window: b.__class__ = _mixed(type(b))
         if units: b.mlp = UnifiedMLP.from_mlp(b.mlp, theta)
     return model
@@ -117,7 +130,21 @@ def slim_spvit(
     return slim(copy.deepcopy(model))
 
 # %% ../../nbs/vit/63b_hybrids.ipynb #912160cb
-def _parts(block): return getattr(block, 'attn' if hasattr(block, 'attn') else 'conv_dw'),block.mlp
+def _parts(block): return getattr(block, _mixer(block)),block.mlp
+
+def _width(mlp):
+    "Hidden units of an MLP."
+    first,_ = mlp_names(mlp)
+    return getattr(mlp, first).weight.shape[0]
+
+def _without_numbers(tower):
+    "The weights of a tower on `meta`, but for gates, by name."
+    named = itertools.chain(tower.named_parameters(), tower.named_buffers())
+    weights = {}
+    for name,t in named:
+        is_gate = name.split('.')[-1] in ('gate', 'head_gate')
+        if not is_gate: weights[name] = t.detach().to('meta')
+    return weights
 
 def _shapes(model, size):
     """Shapes of the blocks' inputs and of what convolutions, linear maps and norms outside of them give: a pass, of a
@@ -127,17 +154,21 @@ def _shapes(model, size):
     seen = {}
     undo = []
     inside = {m for b in blocks.values() for m in b.modules()}
-    def hook(name, m, args, out): seen[name] = tuple(args[0].shape),tuple(out.shape)
+    def hook(name, m, args, out):
+        given = args[0].shape
+        seen[name] = tuple(given),tuple(out.shape)
     for n,m in tower.named_modules():
-        if n in blocks or m not in inside and isinstance(m, (nn.Conv2d, nn.Linear, nn.LayerNorm)):
-            undo.append(m.register_forward_hook(functools.partial(hook, n)))
-    modes,real = [(m, m.training) for m in tower.modules()],('gate', 'head_gate')
-    state = {k: t.detach().to('meta')
-             for k,t in [*tower.named_parameters(), *tower.named_buffers()] if k.split('.')[-1] not in real}
-    state,device = ({}, 'cpu') if is_small(tower) and max(size) <= 256 else (state, 'meta')
+        counted_alone = m not in inside and isinstance(m, (nn.Conv2d, nn.Linear, nn.LayerNorm))
+        if n in blocks or counted_alone:
+            handle = m.register_forward_hook(functools.partial(hook, n))
+            undo.append(handle)
+    modes = [(m, m.training) for m in tower.modules()]
+    small = is_small(tower) and max(size) <= 256
+    state = {} if small else _without_numbers(tower)
     try:
-        with torch.no_grad():
-            torch.func.functional_call(tower.eval(), state, (torch.zeros(1, 3, *size, device=device),))
+        picture = torch.zeros(1, 3, *size, device='cpu' if small else 'meta')
+        tower.eval()
+        with torch.no_grad(): torch.func.functional_call(tower, state, (picture,))
     finally:
         for h in undo: h.remove()
         for m,b in modes: m.training = b
@@ -146,27 +177,54 @@ def _shapes(model, size):
 def _image_size(tower):
     "The side of the pictures that a tower is made for."
     tower = getattr(tower, 'trunk', tower)
-    for o,k in ((tower, 'image_size'), (getattr(tower, 'patch_embed', None), 'img_size')):
-        s = getattr(o, k, None)
-        if s is not None: return (s, s) if isinstance(s, int) else tuple(s)
-    return 224,224
+    size = getattr(tower, 'image_size', None)
+    if size is None:
+        patches = getattr(tower, 'patch_embed', None)
+        size = getattr(patches, 'img_size', None)
+    if size is None: return 224,224
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+def _choice(m):
+    "The operation of a gated layer without chance, with a gradient."
+    gates = hard_gate(m.gate.double())
+    return select_ops(gates, m.gating)
 
 def _mixer_macs(m, n, tokens, windows):
     """What an attention, or what stands in its place, costs on `n` patches; attention works on `tokens` in each of
     the windows."""
-    def attend(c, w): return windows*(4*tokens*c*w + 2*tokens*tokens*w)
+    def attend(c, w):
+        projections = 4*tokens*c*w
+        scores = 2*tokens*tokens*w
+        return windows*(projections + scores)
     if isinstance(m, UnifiedAttention):
-        w = m.num_heads if m.head_gate is None else hard_gate(m.head_gate.double()).sum()
-        each = dict(skip=0, msa=attend(m.dim, m.width*w),
-                    **{o: (k*k+1)*m.dim*m.width*n for o,k in m.kernels.items()})
-        return sum(g*each[o] for g,o in zip(select_ops(hard_gate(m.gate.double()), m.gating), m.ops))
+        heads = m.num_heads if m.head_gate is None else hard_gate(m.head_gate.double()).sum()
+        each = dict(skip=0, msa=attend(m.dim, m.width*heads))
+        for o,k in m.kernels.items(): each[o] = (k*k+1)*m.dim*m.width*n
+        return sum(g*each[o] for g,o in zip(_choice(m), m.ops))
     if isinstance(m, UnifiedDepthwise):
-        return sum(g*s*s*m.conv.weight.shape[0]*n
-                   for g,s in zip(select_ops(hard_gate(m.gate.double()), m.gating), m.sides))
+        channels = m.conv.weight.shape[0]
+        return sum(g*s*s*channels*n for g,s in zip(_choice(m), m.sides))
     if isinstance(m, SkipAttention): return 0
-    if isinstance(m, BottleneckConv): return (m.conv.weight.numel() + m.out.weight.numel())*n
+    if isinstance(m, BottleneckConv):
+        weights = m.conv.weight.numel() + m.out.weight.numel()
+        return weights*n
     if isinstance(m, nn.Conv2d): return m.weight.numel()*n
-    return attend(*(m.out_proj if isinstance(m, nn.MultiheadAttention) else m.proj).weight.shape)
+    out = m.out_proj if isinstance(m, nn.MultiheadAttention) else m.proj
+    c,w = out.weight.shape
+    return attend(c, w)
+
+def _patches_of(m, given, prefix):
+    "How many patches a block gets, and of how many channels."
+    if len(given) != 4: return given[1]-prefix,given[2]
+    if hasattr(m, 'conv_dw'): return given[2]*given[3],given[1]
+    return given[1]*given[2],given[3]
+
+def _windows_of(m, given, tokens):
+    "How many tokens attend to each other in a block of so many, and in how many windows."
+    if not getattr(m, 'window_size', None): return tokens,1
+    sides = zip(given[1:3], m.window_size)
+    windows = math.prod(math.ceil(side/window) for side,window in sides)
+    return math.prod(m.window_size),windows
 
 # %% ../../nbs/vit/63b_hybrids.ipynb #29bd47a1
 class SPViTCost:
@@ -181,57 +239,73 @@ class SPViTCost:
         tower = _tower(model)
         if target is not None: check_number('target', target, 0, above=True, advice='It is in GFLOPs.')
         check_number('weight', weight, 0)
-        self.size = tuple(check_number('size', side, 1, 2**20, whole=True) for side in size or _image_size(tower))
+        sides = size or _image_size(tower)
+        self.size = tuple(check_number('size', side, 1, 2**20, whole=True) for side in sides)
         if len(self.size) != 2: raise OpenTransError(f"size={size}: give (height, width) of the pictures.")
         self.shapes = _shapes(model, self.size)
-        self.prefix = _patches(tower)[1]
+        _,self.prefix = _patches(tower)
         self.weight = weight
-        self.target = self.flops(model).item()/1e9 if target is None else target
+        if target is None: target = self.flops(model).item()/1e9
+        self.target = target
 
     def rows(self, model)->list: # dicts of name, part, macs; macs of gated layers are float64 tensors with a gradient
         "The cost by block and part."
         tower = _tower(model)
         blocks = vit_blocks(model)
+        first = next(iter(blocks))
+        on_map = self.prefix == 0 and len(self.shapes[first][0]) == 4
         res = []
-        on_map = self.prefix == 0 and len(self.shapes[next(iter(blocks))][0]) == 4
         for name,(given,out) in self.shapes.items():
             m = tower.get_submodule(name)
-            def add(part, macs): return res.append(dict(name=name, part=part, macs=macs))
-            if name in blocks:
-                n,c = ((given[2]*given[3],given[1]) if hasattr(m, 'conv_dw') else (given[1]*given[2],given[3])
-                       if len(given) == 4 else (given[1]-self.prefix,given[2]))
-                tokens,windows = n+self.prefix,1
-                if getattr(m, 'window_size', None):
-                    tokens = math.prod(m.window_size)
-                    windows = math.prod(math.ceil(a/w) for a,w in zip(given[1:3], m.window_size))
-                a,mlp = _parts(m)
-                units = (hard_gate(mlp.gate.double()).sum() if isinstance(mlp, UnifiedMLP)
-                         else getattr(mlp, mlp_names(mlp)[0]).weight.shape[0])
-                add('attention' if hasattr(m, 'attn') else 'depthwise', _mixer_macs(a, n, tokens, windows))
-                add('mlp', 2*n*c*units)
-                add('norm', sum(isinstance(layer, nn.LayerNorm) for layer in m.children())*(n+self.prefix)*c)
+            if name in blocks: counts = self._block_counts(m, given)
             elif not isinstance(m, nn.LayerNorm):
-                add('other', math.prod(out[2:] if isinstance(m, nn.Conv2d) else out[1:-1])*m.weight.numel())
-            elif on_map: add('norm', math.prod(given[1:]))
-        if isinstance(getattr(tower, 'proj', None), nn.Parameter):
-            res.append(dict(name='proj', part='other', macs=tower.proj.numel()))
+                positions = math.prod(out[2:] if isinstance(m, nn.Conv2d) else out[1:-1])
+                counts = dict(other=positions*m.weight.numel())
+            elif on_map: counts = dict(norm=math.prod(given[1:]))
+            else: continue
+            for part,macs in counts.items(): res.append(dict(name=name, part=part, macs=macs))
+        proj = getattr(tower, 'proj', None)
+        if isinstance(proj, nn.Parameter): res.append(dict(name='proj', part='other', macs=proj.numel()))
         return res
+
+    def _block_counts(self, m, given):
+        "The cost of the parts of a block, of what it gets."
+        n,c = _patches_of(m, given, self.prefix)
+        tokens,windows = _windows_of(m, given, n+self.prefix)
+        mixer,mlp = _parts(m)
+        units = hard_gate(mlp.gate.double()).sum() if isinstance(mlp, UnifiedMLP) else _width(mlp)
+        kind = 'attention' if hasattr(m, 'attn') else 'depthwise'
+        counts = {kind: _mixer_macs(mixer, n, tokens, windows)}
+        counts['mlp'] = 2*n*c*units
+        norms = sum(isinstance(layer, nn.LayerNorm) for layer in m.children())
+        counts['norm'] = norms*(n+self.prefix)*c
+        return counts
 
     def flops(self, model)->torch.Tensor: # float64
         "Multiply-accumulates of one picture: exact, and differentiable in the gates."
-        return sum(torch.as_tensor(r['macs'], dtype=torch.float64) for r in self.rows(model))
+        counts = (torch.as_tensor(row['macs'], dtype=torch.float64) for row in self.rows(model))
+        return sum(counts)
 
     def loss(self, model)->torch.Tensor:
         "weight (target - F)^2, in GFLOPs."
-        return self.weight*(self.target - self.flops(model)/1e9)**2
+        gflops = self.flops(model)/1e9
+        return self.weight*(self.target - gflops)**2
 
     def table(self, model)->pd.DataFrame: # Rows: blocks and what is outside; columns: parts; integers
         "The count by block and part."
-        t = pd.DataFrame([dict(r, macs=int(r['macs'])) for r in self.rows(model)])
-        return t.pivot_table(index='name', columns='part', values='macs', aggfunc='sum', fill_value=0,
-                             sort=False).astype('int64')
+        whole = [dict(row, macs=int(row['macs'])) for row in self.rows(model)]
+        counts = pd.DataFrame(whole)
+        by_part = counts.pivot_table(index='name', columns='part', values='macs', aggfunc='sum', fill_value=0,
+                                     sort=False)
+        return by_part.astype('int64')
 
 # %% ../../nbs/vit/63b_hybrids.ipynb #84759cc1
+def _are_units(u, top):
+    "Is it a number of units up to `top`, or rising indices below it?"
+    if isinstance(u, int): return 0 <= u <= top
+    if u != sorted(set(u)): return False
+    return not u or 0 <= u[0] <= u[-1] < top
+
 @dataclass
 class _HybridBlocks:
     "What a hybrid holds of each block."
@@ -245,27 +319,39 @@ class _HybridBlocks:
     cls:str = 'pass' # The class token in a convolution
 
     def __post_init__(self):
-        self.ops,self.units = list(self.ops),[u if isinstance(u, int) else [int(i) for i in u] for u in self.units]
-        known = [*SPVIT_OPS, 'dw1', 'dw3', 'dw5', 'dw7']
-        for o in self.ops:
-            if o not in known: raise unknown('operation', o, known)
-        for what,x in (('units', self.units), ('hidden', self.hidden), ('heads', self.heads)):
-            if x is not None and len(x) != len(self.ops):
-                raise OpenTransError(
-                    f"A hybrid of {len(self.ops)} blocks needs {len(self.ops)} entries of {what}, not {len(x)}.")
-        for top in self.hidden or (): check_number('hidden', top, 0, whole=True)
-        for i,u in enumerate(self.units):
-            top = self.hidden[i] if self.hidden else math.inf
-            if (isinstance(u, int) and not 0 <= u <= top
-                or not isinstance(u, int) and (u != sorted(set(u)) or u and not 0 <= u[0] <= u[-1] < top)):
-                raise OpenTransError(
-                    f"Units of block {i} must be a number up to {top}, or rising indices below it.")
-        for i, heads in enumerate(self.heads or ()):
-            if heads is not None and (heads != sorted(set(heads)) or any(h < 0 for h in heads)):
-                raise OpenTransError(f"Heads of block {i} must be rising indices from 0 on.")
+        self.ops = list(self.ops)
+        self.units = [u if isinstance(u, int) else [int(i) for i in u] for u in self.units]
+        self._check_lengths()
+        self._check_entries()
         check_number('temperature', self.temperature, 0, above=True)
         if self.gating not in GATINGS: raise unknown('gating', self.gating, GATINGS)
         if self.cls not in ('pass', 'zero'): raise unknown('way with the class token', self.cls, ['pass', 'zero'])
+
+    def _check_lengths(self):
+        "Raises `OpenTransError` for an unknown operation, and where lists have not an entry for each block."
+        known = [*SPVIT_OPS, 'dw1', 'dw3', 'dw5', 'dw7']
+        for o in self.ops:
+            if o not in known: raise unknown('operation', o, known)
+        count = len(self.ops)
+        entries = dict(units=self.units, hidden=self.hidden, heads=self.heads)
+        for what,held in entries.items():
+            if held is not None and len(held) != count:
+                raise OpenTransError(
+                    f"A hybrid of {count} blocks needs {count} entries of {what}, not {len(held)}.")
+
+    def _check_entries(self):
+        "Raises `OpenTransError` for units and heads that no block can have."
+        for top in self.hidden or (): check_number('hidden', top, 0, whole=True)
+        for i,u in enumerate(self.units):
+            top = self.hidden[i] if self.hidden else math.inf
+            if not _are_units(u, top):
+                raise OpenTransError(
+                    f"Units of block {i} must be a number up to {top}, or rising indices below it.")
+        for i, heads in enumerate(self.heads or ()):
+            if heads is None: continue
+            rising = heads == sorted(set(heads))
+            if not rising or any(h < 0 for h in heads):
+                raise OpenTransError(f"Heads of block {i} must be rising indices from 0 on.")
 
     @property
     def widths(self)->list: return [u if isinstance(u, int) else len(u) for u in self.units]
@@ -300,8 +386,12 @@ class _HybridFile(_HybridBlocks):
     )->'HybridSpec':
         """Read what `to_json` wrote, or the same by hand. Raises `OpenTransError` if it is something else, or was
         altered."""
-        text, what = str(source), 'the text'
-        if not text.lstrip().startswith('{'): text, what = read_text(source), source
+        text = str(source)
+        what = 'the text'
+        is_path = not text.lstrip().startswith('{')
+        if is_path:
+            text = read_text(source)
+            what = source
         try:
             told = parse_document(text, HYBRID_FILE, _Hybrid, what)
             told.pop('kind', None)
@@ -316,6 +406,13 @@ def _op_of(m):
     if isinstance(m, BottleneckConv): return f'conv{m.conv.kernel_size[0]}'
     return f'dw{m.kernel_size[0]}' if isinstance(m, nn.Conv2d) else 'msa'
 
+def _heads_of(mixer):
+    "The heads that stay; None where heads have no gates."
+    if not isinstance(mixer, UnifiedAttention): return None
+    return None if mixer.head_gate is None else mixer.kept_heads()
+
+def _hidden_of(mlp): return mlp.hidden if isinstance(mlp, UnifiedMLP) else _width(mlp)
+
 class _HybridReading(_HybridFile):
     "A hybrid out of a model."
     @classmethod
@@ -324,63 +421,89 @@ class _HybridReading(_HybridFile):
         name:str='', # Of the architecture
     )->'HybridSpec':
         "Read the architecture of a model."
-        blocks = [_parts(b) for b in vit_blocks(model).values()]
-        gated = [m for m,_ in blocks if isinstance(m, UnifiedAttention)]
-        like = dict(gating=gated[0].gating, temperature=gated[0].temperature, cls=gated[0].cls) if gated else {}
-        def width(m): return getattr(m, mlp_names(m)[0]).weight.shape[0]
-        units = [m.kept().tolist() if isinstance(m, UnifiedMLP) else width(m) for _,m in blocks]
-        heads = [m.kept_heads() if isinstance(m, UnifiedAttention) and m.head_gate is not None else None
-                 for m,_ in blocks]
-        hidden = ([m.hidden if isinstance(m, UnifiedMLP) else width(m) for _,m in blocks]
-                  if any(isinstance(m, UnifiedMLP) for _,m in blocks) else None)
-        return cls([_op_of(m) for m,_ in blocks], units, hidden, heads if any(h is not None for h in heads) else None,
-                   name, **like)
+        mixers = []
+        mlps = []
+        for block in vit_blocks(model).values():
+            mixer,mlp = _parts(block)
+            mixers.append(mixer)
+            mlps.append(mlp)
+        like = {}
+        gated = [m for m in mixers if isinstance(m, UnifiedAttention)]
+        if gated:
+            first = gated[0]
+            like = dict(gating=first.gating, temperature=first.temperature, cls=first.cls)
+        units = [m.kept().tolist() if isinstance(m, UnifiedMLP) else _width(m) for m in mlps]
+        heads = [_heads_of(m) for m in mixers]
+        if all(kept is None for kept in heads): heads = None
+        hidden = None
+        if any(isinstance(m, UnifiedMLP) for m in mlps): hidden = [_hidden_of(m) for m in mlps]
+        ops = [_op_of(m) for m in mixers]
+        return cls(ops, units, hidden, heads, name, **like)
 
 # %% ../../nbs/vit/63b_hybrids.ipynb #4abacffd
 def _strongest(mlp, n):
     "The `n` hidden units with the largest norm of row times norm of column."
-    a,b = mlp.first.weight.detach().flatten(1),mlp.second.weight.detach().flatten(1)
-    return list(range(n)) if a.is_meta else (a.norm(dim=1)*b.norm(dim=0)).topk(n).indices.sort().values.tolist()
+    rows = mlp.first.weight.detach().flatten(1)
+    columns = mlp.second.weight.detach().flatten(1)
+    if rows.is_meta: return list(range(n))
+    strength = rows.norm(dim=1)*columns.norm(dim=0)
+    strongest = strength.topk(n).indices
+    return strongest.sort().values.tolist()
 
 class _HybridSetting(_HybridReading):
     "A hybrid on one block of a model, which is checked and set."
     def _check_block(self, i, name, mixer, mlp):
         "Raises `OpenTransError` where a block cannot become what the hybrid has there."
-        u = self.units[i]
-        heads = self.heads[i] if self.heads else None
-        gated = isinstance(mlp, UnifiedMLP)
-        top = mlp.hidden if gated else getattr(mlp, mlp_names(mlp)[0]).weight.shape[0]
-        if (u if isinstance(u, int) else max(u, default=-1)+1) > top or self.hidden and self.hidden[i] != top:
-            raise OpenTransError(
-                f"The hybrid wants units of an MLP of {self.hidden[i] if self.hidden else u} in block '{name}', which "
-                f"has {top}. Was it found on another tower?")
-        if not gated and (u if isinstance(u, int) else len(u)) != top:
-            raise OpenTransError(
-                f"The hybrid wants {u if isinstance(u, int) else len(u)} units in block '{name}', whose MLP of {top} "
-                f"has no gates. Convert the model with units=True.")
+        self._check_units(i, name, mlp)
+        op = self.ops[i]
         if isinstance(mixer, (UnifiedAttention, UnifiedDepthwise)):
-            if self.ops[i] not in mixer.ops: raise unknown(f"operation in block '{name}'", self.ops[i], mixer.ops)
-        elif _op_of(mixer) != self.ops[i]:
-            raise OpenTransError(f"The hybrid has {self.ops[i]} in block '{name}', whose attention has no gates.")
-        if heads is None: return
+            if op not in mixer.ops: raise unknown(f"operation in block '{name}'", op, mixer.ops)
+        elif _op_of(mixer) != op:
+            raise OpenTransError(f"The hybrid has {op} in block '{name}', whose attention has no gates.")
+        heads = self.heads[i] if self.heads else None
+        if heads is not None: self._check_heads(heads, name, mixer)
+
+    def _check_units(self, i, name, mlp):
+        "Raises `OpenTransError` where an MLP cannot have the units of the hybrid."
+        u = self.units[i]
+        count,least = (u, u) if isinstance(u, int) else (len(u), max(u, default=-1)+1)
+        top = _hidden_of(mlp)
+        of_others = self.hidden and self.hidden[i] != top
+        if least > top or of_others:
+            wanted = self.hidden[i] if self.hidden else u
+            raise OpenTransError(
+                f"The hybrid wants units of an MLP of {wanted} in block '{name}', which "
+                f"has {top}. Was it found on another tower?")
+        if not isinstance(mlp, UnifiedMLP) and count != top:
+            raise OpenTransError(
+                f"The hybrid wants {count} units in block '{name}', whose MLP of {top} "
+                f"has no gates. Convert the model with units=True.")
+
+    def _check_heads(self, heads, name, mixer):
+        "Raises `OpenTransError` where an attention cannot keep these heads."
         if getattr(mixer, 'head_gate', None) is None:
             raise OpenTransError(
                 f"The hybrid has heads in block '{name}', whose heads have no gates. Convert the model with "
                 f"heads=True.")
-        if max(heads, default=-1) >= mixer.num_heads:
+        last = max(heads, default=-1)
+        if last >= mixer.num_heads:
             raise OpenTransError(
-                f"The hybrid has head {max(heads)} in block '{name}', which has {mixer.num_heads}. Was it found on "
+                f"The hybrid has head {last} in block '{name}', which has {mixer.num_heads}. Was it found on "
                 f"another tower?")
 
     def _set_block(self, i, mixer, mlp):
         "Set the gates of one block."
         u = self.units[i]
         if isinstance(mixer, (UnifiedAttention, UnifiedDepthwise)): mixer.set_op(self.ops[i])
-        if isinstance(mlp, UnifiedMLP): mlp.keep(_strongest(mlp, u) if isinstance(u, int) else u)
-        if self.heads and self.heads[i] is not None:
-            with torch.no_grad():
-                mixer.head_gate.fill_(-10.)
-                mixer.head_gate[torch.tensor(self.heads[i], dtype=torch.long)] = 10.
+        if isinstance(mlp, UnifiedMLP):
+            kept = _strongest(mlp, u) if isinstance(u, int) else u
+            mlp.keep(kept)
+        heads = self.heads[i] if self.heads else None
+        if heads is None: return
+        with torch.no_grad():
+            mixer.head_gate.fill_(-10.)
+            kept = torch.tensor(heads, dtype=torch.long)
+            mixer.head_gate[kept] = 10.
 
 # %% ../../nbs/vit/63b_hybrids.ipynb #7800e5ba
 class _HybridPicture(_HybridSetting):
@@ -393,15 +516,19 @@ class _HybridPicture(_HybridSetting):
         ax = get_axes(ax, figsize=(4.5, 2.6))
         x = np.arange(1, len(self.ops)+1)
         before = hidden or self.hidden
-        names = [o for o in SPVIT_OPS] if self.ops[0] in SPVIT_OPS else ['dw1', 'dw3', 'dw5', 'dw7']
+        names = ['dw1', 'dw3', 'dw5', 'dw7']
+        if self.ops[0] in SPVIT_OPS: names = list(SPVIT_OPS)
         if before: ax.plot(x, before, '--', c='C0', lw=1, alpha=.6)
         ax.plot(x, self.widths, c='C0', marker='.')
-        ax.set_ylim(0, 1.6*max(before or self.widths))
+        highest = max(before or self.widths)
+        ax.set_ylim(0, 1.6*highest)
         ax.set(xlabel='block', ylabel='hidden units')
         ax.yaxis.label.set_color('C0')
         right = ax.twinx()
-        right.plot(x, [len(names)-1]*len(x), '--', c='C1', lw=1, alpha=.6)
-        right.plot(x, [names.index(o) for o in self.ops], c='C1', marker='s', ms=4, drawstyle='steps-mid')
+        dearest = [len(names)-1]*len(x)
+        right.plot(x, dearest, '--', c='C1', lw=1, alpha=.6)
+        places = [names.index(o) for o in self.ops]
+        right.plot(x, places, c='C1', marker='s', ms=4, drawstyle='steps-mid')
         right.set_ylim(-4.2, len(names)-.7)
         right.set_yticks(range(len(names)), names)
         right.yaxis.label.set_color('C1')
@@ -419,8 +546,9 @@ class HybridSpec(_HybridPicture):
     )->'HybridSpec':
         "An architecture of the thesis. Raises `OpenTransError` for other names."
         if name not in SPVIT_PUBLISHED: raise unknown('published architecture', name, SPVIT_PUBLISHED)
-        p = SPVIT_PUBLISHED[name]
-        return cls(p['ops'], p['units'], name=name, gating='nested', temperature=p['temperature'])
+        known = SPVIT_PUBLISHED[name]
+        temperature = known['temperature']
+        return cls(known['ops'], known['units'], name=name, gating='nested', temperature=temperature)
 
     def gates(self,
         model:nn.Module, # A model with gates, changed in place
@@ -430,27 +558,35 @@ class HybridSpec(_HybridPicture):
         if len(blocks) != len(self.ops):
             raise OpenTransError(
                 f"The hybrid has {len(self.ops)} blocks, the model {len(blocks)}. Was it found on another tower?")
-        for i, (name, block) in enumerate(blocks.items()): self._check_block(i, name, *_parts(block))
-        for i, block in enumerate(blocks.values()): self._set_block(i, *_parts(block))
+        for i, (name, block) in enumerate(blocks.items()):
+            mixer,mlp = _parts(block)
+            self._check_block(i, name, mixer, mlp)
+        for i, block in enumerate(blocks.values()):
+            mixer,mlp = _parts(block)
+            self._set_block(i, mixer, mlp)
         return model
 
     def build(self,
         vit:nn.Module, # The dense tower, or anything that holds one; it is copied
     )->nn.Module: # The slimmed hybrid, with the dense tower's weights
         "Make the hybrid out of a dense tower, without a search. Raises `OpenTransError` where it does not fit."
-        sides = tuple(sorted({int(o[2:]) for o in self.ops if o.startswith('dw')} | {7}))
-        model = convert_to_spvit(vit, gating=self.gating, temperature=self.temperature, cls=self.cls, keep=(),
-                                 heads=self.heads is not None, sides=sides)
-        return slim_spvit(self.gates(model))
+        sides = {int(o[2:]) for o in self.ops if o.startswith('dw')}
+        sides = tuple(sorted(sides | {7}))
+        search = dict(gating=self.gating, temperature=self.temperature, cls=self.cls)
+        heads = self.heads is not None
+        model = convert_to_spvit(vit, keep=(), heads=heads, sides=sides, **search)
+        self.gates(model)
+        return slim_spvit(model)
 
     def __repr__(self):
-        runs = ', '.join(f'{o} x{len(list(g))}' for o,g in itertools.groupby(self.ops))
-        return (
-            f"HybridSpec({self.name + ': ' if self.name else ''}{runs}; units "
-            f"{sum(self.widths):,}{f' of {sum(self.hidden):,}' if self.hidden else ''})")
+        runs = [f'{op} x{len(list(same))}' for op,same in itertools.groupby(self.ops)]
+        name = f'{self.name}: ' if self.name else ''
+        before = f' of {sum(self.hidden):,}' if self.hidden else ''
+        return f"HybridSpec({name}{', '.join(runs)}; units {sum(self.widths):,}{before})"
 
 # %% ../../nbs/vit/63b_hybrids.ipynb #92f5c4d6
-def _b(text): return [dict(s='skip', c='conv1', C='conv3', m='msa')[x] for x in text.replace(' ', '')]
+_LETTERS = dict(s='skip', c='conv1', C='conv3', m='msa')
+def _b(text): return [_LETTERS[letter] for letter in text if letter != ' ']
 def _n(text): return [int(x) for x in text.split()]
 # name: timm's model, operations, units, then as published: parameters (M) and FLOPs (G); of the search: lambda,
 # target (G), learning rate of gates, temperature

@@ -31,7 +31,9 @@ _PREFIXES = ('module.base_encoder.', 'base_encoder.', 'module.', 'model.', 'back
 
 def _best_prefix(state, there):
     "Under which prefix most names are those of the model, such as MoCo v3's `module.base_encoder.`."
-    def hits(prefix): return sum(n.startswith(prefix) and n[len(prefix):] in there for n in state)
+    def hits(prefix):
+        bare = (n[len(prefix):] for n in state if n.startswith(prefix))
+        return sum(name in there for name in bare)
     return max(_PREFIXES, key=hits)
 
 @torch.no_grad()
@@ -40,17 +42,25 @@ def load_weights(
     path, # A file of weights; those of MAE and MoCo v3 have decoders, heads and prefixes of their own
 )->list: # Names of what was left as it is: the head
     "Fill the body of a model. Raises `OpenTransError` where a tensor of it is missing or of another shape."
-    state, there = state_dict_of(read_checkpoint(path), path), model.state_dict()
+    state = state_dict_of(read_checkpoint(path), path)
+    there = model.state_dict()
     prefix = _best_prefix(state, there)
     state = {n[len(prefix):]: t for n,t in state.items() if n.startswith(prefix)}
     heads = find_heads(model, warn=False)
-    left = [n for n,t in there.items() if n not in state or state[n].shape != t.shape]
+    left = []
+    fitting = {}
+    for n,own in there.items():
+        stored = state.get(n)
+        if stored is None or stored.shape != own.shape: left.append(n)
+        else: fitting[n] = stored
     odd = [n for n in left if not is_of_head(n, heads)]
     if odd:
+        kind = type(model).__name__
+        examples = ', '.join(odd[:3])
         raise OpenTransError(
-            f"'{path}' does not fit {type(model).__name__}: {len(odd)} tensors are missing or of other "
-            f"shapes, such as {', '.join(odd[:3])}. Is it of another model or picture size?")
-    model.load_state_dict({n: t for n,t in state.items() if n in there and n not in left}, strict=False)
+            f"'{path}' does not fit {kind}: {len(odd)} tensors are missing or of other "
+            f"shapes, such as {examples}. Is it of another model or picture size?")
+    model.load_state_dict(fitting, strict=False)
     return left
 
 def open_model(
@@ -100,13 +110,17 @@ def open_loaders(
 )->tuple: # (training, testing)
     "Loaders of the two splits of a folder, as timm prepares pictures for a model."
     import timm
-    config = timm.data.resolve_data_config(model=model) | dict(input_size=picture_size(model))
-    res = []
+    config = timm.data.resolve_data_config(model=model)
+    config = config | dict(input_size=picture_size(model))
+    loaders = []
     for split in ('train', 'val'):
-        pictures = open_pictures(root, split, timm.data.create_transform(**config, is_training=False), seed)
+        transform = timm.data.create_transform(**config, is_training=False)
+        pictures = open_pictures(root, split, transform, seed)
         order = torch.Generator().manual_seed(seed)
-        res.append(DataLoader(pictures, batch_size, split == 'train', num_workers=workers, generator=order))
-    return tuple(res)
+        shuffled = split == 'train'
+        loader = DataLoader(pictures, batch_size, shuffled, num_workers=workers, generator=order)
+        loaders.append(loader)
+    return tuple(loaders)
 
 @torch.no_grad()
 def accuracy(model, loader)->float:
@@ -115,8 +129,12 @@ def accuracy(model, loader)->float:
     with eval_mode(model):
         for x,y in loader:
             x,y = to_device((x, y), device_of(model))
-            right, total = right+int((model(x).argmax(1) == y).sum()), total+len(y)
+            hits = model(x).argmax(1) == y
+            right += int(hits.sum())
+            total += len(y)
     return right/max(1, total)
+
+def _learning(model): return [p for p in model.parameters() if p.requires_grad]
 
 def fit(
     model, # What learns in it, learns
@@ -127,9 +145,13 @@ def fit(
     loss=None, # Function of (output, labels); None is cross-entropy
 )->list: # Mean loss of each round
     "Train what has a gradient (thesis, Sec. 2.4.1). Raises `OpenTransError` where the loss is no number."
-    for what, number in (('lr', lr), ('weight_decay', weight_decay)): check_number(what, number, 0)
-    opt = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+    check_number('lr', lr, 0)
+    check_number('weight_decay', weight_decay, 0)
+    learning = _learning(model)
+    opt = torch.optim.AdamW(learning, lr=lr, weight_decay=weight_decay)
+    loss = loss or F.cross_entropy
     steps = max(1, epochs*len(loader))
+    warm_up = max(1, steps//10)
     history = []
     at = 0
     for _ in progress(range(epochs), 'train'):
@@ -137,9 +159,9 @@ def fit(
         losses = []
         for x,y in loader:
             x,y = to_device((x, y), device_of(model))
-            warm = min(1, (at+1)/max(1, steps//10))
+            warm = min(1, (at+1)/warm_up)
             for group in opt.param_groups: group['lr'] = lr*warm*cosine_share(at, steps)
-            value = (loss or F.cross_entropy)(model(x), y)
+            value = loss(model(x), y)
             if not value.isfinite():
                 raise OpenTransError(f"The loss is {value.item()} in step {at}: the training has diverged. "
                                      "Use a smaller lr.")
@@ -148,45 +170,66 @@ def fit(
             opt.step()
             losses.append(value.item())
             at += 1
-        history.append(sum(losses)/max(1, len(losses)))
+        mean = sum(losses)/max(1, len(losses))
+        history.append(mean)
     model.eval()
     return history
 
 def _example(model, size):
-    return torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(device_of(model))
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.randn(1, *size, generator=generator)
+    return picture.to(device_of(model))
 
 def _write(model, out, name, size, onnx, **metadata):
     "The weights of a plain model, and its ONNX file: the largest difference of the outputs, or None."
     if out is None: return None
     state = {n: t.contiguous() for n,t in model.state_dict().items()}
-    save_tensors(state, Path(out)/f'{name}.safetensors', metadata)
-    return export_onnx(model.cpu(), Path(out)/f'{name}.onnx', _example(model.cpu(), size)) if onnx else None
+    out = Path(out)
+    save_tensors(state, out/f'{name}.safetensors', metadata)
+    if not onnx: return None
+    model.cpu()
+    example = _example(model, size)
+    return export_onnx(model, out/f'{name}.onnx', example)
 
 # %% ../../nbs/vit/64c_products.ipynb #6af91d9a
+def _size_of(model): return sum(p.numel() for p in model.parameters())
+
 def _plan_matrices(model, sens, budget, kind, r, seed, out):
     "Allocate, and add what was allocated: what the report says of it."
     alloc = allocate(sens, budget, kind, r)
-    body = sum(p.numel() for p in model.parameters())-alloc.head
+    body = _size_of(model)-alloc.head
     apply_spt(model, alloc, seed=seed)
     if out is not None:
         from opentrans.escape import csv_text
         from opentrans.files import save_text
         alloc.save(Path(out)/'allocation.json')
-        save_text(csv_text(alloc.table()), Path(out)/'table.csv')
-    plan = dict(budget=budget, spent=alloc.spent, head=alloc.head, trained=alloc.n_trainable,
-                share=alloc.spent/body)
-    return dict(plan, structured=len(alloc.structured), single=sum(int(m.sum()) for m in alloc.masks.values()),
-                tau=alloc.tau, note=alloc.note, samples=sens.samples)
+        table = csv_text(alloc.table())
+        save_text(table, Path(out)/'table.csv')
+    plan = dict(budget=budget, spent=alloc.spent, head=alloc.head)
+    plan['trained'] = alloc.n_trainable
+    plan['share'] = alloc.spent/body
+    plan['structured'] = len(alloc.structured)
+    plan['single'] = sum(int(mask.sum()) for mask in alloc.masks.values())
+    return dict(plan, tau=alloc.tau, note=alloc.note, samples=sens.samples)
 
 def _plan_blocks(model, sens, budget, kind, r, seed, out):
     "Add prompts or bottlenecks to the sensitive blocks: what the report says of it."
-    whole = sum(p.numel() for p in model.parameters())
+    whole = _size_of(model)
     added = add_spt_blocks(model, sens, budget, kind, r, seed)
-    head, always = (sum((held or {}).values()) for held in (sens.heads, sens.always))
-    spent = sum(map(len, added.parts.values())) + always
-    note = '' if abs(spent-budget) <= .02*budget else f'asked {budget:,}: blocks are whole, of {spent-always:,} in all'
-    return dict(budget=budget, spent=spent, head=head, trained=spent+head, share=spent/(whole-head),
-                structured=len(added.parts), single=0, tau=budget, note=note, samples=sens.samples)
+    def total(sizes): return sum(sizes.values()) if sizes else 0
+    head = total(sens.heads)
+    always = total(sens.always)
+    of_blocks = sum(map(len, added.parts.values()))
+    spent = of_blocks + always
+    note = ''
+    is_near = abs(spent-budget) <= .02*budget
+    if not is_near: note = f'asked {budget:,}: blocks are whole, of {of_blocks:,} in all'
+    body = whole-head
+    plan = dict(budget=budget, spent=spent, head=head, trained=spent+head)
+    plan['share'] = spent/body
+    plan['structured'] = len(added.parts)
+    plan['single'] = 0
+    return dict(plan, tau=budget, note=note, samples=sens.samples)
 
 def spt_on(
     model, # With a head for the task; it is left tuned and merged
@@ -203,10 +246,11 @@ def spt_on(
     onnx:bool=False, # Write an ONNX file, too?
 )->dict: # budget, spent, head, trained, share of the body, loss, accuracy, what merging changes, what ONNX changes
     "Sensitivity-aware fine-tuning from end to end (thesis, chapter 2)."
-    if kind not in (*STRUCTURED_KINDS, *BLOCK_KINDS):
-        raise unknown('kind of structured module', kind, (*STRUCTURED_KINDS, *BLOCK_KINDS))
+    kinds = *STRUCTURED_KINDS,*BLOCK_KINDS
+    if kind not in kinds: raise unknown('kind of structured module', kind, kinds)
     sens = param_sensitivity(model, train, n_samples=samples, seed=seed)
-    plan = (_plan_blocks if kind in BLOCK_KINDS else _plan_matrices)(model, sens, budget, kind, r, seed, out)
+    make_plan = _plan_blocks if kind in BLOCK_KINDS else _plan_matrices
+    plan = make_plan(model, sens, budget, kind, r, seed, out)
     with seeded(seed): history = fit(model, train, epochs, lr)
     if out is not None: save_added(model, Path(out)/'spt.safetensors')
     tested = accuracy(model, val) if val is not None else None
@@ -215,7 +259,8 @@ def spt_on(
     with torch.no_grad():
         before = model(x)
         merge_spt(model)
-        merged = float((model(x)-before).abs().max())
+        change = model(x)-before
+        merged = float(change.abs().max())
     different = _write(model, out, 'merged', x.shape[1:], onnx, tuned='spt')
     loss = history[-1] if history else None
     return dict(plan, loss=loss, accuracy=tested, merged_difference=merged, onnx_difference=different)
@@ -239,30 +284,57 @@ def stitch_on(
     "Efficient stitchable task adaptation from end to end (thesis, chapter 3)."
     check_number('points', points, 1, whole=True)
     size = picture_size(models[-1])
-    ranks = ranks if ranks is not None else [32, 16, 8, *[8]*len(models)][:len(models)]
-    if alone: models = [_tuned_alone(m, r, train, alone, lr, seed, kind) for m,r in zip(models, ranks)]
+    if ranks is None: ranks = _usual_ranks(len(models))
+    if alone:
+        def tuned(model, rank): return _tuned_alone(model, rank, train, alone, lr, seed, kind)
+        models = [tuned(model, rank) for model,rank in zip(models, ranks)]
     with seeded(seed):
         net = StitchableNet(models)
-        net.init_stitches(_some(train, 100, device_of(models[0])))
+        images = _some(train, 100, device_of(models[0]))
+        net.init_stitches(images)
         apply_pst(net, ranks, kind=kind, **pst)
     table = stitch_table(net, size)
     sampler = StitchSampler(table.flops, points, seed=seed)
-    opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=lr)
+    learning = _learning(net)
+    opt = torch.optim.AdamW(learning, lr=lr)
     run = StitchTrainer(net.train(), sampler, opt)
     rounds = (batch for _ in progress(range(epochs), 'train') for batch in train)
     with seeded(seed): run.fit(to_device(batch, device_of(net)) for batch in rounds)
     if out is not None: run.save(Path(out)/'stitches.safetensors')
-    palette = deploy(net.eval(), sampler, [(_some(train, 64, device_of(net)),)] if _has_norms(net) else None)
-    rows = []
-    for s,network in palette.items():
-        tested = accuracy(network, val) if val is not None else None
-        different = _write(network, out, f'stitch{s}', size, onnx, stitch=s)
-        row = dict(stitch=s, name=table.name[s], flops=table.flops[s], params=table.params[s])
-        rows.append(dict(row, drawn=int(sampler.tracker.counts[s]), accuracy=tested, onnx_difference=different))
+    counts = sampler.tracker.counts
+    palette = _deployed(net, sampler, train)
+    rows = [_stitch_row(s, network, table, counts, val, out, size, onnx) for s,network in palette.items()]
     frame = pd.DataFrame(rows).set_index('stitch')
-    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-    frame.attrs.update(drawn=int((sampler.tracker.counts > 0).sum()), stitches=len(net.configs), trained=trained)
+    trained = sum(p.numel() for p in learning)
+    drawn = int((counts > 0).sum())
+    frame.attrs.update(drawn=drawn, stitches=len(net.configs), trained=trained)
     return frame
+
+def _stitch_row(s, network, table, counts, val, out, size, onnx):
+    "What one deployed network costs and reaches; it is written, where there is a folder."
+    tested = accuracy(network, val) if val is not None else None
+    different = _write(network, out, f'stitch{s}', size, onnx, stitch=s)
+    row = dict(stitch=s, name=table.name[s])
+    row['flops'] = table.flops[s]
+    row['params'] = table.params[s]
+    row['drawn'] = int(counts[s])
+    row['accuracy'] = tested
+    row['onnx_difference'] = different
+    return row
+
+def _usual_ranks(n):
+    "The thesis's, from the small end; 8 for all larger models."
+    ranks = [32, 16, 8] + [8]*n
+    return ranks[:n]
+
+def _deployed(net, sampler, train):
+    "The palette; batch norms take their statistics anew from the first pictures."
+    net.eval()
+    batches = None
+    if _has_norms(net):
+        images = _some(train, 64, device_of(net))
+        batches = [(images,)]
+    return deploy(net, sampler, batches)
 
 def _tuned_alone(model, r, train, epochs, lr, seed, kind):
     "A model that was tuned by itself, with its updates merged."
@@ -270,11 +342,15 @@ def _tuned_alone(model, r, train, epochs, lr, seed, kind):
     if kind != 'lora':
         raise OpenTransError(f"kind='{kind}' cannot be merged before models are stitched: take alone=0, or 'lora'.")
     with seeded(seed):
-        net = apply_pst(StitchableNet([model], [StitchConfig(0, 0)]), r)
+        net = StitchableNet([model], [StitchConfig(0, 0)])
+        apply_pst(net, r)
         fit(net, train, epochs, lr)
     return merge_stitch(net, 0).tower
 
-def _has_norms(net): return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in net.modules())
+def _has_norms(net):
+    "Has a network batch norms?"
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    return any(isinstance(m, kind) for m in net.modules())
 
 def _some(loader, n, device):
     "The first pictures of a loader."
@@ -303,16 +379,21 @@ def spvit_on(
     "Single-path pruning from end to end (thesis, chapter 4)."
     check_number('share', share, 0, 1, above=True)
     size = picture_size(model)[1:]
-    loss, full = teacher_loss(model), SPViTCost(model, size=size).target
+    loss = teacher_loss(model)
+    full = SPViTCost(model, size=size).target
     with seeded(seed): student = convert_to_spvit(model)
     pressure = SPViTCost(student, share*full, weight/full**2, size=size)
     train_spvit(student, train, search, loss, pressure, lr, gate_lr, seed=seed)
-    spec, slim = HybridSpec.of(student), slim_spvit(student)
+    spec = HybridSpec.of(student)
+    slim = slim_spvit(student)
     train_spvit(slim, train, tune, loss, lr=lr, schedule='cosine', seed=seed+1)
     tested = accuracy(slim, val) if val is not None else None
     if out is not None: spec.to_json(Path(out)/'hybrid.json')
-    left, params = float(SPViTCost(slim, size=size).target), sum(p.numel() for p in slim.parameters())
-    told = dict(operations=' '.join(spec.ops), units=sum(spec.widths), gflops_before=float(full), gflops=left)
-    told.update(params=params, accuracy=tested)
+    left = SPViTCost(slim, size=size).target
+    told = dict(operations=' '.join(spec.ops), units=sum(spec.widths))
+    told['gflops_before'] = float(full)
+    told['gflops'] = float(left)
+    told['params'] = _size_of(slim)
+    told['accuracy'] = tested
     told['onnx_difference'] = _write(slim, out, 'slim', (3, *size), onnx, tuned='spvit')
     return slim, told

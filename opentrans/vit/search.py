@@ -36,8 +36,9 @@ def embedding_loss(
     embed = embed or (lambda m, batch: m(batch))
     def loss(model, batch):
         check_images(batch)
-        with torch.no_grad(): t = embed(teacher, batch)
-        return 1 - F.cosine_similarity(embed(model, batch), t, dim=dim).mean()
+        with torch.no_grad(): taught = embed(teacher, batch)
+        likeness = F.cosine_similarity(embed(model, batch), taught, dim=dim)
+        return 1 - likeness.mean()
     return loss
 
 def label_loss(model, batch):
@@ -64,14 +65,17 @@ def teacher_loss(
         check_images(images)
         with torch.no_grad(): said = teacher(images)
         y = model(images)
-        return a*label_loss_of(y, labels) + b*_divergence(y, said, soft)
+        own = label_loss_of(y, labels)
+        return a*own + b*_divergence(y, said, soft)
     return loss
 
 def _divergence(y, said, soft):
     "From hard labels of a teacher, or from its answers at a temperature."
     if soft is None: return F.cross_entropy(y, said.argmax(1))
-    return (soft**2*F.kl_div((y/soft).log_softmax(1), (said/soft).log_softmax(1), reduction='batchmean',
-                             log_target=True))
+    ours = (y/soft).log_softmax(1)
+    theirs = (said/soft).log_softmax(1)
+    divergence = F.kl_div(ours, theirs, reduction='batchmean', log_target=True)
+    return soft**2*divergence
 
 # %% ../../nbs/vit/63c_search.ipynb #00966787
 def gate_optimizers(
@@ -82,15 +86,22 @@ def gate_optimizers(
 )->tuple: # (of the weights, of the gates); the second is None for a model without gates
     """The two optimizers of a search. Raises `OpenTransError` for rates below 0, and for a model in which nothing
     learns."""
-    for name, rate in (('lr', lr), ('gate_lr', gate_lr), ('weight_decay', weight_decay)):
-        check_number(name, rate, 0)
-    if not any(p.requires_grad for p in model.parameters()):
+    check_number('lr', lr, 0)
+    check_number('gate_lr', gate_lr, 0)
+    check_number('weight_decay', weight_decay, 0)
+    gates = []
+    weights = []
+    for name,p in model.named_parameters():
+        if not p.requires_grad: continue
+        is_gate = name.split('.')[-1] in ('gate', 'head_gate')
+        if is_gate: gates.append(p)
+        else: weights.append(p)
+    if not gates and not weights:
         raise OpenTransError("No parameter of the model learns. Call model.requires_grad_(True) on what shall.")
-    gates = [p for n,p in model.named_parameters() if n.split('.')[-1] in ('gate', 'head_gate') and p.requires_grad]
-    ids = {id(p) for p in gates}
-    opt_w = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad and id(p) not in ids], lr=lr,
-                              weight_decay=weight_decay)
-    return opt_w,torch.optim.AdamW(gates, lr=gate_lr, weight_decay=0.) if gates else None
+    opt_w = torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay)
+    opt_g = None
+    if gates: opt_g = torch.optim.AdamW(gates, lr=gate_lr, weight_decay=0.)
+    return opt_w,opt_g
 
 def search_step(
     model:nn.Module, # With gates, in train mode
@@ -102,25 +113,51 @@ def search_step(
     clip_grad:float=None, # Largest norm of the gradient of the weights
 )->dict: # loss, task, gflops
     "One step of the search: weights and gates together. Raises `OpenTransError` if the loss is no number."
-    task = (loss or label_loss)(model, batch)
-    total = task + (0 if cost is None else cost.loss(model).to(task.device))
+    loss = loss or label_loss
+    task = loss(model, batch)
+    pressure = 0
+    if cost is not None: pressure = cost.loss(model).to(task.device)
+    total = task + pressure
     if not total.isfinite(): raise OpenTransError(f"The loss is {total.item()}. Try a smaller lr, or clip_grad=1.")
     for o in (opt_w, opt_g):
         if o is not None: o.zero_grad()
     total.backward()
-    if clip_grad: nn.utils.clip_grad_norm_([p for g in opt_w.param_groups for p in g['params']], clip_grad)
+    if clip_grad:
+        weights = [p for g in opt_w.param_groups for p in g['params']]
+        nn.utils.clip_grad_norm_(weights, clip_grad)
     for o in (opt_w, opt_g):
         if o is not None: o.step()
-    return dict(loss=total.item(), task=task.item(),
-                **({} if cost is None else dict(gflops=cost.flops(model).item()/1e9)))
+    row = dict(loss=total.item(), task=task.item())
+    if cost is not None: row['gflops'] = cost.flops(model).item()/1e9
+    return row
 
 # %% ../../nbs/vit/63c_search.ipynb #90100629
 SPVIT_RUN = FileKind('opentrans-spvit-run', 'checkpoint of a search', 'train_spvit', oldest=2)
 
 def _gated(model):
     "What a search depends on besides weights: for each gated layer its kind, operations, gating and temperature."
-    return [[type(m).__name__, *(str(getattr(m, k, None)) for k in ('ops', 'gating', 'temperature', 'cls'))]
-            for m in model.modules() if isinstance(m, (UnifiedAttention, UnifiedMLP, UnifiedDepthwise))]
+    told = []
+    for m in model.modules():
+        if not isinstance(m, (UnifiedAttention, UnifiedMLP, UnifiedDepthwise)): continue
+        settings = [getattr(m, key, None) for key in ('ops', 'gating', 'temperature', 'cls')]
+        told.append([type(m).__name__, *map(str, settings)])
+    return told
+
+def _is_history(history, step, steps):
+    "Can these be the rows of so many steps? They have the same columns."
+    columns = {tuple(row) for row in history}
+    return 0 < step <= steps and len(history) == step and len(columns) <= 1
+
+def _check_state(opt, path):
+    "Raises `OpenTransError` where what was read cannot be the state of AdamW."
+    states = list(opt.state.values())
+    keys = {key for state in states for key in state}
+    if keys != {'step', 'exp_avg', 'exp_avg_sq'}:
+        raise SPVIT_RUN.damaged(path, 'the state of an optimizer is missing')
+    for state in states:
+        below_0 = state['exp_avg_sq'] < 0
+        if state['step'] < 0 or bool(below_0.any()):
+            raise SPVIT_RUN.damaged(path, 'the state of an optimizer is none')
 
 def _resume(run, model, opts, steps):
     """The history of a checkpoint; model and optimizers are brought to where it was. Raises `OpenTransError`, with
@@ -130,19 +167,18 @@ def _resume(run, model, opts, steps):
     tensors, meta = held
     history = metadata_value(meta, 'history', list[dict[str, int | float]], run.path)
     step = metadata_value(meta, 'step', int, run.path)
-    if not 0 < step <= steps or len(history) != step or len({tuple(row) for row in history}) > 1:
+    if not _is_history(history, step, steps):
         raise SPVIT_RUN.damaged(run.path, f'it says step {step} of {steps}')
     weights = strip_prefix('model.', tensors)
     check_like(weights, model.state_dict(), run.path)
-    names, known = {p: n for n, p in model.named_parameters()}, ['model.']
+    names = {p: n for n, p in model.named_parameters()}
+    known = ['model.']
     for key, opt in opts.items():
         if opt is None: continue
-        known.append(f'{key}.')
-        restore_optimizer(opt, tensors, names, run.path, f'{key}.')
-        if {k for held in opt.state.values() for k in held} != {'step', 'exp_avg', 'exp_avg_sq'}:
-            raise SPVIT_RUN.damaged(run.path, 'the state of an optimizer is missing')
-        if any(held['step'] < 0 or bool((held['exp_avg_sq'] < 0).any()) for held in opt.state.values()):
-            raise SPVIT_RUN.damaged(run.path, 'the state of an optimizer is none')
+        prefix = f'{key}.'
+        known.append(prefix)
+        restore_optimizer(opt, tensors, names, run.path, prefix)
+        _check_state(opt, run.path)
     odd = [n for n in tensors if not n.startswith(tuple(known))]
     if odd: raise SPVIT_RUN.damaged(run.path, f"its tensor '{shorten(odd[0])}' belongs to nothing")
     model.load_state_dict(weights)
@@ -187,7 +223,8 @@ def _course(iterations, schedule, steps, cosine):
     if cosine is None and isinstance(schedule, bool): cosine = schedule # by its place, as it was
     if cosine is not None: schedule = 'cosine' if cosine else 'constant'
     if schedule not in SCHEDULES: raise unknown('schedule', schedule, SCHEDULES)
-    return check_number('iterations', iterations, 1, whole=True), schedule
+    iterations = check_number('iterations', iterations, 1, whole=True)
+    return iterations, schedule
 
 # %% ../../nbs/vit/63c_search.ipynb #7c1b0006
 def train_spvit(
@@ -211,65 +248,93 @@ def train_spvit(
     """Search, or fine-tune; settings have the names that they have in a `Recipe`. Raises `OpenTransError` for a
     checkpoint of other settings, and where the training diverges; no checkpoint is written then."""
     iterations, schedule = _course(iterations, schedule, steps, cosine)
-    for name, number, low in (('checkpoint_every', checkpoint_every, 1), ('seed', seed, -2**63)):
-        check_number(name, number, low, whole=True)
+    check_number('checkpoint_every', checkpoint_every, 1, whole=True)
+    check_number('seed', seed, -2**63, whole=True)
     clip_grad = none_if_off(clip_grad, 0)
     if clip_grad is not None: check_number('clip_grad', clip_grad, 0)
     if not callable(batch): batch = _Stream(batch, seed, device_of(model))
-    opts = dict(zip('wg', gate_optimizers(model, lr, gate_lr, weight_decay)))
-    settings = dict(steps=iterations, lr=lr, gate_lr=gate_lr, weight_decay=weight_decay,
-                    cosine=schedule == 'cosine', seed=seed, clip_grad=clip_grad, gates=_gated(model),
-                    target=cost and cost.target, weight=cost and cost.weight) # by the names that files have
+    opt_w, opt_g = gate_optimizers(model, lr, gate_lr, weight_decay)
+    opts = dict(w=opt_w, g=opt_g)
+    falls = schedule == 'cosine'
+    settings = dict(steps=iterations, lr=lr, gate_lr=gate_lr, weight_decay=weight_decay, cosine=falls)
+    settings.update(seed=seed, clip_grad=clip_grad, gates=_gated(model))
+    settings.update(target=cost and cost.target, weight=cost and cost.weight) # by the names that files have
     run = None if checkpoint is None else RunFile(checkpoint, settings, SPVIT_RUN)
     with lock_file(checkpoint):
         history = [] if run is None else _resume(run, model, opts, iterations)
         model.train()
-        for i in progress(range(len(history), iterations), 'search' if cost is not None else 'fine-tune'):
-            share = cosine_share(i, iterations) if schedule == 'cosine' else 1.
-            for g in opts['w'].param_groups: g['lr'] = lr*share
+        what = 'search' if cost is not None else 'fine-tune'
+        for i in progress(range(len(history), iterations), what):
+            share = cosine_share(i, iterations) if falls else 1.
+            for g in opt_w.param_groups: g['lr'] = lr*share
             with seeded(seed*1_000_003 + i):
-                row = search_step(model, batch(i), opts['w'], opts['g'], loss, cost, clip_grad)
-            history.append(row if cost is None else row | _row_of(model))
-            if run is not None and ((i+1) % checkpoint_every == 0 or i+1 == iterations):
-                run.save(_run_tensors(model, opts), step=i+1, history=history)
-        check_finite(model.state_dict(), 'after the last step',
-                     'The training has diverged. Try a smaller lr, or clip_grad=1.')
+                row = search_step(model, batch(i), opt_w, opt_g, loss, cost, clip_grad)
+            if cost is not None: row |= _row_of(model)
+            history.append(row)
+            done = i+1
+            due = done % checkpoint_every == 0 or done == iterations
+            if run is not None and due: run.save(_run_tensors(model, opts), step=done, history=history)
+        advice = 'The training has diverged. Try a smaller lr, or clip_grad=1.'
+        check_finite(model.state_dict(), 'after the last step', advice)
     model.eval()
     return pd.DataFrame(history)
 
 def _row_of(model):
     "How many blocks have each operation now, and how many units are left."
     spec = HybridSpec.of(model)
-    return dict({o: spec.ops.count(o) for o in SPVIT_OPS}, units=sum(spec.widths))
+    row = {op: spec.ops.count(op) for op in SPVIT_OPS}
+    row['units'] = sum(spec.widths)
+    return row
 
 def _run_tensors(model, opts):
     "The weights and the state of both optimizers, by name."
     names = {p: n for n, p in model.named_parameters()}
     tensors = {f'model.{n}': t for n, t in model.state_dict().items()}
     for key, opt in opts.items():
-        if opt is not None: tensors.update(optimizer_tensors(opt, names, f'{key}.'))
+        if opt is None: continue
+        state = optimizer_tensors(opt, names, f'{key}.')
+        tensors.update(state)
     return tensors
 
 # %% ../../nbs/vit/63c_search.ipynb #386dd13a
+def _scale_units(model, mlps, ratios, cost, target):
+    "Keep hidden units by these ratios, times what brings the cost next to the target."
+    lo = 0.
+    hi = 10.
+    for _ in range(20):
+        scale = (lo+hi)/2
+        for ratio,mlp in zip(ratios, mlps):
+            share = min(1., scale*ratio)
+            width = int(share*mlp.hidden)
+            mlp.keep(range(width))
+        if cost.flops(model).item() < target: lo = scale
+        else: hi = scale
+
 def _draw_spec(model, cost, target, rng, units):
     "One random architecture; its units are scaled so that the cost fits as well as it can."
-    blocks,share = [_parts(b) for b in vit_blocks(model).values()],rng.random()
-    for m,mlp in blocks:
-        if isinstance(m, (UnifiedAttention, UnifiedDepthwise)):
-            m.set_op(m.ops[-1] if rng.random() < share or len(m.ops) == 1 else rng.choice(m.ops[:-1]))
-            if getattr(m, 'head_gate', None) is not None:
-                m.head_gate.data.copy_(torch.from_numpy(rng.standard_normal(m.num_heads) + 3*share))
+    blocks = [_parts(block) for block in vit_blocks(model).values()]
+    share = rng.random()
+    for m,_ in blocks:
+        if not isinstance(m, (UnifiedAttention, UnifiedDepthwise)): continue
+        dearest = rng.random() < share or len(m.ops) == 1
+        op = m.ops[-1] if dearest else rng.choice(m.ops[:-1])
+        m.set_op(op)
+        if getattr(m, 'head_gate', None) is not None:
+            gates = rng.standard_normal(m.num_heads) + 3*share
+            m.head_gate.data.copy_(torch.from_numpy(gates))
     if units:
-        ratio = rng.uniform(.1, 1., len(blocks))
-        lo = 0.
-        hi = 10.
-        for _ in range(20):
-            s = (lo+hi)/2
-            widths = [int(min(1., s*r)*mlp.hidden) for r,(_,mlp) in zip(ratio, blocks)]
-            for w,(_,mlp) in zip(widths, blocks): mlp.keep(range(w))
-            lo,hi = (s, hi) if cost.flops(model).item() < target else (lo, s)
+        ratios = rng.uniform(.1, 1., len(blocks))
+        mlps = [mlp for _,mlp in blocks]
+        _scale_units(model, mlps, ratios, cost, target)
     spec = HybridSpec.of(model, 'random')
-    return HybridSpec(**{**asdict(spec), 'units': spec.widths})
+    fields = asdict(spec)
+    fields['units'] = spec.widths
+    return HybridSpec(**fields)
+
+def _off(model, cost):
+    "How far a model's cost is from the target, in GFLOPs."
+    gflops = cost.flops(model).item()/1e9
+    return abs(gflops - cost.target)
 
 def random_spec(
     vit:nn.Module, # The dense tower
@@ -290,10 +355,11 @@ def random_spec(
     rng = np.random.default_rng(seed)
     for _ in range(tries):
         spec = _draw_spec(model, cost, cost.target*1e9, rng, units)
-        if abs(cost.flops(model).item()/1e9 - cost.target) <= tolerance*cost.target: return spec
+        if _off(model, cost) <= tolerance*cost.target: return spec
+    dense = cost.flops(vit).item()/1e9
     raise OpenTransError(
         f"No random architecture within {tolerance:.0%} of {cost.target:.4g} GFLOPs was found in {tries} draws; "
-        f"the dense model has {cost.flops(vit).item()/1e9:.4g}. Choose another target or tolerance.")
+        f"the dense model has {dense:.4g}. Choose another target or tolerance.")
 
 # %% ../../nbs/vit/63c_search.ipynb #175b97b2
 def fit_heads(
@@ -302,20 +368,45 @@ def fit_heads(
 ):
     "Keep the heads of the largest gates, as many as come nearest to the target."
     gates = [m.head_gate for m in model.modules() if getattr(m, 'head_gate', None) is not None]
-    ranked = torch.cat([g.detach() for g in gates]).argsort(descending=True)
-    best = None
-    for k in range(len(ranked)+1):
-        on = torch.full((len(ranked),), -1.)
-        on[ranked[:k]] = 1.
-        with torch.no_grad():
-            for g,v in zip(gates, on.split([len(g) for g in gates])): g.copy_(v)
-        off = abs(cost.flops(model).item()/1e9 - cost.target)
-        if best is None or off < best[0]: best = off,on
-    with torch.no_grad():
-        for g,v in zip(gates, best[1].split([len(g) for g in gates])): g.copy_(v)
+    values = [gate.detach() for gate in gates]
+    ranked = torch.cat(values).argsort(descending=True)
+    count = len(ranked)
+    best = least = None
+    for k in range(count+1):
+        on = torch.full((count,), -1.)
+        largest = ranked[:k]
+        on[largest] = 1.
+        _set_gates(gates, on)
+        off = _off(model, cost)
+        if best is None or off < least: best,least = on,off
+    _set_gates(gates, best)
     return model
 
+@torch.no_grad()
+def _set_gates(gates, values):
+    "Give gates these values, one after the other."
+    sizes = [len(gate) for gate in gates]
+    for gate,own in zip(gates, values.split(sizes)): gate.copy_(own)
+
 # %% ../../nbs/vit/63c_search.ipynb #dba98f92
+def _queries_and_keys(m, x):
+    "Queries and keys of each head of an attention, in any of its forms: (B, heads, N, width)."
+    if isinstance(m, (UnifiedAttention, HeadAttention)):
+        heads = m.num_heads
+        q_norm,k_norm = m.q_norm,m.k_norm
+        if isinstance(m, UnifiedAttention): q,k = m.qk(x).chunk(2, -1)
+        else: q,k,_ = m.qkv(x).chunk(3, -1)
+    else:
+        parts = attention_parts(m)
+        heads = parts['heads']
+        q_norm,k_norm = parts['norms']
+        weight,bias = parts['qkv']
+        q,k,_ = F.linear(x, weight, bias).chunk(3, -1)
+    def of_heads(t, norm):
+        by_head = t.unflatten(-1, (heads, -1)).transpose(1, 2)
+        return by_head if norm is None else norm(by_head)
+    return of_heads(q, q_norm),of_heads(k, k_norm)
+
 @torch.no_grad()
 def attention_maps(
     model:nn.Module, # A tower, dense, with gates or slimmed
@@ -323,26 +414,24 @@ def attention_maps(
     run=None, # How to call it; None calls the model on the images
 )->dict: # Name of block -> (heads, N, N), mean over the images; blocks without attention are left out
     "Attention probabilities of each head (thesis, Fig. 4.5). Not for windows."
-    maps,undo = {},[]
+    maps = {}
+    undo = []
     def hook(name, m, args, kwargs):
         x = args[0] if args else kwargs['query']
-        if isinstance(m, (UnifiedAttention, HeadAttention)):
-            q,k = m.qk(x).chunk(2, -1) if isinstance(m, UnifiedAttention) else m.qkv(x).chunk(3, -1)[:2]
-            n,norms = m.num_heads,(m.q_norm, m.k_norm)
-        else:
-            p = attention_parts(m)
-            n,norms = p['heads'],p['norms']
-            q,k = F.linear(x, *p['qkv']).chunk(3, -1)[:2]
-        q,k = (f(t.unflatten(-1, (n, -1)).transpose(1, 2))
-               for f,t in zip((f or nn.Identity() for f in norms), (q, k)))
-        maps[name] = (q @ k.mT*q.shape[-1]**-.5).softmax(-1).mean(0)
+        q,k = _queries_and_keys(m, x)
+        p = q @ k.mT
+        p = p*q.shape[-1]**-.5
+        p = p.softmax(-1)
+        maps[name] = p.mean(0)
     for name,b in vit_blocks(model).items():
-        m = _parts(b)[0]
+        m,_ = _parts(b)
         if getattr(m, 'window', None) or hasattr(m, 'window_area'):
             raise OpenTransError("Attention in windows has no map of the whole picture.")
         if _op_of(m) == 'msa':
-            undo.append(m.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True))
-    try: (run or model)(images)
+            handle = m.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True)
+            undo.append(handle)
+    run = run or model
+    try: run(images)
     finally:
         for h in undo: h.remove()
     return maps
@@ -355,15 +444,23 @@ def locality(
     # for attention that is the same everywhere
 )->pd.DataFrame:
     "How local each head is, attention to the class token left out."
-    y,x = (t.flatten().float() for t in torch.meshgrid(*map(torch.arange, grid), indexing='ij'))
-    far,res = ((y[:, None]-y)**2 + (x[:, None]-x)**2).sqrt(),[]
-    near = ((y[:, None]-y).abs() <= 1) & ((x[:, None]-x).abs() <= 1)
+    height,width = grid
+    places = torch.meshgrid(torch.arange(height), torch.arange(width), indexing='ij')
+    y,x = (t.flatten().float() for t in places)
+    down = y[:, None]-y
+    across = x[:, None]-x
+    far = (down**2 + across**2).sqrt()
+    near = (down.abs() <= 1) & (across.abs() <= 1)
+    rows = []
     for name,a in maps.items():
         a = a[:, prefix:, prefix:].cpu()
         a = a/a.sum(-1, keepdim=True)
-        res += [dict(block=name, head=h, distance=(p*far).sum(-1).mean().item(),
-                     near=(p*near).sum(-1).mean().item()) for h,p in enumerate(a)]
-    return pd.DataFrame(res).assign(even_distance=far.mean().item(), even_near=near.float().mean().item())
+        for head,p in enumerate(a):
+            distance = (p*far).sum(-1).mean()
+            around = (p*near).sum(-1).mean()
+            rows.append(dict(block=name, head=head, distance=distance.item(), near=around.item()))
+    even_near = near.float().mean()
+    return pd.DataFrame(rows).assign(even_distance=far.mean().item(), even_near=even_near.item())
 
 # %% ../../nbs/vit/63c_search.ipynb #42d9c63d
 def plot_heads(
@@ -374,11 +471,17 @@ def plot_heads(
     axs=None, # One axes a head; None makes some
 ): # The axes
     "Where one patch looks, a picture a head (thesis, Fig. 4.5): darker is more."
-    q = query or (grid[0]//2, grid[1]//2)
-    axs = np.ravel(get_axes(axs, ncols=len(a), figsize=(1.6*len(a), 1.8)))
+    height,width = grid
+    row,column = query or (height//2, width//2)
+    token = prefix+row*width+column
+    axs = get_axes(axs, ncols=len(a), figsize=(1.6*len(a), 1.8))
+    axs = np.ravel(axs)
     for h,ax in enumerate(axs):
-        ax.imshow(a[h, prefix+q[0]*grid[1]+q[1], prefix:].reshape(grid), cmap='Greys', vmin=0)
-        ax.add_patch(Rectangle((q[1]-.5, q[0]-.5), 1, 1, fill=False, ec='lime', lw=1.5))
+        looks = a[h, token, prefix:]
+        ax.imshow(looks.reshape(grid), cmap='Greys', vmin=0)
+        corner = column-.5,row-.5
+        frame = Rectangle(corner, 1, 1, fill=False, ec='lime', lw=1.5)
+        ax.add_patch(frame)
         ax.set_xticks([])
         ax.set_yticks([])
     return axs
@@ -389,9 +492,11 @@ def plot_locality(
 ): # The axes
     "Mean distance of attention by block, a dot a head; the line is attention that is the same everywhere."
     ax = get_axes(ax, figsize=(5, 2.8))
-    order = {b: i+1 for i,b in enumerate(dict.fromkeys(table.block))}
+    names = dict.fromkeys(table.block)
+    order = {name: i for i,name in enumerate(names, 1)}
     ax.scatter(table.block.map(order), table.distance, s=18, alpha=.8)
-    ax.axhline(table.even_distance.iloc[0], ls='--', c='grey', lw=1)
-    ax.set(xlabel='block', ylabel='distance, patches', title='how far heads look', xticks=list(order.values()),
-           ylim=(0, None))
+    even = table.even_distance.iloc[0]
+    ax.axhline(even, ls='--', c='grey', lw=1)
+    ticks = list(order.values())
+    ax.set(xlabel='block', ylabel='distance, patches', title='how far heads look', xticks=ticks, ylim=(0, None))
     return ax

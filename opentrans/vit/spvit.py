@@ -23,12 +23,16 @@ def head_ensemble(
     """How much each head gives to each offset of a k x k window: a softmax over heads (thesis, Eq. 4.6). Raises
     `OpenTransError`."""
     K = math.isqrt(z.shape[1])
-    if K*K != z.shape[1] or k not in range(1, K+1, 2):
+    is_square = K*K == z.shape[1]
+    if not is_square or k not in range(1, K+1, 2):
         raise OpenTransError(
             f"A kernel of side {k} cannot be taken out of scores {tuple(z.shape)}: give (heads, K*K) and an odd k "
             f"up to K.")
     a = (K-k)//2
-    return (z/temperature).softmax(0).unflatten(1, (K, K))[:, a:a+k, a:a+k].flatten(1)
+    shares = (z/temperature).softmax(0)
+    windows = shares.unflatten(1, (K, K))
+    cropped = windows[:, a:a+k, a:a+k]
+    return cropped.flatten(1)
 
 # %% ../../nbs/vit/63_spvit.ipynb #5d3b3569
 def conv_from_msa(
@@ -42,10 +46,16 @@ def conv_from_msa(
     "The bottleneck convolution that shares its weights with an attention layer (thesis, Eq. 4.11)."
     S = head_ensemble(z, k, temperature)
     n = len(S)
-    conv_w = torch.einsum('ht,hjc->jct', S, v_weight.unflatten(0, (n, -1))).unflatten(2, (k, k))
-    conv_b = (torch.einsum('ht,hj->j', S, v_bias.unflatten(0, (n, -1))) if v_bias is not None
-              else conv_w.new_zeros(conv_w.shape[0]))
-    return conv_w,conv_b,torch.einsum('ht,chj->cj', S, o_weight.unflatten(1, (n, -1)))
+    v_by_head = v_weight.unflatten(0, (n, -1))
+    conv_w = torch.einsum('ht,hjc->jct', S, v_by_head)
+    conv_w = conv_w.unflatten(2, (k, k))
+    if v_bias is None: conv_b = conv_w.new_zeros(conv_w.shape[0])
+    else:
+        bias_by_head = v_bias.unflatten(0, (n, -1))
+        conv_b = torch.einsum('ht,hj->j', S, bias_by_head)
+    o_by_head = o_weight.unflatten(1, (n, -1))
+    out_w = torch.einsum('ht,chj->cj', S, o_by_head)
+    return conv_w,conv_b,out_w
 
 def index_values(
     v:torch.Tensor, # (B, H, W, c) value projections without their bias
@@ -53,10 +63,17 @@ def index_values(
 )->torch.Tensor: # (B, c_h, H, W)
     """The same convolution from values that are there already: mix the heads, shift, add (thesis, Eq. 4.8: the
     single path)."""
-    (n,t),(H,W) = S.shape,v.shape[1:3]
+    n,t = S.shape
+    H,W = v.shape[1:3]
     k = math.isqrt(t)
-    u = F.pad(torch.einsum('bywhj,ht->tbjyw', v.unflatten(-1, (n, -1)), S), (k//2,)*4)
-    return sum(u[i][..., i//k:i//k+H, i%k:i%k+W] for i in range(t))
+    v_by_head = v.unflatten(-1, (n, -1))
+    u = torch.einsum('bywhj,ht->tbjyw', v_by_head, S)
+    u = F.pad(u, (k//2,)*4)
+    total = 0
+    for i in range(t):
+        row,column = divmod(i, k)
+        total = total + u[i][..., row:row+H, column:column+W]
+    return total
 
 # %% ../../nbs/vit/63_spvit.ipynb #0de42ab0
 def bernoulli_st(
@@ -66,10 +83,13 @@ def bernoulli_st(
 )->torch.Tensor: # 0 or 1, with the gradient of the relaxed draw
     "Draw gates that let a gradient through (thesis, Eq. 4.13)."
     eps = torch.finfo(p.dtype).eps
-    p,u = p.clamp(eps, 1-eps),torch.rand(p.shape, dtype=p.dtype, device=p.device, generator=generator).clamp(
-        eps, 1-eps)
-    soft = torch.sigmoid((u.logit() + p.logit())/temperature)
-    return (soft > .5).to(p) + (soft - soft.detach())
+    u = torch.rand(p.shape, dtype=p.dtype, device=p.device, generator=generator)
+    u = u.clamp(eps, 1-eps)
+    p = p.clamp(eps, 1-eps)
+    logit = u.logit() + p.logit()
+    soft = torch.sigmoid(logit/temperature)
+    hard = (soft > .5).to(p)
+    return hard + (soft - soft.detach())
 
 def hard_gate(
     a:torch.Tensor, # Gate parameters: a gate is open with probability sigmoid(a)
@@ -78,7 +98,8 @@ def hard_gate(
     0.5): what cost is counted with."""
     p = torch.sigmoid(a)
     s = torch.sigmoid(p-.5)
-    return (a >= 0).to(p) + (s - s.detach())
+    hard = (a >= 0).to(p)
+    return hard + (s - s.detach())
 
 # %% ../../nbs/vit/63_spvit.ipynb #c62ca81a
 SPVIT_OPS = ('skip', 'conv1', 'conv3', 'msa') # by rising cost
@@ -96,8 +117,10 @@ def select_ops(
     if gating not in GATINGS: raise unknown('gating', gating, GATINGS)
     if gating == 'nested': g = g.cumprod(-1)
     one = g.new_ones(*g.shape[:-1], 1)
-    closed = torch.cat([(1-g).flip(-1).cumprod(-1).flip(-1), one], -1)   # are all costlier gates closed?
-    return torch.cat([one, g], -1)*closed
+    from_costliest = (1-g).flip(-1)
+    closed = from_costliest.cumprod(-1).flip(-1)
+    all_costlier_closed = torch.cat([closed, one], -1)
+    return torch.cat([one, g], -1)*all_costlier_closed
 
 def op_prior(
     theta:float=1.5, # Initial gate parameter
@@ -105,9 +128,13 @@ def op_prior(
     gating:str='exclusive', # As in `select_ops`
 )->dict: # Operation -> probability
     "How probable each operation is when all gates have the same parameter: a sum over all patterns of gates."
-    p,res = 1/(1+math.exp(-theta)),dict.fromkeys(ops, 0.)
-    for g in itertools.product((0., 1.), repeat=len(ops)-1):
-        res[ops[select_ops(torch.tensor(g), gating).argmax()]] += math.prod(p if x else 1-p for x in g)
+    p = 1/(1+math.exp(-theta))
+    res = dict.fromkeys(ops, 0.)
+    patterns = itertools.product((0., 1.), repeat=len(ops)-1)
+    for g in patterns:
+        choice = select_ops(torch.tensor(g), gating)
+        op = ops[choice.argmax()]
+        res[op] += math.prod(p if x else 1-p for x in g)
     return res
 
 # %% ../../nbs/vit/63_spvit.ipynb #3b8428e2
@@ -139,12 +166,17 @@ class TokenLayer(nn.Module):
         """Apply `f`, which maps (B,H,W,c) to (B,H,W,c'), to the patches among the tokens `v` (B,N,c), or to a map
         as it is; class tokens are those of `x`."""
         if v.ndim == 4: return f(v)
-        y = f(v[:, self.prefix:].unflatten(1, self.grid.of(v.shape[1]-self.prefix))).flatten(1, 2)
+        size = self.grid.of(v.shape[1]-self.prefix)
+        patches = v[:, self.prefix:]
+        y = f(patches.unflatten(1, size))
+        y = y.flatten(1, 2)
         first = x[:, :self.prefix]
-        return torch.cat([first if self.cls == 'pass' else torch.zeros_like(first), y], 1)
+        if self.cls == 'zero': first = torch.zeros_like(first)
+        return torch.cat([first, y], 1)
 
     def give(self, y): return (y, None) if self.pair else y
-    like = property(lambda self: dict(grid=self.grid, prefix=self.prefix, cls=self.cls, pair=self.pair))
+    @property
+    def like(self): return dict(grid=self.grid, prefix=self.prefix, cls=self.cls, pair=self.pair)
 
 class SkipAttention(TokenLayer):
     "A skipped attention: 0."
@@ -159,55 +191,94 @@ class BottleneckConv(TokenLayer):
         self.norm = nn.BatchNorm2d(width)
         self.out = nn.Conv2d(width, dim, 1)
     def forward(self, x, *args, **kwargs):
-        return self.give(
-            self.on_grid(
-                lambda m: self.out(F.relu(self.norm(self.conv(m.permute(0, 3, 1, 2))))).permute(0, 2, 3, 1), x, x))
+        def run(m):
+            y = self.conv(m.permute(0, 3, 1, 2))
+            y = self.norm(y)
+            y = F.relu(y)
+            y = self.out(y)
+            return y.permute(0, 2, 3, 1)
+        return self.give(self.on_grid(run, x, x))
 
 # %% ../../nbs/vit/63_spvit.ipynb #87e4b628
+def _is_codes(tensor): return not tensor.is_floating_point() or tensor.element_size() < 2
+
 def _check_weights(module, names):
     """Raises `OpenTransError` where a weight is computed by a parametrisation, or holds whole numbers: neither can
     be shared or cut."""
     for name in names:
         layer = module.get_submodule(name) if name else module
+        where = f'{type(module).__name__}.{name}'
         weights = {n: p for n, p in layer._parameters.items() if p is not None}
         key = 'in_proj_weight' if isinstance(layer, nn.MultiheadAttention) else 'weight'
         if key not in weights:
             raise OpenTransError(
-                f"{type(module).__name__}.{name} has no weight of its own: a parametrisation, such as weight_norm, "
+                f"{where} has no weight of its own: a parametrisation, such as weight_norm, "
                 f"computes it. Take that off first.")
-        odd = [f'{n} ({p.dtype})' for n, p in weights.items() if not p.is_floating_point() or p.element_size() < 2]
+        odd = [f'{n} ({p.dtype})' for n, p in weights.items() if _is_codes(p)]
         if odd:
+            listed = ', '.join(odd)
             raise OpenTransError(
-                f"{type(module).__name__}.{name} holds codes of a quantized layer: {', '.join(odd)}. Take it in "
+                f"{where} holds codes of a quantized layer: {listed}. Take it in "
                 f"float32 or bfloat16.")
+
+def _is_plain(attn):
+    "Has an attention of timm all that is converted, and nothing beside it?"
+    for name in ('qkv', 'proj', 'num_heads', 'attn_drop', 'proj_drop'):
+        if not hasattr(attn, name): return False
+    if getattr(attn, 'gate', None) is not None: return False
+    if not isinstance(attn.qkv, nn.Linear): return False
+    if not isinstance(attn.proj, nn.Linear): return False
+    norm = getattr(attn, 'norm', nn.Identity())
+    if not isinstance(norm, nn.Identity): return False
+    inner = attn.proj.weight.shape[1]
+    if attn.qkv.weight.shape[0] != 3*inner: return False
+    return not hasattr(attn, 'rope')
+
+def _norm_of(attn, name):
+    "A norm of an attention; None where it has none."
+    norm = getattr(attn, name, None)
+    return None if isinstance(norm, nn.Identity) else norm
+
+def _check_multihead(attn):
+    "Raises `OpenTransError` for an `nn.MultiheadAttention` that cannot be converted."
+    odd_widths = attn.in_proj_weight is None
+    extra_key = attn.bias_k is not None or attn.add_zero_attn
+    if odd_widths or extra_key or not attn.batch_first:
+        raise OpenTransError(
+            "This nn.MultiheadAttention has widths of its own for k and v, an extra key, or the batch second; "
+            "build it plain and with batch_first=True.")
+    _check_weights(attn, ['', 'out_proj'])
 
 def attention_parts(
     attn:nn.Module, # An attention layer
 )->dict: # weight and bias of q, k, v in one, of the output, number of heads, dropouts, norms of q and k
     "What is inside an attention of timm or torch. Raises `OpenTransError` for kinds that cannot be converted."
     if isinstance(attn, nn.MultiheadAttention):
-        if attn.in_proj_weight is None or attn.bias_k is not None or attn.add_zero_attn or not attn.batch_first:
-            raise OpenTransError(
-                "This nn.MultiheadAttention has widths of its own for k and v, an extra key, or the batch second; "
-                "build it plain and with batch_first=True.")
-        _check_weights(attn, ['', 'out_proj'])
-        return dict(qkv=(attn.in_proj_weight, attn.in_proj_bias), out=(attn.out_proj.weight, attn.out_proj.bias),
-                    heads=attn.num_heads, drop=attn.dropout, proj_drop=0., norms=(None, None))
-    plain = (all(hasattr(attn, k) for k in ('qkv', 'proj', 'num_heads', 'attn_drop', 'proj_drop'))
-             and getattr(attn, 'gate', None) is None)
-    plain = plain and isinstance(attn.qkv, nn.Linear) and isinstance(attn.proj, nn.Linear)
-    if (not plain or not isinstance(getattr(attn, 'norm', nn.Identity()), nn.Identity)
-        or attn.qkv.weight.shape[0] != 3*attn.proj.weight.shape[1] or hasattr(attn, 'rope')):
+        _check_multihead(attn)
+        qkv = attn.in_proj_weight,attn.in_proj_bias
+        out = attn.out_proj.weight,attn.out_proj.bias
+        return dict(qkv=qkv, out=out, heads=attn.num_heads, drop=attn.dropout, proj_drop=0., norms=(None, None))
+    if not _is_plain(attn):
         raise OpenTransError(
             f"{type(attn).__name__} is not an attention that can be converted: timm's Attention or "
             f"WindowAttention, or torch's MultiheadAttention.")
     _check_weights(attn, ['qkv', 'proj'])
-    norms = [m if m is not None and not isinstance(m, nn.Identity) else None
-             for m in (getattr(attn, 'q_norm', None), getattr(attn, 'k_norm', None))]
-    return dict(qkv=(attn.qkv.weight, attn.qkv.bias), out=(attn.proj.weight, attn.proj.bias), heads=attn.num_heads,
-                drop=attn.attn_drop.p, proj_drop=attn.proj_drop.p, norms=norms)
+    qkv = attn.qkv.weight,attn.qkv.bias
+    out = attn.proj.weight,attn.proj.bias
+    norms = [_norm_of(attn, 'q_norm'), _norm_of(attn, 'k_norm')]
+    parts = dict(qkv=qkv, out=out, heads=attn.num_heads)
+    return dict(parts, drop=attn.attn_drop.p, proj_drop=attn.proj_drop.p, norms=norms)
 
-def _param(t): return nn.Parameter(t.detach().clone(memory_format=torch.contiguous_format))
+def _param(t):
+    "A parameter of its own with these values."
+    copied = t.detach().clone(memory_format=torch.contiguous_format)
+    return nn.Parameter(copied)
+
+def _gates(count, theta, weight):
+    "Gates beside a weight; they are real, where the weight is on `meta`."
+    home = 'cpu' if weight.is_meta else weight.device
+    values = torch.full((count,), float(theta), device=home)
+    return nn.Parameter(values)
 
 def _linear(weight, bias):
     "A linear map with these weights (copied)."
@@ -221,19 +292,25 @@ def _mask_for(mask, heads, pair):
     """An attention mask as `F.scaled_dot_product_attention` wants it; torch's MultiheadAttention means the opposite
     by booleans, and stacks heads on the batch."""
     if mask is None: return None
-    if pair and mask.dtype == torch.bool: mask = ~mask
-    return mask.unflatten(0, (-1, heads)) if pair and mask.ndim == 3 else mask
+    if not pair: return mask
+    if mask.dtype == torch.bool: mask = ~mask
+    if mask.ndim == 3: mask = mask.unflatten(0, (-1, heads))
+    return mask
 
 # %% ../../nbs/vit/63_spvit.ipynb #16a9c871
 class _Gates(nn.Module):
     "Gates that choose one of several operations, `ops`, of rising cost."
     def draw(self, gate):
         "Gates as they are now: drawn in training, 1[a >= 0] in eval."
-        return bernoulli_st(torch.sigmoid(gate), generator=self.generator) if self.training else (gate >= 0).to(gate)
+        if not self.training: return (gate >= 0).to(gate)
+        p = torch.sigmoid(gate)
+        return bernoulli_st(p, generator=self.generator)
 
     def op(self)->str:
         "The operation that the gates choose without chance."
-        return self.ops[select_ops((self.gate.detach() >= 0).float(), self.gating).argmax()]
+        is_open = self.gate.detach() >= 0
+        choice = select_ops(is_open.float(), self.gating)
+        return self.ops[choice.argmax()]
 
     def set_op(self,
         op:str, # One of `ops`
@@ -241,9 +318,10 @@ class _Gates(nn.Module):
     ):
         "Set the gates so that `op` is chosen under either gating. Raises `OpenTransError`."
         if op not in self.ops: raise unknown('operation', op, self.ops)
-        i = self.ops.index(op)
-        with torch.no_grad():
-            self.gate.copy_(torch.tensor([strength if j < i else -strength for j in range(len(self.ops)-1)]))
+        open_gates = self.ops.index(op)
+        closed_gates = len(self.ops)-1 - open_gates
+        values = [strength]*open_gates + [-strength]*closed_gates
+        with torch.no_grad(): self.gate.copy_(torch.tensor(values))
 
 # %% ../../nbs/vit/63_spvit.ipynb #cc641ff2
 class _AttentionWeights(TokenLayer, _Gates):
@@ -252,29 +330,39 @@ class _AttentionWeights(TokenLayer, _Gates):
                  prefix=1, pair=False, heads=False):
         super().__init__(grid, prefix, cls, pair)
         if gating not in GATINGS: raise unknown('gating', gating, GATINGS)
-        if not ops or list(ops) != [o for o in SPVIT_OPS if o in ops]:
+        in_order = [o for o in SPVIT_OPS if o in ops]
+        if not ops or list(ops) != in_order:
             raise OpenTransError(f"ops={tuple(ops)}: choose some of {SPVIT_OPS}, in this order (of rising cost).")
-        (w,b),(n,dim) = parts['qkv'],(parts['heads'], parts['out'][0].shape[0])
-        a = w.shape[0]//3
+        weight,bias = parts['qkv']
+        n = parts['heads']
+        a = weight.shape[0]//3
         self.ops = tuple(ops)
         self.gating = gating
         self.temperature = temperature
         self.num_heads = n
-        self.dim = dim
+        self.dim = parts['out'][0].shape[0]
         self.width = a//n
-        self.qk = _linear(w[:2*a], None if b is None else b[:2*a])
-        self.v = _linear(w[2*a:], None if b is None else b[2*a:])
+        qk_bias = v_bias = None
+        if bias is not None: qk_bias,v_bias = bias[:2*a],bias[2*a:]
+        self.qk = _linear(weight[:2*a], qk_bias)
+        self.v = _linear(weight[2*a:], v_bias)
         self.proj = _linear(*parts['out'])
         self.q_norm,self.k_norm = map(copy.deepcopy, parts['norms'])
-        self.drop,self.proj_drop = parts['drop'],parts['proj_drop']
-        home = 'cpu' if w.is_meta else w.device
-        self.gate = nn.Parameter(torch.full((len(ops)-1,), float(theta), device=home))
-        self.head_gate = nn.Parameter(torch.full((n,), float(theta), device=home)) if heads else None
-        self.kernels = {o: int(o[4:]) for o in ops if o.startswith('conv')}
-        self.z = nn.Parameter(torch.ones(n, 9, device=w.device, dtype=w.dtype)) if self.kernels else None
-        self.norms = nn.ModuleDict({o: nn.BatchNorm2d(self.width, device=w.device, dtype=w.dtype)
-                                    for o in self.kernels})
+        self.drop = parts['drop']
+        self.proj_drop = parts['proj_drop']
+        self.gate = _gates(len(ops)-1, theta, weight)
+        self.head_gate = _gates(n, theta, weight) if heads else None
+        self._add_convolutions(weight)
         self.generator = None                                        # of the draws; None for torch's own
+
+    def _add_convolutions(self, weight):
+        "The scores and norms of the convolutions, if there are any."
+        like = dict(device=weight.device, dtype=weight.dtype)
+        self.kernels = {o: int(o[4:]) for o in self.ops if o.startswith('conv')}
+        if self.kernels: self.z = nn.Parameter(torch.ones(self.num_heads, 9, **like))
+        else: self.z = None
+        norms = {o: nn.BatchNorm2d(self.width, **like) for o in self.kernels}
+        self.norms = nn.ModuleDict(norms)
 
     @classmethod
     def from_attention(cls_,
@@ -285,14 +373,16 @@ class _AttentionWeights(TokenLayer, _Gates):
         **kwargs, # `temperature`, `theta`, `cls`, `prefix` (class tokens in front), `heads` (a gate for each head)
     )->'UnifiedAttention':
         "Make the layer from an attention. Raises `OpenTransError` for kinds that cannot be converted."
-        self = cls_(attention_parts(attn), grid, ops, gating, pair=isinstance(attn, nn.MultiheadAttention),
-                    **kwargs)
+        parts = attention_parts(attn)
+        pair = isinstance(attn, nn.MultiheadAttention)
+        self = cls_(parts, grid, ops, gating, pair=pair, **kwargs)
         if hasattr(attn, 'relative_position_bias_table'):
             self.relative_position_bias_table = _param(attn.relative_position_bias_table)
-        self.shell = (copy.deepcopy(attn).to('meta'),)               # its class and settings, without weights
+        shell = copy.deepcopy(attn).to('meta')                       # its class and settings, without weights
+        self.shell = (shell,)
         self.window = getattr(attn, 'window_area', None)
-        self.register_buffer('position', attn.relative_position_index.clone() if self.window else None,
-                             persistent=False)
+        position = attn.relative_position_index.clone() if self.window else None
+        self.register_buffer('position', position, persistent=False)
         return self.train(attn.training)
 
 # %% ../../nbs/vit/63_spvit.ipynb #489ffddc
@@ -300,32 +390,55 @@ class _AttentionPaths(_AttentionWeights):
     "Attention, and each convolution, out of the same values."
     def msa(self, x, attn_mask=None, v=None):
         "Self-attention; `v` are values without bias, where they are known."
-        n = self.num_heads
-        def heads(t): return t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        v = self.v(x) if v is None else v if self.v.bias is None else v + self.v.bias
-        (q,k),v = map(heads, self.qk(x).chunk(2, -1)),heads(v)
+        def heads(t):
+            by_head = t.unflatten(-1, (self.num_heads, -1))
+            return by_head.transpose(1, 2)
+        if v is None: v = self.v(x)
+        elif self.v.bias is not None: v = v + self.v.bias
+        q,k = self.qk(x).chunk(2, -1)
+        q = heads(q)
+        k = heads(k)
+        v = heads(v)
         if self.q_norm is not None: q = self.q_norm(q)
         if self.k_norm is not None: k = self.k_norm(k)
-        mask = _mask_for(attn_mask, n, self.pair)
-        if self.window:
-            bias = self.relative_position_bias_table[self.position.flatten()].unflatten(0, (self.window, -1)).permute(
-                2, 0, 1)[None]
-            mask = (bias if mask is None
-                    else (mask[None, :, None].expand(len(x)//len(mask), -1, n, -1, -1).flatten(0, 1) + bias))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=self.drop if self.training else 0.)
-        if self.head_gate is not None: y = y*self.draw(self.head_gate)[:, None, None].to(y)
-        return F.dropout(self.proj(y.transpose(1, 2).flatten(2)), self.proj_drop, self.training)
+        mask = _mask_for(attn_mask, self.num_heads, self.pair)
+        if self.window: mask = self._with_positions(mask, len(x))
+        drop = self.drop if self.training else 0.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=drop)
+        if self.head_gate is not None:
+            gates = self.draw(self.head_gate)[:, None, None]
+            y = y*gates.to(y)
+        y = y.transpose(1, 2).flatten(2)
+        return F.dropout(self.proj(y), self.proj_drop, self.training)
+
+    def _with_positions(self, mask, count):
+        "The bias of relative positions, added to the mask, which is of one picture's windows among `count`."
+        bias = self.relative_position_bias_table[self.position.flatten()]
+        bias = bias.unflatten(0, (self.window, -1))
+        bias = bias.permute(2, 0, 1)[None]
+        if mask is None: return bias
+        pictures = count//len(mask)
+        repeated = mask[None, :, None].expand(pictures, -1, self.num_heads, -1, -1)
+        return repeated.flatten(0, 1) + bias
 
     def conv(self, op, x, v=None):
         "The bottleneck convolution of one size on the patches of `x`, out of the values."
         S = head_ensemble(self.z, self.kernels[op], self.temperature)
         n = self.num_heads
-        b = torch.einsum('ht,hj->j', S, self.v.bias.unflatten(0, (n, -1))) if self.v.bias is not None else 0
-        out = torch.einsum('ht,chj->cj', S, self.proj.weight.unflatten(1, (n, -1)))
-        def f(v):
-            y = index_values(v, S).movedim(1, -1) + b
-            return F.linear(F.relu(self.norms[op](y.movedim(-1, 1))).movedim(1, -1), out, self.proj.bias)
-        return self.on_grid(f, x, F.linear(x, self.v.weight) if v is None else v)
+        b = 0
+        if self.v.bias is not None:
+            bias_by_head = self.v.bias.unflatten(0, (n, -1))
+            b = torch.einsum('ht,hj->j', S, bias_by_head)
+        out_by_head = self.proj.weight.unflatten(1, (n, -1))
+        out = torch.einsum('ht,chj->cj', S, out_by_head)
+        def f(values):
+            y = index_values(values, S)
+            y = y.movedim(1, -1) + b
+            y = self.norms[op](y.movedim(-1, 1))
+            y = F.relu(y)
+            return F.linear(y.movedim(1, -1), out, self.proj.bias)
+        if v is None: v = F.linear(x, self.v.weight)
+        return self.on_grid(f, x, v)
 
 # %% ../../nbs/vit/63_spvit.ipynb #f4b72d18
 class HeadAttention(TokenLayer):
@@ -336,41 +449,49 @@ class HeadAttention(TokenLayer):
         self.proj = proj
         self.num_heads = num_heads
         self.drop = drop
-        self.q_norm,self.k_norm = copy.deepcopy(q_norm),copy.deepcopy(k_norm)
+        self.q_norm = copy.deepcopy(q_norm)
+        self.k_norm = copy.deepcopy(k_norm)
     def forward(self, x, *args, attn_mask=None, mask=None, **kwargs):
         if not self.num_heads: return self.give(self.proj(x[..., :0]))
-        q,k,v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.q_norm is not None: q,k = self.q_norm(q),self.k_norm(k)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=_mask_for(attn_mask, self.num_heads, self.pair),
-                                           dropout_p=self.drop if self.training else 0.)
-        return self.give(self.proj(y.transpose(1, 2).flatten(2)))
+        by_head = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        q,k,v = by_head.permute(2, 0, 3, 1, 4)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+            k = self.k_norm(k)
+        allowed = _mask_for(attn_mask, self.num_heads, self.pair)
+        drop = self.drop if self.training else 0.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, dropout_p=drop)
+        y = y.transpose(1, 2).flatten(2)
+        return self.give(self.proj(y))
 
 # %% ../../nbs/vit/63_spvit.ipynb #3c37b62a
+def _kept_rows(u, kind, rows):
+    "The weight or the bias of q, k and v in one, of the rows that stay; None for a bias that is not there."
+    qk = getattr(u.qk, kind)
+    if qk is None: return None
+    v = getattr(u.v, kind)
+    a = len(v)
+    parts = [qk[:a][rows], qk[a:][rows], v[rows]]
+    return torch.cat(parts)
+
 def _fill(shell, u, rows):
     "Give an attention its weights: those of the rows (of q, k and v each) that stay."
-    a = u.v.weight.shape[0]
-    def join(layer):
-        return (None if u.qk.bias is None and layer == 'bias'
-                else torch.cat([getattr(u.qk, layer)[:a][rows], getattr(u.qk, layer)[a:][rows],
-                                getattr(u.v, layer)[rows]]))
-    w = join('weight')
-    b = join('bias')
-    n = len(rows)//u.width
+    w = _kept_rows(u, 'weight', rows)
+    b = _kept_rows(u, 'bias', rows)
+    if len(rows) < len(u.v.weight):
+        n = len(rows)//u.width
+        proj = _linear(u.proj.weight[:, rows], u.proj.bias)
+        return HeadAttention(_linear(w, b), proj, n, u.q_norm, u.k_norm, u.drop, **u.like)
     if isinstance(shell, nn.MultiheadAttention):
-        if len(rows) < a:
-            return HeadAttention(_linear(w, b), _linear(u.proj.weight[:, rows], u.proj.bias), n, u.q_norm,
-                                 u.k_norm, u.drop, **u.like)
         shell.in_proj_weight = _param(w)
         if b is not None: shell.in_proj_bias = _param(b)
         shell.out_proj.weight = _param(u.proj.weight)
         if u.proj.bias is not None: shell.out_proj.bias = _param(u.proj.bias)
         return shell
-    if len(rows) < a:
-        return HeadAttention(_linear(w, b), _linear(u.proj.weight[:, rows], u.proj.bias), n, u.q_norm, u.k_norm,
-                             u.drop, **u.like)
-    shell.qkv,shell.proj = _linear(w, b),_linear(u.proj.weight, u.proj.bias)
-    for k in ('q_norm', 'k_norm'):
-        if getattr(u, k) is not None: setattr(shell, k, copy.deepcopy(getattr(u, k)))
+    shell.qkv = _linear(w, b)
+    shell.proj = _linear(u.proj.weight, u.proj.bias)
+    if u.q_norm is not None: shell.q_norm = copy.deepcopy(u.q_norm)
+    if u.k_norm is not None: shell.k_norm = copy.deepcopy(u.k_norm)
     if u.window:
         shell.relative_position_bias_table = _param(u.relative_position_bias_table)
         shell.relative_position_index = u.position.clone()
@@ -383,37 +504,56 @@ class UnifiedAttention(_AttentionPaths):
     def mix(self, x, msa):
         "All operations weighted by the drawn gates, or in eval the chosen one alone; `msa` computes attention."
         def run(o, v=None):
-            return torch.zeros_like(x) if o == 'skip' else msa(x, v) if o == 'msa' else self.conv(o, x, v)
+            if o == 'skip': return torch.zeros_like(x)
+            if o == 'msa': return msa(x, v)
+            return self.conv(o, x, v)
         if not self.training: return run(self.op())
-        v,w = F.linear(x, self.v.weight),select_ops(self.draw(self.gate), self.gating).to(x)
+        v = F.linear(x, self.v.weight)
+        drawn = self.draw(self.gate)
+        w = select_ops(drawn, self.gating).to(x)
         return sum(g*run(o, v) for o,g in zip(self.ops, w))
 
     def forward(self, x, *args, attn_mask=None, mask=None, is_causal=False, **kwargs):
         if is_causal: raise OpenTransError("A causal attention cannot become a convolution that sees both sides.")
         # called with windows by a Swin block, which mixes outside
         if self.window: return self.msa(x, mask)
-        return self.give(self.mix(x, lambda x, v: self.msa(x, attn_mask, v)))
+        def msa(x, v): return self.msa(x, attn_mask, v)
+        return self.give(self.mix(x, msa))
 
     def kept_heads(self)->list:
         "Heads whose gate is open; all, where heads have no gates."
-        return (list(range(self.num_heads)) if self.head_gate is None
-                else (self.head_gate >= 0).nonzero().flatten().tolist())
+        if self.head_gate is None: return list(range(self.num_heads))
+        is_open = self.head_gate >= 0
+        return is_open.nonzero().flatten().tolist()
 
     def slim(self)->nn.Module:
         "The plain layer of the chosen operation, with its weights."
         op = self.op()
         if op == 'skip': return SkipAttention(**self.like).train(self.training)
         if op == 'msa':
-            rows = [h*self.width+j for h in self.kept_heads() for j in range(self.width)]
-            return _fill(copy.deepcopy(self.shell[0]), self, rows).train(self.training)
+            rows = []
+            for head in self.kept_heads():
+                start = head*self.width
+                rows += range(start, start+self.width)
+            plain = _fill(copy.deepcopy(self.shell[0]), self, rows)
+            return plain.train(self.training)
+        return self._slim_conv(op).train(self.training)
+
+    def _slim_conv(self, op):
+        "The bottleneck convolution of one size."
         k = self.kernels[op]
-        w,b,out = conv_from_msa(self.v.weight, self.v.bias, self.proj.weight, self.z, k, self.temperature)
-        res = BottleneckConv(self.dim, self.width, k, **self.like).to(w.dtype)
-        bias = self.proj.bias if self.proj.bias is not None else out.new_zeros(len(out))
-        for layer,w,b in ((res.conv, w, b), (res.out, out[..., None, None], bias)):
-            layer.weight,layer.bias = _param(w),_param(b)
+        weights = self.v.weight,self.v.bias,self.proj.weight
+        w,b,out = conv_from_msa(*weights, self.z, k, self.temperature)
+        res = BottleneckConv(self.dim, self.width, k, **self.like)
+        res.to(w.dtype)
+        res.conv.weight = _param(w)
+        res.conv.bias = _param(b)
+        res.out.weight = _param(out[..., None, None])
+        bias = self.proj.bias
+        if bias is None: bias = out.new_zeros(len(out))
+        res.out.bias = _param(bias)
         res.norm = copy.deepcopy(self.norms[op])
-        return res.train(self.training)
+        return res
 
 # %% ../../nbs/vit/63_spvit.ipynb #9d3867ec
 class MultiPathAttention(UnifiedAttention):
@@ -421,33 +561,42 @@ class MultiPathAttention(UnifiedAttention):
     (thesis, Table 4.2: what the single path is compared with)."""
     def __init__(self, parts, grid, *args, **kwargs):
         super().__init__(parts, grid, *args, **kwargs)
-        w, like = self.v.weight, self.like | dict(pair=False)
-        self.z, self.norms = None, nn.ModuleDict()
-        self.own = nn.ModuleDict({o: BottleneckConv(self.dim, self.width, k, **like).to(w.device, w.dtype)
-                                  for o,k in self.kernels.items()})
+        w = self.v.weight
+        like = self.like | dict(pair=False)
+        self.z = None
+        self.norms = nn.ModuleDict()
+        self.own = nn.ModuleDict()
+        for o,k in self.kernels.items():
+            convolution = BottleneckConv(self.dim, self.width, k, **like)
+            self.own[o] = convolution.to(w.device, w.dtype)
 
     def conv(self, op, x, v=None): return self.own[op](x)
 
     def slim(self)->nn.Module:
         "The plain layer of the chosen operation, with its weights."
-        if self.op() not in self.own: return super().slim()
-        res = copy.deepcopy(self.own[self.op()])
+        op = self.op()
+        if op not in self.own: return super().slim()
+        res = copy.deepcopy(self.own[op])
         res.pair = self.pair
         return res.train(self.training)
 
 # %% ../../nbs/vit/63_spvit.ipynb #f61ccb63
 _MLPS = (('fc1', 'fc2'), ('c_fc', 'c_proj')) # names in timm and in open_clip
 
+def _is_linear(layer):
+    "Is it a linear map, of tokens or of maps?"
+    if isinstance(layer, nn.Conv2d): return layer.groups == 1
+    return isinstance(layer, nn.Linear)
+
 def mlp_names(mlp:nn.Module)->tuple: # (first, second)
     "The names of an MLP's two linear maps. Raises `OpenTransError` for other kinds."
     for names in _MLPS:
-        layers = [getattr(mlp, n, None) for n in names]
-        linear = all(isinstance(layer, nn.Linear) or isinstance(layer, nn.Conv2d) and layer.groups == 1
-                     for layer in layers)
-        if not linear: continue
+        first,second = (getattr(mlp, n, None) for n in names)
+        if not (_is_linear(first) and _is_linear(second)): continue
         _check_weights(mlp, names)
-        between = isinstance(getattr(mlp, 'norm', nn.Identity()), nn.Identity) and not hasattr(mlp, 'grn')
-        if between and layers[0].weight.shape[0] == layers[1].weight.shape[1]: return names
+        norm = getattr(mlp, 'norm', nn.Identity())
+        if not isinstance(norm, nn.Identity) or hasattr(mlp, 'grn'): continue
+        if first.weight.shape[0] == second.weight.shape[1]: return names
     raise OpenTransError(
         f"{type(mlp).__name__} is not an MLP of two linear maps (fc1, fc2 or c_fc, c_proj) without a gate or norm "
         f"between them.")
@@ -458,11 +607,14 @@ class UnifiedMLP(nn.Module):
     def __init__(self, mlp, theta=1.5):
         super().__init__()
         self.names = mlp_names(mlp)
-        for n,m in copy.deepcopy(mlp).named_children(): self.add_module(n, m)
-        self.shell = (copy.deepcopy(mlp).to('meta'),)
+        own = copy.deepcopy(mlp)
+        for n,m in own.named_children(): self.add_module(n, m)
+        shell = copy.deepcopy(mlp).to('meta')
+        self.shell = (shell,)
         w = self.first.weight
-        self.hidden,self.generator = w.shape[0],None
-        self.gate = nn.Parameter(torch.full((self.hidden,), float(theta), device='cpu' if w.is_meta else w.device))
+        self.hidden = w.shape[0]
+        self.generator = None
+        self.gate = _gates(self.hidden, theta, w)
 
     @classmethod
     def from_mlp(cls,
@@ -472,13 +624,19 @@ class UnifiedMLP(nn.Module):
         "Give an MLP its gates."
         return cls(mlp, theta).train(mlp.training)
 
-    first,second = (property(lambda self, i=i: getattr(self, self.names[i])) for i in (0, 1))
+    @property
+    def first(self): return getattr(self, self.names[0])
+    @property
+    def second(self): return getattr(self, self.names[1])
     draw = _Gates.draw
 
     def forward(self, x):
         g = self.draw(self.gate)
         for n,m in self.named_children():
-            if n == self.names[1]: x = x*(g.to(x) if isinstance(m, nn.Linear) else g.to(x)[:, None, None])
+            if n == self.names[1]:
+                gates = g.to(x)
+                if not isinstance(m, nn.Linear): gates = gates[:, None, None]
+                x = x*gates
             x = m(x)
         return x
 
@@ -490,48 +648,63 @@ class UnifiedMLP(nn.Module):
         "Set the gates so that exactly these units stay."
         with torch.no_grad():
             self.gate.fill_(-strength)
-            self.gate[torch.as_tensor(units, dtype=torch.long, device=self.gate.device)] = strength
+            kept = torch.as_tensor(units, dtype=torch.long, device=self.gate.device)
+            self.gate[kept] = strength
 
     def slim(self)->nn.Module:
         "The MLP with the kept units alone, in its own class."
-        mlp,i = copy.deepcopy(self.shell[0]),self.kept()
+        mlp = copy.deepcopy(self.shell[0])
+        i = self.kept()
         # torch has no convolution to 0 channels: one unit stays, unheard
         dead = not len(i) and isinstance(self.first, nn.Conv2d)
         if dead: i = i.new_zeros(1)
         for n,m in self.named_children(): setattr(mlp, n, copy.deepcopy(m))
         a,b = (getattr(mlp, n) for n in self.names)
-        a.weight,b.weight = _param(a.weight[i]),_param(b.weight[:, i]*(not dead))
+        a.weight = _param(a.weight[i])
+        b.weight = _param(b.weight[:, i]*(not dead))
         if a.bias is not None: a.bias = _param(a.bias[i])
         for layer,side in ((a, 'out'), (b, 'in')):
-            setattr(layer, f'{side}_features' if isinstance(layer, nn.Linear) else f'{side}_channels', len(i))
+            what = 'features' if isinstance(layer, nn.Linear) else 'channels'
+            setattr(layer, f'{side}_{what}', len(i))
         return mlp.train(self.training)
 
 # %% ../../nbs/vit/63_spvit.ipynb #a9cedba9
+def _is_depthwise(conv):
+    "Is it of odd side, and does it keep the channels and the size of its map?"
+    K = conv.kernel_size[0]
+    if K % 2 == 0 or conv.kernel_size != (K, K): return False
+    if conv.groups != conv.in_channels: return False
+    if conv.stride != (1, 1) or conv.dilation != (1, 1): return False
+    return conv.padding == (K//2, K//2)
+
+def _check_sides(sides, K):
+    "Raises `OpenTransError` unless these are odd sides, rising, up to `K`."
+    for side in sides: check_number('sides', side, 1, whole=True)
+    rising = list(sides) == sorted(set(sides))
+    odd = all(side % 2 for side in sides)
+    if not sides or not rising or sides[-1] != K or not odd:
+        raise OpenTransError(f"sides={tuple(sides)}: give odd sides, rising, up to {K}.")
+
 class UnifiedDepthwise(_Gates):
     """A depthwise convolution and its centre crops, with gates that choose the side (an extension beyond the
     thesis). Made by `from_conv`."""
     def __init__(self, conv, sides, gating='exclusive', theta=1.5):
         super().__init__()
         _check_weights(conv, [''])
-        K = conv.kernel_size[0]
         if conv.padding_mode != 'zeros':
             raise OpenTransError(
                 f"{conv} pads with other values than zeros, which its crops would not. Build it with "
                 f"padding_mode='zeros'.")
-        if (conv.groups != conv.in_channels or conv.kernel_size != (K, K) or conv.stride != (1, 1)
-            or conv.dilation != (1, 1) or conv.padding != (K//2, K//2) or K % 2 == 0):
+        if not _is_depthwise(conv):
             raise OpenTransError(
                 f"{conv} is not a depthwise convolution of odd side that keeps the size of its map.")
-        for side in sides: check_number('sides', side, 1, whole=True)
-        if not sides or list(sides) != sorted(set(sides)) or sides[-1] != K or any(s % 2 == 0 for s in sides):
-            raise OpenTransError(f"sides={tuple(sides)}: give odd sides, rising, up to {K}.")
+        _check_sides(sides, conv.kernel_size[0])
         self.conv = copy.deepcopy(conv)
         self.sides = tuple(sides)
         self.ops = tuple(f'dw{s}' for s in sides)
         self.gating = gating
         self.generator = None
-        self.gate = nn.Parameter(torch.full((len(sides)-1,), float(theta),
-                                            device='cpu' if conv.weight.is_meta else conv.weight.device))
+        self.gate = _gates(len(sides)-1, theta, conv.weight)
 
     @classmethod
     def from_conv(cls,
@@ -541,20 +714,33 @@ class UnifiedDepthwise(_Gates):
         theta:float=1.5, # Initial gate parameter
     )->'UnifiedDepthwise':
         "Give a depthwise convolution its gates. Raises `OpenTransError` for other convolutions."
-        return cls(conv, sides or tuple(range(1, conv.kernel_size[0]+1, 2)), gating, theta)
+        if not sides:
+            K = conv.kernel_size[0]
+            sides = tuple(range(1, K+1, 2))
+        return cls(conv, sides, gating, theta)
 
     def crop(self, side):
         a = (self.sides[-1]-side)//2
-        return self.conv.weight[..., a:a+side, a:a+side] if a else self.conv.weight
+        weight = self.conv.weight
+        return weight[..., a:a+side, a:a+side] if a else weight
+
+    def _side(self):
+        "The side that the gates choose without chance."
+        return int(self.op()[2:])
 
     def forward(self, x):
-        def run(s): return F.conv2d(x, self.crop(s), self.conv.bias, padding=s//2, groups=self.conv.groups)
-        if not self.training: return run(int(self.op()[2:]))
-        return sum(g*run(s) for s,g in zip(self.sides, select_ops(self.draw(self.gate), self.gating).to(x)))
+        def run(s):
+            weight = self.crop(s)
+            return F.conv2d(x, weight, self.conv.bias, padding=s//2, groups=self.conv.groups)
+        if not self.training: return run(self._side())
+        drawn = self.draw(self.gate)
+        w = select_ops(drawn, self.gating).to(x)
+        return sum(g*run(s) for s,g in zip(self.sides, w))
 
     def slim(self)->nn.Conv2d:
         "The depthwise convolution of the chosen side."
-        s,res = int(self.op()[2:]),copy.deepcopy(self.conv)
+        s = self._side()
+        res = copy.deepcopy(self.conv)
         res.weight = _param(self.crop(s))
         res.kernel_size = (s, s)
         res.padding = (s//2, s//2)

@@ -54,59 +54,100 @@ def new_vit():
     "A CLIP of the small world with a ViT for its image tower, and the text side of shapes-rn."
     cfg = dict(small_config('shapes-rn'), vision_cfg=VIT)
     model,tok = small_clip(cfg, seed=0)
-    rn = {k: v.float()
-          for k,v in load_tensors(ASSETS/'shapes-rn.safetensors')[0].items() if not k.startswith('visual.')}
-    left = model.load_state_dict(rn, strict=False)
-    assert (not left.unexpected_keys
-            and all(k.startswith('visual.') or 'attn_mask' in k for k in left.missing_keys)), left
+    stored,_ = load_tensors(ASSETS/'shapes-rn.safetensors')
+    text_side = {}
+    for name,tensor in stored.items():
+        if not name.startswith('visual.'): text_side[name] = tensor.float()
+    left = model.load_state_dict(text_side, strict=False)
+    assert not left.unexpected_keys, left
+    for name in left.missing_keys: assert name.startswith('visual.') or 'attn_mask' in name, left
     return ClipBackbone.from_model(model, tok, 'shapes-vit', pretrained='shapes-vit')
 
 def load_scenes(data):
-    return torch.stack([data[i]['image'] for i in range(len(data))]),[
-        data[i]['regions'] for i in range(len(data))],[data[i]['region_classes'] for i in range(len(data))]
+    "The pictures of all scenes, and for each its regions and their classes."
+    images = []
+    regions = []
+    classes = []
+    for i in range(len(data)):
+        scene = data[i]
+        images.append(scene['image'])
+        regions.append(scene['regions'])
+        classes.append(scene['region_classes'])
+    return torch.stack(images),regions,classes
 
 def embed(m, images):
     "The embedding of every cell, (B, D, h, w), not of unit length."
-    return m.kind.dense(m.visual, m.kind.features(m.visual, m.prepare(images))[1])
+    prepared = m.prepare(images)
+    features = m.kind.features(m.visual, prepared)
+    return m.kind.dense(m.visual, features[1])
 
 def pool(cells, regions):
     "Embeddings of regions: the mean of their cells, by the share that a region has in each."
-    return F.normalize(
-        torch.cat(
-            [
-                F.adaptive_avg_pool2d(r[:, None].float(), c.shape[-2:]).flatten(1) @ F.normalize(c, dim=0).flatten(
-                    1).T for c,r in zip(cells, regions)]), dim=1)
+    found = []
+    for embeddings,masks in zip(cells, regions):
+        shares = F.adaptive_avg_pool2d(masks[:, None].float(), embeddings.shape[-2:])
+        directions = F.normalize(embeddings, dim=0)
+        pooled = shares.flatten(1) @ directions.flatten(1).T
+        found.append(pooled)
+    return F.normalize(torch.cat(found), dim=1)
+
+class _Lesson:
+    "What the small ViT learns first: pictures, their regions, and what shapes-rn says of these."
+    def __init__(self, data):
+        rn = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
+        self.images,self.regions,self.classes = load_scenes(data)
+        self.text = rn.encode_text(data.vocabulary)
+        self.taught = []
+        with torch.no_grad():
+            for i in range(len(self.images)):
+                only = slice(i, i+1)
+                embeddings = rn.region_embeddings(self.images[only], self.regions[only], mode='crop')
+                self.taught.append(embeddings)
+
+    def loss(self, vit, which, flip):
+        "On the pictures of these numbers, mirrored or not."
+        images = self.images[which]
+        regions = [self.regions[i] for i in which]
+        if flip:
+            images = images.flip(-1)
+            regions = [masks.flip(-1) for masks in regions]
+        v = pool(embed(vit, images), regions)
+        taught = torch.cat([self.taught[i] for i in which])
+        names = torch.cat([self.classes[i] for i in which])
+        likeness = (v*taught).sum(1).mean()
+        naming = F.cross_entropy(20*v @ self.text.T, names)
+        return 1 - likeness + .5*naming
+
+def _learn(vit, lesson):
+    "Train the small ViT."
+    params = list(vit.visual.parameters())
+    highest = SET['pretrain_lr']
+    opt = torch.optim.AdamW(params, lr=highest, weight_decay=.05)
+    generator = torch.Generator().manual_seed(0)
+    steps = SET['pretrain_steps']
+    size = SET['pretrain_batch']
+    for i in range(steps):
+        warm = min(1, (i+1)/50)
+        for group in opt.param_groups: group['lr'] = highest*warm*cosine_share(i, steps)
+        which = torch.randint(len(lesson.images), (size,), generator=generator)
+        flip = torch.rand((), generator=generator) < .5
+        loss = lesson.loss(vit, which.tolist(), flip)
+        opt.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.)
+        opt.step()
 
 def pretrain(work):
     "The small ViT: region embeddings of shapes-rn (crops) and their names."
     file = work/'teacher.safetensors'
     vit = new_vit()
     if not file.exists():
-        rn = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
         data = ShapesWorld('train', n=SET['pretrain_scenes'], size=SET['size'], seed=1000)
-        images,regions,classes = load_scenes(data)
-        text = rn.encode_text(data.vocabulary)
-        with torch.no_grad():
-            r = [rn.region_embeddings(images[i:i+1], regions[i:i+1], mode='crop') for i in range(len(images))]
-        opt = torch.optim.AdamW(vit.visual.parameters(), lr=SET['pretrain_lr'], weight_decay=.05)
-        g = torch.Generator().manual_seed(0)
-        steps = SET['pretrain_steps']
-        for i in range(steps):
-            for group in opt.param_groups:
-                group['lr'] = SET['pretrain_lr']*min(1, (i+1)/50)*cosine_share(i, steps)
-            b = torch.randint(len(images), (SET['pretrain_batch'],), generator=g).tolist()
-            flip = torch.rand((), generator=g) < .5
-            x,m = images[b],[regions[j] for j in b]
-            if flip: x,m = x.flip(-1),[t.flip(-1) for t in m]
-            v = pool(embed(vit, x), m)
-            loss = (1 - (v*torch.cat([r[j] for j in b])).sum(1).mean()
-                    + .5*F.cross_entropy(20*v @ text.T, torch.cat([classes[j] for j in b])))
-            opt.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vit.visual.parameters(), 1.)
-            opt.step()
+        lesson = _Lesson(data)
+        _learn(vit, lesson)
         save_tensors(vit.visual.state_dict(), file)
-    vit.visual.load_state_dict(load_tensors(file)[0])
+    weights,_ = load_tensors(file)
+    vit.visual.load_state_dict(weights)
     return vit.requires_grad_(False).eval()
 
 # %% ../../nbs/vit/67_spvit_study.ipynb #89f3e952
@@ -114,61 +155,114 @@ def pretrain(work):
 def score(model, teacher, world):
     "Likeness to the dense tower, and zero-shot accuracy on regions."
     images,regions,classes,text,groups = world['val']
-    cos,right = [],[]
+    cosines = []
+    right = []
     for i in range(0, len(images), 20):
-        s = slice(i, i+20)
-        e = embed(model, images[s])
-        cos.append(F.cosine_similarity(e, embed(teacher, images[s]), dim=1).mean((1, 2)))
-        right.append((pool(e, regions[s]) @ text.T).argmax(1) == torch.cat(classes[s]))
-    right,c = torch.cat(right).float(),torch.cat(classes)
-    return dict(cosine=torch.cat(cos).mean().item(), accuracy=right.mean().item(),
-                **{g: right[torch.isin(c, torch.tensor(groups[g]))].mean().item() for g in ('base', 'novel')})
+        part = slice(i, i+20)
+        cells = embed(model, images[part])
+        taught = embed(teacher, images[part])
+        likeness = F.cosine_similarity(cells, taught, dim=1)
+        cosines.append(likeness.mean((1, 2)))
+        scores = pool(cells, regions[part]) @ text.T
+        names = torch.cat(classes[part])
+        right.append(scores.argmax(1) == names)
+    right = torch.cat(right).float()
+    names = torch.cat(classes)
+    res = dict(cosine=torch.cat(cosines).mean().item(), accuracy=right.mean().item())
+    for group in ('base', 'novel'):
+        members = torch.tensor(groups[group])
+        within = torch.isin(names, members)
+        res[group] = right[within].mean().item()
+    return res
 
 def open_world(seed, teacher):
-    images = load_scenes(ShapesWorld('train', n=SET['train'], size=SET['size'], seed=seed))[0]
+    train = ShapesWorld('train', n=SET['train'], size=SET['size'], seed=seed)
+    images,_,_ = load_scenes(train)
     val = ShapesWorld('val', n=SET['val'], size=SET['size'], seed=seed)
-    with torch.no_grad(): targets = torch.cat([embed(teacher, x) for x in images.split(32)])
-    return dict(train=images, targets=targets,
-                val=(*load_scenes(val), teacher.encode_text(val.vocabulary), val.groups))
+    with torch.no_grad():
+        parts = [embed(teacher, part) for part in images.split(32)]
+        targets = torch.cat(parts)
+    scenes = load_scenes(val)
+    text = teacher.encode_text(val.vocabulary)
+    return dict(train=images, targets=targets, val=(*scenes, text, val.groups))
+
+def _likeness_loss(teacher, world):
+    "Distillation on the training pictures of these numbers; what the teacher says of them is known."
+    def embeddings(model, which):
+        if model is teacher: return world['targets'][which]
+        images = world['train'][which]
+        return embed(model, images)
+    return embedding_loss(teacher, embeddings)
+
+def _draws(seed):
+    "Function of the step: the numbers of its training pictures."
+    def batch(step):
+        generator = torch.Generator().manual_seed(seed*100_003+step)
+        return torch.randint(SET['train'], (SET['batch'],), generator=generator)
+    return batch
+
+def _search(model, seed, loss, count):
+    "Train a gated model under the pressure of its cost."
+    rates = dict(lr=SET['lr'], gate_lr=SET['gate_lr'])
+    return train_spvit(model, _draws(seed), SET['search'], loss, count, seed=seed, clip_grad=1., **rates)
+
+def _tune(model, seed, loss, steps):
+    "Train a slim model, on other draws than the search."
+    batch = _draws(seed)
+    def later(step): return batch(step+1000)
+    return train_spvit(model, later, steps, loss, lr=SET['lr'], schedule='cosine', seed=seed, clip_grad=1.)
+
+def _file_of(work, seed, name):
+    "Where the result of an arm lies."
+    letters = [letter if letter.isalnum() else '-' for letter in name]
+    return work/f"{seed}-{''.join(letters)}.json"
+
+def _cost_of(name, teacher, world, seed, work):
+    "Counts FLOPs, with the pressure and the target of an arm: a share of the dense ViT's, or what another arm has."
+    target = ARMS[name][-1]
+    count = SPViTCost(teacher)
+    dense = count.target
+    if isinstance(target, float): count.target = target*dense
+    else:
+        other = run_arm(target, teacher, world, seed, work)
+        count.target = other['gflops']
+    count.weight = SET['pull']/(10*dense)**2
+    return count, dense
+
+def _size_of(model): return sum(p.numel() for p in model.visual.parameters())
 
 def run_arm(name, teacher, world, seed, work):
     "One arm of one seed; its result is kept."
-    file = work/f"{seed}-{''.join(c if c.isalnum() else '-' for c in name)}.json"
+    file = _file_of(work, seed, name)
     if file.exists(): return load_json(file)
-    how,ops,units,heads,target = ARMS[name]
-    count = SPViTCost(teacher)
-    dense = count.target
-    count.target = (target*dense if isinstance(target, float)
-                    else run_arm(target, teacher, world, seed, work)['gflops'])
-    count.weight = SET['pull']/(10*dense)**2
-    loss = embedding_loss(teacher,
-                          lambda m, i: world['targets'][i] if m is teacher else embed(m, world['train'][i]))
-    def batch(step):
-        return torch.randint(SET['train'], (SET['batch'],),
-                             generator=torch.Generator().manual_seed(seed*100_003+step))
+    how,ops,units,heads,_ = ARMS[name]
+    temperature = SET['temperature']
+    count, dense = _cost_of(name, teacher, world, seed, work)
+    loss = _likeness_loss(teacher, world)
     began = time.process_time()
     steps = SET['finetune']
-    history = None
+    course = None
     if how == 'search':
-        model = convert_to_spvit(teacher, ops, temperature=SET['temperature'], units=units,
-                                 heads=heads).requires_grad_(True)
-        history = train_spvit(model, batch, SET['search'], loss, count, lr=SET['lr'], gate_lr=SET['gate_lr'],
-                              seed=seed, clip_grad=1.)
-        if heads: fit_heads(model, count)
-        spec,model = HybridSpec.of(model, name),slim_spvit(model)
+        gated = convert_to_spvit(teacher, ops, temperature=temperature, units=units, heads=heads)
+        gated.requires_grad_(True)
+        history = _search(gated, seed, loss, count)
+        course = {column: history[column].round(6).tolist() for column in history}
+        if heads: fit_heads(gated, count)
+        spec = HybridSpec.of(gated, name)
+        model = slim_spvit(gated)
     else:
-        spec = random_spec(teacher, count, ops, units, heads, seed=seed, tolerance=.03,
-                           temperature=SET['temperature'])
+        spec = random_spec(teacher, count, ops, units, heads, seed=seed, tolerance=.03, temperature=temperature)
         steps += SET['search']
-        model = spec.build(teacher).requires_grad_(True)
-    tuned = train_spvit(model, lambda i: batch(i+1000), steps, loss, lr=SET['lr'], schedule='cosine', seed=seed,
-                        clip_grad=1.)
-    res = dict(arm=name, seed=seed, gflops=count.flops(model).item()/1e9,
-               share=count.flops(model).item()/1e9/dense, params=sum(p.numel() for p in model.visual.parameters()),
-               ops=spec.ops, widths=spec.widths, heads=spec.heads, **score(model, teacher, world),
-               loss_last=tuned.task[-10:].mean(),
-               history=None if history is None else {k: history[k].round(6).tolist() for k in history},
-               seconds=time.process_time()-began)
+        model = spec.build(teacher)
+        model.requires_grad_(True)
+    tuned = _tune(model, seed, loss, steps)
+    gflops = count.flops(model).item()/1e9
+    res = dict(arm=name, seed=seed, gflops=gflops, share=gflops/dense, params=_size_of(model))
+    res.update(ops=spec.ops, widths=spec.widths, heads=spec.heads)
+    res.update(score(model, teacher, world))
+    last = tuned.task[-10:]
+    res.update(loss_last=last.mean(), history=course)
+    res['seconds'] = time.process_time()-began
     save_json(res, file)
     return res
 
@@ -176,10 +270,16 @@ def run_arm(name, teacher, world, seed, work):
 def look(teacher, images):
     "Where the teacher's heads look: locality of all, and the maps of the middle patch."
     maps = attention_maps(teacher, images[:100], run=lambda x: teacher(x))
-    grid = (SET['size']//VIT['patch_size'],)*2
-    q = 1 + grid[0]//2*grid[1] + grid[1]//2
-    return dict(grid=grid, locality=locality(maps, grid).round(5).to_dict('list'),
-                middle={n: a[:, q].double().numpy().round(5).tolist() for n,a in maps.items()})
+    side = SET['size']//VIT['patch_size']
+    grid = side,side
+    near = locality(maps, grid)
+    near = near.round(5)
+    middle_patch = 1 + side//2*side + side//2
+    middle = {}
+    for name,attention in maps.items():
+        row = attention[:, middle_patch].double()
+        middle[name] = row.numpy().round(5).tolist()
+    return dict(grid=grid, locality=near.to_dict('list'), middle=middle)
 
 # %% ../../nbs/vit/67_spvit_study.ipynb #7396e0c4
 SMALL = dict(SET, pretrain_scenes=6, pretrain_steps=2, pretrain_batch=2, train=8, val=4, batch=2,
@@ -201,23 +301,30 @@ def sized_pretrain(sizes, work):
 def sized_arm(sizes, name, seed, work):
     "`run_arm`, in whatever process, with these sizes."
     _use(sizes)
-    return run_arm(name, *_opened(work, seed), seed, work)
+    teacher, world = _opened(work, seed)
+    return run_arm(name, teacher, world, seed, work)
 
 def dense_row(sizes, seed, work):
     "How the dense ViT does on the world of a seed."
     _use(sizes)
     teacher, world = _opened(work, seed)
-    return dict(arm='dense', seed=seed, share=1., **score(teacher, teacher, world))
+    reached = score(teacher, teacher, world)
+    return dict(arm='dense', seed=seed, share=1., **reached)
 
 def _jobs(sizes, seeds, work):
     "The dense ViT, then the arms of each seed; an arm that meets the cost of another waits for it."
-    jobs = {'teacher': ((), sized_pretrain, (sizes, work))}
+    jobs = dict(teacher=_first_job(sizes, work))
     for seed in seeds:
-        jobs['dense', seed] = (('teacher',), dense_row, (sizes, seed, work))
+        known = sizes, seed, work
+        jobs['dense', seed] = ['teacher'], dense_row, known
         for name,(*_, target) in ARMS.items():
-            needs = [('teacher')] + ([(target, seed)] if isinstance(target, str) else [])
-            jobs[name, seed] = (needs, sized_arm, (sizes, name, seed, work))
+            needs = ['teacher']
+            if isinstance(target, str): needs.append((target, seed))
+            known = sizes, name, seed, work
+            jobs[name, seed] = needs, sized_arm, known
     return jobs
+
+def _first_job(sizes, work): return (), sized_pretrain, (sizes, work)
 
 def spvit_rows(
     study, # The `Study`
@@ -227,52 +334,75 @@ def spvit_rows(
     small:bool=False, # The smallest sizes, to see that it runs
 )->dict: # What the file holds
     "The dense ViT, each arm of each seed, and where its heads look."
-    usual, began = dict(SET), time.process_time()
+    usual = dict(SET)
+    began = time.process_time()
     sizes = SMALL if small else usual
-    now = json.loads(json.dumps(dict(vit=VIT, set=sizes, arms=ARMS)))
-    work = open_folder(runs, now).resolve()
+    settings = _as_stored(vit=VIT, set=sizes, arms=ARMS)
+    work = open_folder(runs, settings).resolve()
     try:
         _use(sizes)
         with one_thread():
-            done = run_jobs(_jobs(sizes, seeds, work), scheduler, study.name)
+            jobs = _jobs(sizes, seeds, work)
+            done = run_jobs(jobs, scheduler, study.name)
             teacher, world = _opened(work, seeds[0])
-            seen = look(teacher, world['val'][0])
-        rows = [done['dense', seed] for seed in seeds] + [done[name, seed] for seed in seeds for name in ARMS]
-        params = sum(p.numel() for p in teacher.visual.parameters())
-        return dict(what='SPViT by distillation on the small world: toy scale', run=_minutes(done, began),
-                    seeds=list(seeds), settings=now, chance=1/len(ShapesWorld('val', n=1).vocabulary),
-                    dense_gflops=SPViTCost(teacher).target, dense_params=params, depth=VIT['layers'],
-                    hidden=4*VIT['width'], results=rows, attention=seen)
+            images = world['val'][0]
+            seen = look(teacher, images)
+        rows = [done['dense', seed] for seed in seeds]
+        rows += [done[name, seed] for seed in seeds for name in ARMS]
+        classes = ShapesWorld('val', n=1).vocabulary
+        file = dict(what='SPViT by distillation on the small world: toy scale', run=_minutes(done, began))
+        file.update(seeds=list(seeds), settings=settings, chance=1/len(classes))
+        file['dense_gflops'] = SPViTCost(teacher).target
+        file['dense_params'] = _size_of(teacher)
+        file.update(depth=VIT['layers'], hidden=4*VIT['width'])
+        return dict(file, results=rows, attention=seen)
     finally: _use(usual)
+
+def _as_stored(**settings):
+    "Settings as a file gives them back."
+    return json.loads(json.dumps(settings))
 
 def _minutes(done, began):
     "What a file says of time: the arms', wherever they ran, or this process's, if that is longer."
     arms = sum(row.get('seconds', 0) for row in done.values() if row)
-    return dict(cpu_minutes=round(max(arms, time.process_time()-began)/60, 1))
+    here = time.process_time()-began
+    minutes = max(arms, here)/60
+    return dict(cpu_minutes=round(minutes, 1))
 
 # %% ../../nbs/vit/67_spvit_study.ipynb #a455b0c0
 def region_loss(world, answers, soft):
     "Cross-entropy with the names of regions, and with a teacher's answers, if there are any."
     text = world['text']
     def loss(model, i):
-        regions, classes = [world['regions'][k] for k in i.tolist()], [world['classes'][k] for k in i.tolist()]
-        scores = 20*pool(embed(model, world['train'][i]), regions) @ text.T
+        which = i.tolist()
+        regions = [world['regions'][k] for k in which]
+        classes = [world['classes'][k] for k in which]
+        cells = embed(model, world['train'][i])
+        scores = 20*pool(cells, regions) @ text.T
         own = F.cross_entropy(scores, torch.cat(classes))
         if answers is None: return own
-        said = torch.cat([answers[k] for k in i.tolist()])
+        said = torch.cat([answers[k] for k in which])
         if soft is None: return own + F.cross_entropy(scores, said.argmax(1))
-        return own + F.kl_div(scores.log_softmax(1), said.log_softmax(1), reduction='batchmean', log_target=True)
+        ours = scores.log_softmax(1)
+        theirs = said.log_softmax(1)
+        return own + F.kl_div(ours, theirs, reduction='batchmean', log_target=True)
     return loss
 
 @torch.no_grad()
 def answers_of(who, teacher, world, seed):
     "A teacher's scores of the regions of each training picture."
     if who == 'nobody': return None
-    if who == 'dense': found = [pool(embed(teacher, x[None]), [r]) for x,r in zip(world['train'], world['regions'])]
+    if who == 'dense':
+        def look_at(image, masks): return pool(embed(teacher, image), masks)
     else:
         cnn = ClipBackbone.create('shapes-rn', pretrained='shapes-rn')
-        found = [cnn.region_embeddings(x[None], [r], mode='crop') for x,r in zip(world['train'], world['regions'])]
-    return [20*v @ world['text'].T for v in found]
+        def look_at(image, masks): return cnn.region_embeddings(image, masks, mode='crop')
+    text = world['text']
+    answers = []
+    for image,masks in zip(world['train'], world['regions']):
+        v = look_at(image[None], [masks])
+        answers.append(20*v @ text.T)
+    return answers
 
 # %% ../../nbs/vit/67_spvit_study.ipynb #7c5f3698
 def run_part(name, teacher, world, seed, work):
@@ -280,26 +410,28 @@ def run_part(name, teacher, world, seed, work):
     target, paths, who, soft = PARTS[name]
     count = SPViTCost(teacher)
     dense = count.target
-    count.target, count.weight = target*dense, SET['pull']/(10*dense)**2
-    loss = embedding_loss(teacher,
-                          lambda m, i: world['targets'][i] if m is teacher else embed(m, world['train'][i]))
-    if who is not None: loss = region_loss(world, answers_of(who, teacher, world, seed), soft)
-    def batch(step):
-        return torch.randint(SET['train'], (SET['batch'],),
-                             generator=torch.Generator().manual_seed(seed*100_003+step))
-    model = convert_to_spvit(teacher, ARMS['SPViT'][1], temperature=SET['temperature'],
-                             paths=paths).requires_grad_(True)
+    count.target = target*dense
+    count.weight = SET['pull']/(10*dense)**2
+    loss = _likeness_loss(teacher, world)
+    if who is not None:
+        answers = answers_of(who, teacher, world, seed)
+        loss = region_loss(world, answers, soft)
+    ops = ARMS['SPViT'][1]
+    gated = convert_to_spvit(teacher, ops, temperature=SET['temperature'], paths=paths)
+    gated.requires_grad_(True)
     began = time.process_time()
-    train_spvit(model, batch, SET['search'], loss, count, lr=SET['lr'], gate_lr=SET['gate_lr'], seed=seed,
-                clip_grad=1.)
+    _search(gated, seed, loss, count)
     searched = time.process_time()-began
-    spec, model = HybridSpec.of(model, name), slim_spvit(model)
-    train_spvit(model, lambda i: batch(i+1000), SET['finetune'], loss, lr=SET['lr'], schedule='cosine', seed=seed,
-                clip_grad=1.)
+    spec = HybridSpec.of(gated, name)
+    model = slim_spvit(gated)
+    _tune(model, seed, loss, SET['finetune'])
     flops = count.flops(model).item()/1e9
-    return dict(arm=name, seed=seed, gflops=flops, share=flops/dense, search_seconds=round(searched, 2),
-                params=sum(p.numel() for p in model.visual.parameters()), ops=spec.ops, widths=spec.widths,
-                **score(model, teacher, world))
+    row = dict(arm=name, seed=seed, gflops=flops, share=flops/dense)
+    row['search_seconds'] = round(searched, 2)
+    row['params'] = _size_of(model)
+    row.update(ops=spec.ops, widths=spec.widths)
+    reached = score(model, teacher, world)
+    return row | reached
 
 # %% ../../nbs/vit/67_spvit_study.ipynb #5a51b30f
 @functools.lru_cache(maxsize=1)
@@ -308,26 +440,30 @@ def _named(work, seed):
     teacher, world = _opened(work, seed)
     data = ShapesWorld('train', n=SET['train'], size=SET['size'], seed=seed)
     _, regions, classes = load_scenes(data)
-    return teacher, dict(world, regions=regions, classes=classes, text=teacher.encode_text(data.vocabulary))
+    text = teacher.encode_text(data.vocabulary)
+    return teacher, dict(world, regions=regions, classes=classes, text=text)
 
 def sized_part(sizes, name, seed, work):
     "`run_part`, in whatever process, with these sizes."
     _use(sizes)
-    return run_part(name, *_named(work, seed), seed, work)
+    teacher, world = _named(work, seed)
+    return run_part(name, teacher, world, seed, work)
 
 def spvit_parts_rows(study, seeds, runs, scheduler='local', small=False)->dict: # What the file holds
     "The `PARTS` of each seed."
-    usual, sizes = dict(SET), SMALL if small else dict(SET)
-    now = json.loads(json.dumps(dict(vit=VIT, set=sizes, parts=PARTS)))
-    work = open_folder(runs, now).resolve()
+    usual = dict(SET)
+    sizes = SMALL if small else dict(SET)
+    settings = _as_stored(vit=VIT, set=sizes, parts=PARTS)
+    work = open_folder(runs, settings).resolve()
     try:
         _use(sizes)
-        jobs = {'teacher': ((), sized_pretrain, (sizes, work))}
+        jobs = dict(teacher=_first_job(sizes, work))
         def job(name, seed): return sized_part, sizes, name, seed, work
         jobs |= kept_jobs(work, PARTS, seeds, 'teacher', job)
         with one_thread(): done = run_jobs(jobs, scheduler, study.name)
         rows = [done[name, seed] for seed in seeds for name in PARTS]
-        minutes = round(sum(row['seconds'] for row in rows)/60, 1)
-        return dict(what='SPViT part by part, on the small world: toy scale', run=dict(cpu_minutes=minutes),
-                    seeds=list(seeds), settings=now, results=rows)
+        seconds = sum(row['seconds'] for row in rows)
+        made = dict(cpu_minutes=round(seconds/60, 1))
+        what = 'SPViT part by part, on the small world: toy scale'
+        return dict(what=what, run=made, seeds=list(seeds), settings=settings, results=rows)
     finally: _use(usual)

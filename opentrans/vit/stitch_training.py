@@ -33,12 +33,15 @@ def snip_score(
 )->float: # Sum of |weight * gradient|
     "SNIP's saliency (thesis 3.4.2). The graph is kept."
     params = [p for p in params if p.requires_grad]
-    return _saliency(params,
-                     [p.grad for p in params] if loss is None
-                     else torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True))
+    if loss is None: grads = [p.grad for p in params]
+    else: grads = torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+    return _saliency(params, grads)
 
 def _saliency(params, grads):
-    return float(sum((p.detach()*g).abs().sum(dtype=torch.float64) for p,g in zip(params, grads) if g is not None))
+    "Sum of |weight * gradient| over what has a gradient."
+    def of_one(p, g): return (p.detach()*g).abs().sum(dtype=torch.float64)
+    total = sum(of_one(p, g) for p,g in zip(params, grads) if g is not None)
+    return float(total)
 
 class ImportanceTracker:
     "A running mean of the importance of each stitch (Eq. 3.3)."
@@ -62,15 +65,18 @@ class ImportanceTracker:
         if not math.isfinite(q):
             raise OpenTransError(
                 f"The importance of stitch {i} is {q}: the training has diverged. Use a smaller learning rate.")
-        self.scores[i] = self.beta*self.scores[i] + (1-self.beta)*q
+        old = self.scores[i]
+        self.scores[i] = self.beta*old + (1-self.beta)*q
         self.counts[i] += 1
 
     def importance(self)->torch.Tensor: # (n,)
         "What each stitch is worth: the running mean without the bias of its start."
         drawn = self.counts > 0
         if not self.corrected or not drawn.any(): return self.scores
-        values = self.scores/(1-self.beta**self.counts.double()).clamp_min(1e-12)
-        return torch.where(drawn, values, values[drawn].mean())
+        share = 1-self.beta**self.counts.double()
+        values = self.scores/share.clamp_min(1e-12)
+        mean = values[drawn].mean()
+        return torch.where(drawn, values, mean)
 
     def state_dict(self): return dict(beta=self.beta, scores=self.scores.clone(), counts=self.counts.clone())
     def load_state_dict(self, state):
@@ -83,11 +89,18 @@ class ImportanceTracker:
         check_number('beta', state['beta'], 0, 1, below=True)
         for name, own in (('scores', self.scores), ('counts', self.counts)):
             given = state[name]
-            if given.shape != own.shape or given.dtype != own.dtype or not_finite({name: given}):
+            other_form = given.shape != own.shape or given.dtype != own.dtype
+            if other_form or not_finite({name: given}):
                 raise ValueError(f'the {name} are not those of {len(own)} stitches')
-        if bool((state['counts'] < 0).any()): raise ValueError('a stitch was drawn less than 0 times')
+        below_0 = state['counts'] < 0
+        if bool(below_0.any()): raise ValueError('a stitch was drawn less than 0 times')
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #f440ac0f
+def _are_costs(costs):
+    "Is this array a list of numbers from 0 on, with at least one?"
+    if costs.ndim != 1 or not len(costs): return False
+    return np.isfinite(costs).all() and costs.min() >= 0
+
 class StitchSampler:
     """Draws stitches: each in turn in warm-up, then an interval uniformly and a stitch in it by its importance
     (thesis 3.4.2)."""
@@ -105,7 +118,7 @@ class StitchSampler:
         relative:bool=True,
     ):
         self.costs = np.asarray(costs, dtype=float)
-        if self.costs.ndim != 1 or not len(self.costs) or not np.isfinite(self.costs).all() or self.costs.min() < 0:
+        if not _are_costs(self.costs):
             raise OpenTransError(
                 "The costs must be a list of numbers from 0 on, one for each stitch, as stitch_table gives them "
                 "under flops.")
@@ -115,66 +128,99 @@ class StitchSampler:
         self.in_turn = warmup is None
         self.seed = seed
         self.relative = relative
-        if warmup is None: warmup = 3*len(self.costs)
+        count = len(self.costs)
+        if warmup is None: warmup = 3*count
         if warmup != math.inf: check_number('warmup', warmup, 0)
-        self.tracker = tracker or ImportanceTracker(len(self.costs))
+        self.tracker = tracker or ImportanceTracker(count)
         self.warmup = warmup
         self.temperature = temperature
         self.standardize = standardize
-        if len(self.tracker.scores) != len(self.costs):
+        if len(self.tracker.scores) != count:
             raise OpenTransError(
-                f"The tracker has {len(self.tracker.scores)} stitches, the costs are of {len(self.costs)}.")
-        lo,hi = self.costs.min(),self.costs.max()
+                f"The tracker has {len(self.tracker.scores)} stitches, the costs are of {count}.")
+        self._divide(n_intervals)
+        self.drawn = 0
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def _divide(self, n_intervals):
+        "Which stitches are in which interval of cost; intervals without any are left out."
+        lo = self.costs.min()
+        hi = self.costs.max()
         self.edges = np.linspace(lo, hi, n_intervals+1)
-        self.interval = np.clip(np.floor((self.costs-lo)/max(hi-lo, 1e-30)*n_intervals), 0,
-                                n_intervals-1).astype(int)
-        # the non-empty ones
-        self.intervals = [np.flatnonzero(self.interval == i)
-                          for i in range(n_intervals) if (self.interval == i).any()]
-        self._members = [torch.as_tensor(m) for m in self.intervals]
+        share = (self.costs-lo)/max(hi-lo, 1e-30)
+        place = np.floor(share*n_intervals)
+        self.interval = np.clip(place, 0, n_intervals-1).astype(int)
+        self.intervals = []
+        for i in range(n_intervals):
+            members = np.flatnonzero(self.interval == i)
+            if len(members): self.intervals.append(members)
+        self._members = [torch.as_tensor(members) for members in self.intervals]
         self._order = torch.cat(self._members)
-        self.drawn,self.generator = 0,torch.Generator().manual_seed(seed)
 
     def inside(self, members, importance=None)->torch.Tensor:
         "Probabilities inside one interval."
-        q = (self.tracker.importance() if importance is None else importance)[torch.as_tensor(members)]
-        if self.relative: q = q/q.abs().mean().clamp_min(1e-300)
-        if self.standardize: q = (q-q.mean())/(q.std(correction=0)+1e-12)
-        return torch.softmax(q if self.temperature == 1 else q/self.temperature, 0)
+        if importance is None: importance = self.tracker.importance()
+        q = importance[torch.as_tensor(members)]
+        if self.relative:
+            mean = q.abs().mean()
+            q = q/mean.clamp_min(1e-300)
+        if self.standardize:
+            deviation = q.std(correction=0)+1e-12
+            q = (q-q.mean())/deviation
+        if self.temperature != 1: q = q/self.temperature
+        return torch.softmax(q, 0)
 
     def probs(self)->torch.Tensor: # (n,), sum 1
         "The probability of each stitch at the next draw."
-        p = torch.full((len(self.costs),), 1/len(self.costs), dtype=torch.float64)
+        n = len(self.costs)
+        p = torch.full((n,), 1/n, dtype=torch.float64)
         if self.drawn < self.warmup: return p
         q = self.tracker.importance()
-        p[self._order] = torch.cat([self.inside(m, q) for m in self._members])/len(self.intervals)
+        inside = [self.inside(members, q) for members in self._members]
+        p[self._order] = torch.cat(inside)/len(self.intervals)
         return p
 
     def sample(self)->int:
         "Draw a stitch."
-        s = (self._turn() if self.in_turn and self.drawn < self.warmup
-             else torch.multinomial(self.probs(), 1, generator=self.generator).item())
+        in_turn = self.in_turn and self.drawn < self.warmup
+        s = self._turn() if in_turn else self._chance()
         self.drawn += 1
         return s
+    def _chance(self):
+        "Who is drawn by chance."
+        drawn = torch.multinomial(self.probs(), 1, generator=self.generator)
+        return drawn.item()
     def _turn(self):
         "Whose turn it is in warm-up: each round has an order of its own, which depends on nothing but the seed."
-        n, (again, place) = len(self.costs), divmod(self.drawn, len(self.costs))
-        order = torch.randperm(n, generator=torch.Generator().manual_seed((self.seed*1_000_003 + again) % 2**63))
+        n = len(self.costs)
+        again,place = divmod(self.drawn, n)
+        seed = (self.seed*1_000_003 + again) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(n, generator=generator)
         return int(order[place])
 
     def deploy(self)->list: # Of increasing cost
         "The most important stitch in each interval that holds one; of those that were drawn, if any was."
-        q, drawn = self.tracker.importance().clone(), self.tracker.counts > 0
-        for m in map(torch.as_tensor, self.intervals):
-            if drawn[m].any(): q[m[~drawn[m]]] = -math.inf
-        return [int(m[q[torch.as_tensor(m)].argmax()]) for m in self.intervals]
+        q = self.tracker.importance().clone()
+        drawn = self.tracker.counts > 0
+        best = []
+        for stitches in self.intervals:
+            members = torch.as_tensor(stitches)
+            was_drawn = drawn[members]
+            if was_drawn.any(): q[members[~was_drawn]] = -math.inf
+            place = q[members].argmax()
+            best.append(int(stitches[place]))
+        return best
     def entropy(self)->float:
         "How spread the next draw is: $e^H$ over the number of stitches, 1 if uniform."
         p = self.probs()
-        return float(torch.exp(-(p*p.clamp_min(1e-300).log()).sum())/len(p))
+        log_p = p.clamp_min(1e-300).log()
+        entropy = -(p*log_p).sum()
+        return float(torch.exp(entropy)/len(p))
 
     def state_dict(self):
-        return dict(tracker=self.tracker.state_dict(), drawn=self.drawn, generator=self.generator.get_state())
+        tracker = self.tracker.state_dict()
+        return dict(tracker=tracker, drawn=self.drawn, generator=self.generator.get_state())
     def load_state_dict(self, state):
         self.tracker.load_state_dict(state['tracker'])
         self.drawn = state['drawn']
@@ -206,9 +252,11 @@ class _TrainerState:
         self.accumulate = check_number('accumulate', accumulate, 1, whole=True)
         self.part = 0
         self.grads = None
-        if len(sampler.costs) != len(net.configs):
+        drawn_from = len(sampler.costs)
+        there = len(net.configs)
+        if drawn_from != there:
             raise OpenTransError(
-                f"The sampler draws from {len(sampler.costs)} stitches, the family has {len(net.configs)}. Make it "
+                f"The sampler draws from {drawn_from} stitches, the family has {there}. Make it "
                 f"of stitch_table(net).flops.")
         self.net = net
         self.sampler = sampler
@@ -221,7 +269,9 @@ class _TrainerState:
     def hard_label(self, out, y, teacher):
         "Cross-entropy with the labels, mixed with that of the teacher's answers."
         ce = label_loss_of(out, y)
-        return ce if teacher is None else (1-self.a)*ce + self.a*F.cross_entropy(out, teacher.argmax(1))
+        if teacher is None: return ce
+        answers = teacher.argmax(1)
+        return (1-self.a)*ce + self.a*F.cross_entropy(out, answers)
 
     def _finite(self, loss, what):
         if bool(torch.isfinite(loss).all()): return loss
@@ -235,9 +285,12 @@ class _TrainerState:
         q = _saliency(params, self.grads)
         self.sampler.tracker.update(self.stitch, q)
         for p,d in zip(params, self.grads):
-            if d is not None: p.grad = d if p.grad is None else p.grad + d
+            if d is None: continue
+            if p.grad is None: p.grad = d
+            else: p.grad = p.grad + d
         self.optimizer.step()
-        self.steps,self.grads = self.steps+1,None
+        self.steps += 1
+        self.grads = None
         if self.schedule is not None: self.schedule.step()
         return q
 
@@ -251,21 +304,32 @@ class _TrainerSteps(_TrainerState):
         """One batch, and a step of the optimizer if enough are there. Raises `OpenTransError`, with no weight
         changed, if a loss is no number."""
         check_images(x)
-        net,params = self.net,[p for p in self.net.parameters() if p.requires_grad]
+        net = self.net
+        params = [p for p in net.parameters() if p.requires_grad]
         if self.part == 0:
-            self.stitch,self.spread,self.grads = self.sampler.sample(),self.sampler.entropy(),[None]*len(params)
+            self.stitch = self.sampler.sample()
+            self.spread = self.sampler.entropy()
+            self.grads = [None]*len(params)
             self.optimizer.zero_grad(set_to_none=True)
         s = self.stitch
         out = net(x)
         share = 1/self.accumulate
-        first = self._finite(self.loss(out, y, None), 'the largest anchor')
+        first = self.loss(out, y, None)
+        self._finite(first, 'the largest anchor')
         (first*share).backward()
-        second = self._finite(self.loss(net(x, s), y, out.detach()), f'stitch {s}')
-        grads = torch.autograd.grad(second*share, params, allow_unused=True)
-        self.grads = [d if old is None else old if d is None else old + d for old,d in zip(self.grads, grads)]
+        second = self.loss(net(x, s), y, out.detach())
+        self._finite(second, f'stitch {s}')
+        self._collect(torch.autograd.grad(second*share, params, allow_unused=True))
         self.part = (self.part+1) % self.accumulate
         q = self._update(params) if self.part == 0 else math.nan
         return dict(stitch=s, loss=second.item(), teacher=first.item(), q=q, spread=self.spread)
+
+    def _collect(self, grads):
+        "Add the gradients of a batch to those that are there."
+        for i,new in enumerate(grads):
+            old = self.grads[i]
+            if old is None: self.grads[i] = new
+            elif new is not None: self.grads[i] = old + new
 
     def fit(self,
         batches, # Iterable of (x, y); it says how long the training is
@@ -273,21 +337,27 @@ class _TrainerSteps(_TrainerState):
         "Train on batch after batch. Raises `OpenTransError` for a list or loader without any."
         if hasattr(batches, '__len__') and not len(batches):
             raise OpenTransError("There are no batches to train on: the list or loader is empty.")
-        return pd.DataFrame([self.step(*self._pair(b)) for b in batches],
-                            columns=['stitch', 'loss', 'teacher', 'q', 'spread'])
+        rows = [self.step(*self._pair(batch)) for batch in batches]
+        return pd.DataFrame(rows, columns=['stitch', 'loss', 'teacher', 'q', 'spread'])
 
     def _pair(self, batch):
-        if isinstance(batch, (list, tuple)) and 0 < len(batch) <= 2: return batch
+        several = isinstance(batch, (list, tuple))
+        if several and 0 < len(batch) <= 2: return batch
         raise OpenTransError(
             f"A batch must be (images, labels), or (images,) for a loss without labels, not {type(batch).__name__}.")
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #76a687ab
 def _flat(state):
     "Tensors of an optimizer's state by name, and the rest of it."
-    tensors = {f'optimizer.{i}.{k}': v for i,d in state['state'].items()
-               for k,v in d.items() if isinstance(v, torch.Tensor)}
-    return tensors,{str(i): {k: v for k,v in d.items() if not isinstance(v, torch.Tensor)}
-                    for i,d in state['state'].items()}
+    tensors = {}
+    rest = {}
+    for i,held in state['state'].items():
+        others = {}
+        for key,value in held.items():
+            if isinstance(value, torch.Tensor): tensors[f'optimizer.{i}.{key}'] = value
+            else: others[key] = value
+        rest[str(i)] = others
+    return tensors,rest
 
 STITCHING_FILE = FileKind('opentrans-stitching', 'training of a stitchable network', 'StitchTrainer.save')
 
@@ -302,6 +372,8 @@ class _Config(TypedDict):
 _STITCHING = dict(configs=list[_Config], rest=dict[str, dict[str, Any]], groups=list[dict[str, Any]], steps=int,
                   drawn=int, beta=float, schedule=dict[str, Any] | None)
 
+def _stored_configs(net): return [asdict(config) for config in net.configs]
+
 class _TrainerSaving(_TrainerSteps):
     "A training on its way into a file."
     def save(self,
@@ -312,15 +384,19 @@ class _TrainerSaving(_TrainerSteps):
         if self.part:
             raise OpenTransError(
                 f"{self.part} of {self.accumulate} batches wait for their step. Save after a whole number of steps.")
-        opt,s = self.optimizer.state_dict(),self.sampler.state_dict()
+        opt = self.optimizer.state_dict()
+        sampler = self.sampler.state_dict()
+        tracker = sampler['tracker']
         tensors,rest = _flat(opt)
-        tensors |= {f'net.{n}': p for n,p in self.net.named_parameters() if p.requires_grad}
-        tensors |= {f'state.{n}': b for n,b in _state(self.net).items()}
-        tensors |= {'sampler.generator': s['generator'], 'sampler.scores': s['tracker']['scores'],
-                    'sampler.counts': s['tracker']['counts']}
-        schedule = self.schedule.state_dict() if self.schedule is not None else None
-        about = dict(configs=[asdict(c) for c in self.net.configs], rest=rest, groups=opt['param_groups'],
-                     steps=self.steps, drawn=s['drawn'], beta=s['tracker']['beta'], schedule=schedule)
+        for n,p in self.net.named_parameters():
+            if p.requires_grad: tensors[f'net.{n}'] = p
+        for n,buffer in _state(self.net).items(): tensors[f'state.{n}'] = buffer
+        tensors['sampler.generator'] = sampler['generator']
+        tensors['sampler.scores'] = tracker['scores']
+        tensors['sampler.counts'] = tracker['counts']
+        about = dict(configs=_stored_configs(self.net), rest=rest, groups=opt['param_groups'])
+        about.update(steps=self.steps, drawn=sampler['drawn'], beta=tracker['beta'])
+        about['schedule'] = None if self.schedule is None else self.schedule.state_dict()
         try: about = plain_json(about)
         except TypeError as error:
             raise OpenTransError(
@@ -330,44 +406,69 @@ class _TrainerSaving(_TrainerSteps):
         save_tensors(tensors, path, about, STITCHING_FILE)
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #c4d81e60
+def _fits(key, tensor, parameter):
+    "Can a tensor be what an optimizer knows of a parameter?"
+    if tensor.ndim and tensor.shape != parameter.shape: return False
+    return not tensor.is_complex() and not not_finite({key: tensor})
+
 def _optimizer_state(tensors, rest, optimizer):
     """The state of each parameter by its number. Raises `ValueError` for what no parameter has, and where one lacks
     what the others have."""
-    params = [p for group in optimizer.param_groups for p in group['params']]
+    params = []
+    for group in optimizer.param_groups: params += group['params']
     state = {int(i): dict(held) for i, held in rest.items()}
     for name, t in tensors.items():
         i, _, key = name.partition('.')
-        state[int(i)][key] = t
+        held = state[int(i)]
+        held[key] = t
     keys = {frozenset(held) for held in state.values()}
     if len(keys) > 1: raise ValueError('some parameters lack what others have')
     for i, held in state.items():
         if not 0 <= i < len(params): raise ValueError(f'there is no parameter {i}')
         given = {key: t for key, t in held.items() if isinstance(t, torch.Tensor)}
-        odd = [key
-               for key, t in given.items() if t.ndim and t.shape != params[i].shape or t.is_complex()
-               or not_finite({key: t})]
-        odd += [key for key, value in held.items() if not isinstance(value, (torch.Tensor, int, float, type(None)))]
+        odd = [key for key, t in given.items() if not _fits(key, t, params[i])]
+        known = torch.Tensor, int, float, type(None)
+        odd += [key for key, value in held.items() if not isinstance(value, known)]
         if odd: raise ValueError(f'{odd[0]} of parameter {i} does not fit')
     return state
+
+def _same_keys(value, here):
+    "Are both dictionaries, of the same names?"
+    if not isinstance(here, dict) or not isinstance(value, dict): return False
+    names = [str(key) for key in here]
+    return names == list(here) and set(value) == set(here)
+
+def _same_length(value, here, what):
+    "Are both lists of one length, and not those of a group's parameters?"
+    if not isinstance(here, (list, tuple)) or not isinstance(value, list): return False
+    return len(value) == len(here) and not what.endswith('.params')
+
+def _is_number(value): return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+def _same_number(value, here):
+    "Are both numbers, and the one that was read finite and whole where it must be?"
+    if not _is_number(value) or not _is_number(here): return False
+    if not math.isfinite(value): return False
+    return isinstance(value, int) or isinstance(here, float)
 
 def _as_here(value, here, what):
     """What was read, in the form of what is here: a value that is equal stays the one that is here. Raises
     `ValueError` for another form."""
     if value == plain_json(here): return here
-    if (isinstance(here, dict) and isinstance(value, dict) and list(map(str, here)) == list(here)
-        and set(value) == set(here)):
+    if _same_keys(value, here):
         return {k: _as_here(value[k], here[k], f'{what}.{k}') for k in here}
-    if (isinstance(here, (list, tuple)) and isinstance(value, list) and len(value) == len(here)
-        and not what.endswith('.params')):
+    if _same_length(value, here, what):
         return type(here)(_as_here(v, h, what) for v, h in zip(value, here))
-    switch, number = (bool, type(None)), isinstance(value, (int, float)) and not isinstance(value, bool)
+    switch = bool, type(None)
     if isinstance(value, switch) and isinstance(here, switch): return value
-    if (number and isinstance(here, (int, float)) and not isinstance(here, bool) and math.isfinite(value)
-        and (isinstance(value, int) or isinstance(here, float))):
-        return type(here)(value)
-    raise ValueError(f'{what} is {shorten(repr(value), 60)}, here {shorten(repr(here), 60)}')
+    if _same_number(value, here): return type(here)(value)
+    read = shorten(repr(value), 60)
+    there = shorten(repr(here), 60)
+    raise ValueError(f'{what} is {read}, here {there}')
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #9b53e2fa
+def _shapes(tensors): return {name: tensor.shape for name,tensor in tensors.items()}
+
 class StitchTrainer(_TrainerSaving):
     """Trains a family in one stage: in each step the largest anchor and a stitch that the sampler draws (thesis
     3.4.2)."""
@@ -377,19 +478,23 @@ class StitchTrainer(_TrainerSaving):
         """Go on from where `save` was called. Raises `OpenTransError`, with nothing changed, if the file is of another
         family, or damaged."""
         tensors, meta = load_tensors(path, kind=STITCHING_FILE)
-        about = {name: metadata_value(meta, name, schema, path) for name, schema in _STITCHING.items()}
+        about = {}
+        for name, schema in _STITCHING.items(): about[name] = metadata_value(meta, name, schema, path)
         learns = {n: p for n,p in self.net.named_parameters() if p.requires_grad}
         own = strip_prefix('net.', tensors)
-        if (about['configs'] != [asdict(c) for c in self.net.configs]
-            or {n: t.shape for n,t in own.items()} != {n: p.shape for n,p in learns.items()}):
+        same_stitches = about['configs'] == _stored_configs(self.net)
+        if not same_stitches or _shapes(own) != _shapes(learns):
             raise OtherRun(
                 f"'{path}' is not of this family: anchors, stitches and ranks must be those that it was saved with.")
         check_like(own, learns, path, 'trained numbers')
-        kept, here = strip_prefix('state.', tensors), _state(self.net)
-        check_like(kept, {n: here[n] for n in kept if n in here}, path, 'running statistics')
+        kept = strip_prefix('state.', tensors)
+        here = _state(self.net)
+        known = {n: here[n] for n in kept if n in here}
+        check_like(kept, known, path, 'running statistics')
         try: optimizer, sampler, schedule = self._state_of(tensors, about)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise STITCHING_FILE.damaged(path, f'its state does not fit the trainer ({shorten(error)})') from error
+            why = f'its state does not fit the trainer ({shorten(error)})'
+            raise STITCHING_FILE.damaged(path, why) from error
         with torch.no_grad():
             for n,p in learns.items(): p.copy_(own[n])
             for n,b in kept.items(): here[n].copy_(b)
@@ -403,15 +508,21 @@ class StitchTrainer(_TrainerSaving):
         what does not fit; nothing is changed."""
         check_number('steps', about['steps'], 0, 2**63, whole=True)
         now = self.optimizer.state_dict()['param_groups']
-        state = _optimizer_state(strip_prefix('optimizer.', tensors), about['rest'], self.optimizer)
-        if about['steps'] and not state and any('betas' in group or group.get('momentum') for group in now):
+        held = strip_prefix('optimizer.', tensors)
+        state = _optimizer_state(held, about['rest'], self.optimizer)
+        has_state = any('betas' in group or group.get('momentum') for group in now)
+        if about['steps'] and not state and has_state:
             raise ValueError('the state of the optimizer is missing')
-        tracker = dict(beta=about['beta'], scores=tensors['sampler.scores'], counts=tensors['sampler.counts'])
+        tracker = dict(beta=about['beta'])
+        tracker['scores'] = tensors['sampler.scores']
+        tracker['counts'] = tensors['sampler.counts']
         sampler = dict(generator=tensors['sampler.generator'], drawn=about['drawn'], tracker=tracker)
         self.sampler.check(sampler)
         schedule = about['schedule'] if self.schedule is not None else None
         if schedule: schedule = _as_here(schedule, self.schedule.state_dict(), 'schedule')
-        return dict(state=state, param_groups=_as_here(about['groups'], now, 'groups')), sampler, schedule
+        groups = _as_here(about['groups'], now, 'groups')
+        optimizer = dict(state=state, param_groups=groups)
+        return optimizer, sampler, schedule
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #4b3f41cf
 def deploy(
@@ -423,7 +534,8 @@ def deploy(
     """The palette: the most important stitch of each interval of FLOPs, merged, without evaluating any (thesis
     3.4.2). Batch norms of a ResNet family have seen all stitches: give batches."""
     palette = {s: merge_stitch(net, s) for s in sampler.deploy()}
-    for network in palette.values() if batches is not None else ():
+    if batches is None: return palette
+    for network in palette.values():
         update_bn(batches, network)
         network.eval()
     return palette
@@ -433,8 +545,15 @@ def pareto_front(
     values, # More is better
 )->np.ndarray: # bool
     "Which points no other beats in both."
-    c,v = np.asarray(costs, dtype=float),np.asarray(values, dtype=float)
-    return np.array([not ((c <= a) & (v >= b) & ((c < a) | (v > b))).any() for a,b in zip(c, v)])
+    c = np.asarray(costs, dtype=float)
+    v = np.asarray(values, dtype=float)
+    front = []
+    for a,b in zip(c, v):
+        no_worse = (c <= a) & (v >= b)
+        better = (c < a) | (v > b)
+        beaten = no_worse & better
+        front.append(not beaten.any())
+    return np.array(front)
 
 def plot_pareto(
     table:pd.DataFrame, # Columns `flops` and `value`; rows are stitches
@@ -446,21 +565,54 @@ def plot_pareto(
 ): # The axes
     "Value over FLOPs: all stitches, those that are deployed joined by a line, single networks as stars."
     ax = get_axes(ax, figsize=(6, 3.6))
-    unit,name = (1e9, 'G') if table.flops.max() > 1e9 else (1e6, 'M')
-    ax.scatter(table.flops/unit, table.value, s=14, color=color, alpha=.35,
-               label=for_plot(label if not len(deployed) else f'{label}, all'))
+    is_large = table.flops.max() > 1e9
+    unit,name = (1e9, 'G') if is_large else (1e6, 'M')
+    every = f'{label}, all' if len(deployed) else label
+    ax.scatter(table.flops/unit, table.value, s=14, color=color, alpha=.35, label=for_plot(every))
     if len(deployed):
-        d = table.loc[list(deployed)].sort_values('flops')
-        ax.plot(d.flops/unit, d.value, 'o-', ms=5, color=color, label=for_plot(f'{label}, deployed'))
+        chosen = table.loc[list(deployed)]
+        chosen = chosen.sort_values('flops')
+        ours = for_plot(f'{label}, deployed')
+        ax.plot(chosen.flops/unit, chosen.value, 'o-', ms=5, color=color, label=ours)
     if anchors is not None:
-        ax.scatter(anchors.flops/unit, anchors.value, marker='*', s=150, color='#e0a100', zorder=3,
-                   label='anchors, each tuned alone')
+        star = dict(marker='*', s=150, color='#e0a100', zorder=3)
+        ax.scatter(anchors.flops/unit, anchors.value, label='anchors, each tuned alone', **star)
     ax.set(xlabel=f'{name}FLOPs (multiply-accumulates)', ylabel='accuracy')
     ax.spines[['top', 'right']].set_visible(False)
     ax.legend(frameon=False, fontsize=9)
     return ax
 
 # %% ../../nbs/vit/62c_stitch_training.ipynb #74f0bb62
+def _adapted_weights(net, known):
+    "Names of the weights of the layers that PST adapts in the anchors."
+    wanted = set()
+    for anchor in net.anchors:
+        for block,name in itertools.product(anchor.blocks, anchor.lora_on):
+            for layer in _inside(block, name):
+                params = plain_layer(layer).parameters()
+                wanted |= {id(p) for p in params if p.dim() > 1}
+    return [name for name,p in known.items() if id(p) in wanted]
+
+def _angle(grads, others):
+    "Degrees between two gradients on the parameters that both have; NaN if there are none."
+    u = []
+    v = []
+    for one,other in zip(grads, others):
+        if one is None or other is None: continue
+        u.append(one.flatten().double())
+        v.append(other.flatten().double())
+    if not u: return math.nan
+    u = torch.cat(u)
+    v = torch.cat(v)
+    u = u/u.norm()
+    v = v/v.norm()
+    # exact at 0 and 180
+    across = (u - v).norm()
+    along = (u + v).norm()
+    return torch.rad2deg(2*torch.atan2(across, along))
+
+def _labels_alone(out, y, s): return label_loss_of(out, y)
+
 def gradient_angles(
     net:StitchableNet, # The family
     batch, # (images, labels)
@@ -471,28 +623,26 @@ def gradient_angles(
     "Angles between the gradients of stitches on the weights that they share (thesis Fig. 3.2)."
     x,y = batch
     check_images(x)
-    known,loss = dict(net.named_parameters()),loss or (lambda out, y, s: label_loss_of(out, y))
-    if names is None:
-        inside = [plain_layer(m) for a in net.anchors for b in a.blocks for n in a.lora_on for m in _inside(b, n)]
-        wanted = {id(p) for m in inside for p in m.parameters() if p.dim() > 1}
-        names = [n for n,p in known.items() if id(p) in wanted]
+    loss = loss or _labels_alone
+    known = dict(net.named_parameters())
+    if names is None: names = _adapted_weights(net, known)
     if lost := [n for n in names if n not in known]: raise unknown('parameter', lost[0], known)
-    params,was = [known[n] for n in names],[known[n].requires_grad for n in names]
+    params = [known[n] for n in names]
+    learned = [p.requires_grad for p in params]
+    grads = []
     try:
         for p in params: p.requires_grad_(True)
-        grads = [torch.autograd.grad(loss(net(x, s), y, s), params, allow_unused=True) for s in stitches]
+        for s in stitches:
+            value = loss(net(x, s), y, s)
+            grads.append(torch.autograd.grad(value, params, allow_unused=True))
     finally:
-        for p,w in zip(params, was): p.requires_grad_(w)
+        for p,before in zip(params, learned): p.requires_grad_(before)
     res = torch.zeros(len(grads), len(grads), dtype=torch.float64)
-    for i,j in itertools.combinations(range(len(grads)), 2):
-        both = [(a.flatten().double(), b.flatten().double())
-                for a,b in zip(grads[i], grads[j]) if a is not None and b is not None]
-        u,v = (torch.cat(t) if both else torch.full((1,), math.nan, dtype=torch.float64)
-               for t in (zip(*both) if both else ((), ())))
-        # exact at 0 and 180
-        res[i, j] = res[j,
-                        i] = torch.rad2deg(2*torch.atan2((u/u.norm() - v/v.norm()).norm(),
-                                                         (u/u.norm() + v/v.norm()).norm()))
+    pairs = itertools.combinations(range(len(grads)), 2)
+    for i,j in pairs:
+        angle = _angle(grads[i], grads[j])
+        res[i, j] = angle
+        res[j, i] = angle
     return res
 
 def plot_angles(
@@ -502,11 +652,15 @@ def plot_angles(
 ): # The axes
     "Distribution of the pairwise angles, with 90 degrees marked (thesis Fig. 3.2)."
     ax = get_axes(ax, figsize=(6, 3))
-    v = angles[tuple(torch.triu_indices(*angles.shape, offset=1))] if angles.dim() == 2 else angles
+    v = angles
+    if angles.dim() == 2:
+        pairs = torch.triu_indices(*angles.shape, offset=1)
+        v = angles[tuple(pairs)]
     v = v[torch.isfinite(v)]
-    ax.hist(v.numpy(), bins=np.linspace(0, 180, 37), alpha=.55, density=True,
-            label=f"{for_plot(label or 'pairs')}: mean {v.mean():.0f}°, {100*(v > 90).double().mean():.0f}% above "
-                  f"90°")
+    name = for_plot(label or 'pairs')
+    share = (v > 90).double().mean()
+    told = f"{name}: mean {v.mean():.0f}°, {100*share:.0f}% above 90°"
+    ax.hist(v.numpy(), bins=np.linspace(0, 180, 37), alpha=.55, density=True, label=told)
     ax.axvline(90, color='#c03030', ls='--', lw=1)
     ax.set(xlabel='angle between gradients (degrees)', ylabel='density', xlim=(0, 180))
     ax.set_yticks([])

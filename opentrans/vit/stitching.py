@@ -39,13 +39,17 @@ class StitchConfig:
     def key(self)->str: return f'{self.front}-{self.end}-{self.layer}'
     @property
     def label(self)->str:
-        return f'{self.front}' if self.is_anchor else f'{self.front}:{self.j} → {self.end}:{self.k}'
+        if self.is_anchor: return f'{self.front}'
+        return f'{self.front}:{self.j} → {self.end}:{self.k}'
 
 def _windows(depth, kernel, stride):
     "Pairs that each window brings, of two anchors of one depth."
-    seen,ids = set(),list(range(depth))
+    seen = set()
+    ids = list(range(depth))
     for i in range(0, depth, stride):
-        new = [p for p in itertools.product(ids[i:i+kernel], repeat=2) if p not in seen]
+        window = ids[i:i+kernel]
+        pairs = itertools.product(window, repeat=2)
+        new = [pair for pair in pairs if pair not in seen]
         seen.update(new)
         yield new
 
@@ -55,6 +59,26 @@ def _nearest(front, end):
     for j in range(front): yield [(j, k) for k in range(end) if to[k] == j < k]
 
 # %% ../../nbs/vit/62_stitching.ipynb #34836a4b
+def _groups(front, end, kernel, stride, min_tail):
+    "The pairs of blocks that share a layer, for each layer between two anchors; blocks are given stage by stage."
+    groups = []
+    ja = 0
+    kb = 0
+    for stage,(da,db) in enumerate(zip(front, end)):
+        inside = _windows(da, kernel, stride) if da == db else _nearest(da, db)
+        for pairs in inside:
+            placed = [(ja+j, kb+k) for j,k in pairs if stage == 0 or k > 0]
+            groups.append(placed)
+        ja += da
+        kb += db
+        is_last = stage+1 == len(front)
+        if not is_last: groups.append([(ja-1, kb)])
+    kept = []
+    for group in groups:
+        late = [(j, k) for j,k in group if k >= min_tail]
+        if late: kept.append(late)
+    return kept
+
 def stitch_configs(
     # Blocks of each anchor, small to large; for anchors of several stages a list of blocks per stage for each
     depths,
@@ -65,48 +89,51 @@ def stitch_configs(
 )->list: # `StitchConfig`s: the anchors, then the stitches pair by pair
     "The stitch space of a family (thesis 3.3.2 and SN-Net). Raises `OpenTransError`."
     stages = [[d] if isinstance(d, (int, float, np.number)) else list(d) for d in depths]
-    if (len({len(s) for s in stages}) > 1
-        or not all(isinstance(n, (int, np.integer)) and n > 0 for s in stages for n in s)):
+    lengths = {len(stage) for stage in stages}
+    blocks = [n for stage in stages for n in stage]
+    whole = all(isinstance(n, (int, np.integer)) and n > 0 for n in blocks)
+    if len(lengths) > 1 or not whole:
         raise OpenTransError(
             f"depths={depths}: give the number of blocks of each anchor, or for each the blocks of its stages, of "
             f"which all have the same number.")
     for name, number, low in (('kernel', kernel, 1), ('stride', stride, 1), ('min_tail', min_tail, 0)):
         check_number(name, number, low, whole=True)
     res = [StitchConfig(i, i) for i in range(len(stages))]
-    for a,b in itertools.combinations(range(len(stages)), 2):
+    anchor_pairs = itertools.combinations(range(len(stages)), 2)
+    for a,b in anchor_pairs:
         if nearest and b != a+1: continue
-        groups = []
-        ja = 0
-        kb = 0
-        for s,(da,db) in enumerate(zip(stages[a], stages[b])):
-            inside = _windows(da, kernel, stride) if da == db else _nearest(da, db)
-            groups += [[(ja+j, kb+k) for j,k in g if s == 0 or k > 0] for g in inside]
-            ja,kb = ja+da,kb+db
-            if s+1 < len(stages[a]): groups.append([(ja-1, kb)])
-        groups = [g for g in ([p for p in g if p[1] >= min_tail] for g in groups) if g]
-        res += [StitchConfig(a, b, j, k, n) for n,g in enumerate(groups) for j,k in g]
+        groups = _groups(stages[a], stages[b], kernel, stride, min_tail)
+        for n,group in enumerate(groups):
+            for j,k in group: res.append(StitchConfig(a, b, j, k, n))
     return res
 
 # %% ../../nbs/vit/62_stitching.ipynb #35c06922
 def _tokens(x):
     "Activations as rows: (B,N,d) or (B,d,H,W) -> (tokens, d)."
-    return (x.flatten(2).mT if x.dim() == 4 else x).reshape(-1, x.shape[1 if x.dim() == 4 else -1])
+    if x.dim() == 4: return x.flatten(2).mT.reshape(-1, x.shape[1])
+    return x.reshape(-1, x.shape[-1])
+
+def _map_size(x): return x.shape[2:-1] if x.dim() == 3 else x.shape[2:]
 
 def least_squares(
     x:torch.Tensor, # (B,N,d1) or (B,d1,H,W)
     y:torch.Tensor, # (B,N,d2) or (B,d2,H,W)
 )->tuple: # Matrix (d2,d1) and offset (d2,), in double precision
     "The affine map of `x` that comes nearest to `y`, of least norm if there are several. Raises `OpenTransError`."
-    a,b = _tokens(x).double().cpu(),_tokens(y).double().cpu()
-    if len(a) != len(b) or x.shape[2:-1 if x.dim() == 3 else None] != y.shape[2:-1 if y.dim() == 3 else None]:
+    a = _tokens(x).double().cpu()
+    b = _tokens(y).double().cpu()
+    if len(a) != len(b) or _map_size(x) != _map_size(y):
         raise OpenTransError(
             f"Activations of shape {tuple(x.shape)} and {tuple(y.shape)} do not lie on the same tokens: stitch "
             f"anchors of one input size, patch size and stride.")
     if not_finite(dict(x=a, y=b)):
         raise OpenTransError(
             "Activations are NaN or infinite, so no layer maps them. Check the anchors' weights and the images.")
-    m = torch.linalg.lstsq(torch.cat([a, a.new_ones(len(a), 1)], 1), b, driver='gelsd').solution
-    return m[:-1].T.contiguous(),m[-1]
+    ones = a.new_ones(len(a), 1)
+    with_ones = torch.cat([a, ones], 1)
+    m = torch.linalg.lstsq(with_ones, b, driver='gelsd').solution
+    matrix = m[:-1].T
+    return matrix.contiguous(),m[-1]
 
 # %% ../../nbs/vit/62_stitching.ipynb #51245066
 class StitchingLayer(nn.Module):
@@ -117,7 +144,8 @@ class StitchingLayer(nn.Module):
         spatial:bool=False, # Feature maps (B,C,H,W) rather than sequences (B,N,C)?
     ):
         super().__init__()
-        self.map = nn.Conv2d(d1, d2, 1) if spatial else nn.Linear(d1, d2)
+        if spatial: self.map = nn.Conv2d(d1, d2, 1)
+        else: self.map = nn.Linear(d1, d2)
 
     def forward(self, x): return self.map(x)
 
@@ -125,7 +153,8 @@ class StitchingLayer(nn.Module):
     def set(self, matrix, offset):
         "Make it this map."
         m = plain_layer(self.map)
-        m.weight.copy_(matrix.reshape(m.weight.shape))
+        weight = matrix.reshape(m.weight.shape)
+        m.weight.copy_(weight)
         m.bias.copy_(offset)
         return self
 
@@ -135,13 +164,16 @@ class StitchingLayer(nn.Module):
         x_end:torch.Tensor, # What the end expects
     )->float: # Norm of what remains
         "Start at the least-squares solution. Raises `OpenTransError` if the tokens differ."
-        self.set(*least_squares(x_front, x_end))
+        matrix,offset = least_squares(x_front, x_end)
+        self.set(matrix, offset)
         return self.residual(x_front, x_end)
 
     @torch.no_grad()
     def residual(self, x_front, x_end)->float:
         "Norm of the difference between what the layer gives and what it should."
-        return torch.linalg.vector_norm(_tokens(self(x_front)).double() - _tokens(x_end).double()).item()
+        given = _tokens(self(x_front)).double()
+        wanted = _tokens(x_end).double()
+        return torch.linalg.vector_norm(given - wanted).item()
 
 # %% ../../nbs/vit/62_stitching.ipynb #b9cfd875
 class ActiveStitch:
@@ -150,7 +182,8 @@ class ActiveStitch:
 
     @contextlib.contextmanager
     def of(self, stitch):
-        before,self.stitch = self.stitch,stitch
+        before = self.stitch
+        self.stitch = stitch
         try: yield
         finally: self.stitch = before
 
@@ -161,7 +194,9 @@ class Stitched(nn.Module):
         self.front = front
         self.stitch = stitch
         self.tail = tail
-    def forward(self, x): return self.tail.head(self.tail.run(self.stitch(self.front.run(self.front.embed(x)))))
+    def _begin(self, x): return self.front.run(self.front.embed(x))
+    def _end(self, x): return self.tail.head(self.tail.run(x))
+    def forward(self, x): return self._end(self.stitch(self._begin(x)))
 
 # %% ../../nbs/vit/62_stitching.ipynb #485b6a0a
 class _Family(nn.Module):
@@ -173,47 +208,64 @@ class _Family(nn.Module):
         super().__init__()
         self.anchors = nn.ModuleList(as_anchor(a) for a in anchors)
         stages = [a.stages for a in self.anchors]
-        self.configs = list(configs if configs is not None
-                            else stitch_configs([s[0] if len(s) == 1 else s for s in stages]))
-        self.stitching,self.active = nn.ModuleDict(),ActiveStitch()
+        if configs is None:
+            depths = [blocks[0] if len(blocks) == 1 else blocks for blocks in stages]
+            configs = stitch_configs(depths)
+        self.configs = list(configs)
+        self.stitching = nn.ModuleDict()
+        self.active = ActiveStitch()
         for c in self.configs:
             self._check(c)
             if c.is_anchor or c.key in self.stitching: continue
-            front,end = self.anchors[c.front],self.anchors[c.end]
+            front,end = self._ends(c)
+            d1,d2 = self._widths(c)
             like = next(front.parameters())
-            self.stitching[c.key] = StitchingLayer(front.dims[c.j+1], end.dims[c.k], front.spatial).to(
-                like.device, like.dtype)
+            layer = StitchingLayer(d1, d2, front.spatial)
+            self.stitching[c.key] = layer.to(like.device, like.dtype)
+
+    def _ends(self, c): return self.anchors[c.front],self.anchors[c.end]
+    def _widths(self, c):
+        "The width of what a stitch's layer gets, and of what it gives."
+        front,end = self._ends(c)
+        return front.dims[c.j+1],end.dims[c.k]
 
     def _check(self, c):
         n = len(self.anchors)
         if not (0 <= c.front < n and 0 <= c.end < n):
             raise OpenTransError(f"{c}: there are {n} anchors, 0 to {n-1}.")
-        front,end = self.anchors[c.front],self.anchors[c.end]
         if c.is_anchor: return
-        if not (0 <= c.j < len(front.blocks) and 0 <= c.k < len(end.blocks)):
-            raise OpenTransError(f"{c}: the anchors have {len(front.blocks)} and {len(end.blocks)} blocks.")
+        front,end = self._ends(c)
+        n_front = len(front.blocks)
+        n_end = len(end.blocks)
+        if not (0 <= c.j < n_front and 0 <= c.k < n_end):
+            raise OpenTransError(f"{c}: the anchors have {n_front} and {n_end} blocks.")
         if front.spatial != end.spatial:
             raise OpenTransError(
                 f"{c}: one anchor's activations are feature maps, the other's sequences. Stitch anchors of one "
                 f"kind.")
-        if (c.key in self.stitching
-            and (at := self.stitching[c.key].map).weight.shape[:2] != (end.dims[c.k], front.dims[c.j+1])):
+        if c.key not in self.stitching: return
+        shared = self.stitching[c.key].map.weight
+        has = tuple(shared.shape[:2])
+        d1,d2 = self._widths(c)
+        if has != (d2, d1):
             raise OpenTransError(
-                f"{c}: shares a stitching layer of shape {tuple(at.weight.shape[:2])} with others, but needs "
-                f"{(end.dims[c.k], front.dims[c.j+1])}. Give it another layer.")
+                f"{c}: shares a stitching layer of shape {has} with others, but needs "
+                f"{(d2, d1)}. Give it another layer.")
 
     def config(self, stitch)->StitchConfig:
         "The configuration of a stitch; None is the largest anchor. Raises `OpenTransError` if there is none."
         if stitch is None: stitch = self.largest
-        if not 0 <= stitch < len(self.configs):
+        count = len(self.configs)
+        if not 0 <= stitch < count:
             raise OpenTransError(
-                f"There is no stitch {stitch}: this family has {len(self.configs)}, 0 to {len(self.configs)-1}.")
+                f"There is no stitch {stitch}: this family has {count}, 0 to {count-1}.")
         return self.configs[stitch]
     @property
     def largest(self)->int:
         "The number of the largest anchor: the teacher."
-        return max((i for i,c in enumerate(self.configs) if c.is_anchor), key=lambda i: self.configs[i].front,
-                   default=len(self.configs))
+        anchors = (i for i,c in enumerate(self.configs) if c.is_anchor)
+        def place(i): return self.configs[i].front
+        return max(anchors, key=place, default=len(self.configs))
 
 # %% ../../nbs/vit/62_stitching.ipynb #2080f4d6
 class StitchableNet(_Family):
@@ -221,10 +273,13 @@ class StitchableNet(_Family):
     def forward(self, x, stitch=None):
         "Run one stitch; None runs the largest anchor."
         c = self.config(stitch)
-        with self.active.of(self.largest if stitch is None else int(stitch)):
-            front,end = self.anchors[c.front],self.anchors[c.end]
+        running = self.largest if stitch is None else int(stitch)
+        front,end = self._ends(c)
+        with self.active.of(running):
             if c.is_anchor: return front(x)
-            return end.head(end.run(self.stitching[c.key](front.run(front.embed(x), 0, c.j+1)), c.k))
+            layer = self.stitching[c.key]
+            def begin(): return front.run(front.embed(x), 0, c.j+1)
+            return end.head(end.run(layer(begin()), c.k))
 
     def init_stitches(self,
         x:torch.Tensor, # Some images, about 100
@@ -233,44 +288,98 @@ class StitchableNet(_Family):
         """Start every stitching layer at the mean of the least-squares solutions of its pairs (thesis 3.4.1). Raises
         `OpenTransError` if activations do not match."""
         check_images(x)
-        rows,stitches = [],[(i, c) for i,c in enumerate(self.configs) if not c.is_anchor]
-        for ab in sorted({(c.front, c.end) for _,c in stitches}):
-            front,end = (self.anchors[i].features(x) for i in ab)
-            for n in sorted({c.layer for _,c in stitches if (c.front, c.end) == ab}):
-                group = [(i, c) for i,c in stitches if (c.front, c.end, c.layer) == (*ab, n)]
-                layer,solved = self.stitching[group[0][1].key],[least_squares(front[c.j+1], end[c.k]) for _,c in group]
-                layer.set(*(sum(t)/len(group) for t in zip(*solved)))
-                for i,c in group:
-                    y = _tokens(end[c.k]).double()
-                    rows.append(asdict(c)
-                                | dict(stitch=i,
-                                       residual=layer.residual(front[c.j+1], end[c.k])/(y - y.mean(0)).norm().item()))
-        return pd.DataFrame(rows,
-                            columns=[*StitchConfig.__dataclass_fields__, 'stitch',
-                                     'residual']).set_index('stitch').sort_index()
+        rows = []
+        for (a,b),members in self._members().items():
+            front = self.anchors[a].features(x)
+            end = self.anchors[b].features(x)
+            for group in members.values(): rows += self._init_layer(group, front, end)
+        columns = [*StitchConfig.__dataclass_fields__, 'stitch', 'residual']
+        missed = pd.DataFrame(rows, columns=columns)
+        return missed.set_index('stitch').sort_index()
+
+    def _members(self)->dict: # (front, end) -> layer -> [(number of the stitch, its configuration)]
+        "Which stitches share which layer, pair of anchors by pair, in order."
+        def place(numbered):
+            c = numbered[1]
+            return c.front,c.end,c.layer
+        stitches = [(i, c) for i,c in enumerate(self.configs) if not c.is_anchor]
+        found = {}
+        for i,c in sorted(stitches, key=place):
+            of_pair = found.setdefault((c.front, c.end), {})
+            of_pair.setdefault(c.layer, []).append((i, c))
+        return found
+
+    def _init_layer(self, group, front, end):
+        "Start the layer of some stitches from the activations of its two anchors; a row for each of them."
+        _,first = group[0]
+        layer = self.stitching[first.key]
+        solved = [least_squares(front[c.j+1], end[c.k]) for _,c in group]
+        matrices,offsets = zip(*solved)
+        layer.set(sum(matrices)/len(group), sum(offsets)/len(group))
+        rows = []
+        for i,c in group:
+            y = _tokens(end[c.k]).double()
+            residual = layer.residual(front[c.j+1], end[c.k])
+            variation = (y - y.mean(0)).norm().item()
+            row = asdict(c) | dict(stitch=i, residual=residual/variation)
+            rows.append(row)
+        return rows
 
     def extract(self,
         stitch:int, # Which; None is the largest anchor
     )->nn.Module: # `Stitched`, or an `Anchor`
         "A copy of one stitch that holds what it needs and nothing else."
         c = self.config(stitch)
-        front,end = self.anchors[c.front],self.anchors[c.end]
-        new = copy.deepcopy(front if c.is_anchor
-                            else Stitched(front.part(0, c.j+1, head=False), self.stitching[c.key],
-                                          end.part(c.k, embed=False)))
+        front,end = self._ends(c)
+        if c.is_anchor: new = copy.deepcopy(front)
+        else:
+            begin = front.part(0, c.j+1, head=False)
+            tail = end.part(c.k, embed=False)
+            joined = Stitched(begin, self.stitching[c.key], tail)
+            new = copy.deepcopy(joined)
+        number = self.configs.index(c)
         for m in new.modules():
-            if hasattr(m, 'active'): m.active = ActiveStitch(self.configs.index(c))
+            if hasattr(m, 'active'): m.active = ActiveStitch(number)
         return new
 
 # %% ../../nbs/vit/62_stitching.ipynb #b2428e7f
 def _bare(net):
     "Layers as they were trained stand in place of the adapted ones until the block ends."
-    stack,found = contextlib.ExitStack(),[(n, m) for n,m in net.named_modules() if is_adapted(m)]
+    stack = contextlib.ExitStack()
+    found = [(n, m) for n,m in net.named_modules() if is_adapted(m)]
     for n,m in found:
-        if any(n.startswith(f'{o}.') for o,_ in found): continue
+        within_another = any(n.startswith(f'{outer}.') for outer,_ in found)
+        if within_another: continue
         net.set_submodule(n, plain_layer(m))
         stack.callback(net.set_submodule, n, m)
     return stack
+
+def _part_of(anchor, name):
+    "The part of an anchor that a module or parameter of its tower belongs to."
+    for i,parts in enumerate(anchor.block_parts):
+        for block in parts:
+            if name == block or name.startswith((f'{block}.', f'{block}:')): return i
+    first = re.split(r'[.:\[]', name)[0]
+    return 'embed' if first in anchor.embed_parts else 'head'
+
+def _watch(anchor, table, stack):
+    "Note what its LayerNorms get and how many positions its blocks give, until the block of `stack` ends."
+    def normed(part):
+        def hook(module, args):
+            one_input = args[0][0]
+            table[part]['norm'] += one_input.numel()
+        return hook
+    def given(part):
+        def hook(module, args, out): table[part]['positions'] = anchor.positions(out)
+        return hook
+    for name,module in anchor.tower.named_modules():
+        if not isinstance(module, nn.LayerNorm): continue
+        part = _part_of(anchor, name)
+        handle = module.register_forward_pre_hook(normed(part))
+        stack.callback(handle.remove)
+    for i,block in enumerate(anchor.blocks):
+        handle = block.register_forward_hook(given(i))
+        stack.callback(handle.remove)
 
 def part_costs(
     anchor:Anchor, # Whose
@@ -280,28 +389,38 @@ def part_costs(
     # are no layer), positions (of the result)
 )->pd.DataFrame:
     "What the parts of an anchor cost, by one counting pass."
-    names = anchor.block_parts
-    def place(n):
-        for i,parts in enumerate(names):
-            if any(n == b or n.startswith((f'{b}.', f'{b}:')) for b in parts): return i
-        return 'embed' if re.split(r'[.:\[]', n)[0] in anchor.embed_parts else 'head'
-    t = {part: dict(macs=0., norm=0., params=0., tokens=0., positions=0.)
-         for part in ('embed', *range(len(names)), 'head')}
-    def norm(part): return lambda m, x: t[part].__setitem__('norm', t[part]['norm'] + x[0][0].numel())
-    def out(part): return lambda m, x, y: t[part].__setitem__('positions', anchor.positions(y))
+    table = {}
+    for part in ('embed', *range(len(anchor.block_parts)), 'head'):
+        table[part] = dict(macs=0., norm=0., params=0., tokens=0., positions=0.)
     with contextlib.ExitStack() as stack:
-        for n,m in anchor.tower.named_modules():
-            if isinstance(m, nn.LayerNorm): stack.callback(m.register_forward_pre_hook(norm(place(n))).remove)
-        for i,b in enumerate(anchor.blocks): stack.callback(b.register_forward_hook(out(i)).remove)
+        _watch(anchor, table, stack)
         rows = cost(anchor, input_size, mask=mask).by_layer
-    for n,tower,macs,active,params in zip(rows.index, rows.tower, rows.active_macs, rows.active_params, rows.params):
-        part = t[place(n.removeprefix('(head) ')) if tower else 'head']
+    columns = rows.tower,rows.active_macs,rows.active_params,rows.params
+    for n,in_tower,macs,active,params in zip(rows.index, *columns):
+        where = _part_of(anchor, n.removeprefix('(head) ')) if in_tower else 'head'
+        part = table[where]
         part['macs'] += macs
         part['params'] += active
         if n in anchor.tokens: part['tokens'] += params
-    return pd.DataFrame([*t.values()], index=[*t], dtype=float)
+    return pd.DataFrame([*table.values()], index=[*table], dtype=float)
 
 # %% ../../nbs/vit/62_stitching.ipynb #97c5dc0f
+def _stitch_costs(net, c, parts, layernorm_cost, count_final_norm, count_tokens):
+    "FLOPs and parameters of one network of the family, from what the parts of its anchors cost."
+    run = front = parts[c.front]
+    flops = params = left = 0
+    if not c.is_anchor:
+        end = parts[c.end]
+        run = pd.concat([front.iloc[:c.j+2], end.iloc[c.k+1:]])
+        d1,d2 = net._widths(c)
+        flops = front.positions[c.j]*d1*d2
+        params = d1*d2 + d2
+        if not count_final_norm: left = end.norm['head']*layernorm_cost
+        if not count_tokens: params -= run.tokens.sum()
+    normed = layernorm_cost*run.norm.sum()
+    flops = flops + run.macs.sum() + normed - left
+    return flops,params + run.params.sum()
+
 def stitch_table(
     net:StitchableNet, # The family
     input_size=(3, 224, 224), # (C,H,W)
@@ -313,26 +432,20 @@ def stitch_table(
     count_tokens:bool=True,
 )->pd.DataFrame: # Index `stitch`; columns of its `StitchConfig`, name, flops, params
     "What each stitch costs once it is deployed (its adaptation merged)."
-    rows = []
+    parts = []
     with _bare(net):
-        parts = [part_costs(a, input_size, None if masks is None else masks[i]) for i,a in enumerate(net.anchors)]
-    for s in range(len(net.configs)) if stitches is None else stitches:
+        for i,anchor in enumerate(net.anchors):
+            mask = None if masks is None else masks[i]
+            parts.append(part_costs(anchor, input_size, mask))
+    if stitches is None: stitches = range(len(net.configs))
+    rows = []
+    for s in stitches:
         c = net.config(s)
-        front = parts[c.front]
-        end = parts[c.end]
-        flops = 0
-        params = 0
-        if c.is_anchor: run,left = front,0
-        else:
-            run = pd.concat([front.iloc[:c.j+2], end.iloc[c.k+1:]])
-            d1,d2 = net.anchors[c.front].dims[c.j+1],net.anchors[c.end].dims[c.k]
-            flops,params = front.positions[c.j]*d1*d2,d1*d2 + d2
-            left = (0 if count_final_norm else end.norm['head']*layernorm_cost)
-            params -= 0 if count_tokens else run.tokens.sum()
-        flops,params = flops + run.macs.sum() + layernorm_cost*run.norm.sum() - left,params + run.params.sum()
-        rows.append(asdict(c) | dict(name=c.label, flops=round(flops), params=round(params)))
-    t = pd.DataFrame(rows, index=pd.Index(range(len(net.configs)) if stitches is None else stitches, name='stitch'))
-    return t.astype(dict(j='Int64', k='Int64', layer='Int64'))
+        flops,params = _stitch_costs(net, c, parts, layernorm_cost, count_final_norm, count_tokens)
+        row = asdict(c) | dict(name=c.label, flops=round(flops), params=round(params))
+        rows.append(row)
+    table = pd.DataFrame(rows, index=pd.Index(stitches, name='stitch'))
+    return table.astype(dict(j='Int64', k='Int64', layer='Int64'))
 
 def stitch_cost(
     net:StitchableNet, # The family
@@ -341,20 +454,25 @@ def stitch_cost(
     **kwargs, # Of `stitch_table`
 )->tuple: # (flops, params)
     "What one stitch costs."
-    t = stitch_table(net, input_size, [stitch], **kwargs)
-    return t.flops.iloc[0],t.params.iloc[0]
+    table = stitch_table(net, input_size, [stitch], **kwargs)
+    return table.flops.iloc[0],table.params.iloc[0]
 
 # %% ../../nbs/vit/62_stitching.ipynb #78888c3c
+def _outputs(layer):
+    "How many outputs a layer has."
+    for name in ('out_features', 'out_channels', 'num_features', 'num_channels', 'nf'):
+        if hasattr(layer, name): return getattr(layer, name)
+    return len(layer.weight)
+
 def _zeros_for(layer):
     "A zero for each output of a layer. Raises `OpenTransError` if its weights are no numbers to be trained beside."
-    known = [getattr(layer, k)
-             for k in ('out_features', 'out_channels', 'num_features', 'num_channels', 'nf') if hasattr(layer, k)]
-    like = next((p for p in layer.parameters() if p.is_floating_point() and p.element_size() > 1), None)
+    numbers = (p for p in layer.parameters() if p.is_floating_point() and p.element_size() > 1)
+    like = next(numbers, None)
     if like is None:
         raise OpenTransError(
             f"{type(layer).__name__} has no weights in floating point, so no bias is trained beside it. Take the "
             f"anchor in float32 or bfloat16.")
-    return like.new_zeros(known[0] if known else len(layer.weight))
+    return like.new_zeros(_outputs(layer))
 
 class StitchBias(nn.Module):
     "A layer with a bias of its own for each stitch that runs it: $y = W'x + b + b^{(s)}$."
@@ -367,19 +485,28 @@ class StitchBias(nn.Module):
         self.layer = layer
         self.active = active
         base = plain_layer(layer)
-        self.spatial = isinstance(base, CONVS) or isinstance(base, NORMS) and not isinstance(base, nn.LayerNorm)
-        self.bias = nn.ParameterDict({str(s): _zeros_for(base) for s in stitches})
+        norm_of_maps = isinstance(base, NORMS) and not isinstance(base, nn.LayerNorm)
+        self.spatial = isinstance(base, CONVS) or norm_of_maps
+        zeros = {str(s): _zeros_for(base) for s in stitches}
+        self.bias = nn.ParameterDict(zeros)
 
     def forward(self, x):
-        y,s = self.layer(x),str(self.active.stitch)
-        return y if s not in self.bias else y + (self.bias[s][:, None, None] if self.spatial else self.bias[s])
+        y = self.layer(x)
+        s = str(self.active.stitch)
+        if s not in self.bias: return y
+        bias = self.bias[s]
+        if self.spatial: bias = bias[:, None, None]
+        return y + bias
 
     @torch.no_grad()
     def merged(self, s):
         "The plain layer of stitch `s`."
-        new = self.layer.merge() if isinstance(self.layer, LoRALinear) else copy.deepcopy(self.layer)
+        is_updated = isinstance(self.layer, LoRALinear)
+        new = self.layer.merge() if is_updated else copy.deepcopy(self.layer)
         if str(s) in self.bias:
-            new.bias = nn.Parameter(self.bias[str(s)].clone() if new.bias is None else new.bias + self.bias[str(s)])
+            own = self.bias[str(s)]
+            whole = own.clone() if new.bias is None else new.bias + own
+            new.bias = nn.Parameter(whole)
         return new
 
 class StitchAttention(nn.Module):
@@ -393,32 +520,40 @@ class StitchAttention(nn.Module):
         self.layer = mha.requires_grad_(False)
         self.active = active
         d = mha.embed_dim
-        self.lora = nn.ModuleDict(
-            dict(qkv=LoRALinear(Slot('in_proj_weight', mha, 'in_proj_weight', 'linear'), r, mask=masks[0]),
-                 out=LoRALinear(Slot('weight', mha.out_proj, 'weight', 'linear'), r, mask=masks[1])) if r else {})
-        self.bias = nn.ParameterDict({str(s): mha.in_proj_weight.new_zeros(4*d) for s in stitches})
+        self.lora = nn.ModuleDict()
+        if r:
+            qkv = Slot('in_proj_weight', mha, 'in_proj_weight', 'linear')
+            out = Slot('weight', mha.out_proj, 'weight', 'linear')
+            self.lora['qkv'] = LoRALinear(qkv, r, mask=masks[0])
+            self.lora['out'] = LoRALinear(out, r, mask=masks[1])
+        zeros = {str(s): mha.in_proj_weight.new_zeros(4*d) for s in stitches}
+        self.bias = nn.ParameterDict(zeros)
 
     def weights(self, s)->dict:
         "The parameters that stitch `s` sees, by name."
-        t = {}
+        seen = {}
         m = self.layer
-        d = self.layer.embed_dim
         if self.lora:
-            t = {'in_proj_weight': self.lora['qkv'].onto(m.in_proj_weight),
-                 'out_proj.weight': self.lora['out'].onto(m.out_proj.weight)}
+            seen['in_proj_weight'] = self.lora['qkv'].onto(m.in_proj_weight)
+            seen['out_proj.weight'] = self.lora['out'].onto(m.out_proj.weight)
         if str(s) in self.bias:
-            t |= {'in_proj_bias': m.in_proj_bias + self.bias[str(s)][:3*d],
-                  'out_proj.bias': m.out_proj.bias + self.bias[str(s)][3*d:]}
-        return t
+            own = self.bias[str(s)]
+            inner = 3*m.embed_dim
+            seen['in_proj_bias'] = m.in_proj_bias + own[:inner]
+            seen['out_proj.bias'] = m.out_proj.bias + own[inner:]
+        return seen
 
     def forward(self, *args, **kwargs):
-        return torch.func.functional_call(self.layer, self.weights(self.active.stitch), args, kwargs)
+        seen = self.weights(self.active.stitch)
+        return torch.func.functional_call(self.layer, seen, args, kwargs)
 
     @torch.no_grad()
     def merged(self, s):
         "The plain attention of stitch `s`."
         new = copy.deepcopy(self.layer)
-        for n,w in self.weights(s).items(): new.get_parameter(n).copy_(w)
+        for n,w in self.weights(s).items():
+            parameter = new.get_parameter(n)
+            parameter.copy_(w)
         return new
 
 # %% ../../nbs/vit/62_stitching.ipynb #e14ba3e0
@@ -427,13 +562,20 @@ def _mask_of(mask, name):
     if mask is None: return None
     names = set(mask.names)
     if name in names: return mask[name]
-    return torch.cat([mask[f'{name}[{p}]'] for p in 'qkv']) if f'{name}[q]' in names else None
+    if f'{name}[q]' not in names: return None
+    parts = [mask[f'{name}[{part}]'] for part in 'qkv']
+    return torch.cat(parts)
 
 def as_linear(m):
     "The `Conv1D` of transformers, whose weight is (in, out), as the Linear that it is; anything else as it stands."
-    if outputs_of(Slot('weight', m, 'weight')) == [0, 1] or not hasattr(m, 'nf'): return m
-    new = nn.Linear(m.weight.shape[0], m.nf, device=m.weight.device, dtype=m.weight.dtype)
-    new.weight, new.bias = (nn.Parameter(t.detach().clone()) for t in (m.weight.T.contiguous(), m.bias))
+    outputs = outputs_of(Slot('weight', m, 'weight'))
+    if outputs == [0, 1] or not hasattr(m, 'nf'): return m
+    old = m.weight
+    new = nn.Linear(old.shape[0], m.nf, device=old.device, dtype=old.dtype)
+    weight = old.T.contiguous().detach()
+    new.weight = nn.Parameter(weight.clone())
+    bias = m.bias.detach()
+    new.bias = nn.Parameter(bias.clone())
     return new.requires_grad_(False)
 
 PST_KINDS = ('lora', 'adapter', 'adaptformer')
@@ -452,29 +594,40 @@ class Bottleneck(nn.Module):
         self.layer = layer.requires_grad_(False)
         self.kind = kind
         on_maps = any(isinstance(m, nn.Conv2d) for m in layer.modules()) # (B,C,H,W), as some ConvNeXts have it
+        where = dict(device=like.device, dtype=like.dtype)
         def linear(a, b):
-            where = dict(device=like.device, dtype=like.dtype)
-            return nn.Conv2d(a, b, 1, **where) if on_maps else nn.Linear(a, b, **where)
-        self.down, self.up = linear(dim, r), linear(r, dim)
+            if on_maps: return nn.Conv2d(a, b, 1, **where)
+            return nn.Linear(a, b, **where)
+        self.down = linear(dim, r)
+        self.up = linear(r, dim)
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
-        for p in (self.down.bias, *self.up.parameters()): nn.init.zeros_(p)
+        nn.init.zeros_(self.down.bias)
+        for p in self.up.parameters(): nn.init.zeros_(p)
 
     def forward(self, x):
         y = self.layer(x)
-        if self.kind == 'adapter': return y + self.up(nn.functional.gelu(self.down(y)))
-        return y + .1*self.up(nn.functional.relu(self.down(x)))
+        if self.kind == 'adapter':
+            inner = self.down(y)
+            inner = nn.functional.gelu(inner)
+            return y + self.up(inner)
+        inner = self.down(x)
+        inner = nn.functional.relu(inner)
+        return y + .1*self.up(inner)
 
 def _runs(c, anchor, block): # does stitch c run this block?
-    return (c.front == anchor and block <= c.j) or (c.end == anchor and block >= c.k)
+    if c.front == anchor and block <= c.j: return True
+    return c.end == anchor and block >= c.k
 
 def _adapt_layer(net, a, mask, path, r, stitches):
     "One layer of an anchor: a low-rank update of rank `r`, if any, and biases of `stitches`, if any."
     m = as_linear(a.tower.get_submodule(path))
     if isinstance(m, nn.MultiheadAttention):
-        new = StitchAttention(m, r, stitches, net.active,
-                              (_mask_of(mask, f'{path}.in_proj_weight'), _mask_of(mask, f'{path}.out_proj.weight')))
+        inner = _mask_of(mask, f'{path}.in_proj_weight')
+        outer = _mask_of(mask, f'{path}.out_proj.weight')
+        new = StitchAttention(m, r, stitches, net.active, (inner, outer))
     else:
-        new = LoRALinear(m, r, mask=_mask_of(mask, f'{path}.weight')) if r else m
+        new = m
+        if r: new = LoRALinear(m, r, mask=_mask_of(mask, f'{path}.weight'))
         if stitches: new = StitchBias(new, stitches, net.active)
     a.tower.set_submodule(path, new)
 
@@ -495,12 +648,14 @@ def apply_pst(
     """Parameter-efficient stitch fine-tuning (thesis 3.4.1, Eq. 3.2). Raises `OpenTransError` if it is adapted
     already."""
     if kind not in PST_KINDS: raise unknown('kind of adaptation', kind, PST_KINDS)
-    if any(is_adapted(m) or isinstance(m, Bottleneck) for m in net.modules()):
+    adapted_already = any(is_adapted(m) or isinstance(m, Bottleneck) for m in net.modules())
+    if adapted_already:
         raise OpenTransError(
             "This family is adapted already. Build a new StitchableNet, or merge_stitch what you want to keep.")
     ranks = _ranks(attn_ranks, len(net.anchors))
     _check_masks(net, masks)
-    flags, places = trained_flags(net), []
+    flags = trained_flags(net)
+    places = []
     try: _adapt(net, ranks, stitch_rank, ssb, masks, places, kind)
     except BaseException:
         for parent, name, module in reversed(places): setattr(parent, name, module)
@@ -510,7 +665,8 @@ def apply_pst(
 
 def _ranks(attn_ranks, n):
     "A rank for each anchor."
-    ranks = list(attn_ranks) if isinstance(attn_ranks, (list, tuple, np.ndarray)) else [attn_ranks]*n
+    several = isinstance(attn_ranks, (list, tuple, np.ndarray))
+    ranks = list(attn_ranks) if several else [attn_ranks]*n
     if len(ranks) != n:
         raise OpenTransError(f"attn_ranks={attn_ranks}: give one rank, or one for each of the {n} anchors.")
     return [check_number('attn_ranks', r, 0, 65_536, whole=True) for r in ranks]
@@ -522,12 +678,14 @@ def _check_masks(net, masks):
         raise OpenTransError(
             f"{len(masks)} masks for {len(net.anchors)} anchors: give one for each, or None in its place.")
     for i, (anchor, mask) in enumerate(zip(net.anchors, masks)):
+        if mask is None: continue
         known = dict(anchor.tower.named_parameters())
-        lost = [n for n in (mask.names if mask is not None else ()) if n.split('[')[0] not in known]
+        lost = [name for name in mask.names if name.split('[')[0] not in known]
         if lost:
+            examples = ', '.join(lost[:3])
             raise OpenTransError(
                 f"The mask of anchor {i} has {len(lost)} layers that the anchor lacks, such as "
-                f"{', '.join(lost[:3])}. Was it made for another tower?")
+                f"{examples}. Was it made for another tower?")
 
 def _add_bottlenecks(anchor, r, kind, places):
     "A bottleneck at the feed-forward part of each block. Raises `OpenTransError` where there is none."
@@ -535,32 +693,52 @@ def _add_bottlenecks(anchor, r, kind, places):
         raise OpenTransError(f"{type(anchor).__name__} names no feed-forward part (ffn) of its blocks, at which an "
                              f"adapter could stand. Take kind='lora'.")
     for i,name in enumerate(anchor.block_names):
-        block, path = anchor.tower.get_submodule(name), f'{name}.{anchor.ffn}'
-        layer = anchor.tower.get_submodule(path)
+        block = anchor.tower.get_submodule(name)
+        layer = anchor.tower.get_submodule(f'{name}.{anchor.ffn}')
         places.append((block, anchor.ffn, layer))
-        setattr(block, anchor.ffn, Bottleneck(layer, anchor.dims[i+1], r, kind))
+        width = anchor.dims[i+1]
+        bottleneck = Bottleneck(layer, width, r, kind)
+        setattr(block, anchor.ffn, bottleneck)
 
 def _adapt(net, ranks, stitch_rank, ssb, masks, places, kind='lora'):
     "Adapt every layer; what stood in its place is noted in `places`."
     net.requires_grad_(False)
     for i,a in enumerate(net.anchors):
-        for b,block in enumerate(a.block_names):
-            stitches = [s for s,c in enumerate(net.configs) if ssb and not c.is_anchor and _runs(c, i, b)]
-            for n in dict.fromkeys(a.lora_on + a.bias_on):
-                if not _inside(a.blocks[b], n): continue # a block of two convolutions has no third
-                r = ranks[i] if kind == 'lora' and n in a.lora_on else 0
-                own = stitches if n in a.bias_on else []
-                parent, _, last = f'{block}.{n}'.rpartition('.')
-                places.append((a.tower.get_submodule(parent), last, a.tower.get_submodule(f'{block}.{n}')))
-                if r or own: _adapt_layer(net, a, None if masks is None else masks[i], f'{block}.{n}', r, own)
-        if kind != 'lora' and ranks[i]: _add_bottlenecks(a, ranks[i], kind, places)
+        rank = ranks[i]
+        mask = None if masks is None else masks[i]
+        for b in range(len(a.block_names)):
+            stitches = _stitches_through(net, i, b) if ssb else []
+            update_rank = rank if kind == 'lora' else 0
+            _adapt_block(net, a, b, mask, update_rank, stitches, places)
+        if kind != 'lora' and rank: _add_bottlenecks(a, rank, kind, places)
         a.classifier.requires_grad_(True)
-    for m in net.stitching.values():
-        r = (0 if stitch_rank is None
-             else check_number('stitch_rank', stitch_rank(m.map.weight.shape[1]), 0, 65_536, whole=True))
-        places.append((m, 'map', m.map))
-        if r: m.map = LoRALinear(m.map, r)
-        else: m.map.requires_grad_(True)
+    for m in net.stitching.values(): _adapt_stitching(m, stitch_rank, places)
+
+def _stitches_through(net, anchor, block):
+    "The numbers of the stitches that run a block."
+    return [s for s,c in enumerate(net.configs) if not c.is_anchor and _runs(c, anchor, block)]
+
+def _adapt_block(net, a, b, mask, rank, stitches, places):
+    "The layers of a block: updates of a rank, if it is not 0, and biases of `stitches`, if there are any."
+    for n in dict.fromkeys(a.lora_on + a.bias_on):
+        if not _inside(a.blocks[b], n): continue # a block of two convolutions has no third
+        r = rank if n in a.lora_on else 0
+        own = stitches if n in a.bias_on else []
+        path = f'{a.block_names[b]}.{n}'
+        parent, _, last = path.rpartition('.')
+        layer = a.tower.get_submodule(path)
+        places.append((a.tower.get_submodule(parent), last, layer))
+        if r or own: _adapt_layer(net, a, mask, path, r, own)
+
+def _adapt_stitching(m, stitch_rank, places):
+    "A stitching layer gets an update, or is trained in full."
+    r = 0
+    if stitch_rank is not None:
+        width = m.map.weight.shape[1]
+        r = check_number('stitch_rank', stitch_rank(width), 0, 65_536, whole=True)
+    places.append((m, 'map', m.map))
+    if r: m.map = LoRALinear(m.map, r)
+    else: m.map.requires_grad_(True)
 
 # %% ../../nbs/vit/62_stitching.ipynb #6b2d22c1
 def merge_stitch(
@@ -579,13 +757,19 @@ def pst_report(
     net:StitchableNet, # An adapted family
 )->pd.Series: # attention, bottlenecks (if there are any), stitching, biases, heads, total
     "How many numbers an adapted family trains, by kind."
-    def count(ps): return sum(p.numel() for p in ps if p.requires_grad)
-    own = [p for m in net.modules() if isinstance(m, (StitchBias, StitchAttention)) for p in m.bias.values()]
-    def lora(root): return [p for m in root.modules() if isinstance(m, LoRALinear) for p in (m.A, m.B)]
-    inside = [p for m in net.modules() if isinstance(m, Bottleneck)
-              for p in (*m.down.parameters(), *m.up.parameters())]
-    res = dict(attention=count(lora(net.anchors)))
-    if inside: res['bottlenecks'] = count(inside)
-    res |= dict(stitching=count(net.stitching.parameters()), biases=count(own),
-                heads=sum(count(a.classifier.parameters()) for a in net.anchors))
-    return pd.Series(res | dict(total=count(net.parameters())), name='trained')
+    def count(params): return sum(p.numel() for p in params if p.requires_grad)
+    updates = []
+    for m in net.anchors.modules():
+        if isinstance(m, LoRALinear): updates += [m.A, m.B]
+    biases = []
+    bottlenecks = []
+    for m in net.modules():
+        if isinstance(m, (StitchBias, StitchAttention)): biases += m.bias.values()
+        if isinstance(m, Bottleneck): bottlenecks += [*m.down.parameters(), *m.up.parameters()]
+    res = dict(attention=count(updates))
+    if bottlenecks: res['bottlenecks'] = count(bottlenecks)
+    res['stitching'] = count(net.stitching.parameters())
+    res['biases'] = count(biases)
+    res['heads'] = sum(count(a.classifier.parameters()) for a in net.anchors)
+    res['total'] = count(net.parameters())
+    return pd.Series(res, name='trained')

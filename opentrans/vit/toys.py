@@ -27,7 +27,8 @@ def open_folder(
     kept:str='settings.json', # File in it that holds the settings
 )->Path: # The folder
     "A folder for jobs of these settings, which says so inside. Raises `OtherRun` if it is one of others."
-    folder, now = Path(folder), json.loads(json.dumps(settings))
+    folder = Path(folder)
+    now = json.loads(json.dumps(settings))
     if (folder/kept).exists() and load_json(folder/kept) != now:
         raise OtherRun(f"'{folder}' holds runs of other sizes or settings. Choose another folder, or remove it.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,8 +58,13 @@ def kept_jobs(
 )->dict: # (name, seed) -> job, for `run_jobs`
     "Jobs of each arm and seed, behind another, whose results are kept."
     def plain(name): return ''.join(letter for letter in name if letter.isalnum())
-    return {(name, seed): ((needs,), kept_result, (folder/f'{plain(name)}-{seed}.json', *job(name, seed)))
-            for seed in seeds for name in names}
+    jobs = {}
+    for seed in seeds:
+        for name in names:
+            file = folder/f'{plain(name)}-{seed}.json'
+            known = file, *job(name, seed)
+            jobs[name, seed] = (needs,), kept_result, known
+    return jobs
 
 def use_sizes(
     there:dict, # The sizes of a study, changed in place
