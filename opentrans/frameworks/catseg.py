@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from torch import nn
 import torch.nn.functional as F
-from fastcore.basics import patch
 from ..core import layers as named_layers, LayerSelection
 from ..data.vocabulary import Vocabulary
 from ..errors import OpenTransError
@@ -54,7 +53,9 @@ def from_windows(
     h,w = size
     high,wide = grid
     windows = windows.unflatten(1, (h, w))
-    windows = windows.unflatten(0, (-1, high//h, wide//w))
+    down = high//h
+    across = wide//w
+    windows = windows.unflatten(0, (-1, down, across))
     rows = windows.transpose(2, 3).flatten(3, 4)
     return rows.flatten(1, 2)
 
@@ -80,10 +81,13 @@ def window_mask(
         filled = torch.arange(side) >= real[axis]
         filled = filled.float().roll(-step)
         part = part + 10*filled
-        if axis == 0: labels = labels + part.view(1, -1, 1, 1)
-        else: labels = labels + 100*part.view(1, 1, -1, 1)
+        if axis == 0: part = part.view(1, -1, 1, 1)
+        else: part = 100*part.view(1, 1, -1, 1)
+        labels = labels + part
     of = cell_windows(labels, size)[..., 0]
-    apart = of[:, None] != of[:, :, None]
+    here = of[:, None]
+    there = of[:, :, None]
+    apart = here != there
     return apart.float()*-100
 
 class WindowAttention(nn.Module):
@@ -113,10 +117,12 @@ class WindowAttention(nn.Module):
         seen = x[..., :self.width]
         values = self._by_head(self.v(seen))
         width = queries.shape[-1]
-        weights = queries*width**-.5 @ keys.mT
+        scale = width**-.5
+        weights = queries*scale @ keys.mT
         if mask is not None:
             weights = weights.unflatten(0, (-1, len(mask)))
-            weights = weights + mask[:, None].to(weights)
+            mask = mask[:, None].to(weights)
+            weights = weights + mask
             weights = weights.flatten(0, 1)
         weights = weights.softmax(-1)
         out = (weights @ values).transpose(1, 2)
@@ -180,7 +186,8 @@ class SpatialPair(nn.Module):
         x = volume.permute(0, 2, 3, 4, 1)
         x = x.flatten(0, 1)
         if guide is not None:
-            guide = self.guidance_norm(guide.permute(0, 2, 3, 1))
+            guide = guide.permute(0, 2, 3, 1)
+            guide = self.guidance_norm(guide)
             guide = guide.repeat_interleave(count, 0)
         x = self.block_1(x, guide)
         x = self.block_2(x, guide)
@@ -369,8 +376,9 @@ class Aggregator(nn.Module):
         at_once:int=0, # Classes that are enlarged at a time; 0: all
     )->torch.Tensor: # (B,T,4h,4w)
         "Logits of all classes."
-        text = F.normalize(text, dim=-1)[None]
-        text = text.expand(len(cells), -1, -1, -1)
+        batch = len(cells)
+        text = F.normalize(text, dim=-1)
+        text = text[None].expand(batch, -1, -1, -1)
         volume = cost_volume(cells, text)
         chosen = None
         count = text.shape[1]
@@ -378,15 +386,14 @@ class Aggregator(nn.Module):
         if too_many:
             best = volume.amax((1, 3, 4))
             chosen = best.topk(self.most, -1, sorted=False)[1]
-            where = chosen[..., None, None].expand(-1, -1, *text.shape[-2:])
+            where = chosen[..., None, None]
+            where = where.expand(-1, -1, *text.shape[-2:])
             text = text.gather(1, where)
             volume = cost_volume(cells, text)
-        x = volume.transpose(1, 2).flatten(0, 1)
-        x = self.conv1(x)
-        x = x.unflatten(0, (len(cells), -1))
-        x = x.transpose(1, 2)
+        x = self._lift(volume)
         guide = self.guidance_projection(cells)
-        words = F.normalize(text.mean(-2), dim=-1)
+        words = text.mean(-2)
+        words = F.normalize(words, dim=-1)
         words = self.text_guidance_projection(words)
         for layer in self.layers: x = layer(x, guide, words)
         projections = zip(self.decoder_guidance_projection, guides)
@@ -395,10 +402,17 @@ class Aggregator(nn.Module):
         parts = x.split(step, 2)
         logits = torch.cat([self.enlarge(part, finer) for part in parts], 1)
         if chosen is None: return logits
-        shape = len(cells),count,*logits.shape[-2:]
+        high,wide = logits.shape[-2:]
+        shape = batch,count,high,wide
         out = logits.new_full(shape, -100.)
         where = chosen[..., None, None].expand_as(logits)
         return out.scatter(1, where, logits)
+
+    def _lift(self, volume): # costs (B,P,T,h,w) -> (B,hidden,T,h,w)
+        x = volume.transpose(1, 2).flatten(0, 1)
+        x = self.conv1(x)
+        x = x.unflatten(0, (len(volume), -1))
+        return x.transpose(1, 2)
 
     def enlarge(self, volume:torch.Tensor, guides:Sequence[torch.Tensor]):
         "(B,C,t,h,w) -> (B,t,4h,4w)."
@@ -407,7 +421,8 @@ class Aggregator(nn.Module):
         x = self.decoder1(x, early)
         x = self.decoder2(x, late)
         x = self.head(x)
-        x = x.unflatten(0, (len(volume), -1))
+        batch = len(volume)
+        x = x.unflatten(0, (batch, -1))
         return x[:, :, 0]
 
 # %% ../../nbs/frameworks/36_catseg.ipynb #21bd0c93
@@ -433,7 +448,8 @@ def catseg_cells(
     attn = last.attn
     weights = attn.in_proj_weight.chunk(3)[2]
     bias = attn.in_proj_bias.chunk(3)[2]
-    values = F.linear(last.ln_1(tokens), weights, bias)
+    normed = last.ln_1(tokens)
+    values = F.linear(normed, weights, bias)
     out = attn.out_proj(values)
     out = out + tokens[:, :1]                                # the class token's residual for all
     normed = last.ln_2(out)
@@ -466,14 +482,16 @@ class WindowMeans(Scores):
             right = self.side-left-width
             below = self.side-top-height
             edges = (left, right, top, below)
-            part = resize(maps[:, start:stop], (height, width))
+            logits = maps[:, start:stop]
+            part = resize(logits, (height, width))
             part = part.sigmoid()
             once = torch.ones_like(part[:1, :1])
             total = total + F.pad(part, edges)
             seen = seen + F.pad(once, edges)
         square = self.side,self.side
         window = self.places[0][2:]
-        whole = self.maps[-1][:, start:stop]
+        last = self.maps[-1]
+        whole = last[:, start:stop]
         whole = resize(whole, window).sigmoid()
         whole = resize(whole, square)
         mean = (total/seen + whole)/2
@@ -530,10 +548,13 @@ class CATSeg(Framework):
         self.head = Aggregator(backbone.embed_dim, guides, *sizes)
         self.resolution = resolution
         self.sliding = sliding
-        if not norms:
-            weights = set()
-            for layer in named_layers(backbone): weights.update(map(id, layer.params))
-            for p in self.tower.parameters(): p.requires_grad_(id(p) in weights)
+        if not norms: self._train_weights_alone()
+
+    def _train_weights_alone(self):
+        "Of the tower, the weights of layers learn; norms, biases and positions rest."
+        weights = set()
+        for layer in named_layers(self.backbone): weights.update(map(id, layer.params))
+        for p in self.tower.parameters(): p.requires_grad_(id(p) in weights)
 
     def idle_layers(self):
         "Queries and keys of a ViT's last block, whose values alone are used."
@@ -564,8 +585,11 @@ class CATSeg(Framework):
         "Images at the size at which the tower sees them."
         if self.resolution: return resize(images, (self.resolution, self.resolution))
         if not self.is_vit: return images
-        sides = zip(images.shape[-2:], self.backbone.visual.patch_size)
-        whole = [math.ceil(side/cell)*cell for side,cell in sides]
+        cells = self.backbone.visual.patch_size
+        whole = []
+        for side,cell in zip(images.shape[-2:], cells):
+            count = math.ceil(side/cell)
+            whole.append(count*cell)
         return resize(images, whole)
 
     def maps(self, images:torch.Tensor, text:torch.Tensor):
@@ -573,7 +597,8 @@ class CATSeg(Framework):
         cells,guides = self.cells(self.seen(images))
         if text.dim() != 3: text = text[:, None]
         at_once = 0 if self.training else _STILL_AT_ONCE
-        return self.head(cells, text.to(cells), guides, at_once)
+        text = text.to(cells)
+        return self.head(cells, text, guides, at_once)
 
     def scores(self, images:torch.Tensor, text:torch.Tensor):
         "Probabilities of the grid, which are resized when they are asked for."
@@ -604,7 +629,8 @@ class CATSeg(Framework):
         "Binary cross-entropy of each class at each pixel; a pixel without a label is of no class."
         labels = batch['labels']
         ignore = batch.get('ignore', self.ignore)
-        logits = self.maps(batch['images'], self.text())
+        text = self.text()
+        logits = self.maps(batch['images'], text)
         logits = resize(logits, labels.shape[-2:])
         return dict(bce=class_loss(logits, labels, ignore))
 
@@ -623,8 +649,10 @@ def class_loss(
         raise OpenTransError(
             f"Labels {bad[:6]} are neither one of the {classes} classes nor ignore={ignore}."
             " Do data and framework have the same vocabulary?")
-    target = F.one_hot(labels.where(known, 0), classes)
-    target = target.permute(0, 3, 1, 2)*known[:, None]
+    named = labels.where(known, 0)
+    target = F.one_hot(named, classes)
+    counted = known[:, None]
+    target = target.permute(0, 3, 1, 2)*counted
     return F.binary_cross_entropy_with_logits(logits.float(), target.float())
 
 # %% ../../nbs/frameworks/36_catseg.ipynb #f5738dc8
@@ -652,7 +680,8 @@ def _pack_attention(weights):
             names = [name.replace('q_proj', f'{part}_proj') for part in 'qkv']
             parts = [weights[part] for part in names if part in weights]
             packed = name.replace('q_proj_weight', 'in_proj_weight')
-            out[packed] = name,torch.cat(parts)
+            joined = torch.cat(parts)
+            out[packed] = name,joined
         elif not name.endswith(('attn.k_proj_weight', 'attn.v_proj_weight')): out[name] = name,tensor
     return out
 

@@ -53,13 +53,16 @@ class _Case:
         below = torch.arange(height) >= height//2
         right = torch.arange(width) >= width//2
         quarter = below[:, None]*2 + right
-        labels = torch.stack([(quarter + i) % classes for i in range(count)])
-        noise = .05*torch.randn(count, 3, height, width, generator=generator)
-        images = colours[labels].permute(0, 3, 1, 2) + noise
+        shifted = [(quarter + i) % classes for i in range(count)]
+        labels = torch.stack(shifted)
+        noise = torch.randn(count, 3, height, width, generator=generator)
+        images = colours[labels].permute(0, 3, 1, 2)
+        images = images + .05*noise
         images = images.clamp(0, 1)
         labels[..., :height//8, :] = ignore
         kinds = [image[image != ignore].unique() for image in labels]
-        regions = [image == there[:, None, None] for image,there in zip(labels, kinds)]
+        regions = []
+        for image,there in zip(labels, kinds): regions.append(image == there[:, None, None])
         things = [torch.ones(len(there), dtype=torch.bool) for there in kinds]
         ids = [str(i) for i in range(count)]
         return dict(images=images, labels=labels, ids=ids, region_classes=kinds, regions=regions, isthing=things)
@@ -96,8 +99,10 @@ def _names_carry_a_mask(case):
     places = match_names(keys, param_shapes(seg), 'weights of the tower')
     tower = dict(seg.tower.named_parameters())
     everything = dict(seg.named_parameters())
-    others = sorted({*tower} ^ {*places})[:6]
-    assert len(places) == len(tower), f'the tower in the framework has other parameters than CLIP: {others}'
+    others = {*tower} ^ {*places}
+    others = sorted(others)[:6]
+    as_many = len(places) == len(tower)
+    assert as_many, f'the tower in the framework has other parameters than CLIP: {others}'
     for key,name in places.items():
         same = everything[name] is tower[key]
         assert same, f'{key} is found at {name}, which is not the weight of framework.tower'
@@ -130,15 +135,18 @@ def _logits_follow_the_vocabulary(case):
     given = tuple(out.shape)
     assert given == (2, 5, 64, 64), f'logits are {given}, not (B,K,H,W) = (2, 5, 64, 64)'
     assert out.isfinite().all(), 'logits have NaN or infinity'
-    changed = (out - other).abs().max() > 1e-4
+    gap = (out - other).abs().max()
+    changed = gap > 1e-4
     assert changed, 'other text embeddings give the same logits: the vocabulary is not used'
-    gap = (out[:, order] - permuted).abs().max()
+    moved = out[:, order] - permuted
+    gap = moved.abs().max()
     largest = out.abs().max().clamp(min=1)
     alike = gap < 1e-3*largest
     assert alike, 'permuting the classes does not permute the logits: classes are not treated alike'
     named = seg.predict(images, case.vocabulary)
-    given = f'{tuple(named.shape)} {named.dtype}'
-    fits = named.shape == (2, 64, 64) and named.dtype == torch.int64
+    shape = tuple(named.shape)
+    given = f'{shape} {named.dtype}'
+    fits = shape == (2, 64, 64) and named.dtype == torch.int64
     assert fits, f'predict gives {given}, not (B,H,W) int64'
     classes = len(case.vocabulary)
     known = 0 <= named.min() and named.max() < classes
@@ -149,8 +157,24 @@ def _logits_follow_the_vocabulary(case):
 def _has_gradient(param, rows=None):
     "Has a parameter, or these rows of it, a gradient that is not zero?"
     if param.grad is None: return False
-    grad = param.grad if rows is None else param.grad[rows]
+    grad = param.grad
+    if rows is not None: grad = grad[rows]
     return bool(grad.any())
+
+def _learning(seg, batch):
+    "Names of the layers, and of the other parameters, that get a gradient."
+    seg.zero_grad(set_to_none=True)
+    with seeded(0):
+        loss = sum(seg.loss(batch).values())
+        loss.backward()
+    mine = layers(seg)
+    weights = {id(layer.param) for layer in mine}
+    moved = {layer.name for layer in mine if _has_gradient(layer.param, layer.rows)}
+    rest = set()
+    for name,p in seg.named_parameters():
+        is_weight = id(p) in weights
+        if not is_weight and _has_gradient(p): rest.add(name)
+    return moved,rest
 
 @_check
 def _gradients_follow_the_selection(case):
@@ -158,22 +182,11 @@ def _gradients_follow_the_selection(case):
     from opentrans.pruning.mask import SparseMask
     seg = case.build()
     batch = case.batch()
-    def learning():
-        "Names of the layers, and of the other parameters, that get a gradient."
-        seg.zero_grad(set_to_none=True)
-        with seeded(0):
-            loss = sum(seg.loss(batch).values())
-            loss.backward()
-        mine = layers(seg)
-        weights = {id(layer.param) for layer in mine}
-        moved = {layer.name for layer in mine if _has_gradient(layer.param, layer.rows)}
-        others = [(name, p) for name,p in seg.named_parameters() if id(p) not in weights]
-        rest = {name for name,p in others if _has_gradient(p)}
-        return moved,rest
-    used,others = learning()
+    used,others = _learning(seg, batch)
     cut_off = seg.idle_layers()
     assert not used & {*cut_off}, 'layers that idle_layers() names get a gradient'
-    prunable = SparseMask.random(case.backbone.tower, .5, seed=0).names
+    mask = SparseMask.random(case.backbone.tower, .5, seed=0)
+    prunable = mask.names
     unused = [layer for layer in prunable if layer not in used]
     idle = [layer for layer in unused if layer not in cut_off]
     assert not idle, (f'{len(idle)} prunable layers get no gradient from the loss, e.g. {idle[:4]}: '
@@ -182,13 +195,13 @@ def _gradients_follow_the_selection(case):
     train = active[::2]
     freeze = active[1::2]
     selection = LayerSelection(train, freeze, 'every second')
-    with selection.apply(seg): selected,rest = learning()
+    with selection.apply(seg): selected,rest = _learning(seg, batch)
     moved = {*freeze} & selected
     assert not moved, 'frozen layers have gradients: they would be trained, and their cost is not saved'
     assert {*train} <= selected, 'layers selected for training have no gradient'
     lost = sorted(others-rest)[:4]
     assert others <= rest, f'a layer selection took the gradient of what it does not name: {lost}'
-    assert learning() == (used, others), 'after the selection is removed, gradients are not what they were'
+    assert _learning(seg, batch) == (used, others), 'after the selection is removed, gradients are not what they were'
     return f'{len(train)} trained, {len(freeze)} frozen, {len(others)} others untouched'
 
 # %% ../../nbs/frameworks/30b_checks.ipynb #ba62fcce
@@ -203,7 +216,8 @@ def _any_size_and_number(case):
         with torch.no_grad(): logits = seg(images, text[:classes])
         what = f'{count} images of {size}, {classes} classes: logits'
         expected = count,classes,*size
-        assert logits.shape == expected, f'{what} are {tuple(logits.shape)}'
+        given = tuple(logits.shape)
+        assert given == expected, f'{what} are {given}'
         assert logits.isfinite().all(), f'{what} have NaN or infinity'
     seg.train()
     for batch in (case.batch(1), case.batch(1, (49, 75))):
@@ -223,7 +237,8 @@ def _without_labels(batch):
     none = torch.zeros(0, dtype=torch.bool)
     count = len(batch['labels'])
     unknown = torch.full_like(batch['labels'], 255)
-    regions = [none.new_zeros(0, *size)]*count
+    empty = none.new_zeros(0, *size)
+    regions = [empty]*count
     kinds = [none.long()]*count
     return dict(batch, labels=unknown, regions=regions, region_classes=kinds, isthing=[none]*count)
 
@@ -233,17 +248,20 @@ def _small_images(case):
     seg = case.build(train=False)
     refused = 0
     text = seg.text()
-    for size in ((1, 1), (7, 5), (15, 100), (16, 400), (33, 65)):
+    sizes = (1, 1),(7, 5),(15, 100),(16, 400),(33, 65)
+    for size in sizes:
         images = case.batch(1, size)['images']
         with eval_mode(seg): logits = seg(images, text)
         expected = 1,len(text),*size
-        whole = logits.shape == expected and logits.isfinite().all()
-        assert whole, f'an image of {size}: logits are {tuple(logits.shape)}'
+        given = tuple(logits.shape)
+        whole = given == expected and logits.isfinite().all()
+        assert whole, f'an image of {size}: logits are {given}'
         for kind in seg.kinds:
             out = seg.predict(images, kind=kind)
             if kind == 'boxes': continue # a list, of any length
             given = tuple(out.shape)
-            assert given[1:3] == size, f'an image of {size}: predict(kind={kind!r}) gives {given}'
+            fits = given[1:3] == size
+            assert fits, f'an image of {size}: predict(kind={kind!r}) gives {given}'
     seg.train()
     cases = (2, (1, 1)),(1, (7, 5)),(2, (15, 100)),(1, (32, 32)),(1, (16, 400))
     for count,size in cases:
@@ -293,18 +311,24 @@ def _pieces_are_the_whole(case):
         largest = whole.abs().max()
         for step in (1, 4, len(text)):
             starts = range(0, len(text), step)
-            pieces = [ready.part(start, min(start+step, len(text))) for start in starts]
+            pieces = []
+            for start in starts:
+                stop = min(start+step, len(text))
+                pieces.append(ready.part(start, stop))
             parts = torch.cat(pieces, 1)
             what = f'scores of {step} classes at a time'
             given = tuple(parts.shape)
-            assert parts.shape == whole.shape, f'{what} are {given}, and logits {tuple(whole.shape)}'
+            expected = tuple(whole.shape)
+            assert given == expected, f'{what} are {given}, and logits {expected}'
             near = torch.allclose(parts, whole, rtol=1e-4, atol=1e-5*largest)
             assert near, f'{what} are not what forward gives'
-            same = torch.equal(best_class(scores, step), parts.argmax(1))
+            found = best_class(scores, step)
+            same = torch.equal(found, parts.argmax(1))
             assert same, f'{what} have another best class than all of them'
     two = whole.topk(2, 1).values
     lead = two.diff(dim=1)[:, 0].abs()
-    unsure = lead <= 1e-5*whole.abs().amax(1)
+    least = 1e-5*whole.abs().amax(1)
+    unsure = lead <= least
     same = best == whole.argmax(1)
     right = (same | unsure).all()
     assert right, 'semantic gives another class than the largest logit of forward'
@@ -318,7 +342,8 @@ def _pruned_weights_stay_zero(case):
     seg = case.build()
     mask = SparseMask.random(case.backbone.tower, .1, seed=0)
     weights = mask.weights(seg)
-    before = {name: weight.detach().clone() for name,weight in weights.items()}
+    before = {}
+    for name,weight in weights.items(): before[name] = weight.detach().clone()
     with mask.apply(seg.backbone):
         case.steps(seg, 2)
         for name,weight in mask.weights(seg).items():
@@ -327,7 +352,8 @@ def _pruned_weights_stay_zero(case):
             assert not revived, (f'{name}: {revived} pruned weights are not zero after two steps of AdamW '
                                  'with weight decay')
             if name in seg.idle_layers(): continue # no gradient moves them
-            moved = not torch.equal(weight[kept], before[name][kept])
+            old = before[name][kept]
+            moved = not torch.equal(weight[kept], old)
             assert moved, f'{name}: the kept weights have not moved'
     return f'{len(mask.names)} layers at density {mask.density:.2f}'
 
@@ -338,7 +364,8 @@ def _it_learns(case):
     losses = case.steps(seg, 12, lr=3e-3)
     finite = all(loss == loss and abs(loss) < float('inf') for loss in losses)
     assert finite, f'the losses are not finite: {losses}'
-    lower = min(losses[-3:]) < losses[0]
+    last = min(losses[-3:])
+    lower = last < losses[0]
     assert lower, f'12 steps of AdamW on one batch do not lower the loss: {losses[0]:.3f} -> {losses[-1]:.3f}'
     return f'loss {losses[0]:.2f} -> {losses[-1]:.2f}'
 
@@ -353,11 +380,13 @@ def _example_inputs_run(case):
     assert given == expected, (f'forward(*example_inputs) gives {given}: '
                                'costs would be counted of something else')
     for kind in seg.kinds:
-        out = seg.predict(case.batch()['images'], kind=kind)
+        images = case.batch()['images']
+        out = seg.predict(images, kind=kind)
         assert len(out) == 2, f'predict(kind={kind!r}) gives {len(out)} results for 2 images'
         if kind != 'panoptic': continue
-        pairs = out.shape == (2, 64, 64, 2) and out.dtype == torch.int64
-        given = f'{tuple(out.shape)} {out.dtype}'
+        shape = tuple(out.shape)
+        pairs = shape == (2, 64, 64, 2) and out.dtype == torch.int64
+        given = f'{shape} {out.dtype}'
         assert pairs, f'panoptic output is {given}, not (B,H,W,2) int64'
     return ', '.join(seg.kinds)
 

@@ -78,9 +78,12 @@ class RowColumnCrossAttention(nn.Module):
         x = queries
         if query_pos is not None: x = queries + query_pos
         keys = feat_hi + pos_hi
-        columns = self.weights(x, keys.mean(2).mT, self.q_x, self.k_x)
-        rows = self.weights(x, keys.mean(3).mT, self.q_y, self.k_y)
-        values = self.value(feat_hi.movedim(1, -1))
+        across = keys.mean(2).mT
+        columns = self.weights(x, across, self.q_x, self.k_x)
+        down = keys.mean(3).mT
+        rows = self.weights(x, down, self.q_y, self.k_y)
+        values = feat_hi.movedim(1, -1)
+        values = self.value(values)
         values = values.unflatten(-1, (self.num_heads, -1))
         out = torch.einsum('bnqx,byxnd->bnqyd', columns, values) # a row each: no attention over all pixels
         out = torch.einsum('bnqy,bnqyd->bqnd', rows, out)

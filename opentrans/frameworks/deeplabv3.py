@@ -40,7 +40,8 @@ class Pyramid(ASPP):
 
     def forward(self, x:torch.Tensor)->torch.Tensor: # (B,channels,h,w) -> (B,width,h,w)
         has_spread = len(x) > 1 # one image has one mean: no variance to normalise by
-        self.convs[-1].train(self.training and has_spread)
+        learns = self.training and has_spread
+        self.convs[-1].train(learns)
         return super().forward(x)
 
 # %% ../../nbs/frameworks/31_deeplabv3.ipynb #f07a36dc
@@ -115,19 +116,26 @@ class _DistilledPixels(Framework):
         students = [_pooled(masks, image) for masks,image in zip(regions, embedded)]
         rows = []
         for seen,teacher,kinds in zip(students, taught, classes):
-            if len(seen): rows.append((seen, teacher.to(seen), text[kinds].to(seen)))
+            if not len(seen): continue
+            names = text[kinds].to(seen)
+            rows.append((seen, teacher.to(seen), names))
         if self.kd_form == 'released':
             terms = [released_terms(*row) for row in rows]
             return torch.cat(terms).mean()
-        terms = [tgkd_loss(*row)*len(row[0]) for row in rows]
+        terms = []
+        for row in rows:
+            distance = tgkd_loss(*row)
+            terms.append(distance*len(row[0]))
         return sum(terms)/count
 
 def _pooled(masks, embedded):
     "The mean embedding of each region (N,H,W) of an image (D,h,w): (N,D), unit length."
-    weights = F.adaptive_avg_pool2d(masks[:, None].float(), embedded.shape[-2:])
+    weights = masks[:, None].float()
+    weights = F.adaptive_avg_pool2d(weights, embedded.shape[-2:])
     weights = weights.flatten(1)
     pixels = embedded.flatten(1).float()
-    return F.normalize(weights @ pixels.T, dim=-1)
+    means = weights @ pixels.T
+    return F.normalize(means, dim=-1)
 
 # %% ../../nbs/frameworks/31_deeplabv3.ipynb #0e1f977b
 @register_framework('deeplabv3')
@@ -180,10 +188,13 @@ class DeepLabV3(_DistilledPixels):
         self.coarse = coarse
         check_choice('kd_target', kd_target, ('crop', 'attention', 'tight'))
         check_choice('kd_form', kd_form, ('paper', 'released'))
-        if nothing: self.nothing = nn.Parameter(torch.randn(1, dim)*dim**-.5)
-        else: self.nothing = None
-        first = math.log(1/.07 if scale is None else scale)
-        self.log_scale = nn.Parameter(torch.tensor(first)) if learn_scale else None
+        self.nothing = None
+        if nothing:
+            start = torch.randn(1, dim)*dim**-.5
+            self.nothing = nn.Parameter(start)
+        first = 1/.07 if scale is None else scale
+        log_scale = torch.tensor(math.log(first))
+        self.log_scale = nn.Parameter(log_scale) if learn_scale else None
         self.kd = kd
         self.kd_target = kd_target
         self.kd_form = kd_form
@@ -200,7 +211,8 @@ class DeepLabV3(_DistilledPixels):
         added = self._of_head(maps)
         dense = clip.kind.dense(clip.visual, last)
         dense = F.normalize(dense, dim=1)
-        return resize(dense, added.shape[-2:]) + added
+        dense = resize(dense, added.shape[-2:])
+        return dense + added
 
     def _of_head(self, maps):
         "What the head makes of the backbone's maps."
@@ -210,7 +222,8 @@ class DeepLabV3(_DistilledPixels):
 
     @property
     def temperature(self)->float|torch.Tensor: # What cosines are multiplied by
-        return self.scale if self.log_scale is None else self.log_scale.exp()
+        if self.log_scale is None: return self.scale
+        return self.log_scale.exp()
 
     def forward(self, images:torch.Tensor, text_embeddings:torch.Tensor)->torch.Tensor:
         "Images (B,3,H,W) and text embeddings (K,D) to logits (B,K,H,W)."
@@ -227,16 +240,19 @@ class DeepLabV3(_DistilledPixels):
         labels = batch['labels']
         step = self.loss_stride
         if step > 1:
-            top,left = torch.randint(step, (2,)).tolist()
+            corner = torch.randint(step, (2,))
+            top,left = corner.tolist()
             labels = labels[:, top::step, left::step]
         embedded = self.embed(batch['images'])
         text = self.text()
         ignore = batch.get('ignore', self.ignore)
         names = text
         if self.nothing is not None:
-            nothing = F.normalize(self.nothing, dim=-1).to(text)
+            nothing = F.normalize(self.nothing, dim=-1)
+            nothing = nothing.to(text)
             names = torch.cat([text, nothing])
-            labels = labels.where(labels != ignore, len(text))
+            is_known = labels != ignore
+            labels = labels.where(is_known, len(text))
         logits = text_logits(embedded, names, self.temperature)
         logits = resize(logits, labels.shape[-2:])
         losses = dict(ce=pixel_loss(logits, labels, ignore))

@@ -52,10 +52,11 @@ class TextClassifier(nn.Module):
         super().__init__()
         self.conv = _convs(channels, convs, groups)
         self.embed = nn.Conv2d(channels, embed_dim, 3, padding=1)
-        first = torch.tensor(math.log(scale))
-        self.log_scale = nn.Parameter(first)
+        first_scale = torch.tensor(math.log(scale))
+        self.log_scale = nn.Parameter(first_scale)
         odds = (1-prior)/prior
-        self.bias = nn.Parameter(torch.tensor(-math.log(odds)))
+        first_bias = torch.tensor(-math.log(odds))
+        self.bias = nn.Parameter(first_bias)
 
     def _logits(self, x, text): # (B,C,h,w) -> (B,K,h,w)
         x = self.embed(self.conv(x))
@@ -127,6 +128,21 @@ def join_scores(
     return log_p - torch.log(-rest)
 
 # %% ../../nbs/frameworks/39b_detector.ipynb #b254386e
+def _check_clip(backbone, alpha, beta):
+    "Raise `OpenTransError` where CLIP is asked for a class, and there is none."
+    asks_clip = alpha or beta
+    if asks_clip and not hasattr(backbone, 'kind'):
+        kind = type(backbone).__name__
+        raise OpenTransError(
+            f"alpha={alpha:g}, beta={beta:g} ask CLIP itself for a class, and a {kind} has no "
+            f"CLIP to ask. Make the backbone with ClipBackbone.create(...), or leave both at 0.")
+
+def _square_anchors(strides):
+    "One square in each cell, of the cell's size."
+    sides = tuple((stride,) for stride in strides)
+    shapes = ((1.,),)*len(strides)
+    return AnchorGenerator(sides, shapes)
+
 @register_framework('detector')
 class Detector(Framework):
     "FCOS on CLIP with text embeddings for its classes."
@@ -159,22 +175,17 @@ class Detector(Framework):
             if name not in backbone.channels: raise unknown('map of the backbone', name, backbone.channels)
         shares = dict(score=score, alpha=alpha, beta=beta)
         for name,share in shares.items(): check_number(name, share, 0, 1)
-        asks_clip = alpha or beta
-        if asks_clip and not hasattr(backbone, 'kind'):
-            kind = type(backbone).__name__
-            raise OpenTransError(
-                f"alpha={alpha:g}, beta={beta:g} ask CLIP itself for a class, and a {kind} has no "
-                f"CLIP to ask. Make the backbone with ClipBackbone.create(...), or leave both at 0.")
+        _check_clip(backbone, alpha, beta)
         self.alpha = alpha
         self.beta = beta
         if not 0 < prior < 1: raise OpenTransError(f"prior={prior}: a probability above 0 and below 1.")
         check_number('nms', nms, 0, 1)
         strides = [backbone.strides[name] for name in levels]
-        if more: strides += [2*strides[-1], 4*strides[-1]]
+        if more:
+            coarsest = strides[-1]
+            strides += [2*coarsest, 4*coarsest]
         self.levels = tuple(levels)
-        sides = tuple((stride,) for stride in strides)
-        shapes = ((1.,),)*len(strides)
-        self.grid = AnchorGenerator(sides, shapes)
+        self.grid = _square_anchors(strides)
         channels = [backbone.channels[name] for name in levels]
         pyramid = Pyramid(channels, width, more)
         head = OpenHead(width, backbone.embed_dim, convs, groups, scale, prior)
@@ -222,7 +233,8 @@ class Detector(Framework):
         high,wide = self.pad(images).shape[-2:]
         count = len(images)
         empty = images.new_zeros(count, 3, high, wide)
-        listed = ImageList(empty, [(high, wide)]*count)
+        sizes = [(high, wide)]*count
+        listed = ImageList(empty, sizes)
         squares = self.grid(listed, maps)
         counts = [math.prod(x.shape[-2:]) for x in maps]
         return squares,counts
@@ -264,7 +276,8 @@ class Detector(Framework):
         squares,counts = self.cells(full, maps)
         said = {name: value.split(counts, 1) for name,value in said.items()}
         squares = [each.split(counts) for each in squares]
-        sizes = [tuple(images.shape[-2:])]*len(images)
+        height,width = images.shape[-2:]
+        sizes = [(height, width)]*len(images)
         kept = self.fcos.score_thresh
         if score is not None: self.fcos.score_thresh = score
         try: return self.fcos.postprocess_detections(said, squares, sizes)
@@ -278,7 +291,8 @@ class Detector(Framework):
         for logits in each[1:]: best = torch.maximum(best, resize(logits, best.shape[-2:]))
         full = self.pad(images).shape[-2:]
         scores = Scores(best, full)
-        return scores.cut(*images.shape[-2:])
+        height,width = images.shape[-2:]
+        return scores.cut(height, width)
 
     def forward(self, images:torch.Tensor, text_embeddings:torch.Tensor):
         "Images (B,3,H,W) and text embeddings (K,D) to logits (B,K,H,W)."
@@ -286,6 +300,22 @@ class Detector(Framework):
         return scores.part(0, len(text_embeddings))
 
 # %% ../../nbs/frameworks/39b_detector.ipynb #efeff756
+def _found_things(framework, batch, text, things):
+    "What is found of some classes in a batch of one image, with the number of its class."
+    images = batch['images'].to(device_of(framework))
+    found, = framework.boxes(images, text[things])
+    labels = found['labels']
+    numbers = torch.tensor(things, device=labels.device)
+    found['labels'] = numbers[labels]
+    return found
+
+def _groups_of(data, things):
+    "The groups of classes that a data set names, without the classes that are no things."
+    groups = {}
+    of_data = getattr(data, 'groups', None) or {}
+    for name,of in of_data.items(): groups[name] = [k for k in of if k in things]
+    return groups
+
 def detection_ap(
     framework:Framework, # With `predict(kind='boxes')`
     data:Dataset, # Data set of regions; its `groups` name classes, its `things` those that have boxes
@@ -305,21 +335,16 @@ def detection_ap(
     if limit is not None: total = min(limit, total)
     if not total: raise OpenTransError("The data set has no images to detect in. Check its root, split and limit.")
     metric = DetectionAP(len(names))
-    device = device_of(framework)
     with eval_mode(framework):
         for first in range(0, total, batch_size):
             last = min(first+batch_size, total)
             samples = [read_sample(data, i, True) for i in range(first, last)]
             for sample in samples:
                 batch = collate([sample])
-                found, = framework.boxes(batch['images'].to(device), text[things])
-                labels = found['labels']
-                found['labels'] = torch.tensor(things, device=labels.device)[labels]
+                found = _found_things(framework, batch, text, things)
                 true = batch_boxes(batch, len(names), data.ignore)
                 metric.update(found, true[0])
-    groups = {}
-    of_data = getattr(data, 'groups', None) or {}
-    for name,of in of_data.items(): groups[name] = [k for k in of if k in things]
+    groups = _groups_of(data, things)
     res = metric.compute(groups=groups)
     by_class = res['by_class']
     ap_of = {names[k]: float(by_class[k]) for k in things}
@@ -338,14 +363,17 @@ def draw_boxes(
     picture = np.asarray(image).transpose(1, 2, 0)
     ax.imshow(picture)
     ax.set_axis_off()
-    for number,corners in enumerate(found['boxes'].tolist()):
+    boxes = found['boxes'].tolist()
+    for number,corners in enumerate(boxes):
         x0,y0,x1,y1 = corners
         sure = None
         if 'scores' in found: sure = float(found['scores'][number])
         if sure is not None and sure < score: continue
         kind = int(found['labels'][number])
         colour = f"C{kind % 10}"
-        box = Rectangle((x0, y0), x1-x0, y1-y0, fill=False, edgecolor=colour, linewidth=1.5)
+        width = x1-x0
+        height = y1-y0
+        box = Rectangle((x0, y0), width, height, fill=False, edgecolor=colour, linewidth=1.5)
         ax.add_patch(box)
         words = names[kind]
         if sure is not None: words = f'{words} {sure:.2f}'

@@ -210,12 +210,14 @@ def _folders(coco, split):
     return dict(image_root=str(images), panoptic_root=str(panoptic), panoptic_json=str(listed))
 
 def _about(data, things):
-    "What detectron2 asks of the classes of a data set, with the class of each id of a thing."
+    "What detectron2 and `from_catalog` ask of the classes of a data set."
     names = list(data.vocabulary.entries)
     of_things = [names[i] for i in things.values()]
     judge = 'coco_panoptic_seg' if things else 'sem_seg'
+    templates = list(data.vocabulary.templates)
+    ours = dict(name=data.name, templates=templates, groups=getattr(data, 'groups', {}))
     return dict(stuff_classes=names, thing_classes=of_things, ignore_label=data.ignore, label_divisor=1000,
-                evaluator_type=judge)
+                evaluator_type=judge, opentrans=ours)
 
 def register_catalog(
     data:Dataset, # Data set of samples, such as `ShapesWorld`, or what `open_dataset` gives
@@ -243,14 +245,11 @@ def register_catalog(
         if category.get('isthing', 1): things[number] = place[number]
     folders = _folders(coco, split)
     labels = str(coco/f'panoptic_semseg_{split}2017')
-    templates = list(data.vocabulary.templates)
-    ours = dict(name=data.name, templates=templates, groups=getattr(data, 'groups', {}))
     def entries(): return _catalog_entries(written, folders, labels, place, things)
     catalogs.DatasetCatalog.register(name, entries)
     about = _about(data, things)
     catalogs.MetadataCatalog.get(name).set(
-        **about, **folders, thing_dataset_id_to_contiguous_id=things, stuff_dataset_id_to_contiguous_id=place,
-        opentrans=ours)
+        **about, **folders, thing_dataset_id_to_contiguous_id=things, stuff_dataset_id_to_contiguous_id=place)
     def free():
         catalogs.DatasetCatalog.remove(name)
         catalogs.MetadataCatalog.remove(name)

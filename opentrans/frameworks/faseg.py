@@ -72,7 +72,8 @@ class FASegPixelDecoder(PixelDecoder):
         sizes = [tuple(m.shape[-2:]) for m in x]
         shapes = torch.tensor(sizes, device=x[0].device)
         ends = shapes.prod(1).cumsum(0)
-        start = torch.cat([shapes.new_zeros(1), ends[:-1]])
+        zero = shapes.new_zeros(1)
+        start = torch.cat([zero, ends[:-1]])
         levels = []
         for code,level in zip(codes, self.level_embed): levels.append(code + level[:, None, None])
         pixels = _flat(x)
@@ -83,7 +84,9 @@ class FASegPixelDecoder(PixelDecoder):
         counts = [height*width for height,width in sizes]
         parts = out.last_hidden_state.split(counts, 1)
         maps = []
-        for part,size in zip(parts, sizes): maps.append(part.mT.reshape(batch, -1, *size))
+        for part,size in zip(parts, sizes):
+            pixels = part.mT
+            maps.append(pixels.reshape(batch, -1, *size))
         return maps
 
     def forward(self,
@@ -91,7 +94,8 @@ class FASegPixelDecoder(PixelDecoder):
     )->tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]: # (B,mask_dim,H/4,W/4); maps (B,hidden,h,w)
         "The features that masks are made of, maps coarse to fine, and their positional encodings."
         with torch.autocast(device_of(self).type, enabled=False): # as in the reference: sampling wants float32
-            maps = [features[name].float() for name in self.names[::-1]]
+            names = self.names[::-1]
+            maps = [features[name].float() for name in names]
             coarse = zip(self.input_projections, maps[:3])
             x = [project(m) for project,m in coarse]
             codes = [self.encode(i, m) for i,m in enumerate(x)]
@@ -102,7 +106,8 @@ class FASegPixelDecoder(PixelDecoder):
             if self.hrca:
                 levels.append(fine)
                 has_own = len(self.input_projections) > 3
-                source = self.input_projections[3](maps[3]) if has_own else fine
+                source = fine
+                if has_own: source = self.input_projections[3](maps[3])
                 codes.append(self.encode(3, source))
             return self.mask_projection(fine), levels, codes
 
@@ -142,7 +147,8 @@ class _FASegLevels(MaskDecoder):
         blocked = resize(masks.detach(), size)
         blocked = blocked.sigmoid().flatten(2)
         blocked = blocked < self.mask_threshold
-        blocked = blocked & ~blocked.all(-1, keepdim=True)
+        everywhere = blocked.all(-1, keepdim=True)
+        blocked = blocked & ~everywhere
         blocked = blocked.repeat_interleave(predictor.num_heads, 0)
         return queries,masks,blocked
 
@@ -181,7 +187,8 @@ class _FASegBlock(_FASegLevels):
             places = code.flatten(2).mT
             return self.focus.from_mask(logits, places, self.legacy_first_mask)
         if kind == 'grid': # points that nothing moves: no learned B beside them (Tab. 5.5)
-            points = grid_points(len(self.base)).to(code)
+            count = len(self.base)
+            points = grid_points(count).to(code)
             fixed = point_code(points, code.shape[1])
             fixed = self.focus.h(fixed)
             return fixed.expand(len(code), -1, -1)
@@ -248,7 +255,8 @@ class FASegDecoder(_FASegBlock):
         check_choice('hrca_query', hrca_query, ('static', 'dynamic'))
         levels = 4 if hrca else 3
         extra = hrca and extra_low_block
-        super().__init__(hidden, layers=rounds*levels + extra, **kwargs)
+        blocks = rounds*levels + extra
+        super().__init__(hidden, layers=blocks, **kwargs)
         self.n_levels = levels
         switch = {True: 'focus', False: 'learned'}
         self.position_kind = switch.get(dfpq, dfpq)
@@ -257,19 +265,22 @@ class FASegDecoder(_FASegBlock):
         self.ratio = ratio
         self.selection = selection
         self.hrca_query = hrca_query
-        if hrca: self.level_embed = nn.Embedding(4, hidden)
-        fine_layers = self.decoder.layers[3::4] if hrca else []
-        for layer in fine_layers:
-            kind = RowColumnCrossAttention if selection == 'rcda' else HighResCrossAttention
-            heads = layer.cross_attn.num_heads
-            layer.cross_attn = kind(hidden, heads)
-            nn.init.xavier_uniform_(layer.cross_attn.out_proj.weight)
+        if hrca: self._read_fine_levels(hidden)
         if self.position_kind != 'learned':
             queries = len(self.queries_embedder.weight)
             self.focus = DynamicFocusQuery(queries, hidden)
             self.focus.base = self.queries_embedder # B is the old positional query
             del self.queries_embedder
         if self.position_kind == 'grid': self.focus.base.requires_grad_(False) # it is not asked
+
+    def _read_fine_levels(self, hidden):
+        "A fourth level, and for its blocks an attention that reads it."
+        self.level_embed = nn.Embedding(4, hidden)
+        kind = RowColumnCrossAttention if self.selection == 'rcda' else HighResCrossAttention
+        for layer in self.decoder.layers[3::4]:
+            heads = layer.cross_attn.num_heads
+            layer.cross_attn = kind(hidden, heads)
+            nn.init.xavier_uniform_(layer.cross_attn.out_proj.weight)
 
     def forward(self,
         mask_features:torch.Tensor, # (B,mask_dim,H/4,W/4)
@@ -284,7 +295,8 @@ class FASegDecoder(_FASegBlock):
         low = None
         is_watched = look is not None
         x = self.queries_features.weight[:, None]
-        x = x.expand(-1, len(mask_features), -1)
+        batch = len(mask_features)
+        x = x.expand(-1, batch, -1)
         queries,masks,blocked = self.predict(x, mask_features, sizes[0])
         out = [(queries, masks)]
         position = self.position(None, masks, codes[0])
@@ -431,11 +443,13 @@ class StagedBackbone(nn.Module):
     def _ask(self, size):
         "Channels and strides of the maps; whether channels come last. Raises `OpenTransError` for other strides."
         self._last = False
-        image = torch.zeros(1, 3, size, size, device=device_of(self.encoder))
+        device = device_of(self.encoder)
+        image = torch.zeros(1, 3, size, size, device=device)
         encoder = copy.deepcopy(self.encoder).eval()
         maps = self._maps(encoder, image)
         sides = [size//stride for stride in (4, 8, 16, 32)]
-        self._last = all(_channels_last(m.shape, side) for m,side in zip(maps, sides))
+        pairs = zip(maps, sides)
+        self._last = all(_channels_last(m.shape, side) for m,side in pairs)
         if self._last: maps = [m.movedim(-1, 1) for m in maps]
         self.channels = {}
         self.strides = {}
@@ -445,7 +459,8 @@ class StagedBackbone(nn.Module):
             self.strides[name] = size/m.shape[-1]
         strides = list(self.strides.values())
         if strides != [4, 8, 16, 32]:
-            given = ', '.join(f'{stride:g}' for stride in strides) or 'none'
+            printed = [f'{stride:g}' for stride in strides]
+            given = ', '.join(printed) or 'none'
             kind = type(self.encoder).__name__
             raise OpenTransError("A backbone here gives four maps of the strides 4, 8, 16 and 32; "
                                  f"this {kind} gives {given}.")

@@ -110,7 +110,9 @@ class FCClipHead(DecoderPair):
         self.pixel_decoder = PixelDecoder(channels, **of_pixels)
         self.decoder = MaskDecoder(**of_masks)
         width = sizes.mask_dim
-        self.pool_proj = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden))
+        norm = nn.LayerNorm(width)
+        project = nn.Linear(width, hidden)
+        self.pool_proj = nn.Sequential(norm, project)
         first = nn.Linear(hidden, hidden)
         second = nn.Linear(hidden, hidden)
         last = nn.Linear(hidden, embed_dim)
@@ -152,12 +154,14 @@ def geometric_ensemble(
     "Join the two classifiers (FC-CLIP, Sec. 3.3)."
     w = torch.where(seen, alpha, beta).to(inside)
     if valid is not None: w = w*valid[..., None]
-    joined = (1-w)*inside[..., :-1].log_softmax(-1)
+    learned = inside[..., :-1].log_softmax(-1)
+    joined = (1-w)*learned
     joined = joined + w*outside.log_softmax(-1)
-    void = inside.softmax(-1)[..., -1:]
+    shares = inside.softmax(-1)
+    void = shares[..., -1:]
     named = joined.softmax(-1)*(1-void)
-    both = torch.cat([named, void], -1) + 1e-8
-    return both.log()
+    both = torch.cat([named, void], -1)
+    return (both + 1e-8).log()
 
 # %% ../../nbs/frameworks/34_fcclip.ipynb #7313fd73
 class _Words(QueryFramework):
@@ -217,8 +221,9 @@ class _TwoClassifiers(_Words):
         scaled = unit*scale
         of_words = words.embeddings.to(scaled)
         named = words.best(scaled @ of_words.T)
-        nothing = F.normalize(self.nothing, dim=-1).to(scaled)
-        return torch.cat([named, scaled @ nothing.T], -1)
+        nothing = F.normalize(self.nothing, dim=-1)
+        void = scaled @ nothing.to(scaled).T
+        return torch.cat([named, void], -1)
 
     def classify_masks(self,
         embeddings:torch.Tensor, # (B,Q,D) of masks, from CLIP itself
@@ -226,7 +231,8 @@ class _TwoClassifiers(_Words):
     )->torch.Tensor: # (B,Q,K)
         "Logits of CLIP itself, at its own temperature."
         of_words = words.embeddings.to(embeddings)
-        cosines = F.normalize(embeddings, dim=-1) @ of_words.T
+        unit = F.normalize(embeddings, dim=-1)
+        cosines = unit @ of_words.T
         scale = min(self.backbone.logit_scale, 100.)
         return words.best(cosines)*scale
 
@@ -346,7 +352,8 @@ def _head_names(weights):
         layer = name.split('.')
         if name.startswith('class_embed.layers.'): # of an MLP; here activations stand between its layers
             number = 2*int(layer[2])
-            name = '.'.join(['class_embed', str(number), *layer[3:]])
+            parts = 'class_embed',str(number),*layer[3:]
+            name = '.'.join(parts)
         found['head.' + rename(name, rules)] = place
     if void in weights: found['nothing'] = void,weights[void]
     return found
@@ -385,5 +392,6 @@ def load_fcclip(
     def needed(name): return name.startswith(('head.', 'nothing'))
     advice = ("Is it a checkpoint of FC-CLIP? Build the framework with its sizes (queries, layers, ...) and a "
               "backbone of the same CLIP, or pass strict=False.")
-    found = _head_names(weights) | _tower_names(framework, weights)
+    found = _head_names(weights)
+    found |= _tower_names(framework, weights)
     return put_weights(framework, weights, found, needed, why, advice, strict)

@@ -92,7 +92,8 @@ def point_code(
     half = dim//2
     wave = torch.arange(half, device=points.device, dtype=points.dtype)
     power = 2*(wave//2)/half
-    angles = points[..., None]*2*math.pi/temperature**power
+    scaled = points[..., None]*2*math.pi
+    angles = scaled/temperature**power
     is_even = wave % 2 == 0
     code = torch.where(is_even, angles.sin(), angles.cos())
     return code.flatten(-2)
@@ -104,7 +105,9 @@ def grid_points(
     side = math.isqrt(n-1)+1
     i = torch.arange(n)
     rows = -(-n//side)
-    places = torch.stack([i//side, i % side], -1)
+    down = i//side
+    across = i % side
+    places = torch.stack([down, across], -1)
     size = torch.tensor([rows, side])
     return (places+.5)/size
 
@@ -164,7 +167,8 @@ def cell_pixels(
     top = idx//across*cell
     left = idx % across*cell
     inner = torch.arange(cell, device=idx.device)
-    rows = top[..., None, None] + inner[:, None]
+    first = top[..., None, None]
+    rows = first + inner[:, None]
     rows = rows*width
     pixels = rows + left[..., None, None] + inner
     return pixels.flatten(1)
@@ -207,7 +211,8 @@ def select_pixels(
     low = looks.view(len(attn_low), 1, high, wide)
     corners = False if mode == 'bilinear' else None
     fine = F.interpolate(low, size=tuple(size), mode=mode, align_corners=corners)
-    order = fine.flatten(1).sort(dim=-1, descending=True, stable=True)[1]
+    flat = fine.flatten(1)
+    order = flat.sort(dim=-1, descending=True, stable=True)[1]
     return order[:, :n]
 
 class HighResCrossAttention(nn.MultiheadAttention):

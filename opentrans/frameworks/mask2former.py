@@ -59,9 +59,11 @@ class _NamedQueries(QueryFramework):
         text:torch.Tensor, # (K,D) text embeddings
     )->torch.Tensor: # (B,Q,K+1): cosines to the names and to *nothing*, times the temperature
         "Class logits of queries (Eq. 1)."
-        names = torch.cat([text.to(embeddings), self.nothing.to(embeddings)])
+        nothing = self.nothing.to(embeddings)
+        names = torch.cat([text.to(embeddings), nothing])
         names = F.normalize(names, dim=-1)
-        cosines = F.normalize(embeddings, dim=-1) @ names.T
+        unit = F.normalize(embeddings, dim=-1)
+        cosines = unit @ names.T
         scale = self.log_scale.exp().clamp(max=100.)
         return cosines*scale
 
@@ -125,7 +127,9 @@ class _DistilledQueries(_NamedQueries):
             rows = [_rows(*image) for image in images_in_turn]
             rows = [row for row in rows if len(row[0])]
             if self.kd_form == 'paper':
-                for row in rows: terms.append(tgkd_loss(*row)*len(row[0])/count)
+                for row in rows:
+                    distance = tgkd_loss(*row)
+                    terms.append(distance*len(row[0])/count)
             elif rows:
                 each = [released_terms(*row, self.kd_scale) for row in rows]
                 terms.append(torch.cat(each).mean())
@@ -134,7 +138,8 @@ class _DistilledQueries(_NamedQueries):
 def _rows(students, pair, chosen, taught, text):
     "Of an image's chosen regions that have a query: students, teachers and text embeddings, row by row."
     queries,regions = pair
-    query_of = dict(zip(regions.tolist(), queries.tolist()))
+    pairs = zip(regions.tolist(), queries.tolist())
+    query_of = dict(pairs)
     taught_rows = [i for i,region in enumerate(chosen) if region in query_of]
     matched = [chosen[i] for i in taught_rows]
     places = [query_of[region] for region in matched]
@@ -323,9 +328,9 @@ def load_mask2former(
     closed = set()
     if unlike('head.class_embed.'): closed = {name for name in found if name.startswith('head.class_embed.')}
     spare = closed | unlike('kd_proj.')
+    closed_in_file = {found[here][0] for here in closed}
     def why(name):
-        is_closed = any(found[here][0] == name for here in closed)
-        if is_closed: return 'class head of a closed vocabulary'
+        if name in closed_in_file: return 'class head of a closed vocabulary'
         is_tower = name.startswith(('backbone.', 'model.pixel_level_module.encoder.'))
         return 'another backbone' if is_tower else None
     def needed(name): return name.startswith(('head.pixel_decoder.', 'head.decoder.'))

@@ -125,7 +125,8 @@ def _check_fit(own, found, told, needed, advice):
         if name in told: continue
         here = ''
         if name in own: here = f' (here {tuple(own[name].shape)})'
-        strange.append(f'{old} {tuple(tensor.shape)}{here}')
+        shape = tuple(tensor.shape)
+        strange.append(f'{old} {shape}{here}')
     if strange or missing:
         first = ', '.join(strange[:6]) or '-'
         absent = ', '.join(missing[:6]) or '-'

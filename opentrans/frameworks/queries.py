@@ -55,7 +55,8 @@ def _spread(attention):
     direction = torch.stack([angle.cos(), angle.sin()], -1)
     largest = direction.abs().amax(-1, keepdim=True)
     direction = direction/largest
-    distance = torch.arange(1, attention.n_points+1)[:, None]
+    steps = torch.arange(1, attention.n_points+1)
+    distance = steps[:, None]
     offsets = direction[:, None, None]*distance
     offsets = offsets.expand(-1, attention.n_levels, -1, -1)
     attention.sampling_offsets.bias.copy_(offsets.flatten())
@@ -127,7 +128,8 @@ class _DecoderSteps(Mask2FormerTransformerModule):
         codes = []
         for i,m in enumerate(maps):
             level = self.level_embed.weight[i]
-            token = m.flatten(2) + level[:, None]
+            pixels = m.flatten(2)
+            token = pixels + level[:, None]
             tokens.append(token.permute(2, 0, 1))
         for m in maps:
             code = self.position_embedder(m.shape, m.device, m.dtype)
@@ -202,7 +204,8 @@ def semantic_from_queries(
     mask_logits:torch.Tensor, # (B,Q,H,W)
 )->torch.Tensor: # (B,K,H,W), not negative
     "The score of each class at each pixel, summed over queries."
-    shares = class_logits.softmax(-1)[..., :-1]
+    shares = class_logits.softmax(-1)
+    shares = shares[..., :-1]
     masks = mask_logits.sigmoid()
     return torch.einsum('bqk,bqhw->bkhw', shares, masks)
 
@@ -216,7 +219,8 @@ class QueryScores(Scores):
         size:Sequence[int]=None, # (H,W) of the images, which is cut out of that
         masks_first:bool=False, # Is it the masks that are resized to another size, and not the scores?
     ):
-        self.shares = class_logits.softmax(-1)[..., :-1]
+        shares = class_logits.softmax(-1)
+        self.shares = shares[..., :-1]
         self.maps = mask_logits # of queries, not of classes
         self.masks_first = masks_first
         self.held = None
@@ -226,8 +230,10 @@ class QueryScores(Scores):
         self.padded = tuple(full)
         self.inner = tuple(size or self.padded)
         height,width = self.inner
-        self._hold(len(mask_logits), self.shares.shape[-1], self.inner)
-        enlarge = functools.partial(resized_sides, before=mask_logits.shape[-2:], after=self.padded)
+        classes = self.shares.shape[-1]
+        self._hold(len(mask_logits), classes, self.inner)
+        before = mask_logits.shape[-2:]
+        enlarge = functools.partial(resized_sides, before=before, after=self.padded)
         cut = functools.partial(cut_sides, height=height, width=width)
         self.moves = (enlarge, cut)
 
@@ -385,14 +391,16 @@ class _LayerLoss(Mask2FormerLoss):
         if not (self.training and self.region_dropout): return classes
         kept = []
         for kinds in classes:
-            dropped = torch.rand(len(kinds), device=kinds.device) < self.region_dropout
+            drawn = torch.rand(len(kinds), device=kinds.device)
+            dropped = drawn < self.region_dropout
             kept.append(torch.where(dropped, -100, kinds))
         return kept
 
     def one(self, class_logits, mask_logits, masks, classes)->tuple: # Dict of losses; for each image its matching
         "The losses of one layer."
         self.num_labels = class_logits.shape[-1]-1
-        self.empty_weight = torch.ones(self.num_labels+1, device=class_logits.device)
+        kinds = self.num_labels+1 # and *nothing*
+        self.empty_weight = torch.ones(kinds, device=class_logits.device)
         self.empty_weight[-1] = self.eos_coef
         pairs = self.match(class_logits, mask_logits, masks, classes)
         asked = self._drop_regions(classes)
@@ -546,7 +554,8 @@ class _Padding(Framework):
     )->torch.Tensor: # (B,3,H',W')
         "Fill up images in CLIP's mean colour, which is 0 once that is taken off."
         mean = getattr(self.backbone, 'mean', None)
-        is_whole = not any(side % self.divisible for side in images.shape[-2:])
+        over = (side % self.divisible for side in images.shape[-2:])
+        is_whole = not any(over)
         if mean is None or is_whole: return self.pad(images)
         padded = self.pad(images-mean)
         return padded + mean
@@ -599,7 +608,8 @@ class QueryFramework(_QueryParts):
         class_logits,mask_logits = self.coarse_queries(images, text)
         full = self.padded_size((height, width))
         mask_logits = resize(mask_logits, full)
-        return class_logits,mask_logits[..., :height, :width]
+        mask_logits = mask_logits[..., :height, :width]
+        return class_logits,mask_logits
 
     def forward(self, images:torch.Tensor, text_embeddings)->torch.Tensor:
         "Images (B,3,H,W) and text embeddings (K,D) to scores (B,K,H,W)."

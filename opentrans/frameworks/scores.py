@@ -31,7 +31,8 @@ def spread(
 )->torch.Tensor: # (large, small)
     "Bilinear interpolation along a side, as a matrix: row i holds the weights of which pixel i is the sum."
     eye = torch.eye(small, dtype=like.dtype, device=like.device)
-    matrix = resize(eye[None, None], (large, small))
+    unit = eye[None, None]
+    matrix = resize(unit, (large, small))
     return matrix[0, 0]
 
 # What a step does to the pair of matrices by which rows and columns of the result come from those of maps
@@ -176,7 +177,8 @@ class _InTiles(_Steps):
         windows:Sequence[int], # Height and width
     )->tuple[torch.Tensor, torch.Tensor]: # (least, largest) logit of each class (K,h,w) in each window, of one image
         "Between what the logits lie that are means of a window."
-        return in_windows(self.maps[0, :, rows], *windows)
+        maps = self.maps[0, :, rows]
+        return in_windows(maps, *windows)
 
     def tile(self,
         tiles:Tiles, # How the image is made of its maps
@@ -191,7 +193,8 @@ class _InTiles(_Steps):
         maps = maps.transpose(0, 1) # two large products are faster than many small
         of_columns = tiles.columns[across, columns].mT
         wide = maps.flatten(0, 1) @ of_columns
-        part = tiles.rows[down, rows] @ wide.view(len(maps), -1)
+        wide = wide.view(len(maps), -1)
+        part = tiles.rows[down, rows] @ wide
         part = part.unflatten(1, (len(classes), -1))
         return part.transpose(0, 1)
 
@@ -209,7 +212,8 @@ class Scores(_InTiles):
         if size is None: size = maps.shape[-2:]
         self._hold(batch, classes, size)
         if type(self).make is Scores.make: # a subclass that makes logits in another way says itself how
-            move = functools.partial(resized_sides, before=maps.shape[-2:], after=self.made)
+            before = maps.shape[-2:]
+            move = functools.partial(resized_sides, before=before, after=self.made)
             self.moves = (move,)
 
     def _hold(self, batch, classes, size):
@@ -249,9 +253,11 @@ def _possible(scores, windows):
     tops = max(height-windows[0]+1, 1)
     for top in range(0, tops, rows):
         bottom = top+rows+windows[0]-1
-        least,most = scores.bounds(slice(top, bottom), windows)
+        here = slice(top, bottom)
+        least,most = scores.bounds(here, windows)
         largest = torch.maximum(most.amax(), -least.amin())
-        rounding = 64*torch.finfo(most.dtype).eps*largest
+        epsilon = torch.finfo(most.dtype).eps
+        rounding = 64*epsilon*largest
         floor = least.amax(0)-rounding
         found.append(most >= floor)
     return torch.cat(found, 1)

@@ -120,7 +120,8 @@ class FusionDecoder(nn.Module):
 
     def begin(self, cells:torch.Tensor, text:torch.Tensor):
         "The volume (B,hidden,T,h,w), and the costs (B,T,P,h,w)."
-        text = text[None].expand(len(cells), -1, -1, -1)
+        text = text[None]
+        text = text.expand(len(cells), -1, -1, -1)
         costs = cost_volume(cells, text).transpose(1, 2)
         volume = self.judge(self.conv1, costs)
         return volume.transpose(1, 2),costs
@@ -247,7 +248,8 @@ class SED(Framework):
         each = []
         for texts in said:
             words = self.backbone.text.prompts(texts, device)
-            each.append(words.unflatten(0, (-1, self.count)))
+            words = words.unflatten(0, (-1, self.count))
+            each.append(words)
         means = [F.normalize(words.mean(0), dim=-1) for words in each]
         return torch.stack(means).to(device)
 
@@ -263,7 +265,8 @@ class SED(Framework):
         guides = []
         for name,factor in dict(res4=2, res3=4, res2=8).items():
             finer = maps[name].detach()
-            guides.append(resize(finer, (factor*high, factor*wide)))
+            size = factor*high,factor*wide
+            guides.append(resize(finer, size))
         return cells,guides
 
     def prompts_of(self, text:torch.Tensor): # (K,D) or (K,P,D) -> (K,P,D)

@@ -32,12 +32,15 @@ def gaussian_neighbours(
 )->torch.Tensor: # (1+h*w, 1+h*w); nothing is added for the class token
     "What NACLIP adds to the attention of each cell to each other: a Gaussian of their distance (NACLIP, Eq. 5)."
     height,width = grid
-    rows,columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing='ij')
+    rows = torch.arange(height)
+    columns = torch.arange(width)
+    rows,columns = torch.meshgrid(rows, columns, indexing='ij')
     rows = rows.flatten().float()
     columns = columns.flatten().float()
     distance = (rows[:, None]-rows)**2
     distance = distance + (columns[:, None]-columns)**2
-    near = (-distance/(2*std**2)).exp()
+    near = -distance/(2*std**2)
+    near = near.exp()
     return F.pad(near, (1, 0, 1, 0))
 
 def attention_weights(
@@ -255,8 +258,9 @@ class CellScores(Scores):
                 total,seen = part,1
                 continue
             top,left,height,width = place.window
-            below = self.made[0]-top-height
-            right = self.made[1]-left-width
+            high,wide = self.made
+            below = high-top-height
+            right = wide-left-width
             inner = (left, right, top, below)
             total = total + F.pad(part, inner)
             once = torch.ones_like(part[0, 0])
