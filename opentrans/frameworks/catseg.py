@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from torch import nn
 import torch.nn.functional as F
-from fastcore.basics import patch
 from ..core import layers as named_layers, LayerSelection
 from ..data.vocabulary import Vocabulary
 from ..errors import OpenTransError
@@ -27,8 +26,12 @@ from .training_free import first_tokens, window_places
 
 # %% ../../nbs/frameworks/36_catseg.ipynb #85788aa2
 def _mlp(width):
-    steps = dict(fc1=nn.Linear(width, 4*width), act=nn.GELU(), fc2=nn.Linear(4*width, width))
-    return nn.Sequential(OrderedDict(steps))
+    inner = 4*width
+    steps = OrderedDict()
+    steps['fc1'] = nn.Linear(width, inner)
+    steps['act'] = nn.GELU()
+    steps['fc2'] = nn.Linear(inner, width)
+    return nn.Sequential(steps)
 
 def cell_windows(
     x:torch.Tensor, # (B,H,W,C), whole windows
@@ -36,7 +39,10 @@ def cell_windows(
 )->torch.Tensor: # (B*windows, h*w, C)
     "The cells of each window."
     h,w = size
-    return x.unflatten(2, (-1, w)).unflatten(1, (-1, h)).transpose(2, 3).flatten(0, 2).flatten(1, 2)
+    columns = x.unflatten(2, (-1, w))
+    blocks = columns.unflatten(1, (-1, h))              # (B, rows, h, columns, w, C)
+    windows = blocks.transpose(2, 3).flatten(0, 2)
+    return windows.flatten(1, 2)
 
 def from_windows(
     windows:torch.Tensor, # (B*windows, h*w, C)
@@ -44,9 +50,14 @@ def from_windows(
     grid:Sequence[int], # (H,W), whole windows
 )->torch.Tensor: # (B,H,W,C)
     "Undo `cell_windows`."
-    (h,w),(high,wide) = size,grid
-    cells = windows.unflatten(1, (h, w)).unflatten(0, (-1, high//h, wide//w))
-    return cells.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    h,w = size
+    high,wide = grid
+    windows = windows.unflatten(1, (h, w))
+    down = high//h
+    across = wide//w
+    windows = windows.unflatten(0, (-1, down, across))
+    rows = windows.transpose(2, 3).flatten(3, 4)
+    return rows.flatten(1, 2)
 
 def window_mask(
     grid:Sequence[int], # (H,W) of whole windows
@@ -55,17 +66,29 @@ def window_mask(
     real:Sequence[int], # (H,W) that are not filled up
 )->torch.Tensor: # (windows, h*w, h*w): 0 where a cell may look, -100 elsewhere; None if all may
     "Cells that rolling has brought together, or that were filled up, do not look at each other (Swin, Sec. 3.2)."
-    if not any(shift) and tuple(grid) == tuple(real): return None
+    whole = tuple(grid) == tuple(real)
+    if whole and not any(shift): return None
     labels = torch.zeros(1, *grid, 1)
     for axis in (0, 1):
-        side,step = grid[axis],shift[axis]
+        side = grid[axis]
+        step = shift[axis]
         part = torch.zeros(side)
-        if step: part[side-size[axis]:side-step],part[side-step:] = 1,2
-        filled = (torch.arange(side) >= real[axis]).float()
-        part = part + 10*filled.roll(-step)
-        labels = labels + part.view(1, -1, 1, 1) if axis == 0 else labels + 100*part.view(1, 1, -1, 1)
+        if step:
+            edge = side-size[axis]
+            turn = side-step
+            part[edge:turn] = 1
+            part[turn:] = 2
+        filled = torch.arange(side) >= real[axis]
+        filled = filled.float().roll(-step)
+        part = part + 10*filled
+        if axis == 0: part = part.view(1, -1, 1, 1)
+        else: part = 100*part.view(1, 1, -1, 1)
+        labels = labels + part
     of = cell_windows(labels, size)[..., 0]
-    return (of[:, None] != of[:, :, None]).float()*-100
+    here = of[:, None]
+    there = of[:, :, None]
+    apart = here != there
+    return apart.float()*-100
 
 class WindowAttention(nn.Module):
     "Attention within a window, whose queries and keys see the guide."
@@ -75,18 +98,35 @@ class WindowAttention(nn.Module):
         heads:int, # Of attention
     ):
         super().__init__()
-        self.width,self.heads = width,heads
-        self.q,self.k = nn.Linear(width+guide, width),nn.Linear(width+guide, width)
-        self.v,self.proj = nn.Linear(width, width),nn.Linear(width, width)
+        self.width = width
+        self.heads = heads
+        both = width+guide
+        self.q = nn.Linear(both, width)
+        self.k = nn.Linear(both, width)
+        self.v = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def _by_head(self, x): # (N,L,C) -> (N,heads,L,d)
+        parts = x.unflatten(-1, (self.heads, -1))
+        return parts.transpose(1, 2)
 
     def forward(self, x:torch.Tensor, mask:torch.Tensor|None=None):
         "Windows (N,L,C+G) -> (N,L,C); `mask` (windows,L,L) is the same for all images."
-        mixed = self.q(x),self.k(x),self.v(x[..., :self.width])
-        queries,keys,values = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in mixed)
-        weights = queries*queries.shape[-1]**-.5 @ keys.mT
+        queries = self._by_head(self.q(x))
+        keys = self._by_head(self.k(x))
+        seen = x[..., :self.width]
+        values = self._by_head(self.v(seen))
+        width = queries.shape[-1]
+        scale = width**-.5
+        weights = queries*scale @ keys.mT
         if mask is not None:
-            weights = (weights.unflatten(0, (-1, len(mask))) + mask[:, None].to(weights)).flatten(0, 1)
-        return self.proj((weights.softmax(-1) @ values).transpose(1, 2).flatten(2))
+            weights = weights.unflatten(0, (-1, len(mask)))
+            mask = mask[:, None].to(weights)
+            weights = weights + mask
+            weights = weights.flatten(0, 1)
+        weights = weights.softmax(-1)
+        out = (weights @ values).transpose(1, 2)
+        return self.proj(out.flatten(2))
 
 class SpatialBlock(nn.Module):
     "Attention in windows, and an MLP."
@@ -98,24 +138,39 @@ class SpatialBlock(nn.Module):
         shifted:bool=False, # By half a window?
     ):
         super().__init__()
-        self.window,self.shifted = window,shifted
-        self.norm1,self.norm2 = nn.LayerNorm(width),nn.LayerNorm(width)
-        self.attn,self.mlp = WindowAttention(width, guide, heads),_mlp(width)
+        self.window = window
+        self.shifted = shifted
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.attn = WindowAttention(width, guide, heads)
+        self.mlp = _mlp(width)
+
+    def _shift(self, side): # by how many cells a side of the grid is rolled
+        moves = self.shifted and side > self.window
+        return self.window//2 if moves else 0
 
     def forward(self, x:torch.Tensor, guide:torch.Tensor|None=None):
         "Cells (B,H,W,C) and a guide (B,H,W,G) -> (B,H,W,C)."
         real = x.shape[1:3]
         size = [min(self.window, side) for side in real]
-        shift = [self.window//2 if self.shifted and side > self.window else 0 for side in real]
+        shift = [self._shift(side) for side in real]
+        back = [-step for step in shift]
         y = self.norm1(x)
         if guide is not None: y = torch.cat([y, guide], -1)
-        y = F.pad(y, (0, 0, 0, -real[1] % size[1], 0, -real[0] % size[0]))
+        below = -real[0] % size[0]
+        right = -real[1] % size[1]
+        y = F.pad(y, (0, 0, 0, right, 0, below))
         grid = y.shape[1:3]
         mask = window_mask(grid, size, shift, real)
-        y = cell_windows(y.roll([-s for s in shift], (1, 2)), size)
-        y = from_windows(self.attn(y, None if mask is None else mask.to(y)), size, grid).roll(shift, (1, 2))
-        x = x + y[:, :real[0], :real[1]]
-        return x + self.mlp(self.norm2(x))
+        if mask is not None: mask = mask.to(y)
+        y = y.roll(back, (1, 2))
+        y = self.attn(cell_windows(y, size), mask)
+        y = from_windows(y, size, grid)
+        y = y.roll(shift, (1, 2))
+        high,wide = real
+        x = x + y[:, :high, :wide]
+        y = self.norm2(x)
+        return x + self.mlp(y)
 
 class SpatialPair(nn.Module):
     "Two blocks, the second shifted."
@@ -128,34 +183,51 @@ class SpatialPair(nn.Module):
     def forward(self, volume:torch.Tensor, guide:torch.Tensor|None=None):
         "Volume (B,C,T,H,W), guide (B,G,H,W)."
         count = volume.shape[2]
-        x = volume.permute(0, 2, 3, 4, 1).flatten(0, 1)
-        if guide is not None: guide = self.guidance_norm(guide.permute(0, 2, 3, 1)).repeat_interleave(count, 0)
-        x = self.block_2(self.block_1(x, guide), guide)
-        return x.unflatten(0, (-1, count)).permute(0, 4, 1, 2, 3)
+        x = volume.permute(0, 2, 3, 4, 1)
+        x = x.flatten(0, 1)
+        if guide is not None:
+            guide = guide.permute(0, 2, 3, 1)
+            guide = self.guidance_norm(guide)
+            guide = guide.repeat_interleave(count, 0)
+        x = self.block_1(x, guide)
+        x = self.block_2(x, guide)
+        x = x.unflatten(0, (-1, count))
+        return x.permute(0, 4, 1, 2, 3)
 
 # %% ../../nbs/frameworks/36_catseg.ipynb #3cddcc7b
 def linear_attention(queries:torch.Tensor, keys:torch.Tensor, values:torch.Tensor, tiny:float=1e-6):
     "Attention with elu(x)+1 for the exponential: (N,L,heads,d) -> (N,L,heads,d)."
-    queries,keys = F.elu(queries)+1,F.elu(keys)+1
+    queries = F.elu(queries)+1
+    keys = F.elu(keys)+1
     length = values.shape[1]
     both = torch.einsum('nshd,nshv->nhdv', keys, values/length)
-    total = 1/(torch.einsum('nlhd,nhd->nlh', queries, keys.sum(1)) + tiny)
-    return torch.einsum('nlhd,nhdv,nlh->nlhv', queries, both, total)*length
+    mass = torch.einsum('nlhd,nhd->nlh', queries, keys.sum(1))
+    total = 1/(mass + tiny)
+    mixed = torch.einsum('nlhd,nhdv,nlh->nlhv', queries, both, total)
+    return mixed*length
 
 class ClassLayer(nn.Module):
     "Linear attention of classes, whose queries and keys see the text."
     def __init__(self, width:int, guide:int, heads:int):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(width+guide, width)
-        self.k = nn.Linear(width+guide, width)
+        both = width+guide
+        self.q = nn.Linear(both, width)
+        self.k = nn.Linear(both, width)
         self.v = nn.Linear(width, width)
 
+    def _by_head(self, x): return x.unflatten(-1, (self.heads, -1)) # (N,L,C) -> (N,L,heads,d)
+
     def forward(self, x:torch.Tensor, guide:torch.Tensor|None=None):
-        y = x if guide is None else torch.cat([x, guide], -1)
-        mixed = self.q(y),self.k(y),self.v(x)
-        queries,keys,values = (part.unflatten(-1, (self.heads, -1)) for part in mixed)
-        return linear_attention(queries, keys, values).flatten(2)
+        y = x
+        if guide is not None: y = torch.cat([x, guide], -1)
+        queries = self._by_head(self.q(y))
+        keys = self._by_head(self.k(y))
+        values = self._by_head(self.v(x))
+        mixed = linear_attention(queries, keys, values)
+        return mixed.flatten(2)
+
+def _padding(width): return nn.Parameter(torch.zeros(1, 1, width))
 
 class ClassAttention(nn.Module):
     "The classes of each place look at each other, at pooled places."
@@ -167,30 +239,49 @@ class ClassAttention(nn.Module):
         most:int=0, # Classes that it always sees, filled up with a learned token; 0: as many as there are
     ):
         super().__init__()
-        self.pool,self.most = pool,most
+        self.pool = pool
+        self.most = most
         self.attention = ClassLayer(width, guide, heads)
-        self.MLP = nn.Sequential(nn.Linear(width, 4*width), nn.ReLU(), nn.Linear(4*width, width))
-        self.norm1,self.norm2 = nn.LayerNorm(width),nn.LayerNorm(width)
-        self.padding_tokens = nn.Parameter(torch.zeros(1, 1, width)) if most else None
-        self.padding_guidance = nn.Parameter(torch.zeros(1, 1, guide)) if most and guide else None
+        inner = 4*width
+        first = nn.Linear(width, inner)
+        second = nn.Linear(inner, width)
+        self.MLP = nn.Sequential(first, nn.ReLU(), second)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.padding_tokens = _padding(width) if most else None
+        pads_guide = most and guide
+        self.padding_guidance = _padding(guide) if pads_guide else None
 
     def forward(self, volume:torch.Tensor, guide:torch.Tensor|None=None):
         "Volume (B,C,T,H,W), text (B,T,G)."
         batch,_,count,*size = volume.shape
         pool = [min(self.pool, side) for side in size]
-        x = F.avg_pool2d(volume.transpose(1, 2).flatten(0, 1), pool)
+        x = volume.transpose(1, 2).flatten(0, 1)
+        x = F.avg_pool2d(x, pool)
         places = x.shape[-2:]
-        x = x.unflatten(0, (batch, count)).permute(0, 3, 4, 1, 2).flatten(0, 2)              # (B*h*w, T, C)
+        x = x.unflatten(0, (batch, count))
+        x = x.permute(0, 3, 4, 1, 2)
+        x = x.flatten(0, 2)              # (B*h*w, T, C)
         more = max(self.most-count, 0)
-        if more: x = torch.cat([x, self.padding_tokens.expand(len(x), more, -1)], 1)
+        if more:
+            padding = self.padding_tokens.expand(len(x), more, -1)
+            x = torch.cat([x, padding], 1)
         if guide is not None:
-            if more: guide = torch.cat([guide, self.padding_guidance.expand(batch, more, -1)], 1)
+            if more:
+                padding = self.padding_guidance.expand(batch, more, -1)
+                guide = torch.cat([guide, padding], 1)
             guide = guide.repeat_interleave(math.prod(places), 0)
-        x = x + self.attention(self.norm1(x), guide)
-        x = (x + self.MLP(self.norm2(x)))[:, :count]
-        x = x.unflatten(0, (batch, *places)).permute(0, 3, 4, 1, 2).flatten(0, 1)            # (B*T, C, h, w)
+        y = self.norm1(x)
+        x = x + self.attention(y, guide)
+        y = self.norm2(x)
+        x = x + self.MLP(y)
+        x = x[:, :count]
+        x = x.unflatten(0, (batch, *places))
+        x = x.permute(0, 3, 4, 1, 2)
+        x = x.flatten(0, 1)            # (B*T, C, h, w)
         x = F.interpolate(x, size=size, mode='bilinear', align_corners=True)
-        return volume + x.unflatten(0, (batch, count)).transpose(1, 2)
+        x = x.unflatten(0, (batch, count))
+        return volume + x.transpose(1, 2)
 
 class AggregatorLayer(nn.Module):
     "First space, then classes."
@@ -200,7 +291,8 @@ class AggregatorLayer(nn.Module):
         self.attention = ClassAttention(width, text, heads, pool, most)
 
     def forward(self, volume:torch.Tensor, guide:torch.Tensor, text:torch.Tensor):
-        return self.attention(self.swin_block(volume, guide), text)
+        volume = self.swin_block(volume, guide)
+        return self.attention(volume, text)
 
 # %% ../../nbs/frameworks/36_catseg.ipynb #6209b64a
 class TwoConvs(nn.Module):
@@ -209,8 +301,11 @@ class TwoConvs(nn.Module):
         super().__init__()
         def step(before):
             conv = nn.Conv2d(before, width, 3, padding=1, bias=False)
-            return [conv, nn.GroupNorm(width//16, width), nn.ReLU(inplace=True)]
-        self.double_conv = nn.Sequential(*step(channels), *step(width))
+            norm = nn.GroupNorm(width//16, width)
+            return [conv, norm, nn.ReLU(inplace=True)]
+        first = step(channels)
+        second = step(width)
+        self.double_conv = nn.Sequential(*first, *second)
 
     def forward(self, x:torch.Tensor): return self.double_conv(x)
 
@@ -218,21 +313,28 @@ class Up(nn.Module):
     "Twice as large, with a guide of finer features beside it."
     def __init__(self, channels:int, width:int, guide:int):
         super().__init__()
-        self.up = nn.ConvTranspose2d(channels, channels-guide, 2, stride=2)
+        left = channels-guide
+        self.up = nn.ConvTranspose2d(channels, left, 2, stride=2)
         self.conv = TwoConvs(channels, width)
 
     def forward(self, x:torch.Tensor, guide:torch.Tensor):
         x = self.up(x)
-        return self.conv(torch.cat([x, guide.repeat_interleave(len(x)//len(guide), 0)], 1))
+        classes = len(x)//len(guide)
+        x = torch.cat([x, guide.repeat_interleave(classes, 0)], 1)
+        return self.conv(x)
 
 def cost_volume(
     cells:torch.Tensor, # (B,D,h,w)
     text:torch.Tensor, # (B,T,P,D): P prompts of each of T classes
 )->torch.Tensor: # (B,P,T,h,w)
     "The cosine of each cell to each prompt of each class."
-    return torch.einsum('bchw,btpc->bpthw', F.normalize(cells, dim=1), F.normalize(text, dim=-1))
+    cells = F.normalize(cells, dim=1)
+    text = F.normalize(text, dim=-1)
+    return torch.einsum('bchw,btpc->bpthw', cells, text)
 
-def _conv_relu(channels, width): return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.ReLU())
+def _conv_relu(channels, width):
+    conv = nn.Conv2d(channels, width, 3, padding=1)
+    return nn.Sequential(conv, nn.ReLU())
 
 class Aggregator(nn.Module):
     "Cost volume -> logits of each class, four times as fine."
@@ -253,14 +355,19 @@ class Aggregator(nn.Module):
         super().__init__()
         self.most = most
         sizes = hidden,guide,guide,heads,window,pool,most
-        self.layers: nn.ModuleList = nn.ModuleList(AggregatorLayer(*sizes) for _ in range(layers))
+        blocks = (AggregatorLayer(*sizes) for _ in range(layers))
+        self.layers: nn.ModuleList = nn.ModuleList(blocks)
         self.conv1 = nn.Conv2d(prompts, hidden, 7, padding=3)
         self.guidance_projection = _conv_relu(embed_dim, guide)
-        self.text_guidance_projection = nn.Sequential(nn.Linear(embed_dim, guide), nn.ReLU())
-        self.decoder_guidance_projection = nn.ModuleList(map(_conv_relu, guides, decoder_guides))
-        self.decoder1 = Up(hidden, decoder[0], decoder_guides[0])
-        self.decoder2 = Up(decoder[0], decoder[1], decoder_guides[1])
-        self.head = nn.Conv2d(decoder[1], 1, 3, padding=1)
+        of_text = nn.Linear(embed_dim, guide)
+        self.text_guidance_projection = nn.Sequential(of_text, nn.ReLU())
+        projections = map(_conv_relu, guides, decoder_guides)
+        self.decoder_guidance_projection = nn.ModuleList(projections)
+        early,late = decoder[:2]
+        early_guide,late_guide = decoder_guides[:2]
+        self.decoder1 = Up(hidden, early, early_guide)
+        self.decoder2 = Up(early, late, late_guide)
+        self.head = nn.Conv2d(late, 1, 3, padding=1)
 
     def forward(self,
         cells:torch.Tensor, # (B,D,h,w) in CLIP's space
@@ -269,30 +376,54 @@ class Aggregator(nn.Module):
         at_once:int=0, # Classes that are enlarged at a time; 0: all
     )->torch.Tensor: # (B,T,4h,4w)
         "Logits of all classes."
-        text = F.normalize(text, dim=-1)[None].expand(len(cells), -1, -1, -1)
+        batch = len(cells)
+        text = F.normalize(text, dim=-1)
+        text = text[None].expand(batch, -1, -1, -1)
         volume = cost_volume(cells, text)
         chosen = None
         count = text.shape[1]
-        if self.most and count > self.most:
-            chosen = volume.amax((1, 3, 4)).topk(self.most, -1, sorted=False)[1]
-            text = text.gather(1, chosen[..., None, None].expand(-1, -1, *text.shape[-2:]))
+        too_many = self.most and count > self.most
+        if too_many:
+            best = volume.amax((1, 3, 4))
+            chosen = best.topk(self.most, -1, sorted=False)[1]
+            where = chosen[..., None, None]
+            where = where.expand(-1, -1, *text.shape[-2:])
+            text = text.gather(1, where)
             volume = cost_volume(cells, text)
-        x = self.conv1(volume.transpose(1, 2).flatten(0, 1))
-        x = x.unflatten(0, (len(cells), -1)).transpose(1, 2)
+        x = self._lift(volume)
         guide = self.guidance_projection(cells)
-        words = self.text_guidance_projection(F.normalize(text.mean(-2), dim=-1))
+        words = text.mean(-2)
+        words = F.normalize(words, dim=-1)
+        words = self.text_guidance_projection(words)
         for layer in self.layers: x = layer(x, guide, words)
-        finer = [project(g) for project,g in zip(self.decoder_guidance_projection, guides)]
-        logits = torch.cat([self.enlarge(part, finer) for part in x.split(at_once or x.shape[2], 2)], 1)
+        projections = zip(self.decoder_guidance_projection, guides)
+        finer = [project(g) for project,g in projections]
+        step = at_once or x.shape[2]
+        parts = x.split(step, 2)
+        logits = torch.cat([self.enlarge(part, finer) for part in parts], 1)
         if chosen is None: return logits
-        out = logits.new_full((len(cells), count, *logits.shape[-2:]), -100.)
-        return out.scatter(1, chosen[..., None, None].expand_as(logits), logits)
+        high,wide = logits.shape[-2:]
+        shape = batch,count,high,wide
+        out = logits.new_full(shape, -100.)
+        where = chosen[..., None, None].expand_as(logits)
+        return out.scatter(1, where, logits)
+
+    def _lift(self, volume): # costs (B,P,T,h,w) -> (B,hidden,T,h,w)
+        x = volume.transpose(1, 2).flatten(0, 1)
+        x = self.conv1(x)
+        x = x.unflatten(0, (len(volume), -1))
+        return x.transpose(1, 2)
 
     def enlarge(self, volume:torch.Tensor, guides:Sequence[torch.Tensor]):
         "(B,C,t,h,w) -> (B,t,4h,4w)."
+        early,late = guides[:2]
         x = volume.transpose(1, 2).flatten(0, 1)
-        x = self.head(self.decoder2(self.decoder1(x, guides[0]), guides[1]))
-        return x.unflatten(0, (len(volume), -1))[:, :, 0]
+        x = self.decoder1(x, early)
+        x = self.decoder2(x, late)
+        x = self.head(x)
+        batch = len(volume)
+        x = x.unflatten(0, (batch, -1))
+        return x[:, :, 0]
 
 # %% ../../nbs/frameworks/36_catseg.ipynb #21bd0c93
 _BENCHMARKS = ('coco_panoptic', 'cityscapes_19', 'ade20k_150', 'ade20k_847', 'voc_20', 'context_59', 'context_459')
@@ -304,17 +435,28 @@ def catseg_cells(
 )->tuple: # (cells (B,D,h,w) in CLIP's space, the tokens after a third and two thirds of the blocks as maps)
     "A ViT as CAT-Seg reads it."
     tokens,grid = first_tokens(net, images)
-    blocks,kept = list(net.transformer.resblocks),[]
-    taps = len(blocks)//3,2*len(blocks)//3
+    blocks = list(net.transformer.resblocks)
+    kept = []
+    count = len(blocks)
+    taps = count//3,2*count//3
     for number,block in enumerate(blocks[:-1], 1):
         tokens = block(tokens)
-        if number in taps: kept.append(tokens[:, 1:].mT.unflatten(2, grid))
+        if number in taps:
+            cells = tokens[:, 1:].mT
+            kept.append(cells.unflatten(2, grid))
     last = blocks[-1]
     attn = last.attn
-    values = F.linear(last.ln_1(tokens), attn.in_proj_weight.chunk(3)[2], attn.in_proj_bias.chunk(3)[2])
-    out = attn.out_proj(values) + tokens[:, :1]                                # the class token's residual for all
-    out = out + last.mlp(last.ln_2(out))
-    return (net.ln_post(out) @ net.proj)[:, 1:].mT.unflatten(2, grid),kept
+    weights = attn.in_proj_weight.chunk(3)[2]
+    bias = attn.in_proj_bias.chunk(3)[2]
+    normed = last.ln_1(tokens)
+    values = F.linear(normed, weights, bias)
+    out = attn.out_proj(values)
+    out = out + tokens[:, :1]                                # the class token's residual for all
+    normed = last.ln_2(out)
+    out = out + last.mlp(normed)
+    cells = net.ln_post(out) @ net.proj
+    cells = cells[:, 1:].mT
+    return cells.unflatten(2, grid),kept
 
 class WindowMeans(Scores):
     "Probabilities from four windows and the whole, as the released evaluation joins them."
@@ -324,20 +466,36 @@ class WindowMeans(Scores):
         side:int, # Of the square that they lie in
         size:Sequence[int], # (H,W) of the result
     ):
-        self.maps = maps.unflatten(0, (len(places)+1, -1))
+        looks = len(places)+1
+        self.maps = maps.unflatten(0, (looks, -1))
         self.places = places
         self.side = side
-        self._hold(self.maps.shape[1], maps.shape[1], size)
-        self.pixels = max(self.pixels, self.batch*side*side)
+        classes = self.maps.shape[1]
+        self._hold(classes, maps.shape[1], size)
+        square = self.batch*side*side
+        self.pixels = max(self.pixels, square)
 
     def make(self, start:int, stop:int):
         total,seen = 0,0
-        for maps,(top,left,height,width) in zip(self.maps, self.places):
-            edges = (left, self.side-left-width, top, self.side-top-height)
-            part = resize(maps[:, start:stop], (height, width)).sigmoid()
-            total,seen = total + F.pad(part, edges),seen + F.pad(torch.ones_like(part[:1, :1]), edges)
-        whole = resize(resize(self.maps[-1][:, start:stop], self.places[0][2:]).sigmoid(), (self.side, self.side))
-        return resize((total/seen + whole)/2, self.size)
+        for maps,place in zip(self.maps, self.places):
+            top,left,height,width = place
+            right = self.side-left-width
+            below = self.side-top-height
+            edges = (left, right, top, below)
+            logits = maps[:, start:stop]
+            part = resize(logits, (height, width))
+            part = part.sigmoid()
+            once = torch.ones_like(part[:1, :1])
+            total = total + F.pad(part, edges)
+            seen = seen + F.pad(once, edges)
+        square = self.side,self.side
+        window = self.places[0][2:]
+        last = self.maps[-1]
+        whole = last[:, start:stop]
+        whole = resize(whole, window).sigmoid()
+        whole = resize(whole, square)
+        mean = (total/seen + whole)/2
+        return resize(mean, self.size)
 
 @register_framework('catseg')
 class CATSeg(Framework):
@@ -374,73 +532,106 @@ class CATSeg(Framework):
         if not hasattr(backbone, 'kind'):
             raise OpenTransError(f"CAT-Seg compares cells with names, and a {type(backbone).__name__} has no CLIP. "
                                  "Make the backbone with ClipBackbone.create(...).")
-        self.is_vit = hasattr(backbone.visual, 'positional_embedding') and hasattr(backbone.visual, 'transformer')
+        visual = backbone.visual
+        self.is_vit = hasattr(visual, 'positional_embedding') and hasattr(visual, 'transformer')
         if self.is_vit:
-            blocks,width = len(backbone.visual.transformer.resblocks),backbone.visual.conv1.out_channels
+            blocks = len(visual.transformer.resblocks)
+            width = visual.conv1.out_channels
             if blocks < 3:
                 raise OpenTransError(f"{backbone.name} has {blocks} blocks; its guides come after each third.")
-            self.upsample1 = nn.ConvTranspose2d(width, tap_guides[0], 2, stride=2)
-            self.upsample2 = nn.ConvTranspose2d(width, tap_guides[1], 4, stride=4)
+            early,late = tap_guides[:2]
+            self.upsample1 = nn.ConvTranspose2d(width, early, 2, stride=2)
+            self.upsample2 = nn.ConvTranspose2d(width, late, 4, stride=4)
             guides = tap_guides
         else: guides = [backbone.channels[name] for name in ('res3', 'res2')]
         sizes = hidden,layers,heads,window,pool,most,guide,decoder,decoder_guides
         self.head = Aggregator(backbone.embed_dim, guides, *sizes)
-        self.resolution,self.sliding = resolution,sliding
-        if not norms:
-            weights = {id(p) for layer in named_layers(backbone) for p in layer.params}
-            for p in self.tower.parameters(): p.requires_grad_(id(p) in weights)
+        self.resolution = resolution
+        self.sliding = sliding
+        if not norms: self._train_weights_alone()
+
+    def _train_weights_alone(self):
+        "Of the tower, the weights of layers learn; norms, biases and positions rest."
+        weights = set()
+        for layer in named_layers(self.backbone): weights.update(map(id, layer.params))
+        for p in self.tower.parameters(): p.requires_grad_(id(p) in weights)
 
     def idle_layers(self):
         "Queries and keys of a ViT's last block, whose values alone are used."
         if not self.is_vit: return []
-        block = f'transformer.resblocks.{len(self.backbone.visual.transformer.resblocks)-1}'
+        blocks = len(self.backbone.visual.transformer.resblocks)
+        block = f'transformer.resblocks.{blocks-1}'
         return [f'{block}.attn.in_proj_weight[{part}]' for part in 'qk']
 
     def cells(self, images:torch.Tensor):
         "Cells in CLIP's space, and two finer guides, of images of any size."
-        net,x = self.backbone.visual,self.backbone.prepare(images)
+        net = self.backbone.visual
+        x = self.backbone.prepare(images)
         if self.is_vit:
-            cells,(early,late) = catseg_cells(net, x)
-            return cells,(self.upsample1(early), self.upsample2(late))
-        maps,last = self.backbone.kind.features(net, x)
-        cells = self.backbone.kind.dense(net, last)
+            cells,taps = catseg_cells(net, x)
+            early,late = taps
+            finer = self.upsample1(early)
+            finest = self.upsample2(late)
+            return cells,(finer, finest)
+        kind = self.backbone.kind
+        maps,last = kind.features(net, x)
+        cells = kind.dense(net, last)
         high,wide = cells.shape[-2:]
-        return cells,(resize(maps['res3'], (2*high, 2*wide)), resize(maps['res2'], (4*high, 4*wide)))
+        finer = resize(maps['res3'], (2*high, 2*wide))
+        finest = resize(maps['res2'], (4*high, 4*wide))
+        return cells,(finer, finest)
 
     def seen(self, images:torch.Tensor):
         "Images at the size at which the tower sees them."
         if self.resolution: return resize(images, (self.resolution, self.resolution))
         if not self.is_vit: return images
-        sides = zip(images.shape[-2:], self.backbone.visual.patch_size)
-        return resize(images, [math.ceil(side/patch)*patch for side,patch in sides])
+        cells = self.backbone.visual.patch_size
+        whole = []
+        for side,cell in zip(images.shape[-2:], cells):
+            count = math.ceil(side/cell)
+            whole.append(count*cell)
+        return resize(images, whole)
 
     def maps(self, images:torch.Tensor, text:torch.Tensor):
         "Logits (B,K,h,w) of images, four times as fine as the cells."
         cells,guides = self.cells(self.seen(images))
-        text = text if text.dim() == 3 else text[:, None]
-        return self.head(cells, text.to(cells), guides, 0 if self.training else _STILL_AT_ONCE)
+        if text.dim() != 3: text = text[:, None]
+        at_once = 0 if self.training else _STILL_AT_ONCE
+        text = text.to(cells)
+        return self.head(cells, text, guides, at_once)
 
     def scores(self, images:torch.Tensor, text:torch.Tensor):
         "Probabilities of the grid, which are resized when they are asked for."
         if self.sliding and not self.training: return self.window_scores(images, text)
-        return Scores(self.maps(images, text).sigmoid(), images.shape[-2:])
+        maps = self.maps(images, text).sigmoid()
+        return Scores(maps, images.shape[-2:])
 
     def window_scores(self, images:torch.Tensor, text:torch.Tensor, side:int=640, window:int=384):
         "The released evaluation: a square of 640 pixels through windows, beside the whole."
         places = window_places(side, side, window, side-window)
         square = resize(images, (side, side))
-        looks = [square[..., top:top+high, left:left+wide] for top,left,high,wide in places]
-        maps = self.maps(torch.cat([*looks, resize(images, (window, window))]), text)
+        looks = []
+        for top,left,high,wide in places:
+            below = top+high
+            right = left+wide
+            looks.append(square[..., top:below, left:right])
+        whole = resize(images, (window, window))
+        seen = torch.cat([*looks, whole])
+        maps = self.maps(seen, text)
         return WindowMeans(maps, places, side, images.shape[-2:])
 
     def forward(self, images:torch.Tensor, text_embeddings:torch.Tensor):
         "Images (B,3,H,W) and text embeddings (K,D) to probabilities (B,K,H,W), as the released code resizes them."
-        return self.scores(images, text_embeddings).part(0, len(text_embeddings))
+        scores = self.scores(images, text_embeddings)
+        return scores.part(0, len(text_embeddings))
 
     def loss(self, batch:dict):
         "Binary cross-entropy of each class at each pixel; a pixel without a label is of no class."
-        labels,ignore = batch['labels'],batch.get('ignore', self.ignore)
-        logits = resize(self.maps(batch['images'], self.text()), labels.shape[-2:])
+        labels = batch['labels']
+        ignore = batch.get('ignore', self.ignore)
+        text = self.text()
+        logits = self.maps(batch['images'], text)
+        logits = resize(logits, labels.shape[-2:])
         return dict(bce=class_loss(logits, labels, ignore))
 
 def class_loss(
@@ -450,12 +641,18 @@ def class_loss(
 )->torch.Tensor: # The mean over pixels and classes
     "Is this pixel of this class? Raises `OpenTransError` for a label that is neither a class nor `ignore`."
     known = labels != ignore
-    bad = labels[known & ((labels < 0) | (labels >= logits.shape[1]))].unique().tolist()
+    classes = logits.shape[1]
+    outside = (labels < 0) | (labels >= classes)
+    bad = labels[known & outside]
+    bad = bad.unique().tolist()
     if bad:
         raise OpenTransError(
-            f"Labels {bad[:6]} are neither one of the {logits.shape[1]} classes nor ignore={ignore}."
+            f"Labels {bad[:6]} are neither one of the {classes} classes nor ignore={ignore}."
             " Do data and framework have the same vocabulary?")
-    target = F.one_hot(labels.where(known, 0), logits.shape[1]).permute(0, 3, 1, 2)*known[:, None]
+    named = labels.where(known, 0)
+    target = F.one_hot(named, classes)
+    counted = known[:, None]
+    target = target.permute(0, 3, 1, 2)*counted
     return F.binary_cross_entropy_with_logits(logits.float(), target.float())
 
 # %% ../../nbs/frameworks/36_catseg.ipynb #f5738dc8
@@ -464,7 +661,8 @@ def attention_selection(
 )->LayerSelection:
     "CAT-Seg's rule: queries and values learn, all else of CLIP rests. Raises `OpenTransError` without attention."
     names = [layer.name for layer in named_layers(model)]
-    learn = [name for name in names if name.endswith(('.attn.in_proj_weight[q]', '.attn.in_proj_weight[v]'))]
+    tuned = '.attn.in_proj_weight[q]','.attn.in_proj_weight[v]'
+    learn = [name for name in names if name.endswith(tuned)]
     if not learn:
         raise OpenTransError("This tower has no attention to tune. CAT-Seg's rule is for a ViT; "
                              "take analyze(...).select(...), or train all.")
@@ -481,7 +679,9 @@ def _pack_attention(weights):
         if name.endswith('attn.q_proj_weight'):
             names = [name.replace('q_proj', f'{part}_proj') for part in 'qkv']
             parts = [weights[part] for part in names if part in weights]
-            out[name.replace('q_proj_weight', 'in_proj_weight')] = name,torch.cat(parts)
+            packed = name.replace('q_proj_weight', 'in_proj_weight')
+            joined = torch.cat(parts)
+            out[packed] = name,joined
         elif not name.endswith(('attn.k_proj_weight', 'attn.v_proj_weight')): out[name] = name,tensor
     return out
 
@@ -490,12 +690,14 @@ def released_parts(
     weights:dict, # Name in the released code -> tensor
 )->dict: # Name here -> (name in the file, tensor)
     "Where the tensors of a released CAT-Seg or SED belong."
-    prefix = next(name for name,module in framework.named_modules() if module is framework.tower)
+    modules = framework.named_modules()
+    prefix = next(name for name,module in modules if module is framework.tower)
     out = {}
     for name,found in _pack_attention(weights).items():
-        if name.startswith(_HEAD) and not name.endswith('attn_mask'): out['head.' + name[len(_HEAD):]] = found
+        in_head = name.startswith(_HEAD) and not name.endswith('attn_mask')
+        if in_head: out['head.' + name.removeprefix(_HEAD)] = found
         elif name.startswith(('upsample1.', 'upsample2.')): out[name] = found
-        elif name.startswith(_TOWER): out[f'{prefix}.{name[len(_TOWER):]}'] = found
+        elif name.startswith(_TOWER): out[f'{prefix}.{name.removeprefix(_TOWER)}'] = found
     return out
 
 def why_left(
@@ -516,7 +718,8 @@ def load_cost_maps(
     def needed(name): return name.startswith(head)
     advice = (f"Is it a checkpoint of {framework.title}? Build the framework with its sizes and a backbone of the same "
               "CLIP, or pass strict=False.")
-    return put_weights(framework, weights, released_parts(framework, weights), needed, why_left, advice, strict)
+    parts = released_parts(framework, weights)
+    return put_weights(framework, weights, parts, needed, why_left, advice, strict)
 
 def load_catseg(
     framework:CATSeg, # Filled in place

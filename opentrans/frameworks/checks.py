@@ -30,36 +30,49 @@ class _Case:
 
     def build(self, train=True):
         "A new framework with seeded weights; norm weights that start at zero are 0.5, so that every layer matters."
-        seg = build(self.name, self.backbone.fresh_copy(), vocabulary=self.vocabulary, seed=0, **self.options)
+        backbone = self.backbone.fresh_copy()
+        seg = build(self.name, backbone, vocabulary=self.vocabulary, seed=0, **self.options)
         with torch.no_grad():
             for name,parameter in seg.tower.named_parameters():
-                if parameter.dim() == 1 and name.endswith('weight') and not parameter.any(): parameter.fill_(.5)
+                is_norm = parameter.dim() == 1 and name.endswith('weight')
+                if is_norm and not parameter.any(): parameter.fill_(.5)
         return seg.train(train)
 
     def text(self, classes, seed=0):
         "Random text embeddings of some classes."
         generator = torch.Generator().manual_seed(seed)
-        return F.normalize(torch.randn(classes, self.backbone.embed_dim, generator=generator), dim=1)
+        text = torch.randn(classes, self.backbone.embed_dim, generator=generator)
+        return F.normalize(text, dim=1)
 
     def batch(self, count=2, size=(64, 64), ignore=255):
         "Images cut into four quarters of four classes, a strip of which is not labelled."
         height,width = size
-        generator,classes = torch.Generator().manual_seed(1),len(self.vocabulary)
+        generator = torch.Generator().manual_seed(1)
+        classes = len(self.vocabulary)
         colours = torch.rand(classes, 3, generator=generator)
-        quarter = (torch.arange(height)[:, None] >= height//2)*2 + (torch.arange(width) >= width//2)
-        labels = torch.stack([(quarter + i) % classes for i in range(count)])
-        noise = .05*torch.randn(count, 3, height, width, generator=generator)
-        images = (colours[labels].permute(0, 3, 1, 2) + noise).clamp(0, 1)
+        below = torch.arange(height) >= height//2
+        right = torch.arange(width) >= width//2
+        quarter = below[:, None]*2 + right
+        shifted = [(quarter + i) % classes for i in range(count)]
+        labels = torch.stack(shifted)
+        noise = torch.randn(count, 3, height, width, generator=generator)
+        images = colours[labels].permute(0, 3, 1, 2)
+        images = images + .05*noise
+        images = images.clamp(0, 1)
         labels[..., :height//8, :] = ignore
         kinds = [image[image != ignore].unique() for image in labels]
-        return dict(images=images, labels=labels, ids=[str(i) for i in range(count)], region_classes=kinds,
-                    regions=[image == there[:, None, None] for image,there in zip(labels, kinds)],
-                    isthing=[torch.ones(len(there), dtype=torch.bool) for there in kinds])
+        regions = []
+        for image,there in zip(labels, kinds): regions.append(image == there[:, None, None])
+        things = [torch.ones(len(there), dtype=torch.bool) for there in kinds]
+        ids = [str(i) for i in range(count)]
+        return dict(images=images, labels=labels, ids=ids, region_classes=kinds, regions=regions, isthing=things)
 
     def steps(self, seg, count, lr=1e-2):
         "Train some steps on one batch with AdamW and weight decay; returns the losses."
-        batch,losses = self.batch(),[]
-        optimizer = torch.optim.AdamW([p for p in seg.parameters() if p.requires_grad], lr=lr, weight_decay=.1)
+        batch = self.batch()
+        losses = []
+        learn = [p for p in seg.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(learn, lr=lr, weight_decay=.1)
         with seeded(0):
             for _ in range(count):
                 optimizer.zero_grad()
@@ -80,12 +93,16 @@ def _check(function):
 def _names_carry_a_mask(case):
     "a mask made on the bare tower fits, with no leftovers"
     from opentrans.pruning.mask import SparseMask
-    seg,mask = case.build(),SparseMask.random(case.backbone.tower, .5, seed=0)
+    seg = case.build()
+    mask = SparseMask.random(case.backbone.tower, .5, seed=0)
     keys = param_shapes(case.backbone.tower)
     places = match_names(keys, param_shapes(seg), 'weights of the tower')
-    tower,everything = dict(seg.tower.named_parameters()),dict(seg.named_parameters())
-    others = sorted({*tower} ^ {*places})[:6]
-    assert len(places) == len(tower), f'the tower in the framework has other parameters than CLIP: {others}'
+    tower = dict(seg.tower.named_parameters())
+    everything = dict(seg.named_parameters())
+    others = {*tower} ^ {*places}
+    others = sorted(others)[:6]
+    as_many = len(places) == len(tower)
+    assert as_many, f'the tower in the framework has other parameters than CLIP: {others}'
     for key,name in places.items():
         same = everything[name] is tower[key]
         assert same, f'{key} is found at {name}, which is not the weight of framework.tower'
@@ -99,7 +116,8 @@ def _names_carry_a_mask(case):
     text = [name for name in before if 'token_embedding' in name]
     assert not text, 'the text encoder is a part of the state dict; it is shared and must stay outside'
     key,name = next(iter(places.items()))
-    return f'{len(mask.names)} layers, prefix {name[:-len(key)]!r}'
+    prefix = name[:-len(key)]
+    return f'{len(mask.names)} layers, prefix {prefix!r}'
 
 @_check
 def _logits_follow_the_vocabulary(case):
@@ -114,16 +132,24 @@ def _logits_follow_the_vocabulary(case):
     out = logits(first)
     other = logits(second)
     permuted = logits(first[order])
-    assert out.shape == (2, 5, 64, 64), f'logits are {tuple(out.shape)}, not (B,K,H,W) = (2, 5, 64, 64)'
+    given = tuple(out.shape)
+    assert given == (2, 5, 64, 64), f'logits are {given}, not (B,K,H,W) = (2, 5, 64, 64)'
     assert out.isfinite().all(), 'logits have NaN or infinity'
-    changed = (out - other).abs().max() > 1e-4
+    gap = (out - other).abs().max()
+    changed = gap > 1e-4
     assert changed, 'other text embeddings give the same logits: the vocabulary is not used'
-    alike = (out[:, order] - permuted).abs().max() < 1e-3*out.abs().max().clamp(min=1)
+    moved = out[:, order] - permuted
+    gap = moved.abs().max()
+    largest = out.abs().max().clamp(min=1)
+    alike = gap < 1e-3*largest
     assert alike, 'permuting the classes does not permute the logits: classes are not treated alike'
     named = seg.predict(images, case.vocabulary)
-    given = f'{tuple(named.shape)} {named.dtype}'
-    assert named.shape == (2, 64, 64) and named.dtype == torch.int64, f'predict gives {given}, not (B,H,W) int64'
-    known = 0 <= named.min() and named.max() < len(case.vocabulary)
+    shape = tuple(named.shape)
+    given = f'{shape} {named.dtype}'
+    fits = shape == (2, 64, 64) and named.dtype == torch.int64
+    assert fits, f'predict gives {given}, not (B,H,W) int64'
+    classes = len(case.vocabulary)
+    known = 0 <= named.min() and named.max() < classes
     assert known, 'predict gives a class that is not in the vocabulary'
     return 'shape, change, permutation'
 
@@ -131,49 +157,67 @@ def _logits_follow_the_vocabulary(case):
 def _has_gradient(param, rows=None):
     "Has a parameter, or these rows of it, a gradient that is not zero?"
     if param.grad is None: return False
-    return bool((param.grad if rows is None else param.grad[rows]).any())
+    grad = param.grad
+    if rows is not None: grad = grad[rows]
+    return bool(grad.any())
+
+def _learning(seg, batch):
+    "Names of the layers, and of the other parameters, that get a gradient."
+    seg.zero_grad(set_to_none=True)
+    with seeded(0):
+        loss = sum(seg.loss(batch).values())
+        loss.backward()
+    mine = layers(seg)
+    weights = {id(layer.param) for layer in mine}
+    moved = {layer.name for layer in mine if _has_gradient(layer.param, layer.rows)}
+    rest = set()
+    for name,p in seg.named_parameters():
+        is_weight = id(p) in weights
+        if not is_weight and _has_gradient(p): rest.add(name)
+    return moved,rest
 
 @_check
 def _gradients_follow_the_selection(case):
     "gradients exist exactly where a LayerSelection allows"
     from opentrans.pruning.mask import SparseMask
-    seg,batch = case.build(),case.batch()
-    def learning():
-        "Names of the layers, and of the other parameters, that get a gradient."
-        seg.zero_grad(set_to_none=True)
-        with seeded(0): sum(seg.loss(batch).values()).backward()
-        mine = layers(seg)
-        weights = {id(layer.param) for layer in mine}
-        moved = {layer.name for layer in mine if _has_gradient(layer.param, layer.rows)}
-        rest = {name for name,p in seg.named_parameters() if id(p) not in weights and _has_gradient(p)}
-        return moved,rest
-    used,others = learning()
+    seg = case.build()
+    batch = case.batch()
+    used,others = _learning(seg, batch)
     cut_off = seg.idle_layers()
     assert not used & {*cut_off}, 'layers that idle_layers() names get a gradient'
-    prunable = SparseMask.random(case.backbone.tower, .5, seed=0).names
-    idle = [layer for layer in prunable if layer not in used and layer not in cut_off]
+    mask = SparseMask.random(case.backbone.tower, .5, seed=0)
+    prunable = mask.names
+    unused = [layer for layer in prunable if layer not in used]
+    idle = [layer for layer in unused if layer not in cut_off]
     assert not idle, (f'{len(idle)} prunable layers get no gradient from the loss, e.g. {idle[:4]}: '
                       'the framework does not use them')
     active = [layer.name for layer in layers(seg) if layer.name in used]
-    train,freeze = active[::2],active[1::2]
-    with LayerSelection(train, freeze, 'every second').apply(seg): selected,rest = learning()
-    assert not {
-        *freeze} & selected, 'frozen layers have gradients: they would be trained, and their cost is not saved'
+    train = active[::2]
+    freeze = active[1::2]
+    selection = LayerSelection(train, freeze, 'every second')
+    with selection.apply(seg): selected,rest = _learning(seg, batch)
+    moved = {*freeze} & selected
+    assert not moved, 'frozen layers have gradients: they would be trained, and their cost is not saved'
     assert {*train} <= selected, 'layers selected for training have no gradient'
     lost = sorted(others-rest)[:4]
     assert others <= rest, f'a layer selection took the gradient of what it does not name: {lost}'
-    assert learning() == (used, others), 'after the selection is removed, gradients are not what they were'
+    assert _learning(seg, batch) == (used, others), 'after the selection is removed, gradients are not what they were'
     return f'{len(train)} trained, {len(freeze)} frozen, {len(others)} others untouched'
 
 # %% ../../nbs/frameworks/30b_checks.ipynb #ba62fcce
 @_check
 def _any_size_and_number(case):
     "odd sizes, a batch of one, one class and 847 classes"
-    seg,text = case.build(train=False),case.text(847)
-    for count,size,classes in ((1, (64, 64), 1), (1, (49, 75), 847), (3, (65, 33), 3)):
-        with torch.no_grad(): logits = seg(case.batch(count, size)['images'], text[:classes])
+    seg = case.build(train=False)
+    text = case.text(847)
+    cases = (1, (64, 64), 1),(1, (49, 75), 847),(3, (65, 33), 3)
+    for count,size,classes in cases:
+        images = case.batch(count, size)['images']
+        with torch.no_grad(): logits = seg(images, text[:classes])
         what = f'{count} images of {size}, {classes} classes: logits'
-        assert logits.shape == (count, classes, *size), f'{what} are {tuple(logits.shape)}'
+        expected = count,classes,*size
+        given = tuple(logits.shape)
+        assert given == expected, f'{what} are {given}'
         assert logits.isfinite().all(), f'{what} have NaN or infinity'
     seg.train()
     for batch in (case.batch(1), case.batch(1, (49, 75))):
@@ -189,28 +233,40 @@ def _any_size_and_number(case):
 
 def _without_labels(batch):
     "A batch of which nothing is known."
-    size,none = batch['labels'].shape[1:],torch.zeros(0, dtype=torch.bool)
+    size = batch['labels'].shape[1:]
+    none = torch.zeros(0, dtype=torch.bool)
     count = len(batch['labels'])
-    return dict(batch, labels=torch.full_like(batch['labels'], 255), regions=[none.new_zeros(0, *size)]*count,
-                region_classes=[none.long()]*count, isthing=[none]*count)
+    unknown = torch.full_like(batch['labels'], 255)
+    empty = none.new_zeros(0, *size)
+    regions = [empty]*count
+    kinds = [none.long()]*count
+    return dict(batch, labels=unknown, regions=regions, region_classes=kinds, isthing=[none]*count)
 
 @_check
 def _small_images(case):
     "images of a few pixels are answered, and trained on or refused in a sentence"
-    seg,refused = case.build(train=False),0
+    seg = case.build(train=False)
+    refused = 0
     text = seg.text()
-    for size in ((1, 1), (7, 5), (15, 100), (16, 400), (33, 65)):
+    sizes = (1, 1),(7, 5),(15, 100),(16, 400),(33, 65)
+    for size in sizes:
         images = case.batch(1, size)['images']
         with eval_mode(seg): logits = seg(images, text)
-        whole = logits.shape == (1, len(text), *size) and logits.isfinite().all()
-        assert whole, f'an image of {size}: logits are {tuple(logits.shape)}'
+        expected = 1,len(text),*size
+        given = tuple(logits.shape)
+        whole = given == expected and logits.isfinite().all()
+        assert whole, f'an image of {size}: logits are {given}'
         for kind in seg.kinds:
             out = seg.predict(images, kind=kind)
             if kind == 'boxes': continue # a list, of any length
-            assert out.shape[1:3] == size, f'an image of {size}: predict(kind={kind!r}) gives {tuple(out.shape)}'
+            given = tuple(out.shape)
+            fits = given[1:3] == size
+            assert fits, f'an image of {size}: predict(kind={kind!r}) gives {given}'
     seg.train()
-    for count,size in ((2, (1, 1)), (1, (7, 5)), (2, (15, 100)), (1, (32, 32)), (1, (16, 400))):
-        try: loss = sum(seg.loss(case.batch(count, size)).values())
+    cases = (2, (1, 1)),(1, (7, 5)),(2, (15, 100)),(1, (32, 32)),(1, (16, 400))
+    for count,size in cases:
+        batch = case.batch(count, size)
+        try: loss = sum(seg.loss(batch).values())
         except OpenTransError: refused += 1
         else: assert loss.isfinite(), f'{count} images of {size} have no finite loss'
     return f'1x1, 7x5, 15x100, 16x400, 33x65; {refused} of 5 small batches refused'
@@ -219,18 +275,24 @@ def _small_images(case):
 @_check
 def _evaluation_is_deterministic(case):
     "evaluation gives the same twice, and a state dict carries all of it"
-    seg,images = case.build(),case.batch()['images']
+    seg = case.build()
+    images = case.batch()['images']
     case.steps(seg, 1)
     seg.eval()
     other = case.build(train=False)
     other.load_state_dict(seg.state_dict())
     text = seg.text()
-    with torch.no_grad(): once,twice,from_state = seg(images, text),seg(images, text),other(images, text)
+    with torch.no_grad():
+        once = seg(images, text)
+        twice = seg(images, text)
+        from_state = other(images, text)
     assert torch.equal(once, twice), 'two evaluations of the same images differ'
     assert torch.equal(from_state, once), ('a framework with the same state dict gives other logits: '
                                            'something is outside the state dict')
     seg.train()
-    assert torch.equal(seg.predict(images), seg.predict(images)), 'predict is not in evaluation mode'
+    first = seg.predict(images)
+    second = seg.predict(images)
+    assert torch.equal(first, second), 'predict is not in evaluation mode'
     assert seg.training, 'predict does not put training mode back'
     return 'same logits twice, and from the saved state'
 
@@ -238,24 +300,37 @@ def _evaluation_is_deterministic(case):
 def _pieces_are_the_whole(case):
     "logits of some classes at a time are those of all, and so is the best class, the first of equals"
     seg = case.build(train=False)
-    images,text = case.batch(2, (49, 75))['images'],case.text(9, seed=2)
+    images = case.batch(2, (49, 75))['images']
+    text = case.text(9, seed=2)
     text = torch.cat([text, text[:2]]) # the last two are never the first of equals
     with torch.no_grad():
         whole = seg(images, text)
         scores = scores_of(seg, images, text)
         best = seg.semantic(images, text)
-        ready,largest = scores.ready(),whole.abs().max()
+        ready = scores.ready()
+        largest = whole.abs().max()
         for step in (1, 4, len(text)):
             starts = range(0, len(text), step)
-            parts = torch.cat([ready.part(start, min(start+step, len(text))) for start in starts], 1)
+            pieces = []
+            for start in starts:
+                stop = min(start+step, len(text))
+                pieces.append(ready.part(start, stop))
+            parts = torch.cat(pieces, 1)
             what = f'scores of {step} classes at a time'
-            assert parts.shape == whole.shape, f'{what} are {tuple(parts.shape)}, and logits {tuple(whole.shape)}'
+            given = tuple(parts.shape)
+            expected = tuple(whole.shape)
+            assert given == expected, f'{what} are {given}, and logits {expected}'
             near = torch.allclose(parts, whole, rtol=1e-4, atol=1e-5*largest)
             assert near, f'{what} are not what forward gives'
-            same = torch.equal(best_class(scores, step), parts.argmax(1))
+            found = best_class(scores, step)
+            same = torch.equal(found, parts.argmax(1))
             assert same, f'{what} have another best class than all of them'
-    unsure = whole.topk(2, 1).values.diff(dim=1)[:, 0].abs() <= 1e-5*whole.abs().amax(1)
-    right = ((best == whole.argmax(1)) | unsure).all()
+    two = whole.topk(2, 1).values
+    lead = two.diff(dim=1)[:, 0].abs()
+    least = 1e-5*whole.abs().amax(1)
+    unsure = lead <= least
+    same = best == whole.argmax(1)
+    right = (same | unsure).all()
     assert right, 'semantic gives another class than the largest logit of forward'
     return '1, 4 and 11 classes at a time'
 
@@ -264,8 +339,11 @@ def _pieces_are_the_whole(case):
 def _pruned_weights_stay_zero(case):
     "no pruned weight is revived by training"
     from opentrans.pruning.mask import SparseMask
-    seg,mask = case.build(),SparseMask.random(case.backbone.tower, .1, seed=0)
-    before = {name: weight.detach().clone() for name,weight in mask.weights(seg).items()}
+    seg = case.build()
+    mask = SparseMask.random(case.backbone.tower, .1, seed=0)
+    weights = mask.weights(seg)
+    before = {}
+    for name,weight in weights.items(): before[name] = weight.detach().clone()
     with mask.apply(seg.backbone):
         case.steps(seg, 2)
         for name,weight in mask.weights(seg).items():
@@ -274,16 +352,20 @@ def _pruned_weights_stay_zero(case):
             assert not revived, (f'{name}: {revived} pruned weights are not zero after two steps of AdamW '
                                  'with weight decay')
             if name in seg.idle_layers(): continue # no gradient moves them
-            assert not torch.equal(weight[kept], before[name][kept]), f'{name}: the kept weights have not moved'
+            old = before[name][kept]
+            moved = not torch.equal(weight[kept], old)
+            assert moved, f'{name}: the kept weights have not moved'
     return f'{len(mask.names)} layers at density {mask.density:.2f}'
 
 @_check
 def _it_learns(case):
     "a few steps on one batch lower the loss"
-    losses = case.steps(case.build(), 12, lr=3e-3)
+    seg = case.build()
+    losses = case.steps(seg, 12, lr=3e-3)
     finite = all(loss == loss and abs(loss) < float('inf') for loss in losses)
     assert finite, f'the losses are not finite: {losses}'
-    lower = min(losses[-3:]) < losses[0]
+    last = min(losses[-3:])
+    lower = last < losses[0]
     assert lower, f'12 steps of AdamW on one batch do not lower the loss: {losses[0]:.3f} -> {losses[-1]:.3f}'
     return f'loss {losses[0]:.2f} -> {losses[-1]:.2f}'
 
@@ -291,15 +373,20 @@ def _it_learns(case):
 def _example_inputs_run(case):
     "`example_inputs` are arguments of `forward`, and every kind of output comes out"
     seg = case.build(train=False)
-    with torch.no_grad(): logits = seg(*seg.example_inputs((3, 64, 64)))
+    inputs = seg.example_inputs((3, 64, 64))
+    with torch.no_grad(): logits = seg(*inputs)
     given = tuple(logits.shape)
-    assert given == (1, len(case.vocabulary), 64, 64), (f'forward(*example_inputs) gives {given}: '
-                                                        'costs would be counted of something else')
+    expected = 1,len(case.vocabulary),64,64
+    assert given == expected, (f'forward(*example_inputs) gives {given}: '
+                               'costs would be counted of something else')
     for kind in seg.kinds:
-        out = seg.predict(case.batch()['images'], kind=kind)
+        images = case.batch()['images']
+        out = seg.predict(images, kind=kind)
         assert len(out) == 2, f'predict(kind={kind!r}) gives {len(out)} results for 2 images'
         if kind != 'panoptic': continue
-        pairs,given = out.shape == (2, 64, 64, 2) and out.dtype == torch.int64,f'{tuple(out.shape)} {out.dtype}'
+        shape = tuple(out.shape)
+        pairs = shape == (2, 64, 64, 2) and out.dtype == torch.int64
+        given = f'{shape} {out.dtype}'
         assert pairs, f'panoptic output is {given}, not (B,H,W,2) int64'
     return ', '.join(seg.kinds)
 
@@ -315,7 +402,8 @@ def check_framework(
     presets = get_framework(name).presets
     if preset is None: preset = 'small' if 'small' in presets else 'paper'
     if backbone is None: backbone = tiny_backbone()
-    case = _Case(name, backbone, list(vocabulary), dict(options, preset=preset))
+    options = dict(options, preset=preset)
+    case = _Case(name, backbone, list(vocabulary), options)
     rows = []
     for check in _CHECKS:
         what = check.__doc__

@@ -19,11 +19,14 @@ class LearnedPositionEncoding(nn.Module):
         side:int=32, # Of the table
     ):
         super().__init__()
-        self.table = nn.Parameter(torch.empty(1, dim, side, side))
+        table = torch.empty(1, dim, side, side)
+        self.table = nn.Parameter(table)
         nn.init.trunc_normal_(self.table, std=.02)
 
     def forward(self, x:torch.Tensor)->torch.Tensor: # (B,D,H,W) -> the same
-        return resize(self.table, x.shape[-2:]).expand(len(x), -1, -1, -1).to(x.dtype)
+        table = resize(self.table, x.shape[-2:])
+        table = table.expand(len(x), -1, -1, -1)
+        return table.to(x.dtype)
 
 # %% ../../nbs/frameworks/35b_compared.ipynb #e3659c7b
 class RowColumnCrossAttention(nn.Module):
@@ -34,10 +37,19 @@ class RowColumnCrossAttention(nn.Module):
     ):
         super().__init__()
         self.num_heads = heads
-        self.q_x, self.q_y, self.k_x, self.k_y, self.value, self.out_proj = (nn.Linear(dim, dim) for _ in range(6))
-        for layer in (self.q_x, self.q_y, self.k_x, self.k_y, self.value, self.out_proj):
+        self.q_x = nn.Linear(dim, dim)
+        self.q_y = nn.Linear(dim, dim)
+        self.k_x = nn.Linear(dim, dim)
+        self.k_y = nn.Linear(dim, dim)
+        self.value = nn.Linear(dim, dim)
+        self.out_proj = nn.Linear(dim, dim)
+        for layer in self.children():
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
+
+    def _by_head(self, x): # (B,N,D) -> (B,heads,N,d)
+        parts = x.unflatten(-1, (self.num_heads, -1))
+        return parts.transpose(1, 2)
 
     def weights(self,
         queries:torch.Tensor, # (B,Q,D)
@@ -46,8 +58,11 @@ class RowColumnCrossAttention(nn.Module):
         k:nn.Linear, # Of keys
     )->torch.Tensor: # (B,heads,Q,N)
         "Attention over rows, or over columns."
-        a, b = (f(t).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f,t in ((q, queries), (k, keys)))
-        return (a @ b.mT*a.shape[-1]**-.5).softmax(-1)
+        asked = self._by_head(q(queries))
+        there = self._by_head(k(keys))
+        width = asked.shape[-1]
+        weights = asked @ there.mT*width**-.5
+        return weights.softmax(-1)
 
     def forward(self,
         queries:torch.Tensor, # (B,Q,D) content queries
@@ -60,13 +75,21 @@ class RowColumnCrossAttention(nn.Module):
         need_weights:bool=True, # Return attention, too?
     )->tuple: # (B,Q,D); attention (B,Q,HW), mean over heads, or None; None: it is over all pixels
         "Attend to rows and columns."
-        x = queries if query_pos is None else queries + query_pos
+        x = queries
+        if query_pos is not None: x = queries + query_pos
         keys = feat_hi + pos_hi
-        columns = self.weights(x, keys.mean(2).mT, self.q_x, self.k_x)
-        rows = self.weights(x, keys.mean(3).mT, self.q_y, self.k_y)
-        values = self.value(feat_hi.movedim(1, -1)).unflatten(-1, (self.num_heads, -1))
+        across = keys.mean(2).mT
+        columns = self.weights(x, across, self.q_x, self.k_x)
+        down = keys.mean(3).mT
+        rows = self.weights(x, down, self.q_y, self.k_y)
+        values = feat_hi.movedim(1, -1)
+        values = self.value(values)
+        values = values.unflatten(-1, (self.num_heads, -1))
         out = torch.einsum('bnqx,byxnd->bnqyd', columns, values) # a row each: no attention over all pixels
         out = torch.einsum('bnqy,bnqyd->bqnd', rows, out)
         seen = None
-        if need_weights: seen = torch.einsum('bnqy,bnqx->bqyx', rows, columns).flatten(2)/self.num_heads
-        return self.out_proj(out.flatten(2)), seen, None
+        if need_weights:
+            seen = torch.einsum('bnqy,bnqx->bqyx', rows, columns)
+            seen = seen.flatten(2)/self.num_heads
+        out = self.out_proj(out.flatten(2))
+        return out, seen, None

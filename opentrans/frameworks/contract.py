@@ -32,14 +32,17 @@ def text_logits(
     scale:float=100., # CLIP's logit scale
 )->torch.Tensor: # (B,K,h,w)
     "Classify each pixel by the cosine of its feature to each text embedding (Eq. 1)."
-    return F.conv2d(F.normalize(features, dim=1)*scale, text.to(features)[:, :, None, None])
+    scaled = F.normalize(features, dim=1)*scale
+    kernel = text.to(features)[:, :, None, None]
+    return F.conv2d(scaled, kernel)
 
 def trained_with(
     text:torch.Tensor, # (K,D) unit-norm text embeddings
     trained:torch.Tensor, # (L,D) those of the names of training
 )->torch.Tensor: # (K) bool
     "Which names were there in training: those with the same embedding, but for rounding."
-    return (text @ trained.to(text).T).amax(1) > 1-1e-5
+    cosines = text @ trained.to(text).T
+    return cosines.amax(1) > 1-1e-5
 
 # %% ../../nbs/frameworks/30_contract.ipynb #f87197b6
 def pixel_loss(
@@ -52,7 +55,8 @@ def pixel_loss(
     classes = logits.shape[1]
     try: total = F.cross_entropy(logits.float(), labels, ignore_index=ignore, reduction='sum')
     except IndexError as error:
-        wrong = labels[counts & ((labels < 0) | (labels >= classes))].unique().tolist()
+        outside = (labels < 0) | (labels >= classes)
+        wrong = labels[counts & outside].unique().tolist()
         raise OpenTransError(f"Labels {wrong[:6]} are neither one of the {classes} classes nor ignore={ignore}. "
                              "Do data and framework have the same vocabulary?") from error
     return total/counts.sum().clamp(min=1)
@@ -65,11 +69,14 @@ def smallest_side(
 )->int: # In pixels, at most 64
     """The smallest side of a square image of which a backbone makes all its maps. A copy is asked, of a large backbone
     one without numbers."""
-    fresh = backbone.fresh_copy() if hasattr(backbone, 'fresh_copy') else copy.deepcopy(backbone)
-    fresh.to('cpu' if is_small(fresh) else 'meta').eval()
+    if hasattr(backbone, 'fresh_copy'): fresh = backbone.fresh_copy()
+    else: fresh = copy.deepcopy(backbone)
+    device = 'cpu' if is_small(fresh) else 'meta'
+    fresh.to(device).eval()
     @torch.no_grad()
     def fits(side):
-        try: maps = fresh(torch.zeros(1, 3, side, side, device=device_of(fresh)))
+        image = torch.zeros(1, 3, side, side, device=device_of(fresh))
+        try: maps = fresh(image)
         except RuntimeError: return False
         return all(m.numel() for m in maps.values())
     return 1 + bisect.bisect_left(range(1, _SIDE), True, key=fits)
@@ -104,16 +111,19 @@ class _AnySize(nn.Module):
             raise OpenTransError(f"Images of {height}x{width} pixels have none. Leave them out.")
         if min(height, width) >= _SIDE: return images
         below,right = (max(self.least_side-side, 0) for side in (height, width))
-        return F.pad(images, (0, right, 0, below), mode='replicate') if below or right else images
+        if not (below or right): return images
+        return F.pad(images, (0, right, 0, below), mode='replicate')
 
 def _fill_batch(framework, batch):
     "A batch to train on with images of the least size; what is added carries no label and belongs to no region."
     images = batch['images']
     filled = framework.fill_up(images)
     if filled is images: return batch
-    below,right = (new-old for new,old in zip(filled.shape[-2:], images.shape[-2:]))
-    added = (0, right, 0, below)
-    labels = F.pad(batch['labels'], added, value=batch.get('ignore', framework.ignore))
+    height,width = images.shape[-2:]
+    full_height,full_width = filled.shape[-2:]
+    added = (0, full_width-width, 0, full_height-height)
+    ignore = batch.get('ignore', framework.ignore)
+    labels = F.pad(batch['labels'], added, value=ignore)
     res = dict(batch, images=filled, labels=labels)
     if 'regions' in batch: res['regions'] = [F.pad(masks, added, value=False) for masks in batch['regions']]
     return res
@@ -133,12 +143,15 @@ def _for_small_images(method, cut):
     "A method on images that takes small ones, too: they are filled up, and `cut` takes off what that added."
     @functools.wraps(method)
     def filled(self, images, *args, **kwargs):
-        if not isinstance(images, torch.Tensor) or images.ndim != 4: # the backbone says what is wrong
+        is_batch = isinstance(images, torch.Tensor) and images.ndim == 4
+        if not is_batch: # the backbone says what is wrong
             return method(self, images, *args, **kwargs)
         full = self.fill_up(images)
         with _enough_values(): out = method(self, full, *args, **kwargs)
         if full is images or kwargs.get('size') is not None: return out
-        return out.cut(*images.shape[-2:]) if cut is None else out[cut(*images.shape[-2:])]
+        height,width = images.shape[-2:]
+        if cut is None: return out.cut(height, width)
+        return out[cut(height, width)]
     return filled
 
 def _loss_for_small_images(method):
@@ -155,11 +168,13 @@ _CUTS = dict(forward=_last_axes, semantic=_last_axes, panoptic=_middle_axes, sco
 
 def _take_any_size(cls):
     "Let the methods of a framework's class take images of any size, those of its body and those patched in."
-    for kind in cls.__mro__[:cls.__mro__.index(Framework)+1]:
+    last = cls.__mro__.index(Framework)
+    for kind in cls.__mro__[:last+1]:
         for name in ('loss', *_CUTS):
             method = vars(kind).get(name)
             if method is None or hasattr(method, '_any_size'): continue
-            made = _loss_for_small_images(method) if name == 'loss' else _for_small_images(method, _CUTS[name])
+            if name == 'loss': made = _loss_for_small_images(method)
+            else: made = _for_small_images(method, _CUTS[name])
             made._any_size = True
             setattr(kind, name, made)
 
@@ -177,7 +192,8 @@ class _AnyVocabulary(nn.Module):
             raise OpenTransError("There are no class names. Pass build(..., vocabulary=...) to train, or "
                                  "predict(images, vocabulary).")
         if isinstance(names, torch.Tensor): return names.to(device)
-        key = (tuple(names) if isinstance(names, list) else names, str(device))
+        known = tuple(names) if isinstance(names, list) else names
+        key = (known, str(device))
         if key not in self._texts: # encoded once: an iteration of training must not wait for it
             self._texts[key] = self.backbone.encode_text(names).to(device)
         return self._texts[key]
@@ -201,9 +217,11 @@ class _AnyVocabulary(nn.Module):
         generator = torch.Generator().manual_seed(0)
         device = device_of(self)
         classes = 1 if self.vocabulary is None else len(self.vocabulary)
-        text = F.normalize(torch.randn(classes, self.backbone.embed_dim, generator=generator), dim=1)
+        text = torch.randn(classes, self.backbone.embed_dim, generator=generator)
+        text = F.normalize(text, dim=1)
         count = input_size[0] if len(input_size) == 4 else 1
-        images = torch.rand(count, 3, *input_size[-2:], generator=generator)
+        height,width = input_size[-2:]
+        images = torch.rand(count, 3, height, width, generator=generator)
         return images.to(device),text.to(device)
 
 def check_choice(
@@ -239,7 +257,8 @@ class Framework(_AnySize, _AnyVocabulary):
         super().__init__()
         lacking = [name for name in ('channels', 'embed_dim', 'encode_text') if not hasattr(backbone, name)]
         if lacking:
-            raise OpenTransError(f"A {type(backbone).__name__} has no {', '.join(lacking)} and cannot be a "
+            missing = ', '.join(lacking)
+            raise OpenTransError(f"A {type(backbone).__name__} has no {missing} and cannot be a "
                                  "backbone here. Make one with ClipBackbone.create(...).")
         self.backbone: nn.Module = backbone
         self.vocabulary: Vocabulary|Sequence[str]|None = vocabulary
@@ -252,7 +271,8 @@ class Framework(_AnySize, _AnyVocabulary):
 
     @property
     def ignore(self)->int: # The label that counts nowhere
-        return 65535 if self.vocabulary is not None and len(self.vocabulary) > 255 else 255
+        is_large = self.vocabulary is not None and len(self.vocabulary) > 255
+        return 65535 if is_large else 255
 
     def idle_layers(self)->list[str]:
         "Names in the tower of layers that this framework never uses, if it has cut some off: they get no gradient."
@@ -268,7 +288,8 @@ class Framework(_AnySize, _AnyVocabulary):
     )->dict[str, torch.Tensor]: # Name -> scalar; their sum is trained
         "Cross-entropy over pixels; adapters with losses of their own override this."
         logits = self(batch['images'], self.text())
-        return dict(ce=pixel_loss(logits, batch['labels'], batch.get('ignore', self.ignore)))
+        ignore = batch.get('ignore', self.ignore)
+        return dict(ce=pixel_loss(logits, batch['labels'], ignore))
 
     def scores(self, images:torch.Tensor, text:torch.Tensor)->Scores: # Of the images' size
         "What `forward` gives, class by class. An adapter that can do so without holding all logits overrides this."
@@ -290,7 +311,8 @@ def scores_of(
     if not isinstance(framework, Framework): return Scores(framework(images, text))
     kind = type(framework)
     of_forward = issubclass(_defined_in(kind, 'scores'), _defined_in(kind, 'forward'))
-    return framework.scores(images, text) if of_forward else Scores(framework(images, text))
+    if of_forward: return framework.scores(images, text)
+    return Scores(framework(images, text))
 
 # %% ../../nbs/frameworks/30_contract.ipynb #b2fc9063
 _REGISTRY = {} # name -> class, or the name of the module that registers it
@@ -343,7 +365,8 @@ def promise_frameworks(
 ):
     "Put the frameworks of a package on the list without importing them: those that its modules register by name."
     for found in pkgutil.iter_modules(package.__path__, f'{package.__name__}.'):
-        source = found.module_finder.find_spec(found.name).loader.get_source(found.name) or ''
+        loader = found.module_finder.find_spec(found.name).loader
+        source = loader.get_source(found.name) or ''
         for name in re.findall(r"^@register_framework\('([\w-]+)'\)", source, re.M):
             register_framework(name, module=found.name)
 
@@ -370,7 +393,8 @@ def build(
 
 def _check_option(framework, name, value, param):
     "A number among the options of a framework must be one: finite, and not below 0. Raises `OpenTransError`."
-    kind = param.annotation if param.annotation in (int, float) else type(param.default)
+    is_said = param.annotation in (int, float)
+    kind = param.annotation if is_said else type(param.default)
     if kind not in (int, float): return
     if value is None and param.default is None: return
     check_number(f'{name} of {framework}', value, 0, whole=param.annotation is int)
@@ -385,4 +409,5 @@ def tiny_backbone(
     from opentrans.clip.small import small_clip, small_config
     config = small_config('shapes-rn')
     config['vision_cfg'].update(width=width)
-    return ClipBackbone.from_model(*small_clip(config, seed=seed), 'tiny', copy_weights=False)
+    parts = small_clip(config, seed=seed)
+    return ClipBackbone.from_model(*parts, 'tiny', copy_weights=False)

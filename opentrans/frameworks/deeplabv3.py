@@ -28,7 +28,8 @@ class Pyramid(ASPP):
         width:int=256, # Channels of each branch and of the result
         dropout:float=.5, # Dropout behind the projection
     ):
-        if not isinstance(dilations, (list, tuple)) or len(dilations) < 2 or dilations[0] != 1:
+        is_list = isinstance(dilations, (list, tuple))
+        if not is_list or len(dilations) < 2 or dilations[0] != 1:
             raise OpenTransError(f"dilations={dilations} must begin with 1 (the 1x1 convolution) and go on, "
                                  "e.g. (1, 6, 12, 18).")
         for dilation in dilations: check_number('a dilation', dilation, 1, whole=True)
@@ -38,7 +39,9 @@ class Pyramid(ASPP):
         self.project[-1].p = dropout
 
     def forward(self, x:torch.Tensor)->torch.Tensor: # (B,channels,h,w) -> (B,width,h,w)
-        self.convs[-1].train(self.training and len(x) > 1) # one image has one mean: no variance to normalise by
+        has_spread = len(x) > 1 # one image has one mean: no variance to normalise by
+        learns = self.training and has_spread
+        self.convs[-1].train(learns)
         return super().forward(x)
 
 # %% ../../nbs/frameworks/31_deeplabv3.ipynb #f07a36dc
@@ -59,10 +62,14 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.low = conv_bn(channels, low_level, 1)
-        self.mix = nn.Sequential(conv_bn(width+low_level, width), conv_bn(width, width))
+        both = width+low_level
+        first = conv_bn(both, width)
+        second = conv_bn(width, width)
+        self.mix = nn.Sequential(first, second)
 
     def forward(self, fine:torch.Tensor, coarse:torch.Tensor)->torch.Tensor: # (B,width,H/4,W/4)
-        return self.mix(torch.cat([resize(coarse, fine.shape[-2:]), self.low(fine)], 1))
+        both = torch.cat([resize(coarse, fine.shape[-2:]), self.low(fine)], 1)
+        return self.mix(both)
 
 # %% ../../nbs/frameworks/31_deeplabv3.ipynb #fef98970
 def set_output_stride(
@@ -72,11 +79,13 @@ def set_output_stride(
     "Dilate a backbone's last stages to an output stride. Raises `OpenTransError` where that cannot be done."
     had = backbone.output_stride
     if had == stride: return backbone
-    if stride not in (16, 8) or had != 32 or not hasattr(backbone.tower, 'layer4'):
+    is_dilated = stride in (16, 8) and had == 32
+    if not is_dilated or not hasattr(backbone.tower, 'layer4'):
         raise OpenTransError(f"{backbone.name} of output stride {had} cannot be given {stride}. Make it with "
                              "ClipBackbone.create(..., output_stride=...): 32, or for a ResNet 16 or 8.")
     backbone.kind.dilate(backbone.visual, stride)
-    finer = backbone.kind.dilate(copy.deepcopy(backbone.origin.visual), stride)
+    visual = copy.deepcopy(backbone.origin.visual)
+    finer = backbone.kind.dilate(visual, stride)
     backbone.origin = dataclasses.replace(backbone.origin, visual=finer, output_stride=stride)
     for name,old in backbone.strides.items(): backbone.strides[name] = min(old, stride)
     return backbone
@@ -94,24 +103,39 @@ class _DistilledPixels(Framework):
         ignore:int, # Class of regions that are left out
     )->torch.Tensor: # A number
         "The distance of regions' mean embeddings to what the dense CLIP sees in them, beside that of their names."
-        regions,classes = [],[]
+        regions = []
+        classes = []
         for masks,kinds in zip(batch['regions'], batch['region_classes']):
-            keep = (kinds != ignore) & masks.flatten(1).any(1)
+            has_pixels = masks.flatten(1).any(1)
+            keep = (kinds != ignore) & has_pixels
             regions.append(masks[keep])
             classes.append(kinds[keep])
         count = sum(map(len, regions))
         if not count: return embedded.sum()*0
         taught = teach_regions(self, batch['images'], regions, self.kd_target)
         students = [_pooled(masks, image) for masks,image in zip(regions, embedded)]
-        rows = [(seen, teacher.to(seen), text[kinds].to(seen))
-                for seen,teacher,kinds in zip(students, taught, classes) if len(seen)]
-        if self.kd_form == 'released': return torch.cat([released_terms(*row) for row in rows]).mean()
-        return sum(tgkd_loss(*row)*len(row[0]) for row in rows)/count
+        rows = []
+        for seen,teacher,kinds in zip(students, taught, classes):
+            if not len(seen): continue
+            names = text[kinds].to(seen)
+            rows.append((seen, teacher.to(seen), names))
+        if self.kd_form == 'released':
+            terms = [released_terms(*row) for row in rows]
+            return torch.cat(terms).mean()
+        terms = []
+        for row in rows:
+            distance = tgkd_loss(*row)
+            terms.append(distance*len(row[0]))
+        return sum(terms)/count
 
 def _pooled(masks, embedded):
     "The mean embedding of each region (N,H,W) of an image (D,h,w): (N,D), unit length."
-    weights = F.adaptive_avg_pool2d(masks[:, None].float(), embedded.shape[-2:]).flatten(1)
-    return F.normalize(weights @ embedded.flatten(1).float().T, dim=-1)
+    weights = masks[:, None].float()
+    weights = F.adaptive_avg_pool2d(weights, embedded.shape[-2:])
+    weights = weights.flatten(1)
+    pixels = embedded.flatten(1).float()
+    means = weights @ pixels.T
+    return F.normalize(means, dim=-1)
 
 # %% ../../nbs/frameworks/31_deeplabv3.ipynb #0e1f977b
 @register_framework('deeplabv3')
@@ -164,9 +188,13 @@ class DeepLabV3(_DistilledPixels):
         self.coarse = coarse
         check_choice('kd_target', kd_target, ('crop', 'attention', 'tight'))
         check_choice('kd_form', kd_form, ('paper', 'released'))
-        self.nothing = nn.Parameter(torch.randn(1, dim)*dim**-.5) if nothing else None
-        first = math.log(1/.07 if scale is None else scale)
-        self.log_scale = nn.Parameter(torch.tensor(first)) if learn_scale else None
+        self.nothing = None
+        if nothing:
+            start = torch.randn(1, dim)*dim**-.5
+            self.nothing = nn.Parameter(start)
+        first = 1/.07 if scale is None else scale
+        log_scale = torch.tensor(math.log(first))
+        self.log_scale = nn.Parameter(log_scale) if learn_scale else None
         self.kd = kd
         self.kd_target = kd_target
         self.kd_form = kd_form
@@ -181,39 +209,54 @@ class DeepLabV3(_DistilledPixels):
         clip = self.backbone
         maps,last = clip.kind.features(clip.visual, clip.prepare(images))
         added = self._of_head(maps)
-        return resize(F.normalize(clip.kind.dense(clip.visual, last), dim=1), added.shape[-2:]) + added
+        dense = clip.kind.dense(clip.visual, last)
+        dense = F.normalize(dense, dim=1)
+        dense = resize(dense, added.shape[-2:])
+        return dense + added
 
     def _of_head(self, maps):
         "What the head makes of the backbone's maps."
-        return self.proj(self.decoder(maps[self.fine], self.aspp(maps[self.coarse])))
+        coarse = self.aspp(maps[self.coarse])
+        mixed = self.decoder(maps[self.fine], coarse)
+        return self.proj(mixed)
 
     @property
     def temperature(self)->float|torch.Tensor: # What cosines are multiplied by
-        return self.scale if self.log_scale is None else self.log_scale.exp()
+        if self.log_scale is None: return self.scale
+        return self.log_scale.exp()
 
     def forward(self, images:torch.Tensor, text_embeddings:torch.Tensor)->torch.Tensor:
         "Images (B,3,H,W) and text embeddings (K,D) to logits (B,K,H,W)."
-        return resize(text_logits(self.embed(images), text_embeddings, self.temperature), images.shape[-2:])
+        logits = text_logits(self.embed(images), text_embeddings, self.temperature)
+        return resize(logits, images.shape[-2:])
 
     def scores(self, images:torch.Tensor, text:torch.Tensor)->Scores:
         "Logits at a quarter of the size, which are resized when they are asked for."
-        return Scores(text_logits(self.embed(images), text, self.temperature), images.shape[-2:])
+        logits = text_logits(self.embed(images), text, self.temperature)
+        return Scores(logits, images.shape[-2:])
 
     def loss(self, batch:dict)->dict[str, torch.Tensor]:
         "Cross-entropy over pixels, all or a grid of them; distillation of regions, if asked for."
         labels = batch['labels']
         step = self.loss_stride
         if step > 1:
-            top,left = torch.randint(step, (2,)).tolist()
+            corner = torch.randint(step, (2,))
+            top,left = corner.tolist()
             labels = labels[:, top::step, left::step]
         embedded = self.embed(batch['images'])
         text = self.text()
         ignore = batch.get('ignore', self.ignore)
         names = text
         if self.nothing is not None:
-            names = torch.cat([text, F.normalize(self.nothing, dim=-1).to(text)])
-            labels = labels.where(labels != ignore, len(text))
-        logits = resize(text_logits(embedded, names, self.temperature), labels.shape[-2:])
+            nothing = F.normalize(self.nothing, dim=-1)
+            nothing = nothing.to(text)
+            names = torch.cat([text, nothing])
+            is_known = labels != ignore
+            labels = labels.where(is_known, len(text))
+        logits = text_logits(embedded, names, self.temperature)
+        logits = resize(logits, labels.shape[-2:])
         losses = dict(ce=pixel_loss(logits, labels, ignore))
-        if self.kd: losses['kd'] = self.kd*self.distill(embedded, batch, text, ignore)
+        if self.kd:
+            distance = self.distill(embedded, batch, text, ignore)
+            losses['kd'] = self.kd*distance
         return losses

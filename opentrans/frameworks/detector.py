@@ -35,7 +35,8 @@ def _convs(channels, count, groups):
         conv = nn.Conv2d(channels, channels, 3, padding=1)
         nn.init.normal_(conv.weight, std=.01)
         nn.init.zeros_(conv.bias)
-        steps += [conv, nn.GroupNorm(groups, channels), nn.ReLU()]
+        norm = nn.GroupNorm(groups, channels)
+        steps += [conv, norm, nn.ReLU()]
     return nn.Sequential(*steps)
 
 class TextClassifier(nn.Module):
@@ -49,24 +50,35 @@ class TextClassifier(nn.Module):
         prior:float=.01, # Probability of any class at first
     ):
         super().__init__()
-        self.conv,self.embed = _convs(channels, convs, groups),nn.Conv2d(channels, embed_dim, 3, padding=1)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
-        self.bias = nn.Parameter(torch.tensor(-math.log((1-prior)/prior)))
+        self.conv = _convs(channels, convs, groups)
+        self.embed = nn.Conv2d(channels, embed_dim, 3, padding=1)
+        first_scale = torch.tensor(math.log(scale))
+        self.log_scale = nn.Parameter(first_scale)
+        odds = (1-prior)/prior
+        first_bias = torch.tensor(-math.log(odds))
+        self.bias = nn.Parameter(first_bias)
+
+    def _logits(self, x, text): # (B,C,h,w) -> (B,K,h,w)
+        x = self.embed(self.conv(x))
+        logits = text_logits(x, text, self.log_scale.exp())
+        return logits + self.bias
 
     def forward(self, maps:Sequence[torch.Tensor], text:torch.Tensor):
         "A list of maps (B,C,h,w) and text (K,D) -> a list of logits (B,K,h,w)."
-        return [text_logits(self.embed(self.conv(x)), text, self.log_scale.exp()) + self.bias for x in maps]
+        return [self._logits(x, text) for x in maps]
 
 class OpenHead(FCOSHead):
     "torchvision's head of FCOS with names for classes."
     def __init__(self, channels:int, embed_dim:int, convs:int, groups:int, scale:float, prior:float):
         nn.Module.__init__(self)
         self.classification_head = TextClassifier(channels, embed_dim, convs, groups, scale, prior)
-        self.regression_head = FCOSRegressionHead(channels, 1, convs, functools.partial(nn.GroupNorm, groups))
+        norm = functools.partial(nn.GroupNorm, groups)
+        self.regression_head = FCOSRegressionHead(channels, 1, convs, norm)
 
     def forward(self, maps:Sequence[torch.Tensor], text:torch.Tensor):
         "What FCOS's loss and selection read: logits (B,cells,K), sides (B,cells,4) and centredness (B,cells,1)."
-        logits = [x.flatten(2).mT for x in self.classification_head(maps, text)]
+        each = self.classification_head(maps, text)
+        logits = [x.flatten(2).mT for x in each]
         sides,centred = self.regression_head(maps)
         return dict(cls_logits=torch.cat(logits, 1), bbox_regression=sides, bbox_ctrness=centred)
 
@@ -75,7 +87,8 @@ class Pyramid(nn.Module):
     def __init__(self, channels:list[int], width:int, more:bool):
         super().__init__()
         self.out_channels = width
-        self.fpn = FeaturePyramidNetwork(channels, width, LastLevelP6P7(width, width) if more else None)
+        top = LastLevelP6P7(width, width) if more else None
+        self.fpn = FeaturePyramidNetwork(channels, width, top)
 
     def forward(self, maps:dict[str, torch.Tensor]): return list(self.fpn(maps).values())
 
@@ -88,14 +101,17 @@ def batch_boxes(
     "Boxes of the things of a batch. Raises `OpenTransError` for a class out of range."
     things = dict(batch)
     if 'isthing' in batch and 'regions' in batch:
-        things['regions'] = [r[t.bool()] for r,t in zip(batch['regions'], batch['isthing'])]
-        things['region_classes'] = [k[t.bool()] for k,t in zip(batch['region_classes'], batch['isthing'])]
+        chosen = [flags.bool() for flags in batch['isthing']]
+        things['regions'] = [r[t] for r,t in zip(batch['regions'], chosen)]
+        things['region_classes'] = [k[t] for k,t in zip(batch['region_classes'], chosen)]
     regions,kinds = batch_regions(things, classes, ignore)
     out = []
     for masks,labels in zip(regions, kinds):
-        boxes = masks_to_boxes(masks) if len(masks) else torch.zeros(0, 4, device=masks.device)
+        if len(masks): boxes = masks_to_boxes(masks)
+        else: boxes = torch.zeros(0, 4, device=masks.device)
         boxes = boxes + boxes.new_tensor([0, 0, 1, 1])                     # masks_to_boxes ends with the last pixel
-        out.append(dict(boxes=boxes, labels=labels.long().to(boxes.device)))
+        labels = labels.long().to(boxes.device)
+        out.append(dict(boxes=boxes, labels=labels))
     return out
 
 # %% ../../nbs/frameworks/39b_detector.ipynb #5ce01a11
@@ -105,11 +121,28 @@ def join_scores(
     weight:torch.Tensor, # (K) of CLIP itself, from 0 to 1
 )->torch.Tensor: # (...,K) logits, the sigmoid of which is the geometric mean of both probabilities
     "Join the learned classifier of a detector with CLIP's own (F-VLM, Sec. 3.3, for regions)."
-    log_p = (1-weight)*F.logsigmoid(logits) + weight*near.log_softmax(-1)
+    log_p = (1-weight)*F.logsigmoid(logits)
+    log_p = log_p + weight*near.log_softmax(-1)
     # the logit of p is log p - log(1-p); a p that rounds to 1 would make it endless
-    return log_p - torch.log(-torch.expm1(log_p.clamp(max=-1e-6)))
+    rest = torch.expm1(log_p.clamp(max=-1e-6))
+    return log_p - torch.log(-rest)
 
 # %% ../../nbs/frameworks/39b_detector.ipynb #b254386e
+def _check_clip(backbone, alpha, beta):
+    "Raise `OpenTransError` where CLIP is asked for a class, and there is none."
+    asks_clip = alpha or beta
+    if asks_clip and not hasattr(backbone, 'kind'):
+        kind = type(backbone).__name__
+        raise OpenTransError(
+            f"alpha={alpha:g}, beta={beta:g} ask CLIP itself for a class, and a {kind} has no "
+            f"CLIP to ask. Make the backbone with ClipBackbone.create(...), or leave both at 0.")
+
+def _square_anchors(strides):
+    "One square in each cell, of the cell's size."
+    sides = tuple((stride,) for stride in strides)
+    shapes = ((1.,),)*len(strides)
+    return AnchorGenerator(sides, shapes)
+
 @register_framework('detector')
 class Detector(Framework):
     "FCOS on CLIP with text embeddings for its classes."
@@ -140,71 +173,96 @@ class Detector(Framework):
         super().__init__(backbone, vocabulary)
         for name in levels:
             if name not in backbone.channels: raise unknown('map of the backbone', name, backbone.channels)
-        for name,share in (('score', score), ('alpha', alpha), ('beta', beta)): check_number(name, share, 0, 1)
-        if (alpha or beta) and not hasattr(backbone, 'kind'):
-            raise OpenTransError(
-                f"alpha={alpha:g}, beta={beta:g} ask CLIP itself for a class, and a {type(backbone).__name__} has no "
-                f"CLIP to ask. Make the backbone with ClipBackbone.create(...), or leave both at 0.")
-        self.alpha,self.beta = alpha,beta
+        shares = dict(score=score, alpha=alpha, beta=beta)
+        for name,share in shares.items(): check_number(name, share, 0, 1)
+        _check_clip(backbone, alpha, beta)
+        self.alpha = alpha
+        self.beta = beta
         if not 0 < prior < 1: raise OpenTransError(f"prior={prior}: a probability above 0 and below 1.")
         check_number('nms', nms, 0, 1)
         strides = [backbone.strides[name] for name in levels]
-        if more: strides += [2*strides[-1], 4*strides[-1]]
-        self.levels,self.grid = tuple(levels),AnchorGenerator(tuple((s,) for s in strides), ((1.,),)*len(strides))
-        pyramid = Pyramid([backbone.channels[name] for name in levels], width, more)
+        if more:
+            coarsest = strides[-1]
+            strides += [2*coarsest, 4*coarsest]
+        self.levels = tuple(levels)
+        self.grid = _square_anchors(strides)
+        channels = [backbone.channels[name] for name in levels]
+        pyramid = Pyramid(channels, width, more)
         head = OpenHead(width, backbone.embed_dim, convs, groups, scale, prior)
         self.fcos = FCOS(pyramid, 1, anchor_generator=self.grid, head=head, score_thresh=score, nms_thresh=nms,
                          detections_per_img=most)
         head.box_coder = self.fcos.box_coder
 
-    pad,padded_size = QueryFramework.pad,QueryFramework.padded_size # to whole cells of the coarsest map
-    pad_images,features = QueryFramework.pad_images,QueryFramework.features
+    pad = QueryFramework.pad # to whole cells of the coarsest map
+    padded_size = QueryFramework.padded_size
+    pad_images = QueryFramework.pad_images
+    features = QueryFramework.features
 
     def pyramid(self, maps:dict[str, torch.Tensor]):
         "Maps of the feature pyramid, fine to coarse, from those of the tower."
-        return self.fcos.backbone({name: maps[name] for name in self.levels})
+        chosen = {name: maps[name] for name in self.levels}
+        return self.fcos.backbone(chosen)
 
     def maps_and_embeddings(self, images:torch.Tensor):
         "The maps of the tower, and what CLIP embeds each cell of the last one to: (B,D,h,w)."
-        kind,tower = self.backbone.kind,self.backbone.visual
+        kind = self.backbone.kind
+        tower = self.backbone.visual
         maps,last = kind.features(tower, self.backbone.prepare(self.pad_images(images)))
-        return maps,kind.dense(tower, last)
+        embeddings = kind.dense(tower, last)
+        return maps,embeddings
 
     def clip_cosines(self, embeddings:torch.Tensor, text:torch.Tensor, maps:list[torch.Tensor]):
         "How near CLIP's own embedding of each cell is to each name: (B,cells,K)."
         near = text_logits(embeddings, text, 1.)
-        return torch.cat([resize(near, x.shape[-2:]).flatten(2).mT for x in maps], 1)
+        each = []
+        for x in maps:
+            here = resize(near, x.shape[-2:])
+            each.append(here.flatten(2).mT)
+        return torch.cat(each, 1)
 
     def clip_weight(self, text:torch.Tensor):
         "The weight of CLIP itself for each name (K): `alpha` for those of training, `beta` for others."
         if self.vocabulary is None: return text.new_full((len(text),), self.beta)
-        seen = trained_with(F.normalize(text, dim=-1), self.text())
-        return torch.where(seen, self.alpha, self.beta).to(text)
+        names = F.normalize(text, dim=-1)
+        seen = trained_with(names, self.text())
+        weight = torch.where(seen, self.alpha, self.beta)
+        return weight.to(text)
 
     def cells(self, images:torch.Tensor, maps:list[torch.Tensor]):
         "The square of each cell, image by image, and the cells of each level."
-        size = self.pad(images).shape[-2:]
-        found = self.grid(ImageList(images.new_zeros(len(images), 3, *size), [tuple(size)]*len(images)), maps)
-        return found,[math.prod(x.shape[-2:]) for x in maps]
+        high,wide = self.pad(images).shape[-2:]
+        count = len(images)
+        empty = images.new_zeros(count, 3, high, wide)
+        sizes = [(high, wide)]*count
+        listed = ImageList(empty, sizes)
+        squares = self.grid(listed, maps)
+        counts = [math.prod(x.shape[-2:]) for x in maps]
+        return squares,counts
 
     def loss(self, batch:dict):
         "Focal loss of the classes, overlap of the boxes, and centredness (FCOS, Eq. 2)."
-        images,text = batch['images'],self.text()
+        images = batch['images']
+        text = self.text()
         maps = self.pyramid(self.features(images))
         squares,counts = self.cells(images, maps)
-        true = batch_boxes(batch, len(text), batch.get('ignore', self.ignore))
-        return self.fcos.compute_loss(true, self.fcos.head(maps, text), squares, counts)
+        ignore = batch.get('ignore', self.ignore)
+        true = batch_boxes(batch, len(text), ignore)
+        said = self.fcos.head(maps, text)
+        return self.fcos.compute_loss(true, said, squares, counts)
 
     def answers(self, images:torch.Tensor, text:torch.Tensor):
         "What the head says of each cell, joined with what CLIP itself says if it is asked; and the pyramid's maps."
         if not (self.alpha or self.beta):
             maps = self.pyramid(self.features(images))
-            return self.fcos.head(maps, text),maps
+            said = self.fcos.head(maps, text)
+            return said,maps
         of_tower,embeddings = self.maps_and_embeddings(images)
         maps = self.pyramid(of_tower)
-        said,cosines = self.fcos.head(maps, text),self.clip_cosines(embeddings, text, maps)
-        said['cls_logits'] = join_scores(said['cls_logits'], cosines*min(self.backbone.logit_scale, 100.),
-                                         self.clip_weight(text))
+        said = self.fcos.head(maps, text)
+        cosines = self.clip_cosines(embeddings, text, maps)
+        scale = min(self.backbone.logit_scale, 100.)
+        weight = self.clip_weight(text)
+        said['cls_logits'] = join_scores(said['cls_logits'], cosines*scale, weight)
         return said,maps
 
     def boxes(self,
@@ -218,22 +276,46 @@ class Detector(Framework):
         squares,counts = self.cells(full, maps)
         said = {name: value.split(counts, 1) for name,value in said.items()}
         squares = [each.split(counts) for each in squares]
-        self.fcos.score_thresh,kept = self.fcos.score_thresh if score is None else score,self.fcos.score_thresh
-        try: return self.fcos.postprocess_detections(said, squares, [tuple(images.shape[-2:])]*len(images))
+        height,width = images.shape[-2:]
+        sizes = [(height, width)]*len(images)
+        kept = self.fcos.score_thresh
+        if score is not None: self.fcos.score_thresh = score
+        try: return self.fcos.postprocess_detections(said, squares, sizes)
         finally: self.fcos.score_thresh = kept
 
     def scores(self, images:torch.Tensor, text:torch.Tensor):
         "The largest logit of the levels, at the finest level."
-        each = self.fcos.head.classification_head(self.pyramid(self.features(images)), text)
+        head = self.fcos.head.classification_head
+        each = head(self.pyramid(self.features(images)), text)
         best = each[0]
         for logits in each[1:]: best = torch.maximum(best, resize(logits, best.shape[-2:]))
-        return Scores(best, self.pad(images).shape[-2:]).cut(*images.shape[-2:])
+        full = self.pad(images).shape[-2:]
+        scores = Scores(best, full)
+        height,width = images.shape[-2:]
+        return scores.cut(height, width)
 
     def forward(self, images:torch.Tensor, text_embeddings:torch.Tensor):
         "Images (B,3,H,W) and text embeddings (K,D) to logits (B,K,H,W)."
-        return self.scores(images, text_embeddings).part(0, len(text_embeddings))
+        scores = self.scores(images, text_embeddings)
+        return scores.part(0, len(text_embeddings))
 
 # %% ../../nbs/frameworks/39b_detector.ipynb #efeff756
+def _found_things(framework, batch, text, things):
+    "What is found of some classes in a batch of one image, with the number of its class."
+    images = batch['images'].to(device_of(framework))
+    found, = framework.boxes(images, text[things])
+    labels = found['labels']
+    numbers = torch.tensor(things, device=labels.device)
+    found['labels'] = numbers[labels]
+    return found
+
+def _groups_of(data, things):
+    "The groups of classes that a data set names, without the classes that are no things."
+    groups = {}
+    of_data = getattr(data, 'groups', None) or {}
+    for name,of in of_data.items(): groups[name] = [k for k in of if k in things]
+    return groups
+
 def detection_ap(
     framework:Framework, # With `predict(kind='boxes')`
     data:Dataset, # Data set of regions; its `groups` name classes, its `things` those that have boxes
@@ -244,23 +326,29 @@ def detection_ap(
 )->dict: # As of `DetectionAP.compute`; ap_of: name -> AP, NaN where a thing is never there
     "Average precision of the things of a data set. Raises `OpenTransError` without an image."
     names = list(getattr(data.vocabulary, 'names', data.vocabulary))
-    things = sorted(getattr(data, 'things', None) or range(len(names)))
-    text = framework.text(data.vocabulary if vocabulary is None else vocabulary)
+    things = getattr(data, 'things', None) or range(len(names))
+    things = sorted(things)
+    asked = data.vocabulary if vocabulary is None else vocabulary
+    text = framework.text(asked)
     if len(text) != len(names): raise OpenTransError(f"There are {len(text)} names for {len(names)} classes.")
-    total = len(data) if limit is None else min(limit, len(data))
+    total = len(data)
+    if limit is not None: total = min(limit, total)
     if not total: raise OpenTransError("The data set has no images to detect in. Check its root, split and limit.")
-    metric,device = DetectionAP(len(names)),device_of(framework)
+    metric = DetectionAP(len(names))
     with eval_mode(framework):
         for first in range(0, total, batch_size):
-            samples = [read_sample(data, i, True) for i in range(first, min(first+batch_size, total))]
+            last = min(first+batch_size, total)
+            samples = [read_sample(data, i, True) for i in range(first, last)]
             for sample in samples:
                 batch = collate([sample])
-                found, = framework.boxes(batch['images'].to(device), text[things])
-                found['labels'] = torch.tensor(things, device=found['labels'].device)[found['labels']]
-                metric.update(found, batch_boxes(batch, len(names), data.ignore)[0])
-    groups = {name: [k for k in of if k in things] for name,of in (getattr(data, 'groups', None) or {}).items()}
+                found = _found_things(framework, batch, text, things)
+                true = batch_boxes(batch, len(names), data.ignore)
+                metric.update(found, true[0])
+    groups = _groups_of(data, things)
     res = metric.compute(groups=groups)
-    return dict(res, ap_of={names[k]: float(res['by_class'][k]) for k in things}, images=total)
+    by_class = res['by_class']
+    ap_of = {names[k]: float(by_class[k]) for k in things}
+    return dict(res, ap_of=ap_of, images=total)
 
 def draw_boxes(
     image:torch.Tensor, # (3,H,W) in [0,1]
@@ -272,14 +360,23 @@ def draw_boxes(
     "An image with boxes and their names."
     from matplotlib.patches import Rectangle
     ax = get_axes(ax, figsize=(4, 4))
-    ax.imshow(np.asarray(image).transpose(1, 2, 0))
+    picture = np.asarray(image).transpose(1, 2, 0)
+    ax.imshow(picture)
     ax.set_axis_off()
-    for number,(x0,y0,x1,y1) in enumerate(found['boxes'].tolist()):
-        sure = float(found['scores'][number]) if 'scores' in found else None
+    boxes = found['boxes'].tolist()
+    for number,corners in enumerate(boxes):
+        x0,y0,x1,y1 = corners
+        sure = None
+        if 'scores' in found: sure = float(found['scores'][number])
         if sure is not None and sure < score: continue
-        colour = f"C{int(found['labels'][number]) % 10}"
-        ax.add_patch(Rectangle((x0, y0), x1-x0, y1-y0, fill=False, edgecolor=colour, linewidth=1.5))
-        name = names[int(found['labels'][number])]
-        ax.text(x0, y0, for_plot(name if sure is None else f'{name} {sure:.2f}'), color='white', fontsize=9,
-                bbox=dict(facecolor=colour, edgecolor='none', pad=1))
+        kind = int(found['labels'][number])
+        colour = f"C{kind % 10}"
+        width = x1-x0
+        height = y1-y0
+        box = Rectangle((x0, y0), width, height, fill=False, edgecolor=colour, linewidth=1.5)
+        ax.add_patch(box)
+        words = names[kind]
+        if sure is not None: words = f'{words} {sure:.2f}'
+        frame = dict(facecolor=colour, edgecolor='none', pad=1)
+        ax.text(x0, y0, for_plot(words), color='white', fontsize=9, bbox=frame)
     return ax

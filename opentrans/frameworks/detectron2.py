@@ -39,12 +39,21 @@ _log = logging.getLogger('detectron2.opentrans') # below detectron2's own logger
 # %% ../../nbs/frameworks/39_detectron2.ipynb #c17a5cfb
 def _to_clip(clip, mean, std, order):
     "Scale and shift that take an image from a model's normalisation to CLIP's."
-    scale,shift = torch.ones(3),torch.zeros(3)
+    scale = torch.ones(3)
+    shift = torch.zeros(3)
     if mean is not None:
-        own_mean,own_std = (torch.tensor(colour).view(-1) for colour in (clip.origin.mean, clip.origin.std))
-        if order == 'BGR': own_mean,own_std = own_mean.flip(0),own_std.flip(0)
-        needed = torch.tensor(list(std))/(255*own_std),(torch.tensor(list(mean))/255 - own_mean)/own_std
-        if (needed[0]-1).abs().max() >= 1e-4 or needed[1].abs().max() >= 1e-4: scale,shift = needed
+        own_mean = torch.tensor(clip.origin.mean).view(-1)
+        own_std = torch.tensor(clip.origin.std).view(-1)
+        if order == 'BGR':
+            own_mean = own_mean.flip(0)
+            own_std = own_std.flip(0)
+        needed_scale = torch.tensor(list(std))/(255*own_std)
+        needed_shift = torch.tensor(list(mean))/255 - own_mean
+        needed_shift = needed_shift/own_std
+        scales = (needed_scale-1).abs().max() >= 1e-4
+        if scales or needed_shift.abs().max() >= 1e-4:
+            scale = needed_scale
+            shift = needed_shift
     return scale.view(1, 3, 1, 1),shift.view(1, 3, 1, 1)
 
 # %% ../../nbs/frameworks/39_detectron2.ipynb #d3466790
@@ -54,22 +63,28 @@ class _PartlyFrozen(Backbone):
     "A backbone that freezes what no map needs, and what it was asked to."
     def _used(self):
         "Names of the parameters on which a map depends."
-        state = {name: torch.empty_like(p, device='meta').requires_grad_(p.is_floating_point())
-                 for name,p in self.named_parameters()}
+        state = {}
+        for name,parameter in self.named_parameters():
+            like = torch.empty_like(parameter, device='meta')
+            state[name] = like.requires_grad_(parameter.is_floating_point())
         buffers = {name: torch.empty_like(buffer, device='meta') for name,buffer in self.named_buffers()}
-        image = torch.empty(1, 3, self.image_size, self.image_size, device='meta')
+        side = self.image_size
+        image = torch.empty(1, 3, side, side, device='meta')
         with torch.enable_grad():
             maps = torch.func.functional_call(self.eval(), {**state, **buffers}, image)
             total = sum(m.sum() for m in maps.values())
-            gradients = torch.autograd.grad(total, list(state.values()), allow_unused=True)
+            parameters = list(state.values())
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
         return {name for name,gradient in zip(state, gradients) if gradient is not None}
 
     def _freeze(self):
         "Freeze what no map needs, and what was asked for."
         used = self._used()
-        norms = {id(p) for p in norm_params(self)} if self.norm == 'frozen' else set()
+        norms = set()
+        if self.norm == 'frozen': norms = {id(p) for p in norm_params(self)}
         for name,parameter in self.named_parameters():
-            parameter.requires_grad_(name in used and not self.frozen and id(parameter) not in norms)
+            learns = name in used and not self.frozen
+            parameter.requires_grad_(learns and id(parameter) not in norms)
         self.train()
 
     def train(self, mode:bool=True):
@@ -112,12 +127,15 @@ class OpenTransCLIP(_PartlyFrozen):
         self.embed_dim = clip.embed_dim
         self.image_size = clip.image_size
         self._out_features = list(out_features)
-        self._out_feature_channels,self._out_feature_strides = dict(clip.channels),dict(clip.strides)
+        self._out_feature_channels = dict(clip.channels)
+        self._out_feature_strides = dict(clip.strides)
         self.norm = norm
         self.frozen = frozen
         self.bgr = input_format == 'BGR'
         scale,shift = _to_clip(clip, pixel_mean, pixel_std, input_format)
-        self.same = bool((scale == 1).all() and (shift == 0).all())
+        keeps_size = (scale == 1).all()
+        keeps_place = (shift == 0).all()
+        self.same = bool(keeps_size and keeps_place)
         self.register_buffer('scale', scale, persistent=False)
         self.register_buffer('shift', shift, persistent=False)
         self._freeze()
@@ -128,7 +146,8 @@ class OpenTransCLIP(_PartlyFrozen):
         if 'OPENTRANS' not in cfg.MODEL:
             raise OpenTransError("The configuration has no MODEL.OPENTRANS. Call add_opentrans_config(cfg) before "
                                  "cfg.merge_from_file(...).")
-        own,model = {option.lower(): value for option,value in cfg.MODEL.OPENTRANS.items()},cfg.MODEL
+        model = cfg.MODEL
+        own = {option.lower(): value for option,value in model.OPENTRANS.items()}
         own['out_features'] = tuple(own['out_features'])
         return dict(own, pixel_mean=model.PIXEL_MEAN, pixel_std=model.PIXEL_STD, input_format=cfg.INPUT.FORMAT)
 
@@ -145,7 +164,8 @@ class OpenTransCLIP(_PartlyFrozen):
     )->dict[str, torch.Tensor]: # Map name -> (B,C,h,w)
         "The maps of the tower."
         if not self.same: x = x*self.scale + self.shift
-        maps = self.kind.features(self.visual, x.flip(1) if self.bgr else x)[0]
+        if self.bgr: x = x.flip(1)
+        maps = self.kind.features(self.visual, x)[0]
         return {name: maps[name] for name in self._out_features}
 
 if BACKBONE_REGISTRY is not None and 'OpenTransCLIP' not in BACKBONE_REGISTRY:
@@ -160,7 +180,8 @@ def _add_node(cfg, options):
     for name,value in options.items():
         option = name.upper()
         check_choice('option of MODEL.OPENTRANS', option, node)
-        node[option] = type(node[option])('' if value is None else value)
+        kind = type(node[option])
+        node[option] = kind('' if value is None else value)
     cfg.MODEL.OPENTRANS = node
     if options: cfg.MODEL.BACKBONE.NAME = 'OpenTransCLIP'
 
@@ -180,7 +201,8 @@ def add_opentrans_config(
     for name in ('pixel_mean', 'pixel_std', 'input_format'):
         value = cfg.model.get(name)
         if value is not None: told[name] = value if isinstance(value, str) else list(value)
-    new = config.LazyCall('opentrans.frameworks.detectron2.OpenTransCLIP')(**{**told, **options})
+    make = config.LazyCall('opentrans.frameworks.detectron2.OpenTransCLIP')
+    new = make(**{**told, **options})
     if 'bottom_up' in cfg.model.backbone: cfg.model.backbone.bottom_up = new
     else: cfg.model.backbone = new
     return cfg
@@ -194,8 +216,10 @@ class MaskHook(HookBase):
         strict:bool=True, # Raise if the model lacks a layer of the mask?
     ):
         _d2(why='MaskHook')
-        self.mask = mask if mask is None or isinstance(mask, SparseMask) else SparseMask.load(mask)
-        self.iteration,self.strict = int(iteration),strict
+        is_file = mask is not None and not isinstance(mask, SparseMask)
+        self.mask = SparseMask.load(mask) if is_file else mask
+        self.iteration = int(iteration)
+        self.strict = strict
         self.handle = self.applied = None
 
     def before_step(self):
@@ -209,7 +233,8 @@ class MaskHook(HookBase):
                                  "mask or its file.")
         self.handle = self.mask.apply(self.trainer.model, self.strict)
         if self.applied is None: self.applied = int(self.trainer.iter)
-        placed,left = len(self.handle.placed),len(self.handle.left)
+        placed = len(self.handle.placed)
+        left = len(self.handle.left)
         said = f'mask over {placed} layers in force, density {self.mask.density:.4f}'
         if left: said += f', {left} layers left out'
         _log.info(f'iteration {self.trainer.iter}: {said}')
@@ -218,7 +243,9 @@ class MaskHook(HookBase):
     def density(self)->float:
         "The share of the masked weights that is not zero in the model as it stands."
         weights = self.mask.weights(self.trainer.model, self.strict).values()
-        return sum(int(w.count_nonzero()) for w in weights)/sum(w.numel() for w in weights)
+        kept = sum(int(w.count_nonzero()) for w in weights)
+        whole = sum(w.numel() for w in weights)
+        return kept/whole
 
     def after_train(self):
         if self.handle is not None: self.handle.remove()
@@ -226,23 +253,32 @@ class MaskHook(HookBase):
 
     def state_dict(self):
         if self.applied is None: return {}
-        bits = {name: torch.from_numpy(np.packbits(kept.numpy().reshape(-1))) for name,kept in self.mask.items()}
+        bits = {}
+        for name,kept in self.mask.items():
+            packed = np.packbits(kept.numpy().reshape(-1))
+            bits[name] = torch.from_numpy(packed)
         shapes = {name: list(shape) for name,shape in self.mask.shapes.items()}
-        return dict(bits=bits, shapes=shapes, info=json.dumps(self.mask.info, default=str), applied=self.applied)
+        info = json.dumps(self.mask.info, default=str)
+        return dict(bits=bits, shapes=shapes, info=info, applied=self.applied)
 
     def load_state_dict(self, state:dict):
-        kept = {name: _unpacked(bits, state['shapes'][name]) for name,bits in state['bits'].items()}
-        trained = SparseMask(kept, json.loads(state['info']))
+        shapes = state['shapes']
+        kept = {name: _unpacked(bits, shapes[name]) for name,bits in state['bits'].items()}
+        info = json.loads(state['info'])
+        trained = SparseMask(kept, info)
         if self.mask is not None and self.mask != trained:
             raise OpenTransError(f"The checkpoint was trained with another mask (density {trained.density:.4f}, "
                                  f"this one {self.mask.density:.4f}). Give the same mask, or MaskHook() to take the"
                                  " checkpoint's, or begin a new run.")
-        self.mask,self.applied = trained,state['applied']
+        self.mask = trained
+        self.applied = state['applied']
 
 def _unpacked(bits, shape):
     "A tensor of bools from packed bits."
-    flat = np.unpackbits(bits.cpu().numpy(), count=int(np.prod(shape)))
-    return torch.from_numpy(flat.astype(bool)).reshape(tuple(shape))
+    count = int(np.prod(shape))
+    flat = np.unpackbits(bits.cpu().numpy(), count=count)
+    kept = torch.from_numpy(flat.astype(bool))
+    return kept.reshape(tuple(shape))
 
 # %% ../../nbs/frameworks/39_detectron2.ipynb #b67c0efe
 def drop_frozen(
@@ -258,7 +294,9 @@ def drop_frozen(
             parameter.grad = None
             dropped += 1
         for key in ('params', 'param_names'):
-            if key in group: group[key] = [value for value,out in zip(group[key], frozen) if not out]
+            if key not in group: continue
+            members = zip(group[key], frozen)
+            group[key] = [value for value,out in members if not out]
     return dropped
 
 def rewrap(
@@ -266,10 +304,12 @@ def rewrap(
 )->nn.Module: # The same, or if it was in `DistributedDataParallel`, anew in one of the same settings
     "Let distributed training know which parameters have gradients now. All processes must call it."
     if not isinstance(model, DistributedDataParallel): return model
-    settings = {name: getattr(model, name) for name in (
+    names = (
         'device_ids', 'output_device', 'dim', 'broadcast_buffers', 'process_group', 'find_unused_parameters',
-        'gradient_as_bucket_view', 'static_graph')}
-    new = DistributedDataParallel(model.module, bucket_cap_mb=model.bucket_bytes_cap/2**20, **settings)
+        'gradient_as_bucket_view', 'static_graph')
+    settings = {name: getattr(model, name) for name in names}
+    bucket = model.bucket_bytes_cap/2**20
+    new = DistributedDataParallel(model.module, bucket_cap_mb=bucket, **settings)
     for hook,state in getattr(model, '_comm_hooks', ()): new.register_comm_hook(state, hook)
     return new.train(model.training)
 
@@ -286,9 +326,12 @@ class SelectionHook(HookBase):
         **options, # Of `analyze`, such as `xmin='paper'`
     ):
         _d2(why='SelectionHook')
-        self.iteration,self.tower = int(iteration),tower or image_tower
-        self.how,self.options = dict(freeze=freeze, by=by, seed=seed),options
-        self.given = LayerSelection.from_json(selection) if isinstance(selection, (str, Path)) else selection
+        self.iteration = int(iteration)
+        self.tower = tower or image_tower
+        self.how = dict(freeze=freeze, by=by, seed=seed)
+        self.options = options
+        is_file = isinstance(selection, (str, Path))
+        self.given = LayerSelection.from_json(selection) if is_file else selection
         self.selection = self.table = self.handle = None
         self.stale = False # does the distributed wrapper know of what is frozen?
 
@@ -302,17 +345,23 @@ class SelectionHook(HookBase):
                     "and its checkpoint brought no choice. Register SelectionHook before trainer.resume_or_load(); "
                     f"if the run had no selection so far, set iteration={now}.")
             self.selection = self.choose()
-            learn,frozen = len(self.selection.train),len(self.selection.freeze)
+            learn = len(self.selection.train)
+            frozen = len(self.selection.freeze)
             _log.info(f'iteration {now}: {learn} layers learn, {frozen} are frozen ({self.selection.rule})')
         if self.handle is None: self.apply()
-        if self.stale: self.trainer.model,self.stale = rewrap(self.trainer.model),False
+        if self.stale:
+            self.trainer.model = rewrap(self.trainer.model)
+            self.stale = False
 
     def choose(self)->LayerSelection:
         "Choose among the layers that learn in this trainer; of several processes the first one's choice holds."
         tower = self.tower(self.trainer.model)
-        held = {id(p) for group in self.trainer.optimizer.param_groups for p in group['params']}
+        groups = self.trainer.optimizer.param_groups
+        held = {id(p) for group in groups for p in group['params']}
         known = {layer.name: layer.param for layer in layers(tower)}
-        learn = {name for name,p in known.items() if p.requires_grad and id(p) in held}
+        learn = set()
+        for name,p in known.items():
+            if p.requires_grad and id(p) in held: learn.add(name)
         if not learn:
             raise OpenTransError("No layer of the image tower learns in this trainer, so there is nothing to "
                                  "choose: its weights are frozen, as in FC-CLIP's own backbone, or the optimizer "
@@ -322,13 +371,16 @@ class SelectionHook(HookBase):
             self.table = analyze(tower, **self.options).only(learn)
             chosen = self.table.select(**self.how)
         for name in chosen.train+chosen.freeze: check_choice('layer of the image tower', name, known)
-        train,freeze = ([name for name in names if name in learn] for names in (chosen.train, chosen.freeze))
+        train = [name for name in chosen.train if name in learn]
+        freeze = [name for name in chosen.freeze if name in learn]
         mine = LayerSelection(train, freeze, chosen.rule).to_json()
-        return LayerSelection.from_json(_d2('detectron2.utils.comm').all_gather(mine)[0])
+        all_chosen = _d2('detectron2.utils.comm').all_gather(mine)
+        return LayerSelection.from_json(all_chosen[0])
 
     def apply(self):
         "Freeze them now."
-        self.handle = self.selection.apply(self.tower(self.trainer.model))
+        tower = self.tower(self.trainer.model)
+        self.handle = self.selection.apply(tower)
         drop_frozen(self.trainer.optimizer)
         self.stale = True
 
@@ -353,19 +405,23 @@ def deeplab_config(
     **options, # Of `OpenTransCLIP`: name, pretrained, output_stride, ...
 ): # A `CfgNode` for detectron2's `DefaultTrainer`, not frozen; its SOLVER is detectron2's
     "DeepLabV3+ of `detectron2.projects` (`SemanticSegmentor`, `DeepLabV3PlusHead`) on `OpenTransCLIP`."
-    deeplab,cfg = _d2('detectron2.projects.deeplab', 'deeplab_config'),_d2('detectron2.config').get_cfg()
+    deeplab = _d2('detectron2.projects.deeplab', 'deeplab_config')
+    cfg = _d2('detectron2.config').get_cfg()
     deeplab.add_deeplab_config(cfg)
-    add_opentrans_config(cfg, **{'name': 'RN50', 'output_stride': 16, 'out_features': ('res2', 'res5'), **options})
+    defaults = dict(name='RN50', output_stride=16, out_features=('res2', 'res5'))
+    add_opentrans_config(cfg, **{**defaults, **options})
     meta = _deeplab_data(train, test)
-    cfg.DATASETS.TRAIN,cfg.DATASETS.TEST = (train,),(test,) if test else ()
+    cfg.DATASETS.TRAIN = (train,)
+    cfg.DATASETS.TEST = (test,) if test else ()
     cfg.INPUT.FORMAT = 'RGB'
     cfg.MODEL.META_ARCHITECTURE = 'SemanticSegmentor'
     cfg.MODEL.DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
     cfg.MODEL.WEIGHTS = ''
     cfg.MODEL.PIXEL_MEAN = [255*value for value in open_clip.OPENAI_DATASET_MEAN]
     cfg.MODEL.PIXEL_STD = [255*value for value in open_clip.OPENAI_DATASET_STD]
+    ignored = meta.get('ignore_label', 255)
     head = dict(
-        NAME='DeepLabV3PlusHead', NUM_CLASSES=len(meta.stuff_classes), IGNORE_VALUE=meta.get('ignore_label', 255),
+        NAME='DeepLabV3PlusHead', NUM_CLASSES=len(meta.stuff_classes), IGNORE_VALUE=ignored,
         LOSS_TYPE='cross_entropy', NORM='BN', COMMON_STRIDE=4, IN_FEATURES=['res2', 'res5'],
         PROJECT_FEATURES=['res2'], PROJECT_CHANNELS=[48], ASPP_CHANNELS=width, CONVS_DIM=width,
         ASPP_DILATIONS=list(dilations))

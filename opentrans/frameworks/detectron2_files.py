@@ -39,26 +39,37 @@ class Outlines(Segmentation):
         files:Sequence[Files], # For each image its file, and its annotations as `segments`
         **kwargs, # Of `Segmentation`
     ):
-        super().__init__(name, vocabulary, files, things=range(len(vocabulary)), **kwargs)
+        things = range(len(vocabulary))
+        super().__init__(name, vocabulary, files, things=things, **kwargs)
 
     def annotation(self, i:int):
-        coco,file = optional('pycocotools.mask', 'detectron2', 'Reading instances'),self.files[i]
+        coco = optional('pycocotools.mask', 'detectron2', 'Reading instances')
+        file = self.files[i]
         height,width = read_image(file.image).shape[1:]
         categories = [outline.get('category_id') for outline in file.segments]
         for category in categories:
             if category in range(len(self.vocabulary)): continue
             raise OpenTransError(f"The annotation of '{file.id}' names category {category!r}, and there are "
                                  f"classes 0 to {len(self.vocabulary)-1}.")
-        masks = [_outlined(coco, outline.get('segmentation'), height, width, file.id) for outline in file.segments]
-        segments = np.zeros((height, width), np.min_scalar_type(len(masks)))
-        for j in sorted(range(len(masks)), key=lambda j: -masks[j].sum()): segments[masks[j]] = j+1
+        masks = []
+        for outline in file.segments:
+            shape = outline.get('segmentation')
+            masks.append(_outlined(coco, shape, height, width, file.id))
+        dtype = np.min_scalar_type(len(masks))
+        segments = np.zeros((height, width), dtype)
+        order = sorted(range(len(masks)), key=lambda j: -masks[j].sum())
+        for j in order: segments[masks[j]] = j+1
         single = [not outline.get('iscrowd') for outline in file.segments]
-        return segments,np.array([self.ignore, *categories]),np.array([False, *single])
+        classes = np.array([self.ignore, *categories])
+        is_single = np.array([False, *single])
+        return segments,classes,is_single
 
 def _outlined(coco, outline, height, width, name):
     "The mask of polygons or run lengths. Raises `OpenTransError` for an outline that cannot be drawn on the image."
     try:
-        if isinstance(outline, list): outline = coco.merge(coco.frPyObjects(outline, height, width))
+        if isinstance(outline, list):
+            parts = coco.frPyObjects(outline, height, width)
+            outline = coco.merge(parts)
         elif tuple(outline['size']) != (height, width):
             down,across = outline['size']
             raise OpenTransError(f"An outline of '{name}' is {across}x{down} pixels, its image {width}x{height}.")
@@ -74,30 +85,42 @@ _KEYS = dict(panoptic='pan_seg_file_name', semantic='sem_seg_file_name', instanc
 
 def _classes(meta):
     "The names of all classes, the indices of things, and for (id, isthing) of a panoptic segment its class."
-    things,stuff = list(meta.get('thing_classes') or []),list(meta.get('stuff_classes') or [])
+    things = list(meta.get('thing_classes') or [])
+    stuff = list(meta.get('stuff_classes') or [])
     def as_it_is(category, thing): return category
-    if set(things) <= set(stuff): return stuff,[i for i,name in enumerate(stuff) if name in things],as_it_is
+    if set(things) <= set(stuff):
+        places = [i for i,name in enumerate(stuff) if name in things]
+        return stuff,places,as_it_is
     # things and stuff are counted apart, as for PanopticFPN, where the first of the stuff may be all things
     others = stuff[1:] if stuff[:1] == ['things'] else stuff
-    behind = len(things) - (len(stuff)-len(others))
+    left_out = len(stuff)-len(others)
+    behind = len(things) - left_out
     def place(category, thing): return category if thing else category+behind
-    return things+others,list(range(len(things))),place
+    names = things+others
+    return names,list(range(len(things))),place
 
 def _entries(entry, kind, place):
     "The segments of an image, with the class of each as `category_id`."
     if kind == 'instances': return [outline for outline in entry['annotations'] if outline.get('segmentation')]
     if kind != 'panoptic': return None
-    return [dict(segment, category_id=place(segment['category_id'], segment.get('isthing', True)))
-            for segment in entry['segments_info']]
+    segments = []
+    for segment in entry['segments_info']:
+        is_thing = segment.get('isthing', True)
+        category = place(segment['category_id'], is_thing)
+        segments.append(dict(segment, category_id=category))
+    return segments
 
 def _files(dicts, kind, place):
     "The files of a data set of detectron2, by the names of its images where these differ."
-    stems,files = [Path(entry['file_name']).stem for entry in dicts],[]
+    stems = [Path(entry['file_name']).stem for entry in dicts]
+    files = []
     distinct = len(set(stems)) == len(stems)
     for stem,entry in zip(stems, dicts):
         name = stem if distinct else str(entry['image_id'])
-        labels = entry['file_name'] if kind == 'instances' else entry[_KEYS[kind]]
-        files.append(Files(name, Path(entry['file_name']), Path(labels), _entries(entry, kind, place)))
+        image = Path(entry['file_name'])
+        labels = image if kind == 'instances' else Path(entry[_KEYS[kind]])
+        segments = _entries(entry, kind, place)
+        files.append(Files(name, image, labels, segments))
     return files
 
 # %% ../../nbs/frameworks/39a_detectron2_files.ipynb #b04d86b8
@@ -110,8 +133,10 @@ def from_catalog(
     "A data set of detectron2 as one of ours. Raises `OpenTransError` for an unknown name or kind of annotation."
     data = _d2('detectron2.data', 'from_catalog')
     check_choice("data set in detectron2's catalog", name, data.DatasetCatalog.list())
-    dicts,meta = data.DatasetCatalog.get(name),data.MetadataCatalog.get(name)
-    kinds = [known for known,key in _KEYS.items() if dicts and key in dicts[0]]
+    dicts = data.DatasetCatalog.get(name)
+    meta = data.MetadataCatalog.get(name)
+    kinds = []
+    if dicts: kinds = [known for known,key in _KEYS.items() if key in dicts[0]]
     if not kinds:
         held = ', '.join(dicts[0]) if dicts else 'nothing'
         raise OpenTransError(f"'{name}' has no segmentation to read: its entries hold {held}.")
@@ -121,13 +146,18 @@ def from_catalog(
     if kind == 'instances': names = list(meta.thing_classes)
     ours = meta.get('opentrans') or {} # what `register_catalog` has written
     if not isinstance(vocabulary, Vocabulary):
-        vocabulary = Vocabulary(vocabulary or names, ours.get('templates', 'photo'))
-    about,files = dict(kwargs, groups=ours.get('groups')),_files(dicts, kind, place)
-    name,classes = ours.get('name', name),len(vocabulary)
+        templates = ours.get('templates', 'photo')
+        vocabulary = Vocabulary(vocabulary or names, templates)
+    about = dict(kwargs, groups=ours.get('groups'))
+    files = _files(dicts, kind, place)
+    name = ours.get('name', name)
+    classes = len(vocabulary)
     if kind == 'panoptic':
-        return Panoptic(name, vocabulary, files, {i: i for i in range(classes)}, things=things, **about)
+        same = {i: i for i in range(classes)}
+        return Panoptic(name, vocabulary, files, same, things=things, **about)
     if kind == 'instances': return Outlines(name, vocabulary, files, **about)
-    table = label_lut(classes, void=[meta.get('ignore_label', 255)])
+    ignored = meta.get('ignore_label', 255)
+    table = label_lut(classes, void=[ignored])
     return LabelMaps(name, vocabulary, files, table, things=things, **about)
 
 # %% ../../nbs/frameworks/39a_detectron2_files.ipynb #f8a726ed
@@ -135,32 +165,60 @@ def _write_world(data, root, split):
     "Images, panoptic maps, label maps and, last, the JSON file; what is there already is not written again."
     path = Path(root)/f'coco/annotations/panoptic_{split}2017.json'
     if path.exists():
-        told,written = read_panoptic_json(path, 'images', 'categories'),load_json(path) # checked; with all fields
-        if not _is_world(written, told['opentrans'].get('name'), data):
-            images,classes = len(written['images']),len(written['categories'])
+        told = read_panoptic_json(path, 'images', 'categories') # checked
+        written = load_json(path) # with all fields
+        named = told['opentrans'].get('name')
+        if not _is_world(written, named, data):
+            images = len(written['images'])
+            classes = len(written['categories'])
             raise OpenTransError(f"'{root}' holds another data set (split {split}): {images} images, {classes} "
                                  "classes. Choose another root.")
         return written
     kind = np.uint8 if data.ignore == 255 else np.uint16
+    folder = Path(root)/f'coco/panoptic_semseg_{split}2017'
     for i in range(len(data)):
         sample = data[i]
         name = sample['id'].replace('/', '__')
-        image = Image.fromarray(sample['labels'].numpy().astype(kind))
-        with atomic_path(Path(root)/f'coco/panoptic_semseg_{split}2017/{name}.png') as part: image.save(part)
+        labels = sample['labels'].numpy().astype(kind)
+        image = Image.fromarray(labels)
+        with atomic_path(folder/f'{name}.png') as part: image.save(part)
     write_coco_panoptic(data, root, split)
     return load_json(path)
 
 def _is_world(written, name, data):
     "Is what was written whole, and of this data set?"
-    images,annotations,categories = (written[key] for key in ('images', 'annotations', 'categories'))
-    sized = all(isinstance(image.get(side), int) for image in images for side in ('height', 'width'))
-    used = {segment['category_id'] for entry in annotations for segment in entry['segments_info']}
+    images = written['images']
+    annotations = written['annotations']
+    categories = written['categories']
+    sides = (image.get(side) for image in images for side in ('height', 'width'))
+    sized = all(isinstance(side, int) for side in sides)
+    segments = (segment for entry in annotations for segment in entry['segments_info'])
+    used = {segment['category_id'] for segment in segments}
     known = used <= {category['id'] for category in categories}
     names = tuple(category['name'] for category in categories)
-    whole = sized and known and len(annotations) == len(images)
-    return whole and (name, len(images), names) == (data.name, len(data), data.vocabulary.entries)
+    complete = len(annotations) == len(images)
+    if not (sized and known and complete): return False
+    said = name,len(images),names
+    return said == (data.name, len(data), data.vocabulary.entries)
 
 # %% ../../nbs/frameworks/39a_detectron2_files.ipynb #bd68d048
+def _folders(coco, split):
+    "Where the files of a split lie, as detectron2 calls them."
+    images = coco/f'{split}2017'
+    panoptic = coco/f'panoptic_{split}2017'
+    listed = coco/f'annotations/panoptic_{split}2017.json'
+    return dict(image_root=str(images), panoptic_root=str(panoptic), panoptic_json=str(listed))
+
+def _about(data, things):
+    "What detectron2 and `from_catalog` ask of the classes of a data set."
+    names = list(data.vocabulary.entries)
+    of_things = [names[i] for i in things.values()]
+    judge = 'coco_panoptic_seg' if things else 'sem_seg'
+    templates = list(data.vocabulary.templates)
+    ours = dict(name=data.name, templates=templates, groups=getattr(data, 'groups', {}))
+    return dict(stuff_classes=names, thing_classes=of_things, ignore_label=data.ignore, label_divisor=1000,
+                evaluator_type=judge, opentrans=ours)
+
 def register_catalog(
     data:Dataset, # Data set of samples, such as `ShapesWorld`, or what `open_dataset` gives
     name:str, # New name in `DatasetCatalog` and `MetadataCatalog`
@@ -174,37 +232,46 @@ def register_catalog(
     if name in catalogs.DatasetCatalog.list():
         raise OpenTransError(f"detectron2 has a data set '{name}' already. Choose another name, or free it: "
                              f"DatasetCatalog.remove('{name}').")
-    if split is None: split = 'train' if getattr(data, 'split', '') == 'train' else 'val'
+    if split is None:
+        is_train = getattr(data, 'split', '') == 'train'
+        split = 'train' if is_train else 'val'
     written = _write_world(data, root, split)
-    coco,categories = Path(root)/'coco',written['categories']
+    coco = Path(root)/'coco'
+    categories = written['categories']
     place = {category['id']: i for i,category in enumerate(categories)}
-    things = {category['id']: place[category['id']] for category in categories if category.get('isthing', 1)}
-    folders = dict(image_root=coco/f'{split}2017', panoptic_root=coco/f'panoptic_{split}2017',
-                   panoptic_json=coco/f'annotations/panoptic_{split}2017.json')
-    folders = {key: str(path) for key,path in folders.items()}
+    things = {}
+    for category in categories:
+        number = category['id']
+        if category.get('isthing', 1): things[number] = place[number]
+    folders = _folders(coco, split)
     labels = str(coco/f'panoptic_semseg_{split}2017')
-    names = list(data.vocabulary.entries)
-    ours = dict(name=data.name, templates=list(data.vocabulary.templates), groups=getattr(data, 'groups', {}))
-    catalogs.DatasetCatalog.register(name, lambda: _catalog_entries(written, folders, labels, place, things))
+    def entries(): return _catalog_entries(written, folders, labels, place, things)
+    catalogs.DatasetCatalog.register(name, entries)
+    about = _about(data, things)
     catalogs.MetadataCatalog.get(name).set(
-        stuff_classes=names, thing_classes=[names[i] for i in things.values()], ignore_label=data.ignore,
-        label_divisor=1000, evaluator_type='coco_panoptic_seg' if things else 'sem_seg', **folders,
-        thing_dataset_id_to_contiguous_id=things, stuff_dataset_id_to_contiguous_id=place, opentrans=ours)
-    return Handle(lambda: (catalogs.DatasetCatalog.remove(name), catalogs.MetadataCatalog.remove(name)))
+        **about, **folders, thing_dataset_id_to_contiguous_id=things, stuff_dataset_id_to_contiguous_id=place)
+    def free():
+        catalogs.DatasetCatalog.remove(name)
+        catalogs.MetadataCatalog.remove(name)
+    return Handle(free)
 
 def _catalog_entries(written, folders, labels, place, things):
     "The entries of a written data set, as detectron2 lists them."
+    image_root = Path(folders['image_root'])
+    panoptic_root = Path(folders['panoptic_root'])
     entries = []
     for image,annotation in zip(written['images'], written['annotations']):
         segments = []
         for segment in annotation['segments_info']:
             category = segment['category_id']
             segments.append(dict(segment, category_id=place[category], isthing=category in things))
-        file,maps = str(Path(folders['image_root'])/image['file_name']),annotation['file_name']
-        entries.append(dict(
-            file_name=file, image_id=image['id'], height=image['height'], width=image['width'],
-            pan_seg_file_name=str(Path(folders['panoptic_root'])/maps), sem_seg_file_name=str(Path(labels)/maps),
-            segments_info=segments))
+        file = str(image_root/image['file_name'])
+        maps = annotation['file_name']
+        entry = dict(file_name=file, image_id=image['id'], height=image['height'], width=image['width'])
+        entry['pan_seg_file_name'] = str(panoptic_root/maps)
+        entry['sem_seg_file_name'] = str(Path(labels)/maps)
+        entry['segments_info'] = segments
+        entries.append(entry)
     return entries
 
 # %% ../../nbs/frameworks/39a_detectron2_files.ipynb #65b7b095
@@ -213,8 +280,12 @@ def image_tower(
 )->nn.Module: # The module in which layers have their names
     "CLIP's image tower in a model, or without CLIP its `backbone`. Raises `OpenTransError` for none, or several."
     model = unwrap(model)
-    owners = [module for module in model.modules() if isinstance(getattr(module, 'tower', None), nn.Module)]
-    found = {id(tower): tower for tower in map(find_tower, owners)}
+    owners = []
+    for module in model.modules():
+        tower = getattr(module, 'tower', None)
+        if isinstance(tower, nn.Module): owners.append(module)
+    towers = map(find_tower, owners)
+    found = {id(tower): tower for tower in towers}
     if not found: found = {id(module): module for module in model.modules() if is_tower(module)}
     if len(found) > 1:
         kinds = ', '.join(type(tower).__name__ for tower in found.values())
@@ -223,7 +294,8 @@ def image_tower(
     if not found and not hasattr(model, 'backbone'):
         raise OpenTransError(f"{type(model).__name__} has neither an image tower of CLIP nor a backbone. "
                              "Say where the layers are: tower=lambda model: model....")
-    return next(iter(found.values())) if found else model.backbone
+    if not found: return model.backbone
+    return next(iter(found.values()))
 
 # %% ../../nbs/frameworks/39a_detectron2_files.ipynb #1a8dafff
 _TEXT = ( # what names of CLIP's text side begin with
@@ -236,22 +308,31 @@ def _read(source):
     if not isinstance(source, dict): return read_weights(source)
     for key in ('model', 'state_dict'):
         if isinstance(source.get(key), dict): source = source[key]
-    arrays = {name: value for name,value in source.items() if isinstance(value, (torch.Tensor, np.ndarray))}
+    kinds = torch.Tensor,np.ndarray
+    arrays = {name: value for name,value in source.items() if isinstance(value, kinds)}
     return {name: torch.as_tensor(value) for name,value in arrays.items()}
 
 # %% ../../nbs/frameworks/39a_detectron2_files.ipynb #b633c3db
 def _new_names(state, old, new, part):
     "New names of a tower, and of the text side if that is asked for. Raises `OpenTransError` for such a prefix."
     if new and not new.endswith('.'): raise OpenTransError(f"prefix='{new}' must end with a dot, e.g. '{new}.'.")
-    def of_text(name): return not old and name.startswith(_TEXT[1:]) and name != 'positional_embedding'
-    names = {name: new+name[len(old):] for name in state if name.startswith(old) and not of_text(name)}
+    def of_text(name):
+        if old or name == 'positional_embedding': return False
+        return name.startswith(_TEXT[1:])
+    names = {}
+    for name in state:
+        is_of_tower = name.startswith(old) and not of_text(name)
+        if is_of_tower: names[name] = new+name.removeprefix(old)
     if part == 'clip':
-        if not (old.endswith('visual.') and new.endswith('visual.')):
+        beside = old.endswith('visual.') and new.endswith('visual.')
+        if not beside:
             raise OpenTransError(f"The text side stands beside 'visual.'; the prefixes are '{old}' and '{new}'. "
                                  "Use part='image'.")
-        outer,new_outer = (prefix.removesuffix('visual.') for prefix in (old, new))
+        outer = old.removesuffix('visual.')
+        new_outer = new.removesuffix('visual.')
         text = tuple(outer+start for start in _TEXT)
-        names.update({name: new_outer+name[len(outer):] for name in state if name.startswith(text)})
+        for name in state:
+            if name.startswith(text): names[name] = new_outer+name.removeprefix(outer)
     return names
 
 def _check_like(tower, like):
@@ -259,18 +340,26 @@ def _check_like(tower, like):
     own = image_tower(like).state_dict()
     wrong = []
     for name,tensor in own.items():
-        there = tuple(tower[name].shape) if name in tower else None
-        if there == tuple(tensor.shape) or there is None and name.endswith('num_batches_tracked'): continue
-        wrong.append(f'{name} {tuple(tensor.shape)}' + (f' (there {there})' if there is not None else ''))
+        shape = tuple(tensor.shape)
+        there = None
+        if name in tower: there = tuple(tower[name].shape)
+        is_counter = there is None and name.endswith('num_batches_tracked')
+        if there == shape or is_counter: continue
+        known = '' if there is None else f' (there {there})'
+        wrong.append(f'{name} {shape}{known}')
     wrong += [name for name in tower if name not in own]
     if wrong:
-        raise OpenTransError(f"The checkpoint's tower is not like that of {type(like).__name__}: {len(wrong)} "
-                             f"tensors differ, such as {', '.join(wrong[:4])}.")
+        kind = type(like).__name__
+        some = ', '.join(wrong[:4])
+        raise OpenTransError(f"The checkpoint's tower is not like that of {kind}: {len(wrong)} "
+                             f"tensors differ, such as {some}.")
 
 def _write(state, out, to):
     if Path(out).suffix == '.safetensors':
-        return save_tensors({name: tensor.clone() for name,tensor in state.items()}, out, dict(format='pt'))
-    with atomic_path(out) as part: torch.save({'model': state} if to == 'detectron2' else state, part)
+        copies = {name: tensor.clone() for name,tensor in state.items()}
+        return save_tensors(copies, out, dict(format='pt'))
+    held = {'model': state} if to == 'detectron2' else state
+    with atomic_path(out) as part: torch.save(held, part)
 
 # %% ../../nbs/frameworks/39a_detectron2_files.ipynb #4ead5fe3
 def convert_checkpoint(
@@ -289,15 +378,20 @@ def convert_checkpoint(
     check_choice('target of convert_checkpoint', to, _PREFIXES)
     check_choice('part of a checkpoint', part, ('image', 'clip'))
     state = _read(source)
-    old,new = tower_prefix(state),_PREFIXES[to] if prefix is None else prefix
+    old = tower_prefix(state)
+    new = _PREFIXES[to] if prefix is None else prefix
     names = _new_names(state, old, new, part)
     left = [name for name in state if name not in names]
     if like is not None:
-        _check_like({name[len(old):]: tensor for name,tensor in state.items() if name.startswith(old)}, like)
+        tower = {}
+        for name,tensor in state.items():
+            if name.startswith(old): tower[name.removeprefix(old)] = tensor
+        _check_like(tower, like)
     if keep:
         names.update({name: name for name in left})
         left = []
-    if len(set(names.values())) < len(names):
+    different = set(names.values())
+    if len(different) < len(names):
         raise OpenTransError(f"Two tensors would be called the same, under '{new}'. Choose another prefix, or "
                              "keep=False.")
     converted = {here: state[name] for name,here in names.items()}

@@ -39,17 +39,24 @@ class FASegPixelDecoder(PixelDecoder):
     ):
         check_choice('key_pos', key_pos, KEY_POSITIONS)
         if len(channels) != 4:
+            given = ', '.join(channels)
             raise OpenTransError("The decoder needs the maps of four stages, with strides 4, 8, 16 and 32; "
-                                 f"got {len(channels)}: {', '.join(channels)}.")
+                                 f"got {len(channels)}: {given}.")
         super().__init__(channels, hidden, **kwargs)
-        self.hrca,conditional = hrca,key_pos == 'conditional'
+        self.hrca = hrca
+        conditional = key_pos == 'conditional'
         if hrca and conditional:
-            projection = nn.Conv2d(channels[self.names[0]], hidden, 1)
-            self.input_projections.append(nn.Sequential(projection, nn.GroupNorm(32, hidden)))
+            finest = self.names[0]
+            projection = nn.Conv2d(channels[finest], hidden, 1)
+            norm = nn.GroupNorm(32, hidden)
+            self.input_projections.append(nn.Sequential(projection, norm))
             nn.init.xavier_uniform_(projection.weight)
             nn.init.zeros_(projection.bias)
-        kind = dict(conditional=ConditionalPositionEncoding, learned=LearnedPositionEncoding).get(key_pos)
-        self.positions = None if kind is None else nn.ModuleList(kind(hidden) for _ in range(3+hrca))
+        kinds = dict(conditional=ConditionalPositionEncoding, learned=LearnedPositionEncoding)
+        kind = kinds.get(key_pos)
+        levels = range(3+hrca)
+        if kind is None: self.positions = None
+        else: self.positions = nn.ModuleList(kind(hidden) for _ in levels)
 
     def encode(self, i:int, x:torch.Tensor)->torch.Tensor: # (B,hidden,h,w)
         "Positional encodings of level `i`, whose projected features are `x`."
@@ -61,37 +68,53 @@ class FASegPixelDecoder(PixelDecoder):
         codes:Sequence[torch.Tensor], # Their positional encodings
     )->list[torch.Tensor]: # Three maps that know of each other
         "Deformable attention over the three coarse levels."
-        sizes,batch = [tuple(m.shape[-2:]) for m in x],len(x[0])
+        batch = len(x[0])
+        sizes = [tuple(m.shape[-2:]) for m in x]
         shapes = torch.tensor(sizes, device=x[0].device)
-        start = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
-        levels = [code + level[:, None, None] for code,level in zip(codes, self.level_embed)]
-        out = self.encoder(
-            inputs_embeds=_flat(x), attention_mask=None, position_embeddings=_flat(levels),
-            spatial_shapes_list=sizes, level_start_index=start,
-            valid_ratios=x[0].new_ones(batch, 3, 2)).last_hidden_state
-        parts = out.split([height*width for height,width in sizes], 1)
-        return [part.mT.reshape(batch, -1, *size) for part,size in zip(parts, sizes)]
+        ends = shapes.prod(1).cumsum(0)
+        zero = shapes.new_zeros(1)
+        start = torch.cat([zero, ends[:-1]])
+        levels = []
+        for code,level in zip(codes, self.level_embed): levels.append(code + level[:, None, None])
+        pixels = _flat(x)
+        places = _flat(levels)
+        whole = x[0].new_ones(batch, 3, 2)
+        out = self.encoder(inputs_embeds=pixels, attention_mask=None, position_embeddings=places,
+                           spatial_shapes_list=sizes, level_start_index=start, valid_ratios=whole)
+        counts = [height*width for height,width in sizes]
+        parts = out.last_hidden_state.split(counts, 1)
+        maps = []
+        for part,size in zip(parts, sizes):
+            pixels = part.mT
+            maps.append(pixels.reshape(batch, -1, *size))
+        return maps
 
     def forward(self,
         features:dict[str, torch.Tensor], # The backbone's maps by name
     )->tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]: # (B,mask_dim,H/4,W/4); maps (B,hidden,h,w)
         "The features that masks are made of, maps coarse to fine, and their positional encodings."
         with torch.autocast(device_of(self).type, enabled=False): # as in the reference: sampling wants float32
-            maps = [features[name].float() for name in self.names[::-1]]
-            x = [project(m) for project,m in zip(self.input_projections, maps[:3])]
+            names = self.names[::-1]
+            maps = [features[name].float() for name in names]
+            coarse = zip(self.input_projections, maps[:3])
+            x = [project(m) for project,m in coarse]
             codes = [self.encode(i, m) for i,m in enumerate(x)]
             levels = self.fuse(x, codes)
             side = self.adapter_1(maps[3])
-            fine = self.layer_1(side + resize(levels[-1], side.shape[-2:]))
+            fine = side + resize(levels[-1], side.shape[-2:])
+            fine = self.layer_1(fine)
             if self.hrca:
                 levels.append(fine)
-                source = self.input_projections[3](maps[3]) if len(self.input_projections) > 3 else fine
+                has_own = len(self.input_projections) > 3
+                source = fine
+                if has_own: source = self.input_projections[3](maps[3])
                 codes.append(self.encode(3, source))
             return self.mask_projection(fine), levels, codes
 
 def _flat(maps):
     "Maps (B,D,h,w) as one sequence of pixels (B,hw,D)."
-    return torch.cat([m.flatten(2).mT for m in maps], 1)
+    pixels = [m.flatten(2).mT for m in maps]
+    return torch.cat(pixels, 1)
 
 # %% ../../nbs/frameworks/35_faseg.ipynb #4b61e9c6
 class _FASegLevels(MaskDecoder):
@@ -104,8 +127,10 @@ class _FASegLevels(MaskDecoder):
     )->tuple: # Two lists of maps (B,hidden,h,w): with the embedding of their level, and positional encodings; sizes
         "What queries look at, level by level."
         if codes is None: codes = [self.position_embedder(m.shape, m.device, m.dtype) for m in maps]
-        tokens = [m + level[:, None, None] for m,level in zip(maps, self.level_embed.weight)]
-        return tokens,codes,[m.shape[-2:] for m in maps]
+        tokens = []
+        for m,level in zip(maps, self.level_embed.weight): tokens.append(m + level[:, None, None])
+        sizes = [m.shape[-2:] for m in maps]
+        return tokens,codes,sizes
 
     def predict(self,
         x:torch.Tensor, # (Q,B,hidden) queries
@@ -113,13 +138,19 @@ class _FASegLevels(MaskDecoder):
         size:Sequence[int]=None, # (h,w) of the level that is looked at next; None if that needs no mask
     )->tuple: # Queries behind the norm (B,Q,hidden), masks (B,Q,H/4,W/4), where not to look (B*heads,Q,h*w) or None
         "Masks of queries, and where each query may look next: inside its mask, or everywhere if that is empty."
-        queries = self.decoder.layernorm(x).transpose(0, 1)
-        embedded = self.decoder.mask_predictor.mask_embedder(queries)
+        queries = self.decoder.layernorm(x)
+        queries = queries.transpose(0, 1)
+        predictor = self.decoder.mask_predictor
+        embedded = predictor.mask_embedder(queries)
         masks = torch.einsum('bqc,bchw->bqhw', embedded, mask_features)
         if size is None: return queries,masks,None
-        blocked = resize(masks.detach(), size).sigmoid().flatten(2) < self.mask_threshold
-        blocked = blocked & ~blocked.all(-1, keepdim=True)
-        return queries,masks,blocked.repeat_interleave(self.decoder.mask_predictor.num_heads, 0)
+        blocked = resize(masks.detach(), size)
+        blocked = blocked.sigmoid().flatten(2)
+        blocked = blocked < self.mask_threshold
+        everywhere = blocked.all(-1, keepdim=True)
+        blocked = blocked & ~everywhere
+        blocked = blocked.repeat_interleave(predictor.num_heads, 0)
+        return queries,masks,blocked
 
 # %% ../../nbs/frameworks/35_faseg.ipynb #86e02019
 class _FASegBlock(_FASegLevels):
@@ -133,7 +164,9 @@ class _FASegBlock(_FASegLevels):
 
     @property
     def base(self)->torch.Tensor: # (Q,hidden): B of Eq. 5.2
-        return (self.queries_embedder if self.position_kind == 'learned' else self.focus.base).weight
+        learned = self.position_kind == 'learned'
+        embedder = self.queries_embedder if learned else self.focus.base
+        return embedder.weight
 
     def position(self,
         attn:torch.Tensor, # (B,Q,hw) attention of the block before, None before the first
@@ -141,20 +174,29 @@ class _FASegBlock(_FASegLevels):
         code:torch.Tensor, # (B,hidden,h,w) positional encodings of the level that it looked at
     )->torch.Tensor: # (Q,B,hidden)
         "Positional queries for the next block (Eq. 5.2, Tab. 5.5)."
-        return self._position(attn, masks, code).transpose(0, 1)
+        position = self._position(attn, masks, code)
+        return position.transpose(0, 1)
 
     def _position(self, attn, masks, code): # -> (B,Q,hidden)
-        kind,size = self.position_kind,code.shape[-2:]
+        kind = self.position_kind
+        size = code.shape[-2:]
         if kind == 'learned': return self.base.expand(len(code), -1, -1)
         if kind == 'focus' and attn is not None: return self.focus(attn, code.flatten(2).mT)
         if kind in ('focus', 'foreground'):
-            return self.focus.from_mask(resize(masks.detach(), size), code.flatten(2).mT, self.legacy_first_mask)
+            logits = resize(masks.detach(), size)
+            places = code.flatten(2).mT
+            return self.focus.from_mask(logits, places, self.legacy_first_mask)
         if kind == 'grid': # points that nothing moves: no learned B beside them (Tab. 5.5)
-            fixed = point_code(grid_points(len(self.base)).to(code), code.shape[1])
-            return self.focus.h(fixed).expand(len(code), -1, -1)
-        points = mask_centre(resize(masks.detach(), size))
+            count = len(self.base)
+            points = grid_points(count).to(code)
+            fixed = point_code(points, code.shape[1])
+            fixed = self.focus.h(fixed)
+            return fixed.expand(len(code), -1, -1)
+        logits = resize(masks.detach(), size)
+        points = mask_centre(logits)
         known = points.any(-1, keepdim=True) # an empty mask has no centre
-        return self.focus.project(point_code(points, code.shape[1])*known)
+        centres = point_code(points, code.shape[1])
+        return self.focus.project(centres*known)
 
     def attend(self,
         i:int, # Number of the block
@@ -172,16 +214,24 @@ class _FASegBlock(_FASegLevels):
         idx = None
         if level == 3:
             moving = self.hrca_query == 'dynamic' or self.position_kind == 'grid'
-            query_pos = position if moving else self.base[:, None].expand_as(x)
-            seen,attn,idx = layer.cross_attn(x.transpose(0, 1), tokens[3], codes[3], low, query_pos.transpose(0, 1),
-                                             self.ratio, self.selection, weights)
+            query_pos = position
+            if not moving: query_pos = self.base[:, None].expand_as(x)
+            query_pos = query_pos.transpose(0, 1)
+            queries = x.transpose(0, 1)
+            how = self.ratio,self.selection,weights
+            seen,attn,idx = layer.cross_attn(queries, tokens[3], codes[3], low, query_pos, *how)
             seen = seen.transpose(0, 1)
         else:
-            values,code = (m[level].flatten(2).permute(2, 0, 1) for m in (tokens, codes))
-            seen,attn = layer.cross_attn(x + position, values + code, values, attn_mask=blocked)
+            values = tokens[level].flatten(2).permute(2, 0, 1)
+            code = codes[level].flatten(2).permute(2, 0, 1)
+            keys = values + code
+            seen,attn = layer.cross_attn(x + position, keys, values, attn_mask=blocked)
         x = layer.cross_attn_layer_norm(x + seen)
-        x = layer.self_attn_layer_norm(x + layer.self_attn(x, position_embeddings=position)[0])
-        return layer.final_layer_norm(x + layer.fc2(layer.activation_fn(layer.fc1(x)))),attn,idx
+        seen = layer.self_attn(x, position_embeddings=position)[0]
+        x = layer.self_attn_layer_norm(x + seen)
+        inner = layer.activation_fn(layer.fc1(x))
+        x = x + layer.fc2(inner)
+        return layer.final_layer_norm(x),attn,idx
 
 # %% ../../nbs/frameworks/35_faseg.ipynb #638e9ef1
 class FASegDecoder(_FASegBlock):
@@ -204,23 +254,33 @@ class FASegDecoder(_FASegBlock):
         check_choice('selection', selection, (*CELL_CHOICES, 'rcda'))
         check_choice('hrca_query', hrca_query, ('static', 'dynamic'))
         levels = 4 if hrca else 3
-        super().__init__(hidden, layers=rounds*levels + (hrca and extra_low_block), **kwargs)
+        extra = hrca and extra_low_block
+        blocks = rounds*levels + extra
+        super().__init__(hidden, layers=blocks, **kwargs)
         self.n_levels = levels
-        self.position_kind = {True: 'focus', False: 'learned'}.get(dfpq, dfpq)
-        self.mask_threshold,self.legacy_first_mask = mask_threshold,legacy_first_mask
+        switch = {True: 'focus', False: 'learned'}
+        self.position_kind = switch.get(dfpq, dfpq)
+        self.mask_threshold = mask_threshold
+        self.legacy_first_mask = legacy_first_mask
         self.ratio = ratio
         self.selection = selection
         self.hrca_query = hrca_query
-        if hrca: self.level_embed = nn.Embedding(4, hidden)
-        for layer in self.decoder.layers[3::4] if hrca else []:
-            kind = RowColumnCrossAttention if selection == 'rcda' else HighResCrossAttention
-            layer.cross_attn = kind(hidden, layer.cross_attn.num_heads)
-            nn.init.xavier_uniform_(layer.cross_attn.out_proj.weight)
+        if hrca: self._read_fine_levels(hidden)
         if self.position_kind != 'learned':
-            self.focus = DynamicFocusQuery(len(self.queries_embedder.weight), hidden)
+            queries = len(self.queries_embedder.weight)
+            self.focus = DynamicFocusQuery(queries, hidden)
             self.focus.base = self.queries_embedder # B is the old positional query
             del self.queries_embedder
         if self.position_kind == 'grid': self.focus.base.requires_grad_(False) # it is not asked
+
+    def _read_fine_levels(self, hidden):
+        "A fourth level, and for its blocks an attention that reads it."
+        self.level_embed = nn.Embedding(4, hidden)
+        kind = RowColumnCrossAttention if self.selection == 'rcda' else HighResCrossAttention
+        for layer in self.decoder.layers[3::4]:
+            heads = layer.cross_attn.num_heads
+            layer.cross_attn = kind(hidden, heads)
+            nn.init.xavier_uniform_(layer.cross_attn.out_proj.weight)
 
     def forward(self,
         mask_features:torch.Tensor, # (B,mask_dim,H/4,W/4)
@@ -229,9 +289,14 @@ class FASegDecoder(_FASegBlock):
         look:list=None, # Filled with a dict for each block: level, size, attn (B,Q,K), idx (B,K) of HRCA
     )->list[tuple[torch.Tensor, torch.Tensor]]: # Queries behind the norm (B,Q,hidden) and mask logits (B,Q,H/4,W/4)
         "What queries are before the first block, and after each."
-        tokens,codes,sizes = self.memory(maps[:self.n_levels], codes)
-        blocks,low = len(self.decoder.layers),None
-        x = self.queries_features.weight[:, None].expand(-1, len(mask_features), -1)
+        maps = maps[:self.n_levels]
+        tokens,codes,sizes = self.memory(maps, codes)
+        blocks = len(self.decoder.layers)
+        low = None
+        is_watched = look is not None
+        x = self.queries_features.weight[:, None]
+        batch = len(mask_features)
+        x = x.expand(-1, batch, -1)
         queries,masks,blocked = self.predict(x, mask_features, sizes[0])
         out = [(queries, masks)]
         position = self.position(None, masks, codes[0])
@@ -239,13 +304,17 @@ class FASegDecoder(_FASegBlock):
             level = i % self.n_levels
             following = (i+1) % self.n_levels
             last = i+1 == blocks
-            x,attn,idx = self.attend(i, x, position, tokens, codes, blocked, low, look is not None)
+            x,attn,idx = self.attend(i, x, position, tokens, codes, blocked, low, is_watched)
             if level == 0: low = attn
-            size = None if last or following == 3 else sizes[following]
+            unmasked = last or following == 3
+            size = None if unmasked else sizes[following]
             queries,masks,blocked = self.predict(x, mask_features, size)
             out.append((queries, masks))
-            if level != 3 and not last: position = self.position(attn, masks, codes[level])
-            if look is not None: look.append(dict(level=level, size=tuple(sizes[level]), attn=attn, idx=idx))
+            moves = level != 3 and not last
+            if moves: position = self.position(attn, masks, codes[level])
+            if is_watched:
+                seen = dict(level=level, size=tuple(sizes[level]), attn=attn, idx=idx)
+                look.append(seen)
         return out
 
 # %% ../../nbs/frameworks/35_faseg.ipynb #b8c80616
@@ -260,11 +329,13 @@ class FASegHead(DecoderPair):
         **kwargs, # Of `FASegDecoder`
     ):
         super().__init__()
+        of_pixels = sizes.for_pixels()
         of_decoder = sizes.for_masks()
         del of_decoder['layers']
-        self.pixel_decoder = FASegPixelDecoder(channels, key_pos=key_pos, hrca=hrca, **sizes.for_pixels())
+        self.pixel_decoder = FASegPixelDecoder(channels, key_pos=key_pos, hrca=hrca, **of_pixels)
         self.decoder = FASegDecoder(hrca=hrca, **of_decoder, **kwargs)
-        self.class_embed = nn.Linear(sizes.hidden, sizes.hidden)
+        width = sizes.hidden
+        self.class_embed = nn.Linear(width, width)
 
 # %% ../../nbs/frameworks/35_faseg.ipynb #6dd9aca7
 @register_framework('faseg')
@@ -302,7 +373,9 @@ class FASeg(Mask2Former):
             rounds=rounds, extra_low_block=extra_low_block, dfpq=dfpq, hrca=hrca, key_pos=key_pos,
             mask_threshold=mask_threshold, ratio=ratio, selection=selection, hrca_query=hrca_query,
             legacy_first_mask=legacy_first_mask)
-        blocks = rounds*(3+hrca) + (hrca and extra_low_block)
+        extra = hrca and extra_low_block
+        levels = 3+hrca
+        blocks = rounds*levels + extra
         super().__init__(backbone, vocabulary, layers=blocks, **kwargs)
         if self.kd and not hasattr(backbone, 'region_embeddings'):
             raise OpenTransError(f"A {type(backbone).__name__} has no region_embeddings to distill from. "
@@ -314,7 +387,8 @@ class FASeg(Mask2Former):
     def make_parts(self, sizes:HeadSizes):
         # A seed gives the weights of the stored studies: these drew the numbers of a small head of Mask2Former
         # first, and the projections before FASeg's head.
-        QueryHead(self.backbone.channels, replace(sizes, queries=1, pixel_layers=0, pixel_ffn=1, ffn=1))
+        small = replace(sizes, queries=1, pixel_layers=0, pixel_ffn=1, ffn=1)
+        QueryHead(self.backbone.channels, small)
         self.make_projections(sizes)
         self.head = self.make_head(sizes)
 
@@ -324,17 +398,26 @@ class FASeg(Mask2Former):
     )->list[dict]: # For each block: level, size (h,w), attn (B,Q,h,w), idx (B,K) the pixels that HRCA has chosen
         "What every query looks at, block by block."
         blocks = []
-        self.head.decoder(*self.head.pixel_decoder(self.features(images)), look=blocks)
+        parts = self.head.pixel_decoder(self.features(images))
+        self.head.decoder(*parts, look=blocks)
         for block in blocks:
             height,width = block['size']
-            attn,idx = block['attn'],block['idx']
+            attn = block['attn']
+            idx = block['idx']
             if idx is not None:
-                everywhere = attn.new_zeros(*attn.shape[:2], height*width)
-                attn = everywhere.scatter(2, idx[:, None].expand(-1, attn.shape[1], -1), attn)
+                count,queries = attn.shape[:2]
+                everywhere = attn.new_zeros(count, queries, height*width)
+                where = idx[:, None].expand(-1, queries, -1)
+                attn = everywhere.scatter(2, where, attn)
             block['attn'] = attn.unflatten(-1, (height, width))
         return blocks
 
 # %% ../../nbs/frameworks/35_faseg.ipynb #31672d3e
+def _channels_last(shape, side):
+    "Is this the shape (1,side,side,C) of a map whose channels come last?"
+    is_square = shape[1] == shape[2] == side
+    return is_square and shape[3] != side
+
 class StagedBackbone(nn.Module):
     "Any encoder of four stages as a backbone for frameworks, with the text encoder of a CLIP."
     def __init__(self,
@@ -348,32 +431,47 @@ class StagedBackbone(nn.Module):
         self.encoder = encoder
         self._clip = [clip]
         self._first = [copy.deepcopy(encoder)]
-        self.embed_dim,self.logit_scale = clip.embed_dim,clip.logit_scale
-        self.register_buffer('mean', torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer('std', torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.embed_dim = clip.embed_dim
+        self.logit_scale = clip.logit_scale
+        colour = torch.tensor(mean).view(1, 3, 1, 1)
+        self.register_buffer('mean', colour, persistent=False)
+        spread = torch.tensor(std).view(1, 3, 1, 1)
+        self.register_buffer('std', spread, persistent=False)
         self._ask(size)
 
     @torch.no_grad()
     def _ask(self, size):
         "Channels and strides of the maps; whether channels come last. Raises `OpenTransError` for other strides."
         self._last = False
-        image = torch.zeros(1, 3, size, size, device=device_of(self.encoder))
-        maps = self._maps(copy.deepcopy(self.encoder).eval(), image)
+        device = device_of(self.encoder)
+        image = torch.zeros(1, 3, size, size, device=device)
+        encoder = copy.deepcopy(self.encoder).eval()
+        maps = self._maps(encoder, image)
         sides = [size//stride for stride in (4, 8, 16, 32)]
-        self._last = all(m.shape[1] == m.shape[2] == side != m.shape[3] for m,side in zip(maps, sides))
-        shapes = [m.movedim(-1, 1).shape if self._last else m.shape for m in maps]
-        self.channels = {f'res{i+2}': shape[1] for i,shape in enumerate(shapes)}
-        self.strides = {f'res{i+2}': size/shape[-1] for i,shape in enumerate(shapes)}
-        if list(self.strides.values()) != [4, 8, 16, 32]:
-            given = ', '.join(f'{stride:g}' for stride in self.strides.values()) or 'none'
+        pairs = zip(maps, sides)
+        self._last = all(_channels_last(m.shape, side) for m,side in pairs)
+        if self._last: maps = [m.movedim(-1, 1) for m in maps]
+        self.channels = {}
+        self.strides = {}
+        for number,m in enumerate(maps, 2):
+            name = f'res{number}'
+            self.channels[name] = m.shape[1]
+            self.strides[name] = size/m.shape[-1]
+        strides = list(self.strides.values())
+        if strides != [4, 8, 16, 32]:
+            printed = [f'{stride:g}' for stride in strides]
+            given = ', '.join(printed) or 'none'
+            kind = type(self.encoder).__name__
             raise OpenTransError("A backbone here gives four maps of the strides 4, 8, 16 and 32; "
-                                 f"this {type(self.encoder).__name__} gives {given}.")
+                                 f"this {kind} gives {given}.")
 
     def _maps(self, encoder, x):
         out = encoder(x)
-        if isinstance(out, dict) and not hasattr(out, 'feature_maps'): out = out.values()
+        is_named = isinstance(out, dict) and not hasattr(out, 'feature_maps')
+        if is_named: out = out.values()
         maps = list(getattr(out, 'feature_maps', out))
-        return [m.permute(0, 3, 1, 2).contiguous() for m in maps] if self._last else maps
+        if not self._last: return maps
+        return [m.permute(0, 3, 1, 2).contiguous() for m in maps]
 
     @property
     def tower(self)->nn.Module: # The encoder, in which parameters have their names
@@ -388,11 +486,16 @@ class StagedBackbone(nn.Module):
 
     def fresh_copy(self):
         "A new backbone with the weights that this began with."
-        colours = dict(mean=self.mean.flatten().tolist(), std=self.std.flatten().tolist())
-        return StagedBackbone(copy.deepcopy(self._first[0]), self._clip[0], **colours).to(device_of(self))
+        mean = self.mean.flatten().tolist()
+        std = self.std.flatten().tolist()
+        encoder = copy.deepcopy(self._first[0])
+        backbone = StagedBackbone(encoder, self._clip[0], mean=mean, std=std)
+        return backbone.to(device_of(self))
 
     def forward(self, images:torch.Tensor)->dict[str, torch.Tensor]: # (B,3,H,W) in [0,1] -> maps by name
-        return dict(zip(self.channels, self._maps(self.encoder, (images-self.mean)/self.std)))
+        seen = (images-self.mean)/self.std
+        maps = self._maps(self.encoder, seen)
+        return dict(zip(self.channels, maps))
 
 # %% ../../nbs/frameworks/35_faseg.ipynb #5f11fc4c
 _OWN = ( # FASeg's names, after Mask2Former's have been brought to those here
@@ -412,10 +515,16 @@ def load_faseg(
     "Load published FASeg weights. Raises `OpenTransError` that lists what does not fit."
     weights = weights_of(source)
     learned = framework.head.decoder.position_kind == 'learned'
-    rules = (*_OWN, *(() if learned else _BASE), *_WHOLE)
-    head,names = {},{}
-    for name,(old,tensor) in head_names(weights).items():
+    positions = () if learned else _BASE
+    rules = (*_OWN, *positions, *_WHOLE)
+    head = {}
+    names = {}
+    for name,found in head_names(weights).items():
+        old,tensor = found
         new = rename(name, rules)
-        head[new],names[new] = tensor,old
-    rest = {name: tensor for name,tensor in weights.items() if name not in names.values()}
-    return load_mask2former(framework, head | rest, strict).rename(index=names)
+        head[new] = tensor
+        names[new] = old
+    taken = names.values()
+    rest = {name: tensor for name,tensor in weights.items() if name not in taken}
+    table = load_mask2former(framework, head | rest, strict)
+    return table.rename(index=names)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from ..data.vocabulary import Vocabulary
 from ..errors import OpenTransError
 from .contract import ADAMW, JITTER, register_framework, resize, trained_with
-from .published import head_names, put_weights, rename, weights_of
+from .published import head_names, put_weights, rename, same_shape, weights_of
 from .queries import (
     batch_regions, DecoderPair, HeadSizes, MaskDecoder, PixelDecoder, QueryFramework, SetLoss)
 from ..runtime import device_of
@@ -37,8 +37,10 @@ class ClassWords:
         scores:torch.Tensor, # (...,W) of the words
     )->torch.Tensor: # (...,K)
         "The score of a class is the best of its words."
-        if self.of.shape[1] == 1 and len(self.of) == scores.shape[-1]: return scores
-        return scores[..., self.of].amax(-1)
+        one_each = self.of.shape[1] == 1
+        if one_each and len(self.of) == scores.shape[-1]: return scores
+        of_class = scores[..., self.of]
+        return of_class.amax(-1)
 
     @classmethod
     def of_classes(cls,
@@ -46,7 +48,8 @@ class ClassWords:
         seen:torch.Tensor, # (K) bool
     ):
         "Classes that have one word each."
-        return cls(embeddings, torch.arange(len(embeddings), device=embeddings.device)[:, None], seen)
+        words = torch.arange(len(embeddings), device=embeddings.device)
+        return cls(embeddings, words[:, None], seen)
 
 def class_words(
     vocabulary:Vocabulary|Sequence[str], # Names of the classes (`'sofa,couch'` has two words)
@@ -57,21 +60,31 @@ def class_words(
 )->ClassWords: # On the device of the embeddings
     "Embed the words of a vocabulary, each once, and compare them with those of training."
     vocabulary = _vocabulary(vocabulary)
-    synonyms,words = vocabulary.synonyms,_words(vocabulary)
-    embeddings = encode(words, Vocabulary(words, templates or vocabulary.templates).templates)
+    synonyms = vocabulary.synonyms
+    words = _words(vocabulary)
+    asked = Vocabulary(words, templates or vocabulary.templates)
+    embeddings = encode(words, asked.templates)
     index = {word: i for i,word in enumerate(words)}
     longest = max(map(len, synonyms))
-    rows = [[index[word] for word in group + group[-1:]*(longest-len(group))] for group in synonyms]
-    trained = set() if known is None else set(_words(_vocabulary(known)))
+    rows = []
+    for group in synonyms:
+        missing = longest-len(group)
+        filled = group + group[-1:]*missing
+        rows.append([index[word] for word in filled])
+    trained = set()
+    if known is not None: trained.update(_words(_vocabulary(known)))
     seen = [not trained.isdisjoint(group) for group in synonyms]
     device = embeddings.device
-    return ClassWords(embeddings, torch.tensor(rows, device=device), torch.tensor(seen, device=device))
+    of = torch.tensor(rows, device=device)
+    seen = torch.tensor(seen, device=device)
+    return ClassWords(embeddings, of, seen)
 
 def _vocabulary(names): return names if isinstance(names, Vocabulary) else Vocabulary(names)
 
 def _words(vocabulary):
     "All words of a vocabulary, each once."
-    return list(dict.fromkeys(word for group in vocabulary.synonyms for word in group))
+    words = (word for group in vocabulary.synonyms for word in group)
+    return list(dict.fromkeys(words))
 
 # %% ../../nbs/frameworks/34_fcclip.ipynb #ec698665
 def mask_mean(
@@ -79,7 +92,8 @@ def mask_mean(
     mask_logits:torch.Tensor, # (B,Q,h,w); a mask is where they are positive
 )->torch.Tensor: # (B,Q,C)
     "The mean of a map under each mask; 0 under an empty one. Masks get no gradient."
-    return cell_means(x, (mask_logits.detach() > 0).flatten(2))
+    inside = mask_logits.detach() > 0
+    return cell_means(x, inside.flatten(2))
 
 class FCClipHead(DecoderPair):
     "Mask2Former's two decoders, with the class embedding of queries and of what lies under their masks."
@@ -91,15 +105,25 @@ class FCClipHead(DecoderPair):
     ):
         super().__init__()
         hidden = sizes.hidden
-        self.pixel_decoder = PixelDecoder(channels, **sizes.for_pixels())
-        self.decoder = MaskDecoder(**sizes.for_masks())
-        self.pool_proj = nn.Sequential(nn.LayerNorm(sizes.mask_dim), nn.Linear(sizes.mask_dim, hidden))
-        self.class_embed = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
-                                         nn.Linear(hidden, embed_dim))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        of_pixels = sizes.for_pixels()
+        of_masks = sizes.for_masks()
+        self.pixel_decoder = PixelDecoder(channels, **of_pixels)
+        self.decoder = MaskDecoder(**of_masks)
+        width = sizes.mask_dim
+        norm = nn.LayerNorm(width)
+        project = nn.Linear(width, hidden)
+        self.pool_proj = nn.Sequential(norm, project)
+        first = nn.Linear(hidden, hidden)
+        second = nn.Linear(hidden, hidden)
+        last = nn.Linear(hidden, embed_dim)
+        self.class_embed = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last)
+        log_scale = torch.tensor(math.log(scale))
+        self.log_scale = nn.Parameter(log_scale)
 
     def embed(self, mask_features:torch.Tensor, queries:torch.Tensor, mask_logits:torch.Tensor):
-        return self.class_embed(self.pool_proj(mask_mean(mask_features, mask_logits)) + queries)
+        pooled = mask_mean(mask_features, mask_logits)
+        pooled = self.pool_proj(pooled)
+        return self.class_embed(pooled + queries)
 
 # %% ../../nbs/frameworks/34_fcclip.ipynb #c4f2bd8c
 def embed_masks(
@@ -108,11 +132,15 @@ def embed_masks(
     mask_logits:torch.Tensor, # (B,N,h,w), any size
 )->tuple[torch.Tensor, torch.Tensor]: # Embeddings (B,N,D); does the mask hold a cell of the map (B,N)
     "What CLIP sees under masks. Where a mask holds no cell, all are taken."
-    grid = last[1] if isinstance(last, tuple) else last.shape[-2:]
-    inside = (resize(mask_logits.detach(), grid) > 0).flatten(2)
+    if isinstance(last, tuple): grid = last[1]
+    else: grid = last.shape[-2:]
+    inside = resize(mask_logits.detach(), grid) > 0
+    inside = inside.flatten(2)
     valid = inside.any(-1)
-    if not backbone.kind.embeds_nothing: inside = inside | ~valid[..., None]
-    return backbone.kind.pool_masks(backbone.visual, last, inside),valid
+    kind = backbone.kind
+    if not kind.embeds_nothing: inside = inside | ~valid[..., None]
+    embeddings = kind.pool_masks(backbone.visual, last, inside)
+    return embeddings,valid
 
 # %% ../../nbs/frameworks/34_fcclip.ipynb #d3b34317
 def geometric_ensemble(
@@ -126,9 +154,14 @@ def geometric_ensemble(
     "Join the two classifiers (FC-CLIP, Sec. 3.3)."
     w = torch.where(seen, alpha, beta).to(inside)
     if valid is not None: w = w*valid[..., None]
-    joined = (1-w)*inside[..., :-1].log_softmax(-1) + w*outside.log_softmax(-1)
-    void = inside.softmax(-1)[..., -1:]
-    return (torch.cat([joined.softmax(-1)*(1-void), void], -1) + 1e-8).log()
+    learned = inside[..., :-1].log_softmax(-1)
+    joined = (1-w)*learned
+    joined = joined + w*outside.log_softmax(-1)
+    shares = inside.softmax(-1)
+    void = shares[..., -1:]
+    named = joined.softmax(-1)*(1-void)
+    both = torch.cat([named, void], -1)
+    return (both + 1e-8).log()
 
 # %% ../../nbs/frameworks/34_fcclip.ipynb #7313fd73
 class _Words(QueryFramework):
@@ -140,11 +173,14 @@ class _Words(QueryFramework):
     ): # `ClassWords`; embeddings as they are
         "The words of a vocabulary. Raises `OpenTransError` if there is none."
         names = self.vocabulary if vocabulary is None else vocabulary
-        if names is None or isinstance(names, torch.Tensor) or not len(names): return super().text(names)
+        is_encoded = isinstance(names, torch.Tensor)
+        if names is None or is_encoded or not len(names): return super().text(names)
         if isinstance(names, ClassWords): return names
-        key = 'words',_vocabulary(names),str(device_of(self))
+        names = _vocabulary(names)
+        key = 'words',names,str(device_of(self))
         if key not in self._texts:
-            self._texts[key] = class_words(key[1], self.backbone.encode_text, self.vocabulary, self.templates)
+            encode = self.backbone.encode_text
+            self._texts[key] = class_words(names, encode, self.vocabulary, self.templates)
         return self._texts[key]
 
     def words(self,
@@ -180,26 +216,37 @@ class _TwoClassifiers(_Words):
         words:ClassWords, # Of the vocabulary
     )->torch.Tensor: # (B,Q,K+1): the nearest word of each class, and *nothing*
         "Logits of the learned classifier."
-        scaled = F.normalize(embeddings, dim=-1)*self.head.log_scale.exp().clamp(max=100.)
-        named = words.best(scaled @ words.embeddings.to(scaled).T)
-        return torch.cat([named, scaled @ F.normalize(self.nothing, dim=-1).to(scaled).T], -1)
+        unit = F.normalize(embeddings, dim=-1)
+        scale = self.head.log_scale.exp().clamp(max=100.)
+        scaled = unit*scale
+        of_words = words.embeddings.to(scaled)
+        named = words.best(scaled @ of_words.T)
+        nothing = F.normalize(self.nothing, dim=-1)
+        void = scaled @ nothing.to(scaled).T
+        return torch.cat([named, void], -1)
 
     def classify_masks(self,
         embeddings:torch.Tensor, # (B,Q,D) of masks, from CLIP itself
         words:ClassWords, # Of the vocabulary
     )->torch.Tensor: # (B,Q,K)
         "Logits of CLIP itself, at its own temperature."
-        cosines = F.normalize(embeddings, dim=-1) @ words.embeddings.to(embeddings).T
-        return words.best(cosines)*min(self.backbone.logit_scale, 100.)
+        of_words = words.embeddings.to(embeddings)
+        unit = F.normalize(embeddings, dim=-1)
+        cosines = unit @ of_words.T
+        scale = min(self.backbone.logit_scale, 100.)
+        return words.best(cosines)*scale
 
     def coarse_queries(self, images:torch.Tensor, text)->tuple[torch.Tensor, torch.Tensor]:
         "Log-probabilities of classes (B,Q,K+1) and mask logits at a quarter of the size."
-        words,(maps,last) = self.words(text),self.features(images)
-        queries,masks = self.head(maps, every=True)[-1] if self.classify_all else self.head(maps)
+        words = self.words(text)
+        maps,last = self.features(images)
+        if self.classify_all: queries,masks = self.head(maps, every=True)[-1]
+        else: queries,masks = self.head(maps)
         seen_by_clip,valid = embed_masks(self.backbone, last, masks)
-        joined = geometric_ensemble(
-            self.classify(queries, words).float(), self.classify_masks(seen_by_clip, words).float(), words.seen,
-            self.alpha, self.beta, valid if self.valid_only else None)
+        learned = self.classify(queries, words).float()
+        by_clip = self.classify_masks(seen_by_clip, words).float()
+        asked = valid if self.valid_only else None
+        joined = geometric_ensemble(learned, by_clip, words.seen, self.alpha, self.beta, asked)
         return joined,masks
 
 # %% ../../nbs/frameworks/34_fcclip.ipynb #bdac82c2
@@ -257,14 +304,18 @@ class FCCLIP(_TwoClassifiers):
         self.alpha = alpha
         self.beta = beta
         self.first_scale = scale
-        self.valid_only = not backbone.kind.embeds_nothing if valid_only is None else valid_only
-        self.make_parts(HeadSizes(hidden=hidden, mask_dim=mask_dim, queries=queries, pixel_layers=pixel_layers,
-                                  layers=layers, heads=heads, pixel_ffn=pixel_ffn, ffn=ffn))
-        self.nothing = nn.Parameter(torch.randn(1, backbone.embed_dim))
+        if valid_only is None: valid_only = not backbone.kind.embeds_nothing
+        self.valid_only = valid_only
+        sizes = HeadSizes(hidden=hidden, mask_dim=mask_dim, queries=queries, pixel_layers=pixel_layers,
+                          layers=layers, heads=heads, pixel_ffn=pixel_ffn, ffn=ffn)
+        self.make_parts(sizes)
+        nothing = torch.randn(1, backbone.embed_dim)
+        self.nothing = nn.Parameter(nothing)
         if frozen: backbone.requires_grad_(False)
 
     def make_head(self, sizes:HeadSizes)->FCClipHead:
-        return FCClipHead(self.backbone.channels, self.backbone.embed_dim, sizes, self.first_scale)
+        backbone = self.backbone
+        return FCClipHead(backbone.channels, backbone.embed_dim, sizes, self.first_scale)
 
     def train(self, mode:bool=True):
         super().train(mode)
@@ -273,40 +324,59 @@ class FCCLIP(_TwoClassifiers):
 
     def features(self, images:torch.Tensor)->tuple: # Maps by name, and the last features
         "The maps of images of any size, and what the tower ends with."
-        kind,learns = self.backbone.kind,torch.is_grad_enabled() and not self.frozen
+        kind = self.backbone.kind
+        learns = torch.is_grad_enabled() and not self.frozen
         with torch.set_grad_enabled(learns):
-            return kind.features(self.backbone.visual, self.backbone.prepare(self.pad_images(images)))
+            images = self.backbone.prepare(self.pad_images(images))
+            return kind.features(self.backbone.visual, images)
 
     def loss(self, batch:dict)->dict[str, torch.Tensor]:
         "Class, mask and dice losses of the learned classifier, each summed over the layers."
         words = self.text()
-        regions,classes = batch_regions(batch, len(words), batch.get('ignore', self.ignore))
+        ignore = batch.get('ignore', self.ignore)
+        regions,classes = batch_regions(batch, len(words), ignore)
         out = self.head(self.features(batch['images'])[0], every=True)
-        predictions = [(self.classify(queries, words), masks) for queries,masks in out]
-        return self.criterion(predictions, [self.pad(masks, False) for masks in regions], classes)[0]
+        predictions = []
+        for queries,masks in out: predictions.append((self.classify(queries, words), masks))
+        padded = [self.pad(masks, False) for masks in regions]
+        losses,_ = self.criterion(predictions, padded, classes)
+        return losses
 
 # %% ../../nbs/frameworks/34_fcclip.ipynb #92f5b011
 def _head_names(weights):
     "The weights of a head and of *nothing*: name here -> (name in the file, tensor)."
     rules = ((r'^decoder\._mask_pooling_proj\.', 'pool_proj.'), (r'^decoder\.logit_scale', 'log_scale'))
-    void,found = 'void_embedding.weight',{}
+    void = 'void_embedding.weight'
+    found = {}
     for name,place in head_names(weights).items():
         layer = name.split('.')
         if name.startswith('class_embed.layers.'): # of an MLP; here activations stand between its layers
-            name = '.'.join(['class_embed', str(2*int(layer[2])), *layer[3:]])
+            number = 2*int(layer[2])
+            parts = 'class_embed',str(number),*layer[3:]
+            name = '.'.join(parts)
         found['head.' + rename(name, rules)] = place
     if void in weights: found['nothing'] = void,weights[void]
     return found
 
 def _tower_names(framework, weights):
     "The weights of CLIP's tower, if it is the framework's own: name here -> (name in the file, tensor)."
-    old,own = 'backbone.clip_model.visual.',framework.tower.state_dict()
-    inside = {name[len(old):]: (name, tensor) for name,tensor in weights.items() if name.startswith(old)}
-    fits = [name for name,tensor in own.items() if name in inside and inside[name][1].shape == tensor.shape]
-    ends = tuple(f'{head}.' for head in framework.backbone.kind.head)
+    old = 'backbone.clip_model.visual.'
+    own = framework.tower.state_dict()
+    inside = {}
+    tensors = {}
+    for name,tensor in weights.items():
+        if not name.startswith(old): continue
+        bare = name.removeprefix(old)
+        inside[bare] = name,tensor
+        tensors[bare] = tensor
+    fits = [name for name,tensor in own.items() if same_shape(tensors, name, tensor)]
+    kind = framework.backbone.kind
+    ends = tuple(f'{head}.' for head in kind.head)
     def spare(name): return name.startswith(ends) or name.endswith('num_batches_tracked')
-    if not all(name in fits or spare(name) for name in own): return {}
-    prefix = next(name for name,module in framework.named_modules() if module is framework.tower)
+    is_whole = all(name in fits or spare(name) for name in own)
+    if not is_whole: return {}
+    modules = framework.named_modules()
+    prefix = next(name for name,module in modules if module is framework.tower)
     return {f'{prefix}.{name}': inside[name] for name in fits}
 
 def load_fcclip(
@@ -322,5 +392,6 @@ def load_fcclip(
     def needed(name): return name.startswith(('head.', 'nothing'))
     advice = ("Is it a checkpoint of FC-CLIP? Build the framework with its sizes (queries, layers, ...) and a "
               "backbone of the same CLIP, or pass strict=False.")
-    found = _head_names(weights) | _tower_names(framework, weights)
+    found = _head_names(weights)
+    found |= _tower_names(framework, weights)
     return put_weights(framework, weights, found, needed, why, advice, strict)

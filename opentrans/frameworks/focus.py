@@ -25,11 +25,13 @@ class ConditionalPositionEncoding(nn.Module):
         residual:bool=False, # Add the features themselves?
     ):
         super().__init__()
-        self.conv = nn.Conv2d(dim, dim, kernel, padding=kernel//2, groups=dim)
+        around = kernel//2
+        self.conv = nn.Conv2d(dim, dim, kernel, padding=around, groups=dim)
         self.residual = residual
 
     def forward(self, x:torch.Tensor)->torch.Tensor: # (B,D,H,W) -> the same
-        return self.conv(x) + x if self.residual else self.conv(x)
+        coded = self.conv(x)
+        return coded + x if self.residual else coded
 
 # %% ../../nbs/frameworks/35a_focus.ipynb #1925ba59
 def foreground(
@@ -37,9 +39,11 @@ def foreground(
     legacy:bool=False, # Pool the background, as the published code does
 )->torch.Tensor: # (B,Q,hw): equal weights inside the mask that sum to 1; all 0 if the mask is empty
     "A predicted mask as attention."
-    inside = (logits.flatten(2).detach().sigmoid() < .5) == legacy
-    return inside.to(logits)/(inside.sum(-1, keepdim=True) + 1e-6)
-
+    inside = logits.flatten(2).detach()
+    inside = inside.sigmoid() < .5
+    inside = inside == legacy
+    size = inside.sum(-1, keepdim=True) + 1e-6
+    return inside.to(logits)/size
 class DynamicFocusQuery(nn.Module):
     "Positional queries from where the block before has looked (DFPQ, Eq. 5.2)."
     def __init__(self,
@@ -48,7 +52,9 @@ class DynamicFocusQuery(nn.Module):
     ):
         super().__init__()
         self.base = nn.Embedding(n_queries, dim)
-        self.h = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        first = nn.Linear(dim, dim)
+        second = nn.Linear(dim, dim)
+        self.h = nn.Sequential(first, nn.ReLU(), second)
 
     def aggregate(self,
         attn:torch.Tensor, # (B,Q,HW)
@@ -62,7 +68,8 @@ class DynamicFocusQuery(nn.Module):
         return self.h(x + self.base.weight)
 
     def forward(self, attn:torch.Tensor, key_pos:torch.Tensor)->torch.Tensor: # -> (B,Q,D)
-        return self.project(self.aggregate(attn, key_pos))
+        x = self.aggregate(attn, key_pos)
+        return self.project(x)
 
     def from_mask(self,
         logits:torch.Tensor, # Mask logits (B,Q,h,w) or (B,Q,hw), at the size of the encodings
@@ -70,7 +77,8 @@ class DynamicFocusQuery(nn.Module):
         legacy:bool=False, # Pool the background, as the published code does
     )->torch.Tensor: # (B,Q,D)
         "Positional queries from the foreground of a prediction, for the first block."
-        return self(foreground(logits, legacy), key_pos)
+        attn = foreground(logits, legacy)
+        return self(attn, key_pos)
 
 # %% ../../nbs/frameworks/35a_focus.ipynb #8b18475a
 POSITION_KINDS = ('learned', 'grid', 'anchor', 'foreground', 'focus')
@@ -81,9 +89,14 @@ def point_code(
     temperature:float=10000., # Of the slowest wave
 )->torch.Tensor: # (..., dim)
     "Mask2Former's sine code of any point."
-    wave = torch.arange(dim//2, device=points.device, dtype=points.dtype)
-    angles = points[..., None]*2*math.pi/temperature**(2*(wave//2)/(dim//2))
-    return torch.where(wave % 2 == 0, angles.sin(), angles.cos()).flatten(-2)
+    half = dim//2
+    wave = torch.arange(half, device=points.device, dtype=points.dtype)
+    power = 2*(wave//2)/half
+    scaled = points[..., None]*2*math.pi
+    angles = scaled/temperature**power
+    is_even = wave % 2 == 0
+    code = torch.where(is_even, angles.sin(), angles.cos())
+    return code.flatten(-2)
 
 def grid_points(
     n:int, # Number of points
@@ -91,15 +104,24 @@ def grid_points(
     "Points of a regular grid in the unit square, row by row."
     side = math.isqrt(n-1)+1
     i = torch.arange(n)
-    return (torch.stack([i//side, i % side], -1)+.5)/torch.tensor([-(-n//side), side])
+    rows = -(-n//side)
+    down = i//side
+    across = i % side
+    places = torch.stack([down, across], -1)
+    size = torch.tensor([rows, side])
+    return (places+.5)/size
 
 def mask_centre(
     logits:torch.Tensor, # (B,Q,h,w)
 )->torch.Tensor: # (B,Q,2) in [0,1]; 0 where the mask is empty
     "Centres of gravity of predicted masks, as the sine code counts: the last pixel is at 1."
-    rows,columns = (torch.arange(1., side+1)/side for side in logits.shape[-2:])
-    places = torch.stack(torch.meshgrid(rows, columns, indexing='ij'), -1).flatten(0, 1)
-    return foreground(logits) @ places.to(logits)
+    high,wide = logits.shape[-2:]
+    rows = torch.arange(1., high+1)/high
+    columns = torch.arange(1., wide+1)/wide
+    grid = torch.meshgrid(rows, columns, indexing='ij')
+    places = torch.stack(grid, -1).flatten(0, 1)
+    attn = foreground(logits)
+    return attn @ places.to(logits)
 
 # %% ../../nbs/frameworks/35a_focus.ipynb #17000e8f
 CELL_CHOICES = ('cells', 'pixels', 'random')
@@ -110,8 +132,11 @@ def cell_size(
 )->int: # Fine pixels along the side of a cell
     "Side of the square of fine pixels under a coarse one. Raises `OpenTransError` where that is no whole number."
     height,width = size
-    side = math.isqrt(height*width//max(cells, 1))
-    if not side or side*side*cells != height*width or height % side or width % side:
+    pixels = height*width
+    side = math.isqrt(pixels//max(cells, 1))
+    covers = side*side*cells == pixels
+    divides = side and not height % side and not width % side
+    if not covers or not divides:
         raise OpenTransError(f"A map of {height}x{width} pixels cannot be cut into {cells} equal square cells. "
                              "Pad images to a multiple of the coarsest stride (32).")
     return side
@@ -122,10 +147,13 @@ def select_cells(
     n:int=None, # Or this many
 )->torch.Tensor: # (B,k) cells, the most important first
     "The cells that all queries together look at most."
-    count,cells = n,attn_low.shape[-1]
+    count = n
+    cells = attn_low.shape[-1]
     if count is None: count = max(1, cells//ratio)
     if not 1 <= count <= cells: raise OpenTransError(f"{count} of {cells} cells cannot be chosen.")
-    return attn_low.detach().sum(1).sort(dim=-1, descending=True, stable=True)[1][:, :count]
+    looks = attn_low.detach().sum(1)
+    order = looks.sort(dim=-1, descending=True, stable=True)[1]
+    return order[:, :count]
 
 # %% ../../nbs/frameworks/35a_focus.ipynb #225351c3
 def cell_pixels(
@@ -135,17 +163,25 @@ def cell_pixels(
 )->torch.Tensor: # (B, k*cell*cell) pixels of the fine map, counted row by row
     "The fine pixels of cells, cell by cell."
     width = size[1]
-    top,left = idx//(width//cell)*cell,idx % (width//cell)*cell
+    across = width//cell
+    top = idx//across*cell
+    left = idx % across*cell
     inner = torch.arange(cell, device=idx.device)
-    rows = (top[..., None, None] + inner[:, None])*width
-    return (rows + left[..., None, None] + inner).flatten(1)
+    first = top[..., None, None]
+    rows = first + inner[:, None]
+    rows = rows*width
+    pixels = rows + left[..., None, None] + inner
+    return pixels.flatten(1)
 
 def gather_pixels(
     feat:torch.Tensor, # (B,D,H,W)
     idx:torch.Tensor, # (B,K) pixels
 )->torch.Tensor: # (B,K,D)
     "The features of some pixels."
-    return feat.flatten(2).gather(2, idx[:, None].expand(-1, feat.shape[1], -1)).mT
+    channels = feat.shape[1]
+    where = idx[:, None].expand(-1, channels, -1)
+    chosen = feat.flatten(2).gather(2, where)
+    return chosen.mT
 
 def gather_cells(
     feat:torch.Tensor, # (B,D,H,W)
@@ -157,7 +193,8 @@ def gather_cells(
     if height % cell or width % cell:
         raise OpenTransError(f"A map of {height}x{width} pixels cannot be cut into cells of {cell}x{cell}. "
                              "Pad images to a multiple of the coarsest stride (32).")
-    return gather_pixels(feat, cell_pixels(idx, (height, width), cell))
+    pixels = cell_pixels(idx, (height, width), cell)
+    return gather_pixels(feat, pixels)
 
 # %% ../../nbs/frameworks/35a_focus.ipynb #0e6d37b1
 def select_pixels(
@@ -168,10 +205,15 @@ def select_pixels(
 )->torch.Tensor: # (B,n) pixels, the most important first
     "The fine pixels with the highest interpolated scores (Sec. 5.3.3)."
     cell = cell_size(attn_low.shape[-1], size)
-    low = attn_low.detach().sum(1).view(len(attn_low), 1, size[0]//cell, size[1]//cell)
+    looks = attn_low.detach().sum(1)
+    high = size[0]//cell
+    wide = size[1]//cell
+    low = looks.view(len(attn_low), 1, high, wide)
     corners = False if mode == 'bilinear' else None
     fine = F.interpolate(low, size=tuple(size), mode=mode, align_corners=corners)
-    return fine.flatten(1).sort(dim=-1, descending=True, stable=True)[1][:, :n]
+    flat = fine.flatten(1)
+    order = flat.sort(dim=-1, descending=True, stable=True)[1]
+    return order[:, :n]
 
 class HighResCrossAttention(nn.MultiheadAttention):
     "Cross-attention to the few fine pixels that the coarse attention calls important (HRCA, Eq. 5.3)."
@@ -191,9 +233,12 @@ class HighResCrossAttention(nn.MultiheadAttention):
         cells = attn_low.shape[-1]
         cell = cell_size(cells, size)
         check_choice('selection', selection, CELL_CHOICES)
-        if selection == 'pixels': return select_pixels(attn_low, size, max(1, cells//ratio)*cell**2)
+        if selection == 'pixels':
+            count = max(1, cells//ratio)
+            return select_pixels(attn_low, size, count*cell**2)
         if selection == 'random': attn_low = torch.rand_like(attn_low[:, :1])
-        return cell_pixels(select_cells(attn_low, ratio), size, cell)
+        chosen = select_cells(attn_low, ratio)
+        return cell_pixels(chosen, size, cell)
 
     def forward(self,
         queries:torch.Tensor, # (B,Q,D) content queries
@@ -206,8 +251,10 @@ class HighResCrossAttention(nn.MultiheadAttention):
         need_weights:bool=True, # Return attention, too? Without, it is never formed
     )->tuple: # (B,Q,D); attention (B,Q,K), mean over heads, or None; (B,K) the pixels it is over
         "Attend to Omega. Raises `OpenTransError` for another selection, or maps that do not lie over each other."
-        idx = self.choose(attn_low, feat_hi.shape[-2:], ratio, selection)
+        size = feat_hi.shape[-2:]
+        idx = self.choose(attn_low, size, ratio, selection)
         values = gather_pixels(feat_hi, idx)
         keys = values + gather_pixels(pos_hi, idx)
-        out,attn = super().forward(queries + query_pos, keys, values, need_weights=need_weights)
+        queries = queries + query_pos
+        out,attn = super().forward(queries, keys, values, need_weights=need_weights)
         return out,attn,idx

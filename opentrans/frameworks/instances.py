@@ -33,18 +33,26 @@ def instances_from_queries(
 )->list[Instances]: # One for each picture
     "Things with a score each. Raises `OpenTransError` if `isthing` has another length than the vocabulary."
     count = class_logits.shape[-1]-1
-    things = torch.tensor([True]*count if isthing is None else [bool(t) for t in isthing])
+    flags = [True]*count if isthing is None else [bool(flag) for flag in isthing]
+    things = torch.tensor(flags)
     if len(things) != count:
         raise OpenTransError(f"isthing has {len(things)} entries for {count} classes. Give one for each class name.")
     found = []
-    for shares,logits in zip(class_logits.softmax(-1)[..., :-1], mask_logits):
-        scores, pairs = shares.flatten().topk(min(most, shares.numel()))
-        kept = things.to(pairs.device)[pairs % count]
-        scores, pairs = scores[kept], pairs[kept]
+    named = class_logits.softmax(-1)[..., :-1]
+    for shares,logits in zip(named, mask_logits):
+        shares = shares.flatten()
+        scores, pairs = shares.topk(min(most, len(shares)))
+        classes = pairs % count
+        kept = things.to(pairs.device)[classes]
+        scores = scores[kept]
+        pairs = pairs[kept]
+        classes = classes[kept]
         chosen = logits[pairs//count]
         inside = chosen > 0
-        sure = (chosen.sigmoid()*inside).sum((1, 2))/(inside.sum((1, 2)) + 1e-6)
-        found.append(Instances(scores*sure, pairs % count, inside))
+        chosen = chosen.sigmoid()*inside
+        area = inside.sum((1, 2)) + 1e-6
+        sure = chosen.sum((1, 2))/area
+        found.append(Instances(scores*sure, classes, inside))
     return found
 
 def instances(
@@ -59,12 +67,37 @@ def instances(
         raise OpenTransError(f"{type(framework).__name__} has no queries to make instances of. Take mask2former, "
                              "fcclip or faseg.")
     with eval_mode(framework):
-        return instances_from_queries(*framework.queries(images, framework.text(vocabulary)), isthing, most)
+        text = framework.text(vocabulary)
+        queries = framework.queries(images, text)
+        return instances_from_queries(*queries, isthing, most)
 
 # %% ../../nbs/frameworks/35c_instances.ipynb #fb1171ae
 def _encode(mask):
     from pycocotools import mask as coder
-    return coder.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
+    pixels = mask.cpu().numpy().astype(np.uint8)
+    return coder.encode(np.asfortranarray(pixels))
+
+def _things(true):
+    "Annotations of COCO, and the sizes of the pictures."
+    rows = []
+    images = []
+    for number,(masks,classes) in enumerate(true):
+        high,wide = masks.shape[-2:]
+        images.append(dict(height=high, width=wide, id=number))
+        for mask,kind in zip(masks, classes):
+            area = int(mask.sum())
+            rows.append(dict(id=len(rows)+1, image_id=number, category_id=int(kind), iscrowd=0, area=area,
+                             segmentation=_encode(mask)))
+    return rows,images
+
+def _guesses(found):
+    "Results of COCO."
+    rows = []
+    for number,one in enumerate(found):
+        for score,kind,mask in zip(one.scores, one.classes, one.masks):
+            row = dict(image_id=number, category_id=int(kind), score=float(score), segmentation=_encode(mask))
+            rows.append(row)
+    return rows
 
 def instance_ap(
     found:Sequence[Instances], # `Instances` of each picture
@@ -75,22 +108,22 @@ def instance_ap(
     COCOeval = optional('pycocotools.cocoeval', 'detectron2', 'Average precision').COCOeval
     if len(found) != len(true):
         raise OpenTransError(f"There are results of {len(found)} pictures, and things of {len(true)}.")
-    rows = [dict(id=0, image_id=i, category_id=int(k), iscrowd=0, area=int(m.sum()), segmentation=_encode(m))
-            for i,(masks,classes) in enumerate(true) for m,k in zip(masks, classes)]
-    for n,row in enumerate(rows): row['id'] = n+1
-    guesses = [dict(image_id=i, category_id=int(k), score=float(s), segmentation=_encode(m))
-               for i,one in enumerate(found) for s,k,m in zip(one.scores, one.classes, one.masks)]
-    if not rows: return dict.fromkeys(('ap', 'ap50', 'ap75'), float('nan'))
-    if not guesses: return dict.fromkeys(('ap', 'ap50', 'ap75'), 0.)
+    rows,images = _things(true)
+    guesses = _guesses(found)
+    names = 'ap','ap50','ap75'
+    if not rows: return dict.fromkeys(names, float('nan'))
+    if not guesses: return dict.fromkeys(names, 0.)
     kinds = sorted({row['category_id'] for row in rows})
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
-        sizes = [dict(height=masks.shape[-2], width=masks.shape[-1]) for masks,_ in true]
-        coco.dataset = dict(info={}, images=[dict(size, id=i) for i,size in enumerate(sizes)], annotations=rows,
-                            categories=[dict(id=k) for k in kinds])
+        categories = [dict(id=kind) for kind in kinds]
+        coco.dataset = dict(info={}, images=images, annotations=rows, categories=categories)
         coco.createIndex()
-        judge = COCOeval(coco, coco.loadRes([g for g in guesses if g['category_id'] in kinds] or guesses), 'segm')
+        asked = [guess for guess in guesses if guess['category_id'] in kinds]
+        results = coco.loadRes(asked or guesses)
+        judge = COCOeval(coco, results, 'segm')
         judge.evaluate()
         judge.accumulate()
         judge.summarize()
-    return dict(zip(('ap', 'ap50', 'ap75'), map(float, judge.stats[:3])))
+    shares = map(float, judge.stats[:3])
+    return dict(zip(names, shares))

@@ -39,14 +39,19 @@ class _NamedQueries(QueryFramework):
 
     def make_projections(self, sizes:HeadSizes):
         "For each prediction a projection into CLIP's space, and one for distillation; *nothing*, and temperatures."
-        dim,predictions = self.backbone.embed_dim,sizes.layers+1
-        distilled = predictions if self.kd and self.kd_source != 'direct' else 0
+        dim = self.backbone.embed_dim
+        predictions = sizes.layers+1
+        distils = self.kd and self.kd_source != 'direct'
+        distilled = predictions if distils else 0
         source = sizes.hidden if self.kd_source == 'prior' else dim
-        projections = (nn.Sequential(nn.ReLU(), nn.Linear(sizes.hidden, dim)) for _ in range(predictions))
-        self.embed = nn.ModuleList(projections)
-        self.kd_proj = nn.ModuleList(nn.Linear(source, dim) for _ in range(distilled))
-        self.nothing = nn.Parameter(torch.randn(1, dim)*dim**-.5)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(self.first_scale)))
+        linears = (nn.Linear(sizes.hidden, dim) for _ in range(predictions))
+        self.embed = nn.ModuleList(nn.Sequential(nn.ReLU(), linear) for linear in linears)
+        for_teacher = (nn.Linear(source, dim) for _ in range(distilled))
+        self.kd_proj = nn.ModuleList(for_teacher)
+        nothing = torch.randn(1, dim)*dim**-.5
+        self.nothing = nn.Parameter(nothing)
+        scale = torch.tensor(math.log(self.first_scale))
+        self.log_scale = nn.Parameter(scale)
         if self.kd and self.kd_form == 'released': self.kd_scale = nn.Parameter(torch.ones(()))
 
     def classify(self,
@@ -54,13 +59,20 @@ class _NamedQueries(QueryFramework):
         text:torch.Tensor, # (K,D) text embeddings
     )->torch.Tensor: # (B,Q,K+1): cosines to the names and to *nothing*, times the temperature
         "Class logits of queries (Eq. 1)."
-        names = F.normalize(torch.cat([text.to(embeddings), self.nothing.to(embeddings)]), dim=-1)
-        return F.normalize(embeddings, dim=-1) @ names.T*self.log_scale.exp().clamp(max=100.)
+        nothing = self.nothing.to(embeddings)
+        names = torch.cat([text.to(embeddings), nothing])
+        names = F.normalize(names, dim=-1)
+        unit = F.normalize(embeddings, dim=-1)
+        cosines = unit @ names.T
+        scale = self.log_scale.exp().clamp(max=100.)
+        return cosines*scale
 
     def coarse_queries(self, images:torch.Tensor, text:torch.Tensor)->tuple[torch.Tensor, torch.Tensor]:
         "Class logits (B,Q,K+1) and mask logits at a quarter of the size, of the last layer."
         queries,mask_logits = self.head(self.features(images))
-        return self.classify(self.embed[-1](queries), text),mask_logits
+        embedded = self.embed[-1](queries)
+        logits = self.classify(embedded, text)
+        return logits,mask_logits
 
 # %% ../../nbs/frameworks/33_mask2former.ipynb #1f88fe06
 class _DistilledQueries(_NamedQueries):
@@ -77,14 +89,24 @@ class _DistilledQueries(_NamedQueries):
 
     def _some_regions(self, matched):
         "For each image the indices of the regions that are distilled: at most `kd_regions` of a batch, drawn."
-        pairs = [(image, region) for image,(_,regions) in enumerate(matched) for region in regions.tolist()]
-        drawn = {pairs[i] for i in torch.randperm(len(pairs))[:self.kd_regions].tolist()}
-        return [sorted(region for image,region in drawn if image == i) for i in range(len(matched))]
+        pairs = []
+        for image,(_,regions) in enumerate(matched):
+            pairs += [(image, region) for region in regions.tolist()]
+        order = torch.randperm(len(pairs))
+        chosen = order[:self.kd_regions].tolist()
+        drawn = {pairs[i] for i in chosen}
+        by_image = []
+        for number in range(len(matched)):
+            of_image = [region for image,region in drawn if image == number]
+            by_image.append(sorted(of_image))
+        return by_image
 
     def _students(self, layer, queries):
         "What is compared with the teacher: unit vectors (B,Q,D) of the queries of a layer."
-        embedded = queries if self.kd_source == 'prior' else self.embed[layer](queries)
-        return F.normalize(embedded if self.kd_source == 'direct' else self.kd_proj[layer](embedded), dim=-1)
+        embedded = queries
+        if self.kd_source != 'prior': embedded = self.embed[layer](queries)
+        if self.kd_source != 'direct': embedded = self.kd_proj[layer](embedded)
+        return F.normalize(embedded, dim=-1)
 
     def distill(self,
         queries:Sequence[torch.Tensor], # For each layer (B,Q,hidden): query embeddings
@@ -101,22 +123,38 @@ class _DistilledQueries(_NamedQueries):
         terms = []
         for layer,(embedded,pairs) in enumerate(zip(queries, matched)):
             students = self._students(layer, embedded)
-            rows = [_rows(*image) for image in zip(students, pairs, chosen, taught, text)]
+            images_in_turn = zip(students, pairs, chosen, taught, text)
+            rows = [_rows(*image) for image in images_in_turn]
             rows = [row for row in rows if len(row[0])]
-            if self.kd_form == 'paper': terms += [tgkd_loss(*row)*len(row[0])/count for row in rows]
-            elif rows: terms.append(torch.cat([released_terms(*row, self.kd_scale) for row in rows]).mean())
+            if self.kd_form == 'paper':
+                for row in rows:
+                    distance = tgkd_loss(*row)
+                    terms.append(distance*len(row[0])/count)
+            elif rows:
+                each = [released_terms(*row, self.kd_scale) for row in rows]
+                terms.append(torch.cat(each).mean())
         return sum(terms)
 
 def _rows(students, pair, chosen, taught, text):
     "Of an image's chosen regions that have a query: students, teachers and text embeddings, row by row."
     queries,regions = pair
-    query_of = dict(zip(regions.tolist(), queries.tolist()))
+    pairs = zip(regions.tolist(), queries.tolist())
+    query_of = dict(pairs)
     taught_rows = [i for i,region in enumerate(chosen) if region in query_of]
     matched = [chosen[i] for i in taught_rows]
-    students = students[[query_of[region] for region in matched]]
-    return students,taught[taught_rows].to(students),text[matched].to(students)
+    places = [query_of[region] for region in matched]
+    students = students[places]
+    taught = taught[taught_rows].to(students)
+    text = text[matched].to(students)
+    return students,taught,text
 
 # %% ../../nbs/frameworks/33_mask2former.ipynb #8b7b3b91
+def _some(queries, most):
+    "At most so many indices of queries, drawn."
+    if len(queries) <= most: return queries
+    order = torch.randperm(len(queries))
+    return queries[order[:most]]
+
 class _GroundedQueries(_DistilledQueries):
     "The grounding loss of the released code."
     def ground(self,
@@ -126,17 +164,23 @@ class _GroundedQueries(_DistilledQueries):
         most:int=25, # Regions of an image, at most
     )->torch.Tensor: # The sum over layers
         "The grounding loss of the matched queries (`loss_ground` in maskformer_model_voca_dense_kd.py)."
-        words,total = [self._encode_nouns(some, queries[0]) for some in nouns],0.
+        words = [self._encode_nouns(some, queries[0]) for some in nouns]
+        total = 0.
         for embed,embedded,pairs in zip(self.embed, queries, matched):
-            drawn = [at if len(at) <= most else at[torch.randperm(len(at))[:most]] for at,_ in pairs]
-            seen = [embed(image[at.to(image.device)]) for image,at in zip(embedded, drawn)]
-            total = total + grounding_loss(words, seen, self.log_scale.exp())
+            drawn = [_some(at, most) for at,_ in pairs]
+            seen = []
+            for image,at in zip(embedded, drawn):
+                at = at.to(image.device)
+                seen.append(embed(image[at]))
+            scale = self.log_scale.exp()
+            total = total + grounding_loss(words, seen, scale)
         return total
 
     def _encode_nouns(self, nouns, like):
         "Text embeddings (N,D) of the nouns of a caption, beside a tensor."
         if not nouns: return like.new_zeros(0, self.backbone.embed_dim)
-        return self.backbone.encode_text(list(nouns), ['{}']).to(like.device)
+        words = self.backbone.encode_text(list(nouns), ['{}'])
+        return words.to(like.device)
 
 # %% ../../nbs/frameworks/33_mask2former.ipynb #6aad63c7
 @register_framework('mask2former')
@@ -187,35 +231,45 @@ class Mask2Former(_GroundedQueries):
         check_choice('kd_source', kd_source, KD_SOURCES)
         check_choice('kd_target', kd_target, KD_TARGETS)
         check_choice('kd_form', kd_form, KD_FORMS)
-        self.first_scale,self.grounding = scale,grounding
+        self.first_scale = scale
+        self.grounding = grounding
         self.kd = kd
         self.kd_source = kd_source
         self.kd_target = kd_target
         self.kd_form = kd_form
         self.kd_regions = kd_regions
         self._teacher = []
-        self.make_parts(HeadSizes(hidden=hidden, mask_dim=mask_dim, queries=queries, pixel_layers=pixel_layers,
-                                  layers=layers, heads=heads, pixel_ffn=pixel_ffn, ffn=ffn))
+        sizes = HeadSizes(hidden=hidden, mask_dim=mask_dim, queries=queries, pixel_layers=pixel_layers,
+                          layers=layers, heads=heads, pixel_ffn=pixel_ffn, ffn=ffn)
+        self.make_parts(sizes)
 
     def loss(self, batch:dict)->dict[str, torch.Tensor]:
         "Class, mask, dice and distillation losses, each summed over the layers."
-        text,images = self.text(),batch['images']
-        regions,classes = batch_regions(batch, len(text), batch.get('ignore', self.ignore))
+        text = self.text()
+        images = batch['images']
+        ignore = batch.get('ignore', self.ignore)
+        regions,classes = batch_regions(batch, len(text), ignore)
         out = self.head(self.features(images), every=True)
         queries = [embedded for embedded,_ in out]
-        predictions = [(self.classify(embed(q), text), masks) for embed,(q,masks) in zip(self.embed, out)]
+        predictions = []
+        for embed,(embedded,masks) in zip(self.embed, out):
+            logits = self.classify(embed(embedded), text)
+            predictions.append((logits, masks))
         losses,matched = self.criterion(predictions, [self.pad(masks, False) for masks in regions], classes)
         if self.kd:
             names = [text[k] for k in classes]
-            losses['kd'] = self.kd*self.distill(queries, matched, images, regions, names)
+            distance = self.distill(queries, matched, images, regions, names)
+            losses['kd'] = self.kd*distance
         if self.grounding and 'nouns' in batch:
-            losses['grounding'] = self.grounding*self.ground(queries, matched, batch['nouns'])
+            distance = self.ground(queries, matched, batch['nouns'])
+            losses['grounding'] = self.grounding*distance
         return losses
 
 # %% ../../nbs/frameworks/33_mask2former.ipynb #f7c2420d
 def _own_names(framework, weights):
     "What Han et al.'s code has beside the head: name here -> (name in the file, tensor)."
-    last,found = len(framework.embed)-1,{}
+    last = len(framework.embed)-1
+    found = {}
     rules = ((r'^(embed|kd)_proj\.', rf'\1_proj.{last}.'),
              (r'^aux_(embed|kd)_porj_(\d+)\.', r'\1_proj.\2.'), # (sic)
              (r'^embed_proj\.', 'embed.'),
@@ -223,20 +277,29 @@ def _own_names(framework, weights):
              ('^logit_scale$', 'log_scale'))
     for name,tensor in weights.items():
         here = rename(name, rules)
-        if here.startswith(('embed.', 'kd_proj.')) or here in ('nothing', 'log_scale'): found[here] = name,tensor
+        projects = here.startswith(('embed.', 'kd_proj.'))
+        if projects or here in ('nothing', 'log_scale'): found[here] = name,tensor
     return found
 
 def _tower_names(framework, weights):
     "The weights of the backbone, if all of them are this one's: name here -> (name in the file, tensor)."
-    ends = tuple(f'{head}.' for head in getattr(framework.backbone, 'kind', Tower).head)
-    tower = {name: tensor for name,tensor in framework.tower.state_dict().items() if not name.startswith(ends)}
+    kind = getattr(framework.backbone, 'kind', Tower)
+    ends = tuple(f'{head}.' for head in kind.head)
+    tower = {}
+    for name,tensor in framework.tower.state_dict().items():
+        if not name.startswith(ends): tower[name] = tensor
     inside = {}
+    tensors = {}
     for name,tensor in weights.items():
         if not name.startswith('backbone.'): continue
-        bare = name.split('.', 1)[1].removeprefix('visual.').removeprefix('clip_model.visual.')
+        bare = name.removeprefix('backbone.').removeprefix('visual.')
+        bare = bare.removeprefix('clip_model.visual.')
         inside[bare] = name,tensor
-    if not all(name in inside and inside[name][1].shape == tensor.shape for name,tensor in tower.items()): return {}
-    prefix = next((name for name,module in framework.named_modules() if module is framework.tower), '')
+        tensors[bare] = tensor
+    fits = all(same_shape(tensors, name, tensor) for name,tensor in tower.items())
+    if not fits: return {}
+    modules = framework.named_modules()
+    prefix = next((name for name,module in modules if module is framework.tower), '')
     return {f'{prefix}.{name}': inside[name] for name in tower}
 
 # %% ../../nbs/frameworks/33_mask2former.ipynb #4eaadf2c
@@ -247,19 +310,29 @@ def load_mask2former(
     strict:bool=True, # Raise if a part of the head does not fit? If not, it is left as it is
 )->pd.DataFrame: # One row a tensor, as `put_weights` gives it: what ('loaded', 'left', 'kept'), here, why
     "Load published weights. Raises `OpenTransError` that lists what does not fit."
-    weights,own = weights_of(source),framework.state_dict()
-    found = {f'head.{name}': place for name,place in head_names(weights).items()}
-    found |= _own_names(framework, weights) | _tower_names(framework, weights)
+    weights = weights_of(source)
+    own = framework.state_dict()
+    found = {}
+    for name,place in head_names(weights).items(): found[f'head.{name}'] = place
+    found |= _own_names(framework, weights)
+    found |= _tower_names(framework, weights)
     if not any(name.startswith('head.') for name in found):
-        raise OpenTransError(f"These are no weights of a Mask2Former: {', '.join(list(weights)[:6])}. Expected "
+        some = ', '.join(list(weights)[:6])
+        raise OpenTransError(f"These are no weights of a Mask2Former: {some}. Expected "
                              "names as 'sem_seg_head.pixel_decoder...' or 'model.pixel_level_module...'.")
     def unlike(prefix): # What is found for a part of the framework and is not of its shapes
-        return {n for n,(_,w) in found.items() if n.startswith(prefix) and not same_shape(own, n, w)}
-    closed = {n for n in found if n.startswith('head.class_embed.')} if unlike('head.class_embed.') else set()
+        misfits = set()
+        for name,(_,tensor) in found.items():
+            if name.startswith(prefix) and not same_shape(own, name, tensor): misfits.add(name)
+        return misfits
+    closed = set()
+    if unlike('head.class_embed.'): closed = {name for name in found if name.startswith('head.class_embed.')}
     spare = closed | unlike('kd_proj.')
+    closed_in_file = {found[here][0] for here in closed}
     def why(name):
-        if any(found[here][0] == name for here in closed): return 'class head of a closed vocabulary'
-        return 'another backbone' if name.startswith(('backbone.', 'model.pixel_level_module.encoder.')) else None
+        if name in closed_in_file: return 'class head of a closed vocabulary'
+        is_tower = name.startswith(('backbone.', 'model.pixel_level_module.encoder.'))
+        return 'another backbone' if is_tower else None
     def needed(name): return name.startswith(('head.pixel_decoder.', 'head.decoder.'))
     def told(name): return not name.startswith('backbone.')
     advice = ("Build the framework with the sizes of the file (hidden, queries, layers, ...) and a backbone of the "

@@ -64,14 +64,18 @@ def head_names(
     "The weights of a head, by the names that they have here. What is no part of a head is left out."
     found = {}
     for name,tensor in weights.items():
-        part = next((part for part in _PARTS if name.startswith(part[0])), None)
+        fitting = (part for part in _PARTS if name.startswith(part[0]))
+        part = next(fitting, None)
         if part is None: continue
         old,new,rules = part
-        here = new + rename(name[len(old):], rules)
+        inner = name.removeprefix(old)
+        here = new + rename(inner, rules)
         if '.self_attn.in_proj_' not in here: found[here] = name,tensor
         else: # transformers keeps q, k and v apart
-            for letter,third in zip('qkv', tensor.chunk(3)):
-                found[here.replace('in_proj_', f'{letter}_proj.')] = name,third
+            thirds = tensor.chunk(3)
+            for letter,third in zip('qkv', thirds):
+                apart = here.replace('in_proj_', f'{letter}_proj.')
+                found[apart] = name,third
     return found
 
 # %% ../../nbs/frameworks/32b_published.ipynb #4d363ce1
@@ -95,9 +99,13 @@ def put_weights(
 )->pd.DataFrame: # One row a tensor (index: its name in the file, or here): what, here, why
     "Put the tensors of a file where they belong. Raises `OpenTransError` that lists what does not fit."
     own = framework.state_dict()
-    fits = {name for name,(_,tensor) in found.items() if name not in spare and same_shape(own, name, tensor)}
-    if strict: _check_fit(own, found, fits | set(spare), needed, advice)
-    framework.load_state_dict({name: found[name][1] for name in fits}, strict=False)
+    fits = set()
+    for name,(_,tensor) in found.items():
+        if name not in spare and same_shape(own, name, tensor): fits.add(name)
+    told = fits | set(spare)
+    if strict: _check_fit(own, found, told, needed, advice)
+    fitting = {name: found[name][1] for name in fits}
+    framework.load_state_dict(fitting, strict=False)
     return _report(own, weights, found, fits, why, mine)
 
 def same_shape(
@@ -106,7 +114,8 @@ def same_shape(
     tensor:torch.Tensor, # What shall be put there
 )->bool:
     "Does a state dict have a tensor of that name and of that shape?"
-    return name in state and state[name].shape == tensor.shape
+    if name not in state: return False
+    return state[name].shape == tensor.shape
 
 def _check_fit(own, found, told, needed, advice):
     "Raise `OpenTransError` for what is found and has no place, unless it is in `told`, and for what is missing."
@@ -114,23 +123,35 @@ def _check_fit(own, found, told, needed, advice):
     strange = []
     for name,(old,tensor) in found.items():
         if name in told: continue
-        here = f' (here {tuple(own[name].shape)})' if name in own else ''
-        strange.append(f'{old} {tuple(tensor.shape)}{here}')
+        here = ''
+        if name in own: here = f' (here {tuple(own[name].shape)})'
+        shape = tuple(tensor.shape)
+        strange.append(f'{old} {shape}{here}')
     if strange or missing:
-        first,absent = ', '.join(strange[:6]) or '-', ', '.join(missing[:6]) or '-'
+        first = ', '.join(strange[:6]) or '-'
+        absent = ', '.join(missing[:6]) or '-'
         raise OpenTransError(f"{len(strange)} tensors of the file do not fit ({first}) and "
                              f"{len(missing)} of the head are not in it ({absent}). {advice}")
 
 def _report(own, weights, found, fits, why, mine):
     "What became of each tensor of a file, and what was kept here."
-    used,known = {},{old for old,_ in found.values()}
-    for name in fits: used.setdefault(found[name][0], []).append(name)
+    used = {}
+    known = {old for old,_ in found.values()}
+    for name in fits:
+        old = found[name][0]
+        used.setdefault(old, []).append(name)
     rows = []
     for name in weights:
-        if name in used: rows.append((name, 'loaded', ', '.join(sorted(used[name])), ''))
-        else: rows.append((name, 'left', '', why(name) or _reason(name in known)))
+        if name in used:
+            here = ', '.join(sorted(used[name]))
+            rows.append((name, 'loaded', here, ''))
+        else:
+            reason = why(name) or _reason(name in known)
+            rows.append((name, 'left', '', reason))
     for name in own:
-        if name not in fits and (mine is None or mine(name)): rows.append((name, 'kept', name, 'not in the file'))
-    return pd.DataFrame(rows, columns=['name', 'what', 'here', 'why']).set_index('name')
+        if name in fits: continue
+        if mine is None or mine(name): rows.append((name, 'kept', name, 'not in the file'))
+    table = pd.DataFrame(rows, columns=['name', 'what', 'here', 'why'])
+    return table.set_index('name')
 
 def _reason(known): return 'does not fit' if known else 'no part of this framework'

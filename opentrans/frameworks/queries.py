@@ -25,7 +25,8 @@ from ..runtime import device_of
 # %% ../../nbs/frameworks/32_queries.ipynb #33751b6d
 def mask2former_config(**options)->Mask2FormerConfig: # Raises `OpenTransError` for sizes that do not fit together
     "The configuration of transformers' parts, without dropout, as all published Mask2Formers are trained."
-    hidden,heads = options.get('hidden_dim', 256),options.get('num_attention_heads', 8)
+    hidden = options.get('hidden_dim', 256)
+    heads = options.get('num_attention_heads', 8)
     if hidden % 32 or hidden % heads:
         raise OpenTransError(f"hidden={hidden} with {heads} heads: the width must be a multiple of 32 "
                              "(groups of the norms) and of the heads.")
@@ -49,11 +50,15 @@ class AttentionLinear(nn.Linear):
 @torch.no_grad()
 def _spread(attention):
     "Each head of a deformable attention begins by looking in a direction of its own, point by point further away."
-    angle = torch.arange(attention.n_heads)*(2*math.pi/attention.n_heads)
+    step = 2*math.pi/attention.n_heads
+    angle = torch.arange(attention.n_heads)*step
     direction = torch.stack([angle.cos(), angle.sin()], -1)
-    direction = direction/direction.abs().amax(-1, keepdim=True)
-    distance = torch.arange(1, attention.n_points+1)[:, None]
-    offsets = (direction[:, None, None]*distance).expand(-1, attention.n_levels, -1, -1)
+    largest = direction.abs().amax(-1, keepdim=True)
+    direction = direction/largest
+    steps = torch.arange(1, attention.n_points+1)
+    distance = steps[:, None]
+    offsets = direction[:, None, None]*distance
+    offsets = offsets.expand(-1, attention.n_levels, -1, -1)
     attention.sampling_offsets.bias.copy_(offsets.flatten())
     attention.sampling_offsets.weight.zero_()
     attention.value_proj.bias.zero_()
@@ -108,7 +113,8 @@ class PixelDecoder(Mask2FormerPixelDecoder):
     )->tuple[torch.Tensor, list[torch.Tensor]]: # Mask features (B,mask_dim,H/4,W/4), maps (B,hidden,h,w)
         "The features that masks are made of, and three maps that know of each other, coarse to fine."
         with torch.autocast(device_of(self).type, enabled=False): # as in the reference: sampling wants float32
-            out = super().forward([features[name].float() for name in self.names])
+            maps = [features[name].float() for name in self.names]
+            out = super().forward(maps)
         return out.mask_features,list(out.multi_scale_features)
 
 # %% ../../nbs/frameworks/32_queries.ipynb #a704628e
@@ -118,9 +124,18 @@ class _DecoderSteps(Mask2FormerTransformerModule):
         maps:list[torch.Tensor], # The pixel decoder's maps, coarse to fine
     )->tuple: # Three lists: tokens (hw,B,hidden), their position codes, sizes (h,w)
         "What queries look at, level by level."
-        tokens = [(m.flatten(2) + self.level_embed.weight[i][:, None]).permute(2, 0, 1) for i,m in enumerate(maps)]
-        codes = [self.position_embedder(m.shape, m.device, m.dtype).flatten(2).permute(2, 0, 1) for m in maps]
-        return tokens,codes,[m.shape[-2:] for m in maps]
+        tokens = []
+        codes = []
+        for i,m in enumerate(maps):
+            level = self.level_embed.weight[i]
+            pixels = m.flatten(2)
+            token = pixels + level[:, None]
+            tokens.append(token.permute(2, 0, 1))
+        for m in maps:
+            code = self.position_embedder(m.shape, m.device, m.dtype)
+            codes.append(code.flatten(2).permute(2, 0, 1))
+        sizes = [m.shape[-2:] for m in maps]
+        return tokens,codes,sizes
 
     def predict(self,
         x:torch.Tensor, # (Q,B,hidden) queries
@@ -130,11 +145,14 @@ class _DecoderSteps(Mask2FormerTransformerModule):
         "Masks of queries, and where each query may look next: inside its mask, or everywhere if that is empty."
         x = self.decoder.layernorm(x)
         masks,blocked = self.decoder.mask_predictor(x, mask_features, size)
-        return x.transpose(0, 1),masks,blocked & ~blocked.all(-1, keepdim=True)
+        everywhere = blocked.all(-1, keepdim=True)
+        blocked = blocked & ~everywhere
+        return x.transpose(0, 1),masks,blocked
 
     def attend(self, i, x, position, tokens, codes, blocked)->torch.Tensor: # (Q,B,hidden)
         "Layer `i`: queries `x` (Q,B,hidden) with their positions look at level `i % 3`, and at each other."
-        layer,level = self.decoder.layers[i],i % len(tokens)
+        layer = self.decoder.layers[i]
+        level = i % len(tokens)
         return layer(x, level, None, codes, position, tokens, encoder_attention_mask=blocked)[0]
 
 # %% ../../nbs/frameworks/32_queries.ipynb #f3535a57
@@ -165,14 +183,18 @@ class MaskDecoder(_DecoderSteps):
     )->list[tuple[torch.Tensor, torch.Tensor]]: # Queries behind the norm (B,Q,hidden) and mask logits (B,Q,H/4,W/4)
         "What queries are before the first layer, and after each."
         tokens,codes,sizes = self.memory(maps)
-        batch,layers = len(mask_features),len(self.decoder.layers)
-        position = self.queries_embedder.weight[:, None].expand(-1, batch, -1)
-        x = self.queries_features.weight[:, None].expand(-1, batch, -1)
+        batch = len(mask_features)
+        layers = len(self.decoder.layers)
+        position = self.queries_embedder.weight[:, None]
+        position = position.expand(-1, batch, -1)
+        x = self.queries_features.weight[:, None]
+        x = x.expand(-1, batch, -1)
         queries,masks,blocked = self.predict(x, mask_features, sizes[0])
         out = [(queries, masks)]
         for i in range(layers):
             x = self.attend(i, x, position, tokens, codes, blocked)
-            queries,masks,blocked = self.predict(x, mask_features, sizes[(i+1) % len(sizes)])
+            following = (i+1) % len(sizes)
+            queries,masks,blocked = self.predict(x, mask_features, sizes[following])
             out.append((queries, masks))
         return out
 
@@ -182,7 +204,10 @@ def semantic_from_queries(
     mask_logits:torch.Tensor, # (B,Q,H,W)
 )->torch.Tensor: # (B,K,H,W), not negative
     "The score of each class at each pixel, summed over queries."
-    return torch.einsum('bqk,bqhw->bkhw', class_logits.softmax(-1)[..., :-1], mask_logits.sigmoid())
+    shares = class_logits.softmax(-1)
+    shares = shares[..., :-1]
+    masks = mask_logits.sigmoid()
+    return torch.einsum('bqk,bqhw->bkhw', shares, masks)
 
 # %% ../../nbs/frameworks/32_queries.ipynb #47f18015
 class QueryScores(Scores):
@@ -194,17 +219,23 @@ class QueryScores(Scores):
         size:Sequence[int]=None, # (H,W) of the images, which is cut out of that
         masks_first:bool=False, # Is it the masks that are resized to another size, and not the scores?
     ):
-        self.shares = class_logits.softmax(-1)[..., :-1]
+        shares = class_logits.softmax(-1)
+        self.shares = shares[..., :-1]
         self.maps = mask_logits # of queries, not of classes
         self.masks_first = masks_first
         self.held = None
         self.mirror = False
         self.target = None
-        self.padded = tuple(padded or mask_logits.shape[-2:])
+        full = padded or mask_logits.shape[-2:]
+        self.padded = tuple(full)
         self.inner = tuple(size or self.padded)
-        self._hold(len(mask_logits), self.shares.shape[-1], self.inner)
-        self.moves = (functools.partial(resized_sides, before=mask_logits.shape[-2:], after=self.padded),
-                      functools.partial(cut_sides, height=self.inner[0], width=self.inner[1]))
+        height,width = self.inner
+        classes = self.shares.shape[-1]
+        self._hold(len(mask_logits), classes, self.inner)
+        before = mask_logits.shape[-2:]
+        enlarge = functools.partial(resized_sides, before=before, after=self.padded)
+        cut = functools.partial(cut_sides, height=height, width=width)
+        self.moves = (enlarge, cut)
 
     def of_image(self, i:int): # As `Scores.of_image`
         new = super().of_image(i)
@@ -212,7 +243,9 @@ class QueryScores(Scores):
         new.held = None
         return new
 
-    def finite(self)->bool: return super().finite() and bool(self.shares.isfinite().all())
+    def finite(self)->bool:
+        if not super().finite(): return False
+        return bool(self.shares.isfinite().all())
 
     def only(self, classes:torch.Tensor): # As `Scores.only`
         new = copy.copy(self)
@@ -225,19 +258,25 @@ class QueryScores(Scores):
 
     # As `Scores.bounds`: shares are not negative, and the sigmoid rises
     def bounds(self, rows:slice, windows:Sequence[int])->tuple:
-        return tuple(torch.einsum('qk,qhw->khw', self.shares[0], masks.sigmoid())
-                     for masks in super(QueryScores, self).bounds(rows, windows))
+        scores = []
+        for masks in super().bounds(rows, windows):
+            scores.append(torch.einsum('qk,qhw->khw', self.shares[0], masks.sigmoid()))
+        return tuple(scores)
 
     def tile(self, tiles, place:tuple, source:tuple, classes:torch.Tensor)->torch.Tensor: # As `Scores.tile`
         down,across = place
-        return torch.einsum('qk,qhw->khw', self.shares[0][:, classes], self.held[0, :, down, across])
+        shares = self.shares[0][:, classes]
+        masks = self.held[0, :, down, across]
+        return torch.einsum('qk,qhw->khw', shares, masks)
 
     def grow(self, mask_logits:torch.Tensor)->torch.Tensor: # (B,q,H,W)
         "Probabilities of masks at full size."
         height,width = self.inner
-        grown = resize(mask_logits, self.padded)[..., :height, :width]
+        grown = resize(mask_logits, self.padded)
+        grown = grown[..., :height, :width]
         if self.mirror: grown = grown.flip(-1)
-        return (grown if self.target is None else resize(grown, self.target)).sigmoid()
+        if self.target is not None: grown = resize(grown, self.target)
+        return grown.sigmoid()
 
     def masks(self)->torch.Tensor: # (B,Q,H,W)
         "Probabilities of all masks at full size; if they are many pixels, made some queries at a time."
@@ -255,8 +294,10 @@ class QueryScores(Scores):
         return new
 
     def make(self, start:int, stop:int):
-        masks = self.masks() if self.held is None else self.held
-        return torch.einsum('bqk,bqhw->bkhw', self.shares[..., start:stop], masks)
+        masks = self.held
+        if masks is None: masks = self.masks()
+        shares = self.shares[..., start:stop]
+        return torch.einsum('bqk,bqhw->bkhw', shares, masks)
 
     def mirrored(self):
         if not self.masks_first or self.steps: return super().mirrored()
@@ -266,11 +307,13 @@ class QueryScores(Scores):
         return new
 
     def resized(self, size:Sequence[int]):
-        if not self.masks_first or self.steps or self.size == tuple(size): return super().resized(size)
+        scores_first = not self.masks_first or self.steps
+        if scores_first or self.size == tuple(size): return super().resized(size)
         new = copy.copy(self)
         new.target = tuple(size)
         new._hold(self.batch, self.classes, size)
-        new.moves = (*self.moves, functools.partial(resized_sides, before=self.inner, after=size))
+        move = functools.partial(resized_sides, before=self.inner, after=size)
+        new.moves = (*self.moves, move)
         return new
 
 _MASKS = 2**25 # Values of masks at full size that are made at a time
@@ -294,33 +337,41 @@ def panoptic_from_queries(
 )->torch.Tensor: # (B,H,W,2) int64: class and instance (things 1, 2, ...; stuff 0)
     "One segment for each pixel. Raises `OpenTransError` if `isthing` has another length than the vocabulary."
     classes = class_logits.shape[-1]-1
-    isthing = [True]*classes if isthing is None else [bool(thing) for thing in isthing]
+    if isthing is None: isthing = [True]*classes
+    else: isthing = [bool(thing) for thing in isthing]
     if len(isthing) != classes:
         raise OpenTransError(f"isthing has {len(isthing)} entries for {classes} classes. "
                              "Give one for each class name.")
-    out = mask_logits.new_zeros(*mask_logits.shape[::2], mask_logits.shape[3], 2, dtype=torch.int64)
+    batch,_,height,width = mask_logits.shape
+    out = mask_logits.new_zeros(batch, height, width, 2, dtype=torch.int64)
     out[..., 0] = ignore
-    for segments,probabilities,masks in zip(out, class_logits.softmax(-1), mask_logits):
+    each = zip(out, class_logits.softmax(-1), mask_logits)
+    for segments,probabilities,masks in each:
         _fill_segments(segments, probabilities, masks, isthing, score, overlap)
     return out
 
 def _fill_segments(segments, probabilities, masks, isthing, score, overlap):
     "Write the segments (H,W,2) of one image, from class probabilities (Q,K+1) and mask logits (Q,H,W)."
     sureness,label = probabilities.max(-1)
-    used = (label != len(isthing)) & (sureness > score)
+    is_named = label != len(isthing)
+    used = is_named & (sureness > score)
     if not used.any(): return
     sureness = sureness[used]
     label = label[used]
     masks = masks[used].sigmoid()
-    owner = (sureness[:, None, None]*masks).argmax(0) # of each pixel the query that is surest of it
+    owner = sureness[:, None, None]*masks
+    owner = owner.argmax(0) # of each pixel the query that is surest of it
     inside = masks >= .5
     count = 0 # things so far
     for query,kind in enumerate(label.tolist()):
         owned = owner == query
         kept = owned & inside[query]
-        if not kept.any() or owned.sum() < overlap*inside[query].sum(): continue
+        if not kept.any(): continue
+        least = overlap*inside[query].sum()
+        if owned.sum() < least: continue
         count += isthing[kind]
-        segments[kept] = segments.new_tensor([kind, count if isthing[kind] else 0])
+        number = count if isthing[kind] else 0
+        segments[kept] = segments.new_tensor([kind, number])
 
 # %% ../../nbs/frameworks/32_queries.ipynb #ed1c931b
 class _LayerLoss(Mask2FormerLoss):
@@ -330,27 +381,40 @@ class _LayerLoss(Mask2FormerLoss):
         none = torch.zeros(0, dtype=torch.long)
         matched = []
         for logits,query_masks,regions,kinds in zip(class_logits, mask_logits, masks, classes):
-            if len(kinds): matched.append(self.matcher(query_masks[None], logits[None], [regions], [kinds])[0])
-            else: matched.append((none, none))
+            pair = none,none
+            if len(kinds): pair = self.matcher(query_masks[None], logits[None], [regions], [kinds])[0]
+            matched.append(pair)
         return matched
 
     def _drop_regions(self, classes):
         "The classes of regions. In training, those of a random part are -100, which the class loss leaves out."
         if not (self.training and self.region_dropout): return classes
-        return [torch.where(torch.rand(len(k), device=k.device) < self.region_dropout, -100, k) for k in classes]
+        kept = []
+        for kinds in classes:
+            drawn = torch.rand(len(kinds), device=kinds.device)
+            dropped = drawn < self.region_dropout
+            kept.append(torch.where(dropped, -100, kinds))
+        return kept
 
     def one(self, class_logits, mask_logits, masks, classes)->tuple: # Dict of losses; for each image its matching
         "The losses of one layer."
         self.num_labels = class_logits.shape[-1]-1
-        self.empty_weight = torch.ones(self.num_labels+1, device=class_logits.device)
+        kinds = self.num_labels+1 # and *nothing*
+        self.empty_weight = torch.ones(kinds, device=class_logits.device)
         self.empty_weight[-1] = self.eos_coef
         pairs = self.match(class_logits, mask_logits, masks, classes)
-        terms = self.loss_labels(class_logits, self._drop_regions(classes), pairs) # 0/0 where no query is asked
-        terms = {name: v if v.isfinite() else class_logits.sum()*0 for name,v in terms.items()}
-        if any(len(queries) for queries,_ in pairs):
+        asked = self._drop_regions(classes)
+        terms = self.loss_labels(class_logits, asked, pairs) # 0/0 where no query is asked
+        for name,term in terms.items():
+            if not term.isfinite(): terms[name] = class_logits.sum()*0
+        has_pairs = any(len(queries) for queries,_ in pairs)
+        if has_pairs:
             count = self.get_num_masks(classes, class_logits.device)
-            terms.update(self.loss_masks(mask_logits, masks, pairs, count))
-        else: terms.update(dict.fromkeys(('loss_mask', 'loss_dice'), mask_logits.sum()*0))
+            of_masks = self.loss_masks(mask_logits, masks, pairs, count)
+            terms.update(of_masks)
+        else:
+            nothing = mask_logits.sum()*0
+            terms.update(loss_mask=nothing, loss_dice=nothing)
         return terms,pairs
 
 # %% ../../nbs/frameworks/32_queries.ipynb #ed18e1ad
@@ -393,7 +457,9 @@ class SetLoss(_LayerLoss):
         with torch.autocast(device.type, enabled=False):
             for class_logits,mask_logits in predictions:
                 terms,pairs = self.one(class_logits.float(), mask_logits.float(), regions, kinds)
-                for theirs,ours in _TERMS.items(): sums[ours] = sums[ours] + self.weight_dict[theirs]*terms[theirs]
+                for theirs,ours in _TERMS.items():
+                    weighted = self.weight_dict[theirs]*terms[theirs]
+                    sums[ours] = sums[ours] + weighted
                 matched.append(pairs)
         return sums,matched
 
@@ -443,7 +509,10 @@ class DecoderPair(nn.Module):
         mask_features,*read = self.pixel_decoder(features)
         out = self.decoder(mask_features, *read)
         if not every: out = out[-1:]
-        embedded = [(self.embed(mask_features, queries, masks), masks) for queries,masks in out]
+        embedded = []
+        for queries,masks in out:
+            of_queries = self.embed(mask_features, queries, masks)
+            embedded.append((of_queries, masks))
         return embedded if every else embedded[0]
 
 class QueryHead(DecoderPair):
@@ -453,9 +522,12 @@ class QueryHead(DecoderPair):
         sizes:HeadSizes=HeadSizes(), # Sizes of both decoders
     ):
         super().__init__()
-        self.pixel_decoder = PixelDecoder(channels, **sizes.for_pixels())
-        self.decoder = MaskDecoder(**sizes.for_masks())
-        self.class_embed = nn.Linear(sizes.hidden, sizes.hidden)
+        of_pixels = sizes.for_pixels()
+        of_masks = sizes.for_masks()
+        self.pixel_decoder = PixelDecoder(channels, **of_pixels)
+        self.decoder = MaskDecoder(**of_masks)
+        width = sizes.hidden
+        self.class_embed = nn.Linear(width, width)
 
 # %% ../../nbs/frameworks/32_queries.ipynb #db1b7322
 class _Padding(Framework):
@@ -474,15 +546,19 @@ class _Padding(Framework):
     )->torch.Tensor: # (...,H',W')
         "Fill up images or regions."
         below,right = (-side % self.divisible for side in x.shape[-2:])
-        return F.pad(x, (0, right, 0, below), value=value) if below or right else x
+        if not (below or right): return x
+        return F.pad(x, (0, right, 0, below), value=value)
 
     def pad_images(self,
         images:torch.Tensor, # (B,3,H,W) in [0,1]
     )->torch.Tensor: # (B,3,H',W')
         "Fill up images in CLIP's mean colour, which is 0 once that is taken off."
         mean = getattr(self.backbone, 'mean', None)
-        if mean is None or not any(side % self.divisible for side in images.shape[-2:]): return self.pad(images)
-        return self.pad(images-mean) + mean
+        over = (side % self.divisible for side in images.shape[-2:])
+        is_whole = not any(over)
+        if mean is None or is_whole: return self.pad(images)
+        padded = self.pad(images-mean)
+        return padded + mean
 
     def features(self, images:torch.Tensor): # The backbone's maps by name
         "The backbone's maps of images of any size."
@@ -501,7 +577,8 @@ class _QueryParts(_Padding):
     ):
         super().__init__(backbone, vocabulary)
         self.register_module('head', None) # its place among the parts; the adapter makes it by `make_parts`
-        self.criterion = SetLoss() if criterion is None else criterion
+        if criterion is None: criterion = SetLoss()
+        self.criterion = criterion
         self.divisible = divisible
         self.score = score
         self.overlap = overlap
@@ -529,16 +606,22 @@ class QueryFramework(_QueryParts):
         "Class logits (B,Q,K+1) and mask logits at the images' size (B,Q,H,W), of the last layer."
         height,width = images.shape[-2:]
         class_logits,mask_logits = self.coarse_queries(images, text)
-        return class_logits,resize(mask_logits, self.padded_size((height, width)))[..., :height, :width]
+        full = self.padded_size((height, width))
+        mask_logits = resize(mask_logits, full)
+        mask_logits = mask_logits[..., :height, :width]
+        return class_logits,mask_logits
 
     def forward(self, images:torch.Tensor, text_embeddings)->torch.Tensor:
         "Images (B,3,H,W) and text embeddings (K,D) to scores (B,K,H,W)."
-        return semantic_from_queries(*self.queries(images, text_embeddings))
+        queries = self.queries(images, text_embeddings)
+        return semantic_from_queries(*queries)
 
     def scores(self, images:torch.Tensor, text)->Scores:
         "Classes and masks of the queries, from which scores are made when they are asked for."
         size = images.shape[-2:]
-        return QueryScores(*self.coarse_queries(images, text), self.padded_size(size), size, self.masks_first)
+        padded = self.padded_size(size)
+        queries = self.coarse_queries(images, text)
+        return QueryScores(*queries, padded, size, self.masks_first)
 
     def panoptic(self,
         images:torch.Tensor, # (B,3,H,W) in [0,1]
@@ -559,17 +642,21 @@ def batch_regions(
     ignore:int=255, # Label that counts nowhere
 )->tuple[list[torch.Tensor], list[torch.Tensor]]: # For each image regions (N,H,W) bool, and classes (N)
     "Regions and their classes, without empty and ignored ones. Raises `OpenTransError` for a class out of range."
-    regions,kinds = batch.get('regions'),batch.get('region_classes')
+    regions = batch.get('regions')
+    kinds = batch.get('region_classes')
     if regions is None:
         kinds = [labels.unique() for labels in batch['labels']]
-        regions = [labels == k[:, None, None] for labels,k in zip(batch['labels'], kinds)]
+        regions = []
+        for labels,there in zip(batch['labels'], kinds): regions.append(labels == there[:, None, None])
     def counted(masks, classes):
         if not len(classes): return classes.bool()
-        return (classes != ignore) & masks.flatten(1).any(1)
+        has_pixels = masks.flatten(1).any(1)
+        return (classes != ignore) & has_pixels
     keep = [counted(r, k) for r,k in zip(regions, kinds)]
     regions = [r[kept] for r,kept in zip(regions, keep)]
     kinds = [k[kept] for k,kept in zip(kinds, keep)]
-    wrong = sorted({c for k in kinds for c in k.tolist() if not 0 <= c < classes})
+    named = {kind for there in kinds for kind in there.tolist()}
+    wrong = sorted(kind for kind in named if not 0 <= kind < classes)
     if wrong:
         raise OpenTransError(f"Regions of the classes {wrong[:6]} are neither one of the {classes} classes nor "
                              f"ignore={ignore}. Do data and framework have the same vocabulary?")

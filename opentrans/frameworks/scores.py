@@ -19,8 +19,9 @@ def resize(
     size:Sequence[int], # (H,W)
 )->torch.Tensor: # (B,C,H,W)
     "Bilinear interpolation to a size, as heads and their losses use it; nothing is done where the size is right."
-    if tuple(x.shape[-2:]) == tuple(size): return x
-    return F.interpolate(x, size=tuple(size), mode='bilinear', align_corners=False)
+    size = tuple(size)
+    if tuple(x.shape[-2:]) == size: return x
+    return F.interpolate(x, size=size, mode='bilinear', align_corners=False)
 
 # %% ../../nbs/frameworks/30a_scores.ipynb #51c9a2e4
 def spread(
@@ -30,14 +31,22 @@ def spread(
 )->torch.Tensor: # (large, small)
     "Bilinear interpolation along a side, as a matrix: row i holds the weights of which pixel i is the sum."
     eye = torch.eye(small, dtype=like.dtype, device=like.device)
-    return resize(eye[None, None], (large, small))[0, 0]
+    unit = eye[None, None]
+    matrix = resize(unit, (large, small))
+    return matrix[0, 0]
 
 # What a step does to the pair of matrices by which rows and columns of the result come from those of maps
 
 def resized_sides(sides, before, after):
-    return tuple(spread(old, new, side) @ side for old,new,side in zip(before, after, sides))
-def cut_sides(sides, height, width): return sides[0][:height],sides[1][:width]
-def mirrored_sides(sides): return sides[0],sides[1].flip(0)
+    moved = []
+    for old,new,side in zip(before, after, sides): moved.append(spread(old, new, side) @ side)
+    return tuple(moved)
+def cut_sides(sides, height, width):
+    rows,columns = sides
+    return rows[:height],columns[:width]
+def mirrored_sides(sides):
+    rows,columns = sides
+    return rows,columns.flip(0)
 
 class _Steps:
     "What may follow logits, all classes alike."
@@ -50,21 +59,27 @@ class _Steps:
         new = copy.copy(self)
         new.steps = (*self.steps, step)
         new.size = tuple(size)
-        new.pixels = max(self.pixels, self.batch*math.prod(size))
+        made = self.batch*math.prod(size)
+        new.pixels = max(self.pixels, made)
         known = self.moves is not None and move is not None
         new.moves = (*self.moves, move) if known else None
         return new
 
     def cut(self, height:int, width:int)->Self: # The corner of that size at the top and left
         corner = dict(height=height, width=width)
-        return self.then(functools.partial(_corner, **corner), (height, width), functools.partial(cut_sides, **corner))
+        step = functools.partial(_corner, **corner)
+        move = functools.partial(cut_sides, **corner)
+        return self.then(step, (height, width), move)
 
-    def mirrored(self)->Self: return self.then(functools.partial(torch.flip, dims=(-1,)), self.size, mirrored_sides)
+    def mirrored(self)->Self:
+        step = functools.partial(torch.flip, dims=(-1,))
+        return self.then(step, self.size, mirrored_sides)
 
     def resized(self, size:Sequence[int])->Self: # Interpolated to (H,W)
         if self.size == tuple(size): return self
         move = functools.partial(resized_sides, before=self.size, after=size)
-        return self.then(functools.partial(resize, size=size), size, move)
+        step = functools.partial(resize, size=size)
+        return self.then(step, size, move)
 
 def _corner(logits, height, width): return logits[..., :height, :width]
 
@@ -74,16 +89,22 @@ _TILE = 64 # Pixels along a side
 def _ends(matrix):
     "The first and the last weight of each pixel that is not 0."
     there = (matrix != 0).to(torch.uint8)
-    return there.argmax(1),matrix.shape[1]-1-there.flip(1).argmax(1)
+    behind = there.flip(1).argmax(1)
+    last = matrix.shape[1]-1-behind
+    return there.argmax(1),last
 
 def _parts(matrix, window):
     "A side, tile by tile: pixels, of which pixels of maps they are made, and the windows of these."
     first,last = _ends(matrix)
+    length = matrix.shape[1]
     for start in range(0, len(matrix), _TILE):
-        pixels = slice(start, min(start+_TILE, len(matrix)))
+        stop = min(start+_TILE, len(matrix))
+        pixels = slice(start, stop)
         low = int(first[pixels].min())
         high = int(last[pixels].max())+1
-        windows = slice(max(min(low, matrix.shape[1]-window), 0), max(high-window, low)+1)
+        left = max(min(low, length-window), 0)
+        right = max(high-window, low)+1
+        windows = slice(left, right)
         yield pixels,slice(low, high),windows
 
 class Tiles:
@@ -96,7 +117,8 @@ class Tiles:
         self.columns: torch.Tensor = columns
         ends = [_ends(matrix) for matrix in (rows, columns)]
         # pixels of the maps, of which one is made
-        self.windows: list[int] = [int((last-first).max())+1 for first,last in ends]
+        widths = [(last-first).max() for first,last in ends]
+        self.windows: list[int] = [int(width)+1 for width in widths]
 
     # ((rows, columns) of the image, those of the maps, those of the windows) of each tile
     def __iter__(self)->Iterator[tuple[tuple[slice, slice], ...]]:
@@ -111,13 +133,19 @@ def in_windows(
     width:int, # Of it
 )->tuple[torch.Tensor, torch.Tensor]: # (least, largest), each (C,h-height+1,w-width+1)
     "The least and the largest value in each window of maps."
-    return tuple(_best_in_windows(best, maps, height, width) for best in (torch.minimum, torch.maximum))
+    least = _best_in_windows(torch.minimum, maps, height, width)
+    largest = _best_in_windows(torch.maximum, maps, height, width)
+    return least,largest
 
 def _best_in_windows(best_of_two, maps, height, width):
-    for dim,side in ((-2, height), (-1, width)):
-        for _ in range(min(side, maps.shape[dim])-1):
+    sides = {-2: height, -1: width}
+    for dim,side in sides.items():
+        steps = min(side, maps.shape[dim])-1
+        for _ in range(steps):
             last = maps.shape[dim]-1
-            maps = best_of_two(maps.narrow(dim, 0, last), maps.narrow(dim, 1, last))
+            before = maps.narrow(dim, 0, last)
+            after = maps.narrow(dim, 1, last)
+            maps = best_of_two(before, after)
     return maps
 
 class _InTiles(_Steps):
@@ -149,7 +177,8 @@ class _InTiles(_Steps):
         windows:Sequence[int], # Height and width
     )->tuple[torch.Tensor, torch.Tensor]: # (least, largest) logit of each class (K,h,w) in each window, of one image
         "Between what the logits lie that are means of a window."
-        return in_windows(self.maps[0, :, rows], *windows)
+        maps = self.maps[0, :, rows]
+        return in_windows(maps, *windows)
 
     def tile(self,
         tiles:Tiles, # How the image is made of its maps
@@ -158,10 +187,16 @@ class _InTiles(_Steps):
         classes:torch.Tensor, # Indices of classes
     )->torch.Tensor: # (k,h,w)
         "The logits of some classes on a part of an image."
-        (down,across),(rows,columns) = place,source
-        maps = self.maps[0, classes, rows, columns].transpose(0, 1) # two large products are faster than many small
-        wide = maps.flatten(0, 1) @ tiles.columns[across, columns].mT
-        return (tiles.rows[down, rows] @ wide.view(len(maps), -1)).unflatten(1, (len(classes), -1)).transpose(0, 1)
+        down,across = place
+        rows,columns = source
+        maps = self.maps[0, classes, rows, columns]
+        maps = maps.transpose(0, 1) # two large products are faster than many small
+        of_columns = tiles.columns[across, columns].mT
+        wide = maps.flatten(0, 1) @ of_columns
+        wide = wide.view(len(maps), -1)
+        part = tiles.rows[down, rows] @ wide
+        part = part.unflatten(1, (len(classes), -1))
+        return part.transpose(0, 1)
 
 # %% ../../nbs/frameworks/30a_scores.ipynb #d3352d3c
 class Scores(_InTiles):
@@ -173,9 +208,13 @@ class Scores(_InTiles):
         size:Sequence[int]|None=None, # (H,W) to which logits are resized; None leaves them
     ):
         self.maps: torch.Tensor = maps
-        self._hold(*maps.shape[:2], maps.shape[-2:] if size is None else size)
+        batch,classes = maps.shape[:2]
+        if size is None: size = maps.shape[-2:]
+        self._hold(batch, classes, size)
         if type(self).make is Scores.make: # a subclass that makes logits in another way says itself how
-            self.moves = (functools.partial(resized_sides, before=maps.shape[-2:], after=self.made),)
+            before = maps.shape[-2:]
+            move = functools.partial(resized_sides, before=before, after=self.made)
+            self.moves = (move,)
 
     def _hold(self, batch, classes, size):
         self.batch: int = batch
@@ -208,12 +247,19 @@ def _possible(scores, windows):
     """Which classes can be the largest in each window (K,h,w). One cannot, if another's minimum lies above its
     maximum."""
     height,width = scores.maps.shape[-2:]
-    rows = max(4*windows[0], _IN_A_STRIP//(scores.classes*width))
+    strip = _IN_A_STRIP//(scores.classes*width)
+    rows = max(4*windows[0], strip)
     found = []
-    for top in range(0, max(height-windows[0]+1, 1), rows):
-        least,most = scores.bounds(slice(top, top+rows+windows[0]-1), windows)
-        rounding = 64*torch.finfo(most.dtype).eps*torch.maximum(most.amax(), -least.amin())
-        found.append(most >= least.amax(0)-rounding)
+    tops = max(height-windows[0]+1, 1)
+    for top in range(0, tops, rows):
+        bottom = top+rows+windows[0]-1
+        here = slice(top, bottom)
+        least,most = scores.bounds(here, windows)
+        largest = torch.maximum(most.amax(), -least.amin())
+        epsilon = torch.finfo(most.dtype).eps
+        rounding = 64*epsilon*largest
+        floor = least.amax(0)-rounding
+        found.append(most >= floor)
     return torch.cat(found, 1)
 
 def _best_in_tiles(scores, tiles, possible):
@@ -221,7 +267,9 @@ def _best_in_tiles(scores, tiles, possible):
     scores = scores.ready()
     best = torch.empty(scores.size, dtype=torch.long)
     for place,source,windows in tiles:
-        classes = possible[(slice(None), *windows)].flatten(1).any(1).nonzero()[:, 0]
+        here = possible[(slice(None), *windows)]
+        can_be = here.flatten(1).any(1)
+        classes = can_be.nonzero()[:, 0]
         if len(classes) > 1: classes = classes[scores.tile(tiles, place, source, classes).argmax(0)]
         best[place] = classes
     return best
@@ -229,16 +277,23 @@ def _best_in_tiles(scores, tiles, possible):
 def _best_of_image(scores, tiles):
     "The best class of one image, of those that can win in it."
     possible = _possible(scores, tiles.windows)
-    classes = possible.flatten(1).any(1).nonzero()[:, 0]
+    can_be = possible.flatten(1).any(1)
+    classes = can_be.nonzero()[:, 0]
     scores = scores.only(classes)
-    if len(classes) == 1 or scores.parted: return classes[_best_in_tiles(scores, tiles, possible[classes])]
-    return classes[_best_of_all(scores)[0]]
+    if len(classes) == 1 or scores.parted:
+        best = _best_in_tiles(scores, tiles, possible[classes])
+        return classes[best]
+    best = _best_of_all(scores)[0]
+    return classes[best]
 
 # %% ../../nbs/frameworks/30a_scores.ipynb #9d2ab6f3
 def _tiles_of(scores):
     "How images are made of their maps, where classes can be left out: on the CPU, of finite numbers. None elsewhere."
-    if scores.moves is None or scores.maps.device.type != 'cpu' or not scores.finite(): return None
-    sides = tuple(torch.eye(n, dtype=scores.maps.dtype) for n in scores.maps.shape[-2:])
+    if scores.moves is None: return None
+    on_cpu = scores.maps.device.type == 'cpu'
+    if not on_cpu or not scores.finite(): return None
+    dtype = scores.maps.dtype
+    sides = tuple(torch.eye(side, dtype=dtype) for side in scores.maps.shape[-2:])
     for move in scores.moves: sides = move(sides)
     tiles = Tiles(*sides)
     return tiles if max(tiles.windows) > 1 else None # nothing is interpolated
@@ -253,13 +308,18 @@ def best_class(
     what is equal but for rounding may change places then."""
     tiles = _tiles_of(scores) if at_once is None else None
     if tiles is None: return _best_of_all(scores, at_once)
-    return torch.stack([_best_of_image(scores.of_image(i), tiles) for i in range(scores.batch)])
+    best = []
+    for number in range(scores.batch):
+        image = scores.of_image(number)
+        best.append(_best_of_image(image, tiles))
+    return torch.stack(best)
 
 # %% ../../nbs/frameworks/30a_scores.ipynb #c07f5b19
 def _pieces(scores, step):
     "Logits (B,H,W) of each class, made so many at a time."
     for start in range(0, scores.classes, step):
-        yield from scores.part(start, min(start+step, scores.classes)).unbind(1)
+        stop = min(start+step, scores.classes)
+        yield from scores.part(start, stop).unbind(1)
 
 def _best_of_all(scores, at_once=None):
     "Class by class: maxima over classes that lie far apart take longer."
@@ -273,12 +333,16 @@ def _best_of_all(scores, at_once=None):
         else:
             best.masked_fill_(logits > top, k)
             torch.maximum(top, logits, out=top)
-    return torch.where(top.isnan(), _first_nan(scores, step), best) if top.isnan().any() else best
+    unknown = top.isnan()
+    if not unknown.any(): return best
+    first = _first_nan(scores, step)
+    return torch.where(unknown, first, best)
 
 def _first_nan(scores, step):
     "The first class whose logit is NaN, as `argmax` takes it for the largest."
     first = None
     for k,logits in enumerate(_pieces(scores, step)):
         if first is None: first = torch.full_like(logits, scores.classes, dtype=torch.long)
-        first.masked_fill_(logits.isnan() & (first > k), k)
+        is_new = logits.isnan() & (first > k)
+        first.masked_fill_(is_new, k)
     return first

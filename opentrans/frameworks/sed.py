@@ -27,14 +27,19 @@ class ConvNextBlock(nn.Module):
         kernel:int=9, # Of the depthwise convolution
     ):
         super().__init__()
-        self.dwconv = nn.Conv2d(width, width, kernel, padding=kernel//2, groups=width)
+        around = kernel//2
+        self.dwconv = nn.Conv2d(width, width, kernel, padding=around, groups=width)
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.pwconv1,self.pwconv2 = nn.Linear(width, 4*width),nn.Linear(4*width, width)
+        inner = 4*width
+        self.pwconv1 = nn.Linear(width, inner)
+        self.pwconv2 = nn.Linear(inner, width)
         self.gamma = nn.Parameter(torch.ones(width))
 
     def forward(self, x:torch.Tensor):
-        y = self.norm(self.dwconv(x).permute(0, 2, 3, 1))
-        y = self.gamma*self.pwconv2(F.gelu(self.pwconv1(y)))
+        y = self.dwconv(x).permute(0, 2, 3, 1)
+        y = self.norm(y)
+        y = F.gelu(self.pwconv1(y))
+        y = self.gamma*self.pwconv2(y)
         return x + y.permute(0, 3, 1, 2)
 
 class FusionStep(nn.Module):
@@ -43,20 +48,27 @@ class FusionStep(nn.Module):
         super().__init__()
         self.cnext = ConvNextBlock(channels, kernel)
         self.attention = ClassAttention(channels, 0, heads, pool)
-        self.up = nn.ConvTranspose2d(channels, channels-guide, 2, stride=2)
+        left = channels-guide
+        self.up = nn.ConvTranspose2d(channels, left, 2, stride=2)
         self.conv = TwoConvs(channels+guide, width)
 
     def mix(self, volume:torch.Tensor):
         "(B,C,T,h,w) -> the same: what classes do together."
-        x = self.cnext(volume.transpose(1, 2).flatten(0, 1))
-        return self.attention(x.unflatten(0, (len(volume), -1)).transpose(1, 2))
+        x = volume.transpose(1, 2).flatten(0, 1)
+        x = self.cnext(x)
+        x = x.unflatten(0, (len(volume), -1))
+        return self.attention(x.transpose(1, 2))
 
     def enlarge(self, volume:torch.Tensor, guide:torch.Tensor, costs:torch.Tensor):
         "(B,C,t,h,w), a guide (B,G,2h,2w), costs (B,t,G,2h,2w) -> (B,width,t,2h,2w): what a class does by itself."
         batch,_,count = volume.shape[:3]
-        x = self.up(volume.transpose(1, 2).flatten(0, 1))
-        x = self.conv(torch.cat([x, guide.repeat_interleave(count, 0), costs.flatten(0, 1)], 1))
-        return x.unflatten(0, (batch, count)).transpose(1, 2)
+        x = volume.transpose(1, 2).flatten(0, 1)
+        x = self.up(x)
+        guide = guide.repeat_interleave(count, 0)
+        x = torch.cat([x, guide, costs.flatten(0, 1)], 1)
+        x = self.conv(x)
+        x = x.unflatten(0, (batch, count))
+        return x.transpose(1, 2)
 
 # %% ../../nbs/frameworks/37_sed.ipynb #55969a94
 def kept_classes(
@@ -64,8 +76,10 @@ def kept_classes(
     best:int, # How many each cell keeps
 )->torch.Tensor: # (T) bool
     "The classes that are among the best of any cell (SED, Sec. 3.4)."
-    kept = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    kept[logits.topk(min(best, len(logits)), 0)[1].flatten()] = True
+    count = len(logits)
+    kept = torch.zeros(count, dtype=torch.bool, device=logits.device)
+    winners = logits.topk(min(best, count), 0)[1]
+    kept[winners.flatten()] = True
     return kept
 
 class FusionDecoder(nn.Module):
@@ -82,34 +96,48 @@ class FusionDecoder(nn.Module):
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(prompts, hidden, 7, padding=3)
-        def project(channels, width): return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1), nn.ReLU())
-        self.decoder_guidance_projection = nn.ModuleList(map(project, guides, decoder_guides))
+        def project(channels, width):
+            conv = nn.Conv2d(channels, width, 3, padding=1)
+            return nn.Sequential(conv, nn.ReLU())
+        of_guides = map(project, guides, decoder_guides)
+        self.decoder_guidance_projection = nn.ModuleList(of_guides)
         def enlarge(channels, width):
-            return nn.Sequential(nn.ConvTranspose2d(channels, width, 2, stride=2), nn.ReLU())
+            conv = nn.ConvTranspose2d(channels, width, 2, stride=2)
+            return nn.Sequential(conv, nn.ReLU())
         before = prompts,*decoder_guides[:-1]
-        self.decoder_corr_guidance_projection = nn.ModuleList(map(enlarge, before, decoder_guides))
+        of_costs = map(enlarge, before, decoder_guides)
+        self.decoder_corr_guidance_projection = nn.ModuleList(of_costs)
         widths = hidden,*decoder
         for number in range(3):
             before,after = widths[number:number+2]
-            step = FusionStep(before, after, decoder_guides[number], heads, pool, kernels[number])
+            guide = decoder_guides[number]
+            kernel = kernels[number]
+            step = FusionStep(before, after, guide, heads, pool, kernel)
             setattr(self, f'decoder{number+1}', step)
-            setattr(self, f'head{number}', nn.Conv2d(widths[number], 1, 3, padding=1))
+            head = nn.Conv2d(before, 1, 3, padding=1)
+            setattr(self, f'head{number}', head)
         self.head = nn.Conv2d(widths[-1], 1, 3, padding=1)
 
     def begin(self, cells:torch.Tensor, text:torch.Tensor):
         "The volume (B,hidden,T,h,w), and the costs (B,T,P,h,w)."
-        costs = cost_volume(cells, text[None].expand(len(cells), -1, -1, -1)).transpose(1, 2)
-        return self.judge(self.conv1, costs).transpose(1, 2),costs
+        text = text[None]
+        text = text.expand(len(cells), -1, -1, -1)
+        costs = cost_volume(cells, text).transpose(1, 2)
+        volume = self.judge(self.conv1, costs)
+        return volume.transpose(1, 2),costs
 
     def judge(self, module:nn.Module, x:torch.Tensor):
         "A module of each class by itself: (B,T,C,h,w) -> (B,T,C',h',w')."
-        return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        out = module(x.flatten(0, 1))
+        return out.unflatten(0, x.shape[:2])
 
     def guesses(self, number:int, volume:torch.Tensor):
         "What an auxiliary head says of each class (B,T,h,w)."
-        head = getattr(self, f'head{number}') if number < 3 else self.head
-        x = volume.detach() if number < 3 else volume
-        return self.judge(head, x.transpose(1, 2))[:, :, 0]
+        is_auxiliary = number < 3
+        head = getattr(self, f'head{number}') if is_auxiliary else self.head
+        x = volume.detach() if is_auxiliary else volume
+        said = self.judge(head, x.transpose(1, 2))
+        return said[:, :, 0]
 
     def forward(self,
         cells:torch.Tensor, # (B,D,h,w) in CLIP's space
@@ -127,9 +155,12 @@ class FusionDecoder(nn.Module):
     def step(self, number:int, volume:torch.Tensor, costs:torch.Tensor, guide:torch.Tensor):
         "One step: the volume and the costs, twice as fine."
         block = getattr(self, f'decoder{number+1}')
-        costs = self.judge(self.decoder_corr_guidance_projection[number], costs)
+        project = self.decoder_corr_guidance_projection[number]
+        costs = self.judge(project, costs)
         finer = self.decoder_guidance_projection[number](guide)
-        return block.enlarge(block.mix(volume), finer, costs),costs
+        volume = block.mix(volume)
+        volume = block.enlarge(volume, finer, costs)
+        return volume,costs
 
     def reject(self,
         cells:torch.Tensor, # (1,D,h,w) of one image
@@ -139,15 +170,18 @@ class FusionDecoder(nn.Module):
     )->tuple: # (logits (1,t,8h,8w) of the classes that are left, their numbers (t), how many each step left)
         "Logits of the classes that no step rejects."
         volume,costs = self.begin(cells, text)
-        left,counts = torch.arange(len(text), device=cells.device),[]
+        left = torch.arange(len(text), device=cells.device)
+        counts = []
         for number,guide in enumerate(guides):
-            kept = kept_classes(self.guesses(number, volume)[0], best)
+            said = self.guesses(number, volume)[0]
+            kept = kept_classes(said, best)
             volume = volume[:, :, kept]
             costs = costs[:, kept]
             left = left[kept]
             counts.append(len(left))
             volume,costs = self.step(number, volume, costs, guide)
-        return self.guesses(3, volume),left,counts
+        logits = self.guesses(3, volume)
+        return logits,left,counts
 
 # %% ../../nbs/frameworks/37_sed.ipynb #5123c87f
 _BENCHMARKS = ('coco_panoptic', 'cityscapes_19', 'ade20k_150', 'ade20k_847', 'voc_20', 'context_59', 'context_459')
@@ -180,14 +214,17 @@ class SED(Framework):
         reject:int=0, # Early rejection in evaluation: classes that each cell keeps after each step; 0 rejects none
     ):
         super().__init__(backbone, vocabulary)
-        if not hasattr(backbone, 'kind') or hasattr(backbone.visual, 'transformer'):
+        has_clip = hasattr(backbone, 'kind')
+        if not has_clip or hasattr(backbone.visual, 'transformer'):
             raise OpenTransError("SED reads maps of strides 32, 16, 8 and 4 of a convolutional CLIP. "
                                  "Take a ConvNeXt or a ResNet; for a ViT there is 'catseg'.")
         check_number('reject', reject, 0, whole=True)
         self.templates = templates
-        count = 1 if templates is None else len(class_prompts(['name'], templates)[0])
+        count = 1
+        if templates is not None: count = len(class_prompts(['name'], templates)[0])
         guides = [backbone.channels[name] for name in ('res4', 'res3', 'res2')]
-        self.head = FusionDecoder(guides, hidden, heads, pool, decoder, decoder_guides, kernels, count)
+        sizes = hidden,heads,pool,decoder,decoder_guides,kernels,count
+        self.head = FusionDecoder(guides, *sizes)
         self.resolution = resolution
         self.count = count
         self.reject = reject
@@ -196,42 +233,64 @@ class SED(Framework):
     def text(self, vocabulary:Vocabulary|Sequence[str]|torch.Tensor|None=None):
         "Embeddings (K,D), or (K,P,D) of P prompts. Raises `OpenTransError` if there is no vocabulary."
         v = self.vocabulary if vocabulary is None else vocabulary
-        if self.templates is None or v is None or isinstance(v, torch.Tensor) or not len(v): return super().text(v)
-        key = ('prompts', tuple(getattr(v, 'entries', v)), str(device_of(self)))
+        is_encoded = isinstance(v, torch.Tensor)
+        if self.templates is None or v is None or is_encoded or not len(v): return super().text(v)
+        entries = getattr(v, 'entries', v)
+        key = ('prompts', tuple(entries), str(device_of(self)))
         if key not in self._texts: self._texts[key] = self.encode_prompts(v)
         return self._texts[key]
 
     def encode_prompts(self, vocabulary:Vocabulary|Sequence[str])->torch.Tensor: # (K,P,D)
         "An embedding of each class in each template: the mean over its synonyms, of unit length."
-        said = class_prompts(getattr(vocabulary, 'entries', vocabulary), self.templates)
-        each = [self.backbone.text.prompts(texts, device_of(self)).unflatten(0, (-1, self.count)) for texts in said]
-        return torch.stack([F.normalize(words.mean(0), dim=-1) for words in each]).to(device_of(self))
+        entries = getattr(vocabulary, 'entries', vocabulary)
+        said = class_prompts(entries, self.templates)
+        device = device_of(self)
+        each = []
+        for texts in said:
+            words = self.backbone.text.prompts(texts, device)
+            words = words.unflatten(0, (-1, self.count))
+            each.append(words)
+        means = [F.normalize(words.mean(0), dim=-1) for words in each]
+        return torch.stack(means).to(device)
 
     def cells(self, images:torch.Tensor):
         "Cells in CLIP's space, and three finer guides, without a gradient."
         if self.resolution: images = resize(images, (self.resolution, self.resolution))
         net = self.backbone.visual
-        maps,last = self.backbone.kind.features(net, self.backbone.prepare(images))
-        cells = self.backbone.kind.dense(net, last)
-        sizes = [[factor*side for side in cells.shape[-2:]] for factor in (2, 4, 8)]
-        return cells,[resize(maps[name].detach(), size) for name,size in zip(('res4', 'res3', 'res2'), sizes)]
+        kind = self.backbone.kind
+        images = self.backbone.prepare(images)
+        maps,last = kind.features(net, images)
+        cells = kind.dense(net, last)
+        high,wide = cells.shape[-2:]
+        guides = []
+        for name,factor in dict(res4=2, res3=4, res2=8).items():
+            finer = maps[name].detach()
+            size = factor*high,factor*wide
+            guides.append(resize(finer, size))
+        return cells,guides
 
     def prompts_of(self, text:torch.Tensor): # (K,D) or (K,P,D) -> (K,P,D)
         if text.dim() == 2: text = text[:, None].expand(-1, self.count, -1)
-        if text.shape[1] != self.count:
-            raise OpenTransError(f"There are {text.shape[1]} prompts of each class; this model has {self.count}.")
+        count = text.shape[1]
+        if count != self.count:
+            raise OpenTransError(f"There are {count} prompts of each class; this model has {self.count}.")
         return text
 
     def maps(self, images:torch.Tensor, text:torch.Tensor):
         "Probabilities (B,K,h,w), eight times as fine as the cells."
         cells,guides = self.cells(images)
         text = self.prompts_of(text).to(cells)
-        if self.training or not self.reject: return self.head(cells, text, guides)[0].sigmoid()
-        out,self.left = [],[]
+        if self.training or not self.reject:
+            said = self.head(cells, text, guides)
+            return said[0].sigmoid()
+        out = []
+        self.left = []
         for number in range(len(cells)):
             one = slice(number, number+1)
-            logits,left,counts = self.head.reject(cells[one], text, [g[one] for g in guides], self.reject)
-            maps = logits.new_zeros(1, len(text), *logits.shape[-2:])
+            finer = [guide[one] for guide in guides]
+            logits,left,counts = self.head.reject(cells[one], text, finer, self.reject)
+            size = logits.shape[-2:]
+            maps = logits.new_zeros(1, len(text), *size)
             maps[:, left] = logits.sigmoid()
             out.append(maps)
             self.left.append(counts)
@@ -239,19 +298,25 @@ class SED(Framework):
 
     def scores(self, images:torch.Tensor, text:torch.Tensor):
         "Probabilities of the grid, which are resized when they are asked for."
-        return Scores(self.maps(images, text), images.shape[-2:])
+        maps = self.maps(images, text)
+        return Scores(maps, images.shape[-2:])
 
     def forward(self, images:torch.Tensor, text_embeddings:torch.Tensor):
         "Images (B,3,H,W) and text embeddings (K,D) or (K,P,D) to probabilities (B,K,H,W)."
-        return self.scores(images, text_embeddings).part(0, len(text_embeddings))
+        scores = self.scores(images, text_embeddings)
+        return scores.part(0, len(text_embeddings))
 
     def loss(self, batch:dict):
         "Binary cross-entropy of each class at each pixel, of the result and of the auxiliary heads."
-        labels,ignore = batch['labels'],batch.get('ignore', self.ignore)
+        labels = batch['labels']
+        ignore = batch.get('ignore', self.ignore)
         cells,guides = self.cells(batch['images'])
-        said = self.head(cells, self.prompts_of(self.text()).to(cells), guides)
-        said = [resize(logits, labels.shape[-2:]) for logits in said]
-        return {f'bce_{number}': class_loss(logits, labels, ignore) for number,logits in enumerate(said)}
+        text = self.prompts_of(self.text()).to(cells)
+        size = labels.shape[-2:]
+        said = [resize(logits, size) for logits in self.head(cells, text, guides)]
+        losses = {}
+        for number,logits in enumerate(said): losses[f'bce_{number}'] = class_loss(logits, labels, ignore)
+        return losses
 
 # %% ../../nbs/frameworks/37_sed.ipynb #59cf04cd
 def load_sed(

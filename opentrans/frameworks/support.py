@@ -42,40 +42,51 @@ def support_try(
 
 def _batch():
     "Two images of four quarters, each of a class."
-    labels = (torch.arange(64)[:, None] >= 32)*2 + (torch.arange(64) >= 32)
-    labels = torch.stack([labels, (labels+1) % 4])
-    images = torch.rand(4, 3, generator=torch.Generator().manual_seed(0))[labels].permute(0, 3, 1, 2)
-    regions = [one == torch.arange(4)[:, None, None] for one in labels]
-    return dict(images=images.contiguous(), labels=labels, regions=regions, region_classes=[torch.arange(4)]*2,
-                isthing=[torch.ones(4, dtype=torch.bool)]*2, ids=['0', '1'])
+    half = torch.arange(64) >= 32
+    quarter = half[:, None]*2 + half
+    labels = torch.stack([quarter, (quarter+1) % 4])
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.rand(4, 3, generator=generator)
+    images = colours[labels].permute(0, 3, 1, 2)
+    classes = torch.arange(4)
+    regions = [one == classes[:, None, None] for one in labels]
+    things = torch.ones(4, dtype=torch.bool)
+    return dict(images=images.contiguous(), labels=labels, regions=regions, region_classes=[classes]*2,
+                isthing=[things]*2, ids=['0', '1'])
 
 @support_try('mask')
 def _mask(framework):
     "A mask of the bare tower fits, its densities are right, and training revives nothing."
-    mask = SparseMask.random(framework.backbone.fresh_copy().tower, .3, seed=0)
+    tower = framework.backbone.fresh_copy().tower
+    mask = SparseMask.random(tower, .3, seed=0)
     with mask.apply(framework.backbone):
         framework.train()
         learn = [p for p in framework.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(learn, lr=1e-3, weight_decay=.1)
-        sum(framework.loss(_batch()).values()).backward()
+        losses = framework.loss(_batch())
+        sum(losses.values()).backward()
         optimizer.step()
         weights = mask.weights(framework)
         if {*weights} != {*mask.names}:
-            raise OpenTransError(f"{len({*mask.names}-{*weights})} masked layers have no place.")
+            missing = {*mask.names}-{*weights}
+            raise OpenTransError(f"{len(missing)} masked layers have no place.")
         for name,weight in weights.items():
             if weight[~mask[name]].any(): raise OpenTransError(f"{name}: pruned weights came back.")
 
 @support_try('alpha')
 def _alpha(framework):
     "Half of the layers rest by their spectra, and get no gradient."
-    selection = analyze(framework.backbone, xmin='median').select(freeze=.5)
+    table = analyze(framework.backbone, xmin='median')
+    selection = table.select(freeze=.5)
     with selection.apply(framework.backbone):
         framework.train()
-        sum(framework.loss(_batch()).values()).backward()
+        losses = framework.loss(_batch())
+        sum(losses.values()).backward()
         for layer in layers(framework):
             grad = layer.param.grad
             if grad is not None and layer.rows is not None: grad = grad[layer.rows]
-            if layer.name in selection.freeze and grad is not None and grad.any():
+            rests = layer.name in selection.freeze
+            if rests and grad is not None and grad.any():
                 raise OpenTransError(f"{layer.name} rests and has a gradient.")
 
 @support_try('sparse engine')
@@ -86,7 +97,9 @@ def _sparse(framework):
     mask.apply(framework.backbone).remove()
     with eval_mode(framework):
         inputs = framework.example_inputs((3, 64, 64))
-        plain,fast = framework(*inputs),mask.compile(framework)(*inputs)
+        plain = framework(*inputs)
+        engine = mask.compile(framework)
+        fast = engine(*inputs)
     gap = (plain-fast).abs().max().item()
     if gap > 1e-3*plain.abs().max().item(): raise OpenTransError(f"The engine's logits differ by {gap:.1g}.")
 
@@ -105,7 +118,9 @@ def _checkpoint(framework):
     there,_ = convert_checkpoint(framework.state_dict(), 'detectron2', like=framework)
     back,_ = convert_checkpoint(there, 'opentrans', like=framework)
     own = framework.tower.state_dict()
-    def same(name): return f'visual.{name}' in back and torch.equal(back[f'visual.{name}'], own[name])
+    def same(name):
+        here = f'visual.{name}'
+        return here in back and torch.equal(back[here], own[name])
     lost = [name for name in own if not same(name)]
     if lost: raise OpenTransError(f"{len(lost)} tensors did not come back, e.g. {lost[0]}.")
 
@@ -114,8 +129,10 @@ SUPPORT_FILE = FileKind('opentrans-support', 'support table', '`opentrans models
 
 def _reason(error):
     "Why something does not work: the first sentences of a message that fit in 90 characters, without colours."
-    lines = re.sub(r'\x1b\[[\d;]*m', '', str(error)).splitlines()
-    told,*sentences = re.split(r'(?<=\.) ', lines[0] if lines else type(error).__name__)
+    plain = re.sub(r'\x1b\[[\d;]*m', '', str(error))
+    lines = plain.splitlines()
+    first = lines[0] if lines else type(error).__name__
+    told,*sentences = re.split(r'(?<=\.) ', first)
     for sentence in sentences:
         if len(told) + len(sentence) >= 90: break
         told = f'{told} {sentence}'
@@ -129,14 +146,16 @@ def try_support(
     "Do everything with one framework on one tower. Raises `OpenTransError` for unknown names."
     if tower not in SUPPORT_TOWERS: raise unknown('tower', tower, SUPPORT_TOWERS)
     cls = get_framework(framework)
-    preset,res = 'small' if 'small' in cls.presets else 'paper',{}
+    preset = 'small' if 'small' in cls.presets else 'paper'
+    res = {}
     for column in columns or TRIES:
         if column not in TRIES: raise unknown('column of the support table', column, TRIES)
         clip = ClipBackbone.create(SUPPORT_TOWERS[tower], pretrained=None, seed=1)
         try:
             with warnings.catch_warnings(), seeded(0):
                 warnings.simplefilter('ignore')
-                TRIES[column](build(framework, clip, vocabulary=_NAMES, preset=preset, seed=0).eval())
+                seg = build(framework, clip, vocabulary=_NAMES, preset=preset, seed=0)
+                TRIES[column](seg.eval())
             res[column] = 'yes'
         except NotHere as error: res[column] = str(error)
         except (OpenTransError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
@@ -148,14 +167,18 @@ def try_all(
     columns:Sequence[str]|None=None, # Of `TRIES`; None: all
 )->pd.DataFrame: # Rows (framework, tower), columns of `TRIES`
     "Try every cell. It takes minutes."
-    cells = [(name, tower) for name in frameworks or list_frameworks() for tower in SUPPORT_TOWERS]
+    names = frameworks or list_frameworks()
+    cells = [(name, tower) for name in names for tower in SUPPORT_TOWERS]
     rows = {cell: try_support(*cell, columns) for cell in cells}
-    return pd.DataFrame(rows.values(), pd.MultiIndex.from_tuples(rows, names=['framework', 'tower']))
+    index = pd.MultiIndex.from_tuples(rows, names=['framework', 'tower'])
+    return pd.DataFrame(rows.values(), index)
 
 def save_support(table:pd.DataFrame, path:str|Path=ASSETS/'support.json'):
     "Write a table of `try_all`."
-    save_json(dict(rows=table.reset_index().to_dict('records')), path, SUPPORT_FILE)
+    rows = table.reset_index().to_dict('records')
+    save_json(dict(rows=rows), path, SUPPORT_FILE)
 
 def support_table(path:str|Path=ASSETS/'support.json')->pd.DataFrame: # As of `try_all`
     "The table as it was last tried. Raises `OpenTransError` for a file that is none."
-    return pd.DataFrame(load_json(path, kind=SUPPORT_FILE)['rows']).set_index(['framework', 'tower'])
+    rows = load_json(path, kind=SUPPORT_FILE)['rows']
+    return pd.DataFrame(rows).set_index(['framework', 'tower'])

@@ -32,10 +32,16 @@ def gaussian_neighbours(
 )->torch.Tensor: # (1+h*w, 1+h*w); nothing is added for the class token
     "What NACLIP adds to the attention of each cell to each other: a Gaussian of their distance (NACLIP, Eq. 5)."
     height,width = grid
-    rows,columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing='ij')
-    rows,columns = rows.flatten().float(),columns.flatten().float()
-    distance = (rows[:, None]-rows)**2 + (columns[:, None]-columns)**2
-    return F.pad((-distance/(2*std**2)).exp(), (1, 0, 1, 0))
+    rows = torch.arange(height)
+    columns = torch.arange(width)
+    rows,columns = torch.meshgrid(rows, columns, indexing='ij')
+    rows = rows.flatten().float()
+    columns = columns.flatten().float()
+    distance = (rows[:, None]-rows)**2
+    distance = distance + (columns[:, None]-columns)**2
+    near = -distance/(2*std**2)
+    near = near.exp()
+    return F.pad(near, (1, 0, 1, 0))
 
 def attention_weights(
     kind:str, # One of `ATTENTIONS` but `'maskclip'`
@@ -44,11 +50,17 @@ def attention_weights(
     near:torch.Tensor=None, # (N,N) of `gaussian_neighbours`, for `'naclip'`
 )->torch.Tensor: # (B,heads,N,N)
     "How the tokens look at each other in the last block. Raises `OpenTransError` for an unknown kind."
-    def similar(some, others): return some @ others.mT*some.shape[-1]**-.5
+    def similar(some, others):
+        width = some.shape[-1]
+        return some @ others.mT*width**-.5
     if kind == 'clip': return similar(queries, keys).softmax(-1)
-    if kind == 'sclip': return similar(queries, queries).softmax(-1) + similar(keys, keys).softmax(-1)
+    if kind == 'sclip':
+        weights = similar(queries, queries).softmax(-1)
+        return weights + similar(keys, keys).softmax(-1)
     if kind == 'clearclip': return similar(queries, queries).softmax(-1)
-    if kind == 'naclip': return (similar(keys, keys) + near).softmax(-1)
+    if kind == 'naclip':
+        weights = similar(keys, keys) + near
+        return weights.softmax(-1)
     raise unknown('attention of the last block', kind, ATTENTIONS)
 
 # %% ../../nbs/frameworks/38_training_free.ipynb #c0666c23
@@ -58,14 +70,19 @@ def grid_positions(
     beyond:float=0., # Cells that the grid counts for more than it has: DINO's 0.1, or 0
 )->torch.Tensor: # (1+h*w,D)
     "Embeddings of positions for a grid of any size."
-    first,rest = positions[:1],positions[1:]
+    first = positions[:1]
+    rest = positions[1:]
     side = math.isqrt(len(rest))
     if tuple(grid) == (side, side): return positions
-    square = rest.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    square = rest.reshape(1, side, side, -1)
+    square = square.permute(0, 3, 1, 2)
     size = dict(size=tuple(grid))
-    if beyond: size = dict(scale_factor=[(n+beyond)/side for n in grid], recompute_scale_factor=False)
+    if beyond:
+        factors = [(n+beyond)/side for n in grid]
+        size = dict(scale_factor=factors, recompute_scale_factor=False)
     made = F.interpolate(square, mode='bicubic', align_corners=False, **size)
-    return torch.cat([first, made.flatten(2)[0].T])
+    made = made.flatten(2)[0]
+    return torch.cat([first, made.T])
 
 def first_tokens(
     net:nn.Module, # open_clip's `VisionTransformer`
@@ -76,8 +93,11 @@ def first_tokens(
     patches = net.conv1(images)
     grid = patches.shape[-2:]
     first = net.class_embedding.expand(len(patches), 1, -1)
-    tokens = torch.cat([first, patches.flatten(2).mT], 1) + grid_positions(net.positional_embedding, grid, beyond)
-    return net.ln_pre(net.patch_dropout(tokens)),grid
+    cells = patches.flatten(2).mT
+    tokens = torch.cat([first, cells], 1)
+    tokens = tokens + grid_positions(net.positional_embedding, grid, beyond)
+    tokens = net.patch_dropout(tokens)
+    return net.ln_pre(tokens),grid
 
 def tokens_before_last(
     net:nn.Module, # As for `first_tokens`, and so the others
@@ -86,7 +106,8 @@ def tokens_before_last(
 )->tuple: # (tokens (B,1+h*w,C), (h,w))
     "What a ViT's last block sees."
     tokens,grid = first_tokens(net, images, beyond)
-    for block in list(net.transformer.resblocks)[:-1]: tokens = block(tokens)
+    blocks = list(net.transformer.resblocks)
+    for block in blocks[:-1]: tokens = block(tokens)
     return tokens,grid
 
 def last_block(
@@ -99,17 +120,23 @@ def last_block(
 )->torch.Tensor: # (B,D,h,w) in CLIP's space, of any length
     "The last block under another attention, and CLIP's projection of every cell."
     block = net.transformer.resblocks[-1]
-    heads = block.attn.num_heads
-    mixed = F.linear(block.ln_1(tokens), block.attn.in_proj_weight, block.attn.in_proj_bias)
-    queries,keys,values = mixed.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    attn = block.attn
+    mixed = F.linear(block.ln_1(tokens), attn.in_proj_weight, attn.in_proj_bias)
+    mixed = mixed.unflatten(-1, (3, attn.num_heads, -1))
+    queries,keys,values = mixed.permute(2, 0, 3, 1, 4)
     if attention != 'maskclip':
-        near = gaussian_neighbours(grid, std).to(tokens) if attention == 'naclip' else None
+        near = None
+        if attention == 'naclip': near = gaussian_neighbours(grid, std).to(tokens)
         values = attention_weights(attention, queries, keys, near) @ values
-    out = block.attn.out_proj(values.transpose(1, 2).flatten(2))
+    values = values.transpose(1, 2).flatten(2)
+    out = attn.out_proj(values)
     if residual:
         out = tokens + block.ls_1(out)
-        out = out + block.ls_2(block.mlp(block.ln_2(out)))
-    return (net.ln_post(out) @ net.proj)[:, 1:].mT.unflatten(2, grid)
+        inner = block.mlp(block.ln_2(out))
+        out = out + block.ls_2(inner)
+    cells = net.ln_post(out) @ net.proj
+    cells = cells[:, 1:].mT
+    return cells.unflatten(2, grid)
 
 # %% ../../nbs/frameworks/38_training_free.ipynb #759801e1
 EDGES = ('pad', 'squeeze', 'centre', 'cut')
@@ -123,9 +150,14 @@ def window_places(
     "Windows as mmsegmentation lays them: the last ones are moved back into the image."
     def starts(side):
         if not crop or side <= crop: return [0]
-        return [min(i*stride, side-crop) for i in range(-(-(side-crop)//stride) + 1)]
-    high,wide = (min(side, crop) if crop else side for side in (height, width))
-    return [(top, left, high, wide) for top in starts(height) for left in starts(width)]
+        rest = side-crop
+        count = -(-rest//stride) + 1
+        return [min(number*stride, rest) for number in range(count)]
+    high = min(height, crop) if crop else height
+    wide = min(width, crop) if crop else width
+    tops = starts(height)
+    lefts = starts(width)
+    return [(top, left, high, wide) for top in tops for left in lefts]
 
 def fit_patches(
     images:torch.Tensor, # (B,3,H,W), normalised
@@ -136,26 +168,37 @@ def fit_patches(
     size = images.shape[-2:]
     over = [side % p for side,p in zip(size, patch)]
     if not any(over): return images,(0, 0)
-    if edges == 'cut' and all(side >= p for side,p in zip(size, patch)):
-        return images[..., :size[0]-over[0], :size[1]-over[1]],None
+    has_patches = all(side >= p for side,p in zip(size, patch))
+    if edges == 'cut' and has_patches:
+        bottom = size[0]-over[0]
+        right = size[1]-over[1]
+        return images[..., :bottom, :right],None
     more = [-side % p for side,p in zip(size, patch)]
-    top,left = (m//2 if edges == 'centre' else 0 for m in more)
-    padded = F.pad(images, (left, more[1]-left, top, more[0]-top))
-    return padded,None if edges in ('cut', 'squeeze') else (top, left)
+    is_centred = edges == 'centre'
+    top,left = (m//2 if is_centred else 0 for m in more)
+    below = more[0]-top
+    right = more[1]-left
+    padded = F.pad(images, (left, right, top, below))
+    if edges in ('cut', 'squeeze'): return padded,None
+    return padded,(top, left)
 
 # %% ../../nbs/frameworks/38_training_free.ipynb #1b6cf042
-_AROUND = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if dy or dx]
+_SQUARE = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
+_AROUND = [(dy, dx) for dy,dx in _SQUARE if dy or dx]
 
 def _neighbours(maps, dilations, middle=False):
     "The values around each pixel: (B,C,H,W) -> (B,C,8*len(dilations),H,W), or 9 times with the pixel itself."
-    around = [(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)] if middle else _AROUND
+    around = _SQUARE if middle else _AROUND
     height,width = maps.shape[-2:]
     out = []
     for step in dilations:
         padded = F.pad(maps, [step]*4, mode='replicate')
         for dy,dx in around:
-            top,left = step*(1+dy),step*(1+dx)
-            out.append(padded[..., top:top+height, left:left+width])
+            top = step*(1+dy)
+            left = step*(1+dx)
+            bottom = top+height
+            right = left+width
+            out.append(padded[..., top:bottom, left:right])
     return torch.stack(out, 2)
 
 def colour_affinity(
@@ -163,9 +206,13 @@ def colour_affinity(
     dilations:Sequence[int]=(8, 16), # How far the neighbours are, in pixels
 )->torch.Tensor: # (B,1,8*len(dilations),H,W), of sum 1
     "How much a pixel trusts each of its neighbours, by their colours (PAMR, Eq. 2 and 3)."
-    spread = _neighbours(images, dilations, middle=True).std(2, keepdim=True)
-    apart = (images[:, :, None] - _neighbours(images, dilations)).abs()
-    return (-apart/(1e-8 + .1*spread)).mean(1, keepdim=True).softmax(2)
+    spread = _neighbours(images, dilations, middle=True)
+    spread = spread.std(2, keepdim=True)
+    apart = images[:, :, None] - _neighbours(images, dilations)
+    apart = apart.abs()
+    apart = -apart/(1e-8 + .1*spread)
+    trust = apart.mean(1, keepdim=True)
+    return trust.softmax(2)
 
 def refine(
     maps:torch.Tensor, # (B,K,H,W) logits
@@ -194,8 +241,11 @@ class CellScores(Scores):
         self.cells = cells
         self.held = None
         self.affinity = None
-        if framework.pamr: self.affinity = colour_affinity(framework.backbone.prepare(images), framework.dilations)
-        self._hold(len(images), len(words), images.shape[-2:])
+        if framework.pamr:
+            seen = framework.backbone.prepare(images)
+            self.affinity = colour_affinity(seen, framework.dilations)
+        size = images.shape[-2:]
+        self._hold(len(images), len(words), size)
 
     def of_words(self,
         embeddings:torch.Tensor, # (N,D) of words
@@ -208,9 +258,13 @@ class CellScores(Scores):
                 total,seen = part,1
                 continue
             top,left,height,width = place.window
-            inner = (left, self.made[1]-left-width, top, self.made[0]-top-height)
+            high,wide = self.made
+            below = high-top-height
+            right = wide-left-width
+            inner = (left, right, top, below)
             total = total + F.pad(part, inner)
-            seen = seen + F.pad(torch.ones_like(part[0, 0]), inner)
+            once = torch.ones_like(part[0, 0])
+            seen = seen + F.pad(once, inner)
         logits = total/seen
         how = self.framework
         if self.affinity is not None: logits = refine(logits, self.affinity, how.dilations, how.pamr)
@@ -218,12 +272,16 @@ class CellScores(Scores):
 
     def raw(self, start:int, stop:int):
         "Logits of classes, before the rules for the background."
-        used,back = self.words.of[start:stop].unique(return_inverse=True)
+        of = self.words.of[start:stop]
+        used,back = of.unique(return_inverse=True)
         logits = self.of_words(self.words.embeddings[used])
-        return logits[:, back[:, 0]] if back.shape[1] == 1 else logits[:, back].amax(2)
+        if back.shape[1] == 1: return logits[:, back[:, 0]]
+        of_words = logits[:, back]
+        return of_words.amax(2)
 
     def ready(self):
-        if not (self.framework.threshold or self.framework.area): return self
+        has_rules = self.framework.threshold or self.framework.area
+        if not has_rules: return self
         new = copy.copy(self)
         new.held = self.decide()
         return new
@@ -232,7 +290,8 @@ class CellScores(Scores):
         "What the rules for the background need of all classes; None for a rule that is not there."
         total,small = None,None
         if self.framework.threshold:
-            parts = self.words.embeddings.split(max(1, _AT_A_TIME//self.pixels))
+            count = max(1, _AT_A_TIME//self.pixels)
+            parts = self.words.embeddings.split(count)
             sums = (self.of_words(part).logsumexp(1, keepdim=True) for part in parts)
             total = functools.reduce(torch.logaddexp, sums)
         if self.framework.area: small = self._small_classes()
@@ -243,26 +302,38 @@ class CellScores(Scores):
         plain = Scores.__new__(Scores)
         plain._hold(self.batch, self.classes, self.made)
         plain.make = self.raw
-        best,rest = best_class(plain),self.framework.background
-        counts = torch.stack([image.flatten().bincount(minlength=self.classes) for image in best])
+        best = best_class(plain)
+        rest = self.framework.background
+        counts = [image.flatten().bincount(minlength=self.classes) for image in best]
+        counts = torch.stack(counts)
         counts[:, rest] = 0
-        small = counts <= self.framework.area*counts.sum(1, keepdim=True)
+        foreground = counts.sum(1, keepdim=True)
+        small = counts <= self.framework.area*foreground
         small[:, rest] = False
         return small
 
     def make(self, start:int, stop:int):
         logits = self.raw(start, stop)
-        if not (self.framework.threshold or self.framework.area): return logits
+        has_rules = self.framework.threshold or self.framework.area
+        if not has_rules: return logits
         total,small = self.held or self.decide()
-        if small is not None: logits = logits - _STRUCK_OUT*small[:, start:stop, None, None].to(logits)
+        if small is not None:
+            struck_out = small[:, start:stop, None, None].to(logits)
+            logits = logits - _STRUCK_OUT*struck_out
         rest = self.framework.background
         if total is None or not start <= rest < stop: return logits
-        floor = torch.maximum(logits[:, rest-start:rest-start+1], total + math.log(self.framework.threshold))
-        return torch.cat([logits[:, :rest-start], floor, logits[:, rest-start+1:]], 1)
+        here = rest-start
+        own = logits[:, here:here+1]
+        least = total + math.log(self.framework.threshold)
+        floor = torch.maximum(own, least)
+        before = logits[:, :here]
+        after = logits[:, here+1:]
+        return torch.cat([before, floor, after], 1)
 
 def _plain_words(embeddings):
     "Each embedding is the one word of a class."
-    return ClassWords(embeddings, torch.arange(len(embeddings), device=embeddings.device)[:, None], None)
+    of = torch.arange(len(embeddings), device=embeddings.device)
+    return ClassWords(embeddings, of[:, None], None)
 
 @dataclass
 class _Place:
@@ -276,7 +347,10 @@ def _lay(maps, place):
     _,_,height,width = place.window
     if place.corner is None: return resize(maps, (height, width))
     top,left = place.corner
-    return resize(maps, place.seen)[..., top:top+height, left:left+width]
+    bottom = top+height
+    right = left+width
+    maps = resize(maps, place.seen)
+    return maps[..., top:bottom, left:right]
 
 # %% ../../nbs/frameworks/38_training_free.ipynb #2fa49701
 _SLIDE = dict(crop=224, stride=112, scale=40., edges='cut', beyond=.1)
@@ -337,16 +411,20 @@ class TrainingFree(Framework):
                                  "Make the backbone with ClipBackbone.create(...).")
         if attention not in ATTENTIONS: raise unknown('attention of the last block', attention, ATTENTIONS)
         if edges not in EDGES: raise unknown('way at the edges', edges, EDGES)
-        self.is_vit = hasattr(backbone.visual, 'positional_embedding') and hasattr(backbone.visual, 'transformer')
+        visual = backbone.visual
+        self.is_vit = hasattr(visual, 'positional_embedding') and hasattr(visual, 'transformer')
         if attention != 'maskclip' and not self.is_vit:
             raise OpenTransError(f"attention='{attention}' changes a ViT's last block; {backbone.name} has none. "
                                  "Take attention='maskclip', or a ViT such as ViT-B-16 or shapes-vit.")
         if crop and not 0 < stride <= crop:
             raise OpenTransError(f"stride={stride}: from 1 to crop={crop}, so that no pixel is left out.")
         check_number('gaussian', gaussian, 1e-3)
-        for name,share in dict(threshold=threshold, area=area).items(): check_number(name, share, 0, 1)
-        self.attention,self.gaussian = attention,gaussian
-        self.residual = attention in _WHOLE_BLOCK if residual is None else bool(residual)
+        shares = dict(threshold=threshold, area=area)
+        for name,share in shares.items(): check_number(name, share, 0, 1)
+        if residual is None: residual = attention in _WHOLE_BLOCK
+        self.attention = attention
+        self.gaussian = gaussian
+        self.residual = bool(residual)
         self.crop = crop
         self.stride = stride
         self.edges = edges
@@ -356,14 +434,18 @@ class TrainingFree(Framework):
         self.dilations = tuple(dilations)
         self.threshold = threshold
         self.area = area
-        self.background,self.templates = background,templates
+        self.background = background
+        self.templates = templates
 
     def idle_layers(self):
         "Parts of the last block that the method leaves out: queries or keys, and the MLP."
         if not self.is_vit: return []
-        block = f'transformer.resblocks.{len(self.backbone.visual.transformer.resblocks)-1}'
-        mlp = [] if self.residual else [f'{block}.mlp.{name}.weight' for name in ('c_fc', 'c_proj')]
-        return [f'{block}.attn.in_proj_weight[{part}]' for part in _LEFT_OUT.get(self.attention, '')] + mlp
+        blocks = len(self.backbone.visual.transformer.resblocks)
+        block = f'transformer.resblocks.{blocks-1}'
+        unused = _LEFT_OUT.get(self.attention, '')
+        idle = [f'{block}.attn.in_proj_weight[{part}]' for part in unused]
+        if not self.residual: idle += [f'{block}.mlp.{name}.weight' for name in ('c_fc', 'c_proj')]
+        return idle
 
     def text(self,
         # As for `Framework.text`; also `ClassWords` or `Experts`
@@ -371,11 +453,14 @@ class TrainingFree(Framework):
     ): # `ClassWords`; embeddings and experts as they are
         "The words of a vocabulary. Raises `OpenTransError` if there is none."
         v = self.vocabulary if vocabulary is None else vocabulary
-        if v is None or isinstance(v, torch.Tensor) or not len(v): return super().text(v)
+        is_encoded = isinstance(v, torch.Tensor)
+        if v is None or is_encoded or not len(v): return super().text(v)
         if not isinstance(v, (Vocabulary, list, tuple)): return v
-        key = ('words', v if isinstance(v, Vocabulary) else Vocabulary(v), str(device_of(self)))
+        names = v if isinstance(v, Vocabulary) else Vocabulary(v)
+        key = ('words', names, str(device_of(self)))
         if key not in self._texts:
-            self._texts[key] = class_words(key[1], self.backbone.encode_text, templates=self.templates)
+            encode = self.backbone.encode_text
+            self._texts[key] = class_words(names, encode, templates=self.templates)
         return self._texts[key]
 
     def cells(self,
@@ -383,47 +468,66 @@ class TrainingFree(Framework):
     )->list: # (embeddings (B,D,h,w) of unit length, where they lie) of each window
         "What each cell says, in CLIP's space, before any name is known."
         x = self.backbone.prepare(images)
-        places = window_places(*x.shape[-2:], self.crop, self.stride)
-        looks = [x[..., top:top+high, left:left+wide] for top,left,high,wide in places]
+        height,width = x.shape[-2:]
+        places = window_places(height, width, self.crop, self.stride)
+        looks = []
+        for top,left,high,wide in places:
+            bottom = top+high
+            right = left+wide
+            looks.append(x[..., top:bottom, left:right])
         out = []
         for first in range(0, len(looks), _AT_ONCE):
-            maps,corner,seen = self._embed(torch.cat(looks[first:first+_AT_ONCE]))
-            some = places[first:first+_AT_ONCE]
+            last = first+_AT_ONCE
+            maps,corner,seen = self._embed(torch.cat(looks[first:last]))
+            some = places[first:last]
             parts = F.normalize(maps, dim=1).split(len(x))
-            out += [(part, _Place(place, corner, seen)) for part,place in zip(parts, some)]
+            for part,place in zip(parts, some): out.append((part, _Place(place, corner, seen)))
         return out
 
     def _embed(self, x):
         "Embeddings of cells, where the images lie in what the tower saw, and its size."
         net = self.backbone.visual
         if not self.is_vit:
-            last = self.backbone.kind.features(net, x)[1]
+            kind = self.backbone.kind
+            last = kind.features(net, x)[1]
+            size = x.shape[-2:]
             pool = getattr(net, 'attnpool', None)
-            if pool is None: return self.backbone.kind.dense(net, last),None,x.shape[-2:]
-            return pool.c_proj(pool.v_proj(last.flatten(2).mT)).mT.unflatten(2, last.shape[-2:]),None,x.shape[-2:]
+            if pool is None: return kind.dense(net, last),None,size
+            values = pool.v_proj(last.flatten(2).mT)
+            cells = pool.c_proj(values).mT
+            return cells.unflatten(2, last.shape[-2:]),None,size
         whole,corner = fit_patches(x, net.patch_size, self.edges)
         tokens,grid = tokens_before_last(net, whole, self.beyond)
-        return last_block(net, tokens, grid, self.attention, self.residual, self.gaussian),corner,whole.shape[-2:]
+        how = self.attention,self.residual,self.gaussian
+        maps = last_block(net, tokens, grid, *how)
+        return maps,corner,whole.shape[-2:]
 
     def scores(self, images:torch.Tensor, text:torch.Tensor|ClassWords|Experts):
         "Logits from the embeddings of cells, which are made when they are asked for."
         if isinstance(text, Experts): return ExpertScores(self, images, text, self.cells(images))
-        if not isinstance(text, ClassWords): text = _plain_words(F.normalize(text.float(), dim=-1))
-        if (self.threshold or self.area) and self.background >= len(text):
+        if not isinstance(text, ClassWords):
+            unit = F.normalize(text.float(), dim=-1)
+            text = _plain_words(unit)
+        has_rules = self.threshold or self.area
+        if has_rules and self.background >= len(text):
             raise OpenTransError(f"background={self.background}, but there are {len(text)} classes. "
                                  "Put the background's words among the names.")
-        return CellScores(self, images, text, self.cells(images))
+        cells = self.cells(images)
+        return CellScores(self, images, text, cells)
 
     def forward(self, images:torch.Tensor, text_embeddings:torch.Tensor|ClassWords|Experts):
         "Images (B,3,H,W) and a text side to logits (B,K,H,W)."
-        return self.scores(images, text_embeddings).part(0, len(text_embeddings))
+        scores = self.scores(images, text_embeddings)
+        return scores.part(0, len(text_embeddings))
 
 # %% ../../nbs/frameworks/38_training_free.ipynb #d4b9ec17
 class ExpertScores(CellScores):
     "Log-probabilities of the classes, in each pixel from the expert that claims it."
     def __init__(self, framework:TrainingFree, images:torch.Tensor, experts:Experts, cells:Sequence[tuple]):
-        super().__init__(framework, images, _plain_words(experts.default), cells)
-        self.experts = torch.cat([experts.experts, experts.default[None]])
+        words = _plain_words(experts.default)
+        super().__init__(framework, images, words, cells)
+        default = experts.default[None]
+        self.experts = torch.cat([experts.experts, default])
 
     def ready(self):
         new = copy.copy(self)
@@ -443,9 +547,11 @@ class ExpertScores(CellScores):
                 total = here
                 sure = torch.full_like(top, -torch.inf)
                 continue
-            claims = (best == number) & (top-here > sure)
+            margin = top-here
+            claims = (best == number) & (margin > sure)
             chosen = chosen.masked_fill(claims, number)
-            total,sure = torch.where(claims, here, total),torch.where(claims, top-here, sure)
+            total = torch.where(claims, here, total)
+            sure = torch.where(claims, margin, sure)
         return chosen[:, 0],total
 
     def _judge(self, embeddings):
@@ -455,12 +561,17 @@ class ExpertScores(CellScores):
         best = None
         step = max(1, _AT_A_TIME//self.pixels)
         for start in range(0, len(embeddings), step):
-            logits = self.of_words(embeddings[start:start+step])
+            stop = start+step
+            logits = self.of_words(embeddings[start:stop])
             value,index = logits.max(1, keepdim=True)
             here = logits.logsumexp(1, keepdim=True)
-            if top is None: total,top,best = here,value,index
+            if top is None:
+                total = here
+                top = value
+                best = index
             else:
-                total,best = torch.logaddexp(total, here),torch.where(value > top, index+start, best)
+                total = torch.logaddexp(total, here)
+                best = torch.where(value > top, index+start, best)
                 top = torch.maximum(top, value)
         return total,top,best
 
@@ -468,8 +579,10 @@ class ExpertScores(CellScores):
         chosen,total = self.held or self.decide()
         out = None
         for number in chosen.unique().tolist():
-            logits = self.of_words(self.experts[number][start:stop]) - total
-            out = logits if out is None else torch.where((chosen == number)[:, None], logits, out)
+            names = self.experts[number][start:stop]
+            logits = self.of_words(names) - total
+            claimed = (chosen == number)[:, None]
+            out = logits if out is None else torch.where(claimed, logits, out)
         return out
 
 def expert_templates(
@@ -480,24 +593,32 @@ def expert_templates(
     top:int=4, # Experts of a class
 )->tuple: # (name -> templates, table of mean entropies: templates x classes, NaN where none is given)
     "For each class the templates whose pixels of it are surest (FLOSS). Raises `OpenTransError` for no images."
-    templates = TEMPLATES[templates] if isinstance(templates, str) else list(templates)
+    if isinstance(templates, str): templates = TEMPLATES[templates]
+    else: templates = list(templates)
     names = list(getattr(vocabulary, 'names', vocabulary))
     texts = [framework.backbone.encode_text(vocabulary, [t]) for t in templates]
-    totals,counts = torch.zeros(2, len(templates), len(names), dtype=torch.float64)
+    shape = 2,len(templates),len(names)
+    totals,counts = torch.zeros(shape, dtype=torch.float64)
     with eval_mode(framework):
         for batch in images:
             cells = framework.cells(batch.to(device_of(framework)))
             for row,text in enumerate(texts):
-                scores = CellScores(framework, batch.to(text), _plain_words(text), cells)
+                words = _plain_words(text)
+                scores = CellScores(framework, batch.to(text), words, cells)
                 likely = scores.of_words(text).log_softmax(1)
-                entropy,best = -(likely.exp()*likely).sum(1),likely.argmax(1)
-                best,entropy = best.flatten().cpu(),entropy.flatten().double().cpu()
+                entropy = -(likely.exp()*likely).sum(1)
+                entropy = entropy.flatten().double().cpu()
+                best = likely.argmax(1).flatten().cpu()
                 totals[row].index_add_(0, best, entropy)
                 counts[row] += best.bincount(minlength=len(names))
     if not counts.any():
         raise OpenTransError("There is no image to find expert templates on. Give batches of images.")
-    table = pd.DataFrame((totals/counts).numpy(), index=templates, columns=names)
-    found = {name: list(table[name].dropna().sort_values(kind='stable').index[:top]) or templates for name in names}
+    means = (totals/counts).numpy()
+    table = pd.DataFrame(means, index=templates, columns=names)
+    found = {}
+    for name in names:
+        ranked = table[name].dropna().sort_values(kind='stable')
+        found[name] = list(ranked.index[:top]) or templates
     return found,table
 
 def encode_experts(
@@ -510,7 +631,9 @@ def encode_experts(
     names = list(getattr(vocabulary, 'names', vocabulary))
     lost = [name for name in names if not experts.get(name)]
     if lost:
-        raise OpenTransError(f"There are no expert templates for {', '.join(lost[:6])}. "
+        some = ', '.join(lost[:6])
+        raise OpenTransError(f"There are no expert templates for {some}. "
                              "Find them with expert_templates(...).")
-    each = torch.stack([backbone.encode_text(vocabulary, experts[name]) for name in names])
-    return Experts(each, backbone.encode_text(vocabulary, templates))
+    each = [backbone.encode_text(vocabulary, experts[name]) for name in names]
+    default = backbone.encode_text(vocabulary, templates)
+    return Experts(torch.stack(each), default)
