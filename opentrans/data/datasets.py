@@ -30,14 +30,14 @@ def data_root(
     root:str|Path|None=None,
 )->Path: # The folder
     "Where data sets are. Raises `OpenTransError` if there is no such folder."
-    is_given = root is not None
-    given = root if is_given else os.environ.get('DETECTRON2_DATASETS', 'datasets')
+    given = root if root is not None else os.environ.get('DETECTRON2_DATASETS', 'datasets')
     if not isinstance(given, (str, os.PathLike)):
         raise OpenTransError(f"root={shorten(given, 40)}: give the path of a folder.")
     try: path = Path(given).expanduser()
     except RuntimeError: path = Path(given) # there is no such user
     if os.path.isdir(path): return path
-    advice = '' if is_given else ' Give root=..., or set DETECTRON2_DATASETS to the folder that holds the data sets.'
+    advice = ('' if root is not None
+              else ' Give root=..., or set DETECTRON2_DATASETS to the folder that holds the data sets.')
     raise OpenTransError(f"There is no folder '{shorten(given)}' to read data from.{advice}")
 
 def find_layout(
@@ -49,18 +49,14 @@ def find_layout(
     "The layout in which a data set is stored here. Raises `OpenTransError` that names the missing paths."
     found = [[(root/p).exists() for p in paths] for paths in layouts]
     for i,here in enumerate(found):
-        if all(here):
-            paths = tuple(root/p for p in layouts[i])
-            return i, paths
+        if all(here): return i, tuple(root/p for p in layouts[i])
     shares = [sum(here)/len(here) for here in found]
     best = shares.index(max(shares))
     here = found[best]
     lost = [str(p) for p,exists in zip(layouts[best], here) if not exists]
     kind = 'is not there' if any(root.iterdir()) else 'is not there: the folder is empty'
     if any(here): kind = 'is not whole'
-    missing = ', '.join(lost)
-    why = f"{name} under '{root}' {kind}; missing: {missing}. {how}"
-    raise OpenTransError(why.strip())
+    raise OpenTransError(f"{name} under '{root}' {kind}; missing: {', '.join(lost)}. {how}".strip())
 
 # %% ../../nbs/data/15_datasets.ipynb #8926055d
 IMAGES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
@@ -83,15 +79,9 @@ def pair_files(
         raise OpenTransError(f"There are no label maps in '{labels}' (looked for *{tails[1]} with {kinds}).")
     lower = [{k.lower(): files[0].name for k,files in found.items()} for found in (pictures, maps)]
     wanted = sorted(pictures.keys() | maps.keys()) if names is None else names
-    problems = {}
-    for key in wanted:
-        why = _unpaired(key, pictures, maps, lower)
-        if why: problems[key] = why
-    pairs = []
-    for key in dict.fromkeys(wanted):
-        if key in problems: continue
-        pairs.append(Files(key, pictures[key][0], maps[key][0]))
-    return pairs, problems
+    problems = {key: why for key in wanted if (why := _unpaired(key, pictures, maps, lower))}
+    sound = [key for key in dict.fromkeys(wanted) if key not in problems]
+    return [Files(key, pictures[key][0], maps[key][0]) for key in sound], problems
 
 def _by_id(folder, tail, suffixes):
     "Id -> the files of that name, which differ in their suffix."
@@ -99,8 +89,7 @@ def _by_id(folder, tail, suffixes):
     for path in sorted(Path(folder).rglob('*')):
         is_of_kind = path.suffix.lower() in suffixes and path.stem.endswith(tail)
         if not is_of_kind or path.name.startswith('.'): continue
-        stem = path.stem[:len(path.stem)-len(tail)]
-        inside = path.relative_to(folder).with_name(stem or path.name)
+        inside = path.relative_to(folder).with_name(path.stem[:len(path.stem)-len(tail)] or path.name)
         key = str(inside).replace(os.sep, '/')
         found.setdefault(key, []).append(path)
     return found
@@ -110,8 +99,7 @@ def _unpaired(key, images, labels, lower):
     for kind,found in (('images', images), ('label maps', labels)):
         files = found.get(key, ())
         if len(files) > 1:
-            listed = ', '.join(p.name for p in files)
-            return f"{len(files)} {kind} have this name: {listed}"
+            return f"{len(files)} {kind} have this name: {', '.join(p.name for p in files)}"
     for kind,here,there,near_by in (('label map', images, labels, lower[1]), ('image', labels, images, lower[0])):
         if key in here and key not in there:
             near = near_by.get(key.lower())
@@ -167,22 +155,14 @@ def _is_file_of_names(names):
     "Is this a path rather than a list of names?"
     if isinstance(names, Path): return True
     if not isinstance(names, str): return False
-    kind = Path(names).suffix.lower()
-    return kind in ('.txt', '.json', '.csv', '.tsv', '.names', '.lst')
+    return Path(names).suffix.lower() in ('.txt', '.json', '.csv', '.tsv', '.names', '.lst')
 
 def _names(names, templates='photo'):
     "A vocabulary from a list or comma string of names, a name in `VOCABULARIES`, or a file."
     if isinstance(names, Vocabulary): return names
     if _is_file_of_names(names): return Vocabulary.from_file(names, templates)
-    is_known = isinstance(names, str) and names in VOCABULARIES
-    entries = VOCABULARIES[names].entries if is_known else names
+    entries = VOCABULARIES[names].entries if isinstance(names, str) and names in VOCABULARIES else names
     return Vocabulary(entries, templates)
-
-def _is_label(value):
-    "Is this a whole number of a label map, or the text of one?"
-    if isinstance(value, bool): return False
-    text = str(value)
-    return re.fullmatch(r'\s*\d{1,5}\s*', text) is not None and int(value) <= 65535
 
 def _void(ignore, classes):
     "The label values to leave out, as a list. Raises `OpenTransError` for what are no such values."
@@ -190,20 +170,17 @@ def _void(ignore, classes):
     if isinstance(ignore, str) and ignore == 'usual': return [ignore_label(classes)]
     if isinstance(ignore, str): given = ignore.split(',')
     else: given = list(ignore) if isinstance(ignore, Iterable) else [ignore]
-    if not all(map(_is_label, given)):
+    whole = all(re.fullmatch(r'\s*\d{1,5}\s*', str(i)) and not isinstance(i, bool) for i in given)
+    if not whole or any(int(i) > 65535 for i in given):
         raise OpenTransError(
             f"ignore={shorten(ignore, 60)}: the values to leave out are whole numbers from 0 to 65535, such as 255 "
             f"or '0,255'.")
     return [int(i) for i in given]
 
-def _is_folder_name(name):
-    "Can this be a folder below another one?"
-    return isinstance(name, str) and '..' not in Path(name).parts and '\0' not in name
-
 def _folder_layouts(root, split):
     """Where images and labels of a split may lie, the most special first. Raises `OpenTransError` if there are
     other splits only."""
-    if split is not None and not _is_folder_name(split):
+    if split is not None and (not isinstance(split, str) or '..' in Path(split).parts or '\0' in split):
         raise OpenTransError(f"split={shorten(split, 40)!r}: give the name of a folder, such as 'val'.")
     if split and (root/split).is_dir(): return [(f'{split}/images', f'{split}/labels'), ('images', 'labels')]
     splits = []
@@ -226,26 +203,20 @@ def _folder(root, split='val', names=None, ignore='usual', templates=('a photo o
             "A folder data set needs the names of its classes: names=['sky', 'road', ...], or on the command line "
             "--classes \"sky,road,...\"")
     vocabulary = _names(names, templates)
-    classes = len(vocabulary)
-    void = _void(ignore, classes) # 'usual' is 255, or 65535 where 255 is a class
-    lut = label_lut(classes, void=void)
+    void = _void(ignore, len(vocabulary)) # 'usual' is 255, or 65535 where 255 is a class
+    lut = label_lut(len(vocabulary), void=void)
     root = data_root(root)
-    layouts = _folder_layouts(root, split)
-    _,(images,labels) = find_layout('folder', root, layouts, _folder.how)
+    _,(images,labels) = find_layout('folder', root, _folder_layouts(root, split), _folder.how)
     files,problems = pair_files(images, labels)
     return LabelMaps(f'folder {root.name}', vocabulary, files, lut, problems=problems, **kwargs)
 
 # %% ../../nbs/data/15_datasets.ipynb #a839cb52
 def _coco_layouts(split):
     listing = f'annotations/panoptic_{split}2017.json'
-    beside = f'panoptic_{split}2017'
-    layouts = []
-    for top in ('coco/', ''):
-        for maps in (beside, f'annotations/{beside}'):
-            layouts.append((f'{top}{listing}', f'{top}{maps}', f'{top}{split}2017'))
-    for top in ('sample_data/', ''):
-        layouts.append((f'{top}panoptic_examples.json', f'{top}panoptic_examples', f'{top}input_images'))
-    return layouts
+    layouts = [(f'{top}{listing}', f'{top}{folder}panoptic_{split}2017', f'{top}{split}2017')
+               for top in ('coco/', '') for folder in ('', 'annotations/')]
+    return layouts + [(f'{top}panoptic_examples.json', f'{top}panoptic_examples', f'{top}input_images')
+                      for top in ('sample_data/', '')]
 
 class _Segment(TypedDict):
     id:Annotated[int, Field(ge=1, lt=2**24)] # the colour in the map, R + 256 G + 256^2 B; 0 is void
@@ -294,18 +265,13 @@ def read_panoptic_json(
     info = d.pop('info', None)
     d['opentrans'] = {}
     if isinstance(info, dict):
-        ours = info.get('opentrans') or {}
-        d['opentrans'] = check_shape(ours, _Ours, f"'{path}', info.opentrans,")
+        d['opentrans'] = check_shape(info.get('opentrans') or {}, _Ours, f"'{path}', info.opentrans,")
     lost = [name for name in needed if name not in d]
-    if lost:
-        fields = ' and '.join(map(repr, lost))
-        raise FormatError(f"'{path}' is not a COCO panoptic file: it has no {fields}.")
+    if lost: raise FormatError(f"'{path}' is not a COCO panoptic file: it has no {' and '.join(map(repr, lost))}.")
     for name,key in (('images', 'id'), ('annotations', 'file_name'), ('annotations', 'image_id'),
                      ('categories', 'id')):
-        values = [entry[key] for entry in d.get(name, ())]
-        _once(values, f'{key} of {name}', path)
-    for picture in d.get('images', ()): _within(picture['file_name'], path)
-    for annotation in d['annotations']: _within(annotation['file_name'], path)
+        _once([entry[key] for entry in d.get(name, ())], f'{key} of {name}', path)
+    for entry in (*d.get('images', ()), *d['annotations']): _within(entry['file_name'], path)
     return d
 
 def _within(name, path):
@@ -319,9 +285,7 @@ def _within(name, path):
 def _are_coco(categories, known):
     "Are these COCO's own categories, in ids and in names?"
     ids = {c['id'] for c in categories}
-    if ids != set(known['ids']): return False
-    names = {c['name'] for c in categories}
-    return names == set(known['official'])
+    return ids == set(known['ids']) and {c['name'] for c in categories} == set(known['official'])
 
 def _categories(d):
     "Vocabulary, category id -> class, and thing classes of a panoptic JSON file."
@@ -340,8 +304,7 @@ def _ids(annotations):
     "A name for each image: that of its map without the suffix, and its folder where that would not tell two apart."
     paths = [PurePosixPath(a['file_name']).with_suffix('') for a in annotations]
     stems = [path.name for path in paths]
-    tell_apart = len(set(stems)) == len(stems)
-    return stems if tell_apart else [str(path) for path in paths]
+    return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
 def _coco_files(d, path, maps, images):
     "The files of each annotated image, and what is wrong with those that have none, by name."
@@ -355,8 +318,7 @@ def _coco_files(d, path, maps, images):
         picture = pictures.get(a['image_id'])
         drawing = a['file_name']
         if picture is None:
-            image_id = shorten(a['image_id'], 40)
-            problems[key] = f"its image_id {image_id} is not among the images of '{path.name}'"
+            problems[key] = f"its image_id {shorten(a['image_id'], 40)} is not among the images of '{path.name}'"
         elif picture not in here: problems[key] = f"the image '{picture}' is missing from '{images}'"
         elif drawing not in drawn: problems[key] = f"the panoptic map '{drawing}' is missing from '{maps}'"
         else: files.append(Files(key, images/picture, maps/drawing, a['segments_info']))
@@ -369,22 +331,19 @@ def _coco_files(d, path, maps, images):
 def _coco_panoptic(root, split='val', **kwargs):
     _split(split, train='', val='')
     root = data_root(root)
-    layouts = _coco_layouts(split)
-    _,(path,maps,images) = find_layout('coco_panoptic', root, layouts, _coco_panoptic.how)
+    _,(path,maps,images) = find_layout('coco_panoptic', root, _coco_layouts(split), _coco_panoptic.how)
     d = read_panoptic_json(path, 'images')
     try: vocabulary,categories,things = _categories(d)
     except OpenTransError as error:
         raise FormatError(f"The categories of '{path}' make no vocabulary: {error}") from None
     files,problems = _coco_files(d, path, maps, images)
     if not files:
-        count = len(d['annotations'])
         raise OpenTransError(
-            f"coco_panoptic: none of the {count} images of '{path.name}' is there. "
+            f"coco_panoptic: none of the {len(d['annotations'])} images of '{path.name}' is there. "
             f"{_some(problems)}. {_coco_panoptic.how}")
     ours = d['opentrans']
-    name = ours.get('name', 'coco_panoptic')
-    groups = ours.get('groups')
-    return Panoptic(name, vocabulary, files, categories, things=things, groups=groups, problems=problems, **kwargs)
+    return Panoptic(ours.get('name', 'coco_panoptic'), vocabulary, files, categories, things=things,
+                    groups=ours.get('groups'), problems=problems, **kwargs)
 
 # %% ../../nbs/data/15_datasets.ipynb #d16f59ef
 def _segments(sample, ids):
@@ -400,23 +359,18 @@ def _segments(sample, ids):
     classes = sample['region_classes'].tolist()+crowds
     info = []
     for i,(mask,c) in enumerate(zip(masks, classes), 1):
-        iscrowd = int(i > len(regions))
         area = int(mask.sum())
-        info.append(dict(id=i, category_id=ids[int(c)], iscrowd=iscrowd, area=area, bbox=_box(mask)))
+        info.append(dict(id=i, category_id=ids[int(c)], iscrowd=int(i > len(regions)), area=area, bbox=_box(mask)))
     seg = np.zeros(labels.shape, np.int64)
     for i,mask in enumerate(masks, 1): seg[mask] = i
-    red,green,blue = seg % 256, seg//256 % 256, seg//65536
-    colours = np.stack([red, green, blue], -1)
+    colours = np.stack([seg % 256, seg//256 % 256, seg//65536], -1)
     return colours.astype(np.uint8), info
 
 def _box(m):
     y,x = np.nonzero(m)
     if not len(y): return [0, 0, 0, 0]
-    left = int(x.min())
-    top = int(y.min())
-    width = int(x.max())-left+1
-    height = int(y.max())-top+1
-    return [left, top, width, height]
+    left,top = int(x.min()),int(y.min())
+    return [left, top, int(x.max())-left+1, int(y.max())-top+1]
 
 def _write_maps(data, root, split, ids):
     "Write the picture and the panoptic map of each sample; what the JSON file shall say of them."
@@ -426,8 +380,7 @@ def _write_maps(data, root, split, ids):
     for i in range(len(data)):
         sample = data[i]
         key = sample['id']
-        stem = key.replace('/', '__')
-        name = f'{stem}.png'
+        name = f"{key.replace('/', '__')}.png"
         height,width = sample['labels'].shape
         if name in written:
             raise OpenTransError(
@@ -435,8 +388,7 @@ def _write_maps(data, root, split, ids):
                 f"of its own.")
         written[name] = key
         maps,info = _segments(sample, ids)
-        pixels = sample['image'].permute(1, 2, 0)
-        picture = (pixels*255).round().byte().numpy()
+        picture = (sample['image'].permute(1, 2, 0)*255).round().byte().numpy()
         for folder,values in ((f'{split}2017', picture), (f'panoptic_{split}2017', maps)):
             with atomic_path(root/folder/name) as path: Image.fromarray(values).save(path)
         images.append(dict(id=i, file_name=name, height=height, width=width))
@@ -463,9 +415,7 @@ def write_coco_panoptic(
         ids = list(range(1, len(vocabulary)+1))
         names = vocabulary.entries
     images,annotations = _write_maps(data, root, split, ids)
-    categories = []
-    for c,(number,name) in enumerate(zip(ids, names)):
-        categories.append(dict(id=number, name=name, isthing=int(c in things)))
+    categories = [dict(id=k, name=name, isthing=int(c in things)) for c,(k,name) in enumerate(zip(ids, names))]
     ours = dict(name=data.name, templates=vocabulary.templates, groups=data.groups)
     info = dict(description=data.name, opentrans=ours)
     text = json.dumps(dict(info=info, images=images, annotations=annotations, categories=categories))
@@ -486,12 +436,12 @@ def _benchmark(name, how, layouts, luts, **pairing):
     def _open(root, split='val', **kwargs):
         _split(split, train='', val='')
         root = data_root(root)
-        vocabulary = VOCABULARIES[name]
         given = layouts(split)
         i,(images,labels,*listing) = find_layout(name, root, given, how)
         names = read_text(listing[0]).split() if listing else None
         tails = pairing.get('tails', [('', '')]*len(given))
         files,problems = pair_files(images, labels, tails=tails[i], names=names)
+        vocabulary = VOCABULARIES[name]
         lut = label_lut(len(vocabulary), **luts[i])
         things = _asset(f'vocab_{name}').get('things', ())
         return LabelMaps(name, vocabulary, files, lut, things=things, problems=problems, published=True, **kwargs)
@@ -524,8 +474,7 @@ def _ade20k_150(root, split='val', panoptic=False, **kwargs):
     return _ade_panoptic(root, split, how, **kwargs)
 
 def _full_ade_layouts(split):
-    long = _long(split)
-    return [(f'{top}images_detectron2/{long}', f'{top}annotations_detectron2/{long}')
+    return [(f'{top}images_detectron2/{_long(split)}', f'{top}annotations_detectron2/{_long(split)}')
             for top in ('ADE20K_2021_17_01/', 'ade/ADE20K_2021_17_01/', '')]
 
 _benchmark('ade20k_847',
@@ -534,8 +483,7 @@ _benchmark('ade20k_847',
 
 def _prepared_layouts(split, top, annotations):
     "Images and labels as the scripts of FC-CLIP lay them out."
-    long = _long(split)
-    return _with_optional_top(top, (f'images/{long}', f'{annotations}/{long}'))
+    return _with_optional_top(top, (f'images/{_long(split)}', f'{annotations}/{_long(split)}'))
 
 _benchmark('context_59',
            "Get PASCAL VOC 2010 and PASCAL-Context and run FC-CLIP's datasets/prepare_pascal_ctx_sem_seg.py.",
@@ -566,14 +514,12 @@ class ReleasedInstances(LabelMaps):
         raw = self.decode(f.labels).astype(np.int64)
         ids,where = np.unique(raw, return_inverse=True)
         has_number = ids >= 1000
-        label_ids = np.where(has_number, ids//1000, ids)
-        classes = self.lut[label_ids.clip(0, 65535)]
+        classes = self.lut[np.where(has_number, ids//1000, ids).clip(0, 65535)]
         strange = classes == INVALID
         if strange.any(): raise self._strange(f.labels, ids[strange])
         is_thing = self._isthing[np.minimum(classes, len(self.vocabulary))]
         isregion = (classes != self.ignore) & (has_number | ~is_thing)
-        smallest = np.min_scalar_type(len(ids))
-        segments = where.reshape(raw.shape).astype(smallest)
+        segments = where.reshape(raw.shape).astype(np.min_scalar_type(len(ids)))
         return segments, classes, isregion
 
     def _ade(self, i, path):
@@ -616,14 +562,11 @@ def _panoptic_json(name, v, paths, picture, categories, things, **kwargs):
         if lost: problems[key] = f"missing: {', '.join(lost)}"
         else: files.append(Files(key, image, maps, a['segments_info']))
     used = {s['category_id'] for a in annotations for s in a['segments_info']}
-    classes = categories(used)
-    return Panoptic(name, v, files, classes, things=things, problems=problems, **kwargs)
+    return Panoptic(name, v, files, categories(used), things=things, problems=problems, **kwargs)
 
 def _there(root, layouts):
-    for paths in layouts:
-        whole = tuple(root/p for p in paths)
-        if all(p.exists() for p in whole): return whole
-    return None
+    whole = (tuple(root/p for p in paths) for paths in layouts)
+    return next((paths for paths in whole if all(p.exists() for p in paths)), None)
 
 def _ade_panoptic(root, split, how, **kwargs):
     vocabulary = VOCABULARIES['ade20k_150']
@@ -671,15 +614,14 @@ def _cityscapes(root, split='val', panoptic=False, **kwargs):
         lut = label_lut(19, void=[255])
         tail = '_gtFine_labelTrainIds'
     files,problems = pair_files(images, labels, tails=('_leftImg8bit', tail))
-    vocabulary = VOCABULARIES['cityscapes_19']
-    return LabelMaps('cityscapes_19', vocabulary, files, lut, things=known['things'], problems=problems,
-                     published=True, **kwargs)
+    return LabelMaps('cityscapes_19', VOCABULARIES['cityscapes_19'], files, lut, things=known['things'],
+                     problems=problems, published=True, **kwargs)
 
 def _city_panoptic(root, split, known, released, **kwargs):
     vocabulary = VOCABULARIES['cityscapes_19']
     things = known['things']
-    name = f'gtFine/cityscapes_panoptic_{split}'
-    prepared = (f'{name}.json', name, f'leftImg8bit/{split}')
+    maps = f'gtFine/cityscapes_panoptic_{split}'
+    prepared = (f'{maps}.json', maps, f'leftImg8bit/{split}')
     found = _there(root, _with_optional_top('cityscapes', prepared))
     def picture(annotation):
         image_id = annotation['image_id']

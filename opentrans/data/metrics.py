@@ -52,9 +52,7 @@ class Sums:
         same classes."""
         if type(other) is not type(self) or self._same() != other._same():
             raise OpenTransError(f"Cannot add {other!r} to {self!r}: they do not count the same classes.")
-        for n in self._sums:
-            more = getattr(other, n)
-            getattr(self, n).add_(more)
+        for n in self._sums: getattr(self, n).add_(getattr(other, n))
         return self
 
     def reduce(self,
@@ -107,9 +105,9 @@ def _check_classes(num_classes, ignore):
     "Raises `OpenTransError` for a number of classes or an ignore label that cannot be."
     whole = all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) for n in (num_classes, ignore))
     if not whole or not 1 <= num_classes <= 20_000:
-        count = shorten(num_classes, 40)
-        label = shorten(ignore, 40)
-        raise OpenTransError(f"{count} classes and ignore={label}: expected whole numbers, and 1 to 20,000 classes.")
+        raise OpenTransError(
+            f"{shorten(num_classes, 40)} classes and ignore={shorten(ignore, 40)}: expected whole numbers, and 1 "
+            f"to 20,000 classes.")
     if 0 <= ignore < num_classes:
         raise OpenTransError(
             f"ignore={ignore} is one of the {num_classes} classes. Choose a label outside, e.g. 65535.")
@@ -148,8 +146,7 @@ class SemanticIoU(Sums):
         new = torch.zeros_like(self.confusion)
         ignored = 0
         for p,t in zip(pred, target):
-            truth = t.to(p.device).long() # wide enough for `ignore`
-            table = self._confusion_of(p.long(), truth)
+            table = self._confusion_of(p.long(), t.to(p.device).long()) # wide enough for `ignore`
             new += table[:-1]
             ignored += int(table[-1, 0])
         self.confusion += new
@@ -192,16 +189,13 @@ class SemanticIoU(Sums):
         members = {name: self._members(name, classes) for name,classes in (groups or {}).items()}
         figures = {}
         if same is not None: figures['same'] = self.merged(same).compute(over=over)['miou']
-        accuracy = hit.sum()/table.sum()
         recall = hit/truth
-        never_true = torch.nonzero(truth == 0).ravel()
-        figures['miou'] = use.nanmean().item()
-        figures['iou'] = iou
-        figures['pixel_accuracy'] = accuracy.item()
+        figures.update(miou=use.nanmean().item(), iou=iou)
+        figures['pixel_accuracy'] = (hit.sum()/table.sum()).item()
         figures['mean_accuracy'] = recall.nanmean().item()
         figures['confusion'] = self.confusion.clone()
         figures['groups'] = {name: use[classes].nanmean().item() for name,classes in members.items()}
-        figures['never_true'] = never_true.tolist()
+        figures['never_true'] = torch.nonzero(truth == 0).ravel().tolist()
         figures['ignored'] = int(self.ignored)
         return figures
 
@@ -236,9 +230,8 @@ class SemanticIoU(Sums):
         if not sound or bool(((index < 0) | (index >= self.num_classes)).any()):
             group = shorten(name, 40)
             given = shorten(classes, 80)
-            last = self.num_classes-1
             raise OpenTransError(
-                f"The group '{group}' must be a list of class indices from 0 to {last}, not {given}.")
+                f"The group '{group}' must be a list of class indices from 0 to {self.num_classes-1}, not {given}.")
         return index.long()
 
 # %% ../../nbs/data/16_metrics.ipynb #5e746e2a
@@ -255,14 +248,12 @@ def panoptic_map(
     classes = _whole_numbers(told, 'classes of the regions', 'N class indices').tolist()
     crowds = [False]*len(classes) if crowd is None else [bool(c) for c in crowd]
     if regions.dtype not in (torch.bool, torch.uint8) or regions.dim() != 3:
-        shape = tuple(regions.shape)
-        raise OpenTransError(f"Regions must be boolean masks (N,H,W), not {regions.dtype} {shape}.")
+        raise OpenTransError(f"Regions must be boolean masks (N,H,W), not {regions.dtype} {tuple(regions.shape)}.")
     if not len(regions) == len(classes) == len(crowds):
         raise OpenTransError(
             f"There are {len(regions)} regions, {len(classes)} classes and {len(crowds)} crowd marks: each region "
             f"needs its own.")
-    height,width = regions.shape[1:]
-    res = torch.zeros(height, width, 2, dtype=torch.int64, device=regions.device)
+    res = torch.zeros(*regions.shape[1:], 2, dtype=torch.int64, device=regions.device)
     res[..., 0] = ignore
     for i,(region,c) in enumerate(zip(regions.bool(), classes)):
         instance = -1 if crowds[i] else i+1
@@ -333,9 +324,8 @@ def match_segments(
     dropped = (on_void + same_crowd)/pa > .5
     p = pd.DataFrame(dict(cls=pc.numpy(), matched=hit_p.numpy() > 0, dropped=dropped.numpy()))
     t = pd.DataFrame(dict(cls=tc.numpy(), matched=hit_t.numpy() > 0, iou=best.numpy()))
-    is_said = p.cls != ignore
     is_judged = ~(void | crowd).numpy()
-    return p[is_said],t[is_judged]
+    return p[p.cls != ignore],t[is_judged]
 
 # %% ../../nbs/data/16_metrics.ipynb #54d961b8
 class _SegmentSums(Sums):
@@ -363,9 +353,8 @@ class _SegmentSums(Sums):
         wanted = 'pairs (class, instance), (H,W,2) or (B,H,W,2) integers'
         x = _whole_numbers(x, what, wanted)
         if x.dim() not in (3, 4) or x.shape[-1] != 2:
-            shape = tuple(x.shape)
             raise OpenTransError(
-                f"The {what} must be {wanted}, not {x.dtype} {shape}; panoptic_map makes them from regions.")
+                f"The {what} must be {wanted}, not {x.dtype} {tuple(x.shape)}; panoptic_map makes them from regions.")
         if x.dim() == 3: x = x[None]
         x = x.long() # wide enough for `ignore`, before anything is compared with it
         classes, instances = (part.contiguous() for part in x.unbind(-1))
@@ -487,14 +476,13 @@ class MaskNames(Sums):
         code = [groups.get(k, -1-k) for k in range(self.num_classes)]
         right = torch.tensor([[a == b for b in code] for a in code])
         count = self.pairs.sum().item()
-        missed = self.missed.sum().item()
-        stray = self.stray.sum().item()
         named = (self.pairs*right).sum().item()
         wrong = [(int(a), int(b), int(self.pairs[a, b])) for a,b in (self.pairs*~right).nonzero()]
         wrong.sort(key=_by_count)
         table = pd.DataFrame(wrong, columns=['truth', 'prediction', 'masks'])
-        return dict(found=_share(count, count + missed), precision=_share(count, count + stray),
-                    named=_share(named, count), confused=table)
+        found = _share(count, count + self.missed.sum().item())
+        precision = _share(count, count + self.stray.sum().item())
+        return dict(found=found, precision=precision, named=_share(named, count), confused=table)
 
 def _by_count(row): return -row[2],row
 def _share(part, whole): return part/whole if whole else float('nan')
@@ -591,8 +579,7 @@ class DetectionAP:
         "Count an image. Raises `OpenTransError` for boxes, scores and labels that do not belong together."
         boxes,scores,labels = (_numbers_of(found, name, 'detections') for name in ('boxes', 'scores', 'labels'))
         real,kinds = (_numbers_of(true, name, 'truth') for name in ('boxes', 'labels'))
-        marks = true.get('crowd', np.zeros(len(kinds)))
-        crowd = np.asarray(marks, dtype=bool)
+        crowd = np.asarray(true.get('crowd', np.zeros(len(kinds))), dtype=bool)
         self._check_boxes('detections', boxes, labels, (scores, labels))
         self._check_boxes('truth', real, kinds, (kinds, crowd))
         self.images += 1
@@ -630,9 +617,7 @@ class DetectionAP:
         for k in np.flatnonzero(self.objects):
             scores = np.concatenate(self.scores[k])
             hits = np.concatenate(self.hits[k], 1)
-            for row,of in zip(table, hits):
-                precision = precision_at_recalls(scores, of, self.objects[k])
-                row[k] = precision.mean()
+            for row,of in zip(table, hits): row[k] = precision_at_recalls(scores, of, self.objects[k]).mean()
         by_class = table.mean(0)
         def at(threshold):
             is_near = [np.isclose(t, threshold) for t in self.thresholds]

@@ -73,8 +73,11 @@ def _side_within(side, most):
 
 def _read_names(path):
     "Folder -> its name, of a file of lines 'folder TAB name'."
-    lines = [line.split('\t') for line in read_text(path).splitlines() if line.strip()]
-    return {line[0]: line[1] for line in lines if len(line) == 2}
+    names = {}
+    for line in read_text(path).splitlines():
+        cells = line.split('\t')
+        if line.strip() and len(cells) == 2: names[cells[0]] = cells[1]
+    return names
 
 class PhotoMosaic(Dataset):
     """Scenes composed of labelled photographs: each thing is cut out of one, by a box or a shape, and laid over
@@ -136,9 +139,10 @@ class PhotoMosaic(Dataset):
             found = _from_tar(self.source)
         lost = [folder for folder in classes or () if folder not in found]
         if lost:
+            folder = shorten(lost[0], 60)
             examples = ', '.join(list(found)[:3])
             raise OpenTransError(
-                f"'{shorten(self.source)}' has no photographs of '{shorten(lost[0], 60)}'; it has {len(found)} "
+                f"'{shorten(self.source)}' has no photographs of '{folder}'; it has {len(found)} "
                 f"classes, such as {examples}.")
         self.folders = sorted(found) if classes is None else list(classes)
         if not self.folders:
@@ -192,7 +196,8 @@ class PhotoMosaic(Dataset):
     def _drawn(self, rng, height, width):
         "A class and one of its photographs, at a size."
         k = int(rng.integers(len(self.folders)))
-        i = int(rng.integers(len(self._pictures[k])))
+        pictures = self._pictures[k]
+        i = int(rng.integers(len(pictures)))
         whole = Image.fromarray(self.picture(k, i))
         resized = whole.resize((width, height), Image.BICUBIC)
         return k,np.asarray(resized)
@@ -205,7 +210,8 @@ class PhotoMosaic(Dataset):
             return np.broadcast_to(colour, (height, width, 3)).copy(),self.ignore
         k,pixels = self._drawn(rng, height, width)
         if self.ground == 'labelled': return pixels.copy(),k
-        coarse = Image.fromarray(pixels).resize((8, 6), Image.BILINEAR)
+        whole = Image.fromarray(pixels)
+        coarse = whole.resize((8, 6), Image.BILINEAR)
         blurred = coarse.resize((width, height), Image.BICUBIC)
         return np.array(blurred),self.ignore
 
@@ -217,14 +223,15 @@ class PhotoMosaic(Dataset):
         tall = _side_within(side*shape, height)
         wide = _side_within(side/shape, width)
         k,pixels = self._drawn(rng, tall, wide)
-        cut = self.cuts[rng.integers(len(self.cuts))]
-        inside = _cut_mask(rng, cut, tall, wide)
+        which = rng.integers(len(self.cuts))
+        inside = _cut_mask(rng, self.cuts[which], tall, wide)
         top = int(rng.integers(height-tall+1))
         left = int(rng.integers(width-wide+1))
         is_mirrored = rng.random() < .5
         if is_mirrored: pixels = pixels[:, ::-1]
-        scene[top:top+tall, left:left+wide][inside] = pixels[inside]
-        segments[top:top+tall, left:left+wide][inside] = number
+        place = (slice(top, top+tall), slice(left, left+wide))
+        scene[place][inside] = pixels[inside]
+        segments[place][inside] = number
         return k
 
     def _make(self, i):

@@ -45,7 +45,9 @@ _CAMVID = { # name that is counted -> colours of the published maps that it take
 CAMVID_NAMES = tuple(_CAMVID)
 _THINGS = ('pole', 'sign', 'car', 'pedestrian', 'bicyclist')
 
-def _number(colour): return colour[0] + 256*colour[1] + 65536*colour[2]
+def _number(colour):
+    red,green,blue = colour[:3]
+    return red + 256*green + 65536*blue
 
 class ColourMaps(LabelMaps):
     "A data set of label maps whose classes are colours."
@@ -173,7 +175,9 @@ class Resized(Dataset):
         return self._kept[i]
     def __len__(self): return len(self.data)
     def __getitem__(self, i): return unpack(self.packed(i))
-    def __repr__(self): return f"{self.data!r}, at {self.size[1]}x{self.size[0]}"
+    def __repr__(self):
+        height,width = self.size
+        return f"{self.data!r}, at {width}x{height}"
 
 # %% ../../nbs/data/17_photographs.ipynb #66a2a4a9
 class Together(Dataset):
@@ -184,7 +188,8 @@ class Together(Dataset):
     ):
         if not parts: raise OpenTransError("There are no data sets to put together.")
         vocabularies = [part.vocabulary for part in parts]
-        entries = list(dict.fromkeys(entry for vocabulary in vocabularies for entry in vocabulary.entries))
+        every = dict.fromkeys(entry for vocabulary in vocabularies for entry in vocabulary.entries)
+        entries = list(every)
         self.parts = list(parts)
         self.name = name
         self.groups = {}
@@ -197,7 +202,8 @@ class Together(Dataset):
             self._tables.append(table)
             things.update(int(table[i]) for i in part.things)
         self.things = frozenset(things)
-        self._ends = np.cumsum([len(part) for part in parts])
+        sizes = [len(part) for part in parts]
+        self._ends = np.cumsum(sizes)
 
     def packed(self, i:int):
         "Sample i as readers hold it, its classes among the names of all."
@@ -209,12 +215,15 @@ class Together(Dataset):
         found = part.packed(i-first)
         own = found['classes']
         known = own != found['ignore']
+        table = self._tables[which]
         classes = np.full(len(known), self.ignore)
-        classes[known] = self._tables[which][own[known]]
+        classes[known] = table[own[known]]
         return dict(found, classes=classes, ignore=self.ignore)
     def __len__(self): return int(self._ends[-1])
     def __getitem__(self, i): return unpack(self.packed(i))
-    def __repr__(self): return f"{self.name}: {', '.join(map(repr, self.parts))}"
+    def __repr__(self):
+        parts = ', '.join(map(repr, self.parts))
+        return f"{self.name}: {parts}"
 
 # %% ../../nbs/data/17_photographs.ipynb #b284ae72
 PHOTOGRAPHS = { # name -> (package, its module, file, words that fit)

@@ -90,8 +90,9 @@ def unpack(
 
 def _unpack_there(packed, segments, keep, device):
     "What `unpack` gives, made on a device from the few bytes of the packed form."
-    numbers = torch.from_numpy(segments.astype(np.int32)).to(device)
-    kept = torch.from_numpy(keep.astype(np.int32)).to(device)
+    def placed(values): return torch.from_numpy(values.astype(np.int32)).to(device)
+    numbers = placed(segments)
+    kept = placed(keep)
     masks = numbers == kept[:,None,None]
     classes = torch.from_numpy(packed['classes'])
     labels = classes.to(device)[numbers.long()]
@@ -112,9 +113,10 @@ def panoptic_of(
     region = _seen_regions(packed, segments)
     is_judged = classes != packed['ignore']
     crowd = ~packed['isregion'] & is_judged
-    instances = np.where(region, np.cumsum(region), np.where(crowd, -1, 0))
-    pairs = np.stack([classes.take(segments), instances.take(segments)], -1)
-    return torch.from_numpy(pairs)
+    unnumbered = np.where(crowd, -1, 0)
+    instances = np.where(region, np.cumsum(region), unnumbered)
+    pairs = [classes.take(segments), instances.take(segments)]
+    return torch.from_numpy(np.stack(pairs, -1))
 
 def sample_packed(
     data:Dataset, # A data set of samples
@@ -128,7 +130,8 @@ def _pad(x, size, value):
     height,width = x.shape[-2:]
     below = size[0]-height
     beside = size[1]-width
-    return F.pad(x, (0, beside, 0, below), value=value) if below or beside else x
+    if not below and not beside: return x
+    return F.pad(x, (0, beside, 0, below), value=value)
 
 def collate(
     samples:list, # Samples of one data set
@@ -136,15 +139,17 @@ def collate(
     "Make a batch, for a `DataLoader`'s `collate_fn`."
     if not samples: raise OpenTransError("There is nothing to make a batch of: no samples were given.")
     ignore = samples[0].get('ignore', 255)
-    height = max(s['image'].shape[1] for s in samples)
-    width = max(s['image'].shape[2] for s in samples)
-    size = [height, width]
-    many = {k: [s[k] for s in samples] for k in ('region_classes', 'isthing', 'panoptic') if k in samples[0]}
+    sides = [s['image'].shape[1:] for s in samples]
+    size = [max(lengths) for lengths in zip(*sides)]
     images = [_pad(s['image'], size, 0.) for s in samples]
     labels = [_pad(s['labels'], size, ignore) for s in samples]
-    regions = [_pad(s['regions'], size, False) for s in samples]
-    return dict(images=torch.stack(images), labels=torch.stack(labels), regions=regions,
-                ids=[s['id'] for s in samples], ignore=ignore, **many)
+    batch = dict(images=torch.stack(images), labels=torch.stack(labels))
+    batch['regions'] = [_pad(s['regions'], size, False) for s in samples]
+    batch['ids'] = [s['id'] for s in samples]
+    batch['ignore'] = ignore
+    for key in ('region_classes', 'isthing', 'panoptic'):
+        if key in samples[0]: batch[key] = [s[key] for s in samples]
+    return batch
 
 # %% ../../nbs/data/11_samples.ipynb #a375be89
 # what has a colour of its own in every picture: the first of these words that is in a name decides
@@ -234,7 +239,8 @@ def class_colours(
 
 def _outlines(regions):
     "Pixels of a region whose right or lower neighbour is not of it."
-    padded = np.pad(np.asarray(regions), ((0,0), (0,1), (0,1)), mode='edge')
+    margins = ((0,0), (0,1), (0,1)) # a row and a column more
+    padded = np.pad(np.asarray(regions), margins, mode='edge')
     own = padded[:,:-1,:-1]
     ends_below = own != padded[:,1:,:-1]
     ends_beside = own != padded[:,:-1,1:]
@@ -295,13 +301,15 @@ def _cut(n, m, start, stop):
     these alone make; and where the window lies in them."""
     margin = 2+math.ceil(n/m)
     first = max(0, start*n//m-margin)
-    last = min(n, -(-stop*n//m)+margin)
+    up_to = -(-stop*n//m)
+    last = min(n, up_to+margin)
     length = last-first
     if length > .9*n: return 0,n,m,start
     seen = stop-start
     k = max(seen, round(length*m/n))
-    begin = max(round(start-first*m/n), 0)
-    return first,last,k,min(begin, k-seen)
+    begin = round(start-first*m/n)
+    begin = min(max(begin, 0), k-seen)
+    return first,last,k,begin
 
 def _label_lines(n, m, start, stop, cut):
     """Of n rows or columns of labels that become m, which are seen from `start` to `stop`: those that the image
@@ -332,7 +340,9 @@ def _resize_image(image, size, window, cut):
         x,x1,width,over = _cut(w, width, left, right)
     part = image[None,:,y:y1,x:x1].contiguous(memory_format=torch.channels_last) # faster so, and right at 1x1
     part = F.interpolate(part, size=(height, width), mode='bilinear', align_corners=False, antialias=True)[0]
-    return part[:,up:up+bottom-top,over:over+right-left]
+    down = up+bottom-top
+    across = over+right-left
+    return part[:,up:down,over:across]
 
 # much faster than torch's indexing
 def _take(x, rows, cols):
@@ -461,15 +471,19 @@ def _draw(full, size, seed, scale, flip):
     h,w = full
     H,W = full if size is None else _sides(size)
     if scale is not None:
-        factor = rng.uniform(*scale)*min(H/h, W/w)
+        fits = min(H/h, W/w)
+        factor = rng.uniform(*scale)*fits
         h = max(1, round(h*factor))
         w = max(1, round(w*factor))
     if size is None: H,W = h,w
-    top = int(rng.integers(0, max(0, h-H)+1))
-    left = int(rng.integers(0, max(0, w-W)+1))
-    window = (top, left, min(h, top+H), min(w, left+W))
+    spare = max(0, h-H)
+    top = int(rng.integers(0, spare+1))
+    spare = max(0, w-W)
+    left = int(rng.integers(0, spare+1))
+    bottom = min(h, top+H)
+    right = min(w, left+W)
     is_mirrored = rng.uniform() < flip
-    return (h, w),window,is_mirrored,(H, W)
+    return (h, w),(top, left, bottom, right),is_mirrored,(H, W)
 
 def read_augmented(
     data:Dataset, # A data set of samples

@@ -37,7 +37,9 @@ def is_novel(
 
 def triple_name(c:int, t:int, s:int)->str:
     "The full name of a thing."
-    return f'{list(COLOURS)[c]} {TEXTURES[t]} {list(SHAPES)[s]}'
+    colour = list(COLOURS)[c]
+    shape = list(SHAPES)[s]
+    return f'{colour} {TEXTURES[t]} {shape}'
 
 # %% ../../nbs/data/12_shapes.ipynb #00005b9b
 def _inside(shape, x, y):
@@ -52,9 +54,11 @@ def _inside(shape, x, y):
 
 def _inside_star(x, y):
     "About the signed distance of points to a star of five points."
+    turn = 2*np.pi/5
     half = np.pi/5
     a = np.arctan2(x, -y)
-    a = abs((a+half) % (2*np.pi/5) - half) # angle from the nearest point of the star
+    a = (a+half) % turn - half
+    a = abs(a) # angle from the nearest point of the star
     r = np.hypot(x, y)
     px = r*np.cos(a)
     py = r*np.sin(a)
@@ -79,18 +83,18 @@ def _rotated(x, y, angle):
 
 def _smooth_noise(rng, size, cells):
     "A smooth random field in [-1,1]: a coarse grid of random numbers, interpolated."
-    coarse = rng.uniform(-1, 1, (1,1,cells,cells)).astype(np.float32)
-    coarse = torch.from_numpy(coarse)
+    numbers = rng.uniform(-1, 1, (1,1,cells,cells))
+    coarse = torch.from_numpy(numbers.astype(np.float32))
     fine = F.interpolate(coarse, size=size, mode='bicubic', align_corners=True)
     return fine[0,0].numpy()
 
 # %% ../../nbs/data/12_shapes.ipynb #dbb405f6
 def _span(centre, r, length):
-    "The first pixel along a side that a thing may touch, and the one after the last."
+    "The pixels along a side that a thing may touch."
     reach = 1.6*r
     first = max(centre-reach, 0)
     last = min(centre+reach+2, length)
-    return int(first),int(last)
+    return slice(int(first), int(last))
 
 def _covered(distance):
     "How much of each pixel is covered, (H,W,1), by its distance from an edge."
@@ -103,17 +107,22 @@ def _surface(rng, texture, colour, contrast, u, v):
     if texture == 'striped':
         frequency = rng.uniform(1.5, 2.1)
         phase = rng.uniform(0, 6)
-        wave = np.sin(2*np.pi*frequency*u+phase)
-        body[wave > 0] = colour*(1-.72*contrast)
+        turns = 2*np.pi*frequency*u
+        is_stripe = np.sin(turns+phase) > 0
+        dark = 1-.72*contrast
+        body[is_stripe] = colour*dark
     elif texture == 'dotted':
         frequency = rng.uniform(1.25, 1.6)
         du,dv = ((w*frequency+.5) % 1-.5 for w in (u, v))
-        from_dot = np.hypot(du, dv)
-        body[from_dot < .27] = colour*(1-.9*contrast)
+        is_dot = np.hypot(du, dv) < .27
+        dark = 1-.9*contrast
+        body[is_dot] = colour*dark
     along_u = rng.uniform(-1, 1)
     along_v = rng.uniform(-1, 1)
-    shade = 1+.12*(u*along_u+v*along_v)
-    return np.clip(body*shade[...,None], 0, 1)
+    slope = u*along_u+v*along_v
+    shade = 1+.12*slope
+    shaded = body*shade[...,None]
+    return np.clip(shaded, 0, 1)
 
 def paint_object(
     rng:np.random.Generator, # A numpy generator
@@ -127,17 +136,19 @@ def paint_object(
 ): # (H,W) mask of its pixels, or None if it lies outside
     "Paint one thing."
     H,W = img.shape[:2]
-    x0,x1 = _span(cx, r, W)
-    y0,y1 = _span(cy, r, H)
-    if x1 <= x0 or y1 <= y0: return None
-    yy,xx = _grid((H, W))[:,y0:y1,x0:x1]
+    rows = _span(cy, r, H)
+    columns = _span(cx, r, W)
+    if columns.stop <= columns.start or rows.stop <= rows.start: return None
+    near = (rows, columns)
+    yy,xx = _grid((H, W))[:,rows,columns]
     u,v = _rotated(xx-cx, yy-cy, angle)
     u = u/r
     v = v/r
     shape = list(SHAPES)[s]
     d = _inside(shape, u, v)
     a = _covered(d*r)
-    colour = np.array(list(COLOURS.values())[c])
+    own_colour = list(COLOURS.values())[c]
+    colour = np.array(own_colour)
     shift = rng.uniform(-jitter, jitter, 3)
     colour = np.clip(colour+shift, 0, 1)
     body = _surface(rng, TEXTURES[t], colour, contrast, u, v)
@@ -145,17 +156,21 @@ def paint_object(
         within = (d+outline/r)*r
         a_in = _covered(within)
         body = body*a_in+.08*(1-a_in)
-    seen = img[y0:y1,x0:x1]
-    img[y0:y1,x0:x1] = seen*(1-a)+body*a
+    behind = img[near]*(1-a)
+    img[near] = behind+body*a
     m = np.zeros((H, W), bool)
-    m[y0:y1,x0:x1] = d < 0
+    m[near] = d < 0
     return m
 
 # %% ../../nbs/data/12_shapes.ipynb #9c4d86c6
+def _tinted(values, tint):
+    "Numbers of the pixels (H,W) as shades of a colour, (H,W,3)."
+    return values[...,None]*np.array(tint)
+
 def _paper(rng, n1, n2):
     "A sheet of paper: (H,W,3) float32."
     grey = .93+.03*n1[...,None]
-    fibres = .01*n2[...,None]*np.ones(3)
+    fibres = _tinted(.01*n2, np.ones(3))
     light = rng.uniform(-.05, .03)
     painted = np.clip(grey+fibres+light, 0, 1)
     return painted.astype(np.float32)
@@ -163,7 +178,7 @@ def _paper(rng, n1, n2):
 def _grass(n1, n2):
     "The colour of grass, and what each pixel adds to it."
     blades = .5*n1+.5*n2
-    texture = blades[...,None]*np.array((.12,.16,.08))
+    texture = _tinted(blades, (.12,.16,.08))
     return (.30,.48,.16),texture
 
 def _sand(yy, n1, n2, ph):
@@ -178,17 +193,20 @@ def _water(yy, xx, n1, ph):
     bend = np.sin(.12*xx+ph[1])
     waves = np.sin(.5*yy+1.5*bend+ph[0])
     ripples = waves+.4*n1
-    texture = ripples[...,None]*np.array((.08,.09,.1))
+    texture = _tinted(ripples, (.08,.09,.1))
     return (.22,.46,.60),texture
 
 def _brick(yy, xx, n2, ph):
     "The colour of bricks, and what each pixel adds to it: their shades, and the joints."
     row = yy//8
     along = xx+(row%2)*8
-    joint = (yy%8 < 1.2) | ((along+ph[0]*3)%16 < 1.2)
-    shade = .15*np.sin(row*12.9+along//16*78.2)
-    bricks = (shade+.08*n2)[...,None]*np.ones(3)
-    texture = np.where(joint[...,None], np.array((.1,.2,.22)), bricks)
+    shifted = along+ph[0]*3
+    joint = (yy%8 < 1.2) | (shifted%16 < 1.2)
+    number = row*12.9+along//16*78.2
+    shade = .15*np.sin(number)
+    bricks = _tinted(shade+.08*n2, np.ones(3))
+    mortar = np.array((.1,.2,.22))
+    texture = np.where(joint[...,None], mortar, bricks)
     return (.58,.32,.24),texture
 
 def paint_stuff(
@@ -209,7 +227,8 @@ def paint_stuff(
     else: raise unknown('stuff', name, (*STUFF, 'paper'))
     shift = rng.uniform(-.05, .05, 3)
     painted = np.array(colour)+shift+texture
-    return np.clip(painted, 0, 1).astype(np.float32)
+    painted = np.clip(painted, 0, 1)
+    return painted.astype(np.float32)
 
 def _clutter(rng, img):
     "A nameless stroke or dot: it belongs to what it lies on."
@@ -237,12 +256,15 @@ def _gradient(rng, H, W):
     across = strength*np.cos(rng.uniform(0, 6.3))
     strength = rng.uniform(0, .3)
     down = strength*np.sin(rng.uniform(0, 6.3))
-    return 1+across*(xx/W-.5)+down*(yy/H-.5)
+    x = xx/W-.5
+    y = yy/H-.5
+    return 1+across*x+down*y
 
 def _neighbours(img):
     "The sum of the four neighbours of each pixel."
-    vertical = np.roll(img, 1, 0)+np.roll(img, -1, 0)
-    return vertical+np.roll(img, 1, 1)+np.roll(img, -1, 1)
+    total = np.roll(img, 1, 0)
+    for step,axis in ((-1, 0), (1, 1), (-1, 1)): total = total+np.roll(img, step, axis)
+    return total
 
 def _light(rng, img, gain=(1., 1.), cast=0., noise=0., blur=0., haze=0., tint=None, **_):
     "Light and camera: brightness with a gradient, colour cast, haze, blur, noise."
@@ -258,9 +280,11 @@ def _light(rng, img, gain=(1., 1.), cast=0., noise=0., blur=0., haze=0., tint=No
         img = img*(1-h)+h*air
     if blur and rng.uniform() < .7:
         k = rng.uniform(0, blur)
-        img = img*(1-k)+k*_neighbours(img)/4
+        around = k*_neighbours(img)/4
+        img = img*(1-k)+around
     grain = rng.normal(0, noise+1e-6, img.shape)
-    return np.clip(img+grain, 0, 1).astype(np.float32)
+    lit = np.clip(img+grain, 0, 1)
+    return lit.astype(np.float32)
 
 # %% ../../nbs/data/12_shapes.ipynb #97b2f134
 DOMAINS = { # look of a scene: number and radius (in image heights) of the things, clutter, light
@@ -279,7 +303,8 @@ def _horizon(rng, size):
     middle = H*rng.uniform(.3, .7)
     waves = rng.uniform(2, 7)
     phase = rng.uniform(0, 6)
-    hills = H*.12*np.sin(xx/W*waves+phase)
+    angle = xx/W*waves+phase
+    hills = H*.12*np.sin(angle)
     slope = rng.uniform(-.4, .4)
     return middle+hills+(xx-W/2)*slope
 
@@ -303,8 +328,9 @@ def _add_thing(rng, img, look, triples):
     "Paint one of some things at a random place: its mask, or None if none of it is seen, and which it is."
     H,W = img.shape[:2]
     r = H*rng.uniform(*look['r'])
-    cx = rng.uniform(.3*r, W-.3*r)
-    cy = rng.uniform(.3*r, H-.3*r)
+    least = .3*r # its centre is no nearer to an edge
+    cx = rng.uniform(least, W-least)
+    cy = rng.uniform(least, H-least)
     k = triples[rng.integers(len(triples))]
     angle = rng.uniform(-.6, .6)
     outline = 1.5*look.get('paper', False)
@@ -404,8 +430,8 @@ class ShapesWorld(Dataset[dict[str, Any]]):
         domain = list(DOMAINS).index(self.domain)
         rng = np.random.default_rng([self.seed, split, domain, i])
         img,seg,kinds = scene(rng, self.domain, self.size, self.triples)
-        names = [self.class_name(k) for k in kinds]
-        classes = np.array([self.vocabulary.names.index(name) for name in names])
+        names = self.vocabulary.names
+        classes = np.array([names.index(self.class_name(k)) for k in kinds])
         pixels = np.bincount(seg.ravel(), minlength=len(classes))
         seen = pixels >= 12
         picture = (img*255+.5).astype(np.uint8)
@@ -440,13 +466,16 @@ def object_image(
     shift = rng.uniform(-.12, .12, 3)
     clouds = .08*_smooth_noise(rng, (size, size), 4)[...,None]
     strength = rng.uniform(0, 1)
-    ground = np.clip(grey+shift+clouds*strength, 0, 1)
+    ground = grey+shift+clouds*strength
+    ground = np.clip(ground, 0, 1)
     img = ground*np.ones((size, size, 3))
     if rng.uniform() < .3:
         stuff = STUFF[rng.integers(len(STUFF))]
-        img = paint_stuff(rng, stuff, (size, size)).astype(float)
+        painted = paint_stuff(rng, stuff, (size, size))
+        img = painted.astype(float)
     r = size*rng.uniform(.2, .46)
-    cx,cy = size/2+rng.uniform(-.1, .1, 2)*size
+    shift = rng.uniform(-.1, .1, 2)*size
+    cx,cy = size/2+shift
     angle = rng.uniform(-.6, .6)
     contrast = rng.uniform(.8, 1.)
     paint_object(rng, img, cx, cy, r, angle, c, t, s, contrast=contrast)
@@ -486,5 +515,7 @@ def caption(
     if has_colour: words.append(list(COLOURS)[c])
     if has_texture: words.append(TEXTURES[t])
     words.append(noun if has_shape else 'thing')
-    told = (c if has_colour else -1, t if has_texture else -1, s if has_shape else -1, -1)
-    return say_it(' '.join(words)),told
+    if not has_colour: c = -1
+    if not has_texture: t = -1
+    if not has_shape: s = -1
+    return say_it(' '.join(words)),(c, t, s, -1)

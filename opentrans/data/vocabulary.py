@@ -60,11 +60,13 @@ def checked_text(
     """A text that can be saved and given to a text encoder. Raises `OpenTransError` for what is no text, too long,
     or holds half of a character."""
     if not isinstance(value, str):
-        raise OpenTransError(
-            f"{what} is {shorten(repr(value), 60)} ({type(value).__name__}): expected a text, such as 'road'.")
+        given = shorten(repr(value), 60)
+        kind = type(value).__name__
+        raise OpenTransError(f"{what} is {given} ({kind}): expected a text, such as 'road'.")
     if len(value) > _LONGEST:
+        length = len(value)
         raise OpenTransError(
-            f"{what} has {len(value):,} characters ('{value[:40]} ...'): expected at most {_LONGEST:,}.")
+            f"{what} has {length:,} characters ('{value[:40]} ...'): expected at most {_LONGEST:,}.")
     if re.search('[\ud800-\udfff]', value):
         raise OpenTransError(f"{what} holds half of a character (a lone surrogate): {value[:60]!r}.")
     return value
@@ -81,11 +83,15 @@ def _words(name, i):
             f"Class {i} has an empty name: {shorten(name)!r}. Write each class as 'name' or 'name,synonym'.")
     return ','.join(dict.fromkeys(words))
 
+def _is_list(value):
+    "Can the texts in this be read in order?"
+    return isinstance(value, Iterable) and not isinstance(value, (bytes, Mapping, Set))
+
 def _entries(names):
     "Names as the tuple of 'a,b' strings; raises for what is no list of names."
     # a comma list, as on the command line: ';' parts synonyms
     if isinstance(names, str): names = [n.replace(';', ',') for n in names.split(',')]
-    if isinstance(names, (bytes, Mapping, Set)) or not isinstance(names, Iterable):
+    if not _is_list(names):
         given = shorten(repr(names), 60)
         kind = type(names).__name__
         raise OpenTransError(f"Class names are a list, in the order of their numbers, not {given} ({kind}).")
@@ -111,7 +117,7 @@ def check_templates(
     """Prompt templates. Raises `OpenTransError` for one that does not have the place of the name once, or has
     anything else to be filled in."""
     if isinstance(templates, str): templates = [templates] if '{' in templates else TEMPLATES[templates]
-    if isinstance(templates, (bytes, Mapping, Set)) or not isinstance(templates, Iterable):
+    if not _is_list(templates):
         known = ', '.join(TEMPLATES)
         given = shorten(repr(templates), 60)
         raise OpenTransError(f"Prompt templates are a list of texts, or one of: {known}; not {given}.")
@@ -178,6 +184,8 @@ class _ClassNames:
         return f"Vocabulary({len(self)} classes: {shown}{more}; {len(self.templates)} templates)"
 
 # %% ../../nbs/data/10_vocabulary.ipynb #d80ae4ee
+def _is_index(value): return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
 class _JoinedNames(_ClassNames):
     "Class names, cut and joined."
     def __add__(self, other:'Vocabulary|str|Iterable[str]')->'Vocabulary':
@@ -190,13 +198,13 @@ class _JoinedNames(_ClassNames):
         keep:Sequence[str|int], # Class names or indices
     )->'Vocabulary': # Those classes, in the order given
         "A part of a vocabulary. Raises `OpenTransError` for a class that is not there."
+        count = len(self)
+        for k in keep:
+            if _is_index(k) and not -count <= k < count:
+                raise OpenTransError(f"There is no class {k} in a vocabulary of {count}.")
         kept = []
-        is_index = [isinstance(k, (int, np.integer)) and not isinstance(k, bool) for k in keep]
-        for k,by_number in zip(keep, is_index):
-            if by_number and not -len(self) <= k < len(self):
-                raise OpenTransError(f"There is no class {k} in a vocabulary of {len(self)}.")
-        for k,by_number in zip(keep, is_index):
-            at = k if by_number else self.index(k)
+        for k in keep:
+            at = k if _is_index(k) else self.index(k)
             kept.append(self.entries[at])
         return Vocabulary(kept, self.templates)
 
@@ -211,8 +219,10 @@ _BEHIND = re.compile(r'(.*[^\s:=])\s*([:=]|\s)\s*(\d{1,9})') # 'bed: 7', 'bed 7'
 
 def _lines(text):
     "The lines that are not empty and no comments."
-    lines = [line.strip().strip('\ufeff').strip() for line in re.split('\r\n|\r|\n', text)]
-    long = [line for line in lines if len(line) > 20*_LONGEST]
+    cut = re.split('\r\n|\r|\n', text)
+    lines = [line.strip().strip('\ufeff').strip() for line in cut]
+    most = 20*_LONGEST
+    long = [line for line in lines if len(line) > most]
     if long: raise OpenTransError(f"a line has {len(long[0]):,} characters. Write one class a line")
     return [line for line in lines if line and not line.startswith('#')]
 
@@ -225,7 +235,11 @@ def _check_rising(numbers):
 
 def _is_number(cell): return re.fullmatch(r'\d{1,9}', cell.strip()) is not None
 
-def _heading(row): return next((i for i,cell in enumerate(row) if cell.strip().lower() in _HEADINGS), None)
+def _heading(row):
+    "The place of the heading above names, or None."
+    for i,cell in enumerate(row):
+        if cell.strip().lower() in _HEADINGS: return i
+    return None
 
 def _rows(lines, sign):
     "The cells of a table, or None where lines are none: a table has headings, or a column of nothing but numbers."
@@ -271,7 +285,8 @@ def _without_numbers(lines):
         return [match[3] if match else line for line,match in zip(lines, colon)]
     if len(lines) < 2: return lines
     behind = [_BEHIND.fullmatch(line) for line in lines]
-    counts = [list(range(first, first+len(lines))) for first in (0, 1)]
+    count = len(lines)
+    counts = [list(range(count)), list(range(1, count+1))]
     for found,number,name in ((before, 1, 3), (behind, 3, 1)):
         numbers = [int(match[number]) for match in found if match]
         if numbers in counts: return [match[name] for match in found]
