@@ -159,12 +159,11 @@ class SemanticIoU(Sums):
         classes = self.num_classes
         counted = target != self.ignore
         pred = pred.where(counted, 0)
-        truth = target.where(counted, 0)
         _in_range(pred, classes, 'prediction', self.ignore)
-        _in_range(truth, classes, 'truth', self.ignore)
+        _in_range(target.where(counted, 0), classes, 'truth', self.ignore)
         row = target.where(counted, classes)
-        cell = row*classes + pred
-        counts = torch.bincount(cell.ravel(), minlength=(classes+1)*classes)
+        cells = (classes+1)*classes
+        counts = torch.bincount((row*classes + pred).ravel(), minlength=cells)
         return counts.view(classes+1, classes).cpu()
 
     def compute(self,
@@ -362,8 +361,8 @@ class _SegmentSums(Sums):
         count = len(self.isthing)
         _in_range(classes.where(said, 0), count, what, self.ignore)
         is_stuff = torch.cat([~self.isthing, torch.tensor([True])]) # the last stands for `ignore`
-        place = classes.where(said, count).ravel()
-        stuff = is_stuff.to(x.device).index_select(0, place).view_as(said)
+        is_stuff = is_stuff.to(x.device)
+        stuff = is_stuff.index_select(0, classes.where(said, count).ravel()).view_as(said)
         whole = instances.clamp(max=0).where(stuff, instances) # a stuff class is one segment, or a crowd
         return torch.stack([classes, whole], -1)
 

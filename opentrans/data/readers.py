@@ -110,9 +110,7 @@ def _white(im, shown):
 
 def _eight_bits(values, white):
     "Numbers from 0 to `white` as bytes."
-    wide = np.asarray(values).astype(np.uint32)
-    rounded = (wide*255 + white//2)//white
-    return rounded.clip(max=255).astype(np.uint8)
+    return ((np.asarray(values).astype(np.uint32)*255 + white//2)//white).clip(max=255).astype(np.uint8)
 
 _TRANSPARENT = ('RGBA', 'LA', 'PA', 'RGBa', 'La')
 

@@ -141,9 +141,8 @@ def collate(
     ignore = samples[0].get('ignore', 255)
     sides = [s['image'].shape[1:] for s in samples]
     size = [max(lengths) for lengths in zip(*sides)]
-    images = [_pad(s['image'], size, 0.) for s in samples]
-    labels = [_pad(s['labels'], size, ignore) for s in samples]
-    batch = dict(images=torch.stack(images), labels=torch.stack(labels))
+    batch = dict(images=torch.stack([_pad(s['image'], size, 0.) for s in samples]))
+    batch['labels'] = torch.stack([_pad(s['labels'], size, ignore) for s in samples])
     batch['regions'] = [_pad(s['regions'], size, False) for s in samples]
     batch['ids'] = [s['id'] for s in samples]
     batch['ignore'] = ignore

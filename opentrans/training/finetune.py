@@ -105,9 +105,7 @@ def batches(
 
 def _unpacked(loaded, regions, device):
     "Batches of the samples that other processes have read, most of which come packed."
-    for samples in loaded:
-        unpacked = [unpack(s, regions, device) if 'segments' in s else s for s in samples]
-        yield collate(unpacked)
+    for samples in loaded: yield collate([unpack(s, regions, device) if 'segments' in s else s for s in samples])
 
 # %% ../../nbs/training/41_finetune.ipynb #bdcd9dae
 def freeze_by_recipe(
