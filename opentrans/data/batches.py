@@ -31,7 +31,12 @@ def random_window(
     generator:torch.Generator, # Draws its place
 )->tuple[slice, slice]:
     "Rows and columns of a random square in an image; of a smaller image, all."
-    top,left = (int(torch.randint(max(n-crop, 0)+1, (), generator=generator)) for n in size)
+    height,width = size
+    def start(length):
+        places = max(length-crop, 0)+1
+        return int(torch.randint(places, (), generator=generator))
+    top = start(height)
+    left = start(width)
     return slice(top, top+crop),slice(left, left+crop)
 
 # %% ../../nbs/data/13_batches.ipynb #67499ee1

@@ -36,9 +36,9 @@ def data_root(
     try: path = Path(given).expanduser()
     except RuntimeError: path = Path(given) # there is no such user
     if os.path.isdir(path): return path
-    told = ('' if root is not None
-            else ' Give root=..., or set DETECTRON2_DATASETS to the folder that holds the data sets.')
-    raise OpenTransError(f"There is no folder '{shorten(given)}' to read data from.{told}")
+    advice = ('' if root is not None
+              else ' Give root=..., or set DETECTRON2_DATASETS to the folder that holds the data sets.')
+    raise OpenTransError(f"There is no folder '{shorten(given)}' to read data from.{advice}")
 
 def find_layout(
     name:str, # Of the data set, for the message
@@ -48,12 +48,14 @@ def find_layout(
 )->tuple: # (which layout, its paths)
     "The layout in which a data set is stored here. Raises `OpenTransError` that names the missing paths."
     found = [[(root/p).exists() for p in paths] for paths in layouts]
-    for i,f in enumerate(found):
-        if all(f): return i, tuple(root/p for p in layouts[i])
-    best = max(range(len(layouts)), key=lambda i: sum(found[i])/len(found[i]))
-    lost = [str(p) for p,f in zip(layouts[best], found[best]) if not f]
+    for i,here in enumerate(found):
+        if all(here): return i, tuple(root/p for p in layouts[i])
+    shares = [sum(here)/len(here) for here in found]
+    best = shares.index(max(shares))
+    here = found[best]
+    lost = [str(p) for p,exists in zip(layouts[best], here) if not exists]
     kind = 'is not there' if any(root.iterdir()) else 'is not there: the folder is empty'
-    if any(found[best]): kind = 'is not whole'
+    if any(here): kind = 'is not whole'
     raise OpenTransError(f"{name} under '{root}' {kind}; missing: {', '.join(lost)}. {how}".strip())
 
 # %% ../../nbs/data/15_datasets.ipynb #8926055d
@@ -67,39 +69,42 @@ def pair_files(
     suffixes:Sequence[str]=('.png', '.tif', '.tiff'), # Of the label maps
 )->tuple: # (list of `Files` by name, id -> problem)
     "Match images and label maps by name. What has no partner, or shares its name with another file, is a problem."
-    a,b = _by_id(images, tails[0], IMAGES),_by_id(labels, tails[1], suffixes)
-    if not a:
-        raise OpenTransError(
-            f"There are no images in '{images}' (looked for *{tails[0]} with {', '.join(IMAGES[:3])}, ...).")
-    if not b:
-        raise OpenTransError(
-            f"There are no label maps in '{labels}' (looked for *{tails[1]} with {', '.join(suffixes)}).")
-    lower = [{k.lower(): ps[0].name for k,ps in found.items()} for found in (a, b)]
-    problems = {k: said
-                for k in (sorted(a.keys() | b.keys()) if names is None else names)
-                if (said := _unpaired(k, a, b, lower))}
-    ids = sorted(a.keys() & b.keys()) if names is None else list(dict.fromkeys(names))
-    return [Files(k, a[k][0], b[k][0]) for k in ids if k not in problems], problems
+    pictures = _by_id(images, tails[0], IMAGES)
+    maps = _by_id(labels, tails[1], suffixes)
+    if not pictures:
+        kinds = ', '.join(IMAGES[:3])
+        raise OpenTransError(f"There are no images in '{images}' (looked for *{tails[0]} with {kinds}, ...).")
+    if not maps:
+        kinds = ', '.join(suffixes)
+        raise OpenTransError(f"There are no label maps in '{labels}' (looked for *{tails[1]} with {kinds}).")
+    lower = [{k.lower(): files[0].name for k,files in found.items()} for found in (pictures, maps)]
+    wanted = sorted(pictures.keys() | maps.keys()) if names is None else names
+    problems = {key: why for key in wanted if (why := _unpaired(key, pictures, maps, lower))}
+    sound = [key for key in dict.fromkeys(wanted) if key not in problems]
+    return [Files(key, pictures[key][0], maps[key][0]) for key in sound], problems
 
 def _by_id(folder, tail, suffixes):
     "Id -> the files of that name, which differ in their suffix."
     found = {}
-    for p in sorted(Path(folder).rglob('*')):
-        if p.suffix.lower() not in suffixes or not p.stem.endswith(tail) or p.name.startswith('.'): continue
-        key = str(p.relative_to(folder).with_name(p.stem[:len(p.stem)-len(tail)] or p.name)).replace(os.sep, '/')
-        found.setdefault(key, []).append(p)
+    for path in sorted(Path(folder).rglob('*')):
+        is_of_kind = path.suffix.lower() in suffixes and path.stem.endswith(tail)
+        if not is_of_kind or path.name.startswith('.'): continue
+        inside = path.relative_to(folder).with_name(path.stem[:len(path.stem)-len(tail)] or path.name)
+        key = str(inside).replace(os.sep, '/')
+        found.setdefault(key, []).append(path)
     return found
 
 def _unpaired(key, images, labels, lower):
     "Why an image and a label map cannot be matched, or ''."
     for kind,found in (('images', images), ('label maps', labels)):
-        if len(found.get(key, ())) > 1:
-            return f"{len(found[key])} {kind} have this name: {', '.join(p.name for p in found[key])}"
+        files = found.get(key, ())
+        if len(files) > 1:
+            return f"{len(files)} {kind} have this name: {', '.join(p.name for p in files)}"
     for kind,here,there,near_by in (('label map', images, labels, lower[1]), ('image', labels, images, lower[0])):
         if key in here and key not in there:
             near = near_by.get(key.lower())
-            return (f"no {kind} for '{here[key][0].name}'"
-                    + (f", but '{near}': write both in the same case" if near else ''))
+            advice = f", but '{near}': write both in the same case" if near else ''
+            return f"no {kind} for '{here[key][0].name}'{advice}"
     return '' if key in images else f"no image for '{key}'"
 
 # %% ../../nbs/data/15_datasets.ipynb #fa12f311
@@ -130,14 +135,15 @@ def open_dataset(
 )->Samples: # A data set of samples
     "Open a data set by name. Raises `OpenTransError` for an unknown name, split or option, and for missing files."
     if not isinstance(name, str) or name not in _DATASETS: raise unknown('data set', name, list_datasets())
-    f = _DATASETS[name]
-    known = [p for p in inspect.signature(f).parameters if p not in ('root', 'split', 'kwargs')]
-    for o in options:
-        if o not in known:
-            raise OpenTransError(
-                f"The data set '{name}' has no option '{o}'; it takes: {', '.join(known) or 'none'}.")
-    return (f(root, split, corrupt=corrupt, **options) if 'kwargs' in inspect.signature(f).parameters
-            else f(root, split, **options))
+    opener = _DATASETS[name]
+    parameters = inspect.signature(opener).parameters
+    known = [p for p in parameters if p not in ('root', 'split', 'kwargs')]
+    for option in options:
+        if option not in known:
+            choices = ', '.join(known) or 'none'
+            raise OpenTransError(f"The data set '{name}' has no option '{option}'; it takes: {choices}.")
+    if 'kwargs' in parameters: options['corrupt'] = corrupt
+    return opener(root, split, **options)
 
 def _split(split, **names):
     "The folder name of a split."
@@ -147,16 +153,16 @@ def _split(split, **names):
 # %% ../../nbs/data/15_datasets.ipynb #40009cf2
 def _is_file_of_names(names):
     "Is this a path rather than a list of names?"
-    return (isinstance(names, Path)
-            or (isinstance(names, str)
-                and Path(names).suffix.lower() in ('.txt', '.json', '.csv', '.tsv', '.names', '.lst')))
+    if isinstance(names, Path): return True
+    if not isinstance(names, str): return False
+    return Path(names).suffix.lower() in ('.txt', '.json', '.csv', '.tsv', '.names', '.lst')
 
 def _names(names, templates='photo'):
     "A vocabulary from a list or comma string of names, a name in `VOCABULARIES`, or a file."
     if isinstance(names, Vocabulary): return names
     if _is_file_of_names(names): return Vocabulary.from_file(names, templates)
-    return Vocabulary(VOCABULARIES[names].entries if isinstance(names, str) and names in VOCABULARIES else names,
-                      templates)
+    entries = VOCABULARIES[names].entries if isinstance(names, str) and names in VOCABULARIES else names
+    return Vocabulary(entries, templates)
 
 def _void(ignore, classes):
     "The label values to leave out, as a list. Raises `OpenTransError` for what are no such values."
@@ -177,14 +183,15 @@ def _folder_layouts(root, split):
     if split is not None and (not isinstance(split, str) or '..' in Path(split).parts or '\0' in split):
         raise OpenTransError(f"split={shorten(split, 40)!r}: give the name of a folder, such as 'val'.")
     if split and (root/split).is_dir(): return [(f'{split}/images', f'{split}/labels'), ('images', 'labels')]
-    splits = sorted(name
-                    for name in ('train', 'val', 'test', 'training', 'validation')
-                    if (root/'images'/name).is_dir() and (root/'labels'/name).is_dir())
+    splits = []
+    for name in ('test', 'train', 'training', 'val', 'validation'):
+        has_images = (root/'images'/name).is_dir()
+        if has_images and (root/'labels'/name).is_dir(): splits.append(name)
     if split in splits: return [(f'images/{split}', f'labels/{split}')]
     if splits and split:
+        choices = ', '.join(splits)
         raise OpenTransError(
-            f"'{root}/images' has no folder '{split}', only {', '.join(splits)}. Choose one of them, or split='' "
-            f"to read all.")
+            f"'{root}/images' has no folder '{split}', only {choices}. Choose one of them, or split='' to read all.")
     return [('images', 'labels')]
 
 @register_dataset('folder',
@@ -195,20 +202,21 @@ def _folder(root, split='val', names=None, ignore='usual', templates=('a photo o
         raise OpenTransError(
             "A folder data set needs the names of its classes: names=['sky', 'road', ...], or on the command line "
             "--classes \"sky,road,...\"")
-    v = _names(names, templates)
-    void = _void(ignore, len(v)) # 'usual' is 255, or 65535 where 255 is a class
+    vocabulary = _names(names, templates)
+    void = _void(ignore, len(vocabulary)) # 'usual' is 255, or 65535 where 255 is a class
+    lut = label_lut(len(vocabulary), void=void)
     root = data_root(root)
     _,(images,labels) = find_layout('folder', root, _folder_layouts(root, split), _folder.how)
     files,problems = pair_files(images, labels)
-    return LabelMaps(f'folder {root.name}', v, files, label_lut(len(v), void=void), problems=problems, **kwargs)
+    return LabelMaps(f'folder {root.name}', vocabulary, files, lut, problems=problems, **kwargs)
 
 # %% ../../nbs/data/15_datasets.ipynb #a839cb52
 def _coco_layouts(split):
-    tree = [(f'annotations/panoptic_{split}2017.json', maps, f'{split}2017')
-            for maps in (f'panoptic_{split}2017', f'annotations/panoptic_{split}2017')]
-    sample = [('panoptic_examples.json', 'panoptic_examples', 'input_images')]
-    return ([tuple(f'{top}{p}' for p in paths) for top in ('coco/', '') for paths in tree]
-            + [tuple(f'{top}{p}' for p in paths) for top in ('sample_data/', '') for paths in sample])
+    listing = f'annotations/panoptic_{split}2017.json'
+    layouts = [(f'{top}{listing}', f'{top}{folder}panoptic_{split}2017', f'{top}{split}2017')
+               for top in ('coco/', '') for folder in ('', 'annotations/')]
+    return layouts + [(f'{top}panoptic_examples.json', f'{top}panoptic_examples', f'{top}input_images')
+                      for top in ('sample_data/', '')]
 
 class _Segment(TypedDict):
     id:Annotated[int, Field(ge=1, lt=2**24)] # the colour in the map, R + 256 G + 256^2 B; 0 is void
@@ -255,8 +263,9 @@ def read_panoptic_json(
     are there twice, and for names of files that lead out of their folder."""
     d = load_json(path, _PanopticFile)
     info = d.pop('info', None)
-    d['opentrans'] = (check_shape(info.get('opentrans') or {}, _Ours, f"'{path}', info.opentrans,")
-                      if isinstance(info, dict) else {})
+    d['opentrans'] = {}
+    if isinstance(info, dict):
+        d['opentrans'] = check_shape(info.get('opentrans') or {}, _Ours, f"'{path}', info.opentrans,")
     lost = [name for name in needed if name not in d]
     if lost: raise FormatError(f"'{path}' is not a COCO panoptic file: it has no {' and '.join(map(repr, lost))}.")
     for name,key in (('images', 'id'), ('annotations', 'file_name'), ('annotations', 'image_id'),
@@ -268,20 +277,28 @@ def read_panoptic_json(
 def _within(name, path):
     "A path within a folder. Raises `FormatError` for one that leads out of it."
     pure = PurePosixPath(name.replace('\\', '/'))
-    if not name or pure.is_absolute() or '..' in pure.parts or '\0' in name or len(name) > 1000:
+    leads_out = pure.is_absolute() or '..' in pure.parts
+    if not name or leads_out or '\0' in name or len(name) > 1000:
         raise FormatError(f"'{path}' names the file {shorten(name, 60)!r}, which is no path within a folder.")
     return name
+
+def _are_coco(categories, known):
+    "Are these COCO's own categories, in ids and in names?"
+    ids = {c['id'] for c in categories}
+    return ids == set(known['ids']) and {c['name'] for c in categories} == set(known['official'])
 
 def _categories(d):
     "Vocabulary, category id -> class, and thing classes of a panoptic JSON file."
     known = _asset('vocab_coco_panoptic')
-    cats = d.get('categories')
-    ours = d['opentrans']
-    if (not cats
-        or {c['id'] for c in cats} == set(known['ids']) and {c['name'] for c in cats} == set(known['official'])):
-        return VOCABULARIES['coco_panoptic'], {k: i for i,k in enumerate(known['ids'])}, known['things']
-    v = Vocabulary([c['name'] for c in cats], ours.get('templates', 'photo'))
-    return v, {c['id']: i for i,c in enumerate(cats)}, [i for i,c in enumerate(cats) if c.get('isthing', 1)]
+    categories = d.get('categories')
+    if not categories or _are_coco(categories, known):
+        classes = {k: i for i,k in enumerate(known['ids'])}
+        return VOCABULARIES['coco_panoptic'], classes, known['things']
+    names = [c['name'] for c in categories]
+    vocabulary = Vocabulary(names, d['opentrans'].get('templates', 'photo'))
+    classes = {c['id']: i for i,c in enumerate(categories)}
+    things = [i for i,c in enumerate(categories) if c.get('isthing', 1)]
+    return vocabulary, classes, things
 
 def _ids(annotations):
     "A name for each image: that of its map without the suffix, and its folder where that would not tell two apart."
@@ -289,10 +306,28 @@ def _ids(annotations):
     stems = [path.name for path in paths]
     return stems if len(set(stems)) == len(stems) else [str(path) for path in paths]
 
+def _coco_files(d, path, maps, images):
+    "The files of each annotated image, and what is wrong with those that have none, by name."
+    annotations = d['annotations']
+    pictures = {i['id']: i['file_name'] for i in d['images']}
+    here = set(os.listdir(images))
+    drawn = set(os.listdir(maps))
+    files = []
+    problems = {}
+    for key,a in zip(_ids(annotations), annotations):
+        picture = pictures.get(a['image_id'])
+        drawing = a['file_name']
+        if picture is None:
+            problems[key] = f"its image_id {shorten(a['image_id'], 40)} is not among the images of '{path.name}'"
+        elif picture not in here: problems[key] = f"the image '{picture}' is missing from '{images}'"
+        elif drawing not in drawn: problems[key] = f"the panoptic map '{drawing}' is missing from '{maps}'"
+        else: files.append(Files(key, images/picture, maps/drawing, a['segments_info']))
+    return files,problems
+
 @register_dataset('coco_panoptic',
                   "Get train2017.zip, val2017.zip and panoptic_annotations_trainval2017.zip from "
                   "https://cocodataset.org/#download and unpack them into ROOT/coco (the panoptic_*.zip files "
-                                                                                      "inside the last one too).")
+                  "inside the last one too).")
 def _coco_panoptic(root, split='val', **kwargs):
     _split(split, train='', val='')
     root = data_root(root)
@@ -301,17 +336,7 @@ def _coco_panoptic(root, split='val', **kwargs):
     try: vocabulary,categories,things = _categories(d)
     except OpenTransError as error:
         raise FormatError(f"The categories of '{path}' make no vocabulary: {error}") from None
-    pictures = {i['id']: i['file_name'] for i in d['images']}
-    here,drawn = ({e.name for e in os.scandir(folder)} for folder in (images, maps))
-    files,problems = [],{}
-    for key,a in zip(_ids(d['annotations']), d['annotations']):
-        picture = pictures.get(a['image_id'])
-        if picture is None:
-            problems[key] = f"its image_id {shorten(a['image_id'], 40)} is not among the images of '{path.name}'"
-        elif picture not in here: problems[key] = f"the image '{picture}' is missing from '{images}'"
-        elif a['file_name'] not in drawn:
-            problems[key] = f"the panoptic map '{a['file_name']}' is missing from '{maps}'"
-        else: files.append(Files(key, images/picture, maps/a['file_name'], a['segments_info']))
+    files,problems = _coco_files(d, path, maps, images)
     if not files:
         raise OpenTransError(
             f"coco_panoptic: none of the {len(d['annotations'])} images of '{path.name}' is there. "
@@ -323,22 +348,52 @@ def _coco_panoptic(root, split='val', **kwargs):
 # %% ../../nbs/data/15_datasets.ipynb #d16f59ef
 def _segments(sample, ids):
     "A sample as panoptic map and COCO's segments."
-    regions,labels = np.asarray(sample['regions']),np.asarray(sample['labels'])
+    regions = np.asarray(sample['regions'])
+    labels = np.asarray(sample['labels'])
+    ignore = sample.get('ignore', 255)
     if regions.size and regions.sum(0).max() > 1:
         raise OpenTransError(f"The regions of '{sample['id']}' overlap: a panoptic map cannot hold them.")
-    rest = np.where(regions.any(0), sample.get('ignore', 255), labels) if len(regions) else labels
-    crowds = [c for c in np.unique(rest) if c != sample.get('ignore', 255)]
+    rest = np.where(regions.any(0), ignore, labels) if len(regions) else labels
+    crowds = [c for c in np.unique(rest) if c != ignore]
     masks = list(regions)+[rest == c for c in crowds]
-    info = [dict(id=i, category_id=ids[int(c)], iscrowd=int(k), area=int(m.sum()), bbox=_box(m))
-            for i,(m,c,k) in enumerate(zip(masks, sample['region_classes'].tolist()+crowds,
-                                           [0]*len(regions)+[1]*len(crowds)), 1)]
+    classes = sample['region_classes'].tolist()+crowds
+    info = []
+    for i,(mask,c) in enumerate(zip(masks, classes), 1):
+        area = int(mask.sum())
+        info.append(dict(id=i, category_id=ids[int(c)], iscrowd=int(i > len(regions)), area=area, bbox=_box(mask)))
     seg = np.zeros(labels.shape, np.int64)
-    for i,m in enumerate(masks, 1): seg[m] = i
-    return np.stack([seg % 256, seg//256 % 256, seg//65536], -1).astype(np.uint8), info
+    for i,mask in enumerate(masks, 1): seg[mask] = i
+    colours = np.stack([seg % 256, seg//256 % 256, seg//65536], -1)
+    return colours.astype(np.uint8), info
 
 def _box(m):
     y,x = np.nonzero(m)
-    return [int(x.min()), int(y.min()), int(x.max()-x.min()+1), int(y.max()-y.min()+1)] if len(y) else [0, 0, 0, 0]
+    if not len(y): return [0, 0, 0, 0]
+    left,top = int(x.min()),int(y.min())
+    return [left, top, int(x.max())-left+1, int(y.max())-top+1]
+
+def _write_maps(data, root, split, ids):
+    "Write the picture and the panoptic map of each sample; what the JSON file shall say of them."
+    images = []
+    annotations = []
+    written = {}
+    for i in range(len(data)):
+        sample = data[i]
+        key = sample['id']
+        name = f"{key.replace('/', '__')}.png"
+        height,width = sample['labels'].shape
+        if name in written:
+            raise OpenTransError(
+                f"The images '{written[name]}' and '{key}' would both be written to '{name}'. Give each a name "
+                f"of its own.")
+        written[name] = key
+        maps,info = _segments(sample, ids)
+        picture = (sample['image'].permute(1, 2, 0)*255).round().byte().numpy()
+        for folder,values in ((f'{split}2017', picture), (f'panoptic_{split}2017', maps)):
+            with atomic_path(root/folder/name) as path: Image.fromarray(values).save(path)
+        images.append(dict(id=i, file_name=name, height=height, width=width))
+        annotations.append(dict(image_id=i, file_name=name, segments_info=info))
+    return images,annotations
 
 def write_coco_panoptic(
     data:Dataset, # A data set of samples
@@ -350,32 +405,22 @@ def write_coco_panoptic(
     written."""
     _split(split, train='', val='')
     root = Path(root)/'coco'
-    v = data.vocabulary
+    vocabulary = data.vocabulary
     things = data.things if things is None else things
-    ids = VOCABULARIES['coco_panoptic'] == v and _asset('vocab_coco_panoptic')['ids'] or list(range(1, len(v)+1))
-    names = _asset('vocab_coco_panoptic')['official'] if v == VOCABULARIES['coco_panoptic'] else v.entries
-    images = []
-    annotations = []
-    written = {}
-    for i,s in enumerate(data[j] for j in range(len(data))):
-        name,(h,w) = f"{s['id'].replace('/', '__')}.png",s['labels'].shape
-        if name in written:
-            raise OpenTransError(
-                f"The images '{written[name]}' and '{s['id']}' would both be written to '{name}'. Give each a name "
-                f"of its own.")
-        written[name] = s['id']
-        maps,info = _segments(s, ids)
-        picture = (s['image'].permute(1, 2, 0)*255).round().byte().numpy()
-        for folder,a in ((f'{split}2017', picture), (f'panoptic_{split}2017', maps)):
-            with atomic_path(root/folder/name) as p: Image.fromarray(a).save(p)
-        images.append(dict(id=i, file_name=name, height=h, width=w))
-        annotations.append(dict(image_id=i, file_name=name, segments_info=info))
-    categories = [dict(id=k, name=n, isthing=int(c in things)) for c,(k,n) in enumerate(zip(ids, names))]
-    ours = dict(name=data.name, templates=v.templates, groups=data.groups)
+    if vocabulary == VOCABULARIES['coco_panoptic']:
+        known = _asset('vocab_coco_panoptic')
+        ids = known['ids']
+        names = known['official']
+    else:
+        ids = list(range(1, len(vocabulary)+1))
+        names = vocabulary.entries
+    images,annotations = _write_maps(data, root, split, ids)
+    categories = [dict(id=k, name=name, isthing=int(c in things)) for c,(k,name) in enumerate(zip(ids, names))]
+    ours = dict(name=data.name, templates=vocabulary.templates, groups=data.groups)
+    info = dict(description=data.name, opentrans=ours)
+    text = json.dumps(dict(info=info, images=images, annotations=annotations, categories=categories))
     path = root/f'annotations/panoptic_{split}2017.json'
-    save_text(
-        json.dumps(dict(info=dict(description=data.name, opentrans=ours), images=images, annotations=annotations,
-                        categories=categories)), path)
+    save_text(text, path)
     return path
 
 # %% ../../nbs/data/15_datasets.ipynb #fb988667
@@ -391,54 +436,72 @@ def _benchmark(name, how, layouts, luts, **pairing):
     def _open(root, split='val', **kwargs):
         _split(split, train='', val='')
         root = data_root(root)
-        v,given = VOCABULARIES[name],layouts(split)
+        given = layouts(split)
         i,(images,labels,*listing) = find_layout(name, root, given, how)
         names = read_text(listing[0]).split() if listing else None
-        tails = pairing.get('tails', [('', '')]*len(given))[i]
-        files,problems = pair_files(images, labels, tails=tails, names=names)
-        return LabelMaps(name, v, files, label_lut(len(v), **luts[i]),
-                         things=_asset(f'vocab_{name}').get('things', ()), problems=problems, published=True,
-                         **kwargs)
+        tails = pairing.get('tails', [('', '')]*len(given))
+        files,problems = pair_files(images, labels, tails=tails[i], names=names)
+        vocabulary = VOCABULARIES[name]
+        lut = label_lut(len(vocabulary), **luts[i])
+        things = _asset(f'vocab_{name}').get('things', ())
+        return LabelMaps(name, vocabulary, files, lut, things=things, problems=problems, published=True, **kwargs)
     return _open
 
-def _with_optional_top(top, *pairs): return [tuple(f'{t}{p}' for p in pair) for pair in pairs for t in (f'{top}/', '')]
+def _with_optional_top(top, *pairs):
+    "Paths within a folder, and without it, of each layout in turn."
+    tops = (f'{top}/', '')
+    return [tuple(f'{t}{path}' for path in pair) for pair in pairs for t in tops]
 def _long(split): return dict(train='training', val='validation')[split]
+
+def _ade_layouts(split):
+    long = _long(split)
+    prepared = (f'images/{long}', f'annotations_detectron2/{long}')
+    released = (f'images/{long}', f'annotations/{long}')
+    whole = _with_optional_top('ADEChallengeData2016', prepared, released)
+    return whole + _with_optional_top('sampleData', ('images', 'annotations'))
 
 _ade_labels = _benchmark('ade20k_150',
                          "Get ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu and unpack it into "
-                         "ROOT.",
-                         lambda s: _with_optional_top('ADEChallengeData2016',
-                                          (f'images/{_long(s)}', f'annotations_detectron2/{_long(s)}'),
-                                          (f'images/{_long(s)}', f'annotations/{_long(s)}'))
-                         + _with_optional_top('sampleData', ('images', 'annotations')),
-                         [dict(void=[255])]*2 + [dict(offset=1, void=[0])]*4)
+                         "ROOT.", _ade_layouts, [dict(void=[255])]*2 + [dict(offset=1, void=[0])]*4)
 
 @register_dataset('ade20k_150', _ade_labels.how)
 def _ade20k_150(root, split='val', panoptic=False, **kwargs):
     if not panoptic: return _ade_labels(root, split, **kwargs)
     _split(split, train='', val='')
-    return _ade_panoptic(data_root(root), split,
-                         "Get annotations_instance.tar from http://sceneparsing.csail.mit.edu, or run "
-                         "Mask2Former's datasets/prepare_ade20k_pan_seg.py.", **kwargs)
+    root = data_root(root)
+    how = ("Get annotations_instance.tar from http://sceneparsing.csail.mit.edu, or run Mask2Former's "
+           "datasets/prepare_ade20k_pan_seg.py.")
+    return _ade_panoptic(root, split, how, **kwargs)
+
+def _full_ade_layouts(split):
+    return [(f'{top}images_detectron2/{_long(split)}', f'{top}annotations_detectron2/{_long(split)}')
+            for top in ('ADE20K_2021_17_01/', 'ade/ADE20K_2021_17_01/', '')]
 
 _benchmark('ade20k_847',
            "Get ADE20K_2021_17_01 from https://groups.csail.mit.edu/vision/datasets/ADE20K and run Mask2Former's "
-           "datasets/prepare_ade20k_full_sem_seg.py.",
-           lambda s: [(f'{t}images_detectron2/{_long(s)}', f'{t}annotations_detectron2/{_long(s)}')
-                      for t in ('ADE20K_2021_17_01/', 'ade/ADE20K_2021_17_01/', '')], [dict(void=[65535])]*3)
+           "datasets/prepare_ade20k_full_sem_seg.py.", _full_ade_layouts, [dict(void=[65535])]*3)
+
+def _prepared_layouts(split, top, annotations):
+    "Images and labels as the scripts of FC-CLIP lay them out."
+    return _with_optional_top(top, (f'images/{_long(split)}', f'{annotations}/{_long(split)}'))
 
 _benchmark('context_59',
            "Get PASCAL VOC 2010 and PASCAL-Context and run FC-CLIP's datasets/prepare_pascal_ctx_sem_seg.py.",
-           lambda s: _with_optional_top('pascal_ctx_d2', (f'images/{_long(s)}', f'annotations_ctx59/{_long(s)}')),
-           [dict(void=[255])]*2)
+           lambda split: _prepared_layouts(split, 'pascal_ctx_d2', 'annotations_ctx59'), [dict(void=[255])]*2)
 
 _benchmark('context_459',
            "Get PASCAL VOC 2010 and PASCAL-Context and run FC-CLIP's datasets/prepare_pascal_ctx_full_sem_seg.py.",
-           lambda s: _with_optional_top('pascal_ctx_d2', (f'images/{_long(s)}', f'annotations_ctx459/{_long(s)}')),
-           [dict(void=[65535])]*2)
+           lambda split: _prepared_layouts(split, 'pascal_ctx_d2', 'annotations_ctx459'), [dict(void=[65535])]*2)
+
+def _voc_layouts(split):
+    prepared = _prepared_layouts(split, 'pascal_voc_d2', 'annotations_pascal20')
+    released = [(f'{top}JPEGImages', f'{top}SegmentationClass', f'{top}ImageSets/Segmentation/{split}.txt')
+                for top in ('VOCdevkit/VOC2012/', 'VOC2012/', '')]
+    return prepared + released
 
 _benchmark('voc_20',
-           "Get VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012 and unpack it into " "ROOT.", lambda s: _with_optional_top('pascal_voc_d2', (f'images/{_long(s)}', f'annotations_pascal20/{_long(s)}')) + [(f'{t}JPEGImages', f'{t}SegmentationClass', f'{t}ImageSets/Segmentation/{s}.txt') for t in ('VOCdevkit/VOC2012/', 'VOC2012/', '')], [dict(void=[255])]*2 + [dict(offset=1, void=[0, 255])]*3)
+           "Get VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012 and unpack it into "
+           "ROOT.", _voc_layouts, [dict(void=[255])]*2 + [dict(offset=1, void=[0, 255])]*3)
 
 # %% ../../nbs/data/15_datasets.ipynb #4b7935d5
 class ReleasedInstances(LabelMaps):
@@ -446,104 +509,131 @@ class ReleasedInstances(LabelMaps):
     stands in `Files.segments`."""
     instances = True
     def annotation(self, i:int):
-        f,thing = self.files[i],self._isthing
+        f = self.files[i]
         if f.segments is not None: return self._ade(i, f.segments)
         raw = self.decode(f.labels).astype(np.int64)
         ids,where = np.unique(raw, return_inverse=True)
-        own = ids >= 1000
-        classes = self.lut[np.where(own, ids//1000, ids).clip(0, 65535)]
-        if (classes == INVALID).any(): raise self._strange(f.labels, ids[classes == INVALID])
-        return where.reshape(raw.shape).astype(np.min_scalar_type(len(ids))), classes, (classes != self.ignore) & (
-            own | ~thing[np.minimum(classes, len(self.vocabulary))])
+        has_number = ids >= 1000
+        classes = self.lut[np.where(has_number, ids//1000, ids).clip(0, 65535)]
+        strange = classes == INVALID
+        if strange.any(): raise self._strange(f.labels, ids[strange])
+        is_thing = self._isthing[np.minimum(classes, len(self.vocabulary))]
+        isregion = (classes != self.ignore) & (has_number | ~is_thing)
+        segments = where.reshape(raw.shape).astype(np.min_scalar_type(len(ids)))
+        return segments, classes, isregion
 
     def _ade(self, i, path):
         segments,classes,isregion = super().annotation(i)
-        a = read_instances(path).astype(np.int64)
-        if a.shape[:2] != segments.shape:
+        instances = read_instances(path).astype(np.int64)
+        shape = instances.shape[:2]
+        if shape != segments.shape:
             raise OpenTransError(
-                f"The instance map '{path}' is {a.shape[1]}x{a.shape[0]} pixels, its label map "
+                f"The instance map '{path}' is {shape[1]}x{shape[0]} pixels, its label map "
                 f"{segments.shape[1]}x{segments.shape[0]}.")
-        things,at = np.array(sorted(self.things)),a[..., 1] > 0
-        ids,where = np.unique(a[..., 0][at]*256 + a[..., 1][at], return_inverse=True)
-        if len(ids) and not (0 < ids//256).all() & (ids//256 <= len(things)).all():
-            raise OpenTransError(
-                f"The instance map '{path}' names class {_listed_values(np.unique(ids//256))}: expected 1 to "
-                f"{len(things)}.")
+        numbers = instances[..., 1]
+        at = numbers > 0
+        pairs = instances[..., 0][at]*256 + numbers[at]
+        ids,where = np.unique(pairs, return_inverse=True)
+        kinds = ids//256
+        things = np.array(sorted(self.things))
+        known = (0 < kinds) & (kinds <= len(things))
+        if not known.all():
+            found = _listed_values(np.unique(kinds))
+            raise OpenTransError(f"The instance map '{path}' names class {found}: expected 1 to {len(things)}.")
         segments = segments.astype(np.int32)
         segments[at] = len(classes)+where.ravel()
-        crowd = self._isthing[np.minimum(classes, len(self.vocabulary))]
-        return segments,np.append(classes,
-                                  things[ids//256-1] if len(ids)
-                                  else []).astype(np.int64),np.append(isregion & ~crowd, np.ones(len(ids), bool))
+        is_thing = self._isthing[np.minimum(classes, len(self.vocabulary))]
+        of_instances = things[kinds-1] if len(ids) else []
+        all_classes = np.append(classes, of_instances).astype(np.int64)
+        all_regions = np.append(isregion & ~is_thing, np.ones(len(ids), bool))
+        return segments, all_classes, all_regions
 
 def _panoptic_json(name, v, paths, picture, categories, things, **kwargs):
     "A data set from a panoptic JSON file, its folder of maps, and `picture`: annotation -> path of the image."
-    d = read_panoptic_json(paths[0])
-    files,problems = [],dict(kwargs.pop('problems', {}))
-    for a in d['annotations']:
-        key,maps = _within(str(a['image_id']), paths[0]),paths[1]/a['file_name']
+    listing,folder = paths[:2]
+    annotations = read_panoptic_json(listing)['annotations']
+    files = []
+    problems = dict(kwargs.pop('problems', {}))
+    for a in annotations:
+        key = _within(str(a['image_id']), listing)
+        maps = folder/a['file_name']
         image = picture(a)
         lost = [str(p) for p in (image, maps) if p is None or not p.is_file()]
         if lost: problems[key] = f"missing: {', '.join(lost)}"
         else: files.append(Files(key, image, maps, a['segments_info']))
-    return Panoptic(name, v, files,
-                    categories({s['category_id'] for a in d['annotations'] for s in a['segments_info']}),
-                    things=things, problems=problems, **kwargs)
+    used = {s['category_id'] for a in annotations for s in a['segments_info']}
+    return Panoptic(name, v, files, categories(used), things=things, problems=problems, **kwargs)
 
 def _there(root, layouts):
-    return next((tuple(root/p for p in paths) for paths in layouts if all((root/p).exists() for p in paths)), None)
+    whole = (tuple(root/p for p in paths) for paths in layouts)
+    return next((paths for paths in whole if all(p.exists() for p in paths)), None)
 
 def _ade_panoptic(root, split, how, **kwargs):
-    a,v = _asset('vocab_ade20k_150'),VOCABULARIES['ade20k_150']
-    found = _there(root,
-                   _with_optional_top('ADEChallengeData2016',
-                          (f'ade20k_panoptic_{split}.json', f'ade20k_panoptic_{split}', f'images/{_long(split)}')))
+    vocabulary = VOCABULARIES['ade20k_150']
+    things = _asset('vocab_ade20k_150')['things']
+    long = _long(split)
+    prepared = (f'ade20k_panoptic_{split}.json', f'ade20k_panoptic_{split}', f'images/{long}')
+    found = _there(root, _with_optional_top('ADEChallengeData2016', prepared))
+    def picture(annotation): return found[2]/f"{annotation['image_id']}.jpg"
+    def categories(ids): return {c: c for c in range(150)}
     if found:
-        return _panoptic_json('ade20k_150', v, found, lambda x: found[2]/f"{x['image_id']}.jpg",
-                              lambda ids: {c: c for c in range(150)}, a['things'], **kwargs)
-    i,(images,labels,instances) = find_layout('ade20k_150 with instances', root,
-                                              _with_optional_top('ADEChallengeData2016',
-                                                     *((f'images/{_long(split)}', f'{maps}/{_long(split)}',
-                                                        f'annotations_instance/{_long(split)}')
-                                                       for maps in ('annotations_detectron2', 'annotations'))), how)
+        return _panoptic_json('ade20k_150', vocabulary, found, picture, categories, things, **kwargs)
+    released = [(f'images/{long}', f'{maps}/{long}', f'annotations_instance/{long}')
+                for maps in ('annotations_detectron2', 'annotations')]
+    layouts = _with_optional_top('ADEChallengeData2016', *released)
+    i,(images,labels,instances) = find_layout('ade20k_150 with instances', root, layouts, how)
     files,problems = pair_files(images, labels)
     for f in files: f.segments = instances/f'{f.id}.png'
-    return ReleasedInstances('ade20k_150', v, files,
-                             label_lut(150, **(dict(void=[255]) if i < 2 else dict(offset=1, void=[0]))),
-                             things=a['things'], problems=problems, published=True, **kwargs)
+    numbers = dict(void=[255]) if i < 2 else dict(offset=1, void=[0])
+    lut = label_lut(150, **numbers)
+    return ReleasedInstances('ade20k_150', vocabulary, files, lut, things=things, problems=problems, published=True,
+                             **kwargs)
 
 # %% ../../nbs/data/15_datasets.ipynb #cfad088c
+def _city_lut(known):
+    "The table of Cityscapes' own label ids, of which those that are no class are not judged."
+    ids = known['ids']
+    void = [i for i in range(34) if i not in ids]
+    return label_lut(19, ids=ids, void=void)
+
 @register_dataset('cityscapes_19',
                   "Get leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from "
                   "https://www.cityscapes-dataset.com and unpack them into ROOT/cityscapes.")
 def _cityscapes(root, split='val', panoptic=False, **kwargs):
     _split(split, train='', val='')
     root = data_root(root)
-    a = _asset('vocab_cityscapes_19')
+    known = _asset('vocab_cityscapes_19')
     released = _with_optional_top('cityscapes', (f'leftImg8bit/{split}', f'gtFine/{split}'))
-    if panoptic: return _city_panoptic(root, split, a, released, **kwargs)
+    if panoptic: return _city_panoptic(root, split, known, released, **kwargs)
     _,(images,labels) = find_layout('cityscapes_19', root, released, _cityscapes.how)
-    ready = next(labels.rglob('*_gtFine_labelTrainIds.png'), None) is not None
-    lut = (label_lut(19, void=[255]) if ready
-           else label_lut(19, ids=a['ids'], void=[i for i in range(34) if i not in a['ids']]))
-    files,problems = pair_files(images, labels,
-                                tails=('_leftImg8bit', '_gtFine_labelTrainIds' if ready else '_gtFine_labelIds'))
-    return LabelMaps('cityscapes_19', VOCABULARIES['cityscapes_19'], files, lut, things=a['things'],
+    prepared = next(labels.rglob('*_gtFine_labelTrainIds.png'), None)
+    if prepared is None:
+        lut = _city_lut(known)
+        tail = '_gtFine_labelIds'
+    else:
+        lut = label_lut(19, void=[255])
+        tail = '_gtFine_labelTrainIds'
+    files,problems = pair_files(images, labels, tails=('_leftImg8bit', tail))
+    return LabelMaps('cityscapes_19', VOCABULARIES['cityscapes_19'], files, lut, things=known['things'],
                      problems=problems, published=True, **kwargs)
 
-def _city_panoptic(root, split, a, released, **kwargs):
-    v = VOCABULARIES['cityscapes_19']
-    found = _there(root,
-                   _with_optional_top('cityscapes',
-                          (f'gtFine/cityscapes_panoptic_{split}.json', f'gtFine/cityscapes_panoptic_{split}',
-                           f'leftImg8bit/{split}')))
-    def picture(x): return found[2]/str(x['image_id']).split('_')[0]/f"{x['image_id']}_leftImg8bit.png"
+def _city_panoptic(root, split, known, released, **kwargs):
+    vocabulary = VOCABULARIES['cityscapes_19']
+    things = known['things']
+    maps = f'gtFine/cityscapes_panoptic_{split}'
+    prepared = (f'{maps}.json', maps, f'leftImg8bit/{split}')
+    found = _there(root, _with_optional_top('cityscapes', prepared))
+    def picture(annotation):
+        image_id = annotation['image_id']
+        city = str(image_id).split('_')[0]
+        return found[2]/city/f"{image_id}_leftImg8bit.png"
     def categories(ids):
         # label ids, as detectron2 wants them, or train ids
-        return {k: i for i,k in enumerate(a['ids'])} if ids <= set(a['ids']) else {i: i for i in range(19)}
-    if found: return _panoptic_json('cityscapes_19', v, found, picture, categories, a['things'], **kwargs)
+        if ids <= set(known['ids']): return {k: i for i,k in enumerate(known['ids'])}
+        return {i: i for i in range(19)}
+    if found: return _panoptic_json('cityscapes_19', vocabulary, found, picture, categories, things, **kwargs)
     _,(images,labels) = find_layout('cityscapes_19 with instances', root, released, _cityscapes.how)
     files,problems = pair_files(images, labels, tails=('_leftImg8bit', '_gtFine_instanceIds'))
-    return ReleasedInstances('cityscapes_19', v, files,
-                             label_lut(19, ids=a['ids'], void=[i for i in range(34) if i not in a['ids']]),
-                             things=a['things'], problems=problems, published=True, **kwargs)
+    lut = _city_lut(known)
+    return ReleasedInstances('cityscapes_19', vocabulary, files, lut, things=things, problems=problems, published=True,
+                             **kwargs)

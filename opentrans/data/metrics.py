@@ -26,16 +26,21 @@ class Sums:
 
     def load_state(self, state:dict[str, torch.Tensor])->Self:
         "Put back what `state` gave. Raises `OpenTransError`, with nothing changed, if it is of another metric."
+        for n in self._sums: self._check_sum(n, state)
         for n in self._sums:
             own = getattr(self, n)
-            if (not isinstance(state, dict) or not isinstance(state.get(n), torch.Tensor)
-                or state[n].shape != own.shape):
-                raise OpenTransError(f"This is no state of {self!r}: '{n}' must have the shape {tuple(own.shape)}.")
-            if state[n].is_complex() or not bool((state[n] >= 0).all() & torch.isfinite(state[n]).all()):
-                raise OpenTransError(
-                    f"This is no state of {self!r}: '{n}' must hold sums, which are finite and not negative.")
-        for n in self._sums: setattr(self, n, state[n].clone().to(getattr(self, n).dtype).cpu())
+            setattr(self, n, state[n].clone().to(own.dtype).cpu())
         return self
+
+    def _check_sum(self, n, state):
+        "Raises `OpenTransError` if a state does not hold a sum as this metric's."
+        shape = getattr(self, n).shape
+        given = state.get(n) if isinstance(state, dict) else None
+        if not isinstance(given, torch.Tensor) or given.shape != shape:
+            raise OpenTransError(f"This is no state of {self!r}: '{n}' must have the shape {tuple(shape)}.")
+        if given.is_complex() or not bool((given >= 0).all() & torch.isfinite(given).all()):
+            raise OpenTransError(
+                f"This is no state of {self!r}: '{n}' must hold sums, which are finite and not negative.")
 
     def reset(self)->Self:
         "Forget everything."
@@ -58,35 +63,42 @@ class Sums:
         "Add up the sums of all processes, each of which calls this."
         res = copy.deepcopy(self)
         for n in self._sums:
-            setattr(res, n, sum_over_processes(getattr(self, n).to(device)).to('cpu', getattr(self, n).dtype))
+            own = getattr(self, n)
+            total = sum_over_processes(own.to(device))
+            setattr(res, n, total.to('cpu', own.dtype))
         return res
 
 # %% ../../nbs/data/16_metrics.ipynb #ec2540b8
 def _whole_numbers(x, what, wanted):
     "Labels as a tensor, whatever holds them. Raises `OpenTransError` for what are no whole numbers."
     try:
-        if isinstance(x, np.ndarray) and x.dtype.kind in 'iub': x = x.astype(x.dtype.newbyteorder('='), copy=False)
+        if isinstance(x, np.ndarray) and x.dtype.kind in 'iub':
+            native = x.dtype.newbyteorder('=')
+            x = x.astype(native, copy=False)
         x = torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise OpenTransError(
-            f"The {what} must be {wanted}, not {type(x).__name__} ({shorten(error, 80)}).") from None
-    if x.is_floating_point() or x.is_complex():
-        raise OpenTransError(
-            f"The {what} must be {wanted}, not {x.dtype} {tuple(x.shape)}. Take the argmax over classes first.")
+        why = shorten(error, 80)
+        raise OpenTransError(f"The {what} must be {wanted}, not {type(x).__name__} ({why}).") from None
+    if x.is_floating_point() or x.is_complex(): raise _not_labels(x, what, wanted)
     return x
+
+def _not_labels(x, what, wanted):
+    "The error of a tensor that holds no labels."
+    shape = tuple(x.shape)
+    return OpenTransError(f"The {what} must be {wanted}, not {x.dtype} {shape}. Take the argmax over classes first.")
 
 def _int_map(x, what):
     wanted = 'integer labels (H,W) or (B,H,W)'
     x = _whole_numbers(x, what, wanted)
-    if x.dim() not in (2, 3):
-        raise OpenTransError(
-            f"The {what} must be {wanted}, not {x.dtype} {tuple(x.shape)}. Take the argmax over classes first.")
+    if x.dim() not in (2, 3): raise _not_labels(x, what, wanted)
     return x if x.dim() == 3 else x[None]
 
 def _in_range(x, num_classes, what, ignore):
     if x.numel() and (x.min() < 0 or x.max() >= num_classes):
-        bad = x[(x<0)|(x>=num_classes)].unique()[:6].tolist()
-        raise OpenTransError(f"The {what} has labels outside 0..{num_classes-1}: {', '.join(map(str, bad))}. "
+        outside = (x<0)|(x>=num_classes)
+        values = x[outside].unique()[:6].tolist()
+        listed = ', '.join(map(str, values))
+        raise OpenTransError(f"The {what} has labels outside 0..{num_classes-1}: {listed}. "
                              f"Pixels that shall not count carry the label {ignore} in the truth.")
 
 def _check_classes(num_classes, ignore):
@@ -115,7 +127,9 @@ class SemanticIoU(Sums):
         self.ignored: torch.Tensor = torch.zeros(1, dtype=torch.int64) # number of pixels that did not count
 
     def _same(self): return self.num_classes,self.ignore
-    def __repr__(self)->str: return f'SemanticIoU({self.num_classes} classes, {int(self.confusion.sum()):,} pixels)'
+    def __repr__(self)->str:
+        pixels = int(self.confusion.sum())
+        return f'SemanticIoU({self.num_classes} classes, {pixels:,} pixels)'
 
     def update(self,
         pred:torch.Tensor, # Predicted labels (H,W) or (B,H,W), of any integer type
@@ -123,12 +137,14 @@ class SemanticIoU(Sums):
     )->Self:
         """Count a picture or a batch, image by image. Raises `OpenTransError` for labels out of range, and counts
         none of that batch then."""
-        pred,target = _int_map(pred, 'prediction'),_int_map(target, 'truth')
+        pred = _int_map(pred, 'prediction')
+        target = _int_map(target, 'truth')
         if pred.shape != target.shape:
             raise OpenTransError(
                 f"Prediction {tuple(pred.shape)} and truth {tuple(target.shape)} differ in shape. Resize the "
                 f"logits first.")
-        new,ignored = torch.zeros_like(self.confusion),0
+        new = torch.zeros_like(self.confusion)
+        ignored = 0
         for p,t in zip(pred, target):
             table = self._confusion_of(p.long(), t.to(p.device).long()) # wide enough for `ignore`
             new += table[:-1]
@@ -140,14 +156,15 @@ class SemanticIoU(Sums):
     def _confusion_of(self, pred, target):
         """Counts (K+1,K) of one picture, truth by prediction; what does not count is in the last row, in its first
         column."""
+        classes = self.num_classes
         counted = target != self.ignore
         pred = pred.where(counted, 0)
-        _in_range(pred, self.num_classes, 'prediction', self.ignore)
-        _in_range(target.where(counted, 0), self.num_classes, 'truth', self.ignore)
-        row = target.where(counted, self.num_classes)
-        cells = (self.num_classes+1)*self.num_classes
-        counts = torch.bincount((row*self.num_classes + pred).ravel(), minlength=cells)
-        return counts.view(self.num_classes+1, self.num_classes).cpu()
+        _in_range(pred, classes, 'prediction', self.ignore)
+        _in_range(target.where(counted, 0), classes, 'truth', self.ignore)
+        row = target.where(counted, classes)
+        cells = (classes+1)*classes
+        counts = torch.bincount((row*classes + pred).ravel(), minlength=cells)
+        return counts.view(classes+1, classes).cpu()
 
     def compute(self,
         groups:Mapping[str, Sequence[int]]|None=None, # Name -> class indices; adds the mean IoU of each group
@@ -162,18 +179,24 @@ class SemanticIoU(Sums):
         that are not there."""
         if over not in ('either', 'truth'):
             raise OpenTransError(f"over='{over}' is not known; choose 'either' or 'truth'.")
-        c = self.confusion.double()
-        hit = c.diagonal()
-        truth = c.sum(1)
-        guess = c.sum(0)
+        table = self.confusion.double()
+        hit = table.diagonal()
+        truth = table.sum(1)
+        guess = table.sum(0)
         iou = hit/(truth + guess - hit) # 0/0 is NaN: the class is absent
         use = iou if over == 'either' else torch.where(truth > 0, iou, torch.nan)
         members = {name: self._members(name, classes) for name,classes in (groups or {}).items()}
-        merged = {} if same is None else dict(same=self.merged(same).compute(over=over)['miou'])
-        return dict(merged, miou=use.nanmean().item(), iou=iou, pixel_accuracy=(hit.sum()/c.sum()).item(),
-                    mean_accuracy=(hit/truth).nanmean().item(), confusion=self.confusion.clone(),
-                    groups={name: use[classes].nanmean().item() for name,classes in members.items()},
-                    never_true=torch.nonzero(truth == 0).ravel().tolist(), ignored=int(self.ignored))
+        figures = {}
+        if same is not None: figures['same'] = self.merged(same).compute(over=over)['miou']
+        recall = hit/truth
+        figures.update(miou=use.nanmean().item(), iou=iou)
+        figures['pixel_accuracy'] = (hit.sum()/table.sum()).item()
+        figures['mean_accuracy'] = recall.nanmean().item()
+        figures['confusion'] = self.confusion.clone()
+        figures['groups'] = {name: use[classes].nanmean().item() for name,classes in members.items()}
+        figures['never_true'] = torch.nonzero(truth == 0).ravel().tolist()
+        figures['ignored'] = int(self.ignored)
+        return figures
 
     def merged(self,
         same:Sequence[Sequence[int]], # Lists of class indices that mean the same pixels, e.g. of sofa and couch
@@ -184,25 +207,30 @@ class SemanticIoU(Sums):
         if len({*every}) < len(every):
             raise OpenTransError(
                 f"same={shorten(same, 80)}: a class stands in two lists, or twice in one. Join them.")
-        first = {k: min(classes) for classes in lists for k in classes}
-        kept = [k for k in range(self.num_classes) if first.get(k, k) == k]
+        first = list(range(self.num_classes)) # the class that stands for each
+        for classes in lists:
+            for k in classes: first[k] = min(classes)
+        kept = [k for k,stands in enumerate(first) if stands == k]
         to = torch.zeros(self.num_classes, len(kept), dtype=torch.int64)
-        for k in range(self.num_classes): to[k, kept.index(first.get(k, k))] = 1
+        for k,stands in enumerate(first): to[k, kept.index(stands)] = 1
         new = SemanticIoU(len(kept), self.ignore)
-        new.confusion,new.ignored = to.T @ self.confusion @ to,self.ignored.clone()
+        new.confusion = to.T @ self.confusion @ to
+        new.ignored = self.ignored.clone()
         return new
 
     def _members(self, name, classes):
         "The indices of a group. Raises `OpenTransError` if they are no classes."
         try: index = torch.as_tensor(classes)
         except (TypeError, ValueError, RuntimeError): index = torch.zeros(0, 0)
-        if index.dtype in (torch.float32, torch.float64) and not index.numel(): index = index.long()
-        sound = (index.dim() == 1 and index.dtype not in (torch.bool,) and not index.is_floating_point()
-                 and not index.is_complex())
+        is_float = index.dtype in (torch.float32, torch.float64)
+        if is_float and not index.numel(): index = index.long()
+        no_number = index.dtype == torch.bool or index.is_floating_point() or index.is_complex()
+        sound = index.dim() == 1 and not no_number
         if not sound or bool(((index < 0) | (index >= self.num_classes)).any()):
+            group = shorten(name, 40)
+            given = shorten(classes, 80)
             raise OpenTransError(
-                f"The group '{shorten(name, 40)}' must be a list of class indices from 0 to {self.num_classes-1}, "
-                f"not {shorten(classes, 80)}.")
+                f"The group '{group}' must be a list of class indices from 0 to {self.num_classes-1}, not {given}.")
         return index.long()
 
 # %% ../../nbs/data/16_metrics.ipynb #5e746e2a
@@ -215,8 +243,8 @@ def panoptic_map(
     """Lay regions into one map of (class, instance) pairs. Raises `OpenTransError` if masks, classes and crowds do
     not belong together."""
     regions = torch.as_tensor(regions)
-    classes = _whole_numbers(region_classes if len(region_classes) else torch.zeros(0, dtype=torch.int64),
-                             'classes of the regions', 'N class indices').tolist()
+    told = region_classes if len(region_classes) else torch.zeros(0, dtype=torch.int64)
+    classes = _whole_numbers(told, 'classes of the regions', 'N class indices').tolist()
     crowds = [False]*len(classes) if crowd is None else [bool(c) for c in crowd]
     if regions.dtype not in (torch.bool, torch.uint8) or regions.dim() != 3:
         raise OpenTransError(f"Regions must be boolean masks (N,H,W), not {regions.dtype} {tuple(regions.shape)}.")
@@ -226,8 +254,9 @@ def panoptic_map(
             f"needs its own.")
     res = torch.zeros(*regions.shape[1:], 2, dtype=torch.int64, device=regions.device)
     res[..., 0] = ignore
-    for i,(r,c) in enumerate(zip(regions.bool(), classes)):
-        res[r] = torch.tensor([c, -1 if crowds[i] else i+1], device=res.device)
+    for i,(region,c) in enumerate(zip(regions.bool(), classes)):
+        instance = -1 if crowds[i] else i+1
+        res[region] = torch.tensor([c, instance], device=res.device)
     return res
 
 # %% ../../nbs/data/16_metrics.ipynb #c0f74f5c
@@ -242,17 +271,25 @@ def _count_values(keys, span):
 
 def _segments(x):
     "Distinct (class, instance) pairs of a map, in order, and the number of the pair at each pixel."
-    classes, instances = x.reshape(-1, 2).T
-    (low_class, high_class), (low, high) = ([int(n) for n in values.aminmax()] for values in (classes, instances))
+    pairs = x.reshape(-1, 2)
+    classes, instances = pairs.T
+    low_class, high_class = (int(n) for n in classes.aminmax())
+    low, high = (int(n) for n in instances.aminmax())
     width, height = high-low+1, high_class-low_class+1
-    if width*height > _TABLE: # numbers of a large range
-        pairs,where = x.reshape(-1, 2).unique(dim=0, return_inverse=True)
-        return pairs[:, 0],pairs[:, 1],where
+    span = width*height
+    if span > _TABLE: # numbers of a large range
+        distinct,where = pairs.unique(dim=0, return_inverse=True)
+        return distinct[:, 0],distinct[:, 1],where
     keys = (classes-low_class)*width + (instances-low)
-    values,_ = _count_values(keys, width*height)
-    place = torch.empty(width*height, dtype=torch.int64, device=x.device)
+    values,_ = _count_values(keys, span)
+    place = torch.empty(span, dtype=torch.int64, device=x.device)
     place[values] = torch.arange(len(values), device=x.device)
     return values//width + low_class,values % width + low,place[keys]
+
+def _sums_of(index, values, like):
+    "The sum of the values that fall to each row of a table like another."
+    sums = torch.zeros(len(like), dtype=torch.float64)
+    return sums.index_add_(0, index, values)
 
 def match_segments(
     pred:torch.Tensor, # (H,W,2) class and instance of each pixel, as `panoptic_map` makes it
@@ -260,26 +297,34 @@ def match_segments(
     ignore:int=255, # Class of void pixels
 ): # Two tables, one row a segment: predicted (cls, matched, dropped) and true (cls, matched, iou)
     "Match the segments of one picture: same class and IoU above one half, void left out of the union."
-    (pc,_,pi),(tc,ti,tj) = _segments(pred),_segments(target)
-    met,n = _count_values(pi*len(tc) + tj, len(pc)*len(tc)) # only pairs that share a pixel
+    pc,_,pi = _segments(pred)
+    tc,ti,tj = _segments(target)
+    width = len(tc)
+    met,n = _count_values(pi*width + tj, len(pc)*width) # only pairs that share a pixel
     pc = pc.cpu()
     tc = tc.cpu()
     ti = ti.cpu()
     met = met.cpu()
     n = n.cpu().double() # from here on the tables are small
-    i,j = met//len(tc),met % len(tc)
-    void,crowd = tc == ignore,(ti < 0) & (tc != ignore)
-    def per(index, values, like): return torch.zeros(len(like), dtype=torch.float64).index_add_(0, index, values)
-    pa,ta = per(i, n, pc),per(j, n, tc)
-    on_void,same_crowd = per(i, n*void[j], pc),per(i, n*(crowd[j] & (pc[i] == tc[j])), pc)
+    i,j = met//width,met % width
+    void = tc == ignore
+    crowd = (ti < 0) & ~void
+    alike = pc[i] == tc[j]
+    pa = _sums_of(i, n, pc)
+    ta = _sums_of(j, n, tc)
+    on_void = _sums_of(i, n*void[j], pc)
+    same_crowd = _sums_of(i, n*(crowd[j] & alike), pc)
     iou = n/(pa[i] + ta[j] - n - on_void[i])
-    ok = (iou > .5) & (pc[i] == tc[j]) & ~void[j] & ~crowd[j] & (pc[i] != ignore)
-    hit_p,hit_t,best = (per(index, values.double(), like)
-                        for index,values,like in ((i, ok, pc), (j, ok, tc), (j, iou*ok, tc)))
-    p = pd.DataFrame(dict(cls=pc.numpy(), matched=hit_p.numpy() > 0,
-                          dropped=((on_void + same_crowd)/pa > .5).numpy()))
-    t = pd.DataFrame(dict(cls=tc.numpy(), matched=hit_t.numpy() > 0, iou=best.numpy(), crowd=crowd.numpy()))
-    return p[p.cls != ignore],t[(t.cls != ignore) & ~t.crowd].drop(columns='crowd')
+    ok = (iou > .5) & alike & ~void[j] & ~crowd[j] & (pc[i] != ignore)
+    hits = ok.double()
+    hit_p = _sums_of(i, hits, pc)
+    hit_t = _sums_of(j, hits, tc)
+    best = _sums_of(j, iou*ok, tc)
+    dropped = (on_void + same_crowd)/pa > .5
+    p = pd.DataFrame(dict(cls=pc.numpy(), matched=hit_p.numpy() > 0, dropped=dropped.numpy()))
+    t = pd.DataFrame(dict(cls=tc.numpy(), matched=hit_t.numpy() > 0, iou=best.numpy()))
+    is_judged = ~(void | crowd).numpy()
+    return p[p.cls != ignore],t[is_judged]
 
 # %% ../../nbs/data/16_metrics.ipynb #54d961b8
 class _SegmentSums(Sums):
@@ -293,26 +338,31 @@ class _SegmentSums(Sums):
         try: self.isthing: torch.Tensor = torch.as_tensor(isthing, dtype=torch.bool).cpu().ravel()
         except (TypeError, ValueError, RuntimeError):
             raise OpenTransError(f"isthing must be one boolean a class, not {shorten(isthing, 80)}.") from None
-        _check_classes(len(self.isthing), ignore)
-        for n in self._sums: setattr(self, n, torch.zeros(len(self.isthing), dtype=torch.float64))
+        classes = len(self.isthing)
+        _check_classes(classes, ignore)
+        for n in self._sums: setattr(self, n, torch.zeros(classes, dtype=torch.float64))
 
     def _same(self): return self.isthing.tolist(),self.ignore
     def __repr__(self)->str:
-        return f'PanopticQuality({int(self.isthing.sum())} things, {int((~self.isthing).sum())} stuff classes)'
+        things = int(self.isthing.sum())
+        stuff = len(self.isthing)-things
+        return f'PanopticQuality({things} things, {stuff} stuff classes)'
 
     def _map(self, x, what):
         wanted = 'pairs (class, instance), (H,W,2) or (B,H,W,2) integers'
         x = _whole_numbers(x, what, wanted)
         if x.dim() not in (3, 4) or x.shape[-1] != 2:
             raise OpenTransError(
-                f"The {what} must be {wanted}, not {x.dtype} {tuple(x.shape)}; panoptic_map makes them from "
-                f"regions.")
-        x = (x if x.dim() == 4 else x[None]).long() # wide enough for `ignore`, before anything is compared with it
+                f"The {what} must be {wanted}, not {x.dtype} {tuple(x.shape)}; panoptic_map makes them from regions.")
+        if x.dim() == 3: x = x[None]
+        x = x.long() # wide enough for `ignore`, before anything is compared with it
         classes, instances = (part.contiguous() for part in x.unbind(-1))
         said = classes != self.ignore
-        _in_range(classes.where(said, 0), len(self.isthing), what, self.ignore)
-        stuff = torch.cat([~self.isthing, torch.tensor([True])]).to(x.device) # the last stands for `ignore`
-        stuff = stuff.index_select(0, classes.where(said, len(self.isthing)).ravel()).view_as(said)
+        count = len(self.isthing)
+        _in_range(classes.where(said, 0), count, what, self.ignore)
+        is_stuff = torch.cat([~self.isthing, torch.tensor([True])]) # the last stands for `ignore`
+        is_stuff = is_stuff.to(x.device)
+        stuff = is_stuff.index_select(0, classes.where(said, count).ravel()).view_as(said)
         whole = instances.clamp(max=0).where(stuff, instances) # a stuff class is one segment, or a crowd
         return torch.stack([classes, whole], -1)
 
@@ -325,19 +375,25 @@ class PanopticQuality(_SegmentSums):
     )->Self:
         """Count a picture or a batch. Raises `OpenTransError` for labels out of range, and counts none of that
         batch then."""
-        pred,target = self._map(pred, 'prediction'),self._map(target, 'truth')
+        pred = self._map(pred, 'prediction')
+        target = self._map(target, 'truth')
         if pred.shape != target.shape:
             raise OpenTransError(f"Prediction {tuple(pred.shape)} and truth {tuple(target.shape)} differ in shape.")
         pred[..., 1].clamp_(min=0) # a prediction has no crowds
-        n = len(self.isthing)
         for p,t in zip(pred, target.to(pred.device)):
             if not p.numel(): continue
-            ps,ts = match_segments(p, t, self.ignore)
-            self.tp += torch.from_numpy(np.bincount(ts.cls[ts.matched], minlength=n))
-            self.fn += torch.from_numpy(np.bincount(ts.cls[~ts.matched], minlength=n))
-            self.fp += torch.from_numpy(np.bincount(ps.cls[~ps.matched & ~ps.dropped], minlength=n))
-            self.iou += torch.from_numpy(np.bincount(ts.cls, weights=ts.iou, minlength=n))
+            found,true = match_segments(p, t, self.ignore)
+            stray = ~found.matched & ~found.dropped
+            self.tp += self._of_classes(true.cls[true.matched])
+            self.fn += self._of_classes(true.cls[~true.matched])
+            self.fp += self._of_classes(found.cls[stray])
+            self.iou += self._of_classes(true.cls, true.iou)
         return self
+
+    def _of_classes(self, classes, weights=None):
+        "How many segments there are of each class, or the sums of their weights."
+        counts = np.bincount(classes, weights=weights, minlength=len(self.isthing))
+        return torch.from_numpy(counts)
 
     def compute(self,
         # pq, sq, rq over all classes, things=(...), stuff=(...), and per_class: a DataFrame (NaN = no such segment)
@@ -346,11 +402,18 @@ class PanopticQuality(_SegmentSums):
         tp,fp,fn,iou = (getattr(self, n).numpy() for n in ('tp', 'fp', 'fn', 'iou'))
         with np.errstate(invalid='ignore', divide='ignore'):
             rq = tp/(tp + fp/2 + fn/2)
-            sq = np.where(np.isnan(rq), np.nan, np.where(tp > 0, iou/tp, 0.))
-        t = pd.DataFrame(dict(pq=sq*rq, sq=sq, rq=rq, tp=tp.astype(int), fp=fp.astype(int), fn=fn.astype(int),
-                              isthing=self.isthing.numpy()))
-        def mean(t): return {k: float(t[k].mean()) for k in ('pq', 'sq', 'rq')}
-        return dict(mean(t), things=mean(t[t.isthing]), stuff=mean(t[~t.isthing]), per_class=t)
+            of_hits = np.where(tp > 0, iou/tp, 0.)
+        sq = np.where(np.isnan(rq), np.nan, of_hits)
+        table = pd.DataFrame(dict(pq=sq*rq, sq=sq, rq=rq))
+        for name,counts in dict(tp=tp, fp=fp, fn=fn).items(): table[name] = counts.astype(int)
+        table['isthing'] = self.isthing.numpy()
+        things = _quality(table[table.isthing])
+        stuff = _quality(table[~table.isthing])
+        return dict(_quality(table), things=things, stuff=stuff, per_class=table)
+
+def _quality(table):
+    "The means over some classes."
+    return {name: float(table[name].mean()) for name in ('pq', 'sq', 'rq')}
 
 # %% ../../nbs/data/16_metrics.ipynb #247db58b
 class MaskNames(Sums):
@@ -366,10 +429,13 @@ class MaskNames(Sums):
         self.ignore = ignore
         self.threshold = threshold
         self.pairs = torch.zeros(num_classes, num_classes, dtype=torch.int64) # rows truth, columns prediction
-        self.missed,self.stray = (torch.zeros(num_classes, dtype=torch.int64) for _ in range(2))
+        self.missed = torch.zeros(num_classes, dtype=torch.int64)
+        self.stray = torch.zeros(num_classes, dtype=torch.int64)
 
     def _same(self): return self.num_classes,self.ignore,self.threshold
-    def __repr__(self): return f'MaskNames({self.num_classes} classes, {int(self.pairs.sum()):,} pairs)'
+    def __repr__(self):
+        pairs = int(self.pairs.sum())
+        return f'MaskNames({self.num_classes} classes, {pairs:,} pairs)'
 
     def update(self,
         pred:torch.Tensor, # Predicted labels (H,W) or (B,H,W)
@@ -377,18 +443,24 @@ class MaskNames(Sums):
     ):
         "Count a picture or a batch. Raises `OpenTransError` for labels out of range."
         from scipy.optimize import linear_sum_assignment as matched # slow to import
-        pred,target = _int_map(pred, 'prediction'),_int_map(target, 'truth')
+        pred = _int_map(pred, 'prediction')
+        target = _int_map(target, 'truth')
         for p,t in zip(pred, target):
             one = SemanticIoU(self.num_classes, self.ignore).update(p, t)
             shared = one.confusion.double()
-            union = shared.sum(1, keepdim=True) + shared.sum(0) - shared
+            truth = shared.sum(1, keepdim=True)
+            guess = shared.sum(0)
+            union = truth + guess - shared
             iou = torch.where(union > 0, shared/union.clamp(min=1), 0.).numpy()
             rows,columns = matched(iou, maximize=True)
             good = iou[rows, columns] >= self.threshold
-            self.pairs[rows[good], columns[good]] += 1
-            there,said = shared.sum(1) > 0,shared.sum(0) > 0
-            there[rows[good]] = False
-            said[columns[good]] = False
+            found = rows[good]
+            named = columns[good]
+            self.pairs[found, named] += 1
+            there = truth.ravel() > 0
+            there[found] = False
+            said = guess > 0
+            said[named] = False
             self.missed += there
             self.stray += said
         return self
@@ -403,11 +475,13 @@ class MaskNames(Sums):
         code = [groups.get(k, -1-k) for k in range(self.num_classes)]
         right = torch.tensor([[a == b for b in code] for a in code])
         count = self.pairs.sum().item()
+        named = (self.pairs*right).sum().item()
         wrong = [(int(a), int(b), int(self.pairs[a, b])) for a,b in (self.pairs*~right).nonzero()]
-        table = pd.DataFrame(sorted(wrong, key=_by_count), columns=['truth', 'prediction', 'masks'])
-        return dict(found=_share(count, count + self.missed.sum().item()),
-                    precision=_share(count, count + self.stray.sum().item()),
-                    named=_share((self.pairs*right).sum().item(), count), confused=table)
+        wrong.sort(key=_by_count)
+        table = pd.DataFrame(wrong, columns=['truth', 'prediction', 'masks'])
+        found = _share(count, count + self.missed.sum().item())
+        precision = _share(count, count + self.stray.sum().item())
+        return dict(found=found, precision=precision, named=_share(named, count), confused=table)
 
 def _by_count(row): return -row[2],row
 def _share(part, whole): return part/whole if whole else float('nan')
@@ -422,11 +496,17 @@ def box_overlaps(
     crowd:np.ndarray, # (M) bool
 )->np.ndarray: # (N,M)
     "Intersection over union; of a crowd, over what was found."
-    low,high = np.maximum(found[:, None, :2], true[:, :2]),np.minimum(found[:, None, 2:], true[:, 2:])
+    low = np.maximum(found[:, None, :2], true[:, :2])
+    high = np.minimum(found[:, None, 2:], true[:, 2:])
     shared = np.clip(high-low, 0, None).prod(-1)
-    sizes,others = (np.clip(b[:, 2:]-b[:, :2], 0, None).prod(-1) for b in (found, true))
-    union = np.where(crowd, sizes[:, None], sizes[:, None] + others - shared)
+    sizes = _areas(found)[:, None]
+    union = np.where(crowd, sizes, sizes + _areas(true) - shared)
     return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+
+def _areas(boxes):
+    "The areas of boxes (N,4); 0 where corners are the other way round."
+    sides = boxes[:, 2:]-boxes[:, :2]
+    return np.clip(sides, 0, None).prod(-1)
 
 def match_boxes(
     overlaps:np.ndarray, # (N,M), the surest detection first, crowds last
@@ -434,14 +514,17 @@ def match_boxes(
     threshold:float, # Least overlap
 )->np.ndarray: # (N): 1 a hit, 0 a false alarm, -1 counts nowhere
     "Give each detection the object that it overlaps most, each object once."
-    taken,out = np.zeros(len(crowd), dtype=bool),np.zeros(len(overlaps), dtype=np.int8)
+    taken = np.zeros(len(crowd), dtype=bool)
+    out = np.zeros(len(overlaps), dtype=np.int8)
     for number,row in enumerate(overlaps):
-        best,at = min(threshold, 1-1e-10),-1
+        best = min(threshold, 1-1e-10)
+        at = -1
         for other in range(len(row)):
             if taken[other] and not crowd[other]: continue
             if at >= 0 and not crowd[at] and crowd[other]: break
             if row[other] < best: continue
-            best,at = row[other],other
+            best = row[other]
+            at = other
         if at < 0: continue
         taken[at] = True
         out[number] = -1 if crowd[at] else 1
@@ -455,8 +538,10 @@ def precision_at_recalls(
     "The monotonic precision at 101 values of recall."
     order = np.argsort(-scores, kind='mergesort')
     hits = hits[order]
-    right,wrong = np.cumsum(hits == 1).astype(float),np.cumsum(hits == 0).astype(float)
-    recall,precision = right/objects,right/(right+wrong+np.spacing(1))
+    right = np.cumsum(hits == 1).astype(float)
+    wrong = np.cumsum(hits == 0).astype(float)
+    recall = right/objects
+    precision = right/(right+wrong+np.spacing(1))
     precision = np.maximum.accumulate(precision[::-1])[::-1]
     at = np.searchsorted(recall, _RECALLS, side='left')
     return np.array([precision[i] if i < len(precision) else 0. for i in at])
@@ -475,12 +560,15 @@ class DetectionAP:
         self.reset()
 
     def __repr__(self):
-        return f'DetectionAP({self.num_classes} classes, {self.images} images, {int(self.objects.sum()):,} objects)'
+        objects = int(self.objects.sum())
+        return f'DetectionAP({self.num_classes} classes, {self.images} images, {objects:,} objects)'
 
     def reset(self)->Self:
         "Forget everything."
-        self.images,self.objects = 0,np.zeros(self.num_classes, dtype=int)
-        self.scores,self.hits = ([[] for _ in range(self.num_classes)] for _ in range(2))
+        self.images = 0
+        self.objects = np.zeros(self.num_classes, dtype=int)
+        self.scores = [[] for _ in range(self.num_classes)]
+        self.hits = [[] for _ in range(self.num_classes)]
         return self
 
     def update(self,
@@ -491,24 +579,34 @@ class DetectionAP:
         boxes,scores,labels = (_numbers_of(found, name, 'detections') for name in ('boxes', 'scores', 'labels'))
         real,kinds = (_numbers_of(true, name, 'truth') for name in ('boxes', 'labels'))
         crowd = np.asarray(true.get('crowd', np.zeros(len(kinds))), dtype=bool)
-        for what,rows,counts in (('detections', boxes, (scores, labels)), ('truth', real, (kinds, crowd))):
-            if rows.shape != (len(rows), 4) or any(len(rows) != len(c) for c in counts):
-                beside = ', '.join(str(len(c)) for c in counts)
-                raise OpenTransError(
-                    f"The {what} have {len(rows)} boxes of shape {rows.shape}, and {beside} numbers "
-                    "beside them. Give four corners a box, and one number each.")
-            bad = [int(k) for k in counts[1 if what == 'detections' else 0] if not 0 <= k < self.num_classes]
-            if bad: raise OpenTransError(f"The {what} have labels outside 0..{self.num_classes-1}: {bad[:6]}.")
+        self._check_boxes('detections', boxes, labels, (scores, labels))
+        self._check_boxes('truth', real, kinds, (kinds, crowd))
         self.images += 1
         for k in np.union1d(labels, kinds).astype(int):
-            mine,theirs = np.flatnonzero(labels == k),np.flatnonzero(kinds == k)
-            mine = mine[np.argsort(-scores[mine], kind='mergesort')][:self.most]
-            theirs = theirs[np.argsort(crowd[theirs], kind='mergesort')]
-            near = box_overlaps(boxes[mine], real[theirs], crowd[theirs])
+            mine = np.flatnonzero(labels == k)
+            surest = np.argsort(-scores[mine], kind='mergesort')
+            mine = mine[surest][:self.most]
+            theirs = np.flatnonzero(kinds == k)
+            crowds_last = np.argsort(crowd[theirs], kind='mergesort')
+            theirs = theirs[crowds_last]
+            is_crowd = crowd[theirs]
+            near = box_overlaps(boxes[mine], real[theirs], is_crowd)
+            hits = [match_boxes(near, is_crowd, threshold) for threshold in self.thresholds]
             self.scores[k].append(scores[mine])
-            self.hits[k].append(np.stack([match_boxes(near, crowd[theirs], t) for t in self.thresholds]))
-            self.objects[k] += int((~crowd[theirs]).sum())
+            self.hits[k].append(np.stack(hits))
+            self.objects[k] += int((~is_crowd).sum())
         return self
+
+    def _check_boxes(self, what, boxes, labels, beside):
+        "Raises `OpenTransError` for boxes, and what stands beside them, that do not belong together."
+        count = len(boxes)
+        if boxes.shape != (count, 4) or any(len(numbers) != count for numbers in beside):
+            lengths = ', '.join(str(len(numbers)) for numbers in beside)
+            raise OpenTransError(
+                f"The {what} have {count} boxes of shape {boxes.shape}, and {lengths} numbers "
+                "beside them. Give four corners a box, and one number each.")
+        bad = [int(k) for k in labels if not 0 <= k < self.num_classes]
+        if bad: raise OpenTransError(f"The {what} have labels outside 0..{self.num_classes-1}: {bad[:6]}.")
 
     def compute(self,
         groups:dict=None, # Name -> class indices; adds the mean AP of each group
@@ -516,21 +614,25 @@ class DetectionAP:
         "The figures of everything counted so far; means are over classes that have objects."
         table = np.full((len(self.thresholds), self.num_classes), np.nan)
         for k in np.flatnonzero(self.objects):
-            scores,hits = np.concatenate(self.scores[k]),np.concatenate(self.hits[k], 1)
+            scores = np.concatenate(self.scores[k])
+            hits = np.concatenate(self.hits[k], 1)
             for row,of in zip(table, hits): row[k] = precision_at_recalls(scores, of, self.objects[k]).mean()
         by_class = table.mean(0)
-        def at(threshold): return _mean(table[[np.isclose(t, threshold) for t in self.thresholds]])
+        def at(threshold):
+            is_near = [np.isclose(t, threshold) for t in self.thresholds]
+            return _mean(table[is_near])
         means = {name: _mean(by_class[list(classes)]) for name,classes in (groups or {}).items()}
         return dict(ap=_mean(table), ap50=at(.5), ap75=at(.75), by_class=by_class, groups=means,
                     objects=self.objects.tolist())
 
 def _mean(values):
     "The mean of what is a number; NaN if nothing is."
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float('nan')
+    numbers = values[~np.isnan(values)]
+    return float(numbers.mean()) if len(numbers) else float('nan')
 
 def _numbers_of(of, name, what):
     if name not in of: raise OpenTransError(f"The {what} of an image lack '{name}'.")
     value = of[name]
     value = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-    return value.reshape(-1, 4).astype(float) if name == 'boxes' and not value.size else value.astype(float)
+    if name == 'boxes' and not value.size: value = value.reshape(-1, 4)
+    return value.astype(float)

@@ -6,7 +6,7 @@
 __all__ = ['CUTS', 'PhotoMosaic']
 
 # %% ../../nbs/data/13_mosaic.ipynb #f3521457
-import io, tarfile
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 import numpy as np
@@ -24,13 +24,15 @@ from ..files import read_text, regular_file
 CUTS = ('box', 'ellipse', 'blob') # how a photograph is cut out
 
 def _is_picture(name):
-    return PurePosixPath(name).suffix.lower() in IMAGES and not PurePosixPath(name).name.startswith('.')
+    path = PurePosixPath(name)
+    return path.suffix.lower() in IMAGES and not path.name.startswith('.')
 
 def _from_folder(source):
     "Class -> paths of its photographs."
     found = {}
     for path in sorted(source.rglob('*')):
-        if path.is_file() and _is_picture(path.name): found.setdefault(path.parent.name, []).append(path)
+        if not path.is_file() or not _is_picture(path.name): continue
+        found.setdefault(path.parent.name, []).append(path)
     return found
 
 def _from_tar(source):
@@ -39,9 +41,10 @@ def _from_tar(source):
     try:
         with tarfile.open(source, 'r:') as tar:
             for member in tar:
-                path = PurePosixPath(member.name)
-                if member.isreg() and _is_picture(member.name) and len(path.parts) > 1:
-                    found.setdefault(path.parts[-2], []).append((member.offset_data, member.size))
+                if not member.isreg() or not _is_picture(member.name): continue
+                parts = PurePosixPath(member.name).parts
+                place = (member.offset_data, member.size)
+                if len(parts) > 1: found.setdefault(parts[-2], []).append(place)
     except (tarfile.TarError, EOFError) as error:
         raise OpenTransError(
             f"'{shorten(source)}' cannot be read as a plain tar ({shorten(error)}). "
@@ -51,13 +54,30 @@ def _from_tar(source):
 def _cut_mask(rng, how, height, width):
     "What of a rectangle is kept, (H,W) bool."
     if how == 'box': return np.ones((height, width), bool)
-    y,x = np.mgrid[:height, :width]
-    y,x = (y+.5)/height*2-1,(x+.5)/width*2-1
-    radius,angle = np.hypot(y, x),np.arctan2(y, x)
+    rows,columns = np.mgrid[:height, :width]
+    y = (rows+.5)/height*2-1
+    x = (columns+.5)/width*2-1
+    radius = np.hypot(y, x)
+    angle = np.arctan2(y, x)
     edge = np.ones_like(angle)
     if how == 'blob':
-        for waves in (2, 3, 5): edge += rng.uniform(-.2, .2)/waves**.5*np.cos(waves*angle+rng.uniform(0, 6.3))
+        for waves in (2, 3, 5):
+            depth = rng.uniform(-.2, .2)/waves**.5
+            phase = rng.uniform(0, 6.3)
+            edge += depth*np.cos(waves*angle+phase)
     return radius <= edge/edge.max()
+
+def _side_within(side, most):
+    "A side in whole pixels, at least 2 and at most as long as the scene's."
+    return max(2, min(round(side), most))
+
+def _read_names(path):
+    "Folder -> its name, of a file of lines 'folder TAB name'."
+    names = {}
+    for line in read_text(path).splitlines():
+        cells = line.split('\t')
+        if line.strip() and len(cells) == 2: names[cells[0]] = cells[1]
+    return names
 
 class PhotoMosaic(Dataset):
     """Scenes composed of labelled photographs: each thing is cut out of one, by a box or a shape, and laid over
@@ -104,8 +124,11 @@ class PhotoMosaic(Dataset):
         self.ground = ground
         self.name = name
         self._find(classes)
-        self.vocabulary = Vocabulary(self._called(names), templates)
-        self.ignore,self.things = ignore_label(len(self.folders)),frozenset(range(len(self.folders)))
+        called = self._called(names)
+        self.vocabulary = Vocabulary(called, templates)
+        count = len(self.folders)
+        self.ignore = ignore_label(count)
+        self.things = frozenset(range(count))
         self.groups = self._grouped(novel)
 
     def _find(self, classes):
@@ -116,9 +139,11 @@ class PhotoMosaic(Dataset):
             found = _from_tar(self.source)
         lost = [folder for folder in classes or () if folder not in found]
         if lost:
+            folder = shorten(lost[0], 60)
+            examples = ', '.join(list(found)[:3])
             raise OpenTransError(
-                f"'{shorten(self.source)}' has no photographs of '{shorten(lost[0], 60)}'; it has {len(found)} "
-                f"classes, such as {', '.join(list(found)[:3])}.")
+                f"'{shorten(self.source)}' has no photographs of '{folder}'; it has {len(found)} "
+                f"classes, such as {examples}.")
         self.folders = sorted(found) if classes is None else list(classes)
         if not self.folders:
             raise OpenTransError(
@@ -130,73 +155,100 @@ class PhotoMosaic(Dataset):
         beside = self.source.parent/'names.tsv'
         if names is None and beside.is_file(): names = beside
         if names is None: return [folder.replace('_', ' ') for folder in self.folders]
-        if not isinstance(names, dict):
-            lines = [line.split('\t') for line in read_text(names).splitlines() if line.strip()]
-            names = {line[0]: line[1] for line in lines if len(line) == 2}
+        if not isinstance(names, dict): names = _read_names(names)
         lost = [folder for folder in self.folders if folder not in names]
         if lost:
             raise OpenTransError(
                 f"{len(lost)} of {len(self.folders)} classes have no name, such as '{lost[0]}'. Give "
                 f"names={{'{lost[0]}': ...}}.")
-        return [','.join(word.strip() for word in names[folder].split(',')) for folder in self.folders]
+        called = []
+        for folder in self.folders:
+            words = [word.strip() for word in names[folder].split(',')]
+            called.append(','.join(words))
+        return called
 
     def _grouped(self, novel):
         "The classes of each group."
         for folder in novel:
             if folder not in self.folders: raise unknown('novel class', folder, self.folders)
+        if not novel: return {}
         groups = dict(base=[], novel=[])
-        for k,folder in enumerate(self.folders): groups['novel' if folder in novel else 'base'].append(k)
-        return groups if novel else {}
+        for k,folder in enumerate(self.folders):
+            group = 'novel' if folder in novel else 'base'
+            groups[group].append(k)
+        return groups
 
     def picture(self,
         k:int, # Which class
         i:int, # Which of its photographs
     )->np.ndarray: # (H,W,3) bytes
         "One photograph."
-        where = self._pictures[k][i % len(self._pictures[k])]
+        pictures = self._pictures[k]
+        where = pictures[i % len(pictures)]
         if isinstance(where, Path): source = where
         else:
+            start,length = where
             with open(self.source, 'rb') as file:
-                file.seek(where[0])
-                source = file.read(where[1])
+                file.seek(start)
+                source = file.read(length)
         return read_picture(source).permute(1, 2, 0).numpy()
 
     def _drawn(self, rng, height, width):
         "A class and one of its photographs, at a size."
         k = int(rng.integers(len(self.folders)))
-        pixels = Image.fromarray(self.picture(k, int(rng.integers(len(self._pictures[k])))))
-        return k,np.asarray(pixels.resize((width, height), Image.BICUBIC))
+        pictures = self._pictures[k]
+        i = int(rng.integers(len(pictures)))
+        whole = Image.fromarray(self.picture(k, i))
+        resized = whole.resize((width, height), Image.BICUBIC)
+        return k,np.asarray(resized)
 
     def _laid(self, rng):
         "The ground: a picture, and its class."
         height,width = self.size
         if self.ground == 'plain':
-            return np.broadcast_to(rng.integers(30, 226, 3).astype(np.uint8), (height, width, 3)).copy(),self.ignore
+            colour = rng.integers(30, 226, 3).astype(np.uint8)
+            return np.broadcast_to(colour, (height, width, 3)).copy(),self.ignore
         k,pixels = self._drawn(rng, height, width)
         if self.ground == 'labelled': return pixels.copy(),k
-        coarse = Image.fromarray(pixels).resize((8, 6), Image.BILINEAR)
-        return np.array(coarse.resize((width, height), Image.BICUBIC)),self.ignore
+        whole = Image.fromarray(pixels)
+        coarse = whole.resize((8, 6), Image.BILINEAR)
+        blurred = coarse.resize((width, height), Image.BICUBIC)
+        return np.array(blurred),self.ignore
+
+    def _add_thing(self, rng, scene, segments, number):
+        "Cut a thing out of a photograph and lay it over a scene: its class."
+        height,width = self.size
+        side = rng.uniform(*self.side)*min(height, width)
+        shape = rng.uniform(.8, 1.25)**.5
+        tall = _side_within(side*shape, height)
+        wide = _side_within(side/shape, width)
+        k,pixels = self._drawn(rng, tall, wide)
+        which = rng.integers(len(self.cuts))
+        inside = _cut_mask(rng, self.cuts[which], tall, wide)
+        top = int(rng.integers(height-tall+1))
+        left = int(rng.integers(width-wide+1))
+        is_mirrored = rng.random() < .5
+        if is_mirrored: pixels = pixels[:, ::-1]
+        place = (slice(top, top+tall), slice(left, left+wide))
+        scene[place][inside] = pixels[inside]
+        segments[place][inside] = number
+        return k
 
     def _make(self, i):
         rng = np.random.default_rng([self.seed, i])
-        height,width = self.size
         scene,ground = self._laid(rng)
-        segments,classes = np.zeros((height, width), np.uint8),[ground]
-        for number in range(1, int(rng.integers(self.objects[0], self.objects[1]+1))+1):
-            side = rng.uniform(*self.side)*min(height, width)
-            shape = rng.uniform(.8, 1.25)**.5
-            tall,wide = (max(2, min(round(s), most)) for s,most in ((side*shape, height), (side/shape, width)))
-            k,pixels = self._drawn(rng, tall, wide)
-            inside = _cut_mask(rng, self.cuts[rng.integers(len(self.cuts))], tall, wide)
-            top,left = int(rng.integers(height-tall+1)),int(rng.integers(width-wide+1))
-            if rng.random() < .5: pixels = pixels[:, ::-1]
-            scene[top:top+tall, left:left+wide][inside] = pixels[inside]
-            segments[top:top+tall, left:left+wide][inside] = number
+        segments = np.zeros(self.size, np.uint8)
+        classes = [ground]
+        fewest,most = self.objects
+        things = int(rng.integers(fewest, most+1))
+        for number in range(1, things+1):
+            k = self._add_thing(rng, scene, segments, number)
             classes.append(k)
         classes = np.array(classes, np.int64)
         known = classes != self.ignore
-        return dict(image=torch.from_numpy(scene.transpose(2, 0, 1).copy()), segments=segments, classes=classes,
-                    isregion=known, isthing=known.copy(), id=f'{self.name}-{i:06d}', ignore=self.ignore)
+        image = torch.from_numpy(scene.transpose(2, 0, 1).copy())
+        return dict(image=image, segments=segments, classes=classes, isregion=known, isthing=known.copy(),
+                    id=f'{self.name}-{i:06d}', ignore=self.ignore)
 
     def packed(self,
         i:int, # Which scene
@@ -215,6 +267,6 @@ class PhotoMosaic(Dataset):
     def __len__(self): return self.n
     def __getitem__(self, i): return unpack(self.packed(i))
     def __repr__(self):
-        return (
-            f"{self.name}: {self.n} scenes of {self.size[1]}x{self.size[0]}, {len(self.folders)} classes of "
-            f"'{self.source.name}'")
+        height,width = self.size
+        classes = len(self.folders)
+        return f"{self.name}: {self.n} scenes of {width}x{height}, {classes} classes of '{self.source.name}'"

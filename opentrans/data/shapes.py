@@ -37,34 +37,93 @@ def is_novel(
 
 def triple_name(c:int, t:int, s:int)->str:
     "The full name of a thing."
-    return f'{list(COLOURS)[c]} {TEXTURES[t]} {list(SHAPES)[s]}'
+    colour = list(COLOURS)[c]
+    shape = list(SHAPES)[s]
+    return f'{colour} {TEXTURES[t]} {shape}'
 
 # %% ../../nbs/data/12_shapes.ipynb #00005b9b
 def _inside(shape, x, y):
     "About the signed distance of points to a shape of radius 1; negative inside."
     if shape == 'circle': return np.hypot(x, y)-.95
     if shape == 'square': return np.maximum(abs(x), abs(y))-.82
-    if shape == 'triangle': return np.maximum(abs(x)*.866+y*.5, -y)-.55
-    if shape != 'star': raise unknown('shape', shape, SHAPES)
-    a,r = np.arctan2(x, -y),np.hypot(x, y)
-    a = abs((a+np.pi/5) % (2*np.pi/5) - np.pi/5)                        # angle from the nearest point of the star
+    if shape == 'triangle':
+        sides = abs(x)*.866+y*.5
+        return np.maximum(sides, -y)-.55
+    if shape == 'star': return _inside_star(x, y)
+    raise unknown('shape', shape, SHAPES)
+
+def _inside_star(x, y):
+    "About the signed distance of points to a star of five points."
+    turn = 2*np.pi/5
+    half = np.pi/5
+    a = np.arctan2(x, -y)
+    a = (a+half) % turn - half
+    a = abs(a) # angle from the nearest point of the star
+    r = np.hypot(x, y)
     px = r*np.cos(a)
     py = r*np.sin(a)
-    ix = .48*np.cos(np.pi/5)
-    iy = .48*np.sin(np.pi/5)
-    ex = ix-1.1
-    ey = iy                                                   # the edge from that point to the inner corner
-    return -((px-1.1)*(-ey)+py*ex)/np.hypot(ex, ey)
+    inner_x = .48*np.cos(half)
+    inner_y = .48*np.sin(half)
+    along = inner_x-1.1 # the edge from that point to the inner corner, beside `inner_y`
+    beside = (px-1.1)*(-inner_y)+py*along
+    return -beside/np.hypot(along, inner_y)
 
 @functools.cache
-def _grid(size): return np.mgrid[0:size[0],0:size[1]].astype(np.float32)
+def _grid(size):
+    rows_and_columns = np.mgrid[0:size[0],0:size[1]]
+    return rows_and_columns.astype(np.float32)
+
+def _rotated(x, y, angle):
+    "Where points lie along a direction, and across it."
+    cosine = np.cos(angle)
+    sine = np.sin(angle)
+    along = x*cosine+y*sine
+    across = -x*sine+y*cosine
+    return along,across
 
 def _smooth_noise(rng, size, cells):
     "A smooth random field in [-1,1]: a coarse grid of random numbers, interpolated."
-    g = torch.from_numpy(rng.uniform(-1, 1, (1,1,cells,cells)).astype(np.float32))
-    return F.interpolate(g, size=size, mode='bicubic', align_corners=True)[0,0].numpy()
+    numbers = rng.uniform(-1, 1, (1,1,cells,cells))
+    coarse = torch.from_numpy(numbers.astype(np.float32))
+    fine = F.interpolate(coarse, size=size, mode='bicubic', align_corners=True)
+    return fine[0,0].numpy()
 
 # %% ../../nbs/data/12_shapes.ipynb #dbb405f6
+def _span(centre, r, length):
+    "The pixels along a side that a thing may touch."
+    reach = 1.6*r
+    first = max(centre-reach, 0)
+    last = min(centre+reach+2, length)
+    return slice(int(first), int(last))
+
+def _covered(distance):
+    "How much of each pixel is covered, (H,W,1), by its distance from an edge."
+    share = np.clip(.5-distance, 0, 1)
+    return share[...,None]
+
+def _surface(rng, texture, colour, contrast, u, v):
+    "The colour of a thing at points of it, with stripes or dots: (H,W,3)."
+    body = np.broadcast_to(colour, (*u.shape, 3)).copy()
+    if texture == 'striped':
+        frequency = rng.uniform(1.5, 2.1)
+        phase = rng.uniform(0, 6)
+        turns = 2*np.pi*frequency*u
+        is_stripe = np.sin(turns+phase) > 0
+        dark = 1-.72*contrast
+        body[is_stripe] = colour*dark
+    elif texture == 'dotted':
+        frequency = rng.uniform(1.25, 1.6)
+        du,dv = ((w*frequency+.5) % 1-.5 for w in (u, v))
+        is_dot = np.hypot(du, dv) < .27
+        dark = 1-.9*contrast
+        body[is_dot] = colour*dark
+    along_u = rng.uniform(-1, 1)
+    along_v = rng.uniform(-1, 1)
+    slope = u*along_u+v*along_v
+    shade = 1+.12*slope
+    shaded = body*shade[...,None]
+    return np.clip(shaded, 0, 1)
+
 def paint_object(
     rng:np.random.Generator, # A numpy generator
     img:np.ndarray, # (H,W,3) in [0,1]; painted on in place
@@ -77,32 +136,79 @@ def paint_object(
 ): # (H,W) mask of its pixels, or None if it lies outside
     "Paint one thing."
     H,W = img.shape[:2]
-    x0,x1,y0,y1 = (int(v) for v in (max(cx-1.6*r, 0), min(cx+1.6*r+2, W), max(cy-1.6*r, 0), min(cy+1.6*r+2, H)))
-    if x1 <= x0 or y1 <= y0: return None
-    yy,xx = _grid((H, W))[:,y0:y1,x0:x1]
-    ca,sa = np.cos(angle),np.sin(angle)
-    u,v = ((xx-cx)*ca+(yy-cy)*sa)/r,(-(xx-cx)*sa+(yy-cy)*ca)/r
-    d = _inside(list(SHAPES)[s], u, v)
-    a = np.clip(.5-d*r, 0, 1)[...,None]
-    col = np.clip(np.array(list(COLOURS.values())[c])+rng.uniform(-jitter, jitter, 3), 0, 1)
-    body = np.broadcast_to(col, (*d.shape, 3)).copy()
-    if TEXTURES[t] == 'striped':
-        f = rng.uniform(1.5, 2.1)
-        body[np.sin(2*np.pi*f*u+rng.uniform(0, 6)) > 0] = col*(1-.72*contrast)
-    elif TEXTURES[t] == 'dotted':
-        f = rng.uniform(1.25, 1.6)
-        du,dv = ((w*f+.5) % 1-.5 for w in (u, v))
-        body[np.hypot(du, dv) < .27] = col*(1-.9*contrast)
-    body = np.clip(body*(1+.12*(u*rng.uniform(-1, 1)+v*rng.uniform(-1, 1)))[...,None], 0, 1)
+    rows = _span(cy, r, H)
+    columns = _span(cx, r, W)
+    if columns.stop <= columns.start or rows.stop <= rows.start: return None
+    near = (rows, columns)
+    yy,xx = _grid((H, W))[:,rows,columns]
+    u,v = _rotated(xx-cx, yy-cy, angle)
+    u = u/r
+    v = v/r
+    shape = list(SHAPES)[s]
+    d = _inside(shape, u, v)
+    a = _covered(d*r)
+    own_colour = list(COLOURS.values())[c]
+    colour = np.array(own_colour)
+    shift = rng.uniform(-jitter, jitter, 3)
+    colour = np.clip(colour+shift, 0, 1)
+    body = _surface(rng, TEXTURES[t], colour, contrast, u, v)
     if outline:
-        a_in = np.clip(.5-(d+outline/r)*r, 0, 1)[...,None]
+        within = (d+outline/r)*r
+        a_in = _covered(within)
         body = body*a_in+.08*(1-a_in)
-    img[y0:y1,x0:x1] = img[y0:y1,x0:x1]*(1-a)+body*a
+    behind = img[near]*(1-a)
+    img[near] = behind+body*a
     m = np.zeros((H, W), bool)
-    m[y0:y1,x0:x1] = d < 0
+    m[near] = d < 0
     return m
 
 # %% ../../nbs/data/12_shapes.ipynb #9c4d86c6
+def _tinted(values, tint):
+    "Numbers of the pixels (H,W) as shades of a colour, (H,W,3)."
+    return values[...,None]*np.array(tint)
+
+def _paper(rng, n1, n2):
+    "A sheet of paper: (H,W,3) float32."
+    grey = .93+.03*n1[...,None]
+    fibres = _tinted(.01*n2, np.ones(3))
+    light = rng.uniform(-.05, .03)
+    painted = np.clip(grey+fibres+light, 0, 1)
+    return painted.astype(np.float32)
+
+def _grass(n1, n2):
+    "The colour of grass, and what each pixel adds to it."
+    blades = .5*n1+.5*n2
+    texture = _tinted(blades, (.12,.16,.08))
+    return (.30,.48,.16),texture
+
+def _sand(yy, n1, n2, ph):
+    "The colour of sand, and what each pixel adds to it."
+    ripples = np.sin(.35*yy+2*n1+ph[0])
+    grains = .25*n1+.35*n2+.5*ripples
+    texture = grains[...,None]*.07
+    return (.78,.66,.44),texture
+
+def _water(yy, xx, n1, ph):
+    "The colour of water, and what each pixel adds to it."
+    bend = np.sin(.12*xx+ph[1])
+    waves = np.sin(.5*yy+1.5*bend+ph[0])
+    ripples = waves+.4*n1
+    texture = _tinted(ripples, (.08,.09,.1))
+    return (.22,.46,.60),texture
+
+def _brick(yy, xx, n2, ph):
+    "The colour of bricks, and what each pixel adds to it: their shades, and the joints."
+    row = yy//8
+    along = xx+(row%2)*8
+    shifted = along+ph[0]*3
+    joint = (yy%8 < 1.2) | (shifted%16 < 1.2)
+    number = row*12.9+along//16*78.2
+    shade = .15*np.sin(number)
+    bricks = _tinted(shade+.08*n2, np.ones(3))
+    mortar = np.array((.1,.2,.22))
+    texture = np.where(joint[...,None], mortar, bricks)
+    return (.58,.32,.24),texture
+
 def paint_stuff(
     rng:np.random.Generator, # A numpy generator
     name:str, # One of `STUFF`, or `'paper'`, the ground of the domain `sketch`
@@ -111,24 +217,18 @@ def paint_stuff(
     "Paint a whole image of one stuff."
     yy,xx = _grid(size)
     ph = rng.uniform(0, 6, 4)
-    n1,n2 = _smooth_noise(rng, size, 6),rng.uniform(-1, 1, size)
-    if name == 'paper':
-        return np.clip(.93+.03*n1[...,None]+.01*n2[...,None]*np.ones(3)+rng.uniform(-.05, .03), 0,
-                       1).astype(np.float32)
-    if name == 'grass': col,tex = (.30,.48,.16),(.5*n1+.5*n2)[...,None]*np.array((.12,.16,.08))
-    elif name == 'sand': col,tex = (.78,.66,.44),(.25*n1+.35*n2+.5*np.sin(.35*yy+2*n1+ph[0]))[...,None]*.07
-    elif name == 'water':
-        col = (.22,.46,.60)
-        tex = (np.sin(.5*yy+1.5*np.sin(.12*xx+ph[1])+ph[0])+.4*n1)[...,None]*np.array((.08,.09,.1))
-    elif name == 'brick':
-        row = yy//8
-        along = xx+(row%2)*8
-        joint = (yy%8 < 1.2) | ((along+ph[0]*3)%16 < 1.2)
-        shade = .15*np.sin(row*12.9+along//16*78.2)
-        col = (.58,.32,.24)
-        tex = np.where(joint[...,None], np.array((.1,.2,.22)), (shade+.08*n2)[...,None]*np.ones(3))
+    n1 = _smooth_noise(rng, size, 6)
+    n2 = rng.uniform(-1, 1, size)
+    if name == 'paper': return _paper(rng, n1, n2)
+    if name == 'grass': colour,texture = _grass(n1, n2)
+    elif name == 'sand': colour,texture = _sand(yy, n1, n2, ph)
+    elif name == 'water': colour,texture = _water(yy, xx, n1, ph)
+    elif name == 'brick': colour,texture = _brick(yy, xx, n2, ph)
     else: raise unknown('stuff', name, (*STUFF, 'paper'))
-    return np.clip(np.array(col)+rng.uniform(-.05, .05, 3)+tex, 0, 1).astype(np.float32)
+    shift = rng.uniform(-.05, .05, 3)
+    painted = np.array(colour)+shift+texture
+    painted = np.clip(painted, 0, 1)
+    return painted.astype(np.float32)
 
 def _clutter(rng, img):
     "A nameless stroke or dot: it belongs to what it lies on."
@@ -136,28 +236,55 @@ def _clutter(rng, img):
     yy,xx = _grid((H, W))
     cx = rng.uniform(0, W)
     cy = rng.uniform(0, H)
-    a = rng.uniform(0, 3.14)
-    u,v = (xx-cx)*np.cos(a)+(yy-cy)*np.sin(a),-(xx-cx)*np.sin(a)+(yy-cy)*np.cos(a)
-    m = ((abs(u) < rng.uniform(2, .22*W)) & (abs(v) < rng.uniform(.4, 1.1)) if rng.uniform() < .6
-         else np.hypot(u, v) < rng.uniform(.8, 2.6))
-    img[m] = img[m]*.3+.7*rng.uniform(.05, .95, 3)
+    angle = rng.uniform(0, 3.14)
+    u,v = _rotated(xx-cx, yy-cy, angle)
+    is_stroke = rng.uniform() < .6
+    if is_stroke:
+        length = rng.uniform(2, .22*W)
+        width = rng.uniform(.4, 1.1)
+        m = (abs(u) < length) & (abs(v) < width)
+    else:
+        radius = rng.uniform(.8, 2.6)
+        m = np.hypot(u, v) < radius
+    colour = rng.uniform(.05, .95, 3)
+    img[m] = img[m]*.3+.7*colour
+
+def _gradient(rng, H, W):
+    "Light that grows along some direction: (H,W), about 1."
+    yy,xx = _grid((H, W))
+    strength = rng.uniform(0, .3)
+    across = strength*np.cos(rng.uniform(0, 6.3))
+    strength = rng.uniform(0, .3)
+    down = strength*np.sin(rng.uniform(0, 6.3))
+    x = xx/W-.5
+    y = yy/H-.5
+    return 1+across*x+down*y
+
+def _neighbours(img):
+    "The sum of the four neighbours of each pixel."
+    total = np.roll(img, 1, 0)
+    for step,axis in ((-1, 0), (1, 1), (-1, 1)): total = total+np.roll(img, step, axis)
+    return total
 
 def _light(rng, img, gain=(1., 1.), cast=0., noise=0., blur=0., haze=0., tint=None, **_):
     "Light and camera: brightness with a gradient, colour cast, haze, blur, noise."
     H,W = img.shape[:2]
-    yy,xx = _grid((H, W))
-    g = (
-        rng.uniform(*gain)*(
-            1+rng.uniform(0, .3)*np.cos(rng.uniform(0, 6.3))*(xx/W-.5)+rng.uniform(0, .3)*np.sin(
-                rng.uniform(0, 6.3))*(yy/H-.5)))
-    img = img*g[...,None]*(1+rng.uniform(-cast, cast, 3))*(np.array(tint) if tint else 1)
+    brightness = rng.uniform(*gain)
+    g = brightness*_gradient(rng, H, W)
+    colour = 1+rng.uniform(-cast, cast, 3)
+    img = img*g[...,None]*colour
+    if tint: img = img*np.array(tint)
     if haze:
         h = rng.uniform(0, haze)
-        img = img*(1-h)+h*rng.uniform(.4, .8, 3)
+        air = rng.uniform(.4, .8, 3)
+        img = img*(1-h)+h*air
     if blur and rng.uniform() < .7:
         k = rng.uniform(0, blur)
-        img = img*(1-k)+k*(np.roll(img, 1, 0)+np.roll(img, -1, 0)+np.roll(img, 1, 1)+np.roll(img, -1, 1))/4
-    return np.clip(img+rng.normal(0, noise+1e-6, img.shape), 0, 1).astype(np.float32)
+        around = k*_neighbours(img)/4
+        img = img*(1-k)+around
+    grain = rng.normal(0, noise+1e-6, img.shape)
+    lit = np.clip(img+grain, 0, 1)
+    return lit.astype(np.float32)
 
 # %% ../../nbs/data/12_shapes.ipynb #97b2f134
 DOMAINS = { # look of a scene: number and radius (in image heights) of the things, clutter, light
@@ -169,6 +296,48 @@ DOMAINS = { # look of a scene: number and radius (in image heights) of the thing
                    paper=True),
 }
 
+def _horizon(rng, size):
+    "The height of a wavy line, that may slope, at each pixel."
+    H,W = size
+    yy,xx = _grid(size)
+    middle = H*rng.uniform(.3, .7)
+    waves = rng.uniform(2, 7)
+    phase = rng.uniform(0, 6)
+    angle = xx/W*waves+phase
+    hills = H*.12*np.sin(angle)
+    slope = rng.uniform(-.4, .4)
+    return middle+hills+(xx-W/2)*slope
+
+def _ground(rng, size):
+    "One stuff or two, one below the other: the image, the segment of each pixel, and the names of segments."
+    seg = np.zeros(size, np.int32)
+    first,second = rng.choice(len(STUFF), 2, replace=False)
+    img = paint_stuff(rng, STUFF[first], size)
+    kinds = [STUFF[first]]
+    has_two = rng.uniform() < .75
+    if has_two:
+        yy,xx = _grid(size)
+        low = yy > _horizon(rng, size)
+        below = paint_stuff(rng, STUFF[second], size)
+        img[low] = below[low]
+        seg[low] = 1
+        kinds.append(STUFF[second])
+    return img,seg,kinds
+
+def _add_thing(rng, img, look, triples):
+    "Paint one of some things at a random place: its mask, or None if none of it is seen, and which it is."
+    H,W = img.shape[:2]
+    r = H*rng.uniform(*look['r'])
+    least = .3*r # its centre is no nearer to an edge
+    cx = rng.uniform(least, W-least)
+    cy = rng.uniform(least, H-least)
+    k = triples[rng.integers(len(triples))]
+    angle = rng.uniform(-.6, .6)
+    outline = 1.5*look.get('paper', False)
+    contrast = rng.uniform(.7, 1.)
+    m = paint_object(rng, img, cx, cy, r, angle, *k, outline=outline, contrast=contrast)
+    return m,k
+
 def scene(
     rng:np.random.Generator, # A numpy generator
     domain:str, # One of `DOMAINS`
@@ -177,33 +346,21 @@ def scene(
 )->tuple: # image (H,W,3), segment of each pixel (H,W), for each segment a stuff name or a triple
     "Paint one scene."
     look = DOMAINS[domain]
-    H,W = size
-    yy,xx = _grid(size)
-    seg = np.zeros(size, np.int32)
-    paper = look.get('paper', False)
-    if paper: img,kinds = paint_stuff(rng, 'paper', size),['paper']
-    else:
-        a,b = rng.choice(len(STUFF), 2, replace=False)
-        img,kinds = paint_stuff(rng, STUFF[a], size),[STUFF[a]]
-        if rng.uniform() < .75:
-            line = (H*rng.uniform(.3,
-                                  .7)+H*.12*np.sin(xx/W*rng.uniform(2, 7)+rng.uniform(0, 6))+(xx-W/2)*rng.uniform(
-                        -.4, .4))
-            low = yy > line
-            img[low] = paint_stuff(rng, STUFF[b], size)[low]
-            seg[low] = 1
-            kinds.append(STUFF[b])
-    for _ in range(rng.integers(0, look['clutter']+1)): _clutter(rng, img)
-    for _ in range(rng.integers(*look['n'], endpoint=True)):
-        r = H*rng.uniform(*look['r'])
-        cx,cy = rng.uniform(.3*r, W-.3*r),rng.uniform(.3*r, H-.3*r)
-        k = triples[rng.integers(len(triples))]
-        m = paint_object(rng, img, cx, cy, r, rng.uniform(-.6, .6), *k, outline=1.5*paper,
-                         contrast=rng.uniform(.7, 1.))
+    if look.get('paper', False):
+        img = paint_stuff(rng, 'paper', size)
+        seg = np.zeros(size, np.int32)
+        kinds = ['paper']
+    else: img,seg,kinds = _ground(rng, size)
+    strokes = rng.integers(0, look['clutter']+1)
+    for _ in range(strokes): _clutter(rng, img)
+    things = rng.integers(*look['n'], endpoint=True)
+    for _ in range(things):
+        m,k = _add_thing(rng, img, look, triples)
         if m is not None and m.any():
             seg[m] = len(kinds)
             kinds.append(k)
-    for _ in range(rng.integers(0, look['clutter']//3+1)): _clutter(rng, img)
+    strokes_in_front = rng.integers(0, look['clutter']//3+1)
+    for _ in range(strokes_in_front): _clutter(rng, img)
     return _light(rng, img, **look),seg,kinds
 
 # %% ../../nbs/data/12_shapes.ipynb #26b703bd
@@ -228,21 +385,33 @@ class ShapesWorld(Dataset[dict[str, Any]]):
         self.domain: str = domain
         self.n: int = int(n)
         self.seed: int = int(seed)
-        self.size: tuple[int, int] = tuple(int(side) for side in _sides(size, low=0))
+        sides = _sides(size, low=0)
+        self.size: tuple[int, int] = tuple(int(side) for side in sides)
         if min(self.size) < 16: raise OpenTransError(f"size={size}: a scene needs at least 16 pixels a side.")
-        base,novel = ([k for k in TRIPLES if is_novel(*k) == b] for b in (False, True))
-        self.triples: list[tuple[int, int, int]] = base if split == 'train' else base+novel
-        stuff = ['paper'] if domain == 'sketch' else list(STUFF)
-        named = self.triples if domain == 'home' else TRIPLES
-        names = stuff+list(dict.fromkeys(self.class_name(k) for k in named))
-        self.vocabulary: Vocabulary = Vocabulary(names, templates)
         self.name: str = f'shapesworld-{domain}'
-        self.ignore: int = ignore_label(len(names))
-        self.things: frozenset[int] = frozenset(range(len(stuff), len(names)))
-        nb = len(stuff)+len(base)
-        parts = dict(base=list(range(nb)), novel=list(range(nb, nb+len(novel))))
-        self.groups: dict[str, list[int]] = parts if domain == 'home' and split != 'train' else {}
+        self._name_classes(templates)
         self._made = {}
+
+    def _name_classes(self, templates):
+        "The things of this world, its class names, and which of them are novel."
+        base = [k for k in TRIPLES if not is_novel(*k)]
+        novel = [k for k in TRIPLES if is_novel(*k)]
+        in_training = self.split == 'train'
+        self.triples: list[tuple[int, int, int]] = base if in_training else base+novel
+        at_home = self.domain == 'home'
+        named = self.triples if at_home else TRIPLES
+        stuff = ['paper'] if self.domain == 'sketch' else list(STUFF)
+        things = dict.fromkeys(self.class_name(k) for k in named)
+        names = stuff+list(things)
+        self.vocabulary: Vocabulary = Vocabulary(names, templates)
+        classes = len(names)
+        self.ignore: int = ignore_label(classes)
+        self.things: frozenset[int] = frozenset(range(len(stuff), classes))
+        first_novel = len(stuff)+len(base)
+        self.groups: dict[str, list[int]] = {}
+        if at_home and not in_training:
+            self.groups['base'] = list(range(first_novel))
+            self.groups['novel'] = list(range(first_novel, first_novel+len(novel)))
 
     def class_name(self, k:str|tuple[int, int, int])->str:
         """What this domain calls a segment: a stuff name stays, a triple loses the words that the domain does not
@@ -251,17 +420,27 @@ class ShapesWorld(Dataset[dict[str, Any]]):
         c = list(COLOURS)[k[0]]
         t = TEXTURES[k[1]]
         s = list(SHAPES)[k[2]]
-        return dict(home=f'{c} {t} {s}', night=f'{t} {s}', crowd=f'{c} {s}', sketch=f'{c} {SHAPES[s]}')[self.domain]
+        if self.domain == 'home': return f'{c} {t} {s}'
+        if self.domain == 'night': return f'{t} {s}'
+        if self.domain == 'crowd': return f'{c} {s}'
+        return f'{c} {SHAPES[s]}'
 
     def _make(self, i):
-        rng = np.random.default_rng([self.seed, self.splits.index(self.split), list(DOMAINS).index(self.domain), i])
+        split = self.splits.index(self.split)
+        domain = list(DOMAINS).index(self.domain)
+        rng = np.random.default_rng([self.seed, split, domain, i])
         img,seg,kinds = scene(rng, self.domain, self.size, self.triples)
-        classes = np.array([self.vocabulary.names.index(self.class_name(k)) for k in kinds])
-        seen = np.bincount(seg.ravel(), minlength=len(classes)) >= 12
-        return dict(image=torch.from_numpy((img*255+.5).astype(np.uint8).transpose(2, 0, 1).copy()),
-                    segments=seg.astype(np.uint8), classes=np.where(seen, classes, self.ignore), isregion=seen,
-                    isthing=np.array([c in self.things for c in classes]),
-                    id=f'{self.domain}-{self.split}-{i:06d}', ignore=self.ignore)
+        names = self.vocabulary.names
+        classes = np.array([names.index(self.class_name(k)) for k in kinds])
+        pixels = np.bincount(seg.ravel(), minlength=len(classes))
+        seen = pixels >= 12
+        picture = (img*255+.5).astype(np.uint8)
+        picture = picture.transpose(2, 0, 1).copy()
+        isthing = np.array([c in self.things for c in classes])
+        return dict(
+            image=torch.from_numpy(picture), segments=seg.astype(np.uint8),
+            classes=np.where(seen, classes, self.ignore), isregion=seen, isthing=isthing,
+            id=f'{self.domain}-{self.split}-{i:06d}', ignore=self.ignore)
 
     def packed(self, i:int)->dict[str, Any]:
         "Scene i in the packed form, which `unpack` makes a sample of."
@@ -272,9 +451,9 @@ class ShapesWorld(Dataset[dict[str, Any]]):
     def __len__(self)->int: return self.n
     def __getitem__(self, i:int)->dict[str, Any]: return unpack(self.packed(i))
     def __repr__(self)->str:
-        return (
-            f"{self.name} ({self.split}): {self.n} scenes of {self.size[1]}x{self.size[0]}, {len(self.vocabulary)} "
-            f"classes")
+        classes = len(self.vocabulary)
+        height,width = self.size
+        return f"{self.name} ({self.split}): {self.n} scenes of {width}x{height}, {classes} classes"
 
 # %% ../../nbs/data/12_shapes.ipynb #bdefbbd1
 def object_image(
@@ -283,33 +462,60 @@ def object_image(
     c:int, t:int, s:int, # Colour, texture, shape
 )->np.ndarray: # (size,size,3) uint8
     "One thing near the middle of a calm picture."
-    ground = (
-        rng.uniform(.15, .9)+rng.uniform(-.12, .12, 3)+.08*_smooth_noise(rng, (size, size), 4)[
-            ...,None]*rng.uniform(0, 1))
-    img = np.clip(ground, 0, 1)*np.ones((size, size, 3))
-    if rng.uniform() < .3: img = paint_stuff(rng, STUFF[rng.integers(len(STUFF))], (size, size)).astype(float)
+    grey = rng.uniform(.15, .9)
+    shift = rng.uniform(-.12, .12, 3)
+    clouds = .08*_smooth_noise(rng, (size, size), 4)[...,None]
+    strength = rng.uniform(0, 1)
+    ground = grey+shift+clouds*strength
+    ground = np.clip(ground, 0, 1)
+    img = ground*np.ones((size, size, 3))
+    if rng.uniform() < .3:
+        stuff = STUFF[rng.integers(len(STUFF))]
+        painted = paint_stuff(rng, stuff, (size, size))
+        img = painted.astype(float)
     r = size*rng.uniform(.2, .46)
-    cx,cy = size/2+rng.uniform(-.1, .1, 2)*size
-    paint_object(rng, img, cx, cy, r, rng.uniform(-.6, .6), c, t, s, contrast=rng.uniform(.8, 1.))
-    return (_light(rng, img, gain=(.8, 1.1), cast=.05, noise=.015, blur=.2)*255+.5).astype(np.uint8)
+    shift = rng.uniform(-.1, .1, 2)*size
+    cx,cy = size/2+shift
+    angle = rng.uniform(-.6, .6)
+    contrast = rng.uniform(.8, 1.)
+    paint_object(rng, img, cx, cy, r, angle, c, t, s, contrast=contrast)
+    lit = _calm_light(rng, img)
+    return (lit*255+.5).astype(np.uint8)
+
+def _calm_light(rng, img):
+    "The light of a picture that shows one thing or stuff."
+    return _light(rng, img, gain=(.8, 1.1), cast=.05, noise=.015, blur=.2)
 
 def stuff_image(rng:np.random.Generator, size:int, name:str)->np.ndarray: # (size,size,3) uint8
     "A picture of one stuff."
-    return (_light(rng, paint_stuff(rng, name, (size, size)), gain=(.8, 1.1), cast=.05, noise=.015,
-                   blur=.2)*255).astype(np.uint8)
+    painted = paint_stuff(rng, name, (size, size))
+    lit = _calm_light(rng, painted)
+    return (lit*255).astype(np.uint8)
+
+# up to which draw of a number from 0 to 1 a caption names colour, texture and shape
+_CAPTIONS = ((.55, (1, 1, 1)), (.7, (1, 0, 1)), (.85, (0, 1, 1)), (.95, (0, 0, 1)), (1., (1, 1, 0)))
 
 def caption(
     rng:np.random.Generator, # A numpy generator
     k:str|tuple[int, int, int], # A triple (colour, texture, shape), or the name of a stuff
 )->tuple: # (text, (colour, texture, shape, stuff) that it names, -1 where it is silent)
     "A caption for a picture of `k`."
-    def say_it(words): return TEMPLATES['shapes'][rng.integers(5)].format(words)
-    if isinstance(k, str): return say_it(k),(-1, -1, -1, STUFF.index(k) if k in STUFF else len(STUFF))
+    def say_it(words):
+        template = TEMPLATES['shapes'][rng.integers(5)]
+        return template.format(words)
+    if isinstance(k, str):
+        stuff = STUFF.index(k) if k in STUFF else len(STUFF)
+        return say_it(k),(-1, -1, -1, stuff)
     c,t,s = k
     u = rng.uniform()
     shape = list(SHAPES)[s]
     noun = shape if rng.uniform() < .7 else SHAPES[shape]
-    said = ((.55, (1, 1, 1)), (.7, (1, 0, 1)), (.85, (0, 1, 1)), (.95, (0, 0, 1)), (1., (1, 1, 0)))
-    say = next(parts for below,parts in said if u < below) # colour, texture, shape
-    words = [list(COLOURS)[c]]*say[0]+[TEXTURES[t]]*say[1]+[noun if say[2] else 'thing']
-    return say_it(' '.join(words)),tuple(v if b else -1 for v,b in zip((c,t,s), say))+(-1,)
+    has_colour,has_texture,has_shape = next(parts for below,parts in _CAPTIONS if u < below)
+    words = []
+    if has_colour: words.append(list(COLOURS)[c])
+    if has_texture: words.append(TEXTURES[t])
+    words.append(noun if has_shape else 'thing')
+    if not has_colour: c = -1
+    if not has_texture: t = -1
+    if not has_shape: s = -1
+    return say_it(' '.join(words)),(c, t, s, -1)

@@ -31,7 +31,9 @@ _Thing = TypeVar('_Thing')
 class _Named(Mapping[str, _Thing]):
     "Names -> things made from data files when they are asked for."
     def __init__(self, kind:str, names:Callable[[], list[str]], make:Callable[[str], _Thing]):
-        self._kind,self._names,self._make = kind,names,functools.cache(make)
+        self._kind = kind
+        self._names = names
+        self._make = functools.cache(make)
     def __getitem__(self, name:str)->_Thing:
         if name not in self._names(): raise unknown(self._kind, name, self._names())
         return self._make(name)
@@ -40,8 +42,13 @@ class _Named(Mapping[str, _Thing]):
     def __len__(self)->int: return len(self._names())
     def __repr__(self)->str: return f"{self._kind}: {', '.join(self)}"
 
-TEMPLATES: Mapping[str, tuple[str, ...]] = _Named('template set', lambda: list(_asset('templates')),
-                                                  lambda name: tuple(_asset('templates')[name]['templates']))
+def _template_sets(): return list(_asset('templates'))
+
+def _templates_of(name):
+    told = _asset('templates')[name]
+    return tuple(told['templates'])
+
+TEMPLATES: Mapping[str, tuple[str, ...]] = _Named('template set', _template_sets, _templates_of)
 
 # %% ../../nbs/data/10_vocabulary.ipynb #fa9e8434
 _LONGEST = 1000 # characters of a name or a template: a text encoder reads 77 words at most
@@ -53,11 +60,13 @@ def checked_text(
     """A text that can be saved and given to a text encoder. Raises `OpenTransError` for what is no text, too long,
     or holds half of a character."""
     if not isinstance(value, str):
-        raise OpenTransError(
-            f"{what} is {shorten(repr(value), 60)} ({type(value).__name__}): expected a text, such as 'road'.")
+        given = shorten(repr(value), 60)
+        kind = type(value).__name__
+        raise OpenTransError(f"{what} is {given} ({kind}): expected a text, such as 'road'.")
     if len(value) > _LONGEST:
+        length = len(value)
         raise OpenTransError(
-            f"{what} has {len(value):,} characters ('{value[:40]} ...'): expected at most {_LONGEST:,}.")
+            f"{what} has {length:,} characters ('{value[:40]} ...'): expected at most {_LONGEST:,}.")
     if re.search('[\ud800-\udfff]', value):
         raise OpenTransError(f"{what} holds half of a character (a lone surrogate): {value[:60]!r}.")
     return value
@@ -66,35 +75,40 @@ def _words(name, i):
     "The words of one class, the first its name. Raises `OpenTransError`."
     if isinstance(name, (list, tuple)): given = [checked_text(word, f'A word of class {i}') for word in name]
     else: given = [checked_text(name, f'Class {i}')]
-    words = [' '.join(word.split()) for part in given for word in part.split(',')]
+    words = []
+    for part in given:
+        for word in part.split(','): words.append(' '.join(word.split()))
     if not all(words) or not words:
         raise OpenTransError(
             f"Class {i} has an empty name: {shorten(name)!r}. Write each class as 'name' or 'name,synonym'.")
     return ','.join(dict.fromkeys(words))
 
+def _is_list(value):
+    "Can the texts in this be read in order?"
+    return isinstance(value, Iterable) and not isinstance(value, (bytes, Mapping, Set))
+
 def _entries(names):
     "Names as the tuple of 'a,b' strings; raises for what is no list of names."
     # a comma list, as on the command line: ';' parts synonyms
     if isinstance(names, str): names = [n.replace(';', ',') for n in names.split(',')]
-    if isinstance(names, (bytes, Mapping, Set)) or not isinstance(names, Iterable):
-        raise OpenTransError(
-            f"Class names are a list, in the order of their numbers, not {shorten(repr(names), 60)} "
-            f"({type(names).__name__}).")
+    if not _is_list(names):
+        given = shorten(repr(names), 60)
+        kind = type(names).__name__
+        raise OpenTransError(f"Class names are a list, in the order of their numbers, not {given} ({kind}).")
     res = [_words(name, i) for i,name in enumerate(names)]
-    twice = [n for n,c in Counter(res).items() if c > 1]
     if not res: raise OpenTransError("A vocabulary needs at least one class name; got none.")
+    twice = [n for n,c in Counter(res).items() if c > 1]
     if twice:
+        listed = shorten(', '.join(twice))
         raise OpenTransError(
-            f"These class names are there twice: {shorten(', '.join(twice))}. A class is its text: give each its "
-            f"own, or add a synonym.")
+            f"These class names are there twice: {listed}. A class is its text: give each its own, or add a synonym.")
     return tuple(res)
 
 def _has_place(template):
     "Is a template a text with one `{}` and nothing else to be filled in?"
-    try:
-        places = [(field, how, turn)
-                  for _,field,how,turn in string.Formatter().parse(template) if field is not None]
+    try: parts = list(string.Formatter().parse(template))
     except ValueError: return False
+    places = [(field, how, turn) for _,field,how,turn in parts if field is not None]
     return places == [('', '', None)]
 
 def check_templates(
@@ -103,16 +117,16 @@ def check_templates(
     """Prompt templates. Raises `OpenTransError` for one that does not have the place of the name once, or has
     anything else to be filled in."""
     if isinstance(templates, str): templates = [templates] if '{' in templates else TEMPLATES[templates]
-    if isinstance(templates, (bytes, Mapping, Set)) or not isinstance(templates, Iterable):
-        raise OpenTransError(
-            f"Prompt templates are a list of texts, or one of: {', '.join(TEMPLATES)}; not "
-            f"{shorten(repr(templates), 60)}.")
+    if not _is_list(templates):
+        known = ', '.join(TEMPLATES)
+        given = shorten(repr(templates), 60)
+        raise OpenTransError(f"Prompt templates are a list of texts, or one of: {known}; not {given}.")
     templates = tuple(checked_text(template, 'A prompt template') for template in templates)
     bad = [template for template in templates if not _has_place(template)]
     if bad or not templates:
+        shown = shorten(bad[0] if bad else templates)
         raise OpenTransError(
-            f"Prompt template {shorten(bad[0] if bad else templates)!r} must hold '{{}}' once, where the class "
-            f"name goes, and no other brace.")
+            f"Prompt template {shown!r} must hold '{{}}' once, where the class name goes, and no other brace.")
     return templates
 
 # %% ../../nbs/data/10_vocabulary.ipynb #e7969e81
@@ -126,11 +140,13 @@ class _ClassNames:
     ):
         self.entries: tuple[str, ...] = _entries(names)
         self.templates: tuple[str, ...] = check_templates(templates)
-        self.synonyms: tuple[tuple[str, ...], ...] = tuple(tuple(e.split(',')) for e in self.entries)
-        first = Counter(s[0] for s in self.synonyms)
-        # what tables call a class
-        self.names: tuple[str, ...] = tuple(
-            s[0] if first[s[0]] == 1 else e for s,e in zip(self.synonyms, self.entries))
+        self.synonyms: tuple[tuple[str, ...], ...] = tuple(tuple(entry.split(',')) for entry in self.entries)
+        first_words = Counter(words[0] for words in self.synonyms)
+        called = []
+        for words,entry in zip(self.synonyms, self.entries):
+            is_clear = first_words[words[0]] == 1
+            called.append(words[0] if is_clear else entry)
+        self.names: tuple[str, ...] = tuple(called) # what tables call a class
 
     def prompts(self)->list[list[str]]: # One list of texts for each class: every synonym in every template
         "The texts whose embeddings stand for the classes."
@@ -143,15 +159,15 @@ class _ClassNames:
         checked_text(name, 'The name of the class')
         for known in (self.names, self.entries):
             if name in known: return known.index(name)
-        found = [i for i,s in enumerate(self.synonyms) if name in s]
+        found = [i for i,words in enumerate(self.synonyms) if name in words]
         if len(found) > 1:
-            raise OpenTransError(
-                f"'{name}' is a word of {len(found)} classes: "
-                f"{shorten(' | '.join(self.entries[i] for i in found))}. Use the whole name.")
+            sharing = [self.entries[i] for i in found]
+            listed = shorten(' | '.join(sharing))
+            raise OpenTransError(f"'{name}' is a word of {len(found)} classes: {listed}. Use the whole name.")
         if not found:
             near = difflib.get_close_matches(name, self.names, n=6, cutoff=.5) or self.names[:6]
-            raise OpenTransError(
-                f"Unknown class '{name}' in a vocabulary of {len(self)}; near it: {', '.join(near)}.")
+            listed = ', '.join(near)
+            raise OpenTransError(f"Unknown class '{name}' in a vocabulary of {len(self)}; near it: {listed}.")
         return found[0]
 
     def __len__(self)->int: return len(self.entries)
@@ -159,31 +175,38 @@ class _ClassNames:
     def __contains__(self, name:object)->bool: return name in self.names or name in self.entries
     def __getitem__(self, i:int)->str: return self.names[i]
     def __eq__(self, other:object)->bool:
-        return isinstance(other, _ClassNames) and (self.entries, self.templates) == (other.entries, other.templates)
+        if not isinstance(other, _ClassNames): return False
+        return self.entries == other.entries and self.templates == other.templates
     def __hash__(self)->int: return hash((self.entries, self.templates))
     def __repr__(self)->str:
-        return (
-            f"Vocabulary({len(self)} classes: {', '.join(self.names[:4])}{', ...' if len(self) > 4 else ''}; "
-            f"{len(self.templates)} templates)")
+        shown = ', '.join(self.names[:4])
+        more = ', ...' if len(self) > 4 else ''
+        return f"Vocabulary({len(self)} classes: {shown}{more}; {len(self.templates)} templates)"
 
 # %% ../../nbs/data/10_vocabulary.ipynb #d80ae4ee
+def _is_index(value): return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
 class _JoinedNames(_ClassNames):
     "Class names, cut and joined."
     def __add__(self, other:'Vocabulary|str|Iterable[str]')->'Vocabulary':
         "All classes of both; those of the left side keep their indices, and its templates are used."
         other = other if isinstance(other, Vocabulary) else Vocabulary(other, self.templates)
-        return Vocabulary(list(dict.fromkeys(self.entries+other.entries)), self.templates)
+        every = dict.fromkeys(self.entries+other.entries)
+        return Vocabulary(list(every), self.templates)
 
     def subset(self,
         keep:Sequence[str|int], # Class names or indices
     )->'Vocabulary': # Those classes, in the order given
         "A part of a vocabulary. Raises `OpenTransError` for a class that is not there."
-        whole = [isinstance(k, (int, np.integer)) and not isinstance(k, bool) for k in keep]
-        for k,is_index in zip(keep, whole):
-            if is_index and not -len(self) <= k < len(self):
-                raise OpenTransError(f"There is no class {k} in a vocabulary of {len(self)}.")
-        return Vocabulary([self.entries[k if is_index else self.index(k)] for k,is_index in zip(keep, whole)],
-                          self.templates)
+        count = len(self)
+        for k in keep:
+            if _is_index(k) and not -count <= k < count:
+                raise OpenTransError(f"There is no class {k} in a vocabulary of {count}.")
+        kept = []
+        for k in keep:
+            at = k if _is_index(k) else self.index(k)
+            kept.append(self.entries[at])
+        return Vocabulary(kept, self.templates)
 
 # %% ../../nbs/data/10_vocabulary.ipynb #3b68cd8d
 # what a column of names is called
@@ -196,8 +219,10 @@ _BEHIND = re.compile(r'(.*[^\s:=])\s*([:=]|\s)\s*(\d{1,9})') # 'bed: 7', 'bed 7'
 
 def _lines(text):
     "The lines that are not empty and no comments."
-    lines = [line.strip().strip('\ufeff').strip() for line in re.split('\r\n|\r|\n', text)]
-    long = [line for line in lines if len(line) > 20*_LONGEST]
+    cut = re.split('\r\n|\r|\n', text)
+    lines = [line.strip().strip('\ufeff').strip() for line in cut]
+    most = 20*_LONGEST
+    long = [line for line in lines if len(line) > most]
     if long: raise OpenTransError(f"a line has {len(long[0]):,} characters. Write one class a line")
     return [line for line in lines if line and not line.startswith('#')]
 
@@ -210,52 +235,72 @@ def _check_rising(numbers):
 
 def _is_number(cell): return re.fullmatch(r'\d{1,9}', cell.strip()) is not None
 
-def _heading(row): return next((i for i,cell in enumerate(row) if cell.strip().lower() in _HEADINGS), None)
+def _heading(row):
+    "The place of the heading above names, or None."
+    for i,cell in enumerate(row):
+        if cell.strip().lower() in _HEADINGS: return i
+    return None
 
 def _rows(lines, sign):
     "The cells of a table, or None where lines are none: a table has headings, or a column of nothing but numbers."
-    rows = [next(csv.reader([line], delimiter=sign, skipinitialspace=True), []) for line in lines]
-    if min(map(len, rows)) < 2: return None
-    body = rows if _heading(rows[0]) is None else rows[1:]
-    counted = [i for i in range(min(map(len, rows))) if body and all(_is_number(row[i]) for row in body)]
-    return rows if counted or _heading(rows[0]) is not None else None
+    rows = []
+    for line in lines:
+        reader = csv.reader([line], delimiter=sign, skipinitialspace=True)
+        rows.append(next(reader, []))
+    fewest = min(map(len, rows))
+    if fewest < 2: return None
+    if _heading(rows[0]) is not None: return rows
+    return rows if _number_columns(rows, range(fewest)) else None
+
+def _number_columns(body, columns):
+    "Which columns of a table hold nothing but numbers."
+    return [i for i in columns if all(_is_number(row[i]) for row in body)]
 
 def _column(rows):
     "The names in a table, from the column that its headings or its numbers tell."
     widths = sorted({len(row) for row in rows})
     if len(widths) > 1:
-        raise OpenTransError(f"its lines have {' or '.join(map(str, widths[:3]))} columns. Write one class a line")
-    names,head = _heading(rows[0]),[cell.strip().lower() for cell in rows[0]]
+        counts = ' or '.join(map(str, widths[:3]))
+        raise OpenTransError(f"its lines have {counts} columns. Write one class a line")
+    width = widths[0]
+    names = _heading(rows[0])
     body = rows if names is None else rows[1:]
-    counted = [i for i in range(widths[0]) if all(_is_number(row[i]) for row in body) and i != names]
-    texts = [i for i in range(widths[0]) if i not in counted]
+    counted = _number_columns(body, [i for i in range(width) if i != names])
+    texts = [i for i in range(width) if i not in counted]
     if names is None and len(texts) == len(counted) == 1: names = texts[0]
     if names is None:
         raise OpenTransError(
-            f"it is not clear which of its {widths[0]} columns holds the names. Call it 'name' in a first line")
+            f"it is not clear which of its {width} columns holds the names. Call it 'name' in a first line")
+    head = [cell.strip().lower() for cell in rows[0]]
     order = [i for i in counted if len(counted) == 1 or head[i] in _COUNTERS]
     if order: _check_rising([int(row[order[0]]) for row in body])
     return [row[names].replace(';', ',') for row in body]
 
 def _without_numbers(lines):
     "Lines without the numbers of the classes, if all have one; with a colon, also if only some have."
-    before,behind = ([pattern.fullmatch(line) for line in lines] for pattern in (_BEFORE, _BEHIND))
+    before = [_BEFORE.fullmatch(line) for line in lines]
     colon = [match if match and match[2] == ':' else None for match in before]
     if any(colon):
         _check_rising([int(match[1]) for match in colon if match])
         return [match[3] if match else line for line,match in zip(lines, colon)]
+    if len(lines) < 2: return lines
+    behind = [_BEHIND.fullmatch(line) for line in lines]
+    count = len(lines)
+    counts = [list(range(count)), list(range(1, count+1))]
     for found,number,name in ((before, 1, 3), (behind, 3, 1)):
         numbers = [int(match[number]) for match in found if match]
-        counts = [list(range(first, first+len(lines))) for first in (0, 1)]
-        if len(lines) > 1 and numbers in counts: return [match[name] for match in found]
+        if numbers in counts: return [match[name] for match in found]
     return lines
+
+def _is_quoted(line, sign):
+    "Does a line stand between two such signs, with none of them inside?"
+    return len(line) > 2 and line[0] == line[-1] == sign and line.count(sign) == 2
 
 def _unquoted(lines):
     "Lines without a dash before each, and without quotes around each."
     if all(line.startswith('- ') for line in lines): lines = [line[2:].strip() for line in lines]
     for sign in '"\'':
-        if all(len(line) > 2 and line[0] == line[-1] == sign and line.count(sign) == 2 for line in lines):
-            lines = [line[1:-1] for line in lines]
+        if all(_is_quoted(line, sign) for line in lines): lines = [line[1:-1] for line in lines]
     return lines
 
 def _class_lines(text):
@@ -285,7 +330,9 @@ class Vocabulary(_JoinedNames):
     names, order and templates are."""
     def to_file(self, path:str|Path)->None:
         "Write as JSON, whole or not at all."
-        save_text(json.dumps(dict(templates=self.templates, names=self.entries), indent=1, ensure_ascii=False), path)
+        told = dict(templates=self.templates, names=self.entries)
+        text = json.dumps(told, indent=1, ensure_ascii=False)
+        save_text(text, path)
 
     @classmethod
     def from_file(cls,
@@ -300,16 +347,22 @@ class Vocabulary(_JoinedNames):
         templates = None if templates is None else check_templates(templates)
         try:
             if Path(path).suffix.lower() != '.json':
-                return cls([line for line in _class_lines(text) if line != 'invalid_class_id'], templates or 'photo')
+                names = [line for line in _class_lines(text) if line != 'invalid_class_id']
+                return cls(names, templates or 'photo')
             told = parse_json(text, 'it', _VocabularyFile)
             return cls(told['names'], templates or told.get('templates', 'photo'))
         except OpenTransError as error:
+            why = str(error).rstrip('.')
             raise FormatError(
-                f"'{shorten(path)}' is not a vocabulary: {str(error).rstrip('.')}. Vocabulary.to_file writes one as "
-                f"JSON.") from None
+                f"'{shorten(path)}' is not a vocabulary: {why}. Vocabulary.to_file writes one as JSON.") from None
 
 # %% ../../nbs/data/10_vocabulary.ipynb #c2334bba
-def _vocabularies(): return sorted(p.stem[6:] for p in ASSETS.glob('vocab_*.json'))
+def _vocabularies():
+    files = ASSETS.glob('vocab_*.json')
+    return sorted(path.stem[6:] for path in files)
 
-VOCABULARIES: Mapping[str, Vocabulary] = _Named('vocabulary', _vocabularies,
-                                                lambda name: Vocabulary(_asset(f'vocab_{name}')['names']))
+def _published(name):
+    names = _asset(f'vocab_{name}')['names']
+    return Vocabulary(names)
+
+VOCABULARIES: Mapping[str, Vocabulary] = _Named('vocabulary', _vocabularies, _published)

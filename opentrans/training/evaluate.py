@@ -79,7 +79,8 @@ def same_size_batches(
     is full or too many wait."""
     held = {}
     def take(size): return collate(held.pop(size))
-    indices = range(every[0], len(data) if limit is None else min(limit, len(data)), every[1])
+    stop = len(data) if limit is None else min(limit, len(data))
+    indices = range(every[0], stop, every[1])
     for sample in _samples(data, indices, workers, regions):
         size = tuple(sample['image'].shape[-2:])
         held.setdefault(size, []).append(sample)
@@ -90,16 +91,20 @@ def _size_to_take(held, newest, batch_size, waiting):
     "The size of which a batch is due, or None: other samples than the newest's are too many, or its batch is full."
     others = {size: len(samples) for size,samples in held.items() if size != newest}
     pixels = sum(h*w*len(samples) for (h,w),samples in held.items())
-    if others and (sum(others.values()) > waiting or pixels > _HELD): return max(others, key=others.get)
-    return newest if len(held.get(newest, ())) >= batch_size else None
+    too_many = sum(others.values()) > waiting or pixels > _HELD
+    if others and too_many: return max(others, key=others.get)
+    is_full = len(held.get(newest, ())) >= batch_size
+    return newest if is_full else None
 
 # %% ../../nbs/training/42_evaluate.ipynb #866dadb4
 def _window_starts(n, window, overlap):
     """Where windows begin along a side of n pixels: evenly spaced, neighbours share at least `overlap` of a window,
     and the last ends where the side does."""
     if n <= window: return [0]
-    k = math.ceil((n-window)/max(window*(1-overlap), 1)) + 1
-    return [round(i*(n-window)/(k-1)) for i in range(k)]
+    room = n-window
+    step = max(window*(1-overlap), 1)
+    k = math.ceil(room/step) + 1
+    return [round(i*room/(k-1)) for i in range(k)]
 
 _PIXELS = 2**26 # Of an image that a look makes larger
 _WIDEST_LOOK = 16 # Times the size
@@ -131,11 +136,14 @@ def seen_size(
     longest:int|None=None, # The long side may not be longer; None for no limit
 )->tuple[int, int]: # (H,W)
     "The size at which an image is seen, as detectron2's `ResizeShortestEdge` rounds it."
-    short = size or min(height, width)
-    factor = short/min(height, width)
+    shorter = min(height, width)
+    short = size or shorter
+    factor = short/shorter
     sides = (short, factor*width) if height < width else (factor*height, short)
     most = max(sides)
-    if longest is not None and most > longest: sides = tuple(side*(longest/most) for side in sides)
+    if longest is not None and most > longest:
+        share = longest/most
+        sides = tuple(side*share for side in sides)
     return tuple(max(int(side+.5), 1) for side in sides)
 
 def _seen(images, size, longest, scale=1.):
@@ -183,7 +191,8 @@ class _Windows(_Together):
             if total is None:
                 total = part.new_zeros(*part.shape[:2], *self.made)
                 times = part.new_zeros(self.made)
-            at = (..., slice(top, top+part.shape[-2]), slice(left, left+part.shape[-1]))
+            height,width = part.shape[-2:]
+            at = (..., slice(top, top+height), slice(left, left+width))
             total[at] += part
             times[at] += 1
         return total/times
@@ -191,9 +200,11 @@ class _Windows(_Together):
 def _through_windows(framework, images, text, window, overlap):
     "The scores of images that are seen through windows."
     height,width = images.shape[-2:]
-    places = [(top, left) for top in _window_starts(height, window, overlap)
-              for left in _window_starts(width, window, overlap)]
-    scores = [scores_of(framework, images[..., top:top+window, left:left+window], text) for top,left in places]
+    tops = _window_starts(height, window, overlap)
+    lefts = _window_starts(width, window, overlap)
+    places = [(top, left) for top in tops for left in lefts]
+    parts = (images[..., top:top+window, left:left+window] for top,left in places)
+    scores = [scores_of(framework, part, text) for part in parts]
     return _Windows(scores, places, (height, width))
 
 # %% ../../nbs/training/42_evaluate.ipynb #866dadb6
@@ -211,6 +222,7 @@ def multi_scale_scores(
     """The mean of several looks at the images, class by class. Raises `OpenTransError` for a look that cannot be
     taken."""
     check_multi_scale(size, scales, flip, window, overlap, longest)
+    full = images.shape[-2:]
     looks = []
     for scale in scales:
         seen = _seen(images, size, longest, scale)
@@ -219,8 +231,8 @@ def multi_scale_scores(
             if window: scores = _through_windows(framework, view, text, window, overlap)
             else: scores = scores_of(framework, view, text)
             if mirrored: scores = scores.mirrored()
-            looks.append(scores.resized(images.shape[-2:]))
-    return looks[0] if len(looks) == 1 else _Mean(looks, images.shape[-2:])
+            looks.append(scores.resized(full))
+    return looks[0] if len(looks) == 1 else _Mean(looks, full)
 
 @delegates(multi_scale_scores)
 def multi_scale_logits(
@@ -231,7 +243,8 @@ def multi_scale_logits(
     **kwargs:Any, # Of `multi_scale_scores`
 )->torch.Tensor: # (B,K,H,W), the mean over all looks
     "Logits from several looks at the images. Raises `OpenTransError` for a look that cannot be taken."
-    return multi_scale_scores(framework, images, text, size, **kwargs).part(0, len(text))
+    scores = multi_scale_scores(framework, images, text, size, **kwargs)
+    return scores.part(0, len(text))
 
 # MIN_SIZE_TEST and MAX_SIZE_TEST: detectron2's, which the released configurations of Han et al. and DeepLabV3 leave
 # as they are
@@ -242,7 +255,9 @@ def released_size(
     data:str, # Name of the data set
 )->dict[str, int]: # size, longest: for `multi_scale_logits` and `evaluate`
     "The size at which the released code sees images in its evaluation."
-    return dict(zip(('size', 'longest'), get_framework(framework).test_sizes.get(data, _RELEASED_SIZE)))
+    sizes = get_framework(framework).test_sizes
+    size,longest = sizes.get(data, _RELEASED_SIZE)
+    return dict(size=size, longest=longest)
 
 # %% ../../nbs/training/42_evaluate.ipynb #12c53b2b
 def panoptic_truth(
@@ -254,8 +269,11 @@ def panoptic_truth(
     if 'panoptic' in batch: return batch['panoptic']
     maps = [panoptic_map(r, c, ignore) for r,c in zip(batch['regions'], batch['region_classes'])]
     for segments,labels in zip(maps, batch['labels']):
-        crowd = (segments[..., 0] == ignore) & (labels != ignore)
-        segments[crowd] = torch.stack([labels[crowd], torch.full_like(labels[crowd], -1)], -1)
+        uncovered = segments[..., 0] == ignore
+        crowd = uncovered & (labels != ignore)
+        classes = labels[crowd]
+        instances = torch.full_like(classes, -1)
+        segments[crowd] = torch.stack([classes, instances], -1)
     return maps
 
 def _count_panoptic(framework, data, batch, text, metric, looks):
@@ -266,7 +284,8 @@ def _count_panoptic(framework, data, batch, text, metric, looks):
         options['size'] = tuple(images.shape[-2:])
         images = _seen(images, looks.get('size'), looks.get('longest'))
     found = framework.panoptic(images, text, **options)
-    for segments,truth in zip(found, panoptic_truth(batch, data.ignore)): metric.update(segments.cpu(), truth)
+    truths = panoptic_truth(batch, data.ignore)
+    for segments,truth in zip(found, truths): metric.update(segments.cpu(), truth)
 
 _KINDS = ['semantic', 'panoptic', 'masks']
 
@@ -275,45 +294,61 @@ def _metrics(framework, data, names, kind, looks):
     cannot be had."""
     if kind not in _KINDS: raise unknown('kind of evaluation', kind, _KINDS)
     metric = SemanticIoU(len(names), ignore=data.ignore)
-    things = getattr(data, 'things', None) or ()
     if kind == 'semantic': return metric,None
     if kind == 'masks': return metric,MaskNames(len(names), data.ignore)
+    things = getattr(data, 'things', None) or ()
+    _check_panoptic(framework, data, things, looks)
+    isthing = [i in things for i in range(len(names))]
+    return metric,PanopticQuality(isthing, data.ignore)
+
+def _check_panoptic(framework, data, things, looks):
+    "Raises `OpenTransError` where panoptic quality cannot be had."
     if 'panoptic' not in framework.kinds:
         raise unknown(f'kind of output of {type(framework).__name__}', 'panoptic', framework.kinds)
-    resizes = 'size' in inspect.signature(framework.panoptic).parameters
-    more = [name for name in looks if not resizes or name not in ('size', 'longest')]
+    parameters = inspect.signature(framework.panoptic).parameters
+    allowed = ('size', 'longest') if 'size' in parameters else ()
+    more = [name for name in looks if name not in allowed]
     if more:
-        raise OpenTransError(f"Panoptic quality is taken from one look at an image; leave out {', '.join(more)}, "
+        listed = ', '.join(more)
+        raise OpenTransError(f"Panoptic quality is taken from one look at an image; leave out {listed}, "
                              "or evaluate kind='semantic'.")
     if things and not getattr(data, 'instances', True):
         raise OpenTransError(
             f"{data.name} was opened with one region a class: its {len(things)} thing classes have no instances to "
             f"count. Open it with panoptic=True, or evaluate kind='semantic'.")
-    return metric,PanopticQuality([i in things for i in range(len(names))], data.ignore)
 
 # %% ../../nbs/training/42_evaluate.ipynb #bdbb9a64
 def _tensors_in(value):
     "The floating-point tensors in what a module gives, however nested."
     if isinstance(value, torch.Tensor): return [value] if value.is_floating_point() else []
     if isinstance(value, dict): value = list(value.values())
-    return [tensor for part in value for tensor in _tensors_in(part)] if isinstance(value, (list, tuple)) else []
+    if not isinstance(value, (list, tuple)): return []
+    return [tensor for part in value for tensor in _tensors_in(part)]
 
 def _statistics(model):
     "What the batch norms of a model have seen, by name."
-    norms = {name: m for name,m in model.named_modules() if isinstance(m, BATCH_NORMS)}
-    return {f'{name}.{key}': tensor for name,m in norms.items() for key,tensor in m.named_buffers(recurse=False)}
+    statistics = {}
+    for name,module in model.named_modules():
+        if not isinstance(module, BATCH_NORMS): continue
+        for key,tensor in module.named_buffers(recurse=False): statistics[f'{name}.{key}'] = tensor
+    return statistics
+
+def _check_weights(framework, text):
+    "Raises `OpenTransError` for weights and text embeddings that are not finite."
+    name = getattr(framework, 'name', type(framework).__name__)
+    weights = dict(framework.named_parameters())
+    weights.update(_statistics(framework))
+    check_finite(weights, f'the weights of the {name}', 'No score is given. Take an earlier checkpoint.')
+    held = dict(text=text) if isinstance(text, torch.Tensor) else vars(text)
+    embeddings = {key: value for key,value in held.items() if isinstance(value, torch.Tensor)}
+    check_finite(embeddings, 'the text embeddings', 'No score is given. Are the weights of the text encoder whole?')
 
 @contextlib.contextmanager
 def _refuse_nan(framework, text):
     """Raises `OpenTransError` for weights and text embeddings that are not finite. Yields a function that raises it
     if a part of the framework has given NaN since its last call."""
     name = getattr(framework, 'name', type(framework).__name__)
-    advice = 'No score is given. Take an earlier checkpoint.'
-    check_finite({**dict(framework.named_parameters()), **_statistics(framework)}, f'the weights of the {name}',
-                 advice)
-    held = dict(text=text) if isinstance(text, torch.Tensor) else vars(text)
-    embeddings = {name: value for name,value in held.items() if isinstance(value, torch.Tensor)}
-    check_finite(embeddings, 'the text embeddings', 'No score is given. Are the weights of the text encoder whole?')
+    _check_weights(framework, text)
     bad = {} # part of the framework -> has it given NaN? A tensor, so that nothing waits for a GPU
     def notice(part, module, args, out):
         for tensor in _tensors_in(out): bad[part] = tensor.isnan().any() | bad.get(part, False)
@@ -323,8 +358,9 @@ def _refuse_nan(framework, text):
         wrong = [part for part,found in bad.items() if found]
         bad.clear()
         if not wrong: return
+        images = (ids or [])[:4]
         raise OpenTransError(
-            f"The {wrong[0]} of the {name} are NaN on some of the images {(ids or [])[:4]}, though its weights are "
+            f"The {wrong[0]} of the {name} are NaN on some of the images {images}, though its weights are "
             f"finite. No score is given. Look at these images, or take an earlier checkpoint.")
     try: yield check
     finally:
@@ -370,14 +406,17 @@ def _second_figures(second, same_classes):
     if second is None: return {}
     if isinstance(second, MaskNames):
         figures = second.compute(same_classes)
-        return {key: figures[key] for key in ('found', 'named', 'precision')}
-    figures = second.compute()
-    return {key: figures[key] for key in ('pq', 'sq', 'rq', 'things', 'stuff')}
+        kept = ('found', 'named', 'precision')
+    else:
+        figures = second.compute()
+        kept = ('pq', 'sq', 'rq', 'things', 'stuff')
+    return {key: figures[key] for key in kept}
 
 def _warn_of_doubt(data, figures, images):
     "Warn if a class never occurs while pixels are left out: it may have been left out by mistake."
     if not figures['ignored'] or not hasattr(data, 'doubt'): return
-    doubt = data.doubt(figures['confusion'].sum(1).tolist(), figures['ignored'], images)
+    counts = figures['confusion'].sum(1).tolist()
+    doubt = data.doubt(counts, figures['ignored'], images)
     if doubt: warnings.warn(doubt)
 
 # %% ../../nbs/training/42_evaluate.ipynb #5d3a1e01
@@ -385,28 +424,44 @@ def _percent(share): return '-' if math.isnan(share) else f'{100*share:.1f}'
 
 class _Shares(dict[str, float]):
     "Shares by name, shown with three digits."
-    def __repr__(self)->str: return repr({name: float(f'{share:.3g}') for name,share in self.items()})
+    def __repr__(self)->str:
+        return repr({name: float(f'{share:.3g}') for name,share in self.items()})
 
 class Evaluation(dict[str, Any]):
     "What `evaluate` found: a dictionary that is shown in short, in percent."
     def __repr__(self)->str:
         if not {'miou', 'iou', 'pixel_accuracy', 'n_images'} <= self.keys(): return super().__repr__()
-        groups = ', '.join(f'{name} {_percent(share)}' for name,share in self.get('groups', {}).items())
+        groups = [f'{name} {_percent(share)}' for name,share in self.get('groups', {}).items()]
+        listed = f" ({', '.join(groups)})" if groups else ''
         more = ''.join(f", {key} {_percent(self[key])}" for key in ('pq', 'found', 'named') if key in self)
-        return (f"mIoU {_percent(self['miou'])} %{f' ({groups})' if groups else ''}{more}, pixel accuracy "
-                f"{_percent(self['pixel_accuracy'])} %, {self['n_images']:,} images, {len(self._occurring())} of "
-                f"{len(self['iou'])} classes occur")
+        miou = _percent(self['miou'])
+        accuracy = _percent(self['pixel_accuracy'])
+        occurring = len(self._occurring())
+        return (f"mIoU {miou} %{listed}{more}, pixel accuracy {accuracy} %, {self['n_images']:,} images, "
+                f"{occurring} of {len(self['iou'])} classes occur")
 
     def _occurring(self): return {name: share for name,share in self['iou'].items() if not math.isnan(share)}
 
     def _repr_html_(self)->str:
         if 'iou' not in self: return for_html(repr(self))
+        rows = []
         best_first = sorted(self._occurring().items(), key=lambda item: -item[1])
-        rows = ''.join(f'<tr><td>{for_html(name)}</td><td>{_percent(share)}</td></tr>' for name,share in best_first)
-        table = f'<table><tr><th>class</th><th>IoU (%)</th></tr>{rows}</table>'
+        for name,share in best_first: rows.append(f'<tr><td>{for_html(name)}</td><td>{_percent(share)}</td></tr>')
+        listed = ''.join(rows)
+        table = f'<table><tr><th>class</th><th>IoU (%)</th></tr>{listed}</table>'
         return f'<details><summary>{for_html(repr(self))}</summary>{table}</details>'
 
 # %% ../../nbs/training/42_evaluate.ipynb #d78304c9
+def _check_images(data, words, names, total):
+    "Raises `OpenTransError` for a vocabulary of another length than the data's, or where there are no images."
+    if len(words) != len(names):
+        raise OpenTransError(
+            f"The vocabulary has {len(words)} names and the data {len(names)} classes. Give one name (with "
+            f"synonyms, 'a,b') for each class, in order.")
+    if not total:
+        name = getattr(data, 'name', '')
+        raise OpenTransError(f"The data set {name!r} has no images to evaluate. Check its root, split and limit.")
+
 def evaluate(
     framework:Framework, # A `Framework`; its mode is put back afterwards
     data:Samples, # Data set: anything with `vocabulary`, `ignore` and samples
@@ -437,23 +492,19 @@ def evaluate(
     words = data.vocabulary if vocabulary is None else vocabulary
     _check_evaluation(batch_size, limit, over, looks, workers)
     total = len(data) if limit is None else min(limit, len(data))
-    if len(words) != len(names):
-        raise OpenTransError(
-            f"The vocabulary has {len(words)} names and the data {len(names)} classes. Give one name (with "
-            f"synonyms, 'a,b') for each class, in order.")
-    if not total:
-        raise OpenTransError(
-            f"The data set {getattr(data, 'name', '')!r} has no images to evaluate. Check its root, split and "
-            f"limit.")
+    _check_images(data, words, names, total)
     metric,second = _metrics(framework, data, names, kind, looks)
     same_classes = None if same is None else [[_index(name, names) for name in synonyms] for synonyms in same]
     team = None if alone else Processes(device)
     rank,processes = (team.rank, team.n) if team else (0, 1)
-    if device is not None: framework.to(team and team.device or pick_device(str(device)))
+    if device is not None:
+        place = team and team.device or pick_device(str(device))
+        framework.to(place)
     text = framework.text(words)
-    batches = same_size_batches(data, batch_size, limit, (rank, processes), _WAITING, workers,
-                                regions='map' if kind == 'panoptic' else False)
-    if rank == 0: batches = progress(batches, 'evaluating', -(-total//(batch_size*processes)))
+    regions = 'map' if kind == 'panoptic' else False
+    batches = same_size_batches(data, batch_size, limit, (rank, processes), _WAITING, workers, regions=regions)
+    steps = -(-total//(batch_size*processes))
+    if rank == 0: batches = progress(batches, 'evaluating', steps)
     with eval_mode(framework), _refuse_nan(framework, text) as check:
         count = functools.partial(_count, framework, data, text, batches, looks, metric, second, check)
         if team: team.together(count)
@@ -464,13 +515,14 @@ def evaluate(
     figures = metric.compute(groups=getattr(data, 'groups', {}), over=over, same=same_classes)
     if rank == 0: _warn_of_doubt(data, figures, total)
     settings = dict(looks, framework=getattr(framework, 'name', type(framework).__name__),
-                    data=getattr(data, 'name', type(data).__name__), images=total, classes=len(names), over=over,
-                    kind=kind)
-    res = dict(miou=figures['miou'], iou=_Shares(zip(names, figures['iou'].tolist())),
-               groups=_Shares(figures['groups']), pixel_accuracy=figures['pixel_accuracy'], n_images=total,
-               settings=settings)
+                    data=getattr(data, 'name', type(data).__name__))
+    settings.update(images=total, classes=len(names), over=over, kind=kind)
+    iou = _Shares(zip(names, figures['iou'].tolist()))
+    res = Evaluation(miou=figures['miou'], iou=iou, groups=_Shares(figures['groups']))
+    res.update(pixel_accuracy=figures['pixel_accuracy'], n_images=total, settings=settings)
     if same_classes is not None: res['miou_same'] = figures['same']
-    return Evaluation(res, **_second_figures(second, same_classes))
+    res.update(_second_figures(second, same_classes))
+    return res
 
 # %% ../../nbs/training/42_evaluate.ipynb #0d268bc2
 _COLUMNS = ('framework', 'data', 'images', 'density') # in the settings of a result, or at its top
@@ -503,10 +555,10 @@ def _result(source):
     "A result: a dict, a JSON file, or a folder with `result.json`."
     if isinstance(source, dict):
         if 'miou' in source: return source
-        raise OpenTransError(
-            f"This is no result of an evaluation: it has no 'miou', but "
-            f"{shorten(', '.join(map(str, source)) or 'nothing')}.")
-    path = Path(source)/'result.json' if Path(source).is_dir() else Path(source)
+        held = ', '.join(map(str, source)) or 'nothing'
+        raise OpenTransError(f"This is no result of an evaluation: it has no 'miou', but {shorten(held)}.")
+    path = Path(source)
+    if path.is_dir(): path = path/'result.json'
     if not path.exists():
         raise OpenTransError(
             f"There is no result in '{source}': expected a folder with result.json, as `opentrans evaluate --out` "
@@ -518,11 +570,14 @@ def _row_of(result):
     settings = result.get('settings', {})
     row = {name: settings.get(name, result.get(name)) for name in _COLUMNS}
     row['miou'] = result['miou']
-    row.update({f'miou_{group}': share for group,share in (result.get('groups') or {}).items()})
-    row.update({name: result[name] for name in ('pq', 'sq', 'rq') if name in result})
+    groups = result.get('groups') or {}
+    for group,share in groups.items(): row[f'miou_{group}'] = share
+    for name in ('pq', 'sq', 'rq'):
+        if name in result: row[name] = result[name]
     row['frozen'] = len(result['frozen']) if 'frozen' in result else None
-    costs = ('params', 'active_params', 'macs', 'active_macs')
-    row.update({f'{name}_M': result[name]/1e6 for name in costs if result.get(name) is not None})
+    for name in ('params', 'active_params', 'macs', 'active_macs'):
+        cost = result.get(name)
+        if cost is not None: row[f'{name}_M'] = cost/1e6
     return row
 
 def compare_runs(
@@ -539,9 +594,23 @@ def compare_runs(
         if len(named) < len(list(runs)): named = {str(run): run for run in runs}
     if not named: raise OpenTransError("There are no runs to compare. Give folders with a result.json.")
     rows = {name: _row_of(_result(source)) for name,source in named.items()}
-    return pd.DataFrame.from_dict(rows, orient='index').dropna(axis=1, how='all')
+    frame = pd.DataFrame.from_dict(rows, orient='index')
+    return frame.dropna(axis=1, how='all')
 
 # %% ../../nbs/training/42_evaluate.ipynb #0d268bc4
+def _plot_costs(ax, frame, x, y, kinds):
+    "Draw the quality of runs against one of their costs."
+    for i,(kind,rows) in enumerate(frame.groupby(kinds, sort=False)):
+        label = for_plot(kind) if kind else None
+        ax.scatter(rows[x], rows[y], s=40, color=f'C{i}', label=label)
+    costs = frame[x]
+    middle = (costs.min()*costs.max())**.5
+    for i,(name,row) in enumerate(frame.sort_values(x).iterrows()):
+        ahead = row[x] > middle # its name goes to the left of the point, else to the right
+        offset = (-5 if ahead else 5, (4, -11)[i%2])
+        ax.annotate(for_plot(name), (row[x], row[y]), xytext=offset, textcoords='offset points', fontsize=9,
+                    ha='right' if ahead else 'left')
+
 def plot_runs(
     frame:pd.DataFrame, # As `compare_runs` makes it
     y:str='miou', # What is good, upwards
@@ -550,20 +619,15 @@ def plot_runs(
     """Quality against active multiply-accumulates and active parameters (Fig. 1). Raises `OpenTransError` where a
     table has no costs."""
     costs = dict(active_macs_M='active multiply-accumulates (millions)', active_params_M='active parameters (millions)')
-    xs = [(column, label) for column,label in costs.items() if column in frame]
-    if not xs or y not in frame:
-        raise OpenTransError(
-            f"The table needs '{y}' and active_macs_M or active_params_M; it has: {', '.join(frame.columns)}.")
-    axs = np.ravel(get_axes(axs, ncols=len(xs), figsize=(4.2*len(xs), 3.2), sharey=True))
+    shown = {column: label for column,label in costs.items() if column in frame}
+    if not shown or y not in frame:
+        columns = ', '.join(frame.columns)
+        raise OpenTransError(f"The table needs '{y}' and active_macs_M or active_params_M; it has: {columns}.")
+    count = len(shown)
+    axs = np.ravel(get_axes(axs, ncols=count, figsize=(4.2*count, 3.2), sharey=True))
     kinds = frame.get('framework', pd.Series('', frame.index)).fillna('')
-    for ax,(x,label) in zip(axs, xs):
-        for i,(kind,rows) in enumerate(frame.groupby(kinds, sort=False)):
-            ax.scatter(rows[x], rows[y], s=40, color=f'C{i}', label=for_plot(kind) if kind else None)
-        middle = (frame[x].min()*frame[x].max())**.5
-        for i,(name,row) in enumerate(frame.sort_values(x).iterrows()):
-            ahead = row[x] > middle # its name goes to the left of the point, else to the right
-            ax.annotate(for_plot(name), (row[x], row[y]), xytext=(-5 if ahead else 5, (4, -11)[i%2]),
-                        textcoords='offset points', fontsize=9, ha='right' if ahead else 'left')
+    for ax,(x,label) in zip(axs, shown.items()):
+        _plot_costs(ax, frame, x, y, kinds)
         ax.set(xlabel=label, xscale='log')
         ax.margins(.25)
         ax.xaxis.set_major_formatter('{x:g}')

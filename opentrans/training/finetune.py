@@ -7,7 +7,7 @@ __all__ = ['CHECKPOINT_FILE', 'WEIGHTS_FILE', 'batch_indices', 'batches', 'freez
            'Checkpoint', 'load_framework', 'finetune']
 
 # %% ../../nbs/training/41_finetune.ipynb #d7c2d75a
-import contextlib, functools, hashlib, json, math, os, re, signal, sys, time
+import contextlib, functools, hashlib, json, math, os, re, signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,9 @@ from .recipe import _Finite, _layer_values, _MOST, _OFF, build_optimizer, Recipe
 
 # %% ../../nbs/training/41_finetune.ipynb #57d0de8c
 @functools.lru_cache(maxsize=4)
-def _permutation(n, seed, epoch): return np.random.default_rng([seed, epoch]).permutation(n)
+def _permutation(n, seed, epoch):
+    rng = np.random.default_rng([seed, epoch])
+    return rng.permutation(n)
 
 def batch_indices(
     n:int, # Number of samples
@@ -45,8 +47,8 @@ def batch_indices(
     seed:int=0, # Of the order
 )->list: # Indices of the samples
     "The samples of an iteration: epochs in random order, laid end to end."
-    at = range(iteration*batch_size, (iteration+1)*batch_size)
-    return [int(_permutation(n, seed, p//n)[p % n]) for p in at]
+    start = iteration*batch_size
+    return [int(_permutation(n, seed, p//n)[p % n]) for p in range(start, start+batch_size)]
 
 # %% ../../nbs/training/41_finetune.ipynb #69ea0361
 class _Views(torch.utils.data.Dataset):
@@ -59,16 +61,17 @@ class _Views(torch.utils.data.Dataset):
 
     def __getitem__(self, at):
         sample = self._sample(*at)
-        # tensors go by shared memory
-        if self.packed and 'segments' in sample: sample['segments'] = torch.from_numpy(sample['segments'])
+        if self.packed and 'segments' in sample:
+            # tensors go by shared memory
+            sample['segments'] = torch.from_numpy(sample['segments'])
         return sample
 
     def _sample(self, index, iteration, slot):
         r = self.recipe
         augmented = r.crop is not None or r.scale is not None or r.flip
         if not augmented: return self.data[index]
-        return read_augmented(self.data, index, r.crop, [r.seed, iteration, slot], r.scale, r.flip, self.regions,
-                              self.packed)
+        seed = [r.seed, iteration, slot]
+        return read_augmented(self.data, index, r.crop, seed, r.scale, r.flip, self.regions, self.packed)
 
 class _Order:
     "The items of each iteration's batch, made when they are asked for."
@@ -124,12 +127,16 @@ def train_mode(framework:Framework, recipe:Recipe):
             if isinstance(m, BATCH_NORMS): m.eval()
 
 # %% ../../nbs/training/41_finetune.ipynb #3bbdba21
-def _digest(x): return hashlib.sha256(json.dumps(x, sort_keys=True, default=str).encode()).hexdigest()[:12]
+def _digest(x):
+    text = json.dumps(x, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 def _digest_of_zeros(framework):
     "A digest of which weights are zero."
     h = hashlib.sha256()
-    for layer in layers(framework.tower): h.update(np.packbits((layer.weight.detach() == 0).cpu().numpy()))
+    for layer in layers(framework.tower):
+        is_zero = (layer.weight.detach() == 0).cpu().numpy()
+        h.update(np.packbits(is_zero))
     return h.hexdigest()[:12]
 
 def _in_words(selection):
@@ -137,6 +144,21 @@ def _in_words(selection):
     if selection is None: return ''
     digest = _digest([sorted(selection.train), sorted(selection.freeze)])
     return f"{selection.rule}: {len(selection.freeze)} frozen {digest}"
+
+def _recipe_settings(recipe):
+    "The fields of a recipe as plain values; how many processes load is no matter of the run."
+    settings = {}
+    for name,value in recipe.to_dict().items():
+        if name == 'workers': continue
+        if value is None: value = _OFF.get(name)
+        settings[f'recipe.{name}'] = list(value) if isinstance(value, tuple) else value
+    return settings
+
+def _weights_at_zero(framework):
+    "How many weights of the backbone's layers are zero."
+    zeros = 0
+    for layer in layers(framework.tower): zeros += int(layer.weight.numel() - layer.weight.count_nonzero())
+    return zeros
 
 def run_settings(
     framework:Framework, # A `Framework`, before the first step
@@ -148,15 +170,16 @@ def run_settings(
     "The settings of a run, as plain values."
     classes = list(getattr(data.vocabulary, 'names', data.vocabulary))
     data_name = getattr(data, 'name', type(data).__name__)
-    fields = {k: _OFF.get(k) if v is None else v for k,v in recipe.to_dict().items() if k != 'workers'}
-    settings = {f'recipe.{k}': list(v) if isinstance(v, tuple) else v for k,v in fields.items()}
-    zeros = sum(int(layer.weight.numel() - layer.weight.count_nonzero()) for layer in layers(framework.tower))
-    settings.update(framework=type(framework).__name__,
-                    parameters=_digest([(n, list(p.shape)) for n,p in framework.named_parameters()]),
-                    data=f"{data_name}, {len(data)} samples, {len(classes)} classes {_digest(classes)}",
-                    selection=_in_words(selection), weights_at_zero=zeros)
+    settings = _recipe_settings(recipe)
+    shapes = [(name, list(param.shape)) for name,param in framework.named_parameters()]
+    settings['framework'] = type(framework).__name__
+    settings['parameters'] = _digest(shapes)
+    settings['data'] = f"{data_name}, {len(data)} samples, {len(classes)} classes {_digest(classes)}"
+    settings['selection'] = _in_words(selection)
+    settings['weights_at_zero'] = _weights_at_zero(framework)
     for values in _layer_values(per_layer):
-        settings[f'{values.what}_of_layers'] = f"{values.rule} {_digest([sorted(values.items()), values.base])}"
+        digest = _digest([sorted(values.items()), values.base])
+        settings[f'{values.what}_of_layers'] = f"{values.rule} {digest}"
     return settings
 
 # %% ../../nbs/training/41_finetune.ipynb #2253b243
@@ -166,13 +189,15 @@ WEIGHTS_FILE = FileKind('opentrans-weights', 'weights', 'finetune, or a study')
 def _state_keys(opt):
     "What an optimizer of `build_optimizer` keeps for each weight."
     if isinstance(opt, torch.optim.AdamW): return ['exp_avg', 'exp_avg_sq', 'step']
-    return ['momentum_buffer'] if any(group['momentum'] for group in opt.param_groups) else []
+    has_momentum = any(group['momentum'] for group in opt.param_groups)
+    return ['momentum_buffer'] if has_momentum else []
 
 def _history_bits(rows, columns):
     """The rows of a history as float64, whose bits are given as int64: a file's numbers must be finite, and NaN
     stands for what was not measured."""
     values = [[row.get(column, math.nan) for column in columns] for row in rows]
-    return torch.tensor(values, dtype=torch.float64).reshape(len(rows), len(columns)).view(torch.int64)
+    table = torch.tensor(values, dtype=torch.float64)
+    return table.reshape(len(rows), len(columns)).view(torch.int64)
 
 class _CheckpointFile:
     "The file of a run, and the settings that it was begun with."
@@ -181,7 +206,8 @@ class _CheckpointFile:
         settings:dict, # As `run_settings` gives them
         lengthen:bool=False, # May a run that has ended go on with more iterations?
     ):
-        self.file = RunFile(Path(folder)/'last.safetensors', settings, CHECKPOINT_FILE)
+        path = Path(folder)/'last.safetensors'
+        self.file = RunFile(path, settings, CHECKPOINT_FILE)
         self.lengthen = lengthen
 
     @property
@@ -203,18 +229,22 @@ class _CheckpointFile:
         """The settings that the file names. If the run has ended and more iterations are asked for, the longer course
         stands in place of its own."""
         now = self.file.settings
-        before, wanted = was.get('recipe.iterations'), now.get('recipe.iterations')
+        before = was.get('recipe.iterations')
+        wanted = now.get('recipe.iterations')
         ended = metadata_value(meta, 'iteration', int, self.path) == before
         if not self.lengthen or not ended: return was
         if wanted is None or wanted <= before: return was
-        course = {f'recipe.{name}' for name in ('iterations', 'milestones', 'lr_warmup')}
-        return {**was, **{name: now[name] for name in course if name in now}}
+        longer = dict(was)
+        for name in ('recipe.iterations', 'recipe.milestones', 'recipe.lr_warmup'):
+            if name in now: longer[name] = now[name]
+        return longer
 
 # %% ../../nbs/training/41_finetune.ipynb #ef204979
 def _could_be(told, own):
     "Could a gradient scaler have this number in place of its own?"
+    if type(told) is not type(own): return False
     limit = 2**31 if isinstance(told, int) else 1e38
-    return type(told) is type(own) and 0 <= told < limit and bool(told or not own)
+    return 0 <= told < limit and bool(told or not own)
 
 # %% ../../nbs/training/41_finetune.ipynb #ef204980
 class _CheckpointParts(_CheckpointFile):
@@ -225,14 +255,17 @@ class _CheckpointParts(_CheckpointFile):
         if not 0 <= iteration <= most: raise self._damaged(f'it is at iteration {iteration:,} of {most:,}')
         columns = metadata_value(meta, 'columns', list[str], self.path)
         table = tensors.get('history')
-        fits = table is not None and table.dtype == torch.int64 and table.shape == (iteration, len(columns))
+        shape = (iteration, len(columns))
+        fits = table is not None and table.dtype == torch.int64 and table.shape == shape
         if not fits or len({*columns}) < len(columns):
             raise self._damaged('its history has another shape than its iterations')
-        numbers = table.view(torch.float64).tolist()
-        rows = [{column: v for column,v in zip(columns, row) if not math.isnan(v)} for row in numbers]
-        for i,row in enumerate(rows):
-            if row.get('iteration') != i or not math.isfinite(row.get('loss', math.nan)):
+        rows = []
+        for i,numbers in enumerate(table.view(torch.float64).tolist()):
+            row = {column: v for column,v in zip(columns, numbers) if not math.isnan(v)}
+            loss = row.get('loss', math.nan)
+            if row.get('iteration') != i or not math.isfinite(loss):
                 raise self._damaged('its history is none of iterations and losses')
+            rows.append(row)
         return rows
 
     def _check_state(self, state, meta, opt, names, iteration):
@@ -244,21 +277,24 @@ class _CheckpointParts(_CheckpointFile):
         lacking = iteration and keys and not learned
         if lacking or not {*learned} <= {*params}:
             raise self._damaged("its optimizer's state is not of the weights that learn")
-        like = {f'{name}.{key}': torch.zeros(()) if key == 'step' else params[name] for name in learned for key in keys}
+        like = {}
+        for name in learned:
+            for key in keys: like[f'{name}.{key}'] = torch.zeros(()) if key == 'step' else params[name]
         check_like(state, like, self.path, "optimizer's state")
-        least = min((float(tensor.min()) for name,tensor in state.items()
-                     if name.endswith(('.step', '.exp_avg_sq')) and tensor.numel()), default=0)
-        steps = max((float(tensor) for name,tensor in state.items() if name.endswith('.step')), default=0)
-        if least < 0 or steps > iteration:
-            raise self._damaged("its optimizer's state cannot be of so many steps")
+        for name,tensor in state.items():
+            is_step = name.endswith('.step')
+            is_no_sum = (is_step or name.endswith('.exp_avg_sq')) and tensor.numel() and float(tensor.min()) < 0
+            if is_no_sum or is_step and float(tensor) > iteration:
+                raise self._damaged("its optimizer's state cannot be of so many steps")
 
     def _scaler_state(self, meta, scaler):
         "The state of the gradient scaler: as many positive numbers as this one has."
         told = metadata_value(meta, 'scaler', dict[str, _Finite], self.path)
         own = scaler.state_dict() if scaler else {}
         if {*told} != {*own} or not all(_could_be(told[name], own[name]) for name in own):
-            raise self._damaged(
-                f"its gradient scaler has {shorten(told, 80) or 'nothing'} in place of {', '.join(own) or 'nothing'}")
+            found = shorten(told, 80) or 'nothing'
+            wanted = ', '.join(own) or 'nothing'
+            raise self._damaged(f"its gradient scaler has {found} in place of {wanted}")
         return told
 
 # %% ../../nbs/training/41_finetune.ipynb #2cbe7a78
@@ -269,12 +305,12 @@ class Checkpoint(_CheckpointParts):
              columns:Sequence[str], scaler:torch.amp.GradScaler|None=None):
         "Write weights, optimizer state and history. Raises `OpenTransError` if they are not finite."
         names = {param: name for name,param in framework.named_parameters()}
-        model = {f'model.{name}': tensor for name,tensor in framework.state_dict().items()}
-        tensors = {**model, **optimizer_tensors(opt, names, state=unmasked_states()),
-                   'history': _history_bits(rows, columns)}
+        tensors = _model_tensors(framework)
+        tensors.update(optimizer_tensors(opt, names, state=unmasked_states()))
+        tensors['history'] = _history_bits(rows, columns)
         learned = sorted(names[param] for param,state in opt.state.items() if state)
-        self.file.save(tensors, iteration=iteration, columns=columns, optimizer=learned,
-                       scaler=scaler.state_dict() if scaler else {})
+        scaler_state = scaler.state_dict() if scaler else {}
+        self.file.save(tensors, iteration=iteration, columns=columns, optimizer=learned, scaler=scaler_state)
 
     def load(self, framework:Framework, opt:torch.optim.Optimizer,
              scaler:torch.amp.GradScaler|None=None): # (iteration, history rows), or (0, []) if there is none
@@ -285,12 +321,14 @@ class Checkpoint(_CheckpointParts):
         tensors, meta = found
         iteration = metadata_value(meta, 'iteration', int, self.path)
         rows = self._rows(tensors, meta, iteration)
-        model, state = strip_prefix('model.', tensors), strip_prefix('optimizer.', tensors)
+        model = strip_prefix('model.', tensors)
+        state = strip_prefix('optimizer.', tensors)
         check_like(model, framework.state_dict(), self.path, 'weights')
         names = {param: name for name,param in framework.named_parameters()}
         self._check_state(state, meta, opt, names, iteration)
         scaler_state = self._scaler_state(meta, scaler)
-        if len(model)+len(state)+1 != len(tensors): raise self._damaged('it holds tensors that no run writes')
+        known = len(model)+len(state)+1
+        if known != len(tensors): raise self._damaged('it holds tensors that no run writes')
         _put(framework, model) # from here on nothing can fail
         restore_optimizer(opt, tensors, names, self.path)
         if scaler: scaler.load_state_dict(scaler_state)
@@ -302,13 +340,19 @@ def _put(model, tensors):
     "Copy tensors that were checked into a model."
     for name,own in model.state_dict().items(): own.copy_(tensors[name])
 
+def _model_tensors(framework):
+    "The weights of a framework, as files of runs name them."
+    return {f'model.{name}': tensor for name,tensor in framework.state_dict().items()}
+
 def _read_weights(source):
     "The tensors of a checkpoint of `finetune`, of a file that it wrote, or of any file with a state dict."
     if isinstance(source, dict): return source
     if Path(source).suffix != '.safetensors': return state_dict_of(read_checkpoint(source), source)
     kinds = {kind.name: kind for kind in (CHECKPOINT_FILE, WEIGHTS_FILE)}
     found = load_metadata(source).get('format')
-    return load_tensors(source, kind=kinds[found])[0] if found in kinds else read_checkpoint(source)
+    if found not in kinds: return read_checkpoint(source)
+    tensors,_ = load_tensors(source, kind=kinds[found])
+    return tensors
 
 def load_framework(
     framework:torch.nn.Module, # A `Framework` of the same shape
@@ -335,14 +379,16 @@ def _names_in(vocabulary): return list(getattr(vocabulary, 'names', vocabulary) 
 def _check_data(framework, data):
     "Raises `OpenTransError` for data without samples, or with other classes than the framework was built for."
     if not len(data):
-        raise OpenTransError(f"The data set {getattr(data, 'name', '')!r} is empty. Check its root and split.")
-    built,there = _names_in(framework.vocabulary or []),_names_in(data.vocabulary)
+        name = getattr(data, 'name', '')
+        raise OpenTransError(f"The data set {name!r} is empty. Check its root and split.")
+    built = _names_in(framework.vocabulary or [])
+    there = _names_in(data.vocabulary)
     if built != there:
         examples = [name for name in there if name not in built] or there
+        listed = ', '.join(examples[:3])
         raise OpenTransError(
-            f"The framework was built for {len(built)} classes and the data has {len(there)} (e.g. "
-            f"{', '.join(examples[:3])}), or in another order. Build it with vocabulary=data.vocabulary; other names "
-            f"are for evaluate and predict.")
+            f"The framework was built for {len(built)} classes and the data has {len(there)} (e.g. {listed}), or in "
+            f"another order. Build it with vocabulary=data.vocabulary; other names are for evaluate and predict.")
 
 class _History:
     "Rows of numbers, one an iteration, and the same as `history.csv`."
@@ -352,7 +398,9 @@ class _History:
         self.written = 0 # rows that the file has, in these columns
         self.written_columns = None
     @property
-    def columns(self): return list(dict.fromkeys(column for row in self.rows for column in row))
+    def columns(self):
+        names = dict.fromkeys(column for row in self.rows for column in row)
+        return list(names)
     def frame(self):
         frame = pd.DataFrame(self.rows, columns=self.columns)
         return frame.astype(dict(iteration=int)) if self.rows else frame
@@ -361,8 +409,11 @@ class _History:
         anew. Raises `WriteError`."""
         if self.path is None or self.written == len(self.rows): return
         columns = self.columns
-        if columns != self.written_columns: self.written,self.written_columns = 0,columns
-        text = csv_text(self.frame().iloc[self.written:], header=not self.written, index=False)
+        if columns != self.written_columns:
+            self.written = 0
+            self.written_columns = columns
+        new = self.frame().iloc[self.written:]
+        text = csv_text(new, header=not self.written, index=False)
         if self.written: self._add(text)
         else: save_text(text, self.path)
         self.written = len(self.rows)
@@ -388,7 +439,9 @@ def _stop_requests(keep):
             os.write(2, b'finishing this iteration, for its checkpoint; once more ends at once\n')
         asked.append(signal.Signals(number))
     # a worker of a study ignores Ctrl-C, and `signal_handlers` leaves it so
-    with signal_handlers(note, signal.SIGTERM, *([signal.SIGINT] if keep else [])): yield asked
+    watched = [signal.SIGTERM]
+    if keep: watched.append(signal.SIGINT)
+    with signal_handlers(note, *watched): yield asked
 
 def _place_of(framework, device, team):
     "The device of a run: that of this process, the one that was asked for, or where the framework is."
@@ -396,6 +449,17 @@ def _place_of(framework, device, team):
     return device_of(framework) if device is None else pick_device(str(device))
 
 # %% ../../nbs/training/41_finetune.ipynb #4325117c
+def _check_intervals(**intervals):
+    "Raises `OpenTransError` for what is no number of iterations; None stands for never."
+    for name,number in intervals.items():
+        if number is not None: check_number(name, number, 1, _MOST, whole=True)
+
+def _end_as_asked(run, request):
+    "Raises what tells that a run ended because a signal asked it to."
+    why = f"The run was asked to end ({request.name}) and stopped after iteration {run.iteration-1}. {run.kept()}"
+    if request == signal.SIGINT: raise KeyboardInterrupt(why)
+    raise Interrupted(why, 128+request)
+
 def finetune(
     framework:Framework, # A `Framework`, trained in place
     data:Dataset, # Data set with the framework's vocabulary
@@ -431,14 +495,14 @@ def finetune(
     eval_every = none_if_off(eval_every, 0)
     print_every = none_if_off(print_every, 0)
     check_number('checkpoint_every', checkpoint_every, 1, _MOST, whole=True)
-    for name,number in (('eval_every', eval_every), ('print_every', print_every)):
-        if number is not None: check_number(name, number, 1, _MOST, whole=True)
+    _check_intervals(eval_every=eval_every, print_every=print_every)
     recipe = recipe or Recipe.tiny()
     team = Processes(device)
     _check_data(framework, data)
     if tensorboard and not checkpoint_dir:
         raise OpenTransError("tensorboard=True writes into the folder of the run: give checkpoint_dir, too.")
-    framework.to(_place_of(framework, device, team))
+    place = _place_of(framework, device, team)
+    framework.to(place)
     with contextlib.ExitStack() as stack:
         if checkpoint_dir: stack.enter_context(team.lock(checkpoint_dir))
         stack.enter_context(seeded(recipe.seed))
@@ -446,15 +510,15 @@ def finetune(
         if mask is not None: stack.enter_context(mask.apply(framework))
         if selection is not None: stack.enter_context(selection.apply(framework))
         stack.enter_context(freeze_by_recipe(framework, recipe))
-        run = stack.enter_context(
-            _Run(framework, data, recipe, selection, checkpoint_dir, team, per_layer, lengthen))
+        run = _Run(framework, data, recipe, selection, checkpoint_dir, team, per_layer, lengthen)
+        stack.enter_context(run)
         if team.main:
             board = Path(checkpoint_dir)/'tensorboard' if tensorboard else None
             run.logger = RunLogger(recipe.iterations, run.iteration, print_every, board)
         regions = getattr(framework, 'uses_regions', True) # a loss that reads labels alone needs none
         loaded = batches(data, recipe, run.iteration, team, regions, run.device)
-        if team.main:
-            loaded = progress(loaded, 'fine-tuning', recipe.iterations-run.iteration, lines=not print_every)
+        left = recipe.iterations-run.iteration
+        if team.main: loaded = progress(loaded, 'fine-tuning', left, lines=not print_every)
         for batch in loaded:
             row = run.step(batch)
             done = run.iteration == recipe.iterations
@@ -467,12 +531,7 @@ def finetune(
             if stop: break
         run.save()
         framework.eval()
-        if asked:
-            why = (
-                f"The run was asked to end ({asked[0].name}) and stopped after iteration {run.iteration-1}. "
-                f"{run.kept()}")
-            if asked[0] == signal.SIGINT: raise KeyboardInterrupt(why)
-            raise Interrupted(why, 128+asked[0])
+        if asked: _end_as_asked(run, asked[0])
     return run.history.frame()
 
 # %% ../../nbs/training/41_finetune.ipynb #e95bbffe
@@ -489,19 +548,24 @@ class _RunState:
         self.opt = build_optimizer(framework, recipe, per_layer)
         self.device = device_of(framework)
         self.scaler = torch.amp.GradScaler(self.device.type) if recipe.precision == 'fp16' else None
-        settings = run_settings(framework, data, recipe, selection, per_layer) if folder or self.team.n > 1 else {}
+        is_shared = self.team.n > 1
+        settings = run_settings(framework, data, recipe, selection, per_layer) if folder or is_shared else {}
         self.checkpoint = Checkpoint(folder, settings, lengthen) if folder else None
-        self.iteration,rows = (
-            self.team.together(lambda: self.checkpoint.load(framework, self.opt, self.scaler)) if folder else (0, []))
-        if self.team.n > 1:
+        self.iteration,rows = self.team.together(self._loaded) if folder else (0, [])
+        if is_shared:
             self.team.same(_digest(settings), 'settings')
             self.team.same(_digest_of_zeros(framework), 'pruned weights')
             self.team.same(self.iteration, 'checkpoints (iterations)')
         self.history = _History(rows, folder if self.team.main else None)
         self.saved = self.iteration # of the last checkpoint
-        self.best = max((r['miou'] for r in rows if 'miou' in r), default=-1.)
+        scores = [row['miou'] for row in rows if 'miou' in row]
+        self.best = max(scores, default=-1.)
         train_mode(framework, recipe)
         self.losses,self.unwrap = self.team.wrap(framework, recipe.norm == 'train')
+
+    def _loaded(self):
+        "Iteration and history of the checkpoint, whose state is put in place."
+        return self.checkpoint.load(self.framework, self.opt, self.scaler)
 
     def __enter__(self): return self
     def __exit__(self, kind, error, *_):
@@ -510,9 +574,9 @@ class _RunState:
         self.unwrap.remove()
         lost = self.team.n > 1 and isinstance(error, RuntimeError) and _LOST.search(str(error))
         if lost:
+            why = str(error).splitlines()[0][:120]
             raise Interrupted(
-                f"{self.team} lost another one at iteration {self.iteration} ({str(error).splitlines()[0][:120]}). "
-                f"{self.kept()}") from error
+                f"{self.team} lost another one at iteration {self.iteration} ({why}). {self.kept()}") from error
 
     def kept(self):
         "Which checkpoint there is to go on from, in a sentence."
@@ -525,37 +589,44 @@ class _Run(_RunState):
     "A fine-tuning run: a step, an evaluation, and what is written of them."
     def step(self, batch:dict):
         "One iteration; all chance in it comes from the recipe's seed, its number and the process."
-        i,r = self.iteration,self.recipe
-        seed_everything((r.seed*1_000_003 + i + self.team.rank*2_654_435_761) % 2**32)
+        i = self.iteration
+        r = self.recipe
+        seed = (r.seed*1_000_003 + i + self.team.rank*2_654_435_761) % 2**32
+        seed_everything(seed)
         share = r.lr_at(i)
         for g in self.opt.param_groups: g['lr'] = g['base']*share
         terms = train_step(self.losses, to_device(batch, self.device), self.opt, r, self.scaler, self.team.mean)
         loss = sum(v for k,v in terms.items() if k != 'grad_norm')
         if not math.isfinite(loss):
+            listed = ', '.join(f'{k}={v:.4g}' for k,v in terms.items())
+            images = batch.get('ids', [])[:4]
             raise OpenTransError(
-                f"The loss is not finite at iteration {i} ({', '.join(f'{k}={v:.4g}' for k,v in terms.items())}; "
-                f"images {batch.get('ids', [])[:4]}). {self.kept()} "
+                f"The loss is not finite at iteration {i} ({listed}; images {images}). {self.kept()} "
                 "Lower lr, set clip_grad or lr_warmup, or look at these images.")
-        self.history.rows.append(dict(iteration=i, loss=loss, **terms, lr=r.lr*share))
+        row = dict(iteration=i, loss=loss, **terms, lr=r.lr*share)
+        self.history.rows.append(row)
         self.iteration += 1
-        return self.history.rows[-1]
+        return row
 
     def evaluate(self, val):
         "Evaluate; the best weights so far are kept apart."
-        self.history.rows[-1]['miou'] = miou = evaluate(self.framework, val)['miou']
+        miou = evaluate(self.framework, val)['miou']
+        self.history.rows[-1]['miou'] = miou
         if miou > self.best:
             self.best = miou
             if self.folder: self.team.together(self._keep_best)
 
     def _keep_best(self):
         if not self.team.main: return
-        tensors = {f'model.{name}': tensor for name,tensor in self.framework.state_dict().items()}
-        save_tensors(tensors, Path(self.folder)/'best.safetensors', dict(iteration=self.iteration, miou=self.best),
-                     WEIGHTS_FILE)
+        path = Path(self.folder)/'best.safetensors'
+        told = dict(iteration=self.iteration, miou=self.best)
+        save_tensors(_model_tensors(self.framework), path, told, WEIGHTS_FILE)
 
     def save(self):
         "Write the checkpoint, if there is a folder and something new; one process does so for all."
-        if self.checkpoint is None or (self.saved == self.iteration and self.checkpoint.path.exists()): return
+        if self.checkpoint is None: return
+        is_written = self.saved == self.iteration and self.checkpoint.path.exists()
+        if is_written: return
         self.team.together(self._write)
         self.saved = self.iteration
 

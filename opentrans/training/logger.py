@@ -35,17 +35,20 @@ class RunLogger:
 
     def line(self, row:dict)->str:
         "Iteration, loss, rate, speed, and the time that remains."
-        done = row['iteration']+1-self.start
-        pace = (time.monotonic()-self.began)/max(done, 1)
+        number = row['iteration']+1
+        done = max(number-self.start, 1)
+        pace = (time.monotonic()-self.began)/done
+        left = time_left(pace*(self.iterations-number))
         miou = f"  miou {row['miou']:.4f}" if 'miou' in row else ''
-        return (
-            f"iteration {row['iteration']+1}/{self.iterations}  loss {row['loss']:.4f}  lr {row['lr']:.3g}{miou}  "
-            f"{pace:.3f} s each, {time_left(pace*(self.iterations-row['iteration']-1))} left")
+        return (f"iteration {number}/{self.iterations}  loss {row['loss']:.4f}  lr {row['lr']:.3g}{miou}  "
+                f"{pace:.3f} s each, {left} left")
 
     def __call__(self, row:Mapping[str, Any]):
         if self.board: self._draw(row)
-        if self.every and ((row['iteration']+1) % self.every == 0 or row['iteration']+1 == self.iterations):
-            print(self.line(row), file=self.to or sys.stderr, flush=True)
+        if not self.every: return
+        number = row['iteration']+1
+        is_due = number % self.every == 0 or number == self.iterations
+        if is_due: print(self.line(row), file=self.to or sys.stderr, flush=True)
 
     def _draw(self, row):
         for name,value in row.items():

@@ -58,7 +58,8 @@ class RunPlan:
         share = self.batch_size/self.processes
         compute = self.step_fixed*self.accumulate + self.step_per_image*share
         load = self.load_per_image*share
-        return max(compute, load/self.workers) if self.workers else compute + load
+        if not self.workers: return compute + load
+        return max(compute, load/self.workers)
 
     @property
     def hours(self)->float: return self.seconds*self.iterations/3600
@@ -76,8 +77,10 @@ class RunPlan:
     def least_parts(self)->int|None:
         "The fewest parts of a batch that fit, or None if not even one image does."
         share = math.ceil(self.batch_size/self.processes)
-        return next((n for n in range(1, share+1) if self.fixed + self.per_image*math.ceil(share/n) <= self.room),
-                    None)
+        for parts in range(1, share+1):
+            images = math.ceil(share/parts)
+            if self.fixed + self.per_image*images <= self.room: return parts
+        return None
 
     def check(self)->None:
         "Raises `OpenTransError` if the run cannot fit, with what would."
@@ -85,16 +88,22 @@ class RunPlan:
         parts = self.least_parts()
         advice = (f"Cut the batch into {parts} parts (accumulate={parts}), or share it among more processes."
                   if parts else "Give smaller crops, or a device with more memory.")
+        needed = self.memory/1e9
+        room = self.room/1e9
         raise OpenTransError(
-            f"The run needs about {self.memory/1e9:.1f} GB in each process, {self.part} images at a time, and "
-            f"{self.device} has {self.room/1e9:.1f} GB. {advice}")
+            f"The run needs about {needed:.1f} GB in each process, {self.part} images at a time, and "
+            f"{self.device} has {room:.1f} GB. {advice}")
 
     def table(self)->pd.Series: # Text by what it is
         "The plan as a table: memory and time of a process, and of the whole run."
+        needed = self.memory/1e9
+        room = self.room/1e9
+        fixed = self.fixed/1e9
+        each = self.per_image/1e9
         return pd.Series({
-            'memory of a process': f'{self.memory/1e9:.2f} GB of {self.room/1e9:.1f} ({self.device})',
-            '... whatever the batch': f'{self.fixed/1e9:.2f} GB',
-            '... for each image': f'{self.per_image/1e9:.3f} GB, {self.part} at a time',
+            'memory of a process': f'{needed:.2f} GB of {room:.1f} ({self.device})',
+            '... whatever the batch': f'{fixed:.2f} GB',
+            '... for each image': f'{each:.3f} GB, {self.part} at a time',
             'a batch': f'{self.batch_size} images, {self.processes} process(es), {self.accumulate} part(s)',
             'an iteration': f'{self.seconds:.2f} s',
             '... to compute an image': f'{self.step_per_image:.3f} s',
@@ -113,8 +122,9 @@ def device_room(
 
 def _fullest(data, samples):
     "Of the first few images, the one with the most regions: it needs the most memory."
-    counts = [len(data[i]['region_classes']) for i in range(min(samples, len(data)))]
-    return max(range(len(counts)), key=counts.__getitem__)
+    count = min(samples, len(data))
+    regions = [len(data[i]['region_classes']) for i in range(count)]
+    return regions.index(max(regions))
 
 @contextlib.contextmanager
 def _quiet():
@@ -133,20 +143,22 @@ def _measure(framework, data, recipe, selection, mask, images):
     trained = copy.deepcopy(framework)
     course = recipe.replace(iterations=2, batch_size=images, accumulate=1, workers=0, schedule='constant',
                             milestones=())
+    def note_end(*_): ends.append(time.perf_counter())
     def train():
-        with _quiet():
-            finetune(trained, data, course, selection=selection, mask=mask,
-                     callback=lambda *_: ends.append(time.perf_counter()))
+        with _quiet(): finetune(trained, data, course, selection=selection, mask=mask, callback=note_end)
     needed = peak_memory(train, device)
     return needed, ends[1]-ends[0]
 
 # %% ../../nbs/training/43_plan.ipynb #86635526
 def _load_seconds(framework, data, recipe, samples):
     "CPU seconds to read and cut one image, as `finetune` does."
+    course = recipe.replace(batch_size=samples, accumulate=1, workers=0)
+    regions = getattr(framework, 'uses_regions', True)
     began = time.process_time()
-    next(batches(data, recipe.replace(batch_size=samples, accumulate=1, workers=0),
-                 regions=getattr(framework, 'uses_regions', True)))
-    return (time.process_time()-began)/samples
+    loaded = batches(data, course, regions=regions)
+    next(loaded)
+    took = time.process_time()-began
+    return took/samples
 
 def _two_sizes(framework, data, recipe, selection, mask):
     """What iterations of two sizes need: (number of images, bytes, seconds) of each. The sizes are 2 and 3 where one
@@ -155,6 +167,10 @@ def _two_sizes(framework, data, recipe, selection, mask):
     except OpenTransError as error:
         if 'norm' not in str(error): raise
         return [(n, *_measure(framework, data, recipe, selection, mask, n)) for n in (2, 3)]
+
+def _bytes_of(tensors):
+    "The memory that some tensors fill."
+    return sum(tensor.numel()*tensor.element_size() for tensor in tensors)
 
 def plan_run(
     framework:Framework, # A `Framework`; a copy of it is trained for a few iterations
@@ -174,17 +190,19 @@ def plan_run(
             f"A batch of {recipe.batch_size} images cannot be shared by {processes} processes: give a batch size "
             f"that is a multiple of {processes}.")
     fullest = View(data, [_fullest(data, samples)]*4)
-    (few, few_bytes, few_seconds), (many, many_bytes, many_seconds) = _two_sizes(
-        framework, fullest, recipe, selection, mask)
-    per_image = max((many_bytes-few_bytes)/(many-few), 0.)
-    step_per_image = max((many_seconds-few_seconds)/(many-few), 0.)
-    weights = sum(t.numel()*t.element_size() for t in framework.state_dict().values())
-    gradients = sum(p.numel()*p.element_size() for p in framework.parameters())
+    sizes = _two_sizes(framework, fullest, recipe, selection, mask)
+    (few, few_bytes, few_seconds), (many, many_bytes, many_seconds) = sizes
+    more = many-few
+    per_image = max((many_bytes-few_bytes)/more, 0.)
+    step_per_image = max((many_seconds-few_seconds)/more, 0.)
+    measured = max(few_bytes-per_image*few, 0.)
+    step_fixed = max(few_seconds-step_per_image*few, 0.)
+    weights = _bytes_of(framework.state_dict().values())
+    gradients = _bytes_of(framework.parameters())
     buckets = gradients if processes > 1 else 0 # in which gradients travel
     device = device_of(framework)
+    load_per_image = _load_seconds(framework, data, recipe, samples)
     return RunPlan(iterations=recipe.iterations, images=len(data), batch_size=recipe.batch_size,
-                   processes=processes, accumulate=recipe.accumulate,
-                   fixed=max(few_bytes-per_image*few, 0.)+weights+buckets, per_image=per_image,
-                   room=device_room(device), device=str(device),
-                   step_fixed=max(few_seconds-step_per_image*few, 0.), step_per_image=step_per_image,
-                   load_per_image=_load_seconds(framework, data, recipe, samples), workers=recipe.workers)
+                   processes=processes, accumulate=recipe.accumulate, fixed=measured+weights+buckets,
+                   per_image=per_image, room=device_room(device), device=str(device), step_fixed=step_fixed,
+                   step_per_image=step_per_image, load_per_image=load_per_image, workers=recipe.workers)

@@ -67,7 +67,8 @@ def _milestones(values):
 # %% ../../nbs/training/40_recipe.ipynb #6547b591
 def _scale_range(values):
     "The smallest and the largest size; None if images keep theirs. Raises `OpenTransError`."
-    sizes = tuple(_ranged('scale', value, 0, _WIDEST, whole=False) for value in _listed('scale', values, (.5, 2.)))
+    listed = _listed('scale', values, (.5, 2.))
+    sizes = tuple(_ranged('scale', value, 0, _WIDEST, whole=False) for value in listed)
     if len(sizes) != 2 or not 0 < sizes[0] <= sizes[1]:
         raise OpenTransError(f"scale={sizes} must be (smallest, largest), e.g. (0.5, 2.0).")
     return sizes if sizes != _OFF['scale'] else None
@@ -110,18 +111,16 @@ class _Course:
     workers:int = 0 # Processes that load data; 0 loads in this one
 
     def __post_init__(self)->None:
-        for name,older in _OFF.items(): self._set(name, none_if_off(getattr(self, name), older))
+        for name,older in _OFF.items():
+            value = none_if_off(getattr(self, name), older)
+            self._set(name, value)
         for name,choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise unknown(f'{name} of a recipe', getattr(self, name), choices)
-        kinds = _kinds(self)
-        for name,(least,most) in _RANGES.items():
-            if name in _OFF and getattr(self, name) is None: continue
-            self._set(name, _ranged(name, getattr(self, name), least, most, kinds[name] is int))
-        for name,edge in dict(momentum=1, gamma=0, power=0).items():
-            if getattr(self, name) == edge:
-                raise OpenTransError(f"{name}={edge}: it must be {'below' if edge else 'above'} {edge}.")
-        for name in ('decay_norms', 'channels_last'): self._set(name, _truth(name, getattr(self, name)))
+            value = getattr(self, name)
+            if value not in choices: raise unknown(f'{name} of a recipe', value, choices)
+        self._check_numbers()
+        for name in ('decay_norms', 'channels_last'):
+            value = _truth(name, getattr(self, name))
+            self._set(name, value)
         if self.crop is not None and self.crop < LEAST_CROP:
             raise OpenTransError(
                 f"crop={self.crop}: give None, for whole images, or a side of at least {LEAST_CROP} pixels.")
@@ -131,21 +130,36 @@ class _Course:
         self._set('milestones', _milestones(self.milestones))
         if self.scale is not None: self._set('scale', _scale_range(self.scale))
 
+    def _check_numbers(self):
+        "Bring each number into its range. Raises `OpenTransError`."
+        kinds = _kinds(self)
+        for name,(least,most) in _RANGES.items():
+            value = getattr(self, name)
+            if name in _OFF and value is None: continue
+            whole = kinds[name] is int
+            self._set(name, _ranged(name, value, least, most, whole))
+        for name,edge in dict(momentum=1, gamma=0, power=0).items():
+            if getattr(self, name) == edge:
+                side = 'below' if edge else 'above'
+                raise OpenTransError(f"{name}={edge}: it must be {side} {edge}.")
+
     def _set(self, name, value): object.__setattr__(self, name, value)
 
     def replace(self, **kw:Any)->Self:
         "The same with other values. Raises `OpenTransError` for an unknown name."
-        names = [f.name for f in dataclasses.fields(self)]
-        for k in kw:
-            if k not in names: raise unknown('setting of a recipe', k, names)
+        names = [field.name for field in dataclasses.fields(self)]
+        for name in kw:
+            if name not in names: raise unknown('setting of a recipe', name, names)
         return dataclasses.replace(self, **kw)
 
     def shorten(self, iterations:int)->Self:
         "The same course in fewer (or more) iterations: milestones and warm-up of the learning rate move along."
-        share = check_number('iterations', iterations, 0, _MOST, whole=True)/max(self.iterations, 1)
+        wanted = check_number('iterations', iterations, 0, _MOST, whole=True)
+        share = wanted/max(self.iterations, 1)
         milestones = tuple(round(milestone*share) for milestone in self.milestones)
-        return self.replace(iterations=iterations, milestones=milestones, lr_warmup=round(self.lr_warmup*share),
-                            offset=round(self.offset*share))
+        lr_warmup = round(self.lr_warmup*share)
+        offset = round(self.offset*share)
+        return self.replace(iterations=iterations, milestones=milestones, lr_warmup=lr_warmup, offset=offset)
 
     def first(self, iterations:int)->Self:
         """The beginning of the same course: so many iterations, at the rates that the whole course has there.
@@ -169,8 +183,9 @@ class _Course:
     def lr_at(self, iteration:int)->float:
         "The learning rate of an iteration, as a share of `lr`."
         at = iteration+self.offset
+        end = max(self.iterations+self.offset, 1)
         warmed = min(1., (at+1)/(self.lr_warmup+1))
-        passed = min(at/max(self.iterations+self.offset, 1), 1.)
+        passed = min(at/end, 1.)
         falls = sum(at >= milestone for milestone in self.milestones)
         by_schedule = dict(step=self.gamma**falls, poly=(1-passed)**self.power, cosine=cosine_share(passed),
                            constant=1.)
@@ -189,7 +204,8 @@ class Recipe(_Course):
         settings are "identical"."""
         framework = get_framework(name)
         if framework.recipe is None: framework = get_framework('deeplabv3')
-        return cls(**(getattr(framework, source) or framework.recipe))
+        settings = getattr(framework, source) or framework.recipe
+        return cls(**settings)
 
     @classmethod
     def paper(cls,
@@ -232,8 +248,8 @@ class Recipe(_Course):
         "A recipe from plain values. Raises `OpenTransError` for an unknown field, or a value of the wrong kind."
         if isinstance(values, str): values = parse_json(values, f'the recipe {shorten(values, 60)}')
         if not isinstance(values, dict):
-            raise OpenTransError(
-                f"A recipe is made of names with values, such as {{'lr': 0.001}}, not of a {type(values).__name__}.")
+            kind = type(values).__name__
+            raise OpenTransError(f"A recipe is made of names with values, such as {{'lr': 0.001}}, not of a {kind}.")
         values = dict(values)
         preset = values.pop('preset', None)
         framework = values.pop('framework', framework)
@@ -245,7 +261,8 @@ class Recipe(_Course):
         for name in values:
             if name not in kinds: raise unknown('setting of a recipe', name, [*kinds, 'preset'])
         recipe = presets[preset]() if preset else base or cls()
-        return recipe.replace(**{name: _field_value(name, kinds[name], value) for name,value in values.items()})
+        changed = {name: _field_value(name, kinds[name], value) for name,value in values.items()}
+        return recipe.replace(**changed)
 
 # %% ../../nbs/training/40_recipe.ipynb #8e21df67
 _SETTINGS = 2**20 # Bytes; a longer file is none of settings
@@ -265,8 +282,8 @@ def _read_yaml(text, path):
     except RecursionError: raise FormatError(f"'{path}' is nested too deeply to be read.") from None
     # the reader of YAML fails with any of them: for a date that is none, a key that is a list
     except Exception as error:
-        raise FormatError(
-            f"'{path}' is not YAML of plain values: {shorten(' '.join(str(error).split()))}.") from None
+        why = ' '.join(str(error).split())
+        raise FormatError(f"'{path}' is not YAML of plain values: {shorten(why)}.") from None
     return value
 
 def read_settings(
@@ -279,9 +296,10 @@ def read_settings(
     text = read_text(path, _SETTINGS)
     value = parse_json(text, f"'{path}'") if kind == '.json' else _read_yaml(text, path)
     if value is None: return {}
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise OpenTransError(
-            f"'{path}' holds a {type(value).__name__}: expected names with values, such as 'batch_size: 16'.")
+    has_names = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+    if not has_names:
+        held = type(value).__name__
+        raise OpenTransError(f"'{path}' holds a {held}: expected names with values, such as 'batch_size: 16'.")
     return value
 
 _EXPECTED = {tuple: 'numbers, e.g. 40000,45000', bool: 'true or false', int: 'a whole number', float: 'a number',
@@ -306,19 +324,21 @@ def _numbers(value):
     return tuple(int(number) if number.is_integer() else number for number in made)
 
 # %% ../../nbs/training/40_recipe.ipynb #8758c907
+_TRUTHS = {'true': True, '1': True, 'false': False, '0': False}
+
 def _field_value(name, kind, value):
     "A value as the type of a field; YAML and flags give numbers as text."
     none = value is None or (isinstance(value, str) and value.lower() in ('none', 'null'))
     if none and name in _OFF: return None
     try:
-        if kind is bool: return {'true': True, '1': True, 'false': False, '0': False}[str(value).lower()]
+        if kind is bool: return _TRUTHS[str(value).lower()]
         if kind is tuple: return _numbers(value)
         if kind in (int, float): return _number(value, kind is int)
         if isinstance(value, str): return value
         raise ValueError(value)
     except (ValueError, TypeError, KeyError, OverflowError, AttributeError):
-        raise OpenTransError(
-            f"{name}={shorten(repr(value), 80)} in a recipe: expected {_EXPECTED[kind]}.") from None
+        given = shorten(repr(value), 80)
+        raise OpenTransError(f"{name}={given} in a recipe: expected {_EXPECTED[kind]}.") from None
 
 # %% ../../nbs/training/40_recipe.ipynb #1a0e5e8b
 def _layer_values(per_layer):
@@ -326,10 +346,11 @@ def _layer_values(per_layer):
     if per_layer is None: per_layer = []
     values = [per_layer] if hasattr(per_layer, 'factors') else list(per_layer)
     kinds = [getattr(v, 'what', type(v).__name__) for v in values]
-    if set(kinds) <= {'lr', 'weight_decay'} and len(set(kinds)) == len(kinds): return values
+    differ = len(set(kinds)) == len(kinds)
+    if set(kinds) <= {'lr', 'weight_decay'} and differ: return values
+    held = ', '.join(map(str, kinds))
     raise OpenTransError(
-        f"per_layer holds {', '.join(map(str, kinds))}: give what lr_groups and decay_groups of a LayerTable made, "
-        f"one of each at most.")
+        f"per_layer holds {held}: give what lr_groups and decay_groups of a LayerTable made, one of each at most.")
 
 def param_groups(
     framework:Framework, # A `Framework` in which all freezing has been done
@@ -347,11 +368,15 @@ def param_groups(
     groups = {}
     for param in framework.parameters():
         if not param.requires_grad: continue
-        part = 'backbone' if id(param) in in_backbone else 'head'
-        base = recipe.lr*(recipe.backbone_lr if part == 'backbone' else 1.)*lr_factors.get(id(param), 1.)
-        decay = (0. if id(param) in undecayed else recipe.weight_decay)*decay_factors.get(id(param), 1.)
+        key = id(param)
+        part = 'backbone' if key in in_backbone else 'head'
+        share = recipe.backbone_lr if part == 'backbone' else 1.
+        base = recipe.lr*share*lr_factors.get(key, 1.)
+        decay = 0. if key in undecayed else recipe.weight_decay
+        decay = decay*decay_factors.get(key, 1.)
         empty = dict(params=[], name=part, lr=base, base=base, weight_decay=decay)
-        groups.setdefault((part, decay, base), empty)['params'].append(param)
+        group = groups.setdefault((part, decay, base), empty)
+        group['params'].append(param)
     if not groups:
         raise OpenTransError(
             "Nothing learns: every parameter is frozen. Check the layer selection, backbone_lr and norm of the "
