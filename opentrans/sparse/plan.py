@@ -42,18 +42,27 @@ class Taps:
         "How far a kernel looks beyond its own pixel."
         def low(a): return int(-min(a.min(), 0))
         def high(a): return int(max(a.max(), 0))
-        return low(self.down), high(self.down), low(self.right), high(self.right)
+        up, down = low(self.down), high(self.down)
+        left, right = low(self.right), high(self.right)
+        return up, down, left, right
 
 def _taps(conv, height, width):
     "The places of a kernel on images of a size, and the planes that it needs."
-    kernel, stride, (above, _, left, _) = conv.weight.shape[2:], conv.stride[0], conv.around(height, width)
-    rows = np.arange(kernel[0])*conv.dilation[0] - above
-    columns = np.arange(kernel[1])*conv.dilation[1] - left
-    begins = sorted({(int(r) % stride, int(c) % stride) for r in rows for c in columns})
+    kernel_rows, kernel_columns = conv.weight.shape[2:]
+    row_step, column_step = conv.dilation
+    stride = conv.stride[0]
+    above, _, left, _ = conv.around(height, width)
+    rows = np.arange(kernel_rows)*row_step - above
+    columns = np.arange(kernel_columns)*column_step - left
+    row_begins = [int(row) % stride for row in rows]
+    column_begins = [int(column) % stride for column in columns]
+    begins = sorted({(top, first) for top in row_begins for first in column_begins})
     number = {begin: i for i, begin in enumerate(begins)}
-    plane = np.array([[number[int(r) % stride, int(c) % stride] for c in columns] for r in rows])
-    down, right = np.meshgrid(rows//stride, columns//stride, indexing='ij')
-    return Taps(plane, down, right), begins
+    plane = np.array([[number[top, first] for first in column_begins] for top in row_begins])
+    planes_down, planes_right = rows//stride, columns//stride
+    down, right = np.meshgrid(planes_down, planes_right, indexing='ij')
+    taps = Taps(plane, down, right)
+    return taps, begins
 
 # %% ../../nbs/07e_plan.ipynb #c6a945e0
 @dataclass
@@ -78,7 +87,9 @@ class Layout:
     reached:bool = False # Does anyone look beyond a pixel?
 
     @property
-    def origin(self): return -(-(self.above*self.row + self.left)//16)*16
+    def origin(self):
+        margin = self.above*self.row + self.left
+        return -(-margin//16)*16
 
     def stride(self, height:int):
         "From channel to channel: an odd multiple of a cache line."
@@ -94,7 +105,8 @@ class _Classes:
         while self.parent[name] != name: name = self.parent[name]
         return name
     def join(self, *names):
-        first, *others = [self.find(name) for name in names if name is not None]
+        roots = [self.find(name) for name in names if name is not None]
+        first, *others = roots
         for other in others: self.parent[other] = first
 
 # %% ../../nbs/07e_plan.ipynb #670114ac
@@ -108,14 +120,20 @@ SHORTEST = 8 # weights of an output channel that a group should have
 def _block_sizes(pixels, machine, most, least=1):
     "Vectors in a block: as few wasted pixels as possible, and not too short blocks."
     def price(vectors):
-        blocks = -(-pixels//(vectors*machine.width))
-        return blocks*vectors*(1 + .4/vectors), -vectors
-    return min(range(least, most + 1), key=price)
+        block = vectors*machine.width
+        blocks = -(-pixels//block)
+        cycles = blocks*vectors*(1 + .4/vectors)
+        return cycles, -vectors
+    sizes = range(least, most + 1)
+    return min(sizes, key=price)
 
 def _footprint(channels, taps, row, block):
     "Bytes of the input that a block of pixels reads."
     up, down, _, _ = taps.reach()
-    return 4*channels*min((up + down + 1)*block, block + (up + down)*row)
+    beyond = up + down
+    apart = (beyond + 1)*block
+    overlapping = block + beyond*row
+    return 4*channels*min(apart, overlapping)
 
 @dataclass
 class Chosen:
@@ -137,93 +155,128 @@ _AT_ONCE = 256 # output channels whose weights are looked through together
 def _entries(conv, taps, stride, row, planes, channels):
     """The weights of some output channels, one channel after the other: which of these channels, the input channel,
     where it reads, and the weight."""
-    inputs, size = conv.weight.shape[1], len(conv.weight)//conv.groups
+    inputs = conv.weight.shape[1]
+    size = len(conv.weight)//conv.groups
+    count = max(len(channels), 1)
     parts = []
-    for first in range(0, max(len(channels), 1), _AT_ONCE):
+    for first in range(0, count, _AT_ONCE):
         some = channels[first:first + _AT_ONCE]
         weight = conv.weight[some]
         o, c, i, j = np.nonzero(weight)
-        source = (some[o]//size*inputs + c)*planes + taps.plane[i, j]
+        group = some[o]//size
+        channel = group*inputs + c
+        source = channel*planes + taps.plane[i, j]
         place = source*stride + taps.down[i, j]*row + taps.right[i, j]
-        parts.append((first + o, c, place, weight[o, c, i, j]))
+        kept = weight[o, c, i, j]
+        parts.append((first + o, c, place, kept))
     return map(np.concatenate, zip(*parts))
+
+def _dense_widths(machine):
+    "Vectors that a block of the dense kernel may have: its sums, its weights and one input are kept in registers."
+    def fits(n): return BUNDLE*n + n + 1 <= machine.registers and n <= machine.block
+    return [n for n in range(1, 7) if fits(n)] or [1]
+
+def _bundles(conv, there, cost, dense):
+    "Output channels in bundles, and those that are computed one by one."
+    outputs = len(there)
+    size = outputs//conv.groups
+    bundles, single = [], []
+    for first in range(0, outputs, size):
+        end = first + size
+        for start in range(first, end, BUNDLE):
+            rows = np.arange(start, min(start + BUNDLE, end))
+            kept = there[rows]
+            union = kept.any(0).sum()
+            bundle_price, single_price = union*BUNDLE*DENSE_COST, kept.sum()*cost
+            worth = bundle_price < single_price if dense == 'measured' else dense
+            if len(rows) == BUNDLE and worth: bundles.append(rows)
+            else: single.extend(rows)
+    return np.array(bundles, np.int32).reshape(-1, BUNDLE), np.array(single, np.int32)
 
 def _choose(conv, taps, planes, source, row, pixels, machine, dense='measured'):
     "Which output channels are computed one by one, and which in bundles."
-    outputs = len(conv.weight)
-    there = conv.weight.reshape(outputs, -1) != 0 if isinstance(conv.weight, np.ndarray) else conv.weight.there()
+    weight = conv.weight
+    outputs, inputs = weight.shape[:2]
+    there = weight.reshape(outputs, -1) != 0 if isinstance(weight, np.ndarray) else weight.there()
     most = machine.block
     vectors = _block_sizes(pixels, machine, most, min(4, most))
-    wide = [n for n in range(1, 7) if BUNDLE*n + n + 1 <= machine.registers and n <= machine.block] or [1]
-    dense_vectors = _block_sizes(pixels, machine, max(wide), min(3, max(wide)))
-    read = conv.weight.shape[1]*planes*conv.groups
-    bytes_read, mean = _footprint(read, taps, row, vectors*machine.width), there.sum()/outputs
-    groups = max(1, int(min(round(bytes_read/FIRST_CACHE), mean/SHORTEST, conv.weight.shape[1])))
-    cost = FAR_COST if bytes_read/groups > 2*FIRST_CACHE else NEAR_COST
-    bundles, single = [], []
-    size = outputs//conv.groups
-    for first in range(0, outputs, size):
-        for start in range(first, first + size, BUNDLE):
-            rows = np.arange(start, min(start + BUNDLE, first + size))
-            union, sum_ = there[rows].any(0).sum(), there[rows].sum()
-            worth = union*BUNDLE*DENSE_COST < sum_*cost if dense == 'measured' else dense
-            if len(rows) == BUNDLE and worth: bundles.append(rows)
-            else: single.extend(rows)
-    bundles = np.array(bundles, np.int32).reshape(-1, BUNDLE)
-    return Chosen(conv, taps, source, pixels, np.array(single, np.int32), bundles, vectors, dense_vectors, groups,
-                  int(there.sum()))
+    widest = max(_dense_widths(machine))
+    dense_vectors = _block_sizes(pixels, machine, widest, min(3, widest))
+    channels = inputs*planes*conv.groups
+    bytes_read = _footprint(channels, taps, row, vectors*machine.width)
+    kept = there.sum()
+    by_cache = round(bytes_read/FIRST_CACHE)
+    by_length = kept/outputs/SHORTEST
+    groups = max(1, int(min(by_cache, by_length, inputs)))
+    is_far = bytes_read/groups > 2*FIRST_CACHE
+    cost = FAR_COST if is_far else NEAR_COST
+    bundles, single = _bundles(conv, there, cost, dense)
+    return Chosen(conv, taps, source, pixels, single, bundles, vectors, dense_vectors, groups, int(kept))
 
 def _sparse_arrays(chosen, stride, row, planes):
     "Rows, entries and channels for the sparse kernel."
-    groups, n = chosen.groups, len(chosen.sparse)
-    o, c, place, weight = _entries(chosen.conv, chosen.taps, stride, row, planes, chosen.sparse)
-    limits = np.linspace(0, chosen.conv.weight.shape[1], groups + 1).astype(int)
+    conv, groups = chosen.conv, chosen.groups
+    n = len(chosen.sparse)
+    o, c, place, weight = _entries(conv, chosen.taps, stride, row, planes, chosen.sparse)
+    inputs = conv.weight.shape[1]
+    limits = np.linspace(0, inputs, groups + 1).astype(int)
     group = np.searchsorted(limits, c, side='right') - 1
     counts = np.bincount(group*n + o, minlength=groups*n)
     # each group has one more row: where its last one ends
     ends = np.concatenate([[0], np.cumsum(counts)])
-    rows = np.concatenate([ends[g*n:(g + 1)*n + 1] for g in range(groups)])
+    starts = range(0, groups*n, n)
+    rows = np.concatenate([ends[start:start + n + 1] for start in starts])
     order = np.argsort(group, kind='stable')
     pairs = np.empty((len(order) + 1, 2), np.int32)
+    places, numbers = pairs[:, 0], pairs[:, 1]
     pairs[-1] = 0
-    pairs[:-1, 0] = place[order]
-    pairs[:-1, 1] = weight[order].astype(np.float32).view(np.int32)
+    places[:-1] = place[order]
+    numbers[:-1] = weight[order].astype(np.float32).view(np.int32)
     return dict(rows=rows.astype(np.int32), entries=pairs, channels=chosen.sparse)
 
 def _dense_arrays(chosen, stride, row, planes):
     "Rows, entries, weights and channels for the dense kernel."
     conv, taps = chosen.conv, chosen.taps
-    size, inputs = len(conv.weight)//conv.groups, conv.weight.shape[1]
-    ends = [0]
-    places = []
-    weights = []
+    size = len(conv.weight)//conv.groups
+    inputs = conv.weight.shape[1]
+    ends, places, weights = [0], [], []
     for rows in chosen.dense:
         bundle = conv.weight[rows]
         c, i, j = np.nonzero(bundle.any(0))
-        source = (rows[0]//size*inputs + c)*planes + taps.plane[i, j]
-        places.append(source*stride + taps.down[i, j]*row + taps.right[i, j])
-        weights.append(bundle[:, c, i, j].T)
+        group = rows[0]//size
+        channel = group*inputs + c
+        source = channel*planes + taps.plane[i, j]
+        place = source*stride + taps.down[i, j]*row + taps.right[i, j]
+        kept = bundle[:, c, i, j]
+        places.append(place)
+        weights.append(kept.T)
         ends.append(ends[-1] + len(c))
+    rows = np.array(ends, np.int32)
+    entries = np.concatenate(places).astype(np.int32)
     weights = np.concatenate(weights).astype(np.float32)
-    return dict(rows=np.array(ends, np.int32), entries=np.concatenate(places).astype(np.int32),
-                weights=np.ascontiguousarray(weights), channels=np.ascontiguousarray(chosen.dense.reshape(-1)))
+    channels = np.ascontiguousarray(chosen.dense.reshape(-1))
+    return dict(rows=rows, entries=entries, weights=np.ascontiguousarray(weights), channels=channels)
 
 # %% ../../nbs/07e_plan.ipynb #11c53152
 def _bits(number): return int(np.array(number, np.float32).view(np.int32))
 
 class _Memory:
     "Places for values; those that nobody reads any more are given again to values of the same shape."
-    def __init__(self): self.size, self.free = 0, {}
+    def __init__(self):
+        self.size = 0
+        self.free = {} # places that were given back, by shape
+    def _same_shape(self, value):
+        "The places that were given back by values of this shape."
+        key = (id(value.layout), value.height, value.width, value.clean, value.channels)
+        return self.free.setdefault(key, [])
     def take(self, value):
-        key = (id(value.layout), value.height, value.width, value.clean, value.channels)
-        if self.free.get(key): return self.free[key].pop()
+        free = self._same_shape(value)
+        if free: return free.pop()
         base = self.size
-        self.size += value.channels*value.stride + 16
-        self.size = -(-self.size//16)*16
+        end = base + value.channels*value.stride + 16
+        self.size = -(-end//16)*16
         return base
-    def give(self, value):
-        key = (id(value.layout), value.height, value.width, value.clean, value.channels)
-        self.free.setdefault(key, []).append(value.base)
+    def give(self, value): self._same_shape(value).append(value.base)
 
 class Plan:
     "A region for images of one size: memory, and a program for each thread."
@@ -254,8 +307,7 @@ class Plan:
     # shapes
     def _sizes(self, sizes):
         "Shapes of all values; convolutions with a stride get planes, and steps without weights get theirs."
-        for name, (channels, height, width) in zip(self.region.inputs, sizes):
-            self._make(name, channels, height, width)
+        for name, size in zip(self.region.inputs, sizes): self._make(name, *size)
         shared = {}
         for step in self.region.steps:
             x = self.values[step.x]
@@ -268,105 +320,150 @@ class Plan:
         return self.values[name]
 
     def _pool(self, step, x):
-        if step.padding and step.kind == 'max' and step.x not in self.region.nonnegative:
+        takes_zeros = step.padding and step.kind == 'max'
+        if takes_zeros and step.x not in self.region.nonnegative:
             raise CannotPlan(f'{step.y} takes the largest of values that may be negative, with zeros around')
-        self._make(step.y, x.channels, *step.sizes(x.height, x.width))
+        height, width = step.sizes(x.height, x.width)
+        self._make(step.y, x.channels, height, width)
         self.steps.append(step)
 
+    def _with_weights(self, step, x):
+        "A step that is nothing but a residual or a range, as a convolution with ones."
+        ones = np.ones((x.channels, 1, 1, 1), np.float32)
+        zeros = np.zeros(x.channels, np.float32)
+        given = dict(residual=step.residual, low=step.low, high=step.high, name=step.name)
+        return Conv(step.x, step.y, ones, zeros, groups=x.channels, **given)
+
     def _conv(self, step, x, shared):
-        if step.weight is None: # nothing but a residual or a range
-            ones, zeros = np.ones((x.channels, 1, 1, 1), np.float32), np.zeros(x.channels, np.float32)
-            step = Conv(step.x, step.y, ones, zeros, groups=x.channels, residual=step.residual, low=step.low,
-                        high=step.high, name=step.name)
-        if step.weight.shape[1]*step.groups != x.channels:
-            raise CannotPlan(f'{step.name} reads {step.weight.shape[1]*step.groups} channels of {x.channels}')
-        y = self._make(step.y, len(step.weight), *step.sizes(x.height, x.width))
+        if step.weight is None: step = self._with_weights(step, x)
+        read = step.weight.shape[1]*step.groups
+        if read != x.channels: raise CannotPlan(f'{step.name} reads {read} channels of {x.channels}')
+        outputs = len(step.weight)
+        y = self._make(step.y, outputs, *step.sizes(x.height, x.width))
         if step.residual is not None:
-            r = self.values[step.residual]
-            if (r.channels, r.height, r.width) != (y.channels, y.height, y.width):
-                raise CannotPlan(f'{step.name} adds values of two shapes')
+            added = self.values[step.residual]
+            added_shape, shape = (added.channels, added.height, added.width), (y.channels, y.height, y.width)
+            if added_shape != shape: raise CannotPlan(f'{step.name} adds values of two shapes')
         taps, begins = _taps(step, x.height, x.width)
-        source, stride = step.x, step.stride[0]
-        if stride > 1:
-            key = (step.x, stride, tuple(begins), step.y if step.x in self.region.inputs else '')
-            if key not in shared:
-                shared[key] = f'{step.x} for {step.y}'
-                height, width = -(-x.height//stride), -(-x.width//stride)
-                self._make(shared[key], x.channels*len(begins), height, width)
-                self.steps.append(Planes(step.x, shared[key], stride, tuple(begins)))
-            source = shared[key]
+        has_planes = step.stride[0] > 1
+        source = self._planes(step, x, tuple(begins), shared) if has_planes else step.x
         self.classes.join(source, step.y, step.residual)
         self.steps.append(step)
-        self.chosen[step.y] = (taps, len(begins) if stride > 1 else 1, source)
+        planes = len(begins) if has_planes else 1
+        self.chosen[step.y] = (taps, planes, source)
+
+    def _planes(self, step, x, begins, shared):
+        "Name of the planes that a convolution with a stride reads; planes of inner values serve several of them."
+        stride = step.stride[0]
+        reader = step.y if step.x in self.region.inputs else ''
+        key = (step.x, stride, begins, reader)
+        if key not in shared:
+            name = f'{step.x} for {step.y}'
+            height, width = -(-x.height//stride), -(-x.width//stride)
+            self._make(name, x.channels*len(begins), height, width)
+            self.steps.append(Planes(step.x, name, stride, begins))
+            shared[key] = name
+        return shared[key]
 
     # layouts
     def _layouts(self):
         "Rows of each class are as long as its widest reach asks for."
         layouts = {}
         for name, value in self.values.items():
-            value.layout = layouts.setdefault(self.classes.find(name), Layout())
-            value.layout.row = max(value.layout.row, value.width)
-        longest, wanted = self.machine.block*self.machine.width, []
+            root = self.classes.find(name)
+            layout = value.layout = layouts.setdefault(root, Layout())
+            layout.row = max(layout.row, value.width)
+        wanted = []
         for step in self.steps:
-            x, y = self.values[step.x], self.values[step.y]
-            if isinstance(step, Planes): continue
-            if isinstance(step, Pool):
-                x.layout.row = max(x.layout.row, x.width + step.padding)
-                x.layout.above, x.layout.left = max(x.layout.above, step.padding), max(x.layout.left, step.padding)
-                x.layout.reached |= step.padding > 0
-                wanted.append((x, step.side, step.side))
-                continue
-            taps, planes, source = self.chosen[step.y]
-            x, (up, down, left, right) = self.values[source], taps.reach()
-            layout = x.layout
-            layout.row = max(layout.row, x.width + left, y.width + right)
-            layout.above, layout.left = max(layout.above, up), max(layout.left, left)
-            layout.reached |= up + down + left + right > 0
-            wanted.append((x, max(0, y.height - x.height) + down, right))
-        for value, rows, right in wanted:
-            value.layout.tail = max(value.layout.tail, (rows + 1)*value.layout.row + right + 2*longest)
-        for value in self.values.values():
-            value.layout.tail = max(value.layout.tail, 2*longest)
-            value.clean = value.layout.reached
+            if isinstance(step, Pool): wanted.append(self._reach_of_pool(step))
+            elif isinstance(step, Conv): wanted.append(self._reach_of_conv(step))
+        ahead = 2*self.machine.block*self.machine.width # of two of the longest blocks
+        for layout, rows, right in wanted:
+            layout.tail = max(layout.tail, (rows + 1)*layout.row + right + ahead)
         tallest = {}
         for value in self.values.values():
-            tallest[id(value.layout)] = max(tallest.get(id(value.layout), 0), value.height)
-        for value in self.values.values(): value.stride = value.layout.stride(tallest[id(value.layout)])
+            layout = value.layout
+            layout.tail = max(layout.tail, ahead)
+            value.clean = layout.reached
+            tallest[layout] = max(tallest.get(layout, 0), value.height)
+        for value in self.values.values():
+            height = tallest[value.layout]
+            value.stride = value.layout.stride(height)
+
+    def _reach_of_pool(self, step):
+        "Ask for the margin that a pool reads: the layout, rows below the picture, columns to the right."
+        x, padding = self.values[step.x], step.padding
+        layout = x.layout
+        layout.row = max(layout.row, x.width + padding)
+        layout.above = max(layout.above, padding)
+        layout.left = max(layout.left, padding)
+        layout.reached |= padding > 0
+        return layout, step.side, step.side
+
+    def _reach_of_conv(self, step):
+        "Ask for the margin that a convolution reads: the layout, rows below the picture, columns to the right."
+        taps, _, source = self.chosen[step.y]
+        up, down, left, right = taps.reach()
+        x, y = self.values[source], self.values[step.y]
+        layout = x.layout
+        layout.row = max(layout.row, x.width + left, y.width + right)
+        layout.above = max(layout.above, up)
+        layout.left = max(layout.left, left)
+        layout.reached |= up + down + left + right > 0
+        taller = max(0, y.height - x.height)
+        return layout, taller + down, right
 
     # memory
     def _last_readers(self):
         "Value -> number of the step after which nobody reads it."
         last = {}
         for i, step in enumerate(self.steps):
-            for name in (step.x, getattr(step, 'residual', None), self.chosen.get(step.y, (0, 0, None))[2]):
+            read = (step.x, getattr(step, 'residual', None), self._source(step))
+            for name in read:
                 if name is not None: last[name] = i
-        return last | {name: len(self.steps) for name in [*self.region.outputs, *self.region.inputs]}
+        for name in [*self.region.outputs, *self.region.inputs]: last[name] = len(self.steps)
+        return last
 
     def _places(self):
         "A place in memory for every value. A sum may be written over the part that nobody reads later."
+        self._find_inputs()
         memory, last = _Memory(), self._last_readers()
-        planes_of_inputs = {step.x for step in self.steps if isinstance(step, Planes)} & {*self.region.inputs}
-        direct = ({name for step in self.steps if not isinstance(step, Planes)
-                   for name in (self._source(step), getattr(step, 'residual', None))} | {*self.region.outputs})
-        self.copied = [name for name in self.region.inputs if name in direct]
-        self.planed = [step for step in self.steps if isinstance(step, Planes) and step.x in planes_of_inputs]
-        for name in self.copied: self.values[name].base = memory.take(self.values[name])
+        for name in self.copied:
+            value = self.values[name]
+            value.base = memory.take(value)
         for i, step in enumerate(self.steps):
-            y = self.values[step.y]
+            y, source = self.values[step.y], self._source(step)
             over = getattr(step, 'residual', None)
-            own = (over is not None and last[over] == i and over not in self.region.inputs
-                   and over != self._source(step))
-            y.base = self.values[over].base if own and self.values[over].clean == y.clean else memory.take(y)
+            is_last = over is not None and last[over] == i
+            own = is_last and over not in self.region.inputs and over != source
+            written_over = own and self.values[over].clean == y.clean
+            y.base = self.values[over].base if written_over else memory.take(y)
             if isinstance(step, Planes): continue # its margin stays zero: the place is never given away
-            for name in {self._source(step), over} - {None}:
-                kept = own and name == over or name in self.copied or last[name] != i or ' for ' in name
+            for name in {source, over} - {None}:
+                is_taken, is_planes = own and name == over, ' for ' in name
+                kept = is_taken or is_planes or name in self.copied or last[name] != i
                 if not kept: memory.give(self.values[name])
             if last.get(step.y, -1) < 0: memory.give(y) # nobody reads it
-        total = memory.size + 4096
-        if total*4 > 2**34: raise CannotPlan(f'the values need {total*4/2**30:.0f} GiB')
+        self._reserve(memory.size + 4096)
+
+    def _find_inputs(self):
+        "Inputs that are copied as they are, and steps that cut inputs into planes."
+        inputs, direct = self.region.inputs, {*self.region.outputs}
+        self.planed = []
+        for step in self.steps:
+            if isinstance(step, Planes):
+                if step.x in inputs: self.planed.append(step)
+            else: direct |= {self._source(step), getattr(step, 'residual', None)}
+        self.copied = [name for name in inputs if name in direct]
+
+    def _reserve(self, total):
+        "Memory for so many numbers, that begins with a cache line."
+        size = 4*total
+        if size > 2**34: raise CannotPlan(f'the values need {size/2**30:.0f} GiB')
         room = np.zeros(total + 16, np.float32)
         start = -room.ctypes.data//4 % 16
-        self.memory = torch.from_numpy(room[start:start + total])
+        aligned = room[start:start + total]
+        self.memory = torch.from_numpy(aligned)
         self.keep.append(room)
 
     def _source(self, step): return self.chosen[step.y][2] if step.y in self.chosen else step.x
@@ -375,13 +472,16 @@ class Plan:
         name:str, # Of a value
     )->torch.Tensor: # (channels, height, width), in the memory of the plan
         "A value where it lies."
-        v = self.values[name]
-        return self.memory.as_strided((v.channels, v.height, v.width), (v.stride, v.layout.row, 1),
-                                      v.base + v.layout.origin)
+        value = self.values[name]
+        shape = (value.channels, value.height, value.width)
+        strides = (value.stride, value.layout.row, 1)
+        return self.memory.as_strided(shape, strides, value.base + value.layout.origin)
 
     def _address(self, name):
         value = self.values[name]
-        return self.memory.data_ptr() + 4*(value.base + value.layout.origin)
+        first = value.base + value.layout.origin
+        return self.memory.data_ptr() + 4*first
+
     # program
     def _program(self):
         "A table of records for each thread."
@@ -394,21 +494,35 @@ class Plan:
             if isinstance(step, Conv): self._add_conv(step)
             elif isinstance(step, Pool): self._add_pool(step)
             else: self._add_planes(step)
-            self.spans.append((getattr(step, 'name', step.y), begin, len(self.records[0])))
+            end = len(self.records[0])
+            name = getattr(step, 'name', step.y)
+            self.spans.append((name, begin, end))
             self._add_wait()
-        kinds = {kind for records in self.records for kind, _ in records} | {'run'}
-        names = {kind: kernel_name(kind, self.machine.width) for kind in kinds}
-        texts = {names[kind]: kernel_text(kind, self.machine.width, self.machine.fma) for kind in kinds}
+        functions = self._functions()
+        self.tables = [self._table_of(records, functions) for records in self.records]
+        takes_table = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        self._call = takes_table(functions['run'])
+
+    def _functions(self):
+        "Addresses of the kernels that the records name, by kind."
+        width, fma = self.machine.width, self.machine.fma
+        kinds = {'run'}
+        for records in self.records: kinds.update(kind for kind, _ in records)
+        names = {kind: kernel_name(kind, width) for kind in kinds}
+        texts = {names[kind]: kernel_text(kind, width, fma) for kind in kinds}
         found = native_functions(texts, self.machine)
-        self.tables = []
-        for records in self.records:
-            table = np.zeros((1 + len(records), RECORD), np.int64)
-            table[0, -1] = len(records)
-            for line, (kind, values) in zip(table[1:], records):
-                line[FIELD['function']] = found[names[kind]]
-                for name, number in values.items(): line[FIELD[name]] = number
-            self.tables.append(np.ascontiguousarray(table.reshape(-1)[RECORD - 1:]))
-        self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(found[names['run']])
+        return {kind: found[name] for kind, name in names.items()}
+
+    def _table_of(self, records, functions):
+        "The records of a thread as one array of numbers: how many there are, then each."
+        count = len(records)
+        table = np.zeros((1 + count, RECORD), np.int64)
+        table[0, -1] = count
+        for line, (kind, values) in zip(table[1:], records):
+            line[FIELD['function']] = functions[kind]
+            for name, number in values.items(): line[FIELD[name]] = number
+        numbers = table.reshape(-1)
+        return np.ascontiguousarray(numbers[RECORD - 1:])
 
     def _array(self, array):
         "The address of an array that lives as long as the plan."
@@ -417,87 +531,117 @@ class Plan:
 
     def _mask(self, row, width, height):
         "All bits of pixels, none of the zeros between them."
-        if (row, width, height) not in self.masks:
-            self.masks[row, width, height] = self._new_mask(row, width, height)
-        return self.masks[row, width, height]
+        key = (row, width, height)
+        if key not in self.masks: self.masks[key] = self._new_mask(row, width, height)
+        return self.masks[key]
 
     def _new_mask(self, row, width, height):
         longest = self.machine.block*self.machine.width
-        places = np.arange((height*row)//longest*longest + 2*longest)
-        inside = (places % row < width) & (places//row < height)
-        return self._array(np.where(inside, -1, 0).astype(np.int32))
+        whole_blocks = height*row//longest
+        places = np.arange((whole_blocks + 2)*longest)
+        columns, rows = places % row, places//row
+        inside = (columns < width) & (rows < height)
+        mask = np.where(inside, -1, 0)
+        return self._array(mask.astype(np.int32))
 
     def _shares(self, pixels, block, works):
         "For each thread a range of blocks and one of rows: blocks are dealt out, or rows where blocks are too few."
         blocks, n = -(-pixels//block), self.threads
-        if n == 1: return [(0, blocks*block, 0, len(works))]
+        whole, rows = blocks*block, len(works)
+        if n == 1: return [(0, whole, 0, rows)]
         most = -(-blocks//n)
         ends = np.concatenate([[0], np.cumsum(works)])
-        cuts = np.searchsorted(ends, ends[-1]*np.arange(1, n)/n)
-        cuts = [0, *map(int, cuts), len(works)]
-        heaviest = max(ends[b] - ends[a] for a, b in zip(cuts, cuts[1:]))
-        by_blocks, by_rows = most/blocks, heaviest/max(1, ends[-1])
-        if by_blocks <= by_rows*1.05:
-            return [(min(i*most, blocks)*block, min((i + 1)*most, blocks)*block, 0, len(works)) for i in range(n)]
-        return [(0, blocks*block, a, b) for a, b in zip(cuts, cuts[1:])]
+        total = ends[-1]
+        cuts = np.searchsorted(ends, total*np.arange(1, n)/n)
+        cuts = [0, *map(int, cuts), rows]
+        row_shares = list(zip(cuts, cuts[1:]))
+        heaviest = max(ends[last] - ends[first] for first, last in row_shares)
+        by_blocks, by_rows = most/blocks, heaviest/max(1, total)
+        if by_blocks > by_rows*1.05: return [(0, whole, first, last) for first, last in row_shares]
+        begins = [block*min(i*most, blocks) for i in range(n + 1)]
+        return [(begin, end, 0, rows) for begin, end in zip(begins, begins[1:])]
 
     def _add_conv(self, step):
         taps, planes, source = self.chosen[step.y]
         x, y = self.values[source], self.values[step.y]
-        pixels = (y.height - 1)*y.layout.row + y.width
+        row, width = y.layout.row, self.machine.width
+        pixels = (y.height - 1)*row + y.width
         furthest = x.channels*x.stride
         if furthest >= 2**31: raise CannotPlan(f'{step.name} reads over more than 8 GiB')
-        chosen = _choose(step, taps, planes, source, y.layout.row, pixels, self.machine, self.dense)
+        chosen = _choose(step, taps, planes, source, row, pixels, self.machine, self.dense)
         if self.groups: chosen.groups = min(self.groups, step.weight.shape[1])
-        common = dict(x=self._address(source), y=self._address(step.y), bias=self._array(step.bias),
-                      y_stride=y.stride, low=_bits(step.low), high=_bits(step.high), groups=1)
-        if step.residual is not None:
-            common |= dict(residual=self._address(step.residual), residual_stride=self.values[step.residual].stride)
-        if y.clean: common['mask'] = self._mask(y.layout.row, y.width, y.height)
-        width = self.machine.width
+        common = self._common_fields(step, source)
         if len(chosen.sparse):
-            arrays = _sparse_arrays(chosen, x.stride, y.layout.row, planes)
-            counts = np.diff(arrays['rows'][:len(chosen.sparse) + 1]) + 4
-            self._deal(f'sparse-{chosen.vectors}', common, arrays, pixels, chosen.vectors*width, counts,
-                       groups=chosen.groups, group_rows=len(chosen.sparse) + 1)
+            arrays = _sparse_arrays(chosen, x.stride, row, planes)
+            group_rows = len(chosen.sparse) + 1
+            works = np.diff(arrays['rows'][:group_rows]) + 4
+            block = chosen.vectors*width
+            self._deal(f'sparse-{chosen.vectors}', common, arrays, pixels, block, works,
+                       groups=chosen.groups, group_rows=group_rows)
         if len(chosen.dense):
-            arrays = _dense_arrays(chosen, x.stride, y.layout.row, planes)
-            self._deal(f'dense-{BUNDLE}x{chosen.dense_vectors}', common, arrays, pixels,
-                       chosen.dense_vectors*width, np.diff(arrays['rows']) + 2)
-        self.rows.append(dict(name=step.name, weights=step.weight.size, kept=chosen.weights,
-                              dense_channels=chosen.dense.size, channels=len(step.weight), height=y.height,
-                              width=y.width, multiply_adds=chosen.weights*y.height*y.width))
+            arrays = _dense_arrays(chosen, x.stride, row, planes)
+            works = np.diff(arrays['rows']) + 2
+            block = chosen.dense_vectors*width
+            self._deal(f'dense-{BUNDLE}x{chosen.dense_vectors}', common, arrays, pixels, block, works)
+        self._add_row(step, chosen, y)
+
+    def _common_fields(self, step, source):
+        "What the records of all kernels of a convolution say."
+        y = self.values[step.y]
+        fields = dict(x=self._address(source), y=self._address(step.y), y_stride=y.stride, groups=1)
+        fields['bias'] = self._array(step.bias)
+        fields['low'], fields['high'] = _bits(step.low), _bits(step.high)
+        if step.residual is not None:
+            fields['residual'] = self._address(step.residual)
+            fields['residual_stride'] = self.values[step.residual].stride
+        if y.clean: fields['mask'] = self._mask(y.layout.row, y.width, y.height)
+        return fields
+
+    def _add_row(self, step, chosen, y):
+        "What a convolution does, for the table."
+        multiply_adds = chosen.weights*y.height*y.width
+        row = dict(name=step.name, weights=step.weight.size, kept=chosen.weights)
+        row.update(dense_channels=chosen.dense.size, channels=len(step.weight))
+        row.update(height=y.height, width=y.width, multiply_adds=multiply_adds)
+        self.rows.append(row)
 
     def _deal(self, kind, common, arrays, pixels, block, works, **more):
         "One record for each thread that has something to do."
         addresses = {name: self._array(array) for name, array in arrays.items()}
-        for records, (begin, end, first, last) in zip(self.records, self._shares(pixels, block, works)):
-            if begin < end and first < last:
-                records.append((kind,
-                                common | addresses | more | dict(begin=begin, end=end, first=first, last=last)))
+        shared = common | addresses | more
+        shares = self._shares(pixels, block, works)
+        for records, (begin, end, first, last) in zip(self.records, shares):
+            share = dict(begin=begin, end=end, first=first, last=last)
+            if begin < end and first < last: records.append((kind, shared | share))
 
-    def _add_channels(self, kind, x, y, channels, **values):
+    def _add_channels(self, kind, x, y, channels, **fields):
         "Channels are dealt out to the threads."
-        places = dict(x=self._address(x), y=self._address(y), x_stride=self.values[x].stride,
-                      y_stride=self.values[y].stride, x_row=self.values[x].layout.row,
-                      y_row=self.values[y].layout.row)
+        for letter, name in dict(x=x, y=y).items():
+            value = self.values[name]
+            fields[letter] = self._address(name)
+            fields[f'{letter}_stride'] = value.stride
+            fields[f'{letter}_row'] = value.layout.row
         cuts = [channels*i//self.threads for i in range(self.threads + 1)]
         for records, first, last in zip(self.records, cuts, cuts[1:]):
-            if first < last: records.append((kind, places | values | dict(first=first, last=last)))
+            if first < last: records.append((kind, fields | dict(first=first, last=last)))
 
     def _add_pool(self, step):
         x, y = self.values[step.x], self.values[step.y]
+        kind = f'{step.kind}-{step.side}-{step.stride}'
+        scale = _bits(1/step.side**2)
+        self._add_channels(kind, step.x, step.y, y.channels, height=y.height, width=y.width, scale=scale)
         shift = 4*(step.padding*x.layout.row + step.padding)
-        self._add_channels(f'{step.kind}-{step.side}-{step.stride}', step.x, step.y, y.channels, height=y.height,
-                           width=y.width, scale=_bits(1/step.side**2))
+        address = self._address(step.y)
         for records in self.records: # the window begins above and left of the pixel
-            if records and records[-1][1]['y'] == self._address(step.y): records[-1][1]['x'] -= shift
+            if not records: continue
+            _, fields = records[-1]
+            if fields.get('y') == address: fields['x'] -= shift
 
     def _add_planes(self, step):
         x = self.values[step.x]
-        table = self._array(np.array(step.begins, np.int32))
-        self._add_channels(f'planes-{step.stride}', step.x, step.y, x.channels, x_height=x.height, x_width=x.width,
-                           table=table, count=len(step.begins))
+        begins = np.array(step.begins, np.int32)
+        fields = dict(x_height=x.height, x_width=x.width, table=self._array(begins), count=len(begins))
+        self._add_channels(f'planes-{step.stride}', step.x, step.y, x.channels, **fields)
 
     def _add_wait(self):
         "All threads meet before the next step."
@@ -505,7 +649,8 @@ class Plan:
         gate = np.zeros(32, np.int64)
         address = self._array(gate)
         for records in self.records:
-            records.append(('wait', dict(table=address, count=self.threads, spare_a=yield_function())))
+            fields = dict(table=address, count=self.threads, spare_a=yield_function())
+            records.append(('wait', fields))
 
     # running
     def _fill(self, images):
@@ -515,32 +660,37 @@ class Plan:
         for step in self.planed:
             s = step.stride
             image = given[step.x]
-            planes = self.view(step.y).unflatten(0, (-1, len(step.begins)))
+            count = len(step.begins)
+            planes = self.view(step.y).unflatten(0, (-1, count))
             for q, (top, left) in enumerate(step.begins):
                 part = image[:, top::s, left::s]
-                planes[:, q, :part.shape[1], :part.shape[2]] = part
+                _, height, width = part.shape
+                planes[:, q, :height, :width] = part
 
     def run(self,
         inputs:list, # Tensors (B, C, H, W) of the sizes of the plan
     )->list: # Tensors (B, C, H, W)
         "Compute. Nothing is recorded for gradients."
         batch = len(inputs[0])
-        shapes = [(self.values[name].channels, self.values[name].height, self.values[name].width)
-                  for name in self.region.outputs]
-        outputs = [torch.empty(batch, *shape) for shape in shapes]
+        outputs = []
+        for name in self.region.outputs:
+            value = self.values[name]
+            output = torch.empty(batch, value.channels, value.height, value.width)
+            outputs.append(output)
         for n in range(batch):
             self._fill([x[n] for x in inputs])
             self.go()
-            for out, name in zip(outputs, self.region.outputs): out[n].copy_(self.view(name))
+            for name, output in zip(self.region.outputs, outputs): output[n].copy_(self.view(name))
         return outputs
 
     def go(self):
         "Run the program on what lies in the memory."
-        if self.threads == 1: return self._call(self.tables[0].ctypes.data)
+        own, *others = [table.ctypes.data for table in self.tables]
+        if self.threads == 1: return self._call(own)
         with _TURN: # two programs that each got some of the threads would wait for ever
             workers = _workers(self.threads, os.getpid())
-            waiting = [workers.submit(self._call, table.ctypes.data) for table in self.tables[1:]]
-            self._call(self.tables[0].ctypes.data)
+            waiting = [workers.submit(self._call, address) for address in others]
+            self._call(own)
             for other in waiting: other.result()
 
     def parts(self)->list: # (name of a step, function without arguments)
@@ -548,9 +698,12 @@ class Plan:
         if self.threads > 1: raise OpenTransError("Steps are timed one by one with one thread.")
         parts = []
         for name, begin, end in self.spans:
-            lines = self.tables[0][1 + begin*RECORD:1 + end*RECORD]
-            table = np.ascontiguousarray(np.concatenate([[end - begin], lines]))
-            parts.append((name, functools.partial(self._run_table, table)))
+            first, last = 1 + begin*RECORD, 1 + end*RECORD
+            lines = self.tables[0][first:last]
+            table = np.concatenate([[end - begin], lines])
+            table = np.ascontiguousarray(table)
+            run_part = functools.partial(self._run_table, table)
+            parts.append((name, run_part))
         return parts
 
     def _run_table(self, table): self._call(table.ctypes.data)
@@ -586,4 +739,6 @@ def relative_difference(
     theirs:torch.Tensor, # What torch gave
 )->float:
     "The largest difference, as a share of the largest number of what torch gave."
-    return float((ours - theirs).abs().max()/theirs.abs().max().clamp(min=1e-20))
+    difference = (ours - theirs).abs().max()
+    largest = theirs.abs().max().clamp(min=1e-20)
+    return float(difference/largest)
