@@ -173,11 +173,11 @@ class _Writer:
         return joined
 
 # %% ../../nbs/07c_kernels.ipynb #c4b1e20d
-def _in_channel(w, picture, channel, stride, place=None):
-    "The address of a channel of a picture, or of a place in it."
-    begin = w.build.mul(channel, stride)
+def _part(w, whole, number, stride, place=None):
+    "The address of a channel of a picture, or of a row of a channel; or of a place in it."
+    begin = w.build.mul(number, stride)
     if place is not None: begin = w.build.add(begin, place)
-    return w.at(picture, begin)
+    return w.at(whole, begin)
 
 def _begin(w, channel, place, arguments, count):
     "What a row of vectors starts from: the bias, and the residual where there is one."
@@ -185,7 +185,7 @@ def _begin(w, channel, place, arguments, count):
     number = build.load(w.at(arguments['bias'], channel))
     bias = [w.splat(number)]*count
     def with_residual():
-        source = _in_channel(w, arguments['residual'], channel, arguments['residual_stride'], place)
+        source = _part(w, arguments['residual'], channel, arguments['residual_stride'], place)
         return [build.fadd(value, w.load(source, i)) for i, value in enumerate(bias)]
     return w.either(w.is_given('residual'), with_residual, lambda: bias)
 
@@ -195,11 +195,12 @@ def _finish(w, values, channel, place, arguments):
     low, high = arguments['low'], arguments['high']
     values = [w.clamp(value, low, high) for value in values]
     def inside():
-        bits = [w.load(w.at(arguments['mask'], place), i, w.lanes) for i in range(len(values))]
+        mask = arguments['mask']
+        bits = [w.load(w.at(mask, place), i, w.lanes) for i in range(len(values))]
         kept = [build.and_(build.bitcast(value, w.lanes), bit) for value, bit in zip(values, bits)]
         return [build.bitcast(value, w.vector) for value in kept]
     values = w.either(w.is_given('mask'), inside, lambda: values)
-    target = _in_channel(w, arguments['y'], channel, arguments['y_stride'], place)
+    target = _part(w, arguments['y'], channel, arguments['y_stride'], place)
     for i, value in enumerate(values): w.store(value, target, i)
 
 def _arguments(w):
@@ -215,7 +216,8 @@ def _sparse(w, vectors):
     "Blocks of pixels; groups of input channels; output channels; weights."
     build = w.build
     a = _arguments(w)
-    one, zero = w.number(1), w.number(0)
+    one = w.number(1)
+    zero = w.number(0)
     def block(place, _):
         x = w.at(a['x'], place)
         def group(number):
@@ -224,7 +226,7 @@ def _sparse(w, vectors):
             last = build.icmp_signed('==', next_group, a['groups'])
             def row(r):
                 channel = w.index(a['channels'], r)
-                target = _in_channel(w, a['y'], channel, a['y_stride'], place)
+                target = _part(w, a['y'], channel, a['y_stride'], place)
                 def begin(): return _begin(w, channel, place, a, vectors)
                 def go_on(): return [w.load(target, i) for i in range(vectors)]
                 start = w.either(w.is_zero(number), begin, go_on)
@@ -252,7 +254,8 @@ def _dense(w, rows_at_once, vectors):
     "Blocks of pixels; bundles of output channels; the weights that some channel of the bundle has."
     build = w.build
     a = _arguments(w)
-    one, height = w.number(1), w.number(rows_at_once)
+    one = w.number(1)
+    height = w.number(rows_at_once)
     weights = w.pointer('weights')
     def block(place, _):
         x = w.at(a['x'], place)
@@ -291,18 +294,21 @@ def _picked(w, pointer, stride):
     if stride == 1: return w.load(pointer)
     if stride == 2 and width > 1:
         places = ir.Constant(w.lanes, [2*lane for lane in range(width)])
-        near, far = w.load(pointer), w.load(pointer, 1)
+        near = w.load(pointer)
+        far = w.load(pointer, 1)
         return build.shuffle_vector(near, far, places)
     vector = ir.Constant(w.vector, ir.Undefined)
     for lane in range(width):
-        where = w.at(pointer, w.number(lane*stride))
-        value = build.load(where)
-        vector = build.insert_element(vector, value, ir.Constant(w.i32, lane))
+        shift = w.number(lane*stride)
+        value = build.load(w.at(pointer, shift))
+        place = ir.Constant(w.i32, lane)
+        vector = build.insert_element(vector, value, place)
     return vector
 
 def _before(w, column, limit):
     "Lane by lane: is the column before the limit?"
-    lanes = w.ir.Constant(w.lanes, [*range(w.width)])
+    numbers = list(range(w.width))
+    lanes = w.ir.Constant(w.lanes, numbers)
     def everywhere(number):
         short = w.build.trunc(number, w.i32)
         return w.splat(short, w.lanes)
@@ -323,29 +329,37 @@ def _pool(w, side, stride, kind):
     scale = w.splat(w.float_field('scale'))
     names = ('first', 'last', 'x_stride', 'y_stride', 'x_row', 'y_row', 'height', 'width')
     a = {name: w.field(name) for name in names}
-    zero, step = w.number(0), w.number(stride)
+    zero = w.number(0)
+    step = w.number(stride)
     join = w.larger if kind == 'max' else build.fadd
     def channel(c):
-        source = _in_channel(w, x, c, a['x_stride'])
-        target = _in_channel(w, y, c, a['y_stride'])
+        source = _part(w, x, c, a['x_stride'])
+        target = _part(w, y, c, a['y_stride'])
         def row(i):
             first_row = build.mul(i, step)
-            above = w.at(source, build.mul(first_row, a['x_row']))
-            into = w.at(target, build.mul(i, a['y_row']))
+            above = _part(w, source, first_row, a['x_row'])
+            into = _part(w, target, i, a['y_row'])
             def columns(j, _):
                 total = None
                 for ky in range(side):
-                    line = w.at(above, build.mul(w.number(ky), a['x_row']))
+                    shift = build.mul(w.number(ky), a['x_row'])
+                    line = w.at(above, shift)
                     for kx in range(side):
                         first_column = build.mul(j, step)
                         place = build.add(first_column, w.number(kx))
-                        value = _picked(w, w.at(line, place), stride)
+                        source_place = w.at(line, place)
+                        value = _picked(w, source_place, stride)
                         total = value if total is None else join(total, value)
                 if kind == 'mean': total = build.fmul(total, scale)
                 _store_row(w, total, into, j, a['width'])
             w.loop(zero, a['width'], w.number(w.width), [], columns)
         w.each(zero, a['height'], row)
     w.each(a['first'], a['last'], channel)
+
+def _begin_of_plane(w, table, plane, axis):
+    "The row (axis 0) or the column (axis 1) at which a plane begins."
+    pair = w.build.shl(plane, w.number(1))
+    return w.index(table, w.build.add(pair, w.number(axis)))
 
 def _planes(w, stride):
     "Channels, planes, rows, and vectors of columns. The table holds row and column at which each plane begins."
@@ -355,25 +369,25 @@ def _planes(w, stride):
     table = w.pointer('table', w.i32)
     names = ('first', 'last', 'x_stride', 'y_stride', 'x_row', 'y_row', 'x_height', 'x_width', 'count')
     a = {name: w.field(name) for name in names}
-    zero, one, wide = w.number(0), w.number(1), w.number(stride)
+    zero = w.number(0)
+    wide = w.number(stride)
     def left(total, begin):
         beyond = build.sub(total, begin)
         rounded_up = build.add(beyond, w.number(stride - 1))
         return build.sdiv(rounded_up, wide)
-    def begin_of(q, axis):
-        pair = build.shl(q, one)
-        return w.index(table, build.add(pair, axis))
     def channel(c):
-        source = _in_channel(w, x, c, a['x_stride'])
+        source = _part(w, x, c, a['x_stride'])
         def plane(q):
-            top, start = begin_of(q, zero), begin_of(q, one)
-            rows, columns = left(a['x_height'], top), left(a['x_width'], start)
+            top = _begin_of_plane(w, table, q, 0)
+            start = _begin_of_plane(w, table, q, 1)
+            rows = left(a['x_height'], top)
+            columns = left(a['x_width'], start)
             first_plane = build.mul(c, a['count'])
-            target = _in_channel(w, y, build.add(first_plane, q), a['y_stride'])
+            target = _part(w, y, build.add(first_plane, q), a['y_stride'])
             def row(i):
                 below_top = build.mul(i, wide)
                 read_row = build.add(below_top, top)
-                line = _in_channel(w, source, read_row, a['x_row'], start)
+                line = _part(w, source, read_row, a['x_row'], start)
                 into = w.at(target, build.mul(i, a['y_row']))
                 def some(j, _):
                     place = w.at(line, build.mul(j, wide))
@@ -401,6 +415,12 @@ def _run(w):
         build.call(function, [record])
     w.each(w.number(0), count, step)
 
+def _open(w, come, gate, now):
+    "The last one that comes begins a new count, and opens the gate once more."
+    w.build.store_atomic(w.number(0), come, 'release', 8)
+    opened = w.build.add(now, w.number(1))
+    w.build.store_atomic(opened, gate, 'release', 8)
+
 def _wait(w):
     """`table`: the address of two numbers, who has come and how often the gate was opened. `count`: how many must
     come."""
@@ -408,7 +428,7 @@ def _wait(w):
     come = w.pointer('table', w.i64)
     gate = w.at(come, w.number(1))
     count = w.field('count')
-    one, zero = w.number(1), w.number(0)
+    one = w.number(1)
     let_go = ir.FunctionType(w.i32, []).as_pointer()
     now = build.load_atomic(gate, 'acquire', 8)
     before = build.atomic_rmw('add', come, one, 'acq_rel')
@@ -420,13 +440,11 @@ def _wait(w):
     start = build.block
     build.cbranch(last, opens, looks)
     build.position_at_end(opens)
-    build.store_atomic(zero, come, 'release', 8)
-    opened = build.add(now, one)
-    build.store_atomic(opened, gate, 'release', 8)
+    _open(w, come, gate, now)
     build.branch(done)
     build.position_at_end(looks)
     tries = build.phi(w.i64)
-    tries.add_incoming(zero, start)
+    tries.add_incoming(w.number(0), start)
     seen = build.load_atomic(gate, 'acquire', 8)
     closed = build.icmp_signed('==', seen, now)
     build.cbranch(closed, stays, done)
