@@ -73,7 +73,8 @@ class FullSize:
 
     def features(self, size:Sequence[int])->dict[str, torch.Tensor]:
         maps = {}
-        for (name,channels),stride in zip(self.clip.channels.items(), self.strides.values()):
+        depths = self.clip.channels.items()
+        for (name,channels),stride in zip(depths, self.strides.values()):
             height,width = (math.ceil(side/stride) for side in size)
             maps[name] = torch.zeros(1, channels, height, width)
         return maps
@@ -81,10 +82,11 @@ class FullSize:
     def _head(self, head, size, convention, **options):
         "The cost of a head that is fed with the trunk's maps."
         maps = self.features(size)
-        def forward(image, *values):
-            named = dict(zip(maps, values))
+        values = tuple(maps.values())
+        def forward(image, *found):
+            named = dict(zip(maps, found))
             return head(named, **options)
-        return cost(head, (3, *size), convention=convention, args=tuple(maps.values()), forward=forward)
+        return cost(head, (3, *size), convention=convention, args=values, forward=forward)
 
     @functools.lru_cache(None)
     def han(self, size:Sequence[int], convention:str)->Cost:
@@ -102,7 +104,8 @@ class FullSize:
         classify)."""
         seg = self.framework('deeplabv3')
         h,w = (math.ceil(n/16) for n in size)
-        head = torch.nn.ModuleDict(dict(aspp=seg.aspp, decoder=seg.decoder)).eval()
+        parts = dict(aspp=seg.aspp, decoder=seg.decoder)
+        head = torch.nn.ModuleDict(parts).eval()
         fine_map = torch.zeros(1, 256, 4*h, 4*w)
         coarse_map = torch.zeros(1, 2048, h, w)
         def forward(image, fine, coarse):
@@ -190,7 +193,8 @@ def _deeplab_value(full, e):
     # 3072 channels into the projection: the raw input is joined instead of the pooled branch
     if what == 'released_aspp':
         h,w = (math.ceil(n/16) for n in size)
-        return whole.macs + (3072-1280)*256*h*w
+        more = (3072-1280)*256*h*w
+        return whole.macs + more
     if what == 'pruned': whole = whole - .9*trunk
     return _asked(e, whole)
 
@@ -326,7 +330,8 @@ def _stitch_value(full, e):
     what = _of(e)
     if what.startswith('anchor'):
         letter = what.split('_')[-1]
-        anchor = _vit(_WIDTH[letter]).to_empty(device='cpu').eval()
+        anchor = _vit(_WIDTH[letter])
+        anchor = anchor.to_empty(device='cpu').eval()
         return cost(anchor, (3, *_size(e))).macs
     configs = stitch_configs([12]*3, min_tail=0)
     if what == 'stitches': return len(configs)

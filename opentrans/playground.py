@@ -77,7 +77,8 @@ def segment(
     else:
         seen = x if seen_side is None else to_image(x, seen_side)
         near = _likeness(framework, seen, vocabulary)
-        labels = resize(near, x.shape[1:])[0].argmax(0)
+        near, = resize(near, x.shape[1:])
+        labels = near.argmax(0)
     return x,labels.cpu(),list(vocabulary.names)
 
 @torch.no_grad()
@@ -100,11 +101,13 @@ def overlay(
     ax = get_axes(ax, figsize=(6, 4))
     labels,colours = np.asarray(labels),class_colours(names)
     photograph = np.asarray(image).transpose(1, 2, 0)
-    ax.imshow((1-opacity)*photograph + opacity*colours[labels], interpolation='nearest')
+    mixed = (1-opacity)*photograph + opacity*colours[labels]
+    ax.imshow(mixed, interpolation='nearest')
     ax.set_axis_off()
     counts = np.bincount(labels.ravel(), minlength=len(names))
     share = counts/labels.size
-    there = [k for k in np.argsort(-share, kind='stable') if share[k]]
+    order = np.argsort(-share, kind='stable')
+    there = [k for k in order if share[k]]
     handles = []
     for k in there[:14]:
         part = f'{share[k]:.0%}' if share[k] >= .005 else '< 1%'
@@ -212,7 +215,8 @@ class _Playground:
         if self.answer is None: return
         from matplotlib.figure import Figure
         fig = Figure(figsize=(7, 4.2))
-        overlay(*self.answer, ax=fig.subplots(), opacity=self.opacity.value)
+        ax = fig.subplots()
+        overlay(*self.answer, ax=ax, opacity=self.opacity.value)
         self.picture.value = figure_png(fig, dpi=110, bbox_inches='tight')
 
 # %% ../nbs/app/71_playground.ipynb #607cbc60

@@ -27,6 +27,12 @@ class Taps:
     down:np.ndarray # Rows
     right:np.ndarray # Columns
 
+    def place(self, first, i, j, stride:int, row:int):
+        "Where weights of rows `i` and columns `j` read, seen from a pixel; `first`: number of a channel's first plane."
+        plane = first + self.plane[i, j]
+        down = self.down[i, j]*row
+        return plane*stride + down + self.right[i, j]
+
     def reach(self)->tuple: # up, down, left, right
         "How far a kernel looks beyond its own pixel."
         def low(a): return int(-min(a.min(), 0))
@@ -162,8 +168,7 @@ def _entries(conv, taps, stride, row, planes, channels):
         o, c, i, j = np.nonzero(weight)
         group = some[o]//size
         channel = group*inputs + c
-        source = channel*planes + taps.plane[i, j]
-        place = source*stride + taps.down[i, j]*row + taps.right[i, j]
+        place = taps.place(channel*planes, i, j, stride, row)
         kept = weight[o, c, i, j]
         parts.append((first + o, c, place, kept))
     return map(np.concatenate, zip(*parts))
@@ -246,8 +251,7 @@ def _dense_arrays(chosen, stride, row, planes):
         c, i, j = np.nonzero(bundle.any(0))
         group = rows[0]//size
         channel = group*inputs + c
-        source = channel*planes + taps.plane[i, j]
-        place = source*stride + taps.down[i, j]*row + taps.right[i, j]
+        place = taps.place(channel*planes, i, j, stride, row)
         kept = bundle[:, c, i, j]
         places.append(place)
         weights.append(kept.T)

@@ -94,10 +94,11 @@ class Plan:
 
     def _with_weights(self, step, x):
         "A step that is nothing but a residual or a range, as a convolution with ones."
-        ones = np.ones((x.channels, 1, 1, 1), np.float32)
-        zeros = np.zeros(x.channels, np.float32)
+        count = x.channels
+        ones = np.ones((count, 1, 1, 1), np.float32)
+        zeros = np.zeros(count, np.float32)
         given = dict(residual=step.residual, low=step.low, high=step.high, name=step.name)
-        return Conv(step.x, step.y, ones, zeros, groups=x.channels, **given)
+        return Conv(step.x, step.y, ones, zeros, groups=count, **given)
 
     def _conv(self, step, x, shared):
         if step.weight is None: step = self._with_weights(step, x)
@@ -172,7 +173,8 @@ class Plan:
         "Ask for the margin that a convolution reads: the layout, rows below the picture, columns to the right."
         taps, _, source = self.chosen[step.y]
         up, down, left, right = taps.reach()
-        x, y = self.values[source], self.values[step.y]
+        x = self.values[source]
+        y = self.values[step.y]
         layout = x.layout
         layout.row = max(layout.row, x.width + left, y.width + right)
         layout.above = max(layout.above, up)
@@ -333,8 +335,10 @@ class Plan:
 
     def _add_conv(self, step):
         taps, planes, source = self.chosen[step.y]
-        x, y = self.values[source], self.values[step.y]
-        row, width = y.layout.row, self.machine.width
+        x = self.values[source]
+        y = self.values[step.y]
+        row = y.layout.row
+        width = self.machine.width
         pixels = (y.height - 1)*row + y.width
         furthest = x.channels*x.stride
         if furthest >= 2**31: raise CannotPlan(f'{step.name} reads over more than 8 GiB')
@@ -372,10 +376,12 @@ class Plan:
 
     def _add_row(self, step, chosen, y):
         "What a convolution does, for the table."
-        multiply_adds = chosen.weights*y.height*y.width
         row = dict(name=step.name, weights=step.weight.size, kept=chosen.weights)
-        row.update(dense_channels=chosen.dense.size, channels=len(step.weight))
-        row.update(height=y.height, width=y.width, multiply_adds=multiply_adds)
+        row['dense_channels'] = chosen.dense.size
+        row['channels'] = len(step.weight)
+        row['height'] = y.height
+        row['width'] = y.width
+        row['multiply_adds'] = chosen.weights*y.height*y.width
         self.rows.append(row)
 
     def _deal(self, kind, common, arrays, pixels, block, works, **more):
@@ -400,7 +406,8 @@ class Plan:
             if first < last: records.append((kind, fields | share))
 
     def _add_pool(self, step):
-        x, y = self.values[step.x], self.values[step.y]
+        x = self.values[step.x]
+        y = self.values[step.y]
         kind = f'{step.kind}-{step.side}-{step.stride}'
         window = step.side**2
         fields = dict(height=y.height, width=y.width, scale=_bits(1/window))
@@ -415,7 +422,8 @@ class Plan:
     def _add_planes(self, step):
         x = self.values[step.x]
         begins = np.array(step.begins, np.int32)
-        fields = dict(x_height=x.height, x_width=x.width, table=self._array(begins), count=len(begins))
+        fields = dict(x_height=x.height, x_width=x.width, count=len(begins))
+        fields['table'] = self._array(begins)
         self._add_channels(f'planes-{step.stride}', step.x, step.y, x.channels, **fields)
 
     def _add_wait(self):

@@ -34,7 +34,8 @@ class StoredWeight:
         self.shape = tuple(shape)
         self.values = values.reshape(-1)
         self.bits = None if bits is None else bits.numpy()
-        self.scale = np.ones(len(self)) if scale is None else np.asarray(scale, np.float64)
+        if scale is None: scale = np.ones(len(self))
+        self.scale = np.asarray(scale, np.float64)
         self.row = math.prod(self.shape[1:])
         counts = []
         for first in range(0, len(self), 256):
@@ -67,7 +68,8 @@ class StoredWeight:
     def __getitem__(self, index):
         if not np.ndim(index): return self[[index]][0]
         index = np.asarray(index, int)
-        first, last = (index.min(), index.max() + 1) if len(index) else (0, 0)
+        first = last = 0
+        if len(index): first, last = index.min(), index.max() + 1
         starts = self.starts[first:last + 1]
         begin, end = starts[0], starts[-1]
         values = self.values[begin:end].float().numpy()
@@ -354,12 +356,15 @@ def run_on_torch(
 # %% ../../nbs/07g_stored.ipynb #ffd617a6
 class _OnEngine(nn.Module):
     "Steps on the engine, and on torch where it cannot."
-    def _plan(self, size): return self.plans.of(size, lambda: Plan(self.region, [size], self.threads))
+    def _plan(self, size):
+        def make(): return Plan(self.region, [size], self.threads)
+        return self.plans.of(size, make)
 
     def _natively(self, x):
         "Outputs of the engine; None where it cannot, or where it differs from torch."
         size = tuple(x.shape[1:])
-        if not has_llvm() or not len(x) or size in self.reasons: return None
+        if not has_llvm() or not len(x): return None
+        if size in self.reasons: return None
         fresh = size not in self.plans
         try: found = self._plan(size).run([x])
         except CannotPlan as error:
@@ -367,7 +372,8 @@ class _OnEngine(nn.Module):
             return None
         if not fresh or not self.check: return found
         told = self._on_torch(x)
-        self.error = max(relative_difference(ours, theirs) for ours, theirs in zip(found, told))
+        differences = [relative_difference(ours, theirs) for ours, theirs in zip(found, told)]
+        self.error = max(differences)
         if self.error <= _CLOSE: return found
         finite = all(theirs.isfinite().all() for theirs in told)
         if not finite: return found
@@ -429,6 +435,8 @@ class StoredEngine(_OnEngine):
         return tuple(out) if isinstance(out, list) else out
 
 # %% ../../nbs/07g_stored.ipynb #cc90ae35
+def _holds_nan(tensor): return tensor.is_floating_point() and bool(tensor.isnan().any())
+
 def load(
     path:str|Path, # A file that `SparseMask.bake` wrote
     model:nn.Module=None, # A model of the same kind, for files with parts that run on torch; it is not changed
@@ -439,7 +447,7 @@ def load(
     not read into it. Raises `OpenTransError` for a damaged file, or one that needs a model."""
     check_number('threads', threads, 1, 256, whole=True)
     tensors, meta = load_tensors(path, kind=BAKED_FILE)
-    if any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors.values()):
+    if any(map(_holds_nan, tensors.values())):
         raise BAKED_FILE.damaged(path, 'it holds weights that are no numbers')
     if model is not None:
         state = unbake(tensors, meta, path)
