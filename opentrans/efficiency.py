@@ -32,7 +32,26 @@ from .vit.stitching import apply_pst, pst_report, stitch_configs, StitchableNet
 _TOOL = dict(hook='thop', trace='fvcore', ptflops='ptflops', conv_macs='macs')
 _UNIT = dict(count=1, layers=1, stitches=1, G=1e9, P=1e15)
 
-def _size(entry): return tuple(int(n) for n in entry['input'].split('x')[-2:])
+def _size(entry):
+    "Height and width of an entry's input."
+    *_, height, width = entry['input'].split('x')
+    return int(height), int(width)
+
+def _of(entry):
+    "What of a model an entry is about: the part of its name behind the first dot."
+    return entry['name'].partition('.')[2]
+
+def _number(module):
+    "How many parameters a module has."
+    return sum(p.numel() for p in module.parameters())
+
+_USUAL_SIZE = (800, 1216) # height and width where an entry names no input
+
+def _size_or_default(entry): return _size(entry) if 'input' in entry else _USUAL_SIZE
+
+def _asked(entry, whole):
+    "Of a cost the figure that an entry is about."
+    return whole.macs if entry['metric'] == 'flops' else whole.params
 
 class FullSize:
     """RN50 and the heads of the three frameworks at full size with random weights, each counted once for every
@@ -44,128 +63,181 @@ class FullSize:
 
     @functools.lru_cache(None)
     def framework(self, name:str)->Framework:
-        return build(name, self.clip, vocabulary=[f'class {i}' for i in range(133)], seed=0)
+        names = [f'class {i}' for i in range(133)]
+        return build(name, self.clip, vocabulary=names, seed=0)
 
     @functools.lru_cache(None)
     def trunk(self, size:Sequence[int], convention:str='thop')->Cost:
-        return cost(self.clip, (3, *size), convention=convention).without('attnpool')
+        whole = cost(self.clip, (3, *size), convention=convention)
+        return whole.without('attnpool')
 
     def features(self, size:Sequence[int])->dict[str, torch.Tensor]:
-        return {k: torch.zeros(1, c, math.ceil(size[0]/s), math.ceil(size[1]/s))
-                for (k,c),s in zip(self.clip.channels.items(), self.strides.values())}
+        maps = {}
+        depths = self.clip.channels.items()
+        for (name,channels),stride in zip(depths, self.strides.values()):
+            height,width = (math.ceil(side/stride) for side in size)
+            maps[name] = torch.zeros(1, channels, height, width)
+        return maps
+
+    def _head(self, head, size, convention, **options):
+        "The cost of a head that is fed with the trunk's maps."
+        maps = self.features(size)
+        values = tuple(maps.values())
+        def forward(image, *found):
+            named = dict(zip(maps, found))
+            return head(named, **options)
+        return cost(head, (3, *size), convention=convention, args=values, forward=forward)
 
     @functools.lru_cache(None)
     def han(self, size:Sequence[int], convention:str)->Cost:
         "The head of Han et al.: pixel decoder, mask decoder, class embedding; fed with the trunk's maps."
-        head,maps = self.framework('mask2former').head,self.features(size)
-        return cost(head, (3, *size), convention=convention, args=tuple(maps.values()),
-                    forward=lambda x, *f: head(dict(zip(maps, f))))
+        return self._head(self.framework('mask2former').head, size, convention)
 
     @functools.lru_cache(None)
     def fcclip(self, size:Sequence[int], convention:str)->Cost:
         "The head of FC-CLIP: 250 queries, classified behind every layer."
-        head,maps = self.framework('fcclip').head,self.features(size)
-        return cost(head, (3, *size), convention=convention, args=tuple(maps.values()),
-                    forward=lambda x, *f: head(dict(zip(maps, f)), every=True))
+        return self._head(self.framework('fcclip').head, size, convention, every=True)
 
     @functools.lru_cache(None)
     def deeplab(self, size:Sequence[int], convention:str)->Cost:
         """ASPP and decoder of DeepLabV3, fed with maps of stride 16, without a classifier (text embeddings
         classify)."""
-        seg,(h,w) = self.framework('deeplabv3'),(math.ceil(n/16) for n in size)
-        head = torch.nn.ModuleDict(dict(aspp=seg.aspp, decoder=seg.decoder)).eval()
-        args = torch.zeros(1, 256, 4*h, 4*w),torch.zeros(1, 2048, h, w)
-        return cost(head, (3, *size), convention=convention, args=args,
-                    forward=lambda x, fine, coarse: head['decoder'](fine, head['aspp'](coarse)))
+        seg = self.framework('deeplabv3')
+        h,w = (math.ceil(n/16) for n in size)
+        parts = dict(aspp=seg.aspp, decoder=seg.decoder)
+        head = torch.nn.ModuleDict(parts).eval()
+        fine_map = torch.zeros(1, 256, 4*h, 4*w)
+        coarse_map = torch.zeros(1, 2048, h, w)
+        def forward(image, fine, coarse):
+            context = head['aspp'](coarse)
+            return head['decoder'](fine, context)
+        return cost(head, (3, *size), convention=convention, args=(fine_map, coarse_map), forward=forward)
 
 # %% ../nbs/experiments/57_efficiency.ipynb #1f5d332c
 def _clip_value(full, e):
-    name,clip = e['name'].partition('.')[2],full.clip
-    def number(m): return sum(p.numel() for p in m.parameters())
-    pool = number(clip.visual.attnpool)
-    if e['metric'] == 'flops':
-        t = full.trunk(_size(e), _TOOL.get(e['convention'], 'thop'))
-        if name == 'prune_saving': return .9*t.macs
-        if e['convention'] == 'conv_macs': return t.by_layer.macs[t.by_layer.kind == 'conv'].sum()
-        return t.macs
-    convs = [m.weight for n,m in clip.visual.named_modules() if isinstance(m, torch.nn.Conv2d)]
-    visual = number(clip.visual)
-    text_encoder = number(clip.text.model) - 1 # the temperature is no part of it
-    return dict(trunk=visual-pool, attnpool_224=pool, visual_224=visual, conv_weights=sum(w.numel() for w in convs),
-                text_encoder=text_encoder, prune_saving=.9*(visual-pool),
-                prunable_conv_layers=len(prunable(clip.visual)))[name]
+    name = _of(e)
+    visual = full.clip.visual
+    if e['metric'] == 'flops': return _clip_flops(full, e, name)
+    if name == 'conv_weights':
+        convs = [m.weight for m in visual.modules() if isinstance(m, torch.nn.Conv2d)]
+        return sum(w.numel() for w in convs)
+    if name == 'text_encoder': return _number(full.clip.text.model) - 1 # the temperature is no part of it
+    if name == 'prunable_conv_layers': return len(prunable(visual))
+    whole = _number(visual)
+    pool = _number(visual.attnpool)
+    trunk = whole - pool
+    return dict(trunk=trunk, attnpool_224=pool, visual_224=whole, prune_saving=.9*trunk)[name]
+
+def _clip_flops(full, e, name):
+    convention = e['convention']
+    trunk = full.trunk(_size(e), _TOOL.get(convention, 'thop'))
+    if name == 'prune_saving': return .9*trunk.macs
+    if convention == 'conv_macs':
+        rows = trunk.by_layer
+        return rows.macs[rows.kind == 'conv'].sum()
+    return trunk.macs
 
 def _han_value(full, e):
-    what,flops = e['name'].partition('.')[2],e['metric'] == 'flops'
+    what = _of(e)
+    flops = e['metric'] == 'flops'
+    size = _size(e) if flops else _USUAL_SIZE
     if what == 'head':
-        if flops: return full.han(_size(e), _TOOL[e['convention']]).macs
-        return (full.han((800, 1216), 'thop').params if e['convention'] == 'hook'
-                else sum(p.numel() for p in full.framework('mask2former').head.parameters()))
-    t,h = ((full.trunk(_size(e)),full.han(_size(e), 'fvcore')) if flops
-           else (full.trunk((800, 1216)),full.han((800, 1216), 'fvcore')))
-    whole = t + h - .9*t if what == 'pruned' else t + h
-    return whole.macs if flops else whole.params
+        convention = e['convention']
+        if flops: return full.han(size, _TOOL[convention]).macs
+        if convention == 'hook': return full.han(size, 'thop').params
+        return _number(full.framework('mask2former').head)
+    trunk = full.trunk(size)
+    head = full.han(size, 'fvcore')
+    whole = trunk + head
+    if what == 'pruned': whole = whole - .9*trunk
+    return _asked(e, whole)
 
 def _fcclip_value(full, e):
-    what = e['name'].partition('.')[2]
-    flops = e['metric'] == 'flops'
-    size = _size(e) if 'input' in e else (800, 1216)
-    if not flops and e['convention'].startswith('numel'):
-        return full.trunk(size).params + sum(p.numel() for p in full.framework('fcclip').head.parameters())
-    h = full.fcclip(size, 'thop')
-    if what == 'head': whole = h
-    elif what == 'pruned': whole = full.trunk(size) + h - .9*full.trunk(size)
-    else: whole = full.trunk(size) + h
-    return whole.macs if flops else whole.params
+    what = _of(e)
+    size = _size_or_default(e)
+    if e['metric'] != 'flops' and e['convention'].startswith('numel'):
+        head = full.framework('fcclip').head
+        return full.trunk(size).params + _number(head)
+    head = full.fcclip(size, 'thop')
+    if what == 'head': return _asked(e, head)
+    trunk = full.trunk(size)
+    whole = trunk + head
+    if what == 'pruned': whole = whole - .9*trunk
+    return _asked(e, whole)
 
 # %% ../nbs/experiments/57_efficiency.ipynb #1b5e47c5
 def released_stride16()->torch.nn.Module:
     """The backbone of DeepLabV3 in the released code: CLIP's stem before torchvision's ResNet-50, whose stride is
     on the 3x3 convolutions, the last stage dilated."""
     from torchvision.models import resnet50
-    net,nn = resnet50(weights=None, replace_stride_with_dilation=[False, False, True]),torch.nn
-    net.conv1 = nn.Sequential(*(m for a,b,s in ((3, 32, 2), (32, 32, 1), (32, 64, 1))
-                                for m in (nn.Conv2d(a, b, 3, s, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())))
-    net.maxpool,net.bn1,net.relu,net.avgpool,net.fc = nn.AvgPool2d(2),*(nn.Identity() for _ in range(4))
+    nn = torch.nn
+    net = resnet50(weights=None, replace_stride_with_dilation=[False, False, True])
+    stem = []
+    for inputs,outputs,stride in ((3, 32, 2), (32, 32, 1), (32, 64, 1)):
+        stem.append(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False))
+        stem += [nn.BatchNorm2d(outputs), nn.ReLU()]
+    net.conv1 = nn.Sequential(*stem)
+    net.maxpool = nn.AvgPool2d(2)
+    for name in ('bn1', 'relu', 'avgpool', 'fc'): setattr(net, name, nn.Identity())
     return net.eval()
 
 def _deeplab_value(full, e):
-    what = e['name'].partition('.')[2]
-    flops = e['metric'] == 'flops'
-    size = _size(e) if 'input' in e else (800, 1216)
+    what = _of(e)
+    size = _size_or_default(e)
+    if what == 'os16_backbone':
+        with torch.device('meta'): net = released_stride16()
+        net = net.to_empty(device='cpu')
+        return cost(net, (3, *size), convention='thop').macs
+    trunk = full.trunk(size)
+    whole = trunk + full.deeplab(size, 'thop')
     # 3072 channels into the projection: the raw input is joined instead of the pooled branch
     if what == 'released_aspp':
         h,w = (math.ceil(n/16) for n in size)
-        return (full.trunk(size) + full.deeplab(size, 'thop')).macs + (3072-1280)*256*h*w
-    if what == 'os16_backbone':
-        with torch.device('meta'): net = released_stride16()
-        return cost(net.to_empty(device='cpu'), (3, *size), convention='thop').macs
-    whole = full.trunk(size) + full.deeplab(size, 'thop')
-    if what == 'pruned': whole = whole - .9*full.trunk(size)
-    return whole.macs if flops else whole.params
+        more = (3072-1280)*256*h*w
+        return whole.macs + more
+    if what == 'pruned': whole = whole - .9*trunk
+    return _asked(e, whole)
 
 # %% ../nbs/experiments/57_efficiency.ipynb #c63a35a8
 @functools.lru_cache(None)
-def _entries(): return load_json(Path(opentrans.__file__).parent/'assets'/'paper_costs.json')
+def _entries():
+    package = Path(opentrans.__file__).parent
+    return load_json(package/'assets'/'paper_costs.json')
 
 def _training_value(full, e):
-    what,size = e['name'].split('.')[-1],_size(e) if 'input' in e else (512, 512)
-    t,h = full.trunk(size),full.han(size, 'thop')
-    rows = t.by_layer[t.by_layer.kind == 'conv']
+    what = e['name'].split('.')[-1]
+    size = _size(e) if 'input' in e else (512, 512)
+    trunk = full.trunk(size)
+    head = full.han(size, 'thop')
+    rows = trunk.by_layer[trunk.by_layer.kind == 'conv']
     small = _entries()['frozen_alpha_layers']
-    large = [n for n in rows.index if n not in small]
-    def freeze(names): return LayerSelection([n for n in rows.index if n not in names], list(names), what)
-    def run(**kw): return training_flops(t, 40000, 28, head=h, **kw)
     if what == 'alpha_frozen_share': return rows.macs[small].sum()/rows.macs.sum()
-    # the layer at the median rests in neither half; its alpha is not printed, its cost follows
-    if what == 'alpha_star': large.remove(min(large, key=lambda n: (abs(rows.macs[n]-.537e9), n)))
-    if what == 'random':
-        # the paper's draw is not known: the mean of 200
-        g = np.random.default_rng(0)
-        return float(np.mean([run(selection=freeze(list(g.permutation(rows.index)[:27]))) for _ in range(200)]))
-    return run(**dict(full={}, alpha=dict(selection=freeze(small)), alpha_star=dict(selection=freeze(large)),
-                      pruned=dict(mask=.1),
-                      alpha_pruned=dict(mask={'*': .1, 'conv1.weight': 1.}, selection=freeze(small)))[what])
+    def run(**options): return training_flops(trunk, 40000, 28, head=head, **options)
+    def freeze(names):
+        trained = [n for n in rows.index if n not in names]
+        return LayerSelection(trained, list(names), what)
+    if what == 'full': return run()
+    if what == 'pruned': return run(mask=.1)
+    if what == 'alpha': return run(selection=freeze(small))
+    if what == 'alpha_star': return run(selection=freeze(_large_layers(rows, small)))
+    if what == 'alpha_pruned':
+        mask = {'*': .1, 'conv1.weight': 1.}
+        return run(mask=mask, selection=freeze(small))
+    if what != 'random': raise KeyError(what)
+    # the paper's draw is not known: the mean of 200
+    g = np.random.default_rng(0)
+    totals = []
+    for _ in range(200):
+        drawn = g.permutation(rows.index)[:27]
+        totals.append(run(selection=freeze(list(drawn))))
+    return float(np.mean(totals))
+
+def _large_layers(rows, small):
+    "The layers of large alpha. That at the median rests in neither half; its alpha is not printed, its cost follows."
+    large = [n for n in rows.index if n not in small]
+    def distance(n): return abs(rows.macs[n]-.537e9),n
+    median = min(large, key=distance)
+    return [n for n in large if n != median]
 
 # %% ../nbs/experiments/57_efficiency.ipynb #ecf280fc
 class _Closed(torch.nn.Module):
@@ -174,16 +246,23 @@ class _Closed(torch.nn.Module):
         from torchvision.models import resnet50
         from torchvision.models._utils import IntermediateLayerGetter
         super().__init__()
-        self.backbone = IntermediateLayerGetter(resnet50(), {f'layer{i}': f'res{i+1}' for i in (1, 2, 3, 4)})
+        stages = {f'layer{i}': f'res{i+1}' for i in (1, 2, 3, 4)}
+        self.backbone = IntermediateLayerGetter(resnet50(), stages)
         channels = {f'res{i+2}': 256*2**i for i in range(4)}
-        pixel,decoder = ((FASegPixelDecoder(channels, key_pos='conditional', hrca=hrca),
-                          FASegDecoder(queries=100, dfpq=dfpq, hrca=hrca)) if faseg
-                         else (PixelDecoder(channels),MaskDecoder(queries=100)))
-        self.head = torch.nn.ModuleList([pixel, decoder, torch.nn.Linear(256, 151)])
+        if faseg:
+            pixel = FASegPixelDecoder(channels, key_pos='conditional', hrca=hrca)
+            decoder = FASegDecoder(queries=100, dfpq=dfpq, hrca=hrca)
+        else:
+            pixel = PixelDecoder(channels)
+            decoder = MaskDecoder(queries=100)
+        classes = torch.nn.Linear(256, 151)
+        self.head = torch.nn.ModuleList([pixel, decoder, classes])
 
     def forward(self, images):
-        q,m = self.head[1](*self.head[0](self.backbone(images)))[-1]
-        return self.head[2](q),m
+        pixel,decoder,classes = self.head
+        maps = self.backbone(images)
+        *_,(queries,masks) = decoder(*pixel(maps))
+        return classes(queries),masks
 
 _CLOSED = {'mask2former_r50_ade': dict(faseg=False), 'mask2former_r50_ade+dfpq': dict(hrca=False),
            'mask2former_r50_ade+hrca': dict(dfpq=False), 'faseg_r50_ade': {}}
@@ -191,62 +270,94 @@ _CLOSED = {'mask2former_r50_ade': dict(faseg=False), 'mask2former_r50_ade+dfpq':
 def _faseg_value(full, e):
     options = _CLOSED[e['name']]
     with torch.device('meta'): net = _Closed(**options)
-    # the batch norms are frozen, and counted by neither; HRCA alone has no encoding of positions from features
-    if e['metric'] == 'params':
-        own = (sum(p.numel() for m in net.modules() if isinstance(m, ConditionalPositionEncoding)
-                   for p in m.parameters()) if not options.get('dfpq', True) else 0)
-        return (sum(p.numel() for p in net.backbone.parameters() if p.dim() == 4)
-                + sum(p.numel() for p in net.head.parameters()) - own)
+    if e['metric'] == 'params': return _faseg_parameters(net, with_positions=options.get('dfpq', True))
     h,w = _size(e)
+    pixels = h*w
     queries = 100
     classes = 150
     levels = [(h//s)*(w//s) for s in (32, 16, 8)]
-    masked = 3*sum(levels) + (levels[0] if options.get('hrca', options.get('faseg', True)) else 0)
-    return (cost(net.to_empty(device='cpu'), (3, h, w), convention='fvcore').macs + queries*classes*h*w
-            + 4*queries*h*w + queries*256*masked)
+    masked = 3*sum(levels)
+    has_hrca = options.get('hrca', options.get('faseg', True))
+    if has_hrca: masked += levels[0]
+    net = net.to_empty(device='cpu')
+    counted = cost(net, (3, h, w), convention='fvcore').macs
+    per_pixel = queries*classes + 4*queries
+    return counted + per_pixel*pixels + queries*256*masked
+
+def _faseg_parameters(net, with_positions):
+    "The batch norms are frozen, and counted by neither; HRCA alone has no encoding of positions from features."
+    kernels = [p.numel() for p in net.backbone.parameters() if p.dim() == 4]
+    total = sum(kernels) + _number(net.head)
+    if with_positions: return total
+    encodings = [m for m in net.modules() if isinstance(m, ConditionalPositionEncoding)]
+    return total - sum(_number(m) for m in encodings)
 
 # %% ../nbs/experiments/57_efficiency.ipynb #53305d29
 def _vit(width=768):
     import timm
-    with torch.device('meta'): return timm.models.VisionTransformer(embed_dim=width, depth=12, num_heads=width//64)
+    heads = width//64
+    with torch.device('meta'): return timm.models.VisionTransformer(embed_dim=width, depth=12, num_heads=heads)
+
+def _mean_classes(benchmark):
+    "How many classes a data set of a benchmark has, on average."
+    counts = _entries()[f'{benchmark}_classes'].values()
+    return float(np.mean(list(counts)))
+
+def _each(*parts):
+    "Names of parts in each block of a ViT."
+    return [f'blocks.{i}.{part}' for i in range(12) for part in parts]
+
+_QV = _each('attn.qkv.weight[q]', 'attn.qkv.weight[v]')
+# name -> how modules are added, to which weights, and of which rank
+_ADDED = dict(adapter8=(add_adapters, _each('mlp.fc2.weight'), 8), lora16_qv=(add_lora, _QV, 16),
+              lora8_qv=(add_lora, _QV, 8), lora8_one_proj=(add_lora, _each('attn.proj.weight'), 8))
 
 def _spt_value(full, e):
-    what = e['name'].partition('.')[2]
+    what = _of(e)
     vit = _vit()
-    def number(m): return sum(p.numel() for p in m.parameters())
-    if what == '': return number(vit)-number(vit.head)
-    if what == 'linear_mean_vtab_head': return 769*float(np.mean(list(_entries()['vtab_classes'].values())))
+    if what == '': return _number(vit)-_number(vit.head)
+    if what == 'linear_mean_vtab_head': return 769*_mean_classes('vtab')
     if what == 'bias_all':
-        return sum(p.numel() for n,p in vit.named_parameters() if n.endswith('bias') and not n.startswith('head.'))
-    def each(*parts): return [f'blocks.{i}.{p}' for i in range(12) for p in parts]
-    qv = each('attn.qkv.weight[q]', 'attn.qkv.weight[v]')
-    add = dict(adapter8=lambda: add_adapters(vit, each('mlp.fc2.weight'), r=8),
-               lora16_qv=lambda: add_lora(vit, qv, r=16), lora8_qv=lambda: add_lora(vit, qv, r=8),
-               lora8_one_proj=lambda: add_lora(vit, each('attn.proj.weight'), r=8))[what]
+        biases = {n: p for n,p in vit.named_parameters() if n.endswith('bias')}
+        return sum(p.numel() for n,p in biases.items() if not n.startswith('head.'))
+    add,weights,rank = _ADDED[what]
     vit.head = torch.nn.Identity()
-    with add(): return trainable_report(vit).attrs['trained']
+    with add(vit, weights, r=rank): return trainable_report(vit).attrs['trained']
 
 _WIDTH = dict(ti=192, s=384, b=768)
 
 def _stitch_value(full, e):
-    what,configs = e['name'].partition('.')[2],stitch_configs([12]*3, min_tail=0)
+    what = _of(e)
     if what.startswith('anchor'):
-        return cost(_vit(_WIDTH[what.split('_')[-1]]).to_empty(device='cpu').eval(), (3, *_size(e))).macs
-    return (len(configs) if what == 'stitches'
-            else len({(c.front, c.end, c.layer) for c in configs if not c.is_anchor}))
+        letter = what.split('_')[-1]
+        anchor = _vit(_WIDTH[letter])
+        anchor = anchor.to_empty(device='cpu').eval()
+        return cost(anchor, (3, *_size(e))).macs
+    configs = stitch_configs([12]*3, min_tail=0)
+    if what == 'stitches': return len(configs)
+    layers = {(c.front, c.end, c.layer) for c in configs if not c.is_anchor}
+    return len(layers)
 
 # %% ../nbs/experiments/57_efficiency.ipynb #c07806c7
 def _esta_value(full, e):
-    report = pst_report(apply_pst(StitchableNet([_vit(d) for d in _WIDTH.values()], stitch_configs([12]*3)),
-                                  (32, 16, 8)))
-    return (float(report[['attention', 'stitching', 'biases']].sum())
-            + sum(d+1 for d in _WIDTH.values())*float(np.mean(list(_entries()['fgvc_classes'].values()))))
+    widths = list(_WIDTH.values())
+    anchors = [_vit(width) for width in widths]
+    net = StitchableNet(anchors, stitch_configs([12]*3))
+    report = pst_report(apply_pst(net, (32, 16, 8)))
+    inner = float(report[['attention', 'stitching', 'biases']].sum())
+    head = sum(width+1 for width in widths) # weights of a class, in all anchors
+    return inner + head*_mean_classes('fgvc')
 
 def _spvit_value(full, e):
-    family,dense = e['name'].partition('.')[0],_vit(_WIDTH[e['name'].partition('.')[0].split('_')[-1]])
-    net = HybridSpec.published(family.removeprefix('spvit_')).build(dense) if family.startswith('spvit') else dense
-    return (sum(p.numel() for p in net.parameters()) if e['metric'] == 'params'
-            else float(SPViTCost(dense).table(net).values.sum()))
+    family = e['name'].partition('.')[0]
+    letter = family.split('_')[-1]
+    dense = net = _vit(_WIDTH[letter])
+    if family.startswith('spvit'):
+        published = HybridSpec.published(family.removeprefix('spvit_'))
+        net = published.build(dense)
+    if e['metric'] == 'params': return _number(net)
+    table = SPViTCost(dense).table(net)
+    return float(table.values.sum())
 
 # %% ../nbs/experiments/57_efficiency.ipynb #175cb81c
 # first part of an entry's name -> function of (`FullSize`, entry)
@@ -264,19 +375,29 @@ def paper_costs(
     """Every efficiency figure of the paper and of the four systems beyond it, counted from full-size models, beside
     the printed one. Raises `OpenTransError` for a name that no entry has."""
     only = [only] if isinstance(only, str) else only
-    entries = [e
-               for e in _entries()['entries']
-               if e['name'].split('.')[0] in FIGURES
-               and (only is None or any(e['name'].startswith(o) for o in only))]
+    def is_asked(name): return only is None or any(name.startswith(beginning) for beginning in only)
+    known = [e for e in _entries()['entries'] if _family(e) in FIGURES]
+    entries = [e for e in known if is_asked(e['name'])]
     if not entries:
         raise OpenTransError(f"No figure's name begins with {', '.join(only)}. There are: {', '.join(FIGURES)}.")
-    full,rows = full or FullSize(),[]
-    for e in progress(entries, 'counting'):
-        unit = _UNIT.get(e['unit'], 1)
-        value = FIGURES[e['name'].split('.')[0]](full, e)/unit
-        off = (value-e['target'])/e['target']
-        rows.append(dict(name=e['name'], metric=e['metric'], convention=e['convention'], input=e.get('input', ''),
-                         value=value, paper=e.get('paper', math.nan), target=e['target'], unit=e['unit'],
-                         difference=off, agrees=abs(off) <= e['tolerance_rel'] + 1e-12, required=e['require'],
-                         note=e.get('note', '')))
+    full = full or FullSize()
+    rows = [_row(full, e) for e in progress(entries, 'counting')]
     return pd.DataFrame(rows)
+
+def _family(entry): return entry['name'].split('.')[0]
+
+def _row(full, e):
+    "The figure of an entry beside the printed one."
+    figure = FIGURES[_family(e)]
+    value = figure(full, e)/_UNIT.get(e['unit'], 1)
+    target = e['target']
+    off = (value-target)/target
+    agrees = abs(off) <= e['tolerance_rel'] + 1e-12
+    row = dict(name=e['name'], metric=e['metric'], convention=e['convention'])
+    row['input'] = e.get('input', '')
+    row['value'] = value
+    row['paper'] = e.get('paper', math.nan)
+    row.update(target=target, unit=e['unit'], difference=off, agrees=agrees)
+    row['required'] = e['require']
+    row['note'] = e.get('note', '')
+    return row

@@ -28,9 +28,12 @@ def parse_names(
     text:str, # E.g. `'sofa | couch, dog, grass'`
 )->Vocabulary: # The classes, each once, in order
     "Read class names that someone typed. Raises `OpenTransError` if there are none."
-    names = [','.join(w for w in (' '.join(s.split()) for s in c.split('|')) if w)
-             for c in text.replace('\n', ',').split(',')]
-    names = list(dict.fromkeys(n for n in names if n))
+    names = []
+    for typed in text.replace('\n', ',').split(','):
+        words = [' '.join(word.split()) for word in typed.split('|')]
+        synonyms = ','.join(word for word in words if word)
+        if synonyms: names.append(synonyms)
+    names = list(dict.fromkeys(names))
     if not names:
         raise OpenTransError("There are no class names. Type some, with commas between them: sky, road, a red car.")
     return Vocabulary(names)
@@ -67,14 +70,24 @@ def segment(
     seen_side:int|None=None,
 )->tuple[torch.Tensor, torch.Tensor, list[str]]: # Image (3,H,W), labels (H,W) of indices into the names, names
     "The best of some classes for each pixel of one image. Raises `OpenTransError`."
-    v,x = parse_names(names) if isinstance(names, str) else names,to_image(image, max_side)
-    v = v if hasattr(v, 'names') else Vocabulary(list(v))
-    if hasattr(framework, 'predict'): return x,framework.predict(x[None], v)[0].cpu(),list(v.names)
-    seen = x if seen_side is None else to_image(x, seen_side)
-    with torch.no_grad():
-        near = torch.einsum('bdhw,kd->bkhw', framework.dense_embeddings(seen[None].to(device_of(framework))),
-                            framework.encode_text(v))
-    return x,resize(near, x.shape[1:])[0].argmax(0).cpu(),list(v.names)
+    vocabulary = parse_names(names) if isinstance(names, str) else names
+    x = to_image(image, max_side)
+    if not hasattr(vocabulary, 'names'): vocabulary = Vocabulary(list(vocabulary))
+    if hasattr(framework, 'predict'): labels = framework.predict(x[None], vocabulary)[0]
+    else:
+        seen = x if seen_side is None else to_image(x, seen_side)
+        near = _likeness(framework, seen, vocabulary)
+        near, = resize(near, x.shape[1:])
+        labels = near.argmax(0)
+    return x,labels.cpu(),list(vocabulary.names)
+
+@torch.no_grad()
+def _likeness(clip, image, vocabulary):
+    "How near each cell of a CLIP's last map is to each name: (1, names, height, width)."
+    images = image[None].to(device_of(clip))
+    cells = clip.dense_embeddings(images)
+    texts = clip.encode_text(vocabulary)
+    return torch.einsum('bdhw,kd->bkhw', cells, texts)
 
 def overlay(
     image:torch.Tensor, # (3,H,W) in [0,1]
@@ -87,14 +100,20 @@ def overlay(
     from matplotlib.patches import Patch
     ax = get_axes(ax, figsize=(6, 4))
     labels,colours = np.asarray(labels),class_colours(names)
-    ax.imshow((1-opacity)*np.asarray(image).transpose(1, 2, 0) + opacity*colours[labels], interpolation='nearest')
+    photograph = np.asarray(image).transpose(1, 2, 0)
+    mixed = (1-opacity)*photograph + opacity*colours[labels]
+    ax.imshow(mixed, interpolation='nearest')
     ax.set_axis_off()
-    share = np.bincount(labels.ravel(), minlength=len(names))/labels.size
-    there = [k for k in np.argsort(-share, kind='stable') if share[k]][:14]
-    ax.legend(
-        handles=[Patch(color=colours[k],
-                       label=for_plot(f"{names[k]}  {share[k]:.0%}" if share[k] >= .005 else f'{names[k]}  < 1%'))
-                 for k in there], loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    counts = np.bincount(labels.ravel(), minlength=len(names))
+    share = counts/labels.size
+    order = np.argsort(-share, kind='stable')
+    there = [k for k in order if share[k]]
+    handles = []
+    for k in there[:14]:
+        part = f'{share[k]:.0%}' if share[k] >= .005 else '< 1%'
+        label = for_plot(f'{names[k]}  {part}')
+        handles.append(Patch(color=colours[k], label=label))
+    ax.legend(handles=handles, loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
     return ax
 
 # %% ../nbs/app/71_playground.ipynb #c4410e2a
@@ -103,11 +122,15 @@ def unseen(
     vocabulary:Vocabulary, # The names that are asked for
 )->dict: # Name -> the nearest name that it was shown, or ''
     "The names that a framework's CLIP was shown nothing like."
-    text,said = getattr(getattr(framework, 'backbone', framework), 'text', None),class_prompts(vocabulary)
+    clip = getattr(framework, 'backbone', framework)
+    text = getattr(clip, 'text', None)
+    said = class_prompts(vocabulary)
     if not hasattr(text, 'strange'): return {}
     strange = set(text.strange(said))
-    near = text.nearest(said)[1] if text.known is not None else ['']*len(said)
-    return {name: known for name,prompts,known in zip(vocabulary.names, said, near) if prompts[0] in strange}
+    if text.known is None: near = ['']*len(said)
+    else: _,near = text.nearest(said)
+    asked = zip(vocabulary.names, said, near)
+    return {name: known for name,prompts,known in asked if prompts[0] in strange}
 
 def guesses(
     found:dict, # As of `unseen`
@@ -124,16 +147,7 @@ class _Playground:
         self.samples = dict(samples)
         self.lock = threading.RLock()
         self.answer = None
-        self.source = w.Dropdown(options=list(self.samples), description='image', layout=w.Layout(width='320px'))
-        self.upload = w.FileUpload(accept='image/*', multiple=False, description='own image')
-        self.names = w.Textarea(value=text, description='classes', placeholder='sky, road, a red car',
-                                continuous_update=False, layout=w.Layout(width='640px', height='70px'))
-        self.go = w.Button(description='segment', button_style='primary')
-        self.opacity = w.FloatSlider(value=.6, min=0, max=1, step=.05, description='colours',
-                                     continuous_update=False)
-        self.said,self.picture = w.HTML(),w.Image(format='png', layout=w.Layout(max_width='760px'))
-        self.box = w.VBox([w.HBox([self.source, self.upload]), self.names, w.HBox([self.go, self.opacity]),
-                           self.said, self.picture])
+        self._make_widgets(w, text)
         self.box.playground = self
         for widget in (self.source, self.names): widget.observe(lambda _: self.ask(), 'value')
         self.upload.observe(self.receive, 'value')
@@ -141,17 +155,37 @@ class _Playground:
         self.opacity.observe(lambda _: self.draw(), 'value')
         self.ask()
 
+    def _make_widgets(self, w, text):
+        "What is seen: images above, names below, then the button, the answer in words and the picture."
+        narrow = w.Layout(width='320px')
+        self.source = w.Dropdown(options=list(self.samples), description='image', layout=narrow)
+        self.upload = w.FileUpload(accept='image/*', multiple=False, description='own image')
+        wide = w.Layout(width='640px', height='70px')
+        self.names = w.Textarea(value=text, description='classes', placeholder='sky, road, a red car',
+                                continuous_update=False, layout=wide)
+        self.go = w.Button(description='segment', button_style='primary')
+        self.opacity = w.FloatSlider(value=.6, min=0, max=1, step=.05, description='colours',
+                                     continuous_update=False)
+        self.said = w.HTML()
+        self.picture = w.Image(format='png', layout=w.Layout(max_width='760px'))
+        images = w.HBox([self.source, self.upload])
+        settings = w.HBox([self.go, self.opacity])
+        self.box = w.VBox([images, self.names, settings, self.said, self.picture])
+
     def receive(self, change):
         "An upload becomes one more sample, and is looked at."
-        files = change['new'].values() if isinstance(change['new'], dict) else change['new']
-        for f in files:
-            name = f.get('name') or f.get('metadata', {}).get('name', 'upload')
-            try: self.samples[name] = to_image(f['content'])
+        files = change['new']
+        if isinstance(files, dict): files = files.values()
+        for file in files:
+            about = file.get('metadata', {})
+            name = file.get('name') or about.get('name', 'upload')
+            try: self.samples[name] = to_image(file['content'])
             except OpenTransError as e:
                 self.say(str(e), 'c8442e')
                 continue
             # another picture under the same name
-            if name in self.source.options and self.source.value == name: self.ask()
+            is_shown = name in self.source.options and self.source.value == name
+            if is_shown: self.ask()
             else:
                 self.source.options = list(self.samples)
                 self.source.value = name
@@ -166,21 +200,34 @@ class _Playground:
                 # the note below says it each time
                 warnings.filterwarnings('ignore', '.*(has never seen|was shown)')
                 try:
-                    v = parse_names(self.names.value)
-                    self.answer = segment(self.framework, self.samples[self.source.value], v)
+                    vocabulary = parse_names(self.names.value)
+                    sample = self.samples[self.source.value]
+                    self.answer = segment(self.framework, sample, vocabulary)
                 except OpenTransError as e: return self.say(str(e), 'c8442e')
-            (h,w),strange = self.answer[1].shape,unseen(self.framework, v)
+            _,labels,_ = self.answer
+            h,w = labels.shape
+            strange = unseen(self.framework, vocabulary)
+            doubt = f'; {guesses(strange)}' if strange else ''
             self.draw() # before it is told, so that what is told is of the picture that is seen
-            self.say(f'{len(v)} classes, {w} x {h} pixels' + (f'; {guesses(strange)}' if strange else ''))
+            self.say(f'{len(vocabulary)} classes, {w} x {h} pixels{doubt}')
 
     def draw(self):
         if self.answer is None: return
         from matplotlib.figure import Figure
         fig = Figure(figsize=(7, 4.2))
-        overlay(*self.answer, ax=fig.subplots(), opacity=self.opacity.value)
+        ax = fig.subplots()
+        overlay(*self.answer, ax=ax, opacity=self.opacity.value)
         self.picture.value = figure_png(fig, dpi=110, bbox_inches='tight')
 
 # %% ../nbs/app/71_playground.ipynb #607cbc60
+def _scenes():
+    "A scene of `ShapesWorld` from each of three domains."
+    scenes = {}
+    for i,domain in enumerate(('home', 'night', 'crowd')):
+        world = ShapesWorld('val', domain, n=1, size=96, seed=i)
+        scenes[f'scene {i} ({domain})'] = world[0]
+    return scenes
+
 def playground(
     framework, # A `Framework`, as `build` makes it, or a `ClipBackbone`
     samples=None, # Name -> whatever `to_image` takes, or a data set; None takes scenes of `ShapesWorld`
@@ -189,13 +236,13 @@ def playground(
     """Type class names, see the segmentation. Raises `OpenTransError` if ipywidgets is missing or there is no
     sample."""
     w = optional('ipywidgets', 'dev', 'The playground')
-    if samples is None:
-        samples = {f'scene {i} ({d})': ShapesWorld('val', d, n=1, size=96, seed=i)[0]
-                   for i,d in enumerate(('home', 'night', 'crowd'))}
+    if samples is None: samples = _scenes()
     if not isinstance(samples, dict):
-        samples = {f'{i}: {samples[i]["id"]}': samples[i] for i in range(min(12, len(samples)))}
+        count = min(12, len(samples))
+        samples = {f'{i}: {samples[i]["id"]}': samples[i] for i in range(count)}
     if not samples: raise OpenTransError("There is no sample to look at. Give a dict of images, or a data set.")
     if names is None:
-        v = getattr(framework, 'vocabulary', None)
-        names = ', '.join(n.replace(',', ' | ') for n in list(getattr(v, 'names', v) or ['grass', 'sky'])[:8])
+        own = getattr(framework, 'vocabulary', None)
+        known = list(getattr(own, 'names', own) or ['grass', 'sky'])
+        names = ', '.join(name.replace(',', ' | ') for name in known[:8])
     return _Playground(framework, samples, names, w).box

@@ -399,6 +399,12 @@ def test_towers_of_linear_layers(name):
 
 # smaller models
 
+@torch.no_grad()
+def test_a_pool_of_fewer_channels_than_threads():
+    net = nn.Sequential(nn.Conv2d(3, 1, 3), nn.AvgPool2d(2)).eval()
+    images = torch.randn(1, 3, 16, 16)
+    assert far(planned(net, images, threads=2), net(images)) < 1e-5
+
 def far_maps(a, b): return max(far(a[k], b[k]) for k in b)
 
 @pytest.mark.parametrize('name', ['shapes-rn', 'shapes-vit'])

@@ -22,13 +22,15 @@ app.add_typer(data_app, name='data', rich_help_panel=_panel('data'))
 def data_list(as_json:AsJson=False, config:Config=None):
     "Names of the data sets."
     from opentrans.data import list_datasets
-    print(json.dumps(list_datasets()) if as_json else '\n'.join(list_datasets()))
+    names = list_datasets()
+    print(json.dumps(names) if as_json else '\n'.join(names))
 
 def _commonest_sizes(read):
     "The three sizes that most images have, as texts such as '640x480'."
     if read is None: return []
     width, height = (read[side].dropna().astype(int).astype(str) for side in ('width', 'height'))
-    return (width + 'x' + height).value_counts().index[:3].tolist()
+    sizes = width + 'x' + height
+    return sizes.value_counts().index[:3].tolist()
 
 @data_app.command('check')
 def data_check(
@@ -43,9 +45,12 @@ def data_check(
     d = open_data(name, root, split, classes, ignore, panoptic=panoptic)
     read = d.check(limit or None) if hasattr(d, 'check') else None
     wrong = {} if read is None else read.problem[read.problem != ''].to_dict()
+    names = list(d.vocabulary.names)
     told = dict(name=d.name, split=split, images=len(d), classes=len(d.vocabulary))
-    told.update(first=', '.join(list(d.vocabulary.names)[:5]), things=len(d.things))
-    told.update(sizes=', '.join(_commonest_sizes(read)), images_read=len(d) if read is None else len(read))
+    told['first'] = ', '.join(names[:5])
+    told['things'] = len(d.things)
+    told['sizes'] = ', '.join(_commonest_sizes(read))
+    told['images_read'] = len(d) if read is None else len(read)
     told['problems'] = len(wrong)
     if as_json: told['list'] = wrong
     show(told, as_json, 'data set')
@@ -63,17 +68,30 @@ def _kind_of(finding):
 def _tell_findings(wrong):
     "Findings of one kind together, with the files that have it; and the flag that leaves strange values out."
     groups = {}
-    for name,finding in wrong.items(): groups.setdefault(_kind_of(finding), []).append((name, finding))
-    for found in groups.values():
-        names = [name for name,_ in found]
+    for name,finding in wrong.items():
+        alike = groups.setdefault(_kind_of(finding), {})
+        alike[name] = finding
+    for alike in groups.values():
+        names = list(alike)
+        few = ', '.join(map(str, names[:_FEW]))
         more = f', ... ({len(names)} in all)' if len(names) > _FEW else ''
-        _say(f"  {', '.join(map(str, names[:_FEW]))}{more}: {_as_flags(found[0][1])}")
-    strange = [_OUTSIDE.search(finding) for finding in wrong.values()]
-    values = {int(n) for match in strange if match for n in re.findall(r'\d+', match[1] + ' ' + match[2])}
-    if values:
-        told = ','.join(map(str, sorted(values)))
-        _say(f"  If {told} are no classes, add --ignore {told}" if len(values) > 1
-             else f"  If {told} is no class, add --ignore {told}")
+        first = alike[names[0]]
+        _say(f'  {few}{more}: {_as_flags(first)}')
+    values = _strange_values(wrong.values())
+    if not values: return
+    told = ','.join(map(str, sorted(values)))
+    what = 'are no classes' if len(values) > 1 else 'is no class'
+    _say(f'  If {told} {what}, add --ignore {told}')
+
+def _strange_values(findings):
+    "Values of label files that are no number of a class."
+    values = set()
+    for finding in findings:
+        match = _OUTSIDE.search(finding)
+        if not match: continue
+        numbers = re.findall(r'\d+', match[1] + ' ' + match[2])
+        values.update(map(int, numbers))
+    return values
 
 # %% ../../nbs/app/70i_datasets.ipynb #f22429a4
 @data_app.command('shapes')

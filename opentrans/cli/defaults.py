@@ -57,7 +57,8 @@ def _recipe_values(name):
     from opentrans.files import parse_json
     from opentrans.training import read_settings
     if name.lstrip().startswith('{'): return parse_json(name, f"--recipe {shorten(name, 60)}", dict)
-    return read_settings(name) if Path(name).suffix in ('.yaml', '.yml', '.json') else dict(preset=name)
+    is_file = Path(name).suffix in ('.yaml', '.yml', '.json')
+    return read_settings(name) if is_file else dict(preset=name)
 
 def make_recipe(
     name:str, # As `--recipe`
@@ -74,7 +75,8 @@ def make_recipe(
     r = Recipe.of(_changes(changes, 'optimizer=sgd'), base=r)
     launched = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
     if more.get('precision') is None and launched != 'no': more['precision'] = launched
-    r = r.replace(**{k: v for k,v in more.items() if v is not None})
+    given = {field: value for field,value in more.items() if value is not None}
+    r = r.replace(**given)
     if r.iterations < 1:
         raise OpenTransError(f"iterations={r.iterations}: nothing would be trained. Give at least 1.")
     return r
@@ -101,7 +103,8 @@ def _prompted(data, framework, prompts, shipped):
     from opentrans.data import Vocabulary
     from opentrans.frameworks import get_framework
     if prompts is None and shipped: return data
-    data.vocabulary = Vocabulary(data.vocabulary.entries, prompts or get_framework(framework).prompts)
+    prompts = prompts or get_framework(framework).prompts
+    data.vocabulary = Vocabulary(data.vocabulary.entries, prompts)
     return data
 
 def _build(framework, clip, vocabulary, preset, seed, prompts=None):
@@ -110,8 +113,10 @@ def _build(framework, clip, vocabulary, preset, seed, prompts=None):
     from opentrans.runtime import seeded
     from opentrans.frameworks import build, get_framework
     cls = get_framework(framework)
-    preset = preset or ('small' if clip.name in shipped_clips() and 'small' in cls.presets else 'paper')
-    words_alone = prompts is not None and 'templates' in inspect.signature(cls.__init__).parameters
+    is_small = clip.name in shipped_clips() and 'small' in cls.presets
+    preset = preset or ('small' if is_small else 'paper')
+    def takes_templates(): return 'templates' in inspect.signature(cls.__init__).parameters
+    words_alone = prompts is not None and takes_templates()
     asked = dict(templates=None) if words_alone else {} # None takes the prompts of the vocabulary
     with seeded(seed): return build(framework, clip, vocabulary=vocabulary, preset=preset, **asked)
 
@@ -119,26 +124,34 @@ def _build(framework, clip, vocabulary, preset, seed, prompts=None):
 def _readers(workers, changes, shipped):
     """Processes that load data: as many as are asked for; else none for the shipped worlds, whose scenes are
     painted in no time, and up to four for files, as this process's share of the cores allows."""
-    if workers is not None or shipped or any(change.startswith('workers=') for change in changes or ()):
-        return workers
+    if workers is not None or shipped: return workers
+    if any(change.startswith('workers=') for change in changes or ()): return workers
     beside = os.environ.get('LOCAL_WORLD_SIZE', '1') # processes that a launcher started on this machine
-    return max(1, min(4, (os.cpu_count() or 1)//max(int(beside), 1)))
+    cores = os.cpu_count() or 1
+    share = cores//max(int(beside), 1)
+    return max(1, min(4, share))
 
 def _course(name, framework, shipped, warmup, freeze, changes=None, iterations=None, **more):
     """Preset, whole course, warm-up (or None) and rest.
     For 'tiny' the warm-up comes before the course, for others it is its beginning."""
     from opentrans.training import Recipe, WARMUP
     name = name or ('tiny' if shipped else 'paper')
-    whole,preset = make_recipe(name, framework, changes, iterations, **more),_recipe_values(name).get('preset')
-    if preset == 'tiny' or shipped and preset not in ('paper', 'released'):
+    whole = make_recipe(name, framework, changes, iterations, **more)
+    preset = _recipe_values(name).get('preset')
+    is_short = shipped and preset not in ('paper', 'released')
+    if preset == 'tiny' or is_short:
         first = 60 if warmup is None else warmup
-        return preset,whole,whole.shorten(first).replace(schedule='constant') if first else None,whole
+        warm = whole.shorten(first).replace(schedule='constant') if first else None
+        return preset,whole,warm,whole
     first = warmup
-    if first is None: first = round(WARMUP*whole.iterations/Recipe.paper(framework).iterations) if freeze else 0
-    if first and first >= whole.iterations:
+    if first is None and freeze:
+        paper = Recipe.paper(framework)
+        first = round(WARMUP*whole.iterations/paper.iterations)
+    if not first: return preset,whole,None,whole
+    if first >= whole.iterations:
         raise OpenTransError(f"--warmup {first}: it is the beginning of the whole course of {whole.iterations} "
                              "iterations, and leaves none. Give more --iterations, or a shorter warm-up.")
-    return (preset,whole,whole.first(first),whole.after(first)) if first else (preset,whole,None,whole)
+    return preset,whole,whole.first(first),whole.after(first)
 
 def _tell_course(preset, framework, whole, warm, rest, freeze, masked, where):
     "Say in one line what a run is going to do."
@@ -146,11 +159,14 @@ def _tell_course(preset, framework, whole, warm, rest, freeze, masked, where):
     rate = f"{whole.optimizer} at {whole.lr:g}, {whole.batch_size} images of {size}"
     begin = f"{warm.iterations:,} with all layers{masked}, then " if warm else ''
     chosen = f'all layers but {freeze:.0%}, which are frozen' if freeze else 'all layers'
-    said = (f"recipe: {preset or 'of its own'} of {framework} ({rate}; {begin}{rest.iterations:,} with {chosen}), "
-            f"{where}")
-    if first_process(): _say(said, sys.stderr)
+    recipe = preset or 'of its own'
+    course = f'{begin}{rest.iterations:,} with {chosen}'
+    if first_process(): _say(f'recipe: {recipe} of {framework} ({rate}; {course}), {where}', sys.stderr)
 
-def _where(stride, data): return f"stride {stride}, prompts {shorten(', '.join(data.vocabulary.templates), 60)}"
+def _where(stride, data):
+    "The stride and the prompts of a run, in words."
+    prompts = ', '.join(data.vocabulary.templates)
+    return f'stride {stride}, prompts {shorten(prompts, 60)}'
 
 # %% ../../nbs/app/70c_defaults.ipynb #baf84719
 def _looks(framework, data, shipped, over=None, size=None, longest=None, own_size=False, workers=None, device=None):
@@ -160,23 +176,25 @@ def _looks(framework, data, shipped, over=None, size=None, longest=None, own_siz
     if own_size and (size or longest):
         raise OpenTransError("--own-size keeps the size of images: leave out --short-side and --longest.")
     sizes = dict(size=size, longest=longest)
-    if not shipped and not own_size and size is None and longest is None: sizes = released_size(framework, data)
+    told = own_size or size is not None or longest is not None
+    if not shipped and not told: sizes = released_size(framework, data)
+    looks = {name: pixels for name,pixels in sizes.items() if pixels}
     gpu = device.startswith('cuda') if device else torch.cuda.is_available()
     if workers is None: workers = 4 if gpu else 0
-    counted = dict(over=over or ('either' if shipped else 'truth'), workers=workers)
-    return {k: v for k,v in sizes.items() if v} | counted
+    usual = 'either' if shipped else 'truth'
+    return looks | dict(over=over or usual, workers=workers)
 
 def _mean_of(looks):
     "What a figure is a mean over, and at which size images were seen, in words."
     size = f"short side {looks['size']}" if 'size' in looks else 'images at their own size'
     most = f", long side at most {looks['longest']}" if 'longest' in looks else ''
-    return (f"mean over the classes in {'the truth' if looks['over'] == 'truth' else 'truth or prediction'}; "
-            f"{size}{most}")
+    classes = 'the truth' if looks['over'] == 'truth' else 'truth or prediction'
+    return f'mean over the classes in {classes}; {size}{most}'
 
 def _counts(c):
     "The four figures of a `Cost`, whole numbers."
-    return dict(params=c.params, active_params=round(c.active_params), macs=c.macs,
-                active_macs=round(c.active_macs))
+    active_params, active_macs = round(c.active_params), round(c.active_macs)
+    return dict(params=c.params, active_params=active_params, macs=c.macs, active_macs=active_macs)
 
 def _with_cost(seg, size, mask):
     "Parameters and multiply-accumulates of a model, as they stand in a result."
@@ -190,5 +208,7 @@ def _report(seg, data, result, size, mask=None, selection=None, out=None, as_jso
     result = dict(result, **_with_cost(seg, size, mask))
     if selection is not None: result.update(rule=selection.rule, frozen=selection.freeze)
     if out and first_process(): save_json(result, Path(out)/'result.json')
-    groups = {f'miou_{name}': share for name,share in (result.get('groups') or {}).items()}
-    show(result if as_json else {'miou': result['miou'], **groups, **result}, as_json, title)
+    if as_json: return show(result, True, title)
+    shares = result.get('groups') or {}
+    groups = {f'miou_{name}': share for name,share in shares.items()}
+    show({'miou': result['miou'], **groups, **result}, title=title)

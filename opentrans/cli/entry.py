@@ -49,7 +49,8 @@ def _asked(words):
     found = [info for info in app.registered_commands if words[:1] == [info.name or info.callback.__name__]]
     if not found: return app
     one = copy.copy(app)
-    one.registered_commands,one.registered_groups = found[-1:],[]
+    one.registered_commands = found[-1:]
+    one.registered_groups = []
     return one
 
 def _run():

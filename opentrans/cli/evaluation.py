@@ -21,6 +21,12 @@ from .terminal import _numbers, _save_picture, _save_table, _say, _writable, sho
 from .trained import _hub_of_model, _mask_in, _read_model, _trained_prompts, open_trained
 
 # %% ../../nbs/app/70g_evaluation.ipynb #33417549
+def _several_looks(scales, flip, window):
+    "What `evaluate` takes of the flags by which an image is looked at several times: those that are given."
+    factors = None if scales is None else tuple(_numbers('scales', scales))
+    options = dict(scales=factors, flip=flip or None, window=window)
+    return {name: value for name,value in options.items() if value is not None}
+
 # the columns of Table 1
 TABLE1 = ('coco_panoptic', 'cityscapes_19', 'ade20k_150', 'ade20k_847', 'voc_20', 'context_59', 'context_459')
 
@@ -67,15 +73,15 @@ def evaluate(
     _writable(out and Path(out)/'result.json')
     m = SparseMask.load(mask) if mask else None
     told = _read_model(Path(model)/'model.json') if model else {}
-    framework,backbone = told.get('framework', framework),told.get('backbone', backbone)
+    framework = told.get('framework', framework)
+    backbone = told.get('backbone', backbone)
     get_framework(framework)
-    more = dict(scales=None if scales is None else tuple(_numbers('scales', scales)), flip=flip or None,
-                window=window)
-    more = {k: v for k,v in more.items() if v is not None}
-    def see(name):
-        return _looks(framework, name, is_shipped(backbone, name), over, short_side, longest, own_size, workers,
-                      device)
-    looks = {name: dict(see(name), **more) for name in (TABLE1 if data == 'all' else (data,))}
+    more = _several_looks(scales, flip, window)
+    seen = (over, short_side, longest, own_size, workers, device)
+    looks = {}
+    for name in (TABLE1 if data == 'all' else (data,)):
+        usual = _looks(framework, name, is_shipped(backbone, name), *seen)
+        looks[name] = dict(usual, **more)
     tests = _open_tests(data, root, split, classes, ignore, corrupt, kind, same)
     for name,test in tests.items():
         if told: test.vocabulary = _trained_prompts(told, test.vocabulary)
@@ -88,18 +94,20 @@ def evaluate(
         stride = _stride(output_stride, framework, backbone, is_shipped(backbone, data))
         clip = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
         seg = _build(framework, clip, first.vocabulary, preset, seed, prompts)
-    if not model and first_process():
-        _say(f"note: without --model the head of {framework} is untrained (seed {seed})", sys.stderr)
+    untrained = f'note: without --model the head of {framework} is untrained (seed {seed})'
+    if not model and first_process(): _say(untrained, sys.stderr)
     if m is not None: m.apply(seg.backbone).remove()
     with settings_kept(out, framework=framework, backbone=backbone): # those of the model, if one was given
         how = dict(batch_size=batch_size, limit=limit, kind=kind, same=_same_names(same))
         results = _run_tests(seg, tests, looks, how)
-    head,m = dict(head='trained' if model else 'untrained'),m or _mask_in(seg, told)
+    head = dict(head='trained' if model else 'untrained')
+    m = m or _mask_in(seg, told)
     if data == 'all':
         title = f'{framework}: mIoU in percent, {_mean_of(looks[TABLE1[0]])}'
         return _report_table(seg, results, head, clip.image_size, m, out, as_json, title)
-    _report(seg, first, dict(results[data], **head), clip.image_size, m, None, out, as_json,
-            f'{framework} on {data}, {_mean_of(looks[data])}')
+    result = dict(results[data], **head)
+    title = f'{framework} on {data}, {_mean_of(looks[data])}'
+    _report(seg, first, result, clip.image_size, m, None, out, as_json, title)
 
 # %% ../../nbs/app/70g_evaluation.ipynb #38b676f8
 def _open_tests(data, root, split, classes, ignore, corrupt, kind, same):
@@ -108,7 +116,7 @@ def _open_tests(data, root, split, classes, ignore, corrupt, kind, same):
         instances = kind == 'panoptic' and data in ('ade20k_150', 'cityscapes_19')
         return {data: open_data(data, root, split, classes, ignore, corrupt, instances)}
     options = dict(classes=classes, ignore=ignore, same=same or None)
-    given = [name for name,value in options.items() if value is not None]
+    given = [flag for flag,value in options.items() if value is not None]
     if kind != 'semantic': given.append('kind')
     if given: raise OpenTransError(f"--data all is mIoU on the seven data sets of Table 1: leave out --{given[0]}.")
     found,lost = {},{}
@@ -122,11 +130,14 @@ def _open_tests(data, root, split, classes, ignore, corrupt, kind, same):
 
 def _same_names(same):
     "Lists of names from `--same 'sofa|couch'`. Raises `OpenTransError` for a list of one name."
-    lists = [[name.strip() for name in names.split('|') if name.strip()] for names in same or ()]
-    for typed,names in zip(same or (), lists):
+    lists = []
+    for typed in same or ():
+        words = [word.strip() for word in typed.split('|')]
+        names = [word for word in words if word]
         if len(names) < 2:
             raise OpenTransError(f"--same {shorten(typed, 60)} holds one name. Give those that mean the same pixels, "
                                  f"as --same 'sofa|couch'.")
+        lists.append(names)
     return lists or None
 
 def _run_tests(seg, tests, looks, how):
@@ -134,9 +145,9 @@ def _run_tests(seg, tests, looks, how):
     from opentrans.training import evaluate as run
     results = {}
     for name,test in tests.items():
-        results[name] = run(seg, test, **how, **looks[name])
+        result = results[name] = run(seg, test, **how, **looks[name])
         if len(tests) > 1 and first_process():
-            _say(f"{name}: mIoU {results[name]['miou']:.1%} on {results[name]['n_images']} images", sys.stderr)
+            _say(f"{name}: mIoU {result['miou']:.1%} on {result['n_images']} images", sys.stderr)
     return results
 
 def _report_table(seg, results, head, size, mask, out, as_json, title):
@@ -145,20 +156,25 @@ def _report_table(seg, results, head, size, mask, out, as_json, title):
     from opentrans.files import save_json
     row = {name: r['miou'] for name,r in results.items()}
     costs = _with_cost(seg, size, mask)
-    images,over = sum(r['n_images'] for r in results.values()),results[TABLE1[0]]['settings']['over']
-    settings = dict(framework=getattr(seg, 'name', type(seg).__name__), data='all', images=images, over=over)
-    told = dict(miou=sum(row.values())/len(row), table=row, settings=settings, results=results, **head, **costs)
+    framework = getattr(seg, 'name', type(seg).__name__)
+    images = sum(r['n_images'] for r in results.values())
+    first = results[TABLE1[0]]
+    settings = dict(framework=framework, data='all', images=images, over=first['settings']['over'])
+    mean = sum(row.values())/len(row)
+    told = dict(miou=mean, table=row, settings=settings, results=results, **head, **costs)
     if out and first_process(): save_json(told, Path(out)/'result.json')
     if as_json: return show(told, True)
     shown = {name: f'{100*value:.1f}' for name,value in row.items()}
-    shown.update(params_M=f"{costs['active_params']/1e6:.1f}", macs_G=f"{costs['active_macs']/1e9:.1f}")
-    show(pd.DataFrame([shown], index=[settings['framework']]), title=title)
+    shown['params_M'] = f"{costs['active_params']/1e6:.1f}"
+    shown['macs_G'] = f"{costs['active_macs']/1e9:.1f}"
+    show(pd.DataFrame([shown], index=[framework]), title=title)
 
 # %% ../../nbs/app/70g_evaluation.ipynb #502550eb
 def _check_method(method):
     "Raises `OpenTransError` for a method that needs training, or that there is not."
     from opentrans.frameworks import get_framework
-    known = [name for name in get_framework('training_free').presets if name not in ('paper', 'small')]
+    presets = get_framework('training_free').presets
+    known = [name for name in presets if name not in ('paper', 'small')]
     if method not in known: raise unknown('method', method, known)
 
 def _without_training(clip, method, vocabulary):
@@ -169,6 +185,12 @@ def _without_training(clip, method, vocabulary):
     return _build('training_free', clip, None, method, 0),vocabulary
 
 # %% ../../nbs/app/70g_evaluation.ipynb #502550ea
+def _shares(labels, names):
+    "The share of the image that each class has, the largest first."
+    share = {name: (labels == k).float().mean().item() for k,name in enumerate(names)}
+    ranked = sorted(share.items(), key=lambda pair: -pair[1])
+    return dict(ranked)
+
 @app.command()
 def segment(
     image:Annotated[str, typer.Argument(help="A photograph: JPEG, PNG or WebP.")],
@@ -190,7 +212,8 @@ def segment(
     "A photograph of your own, segmented by your own words."
     from opentrans.clip import photo_clips, small_clips
     from opentrans.playground import guesses, overlay, parse_names, segment as look, to_image, unseen
-    vocabulary,x = parse_names(names),to_image(image, max_side)
+    vocabulary = parse_names(names)
+    x = to_image(image, max_side)
     if Path(out).suffix.lower() not in ('.png', '.jpg', '.jpeg', '.pdf', '.svg'):
         raise OpenTransError(f"--out {out}: a picture ends in .png, .jpg, .pdf or .svg.")
     if model and method:
@@ -201,10 +224,10 @@ def segment(
         told = _read_model(Path(model)/'model.json')
         vocabulary = _trained_prompts(told, vocabulary)
         hub = _hub_of_model(pretrained, allow_hub)
-        seg = open_trained(model, vocabulary, device, pretrained, hub, told)[0]
+        seg,*_ = open_trained(model, vocabulary, device, pretrained, hub, told)
     else:
-        seg = open_clip_backbone(backbone, pretrained, _stride(output_stride, 'clip', backbone, True), device,
-                                 _hub(allow_hub))
+        stride = _stride(output_stride, 'clip', backbone, True)
+        seg = open_clip_backbone(backbone, pretrained, stride, device, _hub(allow_hub))
         if method: seg,vocabulary = _without_training(seg, method, vocabulary)
     if not model and backbone in small_clips():
         _say(f"note: {backbone} knows generated scenes only; for photographs take --backbone photo-lite0",
@@ -217,10 +240,9 @@ def segment(
         x,labels,found = look(seg, x, vocabulary, max_side, seen)
     marked = [f'{name} *' if name in doubt else name for name in found]
     _save_picture(lambda: overlay(x, labels, marked), Path(out))
-    share = {name: (labels == k).float().mean().item() for k,name in enumerate(found if as_json else marked)}
-    ranked = dict(sorted(share.items(), key=lambda z: -z[1]))
-    show(ranked if as_json else {name: f'{part:.1%}' for name,part in ranked.items()}, as_json,
-         'share of the image')
+    shares = _shares(labels, found if as_json else marked)
+    if not as_json: shares = {name: f'{share:.1%}' for name,share in shares.items()}
+    show(shares, as_json, 'share of the image')
     beside = sys.stderr if as_json else sys.stdout
     if doubt: _say(f'* {guesses(doubt)}', beside)
     _say(f'picture: {out}', beside)
@@ -237,6 +259,7 @@ def compare(
     from opentrans.training import compare_runs, plot_runs
     frame = compare_runs(runs)
     if out:
-        _save_table(frame, Path(out)/'runs.csv')
-        _save_picture(lambda: plot_runs(frame), Path(out)/'runs.png')
+        folder = Path(out)
+        _save_table(frame, folder/'runs.csv')
+        _save_picture(lambda: plot_runs(frame), folder/'runs.png')
     show(frame, as_json, 'runs')

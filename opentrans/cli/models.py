@@ -20,7 +20,8 @@ def _with_notes(table):
         if not cell.startswith('no: '): return cell
         reason = cell.removeprefix('no: ')
         if reason not in reasons: reasons.append(reason)
-        return f'no ({reasons.index(reason)+1})'
+        place = reasons.index(reason)
+        return f'no ({place+1})'
     return table.map(number),reasons
 
 @app.command()
@@ -34,10 +35,11 @@ def models(
     "Which framework works on which tower with masks, alpha, the sparse engine, ONNX and detectron2's checkpoints."
     from opentrans.frameworks import list_frameworks
     from opentrans.frameworks.support import save_support, support_table, try_all
-    names = list_frameworks()
-    if attempt is not None and attempt not in ('all', *names): raise unknown('framework', attempt, ['all', *names])
+    known = ['all', *list_frameworks()]
+    if attempt is not None and attempt not in known: raise unknown('framework', attempt, known)
     _writable(out)
-    table = support_table() if attempt is None else try_all(None if attempt == 'all' else [attempt])
+    if attempt is None: table = support_table()
+    else: table = try_all(None if attempt == 'all' else [attempt])
     if out and attempt is not None: save_support(table, out)
     if as_json: return show(table.reset_index(), True)
     short,reasons = _with_notes(table)

@@ -46,14 +46,17 @@ _PANELS = {
 
 def _panel(name):
     "Under which heading `--help` lists a command."
-    return next((panel for panel,names in _PANELS.items() if name in names), None)
+    for panel,names in _PANELS.items():
+        if name in names: return panel
+    return None
 
 class _App(typer.Typer):
     "A group of commands that are checked so."
     def command(self, name=None, **kwargs):
         def put(function):
             panel = _panel(name or function.__name__)
-            return super(_App, self).command(name, cls=_Checked, rich_help_panel=panel, **kwargs)(function)
+            decorate = super(_App, self).command(name, cls=_Checked, rich_help_panel=panel, **kwargs)
+            return decorate(function)
         return put
 
 _EXAMPLES = """[bold]Examples[/bold]
@@ -139,21 +142,30 @@ def _plain_value(param, value):
     "A value of a file as a flag would give it: numbers as text, lists as comma strings, mappings as JSON."
     if isinstance(value, dict): return json.dumps(value)
     if isinstance(value, (list, tuple)):
-        if getattr(param, 'multiple', False) or param.nargs == -1: return [str(part) for part in value]
+        takes_several = getattr(param, 'multiple', False) or param.nargs == -1
+        if takes_several: return [str(part) for part in value]
         return ','.join(str(part).replace(',', ';') for part in value) # in a class name, ',' parts synonyms
-    return value if isinstance(value, bool) and getattr(param, 'is_flag', False) else str(value)
+    is_flag = getattr(param, 'is_flag', False)
+    return value if isinstance(value, bool) and is_flag else str(value)
 
 def _settings_of(command):
     "Option names as they may stand in a file of settings -> the parameter."
-    return {name: param for param in command.params if param.name not in ('config', 'help', 'allow_hub')
-            for name in {param.name, *(opt.lstrip('-').replace('-', '_') for opt in param.opts)}}
+    found = {}
+    for param in command.params:
+        if param.name in ('config', 'help', 'allow_hub'): continue
+        found[param.name] = param
+        for opt in param.opts:
+            name = opt.lstrip('-').replace('-', '_')
+            found[name] = param
+    return found
 
 def _configured(ctx:typer.Context, value:Optional[str]):
     "Take the settings of a file as defaults. Raises `OpenTransError` for one that the command does not have."
     _NOW['context'] = ctx
     if value is None: return value
     from opentrans.training import read_settings
-    told,params = read_settings(value),_settings_of(ctx.command)
+    told = read_settings(value)
+    params = _settings_of(ctx.command)
     made = told.pop('command', ctx.info_name)
     if made != ctx.info_name:
         raise OpenTransError(f"'{value}' holds the settings of `opentrans {made}`, not of "
@@ -163,8 +175,12 @@ def _configured(ctx:typer.Context, value:Optional[str]):
         if name == 'allow_hub':
             raise OpenTransError(f"'{value}' says {k}, which a file cannot: give --allow-hub on the command line.")
         if name not in params: raise unknown(f"setting in '{value}'", k, sorted(params))
-    found = {params[k.replace('-', '_')]: v for k,v in told.items() if v is not None}
-    ctx.default_map = {param.name: _plain_value(param, v) for param,v in found.items()}
+    defaults = {}
+    for k,setting in told.items():
+        if setting is None: continue
+        param = params[k.replace('-', '_')]
+        defaults[param.name] = _plain_value(param, setting)
+    ctx.default_map = defaults
     return value
 
 # %% ../../nbs/app/70_cli.ipynb #79ef54bd
@@ -185,7 +201,8 @@ def _hub(allowed, *names):
     """What may be fetched: True, anything; None, the weights whose tag the user has typed; False, nothing, since a
     file says which."""
     if allowed: return True
-    return False if _from_file(*(names or ('pretrained',))) else None
+    flags = names or ('pretrained',)
+    return False if _from_file(*flags) else None
 
 Config = Annotated[Optional[str], typer.Option(
     help="File of settings (.yaml or .json): option names and values. Flags win over it.", is_eager=True,
@@ -220,12 +237,15 @@ def keep_settings(
     "Write what a command runs with to `OUT/settings.json`, and tell it on the standard error."
     from opentrans.files import save_json
     ctx = _NOW['context']
-    told = dict(command=ctx.info_name,
-                **{k: v for k,v in {**ctx.params, **more}.items()
-                   if k not in ('config', 'as_json', 'set_', 'allow_hub') and v is not None})
+    told = dict(command=ctx.info_name)
+    for name,value in {**ctx.params, **more}.items():
+        is_kept = name not in ('config', 'as_json', 'set_', 'allow_hub')
+        if is_kept and value is not None: told[name] = value
     if not first_process(): return
     if tell: print('settings: ' + json.dumps(told, default=str), file=sys.stderr)
-    if out and (ended or not (Path(out)/'settings.json').exists()): save_json(told, Path(out)/'settings.json')
+    if not out: return
+    file = Path(out)/'settings.json'
+    if ended or not file.exists(): save_json(told, file)
 
 # %% ../../nbs/app/70_cli.ipynb #811bc4d1
 def open_clip_backbone(
@@ -240,14 +260,16 @@ def open_clip_backbone(
     from opentrans.clip import ClipBackbone, shipped_clips
     from opentrans.processes import Processes
     from opentrans.runtime import pick_device
-    dev = Processes(device).device or pick_device(device)
+    own = Processes(device).device
+    dev = own or pick_device(device)
     if pretrained is None:
         if name not in shipped_clips():
             raise OpenTransError(f"Which weights for '{name}'? Give --pretrained openai (or another tag or file), "
                                  "or --pretrained none for random ones.")
         pretrained = name
     weights = None if pretrained == 'none' else pretrained
-    return ClipBackbone.create(name, pretrained=weights, output_stride=output_stride, hub=hub, **facts).to(dev)
+    clip = ClipBackbone.create(name, pretrained=weights, output_stride=output_stride, hub=hub, **facts)
+    return clip.to(dev)
 
 def open_data(
     name:str, # As `--data`
@@ -260,6 +282,6 @@ def open_data(
 ): # Data set
     "The data set that the flags name."
     from opentrans.data import open_dataset
-    options = {k: v for k,v in dict(names=classes, ignore=ignore, panoptic=panoptic or None).items()
-               if v is not None}
-    return open_dataset(name, root, split, corrupt=corrupt, **options)
+    options = dict(names=classes, ignore=ignore, panoptic=panoptic or None)
+    given = {option: value for option,value in options.items() if value is not None}
+    return open_dataset(name, root, split, corrupt=corrupt, **given)

@@ -27,18 +27,24 @@ def _masks_of(model, mask, densities):
     if mask: return {mask: SparseMask.load(mask)}
     shares = _numbers('--densities', densities, float)
     for share in shares: check_number('--densities', share, 0, 1, above=True)
-    return {f'{share:g}': SparseMask.magnitude(model, share) if share < 1 else None for share in shares}
+    masks = {}
+    for share in shares:
+        label = f'{share:g}'
+        masks[label] = SparseMask.magnitude(model, share) if share < 1 else None
+    return masks
 
 # %% ../../nbs/app/70l_speed.ipynb #f4302f54
 def _in_short(table, title):
     "A table without the columns that hold one value, which go to its title, and those that hold none."
-    settings = {name: table[name].iloc[0] for name in ('height', 'width', 'batch', 'threads')
-                if len(table) and table[name].nunique() == 1}
+    settings = {}
+    for name in ('height', 'width', 'batch', 'threads'):
+        if len(table) and table[name].nunique() == 1: settings[name] = table[name].iloc[0]
     said = ', '.join(f'{name} {value}' for name,value in settings.items())
-    shown = [name for name in ('mask', 'height', 'width', 'batch', 'threads', 'engine', 'ms', 'times', 'promised')
-             if name not in settings]
-    shown += [name for name in table if name not in shown and name not in settings]
-    return table[shown].dropna(axis=1, how='all'),f'{title}; {said}' if said else title
+    first = ('mask', 'height', 'width', 'batch', 'threads', 'engine', 'ms', 'times', 'promised')
+    columns = dict.fromkeys([*first, *table])
+    shown = [name for name in columns if name not in settings]
+    short = table[shown].dropna(axis=1, how='all')
+    return short,f'{title}; {said}' if said else title
 
 @app.command('speed', epilog="Example: opentrans speed RN50 --pretrained openai --densities 0.1,0.3 --size 224x224")
 def speed_command(
@@ -63,9 +69,11 @@ def speed_command(
     from opentrans.sparse import layer_times, plot_speed, speed
     _writable(out and Path(out)/'speed.csv')
     sizes = [tuple(_size(part)) for part in size.split(',')]
-    batches, numbers = _numbers('--batch', batch, int), _numbers('--threads', threads, int)
+    batches = _numbers('--batch', batch, int)
+    numbers = _numbers('--threads', threads, int)
     asked = engines.split(',') if engines else None
-    model = open_clip_backbone(backbone, pretrained, output_stride, 'cpu', _hub(allow_hub)).eval()
+    model = open_clip_backbone(backbone, pretrained, output_stride, 'cpu', _hub(allow_hub))
+    model = model.eval()
     masks = _masks_of(model, mask, densities)
     if layers:
         label, chosen = next(iter(masks.items()))
@@ -76,6 +84,7 @@ def speed_command(
         title = f'{backbone}: milliseconds, and how often as fast as the best dense engine'
     if out:
         _save_table(table, Path(out)/'speed.csv')
-        if not layers and 'ours' in {*table.engine}: _save_picture(lambda: plot_speed(table), Path(out)/'speed.png')
+        has_ours = not layers and 'ours' in {*table.engine}
+        if has_ours: _save_picture(lambda: plot_speed(table), Path(out)/'speed.png')
     if not layers and not as_json: table,title = _in_short(table, title)
     show(table.reset_index() if layers else table, as_json, title)

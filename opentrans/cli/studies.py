@@ -49,49 +49,57 @@ def demo(
     "Photographs by your words, then the paper's main job on generated scenes, with a report."
     import pandas as pd
     from opentrans import experiments as ex
-    command = 'opentrans demo' + ''.join(f' --{k} {v}'
-                                         for k,v,d in (('seeds', seeds, 1), ('seed', seed, 0),
-                                                       ('scale', scale, 'demo')) if v != d)
+    command = 'opentrans demo' + _flags_beside(seeds=(seeds, 1), seed=(seed, 0), scale=(scale, 'demo'))
     if every: command += ' --all'
     arms = ex.ARMS + ex.FRAMEWORK_ARMS if every else None
     where = _where_jobs_run(scheduler, workers)
-    _writable(Path(out)/'opentrans-demo.json')
+    file = Path(out)/'opentrans-demo.json'
+    _writable(file)
     _weights_of_scale(scale, None, allow_hub)
     data = ex.demo(out, seeds=seeds, seed=seed, scale=scale, scheduler=where, arms=arms, command=command)
+    many = f'{seeds} seeds' if seeds > 1 else f'{seeds} seed'
     for name,rows in data['summary'].items():
-        show(pd.DataFrame(rows).T.iloc[:, :6], title=f'{name} (toy scale, {seeds} seed{"s" if seeds > 1 else ""})')
-    _say(f"report: {Path(out)/'opentrans-demo.html'}\ndata:   {Path(out)/'opentrans-demo.json'}")
+        columns = pd.DataFrame(rows).T.iloc[:, :6]
+        show(columns, title=f'{name} (toy scale, {many})')
+    report = Path(out)/'opentrans-demo.html'
+    _say(f'report: {report}\ndata:   {file}')
+
+def _flags_beside(**told):
+    "Flags as they are typed, of those whose value is not the usual one: name -> (value, usual value)."
+    return ''.join(f' --{name} {value}' for name,(value,usual) in told.items() if value != usual)
 
 def _show_plan(plans):
     "What a study needs, framework by framework; ends with exit code 2 if one does not fit."
     show(plans, title='what each framework needs (GB a process, seconds an iteration, minutes an epoch, hours an '
                       'arm and of all)')
     if not plans.fits.all():
-        large = ', '.join(plans.index[~plans.fits.astype(bool)])
+        too_large = ~plans.fits.astype(bool)
+        large = ', '.join(plans.index[too_large])
         raise OpenTransError(f"{large} cannot fit: cut batches into parts (accumulate), or take another device.")
 
 def _weights_of_scale(scale, pretrained, allow_hub):
     "A scale that a file names downloads nothing, either: its weights must be here. Raises `OpenTransError`."
     from opentrans.clip import find_weights
     from opentrans.experiments import SCALES
-    if allow_hub or pretrained or scale not in SCALES or not _from_file('scale'): return
+    if allow_hub or pretrained: return
+    if scale not in SCALES or not _from_file('scale'): return
     found = SCALES[scale]
     if found.pretrained: find_weights(found.backbone, found.pretrained, hub=False)
 
 # %% ../../nbs/app/70h_studies.ipynb #901a4ee1
 def _changes_typed(arm, iterations, changes, device):
     "The flags that change a study, as they are typed."
-    told = [('--arm', name) for name in arm or ()] + [('--set', change) for change in changes or ()]
-    numbers = (('--iterations', iterations), ('--device', device))
-    told += [(flag, str(value)) for flag,value in numbers if value is not None]
+    told = [('--arm', name) for name in arm or ()]
+    told += [('--set', change) for change in changes or ()]
+    if iterations is not None: told.append(('--iterations', str(iterations)))
+    if device is not None: told.append(('--device', str(device)))
     return ''.join(f' {flag} {shlex.quote(value)}' for flag,value in told)
 
 def _study_typed(out, seeds, seed, scale, framework):
     "The other flags of a study, as they are typed; no path of this machine."
     place = 'results' if Path(out).is_absolute() else out
-    told = dict(seeds=(seeds, None), seed=(seed, 0), scale=(scale, 'shapes'), framework=(framework, None),
-                out=(place, 'results'))
-    return ''.join(f' --{option} {value}' for option,(value,usual) in told.items() if value != usual)
+    return _flags_beside(seeds=(seeds, None), seed=(seed, 0), scale=(scale, 'shapes'), framework=(framework, None),
+                         out=(place, 'results'))
 
 def _changed_scale(scale, iterations, changes, device, allow_hub):
     "The name of a scale, or the scale as the flags change it. Raises `OpenTransError`."
@@ -99,11 +107,13 @@ def _changed_scale(scale, iterations, changes, device, allow_hub):
     found = get_scale(scale)
     if iterations is None and device is None and not changes: return scale
     told = _changes(changes, 'batch_size=8')
-    if {'backbone', 'pretrained'} & {*told} and not allow_hub and _from_file('set_'):
+    changes_weights = 'backbone' in told or 'pretrained' in told
+    if changes_weights and not allow_hub and _from_file('set_'):
         raise OpenTransError("A file of settings changes no weights of a study: give --set backbone=... or "
                              "pretrained=... on the command line.")
     if iterations is not None: found = found.shorten(iterations)
-    return found.changed(told if device is None else dict(told, device=device))
+    if device is not None: told['device'] = device
+    return found.changed(told)
 
 # %% ../../nbs/app/70h_studies.ipynb #bd042ba1
 @app.command()
@@ -143,17 +153,21 @@ def study(
     if every and name is not None: raise OpenTransError("--all is every study: leave the name out.")
     if every and arm: raise OpenTransError("--arm names arms of one study: leave --all out.")
     if name is None and not every:
-        studies = [ex.get_study(known) for known in ex.list_studies()]
-        rows = {s.name: dict(paper=s.paper, arms=len(s.arms) or '', question=s.question) for s in studies}
+        rows = {}
+        for known in ex.list_studies():
+            s = ex.get_study(known)
+            rows[s.name] = dict(paper=s.paper, arms=len(s.arms) or '', question=s.question)
         return show(pd.DataFrame(rows).T, title='studies')
     where = _where_jobs_run(scheduler, workers)
     if root is not None: os.environ['DETECTRON2_DATASETS'] = str(data_root(root))
     _weights_of_scale(scale, pretrained, allow_hub)
     flags = _study_typed(out, seeds, seed, scale, framework) + _changes_typed(arm, iterations, set_, device)
-    scale, arm = _changed_scale(scale, iterations, set_, device, allow_hub), arm or None
-    for one in ex.list_studies() if every else [name]:
-        if dry_run: _show_plan(ex.plan_study(one, seeds, seed, scale, where, pretrained, framework, arm))
-        else: _run_study(one, flags, out, seeds, seed, scale, where, pretrained, framework, arm)
+    scale = _changed_scale(scale, iterations, set_, device, allow_hub)
+    how = (seeds, seed, scale, where, pretrained, framework, arm or None)
+    asked = ex.list_studies() if every else [name]
+    for one in asked:
+        if dry_run: _show_plan(ex.plan_study(one, *how))
+        else: _run_study(one, flags, out, *how)
 
 def _run_study(name, flags, out, seeds, seed, scale, scheduler, pretrained, framework, arms):
     "Run a study, write it and show it; `flags` are those that its file says it was made by."
@@ -162,11 +176,14 @@ def _run_study(name, flags, out, seeds, seed, scale, scheduler, pretrained, fram
     ex.get_study(name)
     file = ex.result_file(name, out, seeds, scale, seed, framework, arms)
     _writable(file)
-    data = ex.run_study(name, out, seeds, seed, scale, scheduler, f'opentrans study {name}{flags}', pretrained,
-                        framework, arms)
-    if data.get('summary') and data.get('claims') is not None:
-        show(pd.DataFrame(data['summary']).T.iloc[:, :6], title=data['what'])
-    if data.get('claims'):
+    command = f'opentrans study {name}{flags}'
+    data = ex.run_study(name, out, seeds, seed, scale, scheduler, command, pretrained, framework, arms)
+    summary, claims = data.get('summary'), data.get('claims')
+    if summary and claims is not None:
+        arms_below = pd.DataFrame(summary).T
+        show(arms_below.iloc[:, :6], title=data['what'])
+    if claims:
         columns = ['claim', 'measured', 'mean', 'low', 'high', 'verdict']
-        show(pd.DataFrame(data['claims'])[columns].round(2).set_index('claim'), title='claims')
+        told = pd.DataFrame(claims)[columns].round(2)
+        show(told.set_index('claim'), title='claims')
     _say(f'data: {file}')

@@ -22,10 +22,12 @@ def show(
     "Print a result; of several processes, one does. Names are shown as they are called, whatever they hold."
     if not first_process(): return
     import pandas as pd
-    if as_json: return _show_json(result.to_dict('index') if isinstance(result, pd.DataFrame) else result)
-    if not isinstance(result, pd.DataFrame):
-        plain = {k: _as_read(k, v) for k,v in result.items() if not isinstance(v, (dict, list))}
-        result = pd.DataFrame({'value': pd.Series(plain, dtype=object)})
+    is_table = isinstance(result, pd.DataFrame)
+    if as_json: return _show_json(result.to_dict('index') if is_table else result)
+    if not is_table:
+        plain = {name: _as_read(name, value) for name,value in result.items() if not isinstance(value, (dict, list))}
+        values = pd.Series(plain, dtype=object)
+        result = pd.DataFrame({'value': values})
     _show_table(result, title)
 
 def _as_read(name, value):
@@ -64,7 +66,8 @@ def _head(name, cells):
     "What stands above a column: several lines, if its words are longer than all that is below."
     from rich.cells import cell_len
     name = str(for_terminal(name))
-    return name.replace(' ', '\n') if cell_len(name) > max(map(cell_len, cells), default=0) else name
+    widest = max(map(cell_len, cells), default=0)
+    return name.replace(' ', '\n') if cell_len(name) > widest else name
 
 def _side(cells):
     "To which side a column is set: numbers to the right, words to the left."
@@ -75,10 +78,13 @@ def _least_width(frame, columns):
     "How many characters a table needs: whole numbers, and texts broken between words."
     from rich.cells import cell_len
     def width(cells, longest=_LONG):
-        cells = [str(for_terminal(cell)) for cell in cells]
-        whole = cells if not _is_broken(cells, longest) else [word for cell in cells for word in cell.split()]
-        return max(map(cell_len, whole), default=0)
-    heads = [[*_head(name, cells).split('\n'), *cells] for name,cells in zip(frame.columns, columns)]
+        parts = [str(for_terminal(cell)) for cell in cells]
+        if _is_broken(parts, longest): parts = [word for cell in parts for word in cell.split()]
+        return max(map(cell_len, parts), default=0)
+    heads = []
+    for name,cells in zip(frame.columns, columns):
+        lines = _head(name, cells).split('\n')
+        heads.append([*lines, *cells])
     names = 0 if _is_counted(frame) else width(frame.index, _LONG_NAME) + 3
     return 1 + names + sum(width(cells) + 3 for cells in heads)
 
@@ -90,12 +96,16 @@ def _table(frame, columns, title, live):
     from rich.text import Text
     style = dict(title_justify='left', title_style='bold' if live else '', box=box.SIMPLE)
     table = Table(title=for_terminal(title) if title else None, **style)
-    if not _is_counted(frame):
-        table.add_column('', justify='left', no_wrap=not _is_broken(frame.index, _LONG_NAME), overflow='fold')
+    is_counted = _is_counted(frame)
+    if not is_counted:
+        is_whole = not _is_broken(frame.index, _LONG_NAME)
+        table.add_column('', justify='left', no_wrap=is_whole, overflow='fold')
     for name,cells in zip(frame.columns, columns):
-        table.add_column(Text(_head(name, cells)), justify=_side(cells), no_wrap=not _is_broken(cells), overflow='fold')
+        head, is_whole = Text(_head(name, cells)), not _is_broken(cells)
+        table.add_column(head, justify=_side(cells), no_wrap=is_whole, overflow='fold')
     for name,row in zip(frame.index, zip(*columns)):
-        table.add_row(*map(for_terminal, row if _is_counted(frame) else (name, *row)))
+        cells = row if is_counted else (name, *row)
+        table.add_row(*map(for_terminal, cells))
     return table
 
 def _show_table(frame, title):
@@ -120,7 +130,8 @@ def _as_flags(message):
     "A message of a function in the words of the command: `root=...` is --root there, and 'gaussian' has no quotes."
     context = _NOW.get('context')
     if context is None: return message
-    flags = {param.name: param.opts[0] for param in context.command.params if param.opts[0].startswith('--')}
+    names = {param.name: param.opts[0] for param in context.command.params}
+    flags = {name: opt for name,opt in names.items() if opt.startswith('--')}
     def flag(found):
         name = found[1]
         if name not in flags: return found[0]
@@ -148,7 +159,9 @@ def _writable(*files):
     for f in filter(None, files):
         try:
             if Path(f).is_dir(): raise IsADirectoryError(0, 'it is a folder')
-            tempfile.TemporaryFile(dir=next(p for p in Path(f).resolve().parents if p.exists())).close()
+            parents = Path(f).resolve().parents
+            folder = next(parent for parent in parents if parent.exists())
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as e:
             if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise WriteError(f"Cannot write '{f}': {e.strerror}.") from e

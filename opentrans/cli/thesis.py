@@ -13,7 +13,7 @@ import typer
 from ..errors import OpenTransError
 from .defaults import ImagesAtOnce
 from .options import AllowHub, AsJson, Config, Device, Seed, _SIDE, app, settings_kept
-from .terminal import _writable, show
+from .terminal import _save_table, _writable, show
 
 # %% ../../nbs/app/70k_thesis.ipynb #badedcba
 PictureFolder = Annotated[str, typer.Argument(
@@ -38,11 +38,16 @@ def _opened(images, names, pretrained, size, seed, device, allow_hub, batch_size
     from opentrans.vit.products import open_loaders, open_model
     classes = len(open_pictures(images, 'train', seed=seed).classes)
     files = pretrained.split(',') if pretrained else [None]
-    if len(files) not in (1, len(names)):
-        raise OpenTransError(f"--pretrained names {len(files)} files for {len(names)} models. Give one for each.")
-    files = files*len(names) if len(files) == 1 else files
-    models = [open_model(n, classes, f, size, seed, allow_hub).to(pick_device(device)) for n,f in zip(names, files)]
-    return models, *open_loaders(images, models[-1], batch_size, workers, seed)
+    count = len(names)
+    if len(files) not in (1, count):
+        raise OpenTransError(f"--pretrained names {len(files)} files for {count} models. Give one for each.")
+    if len(files) == 1: files = files*count
+    models = []
+    for name,file in zip(names, files):
+        model = open_model(name, classes, file, size, seed, allow_hub)
+        models.append(model.to(pick_device(device)))
+    train, val = open_loaders(images, models[-1], batch_size, workers, seed)
+    return models, train, val
 
 # %% ../../nbs/app/70k_thesis.ipynb #09f89133
 @app.command()
@@ -87,16 +92,16 @@ def stitch(
     "One training, many networks: small ones joined to large ones of a family (ESTA), and the best of each size."
     from opentrans.vit.products import stitch_on
     _writable(out and Path(out)/'palette.csv')
-    names = [name.strip() for name in models.split(',') if name.strip()]
+    typed = [name.strip() for name in models.split(',')]
+    names = [name for name in typed if name]
     if len(names) < 2: raise OpenTransError(f"--models {models}: name at least two, small to large, with commas.")
     start = pretrained, size, seed, device, allow_hub, batch_size, workers
     family, train, val = _opened(images, names, *start)
     with settings_kept(out):
         frame = stitch_on(family, train, val, out, points, None, epochs, lr, seed, onnx, kind, alone)
-    if out:
-        from opentrans.cli.terminal import _save_table
-        _save_table(frame, Path(out)/'palette.csv')
-    show(frame, as_json, f"{frame.attrs['stitches']} networks, {frame.attrs['trained']:,} trained parameters")
+    if out: _save_table(frame, Path(out)/'palette.csv')
+    networks, trained = frame.attrs['stitches'], frame.attrs['trained']
+    show(frame, as_json, f'{networks} networks, {trained:,} trained parameters')
 
 @app.command()
 def spvit(
@@ -121,4 +126,5 @@ def spvit(
 def _finish(told, out, as_json, title):
     from opentrans.files import save_json
     if out: save_json(told, Path(out)/'report.json')
-    show({k: v for k,v in told.items() if v not in (None, '')}, as_json, title)
+    filled = {name: value for name,value in told.items() if value not in (None, '')}
+    show(filled, as_json, title)

@@ -59,14 +59,18 @@ def _save_model(seg, clip, out, built, train, **more):
     from opentrans.clip import clip_facts, weights_apart
     from opentrans.files import save_json, save_tensors
     if not out or not first_process(): return
-    save_tensors(seg.state_dict(), Path(out)/'model.safetensors')
+    folder, vocabulary = Path(out), train.vocabulary
+    save_tensors(seg.state_dict(), folder/'model.safetensors')
     source = built['pretrained']
     if source not in (None, 'none'):
-        source = weights_apart(built['backbone'], source)[0] or 'none' # the tower's weights are the model's
-    words = {name: list(getattr(train.vocabulary, name)) for name in ('entries', 'templates')}
-    told = dict(built, pretrained=source, clip=clip_facts(clip), classes=list(train.vocabulary.names), **words,
-                **more)
-    save_json(told, Path(out)/'model.json', _model_file())
+        tag,*_ = weights_apart(built['backbone'], source)
+        source = tag or 'none' # the tower's weights are the model's
+    told = dict(built, pretrained=source, clip=clip_facts(clip))
+    told['classes'] = list(vocabulary.names)
+    told['entries'] = list(vocabulary.entries)
+    told['templates'] = list(vocabulary.templates)
+    told.update(more)
+    save_json(told, folder/'model.json', _model_file())
 
 # %% ../../nbs/app/70e_trained.ipynb #31407f38
 def open_trained(
@@ -82,10 +86,13 @@ def open_trained(
     from opentrans.data import Vocabulary
     from opentrans.training import load_framework
     told = told or _read_model(Path(folder)/'model.json')
-    facts,trained = told.get('clip', {}),told.get('entries') or told.get('classes')
-    clip = open_clip_backbone(told['backbone'], pretrained or told['pretrained'], told['output_stride'], device,
-                              hub, **facts)
-    if trained: vocabulary = Vocabulary(trained, told.get('templates') or getattr(vocabulary, 'templates', 'photo'))
+    facts = told.get('clip', {})
+    weights = pretrained or told['pretrained']
+    clip = open_clip_backbone(told['backbone'], weights, told['output_stride'], device, hub, **facts)
+    trained = told.get('entries') or told.get('classes')
+    if trained:
+        templates = told.get('templates') or getattr(vocabulary, 'templates', 'photo')
+        vocabulary = Vocabulary(trained, templates)
     seg = _build(told['framework'], clip, vocabulary, told['preset'], 0, told.get('prompts'))
     load_framework(seg, Path(folder)/'model.safetensors')
     return seg,clip,told['framework']
@@ -93,13 +100,15 @@ def open_trained(
 def _trained_prompts(told, vocabulary):
     "Class names in the prompts that a model was trained with, where its folder tells them."
     from opentrans.data import Vocabulary
-    return Vocabulary(vocabulary.entries, told['templates']) if told.get('templates') else vocabulary
+    templates = told.get('templates')
+    return Vocabulary(vocabulary.entries, templates) if templates else vocabulary
 
 def _mask_in(seg, told):
     "The mask that the weights of a trained model show, if it was trained under one."
     from opentrans.pruning import SparseMask, prunable
     if not told.get('mask'): return None
-    return SparseMask({layer.name: layer.weight.detach().cpu() != 0 for layer in prunable(seg.tower)})
+    kept = {layer.name: layer.weight.detach().cpu() != 0 for layer in prunable(seg.tower)}
+    return SparseMask(kept)
 
 def _hub_of_model(pretrained, allowed):
     "What may be fetched for a trained model: nothing that its folder alone names."

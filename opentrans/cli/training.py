@@ -58,7 +58,8 @@ def transfer(
         raise unknown('kind of weights for alpha', alpha_of, ['dense', 'masked'])
     if mask is None and not dense: raise OpenTransError("Give a mask file, or --dense to train without one.")
     if mask is not None and dense: raise OpenTransError(f"--dense trains without a mask: leave out '{mask}'.")
-    _writable(out if model else out and Path(out)/'result.json')
+    if model: _writable(out)
+    else: _writable(out and Path(out)/'result.json')
     m = None if dense else SparseMask.load(mask)
     if model is not None: return _transfer_file(m, model, out, as_json)
     from opentrans.training import evaluate
@@ -69,13 +70,14 @@ def transfer(
     named,whole,warm,rest = _course(recipe, framework, shipped, warmup, freeze, set_, iterations, **told)
     sets = [open_data(data, root, s, classes, ignore, corrupt, panoptic) for s in (split, eval_split)]
     train,test = (_prompted(one, framework, prompts, shipped) for one in sets)
-    built = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=stride,
-                 prompts=prompts)
+    built = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset)
+    built.update(output_stride=stride, prompts=prompts)
     seg,clip = _model_of(built, train, device, seed, allow_hub)
-    under = '' if m is None else ' and no mask' if alpha_of == 'dense' and freeze else ' under the mask'
+    under = _masked_in_words(m, alpha_of, freeze)
     _tell_course(named, framework, whole, warm, rest, freeze, under, _where(stride, train))
     if dry_run: return _dry_run(seg, train, whole, m, None, processes, as_json)
-    named_recipe = whole.to_dict() if named is None else dict(preset=named, **whole.to_dict())
+    fields = whole.to_dict()
+    named_recipe = fields if named is None else dict(preset=named, **fields)
     kept = dict(recipe=named_recipe, warmup=warm.iterations if warm else 0, output_stride=stride)
     choose = dict(freeze=freeze, by=by, xmin=xmin, alpha_of=alpha_of, seed=seed)
     how = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
@@ -86,14 +88,19 @@ def transfer(
         _save_model(seg, clip, out, built, train, data=data, recipe=whole.to_dict(), mask=mask, selection=chosen)
         result = evaluate(seg, test, limit=limit, **looks)
     what = 'no mask' if m is None else f'mask of density {m.density:.3f}'
-    _report(seg, test, result, size or clip.image_size, m, selection, out, as_json,
-            f'{framework} on {backbone}, {what}, {_mean_of(looks)}')
+    title = f'{framework} on {backbone}, {what}, {_mean_of(looks)}'
+    _report(seg, test, result, size or clip.image_size, m, selection, out, as_json, title)
 
 # %% ../../nbs/app/70f_training.ipynb #571c6599
+def _masked_in_words(mask, alpha_of, freeze):
+    "What a warm-up does with the mask."
+    if mask is None: return ''
+    return ' and no mask' if alpha_of == 'dense' and freeze else ' under the mask'
+
 def _model_of(built, train, device, seed, allow_hub):
     "The framework that the flags name, for the classes of its data, and its CLIP."
-    clip = open_clip_backbone(built['backbone'], built['pretrained'], built['output_stride'], device,
-                              _hub(allow_hub))
+    hub = _hub(allow_hub)
+    clip = open_clip_backbone(built['backbone'], built['pretrained'], built['output_stride'], device, hub)
     seg = _build(built['framework'], clip, train.vocabulary, built['preset'], seed, built['prompts'])
     return seg,clip
 
@@ -103,16 +110,19 @@ def _dry_run(seg, train, recipe, mask, selection, processes, as_json):
     plan = plan_run(seg, train, recipe, selection, mask, processes)
     counted = _size_of_run(seg, train, recipe, mask)
     if as_json:
-        show(dict(vars(plan), part=plan.part, memory=plan.memory, fits=plan.fits, seconds=plan.seconds,
-                  hours=plan.hours, epoch_minutes=plan.epoch, **counted), True, '')
-    else: show(_told_plan(plan, counted), False, 'dry run')
+        told = dict(vars(plan), part=plan.part, memory=plan.memory, fits=plan.fits)
+        told.update(seconds=plan.seconds, hours=plan.hours, epoch_minutes=plan.epoch)
+        told.update(counted)
+        show(told, as_json=True)
+    else: show(_told_plan(plan, counted), title='dry run')
     plan.check()
 
 def _size_of_run(seg, train, recipe, mask):
     "Parameters and multiply-accumulates of an image as the recipe cuts it, all of them and those that a mask keeps."
     from opentrans.cost import cost
     from opentrans.runtime import eval_mode
-    sides = (recipe.crop,)*2 if recipe.crop else tuple(train[0]['image'].shape[-2:])
+    if recipe.crop: sides = (recipe.crop, recipe.crop)
+    else: sides = tuple(train[0]['image'].shape[-2:])
     with eval_mode(seg): found = cost(seg, (3, *sides), mask=mask)
     return dict(_counts(found), sides=list(sides))
 
@@ -121,26 +131,33 @@ def _told_plan(plan, counted):
     import pandas as pd
     height, width = counted['sides']
     def kept(what, unit, letter):
-        whole, active = counted[what]/unit, counted[f'active_{what}']/unit
-        return f'{whole:.2f} {letter}' + (f', {active:.2f} {letter} kept' if active < whole else '')
+        whole = counted[what]/unit
+        active = counted[f'active_{what}']/unit
+        some = f', {active:.2f} {letter} kept' if active < whole else ''
+        return f'{whole:.2f} {letter}{some}'
+    macs = kept('macs', 1e9, 'G')
     large = {'parameters': kept('params', 1e6, 'M'),
-             'multiply-accumulates': f"{kept('macs', 1e9, 'G')}, an image of {height} x {width}"}
-    return pd.concat([pd.Series(large), plan.table()]).to_frame('a run like this')
+             'multiply-accumulates': f'{macs}, an image of {height} x {width}'}
+    rows = pd.concat([pd.Series(large), plan.table()])
+    return rows.to_frame('a run like this')
 
 def _tune(seg, train, m, warm, rest, choose, out, how, in_force):
     """Warm up, read alpha, choose layers and fine-tune the rest.
     The mask is put on before the spectra are read, or after; it stays in force. Gives the layers."""
     from opentrans.training import finetune
     from opentrans.heavy_tail import analyze
-    first = m is not None and (choose['alpha_of'] == 'masked' or not choose['freeze'])
+    share, by = choose['freeze'], choose['by']
+    asked_first = choose['alpha_of'] == 'masked' or not share
+    first = m is not None and asked_first
     if first: in_force.enter_context(m.apply(seg.backbone))
     def folder(name): return str(Path(out)/name) if out else None
     if warm: finetune(seg, train, warm, checkpoint_dir=folder('warmup'), **how)
     selection = None
-    if choose['freeze']:
-        null = 'gaussian' if choose['by'].startswith('z') else None
-        table = analyze(seg.backbone, xmin=_number(choose['xmin']), null=null)
-        selection = table.select(freeze=choose['freeze'], by=choose['by'], seed=choose['seed'])
+    if share:
+        null = 'gaussian' if by.startswith('z') else None
+        xmin = _number(choose['xmin'])
+        table = analyze(seg.backbone, xmin=xmin, null=null)
+        selection = table.select(freeze=share, by=by, seed=choose['seed'])
         if out and first_process(): selection.to_json(Path(out)/'selection.json')
     if m is not None and not first: in_force.enter_context(m.apply(seg.backbone))
     finetune(seg, train, rest, selection=selection, checkpoint_dir=folder('finetune'), **how)
@@ -151,7 +168,8 @@ def _transfer_file(m, model, out, as_json):
     from opentrans.pruning import transfer_checkpoint
     if not out: raise OpenTransError("Give --out: where the sparse checkpoint goes, e.g. sparse.safetensors.")
     transfer_checkpoint(m, model, out)
-    show(dict(file=out, layers=len(m), density=m.density, zeros=m.total-m.kept), as_json, 'sparse checkpoint')
+    told = dict(file=out, layers=len(m), density=m.density, zeros=m.total-m.kept)
+    show(told, as_json, 'sparse checkpoint')
 
 # %% ../../nbs/app/70f_training.ipynb #e41dc39c
 @app.command()
@@ -192,25 +210,29 @@ def finetune(
     r = make_recipe(name, framework, set_, iterations, **told)
     m = SparseMask.load(mask) if mask else None
     chosen = LayerSelection.from_json(Path(selection)) if selection else None
-    train = _prompted(open_data(data, root, split, classes, ignore, corrupt, panoptic), framework, prompts, shipped)
+    train = open_data(data, root, split, classes, ignore, corrupt, panoptic)
+    train = _prompted(train, framework, prompts, shipped)
     where = dict(name=data, root=root, split=eval_split, classes=classes, ignore=ignore, corrupt=corrupt)
     val = _judges(where, eval_every, eval_limit, framework, prompts, shipped)
-    built = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset, output_stride=stride,
-                 prompts=prompts)
+    built = dict(framework=framework, backbone=backbone, pretrained=pretrained, preset=preset)
+    built.update(output_stride=stride, prompts=prompts)
     seg,clip = _model_of(built, train, device, seed, allow_hub)
-    _tell_course(_recipe_values(name).get('preset'), framework, r, None, r, 0, '', _where(stride, train))
+    named = _recipe_values(name).get('preset')
+    _tell_course(named, framework, r, None, r, 0, '', _where(stride, train))
     if dry_run: return _dry_run(seg, train, r, m, chosen, processes, as_json)
     how = dict(checkpoint_every=checkpoint_every, print_every=print_every, tensorboard=tensorboard)
+    how.update(val=val if eval_every else None, eval_every=eval_every)
+    checkpoints = str(Path(out)/'run')
     with settings_kept(out, recipe=r.to_dict(), output_stride=stride):
-        history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=str(Path(out)/'run'),
-                      val=val if eval_every else None, eval_every=eval_every, lengthen=True, **how)
+        history = run(seg, train, r, selection=chosen, mask=m, checkpoint_dir=checkpoints, lengthen=True, **how)
         _save_model(seg, clip, out, built, train, data=data, recipe=r.to_dict(), mask=mask, selection=selection)
-    best = dict(best_miou=float(history.miou.max())) if 'miou' in history else {}
+    first, last = history.loss.iloc[0], history.loss.iloc[-1]
+    done = dict(iterations=len(history), first_loss=float(first), last_loss=float(last))
+    if 'miou' in history: done['best_miou'] = float(history.miou.max())
     looks = _looks(framework, data, shipped, workers=workers, device=device)
-    reached = _reached(seg, val, eval_limit, looks)
-    show(dict(iterations=len(history), first_loss=float(history.loss.iloc[0]),
-              last_loss=float(history.loss.iloc[-1]), **best, **reached,
-              model=str(Path(out)/'model.safetensors')), as_json, 'fine-tuned')
+    done.update(_reached(seg, val, eval_limit, looks))
+    done['model'] = str(Path(out)/'model.safetensors')
+    show(done, as_json, 'fine-tuned')
     if not as_json: _tell_next(out, where)
 
 # %% ../../nbs/app/70f_training.ipynb #9c027d60
@@ -234,8 +256,10 @@ def _reached(seg, val, limit, looks):
 def _tell_next(out, where):
     "The commands that go on from here."
     if not first_process(): return
-    more = ''.join(f' --{flag} {shlex.quote(str(where[flag]))}' for flag in ('root', 'classes', 'ignore')
-                   if where[flag] is not None)
+    more = ''
+    for flag in ('root', 'classes', 'ignore'):
+        value = where[flag]
+        if value is not None: more += f' --{flag} {shlex.quote(str(value))}'
     model = shlex.quote(str(out))
     _say(f"next: opentrans evaluate --model {model} --data {where['name']} --split {where['split']}{more}\n"
          f"      opentrans segment photo.jpg \"grass, water, ...\" --model {model}")

@@ -35,6 +35,9 @@ def _anything(name, pretrained, allow_hub):
             f"them.")
     return open_weights(name, pretrained)
 
+# what `alpha` shows of each layer
+_COLUMNS = ('frozen', 'alpha', 'alpha_null', 'z', 'spikes', 'status', 'n_tail', 'n_evals', 'xmin', 'D', 'shape')
+
 @app.command()
 def alpha(
     backbone:Annotated[str, typer.Argument(
@@ -70,16 +73,16 @@ def alpha(
     table = analyze(model, xmin=_number(xmin), conv=conv, null=null, aspect=aspect, base=before)
     chosen = table.select(freeze=freeze, by=by, seed=seed)
     keep_settings(out, ended=True)
-    frame = table.to_frame()
-    frame.insert(0, 'frozen', ['yes' if n in set(chosen.freeze) else '' for n in frame.index])
+    frame, frozen = table.to_frame(), set(chosen.freeze)
+    marks = ['yes' if name in frozen else '' for name in frame.index]
+    frame.insert(0, 'frozen', marks)
     if out:
-        _save_table(frame, Path(out)/'alpha.csv')
-        chosen.to_json(Path(out)/'selection.json')
-        _save_picture(lambda: table.plot_alpha(selection=chosen), Path(out)/'alpha.png')
-    show(
-        frame[[c
-               for c in ('frozen', 'alpha', 'alpha_null', 'z', 'spikes', 'status', 'n_tail', 'n_evals', 'xmin', 'D',
-                         'shape') if c in frame]], as_json, f'{backbone}: {chosen.rule}')
+        folder = Path(out)
+        _save_table(frame, folder/'alpha.csv')
+        chosen.to_json(folder/'selection.json')
+        _save_picture(lambda: table.plot_alpha(selection=chosen), folder/'alpha.png')
+    shown = [column for column in _COLUMNS if column in frame]
+    show(frame[shown], as_json, f'{backbone}: {chosen.rule}')
     if not as_json: _say(_as_flags(table.words()))
 
 # %% ../../nbs/app/70d_weights.ipynb #2a68ce37
@@ -107,10 +110,11 @@ def _check_layer_flags(method, densities):
     if densities == 'owl' and method in _SHARES_BY_WEIGHTS:
         raise OpenTransError(f"--densities owl looks at images, which --method {method} does not: it goes with "
                              f"{', '.join(_LAYER_BY_LAYER)}.")
-    flags = ('images', 'scope', 'target') + (() if method in _SHARES_BY_WEIGHTS else ('densities',))
-    given = [f'--{flag}' for flag in flags if _typed(flag)]
+    flags = ['images', 'scope', 'target']
+    if method not in _SHARES_BY_WEIGHTS: flags.append('densities')
+    given = ' and '.join(f'--{flag}' for flag in flags if _typed(flag))
     if given:
-        raise OpenTransError(f"--method {method} does not look at {' and '.join(given)}, as "
+        raise OpenTransError(f"--method {method} does not look at {given}, as "
                              f"{', '.join(_LAYER_BY_LAYER)} do. Leave it out.")
 
 def _distillation(clip, data, released, told):
@@ -120,13 +124,28 @@ def _distillation(clip, data, released, told):
     from opentrans.distill import DistillTrainer
     from opentrans.frameworks import build, get_framework
     if released is None: return clip,DistillTrainer(clip, data, **told)
-    own = {name: value for name,value in told.items() if name in ('workers', 'disk_mb', 'crop')
-           or _typed(name)}
-    own.pop('loss', None)
+    own = {}
+    for name,value in told.items():
+        is_own = name in ('workers', 'disk_mb', 'crop') or _typed(name)
+        if is_own and name != 'loss': own[name] = value
     preset = 'small' if clip.name in shipped_clips() else 'paper'
-    model = build(released, clip, vocabulary=data.vocabulary, preset=preset, seed=0,
-                  **get_framework(released).presets['released'])
+    options = get_framework(released).presets['released']
+    model = build(released, clip, vocabulary=data.vocabulary, preset=preset, seed=0, **options)
     return model,DistillTrainer.released(model, data, **own)
+
+def _check_prune(out, method, criterion, precision, densities, released):
+    "Raises `OpenTransError` for flags of `prune` that do not go together."
+    from opentrans.pruning import CRITERIA
+    if method not in _LAYER_BY_LAYER: _check_layer_flags(method, densities)
+    if precision not in ('no', 'bf16'): raise unknown('precision', precision, ['no', 'bf16'])
+    if released: _check_released(released, method)
+    methods = ['imp', 'random', *CRITERIA]
+    if method not in methods: raise unknown('method', method, methods)
+    if criterion not in CRITERIA: raise unknown('criterion', criterion, CRITERIA)
+    if method != 'imp' and _typed('criterion'):
+        raise OpenTransError(
+            f"--criterion is for the rounds of imp; --method {method} is one shot. Leave one of them out.")
+    if not out.endswith('.safetensors'): raise OpenTransError(f"--out {out}: a mask file ends in .safetensors.")
 
 # %% ../../nbs/app/70d_weights.ipynb #f968c500
 @app.command()
@@ -198,32 +217,27 @@ def prune(
     Under accelerate launch or torchrun, processes share each batch."""
     from opentrans.clip import save_weights
     from opentrans.data import ImageBatches
-    from opentrans.pruning import CRITERIA, SparseMask, geometric_schedule, imp, layer_densities, reconstruct
+    from opentrans.pruning import SparseMask, geometric_schedule, imp, layer_densities, reconstruct
+    _check_prune(out, method, criterion, precision, densities, released)
     one_by_one = method in _LAYER_BY_LAYER
-    if not one_by_one: _check_layer_flags(method, densities)
-    if precision not in ('no', 'bf16'): raise unknown('precision', precision, ['no', 'bf16'])
-    if released: _check_released(released, method)
-    if method not in ('imp', 'random', *CRITERIA): raise unknown('method', method, ['imp', 'random', *CRITERIA])
-    if criterion not in CRITERIA: raise unknown('criterion', criterion, CRITERIA)
-    if method != 'imp' and _typed('criterion'):
-        raise OpenTransError(
-            f"--criterion is for the rounds of imp; --method {method} is one shot. Leave one of them out.")
-    if not out.endswith('.safetensors'): raise OpenTransError(f"--out {out}: a mask file ends in .safetensors.")
     _writable(out, weights)
     geometric_schedule(density, p) # a bad density ends here, before anything is loaded
     clip = open_clip_backbone(backbone, pretrained, output_stride, device, _hub(allow_hub))
     generated = data.startswith('shapesworld')
     if crop is None and not generated: crop = 512
     workers = _readers(workers, (), generated) or 0
-    run_dir,used = checkpoint or f'{out}.run',dict(workers=workers)
-    if method not in ('random', 'magnitude', *_LAYER_BY_LAYER):
+    run_dir = checkpoint or f'{out}.run'
+    used = dict(workers=workers)
+    where = (data, root, split, classes, ignore)
+    is_trained = method not in ('random', 'magnitude', *_LAYER_BY_LAYER)
+    if is_trained:
         told = dict(loss=loss, iterations=iterations, lr=lr, batch_size=batch_size, crop=crop or None,
                     optimizer=optimizer, weight_decay=weight_decay, clip_grad=clip_grad or None,
                     batch_norm=batch_norm, precision=precision, teacher_mode=teacher, max_regions=max_regions,
                     workers=workers,
                     disk_mb=disk_mb)
-        model,train = _distillation(clip, open_data(data, root, split, classes, ignore), released, told)
-        used.update({flag: getattr(train, flag) for flag in _FLAGS})
+        model,train = _distillation(clip, open_data(*where), released, told)
+        used.update((flag, getattr(train, flag)) for flag in _FLAGS)
         if released: used.update(loss='released', teacher=model.kd_target)
     keep_settings(None, **used)
     def distillation_loss(model): return train.losses(model, score_batches, seed)
@@ -231,15 +245,15 @@ def prune(
     if method == 'imp':
         scoring = {} if criterion == 'magnitude' else dict(criterion=criterion, losses=distillation_loss)
         mask,history = imp(model, train, density=shared, p=p, seed=seed, checkpoint_dir=run_dir,
-                           checkpoint_every=checkpoint_every,
-                           settings=dict(clip=backbone), **scoring)
+                           checkpoint_every=checkpoint_every, settings=dict(clip=backbone), **scoring)
         if weights and first_process(): save_weights(clip, weights)
         show(history, as_json, 'Algorithm 1')
     elif one_by_one:
-        opened = open_data(data, root, split, classes, ignore)
+        opened = open_data(*where)
         pictures = ImageBatches(opened, images, batch_size, crop, seed)
         mask,_ = reconstruct(clip, pictures, density, method, scope, densities, target=target)
-        mask.info.update(data=getattr(opened, 'name', data), images=len(pictures))
+        name = getattr(opened, 'name', data)
+        mask.info.update(data=name, images=len(pictures))
         if weights and first_process(): save_weights(clip, weights)
     elif method == 'random': mask = SparseMask.random(clip, density, seed=seed)
     elif method == 'magnitude': mask = SparseMask.magnitude(clip, shared)
@@ -250,6 +264,12 @@ def prune(
     if method != 'imp' or not as_json: show(mask.table(), as_json, f'{out}: density {mask.density:.4f}')
 
 # %% ../../nbs/app/70d_weights.ipynb #0df41555
+def _square(image, side):
+    "An image (3, H, W), resized to a square."
+    from torch.nn.functional import interpolate
+    resized = interpolate(image[None], size=(side, side), mode='bilinear', antialias=True)
+    return resized[0]
+
 @app.command('cka')
 def cka_command(
     a:Annotated[str, typer.Argument(help="First backbone.")]='shapes-rn',
@@ -269,14 +289,17 @@ def cka_command(
     from opentrans.cka import cka, plot_cka
     from opentrans.pruning import SparseMask
     _writable(out and Path(out)/'cka.csv')
-    hub,same = _hub(allow_hub, 'pretrained_a', 'pretrained_b'),b in (None, a)
+    hub = _hub(allow_hub, 'pretrained_a', 'pretrained_b')
+    same = b in (None, a)
+    b = b or a
+    weights_b = pretrained_b or (pretrained_a if same else None)
     one = open_clip_backbone(a, pretrained_a, device=device, hub=hub)
-    two = open_clip_backbone(b or a, pretrained_b or (pretrained_a if same else None), device=device, hub=hub)
+    two = open_clip_backbone(b, weights_b, device=device, hub=hub)
     if mask: SparseMask.load(mask).apply(two).remove()
-    d,side = open_data(data, root, split, classes, ignore),size or one.image_size
+    d = open_data(data, root, split, classes, ignore)
+    side = size or one.image_size
     n = min(images, len(d))
-    pictures = [torch.nn.functional.interpolate(d[i]['image'][None], size=(side, side), mode='bilinear',
-                                                antialias=True)[0] for i in range(n)]
+    pictures = [_square(d[i]['image'], side) for i in range(n)]
     def stages(clip): return [f'visual.{name}' for name in clip.kind.stages(clip.visual)]
     batches = [torch.stack(pictures[i:i+16]).to(one.mean.device) for i in range(0, n, 16)]
     frame = cka(one, two, batches, stages(one), stages(two))
@@ -284,14 +307,17 @@ def cka_command(
         _save_table(frame, Path(out)/'cka.csv')
         _save_picture(lambda: plot_cka(frame), Path(out)/'cka.png')
     if not as_json: frame = frame.rename(columns=lambda name: name.removeprefix('visual.'))
-    show(frame, as_json, f'CKA over {n} images (rows {a}, columns {b or a}{" with mask" if mask else ""})')
+    masked = ' with mask' if mask else ''
+    show(frame, as_json, f'CKA over {n} images (rows {a}, columns {b}{masked})')
 
 # %% ../../nbs/app/70d_weights.ipynb #d9f7e7ab
 def _milliseconds(clip, mask, size):
     "Milliseconds of an image, the shortest of calls in turns, by engine."
     from opentrans.sparse import speed
     times = speed(clip.eval(), {'mask': mask}, [size])
-    return {f'ms, {row.engine}': round(row.ms, 2) for row in times.itertuples()}
+    shortest = {}
+    for row in times.itertuples(): shortest[f'ms, {row.engine}'] = round(row.ms, 2)
+    return shortest
 
 @app.command('cost')
 def cost_command(
@@ -316,8 +342,11 @@ def cost_command(
     h,w = _size(size)
     m = SparseMask.load(mask) if mask else None
     model = clip = open_clip_backbone(backbone, pretrained, output_stride, 'cpu', _hub(allow_hub))
-    if framework: model = _build(framework, model, ['thing'], preset, 0)
+    title = backbone
+    if framework:
+        model = _build(framework, model, ['thing'], preset, 0)
+        title = f'{backbone} in {framework}'
     c = cost(model, (3, h, w), mask=m, convention=convention)
     shown = c.by_layer if layers else dict(_counts(c), convention=convention, input=size)
     if clock: shown.update(_milliseconds(clip, m, (h, w)))
-    show(shown, as_json, backbone + (f' in {framework}' if framework else ''))
+    show(shown, as_json, title)

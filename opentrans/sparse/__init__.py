@@ -3,6 +3,8 @@ from .machine import *
 from .machine import __all__ as _machine
 from .regions import *
 from .regions import __all__ as _regions
+from .layout import *
+from .layout import __all__ as _layout
 from .plan import *
 from .plan import __all__ as _plan
 from .linear import *
@@ -14,4 +16,4 @@ from .stored import __all__ as _stored
 from .speed import *
 from .speed import __all__ as _speed
 
-__all__ = [*_machine, *_regions, *_plan, *_linear, *_engine, *_stored, *_speed]
+__all__ = [*_machine, *_regions, *_layout, *_plan, *_linear, *_engine, *_stored, *_speed]

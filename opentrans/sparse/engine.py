@@ -24,7 +24,13 @@ _MANY = 1/2 # share of its weights from which on a region is timed beside torch
 
 def _is_plain(tensor):
     "Does the engine compute with such numbers?"
-    return tensor.device.type == 'cpu' and (tensor.dtype == torch.float32 or not tensor.is_floating_point())
+    if tensor.device.type != 'cpu': return False
+    return tensor.dtype == torch.float32 or not tensor.is_floating_point()
+
+def _is_map(x):
+    "Is it what a region takes?"
+    if not isinstance(x, torch.Tensor) or x.ndim != 4: return False
+    return x.dtype == torch.float32 and x.device.type == 'cpu'
 
 class NativeRegion(nn.Module):
     "A region of a traced model: on the engine where it can, on torch where it cannot."
@@ -46,8 +52,10 @@ class NativeRegion(nn.Module):
         self.error = 0.
         self.state, self.region = None, None
         # where tensors are and which modules are norms, found once: to look for them takes longer than some regions
-        self.places = [(part, name) for module in dense.modules() for part in (module._parameters, module._buffers)
-                       for name,tensor in part.items() if tensor is not None]
+        self.places = []
+        for module in dense.modules():
+            for part in (module._parameters, module._buffers):
+                self.places += [(part, name) for name,tensor in part.items() if tensor is not None]
         self.norms = [module for module in dense.modules() if isinstance(module, nn.BatchNorm2d)]
 
     def __deepcopy__(self, memo):
@@ -75,15 +83,12 @@ class NativeRegion(nn.Module):
     )->str: # '' if it can
         "Why these inputs run on torch."
         if not has_llvm(): return 'llvmlite is not installed'
-        if any(not isinstance(x, torch.Tensor) or x.ndim != 4 or x.dtype != torch.float32 or x.device.type != 'cpu'
-               for x in inputs):
-            return 'inputs are not float32 maps (B, C, H, W) on the CPU'
+        if not all(map(_is_map, inputs)): return 'inputs are not float32 maps (B, C, H, W) on the CPU'
         if torch.is_grad_enabled() and any(x.requires_grad for x in inputs): return 'gradients are asked for'
         if torch.is_autocast_enabled('cpu'): return 'autocast is on'
-        if (self._now() if now is None else now) != self.state and not self._all_plain():
-            return 'weights are not float32 on the CPU'
-        if any(norm.training for norm in self.norms):
-            return 'a batch norm is in training mode'
+        if now is None: now = self._now()
+        if now != self.state and not self._all_plain(): return 'weights are not float32 on the CPU'
+        if any(norm.training for norm in self.norms): return 'a batch norm is in training mode'
         batches = {len(x) for x in inputs}
         return '' if len(batches) == 1 and 0 not in batches else 'inputs have no common batch'
 
@@ -110,7 +115,8 @@ class NativeRegion(nn.Module):
     def kept(self)->float:
         "The share of the weights that are there."
         weights = [step.weight for step in self.region.convolutions if step.weight is not None]
-        return sum(map(np.count_nonzero, weights))/max(1, sum(weight.size for weight in weights))
+        total = sum(weight.size for weight in weights)
+        return sum(map(np.count_nonzero, weights))/max(1, total)
 
     def _time(self, plan, inputs, sizes):
         "A region that keeps most of its weights goes to torch where torch is faster."
@@ -122,7 +128,8 @@ class NativeRegion(nn.Module):
                 call()
                 times.append((clock() - start)*1e3)
             return min(times)
-        ours, theirs = shortest(lambda: plan.run(inputs)), shortest(lambda: self.dense(*(x.clone() for x in inputs)))
+        ours = shortest(lambda: plan.run(inputs))
+        theirs = shortest(lambda: self.dense(*(x.clone() for x in inputs)))
         if theirs >= ours: return
         self.faster[sizes] = dict(ours=ours, torch=theirs)
         self.plans.pop(sizes)
@@ -133,12 +140,11 @@ class NativeRegion(nn.Module):
         told = [told] if isinstance(told, torch.Tensor) else list(told)
         far = [relative_difference(a, b) for a, b in zip(outputs, told) if b.isfinite().all()]
         self.error = max(far, default=0.)
-        if (all(difference <= _CLOSE for difference in far)
-            and all(a.shape == b.shape for a, b in zip(outputs, told))):
-            return True
-        self.reasons[sizes] = f'the engine differed from torch by {self.error:.1e}'
-        warnings.warn(f"A region of the model runs on torch, since {self.reasons[sizes]} of the largest output.",
-                      stacklevel=2)
+        near = all(difference <= _CLOSE for difference in far)
+        if near and all(a.shape == b.shape for a, b in zip(outputs, told)): return True
+        why = f'the engine differed from torch by {self.error:.1e}'
+        self.reasons[sizes] = why
+        warnings.warn(f"A region of the model runs on torch, since {why} of the largest output.", stacklevel=2)
         return False
 
     def forward(self, *inputs):
@@ -177,8 +183,9 @@ class CompiledTower:
 
 def _is_backbone(module):
     "Is this a CLIP backbone: a tower, and a family that is asked for its maps?"
-    parts = hasattr(module, 'visual') and hasattr(module, 'kind')
-    return parts and isinstance(module.visual, nn.Module) and callable(getattr(module.kind, 'features', None))
+    if not (hasattr(module, 'visual') and hasattr(module, 'kind')): return False
+    features = getattr(module.kind, 'features', None)
+    return isinstance(module.visual, nn.Module) and callable(features)
 
 def _hooked(module): return bool(module._forward_hooks or module._forward_pre_hooks)
 
@@ -210,8 +217,11 @@ def _parts(module, name=''):
 def _install(module, captured, threads, check, kernels):
     "Let the engine run the regions of a part."
     graph = captured.graph
-    for name in captured.regions: setattr(graph, name, NativeRegion(getattr(graph, name), threads, check, kernels))
-    regions = [getattr(graph, name) for name in captured.regions]
+    regions = []
+    for name in captured.regions:
+        region = NativeRegion(getattr(graph, name), threads, check, kernels)
+        setattr(graph, name, region)
+        regions.append(region)
     call = graph.forward
     if _is_backbone(module): module.kind = CompiledTower(module.kind, module.visual, call)
     else: module.forward = call
@@ -231,8 +241,8 @@ def compile(
     `OpenTransError` for a model in training mode, a mask that does not fit, or a number of threads that is none."""
     check_number('threads', threads, 1, 256, whole=True)
     if not isinstance(model, nn.Module): raise OpenTransError(f"compile needs a model, not {type(model).__name__}.")
-    if any(part.training
-           for part in model.modules() if isinstance(part, (nn.modules.batchnorm._BatchNorm, nn.Dropout))):
+    modal = (nn.modules.batchnorm._BatchNorm, nn.Dropout) # layers that have two modes
+    if any(part.training for part in model.modules() if isinstance(part, modal)):
         raise OpenTransError(
             "The engine folds batch norms, so it needs a model in eval mode: call model.eval() first.")
     model = copy.deepcopy(model)
@@ -275,7 +285,9 @@ def _mark(rows, module, start, captured, why):
         name = name.removeprefix('net.') if start.endswith('visual.') else name
         return start.rstrip('.') if isinstance(module, nn.Conv2d) else start + name
     for name, reason in captured.reasons.items():
-        if own(name) in rows: rows[own(name)]['why'] = reason
+        row = rows.get(own(name))
+        if row is not None: row['why'] = reason
     for region in captured.regions.values():
         for conv in region.convolutions:
-            if own(conv.name) in rows: rows[own(conv.name)].update(engine=True, why='')
+            row = rows.get(own(conv.name))
+            if row is not None: row.update(engine=True, why='')

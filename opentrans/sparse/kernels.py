@@ -28,12 +28,15 @@ class _Writer:
         self.f32 = ir.FloatType()
         self.i32 = ir.IntType(32)
         self.i64 = ir.IntType(64)
-        self.vector, self.lanes = ir.VectorType(self.f32, width), ir.VectorType(self.i32, width)
+        self.vector = ir.VectorType(self.f32, width)
+        self.lanes = ir.VectorType(self.i32, width)
         self.module = ir.Module(name)
-        kind = ir.FunctionType(ir.VoidType(), [self.i64.as_pointer()])
+        address = self.i64.as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [address])
         self.function = ir.Function(self.module, kind, name)
         self.record, = self.function.args
-        self.build = ir.IRBuilder(self.function.append_basic_block('entry'))
+        entry = self.function.append_basic_block('entry')
+        self.build = ir.IRBuilder(entry)
         if fma:
             three = ir.FunctionType(self.vector, [self.vector]*3)
             self._fma = ir.Function(self.module, three, f'llvm.fma.v{width}f32')
@@ -47,58 +50,76 @@ class _Writer:
 
     def field(self, name):
         "An argument, as a whole number."
-        return self.build.load(self.build.gep(self.record, [self.number(FIELD[name])]))
+        place = self.number(FIELD[name])
+        return self.build.load(self.at(self.record, place))
 
     def pointer(self, name, kind=None):
         "An argument, as the address of numbers (float32 unless another kind is given)."
-        return self.build.inttoptr(self.field(name), (kind or self.f32).as_pointer())
+        kind = kind or self.f32
+        return self.build.inttoptr(self.field(name), kind.as_pointer())
 
     def float_field(self, name):
         "An argument whose lower half holds the bits of a float32."
-        return self.build.bitcast(self.build.trunc(self.field(name), self.i32), self.f32)
+        bits = self.build.trunc(self.field(name), self.i32)
+        return self.build.bitcast(bits, self.f32)
 
     def at(self, pointer, index): return self.build.gep(pointer, [index])
 
     def index(self, pointer, place):
         "A whole number of 32 bits from a list, as one of 64."
-        return self.build.sext(self.build.load(self.at(pointer, place)), self.i64)
+        number = self.build.load(self.at(pointer, place))
+        return self.build.sext(number, self.i64)
 
     def load(self, pointer, shift=0, kind=None):
         "A vector, `shift` vectors away from an address."
-        where = self.at(pointer, self.number(shift*self.width)) if shift else pointer
-        return self.build.load(self.build.bitcast(where, (kind or self.vector).as_pointer()), align=4)
+        kind = kind or self.vector
+        where = self._vector_at(pointer, shift, kind)
+        return self.build.load(where, align=4)
 
     def store(self, value, pointer, shift=0):
-        where = self.at(pointer, self.number(shift*self.width)) if shift else pointer
-        self.build.store(value, self.build.bitcast(where, value.type.as_pointer()), align=4)
+        where = self._vector_at(pointer, shift, value.type)
+        self.build.store(value, where, align=4)
+
+    def _vector_at(self, pointer, shift, kind):
+        "The address of a vector, `shift` vectors away from another."
+        if shift: pointer = self.at(pointer, self.number(shift*self.width))
+        return self.build.bitcast(pointer, kind.as_pointer())
 
     def splat(self, value, kind=None):
         "A number in every lane."
         kind = kind or self.vector
-        undefined = self.ir.Constant(kind, self.ir.Undefined)
-        first = self.build.insert_element(undefined, value, self.ir.Constant(self.i32, 0))
-        return self.build.shuffle_vector(first, undefined, self.ir.Constant(self.lanes, [0]*self.width))
+        constant = self.ir.Constant
+        undefined = constant(kind, self.ir.Undefined)
+        first = self.build.insert_element(undefined, value, constant(self.i32, 0))
+        first_everywhere = constant(self.lanes, [0]*self.width)
+        return self.build.shuffle_vector(first, undefined, first_everywhere)
 
     def multiply_add(self, a, b, c):
         if self.fma: return self.build.call(self._fma, [a, b, c])
-        return self.build.fadd(self.build.fmul(a, b), c)
+        product = self.build.fmul(a, b)
+        return self.build.fadd(product, c)
 
     def clamp(self, value, low, high):
         "Cut a vector to a range. What is no number stays none."
         build = self.build
-        value = build.select(build.fcmp_ordered('<', value, low), low, value)
-        return build.select(build.fcmp_ordered('>', value, high), high, value)
+        below = build.fcmp_ordered('<', value, low)
+        value = build.select(below, low, value)
+        above = build.fcmp_ordered('>', value, high)
+        return build.select(above, high, value)
 
     def larger(self, a, b):
         "The larger of each pair; what is no number counts as largest, as torch has it."
         build = self.build
-        first = build.or_(build.fcmp_ordered('>=', a, b), build.fcmp_unordered('!=', a, a))
+        at_least = build.fcmp_ordered('>=', a, b)
+        no_number = build.fcmp_unordered('!=', a, a)
+        first = build.or_(at_least, no_number)
         return build.select(first, a, b)
 
     def loop(self, begin, end, step, carried, body):
         """While `begin < end` go on by `step`: `body(index, values)` gives the next values. The last ones are
         returned."""
-        build, make = self.build, self.function.append_basic_block
+        build = self.build
+        make = self.function.append_basic_block
         head = make('head')
         inside = make('inside')
         after = make('after')
@@ -109,10 +130,12 @@ class _Writer:
         values = [build.phi(value.type) for value in carried]
         index.add_incoming(begin, before)
         for value, start in zip(values, carried): value.add_incoming(start, before)
-        build.cbranch(build.icmp_signed('<', index, end), inside, after)
+        goes_on = build.icmp_signed('<', index, end)
+        build.cbranch(goes_on, inside, after)
         build.position_at_end(inside)
         new = body(index, values) or []
-        index.add_incoming(build.add(index, step), build.block)
+        next_index = build.add(index, step)
+        index.add_incoming(next_index, build.block)
         for value, next_value in zip(values, new): value.add_incoming(next_value, build.block)
         build.branch(head)
         build.position_at_end(after)
@@ -120,11 +143,16 @@ class _Writer:
 
     def each(self, begin, end, body):
         "Count from `begin` to `end`."
-        self.loop(begin, end, self.number(1), [], lambda index, _: body(index))
+        one = self.number(1)
+        self.loop(begin, end, one, [], lambda index, _: body(index))
+
+    def is_zero(self, number): return self.build.icmp_signed('==', number, self.number(0))
+    def is_given(self, name): return self.build.icmp_signed('!=', self.field(name), self.number(0))
 
     def either(self, condition, yes, no):
         "The vectors of `yes()` or those of `no()`; only one of them is computed."
-        build, make = self.build, self.function.append_basic_block
+        build = self.build
+        make = self.function.append_basic_block
         then = make('then')
         other = make('other')
         after = make('joined')
@@ -135,98 +163,127 @@ class _Writer:
             results.append((values(), build.block))
             build.branch(after)
         build.position_at_end(after)
+        (from_then, then_end), (from_other, other_end) = results
         joined = []
-        for pair in zip(*(values for values, _ in results)):
-            value = build.phi(pair[0].type)
-            for one, (_, block) in zip(pair, results): value.add_incoming(one, block)
-            joined.append(value)
+        for value, other_value in zip(from_then, from_other):
+            one_of_both = build.phi(value.type)
+            one_of_both.add_incoming(value, then_end)
+            one_of_both.add_incoming(other_value, other_end)
+            joined.append(one_of_both)
         return joined
 
 # %% ../../nbs/07c_kernels.ipynb #c4b1e20d
+def _part(w, whole, number, stride, place=None):
+    "The address of a channel of a picture, or of a row of a channel; or of a place in it."
+    begin = w.build.mul(number, stride)
+    if place is not None: begin = w.build.add(begin, place)
+    return w.at(whole, begin)
+
 def _begin(w, channel, place, arguments, count):
     "What a row of vectors starts from: the bias, and the residual where there is one."
     build = w.build
-    bias = [w.splat(build.load(w.at(arguments['bias'], channel)))]*count
+    number = build.load(w.at(arguments['bias'], channel))
+    bias = [w.splat(number)]*count
     def with_residual():
-        source = w.at(arguments['residual'], build.add(build.mul(channel, arguments['residual_stride']), place))
+        source = _part(w, arguments['residual'], channel, arguments['residual_stride'], place)
         return [build.fadd(value, w.load(source, i)) for i, value in enumerate(bias)]
-    return w.either(build.icmp_signed('!=', w.field('residual'), w.number(0)), with_residual, lambda: bias)
+    return w.either(w.is_given('residual'), with_residual, lambda: bias)
 
 def _finish(w, values, channel, place, arguments):
     "Range and margin of a row of vectors, and their way to memory."
     build = w.build
-    values = [w.clamp(value, arguments['low'], arguments['high']) for value in values]
+    low, high = arguments['low'], arguments['high']
+    values = [w.clamp(value, low, high) for value in values]
     def inside():
-        bits = [w.load(w.at(arguments['mask'], place), i, w.lanes) for i in range(len(values))]
+        mask = arguments['mask']
+        bits = [w.load(w.at(mask, place), i, w.lanes) for i in range(len(values))]
         kept = [build.and_(build.bitcast(value, w.lanes), bit) for value, bit in zip(values, bits)]
         return [build.bitcast(value, w.vector) for value in kept]
-    values = w.either(build.icmp_signed('!=', w.field('mask'), w.number(0)), inside, lambda: values)
-    target = w.at(arguments['y'], build.add(build.mul(channel, arguments['y_stride']), place))
+    values = w.either(w.is_given('mask'), inside, lambda: values)
+    target = _part(w, arguments['y'], channel, arguments['y_stride'], place)
     for i, value in enumerate(values): w.store(value, target, i)
 
 def _arguments(w):
     "What both convolutions read from their record before they begin."
     pointers = {name: w.pointer(name) for name in ('x', 'y', 'residual', 'bias')}
     lists = {name: w.pointer(name, w.i32) for name in ('mask', 'rows', 'entries', 'channels')}
-    names = ('begin', 'end', 'first', 'last', 'y_stride', 'residual_stride', 'groups', 'group_rows')
     limits = {name: w.splat(w.float_field(name)) for name in ('low', 'high')}
-    return {**pointers, **lists, **{name: w.field(name) for name in names}, **limits}
+    names = ('begin', 'end', 'first', 'last', 'y_stride', 'residual_stride', 'groups', 'group_rows')
+    numbers = {name: w.field(name) for name in names}
+    return pointers | lists | numbers | limits
 
 def _sparse(w, vectors):
     "Blocks of pixels; groups of input channels; output channels; weights."
-    build, a = w.build, _arguments(w)
+    build = w.build
+    a = _arguments(w)
     one = w.number(1)
+    zero = w.number(0)
     def block(place, _):
         x = w.at(a['x'], place)
         def group(number):
             rows = w.at(a['rows'], build.mul(number, a['group_rows']))
-            last = build.icmp_signed('==', build.add(number, one), a['groups'])
+            next_group = build.add(number, one)
+            last = build.icmp_signed('==', next_group, a['groups'])
             def row(r):
                 channel = w.index(a['channels'], r)
-                target = w.at(a['y'], build.add(build.mul(channel, a['y_stride']), place))
+                target = _part(w, a['y'], channel, a['y_stride'], place)
                 def begin(): return _begin(w, channel, place, a, vectors)
                 def go_on(): return [w.load(target, i) for i in range(vectors)]
-                start = w.either(build.icmp_signed('==', number, w.number(0)), begin, go_on)
+                start = w.either(w.is_zero(number), begin, go_on)
                 def weight(k, sums):
                     pair = w.at(a['entries'], build.shl(k, one))
-                    source = w.at(x, build.sext(build.load(pair), w.i64))
-                    value = build.load(build.bitcast(w.at(pair, one), w.f32.as_pointer()))
+                    where = build.sext(build.load(pair), w.i64)
+                    source = w.at(x, where)
+                    bits = w.at(pair, one)
+                    value = build.load(build.bitcast(bits, w.f32.as_pointer()))
                     value = w.splat(value)
                     return [w.multiply_add(value, w.load(source, i), total) for i, total in enumerate(sums)]
-                sums = w.loop(w.index(rows, r), w.index(rows, build.add(r, one)), one, start, weight)
+                first_weight = w.index(rows, r)
+                end = w.index(rows, build.add(r, one))
+                sums = w.loop(first_weight, end, one, start, weight)
                 with build.if_else(last) as (done, partial):
                     with done: _finish(w, sums, channel, place, a)
                     with partial:
                         for i, total in enumerate(sums): w.store(total, target, i)
             w.each(a['first'], a['last'], row)
-        w.each(w.number(0), a['groups'], group)
-    w.loop(a['begin'], a['end'], w.number(vectors*w.width), [], block)
+        w.each(zero, a['groups'], group)
+    pixels = w.number(vectors*w.width)
+    w.loop(a['begin'], a['end'], pixels, [], block)
 
 def _dense(w, rows_at_once, vectors):
     "Blocks of pixels; bundles of output channels; the weights that some channel of the bundle has."
-    build, a = w.build, _arguments(w)
-    one, weights = w.number(1), w.pointer('weights')
+    build = w.build
+    a = _arguments(w)
+    one = w.number(1)
+    height = w.number(rows_at_once)
+    weights = w.pointer('weights')
     def block(place, _):
         x = w.at(a['x'], place)
         def bundle(number):
-            slots = [build.add(build.mul(number, w.number(rows_at_once)), w.number(r)) for r in range(rows_at_once)]
+            slots = [build.add(build.mul(number, height), w.number(r)) for r in range(rows_at_once)]
             channels = [w.index(a['channels'], slot) for slot in slots]
             start = []
             for channel in channels: start += _begin(w, channel, place, a, vectors)
             def weight(k, sums):
                 source = w.at(x, w.index(a['entries'], k))
                 read = [w.load(source, i) for i in range(vectors)]
-                line = w.at(weights, build.mul(k, w.number(rows_at_once)))
+                line = w.at(weights, build.mul(k, height))
                 new = []
                 for r in range(rows_at_once):
-                    value = w.splat(build.load(w.at(line, w.number(r))))
-                    new += [w.multiply_add(value, read[i], sums[r*vectors + i]) for i in range(vectors)]
+                    loaded = build.load(w.at(line, w.number(r)))
+                    value = w.splat(loaded)
+                    own = sums[r*vectors:(r + 1)*vectors]
+                    new += [w.multiply_add(value, part, total) for part, total in zip(read, own)]
                 return new
-            sums = w.loop(w.index(a['rows'], number), w.index(a['rows'], build.add(number, one)), one, start,
-                          weight)
-            for r, channel in enumerate(channels): _finish(w, sums[r*vectors:(r+1)*vectors], channel, place, a)
+            first_weight = w.index(a['rows'], number)
+            end = w.index(a['rows'], build.add(number, one))
+            sums = w.loop(first_weight, end, one, start, weight)
+            for r, channel in enumerate(channels):
+                own = sums[r*vectors:(r + 1)*vectors]
+                _finish(w, own, channel, place, a)
         w.each(a['first'], a['last'], bundle)
-    w.loop(a['begin'], a['end'], w.number(vectors*w.width), [], block)
+    pixels = w.number(vectors*w.width)
+    w.loop(a['begin'], a['end'], pixels, [], block)
 
 # %% ../../nbs/07c_kernels.ipynb #8ca68467
 def _picked(w, pointer, stride):
@@ -237,18 +294,32 @@ def _picked(w, pointer, stride):
     if stride == 1: return w.load(pointer)
     if stride == 2 and width > 1:
         places = ir.Constant(w.lanes, [2*lane for lane in range(width)])
-        return build.shuffle_vector(w.load(pointer), w.load(pointer, 1), places)
+        near = w.load(pointer)
+        far = w.load(pointer, 1)
+        return build.shuffle_vector(near, far, places)
     vector = ir.Constant(w.vector, ir.Undefined)
     for lane in range(width):
-        value = build.load(w.at(pointer, w.number(lane*stride)))
-        vector = build.insert_element(vector, value, ir.Constant(w.i32, lane))
+        shift = w.number(lane*stride)
+        value = build.load(w.at(pointer, shift))
+        place = ir.Constant(w.i32, lane)
+        vector = build.insert_element(vector, value, place)
     return vector
 
 def _before(w, column, limit):
     "Lane by lane: is the column before the limit?"
-    lanes = w.ir.Constant(w.lanes, [*range(w.width)])
-    here = w.build.add(w.splat(w.build.trunc(column, w.i32), w.lanes), lanes)
-    return w.build.icmp_signed('<', here, w.splat(w.build.trunc(limit, w.i32), w.lanes))
+    numbers = list(range(w.width))
+    lanes = w.ir.Constant(w.lanes, numbers)
+    def everywhere(number):
+        short = w.build.trunc(number, w.i32)
+        return w.splat(short, w.lanes)
+    here = w.build.add(everywhere(column), lanes)
+    return w.build.icmp_signed('<', here, everywhere(limit))
+
+def _store_row(w, value, into, column, width):
+    "A vector of a row to memory, with zeros beyond the picture."
+    inside = _before(w, column, width)
+    value = w.build.select(inside, value, w.zero())
+    w.store(value, w.at(into, column))
 
 def _pool(w, side, stride, kind):
     "Channels, rows, and vectors of columns; the window is written out."
@@ -258,25 +329,37 @@ def _pool(w, side, stride, kind):
     scale = w.splat(w.float_field('scale'))
     names = ('first', 'last', 'x_stride', 'y_stride', 'x_row', 'y_row', 'height', 'width')
     a = {name: w.field(name) for name in names}
+    zero = w.number(0)
+    step = w.number(stride)
+    join = w.larger if kind == 'max' else build.fadd
     def channel(c):
-        source, target = w.at(x, build.mul(c, a['x_stride'])), w.at(y, build.mul(c, a['y_stride']))
+        source = _part(w, x, c, a['x_stride'])
+        target = _part(w, y, c, a['y_stride'])
         def row(i):
-            above = w.at(source, build.mul(build.mul(i, w.number(stride)), a['x_row']))
-            into = w.at(target, build.mul(i, a['y_row']))
+            first_row = build.mul(i, step)
+            above = _part(w, source, first_row, a['x_row'])
+            into = _part(w, target, i, a['y_row'])
             def columns(j, _):
                 total = None
                 for ky in range(side):
-                    line = w.at(above, build.mul(w.number(ky), a['x_row']))
+                    shift = build.mul(w.number(ky), a['x_row'])
+                    line = w.at(above, shift)
                     for kx in range(side):
-                        place = build.add(build.mul(j, w.number(stride)), w.number(kx))
-                        value = _picked(w, w.at(line, place), stride)
-                        if total is None: total = value
-                        else: total = w.larger(total, value) if kind == 'max' else build.fadd(total, value)
+                        first_column = build.mul(j, step)
+                        place = build.add(first_column, w.number(kx))
+                        source_place = w.at(line, place)
+                        value = _picked(w, source_place, stride)
+                        total = value if total is None else join(total, value)
                 if kind == 'mean': total = build.fmul(total, scale)
-                w.store(build.select(_before(w, j, a['width']), total, w.zero()), w.at(into, j))
-            w.loop(w.number(0), a['width'], w.number(w.width), [], columns)
-        w.each(w.number(0), a['height'], row)
+                _store_row(w, total, into, j, a['width'])
+            w.loop(zero, a['width'], w.number(w.width), [], columns)
+        w.each(zero, a['height'], row)
     w.each(a['first'], a['last'], channel)
+
+def _begin_of_plane(w, table, plane, axis):
+    "The row (axis 0) or the column (axis 1) at which a plane begins."
+    pair = w.build.shl(plane, w.number(1))
+    return w.index(table, w.build.add(pair, w.number(axis)))
 
 def _planes(w, stride):
     "Channels, planes, rows, and vectors of columns. The table holds row and column at which each plane begins."
@@ -286,23 +369,33 @@ def _planes(w, stride):
     table = w.pointer('table', w.i32)
     names = ('first', 'last', 'x_stride', 'y_stride', 'x_row', 'y_row', 'x_height', 'x_width', 'count')
     a = {name: w.field(name) for name in names}
+    zero = w.number(0)
     wide = w.number(stride)
-    def left(total, begin): return build.sdiv(build.add(build.sub(total, begin), w.number(stride - 1)), wide)
+    def left(total, begin):
+        beyond = build.sub(total, begin)
+        rounded_up = build.add(beyond, w.number(stride - 1))
+        return build.sdiv(rounded_up, wide)
     def channel(c):
-        source = w.at(x, build.mul(c, a['x_stride']))
+        source = _part(w, x, c, a['x_stride'])
         def plane(q):
-            top, start = (w.index(table, build.add(build.shl(q, w.number(1)), w.number(n))) for n in (0, 1))
-            rows, columns = left(a['x_height'], top), left(a['x_width'], start)
-            target = w.at(y, build.mul(build.add(build.mul(c, a['count']), q), a['y_stride']))
+            top = _begin_of_plane(w, table, q, 0)
+            start = _begin_of_plane(w, table, q, 1)
+            rows = left(a['x_height'], top)
+            columns = left(a['x_width'], start)
+            first_plane = build.mul(c, a['count'])
+            target = _part(w, y, build.add(first_plane, q), a['y_stride'])
             def row(i):
-                line = w.at(source, build.add(build.mul(build.add(build.mul(i, wide), top), a['x_row']), start))
+                below_top = build.mul(i, wide)
+                read_row = build.add(below_top, top)
+                line = _part(w, source, read_row, a['x_row'], start)
                 into = w.at(target, build.mul(i, a['y_row']))
                 def some(j, _):
-                    value = _picked(w, w.at(line, build.mul(j, wide)), stride)
-                    w.store(build.select(_before(w, j, columns), value, w.zero()), w.at(into, j))
-                w.loop(w.number(0), columns, w.number(w.width), [], some)
-            w.each(w.number(0), rows, row)
-        w.each(w.number(0), a['count'], plane)
+                    place = w.at(line, build.mul(j, wide))
+                    value = _picked(w, place, stride)
+                    _store_row(w, value, into, j, columns)
+                w.loop(zero, columns, w.number(w.width), [], some)
+            w.each(zero, rows, row)
+        w.each(zero, a['count'], plane)
     w.each(a['first'], a['last'], channel)
 
 # %% ../../nbs/07c_kernels.ipynb #f51f7655
@@ -310,13 +403,23 @@ _PATIENCE = 2000 # looks at the gate before a thread lets others go first
 
 def _run(w):
     "Call the function of each record, with the record. The first number says how many there are."
-    build, ir = w.build, w.ir
-    count, kind = build.load(w.record), w.function.type
+    build = w.build
+    kind = w.function.type
+    count = build.load(w.record)
     records = w.at(w.record, w.number(1))
+    size = w.number(RECORD)
     def step(i):
-        record = w.at(records, build.mul(i, w.number(RECORD)))
-        build.call(build.inttoptr(build.load(record), kind), [record])
+        record = w.at(records, build.mul(i, size))
+        address = build.load(record)
+        function = build.inttoptr(address, kind)
+        build.call(function, [record])
     w.each(w.number(0), count, step)
+
+def _open(w, come, gate, now):
+    "The last one that comes begins a new count, and opens the gate once more."
+    w.build.store_atomic(w.number(0), come, 'release', 8)
+    opened = w.build.add(now, w.number(1))
+    w.build.store_atomic(opened, gate, 'release', 8)
 
 def _wait(w):
     """`table`: the address of two numbers, who has come and how often the gate was opened. `count`: how many must
@@ -329,30 +432,33 @@ def _wait(w):
     let_go = ir.FunctionType(w.i32, []).as_pointer()
     now = build.load_atomic(gate, 'acquire', 8)
     before = build.atomic_rmw('add', come, one, 'acq_rel')
-    last = build.icmp_signed('==', build.add(before, one), count)
+    with_this = build.add(before, one)
+    last = build.icmp_signed('==', with_this, count)
     make = w.function.append_basic_block
-    opens, looks, stays, goes, again, done = (make(name)
-                                              for name in ('opens', 'looks', 'stays', 'goes', 'again', 'done'))
+    opens, looks, stays = make('opens'), make('looks'), make('stays')
+    goes, again, done = make('goes'), make('again'), make('done')
     start = build.block
     build.cbranch(last, opens, looks)
     build.position_at_end(opens)
-    build.store_atomic(w.number(0), come, 'release', 8)
-    build.store_atomic(build.add(now, one), gate, 'release', 8)
+    _open(w, come, gate, now)
     build.branch(done)
     build.position_at_end(looks)
     tries = build.phi(w.i64)
     tries.add_incoming(w.number(0), start)
-    closed = build.icmp_signed('==', build.load_atomic(gate, 'acquire', 8), now)
+    seen = build.load_atomic(gate, 'acquire', 8)
+    closed = build.icmp_signed('==', seen, now)
     build.cbranch(closed, stays, done)
     build.position_at_end(stays)
     tired = build.icmp_signed('>', tries, w.number(_PATIENCE))
-    able = build.icmp_signed('!=', w.field('spare_a'), w.number(0))
+    able = w.is_given('spare_a')
     build.cbranch(build.and_(tired, able), goes, again)
     build.position_at_end(goes)
-    build.call(build.inttoptr(w.field('spare_a'), let_go), [])
+    yields = build.inttoptr(w.field('spare_a'), let_go)
+    build.call(yields, [])
     build.branch(again)
     build.position_at_end(again)
-    tries.add_incoming(build.add(tries, one), again)
+    once_more = build.add(tries, one)
+    tries.add_incoming(once_more, again)
     build.branch(looks)
     build.position_at_end(done)
 
@@ -374,11 +480,12 @@ def kernel_text(
 )->str:
     "A kernel as LLVM's intermediate text. Raises `OpenTransError` for a kind that there is not."
     name, *sizes = re.findall('^[a-z]+|[0-9]+', kind) or ['']
-    if name not in _KERNELS or len(sizes) != _KERNELS[name][1]:
+    write, count = _KERNELS.get(name, (None, 0))
+    if write is None or len(sizes) != count:
         raise OpenTransError(
             f"No kernel '{kind}'; there are sparse-4, dense-4x3, max-3-2, mean-2-2, planes-2, run and wait.")
     w = _Writer(kernel_name(kind, width), width, fma)
-    _KERNELS[name][0](w, *map(int, sizes))
+    write(w, *map(int, sizes))
     return w.text()
 
 _max_pool, _mean_pool = functools.partial(_pool, kind='max'), functools.partial(_pool, kind='mean')

@@ -17,15 +17,18 @@ from .regions import Conv, Region
 # %% ../../nbs/07f_linear.ipynb #2248fd0d
 WORTH = 1/2 # share of the weights up to which a linear layer runs on the engine
 
+def _is_plain(tensor): return tensor.dtype == torch.float32 and tensor.device.type == 'cpu'
+
 def why_no_linear(
     layer:nn.Module, # Any module
 )->str: # '' if it can
     "Why a linear layer stays on torch."
     if type(layer) is not nn.Linear: return f'is a {type(layer).__name__}'
-    if layer.weight.dtype != torch.float32 or layer.weight.device.type != 'cpu':
-        return f'holds {layer.weight.dtype} on {layer.weight.device.type}'
+    weight = layer.weight
+    if not _is_plain(weight): return f'holds {weight.dtype} on {weight.device.type}'
     if layer._forward_hooks or layer._forward_pre_hooks: return 'has hooks'
-    share = float(torch.count_nonzero(layer.weight))/max(1, layer.weight.numel())
+    kept = float(torch.count_nonzero(weight))
+    share = kept/max(1, weight.numel())
     return f'keeps {share:.0%} of its weights: dense is as fast' if share > WORTH else ''
 
 class NativeLinear:
@@ -52,30 +55,32 @@ class NativeLinear:
     def why_not(self, x:torch.Tensor)->str: # '' if it can
         "Why this input runs on torch."
         if not has_llvm(): return 'llvmlite is not installed'
-        if any(t.dtype != torch.float32 or t.device.type != 'cpu' for t in (x, *self._tensors())):
-            return 'is not float32 on the CPU'
+        if not all(map(_is_plain, (x, *self._tensors()))): return 'is not float32 on the CPU'
         if torch.is_grad_enabled() and x.requires_grad: return 'gradients are asked for'
         if torch.is_autocast_enabled('cpu'): return 'autocast is on'
-        return ('' if x.ndim and x.numel() and x.shape[-1] == self.layer.in_features
-                else 'has no tokens of this width')
+        fits = x.ndim and x.numel() and x.shape[-1] == self.layer.in_features
+        return '' if fits else 'has no tokens of this width'
 
     def _refresh(self):
         state = [(t.data_ptr(), t._version) for t in self._tensors()]
         if state == self.state: return
-        weight = self.layer.weight.detach().numpy().copy()[:, :, None, None]
-        bias = (np.zeros(len(weight), np.float32) if self.layer.bias is None
-                else self.layer.bias.detach().numpy().copy())
-        self.state, self.region = state, Region(['x'], ['y'], [Conv('x', 'y', weight, bias, name='linear')])
+        self.state = state
+        weight = self.layer.weight.detach().numpy().copy()
+        if self.layer.bias is None: bias = np.zeros(len(weight), np.float32)
+        else: bias = self.layer.bias.detach().numpy().copy()
+        conv = Conv('x', 'y', weight[:, :, None, None], bias, name='linear')
+        self.region = Region(['x'], ['y'], [conv])
         self.plans.clear()
 
     @torch.no_grad()
     def _compute(self, rows):
         "Outputs of rows of tokens; None where the engine cannot, or differs from torch."
         self._refresh()
-        n = len(rows)
+        n, width = rows.shape
         if n in self.reasons: return None
         fresh = n not in self.plans
-        try: plan = self.plans.of(n, lambda: Plan(self.region, [(rows.shape[1], 1, n)], self.threads))
+        size = (width, 1, n)
+        try: plan = self.plans.of(n, lambda: Plan(self.region, [size], self.threads))
         except CannotPlan as error:
             self.reasons[n] = str(error)
             return None
@@ -89,14 +94,15 @@ class NativeLinear:
         told = nn.functional.linear(rows, self.layer.weight, self.layer.bias)
         error = relative_difference(out, told)
         if error <= _CLOSE or not told.isfinite().all(): return True
-        self.reasons[len(rows)] = f'the engine differed from torch by {error:.1e}'
-        warnings.warn(f"A linear layer runs on torch, since {self.reasons[len(rows)]} of the largest output.",
-                      stacklevel=2)
+        why = f'the engine differed from torch by {error:.1e}'
+        self.reasons[len(rows)] = why
+        warnings.warn(f"A linear layer runs on torch, since {why} of the largest output.", stacklevel=2)
         return False
 
     def __call__(self, x):
         "The same as torch gives."
         if not self.why_not(x):
-            with self.lock: out = self._compute(x.reshape(-1, x.shape[-1]))
+            rows = x.reshape(-1, x.shape[-1])
+            with self.lock: out = self._compute(rows)
             if out is not None: return out.reshape(*x.shape[:-1], -1)
         return nn.functional.linear(x, self.layer.weight, self.layer.bias)

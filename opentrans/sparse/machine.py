@@ -43,7 +43,8 @@ class Machine:
             raise OpenTransError(
                 f"Vectors of {width} numbers: choose 4, 8 or 16, or leave the choice to Machine.host().")
         host = cls.host()
-        registers = host.registers if width <= host.width else max(4, host.registers*host.width//width)
+        registers = host.registers
+        if width > host.width: registers = max(4, registers*host.width//width)
         return replace(host, width=width, registers=registers)
 
     @property
@@ -59,20 +60,24 @@ def _host():
             "torch.")
     import llvmlite.binding as llvm
     has = dict(llvm.get_host_cpu_features())
-    arm = llvm.get_default_triple().split('-')[0] in ('aarch64', 'arm64')
+    family = llvm.get_default_triple().split('-')[0]
+    arm = family in ('aarch64', 'arm64')
     wide = has.get('avx512f', False)
-    width = 16 if wide else 8 if has.get('avx') else 4
+    if wide: width = 16
+    else: width = 8 if has.get('avx') else 4
+    registers = 32 if wide or arm else 16
+    fma = arm or has.get('fma', False)
     features = llvm.get_host_cpu_features().flatten()
     if wide: features += ',-prefer-256-bit'
-    return Machine(width, 32 if wide or arm else 16, arm or has.get('fma', False), llvm.get_host_cpu_name(),
-                   features)
+    return Machine(width, registers, fma, llvm.get_host_cpu_name(), features)
 
 # %% ../../nbs/07b_machine.ipynb #271f772f
 KERNEL_FILE = FileKind('opentrans-kernel', 'native kernel', 'opentrans.sparse', version=2, oldest=2)
 
 def kernel_folder()->Path: # `$OPENTRANS_CACHE/kernels`, or the one in the user's cache folder
     "Where native kernels are kept between processes. It may be removed at any time."
-    if os.environ.get('OPENTRANS_CACHE'): return Path(os.environ['OPENTRANS_CACHE'])/'kernels'
+    told = os.environ.get('OPENTRANS_CACHE')
+    if told: return Path(told)/'kernels'
     if sys.platform == 'win32': base = os.environ.get('LOCALAPPDATA') or Path.home()/'AppData'/'Local'
     elif sys.platform == 'darwin': base = Path.home()/'Library'/'Caches'
     else: base = os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache'
@@ -82,8 +87,9 @@ def _own(path):
     "Does a file or folder belong to this user, and can nobody else write it?"
     if not hasattr(os, 'getuid'): return True
     state = os.lstat(path)
-    return (state.st_uid == os.getuid() and not stat.S_ISLNK(state.st_mode)
-            and not state.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+    others_write = state.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if stat.S_ISLNK(state.st_mode) or others_write: return False
+    return state.st_uid == os.getuid()
 
 class KernelCache:
     "Object code by key. What cannot be read, or is not the user's own, is not there."
@@ -103,8 +109,9 @@ class KernelCache:
             tensors, meta = load_tensors(path, kind=KERNEL_FILE)
         except (OpenTransError, OSError): return None
         code = tensors.get('code')
-        fits = code is not None and code.dtype == torch.uint8 and code.ndim == 1 and meta.get('key') == key
-        return code.numpy().tobytes() if fits else None
+        if code is None or meta.get('key') != key: return None
+        are_bytes = code.dtype == torch.uint8 and code.ndim == 1
+        return code.numpy().tobytes() if are_bytes else None
 
     def write(self,
         key:str, # A hash
@@ -114,9 +121,10 @@ class KernelCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if not _own(self.folder): return
-            save_tensors(dict(code=torch.frombuffer(bytearray(code), dtype=torch.uint8)), self.path(key),
-                         dict(key=key), KERNEL_FILE)
-            if hasattr(os, 'getuid'): os.chmod(self.path(key), 0o600)
+            path = self.path(key)
+            numbers = torch.frombuffer(bytearray(code), dtype=torch.uint8)
+            save_tensors(dict(code=numbers), path, dict(key=key), KERNEL_FILE)
+            if hasattr(os, 'getuid'): os.chmod(path, 0o600)
         except (OpenTransError, OSError): pass
 
 # %% ../../nbs/07b_machine.ipynb #ca8055aa
@@ -127,8 +135,8 @@ _ENGINES = []
 @functools.lru_cache(None)
 def _target(machine):
     import llvmlite.binding as llvm
-    for start in (getattr(llvm, 'initialize', None), llvm.initialize_native_target,
-                  llvm.initialize_native_asmprinter):
+    starts = (getattr(llvm, 'initialize', None), llvm.initialize_native_target, llvm.initialize_native_asmprinter)
+    for start in starts:
         try: start and start()
         except RuntimeError: pass # newer versions start by themselves
     target = llvm.Target.from_default_triple()
@@ -141,9 +149,10 @@ def kernel_key(
     "Under what name a translated kernel is kept: everything that its code depends on."
     import llvmlite
     import llvmlite.binding as llvm
-    parts = [text, machine.cpu, machine.features, llvmlite.__version__, str(llvm.llvm_version_info),
-             llvm.get_default_triple()]
-    return hashlib.sha256('\0'.join(parts).encode()).hexdigest()
+    version = str(llvm.llvm_version_info)
+    parts = [text, machine.cpu, machine.features, llvmlite.__version__, version, llvm.get_default_triple()]
+    told = '\0'.join(parts)
+    return hashlib.sha256(told.encode()).hexdigest()
 
 def _translate(text, machine, cache):
     "An execution engine with a program in it."
@@ -155,7 +164,8 @@ def _translate(text, machine, cache):
     if cache is not None:
         key = kernel_key(text, machine)
         kept = cache.read(key)
-        engine.set_object_cache(None if kept else lambda _, code: cache.write(key, code), lambda _: kept)
+        def keep(_, code): cache.write(key, code)
+        engine.set_object_cache(None if kept else keep, lambda _: kept)
     engine.finalize_object()
     return engine
 
@@ -178,7 +188,7 @@ def native_functions(
 def yield_function()->int:
     "The address of the system's function by which a thread lets others go first; 0 if there is none."
     try:
-        function = (ctypes.windll.kernel32.SwitchToThread if sys.platform == 'win32'
-                    else ctypes.CDLL(None).sched_yield)
+        if sys.platform == 'win32': function = ctypes.windll.kernel32.SwitchToThread
+        else: function = ctypes.CDLL(None).sched_yield
     except (AttributeError, OSError): return 0
     return ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -45,18 +45,24 @@ class Conv:
         "Zeros above, below, left and right of an image of this size."
         if self.pads is not None: return self.pads
         found = ()
-        for side, kernel, stride, dilation in zip((height, width), self.weight.shape[2:], self.stride, self.dilation):
-            covered = (-(-side//stride) - 1)*stride + dilation*(kernel - 1) + 1
+        sides, kernels = (height, width), self.weight.shape[2:]
+        for side, kernel, stride, dilation in zip(sides, kernels, self.stride, self.dilation):
+            results = -(-side//stride)
+            covered = (results - 1)*stride + dilation*(kernel - 1) + 1
             lacking = max(covered - side, 0)
-            found += (lacking//2, lacking - lacking//2)
+            before = lacking//2
+            found += (before, lacking - before)
         return found
 
     def sizes(self, height:int, width:int)->tuple:
         "Height and width of the result."
-        kernel, (up, down, left, right) = self.weight.shape[2:], self.around(height, width)
-        long = [d*(k - 1) + 1 for d, k in zip(self.dilation, kernel)]
-        return ((height + up + down - long[0])//self.stride[0] + 1,
-                (width + left + right - long[1])//self.stride[1] + 1)
+        kernel = self.weight.shape[2:]
+        up, down, left, right = self.around(height, width)
+        high, wide = [d*(k - 1) + 1 for d, k in zip(self.dilation, kernel)]
+        down_by, right_by = self.stride
+        rows = (height + up + down - high)//down_by + 1
+        columns = (width + left + right - wide)//right_by + 1
+        return rows, columns
 
 @dataclass
 class Pool:
@@ -70,7 +76,10 @@ class Pool:
 
     def sizes(self, height:int, width:int)->tuple:
         "Height and width of the result."
-        return tuple((n + 2*self.padding - self.side)//self.stride + 1 for n in (height, width))
+        more = 2*self.padding - self.side
+        rows = (height + more)//self.stride + 1
+        columns = (width + more)//self.stride + 1
+        return rows, columns
 
 @dataclass
 class Region:
@@ -92,50 +101,58 @@ _CLAMPS = {nn.ReLU: (0., math.inf), nn.ReLU6: (0., 6.)}
 
 def _pair(value): return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
 
-def _float(tensor): return tensor is None or tensor.dtype == torch.float32 and tensor.device.type == 'cpu'
+def _float(tensor):
+    if tensor is None: return True
+    return tensor.dtype == torch.float32 and tensor.device.type == 'cpu'
 
 def _pads_as_needed(layer):
     "Is it timm's convolution of TensorFlow's models, whose zeros depend on the size of the image?"
-    return type(layer).__name__ == 'Conv2dSame' and type(layer).__module__.startswith('timm.')
+    kind = type(layer)
+    return kind.__name__ == 'Conv2dSame' and kind.__module__.startswith('timm.')
 
 def _why_no_conv(layer):
-    if type(layer) is not nn.Conv2d and not _pads_as_needed(layer): return f'is a {type(layer).__name__}'
+    kind = type(layer)
+    if kind is not nn.Conv2d and not _pads_as_needed(layer): return f'is a {kind.__name__}'
     if layer.padding_mode != 'zeros': return f'pads by {layer.padding_mode}'
-    if not (_float(layer.weight) and _float(layer.bias)):
-        return f'holds {layer.weight.dtype} on {layer.weight.device.type}'
-    if max(layer.stride) > 1 and layer.stride[0] != layer.stride[1]: return f'has strides {layer.stride}'
+    weight, stride = layer.weight, layer.stride
+    if not (_float(weight) and _float(layer.bias)): return f'holds {weight.dtype} on {weight.device.type}'
+    if max(stride) > 1 and stride[0] != stride[1]: return f'has strides {stride}'
     return ''
 
 def _why_no_norm(layer):
     if layer.training: return 'is in training mode'
-    if layer.running_mean is None: return 'keeps no running statistics'
-    return '' if _float(layer.running_mean) and _float(layer.weight) else f'holds {layer.running_mean.dtype}'
+    mean = layer.running_mean
+    if mean is None: return 'keeps no running statistics'
+    return '' if _float(mean) and _float(layer.weight) else f'holds {mean.dtype}'
 
 def _why_no_pool(kind, kernel, stride, padding, dilation=1, ceil=False, counts=True, divisor=None, indices=False):
-    (kernel, tall), (stride, other), (padding, around) = _pair(kernel), _pair(stride or kernel), _pair(padding)
-    if kernel != tall or stride != other or padding != around: return 'has windows that are no squares'
+    strides = _pair(stride or kernel)
+    for rows, columns in (_pair(kernel), strides, _pair(padding)):
+        if rows != columns: return 'has windows that are no squares'
     if _pair(dilation) != (1, 1) or ceil or indices or divisor: return 'is a pool with options'
-    if kernel > 7: return f'has windows of {kernel}'
-    return 'does not count its padding' if kind == 'mean' and padding and not counts else ''
+    side, zeros = _pair(kernel)[0], _pair(padding)[0]
+    if side > 7: return f'has windows of {side}'
+    return 'does not count its padding' if kind == 'mean' and zeros and not counts else ''
 
 def _pool_of(layer):
     "Arguments of a pool module, as `_why_no_pool` takes them."
-    if isinstance(layer, nn.MaxPool2d):
-        return ('max', layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode, True, None,
-                layer.return_indices)
-    return ('mean', layer.kernel_size, layer.stride, layer.padding, 1, layer.ceil_mode, layer.count_include_pad,
-            layer.divisor_override)
+    window = layer.kernel_size, layer.stride, layer.padding
+    ceil = layer.ceil_mode
+    if isinstance(layer, nn.MaxPool2d): return 'max', *window, layer.dilation, ceil, True, None, layer.return_indices
+    return 'mean', *window, 1, ceil, layer.count_include_pad, layer.divisor_override
 
 def _norm_with_act(layer):
     "timm's batch norm that holds an activation and a dropout."
-    return isinstance(layer, nn.BatchNorm2d) and isinstance(getattr(layer, 'act', None), nn.Module)
+    act = getattr(layer, 'act', None)
+    return isinstance(layer, nn.BatchNorm2d) and isinstance(act, nn.Module)
 
 def _why_not_module(layer):
     "Why a module is no part of a region; '' if it is one."
     kind = type(layer)
     if isinstance(layer, nn.Conv2d): return _why_no_conv(layer)
     if _norm_with_act(layer):
-        inner = [why for why in map(_why_not_module, (layer.act, getattr(layer, 'drop', layer.act))) if why]
+        parts = (layer.act, getattr(layer, 'drop', layer.act))
+        inner = [why for why in map(_why_not_module, parts) if why]
         return inner[0] if inner else _why_no_norm(layer)
     if kind is nn.BatchNorm2d: return _why_no_norm(layer)
     if kind in (nn.MaxPool2d, nn.AvgPool2d): return _why_no_pool(*_pool_of(layer))
@@ -144,36 +161,50 @@ def _why_not_module(layer):
 def _writes_in_place(node, layer):
     "Does a node overwrite what it reads?"
     if node.op == 'call_module': return bool(getattr(layer, 'inplace', False))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, '__name__', '')
-    return name in ('iadd', 'relu_', 'add_') or bool(node.kwargs.get('inplace', False))
+    target = node.target
+    name = target if isinstance(target, str) else getattr(target, '__name__', '')
+    if name in ('iadd', 'relu_', 'add_'): return True
+    return bool(node.kwargs.get('inplace', False))
+
+# layers, functions and methods whose results no caller holds
+_OWN_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, *_CLAMPS)
+_OWN_CALLS = _ADD | _RELU | {'add', 'add_', 'relu', 'relu_'}
 
 def _read_later(node, modules):
     """May what a node overwrites be read by a later one, or by the caller? Nodes that only pass a value on are
     looked through."""
-    order, source = {n: i for i, n in enumerate(node.graph.nodes)}, node.args[0]
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    place = order[node]
+    source = node.args[0]
     while True:
-        if any(order[user] > order[node] for user in source.users): return True
-        layer = modules.get(source.target) if source.op == 'call_module' else None
+        if any(order[user] > place for user in source.users): return True
+        is_module = source.op == 'call_module'
+        layer = modules.get(source.target) if is_module else None
         if type(layer) in _SAME: source = source.args[0]
-        elif source.op == 'call_module':
-            return not isinstance(layer, (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, *_CLAMPS))
-        else: return source.target not in (_ADD | _RELU | {'add', 'add_', 'relu', 'relu_'})
+        elif is_module: return not isinstance(layer, _OWN_LAYERS)
+        else: return source.target not in _OWN_CALLS
+
+def _is_call(node, functions, methods):
+    "Does a node call one of some functions, or a method of one of some names?"
+    if node.op == 'call_function': return node.target in functions
+    return node.op == 'call_method' and node.target in methods
 
 def why_not(
     node:fx.Node, # Of a traced model
     modules:dict, # Name -> module
 )->str: # '' if it can be
     "Why a node cannot be a part of a region."
-    layer = modules.get(node.target) if node.op == 'call_module' else None
-    if node.op == 'call_module':
-        plain = len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
+    is_module, count = node.op == 'call_module', len(node.args)
+    layer = modules.get(node.target) if is_module else None
+    if is_module:
+        plain = count == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
         why = _why_not_module(layer) if plain else 'has more arguments than one'
-    elif (node.op == 'call_function' and node.target in _RELU
-          or node.op == 'call_method' and node.target in ('relu', 'relu_')):
-        why = '' if len(node.all_input_nodes) == 1 and len(node.args) == 1 else 'has more arguments than one'
-    elif (node.op == 'call_function' and node.target in _ADD
-          or node.op == 'call_method' and node.target in ('add', 'add_')):
-        two = len(node.args) == 2 and all(isinstance(a, fx.Node) for a in node.args) and not node.kwargs
+    elif _is_call(node, _RELU, ('relu', 'relu_')):
+        one = len(node.all_input_nodes) == 1 and count == 1
+        why = '' if one else 'has more arguments than one'
+    elif _is_call(node, _ADD, ('add', 'add_')):
+        values = [part for part in node.args if isinstance(part, fx.Node)]
+        two = count == 2 and len(values) == 2 and not node.kwargs
         why = '' if two else 'adds a number'
     else: why = f'is {node.target}'
     if not why and _writes_in_place(node, layer) and _read_later(node, modules):
@@ -189,40 +220,51 @@ def norm_as_line(
     eps:float, # Added to the variance
 )->tuple: # (scale, shift), float64 arrays
     "What a batch norm that has learned does: x -> scale*x + shift."
-    scale = (var.detach().double() + eps).rsqrt()
+    var, mean = var.detach().double(), mean.detach().double()
+    scale = (var + eps).rsqrt()
     if weight is not None: scale = scale*weight.detach().double()
-    shift = -mean.detach().double()*scale
+    shift = -mean*scale
     if bias is not None: shift = shift + bias.detach().double()
     return scale.numpy(), shift.numpy()
 
 class _Folder:
     "Turns a graph of understood nodes into a `Region`."
     def __init__(self, graph):
-        self.modules, self.nodes = dict(graph.named_modules()), list(graph.graph.nodes)
+        self.modules = dict(graph.named_modules())
+        self.nodes = list(graph.graph.nodes)
         self.steps = {}
         self.value = {}
         self.channels = {}
         self.positive = set()
         self.uses = self._count_uses()
 
-    def _is_alias(self, node): return node.op == 'call_module' and type(self.modules[node.target]) in _SAME
+    def _is_alias(self, node):
+        if node.op != 'call_module': return False
+        return type(self.modules[node.target]) in _SAME
 
     def _count_uses(self):
         "How often each value is read, where nodes that change nothing do not count."
         root, uses = {}, {}
+        def count(sources):
+            for source in sources:
+                name = root[source].name
+                uses[name] = uses.get(name, 0) + 1
         for node in self.nodes:
-            root[node] = root[node.args[0]] if self._is_alias(node) else node
-            if self._is_alias(node): continue
-            for source in node.all_input_nodes: uses[root[source].name] = uses.get(root[source].name, 0) + 1
+            if self._is_alias(node):
+                root[node] = root[node.args[0]]
+                continue
+            root[node] = node
+            count(node.all_input_nodes)
             if node.op == 'output': # one that goes out twice counts twice
-                out = node.args[0] if isinstance(node.args[0], (tuple, list)) else [node.args[0]]
-                for source in out: uses[root[source].name] = uses.get(root[source].name, 0) + 1
+                out = node.args[0]
+                count(out if isinstance(out, (tuple, list)) else [out])
         return uses
 
     def _before(self, value):
         "The convolution that makes a value which nothing else reads; None if there is none."
         step = self.steps.get(value)
-        return step if isinstance(step, Conv) and self.uses[value] == 1 else None
+        if not isinstance(step, Conv): return None
+        return step if self.uses[value] == 1 else None
 
     def _become(self, step, y):
         "A step gets a later place and another result."
@@ -239,44 +281,55 @@ class _Folder:
 
     def _conv(self, node, layer, x):
         weight = layer.weight.detach().numpy().copy()
-        bias = np.zeros(len(weight), np.float32) if layer.bias is None else layer.bias.detach().numpy().copy()
-        left,right,above,below = layer._reversed_padding_repeated_twice
+        if layer.bias is None: bias = np.zeros(len(weight), np.float32)
+        else: bias = layer.bias.detach().numpy().copy()
+        left, right, above, below = layer._reversed_padding_repeated_twice
         pads = None if _pads_as_needed(layer) else (above, below, left, right)
-        self.steps[node.name] = Conv(x, node.name, weight, bias, layer.stride, pads, layer.dilation, layer.groups,
-                                     name=node.target, layer=node.target)
+        sizes = (layer.stride, pads, layer.dilation, layer.groups)
+        step = Conv(x, node.name, weight, bias, *sizes, name=node.target, layer=node.target)
+        self.steps[node.name] = step
 
     def _norm(self, node, layer, x):
         scale, shift = norm_as_line(layer.running_mean, layer.running_var, layer.weight, layer.bias, layer.eps)
         before = self._before(x)
-        if before is not None and before.plain() and before.weight is not None:
-            before.weight = (before.weight*scale[:, None, None, None]).astype(np.float32)
-            before.bias = (before.bias*scale + shift).astype(np.float32)
-            before.norms += ((node.target, layer.eps),)
+        norms = ((node.target, layer.eps),)
+        free = before is not None and before.plain()
+        if free and before.weight is not None:
+            weight = before.weight*scale[:, None, None, None]
+            bias = before.bias*scale + shift
+            before.weight = weight.astype(np.float32)
+            before.bias = bias.astype(np.float32)
+            before.norms += norms
             return self._become(before, node.name)
         weight = scale.astype(np.float32)[:, None, None, None]
-        self.steps[node.name] = Conv(x, node.name, weight, shift.astype(np.float32), groups=len(scale),
-                                     name=node.target, norms=((node.target, layer.eps),))
+        bias = shift.astype(np.float32)
+        step = Conv(x, node.name, weight, bias, groups=len(scale), name=node.target, norms=norms)
+        self.steps[node.name] = step
 
     def _clamp(self, node, low, high, x):
         before = self._before(x)
         free = before is not None and before.low == -math.inf and before.high == math.inf
-        step = self._become(before, node.name) if free else self._alone(x, node.name)
-        step.low, step.high = low, high
-        if low >= 0: self.positive.add(node.name)
+        if free: self._become(before, node.name)
+        else: self._alone(x, node.name)
+        self._limit(node, low, high)
 
     def _add(self, node, a, b):
         for x, other in ((a, b), (b, a)):
             before = self._before(x)
-            if before is None or not before.plain() or x == other: continue
+            if before is None or not before.plain(): continue
+            if x == other: continue
             step = self._become(before, node.name)
             step.residual = other
             return
-        self._alone(a, node.name).residual = b
+        step = self._alone(a, node.name)
+        step.residual = b
 
     def _pool(self, node, arguments, x):
-        kind, kernel, stride, padding = arguments[:4]
-        side = _pair(kernel)[0]
-        self.steps[node.name] = Pool(x, node.name, kind, side, _pair(stride or kernel)[0], _pair(padding)[0])
+        kind, kernel, stride, padding, *_ = arguments
+        side, _ = _pair(kernel)
+        step, _ = _pair(stride or kernel)
+        around, _ = _pair(padding)
+        self.steps[node.name] = Pool(x, node.name, kind, side, step, around)
         if x in self.positive: self.positive.add(node.name)
 
     def _module(self, node, x):
@@ -286,13 +339,13 @@ class _Folder:
         elif isinstance(layer, nn.Conv2d): self._conv(node, layer, x)
         elif isinstance(layer, nn.BatchNorm2d):
             self._norm(node, layer, x)
-            if _norm_with_act(layer) and type(layer.act) in _CLAMPS:
-                self._clamp_again(node, *_CLAMPS[type(layer.act)])
+            act = type(layer.act) if _norm_with_act(layer) else None
+            if act in _CLAMPS: self._limit(node, *_CLAMPS[act])
         elif kind in _CLAMPS: self._clamp(node, *_CLAMPS[kind], x)
         else: self._pool(node, _pool_of(layer), x)
 
-    def _clamp_again(self, node, low, high):
-        "The activation inside of a batch norm: the step that was just made gets a range."
+    def _limit(self, node, low, high):
+        "The step that was just made gets a range."
         step = self.steps[node.name]
         step.low, step.high = low, high
         if low >= 0: self.positive.add(node.name)
@@ -304,12 +357,15 @@ class _Folder:
             sources = [self.value[source] for source in node.args if isinstance(source, fx.Node)]
             if node.op == 'call_module': self._module(node, *sources)
             elif node.op == 'output': break
-            elif node.op != 'placeholder' and len(node.args) == 2: self._add(node, *sources)
-            elif node.op != 'placeholder': self._clamp(node, 0., math.inf, *sources)
+            elif node.op == 'placeholder': continue
+            elif len(node.args) == 2: self._add(node, *sources)
+            else: self._clamp(node, 0., math.inf, *sources)
         out = node.args[0]
         single = isinstance(out, fx.Node)
-        outputs = [self.value[source] for source in ([out] if single else out)]
-        return Region(inputs, outputs, list(self.steps.values()), single, self.positive)
+        given = [out] if single else out
+        outputs = [self.value[source] for source in given]
+        steps = list(self.steps.values())
+        return Region(inputs, outputs, steps, single, self.positive)
 
 def fold(
     graph:fx.GraphModule, # All of its nodes are understood
@@ -322,8 +378,8 @@ def _has_convolution(module): return any(isinstance(part, nn.Conv2d) for part in
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module, name):
-        return (not _has_convolution(module) or isinstance(module, nn.Conv2d)
-                or super().is_leaf_module(module, name) and not isinstance(module, nn.Sequential))
+        if isinstance(module, nn.Conv2d) or not _has_convolution(module): return True
+        return super().is_leaf_module(module, name) and not isinstance(module, nn.Sequential)
 
 class _Support(OperatorSupportBase):
     def __init__(self, whys): self.whys = whys
@@ -339,10 +395,18 @@ class Captured:
 def _reasons(modules, whys):
     "Why convolutions and linear layers are in no region."
     left = {node.target: why for node, why in whys.items() if node.op == 'call_module' and why}
-    inner = {f'{name}.{part}': why for name, why in left.items()
-             for part, layer in modules[name].named_modules() if part and isinstance(layer, (nn.Conv2d, nn.Linear))}
-    own = {name: why for name, why in left.items() if isinstance(modules[name], (nn.Conv2d, nn.Linear))}
+    own, inner = {}, {}
+    for name, why in left.items():
+        for part, layer in modules[name].named_modules():
+            if not isinstance(layer, (nn.Conv2d, nn.Linear)): continue
+            if part: inner[f'{name}.{part}'] = why
+            else: own[name] = why
     return own | inner
+
+def _first_words(error):
+    "The first line of what an error says, or its kind if it says nothing."
+    lines = str(error).splitlines()
+    return lines[0][:200] if str(error) else type(error).__name__
 
 def capture(
     model:nn.Module, # In eval mode; it is not changed
@@ -351,18 +415,19 @@ def capture(
     tracer = _Tracer()
     try: traced = tracer.trace(model)
     except Exception as error: # whatever a model does with a value that is none
-        raise OpenTransError(
-            f"{type(model).__name__} cannot be traced: "
-            f"{str(error).splitlines()[0][:200] if str(error) else type(error).__name__}") from error
+        why = _first_words(error)
+        raise OpenTransError(f"{type(model).__name__} cannot be traced: {why}") from error
     graph = fx.GraphModule(model, traced)
     modules = dict(graph.named_modules())
-    whys = {node: why_not(node, modules)
-            for node in graph.graph.nodes if node.op not in ('placeholder', 'output', 'get_attr')}
+    no_layers = ('placeholder', 'output', 'get_attr')
+    whys = {node: why_not(node, modules) for node in graph.graph.nodes if node.op not in no_layers}
     reasons = _reasons(modules, whys)
-    parts = CapabilityBasedPartitioner(graph, _Support(whys), allows_single_node_partition=True)
-    worth = [part
-             for part in parts.propose_partitions()
-             if any(isinstance(modules.get(n.target), nn.Conv2d) for n in part.nodes if n.op == 'call_module')]
+    support = _Support(whys)
+    parts = CapabilityBasedPartitioner(graph, support, allows_single_node_partition=True)
+    worth = []
+    for part in parts.propose_partitions():
+        called = [modules.get(node.target) for node in part.nodes if node.op == 'call_module']
+        if any(isinstance(layer, nn.Conv2d) for layer in called): worth.append(part)
     graph = parts.fuse_partitions(worth)
     regions = {name: fold(part) for name, part in graph.named_children() if name.startswith('fused_')}
     return Captured(graph, regions, reasons)

@@ -6,7 +6,7 @@
 __all__ = ['ENGINES', 'engines_here', 'in_turns', 'speed', 'layer_times', 'plot_speed']
 
 # %% ../../nbs/07h_speed.ipynb #92e807c1
-import copy, importlib.util, tempfile, time, warnings
+import copy, functools, importlib.util, tempfile, time, warnings
 from collections.abc import Sequence
 from pathlib import Path
 import numpy as np
@@ -23,14 +23,17 @@ ENGINES = ('torch', 'onnxruntime', 'openvino', 'ours')
 
 def engines_here()->list: # Names
     "Which engines can run here: torch and ours always, the others where they are installed."
-    found = {'onnxruntime': ('onnx', 'onnxruntime'), 'openvino': ('onnx', 'openvino')}
-    return [name for name in ENGINES if all(importlib.util.find_spec(part) for part in found.get(name, ()))]
+    needs = {'onnxruntime': ('onnx', 'onnxruntime'), 'openvino': ('onnx', 'openvino')}
+    def is_here(name): return all(importlib.util.find_spec(package) for package in needs.get(name, ()))
+    return [name for name in ENGINES if is_here(name)]
 
 def _leaves(out):
     "The tensors of an output, each once."
     if isinstance(out, torch.Tensor): return [out]
     parts = out.values() if isinstance(out, dict) else out
-    return [*{id(leaf): leaf for part in parts for leaf in _leaves(part)}.values()]
+    found = {}
+    for part in parts: found.update((id(leaf), leaf) for leaf in _leaves(part))
+    return [*found.values()]
 
 # %% ../../nbs/07h_speed.ipynb #aa5a2bd2
 class _Timed(nn.Module):
@@ -43,23 +46,27 @@ class _Timed(nn.Module):
 def _export(model, size, folder):
     "A model as an ONNX file, for any batch."
     path = str(Path(folder)/'model.onnx')
+    image = torch.rand(1, 3, *size)
+    any_batch = {'x': {0: 'batch'}}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        torch.onnx.export(model, torch.rand(1, 3, *size), path, dynamo=False, opset_version=17, input_names=['x'],
-                          dynamic_axes={'x': {0: 'batch'}})
+        torch.onnx.export(model, image, path, dynamo=False, opset_version=17, input_names=['x'],
+                          dynamic_axes=any_batch)
     return path
 
 def _onnxruntime(path, threads):
     import onnxruntime
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
     return lambda x: session.run(None, dict(x=x.numpy()))
 
 def _openvino(path, threads):
     import openvino
     wishes = dict(INFERENCE_NUM_THREADS=threads, PERFORMANCE_HINT='LATENCY', INFERENCE_PRECISION_HINT='f32')
-    request = openvino.Core().compile_model(path, 'CPU', wishes).create_infer_request()
+    compiled = openvino.Core().compile_model(path, 'CPU', wishes)
+    request = compiled.create_infer_request()
     return lambda x: [*request.infer([x.numpy()]).values()]
 
 _OF_ONNX = dict(onnxruntime=_onnxruntime, openvino=_openvino)
@@ -70,8 +77,9 @@ def _callables(model, engines, size, threads, folder):
     dense = _Timed(model).eval()
     calls = dict(torch=dense) if 'torch' in engines else {}
     try:
-        path = _export(dense, size, folder) if {*engines} & {*_OF_ONNX} else None
-        calls |= {name: make(path, threads) for name, make in _OF_ONNX.items() if name in engines}
+        asked = {name: make for name, make in _OF_ONNX.items() if name in engines}
+        path = _export(dense, size, folder) if asked else None
+        calls |= {name: make(path, threads) for name, make in asked.items()}
     except Exception as error: # whatever the exporter stumbles over
         why = shorten(error, 120)
         warnings.warn(f"No dense engine but torch: the model cannot be exported ({why}).", stacklevel=3)
@@ -89,8 +97,10 @@ def in_turns(
     "Call functions in turns, after one call of each that does not count."
     clock = time.process_time if threads == 1 else time.perf_counter
     for call in calls.values(): call()
-    rows, began = [], time.perf_counter()
-    while len(rows) < 2 or len(rows) < most and time.perf_counter() - began < seconds:
+    rows = []
+    began = time.perf_counter()
+    def has_time(): return len(rows) < most and time.perf_counter() - began < seconds
+    while len(rows) < 2 or has_time():
         row = {}
         for name, call in calls.items():
             start = clock()
@@ -106,31 +116,42 @@ def _told(times, promised):
     for name in times:
         ratio = times[best]/times[name]
         low, high = ratio.quantile([.25, .75])
-        yield dict(engine=name, ms=times[name].min(), median=times[name].median(), times=ratio.median(),
-                   low=low, high=high, promised=promised if name == 'ours' else 1., rounds=len(times))
+        own = times[name]
+        row = dict(engine=name, ms=own.min(), median=own.median(), times=ratio.median(), low=low, high=high)
+        row['promised'] = promised if name == 'ours' else 1.
+        row['rounds'] = len(times)
+        yield row
 
 def _difference(ours, theirs):
-    return max(relative_difference(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(ours, theirs))
+    pairs = zip(map(torch.as_tensor, ours), map(torch.as_tensor, theirs))
+    return max(relative_difference(own, other) for own, other in pairs)
 
 def _plan_of(region, sizes):
     "The plan of a region; one made anew where torch was faster, since there it is not kept."
     return region.plans.get(sizes) or Plan(region.region, list(sizes))
 
+def _last_sizes(fast):
+    "Each region that has run, with the sizes of its last inputs."
+    for region in fast.sparse_regions:
+        seen = [*region.plans, *region.faster]
+        if seen: yield region, seen[-1]
+
 def _promised(fast):
     "By how much FLOPs say that the layers on the engine are faster."
-    last = [(region, sizes) for region in fast.sparse_regions for sizes in [*region.plans, *region.faster][-1:]]
-    tables = [_plan_of(*pair).table() for pair in last]
+    tables = [_plan_of(region, sizes).table() for region, sizes in _last_sizes(fast)]
     if not tables: return 1.
     table = pd.concat(tables)
-    return float((table.weights*table.height*table.width).sum()/max(1, table.multiply_adds.sum()))
+    dense = table.weights*table.height*table.width
+    sparse = table.multiply_adds.sum()
+    return float(dense.sum()/max(1, sparse))
 
 # %% ../../nbs/07h_speed.ipynb #bad5ecd3
 def _check(model, engines, sizes, batches, threads):
     if not isinstance(model, nn.Module): raise OpenTransError(f"speed needs a model, not {type(model).__name__}.")
+    here = engines_here()
     for name in engines:
         if name not in ENGINES: raise unknown('engine', name, ENGINES)
-        if name not in engines_here():
-            raise OpenTransError(f"{name} is not installed. Here are {', '.join(engines_here())}.")
+        if name not in here: raise OpenTransError(f"{name} is not installed. Here are {', '.join(here)}.")
     for batch in batches: check_number('batch', batch, 1, 2**12, whole=True)
     for number in threads: check_number('threads', number, 1, 256, whole=True)
     for size in sizes:
@@ -152,9 +173,11 @@ def speed(
     to torch. Raises `OpenTransError`."""
     engines = engines_here() if engines is None else list(engines)
     _check(model, engines, sizes, batches, threads)
-    rows, before = [], torch.get_num_threads()
+    rows = []
+    masks = masks or {'as it is': None}
+    before = torch.get_num_threads()
     try:
-        for label, mask in (masks or {'as it is': None}).items():
+        for label, mask in masks.items():
             masked = copy.deepcopy(model)
             if mask is not None: mask.apply(masked).remove()
             for number in threads:
@@ -171,25 +194,40 @@ def _combinations(masked, label, sizes, batches, threads, engines, seconds):
             calls, fast = _callables(masked, engines, size, threads, folder)
             for batch in batches:
                 x = torch.rand(batch, 3, *size)
-                def bound(call): return lambda: call(x)
-                times = in_turns({name: bound(call) for name, call in calls.items()}, seconds, threads)
-                error = _difference(calls['ours'](x), _Timed(masked)(x)) if 'ours' in calls else float('nan')
+                with_images = {name: functools.partial(call, x) for name, call in calls.items()}
+                times = in_turns(with_images, seconds, threads)
+                error, promised = float('nan'), 1.
+                if 'ours' in calls:
+                    error = _difference(calls['ours'](x), _Timed(masked)(x))
+                    promised = _promised(fast)
                 about = dict(mask=label, height=size[0], width=size[1], batch=batch, threads=threads)
-                rows += [about | row | dict(error=error if row['engine'] == 'ours' else 0.)
-                         for row in _told(times, _promised(fast) if 'ours' in calls else 1.)]
+                for row in _told(times, promised):
+                    row['error'] = error if row['engine'] == 'ours' else 0.
+                    rows.append(about | row)
     return rows
 
 # %% ../../nbs/07h_speed.ipynb #b3011fca
 def _steps_in_turns(parts, seconds):
     "Milliseconds of each step, the shortest of calls in turns."
-    best, began, rounds = [np.inf]*len(parts), time.perf_counter(), 0
-    while rounds < 3 or time.perf_counter() - began < seconds and rounds < 100:
+    best = [np.inf]*len(parts)
+    rounds = 0
+    began = time.perf_counter()
+    def has_time(): return time.perf_counter() - began < seconds and rounds < 100
+    while rounds < 3 or has_time():
         for i, (_, call) in enumerate(parts):
             start = time.thread_time()
             call()
-            best[i] = min(best[i], time.thread_time() - start)
+            taken = time.thread_time() - start
+            best[i] = min(best[i], taken)
         rounds += 1
     return [t*1e3 for t in best]
+
+def _milliseconds_by_name(plan, seconds):
+    "Milliseconds of each layer of a plan, over all of its steps."
+    parts = plan.parts()
+    times = _steps_in_turns(parts, seconds)
+    steps = pd.Series(times, [name for name, _ in parts])
+    return steps.groupby(level=0).sum()
 
 @torch.no_grad()
 def layer_times(
@@ -203,16 +241,14 @@ def layer_times(
     fast = compile(model, mask, check=False)
     _Timed(fast)(torch.rand(1, 3, *size))
     frames = []
-    for region in fast.sparse_regions:
-        for sizes in [*region.plans, *region.faster][-1:]:
-            ours = _plan_of(region, sizes)
-            dense = Plan(region.region, list(sizes), dense=True)
-            frame = ours.table().set_index('name')
-            for column, plan in (('ms', ours), ('dense_ms', dense)):
-                parts = plan.parts()
-                found = pd.Series(_steps_in_turns(parts, seconds/2), [name for name, _ in parts])
-                frame[column] = found.groupby(level=0).sum().reindex(frame.index)
-            frames.append(frame)
+    for region, sizes in _last_sizes(fast):
+        ours = _plan_of(region, sizes)
+        dense = Plan(region.region, list(sizes), dense=True)
+        frame = ours.table().set_index('name')
+        for column, plan in dict(ms=ours, dense_ms=dense).items():
+            found = _milliseconds_by_name(plan, seconds/2)
+            frame[column] = found.reindex(frame.index)
+        frames.append(frame)
     if not frames: raise OpenTransError("No layer of this model runs on the engine: `supported(model)` says why.")
     frame = pd.concat(frames)
     frame.index = [name.removeprefix('net.') for name in frame.index]
@@ -230,7 +266,8 @@ def plot_speed(
     ours = table[table.engine == 'ours']
     names = [f'{row.mask}: {row.batch} x {row.height} x {row.width}, threads: {row.threads}'
              for row in ours.itertuples()]
-    ax = get_axes(ax, figsize=(6, .6 + .45*len(ours)))
+    height = .6 + .45*len(ours)
+    ax = get_axes(ax, figsize=(6, height))
     ax.barh(names, ours.promised, color='lightgray', label='promised by FLOPs')
     ax.barh(names, ours.times, height=.5, color='C0', label='by the clock')
     spread = [ours.times - ours.low, ours.high - ours.times]

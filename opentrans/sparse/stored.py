@@ -34,12 +34,17 @@ class StoredWeight:
         self.shape = tuple(shape)
         self.values = values.reshape(-1)
         self.bits = None if bits is None else bits.numpy()
-        self.scale = np.ones(len(self)) if scale is None else np.asarray(scale, np.float64)
+        if scale is None: scale = np.ones(len(self))
+        self.scale = np.asarray(scale, np.float64)
         self.row = math.prod(self.shape[1:])
-        counts = [self._places(i, min(i + 256, len(self))).sum(1) for i in range(0, len(self), 256)]
-        self.starts = np.cumsum(np.concatenate([[0], *counts]))
-        if self.starts[-1] != len(self.values):
-            raise ValueError(f'{len(self.values)} weights for {self.starts[-1]} places')
+        counts = []
+        for first in range(0, len(self), 256):
+            last = min(first + 256, len(self))
+            counts.append(self._places(first, last).sum(1))
+        counts = np.concatenate([[0], *counts])
+        self.starts = np.cumsum(counts)
+        places = self.starts[-1]
+        if places != len(self.values): raise ValueError(f'{len(self.values)} weights for {places} places')
 
     def __len__(self)->int: return self.shape[0]
 
@@ -50,7 +55,10 @@ class StoredWeight:
         "Which places of some rows have a weight."
         if self.bits is None: return np.ones((last - first, self.row), bool)
         begin, end = first*self.row, last*self.row
-        bits = np.unpackbits(self.bits[begin//8:-(-end//8)])[begin % 8:begin % 8 + end - begin]
+        first_byte, end_byte = begin//8, -(-end//8)
+        places = np.unpackbits(self.bits[first_byte:end_byte])
+        before = begin % 8 # places of the first byte that belong to the row above
+        bits = places[before:before + end - begin]
         return bits.view(bool).reshape(last - first, self.row)
 
     def there(self)->np.ndarray: # (outputs, places)
@@ -60,12 +68,18 @@ class StoredWeight:
     def __getitem__(self, index):
         if not np.ndim(index): return self[[index]][0]
         index = np.asarray(index, int)
-        first, last = (index.min(), index.max() + 1) if len(index) else (0, 0)
+        first = last = 0
+        if len(index): first, last = index.min(), index.max() + 1
         starts = self.starts[first:last + 1]
-        values = self.values[starts[0]:starts[-1]].float().numpy()
+        begin, end = starts[0], starts[-1]
+        values = self.values[begin:end].float().numpy()
+        counts = np.diff(starts)
+        scales = np.repeat(self.scale[first:last], counts)
         rows = np.zeros((last - first, self.row), np.float32)
-        rows[self._places(first, last)] = values*np.repeat(self.scale[first:last], np.diff(starts))
-        return rows[index - first].reshape(len(index), *self.shape[1:])
+        there = self._places(first, last)
+        rows[there] = values*scales
+        asked = rows[index - first]
+        return asked.reshape(len(index), *self.shape[1:])
 
 # %% ../../nbs/07g_stored.ipynb #c4a855f0
 class _Step(TypedDict):
@@ -100,53 +114,84 @@ def _border(value): return float(value) if math.isfinite(value) else None
 
 def _told(step, own):
     "A step as plain values; `own` gives a layer's name in the state dict."
-    blank = dict(layer='', norms=[], eps=[], stride=[1, 1], pads=[0]*4, dilation=[1, 1], groups=1, residual='',
-                 low=None, high=None, side=0, padding=0)
+    told = dict(layer='', norms=[], eps=[], stride=[1, 1], pads=[0]*4, dilation=[1, 1], groups=1, residual='',
+                low=None, high=None, side=0, padding=0)
     if isinstance(step, Pool):
-        return blank | dict(kind=step.kind, x=step.x, y=step.y, stride=[step.stride]*2, side=step.side,
-                            padding=step.padding)
-    return blank | dict(
-        kind='conv', x=step.x, y=step.y, layer=step.layer and own(step.layer),
-        norms=[own(name) for name, _ in step.norms], eps=[float(eps) for _, eps in step.norms],
-        stride=[*step.stride], pads=[*(step.pads or [])], dilation=[*step.dilation], groups=step.groups,
-        residual=step.residual or '', low=_border(step.low), high=_border(step.high))
+        stride = [step.stride]*2
+        return told | dict(kind=step.kind, x=step.x, y=step.y, stride=stride, side=step.side, padding=step.padding)
+    told |= dict(kind='conv', x=step.x, y=step.y, groups=step.groups)
+    told['layer'] = step.layer and own(step.layer)
+    told['norms'] = [own(name) for name, _ in step.norms]
+    told['eps'] = [float(eps) for _, eps in step.norms]
+    told['stride'] = list(step.stride)
+    told['pads'] = list(step.pads or [])
+    told['dilation'] = list(step.dilation)
+    told['residual'] = step.residual or ''
+    told['low'] = _border(step.low)
+    told['high'] = _border(step.high)
+    return told
 
 # %% ../../nbs/07g_stored.ipynb #bb7ee337
 def _map_names(out, name_of):
     "An output, with names in place of tensors."
     if isinstance(out, dict): return {key: name_of(part) for key, part in out.items()}
-    return [name_of(part) for part in out] if isinstance(out, (tuple, list)) else name_of(out)
+    if isinstance(out, (tuple, list)): return [name_of(part) for part in out]
+    return name_of(out)
 
 def _parts_of(out):
     "The tensors of an output, or their names."
     if isinstance(out, dict): return [*out.values()]
-    return list(out) if isinstance(out, (tuple, list)) else [out]
+    if isinstance(out, (tuple, list)): return list(out)
+    return [out]
+
+def _takes_item(node): return node.op == 'call_function' and node.target is operator.getitem
 
 def _outputs(graph, region):
     "What a traced model gives, by the names of the region's values; None if something else is in between."
     fused = {node for node in graph.nodes if node.op == 'call_module'}
     asked = [node for node in graph.nodes if node.op == 'placeholder']
     if len(fused) != 1 or len(asked) != 1: return None
+    image, = asked
     names = {}
     for node in graph.nodes:
-        if node in fused and node.args == (asked[0],): names[node] = region.outputs[0]
-        elif node.op == 'call_function' and node.target is operator.getitem and node.args[0] in fused:
-            names[node] = region.outputs[node.args[1]]
-        elif node.op not in ('placeholder', 'output') : return None
+        if node in fused and node.args == (image,): names[node] = region.outputs[0]
+        elif _takes_item(node) and node.args[0] in fused:
+            place = node.args[1]
+            names[node] = region.outputs[place]
+        elif node.op not in ('placeholder', 'output'): return None
     out = node.args[0]
-    if isinstance(out, (tuple, list)) and len(out) == 2 and isinstance(out[0], dict): out = out[0] # a tower's maps
+    is_pair = isinstance(out, (tuple, list)) and len(out) == 2
+    if is_pair and isinstance(out[0], dict): out = out[0] # a tower's maps
     found = _map_names(out, names.get)
-    return found if _parts_of(found) and all(_parts_of(found)) else None
+    parts = _parts_of(found)
+    return found if parts and all(parts) else None
 
 # %% ../../nbs/07g_stored.ipynb #ebbddce6
+def _traced(model, backbone):
+    "A model with its regions, of a CLIP backbone its maps; None if it cannot be traced."
+    with eval_mode(model):
+        inner = _Maps(model.kind, model.visual) if backbone else model
+        captured, _ = _try(model, inner)
+    return captured
+
+def _needed(steps):
+    "Names of the tensors without which steps cannot be computed."
+    names = []
+    for step in steps:
+        layer = step['layer']
+        if layer: names.append(f'{layer}.weight')
+        names += [f'{norm}.running_mean' for norm in step['norms']]
+    return names
+
 def describe(
     model:nn.Module, # Any model; it is not changed
 )->dict: # Plain values for the file; None if a part of the model runs on torch
     "What the engine has to know of a model, besides its weights, to run it without its code."
     backbone = _is_backbone(model)
-    if isinstance(model, nn.Conv2d) or not any(isinstance(m, nn.Conv2d) for m in model.modules()): return None
-    with eval_mode(model):
-        captured, _ = _try(model, _Maps(model.kind, model.visual) if backbone else model)
+    if isinstance(model, nn.Conv2d): return None
+    has_convolution = any(isinstance(m, nn.Conv2d) for m in model.modules())
+    if not has_convolution: return None
+    captured = _traced(model, backbone)
     if captured is None or len(captured.regions) != 1: return None
     region, = captured.regions.values()
     outputs = _outputs(captured.graph.graph, region)
@@ -154,30 +199,41 @@ def describe(
     def own(name): return f"visual.{name.removeprefix('net.')}" if backbone else name
     steps = [_told(step, own) for step in region.steps]
     state = model.state_dict()
-    needed = [f"{step['layer']}.weight" for step in steps if step['layer']]
-    needed += [f'{name}.running_mean' for step in steps for name in step['norms']]
-    if any(name not in state for name in needed): return None
-    colours = {name: getattr(model, name).flatten().tolist() if backbone and model.origin.normalize else []
-               for name in ('mean', 'std')}
-    return dict(input=region.inputs[0], steps=steps, nonnegative=sorted(region.nonnegative), outputs=outputs,
-                **colours)
+    if any(name not in state for name in _needed(steps)): return None
+    normalizes = backbone and model.origin.normalize
+    mean = model.mean.flatten().tolist() if normalizes else []
+    std = model.std.flatten().tolist() if normalizes else []
+    nonnegative = sorted(region.nonnegative)
+    return dict(input=region.inputs[0], steps=steps, nonnegative=nonnegative, outputs=outputs, mean=mean, std=std)
 
 # %% ../../nbs/07g_stored.ipynb #69108bcc
 def _whole(values, count, least): return len(values) == count and all(value >= least for value in values)
 
+def _is_pool(step):
+    "Are the window and its padding of sizes that the engine has?"
+    side = step['side']
+    return 1 <= side <= 7 and 0 <= step['padding'] <= side//2
+
+def _is_convolution(step):
+    "Do the numbers of a convolution fit each other?"
+    pads = step['pads'] or [0]*4
+    dilation = step['dilation']
+    if not _whole(pads, 4, 0): return False
+    if not _whole(dilation, 2, 1): return False
+    if step['groups'] < 1: return False
+    if len(step['norms']) != len(step['eps']): return False
+    return max(pads + dilation) < 2**16
+
 def _check_step(step, known):
     "Raises `ValueError` for a step that no `describe` has written."
-    square = _whole(step['stride'], 2, 1) and step['stride'][0] == step['stride'][1]
-    if step['kind'] in ('max', 'mean'):
-        good = square and 1 <= step['side'] <= 7 and 0 <= step['padding'] <= step['side']//2
-    else:
-        pads = step['pads'] or [0]*4
-        good = (step['kind'] == 'conv' and square and _whole(pads, 4, 0) and _whole(step['dilation'], 2, 1)
-                and step['groups'] >= 1 and len(step['norms']) == len(step['eps'])
-                and max(pads + step['dilation']) < 2**16)
+    kind, y = step['kind'], step['y']
+    stride = step['stride']
+    square = _whole(stride, 2, 1) and stride[0] == stride[1]
+    if kind in ('max', 'mean'): good = square and _is_pool(step)
+    else: good = kind == 'conv' and square and _is_convolution(step)
     reads = {step['x'], step['residual']} - {''}
-    if not good or not reads <= known or step['y'] in known or not step['y']:
-        raise ValueError(f"step {step['y']!r}")
+    is_new = bool(y) and y not in known
+    if not good or not reads <= known or not is_new: raise ValueError(f'step {y!r}')
 
 # %% ../../nbs/07g_stored.ipynb #8d848d27
 def _real(tensors, name):
@@ -188,51 +244,90 @@ def _real(tensors, name):
     return values.float()
 
 def _norm(tensors, name, eps):
-    mean, var, weight, bias = (_real(tensors, f'{name}.{part}')
-                               for part in ('running_mean', 'running_var', 'weight', 'bias'))
+    parts = ('running_mean', 'running_var', 'weight', 'bias')
+    mean, var, weight, bias = (_real(tensors, f'{name}.{part}') for part in parts)
     if mean is None or var is None: raise ValueError(f'statistics of {name}')
     return norm_as_line(mean, var, weight, bias, eps)
 
+def _line_of(step, tensors):
+    "All batch norms of a step as one scale and one shift; None and None if it has none."
+    scale = shift = None
+    for name, eps in zip(step['norms'], step['eps']):
+        factor, more = _norm(tensors, name, eps)
+        if scale is None: scale, shift = factor, more
+        else:
+            scale = scale*factor
+            shift = shift*factor + more
+    return scale, shift
+
+def _weight_as_stored(layer, tensors, shapes):
+    "The shape of a layer's weight, its values, the bits of their places, and the bias. Raises `ValueError`."
+    name = f'{layer}.weight'
+    values = tensors[name]
+    bits = tensors.get(f'{name}#kept')
+    shape = values.shape if bits is None else shapes[name]
+    own = _real(tensors, f'{layer}.bias')
+    is_kernel = len(shape) == 4 and min(shape) >= 1
+    if not is_kernel or not values.is_floating_point(): raise ValueError(f'shape of {layer}')
+    if bits is not None:
+        count = -(-math.prod(shape)//8)
+        are_bits = bits.dtype == torch.uint8 and bits.shape == (count,)
+        if not are_bits: raise ValueError(f'places of {layer}')
+    own = np.zeros(shape[0]) if own is None else own.double().numpy()
+    return shape, values, bits, own
+
 def _convolution(step, tensors, shapes):
     "A step with its weights, as they lie in the file."
-    layer, scale, weight, bias = step['layer'], None, None, None
-    for name, eps in zip(step['norms'], step['eps']):
-        factor, shift = _norm(tensors, name, eps)
-        scale, bias = (factor, shift) if scale is None else (scale*factor, bias*factor + shift)
+    layer, weight = step['layer'], None
+    scale, bias = _line_of(step, tensors)
     if layer:
-        values, bits = tensors[f'{layer}.weight'], tensors.get(f'{layer}.weight#kept')
-        shape = values.shape if bits is None else shapes[f'{layer}.weight']
-        own = _real(tensors, f'{layer}.bias')
-        if len(shape) != 4 or min(shape) < 1 or not values.is_floating_point():
-            raise ValueError(f'shape of {layer}')
-        if bits is not None and (bits.dtype != torch.uint8 or bits.shape != (-(-math.prod(shape)//8),)):
-            raise ValueError(f'places of {layer}')
-        own = np.zeros(shape[0]) if own is None else own.double().numpy()
+        shape, values, bits, own = _weight_as_stored(layer, tensors, shapes)
         bias = own if bias is None else own*scale + bias
+        outputs = shape[0]
         sizes = {array.shape for array in (bias, scale) if array is not None}
-        if shape[0] % step['groups'] or sizes != {(shape[0],)}: raise ValueError(f'channels of {layer}')
+        if outputs % step['groups'] or sizes != {(outputs,)}: raise ValueError(f'channels of {layer}')
         weight = StoredWeight(shape, values, bits, scale)
     elif scale is not None:
         weight = scale.astype(np.float32)[:, None, None, None]
         if step['groups'] != len(weight): raise ValueError(f"channels of {step['y']}")
-    limits = [edge if step[name] is None else step[name] for name, edge in (('low', -math.inf), ('high', math.inf))]
-    return Conv(step['x'], step['y'], weight, None if bias is None else bias.astype(np.float32),
-                tuple(step['stride']), tuple(step['pads']) or None, tuple(step['dilation']), step['groups'],
-                step['residual'] or None, *limits, name=layer or step['y'])
+    if bias is not None: bias = bias.astype(np.float32)
+    return _conv_of(step, weight, bias)
+
+def _conv_of(step, weight, bias):
+    x, y = step['x'], step['y']
+    stride = tuple(step['stride'])
+    pads = tuple(step['pads']) or None
+    dilation = tuple(step['dilation'])
+    groups = step['groups']
+    residual = step['residual'] or None
+    low = -math.inf if step['low'] is None else step['low']
+    high = math.inf if step['high'] is None else step['high']
+    name = step['layer'] or y
+    return Conv(x, y, weight, bias, stride, pads, dilation, groups, residual, low, high, name=name)
+
+def _pool_of(step):
+    x, y = step['x'], step['y']
+    kind, side, padding = step['kind'], step['side'], step['padding']
+    stride = step['stride'][0]
+    return Pool(x, y, kind, side, stride, padding)
 
 # %% ../../nbs/07g_stored.ipynb #697dee4d
 def _read_region(program, tensors, shapes):
     "The region of a file. Raises `ValueError`, `KeyError` or what torch says if it does not fit together."
-    known, steps = {program['input']}, []
+    image = program['input']
+    known, steps = {image}, []
     for step in program['steps']:
         _check_step(step, known)
         known.add(step['y'])
-        pool = [step[name] for name in ('x', 'y', 'kind', 'side')] + [step['stride'][0], step['padding']]
-        steps.append(_convolution(step, tensors, shapes) if step['kind'] == 'conv' else Pool(*pool))
+        if step['kind'] == 'conv': steps.append(_convolution(step, tensors, shapes))
+        else: steps.append(_pool_of(step))
     out = program['outputs']
     names = [*dict.fromkeys(_parts_of(out))]
-    if not names or not {*names} <= known - {program['input']}: raise ValueError('outputs')
-    return Region([program['input']], names, steps, isinstance(out, str), {*program['nonnegative']})
+    made = known - {image}
+    if not names or not {*names} <= made: raise ValueError('outputs')
+    single = isinstance(out, str)
+    nonnegative = {*program['nonnegative']}
+    return Region([image], names, steps, single, nonnegative)
 
 # %% ../../nbs/07g_stored.ipynb #48e29540
 def run_on_torch(
@@ -249,9 +344,11 @@ def run_on_torch(
             continue
         if step.weight is not None:
             up, down, left, right = step.around(*x.shape[-2:])
-            weight = torch.from_numpy(step.weight[np.arange(len(step.weight))])
-            x = F.conv2d(F.pad(x, (left, right, up, down)), weight, torch.from_numpy(step.bias), step.stride, 0,
-                         step.dilation, step.groups)
+            channels = np.arange(len(step.weight))
+            weight = torch.from_numpy(step.weight[channels])
+            bias = torch.from_numpy(step.bias)
+            x = F.pad(x, (left, right, up, down))
+            x = F.conv2d(x, weight, bias, step.stride, 0, step.dilation, step.groups)
         if step.residual is not None: x = x + values[step.residual]
         values[step.y] = x.clamp(step.low, step.high)
     return [values[name] for name in region.outputs]
@@ -259,12 +356,15 @@ def run_on_torch(
 # %% ../../nbs/07g_stored.ipynb #ffd617a6
 class _OnEngine(nn.Module):
     "Steps on the engine, and on torch where it cannot."
-    def _plan(self, size): return self.plans.of(size, lambda: Plan(self.region, [size], self.threads))
+    def _plan(self, size):
+        def make(): return Plan(self.region, [size], self.threads)
+        return self.plans.of(size, make)
 
     def _natively(self, x):
         "Outputs of the engine; None where it cannot, or where it differs from torch."
         size = tuple(x.shape[1:])
-        if not has_llvm() or not len(x) or size in self.reasons: return None
+        if not has_llvm() or not len(x): return None
+        if size in self.reasons: return None
         fresh = size not in self.plans
         try: found = self._plan(size).run([x])
         except CannotPlan as error:
@@ -272,8 +372,11 @@ class _OnEngine(nn.Module):
             return None
         if not fresh or not self.check: return found
         told = self._on_torch(x)
-        self.error = max(relative_difference(a, b) for a, b in zip(found, told))
-        if self.error <= _CLOSE or not all(b.isfinite().all() for b in told): return found
+        differences = [relative_difference(ours, theirs) for ours, theirs in zip(found, told)]
+        self.error = max(differences)
+        if self.error <= _CLOSE: return found
+        finite = all(theirs.isfinite().all() for theirs in told)
+        if not finite: return found
         self.reasons[size] = f'the engine differed from torch by {self.error:.1e}'
         warnings.warn(f"The model runs on torch, since {self.reasons[size]} of the largest output.", stacklevel=2)
         return None
@@ -281,10 +384,15 @@ class _OnEngine(nn.Module):
     def _on_torch(self, x):
         try: return run_on_torch(self.region, [x])
         except RuntimeError as error:
-            raise OpenTransError(
-                f"Images of shape {tuple(x.shape[1:])} do not fit this model: {shorten(error)}.") from error
+            shape = tuple(x.shape[1:])
+            raise OpenTransError(f"Images of shape {shape} do not fit this model: {shorten(error)}.") from error
 
 # %% ../../nbs/07g_stored.ipynb #6f638467
+def _are_images(images):
+    "Is it what the engine takes?"
+    if not isinstance(images, torch.Tensor) or images.ndim != 4: return False
+    return images.dtype == torch.float32 and images.device.type == 'cpu'
+
 class StoredEngine(_OnEngine):
     "A model that is nothing but a region: what `load` gives where no model is needed."
     def __init__(self,
@@ -296,30 +404,39 @@ class StoredEngine(_OnEngine):
         check:bool=True, # Compare with torch on the first call of each size?
     ):
         super().__init__()
-        self.region, self.outputs, self.threads, self.check = region, outputs, threads, check
-        self.plans, self.reasons, self.error, self.lock = PlanCache(), {}, 0., threading.Lock()
-        colours = (torch.tensor(values)[:, None, None] if len(values) else None for values in (mean, std))
-        self.mean, self.std = colours
+        self.region = region
+        self.outputs = outputs
+        self.threads = threads
+        self.check = check
+        self.plans = PlanCache()
+        self.reasons = {} # size of images -> why they run on torch
+        self.error = 0.
+        self.lock = threading.Lock()
+        self.mean = torch.tensor(mean)[:, None, None] if len(mean) else None
+        self.std = torch.tensor(std)[:, None, None] if len(std) else None
 
     def __deepcopy__(self, memo):
         twin = StoredEngine(self.region, self.outputs, (), (), self.threads, self.check)
-        twin.mean, twin.std = self.mean, self.std
+        twin.mean = self.mean
+        twin.std = self.std
         return twin
 
     @torch.no_grad()
     def forward(self, images:torch.Tensor):
         "What the model gave that was baked. Raises `OpenTransError` for anything but float32 images on the CPU."
-        if (not isinstance(images, torch.Tensor) or images.ndim != 4 or images.dtype != torch.float32
-            or images.device.type != 'cpu'):
+        if not _are_images(images):
             raise OpenTransError(
                 "The engine takes images as a float32 tensor (B, channels, height, width) on the CPU.")
         x = images if self.mean is None else (images - self.mean)/self.std
         with self.lock: found = self._natively(x)
-        values = dict(zip(self.region.outputs, self._on_torch(x) if found is None else found))
+        if found is None: found = self._on_torch(x)
+        values = dict(zip(self.region.outputs, found))
         out = _map_names(self.outputs, values.get)
         return tuple(out) if isinstance(out, list) else out
 
 # %% ../../nbs/07g_stored.ipynb #cc90ae35
+def _holds_nan(tensor): return tensor.is_floating_point() and bool(tensor.isnan().any())
+
 def load(
     path:str|Path, # A file that `SparseMask.bake` wrote
     model:nn.Module=None, # A model of the same kind, for files with parts that run on torch; it is not changed
@@ -330,9 +447,11 @@ def load(
     not read into it. Raises `OpenTransError` for a damaged file, or one that needs a model."""
     check_number('threads', threads, 1, 256, whole=True)
     tensors, meta = load_tensors(path, kind=BAKED_FILE)
-    if any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors.values()):
+    if any(map(_holds_nan, tensors.values())):
         raise BAKED_FILE.damaged(path, 'it holds weights that are no numbers')
-    if model is not None: return _into_model(model, unbake(tensors, meta, path), path, threads, check)
+    if model is not None:
+        state = unbake(tensors, meta, path)
+        return _into_model(model, state, path, threads, check)
     if 'engine' not in meta:
         raise OpenTransError(
             f"'{path}' does not say how its model runs: a part of it needs torch, or it was baked before "
@@ -340,12 +459,12 @@ def load(
     program = metadata_value(meta, 'engine', _Program, path)
     shapes = metadata_value(meta, 'shapes', dict[str, list[int]], path)
     try:
-        colours = [program[name] for name in ('mean', 'std')]
-        if len({len(values) for values in colours}) != 1 or 0 in program['std']: raise ValueError('colours')
+        mean, std = program['mean'], program['std']
+        if len(mean) != len(std) or 0 in std: raise ValueError('colours')
         region = _read_region(program, tensors, shapes)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise BAKED_FILE.damaged(path, f'its steps do not fit its weights ({error})') from error
-    return StoredEngine(region, program['outputs'], *colours, threads, check)
+    return StoredEngine(region, program['outputs'], mean, std, threads, check)
 
 # %% ../../nbs/07g_stored.ipynb #997400ec
 def _into_model(model, state, path, threads, check):
