@@ -82,8 +82,7 @@ def read_rounds(folder:str|Path):
     path = Path(folder)/'imp.json'
     found = load_json(path, dict[str, list[Measured]], ROUNDS_FILE)
     lengths = {len(column) for column in found.values()}
-    has_columns = {'round', 'density'} <= {*found}
-    if not has_columns or len(lengths) != 1:
+    if not {'round', 'density'} <= {*found} or len(lengths) != 1:
         raise ROUNDS_FILE.damaged(path, 'its columns are none of a history')
     return found
 
@@ -124,13 +123,8 @@ class MaskRecipe:
         "The settings that differ from the scale's: what is the same is the same run."
         usual = dict(loss='tgkd', p=scale.p, iters=scale.imp_iters, density=scale.density, **_USUAL)
         given = {name: getattr(self, name) for name in usual}
-        if isinstance(self.iters, float):
-            iters = round(self.iters*scale.imp_iters)
-            given['iters'] = max(1, iters)
-        others = {}
-        for name,value in given.items():
-            if value is not None and value != usual[name]: others[name] = value
-        return others
+        if isinstance(self.iters, float): given['iters'] = max(1, round(self.iters*scale.imp_iters))
+        return {name: value for name,value in given.items() if value not in (None, usual[name])}
 
     def _told(self, scale:Scale)->list:
         "The settings that differ from the scale's, in words."
@@ -207,8 +201,7 @@ def find_mask(
     mask,history = imp(model, train, density=density, p=p, seed=seed, rewind=given.get('rewind'), schedule=schedule,
                        checkpoint_dir=run)
     if not Group().main: return
-    weights = clip.visual.state_dict()
-    save_tensors(weights, folder/f'{name}-weights.safetensors', kind=WEIGHTS_FILE)
+    save_tensors(clip.visual.state_dict(), folder/f'{name}-weights.safetensors', kind=WEIGHTS_FILE)
     columns = history.drop(columns='seconds', errors='ignore').to_dict('list')
     rounds = f'imp-{name}.json' if given else 'imp.json'
     save_json(columns, folder/rounds, ROUNDS_FILE)
@@ -220,8 +213,7 @@ def find_mask(
 # %% ../../nbs/experiments/51_arms.ipynb #32aa25ac
 def _keep_found(folder, name, mask, seconds, images):
     "Write a mask, and what it took to find: seconds of the processor (None after an interruption) and images."
-    took = dict(seconds=seconds, images=images)
-    save_json(took, folder/f'found-{name}.json', FOUND_FILE)
+    save_json(dict(seconds=seconds, images=images), folder/f'found-{name}.json', FOUND_FILE)
     mask.save(folder/f'{name}.safetensors')
 
 def _find_otherwise(scale, seed, folder, recipe):
@@ -236,8 +228,7 @@ def _find_otherwise(scale, seed, folder, recipe):
     find = FINDERS[recipe.method]
     with seeded(seed): mask = find(clip, data, scale, density, seed, run)
     seconds = time.process_time()-began if afresh else None
-    weights = clip.visual.state_dict()
-    save_tensors(weights, folder/f'{name}-weights.safetensors', kind=WEIGHTS_FILE)
+    save_tensors(clip.visual.state_dict(), folder/f'{name}-weights.safetensors', kind=WEIGHTS_FILE)
     _keep_found(folder, name, mask, seconds, mask.info.get('images'))
 
 def _snip_mask(scale, seed, density):
@@ -262,8 +253,7 @@ def open_mask(
     if recipe.method == 'magnitude': return SparseMask.magnitude(tower, density)
     if recipe.method == 'random': return SparseMask.random(tower, density, seed=seed)
     if recipe.method == 'snip': return _snip_mask(scale, seed, density)
-    file = Path(folder)/f'{recipe.id(scale)}.safetensors'
-    distilled = SparseMask.load(file)
+    distilled = SparseMask.load(Path(folder)/f'{recipe.id(scale)}.safetensors')
     if recipe.method == 'distilled' or recipe.method in FINDERS: return distilled
     return SparseMask.random(tower, density, seed=seed, like=distilled)
 
@@ -342,8 +332,7 @@ def framework_arms(
     masks = {'dense': None, 'distilled mask': 'distilled', 'random': 'random'}
     arms = []
     for name,mask in masks.items():
-        arm = Arm(f'{framework}: {name}', mask, tables=('frameworks',), framework=framework)
-        arms.append(arm)
+        arms.append(Arm(f'{framework}: {name}', mask, tables=('frameworks',), framework=framework))
     return tuple(arms)
 
 FRAMEWORK_ARMS = tuple(arm for framework in OTHER_FRAMEWORKS for arm in framework_arms(framework))
@@ -496,11 +485,8 @@ def clip_similarity(
         return dict(cka=math.nan, cka_layers=math.nan, cka_channels=math.nan)
     convs = _convolutions(clip) if every else []
     size = _common_size(data, n, clip)
-    def picture(i):
-        image = data[i]['image'][None]
-        return resize(image, size)[0]
     def batch(start, stop):
-        pictures = [picture(i) for i in range(start, stop)]
+        pictures = [resize(data[i]['image'][None], size)[0] for i in range(start, stop)]
         return torch.stack(pictures).to(device_of(seg))
     batches = [batch(start, min(start+16, n)) for start in range(0, n, 16)]
     names = stages+convs
@@ -616,10 +602,6 @@ def _maybe_below(arm, seg, selection, scale, data, seed):
     if not arm.level: return contextlib.nullcontext()
     return tune_below(arm, seg, selection, scale, data, seed=seed)
 
-def _similarity_of(arm, scale, seg, data, every):
-    "How much of CLIP an arm has kept."
-    clip = open_clip_of(scale.of(arm.framework))
-    return clip_similarity(seg, data, clip, every=every)
 
 def _measure_arm(arm, scale, seed, folder, keep, run):
     "Fine-tune an arm, measure all that its tables show, and write it."
@@ -637,7 +619,7 @@ def _measure_arm(arm, scale, seed, folder, keep, run):
     result = _settings_of(arm, scale, seed, mask, selection)
     result['miou'] = _mious(arm, scale, seg, world)
     result.update(_costs_of(arm, scale, train.vocabulary, mask, selection, recipe.batch_size))
-    result.update(_similarity_of(arm, scale, seg, world['val'], result['every']))
+    result.update(clip_similarity(seg, world['val'], open_clip_of(scale.of(arm.framework)), every=result['every']))
     if Group().main:
         alphas = alphas if 'layers' in arm.tables else None
         _keep_arm(seg, world, scale, done, tower if keep else None, alphas)

@@ -7,17 +7,19 @@ __all__ = ['plot_arms', 'plot_cost', 'plot_costs', 'plot_frameworks', 'plot_scen
            'plot_similarity', 'label_photograph', 'plot_photographs']
 
 # %% ../../nbs/experiments/54_figures.ipynb #e826c0fd
-import warnings
+import base64, math, warnings, zlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Annotated, TYPE_CHECKING
+from annotated_types import Interval
 import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional as F
+from typing_extensions import NotRequired, TypedDict
 from ..clip import ClipBackbone
 from ..data import class_colours
-from ..errors import OpenTransError, shorten, unknown
+from ..errors import FormatError, OpenTransError, shorten, unknown
 from ..escape import for_plot
 from .arms import Arm, ARMS
 from .claims import class_groups, sets_of
@@ -159,6 +161,42 @@ def plot_frameworks(
     for ax,what in zip(axs, groups): _plot_in_frameworks(frame, arms, what, ax)
     axs[0].legend(fontsize=9, frameon=False)
     return axs
+
+# %% ../../nbs/experiments/54_figures.ipynb #5c1e7a41
+class _Packed(TypedDict):
+    "An array in a file of results."
+    shape: list[Annotated[int, Interval(ge=0, le=2**16)]]
+    dtype: NotRequired[str]
+    data: str
+
+def _pack(array):
+    "An array as a file of results holds it."
+    data = base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
+    shape = list(array.shape)
+    return dict(shape=shape, dtype=str(array.dtype), data=data)
+
+_CLASSES = ('uint8', 'int32', 'int64') # types of arrays of classes
+_ROOM = 2**30 # Bytes of all pictures of a study
+
+def _unpack(packed, where):
+    "An array out of a file of results, which cannot be larger than it says. Raises `FormatError`."
+    shape = packed['shape']
+    kind = packed.get('dtype', 'uint8')
+    if len(shape) != 3 or kind not in _CLASSES:
+        raise FormatError(
+            f"The picture {where} is of {shorten(kind, 40)} with {len(shape)} axes; expected whole numbers with "
+            f"three.")
+    size = math.prod(shape)*np.dtype(kind).itemsize
+    if size > _ROOM:
+        raise FormatError(f"The picture {where} says that it has {size:,} bytes; at most {_ROOM:,} are read.")
+    opened = zlib.decompressobj()
+    try: raw = opened.decompress(base64.b64decode(packed['data'], validate=True), size+1)
+    except (ValueError, zlib.error) as error:
+        raise FormatError(f"The picture {where} is damaged: {shorten(error, 80)}.") from None
+    if len(raw) != size or not opened.eof or opened.unused_data:
+        raise FormatError(f"The picture {where} is damaged: it has another size than it says.")
+    array = np.frombuffer(raw, kind).reshape(shape)
+    return torch.from_numpy(array.copy())
 
 # %% ../../nbs/experiments/54_figures.ipynb #668feb0d
 def _are_answers(answers, data, count):

@@ -10,23 +10,23 @@ __all__ = ['FRAMEWORK_TITLES', 'DETECTION_FILE', 'COURSE_FILE', 'PART_FILE', 'de
            'alpha_course', 'alpha_curves', 'alpha', 'xmin', 'levels', 'methods', 'overlaps', 'overlap', 'interference']
 
 # %% ../../nbs/experiments/56_results.ipynb #ff2cd954
-import base64, itertools, math, zlib
+import itertools, math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 from annotated_types import Interval
 import numpy as np
 import pandas as pd
-import torch
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 from ..errors import FormatError, shorten
 from ..escape import for_markdown
 from .arms import (
     ANSWERS_FILE, Arm, arm_file, arms_of, build_framework, checkpoints, FRAMEWORK_ARMS, framework_arms, MaskRecipe,
     maybe_mask, open_arm, open_mask, OTHER_FRAMEWORKS, read_tensors)
 from .claims import Gain, results_frame
-from .figures import (
-    plot_costs, plot_courses, plot_density, plot_frameworks, plot_scenes, plot_similarity)
+from opentrans.experiments.figures import (
+    _pack, _Packed, _ROOM, _unpack, plot_costs, plot_courses, plot_density, plot_frameworks, plot_scenes,
+    plot_similarity)
 from .jobs import hold_folders, run_jobs, seed_folders
 from .registry import find_masks, study, Study, STUDY_FILE
 from .scale import Measured, open_clip_of, open_things, Scale, stored_scale, world_of
@@ -253,44 +253,10 @@ def training(s:Study):
     for name in ('dense', 'freeze small alpha', 'distilled mask, freeze small alpha'): s.arm(name)
 
 # %% ../../nbs/experiments/56_results.ipynb #9c69e916
-class _Packed(TypedDict):
-    "An array in a file of results."
-    shape: list[Annotated[int, Interval(ge=0, le=2**16)]]
-    dtype: NotRequired[str]
-    data: str
-
 class _Pictures(TypedDict):
     "What `pictures` gives: by arm and data set."
     seed: Annotated[int, Interval(ge=0)]
     arms: dict[str, dict[str, _Packed]]
-
-def _pack(array):
-    data = base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
-    shape = list(array.shape)
-    return dict(shape=shape, dtype=str(array.dtype), data=data)
-
-_CLASSES = ('uint8', 'int32', 'int64') # types of arrays of classes
-_ROOM = 2**30 # Bytes of all pictures of a study
-
-def _unpack(packed, where):
-    "An array out of a file of results, which cannot be larger than it says. Raises `FormatError`."
-    shape = packed['shape']
-    kind = packed.get('dtype', 'uint8')
-    if len(shape) != 3 or kind not in _CLASSES:
-        raise FormatError(
-            f"The picture {where} is of {shorten(kind, 40)} with {len(shape)} axes; expected whole numbers with "
-            f"three.")
-    size = math.prod(shape)*np.dtype(kind).itemsize
-    if size > _ROOM:
-        raise FormatError(f"The picture {where} says that it has {size:,} bytes; at most {_ROOM:,} are read.")
-    opened = zlib.decompressobj()
-    try: raw = opened.decompress(base64.b64decode(packed['data'], validate=True), size+1)
-    except (ValueError, zlib.error) as error:
-        raise FormatError(f"The picture {where} is damaged: {shorten(error, 80)}.") from None
-    if len(raw) != size or not opened.eof or opened.unused_data:
-        raise FormatError(f"The picture {where} is damaged: it has another size than it says.")
-    array = np.frombuffer(raw, kind).reshape(shape)
-    return torch.from_numpy(array.copy())
 
 def unpack_pictures(
     more:dict, # What `pictures` has stored
