@@ -35,7 +35,8 @@ def inner_name(
     for name in WRAPPERS:
         if name in module._modules: return name
     if 'module' not in module._modules: return None
-    return 'module' if any(_OUTER.search(cls.__name__) for cls in type(module).__mro__) else None
+    is_outer = any(_OUTER.search(cls.__name__) for cls in type(module).__mro__)
+    return 'module' if is_outer else None
 
 def unwrap(
     model:nn.Module, # A model, maybe in wrappers: data parallel, FSDP, `torch.compile`, activation checkpointing
@@ -51,7 +52,8 @@ def bare_modules(
     duplicates:bool=False, # Give a module that has several names under each of them?
 ): # Yields (name, module); the wrappers themselves are left out
     "Names and modules of a model as if its wrappers were not there."
-    names,inner = {},{}
+    names = {}
+    inner = {}
     for path,module in unwrap(model).named_modules(remove_duplicate=not duplicates):
         parent,_,last = path.rpartition('.')
         inner[path] = inner_name(module)
@@ -65,8 +67,11 @@ def bare_parameters(
     model:nn.Module, # Any model, with wrappers around it or inside
 )->dict: # Name -> parameter; one that has several names stands under each of them
     "Parameters of a model by the names that they would have without its wrappers."
-    return {_joined(name, key): param for name,module in bare_modules(model, duplicates=True)
-            for key,param in module._parameters.items() if param is not None}
+    found = {}
+    for name,module in bare_modules(model, duplicates=True):
+        for key,param in module._parameters.items():
+            if param is not None: found[_joined(name, key)] = param
+    return found
 
 def find_tower(
     model:nn.Module, # Any module
@@ -107,16 +112,24 @@ class Layer:
     def params(self)->list:
         "The parameters that hold the weight: those behind a computed one, else the one it is."
         if self.sources is not None: return list(self.sources.values())
-        return [self.module._parameters[self.key.rpartition('.')[2]]]
+        key = self.key.rpartition('.')[2]
+        return [self.module._parameters[key]]
 
     def outputs_first(self,
         t:torch.Tensor, # A tensor of the weight's shape
     )->torch.Tensor: # (outputs, inputs of one group, *kernel)
         "The weight, or anything of its shape, with outputs on axis 0 and the inputs that each one sees on axis 1."
-        if self.kind == 'experts': return (t if self.out_axis == 1 else t.transpose(1, 2)).flatten(0, 1)
+        if self.kind == 'experts':
+            stack = t if self.out_axis == 1 else t.transpose(1, 2)
+            return stack.flatten(0, 1)
         if self.out_axis == 0: return t
+        return self._swapped(t)
+
+    def _swapped(self, t:torch.Tensor)->torch.Tensor:
+        "Outputs and inputs in each other's place, group by group."
         if self.groups == 1: return t.transpose(0, 1)
-        return t.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        by_group = t.unflatten(0, (self.groups, -1))
+        return by_group.transpose(1, 2).flatten(0, 1)
 
     def as_stored(self,
         t:torch.Tensor, # A tensor as `outputs_first` gives it
@@ -126,8 +139,7 @@ class Layer:
             stack = t.unflatten(0, (self.groups, -1))
             return stack if self.out_axis == 1 else stack.transpose(1, 2)
         if self.out_axis == 0: return t
-        if self.groups == 1: return t.transpose(0, 1)
-        return t.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
+        return self._swapped(t)
 
 # %% ../nbs/00_core.ipynb #103d00e0
 _ENDS = {'WeightNorm': 'torch.nn.utils.remove_weight_norm(module{})',
@@ -138,18 +150,27 @@ def _from_chain(module, key):
     "Value, sources, maker and end of a weight with parametrizations (`torch.nn.utils.parametrize`)."
     chain = module.parametrizations[key]
     with eval_mode(chain): value = chain()
-    makers = ' and '.join(type(part).__name__.lstrip('_') for part in chain)
-    sources = {f'parametrizations.{key}.{n}': p for n,p in chain.named_parameters()}
+    kinds = [type(part).__name__ for part in chain]
+    makers = ' and '.join(kind.lstrip('_') for kind in kinds)
+    sources = {f'parametrizations.{key}.{name}': param for name,param in chain.named_parameters()}
     return value,sources,makers,f"torch.nn.utils.parametrize.remove_parametrizations(module, '{key}')"
+
+def _beside(module, key):
+    "The parameters that a computed weight is made of: those whose names begin with its own."
+    found = {}
+    for name,param in module._parameters.items():
+        if name.startswith(f'{key}_') and param is not None: found[name] = param
+    return found
 
 @torch.no_grad()
 def _from_hook(module, key):
     """Value, sources, maker and end of a weight that a hook computes before each pass, or that took a parameter's
     place."""
     value = getattr(module, key, None)
-    sources = {n: p for n,p in module._parameters.items() if n.startswith(f'{key}_') and p is not None}
+    sources = _beside(module, key)
     for hook in module._forward_pre_hooks.values():
-        if key not in (getattr(hook, 'name', None), getattr(hook, '_tensor_name', None)): continue
+        is_of_key = key in (getattr(hook, 'name', None), getattr(hook, '_tensor_name', None))
+        if not is_of_key: continue
         kind = type(hook).__name__
         if kind == 'WeightNorm': value = hook.compute_weight(module)
         if kind == 'SpectralNorm': value = hook.compute_weight(module, do_power_iteration=False)
@@ -157,43 +178,52 @@ def _from_hook(module, key):
             value = hook.apply_mask(module)
             return value,sources,'torch.nn.utils.prune',f"torch.nn.utils.prune.remove(module, '{key}')"
         end = _ENDS.get(kind, 'what put it there')
-        return value,sources,kind,end.format('' if key == 'weight' else f", '{key}'")
+        other_name = '' if key == 'weight' else f", '{key}'"
+        return value,sources,kind,end.format(other_name)
     return (value,sources,'something that replaced the parameter',
             "what put it there (FSDP: before the model is sharded)")
 
 # %% ../nbs/00_core.ipynb #aa2e46a1
 def _layer(dot, module, key, kind='linear', **more):
     "The layer that a module's tensor is, as a list; an empty one if there is none."
-    if module._parameters.get(key) is not None: return [Layer(dot+key, module, getattr(module, key), kind, **more)]
+    name = dot+key
+    is_plain = module._parameters.get(key) is not None
+    if is_plain: return [Layer(name, module, getattr(module, key), kind, **more)]
     chained = key in getattr(module, 'parametrizations', ())
     value,sources,maker,end = _from_chain(module, key) if chained else _from_hook(module, key)
     if not isinstance(value, torch.Tensor): return []
     parts = f' from {name_some(list(sources))}' if sources else ''
     computed = f'is computed by {maker}{parts}; end that first, with {end}'
-    return [Layer(dot+key, module, value, kind, sources=sources, computed=computed, **more)]
+    return [Layer(name, module, value, kind, sources=sources, computed=computed, **more)]
 
 # %% ../nbs/00_core.ipynb #130ea0a6
 def _packed(found):
     "The three layers of a packed projection, of a list with the one that holds them."
-    def part(whole, i):
+    parts = []
+    for whole in found:
         n = whole.param.shape[0]//3
-        return replace(whole, name=f"{whole.name}[{'qkv'[i]}]", kind='attention', rows=slice(i*n, (i+1)*n))
-    return [part(whole, i) for whole in found for i in range(3)]
+        for i,letter in enumerate('qkv'):
+            rows = slice(i*n, (i+1)*n)
+            parts.append(replace(whole, name=f'{whole.name}[{letter}]', kind='attention', rows=rows))
+    return parts
 
 def _layers(dot, module, keys, kind): return [layer for key in keys for layer in _layer(dot, module, key, kind)]
 
 def _is_conv1d(module):
     "Is it the `Conv1D` of transformers, a linear map that is stored as (inputs, outputs)?"
-    return any(cls.__name__ == 'Conv1D' and cls.__module__.startswith('transformers.')
-               for cls in type(module).__mro__)
+    for cls in type(module).__mro__:
+        if cls.__name__ == 'Conv1D' and cls.__module__.startswith('transformers.'): return True
+    return False
 
 def _experts(dot, module):
     "The stacked matrices of a mixture of experts of transformers, which says how they lie."
-    made = {key: param for key,param in module._parameters.items()
-            if param is not None and not isinstance(param, UninitializedParameter)}
     axis = 2 if module.is_transposed else 1
-    return [layer for key,param in made.items() if param.ndim == 3
-            for layer in _layer(dot, module, key, 'experts', out_axis=axis, groups=len(param))]
+    found = []
+    for key,param in module._parameters.items():
+        is_made = param is not None and not isinstance(param, UninitializedParameter)
+        if not is_made or param.ndim != 3: continue
+        found += _layer(dot, module, key, 'experts', out_axis=axis, groups=len(param))
+    return found
 
 # %% ../nbs/00_core.ipynb #b149fc27
 def layers_of(
@@ -207,44 +237,51 @@ def layers_of(
         # different widths: three parameters
         return _layers(dot, module, [f'{p}_proj_weight' for p in 'qkv'], 'attention')
     if isinstance(module, CONVS):
-        return _layer(dot, module, 'weight', 'conv', out_axis=int(module.transposed), groups=module.groups)
+        out_axis = int(module.transposed)
+        return _layer(dot, module, 'weight', 'conv', out_axis=out_axis, groups=module.groups)
     if isinstance(module, nn.Linear):
-        packed = name.rsplit('.', 1)[-1] in PACKED and module.out_features == 3*module.in_features
-        return _packed(_layer(dot, module, 'weight')) if packed else _layer(dot, module, 'weight')
+        found = _layer(dot, module, 'weight')
+        last = name.rsplit('.', 1)[-1]
+        is_packed = last in PACKED and module.out_features == 3*module.in_features
+        return _packed(found) if is_packed else found
     if _is_conv1d(module): return _layer(dot, module, 'weight', out_axis=1)
     if isinstance(module, nn.RNNBase):
-        return _layers(dot, module, [k for keys in module._all_weights for k in keys if k.startswith('weight')],
-                       'recurrent')
+        keys = [key for of_layer in module._all_weights for key in of_layer]
+        return _layers(dot, module, [key for key in keys if key.startswith('weight')], 'recurrent')
     if isinstance(module, nn.RNNCellBase): return _layers(dot, module, ('weight_ih', 'weight_hh'), 'recurrent')
-    return _experts(dot, module) if isinstance(getattr(module, 'is_transposed', None), bool) else []
+    says_how_experts_lie = isinstance(getattr(module, 'is_transposed', None), bool)
+    return _experts(dot, module) if says_how_experts_lie else []
 
 def layers(
     model:nn.Module, # Any model; names are read in its tower (`find_tower`), and wrappers are no part of them
 )->list[Layer]: # In the order in which the model registers them; a weight shared by two modules appears once
     """The named layers of a model: convolutions, linear maps, parts of packed projections, recurrent weights,
     experts."""
-    res = {}
+    found = {}
     for name,module in bare_modules(find_tower(model)):
         for layer in layers_of(name, module):
             part = layer.name.partition('[')[2]
-            res.setdefault((id(layer.param), part), layer)
-    return list(res.values())
+            found.setdefault((id(layer.param), part), layer)
+    return list(found.values())
 
 # %% ../nbs/00_core.ipynb #513894c0
 # those that keep statistics of what they have seen, also across processes
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
-NORMS = ((nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
-         + ((nn.RMSNorm,) if hasattr(nn, 'RMSNorm') else ()))
+_RMS_NORMS = (nn.RMSNorm,) if hasattr(nn, 'RMSNorm') else ()
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, *_RMS_NORMS)
 
 def norm_params(
     model:nn.Module, # Any module
 )->list: # Their weights and biases
     "The parameters of all norms in a model."
-    return [p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)]
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    return [param for norm in norms for param in norm.parameters(recurse=False)]
 
 def undecayed_params(model:nn.Module)->set: # The ids of parameters
     "Parameters that are commonly not decayed: those of norms, and all vectors."
-    return {id(p) for p in norm_params(model)} | {id(p) for p in model.parameters() if p.dim() < 2}
+    of_norms = {id(param) for param in norm_params(model)}
+    vectors = {id(param) for param in model.parameters() if param.dim() < 2}
+    return of_norms | vectors
 
 
 # %% ../nbs/00_core.ipynb #7ac836c9
@@ -262,7 +299,8 @@ def find_layers(
     """Find layers by name in the model's tower, or under the one prefix where all of them are. Raises
     `OpenTransError`."""
     known = {layer.name: layer for layer in layers(model)}
-    return {k: known[n] for k,n in find_names(names, known, 'layers').items()}
+    matched = find_names(names, known, 'layers')
+    return {written: known[name] for written,name in matched.items()}
 
 # %% ../nbs/00_core.ipynb #f7608b91
 def resolve_in_tower(
@@ -295,25 +333,30 @@ def _why_unread(module, key, param):
 
 def _hidden_weights(module):
     "Weights that are no parameters: name in the module -> why they are not read."
-    res = {k: f'is a buffer of {t.dtype} and no parameter' for k,t in module._buffers.items()
-           if k in ('weight', 'qweight') and t is not None and t.ndim > 1}
-    packed = 'quantized' in type(module).__module__ and callable(getattr(module, 'weight', None))
-    if packed: res['weight'] = 'is packed in integers'
-    return res
+    whys = {}
+    for name in module._buffers:
+        if name not in ('weight', 'qweight'): continue
+        buffer = module._buffers[name]
+        if buffer is not None and buffer.ndim > 1: whys[name] = f'is a buffer of {buffer.dtype} and no parameter'
+    is_quantized = 'quantized' in type(module).__module__
+    if is_quantized and callable(getattr(module, 'weight', None)): whys['weight'] = 'is packed in integers'
+    return whys
 
 # %% ../nbs/00_core.ipynb #aa4c489e
 def unread(
     model:nn.Module, # Any model; names are read in its tower
 )->dict: # Name -> why it is not read
     "The weights of two axes or more that are no layers, with reasons; norms and biases are no weights."
-    tower,res = find_tower(model),{}
-    read = {id(p) for layer in layers(tower) for p in layer.params}
+    tower = find_tower(model)
+    whys = {}
+    read = {id(param) for layer in layers(tower) for param in layer.params}
     for name,module in bare_modules(tower):
         for key,param in module._parameters.items():
-            why = '' if param is None or id(param) in read else _why_unread(module, key, param)
-            if why: res[_joined(name, key)] = why
-        res.update({_joined(name, key): why for key,why in _hidden_weights(module).items()})
-    return res
+            if param is None or id(param) in read: continue
+            why = _why_unread(module, key, param)
+            if why: whys[_joined(name, key)] = why
+        for key,why in _hidden_weights(module).items(): whys[_joined(name, key)] = why
+    return whys
 
 # %% ../nbs/00_core.ipynb #d2e47d8c
 _PACKED_TYPES = ('float4_e2m1fn_x2', 'float8_e8m0fnu') # two numbers in a byte; powers of two without a zero
@@ -366,23 +409,28 @@ class LayerSelection:
     rule:str = '' # How the choice was made, e.g. `'alpha, 50% frozen'`
 
     def __post_init__(self)->None:
-        self.train,self.freeze = [clean_name(n) for n in self.train],[clean_name(n) for n in self.freeze]
+        self.train = [clean_name(name) for name in self.train]
+        self.freeze = [clean_name(name) for name in self.freeze]
         both = set(self.train) & set(self.freeze)
         if both:
             raise OpenTransError(
                 f"{len(both)} layers are both trained and frozen: {name_some(sorted(both))}. Name each layer once.")
 
     def __repr__(self)->str:
-        return f"LayerSelection({len(self.train)} layers learn, {len(self.freeze)} rest: {self.rule or 'by hand'})"
+        rule = self.rule or 'by hand'
+        return f"LayerSelection({len(self.train)} layers learn, {len(self.freeze)} rest: {rule})"
 
     def _repr_html_(self)->str:
-        rows = [('learn', self.train), ('rest', self.freeze)]
-        told = ''.join(f'<p><b>{len(names)} {what}</b>: {for_html(", ".join(names))}</p>' for what,names in rows)
+        told = ''
+        for what,names in (('learn', self.train), ('rest', self.freeze)):
+            listed = for_html(', '.join(names))
+            told += f'<p><b>{len(names)} {what}</b>: {listed}</p>'
         return f'<details><summary>{for_html(repr(self))}</summary>{told}</details>'
 
     def to_json(self, path:str|Path|None=None)->str:
         "The selection as a JSON text, which is written to `path` as well if one is given."
-        text = json_text(dict(rule=self.rule, train=self.train, freeze=self.freeze), SELECTION_FILE)
+        selection = dict(rule=self.rule, train=self.train, freeze=self.freeze)
+        text = json_text(selection, SELECTION_FILE)
         if path is not None: save_text(text, path)
         return text
 
@@ -407,21 +455,23 @@ class LayerSelection:
         optimizer afterwards. Raises `OpenTransError`, with nothing changed, for names the model lacks and layers
         that cannot learn."""
         known = find_layers(self.train+self.freeze, model)
-        on,off = ([known[n] for n in names] for names in (self.train, self.freeze))
-        params = {id(p): p for layer in on+off for p in layer.params}
-        learns = {id(p) for layer in on for p in layer.params}
+        on = [known[name] for name in self.train]
+        off = [known[name] for name in self.freeze]
+        params = {id(param): param for layer in on+off for param in layer.params}
+        learns = {id(param) for layer in on for param in layer.params}
         # frozen parts of packed parameters of which another part learns
-        parts = {id(layer.params[0]): layer
-                 for layer in off if layer.rows is not None and id(layer.params[0]) in learns}
-        bad = [f'{layer.name} {why}' for layer in on if (why := _cannot_train(layer))]
-        bad += [f'{layer.name} {why}' for layer in parts.values() if (why := _cannot_split(layer))]
-        if bad: raise OpenTransError(f"The selection cannot be put on {len(bad)} layers: {name_some(bad, 3)}.")
-        before = [(p, p.requires_grad) for p in params.values()]
-        undo = [lambda: [p.requires_grad_(b) for p,b in before]]
-        for key,p in params.items(): p.requires_grad_(key in learns)
+        parts = {}
+        for layer in off:
+            key = id(layer.params[0]) if layer.rows is not None else None
+            if key in learns: parts[key] = layer
+        _check_can_learn(on, parts.values())
+        before = [(param, param.requires_grad) for param in params.values()]
+        undo = [lambda: [param.requires_grad_(learned) for param,learned in before]]
+        for key,param in params.items(): param.requires_grad_(key in learns)
         for key in parts:
             rows = [layer.rows for layer in off if id(layer.params[0]) == key]
-            undo.append(_FrozenRows(params[key], rows).hooks.remove)
+            frozen = _FrozenRows(params[key], rows)
+            undo.append(frozen.hooks.remove)
         return Handle(*undo)
 
 # %% ../nbs/00_core.ipynb #8d628bd2
@@ -431,7 +481,9 @@ class _FrozenRows:
         self.param = weakref.ref(param)
         self.rows = rows
         self.kept = None
-        self.hooks = Handle(param.register_hook(self.no_grad).remove, around_step(self.before, self.after).remove)
+        gradients = param.register_hook(self.no_grad)
+        steps = around_step(self.before, self.after)
+        self.hooks = Handle(gradients.remove, steps.remove)
     def no_grad(self, g):
         g = g.clone()
         for r in self.rows: g[r] = 0
@@ -439,8 +491,10 @@ class _FrozenRows:
     def held(self, opt):
         "The parameter, if it is alive and this optimizer moves it."
         param = self.param()
-        if param is None and self.hooks not in RETIRED: RETIRED.append(self.hooks)
-        return param if param is not None and id(param) in held_by(opt) else None
+        if param is None:
+            if self.hooks not in RETIRED: RETIRED.append(self.hooks)
+            return None
+        return param if id(param) in held_by(opt) else None
     def before(self, opt):
         param = self.held(opt)
         if param is not None: self.kept = [param.detach()[r].clone() for r in self.rows]
@@ -454,9 +508,18 @@ class _FrozenRows:
 def _cannot_train(layer):
     "Why a layer cannot learn; '' if it can."
     if not layer.params: return layer.computed or 'has no parameter'
-    whole = [p.dtype for p in layer.params if not (p.is_floating_point() or p.is_complex())]
-    return f'holds numbers that have no gradient ({whole[0]})' if whole else ''
+    for param in layer.params:
+        has_gradient = param.is_floating_point() or param.is_complex()
+        if not has_gradient: return f'holds numbers that have no gradient ({param.dtype})'
+    return ''
 
 def _cannot_split(layer):
     "Why a part of a parameter cannot be frozen while the rest learns; '' if it can."
-    return layer.computed or (no_values(layer.param) if not layer.param.is_meta else '')
+    if layer.computed: return layer.computed
+    return '' if layer.param.is_meta else no_values(layer.param)
+
+def _check_can_learn(on, parts):
+    "Raises `OpenTransError` if layers cannot learn, or parts of parameters cannot be frozen alone."
+    bad = [f'{layer.name} {why}' for layer in on if (why := _cannot_train(layer))]
+    bad += [f'{layer.name} {why}' for layer in parts if (why := _cannot_split(layer))]
+    if bad: raise OpenTransError(f"The selection cannot be put on {len(bad)} layers: {name_some(bad, 3)}.")

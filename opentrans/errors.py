@@ -43,7 +43,9 @@ _MANY = 100 # names, more than one would read
 
 def _holders(part, choices):
     "The choices of which a part was given, as `coco` is of `coco_panoptic`."
-    return [choice for choice in choices if len(part) > 2 and part.lower() in choice.lower()]
+    if len(part) <= 2: return []
+    part = part.lower()
+    return [choice for choice in choices if part in choice.lower()]
 
 def unknown(
     kind:str, # What was being looked up, for example `'framework'`
@@ -52,14 +54,16 @@ def unknown(
 )->OpenTransError: # An error to raise
     "The error for a name that is not in a list of names. It lists the choices, or those nearest to it of very many."
     choices = [str(choice) for choice in choices]
-    near = difflib.get_close_matches(str(given)[:200], choices, n=8)
-    holders = [] if near else _holders(str(given)[:200], choices)
-    meant = ' or '.join(f"'{name}'" for name in near[:1] or holders) if len(holders) < 4 else ''
+    text = str(given)[:200]
+    near = difflib.get_close_matches(text, choices, n=8)
+    holders = [] if near else _holders(text, choices)
+    candidates = near[:1] or holders
+    meant = ' or '.join(f"'{name}'" for name in candidates) if len(holders) < 4 else ''
     hint = f' Did you mean {meant}?' if meant else ''
-    told = f"choose one of: {', '.join(choices)}.{hint}"
-    if len(choices) > _MANY:
-        some = near or holders[:8] or choices[:8]
-        told = f"{len(choices):,} are known, such as {', '.join(some)}.{hint}"
+    some = choices if len(choices) <= _MANY else near or holders[:8] or choices[:8]
+    listed = ', '.join(some)
+    told = f"choose one of: {listed}.{hint}"
+    if len(choices) > _MANY: told = f"{len(choices):,} are known, such as {listed}.{hint}"
     return OpenTransError(f"Unknown {kind} '{shorten(given)}'; {told}")
 
 def shorten(
@@ -87,14 +91,16 @@ def is_timms_own(
 )->bool:
     "Is it a name of timm's own models? One with a prefix (`hf-hub:`, `local-dir:`) is fetched, or read from a folder."
     timm = optional('timm', 'dev', 'A model of timm')
-    return isinstance(name, str) and bool(re.fullmatch(r'[\w.-]+', name)) and timm.is_model(name)
+    if not isinstance(name, str) or not re.fullmatch(r'[\w.-]+', name): return False
+    return timm.is_model(name)
 
 def timm_name(
     name:str, # As it was typed
 )->str: # The same
     "A name of timm's own models. Raises `OpenTransError` for any other."
     if is_timms_own(name): return name
-    raise unknown('model of timm', name, importlib.import_module('timm').list_models())
+    timm = importlib.import_module('timm')
+    raise unknown('model of timm', name, timm.list_models())
 
 # %% ../nbs/00_errors.ipynb #630d1c66
 def _is_finite(value):
@@ -106,6 +112,14 @@ def _shown(value):
     "A value in a message. Python refuses to write whole numbers of thousands of digits."
     try: return shorten(repr(value), 60)
     except ValueError: return 'a number of thousands of digits'
+
+def _span(low, high, above, below):
+    "The range of a number in words; '' for all numbers."
+    least = most = ''
+    if low != -math.inf: least = f' above {low:,}' if above else f' from {low:,}'
+    if high != math.inf: most = f' up to, but not including, {high:,}' if below else f' to {high:,}'
+    if least and not most and not above: return f'{least} on'
+    return least + most
 
 def check_number(
     name:str, # What the number is called
@@ -119,17 +133,17 @@ def check_number(
 ): # The same number
     """Check the range of a number. Raises `OpenTransError` for one outside of it, for NaN and infinity, and for
     what is no number, such as a truth value."""
-    number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
-    finite = number and (whole or _is_finite(value))
-    if finite and (value > low if above else value >= low) and (value < high if below else value <= high):
-        return value
-    if above: least = f' above {low:,}'
-    else: least = f' from {low:,} on' if high == math.inf else f' from {low:,}'
-    most = f' up to, but not including, {high:,}' if below else f' to {high:,}'
-    span = ('' if low == -math.inf else least) + ('' if high == math.inf else most)
-    raise OpenTransError(
-        f"{name}={_shown(value)}: it must be a "
-        f"{'whole ' if whole else ''}number{span}.{' ' + advice if advice else ''}")
+    kind = numbers.Integral if whole else numbers.Real
+    is_number = isinstance(value, kind) and not isinstance(value, bool)
+    is_finite = is_number and (whole or _is_finite(value))
+    if is_finite:
+        is_too_small = value <= low if above else value < low
+        is_too_large = value >= high if below else value > high
+        if not is_too_small and not is_too_large: return value
+    of_kind = 'whole number' if whole else 'number'
+    span = _span(low, high, above, below)
+    end = f' {advice}' if advice else ''
+    raise OpenTransError(f"{name}={_shown(value)}: it must be a {of_kind}{span}.{end}")
 
 # %% ../nbs/00_errors.ipynb #58ea9bf8
 def none_if_off(
@@ -137,5 +151,7 @@ def none_if_off(
     *older, # What older files and scripts say for "off"
 ): # The value; None if it is one of these
     "One word for a setting that is off: None, whatever older files say for it."
-    plain = isinstance(value, (str, numbers.Number)) and not isinstance(value, bool)
-    return None if plain and any(type(word) in (int, float, str) and value == word for word in older) else value
+    is_plain = isinstance(value, (str, numbers.Number)) and not isinstance(value, bool)
+    if not is_plain: return value
+    words = [word for word in older if type(word) in (int, float, str)]
+    return None if value in words else value

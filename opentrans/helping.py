@@ -24,13 +24,14 @@ class Param(NamedTuple):
 def _comments(lines, first):
     "Line number -> (the comment, does it stand alone?) of some lines of source."
     found = {}
-    text = '\n'.join(lines) + '\n'
+    source = io.StringIO('\n'.join(lines) + '\n')
     try:
-        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        for token in tokenize.generate_tokens(source.readline):
             if token.type != tokenize.COMMENT: continue
             row,column = token.start
-            alone = not lines[row-1][:column].strip()
-            found[first+row-1] = token.string.lstrip('#').strip(),alone
+            before = lines[row-1][:column]
+            text = token.string.lstrip('#').strip()
+            found[first+row-1] = text,not before.strip()
     except (tokenize.TokenError, IndentationError): pass # a signature without its body is no whole program
     return found
 
@@ -56,7 +57,8 @@ def _arguments(node):
     "The arguments of a function with their defaults, in order, without self and cls."
     spec = node.args
     plain = [*spec.posonlyargs, *spec.args]
-    defaults = [None]*(len(plain)-len(spec.defaults)) + spec.defaults
+    without_default = len(plain)-len(spec.defaults)
+    defaults = [None]*without_default + spec.defaults
     pairs = [*zip(plain, defaults), *zip(spec.kwonlyargs, spec.kw_defaults)]
     if spec.vararg: pairs.append((spec.vararg, None))
     return [(arg, default) for arg,default in pairs if arg.arg not in ('self', 'cls')]
@@ -65,8 +67,10 @@ def _described(node, lines):
     "Parameters of a function, and what it returns, from its source."
     end = max(node.lineno, node.body[0].lineno-1)
     comments = _comments(lines[node.lineno-1:end], node.lineno)
-    params = [Param(arg.arg, _type(arg.annotation), _text(default), _meaning(arg.lineno, comments))
-              for arg,default in _arguments(node)]
+    params = []
+    for arg,default in _arguments(node):
+        meaning = _meaning(arg.lineno, comments)
+        params.append(Param(arg.arg, _type(arg.annotation), _text(default), meaning))
     at = node.returns.end_lineno if node.returns else end
     given = Param('', _type(node.returns), '', _meaning(at, comments))
     return params,given
@@ -75,21 +79,27 @@ def _described(node, lines):
 def _fields(node, lines):
     "Fields of a dataclass, from its source."
     comments = _comments(lines[node.lineno-1:node.end_lineno], node.lineno)
-    found = [part for part in node.body if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)]
-    return [Param(part.target.id, _type(part.annotation), _text(part.value), _meaning(part.lineno, comments))
-            for part in found if not part.target.id.startswith('_')]
+    fields = []
+    for part in node.body:
+        if not isinstance(part, ast.AnnAssign) or not isinstance(part.target, ast.Name): continue
+        name = part.target.id
+        if name.startswith('_'): continue
+        meaning = _meaning(part.lineno, comments)
+        fields.append(Param(name, _type(part.annotation), _text(part.value), meaning))
+    return fields
 
 @lru_cache(maxsize=None)
 def _parsed(file):
     "Of a file of source: its lines, functions by the line that they begin on, and classes by name."
     text = Path(file).read_text(encoding='utf-8')
-    functions,classes = {},{}
+    functions = {}
+    classes = {}
     todo = [ast.parse(text)]
     while todo: # what stands inside a function or an expression has no public name
         node = todo.pop()
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            functions[first] = node
+            lines = [node.lineno, *(decorator.lineno for decorator in node.decorator_list)]
+            functions[min(lines)] = node
             continue
         if isinstance(node, ast.ClassDef): classes[node.name] = node
         todo += [*getattr(node, 'body', ()), *getattr(node, 'orelse', ())]
@@ -106,7 +116,8 @@ def _of_function(function):
     if isinstance(other, FunctionType):
         own = {param.name for param in params}
         shown = inspect.signature(function).parameters
-        params += [param for param in _of_function(other)[0] if param.name in shown and param.name not in own]
+        passed_on,_ = _of_function(other)
+        params += [param for param in passed_on if param.name in shown and param.name not in own]
     return params,given
 
 # %% ../nbs/00_helping.ipynb #35ae11c3
@@ -130,24 +141,29 @@ def _section(title, entries):
 def _entry(param):
     kind = ' : ' + param.kind if param.kind else ''
     default = f', default {param.default}' if param.default else ''
-    head = (param.name + kind if param.name else param.kind or 'result') + default
-    return head + ('\n' + textwrap.indent(textwrap.fill(param.meaning, 92), '    ') if param.meaning else '')
+    name = param.name + kind if param.name else param.kind or 'result'
+    head = name + default
+    if not param.meaning: return head
+    meaning = textwrap.fill(param.meaning, 92)
+    return head + '\n' + textwrap.indent(meaning, '    ')
 
 def _whole(short, params, given=None, example=''):
     "A docstring with sections behind it."
     parts = [inspect.cleandoc(short or '')]
     if params: parts.append(_section('Parameters', map(_entry, params)))
-    if given is not None and (given.meaning or given.kind not in ('', 'None')):
-        parts.append(_section('Returns', [_entry(given)]))
+    gives_something = given is not None and (given.meaning or given.kind not in ('', 'None'))
+    if gives_something: parts.append(_section('Returns', [_entry(given)]))
     if example: parts.append(_section('Example', [example]))
     return '\n\n'.join(part for part in parts if part)
 
 @lru_cache(maxsize=None)
 def examples()->dict[str, str]: # Public name -> lines that begin with `>>>`, and what they print
     "The examples of public names; a test executes them."
-    text = (Path(__file__).parent/'assets'/'examples.txt').read_text(encoding='utf-8')
-    parts = re.split(r'^## *(\S+)\n', text, flags=re.M)[1:]
-    return {name: body.strip() for name,body in zip(parts[::2], parts[1::2])}
+    file = Path(__file__).parent/'assets'/'examples.txt'
+    text = file.read_text(encoding='utf-8')
+    _,*parts = re.split(r'^## *(\S+)\n', text, flags=re.M)
+    names,bodies = parts[::2],parts[1::2]
+    return {name: body.strip() for name,body in zip(names, bodies)}
 
 # %% ../nbs/00_helping.ipynb #16f3450e
 _DONE = set() # what has its sections: objects live as long as the package

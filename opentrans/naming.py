@@ -31,20 +31,44 @@ def name_some(
     n:int=6, # So many of them
 )->str:
     "The first few names, and how many more there are."
-    return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
+    told = ', '.join(names[:n])
+    more = len(names)-n
+    return f'{told} and {more} more' if more > 0 else told
 
 # %% ../nbs/05_naming.ipynb #f5d452fd
+def _prefixes(keys, target):
+    "What stands before a key where a name of the target ends with it."
+    found = set()
+    for key in keys:
+        for name in target:
+            if not name.endswith(key): continue
+            prefix = name.removesuffix(key)
+            if not prefix or prefix.endswith('.'): found.add(prefix)
+    return found
+
+def _placed_under(prefix, keys, target):
+    "Key -> name in the target, of the keys that fit under a prefix by name and shape."
+    placed = {}
+    for key,shape in keys.items():
+        name = prefix+key
+        if name in target and tuple(target[name]) == tuple(shape): placed[key] = name
+    return placed
+
 def candidate_matches(
     keys:dict, # Name -> shape of what is to be placed
     target:dict, # Name -> shape of where it goes
 )->list: # For each of these prefixes, the shortest first: a dict of key -> name in the target
     "The prefixes under which most keys fit by name and shape."
-    prefixes = {t[:-len(k)] for k in keys
-                for t in target if t.endswith(k) and (len(t) == len(k) or t[-len(k)-1] == '.')}
-    found = [{k: p+k for k,s in keys.items() if p+k in target and tuple(target[p+k]) == tuple(s)}
-             for p in sorted(prefixes, key=lambda p: (len(p), p))]
+    prefixes = sorted(_prefixes(keys, target))
+    prefixes.sort(key=len)
+    found = [_placed_under(prefix, keys, target) for prefix in prefixes]
     best = max(map(len, found), default=0)
-    return [f for f in found if len(f) == best > 0]
+    return [placed for placed in found if len(placed) == best > 0]
+
+def _first_match(keys, target):
+    "The first of the `candidate_matches`; empty if there is none."
+    fits = candidate_matches(keys, target)
+    return fits[0] if fits else {}
 
 def unmatched_error(
     keys:dict, # Name -> shape of what was to be placed
@@ -53,13 +77,18 @@ def unmatched_error(
 )->OpenTransError: # An error to raise
     """The error for keys that a model lacks: lists them, with the shapes where only those differ, and what the
     model has."""
-    placed = (candidate_matches(keys, target) or [{}])[0]
-    there = (candidate_matches(dict.fromkeys(keys, ()), dict.fromkeys(target, ())) or [{}])[0] # by name alone
-    lost = [k + (f" {tuple(s)}" if s else '') + (f" (there {tuple(target[there[k]])})" if k in there else '')
-            for k,s in keys.items() if k not in placed]
+    placed = _first_match(keys, target)
+    by_name = _first_match(dict.fromkeys(keys, ()), dict.fromkeys(target, ()))
+    lost = []
+    for key,shape in keys.items():
+        if key in placed: continue
+        own_shape = f" {tuple(shape)}" if shape else ''
+        shape_there = f" (there {tuple(target[by_name[key]])})" if key in by_name else ''
+        lost.append(key + own_shape + shape_there)
+    there = name_some(list(target))
     return OpenTransError(
         f"{len(lost)} of {len(keys)} {what} have no partner of that name and shape in the model: "
-        f"{name_some(lost)}. The model has: {name_some(list(target))}. Was this made for another backbone?")
+        f"{name_some(lost)}. The model has: {there}. Was this made for another backbone?")
 
 def unique_match(
     fits:list, # Equally good ways to place the same keys, as `candidate_matches` gives them
@@ -69,10 +98,12 @@ def unique_match(
 )->dict: # The one way
     """The one place where keys fit. Raises `OpenTransError` if there are several: an exact name does not win over
     the same name further in."""
-    if len({tuple(same(f[k]) for k in sorted(f)) for f in fits}) > 1:
+    places = {tuple(same(fit[key]) for key in sorted(fit)) for fit in fits}
+    if len(places) > 1:
+        first_places = [show(next(iter(fit.values()))) for fit in fits]
         raise OpenTransError(
             f"The {what} fit {len(fits)} places of the model equally well, at "
-            f"{name_some([show(next(iter(f.values()))) for f in fits], 4)}. Pass the sub-module that is meant.")
+            f"{name_some(first_places, 4)}. Pass the sub-module that is meant.")
     return fits[0]
 
 def match_names(
@@ -86,7 +117,8 @@ def match_names(
     than one."""
     if not keys: return {}
     fits = candidate_matches(keys, target)
-    if not fits or (strict and len(fits[0]) < len(keys)): raise unmatched_error(keys, target, what)
+    if not fits: raise unmatched_error(keys, target, what)
+    if strict and len(fits[0]) < len(keys): raise unmatched_error(keys, target, what)
     return unique_match(fits, what, same)
 
 # %% ../nbs/05_naming.ipynb #4d9c9550
@@ -104,18 +136,23 @@ def find_names(
 )->dict: # Name -> name that is there
     """Names as they are written if all of them are there, else under the one prefix where all of them are. Raises
     `OpenTransError`."""
-    bare,there = {n: clean_name(n) for n in names},dict.fromkeys(there, ())
-    if all(n in there for n in bare.values()): return bare
-    fits = match_names(dict.fromkeys(bare.values(), ()), there, what)
-    return {n: fits[b] for n,b in bare.items()}
+    bare = {name: clean_name(name) for name in names}
+    there = dict.fromkeys(there, ())
+    if all(name in there for name in bare.values()): return bare
+    wanted = dict.fromkeys(bare.values(), ())
+    fits = match_names(wanted, there, what)
+    return {written: fits[name] for written,name in bare.items()}
 
 def inside(
     name:str, # Name of a layer
     modules:Iterable[str], # Names of modules, their paths, or patterns of whole names such as `'layer4.*'`
 )->bool:
     "Does a layer lie under one of some modules, wherever they stand, or match a pattern as a whole?"
-    parts = name.split('.')[:-1]
-    return any(m in parts or name.startswith(f'{m}.') or match_pattern(name, m) for m in modules)
+    parents = name.split('.')[:-1]
+    for module in modules:
+        if module in parents or name.startswith(f'{module}.'): return True
+        if match_pattern(name, module): return True
+    return False
 
 # %% ../nbs/05_naming.ipynb #a71449e4
 # library -> rules (its spelling, open_clip's), each for the end of a name; families of towers put theirs here
@@ -128,36 +165,54 @@ def common_name(
     base,part = re.fullmatch(r'(.*?)(\[[qkv]\])?', name, re.S).groups()
     for rules in SPELLINGS.values():
         for pattern,to in rules:
-            new,n = re.subn(rf'(?:^|(?<=\.)){pattern}$', to, base)
-            if n: return new+(part or '')
+            at_the_end = rf'(?:^|(?<=\.)){pattern}$'
+            renamed,count = re.subn(at_the_end, to, base)
+            if count: return renamed + (part or '')
     return name
 
 # %% ../nbs/05_naming.ipynb #49e9c058
 def weight_slots(shapes:Mapping[str, Sequence[int]], rename:Callable[[str], str]=lambda n: n):
     """Where a layer can be: every parameter, and the thirds of those that may be packed. Name -> (parameter, rows
     or None, shape)."""
-    res,twice = {},set()
+    slots = {}
+    twice = set()
+
     def put(name, slot):
-        if name in res: twice.add(name)
-        res[name] = slot
-    for n,s in shapes.items():
-        c,s = rename(clean_name(n)),tuple(s)
-        put(c, (n, None, s))
-        if len(s) == 2 and s[0] == 3*s[1]:
-            for i,p in enumerate('qkv'): put(f'{c}[{p}]', (n, slice(i*s[1], (i+1)*s[1]), (s[1], s[1])))
-    return {n: v for n,v in res.items() if n not in twice}        # a name that two parameters claim is nobody's
+        if name in slots: twice.add(name)
+        slots[name] = slot
+
+    for parameter,shape in shapes.items():
+        name = rename(clean_name(parameter))
+        shape = tuple(shape)
+        put(name, (parameter, None, shape))
+        if len(shape) != 2: continue
+        height,width = shape
+        if height != 3*width: continue
+        for i,part in enumerate('qkv'):
+            rows = slice(i*width, (i+1)*width)
+            put(f'{name}[{part}]', (parameter, rows, (width, width)))
+    return {name: slot for name,slot in slots.items() if name not in twice} # what two parameters claim is nobody's
+
+def _share_a_prefix(names):
+    "Have all names the same part before their first dot, and all of them a dot?"
+    stems = [name.split('[')[0] for name in names]
+    if not all('.' in stem for stem in stems): return False
+    firsts = {stem.partition('.')[0] for stem in stems}
+    return len(firsts) == 1
 
 def _spellings(keys, shapes):
     """Ways to look for the keys: as they are; in open_clip's spelling; that without a prefix of their own
     (`trunk.`); without `module.` anywhere. Yields (key as written -> key, slots)."""
-    yield {k: k for k in keys},weight_slots(shapes)
-    slots,names = weight_slots(shapes, common_name),{k: common_name(k) for k in keys}
+    as_they_are = {key: key for key in keys}
+    yield as_they_are,weight_slots(shapes)
+    slots = weight_slots(shapes, common_name)
+    names = {key: common_name(key) for key in keys}
     yield names,slots
-    while (len({n.partition('.')[0] for n in names.values()}) == 1
-           and all('.' in n.split('[')[0] for n in names.values())):
-        names = {k: n.partition('.')[2] for k,n in names.items()}
+    while _share_a_prefix(names.values()):
+        names = {key: name.partition('.')[2] for key,name in names.items()}
         yield names,slots
-    yield {k: _without_module(k) for k in keys},weight_slots(shapes, _without_module)
+    without = {key: _without_module(key) for key in keys}
+    yield without,weight_slots(shapes, _without_module)
 
 def _without_module(name):
     "A name without the parts that data parallelism adds; in a file, nobody knows whether they are its own."
@@ -168,25 +223,72 @@ def tell_reasons(whys:Mapping[str, str], n:int=3):
     "Layers and reasons as one text; layers with the same reason are counted."
     alike = {}
     for name,why in whys.items(): alike.setdefault(why, []).append(name)
-    told = [f"{names[0]} {why}{f' (and {len(names)-1} more)' if len(names) > 1 else ''}"
-            for why,names in alike.items()]
-    return '; '.join(told[:n]) + (f'; and {len(told)-n} more' if len(told) > n else '')
+    told = []
+    for why,names in alike.items():
+        others = len(names)-1
+        told.append(f'{names[0]} {why} (and {others} more)' if others else f'{names[0]} {why}')
+    text = '; '.join(told[:n])
+    more = len(told)-n
+    return f'{text}; and {more} more' if more > 0 else text
+
+def _ends_of_parts(key):
+    "How the names of the parts of a weight end."
+    stem,_,last = f'.{key}'.rpartition('.')
+    originals = [f'{stem}.parametrizations.{last}.original{i}' for i in ('', 0, 1)]
+    older = [f'.{key}_{i}' for i in ('g', 'v', 'orig')]
+    return tuple(originals + older)
 
 def _apart(keys, names):
     """Name -> reason of layers whose weight is kept in parts there: by `weight_norm`, `spectral_norm`, pruning, a
     parametrization."""
-    res,names = {},{n: f'.{clean_name(n)}' for n in names}
-    for key in (k.split('[')[0] for k in keys):
-        stem,_,last = f'.{key}'.rpartition('.')
-        ends = ([f'{stem}.parametrizations.{last}.original{i}' for i in ('', 0, 1)]
-                + [f'.{key}_{i}' for i in ('g', 'v', 'orig')])
-        parts = [n for n,dotted in names.items() if dotted.endswith(tuple(ends))]
-        if parts:
-            res[
-                key] = f"is computed from {', '.join(parts[:2])}: end the parametrization before the weights are saved"
-    return res
+    whys = {}
+    dotted_names = {name: f'.{clean_name(name)}' for name in names}
+    for key in keys:
+        key = key.split('[')[0]
+        ends = _ends_of_parts(key)
+        parts = [name for name,dotted in dotted_names.items() if dotted.endswith(ends)]
+        if not parts: continue
+        some_parts = ', '.join(parts[:2])
+        whys[key] = f"is computed from {some_parts}: end the parametrization before the weights are saved"
+    return whys
 
 # %% ../nbs/05_naming.ipynb #0c218976
+def _shapes_of(slots):
+    "Name -> shape, of what `weight_slots` gives."
+    return {name: shape for name,(_,_,shape) in slots.items()}
+
+def _best_slots(keys, shapes):
+    "The equally good ways to place most keys, in the first spelling that does: dicts of key -> (parameter, rows)."
+    best = []
+    most = 0
+    for names,slots in _spellings(keys, shapes):
+        keys_by_name = {name: key for key,name in names.items()}
+        shapes_by_name = {name: keys[key] for name,key in keys_by_name.items()}
+        fits = candidate_matches(shapes_by_name, _shapes_of(slots))
+        count = len(fits[0]) if fits else 0
+        if count > most:
+            most = count
+            best = [_slots_of(fit, keys_by_name, slots) for fit in fits]
+        if most == len(keys): break
+    return best
+
+def _slots_of(fit, keys_by_name, slots):
+    "Key -> (parameter, rows) of names that were matched."
+    found = {}
+    for name,place in fit.items():
+        parameter,rows,_ = slots[place]
+        found[keys_by_name[name]] = (parameter, rows)
+    return found
+
+def _no_slots_error(keys, shapes):
+    "The error for layers of a mask that are not among the parameters."
+    apart = _apart(keys, shapes)
+    if apart:
+        return OpenTransError(
+            f"{len(apart)} of {len(keys)} layers of the mask are no tensors there: {tell_reasons(apart)}.")
+    there = _shapes_of(weight_slots(shapes))
+    return unmatched_error(keys, there, 'layers of the mask')
+
 def match_weights(
     keys:Mapping[str, Sequence[int]], # Name -> shape
     shapes:Mapping[str, Sequence[int]], # Parameter -> shape
@@ -195,18 +297,8 @@ def match_weights(
 ): # Key -> (parameter, rows or None)
     """The one place where the keys fit, by the rule of `match_names` in each spelling. Raises `OpenTransError` if
     there is none, or more than one."""
-    best = []
-    for names,slots in _spellings(keys, shapes):
-        back,there = {n: k for k,n in names.items()},{n: s for n,(_,_,s) in slots.items()}
-        fits = [{back[n]: slots[t][:2] for n,t in f.items()}
-                for f in candidate_matches({n: keys[k] for n,k in back.items()}, there)]
-        if fits and (not best or len(fits[0]) > len(best[0])): best = fits
-        if best and len(best[0]) == len(keys): break
-    if not best or (strict and len(best[0]) < len(keys)):
-        apart = _apart(keys, shapes)
-        if apart:
-            raise OpenTransError(
-                f"{len(apart)} of {len(keys)} layers of the mask are no tensors there: {tell_reasons(apart)}.")
-        raise unmatched_error(keys, {n: s for n,(_,_,s) in weight_slots(shapes).items()}, 'layers of the mask')
-    hit = unique_match(best, 'layers of the mask', lambda slot: same(slot[0]), lambda slot: slot[0])
-    return {k: hit[k] for k in keys if k in hit}
+    best = _best_slots(keys, shapes)
+    if not best: raise _no_slots_error(keys, shapes)
+    if strict and len(best[0]) < len(keys): raise _no_slots_error(keys, shapes)
+    slot_of = unique_match(best, 'layers of the mask', lambda slot: same(slot[0]), lambda slot: slot[0])
+    return {key: slot_of[key] for key in keys if key in slot_of}

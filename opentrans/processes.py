@@ -21,12 +21,13 @@ from .runtime import Handle
 def world_size()->int:
     "How many processes a launcher says there are."
     # accelerate launch, torchrun; several kinds of mpirun
-    return max(int(os.environ.get(k, 1))
-               for k in ('WORLD_SIZE', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE'))
+    names = ('WORLD_SIZE', 'PMI_SIZE', 'OMPI_COMM_WORLD_SIZE', 'MV2_COMM_WORLD_SIZE')
+    return max(int(os.environ.get(name, 1)) for name in names)
 
 def group_size()->int:
     "How many processes are in torch's group; 1 if there is none."
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    has_group = dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if has_group else 1
 
 # %% ../nbs/00_processes.ipynb #ab8bf43b
 class Group:
@@ -72,9 +73,10 @@ class Group:
     def same(self, value:Any, what:str)->None:
         "Raises `OpenTransError` if not every process has the same `value`."
         seen = self.every(value)
-        if any(v != seen[0] for v in seen):
+        if any(other != seen[0] for other in seen):
+            some = ', '.join(map(str, seen[:4]))
             raise OpenTransError(
-                f"The {self.n} processes have different {what}: {', '.join(map(str, seen[:4]))}. Give all of them "
+                f"The {self.n} processes have different {what}: {some}. Give all of them "
                 f"the same files, on a file system that all machines see.")
 
 # %% ../nbs/00_processes.ipynb #b526d1eb
@@ -90,17 +92,19 @@ class Processes(Group):
         self.device: torch.device|None = None
         self.accelerator: Any = None
         if self.n == 1: return
-        if device is not None and torch.device(device).index is not None:
+        asked = None if device is None else torch.device(device)
+        if asked is not None and asked.index is not None:
             raise OpenTransError(
                 f"device='{device}': each of the {self.n} processes has a device of its own. Leave it out, or name "
                 f"only the kind, e.g. 'cuda'.")
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState
         told = None if AcceleratorState._shared_state else 'no' # precision is the recipe's
-        self.accelerator = Accelerator(cpu=device is not None and torch.device(device).type == 'cpu',
-                                       mixed_precision=told,
-                                       kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-        self.rank,self.device = self.accelerator.process_index,self.accelerator.device
+        on_cpu = asked is not None and asked.type == 'cpu'
+        wrapping = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(cpu=on_cpu, mixed_precision=told, kwargs_handlers=[wrapping])
+        self.rank = self.accelerator.process_index
+        self.device = self.accelerator.device
 
     def sum(self, x:torch.Tensor)->torch.Tensor:
         "The sum of a tensor over all processes."
@@ -108,12 +112,15 @@ class Processes(Group):
 
     def mean(self, values:list[float])->list[float]:
         "The mean of each number over all processes."
-        return values if self.n == 1 else (self.sum(torch.tensor(values, dtype=torch.float64))/self.n).tolist()
+        if self.n == 1: return values
+        own = torch.tensor(values, dtype=torch.float64)
+        return (self.sum(own)/self.n).tolist()
 
     def first(self, number:int)->int:
         "The whole number that the first process has."
         if self.n == 1: return number
-        return int(self.sum(torch.tensor(number if self.main else 0)))
+        own = torch.tensor(number if self.main else 0)
+        return int(self.sum(own))
 
     def lock(self,
         folder:str|Path|None, # Of a run
@@ -134,8 +141,9 @@ class Processes(Group):
         parts = [torch.empty_like(own) for _ in counts]
         dist.all_gather(parts, own)
         live = _Times.apply(rows, self.n) if rows.requires_grad else rows
-        return torch.cat([live if i == self.rank else part[:count]
-                          for i,(part,count) in enumerate(zip(parts, counts))])
+        of_all = [part[:count] for part,count in zip(parts, counts)]
+        of_all[self.rank] = live
+        return torch.cat(of_all)
 
     def shard(self, order:Any)->Any: # A sampler of batches
         """The part of each batch of indices that is this process's. Raises `OpenTransError` if batches cannot be
@@ -183,11 +191,14 @@ class _Times(torch.autograd.Function):
 # %% ../nbs/00_processes.ipynb #28bdbe01
 def _channel(x): return [1, -1, *[1]*(x.ndim-2)] # the shape of a number for each channel
 
+def _but_channels(x): return [axis for axis in range(x.ndim) if axis != 1]
+
 def _moments(x):
     """Mean and variance of each channel over all processes, and the number of values a channel. Raises
     `OpenTransError` if that is 1."""
-    variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
-    own = torch.stack([mean, variance, torch.full_like(mean, x.numel()//x.shape[1])])
+    variance, mean = torch.var_mean(x, _but_channels(x), correction=0)
+    count = torch.full_like(mean, x.numel()//x.shape[1])
+    own = torch.stack([mean, variance, count])
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, own)
     means, variances, counts = torch.stack(parts, 1)
@@ -198,7 +209,8 @@ def _moments(x):
             "them.")
     share = counts/total
     mean = (share*means).sum(0)
-    return mean, (share*(variances + (means-mean)**2)).sum(0), total
+    variance = (share*(variances + (means-mean)**2)).sum(0)
+    return mean, variance, total
 
 # %% ../nbs/00_processes.ipynb #2248f59e
 class _NormOfAll(torch.autograd.Function):
@@ -209,18 +221,22 @@ class _NormOfAll(torch.autograd.Function):
         inverse = (variance+eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, inverse, total)
         scale = inverse*weight
-        return torch.addcmul((bias-mean*scale).view(_channel(x)), x, scale.view(_channel(x)))
+        shape = _channel(x)
+        return torch.addcmul((bias-mean*scale).view(shape), x, scale.view(shape))
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, mean, inverse, total = ctx.saved_tensors
-        shape, dims = _channel(x), [d for d in range(x.ndim) if d != 1]
+        shape = _channel(x)
+        axes = _but_channels(x)
         normal = (x-mean.view(shape)).mul_(inverse.view(shape))
-        own = torch.stack([grad.sum(dims), (grad*normal).sum(dims)])
+        own = torch.stack([grad.sum(axes), (grad*normal).sum(axes)])
         both = own.clone()
         dist.all_reduce(both)
         plain, along = both/total
-        back = (grad - plain.view(shape)).sub_(normal.mul_(along.view(shape))).mul_((inverse*weight).view(shape))
+        back = grad - plain.view(shape)
+        back.sub_(normal.mul_(along.view(shape)))
+        back.mul_((inverse*weight).view(shape))
         return back, own[1], own[0], None, None, None, None
 
 # %% ../nbs/00_processes.ipynb #e86b6580
@@ -250,15 +266,22 @@ class _Loss(nn.Module):
 
 def _places_of(model, kind):
     "Where the modules of a class are in a model: (parent, name in it, module)."
-    return [(parent, name, child) for parent in model.modules() for name,child in parent.named_children()
-            if type(child) is kind]
+    places = []
+    for parent in model.modules():
+        for name,child in parent.named_children():
+            if type(child) is kind: places.append((parent, name, child))
+    return places
 
 # %% ../nbs/00_processes.ipynb #6d137433
 def _part(batch, i, n):
     "The i-th of n parts of a batch."
     size = len(batch['images'])
     cut = slice(i*size//n, (i+1)*size//n)
-    return {k: v[cut] if isinstance(v, (torch.Tensor, list)) and len(v) == size else v for k,v in batch.items()}
+    part = {}
+    for name,value in batch.items():
+        is_of_images = isinstance(value, (torch.Tensor, list)) and len(value) == size
+        part[name] = value[cut] if is_of_images else value
+    return part
 
 # %% ../nbs/00_processes.ipynb #dc050051
 def train_step(
@@ -276,20 +299,24 @@ def train_step(
     hold_back = getattr(framework, 'no_sync', contextlib.nullcontext)
     parts = min(recipe.accumulate, len(batch['images']))
     precision = dict(bf16=torch.bfloat16, fp16=torch.float16).get(recipe.precision)
+    device = batch['images'].device.type
+    is_mixed = precision is not None
     sums = {}
     for i in range(parts):
         # gradients are averaged over processes once, with the last part
         with hold_back() if i < parts-1 else contextlib.nullcontext():
-            with torch.autocast(batch['images'].device.type, precision, enabled=precision is not None):
+            with torch.autocast(device, precision, enabled=is_mixed):
                 terms = losses(batch if parts == 1 else _part(batch, i, parts))
             total = sum(terms.values())/parts
-            values = mean(torch.stack([term.detach().float() for term in terms.values()]).tolist())
+            own_values = torch.stack([term.detach().float() for term in terms.values()])
+            values = mean(own_values.tolist())
             for name,value in zip(terms, values): sums[name] = sums.get(name, 0.) + value/parts
             if not all(map(math.isfinite, values)): return sums
             (scaler.scale(total) if scaler else total).backward()
     if recipe.clip_grad:
         if scaler: scaler.unscale_(opt)
-        norm = nn.utils.clip_grad_norm_([p for g in opt.param_groups for p in g['params']], recipe.clip_grad)
+        params = [param for group in opt.param_groups for param in group['params']]
+        norm = nn.utils.clip_grad_norm_(params, recipe.clip_grad)
         sums = dict(sums, grad_norm=float(norm))
     if scaler:
         scaler.step(opt)

@@ -62,11 +62,12 @@ def after_step(
     watch:dict, # Parameter -> function of the optimizer, called after each step of one that holds the parameter
 ): # A handle with `.remove()`
     "Do something to parameters after every optimizer step that may have moved them. It does not keep them alive."
-    seen = [(weakref.ref(p), f) for p,f in watch.items()]
+    seen = [(weakref.ref(param), act) for param,act in watch.items()]
     def after(opt):
-        held,alive = held_by(opt),[(ref, f) for ref,f in seen if ref() is not None]
-        for ref,f in alive:
-            if id(ref()) in held: f(opt)
+        held = held_by(opt)
+        alive = [(ref, act) for ref,act in seen if ref() is not None]
+        for ref,act in alive:
+            if id(ref()) in held: act(opt)
         if not alive and handle not in RETIRED: RETIRED.append(handle)
     handle = around_step(None, after)
     return handle
@@ -79,13 +80,13 @@ def signal_handlers(
 ):
     """Signals go to a handler inside the block. One that is ignored stays so, and a thread other than the main one,
     which may not set handlers, changes nothing."""
-    before = ({n: signal.getsignal(n) for n in signals} if threading.current_thread() is threading.main_thread()
-              else {})
-    for n,h in before.items():
-        if h is not signal.SIG_IGN: signal.signal(n, handler)
+    may_set = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in signals} if may_set else {}
+    for number,old in before.items():
+        if old is not signal.SIG_IGN: signal.signal(number, handler)
     try: yield
     finally:
-        for n,h in before.items(): signal.signal(n, h or signal.SIG_DFL)
+        for number,old in before.items(): signal.signal(number, old or signal.SIG_DFL)
 
 # %% ../nbs/00_runtime.ipynb #f02ae807
 @contextlib.contextmanager
@@ -93,12 +94,12 @@ def eval_mode(
     *models, # Any modules
 ):
     "Evaluation mode and no gradients inside the block; afterwards every module is in the mode it was in."
-    modes = [(m, m.training) for model in models for m in model.modules()]
+    modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models: model.eval()
     try:
         with torch.no_grad(): yield
     finally:
-        for m,t in modes: m.training = t
+        for module,trains in modes: module.training = trains
 
 # %% ../nbs/00_runtime.ipynb #6a0c7e11
 @contextlib.contextmanager
@@ -125,7 +126,8 @@ def usual_start_method():
     """Let a process that another one has begun begin its own as the one of a terminal does. After 'spawn' or
     'forkserver' it would begin all of them so, and each would import everything anew."""
     if multiprocessing.parent_process() is None: return
-    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+    usual = multiprocessing.get_all_start_methods()[0]
+    multiprocessing.set_start_method(usual, force=True)
 
 # %% ../nbs/00_runtime.ipynb #06059c19
 def seed_everything(
@@ -144,14 +146,16 @@ def seeded(
     if seed is None:
         yield
         return
-    state = random.getstate(),np.random.get_state(),torch.get_rng_state()
+    of_python = random.getstate()
+    of_numpy = np.random.get_state()
+    of_torch = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     seed_everything(seed)
     try: yield
     finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        torch.set_rng_state(of_torch)
         if cuda: torch.cuda.set_rng_state_all(cuda)
 
 # %% ../nbs/00_runtime.ipynb #c9ac67ae
@@ -164,10 +168,11 @@ def pick_device(
     try: dev = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as e:
         raise unknown('device', device, ['cpu', 'cuda', 'cuda:0', 'mps']) from e
-    if dev.type == 'cuda' and (dev.index or 0) >= torch.cuda.device_count():
-        raise OpenTransError(
-            f"Device '{device}' is not there: torch sees {torch.cuda.device_count()} CUDA devices. Use --device "
-            f"cpu.")
+    if dev.type == 'cuda':
+        count = torch.cuda.device_count()
+        if (dev.index or 0) >= count:
+            raise OpenTransError(
+                f"Device '{device}' is not there: torch sees {count} CUDA devices. Use --device cpu.")
     try: torch.zeros(1, device=dev).item()
     except Exception as e: # each kind of device is missing in its own way
         raise OpenTransError(
@@ -178,14 +183,19 @@ def device_of(model:nn.Module)->torch.device:
     "Where a model's parameters are (CPU if it has none)."
     return next((p.device for p in model.parameters()), torch.device('cpu'))
 
+def _is_plain(tensor):
+    "Is it an ordinary tensor on the CPU, in 32 bits or of whole numbers?"
+    if type(tensor) not in (nn.Parameter, torch.Tensor): return False
+    if tensor.device.type != 'cpu': return False
+    return tensor.dtype == torch.float32 or not tensor.is_floating_point()
+
 def is_small(
     model:nn.Module, # Of any kind
 )->bool: # Are there less than 10^7 plain weights in 32 bits on the CPU?
     "Does a forward pass take less time than one without numbers, in which each operation costs the same?"
     held = [*model.parameters(), *model.buffers()]
-    plain = all(type(p) in (nn.Parameter, torch.Tensor) and p.device.type == 'cpu'
-                and (p.dtype == torch.float32 or not p.is_floating_point()) for p in held)
-    return plain and sum(p.numel() for p in held) < 10**7
+    if not all(_is_plain(tensor) for tensor in held): return False
+    return sum(tensor.numel() for tensor in held) < 10**7
 
 def to_device(
     x:Any, # A batch: tensors, and lists, tuples and dicts of them; anything else stays as it is
@@ -193,7 +203,8 @@ def to_device(
 ): # The same, there
     "Move a batch."
     from accelerate.utils import send_to_device
-    return send_to_device(x, device, non_blocking=torch.device(device).type == 'cuda')
+    to_gpu = torch.device(device).type == 'cuda'
+    return send_to_device(x, device, non_blocking=to_gpu)
 
 # %% ../nbs/00_runtime.ipynb #4e008153
 def check_images(
@@ -205,29 +216,35 @@ def check_images(
             "The images hold bytes of 0 to 255 (torch.uint8). Give floats: images.float()/255, and normalise them "
             "as the model wants.")
 
+def _check_classes(labels, count):
+    "Raises `OpenTransError` for a label that is none of `count` classes, nor -100."
+    is_odd = (labels < 0) | (labels >= count)
+    odd = labels[is_odd & (labels != -100)]
+    if len(odd):
+        raise OpenTransError(
+            f"Labels of no class, such as {int(odd[0])}: the model has {count} classes, 0 to "
+            f"{count-1}. Use -100 for what is to be left out.")
+
 def label_loss_of(
     output:torch.Tensor, # (B,K) or (B,K,...) scores of K classes
     labels:torch.Tensor, # (B,) or (B,...) classes, of any type of whole numbers; -100 is left out
 )->torch.Tensor: # A scalar
     "Cross-entropy with labels. Raises `OpenTransError` for labels of another number or of no class."
-    if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
-        if isinstance(labels, torch.Tensor) and labels.shape == output.shape:
-            return nn.functional.cross_entropy(output, labels)
-        raise OpenTransError(
-            f"Labels must be a tensor of whole numbers, not {getattr(labels, 'dtype', type(labels).__name__)}.")
+    is_tensor = isinstance(labels, torch.Tensor)
+    if not is_tensor or labels.is_floating_point():
+        if is_tensor and labels.shape == output.shape: return nn.functional.cross_entropy(output, labels)
+        kind = getattr(labels, 'dtype', type(labels).__name__)
+        raise OpenTransError(f"Labels must be a tensor of whole numbers, not {kind}.")
     if output.ndim < 2:
         raise OpenTransError(
             f"The outputs are {tuple(output.shape)}: cross-entropy needs (B, K), a score for each of K classes.")
-    labels, wanted = labels.long(), output.shape[:1] + output.shape[2:]
+    labels = labels.long()
+    wanted = output.shape[:1] + output.shape[2:]
     if labels.shape != wanted:
         raise OpenTransError(
             f"The labels are {tuple(labels.shape)}, the outputs {tuple(output.shape)}: give labels of "
             f"{tuple(wanted)}.")
-    odd = labels[((labels < 0) | (labels >= output.shape[1])) & (labels != -100)]
-    if len(odd):
-        raise OpenTransError(
-            f"Labels of no class, such as {int(odd[0])}: the model has {output.shape[1]} classes, 0 to "
-            f"{output.shape[1]-1}. Use -100 for what is to be left out.")
+    _check_classes(labels, output.shape[1])
     return nn.functional.cross_entropy(output, labels)
 
 # %% ../nbs/00_runtime.ipynb #7c1b0002
@@ -252,7 +269,10 @@ class _Lines:
     "An iterable that tells a log how far it is, by a line a minute."
     disable = True # there is no bar
 
-    def __init__(self, it, desc, total): self.it,self.desc,self.total = it,desc,total
+    def __init__(self, it, desc, total):
+        self.it = it
+        self.desc = desc
+        self.total = total
     def __len__(self): return len(self.it)
 
     def line(self, done, seconds):
@@ -260,7 +280,8 @@ class _Lines:
         total = self.total
         if total is None and hasattr(self.it, '__len__'): total = len(self.it)
         if total is None: return f'{self.desc}: {done:,} done'
-        return f'{self.desc}: {done:,} of {total:,}, {time_left(seconds/done*(total-done))} left'
+        rest = time_left(seconds/done*(total-done))
+        return f'{self.desc}: {done:,} of {total:,}, {rest} left'
 
     def __iter__(self):
         import sys, time
@@ -316,24 +337,29 @@ def figure_png(
 # %% ../nbs/00_runtime.ipynb #e8263ee0
 def _free(centres, size, others):
     "At which of some centres (...,2) is a box clear of all others (n,4: centre and size)?"
-    apart = np.abs(centres[...,None,:]-others[:,:2]) >= (size+others[:,2:])/2
+    distances = np.abs(centres[...,None,:]-others[:,:2])
+    apart = distances >= (size+others[:,2:])/2
     return apart.any(-1).all(-1)
 
 def _around(point, size, unit):
     "Centres of a box beside a point, from near to far; a unit is a typographic point in pixels."
     angles = np.arange(.25, 2.25, .125)*np.pi
     turns = np.stack([np.cos(angles), np.sin(angles)], -1).round(6)
-    reach = np.array([4, 9, 15, 22, 30, 40, 52, 66, 82, 100, 125, 150])[:,None,None]*unit
-    return (point+turns*reach+np.sign(turns)*size/2).reshape(-1, 2)
+    steps = np.array([4, 9, 15, 22, 30, 40, 52, 66, 82, 100, 125, 150])
+    reach = steps[:,None,None]*unit
+    centres = point+turns*reach+np.sign(turns)*size/2
+    return centres.reshape(-1, 2)
 
 def _lines_to(point, centres, size):
     "Points of the straight lines (k,20,2) from a point to boxes around some centres."
     ends = np.clip(point, centres-size/2, centres+size/2)
-    return point+(ends-point)[:,None]*np.linspace(.1, 1, 20)[:,None]
+    shares = np.linspace(.1, 1, 20)[:,None]
+    return point+(ends-point)[:,None]*shares
 
 def _arrange(ax, texts, lines, places, renderer):
     "Move each text to where it finds room, and hide those that find none."
-    unit,back = ax.figure.dpi/72,ax.transData.inverted().transform
+    unit = ax.figure.dpi/72
+    back = ax.transData.inverted().transform
     low,high = ax.bbox.get_points()+[[unit], [-unit]]
     points = [ax.transData.transform(place) for place in places]
     dots = np.array([[*mine[0], 6*unit, 6*unit] for mine in points if lines]).reshape(-1, 4)
@@ -341,17 +367,22 @@ def _arrange(ax, texts, lines, places, renderer):
     for i,(text,mine) in enumerate(zip(texts, points)):
         text.set_visible(True) # what is hidden has no size
         size = text.get_window_extent(renderer).size + 2*unit
-        centres = np.clip(_around(mine[0], size, unit) if lines else mine, low+size/2, high-size/2)
-        free = _free(centres, size, np.r_[dots, boxes, wires]) & (size <= high-low).all()
+        centres = _around(mine[0], size, unit) if lines else mine
+        centres = np.clip(centres, low+size/2, high-size/2)
+        is_free = _free(centres, size, np.r_[dots, boxes, wires]) & (size <= high-low).all()
         paths = _lines_to(mine[0], centres, size)
-        if lines: free &= _free(paths, unit, np.r_[np.delete(dots, i, 0), boxes]).all(-1)
-        for artist in (text, *lines[i:i+1]): artist.set_visible(free.any())
-        if not free.any(): continue
-        k = free.argmax()
-        text.set_position(back(centres[k]))
-        for line in lines[i:i+1]: line.set_data(*back([mine[0], paths[k,-1]]).T)
-        boxes = np.r_[boxes, [[*centres[k], *size]]]
-        if lines: wires = np.r_[wires, np.c_[paths[k], np.full_like(paths[k], unit)]]
+        if lines:
+            in_the_way = np.r_[np.delete(dots, i, 0), boxes]
+            is_free &= _free(paths, unit, in_the_way).all(-1)
+        own_line = lines[i:i+1]
+        for artist in (text, *own_line): artist.set_visible(is_free.any())
+        if not is_free.any(): continue
+        first = is_free.argmax()
+        path = paths[first]
+        text.set_position(back(centres[first]))
+        for line in own_line: line.set_data(*back([mine[0], path[-1]]).T)
+        boxes = np.r_[boxes, [[*centres[first], *size]]]
+        if lines: wires = np.r_[wires, np.c_[path, np.full_like(path, unit)]]
 
 # %% ../nbs/00_runtime.ipynb #6dfb24b2
 def write_names(
@@ -364,10 +395,12 @@ def write_names(
     "Write names into a plot so that none meets another or the edge; one that finds no room is not shown."
     from matplotlib.artist import Artist
     from matplotlib.lines import Line2D
-    texts = [ax.text(*place[0], name, **dict(fontsize=9, ha='center', va='center', clip_on=True) | kwargs)
-             for name,place in zip(names, places)]
-    lines = [ax.add_line(Line2D(*np.transpose(place[:1]), color='gray', lw=.6, zorder=1))
-             for place in places if beside]
+    style = dict(fontsize=9, ha='center', va='center', clip_on=True) | kwargs
+    texts = [ax.text(*place[0], name, **style) for name,place in zip(names, places)]
+    lines = []
+    for place in places if beside else ():
+        line = Line2D(*np.transpose(place[:1]), color='gray', lw=.6, zorder=1)
+        lines.append(ax.add_line(line))
     arranger = Artist()
     arranger.draw = partial(_arrange, ax, texts, lines, places)
     arranger.set_zorder(-1) # before all else
@@ -381,7 +414,7 @@ def stored_result(
 ): # What the JSON file holds, or None
     "A result that lies in the repository around the working directory; where it does not, a line says so."
     here = Path.cwd()
-    file = next((folder/name for folder in (here, *here.parents) if (folder/name).exists()), None)
-    if file is None:
-        print(f'{name} is not here (it belongs to the repository, not to the package): nothing to show.')
-    return file and load_json(file)
+    for folder in (here, *here.parents):
+        file = folder/name
+        if file.exists(): return load_json(file)
+    print(f'{name} is not here (it belongs to the repository, not to the package): nothing to show.')

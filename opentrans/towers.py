@@ -19,6 +19,10 @@ from .errors import OpenTransError
 from .naming import inside, SPELLINGS
 
 # %% ../nbs/06_towers.ipynb #6c715f34
+def _class_paths(thing):
+    "The paths of the class of an object and of those that it inherits from."
+    return [f'{kind.__module__}.{kind.__qualname__}' for kind in type(thing).__mro__]
+
 class Tower:
     """What the package asks of a family of image towers. A family is one subclass with `@register_tower`; it has no
     instances.
@@ -36,7 +40,7 @@ class Tower:
     @classmethod
     def fits(cls, net:nn.Module)->bool:
         "Is this network of the family, by its class or by one that it inherits from?"
-        return any(f'{kind.__module__}.{kind.__qualname__}' in cls.classes for kind in type(net).__mro__)
+        return any(path in cls.classes for path in _class_paths(net))
 
     @staticmethod
     def gives_maps(net:nn.Module)->bool:
@@ -69,7 +73,8 @@ class Tower:
     )->torch.Tensor:
         """Embeddings (B,N,D) of masks, `inside` (B,N,h*w) bool, in FC-CLIP's way; without one of its own, as `pool`
         does."""
-        return cls.pool(net, last, inside.float()).unflatten(0, inside.shape[:2])
+        embeddings = cls.pool(net, last, inside.float())
+        return embeddings.unflatten(0, inside.shape[:2])
 
     @classmethod
     def dilate(cls, net:nn.Module, output_stride:int)->nn.Module:
@@ -114,26 +119,38 @@ def tower_family(
         f"The image tower of '{name}' ({type(net).__name__}) is not of a kind that gives maps here. "
         "Choose an RN, a convnext, or a plain ViT of CLIP, or register its family (`register_tower`).")
 
+def _signed(keys, first, *others):
+    "The prefixes under which a sign stands: the end of a name, and the names beside it."
+    prefixes = set()
+    for key in keys:
+        if not key.endswith(first): continue
+        prefix = key.removesuffix(first)
+        if prefix and not prefix.endswith('.'): continue
+        if all(prefix+other in keys for other in others): prefixes.add(prefix)
+    return prefixes
+
 def tower_prefix(
     keys:Iterable[str], # Names of the tensors of a checkpoint
 )->str: # What stands before the names of its image tower
     """Find the one image tower in a checkpoint by the signs of the families. Raises `OpenTransError` if there is
     none, or several."""
     keys = set(keys)
-    def begins(end):
-        return {k[:-len(end)] for k in keys if k.endswith(end) and (len(k) == len(end) or k[-len(end)-1] == '.')}
-    signs = [sign for family in TOWERS.values() for sign in family.signs]
-    found = sorted({start for first,*others in signs
-                    for start in begins(first) if all(start+o in keys for o in others)}, key=len)
+    found = set()
+    for family in TOWERS.values():
+        for sign in family.signs: found |= _signed(keys, *sign)
     if not found:
+        some = ', '.join(sorted(keys)[:4])
+        families = ', '.join(TOWERS)
         raise OpenTransError(
-            f"There is no image tower of CLIP among the {len(keys)} tensors: {', '.join(sorted(keys)[:4])} .... "
-            f"Known are the towers of {', '.join(TOWERS)}, as open_clip and OpenAI name their weights.")
-    if len(found) > 1:
+            f"There is no image tower of CLIP among the {len(keys)} tensors: {some} .... "
+            f"Known are the towers of {families}, as open_clip and OpenAI name their weights.")
+    prefixes = sorted(found, key=len)
+    if len(prefixes) > 1:
+        some = ', '.join(map(repr, prefixes[:4]))
         raise OpenTransError(
-            f"The checkpoint holds {len(found)} image towers, under {', '.join(map(repr, found[:4]))}. Pass the "
+            f"The checkpoint holds {len(prefixes)} image towers, under {some}. Pass the "
             f"part that is meant, as a dict.")
-    return found[0]
+    return prefixes[0]
 
 # %% ../nbs/06_towers.ipynb #5dc31c89
 # modules at the end of an image tower, wherever they stand
@@ -143,12 +160,13 @@ MODEL_ENDS = tuple(dict.fromkeys(CLASSIFIERS + HEADS)) # all of these
 
 def head_modules()->tuple:
     "Modules that no trunk has: `HEADS`, and what the families of towers say of theirs."
-    return tuple(dict.fromkeys([*HEADS, *(name for family in TOWERS.values() for name in family.head)]))
+    of_families = [name for family in TOWERS.values() for name in family.head]
+    return tuple(dict.fromkeys([*HEADS, *of_families]))
 _OF_TORCHVISION = ('fc', 'classifier', 'heads', 'aux1', 'aux2', 'AuxLogits', 'aux_classifier')
 _OF_TRANSFORMERS = ('classifier', 'cls_classifier', 'distillation_classifier', 'score')
 
-def _comes_from(module, package): return any(cls.__module__.startswith(package) for cls in type(module).__mro__)
-
+def _comes_from(module, package):
+    return any(cls.__module__.startswith(package) for cls in type(module).__mro__)
 def _classifiers(module):
     "The classifier of a model of a library, as its child modules."
     if callable(getattr(module, 'get_classifier', None)):
@@ -156,7 +174,8 @@ def _classifiers(module):
         return list(said) if isinstance(said, (tuple, list)) else [said]
     names = _OF_TORCHVISION if _comes_from(module, 'torchvision.models.') else ()
     if _comes_from(module, 'transformers.') and 'Classification' in type(module).__name__: names = _OF_TRANSFORMERS
-    return [module._modules[n] for n in names if module._modules.get(n) is not None]
+    children = [module._modules.get(name) for name in names]
+    return [child for child in children if child is not None]
 
 def head_of(
     model:nn.Module, # Any model; names are read in its tower
@@ -164,10 +183,16 @@ def head_of(
     """What the head of a model is: `head_modules()`, and the classifier of a model of torchvision, timm or
     transformers."""
     found = list(bare_modules(find_tower(model)))
-    heads = {id(m) for _,module in found for m in _classifiers(module) if isinstance(m, nn.Module)}
-    paths = [name
-             for name,module in found if name and id(module) in heads and not inside(f'{name}.', head_modules())]
-    return head_modules() + tuple(f'{path}.*' for path in paths)
+    heads = set()
+    for _,module in found:
+        parts = _classifiers(module)
+        heads |= {id(part) for part in parts if isinstance(part, nn.Module)}
+    known = head_modules()
+    patterns = []
+    for name,module in found:
+        is_head = name and id(module) in heads
+        if is_head and not inside(f'{name}.', known): patterns.append(f'{name}.*')
+    return known + tuple(patterns)
 
 def trunk(
     model:nn.Module, # Any model; names are read in its tower
@@ -185,23 +210,32 @@ def cell_weights(
     grid:Sequence[int], # Size (h,w) of a map
 )->torch.Tensor: # (N, h*w), the largest of each region is 1
     "Share of each cell that a region covers, divided by the largest."
-    w = F.adaptive_avg_pool2d(regions[:,None].float(), grid).flatten(1)
-    return w/w.amax(1, keepdim=True)
+    shares = F.adaptive_avg_pool2d(regions[:,None].float(), grid).flatten(1)
+    return shares/shares.amax(1, keepdim=True)
 
 def cell_means(
     x:torch.Tensor, # (B,C,h,w)
     inside:torch.Tensor, # (B,N,h*w) bool
 )->torch.Tensor: # (B,N,C)
     "The mean of the cells of a map inside each mask; 0 where there is none."
-    return torch.bmm(inside.to(x), x.flatten(2).mT)/(inside.sum(-1, keepdim=True) + 1e-8)
+    sums = torch.bmm(inside.to(x), x.flatten(2).mT)
+    counts = inside.sum(-1, keepdim=True)
+    return sums/(counts + 1e-8)
+
+def _mean_cells(cells, shares):
+    "Means (N,C) of the cells of a map (h*w,C), by the share of each (N,h*w)."
+    weights = shares/shares.sum(1, keepdim=True)
+    return weights @ cells
 
 def _interpolate_positions(pos, grid):
     "Positional embeddings (1+s*s, D) -> those of the first token (D) and of a grid (h*w, D)."
     first,rest = pos[0],pos[1:]
-    s = math.isqrt(len(rest))
-    if tuple(grid) != (s, s):
-        rest = F.interpolate(rest.reshape(1, s, s, -1).permute(0, 3, 1, 2), size=tuple(grid), mode='bicubic',
-                             align_corners=False).flatten(2)[0].T
+    side = math.isqrt(len(rest))
+    size = tuple(grid)
+    if size != (side, side):
+        maps = rest.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        maps = F.interpolate(maps, size=size, mode='bicubic', align_corners=False)
+        rest = maps.flatten(2)[0].T
     return first,rest
 
 # %% ../nbs/06_towers.ipynb #23abcc7d
@@ -212,9 +246,13 @@ class SlidingPool(nn.Module):
         self.step = step
     def forward(self, x:torch.Tensor):
         d = self.step
+        h,w = x.shape[-2:]
         x = F.pad(x, (0, d, 0, d), mode='replicate')
-        h,w = x.shape[-2]-d,x.shape[-1]-d
-        return (x[...,:h,:w] + x[...,d:,:w] + x[...,:h,d:] + x[...,d:,d:])/4
+        upper_left = x[...,:h,:w]
+        lower_left = x[...,d:,:w]
+        upper_right = x[...,:h,d:]
+        lower_right = x[...,d:,d:]
+        return (upper_left + lower_left + upper_right + lower_right)/4
 
 def dilate_resnet(
     net:nn.Module, # An open_clip `ModifiedResNet`, changed in place
@@ -226,19 +264,26 @@ def dilate_resnet(
     for layer in wider.get(output_stride, []):
         for i,block in enumerate(layer):
             if dilation > 1: block.conv2.dilation = block.conv2.padding = (dilation, dilation)
-            if i == 0:
-                block.avgpool = SlidingPool(dilation)
-                setattr(block.downsample, '-1', SlidingPool(dilation))
-                dilation *= 2
+            if i > 0: continue
+            block.avgpool = SlidingPool(dilation)
+            setattr(block.downsample, '-1', SlidingPool(dilation))
+            dilation *= 2
     return net
+
+def _shifted(to, by):
+    "What `re.sub` calls with a match: a name with its numbers, the first one moved."
+    def renamed(match):
+        first,*others = match.groups()
+        return to.format(int(first)+by, *others)
+    return renamed
 
 def _up(to):
     "A name with its first number one higher: other libraries count stages from 0."
-    return lambda m: to.format(int(m[1])+1, *m.groups()[1:])
+    return _shifted(to, 1)
 
 def _down(to):
     "A name with its first number one lower: detectron2 counts stages from res2."
-    return lambda m: to.format(int(m[1])-1, *m.groups()[1:])
+    return _shifted(to, -1)
 
 # %% ../nbs/06_towers.ipynb #07fff88a
 @register_tower('ResNet')
@@ -264,57 +309,81 @@ class ResNetTower(Tower):
     @staticmethod
     def features(net:nn.Module, x:torch.Tensor):
         x = net.stem(x)
-        res = {}
-        for i in (1, 2, 3, 4): x = res[f'res{i+1}'] = getattr(net, f'layer{i}')(x)
-        return res,x
+        maps = {}
+        for i in (1, 2, 3, 4):
+            layer = getattr(net, f'layer{i}')
+            x = maps[f'res{i+1}'] = layer(x)
+        return maps,x
 
     @staticmethod
     def dense(net:nn.Module, x:torch.Tensor):
-        p = net.attnpool
-        t = x.flatten(2).mT + _interpolate_positions(p.positional_embedding, x.shape[-2:])[1]
-        return p.c_proj(p.v_proj(t)).mT.unflatten(2, x.shape[-2:])
+        pool = net.attnpool
+        grid = x.shape[-2:]
+        _,positions = _interpolate_positions(pool.positional_embedding, grid)
+        cells = x.flatten(2).mT + positions
+        embedded = pool.c_proj(pool.v_proj(cells))
+        return embedded.mT.unflatten(2, grid)
 
     @staticmethod
     def pool(net:nn.Module, x:torch.Tensor, weights:Sequence[torch.Tensor]):
         "Embed sets of cells: `weights[i]` (N_i, h*w) for the i-th image."
-        p,n = net.attnpool,net.attnpool.num_heads
-        first,rest = _interpolate_positions(p.positional_embedding, x.shape[-2:])
-        def heads(t): return t.unflatten(-1, (n, -1))                                     # (..., E) -> (..., heads, d)
-        res = []
-        for cells,w in zip(x.flatten(2).mT, weights):                                  # (h*w, E), (N, h*w)
-            mean = (w/w.sum(1, keepdim=True)) @ cells + first                          # (N, E)
-            cells = cells + rest
-            q,k0,v0,k,v = (heads(f(t))
-                           for f,t in ((p.q_proj, mean), (p.k_proj, mean), (p.v_proj, mean), (p.k_proj, cells),
-                                       (p.v_proj, cells)))
-            own = (q*k0).sum(-1, keepdim=True)                                         # (N, heads, 1)
-            a = torch.cat([own, torch.einsum('nhd,lhd->nhl', q, k)], -1) * q.shape[-1]**-.5
-            a = (a + F.pad(w, (1, 0), value=1.).log()[:,None]).softmax(-1)
-            out = a[...,:1]*v0 + torch.einsum('nhl,lhd->nhd', a[...,1:], v)
-            res.append(p.c_proj(out.flatten(1)))
-        return torch.cat(res)
+        pool = net.attnpool
+        grid = x.shape[-2:]
+        first,rest = _interpolate_positions(pool.positional_embedding, grid)
+        embeddings = []
+        for cells,shares in zip(x.flatten(2).mT, weights):                             # (h*w, E), (N, h*w)
+            mean = _mean_cells(cells, shares) + first                                  # (N, E)
+            embeddings.append(ResNetTower._attend(pool, mean, cells + rest, shares))
+        return torch.cat(embeddings)
+
+    @staticmethod
+    def _attend(pool, mean, cells, shares):
+        "What the mean of each set (N, E) sees in itself and in the cells (h*w, E), by their shares (N, h*w)."
+        def heads(t): return t.unflatten(-1, (pool.num_heads, -1))                     # (..., E) -> (..., heads, d)
+        q = heads(pool.q_proj(mean))
+        k0 = heads(pool.k_proj(mean))
+        v0 = heads(pool.v_proj(mean))
+        k = heads(pool.k_proj(cells))
+        v = heads(pool.v_proj(cells))
+        own = (q*k0).sum(-1, keepdim=True)                                             # (N, heads, 1)
+        scale = q.shape[-1]**-.5
+        a = torch.cat([own, torch.einsum('nhd,lhd->nhl', q, k)], -1) * scale
+        log_shares = F.pad(shares, (1, 0), value=1.).log()
+        a = (a + log_shares[:,None]).softmax(-1)
+        from_mean = a[...,:1]*v0
+        from_cells = torch.einsum('nhl,lhd->nhd', a[...,1:], v)
+        out = from_mean + from_cells
+        return pool.c_proj(out.flatten(1))
 
     @staticmethod
     def pool_masks(net:nn.Module, x:torch.Tensor, inside:torch.Tensor):
         """FC-CLIP's way through the attention pool: heads and cells score alike for all masks, positions are
         resized bilinearly."""
-        p = net.attnpool
-        n = net.attnpool.num_heads
-        (h,w) = x.shape[-2:]
-        first,rest = p.positional_embedding[0],p.positional_embedding[1:]
-        s = math.isqrt(len(rest))
-        rest = rest.T.reshape(1, -1, s, s)
-        if (s, s) != (h, w): rest = F.interpolate(rest, size=(h, w), mode='bilinear', align_corners=False)
-        rest = rest.flatten(2).mT                                                                  # (1, h*w, E)
+        pool = net.attnpool
+        n = pool.num_heads
+        grid = tuple(x.shape[-2:])
+        first,rest = ResNetTower._bilinear_positions(pool.positional_embedding, grid)
         def heads(linear, t): return F.linear(t, linear.weight, linear.bias).unflatten(-1, (n, -1))
         cells = x.flatten(2).mT
-        q = heads(p.q_proj, cells.mean(1) + first)
-        k = heads(p.k_proj, cells + rest)
-        v = heads(p.v_proj, cells + rest)
+        q = heads(pool.q_proj, cells.mean(1) + first)
+        k = heads(pool.k_proj, cells + rest)
+        v = heads(pool.v_proj, cells + rest)
         # heads, cells: the same for all masks
-        score = torch.einsum('bnd,blnd->bnl', q, k)*q.shape[-1]**-.5
-        a = score[:, None].masked_fill(~inside[:, :, None], -torch.inf).softmax(-1)                # (B,N,heads,h*w)
-        return F.linear(torch.einsum('bqnl,blnd->bqnd', a, v).flatten(2), p.c_proj.weight, p.c_proj.bias)
+        scale = q.shape[-1]**-.5
+        score = torch.einsum('bnd,blnd->bnl', q, k)*scale
+        outside = ~inside[:, :, None]
+        a = score[:, None].masked_fill(outside, -torch.inf).softmax(-1)                            # (B,N,heads,h*w)
+        seen = torch.einsum('bqnl,blnd->bqnd', a, v)
+        return F.linear(seen.flatten(2), pool.c_proj.weight, pool.c_proj.bias)
+
+    @staticmethod
+    def _bilinear_positions(embedding, grid):
+        "Positional embeddings: that of the mean (E), and those of the cells of a grid (1, h*w, E)."
+        first,rest = embedding[0],embedding[1:]
+        side = math.isqrt(len(rest))
+        rest = rest.T.reshape(1, -1, side, side)
+        if (side, side) != grid: rest = F.interpolate(rest, size=grid, mode='bilinear', align_corners=False)
+        return first,rest.flatten(2).mT
 
 # %% ../nbs/06_towers.ipynb #78ef429a
 @register_tower('ConvNeXt')
@@ -328,37 +397,44 @@ class TimmTower(Tower):
     @staticmethod
     def gives_maps(net:nn.Module):
         trunk = net.trunk
-        pools = (getattr(getattr(trunk, 'head', None), 'global_pool', None) is not None
-                 and not hasattr(trunk, 'blocks'))
-        return pools and len(getattr(trunk, 'feature_info', ())) >= 4 and getattr(trunk, 'output_fmt', '') != 'NHWC'
+        head = getattr(trunk, 'head', None)
+        pools = getattr(head, 'global_pool', None) is not None and not hasattr(trunk, 'blocks')
+        if not pools or len(getattr(trunk, 'feature_info', ())) < 4: return False
+        return getattr(trunk, 'output_fmt', '') != 'NHWC'
 
     @staticmethod
-    def stages(net:nn.Module): return [f"trunk.{info['module']}" for info in net.trunk.feature_info][-4:]
+    def stages(net:nn.Module):
+        names = [info['module'] for info in net.trunk.feature_info]
+        return [f'trunk.{name}' for name in names[-4:]]
 
     @staticmethod
     def features(net:nn.Module, x:torch.Tensor):
         last,maps = net.trunk.forward_intermediates(x)
-        return {f'res{i+2}': m for i,m in enumerate(maps[-4:])},last
+        names = ('res2', 'res3', 'res4', 'res5')
+        return dict(zip(names, maps[-4:])),last
 
     @staticmethod
     def _embed(net, cells): return net.head(net.trunk.forward_head(cells[...,None,None]))   # (N, C) -> (N, D)
 
     @staticmethod
     def dense(net:nn.Module, x:torch.Tensor):
-        e = TimmTower._embed(net, x.flatten(2).mT.flatten(0, 1))
-        return e.unflatten(0, (len(x), -1)).mT.unflatten(2, x.shape[-2:])
+        cells = x.flatten(2).mT.flatten(0, 1)
+        embedded = TimmTower._embed(net, cells)
+        of_images = embedded.unflatten(0, (len(x), -1))
+        return of_images.mT.unflatten(2, x.shape[-2:])
 
     @staticmethod
     def pool(net:nn.Module, x:torch.Tensor, weights:Sequence[torch.Tensor]):
-        return TimmTower._embed(net,
-                                torch.cat([(w/w.sum(1, keepdim=True)) @ c
-                                           for c,w in zip(x.flatten(2).mT, weights)]))
+        cells_of_images = x.flatten(2).mT
+        means = [_mean_cells(cells, shares) for cells,shares in zip(cells_of_images, weights)]
+        return TimmTower._embed(net, torch.cat(means))
 
     @staticmethod
     def pool_masks(net:nn.Module, x:torch.Tensor, inside:torch.Tensor):
         "The mean of the cells of each mask, embedded as any mean is."
         mean = cell_means(x, inside)
-        return TimmTower._embed(net, mean.flatten(0, 1)).unflatten(0, mean.shape[:2])
+        embedded = TimmTower._embed(net, mean.flatten(0, 1))
+        return embedded.unflatten(0, mean.shape[:2])
 
 # %% ../nbs/06_towers.ipynb #6e8ad026
 def dilate_efficientnet(
@@ -366,17 +442,20 @@ def dilate_efficientnet(
     output_stride:int=32, # Stride of the last map: 32, 16 or 8
 )->nn.Module: # The same
     "Give an EfficientNet a finer last map by dilation; names and weights stay."
-    stride,dilation = 2,1 # behind the stem
+    stride = 2 # behind the stem
+    dilation = 1
     for conv in trunk.blocks.modules():
         if not isinstance(conv, nn.Conv2d) or conv.groups == 1: continue
-        looks,steps = dilation,conv.stride[0]
+        looks = dilation
+        steps = conv.stride[0]
         if steps > 1 and stride*steps > output_stride:
             conv.stride = (1, 1)
             dilation *= steps
         else: stride *= steps
         if looks == 1: continue
         conv.dilation = (looks, looks)
-        conv.padding = tuple(looks*(side-1)//2 for side in conv.kernel_size)
+        padding = [looks*(side-1)//2 for side in conv.kernel_size]
+        conv.padding = tuple(padding)
     return trunk
 
 @register_tower('EfficientNet')
@@ -386,11 +465,14 @@ class EfficientNetTower(TimmTower):
 
     @classmethod
     def fits(cls, net:nn.Module):
-        kinds = [f'{kind.__module__}.{kind.__qualname__}' for kind in type(getattr(net, 'trunk', None)).__mro__]
-        return super().fits(net) and 'timm.models.efficientnet.EfficientNet' in kinds
+        if not super().fits(net): return False
+        trunk = getattr(net, 'trunk', None)
+        return 'timm.models.efficientnet.EfficientNet' in _class_paths(trunk)
 
     @staticmethod
-    def gives_maps(net:nn.Module): return len(net.trunk.feature_info) >= 4 and bool(net.trunk.global_pool.pool_type)
+    def gives_maps(net:nn.Module):
+        has_stages = len(net.trunk.feature_info) >= 4
+        return has_stages and bool(net.trunk.global_pool.pool_type)
 
     @classmethod
     def dilate(cls, net:nn.Module, output_stride:int)->nn.Module:
@@ -398,6 +480,13 @@ class EfficientNetTower(TimmTower):
         return net
 
 # %% ../nbs/06_towers.ipynb #138c3460
+_STRIDES = dict(res2=4, res3=8, res4=16, res5=32) # of the maps that a ViT gives
+
+def _resized(patches, size, stride):
+    "A map of patches (B,D,h,w) as one of some stride, of images of a size."
+    size = [math.ceil(n/stride) for n in size]
+    return F.interpolate(patches, size=size, mode='bilinear', align_corners=False)
+
 @register_tower('ViT')
 class ViTTower(Tower):
     "CLIP's ViT: open_clip's `VisionTransformer`, with a class token and plain blocks."
@@ -425,54 +514,80 @@ class ViTTower(Tower):
     @staticmethod
     def gives_maps(net:nn.Module):
         blocks = net.transformer.resblocks
-        plain = all(type(b).__name__ == 'ResidualAttentionBlock' for b in blocks) and net.transformer.batch_first
-        return (net.pool_type == 'tok' and net.attn_pool is None and not net.final_ln_after_pool
-                and len(blocks) % 4 == 0 and plain)
+        kinds = {type(block).__name__ for block in blocks}
+        is_plain = kinds <= {'ResidualAttentionBlock'} and net.transformer.batch_first
+        takes_token = net.pool_type == 'tok' and net.attn_pool is None
+        if not takes_token or net.final_ln_after_pool: return False
+        return len(blocks) % 4 == 0 and is_plain
 
     @staticmethod
     def stages(net:nn.Module):
         n = len(net.transformer.resblocks)
-        return [f'transformer.resblocks.{n*i//4-1}' for i in (1, 2, 3, 4)]
+        ends = [n*i//4-1 for i in (1, 2, 3, 4)]
+        return [f'transformer.resblocks.{end}' for end in ends]
 
     @staticmethod
     def features(net:nn.Module, x:torch.Tensor):
-        size,patch = x.shape[-2:],net.patch_size
-        x = F.pad(x, (0, -size[1] % patch[1], 0, -size[0] % patch[0]))
-        t = net.conv1(x)
-        grid = t.shape[-2:]
-        first,rest = _interpolate_positions(net.positional_embedding, grid)
-        t = torch.cat([(net.class_embedding+first).expand(len(t), 1, -1), t.flatten(2).mT + rest], 1)
-        t = net.ln_pre(net.patch_dropout(t))
-        blocks,res = net.transformer.resblocks,{}
+        size = x.shape[-2:]
+        t,grid = ViTTower._tokens(net, x)
+        blocks = net.transformer.resblocks
+        cells = {}
         for i,block in enumerate(blocks):
             before,t = t,block(t)
-            k = 4*(i+1)/len(blocks)
-            if k == int(k): res[f'res{int(k)+1}'] = t[:,1:].mT.unflatten(2, grid)
-        strides = dict(res2=4, res3=8, res4=16, res5=32)
-        return {k: F.interpolate(m, size=[math.ceil(n/strides[k]) for n in size], mode='bilinear',
-                                 align_corners=False) for k,m in res.items()},(before, grid)
+            quarter,rest = divmod(4*(i+1), len(blocks))
+            if rest: continue
+            patches = t[:,1:].mT
+            cells[f'res{quarter+1}'] = patches.unflatten(2, grid)
+        maps = {name: _resized(patches, size, _STRIDES[name]) for name,patches in cells.items()}
+        return maps,(before, grid)
+
+    @staticmethod
+    def _tokens(net, x):
+        "What goes into the first block, and the grid of the patches."
+        height,width = x.shape[-2:]
+        patch_height,patch_width = net.patch_size
+        right = -width % patch_width
+        below = -height % patch_height
+        x = F.pad(x, (0, right, 0, below))
+        patches = net.conv1(x)
+        grid = patches.shape[-2:]
+        first,rest = _interpolate_positions(net.positional_embedding, grid)
+        class_token = (net.class_embedding+first).expand(len(patches), 1, -1)
+        tokens = patches.flatten(2).mT + rest
+        t = torch.cat([class_token, tokens], 1)
+        return net.ln_pre(net.patch_dropout(t)),grid
 
     @staticmethod
     def _last(net, x, mask):
+        "Embeddings of tokens by the last block, in which they see each other as a mask says."
         b = net.transformer.resblocks[-1]
         y = b.ln_1(x)
-        x = (x
-             + b.ls_1(b.attn(y, y, y, need_weights=False,
-                             attn_mask=mask.repeat_interleave(b.attn.num_heads, 0))[0]))
-        return net.ln_post(x + b.ls_2(b.mlp(b.ln_2(x)))) @ net.proj
+        mask = mask.repeat_interleave(b.attn.num_heads, 0)
+        seen,_ = b.attn(y, y, y, need_weights=False, attn_mask=mask)
+        x = x + b.ls_1(seen)
+        y = b.mlp(b.ln_2(x))
+        x = x + b.ls_2(y)
+        return net.ln_post(x) @ net.proj
 
     @staticmethod
     def dense(net:nn.Module, state:tuple[torch.Tensor, Sequence[int]]):
         x,grid = state
-        alone = torch.full((x.shape[1], x.shape[1]), -torch.inf, device=x.device).fill_diagonal_(0)
-        return ViTTower._last(net, x, alone.expand(len(x), -1, -1))[:,1:].mT.unflatten(2, grid)
+        count = x.shape[1]
+        alone = torch.full((count, count), -torch.inf, device=x.device)
+        alone.fill_diagonal_(0)
+        masks = alone.expand(len(x), -1, -1)
+        embedded = ViTTower._last(net, x, masks)
+        return embedded[:,1:].mT.unflatten(2, grid)
 
     @staticmethod
     def pool(net:nn.Module, state:tuple[torch.Tensor, Sequence[int]], weights:Sequence[torch.Tensor]):
-        res = [net.proj.new_zeros(0, net.proj.shape[1])]
-        for x,w in zip(state[0], weights):
-            if not len(w): continue # torch's attention takes no empty batch under a mask
-            mask = torch.zeros(len(w), len(x), len(x), device=x.device)
-            mask[:,0,1:] = w.log()
-            res.append(ViTTower._last(net, x.expand(len(w), -1, -1), mask)[:,0])
-        return torch.cat(res)
+        embeddings = [net.proj.new_zeros(0, net.proj.shape[1])]
+        for x,shares in zip(state[0], weights):
+            n = len(shares)
+            if not n: continue # torch's attention takes no empty batch under a mask
+            mask = torch.zeros(n, len(x), len(x), device=x.device)
+            mask[:,0,1:] = shares.log()
+            copies = x.expand(n, -1, -1)
+            embedded = ViTTower._last(net, copies, mask)
+            embeddings.append(embedded[:,0])
+        return torch.cat(embeddings)

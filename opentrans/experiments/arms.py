@@ -73,13 +73,16 @@ class ArmResult(OpenDict):
 
 def read_tensors(path:str|Path, kind:FileKind):
     "The tensors of a file of a run. Those of opentrans 0.1 do not say what they are."
-    return load_tensors(path, kind=kind if 'format' in load_metadata(path) else None)[0]
+    says_its_kind = 'format' in load_metadata(path)
+    tensors,_ = load_tensors(path, kind=kind if says_its_kind else None)
+    return tensors
 
 def read_rounds(folder:str|Path):
     "The history of Algorithm 1 that lies in a folder, as columns of equal length."
     path = Path(folder)/'imp.json'
     found = load_json(path, dict[str, list[Measured]], ROUNDS_FILE)
-    if not {'round', 'density'} <= {*found} or len({len(column) for column in found.values()}) != 1:
+    lengths = {len(column) for column in found.values()}
+    if not {'round', 'density'} <= {*found} or len(lengths) != 1:
         raise ROUNDS_FILE.damaged(path, 'its columns are none of a history')
     return found
 
@@ -121,17 +124,21 @@ class MaskRecipe:
         usual = dict(loss='tgkd', p=scale.p, iters=scale.imp_iters, density=scale.density, **_USUAL)
         given = {name: getattr(self, name) for name in usual}
         if isinstance(self.iters, float): given['iters'] = max(1, round(self.iters*scale.imp_iters))
-        return {name: value for name,value in given.items() if value is not None and value != usual[name]}
+        return {name: value for name,value in given.items() if value not in (None, usual[name])}
+
+    def _told(self, scale:Scale)->list:
+        "The settings that differ from the scale's, in words."
+        return [f'{name}={value}' for name,value in self.overrides(scale).items()]
 
     def id(self, scale:Scale)->str:
         "What is found by this recipe, in words: the name of its files."
         method = _file_name(self.method) if self.method in FINDERS else 'distilled'
-        return '-'.join([method, *(f'{name}={value}' for name,value in self.overrides(scale).items())])
+        return '-'.join([method, *self._told(scale)])
 
     def words(self, scale:Scale)->str:
         "The mask in words."
         if self.method == 'distilled' or self.method in FINDERS: return self.id(scale)
-        return ', '.join([self.method, *(f'{name}={value}' for name,value in self.overrides(scale).items())])
+        return ', '.join([self.method, *self._told(scale)])
 
 def as_recipe(
     mask:MaskRecipe|str|None, # A `MaskRecipe`, one of `MASKS`, or None for a dense tower
@@ -141,13 +148,29 @@ def as_recipe(
 
 # %% ../../nbs/experiments/51_arms.ipynb #32aa25aa
 def _trainer(clip, data, scale, **kw):
+    crop = scale.imp_crop or None
     return DistillTrainer(clip, data, lr=scale.imp_lr, batch_size=scale.imp_batch, student_mode=scale.imp_student,
-                          crop=scale.imp_crop or None, workers=scale.loaders, **kw)
+                          crop=crop, workers=scale.loaders, **kw)
 
 def build_framework(framework:str|None, clip:ClipBackbone, vocabulary:Vocabulary|Sequence[str], scale:Scale, seed:int):
     "A framework, or that of the scale, on a CLIP, with a head whose first weights the seed draws."
     name = framework or scale.framework
     with seeded(seed): return build(name, clip, vocabulary=vocabulary, preset=scale.preset, **scale.options(name))
+
+def _distilled_model(scale, seed, given, vocabulary):
+    "The CLIP that is distilled, and what is trained: itself, or a framework where its own loss counts, too."
+    if not given.get('segmentation'):
+        clip = open_clip_of(scale)
+        return clip,clip
+    framework = given.get('framework')
+    clip = open_clip_of(scale.of(framework))
+    return clip,build_framework(framework, clip, vocabulary, scale, seed)
+
+def _schedule_of(given, density, p):
+    "The densities of gradual pruning, in as many rounds as Algorithm 1 has; None is Algorithm 1's own schedule."
+    if given.get('schedule') != 'cubic': return None
+    rounds = len(geometric_schedule(density, p))
+    return cubic_schedule(density, rounds)
 
 def find_mask(
     scale:Scale, # Sizes
@@ -167,24 +190,25 @@ def find_mask(
     afresh = not run.exists()
     began = time.process_time()
     given = recipe.overrides(scale)
-    segments = given.get('segmentation')
-    clip = open_clip_of(scale.of(given.get('framework')) if segments else scale)
     data = open_world(scale, seed)['train']
-    model = build_framework(given.get('framework'), clip, data.vocabulary, scale, seed) if segments else clip
+    clip,model = _distilled_model(scale, seed, given, data.vocabulary)
     losses = {key: given[key] for key in ('loss', 'segmentation', 'distillation') if key in given}
-    train = _trainer(clip, data, scale, iterations=given.get('iters', scale.imp_iters), **losses)
+    iterations = given.get('iters', scale.imp_iters)
+    train = _trainer(clip, data, scale, iterations=iterations, **losses)
     density = given.get('density', scale.density)
     p = given.get('p', scale.p)
-    schedule = None # geometric
-    if given.get('schedule') == 'cubic': schedule = cubic_schedule(density, len(geometric_schedule(density, p)))
+    schedule = _schedule_of(given, density, p)
     mask,history = imp(model, train, density=density, p=p, seed=seed, rewind=given.get('rewind'), schedule=schedule,
                        checkpoint_dir=run)
     if not Group().main: return
     save_tensors(clip.visual.state_dict(), folder/f'{name}-weights.safetensors', kind=WEIGHTS_FILE)
-    save_json(history.drop(columns='seconds', errors='ignore').to_dict('list'),
-              folder/(f'imp-{name}.json' if given else 'imp.json'), ROUNDS_FILE)
+    columns = history.drop(columns='seconds', errors='ignore').to_dict('list')
+    rounds = f'imp-{name}.json' if given else 'imp.json'
+    save_json(columns, folder/rounds, ROUNDS_FILE)
     seconds = time.process_time()-began if afresh else None
-    _keep_found(folder, name, mask, seconds, images=min(len(data), len(history)*train.iterations*train.batch_size))
+    looked_at = len(history)*train.iterations*train.batch_size
+    images = min(len(data), looked_at)
+    _keep_found(folder, name, mask, seconds, images)
 
 # %% ../../nbs/experiments/51_arms.ipynb #32aa25ac
 def _keep_found(folder, name, mask, seconds, images):
@@ -201,10 +225,19 @@ def _find_otherwise(scale, seed, folder, recipe):
     run = folder/f'run-{name}'
     afresh = not run.exists()
     began = time.process_time()
-    with seeded(seed): mask = FINDERS[recipe.method](clip, data, scale, density, seed, run)
+    find = FINDERS[recipe.method]
+    with seeded(seed): mask = find(clip, data, scale, density, seed, run)
     seconds = time.process_time()-began if afresh else None
     save_tensors(clip.visual.state_dict(), folder/f'{name}-weights.safetensors', kind=WEIGHTS_FILE)
     _keep_found(folder, name, mask, seconds, mask.info.get('images'))
+
+def _snip_mask(scale, seed, density):
+    "SNIP by the loss of distillation."
+    clip = open_clip_of(scale)
+    data = open_world(scale, seed)['train']
+    train = _trainer(clip, data, scale)
+    def losses(model): return train.losses(clip, 16, seed)
+    return SparseMask.by('snip', clip.visual, density, losses=losses)
 
 def open_mask(
     mask:MaskRecipe|str|None, # A `MaskRecipe`, one of `MASKS`, or None for a dense tower
@@ -219,11 +252,7 @@ def open_mask(
     density = recipe.overrides(scale).get('density', scale.density)
     if recipe.method == 'magnitude': return SparseMask.magnitude(tower, density)
     if recipe.method == 'random': return SparseMask.random(tower, density, seed=seed)
-    if recipe.method == 'snip':
-        clip = open_clip_of(scale)
-        train = _trainer(clip, open_world(scale, seed)['train'], scale)
-        def losses(model): return train.losses(clip, 16, seed)
-        return SparseMask.by('snip', clip.visual, density, losses=losses)
+    if recipe.method == 'snip': return _snip_mask(scale, seed, density)
     distilled = SparseMask.load(Path(folder)/f'{recipe.id(scale)}.safetensors')
     if recipe.method == 'distilled' or recipe.method in FINDERS: return distilled
     return SparseMask.random(tower, density, seed=seed, like=distilled)
@@ -261,23 +290,26 @@ class Arm:
     def start(self, scale:Scale)->str:
         "What it begins with, in words; arms that begin alike share their warm-up."
         where = [self.framework] if self.framework not in ('', scale.framework) else []
-        mask = 'dense' if self.mask is None or self.late(scale) else self.mask.words(scale)
-        return ', '.join([*where, mask, f'tower of {self.source.key(scale)}' if self.source else self.weights])
+        begins_dense = self.mask is None or self.late(scale)
+        mask = 'dense' if begins_dense else self.mask.words(scale)
+        tower = f'tower of {self.source.key(scale)}' if self.source else self.weights
+        return ', '.join([*where, mask, tower])
 
     def key(self, scale:Scale)->str:
         "What is done, in words: all settings, and not the name."
         words = [self.start(scale)]
         if self.late(scale): words.append(f'then {self._late_mask(scale)}')
         by_rule = self.select in (*SELECTION_RULES, *READINGS)
-        words.append(f'{self.select} {self.freeze or scale.freeze:g}' if by_rule else self.select)
-        if self.select.startswith('alpha') or self.select in READINGS: words.append(self.xmin or scale.xmin)
+        share = self.freeze or scale.freeze
+        words.append(f'{self.select} {share:g}' if by_rule else self.select)
+        has_tail = self.select.startswith('alpha') or self.select in READINGS
+        if has_tail: words.append(self.xmin or scale.xmin)
         if self.level: words.append(self.level)
         return ', '.join(words)
 
     def _late_mask(self, scale):
         "The mask that is adopted after the warm-up, in words."
-        given = self.mask.overrides(scale)
-        return ', '.join([self.mask.method, *(f'{name}={value}' for name,value in given.items())])
+        return ', '.join([self.mask.method, *self.mask._told(scale)])
 
 # %% ../../nbs/experiments/51_arms.ipynb #8d54c387
 ARMS = (Arm('dense', tables=('masks', 'layers', 'frameworks')),
@@ -298,8 +330,10 @@ def framework_arms(
 )->tuple: # Arms
     "The same mask in another framework, beside the dense model and a random mask."
     masks = {'dense': None, 'distilled mask': 'distilled', 'random': 'random'}
-    return tuple(Arm(f'{framework}: {name}', mask, tables=('frameworks',), framework=framework)
-                 for name,mask in masks.items())
+    arms = []
+    for name,mask in masks.items():
+        arms.append(Arm(f'{framework}: {name}', mask, tables=('frameworks',), framework=framework))
+    return tuple(arms)
 
 FRAMEWORK_ARMS = tuple(arm for framework in OTHER_FRAMEWORKS for arm in framework_arms(framework))
 
@@ -321,16 +355,21 @@ def open_arm(
     clip = open_clip_of(scale.of(arm.framework))
     mask = open_mask(arm.mask, scale, seed, folder)
     if arm.weights == 'trained':
-        load_framework(clip.visual, Path(folder)/f'{arm.mask.id(scale)}-weights.safetensors')
-    if arm.source: load_framework(clip.visual, arm_file(folder, arm.source, scale, 'tower', 'safetensors'))
+        weights = Path(folder)/f'{arm.mask.id(scale)}-weights.safetensors'
+        load_framework(clip.visual, weights)
+    if arm.source:
+        tower = arm_file(folder, arm.source, scale, 'tower', 'safetensors')
+        load_framework(clip.visual, tower)
     vocabulary = world_of(scale, seed, arm.framework)['train'].vocabulary
     return build_framework(arm.framework, clip, vocabulary, scale, seed),mask
 
 def start_file(folder:str|Path, arm:Arm, scale:Scale):
-    return Path(folder)/f'start-{_file_name(arm.start(scale))}.safetensors'
+    start = _file_name(arm.start(scale))
+    return Path(folder)/f'start-{start}.safetensors'
 
 def arm_file(folder:str|Path, arm:Arm, scale:Scale, what:str='arm', kind:str='json'):
-    return Path(folder)/f'{what}-{_file_name(arm.key(scale))}.{kind}'
+    key = _file_name(arm.key(scale))
+    return Path(folder)/f'{what}-{key}.{kind}'
 
 @contextlib.contextmanager
 def checkpoints(file:str|Path, scale:Scale):
@@ -351,18 +390,22 @@ def warm_up(
 ): # Nothing; writes `start-*.safetensors`
     "Train all layers for a while (Sec. 3.3.1, Fig. 4), for all arms with this start."
     seg,mask = open_arm(arm, scale, seed, folder)
-    with checkpoints(start_file(folder, arm, scale), scale) as run:
+    file = start_file(folder, arm, scale)
+    with checkpoints(file, scale) as run:
         data = world_of(scale, seed, arm.framework)['train']
-        recipe = scale.recipe(scale.steps(arm.framework)[0], 'constant', seed, arm.framework)
-        with maybe_mask(None if arm.late(scale) else mask, seg): finetune(seg, data, recipe, **run)
-        if Group().main: save_tensors(seg.state_dict(), start_file(folder, arm, scale), kind=WEIGHTS_FILE)
+        iterations,_ = scale.steps(arm.framework)
+        recipe = scale.recipe(iterations, 'constant', seed, arm.framework)
+        in_force = None if arm.late(scale) else mask
+        with maybe_mask(in_force, seg): finetune(seg, data, recipe, **run)
+        if Group().main: save_tensors(seg.state_dict(), file, kind=WEIGHTS_FILE)
 
 def no_warm_up(*args): pass
 
 def open_warm(arm:Arm, scale:Scale, seed:int, folder:str|Path)->tuple: # As `open_arm`
     "The framework of an arm as `warm_up` left it."
     seg,mask = open_arm(arm, scale, seed, folder)
-    if scale.steps(arm.framework)[0]: load_framework(seg, start_file(folder, arm, scale))
+    iterations,_ = scale.steps(arm.framework)
+    if iterations: load_framework(seg, start_file(folder, arm, scale))
     return seg,mask
 
 # %% ../../nbs/experiments/51_arms.ipynb #4f6130c5
@@ -376,11 +419,15 @@ def select_layers(
 ): # `LayerSelection`, or None if all layers learn
     "The layers that an arm trains."
     if arm.select == 'all': return None
-    if arm.select == 'none': return LayerSelection([], [layer.name for layer in layers(seg.backbone)], 'all frozen')
+    if arm.select == 'none':
+        every = [layer.name for layer in layers(seg.backbone)]
+        return LayerSelection([], every, 'all frozen')
     by,options = READINGS.get(arm.select, (arm.select, {}))
-    table = analyze(seg.backbone, xmin=arm.xmin or scale.xmin, **options)
+    xmin = arm.xmin or scale.xmin
+    table = analyze(seg.backbone, xmin=xmin, **options)
     if arm.select == 'sensitivity':
-        return LayerSelection(list(table.to_frame().index), [], f'{arm.level}s by sensitivity')
+        every = list(table.to_frame().index)
+        return LayerSelection(every, [], f'{arm.level}s by sensitivity')
     return table.select(freeze=arm.freeze or scale.freeze, by=by, seed=seed)
 
 # %% ../../nbs/experiments/51_arms.ipynb #5e1f0a2c
@@ -405,6 +452,23 @@ def _stages(clip):
     "Names of the four stages of a tower, or of the blocks where a ViT's four quarters end."
     return [f'visual.{stage}' for stage in clip.kind.stages(clip.visual)]
 
+def _convolutions(clip):
+    "Names of the convolutions of a tower."
+    convs = [layer.name for layer in layers(clip) if layer.kind == 'conv']
+    return [f"visual.{name.removesuffix('.weight')}" for name in convs]
+
+def _common_size(data, n, clip):
+    "The size of the first `n` images, if they have one; else that of the CLIP."
+    shapes = {data[i]['image'].shape for i in range(n)}
+    if len(shapes) > 1: return (clip.image_size,)*2
+    return data[0]['image'].shape[-2:]
+
+def _same_layers(table, names):
+    "The mean similarity of layers to those of the same name; NaN without any."
+    if not names: return math.nan
+    likeness = [table.loc[name, name] for name in names]
+    return float(np.mean(likeness))
+
 def clip_similarity(
     seg:Framework, # A framework
     data:Dataset, # Scenes
@@ -419,41 +483,53 @@ def clip_similarity(
     n = min(n, len(data))
     if n < 4: # the unbiased estimate takes four images
         return dict(cka=math.nan, cka_layers=math.nan, cka_channels=math.nan)
-    convs = []
-    if every: convs = [f"visual.{layer.name.removesuffix('.weight')}" for layer in layers(clip) if layer.kind == 'conv']
-    sizes = {data[i]['image'].shape for i in range(n)}
-    size = data[0]['image'].shape[-2:] if len(sizes) == 1 else (clip.image_size,)*2
-    def batch(indices):
-        return torch.stack([resize(data[i]['image'][None], size)[0] for i in indices]).to(device_of(seg))
-    batches = [batch(range(i, min(i+16, n))) for i in range(0, n, 16)]
-    table = cka(clip, seg.backbone, batches, stages+convs, stages+convs)
-    def same(names): return float(np.mean([table.loc[name, name] for name in names])) if names else math.nan
+    convs = _convolutions(clip) if every else []
+    size = _common_size(data, n, clip)
+    def batch(start, stop):
+        pictures = [resize(data[i]['image'][None], size)[0] for i in range(start, stop)]
+        return torch.stack(pictures).to(device_of(seg))
+    batches = [batch(start, min(start+16, n)) for start in range(0, n, 16)]
+    names = stages+convs
+    table = cka(clip, seg.backbone, batches, names, names)
     has_maps = 'resblocks' not in stages[0] # a ViT has tokens
-    channels = paper_cka(clip, seg.backbone, [batch(range(min(8, n)))], stages).mean() if has_maps else math.nan
-    return dict(cka=same(stages), cka_layers=same(convs), cka_channels=float(channels))
+    channels = math.nan
+    if has_maps:
+        few = batch(0, min(8, n))
+        channels = paper_cka(clip, seg.backbone, [few], stages).mean()
+    return dict(cka=_same_layers(table, stages), cka_layers=_same_layers(table, convs),
+                cka_channels=float(channels))
 
 # %% ../../nbs/experiments/51_arms.ipynb #b9b41284
 def _predictions(seg, data, n):
     """What a framework makes of the first images of a data set, or of the first alone where they differ in size:
     (N,H,W) classes, as small as they can be kept."""
-    images = [data[i]['image'] for i in range(min(n, len(data)))]
-    if len({image.shape for image in images}) > 1: images = images[:1]
-    classes = seg.predict(torch.stack(images).to(device_of(seg)), data.vocabulary).cpu()
-    return classes.to(torch.uint8 if len(data.vocabulary) < 256 else torch.int32)
+    count = min(n, len(data))
+    images = [data[i]['image'] for i in range(count)]
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1: images = images[:1]
+    batch = torch.stack(images).to(device_of(seg))
+    classes = seg.predict(batch, data.vocabulary).cpu()
+    is_few = len(data.vocabulary) < 256
+    return classes.to(torch.uint8 if is_few else torch.int32)
 
 def _files(folder, arm, scale):
     "The files of an arm: its result, its tower and its alphas."
+    result = arm_file(folder, arm, scale)
     tower = arm_file(folder, arm, scale, 'tower', 'safetensors')
-    return arm_file(folder, arm, scale), tower, arm_file(folder, arm, scale, 'alpha')
+    alphas = arm_file(folder, arm, scale, 'alpha')
+    return result,tower,alphas
 
 def cached_result(arm:Arm, scale:Scale, folder:str|Path, keep:bool=False):
     "The result of an arm, if all that is asked of it was measured and kept; else None."
     done,tower,alphas = _files(folder, arm, scale)
-    needed = [done, *([tower] if keep else []), *([alphas] if 'layers' in arm.tables else [])]
+    needed = [done]
+    if keep: needed.append(tower)
+    if 'layers' in arm.tables: needed.append(alphas)
     if not all(file.exists() for file in needed): return None
-    res = load_json(done, ArmResult, ARM_FILE)
-    every = res.get('every', res['cka_layers'] is not None) # older results do not say it; a NaN is written as null
-    return None if 'masks' in arm.tables and not every else dict(res, arm=arm.name)
+    result = load_json(done, ArmResult, ARM_FILE)
+    every = result.get('every', result['cka_layers'] is not None) # older results do not say it; a NaN is null there
+    if 'masks' in arm.tables and not every: return None
+    return dict(result, arm=arm.name)
 
 def run_arm(
     arm:Arm, # Which
@@ -465,7 +541,7 @@ def run_arm(
     keep:bool=False, # Keep the tower as well, for arms that begin with it?
 )->dict: # Everything measured
     "Fine-tune and measure one arm."
-    if res := cached_result(arm, scale, folder, keep): return res
+    if result := cached_result(arm, scale, folder, keep): return result
     with checkpoints(arm_file(folder, arm, scale), scale) as run:
         return _measure_arm(arm, scale, seed, folder, keep, run)
 
@@ -473,24 +549,29 @@ def run_arm(
 @functools.lru_cache(maxsize=16)
 def _dense_cost(framework, scale, vocabulary):
     "The cost of a framework without a mask, in which its arms are alike: counted once."
-    seg = build_framework(framework, open_clip_of(scale.of(framework)), vocabulary, scale, 0)
+    clip = open_clip_of(scale.of(framework))
+    seg = build_framework(framework, clip, vocabulary, scale, 0)
     return cost(seg, (3, scale.size, scale.size))
 
 def _looks(scale, name, framework):
     "How a data set is looked at and counted: by the paper's recipes as the released code does it."
     if not scale.paper: return {}
-    size = released_size(framework or scale.framework, scale.data if name == 'val' else name)
+    data = scale.data if name == 'val' else name
+    size = released_size(framework or scale.framework, data)
     return dict(size, over='truth', workers=scale.loaders)
 
 def _settings_of(arm, scale, seed, mask, selection):
     "What an arm is, for its result."
-    return dict(arm=arm.name, seed=seed, framework=arm.framework or scale.framework,
-                mask=arm.mask and arm.mask.method,
-                found=arm.mask.id(scale) if arm.mask and arm.mask.distilled else '',
-                weights=arm.weights if arm.source is None else arm.source.name, select=arm.select, level=arm.level,
-                every='masks' in arm.tables, density=1. if mask is None else mask.density,
-                rule='' if selection is None else selection.rule,
-                frozen=[] if selection is None or arm.level else selection.freeze)
+    was_found = arm.mask and arm.mask.distilled
+    settings = dict(arm=arm.name, seed=seed, framework=arm.framework or scale.framework)
+    settings['mask'] = arm.mask and arm.mask.method
+    settings['found'] = arm.mask.id(scale) if was_found else ''
+    settings['weights'] = arm.weights if arm.source is None else arm.source.name
+    settings |= dict(select=arm.select, level=arm.level, every='masks' in arm.tables)
+    settings['density'] = 1. if mask is None else mask.density
+    settings['rule'] = '' if selection is None else selection.rule
+    settings['frozen'] = [] if selection is None or arm.level else selection.freeze
+    return settings
 
 def _mious(arm, scale, seg, world):
     "The mIoU of an arm on base and novel classes of the validation data, and on each other data set."
@@ -498,7 +579,8 @@ def _mious(arm, scale, seg, world):
     for name,data in world.items():
         if name == 'train': continue
         limit = (scale.val if name == 'val' else scale.domain) or None
-        found = evaluate(seg, data, limit=limit, **_looks(scale, name, arm.framework))
+        looks = _looks(scale, name, arm.framework)
+        found = evaluate(seg, data, limit=limit, **looks)
         if name == 'val': mious.update(found['groups'] or dict(base=found['miou']))
         else: mious[name] = found['miou']
     return mious
@@ -510,38 +592,48 @@ def _costs_of(arm, scale, vocabulary, mask, selection, batch_size):
                  active_macs=counted.active_macs, train_flops=math.nan)
     if arm.level: return costs # what single weights save in training depends on the kernels
     first,steps = scale.steps(arm.framework)
-    warmup = training_flops(counted, first, batch_size, mask=None if arm.late(scale) else mask)
+    early_mask = None if arm.late(scale) else mask
+    warmup = training_flops(counted, first, batch_size, mask=early_mask)
     after = training_flops(counted, steps, batch_size, mask=mask, selection=selection)
     return dict(costs, train_flops=warmup+after)
 
 # %% ../../nbs/experiments/51_arms.ipynb #b9b41286
 def _maybe_below(arm, seg, selection, scale, data, seed):
-    return tune_below(arm, seg, selection, scale, data, seed=seed) if arm.level else contextlib.nullcontext()
+    if not arm.level: return contextlib.nullcontext()
+    return tune_below(arm, seg, selection, scale, data, seed=seed)
+
 
 def _measure_arm(arm, scale, seed, folder, keep, run):
     "Fine-tune an arm, measure all that its tables show, and write it."
     done,tower,alphas = _files(folder, arm, scale)
     world = world_of(scale, seed, arm.framework)
+    train = world['train']
     seg,mask = open_warm(arm, scale, seed, folder)
     began = time.process_time()
-    recipe = scale.recipe(scale.steps(arm.framework)[1], 'poly', seed+1, arm.framework)
+    _,iterations = scale.steps(arm.framework)
+    recipe = scale.recipe(iterations, 'poly', seed+1, arm.framework)
     if arm.select == 'none': recipe = recipe.replace(backbone_lr=0.)
     selection = select_layers(arm, seg, scale, seed)
-    with maybe_mask(mask, seg), _maybe_below(arm, seg, selection, scale, world['train'], seed):
-        finetune(seg, world['train'], recipe, selection=None if arm.level else selection, **run)
-    res = _settings_of(arm, scale, seed, mask, selection)
-    res['miou'] = _mious(arm, scale, seg, world)
-    res.update(_costs_of(arm, scale, world['train'].vocabulary, mask, selection, recipe.batch_size))
-    res.update(clip_similarity(seg, world['val'], open_clip_of(scale.of(arm.framework)), every=res['every']))
+    with maybe_mask(mask, seg), _maybe_below(arm, seg, selection, scale, train, seed):
+        finetune(seg, train, recipe, selection=None if arm.level else selection, **run)
+    result = _settings_of(arm, scale, seed, mask, selection)
+    result['miou'] = _mious(arm, scale, seg, world)
+    result.update(_costs_of(arm, scale, train.vocabulary, mask, selection, recipe.batch_size))
+    result.update(clip_similarity(seg, world['val'], open_clip_of(scale.of(arm.framework)), every=result['every']))
     if Group().main:
-        _keep_arm(seg, world, scale, done, tower if keep else None, alphas if 'layers' in arm.tables else None)
-    res['seconds'] = round(time.process_time()-began, 1)
-    if Group().main: save_json(res, done, ARM_FILE) # the last: it says that all is there
-    return res
+        alphas = alphas if 'layers' in arm.tables else None
+        _keep_arm(seg, world, scale, done, tower if keep else None, alphas)
+    result['seconds'] = round(time.process_time()-began, 1)
+    if Group().main: save_json(result, done, ARM_FILE) # the last: it says that all is there
+    return result
 
 def _keep_arm(seg, world, scale, done, tower, alphas):
     "Write what an arm has left: answers, and alphas and the tower where their files are named."
-    answers = {n: _predictions(seg, d, PICTURES.get(n, 1)) for n,d in world.items() if n != 'train'}
+    answers = {}
+    for name,data in world.items():
+        if name != 'train': answers[name] = _predictions(seg, data, PICTURES.get(name, 1))
     save_tensors(answers, done.with_suffix('.safetensors'), kind=ANSWERS_FILE)
-    if alphas: save_json(analyze(seg.backbone, xmin=scale.xmin).to_frame().alpha.to_dict(), alphas, ALPHAS_FILE)
+    if alphas:
+        table = analyze(seg.backbone, xmin=scale.xmin).to_frame()
+        save_json(table.alpha.to_dict(), alphas, ALPHAS_FILE)
     if tower: save_tensors(seg.tower.state_dict(), tower, kind=WEIGHTS_FILE)

@@ -23,11 +23,22 @@ from ..files import check_shape, plain_json
 # %% ../../nbs/experiments/53_claims.ipynb #5f2b8af3
 def class_groups(frame:pd.DataFrame):
     "Base and novel classes; of real data, which may have no such groups, the data sets."
-    return [group for group in ('base', 'novel') if f'miou_{group}' in frame] or sets_of(frame)
+    groups = [group for group in ('base', 'novel') if f'miou_{group}' in frame]
+    return groups or sets_of(frame)
 
 def sets_of(frame:pd.DataFrame)->list: # Names: base and novel classes, and each other data set
     "What mIoU was taken over."
-    return [c[5:] for c in frame if c.startswith('miou_') and c != 'miou_domains']
+    names = [column.removeprefix('miou_') for column in frame if column.startswith('miou_')]
+    return [name for name in names if name != 'domains']
+
+def _check_once(results):
+    "Raises `OpenTransError` if an arm was measured twice with one seed."
+    measured = set()
+    for result in results:
+        arm,seed = result['arm'],result['seed']
+        if (arm, seed) in measured:
+            raise OpenTransError(f"There are two results of {arm} with seed {seed}; give one.")
+        measured.add((arm, seed))
 
 def results_frame(
     results:Iterable[ArmResult], # Results of arms, of one seed or several
@@ -35,15 +46,14 @@ def results_frame(
     """Everything measured, as one table. Raises `OpenTransError` if there is nothing, or an arm was measured twice
     with one seed."""
     results = list(results)
-    check_shape([plain_json(r) for r in results], list[ArmResult], 'The list of results')
-    if not any(r['miou'] for r in results):
+    plain = [plain_json(result) for result in results]
+    check_shape(plain, list[ArmResult], 'The list of results')
+    if not any(result['miou'] for result in results):
         raise OpenTransError("There are no results with an mIoU. Run the study first.")
-    twice = pd.Series([(r['arm'], r['seed']) for r in results])
-    if twice.duplicated().any():
-        raise OpenTransError(
-            "There are two results of {} with seed {}; give one.".format(*twice[twice.duplicated()].iloc[0]))
+    _check_once(results)
     frame = pd.DataFrame([_row_of(result) for result in results])
-    frame['arm'] = pd.Categorical(frame.arm, list(dict.fromkeys(frame.arm)), ordered=True)
+    arms = list(dict.fromkeys(frame.arm))
+    frame['arm'] = pd.Categorical(frame.arm, arms, ordered=True)
     domains = [f'miou_{name}' for name in sets_of(frame) if name not in ('base', 'novel')]
     if domains: frame['miou_domains'] = frame[domains].mean(axis=1)
     return frame
@@ -51,8 +61,9 @@ def results_frame(
 def _row_of(result):
     "A result as a row of the table, with mIoU in percent."
     row = {name: value for name,value in result.items() if name not in ('miou', 'frozen')}
-    row.update({f'miou_{name}': math.nan if share is None else 100*share for name,share in result['miou'].items()})
-    return {**row, 'frozen_layers': len(result['frozen'])}
+    for name,share in result['miou'].items(): row[f'miou_{name}'] = math.nan if share is None else 100*share
+    row['frozen_layers'] = len(result['frozen'])
+    return row
 
 def _cell(values, digits=1):
     "Mean ± standard deviation over seeds, as text."
@@ -68,23 +79,34 @@ def _training_cell(flops, full):
     change = '' if math.isnan(full) else f' ({flops.mean()/full-1:+.0%})'
     return f'{flops.mean()/1e12:.2f} T{change}'
 
+def _full_training(frame, framework):
+    "FLOPs of training all weights in a framework; NaN where no arm does."
+    same = frame[frame.framework == framework]
+    is_full = same['mask'].isna() & (same['select'] == 'all')
+    return same[is_full].train_flops.mean()
+
+def _summary_row(runs, frame):
+    "The cells of one arm."
+    row = {f'mIoU {name}': _cell(runs[f'miou_{name}']) for name in sets_of(frame)}
+    row['CKA to CLIP'] = _cell(runs.cka, 2)
+    row['frozen layers'] = f'{runs.frozen_layers.mean():.0f}'
+    row['params'] = f'{runs.active_params.mean()/1e6:.2f} M'
+    row['MACs'] = f'{runs.active_macs.mean()/1e6:.1f} M'
+    full = _full_training(frame, runs.framework.iloc[0])
+    row['training'] = _training_cell(runs.train_flops, full)
+    return row
+
 def summarize(
     frame:pd.DataFrame, # As `results_frame` gives it
     arms:Sequence[Arm], # Which arms, in the order of the table
 )->pd.DataFrame: # Text cells: mean ± standard deviation over seeds
     "The table that a reader sees."
     rows = {}
-    for a in arms:
-        f = frame[frame.arm == a.name]
-        if not len(f):
-            raise OpenTransError(f"There is no result of '{a.name}' in the table. Run the study that has it.")
-        same = frame[frame.framework == f.framework.iloc[0]]
-        full = same[same['mask'].isna() & (same['select'] == 'all')].train_flops.mean()
-        rows[a.name] = {**{f'mIoU {k}': _cell(f[f'miou_{k}']) for k in sets_of(frame)},
-                        'CKA to CLIP': _cell(f.cka, 2), 'frozen layers': f'{f.frozen_layers.mean():.0f}',
-                        'params': f'{f.active_params.mean()/1e6:.2f} M',
-                        'MACs': f'{f.active_macs.mean()/1e6:.1f} M',
-                        'training': _training_cell(f.train_flops, full)}
+    for arm in arms:
+        runs = frame[frame.arm == arm.name]
+        if not len(runs):
+            raise OpenTransError(f"There is no result of '{arm.name}' in the table. Run the study that has it.")
+        rows[arm.name] = _summary_row(runs, frame)
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/experiments/53_claims.ipynb #8c0111be
@@ -130,19 +152,24 @@ class Claim:
     @property
     def arms(self)->set: # Names
         "The arms that it is about."
-        sides = [(side.arm, side.over) if isinstance(side, Gain) else (side,) for side in (self.better, self.than)]
-        return {name for side in sides for name in side}
+        names = set()
+        for side in (self.better, self.than):
+            if isinstance(side, Gain): names |= {side.arm, side.over}
+            else: names.add(side)
+        return names
 
 def _side(name, frame):
     "A side of a claim. Files write a gain as 'a − b'."
-    if isinstance(name, Gain) or name in set(frame.arm) or name.count(' − ') != 1: return name
+    if isinstance(name, Gain) or name in set(frame.arm): return name
+    if name.count(' − ') != 1: return name
     return Gain(*name.split(' − '))
 
 def _measured(frame, column, side):
     "What a side of a claim has, by seed."
     if isinstance(side, Gain): return _measured(frame, column, side.arm) - _measured(frame, column, side.over)
     if side not in set(frame.arm): raise unknown('arm', side, frame.arm.unique().tolist())
-    return frame[frame.arm == side].set_index('seed')[column]
+    runs = frame[frame.arm == side]
+    return runs.set_index('seed')[column]
 
 # %% ../../nbs/experiments/53_claims.ipynb #41c0b23d
 def _verdict(count, low, high):
@@ -164,19 +191,22 @@ def difference(
     from scipy import stats
     column = what if what in frame else f'miou_{what}'
     if column not in frame: raise unknown('measure', what, [name.removeprefix('miou_') for name in frame])
-    pairs = _measured(frame, column, _side(arm, frame)) - _measured(frame, column, _side(against, frame))
-    each = pairs.dropna().to_numpy()
+    of_arm = _measured(frame, column, _side(arm, frame))
+    of_other = _measured(frame, column, _side(against, frame))
+    each = (of_arm-of_other).dropna().to_numpy()
     count = len(each)
     mean = float(each.mean()) if count else math.nan
     sd = low = high = boot_low = boot_high = math.nan
     if count > 1:
-        sd, error = float(each.std(ddof=1)), float(stats.sem(each))
+        sd = float(each.std(ddof=1))
+        error = float(stats.sem(each))
         low, high = map(float, stats.t.interval(.95, count-1, mean, error)) if error else (mean, mean)
-        again = stats.bootstrap((each,), np.mean, n_resamples=10_000, method='percentile',
-                                rng=np.random.default_rng(0))
+        draws = np.random.default_rng(0)
+        again = stats.bootstrap((each,), np.mean, n_resamples=10_000, method='percentile', rng=draws)
         boot_low, boot_high = map(float, again.confidence_interval)
+    verdict = _verdict(count, low, high)
     return dict(mean=mean, sd=sd, low=low, high=high, boot_low=boot_low, boot_high=boot_high, n=count,
-                verdict=_verdict(count, low, high), each=each.tolist())
+                verdict=verdict, each=each.tolist())
 
 # %% ../../nbs/experiments/53_claims.ipynb #939361fb
 def judge_claims(
@@ -190,17 +220,30 @@ def judge_claims(
         if not claim.arms <= there: continue
         for measure in claim.measures:
             if measure not in frame and f'miou_{measure}' not in frame: continue
-            judged = difference(frame, claim.better, claim.than, measure)
-            said = dict(claim=claim.text, where=claim.paper, measured=measure, arm=str(claim.better),
-                        against=str(claim.than))
-            rows.append({**said, **judged})
-    return pd.DataFrame([row for row in rows if row['n']], columns=list(rows[0]) if rows else None)
+            row = dict(claim=claim.text, where=claim.paper, measured=measure)
+            row |= dict(arm=str(claim.better), against=str(claim.than))
+            rows.append(row | difference(frame, claim.better, claim.than, measure))
+    columns = list(rows[0]) if rows else None
+    known = [row for row in rows if row['n']]
+    return pd.DataFrame(known, columns=columns)
 
 # %% ../../nbs/experiments/53_claims.ipynb #58583e32
 def claims_frame(claims:Iterable[Mapping[str, Any]]):
     "Claims of a file as `judge_claims` gives them: what is not known is NaN."
     numbers = ('mean', 'sd', 'low', 'high', 'boot_low', 'boot_high')
-    return pd.DataFrame([{k: math.nan if v is None and k in numbers else v for k,v in c.items()} for c in claims])
+    rows = []
+    for claim in claims:
+        row = dict(claim)
+        for name in numbers:
+            if name in row and row[name] is None: row[name] = math.nan
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+def _judged(claim):
+    "A difference, its interval and its verdict."
+    bold = {'holds': 'holds', 'does not hold': '**does not hold**'}
+    verdict = bold.get(claim.verdict) or for_markdown(claim.verdict)
+    return f'{claim.mean:+.2f} [{claim.low:+.2f}, {claim.high:+.2f}] {verdict}'
 
 def claims_table(
     table:pd.DataFrame, # Of `judge_claims` or `all_claims`
@@ -211,21 +254,22 @@ def claims_table(
 )->pd.DataFrame:
     "Claims as a reader sees them, a line each."
     rows = {}
-    bold = {'holds': 'holds', 'does not hold': '**does not hold**'}
-    def judged(r):
-        return f'{r.mean:+.2f} [{r.low:+.2f}, {r.high:+.2f}] {bold.get(r.verdict) or for_markdown(r.verdict)}'
-    def row_of(r): return rows.setdefault(for_markdown(r.claim), dict(paper=for_markdown(r.where)))
-    for r in table.itertuples():
-        row = row_of(r)
-        column = r.measured if r.measured in ('base', 'novel', 'domains') else 'CKA'
-        row[column] = judged(r)
-        if link: row['study'] = link.format(study=r.study, file=r.file)
+    def row_of(claim):
+        name = for_markdown(claim.claim)
+        return rows.setdefault(name, dict(paper=for_markdown(claim.where)))
+    for claim in table.itertuples():
+        row = row_of(claim)
+        column = claim.measured if claim.measured in MEASURES else 'CKA'
+        row[column] = _judged(claim)
+        if link: row['study'] = link.format(study=claim.study, file=claim.file)
     seen = () if photographs is None else photographs.itertuples()
-    for r in seen:
-        row = row_of(r)
-        row['photographs'] = '; '.join(filter(None, [row.get('photographs'), f'{r.measured} {judged(r)}']))
+    for claim in seen:
+        row = row_of(claim)
+        told = [row['photographs']] if 'photographs' in row else []
+        told.append(f'{claim.measured} {_judged(claim)}')
+        row['photographs'] = '; '.join(told)
     order = ('paper', 'base', 'novel', 'domains', 'CKA', 'photographs', 'study')
-    columns = [c for c in order if any(c in r for r in rows.values())]
+    columns = [name for name in order if any(name in row for row in rows.values())]
     return pd.DataFrame(rows, index=columns).T.fillna('').rename_axis('claim')
 
 # %% ../../nbs/experiments/53_claims.ipynb #47f3b2d3
@@ -236,9 +280,10 @@ def brief_verdict(
 )->tuple: # ('holds', '**not**' or 'open', the row whose number says so)
     "One verdict for a claim of several measures, and the first measure that decides it."
     said = set(rows.verdict)
-    decided = [v for v in ('holds', 'does not hold') if v in said]
+    decided = [verdict for verdict in ('holds', 'does not hold') if verdict in said]
     verdict = decided[0] if len(decided) == 1 else 'undecided'
-    return _BRIEF[verdict],rows[rows.verdict == verdict].iloc[0] if verdict in said else rows.iloc[0]
+    first = rows[rows.verdict == verdict].iloc[0] if verdict in said else rows.iloc[0]
+    return _BRIEF[verdict],first
 
 def _brief_cell(rows):
     "A verdict and its number."
@@ -254,11 +299,13 @@ def paper_claims(
     link:str=None, # Format of a link around the place in the paper, e.g. `'[{where}](results.md#{study})'`
 )->pd.DataFrame: # Indexed by claim: paper, shapes, photographs
     "The paper's own claims, a line each, with one verdict and one number; 'not run' where there is none."
-    own = table[~table['where'].isin(['beyond', 'needed'])]
+    is_own = ~table['where'].isin(['beyond', 'needed'])
     rows = {}
-    for claim,measures in own.groupby('claim', sort=False):
+    for claim,measures in table[is_own].groupby('claim', sort=False):
         first = measures.iloc[0]
-        where = link.format(where=first['where'], study=first.study) if link else first['where']
+        where = first['where']
+        if link: where = link.format(where=where, study=first.study)
         others = measures[:0] if photographs is None else photographs[photographs.claim == claim]
-        rows[for_markdown(claim)] = dict(paper=where, shapes=_brief_cell(measures), photographs=_brief_cell(others))
+        row = dict(paper=where, shapes=_brief_cell(measures), photographs=_brief_cell(others))
+        rows[for_markdown(claim)] = row
     return pd.DataFrame(rows).T.rename_axis('claim')

@@ -7,17 +7,19 @@ __all__ = ['plot_arms', 'plot_cost', 'plot_costs', 'plot_frameworks', 'plot_scen
            'plot_similarity', 'label_photograph', 'plot_photographs']
 
 # %% ../../nbs/experiments/54_figures.ipynb #e826c0fd
-import warnings
+import base64, math, warnings, zlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Annotated, TYPE_CHECKING
+from annotated_types import Interval
 import numpy as np
 import pandas as pd
 import torch
 from torch.nn import functional as F
+from typing_extensions import NotRequired, TypedDict
 from ..clip import ClipBackbone
 from ..data import class_colours
-from ..errors import OpenTransError, shorten, unknown
+from ..errors import FormatError, OpenTransError, shorten, unknown
 from ..escape import for_plot
 from .arms import Arm, ARMS
 from .claims import class_groups, sets_of
@@ -32,15 +34,26 @@ def _colour(name, i=0):
     "Each arm has one colour in all figures; the i-th of a study alone has any."
     names = [arm.name for arm in ARMS]
     kind = name.split(': ')[-1]
-    return _OF_ARMS[names.index(kind) % len(_OF_ARMS)] if kind in names else _OF_OTHERS[i % len(_OF_OTHERS)]
+    if kind not in names: return _OF_OTHERS[i % len(_OF_OTHERS)]
+    place = names.index(kind)
+    return _OF_ARMS[place % len(_OF_ARMS)]
 
 _OF_ARMS = ('#333333', '#d95f02', '#e6ab02', '#7570b3', '#a6cee3', '#1f78b4', '#1b9e77', '#66a61e', '#b2df8a',
             '#999999', '#e7298a')
 _OF_OTHERS = ('#4e79a7', '#f28e2b', '#59a14f', '#b07aa1', '#edc948', '#76b7b2', '#9c755f', '#ff9da7')
 
+def _bar_place(group, i, n):
+    "Where the i-th of the n bars of a group stands."
+    return group-.4+.8/n*(i+.5)
+
 def _bar(ax, x, y, width, **kwargs):
     ax.bar(x, y.mean(), width, **kwargs)
     ax.plot([x]*len(y), y, '.', color='k', ms=3) # a mean and its seeds
+
+def _set_label(which):
+    "A group of classes or a domain, in two lines."
+    is_group = which in ('base', 'novel')
+    return for_plot(f'{which}\nclasses' if is_group else f'domain\n{which}')
 
 def plot_arms(
     frame:pd.DataFrame, # As `results_frame` gives it
@@ -49,18 +62,29 @@ def plot_arms(
 ): # The axes
     "mIoU of arms on base and novel classes and each domain: bars are means, dots are seeds."
     ax = get_axes(ax, figsize=(10, 3.4))
-    w = .8/len(arms)
+    n = len(arms)
+    width = .8/n*.92
     sets = sets_of(frame)
-    for i,a in enumerate(arms):
-        f = frame[frame.arm == a.name]
-        for j,k in enumerate(sets):
-            _bar(ax, j-.4+w*(i+.5), f[f'miou_{k}'], w*.92, label=None if j else for_plot(a.name),
-                 color=_colour(a.name, i))
-    told = [f'{k}\nclasses' if k in ('base', 'novel') else f'domain\n{k}' for k in sets]
-    ax.set_xticks(range(len(sets)), [for_plot(text) for text in told])
+    for i,arm in enumerate(arms):
+        runs = frame[frame.arm == arm.name]
+        name = for_plot(arm.name)
+        colour = _colour(arm.name, i)
+        for j,which in enumerate(sets):
+            x = _bar_place(j, i, n)
+            miou = runs[f'miou_{which}']
+            label = None if j else name
+            _bar(ax, x, miou, width, label=label, color=colour)
+    labels = [_set_label(which) for which in sets]
+    ax.set_xticks(range(len(sets)), labels)
     ax.set_ylabel('mIoU (%)')
     ax.legend(fontsize=9, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.), frameon=False)
     return ax
+
+_COSTS = { # column -> its unit, and what an axis is called
+    'active_params': (1e6, 'parameters that remain (M)'),
+    'active_macs': (1e6, 'MACs that remain (M)'),
+    'train_flops': (1e12, 'training FLOPs (T)'),
+}
 
 def plot_cost(
     frame:pd.DataFrame, # As `results_frame` gives it
@@ -69,12 +93,16 @@ def plot_cost(
 ): # The axes
     "mIoU on base classes (full) and novel ones (hollow) against a cost (the shape of Fig. 1)."
     ax = get_axes(ax, figsize=(4.5, 3.4))
-    unit,name = dict(active_params=(1e6, 'parameters that remain (M)'), active_macs=(1e6, 'MACs that remain (M)'),
-                     train_flops=(1e12, 'training FLOPs (T)'))[what]
-    for i,(a,f) in enumerate(frame.groupby('arm', observed=True)):
-        for j,k in enumerate(class_groups(f)[:2]):
-            ax.plot(f[what].mean()/unit, f[f'miou_{k}'].mean(), 'o', mec=_colour(a, i),
-                    mfc='none' if j else _colour(a, i), label=None if j else for_plot(a))
+    unit,name = _COSTS[what]
+    for i,(arm,runs) in enumerate(frame.groupby('arm', observed=True)):
+        colour = _colour(arm, i)
+        cost = runs[what].mean()/unit
+        groups = class_groups(runs)
+        label = for_plot(arm)
+        for group,face in zip(groups, (colour, 'none')):
+            miou = runs[f'miou_{group}'].mean()
+            ax.plot(cost, miou, 'o', mec=colour, mfc=face, label=label)
+            label = None # one entry of the legend for both
     ax.set_xlabel(name)
     ax.set_ylabel('mIoU (%)')
     return ax
@@ -83,12 +111,43 @@ def plot_cost(
 def plot_costs(frame:pd.DataFrame):
     "Axes with `plot_cost` of each cost."
     axs = get_axes(ncols=3, figsize=(14, 3.9), layout='constrained')
-    for ax,w in zip(axs, ('active_params', 'active_macs', 'train_flops')): plot_cost(frame, w, ax)
-    axs[0].figure.legend(*axs[0].get_legend_handles_labels(), fontsize=9, ncols=6, loc='outside upper center',
-                         frameon=False)
+    for ax,what in zip(axs, _COSTS): plot_cost(frame, what, ax)
+    handles,labels = axs[0].get_legend_handles_labels()
+    axs[0].figure.legend(handles, labels, fontsize=9, ncols=6, loc='outside upper center', frameon=False)
     return axs
 
 # %% ../../nbs/experiments/54_figures.ipynb #60e1ffbc
+def _kind(name):
+    "What an arm is, without its framework: `'ours: random'` is `'random'`."
+    return name.split(': ')[-1]
+
+def _by_kind(arms):
+    "What arms are -> the names of those that are it."
+    names = {}
+    for arm in arms:
+        kind = _kind(arm.name)
+        names.setdefault(kind, []).append(arm.name)
+    return names
+def _plot_in_frameworks(frame, arms, what, ax):
+    "Bars of mIoU of the arms in each framework, on one group of classes."
+    is_shown = frame.arm.isin([arm.name for arm in arms])
+    frameworks = list(dict.fromkeys(frame.framework[is_shown]))
+    arms_of_kinds = _by_kind(arms)
+    n = len(arms_of_kinds)
+    for j,(kind,alike) in enumerate(arms_of_kinds.items()):
+        is_alike = frame.arm.isin(alike)
+        colour = _colour(kind)
+        for i,framework in enumerate(frameworks):
+            runs = frame[(frame.framework == framework) & is_alike]
+            x = _bar_place(i, j, n)
+            miou = runs[f'miou_{what}']
+            label = for_plot(kind) if i == 0 else None
+            _bar(ax, x, miou, .75/n, color=colour, label=label)
+    ticks = [for_plot(framework) for framework in frameworks]
+    ax.set_xticks(range(len(frameworks)), ticks, fontsize=9)
+    ax.set_ylabel('mIoU (%)')
+    ax.set_title(for_plot(f'{what} classes'), fontsize=9)
+
 def plot_frameworks(
     frame:pd.DataFrame, # As `results_frame` gives it
     arms:Sequence[Arm], # Dense, distilled and random of each framework
@@ -96,23 +155,58 @@ def plot_frameworks(
 ): # The axes
     "mIoU on base and novel classes of the same masks in each framework: bars are means, dots are seeds."
     groups = class_groups(frame)
-    axs = np.ravel(get_axes(axs, ncols=len(groups), figsize=(6*len(groups), 3.2)))
-    names = list(dict.fromkeys(frame.framework[frame.arm.isin([a.name for a in arms])]))
-    kinds = list(dict.fromkeys(a.name.split(': ')[-1] for a in arms))
-    for ax,what in zip(axs, groups):
-        for j,kind in enumerate(kinds):
-            for i,n in enumerate(names):
-                alike = [arm.name for arm in arms if arm.name.split(': ')[-1] == kind]
-                y = frame[(frame.framework == n) & frame.arm.isin(alike)][f'miou_{what}']
-                x = i-.4+.8/len(kinds)*(j+.5)
-                _bar(ax, x, y, .75/len(kinds), color=_colour(kind), label=for_plot(kind) if i == 0 else None)
-        ax.set_xticks(range(len(names)), [for_plot(n) for n in names], fontsize=9)
-        ax.set_ylabel('mIoU (%)')
-        ax.set_title(for_plot(f'{what} classes'), fontsize=9)
+    n = len(groups)
+    axs = get_axes(axs, ncols=n, figsize=(6*n, 3.2))
+    axs = np.ravel(axs)
+    for ax,what in zip(axs, groups): _plot_in_frameworks(frame, arms, what, ax)
     axs[0].legend(fontsize=9, frameon=False)
     return axs
 
+# %% ../../nbs/experiments/54_figures.ipynb #5c1e7a41
+class _Packed(TypedDict):
+    "An array in a file of results."
+    shape: list[Annotated[int, Interval(ge=0, le=2**16)]]
+    dtype: NotRequired[str]
+    data: str
+
+def _pack(array):
+    "An array as a file of results holds it."
+    data = base64.b64encode(zlib.compress(array.tobytes(), 9)).decode()
+    shape = list(array.shape)
+    return dict(shape=shape, dtype=str(array.dtype), data=data)
+
+_CLASSES = ('uint8', 'int32', 'int64') # types of arrays of classes
+_ROOM = 2**30 # Bytes of all pictures of a study
+
+def _unpack(packed, where):
+    "An array out of a file of results, which cannot be larger than it says. Raises `FormatError`."
+    shape = packed['shape']
+    kind = packed.get('dtype', 'uint8')
+    if len(shape) != 3 or kind not in _CLASSES:
+        raise FormatError(
+            f"The picture {where} is of {shorten(kind, 40)} with {len(shape)} axes; expected whole numbers with "
+            f"three.")
+    size = math.prod(shape)*np.dtype(kind).itemsize
+    if size > _ROOM:
+        raise FormatError(f"The picture {where} says that it has {size:,} bytes; at most {_ROOM:,} are read.")
+    opened = zlib.decompressobj()
+    try: raw = opened.decompress(base64.b64decode(packed['data'], validate=True), size+1)
+    except (ValueError, zlib.error) as error:
+        raise FormatError(f"The picture {where} is damaged: {shorten(error, 80)}.") from None
+    if len(raw) != size or not opened.eof or opened.unused_data:
+        raise FormatError(f"The picture {where} is damaged: it has another size than it says.")
+    array = np.frombuffer(raw, kind).reshape(shape)
+    return torch.from_numpy(array.copy())
+
 # %% ../../nbs/experiments/54_figures.ipynb #668feb0d
+def _are_answers(answers, data, count):
+    "Are these maps of `count` scenes of a data set, with its classes?"
+    if len(answers) != count: return False
+    if not 0 < len(answers) <= len(data): return False
+    if not answers.numel(): return False
+    if answers.min() < 0: return False
+    return answers.max() < len(data.vocabulary)
+
 def _check_answers(predictions, world):
     "Raises `OpenTransError` if arms have not answered the same scenes of this world with its classes."
     first = next(iter(predictions.values()), None)
@@ -120,9 +214,8 @@ def _check_answers(predictions, world):
     for arm,sets in predictions.items():
         for name,answers in sets.items():
             if name not in world: raise unknown('data set of the pictures', name, world)
-            fits = (name in first and len(answers) == len(first[name]) and 0 < len(answers) <= len(world[name])
-                    and answers.numel())
-            if not fits or answers.min() < 0 or answers.max() >= len(world[name].vocabulary):
+            count = len(first[name]) if name in first else None
+            if not _are_answers(answers, world[name], count):
                 raise OpenTransError(
                     f"The pictures of '{shorten(arm, 80)}' are not of the scenes of {name}, or not of its classes. "
                     f"Run the study 'pictures' again.")
@@ -132,37 +225,72 @@ def _check_answers(predictions, world):
                 f"the study 'pictures' again.")
 
 # %% ../../nbs/experiments/54_figures.ipynb #6f391313
+def _scenes_shown(predictions, world):
+    "(data set, number) of each scene that the arms have answered, in the world's order."
+    first = next(iter(predictions.values()))
+    scenes = []
+    for name in sorted(first, key=list(world).index):
+        count = len(first[name])
+        scenes += [(name, i) for i in range(count)]
+    return scenes
+
+def _scenes_figure(rows, columns):
+    "A figure and its axes, one for each scene and picture."
+    import matplotlib.pyplot as plt # slow to import
+    size = (1.35*columns, 1.42*rows)
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained')
+
+def _plot_row(axs, pictures, name, titles):
+    "The pictures of one scene; the first row has the titles."
+    for ax,picture in zip(axs, pictures):
+        ax.imshow(picture, interpolation='nearest')
+        ax.set_xticks([])
+        ax.set_yticks([])
+    for ax,title in zip(axs, titles):
+        title = for_plot(title).replace(', ', ',\n')
+        ax.set_title(title, fontsize=9)
+    name = name if name != 'val' else 'home'
+    axs[0].set_ylabel(for_plot(name), fontsize=9)
+
+def _add_legend(fig, shares, colours, columns):
+    "The names with the most pixels, below the scenes."
+    from matplotlib.patches import Patch # slow to import
+    there = [name for name,_ in shares.most_common(_LEGEND)]
+    handles = [Patch(color=colours[name], label=for_plot(name)) for name in there]
+    columns = max(1, min(4, len(there), columns))
+    fig.legend(handles=handles, fontsize=9, ncols=columns, loc='outside lower center', frameon=False)
+
+def _names_of(world, scenes):
+    "The names of all classes of the data sets of some scenes, each once."
+    names = {}
+    for data,_ in scenes: names |= dict.fromkeys(world[data].vocabulary.names)
+    return names
+
 def plot_scenes(
     scale:Scale, # Sizes
     seed:int, # Of the world
     predictions:dict, # Name of an arm -> {data set: (N,H,W) classes}
 ): # Figure: a row for each scene; image, truth, and each arm
     "What each arm makes of the same scenes (Fig. 5). Raises `OpenTransError` for answers to other scenes."
-    import matplotlib.pyplot as plt # slow to import
-    from matplotlib.patches import Patch
     world = open_world(scale, seed)
     _check_answers(predictions, world)
-    rows = [(d, i) for d,p in next(iter(predictions.values())).items() for i in range(len(p))]
-    rows.sort(key=lambda r: list(world).index(r[0]))
-    fig,axs = plt.subplots(len(rows), 2+len(predictions), figsize=(1.35*(2+len(predictions)), 1.42*len(rows)),
-                           squeeze=False, layout='constrained')
-    names = dict.fromkeys(name for d,_ in rows for name in world[d].vocabulary.names)
+    scenes = _scenes_shown(predictions, world)
+    titles = ('image', 'truth', *predictions)
+    fig,axs = _scenes_figure(len(scenes), len(titles))
+    names = _names_of(world, scenes)
     colours = dict(zip(names, class_colours(names)))
     shares = Counter()
-    for r,(d,i) in enumerate(rows):
-        maps = [world[d][i]['labels'].numpy(), *(p[d][i].numpy() for p in predictions.values())]
-        painted = [_painted(m, world[d], colours) for m in maps]
-        for m in maps: shares.update(_shares_of(m, world[d]))
-        image = world[d][i]['image'].permute(1, 2, 0).numpy()
-        for ax,m,t in zip(axs[r], (image, *painted), ('image', 'truth', *predictions)):
-            ax.imshow(m, interpolation='nearest')
-            ax.set_xticks([])
-            ax.set_yticks([])
-            if r == 0: ax.set_title(for_plot(t).replace(', ', ',\n'), fontsize=9)
-        axs[r][0].set_ylabel(for_plot(d if d != 'val' else 'home'), fontsize=9)
-    there = [name for name,_ in shares.most_common(_LEGEND)]
-    fig.legend(handles=[Patch(color=colours[name], label=for_plot(name)) for name in there], fontsize=9,
-               ncols=max(1, min(4, len(there), 1+len(predictions))), loc='outside lower center', frameon=False)
+    for row,(name,i) in zip(axs, scenes):
+        data = world[name]
+        truth = data[i]['labels'].numpy()
+        answered = [answers[name][i].numpy() for answers in predictions.values()]
+        maps = [truth, *answered]
+        painted = [_painted(labels, data, colours) for labels in maps]
+        for labels in maps: shares.update(_shares_of(labels, data))
+        image = data[i]['image'].permute(1, 2, 0).numpy()
+        _plot_row(row, (image, *painted), name, titles)
+        titles = () # only the first row has them
+    _add_legend(fig, shares, colours, 1+len(predictions))
     return fig
 
 _LEGEND = 12 # classes that a legend of scenes names: those with the most pixels
@@ -171,40 +299,66 @@ def _painted(labels, data, colours):
     "A map of labels as a picture; white where nothing is judged."
     void = labels == data.ignore
     palette = np.array([colours[name] for name in data.vocabulary.names])
-    return np.where(void[..., None], 1., palette[np.where(void, 0, labels)])
+    classes = np.where(void, 0, labels)
+    return np.where(void[..., None], 1., palette[classes])
 
 def _shares_of(labels, data):
     "How many pixels each name has."
-    known = labels[labels != data.ignore]
-    counts = np.bincount(known.ravel(), minlength=len(data.vocabulary))
-    return {name: int(n) for name,n in zip(data.vocabulary.names, counts) if n}
+    is_known = labels != data.ignore
+    known = labels[is_known].ravel()
+    counts = np.bincount(known, minlength=len(data.vocabulary))
+    counts_by_name = zip(data.vocabulary.names, counts)
+    return {name: int(count) for name,count in counts_by_name if count}
 
 # %% ../../nbs/experiments/54_figures.ipynb #25337eb7
+def _plot_densities(frame, what, ax):
+    "Means and seeds against density, on one group of classes; the dense model is a dotted line."
+    column = f'miou_{what}'
+    for kind,arm in (('distilled', 'distilled mask'), ('random', 'random')):
+        colour = _colour(arm)
+        runs = frame[(frame['mask'] == kind)]
+        mean = runs.groupby('density')[column].mean()
+        ax.plot(mean.index, mean, '-', color=colour, label=for_plot(kind))
+        ax.plot(runs.density, runs[column], '.', color=colour, ms=4)
+    is_dense = frame['mask'].isna()
+    dense_miou = frame[is_dense][column].mean()
+    ax.axhline(dense_miou, ls=':', color='k')
+    ax.set_xscale('log')
+    ax.set_xlabel('density')
+    ax.set_ylabel('mIoU (%)')
+    ax.set_title(for_plot(f'{what} classes'), fontsize=9)
+    densities = frame.density[~is_dense].round(3)
+    densities = sorted(densities.unique())
+    ax.set_xticks(densities, [f'{density:g}' for density in densities])
+    ax.minorticks_off()
+
 def plot_density(
     frame:pd.DataFrame, # As `results_frame` gives it, of a study of densities
     axs:'np.ndarray|Sequence[Axes]|None'=None, # Two axes
 ): # The axes
     "mIoU on base and novel classes against density."
     groups = class_groups(frame)
-    axs = np.ravel(get_axes(axs, ncols=len(groups), figsize=(4.5*len(groups), 3), layout='constrained'))
-    for ax,what in zip(axs, groups):
-        for kind,colour in (('distilled', _colour('distilled mask')), ('random', _colour('random'))):
-            f = frame[(frame['mask'] == kind)]
-            mean = f.groupby('density')[f'miou_{what}'].mean()
-            ax.plot(mean.index, mean, '-', color=colour, label=for_plot(kind))
-            ax.plot(f.density, f[f'miou_{what}'], '.', color=colour, ms=4)
-        ax.axhline(frame[frame['mask'].isna()][f'miou_{what}'].mean(), ls=':', color='k')
-        ax.set_xscale('log')
-        ax.set_xlabel('density')
-        ax.set_ylabel('mIoU (%)')
-        ax.set_title(for_plot(f'{what} classes'), fontsize=9)
-        at = sorted(frame.density[frame['mask'].notna()].round(3).unique())
-        ax.set_xticks(at, [f'{d:g}' for d in at])
-        ax.minorticks_off()
+    n = len(groups)
+    axs = get_axes(axs, ncols=n, figsize=(4.5*n, 3), layout='constrained')
+    axs = np.ravel(axs)
+    for ax,what in zip(axs, groups): _plot_densities(frame, what, ax)
     axs[0].legend(fontsize=9, frameon=False)
     return axs
 
 # %% ../../nbs/experiments/54_figures.ipynb #0a856332
+def _plot_medians(courses, kind, colour, ax):
+    "The median over layers through the fine-tuning, a line a seed."
+    for i,course in enumerate(courses):
+        label = for_plot(kind) if i == 0 else None
+        ax.plot(course['iterations'], course['median'], color=colour, lw=1, label=label)
+
+def _plot_layers(course, kind, colour, ax):
+    "Alpha of each layer, before and after."
+    for when,style in (('before', '--'), ('after', '-')):
+        alphas = [np.nan if alpha is None else alpha for alpha in course[when]]
+        label = for_plot(f'{kind}, {when}')
+        ax.plot(alphas, style, color=colour, label=label)
+
 def plot_courses(
     more:dict, # As `alpha_curves` gives it
     axs:'np.ndarray|Sequence[Axes]|None'=None, # Two axes
@@ -212,15 +366,15 @@ def plot_courses(
     """Alpha through a fine-tuning (Fig. 6, 7 and 9): the median over layers, a line a seed; and each layer before
     and after, in the first seed."""
     axs = get_axes(axs, ncols=2, figsize=(11, 3), width_ratios=(1, 1.6), layout='constrained')
-    for kind,colour in (('dense', _colour('dense')), ('sparse', _colour('distilled mask'))):
-        for i,c in enumerate(more[kind].values()):
-            axs[0].plot(c['iterations'], c['median'], color=colour, lw=1, label=for_plot(kind) if i == 0 else None)
-        c = next(iter(more[kind].values()))
-        for when,style in (('before', '--'), ('after', '-')):
-            axs[1].plot([np.nan if v is None else v for v in c[when]], style, color=colour,
-                        label=for_plot(f'{kind}, {when}'))
+    for kind,arm in (('dense', 'dense'), ('sparse', 'distilled mask')):
+        colour = _colour(arm)
+        courses = list(more[kind].values())
+        first_seed = courses[0]
+        _plot_medians(courses, kind, colour, axs[0])
+        _plot_layers(first_seed, kind, colour, axs[1])
     axs[0].set(xlabel='iteration', ylabel='median alpha')
-    axs[1].set(xlabel='layer', ylabel='alpha', yscale='log', xticks=range(0, len(c['layers']), 2))
+    every_other = range(0, len(first_seed['layers']), 2)
+    axs[1].set(xlabel='layer', ylabel='alpha', yscale='log', xticks=every_other)
     axs[1].set_yticks([2, 5, 10, 20], ['2', '5', '10', '20'])
     axs[1].minorticks_off()
     for ax in axs: ax.legend(fontsize=9, frameon=False)
@@ -231,11 +385,16 @@ def plot_similarity(
     ax:'Axes|None'=None, # Axes
 ): # The axes
     "CKA of fine-tuned towers to CLIP's own (Tab. 9), by three readings: bars are means, dots are seeds."
-    ax,arms = get_axes(ax, figsize=(8, 3)),list(dict.fromkeys(frame.arm))
-    for i,a in enumerate(arms):
-        for j,c in enumerate(('cka', 'cka_layers', 'cka_channels')):
-            _bar(ax, j-.4+.8/len(arms)*(i+.5), frame[frame.arm == a][c], .74/len(arms), color=_colour(a, i),
-                 label=for_plot(a) if j == 0 else None)
+    ax = get_axes(ax, figsize=(8, 3))
+    arms = list(dict.fromkeys(frame.arm))
+    n = len(arms)
+    for i,arm in enumerate(arms):
+        runs = frame[frame.arm == arm]
+        colour = _colour(arm, i)
+        for j,reading in enumerate(('cka', 'cka_layers', 'cka_channels')):
+            x = _bar_place(j, i, n)
+            label = for_plot(arm) if j == 0 else None
+            _bar(ax, x, runs[reading], .74/n, color=colour, label=label)
     ax.set_xticks(range(3), ['stages', 'all convolutions', "the released code's reading"])
     ax.set_ylabel('CKA to CLIP')
     ax.legend(fontsize=9, frameon=False, ncols=4, loc='lower center', bbox_to_anchor=(.5, 1.))
@@ -251,13 +410,33 @@ def label_photograph(
     "The nearest name of each pixel, by comparison with the dense embedding alone."
     image = picture[None].float()/255
     names = [name.strip() for name in words.split(',')]
-    factor = side/max(image.shape[-2:])
-    image = F.interpolate(image, size=[round(n*factor) for n in image.shape[-2:]], mode='bilinear', antialias=True,
-                          align_corners=False)
+    height,width = image.shape[-2:]
+    factor = side/max(height, width)
+    size = [round(height*factor), round(width*factor)]
+    image = F.interpolate(image, size=size, mode='bilinear', antialias=True, align_corners=False)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.*was shown')
-        near = torch.einsum('bdhw,kd->bkhw', clip.dense_embeddings(image), clip.encode_text(names))
-    return image[0],resize(near, image.shape[-2:])[0].argmax(0),names
+        cells = clip.dense_embeddings(image)
+        texts = clip.encode_text(names)
+        near = torch.einsum('bdhw,kd->bkhw', cells, texts)
+    near = resize(near, image.shape[-2:])
+    labels = near[0].argmax(0)
+    return image[0],labels,names
+
+def _plot_labels(image, labels, names, ax):
+    "Classes over a photograph; the legend names those that are there."
+    from matplotlib.patches import Patch # slow to import
+    colours = class_colours(names)
+    counts = torch.bincount(labels.flatten(), minlength=len(names))
+    share = counts/labels.numel()
+    pixels = image.permute(1, 2, 0).numpy()
+    ax.imshow(.45*pixels + .55*colours[labels])
+    handles = []
+    for k in share.argsort(descending=True).tolist():
+        if not share[k] > 0: continue
+        told = f'{names[k]}  {share[k]:.0%}'
+        handles.append(Patch(color=colours[k], label=for_plot(told)))
+    ax.legend(handles=handles, loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
 
 def plot_photographs(
     clips:dict, # Title of a column -> `ClipBackbone`
@@ -265,20 +444,16 @@ def plot_photographs(
     axs:'np.ndarray|Sequence[Axes]|None'=None, # A row of axes for each photograph, one more than there are clips
 ): # The axes
     "Photographs beside what each model makes of them; the legend names what is there, most first."
-    from matplotlib.patches import Patch # slow to import
     n = len(photographs)
-    axs = get_axes(axs, nrows=n, ncols=1+len(clips), figsize=(3.2+4*len(clips), 2.2*n), squeeze=False,
-                   layout='constrained')
+    columns = len(clips)
+    size = (3.2+4*columns, 2.2*n)
+    axs = get_axes(axs, nrows=n, ncols=1+columns, figsize=size, squeeze=False, layout='constrained')
     for row,(picture,words) in zip(axs, photographs.values()):
-        row[0].imshow(picture.permute(1, 2, 0))
-        for ax,(title,clip) in zip(row[1:], clips.items()):
+        first,*others = row
+        first.imshow(picture.permute(1, 2, 0))
+        for ax,(title,clip) in zip(others, clips.items()):
             image,labels,names = label_photograph(clip, picture, words)
-            colours = class_colours(names)
-            share = torch.bincount(labels.flatten(), minlength=len(names))/labels.numel()
-            ax.imshow(.45*image.permute(1, 2, 0).numpy() + .55*colours[labels])
-            there = [k for k in share.argsort(descending=True).tolist() if share[k] > 0]
-            ax.legend(handles=[Patch(color=colours[k], label=for_plot(f'{names[k]}  {share[k]:.0%}'))
-                               for k in there], loc='upper left', bbox_to_anchor=(1, 1), frameon=False, fontsize=9)
+            _plot_labels(image, labels, names, ax)
             ax.set_title(for_plot(title), fontsize=9)
         for ax in row: ax.set_axis_off()
     return axs

@@ -45,15 +45,19 @@ def photograph_crops(
     def draw(stop): return int(torch.randint(stop, (), generator=draws))
     pictures = [picture for picture,_ in photographs.values()]
     crops = [_crop(pictures[i % len(pictures)], size, draw) for i in range(n)]
-    return [torch.stack(crops[i:i+batch_size]) for i in range(0, n, batch_size)]
+    starts = range(0, n, batch_size)
+    return [torch.stack(crops[start:start+batch_size]) for start in starts]
 
 def _crop(picture, size, draw):
     "One crop, its place and scale drawn."
-    factor = (240+draw(180))/max(picture.shape[1:])
-    sides = [max(size, round(side*factor)) for side in picture.shape[1:]]
-    image = F.interpolate(picture[None].float()/255, size=sides, mode='bilinear', antialias=True,
-                          align_corners=False)[0]
-    top,left = (draw(side-size+1) for side in sides)
+    height,width = picture.shape[1:]
+    factor = (240+draw(180))/max(height, width)
+    height = max(size, round(height*factor))
+    width = max(size, round(width*factor))
+    pixels = picture[None].float()/255
+    image = F.interpolate(pixels, size=[height, width], mode='bilinear', antialias=True, align_corners=False)[0]
+    top = draw(height-size+1)
+    left = draw(width-size+1)
     cut = image[:, top:top+size, left:left+size]
     return cut.flip(2) if draw(2) else cut
 
@@ -71,7 +75,17 @@ def find_places(
     "Which weights a sparse tower keeps. Raises `OpenTransError` for another kind."
     if kind not in TOWERS or kind == 'dense': raise unknown('mask of photographs', kind, ['distilled', 'random'])
     if kind == 'random': return SparseMask.random(clip, density, seed=seed)
-    return imp(clip.fresh_copy(), train, density=density, p=1-density**(1/ROUNDS))[0]
+    each_round = 1-density**(1/ROUNDS)
+    mask,_ = imp(clip.fresh_copy(), train, density=density, p=each_round)
+    return mask
+
+def _look(tower, photographs):
+    "Photograph -> labels (h,w), by one tower."
+    seen = {}
+    for name,(picture,words) in photographs.items():
+        _,labels,_ = label_photograph(tower, picture, words)
+        seen[name] = labels
+    return seen
 
 def label_with(
     kind:str, # One of `TOWERS`
@@ -80,24 +94,26 @@ def label_with(
     seed:int=0, # Of everything random
 )->dict: # Photograph -> labels (h,w), indices into its words
     "What one tower makes of the sample photographs."
-    clip,photographs = open_clip_of(get_scale('photo')),sample_photographs()
-    def look(tower): return {name: label_photograph(tower, *told)[1] for name,told in photographs.items()}
-    if kind == 'dense': return look(clip)
+    clip = open_clip_of(get_scale('photo'))
+    photographs = sample_photographs()
+    if kind == 'dense': return _look(clip, photographs)
     seed_everything(seed)
     crops = photograph_crops(photographs, n=min(240, 4*iterations), seed=seed) # no more than one batch an iteration
     trainer = partial(EmbeddingTrainer, clip, crops, lr=1e-3, batch_norm='train')
-    mask = find_places(kind, clip, trainer(iterations=max(1, iterations//(2*ROUNDS))), density, seed)
+    a_round = trainer(iterations=max(1, iterations//(2*ROUNDS)))
+    mask = find_places(kind, clip, a_round, density, seed)
     tower = clip.fresh_copy()
     with mask.apply(tower):
         trainer(iterations=iterations)(tower)
-        return look(tower)
+        return _look(tower, photographs)
 
 # %% ../../nbs/experiments/58b_first_picture.ipynb #91632bed
 SEEN_FILE = FileKind('opentrans-seen', 'labels of photographs', '`opentrans demo`')
 
 def write_labels(kind:str, folder:str|Path, iterations:int, seed:int):
     "The job of one tower: `photographs-KIND.safetensors`."
-    labels = {name: seen.to(torch.uint8) for name,seen in label_with(kind, iterations=iterations, seed=seed).items()}
+    seen = label_with(kind, iterations=iterations, seed=seed)
+    labels = {name: classes.to(torch.uint8) for name,classes in seen.items()}
     save_tensors(labels, _seen_file(folder, kind), kind=SEEN_FILE)
 
 def _seen_file(folder, kind): return Path(folder)/f'photographs-{kind}.safetensors'
@@ -111,14 +127,19 @@ def photograph_jobs(
     sample_photographs() # what is missing is said before anything is trained
     check_packages('photo-lite0')
     folder = Path(folder).resolve()
-    left = [kind for kind in TOWERS if not _seen_file(folder, kind).exists()]
-    return {('photographs', kind): ((), write_labels, (kind, folder, iterations, seed)) for kind in left}
+    jobs = {}
+    for kind in TOWERS:
+        if _seen_file(folder, kind).exists(): continue
+        jobs['photographs', kind] = ((), write_labels, (kind, folder, iterations, seed))
+    return jobs
 
 def read_seen(
     folder:str|Path, # Where the jobs of `photograph_jobs` wrote
 )->dict: # Name of a tower -> {photograph: labels (h,w)}
     "What three towers made of the sample photographs. Raises `OpenTransError` where a file is missing or damaged."
-    return {kind: load_tensors(_seen_file(folder, kind), kind=SEEN_FILE)[0] for kind in TOWERS}
+    seen = {}
+    for kind in TOWERS: seen[kind],_ = load_tensors(_seen_file(folder, kind), kind=SEEN_FILE)
+    return seen
 
 def see_photographs(
     folder:str|Path, # Where what is seen is kept
@@ -131,17 +152,27 @@ def see_photographs(
     run_jobs(photograph_jobs(folder, iterations, seed), scheduler, 'photographs')
     return read_seen(folder)
 
+def _share_alike(labels, others):
+    "Share of the pixels with the same label."
+    alike = labels == others
+    return float(alike.float().mean())
+
 def agreement(
     seen:dict, # As `see_photographs` gives it
 )->pd.DataFrame: # A row for each tower: share of the pixels of each photograph, and `all`, their mean
     "How many pixels get the word that the dense tower gives them."
-    share = {kind: {name: float((labels[name] == seen['dense'][name]).float().mean()) for name in labels}
-             for kind,labels in seen.items()}
-    frame = pd.DataFrame(share).T
-    return frame.assign(all=frame.mean(axis=1)).rename_axis('tower')
+    dense = seen['dense']
+    shares = {}
+    for kind,labels in seen.items():
+        shares[kind] = {name: _share_alike(labels[name], dense[name]) for name in labels}
+    frame = pd.DataFrame(shares).T
+    frame['all'] = frame.mean(axis=1)
+    return frame.rename_axis('tower')
 
 # %% ../../nbs/experiments/58b_first_picture.ipynb #3efbe551
-def _words_of(photograph): return [word.strip() for word in PHOTOGRAPHS[photograph][3].split(',')]
+def _words_of(photograph):
+    words = PHOTOGRAPHS[photograph][3]
+    return [word.strip() for word in words.split(',')]
 
 def plot_seen(
     seen:dict, # As `see_photographs` gives it
@@ -150,11 +181,14 @@ def plot_seen(
     "Photographs beside what each tower sees in them; colours are words, the same in all columns."
     import matplotlib.pyplot as plt # slow to import
     told = sample_photographs(photographs)
-    fig = plt.figure(figsize=(1.62*(1+len(seen)), 1.48*len(told)), layout='constrained')
+    titles = ['photograph', *(TOWERS.get(kind, kind) for kind in seen)]
+    size = (1.62*len(titles), 1.48*len(told))
+    fig = plt.figure(figsize=size, layout='constrained')
     rows = fig.subfigures(len(told), 1, squeeze=False)[:, 0]
     for row,(name,(picture,_)) in zip(rows, told.items()):
-        _plot_row(row, picture, _words_of(name), [labels[name].long() for labels in seen.values()])
-    for ax,title in zip(rows[0].axes, ['photograph', *(TOWERS.get(kind, kind) for kind in seen)]):
+        maps = [labels[name].long() for labels in seen.values()]
+        _plot_row(row, picture, _words_of(name), maps)
+    for ax,title in zip(rows[0].axes, titles):
         ax.set_title(for_plot(title), fontsize=9)
     return fig
 
@@ -162,12 +196,17 @@ def _plot_row(row, picture, words, maps):
     "A photograph, what each tower sees in it, and the words below."
     from matplotlib.patches import Patch
     colours = torch.from_numpy(class_colours(words)).float()
-    image = F.interpolate(picture[None].float()/255, size=maps[0].shape, mode='bilinear', antialias=True)[0]
+    pixels = picture[None].float()/255
+    image = F.interpolate(pixels, size=maps[0].shape, mode='bilinear', antialias=True)[0]
     image = image.permute(1, 2, 0).clamp(0, 1)
-    for ax,painted in zip(row.subplots(1, 1+len(maps)), [image, *(.4*image + .6*colours[labels] for labels in maps)]):
-        ax.imshow(painted.numpy(), interpolation='nearest')
+    painted = [.4*image + .6*colours[labels] for labels in maps]
+    axs = row.subplots(1, 1+len(maps))
+    for ax,shown in zip(axs, [image, *painted]):
+        ax.imshow(shown.numpy(), interpolation='nearest')
         ax.set_axis_off()
-    there = [i for i in range(len(words)) if any((labels == i).any() for labels in maps)]
-    handles = [Patch(color=colours[i].tolist(), label=for_plot(words[i])) for i in there]
-    row.legend(handles=handles, loc='outside lower center', ncols=len(there), frameon=False, fontsize=9,
+    handles = []
+    for i,word in enumerate(words):
+        is_there = any((labels == i).any() for labels in maps)
+        if is_there: handles.append(Patch(color=colours[i].tolist(), label=for_plot(word)))
+    row.legend(handles=handles, loc='outside lower center', ncols=len(handles), frameon=False, fontsize=9,
                handlelength=1.2)

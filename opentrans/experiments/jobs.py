@@ -139,7 +139,9 @@ def _worker_environment(index, device, each=1):
     "Environment of the i-th worker of this machine: one thread, and where jobs compute on GPUs, one GPU a process."
     names = [] if device == 'cpu' else _gpu_names()
     if not names: return dict(OMP_NUM_THREADS='1')
-    own = [names[(index*each+i) % len(names)] for i in range(min(each, len(names)))]
+    first = index*each
+    count = min(each, len(names))
+    own = [names[(first+i) % len(names)] for i in range(count)]
     return dict(OMP_NUM_THREADS='1', CUDA_VISIBLE_DEVICES=','.join(own))
 
 # dask asks the C library to give back all memory at once, which makes a step of training half as long again
@@ -233,7 +235,8 @@ def _stop(client, names):
     "End the jobs of this call that are at work: their workers begin anew."
     if client.cluster is not None: return # workers of this machine end with the block
     with contextlib.suppress(OSError, TimeoutError): # a scheduler that is gone has none
-        busy = [worker for worker,keys in client.processing().items() if {*keys} & {*names}]
+        own = {*names}
+        busy = [worker for worker,keys in client.processing().items() if own.intersection(keys)]
         if busy: client.restart_workers(busy, raise_for_error=False)
 
 # %% ../../nbs/experiments/52_jobs.ipynb #255779f5
@@ -270,7 +273,8 @@ def _identity(scale, seed):
     "What runs depend on besides their own settings, as JSON gives it back."
     known = dict(dataclasses.asdict(scale), seed=seed, pretrained=weights_identity(scale))
     if scale.data != 'shapesworld':
-        known['images'] = {name: _identity_of(data) for name,data in open_world(scale, seed).items()}
+        world = open_world(scale, seed)
+        known['images'] = {name: _identity_of(data) for name,data in world.items()}
     return plain_json(known)
 
 def open_run_folder(folder:str|Path, scale:Scale, seed:int):
@@ -326,26 +330,35 @@ def _plan(scale, seed, folder, arms):
     sources = [arm.source for arm in arms if arm.source]
     towers = {arm.key(scale) for arm in sources} # that other arms begin with, and are kept
     runs = _distinct_runs([*sources, *arms], scale)
-    left = [arm for key,arm in runs.items() if not cached_result(arm, scale, folder, key in towers)]
+    left = []
+    for key,arm in runs.items():
+        is_kept = key in towers
+        if not cached_result(arm, scale, folder, is_kept): left.append(arm)
     jobs = {}
     recipes = {_mask_of(arm, scale): arm.mask for arm in left if _mask_of(arm, scale)}
     for name,recipe in sorted(recipes.items()):
         if (folder/f'{name}.safetensors').exists(): continue
         alone = recipe.method in FINDERS # other ways to a mask take one process
-        jobs[seed, 'imp', name] = ((), *_shared(scale, find_mask, scale, seed, folder, recipe, alone=alone))
+        work = _shared(scale, find_mask, scale, seed, folder, recipe, alone=alone)
+        jobs[seed, 'imp', name] = ((), *work)
     starts = {arm.start(scale): arm for arm in reversed(left)} # the first arm of each
-    for start,arm in sorted(starts.items(), key=lambda item: _mask_of(item[1], scale) is not None):
+    def waits(start): return _mask_of(starts[start], scale) is not None
+    for start in sorted(starts, key=waits):
+        arm = starts[start]
         if start_file(folder, arm, scale).exists(): continue
         mask = (seed, 'imp', _mask_of(arm, scale))
         needs = [mask] if mask in jobs and not arm.late(scale) else []
         if arm.source: needs.append((seed, 'arm', arm.source.key(scale)))
         job = warm_up if scale.steps(arm.framework)[0] else no_warm_up
         alone = job is no_warm_up
-        jobs[seed, 'start', start] = (needs, *_shared(scale, job, arm, scale, seed, folder, alone=alone))
+        work = _shared(scale, job, arm, scale, seed, folder, alone=alone)
+        jobs[seed, 'start', start] = (needs, *work)
     for key,arm in runs.items():
         wanted = [(seed, 'start', arm.start(scale)), (seed, 'imp', _mask_of(arm, scale))]
         needs = [name for name in wanted if name in jobs] # others are there already, or not needed
-        jobs[seed, 'arm', key] = (needs, *_shared(scale, run_arm, arm, scale, seed, folder, key in towers))
+        is_kept = key in towers
+        work = _shared(scale, run_arm, arm, scale, seed, folder, is_kept)
+        jobs[seed, 'arm', key] = (needs, *work)
     return jobs
 
 def seed_folders(runs:str|Path, seeds:Iterable[int]):
@@ -368,5 +381,11 @@ def run_arms(
     with hold_folders(*folders.values()):
         jobs = dict(beside or {})
         for seed,runs in folders.items(): jobs.update(_plan(scale, seed, runs, arms))
-        results = run_jobs(jobs, scheduler, f"seed {', '.join(map(str, folders))}", scale.device, scale.processes)
-    return [dict(results[seed, 'arm', arm.key(scale)], arm=arm.name) for seed in folders for arm in arms]
+        told = ', '.join(map(str, folders))
+        results = run_jobs(jobs, scheduler, f'seed {told}', scale.device, scale.processes)
+    found = []
+    for seed in folders:
+        for arm in arms:
+            result = results[seed, 'arm', arm.key(scale)]
+            found.append(dict(result, arm=arm.name))
+    return found

@@ -51,7 +51,8 @@ def layer_by_layer(
 ):
     "A finder that prunes layer by layer."
     def find(clip, data, scale, density, seed, folder):
-        pictures = ImageBatches(data, IMAGES, scale.imp_batch, scale.imp_crop or None, seed)
+        crop = scale.imp_crop or None
+        pictures = ImageBatches(data, IMAGES, scale.imp_batch, crop, seed)
         mask,_ = reconstruct(clip, pictures, density, method, **options)
         mask.info['images'] = len(pictures)
         return mask
@@ -82,12 +83,23 @@ def snip_labels(clip:ClipBackbone, data:Dataset, scale:Scale, density:float, see
     "SNIP by the loss of the framework on labels, with a head that is new."
     framework = build_framework('', clip, data.vocabulary, scale, seed)
     draws = torch.Generator().manual_seed(seed)
-    numbers = torch.randperm(len(data), generator=draws)[:_BATCHES*scale.imp_batch]
+    shuffled = torch.randperm(len(data), generator=draws)
+    numbers = shuffled[:_BATCHES*scale.imp_batch]
     def losses(model):
         for part in numbers.split(scale.imp_batch):
-            batch = to_device(collate([data[int(i)] for i in part]), device_of(model))
+            batch = collate([data[int(i)] for i in part])
+            batch = to_device(batch, device_of(model))
             yield sum(framework.loss(batch).values())
     return _snip(framework.backbone, density, losses, len(numbers))
+
+def _draw(stop, draws):
+    "A whole number below `stop`."
+    return int(torch.randint(stop, (), generator=draws))
+
+def _draw_side(side, draws):
+    "A side of a box: a fifth to three fifths of the image's."
+    share = .2+.4*torch.rand((), generator=draws)
+    return int(side*share)
 
 class RandomBoxes:
     "A data set whose regions are boxes drawn at random, the same each time: images without annotation."
@@ -98,14 +110,18 @@ class RandomBoxes:
         self.vocabulary = data.vocabulary
     def __len__(self): return len(self.data)
     def __getitem__(self, i):
-        image,draws = self.data[i]['image'],torch.Generator().manual_seed(self.seed*100_003+i)
+        image = self.data[i]['image']
+        draws = torch.Generator().manual_seed(self.seed*100_003+i)
         height,width = image.shape[-2:]
         regions = torch.zeros(self.boxes, height, width, dtype=torch.bool)
         for region in regions:
-            h,w = (int(n*(.2+.4*torch.rand((), generator=draws))) for n in (height, width))
-            y,x = (int(torch.randint(n-k+1, (), generator=draws)) for n,k in ((height, h), (width, w)))
+            h = _draw_side(height, draws)
+            w = _draw_side(width, draws)
+            y = _draw(height-h+1, draws)
+            x = _draw(width-w+1, draws)
             region[y:y+h, x:x+w] = True
-        return dict(image=image, regions=regions, region_classes=torch.zeros(self.boxes, dtype=torch.long))
+        no_classes = torch.zeros(self.boxes, dtype=torch.long)
+        return dict(image=image, regions=regions, region_classes=no_classes)
 
 @finder('snip, no labels')
 def snip_boxes(clip:ClipBackbone, data:Dataset, scale:Scale, density:float, seed:int, folder:str|Path):
@@ -114,12 +130,16 @@ def snip_boxes(clip:ClipBackbone, data:Dataset, scale:Scale, density:float, seed
     def losses(model): return train.losses(model, _BATCHES, seed)
     return _snip(clip, density, losses, _BATCHES*scale.imp_batch)
 
-def _images_of(history, data, scale): return min(len(data), len(history)*scale.imp_iters*scale.imp_batch)
+def _images_of(history, data, scale):
+    "How many images the rounds of Algorithm 1 have looked at."
+    drawn = len(history)*scale.imp_iters*scale.imp_batch
+    return min(len(data), drawn)
 
 @finder('Algorithm 1, features')
 def imp_features(clip:ClipBackbone, data:Dataset, scale:Scale, density:float, seed:int, folder:str|Path):
     "Algorithm 1 with the cosine of the four stages' features, on images without labels."
-    pictures = ImageBatches(data, len(data), scale.imp_batch, scale.imp_crop or None, seed)
+    crop = scale.imp_crop or None
+    pictures = ImageBatches(data, len(data), scale.imp_batch, crop, seed)
     train = FeatureTrainer(clip, pictures, iterations=scale.imp_iters, lr=scale.imp_lr)
     mask,history = imp(clip, train, density=density, p=scale.p, seed=seed, checkpoint_dir=folder)
     mask.info['images'] = _images_of(history, data, scale)
@@ -172,14 +192,21 @@ def league_name(
 )->str:
     "The name of an arm."
     where = f'{framework}: ' if framework else ''
-    return f'{where}{method}' if method == 'dense' else f'{where}{method}, {density:.0%}'
+    if method == 'dense': return f'{where}{method}'
+    return f'{where}{method}, {density:.0%}'
 
 def _league_arm(method, density, framework):
     told,weights = METHODS[method]
-    return Arm(league_name(method, density, framework), MaskRecipe(density=density, **told), weights, tables=(),
-               framework=framework)
+    name = league_name(method, density, framework)
+    recipe = MaskRecipe(density=density, **told)
+    return Arm(name, recipe, weights, tables=(), framework=framework)
 
 # %% ../../nbs/experiments/59_league.ipynb #1df16cc9
+def _group_mean(right, classes):
+    "The mean over the classes of a group that were seen; NaN without any."
+    each = [np.mean(right[c]) for c in classes if c in right]
+    return float(np.mean(each)) if each else math.nan
+
 @torch.no_grad()
 def naming_accuracy(
     clip:ClipBackbone, # A `ClipBackbone`
@@ -189,18 +216,21 @@ def naming_accuracy(
 )->dict: # Group of classes -> mean over its classes, in [0, 1]; `'base'` if the data has no groups
     "How often a region is given its own name, among all names, when it is cut out."
     text = clip.encode_text(list(data.vocabulary.names))
-    right = {}
-    for i in range(min(len(data), limit or len(data))):
+    right = {} # class -> whether each of its regions is given its name
+    count = min(len(data), limit or len(data))
+    for i in range(count):
         sample = data[i]
-        large = sample['regions'].flatten(1).sum(1) >= least
-        if not large.any(): continue
-        images,regions = sample['image'][None].to(text.device),sample['regions'][large].to(text.device)
-        best = (clip.region_embeddings(images, [regions], mode='crop') @ text.T).argmax(1)
-        for found,true in zip(best.tolist(), sample['region_classes'][large].tolist()):
-            right.setdefault(true, []).append(found == true)
-    groups = getattr(data, 'groups', None) or dict(base=range(len(text)))
-    seen = {g: [np.mean(right[c]) for c in classes if c in right] for g,classes in groups.items()}
-    return {g: float(np.mean(each)) if each else math.nan for g,each in seen.items()}
+        is_large = sample['regions'].flatten(1).sum(1) >= least
+        if not is_large.any(): continue
+        images = sample['image'][None].to(text.device)
+        regions = sample['regions'][is_large].to(text.device)
+        embeddings = clip.region_embeddings(images, [regions], mode='crop')
+        nearest = (embeddings @ text.T).argmax(1).tolist()
+        classes = sample['region_classes'][is_large].tolist()
+        for found,true in zip(nearest, classes): right.setdefault(true, []).append(found == true)
+    groups = getattr(data, 'groups', None)
+    if not groups: groups = dict(base=range(len(text)))
+    return {group: _group_mean(right, classes) for group,classes in groups.items()}
 
 BEFORE_FILE = FileKind('opentrans-before', 'masked CLIP before fine-tuning', 'masks-league')
 
@@ -216,7 +246,8 @@ def _cost_of(recipe, scale, folder):
     "Seconds and images that a mask took; None where nothing says it."
     if recipe is None or not recipe.distilled: return dict(seconds=0., images=0)
     path = Path(folder)/f'found-{recipe.id(scale)}.json'
-    return load_json(path, dict, FOUND_FILE) if path.exists() else dict(seconds=None, images=None)
+    if not path.exists(): return dict(seconds=None, images=None)
+    return load_json(path, dict, FOUND_FILE)
 
 def before_tuning(
     arm:Arm, # With a mask that was found
@@ -226,16 +257,24 @@ def before_tuning(
 )->dict: # arm, seed, accuracy: by group of classes; seconds and images that the mask took
     "What the tower of an arm is worth before anything is trained."
     recipe = arm.mask
-    path = Path(folder)/f"before-{arm.start(scale).replace(', ', '-').replace(' ', '-')}.json"
-    if path.exists(): return dict(load_json(path, _Before, BEFORE_FILE), arm=arm.name)
-    clip,mask = open_clip_of(scale),open_mask(recipe, scale, seed, folder)
-    if arm.weights == 'trained': load_framework(clip.visual, Path(folder)/f'{recipe.id(scale)}-weights.safetensors')
+    start = arm.start(scale).replace(', ', '-').replace(' ', '-')
+    path = Path(folder)/f"before-{start}.json"
+    if path.exists():
+        measured = load_json(path, _Before, BEFORE_FILE)
+        return dict(measured, arm=arm.name)
+    clip = open_clip_of(scale)
+    mask = open_mask(recipe, scale, seed, folder)
+    if arm.weights == 'trained':
+        weights = Path(folder)/f'{recipe.id(scale)}-weights.safetensors'
+        load_framework(clip.visual, weights)
     with eval_mode(clip), contextlib.nullcontext() if mask is None else mask.apply(clip):
-        found = naming_accuracy(clip, world_of(scale, seed)['val'], scale.val or None)
-    accuracy = {k: None if math.isnan(v) else v for k,v in found.items()}
-    res = dict(arm=arm.name, seed=seed, accuracy=accuracy, **_cost_of(recipe, scale, folder))
-    save_json(res, path, BEFORE_FILE)
-    return res
+        pictures = world_of(scale, seed)['val']
+        found = naming_accuracy(clip, pictures, scale.val or None)
+    accuracy = {group: None if math.isnan(share) else share for group,share in found.items()}
+    cost = _cost_of(recipe, scale, folder)
+    measured = dict(arm=arm.name, seed=seed, accuracy=accuracy, **cost)
+    save_json(measured, path, BEFORE_FILE)
+    return measured
 
 def _of_one_framework(arms): return [arm for arm in arms if not arm.framework]
 
@@ -243,9 +282,14 @@ def all_before(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|in
     "`before_tuning` of all arms of the first framework."
     folders = seed_folders(runs, seeds)
     with hold_folders(*folders.values()):
-        jobs = {(n, 'before', arm.name): ((), before_tuning, (arm, scale, n, Path(folder).resolve()))
-                for n,folder in folders.items() for arm in _of_one_framework(masks_league.arms)}
-        return dict(before=[*run_jobs(jobs, scheduler, 'before fine-tuning', scale.device).values()])
+        jobs = {}
+        for seed,folder in folders.items():
+            folder = Path(folder).resolve()
+            for arm in _of_one_framework(masks_league.arms):
+                arguments = (arm, scale, seed, folder)
+                jobs[seed, 'before', arm.name] = ((), before_tuning, arguments)
+        measured = run_jobs(jobs, scheduler, 'before fine-tuning', scale.device)
+        return dict(before=[*measured.values()])
 
 class _League(OpenDict):
     "What the file of the league holds besides its arms."
@@ -254,34 +298,55 @@ class _League(OpenDict):
 def _check_league(more, file): check_shape(more, _League, f"'{file}'")
 
 # %% ../../nbs/experiments/59_league.ipynb #3e6cf4bc
-def _mean_groups(frame, groups): return frame[[f'miou_{g}' for g in groups]].mean(axis=1)
+def _mean_groups(frame, groups):
+    columns = [f'miou_{group}' for group in groups]
+    return frame[columns].mean(axis=1)
+
+def _known_arms():
+    "Name of an arm -> method, density, framework."
+    known = {}
+    for framework in FRAMEWORKS_OF_LEAGUE:
+        for method in METHODS:
+            for density in DENSITIES_OF_LEAGUE:
+                name = league_name(method, density, framework)
+                known[name] = (method, density, framework)
+        known[league_name('dense', 1., framework)] = ('dense', 1., framework)
+    return known
+
+def _before_row(before, method, density):
+    "What `before_tuning` measured, as a row of `league_frame`."
+    shares = [share for share in before['accuracy'].values() if share is not None]
+    score = 100*float(np.mean(shares))
+    return dict(method=method, density=density, stage='before', seed=before['seed'], score=score)
+
+def _after_row(run, method, density, framework):
+    "A row of `results_frame` as one of `league_frame`."
+    stage = f'after, {framework or run.framework}'
+    return dict(method=method, density=density, stage=stage, seed=run.seed, score=run.both)
 
 def league_frame(
     data:dict, # What `run_study` gives
 )->pd.DataFrame: # A row for each method, density, stage and seed: score (percent), minutes, images
     "Everything measured, before and after fine-tuning, as one long table."
     frame = results_frame(data['results'])
-    groups,rows = class_groups(frame),[]
-    frame['both'] = _mean_groups(frame, groups)
-    # name of an arm -> method, density, framework
-    known = {league_name(m, d, f): (m, d, f) for m in METHODS for d in DENSITIES_OF_LEAGUE
-             for f in FRAMEWORKS_OF_LEAGUE}
-    known |= {league_name('dense', 1., f): ('dense', 1., f) for f in FRAMEWORKS_OF_LEAGUE}
+    frame['both'] = _mean_groups(frame, class_groups(frame))
+    known = _known_arms()
+    rows = []
     costs = {} # (method, density, seed) -> minutes, images
+    unknown_cost = (math.nan, math.nan)
     for before in data['more']['before']:
         method,density,_ = known[before['arm']]
+        seconds = before['seconds']
+        minutes = math.nan if seconds is None else seconds/60
         seed = before['seed']
-        minutes = math.nan if before['seconds'] is None else before['seconds']/60
         costs[method, density, seed] = minutes,before['images']
-        shares = [share for share in before['accuracy'].values() if share is not None]
-        rows.append(dict(method=method, density=density, stage='before', seed=seed,
-                         score=100*float(np.mean(shares))))
-    for r in frame.itertuples():
-        method,density,framework = known[r.arm]
-        rows.append(dict(method=method, density=density, stage=f'after, {framework or r.framework}', seed=r.seed,
-                         score=r.both))
+        rows.append(_before_row(before, method, density))
+    for run in frame.itertuples():
+        method,density,framework = known[run.arm]
+        rows.append(_after_row(run, method, density, framework))
     for row in rows:
-        row['minutes'],row['images'] = costs.get((row['method'], row['density'], row['seed']), (math.nan, math.nan))
+        key = (row['method'], row['density'], row['seed'])
+        row['minutes'],row['images'] = costs.get(key, unknown_cost)
     return pd.DataFrame(rows)
 
 def _interval(frame, method):
@@ -290,9 +355,42 @@ def _interval(frame, method):
     table = frame.pivot_table(index='seed', columns='method', values='score')
     if method not in table or 'Algorithm 1' not in table: return ''
     each = (table[method]-table['Algorithm 1']).dropna().to_numpy()
-    if len(each) < 2: return f'{each.mean():+.1f}' if len(each) else ''
-    low,high = stats.t.interval(.95, len(each)-1, each.mean(), stats.sem(each)) if each.std() else (each.mean(),)*2
-    return f'{each.mean():+.1f} [{low:+.1f}, {high:+.1f}]'
+    n = len(each)
+    if not n: return ''
+    mean = each.mean()
+    if n < 2: return f'{mean:+.1f}'
+    low = high = mean
+    if each.std(): low,high = stats.t.interval(.95, n-1, mean, stats.sem(each))
+    return f'{mean:+.1f} [{low:+.1f}, {high:+.1f}]'
+
+def _score_cells(means):
+    "Scores as texts, the best of each column in bold; the dense model takes no part."
+    best = means.drop(index='dense', errors='ignore').max()
+    def cell(value, most):
+        if math.isnan(value): return '-'
+        return f'**{value:.1f}**' if value == most else f'{value:.1f}'
+    columns = {}
+    for stage,scores in means.items():
+        most = best[stage]
+        columns[stage] = [cell(value, most) for value in scores]
+    return pd.DataFrame(columns, index=means.index)
+
+def _against(frame, method):
+    "The difference to Algorithm 1 as text, of what is compared with it."
+    return '' if method in ('dense', 'Algorithm 1') else _interval(frame, method)
+
+def _minutes_cell(method, minutes):
+    "Minutes as text; some methods take none."
+    if minutes > 0: return f'{minutes:.2f}'
+    return '0' if method in ('magnitude', 'random') else '-'
+
+def _images_cell(images):
+    "A number of images as text."
+    return f'{images:.0f}' if images > 0 else '-'
+
+def _annotation_cell(method):
+    "What a mask needs of annotation; the dense model has none."
+    return '' if method == 'dense' else LABELS.get(method, 'none')
 
 def league_table(
     data:dict, # What `run_study` gives
@@ -302,39 +400,64 @@ def league_table(
 )->pd.DataFrame:
     "The methods at one density, best first; the best of each column in bold."
     frame = league_frame(data)
-    frame = frame[(frame.density == density) | (frame.method == 'dense')]
+    is_shown = (frame.density == density) | (frame.method == 'dense')
+    frame = frame[is_shown]
     means = frame.pivot_table(index='method', columns='stage', values='score', observed=True)
-    stages = ['before', *[s for s in means if s != 'before']]
+    stages = ['before', *[name for name in means if name != 'before']]
     stage = stage or stages[1]
     means = means[stages].sort_values(stage, ascending=False)
-    best = means.drop(index='dense', errors='ignore').max()
-    def cell(value, most):
-        if math.isnan(value): return '-'
-        return f'**{value:.1f}**' if value == most else f'{value:.1f}'
-    res = pd.DataFrame({s: [cell(v, best[s]) for v in means[s]] for s in stages}, index=means.index)
-    res['against Algorithm 1'] = [_interval(frame[frame.stage == stage], m) if m not in ('dense', 'Algorithm 1')
-                                  else '' for m in res.index]
-    minutes,images = (frame.groupby('method')[k].mean() for k in ('minutes', 'images'))
-    none = dict(magnitude='0', random='0')
-    res['minutes'] = [f'{minutes[m]:.2f}' if minutes[m] > 0 else none.get(m, '-') for m in res.index]
-    res['images'] = [f'{images[m]:.0f}' if images[m] > 0 else '-' for m in res.index]
-    res['annotation'] = [LABELS.get(m, 'none') if m != 'dense' else '' for m in res.index]
-    return res
+    table = _score_cells(means)
+    at_stage = frame[frame.stage == stage]
+    minutes = frame.groupby('method')['minutes'].mean()
+    images = frame.groupby('method')['images'].mean()
+    methods = table.index
+    table['against Algorithm 1'] = [_against(at_stage, method) for method in methods]
+    table['minutes'] = [_minutes_cell(method, minutes[method]) for method in methods]
+    table['images'] = [_images_cell(images[method]) for method in methods]
+    table['annotation'] = [_annotation_cell(method) for method in methods]
+    return table
 
 def _league_text(data):
     "The tables of all densities, in Markdown."
-    densities = sorted({*league_frame(data).density} & {*DENSITIES_OF_LEAGUE}, reverse=True)
+    in_frame = {*league_frame(data).density}
+    densities = sorted(in_frame & {*DENSITIES_OF_LEAGUE}, reverse=True)
     parts = []
     for density in densities:
-        table = league_table(data, density).rename_axis('method').reset_index().map(for_markdown_bold)
+        table = league_table(data, density).rename_axis('method')
+        table = table.reset_index().map(for_markdown_bold)
         parts.append(f'**At a density of {density:g}**\n\n{table.to_markdown(index=False)}')
     return '\n\n'.join(parts)
 
 def for_markdown_bold(text:object):
     "A cell for Markdown, whose bold stays bold."
     text = str(text)
-    return (f'**{for_markdown(text[2:-2])}**' if text.startswith('**') and text.endswith('**') and len(text) > 4
-            else for_markdown(text))
+    is_bold = text.startswith('**') and text.endswith('**') and len(text) > 4
+    if not is_bold: return for_markdown(text)
+    bare = for_markdown(text[2:-2])
+    return f'**{bare}**'
+
+def _plot_method(runs, ax, **style):
+    "One method: the mean of its scores and their standard error, at its minutes."
+    is_timed = len(runs) and not runs.minutes.isna().all()
+    minutes = math.nan
+    if is_timed: minutes = max(float(runs.minutes.mean()), 1e-3)
+    error = runs.score.sem() if len(runs) > 1 else None
+    ax.errorbar(minutes, runs.score.mean(), error, ms=5, **style)
+
+def _plot_stage(runs, dense_score, marks, stage, ax):
+    "All methods of one density at one stage."
+    for i,(method,mark) in enumerate(marks.items()):
+        of_method = runs[runs.method == method]
+        colour = f'C{i % 10}'
+        _plot_method(of_method, ax, fmt=mark, color=colour, label=for_plot(method))
+    ax.axhline(dense_score, ls=':', lw=1, color='k')
+    what = 'regions named (%)' if stage == 'before' else 'mIoU (%)'
+    ax.set(xscale='log', xlabel='minutes of one core', ylabel=what)
+
+def _league_axes(rows, columns):
+    figsize = (4.6*columns, 3.2*rows+.8)
+    axs = get_axes(nrows=rows, ncols=columns, figsize=figsize, layout='constrained', squeeze=False)
+    return np.atleast_2d(axs)
 
 def plot_league(
     data:dict, # What `run_study` gives
@@ -342,45 +465,49 @@ def plot_league(
 ): # Axes: a row for each density, a column for each stage
     "mIoU against the minutes that a mask takes; the dotted line is the dense model."
     frame = league_frame(data)
-    dense,frame = frame[frame.method == 'dense'],frame[frame.method != 'dense']
-    stages = stages or ['before', *sorted({*frame.stage}-{'before'})]
+    is_dense = frame.method == 'dense'
+    dense = frame[is_dense]
+    frame = frame[~is_dense]
+    if not stages: stages = ['before', *sorted({*frame.stage}-{'before'})]
     densities = sorted({*frame.density}, reverse=True)
-    axs = np.atleast_2d(get_axes(nrows=len(densities), ncols=len(stages),
-                             figsize=(4.6*len(stages), 3.2*len(densities)+.8), layout='constrained', squeeze=False))
-    names = [m for m in METHODS if m in {*frame.method}]
-    marks = dict(zip(names, 'os^v<>DPXphH*d8os^v<>'))
+    axs = _league_axes(len(densities), len(stages))
+    there = {*frame.method}
+    methods = [method for method in METHODS if method in there]
+    marks = dict(zip(methods, 'os^v<>DPXphH*d8os^v<>'))
     for row,density in zip(axs, densities):
+        runs = frame[frame.density == density]
         for ax,stage in zip(row, stages):
-            part = frame[(frame.density == density) & (frame.stage == stage)]
-            for i,name in enumerate(names):
-                one = part[part.method == name]
-                timed = len(one) and not one.minutes.isna().all()
-                minutes = max(float(one.minutes.mean()), 1e-3) if timed else math.nan
-                ax.errorbar(minutes, one.score.mean(), one.score.sem() if len(one) > 1 else None, fmt=marks[name],
-                            ms=5, color=f'C{i % 10}', label=for_plot(name))
-            level = dense[dense.stage == stage].score.mean()
-            ax.axhline(level, ls=':', lw=1, color='k')
-            ax.set(xscale='log', xlabel='minutes of one core',
-                   ylabel='regions named (%)' if stage == 'before' else 'mIoU (%)')
-            ax.set_title(for_plot(f'{stage}, density {density:g}'), fontsize=9)
-    handles = axs[0, 0].get_legend_handles_labels()
-    axs[0, 0].figure.legend(*handles, fontsize=9, ncols=5, loc='outside lower center', frameon=False)
+            dense_score = dense[dense.stage == stage].score.mean()
+            at_stage = runs[runs.stage == stage]
+            _plot_stage(at_stage, dense_score, marks, stage, ax)
+            title = f'{stage}, density {density:g}'
+            ax.set_title(for_plot(title), fontsize=9)
+    first = axs[0, 0]
+    handles,labels = first.get_legend_handles_labels()
+    first.figure.legend(handles, labels, fontsize=9, ncols=5, loc='outside lower center', frameon=False)
     return axs
 
 def _plot_league(study, data): return plot_league(data)
 
 # %% ../../nbs/experiments/59_league.ipynb #13bc54e8
+def _claim_better(s, density, framework):
+    "The claims that a method beats Algorithm 1."
+    first = league_name('Algorithm 1', density, framework)
+    inside = f', {framework}' if framework else ''
+    where = f'{density:.0%}{inside}'
+    for method in METHODS:
+        if method == 'Algorithm 1': continue
+        name = league_name(method, density, framework)
+        s.claim(f'{method} finds a better mask than Algorithm 1 ({where})', name, first)
+
 @study('masks-league', more=all_before, check=_check_league, plot=_plot_league, text=_league_text)
 def masks_league(s:Study):
     "Which mask is best, and what does it cost?"
     for framework in FRAMEWORKS_OF_LEAGUE:
-        s.add(Arm(league_name('dense', 1., framework), tables=(), framework=framework))
-        for density in DENSITIES_OF_LEAGUE: s.add(*(_league_arm(m, density, framework) for m in METHODS))
-    for framework in FRAMEWORKS_OF_LEAGUE:
+        dense = league_name('dense', 1., framework)
+        s.add(Arm(dense, tables=(), framework=framework))
         for density in DENSITIES_OF_LEAGUE:
-            first = league_name('Algorithm 1', density, framework)
-            where = f"{density:.0%}{f', {framework}' if framework else ''}"
-            for method in METHODS:
-                if method == 'Algorithm 1': continue
-                s.claim(f'{method} finds a better mask than Algorithm 1 ({where})',
-                        league_name(method, density, framework), first)
+            arms = [_league_arm(method, density, framework) for method in METHODS]
+            s.add(*arms)
+    for framework in FRAMEWORKS_OF_LEAGUE:
+        for density in DENSITIES_OF_LEAGUE: _claim_better(s, density, framework)

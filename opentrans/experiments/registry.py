@@ -18,7 +18,8 @@ import pandas as pd
 from typing_extensions import NotRequired
 from ..errors import OpenTransError, shorten, unknown
 from ..escape import for_markdown, printable
-from .arms import Arm, ArmResult, ARMS, build_framework, cached_result, find_mask, MaskRecipe
+from .arms import (
+    _file_name, Arm, ArmResult, ARMS, build_framework, cached_result, find_mask, MaskRecipe)
 from .claims import (
     Claim, ClaimResult, claims_frame, claims_table, Gain, judge_claims, MEASURES, results_frame, summarize)
 from .figures import plot_arms
@@ -72,7 +73,8 @@ class Study:
     )->Arm:
         "Compare one more arm. Raises `OpenTransError` for a name that is there."
         known = {arm.name: arm for arm in ARMS}
-        arm = known[name] if name in known and mask is None and not settings else Arm(name, mask, **settings)
+        is_known = name in known and mask is None and not settings
+        arm = known[name] if is_known else Arm(name, mask, **settings)
         self.add(arm)
         return arm
 
@@ -86,7 +88,8 @@ class Study:
     ):
         """Judge that one arm is better than another. Raises `OpenTransError` for an arm that the study does not
         have."""
-        claim = Claim(text, better, than, self.paper if paper is None else paper, measures)
+        where = self.paper if paper is None else paper
+        claim = Claim(text, better, than, where, measures)
         for name in sorted(claim.arms):
             if name not in self.arm_names: raise unknown(f"arm of the study '{self.name}'", name, self.arm_names)
         self.claims.append(claim)
@@ -107,7 +110,8 @@ def study(
     if not isinstance(name, str) or not name.replace('-', '').isalnum():
         raise OpenTransError(f"{shorten(repr(name), 80)} is no name of a study: give letters, digits and '-'.")
     def register(define):
-        made = Study(name, paper, **{'question': ' '.join((define.__doc__ or '').split()), **settings})
+        question = ' '.join((define.__doc__ or '').split())
+        made = Study(name, paper, **{'question': question, **settings})
         define(made)
         STUDIES[name] = made
         return made
@@ -123,21 +127,25 @@ def get_study(
     name:str, # One of `list_studies`
 )->Study:
     "A study by its name. Raises `OpenTransError`."
-    if isinstance(name, str) and name in STUDIES: return STUDIES[name]
+    is_text = isinstance(name, str)
+    if is_text and name in STUDIES: return STUDIES[name]
     names = list_studies()
-    if not isinstance(name, str) or name not in names: raise unknown('study', name, names)
+    if not is_text or name not in names: raise unknown('study', name, names)
     return STUDIES[name]
 
 # %% ../../nbs/experiments/55_studies.ipynb #c6cbc6a4
 def find_masks(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int, recipes:Collection[MaskRecipe]):
     "Masks of all settings and seeds, found where they are not there yet: (recipe, seed) -> mask."
     folders = seed_folders(Path(runs).resolve(), seeds)
-    files = {(recipe, seed): folder/f'{recipe.id(scale)}.safetensors'
-             for seed,folder in folders.items() for recipe in recipes}
+    files = {}
+    for seed,folder in folders.items():
+        for recipe in recipes: files[recipe, seed] = folder/f'{recipe.id(scale)}.safetensors'
     with hold_folders(*folders.values()):
         for seed,folder in folders.items(): open_run_folder(folder, scale, seed)
-        left = [name for name,file in files.items() if not file.exists()]
-        jobs = {(recipe, seed): ((), find_mask, (scale, seed, folders[seed], recipe)) for recipe,seed in left}
+        jobs = {}
+        for (recipe,seed),file in files.items():
+            if file.exists(): continue
+            jobs[recipe, seed] = ((), find_mask, (scale, seed, folders[seed], recipe))
         run_jobs(jobs, scheduler, 'masks', scale.device)
         return {name: SparseMask.load(file) for name,file in files.items()}
 
@@ -169,8 +177,11 @@ class _OtherFile(OpenDict):
 # %% ../../nbs/experiments/55_studies.ipynb #1a1c324a
 def _arms_in_words(names):
     "What the name of a file says of chosen arms."
-    text = '-'.join(''.join(c if c.isalnum() else '-' for c in name) for name in names)
-    return text if len(text) <= 60 else f"{len(names)}arms-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    words = [_file_name(name) for name in names]
+    text = '-'.join(words)
+    if len(text) <= 60: return text
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{len(names)}arms-{digest[:8]}"
 
 def _chosen_arms(name, arms):
     """The arms of a study that have these names, in its order; None: all. Raises `OpenTransError` for a name that
@@ -204,19 +215,30 @@ def result_file(
     return Path(out)/f"{'-'.join(words)}.json"
 
 # %% ../../nbs/experiments/55_studies.ipynb #1a1c324b
+def _own_sizes(study, scale):
+    "The sizes of a study that differ from the scale's, as pairs (size, value); what a user has chosen stays."
+    is_own_scale = scale_label(scale) == 'own'
+    usual = Scale()
+    own = []
+    for size,value in study.scale.items():
+        is_unused = size.startswith('query') and not scale.queries
+        is_chosen = is_own_scale and getattr(scale, size) != getattr(usual, size)
+        if not is_unused and not is_chosen: own.append((size, value))
+    return own
+
 def _study_scale(name, scale, pretrained, framework):
     "The scale of a study, and the pairs (size, value) in which it differs from the one that is named."
     study = get_study(name)
     scale = get_scale(scale)
     if framework is not None: get_framework(framework)
-    if 'backbone' in study.scale and (scale.pretrained or scale.backbone != Scale().backbone):
+    has_other_tower = scale.pretrained or scale.backbone != Scale().backbone
+    if 'backbone' in study.scale and has_other_tower:
         raise OpenTransError(
             f"The study '{name}' is about the small towers that ship with the package, not about {scale.backbone}. "
             f"Run it at the scale 'shapes'.")
-    def chosen(size): return scale_label(scale) == 'own' and getattr(scale, size) != getattr(Scale(), size)
-    sizes = {size: value for size,value in study.scale.items() if scale.queries or not size.startswith('query')}
-    own = [(size, value) for size,value in sizes.items() if not chosen(size)] # what a user has chosen stays
-    where = framework or (study.framework if scale.preset == 'paper' else '')
+    own = _own_sizes(study, scale)
+    of_paper = study.framework if scale.preset == 'paper' else ''
+    where = framework or of_paper
     if where and where != scale.framework: own.append(('framework', where))
     weights = dict(pretrained=str(pretrained)) if pretrained else {}
     return dataclasses.replace(scale, **dict(own), **weights),own
@@ -224,10 +246,13 @@ def _study_scale(name, scale, pretrained, framework):
 def _plans(scale, arms, seed):
     "A `RunPlan` for each framework of some arms, by its name. What an arm freezes or prunes saves some of it."
     plans = {}
-    for name in dict.fromkeys(arm.framework or scale.framework for arm in arms):
+    names = [arm.framework or scale.framework for arm in arms]
+    for name in dict.fromkeys(names):
         data = world_of(scale, seed, name)['train']
-        seg = build_framework(name, open_clip_of(scale.of(name)), data.vocabulary, scale, seed)
-        recipe = scale.recipe(sum(scale.steps(name)), 'constant', seed, name)
+        clip = open_clip_of(scale.of(name))
+        seg = build_framework(name, clip, data.vocabulary, scale, seed)
+        iterations = sum(scale.steps(name))
+        recipe = scale.recipe(iterations, 'constant', seed, name)
         plans[name] = plan_run(seg, data, recipe, processes=scale.processes)
     return plans
 
@@ -256,12 +281,17 @@ def plan_study(
     rows = {}
     for where,plan in _plans(scale, arms, seed).items():
         count = sum((arm.framework or scale.framework) == where for arm in arms)
-        rows[where] = dict(arms=count, gigabytes=plan.memory/1e9, room=plan.room/1e9, fits=plan.fits,
-                           seconds=plan.seconds, epoch=plan.epoch, hours=plan.hours,
-                           total=plan.hours*count*seeds/workers)
+        row = dict(arms=count, gigabytes=plan.memory/1e9, room=plan.room/1e9, fits=plan.fits)
+        row |= dict(seconds=plan.seconds, epoch=plan.epoch, hours=plan.hours)
+        row['total'] = plan.hours*count*seeds/workers
+        rows[where] = row
     return pd.DataFrame(rows).T
 
 # %% ../../nbs/experiments/55_studies.ipynb #1a1c324c
+def _runs_folder(out, label):
+    "Where the runs of a scale lie."
+    return Path(out)/'.runs'/('' if label == 'shapes' else label)
+
 def run_study(
     name:str, # One of `list_studies`
     # Folder of the `result_file`; the runs lie under `.runs` there, and none of them is done twice
@@ -289,13 +319,14 @@ def run_study(
         if pretrained or framework:
             raise OpenTransError(
                 f"The study '{name}' has a model of its own: give neither pretrained nor framework.")
-        data = _run_other(s, Path(out), range(seed, seed+seeds), scale, scheduler, command)
+        many = range(seed, seed+seeds)
+        data = _run_other(s, Path(out), many, scale, scheduler, command)
         save_json(data, file, STUDY_FILE)
         return data
     label = scale_label(scale)
     scale, own = _study_scale(name, scale, pretrained, framework)
     sizes_in_words = '-'.join(f'{size}-{value}' for size,value in own)
-    runs = Path(out)/'.runs'/('' if label == 'shapes' else label)/sizes_in_words
+    runs = _runs_folder(out, label)/sizes_in_words
     open_clip_of(scale) # what is missing is said before any folder is claimed
     open_world(scale, seed)
     folders = seed_folders(runs, range(seed, seed+seeds))
@@ -304,8 +335,9 @@ def run_study(
         results = run_arms(scale, list(folders), runs, scheduler, s.arms) if s.arms else []
         more = s.more(scale, list(folders), runs, scheduler) if s.more else None
     sizes = dict(dataclasses.asdict(scale), pretrained=Path(scale.pretrained).name)
-    data = dict(what=_headline(s, scale), run=_origin(command, results), scale=sizes, seeds=list(folders),
-                results=results, summary={}, claims=[])
+    origin = _origin(command, results)
+    data = dict(what=_headline(s, scale), run=origin, scale=sizes, seeds=list(folders), results=results, summary={},
+                claims=[])
     if results:
         frame = results_frame(results)
         data['summary'] = summarize(frame, s.arms).to_dict('index')
@@ -321,14 +353,19 @@ def _headline(study, scale):
 
 def _origin(command, results):
     "How a study was made: the command, the date, the minutes of its arms and the machine."
-    known = results and all('seconds' in result for result in results)
-    minutes = round(sum(result['seconds'] for result in results)/60, 1) if known else None
+    minutes = None
+    if results and all('seconds' in result for result in results):
+        seconds = sum(result['seconds'] for result in results)
+        minutes = round(seconds/60, 1)
     return dict(command=command, date=str(date.today()), cpu_minutes_of_arms=minutes, **hardware())
 
 def _check_room(study, scale, seed, folders):
     "Raises `OpenTransError` if an arm cannot fit on the GPU."
     if pick_device(scale.device).type != 'cuda': return
-    left = [arm for arm in study.arms if not all(cached_result(arm, scale, folder) for folder in folders.values())]
+    left = []
+    for arm in study.arms:
+        is_done = all(cached_result(arm, scale, folder) for folder in folders.values())
+        if not is_done: left.append(arm)
     for plan in _plans(scale, left, seed).values(): plan.check()
 
 def _run_other(study, out, seeds, scale, scheduler, command):
@@ -336,9 +373,12 @@ def _run_other(study, out, seeds, scale, scheduler, command):
     if scale not in ('shapes', 'smoke'):
         raise OpenTransError(f"The study '{study.name}' has sizes of its own: run it at the scale 'shapes', "
                              "or 'smoke' to see that it runs.")
-    runs = out/'.runs'/('' if scale == 'shapes' else scale)/study.name
-    with hold_folders(runs): data = study.run(study, list(seeds), runs, scheduler, scale == 'smoke')
-    return {**data, 'run': dict(command=command, date=str(date.today()), **data.get('run', {}), **hardware())}
+    runs = _runs_folder(out, scale)/study.name
+    is_smoke = scale == 'smoke'
+    with hold_folders(runs): data = study.run(study, list(seeds), runs, scheduler, is_smoke)
+    told = data.get('run', {})
+    origin = dict(command=command, date=str(date.today()), **told, **hardware())
+    return {**data, 'run': origin}
 
 # %% ../../nbs/experiments/55_studies.ipynb #77113f39
 def load_study(
@@ -362,12 +402,12 @@ def all_claims(
     rows = []
     for name in list_studies():
         file = result_file(name, folder, seeds, scale)
-        claims = load_study(name, file).get('claims', []) if file.exists() else []
+        if not file.exists(): continue
+        claims = load_study(name, file).get('claims', [])
         rows += [dict(study=name, file=file.name, **claim) for claim in claims]
-    table = claims_frame(rows).reindex(columns=['study', 'file', 'claim', 'where', 'measured', 'arm', 'against',
-                                                'mean', 'sd', 'low', 'high', 'boot_low', 'boot_high', 'n',
-                                                'verdict', 'each'])
-    return table.drop_duplicates(['claim', 'measured', 'arm', 'against'] if len(table) else None, ignore_index=True)
+    table = claims_frame(rows).reindex(columns=['study', 'file', *ClaimResult.__annotations__])
+    if not len(table): return table
+    return table.drop_duplicates(['claim', 'measured', 'arm', 'against'], ignore_index=True)
 
 # %% ../../nbs/experiments/55_studies.ipynb #615ee653
 def plot_study(
@@ -376,16 +416,20 @@ def plot_study(
 ): # Axes, or a figure
     "The plot that fits the question of a study. Raises `OpenTransError` for an unknown one."
     s = get_study(name)
-    return s.plot(s, data) if s.plot else plot_arms(results_frame(data['results']), s.arms)
+    if s.plot: return s.plot(s, data)
+    frame = results_frame(data['results'])
+    return plot_arms(frame, s.arms)
 
 def _told_of(study, data):
     "What a stored study says, as paragraphs of Markdown."
     parts = []
     if data.get('claims'):
-        table = claims_table(claims_frame(data['claims'])).drop(columns='paper')
+        frame = claims_frame(data['claims'])
+        table = claims_table(frame).drop(columns='paper')
         parts.append(table.reset_index().to_markdown(index=False))
     if data.get('summary') and not study.run:
-        parts.append(_summary(data['summary'], [] if study.costs else ['params', 'MACs', 'frozen layers']))
+        without = [] if study.costs else ['params', 'MACs', 'frozen layers']
+        parts.append(_summary(data['summary'], without))
     if study.text: parts.append(study.text(data))
     return parts
 
@@ -404,20 +448,27 @@ def show_study(
         absent = f"**{s.question}** ({s.paper}.) `opentrans study {name}` has not been run over {seeds} seeds."
         return display(Markdown(absent))
     data = load_study(name, file)
-    made = ', '.join((_code(data['run']['command']), for_markdown(data['run']['date'])))
-    head = f"**{s.question}** ({s.paper}; {made}, [every number]({quote(file.as_posix(), safe='/:')}).)"
-    display(Markdown('\n\n'.join([head, *_told_of(s, data)])))
+    command = _code(data['run']['command'])
+    day = for_markdown(data['run']['date'])
+    link = quote(file.as_posix(), safe='/:')
+    head = f"**{s.question}** ({s.paper}; {command}, {day}, [every number]({link}).)"
+    paragraphs = [head, *_told_of(s, data)]
+    display(Markdown('\n\n'.join(paragraphs)))
     plot_study(name, data)
 
 def _code(text):
     "A text as code in Markdown."
-    return f"`{' '.join(printable(text).replace('`', chr(39)).split())}`"
+    words = printable(text).replace('`', "'").split()
+    return f"`{' '.join(words)}`"
 
 def _markdown(frame, name):
     "A table of texts in Markdown."
-    frame = frame.map(for_markdown).rename(index=for_markdown, columns=for_markdown)
+    frame = frame.map(for_markdown)
+    frame = frame.rename(index=for_markdown, columns=for_markdown)
     return frame.rename_axis(name).reset_index().to_markdown(index=False)
 
 def _summary(summary, without):
     "The means of a study in Markdown."
-    return _markdown(pd.DataFrame(summary).T.drop(columns=without, errors='ignore').fillna('-'), 'arm')
+    frame = pd.DataFrame(summary).T
+    frame = frame.drop(columns=without, errors='ignore').fillna('-')
+    return _markdown(frame, 'arm')

@@ -36,9 +36,9 @@ DEMO_FILE = FileKind('opentrans-demo', 'demo', 'demo')
 def _embedded(fig):
     "A figure as text that an HTML page can hold; the figure is closed."
     import matplotlib.pyplot as plt
-    f = getattr(fig, 'figure', fig)
-    data = figure_png(f, dpi=120, bbox_inches='tight')
-    plt.close(f)
+    figure = getattr(fig, 'figure', fig)
+    data = figure_png(figure, dpi=120, bbox_inches='tight')
+    plt.close(figure)
     return base64.b64encode(data).decode()
 
 def _jobs_of_photographs(folder, iterations, seed):
@@ -74,55 +74,84 @@ def demo_figures(
 )->dict: # Name -> (figure, caption)
     "The figures of a report about shapes."
     folder = Path(folder)
-    figures = {**_mask_figures(frame, scale, seed, folder, arms), **_layer_figures(frame, scale, seed, folder, arms)}
+    figures = _mask_figures(frame, scale, seed, folder, arms)
+    figures |= _layer_figures(frame, scale, seed, folder, arms)
     if any(arm.framework for arm in arms):
         axs = plot_frameworks(frame, arms_of('frameworks', arms))
         figures['frameworks'] = axs[0],('The same mask in every framework (the shape of Tab. 1). Bars are means over '
                                         'seeds, dots are seeds.')
-    axs = plot_costs(frame[frame.framework == scale.framework])
+    is_first_framework = frame.framework == scale.framework
+    axs = plot_costs(frame[is_first_framework])
     figures['cost'] = axs[0],(f'mIoU of {scale.framework} on base (full) and novel (hollow) classes against cost (the '
                               f'shape of Fig. 1); what the others cost is in their table.')
     return figures
 
-def _mask_figures(frame, scale, seed, folder, arms):
-    "What masks make of scenes, what they cost, and how they were found."
+def _answers(arm, scale, folder):
+    "What an arm made of scenes: data set -> (N,H,W) classes."
+    path = arm_file(folder, arm, scale, kind='safetensors')
+    return read_tensors(path, ANSWERS_FILE)
+
+def _plot_masks(scale, seed, folder):
+    "How a mask was found, and below, what masks keep of each layer."
     import matplotlib.pyplot as plt
-    few = [arm for arm in arms_of('masks', arms) if arm.name in _SHOWN]
-    answers = {arm.name: read_tensors(arm_file(folder, arm, scale, kind='safetensors'), ANSWERS_FILE) for arm in few}
-    first = {name: {d: maps[:1] for d,maps in sets.items()} for name,sets in answers.items()}
-    chart = plot_arms(frame, few, get_axes(figsize=(6.4, 3.2)))
     fig,axs = plt.subplots(2, 1, figsize=(6.4, 6), layout='constrained')
-    plot_history(pd.DataFrame(read_rounds(folder)), axs[0])
-    for name in ('distilled', 'magnitude', 'random'): open_mask(name, scale, seed, folder).plot(axs[1], name)
+    rounds = pd.DataFrame(read_rounds(folder))
+    plot_history(rounds, axs[0])
+    for name in ('distilled', 'magnitude', 'random'):
+        mask = open_mask(name, scale, seed, folder)
+        mask.plot(axs[1], name)
     axs[1].autoscale(axis='y')
     axs[1].set_ylim(bottom=0)
-    rounds = 'Algorithm 1: density and distillation loss by round; below, what masks keep of each layer. Seed {}.'
-    return dict(scenes=(plot_scenes(scale, seed, first), _SCENES.format(seed)), imp=(fig, rounds.format(seed)),
+    return fig
+
+def _mask_figures(frame, scale, seed, folder, arms):
+    "What masks make of scenes, what they cost, and how they were found."
+    few = [arm for arm in arms_of('masks', arms) if arm.name in _SHOWN]
+    first = {}
+    for arm in few:
+        answers = _answers(arm, scale, folder)
+        first[arm.name] = {data: maps[:1] for data,maps in answers.items()}
+    chart = plot_arms(frame, few, get_axes(figsize=(6.4, 3.2)))
+    rounds = _plot_masks(scale, seed, folder)
+    told = 'Algorithm 1: density and distillation loss by round; below, what masks keep of each layer. Seed {}.'
+    scenes = plot_scenes(scale, seed, first)
+    return dict(scenes=(scenes, _SCENES.format(seed)), imp=(rounds, told.format(seed)),
                 masks=(chart, 'mIoU after fine-tuning, by mask. Bars are means, dots are seeds.'))
 
 # %% ../../nbs/experiments/58_report.ipynb #36f4a468
-def _layer_figures(frame, scale, seed, folder, arms):
-    "Which layers learn, and by which spectra they were chosen."
+def _plot_spectra(layered, scale, seed, folder, dense):
+    "Alpha of each layer of the dense model and of the first sparse one whose layers are chosen by it."
     import matplotlib.pyplot as plt
-    layered = arms_of('layers', arms)
     fig,axs = plt.subplots(2, 1, figsize=(7.5, 6))
-    for ax,arm in zip(axs, (arms[0], next(arm for arm in layered if arm.mask and arm.select == 'alpha'))):
+    sparse = next(arm for arm in layered if arm.mask and arm.select == 'alpha')
+    for ax,arm in zip(axs, (dense, sparse)):
         seg,_ = open_warm(arm, scale, seed, folder)
-        analyze(seg.backbone, xmin=scale.xmin).plot_alpha(ax)
+        spectra = analyze(seg.backbone, xmin=scale.xmin)
+        spectra.plot_alpha(ax)
         ax.set_title(for_plot(f"{arm.start(scale)}, after warm-up"), fontsize=9)
     fig.tight_layout()
+    return fig
+
+def _layer_figures(frame, scale, seed, folder, arms):
+    "Which layers learn, and by which spectra they were chosen."
+    layered = arms_of('layers', arms)
+    fig = _plot_spectra(layered, scale, seed, folder, arms[0])
     told = ('Alpha of each layer after the warm-up; the shaded layers, below the median, rest (the shape of Fig. 6). '
             'Seed {}.')
-    return dict(layers=(plot_arms(frame, layered, get_axes(figsize=(7.5, 3.2))),
-                        'mIoU after fine-tuning, by which layers learn.'), alpha=(fig, told.format(seed)))
+    chart = plot_arms(frame, layered, get_axes(figsize=(7.5, 3.2)))
+    return dict(layers=(chart, 'mIoU after fine-tuning, by which layers learn.'), alpha=(fig, told.format(seed)))
 
 # %% ../../nbs/experiments/58_report.ipynb #5d3a1c73
 def _clock(clip, scale, seed, folder):
     "Milliseconds of the tower for an image under the mask of Algorithm 1, engine by engine, on one thread."
     mask = open_mask('distilled', scale, seed, folder)
-    times = speed(copy.deepcopy(clip).cpu(), {'distilled': mask}, sizes=[(scale.size, scale.size)])
+    tower = copy.deepcopy(clip).cpu()
+    size = (scale.size, scale.size)
+    times = speed(tower, {'distilled': mask}, sizes=[size])
     rows = times[['engine', 'ms', 'promised']].to_dict('records')
-    return [dict(row, engine='sparse engine' if row['engine'] == 'ours' else row['engine']) for row in rows]
+    for row in rows:
+        if row['engine'] == 'ours': row['engine'] = 'sparse engine'
+    return rows
 
 # %% ../../nbs/experiments/58_report.ipynb #bfe28378
 _MEASURES = {'domains': 'mIoU, mean of domains', 'cka': 'CKA to CLIP'}
@@ -137,38 +166,53 @@ def _section(claim):
 
 def _claim_row(claim):
     "A judged claim as the page says it."
-    unit = '' if claim['measured'] == 'cka' else ' points'
+    measured = claim['measured']
+    unit = '' if measured == 'cka' else ' points'
     interval = f" (95 %: {claim['low']:+.2f} to {claim['high']:+.2f})" if math.isfinite(claim['low']) else ''
-    measured = _MEASURES.get(claim['measured'], f"mIoU {claim['measured']}")
-    said = dict(section=_section(claim), claim=claim['claim'], paper=claim['where'], measured=measured,
-                short=claim['measured'])
-    verdict = dict(verdict=claim['verdict'], css=_CLASSES.get(claim['verdict'], 'open'))
-    return {**said, **verdict, 'difference': f"{claim['mean']:+.2f}{unit}{interval}"}
+    difference = f"{claim['mean']:+.2f}{unit}{interval}"
+    row = dict(section=_section(claim), claim=claim['claim'], paper=claim['where'], short=measured)
+    row['measured'] = _MEASURES.get(measured, f"mIoU {measured}")
+    row['verdict'] = claim['verdict']
+    row['css'] = _CLASSES.get(claim['verdict'], 'open')
+    row['difference'] = difference
+    return row
 
 def _few_steps(sizes):
     "Iterations that the study of frameworks gives those of queries, if these are fewer."
     full = get_study('frameworks').scale['query_iterations']
-    return full if sizes['queries'] and sizes['query_iterations'] < full else None
+    has_fewer = sizes['queries'] and sizes['query_iterations'] < full
+    return full if has_fewer else None
 
 # %% ../../nbs/experiments/58_report.ipynb #5b6d99f8
 def _mean_miou(data, arm):
     "mIoU on base names over seeds, in percent; None for an arm that was not run."
-    found = [r['miou']['base'] for r in data.get('results', ()) if r['arm'] == arm]
-    return 100*sum(found)/len(found) if found and None not in found else None
+    results = data.get('results', ())
+    found = [result['miou']['base'] for result in results if result['arm'] == arm]
+    if not found or None in found: return None
+    return 100*sum(found)/len(found)
+
+def _what_remained(data):
+    "The first sentence of the report."
+    density = data['scale']['density']
+    frameworks = {result['framework'] for result in data.get('results', ())}
+    count = len(frameworks)
+    many = f', and the same mask went into {count} frameworks' if count > 1 else ''
+    return (f"Of the weights of a small CLIP's image tower {density:.0%} remained after Algorithm 1, which "
+            f"saw no labels{many}.")
 
 def _opening(data):
     "The report in three sentences."
-    scale,frameworks = data['scale'],{r['framework'] for r in data.get('results', ())}
-    many = f', and the same mask went into {len(frameworks)} frameworks' if len(frameworks) > 1 else ''
-    said = [f"Of the weights of a small CLIP's image tower {scale['density']:.0%} remained after Algorithm 1, which "
-            f"saw no labels{many}."]
+    scale = data['scale']
+    said = [_what_remained(data)]
     dense,sparse,random = (_mean_miou(data, arm) for arm in _SHOWN)
     if None not in (dense, sparse, random):
         said.append(f"Fine-tuned alike, {scale['framework']} labels generated scenes with an mIoU (for each class, "
                     f"what prediction and truth share of what either has) of {dense:.1f} % dense, {sparse:.1f} % "
                     f"under that mask, and {random:.1f} % under a random one of as many weights.")
-    seeds = 'one seed' if len(data['seeds']) == 1 else f"{len(data['seeds'])} seeds"
-    said.append(f"It is a toy ({scale['size']}-pixel scenes, {data['tower_params']/1e6:.1f} M parameters, {seeds}): "
+    count = len(data['seeds'])
+    seeds = 'one seed' if count == 1 else f"{count} seeds"
+    millions = data['tower_params']/1e6
+    said.append(f"It is a toy ({scale['size']}-pixel scenes, {millions:.1f} M parameters, {seeds}): "
                 f"it shows the method at work, and none of its figures is an accuracy of the paper.")
     return said
 
@@ -176,37 +220,50 @@ _SHORT = ('mIoU base', 'mIoU novel', 'params', 'MACs', 'training')
 
 def _short_table(data):
     "The arms of the first pictures, by what matters most."
-    rows = data['summary'].get('masks', {})
-    return {name: {key: cells[key] for key in _SHORT if key in cells} for name,cells in rows.items()
-            if name in _SHOWN}
+    table = {}
+    for name,cells in data['summary'].get('masks', {}).items():
+        if name not in _SHOWN: continue
+        table[name] = {key: cells[key] for key in _SHORT if key in cells}
+    return table
 
 def _table_html(rows):
     "A summary as an HTML table."
     frame = pd.DataFrame(rows).T.map(for_html)
-    return frame.rename(index=for_html, columns=for_html).to_html(border=0, escape=False)
+    frame = frame.rename(index=for_html, columns=for_html)
+    return frame.to_html(border=0, escape=False)
+
+def _page():
+    "The template of the report."
+    import jinja2
+    from markupsafe import Markup
+    loader = jinja2.PackageLoader('opentrans', 'assets')
+    pages = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                               lstrip_blocks=True)
+    pages.filters['shown'] = lambda text: Markup(for_html(text))
+    return pages.get_template('report.html')
+
+def _tables_html(data):
+    "Name of a table -> HTML; `short` is that of the first pictures."
+    from markupsafe import Markup
+    tables = {name: Markup(_table_html(rows)) for name,rows in data['summary'].items()}
+    short = _short_table(data)
+    tables['short'] = Markup(_table_html(short)) if short else ''
+    return tables
 
 def report_html(
     data:dict, # As `demo` writes it to JSON
     figs:dict, # As `demo_figures` gives them
 )->str: # A page that needs nothing beside it
     "The report as HTML: `assets/report.html`, filled in."
-    import jinja2
-    from markupsafe import Markup
-    def shown(text): return Markup(for_html(text))
-    pages = jinja2.Environment(loader=jinja2.PackageLoader('opentrans', 'assets'), autoescape=True,
-                               undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    pages.filters['shown'] = shown
     judged = [_claim_row(claim) for claim in data['claims']]
     pictures = {name: dict(image=_embedded(fig), caption=caption) for name,(fig,caption) in figs.items()}
-    tables = {name: Markup(_table_html(rows)) for name,rows in data['summary'].items()}
-    short = _short_table(data)
-    tables['short'] = Markup(_table_html(short)) if short else ''
     made = {**data['run'], **data['scale'], 'seeds': data['seeds']}
-    decided = max((claim['n'] for claim in data['claims']), default=0) > 2
-    return pages.get_template('report.html').render(
+    most_seeds = max((claim['n'] for claim in data['claims']), default=0)
+    return _page().render(
         opening=_opening(data), scale=data['scale'], clock=data.get('clock'),
         zero_shot=data['zero_shot'], claims=judged, heads=_HEADS,
-        decided=decided, pictures=pictures, tables=tables, few_steps=_few_steps(data['scale']), made=made)
+        decided=most_seeds > 2, pictures=pictures, tables=_tables_html(data), few_steps=_few_steps(data['scale']),
+        made=made)
 
 # %% ../../nbs/experiments/58_report.ipynb #7a06dd8d
 _DEMO = ('dense', 'distilled mask', 'random', 'freeze small alpha', 'freeze large alpha (alpha*)',
@@ -236,7 +293,8 @@ def demo(
             f"coco` for the tables on real data.")
     check_seeds(seeds, seed)
     workers = count_workers(scheduler, scale.device)
-    out,many = Path(out),range(seed, seed+seeds)
+    out = Path(out)
+    many = range(seed, seed+seeds)
     runs = out/'.demo-runs'
     with hold_folders(runs, *seed_folders(runs, many).values()):
         data = _demo(out, runs, many, scale, scheduler, workers, arms or DEMO_ARMS, command)
@@ -245,23 +303,46 @@ def demo(
 
 def _claims_of(*names):
     "The claims of some studies, each once."
-    return list({claim.text: claim for name in names for claim in get_study(name).claims}.values())
+    claims = {}
+    for name in names:
+        for claim in get_study(name).claims: claims[claim.text] = claim
+    return list(claims.values())
+
+def _made(began, command, workers):
+    "When, how and where the demo ran."
+    minutes = (time.time()-began)/60
+    return dict(command=command, date=str(date.today()), minutes=round(minutes, 1), workers=workers, **hardware())
+
+def _summaries(frame, arms):
+    "A table of each study whose arms were run."
+    has_frameworks = any(arm.framework for arm in arms)
+    tables = ['masks', 'layers', 'frameworks'] if has_frameworks else ['masks', 'layers']
+    return {name: summarize(frame, arms_of(name, arms)).to_dict('index') for name in tables}
+
+def _judged(frame):
+    "The claims of the demo's studies, judged."
+    claims = _claims_of('masks', 'freezing', 'frameworks')
+    return judge_claims(frame, claims).to_dict('records')
 
 def _demo(out, runs, seeds, scale, scheduler, workers, arms, command):
     "Run, measure and write."
-    began,first = time.time(),runs/f'seed{seeds[0]}'
-    photographs = _jobs_of_photographs(runs, _photograph_iterations(scale), seeds[0])
+    began = time.time()
+    first = runs/f'seed{seeds[0]}'
+    iterations = _photograph_iterations(scale)
+    photographs = _jobs_of_photographs(runs, iterations, seeds[0])
     results = run_arms(scale, seeds, runs, scheduler, arms, beside=photographs)
-    frame,clip = results_frame(results),open_clip_of(scale)
-    made = dict(command=command, date=str(date.today()), minutes=round((time.time()-began)/60, 1), workers=workers,
-                **hardware())
-    tables = [t for t in ('masks', 'layers', 'frameworks') if t != 'frameworks' or any(a.framework for a in arms)]
-    data = dict(what='opentrans demo: toy scale', run=made, seeds=list(seeds), scale=dataclasses.asdict(scale),
-                tower_params=sum(p.numel() for p in clip.visual.parameters()),
-                zero_shot=zero_shot(clip, scale.zero_shot, seeds[0]), results=results,
-                summary={t: summarize(frame, arms_of(t, arms)).to_dict('index') for t in tables},
-                claims=judge_claims(frame, _claims_of('masks', 'freezing', 'frameworks')).to_dict('records'),
-                imp=read_rounds(first), clock=_clock(clip, scale, seeds[0], first))
+    frame = results_frame(results)
+    clip = open_clip_of(scale)
+    data = dict(what='opentrans demo: toy scale', run=_made(began, command, workers), seeds=list(seeds))
+    data['scale'] = dataclasses.asdict(scale)
+    weights = clip.visual.parameters()
+    data['tower_params'] = sum(weight.numel() for weight in weights)
+    data['zero_shot'] = zero_shot(clip, scale.zero_shot, seeds[0])
+    data['results'] = results
+    data['summary'] = _summaries(frame, arms)
+    data['claims'] = _judged(frame)
+    data['imp'] = read_rounds(first)
+    data['clock'] = _clock(clip, scale, seeds[0], first)
     figures = {} if photographs is None else photograph_figures(runs)
     figures.update(demo_figures(frame, scale, seeds[0], first, arms))
     save_text(report_html(data, figures), out/'opentrans-demo.html')

@@ -40,23 +40,28 @@ _SIZES = dict( # smallest and largest value of each number of a scale
 
 def _names(what, names):
     "Texts as a tuple. Raises `OpenTransError`."
-    if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names): return tuple(names)
+    is_list = isinstance(names, (list, tuple))
+    if is_list and all(isinstance(name, str) for name in names): return tuple(names)
     raise OpenTransError(f"{what}={shorten(repr(names), 80)}: give a list of names.")
 
 def _size_from(name, kind, text):
     "A size of a study from its text. Raises `OpenTransError`."
     if kind is str: return text
-    if kind is tuple: return tuple(part.strip() for part in text.split(',') if part.strip())
+    if kind is tuple:
+        parts = [part.strip() for part in text.split(',')]
+        return tuple(part for part in parts if part)
     if kind is bool:
-        if text.lower() in ('true', 'false'): return text.lower() == 'true'
+        lower = text.lower()
+        if lower in ('true', 'false'): return lower == 'true'
         raise OpenTransError(f"{name}={shorten(text, 80)}: give true or false.")
     try: return kind(text)
     except ValueError:
-        raise OpenTransError(
-            f"{name}={shorten(text, 80)}: give a {'whole number' if kind is int else 'number'}.") from None
+        number = 'whole number' if kind is int else 'number'
+        raise OpenTransError(f"{name}={shorten(text, 80)}: give a {number}.") from None
 
 # what results hold where a size says None, so that those of today and of opentrans 0.1 are of one kind
 _OFF_IN_FILES = dict(val=0, imp_crop=0, checkpoint=0, precision='no')
+_CHOICES = dict(alpha_of=('dense', 'masked'), precision=('no', 'bf16', 'fp16'))
 
 @dataclass(frozen=True)
 class Scale:
@@ -119,25 +124,34 @@ class Scale:
     def __post_init__(self)->None:
         for name,off in _OFF_IN_FILES.items():
             if getattr(self, name) is None: object.__setattr__(self, name, off)
-        kinds = {f.name: f.type for f in dataclasses.fields(self)}
         # JSON gives lists, which cannot be looked up
-        for name in ('sets', 'queries'): object.__setattr__(self, name, _names(name, getattr(self, name)))
-        for name,(least,most) in _SIZES.items():
-            check_number(name, getattr(self, name), least, most, whole=kinds[name] is int)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type not in (str, bool) or value == field.default: continue
-            if not isinstance(value, field.type):
-                raise OpenTransError(
-                    f"{field.name}={shorten(repr(value), 80)}: give "
-                    f"{'a text' if field.type is str else 'True or False'}.")
+        for name in ('sets', 'queries'):
+            names = _names(name, getattr(self, name))
+            object.__setattr__(self, name, names)
+        self._check_numbers()
+        for field in dataclasses.fields(self): self._check_kind(field)
         if not self.density or not 0 < self.p < 1:
             raise OpenTransError(f"density={self.density:g}, p={self.p:g}: both must be above 0, and p below 1.")
-        for name,known in (('alpha_of', ('dense', 'masked')), ('precision', ('no', 'bf16', 'fp16'))):
-            if getattr(self, name) not in known: raise unknown(f'{name} of a scale', getattr(self, name), known)
+        for name,known in _CHOICES.items():
+            chosen = getattr(self, name)
+            if chosen not in known: raise unknown(f'{name} of a scale', chosen, known)
         if self.output_stride not in (8, 16, 32):
             raise OpenTransError(
                 f"output_stride={shorten(self.output_stride, 80)}: give 32, or for a ResNet 16 or 8.")
+
+    def _check_numbers(self)->None:
+        kinds = {field.name: field.type for field in dataclasses.fields(self)}
+        for name,(least,most) in _SIZES.items():
+            is_whole = kinds[name] is int
+            check_number(name, getattr(self, name), least, most, whole=is_whole)
+
+    def _check_kind(self, field:dataclasses.Field)->None:
+        "Is a text a text, and a switch a switch?"
+        value = getattr(self, field.name)
+        if field.type not in (str, bool) or value == field.default: return
+        if isinstance(value, field.type): return
+        expected = 'a text' if field.type is str else 'True or False'
+        raise OpenTransError(f"{field.name}={shorten(repr(value), 80)}: give {expected}.")
 
     def of(self, framework:str|None='')->Self:
         "The same scale, with the last stride that the paper's tower has in this framework."
@@ -150,18 +164,20 @@ class Scale:
         other frameworks' courses move along."""
         check_number('iterations', iterations, 2, 10**9, whole=True)
         part = iterations/max(self.warmup+self.iterations, 1)
-        warmup = min(max(1, round(self.warmup*part)), iterations-1) if self.warmup else 0
-        least = dict(imp_iters=max(1, round(self.imp_iters*part)),
-                     query_iterations=max(1, round(self.query_iterations*part)))
-        return dataclasses.replace(self, warmup=warmup, iterations=iterations-warmup, **least)
+        def scaled(count): return max(1, round(count*part))
+        warmup = min(scaled(self.warmup), iterations-1) if self.warmup else 0
+        return dataclasses.replace(self, warmup=warmup, iterations=iterations-warmup,
+                                   imp_iters=scaled(self.imp_iters), query_iterations=scaled(self.query_iterations))
 
     def changed(self, values:Mapping[str, str])->Self:
         """The same with other sizes, given as texts by name. Raises `OpenTransError` for a name that is none, or a
         value of the wrong kind."""
-        kinds = {f.name: get_origin(f.type) or f.type for f in dataclasses.fields(self)}
+        fields = dataclasses.fields(self)
+        kinds = {field.name: get_origin(field.type) or field.type for field in fields}
         for name in values:
             if name not in kinds: raise unknown('size of a study', name, kinds)
-        sizes = {name: _size_from(name, kinds[name], text) for name,text in values.items()}
+        sizes = {}
+        for name,text in values.items(): sizes[name] = _size_from(name, kinds[name], text)
         return dataclasses.replace(self, **sizes)
 
     def recipe(self,
@@ -173,30 +189,36 @@ class Scale:
     )->Recipe:
         "How a framework is fine-tuned at this scale."
         make = self._paper_recipe if self.paper else self._own_recipe
-        r = make(iterations, schedule, seed, framework, after)
-        return r.replace(precision=self.precision, accumulate=min(self.accumulate, r.batch_size),
-                         workers=self.loaders)
+        recipe = make(iterations, schedule, seed, framework, after)
+        parts = min(self.accumulate, recipe.batch_size)
+        return recipe.replace(precision=self.precision, accumulate=parts, workers=self.loaders)
 
     def _paper_recipe(self, iterations, schedule, seed, framework, after):
-        whole = Recipe.paper(framework or self.framework).shorten(sum(self.steps(framework)))
-        r = whole.replace(iterations=iterations, batch_size=min(whole.batch_size, self.batch_size), seed=seed)
-        if schedule == 'constant': return r.replace(schedule='constant', milestones=())
+        paper = Recipe.paper(framework or self.framework)
+        whole = paper.shorten(sum(self.steps(framework)))
+        batch_size = min(whole.batch_size, self.batch_size)
+        recipe = whole.replace(iterations=iterations, batch_size=batch_size, seed=seed)
+        if schedule == 'constant': return recipe.replace(schedule='constant', milestones=())
         before = self.warmup if after is None else after
-        return r.replace(milestones=tuple(max(milestone-before, 0) for milestone in whole.milestones))
+        milestones = [max(milestone-before, 0) for milestone in whole.milestones]
+        return recipe.replace(milestones=tuple(milestones))
 
     def _own_recipe(self, iterations, schedule, seed, framework, after):
         of_queries = framework in self.queries
-        return Recipe.tiny().replace(iterations=iterations, schedule=schedule, seed=seed,
-                                     batch_size=self.query_batch if of_queries else self.batch_size,
-                                     lr=self.query_lr if of_queries else self.lr, backbone_lr=self.backbone_lr)
+        batch_size = self.query_batch if of_queries else self.batch_size
+        lr = self.query_lr if of_queries else self.lr
+        return Recipe.tiny().replace(iterations=iterations, schedule=schedule, seed=seed, batch_size=batch_size,
+                                     lr=lr, backbone_lr=self.backbone_lr)
 
     def steps(self, framework:str='')->tuple[int, int]: # Iterations of the warm-up, and after it
         "How long a framework is fine-tuned."
-        if not self.paper:
-            return (0, self.query_iterations) if framework in self.queries else (self.warmup, self.iterations)
-        asked = Recipe.paper(framework or self.framework).iterations
-        total = round((self.warmup+self.iterations)*asked/Recipe.paper('deeplabv3').iterations)
-        return self.warmup,total-self.warmup
+        if self.paper:
+            asked = Recipe.paper(framework or self.framework).iterations
+            of_deeplab = Recipe.paper('deeplabv3').iterations
+            total = round((self.warmup+self.iterations)*asked/of_deeplab)
+            return self.warmup,total-self.warmup
+        if framework in self.queries: return 0,self.query_iterations
+        return self.warmup,self.iterations
 
     def options(self, framework:str)->dict[str, Any]:
         "What `build` makes a framework with."
@@ -204,8 +226,10 @@ class Scale:
         pixels = dict(width=self.width, loss_stride=self.loss_stride, lean=self.lean, fine=self.fine)
         queries = dict(queries=24, layers=2, points=256)
         # thousands of cells and many names: at first all are unlikely
-        things = dict(prior=.02, scale=20., levels=('res3', 'res4', 'res5')) if self.data == 'photographs' else {}
-        return dict(deeplabv3=pixels, mask2former=queries, fcclip=queries, detector=things).get(framework, {})
+        things = dict(prior=.02, scale=20., levels=('res3', 'res4', 'res5'))
+        if self.data != 'photographs': things = {}
+        known = dict(deeplabv3=pixels, mask2former=queries, fcclip=queries, detector=things)
+        return known.get(framework, {})
 
 _REAL = ('ade20k_150', 'ade20k_847', 'cityscapes_19', 'context_59', 'context_459', 'voc_20')
 _RN50 = dict(backbone='RN50', pretrained='openai', quick_gelu=True, device='cuda', preset='paper', imp_lr=1e-4,
@@ -231,7 +255,8 @@ TINY:Scale = dataclasses.replace(SCALES['smoke'], size=48, train=8, val=4, domai
 def get_scale(scale:str|Scale):
     "A scale by its name. Raises `OpenTransError`."
     if isinstance(scale, Scale): return scale
-    if not isinstance(scale, str) or scale not in SCALES: raise unknown('scale', scale, SCALES)
+    is_known = isinstance(scale, str) and scale in SCALES
+    if not is_known: raise unknown('scale', scale, SCALES)
     return SCALES[scale]
 
 def check_seeds(seeds:int, seed:int):
@@ -248,26 +273,32 @@ def stored_scale(told:Mapping[str, Any]):
     return Scale(**told)
 
 # %% ../../nbs/experiments/50_scale.ipynb #a703686b
-def scale_label(scale:str|Scale): return next((n for n,v in SCALES.items() if scale == n or scale == v), 'own')
+def scale_label(scale:str|Scale):
+    for name,sizes in SCALES.items():
+        if scale == name or scale == sizes: return name
+    return 'own'
 
 # %% ../../nbs/experiments/50_scale.ipynb #0722659f
 @functools.lru_cache(maxsize=2)
 def _open_real(name, sets, root):
-    return dict(train=open_dataset(name, root, 'train'), val=open_dataset(name, root),
-                **{n: open_dataset(n, root) for n in sets})
+    world = dict(train=open_dataset(name, root, 'train'), val=open_dataset(name, root))
+    for other in sets: world[other] = open_dataset(other, root)
+    return world
 
 @functools.lru_cache(maxsize=4)
 def _open_shapes(train, val, domain, size, seed):
-    world = dict(train=ShapesWorld('train', n=train, size=size, seed=seed),
-                 val=ShapesWorld('val', n=val, size=size, seed=seed))
-    return {**world, **{d: ShapesWorld('val', d, n=domain, size=size, seed=seed) for d in DOMAINS if d != 'home'}}
+    alike = dict(size=size, seed=seed)
+    world = dict(train=ShapesWorld('train', n=train, **alike), val=ShapesWorld('val', n=val, **alike))
+    for name in DOMAINS:
+        if name != 'home': world[name] = ShapesWorld('val', name, n=domain, **alike)
+    return world
 
 PICTURE = (192, 256) # height and width of the photographs of a study
 
 @functools.lru_cache(maxsize=2)
 def _open_sets(root):
-    sets = dict(train=open_dataset('msrc', root, 'train', names='base'), val=open_dataset('msrc', root),
-                camvid=open_dataset('camvid', root))
+    train = open_dataset('msrc', root, 'train', names='base')
+    sets = dict(train=train, val=open_dataset('msrc', root), camvid=open_dataset('camvid', root))
     return {name: Resized(data, PICTURE) for name,data in sets.items()}
 
 def _tiny_folder(root, otherwise=''):
@@ -280,13 +311,16 @@ def _tiny_folder(root, otherwise=''):
 
 def _tiny_names(root):
     "The folders of Tiny-ImageNet."
-    return [line.split('\t')[0] for line in read_text(root/'names.tsv').splitlines() if line]
+    lines = read_text(root/'names.tsv').splitlines()
+    return [line.split('\t')[0] for line in lines if line]
 
 def _tiny_imagenet(root, split, kept):
     "The tar of Tiny-ImageNet, and its classes: every fourth is kept back."
-    folders = _tiny_names(root)
-    return dict(source=root/f'{split}.tar',
-                classes=[folder for i,folder in enumerate(folders) if (i % 4 == 3) == kept])
+    classes = []
+    for i,folder in enumerate(_tiny_names(root)):
+        is_kept = i % 4 == 3
+        if is_kept == kept: classes.append(folder)
+    return dict(source=root/f'{split}.tar', classes=classes)
 
 @functools.lru_cache(maxsize=4)
 def _open_photographs(mosaics, domain, seed, root):
@@ -296,9 +330,11 @@ def _open_photographs(mosaics, domain, seed, root):
     if not mosaics and not (Path(root)/'tiny_imagenet').is_dir(): return world
     tiny = _tiny_folder(root, ', or mosaics=0')
     if mosaics:
-        beside = PhotoMosaic(n=mosaics, size=PICTURE, seed=seed, **_tiny_imagenet(tiny, 'train', False))
+        seen_names = _tiny_imagenet(tiny, 'train', False)
+        beside = PhotoMosaic(n=mosaics, size=PICTURE, seed=seed, **seen_names)
         world['train'] = Together([world['train'], beside])
-    unseen = PhotoMosaic(n=max(domain, 1), size=PICTURE, seed=seed, **_tiny_imagenet(tiny, 'val', True))
+    unseen_names = _tiny_imagenet(tiny, 'val', True)
+    unseen = PhotoMosaic(n=max(domain, 1), size=PICTURE, seed=seed, **unseen_names)
     return dict(world, mosaic=unseen)
 
 # %% ../../nbs/experiments/50_scale.ipynb #0722659e
@@ -320,8 +356,8 @@ def world_of(
     its released code."""
     world = open_world(scale, seed)
     if not scale.paper: return world
-    return {name: _prompted(data, get_framework(framework or scale.framework).prompts)
-            for name,data in world.items()}
+    prompts = get_framework(framework or scale.framework).prompts
+    return {name: _prompted(data, prompts) for name,data in world.items()}
 
 def _prompted(data, prompts):
     "The same data set with its names in other prompts."
@@ -344,15 +380,16 @@ def weights_identity(scale:Scale):
 @functools.lru_cache(maxsize=2)
 def _open_clip(name, pretrained, output_stride, quick_gelu, weights):
     "A CLIP. It is read once, and again if its file of weights has changed, which `weights` tells."
-    return ClipBackbone.create(name, pretrained=None if pretrained == 'none' else pretrained,
-                               output_stride=output_stride, quick_gelu=quick_gelu)
+    if pretrained == 'none': pretrained = None
+    return ClipBackbone.create(name, pretrained=pretrained, output_stride=output_stride, quick_gelu=quick_gelu)
 
 def open_clip_of(
     scale:Scale, # Sizes
 )->ClipBackbone: # With its weights, on the scale's device
     "The CLIP of a study."
-    clip = _open_clip(scale.backbone, scale.pretrained or scale.backbone, scale.output_stride, scale.quick_gelu,
-                      weights_identity(scale))
+    pretrained = scale.pretrained or scale.backbone
+    weights = weights_identity(scale)
+    clip = _open_clip(scale.backbone, pretrained, scale.output_stride, scale.quick_gelu, weights)
     return clip.fresh_copy().to(pick_device(scale.device))
 
 # %% ../../nbs/experiments/50_scale.ipynb #0722659d
@@ -363,8 +400,10 @@ def _open_things(train, val, seed, root):
     names = _tiny_names(tiny)[::5]
     novel = names[3::4]
     base = [name for name in names if name not in novel]
-    return dict(train=PhotoMosaic(tiny/'train.tar', classes=base, n=train, size=PICTURE, seed=seed),
-                val=PhotoMosaic(tiny/'val.tar', classes=names, novel=novel, n=val, size=PICTURE, seed=seed))
+    alike = dict(size=PICTURE, seed=seed)
+    seen = PhotoMosaic(tiny/'train.tar', classes=base, n=train, **alike)
+    every = PhotoMosaic(tiny/'val.tar', classes=names, novel=novel, n=val, **alike)
+    return dict(train=seen, val=every)
 
 def open_things(
     scale:Scale, # Sizes
@@ -388,6 +427,22 @@ class OpenDict(TypedDict):
     __pydantic_config__ = dict(extra='allow')
 
 # %% ../../nbs/experiments/50_scale.ipynb #564ca9a2
+def _things_of(group, n):
+    "Numbers of `n` single things of a group, in turn."
+    of_novel = group == 'novel'
+    pool = [i for i,triple in enumerate(TRIPLES) if is_novel(*triple) == of_novel]
+    return [pool[j % len(pool)] for j in range(n)]
+
+@torch.no_grad()
+def _name_scores(clip, images, text):
+    "The likeness of images (n,3,h,w), in bytes, and names."
+    scores = []
+    for part in images.split(100):
+        pixels = (part.float()/255).to(text.device)
+        embedded = clip.encode_image(pixels)
+        scores.append((embedded @ text.T).cpu())
+    return torch.cat(scores)
+
 def zero_shot(
     clip:ClipBackbone, # The CLIP
     n:int=400, # Pictures of base things, and as many of novel ones
@@ -395,32 +450,35 @@ def zero_shot(
 )->dict: # `'base'`, `'novel'`: accuracy among all names; `'chance'`; `'n'`
     "Zero-shot accuracy on pictures of single things."
     rng = np.random.default_rng([seed, 77])
-    res = dict(chance=1/len(TRIPLES), n=n)
-    text = clip.encode_text([triple_name(*k) for k in TRIPLES])
+    found = dict(chance=1/len(TRIPLES), n=n)
+    text = clip.encode_text([triple_name(*triple) for triple in TRIPLES])
     for group in ('base', 'novel'):
-        pool = [i for i,k in enumerate(TRIPLES) if is_novel(*k) == (group == 'novel')]
-        truth = [pool[j % len(pool)] for j in range(n)]
+        truth = _things_of(group, n)
         pictures = np.stack([object_image(rng, clip.image_size, *TRIPLES[i]) for i in truth])
         images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-        def scores_of(part): return (clip.encode_image((part.float()/255).to(text.device)) @ text.T).cpu()
-        with torch.no_grad(): scores = torch.cat([scores_of(part) for part in images.split(100)])
+        scores = _name_scores(clip, images, text)
         check_finite(dict(scores=scores), f'the likeness of pictures and names by {clip.name}',
                      'No accuracy is given. Are the weights whole?')
-        best = scores.argmax(1)
-        res[group] = (best == torch.tensor(truth)).float().mean().item()
-    return res
+        is_right = scores.argmax(1) == torch.tensor(truth)
+        found[group] = is_right.float().mean().item()
+    return found
 
 # %% ../../nbs/experiments/50_scale.ipynb #7dbec7d0
+def _processor():
+    "The name of the processor."
+    with contextlib.suppress(OSError, StopIteration):
+        models = (line for line in open('/proc/cpuinfo') if line.startswith('model name'))
+        return next(models).split(':')[1].strip()
+    return platform.processor() or platform.machine()
+
 def hardware()->dict: # Processor, cores, system, versions, and the GPU if there is one
     "What a result was made on."
     import open_clip, torchvision
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        name = next(line.split(':')[1].strip()
-                    for line in open('/proc/cpuinfo') if line.startswith('model name'))
-    return dict(processor=name, cores=os.cpu_count(), system=platform.system(), python=platform.python_version(),
-                torch=torch.__version__, torchvision=torchvision.__version__, open_clip=open_clip.__version__,
-                **(dict(gpu=torch.cuda.get_device_name()) if torch.cuda.is_available() else {}))
+    found = dict(processor=_processor(), cores=os.cpu_count(), system=platform.system(),
+                 python=platform.python_version())
+    found |= dict(torch=torch.__version__, torchvision=torchvision.__version__, open_clip=open_clip.__version__)
+    if torch.cuda.is_available(): found['gpu'] = torch.cuda.get_device_name()
+    return found
 
 # %% ../../nbs/experiments/50_scale.ipynb #5e1f0a30
 def find_modules(
@@ -428,5 +486,6 @@ def find_modules(
 ):
     "Import the module of this name in each chapter of the package that has one."
     for chapter in pkgutil.iter_modules(opentrans.__path__):
+        if not chapter.ispkg: continue
         whole = f'opentrans.{chapter.name}.{name}'
-        if chapter.ispkg and importlib.util.find_spec(whole): importlib.import_module(whole)
+        if importlib.util.find_spec(whole): importlib.import_module(whole)

@@ -83,8 +83,8 @@ def share_job(
     context = torch.multiprocessing.get_context(method)
     if method == 'forkserver': context.set_forkserver_preload(IMPORTED)
     box = context.SimpleQueue()
-    parts = torch.multiprocessing.start_processes(
-        _do_part, (count, _free_port(), device, box, function, args), count, join=False, start_method=method)
+    shared = (count, _free_port(), device, box, function, args)
+    parts = torch.multiprocessing.start_processes(_do_part, shared, count, join=False, start_method=method)
     try: return _wait_for(parts, box)
     except ProcessExitedException as lost:
         raise OpenTransError(

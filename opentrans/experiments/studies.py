@@ -10,23 +10,23 @@ __all__ = ['FRAMEWORK_TITLES', 'DETECTION_FILE', 'COURSE_FILE', 'PART_FILE', 'de
            'alpha_course', 'alpha_curves', 'alpha', 'xmin', 'levels', 'methods', 'overlaps', 'overlap', 'interference']
 
 # %% ../../nbs/experiments/56_results.ipynb #ff2cd954
-import base64, math, zlib
+import itertools, math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 from annotated_types import Interval
 import numpy as np
 import pandas as pd
-import torch
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 from ..errors import FormatError, shorten
 from ..escape import for_markdown
 from .arms import (
     ANSWERS_FILE, Arm, arm_file, arms_of, build_framework, checkpoints, FRAMEWORK_ARMS, framework_arms, MaskRecipe,
     maybe_mask, open_arm, open_mask, OTHER_FRAMEWORKS, read_tensors)
 from .claims import Gain, results_frame
-from .figures import (
-    plot_costs, plot_courses, plot_density, plot_frameworks, plot_scenes, plot_similarity)
+from opentrans.experiments.figures import (
+    _pack, _Packed, _ROOM, _unpack, plot_costs, plot_courses, plot_density, plot_frameworks, plot_scenes,
+    plot_similarity)
 from .jobs import hold_folders, run_jobs, seed_folders
 from .registry import find_masks, study, Study, STUDY_FILE
 from .scale import Measured, open_clip_of, open_things, Scale, stored_scale, world_of
@@ -91,46 +91,68 @@ def train_detector(scale:Scale, seed:int, folder:str|Path, mask:str):
     "Train a detector under a mask, and write its average precision: `detector-MASK.json`."
     from opentrans.frameworks.detector import detection_ap
     world = open_things(scale, seed)
-    recipe = scale.recipe(sum(scale.steps('detector')), 'cosine', seed, 'detector')
+    iterations = sum(scale.steps('detector'))
+    recipe = scale.recipe(iterations, 'cosine', seed, 'detector')
     clip = open_clip_of(scale.of('detector'))
     opened = None if mask == 'dense' else open_mask(mask, scale, seed, folder)
     detector = build_framework('detector', clip, world['train'].vocabulary, scale, seed)
     with maybe_mask(opened, detector):
         finetune(detector, world['train'], recipe)
         found = detection_ap(detector, world['val'])
-    row = dict(mask=mask, seed=seed, ap=found['ap'], ap50=found['ap50'], base=found['groups']['base'],
-               novel=found['groups']['novel'])
+    groups = found['groups']
+    row = dict(mask=mask, seed=seed, ap=found['ap'], ap50=found['ap50'], base=groups['base'], novel=groups['novel'])
     save_json(row, Path(folder)/f'detector-{mask}.json', DETECTION_FILE)
 
 def detections(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int)->dict:
     "Detectors of all masks and seeds, trained where they are not there yet."
     find_masks(scale, seeds, runs, scheduler, [MaskRecipe()])
     runs = Path(runs).resolve()
-    files = {(mask, n): runs/f'seed{n}'/f'detector-{mask}.json' for n in seeds for mask in _DETECTED}
-    left = [name for name,file in files.items() if not file.exists()]
-    jobs = {(mask, n): ((), train_detector, (scale, n, runs/f'seed{n}', mask)) for mask,n in left}
+    files = []
+    jobs = {}
+    for seed in seeds:
+        folder = runs/f'seed{seed}'
+        for mask in _DETECTED:
+            file = folder/f'detector-{mask}.json'
+            files.append(file)
+            if file.exists(): continue
+            jobs[mask, seed] = ((), train_detector, (scale, seed, folder, mask))
     run_jobs(jobs, scheduler, 'detectors', scale.device)
-    return dict(rows=[check_shape(load_json(f, kind=DETECTION_FILE), _Detection, f"'{f}'") for f in files.values()])
+    return dict(rows=[_read_detection(file) for file in files])
+
+def _read_detection(file):
+    "What `train_detector` wrote."
+    row = load_json(file, kind=DETECTION_FILE)
+    return check_shape(row, _Detection, f"'{file}'")
 
 # %% ../../nbs/experiments/56_results.ipynb #7c3de37d
 def _check_detections(more, file):
     "Raises `FormatError` if these are no detectors of the study."
     more = check_shape(more, _Detections, f"'{file}'")
-    if {row['mask'] for row in more['rows']} != {*_DETECTED}:
+    kinds = {row['mask'] for row in more['rows']}
+    if kinds != {*_DETECTED}:
         raise STUDY_FILE.damaged(file, 'its detectors are others')
 
-def _detection_frame(data): return pd.DataFrame(data['more']['rows'])
+def _detection_means(data):
+    "Mean and deviation of each mask over seeds, in percent."
+    rows = pd.DataFrame(data['more']['rows'])
+    percent = 100*rows.set_index('mask').drop(columns='seed')
+    by_mask = percent.groupby(level=0)
+    in_order = list(_DETECTED)
+    return by_mask.mean().loc[in_order],by_mask.std().loc[in_order]
 
 def _detection_text(data):
     "Mean and deviation over seeds, in percent, in Markdown."
-    by_mask = (100*_detection_frame(data).set_index('mask').drop(columns='seed')).groupby(level=0)
-    table = by_mask.mean().round(1).astype(str) + ' ± ' + by_mask.std().round(1).astype(str)
-    return table.loc[list(_DETECTED)].reset_index().to_markdown(index=False)
+    means,spreads = _detection_means(data)
+    means = means.round(1).astype(str)
+    spreads = spreads.round(1).astype(str)
+    table = means + ' ± ' + spreads
+    return table.reset_index().to_markdown(index=False)
 
 def _plot_detection(study, data):
-    by_mask = (100*_detection_frame(data).set_index('mask')[['base', 'novel']]).groupby(level=0)
-    mean,spread = by_mask.mean().loc[list(_DETECTED)],by_mask.std().loc[list(_DETECTED)]
-    return mean.plot.bar(yerr=spread, rot=0, ylabel='AP, %')
+    means,spreads = _detection_means(data)
+    groups = ['base', 'novel']
+    errors = spreads[groups]
+    return means[groups].plot.bar(yerr=errors, rot=0, ylabel='AP, %')
 
 @study('detection', more=detections, check=_check_detections, plot=_plot_detection, text=_detection_text)
 def detection(s:Study):
@@ -178,7 +200,8 @@ def losses(s:Study):
 def rounds(s:Study):
     "How many weights a round, and how many iterations between?"
     for p,times,words in ((.1, 1., 't'), (.1, 1/3, 't/3'), (.1, .1, 't/10'), (.3, 1., 't'), (.3, 3., '3t')):
-        s.arm(f'p={p}, {words}', MaskRecipe(p=p, iters=times), tables=())
+        recipe = MaskRecipe(p=p, iters=times)
+        s.arm(f'p={p}, {words}', recipe, tables=())
     s.claim('More iterations a round find a better mask', 'p=0.1, t', 'p=0.1, t/10', paper='Tab. 7')
     s.claim('Small steps find a better mask than large ones of the same total', 'p=0.1, t', 'p=0.3, 3t',
             paper='Tab. 7')
@@ -230,66 +253,43 @@ def training(s:Study):
     for name in ('dense', 'freeze small alpha', 'distilled mask, freeze small alpha'): s.arm(name)
 
 # %% ../../nbs/experiments/56_results.ipynb #9c69e916
-class _Packed(TypedDict):
-    "An array in a file of results."
-    shape: list[Annotated[int, Interval(ge=0, le=2**16)]]
-    dtype: NotRequired[str]
-    data: str
-
 class _Pictures(TypedDict):
     "What `pictures` gives: by arm and data set."
     seed: Annotated[int, Interval(ge=0)]
     arms: dict[str, dict[str, _Packed]]
-
-def _pack(array):
-    return dict(shape=list(array.shape), dtype=str(array.dtype),
-                data=base64.b64encode(zlib.compress(array.tobytes(), 9)).decode())
-
-_CLASSES = ('uint8', 'int32', 'int64') # types of arrays of classes
-_ROOM = 2**30 # Bytes of all pictures of a study
-
-def _unpack(packed, where):
-    "An array out of a file of results, which cannot be larger than it says. Raises `FormatError`."
-    shape,kind = packed['shape'],packed.get('dtype', 'uint8')
-    if len(shape) != 3 or kind not in _CLASSES:
-        raise FormatError(
-            f"The picture {where} is of {shorten(kind, 40)} with {len(shape)} axes; expected whole numbers with "
-            f"three.")
-    size = math.prod(shape)*np.dtype(kind).itemsize
-    if size > _ROOM:
-        raise FormatError(f"The picture {where} says that it has {size:,} bytes; at most {_ROOM:,} are read.")
-    opened = zlib.decompressobj()
-    try: raw = opened.decompress(base64.b64decode(packed['data'], validate=True), size+1)
-    except (ValueError, zlib.error) as error:
-        raise FormatError(f"The picture {where} is damaged: {shorten(error, 80)}.") from None
-    if len(raw) != size or not opened.eof or opened.unused_data:
-        raise FormatError(f"The picture {where} is damaged: it has another size than it says.")
-    return torch.from_numpy(np.frombuffer(raw, kind).reshape(shape).copy())
 
 def unpack_pictures(
     more:dict, # What `pictures` has stored
 )->dict: # Name of an arm -> {data set: (N,H,W) classes}, for `plot_scenes`
     "Predictions out of a file of results. Raises `FormatError` if they are damaged."
     more = check_shape(more, _Pictures, 'The pictures of a study')
-    packed = {(arm, name): one for arm,sets in more['arms'].items() for name,one in sets.items()}
-    if sum(math.prod(one['shape']) for one in packed.values()) > _ROOM:
+    pixels = 0
+    for sets in more['arms'].values(): pixels += sum(math.prod(packed['shape']) for packed in sets.values())
+    if pixels > _ROOM:
         raise FormatError(f"The pictures of a study have more than {_ROOM:,} pixels.")
-    return {arm: {name: _unpack(one, f'{name} of {shorten(arm, 80)}') for name,one in sets.items()}
-            for arm,sets in more['arms'].items()}
+    predictions = {}
+    for arm,sets in more['arms'].items():
+        told = shorten(arm, 80)
+        predictions[arm] = {name: _unpack(packed, f'{name} of {told}') for name,packed in sets.items()}
+    return predictions
 
 # %% ../../nbs/experiments/56_results.ipynb #976d2b1b
 def pictures(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int)->dict:
     "What arms of the first seed make of the same scenes (Fig. 5 and 8), packed: `unpack_pictures` reads it."
     packed = {}
+    folder = Path(runs)/f'seed{seeds[0]}'
     for arm in look.arms:
-        answers = read_tensors(arm_file(Path(runs)/f'seed{seeds[0]}', arm, scale, kind='safetensors'), ANSWERS_FILE)
+        file = arm_file(folder, arm, scale, kind='safetensors')
+        answers = read_tensors(file, ANSWERS_FILE)
         packed[arm.name] = {name: _pack(classes.numpy()) for name,classes in answers.items()}
     return dict(seed=seeds[0], arms=packed)
 
 def _check_pictures(more, file): check_shape(more, _Pictures, f"'{file}'")
 
 def _plot_pictures(study, data):
-    return plot_scenes(stored_scale(data['scale']), data['more']['seed'], unpack_pictures(data['more']))
+    scale = stored_scale(data['scale'])
+    stored = data['more']
+    return plot_scenes(scale, stored['seed'], unpack_pictures(stored))
 
 @study('pictures', paper='Fig. 5 and 8', more=pictures, check=_check_pictures, plot=_plot_pictures)
 def look(s:Study):
@@ -316,12 +316,29 @@ PART_FILE = FileKind('opentrans-course-part', 'part of a course of alpha', 'alph
 
 def _alphas_so_far(part):
     "The alphas of a course that was interrupted, by the number of iterations."
-    found = load_json(part, dict[str, dict[str, Measured]], PART_FILE) if part.exists() else {}
-    if not all(i.isdecimal() and len(i) < 10 for i in found):
+    if not part.exists(): return {}
+    found = load_json(part, dict[str, dict[str, Measured]], PART_FILE)
+    are_numbers = all(i.isdecimal() and len(i) < 10 for i in found)
+    if not are_numbers:
         raise PART_FILE.damaged(part, 'its parts are not numbered by iterations')
     return found
 
-def _rounded(values): return [None if v is None or v != v else round(float(v), 4) for v in values]
+def _rounded(values):
+    "Numbers to four places; None for what was not measured."
+    def rounded(value):
+        is_missing = value is None or value != value
+        return None if is_missing else round(float(value), 4)
+    return [rounded(value) for value in values]
+
+def _course_of(seen):
+    "What `alpha_course` keeps of the alphas that it saw, by the number of iterations."
+    rows = [pd.Series(alphas, dtype=float) for alphas in seen.values()]
+    course = dict(iterations=[int(i) for i in seen])
+    course['median'] = _rounded([alphas.median() for alphas in rows])
+    course['layers'] = list(rows[0].index)
+    course['before'] = _rounded(rows[0])
+    course['after'] = _rounded(rows[-1])
+    return course
 
 # %% ../../nbs/experiments/56_results.ipynb #afc3d4ae
 def alpha_course(scale:Scale, seed:int, folder:str|Path, mask:str|None=None):
@@ -337,17 +354,16 @@ def alpha_course(scale:Scale, seed:int, folder:str|Path, mask:str|None=None):
         done = 0 if row is None else int(row['iteration'])+1
         due = done % every == 0 or done == total
         if due and str(done) not in seen:
-            seen[str(done)] = analyze(seg.backbone, xmin=scale.xmin).to_frame().alpha.to_dict()
+            table = analyze(seg.backbone, xmin=scale.xmin).to_frame()
+            seen[str(done)] = table.alpha.to_dict()
             if scale.checkpoint: save_json(seen, part, PART_FILE)
     with checkpoints(kept, scale) as run:
         with maybe_mask(opened, seg):
             measure(seg)
-            finetune(seg, world_of(scale, seed)['train'], scale.recipe(total, 'poly', seed, after=0),
-                     callback=measure, **run)
-        rows = [pd.Series(alphas, dtype=float) for alphas in seen.values()]
-        ends = dict(layers=list(rows[0].index), before=_rounded(rows[0]), after=_rounded(rows[-1]))
-        save_json(dict(iterations=[int(i) for i in seen], median=_rounded([alphas.median() for alphas in rows]),
-                       **ends), kept, COURSE_FILE)
+            data = world_of(scale, seed)['train']
+            recipe = scale.recipe(total, 'poly', seed, after=0)
+            finetune(seg, data, recipe, callback=measure, **run)
+        save_json(_course_of(seen), kept, COURSE_FILE)
     part.unlink(missing_ok=True)
     return load_json(kept, _Course, COURSE_FILE)
 
@@ -357,20 +373,27 @@ def alpha_curves(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|
     folders = seed_folders(runs, seeds)
     with hold_folders(*folders.values()):
         find_masks(scale, seeds, runs, scheduler, [MaskRecipe()])
-        jobs = {(tower, n): ((), alpha_course, (scale, n, folders[n].resolve(), mask)) for n in seeds
-                for tower,mask in masks.items()}
+        jobs = {}
+        for seed in seeds:
+            folder = folders[seed].resolve()
+            for tower,mask in masks.items(): jobs[tower, seed] = ((), alpha_course, (scale, seed, folder, mask))
         courses = run_jobs(jobs, scheduler, 'alpha', scale.device)
-    return {tower: {str(n): courses[tower, n] for n in seeds} for tower in masks}
+    curves = {}
+    for tower in masks: curves[tower] = {str(seed): courses[tower, seed] for seed in seeds}
+    return curves
 
 # %% ../../nbs/experiments/56_results.ipynb #725dec76
 def _check_courses(more, file):
     "Raises `FormatError` if these are no courses of equal length."
-    for courses in check_shape(more, _Courses, f"'{file}'").values():
+    more = check_shape(more, _Courses, f"'{file}'")
+    for courses in more.values():
         if not courses: raise STUDY_FILE.damaged(file, 'it has no courses of alpha')
         for course in courses.values():
-            times = len(course['iterations']) == len(course['median'])
-            layers = len(course['layers']) == len(course['before']) == len(course['after'])
-            if not times or not layers: raise STUDY_FILE.damaged(file, 'its courses are not of equal length')
+            lengths = {name: len(values) for name,values in course.items()}
+            of_times = {lengths['iterations'], lengths['median']}
+            of_layers = {lengths['layers'], lengths['before'], lengths['after']}
+            if len(of_times) > 1 or len(of_layers) > 1:
+                raise STUDY_FILE.damaged(file, 'its courses are not of equal length')
 
 def _plot_courses(study, data): return plot_courses(data['more'])
 
@@ -395,8 +418,9 @@ def _density_study(framework='', densities=(.02, .1, .5)):
                 recipe = MaskRecipe(method, density=density)
                 s.arm(f'{prefix}{method}, {density:g}', recipe, tables=(), framework=framework)
         for density in densities:
-            s.claim(f'At density {density:g}, a distilled mask is better than a random one{where}',
-                    f'{prefix}distilled, {density:g}', f'{prefix}random, {density:g}')
+            distilled = f'{prefix}distilled, {density:g}'
+            random = f'{prefix}random, {density:g}'
+            s.claim(f'At density {density:g}, a distilled mask is better than a random one{where}', distilled, random)
     return made
 
 density = _density_study(densities=(.02, .05, .1, .2, .5))
@@ -469,55 +493,81 @@ class _Overlaps(TypedDict):
     within_a_seed: _Agreement
     between_seeds: dict[str, _Agreement]
 
+def _mean_overlaps(masks_of_seeds, measure):
+    "How much masks of a seed agree with each other, the mean over seeds."
+    tables = [compare_masks(of_seed, measure) for of_seed in masks_of_seeds]
+    return np.mean(tables, 0).tolist()
+
+def _pair_overlaps(mask_pairs, measure):
+    "How much the two masks of each pair agree."
+    agreements = []
+    for mask,other in mask_pairs:
+        table = mask.overlap(other)
+        agreements.append(float(table.loc['all', measure]))
+    return agreements
+
 def overlaps(scale:Scale, seeds:Sequence[int], runs:str|Path, scheduler:str|int)->dict:
     """How much masks agree that were found with other losses, in other frameworks, and with other seeds, beside
     chance (of random masks with the same density in each layer)."""
     masks = find_masks(scale, seeds, runs, scheduler, LOSSES_OF.values())
     def masks_of(seed):
         found = {name: masks[recipe, seed] for name,recipe in LOSSES_OF.items()}
-        methods = ('magnitude', 'snip', 'random')
-        return {**found, **{name: open_mask(name, scale, seed, Path(runs)/f'seed{seed}') for name in methods}}
+        folder = Path(runs)/f'seed{seed}'
+        for name in ('magnitude', 'snip', 'random'):
+            found[name] = open_mask(name, scale, seed, folder)
+        return found
     each = [masks_of(seed) for seed in seeds]
     measures = ('iou', 'chance')
-    within = {measure: np.mean([compare_masks(of_seed, measure) for of_seed in each], 0).tolist()
-              for measure in measures}
-    pairs = [(a, b) for i,a in enumerate(seeds) for b in list(seeds)[i+1:]]
-    def between(recipe, measure):
-        return [float(masks[recipe, a].overlap(masks[recipe, b]).loc['all', measure]) for a,b in pairs]
-    across = {name: {measure: between(recipe, measure) for measure in measures} for name,recipe in LOSSES_OF.items()}
+    within = {measure: _mean_overlaps(each, measure) for measure in measures}
+    pairs = list(itertools.combinations(seeds, 2))
+    across = {}
+    for name,recipe in LOSSES_OF.items():
+        mask_pairs = [(masks[recipe, a], masks[recipe, b]) for a,b in pairs]
+        across[name] = {measure: _pair_overlaps(mask_pairs, measure) for measure in measures}
     return dict(names=list(each[0]), within_a_seed=within, between_seeds=across)
 
 # %% ../../nbs/experiments/56_results.ipynb #e15108a3
+def _is_finite(value):
+    "Is this a finite number?"
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
 def _all_finite(values):
     "Are these finite numbers?"
-    return all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
+    return all(_is_finite(value) for value in values)
 
 def _is_square(values, size):
     "Are these as many rows of as many finite numbers?"
-    rows = all(isinstance(row, list) and len(row) == size for row in values)
-    return rows and len(values) == size and _all_finite([value for row in values for value in row])
+    if len(values) != size: return False
+    for row in values:
+        if not isinstance(row, list) or len(row) != size: return False
+    return all(_all_finite(row) for row in values)
 
 def _check_overlaps(more, file):
     "Raises `FormatError` if these are no overlaps of masks with different names."
     more = check_shape(more, _Overlaps, f"'{file}'")
     pairs = [values for each in more['between_seeds'].values() for values in each.values()]
-    squares = all(_is_square(values, len(more['names'])) for values in more['within_a_seed'].values())
+    names = more['names']
+    size = len(names)
+    squares = all(_is_square(values, size) for values in more['within_a_seed'].values())
     numbers = pairs and all(map(_all_finite, pairs))
-    distinct = len({*more['names']}) == len(more['names'])
+    distinct = len({*names}) == size
     if not (squares and numbers and distinct):
         raise STUDY_FILE.damaged(file, 'its overlaps are not of its masks')
 
 def _agreement(data):
     "How much the masks of two seeds agree, in Markdown."
-    between = data['more']['between_seeds']
-    means = {name: {'IoU of two seeds': np.mean(of['iou']), 'chance': np.mean(of['chance'])}
-             for name,of in between.items()}
-    table = pd.DataFrame(means).T.round(3).rename(index=for_markdown).rename_axis('mask')
+    means = {}
+    for name,of_seeds in data['more']['between_seeds'].items():
+        means[name] = {'IoU of two seeds': np.mean(of_seeds['iou']), 'chance': np.mean(of_seeds['chance'])}
+    table = pd.DataFrame(means).T.round(3)
+    table = table.rename(index=for_markdown).rename_axis('mask')
     return table.reset_index().to_markdown(index=False)
 
 def _plot_overlap(study, data):
     names = data['more']['names']
-    return plot_overlap(pd.DataFrame(data['more']['within_a_seed']['iou'], names, names))
+    iou = data['more']['within_a_seed']['iou']
+    return plot_overlap(pd.DataFrame(iou, names, names))
 
 @study('overlap', more=overlaps, check=_check_overlaps, plot=_plot_overlap, text=_agreement)
 def overlap(s:Study):
@@ -543,13 +593,15 @@ def interference(s:Study):
     s.claim('Freezing small alpha does more for a sparse tower than for a dense one',
             Gain(_BOTH, over='distilled mask'), Gain('freeze small alpha', over='dense'))
     for kind in _CARRIED:
+        untouched = _WORDS[kind, 'before']
         for when,words in dict(all='all layers', half='half').items():
             s.claim(f'A {kind} tower serves the next framework better before fine-tuning than after ({words})',
-                    _WORDS[kind, 'before'], _WORDS[kind, when])
+                    untouched, _WORDS[kind, when])
     for kind in _CARRIED:
+        half = _WORDS[kind, 'half']
+        every = _WORDS[kind, 'all']
         s.claim(f'A {kind} tower that was fine-tuned in half of its layers '
-                'serves the next framework better than one fine-tuned in all', _WORDS[kind, 'half'],
-                _WORDS[kind, 'all'])
+                'serves the next framework better than one fine-tuned in all', half, every)
 
 # %% ../../nbs/experiments/56_results.ipynb #361cf3d8
 def _tower(kind, words):

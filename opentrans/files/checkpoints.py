@@ -18,7 +18,9 @@ from .stored import atomic_path, FileKind, load_tensors, metadata_value, regular
 # %% ../../nbs/00c_checkpoints.ipynb #5d29539e
 def pack_bits(mask:torch.Tensor)->torch.Tensor:
     "Truth values as bits, eight a byte."
-    return torch.from_numpy(np.packbits(mask.cpu().contiguous().numpy().reshape(-1).view(np.uint8)))
+    flat = mask.cpu().contiguous().numpy().reshape(-1)
+    bits = np.packbits(flat.view(np.uint8))
+    return torch.from_numpy(bits)
 
 def unpack_bits(
     bits:torch.Tensor, # What `pack_bits` gave
@@ -26,12 +28,22 @@ def unpack_bits(
 )->torch.Tensor:
     "Bits as truth values of a shape. Raises `ValueError` if there are too few or too many bits."
     n = math.prod(shape)
-    fits = bits.dtype == torch.uint8 and bits.ndim == 1 and min(shape, default=1) >= 0 and len(bits) == -(-n//8)
+    size = -(-n//8) # in bytes
+    is_row = bits.dtype == torch.uint8 and bits.ndim == 1
+    fits = is_row and min(shape, default=1) >= 0 and len(bits) == size
     if not fits: raise ValueError(f'{tuple(bits.shape)} bytes of {bits.dtype} are not the bits of {tuple(shape)}')
     if not n: return torch.zeros(tuple(shape), dtype=torch.bool)
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=n).view(bool)).reshape(tuple(shape))
+    truth = np.unpackbits(bits.numpy(), count=n).view(bool)
+    return torch.from_numpy(truth).reshape(tuple(shape))
 
 BAKED_FILE = FileKind('opentrans-sparse', 'baked model', 'SparseMask.bake')
+
+def _dense(weights, keep):
+    "A weight of which only what is kept was stored. Raises `ValueError`."
+    if len(weights) != int(keep.sum()): raise ValueError('number of weights')
+    if weights.ndim != 1: raise ValueError('weights of a shape')
+    dense = torch.zeros(keep.shape, dtype=weights.dtype)
+    return dense.masked_scatter_(keep, weights)
 
 def unbake(
     tensors:dict, # Of a baked file
@@ -40,17 +52,15 @@ def unbake(
 )->dict: # The dense state dict
     "A baked model as an ordinary state dict. Raises `DamagedFile`."
     shapes = metadata_value(meta, 'shapes', dict[str, list[int]], path)
-    res = dict(tensors)
+    state = dict(tensors)
     try:
         for name, shape in shapes.items():
-            keep = unpack_bits(res.pop(f'{name}#kept'), shape)
-            if len(res[name]) != int(keep.sum()): raise ValueError('number of weights')
-            if res[name].ndim != 1: raise ValueError('weights of a shape')
-            res[name] = torch.zeros(shape, dtype=res[name].dtype).masked_scatter_(keep, res[name])
-        if any(name.endswith('#kept') for name in res): raise ValueError('places of a weight without a shape')
+            keep = unpack_bits(state.pop(f'{name}#kept'), shape)
+            state[name] = _dense(state[name], keep)
+        if any(name.endswith('#kept') for name in state): raise ValueError('places of a weight without a shape')
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise BAKED_FILE.damaged(path, f'{error}') from error
-    return res
+    return state
 
 # %% ../../nbs/00c_checkpoints.ipynb #8cec9704
 class _Arrays(pickle.Unpickler):
@@ -69,8 +79,9 @@ def _read_pickled_arrays(path):
 
 def _arrays_to_tensors(value):
     "Nested dictionaries with their arrays as tensors."
-    if isinstance(value, dict): return {str(k): _arrays_to_tensors(v) for k,v in value.items()}
-    return torch.from_numpy(np.array(value)) if isinstance(value, (np.ndarray, np.generic)) else value
+    if isinstance(value, dict): return {str(name): _arrays_to_tensors(held) for name,held in value.items()}
+    is_array = isinstance(value, (np.ndarray, np.generic))
+    return torch.from_numpy(np.array(value)) if is_array else value
 
 def is_torchscript(path:str|Path)->bool:
     "Is a file a TorchScript archive, that is, a program?"
@@ -105,12 +116,14 @@ def read_checkpoint(
         return unbake(tensors, meta, path)
     if is_torchscript(path):
         if not trust: raise FormatError(_PROGRAM.format(path=path, name=path.name))
-        return dict(torch.jit.load(str(path), map_location='cpu').state_dict())
+        program = torch.jit.load(str(path), map_location='cpu')
+        return dict(program.state_dict())
     try:
-        value = (_read_pickled_arrays(path) if path.suffix == '.pkl'
-                 else torch.load(path, map_location='cpu', weights_only=True))
+        if path.suffix == '.pkl': value = _read_pickled_arrays(path)
+        else: value = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error: # a pickle can fail with any of them
-        why = shorten((str(error).splitlines() or [''])[0])
+        first,*_ = str(error).splitlines() or ['']
+        why = shorten(first)
         raise FormatError(
             f"'{path}' cannot be read as plain weights ({type(error).__name__}: {why}). Is it a whole file of a "
             f"state dict? Save one with torch.save, or as .safetensors.") from error
@@ -127,14 +140,16 @@ def state_dict_of(
     is none."""
     for key in ('state_dict', 'model'):
         if isinstance(checkpoint.get(key), dict): checkpoint = checkpoint[key]
-    state = {str(name): t for name, t in checkpoint.items() if isinstance(t, torch.Tensor)}
+    state = {}
+    for name, value in checkpoint.items():
+        if isinstance(value, torch.Tensor): state[str(name).removeprefix('module.')] = value
     if not state: raise FormatError(f"'{path}' holds no state dict. Save model.state_dict().")
-    return {name.removeprefix('module.'): t for name, t in state.items()}
+    return state
 
 def _tensors_to_arrays(value):
     """Nested dictionaries with their tensors as arrays, as detectron2 writes them. Types that numpy lacks become
     float32."""
-    if isinstance(value, dict): return {k: _tensors_to_arrays(v) for k,v in value.items()}
+    if isinstance(value, dict): return {name: _tensors_to_arrays(held) for name,held in value.items()}
     if not isinstance(value, torch.Tensor): return value
     value = value.detach().cpu()
     try: return value.numpy()

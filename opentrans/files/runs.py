@@ -25,7 +25,8 @@ def lock_folder(
     if folder is None:
         yield
         return
-    with _locked(Path(folder), '.lock', f"in '{folder}'. Wait until it ends, or choose another folder."): yield
+    place = f"in '{folder}'. Wait until it ends, or choose another folder."
+    with _locked(Path(folder), '.lock', place): yield
 
 @contextlib.contextmanager
 def lock_file(
@@ -37,8 +38,8 @@ def lock_file(
         yield
         return
     path = Path(path)
-    with _locked(path.parent, f'.{path.name}.lock', f"on '{path}'. Wait until it ends, or choose another file."):
-        yield
+    place = f"on '{path}'. Wait until it ends, or choose another file."
+    with _locked(path.parent, f'.{path.name}.lock', place): yield
 
 @contextlib.contextmanager
 def _locked(folder, name, place):
@@ -67,7 +68,8 @@ class RunFile:
         kind:FileKind, # What the file holds
     ):
         self.path = Path(path)
-        self.settings = plain_json(json.loads(json.dumps(settings, default=str)))
+        text = json.dumps(settings, default=str)
+        self.settings = plain_json(json.loads(text))
         self.kind = kind
 
     def exists(self)->bool: return self.path.exists()
@@ -86,11 +88,13 @@ class RunFile:
         return tensors, meta
 
     def _check_settings(self, was):
-        names = sorted({*was, *self.settings})
-        diff = [f'{n} was {was.get(n)!r}, is {self.settings.get(n)!r}'
-                for n in names if was.get(n) != self.settings.get(n)]
-        if diff:
-            raise OtherRun(f"The run in '{self.path.parent}' had other settings: {shorten('; '.join(diff), 600)}. "
+        others = []
+        for name in sorted({*was, *self.settings}):
+            before,now = was.get(name),self.settings.get(name)
+            if before != now: others.append(f'{name} was {before!r}, is {now!r}')
+        if others:
+            told = shorten('; '.join(others), 600)
+            raise OtherRun(f"The run in '{self.path.parent}' had other settings: {told}. "
                            "Use the same, or choose another folder.")
 
     def save(self,
@@ -114,8 +118,17 @@ def optimizer_tensors(
     state:Callable[[torch.Tensor, dict], dict]=lambda param, state: state,
 )->dict: # Name -> tensor
     "The tensors in an optimizer's state, by the names of its parameters."
-    return {f'{prefix}{names[param]}.{key}': value for param, held in optimizer.state.items()
-            for key, value in state(param, held).items() if isinstance(value, torch.Tensor)}
+    found = {}
+    for param, held in optimizer.state.items():
+        for key, value in state(param, held).items():
+            if isinstance(value, torch.Tensor): found[f'{prefix}{names[param]}.{key}'] = value
+    return found
+
+def _fits(tensor, param):
+    "Can a tensor be of a parameter's state? It is a number, or has one for each weight."
+    if param is None: return False
+    if tensor.ndim and tensor.shape != param.shape: return False
+    return tensor.is_complex() <= param.is_complex()
 
 def restore_optimizer(
     optimizer:torch.optim.Optimizer, # Of torch, over the same parameters
@@ -131,16 +144,15 @@ def restore_optimizer(
     for full, tensor in strip_prefix(prefix, tensors).items():
         name, _, key = full.rpartition('.')
         param = params.get(name)
-        fits = (param is not None and (not tensor.ndim or tensor.shape == param.shape)
-                and tensor.is_complex() <= param.is_complex())
-        if not fits or not_finite({full: tensor}): raise _unfit(path, full)
+        if not _fits(tensor, param) or not_finite({full: tensor}): raise _unfit(path, full)
         # what has a number for each weight is laid out in memory as the parameter is
         alike = key != 'step' and tensor.shape == param.shape
         value = torch.empty_like(param).copy_(tensor) if alike else tensor.to(param.device, copy=True)
         made.setdefault(param, {})[key] = value
     keys_by_axes = {} # number of a parameter's axes -> the keys that all of its kind must have
     for param, held in made.items():
-        if keys_by_axes.setdefault(param.ndim, set(held)) != set(held): raise _unfit(path, names[param])
+        keys = set(held)
+        if keys_by_axes.setdefault(param.ndim, keys) != keys: raise _unfit(path, names[param])
     for param, held in made.items(): optimizer.state[param].update(held)
 
 def _unfit(path, place):

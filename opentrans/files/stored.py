@@ -46,8 +46,8 @@ def sweep(
     "Remove what writers that were killed have left half-written in a folder. Files that are being written stay."
     removed = []
     with contextlib.suppress(OSError):
-        names = [entry.name for entry in os.scandir(folder) if _PART.fullmatch(entry.name)]
-        for name in names:
+        names = [entry.name for entry in os.scandir(folder)]
+        for name in filter(_PART.fullmatch, names):
             path = Path(folder)/name
             if _is_orphan(path):
                 with contextlib.suppress(OSError): path.unlink()
@@ -67,7 +67,8 @@ def _open_part(path):
     """A new file beside `path`, held by this process: its handle and its path. Its mode is what the user's umask
     asks for."""
     for _ in range(100):
-        part = path.parent/f'.{path.stem[:80]}-{secrets.token_hex(4)}.part{path.suffix[:20]}'
+        drawn = secrets.token_hex(4)
+        part = path.parent/f'.{path.stem[:80]}-{drawn}.part{path.suffix[:20]}'
         try: handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         except FileExistsError: continue
         _hold(handle)
@@ -85,7 +86,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 def _place_error(message, error):
     "The error for a place that cannot be written: the machine's if there is no room left, else the user's."
-    return WriteError(message) if getattr(error, 'errno', None) in _NO_ROOM else OpenTransError(message)
+    is_full = getattr(error, 'errno', None) in _NO_ROOM
+    return WriteError(message) if is_full else OpenTransError(message)
 
 _FULL = ('No space left', 'Disk quota', 'Input/output error', 'os error 28', 'os error 122', 'os error 5)')
 # what torch's writer says when it cannot write on
@@ -96,8 +98,8 @@ def _write_error(path, error):
     why = getattr(error, 'strerror', None) or error
     if any(word in str(error) for word in _TORCH_CANNOT):
         why = 'it could not be written to its end. Is there room on the disk?'
-    return WriteError(
-        f"Cannot write '{path}': {why}{'' if str(why).endswith('?') else '.'} What was there before is untouched.")
+    end = '' if str(why).endswith('?') else '.'
+    return WriteError(f"Cannot write '{path}': {why}{end} What was there before is untouched.")
 
 # %% ../../nbs/00_files.ipynb #3276f92b
 @contextlib.contextmanager
@@ -108,7 +110,8 @@ def atomic_path(
 ): # Yields a temporary path to write to, in the same folder and with the same suffix
     """Write to a temporary file, which takes the place of `path` only when the block ends well. Raises
     `OpenTransError`, with the old file untouched."""
-    shown, path = path, Path(os.path.realpath(path) if os.path.islink(path) else path)
+    shown = path
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _place_error(f"Cannot make the folder '{path.parent}': {error.strerror}. Choose another place.",
@@ -175,6 +178,12 @@ def _adapter(schema):
     from pydantic import TypeAdapter
     return TypeAdapter(schema)
 
+def _place_in_words(found):
+    "Where pydantic found something else, and what."
+    place = '.'.join(map(str, found['loc'])) or 'the whole'
+    what = found['msg'].lower()
+    return f'{place}: {what}'
+
 def check_shape(
     value:Any, # What was read
     schema:Any, # A type that pydantic understands, for example `dict[str, list[int]]`
@@ -185,9 +194,10 @@ def check_shape(
     try: return _adapter(schema).validate_python(value, strict=True)
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_input=False, include_context=False)
-        places = [f"{'.'.join(map(str, w['loc'])) or 'the whole'}: {w['msg'].lower()}" for w in wrong[:3]]
-        more = f' (and {len(wrong)-3} more)' if len(wrong) > 3 else ''
-        raise FormatError(f"{what} is not as it should be: {shorten('; '.join(places), 400)}{more}.") from None
+        places = '; '.join(_place_in_words(found) for found in wrong[:3])
+        others = len(wrong)-3
+        more = f' (and {others} more)' if others > 0 else ''
+        raise FormatError(f"{what} is not as it should be: {shorten(places, 400)}{more}.") from None
     except RecursionError: raise FormatError(f"{what} is nested too deeply.") from None
 
 def _no_constant(name): raise ValueError(f'{name} is no number of JSON')
@@ -221,7 +231,8 @@ class FileKind:
 
     def wrong(self, path:str|Path, found:object)->FormatError:
         "The error for a file of another kind."
-        return FormatError(f"'{path}' holds no {self.holds} (format {shorten(found)!r}, expected {self.name!r}). "
+        there = shorten(found)
+        return FormatError(f"'{path}' holds no {self.holds} (format {there!r}, expected {self.name!r}). "
                            f"Give a file that {self.maker} wrote.")
 
     def damaged(self, path:str|Path, why:str='its contents do not fit its checksum')->DamagedFile:
@@ -253,14 +264,17 @@ def _plain(value):
     if isinstance(value, Path): return str(value)
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
+_TOO_LARGE = 10**19 # whole numbers of this size are not read back
+
 def _finite(value):
     """NaN and infinity are not JSON: they become null. Whole numbers that `parse_json` does not read back become
     text."""
-    if isinstance(value, int) and abs(value) >= 10**19: return str(value)
-    if isinstance(value, dict): return {str(k): _finite(v) for k,v in value.items()}
-    if isinstance(value, list) and set(map(type, value)) == {int} and -10**19 < min(value) and max(value) < 10**19:
-        return value[:] # nothing to do in what may be a million numbers
-    if isinstance(value, (list, tuple)): return [_finite(v) for v in value]
+    if isinstance(value, int) and abs(value) >= _TOO_LARGE: return str(value)
+    if isinstance(value, dict): return {str(key): _finite(held) for key,held in value.items()}
+    if isinstance(value, list) and set(map(type, value)) == {int}:
+        if -_TOO_LARGE < min(value) and max(value) < _TOO_LARGE:
+            return value[:] # nothing to do in what may be a million numbers
+    if isinstance(value, (list, tuple)): return [_finite(held) for held in value]
     if isinstance(value, (float, np.floating)): return float(value) if np.isfinite(value) else None
     return value
 
@@ -270,7 +284,8 @@ def plain_json(value:Any):
 
 def digest_of(value:Any)->str: # 64 hexadecimal digits
     "The sha256 of a JSON value, however it is laid out in a file."
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(',', ':')).encode()).hexdigest()
+    text = json.dumps(value, sort_keys=True, separators=(',', ':'))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../../nbs/00_files.ipynb #85786860
 _HEADER = ('format', 'version', 'sha256')
@@ -311,7 +326,7 @@ def parse_document(
         raise kind.damaged(what,
                            'its contents do not fit its checksum. If you changed it by hand, delete its line '
                            '"sha256"')
-    value = {k: v for k,v in value.items() if k not in _HEADER}
+    for name in _HEADER: value.pop(name, None)
     if schema is None: return value
     try: return check_shape(value, schema, 'It')
     except FormatError as error:
@@ -325,7 +340,8 @@ def load_json(
 ):
     "Read a JSON file. Raises `OpenTransError` if it cannot be read, and `FormatError` if it is something else."
     text = read_text(path)
-    return parse_json(text, f"'{path}'", schema) if kind is None else parse_document(text, kind, schema, path)
+    if kind is not None: return parse_document(text, kind, schema, path)
+    return parse_json(text, f"'{path}'", schema)
 
 # %% ../../nbs/00_files.ipynb #437ad9d8
 def _bytes(tensor):
@@ -339,10 +355,12 @@ def checksum(
     meta:dict, # Name -> text
 )->str: # `'sha256:'` and 64 hexadecimal digits
     "A checksum over the contents of a tensor file: names, types, shapes, values and metadata."
-    total = hashlib.sha256(json.dumps(sorted((k, v) for k,v in meta.items() if k != 'checksum')).encode())
+    entries = [(name, text) for name,text in meta.items() if name != 'checksum']
+    total = hashlib.sha256(json.dumps(sorted(entries)).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        header = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
+        total.update(header.encode())
         total.update(_bytes(tensor))
     return f'sha256:{total.hexdigest()}'
 
@@ -351,25 +369,34 @@ def _parts_of_file(tensors, meta):
     alphabetical order."""
     whole = memoryview(safetensors_bytes(tensors, metadata=meta))
     size, = struct.unpack('<Q', whole[:8])
-    header = json.loads(bytes(whole[8:8+size]))
-    header['__metadata__'] = dict(sorted(header.get('__metadata__', {}).items()))
+    end = 8+size
+    values = whole[end:]
+    header = json.loads(bytes(whole[8:end]))
+    own = header.get('__metadata__', {})
+    header['__metadata__'] = dict(sorted(own.items()))
     text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
-    if len(text) > size: return whole[:8+size], whole[8+size:] # spelled otherwise than here: it stays as it is
-    return bytes(whole[:8]) + text.ljust(size), whole[8+size:]
+    if len(text) > size: return whole[:end], values # spelled otherwise than here: it stays as it is
+    return bytes(whole[:8]) + text.ljust(size), values
 
 # %% ../../nbs/00_files.ipynb #ef3735da
 def _own_memory(tensors):
     "The tensors on the CPU, contiguous, and each with memory of its own, as safetensors wants them."
-    seen, own = set(), {}
+    seen = set()
+    own = {}
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise OpenTransError(
                 f"'{name}' has no values (its device is meta), so it cannot be saved. Load the weights first.")
         tensor = tensor.detach().cpu().contiguous()
         place = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.clone() if place in seen and tensor.numel() else tensor
+        is_shared = place in seen and tensor.numel()
+        own[name] = tensor.clone() if is_shared else tensor
         seen.add(place)
     return own
+
+def _as_text(value):
+    "A text as it is, anything else as JSON."
+    return value if isinstance(value, str) else json.dumps(plain_json(value))
 
 def save_tensors(
     tensors:dict, # Name -> tensor
@@ -379,7 +406,7 @@ def save_tensors(
 ):
     """Write a safetensors file with a checksum, whole or not at all. Raises `OpenTransError` if it cannot be
     written."""
-    meta = {k: v if isinstance(v, str) else json.dumps(plain_json(v)) for k,v in (metadata or {}).items()}
+    meta = {name: _as_text(value) for name,value in (metadata or {}).items()}
     if kind is not None: meta.update(format=kind.name, version=str(kind.version))
     own = _own_memory(tensors)
     meta['checksum'] = checksum(own, meta)
@@ -406,7 +433,9 @@ def load_metadata(
     path:str|Path, # A safetensors file
 )->dict: # Texts by name
     "The metadata of a safetensors file, before any tensor is read. Raises `OpenTransError` as `load_tensors` does."
-    with _opened(path) as file: return {k: v for k,v in (file.metadata() or {}).items() if k != 'checksum'}
+    with _opened(path) as file: meta = dict(file.metadata() or {})
+    meta.pop('checksum', None)
+    return meta
 
 def load_tensors(
     path:str|Path, # A safetensors file
@@ -417,14 +446,17 @@ def load_tensors(
     `DamagedFile` if it was altered."""
     with _opened(path) as file:
         meta = dict(file.metadata() or {})
-        if kind is not None and meta.get('format') != kind.name: raise kind.wrong(path, meta.get('format'))
-        version = kind.check_version(path, meta.get('version', 1)) if kind is not None else None
+        version = None
+        if kind is not None:
+            if meta.get('format') != kind.name: raise kind.wrong(path, meta.get('format'))
+            version = kind.check_version(path, meta.get('version', 1))
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     stored = meta.pop('checksum', None)
     known = kind or FileKind('tensors', 'tensor', 'save_tensors')
     if stored is not None and stored != checksum(tensors, meta): raise known.damaged(path)
     if stored is None and version is not None and version > 1: raise known.damaged(path, 'it has lost its checksum')
-    return {name: tensor.to(device) for name, tensor in tensors.items()}, meta
+    there = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return there, meta
 
 # %% ../../nbs/00_files.ipynb #e2fcb2ef
 def metadata_value(
@@ -437,7 +469,8 @@ def metadata_value(
     """One entry of a tensor file's metadata, parsed and checked. Raises `DamagedFile` if it is missing or of
     another shape."""
     if name not in meta: raise DamagedFile(f"'{path}' is damaged: it has no '{name}'. Fetch or make it again.")
-    try: return parse_json(meta[name], f"the entry '{name}' of '{path}'", schema, constants)
+    what = f"the entry '{name}' of '{path}'"
+    try: return parse_json(meta[name], what, schema, constants)
     except FormatError as error: raise DamagedFile(f"'{path}' is damaged: {error}") from None
 
 def strip_prefix(
@@ -445,17 +478,25 @@ def strip_prefix(
     tensors:dict, # By name
 )->dict: # Those whose names begin with it, without it
     "One part of a file that holds several."
-    return {name[len(prefix):]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    part = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix): part[name[len(prefix):]] = tensor
+    return part
 
 # %% ../../nbs/00_files.ipynb #05a7e84a
+def _is_finite(tensor):
+    "Does a tensor hold neither NaN nor infinity?"
+    is_float = tensor.is_floating_point()
+    if not is_float and not tensor.is_complex(): return True
+    if tensor.layout != torch.strided: tensor = tensor.to_dense()
+    if is_float and tensor.element_size() == 1: tensor = tensor.float()
+    return bool(torch.isfinite(tensor).all())
+
 def not_finite(
     tensors:dict, # Name -> tensor
 )->list: # Names
     "Names of the tensors that hold NaN or infinity."
-    floats = {name: t for name, t in tensors.items() if t.is_floating_point() or t.is_complex()}
-    dense = {name: t if t.layout == torch.strided else t.to_dense() for name, t in floats.items()}
-    wide = {name: t.float() if t.is_floating_point() and t.element_size() == 1 else t for name, t in dense.items()}
-    return [name for name, t in wide.items() if not bool(torch.isfinite(t).all())]
+    return [name for name, tensor in tensors.items() if not _is_finite(tensor)]
 
 def check_finite(
     tensors:dict, # Name -> tensor
@@ -465,9 +506,22 @@ def check_finite(
     "Raises `OpenTransError` if any of the tensors holds NaN or infinity."
     bad = not_finite(tensors)
     if not bad: return
-    raise OpenTransError(
-        f"{len(bad)} of {len(tensors)} tensors are not finite ({what}), such as {', '.join(bad[:3])}."
-        f"{' ' + advice if advice else ''}")
+    some = ', '.join(bad[:3])
+    end = f' {advice}' if advice else ''
+    raise OpenTransError(f"{len(bad)} of {len(tensors)} tensors are not finite ({what}), such as {some}.{end}")
+
+def _differences(tensors, like):
+    "How tensors differ from what they shall be put into: words for a message -> names."
+    shapes = []
+    types = []
+    for name, wanted in like.items():
+        if name not in tensors: continue
+        found = tensors[name]
+        if found.shape != wanted.shape: shapes.append(f'{name} {tuple(found.shape)} (here {tuple(wanted.shape)})')
+        if _sort_of(found) != _sort_of(wanted): types.append(f'{name} {found.dtype} (here {wanted.dtype})')
+    missing = [name for name in like if name not in tensors]
+    extra = [name for name in tensors if name not in like]
+    return {'lack': missing, 'have unknown': extra, 'have other shapes:': shapes, 'have other types:': types}
 
 def check_like(
     tensors:dict, # Name -> tensor, as read
@@ -478,18 +532,12 @@ def check_like(
 ):
     """Check names, shapes, types and finiteness of what was read against what it shall fill. Raises
     `OpenTransError`; nothing is changed."""
-    missing = [name for name in like if name not in tensors]
-    extra = [name for name in tensors if name not in like]
-    shapes = [f'{name} {tuple(tensors[name].shape)} (here {tuple(t.shape)})' for name, t in like.items()
-              if name in tensors and tensors[name].shape != t.shape]
-    types = [f'{name} {tensors[name].dtype} (here {t.dtype})' for name, t in like.items()
-             if name in tensors and _sort_of(tensors[name]) != _sort_of(t)]
-    for words, names in (('lack', missing), ('have unknown', extra), ('have other shapes:', shapes),
-                         ('have other types:', types)):
+    for words, names in _differences(tensors, like).items():
         if names:
+            some = ', '.join(names[:4])
             raise OtherRun(
                 f"The {what} in '{path}' {words} {len(names)} of {len(like)} tensors, such as "
-                f"{', '.join(names[:4])}. Give the file of the same model, or choose another place.")
+                f"{some}. Give the file of the same model, or choose another place.")
     if finite: check_finite(tensors, f"the {what} in '{path}'", 'The file is of no use: start from an earlier one.')
 
 def _sort_of(tensor):
