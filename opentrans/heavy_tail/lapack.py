@@ -14,41 +14,61 @@ from scipy.linalg import cython_blas, cython_lapack
 @functools.cache
 def _native(name):
     "A routine of SciPy's BLAS or LAPACK, such as `'dsyrk'`, as a function of addresses."
-    capsule = {**cython_blas.__pyx_capi__, **cython_lapack.__pyx_capi__}[name]
-    name_of = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)(('PyCapsule_GetName', ctypes.pythonapi))
-    address_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-        ('PyCapsule_GetPointer', ctypes.pythonapi))
+    routines = {**cython_blas.__pyx_capi__, **cython_lapack.__pyx_capi__}
+    capsule = routines[name]
+    to_name = ctypes.PYFUNCTYPE(ctypes.c_char_p, ctypes.py_object)
+    name_of = to_name(('PyCapsule_GetName', ctypes.pythonapi))
+    to_address = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
+    address_of = to_address(('PyCapsule_GetPointer', ctypes.pythonapi))
     signature = name_of(capsule)
-    arguments = [ctypes.c_void_p]*(signature.count(b',')+1)
-    return ctypes.CFUNCTYPE(None, *arguments)(address_of(capsule, signature))
+    count = signature.count(b',')+1
+    to_routine = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p]*count)
+    return to_routine(address_of(capsule, signature))
 
 def _fortran(value):
     "A letter, a whole number or a number as Fortran reads it: an array of one."
     if isinstance(value, bytes): return np.frombuffer(value, dtype=np.uint8)
-    return np.array([value], dtype=np.int32 if isinstance(value, int) else None)
+    kind = np.int32 if isinstance(value, int) else None
+    return np.array([value], dtype=kind)
 
 def _call(name, *arguments):
     "Call a routine with arrays, letters, whole numbers of 32 bits, and numbers of NumPy's types."
     arrays = [value if isinstance(value, np.ndarray) else _fortran(value) for value in arguments]
-    _native(name)(*[array.ctypes.data for array in arrays])
+    addresses = [array.ctypes.data for array in arrays]
+    routine = _native(name)
+    routine(*addresses)
+
+def _gram_triangle(matrix, side):
+    "One triangle of the smaller Gram matrix of a matrix, as BLAS writes it into zeros."
+    rows,columns = matrix.shape
+    size = min(rows, columns)
+    length = max(rows, columns)
+    number = matrix.dtype.type
+    turned = b'T' if rows < columns else b'N' # Fortran reads columns first, and so sees the transposed matrix
+    routine = 'ssyrk' if matrix.dtype.char == 'f' else 'dsyrk'
+    gram = np.zeros((size, size), matrix.dtype)
+    _call(routine, side, turned, size, length, number(1), matrix, columns, number(0), gram, size)
+    return gram
 
 def _eigenvalues_by_lapack(matrix):
     """The eigenvalues of the smaller Gram matrix of a matrix of float32 or float64, ascending: Gram matrix, tridiagonal
     form, eigenvalues. As `eigvalsh`, but only one triangle of the Gram matrix is ever made, and nothing is copied."""
     matrix = np.ascontiguousarray(matrix)
-    kind = matrix.dtype.char
-    number = matrix.dtype.type
-    rows, columns = matrix.shape
-    letter = dict(f='s', d='d')[kind] # with which the names of routines begin
-    size = min(rows, columns)
+    kind = matrix.dtype
+    letter = dict(f='s', d='d')[kind.char] # with which the names of routines begin
+    size = min(matrix.shape)
     # the triangle that LAPACK reads faster at this size
-    side = b'L' if size > 1024 and kind == 'd' else b'U'
-    turned = b'T' if rows < columns else b'N' # Fortran reads columns first, and so sees the transposed matrix
-    gram = np.zeros((size, size), matrix.dtype)
-    _call(f'{letter}syrk', side, turned, size, max(rows, columns), number(1), matrix, columns, number(0), gram, size)
-    diagonal, beside, reflectors, room = (np.empty(n, matrix.dtype) for n in (size, size, size, 64*size))
-    bad, stuck = np.zeros(1, np.int32), np.zeros(1, np.int32)
-    _call(f'{letter}sytrd', side, size, gram, size, diagonal, beside, reflectors, room, 64*size, bad)
+    is_large = size > 1024 and kind.char == 'd'
+    side = b'L' if is_large else b'U'
+    gram = _gram_triangle(matrix, side)
+    diagonal = np.empty(size, kind)
+    beside = np.empty(size, kind)
+    reflectors = np.empty(size, kind)
+    room_size = 64*size
+    room = np.empty(room_size, kind)
+    bad = np.zeros(1, np.int32)
+    stuck = np.zeros(1, np.int32)
+    _call(f'{letter}sytrd', side, size, gram, size, diagonal, beside, reflectors, room, room_size, bad)
     _call(f'{letter}sterf', size, diagonal, beside, stuck)
     if bad.any() or stuck.any(): raise np.linalg.LinAlgError('no convergence')
     return diagonal # where the routine has put the eigenvalues
