@@ -97,11 +97,14 @@ def _pair(X, Y, unbiased, kernel):
     for x,what in ((X, 'X'), (Y, 'Y')):
         if not x.isfinite().all(): return _nan(what, 'has NaN or infinite features')
         if _constant(x): return _nan(what, 'is constant over the examples')
-    units = [_unit_features(x) for x in (X, Y)]
-    K,L = (center_gram(kernel(x@x.T), unbiased) for x in units)
+    def centred_gram(features):
+        unit = _unit_features(features)
+        return center_gram(kernel(unit@unit.T), unbiased)
+    K = centred_gram(X)
+    L = centred_gram(Y)
     product = (K*L).sum()
-    cosine = product/(K.norm()*L.norm())
-    return cosine.item()
+    sizes = K.norm()*L.norm()
+    return (product/sizes).item()
 
 # %% ../../nbs/03_cka.ipynb #c33184f5
 def linear_cka(
@@ -123,28 +126,36 @@ def rbf_cka(
     return _pair(X, Y, unbiased, lambda K: rbf_gram(K, sigma))
 
 # %% ../../nbs/03_cka.ipynb #b011ea24
+def _mirror(K, cuts):
+    "Fill what lies above the blocks on the diagonal of a symmetric matrix from what lies below."
+    for i,j in zip(cuts, cuts[1:]): K[:i, i:j] = K[i:j, :i].T
+
 def _gram_and_size(x, scale=1., block=8192):
     "The Gram matrix of centred features, and the mean square of the features as they came (in units of `scale`)."
     x = x.detach().flatten(1)
     kind = x.dtype if x.dtype == torch.float64 else torch.float32
-    home = 'cpu' if x.device.type == 'mps' else x.device # no float64 there
+    home = x.device
+    if home.type == 'mps': home = 'cpu' # no float64 there
     n,d = x.shape
     K = torch.zeros(n, n, dtype=torch.float64, device=home)
     size = 0.
-    room = torch.empty(n*min(block, d), dtype=kind, device=x.device)
+    width = min(block, d)
+    room = torch.empty(n*width, dtype=kind, device=x.device)
     mean = torch.full((1, n), 1/n, dtype=kind, device=x.device)
     parts = 2 if n < 128 else 4
     if x.is_cuda: parts = 1
     cuts = [i*n//parts for i in range(parts+1)] # half of a symmetric product is enough
     for b in x.split(block, 1):
-        b = b.to(kind) if scale == 1 else b.to(kind)/scale
+        b = b.to(kind)
+        if scale != 1: b = b/scale
         m = (mean@b)[0]
         centred = room[:b.numel()].view(b.shape)
         torch.sub(b, m, out=centred)
         for i,j in zip(cuts, cuts[1:]): K[i:j, :j] += (centred[i:j]@centred[:j].T).to(home)
         m = m.to(home).double() # its squares may be too small for float32
-        size += n*(m@m).item()
-    for i,j in zip(cuts, cuts[1:]): K[:i, i:j] = K[i:j, :i].T
+        square = (m@m).item()
+        size += n*square
+    _mirror(K, cuts)
     total = size + K.trace().item()
     return K,total/max(n*d, 1)
 

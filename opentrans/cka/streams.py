@@ -97,7 +97,8 @@ class _Batches:
         self.left_out = 0       # examples of batches that were too small
 
     def __iter__(self):
-        count = len(self.loader) if hasattr(self.loader, '__len__') else None
+        count = None
+        if hasattr(self.loader, '__len__'): count = len(self.loader)
         for batch in progress(self.loader, 'CKA', count):
             images = _images(batch)
             self.shapes.append(tuple(images.shape))
@@ -129,7 +130,8 @@ class _HSIC:
             B,_ = watch_b.take(names_b)
         least = 4 if self.unbiased else 2
         if A is None or B is None or n < least: return False
-        weight = n/(n*(n-3)) if self.unbiased else n/(n-1)**2
+        pairs = n*(n-3) if self.unbiased else (n-1)**2
+        weight = n/pairs
         B = B.to(A.device)
         self.xy = self.xy + weight*(A@B.T)
         self.xx = self.xx + weight*(A*A).sum(1)
@@ -142,8 +144,9 @@ class _HSIC:
         grams,n = watch.take(names)
         if grams is None: return None,None,0
         place = {name: i for i,name in enumerate(names)}
-        A,B = (grams[[place[name] for name in chosen]] for chosen in (names_a, names_b))
-        return A,B,n
+        places_a = [place[name] for name in names_a]
+        places_b = [place[name] for name in names_b]
+        return grams[places_a],grams[places_b],n
 
     def result(self):
         "CKA of each pair of layers."
@@ -304,11 +307,15 @@ def _write_values(values, ax):
         color = 'w' if value < .6 else 'k'
         ax.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=9, color=color)
 
+def _short(names):
+    "Names of layers for a plot."
+    return [for_plot(str(name).removesuffix('.weight')) for name in names]
+
 def _write_names(frame, ax):
     "Write the names of layers along both axes of a heat map, at most some 40 of each."
     h,w = frame.shape
-    rows = [for_plot(str(name).removesuffix('.weight')) for name in frame.index]
-    columns = [for_plot(str(name).removesuffix('.weight')) for name in frame.columns]
+    columns = _short(frame.columns)
+    rows = _short(frame.index)
     step_x = max(1, w//40)
     step_y = max(1, h//40)
     size = 7 if max(h, w) > 20 else 9

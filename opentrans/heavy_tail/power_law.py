@@ -39,11 +39,11 @@ def marchenko_pastur(
     "Density of the eigenvalues of $W^T W$ for a large matrix of independent entries: the light tail."
     x = np.asarray(x, dtype=float)
     low,high = mp_edges(shape, variance)
-    is_inside = (x > 0) & (x >= low) & (x <= high)
     product = np.clip((high-x)*(x-low), 0, None)
     scale = 2*math.pi*variance*min(shape)
     with np.errstate(divide='ignore', invalid='ignore'):
         density = np.sqrt(product)/(scale*x)
+    is_inside = (x > 0) & (x >= low) & (x <= high)
     return np.where(is_inside, density, 0.)
 
 # %% ../../nbs/02_heavy_tail.ipynb #b2dd3eca
@@ -65,8 +65,8 @@ class _Tails:
         "Kolmogorov-Smirnov distance of the tail that begins at value `i`."
         logs = self.log[i:]-self.log[i]
         law = 1 - np.exp(-self.slope[i]*logs)
-        share = (self.below[i:]-self.below[i])/self.n[i]
-        gaps = np.abs(law - share)
+        count = self.below[i:]-self.below[i]
+        gaps = np.abs(law - count/self.n[i])
         return gaps.max()
 
     def bound(self, cand, points):
@@ -107,7 +107,8 @@ class _Tails:
         index = -1
         for k in np.argsort(low, kind='stable'):
             if low[k] > distance + 1e-12: break
-            found = (self.ks(cand[k]), cand[k])
+            place = cand[k]
+            found = (self.ks(place), place)
             distance,index = min((distance, index), found)
         return index,distance
 
@@ -173,10 +174,9 @@ def _no_fit(reason, n=0, method='', evals=None):
 def _fit(slope, xmin, D, n_tail, x, method):
     "The `PowerLawFit` to the tail of a sample `x`; `slope` is alpha - 1."
     sigma = float(slope/math.sqrt(n_tail))
-    n_tail = int(n_tail)
     alpha = float(1+slope)
-    xmin,D = float(xmin),float(D)
-    return PowerLawFit(alpha, xmin, D, sigma, n_tail, int(x.size), method, '', x)
+    count = int(x.size)
+    return PowerLawFit(alpha, float(xmin), float(D), sigma, int(n_tail), count, method, '', x)
 
 # %% ../../nbs/02_heavy_tail.ipynb #2e0f182b
 def _xmin_candidates(t, x, rule, bins):
@@ -184,17 +184,19 @@ def _xmin_candidates(t, x, rule, bins):
     every = np.arange(t.x.size-1)
     # as `powerlaw`: at least three distinct values in the tail
     if rule == 'ks': return every[:-1]
+    values = t.x[:-1]
     if rule == 'median':
-        is_median = t.x == x[x.size//2]
-        return every[is_median[:-1]]
+        median = x[x.size//2]
+        return every[values == median]
     if rule.endswith('%'):
-        in_tail = max(2, math.ceil(_percent(rule)*x.size - 1e-9))
-        is_first = t.x == x[x.size-in_tail]
-        return every[is_first[:-1]]
+        share = _percent(rule)
+        in_tail = max(2, math.ceil(share*x.size - 1e-9))
+        first = x[x.size-in_tail]
+        return every[values == first]
     counts,edges = np.histogram(np.log10(x), bins)
     peak = 10**edges[counts.argmax()]
-    low = .95*peak if rule == 'peak' else math.log10(.95*peak)           # as published: a logarithm
-    values = t.x[:-1]
+    low = .95*peak
+    if rule == 'paper': low = math.log10(low)           # as published: a logarithm
     is_near = (values >= low) & (values <= 1.5*peak)
     return every[is_near]
 
@@ -213,7 +215,8 @@ def _fit_given(x, xmin):
 # %% ../../nbs/02_heavy_tail.ipynb #bdb16abd
 def _percent(xmin):
     "The share that a rule such as `'25%'` says; None for any other."
-    try: share = float(xmin[:-1])/100 if xmin.endswith('%') else math.nan
+    if not xmin.endswith('%'): return None
+    try: share = float(xmin[:-1])/100
     except ValueError: return None
     return share if 0 < share <= 1 else None
 
@@ -363,11 +366,13 @@ def _minimum(cost, start):
 # %% ../../nbs/02_heavy_tail.ipynb #047b2b01
 def _log_z_exponential(a):
     "log of the integral of exp(-a y) over y > 0."
-    return -math.log(a) if a > 0 else math.inf
+    if not a > 0: return math.inf
+    return -math.log(a)
 
 def _log_erfcx(x):
     "log of the scaled complementary error function, also where that is too large for a float."
-    return math.log(special.erfcx(x)) if x > -20 else x*x + math.log(special.erfc(x))
+    if x > -20: return math.log(special.erfcx(x))
+    return x*x + math.log(special.erfc(x))
 
 def _log_z_lognormal(a, b):
     "log of the integral of exp(-a y - b y^2) over y > 0."
@@ -485,7 +490,8 @@ def _gram_eigenvalues(m):
     is_small = min(m.shape[1:]) < 32
     if m.device.type != 'cpu' or is_small or m.is_complex(): return torch.linalg.eigvalsh(_gram(m))
     arrays = m.contiguous().numpy()
-    return torch.from_numpy(np.stack([_eigenvalues_by_lapack(array) for array in arrays]))
+    found = [_eigenvalues_by_lapack(array) for array in arrays]
+    return torch.from_numpy(np.stack(found))
 
 _PRECISE = {(False, 'double'): torch.float64, (False, 'fast'): torch.float32, (True, 'double'): torch.complex128,
             (True, 'fast'): torch.complex64}
@@ -709,7 +715,8 @@ def esd(
     ev,how = _eigenvalues(mats, method, precision, floor)
     numbers = ev.double().cpu().numpy()
     noise = _noise(mats, numbers, _stored_type(w, stored))
-    settled,_ = _settle(numbers, noise, mats.shape[1:], _exactness(ev, how, precision))
+    exactness = _exactness(ev, how, precision)
+    settled,_ = _settle(numbers, noise, mats.shape[1:], exactness)
     pooled = torch.from_numpy(settled).to(ev.device, ev.dtype).flatten()
     ev = pooled.sort().values
     return ev*norm if w.ndim > 2 else ev

@@ -24,22 +24,28 @@ def hill(
 )->pd.DataFrame: # A row for each number `k` of eigenvalues in the tail, from 2 on: `k`, `xmin`, `alpha`, `sigma`
     """Hill's estimates of alpha (Hill, Ann. Stat. 1975): the fit to the k largest values, each over the one below
     it."""
-    ascending = np.sort(np.asarray(evals, dtype=float))
-    x = ascending[::-1]
-    if x.size and not (np.isfinite(x).all() and x[-1] > 0):
+    numbers = np.asarray(evals, dtype=float)
+    x = np.sort(numbers)[::-1]
+    is_positive = np.isfinite(x).all() and (x > 0).all()
+    if not is_positive:
         raise OpenTransError("Hill's estimates need finite numbers above zero, such as the `evals` of a Spectrum.")
     logs = np.log(x)
     k = np.arange(2, max(x.size, 2))
-    sums = np.cumsum(logs)[k-1] - k*logs[k] if len(k) else np.zeros(0)
+    sums = np.zeros(0)
+    if len(k): sums = np.cumsum(logs)[k-1] - k*logs[k]
     with np.errstate(divide='ignore'): slope = k/sums
     sigma = slope/np.sqrt(k)
     return pd.DataFrame(dict(k=k, xmin=x[k], alpha=1+slope, sigma=sigma))
 
+def _bounds(estimates):
+    "Each estimate less, and plus, two standard errors."
+    twice = 2*estimates.sigma
+    return estimates.alpha-twice,estimates.alpha+twice
+
 def _agreeing(estimates):
     "(ratio of the numbers k, first, last) of the widest range of estimates that agree; (0, 0, 0) if none do."
     k = estimates.k
-    lower = (estimates.alpha-2*estimates.sigma).to_numpy()
-    upper = (estimates.alpha+2*estimates.sigma).to_numpy()
+    lower,upper = (bound.to_numpy() for bound in _bounds(estimates))
     best = (0., 0, 0)
     for i in range(len(estimates)):
         lowest = np.maximum.accumulate(lower[i:])
@@ -61,35 +67,46 @@ def plateau(
     there are too few eigenvalues."""
     none = dict(alpha=math.nan, low=0, high=0, ratio=math.nan)
     e = estimates[estimates.k >= least]
-    if len(e) < 2: return none
-    places = np.geomspace(1, len(e), points).round()
-    e = e.iloc[np.unique(places.astype(int)) - 1]
+    count = len(e)
+    if count < 2: return none
+    places = np.geomspace(1, count, points)
+    ranks = np.unique(places.round().astype(int))
+    e = e.iloc[ranks - 1]
     ratio,i,j = _agreeing(e)
     if j == i: return none
     part = e.iloc[i:j+1]
-    highest = (part.alpha-2*part.sigma).max()
-    lowest = (part.alpha+2*part.sigma).min()
-    level = (highest + lowest)/2
-    low,high = int(part.k.iloc[0]),int(part.k.iloc[-1])
+    lower,upper = _bounds(part)
+    level = (lower.max() + upper.min())/2
+    low = int(part.k.iloc[0])
+    high = int(part.k.iloc[-1])
     return dict(alpha=float(level), low=low, high=high, ratio=float(ratio))
 
 # %% ../../nbs/02f_robust.ipynb #0522883e
+def _draw_plateau(e, ax):
+    "Draw the plateau of Hill's estimates, if they have one."
+    level = plateau(e)
+    if not level['high']: return
+    alpha = level['alpha']
+    low,high = level['low'],level['high']
+    label = f"plateau {alpha:.2f}, k from {low} to {high}"
+    ax.hlines(alpha, low, high, color='#e8940f', lw=3, label=label)
+
 def _draw_hill(e, fit, ax):
     "Draw Hill's estimates, their plateau and a fit."
-    ax.fill_between(e.k, e.alpha-e.sigma, e.alpha+e.sigma, color='#3b6fb6', alpha=.15, lw=0)
-    ax.plot(e.k, e.alpha, color='#3b6fb6', lw=1)
-    level = plateau(e)
-    if level['high']:
-        label = f"plateau {level['alpha']:.2f}, k from {level['low']} to {level['high']}"
-        ax.hlines(level['alpha'], level['low'], level['high'], color='#e8940f', lw=3, label=label)
-    top = e.alpha.max()
+    alpha = e.alpha
+    ax.fill_between(e.k, alpha-e.sigma, alpha+e.sigma, color='#3b6fb6', alpha=.15, lw=0)
+    ax.plot(e.k, alpha, color='#3b6fb6', lw=1)
+    _draw_plateau(e, ax)
+    top = alpha.max()
     is_settled = e.k >= 5
-    if is_settled.any(): top = np.nanquantile(e.alpha[is_settled], .98)
+    if is_settled.any(): top = np.nanquantile(alpha[is_settled], .98)
     if fit.ok:
-        label = f'{for_plot(fit.method)}: {fit.alpha:.2f}'
+        rule = for_plot(fit.method)
+        label = f'{rule}: {fit.alpha:.2f}'
         ax.plot(fit.n_tail, fit.alpha, 'o', color='#c8442e', ms=6, label=label)
         top = max(top, fit.alpha)
-    ax.set(xscale='log', ylim=(1, 1.2*max(top, 0)))
+    top = 1.2*max(top, 0)
+    ax.set(xscale='log', ylim=(1, top))
     ax.set(xlabel='k, eigenvalues in the tail', ylabel='$\\alpha$')
     ax.legend(fontsize=9, frameon=False)
 
@@ -102,14 +119,26 @@ def plot_hill(self:LayerTable,
     ax = get_axes(ax, figsize=(5, 3))
     s = self.spectra[self._name(name)]
     ax.set_title(for_plot(name), fontsize=9)
-    if s.evals is not None and s.evals.size >= 4:
-        _draw_hill(hill(s.evals), self.fits[name], ax)
+    if s.evals is None or s.evals.size < 4:
+        why = for_plot(s.reason or 'too few eigenvalues')
+        ax.text(.5, .5, why, ha='center', transform=ax.transAxes)
         return ax
-    why = for_plot(s.reason or 'too few eigenvalues')
-    ax.text(.5, .5, why, ha='center', transform=ax.transAxes)
+    estimates = hill(s.evals)
+    _draw_hill(estimates, self.fits[name], ax)
     return ax
 
 # %% ../../nbs/02f_robust.ipynb #72449cb3
+def _resampled_alphas(fit, n, seed):
+    "Alphas of `n` resamples of a fit's eigenvalues by its own rule; those without a fit are left out."
+    rng = np.random.default_rng(seed)
+    rule = fit.xmin if fit.method == 'given' else fit.method
+    alphas = []
+    for _ in range(n):
+        sample = rng.choice(fit.evals, fit.evals.size)
+        again = fit_power_law(sample, rule)
+        if again.ok: alphas.append(again.alpha)
+    return alphas
+
 @patch
 def interval(self:PowerLawFit,
     level:float=.95, # Share of the resamples inside
@@ -120,14 +149,10 @@ def interval(self:PowerLawFit,
     check_number('level', level, 0, 1, above=True, below=True)
     check_number('n', n, 2, whole=True)
     if not self.ok: return math.nan,math.nan
-    rng = np.random.default_rng(seed)
-    rule = self.xmin if self.method == 'given' else self.method
-    count = self.evals.size
-    fits = [fit_power_law(rng.choice(self.evals, count), rule) for _ in range(n)]
-    alphas = [f.alpha for f in fits if f.ok]
+    alphas = _resampled_alphas(self, n, seed)
     if len(alphas) < n/2: return math.nan,math.nan
-    ends = [(1-level)/2, (1+level)/2]
-    low,high = np.quantile(alphas, ends)
+    shares = [(1-level)/2, (1+level)/2]
+    low,high = np.quantile(alphas, shares)
     return float(low),float(high)
 
 @patch
@@ -137,16 +162,16 @@ def intervals(self:LayerTable,
     seed:int=0, # Of the draws
 )->pd.DataFrame: # `alpha`, `low`, `high`, by layer
     "Bootstrap intervals of all alphas."
-    ends = {name: f.interval(level, n, seed) for name,f in self.fits.items()}
-    low = {name: interval[0] for name,interval in ends.items()}
-    high = {name: interval[1] for name,interval in ends.items()}
+    low,high = {},{}
+    for name,fit in self.fits.items(): low[name],high[name] = fit.interval(level, n, seed)
     columns = dict(alpha=self.frame.alpha, low=low, high=high)
     return pd.DataFrame(columns, index=self.frame.index)
 
 # %% ../../nbs/02f_robust.ipynb #35e1a397
 def _rank_text(ranks):
     "The ranks of a layer as one text, with a stroke where a rule made no fit."
-    return ' '.join('-' if pd.isna(rank) else str(rank) for rank in ranks)
+    words = ['-' if pd.isna(rank) else str(rank) for rank in ranks]
+    return ' '.join(words)
 
 @patch
 def rules(self:LayerTable,
@@ -159,19 +184,21 @@ def rules(self:LayerTable,
     "The rank of each layer under each rule. `attrs['agreement']` holds the rank correlations between them."
     tables = {str(rule): self.refit(rule) for rule in rules}
     column = by.removesuffix('*')
-    is_largest_first = by.endswith('*')
+    is_ascending = not by.endswith('*')
     values,ranks,frozen = {},{},{}
     for rule,table in tables.items():
         found = table.frame[column].astype(float)
         values[rule] = found
-        ranks[rule] = found.rank(method='first', ascending=not is_largest_first)
-        selected = set(table.select(freeze, by).freeze)
+        ranks[rule] = found.rank(method='first', ascending=is_ascending)
+        selection = table.select(freeze, by)
+        selected = set(selection.freeze)
         frozen[rule] = [name in selected for name in self]
-    ranks = pd.DataFrame(ranks).astype('Int64')
-    text = [_rank_text(row) for row in ranks.to_numpy(dtype=object)]
-    count = pd.DataFrame(frozen, index=self.frame.index).sum(axis=1)
+    res = pd.DataFrame(ranks).astype('Int64')
+    text = [_rank_text(row) for row in res.to_numpy(dtype=object)]
+    is_frozen = pd.DataFrame(frozen, index=self.frame.index)
+    count = is_frozen.sum(axis=1)
     is_undecided = (count > 0) & (count < len(tables))
-    res = ranks.assign(rules=text, frozen_by=count, undecided=is_undecided)
+    res = res.assign(rules=text, frozen_by=count, undecided=is_undecided)
     res.attrs['agreement'] = pd.DataFrame(values).corr('spearman')
     return res
 
@@ -188,14 +215,15 @@ def select_agreed(self:LayerTable,
         raise OpenTransError(f"undecided={undecided!r}: choose one of train, freeze, majority.")
     told = self.rules(rules, freeze, by)
     # rules that must freeze a layer
-    needs = dict(train=len(rules), freeze=1, majority=len(rules)//2+1)
+    majority = len(rules)//2+1
+    needs = dict(train=len(rules), freeze=1, majority=majority)
     is_frozen = told.frozen_by >= needs[undecided]
     frozen = set(told.index[is_frozen])
-    names = self.frame.index[self.frame.kind != 'embedding']
+    is_layer = self.frame.kind != 'embedding'
+    names = self.frame.index[is_layer]
     rule_names = ', '.join(map(str, rules))
     count = int(told.undecided.sum())
-    rule = (
-        f"{by}, {freeze:.0%} under each of {rule_names}; {count} undecided "
-        f"layers: {undecided}")
+    rule = f"{by}, {freeze:.0%} under each of {rule_names}; {count} undecided layers: {undecided}"
     trained = [name for name in names if name not in frozen]
-    return LayerSelection(trained, [name for name in names if name in frozen], rule)
+    kept = [name for name in names if name in frozen]
+    return LayerSelection(trained, kept, rule)

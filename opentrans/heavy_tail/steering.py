@@ -121,9 +121,10 @@ class LayerValues(dict):
         each,by_path = {},{}
         for name,layer in found.items():
             share = shares[name]
-            by_path[layer.key.rpartition('.')[0]] = share
-            for param in [*layer.params, *_biases(layer.module)]:
-                each.setdefault(id(param), []).append(share)
+            path,_,_ = layer.key.rpartition('.')
+            by_path[path] = share
+            params = [*layer.params, *_biases(layer.module)]
+            for param in params: each.setdefault(id(param), []).append(share)
         beside = _norms_beside(model, by_path)
         means = {key: float(np.mean(values)) for key,values in each.items()}
         return beside | means
@@ -168,8 +169,10 @@ class LayerValues(dict):
 
 def _biases(module):
     "The biases of a module itself, not of those inside it."
-    own = module._parameters.items()
-    return [param for name,param in own if 'bias' in name and param is not None]
+    found = []
+    for name,param in module._parameters.items():
+        if 'bias' in name and param is not None: found.append(param)
+    return found
 
 def _norms_beside(model, shares):
     "id -> share of the parameters of each batch norm that is called after a convolution with a share."
@@ -255,16 +258,17 @@ def _shares_to_prune(shares, sizes, prune, most):
     held = np.zeros(len(shares), dtype=bool) # at `most`
     for _ in range(len(shares)+1):
         left = prune*sizes.sum() - most*sizes[held].sum()
-        wanted = (sizes*shares)[~held].sum()
+        wanted = sizes*shares
         # layers that were to stay whole make up for the others alike
-        if not wanted > 0:
+        if not wanted[~held].sum() > 0:
             shares = np.ones(len(shares))
-            wanted = (sizes*shares)[~held].sum()
-        factored = shares*left/max(wanted, 1e-300)
-        scaled = np.where(held, most, factored)
-        is_over = ~held & (scaled > most + 1e-12)
-        if not is_over.any(): break
-        held |= is_over
+            wanted = sizes*shares
+        total = max(wanted[~held].sum(), 1e-300)
+        scaled = np.where(held, most, shares*left/total)
+        is_above = scaled > most + 1e-12
+        over = ~held & is_above
+        if not over.any(): break
+        held |= over
     return scaled
 
 @patch
@@ -280,10 +284,13 @@ def densities(self:LayerTable,
     check_number('density', density, 0, 1, above=True)
     check_number('spread', spread, 0, 1)
     found = self.scores(by, per)
-    names = self.frame.index[self.frame.kind != 'embedding']
-    scores = found.reindex(names).fillna(found.median())
+    is_layer = self.frame.kind != 'embedding'
+    names = self.frame.index[is_layer]
+    median = found.median()
+    scores = found.reindex(names).fillna(median)
     sizes = self.frame.params[names].to_numpy(float)
-    shares = assign(scores, (1-spread, 1+spread))
+    range_of_shares = (1-spread, 1+spread)
+    shares = assign(scores, range_of_shares)
     pruned = _shares_to_prune(shares, sizes, 1-density, 1-density/10)
     stays = np.clip(1 - pruned, 0, 1)
     by_name = dict(zip(names, stays.tolist()))

@@ -32,6 +32,20 @@ _COLUMNS = ['kind', 'shape', 'params', 'density', 'n_evals', 'n_zero', 'alpha', 
             'spectral_norm', 'stable_rank', 'log_norm', 'alpha_weighted', 'edge', 'over_trained', 'solver',
             'status', 'reason']
 
+def _is_empty(s):
+    "Has a `Spectrum` no eigenvalues?"
+    return s.evals is None or not s.evals.size
+
+def _about_layer(s):
+    "The columns of a layer that its spectrum alone says."
+    about = dict(kind=s.kind, shape=s.shape, params=math.prod(s.shape), density=s.density)
+    about |= dict(n_evals=0, n_zero=s.n_zero, edge=s.edge, solver=s.solver)
+    if _is_empty(s): return about
+    largest = float(s.evals[-1])
+    total = float(s.evals.sum())
+    about |= dict(n_evals=s.evals.size, log_norm=math.log10(total))
+    return about | dict(spectral_norm=largest, stable_rank=total/largest)
+
 class _LayerFits:
     "The spectra of layers, the power laws fitted to them, and the numbers of both: a row a layer."
     def __init__(self,
@@ -58,6 +72,7 @@ class _LayerFits:
         if self.null is not None: self.frame[list(NULL_COLUMNS)] = _null_frame(self)
 
     def _fit(self, s):
+        "The fit of a layer by the table's rule; none to a linear one that is too long."
         if s.evals is None or s.kind != 'linear' or not self.max_aspect: return s.fit(self.xmin)
         aspect = max(s.shape)/min(s.shape)
         if aspect < self.max_aspect: return s.fit(self.xmin)
@@ -69,9 +84,11 @@ class _LayerFits:
         "Why a fit rests on little; empty if it does not. Eigenvalues that agree to six digits count once."
         if not f.ok: return ''
         if f.n < self.few: return f'fewer than {self.few} eigenvalues'
-        is_step = np.diff(f.evals) > 1e-6*f.evals[1:]
+        rounding = 1e-6*f.evals[1:]
+        is_step = np.diff(f.evals) > rounding
         distinct = 1 + int(is_step.sum())
-        return f'fewer than {self.few} distinct eigenvalues' if distinct < self.few else ''
+        if distinct >= self.few: return ''
+        return f'fewer than {self.few} distinct eigenvalues'
 
     def _row(self, s, f):
         "The columns of one layer, from its spectrum and fit."
@@ -79,31 +96,34 @@ class _LayerFits:
         status = 'ok' if f.ok else 'failed'
         if few: status = 'few'
         reasons = dict.fromkeys([s.reason, f.reason, few])
-        row = dict(kind=s.kind, shape=s.shape, params=math.prod(s.shape), density=s.density)
-        row |= dict(n_evals=0, n_zero=s.n_zero, edge=s.edge, solver=s.solver)
-        row |= dict(alpha=f.alpha, xmin=f.xmin, D=f.D, sigma=f.sigma, n_tail=f.n_tail, over_trained=f.alpha < 2)
-        row |= dict(status=status, reason='; '.join(reason for reason in reasons if reason))
-        if s.evals is None or not s.evals.size: return row
-        top = float(s.evals[-1])
-        total = float(s.evals.sum())
-        row |= dict(n_evals=s.evals.size, spectral_norm=top, stable_rank=total/top)
-        row |= dict(log_norm=math.log10(total), alpha_weighted=f.alpha*math.log10(top))
+        reason = '; '.join(words for words in reasons if words)
+        row = _about_layer(s) | dict(status=status, reason=reason)
+        row |= dict(alpha=f.alpha, xmin=f.xmin, D=f.D, sigma=f.sigma, n_tail=f.n_tail)
+        row['over_trained'] = f.alpha < 2
+        if _is_empty(s): return row
+        largest = row['spectral_norm']
+        row['alpha_weighted'] = f.alpha*math.log10(largest)
         return row
 
 # %% ../../nbs/02b_layers.ipynb #d2d0dd0d
+def _fit_like(s, evals, xmin):
+    "The fit to random eigenvalues that are treated as those of a layer."
+    sample = replace(s, evals=evals[evals > s.cutoff], noise=0.)
+    return sample.fit(xmin)
+
 def _random_alphas(table, s, shared):
     """(alphas, standard error) of random spectra by the table's own rule. Layers of one shape share them, in the
     dictionary `shared`, where scale does not matter."""
     drawn = s.random(table.null)
     is_uncut = drawn.size and drawn.min() > s.cutoff
     any_scale = table.null.kind != 'shuffle' and _rule_name(table.xmin) in ('ks', 'median', 'peak')
-    key = (s.stack, s.kurtosis) if is_uncut and any_scale else s.name
+    key = s.name
+    if is_uncut and any_scale: key = (s.stack, s.kurtosis)
     if key not in shared:
-        samples = (replace(s, evals=x[x > s.cutoff], noise=0.) for x in drawn)
-        fits = [sample.fit(table.xmin) for sample in samples]
-        alphas = np.array([f.alpha for f in fits])
+        fits = [_fit_like(s, evals, table.xmin) for evals in drawn]
+        alphas = [f.alpha for f in fits]
         sigma = fits[0].sigma if fits else math.nan
-        shared[key] = alphas,sigma
+        shared[key] = np.array(alphas),sigma
     return shared[key]
 
 def _against_null(table, s, f, shared):
@@ -149,10 +169,10 @@ class _LayersByName(_LayerFits):
         names = {*names}
         kept = [s for name,s in self.spectra.items() if name in names]
         if not kept:
+            count = len(self.spectra)
             some = name_some(sorted(names), 3) or 'none'
             raise OpenTransError(
-                f"None of the {len(self.spectra)} layers of the table is among the names given, such as "
-                f"{some}.")
+                f"None of the {count} layers of the table is among the names given, such as {some}.")
         return LayerTable(kept, self.xmin, self.few, self.max_aspect, self.options, self.null)
 
     @property
@@ -181,23 +201,30 @@ class LayerTable(_LayersByName):
         if 'few' in counts: notes.append(f"{counts['few']} with fewer than {self.few} eigenvalues")
         if 'failed' in counts: notes.append(f"{counts['failed']} without a fit")
         others = [name for name,why in self.unread.items() if 'the head' not in why]
-        if others: notes.append(f"not read: {name_some(others, 1)}, see `unread`")
+        if others:
+            some = name_some(others, 1)
+            notes.append(f"not read: {some}, see `unread`")
         told = f"{len(self)} layers, xmin by {self.xmin!r}, median alpha {self.median:.3f}"
-        if notes: told += f" ({', '.join(notes)})"
-        return told
+        if not notes: return told
+        words = ', '.join(notes)
+        return f"{told} ({words})"
 
     def _short(self):
         "The columns that are shown."
-        null = list(NULL_COLUMNS) if self.null is not None else []
-        first = ['kind', 'shape', 'n_evals', 'alpha', 'sigma']
-        return self.frame[[*first, *null, 'xmin', 'D', 'n_tail', 'stable_rank', 'status']]
+        columns = ['kind', 'shape', 'n_evals', 'alpha', 'sigma']
+        if self.null is not None: columns += NULL_COLUMNS
+        columns += ['xmin', 'D', 'n_tail', 'stable_rank', 'status']
+        return self.frame[columns]
 
     def __repr__(self)->str:
-        rows = self._short().to_string(float_format='{:.3g}'.format)
+        number = '{:.3g}'.format
+        rows = self._short().to_string(float_format=number)
         return f"LayerTable: {self._about()}\n{rows}"
     def _repr_html_(self)->str:
-        rows = self._short().to_html(float_format='{:.3g}'.format, max_rows=16)
-        return f"<p><b>{for_html(self._about())}</b></p>{rows}"
+        number = '{:.3g}'.format
+        about = for_html(self._about())
+        rows = self._short().to_html(float_format=number, max_rows=16)
+        return f"<p><b>{about}</b></p>{rows}"
 
     def _check_order(self, by):
         "Raises `OpenTransError` for a column that layers cannot be chosen by."
@@ -206,7 +233,8 @@ class LayerTable(_LayersByName):
             raise OpenTransError(
                 f"The table has no column '{name}'. Make it with null='gaussian', or another of `Null`, to compare "
                 f"alpha with chance.")
-        numbers = [column for column in self.frame if self.frame[column].dtype.kind in 'if']
+        types = self.frame.dtypes
+        numbers = [column for column in self.frame if types[column].kind in 'if']
         if name in numbers: return
         known = dict.fromkeys([*SELECTION_RULES, *numbers])
         raise unknown('way to choose layers', by, known)
@@ -311,11 +339,12 @@ _ORANGE = '#e8940f' # data, fits and medians, warnings
 def _log_axis(axis, low, high):
     "Few and plain ticks, also where the values span less than a decade."
     from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
-    if high >= 10*low: axis.set_minor_formatter(NullFormatter())
-    else:
-        axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    spans_decade = high >= 10*low
+    if not spans_decade:
+        locator = MaxNLocator(4, steps=[1, 2, 5, 10])
+        axis.set_major_locator(locator)
         axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_formatter(NullFormatter())
 
 def _say(words, ax):
     "Write why there is nothing to draw."
@@ -335,8 +364,8 @@ def _draw_fit(f, high, ax):
 def _draw_esd(s, f, ax):
     "Draw a `Spectrum` and a fit of it."
     ax.set_title(for_plot(s.name), fontsize=9)
+    if _is_empty(s): return _say(s.reason or 'no eigenvalues', ax)
     evals = s.evals
-    if evals is None or not evals.size: return _say(s.reason or 'no eigenvalues', ax)
     low = evals[0]
     high = max(evals[-1], low*1.01)
     bin_count = min(60, 8+evals.size//4)
@@ -351,7 +380,8 @@ def _draw_esd(s, f, ax):
     ax.set(xlabel='eigenvalue', ylabel='density')
     _log_axis(ax.xaxis, low, max(high, s.edge))
     _log_axis(ax.yaxis, bottom, top)
-    title = None if f.ok else for_plot(f.reason)
+    title = None
+    if not f.ok: title = for_plot(f.reason)
     ax.legend(fontsize=9, framealpha=.8, edgecolor='none', title=title, title_fontsize=9)
     return ax
 
@@ -360,12 +390,14 @@ def ks_curve(
     evals:np.ndarray|Sequence[float], # Eigenvalues, in any order
 )->pd.DataFrame: # `xmin`, `alpha`, `D`, `n_tail` for every candidate
     "The fit for every possible beginning of the tail; `'ks'` picks the row with the smallest `D`."
-    ascending = np.sort(np.asarray(evals, dtype=float))
-    t = _Tails(ascending)
+    numbers = np.asarray(evals, dtype=float)
+    t = _Tails(np.sort(numbers))
     count = max(t.x.size-2, 0)
     i = np.arange(count)
-    distances = [t.ks(k) for k in i]
-    return pd.DataFrame(dict(xmin=t.x[i], alpha=1+t.slope[i], D=distances, n_tail=t.n[i].astype(int)))
+    rows = dict(xmin=t.x[i], alpha=1+t.slope[i])
+    rows['D'] = [t.ks(k) for k in i]
+    rows['n_tail'] = t.n[i].astype(int)
+    return pd.DataFrame(rows)
 
 def _draw_ks(s, fits, ax):
     "Draw the distances of all beginnings of the tail of a `Spectrum`, and some fits, by the name of their rule."
@@ -375,15 +407,16 @@ def _draw_ks(s, fits, ax):
         return ax
     c = ks_curve(s.evals)
     ax.plot(c.xmin, c.D, color=_BLUE, lw=1)
+    has_fit = False
     for (rule,f),marker in zip(fits.items(), 'osD^v*'):
         if not f.ok: continue
+        has_fit = True
         label = f'{for_plot(rule)}: $\\alpha$ = {f.alpha:.2f}'
         ax.plot(f.xmin, f.D, marker, color=_RED, ms=6, label=label)
     top = min(1, 1.1*c.D.max())
     ax.set(xscale='log', xlabel='xmin', ylabel='KS distance D', ylim=(0, top))
     _log_axis(ax.xaxis, c.xmin.min(), c.xmin.max())
     ax.set_title(for_plot(s.name), fontsize=9)
-    has_fit = any(f.ok for f in fits.values())
     if has_fit: ax.legend(fontsize=9, frameon=False)
     return ax
 
@@ -391,10 +424,12 @@ def _draw_ks(s, fits, ax):
 def _from_small_to_large(table, n):
     "`n` layers of a table from the smallest alpha to the largest; any, if none has a fit."
     alphas = table.frame.alpha.dropna()
-    order = list(alphas.sort_values().index) or list(table)
-    places = np.linspace(0, len(order)-1, min(n, len(order)))
-    indices = places.round().astype(int)
-    return [order[i] for i in np.unique(indices)]
+    ascending = alphas.sort_values()
+    order = list(ascending.index) or list(table)
+    count = min(n, len(order))
+    places = np.linspace(0, len(order)-1, count)
+    indices = np.unique(places.round().astype(int))
+    return [order[i] for i in indices]
 
 def _draw_grid(table, names, n, ncols):
     "The spectra of several layers of a table, beside each other."
@@ -426,20 +461,23 @@ def _chosen(values, by, count, seed):
 
 def _rule_in_words(table, freeze, by, seed, count):
     "What a selection among `count` layers was made by, for its `rule`."
+    rule = f"{by}, {freeze:.0%} of {count} layers frozen, xmin by {table.xmin}"
     is_against_null = table.null is not None and by.removesuffix('*') in NULL_COLUMNS
-    null = f", against {table.null.kind}" if is_against_null else ''
-    rule = f"{by}, {freeze:.0%} of {count} layers frozen, xmin by {table.xmin}{null}"
-    return rule + f", seed {seed}" if by == 'random' else rule
+    if is_against_null: rule += f", against {table.null.kind}"
+    if by == 'random': rule += f", seed {seed}"
+    return rule
 
 def _selection(table, freeze, by, seed):
     "The layers of a table that a rule freezes, and those that are trained."
     if by != 'random': table._check_order(by)
     if not 0 <= freeze <= 1:
         raise OpenTransError(f"freeze={freeze} is no share of layers. Give a number from 0 to 1.")
-    frame = table.frame[table.frame.kind != 'embedding']
+    is_layer = table.frame.kind != 'embedding'
+    frame = table.frame[is_layer]
     column = 'alpha' if by == 'random' else by.removesuffix('*')
+    values = frame[column].astype(float)
     has_fit = frame.alpha.notna()
-    values = frame[column].astype(float)[has_fit].dropna()
+    values = values[has_fit].dropna()
     if not len(values):
         raise OpenTransError(
             "No layer has a fit, so there is nothing to choose by. The column 'reason' of the table says why.")
@@ -454,7 +492,8 @@ def _selection(table, freeze, by, seed):
 def _shade(places, ax):
     "Shade the layers at some places of a picture: those that are frozen."
     for i in places:
-        label = 'frozen' if i == places[0] else '_'
+        is_first = i == places[0]
+        label = 'frozen' if is_first else '_'
         ax.axvspan(i-.5, i+.5, color=_BLUE, alpha=.15, lw=0, label=label)
 
 def _mark_layers(a, has_fits, ax):
@@ -498,9 +537,11 @@ def _frozen_of(table_or_selection):
 def _choice_labels(rules, grid):
     "Labels of the rows of `plot_choices`: a rule, and how many layers it chooses other than the first."
     labels = []
-    for i,(rule,row) in enumerate(zip(rules, grid)):
-        differing = int(np.abs(row-grid[0]).sum())
-        label = f'{rule}  ({differing} differ)' if i else rule
+    for rule,row in zip(rules, grid):
+        label = rule
+        if labels: # the first has none to differ from
+            is_other = np.abs(row-grid[0])
+            label = f'{rule}  ({int(is_other.sum())} differ)'
         labels.append(for_plot(label))
     return labels
 
