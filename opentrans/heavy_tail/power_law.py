@@ -17,7 +17,7 @@ from scipy import special
 from torch.nn.parameter import is_lazy
 from ..core import no_values, unreadable
 from ..errors import OpenTransError, unknown
-from .lapack import _eigenvalues_by_lapack
+from .lapack import _eigenvalues, _exactness, _noise, _settle, _stored_type
 
 # %% ../../nbs/02_heavy_tail.ipynb #f76fac1a
 def mp_edges(
@@ -478,60 +478,6 @@ def matrices(
     by_place = w.permute(0, 3, 1, 2)
     return by_place.flatten(0, 1)
 
-# %% ../../nbs/02_heavy_tail.ipynb #8957ec11
-def _gram(m):
-    "The smaller Gram matrix of each of a stack of matrices."
-    rows,cols = m.shape[-2:]
-    return m.mH @ m if rows >= cols else m @ m.mH
-
-def _gram_eigenvalues(m):
-    """On a CPU by SciPy's LAPACK, large matrices one by one, so that there is one Gram matrix at a time; small ones
-    and those on a GPU all at once by torch."""
-    is_small = min(m.shape[1:]) < 32
-    if m.device.type != 'cpu' or is_small or m.is_complex(): return torch.linalg.eigvalsh(_gram(m))
-    arrays = m.contiguous().numpy()
-    found = [_eigenvalues_by_lapack(array) for array in arrays]
-    return torch.from_numpy(np.stack(found))
-
-_PRECISE = {(False, 'double'): torch.float64, (False, 'fast'): torch.float32, (True, 'double'): torch.complex128,
-            (True, 'fast'): torch.complex64}
-
-def _by_method(mats, method, precision, floor):
-    """(eigenvalues of each matrix, ascending; how they were found): `'norm'` for single rows and columns, `'gram'` or
-    `'svd'`."""
-    m = mats.to(_PRECISE[mats.is_complex(), precision])
-    k = min(m.shape[-2:])
-    if k == 1:
-        real = m.abs() if m.is_complex() else m
-        squares = real.square().sum((-2,-1))
-        return squares[:,None],'norm'
-    if method != 'svd':
-        try:
-            ev = _gram_eigenvalues(m).clamp_(min=0)
-            # bound of the absolute error of this way
-            error = torch.finfo(m.dtype).eps*k*ev.max().item()
-            is_exact = error <= 1e-4*floor
-            if is_exact or method == 'gram' or precision == 'fast': return ev,'gram'
-        except (torch.linalg.LinAlgError, np.linalg.LinAlgError):
-            if precision == 'fast': return _by_method(mats, method, 'double', floor)
-            if method == 'gram':
-                raise OpenTransError(
-                    "The eigenvalues of the Gram matrix did not converge. Use method='svd'.") from None
-    singular = torch.linalg.svdvals(m)
-    return singular.square().flip(-1),'svd'
-
-def _eigenvalues(mats, method='auto', precision='double', floor=1e-5):
-    "Eigenvalues of W^T W of each matrix, ascending, and how they were found."
-    ev,how = _by_method(mats, method, precision, floor)
-    if precision == 'double': return ev,how
-    # squares that float32 cannot hold are taken in float64
-    largest = ev[:,-1]
-    lost = ~((largest > 1e-30) & (largest < 1e30))
-    if lost.any():
-        ev = ev.double()
-        ev[lost],_ = _by_method(mats[lost], method, 'double', floor)
-    return ev,how
-
 # %% ../../nbs/02_heavy_tail.ipynb #9b6aa87b
 class _Unread(OpenTransError):
     "A weight that is no matrix of numbers. The message is the reason that a table shows."
@@ -594,88 +540,6 @@ def _finite(w):
     squares = torch.dot(v, v).item()
     if math.isfinite(squares): return True
     return bool(torch.isfinite(v).all())
-
-# %% ../../nbs/02_heavy_tail.ipynb #146b1b5e
-_FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
-_COARSER = {torch.float64: (*_FLOAT8, torch.bfloat16, torch.float16, torch.float32),
-            torch.float32: (*_FLOAT8, torch.bfloat16, torch.float16), torch.bfloat16: _FLOAT8,
-            torch.float16: _FLOAT8}
-
-def _same_in(dtype, part):
-    "Does a tensor keep all its numbers in a type?"
-    again = part.to(dtype).to(part.dtype)
-    return bool((again == part).all())
-
-def _fits(w, dtype):
-    """Can a type hold all numbers of a weight? For float8 they must also be many: whole numbers such as -1, 0 and 1
-    are exact there, and not rounded."""
-    if not (_same_in(dtype, w[0]) and _same_in(dtype, w)): return False
-    if dtype.itemsize > 1: return True
-    distinct = len(w.abs().unique())
-    return distinct >= min(16, w.numel()//2)
-
-def _stored_type(w, given):
-    """The type in which a weight was last stored, if its numbers show that it was a coarser one than the type
-    `given`."""
-    if w.is_complex() or w.dtype != given: return given
-    for coarser in _COARSER[given]:
-        if _fits(w, coarser): return coarser
-    return given
-
-def _largest_norms(mats, dim):
-    "The largest norm of a row (`dim=-1`) or column (`dim=-2`) of each of a stack of matrices."
-    norms = torch.linalg.vector_norm(mats, dim=dim)
-    return norms.amax(-1).double().cpu().numpy()
-
-def _noise(mats, ev, stored):
-    "How far rounding may have moved the singular values of each of a stack of matrices with the eigenvalues `ev`."
-    kind = torch.finfo(stored)
-    if kind.eps < 1e-6: return 2*kind.eps*np.sqrt(ev.sum(1))
-    of_rows = _largest_norms(mats, -1)
-    of_columns = _largest_norms(mats, -2)
-    sides = math.sqrt(mats.shape[1])+math.sqrt(mats.shape[2])
-    # of numbers so small that they have fewer digits
-    below = .3*kind.tiny*kind.eps*sides
-    return .3*kind.eps*(of_rows+of_columns) + below
-
-def _rounding_counts(ev, noise, shape):
-    """How many eigenvalues of each matrix are rounding alone: the largest d for which the d smallest are within what
-    rounding makes of d zeros. One to three of many are not counted: that few are within it by chance, and change
-    nothing."""
-    k = ev.shape[1]
-    d = np.arange(1, k+1)
-    # the zeros are a block of this many rows and columns
-    rows,columns = [np.sqrt(n-k+d) for n in shape]
-    whole = math.sqrt(shape[0])+math.sqrt(shape[1])
-    edge = noise[:,None]*(rows+columns)/whole
-    is_within = np.sort(ev, 1) <= edge**2
-    largest = (is_within*d).max(1)
-    is_many = largest >= min(4, k//2)
-    return np.where(is_many, largest, 0)
-
-def _settle(ev, noise, shape, eps):
-    """(eigenvalues, norm of the rounding): what is rounding alone becomes zero, and all become equal if they differ
-    by no more than rounding. `ev` is (matrices, eigenvalues each), ascending, of matrices of one `shape`;
-    `noise` is from `_noise`; `eps` is how exact the arithmetic was."""
-    top = ev[:,-1]
-    counts = _rounding_counts(ev, noise, shape)
-    is_rounding = np.arange(ev.shape[1]) < counts[:,None]
-    can_be_told = ev > eps*top[:,None]
-    ev = np.where(can_be_told & ~is_rounding, ev, 0.)
-    noises = noise + eps*np.sqrt(top)
-    noise = float(noises.max())
-    above = ev[ev > 0]
-    if not above.size: return ev,noise
-    largest = above.max()
-    width = np.log(largest) - np.log(above.min())
-    if width <= 3*noise/math.sqrt(largest): ev = np.where(ev > 0, above.mean(), 0.)
-    return ev,noise
-
-def _exactness(ev, how, precision):
-    "Size of the smallest eigenvalues that the arithmetic can tell from zero, as a share of the largest."
-    digit = 2**-52 if precision == 'double' else 2**-23
-    eps = ev.shape[-1]*digit
-    return eps**2 if how == 'svd' else eps
 
 # %% ../../nbs/02_heavy_tail.ipynb #bb4c8f37
 def _read_for_user(weight):

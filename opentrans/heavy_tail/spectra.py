@@ -18,9 +18,9 @@ from ..errors import check_number, OpenTransError
 from opentrans.heavy_tail.null import (
     as_blocks, as_null, Blocks, kurtosis_of, mp_quantiles, Null, random_edge, random_spectra, shuffled,
     with_kurtosis)
+from .lapack import _eigenvalues, _exactness, _noise, _settle, _stored_type
 from .power_law import (
-    _eigenvalues, _exactness, _finite, _no_fit, _noise, _read, _rule_name, _settle, _stored_type, _Unread, esd,
-    fit_power_law, matrices, mp_edges, PowerLawFit)
+    _finite, _no_fit, _read, _rule_name, _Unread, esd, fit_power_law, matrices, mp_edges, PowerLawFit)
 from .reading import _skipped, _named_weights, _shape, WeightFiles
 
 # %% ../../nbs/02a_spectra.ipynb #80bd6c9e
