@@ -17,20 +17,26 @@ def center_gram(
 )->torch.Tensor: # Such that HSIC(K, L) is `(K*L).sum()` over n(n-3), or over (n-1)^2
     "Centre Gram matrices in place."
     n = K.shape[-1]
+    diagonal = K.diagonal(dim1=-2, dim2=-1)
     if unbiased:
-        K.diagonal(dim1=-2, dim2=-1).zero_()
-        r = K.sum(-1)/(n-2)
-        K.sub_(r[..., None]).sub_(r[..., None, :]).add_((r.sum(-1)/(n-1))[..., None, None])
-        K.diagonal(dim1=-2, dim2=-1).zero_()
+        diagonal.zero_()
+        means = K.sum(-1)/(n-2)
+        mean = means.sum(-1)/(n-1)
     else:
-        r = K.mean(-1)
-        K.sub_(r[..., None]).sub_(r[..., None, :]).add_(r.mean(-1)[..., None, None])
+        means = K.mean(-1)
+        mean = means.mean(-1)
+    K.sub_(means[..., None])
+    K.sub_(means[..., None, :])
+    K.add_(mean[..., None, None])
+    if unbiased: diagonal.zero_()
     return K
 
 # %% ../../nbs/03_cka.ipynb #cbefafe1
 def _median(x):
-    x = x.flatten().sort().values
-    return (x[(len(x)-1)//2] + x[len(x)//2])/2
+    "The median of all numbers of a tensor: of an even count, between the two in the middle."
+    ascending = x.flatten().sort().values
+    count = len(ascending)
+    return (ascending[(count-1)//2] + ascending[count//2])/2
 
 def rbf_gram(
     K:torch.Tensor, # (n, n) linear Gram matrix
@@ -40,41 +46,65 @@ def rbf_gram(
     d = K.diagonal()
     d2 = (d[:, None] + d[None] - 2*K).clamp_(min=0)
     m = _median(d2)
-    return torch.exp(d2/(-2*sigma**2*m)) if m > 0 else torch.ones_like(d2)
+    if not m > 0: return torch.ones_like(d2)
+    scale = -2*sigma**2*m
+    return torch.exp(d2/scale)
 
 def _flat(x, what):
+    "Features as (examples, real numbers). Raises `OpenTransError` for a tensor without axes of both."
     x = torch.as_tensor(x)
     if x.is_complex(): x = torch.view_as_real(x)
-    if x.dim() < 2: raise OpenTransError(f"{what} must be (examples, features), not {tuple(x.shape)}.")
+    if x.dim() < 2:
+        shape = tuple(x.shape)
+        raise OpenTransError(f"{what} must be (examples, features), not {shape}.")
     return x.flatten(1)
 
 def _constant(x):
     "Does nothing vary over the examples beyond rounding?"
-    eps = torch.finfo(x.dtype if x.is_floating_point() else torch.float64).eps
+    kind = x.dtype if x.is_floating_point() else torch.float64
+    eps = torch.finfo(kind).eps
     x = x.double()
-    return bool((x - x.mean(0)).norm() <= 2*eps*x.norm())
+    spread = (x - x.mean(0)).norm()
+    return bool(spread <= 2*eps*x.norm())
 
 def _nan(what, reason):
+    "NaN, with a warning that says why."
     warnings.warn(f'CKA is NaN: {what} {reason}.')
     return float('nan')
 
 # %% ../../nbs/03_cka.ipynb #48748f73
-def _pair(X, Y, unbiased, kernel):
-    "CKA of two sets of features, under a function that makes a Gram matrix of the linear one; NaN with a warning."
-    X,Y = _flat(X, 'X'),_flat(Y, 'Y')
+def _check_counts(X, Y, unbiased):
+    "Raises `OpenTransError` for features of different numbers of examples, or of too few."
     n = len(X)
     if len(Y) != n:
         raise OpenTransError(f"X has {n} examples and Y has {len(Y)}: row i of both must be the same example.")
-    if n < (4 if unbiased else 2):
-        raise OpenTransError(
-            f"{'Unbiased CKA needs at least 4' if unbiased else 'CKA needs at least 2'} examples, not {n}.")
+    least = 4 if unbiased else 2
+    if n < least:
+        need = 'Unbiased CKA needs at least 4' if unbiased else 'CKA needs at least 2'
+        raise OpenTransError(f"{need} examples, not {n}.")
+
+def _unit_features(x):
+    "Centred features of norm 1, in float64."
+    x = x.double()
+    centred = x - x.mean(0)
+    return centred/centred.norm()
+
+def _pair(X, Y, unbiased, kernel):
+    "CKA of two sets of features, under a function that makes a Gram matrix of the linear one; NaN with a warning."
+    X = _flat(X, 'X')
+    Y = _flat(Y, 'Y')
+    _check_counts(X, Y, unbiased)
     for x,what in ((X, 'X'), (Y, 'Y')):
         if not x.isfinite().all(): return _nan(what, 'has NaN or infinite features')
         if _constant(x): return _nan(what, 'is constant over the examples')
-    centred = [x - x.mean(0) for x in (X.double(), Y.double())]
-    units = [x/x.norm() for x in centred]
-    K,L = (center_gram(kernel(x@x.T), unbiased) for x in units)
-    return ((K*L).sum()/(K.norm()*L.norm())).item()
+    def centred_gram(features):
+        unit = _unit_features(features)
+        return center_gram(kernel(unit@unit.T), unbiased)
+    K = centred_gram(X)
+    L = centred_gram(Y)
+    product = (K*L).sum()
+    sizes = K.norm()*L.norm()
+    return (product/sizes).item()
 
 # %% ../../nbs/03_cka.ipynb #c33184f5
 def linear_cka(
@@ -96,27 +126,38 @@ def rbf_cka(
     return _pair(X, Y, unbiased, lambda K: rbf_gram(K, sigma))
 
 # %% ../../nbs/03_cka.ipynb #b011ea24
+def _mirror(K, cuts):
+    "Fill what lies above the blocks on the diagonal of a symmetric matrix from what lies below."
+    for i,j in zip(cuts, cuts[1:]): K[:i, i:j] = K[i:j, :i].T
+
 def _gram_and_size(x, scale=1., block=8192):
     "The Gram matrix of centred features, and the mean square of the features as they came (in units of `scale`)."
     x = x.detach().flatten(1)
     kind = x.dtype if x.dtype == torch.float64 else torch.float32
-    home = 'cpu' if x.device.type == 'mps' else x.device # no float64 there
+    home = x.device
+    if home.type == 'mps': home = 'cpu' # no float64 there
     n,d = x.shape
-    K,size = torch.zeros(n, n, dtype=torch.float64, device=home),0.
-    room = torch.empty(n*min(block, d), dtype=kind, device=x.device)
+    K = torch.zeros(n, n, dtype=torch.float64, device=home)
+    size = 0.
+    width = min(block, d)
+    room = torch.empty(n*width, dtype=kind, device=x.device)
     mean = torch.full((1, n), 1/n, dtype=kind, device=x.device)
-    h = 2 if n < 128 else 4
-    if x.is_cuda: h = 1
-    cuts = [i*n//h for i in range(h+1)] # half of a symmetric product is enough
+    parts = 2 if n < 128 else 4
+    if x.is_cuda: parts = 1
+    cuts = [i*n//parts for i in range(parts+1)] # half of a symmetric product is enough
     for b in x.split(block, 1):
-        b = b.to(kind) if scale == 1 else b.to(kind)/scale
-        m,c = (mean@b)[0],room[:b.numel()].view(b.shape)
-        torch.sub(b, m, out=c)
+        b = b.to(kind)
+        if scale != 1: b = b/scale
+        m = (mean@b)[0]
+        centred = room[:b.numel()].view(b.shape)
+        torch.sub(b, m, out=centred)
+        for i,j in zip(cuts, cuts[1:]): K[i:j, :j] += (centred[i:j]@centred[:j].T).to(home)
         m = m.to(home).double() # its squares may be too small for float32
-        for i,j in zip(cuts, cuts[1:]): K[i:j, :j] += (c[i:j]@c[:j].T).to(home)
-        size += n*(m@m).item()
-    for i,j in zip(cuts, cuts[1:]): K[:i, i:j] = K[i:j, :i].T
-    return K,(size + K.trace().item())/max(n*d, 1)
+        square = (m@m).item()
+        size += n*square
+    _mirror(K, cuts)
+    total = size + K.trace().item()
+    return K,total/max(n*d, 1)
 
 def gram(
     x:torch.Tensor, # (n, ...) features
@@ -124,4 +165,5 @@ def gram(
     block:int=8192, # Columns at a time
 )->torch.Tensor: # (n, n) in float64
     "Gram matrix of features centred over the examples, summed in float64."
-    return _gram_and_size(x, scale, block)[0]
+    K,_ = _gram_and_size(x, scale, block)
+    return K

@@ -28,45 +28,65 @@ _KEYS = ('images', 'image', 'pixel_values')
 
 def _stacked(pictures):
     "Pictures (C, H, W) of one size as a batch. Raises `OpenTransError` if they have several sizes."
-    sizes = list(dict.fromkeys(tuple(p.shape) for p in pictures))
+    shapes = [tuple(p.shape) for p in pictures]
+    sizes = list(dict.fromkeys(shapes))
     if len(sizes) > 1:
         raise OpenTransError(
             f"A batch holds pictures of different sizes, {sizes[0]} and {sizes[1]}. Resize or crop them to one "
             f"size.")
     return torch.stack(list(pictures))
 
-def _is_picture(x): return isinstance(x, torch.Tensor) and x.dim() == 3 and len(x) in (1, 3, 4)
+def _is_picture(x):
+    "Is this one picture (C, H, W)?"
+    return isinstance(x, torch.Tensor) and x.dim() == 3 and len(x) in (1, 3, 4)
+
+def _images_of_sequence(batch):
+    "The images of a batch that is a tuple or a list."
+    if isinstance(batch[0], Mapping): return _stacked([_images(example) for example in batch])
+    are_pictures = len(batch) > 2 and all(map(_is_picture, batch))
+    return _stacked(batch) if are_pictures else _images(batch[0])
 
 def _images(batch):
     "The images of a batch, whatever form it comes in. Raises `OpenTransError` if there are none."
     if isinstance(batch, Mapping):
-        for k in _KEYS:
-            if k in batch: return _images(batch[k])
+        for key in _KEYS:
+            if key in batch: return _images(batch[key])
+        held = ', '.join(map(str, batch))
         raise OpenTransError(
-            f"A batch must hold 'images', 'image' or 'pixel_values'; this one holds: {', '.join(map(str, batch))}.")
-    if isinstance(batch, (tuple, list)) and batch:
-        if isinstance(batch[0], Mapping): return _stacked([_images(b) for b in batch])
-        return _stacked(batch) if len(batch) > 2 and all(map(_is_picture, batch)) else _images(batch[0])
+            f"A batch must hold 'images', 'image' or 'pixel_values'; this one holds: {held}.")
+    if isinstance(batch, (tuple, list)) and batch: return _images_of_sequence(batch)
     if isinstance(batch, np.ndarray) and batch.dtype.kind in 'biuf': batch = torch.as_tensor(batch)
     if isinstance(batch, torch.Tensor) and batch.dim(): return batch
     if hasattr(batch, 'images'): return _images(batch.images)
+    kind = type(batch).__name__
     raise OpenTransError(
         f"A batch must be a tensor, a tuple that begins with one, or a dict with 'images', not "
-        f"{type(batch).__name__}.")
+        f"{kind}.")
+
+def _type_of_weights(model):
+    "The type of a model's first weight of real numbers; torch's default if it has none."
+    types = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(types, torch.get_default_dtype())
 
 # %% ../../nbs/03c_streams.ipynb #9f866be2
 def _run(forward, model, images):
     """Run a model on a batch of images. Raises `OpenTransError` if their type is not that of its weights; other
     errors are the model's own."""
-    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    kind = _type_of_weights(model)
     try: return forward(model, images.to(device_of(model)))
     except RuntimeError as e:
-        codes = not images.is_floating_point() and images.dim() < 3         # words, say, which a model looks up
-        if images.dtype == kind or codes: raise
+        are_codes = not images.is_floating_point() and images.dim() < 3         # words, say, which a model looks up
+        if images.dtype == kind or are_codes: raise
+        given = str(images.dtype)[6:]
+        wanted = str(kind)[6:]
         raise OpenTransError(
-            f"The model cannot take these images: they are {str(images.dtype)[6:]}, its weights {str(kind)[6:]}. "
+            f"The model cannot take these images: they are {given}, its weights {wanted}. "
             f"Convert them in the loader " "(whole numbers also to the range that the model was trained on), or "
                                            "with forward=.") from e
+
+def _by_call(model, images):
+    "Run a model by calling it on images."
+    return model(images)
 
 class _Batches:
     "The images of a loader, batch by batch, with a count of what came."
@@ -77,7 +97,9 @@ class _Batches:
         self.left_out = 0       # examples of batches that were too small
 
     def __iter__(self):
-        for batch in progress(self.loader, 'CKA', len(self.loader) if hasattr(self.loader, '__len__') else None):
+        count = None
+        if hasattr(self.loader, '__len__'): count = len(self.loader)
+        for batch in progress(self.loader, 'CKA', count):
             images = _images(batch)
             self.shapes.append(tuple(images.shape))
             if len(images) >= self.least: yield images
@@ -102,40 +124,52 @@ class _HSIC:
         self.yy = 0
     def add(self, watch_a, watch_b, names_a, names_b):
         "Add the batch that the watches have seen; False if it is too small."
-        if watch_a is watch_b:
-            names = list(dict.fromkeys([*names_a, *names_b]))
-            grams,n = watch_a.take(names)
-            if grams is None: return False
-            at = {name: i for i,name in enumerate(names)}
-            A,B = (grams[[at[name] for name in chosen]] for chosen in (names_a, names_b))
+        if watch_a is watch_b: A,B,n = self._taken_at_once(watch_a, names_a, names_b)
         else:
             A,n = watch_a.take(names_a)
             B,_ = watch_b.take(names_b)
-        if A is None or B is None or n < (4 if self.unbiased else 2): return False
-        w = n/(n*(n-3)) if self.unbiased else n/(n-1)**2
+        least = 4 if self.unbiased else 2
+        if A is None or B is None or n < least: return False
+        pairs = n*(n-3) if self.unbiased else (n-1)**2
+        weight = n/pairs
         B = B.to(A.device)
-        self.xy = self.xy + w*(A@B.T)
-        self.xx = self.xx + w*(A*A).sum(1)
-        self.yy = self.yy + w*(B*B).sum(1)
+        self.xy = self.xy + weight*(A@B.T)
+        self.xx = self.xx + weight*(A*A).sum(1)
+        self.yy = self.yy + weight*(B*B).sum(1)
         return True
 
+    def _taken_at_once(self, watch, names_a, names_b):
+        "Gram matrices of two lists of layers of one model, and how many examples they are of."
+        names = list(dict.fromkeys([*names_a, *names_b]))
+        grams,n = watch.take(names)
+        if grams is None: return None,None,0
+        place = {name: i for i,name in enumerate(names)}
+        places_a = [place[name] for name in names_a]
+        places_b = [place[name] for name in names_b]
+        return grams[places_a],grams[places_b],n
+
     def result(self):
-        return (self.xy/(self.xx[:, None]*self.yy).sqrt()).cpu().numpy() # 0/0 is NaN: a layer that never varies
+        "CKA of each pair of layers."
+        norms = (self.xx[:, None]*self.yy).sqrt()
+        return (self.xy/norms).cpu().numpy() # 0/0 is NaN: a layer that never varies
 
 # %% ../../nbs/03c_streams.ipynb #d6bb1054
 def _check_options(kernel, sigma, maps):
+    "Raises `OpenTransError` for a kernel, a width or a way to read maps that is none."
     if kernel not in ('linear', 'rbf'):
         raise OpenTransError(f"Unknown kernel '{kernel}'; choose 'linear' or 'rbf'.")
     if not sigma > 0: raise OpenTransError(f"sigma={sigma} is no width. Give a number above zero.")
-    grid = isinstance(maps, (int, np.integer)) and not isinstance(maps, bool) and maps > 0
-    if not grid and maps not in ('flatten', 'pool'):
+    is_number = isinstance(maps, (int, np.integer)) and not isinstance(maps, bool)
+    is_grid = is_number and maps > 0
+    if not is_grid and maps not in ('flatten', 'pool'):
         raise OpenTransError(
             f"maps={maps!r} is not known; choose 'flatten', 'pool', or the number of cells along a side of a grid.")
 
 def _layer_names(given, model):
     "Names as the user gave them, or those of all layers. Raises `OpenTransError` if there are none."
     if given is None: names = _default_layers(model)
-    else: names = [given] if isinstance(given, str) else list(given)
+    elif isinstance(given, str): names = [given]
+    else: names = list(given)
     if not names:
         raise OpenTransError(
             "There is no layer to compare. Name modules, or give a model with convolutions or linear maps.")
@@ -146,30 +180,60 @@ def _said_axes(axis, names, known):
     not `known`."""
     if axis is None: return {}
     if not isinstance(axis, Mapping): return dict.fromkeys(names, axis)
-    for n in axis:
-        if n not in known: raise unknown('layer', n, known)
-    return {n: a for n,a in axis.items() if n in names}
+    for name in axis:
+        if name not in known: raise unknown('layer', name, known)
+    return {name: said for name,said in axis.items() if name in names}
 
 def _not_comparable(watch, which, images):
     "The error for a model of which no layer can be compared."
     reasons = [f"'{n}' ({watch.reasons.get(n, _IDLE)})" for n in watch.modules]
-    cause = '' if images.isfinite().all() else ' The images themselves hold NaN or infinity.'
+    told = ', '.join(reasons[:3])
+    if len(reasons) > 3: told += f' and {len(reasons)-3} more'
+    are_finite = images.isfinite().all()
+    cause = '' if are_finite else ' The images themselves hold NaN or infinity.'
     return OpenTransError(
         f"No layer of the {which} model can be compared: "
-        f"{', '.join(reasons[:3])}{f' and {len(reasons)-3} more' if len(reasons) > 3 else ''}.{cause}")
+        f"{told}.{cause}")
 
 # %% ../../nbs/03c_streams.ipynb #0a41db77
 def _watches(models, modules, axis, *options):
     "The watch of each of two models; one for both if they are one model. The options are those of `_Watch`."
     every = modules[0] | modules[1]
     if models[0] is models[1]: models,modules = models[:1],[every]
-    each = isinstance(axis, tuple)
-    said = [_said_axes(axis[i] if each else axis, found, found if each else every)
-            for i,found in enumerate(modules)]
-    watches = [_Watch(model, found, *options, a) for model,found,a in zip(models, modules, said)]
+    for_each = isinstance(axis, tuple)
+    said = []
+    for i,found in enumerate(modules):
+        known = found if for_each else every
+        given = axis[i] if for_each else axis
+        said.append(_said_axes(given, found, known))
+    watches = [_Watch(model, found, *options, axes) for model,found,axes in zip(models, modules, said)]
     return watches[0],watches[-1]
 
 # %% ../../nbs/03c_streams.ipynb #bc51bab6
+def _add_batches(batches, run, watches, names, sums):
+    """Run the models on all batches and add what their watches saw to the sums. Returns how many examples and
+    batches were of use."""
+    first,second = watches
+    watched = {first: 'first'}
+    watched.setdefault(second, 'second')
+    examples = 0
+    batch_count = 0
+    for images in batches:
+        for watch,which in watched.items():
+            watch.look(run, images)
+            some_left = watch.seen.keys() - watch.reasons.keys()
+            if not some_left: raise _not_comparable(watch, which, images)
+        if sums.add(first, second, *names):
+            examples += len(images)
+            batch_count += 1
+        else: batches.left_out += len(images)
+    return dict(examples=examples, batches=batch_count)
+
+def _idle(watch, names, given):
+    "The layers that the user did not name and that did not run: no row is shown for them."
+    if given is not None: return []
+    return [name for name in names if watch.reasons.get(name) == _IDLE]
+
 def cka(
     model_a:nn.Module, # Rows of the result are its layers
     model_b:nn.Module, # Columns are its layers; may be `model_a` itself
@@ -197,44 +261,69 @@ def cka(
     _check_options(kernel, sigma, maps)
     model_a,model_b = unwrap(model_a),unwrap(model_b)
     names_a = _layer_names(layers_a, model_a)
-    names_b = names_a if layers_b is None and layers_a is not None else _layer_names(layers_b, model_b)
-    mods_a,mods_b = _find_modules(model_a, names_a),_find_modules(model_b, names_b)
+    has_same_names = layers_b is None and layers_a is not None
+    names_b = names_a if has_same_names else _layer_names(layers_b, model_b)
+    modules = _find_modules(model_a, names_a),_find_modules(model_b, names_b)
     def gram_of(K): return K if kernel == 'linear' else rbf_gram(K, sigma)
-    def run(model, images): return _run(forward or (lambda m, x: m(x)), model, images)
-    wa,wb = _watches((model_a, model_b), (mods_a, mods_b), axis, gram_of, unbiased, maps)
+    def run(model, images): return _run(forward or _by_call, model, images)
+    watch_a,watch_b = _watches((model_a, model_b), modules, axis, gram_of, unbiased, maps)
     least = 4 if unbiased else 2
     sums = _HSIC(unbiased)
-    count = dict(examples=0, batches=0)
     batches = _Batches(loader, least if maps in ('flatten', 'pool') else 1)
-    with eval_mode(model_a, model_b), wa, (wb if wb is not wa else contextlib.nullcontext()):
-        for images in batches:
-            for w,which in [(wa, 'first')] + [(wb, 'second')]*(wb is not wa):
-                w.look(run, images)
-                if not w.seen.keys() - w.reasons.keys(): raise _not_comparable(w, which, images)
-            if sums.add(wa, wb, names_a, names_b):
-                count = dict(examples=count['examples']+len(images), batches=count['batches']+1)
-            else: batches.left_out += len(images)
+    other = contextlib.nullcontext() if watch_b is watch_a else watch_b
+    with eval_mode(model_a, model_b), watch_a, other:
+        count = _add_batches(batches, run, (watch_a, watch_b), (names_a, names_b), sums)
     if not count['batches']: raise batches.too_few(least)
-    _warn(batches.left_out, wa.repeated | wb.repeated)
+    _warn(batches.left_out, watch_a.repeated | watch_b.repeated)
     frame = pd.DataFrame(sums.result(), index=names_a, columns=names_b)
-    frame.loc[list(wa.why(names_a))] = np.nan
-    frame[list(wb.why(names_b))] = np.nan
-    frame.attrs = dict(estimator=f"minibatch {'unbiased' if unbiased else 'biased'} HSIC",
-                       kernel=kernel if kernel == 'linear' else f'rbf, sigma {sigma}', maps=str(maps), **count,
-                       left_out=batches.left_out, reasons=wa.why(names_a) | wb.why(names_b))
-    idle = [[n for n in ns if given is None and w.reasons.get(n) == _IDLE]
-            for w,ns,given in ((wa, names_a, layers_a), (wb, names_b, layers_b or layers_a))]
-    return frame.drop(index=idle[0], columns=idle[1])
+    why_a = watch_a.why(names_a)
+    why_b = watch_b.why(names_b)
+    frame.loc[list(why_a)] = np.nan
+    frame[list(why_b)] = np.nan
+    estimator = f"minibatch {'unbiased' if unbiased else 'biased'} HSIC"
+    kernel_words = kernel if kernel == 'linear' else f'rbf, sigma {sigma}'
+    about = dict(estimator=estimator, kernel=kernel_words, maps=str(maps), **count)
+    frame.attrs = about | dict(left_out=batches.left_out, reasons=why_a | why_b)
+    idle_a = _idle(watch_a, names_a, layers_a)
+    idle_b = _idle(watch_b, names_b, layers_b or layers_a)
+    return frame.drop(index=idle_a, columns=idle_b)
 
 # %% ../../nbs/03c_streams.ipynb #0ca98b6c
 def _warn(left_out, repeated):
+    "Warn of examples that were left out, and of layers that ran several times in a pass."
     if left_out: warnings.warn(f"{left_out} examples came in a batch too small for an estimate and were left out.")
-    if repeated:
-        warnings.warn(
-            f"{len(repeated)} layers ran more than once in a forward pass, and the last run counts: "
-            f"{', '.join(sorted(repeated)[:4])}{' ...' if len(repeated) > 4 else ''}.")
+    if not repeated: return
+    some = ', '.join(sorted(repeated)[:4])
+    more = ' ...' if len(repeated) > 4 else ''
+    warnings.warn(
+        f"{len(repeated)} layers ran more than once in a forward pass, and the last run counts: "
+        f"{some}{more}.")
 
 # %% ../../nbs/03c_streams.ipynb #389102d4
+def _write_values(values, ax):
+    "Write each value into its cell of a heat map."
+    for (i,j),value in np.ndenumerate(values):
+        if not np.isfinite(value): continue
+        color = 'w' if value < .6 else 'k'
+        ax.text(j, i, f'{value:.2f}', ha='center', va='center', fontsize=9, color=color)
+
+def _short(names):
+    "Names of layers for a plot."
+    return [for_plot(str(name).removesuffix('.weight')) for name in names]
+
+def _write_names(frame, ax):
+    "Write the names of layers along both axes of a heat map, at most some 40 of each."
+    h,w = frame.shape
+    columns = _short(frame.columns)
+    rows = _short(frame.index)
+    step_x = max(1, w//40)
+    step_y = max(1, h//40)
+    size = 7 if max(h, w) > 20 else 9
+    ax.set_xticks(range(0, w, step_x), columns[::step_x], rotation=90, fontsize=size)
+    ax.set_yticks(range(0, h, step_y), rows[::step_y], fontsize=size)
+    ax.set_xlabel('layers of the second model')
+    ax.set_ylabel('layers of the first')
+
 def plot_cka(
     frame:pd.DataFrame, # What `cka` returned
     ax:'Axes|None'=None, # Axes to draw on; new ones if None
@@ -242,23 +331,20 @@ def plot_cka(
 )->'Axes': # The axes
     "Heat map of a CKA table: rows upwards, NaN hatched."
     h,w = frame.shape
-    ax = get_axes(ax, figsize=(min(12, 2.4+.32*w), min(11, 1.6+.32*h)))
-    im = ax.imshow(frame.to_numpy(), origin='lower', vmin=0, vmax=1, cmap='magma', aspect='auto')
+    width = min(12, 2.4+.32*w)
+    height = min(11, 1.6+.32*h)
+    ax = get_axes(ax, figsize=(width, height))
+    values = frame.to_numpy()
+    im = ax.imshow(values, origin='lower', vmin=0, vmax=1, cmap='magma', aspect='auto')
     ax.set_facecolor('none')
     ax.patch.set(hatch='////', edgecolor='.6')
-    def short(names): return [for_plot(str(n).removesuffix('.weight')) for n in names]
-    step_x,step_y = (max(1, n//40) for n in (w, h))
-    size = 7 if max(h, w) > 20 else 9
-    ax.set_xticks(range(0, w, step_x), short(frame.columns)[::step_x], rotation=90, fontsize=size)
-    ax.set_yticks(range(0, h, step_y), short(frame.index)[::step_y], fontsize=size)
-    if numbers or (numbers is None and max(h, w) <= 12):
-        for (i,j),v in np.ndenumerate(frame.to_numpy()):
-            if np.isfinite(v):
-                ax.text(j, i, f'{v:.2f}', ha='center', va='center', fontsize=9, color='w' if v < .6 else 'k')
-    ax.set_xlabel('layers of the second model')
-    ax.set_ylabel('layers of the first')
-    if frame.attrs.get('estimator'):
-        ax.set_title(f"{frame.attrs['kernel']} CKA, {frame.attrs['estimator']}", fontsize=9)
+    _write_names(frame, ax)
+    if numbers is None: numbers = max(h, w) <= 12
+    if numbers: _write_values(values, ax)
+    estimator = frame.attrs.get('estimator')
+    if estimator:
+        title = f"{frame.attrs['kernel']} CKA, {estimator}"
+        ax.set_title(title, fontsize=9)
     ax.figure.colorbar(im, ax=ax, fraction=.05, pad=.03)
     return ax
 
@@ -268,12 +354,25 @@ def same_layers(
 )->pd.Series: # CKA of each layer with the layer of the same name
     """The diagonal of a CKA table by name; its mean is the number of the paper's Table 9. Raises `OpenTransError`
     if no name is shared."""
-    both = [n for n in frame.index if n in frame.columns]
+    both = [name for name in frame.index if name in frame.columns]
     if not both:
+        rows = ', '.join(map(str, frame.index[:3]))
+        columns = ', '.join(map(str, frame.columns[:3]))
         raise OpenTransError(
-            f"Rows and columns share no layer: {', '.join(map(str, frame.index[:3]))} and "
-            f"{', '.join(map(str, frame.columns[:3]))}.")
-    return pd.Series({n: frame.loc[n, n] for n in both}, name='cka')
+            f"Rows and columns share no layer: {rows} and "
+            f"{columns}.")
+    diagonal = {name: frame.loc[name, name] for name in both}
+    return pd.Series(diagonal, name='cka')
+
+def _centred_channels(maps):
+    "Maps (..., C, H, W) in float64, a matrix a channel, its rows centred."
+    maps = maps.double()
+    centred = maps - maps.mean(-2, keepdim=True)
+    return centred.flatten(0, -3)
+
+def _alignment(X, Y):
+    "The norm of X^T Y of each channel."
+    return torch.linalg.matrix_norm(X.mT@Y)
 
 def channel_cka(
     X:torch.Tensor, # (C, H, W) map of one picture, or (B, C, H, W)
@@ -284,18 +383,36 @@ def channel_cka(
     averaged over channels. NaN, with a warning, if X or Y holds NaN. Raises `OpenTransError` for maps that do
     not fit."""
     if X.shape != Y.shape or X.dim() not in (3, 4):
+        shape_x = tuple(X.shape)
+        shape_y = tuple(Y.shape)
         raise OpenTransError(
-            f"Two maps of one shape (C,H,W) or (B,C,H,W) are needed, not {tuple(X.shape)} and {tuple(Y.shape)}.")
+            f"Two maps of one shape (C,H,W) or (B,C,H,W) are needed, not {shape_x} and {shape_y}.")
     if constant not in ('one', 'skip'):
         raise OpenTransError(f"constant='{constant}' is not known; choose 'one' or 'skip'.")
-    X,Y = ((t.double() - t.double().mean(-2, keepdim=True)).flatten(0, -3) for t in (X, Y))
+    X,Y = _centred_channels(X),_centred_channels(Y)
     for x,what in ((X, 'X'), (Y, 'Y')):
         if not x.isfinite().all(): return _nan(what, 'has NaN or infinite features')
-    xy,xx,yy = (torch.linalg.matrix_norm(a.mT@b) for a,b in ((X, Y), (X, X), (Y, Y)))
+    xy = _alignment(X, Y)
+    xx = _alignment(X, X)
+    yy = _alignment(Y, Y)
     c = xy**2/(xx*yy)
-    return (c.nan_to_num(nan=1.) if constant == 'one' else c[~c.isnan()]).mean().item()
+    counted = c.nan_to_num(nan=1.) if constant == 'one' else c[~c.isnan()]
+    return counted.mean().item()
 
 # %% ../../nbs/03c_streams.ipynb #1885f2e4
+def _kept_in(seen, key):
+    "A hook that keeps a copy of what a layer gives."
+    def hook(module, args, out): seen[key] = _features(out).detach().clone()
+    return hook
+
+def _score(seen, name, constant):
+    "The `channel_cka` of what the layers of one name gave in both models. Raises `OpenTransError` if one did not run."
+    if any((i, name) not in seen for i in (0, 1)):
+        raise OpenTransError(f"Layer '{name}' did not run. Name layers that the forward pass reaches.")
+    first = seen[0, name]
+    second = seen[1, name].to(first.device)
+    return channel_cka(first, second, constant)
+
 def paper_cka(
     model_a:nn.Module, # Usually CLIP's tower
     model_b:nn.Module, # Usually a fine-tuned backbone
@@ -311,19 +428,17 @@ def paper_cka(
     seen = {}
     total = dict.fromkeys(names, 0.)
     batches = _Batches(loader, 1)
-    def keep(key): return lambda module, args, out: seen.__setitem__(key, _features(out).detach().clone())
     with contextlib.ExitStack() as stack:
         stack.enter_context(eval_mode(model_a, model_b))
         for i,model in enumerate((model_a, model_b)):
-            for name,m in _find_modules(model, names).items():
-                stack.callback(m.register_forward_hook(keep((i, name))).remove)
+            for name,module in _find_modules(model, names).items():
+                handle = module.register_forward_hook(_kept_in(seen, (i, name)))
+                stack.callback(handle.remove)
         for images in batches:
-            for model in dict.fromkeys((model_a, model_b)): _run(forward or (lambda m, x: m(x)), model, images)
-            for k in names:
-                if any((i, k) not in seen for i in (0, 1)):
-                    raise OpenTransError(f"Layer '{k}' did not run. Name layers that the forward pass reaches.")
-                total[k] += channel_cka(seen[0, k], seen[1, k].to(seen[0, k].device), constant)*len(images)
+            for model in dict.fromkeys((model_a, model_b)): _run(forward or _by_call, model, images)
+            for name in names: total[name] += _score(seen, name, constant)*len(images)
             seen.clear()
     n = sum(shape[0] for shape in batches.shapes)
     if not n: raise batches.too_few(1)
-    return pd.Series({k: v/n for k,v in total.items()}, name='channel cka')
+    means = {name: score/n for name,score in total.items()}
+    return pd.Series(means, name='channel cka')

@@ -19,34 +19,43 @@ from ..errors import OpenTransError
 def _holds(module, name, key):
     "Is a key that of a weight which a module holds, as a parameter or computed from others?"
     part = key.rpartition('.')[2].split('[')[0]
-    return (isinstance(getattr(module, part, None), torch.Tensor)
-            or any(layer.key == key.split('[')[0] for layer in layers_of(name, module)))
+    own = getattr(module, part, None)
+    if isinstance(own, torch.Tensor): return True
+    whole_key = key.split('[')[0]
+    return any(layer.key == whole_key for layer in layers_of(name, module))
+
+def _unknown_layer(name, known):
+    "The error for a name that is none of the `known` modules, nor of a weight in one."
+    near = difflib.get_close_matches(name, known, n=4, cutoff=.4) or list(known)[1:9]
+    return OpenTransError(
+        f"Unknown layer '{name}'; the model has {len(known)} modules, among them: {', '.join(near)}. Give a "
+        f"module's name, or the name of its weight.")
 
 def _find_modules(model, names):
     "Name -> module, for module names and parameter keys. Raises `OpenTransError`."
     model = unwrap(model)
     tower = find_tower(model)
-    known = (dict(model.named_modules()) | dict(tower.named_modules()) | dict(bare_modules(model))
-             | dict(bare_modules(tower)))
+    known = dict(model.named_modules()) | dict(tower.named_modules())
+    known |= dict(bare_modules(model))
+    known |= dict(bare_modules(tower))
     res = {}
-    for n in names:
-        m,_,p = n.rpartition('.')
-        if n in known: res[n] = known[n]
-        elif m in known and _holds(known[m], m, n):
-            if '[' in p:
-                raise OpenTransError(
-                    f"'{n}' is a part of a packed projection and has no output of its own. Name its module, '{m}'.")
-            res[n] = known[m]
-        else:
-            near = difflib.get_close_matches(n, known, n=4, cutoff=.4) or [k for k in list(known)[1:9]]
+    for name in names:
+        owner,_,part = name.rpartition('.')
+        if name in known:
+            res[name] = known[name]
+            continue
+        is_weight = owner in known and _holds(known[owner], owner, name)
+        if not is_weight: raise _unknown_layer(name, known)
+        if '[' in part:
             raise OpenTransError(
-                f"Unknown layer '{n}'; the model has {len(known)} modules, among them: {', '.join(near)}. Give a "
-                f"module's name, or the name of its weight.")
+                f"'{name}' is a part of a packed projection and has no output of its own. Name its module, '{owner}'.")
+        res[name] = known[owner]
     return res
 
 def _default_layers(model):
     "The weights whose modules give one map or one list of tokens."
-    return list(dict.fromkeys(layer.key for layer in layers(model) if layer.kind not in ('recurrent', 'experts')))
+    keys = [layer.key for layer in layers(model) if layer.kind not in ('recurrent', 'experts')]
+    return list(dict.fromkeys(keys))
 
 # %% ../../nbs/03b_watching.ipynb #2f164391
 def _tensors(out):
@@ -56,12 +65,16 @@ def _tensors(out):
     if hasattr(out, 'values'): parts = out.values()
     return [t for part in parts for t in _tensors(part)]
 
+def _is_real(t):
+    "Does a tensor hold real or complex numbers, in any form?"
+    return t.is_floating_point() or t.is_complex() or t.is_quantized
+
 def _features(out):
     """The first tensor of real numbers in what a layer gave; complex numbers count as two each. Raises
     `OpenTransError` if there is none."""
     found = _tensors(out)
     if not found: raise OpenTransError('the layer gives no tensor')
-    x = next((t for t in found if t.is_floating_point() or t.is_complex() or t.is_quantized), None)
+    x = next((t for t in found if _is_real(t)), None)
     if x is None: raise OpenTransError('the layer gives whole numbers only, no features')
     if x.is_quantized: x = x.dequantize()
     if x.layout != torch.strided: x = x.to_dense()
@@ -69,7 +82,10 @@ def _features(out):
 
 def _picture_axes(shape, n):
     "The axes that may hold `n` pictures: those of that size, and the first one if it holds several rows a picture."
-    return [a for a,size in enumerate(shape) if size == n or (a == 0 and size and size % n == 0)]
+    axes = [axis for axis,size in enumerate(shape) if size == n]
+    if not shape or 0 in axes: return axes
+    holds_several = shape[0] and shape[0] % n == 0
+    return [0, *axes] if holds_several else axes
 
 # %% ../../nbs/03b_watching.ipynb #203976af
 def _only_axis(shape, n):
@@ -77,7 +93,8 @@ def _only_axis(shape, n):
     shape does not tell."""
     if len(shape) < 2 or n not in shape[:2]: raise OpenTransError(f"the output {shape} has no axis of {n} examples")
     # a map (n, n, H, W) and features (n, n) have the pictures first
-    if shape[0] == n and (len(shape) != 3 or shape[1] != n): return 0
+    are_tokens = len(shape) == 3 and shape[1] == n
+    if shape[0] == n and not are_tokens: return 0
     if shape[0] % n == 0:
         raise OpenTransError(
             f"the output {shape} may hold the {n} examples along axis 0 or along axis 1; say which, with axis=0 or "
@@ -87,8 +104,18 @@ def _only_axis(shape, n):
 def _pool(x, channels):
     "Mean over positions, for rows of examples."
     if x.dim() == 2: return x
-    if channels is None: return x.flatten(2).mean(2) if x.dim() > 3 else x.mean(1)
-    return x.movedim(channels, 1).flatten(2).mean(2)
+    if channels is None and x.dim() == 3: return x.mean(1)
+    if channels is not None: x = x.movedim(channels, 1)
+    return x.flatten(2).mean(2)
+
+def _holds_examples(shape, axis, n):
+    "Does an axis exist, and hold as many rows of each of `n` pictures?"
+    if len(shape) < 2 or not -len(shape) <= axis < len(shape): return False
+    return bool(shape[axis]) and shape[axis] % n == 0
+
+def _seems_channels_last(x):
+    "Has a map, with the pictures first, a form such as (n, H, H, C)?"
+    return x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]
 
 # %% ../../nbs/03b_watching.ipynb #fefc5f6a
 def as_examples(
@@ -104,11 +131,12 @@ def as_examples(
     "Turn a layer's output into rows of examples. Raises `OpenTransError` if the pictures cannot be told apart."
     shape = tuple(x.shape)
     if axis is None: axis = _only_axis(shape, n)
-    if len(shape) < 2 or not -len(shape) <= axis < len(shape) or not shape[axis] or shape[axis] % n:
+    if not _holds_examples(shape, axis, n):
         raise OpenTransError(f"the output {shape} has no {n} examples along axis {axis}")
-    x,several = x.movedim(axis, 0),shape[axis]//n
+    x = x.movedim(axis, 0)
+    several = shape[axis]//n
     if maps == 'flatten': return x.reshape(n, -1)
-    if channels is None and x.dim() == 4 and x.shape[1] == x.shape[2] != x.shape[3]:
+    if channels is None and _seems_channels_last(x):
         raise OpenTransError(
             f"the output {shape} seems to have its channels last, so positions cannot be told from features; take "
             f"maps='flatten', or name a layer within")
@@ -118,7 +146,8 @@ def as_examples(
     if x.dim() != 4 or several > 1:
         raise OpenTransError(f"the output {shape} is no map (n, C, H, W) that a grid can be laid on")
     if channels is not None: x = x.movedim(channels, 1)
-    return F.adaptive_avg_pool2d(x, maps).flatten(2).mT.flatten(0, 1)
+    cells = F.adaptive_avg_pool2d(x, maps).flatten(2)
+    return cells.mT.flatten(0, 1)
 
 # %% ../../nbs/03b_watching.ipynb #29115cb1
 _IDLE = 'the layer did not run'
@@ -138,39 +167,65 @@ def _channel_axis(module, shape):
     within it."""
     if _ends_with(module, shape[-1]): return -1
     if isinstance(module, (*CONVS, BATCH_NORMS)): return 1
-    if len(shape) != 4 or any(_gives_maps(m, shape[1]) for m in module.modules()): return None
-    return -1 if any(_ends_with(m, shape[-1]) for m in module.modules()) else None
+    if len(shape) != 4: return None
+    if any(_gives_maps(part, shape[1]) for part in module.modules()): return None
+    are_last = any(_ends_with(part, shape[-1]) for part in module.modules())
+    return -1 if are_last else None
 
 def _distances(K, k=3):
     "Squared distances between the first few examples, from a Gram matrix."
-    d,few = K.diagonal(),min(k, len(K))
-    return (d[:few, None] + d[None, :few] - 2*K[:few, :few]).cpu()
+    few = min(k, len(K))
+    d = K.diagonal()[:few]
+    squared = d[:, None] + d[None] - 2*K[:few, :few]
+    return squared.cpu()
 
 # %% ../../nbs/03b_watching.ipynb #23e2bf26
 class _Seen:
     """What one layer gave for one batch: its shape, and for each axis that may hold the pictures a centred Gram
     matrix and a few distances."""
-    def __init__(self, shape): self.shape,self.K,self.apart = shape,{},{}
+    def __init__(self, shape):
+        self.shape = shape
+        self.K = {}
+        self.apart = {}
 
     def axis(self, n, other, m):
         """The axis of `n` pictures, of which the layer gave this; for `m` of them it gave `other`. Raises
         `OpenTransError` if that does not settle it."""
-        same_form = len(self.shape) == len(other.shape)
-        moved = [a for a,sizes in enumerate(zip(self.shape, other.shape)) if sizes[0] != sizes[1]]
-        if (not same_form or len(moved) != 1 or moved[0] not in self.K
-            or self.shape[moved[0]]*m != other.shape[moved[0]]*n):
+        axis = self._moved_axis(n, other, m)
+        if axis is None:
             raise OpenTransError(
                 f"the output is {self.shape} for {n} pictures and {other.shape} for {m}, so no axis is that of the "
                 f"pictures")
-        axis, = moved
-        if (self.shape[axis] > n
-            and not torch.allclose(self.apart[axis], other.apart[axis], rtol=.05,
-                                   atol=.01*self.apart[axis].max().item())):
+        if self.shape[axis] > n and not self._is_in_turn(axis, other):
             raise OpenTransError(
                 f"the output {self.shape} does not hold the {n} pictures one after the other along axis {axis}")
         return axis
 
+    def _moved_axis(self, n, other, m):
+        "The one axis whose length is in proportion to the number of pictures; None if there is none."
+        if len(self.shape) != len(other.shape): return None
+        moved = [a for a,(own,others) in enumerate(zip(self.shape, other.shape)) if own != others]
+        if len(moved) != 1: return None
+        axis, = moved
+        in_proportion = self.shape[axis]*m == other.shape[axis]*n
+        return axis if axis in self.K and in_proportion else None
+
+    def _is_in_turn(self, axis, other):
+        "Are the first few rows those of the same picture, in this and the other?"
+        own = self.apart[axis]
+        room = .01*own.max().item()
+        return torch.allclose(own, other.apart[axis], rtol=.05, atol=room)
+
 # %% ../../nbs/03b_watching.ipynb #223460bb
+def _unit(x, size):
+    "One unit for a whole run of features of this mean square: a power of 2, only if squares would vanish or overflow."
+    if 1e-20 < size < 1e20: return 1.
+    numbers = x.double() if x.dtype == torch.float64 else x.float()
+    largest = torch.linalg.vector_norm(numbers, torch.inf).item()
+    if not 0 < largest < np.inf: return 1.
+    exponent = np.floor(np.log2(largest))
+    return float(2.**exponent)
+
 class _Watch:
     "Hooks on layers of one model; after a forward pass `take` gives the centred Gram matrices of the batch."
     def __init__(self, model, modules, gram_of, unbiased, maps, axis):
@@ -185,10 +240,14 @@ class _Watch:
         self.scale = {}
         self.reasons = {}
         self.varies = set()
-        self.runs,self.repeated = {},set()
+        self.runs = {}
+        self.repeated = set()
 
     def __enter__(self):
-        self.handles = [m.register_forward_hook(self._hook(n)) for n,m in self.modules.items()]
+        self.handles = []
+        for name,module in self.modules.items():
+            handle = module.register_forward_hook(self._hook(name))
+            self.handles.append(handle)
         return self
     def __exit__(self, *exc):
         for h in self.handles: h.remove()
@@ -196,12 +255,14 @@ class _Watch:
     def look(self, run, images):
         "Run the model on a batch, and settle for each layer which axis is that of the pictures."
         seen = self._pass(run, images)
-        self.repeated |= {n for n,times in self.runs.items() if times > 1}
-        unsure = [n for n in seen if n not in self.axis and n not in self.reasons]
+        self.repeated |= {name for name,times in self.runs.items() if times > 1}
+        settled = self.axis.keys() | self.reasons.keys()
+        unsure = [name for name in seen if name not in settled]
         if unsure: self._settle(unsure, seen, len(images), run, images)
         self.seen = seen
 
     def _pass(self, run, images):
+        "What each layer gave in a run of the model on a batch."
         self.n = len(images)
         self.seen = {}
         self.runs = {}
@@ -215,40 +276,48 @@ class _Watch:
         m = 3 if n > 3 else n+1
         known = dict(self.reasons)
         failure = ''
-        try: other = self._pass(run, images[torch.arange(m) % n])
+        places = torch.arange(m) % n
+        try: other = self._pass(run, images[places])
         except Exception as e:
             other = {}
+            kind = type(e).__name__
             failure = (
-                f'the model fails on {m} pictures, {type(e).__name__}, so it cannot be found out which axis holds '
+                f'the model fails on {m} pictures, {kind}, so it cannot be found out which axis holds '
                 f'them; say axis=')
-        told,self.reasons = self.reasons,known
+        told = self.reasons
+        self.reasons = known
         for name in unsure:
-            shape = seen[name].shape
+            first = seen[name]
+            is_plain = list(first.K) == [0] and first.shape[0] == n
             try:
-                if name in other: self.axis[name] = seen[name].axis(n, other[name], m)
-                elif failure and list(seen[name].K) == [0] and shape[0] == n: self.axis[name] = 0
+                if name in other: self.axis[name] = first.axis(n, other[name], m)
+                elif failure and is_plain: self.axis[name] = 0
                 else:
-                    raise OpenTransError(failure
-                                         or f'for {n} pictures the output is {shape}, and for {m} '
-                                            f'{told.get(name, _IDLE)}')
+                    why = told.get(name, _IDLE)
+                    raise OpenTransError(failure or f'for {n} pictures the output is {first.shape}, and for {m} {why}')
             except OpenTransError as e: self.reasons[name] = str(e)
 
     def _hook(self, name):
+        "The hook on one layer."
         def hook(module, args, out):
             if name in self.reasons or not self.n: return
             self.runs[name] = self.runs.get(name, 0)+1
             try: self.seen[name] = self._look_at(name, module, _features(out))
             except OpenTransError as e: self.reasons[name] = str(e)
             except (RuntimeError, TypeError, AttributeError) as e:
-                self.reasons[name] = f'the output cannot be read ({type(e).__name__}: {str(e)[:80]})'
+                words = str(e)[:80]
+                self.reasons[name] = f'the output cannot be read ({type(e).__name__}: {words})'
         return hook
 
     def _look_at(self, name, module, x):
+        "The `_Seen` of what a layer gave. Raises `OpenTransError` if no axis can be that of the pictures."
         res = _Seen(tuple(x.shape))
         error = OpenTransError(f"the output {res.shape} has no axis of {self.n} examples")
-        channels = None if self.maps == 'flatten' or not res.shape else _channel_axis(module, res.shape)
-        for a in self._axes(name, module, res.shape):
-            try: res.K[a],res.apart[a] = self._gram((name, a), as_examples(x, self.n, self.maps, a, channels))
+        channels = None
+        if self.maps != 'flatten' and res.shape: channels = _channel_axis(module, res.shape)
+        for axis in self._axes(name, module, res.shape):
+            key = (name, axis)
+            try: res.K[axis],res.apart[axis] = self._gram(key, as_examples(x, self.n, self.maps, axis, channels))
             except OpenTransError as e: error = e
         if not res.K: raise error
         return res
@@ -257,46 +326,48 @@ class _Watch:
         """The axes that may be that of the pictures. A map with one axis of their number, the first, leaves no
         doubt."""
         if name in self.axis: return [self.axis[name]]
-        convolved = isinstance(module, CONVS) and len(shape) == module.weight.ndim
-        if shape[:1] == (self.n,) and (convolved or (len(shape) > 3 and self.n not in shape[1:])):
-            self.axis[name] = 0
-        if convolved or name in self.axis: return [0]
+        is_convolved = isinstance(module, CONVS) and len(shape) == module.weight.ndim
+        is_first = shape[:1] == (self.n,)
+        is_map = len(shape) > 3 and self.n not in shape[1:]
+        if is_first and (is_convolved or is_map): self.axis[name] = 0
+        if is_convolved or name in self.axis: return [0]
         if len(shape) < 2: return []
-        return _picture_axes(shape[:-1] if isinstance(module, nn.Linear) else shape, self.n)
+        if isinstance(module, nn.Linear): shape = shape[:-1]
+        return _picture_axes(shape, self.n)
 
     def _gram(self, name, x):
         "(centred Gram matrix, distances of a few) of rows of examples."
-        if len(x) < (4 if self.unbiased else 2): # too few to compare; their distances alone are of use
-            return torch.zeros(len(x), len(x),
-                               dtype=torch.float64),_distances(_gram_and_size(x, self.scale.get(name, 1.))[0])
         K,size = _gram_and_size(x, self.scale.get(name, 1.))
-        # one unit for the whole run, a power of 2, only if squares would vanish or overflow
+        least = 4 if self.unbiased else 2
+        if len(x) < least: # too few to compare; their distances alone are of use
+            return torch.zeros(len(x), len(x), dtype=torch.float64),_distances(K)
         if name not in self.scale and size != 0:
-            big = 0.
-            if not 1e-20 < size < 1e20:
-                numbers = x.double() if x.dtype == torch.float64 else x.float()
-                big = torch.linalg.vector_norm(numbers, torch.inf).item()
-            self.scale[name] = float(2.**np.floor(np.log2(big))) if 0 < big < np.inf else 1.
+            self.scale[name] = _unit(x, size)
             if self.scale[name] != 1: K,size = _gram_and_size(x, self.scale[name])
         if not K.isfinite().all(): raise OpenTransError('features are NaN or infinite')
         apart = _distances(K)
-        if K.trace() > (2*torch.finfo(x.dtype).eps)**2*size*x.numel(): self.varies.add(name)
+        rounding = (2*torch.finfo(x.dtype).eps)**2
+        if K.trace() > rounding*size*x.numel(): self.varies.add(name)
         elif name not in self.varies: K.zero_()
-        return center_gram(self.gram_of(K) if name in self.varies else K, self.unbiased),apart
+        if name in self.varies: K = self.gram_of(K)
+        return center_gram(K, self.unbiased),apart
 
     def take(self, names):
         "Centred Gram matrices (layers, n*n), zero for a layer that has none, and forget them."
-        found = {n: seen.K[self.axis[n]] for n,seen in self.seen.items() if n not in self.reasons}
-        for n in names:
-            if n not in self.seen: self.reasons.setdefault(n, _IDLE)
+        found = {name: seen.K[self.axis[name]] for name,seen in self.seen.items() if name not in self.reasons}
+        for name in names:
+            if name not in self.seen: self.reasons.setdefault(name, _IDLE)
         self.seen = {}
         some = next(iter(found.values()), None)
         if some is None: return None,0
-        return torch.stack([found[n].flatten() if n in found else torch.zeros_like(some).flatten()
-                            for n in names]),len(some)
+        rows = [found[name] if name in found else torch.zeros_like(some) for name in names]
+        return torch.stack([row.flatten() for row in rows]),len(some)
 
     def why(self, names):
         "Reasons of the layers that cannot be compared."
         constant = 'features are constant over the examples'
-        return {n: self.reasons.get(n, constant)
-                for n in names if n in self.reasons or (n, self.axis.get(n)) not in self.varies}
+        reasons = {}
+        for name in names:
+            does_vary = (name, self.axis.get(name)) in self.varies
+            if name in self.reasons or not does_vary: reasons[name] = self.reasons.get(name, constant)
+        return reasons

@@ -39,15 +39,22 @@ def _blindly(beside, make):
     finally: beside.blind = False
 
 def _si(x):
-    for f,p in ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
-        if abs(x) >= f: return f'{x/f:.3f} {p}'
+    "A number with four or more digits, and the prefix of its unit."
+    for factor,prefix in ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
+        if abs(x) >= factor: return f'{x/factor:.3f} {prefix}'
     return f'{x:.0f} '
 
-def _whole(x): return int(x) if float(x).is_integer() else float(x)
+def _whole(x):
+    "A number as a whole one, if it is."
+    return int(x) if float(x).is_integer() else float(x)
 
-def _number(x): return isinstance(x, (int, float, np.integer, np.floating)) and not isinstance(x, (bool, np.bool_))
+def _number(x):
+    "Is this a number, and no truth value?"
+    if isinstance(x, (bool, np.bool_)): return False
+    return isinstance(x, (int, float, np.integer, np.floating))
 
 def _density(name, d):
+    "A density as a float. Raises `OpenTransError` for what is none."
     if _number(d) and 0 <= d <= 1: return float(d)
     raise OpenTransError(
         f"The density of '{name}' must be a number from 0 to 1, the share of weights that remain, not {d!r}.")
@@ -59,21 +66,48 @@ class _MaskLike(Protocol):
     def names(self)->list[str]: ...
     def __getitem__(self, name:str)->torch.Tensor: ...
 
+def _given_densities(mask):
+    "Density, or mask, by name as the user gave them."
+    names = mask if isinstance(mask, dict) else mask.names
+    given = {}
+    for mask_name in names:
+        kept = mask[mask_name]
+        name = clean_name(mask_name)
+        given[name] = kept if isinstance(kept, torch.Tensor) else _density(name, kept)
+    return given
+
+def _third(kept, i):
+    "Part `i` of three of the mask of a packed weight; a density is that of each part."
+    if isinstance(kept, float): return kept
+    first = i*len(kept)//3
+    last = (i+1)*len(kept)//3
+    return kept[first:last]
+
+def _split_packed(given, rows):
+    "Take apart what is given for a packed projection as a whole."
+    packed = [name for name in given if any(row.endswith(f'{name}[q]') for row in rows)]
+    for name in packed:
+        kept = given.pop(name)
+        for i,part in enumerate('qkv'): given[f'{name}[{part}]'] = _third(kept, i)
+
 def _densities(mask, rows):
     """Density by row, from a mask by name, a dict of densities (`'*'`: all other rows of the tower), or one number
     for the whole tower."""
     if mask is None: return {}
-    if not isinstance(mask, dict) and not hasattr(mask, 'names'): mask = {'*': mask}
-    d = {n: m if isinstance(m, torch.Tensor) else _density(n, m)
-         for n,m in ((clean_name(n), mask[n]) for n in (mask if isinstance(mask, dict) else mask.names))}
-    rest = d.pop('*', None)
-    for n in [n for n in d if any(r.endswith(f'{n}[q]') for r in rows)]: # a packed projection masked as a whole
-        m = d.pop(n)
-        d |= {f'{n}[{p}]': m if isinstance(m, float) else m[i*len(m)//3:(i+1)*len(m)//3]
-              for i,p in enumerate('qkv')}
-    where = find_names(d, rows, 'masked layers')
-    res = {} if rest is None else {r: rest for r,t in rows.items() if t}
-    return res | {where[n]: m if isinstance(m, float) else m.float().mean().item() for n,m in d.items()}
+    is_named = isinstance(mask, dict) or hasattr(mask, 'names')
+    given = _given_densities(mask if is_named else {'*': mask})
+    rest = given.pop('*', None)
+    _split_packed(given, rows)
+    where = find_names(given, rows, 'masked layers')
+    res = {}
+    if rest is not None: res = {row: rest for row,is_of_tower in rows.items() if is_of_tower}
+    for name,kept in given.items():
+        res[where[name]] = kept if isinstance(kept, float) else kept.float().mean().item()
+    return res
+
+def _is_in(row, modules):
+    "Is a row one of some modules, or of a part of one?"
+    return any(row == name or row.startswith((f'{name}.', f'{name}:')) for name in modules)
 
 # %% ../../nbs/04_cost.ipynb #e56b8407
 @dataclass
@@ -89,8 +123,10 @@ class _CostTable:
     unpriced:pd.DataFrame=None
 
     def __post_init__(self)->None:
-        if self.unpriced is None:
-            self.unpriced = pd.DataFrame(dict(times=pd.Series(dtype=int), tower=pd.Series(dtype=bool)))
+        if self.unpriced is not None: return
+        times = pd.Series(dtype=int)
+        tower = pd.Series(dtype=bool)
+        self.unpriced = pd.DataFrame(dict(times=times, tower=tower))
 
     @property
     def params(self)->float: return _whole(self.by_layer.params.sum())
@@ -102,37 +138,49 @@ class _CostTable:
     def active_macs(self)->float: return _whole(self.by_layer.active_macs.sum())
 
     def _with(self, by_layer, unpriced=None):
-        return replace(self, by_layer=by_layer, unpriced=self.unpriced if unpriced is None else unpriced)
+        "The same with other rows."
+        if unpriced is None: unpriced = self.unpriced
+        return replace(self, by_layer=by_layer, unpriced=unpriced)
     def part(self,
         # A function of the row's name, or a boolean array
         keep:Callable[[str], bool]|Sequence[bool]|np.ndarray|pd.Series,
     )->Self:
         "The cost of some rows only."
-        t,u = self.by_layer,self.unpriced
-        if not callable(keep): return self._with(t[np.asarray(keep, dtype=bool)])
-        return self._with(t[[bool(keep(r)) for r in t.index]], u[[bool(keep(r)) for r in u.index]])
+        rows,unpriced = self.by_layer,self.unpriced
+        if not callable(keep):
+            is_kept = np.asarray(keep, dtype=bool)
+            return self._with(rows[is_kept])
+        is_kept = [bool(keep(name)) for name in rows.index]
+        stays_unpriced = [bool(keep(name)) for name in unpriced.index]
+        return self._with(rows[is_kept], unpriced[stays_unpriced])
     @property
-    def tower(self)->Self: return self._with(self.by_layer[self.by_layer.tower], self.unpriced[self.unpriced.tower])
+    def tower(self)->Self:
+        rows,unpriced = self.by_layer,self.unpriced
+        return self._with(rows[rows.tower], unpriced[unpriced.tower])
     @property
-    def head(self)->Self: return self._with(self.by_layer[~self.by_layer.tower], self.unpriced[~self.unpriced.tower])
+    def head(self)->Self:
+        rows,unpriced = self.by_layer,self.unpriced
+        return self._with(rows[~rows.tower], unpriced[~unpriced.tower])
     @property
     def ran(self)->Self: return self.part(self.by_layer.ran)
     def without(self, *names:str)->Self: # Modules, e.g. `'attnpool'`
         "The cost of all rows but those of some modules."
-        return self.part(lambda r: not any(r == n or r.startswith((f'{n}.', f'{n}:')) for n in names))
+        return self.part(lambda row: not _is_in(row, names))
     def of(self, *names:str)->Self: # Modules, e.g. `'layer1'`
         "The cost of some modules."
-        return self.part(lambda r: any(r == n or r.startswith((f'{n}.', f'{n}:')) for n in names))
+        return self.part(lambda row: _is_in(row, names))
 
     def with_mask(self,
         mask:_MaskLike|dict[str, float]|float|None, # A `SparseMask`, densities by name, or one for the whole tower
     )->Self:
         "The same cost under a mask: a weight's row shrinks to its density; biases, and what has no weight, stay."
         t = self.by_layer.copy()
-        d = pd.Series(_densities(mask, t.tower.to_dict()), dtype=float).reindex(t.index).fillna(1.)
-        t['density'] = d
-        t['active_params'] = t.params - t.weights*(1-d)
-        t['active_macs'] = t.macs*d
+        densities = _densities(mask, t.tower.to_dict())
+        given = pd.Series(densities, dtype=float)
+        density = given.reindex(t.index).fillna(1.)
+        t['density'] = density
+        t['active_params'] = t.params - t.weights*(1-density)
+        t['active_macs'] = t.macs*density
         return self._with(t)
 
 # %% ../../nbs/04_cost.ipynb #d7a7f233
@@ -141,20 +189,26 @@ _NUMBERS = ['params', 'weights', 'macs', 'active_params', 'active_macs']
 def _join_unpriced(a, b, sign):
     "What has no price in a sum: of both. A difference keeps what the first has."
     if sign < 0 or b.empty: return a
-    t = pd.concat([a, b])
-    return t.groupby(level=0, sort=False).agg(dict(times='sum', tower='first'))
+    both = pd.concat([a, b])
+    groups = both.groupby(level=0, sort=False)
+    return groups.agg(dict(times='sum', tower='first'))
 
 def _combine(a, b, sign):
+    "The sum of two costs, row by row, or their difference."
     if not isinstance(b, Cost): return NotImplemented
     rows = a.by_layer.index.union(b.by_layer.index, sort=False)
-    x,y = (c.by_layer.reindex(rows) for c in (a, b))
+    x = a.by_layer.reindex(rows)
+    y = b.by_layer.reindex(rows)
     t = x.where(x.kind.notna(), y)
     t[_NUMBERS] = x[_NUMBERS].fillna(0) + sign*y[_NUMBERS].fillna(0)
-    t['tower'],t['ran'] = t.tower.astype(bool),t.ran.astype(bool)
+    t['tower'] = t.tower.astype(bool)
+    t['ran'] = t.ran.astype(bool)
     convention = a.convention
-    if convention != b.convention: convention += f" {'+' if sign > 0 else '-'} {b.convention}"
-    return Cost(t, convention, a.input_size, {**b.upstream, **a.upstream},
-                _join_unpriced(a.unpriced, b.unpriced, sign))
+    operator = '+' if sign > 0 else '-'
+    if convention != b.convention: convention += f" {operator} {b.convention}"
+    upstream = {**b.upstream, **a.upstream}
+    unpriced = _join_unpriced(a.unpriced, b.unpriced, sign)
+    return Cost(t, convention, a.input_size, upstream, unpriced)
 
 # %% ../../nbs/04_cost.ipynb #7614b92f
 class _CostSums(_CostTable):
@@ -182,20 +236,24 @@ def _refuses_a_type(error):
     return _DTYPE.search(str(error)) is not None
 
 def _needs_values(e): # or is the input simply wrong?
-    return (isinstance(e, _NEED_VALUES)
-            or any(w in str(e).lower() for w in ('fake', 'meta', 'subclass', 'data-dependent')))
+    "Does a pass fail because there are no values?"
+    if isinstance(e, _NEED_VALUES): return True
+    words = str(e).lower()
+    return any(word in words for word in ('fake', 'meta', 'subclass', 'data-dependent'))
 
 def _inputs(model, size, args=(), forward=None):
     "What the model is called with: what it says itself, unless the user says more than the size."
     if hasattr(model, 'example_inputs') and not args and forward is None: return model.example_inputs(size)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    types = (p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = next(types, torch.float32)
     return torch.zeros(size, device=device_of(model), dtype=dtype),*args
 
 @contextlib.contextmanager
 def _no_log():
     "torch logs what fails on fake tensors; it is raised, too."
     log = logging.getLogger('torch._subclasses.fake_tensor')
-    before,log.disabled = log.disabled,True
+    before = log.disabled
+    log.disabled = True
     try: yield
     finally: log.disabled = before
 
@@ -205,14 +263,21 @@ def _as_written(autocast=False):
     caller's unless it is wanted."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
-        loaded = {'torch._dynamo', 'torch.nn.attention.flex_attention'} & set(sys.modules)
-        if loaded and hasattr(torch.compiler, 'set_stance'):
+        compilers = {'torch._dynamo', 'torch.nn.attention.flex_attention'}
+        is_loaded = bool(compilers & set(sys.modules))
+        if is_loaded and hasattr(torch.compiler, 'set_stance'):
             stack.enter_context(torch.compiler.set_stance('force_eager'))
-        for device in ('cpu', 'cuda', 'xpu') if not autocast else ():
+        devices = () if autocast else ('cpu', 'cuda', 'xpu')
+        for device in devices:
             if torch.is_autocast_enabled(device): stack.enter_context(torch.autocast(device, enabled=False))
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False) # else casts of a dry pass would be found by the next real one
         yield
+
+def _is_size(n):
+    "Is this the size of an axis: a whole number above zero?"
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)): return False
+    return n > 0
 
 # %% ../../nbs/04_cost.ipynb #768f019d
 def _size(input_size):
@@ -220,13 +285,15 @@ def _size(input_size):
     `OpenTransError`."""
     try: size = () if isinstance(input_size, str) else tuple(input_size)
     except TypeError: size = ()
-    if not size or not all(isinstance(n, (int, np.integer)) and not isinstance(n, bool) and n > 0 for n in size):
+    if not size or not all(map(_is_size, size)):
         raise OpenTransError(f"input_size must be (C,H,W) or (B,C,H,W), whole numbers above 0, not {input_size!r}.")
-    return (1,)*(len(size) == 3) + tuple(int(n) for n in size)
+    numbers = tuple(int(n) for n in size)
+    return (1, *numbers) if len(size) == 3 else numbers
 
 def _check_model(model, args):
     "Raises `OpenTransError` for what cannot be run as it is."
-    lazy = [n for n,p in [*model.named_parameters(), *model.named_buffers()] if nn.parameter.is_lazy(p)]
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [name for name,t in tensors if nn.parameter.is_lazy(t)]
     if lazy:
         raise OpenTransError(
             f"{len(lazy)} parameters have no shape yet, such as {lazy[0]}. Call the model once on a real input "
@@ -235,22 +302,32 @@ def _check_model(model, args):
         raise OpenTransError(f"args must be a tuple of more inputs, not {type(args).__name__}. Write args=(x,).")
 
 # %% ../../nbs/04_cost.ipynb #b9c5affc
+def _trace_parameters(trace, rows, fake):
+    "Tell a trace which tensors are the weights of the rows, also those that a fake mode puts in their place."
+    def twins(p): return [p] if fake is None or isinstance(p, FakeTensor) else [p, fake.from_tensor(p)]
+    for row,told in rows.items():
+        if not told['made']:
+            for t in twins(told['param']): trace.own(row, t)
+            continue
+        bit = trace.bit[row]
+        for part in told['made']: # of a weight that is computed
+            for t in twins(part): trace.mark(t, bit)
+
+def _tensors_in(values):
+    "All tensors in nested tuples, lists and dicts."
+    return [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
+
 def _one_pass(model, rows, size, convention, args, forward, fake=None, beside=None):
     "Run the model once on fake (or real) tensors with a counter that watches."
     price,table = CONVENTIONS[convention]
     counter = _Counter(rows, price)
-    def twins(p): return [p] if fake is None or isinstance(p, FakeTensor) else [p, fake.from_tensor(p)]
-    for row,told in rows.items():
-        if not told['made']:
-            for t in twins(told['param']): counter.trace.own(row, t)
-        for part in told['made'] or (): # of a weight that is computed
-            for t in twins(part): counter.trace.mark(t, counter.trace.bit[row])
+    _trace_parameters(counter.trace, rows, fake)
     inputs = _blindly(beside, lambda: _inputs(model, size, args, forward))
-    for t in tree_leaves(inputs):
-        if isinstance(t, torch.Tensor): counter.trace.mark(t, counter.input)
-    if beside: beside.forget([t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)])
+    for t in _tensors_in(inputs): counter.trace.mark(t, counter.input)
+    if beside: beside.forget(_tensors_in(inputs))
     composite = _Composite(counter) if convention == 'fvcore' else contextlib.nullcontext()
-    with _hooked(model, counter, table), composite, counter, _no_log(): (forward or model)(*inputs)
+    call = forward or model
+    with _hooked(model, counter, table), composite, counter, _no_log(): call(*inputs)
     return counter
 
 _COLUMNS = ['kind', 'tower', 'params', 'weights']
@@ -258,16 +335,21 @@ _COLUMNS = ['kind', 'tower', 'params', 'weights']
 # %% ../../nbs/04_cost.ipynb #42e54be3
 def _as_cost(counter, convention, size):
     "The counter's sums as a `Cost`."
-    rows = ([[d[k] for k in _COLUMNS] for d in counter.rows.values()]
-            + [[kind, tower, 0, 0] for kind,tower in counter.kinds.values()])
-    t = pd.DataFrame(rows, columns=_COLUMNS, index=[*counter.rows, *counter.kinds])
+    rows = [[row[column] for column in _COLUMNS] for row in counter.rows.values()]
+    rows += [[kind, tower, 0, 0] for kind,tower in counter.kinds.values()]
+    names = [*counter.rows, *counter.kinds]
+    macs = counter.macs
+    t = pd.DataFrame(rows, columns=_COLUMNS, index=names)
     t['tower'] = t.tower.astype(bool)
-    t['macs'] = [_whole(counter.macs.get(r, 0)) for r in t.index]
-    t['ran'] = [r in counter.upstream or r in counter.macs for r in t.index]
-    if convention == 'thop': t.loc[[r not in counter.macs for r in t.index], ['params', 'weights']] = 0
-    up = {r: frozenset(counter.trace.names(b)) for r,b in counter.upstream.items()}
-    free = pd.DataFrame([*counter.unpriced.values()], columns=['times', 'tower'], index=[*counter.unpriced])
-    return Cost(t, convention, size, up, free.astype(dict(times=int, tower=bool)))
+    t['macs'] = [_whole(macs.get(name, 0)) for name in names]
+    t['ran'] = [name in counter.upstream or name in macs for name in names]
+    if convention == 'thop':
+        is_unseen = [name not in macs for name in names]
+        t.loc[is_unseen, ['params', 'weights']] = 0
+    upstream = {row: frozenset(counter.trace.names(bits)) for row,bits in counter.upstream.items()}
+    unpriced = pd.DataFrame([*counter.unpriced.values()], columns=['times', 'tower'], index=[*counter.unpriced])
+    unpriced = unpriced.astype(dict(times=int, tower=bool))
+    return Cost(t, convention, size, upstream, unpriced)
 
 # %% ../../nbs/04_cost.ipynb #c9cbfabd
 def cost(
@@ -284,75 +366,110 @@ def cost(
     """Count parameters and multiply-accumulates in one pass. A model's own `example_inputs(size)` says what it is
     called with. Raises `OpenTransError`."""
     if convention not in CONVENTIONS: raise unknown('convention', convention, CONVENTIONS)
-    size,model = _size(input_size),unwrap(model)
+    size = _size(input_size)
+    model = unwrap(model)
     _check_model(model, args)
     # a mask of another backbone may have the same names: it is refused
     if hasattr(mask, 'weights'): mask.weights(model)
     with _as_written():
         with eval_mode(model): rows = _model_rows(model)
         def run(*mode): return _one_pass(model, rows, size, convention, args, forward, *mode)
-        try:
-            counter = (_run_dry(model, run, 'Count with dry=False, which runs the model for real, once.') if dry
-                       else run())
+        advice = 'Count with dry=False, which runs the model for real, once.'
+        try: counter = _run_dry(model, run, advice) if dry else run()
         except _LeftBehind: raise
         except Exception as e:
-            if not dry or not (_needs_values(e) or _refuses_a_type(e)):
+            can_run_for_real = dry and (_needs_values(e) or _refuses_a_type(e))
+            if not can_run_for_real:
                 raise OpenTransError(
                     f"The model cannot be run on an input of size {size}: {e}. Give its other inputs as args=, or "
                     f"forward=.") from e
             return cost(model, input_size, mask, convention, args, forward, dry=False)
-    return _as_cost(counter, convention, size).with_mask(mask)
+    dense = _as_cost(counter, convention, size)
+    return dense.with_mask(mask)
 
 # %% ../../nbs/04_cost.ipynb #ba5f0bf9
+def _stage(row, depth):
+    "The stage of a row: the first parts of its module's name."
+    module = row.split(':')[0]
+    if '.' not in module: return module
+    parts = module.split('.')
+    return '.'.join(parts[:depth])
+
+def _sums(rows, by):
+    "Sums of the rows of a cost by groups, without groups that cost nothing."
+    t = rows.groupby(by, sort=False)[_NUMBERS].sum()
+    t = t.drop(columns='weights')
+    is_some = (t != 0).any(axis=1)
+    return t[is_some]
+
+def _markdown_line(cells):
+    "A row of a markdown table."
+    return f"| {' | '.join(cells)} |"
+
 class _CostText(_CostSums):
     "Costs as tables and as text."
     def by_kind(self)->pd.DataFrame:
         "Sums by kind of layer."
-        t = self.by_layer.groupby('kind', sort=False)[_NUMBERS].sum().drop(columns='weights')
-        return t[(t != 0).any(axis=1)]
+        return _sums(self.by_layer, 'kind')
 
     def by_stage(self,
         depth:int=1, # How many parts of the name make a stage
     )->pd.DataFrame:
         "Sums by the first parts of the name, in the model's order."
-        stage = ['.'.join(r.split(':')[0].split('.')[:depth]) if '.' in r.split(':')[0] else r.split(':')[0]
-                 for r in self.by_layer.index]
-        t = self.by_layer.groupby(pd.Index(stage, name='stage'), sort=False)[_NUMBERS].sum().drop(columns='weights')
-        return t[(t != 0).any(axis=1)]
+        stages = [_stage(row, depth) for row in self.by_layer.index]
+        return _sums(self.by_layer, pd.Index(stages, name='stage'))
 
     def to_markdown(self, by:str='kind', **kw:Any)->str:
         "A markdown table by `'kind'` or `'stage'`, with the total below."
-        t = getattr(self, f'by_{by}')(**kw)
-        lines = [(for_markdown(k), *(_si(r[c]).strip() for c in ('params', 'active_params', 'macs', 'active_macs')))
-                 for k,r in t.iterrows()]
-        lines.append(('**all**',
-                      *(f'**{_si(x).strip()}**'
-                        for x in (self.params, self.active_params, self.macs, self.active_macs))))
-        head = [f'| {by} | params | active | {"MACs" if self.convention == "macs" else self.convention} | active |',
-                '|---|--:|--:|--:|--:|']
+        groups = getattr(self, f'by_{by}')(**kw)
+        counted = 'MACs' if self.convention == 'macs' else self.convention
+        lines = [_markdown_line([by, 'params', 'active', counted, 'active']), '|---|--:|--:|--:|--:|']
+        columns = ('params', 'active_params', 'macs', 'active_macs')
+        for name,row in groups.iterrows():
+            numbers = [_si(row[column]).strip() for column in columns]
+            lines.append(_markdown_line([for_markdown(name), *numbers]))
+        totals = [_si(getattr(self, column)).strip() for column in columns]
+        lines.append(_markdown_line(['**all**', *(f'**{total}**' for total in totals)]))
         free = self._without_price()
-        return '\n'.join(head + [f"| {' | '.join(line)} |" for line in lines]
-                         + ([f'\nWithout a price: {for_markdown(free)}.'] if free else []))
+        if free: lines.append(f'\nWithout a price: {for_markdown(free)}.')
+        return '\n'.join(lines)
 
     def _without_price(self):
         "What ran and has no price, in words: each operator and how often, the most frequent first."
-        times = self.unpriced.times.groupby(self.unpriced.index.str.partition(':').get_level_values(2)
-                                            if len(self.unpriced) else []).sum()
-        shown = [f'{name} x{n}' for name,n in times.sort_values(ascending=False, kind='stable').items()]
-        return ', '.join(shown[:4]) + (f' and {len(shown)-4} more' if len(shown) > 4 else '')
+        names = []
+        if len(self.unpriced): names = self.unpriced.index.str.partition(':').get_level_values(2)
+        times = self.unpriced.times.groupby(names).sum()
+        times = times.sort_values(ascending=False, kind='stable')
+        shown = [f'{name} x{count}' for name,count in times.items()]
+        words = ', '.join(shown[:4])
+        return words + f' and {len(shown)-4} more' if len(shown) > 4 else words
 
     def _repr_markdown_(self): return self.to_markdown()
 
     def __repr__(self)->str:
-        sums = (
-            f'{_si(self.active_params)} of {_si(self.params)} parameters, {_si(self.active_macs)} of '
-            f'{_si(self.macs)}MACs')
+        params = f'{_si(self.active_params)} of {_si(self.params)} parameters'
+        macs = f'{_si(self.active_macs)} of {_si(self.macs)}MACs'
+        size = 'x'.join(map(str, self.input_size or ()))
         free = self._without_price()
-        return (
-            f"Cost({sums}, {self.convention} at "
-            f"{'x'.join(map(str, self.input_size or ()))}{f'; without a price: {free}' if free else ''})")
+        lack = f'; without a price: {free}' if free else ''
+        return f"Cost({params}, {macs}, {self.convention} at {size}{lack})"
 
 # %% ../../nbs/04_cost.ipynb #de186c9f
+def _unit_of(values):
+    "A factor and its prefix in which numbers are short."
+    largest = values.max()
+    if largest > 1e8: return 1e9,'G'
+    if largest > 1e5: return 1e6,'M'
+    return 1,''
+
+def _label_rows(rows, ax):
+    "Write names of rows below the bars of a plot: of at most some 80."
+    names = [for_plot(row.removesuffix('.weight')) for row in rows]
+    x = np.arange(len(names))
+    ax.set_xticks(x, names, rotation=90 if len(names) > 8 else 0, fontsize=9)
+    step = len(names)//40
+    if len(names) > 80: ax.set_xticks(x[::step], names[::step])
+
 class Cost(_CostText):
     "What a model costs, row by row. One multiply-accumulate is one FLOP."
     def plot(self,
@@ -363,30 +480,42 @@ class Cost(_CostText):
         "Bars of what each layer costs; the dark part is what a mask leaves."
         t = self.by_layer if by == 'layer' else getattr(self, f'by_{by}')()
         t = t[t[what] != 0]
-        ax = get_axes(ax, figsize=(min(12, 3+.16*len(t)), 3))
-        f,p = 1,''
-        if t[what].max() > 1e8: f,p = 1e9,'G'
-        elif t[what].max() > 1e5: f,p = 1e6,'M'
+        width = min(12, 3+.16*len(t))
+        ax = get_axes(ax, figsize=(width, 3))
+        dense = t[what]
+        active = t[f'active_{what}']
+        factor,prefix = _unit_of(dense)
         x = np.arange(len(t))
-        ax.bar(x, t[what]/f, color='#c6d4e6', label='dense')
-        if (t[f'active_{what}'] != t[what]).any():
-            ax.bar(x, t[f'active_{what}']/f, color='#2b5c94', label='under the mask')
+        ax.bar(x, dense/factor, color='#c6d4e6', label='dense')
+        if (active != dense).any():
+            ax.bar(x, active/factor, color='#2b5c94', label='under the mask')
             ax.legend(frameon=False)
-        names = [for_plot(r.removesuffix('.weight')) for r in t.index]
-        ax.set_xticks(x, names, rotation=90 if len(t) > 8 else 0, fontsize=9)
-        if len(t) > 80: ax.set_xticks(x[::len(t)//40], names[::len(t)//40])
-        ax.set_ylabel(f"{p} {'MACs' if what == 'macs' else 'parameters'}".strip())
+        _label_rows(t.index, ax)
+        counted = 'MACs' if what == 'macs' else 'parameters'
+        ax.set_ylabel(f"{prefix} {counted}".strip())
         ax.margins(x=.01)
         ax.spines[['top', 'right']].set_visible(False)
-        ax.set_title(f"{_si(self.active_macs)} of {_si(self.macs)}MACs" if what == 'macs'
-                     else f"{_si(self.active_params)} of {_si(self.params)} parameters")
+        title = f"{_si(self.active_params)} of {_si(self.params)} parameters"
+        if what == 'macs': title = f"{_si(self.active_macs)} of {_si(self.macs)}MACs"
+        ax.set_title(title)
         return ax
 
 # %% ../../nbs/04_cost.ipynb #efdbfffc
 def _frozen(selection, rows):
+    "The rows of the layers that a selection freezes."
     if selection is None: return set()
-    where = find_names([*selection.train, *selection.freeze], rows, 'layers of the selection')
-    return {where[n] for n in selection.freeze}
+    named = [*selection.train, *selection.freeze]
+    where = find_names(named, rows, 'layers of the selection')
+    return {where[name] for name in selection.freeze}
+
+def _can_learn(row, tower, kind, frozen, train_norms):
+    "Does a row learn? Not if it is frozen; norms and the like of the tower only with `train_norms`."
+    if row in frozen: return False
+    return train_norms or not tower or kind in LAYER_KINDS
+
+def _images_of(counted):
+    "How many pictures the pass had that a cost is of."
+    return counted.input_size[0] if counted.input_size else 1
 
 def training_table(
     cost:Cost, # Of one forward pass of one image
@@ -400,18 +529,20 @@ def training_table(
     "FLOPs of one training step for one image, layer by layer (supplement 6.2)."
     if rule not in ('paper', 'exact'): raise unknown('rule', rule, ['paper', 'exact'])
     t = (cost if mask is None else cost.with_mask(mask)).by_layer
-    images = cost.input_size[0] if cost.input_size else 1
     frozen = _frozen(selection, t.index)
-    learns = pd.Series([r not in frozen and (train_norms or not tower or kind in LAYER_KINDS)
-                        for r,tower,kind in zip(t.index, t.tower, t.kind)], t.index)
+    rows = zip(t.index, t.tower, t.kind)
+    can_learn = [_can_learn(row, tower, kind, frozen, train_norms) for row,tower,kind in rows]
+    learns = pd.Series(can_learn, t.index)
     learns &= (t.weights > 0) | (rule == 'paper')
     flows = pd.Series(True, t.index)
     if rule == 'exact':
         on = set(t.index[learns])
-        flows = pd.Series([bool(on & cost.upstream.get(r, set())) for r in t.index], t.index)
+        depends = [bool(on & cost.upstream.get(row, set())) for row in t.index]
+        flows = pd.Series(depends, t.index)
         learns |= (t.weights == 0) & flows # a product of two features: the second factor
-    d = t.density.where(t.tower, 1.)
-    return pd.DataFrame(dict(forward=d*t.macs, input_grad=flows*t.macs, weight_grad=learns*d*t.macs))/images
+    density = t.density.where(t.tower, 1.)
+    flops = dict(forward=density*t.macs, input_grad=flows*t.macs, weight_grad=learns*density*t.macs)
+    return pd.DataFrame(flops)/_images_of(cost)
 
 def training_flops(
     cost:Cost, # Of one forward pass
@@ -427,15 +558,36 @@ def training_flops(
     train_norms:bool=True, # Do norms of the tower learn? Matters for `rule='exact'`
 )->float: # FLOPs of the whole run
     "FLOPs of a training run under a mask and a layer selection (supplement 6.2)."
-    for name,n in dict(iterations=iterations, batch_size=batch_size,
-                       **({} if isinstance(head, Cost) else dict(head=head))).items():
+    given = dict(iterations=iterations, batch_size=batch_size)
+    if not isinstance(head, Cost): given['head'] = head
+    for name,n in given.items():
         if not _number(n) or not 0 <= n < math.inf:
             raise OpenTransError(f"{name} must be a number from 0 up, not {n!r}.")
-    h = head
-    if isinstance(head, Cost): h = head.macs/(head.input_size[0] if head.input_size else 1)
-    return (training_table(cost, mask, selection, rule, train_norms).to_numpy().sum() + 3*h)*iterations*batch_size
+    head_macs = head.macs/_images_of(head) if isinstance(head, Cost) else head
+    table = training_table(cost, mask, selection, rule, train_norms)
+    of_image = table.to_numpy().sum() + 3*head_macs
+    return of_image*iterations*batch_size
 
 # %% ../../nbs/04_cost.ipynb #5f25275b
+def _thop_count(lib, model, image):
+    "(FLOPs, parameters) by thop."
+    counts = lib.profile(model, (image,), verbose=False)
+    return tuple(int(n) for n in counts)
+
+def _ptflops_count(lib, model, size):
+    "(FLOPs, parameters) by ptflops."
+    config = dict(count_functional=False)
+    return lib.get_model_complexity_info(model, size, as_strings=False, print_per_layer_stat=False,
+                                         backend_specific_config=config)
+
+def _fvcore_count(lib, model, image):
+    "(FLOPs, parameters) by fvcore."
+    analysis = lib.FlopCountAnalysis(model, image)
+    analysis.unsupported_ops_warnings(False)
+    analysis.uncalled_modules_warnings(False)
+    params = sum(p.numel() for p in model.parameters())
+    return int(analysis.total()),params
+
 def tool_count(
     tool:str, # `'thop'`, `'ptflops'` or `'fvcore'`
     model:nn.Module, # The model; it is copied, since the tools leave traces
@@ -443,14 +595,13 @@ def tool_count(
 )->tuple[int, int]: # (FLOPs, parameters)
     "Run one of the three counting tools. Raises `OpenTransError` if it is not installed."
     import copy, warnings
-    model,size = copy.deepcopy(model).eval(),_size(input_size)[-3:]
+    model = copy.deepcopy(model).eval()
+    size = _size(input_size)[-3:]
     with warnings.catch_warnings(), torch.inference_mode(False):
         warnings.simplefilter('ignore')
-        lib = optional(tool if tool != 'fvcore' else 'fvcore.nn', 'bench', f"Counting with {tool}")
-        if tool == 'thop': return tuple(int(n) for n in lib.profile(model, (torch.zeros(1, *size),), verbose=False))
-        if tool == 'ptflops':
-            return lib.get_model_complexity_info(model, size, as_strings=False, print_per_layer_stat=False,
-                                                 backend_specific_config=dict(count_functional=False))
-        analysis = lib.FlopCountAnalysis(model, torch.zeros(1, *size))
-        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        return int(analysis.total()),sum(p.numel() for p in model.parameters())
+        package = 'fvcore.nn' if tool == 'fvcore' else tool
+        lib = optional(package, 'bench', f"Counting with {tool}")
+        if tool == 'ptflops': return _ptflops_count(lib, model, size)
+        image = torch.zeros(1, *size)
+        if tool == 'thop': return _thop_count(lib, model, image)
+        return _fvcore_count(lib, model, image)

@@ -22,77 +22,112 @@ from .prices import _aten, _may_multiply, _pt_attention, _PTFLOPS, _THOP, fvcore
 def _sources(m):
     """Weights of a module that are computed from other parameters (weight_norm, spectral_norm, pruning, any
     parametrisation): name -> these parameters."""
-    res = {k: list(made.parameters()) for k,made in getattr(m, 'parametrizations', {}).items()}
-    for k,p in m._parameters.items(): # the older way: parameters beside a plain attribute that a hook computes
-        name = re.sub('_(orig|g|v)$', '', k)
-        if p is not None and name != k and isinstance(m.__dict__.get(name), torch.Tensor):
-            res.setdefault(name, []).append(p)
+    parametrised = getattr(m, 'parametrizations', {})
+    res = {name: list(made.parameters()) for name,made in parametrised.items()}
+    for key,p in m._parameters.items(): # the older way: parameters beside a plain attribute that a hook computes
+        name = re.sub('_(orig|g|v)$', '', key)
+        if p is None or name == key: continue
+        is_computed = isinstance(m.__dict__.get(name), torch.Tensor)
+        if is_computed: res.setdefault(name, []).append(p)
     return res
+
+def _whole_parts(parts):
+    "Parameters of which a row has all, as (parameter, its rows or None)."
+    return [(p, None) for p in parts]
 
 def _computed_row(name, m, parts):
     "The row of a weight that is computed, where `layers_of` knows none."
     kind = 'parameter'
     if isinstance(m, CONVS): kind = 'conv'
     elif isinstance(m, nn.Linear): kind = 'linear'
-    return [[name, kind, [(p, None) for p in parts]]]
+    return [[name, kind, _whole_parts(parts)]]
 
 def _shares(parts, layers):
     """Parameters behind a packed weight, for each of its layers: by rows where they have as many, else the first
     takes them."""
     rows = max(layer.rows.stop for layer in layers)
-    return [[(p, layer.rows) for p in parts if len(p) == rows]
-            + [(p, None) for p in parts if len(p) != rows and layer is layers[0]] for layer in layers]
+    divided = [p for p in parts if len(p) == rows]
+    others = [p for p in parts if len(p) != rows]
+    shares = [[(p, layer.rows) for p in divided] for layer in layers]
+    shares[0] += _whole_parts(others)
+    return shares
 
 # %% ../../nbs/04c_counting.ipynb #fe5fa97f
+def _rows_of_weights(name, path, m):
+    "The rows of a module's weights, those that are computed first; `path` is what their names begin with."
+    layers = layers_of(name, m)
+    rows = []
+    for key,parts in _sources(m).items():
+        made = [layer for layer in layers if layer.key == path+key]
+        layers = [layer for layer in layers if layer not in made]
+        if not made: rows += _computed_row(path+key, m, parts)
+        elif made[0].rows:
+            shares = _shares(parts, made)
+            rows += [[layer.name, layer.kind, share] for layer,share in zip(made, shares)]
+        else: rows += [[layer.name, layer.kind, _whole_parts(parts)] for layer in made]
+    for layer in layers: rows.append([layer.name, layer.kind, [(layer.param, layer.rows)]])
+    return rows
+
+def _kind_of_others(m):
+    "The kind of a module's parameters that are no weights of layers."
+    if isinstance(m, NORMS): return 'norm'
+    return 'embedding' if isinstance(m, nn.Embedding) else 'parameter'
+
+def _share_bias(p, rows):
+    "Add a packed bias to the rows of parallel q, k and v: each has its third."
+    for i,row in enumerate(rows):
+        third = slice(i*len(p)//3, (i+1)*len(p)//3)
+        row[2].append((p, third))
+
 def _module_rows(name, m):
     "Rows of a module's own weights: [row, kind, [(parameter, its rows or None), ...]], the weight first."
-    own,dot = {k: p for k,p in m._parameters.items() if p is not None},f'{name}.' if name else ''
-    layers,rows = layers_of(name, m),[]
-    for key,parts in _sources(m).items():
-        made = [layer for layer in layers if layer.key == dot+key]
-        packed = ([[layer.name, layer.kind, share] for layer,share in zip(made, _shares(parts, made))]
-                  if made and made[0].rows else [])
-        rows += (packed or [[layer.name, layer.kind, [(p, None) for p in parts]] for layer in made]
-                 or _computed_row(dot+key, m, parts))
-        layers = [layer for layer in layers if layer not in made]
-    rows += [[layer.name, layer.kind, [(layer.param, layer.rows)]] for layer in layers]
-    taken = {id(p) for r in rows for p,_ in r[2]}
-    kind = 'parameter'
-    if isinstance(m, NORMS): kind = 'norm'
-    elif isinstance(m, nn.Embedding): kind = 'embedding'
-    for k,p in sorted(own.items(), key=lambda kp: kp[0] != 'weight'):
+    path = f'{name}.' if name else ''
+    rows = _rows_of_weights(name, path, m)
+    taken = {id(p) for _,_,parts in rows for p,_ in parts}
+    kind = _kind_of_others(m)
+    own = [(key, p) for key,p in m._parameters.items() if p is not None]
+    for key,p in sorted(own, key=lambda entry: entry[0] != 'weight'):
         if id(p) in taken: continue
         taken.add(id(p))
-        if k in ('bias', 'in_proj_bias') and len(rows) == 3: # packed or parallel q, k, v: each has its third
-            for i,r in enumerate(rows): r[2].append((p, slice(i*len(p)//3, (i+1)*len(p)//3)))
-        elif k == 'bias' and rows: rows[0][2].append((p, None))
-        else: rows.append([dot+k, kind, [(p, None)]])
+        if key in ('bias', 'in_proj_bias') and len(rows) == 3: _share_bias(p, rows)
+        elif key == 'bias' and rows: rows[0][2].append((p, None))
+        else: rows.append([path+key, kind, [(p, None)]])
     return rows
 
 # %% ../../nbs/04c_counting.ipynb #705c3228
 def _paths(model):
     """Path of each module as rows spell it, and whether it is in the tower: a head's module that is called like one
     of the tower gets `(head)` before it."""
-    inside = {id(m): n for n,m in bare_modules(find_tower(model))}
+    inside = {id(m): name for name,m in bare_modules(find_tower(model))}
     names = set(inside.values()) - {''}
-    for n,m in bare_modules(model):
-        if id(m) in inside: yield inside[id(m)],True,m
-        else: yield f'(head) {n}' if n in names else n,False,m
+    for name,m in bare_modules(model):
+        is_inside = id(m) in inside
+        if is_inside: path = inside[id(m)]
+        else: path = f'(head) {name}' if name in names else name
+        yield path,is_inside,m
 
 def _lone_row(path, m, fresh):
     "The row of a bias whose weight was counted with another module."
-    key = next((k for k,p in m._parameters.items() if p is fresh[0][0]), 'bias')
+    bias,_ = fresh[0]
+    key = next((key for key,p in m._parameters.items() if p is bias), 'bias')
     return f'{path}.{key}' if path else key
+
+def _size_of(part):
+    "Numbers in a part of a row: a parameter, or some of its rows."
+    p,rows = part
+    return p.numel() if rows is None else p[rows].numel()
 
 # %% ../../nbs/04c_counting.ipynb #16f8e182
 def _model_rows(model):
     """All rows of a model: row -> dict(kind, tower, params, weights, param, rows, made). A parameter counts once,
     wherever it appears again."""
-    seen,res = set(),{}
+    seen = set()
+    res = {}
     for path,inside,m in _paths(model):
-        made,here = {id(p): parts for parts in _sources(m).values() for p in parts},set()
+        made = {id(p): parts for parts in _sources(m).values() for p in parts}
+        here = set()
         for row,kind,parts in _module_rows(path, m):
-            fresh = [(p, s) for p,s in parts if id(p) not in seen]
+            fresh = [part for part in parts if id(part[0]) not in seen]
             here |= {id(p) for p,_ in fresh}
             if not fresh: continue
             param,where = parts[0]
@@ -103,16 +138,18 @@ def _model_rows(model):
                 param,where = fresh[0][0],None
                 if row in res: continue # the other thirds of a packed bias
                 fresh = [(param, None)]
-            sizes = [(p if s is None else p[s]).numel() for p,s in fresh]
+            sizes = [_size_of(part) for part in fresh]
             weights = max(sizes) if id(param) in made else sizes[0]
-            res[f'(head) {row}' if row in res else row] = dict(
-                kind=kind, tower=inside, params=sum(sizes), weights=weights, param=param, rows=where,
-                made=made.get(id(param)))
+            told = dict(kind=kind, tower=inside, params=sum(sizes), weights=weights)
+            told |= dict(param=param, rows=where, made=made.get(id(param)))
+            if row in res: row = f'(head) {row}'
+            res[row] = told
         seen |= here
     return res
 
 # %% ../../nbs/04c_counting.ipynb #9013203a
 def _storage(t):
+    "The memory of a tensor; None if it has none of one piece."
     try: return t.untyped_storage()
     except (NotImplementedError, RuntimeError): return None # e.g. a sparse tensor
 
@@ -133,52 +170,70 @@ class _Trace:
 
     def own(self, row, t):
         "Tensor `t` holds the whole parameter of `row`."
-        where,s = self.rows[row]['rows'],_storage(t)
+        where = self.rows[row]['rows']
+        s = _storage(t)
         if s is None: return self.own_whole([row], t)
-        n = t[0].numel() if where is not None else 0
-        lo,hi = (0, t.numel()) if where is None else (where.start*n, where.stop*n)
-        self.owners.setdefault(s._cdata, []).append((row, t.storage_offset()+lo, t.storage_offset()+hi, s))
+        first,last = 0,t.numel()
+        if where is not None:
+            size = t[0].numel() # of a row of the matrix
+            first,last = where.start*size,where.stop*size
+        start = t.storage_offset()
+        span = (row, start+first, start+last, s)
+        self.owners.setdefault(s._cdata, []).append(span)
 
     def own_whole(self, rows, t):
         "A tensor without storage is known by itself, as long as it lives."
-        self.owners[_key(t)] = [(r, 0, t.numel(), weakref.ref(t)) for r in rows]
+        size = t.numel()
+        self.owners[_key(t)] = [(row, 0, size, weakref.ref(t)) for row in rows]
 
     def spans(self, t):
+        "(row, first, last, memory) of what lies in the memory of a tensor."
         key = _key(t)
         found = self.owners.get(key, ())
-        return [span for span in found if span[3]() is t] if isinstance(key, tuple) else found
+        has_storage = not isinstance(key, tuple)
+        return found if has_storage else [span for span in found if span[3]() is t]
 
     def copied(self, t, out):
         """`out` holds the same numbers as `t`, e.g. in another precision: what `t` is a view of, `out` is a view
         of, too."""
         spans = self.spans(t)
-        if spans and _storage(t) is None and _storage(out) is None:
-            return self.own_whole([r for r,*_ in spans], out)
-        s = _storage(out) if spans and t.is_contiguous() and out.is_contiguous() else None
+        if not spans: return
+        if _storage(t) is None and _storage(out) is None:
+            return self.own_whole([row for row,*_ in spans], out)
+        if not (t.is_contiguous() and out.is_contiguous()): return
+        s = _storage(out)
         if s is None or s._cdata in self.owners: return
         shift = out.storage_offset() - t.storage_offset()
-        self.owners[s._cdata] = [(r, lo+shift, hi+shift, s) for r,lo,hi,_ in spans]
+        self.owners[s._cdata] = [(row, first+shift, last+shift, s) for row,first,last,_ in spans]
 
     def rows_of(self, t):
+        "The rows whose parameters a tensor is a view of."
         spans = self.spans(t)
-        if len(spans) < 2 or _storage(t) is None: return [r for r,*_ in spans]
-        lo,hi = t.storage_offset(),t.storage_offset() + t.numel()
-        return [r for r,a,b,_ in spans if a < hi and lo < b]
+        if len(spans) < 2 or _storage(t) is None: return [row for row,*_ in spans]
+        start = t.storage_offset()
+        end = start + t.numel()
+        return [row for row,first,last,_ in spans if first < end and start < last]
 
     def bits_of(self, t):
+        "The bits of all that a tensor depends on."
         res = self.bits.get(_key(t), 0)
-        for r in self.rows_of(t): res |= self.bit[r]
+        for row in self.rows_of(t): res |= self.bit[row]
         return res
 
     def mark(self, t, bits):
+        "Note that a tensor depends on something, as long as its memory lives."
         s = _storage(t)
         if s is None: return
-        k = s._cdata
-        if k not in self.watch:
-            self.watch[k] = weakref.ref(s, lambda _: (self.bits.pop(k, None), self.watch.pop(k, None)))
-        self.bits[k] = self.bits.get(k, 0) | bits
+        key = s._cdata
+        def forget(_):
+            self.bits.pop(key, None)
+            self.watch.pop(key, None)
+        if key not in self.watch: self.watch[key] = weakref.ref(s, forget)
+        self.bits[key] = self.bits.get(key, 0) | bits
 
-    def names(self, bits): return [r for r in self.rows if self.bit[r] & bits]
+    def names(self, bits):
+        "The rows of some bits."
+        return [row for row in self.rows if self.bit[row] & bits]
 
 # %% ../../nbs/04c_counting.ipynb #a40eebc4
 @functools.lru_cache(None)
@@ -206,49 +261,66 @@ class _Counter(TorchDispatchMode):
         self.kinds = {}
         self.upstream = {}
         self.unpriced = {}
-        self.at = {(id(d['param']), d['rows'] and d['rows'].start): r for r,d in rows.items()}
+        self.at = {}
+        for row,told in rows.items():
+            first = told['rows'] and told['rows'].start
+            self.at[id(told['param']), first] = row
         self.input = 1 << len(rows) # the bit of what comes from the model's input
 
     def place(self, factors, kind):
         """The rows to charge: of a parameter among the factors, or of one that a factor was computed from here (a
         masked weight), or of the module."""
         owned = [rows for t in factors if (rows := self.trace.rows_of(t))]
-        if owned: return list(dict.fromkeys(sum(owned, []))) if kind == 'recurrent' else owned[0]
-        here = self.stack[-1][0]
+        if owned:
+            is_shared = kind == 'recurrent'
+            return list(dict.fromkeys(sum(owned, []))) if is_shared else owned[0]
+        here,_ = self.stack[-1]
+        prefix = f'{here}.' if here else ''
         for t in factors:
             bits = self.trace.bits_of(t)
             if not bits or bits & self.input: continue
             if 'parametrizations' in here.split('.'): return [f'{here}:parametrization']
             rows = self.trace.names(bits)
-            if len(rows) != 1 or not rows[0].startswith(f'{here}.' if here else ''): continue
-            return [f'{here}:parametrization'] if self.rows[rows[0]]['made'] else rows
+            is_of_here = len(rows) == 1 and rows[0].startswith(prefix)
+            if not is_of_here: continue
+            is_computed = self.rows[rows[0]]['made']
+            return [f'{here}:parametrization'] if is_computed else rows
         return [f'{here}:{kind}']
 
     def charge(self, n, rows, kind):
         "Add a price: to one row, or to several in proportion to their weights."
-        sizes = [self.rows[r]['weights'] if r in self.rows else 1 for r in rows]
+        sizes = [self.rows[row]['weights'] if row in self.rows else 1 for row in rows]
+        if not sum(sizes): sizes = [1]*len(rows) # weights without elements
         total = sum(sizes)
-        if not total: sizes,total = [1]*len(rows),len(rows) # weights without elements
-        for r,size in zip(rows, sizes):
-            self.macs[r] = self.macs.get(r, 0) + n*size/total
-            if r not in self.rows:
-                self.kinds[r] = 'parametrization' if r.endswith(':parametrization') else kind,self.stack[-1][1]
+        _,inside = self.stack[-1]
+        for row,size in zip(rows, sizes):
+            self.macs[row] = self.macs.get(row, 0) + n*size/total
+            if row in self.rows: continue
+            own_kind = 'parametrization' if row.endswith(':parametrization') else kind
+            self.kinds[row] = own_kind,inside
 
     def no_price(self, name):
         "Something that may multiply ran and has no price in this convention."
         here,inside = self.stack[-1]
-        self.unpriced[f'{here}:{name}'] = self.unpriced.get(f'{here}:{name}', (0, inside))[0] + 1,inside
+        row = f'{here}:{name}'
+        times,_ = self.unpriced.get(row, (0, inside))
+        self.unpriced[row] = times + 1,inside
 
     def bill(self, op, args, kwargs, out):
         "Charge what an operator costs; returns the rows whose weights it multiplied with."
         ours = op_macs(op, args, out, kwargs)
-        theirs = ours if self.price is op_macs else self.price and self.price(op, args, out, kwargs)
-        rows_of = {
-            id(p): self.place([t for i in p[1] for t in tree_leaves(args[i]) if isinstance(t, torch.Tensor)], p[2])
-            for p in (ours, theirs) if p}
-        hit = {r for rows in rows_of.values() for r in rows}
+        if self.price is op_macs: theirs = ours
+        else: theirs = self.price and self.price(op, args, out, kwargs)
+        hit = set()
+        rows = ()
+        for price in (ours, theirs): # the rows of the last one are charged
+            if not price: continue
+            _,places,kind = price
+            leaves = [t for place in places for t in tree_leaves(args[place])]
+            rows = self.place([t for t in leaves if isinstance(t, torch.Tensor)], kind)
+            hit.update(rows)
         if self.quiet or self.price is None: return hit
-        if theirs: self.charge(theirs[0], rows_of[id(theirs)], theirs[2])
+        if theirs: self.charge(theirs[0], rows, theirs[2])
         elif ours or _may_multiply(op): self.no_price(getattr(op, '_qualified_op_name', str(op)))
         return hit
 
@@ -259,28 +331,41 @@ class _Counter(TorchDispatchMode):
         out = func(*args, **kwargs)
         outs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
         if not outs: return out
-        ins = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        behind = 0
-        bits = 0
-        hit = set()
+        given = tree_leaves((args, kwargs))
+        ins = [t for t in given if isinstance(t, torch.Tensor)]
         op = getattr(func, '_overloadpacket', func)
-        for t in ins:
-            own,b = self.trace.rows_of(t),self.trace.bits_of(t)
-            bits |= b
-            hit |= set(own)
-            if not own: behind |= b
+        bits,behind,hit = self._depends(ins)
         hit |= self.bill(op, args, kwargs, outs[0])
-        for r in hit: self.upstream[r] = self.upstream.get(r, 0) | behind & ~self.trace.bit.get(r, 0)
+        for row in hit:
+            others = ~self.trace.bit.get(row, 0)
+            self.upstream[row] = self.upstream.get(row, 0) | behind & others
         if op in _SAME: self.trace.copied(ins[0], outs[0])
         for t in outs: self.trace.mark(t, bits)
         return out
+
+    def _depends(self, tensors):
+        """(bits of all that some tensors depend on, bits of those of them that are no parameters, rows of those that
+        are)."""
+        bits = 0
+        behind = 0
+        rows = set()
+        for t in tensors:
+            own = self.trace.rows_of(t)
+            bits_of_one = self.trace.bits_of(t)
+            bits |= bits_of_one
+            rows.update(own)
+            if not own: behind |= bits_of_one
+        return bits,behind,rows
 
 # %% ../../nbs/04c_counting.ipynb #4820e75d
 def _einsum_flops(eq, *xs):
     "fvcore's price of an einsum of two tensors: the product of all sizes, half of it if nothing is summed."
     ins,_,out = eq.replace(' ', '').partition('->')
-    size = {c: n for part,x in zip(ins.split(','), xs) for c,n in zip(part, x.shape)}
-    return math.prod(size.values())//(1 if set(size) - set(out) else 2)
+    size = {}
+    for letters,x in zip(ins.split(','), xs): size.update(zip(letters, x.shape))
+    is_summed = bool(set(size) - set(out))
+    whole = math.prod(size.values())
+    return whole//(1 if is_summed else 2)
 
 _FVCORE_FREE = dict.fromkeys(
     'lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell bilinear tensordot inner multi_dot '
@@ -296,20 +381,29 @@ class _Composite(TorchFunctionMode):
     def price(self, func, args):
         "(FLOPs or None, kind) of a call that fvcore sees whole, else None."
         name = getattr(func, '__name__', '').removeprefix('linalg_')
-        if func is torch.einsum and len(args) == 3 and isinstance(args[0], str) and '.' not in args[0]:
-            return _einsum_flops(*args),'matmul'
+        is_einsum_of_two = func is torch.einsum and len(args) == 3 and isinstance(args[0], str)
+        if is_einsum_of_two and '.' not in args[0]: return _einsum_flops(*args),'matmul'
         if func is F.adaptive_avg_pool2d: return args[0].numel(),'pool'
         if func is F.scaled_dot_product_attention or name in _FVCORE_FREE: return None,name
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        c,found = self.counter,None if self.counter.quiet else self.price(func, args)
-        if found is None: return func(*args, **(kwargs or {}))
+    def charge(self, func, args):
+        "Charge a call that fvcore sees whole; False for any other."
+        counter = self.counter
+        found = None if counter.quiet else self.price(func, args)
+        if found is None: return False
         n,kind = found
-        if n is None: c.no_price(f'aten::{kind}')
-        else: c.charge(n, c.place([t for t in args[1:] if isinstance(t, torch.Tensor)], kind), kind)
-        c.quiet += 1
-        try: return func(*args, **(kwargs or {}))
-        finally: c.quiet -= 1
+        if n is None: counter.no_price(f'aten::{kind}')
+        else:
+            factors = [t for t in args[1:] if isinstance(t, torch.Tensor)]
+            counter.charge(n, counter.place(factors, kind), kind)
+        return True
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if not self.charge(func, args): return func(*args, **kwargs)
+        self.counter.quiet += 1
+        try: return func(*args, **kwargs)
+        finally: self.counter.quiet -= 1
 
 # %% ../../nbs/04c_counting.ipynb #cb925e1f
 CONVENTIONS = dict(macs=(op_macs, None), fvcore=(fvcore_flops, None), thop=(None, _THOP), ptflops=(None, _PTFLOPS))
@@ -317,17 +411,35 @@ _KINDS = {'Conv': 'conv', 'Linear': 'linear', 'Norm': 'norm', 'Pool': 'pool', 'A
           'Upsampl': 'resize', 'LSTM': 'recurrent', 'GRU': 'recurrent', 'RNN': 'recurrent'}
 _MANY = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase) # their price is shared by all their rows
 
+def _is_leaf_with_weights(m):
+    "Does a module have parameters, and no module inside it?"
+    return next(m.children(), None) is None and next(m.parameters(), None) is not None
+
+def _kind_of(m):
+    "The kind of a module, by the name of its class."
+    name = type(m).__name__
+    return next((kind for part,kind in _KINDS.items() if part in name), 'activation')
+
+def _own_rows(counter, path, m):
+    "The rows of a module's weights, by the names that they were first counted under."
+    own = []
+    for row,_,parts in _module_rows(path, m):
+        p,rows = parts[0]
+        own.append(counter.at.get((id(p), rows and rows.start), row))
+    return own
+
 def _bill_module(counter, table, path, m, ins, out):
     """Charge a module that has run by its table. One that has weights of its own, no parts and no price is noted,
     as the tools warn of it."""
+    name = type(m).__name__
     if type(m) not in table:
-        if next(m.children(), None) is None and next(m.parameters(), None) is not None:
-            counter.no_price(type(m).__name__)
+        if _is_leaf_with_weights(m): counter.no_price(name)
         return
-    n = _pt_attention(m, *ins[:3]) if table[type(m)] is None else table[type(m)](m, ins[0], out)
-    own = [counter.at.get((id(p), s and s.start), row) for row,_,((p,s),*_) in _module_rows(path, m)]
-    kind = next((k for t,k in _KINDS.items() if t in type(m).__name__), 'activation')
-    counter.charge(n, own[:None if isinstance(m, _MANY) else 1] or [f'{path}:{type(m).__name__.lower()}'], kind)
+    price = table[type(m)]
+    n = _pt_attention(m, *ins[:3]) if price is None else price(m, ins[0], out)
+    own = _own_rows(counter, path, m)
+    if not isinstance(m, _MANY): own = own[:1]
+    counter.charge(n, own or [f'{path}:{name.lower()}'], _kind_of(m))
 
 def _rows_behind(counter, parameters):
     "The rows whose weight is computed from some of these parameters."
@@ -335,35 +447,43 @@ def _rows_behind(counter, parameters):
     return [row for (p,_),row in counter.at.items() if p in ids]
 
 # %% ../../nbs/04c_counting.ipynb #4fd25241
+def _enter(counter, path, inside, m):
+    "A hook that notes that a module begins to run."
+    computed = {name: _rows_behind(counter, parts) for name,parts in _sources(m).items()}
+    def hook(m, args):
+        for name,rows in computed.items(): # hooks of the older kind have computed it by now
+            if name not in m.__dict__: continue
+            for row in rows: counter.trace.own(row, m.__dict__[name])
+        counter.stack.append((path, inside))
+    return hook
+
+def _leave(counter, table, path, m):
+    "A hook that notes that a module has run, and prices it."
+    is_parametrisation = isinstance(m, ParametrizationList)
+    computed = _rows_behind(counter, m.parameters()) if is_parametrisation else ()
+    def hook(m, args, kwargs, out):
+        given = (*args, *kwargs.values())
+        ins = [t for t in given if isinstance(t, (torch.Tensor, PackedSequence))]
+        if table: _bill_module(counter, table, path, m, ins, out)
+        counter.stack.pop()
+        for row in computed: counter.trace.own(row, out)
+    return hook
+
 @contextlib.contextmanager
 def _hooked(model, counter, table):
     """Hooks that keep the path of modules and, with a table, price them; in eval mode without gradients and fast
     paths. All of it is undone."""
-    def enter(path, inside, m):
-        computed = {k: _rows_behind(counter, parts) for k,parts in _sources(m).items()}
-        def hook(m, args):
-            for name,rows in computed.items(): # hooks of the older kind have computed it by now
-                for row in rows if name in m.__dict__ else (): counter.trace.own(row, m.__dict__[name])
-            counter.stack.append((path, inside))
-        return hook
-    def leave(path, m):
-        computed = _rows_behind(counter, m.parameters()) if isinstance(m, ParametrizationList) else ()
-        def hook(m, args, kwargs, out):
-            ins = [t for t in (*args, *kwargs.values()) if isinstance(t, (torch.Tensor, PackedSequence))]
-            if table: _bill_module(counter, table, path, m, ins, out)
-            counter.stack.pop()
-            for row in computed: counter.trace.own(row, out)
-        return hook
-    training,fast = [m for m in model.modules() if m.training],torch.backends.mha.get_fastpath_enabled()
+    training = [m for m in model.modules() if m.training]
+    is_fast = torch.backends.mha.get_fastpath_enabled()
     undo = []
     try:
         for path,inside,m in _paths(model):
-            undo += [m.register_forward_pre_hook(enter(path, inside, m)),
-                     m.register_forward_hook(leave(path, m), with_kwargs=True)]
+            undo.append(m.register_forward_pre_hook(_enter(counter, path, inside, m)))
+            undo.append(m.register_forward_hook(_leave(counter, table, path, m), with_kwargs=True))
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad(): yield
     finally:
-        for h in undo: h.remove()
+        for handle in undo: handle.remove()
         for m in training: m.training = True
-        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.backends.mha.set_fastpath_enabled(is_fast)

@@ -29,15 +29,18 @@ def _inner(x):
     return (vars(x),) if mine and isinstance(vars(x), dict) else ()
 
 def _same(x, was):
+    "Does a container hold the very objects that it held before?"
     if len(x) != len(was): return False
-    if isinstance(x, dict): return all(k in x and x[k] is v for k,v in was.items())
-    return (all(a is b for a,b in zip(x, was)) if isinstance(x, (list, collections.deque))
-            else {id(v) for v in x} == {id(v) for v in was})
+    if isinstance(x, dict): return all(key in x and x[key] is value for key,value in was.items())
+    if isinstance(x, (list, collections.deque)): return all(now is before for now,before in zip(x, was))
+    return {id(v) for v in x} == {id(v) for v in was}
 
 def _put_back(x, was):
+    "Let a container hold what it held before."
     if _same(x, was): return
     x.clear()
-    (x.extend if isinstance(x, (list, collections.deque)) else x.update)(was)
+    if isinstance(x, (list, collections.deque)): x.extend(was)
+    else: x.update(was)
 
 # %% ../../nbs/04e_dry_pass.ipynb #cd582a44
 def _remember(
@@ -66,8 +69,11 @@ def _written(func, args, kwargs):
     "The tensors that an operator writes to."
     schema = getattr(func, '_schema', None)
     if schema is None or not schema.is_mutable: return []
-    given = {a.name: x for a,x in zip(schema.arguments, args)} | kwargs
-    changed = [given.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    given = {argument.name: x for argument,x in zip(schema.arguments, args)} | kwargs
+    changed = []
+    for argument in schema.arguments:
+        is_written = argument.alias_info is not None and argument.alias_info.is_write
+        if is_written: changed.append(given.get(argument.name))
     return [t for t in tree_leaves(changed) if isinstance(t, torch.Tensor)]
 
 # %% ../../nbs/04e_dry_pass.ipynb #1da90fbd
@@ -77,6 +83,11 @@ def _all_fake(args):
     fake = next((x.fake_mode for x in args if isinstance(x, FakeTensor)), None)
     if fake is None: return args
     return [fake.from_tensor(x) if type(x) in _PLAIN else x for x in args]
+
+def _can_be_asked(func):
+    "Is an operator one of torch, and not random?"
+    if not isinstance(func, torch._ops.OpOverload) or func.namespace not in ('aten', 'prims'): return False
+    return torch.Tag.nondeterministic_seeded not in func.tags
 
 class _Beside(TorchDispatchMode):
     """Remembers each fake tensor, and beside a small one that depends on neither input nor parameters keeps its
@@ -97,18 +108,16 @@ class _Beside(TorchDispatchMode):
         if _key(t) in self.apart or t.numel() > _SMALL: return None
         if id(t) not in self.copies: # the user's own tensor is never written to
             with unset_fake_temporarily(): self.copies[id(t)] = t,t.detach().clone()
-        return self.copies[id(t)][1]
+        _,values = self.copies[id(t)]
+        return values
 
     def values_of(self, func, args, kwargs):
         """What an operator gives for known values; None if they are not known, or the operator is random or not one
         of torch."""
-        if (not isinstance(func, torch._ops.OpOverload) or func.namespace not in ('aten', 'prims')
-            or torch.Tag.nondeterministic_seeded in func.tags):
-            return None
+        if not _can_be_asked(func): return None
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if (any(isinstance(t, FakeTensor) and id(t) not in self.known for t in tensors)
-            or any(self.value(t) is None for t in tensors)):
-            return None
+        if any(isinstance(t, FakeTensor) and id(t) not in self.known for t in tensors): return None
+        if any(self.value(t) is None for t in tensors): return None
         args,kwargs = tree_map_only(torch.Tensor, self.value, (args, kwargs))
         try:
             with unset_fake_temporarily(): return func(*args, **kwargs)
@@ -121,9 +130,13 @@ class _Beside(TorchDispatchMode):
         for k in [k for k in self.known if (t := self.made[k]()) is not None and _key(t) in keys]: del self.known[k]
 
     def keep(self, t, value):
-        k = id(t)
-        self.made[k] = weakref.ref(t, lambda _: (self.made.pop(k, None), self.known.pop(k, None)))
-        if value is not None: self.known[k] = value
+        "Remember a fake tensor as long as it lives, and its values if they are known."
+        key = id(t)
+        def gone(_):
+            self.made.pop(key, None)
+            self.known.pop(key, None)
+        self.made[key] = weakref.ref(t, gone)
+        if value is not None: self.known[key] = value
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -162,19 +175,21 @@ def _name_of(holder):
 
 def _owner(d):
     "The module, class or object whose names a dict holds, or None."
-    return next((o
-                 for o in gc.get_referrers(d) if getattr(o, '__dict__', None) is d
-                 or isinstance(o, type) and '__module__' in d), None)
+    for holder in gc.get_referrers(d):
+        has_as_names = getattr(holder, '__dict__', None) is d
+        if has_as_names or isinstance(holder, type) and '__module__' in d: return holder
+    return None
 
 def _drop(d, x, owner=None):
     "Remove something from a dict; a name in a module, class or object becomes None. Returns the place in words."
-    owner = _owner(d) if owner is None else owner
-    keys = [k for k,v in d.items() if v is x or k is x]
-    for k in keys:
-        if owner is None: del d[k]
-        else: setattr(owner, k, None)
-    return (_name_of(d) if owner is None
-            else f"{getattr(owner, '__name__', type(owner).__name__)}.{', '.join(map(str, keys))}")
+    if owner is None: owner = _owner(d)
+    keys = [key for key,value in d.items() if value is x or key is x]
+    for key in keys:
+        if owner is None: del d[key]
+        else: setattr(owner, key, None)
+    if owner is None: return _name_of(d)
+    name = getattr(owner, '__name__', type(owner).__name__)
+    return f"{name}.{', '.join(map(str, keys))}"
 
 # %% ../../nbs/04e_dry_pass.ipynb #6190b18d
 def _remove(holder, x):

@@ -34,39 +34,54 @@ class _Memory(TorchDispatchMode):
         self.alive = {}
         self.old = {s._cdata for s in map(_storage, old) if s is not None}
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {s._cdata
-                 for t in tree_leaves((args, kwargs))
-                 if isinstance(t, torch.Tensor) and (s := _storage(t)) is not None}
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        known = {s._cdata for t in given if (s := _storage(t)) is not None}
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             s = _storage(t) if isinstance(t, torch.Tensor) else None
             if s is None or s._cdata in self.alive or s._cdata in known | self.old: continue
-            k,n = s._cdata,s.nbytes()
-            def gone(_, k=k, n=n):
-                self.now -= n
-                self.alive.pop(k, None)
-            self.alive[k] = weakref.ref(s, gone)
-            self.now += n
-            self.peak = max(self.peak, self.now)
+            self._follow(s)
         return out
+
+    def _follow(self, s):
+        "Count a storage as long as it lives."
+        key = s._cdata
+        size = s.nbytes()
+        def gone(_):
+            self.now -= size
+            self.alive.pop(key, None)
+        self.alive[key] = weakref.ref(s, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 def _total(out):
     "The mean of all that learns in an output, added up. Raises `OpenTransError` if nothing does."
-    means = [t.float().mean() for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+    learning = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.requires_grad]
+    means = [t.float().mean() for t in learning]
     if not means:
+        kind = type(out).__name__
         raise OpenTransError(
-            f"No tensor in the model's output ({type(out).__name__}) depends on a parameter that learns. Give "
+            f"No tensor in the model's output ({kind}) depends on a parameter that learns. Give "
             f"loss=, a function of the output; " "a forward pass that forbids gradients (no_grad, inference_mode) "
                                                  "cannot be trained.")
     return sum(means)
 
 # %% ../../nbs/04d_memory.ipynb #62ef514c
+def _twin(t):
+    "A fake tensor like another; a parameter for a parameter."
+    new = torch.empty_like(t)
+    return nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+
 def _twins(model):
     "Fake tensors in place of those that were made in inference mode, which autograd refuses: name -> tensor."
     own = [*model.named_parameters(), *model.named_buffers()]
-    if not any(t.is_inference() for _,t in own): return {}
-    new = {n: torch.empty_like(t) for n,t in own}
-    return {n: nn.Parameter(new[n], t.requires_grad) if isinstance(t, nn.Parameter) else new[n] for n,t in own}
+    is_of_inference = any(t.is_inference() for _,t in own)
+    return {name: _twin(t) for name,t in own} if is_of_inference else {}
+
+def _called(model, twins, inputs):
+    "The model's output, with `twins` in place of tensors that it has."
+    if twins: return torch.func.functional_call(model, twins, inputs)
+    return model(*inputs)
 
 def _step(model, inputs, loss, fake):
     """One step forward and backward, followed: bytes of gradients, of what is kept for the backward pass, and at
@@ -77,16 +92,22 @@ def _step(model, inputs, loss, fake):
         raise OpenTransError(
             'The model has no parameter that learns, so there is no training step. Set requires_grad, or give a '
             'selection=.')
-    old = [*twins.values()] or [fake.from_tensor(t) for t in [*model.parameters(), *model.buffers()]]
+    own = [*model.parameters(), *model.buffers()]
+    old = [*twins.values()] or [fake.from_tensor(t) for t in own]
+    to_number = loss or _total
     with torch.enable_grad(), _Memory(old) as mem:
-        out = (loss or _total)(torch.func.functional_call(model, twins, inputs) if twins else model(*inputs))
-        if not isinstance(out, torch.Tensor) or out.numel() != 1 or not out.requires_grad:
+        out = to_number(_called(model, twins, inputs))
+        is_number = isinstance(out, torch.Tensor) and out.numel() == 1
+        if not is_number or not out.requires_grad:
             raise OpenTransError('loss must return one number that depends on a parameter that learns.')
         kept = mem.now
         grads = torch.autograd.grad(out, learn, allow_unused=True)
-    return _bytes(g for g in grads if g is not None),kept,mem.peak
+    size = _bytes(g for g in grads if g is not None)
+    return size,kept,mem.peak
 
-def _bytes(tensors): return sum(t.numel()*t.element_size() for t in tensors)
+def _bytes(tensors):
+    "The bytes of all elements of tensors."
+    return sum(t.numel()*t.element_size() for t in tensors)
 
 def _restore(buffer, was):
     "Put a buffer back, also if a forward pass that records gradients has written to it."
@@ -108,7 +129,8 @@ def training_memory(
     """Memory of one training step, estimated without running it. Raises `OpenTransError`, also if the model's flow
     depends on values."""
     if optimizer not in _STATES: raise unknown('optimizer', optimizer, _STATES)
-    size,model = _size(input_size),unwrap(model)
+    size = _size(input_size)
+    model = unwrap(model)
     _check_model(model, args)
     training = {m: m.training for m in model.modules()}
     buffers = [(b, b.detach().clone()) for b in model.buffers()] # norms count their batches
@@ -123,32 +145,39 @@ def training_memory(
                 n,kept,peak = _run_dry(model, run, 'Measure a real step with peak_memory instead.')
         except OpenTransError: raise
         except Exception as e:
-            why = ('Its flow depends on values: measure a real step with peak_memory.' if _needs_values(e)
-                   else 'Give its other inputs as args=, or loss=.')
+            why = 'Give its other inputs as args=, or loss=.'
+            if _needs_values(e): why = 'Its flow depends on values: measure a real step with peak_memory.'
             raise OpenTransError(
                 f"No training step of the model on an input of size {size} can be taken: {e}. {why}") from e
         finally:
             for m,was in training.items(): m.training = was
             for b,was in buffers: _restore(b, was)
+    weights = _bytes(model.parameters())
     states = _STATES[optimizer]*n
-    fixed = _bytes([*model.parameters(), *model.buffers()]) + states
-    return pd.Series(dict(weights=_bytes(model.parameters()), gradients=n, optimizer=states, activations=kept,
-                          peak=fixed + peak), dtype='int64')
+    fixed = weights + _bytes(model.buffers()) + states
+    parts = dict(weights=weights, gradients=n, optimizer=states, activations=kept, peak=fixed + peak)
+    return pd.Series(parts, dtype='int64')
 
 # %% ../../nbs/04d_memory.ipynb #90cc1f50
+def _peak_on_cuda(step, device):
+    "The peak memory of a step by CUDA's own counter."
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(device) - before
+
 def peak_memory(
     step:Callable[[], Any], # A function without arguments
     device:str|torch.device='cpu', # Where it works
 )->int: # Bytes at the worst moment, above what was allocated before
     "Measure the peak memory of `step` from the allocator itself: CUDA's counter, or each allocation on the CPU."
-    if torch.device(device).type == 'cuda':
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated(device) - before
+    if torch.device(device).type == 'cuda': return _peak_on_cuda(step, device)
     os.environ.setdefault('KINETO_LOG_LEVEL', '99') # else the profiler talks on stderr
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p: step()
-    steps = np.array([e.nbytes() for e in p.profiler.kineto_results.events() if e.name() == '[memory]'])
-    return int(max(steps.cumsum().max(initial=0), 0))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as p: step()
+    events = p.profiler.kineto_results.events()
+    changes = np.array([event.nbytes() for event in events if event.name() == '[memory]'])
+    highest = changes.cumsum().max(initial=0)
+    return int(max(highest, 0))

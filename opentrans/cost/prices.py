@@ -24,19 +24,32 @@ def _stored(t):
     "Elements that a sparse tensor holds. Only a tensor with values knows."
     if isinstance(t, FakeTensor):
         raise UnsupportedFakeTensorException('a fake tensor does not know how many elements it holds')
-    with unset_fake_temporarily(): return (t._values() if t.layout is torch.sparse_coo else t.values()).numel()
+    with unset_fake_temporarily():
+        values = t._values() if t.layout is torch.sparse_coo else t.values()
+        return values.numel()
 
 def _mm(a, b, out):
     """A product of matrices, also of a sparse one with a dense one: what is not stored is not multiplied. None for
     two sparse ones."""
     if a.layout in _SPARSE and b.layout in _SPARSE: return None
-    if a.layout in _SPARSE: return _stored(a)*(b.shape[-1] if b.dim() > 1 else 1)
-    if b.layout in _SPARSE: return _stored(b)*(a.numel()//a.shape[-1])
+    if a.layout in _SPARSE:
+        columns = b.shape[-1] if b.dim() > 1 else 1
+        return _stored(a)*columns
+    if b.layout in _SPARSE:
+        rows = a.numel()//a.shape[-1]
+        return _stored(b)*rows
     return out.numel()*a.shape[-1]
 
 def _conv(x, w, out, transposed=False):
-    return (x if transposed else out).numel()//(x if transposed else out).shape[1]*w.numel()
-def _sdpa(q, k, v): return q.shape[:-1].numel()*k.shape[-2]*(q.shape[-1]+v.shape[-1])
+    "A convolution: at each place of its output the whole kernel is used; of its input, if it is transposed."
+    picture = x if transposed else out
+    places = picture.numel()//picture.shape[1]
+    return places*w.numel()
+
+def _sdpa(q, k, v):
+    "Attention: each query meets each key, and each weight a value."
+    weights = q.shape[:-1].numel()*k.shape[-2]
+    return weights*(q.shape[-1]+v.shape[-1])
 
 def _grouped(a, b):
     "Products of groups of rows, each group with its own matrix: the experts of a mixture."
@@ -44,7 +57,9 @@ def _grouped(a, b):
 
 def _recurrent(x, weights):
     "Each matrix of a recurrent layer meets each step of each sequence once."
-    return x.numel()//x.shape[-1]*sum(w.numel() for w in weights if w.dim() > 1)
+    steps = x.numel()//x.shape[-1]
+    sizes = [w.numel() for w in weights if w.dim() > 1]
+    return steps*sum(sizes)
 
 # %% ../../nbs/04b_prices.ipynb #d94881f8
 def _trilinear(factors, expanded):
@@ -57,42 +72,80 @@ def _trilinear(factors, expanded):
     return math.prod(torch.broadcast_shapes(*shapes))
 
 # %% ../../nbs/04b_prices.ipynb #81caca08
-def _table(price, places, kind, names):
-    return {n if '::' in n else f'aten::{n}': (price, places, kind) for n in names.split()}
+# name of an operator -> (price from its arguments and its output, places of the factors, kind)
+_PRICES = {}
 
-_PRICES = { # name of an operator -> (price from its arguments and its output, places of the factors, kind)
-    **_table(lambda x, w, *rest, out: _conv(x, w, out), (0, 1), 'conv', """_slow_conv2d_forward slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d
-        _conv_depthwise2d conv_depthwise3d mkldnn_convolution cudnn_convolution cudnn_convolution_relu cudnn_convolution_add_relu miopen_convolution
-        miopen_convolution_relu miopen_convolution_add_relu miopen_depthwise_convolution"""),
-    **_table(lambda x, w, *rest, out: _conv(x, w, out, True), (0, 1), 'conv', """slow_conv_transpose2d slow_conv_transpose3d cudnn_convolution_transpose
-        miopen_convolution_transpose"""),
-    **_table(lambda x, w, *rest, out: out.numel()*w.shape[0]*w.shape[1], (0, 1), 'conv', 'conv_tbc'),
-    **_table(lambda x, w, *rest, out: out.numel()//out.shape[1]*w.numel(), (0, 1), 'conv', 'torchvision::deform_conv2d'),
-    **_table(lambda a, b, *rest, out: _mm(a, b, out), (0, 1), 'matmul', """mm bmm mv dot vdot _int_mm _scaled_mm _scaled_mm_v2 _sparse_semi_structured_mm _cslt_sparse_mm"""),
-    **_table(lambda c, a, b, *rest, out: _mm(a, b, out), (1, 2), 'matmul', 'addmm baddbmm addmv _addmm_activation _sparse_addmm _scaled_addmm hspmm sspaddmm'),
-    **_table(lambda c, a, b, *rest, out: a.numel()*b.shape[-1], (1, 2), 'matmul', 'addbmm'),
-    **_table(lambda c, a, b, *rest, out: a.numel()*b.numel(), (1, 2), 'matmul', 'addr'),
-    **_table(lambda c, a, b, *rest, out: _stored(c)*a.shape[-1], (1, 2), 'matmul', 'sparse_sampled_addmm'),
-    **_table(lambda x, w, *rest, out: out.numel()*x.shape[-1], (0, 1), 'matmul', """linear mkldnn_linear _weight_int8pack_mm _weight_int4pack_mm _mixed_dtypes_linear
-        _weight_int4pack_mm_for_cpu _weight_int4pack_mm_with_scales_and_zeros _dyn_quant_matmul_4bit _sparse_semi_structured_linear
-        quantized::linear quantized::linear_relu quantized::linear_dynamic quantized::linear_relu_dynamic quantized::linear_dynamic_fp16"""),
-    **_table(lambda a, b, *rest, out: _grouped(a, b), (0, 1), 'matmul', '_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2 transformers::grouped_mm_fallback'),
-    **_table(lambda a, w, b, *expanded, out: _trilinear((a, w, b), expanded[:3]), (0, 1, 2), 'matmul', '_trilinear'),
-    **_table(lambda theta, *rest, out: out.numel()*theta.shape[-1], (0,), 'matmul', 'affine_grid_generator'),
-    **_table(lambda x, *rest, out: out.numel()*x.shape[-1], (0, 1), 'distance', '_cdist_forward _euclidean_dist'),
-    **_table(lambda x, *rest, out: out.numel()*x.shape[-1], (0,), 'distance', '_pdist_forward'),
-    **_table(lambda x, *rest, out: _recurrent(x, rest[:2]), (1, 2), 'recurrent', 'mkldnn_rnn_layer'),
-    **_table(lambda x, weights, *rest, out: _recurrent(x, weights), (1,), 'recurrent', '_cudnn_rnn miopen_rnn'),
-}
+def _set_price(price, places, kind, names):
+    "Give some operators a price; those whose library is not named are of aten."
+    for name in names.split():
+        full_name = name if '::' in name else f'aten::{name}'
+        _PRICES[full_name] = (price, places, kind)
+
+def _price_of_conv(x, w, *rest, out): return _conv(x, w, out)
+_set_price(_price_of_conv, (0, 1), 'conv', """
+    _slow_conv2d_forward slow_conv3d_forward slow_conv_dilated2d slow_conv_dilated3d _conv_depthwise2d
+    conv_depthwise3d mkldnn_convolution cudnn_convolution cudnn_convolution_relu cudnn_convolution_add_relu
+    miopen_convolution miopen_convolution_relu miopen_convolution_add_relu miopen_depthwise_convolution""")
+
+def _price_of_transposed_conv(x, w, *rest, out): return _conv(x, w, out, True)
+_set_price(_price_of_transposed_conv, (0, 1), 'conv', """
+    slow_conv_transpose2d slow_conv_transpose3d cudnn_convolution_transpose miopen_convolution_transpose""")
+
+def _price_of_conv_tbc(x, w, *rest, out): return out.numel()*w.shape[0]*w.shape[1]
+_set_price(_price_of_conv_tbc, (0, 1), 'conv', 'conv_tbc')
+
+def _price_of_deformable_conv(x, w, *rest, out): return out.numel()//out.shape[1]*w.numel()
+_set_price(_price_of_deformable_conv, (0, 1), 'conv', 'torchvision::deform_conv2d')
+
+def _price_of_product(a, b, *rest, out): return _mm(a, b, out)
+_set_price(_price_of_product, (0, 1), 'matmul', """
+    mm bmm mv dot vdot _int_mm _scaled_mm _scaled_mm_v2 _sparse_semi_structured_mm _cslt_sparse_mm""")
+
+def _price_of_product_and_sum(c, a, b, *rest, out): return _mm(a, b, out)
+_set_price(_price_of_product_and_sum, (1, 2), 'matmul', """
+    addmm baddbmm addmv _addmm_activation _sparse_addmm _scaled_addmm hspmm sspaddmm""")
+
+def _price_of_summed_products(c, a, b, *rest, out): return a.numel()*b.shape[-1]
+_set_price(_price_of_summed_products, (1, 2), 'matmul', 'addbmm')
+
+def _price_of_outer_product(c, a, b, *rest, out): return a.numel()*b.numel()
+_set_price(_price_of_outer_product, (1, 2), 'matmul', 'addr')
+
+def _price_of_sampled_product(c, a, b, *rest, out): return _stored(c)*a.shape[-1]
+_set_price(_price_of_sampled_product, (1, 2), 'matmul', 'sparse_sampled_addmm')
+
+def _price_by_width(x, *rest, out): return out.numel()*x.shape[-1]
+_set_price(_price_by_width, (0, 1), 'matmul', """
+    linear mkldnn_linear _weight_int8pack_mm _weight_int4pack_mm _mixed_dtypes_linear _weight_int4pack_mm_for_cpu
+    _weight_int4pack_mm_with_scales_and_zeros _dyn_quant_matmul_4bit _sparse_semi_structured_linear
+    quantized::linear quantized::linear_relu quantized::linear_dynamic quantized::linear_relu_dynamic
+    quantized::linear_dynamic_fp16""")
+_set_price(_price_by_width, (0,), 'matmul', 'affine_grid_generator')
+_set_price(_price_by_width, (0, 1), 'distance', '_cdist_forward _euclidean_dist')
+_set_price(_price_by_width, (0,), 'distance', '_pdist_forward')
+
+def _price_of_groups(a, b, *rest, out): return _grouped(a, b)
+_set_price(_price_of_groups, (0, 1), 'matmul', """
+    _grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2 transformers::grouped_mm_fallback""")
+
+def _price_of_trilinear(a, w, b, *expanded, out): return _trilinear((a, w, b), expanded[:3])
+_set_price(_price_of_trilinear, (0, 1, 2), 'matmul', '_trilinear')
+
+def _price_of_rnn_by_two(x, *rest, out): return _recurrent(x, rest[:2])
+_set_price(_price_of_rnn_by_two, (1, 2), 'recurrent', 'mkldnn_rnn_layer')
+
+def _price_of_rnn(x, weights, *rest, out): return _recurrent(x, weights)
+_set_price(_price_of_rnn, (1,), 'recurrent', '_cudnn_rnn miopen_rnn')
 
 def _torchs_price(op, args, kwargs, out):
     """Half of the FLOPs by the formula that torch, or the user through `register_flop_formula`, holds for an
     operator; None if there is none."""
     if op not in flop_registry: return None
-    tensors = [i for i,a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
-    flops = flop_registry[op](*args, **kwargs, out_val=out)
+    places = [i for i,a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    formula = flop_registry[op]
+    flops = formula(*args, **kwargs, out_val=out)
     kind = 'attention' if 'attention' in str(op) else 'matmul'
-    return flops//2,tuple(tensors),kind
+    return flops//2,tuple(places),kind
 
 def op_macs(
     op:torch._ops.OpOverloadPacket, # An operator of `torch.ops` (an overload packet)
@@ -103,7 +156,8 @@ def op_macs(
     "The multiply-accumulates of one operator call, from shapes."
     if op in (_aten.convolution, _aten._convolution): return _conv(args[0], args[1], out, args[6]),(0, 1),'conv'
     name = getattr(op, '_qualified_op_name', '')
-    if name.startswith('aten::_scaled_dot_product') and not name.endswith('backward'):
+    is_attention = name.startswith('aten::_scaled_dot_product') and not name.endswith('backward')
+    if is_attention:
         return _sdpa(*args[:3]),(0, 1, 2),'attention'
     price,places,kind = _PRICES.get(name, (None, (), ''))
     if price is None: return _torchs_price(op, args, kwargs or {}, out)
@@ -122,30 +176,40 @@ _NO_PRODUCT = re.compile(
 @functools.lru_cache(None)
 def _may_multiply(op):
     "May an operator without a price be a product?"
-    space,_,name = getattr(op, '_qualified_op_name', f'higher_order::{op}').partition('::')
-    return space not in _OWN or bool(_PRODUCT.search(name) and not _NO_PRODUCT.search(name))
+    full_name = getattr(op, '_qualified_op_name', f'higher_order::{op}')
+    library,_,name = full_name.partition('::')
+    if library not in _OWN: return True
+    return bool(_PRODUCT.search(name) and not _NO_PRODUCT.search(name))
 
 # %% ../../nbs/04b_prices.ipynb #dc85b01b
 _FVCORE = (_aten.convolution, _aten._convolution, _aten.mm, _aten.bmm, _aten.addmm, _aten._addmm_activation,
            _aten.linear)
 
+_BATCH_NORMS = (_aten.native_batch_norm, _aten._native_batch_norm_legit_no_training, _aten.cudnn_batch_norm,
+                _aten.miopen_batch_norm)
+# a number that comes out is made of four
+_BY_FOUR = (_aten.upsample_bilinear2d, _aten.grid_sampler_2d, _aten.grid_sampler_3d)
+
+def _norm_flops(args, place, each):
+    "What fvcore counts for a norm: `each` for a number, and one more if the weight at this place is there."
+    if args[place] is not None: each += 1
+    return args[0].numel()*each,(place,),'norm'
+
 def fvcore_flops(op:torch._ops.OpOverloadPacket, args:Sequence[Any], out:Any, kwargs:Mapping[str, Any]|None=None):
     "What fvcore 0.1.5 writes for an operator, in the form of `op_macs`."
-    if op in (_aten.native_batch_norm, _aten._native_batch_norm_legit_no_training, _aten.cudnn_batch_norm,
-              _aten.miopen_batch_norm):
-        return args[0].numel()*(1 if args[1] is None else 2),(1,),'norm'
-    if op is _aten.native_layer_norm: return args[0].numel()*(4 if args[2] is None else 5),(2,),'norm'
-    if op is _aten.native_group_norm: return args[0].numel()*(4 if args[1] is None else 5),(1,),'norm'
+    if op in _BATCH_NORMS: return _norm_flops(args, 1, 1)
+    if op is _aten.native_layer_norm: return _norm_flops(args, 2, 4)
+    if op is _aten.native_group_norm: return _norm_flops(args, 1, 4)
     if op is _aten.upsample_nearest2d: return out.numel(),(),'resize'
-    if op in (_aten.upsample_bilinear2d, _aten.grid_sampler_2d, _aten.grid_sampler_3d):
-        return 4*out.numel(),(),'resize'
+    if op in _BY_FOUR: return 4*out.numel(),(),'resize'
     if op is _aten._adaptive_avg_pool2d: return args[0].numel(),(),'pool'
     return op_macs(op, args, out) if op in _FVCORE else None
 
 # %% ../../nbs/04b_prices.ipynb #02193273
-def _types(*names): return [getattr(nn, f'{n}{d}') for n in names for d in ('1d', '2d', '3d')]
-def _affine(m): return bool(getattr(m, 'affine', False) or getattr(m, 'elementwise_affine', False))
-def _adaptive(m, x, y): return int((math.prod(a/b for a,b in zip(x.shape[2:], y.shape[2:])) + 1)*y.numel())
+def _types(*names):
+    "The classes of torch.nn with these names, each for one, two and three axes."
+    return [getattr(nn, f'{name}{axes}') for name in names for axes in ('1d', '2d', '3d')]
+
 _UP = dict(nearest=1, linear=5, bilinear=11, bicubic=259)
 
 _GATES = {nn.RNN: 1, nn.RNNCell: 1, nn.GRU: 3, nn.GRUCell: 3, nn.LSTM: 4, nn.LSTMCell: 4}
@@ -153,66 +217,118 @@ _RECURRENT = (nn.RNN, nn.GRU, nn.LSTM)
 
 def _steps(x):
     "Sequences times steps. thop takes the largest batch of packed sequences for all steps."
-    return int(x.batch_sizes.max())*len(x.batch_sizes) if isinstance(x, PackedSequence) else x.shape[0]*x.shape[1]
+    if not isinstance(x, PackedSequence): return x.shape[0]*x.shape[1]
+    largest = int(x.batch_sizes.max())
+    return largest*len(x.batch_sizes)
 
 def _thop_cell(m, wide):
     "One step of one sequence through one layer of width `wide`, with additions, gates and biases as thop has them."
-    h,gates = m.hidden_size,_GATES[type(m)]
-    return gates*(h*(wide+h) + h + 2*h*bool(m.bias)) + {1: 0, 3: 4*h, 4: 4*h}[gates]
+    h = m.hidden_size
+    gates = _GATES[type(m)]
+    biases = 2*h*bool(m.bias)
+    of_gate = h*(wide+h) + h + biases
+    return gates*of_gate + {1: 0, 3: 4*h, 4: 4*h}[gates]
 
 def _thop_recurrent(m, x, y):
     ways = 2 if m.bidirectional else 1
-    return _steps(x)*ways*(_thop_cell(m, m.input_size) + (m.num_layers-1)*_thop_cell(m, ways*m.hidden_size))
+    first = _thop_cell(m, m.input_size)
+    further = (m.num_layers-1)*_thop_cell(m, ways*m.hidden_size)
+    return _steps(x)*ways*(first + further)
 
-_THOP = ({t: lambda m, x, y: y.numel()*(x.shape[1]//m.groups)*math.prod(m.weight.shape[2:]) for t in CONVS}
-         | {t: lambda m, x, y: (4 if _affine(m) else 2)*x.numel()
-            for t in [*_types('BatchNorm', 'InstanceNorm'), nn.LayerNorm, nn.SyncBatchNorm]}
-         | {t: lambda m, x, y: y.numel() for t in _types('AvgPool')}
-         | {t: _adaptive for t in _types('AdaptiveAvgPool')}
-         | {t: lambda m, x, y: _UP.get(m.mode, 0)*y.numel()
-            for t in (nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d)}
-         | {t: lambda m, x, y: 0
-            for t in (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Dropout, nn.ZeroPad2d, nn.PixelShuffle,
-                      *_types('MaxPool', 'AdaptiveMaxPool'))}
-         | {nn.Linear: lambda m, x, y: m.in_features*y.numel(), nn.PReLU: lambda m, x, y: x.numel(),
-            nn.Softmax: lambda m, x, y: x.numel()//x.shape[m.dim]*(3*x.shape[m.dim]-1)}
-         | dict.fromkeys(_RECURRENT, _thop_recurrent)
-         | {t: lambda m, x, y: x.shape[0]*_thop_cell(m, m.input_size)
-            for t in (nn.RNNCell, nn.GRUCell, nn.LSTMCell)})
+def _thop_one_step(m, x, y): return x.shape[0]*_thop_cell(m, m.input_size)
+
+def _thop_conv(m, x, y):
+    inputs = x.shape[1]//m.groups
+    return y.numel()*inputs*math.prod(m.weight.shape[2:])
+
+def _thop_norm(m, x, y):
+    is_affine = getattr(m, 'affine', False) or getattr(m, 'elementwise_affine', False)
+    return (4 if is_affine else 2)*x.numel()
+
+def _thop_adaptive_pool(m, x, y):
+    kernel = math.prod(a/b for a,b in zip(x.shape[2:], y.shape[2:]))
+    return int((kernel + 1)*y.numel())
+
+def _thop_softmax(m, x, y):
+    length = x.shape[m.dim]
+    return x.numel()//length*(3*length-1)
+
+def _thop_upsample(m, x, y): return _UP.get(m.mode, 0)*y.numel()
+def _thop_linear(m, x, y): return m.in_features*y.numel()
+def _size_of_input(m, x, y): return x.numel()
+def _size_of_output(m, x, y): return y.numel()
+def _nothing(m, x, y): return 0
+
+# kind of a module -> what thop counts for it, from the module, its input and its output
+_THOP = dict.fromkeys(CONVS, _thop_conv)
+_THOP |= dict.fromkeys([*_types('BatchNorm', 'InstanceNorm'), nn.LayerNorm, nn.SyncBatchNorm], _thop_norm)
+_THOP |= dict.fromkeys(_types('AvgPool'), _size_of_output)
+_THOP |= dict.fromkeys(_types('AdaptiveAvgPool'), _thop_adaptive_pool)
+_THOP |= dict.fromkeys(_types('MaxPool', 'AdaptiveMaxPool'), _nothing)
+_THOP |= dict.fromkeys([nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Dropout, nn.ZeroPad2d, nn.PixelShuffle], _nothing)
+_THOP |= dict.fromkeys([nn.Upsample, nn.UpsamplingBilinear2d, nn.UpsamplingNearest2d], _thop_upsample)
+_THOP |= {nn.Linear: _thop_linear, nn.PReLU: _size_of_input, nn.Softmax: _thop_softmax}
+_THOP |= dict.fromkeys(_RECURRENT, _thop_recurrent)
+_THOP |= dict.fromkeys([nn.RNNCell, nn.GRUCell, nn.LSTMCell], _thop_one_step)
 
 # %% ../../nbs/04b_prices.ipynb #e5674dad
 def _pt_conv(m, x, y, transposed=False):
-    places = (x if transposed else y).shape
-    return (places[0]*math.prod(places[2:])*math.prod(m.kernel_size)*m.in_channels*(m.out_channels//m.groups)
-            + (0 if m.bias is None else y.numel()))
+    "What ptflops counts for a convolution, at each place of its output, or of its input if it is transposed."
+    batch,_,*sides = (x if transposed else y).shape
+    kernel = math.prod(m.kernel_size)
+    outputs = m.out_channels//m.groups
+    products = batch*math.prod(sides)*kernel*m.in_channels*outputs
+    bias = 0 if m.bias is None else y.numel()
+    return products + bias
+
+def _pt_transposed_conv(m, x, y): return _pt_conv(m, x, y, True)
 
 def _pt_attention(m, q, k, v):
+    "What ptflops counts for multi-head attention."
     b,n = q.shape[:2] if m.batch_first else q.shape[1::-1]
     s = k.shape[1 if m.batch_first else 0]
     h = m.num_heads
     d = q.shape[2]
     dk = k.shape[2]
     dv = v.shape[2]
-    proj = n*d*d + s*dk*dk + s*dv*dv + (0 if m.in_proj_bias is None else (n+2*s)*d)
-    return b*(n*d + proj + h*n*s*(d//h + 1 + dv//h) + n*dv*(dv+1))
+    biases = 0 if m.in_proj_bias is None else (n+2*s)*d
+    projected = n*d*d + s*dk*dk + s*dv*dv + biases
+    attended = h*n*s*(d//h + 1 + dv//h)
+    last = n*dv*(dv+1)
+    return b*(n*d + projected + attended + last)
 
 def _pt_cell(m, layer=''):
     "One step of one sequence through one layer: its matrices, its biases, and what the gates cost by ptflops."
-    own = [getattr(m, f'{k}{layer}')
-           for k in ('weight_ih', 'weight_hh', *(('bias_ih', 'bias_hh') if m.bias else ()))]
-    return sum(p.numel() for p in own) + {1: 1, 3: 7, 4: 10}[_GATES[type(m)]]*m.hidden_size
+    names = ['weight_ih', 'weight_hh']
+    if m.bias: names += ['bias_ih', 'bias_hh']
+    own = [getattr(m, f'{name}{layer}') for name in names]
+    of_unit = {1: 1, 3: 7, 4: 10}[_GATES[type(m)]]
+    return sum(p.numel() for p in own) + of_unit*m.hidden_size
 
 def _pt_recurrent(m, x, y):
-    return _steps(x)*(2 if m.bidirectional else 1)*sum(_pt_cell(m, f'_l{i}') for i in range(m.num_layers))
+    ways = 2 if m.bidirectional else 1
+    cells = sum(_pt_cell(m, f'_l{i}') for i in range(m.num_layers))
+    return _steps(x)*ways*cells
 
-_PTFLOPS = ({t: _pt_conv for t in _types('Conv')}
-            | {t: lambda m, x, y: _pt_conv(m, x, y, True) for t in _types('ConvTranspose')}
-            | {t: lambda m, x, y: x.numel()*(2 if getattr(m, 'affine', False) else 1)
-               for t in [*_types('BatchNorm', 'InstanceNorm'), nn.GroupNorm, nn.LayerNorm]}
-            | {t: lambda m, x, y: y.numel() for t in (nn.ReLU, nn.PReLU, nn.ELU, nn.LeakyReLU, nn.ReLU6, nn.GELU)}
-            | {t: lambda m, x, y: x.numel()
-               for t in _types('MaxPool', 'AvgPool', 'AdaptiveMaxPool', 'AdaptiveAvgPool')}
-            | {nn.Upsample: lambda m, x, y: y[0].numel(), nn.MultiheadAttention: None,
-               nn.Linear: lambda m, x, y: x.shape[:-1].numel()*y.shape[-1]*(x.shape[-1] + (m.bias is not None))}
-            | dict.fromkeys(_RECURRENT, _pt_recurrent)
-            | {t: lambda m, x, y: x.shape[0]*_pt_cell(m) for t in (nn.RNNCell, nn.GRUCell, nn.LSTMCell)})
+def _pt_one_step(m, x, y): return x.shape[0]*_pt_cell(m)
+
+def _pt_norm(m, x, y):
+    is_affine = getattr(m, 'affine', False)
+    return x.numel()*(2 if is_affine else 1)
+
+def _pt_linear(m, x, y):
+    outputs = x.shape[:-1].numel()*y.shape[-1]
+    has_bias = m.bias is not None
+    return outputs*(x.shape[-1] + has_bias)
+
+def _pt_upsample(m, x, y): return y[0].numel()
+
+# kind of a module -> what ptflops counts for it, as in `_THOP`
+_PTFLOPS = dict.fromkeys(_types('Conv'), _pt_conv)
+_PTFLOPS |= dict.fromkeys(_types('ConvTranspose'), _pt_transposed_conv)
+_PTFLOPS |= dict.fromkeys([*_types('BatchNorm', 'InstanceNorm'), nn.GroupNorm, nn.LayerNorm], _pt_norm)
+_PTFLOPS |= dict.fromkeys([nn.ReLU, nn.PReLU, nn.ELU, nn.LeakyReLU, nn.ReLU6, nn.GELU], _size_of_output)
+_PTFLOPS |= dict.fromkeys(_types('MaxPool', 'AvgPool', 'AdaptiveMaxPool', 'AdaptiveAvgPool'), _size_of_input)
+_PTFLOPS |= {nn.Upsample: _pt_upsample, nn.MultiheadAttention: None, nn.Linear: _pt_linear}
+_PTFLOPS |= dict.fromkeys(_RECURRENT, _pt_recurrent)
+_PTFLOPS |= dict.fromkeys([nn.RNNCell, nn.GRUCell, nn.LSTMCell], _pt_one_step)

@@ -18,8 +18,9 @@ ADAPTER_WEIGHTS = ('delta', 'merged') # of weights that `adapters` gives: B A, a
 
 def _of_peft(name, module):
     "(name, B A, W0) of a layer of the package peft: the sum of its active adapters."
-    deltas = [module.get_delta_weight(a)
-              for a in module.active_adapters if a in module.lora_A or a in getattr(module, 'lora_embedding_A', ())]
+    tables = getattr(module, 'lora_embedding_A', ())
+    active = [name for name in module.active_adapters if name in module.lora_A or name in tables]
+    deltas = [module.get_delta_weight(adapter) for adapter in active]
     if deltas: yield f'{name}.weight', sum(deltas), module.get_base_layer().weight
 
 def _of_parts(name, module):
@@ -28,11 +29,25 @@ def _of_parts(name, module):
     for key,part in module.tuned.items():
         if not (hasattr(part, 'A') and hasattr(part, 'B')): continue
         # the weight itself, without the update
-        whole = module._parameters[key.partition('[')[0]]
-        base = whole if getattr(part, 'rows', None) is None else whole[slice(*part.rows)]
-        yield f'{name}.{key}' if name else key, part.delta().reshape(base.shape), base
+        weight_name = key.partition('[')[0]
+        base = module._parameters[weight_name]
+        rows = getattr(part, 'rows', None)
+        if rows is not None: base = base[slice(*rows)]
+        full_name = f'{name}.{key}' if name else key
+        yield full_name, part.delta().reshape(base.shape), base
 
 _LORA = re.compile(r'(.*)\.lora_A(?:\.[^.]+)?\.weight$|(.*)\.lora_A$')
+
+def _weight_under(name, tensors):
+    "The weight that a file holds under an adapter, by one of its names; None if there is none."
+    for key in (f'{name}.base_layer.weight', f'{name}.weight'):
+        if key in tensors: return tensors[key]
+    return None
+
+def _product(up, down):
+    "B A of a layer, in float64: of a convolution, with its kernel."
+    flat = up.double().flatten(1)@down.double().flatten(1)
+    return flat.reshape(len(up), *down.shape[1:])
 
 def _of_tensors(tensors, scaling):
     "(name, B A, W0 or None) of each adapter in the tensors of a file."
@@ -40,19 +55,23 @@ def _of_tensors(tensors, scaling):
         if not (found := _LORA.match(key)): continue
         name = found[1] or found[2]
         down = tensors[key]
-        up = tensors[key.replace('lora_A', 'lora_B')] if key.replace('lora_A', 'lora_B') in tensors else None
-        if up is None:
+        up_key = key.replace('lora_A', 'lora_B')
+        if up_key not in tensors:
             raise OpenTransError(f"The tensors hold '{key}' without its lora_B. Give a whole adapter file.")
-        base = next((tensors[n] for n in (f'{name}.base_layer.weight', f'{name}.weight') if n in tensors), None)
-        product = (up.double().flatten(1)@down.double().flatten(1)).reshape(len(up), *down.shape[1:])
-        yield f"{name.removeprefix('base_model.model.')}.weight", scaling*product, base
+        base = _weight_under(name, tensors)
+        product = _product(tensors[up_key], down)
+        plain_name = name.removeprefix('base_model.model.')
+        yield f"{plain_name}.weight", scaling*product, base
 
 def _found(model, scaling):
+    "(name, B A, W0 or None) of each adapter of a model, or of the tensors of a file."
     if isinstance(model, Mapping): return list(_of_tensors(model, scaling))
     res = []
     for name,module in bare_modules(find_tower(model)):
-        if hasattr(module, 'get_delta_weight') and hasattr(module, 'lora_A'): res += _of_peft(name, module)
-        elif isinstance(getattr(module, 'tuned', None), nn.ModuleDict): res += _of_parts(name, module)
+        is_of_peft = hasattr(module, 'get_delta_weight') and hasattr(module, 'lora_A')
+        tuned = getattr(module, 'tuned', None)
+        if is_of_peft: res += _of_peft(name, module)
+        elif isinstance(tuned, nn.ModuleDict): res += _of_parts(name, module)
     return res
 
 @torch.no_grad()

@@ -31,16 +31,19 @@ class Blocks:
     def __post_init__(self)->None:
         check_number('aspect', self.aspect, 1, 1e6)
         for name in ('side', 'windows'):
-            if getattr(self, name) is not None: check_number(name, getattr(self, name), 1, 2**31, whole=True)
+            value = getattr(self, name)
+            if value is not None: check_number(name, value, 1, 2**31, whole=True)
 
     def shape(self,
         rows:int, # Of the matrix, its shorter side
         cols:int, # Of the matrix, its longer side
     )->tuple[int, int]: # (rows, columns) of a block
         "The shape of the blocks of a matrix."
-        side = min(rows, int(cols/self.aspect), self.side or rows)
-        side = max(side, 1)
-        return side, min(cols, max(int(side*self.aspect), 1))
+        fitting = int(cols/self.aspect)
+        most = self.side or rows
+        side = max(min(rows, fitting, most), 1)
+        length = max(int(side*self.aspect), 1)
+        return side, min(cols, length)
 
     def starts(self,
         length:int, # Of a side of the matrix
@@ -49,33 +52,44 @@ class Blocks:
     )->list[int]: # Where blocks begin
         "Places of the blocks along one side."
         room = length - block
-        if rng is not None: return rng.integers(0, room+1, self.windows or -(-length//block)).tolist()
+        fewest = -(-length//block)
+        if rng is not None:
+            places = rng.integers(0, room+1, self.windows or fewest)
+            return places.tolist()
         if self.windows is not None: return self._published(room)
-        return np.linspace(0, room, -(-length//block)).round().astype(int).tolist()
+        places = np.linspace(0, room, fewest).round()
+        return places.astype(int).tolist()
 
     def _published(self, room):
         "Places as FARMS has them: steps of one whole length, the last block at the end at most."
-        step = max(1, room//max(self.windows-1, 1))
-        return [min(i*step, room) for i in range(min(self.windows, room//step + 1))]
+        gaps = max(self.windows-1, 1)
+        step = max(1, room//gaps)
+        fitting = room//step + 1
+        count = min(self.windows, fitting)
+        return [min(i*step, room) for i in range(count)]
 
     def cut(self,
         mats:torch.Tensor, # (matrices, rows, columns)
     )->torch.Tensor: # (blocks, rows, columns), rows not above columns
         "All blocks of a stack of matrices."
         if mats.shape[1] > mats.shape[2]: mats = mats.mT
-        rows,cols = self.shape(*mats.shape[1:])
-        if (rows,cols) == tuple(mats.shape[1:]): return mats
-        rng = None if self.seed is None else np.random.default_rng([self.seed, *mats.shape])
-        down = self.starts(mats.shape[1], rows, rng)
-        across = self.starts(mats.shape[2], cols, rng)
-        return torch.cat([mats[:,i:i+rows,j:j+cols] for i in down for j in across])
+        height,width = mats.shape[1:]
+        rows,cols = self.shape(height, width)
+        if rows == height and cols == width: return mats
+        rng = None
+        if self.seed is not None: rng = np.random.default_rng([self.seed, *mats.shape])
+        down = self.starts(height, rows, rng)
+        across = self.starts(width, cols, rng)
+        places = [(i, j) for i in down for j in across]
+        return torch.cat([mats[:,i:i+rows,j:j+cols] for i,j in places])
 
 def as_blocks(
     aspect:float|Blocks|None, # None, a number or `Blocks`
 )->Blocks: # None if nothing is cut
     "What `analyze` takes as `aspect`, as `Blocks`. Raises `OpenTransError`."
     if aspect is None or isinstance(aspect, Blocks): return aspect
-    return Blocks(check_number('aspect', aspect, 1, 1e6))
+    checked = check_number('aspect', aspect, 1, 1e6)
+    return Blocks(checked)
 
 # %% ../../nbs/02d_null.ipynb #95e529dd
 def random_spectrum(
@@ -85,12 +99,15 @@ def random_spectrum(
     """The eigenvalues of $W^T W$ for a matrix of independent standard normal numbers, exactly in law (Dumitriu and
     Edelman 2002)."""
     m,n = sorted(shape)
-    diagonal = np.sqrt(rng.chisquare(n-np.arange(m)))
-    beside = np.sqrt(rng.chisquare(np.arange(m-1, 0, -1)))
+    degrees = n-np.arange(m)
+    diagonal = np.sqrt(rng.chisquare(degrees))
+    degrees_beside = np.arange(m-1, 0, -1)
+    beside = np.sqrt(rng.chisquare(degrees_beside))
     squares = diagonal**2
     if m == 1: return squares
     squares[1:] += beside**2
-    ev,stuck = lapack.dsterf(squares, diagonal[:-1]*beside)
+    products = diagonal[:-1]*beside
+    ev,stuck = lapack.dsterf(squares, products)
     if stuck:
         raise OpenTransError(
             f"The eigenvalues of a random matrix of shape {shape} did not converge. Choose another seed.")
@@ -105,8 +122,14 @@ def random_spectra(
     """Pooled spectra of stacks of standard normal matrices. The answer for a shape is kept, and shared by all
     layers that have it."""
     rng = np.random.default_rng([seed, *stack])
-    drawn = [np.concatenate([random_spectrum(stack[1:], rng) for _ in range(stack[0])]) for _ in range(draws)]
-    kept = np.sort(np.stack(drawn), 1)
+    count = stack[0]
+    shape = stack[1:]
+    drawn = []
+    for _ in range(draws):
+        parts = [random_spectrum(shape, rng) for _ in range(count)]
+        drawn.append(np.concatenate(parts))
+    together = np.stack(drawn)
+    kept = np.sort(together, 1)
     kept.flags.writeable = False
     return kept
 
@@ -119,22 +142,35 @@ def with_kurtosis(
     """Move the eigenvalues of normal matrices to where those of other independent numbers are, to first order
     (Zheng 2012, Thm. 2.1)."""
     m,n = sorted(stack[1:])
-    if m == 1: return np.maximum(n + (evals-n)*math.sqrt(max(1 + kurtosis/2, 0)), 0)          # sums of n squares
+    if m == 1: # sums of n squares
+        variance = max(1 + kurtosis/2, 0)
+        moved = n + (evals-n)*math.sqrt(variance)
+        return np.maximum(moved, 0)
     # beyond, the shift would change their order
     most = math.sqrt(m*n)/2
-    return evals*(1 + np.clip(kurtosis, -most, most)*(evals-m-n)/(2*m*n))
+    bounded = np.clip(kurtosis, -most, most)
+    shift = bounded*(evals-m-n)/(2*m*n)
+    return evals*(1 + shift)
+
+def _entries(mats):
+    "The entries of each matrix as a row; those of single rows or columns together, as one row."
+    shorter = min(mats.shape[1:])
+    if shorter < 2: return mats.reshape(1, -1)
+    return mats.flatten(1)
 
 def kurtosis_of(
     mats:torch.Tensor, # (matrices, rows, columns)
 )->float: # Mean over the matrices; 0 for complex numbers
     "Excess kurtosis of the entries of each matrix about zero."
     if mats.is_complex(): return 0.
-    flat = mats.flatten(1) if min(mats.shape[1:]) > 1 else mats.reshape(1, -1)
-    squares = flat.float()/flat.abs().amax(1, keepdim=True).float().clamp_min(1e-30)
-    squares = squares.square_()
+    flat = _entries(mats)
+    largest = flat.abs().amax(1, keepdim=True).float()
+    scaled = flat.float()/largest.clamp_min(1e-30)
+    squares = scaled.square_()
     second = squares.mean(1).double()
     fourth = squares.square_().mean(1).double()
-    return float((fourth/second.square().clamp_min(1e-30)).mean()) - 3
+    ratios = fourth/second.square().clamp_min(1e-30)
+    return float(ratios.mean()) - 3
 
 # %% ../../nbs/02d_null.ipynb #a73623f5
 @lru_cache(maxsize=256)
@@ -143,16 +179,20 @@ def mp_quantiles(
 )->np.ndarray: # As many eigenvalues as such a stack has, ascending
     """The eigenvalues of large random matrices of unit variance, without chance: quantiles of the Marchenko-Pastur
     law."""
-    count,m,n = stack[0],*sorted(stack[1:])
-    shares = (np.arange(count*m) + .5)/(count*m)
+    count = stack[0]
+    m,n = sorted(stack[1:])
+    total = count*m
+    shares = (np.arange(total) + .5)/total
     if m == 1: return 2*special.gammaincinv(n/2, shares) # quantiles of the chi-squared law
     low,high = mp_edges((m, n))
     # x = low + (high-low) sin(angle)^2 has a smooth density
     angle = np.linspace(0, math.pi/2, 20_001)
     sine = np.sin(angle)**2
     x = low + (high-low)*sine
-    steep = sine*(1-sine)/np.maximum(x, 1e-300) if low > 0 else (1-sine)/(high-low)
-    below = np.concatenate([[0], np.cumsum((steep[1:]+steep[:-1])/2)])
+    if low > 0: steep = sine*(1-sine)/np.maximum(x, 1e-300)
+    else: steep = (1-sine)/(high-low)
+    steps = (steep[1:]+steep[:-1])/2
+    below = np.concatenate([[0], np.cumsum(steps)])
     return np.interp(shares, below/below[-1], x)
 
 # shape, scale and shift of the gamma law that is close to the real Tracy-Widom law
@@ -163,12 +203,18 @@ def random_edge(
     p:float=.99, # Chance that all eigenvalues of the whole stack are below
 )->float: # For entries of unit variance
     "What the largest eigenvalue of random matrices stays below (Johnstone 2001, Thm. 1.1)."
-    count,m,n = stack[0],*sorted(stack[1:])
-    if m == 1: return float(2*special.gammaincinv(n/2, p**(1/count)))
-    a,b = math.sqrt(n-1),math.sqrt(m)
+    count = stack[0]
+    m,n = sorted(stack[1:])
+    chance = p**(1/count) # of one matrix
+    if m == 1:
+        quantile = special.gammaincinv(n/2, chance)
+        return float(2*quantile)
+    a = math.sqrt(n-1)
+    b = math.sqrt(m)
     shape,scale,shift = _TRACY_WIDOM
-    quantile = scale*special.gammaincinv(shape, p**(1/count)) - shift
-    return (a+b)**2 + (a+b)*(1/a + 1/b)**(1/3)*quantile
+    quantile = scale*special.gammaincinv(shape, chance) - shift
+    spread = (1/a + 1/b)**(1/3)
+    return (a+b)**2 + (a+b)*spread*quantile
 
 # %% ../../nbs/02d_null.ipynb #08095175
 NULLS = ('gaussian', 'shuffle', 'mp') # what a layer's alpha can be compared with
@@ -190,7 +236,8 @@ def as_null(
     null:str|Null|None, # None, one of `NULLS`, or a `Null`
 )->Null: # None if nothing is compared
     "What `analyze` takes as `null`, as a `Null`. Raises `OpenTransError`."
-    return null if null is None or isinstance(null, Null) else Null(null)
+    if null is None or isinstance(null, Null): return null
+    return Null(null)
 
 def shuffled(
     mats:torch.Tensor, # (matrices, rows, columns)
@@ -198,9 +245,10 @@ def shuffled(
 )->torch.Tensor: # The same numbers
     """Matrices with their numbers in random order, each by itself; single rows or columns, in which order means
     nothing, together."""
-    flat = mats.flatten(1) if min(mats.shape[1:]) > 1 else mats.reshape(1, -1)
-    order = torch.rand(flat.shape, generator=rng).argsort(1).to(flat.device)
-    return flat.gather(1, order).reshape(mats.shape)
+    flat = _entries(mats)
+    order = torch.rand(flat.shape, generator=rng).argsort(1)
+    mixed = flat.gather(1, order.to(flat.device))
+    return mixed.reshape(mats.shape)
 
 def compare_with_null(
     alpha:float, # Of the layer
@@ -210,7 +258,13 @@ def compare_with_null(
     edge:float, # Where spikes begin
 )->dict: # `NULL_COLUMNS`
     "How a layer stands against random matrices of its shape."
-    mean = float(np.mean(random)) if len(random) else math.nan
-    sd = float(np.std(random, ddof=1)) if len(random) > 1 else sigma
-    z = (alpha-mean)/sd if sd > 1e-9*abs(mean) else math.nan
-    return dict(zip(NULL_COLUMNS, (mean, sd, z, alpha-mean, int((evals > edge).sum()))))
+    mean = math.nan
+    sd = sigma
+    if len(random): mean = float(np.mean(random))
+    if len(random) > 1: sd = float(np.std(random, ddof=1))
+    excess = alpha-mean
+    has_spread = sd > 1e-9*abs(mean)
+    z = excess/sd if has_spread else math.nan
+    spikes = int((evals > edge).sum())
+    values = (mean, sd, z, excess, spikes)
+    return dict(zip(NULL_COLUMNS, values))

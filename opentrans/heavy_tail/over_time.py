@@ -33,6 +33,22 @@ if TYPE_CHECKING: # for types alone: an extra
     from ipywidgets import HBox
 
 # %% ../../nbs/02c_over_time.ipynb #f7523a29
+def _check_same_layers(table, after):
+    "Raises `OpenTransError` if two tables have other layers."
+    lost = set(table) ^ set(after)
+    if not lost: return
+    some = ', '.join(sorted(lost)[:5])
+    more = '...' if len(lost) > 5 else ''
+    verb = 'is' if len(lost) == 1 else 'are'
+    raise OpenTransError(
+        f"The tables do not have the same layers: {some}{more} {verb} in "
+        f"one only. " "Compare tables of one architecture, made with the same `skip`.")
+
+def _frozen_by(table):
+    "The layers that a table would freeze; none if no layer has a fit."
+    has_fits = table.frame.alpha.notna().any()
+    return set(table.select().freeze) if has_fits else set()
+
 @patch
 def compare(self:LayerTable,
     after:LayerTable, # Another `LayerTable` of the same layers
@@ -43,21 +59,21 @@ def compare(self:LayerTable,
     """Two tables side by side, for instance before and after fine-tuning. Raises `OpenTransError` if they have
     other layers."""
     check_number('level', level, 0, 1, above=True, below=True)
-    lost = set(self) ^ set(after)
-    if lost:
-        raise OpenTransError(
-            f"The tables do not have the same layers: "
-            f"{', '.join(sorted(lost)[:5])}{'...' if len(lost) > 5 else ''} {'is' if len(lost)==1 else 'are'} in "
-            f"one only. " "Compare tables of one architecture, made with the same `skip`.")
-    a,b = self.frame,after.frame.loc[list(self)]
-    frozen = [set(t.select().freeze) if t.frame.alpha.notna().any() else set() for t in (self, after)]
+    _check_same_layers(self, after)
+    a = self.frame
+    b = after.frame.loc[list(self)]
+    before_frozen = _frozen_by(self)
+    after_frozen = _frozen_by(after)
     change = b.alpha-a.alpha
     error = np.hypot(a.sigma, b.sigma)
-    wide = float(-special.ndtri((1-level)/2))*error
-    res = pd.DataFrame(dict(alpha_before=a.alpha, alpha_after=b.alpha, change=change, z=change/error,
-                            low=change-wide, high=change+wide))
-    for when,names in zip(('before', 'after'), frozen): res[f'frozen_{when}'] = [name in names for name in self]
-    return res.assign(moved=res.frozen_before != res.frozen_after)
+    errors = float(-special.ndtri((1-level)/2)) # how many the interval is wide, to one side
+    wide = errors*error
+    res = pd.DataFrame(dict(alpha_before=a.alpha, alpha_after=b.alpha))
+    res = res.assign(change=change, z=change/error, low=change-wide, high=change+wide)
+    res['frozen_before'] = [name in before_frozen for name in self]
+    res['frozen_after'] = [name in after_frozen for name in self]
+    moved = res.frozen_before != res.frozen_after
+    return res.assign(moved=moved)
 
 @patch
 def plot_change(self:LayerTable,
@@ -65,13 +81,16 @@ def plot_change(self:LayerTable,
     ax=None, # Axes to draw on
 ): # The axes
     "Alpha of each layer before and after (Fig. 9)."
-    ax,c = get_axes(ax, figsize=(10, 3)),self.compare(after)
+    ax = get_axes(ax, figsize=(10, 3))
+    c = self.compare(after)
     x = np.arange(len(c))
     ax.vlines(x, c.alpha_before, c.alpha_after, color='0.7', lw=2)
     ax.plot(x, c.alpha_before, 'o', color='0.55', ms=5, label='before')
     ax.plot(x, c.alpha_after, 'o', color=_RED, ms=5, label='after')
     ax.set(xlabel='layer', ylabel='$\\alpha$')
-    if len(c) <= 12: ax.set_xticks(x, [for_plot(n) for n in c.index], rotation=20, ha='right', fontsize=9)
+    if len(c) <= 12:
+        labels = [for_plot(name) for name in c.index]
+        ax.set_xticks(x, labels, rotation=20, ha='right', fontsize=9)
     ax.legend(fontsize=9, frameon=False)
     return ax
 
@@ -106,12 +125,15 @@ class Reselect:
         if n % self.every or n in self.tables: return False
         self.tables[n] = analyze(self.model, **self.options)
         if self.selections and not self.dynamic:
-            self.selections[n] = self.selections[min(self.selections)]
+            first = min(self.selections)
+            self.selections[n] = self.selections[first]
             return False
-        old = self.selections[max(self.selections)] if self.selections else None
+        old = None
+        if self.selections: old = self.selections[max(self.selections)]
         new = self.tables[n].select(**self.how)
         self.selections[n] = new
-        if old is not None and set(old.freeze) == set(new.freeze): return False
+        is_same = old is not None and set(old.freeze) == set(new.freeze)
+        if is_same: return False
         self._handle.remove()
         self._handle = new.apply(self.model)
         for p in self.model.parameters():
@@ -122,30 +144,42 @@ class Reselect:
     def history(self)->pd.DataFrame: # A row a look
         """`median`, `low` and `high` quartile of alpha, `frozen` layers, and how many layers would `move` since the
         look before."""
-        q = {n: t.frame.alpha.quantile([.25, .5, .75]).tolist() for n,t in self.tables.items()}
+        shares = [.25, .5, .75]
+        quartiles = [t.frame.alpha.quantile(shares).tolist() for t in self.tables.values()]
         would = [set(t.select(**self.how).freeze) for t in self.tables.values()]
-        return pd.DataFrame(dict(step=list(q), low=[v[0] for v in q.values()], median=[v[1] for v in q.values()],
-                                 high=[v[2] for v in q.values()],
-                                 frozen=[len(s.freeze) for s in self.selections.values()],
-                                 move=[0]+[len(a^b) for a,b in zip(would, would[1:])])).set_index('step')
+        moves = [len(before^now) for before,now in zip(would, would[1:])]
+        columns = dict(step=list(self.tables))
+        for i,name in enumerate(('low', 'median', 'high')): columns[name] = [q[i] for q in quartiles]
+        columns['frozen'] = [len(selection.freeze) for selection in self.selections.values()]
+        columns['move'] = [0]+moves
+        return pd.DataFrame(columns).set_index('step')
 
     def remove(self): self._handle.remove()
     def __enter__(self): return self
     def __exit__(self, *exc): self.remove()
 
 # %% ../../nbs/02c_over_time.ipynb #19521a90
+def _quartiles(tables):
+    "`low`, `median` and `high` quartile of alpha of each table of a dict of them, a row a table."
+    names = ('low', 'median', 'high')
+    rows = {}
+    for step,table in tables.items():
+        values = table.frame.alpha.quantile([.25, .5, .75])
+        rows[step] = dict(zip(names, values))
+    return pd.DataFrame(rows).T
+
 def plot_median(
     history:pd.DataFrame|dict[int, LayerTable], # `Reselect.history`, or a dict of step -> `LayerTable`
     ax=None, # Axes to draw on
 ): # The axes
     "Median of alpha over training, with the quartiles of the layers around it (Fig. 7)."
-    if isinstance(history, dict):
-        history = pd.DataFrame({n: dict(zip(('low', 'median', 'high'), t.frame.alpha.quantile([.25, .5, .75])))
-                                for n,t in history.items()}).T
+    if isinstance(history, dict): history = _quartiles(history)
     ax = get_axes(ax, figsize=(6, 3))
-    ax.fill_between(history.index, history.low, history.high, color=_BLUE, alpha=.15, lw=0, label='quartiles')
-    ax.plot(history.index, history['median'], '.-', color=_RED, label='median')
-    ax.set(xlabel='step', ylabel='$\\alpha$', ylim=(1, max(history.high.max()*1.15, 4)))
+    steps = history.index
+    ax.fill_between(steps, history.low, history.high, color=_BLUE, alpha=.15, lw=0, label='quartiles')
+    ax.plot(steps, history['median'], '.-', color=_RED, label='median')
+    top = max(history.high.max()*1.15, 4)
+    ax.set(xlabel='step', ylabel='$\\alpha$', ylim=(1, top))
     ax.legend(fontsize=9, frameon=False)
     return ax
 
@@ -183,21 +217,36 @@ class _Compared(TypedDict):
 
 _TABLE = dict(spectra=list[_Row], xmin=_Rule, few=int, max_aspect=_Limit, options=dict[str, Any])
 
+def _about(spectrum):
+    "What a file of a table says of a spectrum besides its eigenvalues, as `_Row`."
+    row = {key: value for key,value in vars(spectrum).items() if key not in ('evals', 'shuffled')}
+    row['has_evals'] = spectrum.evals is not None
+    return row
+
 @patch
 def save(self:LayerTable,
     path:str|Path, # A .safetensors file
 ):
     "Write the spectra and how they were fitted."
-    about = [{k: v for k,v in vars(s).items() if k not in ('evals', 'shuffled')}
-             | dict(has_evals=s.evals is not None) for s in self.spectra.values()]
-    evals = {f'evals.{n}': torch.from_numpy(s.evals.copy()) for n,s in self.spectra.items() if s.evals is not None}
-    evals |= {f'shuffled.{n}': torch.from_numpy(s.shuffled.copy())
-              for n,s in self.spectra.items() if s.shuffled is not None}
-    null = {} if self.null is None else dict(null=asdict(self.null))
-    fitted = (null
-              | dict(xmin=dict(rule=self.xmin), few=self.few, max_aspect=dict(limit=self.max_aspect),
-                     options=self.options))
-    save_tensors(evals, path, dict(fitted, spectra=about), TABLE_FILE)
+    rows = [_about(s) for s in self.spectra.values()]
+    tensors = {}
+    for name,s in self.spectra.items():
+        if s.evals is not None: tensors[f'evals.{name}'] = torch.from_numpy(s.evals.copy())
+    for name,s in self.spectra.items():
+        if s.shuffled is not None: tensors[f'shuffled.{name}'] = torch.from_numpy(s.shuffled.copy())
+    meta = {} if self.null is None else dict(null=asdict(self.null))
+    meta |= dict(xmin=dict(rule=self.xmin), few=self.few)
+    meta |= dict(max_aspect=dict(limit=self.max_aspect), options=self.options, spectra=rows)
+    save_tensors(tensors, path, meta, TABLE_FILE)
+
+def _belong_together(rows, evals, drawn, tensors):
+    "Are the eigenvalues of a file, and those of shuffled numbers, of the layers that it tells of, and is that all?"
+    names = [row['name'] for row in rows]
+    if len(set(names)) < len(names): return False
+    with_evals = [row['name'] for row in rows if row['has_evals']]
+    if sorted(with_evals) != sorted(evals): return False
+    has_others = len(evals)+len(drawn) < len(tensors)
+    return not has_others and set(drawn) <= set(evals)
 
 @patch(cls_method=True)
 def load(cls:LayerTable,
@@ -205,50 +254,69 @@ def load(cls:LayerTable,
 )->LayerTable:
     "Read a table. Raises `OpenTransError` if the file is something else, or damaged."
     old = load_metadata(path).get('kind') == 'opentrans.LayerTable' # how opentrans 0.1 said what a file is
-    tensors, meta = load_tensors(path, kind=None if old else TABLE_FILE)
-    held = {name: metadata_value(meta, name, schema, path, constants=True) for name, schema in _TABLE.items()}
-    null = metadata_value(meta, 'null', _Compared, path, constants=True) if 'null' in meta else None
-    evals,drawn = strip_prefix('evals.', tensors),strip_prefix('shuffled.', tensors)
-    names = [row['name'] for row in held['spectra']]
-    with_evals = [row['name'] for row in held['spectra'] if row['has_evals']]
-    if (len(set(names)) < len(names) or sorted(with_evals) != sorted(evals) or len(evals)+len(drawn) < len(tensors)
-        or not set(drawn) <= set(evals)):
+    tensors,meta = load_tensors(path, kind=None if old else TABLE_FILE)
+    held = {name: metadata_value(meta, name, schema, path, constants=True) for name,schema in _TABLE.items()}
+    null = None
+    if 'null' in meta: null = metadata_value(meta, 'null', _Compared, path, constants=True)
+    evals = strip_prefix('evals.', tensors)
+    drawn = strip_prefix('shuffled.', tensors)
+    rows = held['spectra']
+    if not _belong_together(rows, evals, drawn, tensors):
         raise TABLE_FILE.damaged(path, 'its layers are not those of its eigenvalues')
     check_finite(tensors, f"the eigenvalues in '{path}'", 'Analyze the model again.')
-    made = [_spectrum(row, evals.get(row['name']), drawn.get(row['name']), path) for row in held['spectra']]
-    return LayerTable(made, held['xmin']['rule'], held['few'], held['max_aspect']['limit'], held['options'],
-                      null and Null(**null))
+    made = []
+    for row in rows:
+        name = row['name']
+        made.append(_spectrum(row, evals.get(name), drawn.get(name), path))
+    limit = held['max_aspect']['limit']
+    rule = held['xmin']['rule']
+    return LayerTable(made, rule, held['few'], limit, held['options'], null and Null(**null))
 
 _NUMBERS = ('density', 'edge', 'paper') # of a spectrum; NaN where there are none
 
 def _rising(evals, axes):
     "Is it what eigenvalues are: not negative, and ascending along the last of so many axes?"
-    return (evals.dtype == torch.float64 and evals.ndim == axes and bool((evals.diff() >= 0).all())
-            and bool((evals >= 0).all()))
+    if evals.dtype != torch.float64 or evals.ndim != axes: return False
+    steps = evals.diff()
+    return bool((steps >= 0).all()) and bool((evals >= 0).all())
+
+def _is_shape(shape, smallest):
+    "Can a tensor have a shape, with no side below the smallest?"
+    return bool(shape) and min(shape) >= smallest and math.prod(shape) <= 2**62
+
+def _checked_row(row, name, has_evals, path):
+    "What was saved of a spectrum, as the arguments of `Spectrum`. Raises `DamagedFile`."
+    row = dict(row)
+    row.pop('has_evals')
+    known = {field.name for field in fields(Spectrum)}
+    if set(row) - known:
+        raise TABLE_FILE.damaged(path, f"'{name}' has entries that no spectrum has")
+    row.update({key: math.nan for key in _NUMBERS if row[key] is None})
+    row['shape'] = tuple(row['shape'])
+    smallest = 1 if has_evals else 0
+    if not _is_shape(row['shape'], smallest):
+        raise TABLE_FILE.damaged(path, f"'{name}' has a shape that no weight has")
+    stack = tuple(row.get('stack', ()))
+    row['stack'] = stack
+    if stack and not (len(stack) == 3 and _is_shape(stack, 1)):
+        raise TABLE_FILE.damaged(path, f"'{name}' is said to be of matrices that it cannot have")
+    return row
 
 def _spectrum(row, evals, drawn, path):
     "One spectrum from what was saved of it. Raises `DamagedFile`."
-    row, name = dict(row), shorten(row['name'])
-    row.pop('has_evals')
-    if set(row) - {field.name for field in fields(Spectrum)}:
-        raise TABLE_FILE.damaged(path, f"'{name}' has entries that no spectrum has")
-    row.update({k: math.nan for k in _NUMBERS if row[k] is None})
-    shape = row['shape'] = tuple(row['shape'])
-    smallest = 0 if evals is None else 1
-    if not shape or min(shape) < smallest or math.prod(shape) > 2**62:
-        raise TABLE_FILE.damaged(path, f"'{name}' has a shape that no weight has")
-    stack = row['stack'] = tuple(row.get('stack', ()))
-    if stack and (len(stack) != 3 or min(stack) < 1 or math.prod(stack) > 2**62):
-        raise TABLE_FILE.damaged(path, f"'{name}' is said to be of matrices that it cannot have")
+    name = shorten(row['name'])
+    row = _checked_row(row, name, evals is not None, path)
     if evals is None: return Spectrum(**row)
-    most = stack[0]*min(stack[1:]) if stack else math.prod(shape)
+    stack = row['stack']
+    most = stack[0]*min(stack[1:]) if stack else math.prod(row['shape'])
     if not _rising(evals, 1) or len(evals) > most:
         raise TABLE_FILE.damaged(path, f"the eigenvalues of '{name}' are none")
     row['evals'] = evals.numpy()
     if drawn is None: return Spectrum(**row)
     if not stack or not _rising(drawn, 2) or drawn.shape[1] != most or not len(drawn):
         raise TABLE_FILE.damaged(path, f"the shuffled eigenvalues of '{name}' are none")
-    return Spectrum(**row | dict(shuffled=drawn.numpy()))
+    row['shuffled'] = drawn.numpy()
+    return Spectrum(**row)
 
 # %% ../../nbs/02c_over_time.ipynb #b5854af3
 def _png(draw, size):
@@ -257,7 +325,9 @@ def _png(draw, size):
     from matplotlib.figure import Figure
     fig = Figure(figsize=size)
     width,height = size
-    fig.subplots_adjust(left=.75/width, right=1-.1/width, bottom=.5/height, top=1-.3/height, wspace=.32)
+    left,right = .75/width,1-.1/width
+    bottom,top = .5/height,1-.3/height
+    fig.subplots_adjust(left=left, right=right, bottom=bottom, top=top, wspace=.32)
     draw(fig)
     return figure_png(fig, dpi=100)
 
@@ -268,27 +338,46 @@ class _Explorer:
         self.table = table
         self.busy = False
         self.lock = threading.RLock()
-        self.fit = None
-        self.below = None
-        self.tables = {table.xmin: table}             # the fit shown above, what is shown below, tables by rule
-        wide = dict(layout=w.Layout(width='420px'), style=dict(description_width='60px'))
-        self.layer = w.Select(options=list(table), rows=16, description='layer', **wide)
-        self.rule = w.Dropdown(
-            options=[*dict.fromkeys([*XMIN_RULES, *([table.xmin] if isinstance(table.xmin, str) else [])]), 'given'],
-            value=table.xmin if isinstance(table.xmin, str) else 'given', description='xmin by', **wide)
-        # which eigenvalue: whole numbers, which no browser rounds
-        self.xmin = w.IntSlider(description='xmin', min=0, max=1, readout=False, **wide)
-        self.text,self.plot,self.overview = w.HTML(layout=w.Layout(width='420px')),*(
-            w.Image(format='png', layout=w.Layout(width='100%', max_width='720px')) for _ in range(2))
-        # in a narrow page, plots stand below
-        self.box = w.HBox([w.VBox([self.layer, self.rule, self.xmin, self.text]),
-                           w.VBox([self.plot, self.overview], layout=w.Layout(flex='1 1 480px'))],
-                          layout=w.Layout(flex_flow='row wrap'))
+        self.fit = None                               # the fit shown above
+        self.below = None                             # what is shown below
+        self.tables = {table.xmin: table}             # tables by rule
+        self._make_controls(w)
+        self._make_views(w)
         self.box.explorer = self
         self.layer.observe(lambda _: self.show('layer'), 'value')
         self.rule.observe(lambda _: self.show('rule'), 'value')
         self.xmin.observe(lambda _: self.show('xmin'), 'value')
         self.show('layer')
+
+    def _make_controls(self, w):
+        "The controls: a layer, a rule, and which eigenvalue begins the tail."
+        layout = w.Layout(width='420px')
+        wide = dict(layout=layout, style=dict(description_width='60px'))
+        self.layer = w.Select(options=list(self.table), rows=16, description='layer', **wide)
+        own = self.table.xmin
+        has_rule = isinstance(own, str)
+        rules = [*XMIN_RULES, own] if has_rule else XMIN_RULES
+        options = [*dict.fromkeys(rules), 'given']
+        value = own if has_rule else 'given'
+        self.rule = w.Dropdown(options=options, value=value, description='xmin by', **wide)
+        # which eigenvalue: whole numbers, which no browser rounds
+        self.xmin = w.IntSlider(description='xmin', min=0, max=1, readout=False, **wide)
+
+    def _make_views(self, w):
+        "Text, two pictures, and the box that holds them and the controls."
+        self.text = w.HTML(layout=w.Layout(width='420px'))
+        self.plot = self._picture(w)
+        self.overview = self._picture(w)
+        controls = w.VBox([self.layer, self.rule, self.xmin, self.text])
+        pictures = w.VBox([self.plot, self.overview], layout=w.Layout(flex='1 1 480px'))
+        # in a narrow page, plots stand below
+        layout = w.Layout(flex_flow='row wrap')
+        self.box = w.HBox([controls, pictures], layout=layout)
+
+    def _picture(self, w):
+        "A place for a picture."
+        layout = w.Layout(width='100%', max_width='720px')
+        return w.Image(format='png', layout=layout)
 
     def show(self, changed):
         """Draw what the widgets say, after a change of `'layer'`, `'rule'` or `'xmin'`. Kernels may call it from
@@ -306,10 +395,12 @@ class _Explorer:
         "Bring the other controls in line with the one that was changed, and make the fit that they name together."
         home = self.table.xmin
         if changed == 'xmin': self.rule.value = 'given'
-        elif changed == 'layer' and self.rule.value == 'given' and isinstance(home, str): self.rule.value = home
+        is_given = self.rule.value == 'given'
+        if changed == 'layer' and is_given and isinstance(home, str): self.rule.value = home
         s = self.table.spectra[self.layer.value]
         if changed == 'layer' or self.rule.value != 'given': self._range(s, self._xmin_by_rule())
-        self.fit = s.fit(self._xmin(s))
+        xmin = self._xmin(s)
+        self.fit = s.fit(xmin)
 
     def _xmin_by_rule(self):
         "The chosen rule; that of the table where an xmin is given."
@@ -320,33 +411,41 @@ class _Explorer:
         that has put it."""
         rule = self._xmin_by_rule()
         if self.rule.value != 'given' or self.xmin.disabled: return rule
-        own = not isinstance(rule, str) and self.xmin.value == self._place(s, rule)
-        return rule if own else float(s.evals[self.xmin.value])
+        index = self.xmin.value
+        is_own = not isinstance(rule, str) and index == self._place(s, rule)
+        return rule if is_own else float(s.evals[index])
 
     def _place(self, s, xmin):
         "Which eigenvalue a rule or a number begins the tail with; the middle one if there is no fit."
-        n,f = s.evals.size,s.fit(xmin)
-        return min(int(np.searchsorted(s.evals, f.xmin)) if f.ok else n//2, n-2)
+        count = s.evals.size
+        f = s.fit(xmin)
+        place = int(np.searchsorted(s.evals, f.xmin)) if f.ok else count//2
+        return min(place, count-2)
 
     def _range(self, s, xmin):
         "Put the slider over the eigenvalues of a layer and onto the one with which the tail begins."
-        n = 0 if s.evals is None else s.evals.size
-        self.xmin.disabled,top = n < 4,max(n-2, 1)
+        count = 0 if s.evals is None else s.evals.size
+        has_tail = count >= 4
+        self.xmin.disabled = not has_tail
+        top = max(count-2, 1)
         with self.xmin.hold_sync():
             self.xmin.max = max(self.xmin.max, top)
-            self.xmin.value = 0 if n < 4 else self._place(s, xmin)
+            self.xmin.value = self._place(s, xmin) if has_tail else 0
             self.xmin.max = top
 
     def _draw(self):
         "Text and pictures of what the controls say now; nothing in them comes from what they said before."
-        s,f = self.table.spectra[self.layer.value],self.fit
-        self.text.value = f'<pre style="white-space:pre-wrap">{for_html(repr(f))}</pre>'
+        name = self.layer.value
+        s = self.table.spectra[name]
+        f = self.fit
+        words = for_html(repr(f))
+        self.text.value = f'<pre style="white-space:pre-wrap">{words}</pre>'
         def draw(fig):
             left,right = fig.subplots(1, 2)
             _draw_esd(s, f, left)
             _draw_ks(s, {f.method: f}, right)
         self.plot.value = _png(draw, (7.2, 3.2))
-        below = self.layer.value,self._xmin_by_rule()
+        below = name,self._xmin_by_rule()
         if below != self.below: self.overview.value = _png(self._overview, (7.2, 2.4))
         self.below = below
 
@@ -354,8 +453,10 @@ class _Explorer:
         rule = self._xmin_by_rule()                                  # a given xmin is that of one layer
         if rule not in self.tables: self.tables[rule] = self.table.refit(rule)
         ax = self.tables[rule].plot_alpha(fig.subplots())
-        ax.axvline(list(self.table).index(self.layer.value), color='k', lw=1)
-        ax.set_title(for_plot(f'all layers, xmin by {rule}'), fontsize=9, loc='right')
+        place = list(self.table).index(self.layer.value)
+        ax.axvline(place, color='k', lw=1)
+        title = for_plot(f'all layers, xmin by {rule}')
+        ax.set_title(title, fontsize=9, loc='right')
         ax.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
 
 # %% ../../nbs/02c_over_time.ipynb #ac8f6140
@@ -366,5 +467,6 @@ def explore(
 )->'HBox': # A widget of ipywidgets
     "Look at a model's spectra by hand: layer, rule for xmin, and a slider that moves the beginning of the tail."
     w = optional('ipywidgets', 'dev', 'The explorer')
-    return _Explorer(model_or_table if isinstance(model_or_table, LayerTable)
-                     else analyze(model_or_table, **options), w).box
+    is_table = isinstance(model_or_table, LayerTable)
+    table = model_or_table if is_table else analyze(model_or_table, **options)
+    return _Explorer(table, w).box

@@ -17,7 +17,7 @@ from scipy import special
 from torch.nn.parameter import is_lazy
 from ..core import no_values, unreadable
 from ..errors import OpenTransError, unknown
-from .lapack import _eigenvalues_by_lapack
+from .lapack import _eigenvalues, _exactness, _noise, _settle, _stored_type
 
 # %% ../../nbs/02_heavy_tail.ipynb #f76fac1a
 def mp_edges(
@@ -25,8 +25,11 @@ def mp_edges(
     variance:float=1., # Variance of its entries
 )->tuple[float, float]: # Smallest and largest eigenvalue of a large random matrix
     "Edges of the Marchenko-Pastur law."
-    a,b = math.sqrt(shape[0]),math.sqrt(shape[1])
-    return variance*(a-b)**2, variance*(a+b)**2
+    a = math.sqrt(shape[0])
+    b = math.sqrt(shape[1])
+    low = variance*(a-b)**2
+    high = variance*(a+b)**2
+    return low, high
 
 def marchenko_pastur(
     x:np.ndarray|Sequence[float], # Eigenvalues
@@ -36,9 +39,12 @@ def marchenko_pastur(
     "Density of the eigenvalues of $W^T W$ for a large matrix of independent entries: the light tail."
     x = np.asarray(x, dtype=float)
     low,high = mp_edges(shape, variance)
+    product = np.clip((high-x)*(x-low), 0, None)
+    scale = 2*math.pi*variance*min(shape)
     with np.errstate(divide='ignore', invalid='ignore'):
-        d = np.sqrt(np.clip((high-x)*(x-low), 0, None))/(2*math.pi*variance*min(shape)*x)
-    return np.where((x > 0) & (x >= low) & (x <= high), d, 0.)
+        density = np.sqrt(product)/(scale*x)
+    is_inside = (x > 0) & (x >= low) & (x <= high)
+    return np.where(is_inside, density, 0.)
 
 # %% ../../nbs/02_heavy_tail.ipynb #b2dd3eca
 class _Tails:
@@ -47,41 +53,63 @@ class _Tails:
         self.x,below = np.unique(x, return_index=True)
         self.log = np.log(self.x)
         self.below = below.astype(float)
-        self.n = (x.size-below).astype(float)
+        above = x.size-below # how many values are not below
+        self.n = above.astype(float)
+        steps = np.diff(self.log)*self.n[1:]
+        sums = np.cumsum(steps[::-1])
         # sum over the tail of log(x_j/x_i)
-        logs = np.append(np.cumsum((np.diff(self.log)*self.n[1:])[::-1])[::-1], 0.)
+        logs = np.append(sums[::-1], 0.)
         with np.errstate(divide='ignore'): self.slope = self.n/logs # alpha - 1
 
     def ks(self, i):
         "Kolmogorov-Smirnov distance of the tail that begins at value `i`."
-        return np.abs(1 - np.exp(-self.slope[i]*(self.log[i:]-self.log[i]))
-                      - (self.below[i:]-self.below[i])/self.n[i]).max()
+        logs = self.log[i:]-self.log[i]
+        law = 1 - np.exp(-self.slope[i]*logs)
+        count = self.below[i:]-self.below[i]
+        gaps = np.abs(law - count/self.n[i])
+        return gaps.max()
 
     def bound(self, cand, points):
         "Lower bounds of the distances of candidate tails: their deviation at `points` places each, evenly spread."
         lengths = (self.log.size-1-cand)[:,None]
-        places = cand[:,None] + (lengths*np.arange(1, points+1) + points-1)//points
-        above = np.exp(-self.slope[cand,None]*(self.log[places]-self.log[cand,None]))
-        return np.abs(1 - above - (self.below[places]-self.below[cand,None])/self.n[cand,None]).max(1)
+        fractions = np.arange(1, points+1)
+        steps = (lengths*fractions + points-1)//points
+        places = cand[:,None] + steps
+        logs = self.log[places]-self.log[cand,None]
+        above = np.exp(-self.slope[cand,None]*logs)
+        counts = self.below[places]-self.below[cand,None]
+        share = counts/self.n[cand,None]
+        return np.abs(1 - above - share).max(1)
 
     def search(self, cand):
         """(index, distance) of the candidate tail with the smallest distance, the first if several are equal. Exact:
         what is skipped cannot win."""
         if self.log.size <= 48:
             D = np.array([self.ks(i) for i in cand])
-            return cand[D.argmin()],D.min()
+            best = cand[D.argmin()]
+            return best,D.min()
         low = np.zeros(cand.size) # bounds of their distances
         reached = np.inf
         for points in (8, 32, 128):
-            low = np.maximum(low, self.bound(cand, points))
-            reached = min(reached, self.ks(cand[low.argmin()]))
+            bound = self.bound(cand, points)
+            low = np.maximum(low, bound)
+            likely = cand[low.argmin()]
+            reached = min(reached, self.ks(likely))
             keep = low <= reached + 1e-12
-            cand,low = cand[keep],low[keep]
+            cand = cand[keep]
+            low = low[keep]
             if cand.size <= 8: break
-        distance,index = np.inf,-1
+        return self._search_in_turn(cand, low)
+
+    def _search_in_turn(self, cand, low):
+        "(index, distance) as `search`, of candidates whose distances are at least `low`."
+        distance = np.inf
+        index = -1
         for k in np.argsort(low, kind='stable'):
             if low[k] > distance + 1e-12: break
-            distance,index = min((distance, index), (self.ks(cand[k]), cand[k]))
+            place = cand[k]
+            found = (self.ks(place), place)
+            distance,index = min((distance, index), found)
         return index,distance
 
 # %% ../../nbs/02_heavy_tail.ipynb #b07a2cd9
@@ -109,8 +137,11 @@ class PowerLawFit:
     @property
     def tail(self)->np.ndarray: return self.evals[self.evals >= self.xmin]
     def pdf(self, x:np.ndarray|Sequence[float]|float)->np.ndarray:
-        return (self.alpha-1)/self.xmin*(np.asarray(x)/self.xmin)**-self.alpha
-    def ccdf(self, x:np.ndarray|Sequence[float]|float)->np.ndarray: return (np.asarray(x)/self.xmin)**(1-self.alpha)
+        ratio = np.asarray(x)/self.xmin
+        return (self.alpha-1)/self.xmin*ratio**-self.alpha
+    def ccdf(self, x:np.ndarray|Sequence[float]|float)->np.ndarray:
+        ratio = np.asarray(x)/self.xmin
+        return ratio**(1-self.alpha)
     def __repr__(self)->str:
         if not self.ok: return f"PowerLawFit: no fit, {self.reason}"
         return (f"PowerLawFit: alpha {self.alpha:.4g} +- {self.sigma:.2g}, xmin {self.xmin:.4g} ({self.method}), "
@@ -131,17 +162,21 @@ class PowerLawFit:
     )->pd.DataFrame:
         """Does another law fit the tail better? Vuong's test as in `powerlaw`; the truncated power law is nested and
         uses chi-square. Raises `OpenTransError`."""
-        return pd.DataFrame.from_dict({name: _compared(self, name) for name in alternatives}, orient='index')
+        rows = {name: _compared(self, name) for name in alternatives}
+        return pd.DataFrame.from_dict(rows, orient='index')
 
 def _no_fit(reason, n=0, method='', evals=None):
     "The `PowerLawFit` of a sample of `n` values to which none can be made."
     nan = math.nan
-    return PowerLawFit(nan, nan, nan, nan, 0, int(n), method, reason, np.zeros(0) if evals is None else evals)
+    if evals is None: evals = np.zeros(0)
+    return PowerLawFit(nan, nan, nan, nan, 0, int(n), method, reason, evals)
 
 def _fit(slope, xmin, D, n_tail, x, method):
     "The `PowerLawFit` to the tail of a sample `x`; `slope` is alpha - 1."
-    return PowerLawFit(float(1+slope), float(xmin), float(D), float(slope/math.sqrt(n_tail)), int(n_tail),
-                       int(x.size), method, '', x)
+    sigma = float(slope/math.sqrt(n_tail))
+    alpha = float(1+slope)
+    count = int(x.size)
+    return PowerLawFit(alpha, float(xmin), float(D), sigma, int(n_tail), count, method, '', x)
 
 # %% ../../nbs/02_heavy_tail.ipynb #2e0f182b
 def _xmin_candidates(t, x, rule, bins):
@@ -149,14 +184,21 @@ def _xmin_candidates(t, x, rule, bins):
     every = np.arange(t.x.size-1)
     # as `powerlaw`: at least three distinct values in the tail
     if rule == 'ks': return every[:-1]
-    if rule == 'median': return every[(t.x == x[x.size//2])[:-1]]
+    values = t.x[:-1]
+    if rule == 'median':
+        median = x[x.size//2]
+        return every[values == median]
     if rule.endswith('%'):
-        in_tail = max(2, math.ceil(_percent(rule)*x.size - 1e-9))
-        return every[(t.x == x[x.size-in_tail])[:-1]]
+        share = _percent(rule)
+        in_tail = max(2, math.ceil(share*x.size - 1e-9))
+        first = x[x.size-in_tail]
+        return every[values == first]
     counts,edges = np.histogram(np.log10(x), bins)
     peak = 10**edges[counts.argmax()]
-    low = .95*peak if rule == 'peak' else math.log10(.95*peak)           # as published: a logarithm
-    return every[(t.x[:-1] >= low) & (t.x[:-1] <= 1.5*peak)]
+    low = .95*peak
+    if rule == 'paper': low = math.log10(low)           # as published: a logarithm
+    is_near = (values >= low) & (values <= 1.5*peak)
+    return every[is_near]
 
 def _fit_given(x, xmin):
     "The fit to the tail of an ascending sample from a given xmin on."
@@ -167,26 +209,33 @@ def _fit_given(x, xmin):
     logs = np.log(tail/xmin)
     slope = tail.size/logs.sum()
     below = np.searchsorted(tail, tail)/tail.size
-    D = np.abs(1 - np.exp(-slope*logs) - below).max()
-    return _fit(slope, xmin, D, tail.size, x, 'given')
+    gaps = np.abs(1 - np.exp(-slope*logs) - below)
+    return _fit(slope, xmin, gaps.max(), tail.size, x, 'given')
 
 # %% ../../nbs/02_heavy_tail.ipynb #bdb16abd
 def _percent(xmin):
     "The share that a rule such as `'25%'` says; None for any other."
-    try: share = float(xmin[:-1])/100 if xmin.endswith('%') else math.nan
+    if not xmin.endswith('%'): return None
+    try: share = float(xmin[:-1])/100
     except ValueError: return None
     return share if 0 < share <= 1 else None
+
+def _is_positive_number(value):
+    "Is this a finite number above zero, and no truth value?"
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)): return False
+    return math.isfinite(value) and value > 0
 
 def _rule_name(xmin):
     "The name of an xmin rule, `'given'` for a number. Raises `OpenTransError` for what is none."
     if isinstance(xmin, str):
         if xmin not in XMIN_RULES and xmin != 'clip' and _percent(xmin) is None:
-            raise unknown('xmin rule', xmin, [*XMIN_RULES, 'clip', "a share such as '25%'"])
+            known = [*XMIN_RULES, 'clip', "a share such as '25%'"]
+            raise unknown('xmin rule', xmin, known)
         return xmin
-    number = isinstance(xmin, (int, float, np.number)) and not isinstance(xmin, bool)
-    if not (number and math.isfinite(xmin) and xmin > 0):
+    if not _is_positive_number(xmin):
+        rules = ', '.join(XMIN_RULES)
         raise OpenTransError(
-            f"xmin={xmin} cannot begin a tail. Give a positive number or one of: {', '.join(XMIN_RULES)}.")
+            f"xmin={xmin} cannot begin a tail. Give a positive number or one of: {rules}.")
     return 'given'
 
 _FLAT = 1e-5 # values that differ by less than this share of themselves are equal, whatever they come from
@@ -197,17 +246,23 @@ def _sample(evals):
     if isinstance(evals, torch.Tensor) and not evals.is_complex(): evals = evals.double()
     try: x = np.asarray(evals)
     except (TypeError, ValueError) as e:
+        kind = type(evals).__name__
         raise OpenTransError(
-            f"Eigenvalues must be real numbers: this {type(evals).__name__} is no array ({e}). Give a tensor, an "
+            f"Eigenvalues must be real numbers: this {kind} is no array ({e}). Give a tensor, an "
             f"array or a flat list.") from e
-    if x.dtype.kind in 'biuf': return np.sort(x.astype(float).ravel())
-    raise OpenTransError(
-        f"Eigenvalues must be real numbers, not {x.dtype}. Give squared singular values, as esd does.")
+    if x.dtype.kind not in 'biuf':
+        raise OpenTransError(
+            f"Eigenvalues must be real numbers, not {x.dtype}. Give squared singular values, as esd does.")
+    flat = x.astype(float).ravel()
+    return np.sort(flat)
 
 def _no_tail(x):
     "Why no tail can be fitted to a positive ascending sample; empty if one can."
-    if x.size < 4: return f"{x.size} eigenvalue{'s' if x.size != 1 else ''} above zero: a fit needs at least 4"
-    return 'all eigenvalues are equal' if x[-1] <= x[0]*(1+_FLAT) else ''
+    if x.size < 4:
+        ending = 's' if x.size != 1 else ''
+        return f"{x.size} eigenvalue{ending} above zero: a fit needs at least 4"
+    are_equal = x[-1] <= x[0]*(1+_FLAT)
+    return 'all eigenvalues are equal' if are_equal else ''
 
 def _unless_flat(fit, noise):
     """A fit as it is; but no fit if its tail is so narrow that rounding could have made it of one value: its slope
@@ -216,19 +271,39 @@ def _unless_flat(fit, noise):
     first = float(fit.evals[-fit.n_tail])
     # mean of log(x/first) over the tail
     width = 1/(fit.alpha-1) - math.log(first/fit.xmin)
-    if width > max(_FLAT, 1.5*noise/math.sqrt(first)): return fit
-    return _no_fit(f'the {fit.n_tail} eigenvalues of the tail are equal but for rounding', fit.n, fit.method,
-                   fit.evals)
+    rounding = 1.5*noise/math.sqrt(first)
+    if width > max(_FLAT, rounding): return fit
+    reason = f'the {fit.n_tail} eigenvalues of the tail are equal but for rounding'
+    return _no_fit(reason, fit.n, fit.method, fit.evals)
 
 def _clipped(x, noise):
     """The fit without the two largest values, or three, and so on to nine: the first one whose alpha is lower by more
     than one than that of the fit to all values. If there is none, the fit to all (WeightWatcher's `clip_xmax`)."""
     to_all = fit_power_law(x, 'ks', noise=noise)
-    for left_out in range(2, min(10, x.size-4)):
+    most = min(10, x.size-4)
+    for left_out in range(2, most):
         fit = fit_power_law(x[:-left_out], 'ks', noise=noise)
-        if fit.ok and fit.alpha + 1 < to_all.alpha: return replace(fit, method='clip')
-        if fit.ok and fit.alpha <= 2: break
+        if not fit.ok: continue
+        if fit.alpha + 1 < to_all.alpha: return replace(fit, method='clip')
+        if fit.alpha <= 2: break
     return replace(to_all, method='clip')
+
+def _no_spectrum(x):
+    "Why an ascending sample cannot be the eigenvalues of a Gram matrix; empty if it can."
+    if not np.isfinite(x).all(): return 'the spectrum holds NaN or infinity'
+    if x.size and x[0] < -1e-3*abs(x[-1]):
+        return 'the sample holds negative numbers, so it is no spectrum'
+    return ''
+
+def _fit_searched(x, rule, bins):
+    "The fit to a positive ascending sample whose xmin a rule finds."
+    t = _Tails(x)
+    cand = _xmin_candidates(t, x, rule, bins)
+    least = 2 if rule == 'ks' else 1
+    if cand.size < least:
+        return _no_fit('too few distinct eigenvalues for a tail', x.size, rule, x)
+    i,D = t.search(cand)
+    return _fit(t.slope[i], t.x[i], D, t.n[i], x, rule)
 
 def fit_power_law(
     # Eigenvalues (or any positive sample), in any order: tensor, array or list
@@ -246,35 +321,37 @@ def fit_power_law(
     rule = _rule_name(xmin)
     x = _sample(evals)
     if bins < 1: raise OpenTransError(f"bins={bins} is no number of bins. Give at least 1.")
-    if not np.isfinite(x).all(): return _no_fit('the spectrum holds NaN or infinity', x.size, rule)
-    if x.size and x[0] < -1e-3*abs(x[-1]):
-        return _no_fit('the sample holds negative numbers, so it is no spectrum', x.size, rule)
-    x = x[np.searchsorted(x, max(floor, 0), side='right'):]
+    reason = _no_spectrum(x)
+    if reason: return _no_fit(reason, x.size, rule)
+    first = np.searchsorted(x, max(floor, 0), side='right')
+    x = x[first:]
     reason = _no_tail(x)
     if reason: return _no_fit(reason, x.size, rule, x)
-    if rule == 'given': return _unless_flat(_fit_given(x, float(xmin)), noise)
     if rule == 'clip': return _clipped(x, noise)
-    t = _Tails(x)
-    cand = _xmin_candidates(t, x, rule, bins)
-    least = 2 if rule == 'ks' else 1
-    if cand.size < least:
-        return _no_fit('too few distinct eigenvalues for a tail', x.size, rule, x)
-    i,D = t.search(cand)
-    return _unless_flat(_fit(t.slope[i], t.x[i], D, t.n[i], x, rule), noise)
+    fit = _fit_given(x, float(xmin)) if rule == 'given' else _fit_searched(x, rule, bins)
+    return _unless_flat(fit, noise)
 
 # %% ../../nbs/02_heavy_tail.ipynb #8d754079
+def _drawn(fit, body, rng):
+    "A sample of a fit's size: a true power law above its xmin, and values of the `body` below."
+    in_tail = rng.binomial(fit.n, fit.n_tail/fit.n) if body.size else fit.n
+    shares = 1-rng.random(in_tail)
+    tail = fit.xmin*shares**(-1/(fit.alpha-1))
+    if in_tail == fit.n: return tail
+    below = rng.choice(body, fit.n-in_tail)
+    return np.concatenate([tail, below])
+
 def _worse_share(fit, n, seed):
     "The share of `n` samples, drawn as true power laws by a fit, that fit worse than it."
     if not fit.ok: return math.nan
     rng = np.random.default_rng(seed)
     body = fit.evals[fit.evals < fit.xmin]
+    rule = fit.xmin if fit.method == 'given' else fit.method
     worse = 0
     made = 0
     for _ in range(n):
-        k = fit.n if not body.size else rng.binomial(fit.n, fit.n_tail/fit.n)
-        sample = fit.xmin*(1-rng.random(k))**(-1/(fit.alpha-1))
-        if k < fit.n: sample = np.concatenate([sample, rng.choice(body, fit.n-k)])
-        f = fit_power_law(sample, fit.xmin if fit.method == 'given' else fit.method)
+        sample = _drawn(fit, body, rng)
+        f = fit_power_law(sample, rule)
         made += f.ok
         worse += f.ok and f.D >= fit.D
     return worse/made if made else math.nan
@@ -283,59 +360,92 @@ def _worse_share(fit, n, seed):
 def _minimum(cost, start):
     "Where a function of a few numbers is smallest, searched for from a start."
     from scipy.optimize import minimize # slow to import
-    return minimize(cost, start, method='Nelder-Mead', options=dict(xatol=1e-9, fatol=1e-13, maxiter=2000))
+    exactness = dict(xatol=1e-9, fatol=1e-13, maxiter=2000)
+    return minimize(cost, start, method='Nelder-Mead', options=exactness)
 
 # %% ../../nbs/02_heavy_tail.ipynb #047b2b01
+def _log_z_exponential(a):
+    "log of the integral of exp(-a y) over y > 0."
+    if not a > 0: return math.inf
+    return -math.log(a)
+
+def _log_erfcx(x):
+    "log of the scaled complementary error function, also where that is too large for a float."
+    if x > -20: return math.log(special.erfcx(x))
+    return x*x + math.log(special.erfc(x))
+
 def _log_z_lognormal(a, b):
     "log of the integral of exp(-a y - b y^2) over y > 0."
-    if b <= 0: return -math.log(a) if a > 0 else math.inf
+    if b <= 0: return _log_z_exponential(a)
     x = a/(2*math.sqrt(b))
-    return .5*math.log(math.pi/(4*b)) + (math.log(special.erfcx(x)) if x > -20 else x*x + math.log(special.erfc(x)))
+    return .5*math.log(math.pi/(4*b)) + _log_erfcx(x)
 
 _NODES = np.polynomial.legendre.leggauss(200)
 def _log_z_cutoff(a, b):
     "log of the integral of exp(-a y - b e^y) over y > 0, by Gauss-Legendre up to where nothing is left."
-    if b <= 0: return -math.log(a) if a > 0 else math.inf
-    deep = 80 + 4*max(-a, 0)*math.log1p((80+4*max(-a, 0))/b)
+    if b <= 0: return _log_z_exponential(a)
+    room = 80+4*max(-a, 0)
+    deep = 80 + 4*max(-a, 0)*math.log1p(room/b)
     top = math.log1p(deep/b)
     if a > 0: top = min(top, 60/a)
-    y = top*(_NODES[0]+1)/2
+    places,weights = _NODES
+    y = top*(places+1)/2
     g = -a*y - b*np.exp(y)
-    return g.max() + math.log((np.exp(g-g.max())*_NODES[1]).sum()*top/2)
+    terms = np.exp(g-g.max())*weights
+    return g.max() + math.log(terms.sum()*top/2)
+
+def _in_usual_notation(alternative, xmin, p, q):
+    "The parameters of a law exp(-p y - q y^2), or exp(-p y - q e^y), by their names in the literature."
+    if alternative != 'lognormal': return {'alpha': 1+p, 'lambda': q/xmin}
+    if not q: return dict(mu=-math.inf, sigma=math.inf)
+    mu = math.log(xmin)-p/(2*q)
+    return dict(mu=mu, sigma=math.sqrt(1/(2*q)))
 
 def _log_densities(tail, xmin, alternative):
     """Log densities (in log x) of the best power law and the best alternative, and the alternative's parameters in
     the usual notation."""
-    y,r = np.log(tail/xmin),tail/xmin
+    r = tail/xmin
+    y = np.log(r)
     a = 1/y.mean()
     power = math.log(a) - a*y
     if alternative == 'exponential':
         b = 1/(r-1).mean()
-        return power, math.log(b) - b*(r-1) + y, {'lambda': b/xmin}
-    log_z,s = (_log_z_lognormal, y**2) if alternative == 'lognormal' else (_log_z_cutoff, r)
-    def cost(p): return log_z(p[0], p[1]**2) + p[0]*y.mean() + p[1]**2*s.mean()
-    found = [_minimum(cost, start) for start in ([a, .01*a], [a*.5, math.sqrt(1/s.mean())])]
+        other = math.log(b) - b*(r-1) + y
+        return power, other, {'lambda': b/xmin}
+    is_lognormal = alternative == 'lognormal'
+    log_z = _log_z_lognormal if is_lognormal else _log_z_cutoff
+    s = y**2 if is_lognormal else r
+    def cost(p):
+        b = p[1]**2
+        return log_z(p[0], b) + p[0]*y.mean() + b*s.mean()
+    starts = ([a, .01*a], [a*.5, math.sqrt(1/s.mean())])
+    found = [_minimum(cost, start) for start in starts]
     best = min(found, key=lambda result: result.fun)
-    p,q = best.x[0],best.x[1]**2
+    p = best.x[0]
+    q = best.x[1]**2
     if cost([a, 0.]) <= best.fun: p,q = a,0.
-    if alternative != 'lognormal': names = {'alpha': 1+p, 'lambda': q/xmin}
-    elif q: names = dict(mu=math.log(xmin)-p/(2*q), sigma=math.sqrt(1/(2*q)))
-    else: names = dict(mu=-math.inf, sigma=math.inf)
-    return power, -p*y - q*s - log_z(p, q), names
+    other = -p*y - q*s - log_z(p, q)
+    return power, other, _in_usual_notation(alternative, xmin, p, q)
 
 # %% ../../nbs/02_heavy_tail.ipynb #1575d266
+def _by_chance(alternative, R, d):
+    "The chance of a log-likelihood ratio `R`, the sum of `d`, if both laws were equally good."
+    if alternative == 'truncated_power_law': return special.chdtrc(1, 2*abs(R))
+    spread = d.std()*math.sqrt(d.size)
+    return special.erfc(abs(R)/(math.sqrt(2)*spread)) if spread > 0 else 1.
+
 def _compared(fit, name):
     "A fit beside another law: the row of `PowerLawFit.compare`."
     if name not in ALTERNATIVES: raise unknown('law', name, ALTERNATIVES)
     if not fit.ok: return dict(R=math.nan, p=math.nan, verdict=fit.reason, parameters={})
     power,other,params = _log_densities(fit.tail, fit.xmin, name)
     d = power-other
-    R,spread = d.sum(),d.std()*math.sqrt(d.size)
-    p = special.erfc(abs(R)/(math.sqrt(2)*spread)) if spread > 0 else 1.
-    if name == 'truncated_power_law': p = special.chdtrc(1, 2*abs(R))
+    R = d.sum()
+    p = _by_chance(name, R, d)
     verdict = 'power law' if R > 0 else name
     if p > .1: verdict = 'undecided'
-    return dict(R=R, p=p, verdict=verdict, parameters={k: round(v, 6) for k,v in params.items()})
+    rounded = {k: round(v, 6) for k,v in params.items()}
+    return dict(R=R, p=p, verdict=verdict, parameters=rounded)
 
 # %% ../../nbs/02_heavy_tail.ipynb #63ea2a93
 def matrices(
@@ -350,63 +460,23 @@ def matrices(
     if conv not in ('slices', 'flatten'):
         raise unknown('way to read a kernel as matrices', conv, ['slices', 'flatten'])
     if weight.ndim < 2:
+        shape = tuple(weight.shape)
         raise OpenTransError(
-            f"A weight of shape {tuple(weight.shape)} is no matrix. Give a tensor with at least two dimensions.")
+            f"A weight of shape {shape} is no matrix. Give a tensor with at least two dimensions.")
     w = weight.detach()
     if not w.numel():
+        shape = tuple(w.shape)
         raise OpenTransError(
-            f"A weight of shape {tuple(w.shape)} is empty. Give a tensor with at least one number.")
-    if w.shape[0] % groups:
+            f"A weight of shape {shape} is empty. Give a tensor with at least one number.")
+    rows,cols = w.shape[:2]
+    if rows % groups:
         raise OpenTransError(
-            f"{w.shape[0]} rows cannot be taken apart into {groups} groups. Give a divisor of {w.shape[0]}.")
-    w = w.reshape(groups, w.shape[0]//groups, w.shape[1], -1)
+            f"{rows} rows cannot be taken apart into {groups} groups. Give a divisor of {rows}.")
+    w = w.reshape(groups, rows//groups, cols, -1)
     if transposed: w = w.transpose(1, 2)
-    return w.permute(0, 3, 1, 2).flatten(0, 1) if conv == 'slices' else w.flatten(2)
-
-# %% ../../nbs/02_heavy_tail.ipynb #8957ec11
-def _gram(m): return m.mH @ m if m.shape[-2] >= m.shape[-1] else m @ m.mH
-
-def _gram_eigenvalues(m):
-    """On a CPU by SciPy's LAPACK, large matrices one by one, so that there is one Gram matrix at a time; small ones
-    and those on a GPU all at once by torch."""
-    if m.device.type != 'cpu' or min(m.shape[1:]) < 32 or m.is_complex(): return torch.linalg.eigvalsh(_gram(m))
-    return torch.from_numpy(np.stack([_eigenvalues_by_lapack(a) for a in m.contiguous().numpy()]))
-
-_PRECISE = {(False, 'double'): torch.float64, (False, 'fast'): torch.float32, (True, 'double'): torch.complex128,
-            (True, 'fast'): torch.complex64}
-
-def _by_method(mats, method, precision, floor):
-    """(eigenvalues of each matrix, ascending; how they were found): `'norm'` for single rows and columns, `'gram'` or
-    `'svd'`."""
-    m = mats.to(_PRECISE[mats.is_complex(), precision])
-    k = min(m.shape[-2:])
-    if k == 1:
-        real = m.abs() if m.is_complex() else m
-        return real.square().sum((-2,-1))[:,None],'norm'
-    if method != 'svd':
-        try:
-            ev = _gram_eigenvalues(m).clamp_(min=0)
-            # bound of the absolute error of this way
-            error = torch.finfo(m.dtype).eps*k*ev.max().item()
-            is_exact = error <= 1e-4*floor
-            if is_exact or method == 'gram' or precision == 'fast': return ev,'gram'
-        except (torch.linalg.LinAlgError, np.linalg.LinAlgError):
-            if precision == 'fast': return _by_method(mats, method, 'double', floor)
-            if method == 'gram':
-                raise OpenTransError(
-                    "The eigenvalues of the Gram matrix did not converge. Use method='svd'.") from None
-    return torch.linalg.svdvals(m).square().flip(-1),'svd'
-
-def _eigenvalues(mats, method='auto', precision='double', floor=1e-5):
-    "Eigenvalues of W^T W of each matrix, ascending, and how they were found."
-    ev,how = _by_method(mats, method, precision, floor)
-    if precision == 'double': return ev,how
-    # squares that float32 cannot hold are taken in float64
-    lost = ~((ev[:,-1] > 1e-30) & (ev[:,-1] < 1e30))
-    if lost.any():
-        ev = ev.double()
-        ev[lost] = _by_method(mats[lost], method, 'double', floor)[0]
-    return ev,how
+    if conv == 'flatten': return w.flatten(2)
+    by_place = w.permute(0, 3, 1, 2)
+    return by_place.flatten(0, 1)
 
 # %% ../../nbs/02_heavy_tail.ipynb #9b6aa87b
 class _Unread(OpenTransError):
@@ -415,7 +485,8 @@ class _Unread(OpenTransError):
 def _cannot(error):
     "The `_Unread` for an error of torch, with the beginning of its words."
     words = str(error).splitlines() or ['']
-    return _Unread(f"the weight cannot be read ({type(error).__name__}: {words[0][:80]})")
+    beginning = words[0][:80]
+    return _Unread(f"the weight cannot be read ({type(error).__name__}: {beginning})")
 
 def _attempt(make, *args):
     "What a function makes of its arguments, or the `_Unread` that says why it cannot."
@@ -429,23 +500,30 @@ def _dense(w):
     # a DTensor, gathered from all processes
     if hasattr(w, 'full_tensor') and not w.is_meta: w = w.full_tensor()
     if why := no_values(w): raise _Unread(f'the weight {why}')
-    if w.is_quantized or type(w).dequantize is not torch.Tensor.dequantize: w = w.dequantize()
+    has_own_way = type(w).dequantize is not torch.Tensor.dequantize
+    if w.is_quantized or has_own_way: w = w.dequantize()
     if w.layout != torch.strided: w = w.to_dense()
-    return w.as_subclass(torch.Tensor).resolve_conj()
+    plain = w.as_subclass(torch.Tensor)
+    return plain.resolve_conj()
 
 def _check_numbers(w):
     "Raise `_Unread` for a dense tensor whose entries are not the numbers of a matrix. Complex ones are."
     if w.dtype == torch.bool: raise _Unread('the weight holds truth values, no numbers')
     if not w.is_complex() and (why := unreadable(w)): raise _Unread(f'the weight {why}')
-    if w.ndim < 2: raise _Unread(f'a weight of shape {tuple(w.shape)} is no matrix')
+    if w.ndim < 2:
+        shape = tuple(w.shape)
+        raise _Unread(f'a weight of shape {shape} is no matrix')
 
 def _numbers(w):
+    "(dense tensor to compute with, type in which it was stored). Raises `_Unread`."
     dense = _dense(w)
     _check_numbers(dense)
-    if dense.dtype == torch.complex32: return dense.to(torch.complex64),torch.float16
+    stored = dense.dtype
+    if stored == torch.complex32: return dense.to(torch.complex64),torch.float16
     # float8 is stored, but not computed with
-    small = dense.is_floating_point() and dense.dtype.itemsize == 1
-    return (dense.float() if small else dense),dense.dtype
+    is_small = dense.is_floating_point() and stored.itemsize == 1
+    if is_small: dense = dense.float()
+    return dense,stored
 
 def _read(w):
     """A weight as (dense tensor to compute with, type in which it was stored). Raises `_Unread` with the reason why
@@ -456,70 +534,21 @@ def _read(w):
 
 def _finite(w):
     "Does a dense tensor hold neither NaN nor infinity?"
-    v = (torch.view_as_real(w) if w.is_complex() else w).flatten()
+    real = torch.view_as_real(w) if w.is_complex() else w
+    v = real.flatten()
     # one pass by BLAS; a sum that overflows is looked at again
-    return math.isfinite(torch.dot(v, v).item()) or bool(torch.isfinite(v).all())
-
-# %% ../../nbs/02_heavy_tail.ipynb #146b1b5e
-_FLOAT8 = (torch.float8_e5m2, torch.float8_e4m3fn)
-_COARSER = {torch.float64: (*_FLOAT8, torch.bfloat16, torch.float16, torch.float32),
-            torch.float32: (*_FLOAT8, torch.bfloat16, torch.float16), torch.bfloat16: _FLOAT8,
-            torch.float16: _FLOAT8}
-
-def _fits(w, dtype):
-    """Can a type hold all numbers of a weight? For float8 they must also be many: whole numbers such as -1, 0 and 1
-    are exact there, and not rounded."""
-    def same(part): return bool((part.to(dtype).to(part.dtype) == part).all())
-    return same(w[0]) and same(w) and (dtype.itemsize > 1 or len(w.abs().unique()) >= min(16, w.numel()//2))
-
-def _stored_type(w, given):
-    """The type in which a weight was last stored, if its numbers show that it was a coarser one than the type
-    `given`."""
-    if w.is_complex() or w.dtype != given: return given
-    return next((d for d in _COARSER[given] if _fits(w, d)), given)
-
-def _noise(mats, ev, stored):
-    "How far rounding may have moved the singular values of each of a stack of matrices with the eigenvalues `ev`."
-    kind = torch.finfo(stored)
-    if kind.eps < 1e-6: return 2*kind.eps*np.sqrt(ev.sum(1))
-    # the largest norm of a row, and of a column
-    norms = [torch.linalg.vector_norm(mats, dim=d).amax(-1).double().cpu().numpy() for d in (-1, -2)]
-    # of numbers so small that they have fewer digits
-    below = .3*kind.tiny*kind.eps*(math.sqrt(mats.shape[1])+math.sqrt(mats.shape[2]))
-    return .3*kind.eps*(norms[0]+norms[1]) + below
-
-def _rounding_counts(ev, noise, shape):
-    """How many eigenvalues of each matrix are rounding alone: the largest d for which the d smallest are within what
-    rounding makes of d zeros. One to three of many are not counted: that few are within it by chance, and change
-    nothing."""
-    k = ev.shape[1]
-    d = np.arange(1, k+1)
-    # the zeros are a block of this many rows and columns
-    sides = [np.sqrt(n-k+d) for n in shape]
-    edge = noise[:,None]*(sides[0]+sides[1])/(math.sqrt(shape[0])+math.sqrt(shape[1]))
-    largest = ((np.sort(ev, 1) <= edge**2)*d).max(1)
-    return np.where(largest >= min(4, k//2), largest, 0)
-
-def _settle(ev, noise, shape, eps):
-    """(eigenvalues, norm of the rounding): what is rounding alone becomes zero, and all become equal if they differ
-    by no more than rounding. `ev` is (matrices, eigenvalues each), ascending, of matrices of one `shape`;
-    `noise` is from `_noise`; `eps` is how exact the arithmetic was."""
-    top = ev[:,-1]
-    rounded = np.arange(ev.shape[1]) < _rounding_counts(ev, noise, shape)[:,None]
-    ev = np.where((ev > eps*top[:,None]) & ~rounded, ev, 0.)
-    noise = float((noise + eps*np.sqrt(top)).max())
-    above = ev[ev > 0]
-    if not above.size: return ev,noise
-    width = np.log(above.max()) - np.log(above.min())
-    if width <= 3*noise/math.sqrt(above.max()): ev = np.where(ev > 0, above.mean(), 0.)
-    return ev,noise
-
-def _exactness(ev, how, precision):
-    "Size of the smallest eigenvalues that the arithmetic can tell from zero, as a share of the largest."
-    eps = ev.shape[-1]*(2**-52 if precision == 'double' else 2**-23)
-    return eps**2 if how == 'svd' else eps
+    squares = torch.dot(v, v).item()
+    if math.isfinite(squares): return True
+    return bool(torch.isfinite(v).all())
 
 # %% ../../nbs/02_heavy_tail.ipynb #bb4c8f37
+def _read_for_user(weight):
+    "`_read`, with an error for those who call `esd`."
+    try: return _read(weight)
+    except _Unread as e:
+        why = str(e)
+        raise OpenTransError(f"{why[0].upper()}{why[1:]}. Only a matrix of numbers has a spectrum.") from e
+
 def esd(
     # Weight of a layer: (out, in), or (out, in, *kernel) of a convolution; any type of real or complex numbers, any
     # device
@@ -542,9 +571,7 @@ def esd(
     is no matrix of numbers."""
     if method not in ('auto', 'gram', 'svd'): raise unknown('method', method, ['auto', 'gram', 'svd'])
     if precision not in ('double', 'fast'): raise unknown('precision', precision, ['double', 'fast'])
-    try: w,stored = _read(weight)
-    except _Unread as e:
-        raise OpenTransError(f"{str(e)[0].upper()}{str(e)[1:]}. Only a matrix of numbers has a spectrum.") from e
+    w,stored = _read_for_user(weight)
     mats = matrices(w, conv, transposed, groups)
     if not _finite(mats):
         raise OpenTransError(
@@ -552,6 +579,8 @@ def esd(
     ev,how = _eigenvalues(mats, method, precision, floor)
     numbers = ev.double().cpu().numpy()
     noise = _noise(mats, numbers, _stored_type(w, stored))
-    settled,_ = _settle(numbers, noise, mats.shape[1:], _exactness(ev, how, precision))
-    ev = torch.from_numpy(settled).to(ev.device, ev.dtype).flatten().sort().values
+    exactness = _exactness(ev, how, precision)
+    settled,_ = _settle(numbers, noise, mats.shape[1:], exactness)
+    pooled = torch.from_numpy(settled).to(ev.device, ev.dtype).flatten()
+    ev = pooled.sort().values
     return ev*norm if w.ndim > 2 else ev

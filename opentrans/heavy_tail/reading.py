@@ -33,74 +33,104 @@ def _normed(v, g):
     """A weight from its direction and its length (`weight_norm`): slices of `v` over the axes along which `g` has
     one number are made as long as `g` says."""
     over = [d for d in range(v.ndim) if g.numel() == 1 or g.shape[d] == 1]
-    return (v.double()*(g.double()/torch.linalg.vector_norm(v.double(), dim=over, keepdim=True))).to(v.dtype)
+    lengths = torch.linalg.vector_norm(v.double(), dim=over, keepdim=True)
+    return (v.double()*(g.double()/lengths)).to(v.dtype)
 
 def _by_sigma(w, u):
     "A weight over its spectral norm. Scale does not matter to alpha, so the norm is that of one step from `u`."
     rows = w.detach().double().flatten(1)
-    return w/torch.linalg.vector_norm(u.double()@rows)
+    step = u.double()@rows
+    return w/torch.linalg.vector_norm(step)
 
 def _in_parts(at, tensors):
     "The weight that a state dict holds in parts under the name `at`, such as `'conv.weight'`; None if it does not."
     part = {end: tensors.get(f'{at}_{end}') for end in ('g', 'v', 'orig', 'mask', 'u')}
-    if part['g'] is not None and part['v'] is not None: return _normed(part['v'], part['g'])
-    if part['orig'] is None: return None
-    if part['mask'] is not None: return part['orig']*part['mask']
-    return part['orig'] if part['u'] is None else _by_sigma(part['orig'], part['u'])
+    length,direction = part['g'],part['v']
+    if length is not None and direction is not None: return _normed(direction, length)
+    original = part['orig']
+    if original is None: return None
+    if part['mask'] is not None: return original*part['mask']
+    return original if part['u'] is None else _by_sigma(original, part['u'])
 
 def _parametrised(at, tensors):
     """The weight under a parametrisation of `torch.nn.utils.parametrizations`. Raises `_Unread` if the tensors
     alone do not give it."""
-    original,g,v,u = (tensors.get(f'{at}.{end}') for end in ('original', 'original0', 'original1', '0._u'))
-    if g is not None and v is not None and (g.ndim == v.ndim or g.numel() == 1): return _normed(v, g)
+    endings = ('original', 'original0', 'original1', '0._u')
+    original,g,v,u = (tensors.get(f'{at}.{end}') for end in endings)
+    is_split = g is not None and v is not None
+    if is_split and (g.ndim == v.ndim or g.numel() == 1): return _normed(v, g)
     if original is not None and u is not None: return _by_sigma(original, u)
     raise _Unread('the weight is parametrised, and a state dict does not say how: give the model')
+
+def _is_many_scales(name, value):
+    "Is this a tensor of several scales, by its name?"
+    return 'scale' in name and isinstance(value, torch.Tensor) and value.numel() > 1
 
 def _check_scales(w, beside):
     """The weight again. Raises `_Unread` for float8 numbers that are codes: several scales stand among the tensors
     `beside` them."""
-    if not (w.is_floating_point() and w.dtype.itemsize == 1): return w
-    many = [n for n,t in beside.items() if 'scale' in n and isinstance(t, torch.Tensor) and t.numel() > 1]
+    is_float8 = w.is_floating_point() and w.dtype.itemsize == 1
+    if not is_float8: return w
+    many = [name for name,value in beside.items() if _is_many_scales(name, value)]
     if not many: return w
+    scales = many[0].rpartition('.')[2]
     raise _Unread(
-        f"the weight holds float8 codes with scales of their own ('{many[0].rpartition('.')[2]}'), which have to "
+        f"the weight holds float8 codes with scales of their own ('{scales}'), which have to "
         f"be multiplied out first")
 
 def _state_weight(key, tensors):
     "(name, weight) of the layer that an entry of a state dict is, or stands for; None if it is none."
     path,_,leaf = key.rpartition('.')
     if found := _PARAMETRISED.match(key):
-        return ''.join(found.groups()),_attempt(_parametrised, f'{found[1]}parametrizations.{found[2]}', tensors)
-    if (found := _HOOKED.match(key)) and (whole := _attempt(_in_parts, found[1], tensors)) is not None:
-        return found[1],whole
+        name = ''.join(found.groups())
+        at = f'{found[1]}parametrizations.{found[2]}'
+        return name,_attempt(_parametrised, at, tensors)
+    if found := _HOOKED.match(key):
+        whole = _attempt(_in_parts, found[1], tensors)
+        if whole is not None: return found[1],whole
+    w = tensors[key]
     # a mixture names its stacks as it likes
-    stack = 'experts' in path.split('.') and tensors[key].ndim == 3
-    if not ('weight' in leaf or stack) or _HELPER.search(leaf): return None
-    beside = ({n: t for n,t in tensors.items() if n.rpartition('.')[0] == path} if tensors[key].dtype.itemsize == 1
-              else {})
-    return key,_attempt(_check_scales, tensors[key], beside)
+    is_stack = 'experts' in path.split('.') and w.ndim == 3
+    is_weight = 'weight' in leaf or is_stack
+    if not is_weight or _HELPER.search(leaf): return None
+    beside = {}
+    if w.dtype.itemsize == 1: beside = {n: t for n,t in tensors.items() if n.rpartition('.')[0] == path}
+    return key,_attempt(_check_scales, w, beside)
 
 def _kind(name, axes):
     "What kind of layer a weight of so many axes is, by its name."
     path,_,leaf = name.rpartition('.')
-    if axes > 2: return 'experts' if axes == 3 and 'experts' in path.split('.') else 'conv'
+    if axes > 2:
+        is_experts = axes == 3 and 'experts' in path.split('.')
+        return 'experts' if is_experts else 'conv'
     return 'recurrent' if re.match(r'weight_(ih|hh|hr)', leaf) else 'linear'
+
+def _as_tensor(value):
+    "An array of numbers as a tensor; anything else as it is."
+    if isinstance(value, np.ndarray) and value.dtype.kind in 'biufc': return torch.as_tensor(value)
+    return value
 
 def _state_weights(tensors):
     "What `_named_weights` gives, of a state dict."
-    tensors = {n: torch.as_tensor(t) if isinstance(t, np.ndarray) and t.dtype.kind in 'biufc' else t
-               for n,t in tensors.items()}
-    tensors = {n: t for n,t in tensors.items() if isinstance(t, torch.Tensor)}
-    res = {}
+    entries = {name: _as_tensor(value) for name,value in tensors.items()}
+    tensors = {name: value for name,value in entries.items() if isinstance(value, torch.Tensor)}
+    weights = {}
     for key in tensors:
-        name,w = _state_weight(key, tensors) or ('', None)
-        if w is not None and (isinstance(w, _Unread) or is_lazy(w) or w.ndim > 1): res.setdefault(name, w)
-    return [(n, _kind(n, len(_shape(w))), w, False, 1) for n,w in res.items()]
+        found = _state_weight(key, tensors)
+        if found is None: continue
+        name,w = found
+        if isinstance(w, _Unread) or is_lazy(w) or w.ndim > 1: weights.setdefault(name, w)
+    res = []
+    for name,w in weights.items():
+        kind = _kind(name, len(_shape(w)))
+        res.append((name, kind, w, False, 1))
+    return res
 
 # %% ../../nbs/02h_reading.ipynb #c34d2717
 def _shape(w):
     "The shape of a weight; (0,) for one that has none, because it is not initialised or could not be put together."
-    return (0,) if isinstance(w, _Unread) or is_lazy(w) else tuple(w.shape)
+    has_none = isinstance(w, _Unread) or is_lazy(w)
+    return (0,) if has_none else tuple(w.shape)
 
 # %% ../../nbs/02h_reading.ipynb #ef9c844d
 _EMBEDDING = re.compile(
@@ -124,10 +154,9 @@ class WeightFiles:
 
     def _shards(self):
         "The files of a folder; safetensors rather than pickles, if there are both."
+        held = [path for path in self.path.iterdir() if path.name != 'training_args.bin']
         for ending in _ENDINGS:
-            found = sorted(p
-                           for p in self.path.iterdir()
-                           if p.suffix == ending and p.is_file() and p.name != 'training_args.bin')
+            found = sorted(path for path in held if path.suffix == ending and path.is_file())
             if found: return found
         raise OpenTransError(f"The folder '{self.path}' holds no file of weights ({', '.join(_ENDINGS)}).")
 
@@ -138,17 +167,18 @@ class WeightFiles:
         for name in held.keys():
             self.where[name] = held
             if not isinstance(held, dict): continue
-            t = held[name]
-            place = ((t.untyped_storage().data_ptr(), t.storage_offset(), tuple(t.shape))
-                     if t.numel() and not t.is_meta else name)
+            place = _place_in_memory(held[name]) or name
             if first.setdefault(place, name) != name: self.doubles[name] = first[place]
 
     def read(self,
         names:Iterable[str], # Of tensors
     )->dict[str, torch.Tensor]: # By name
         "Some of the tensors."
-        held = [(name, self.where[name]) for name in names]
-        return {name: at[name] if isinstance(at, dict) else at.get_tensor(name) for name,at in held}
+        res = {}
+        for name in names:
+            held = self.where[name]
+            res[name] = held[name] if isinstance(held, dict) else held.get_tensor(name)
+        return res
 
     def modules(self)->Iterable[list[str]]:
         "Names of the tensors of one module each, in the order of the files."
@@ -164,29 +194,39 @@ class WeightFiles:
         "(name, kind, weight, transposed, groups) of each layer, one module after the other."
         for names in self.modules():
             for name,kind,w,transposed,groups in _state_weights(self.read(names)):
-                lookup = kind == 'linear' and _EMBEDDING.search(name)
-                if lookup and not embeddings: continue
-                yield name, 'embedding' if lookup else kind, w, transposed, groups
+                is_lookup = kind == 'linear' and _EMBEDDING.search(name)
+                if is_lookup and not embeddings: continue
+                if is_lookup: kind = 'embedding'
+                yield name, kind, w, transposed, groups
 
     def not_read(self, why:str)->dict[str, str]:
         "Name -> reason of what is no layer, of weights with two axes or more; `why` is that of a layer left out."
+        looked_up = 'is called an embedding: its rows are looked up, they multiply nothing'
         res = {name: f"is the same tensor as '{first}'" for name,first in self.doubles.items()}
         for name in self.where:
-            if 'weight' in name and name not in self.doubles:
-                res[name] = ('is called an embedding: its rows are looked up, they multiply nothing'
-                             if _EMBEDDING.search(name) else why)
-        return {n: w for n,w in res.items() if n in self.doubles or len(self.shape(n)) > 1}
+            if 'weight' not in name or name in self.doubles: continue
+            if len(self.shape(name)) < 2: continue
+            res[name] = looked_up if _EMBEDDING.search(name) else why
+        return res
 
     def shape(self, name:str)->tuple[int, ...]:
         "Of one tensor, which is not read for that."
-        at = self.where[name]
-        return tuple(at[name].shape if isinstance(at, dict) else at.get_slice(name).get_shape())
+        held = self.where[name]
+        if isinstance(held, dict): return tuple(held[name].shape)
+        part = held.get_slice(name)
+        return tuple(part.get_shape())
 
     def __len__(self)->int: return len(self.where)
     def __repr__(self)->str:
+        ending = 's' if len(self.files) > 1 else ''
         return (
-            f"WeightFiles: {len(self.where)} tensors in {len(self.files)} file{'s' if len(self.files) > 1 else ''} "
+            f"WeightFiles: {len(self.where)} tensors in {len(self.files)} file{ending} "
             f"of '{self.path}'")
+
+def _place_in_memory(t):
+    "Where the numbers of a tensor are; None if it has none."
+    if not t.numel() or t.is_meta: return None
+    return t.untyped_storage().data_ptr(),t.storage_offset(),tuple(t.shape)
 
 def _safe(file):
     "A safetensors file, of which tensors can be taken one by one. Raises `OpenTransError` if it is none."
@@ -205,15 +245,22 @@ def _mapped(file):
 def _own_weight(layer):
     """The weight of one `Layer`, of a packed projection its rows, of a mixture its experts one by one. Raises
     `_Unread`."""
-    weight = _check_scales(layer.param, layer.module._parameters | layer.module._buffers)
+    beside = layer.module._parameters | layer.module._buffers
+    weight = _check_scales(layer.param, beside)
     return weight if layer.rows is None else _dense(weight)[layer.rows]
+
+def _weight_name(module_name):
+    "The name of a module's weight; of a model that is the module itself, `'weight'`."
+    return f'{module_name}.weight' if module_name else 'weight'
+
+def _is_quantized(module):
+    "Is this a layer that torch.ao has quantized?"
+    return 'quantized' in type(module).__module__ and callable(getattr(module, 'weight', None))
 
 def _quantized(tower):
     """(name, module) of each layer that torch.ao has quantized: its weight is a method, and its scales are part of
     it."""
-    return [(f'{n}.weight' if n else 'weight', m)
-            for n,m in bare_modules(tower)
-            if 'quantized' in type(m).__module__ and callable(getattr(m, 'weight', None))]
+    return [(_weight_name(name), module) for name,module in bare_modules(tower) if _is_quantized(module)]
 
 def _skipped(model, skip):
     "The modules to leave out, by name: those that the user gave as `skip`, or the head if that is None."
@@ -222,18 +269,23 @@ def _skipped(model, skip):
 
 def _module_weights(model, embeddings, split_groups, skip):
     "What `_named_weights` gives, of a module."
-    res,tower = [],find_tower(model)
+    res = []
+    tower = find_tower(model)
     for layer in trunk(model, skip):
-        transposed = layer.out_axis == (2 if layer.kind == 'experts' else 1)
-        res.append((layer.name, layer.kind, _attempt(_own_weight, layer), transposed,
-                    layer.groups if split_groups and layer.kind == 'conv' else 1))
-    for name,m in _quantized(tower):
-        w = m.weight()
-        res.append((name, 'conv' if w.ndim > 2 else 'linear', w, False,
-                    m.groups if split_groups and w.ndim > 2 else 1))
-    if embeddings:
-        res += [(f'{n}.weight' if n else 'weight', 'embedding', m.weight, False, 1)
-                for n,m in bare_modules(tower) if isinstance(m, nn.Embedding)]
+        out_axis_if_turned = 2 if layer.kind == 'experts' else 1
+        transposed = layer.out_axis == out_axis_if_turned
+        weight = _attempt(_own_weight, layer)
+        groups = layer.groups if split_groups and layer.kind == 'conv' else 1
+        res.append((layer.name, layer.kind, weight, transposed, groups))
+    for name,module in _quantized(tower):
+        weight = module.weight()
+        is_conv = weight.ndim > 2
+        groups = module.groups if split_groups and is_conv else 1
+        res.append((name, 'conv' if is_conv else 'linear', weight, False, groups))
+    if not embeddings: return res
+    for name,module in bare_modules(tower):
+        if not isinstance(module, nn.Embedding): continue
+        res.append((_weight_name(name), 'embedding', module.weight, False, 1))
     return res
 
 def _named_weights(model, embeddings, split_groups, skip=()):
@@ -243,24 +295,34 @@ def _named_weights(model, embeddings, split_groups, skip=()):
         raise OpenTransError(
             f"A {type(model).__name__} has no layers. Give a model, a dict of its tensors, or WeightFiles.")
     skip = _skipped(model, skip)
-    if isinstance(model, WeightFiles): return (w for w in model.weights(embeddings) if not inside(w[0], skip))
-    found = (_module_weights(model, embeddings, split_groups, skip) if isinstance(model, nn.Module)
-             else _state_weights(model))
-    return [w for w in found if not inside(w[0], skip)]
+    def is_left_out(weight): return inside(weight[0], skip)
+    if isinstance(model, WeightFiles): return (w for w in model.weights(embeddings) if not is_left_out(w))
+    is_module = isinstance(model, nn.Module)
+    found = _module_weights(model, embeddings, split_groups, skip) if is_module else _state_weights(model)
+    return [w for w in found if not is_left_out(w)]
+
+def _not_read_of_module(model, left_out, why):
+    "Name -> reason of each weight of a module; `why` is that of the modules that are left out."
+    res = {layer.name: why for layer in layers(model)}
+    for name,other in unread(model).items(): res[name] = why if inside(name, left_out) else other
+    return res
+
+def _is_wide(value):
+    "Is this a tensor of numbers that are no codes, with two axes or more?"
+    if not isinstance(value, torch.Tensor) or is_lazy(value) or value.ndim < 2: return False
+    return value.is_floating_point() or value.is_complex()
+
+def _not_read_of_tensors(tensors, why):
+    "Name -> reason of each weight of a state dict; `why` is that of a layer left out."
+    res = {name: why for name,*_ in _state_weights(tensors)}
+    for name,value in tensors.items():
+        if 'weight' not in name and _is_wide(value): res[name] = 'is not called a weight'
+    return res
 
 def _not_read(model, names, skip):
     "Name -> reason of each weight of a model or a state dict that is not among the layers with these names."
     why = 'is part of the head, which skip=() takes in' if skip is None else 'is left out by `skip`'
-    if isinstance(model, nn.Module):
-        left_out = _skipped(model, skip)
-        res = ({layer.name: why for layer in layers(model)}
-               | {n: why if inside(n, left_out) else other for n,other in unread(model).items()})
+    if isinstance(model, nn.Module): res = _not_read_of_module(model, _skipped(model, skip), why)
     elif isinstance(model, WeightFiles): res = model.not_read(why)
-    else:
-        wide = [n
-                for n,t in model.items()
-                if isinstance(t, torch.Tensor) and not is_lazy(t) and t.ndim > 1
-                and (t.is_floating_point() or t.is_complex())]
-        res = ({n: why for n,*_ in _state_weights(model)}
-               | {n: 'is not called a weight' for n in wide if 'weight' not in n})
-    return {n: w for n,w in res.items() if n not in names}
+    else: res = _not_read_of_tensors(model, why)
+    return {name: reason for name,reason in res.items() if name not in names}

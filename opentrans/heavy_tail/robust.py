@@ -24,14 +24,39 @@ def hill(
 )->pd.DataFrame: # A row for each number `k` of eigenvalues in the tail, from 2 on: `k`, `xmin`, `alpha`, `sigma`
     """Hill's estimates of alpha (Hill, Ann. Stat. 1975): the fit to the k largest values, each over the one below
     it."""
-    x = np.sort(np.asarray(evals, dtype=float))[::-1]
-    if x.size and not (np.isfinite(x).all() and x[-1] > 0):
+    numbers = np.asarray(evals, dtype=float)
+    x = np.sort(numbers)[::-1]
+    is_positive = np.isfinite(x).all() and (x > 0).all()
+    if not is_positive:
         raise OpenTransError("Hill's estimates need finite numbers above zero, such as the `evals` of a Spectrum.")
     logs = np.log(x)
     k = np.arange(2, max(x.size, 2))
-    sums = np.cumsum(logs)[k-1] - k*logs[k] if len(k) else np.zeros(0)
+    sums = np.zeros(0)
+    if len(k): sums = np.cumsum(logs)[k-1] - k*logs[k]
     with np.errstate(divide='ignore'): slope = k/sums
-    return pd.DataFrame(dict(k=k, xmin=x[k], alpha=1+slope, sigma=slope/np.sqrt(k)))
+    sigma = slope/np.sqrt(k)
+    return pd.DataFrame(dict(k=k, xmin=x[k], alpha=1+slope, sigma=sigma))
+
+def _bounds(estimates):
+    "Each estimate less, and plus, two standard errors."
+    twice = 2*estimates.sigma
+    return estimates.alpha-twice,estimates.alpha+twice
+
+def _agreeing(estimates):
+    "(ratio of the numbers k, first, last) of the widest range of estimates that agree; (0, 0, 0) if none do."
+    k = estimates.k
+    lower,upper = (bound.to_numpy() for bound in _bounds(estimates))
+    best = (0., 0, 0)
+    for i in range(len(estimates)):
+        lowest = np.maximum.accumulate(lower[i:])
+        highest = np.minimum.accumulate(upper[i:])
+        agree = lowest <= highest # is there a level that is within all intervals so far?
+        count = int(agree.cumprod().sum())
+        j = i + count - 1
+        if j <= i: continue
+        ratio = k.iloc[j]/k.iloc[i]
+        best = max(best, (ratio, i, j))
+    return best
 
 def plateau(
     estimates:pd.DataFrame, # What `hill` gave
@@ -40,23 +65,51 @@ def plateau(
 )->dict: # `alpha`, `low` and `high` k, `ratio` of these
     """The widest range over which Hill's estimates agree, each within two standard errors of one level; NaN if
     there are too few eigenvalues."""
+    none = dict(alpha=math.nan, low=0, high=0, ratio=math.nan)
     e = estimates[estimates.k >= least]
-    if len(e) < 2: return dict(alpha=math.nan, low=0, high=0, ratio=math.nan)
-    e = e.iloc[np.unique(np.geomspace(1, len(e), points).round().astype(int)) - 1]
-    best = (0., 0, 0)
-    for i in range(len(e)):
-        lowest = np.maximum.accumulate((e.alpha-2*e.sigma).to_numpy()[i:])
-        highest = np.minimum.accumulate((e.alpha+2*e.sigma).to_numpy()[i:])
-        agree = lowest <= highest # is there a level that is within all intervals so far?
-        j = i + int(agree.cumprod().sum()) - 1
-        if j > i: best = max(best, (e.k.iloc[j]/e.k.iloc[i], i, j))
-    ratio,i,j = best
-    if j == i: return dict(alpha=math.nan, low=0, high=0, ratio=math.nan)
+    count = len(e)
+    if count < 2: return none
+    places = np.geomspace(1, count, points)
+    ranks = np.unique(places.round().astype(int))
+    e = e.iloc[ranks - 1]
+    ratio,i,j = _agreeing(e)
+    if j == i: return none
     part = e.iloc[i:j+1]
-    level = ((part.alpha-2*part.sigma).max() + (part.alpha+2*part.sigma).min())/2
-    return dict(alpha=float(level), low=int(part.k.iloc[0]), high=int(part.k.iloc[-1]), ratio=float(ratio))
+    lower,upper = _bounds(part)
+    level = (lower.max() + upper.min())/2
+    low = int(part.k.iloc[0])
+    high = int(part.k.iloc[-1])
+    return dict(alpha=float(level), low=low, high=high, ratio=float(ratio))
 
 # %% ../../nbs/02f_robust.ipynb #0522883e
+def _draw_plateau(e, ax):
+    "Draw the plateau of Hill's estimates, if they have one."
+    level = plateau(e)
+    if not level['high']: return
+    alpha = level['alpha']
+    low,high = level['low'],level['high']
+    label = f"plateau {alpha:.2f}, k from {low} to {high}"
+    ax.hlines(alpha, low, high, color='#e8940f', lw=3, label=label)
+
+def _draw_hill(e, fit, ax):
+    "Draw Hill's estimates, their plateau and a fit."
+    alpha = e.alpha
+    ax.fill_between(e.k, alpha-e.sigma, alpha+e.sigma, color='#3b6fb6', alpha=.15, lw=0)
+    ax.plot(e.k, alpha, color='#3b6fb6', lw=1)
+    _draw_plateau(e, ax)
+    top = alpha.max()
+    is_settled = e.k >= 5
+    if is_settled.any(): top = np.nanquantile(alpha[is_settled], .98)
+    if fit.ok:
+        rule = for_plot(fit.method)
+        label = f'{rule}: {fit.alpha:.2f}'
+        ax.plot(fit.n_tail, fit.alpha, 'o', color='#c8442e', ms=6, label=label)
+        top = max(top, fit.alpha)
+    top = 1.2*max(top, 0)
+    ax.set(xscale='log', ylim=(1, top))
+    ax.set(xlabel='k, eigenvalues in the tail', ylabel='$\\alpha$')
+    ax.legend(fontsize=9, frameon=False)
+
 @patch
 def plot_hill(self:LayerTable,
     name:str, # Name of a layer
@@ -65,26 +118,27 @@ def plot_hill(self:LayerTable,
     "Hill's estimates of a layer, with their plateau and the table's own fit."
     ax = get_axes(ax, figsize=(5, 3))
     s = self.spectra[self._name(name)]
-    f = self.fits[name]
     ax.set_title(for_plot(name), fontsize=9)
     if s.evals is None or s.evals.size < 4:
-        ax.text(.5, .5, for_plot(s.reason or 'too few eigenvalues'), ha='center', transform=ax.transAxes)
+        why = for_plot(s.reason or 'too few eigenvalues')
+        ax.text(.5, .5, why, ha='center', transform=ax.transAxes)
         return ax
-    e = hill(s.evals)
-    p = plateau(e)
-    ax.fill_between(e.k, e.alpha-e.sigma, e.alpha+e.sigma, color='#3b6fb6', alpha=.15, lw=0)
-    ax.plot(e.k, e.alpha, color='#3b6fb6', lw=1)
-    if p['high']:
-        ax.hlines(p['alpha'], p['low'], p['high'], color='#e8940f', lw=3,
-                  label=f"plateau {p['alpha']:.2f}, k from {p['low']} to {p['high']}")
-    if f.ok: ax.plot(f.n_tail, f.alpha, 'o', color='#c8442e', ms=6, label=f'{for_plot(f.method)}: {f.alpha:.2f}')
-    top = np.nanquantile(e.alpha[e.k >= 5], .98) if (e.k >= 5).any() else e.alpha.max()
-    ax.set(xscale='log', xlabel='k, eigenvalues in the tail', ylabel='$\\alpha$',
-           ylim=(1, 1.2*max(top, f.alpha if f.ok else 0)))
-    ax.legend(fontsize=9, frameon=False)
+    estimates = hill(s.evals)
+    _draw_hill(estimates, self.fits[name], ax)
     return ax
 
 # %% ../../nbs/02f_robust.ipynb #72449cb3
+def _resampled_alphas(fit, n, seed):
+    "Alphas of `n` resamples of a fit's eigenvalues by its own rule; those without a fit are left out."
+    rng = np.random.default_rng(seed)
+    rule = fit.xmin if fit.method == 'given' else fit.method
+    alphas = []
+    for _ in range(n):
+        sample = rng.choice(fit.evals, fit.evals.size)
+        again = fit_power_law(sample, rule)
+        if again.ok: alphas.append(again.alpha)
+    return alphas
+
 @patch
 def interval(self:PowerLawFit,
     level:float=.95, # Share of the resamples inside
@@ -95,12 +149,10 @@ def interval(self:PowerLawFit,
     check_number('level', level, 0, 1, above=True, below=True)
     check_number('n', n, 2, whole=True)
     if not self.ok: return math.nan,math.nan
-    rng = np.random.default_rng(seed)
-    rule = self.xmin if self.method == 'given' else self.method
-    fits = [fit_power_law(rng.choice(self.evals, self.evals.size), rule) for _ in range(n)]
-    alphas = [f.alpha for f in fits if f.ok]
+    alphas = _resampled_alphas(self, n, seed)
     if len(alphas) < n/2: return math.nan,math.nan
-    low,high = np.quantile(alphas, [(1-level)/2, (1+level)/2])
+    shares = [(1-level)/2, (1+level)/2]
+    low,high = np.quantile(alphas, shares)
     return float(low),float(high)
 
 @patch
@@ -110,11 +162,17 @@ def intervals(self:LayerTable,
     seed:int=0, # Of the draws
 )->pd.DataFrame: # `alpha`, `low`, `high`, by layer
     "Bootstrap intervals of all alphas."
-    ends = {name: f.interval(level, n, seed) for name,f in self.fits.items()}
-    return pd.DataFrame(dict(alpha=self.frame.alpha, low={k: v[0] for k,v in ends.items()},
-                             high={k: v[1] for k,v in ends.items()}), index=self.frame.index)
+    low,high = {},{}
+    for name,fit in self.fits.items(): low[name],high[name] = fit.interval(level, n, seed)
+    columns = dict(alpha=self.frame.alpha, low=low, high=high)
+    return pd.DataFrame(columns, index=self.frame.index)
 
 # %% ../../nbs/02f_robust.ipynb #35e1a397
+def _rank_text(ranks):
+    "The ranks of a layer as one text, with a stroke where a rule made no fit."
+    words = ['-' if pd.isna(rank) else str(rank) for rank in ranks]
+    return ' '.join(words)
+
 @patch
 def rules(self:LayerTable,
     rules:Sequence[str|float]=XMIN_RULES, # Rules for xmin to compare
@@ -124,16 +182,24 @@ def rules(self:LayerTable,
     # freeze it), `undecided`
 )->pd.DataFrame:
     "The rank of each layer under each rule. `attrs['agreement']` holds the rank correlations between them."
-    tables = {str(r): self.refit(r) for r in rules}
-    found = {r: t.frame[by.removesuffix('*')].astype(float) for r,t in tables.items()}
-    ranks = pd.DataFrame({r: v.rank(method='first', ascending=not by.endswith('*'))
-                          for r,v in found.items()}).astype('Int64')
-    frozen = pd.DataFrame({r: [n in set(t.select(freeze, by).freeze) for n in self] for r,t in tables.items()},
-                          index=self.frame.index)
-    text = [' '.join('-' if pd.isna(v) else str(v) for v in row) for row in ranks.to_numpy(dtype=object)]
-    count = frozen.sum(axis=1)
-    res = ranks.assign(rules=text, frozen_by=count, undecided=(count > 0) & (count < len(tables)))
-    res.attrs['agreement'] = pd.DataFrame(found).corr('spearman')
+    tables = {str(rule): self.refit(rule) for rule in rules}
+    column = by.removesuffix('*')
+    is_ascending = not by.endswith('*')
+    values,ranks,frozen = {},{},{}
+    for rule,table in tables.items():
+        found = table.frame[column].astype(float)
+        values[rule] = found
+        ranks[rule] = found.rank(method='first', ascending=is_ascending)
+        selection = table.select(freeze, by)
+        selected = set(selection.freeze)
+        frozen[rule] = [name in selected for name in self]
+    res = pd.DataFrame(ranks).astype('Int64')
+    text = [_rank_text(row) for row in res.to_numpy(dtype=object)]
+    is_frozen = pd.DataFrame(frozen, index=self.frame.index)
+    count = is_frozen.sum(axis=1)
+    is_undecided = (count > 0) & (count < len(tables))
+    res = res.assign(rules=text, frozen_by=count, undecided=is_undecided)
+    res.attrs['agreement'] = pd.DataFrame(values).corr('spearman')
     return res
 
 @patch
@@ -148,10 +214,16 @@ def select_agreed(self:LayerTable,
     if undecided not in ('train', 'freeze', 'majority'):
         raise OpenTransError(f"undecided={undecided!r}: choose one of train, freeze, majority.")
     told = self.rules(rules, freeze, by)
-    need = dict(train=len(rules), freeze=1, majority=len(rules)//2+1)[undecided] # rules that must freeze a layer
-    frozen = set(told.index[told.frozen_by >= need])
-    names = self.frame.index[self.frame.kind != 'embedding']
-    rule = (
-        f"{by}, {freeze:.0%} under each of {', '.join(map(str, rules))}; {int(told.undecided.sum())} undecided "
-        f"layers: {undecided}")
-    return LayerSelection([n for n in names if n not in frozen], [n for n in names if n in frozen], rule)
+    # rules that must freeze a layer
+    majority = len(rules)//2+1
+    needs = dict(train=len(rules), freeze=1, majority=majority)
+    is_frozen = told.frozen_by >= needs[undecided]
+    frozen = set(told.index[is_frozen])
+    is_layer = self.frame.kind != 'embedding'
+    names = self.frame.index[is_layer]
+    rule_names = ', '.join(map(str, rules))
+    count = int(told.undecided.sum())
+    rule = f"{by}, {freeze:.0%} under each of {rule_names}; {count} undecided layers: {undecided}"
+    trained = [name for name in names if name not in frozen]
+    kept = [name for name in names if name in frozen]
+    return LayerSelection(trained, kept, rule)

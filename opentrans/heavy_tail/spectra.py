@@ -18,9 +18,9 @@ from ..errors import check_number, OpenTransError
 from opentrans.heavy_tail.null import (
     as_blocks, as_null, Blocks, kurtosis_of, mp_quantiles, Null, random_edge, random_spectra, shuffled,
     with_kurtosis)
+from .lapack import _eigenvalues, _exactness, _noise, _settle, _stored_type
 from .power_law import (
-    _eigenvalues, _exactness, _finite, _no_fit, _noise, _read, _rule_name, _settle, _stored_type, _Unread, esd,
-    fit_power_law, matrices, mp_edges, PowerLawFit)
+    _finite, _no_fit, _read, _rule_name, _Unread, esd, fit_power_law, matrices, mp_edges, PowerLawFit)
 from .reading import _skipped, _named_weights, _shape, WeightFiles
 
 # %% ../../nbs/02a_spectra.ipynb #80bd6c9e
@@ -53,10 +53,14 @@ class Spectrum:
         """Fit the tail. The rule `'paper'` compares absolute numbers, so it sees the eigenvalues on the paper's
         scale."""
         if self.evals is None: return _no_fit(self.reason, 0, _rule_name(xmin))
-        if not (isinstance(xmin, str) and xmin == 'paper') or self.paper == 1:
+        is_absolute = isinstance(xmin, str) and xmin == 'paper'
+        if not is_absolute or self.paper == 1:
             return fit_power_law(self.evals, xmin, noise=self.noise)
-        f = fit_power_law(self.evals*self.paper, xmin, noise=self.noise*math.sqrt(self.paper))
-        return PowerLawFit(f.alpha, f.xmin/self.paper, f.D, f.sigma, f.n_tail, f.n, f.method, f.reason, self.evals)
+        scaled = self.evals*self.paper
+        noise = self.noise*math.sqrt(self.paper)
+        f = fit_power_law(scaled, xmin, noise=noise)
+        own_xmin = f.xmin/self.paper
+        return PowerLawFit(f.alpha, own_xmin, f.D, f.sigma, f.n_tail, f.n, f.method, f.reason, self.evals)
 
     def keep(self,
         ev:torch.Tensor|None, # (matrices, eigenvalues each); None if they did not converge
@@ -81,49 +85,54 @@ class Spectrum:
         # the sum of the squared weights
         total = (np.sort(ev.flatten())*factor).sum()
         self.stack = tuple(mats.shape)
-        self.edge = mp_edges(mats.shape[1:], total/mats.numel())[1]
+        _,self.edge = mp_edges(mats.shape[1:], total/mats.numel())
         noise = _noise(mats, ev, stored) if whole is None else self._noise_of_change(mats, whole, stored)
         settled,noise = _settle(ev, noise, mats.shape[1:], _exactness(ev, how, precision))
-        above = settled > 0
-        became_equal = len(np.unique(settled[above])) == 1 and len(np.unique(ev[above])) > 1
-        if became_equal:
+        if _became_equal(ev, settled):
             self.reason = 'the eigenvalues differ by no more than rounding'
         self.noise = noise*math.sqrt(factor)
         tiny = _exactness(ev, 'gram', precision)
         # without a floor, and in float32, also what arithmetic cannot tell from zero is cut
         least = tiny if precision == 'fast' or not floor else 0
-        self._cut(np.sort(settled.flatten())*factor, floor, least, tiny)
+        raw = np.sort(settled.flatten())*factor
+        self._cut(raw, floor, least, tiny)
 
     def _noise_of_change(self, mats, whole, stored):
         """Norm of the rounding in a difference of two weights, of which one has the squared norm `whole`: that of a
         random matrix."""
-        size = .5*torch.finfo(stored).eps*math.sqrt(whole/mats.numel())
-        return np.full(len(mats), size*(math.sqrt(mats.shape[1])+math.sqrt(mats.shape[2])))
+        rms = math.sqrt(whole/mats.numel()) # of the entries of the weight
+        size = .5*torch.finfo(stored).eps*rms
+        sides = math.sqrt(mats.shape[1])+math.sqrt(mats.shape[2])
+        return np.full(len(mats), size*sides)
 
     def shuffle(self, mats:torch.Tensor, null:Null, blocks:Blocks|None, norm:float, *options):
         "Take the eigenvalues of its matrices with their numbers in random order, as often as a `Null` says."
         if self.evals is None: return
-        rng = torch.Generator().manual_seed(null.seed*1_000_003 + zlib.crc32(self.name.encode()))
-        drawn = [_solve([(0, _blocks_of(shuffled(mats, rng), blocks))], *options)[0][0] for _ in range(null.draws)]
+        seed = null.seed*1_000_003 + zlib.crc32(self.name.encode())
+        rng = torch.Generator().manual_seed(seed)
+        drawn = [_solve_shuffled(mats, rng, blocks, options) for _ in range(null.draws)]
         if any(ev is None for ev in drawn): return
         flat = np.stack([ev.double().cpu().numpy().ravel() for ev in drawn])
-        self.shuffled = np.sort(flat, 1).clip(0)*(norm if self.kind == 'conv' else 1)
+        factor = norm if self.kind == 'conv' else 1
+        self.shuffled = np.sort(flat, 1).clip(0)*factor
 
     def _cut(self, raw, floor, least, tiny):
         """Leave out what is not above the floor, or `least` times the largest; if that is all, what is not above `tiny`
         times the largest."""
-        self.cutoff = float(max(floor/self.paper, least*raw[-1]))
-        if raw[-1] <= self.cutoff:
-            self.cutoff = float(tiny*raw[-1])
-            self.reason = (self.reason
-                           or f'all eigenvalues are below {floor:g}, so the floor is relative to the largest')
+        largest = raw[-1]
+        self.cutoff = float(max(floor/self.paper, least*largest))
+        if largest <= self.cutoff:
+            self.cutoff = float(tiny*largest)
+            why = f'all eigenvalues are below {floor:g}, so the floor is relative to the largest'
+            self.reason = self.reason or why
         self.evals = raw[raw > self.cutoff]
         self.n_zero = raw.size - self.evals.size
 
     @property
     def variance(self)->float:
         "Mean square of the entries of its matrices, on the scale of the eigenvalues."
-        return self.edge/mp_edges(self.stack[1:])[1]
+        _,edge_of_one = mp_edges(self.stack[1:])
+        return self.edge/edge_of_one
 
     def random(self,
         null:Null, # A `Null`
@@ -131,15 +140,18 @@ class Spectrum:
         "Spectra of random matrices of its shape, variance and kurtosis, or of its own numbers in random order."
         if null.kind == 'shuffle': return np.zeros((0, 0)) if self.shuffled is None else self.shuffled
         if self.evals is None or not self.stack: return np.zeros((0, 0))
-        normal = (mp_quantiles(self.stack)[None] if null.kind == 'mp'
-                  else random_spectra(self.stack, null.draws, null.seed))
-        return with_kurtosis(normal, self.stack, self.kurtosis)*self.variance
+        if null.kind == 'mp': normal = mp_quantiles(self.stack)[None]
+        else: normal = random_spectra(self.stack, null.draws, null.seed)
+        spread = with_kurtosis(normal, self.stack, self.kurtosis)
+        return spread*self.variance
 
     def random_edge(self,
         null:Null, # A `Null`
     )->float:
         "What the largest eigenvalue stays below by chance: in 99 of 100 random layers, or in all shuffled ones."
-        if null.kind == 'shuffle': return float(self.shuffled[:,-1].max())
+        if null.kind == 'shuffle':
+            largest = self.shuffled[:,-1]
+            return float(largest.max())
         return random_edge(self.stack)*self.variance
 
 # %% ../../nbs/02a_spectra.ipynb #5f0a11c2
@@ -151,48 +163,84 @@ def _solve_alone(part, options):
         except (OpenTransError, torch.linalg.LinAlgError): res[key] = None,''
     return res
 
+def _became_equal(ev, settled):
+    "Are the eigenvalues above zero one value since `_settle`, and were they not before?"
+    above = settled > 0
+    is_one_value = len(np.unique(settled[above])) == 1
+    return is_one_value and len(np.unique(ev[above])) > 1
+
+def _cut_group(group, size):
+    "Jobs of one shape in parts, each of at most `size` numbers or a single job."
+    parts = []
+    room = 0
+    for key,mats in group:
+        count = mats.numel()
+        if count > room:
+            parts.append([])
+            room = size
+        parts[-1].append((key, mats))
+        room -= count
+    return parts
+
+def _operations(part):
+    "About how many multiplications the jobs of a part need, which have matrices of one shape."
+    matrix_count = sum(len(mats) for _,mats in part)
+    _,first = part[0]
+    return matrix_count*min(first.shape[1:])**3
+
 def _parts(jobs, size):
     """Jobs (key, stack of matrices) in parts of one shape, each of at most `size` numbers or a single job; the longest
     work first."""
     alike = {}
-    for key,mats in jobs: alike.setdefault((mats.shape[1:], mats.device, mats.dtype), []).append((key, mats))
+    for key,mats in jobs:
+        kind = (mats.shape[1:], mats.device, mats.dtype)
+        alike.setdefault(kind, []).append((key, mats))
     parts = []
-    for group in alike.values():
-        room = 0
-        for key,mats in group:
-            if mats.numel() > room:
-                parts.append([])
-                room = size
-            parts[-1].append((key, mats))
-            room -= mats.numel()
-    def work(part): return sum(len(mats) for _,mats in part)*min(part[0][1].shape[1:])**3
-    return sorted(parts, key=lambda part: -work(part))
+    for group in alike.values(): parts += _cut_group(group, size)
+    return sorted(parts, key=lambda part: -_operations(part))
 
 def _solve_part(part, options):
     "Eigenvalues of jobs whose matrices have one shape: key -> (eigenvalues, how they were found)."
-    together = torch.cat([mats for _,mats in part]) if len(part) > 1 else part[0][1]
+    keys = [key for key,_ in part]
+    stacks = [mats for _,mats in part]
+    together = torch.cat(stacks) if len(part) > 1 else stacks[0]
     try: ev,how = _eigenvalues(together, *options)
     except (OpenTransError, torch.linalg.LinAlgError): return _solve_alone(part, options)
-    return {key: (own, how) for (key,_),own in zip(part, ev.split([len(mats) for _,mats in part]))}
+    counts = [len(mats) for mats in stacks]
+    return {key: (own, how) for key,own in zip(keys, ev.split(counts))}
 
 def _threads(asked):
     "How many layers are solved at once."
     if asked is not None: return check_number('threads', asked, 1, 4096, whole=True)
-    allowed = os.environ.get('OMP_NUM_THREADS', '').split(',')[0]
+    setting = os.environ.get('OMP_NUM_THREADS', '')
+    allowed = setting.split(',')[0]
     if allowed.isdigit() and int(allowed): return int(allowed)
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    if hasattr(os, 'sched_getaffinity'): return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 def _solve(jobs, *options, size=None, threads=1):
     """Eigenvalues of many stacks of matrices; those of one shape are solved together, at most `size` numbers at a
     time, and on CPUs several parts at once, each by one thread. The options are those of `_eigenvalues`."""
     jobs = list(jobs)
     on_cpu = all(m.device.type == 'cpu' for _,m in jobs)
-    parts = _parts(jobs, size or (2**20 if on_cpu else 2**26))
+    most = 2**20 if on_cpu else 2**26
+    parts = _parts(jobs, size or most)
     threads = min(_threads(threads), len(parts)) if on_cpu else 1
-    if threads < 2: return {k: found for part in parts for k,found in _solve_part(part, options).items()}
+    found = {}
+    if threads < 2:
+        for part in parts: found |= _solve_part(part, options)
+        return found
     with threadpool_limits(1), ThreadPoolExecutor(threads) as pool:
         done = pool.map(_solve_part, parts, [options]*len(parts))
-        return {k: found for res in done for k,found in res.items()}
+        for solved in done: found |= solved
+    return found
+
+def _solve_shuffled(mats, rng, blocks, options):
+    "Eigenvalues of a layer's matrices with their numbers in random order; None if they did not converge."
+    mixed = _blocks_of(shuffled(mats, rng), blocks)
+    found = _solve([(0, mixed)], *options)
+    ev,_ = found[0]
+    return ev
 
 # %% ../../nbs/02a_spectra.ipynb #28f243a3
 def _weight_of(s, w, device, before=None):
@@ -208,8 +256,11 @@ def _weight_of(s, w, device, before=None):
     if device is not None: w = w.to(device)
     whole = None
     if before is not None:
-        if w.numel(): stored = max(_stored_type(w, stored), _stored_type(old, old_stored), key=_coarseness)
-        whole = torch.linalg.vector_norm(w.double()).item()**2
+        if w.numel():
+            types = _stored_type(w, stored),_stored_type(old, old_stored)
+            stored = max(types, key=_coarseness)
+        size = torch.linalg.vector_norm(w.double()).item()
+        whole = size**2
         w = w.double() - old.to(w.device, torch.float64)
     if not w.numel(): s.reason = 'the weight is empty'
     else: s.density = torch.count_nonzero(w).item()/w.numel()
@@ -219,13 +270,17 @@ def _weight_of(s, w, device, before=None):
     if before is None: stored = _stored_type(w, stored)
     return w,stored,whole
 
-def _coarseness(dtype): return torch.finfo(dtype).eps if dtype.is_floating_point else 0.
+def _coarseness(dtype):
+    "The share of itself by which a type rounds a number; 0 for types that do not round."
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.
 
 def _read_base(s, w, before):
     "The weight of the same name before a change, and its type. Raises `_Unread`."
     if s.name not in before: raise _Unread('the base has no layer of this name')
     old,stored = _read(before[s.name])
-    if old.shape != w.shape: raise _Unread(f'the base has another shape here, {tuple(old.shape)}')
+    if old.shape != w.shape:
+        shape = tuple(old.shape)
+        raise _Unread(f'the base has another shape here, {shape}')
     return old,stored
 
 _NARROW = 16 # slices of a kernel with fewer rows or columns are no matrices to cut into blocks
@@ -235,10 +290,13 @@ def _stack(w, kind, conv, transposed, groups, blocks):
     flat: a row a filter."""
     if kind == 'experts': return w.mT if transposed else w
     mats = matrices(w, conv, transposed, groups)
-    if blocks is None or w.ndim < 3 or min(mats.shape[1:]) >= _NARROW: return mats
-    return matrices(w, 'flatten', transposed, groups)
+    if blocks is None or w.ndim < 3: return mats
+    is_narrow = min(mats.shape[1:]) < _NARROW
+    return matrices(w, 'flatten', transposed, groups) if is_narrow else mats
 
-def _blocks_of(mats, blocks): return mats if blocks is None else blocks.cut(mats)
+def _blocks_of(mats, blocks):
+    "Matrices cut into `Blocks`; as they are for None."
+    return mats if blocks is None else blocks.cut(mats)
 
 class _Work:
     """Layers on their way to spectra: they are solved many at a time, those of one shape together, and then
@@ -310,11 +368,13 @@ def spectra(
     if floor is None: floor = 1e-5 if blocks is None else 0.
     # complains about wrong options at once
     esd(torch.ones(1, 1), conv=conv, method=method, precision=precision)
-    work = _Work(norm, floor, blocks, null, (method, precision, smallest), threads)
+    solver = (method, precision, smallest)
+    work = _Work(norm, floor, blocks, null, solver, threads)
     def weights_of(source): return _named_weights(source, embeddings, split_groups, skip)
     before = None if base is None else {name: weight for name,_,weight,*_ in weights_of(base)}
     for name,kind,weight,transposed,groups in weights_of(model):
-        s = Spectrum(name, kind, _shape(weight), paper=.5/norm if kind == 'conv' else 1.)
+        paper = .5/norm if kind == 'conv' else 1.
+        s = Spectrum(name, kind, _shape(weight), paper=paper)
         w,stored,whole = _weight_of(s, weight, device, before)
         mats = None if w is None else _stack(w, kind, conv, transposed, groups, blocks)
         work.take(s, mats, stored, whole)

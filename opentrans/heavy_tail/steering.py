@@ -30,20 +30,37 @@ def block_of(
 
 def _linear(scores, low, high):
     "The same values everywhere, the middle one, if all scores are equal."
-    if np.ptp(scores) == 0: return np.full(len(scores), (low+high)/2)
-    return np.interp(scores, [scores.min(), scores.max()], [low, high])
+    middle = (low+high)/2
+    if np.ptp(scores) == 0: return np.full(len(scores), middle)
+    ends = [scores.min(), scores.max()]
+    return np.interp(scores, ends, [low, high])
 
 def _by_rank(scores, low, high):
-    ranks = np.argsort(np.argsort(scores, kind='stable'), kind='stable')
+    "Values evenly spread by the rank of each score; equal scores in their order."
+    order = np.argsort(scores, kind='stable')
+    ranks = np.argsort(order, kind='stable')
     return low + (high-low)*ranks/len(scores)
 
-def _in_proportion(roots): return roots/roots.sum()*len(roots)
+def _in_proportion(roots):
+    "Values in proportion to positive numbers, one on the average."
+    return roots/roots.sum()*len(roots)
 
 def _sigmoid(scores, blocks, slope):
     "Twice a sigmoid of each score, in standard deviations from the mean of its block."
     parts = pd.Series(scores).groupby(list(blocks))
-    away = (scores - parts.transform('mean'))/(parts.transform('std', ddof=0) + 1e-8)
-    return (2/(1+np.exp(-slope*away))).to_numpy()
+    from_mean = scores - parts.transform('mean')
+    spread = parts.transform('std', ddof=0) + 1e-8
+    exponent = -slope*(from_mean/spread)
+    values = 2/(1+np.exp(exponent))
+    return values.to_numpy()
+
+def _checked_scores(scores):
+    "Scores as an array. Raises `OpenTransError` for what is no list of finite numbers."
+    scores = np.asarray(scores, dtype=float)
+    is_list = scores.ndim == 1 and scores.size
+    if not (is_list and np.isfinite(scores).all()):
+        raise OpenTransError("Scores must be a list of finite numbers, one a layer, and at least one.")
+    return scores
 
 def assign(
     scores:pd.Series|np.ndarray|Sequence[float], # A number a layer
@@ -55,18 +72,21 @@ def assign(
 )->np.ndarray: # Share of the common value that each layer gets
     "Values of layers from their scores (TempBalance, Eq. 3, and its code; AlphaDecay). Raises `OpenTransError`."
     if how not in MAPS: raise unknown('map', how, MAPS)
-    scores = np.asarray(scores, dtype=float)
-    if not (scores.ndim == 1 and scores.size and np.isfinite(scores).all()):
-        raise OpenTransError("Scores must be a list of finite numbers, one a layer, and at least one.")
+    scores = _checked_scores(scores)
     low,high = _spread(spread)
-    if how in ('linear', 'rank'): return (_linear if how == 'linear' else _by_rank)(scores, low, high)
-    if how == 'sigmoid': return _sigmoid(scores, blocks if blocks is not None else [0]*len(scores), slope)
+    if how == 'linear': return _linear(scores, low, high)
+    if how == 'rank': return _by_rank(scores, low, high)
+    if how == 'sigmoid':
+        if blocks is None: blocks = [0]*len(scores)
+        return _sigmoid(scores, blocks, slope)
     least = 1 if how == 'log2' else 0 # where the map is zero
-    if scores.min() < least or scores.max() <= least:
+    smallest = scores.min()
+    if smallest < least or scores.max() <= least:
         raise OpenTransError(
-            f"how='{how}' needs scores from {least} on, and the smallest is {scores.min():.4g}. Take "
+            f"how='{how}' needs scores from {least} on, and the smallest is {smallest:.4g}. Take "
             f"how='linear'.")
-    return _in_proportion(np.sqrt(scores) if how == 'sqrt' else np.log2(scores))
+    roots = np.sqrt(scores) if how == 'sqrt' else np.log2(scores)
+    return _in_proportion(roots)
 
 def _spread(spread):
     "Two shares, of which the first is not larger. Raises `OpenTransError`."
@@ -96,13 +116,18 @@ class LayerValues(dict):
         """What each parameter of the named layers gets, beside their biases and batch norms. Raises
         `OpenTransError` for names that the model lacks."""
         found = find_layers(list(self), model)
-        shares = {name: value/self.base for name,value in self.items()} if self.base else dict.fromkeys(self, 1.)
-        each = {}
+        shares = dict.fromkeys(self, 1.)
+        if self.base: shares = {name: value/self.base for name,value in self.items()}
+        each,by_path = {},{}
         for name,layer in found.items():
-            for param in [*layer.params, *_biases(layer.module)]:
-                each.setdefault(id(param), []).append(shares[name])
-        beside = _norms_beside(model, {layer.key.rpartition('.')[0]: shares[name] for name,layer in found.items()})
-        return beside | {key: float(np.mean(values)) for key,values in each.items()}
+            share = shares[name]
+            path,_,_ = layer.key.rpartition('.')
+            by_path[path] = share
+            params = [*layer.params, *_biases(layer.module)]
+            for param in params: each.setdefault(id(param), []).append(share)
+        beside = _norms_beside(model, by_path)
+        means = {key: float(np.mean(values)) for key,values in each.items()}
+        return beside | means
 
     def param_groups(self,
         model:nn.Module, # A tower, or anything that holds one
@@ -111,39 +136,59 @@ class LayerValues(dict):
         if self.what == 'density':
             raise OpenTransError(
                 "Densities are for masks, such as SparseMask.magnitude(model, densities), not for optimizers.")
-        factors,groups = self.factors(model),{}
-        for param in model.parameters(): groups.setdefault(factors.get(id(param), 1.), []).append(param)
-        rest = groups.pop(1., [])
-        return ([{'params': params, self.what: self.base*share} for share,params in groups.items()]
-                + [{'params': rest, self.what: self.base}]*bool(rest))
+        factors = self.factors(model)
+        params_by_share = {}
+        for param in model.parameters():
+            share = factors.get(id(param), 1.)
+            params_by_share.setdefault(share, []).append(param)
+        rest = params_by_share.pop(1., [])
+        groups = []
+        for share,params in params_by_share.items():
+            groups.append({'params': params, self.what: self.base*share})
+        if rest: groups.append({'params': rest, self.what: self.base})
+        return groups
 
     def __repr__(self):
+        smallest,largest = min(self.values()),max(self.values())
         return (
-            f"LayerValues: {self.what} of {len(self)} layers from {min(self.values()):.4g} to "
-            f"{max(self.values()):.4g} ({self.rule})")
+            f"LayerValues: {self.what} of {len(self)} layers from {smallest:.4g} to "
+            f"{largest:.4g} ({self.rule})")
 
     def plot(self,
         ax=None, # Axes to draw on
     ): # The axes
         "The values, layer by layer."
         ax = get_axes(ax, figsize=(10, 2.6))
-        ax.bar(range(len(self)), list(self.values()), color='#3b6fb6', width=.8)
+        heights = list(self.values())
+        ax.bar(range(len(self)), heights, color='#3b6fb6', width=.8)
         ax.axhline(self.base, color='#c8442e', lw=1, label=f'all: {self.base:.4g}')
-        ax.set(xlabel='layer', ylabel=for_plot(self.what.replace('_', ' ')), title=for_plot(self.rule))
+        what = self.what.replace('_', ' ')
+        ax.set(xlabel='layer', ylabel=for_plot(what), title=for_plot(self.rule))
         ax.legend(fontsize=9, frameon=False)
         return ax
 
-def _biases(module): return [p for n,p in module._parameters.items() if 'bias' in n and p is not None]
+def _biases(module):
+    "The biases of a module itself, not of those inside it."
+    found = []
+    for name,param in module._parameters.items():
+        if 'bias' in name and param is not None: found.append(param)
+    return found
 
 def _norms_beside(model, shares):
     "id -> share of the parameters of each batch norm that is called after a convolution with a share."
-    named = {n: m for n,m in bare_modules(find_tower(model)) if isinstance(m, BATCH_NORMS)}
-    beside = {n: n.replace('bn', 'conv') for n in named}
-    return {id(p): shares[beside[n]] for n,m in named.items() if beside[n] in shares
-            for p in m.parameters(recurse=False)}
+    share_of = {}
+    for name,module in bare_modules(find_tower(model)):
+        if not isinstance(module, BATCH_NORMS): continue
+        conv = name.replace('bn', 'conv')
+        if conv not in shares: continue
+        for param in module.parameters(recurse=False): share_of[id(param)] = shares[conv]
+    return share_of
 
 # %% ../../nbs/02e_alpha_to_everything.ipynb #2c6c226c
-def _names_with_fit(frame): return frame.index[(frame.kind != 'embedding') & frame.alpha.notna()]
+def _names_with_fit(frame):
+    "The layers that alphas can be compared of: those with a fit, without embeddings."
+    has_fit = (frame.kind != 'embedding') & frame.alpha.notna()
+    return frame.index[has_fit]
 
 @patch
 def scores(self:LayerTable,
@@ -155,22 +200,31 @@ def scores(self:LayerTable,
     a fit."""
     self._check_order(by)
     if per not in ('layer', 'block'): raise unknown('unit', per, ['layer', 'block'])
-    names = [n for n in _names_with_fit(self.frame) if few or self.frame.status[n] == 'ok']
-    found = self.frame.loc[names, by].astype(float).dropna()
+    names = list(_names_with_fit(self.frame))
+    status = self.frame.status
+    if not few: names = [name for name in names if status[name] == 'ok']
+    found = self.frame.loc[names, by].astype(float)
+    found = found.dropna()
     if not len(found):
         raise OpenTransError(
             "No layer has a fit, so there is nothing to steer by. The column 'reason' of the table says why.")
-    return found if per == 'layer' else found.groupby([block_of(n) for n in found.index]).transform('mean')
+    if per == 'layer': return found
+    blocks = [block_of(name) for name in found.index]
+    return found.groupby(blocks).transform('mean')
 
 def _values(table, what, base, spread, by, how, per, slope):
+    "The `LayerValues` of `lr_groups` and `decay_groups`."
     check_number('base', base, 0, 1e9)
     scores = table.scores(by, per, few=False)
-    shares = assign(scores, spread, how, [block_of(n) for n in scores.index], slope)
+    blocks = [block_of(name) for name in scores.index]
+    shares = assign(scores, spread, how, blocks, slope)
     named = {'lr': 'learning rate', 'weight_decay': 'weight decay'}[what]
     low,high = (f'{x:.3g}' for x in _spread(spread))
-    told = (f"{named} by {by} of each {per}, {how}"
-            + (f", {low} to {high} times" if how in ('linear', 'rank') else ''))
-    return LayerValues(dict(zip(scores.index, (shares*base).tolist())), what, base, f"{told}, xmin by {table.xmin}")
+    told = f"{named} by {by} of each {per}, {how}"
+    if how in ('linear', 'rank'): told += f", {low} to {high} times"
+    values = (shares*base).tolist()
+    by_name = dict(zip(scores.index, values))
+    return LayerValues(by_name, what, base, f"{told}, xmin by {table.xmin}")
 
 @patch
 def lr_groups(self:LayerTable,
@@ -204,10 +258,15 @@ def _shares_to_prune(shares, sizes, prune, most):
     held = np.zeros(len(shares), dtype=bool) # at `most`
     for _ in range(len(shares)+1):
         left = prune*sizes.sum() - most*sizes[held].sum()
+        wanted = sizes*shares
         # layers that were to stay whole make up for the others alike
-        if not (sizes*shares)[~held].sum() > 0: shares = np.ones(len(shares))
-        scaled = np.where(held, most, shares*left/max((sizes*shares)[~held].sum(), 1e-300))
-        over = ~held & (scaled > most + 1e-12)
+        if not wanted[~held].sum() > 0:
+            shares = np.ones(len(shares))
+            wanted = sizes*shares
+        total = max(wanted[~held].sum(), 1e-300)
+        scaled = np.where(held, most, shares*left/total)
+        is_above = scaled > most + 1e-12
+        over = ~held & is_above
         if not over.any(): break
         held |= over
     return scaled
@@ -225,10 +284,15 @@ def densities(self:LayerTable,
     check_number('density', density, 0, 1, above=True)
     check_number('spread', spread, 0, 1)
     found = self.scores(by, per)
-    names = self.frame.index[self.frame.kind != 'embedding']
-    scores = found.reindex(names).fillna(found.median())
+    is_layer = self.frame.kind != 'embedding'
+    names = self.frame.index[is_layer]
+    median = found.median()
+    scores = found.reindex(names).fillna(median)
     sizes = self.frame.params[names].to_numpy(float)
-    shares = assign(scores, (1-spread, 1+spread))
-    stays = 1 - _shares_to_prune(shares, sizes, 1-density, 1-density/10)
+    range_of_shares = (1-spread, 1+spread)
+    shares = assign(scores, range_of_shares)
+    pruned = _shares_to_prune(shares, sizes, 1-density, 1-density/10)
+    stays = np.clip(1 - pruned, 0, 1)
+    by_name = dict(zip(names, stays.tolist()))
     told = f"density {density:g} by {by} of each {per}, {spread:g} about it, xmin by {self.xmin}"
-    return LayerValues(dict(zip(names, np.clip(stays, 0, 1).tolist())), 'density', density, told)
+    return LayerValues(by_name, 'density', density, told)

@@ -32,6 +32,20 @@ _COLUMNS = ['kind', 'shape', 'params', 'density', 'n_evals', 'n_zero', 'alpha', 
             'spectral_norm', 'stable_rank', 'log_norm', 'alpha_weighted', 'edge', 'over_trained', 'solver',
             'status', 'reason']
 
+def _is_empty(s):
+    "Has a `Spectrum` no eigenvalues?"
+    return s.evals is None or not s.evals.size
+
+def _about_layer(s):
+    "The columns of a layer that its spectrum alone says."
+    about = dict(kind=s.kind, shape=s.shape, params=math.prod(s.shape), density=s.density)
+    about |= dict(n_evals=0, n_zero=s.n_zero, edge=s.edge, solver=s.solver)
+    if _is_empty(s): return about
+    largest = float(s.evals[-1])
+    total = float(s.evals.sum())
+    about |= dict(n_evals=s.evals.size, log_norm=math.log10(total))
+    return about | dict(spectral_norm=largest, stable_rank=total/largest)
+
 class _LayerFits:
     "The spectra of layers, the power laws fitted to them, and the numbers of both: a row a layer."
     def __init__(self,
@@ -49,63 +63,83 @@ class _LayerFits:
         self.few: int = few
         self.options: dict[str, Any] = dict(options or {})
         self.null: Null|None = as_null(null)
-        self.max_aspect: float|None = 8 if max_aspect is None and _rule_name(xmin) == 'paper' else max_aspect
+        if max_aspect is None and _rule_name(xmin) == 'paper': max_aspect = 8
+        self.max_aspect: float|None = max_aspect
         self.fits: dict[str, PowerLawFit] = {s.name: self._fit(s) for s in spectra}
-        self.frame: pd.DataFrame = pd.DataFrame([self._row(s, self.fits[s.name]) for s in spectra],
-                                  index=pd.Index(list(self.spectra), name='layer'), columns=_COLUMNS)
+        rows = [self._row(s, self.fits[s.name]) for s in spectra]
+        index = pd.Index(list(self.spectra), name='layer')
+        self.frame: pd.DataFrame = pd.DataFrame(rows, index=index, columns=_COLUMNS)
         if self.null is not None: self.frame[list(NULL_COLUMNS)] = _null_frame(self)
 
     def _fit(self, s):
+        "The fit of a layer by the table's rule; none to a linear one that is too long."
         if s.evals is None or s.kind != 'linear' or not self.max_aspect: return s.fit(self.xmin)
         aspect = max(s.shape)/min(s.shape)
         if aspect < self.max_aspect: return s.fit(self.xmin)
-        return _no_fit(f'left out: a linear layer {aspect:.3g} times longer than wide (limit {self.max_aspect:g})',
-                       s.evals.size, _rule_name(self.xmin), s.evals)
+        reason = f'left out: a linear layer {aspect:.3g} times longer than wide (limit {self.max_aspect:g})'
+        rule = _rule_name(self.xmin)
+        return _no_fit(reason, s.evals.size, rule, s.evals)
 
     def _few(self, f):
         "Why a fit rests on little; empty if it does not. Eigenvalues that agree to six digits count once."
         if not f.ok: return ''
         if f.n < self.few: return f'fewer than {self.few} eigenvalues'
-        distinct = 1 + int((np.diff(f.evals) > 1e-6*f.evals[1:]).sum())
-        return f'fewer than {self.few} distinct eigenvalues' if distinct < self.few else ''
+        rounding = 1e-6*f.evals[1:]
+        is_step = np.diff(f.evals) > rounding
+        distinct = 1 + int(is_step.sum())
+        if distinct >= self.few: return ''
+        return f'fewer than {self.few} distinct eigenvalues'
 
     def _row(self, s, f):
+        "The columns of one layer, from its spectrum and fit."
         few = self._few(f)
         status = 'ok' if f.ok else 'failed'
         if few: status = 'few'
-        r = dict(kind=s.kind, shape=s.shape, params=math.prod(s.shape), density=s.density, n_evals=0,
-                 n_zero=s.n_zero, alpha=f.alpha, xmin=f.xmin, D=f.D, sigma=f.sigma, n_tail=f.n_tail, edge=s.edge,
-                 over_trained=f.alpha < 2, solver=s.solver, status=status,
-                 reason='; '.join(t for t in dict.fromkeys([s.reason, f.reason, few]) if t))
-        if s.evals is None or not s.evals.size: return r
-        top,total = float(s.evals[-1]),float(s.evals.sum())
-        return (r
-                | dict(n_evals=s.evals.size, spectral_norm=top, stable_rank=total/top, log_norm=math.log10(total),
-                       alpha_weighted=f.alpha*math.log10(top)))
+        reasons = dict.fromkeys([s.reason, f.reason, few])
+        reason = '; '.join(words for words in reasons if words)
+        row = _about_layer(s) | dict(status=status, reason=reason)
+        row |= dict(alpha=f.alpha, xmin=f.xmin, D=f.D, sigma=f.sigma, n_tail=f.n_tail)
+        row['over_trained'] = f.alpha < 2
+        if _is_empty(s): return row
+        largest = row['spectral_norm']
+        row['alpha_weighted'] = f.alpha*math.log10(largest)
+        return row
 
 # %% ../../nbs/02b_layers.ipynb #d2d0dd0d
+def _fit_like(s, evals, xmin):
+    "The fit to random eigenvalues that are treated as those of a layer."
+    sample = replace(s, evals=evals[evals > s.cutoff], noise=0.)
+    return sample.fit(xmin)
+
 def _random_alphas(table, s, shared):
     """(alphas, standard error) of random spectra by the table's own rule. Layers of one shape share them, in the
     dictionary `shared`, where scale does not matter."""
     drawn = s.random(table.null)
-    uncut = drawn.size and drawn.min() > s.cutoff
+    is_uncut = drawn.size and drawn.min() > s.cutoff
     any_scale = table.null.kind != 'shuffle' and _rule_name(table.xmin) in ('ks', 'median', 'peak')
-    key = (s.stack, s.kurtosis) if uncut and any_scale else s.name
+    key = s.name
+    if is_uncut and any_scale: key = (s.stack, s.kurtosis)
     if key not in shared:
-        fits = [replace(s, evals=x[x > s.cutoff], noise=0.).fit(table.xmin) for x in drawn]
-        shared[key] = np.array([f.alpha for f in fits]),fits[0].sigma if fits else math.nan
+        fits = [_fit_like(s, evals, table.xmin) for evals in drawn]
+        alphas = [f.alpha for f in fits]
+        sigma = fits[0].sigma if fits else math.nan
+        shared[key] = np.array(alphas),sigma
     return shared[key]
 
 def _against_null(table, s, f, shared):
     "The columns of `null` for one layer."
     alphas,sigma = _random_alphas(table, s, shared)
     if not len(alphas) or not f.ok: return {}
-    return compare_with_null(f.alpha, s.evals, alphas, sigma, s.random_edge(table.null))
+    edge = s.random_edge(table.null)
+    return compare_with_null(f.alpha, s.evals, alphas, sigma, edge)
 
 def _null_frame(table):
     "The columns of `null`, a row a layer."
     shared = {}
-    rows = [_against_null(table, s, table.fits[name], shared) for name,s in table.spectra.items()]
+    rows = []
+    for name,s in table.spectra.items():
+        fit = table.fits[name]
+        rows.append(_against_null(table, s, fit, shared))
     return pd.DataFrame(rows, index=table.frame.index, columns=NULL_COLUMNS)
 
 # %% ../../nbs/02b_layers.ipynb #074b2fb8
@@ -122,8 +156,9 @@ class _LayersByName(_LayerFits):
         **kw:Any,
     )->'LayerTable': # A new one of the same spectra
         "Fit again by another rule, without computing eigenvalues again."
-        return LayerTable(list(self.spectra.values()), xmin,
-                          **(dict(few=self.few, options=self.options, null=self.null) | kw))
+        kept = dict(few=self.few, options=self.options, null=self.null)
+        made = list(self.spectra.values())
+        return LayerTable(made, xmin, **(kept | kw))
 
     def only(self,
         # Names of layers, such as those that are trained; names that the table does not hold are passed over
@@ -134,9 +169,10 @@ class _LayersByName(_LayerFits):
         names = {*names}
         kept = [s for name,s in self.spectra.items() if name in names]
         if not kept:
+            count = len(self.spectra)
+            some = name_some(sorted(names), 3) or 'none'
             raise OpenTransError(
-                f"None of the {len(self.spectra)} layers of the table is among the names given, such as "
-                f"{name_some(sorted(names), 3) or 'none'}.")
+                f"None of the {count} layers of the table is among the names given, such as {some}.")
         return LayerTable(kept, self.xmin, self.few, self.max_aspect, self.options, self.null)
 
     @property
@@ -151,6 +187,7 @@ class _LayersByName(_LayerFits):
     def __contains__(self, name:object)->bool: return name in self.spectra
     def __getitem__(self, name:str)->PowerLawFit: return self.fits[self._name(name)]
     def _name(self, name):
+        "A name of the table, as it is. Raises `OpenTransError` for any other."
         if name not in self.spectra: raise unknown('layer', name, self.spectra)
         return name
 
@@ -158,25 +195,36 @@ class _LayersByName(_LayerFits):
 class LayerTable(_LayersByName):
     "The spectra of a model's layers and the power laws fitted to them: a row a layer. Made by `analyze`."
     def _about(self):
+        "The table in one line."
         counts = self.frame.status.value_counts()
-        notes = [f"{counts[status]} {words}"
-                 for status,words in [('few', f'with fewer than {self.few} eigenvalues'), ('failed', 'without a fit')]
-                 if status in counts]
+        notes = []
+        if 'few' in counts: notes.append(f"{counts['few']} with fewer than {self.few} eigenvalues")
+        if 'failed' in counts: notes.append(f"{counts['failed']} without a fit")
         others = [name for name,why in self.unread.items() if 'the head' not in why]
-        if others: notes.append(f"not read: {name_some(others, 1)}, see `unread`")
-        return (f"{len(self)} layers, xmin by {self.xmin!r}, median alpha {self.median:.3f}"
-                + (f" ({', '.join(notes)})" if notes else ''))
+        if others:
+            some = name_some(others, 1)
+            notes.append(f"not read: {some}, see `unread`")
+        told = f"{len(self)} layers, xmin by {self.xmin!r}, median alpha {self.median:.3f}"
+        if not notes: return told
+        words = ', '.join(notes)
+        return f"{told} ({words})"
 
     def _short(self):
-        null = list(NULL_COLUMNS) if self.null is not None else []
-        return self.frame[['kind', 'shape', 'n_evals', 'alpha', 'sigma', *null, 'xmin', 'D', 'n_tail', 'stable_rank',
-                           'status']]
+        "The columns that are shown."
+        columns = ['kind', 'shape', 'n_evals', 'alpha', 'sigma']
+        if self.null is not None: columns += NULL_COLUMNS
+        columns += ['xmin', 'D', 'n_tail', 'stable_rank', 'status']
+        return self.frame[columns]
 
     def __repr__(self)->str:
-        return f"LayerTable: {self._about()}\n{self._short().to_string(float_format='{:.3g}'.format)}"
+        number = '{:.3g}'.format
+        rows = self._short().to_string(float_format=number)
+        return f"LayerTable: {self._about()}\n{rows}"
     def _repr_html_(self)->str:
-        return (f"<p><b>{for_html(self._about())}</b></p>"
-                f"{self._short().to_html(float_format='{:.3g}'.format, max_rows=16)}")
+        number = '{:.3g}'.format
+        about = for_html(self._about())
+        rows = self._short().to_html(float_format=number, max_rows=16)
+        return f"<p><b>{about}</b></p>{rows}"
 
     def _check_order(self, by):
         "Raises `OpenTransError` for a column that layers cannot be chosen by."
@@ -185,8 +233,11 @@ class LayerTable(_LayersByName):
             raise OpenTransError(
                 f"The table has no column '{name}'. Make it with null='gaussian', or another of `Null`, to compare "
                 f"alpha with chance.")
-        numbers = [c for c in self.frame if self.frame[c].dtype.kind in 'if']
-        if name not in numbers: raise unknown('way to choose layers', by, dict.fromkeys([*SELECTION_RULES, *numbers]))
+        types = self.frame.dtypes
+        numbers = [column for column in self.frame if types[column].kind in 'if']
+        if name in numbers: return
+        known = dict.fromkeys([*SELECTION_RULES, *numbers])
+        raise unknown('way to choose layers', by, known)
 
     def select(self,
         freeze:float=.5, # Share of the layers with a fit that is frozen (Tab. 10 tries 0.25, 0.5 and 0.75)
@@ -205,7 +256,8 @@ class LayerTable(_LayersByName):
         selection:LayerSelection|None=None, # Whose frozen layers are shaded; None: `select()`
     )->'Axes': # The axes
         "Alpha of each layer with the median, the frozen layers shaded and the over-trained ones marked (Fig. 6)."
-        return _draw_alphas(self, get_axes(ax, figsize=(10, 3)), selection)
+        ax = get_axes(ax, figsize=(10, 3))
+        return _draw_alphas(self, ax, selection)
 
     def plot_esd(self,
         name:str, # Name of a layer
@@ -213,7 +265,9 @@ class LayerTable(_LayersByName):
     )->'Axes': # The axes
         """Eigenvalues of a layer on logarithmic axes, with the fitted tail, where it begins, and the Marchenko-Pastur
         edge."""
-        return _draw_esd(self.spectra[self._name(name)], self.fits[name], get_axes(ax, figsize=(4.6, 3.2)))
+        s = self.spectra[self._name(name)]
+        ax = get_axes(ax, figsize=(4.6, 3.2))
+        return _draw_esd(s, self.fits[name], ax)
 
     def plot_ks(self,
         name:str, # Name of a layer
@@ -222,7 +276,9 @@ class LayerTable(_LayersByName):
     )->'Axes': # The axes
         "Kolmogorov-Smirnov distance against the beginning of the tail, with what each rule chooses."
         s = self.spectra[self._name(name)]
-        return _draw_ks(s, {r: s.fit(r) for r in rules}, get_axes(ax, figsize=(4.6, 3.2)))
+        fits = {rule: s.fit(rule) for rule in rules}
+        ax = get_axes(ax, figsize=(4.6, 3.2))
+        return _draw_ks(s, fits, ax)
 
     def plot_grid(self,
         names:Sequence[str]|None=None, # Layers to draw; None: `n` of them, from the smallest alpha to the largest
@@ -265,11 +321,14 @@ def analyze(
     blocks = as_blocks(aspect)
     null = as_null(null)
     made = spectra(model, conv, norm, skip, aspect=blocks, null=null, base=base, **options)
-    said = dict(options, conv=conv, norm=norm, skip=skip if skip is None else list(_skipped(model, skip)))
+    if skip is None: skipped = None
+    else: skipped = list(_skipped(model, skip))
+    said = dict(options, conv=conv, norm=norm, skip=skipped)
     if 'device' in options: said['device'] = str(options['device'])
     if blocks is not None: said['aspect'] = asdict(blocks)
     if base is not None: said['base'] = type(base).__name__
-    said['unread'] = _not_read(model, {s.name for s in made}, skip)
+    names = {s.name for s in made}
+    said['unread'] = _not_read(model, names, skip)
     return LayerTable(made, xmin, few, max_aspect, said, null)
 
 # %% ../../nbs/02b_layers.ipynb #2fd1f0b4
@@ -280,31 +339,50 @@ _ORANGE = '#e8940f' # data, fits and medians, warnings
 def _log_axis(axis, low, high):
     "Few and plain ticks, also where the values span less than a decade."
     from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
-    if high >= 10*low: axis.set_minor_formatter(NullFormatter())
-    else:
-        axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    spans_decade = high >= 10*low
+    if not spans_decade:
+        locator = MaxNLocator(4, steps=[1, 2, 5, 10])
+        axis.set_major_locator(locator)
         axis.set_major_formatter(ScalarFormatter())
-        axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_formatter(NullFormatter())
+
+def _say(words, ax):
+    "Write why there is nothing to draw."
+    ax.text(.5, .5, for_plot(words), ha='center', va='center', transform=ax.transAxes)
+    ax.set(xticks=[], yticks=[])
+    return ax
+
+def _draw_fit(f, high, ax):
+    "Draw the density of a fit up to a largest eigenvalue, and where its tail begins."
+    x = np.geomspace(f.xmin, high, 100)
+    density = f.pdf(x)*f.n_tail/f.n
+    label = f'$\\alpha$ = {f.alpha:.2f} $\\pm$ {f.sigma:.2f}'
+    ax.plot(x, density, color=_RED, label=label)
+    beginning = for_plot(f'xmin ({f.method})')
+    ax.axvline(f.xmin, color=_RED, ls=':', lw=1.2, label=beginning)
 
 def _draw_esd(s, f, ax):
     "Draw a `Spectrum` and a fit of it."
     ax.set_title(for_plot(s.name), fontsize=9)
-    if s.evals is None or not s.evals.size:
-        ax.text(.5, .5, for_plot(s.reason or 'no eigenvalues'), ha='center', va='center', transform=ax.transAxes)
-        ax.set(xticks=[], yticks=[])
-        return ax
-    low,high = s.evals[0],max(s.evals[-1], s.evals[0]*1.01)
-    density,_,_ = ax.hist(s.evals, np.geomspace(low, high, min(60, 8+s.evals.size//4)), density=True, color='0.78')
-    if f.ok:
-        x = np.geomspace(f.xmin, high, 100)
-        ax.plot(x, f.pdf(x)*f.n_tail/f.n, color=_RED, label=f'$\\alpha$ = {f.alpha:.2f} $\\pm$ {f.sigma:.2f}')
-        ax.axvline(f.xmin, color=_RED, ls=':', lw=1.2, label=for_plot(f'xmin ({f.method})'))
+    if _is_empty(s): return _say(s.reason or 'no eigenvalues', ax)
+    evals = s.evals
+    low = evals[0]
+    high = max(evals[-1], low*1.01)
+    bin_count = min(60, 8+evals.size//4)
+    bins = np.geomspace(low, high, bin_count)
+    density,_,_ = ax.hist(evals, bins, density=True, color='0.78')
+    if f.ok: _draw_fit(f, high, ax)
     ax.axvline(s.edge, color='k', ls='--', lw=1, label='random edge')
     seen = density[density > 0]
-    ax.set(xscale='log', yscale='log', xlabel='eigenvalue', ylabel='density', ylim=(seen.min()/2, seen.max()*3))
+    bottom = seen.min()/2
+    top = seen.max()*3
+    ax.set(xscale='log', yscale='log', ylim=(bottom, top))
+    ax.set(xlabel='eigenvalue', ylabel='density')
     _log_axis(ax.xaxis, low, max(high, s.edge))
-    _log_axis(ax.yaxis, seen.min()/2, seen.max()*3)
-    ax.legend(fontsize=9, framealpha=.8, edgecolor='none', title=None if f.ok else for_plot(f.reason), title_fontsize=9)
+    _log_axis(ax.yaxis, bottom, top)
+    title = None
+    if not f.ok: title = for_plot(f.reason)
+    ax.legend(fontsize=9, framealpha=.8, edgecolor='none', title=title, title_fontsize=9)
     return ax
 
 # %% ../../nbs/02b_layers.ipynb #9b94b424
@@ -312,111 +390,182 @@ def ks_curve(
     evals:np.ndarray|Sequence[float], # Eigenvalues, in any order
 )->pd.DataFrame: # `xmin`, `alpha`, `D`, `n_tail` for every candidate
     "The fit for every possible beginning of the tail; `'ks'` picks the row with the smallest `D`."
-    t = _Tails(np.sort(np.asarray(evals, dtype=float)))
-    i = np.arange(max(t.x.size-2, 0))
-    return pd.DataFrame(dict(xmin=t.x[i], alpha=1+t.slope[i], D=[t.ks(k) for k in i], n_tail=t.n[i].astype(int)))
+    numbers = np.asarray(evals, dtype=float)
+    t = _Tails(np.sort(numbers))
+    count = max(t.x.size-2, 0)
+    i = np.arange(count)
+    rows = dict(xmin=t.x[i], alpha=1+t.slope[i])
+    rows['D'] = [t.ks(k) for k in i]
+    rows['n_tail'] = t.n[i].astype(int)
+    return pd.DataFrame(rows)
 
 def _draw_ks(s, fits, ax):
+    "Draw the distances of all beginnings of the tail of a `Spectrum`, and some fits, by the name of their rule."
     if s.evals is None or s.evals.size < 4:
-        ax.text(.5, .5, for_plot(s.reason or 'too few eigenvalues'), ha='center', transform=ax.transAxes)
+        words = for_plot(s.reason or 'too few eigenvalues')
+        ax.text(.5, .5, words, ha='center', transform=ax.transAxes)
         return ax
     c = ks_curve(s.evals)
     ax.plot(c.xmin, c.D, color=_BLUE, lw=1)
-    for (label,f),marker in zip(fits.items(), 'osD^v*'):
-        if f.ok:
-            ax.plot(f.xmin, f.D, marker, color=_RED, ms=6, label=f'{for_plot(label)}: $\\alpha$ = {f.alpha:.2f}')
-    ax.set(xscale='log', xlabel='xmin', ylabel='KS distance D', ylim=(0, min(1, 1.1*c.D.max())))
+    has_fit = False
+    for (rule,f),marker in zip(fits.items(), 'osD^v*'):
+        if not f.ok: continue
+        has_fit = True
+        label = f'{for_plot(rule)}: $\\alpha$ = {f.alpha:.2f}'
+        ax.plot(f.xmin, f.D, marker, color=_RED, ms=6, label=label)
+    top = min(1, 1.1*c.D.max())
+    ax.set(xscale='log', xlabel='xmin', ylabel='KS distance D', ylim=(0, top))
     _log_axis(ax.xaxis, c.xmin.min(), c.xmin.max())
     ax.set_title(for_plot(s.name), fontsize=9)
-    if any(f.ok for f in fits.values()): ax.legend(fontsize=9, frameon=False)
+    if has_fit: ax.legend(fontsize=9, frameon=False)
     return ax
 
 # %% ../../nbs/02b_layers.ipynb #f2d96c5a
+def _from_small_to_large(table, n):
+    "`n` layers of a table from the smallest alpha to the largest; any, if none has a fit."
+    alphas = table.frame.alpha.dropna()
+    ascending = alphas.sort_values()
+    order = list(ascending.index) or list(table)
+    count = min(n, len(order))
+    places = np.linspace(0, len(order)-1, count)
+    indices = np.unique(places.round().astype(int))
+    return [order[i] for i in indices]
+
 def _draw_grid(table, names, n, ncols):
     "The spectra of several layers of a table, beside each other."
-    if names is None:
-        order = list(table.frame.alpha.dropna().sort_values().index) or list(table)
-        names = [order[i] for i in np.unique(np.linspace(0, len(order)-1, min(n, len(order))).round().astype(int))]
-    names,ncols = list(names),min(ncols, len(names))
+    if names is None: names = _from_small_to_large(table, n)
+    names = list(names)
+    ncols = min(ncols, len(names))
     rows = math.ceil(len(names)/ncols)
-    axs = get_axes(nrows=rows, ncols=ncols, figsize=(3.1*ncols, 2.6*rows), squeeze=False, layout='constrained')
+    figsize = (3.1*ncols, 2.6*rows)
+    axs = get_axes(nrows=rows, ncols=ncols, figsize=figsize, squeeze=False, layout='constrained')
     for ax in axs.flat[len(names):]: ax.remove()
     for name,ax in zip(names, axs.flat):
         table.plot_esd(name, ax)
-        ax.set_title(for_plot(name if len(name) < 34 else '...'+name[-32:]), fontsize=9)
+        title = name if len(name) < 34 else '...'+name[-32:]
+        ax.set_title(for_plot(title), fontsize=9)
     return axs
 
 # %% ../../nbs/02b_layers.ipynb #1714eabf
+def _chosen(values, by, count, seed):
+    "The names of at most `count` layers that a rule freezes, of those with values."
+    if by == 'random':
+        names = values.index.to_numpy(dtype=object)
+        shuffled = np.random.default_rng(seed).permutation(names)
+        return set(shuffled[:count])
+    order = -values if by.endswith('*') else values
+    if count == len(order): return set(order.index)
+    # layers with equal values are frozen together or not at all
+    first_trained = order.sort_values().iloc[count]
+    return set(order.index[order < first_trained])
+
+def _rule_in_words(table, freeze, by, seed, count):
+    "What a selection among `count` layers was made by, for its `rule`."
+    rule = f"{by}, {freeze:.0%} of {count} layers frozen, xmin by {table.xmin}"
+    is_against_null = table.null is not None and by.removesuffix('*') in NULL_COLUMNS
+    if is_against_null: rule += f", against {table.null.kind}"
+    if by == 'random': rule += f", seed {seed}"
+    return rule
+
 def _selection(table, freeze, by, seed):
     "The layers of a table that a rule freezes, and those that are trained."
     if by != 'random': table._check_order(by)
     if not 0 <= freeze <= 1:
         raise OpenTransError(f"freeze={freeze} is no share of layers. Give a number from 0 to 1.")
-    frame = table.frame[table.frame.kind != 'embedding']
+    is_layer = table.frame.kind != 'embedding'
+    frame = table.frame[is_layer]
     column = 'alpha' if by == 'random' else by.removesuffix('*')
-    values = frame[column].astype(float)[frame.alpha.notna()].dropna()
+    values = frame[column].astype(float)
+    has_fit = frame.alpha.notna()
+    values = values[has_fit].dropna()
     if not len(values):
         raise OpenTransError(
             "No layer has a fit, so there is nothing to choose by. The column 'reason' of the table says why.")
     count = math.floor(freeze*len(values) + 1e-9)
-    if by == 'random':
-        names = values.index.to_numpy(dtype=object)
-        frozen = set(np.random.default_rng(seed).permutation(names)[:count])
-    else:
-        order = -values if by.endswith('*') else values
-        # at most `count`: layers with equal values are frozen together or not at all
-        frozen = set(order.index if count == len(order) else order.index[order < order.sort_values().iloc[count]])
-    null = f", against {table.null.kind}" if table.null is not None and by.removesuffix('*') in NULL_COLUMNS else ''
-    rule = (f"{by}, {freeze:.0%} of {len(values)} layers frozen, xmin by {table.xmin}{null}"
-            + (f", seed {seed}" if by == 'random' else ''))
+    frozen = _chosen(values, by, count, seed)
+    rule = _rule_in_words(table, freeze, by, seed, len(values))
     trained = [name for name in frame.index if name not in frozen]
-    return LayerSelection(trained, [name for name in frame.index if name in frozen], rule)
+    kept = [name for name in frame.index if name in frozen]
+    return LayerSelection(trained, kept, rule)
 
 # %% ../../nbs/02b_layers.ipynb #35a9a355
+def _shade(places, ax):
+    "Shade the layers at some places of a picture: those that are frozen."
+    for i in places:
+        is_first = i == places[0]
+        label = 'frozen' if is_first else '_'
+        ax.axvspan(i-.5, i+.5, color=_BLUE, alpha=.15, lw=0, label=label)
+
+def _mark_layers(a, has_fits, ax):
+    "Mark the layers whose alpha `a` is small, and those without one."
+    x = np.arange(len(a))
+    is_over = a < 2
+    if is_over.any(): ax.plot(x[is_over], a[is_over], 'o', color=_ORANGE, ms=5, label='over-trained (< 2)')
+    is_lost = np.isnan(a)
+    if not is_lost.any(): return
+    height = np.nanmin(a) if has_fits else 0
+    ax.plot(x[is_lost], np.full(is_lost.sum(), height), 'x', color='0.4', label='no fit')
+
 def _draw_alphas(table, ax, selection):
     "Draw alpha of each layer of a table."
     a = table.frame.alpha.to_numpy()
     x = np.arange(len(table))
-    some = np.isfinite(a).any()
-    if selection is None and some: selection = table.select()
+    has_fits = np.isfinite(a).any()
+    if selection is None and has_fits: selection = table.select()
     frozen = set(selection.freeze if selection else [])
-    shaded = x[[name in frozen for name in table]]
-    for i in shaded:
-        label = 'frozen' if i == shaded[0] else '_'
-        ax.axvspan(i-.5, i+.5, color=_BLUE, alpha=.15, lw=0, label=label)
+    is_frozen = [name in frozen for name in table]
+    _shade(x[is_frozen], ax)
     ax.plot(x, a, '.-', color=_BLUE, lw=1)
-    over = a < 2
-    if over.any(): ax.plot(x[over], a[over], 'o', color=_ORANGE, ms=5, label='over-trained (< 2)')
-    if np.isnan(a).any():
-        ax.plot(x[np.isnan(a)], np.full(np.isnan(a).sum(), np.nanmin(a) if some else 0), 'x', color='0.4',
-                label='no fit')
-    if some: ax.axhline(table.median, color=_RED, lw=1.2, label=f'median {table.median:.2f}')
+    _mark_layers(a, has_fits, ax)
+    if has_fits:
+        label = f'median {table.median:.2f}'
+        ax.axhline(table.median, color=_RED, lw=1.2, label=label)
     ax.set(xlabel='layer', ylabel='$\\alpha$', xlim=(-.5, len(table)-.5))
     ax.locator_params(axis='x', integer=True)
     ax.legend(fontsize=9, ncols=4, frameon=False, loc='upper left')
-    ax.set_ylim(top=ax.get_ylim()[1]*1.08)
+    _,top = ax.get_ylim()
+    ax.set_ylim(top=top*1.08)
     return ax
 
 # %% ../../nbs/02b_layers.ipynb #bfc8e29a
+def _frozen_of(table_or_selection):
+    "The layers that a table freezes by its own rule, or that a selection does."
+    is_table = isinstance(table_or_selection, LayerTable)
+    selection = table_or_selection.select() if is_table else table_or_selection
+    return set(selection.freeze)
+
+def _choice_labels(rules, grid):
+    "Labels of the rows of `plot_choices`: a rule, and how many layers it chooses other than the first."
+    labels = []
+    for rule,row in zip(rules, grid):
+        label = rule
+        if labels: # the first has none to differ from
+            is_other = np.abs(row-grid[0])
+            label = f'{rule}  ({int(is_other.sum())} differ)'
+        labels.append(for_plot(label))
+    return labels
+
 def plot_choices(
     tables:dict[str, LayerTable|LayerSelection], # By name, of the same layers
     ax:'Axes|None'=None, # Axes to draw on
 )->'Axes': # The axes
     "The layers that several rules freeze, one rule a row; the first is the one that the others are compared with."
-    frozen = {k: set((t.select() if isinstance(t, LayerTable) else t).freeze) for k,t in tables.items()}
-    t = next(iter(tables.values()))
-    names = list(t) if isinstance(t, LayerTable) else t.train+t.freeze
-    ax = get_axes(ax, figsize=(10, .4+.35*len(tables)))
-    grid = np.array([[n in f for n in names] for f in frozen.values()], dtype=float)
+    frozen = {rule: _frozen_of(t) for rule,t in tables.items()}
+    first = next(iter(tables.values()))
+    names = list(first) if isinstance(first, LayerTable) else first.train+first.freeze
+    height = .4+.35*len(tables)
+    ax = get_axes(ax, figsize=(10, height))
+    rows = [[name in chosen for name in names] for chosen in frozen.values()]
+    grid = np.array(rows, dtype=float)
     from matplotlib.colors import ListedColormap
-    ax.imshow(grid, aspect='auto', cmap=ListedColormap(['0.93', _BLUE]), vmin=0, vmax=1, interpolation='none')
+    colors = ListedColormap(['0.93', _BLUE])
+    ax.imshow(grid, aspect='auto', cmap=colors, vmin=0, vmax=1, interpolation='none')
     ax.set_xticks(np.arange(len(names)+1)-.5, minor=True)
     ax.set_yticks(np.arange(len(frozen)+1)-.5, minor=True)
     ax.grid(which='minor', color='w', lw=1)
     ax.tick_params(which='minor', length=0)
-    ax.set_yticks(range(len(frozen)),
-                  [for_plot(f'{k}  ({int(np.abs(g-grid[0]).sum())} differ)' if i else k)
-                   for i,(k,g) in enumerate(zip(frozen, grid))])
+    labels = _choice_labels(frozen, grid)
+    ax.set_yticks(range(len(frozen)), labels)
     from matplotlib.ticker import MaxNLocator
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel='layer (blue: frozen)')

@@ -20,10 +20,13 @@ def is_weights(
     name:str, # As a user types it
 )->bool: # Is it for `open_weights`, and no tower of open_clip?
     "Does a name say a source, a file of weights, or a folder?"
-    return (name.partition(':')[0] in SOURCES and ':' in name
-            or Path(name).suffix in ('.safetensors', '.pth', '.pt', '.bin') or Path(name).is_dir())
+    source,colon,_ = name.partition(':')
+    path = Path(name)
+    if source in SOURCES and colon: return True
+    return path.suffix in ('.safetensors', '.pth', '.pt', '.bin') or path.is_dir()
 
 def _torchvision(name, weights):
+    "A model of torchvision. Raises `OpenTransError`."
     models = optional('torchvision.models', 'all', 'A model of torchvision')
     try: return models.get_model(name, weights=weights)
     except ValueError as error:
@@ -32,8 +35,10 @@ def _torchvision(name, weights):
             f"lists them.") from error
 
 def _timm(name, weights):
+    "A model of timm. Raises `OpenTransError`."
     timm = optional('timm', 'dev', 'A model of timm')
-    try: return timm.create_model(timm_name(name), pretrained=weights is not None)
+    is_trained = weights is not None
+    try: return timm.create_model(timm_name(name), pretrained=is_trained)
     except RuntimeError as error:
         raise OpenTransError(
             f"timm has no model, or no weights, of this name: {error}. timm.list_models() lists them.") from error
@@ -47,25 +52,28 @@ def open_weights(
     source,_,rest = name.partition(':')
     if source == 'torchvision': return _torchvision(rest, weights)
     if source == 'timm': return _timm(rest, weights)
-    if source == 'hf' and not Path(rest).is_dir():
+    if source != 'hf': return WeightFiles(name)
+    if not Path(rest).is_dir():
         raise OpenTransError(
             f"'{rest}' is no folder. Give the folder of a model, with its .safetensors files; nothing is fetched "
             f"from the hub.")
-    return WeightFiles(rest if source == 'hf' else name)
+    return WeightFiles(rest)
 
 # %% ../../nbs/02i_words.ipynb #bc6c6b91
 def _by_null(table):
     "A sentence on layers against chance."
     z = table.frame.z.dropna()
-    if not len(z): return 'No layer could be compared with chance.'
-    heavy,spiked = int((z < -3).sum()),int((table.frame.spikes > 0).sum())
+    count = len(z)
+    if not count: return 'No layer could be compared with chance.'
+    heavy = int((z < -3).sum())
+    spiked = int((table.frame.spikes > 0).sum())
     told = (
-        f"Against random matrices of their own shapes ({table.null.kind}), {heavy} of {len(z)} layers have a "
+        f"Against random matrices of their own shapes ({table.null.kind}), {heavy} of {count} layers have a "
         f"heavier tail than chance makes (z below -3), and {spiked} have eigenvalues beyond its edge.")
-    if heavy <= .05*len(z) and spiked <= .05*len(z): return told + ' These weights look untrained.'
-    return (told
-            + (' These weights look trained.' if heavy >= .5*len(z) or spiked >= .5*len(z)
-               else ' Only a part of them looks trained.'))
+    more = max(heavy, spiked)
+    if more <= .05*count: return told + ' These weights look untrained.'
+    if more >= .5*count: return told + ' These weights look trained.'
+    return told + ' Only a part of them looks trained.'
 
 def _by_alpha(table, median):
     "A sentence on the median of alpha under the rule of the literature."
@@ -82,39 +90,59 @@ def _by_alpha(table, median):
 def _of_shapes(table):
     "A sentence on what shape does, where nothing is done about it."
     if table.null is not None or table.options.get('aspect'): return ''
-    sides = {max(s.stack[1:])/min(s.stack[1:]) for s in table.spectra.values() if s.stack}
-    if len({round(q, 1) for q in sides}) < 2: return ''
+    stacks = [s.stack for s in table.spectra.values() if s.stack]
+    aspects = {max(shape)/min(shape) for _,*shape in stacks}
+    rounded = {round(aspect, 1) for aspect in aspects}
+    if len(rounded) < 2: return ''
     return (
-        f"Layers are from {min(sides):.3g} to {max(sides):.3g} times as long as wide, which moves alpha by itself: "
+        f"Layers are from {min(aspects):.3g} to {max(aspects):.3g} times as long as wide, which moves alpha by itself: "
         f"null='gaussian' or aspect=1 takes that out.")
+
+def _of_alphas(table):
+    "What the alphas of a table, or their distances from chance, say."
+    if table.null is not None: return _by_null(table)
+    if table.xmin != 'ks':
+        return (
+            f"Median alpha {table.median:.3g} by the rule {table.xmin!r}: such alphas compare layers with each "
+            f"other, and trained with untrained only against a null.")
+    is_sure = table.frame.status == 'ok'
+    median = table.frame.alpha[is_sure].median() if is_sure.any() else table.median
+    return _by_alpha(table, float(median))
+
+def _of_doubt(table):
+    "Sentences on the fits that rest on little, and on layers without one."
+    status = table.frame.status
+    told = []
+    few = int((status == 'few').sum())
+    if few:
+        fits = 'fit rests' if few == 1 else 'fits rest'
+        say = 'says' if few == 1 else 'say'
+        told.append(f"{few} {fits} on fewer than {table.few} eigenvalues and {say} little.")
+    failed = int((status == 'failed').sum())
+    if failed:
+        have = 'layer has' if failed == 1 else 'layers have'
+        told.append(f"{failed} {have} no fit, see the column 'reason'.")
+    return told
+
+def _of_unread(table):
+    "A sentence on the weights that are no layers."
+    unread = [*table.unread]
+    are = 'weight is' if len(unread) == 1 else 'weights are'
+    return f"{len(unread)} more {are} not read: {name_some(unread, 2)}."
 
 @patch
 def words(self:LayerTable)->str: # A few sentences
     "What the alphas say of a model, and what they cannot say."
-    ok,few = self.frame.status == 'ok',int((self.frame.status == 'few').sum())
-    if not self.frame.alpha.notna().any():
+    has_fit = self.frame.alpha.notna()
+    if not has_fit.any():
         return f"No fit could be made to any of {len(self)} layers. The column 'reason' says why."
-    told = [f"{len(self)} layers, {int(self.frame.alpha.notna().sum())} with a fit."]
-    if self.null is not None: told.append(_by_null(self))
-    elif self.xmin == 'ks':
-        told.append(_by_alpha(self, float(self.frame.alpha[ok].median() if ok.any() else self.median)))
-    else:
-        told.append(
-            f"Median alpha {self.median:.3g} by the rule {self.xmin!r}: such alphas compare layers with each "
-            f"other, and trained with untrained only against a null.")
+    told = [f"{len(self)} layers, {int(has_fit.sum())} with a fit."]
+    told.append(_of_alphas(self))
     over = int(self.frame.over_trained.sum())
     if over and self.xmin == 'ks':
-        told.append(f"{over} {'layer has' if over == 1 else 'layers have'} an alpha below 2.")
+        have = 'layer has' if over == 1 else 'layers have'
+        told.append(f"{over} {have} an alpha below 2.")
     told.append(_of_shapes(self))
-    if few:
-        told.append(
-            f"{few} {'fit rests' if few == 1 else 'fits rest'} on fewer than {self.few} eigenvalues and "
-            f"{'says' if few == 1 else 'say'} little.")
-    failed = int((self.frame.status == 'failed').sum())
-    if failed:
-        told.append(f"{failed} {'layer has' if failed == 1 else 'layers have'} no fit, see the column 'reason'.")
-    if self.unread:
-        told.append(
-            f"{len(self.unread)} more {'weight is' if len(self.unread) == 1 else 'weights are'} not read: "
-            f"{name_some([*self.unread], 2)}.")
-    return ' '.join(t for t in told if t)
+    told += _of_doubt(self)
+    if self.unread: told.append(_of_unread(self))
+    return ' '.join(sentence for sentence in told if sentence)
