@@ -569,25 +569,6 @@ def training_flops(
     return of_image*iterations*batch_size
 
 # %% ../../nbs/04_cost.ipynb #5f25275b
-def _thop_count(lib, model, image):
-    "(FLOPs, parameters) by thop."
-    counts = lib.profile(model, (image,), verbose=False)
-    return tuple(int(n) for n in counts)
-
-def _ptflops_count(lib, model, size):
-    "(FLOPs, parameters) by ptflops."
-    config = dict(count_functional=False)
-    return lib.get_model_complexity_info(model, size, as_strings=False, print_per_layer_stat=False,
-                                         backend_specific_config=config)
-
-def _fvcore_count(lib, model, image):
-    "(FLOPs, parameters) by fvcore."
-    analysis = lib.FlopCountAnalysis(model, image)
-    analysis.unsupported_ops_warnings(False)
-    analysis.uncalled_modules_warnings(False)
-    params = sum(p.numel() for p in model.parameters())
-    return int(analysis.total()),params
-
 def tool_count(
     tool:str, # `'thop'`, `'ptflops'` or `'fvcore'`
     model:nn.Module, # The model; it is copied, since the tools leave traces
@@ -601,7 +582,15 @@ def tool_count(
         warnings.simplefilter('ignore')
         package = 'fvcore.nn' if tool == 'fvcore' else tool
         lib = optional(package, 'bench', f"Counting with {tool}")
-        if tool == 'ptflops': return _ptflops_count(lib, model, size)
         image = torch.zeros(1, *size)
-        if tool == 'thop': return _thop_count(lib, model, image)
-        return _fvcore_count(lib, model, image)
+        if tool == 'thop':
+            counts = lib.profile(model, (image,), verbose=False)
+            return tuple(int(n) for n in counts)
+        if tool == 'ptflops':
+            config = dict(count_functional=False)
+            return lib.get_model_complexity_info(model, size, as_strings=False, print_per_layer_stat=False,
+                                                 backend_specific_config=config)
+        analysis = lib.FlopCountAnalysis(model, image)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        params = sum(p.numel() for p in model.parameters())
+        return int(analysis.total()),params

@@ -54,7 +54,8 @@ class Blocks:
         room = length - block
         fewest = -(-length//block)
         if rng is not None:
-            places = rng.integers(0, room+1, self.windows or fewest)
+            count = self.windows or fewest
+            places = rng.integers(0, room+1, count)
             return places.tolist()
         if self.windows is not None: return self._published(room)
         places = np.linspace(0, room, fewest).round()
@@ -192,8 +193,10 @@ def mp_quantiles(
     if low > 0: steep = sine*(1-sine)/np.maximum(x, 1e-300)
     else: steep = (1-sine)/(high-low)
     steps = (steep[1:]+steep[:-1])/2
-    below = np.concatenate([[0], np.cumsum(steps)])
-    return np.interp(shares, below/below[-1], x)
+    sums = np.cumsum(steps)
+    below = np.concatenate([[0], sums])
+    whole = below[-1]
+    return np.interp(shares, below/whole, x)
 
 # shape, scale and shift of the gamma law that is close to the real Tracy-Widom law
 _TRACY_WIDOM = (46.446, .186054, 9.84801)

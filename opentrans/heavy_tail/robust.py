@@ -44,18 +44,16 @@ def _bounds(estimates):
 
 def _agreeing(estimates):
     "(ratio of the numbers k, first, last) of the widest range of estimates that agree; (0, 0, 0) if none do."
-    k = estimates.k
+    k = estimates.k.to_numpy()
     lower,upper = (bound.to_numpy() for bound in _bounds(estimates))
     best = (0., 0, 0)
-    for i in range(len(estimates)):
+    for i in range(len(k)):
         lowest = np.maximum.accumulate(lower[i:])
         highest = np.minimum.accumulate(upper[i:])
         agree = lowest <= highest # is there a level that is within all intervals so far?
         count = int(agree.cumprod().sum())
         j = i + count - 1
-        if j <= i: continue
-        ratio = k.iloc[j]/k.iloc[i]
-        best = max(best, (ratio, i, j))
+        if j > i: best = max(best, (k[j]/k[i], i, j))
     return best
 
 def plateau(
@@ -94,12 +92,15 @@ def _draw_plateau(e, ax):
 def _draw_hill(e, fit, ax):
     "Draw Hill's estimates, their plateau and a fit."
     alpha = e.alpha
-    ax.fill_between(e.k, alpha-e.sigma, alpha+e.sigma, color='#3b6fb6', alpha=.15, lw=0)
+    low,high = alpha-e.sigma,alpha+e.sigma
+    ax.fill_between(e.k, low, high, color='#3b6fb6', alpha=.15, lw=0)
     ax.plot(e.k, alpha, color='#3b6fb6', lw=1)
     _draw_plateau(e, ax)
     top = alpha.max()
     is_settled = e.k >= 5
-    if is_settled.any(): top = np.nanquantile(alpha[is_settled], .98)
+    if is_settled.any():
+        settled = alpha[is_settled]
+        top = np.nanquantile(settled, .98)
     if fit.ok:
         rule = for_plot(fit.method)
         label = f'{rule}: {fit.alpha:.2f}'

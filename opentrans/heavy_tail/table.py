@@ -500,19 +500,23 @@ def _mark_layers(a, has_fits, ax):
     "Mark the layers whose alpha `a` is small, and those without one."
     x = np.arange(len(a))
     is_over = a < 2
-    if is_over.any(): ax.plot(x[is_over], a[is_over], 'o', color=_ORANGE, ms=5, label='over-trained (< 2)')
+    if is_over.any():
+        ax.plot(x[is_over], a[is_over], 'o', color=_ORANGE, ms=5, label='over-trained (< 2)')
     is_lost = np.isnan(a)
     if not is_lost.any(): return
     height = np.nanmin(a) if has_fits else 0
-    ax.plot(x[is_lost], np.full(is_lost.sum(), height), 'x', color='0.4', label='no fit')
+    heights = np.full(is_lost.sum(), height)
+    ax.plot(x[is_lost], heights, 'x', color='0.4', label='no fit')
 
 def _draw_alphas(table, ax, selection):
     "Draw alpha of each layer of a table."
     a = table.frame.alpha.to_numpy()
-    x = np.arange(len(table))
+    count = len(table)
+    x = np.arange(count)
     has_fits = np.isfinite(a).any()
     if selection is None and has_fits: selection = table.select()
-    frozen = set(selection.freeze if selection else [])
+    frozen = set()
+    if selection: frozen.update(selection.freeze)
     is_frozen = [name in frozen for name in table]
     _shade(x[is_frozen], ax)
     ax.plot(x, a, '.-', color=_BLUE, lw=1)
@@ -520,7 +524,7 @@ def _draw_alphas(table, ax, selection):
     if has_fits:
         label = f'median {table.median:.2f}'
         ax.axhline(table.median, color=_RED, lw=1.2, label=label)
-    ax.set(xlabel='layer', ylabel='$\\alpha$', xlim=(-.5, len(table)-.5))
+    ax.set(xlabel='layer', ylabel='$\\alpha$', xlim=(-.5, count-.5))
     ax.locator_params(axis='x', integer=True)
     ax.legend(fontsize=9, ncols=4, frameon=False, loc='upper left')
     _,top = ax.get_ylim()
@@ -530,9 +534,21 @@ def _draw_alphas(table, ax, selection):
 # %% ../../nbs/02b_layers.ipynb #bfc8e29a
 def _frozen_of(table_or_selection):
     "The layers that a table freezes by its own rule, or that a selection does."
-    is_table = isinstance(table_or_selection, LayerTable)
-    selection = table_or_selection.select() if is_table else table_or_selection
+    selection = table_or_selection
+    if isinstance(selection, LayerTable): selection = selection.select()
     return set(selection.freeze)
+
+def _names_of(table_or_selection):
+    "The layers of a table, or those that a selection is made of."
+    if isinstance(table_or_selection, LayerTable): return list(table_or_selection)
+    return table_or_selection.train+table_or_selection.freeze
+
+def _white_lines(columns, rows, ax):
+    "Draw white lines between the cells of a picture."
+    ax.set_xticks(np.arange(columns+1)-.5, minor=True)
+    ax.set_yticks(np.arange(rows+1)-.5, minor=True)
+    ax.grid(which='minor', color='w', lw=1)
+    ax.tick_params(which='minor', length=0)
 
 def _choice_labels(rules, grid):
     "Labels of the rows of `plot_choices`: a rule, and how many layers it chooses other than the first."
@@ -552,21 +568,18 @@ def plot_choices(
     "The layers that several rules freeze, one rule a row; the first is the one that the others are compared with."
     frozen = {rule: _frozen_of(t) for rule,t in tables.items()}
     first = next(iter(tables.values()))
-    names = list(first) if isinstance(first, LayerTable) else first.train+first.freeze
+    names = _names_of(first)
     height = .4+.35*len(tables)
     ax = get_axes(ax, figsize=(10, height))
+    from matplotlib.colors import ListedColormap
+    from matplotlib.ticker import MaxNLocator
     rows = [[name in chosen for name in names] for chosen in frozen.values()]
     grid = np.array(rows, dtype=float)
-    from matplotlib.colors import ListedColormap
     colors = ListedColormap(['0.93', _BLUE])
     ax.imshow(grid, aspect='auto', cmap=colors, vmin=0, vmax=1, interpolation='none')
-    ax.set_xticks(np.arange(len(names)+1)-.5, minor=True)
-    ax.set_yticks(np.arange(len(frozen)+1)-.5, minor=True)
-    ax.grid(which='minor', color='w', lw=1)
-    ax.tick_params(which='minor', length=0)
+    _white_lines(len(names), len(frozen), ax)
     labels = _choice_labels(frozen, grid)
     ax.set_yticks(range(len(frozen)), labels)
-    from matplotlib.ticker import MaxNLocator
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set(xlabel='layer (blue: frozen)')
     return ax
