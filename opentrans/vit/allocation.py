@@ -197,7 +197,8 @@ class Allocation(_AllocationTable):
         weights = f"{single:,} single weights of {len(self.masks)} tensors"
         note = self.note and f'; {self.note}'
         rest = f"{self.always:,} always, {self.head:,} of the head; tau={self.tau:,}{note}"
-        return f"Allocation({self.n_trainable:,} trained: {modules}, {len(self.vectors)} whole vectors, {weights}, {rest})"
+        vectors = f"{len(self.vectors)} whole vectors"
+        return f"Allocation({self.n_trainable:,} trained: {modules}, {vectors}, {weights}, {rest})"
 
 # %% ../../nbs/vit/61d_allocation.ipynb #80301c06
 def _check_masks(masks, sens):
